@@ -1,0 +1,1 @@
+"""Compress Mixture-of-Experts models and export them to one small machine."""

@@ -1,0 +1,59 @@
+"""Every error that a user can meet, and the exit code of each.
+
+::
+
+    Moe2EdgeError                 1   something went wrong while running
+    ├── InputError                2   the command, the recipe, the model or a text is wrong
+    ├── DoesNotFit                5   not enough disk
+    ├── Unsupported               6   a model, a setting or a target that is not supported
+    └── VerificationFailed        7   what was written is not what was meant
+
+Each message is one line: what was found, what was expected, what to do.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class Moe2EdgeError(Exception):
+    """Base of all errors raised on purpose; the command line prints them without a traceback."""
+
+    exit_code = 1
+
+
+class InputError(Moe2EdgeError):
+    """The command, the recipe, the model or a text is wrong."""
+
+    exit_code = 2
+
+
+class DoesNotFit(Moe2EdgeError):
+    """There is not enough disk for what was asked."""
+
+    exit_code = 5
+
+
+class Unsupported(Moe2EdgeError):
+    """The input is sound, but this model, setting or target is not supported."""
+
+    exit_code = 6
+
+
+class VerificationFailed(Moe2EdgeError):
+    """An output does not hold what it should hold."""
+
+    exit_code = 7
+
+
+def did_you_mean(kind: str, name: str, known: Iterable[str]) -> str:
+    """Text for a name that is not known.
+
+    >>> did_you_mean("pass", "expert-drop", ["expert_drop", "gptq"])
+    "unknown pass 'expert-drop': did you mean 'expert_drop'? Known: expert_drop, gptq"
+    """
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f": did you mean {near[0]!r}?" if near else "."
+    return f"unknown {kind} {name!r}{hint} Known: {', '.join(known)}"

@@ -1,0 +1,408 @@
+"""A checkpoint as a value: blocks, routers, experts, every tensor a lazy handle.
+
+Nothing here reads a number. A pass returns a new `Model` in which only the changed parts are new;
+dropping experts is slicing of tuples, quantizing swaps handles.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from moe2edge.errors import InputError, Moe2EdgeError
+from moe2edge.scheme import Scheme
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moe2edge.families import Family
+    from moe2edge.rounding import Quantized
+
+DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A handle on one tensor: name, shape and dtype now, numbers when somebody asks.
+
+    Attributes:
+        name: name of the tensor in the source checkpoint.
+        shape: its shape.
+        dtype: its dtype as safetensors spells it (``BF16``); of the source, if quantized.
+        load: reads the numbers; a quantized weight comes back dequantized, float32.
+        scheme: how it is quantized, None if it is not.
+        load_quantized: reads integers and scales of a quantized weight.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    load: Callable[[], Tensor] = field(compare=False, repr=False)
+    scheme: Scheme | None = None
+    load_quantized: Callable[[], Quantized] | None = field(
+        default=None, compare=False, repr=False
+    )
+
+    @property
+    def count(self) -> int:
+        """Number of parameters."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of storage: integers and 16-bit scales if quantized."""
+        if self.scheme is None:
+            return self.count * DTYPE_BYTES[self.dtype]
+        return round(self.count * self.scheme.bits_per_weight / 8)
+
+    def quantized(self) -> Quantized:
+        """Integers and scales.
+
+        Raises:
+            Moe2EdgeError: the weight is not quantized.
+        """
+        if self.load_quantized is None:
+            raise Moe2EdgeError(f"{self.name} is not quantized")
+        return self.load_quantized()
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A gated MLP: ``down(silu(gate(x)) * up(x))``."""
+
+    gate: Weight  # [width, hidden]
+    up: Weight  # [width, hidden]
+    down: Weight  # [hidden, width]
+
+
+@dataclass(frozen=True)
+class Expert(Dense):
+    """A routed expert; ``origin`` is its index in the source model."""
+
+    origin: int
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A shared expert: always on, times the sigmoid of its own gate."""
+
+    mlp: Dense
+    gate: Weight  # [1, hidden]
+
+
+@dataclass(frozen=True)
+class Router:
+    """The linear scorer of an MoE layer, with everything that has one row per expert.
+
+    Attributes:
+        weight: [experts, hidden].
+        top_k: experts chosen per token.
+        renormalize: whether the chosen weights are scaled to sum to one.
+        per_expert: further tensors with one entry per expert (bias, correction bias), by suffix.
+    """
+
+    weight: Weight
+    top_k: int
+    renormalize: bool
+    per_expert: Mapping[str, Weight] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class MoELayer:
+    """Router and experts, kept in step by construction."""
+
+    router: Router
+    experts: tuple[Expert, ...]
+    shared: Shared | None = None
+
+    def keep(self, ids: Sequence[int], *, clamp_top_k: bool = False) -> MoELayer:
+        """The layer with only the experts ``ids`` (positions in this layer), in that order.
+
+        Router rows and all other per-expert tensors are sliced with the experts.
+
+        Raises:
+            InputError: an id is unknown or repeated, or fewer experts stay than top-k chooses
+                and ``clamp_top_k`` is not set.
+        """
+        if len(set(ids)) != len(ids) or not all(0 <= i < len(self.experts) for i in ids):
+            raise InputError(f"cannot keep experts {list(ids)} of {len(self.experts)}")
+        top_k = self.router.top_k
+        if len(ids) < top_k:
+            if not clamp_top_k or not ids:
+                raise InputError(
+                    f"{len(ids)} experts would stay where the router chooses {top_k} per token; "
+                    f"keep at least {top_k}, or set clamp_top_k: true"
+                )
+            top_k = len(ids)
+        rows = tuple(ids)
+        router = replace(
+            self.router,
+            weight=_rows(self.router.weight, rows),
+            per_expert={k: _rows(w, rows) for k, w in self.router.per_expert.items()},
+            top_k=top_k,
+        )
+        return replace(self, router=router, experts=tuple(self.experts[i] for i in rows))
+
+
+def _rows(weight: Weight, rows: tuple[int, ...]) -> Weight:
+    """Handle on some rows of ``weight``."""
+    return replace(
+        weight,
+        shape=(len(rows), *weight.shape[1:]),
+        load=lambda: weight.load()[list(rows)],
+    )
+
+
+Visit = Callable[[str, Weight], Weight]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A transformer block: attention, then an MoE layer or a dense MLP.
+
+    Attributes:
+        index: position in this model.
+        origin: position in the source model.
+        attention: its tensors by suffix (``q_proj.weight``, ``q_proj.bias``, ``q_norm.weight``).
+        norms: the two norms by suffix.
+        mlp: what follows attention.
+        window: tokens that attention sees at most, None for all.
+    """
+
+    index: int
+    origin: int
+    attention: Mapping[str, Weight]
+    norms: Mapping[str, Weight]
+    mlp: MoELayer | Dense
+    window: int | None = None
+
+    def weights(self) -> Iterator[tuple[str, Weight]]:
+        """All tensors with their roles, such as ``experts.3.gate`` or ``attention.q_proj.weight``."""
+        for suffix, weight in self.norms.items():
+            yield f"norms.{suffix}", weight
+        for suffix, weight in self.attention.items():
+            yield f"attention.{suffix}", weight
+        if not isinstance(self.mlp, MoELayer):
+            yield from _mlp_weights("dense", self.mlp)
+            return
+        yield "router.weight", self.mlp.router.weight
+        for suffix, weight in self.mlp.router.per_expert.items():
+            yield f"router.{suffix}", weight
+        for n, expert in enumerate(self.mlp.experts):
+            yield from _mlp_weights(f"experts.{n}", expert)
+        if self.mlp.shared is not None:
+            yield from _mlp_weights("shared", self.mlp.shared.mlp)
+            yield "shared.router", self.mlp.shared.gate
+
+    def with_weights(self, new: Mapping[str, Weight]) -> Block:
+        """The block with some tensors replaced, by role.
+
+        Raises:
+            Moe2EdgeError: a role is not one of this block's.
+        """
+        if unknown := set(new) - {role for role, _ in self.weights()}:
+            raise Moe2EdgeError(f"block {self.index} has no {sorted(unknown)}")
+
+        def swap_mlp(prefix: str, mlp: Any) -> Any:
+            return replace(
+                mlp,
+                gate=new.get(f"{prefix}.gate", mlp.gate),
+                up=new.get(f"{prefix}.up", mlp.up),
+                down=new.get(f"{prefix}.down", mlp.down),
+            )
+
+        mlp = self.mlp
+        if isinstance(mlp, MoELayer):
+            router = replace(
+                mlp.router,
+                weight=new.get("router.weight", mlp.router.weight),
+                per_expert={
+                    k: new.get(f"router.{k}", w) for k, w in mlp.router.per_expert.items()
+                },
+            )
+            shared = mlp.shared and Shared(
+                swap_mlp("shared", mlp.shared.mlp), new.get("shared.router", mlp.shared.gate)
+            )
+            experts = tuple(swap_mlp(f"experts.{n}", e) for n, e in enumerate(mlp.experts))
+            mlp = MoELayer(router, experts, shared)
+        else:
+            mlp = swap_mlp("dense", mlp)
+        return replace(
+            self,
+            attention={k: new.get(f"attention.{k}", w) for k, w in self.attention.items()},
+            norms={k: new.get(f"norms.{k}", w) for k, w in self.norms.items()},
+            mlp=mlp,
+        )
+
+
+def _mlp_weights(prefix: str, mlp: Dense) -> Iterator[tuple[str, Weight]]:
+    yield f"{prefix}.gate", mlp.gate
+    yield f"{prefix}.up", mlp.up
+    yield f"{prefix}.down", mlp.down
+
+
+def is_quantizable(role: str) -> bool:
+    """Whether slimming selects a tensor: the matrices of attention, experts and MLPs.
+
+    Router, embeddings, head, norms, biases and the gate of a shared expert keep their precision.
+
+    >>> [is_quantizable(r) for r in ("experts.0.up", "router.weight", "attention.q_proj.bias")]
+    [True, False, False]
+    """
+    kind, _, rest = role.partition(".")
+    if kind == "attention":
+        return rest.endswith("_proj.weight")
+    return kind in ("experts", "dense") or (kind == "shared" and rest != "router")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A whole model.
+
+    Attributes:
+        family: the row of the family table.
+        config: ``config.json`` of the source, untouched; `Family.config_of` writes the new one.
+        blocks: the transformer blocks, in order.
+        rest: tensors outside of blocks by their name on disk (embeddings, last norm, head).
+    """
+
+    family: Family
+    config: Mapping[str, Any]
+    blocks: tuple[Block, ...]
+    rest: Mapping[str, Weight]
+
+    def tensors(self) -> Iterator[tuple[str, str, Weight]]:
+        """Every tensor once, as (name on disk, role, handle); blocks and experts renumbered."""
+        for name, weight in self.rest.items():
+            yield name, "rest", weight
+        for block in self.blocks:
+            for role, weight in block.weights():
+                yield self.family.disk_name(block.index, role), role, weight
+
+    @property
+    def moe_blocks(self) -> tuple[tuple[Block, MoELayer], ...]:
+        """The blocks that have an MoE layer, with it."""
+        return tuple((b, b.mlp) for b in self.blocks if isinstance(b.mlp, MoELayer))
+
+    @property
+    def expert_counts(self) -> tuple[int, ...]:
+        """Number of experts of each MoE layer."""
+        return tuple(len(layer.experts) for _, layer in self.moe_blocks)
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all MoE layers have the same number of experts and the same top-k."""
+        return len({(len(m.experts), m.router.top_k) for _, m in self.moe_blocks}) <= 1
+
+    @property
+    def scheme(self) -> Scheme | None:
+        """The scheme of the quantized weights, None if nothing is quantized."""
+        return next((w.scheme for _, _, w in self.tensors() if w.scheme), None)
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters."""
+        return sum(w.count for _, _, w in self.tensors())
+
+    @property
+    def active_parameters(self) -> int:
+        """Parameters that one token uses: without the experts that are not chosen.
+
+        Embedding rows that are not looked up count, as is usual.
+        """
+        idle = sum(
+            (len(m.experts) - m.router.top_k)
+            * sum(w.count for _, w in _mlp_weights("", m.experts[0]))
+            for _, m in self.moe_blocks
+        )
+        return self.parameters - idle
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(w.nbytes for _, _, w in self.tensors())
+
+    def replace_block(self, block: Block) -> Model:
+        """The model with the block at ``block.index`` replaced."""
+        blocks = list(self.blocks)
+        blocks[block.index] = block
+        return replace(self, blocks=tuple(blocks))
+
+    def keep_blocks(self, indices: Sequence[int]) -> Model:
+        """The model with only the blocks at ``indices``, renumbered."""
+        kept = (replace(self.blocks[i], index=n) for n, i in enumerate(indices))
+        return replace(self, blocks=tuple(kept))
+
+    def verify(self) -> None:
+        """Prove that the parts fit.
+
+        Raises:
+            Moe2EdgeError: router rows differ from experts, top-k cannot be reached, blocks are
+                not numbered in order, shapes disagree with the config, a tensor appears twice.
+        """
+        names = Counter(name for name, _, _ in self.tensors())
+        if twice := [name for name, n in names.items() if n > 1]:
+            raise Moe2EdgeError(f"tensors appear twice: {twice[:3]}")
+        if [b.index for b in self.blocks] != list(range(len(self.blocks))):
+            raise Moe2EdgeError("blocks are not numbered in order")
+        if not self.blocks:
+            raise Moe2EdgeError("no block is left")
+        for block, layer in self.moe_blocks:
+            n = len(layer.experts)
+            for weight in (layer.router.weight, *layer.router.per_expert.values()):
+                if weight.shape[0] != n:
+                    raise Moe2EdgeError(
+                        f"block {block.index}: {weight.name} has {weight.shape[0]} rows "
+                        f"for {n} experts"
+                    )
+            if not 1 <= layer.router.top_k <= n:
+                raise Moe2EdgeError(
+                    f"block {block.index}: top-k {layer.router.top_k} of {n} experts"
+                )
+        self.family.check_shapes(self)
+
+    def __str__(self) -> str:
+        """Deterministic text, one line per block."""
+        lines = [
+            f"{self.family.architecture}: {len(self.blocks)} blocks, "
+            f"{self.parameters:,} parameters ({self.active_parameters:,} active)"
+        ]
+        for block in self.blocks:
+            source = "" if block.origin == block.index else f" (was {block.origin})"
+            lines.append(f"block {block.index}{source}: {_describe(block)}")
+        for name, weight in self.rest.items():
+            lines.append(f"{name}: {weight.dtype} {list(weight.shape)}")
+        return "\n".join(lines)
+
+
+def _describe(block: Block) -> str:
+    """What one block holds, in a line."""
+    parts = []
+    if block.window:
+        parts.append(f"window {block.window}")
+    parts.append(f"attention {_form(block.attention['q_proj.weight'])}")
+    if isinstance(block.mlp, MoELayer):
+        layer = block.mlp
+        width = layer.experts[0].gate.shape[0]
+        origins = [e.origin for e in layer.experts]
+        rule = "renormalized" if layer.router.renormalize else "not renormalized"
+        parts.append(
+            f"{len(layer.experts)} experts of width {width}, top-{layer.router.top_k} {rule}, "
+            f"{_form(layer.experts[0].gate)}"
+        )
+        if origins != list(range(len(origins))):
+            parts.append(f"from {origins}")
+        if layer.shared is not None:
+            parts.append(f"shared expert of width {layer.shared.mlp.gate.shape[0]}")
+    else:
+        parts.append(f"dense MLP of width {block.mlp.gate.shape[0]}, {_form(block.mlp.gate)}")
+    return "; ".join(parts)
+
+
+def _form(weight: Weight) -> str:
+    if weight.scheme is None:
+        return weight.dtype
+    return f"{weight.scheme.name} group {weight.scheme.group_size}"

@@ -1,0 +1,82 @@
+"""What a target is: it says what it can hold, writes it, and reopens what it wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+from moe2edge.model import Model
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moe2edge.rounding import Quantized
+
+
+class Runtime(Protocol):
+    """An output folder, reopened in the runtime that it was made for. One sequence at a time."""
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """Logits float32 [batch, length, vocabulary] of token ids int64 [batch, length]."""
+        ...
+
+    def start(self, ids: Sequence[int]) -> Tensor:
+        """Begin a sequence (prefill): logits float32 [length, vocabulary] of all its tokens."""
+        ...
+
+    def step(self, token: int) -> Tensor:
+        """Go on with one more token (decode, cached): logits float32 [vocabulary] after it."""
+        ...
+
+
+@dataclass(frozen=True)
+class Loader:
+    """Whether a program can load an output: ``yes``, ``no``, or under a condition; and why."""
+
+    program: str
+    loads: bool
+    note: str
+
+
+@dataclass(frozen=True)
+class Target:
+    """One kind of output. A subclass in a file of its own in ``targets/``; the file name names it.
+
+    Attributes:
+        summary: one line for ``moe2edge targets``.
+    """
+
+    summary: ClassVar[str]
+
+    def accepts(self, model: Model) -> None:
+        """Refuse, from shapes alone, a model that this target could not hold.
+
+        Raises:
+            Unsupported: with what it cannot hold, and which target could.
+        """
+        raise NotImplementedError
+
+    def nbytes(self, model: Model) -> int:
+        """Bytes that the weights will take on disk, for the check of free space."""
+        return model.nbytes
+
+    def write(self, model: Model, folder: Path) -> None:
+        """Write weights and config into an existing, empty folder, tensor by tensor."""
+        raise NotImplementedError
+
+    def tensors(self, folder: Path) -> Iterator[tuple[str, Tensor | Quantized]]:
+        """Read everything back: each tensor by its name on disk, as integers where quantized.
+
+        The names are those of `Model.tensors`, so that an audit can hold one against the other.
+        """
+        raise NotImplementedError
+
+    def reopen(self, folder: Path, *, exact: bool = False) -> Runtime:
+        """Open the folder in its runtime; ``exact`` asks for float32 activations throughout."""
+        raise NotImplementedError
+
+    def loaders(self, model: Model) -> tuple[Loader, ...]:
+        """Which programs can load what was written."""
+        raise NotImplementedError

@@ -1,0 +1,63 @@
+"""Tiny random checkpoints of every family, made with transformers; for tests, also of plug-ins."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from moe2edge.families import FAMILIES
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+WIDTHS: dict[str, dict[str, Any]] = {
+    "mixtral": {"intermediate_size": 32, "num_local_experts": 6},
+    "olmoe": {"intermediate_size": 32, "num_experts": 6},
+    "qwen2_moe": {
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 96,
+        "intermediate_size": 64,
+        "num_experts": 6,
+    },
+    "qwen3_moe": {
+        "moe_intermediate_size": 32,
+        "intermediate_size": 64,
+        "num_local_experts": 6,
+        "head_dim": 32,
+    },
+}
+
+
+def make_checkpoint(folder: Path, model_type: str, *, dtype: str = "float32", **changes: Any) -> Path:
+    """Write a random checkpoint of a few hundred kilobytes and return its folder.
+
+    Args:
+        folder: where to; it is made.
+        model_type: a row of the family table.
+        dtype: of the weights.
+        changes: config keys that differ from the defaults.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if model_type not in FAMILIES:
+        raise ValueError(f"no family {model_type!r}")
+    config = AutoConfig.for_model(model_type, **{**SIZES, **WIDTHS[model_type], **changes})
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config)
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:  # norms start as ones, biases as zeros: make them matter
+                torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.1)
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
+    return folder
