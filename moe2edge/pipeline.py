@@ -1,0 +1,250 @@
+"""Passes, what they declare, and running them in order under one contract.
+
+A pass either *trims* (returns a model with fewer experts or blocks; reads no number) or *slims*
+(computes new numbers, one block at a time). Adjacent trimming passes form one stage: what they
+need to know about activations is gathered in one walk over the model as it stood when the stage
+began. The pipeline, not the pass, enforces the contract.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+from moe2edge.errors import InputError, Moe2EdgeError
+from moe2edge.model import Block, Model, Weight, is_quantizable
+from moe2edge.scheme import Scheme
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moe2edge.rounding import Quantized
+    from moe2edge.walk import Seen
+
+Fact = TypeVar("Fact")
+Log = Callable[[str], None]
+Advance = Callable[[str, int, int], None]
+
+
+class Facts:
+    """What walks and passes learned, keyed by type: ``facts[RoutingStatistics]``."""
+
+    def __init__(self, facts: Sequence[object] = ()) -> None:
+        self._by_type: dict[type[Any], Any] = {type(fact): fact for fact in facts}
+
+    def __getitem__(self, kind: type[Fact]) -> Fact:
+        value: Fact = self._by_type[kind]
+        return value
+
+
+class Observer(Protocol):
+    """A visitor of a walk that gathers one fact about the model."""
+
+    def see(self, seen: Seen) -> None:
+        """Take in what one batch of one block showed."""
+        ...
+
+    def fact(self) -> object:
+        """What was learned, after the walk."""
+        ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A model after a pass, and an account of what the pass did and did not touch.
+
+    Attributes:
+        model: the new model.
+        changed: what was changed, in words of the user (``block 3``, a tensor's name).
+        skipped: what was selected but left alone, with the reason.
+        notes: what a user should know besides, such as experts that fell back to rounding.
+    """
+
+    model: Model
+    changed: tuple[str, ...] = ()
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+class Pass(BaseModel):
+    """One step of a recipe. Its fields are its options: recipe keys, validation, JSON Schema."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def check(self, model: Model) -> None:
+        """Refuse, from shapes alone, a model on which this pass cannot do its work.
+
+        Raises:
+            InputError: an option does not fit this model.
+            Unsupported: the model has something that this pass does not handle.
+        """
+
+    def plan(self, model: Model) -> Model:
+        """A model of the shape that the result will have; which parts stay is not known yet."""
+        raise NotImplementedError
+
+
+class Trim(Pass):
+    """A pass that removes structure.
+
+    Attributes:
+        rescore: begin a new stage, so that this pass is scored on the already trimmed model.
+    """
+
+    rescore: bool = False
+
+    def observers(self) -> tuple[type[Observer], ...]:
+        """Kinds of observers whose facts `apply` reads."""
+        return ()
+
+    def apply(self, model: Model, facts: Facts) -> Outcome:
+        """The trimmed model."""
+        raise NotImplementedError
+
+
+class Store(Protocol):
+    """Where solved numbers go: the work folder of an export."""
+
+    def put(self, block: Block, numbers: Mapping[str, Quantized]) -> Block:
+        """Save the numbers of a block by role; return the block with handles on them."""
+        ...
+
+
+class Solver(Protocol):
+    """The work of a slimming pass during its walk."""
+
+    def see(self, seen: Seen) -> None:
+        """Take in what one batch of the current block showed."""
+        ...
+
+    def solve(self, block: Block) -> tuple[dict[str, Quantized], list[str]]:
+        """New numbers of the current block by role, and notes; then forget the block."""
+        ...
+
+
+class Slim(Pass):
+    """A pass that computes new numbers for the tensors it selects.
+
+    Attributes:
+        needs_tokens: whether it looks at activations.
+    """
+
+    needs_tokens: ClassVar[bool] = True
+
+    def scheme(self, model: Model) -> Scheme:
+        """The scheme of the numbers it will compute."""
+        raise NotImplementedError
+
+    def solver(self, model: Model) -> Solver:
+        """A fresh solver."""
+        raise NotImplementedError
+
+    def check(self, model: Model) -> None:
+        """Refuse a model that is quantized already, or whose widths the group does not divide."""
+        group = self.scheme(model).group_size
+        for name, role, weight in model.tensors():
+            if not is_quantizable(role):
+                continue
+            if weight.scheme is not None:
+                raise InputError("the recipe quantizes twice; keep one of its quantizing passes")
+            if weight.shape[1] % group:
+                raise InputError(
+                    f"group_size {group} does not divide the {weight.shape[1]} inputs of {name}; "
+                    f"leave group_size out, or choose a divisor"
+                )
+
+    def plan(self, model: Model) -> Model:
+        """The model with the scheme on every selected tensor."""
+        scheme = self.scheme(model)
+        for block in model.blocks:
+            new = {role: _planned(weight, scheme) for role, weight in selected(block)}
+            model = model.replace_block(block.with_weights(new))
+        return model
+
+
+def selected(block: Block) -> Iterator[tuple[str, Weight]]:
+    """The tensors of a block that slimming selects, with their roles."""
+    return ((role, weight) for role, weight in block.weights() if is_quantizable(role))
+
+
+def _planned(weight: Weight, scheme: Scheme) -> Weight:
+    def not_yet() -> Tensor:
+        raise AssertionError(f"{weight.name} is only planned")
+
+    return Weight(weight.name, weight.shape, weight.dtype, load=not_yet, scheme=scheme)
+
+
+def plan(passes: Sequence[Pass], model: Model) -> Model:
+    """The shape of the result, after a check of every pass; nothing is read.
+
+    Raises:
+        InputError, Unsupported: a pass cannot do its work on this model.
+    """
+    for step in passes:
+        step.check(model)
+        model = step.plan(model)
+        model.verify()
+    return model
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Passes that share a walk: any number of trimming passes, or one slimming pass."""
+
+    passes: tuple[Pass, ...]
+
+    @property
+    def observers(self) -> tuple[type[Observer], ...]:
+        """The kinds of observers that its passes need, each once."""
+        kinds = (kind for p in self.passes if isinstance(p, Trim) for kind in p.observers())
+        return tuple(dict.fromkeys(kinds))
+
+
+def stages(passes: Sequence[Pass]) -> list[Stage]:
+    """Group passes into stages."""
+    groups: list[list[Pass]] = []
+    for step in passes:
+        joins = isinstance(step, Trim) and not step.rescore
+        if joins and groups and isinstance(groups[-1][-1], Trim):
+            groups[-1].append(step)
+        else:
+            groups.append([step])
+    return [Stage(tuple(group)) for group in groups]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A line of the report: one pass that was run."""
+
+    name: str
+    options: Mapping[str, Any]
+    changed: tuple[str, ...]
+    skipped: Mapping[str, str]
+    notes: tuple[str, ...]
+    seconds: float
+    parameters: int
+    nbytes: int
+
+
+def enforce(step: Pass, name: str, before: Model, outcome: Outcome) -> None:
+    """Hold an outcome against the contract.
+
+    Raises:
+        Moe2EdgeError: the pass changed nothing, or left out something that it selected, or the
+            result is not sound.
+    """
+    if not outcome.changed or outcome.model is before:
+        reasons = "; ".join(f"{k}: {v}" for k, v in outcome.skipped.items())
+        raise Moe2EdgeError(f"{name} changed nothing ({reasons or 'nothing matched'})")
+    if outcome.skipped:
+        first, reason = next(iter(outcome.skipped.items()))
+        raise Moe2EdgeError(f"{name} left {len(outcome.skipped)} parts alone: {first}: {reason}")
+    outcome.model.verify()
+    if isinstance(step, Slim):
+        scheme = step.scheme(before)
+        for tensor, role, weight in outcome.model.tensors():
+            if is_quantizable(role) and weight.scheme != scheme:
+                raise Moe2EdgeError(f"{name} left {tensor} in {weight.scheme or weight.dtype}")

@@ -1,0 +1,55 @@
+"""How good a model is on held-out text, and how far it is from its source."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Figures over held-out tokens.
+
+    Attributes:
+        tokens: predicted tokens.
+        perplexity: ``exp`` of the mean negative log-likelihood.
+        kl: mean ``KL(source || model)`` in nats per token, None without a source.
+        top1: part of the tokens where both have the same most likely next token.
+    """
+
+    tokens: int
+    perplexity: float
+    kl: float | None = None
+    top1: float | None = None
+
+
+def measure(ids: Tensor, logits: Iterable[Tensor], source: Iterable[Tensor] | None) -> Quality:
+    """Figures of a model, one sample in memory at a time.
+
+    Args:
+        ids: int64 [samples, length].
+        logits: of each sample, float32 [length, vocabulary].
+        source: the same of the source model.
+    """
+    nll = kl = agree = 0.0
+    count = 0
+    reference = iter(source) if source is not None else None
+    for row, mine in zip(ids, logits, strict=True):
+        log_q = mine[:-1].log_softmax(-1)
+        nll -= float(log_q.gather(1, row[1:, None]).double().sum())
+        count += len(row) - 1
+        if reference is not None:
+            log_p = next(reference)[:-1].log_softmax(-1)
+            kl += float((log_p.exp() * (log_p - log_q)).double().sum())
+            agree += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
+    perplexity = math.exp(min(nll / count, 700.0))
+    if reference is None:
+        return Quality(count, perplexity)
+    return Quality(count, perplexity, max(kl / count, 0.0), agree / count)

@@ -1,0 +1,209 @@
+"""Recipes: what to do with a model, parsed strictly and written back in full."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from moe2edge import registry
+from moe2edge.errors import InputError, did_you_mean
+from moe2edge.pipeline import Pass
+
+BUNDLED = Path(__file__).parent / "recipes"
+
+
+class TextSource(BaseModel):
+    """Where text comes from and how it is cut into samples."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    text: Annotated[str, Field(description="builtin, or a file of text or JSONL")] = "builtin"
+    samples: Annotated[int, Field(ge=1, description="number of samples")] = 128
+    length: Annotated[int, Field(ge=2, description="tokens in a sample")] = 512
+    seed: Annotated[int, Field(ge=0, description="decides which samples are taken")] = 0
+    field: Annotated[str, Field(description="field of a JSONL line that holds the text")] = "text"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A parsed recipe.
+
+    Attributes:
+        calibration: text that passes look at.
+        evaluation: held-out text that the report is about.
+        passes: the steps, in order.
+    """
+
+    calibration: TextSource
+    evaluation: TextSource
+    passes: tuple[Pass, ...]
+
+    def render(self) -> str:
+        """The recipe as YAML with every default spelt out; parsing it gives the same recipe."""
+        data = {
+            "calibration": self.calibration.model_dump(),
+            "evaluation": self.evaluation.model_dump(),
+            "passes": [{registry.name_of(p): p.model_dump()} for p in self.passes],
+        }
+        return yaml.safe_dump(data, sort_keys=False)
+
+
+DEFAULT_EVALUATION = {"samples": 32}
+
+
+def bundled() -> dict[str, Path]:
+    """The recipes that come with moe2edge."""
+    return {path.stem: path for path in sorted(BUNDLED.glob("*.yaml"))}
+
+
+def find(name_or_path: str) -> str:
+    """Text of a bundled recipe or of a file.
+
+    Raises:
+        InputError: there is neither.
+    """
+    path = bundled().get(name_or_path) or Path(name_or_path).expanduser()
+    if path.is_file():
+        return path.read_text("utf-8")
+    raise InputError(did_you_mean("recipe", name_or_path, bundled()) + ", or a file")
+
+
+def parse(text: str, settings: Sequence[str] = ()) -> Recipe:
+    """Parse a recipe.
+
+    Args:
+        text: YAML.
+        settings: overrides such as ``gptq.group_size=64`` or ``calibration.samples=16``.
+
+    Raises:
+        InputError: with the place, what was found and what was expected.
+
+    >>> parse("passes: [gptq]").passes[0].bits
+    4
+    """
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"the recipe is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise InputError("a recipe is a mapping with the keys calibration, evaluation, passes")
+    known = ("calibration", "evaluation", "passes")
+    for key in data:
+        if key not in known:
+            raise InputError(did_you_mean("key in the recipe", str(key), known))
+    steps = [_entry(entry) for entry in _list(data.get("passes"))]
+    sections = {
+        "calibration": dict(_mapping("calibration", data.get("calibration"))),
+        "evaluation": DEFAULT_EVALUATION | dict(_mapping("evaluation", data.get("evaluation"))),
+    }
+    for setting in settings:
+        _override(setting, sections, steps)
+    return Recipe(
+        _build(TextSource, "calibration", sections["calibration"]),
+        _build(TextSource, "evaluation", sections["evaluation"]),
+        tuple(_build(registry.pass_type(name), name, options) for name, options in steps),
+    )
+
+
+def _list(value: object) -> list[Any]:
+    if not isinstance(value, list):
+        raise InputError("the recipe needs 'passes', a list (an empty one exports as is)")
+    return value
+
+
+def _mapping(name: str, value: object) -> Mapping[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise InputError(f"{name}: expected options, such as {{seed: 1}}, found {value!r}")
+    return value
+
+
+def _entry(entry: object) -> tuple[str, dict[str, Any]]:
+    """A pass as ``name`` or ``name: {option: value}``."""
+    if isinstance(entry, str):
+        return entry, {}
+    if isinstance(entry, dict) and len(entry) == 1:
+        ((name, options),) = entry.items()
+        return str(name), dict(_mapping(str(name), options))
+    raise InputError(f"a pass is a name, or a name with options; found {entry!r}")
+
+
+def _override(
+    setting: str, sections: dict[str, dict[str, Any]], steps: list[tuple[str, dict[str, Any]]]
+) -> None:
+    """Carry out one ``--set``."""
+    path, equals, value = setting.partition("=")
+    name, dot, option = path.strip().partition(".")
+    if not equals or not dot or not option:
+        raise InputError(f"--set {setting}: expected name.option=value, as in gptq.group_size=64")
+    places = [options for step, options in steps if step == name]
+    places += [sections[name]] if name in sections else []
+    if not places:
+        names = {*sections, *(step for step, _ in steps)}
+        raise InputError(f"--set {setting}: {did_you_mean('part of the recipe', name, names)}")
+    if len(places) > 1:
+        raise InputError(f"--set {setting}: the recipe has {name} {len(places)} times; edit it")
+    places[0][option] = yaml.safe_load(value)
+
+
+def _build(kind: type[Any], name: str, options: Mapping[str, Any]) -> Any:
+    """Validate options; the first fault becomes one line."""
+    for key in options:
+        if key not in kind.model_fields:
+            raise InputError(did_you_mean(f"option of {name}", str(key), kind.model_fields))
+    try:
+        return kind.model_validate(options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join([name, *(str(part) for part in first["loc"][:1])])
+        if first["type"] == "missing":
+            raise InputError(f"{place} is missing: {_describe(kind, first['loc'])}") from error
+        message = first["msg"].removeprefix("Value error, ")
+        message = message.removeprefix("Input should be ").replace("Input should", "it should")
+        raise InputError(f"{place} is {first['input']!r}, expected: {message}") from error
+
+
+def _describe(kind: type[Any], place: tuple[int | str, ...]) -> str:
+    described: str = kind.model_fields[str(place[0])].description or "it has no default"
+    return described
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of recipes, for editors: options, types and defaults of every pass."""
+    definitions: dict[str, Any] = {}
+    choices: list[dict[str, Any]] = []
+    for name in registry.pass_names():
+        schema = registry.pass_type(name).model_json_schema()
+        definitions |= schema.pop("$defs", {})
+        definitions[name] = schema
+        ref = {"$ref": f"#/$defs/{name}"}
+        if not schema.get("required"):
+            choices.append({"const": name})
+        choices.append(
+            {
+                "type": "object",
+                "properties": {name: ref},
+                "required": [name],
+                "additionalProperties": False,
+            }
+        )
+    text = TextSource.model_json_schema()
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "moe2edge recipe",
+        "type": "object",
+        "properties": {
+            "calibration": text,
+            "evaluation": text,
+            "passes": {"type": "array", "items": {"anyOf": choices}},
+        },
+        "required": ["passes"],
+        "additionalProperties": False,
+        "$defs": definitions,
+    }

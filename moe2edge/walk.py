@@ -1,0 +1,284 @@
+"""The streaming walk: run text through a model one block at a time.
+
+Each block is transformers' own decoder block, built for that block's actual shape, so that every
+family's numerics are transformers'. It is loaded, the hidden states of all samples pass through
+it, visitors see what happened inside, and it is forgotten. Everything runs in float32: weights in
+bfloat16 are exact in it, and so the walk is the reference that runtimes are compared with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+
+from moe2edge.model import Block, Dense, Model, MoELayer
+from moe2edge.pipeline import Advance, Observer, Solver, Store
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Tokens in a batch: large enough for fast products, small against the hidden states of a sample.
+BATCH_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What the router of a block did with N tokens.
+
+    Attributes:
+        inputs: input of the MoE layer, [N, hidden].
+        logits: router logits, [N, experts].
+        weights: what expert outputs are multiplied with, [N, k].
+        ids: the chosen experts, int64 [N, k].
+    """
+
+    inputs: Tensor
+    logits: Tensor
+    weights: Tensor
+    ids: Tensor
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one batch of one block showed.
+
+    Attributes:
+        block: the block.
+        inputs, outputs: its residual stream, [batch, length, hidden].
+        routing: what its router did, None for a dense block.
+        linear_inputs: inputs [N, in] of the matrices of attention, shared expert and dense MLP,
+            by role.
+        expert_hidden: input [n, width] of ``down`` of an expert for its inputs [n, hidden].
+        expert_output: output [n, hidden] of an expert for its inputs [n, hidden].
+    """
+
+    block: Block
+    inputs: Tensor
+    outputs: Tensor
+    routing: Routing | None
+    linear_inputs: Mapping[str, Tensor]
+    expert_hidden: Callable[[int, Tensor], Tensor]
+    expert_output: Callable[[int, Tensor], Tensor]
+
+
+class BlockRunner:
+    """One block of a model, loaded in float32 into transformers' own module."""
+
+    def __init__(self, model: Model, block: Block) -> None:
+        self.block = block
+        alone = replace(model, blocks=(replace(block, index=0),))
+        self._base = _skeleton(alone)
+        state = block_state(block)
+        self._base.layers[0].load_state_dict(state, strict=True, assign=True)
+        self._layer = self._base.layers[0]
+
+    @torch.no_grad()
+    def run(self, hidden: Tensor) -> Tensor:
+        """Output of the block for ``hidden`` [batch, length, hidden]."""
+        out: Tensor = self._base(inputs_embeds=hidden, use_cache=False).last_hidden_state
+        return out
+
+    @torch.no_grad()
+    def watch(self, hidden: Tensor) -> Seen:
+        """Like `run`, and keep what happened inside."""
+        inputs: dict[str, Tensor] = {}
+        routed: dict[str, Any] = {}
+
+        def keep_input(role: str) -> Callable[..., None]:
+            def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+                inputs[role] = args[0].flatten(0, -2)
+
+            return hook
+
+        def keep_routing(_: nn.Module, args: tuple[Tensor, ...], out: tuple[Tensor, ...]) -> None:
+            flat = args[0].flatten(0, -2)
+            routed["routing"] = Routing(flat, out[0].float(), out[1].float(), out[2])
+
+        hooks = [
+            module.register_forward_pre_hook(keep_input(role))
+            for role, module in self._linear_modules()
+        ]
+        if isinstance(self.block.mlp, MoELayer):
+            hooks.append(self._layer.mlp.gate.register_forward_hook(keep_routing))
+        try:
+            outputs = self.run(hidden)
+        finally:
+            for handle in hooks:
+                handle.remove()
+        return Seen(
+            self.block,
+            hidden,
+            outputs,
+            routed.get("routing"),
+            inputs,
+            self._expert_hidden,
+            self._expert_output,
+        )
+
+    def _linear_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        for role, _ in self.block.weights():
+            kind, _, rest = role.partition(".")
+            if kind == "attention" and rest.endswith("_proj.weight"):
+                yield role, getattr(self._layer.self_attn, rest.removesuffix(".weight"))
+            elif kind == "shared" and rest != "router":
+                yield role, getattr(self._layer.mlp.shared_expert, f"{rest}_proj")
+            elif kind == "dense":
+                yield role, getattr(self._layer.mlp, f"{rest}_proj")
+
+    @torch.no_grad()
+    def _expert_hidden(self, expert: int, inputs: Tensor) -> Tensor:
+        gate, up = (inputs @ self._layer.mlp.experts.gate_up_proj[expert].T).chunk(2, dim=-1)
+        return nn.functional.silu(gate) * up
+
+    @torch.no_grad()
+    def _expert_output(self, expert: int, inputs: Tensor) -> Tensor:
+        down: Tensor = self._layer.mlp.experts.down_proj[expert]
+        return self._expert_hidden(expert, inputs) @ down.T
+
+
+def _skeleton(model: Model) -> Any:
+    """transformers' base model with the single block of ``model``, no embeddings, no last norm.
+
+    Driving the base model rather than the decoder layer leaves masks, positions and sliding
+    windows to transformers.
+    """
+    from transformers import AutoConfig, AutoModel
+
+    settings = model.family.config_of(model)
+    settings = {k: v for k, v in settings.items() if k not in ("model_type", "quantization_config")}
+    # The skeleton has no embedding table; ids of special tokens would point outside of it.
+    settings |= {"vocab_size": 1, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+    config = AutoConfig.for_model(model.family.model_type, **settings)
+    with torch.device("meta"):
+        base = AutoModel.from_config(config, dtype=torch.float32)
+    base.rotary_emb = type(base.rotary_emb)(config=config)
+    base.norm = nn.Identity()
+    base.embed_tokens = None
+    return base.eval()
+
+
+def block_state(block: Block) -> dict[str, Tensor]:
+    """The block's numbers in float32 under transformers' names in memory, experts fused."""
+    state: dict[str, Tensor] = {}
+    for role, weight in block.weights():
+        kind, _, rest = role.partition(".")
+        if kind == "norms":
+            state[rest] = weight.load().float()
+        elif kind == "attention":
+            state[f"self_attn.{rest}"] = weight.load().float()
+        elif kind == "router":
+            state[f"mlp.gate.{rest}"] = weight.load().float()
+        elif role == "shared.router":
+            state["mlp.shared_expert_gate.weight"] = weight.load().float()
+        elif kind == "shared":
+            state[f"mlp.shared_expert.{rest}_proj.weight"] = weight.load().float()
+        elif kind == "dense":
+            state[f"mlp.{rest}_proj.weight"] = weight.load().float()
+    if isinstance(block.mlp, MoELayer):
+        state |= _fused_experts(block.mlp.experts)
+    return state
+
+
+def _fused_experts(experts: Sequence[Dense]) -> dict[str, Tensor]:
+    """``gate_up_proj`` [experts, 2 width, hidden] and ``down_proj`` [experts, hidden, width]."""
+    width, hidden = experts[0].gate.shape
+    gate_up = torch.empty(len(experts), 2 * width, hidden)
+    down = torch.empty(len(experts), hidden, width)
+    for n, expert in enumerate(experts):
+        gate_up[n, :width] = expert.gate.load()
+        gate_up[n, width:] = expert.up.load()
+        down[n] = expert.down.load()
+    return {"mlp.experts.gate_up_proj": gate_up, "mlp.experts.down_proj": down}
+
+
+def embed(model: Model, tokens: Tensor) -> Tensor:
+    """Rows of the embedding table, float32 [samples, length, hidden]."""
+    return cast("Tensor", model.rest["model.embed_tokens.weight"].load()[tokens].float())
+
+
+def batches(tokens: Tensor) -> list[slice]:
+    """Ranges of samples of about `BATCH_TOKENS` tokens."""
+    size = max(1, BATCH_TOKENS // tokens.shape[1])
+    return [slice(at, at + size) for at in range(0, len(tokens), size)]
+
+
+def observe(
+    model: Model, tokens: Tensor, observers: Sequence[Observer], advance: Advance, label: str
+) -> Tensor:
+    """Walk over ``tokens`` int64 [samples, length]; hidden states after the last block."""
+    hidden = embed(model, tokens)
+    for block in model.blocks:
+        advance(label, block.index, len(model.blocks))
+        runner = BlockRunner(model, block)
+        for part in batches(tokens):
+            if observers:
+                seen = runner.watch(hidden[part])
+                for observer in observers:
+                    observer.see(seen)
+                hidden[part] = seen.outputs
+            else:
+                hidden[part] = runner.run(hidden[part])
+    advance(label, len(model.blocks), len(model.blocks))
+    return hidden
+
+
+def solve(
+    model: Model,
+    tokens: Tensor | None,
+    solver: Solver,
+    store: Store,
+    advance: Advance,
+    label: str,
+) -> tuple[Model, list[str], list[str]]:
+    """Solve block after block; later blocks see the outputs of the blocks as solved.
+
+    Args:
+        model: what to solve.
+        tokens: int64 [samples, length]; None for a solver that looks at no activations.
+        solver: computes new numbers.
+        store: keeps them.
+        advance: told about progress.
+        label: name of the work in progress lines.
+
+    Returns:
+        The new model, the names of all tensors that were solved, and the solver's notes.
+    """
+    changed: list[str] = []
+    notes: list[str] = []
+    hidden = None if tokens is None else embed(model, tokens)
+    for block in model.blocks:
+        advance(label, block.index, len(model.blocks))
+        if tokens is not None and hidden is not None:
+            runner = BlockRunner(model, block)
+            for part in batches(tokens):
+                solver.see(runner.watch(hidden[part]))
+            del runner
+        numbers, said = solver.solve(block)
+        notes += said
+        changed += [model.family.disk_name(block.index, role) for role in numbers]
+        solved = store.put(block, numbers)
+        model = model.replace_block(solved)
+        if tokens is not None and hidden is not None and block.index + 1 < len(model.blocks):
+            runner = BlockRunner(model, solved)
+            for part in batches(tokens):
+                hidden[part] = runner.run(hidden[part])
+    advance(label, len(model.blocks), len(model.blocks))
+    return model, changed, notes
+
+
+@torch.no_grad()
+def head_logits(model: Model, hidden: Tensor) -> Iterator[Tensor]:
+    """Logits float32 [length, vocabulary] of each sample of ``hidden`` [samples, length, hidden].
+
+    All families end in an RMS norm and a linear head without bias.
+    """
+    norm = model.rest["model.norm.weight"].load().float()
+    head_name = "lm_head.weight" if "lm_head.weight" in model.rest else "model.embed_tokens.weight"
+    head = model.rest[head_name].load().float()
+    eps = model.family.geometry(model.config).eps
+    for sample in hidden:
+        yield nn.functional.rms_norm(sample, norm.shape, norm, eps) @ head.T
