@@ -25,6 +25,7 @@ class Tokens:
         ids: int64 [samples, length].
         name: where the text is from.
         sha256: digest of the ids.
+
     """
 
     ids: Tensor
@@ -37,6 +38,7 @@ def read_texts(source: TextSource, purpose: str) -> list[str]:
 
     Raises:
         InputError: the file is missing, empty, not UTF-8, or a line is not as announced.
+
     """
     if source.text == "builtin":
         path = BUILTIN_FOLDER / f"{purpose}.txt"
@@ -76,7 +78,9 @@ def _jsonl(path: Path, text: str, field: str) -> list[str]:
     return found
 
 
-def load_tokens(source: TextSource, tokenizer: Any, purpose: str, limits: tuple[int, int]) -> Tokens:
+def load_tokens(
+    source: TextSource, tokenizer: Any, purpose: str, limits: tuple[int, int]
+) -> Tokens:
     """Cut the text of ``source`` into samples; which ones is decided by its seed alone.
 
     Args:
@@ -87,6 +91,7 @@ def load_tokens(source: TextSource, tokenizer: Any, purpose: str, limits: tuple[
 
     Raises:
         InputError: the text is missing, empty or too short, or samples are too long for the model.
+
     """
     import numpy as np
     import torch
@@ -103,10 +108,11 @@ def load_tokens(source: TextSource, tokenizer: Any, purpose: str, limits: tuple[
         stream += end + tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     windows = len(stream) // source.length
     if windows < source.samples:
+        remedy = f", or --set {purpose}.samples={windows}" if windows else ""
         raise InputError(
-            f"{purpose} text {source.text} is too short: {len(stream):,} tokens, but {source.samples}"
-            f" samples of {source.length} need {source.samples * source.length:,}; give more text, "
-            f"or --set {purpose}.samples={windows}"
+            f"{purpose} text {source.text} is too short: {len(stream):,} tokens, but "
+            f"{source.samples} samples of {source.length} need "
+            f"{source.samples * source.length:,}; give more text{remedy}"
         )
     chosen = np.random.default_rng(source.seed).permutation(windows)[: source.samples]
     rows = torch.tensor(stream[: windows * source.length]).view(windows, source.length)

@@ -1,7 +1,7 @@
 """Open a Hugging Face checkpoint lazily, and write one shard by shard.
 
-Opening reads headers only. MODEL is a local folder, a hub id (``org/name`` or ``org/name@revision``)
-or ``builtin:tiny-moe``. Only safetensors are read; nothing of a checkpoint is ever executed.
+Opening reads headers only. MODEL is a local folder, a hub id (``org/name`` or
+``org/name@revision``), or ``builtin:tiny-moe``. Only safetensors are read; nothing of a checkpoint is ever executed.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ class Checkpoint:
         folder: where its files are.
         revision: commit of a hub model, None for a folder.
         config: ``config.json``.
+
     """
 
     source: str
@@ -60,6 +61,7 @@ class Checkpoint:
 
         Raises:
             InputError: a shard is missing or damaged, or the weights are pickles only.
+
         """
         index = self.folder / "model.safetensors.index.json"
         single = self.folder / "model.safetensors"
@@ -104,6 +106,7 @@ class Checkpoint:
         Raises:
             InputError: a tensor is missing or has the wrong shape, the model is quantized already.
             Unsupported: the family or a setting of its config is not supported.
+
         """
         if self.config.get("quantization_config") or self.config.get("compression_config"):
             raise InputError(
@@ -111,14 +114,14 @@ class Checkpoint:
             )
         if self.config.get("per_layer_config"):
             raise Unsupported(f"{self.source} has layers of unequal size (per_layer_config)")
-        family = family_of(self.config)
+        family, files = family_of(self.config), self.files
         taken: set[str] = set()
 
         def take(name: str, shape: tuple[int, ...]) -> Weight:
-            if name not in self.files:
+            if name not in files:
                 raise InputError(f"{self.source} has no tensor {name}")
             taken.add(name)
-            weight = stored_weight(self.files[name], name)
+            weight = stored_weight(files[name], name)
             if weight.shape != shape:
                 raise InputError(
                     f"{name} has shape {list(weight.shape)}, but config.json asks for {list(shape)}"
@@ -126,7 +129,7 @@ class Checkpoint:
             return weight
 
         model = family.build(self.config, take)
-        spare = set(self.files) - taken
+        spare = set(files) - taken
         # Tied heads and rotary tables are written by some tools; they repeat what is known.
         spare -= {"lm_head.weight"} if self.config.get("tie_word_embeddings") else set()
         spare = {name for name in spare if not name.endswith("rotary_emb.inv_freq")}
@@ -159,6 +162,7 @@ def open_checkpoint(
 
     Raises:
         InputError: there is no such model, or it is no checkpoint.
+
     """
     folder, commit = _locate(source, revision, cache_dir)
     config = folder / "config.json"
@@ -187,14 +191,19 @@ def _locate(source: str, revision: str | None, cache_dir: Path | None) -> tuple[
 def _download(name: str, revision: str | None, cache_dir: Path | None) -> tuple[Path, str]:
     """Files of a hub model in the local cache; fetches what is missing unless offline."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         folder = snapshot_download(
             name,
             revision=revision,
             cache_dir=cache_dir,
-            allow_patterns=["config.json", "*.safetensors", "*.safetensors.index.json", *COMPANIONS],
+            allow_patterns=[
+                "config.json",
+                "*.safetensors",
+                "*.safetensors.index.json",
+                *COMPANIONS,
+            ],
         )
     except LocalEntryNotFoundError as error:
         raise InputError(
@@ -240,6 +249,7 @@ def stored_weight(path: Path, name: str) -> Weight:
 
     Raises:
         Unsupported: its dtype is not a floating-point one that we read.
+
     """
     with _open(path) as file:
         part = file.get_slice(name)

@@ -75,6 +75,7 @@ class Family:
         dense_layers: whether ``mlp_only_layers`` and ``decoder_sparse_step`` are honoured.
         window: how sliding windows are switched on.
         clips: whether ``clip_qkv`` is honoured.
+
     """
 
     model_type: str
@@ -151,6 +152,7 @@ class Family:
 
         Raises:
             Unsupported: a key is set that changes inference and is not supported here.
+
         """
         refused = {
             key: config[key]
@@ -168,7 +170,10 @@ class Family:
                 f"rope type {kind!r} depends on the length of the text; "
                 f"supported: {', '.join(STATIC_ROPE)}"
             )
-        if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1)) not in (1, 1.0):
+        if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1)) not in (
+            1,
+            1.0,
+        ):
             raise Unsupported("partial rotary embeddings are not supported")
 
     def geometry(self, config: Config) -> Geometry:
@@ -176,6 +181,7 @@ class Family:
 
         Raises:
             InputError: a size is missing or not a positive number.
+
         """
         heads = _size(config, "num_attention_heads")
         hidden = _size(config, "hidden_size")
@@ -210,6 +216,7 @@ class Family:
 
         Raises:
             Unsupported: ``layer_types`` names a kind of attention that is not known.
+
         """
         size = config.get("sliding_window") or None
         if self.window == "none":
@@ -298,9 +305,7 @@ class Family:
                     else self.renormalize
                 ),
             )
-            experts = tuple(
-                Expert(**mlp(f"experts.{n}", width), origin=n) for n in range(count)
-            )
+            experts = tuple(Expert(**mlp(f"experts.{n}", width), origin=n) for n in range(count))
             shared = None
             if self.shared:
                 shared_width = _size(config, "shared_expert_intermediate_size")
@@ -353,6 +358,7 @@ class Family:
 
         Raises:
             Moe2EdgeError: a shape differs.
+
         """
         geometry = self.geometry(model.config)
         for block in model.blocks:
@@ -378,6 +384,7 @@ def _size(config: Config, key: str, default: int | None = None) -> int:
 
     Raises:
         InputError: it is missing or something else.
+
     """
     value = config.get(key)
     if value is None:
@@ -456,6 +463,7 @@ def family_of(config: Config) -> Family:
     Raises:
         InputError: the config does not name a model type.
         Unsupported: the family is not known, or the model has no experts.
+
     """
     kind = config.get("model_type")
     if not isinstance(kind, str):

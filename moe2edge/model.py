@@ -35,6 +35,7 @@ class Weight:
         load: reads the numbers; a quantized weight comes back dequantized, float32.
         scheme: how it is quantized, None if it is not.
         load_quantized: reads integers and scales of a quantized weight.
+
     """
 
     name: str
@@ -42,9 +43,7 @@ class Weight:
     dtype: str
     load: Callable[[], Tensor] = field(compare=False, repr=False)
     scheme: Scheme | None = None
-    load_quantized: Callable[[], Quantized] | None = field(
-        default=None, compare=False, repr=False
-    )
+    load_quantized: Callable[[], Quantized] | None = field(default=None, compare=False, repr=False)
 
     @property
     def count(self) -> int:
@@ -63,6 +62,7 @@ class Weight:
 
         Raises:
             Moe2EdgeError: the weight is not quantized.
+
         """
         if self.load_quantized is None:
             raise Moe2EdgeError(f"{self.name} is not quantized")
@@ -102,6 +102,7 @@ class Router:
         top_k: experts chosen per token.
         renormalize: whether the chosen weights are scaled to sum to one.
         per_expert: further tensors with one entry per expert (bias, correction bias), by suffix.
+
     """
 
     weight: Weight
@@ -126,6 +127,7 @@ class MoELayer:
         Raises:
             InputError: an id is unknown or repeated, or fewer experts stay than top-k chooses
                 and ``clamp_top_k`` is not set.
+
         """
         if len(set(ids)) != len(ids) or not all(0 <= i < len(self.experts) for i in ids):
             raise InputError(f"cannot keep experts {list(ids)} of {len(self.experts)}")
@@ -170,6 +172,7 @@ class Block:
         norms: the two norms by suffix.
         mlp: what follows attention.
         window: tokens that attention sees at most, None for all.
+
     """
 
     index: int
@@ -180,7 +183,7 @@ class Block:
     window: int | None = None
 
     def weights(self) -> Iterator[tuple[str, Weight]]:
-        """All tensors with their roles, such as ``experts.3.gate`` or ``attention.q_proj.weight``."""
+        """All tensors with their roles: ``experts.3.gate``, ``attention.q_proj.weight``, ..."""
         for suffix, weight in self.norms.items():
             yield f"norms.{suffix}", weight
         for suffix, weight in self.attention.items():
@@ -202,6 +205,7 @@ class Block:
 
         Raises:
             Moe2EdgeError: a role is not one of this block's.
+
         """
         if unknown := set(new) - {role for role, _ in self.weights()}:
             raise Moe2EdgeError(f"block {self.index} has no {sorted(unknown)}")
@@ -219,9 +223,7 @@ class Block:
             router = replace(
                 mlp.router,
                 weight=new.get("router.weight", mlp.router.weight),
-                per_expert={
-                    k: new.get(f"router.{k}", w) for k, w in mlp.router.per_expert.items()
-                },
+                per_expert={k: new.get(f"router.{k}", w) for k, w in mlp.router.per_expert.items()},
             )
             shared = mlp.shared and Shared(
                 swap_mlp("shared", mlp.shared.mlp), new.get("shared.router", mlp.shared.gate)
@@ -267,6 +269,7 @@ class Model:
         config: ``config.json`` of the source, untouched; `Family.config_of` writes the new one.
         blocks: the transformer blocks, in order.
         rest: tensors outside of blocks by their name on disk (embeddings, last norm, head).
+
     """
 
     family: Family
@@ -342,6 +345,7 @@ class Model:
         Raises:
             Moe2EdgeError: router rows differ from experts, top-k cannot be reached, blocks are
                 not numbered in order, shapes disagree with the config, a tensor appears twice.
+
         """
         names = Counter(name for name, _, _ in self.tensors())
         if twice := [name for name, n in names.items() if n > 1]:

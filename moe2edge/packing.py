@@ -25,9 +25,9 @@ def unpack_nibbles(packed: Tensor) -> Tensor:
 
 def pack_int32(q: Tensor, dim: int) -> Tensor:
     """Eight integers to an int32 along ``dim``, the lowest index in the lowest nibble."""
-    moved = q.movedim(dim, -1).to(torch.int64).unflatten(-1, (-1, 8))
+    moved = q.movedim(dim, -1).to(torch.int64)
     shifts = torch.arange(0, 32, 4, dtype=torch.int64)
-    words = (moved << shifts).sum(-1)
+    words = (moved.reshape(*moved.shape[:-1], -1, 8) << shifts).sum(-1)
     signed = torch.where(words >= 1 << 31, words - (1 << 32), words)
     return signed.to(torch.int32).movedim(-1, dim).contiguous()
 
@@ -51,6 +51,7 @@ def pack_gptq(q: Tensor, scales: Tensor, group_size: int) -> dict[str, Tensor]:
         ``qweight`` int32 [in / 8, out], ``qzeros`` int32 [groups, out / 8], ``scales`` float16
         [groups, out], ``g_idx`` int32 [in]. Version 1 stores each zero point minus one, so every
         nibble of ``qzeros`` is 7.
+
     """
     outs, ins = q.shape
     zeros = torch.full((ins // group_size, outs), 7, dtype=torch.uint8)

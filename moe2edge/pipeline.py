@@ -61,6 +61,7 @@ class Outcome:
         changed: what was changed, in words of the user (``block 3``, a tensor's name).
         skipped: what was selected but left alone, with the reason.
         notes: what a user should know besides, such as experts that fell back to rounding.
+
     """
 
     model: Model
@@ -80,6 +81,7 @@ class Pass(BaseModel):
         Raises:
             InputError: an option does not fit this model.
             Unsupported: the model has something that this pass does not handle.
+
         """
 
     def plan(self, model: Model) -> Model:
@@ -92,6 +94,7 @@ class Trim(Pass):
 
     Attributes:
         rescore: begin a new stage, so that this pass is scored on the already trimmed model.
+
     """
 
     rescore: bool = False
@@ -130,6 +133,7 @@ class Slim(Pass):
 
     Attributes:
         needs_tokens: whether it looks at activations.
+
     """
 
     needs_tokens: ClassVar[bool] = True
@@ -182,6 +186,7 @@ def plan(passes: Sequence[Pass], model: Model) -> Model:
 
     Raises:
         InputError, Unsupported: a pass cannot do its work on this model.
+
     """
     for step in passes:
         step.check(model)
@@ -235,6 +240,7 @@ def enforce(step: Pass, name: str, before: Model, outcome: Outcome) -> None:
     Raises:
         Moe2EdgeError: the pass changed nothing, or left out something that it selected, or the
             result is not sound.
+
     """
     if not outcome.changed or outcome.model is before:
         reasons = "; ".join(f"{k}: {v}" for k, v in outcome.skipped.items())

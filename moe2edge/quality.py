@@ -7,8 +7,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -22,6 +20,7 @@ class Quality:
         perplexity: ``exp`` of the mean negative log-likelihood.
         kl: mean ``KL(source || model)`` in nats per token, None without a source.
         top1: part of the tokens where both have the same most likely next token.
+
     """
 
     tokens: int
@@ -37,6 +36,7 @@ def measure(ids: Tensor, logits: Iterable[Tensor], source: Iterable[Tensor] | No
         ids: int64 [samples, length].
         logits: of each sample, float32 [length, vocabulary].
         source: the same of the source model.
+
     """
     nll = kl = agree = 0.0
     count = 0

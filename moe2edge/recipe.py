@@ -37,6 +37,7 @@ class Recipe:
         calibration: text that passes look at.
         evaluation: held-out text that the report is about.
         passes: the steps, in order.
+
     """
 
     calibration: TextSource
@@ -50,7 +51,8 @@ class Recipe:
             "evaluation": self.evaluation.model_dump(),
             "passes": [{registry.name_of(p): p.model_dump()} for p in self.passes],
         }
-        return yaml.safe_dump(data, sort_keys=False)
+        text: str = yaml.safe_dump(data, sort_keys=False)
+        return text
 
 
 DEFAULT_EVALUATION = {"samples": 32}
@@ -66,6 +68,7 @@ def find(name_or_path: str) -> str:
 
     Raises:
         InputError: there is neither.
+
     """
     path = bundled().get(name_or_path) or Path(name_or_path).expanduser()
     if path.is_file():
@@ -85,6 +88,7 @@ def parse(text: str, settings: Sequence[str] = ()) -> Recipe:
 
     >>> parse("passes: [gptq]").passes[0].bits
     4
+
     """
     try:
         data = yaml.safe_load(text)

@@ -24,6 +24,7 @@ class Quantized:
         q: uint8 [out, in], values ``0 .. 2**bits - 1``.
         scales: float32 [out, in / group_size], each exact in bfloat16 and in float16.
         scheme: how to read them.
+
     """
 
     q: Tensor
@@ -58,7 +59,7 @@ def group_scales(weight: Tensor, scheme: Scheme) -> Tensor:
     The grid reaches from -8 to 7 scales, so 7.5 splits the error of the two ends; it is GPTQ's
     own symmetric grid (Frantar et al., 2022, https://arxiv.org/abs/2210.17323).
     """
-    grouped = weight.float().unflatten(-1, (-1, scheme.group_size))
+    grouped = weight.float().reshape(*weight.shape[:-1], -1, scheme.group_size)
     return portable_scales(grouped.abs().amax(-1) / (scheme.zero_point - 0.5))
 
 

@@ -46,6 +46,7 @@ class Target:
 
     Attributes:
         summary: one line for ``moe2edge targets``.
+
     """
 
     summary: ClassVar[str]
@@ -55,6 +56,7 @@ class Target:
 
         Raises:
             Unsupported: with what it cannot hold, and which target could.
+
         """
         raise NotImplementedError
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from moe2edge.families import FAMILIES
+
+# make(family, **config changes) -> folder
+Make = Callable[..., Path]
 
 SIZES: dict[str, Any] = {
     "vocab_size": 96,
@@ -38,7 +42,9 @@ WIDTHS: dict[str, dict[str, Any]] = {
 }
 
 
-def make_checkpoint(folder: Path, model_type: str, *, dtype: str = "float32", **changes: Any) -> Path:
+def make_checkpoint(
+    folder: Path, model_type: str, *, dtype: str = "float32", **changes: Any
+) -> Path:
     """Write a random checkpoint of a few hundred kilobytes and return its folder.
 
     Args:
@@ -46,6 +52,7 @@ def make_checkpoint(folder: Path, model_type: str, *, dtype: str = "float32", **
         model_type: a row of the family table.
         dtype: of the weights.
         changes: config keys that differ from the defaults.
+
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -61,3 +68,15 @@ def make_checkpoint(folder: Path, model_type: str, *, dtype: str = "float32", **
                 torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.1)
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     return folder
+
+
+def make_tokenizer(folder: Path) -> None:
+    """Write a tokenizer of 96 entries, one per printable ASCII character and one end token."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<end>": 0} | {chr(32 + n): n + 1 for n in range(95)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<end>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
+    wrapped.save_pretrained(folder)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -34,6 +34,7 @@ class Routing:
         logits: router logits, [N, experts].
         weights: what expert outputs are multiplied with, [N, k].
         ids: the chosen experts, int64 [N, k].
+
     """
 
     inputs: Tensor
@@ -54,6 +55,7 @@ class Seen:
             by role.
         expert_hidden: input [n, width] of ``down`` of an expert for its inputs [n, hidden].
         expert_output: output [n, hidden] of an expert for its inputs [n, hidden].
+
     """
 
     block: Block
@@ -131,7 +133,8 @@ class BlockRunner:
 
     @torch.no_grad()
     def _expert_hidden(self, expert: int, inputs: Tensor) -> Tensor:
-        gate, up = (inputs @ self._layer.mlp.experts.gate_up_proj[expert].T).chunk(2, dim=-1)
+        both: Tensor = inputs @ self._layer.mlp.experts.gate_up_proj[expert].T
+        gate, up = both.chunk(2, dim=-1)
         return nn.functional.silu(gate) * up
 
     @torch.no_grad()
@@ -141,7 +144,7 @@ class BlockRunner:
 
 
 def _skeleton(model: Model) -> Any:
-    """transformers' base model with the single block of ``model``, no embeddings, no last norm.
+    """Transformers' base model with the single block of ``model``, no embeddings, no last norm.
 
     Driving the base model rather than the decoder layer leaves masks, positions and sliding
     windows to transformers.
@@ -197,7 +200,7 @@ def _fused_experts(experts: Sequence[Dense]) -> dict[str, Tensor]:
 
 def embed(model: Model, tokens: Tensor) -> Tensor:
     """Rows of the embedding table, float32 [samples, length, hidden]."""
-    return cast("Tensor", model.rest["model.embed_tokens.weight"].load()[tokens].float())
+    return model.rest["model.embed_tokens.weight"].load()[tokens].float()
 
 
 def batches(tokens: Tensor) -> list[slice]:
@@ -246,6 +249,7 @@ def solve(
 
     Returns:
         The new model, the names of all tensors that were solved, and the solver's notes.
+
     """
     changed: list[str] = []
     notes: list[str] = []

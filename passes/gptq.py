@@ -175,7 +175,8 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor | None:
             inverse = torch.cholesky_inverse(lower)
             upper, info = torch.linalg.cholesky_ex(inverse, upper=True)
             if info == 0 and bool(upper.isfinite().all()):
-                return upper
+                found: Tensor = upper
+                return found
         damping *= 10
     return None
 
@@ -191,6 +192,7 @@ def solve(weights: Tensor, factors: Tensor, scheme: Scheme) -> tuple[Tensor, Ten
     Returns:
         Integers uint8 [batch, out, in] and scales float32 [batch, out, in / group_size]. The
         scale of a group is chosen when the solver reaches it, from the weights as updated.
+
     """
     import torch
 

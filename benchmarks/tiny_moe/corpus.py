@@ -24,7 +24,10 @@ ALWAYS_EVALUATION = frozenset(
 )
 ALWAYS_HELD_OUT_FILES = frozenset(
     {"unittest/test/test_async_case.py", "xml/dom/minicompat.py"}
-    | {f"test/test_importlib/{name}.py" for name in ("import_/test_caching", "test_locks", "update-zips")}
+    | {
+        f"test/test_importlib/{name}.py"
+        for name in ("import_/test_caching", "test_locks", "update-zips")
+    }
 )
 
 

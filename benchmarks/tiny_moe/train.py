@@ -49,7 +49,7 @@ def make_config() -> OlmoeConfig:
         num_experts=16,
         num_experts_per_tok=4,
         norm_topk_prob=False,
-        max_position_embeddings=1024,
+        max_position_embeddings=LENGTH,
         tie_word_embeddings=True,
         router_aux_loss_coef=0.01,
         bos_token_id=0,

@@ -1,0 +1,398 @@
+"""The command line: one verb each. Results on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from moe2edge.errors import InputError, Moe2EdgeError, VerificationFailed
+
+if TYPE_CHECKING:
+    from moe2edge.export import Watcher
+
+INTERRUPTED = 130
+EXIT_CODES = """\b
+Exit codes: 0 done; 1 failed while running; 2 the command, recipe, model or
+text is wrong; 5 does not fit on the disk; 6 not supported; 7 verification
+failed; 130 interrupted."""
+
+
+class Group(click.Group):
+    """Commands with the project's exit codes."""
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        """Run; every error that is ours becomes one line and its exit code."""
+        as_json = "--json" in sys.argv
+        signal.signal(signal.SIGTERM, _terminate)
+        try:
+            super().main(*args, **{**extra, "standalone_mode": False})
+        except click.exceptions.Exit as error:
+            sys.exit(error.exit_code)
+        except click.ClickException as error:
+            _fail(error.format_message(), error.exit_code, as_json)
+        except Moe2EdgeError as error:
+            if os.environ.get("MOE2EDGE_DEBUG"):
+                traceback.print_exc()
+            _fail(str(error), error.exit_code, as_json)
+        except (click.Abort, KeyboardInterrupt):
+            _fail("interrupted; nothing was left behind", INTERRUPTED, as_json)
+        except BrokenPipeError:
+            sys.stderr.close()
+            sys.exit(1)
+
+
+def _terminate(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _fail(message: str, code: int, as_json: bool) -> NoReturn:
+    if as_json:
+        click.echo(json.dumps({"ok": False, "error": {"code": code, "message": message}}))
+    click.echo(f"error: {message}", err=True)
+    sys.exit(code)
+
+
+def _emit(data: dict[str, Any]) -> None:
+    click.echo(json.dumps({"ok": True, **data}, indent=2, ensure_ascii=False))
+
+
+def _print_table(table: Any) -> None:
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else 150
+    Console(width=width).print(table)
+
+
+def _quiet_libraries() -> None:
+    """No bars and notices of libraries between our own lines."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _watcher(quiet: bool) -> Watcher:
+    """Progress on stderr: a bar on a terminal, a line every few seconds elsewhere."""
+    from moe2edge.export import Watcher
+
+    if quiet:
+        return Watcher(lambda _: None, lambda *_: None)
+    begun = time.perf_counter()
+    last: dict[str, float] = {}
+
+    def log(line: str) -> None:
+        click.echo(line, err=True)
+
+    def advance(label: str, done: int, total: int) -> None:
+        now = time.perf_counter()
+        text = f"[{now - begun:6.1f} s] {label}: {done} of {total}"
+        if sys.stderr.isatty():
+            bar = "=" * round(30 * done / max(total, 1))
+            click.echo(f"\r{text} [{bar:<30}]\x1b[K", nl=done == total, err=True)
+        elif done == total or now - last.get(label, begun) > 10:
+            last[label] = now
+            click.echo(text, err=True)
+
+    return Watcher(log, advance)
+
+
+def _checkpoint(model: str, revision: str | None, cache_dir: Path | None) -> Any:
+    from moe2edge.checkpoint import open_checkpoint
+
+    return open_checkpoint(model, revision=revision, cache_dir=cache_dir)
+
+
+Command = Callable[..., Any]
+
+
+def _from_hub(command: Command) -> Command:
+    """Options that say which files of the hub MODEL means."""
+    command = click.option("--revision", help="Branch, tag or commit of a hub model.")(command)
+    return click.option("--cache-dir", type=click.Path(path_type=Path), help="Cache of hub files.")(
+        command
+    )
+
+
+JSON = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+FOLDER = click.argument("folder", type=click.Path(path_type=Path))
+
+
+@click.group(cls=Group, epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="moe2edge")
+def main() -> None:
+    """Compress Mixture-of-Experts language models for one small machine.
+
+    MODEL is a local folder, a hub id (org/name or org/name@revision), or builtin:tiny-moe.
+    """
+
+
+EXPORT_EXAMPLES = """\b
+Examples:
+  moe2edge export builtin:tiny-moe -t onnx -o out-onnx
+  moe2edge export builtin:tiny-moe -t onnx,gptq -o out -r trim-w4
+  moe2edge export builtin:tiny-moe -t hf -o out-hf -r trim --set expert_drop.keep=8
+  moe2edge export builtin:tiny-moe -t gptq -o out-g64 --set gptq.group_size=64"""
+
+
+@main.command(epilog=EXPORT_EXAMPLES)
+@click.argument("model")
+@click.option("-t", "--target", required=True, help="onnx, gptq, hf, or several with commas.")
+@click.option(
+    "-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to write."
+)
+@click.option("-r", "--recipe", help="Bundled recipe or file [default: w4 for onnx and gptq].")
+@click.option("--set", "settings", multiple=True, help="Override, as in gptq.group_size=64.")
+@click.option("--calib", help="Calibration text: a text or JSONL file.")
+@click.option("--eval", "evaluation", help="Held-out text for the report: a text or JSONL file.")
+@click.option("--force", is_flag=True, help="Replace an output folder of moe2edge.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+@JSON
+@_from_hub
+def export(
+    model: str,
+    target: str,
+    output: Path,
+    recipe: str | None,
+    settings: tuple[str, ...],
+    calib: str | None,
+    evaluation: str | None,
+    force: bool,
+    quiet: bool,
+    as_json: bool,
+    revision: str | None,
+    cache_dir: Path | None,
+) -> None:
+    """Compress MODEL, write it for a runtime, verify it there, and report."""
+    from moe2edge import recipe as recipes
+    from moe2edge.export import check_targets
+    from moe2edge.export import export as run
+
+    targets = check_targets(target)
+    name = recipe or _default_recipe(target)
+    texts = [f"calibration.text={json.dumps(calib)}"] if calib else []
+    texts += [f"evaluation.text={json.dumps(evaluation)}"] if evaluation else []
+    parsed = recipes.parse(recipes.find(name), [*texts, *settings])
+    checkpoint = _checkpoint(model, revision, cache_dir)
+    if not quiet:
+        click.echo(f"recipe {name}:\n{parsed.render()}", err=True)
+    _quiet_libraries()
+    report = run(checkpoint, parsed, targets, output.absolute(), _watcher(quiet), force=force)
+    if as_json:
+        _emit({"output": str(output), **report.to_json()})
+        return
+    _print_table(report.table())
+    for line in report.lines():
+        click.echo(line)
+    click.echo(f"written: {output}")
+
+
+def _default_recipe(target: str) -> str:
+    names = {name.strip() for name in target.split(",")}
+    if "hf" in names:
+        raise InputError(
+            "target hf needs a recipe that trims, such as -r trim: it cannot hold quantized numbers"
+        )
+    return "w4"
+
+
+@main.command(epilog="\b\nExample:\n  moe2edge inspect builtin:tiny-moe")
+@click.argument("model")
+@JSON
+@_from_hub
+def inspect(model: str, as_json: bool, revision: str | None, cache_dir: Path | None) -> None:
+    """Show what MODEL, or a folder that moe2edge wrote, is made of; reads headers only."""
+    from moe2edge.artifact import is_artifact
+
+    if is_artifact(Path(model)):
+        _inspect_output(Path(model), as_json)
+        return
+    found = _checkpoint(model, revision, cache_dir).model
+    if as_json:
+        _emit(
+            {
+                "family": found.family.model_type,
+                "architecture": found.family.architecture,
+                "blocks": len(found.blocks),
+                "expert_counts": list(found.expert_counts),
+                "top_k": [layer.router.top_k for _, layer in found.moe_blocks],
+                "parameters": found.parameters,
+                "active_parameters": found.active_parameters,
+                "bytes": found.nbytes,
+            }
+        )
+        return
+    click.echo(str(found))
+
+
+def _inspect_output(folder: Path, as_json: bool) -> None:
+    from moe2edge.artifact import open_artifact
+
+    artifact = open_artifact(folder)
+    if as_json:
+        _emit({"manifest": dict(artifact.manifest)})
+        return
+    model, source = artifact.manifest["model"], artifact.manifest["source"]
+    click.echo(f"{folder}: target {artifact.target}, made from {source['model']}")
+    click.echo(f"parameters: {model['parameters']:,} ({model['active_parameters']:,} active)")
+    click.echo(f"experts per MoE layer: {model['expert_counts']}; blocks: {model['origins']}")
+    for name, entry in artifact.manifest["files"].items():
+        click.echo(f"{entry['bytes']:>12,}  {entry['sha256'][:12]}  {name}")
+
+
+@main.command(epilog="\b\nExample:\n  moe2edge verify out-onnx")
+@FOLDER
+@click.option("--reference", help="Also repeat the comparison with this source MODEL.")
+@JSON
+@_from_hub
+def verify(
+    folder: Path,
+    reference: str | None,
+    as_json: bool,
+    revision: str | None,
+    cache_dir: Path | None,
+) -> None:
+    """Prove that a folder holds what was exported: files, every tensor, logits in its runtime."""
+    from moe2edge import registry
+    from moe2edge import verify as checks
+    from moe2edge.artifact import check_files, open_artifact
+
+    artifact = open_artifact(folder)
+    target = registry.target(artifact.target)
+    if differences := check_files(artifact):
+        raise VerificationFailed(f"{folder}: {'; '.join(differences)}")
+    _quiet_libraries()
+    recorded = checks.Reference.read(folder)
+    count = checks.check_tensors(recorded, target.tensors(folder))
+    shipped = target.reopen(folder)
+    parity = checks.parity(recorded, target.reopen(folder, exact=True), shipped)
+    result: dict[str, Any] = {"tensors": count, "parity": asdict(parity)}
+    if reference:
+        source = _checkpoint(reference, revision, cache_dir).model
+        result["kl_to_source"] = checks.check_source(recorded, shipped, source)
+    if as_json:
+        _emit(result)
+        return
+    click.echo(f"files: {len(artifact.manifest['files'])} as in the manifest")
+    click.echo(f"tensors: {count} hold the numbers that were exported")
+    click.echo(
+        f"logits in the runtime: largest error {parity.exact:.1e} with float32 activations, "
+        f"{parity.shipped:.2%} relative as shipped, {parity.top1:.1%} same top-1 "
+        f"({parity.positions} positions, cached)"
+    )
+    if reference:
+        click.echo(f"KL to {reference}: {result['kl_to_source']:.5f} nats per token")
+    click.echo("verified")
+
+
+@main.command(epilog='\b\nExample:\n  moe2edge generate out-onnx "def read_json(path):"')
+@FOLDER
+@click.argument("prompt")
+@click.option("-n", "--max-tokens", default=64, show_default=True, help="At most so many tokens.")
+@click.option("--temperature", default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--top-p", default=1.0, show_default=True, help="Sample from this much probability.")
+@click.option("--top-k", default=0, show_default=True, help="Sample from so many tokens; 0: all.")
+@click.option("--seed", default=0, show_default=True, help="For sampling.")
+@click.option("--chat/--no-chat", default=None, help="Use the chat template [default: if any].")
+@JSON
+def generate(
+    folder: Path,
+    prompt: str,
+    max_tokens: int,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    seed: int,
+    chat: bool | None,
+    as_json: bool,
+) -> None:
+    """Continue PROMPT with the model in FOLDER, in the runtime it was made for."""
+    from moe2edge import generate as text
+    from moe2edge import registry
+    from moe2edge.artifact import open_artifact, tokenizer_of
+
+    artifact = open_artifact(folder)
+    _quiet_libraries()
+    tokenizer = tokenizer_of(folder)
+    ids = text.encode_prompt(tokenizer, prompt, chat)
+    tokens = text.generate(
+        registry.target(artifact.target).reopen(folder),
+        ids,
+        max_tokens=max_tokens,
+        stop=text.stop_ids(folder),
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+    )
+    if as_json:
+        made = list(tokens)
+        _emit({"prompt": prompt, "text": tokenizer.decode(made), "tokens": made})
+        return
+    click.echo(prompt, nl=False)
+    for piece in text.stream_text(tokenizer, tokens):
+        click.echo(piece, nl=False)
+        sys.stdout.flush()
+    click.echo()
+
+
+@main.group(name="recipe")
+def recipe_group() -> None:
+    """Recipes that come with moe2edge."""
+
+
+@recipe_group.command(name="list")
+@JSON
+def recipe_list(as_json: bool) -> None:
+    """List the bundled recipes."""
+    from moe2edge import recipe as recipes
+
+    found = {}
+    for name, path in recipes.bundled().items():
+        found[name] = path.read_text("utf-8").partition("\n")[0].lstrip("# ")
+    if as_json:
+        _emit({"recipes": found})
+        return
+    for name, summary in found.items():
+        click.echo(f"{name:12} {summary}")
+
+
+@recipe_group.command(name="show", epilog="\b\nExample:\n  moe2edge recipe show trim-w4")
+@click.argument("name")
+@click.option("--set", "settings", multiple=True, help="Override, as in gptq.group_size=64.")
+def recipe_show(name: str, settings: tuple[str, ...]) -> None:
+    """Print a recipe with every default spelt out."""
+    from moe2edge import recipe as recipes
+
+    click.echo(recipes.parse(recipes.find(name), settings).render(), nl=False)
+
+
+@recipe_group.command(name="schema")
+def recipe_schema() -> None:
+    """Print the JSON Schema of recipes, for completion in editors."""
+    from moe2edge.recipe import json_schema
+
+    click.echo(json.dumps(json_schema(), indent=2))
+
+
+@main.command()
+@JSON
+def targets(as_json: bool) -> None:
+    """List the targets and what each of them writes."""
+    from moe2edge import registry
+
+    found = {name: registry.target(name).summary for name in registry.target_names()}
+    if as_json:
+        _emit({"targets": found})
+        return
+    for name, summary in found.items():
+        click.echo(f"{name:6} {summary}")

@@ -1,0 +1,311 @@
+"""`moe2edge export`: from a checkpoint and a recipe to verified folders and a report."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moe2edge import registry, workfolder
+from moe2edge.checkpoint import Checkpoint
+from moe2edge.errors import InputError
+from moe2edge.model import Model
+from moe2edge.pipeline import (
+    Advance,
+    Facts,
+    Log,
+    Outcome,
+    Slim,
+    Stage,
+    Step,
+    Trim,
+    enforce,
+    plan,
+    stages,
+)
+from moe2edge.recipe import Recipe
+from moe2edge.report import Report, ResultRow
+from moe2edge.target import Target
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moe2edge.calibration import Tokens
+    from moe2edge.verify import Reference
+
+
+@dataclass(frozen=True)
+class Watcher:
+    """Who is told about progress: lines, and work done of work to do."""
+
+    log: Log
+    advance: Advance
+
+
+def export(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    targets: Sequence[Target],
+    out: Path,
+    watcher: Watcher,
+    *,
+    force: bool = False,
+) -> Report:
+    """Run ``recipe`` on ``checkpoint`` and write one folder per target.
+
+    With several targets ``out`` holds one folder for each, all packed from one solve. Nothing is
+    left behind when anything fails.
+
+    Raises:
+        InputError, Unsupported, DoesNotFit: before any work.
+        VerificationFailed: what was written is not what was meant.
+
+    """
+    begun = time.perf_counter()
+    source = checkpoint.model
+    planned = plan(recipe.passes, source)
+    for target in targets:
+        target.accepts(planned)
+    workfolder.check_output(out, force=force)
+    needed = sum(target.nbytes(planned) for target in targets) + planned.nbytes
+    workfolder.check_space(out, round(needed * 1.05) + (16 << 20))
+    for step in recipe.passes:
+        if isinstance(step, Slim):
+            watcher.log(f"{registry.name_of(step)}: {_describe_scheme(step, source)}")
+    calibration, evaluation = _texts(checkpoint, recipe)
+    with workfolder.partial_folder(out) as (content, work):
+        model, steps = run_passes(source, recipe, calibration, workfolder.WorkFolder(work), watcher)
+        for target in targets:
+            target.accepts(model)
+        measured = _Measured.of(source, model, evaluation.ids, work, watcher)
+        results: list[ResultRow] = []
+        for target in targets:
+            folder = content / registry.name_of(target) if len(targets) > 1 else content
+            folder.mkdir(exist_ok=True)
+            watcher.log(f"writing {registry.name_of(target)}")
+            results.append(_write(target, model, folder, checkpoint, measured, watcher))
+        report = Report(
+            source=checkpoint.source,
+            family=source.family.architecture,
+            recipe=recipe.render(),
+            steps=tuple(steps),
+            before=measured.before(source),
+            after=measured.after(model),
+            results=tuple(results),
+            loaders={registry.name_of(t): t.loaders(model) for t in targets},
+            calibration=_provenance(calibration),
+            evaluation=_provenance(evaluation),
+            seconds=time.perf_counter() - begun,
+            peak_bytes=_peak_bytes(),
+        )
+        for target in targets:
+            folder = content / registry.name_of(target) if len(targets) > 1 else content
+            report.write(folder, target, checkpoint, model, versions())
+    return report
+
+
+def _describe_scheme(step: Slim, model: Model) -> str:
+    scheme = step.scheme(model)
+    return (
+        f"{scheme.name}, group size {scheme.group_size}, {scheme.bits_per_weight:.3f} bits/weight"
+    )
+
+
+def _texts(checkpoint: Checkpoint, recipe: Recipe) -> tuple[Tokens | None, Tokens]:
+    """Tokens for calibration (if a pass needs any) and for evaluation."""
+    from moe2edge.artifact import tokenizer_of
+    from moe2edge.calibration import load_tokens
+
+    tokenizer = tokenizer_of(checkpoint.folder)
+    geometry = checkpoint.model.family.geometry(checkpoint.config)
+    limits = (geometry.max_positions, geometry.vocab)
+    calibration = None
+    if any(_needs_tokens(stage) for stage in stages(recipe.passes)):
+        calibration = load_tokens(recipe.calibration, tokenizer, "calibration", limits)
+    return calibration, load_tokens(recipe.evaluation, tokenizer, "evaluation", limits)
+
+
+def _needs_tokens(stage: Stage) -> bool:
+    last = stage.passes[-1]
+    return last.needs_tokens if isinstance(last, Slim) else bool(stage.observers)
+
+
+def run_passes(
+    model: Model,
+    recipe: Recipe,
+    calibration: Tokens | None,
+    work: workfolder.WorkFolder,
+    watcher: Watcher,
+) -> tuple[Model, list[Step]]:
+    """The model after all passes, and a line of the report for each of them."""
+    from moe2edge import walk
+
+    steps: list[Step] = []
+    for stage in stages(recipe.passes):
+        begun = time.perf_counter()
+        facts = Facts()
+        if stage.observers and calibration is not None:
+            observers = [kind() for kind in stage.observers]
+            label = ", ".join(registry.name_of(p) for p in stage.passes)
+            walk.observe(model, calibration.ids, observers, watcher.advance, f"{label}: scoring")
+            facts = Facts([observer.fact() for observer in observers])
+        for step in stage.passes:
+            name = registry.name_of(step)
+            if isinstance(step, Trim):
+                outcome = step.apply(model, facts)
+            elif isinstance(step, Slim):
+                ids = calibration.ids if step.needs_tokens and calibration is not None else None
+                solved, changed, notes = walk.solve(
+                    model, ids, step.solver(model), work, watcher.advance, name
+                )
+                outcome = Outcome(solved, tuple(changed), notes=tuple(notes))
+            else:
+                raise AssertionError(f"{name} is neither a trimming nor a slimming pass")
+            enforce(step, name, model, outcome)
+            model = outcome.model
+            steps.append(
+                Step(
+                    name,
+                    step.model_dump(),
+                    outcome.changed,
+                    outcome.skipped,
+                    outcome.notes,
+                    time.perf_counter() - begun,
+                    model.parameters,
+                    model.nbytes,
+                )
+            )
+            begun = time.perf_counter()
+    return model, steps
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Hidden states of source and result on the evaluation tokens, and the reference."""
+
+    source: Model
+    model: Model
+    ids: Tensor
+    source_hidden: Tensor
+    hidden: Tensor
+    reference: Reference
+
+    @classmethod
+    def of(
+        cls, source: Model, model: Model, ids: Tensor, work: Path, watcher: Watcher
+    ) -> _Measured:
+        from moe2edge import verify, walk
+
+        before = walk.observe(source, ids, (), watcher.advance, "evaluation: source")
+        after = before
+        if model is not source:
+            after = walk.observe(model, ids, (), watcher.advance, "evaluation: result")
+        length = min(ids.shape[1], verify.PREFILL + verify.STEPS)
+        rows = ids[: verify.SAMPLES, :length]
+        reference = verify.record(
+            model,
+            rows,
+            list(walk.head_logits(source, before[: len(rows), :length])),
+            after[: len(rows), :length],
+        )
+        return cls(source, model, ids, before, after, reference)
+
+    def source_logits(self) -> Iterator[Tensor]:
+        from moe2edge import walk
+
+        return walk.head_logits(self.source, self.source_hidden)
+
+    def logits(self) -> Iterator[Tensor]:
+        from moe2edge import walk
+
+        return walk.head_logits(self.model, self.hidden)
+
+    def before(self, source: Model) -> ResultRow:
+        from moe2edge import quality
+
+        return ResultRow.of("source", source, quality.measure(self.ids, self.source_logits(), None))
+
+    def after(self, model: Model) -> ResultRow:
+        from moe2edge import quality
+
+        found = quality.measure(self.ids, self.logits(), self.source_logits())
+        return ResultRow.of("result, float32 activations", model, found)
+
+    def in_runtime(self, logits: Iterable[Tensor]) -> Any:
+        from moe2edge import quality
+
+        return quality.measure(self.ids, logits, self.source_logits())
+
+
+def _write(
+    target: Target,
+    model: Model,
+    folder: Path,
+    checkpoint: Checkpoint,
+    measured: _Measured,
+    watcher: Watcher,
+) -> ResultRow:
+    """Write one target, reopen it in its runtime, and hold it against the model in memory."""
+    from moe2edge import verify
+
+    name = registry.name_of(target)
+    target.write(model, folder)
+    for companion in checkpoint.companions:
+        shutil.copyfile(companion, folder / companion.name)
+    measured.reference.save(folder)
+    verify.audit(target, folder, model)
+    shipped = target.reopen(folder)
+    parity = verify.parity(measured.reference, target.reopen(folder, exact=True), shipped)
+
+    def logits() -> Iterator[Tensor]:
+        for n, row in enumerate(measured.ids):
+            watcher.advance(f"evaluation: {name}", n, len(measured.ids))
+            yield shipped.logits(row[None])[0]
+        watcher.advance(f"evaluation: {name}", len(measured.ids), len(measured.ids))
+
+    found = measured.in_runtime(logits())
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    return ResultRow.of(f"{name}, in its runtime", model, found, size, parity)
+
+
+def _provenance(tokens: Tokens | None) -> dict[str, Any] | None:
+    if tokens is None:
+        return None
+    samples, length = tokens.ids.shape
+    return {"text": tokens.name, "samples": samples, "length": length, "sha256": tokens.sha256}
+
+
+def _peak_bytes() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def versions() -> dict[str, str]:
+    """Versions of what numbers may depend on."""
+    names = ("moe2edge", "torch", "transformers", "onnx", "onnxruntime", "onnxruntime-gpu")
+    found = {"python": sys.version.split()[0]}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def check_targets(names: str) -> list[Target]:
+    """Targets of ``-t``: names with commas between them.
+
+    Raises:
+        InputError: a name is unknown or given twice.
+
+    """
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    if not wanted or len(set(wanted)) != len(wanted):
+        raise InputError(f"-t {names!r}: expected one or more of {registry.target_names()}")
+    return [registry.target(name) for name in wanted]

@@ -1,0 +1,342 @@
+"""Load an output folder, ``hf`` or ``gptq``, into a transformers model.
+
+Stock transformers 5 keeps all experts of a layer in one parameter and its GPTQ support replaces
+linear layers only, so that the experts of a GPTQ checkpoint come up as random numbers with no more
+than a printed report. Here a model of transformers' own classes is built without numbers and
+filled block by block; a tensor that is missing, left over or of another shape is an error.
+Nothing is registered with transformers, and none of its classes is changed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moe2edge.checkpoint import Checkpoint, open_checkpoint
+from moe2edge.errors import Unsupported, VerificationFailed
+from moe2edge.families import family_of
+from moe2edge.model import DTYPE_BYTES, Model, MoELayer, Weight, is_quantizable
+from moe2edge.scheme import GROUP_SIZES, Scheme
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from moe2edge.rounding import Quantized
+
+Header = tuple[tuple[int, ...], str]
+DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+GPTQ_PARTS = ("qweight", "qzeros", "scales", "g_idx")
+# What a GPTQ checkpoint must say of itself; anything else would be read as other numbers.
+GPTQ_V1 = {"quant_method": "gptq", "bits": 4, "sym": True, "desc_act": False, "lm_head": False}
+
+
+def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Load a folder that the target ``hf`` or ``gptq`` wrote, for inference with transformers.
+
+    Quantized weights are dequantized to ``dtype``: the folder is small, the loaded model is not.
+    Layers with unequal numbers of experts are honoured, and so is a tokenizer's generation config.
+    In float32 every weight equals ``Quantized.dequantize()`` to the bit.
+
+    Args:
+        folder: the folder; a hub id works as well.
+        dtype: of all parameters; None takes that of the stored embeddings.
+
+    Raises:
+        InputError: there is no such folder, or a file of it is damaged.
+        Unsupported: another quantization than ours, or a family that is not known.
+        VerificationFailed: a tensor is missing, unexpected, of another shape, or not what its
+            format allows.
+
+    """
+    import torch
+    from transformers import GenerationConfig
+
+    checkpoint = open_checkpoint(str(folder))
+    model = stored_model(checkpoint)
+    stored = DTYPES[model.rest["model.embed_tokens.weight"].dtype]
+    loaded = to_transformers(model, dtype or getattr(torch, stored))
+    loaded.config.name_or_path = checkpoint.source
+    if (checkpoint.folder / "generation_config.json").exists():
+        loaded.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
+    return loaded
+
+
+# ---- an output folder as a model ----------------------------------------------------------------
+
+
+def stored_model(checkpoint: Checkpoint) -> Model:
+    """The model in an output folder, quantized or not, from headers only.
+
+    Raises:
+        Unsupported: another quantization than ours, or a family that is not known.
+        VerificationFailed: a tensor is missing, unexpected or of another shape.
+
+    """
+    config = dict(checkpoint.config)
+    scheme = _scheme(config.pop("quantization_config", None))
+    uneven = config.pop("per_layer_config", None) or {}
+    family = family_of(config)
+    stored = _Stored(checkpoint, scheme)
+    model = _with_overrides(family.build(config, stored.weight), uneven)
+    stored.check(model)
+    model.verify()
+    return model
+
+
+def _scheme(settings: Mapping[str, Any] | None) -> Scheme | None:
+    """Scheme of a ``quantization_config``."""
+    if settings is None:
+        return None
+    found = {key: settings.get(key) for key in GPTQ_V1} | {"lm_head": bool(settings.get("lm_head"))}
+    layout = settings.get("checkpoint_format", settings.get("format", "gptq"))
+    group = settings.get("group_size")
+    if found != GPTQ_V1 or layout != "gptq" or group not in GROUP_SIZES:
+        raise Unsupported(
+            f"quantization {found}, format {layout!r}, group_size {group}; only {GPTQ_V1}, format "
+            f"'gptq', group_size {', '.join(map(str, GROUP_SIZES))} can be loaded"
+        )
+    return Scheme(bits=4, group_size=group)
+
+
+def _with_overrides(model: Model, overrides: Mapping[str, Mapping[str, Any]]) -> Model:
+    """``model`` with the number of experts and the top-k that each layer has of its own.
+
+    Raises:
+        Unsupported: a layer has no experts, or something else of its own.
+    """
+    left = {str(index).lstrip("0") or "0": own for index, own in overrides.items()}
+    for block, layer in model.moe_blocks:
+        count, top_k = _own_sizes(model, block.index, layer, left.pop(str(block.index), {}))
+        weight = layer.router.weight
+        weight = replace(weight, shape=(count, *weight.shape[1:]))
+        router = replace(layer.router, weight=weight, top_k=top_k)
+        mlp = replace(layer, router=router, experts=layer.experts[:count])
+        model = model.replace_block(replace(block, mlp=mlp))
+    if left:
+        raise Unsupported(f"per_layer_config of {sorted(left)}, which are no MoE layers")
+    return model
+
+
+def _own_sizes(
+    model: Model, index: int, layer: MoELayer, own: Mapping[str, Any]
+) -> tuple[int, int]:
+    """Number of experts and top-k of one layer."""
+    count, top_k = len(layer.experts), layer.router.top_k
+    known = {*model.family.experts_key, "num_experts_per_tok"}
+    if set(own) <= known and all(type(value) is int for value in own.values()):
+        top_k = own.get("num_experts_per_tok", top_k)
+        count = next((own[key] for key in model.family.experts_key if key in own), count)
+        if 1 <= top_k <= count <= len(layer.experts):
+            return count, top_k
+    raise Unsupported(
+        f"layer {index} with per_layer_config {dict(own)}; only fewer experts than the "
+        f"{len(layer.experts)} of config.json and a top-k within them are supported"
+    )
+
+
+class _Stored:
+    """The tensors of a folder; its files stay open, so that each header is read once."""
+
+    def __init__(self, checkpoint: Checkpoint, scheme: Scheme | None) -> None:
+        from safetensors import safe_open
+
+        self._source = checkpoint.source
+        self._scheme = scheme
+        paths = dict(checkpoint.files)
+        opened: dict[Path, Any] = {
+            path: safe_open(path, framework="pt") for path in set(paths.values())
+        }
+        self._files = {name: opened[path] for name, path in paths.items()}
+        self._headers: dict[str, Header] = {}
+        for name, file in self._files.items():
+            part = file.get_slice(name)
+            self._headers[name] = (tuple(part.get_shape()), str(part.get_dtype()))
+
+    def weight(self, name: str, shape: tuple[int, ...]) -> Weight:
+        """Handle on a tensor that a model of this config has; `check` tells if it is there."""
+        if f"{_stem(name)}.qweight" in self._headers and self._scheme is not None:
+            scheme = self._scheme
+            return Weight(
+                name,
+                shape,
+                self._headers.get("model.embed_tokens.weight", ((), "F32"))[1],
+                load=lambda: self._quantized(name, scheme).dequantize(),
+                scheme=scheme,
+                load_quantized=lambda: self._quantized(name, scheme),
+            )
+        dtype = self._headers.get(name, ((), "F32"))[1]
+        return Weight(name, shape, dtype, load=lambda: self._read(name))
+
+    def _read(self, name: str) -> Tensor:
+        tensor: Tensor = self._files[name].get_tensor(name)
+        return tensor
+
+    def _quantized(self, name: str, scheme: Scheme) -> Quantized:
+        """Integers and scales of a matrix.
+
+        Raises:
+            VerificationFailed: zero points, the order of inputs or the scales are not ours.
+
+        """
+        import torch
+
+        from moe2edge.packing import unpack_gptq
+        from moe2edge.rounding import Quantized
+
+        parts = {part: self._read(f"{_stem(name)}.{part}") for part in GPTQ_PARTS}
+        q, scales, zeros = unpack_gptq(parts)
+        if (zeros != scheme.zero_point).any():
+            raise VerificationFailed(
+                f"{_stem(name)}.qzeros holds zero points from {int(zeros.min())} to "
+                f"{int(zeros.max())}, expected {scheme.zero_point} throughout; the file was "
+                "changed, export it again"
+            )
+        order = torch.arange(q.shape[1], dtype=torch.int32) // scheme.group_size
+        if not torch.equal(parts["g_idx"], order):
+            raise VerificationFailed(
+                f"{_stem(name)}.g_idx reorders the inputs, expected input // "
+                f"{scheme.group_size}; the file was changed, export it again"
+            )
+        if not scales.isfinite().all():
+            raise VerificationFailed(
+                f"{_stem(name)}.scales are not finite; the file was changed, export it again"
+            )
+        return Quantized(q, scales, scheme)
+
+    def check(self, model: Model) -> None:
+        """Hold the headers against what ``model`` must have.
+
+        Raises:
+            VerificationFailed: a tensor is missing, unexpected or of another shape.
+
+        """
+        wanted: dict[str, Header] = {}
+        for name, role, weight in model.tensors():
+            if weight.scheme is None or not is_quantizable(role):
+                wanted[name] = (weight.shape, weight.dtype)
+            else:
+                parts = gptq_parts(weight.shape, weight.scheme)
+                wanted |= {f"{_stem(name)}.{part}": header for part, header in parts.items()}
+        for found, names in (
+            ("lacks", wanted.keys() - self._headers.keys()),
+            ("has unexpected", self._headers.keys() - wanted.keys()),
+        ):
+            if names:
+                raise VerificationFailed(
+                    f"{self._source} {found} {len(names)} tensors, such as {min(names)}; the "
+                    f"folder does not hold the {len(model.blocks)} blocks of its config.json: "
+                    "export it again"
+                )
+        for name, header in wanted.items():
+            if self._headers[name] != header or header[1] not in {*DTYPE_BYTES, "I32"}:
+                raise VerificationFailed(
+                    f"{name} is {self._headers[name]}, but config.json asks for {header}; "
+                    "export it again"
+                )
+
+
+def _stem(name: str) -> str:
+    return name.removesuffix(".weight")
+
+
+def gptq_parts(shape: tuple[int, ...], scheme: Scheme) -> dict[str, Header]:
+    """Shape and dtype of each tensor that stands for a matrix [out, in] in GPTQ version 1."""
+    outs, ins = shape
+    groups = ins // scheme.group_size
+    headers: tuple[Header, ...] = (
+        ((ins // 8, outs), "I32"),
+        ((groups, outs // 8), "I32"),
+        ((groups, outs), "F16"),
+        ((ins,), "I32"),
+    )
+    return dict(zip(GPTQ_PARTS, headers, strict=True))
+
+
+# ---- a model as transformers' own class --------------------------------------------------------
+
+
+def to_transformers(model: Model, dtype: torch.dtype) -> PreTrainedModel:
+    """A transformers model with the numbers of ``model``, quantized ones dequantized.
+
+    Memory: the parameters in ``dtype``, and one block in float32 while it is filled.
+
+    Raises:
+        VerificationFailed: transformers' classes have other parameters than ``model``.
+
+    """
+    from moe2edge.walk import block_state
+
+    loaded = _skeleton(model, dtype)
+    for block in model.blocks:
+        state = block_state(block)
+        # Copied, so that no parameter stays a view into a file.
+        state = {name: state.pop(name).to(dtype, copy=True) for name in list(state)}
+        _fill(loaded.model.layers[block.index], state, f"block {block.index}", strict=True)
+    rest = {name: weight.load().to(dtype, copy=True) for name, weight in model.rest.items()}
+    _fill(loaded, rest, "the rest", strict=False)
+    loaded.tie_weights()
+    # Built without numbers as well, and no checkpoint has its tables.
+    loaded.model.rotary_emb = type(loaded.model.rotary_emb)(config=loaded.config)
+    empty = [n for n, t in (*loaded.named_parameters(), *loaded.named_buffers()) if t.is_meta]
+    if empty:
+        raise VerificationFailed(
+            f"{len(empty)} tensors of {type(loaded).__name__} were not filled, such as "
+            f"{empty[0]}; this version of transformers is not supported"
+        )
+    return loaded.eval()
+
+
+def _skeleton(model: Model, dtype: torch.dtype) -> Any:
+    """The transformers model without numbers; layers of unequal size built one by one."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = model.family.config_of(model)
+    settings.pop("quantization_config", None)
+    uneven = settings.pop("per_layer_config", None)
+    kind = settings.pop("model_type")
+    with torch.device("meta"):
+        loaded = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(kind, **settings), dtype=dtype
+        )
+        for index, own in (uneven or {}).items():
+            layers = loaded.model.layers
+            layers[int(index)] = _layer_like(layers[int(index)], loaded.config, int(index), own)
+    loaded.to(dtype)
+    if uneven:
+        loaded.config.per_layer_config = uneven
+    return loaded
+
+
+def _layer_like(layer: Any, config: Any, index: int, own: Mapping[str, Any]) -> Any:
+    """A decoder layer of the same class with settings of its own."""
+    changed = copy.copy(config)
+    for key, value in own.items():
+        setattr(changed, key, value)
+    fresh = type(layer)(changed, index)
+    for module in fresh.modules():
+        # All modules share one config, through which transformers switches implementations.
+        if getattr(module, "config", None) is changed:
+            module.config = config
+    return fresh
+
+
+def _fill(module: Any, state: dict[str, Tensor], what: str, *, strict: bool) -> None:
+    """Give a module without numbers its tensors.
+
+    Raises:
+        VerificationFailed: names or shapes differ; with ``strict``, a name is missing.
+
+    """
+    try:
+        result = module.load_state_dict(state, strict=strict, assign=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise VerificationFailed(f"{what} does not fit transformers' class: {reason}") from error
+    if result.unexpected_keys:
+        raise VerificationFailed(f"transformers' class has no {result.unexpected_keys[0]}")

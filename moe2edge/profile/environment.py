@@ -1,0 +1,53 @@
+"""The machine and the versions that a measurement was made with."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("moe2edge", "torch", "transformers", "onnxruntime", "onnxruntime-gpu", "numpy")
+
+
+def environment() -> dict[str, Any]:
+    """Machine and versions; null where unknown."""
+    import psutil
+
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+    return {
+        "cpu": {
+            "model": _cpu_model(),
+            "cores": psutil.cpu_count(logical=False),
+            "logical": psutil.cpu_count(),
+            "usable": usable,
+        },
+        "ram_bytes": psutil.virtual_memory().total,
+        "load_avg": psutil.getloadavg()[0],
+        "os": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in PACKAGES},
+    }
+
+
+def _cpu_model() -> str | None:
+    """Name of the processor, as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8", errors="replace").splitlines()
+    except OSError:
+        return platform.processor() or None
+    names = (
+        value.strip()
+        for key, _, value in (line.partition(":") for line in lines)
+        if key.strip() == "model name"
+    )
+    return next(names, None) or platform.processor() or None
+
+
+def _version(package: str) -> str | None:
+    """Version of an installed package; None if it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

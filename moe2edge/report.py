@@ -1,0 +1,213 @@
+"""What an export did: a table, JSON, and the model card beside the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from moe2edge import registry
+from moe2edge.artifact import write_manifest
+from moe2edge.checkpoint import Checkpoint, write_json
+from moe2edge.model import Model
+from moe2edge.pipeline import Step
+from moe2edge.target import Loader, Target
+
+if TYPE_CHECKING:
+    from moe2edge.quality import Quality
+    from moe2edge.verify import Parity
+
+RECIPE_FILE = "recipe.resolved.yaml"
+REPORT_FILE = "report.json"
+
+
+@dataclass(frozen=True)
+class ResultRow:
+    """A line of the table: one form of the model.
+
+    Attributes:
+        form: what it is: the source, the result in PyTorch, the result in a target's runtime.
+        nbytes: bytes of the weights, or of the whole folder where it is one.
+        parameters, active: all parameters, and those that one token uses.
+        quality: figures on the evaluation text.
+        parity: agreement of the runtime with PyTorch on the same packed numbers.
+
+    """
+
+    form: str
+    nbytes: int
+    parameters: int
+    active: int
+    quality: Quality
+    parity: Parity | None = None
+
+    @classmethod
+    def of(
+        cls,
+        form: str,
+        model: Model,
+        quality: Quality,
+        nbytes: int | None = None,
+        parity: Parity | None = None,
+    ) -> ResultRow:
+        """The line of a model."""
+        size = model.nbytes if nbytes is None else nbytes
+        return cls(form, size, model.parameters, model.active_parameters, quality, parity)
+
+    def cells(self) -> tuple[str, ...]:
+        """Text of each column."""
+        kl, top1, parity = self.quality.kl, self.quality.top1, self.parity
+        return (
+            self.form,
+            f"{self.nbytes / 1e6:.2f} MB",
+            f"{self.parameters / 1e6:.2f} M",
+            f"{self.active / 1e6:.2f} M",
+            f"{self.quality.perplexity:.3f}",
+            "-" if kl is None else f"{kl:.5f}",
+            "-" if top1 is None else f"{top1:.1%}",
+            "-" if parity is None else f"{parity.exact:.1e}",
+            "-" if parity is None else f"{parity.shipped:.2%}",
+        )
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that an export has to say."""
+
+    source: str
+    family: str
+    recipe: str
+    steps: tuple[Step, ...]
+    before: ResultRow
+    after: ResultRow
+    results: tuple[ResultRow, ...]
+    loaders: Mapping[str, tuple[Loader, ...]]
+    calibration: Mapping[str, Any] | None
+    evaluation: Mapping[str, Any] | None
+    seconds: float
+    peak_bytes: int
+
+    @property
+    def rows(self) -> tuple[ResultRow, ...]:
+        """All lines of the table."""
+        return (self.before, self.after, *self.results)
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain data."""
+        data = asdict(self)
+        return {"schema_version": 1, "kind": "moe2edge.export", **data}
+
+    def table(self) -> Table:
+        """The report as a table for the terminal."""
+        table = Table(title=f"{self.source} ({self.family})", title_justify="left")
+        for n, heading in enumerate(HEADINGS):
+            table.add_column(heading, justify="right" if n else "left")
+        for row in self.rows:
+            table.add_row(*row.cells())
+        table.caption = self.caption()
+        table.caption_justify = "left"
+        return table
+
+    def caption(self) -> str:
+        """What the columns mean, and what the export itself took."""
+        tokens = self.before.quality.tokens
+        return (
+            f"perplexity, KL to the source (nats/token) and top-1 agreement on {tokens:,} held-out "
+            f"tokens. logit error: largest difference to PyTorch with float32 activations; as "
+            f"shipped: relative error. export: {self.seconds:.1f} s, "
+            f"peak memory {self.peak_bytes / 1e6:.0f} MB"
+        )
+
+    def lines(self) -> list[str]:
+        """What each pass did, and who can load the result."""
+        said = []
+        for step in self.steps:
+            said.append(
+                f"{step.name}: {len(step.changed)} changed, {step.parameters / 1e6:.2f} M "
+                f"parameters, {step.nbytes / 1e6:.2f} MB, {step.seconds:.1f} s"
+            )
+            said += [f"  {note}" for note in step.notes]
+        for target, loaders in self.loaders.items():
+            for loader in loaders:
+                verdict = "loads" if loader.loads else "does not load"
+                said.append(f"{target}: {loader.program} {verdict} it ({loader.note})")
+        return said
+
+    def write(
+        self,
+        folder: Path,
+        target: Target,
+        checkpoint: Checkpoint,
+        model: Model,
+        versions: Mapping[str, str],
+    ) -> None:
+        """Write recipe, report, model card and manifest into a finished folder."""
+        name = registry.name_of(target)
+        (folder / RECIPE_FILE).write_text(self.recipe, "utf-8")
+        write_json(folder / REPORT_FILE, self.to_json())
+        (folder / "README.md").write_text(self._card(name, checkpoint), "utf-8")
+        write_manifest(
+            folder,
+            name,
+            model={
+                "family": model.family.model_type,
+                "parameters": model.parameters,
+                "active_parameters": model.active_parameters,
+                "expert_counts": list(model.expert_counts),
+                "origins": [block.origin for block in model.blocks],
+            },
+            source={
+                "model": checkpoint.source,
+                "revision": checkpoint.revision,
+                "sha256": checkpoint.sha256,
+            },
+            texts={"calibration": self.calibration, "evaluation": self.evaluation},
+            versions=dict(versions),
+        )
+
+    def _card(self, target: str, checkpoint: Checkpoint) -> str:
+        """README.md of an output, with the metadata that the hub reads."""
+        from huggingface_hub import ModelCardData
+
+        data = ModelCardData(
+            base_model=None if checkpoint.source.startswith("builtin:") else checkpoint.source,
+            license=_license(checkpoint),
+            library_name="onnxruntime" if target == "onnx" else "transformers",
+            pipeline_tag="text-generation",
+            tags=["moe2edge", "mixture-of-experts", target],
+        )
+        mine = [r for r in self.rows if r.parity is None or r.form.startswith(f"{target},")]
+        table = "\n".join(
+            f"| {' | '.join(cells)} |"
+            for cells in (HEADINGS, ["---"] * len(HEADINGS), *(row.cells() for row in mine))
+        )
+        loaders = "\n".join(
+            f"- {x.program}: {'yes' if x.loads else 'no'} ({x.note})" for x in self.loaders[target]
+        )
+        return (
+            f"---\n{data.to_yaml()}\n---\n\n# {checkpoint.source}, compressed with moe2edge\n\n"
+            f"{self.family}, written for the target `{target}`.\n\n{table}\n\n{self.caption()}.\n\n"
+            f"## Who can load it\n\n{loaders}\n\n## Run it\n\n"
+            f'```sh\nmoe2edge generate . "Once upon a time"\nmoe2edge verify .\n```\n\n'
+            f"## Recipe\n\n```yaml\n{self.recipe}```\n"
+        )
+
+
+def _license(checkpoint: Checkpoint) -> str | None:
+    """License that the source's own card names."""
+    from huggingface_hub import ModelCard
+
+    path = checkpoint.folder / "README.md"
+    if not path.exists():
+        return None
+    found: str | None = ModelCard.load(path, ignore_metadata_errors=True).data.license
+    return found
+
+
+HEADINGS = (
+    "form", "size", "parameters", "active", "perplexity", "KL", "top-1", "logit error",
+    "as shipped",
+)  # fmt: skip

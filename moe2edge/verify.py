@@ -1,0 +1,251 @@
+"""Whether an output holds what it should: every tensor, and the numbers in the real runtime.
+
+Hashes say only that files did not change since the manifest was written. `verify` reads every
+tensor back and runs the folder, and holds both against a reference that was recorded at export
+from the model in memory: logits of a PyTorch run on the same packed numbers, and one probe per
+tensor. With the source model at hand it also repeats the comparison with the source.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+
+from moe2edge import quality, walk
+from moe2edge.errors import InputError, VerificationFailed
+from moe2edge.model import Model, Weight
+from moe2edge.rounding import Quantized
+from moe2edge.target import Runtime, Target
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Not called *.safetensors: loaders of checkpoints read every such file of a folder.
+REFERENCE = "moe2edge.reference"
+SAMPLES = 2
+PREFILL = 32
+STEPS = 32
+# Logits of the exact runtime may differ from the reference by this much, absolute.
+EXACT_TOLERANCE = 1e-4
+# With the activations of the shipped setting (int8 or bfloat16): relative error of all logits.
+SHIPPED_TOLERANCE = 0.05
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How a runtime agrees with the reference on the recorded tokens.
+
+    Attributes:
+        exact: largest absolute difference of logits with float32 activations.
+        shipped: relative error of logits as shipped, ``||a - b|| / ||b||``.
+        top1: part of positions with the same most likely token, as shipped.
+        positions: compared positions: the end of the prefill, then every cached step.
+
+    """
+
+    exact: float
+    shipped: float
+    top1: float
+    positions: int
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What an output is held against.
+
+    Attributes:
+        ids: int64 [samples, length].
+        prefill: tokens given at once; the others follow one by one.
+        logits: float32 [samples, length - prefill + 1, vocabulary], after the prefill and after
+            each later token.
+        probes: one number per tensor, by its name on disk.
+        source_kl: KL to the source on ``ids``, nats per token.
+
+    """
+
+    ids: Tensor
+    prefill: int
+    logits: Tensor
+    probes: dict[str, float]
+    source_kl: float
+
+    def save(self, folder: Path) -> None:
+        """Write it beside an output; no time stamps, so equal references are equal files."""
+        notes = {"prefill": self.prefill, "probes": self.probes, "source_kl": self.source_kl}
+        metadata = {"reference": json.dumps(notes, sort_keys=True)}
+        data = save({"ids": self.ids, "logits": self.logits.contiguous()}, metadata)
+        (folder / REFERENCE).write_bytes(data)
+
+    @classmethod
+    def read(cls, folder: Path) -> Reference:
+        """Read what `save` wrote.
+
+        Raises:
+            VerificationFailed: it is missing or damaged.
+
+        """
+        path = folder / REFERENCE
+        if not path.exists():
+            raise VerificationFailed(f"{folder} has no {REFERENCE}; it cannot be verified")
+        try:
+            with safe_open(path, framework="pt") as file:
+                notes = json.loads(file.metadata()["reference"])
+                ids, logits = file.get_tensor("ids"), file.get_tensor("logits")
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise VerificationFailed(f"{path.name} cannot be read: {error}") from error
+        return cls(ids, notes["prefill"], logits, notes["probes"], notes["source_kl"])
+
+
+def record(model: Model, ids: Tensor, source_logits: Sequence[Tensor], hidden: Tensor) -> Reference:
+    """The reference of a model in memory.
+
+    Args:
+        model: as it will be written.
+        ids: int64 [samples, length], at least `SAMPLES` samples.
+        source_logits: logits of the source on each row of ``ids``.
+        hidden: hidden states of ``model`` after its last block on ``ids``.
+
+    """
+    logits = torch.stack(list(walk.head_logits(model, hidden)))
+    prefill = min(PREFILL, ids.shape[1] - 1)
+    probes = {name: probe(name, numbers(weight)) for name, _, weight in model.tensors()}
+    kl = quality.measure(ids, logits, source_logits).kl or 0.0
+    return Reference(ids, prefill, logits[:, prefill - 1 :].clone(), probes, kl)
+
+
+def numbers(weight: Weight) -> Tensor | Quantized:
+    """Numbers of a weight: integers and scales if it is quantized."""
+    return weight.quantized() if weight.scheme else weight.load()
+
+
+def probe(name: str, value: Tensor | Quantized) -> float:
+    """One number that changes when any entry of a tensor does: ``u^T W v`` with random u and v.
+
+    ``u`` and ``v`` are drawn from a seed made of the tensor's name, so that two tensors that were
+    swapped give other numbers, too. Computed in float64.
+    """
+    weight = (value.dequantize() if isinstance(value, Quantized) else value).double()
+    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
+    generator = torch.Generator().manual_seed(seed)
+    matrix = weight.reshape(weight.shape[0], -1)
+    u = torch.randn(matrix.shape[0], generator=generator, dtype=torch.float64)
+    v = torch.randn(matrix.shape[1], generator=generator, dtype=torch.float64)
+    return float(u @ matrix @ v)
+
+
+def audit(target: Target, folder: Path, model: Model) -> int:
+    """Hold every tensor that was written against the model in memory; returns their number.
+
+    Raises:
+        VerificationFailed: a tensor is missing, unknown, written twice, not quantized as it
+            should be, or has other numbers.
+
+    """
+    expected = {name: weight for name, _, weight in model.tensors()}
+    seen: set[str] = set()
+    for name, value in target.tensors(folder):
+        if name not in expected or name in seen:
+            raise VerificationFailed(f"{name} was written and should not have been")
+        seen.add(name)
+        weight = expected[name]
+        if isinstance(value, Quantized) != (weight.scheme is not None):
+            form = "unquantized" if weight.scheme else "quantized"
+            raise VerificationFailed(f"{name} was written {form}")
+        if not _equal(value, numbers(weight)):
+            raise VerificationFailed(f"{name} was written with other numbers")
+    if missing := set(expected) - seen:
+        raise VerificationFailed(f"{len(missing)} tensors were not written: {min(missing)}")
+    return len(seen)
+
+
+def _equal(a: Tensor | Quantized, b: Tensor | Quantized) -> bool:
+    if isinstance(a, Quantized) and isinstance(b, Quantized):
+        return a.scheme == b.scheme and torch.equal(a.q, b.q) and torch.equal(a.scales, b.scales)
+    if isinstance(a, Quantized) or isinstance(b, Quantized):
+        return False
+    return a.dtype == b.dtype and torch.equal(a, b)
+
+
+def check_tensors(reference: Reference, tensors: Iterable[tuple[str, Tensor | Quantized]]) -> int:
+    """Hold the tensors of a folder against the recorded probes; returns their number.
+
+    Raises:
+        VerificationFailed: a tensor is missing or unknown, or its numbers changed.
+
+    """
+    left = dict(reference.probes)
+    for name, value in tensors:
+        if name not in left:
+            raise VerificationFailed(f"{name} is in the folder, but was not exported")
+        expected, found = left.pop(name), probe(name, value)
+        scale = (value.scales if isinstance(value, Quantized) else value).double().abs().max()
+        if not abs(found - expected) <= 1e-9 * (1 + abs(expected)) * max(1.0, float(scale)):
+            raise VerificationFailed(f"{name} does not hold the numbers that were exported")
+    if left:
+        raise VerificationFailed(f"{len(left)} tensors are missing, such as {min(left)}")
+    return len(reference.probes)
+
+
+def parity(reference: Reference, exact: Runtime, shipped: Runtime) -> Parity:
+    """Run the recorded tokens: prefill, then cached steps.
+
+    Raises:
+        VerificationFailed: logits differ by more than the tolerances.
+
+    """
+    found = _run(reference, exact)
+    difference = float((found - reference.logits).abs().max())
+    limit = EXACT_TOLERANCE * max(1.0, float(reference.logits.abs().max()) / 10)
+    if not difference <= limit:
+        raise VerificationFailed(
+            f"logits in the runtime differ from the reference by {difference:.2e}; "
+            f"at most {limit:.1e} with float32 activations"
+        )
+    found = _run(reference, shipped)
+    relative = float((found - reference.logits).norm() / reference.logits.norm())
+    if not relative <= SHIPPED_TOLERANCE:
+        raise VerificationFailed(
+            f"logits as shipped differ from the reference by {relative:.1%}; "
+            f"at most {SHIPPED_TOLERANCE:.0%}"
+        )
+    top1 = float((found.argmax(-1) == reference.logits.argmax(-1)).double().mean())
+    return Parity(difference, relative, top1, found.shape[0] * found.shape[1])
+
+
+def _run(reference: Reference, runtime: Runtime) -> Tensor:
+    """Logits of the recorded tokens, in the shape of ``reference.logits``."""
+    rows = []
+    for row in reference.ids.tolist():
+        steps = [runtime.start(row[: reference.prefill])[-1]]
+        steps += [runtime.step(token) for token in row[reference.prefill :]]
+        rows.append(torch.stack(steps))
+    return torch.stack(rows)
+
+
+def check_source(reference: Reference, runtime: Runtime, source: Model) -> float:
+    """KL of the runtime to the source on the recorded tokens, nats per token.
+
+    Raises:
+        VerificationFailed: it is clearly larger than at export.
+
+    """
+    ids = reference.ids
+    hidden = walk.observe(source, ids, (), lambda *_: None, "source")
+    logits = walk.head_logits(source, hidden)
+    if int(ids.max()) >= source.rest["model.embed_tokens.weight"].shape[0]:
+        raise InputError("the reference model has another vocabulary than the output")
+    found = quality.measure(ids, (runtime.logits(row[None])[0] for row in ids), logits).kl or 0.0
+    if found > reference.source_kl * 1.2 + 1e-3:
+        raise VerificationFailed(
+            f"KL to the source is {found:.5f} nats per token; it was {reference.source_kl:.5f} "
+            "at export"
+        )
+    return found

@@ -1,0 +1,168 @@
+"""Output folders: written beside their final name, renamed at the end, never half there."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from moe2edge.artifact import is_artifact
+from moe2edge.checkpoint import Planned, read_tensor, write_safetensors
+from moe2edge.errors import DoesNotFit, InputError
+from moe2edge.model import Block, Weight
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moe2edge.rounding import Quantized
+
+MARKER = ".moe2edge-partial"
+
+
+def check_output(out: Path, *, force: bool) -> None:
+    """Refuse an output name that is taken.
+
+    Raises:
+        InputError: something that is not ours is there, or something of ours and not ``force``.
+
+    """
+    if not out.parent.is_dir():
+        raise InputError(f"{out.parent} does not exist; make it first")
+    if not out.exists():
+        return
+    if not out.is_dir() or not _is_ours(out):
+        raise InputError(f"{out} exists and was not written by moe2edge; choose another name")
+    if not force:
+        raise InputError(f"{out} exists; choose another name, or replace it with --force")
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder is an output, or holds nothing but outputs."""
+    children = list(folder.iterdir())
+    return is_artifact(folder) or (bool(children) and all(map(is_artifact, children)))
+
+
+def check_space(out: Path, needed: int) -> None:
+    """Refuse to begin what the disk cannot hold.
+
+    Raises:
+        DoesNotFit: less than ``needed`` bytes are free.
+
+    """
+    free = shutil.disk_usage(out.parent).free
+    if free < needed:
+        raise DoesNotFit(
+            f"{out.parent} has {free / 1e9:.2f} GB free, the export needs {needed / 1e9:.2f} GB"
+        )
+
+
+@contextlib.contextmanager
+def partial_folder(out: Path) -> Iterator[tuple[Path, Path]]:
+    """Folder to write into and a work folder, both gone or renamed to ``out`` at the end.
+
+    A leftover of an export that was killed is recognized by its marker and removed; one that is
+    still running is left alone.
+
+    Raises:
+        InputError: ``OUT.partial`` is not ours, or another export is writing it.
+
+    """
+    partial = out.with_name(out.name + ".partial")
+    if partial.exists():
+        _remove_stale(partial)
+    partial.mkdir()
+    mine = psutil.Process()
+    marker = {"pid": mine.pid, "started": mine.create_time()}
+    (partial / MARKER).write_text(json.dumps(marker))
+    try:
+        content, work = partial / "out", partial / "work"
+        content.mkdir()
+        work.mkdir()
+        yield content, work
+        _move_into_place(content, out, partial)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _remove_stale(partial: Path) -> None:
+    try:
+        marker: dict[str, Any] = json.loads((partial / MARKER).read_text())
+        pid, started = int(marker["pid"]), float(marker["started"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{partial} exists and is not ours; move it away") from error
+    with contextlib.suppress(psutil.NoSuchProcess):
+        if abs(psutil.Process(pid).create_time() - started) < 1:
+            raise InputError(f"another export (process {pid}) is writing {partial}")
+    shutil.rmtree(partial)
+
+
+def _move_into_place(content: Path, out: Path, partial: Path) -> None:
+    """Rename; what was there before stays until the new folder has its name."""
+    sync_folder(content)
+    if out.exists():
+        out.rename(partial / "old")
+    content.rename(out)
+    sync_folder(out.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make names in a folder durable, where the system can."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+@dataclass(frozen=True)
+class WorkFolder:
+    """Solved numbers on disk, one file per block, until a target packs them."""
+
+    folder: Path
+
+    def put(self, block: Block, numbers: Mapping[str, Quantized]) -> Block:
+        """Save numbers by role; return the block with handles that read them back."""
+        path = self.folder / f"block-{block.origin:05}.safetensors"
+        planned: list[Planned] = []
+        for role, value in numbers.items():
+            planned += _planned(role, value)
+        write_safetensors(path, planned)
+        weights = dict(block.weights())
+        return block.with_weights(
+            {role: _handle(weights[role], path, role, value) for role, value in numbers.items()}
+        )
+
+
+def _planned(role: str, value: Quantized) -> list[Planned]:
+    from moe2edge.packing import pack_nibbles
+
+    outs, ins = value.q.shape
+    return [
+        Planned(f"{role}.q", (outs, ins // 2), "U8", lambda: pack_nibbles(value.q)),
+        Planned(f"{role}.scales", tuple(value.scales.shape), "F32", lambda: value.scales),
+    ]
+
+
+def _handle(weight: Weight, path: Path, role: str, value: Quantized) -> Weight:
+    """Handle on saved numbers; holds on to none of them."""
+    scheme = value.scheme
+
+    def load_quantized() -> Quantized:
+        from moe2edge.packing import unpack_nibbles
+        from moe2edge.rounding import Quantized
+
+        q = unpack_nibbles(read_tensor(path, f"{role}.q"))
+        return Quantized(q, read_tensor(path, f"{role}.scales"), scheme)
+
+    def load() -> Tensor:
+        return load_quantized().dequantize()
+
+    return Weight(weight.name, weight.shape, weight.dtype, load, scheme, load_quantized)

@@ -1,0 +1,269 @@
+"""One transformer block as ONNX nodes: norms, attention with its cache, experts or a dense MLP."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from moe2edge.families import Geometry
+from moe2edge.model import Block, Model, MoELayer
+from moe2edge.targets._onnx_graph import Graph, alike, linear
+from moe2edge.targets._onnx_storage import Part, Source, quantized
+
+Roles = Mapping[str, Source]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Values that every block reads.
+
+    Attributes:
+        last_position: int32 [batch], index of the last token of each sequence.
+        total_length: int32 scalar, tokens in the cache after this run.
+        cos: float32 [positions, head_dim / 2].
+        sin: the same.
+
+    """
+
+    last_position: str
+    total_length: str
+    cos: str
+    sin: str
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The residual stream: its value, and what the next norm adds to it before norming."""
+
+    value: str
+    pending: str = ""
+
+
+def norm(graph: Graph, at: str, stream: Stream, weight: Source, eps: float) -> tuple[str, str]:
+    """The normed stream, and the stream itself with what was pending."""
+    scale = graph.vector(weight)
+    if not stream.pending:
+        y = graph.node(at, "RMSNormalization", [stream.value, scale], epsilon=eps, axis=-1)
+        return y, stream.value
+    op = "SkipSimplifiedLayerNormalization"
+    total = f"{at}/{op}/output_3"
+    outputs = [f"{at}/{op}/output_0", "", "", total]
+    return graph.node(at, op, [stream.value, stream.pending, scale], outputs, epsilon=eps), total
+
+
+@dataclass(frozen=True)
+class BlockWriter:
+    """Adds one block to a graph.
+
+    Attributes:
+        graph: where to.
+        model: the model, for names.
+        block: the block.
+        geometry: sizes that all blocks share.
+        inputs: values that all blocks read.
+        accuracy_level: of quantized operators.
+
+    """
+
+    graph: Graph
+    model: Model
+    block: Block
+    geometry: Geometry
+    inputs: Inputs
+    accuracy_level: int
+
+    @property
+    def at(self) -> str:
+        """Path of the block's nodes."""
+        return f"/model/layers.{self.block.index}"
+
+    def add(self, stream: Stream) -> Stream:
+        """The stream after the block."""
+        roles = {
+            role: Source(self.model.family.disk_name(self.block.index, role), weight)
+            for role, weight in self.block.weights()
+        }
+        x, value = self._norm(roles, "input_layernorm", stream)
+        stream = Stream(value, self._attention(roles, x))
+        x, value = self._norm(roles, "post_attention_layernorm", stream)
+        if isinstance(self.block.mlp, MoELayer):
+            return Stream(value, self._moe(roles, self.block.mlp, x))
+        return Stream(value, self._mlp(roles, "dense", f"{self.at}/mlp", x))
+
+    def _norm(self, roles: Roles, name: str, stream: Stream) -> tuple[str, str]:
+        weight = roles[f"norms.{name}.weight"]
+        return norm(self.graph, f"{self.at}/{name}", stream, weight, self.geometry.eps)
+
+    def _linear(
+        self,
+        at: str,
+        x: str,
+        weights: Sequence[Source],
+        biases: Sequence[Source] = (),
+        name: str = "",
+    ) -> str:
+        name = name or weights[0].name
+        return linear(self.graph, at, x, name, weights, biases, self.accuracy_level)
+
+    def _split(self, at: str, x: str, sizes: Sequence[int]) -> list[str]:
+        outputs = [f"{at}/Split/output_{n}" for n in range(len(sizes))]
+        self.graph.node(at, "Split", [x, self.graph.constant(sizes)], outputs, axis=-1)
+        return outputs
+
+    # ---- attention -----------------------------------------------------------------------------
+
+    def _attention(self, roles: Roles, x: str) -> str:
+        at, index, geometry = f"{self.at}/attn", self.block.index, self.geometry
+        cache = [f"past_key_values.{index}.{part}" for part in ("key", "value")]
+        present = [f"present.{index}.{part}" for part in ("key", "value")]
+        window = {} if self.block.window is None else {"local_window_size": self.block.window}
+        inputs = self.inputs
+        y = self.graph.node(
+            at,
+            "GroupQueryAttention",
+            [
+                *self._queries_keys_values(roles, x),
+                *cache,
+                inputs.last_position,
+                inputs.total_length,
+                inputs.cos,
+                inputs.sin,
+            ],
+            [f"{at}/GroupQueryAttention/output_0", *present],
+            num_heads=geometry.heads,
+            kv_num_heads=geometry.kv_heads,
+            do_rotary=1,
+            scale=geometry.head_dim**-0.5,
+            **window,
+        )
+        biases = [roles[r] for r in ("attention.o_proj.bias",) if r in roles]
+        return self._linear(f"{at}/o_proj", y, [roles["attention.o_proj.weight"]], biases)
+
+    def _queries_keys_values(self, roles: Roles, x: str) -> list[str]:
+        """Inputs of the attention operator: three values, or one that holds all and two blanks."""
+        at, names = f"{self.at}/attn", ("q_proj", "k_proj", "v_proj")
+        weights = [roles[f"attention.{name}.weight"] for name in names]
+        biases = [roles[r] for r in (f"attention.{name}.bias" for name in names) if r in roles]
+        normed = "attention.q_norm.weight" in roles
+        clip = self.geometry.clip_qkv
+        if alike(weights) and alike(biases):
+            stem = weights[0].name.replace("q_proj", "qkv_proj")
+            packed = self._linear(f"{at}/qkv_proj", x, weights, biases, stem)
+            if not normed and clip is None:
+                return [packed, "", ""]
+            sizes = [w.weight.shape[0] for w in weights]
+            values = self._split(f"{at}/qkv_proj", packed, sizes)
+        else:
+            values = [
+                self._linear(f"{at}/{name}", x, [w], biases[n : n + 1])
+                for n, (name, w) in enumerate(zip(names, weights, strict=True))
+            ]
+        if normed:
+            for n, name in enumerate(("q_norm", "k_norm")):
+                values[n] = self._head_norm(roles[f"attention.{name}.weight"], name, values[n])
+        if clip is not None:
+            bounds = [self.graph.constant(b, np.float32) for b in (-clip, clip)]
+            values = [
+                self.graph.node(f"{at}/{name}", "Clip", [value, *bounds])
+                for name, value in zip(names, values, strict=True)
+            ]
+        return values
+
+    def _head_norm(self, weight: Source, name: str, x: str) -> str:
+        """Norm of queries or keys: over each head, or over all of them."""
+        at, graph, size = f"{self.at}/attn/{name}", self.graph, self.geometry.head_dim
+        per_head = self.model.family.qk_norm == "head"
+        if per_head:
+            x = graph.node(f"{at}/split", "Reshape", [x, graph.constant([0, 0, -1, size])])
+        scale = graph.vector(weight)
+        x = graph.node(at, "RMSNormalization", [x, scale], epsilon=self.geometry.eps, axis=-1)
+        if per_head:
+            x = graph.node(f"{at}/join", "Reshape", [x, graph.constant([0, 0, -1])])
+        return x
+
+    # ---- what follows attention ----------------------------------------------------------------
+
+    def _moe(self, roles: Roles, layer: MoELayer, x: str) -> str:
+        at, graph, count = f"{self.at}/moe", self.graph, len(layer.experts)
+        top_k = layer.router.top_k
+        scores = self._linear(f"{at}/router", x, [roles["router.weight"]])
+        rows = graph.node(f"{at}/router", "Reshape", [scores, graph.constant([-1, count])])
+        y = self._experts(roles, layer, x, rows)
+        # normalize_routing_weights=0 gives zeros in MoE (onnxruntime issue 33866) and is ignored by
+        # QMoE. So weights are always normalized, and the sum that this divides by is put back.
+        if not layer.router.renormalize and top_k < count:
+            chances = graph.node(f"{at}/mass", "Softmax", [scores], axis=-1)
+            outputs = [f"{at}/mass/TopK/output_0", f"{at}/mass/TopK/output_1"]
+            best = graph.node(
+                f"{at}/mass", "TopK", [chances, graph.constant([top_k])], outputs, axis=-1
+            )
+            mass = graph.node(f"{at}/mass", "ReduceSum", [best, graph.constant([-1])], keepdims=1)
+            y = graph.node(f"{at}/mass", "Mul", [y, mass])
+        if layer.shared is None:
+            return y
+        shared = self._mlp(roles, "shared", f"{at}/shared", x)
+        gate = self._linear(f"{at}/shared_gate", x, [roles["shared.router"]])
+        gate = graph.node(f"{at}/shared_gate", "Sigmoid", [gate])
+        shared = graph.node(f"{at}/shared_gate", "Mul", [shared, gate])
+        return graph.node(f"{at}/shared", "Add", [y, shared])
+
+    def _experts(self, roles: Roles, layer: MoELayer, x: str, scores: str) -> str:
+        """All routed experts by one operator; ``scores`` are router logits [tokens, experts]."""
+        at, graph, count = f"{self.at}/moe", self.graph, len(layer.experts)
+        width, hidden = layer.experts[0].gate.shape
+        first: list[Part] = [
+            (roles[f"experts.{n}.gate"], roles[f"experts.{n}.up"]) for n in range(count)
+        ]
+        second: list[Part] = [(roles[f"experts.{n}.down"],) for n in range(count)]
+        stem = f"model.layers.{self.block.index}.moe.experts"
+        shapes = (count, 2 * width, hidden), (count, hidden, width)
+        names = f"{stem}.gate_up_proj.weight", f"{stem}.down_proj.weight"
+        attributes: dict[str, Any] = {
+            "k": layer.router.top_k,
+            "activation_type": "swiglu",
+            "swiglu_fusion": 1,
+            "activation_alpha": 1.0,
+            "activation_beta": 0.0,
+            "normalize_routing_weights": 1,
+        }
+        scheme = layer.experts[0].gate.scheme
+        if scheme is None:
+            matrices = [
+                graph.stored(name, parts, shape)
+                for name, parts, shape in zip(names, (first, second), shapes, strict=True)
+            ]
+            return graph.node(at, "MoE", [x, scores, matrices[0], "", matrices[1]], **attributes)
+        stored = [
+            graph.store(quantized(name, parts, shape, blocked=False))
+            for name, parts, shape in zip(names, (first, second), shapes, strict=True)
+        ]
+        # weights_prepacked is written because its default means another layout in later versions.
+        return graph.node(
+            at,
+            "QMoE",
+            [x, scores, *stored[0], "", *stored[1]],
+            **attributes,
+            expert_weight_bits=scheme.bits,
+            block_size=scheme.group_size,
+            accuracy_level=self.accuracy_level,
+            weights_prepacked=0,
+        )
+
+    def _mlp(self, roles: Roles, kind: str, at: str, x: str) -> str:
+        """A gated MLP: ``down(silu(gate(x)) * up(x))``."""
+        graph, weights = self.graph, [roles[f"{kind}.gate"], roles[f"{kind}.up"]]
+        if alike(weights):
+            stem = weights[0].name.replace("gate_proj", "gate_up_proj")
+            packed = self._linear(f"{at}/gate_up_proj", x, weights, name=stem)
+            sizes = [w.weight.shape[0] for w in weights]
+            gate, up = self._split(f"{at}/gate_up_proj", packed, sizes)
+        else:
+            gate = self._linear(f"{at}/gate_proj", x, weights[:1])
+            up = self._linear(f"{at}/up_proj", x, weights[1:])
+        slope = graph.node(f"{at}/silu", "Sigmoid", [gate])
+        gate = graph.node(f"{at}/silu", "Mul", [gate, slope])
+        product = graph.node(at, "Mul", [gate, up])
+        return self._linear(f"{at}/down_proj", product, [roles[f"{kind}.down"]])

@@ -1,0 +1,108 @@
+"""The decoder as an ONNX graph: inputs, embedding, the chain of blocks, head.
+
+Operators and their layouts are those of ONNX Runtime's CPU provider
+(https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md). Inputs and outputs
+are named as onnxruntime-genai wants them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+
+import torch
+from onnx import TensorProto
+from torch import Tensor
+
+from moe2edge.families import Geometry
+from moe2edge.model import Model
+from moe2edge.targets._onnx_block import BlockWriter, Inputs, Stream, norm
+from moe2edge.targets._onnx_graph import Graph
+from moe2edge.targets._onnx_storage import Batch, Slot, Source, plain
+
+EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+
+
+def decoder(model: Model, accuracy_level: int) -> Graph:
+    """The whole graph; no number is read until its weights are written.
+
+    Args:
+        model: shapes and handles.
+        accuracy_level: of all quantized operators: 0 for float32 activations, 4 for int8.
+
+    """
+    graph = Graph()
+    geometry = model.family.geometry(model.config)
+    inputs = _inputs(graph, model, geometry)
+    embedding = Source(EMBEDDING, model.rest[EMBEDDING])
+    shape = embedding.weight.shape
+    (table,) = graph.store(plain(EMBEDDING, [(embedding,)], shape))
+    rows = graph.node("/model/embed_tokens", "Gather", [table, "input_ids"], axis=0)
+    if embedding.weight.dtype != "F32":
+        rows = graph.node("/model/embed_tokens", "Cast", [rows], to=TensorProto.FLOAT)
+    stream = Stream(rows)
+    for block in model.blocks:
+        stream = BlockWriter(graph, model, block, geometry, inputs, accuracy_level).add(stream)
+    last = Source(FINAL_NORM, model.rest[FINAL_NORM])
+    hidden, _ = norm(graph, "/model/norm", stream, last, geometry.eps)
+    # Tied weights are stored once: the head multiplies by the transposed embedding. The Cast of a
+    # 16-bit matrix is folded when a session opens; benchmarks/onnx_head compares the forms.
+    if HEAD in model.rest:
+        matrix = graph.stored(HEAD, [(Source(HEAD, model.rest[HEAD]),)], shape)
+    else:
+        matrix = graph.as_float(table, embedding.weight.dtype)
+    logits = graph.output("logits", ["batch_size", "sequence_length", geometry.vocab])
+    graph.node("/lm_head", "FusedMatMul", [hidden, matrix], [logits], transB=1)
+    for index in range(len(model.blocks)):
+        for part in ("key", "value"):
+            graph.output(f"present.{index}.{part}", _cache(geometry, "total_length"))
+    return graph
+
+
+def _inputs(graph: Graph, model: Model, geometry: Geometry) -> Inputs:
+    """Declare the inputs; lengths from the attention mask, and the rotary tables."""
+    graph.input("input_ids", TensorProto.INT64, ["batch_size", "sequence_length"])
+    mask = graph.input("attention_mask", TensorProto.INT64, ["batch_size", "total_length"])
+    for index in range(len(model.blocks)):
+        for part in ("key", "value"):
+            name = f"past_key_values.{index}.{part}"
+            graph.input(name, TensorProto.FLOAT, _cache(geometry, "past_length"))
+    last, total = "/model/last_position", "/model/total_length"
+    count = graph.node(last, "ReduceSum", [mask, graph.constant([1])], keepdims=0)
+    position = graph.node(last, "Sub", [count, graph.constant(1)])
+    sizes = graph.node(total, "Shape", [mask])
+    length = graph.node(total, "Gather", [sizes, graph.constant(1)], axis=0)
+    shape = (geometry.max_positions, geometry.head_dim // 2)
+    slots = tuple(Slot(f"model.rotary_emb.{part}", "F32", shape) for part in ("cos", "sin"))
+
+    def make() -> Iterator[tuple[Slot, Tensor]]:
+        yield from zip(slots, rotary_tables(model, geometry.max_positions), strict=True)
+
+    cos, sin = graph.store(Batch(slots, make))
+    return Inputs(
+        last_position=graph.node(last, "Cast", [position], to=TensorProto.INT32),
+        total_length=graph.node(total, "Cast", [length], to=TensorProto.INT32),
+        cos=cos,
+        sin=sin,
+    )
+
+
+def _cache(geometry: Geometry, length: str) -> list[int | str]:
+    return ["batch_size", geometry.kv_heads, length, geometry.head_dim]
+
+
+def rotary_tables(model: Model, positions: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines float32 [positions, head_dim / 2], by transformers' own module.
+
+    They hold the attention scaling of types such as yarn.
+    """
+    import transformers
+
+    name = model.family.architecture
+    architecture = getattr(transformers, name)
+    config = architecture.config_class.from_dict(dict(model.config))
+    source = importlib.import_module(architecture.__module__)
+    rotary = getattr(source, name.removesuffix("ForCausalLM") + "RotaryEmbedding")(config)
+    tables = rotary(torch.empty(0), torch.arange(positions)[None])
+    cos, sin = (table[0, :, : table.shape[-1] // 2].contiguous() for table in tables)
+    return cos, sin

@@ -1,0 +1,162 @@
+"""A graph under construction: nodes, small constants, stored weights, inputs and outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from onnx import TensorProto, helper, numpy_helper
+
+from moe2edge.targets._onnx_storage import Batch, Part, Source, plain, quantized, write
+
+OPSET, IR_VERSION = 23, 11
+MICROSOFT = frozenset(
+    {
+        "FusedMatMul", "GroupQueryAttention", "MatMulNBits", "MoE", "QMoE",
+        "SkipSimplifiedLayerNormalization",
+    }
+)  # fmt: skip
+
+
+class Graph:
+    """Builds a graph node by node; values are referred to by name.
+
+    Attributes:
+        batches: the weights, in the order in which they will be written.
+
+    """
+
+    def __init__(self) -> None:
+        self.batches: list[Batch] = []
+        self._nodes: list[Any] = []
+        self._constants: dict[str, Any] = {}
+        self._inputs: list[Any] = []
+        self._outputs: list[Any] = []
+        self._floats: dict[str, str] = {}
+
+    def input(self, name: str, dtype: int, shape: Sequence[int | str]) -> str:
+        """Declare an input of the graph."""
+        self._inputs.append(helper.make_tensor_value_info(name, dtype, shape))
+        return name
+
+    def output(self, name: str, shape: Sequence[int | str]) -> str:
+        """Declare a float32 output of the graph."""
+        self._outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
+        return name
+
+    def node(
+        self,
+        at: str,
+        op: str,
+        inputs: Sequence[str],
+        outputs: Sequence[str] = (),
+        **attributes: Any,
+    ) -> str:
+        """Append the operator ``op`` as node ``at/op``; the name of its first output.
+
+        Outputs are called ``at/op/output_N`` unless they are named.
+        """
+        outputs = list(outputs) or [f"{at}/{op}/output_0"]
+        domain = "com.microsoft" if op in MICROSOFT else ""
+        node = helper.make_node(op, list(inputs), outputs, f"{at}/{op}", domain=domain)
+        node.attribute.extend(helper.make_attribute(k, v) for k, v in attributes.items())
+        self._nodes.append(node)
+        return outputs[0]
+
+    def constant(self, value: object, dtype: type[np.generic] = np.int64) -> str:
+        """A small constant inside the graph file; equal ones are stored once."""
+        array = np.asarray(value, dtype)
+        text = "_".join(map(str, array.reshape(-1).tolist()))
+        name = f"/constants/{array.dtype}{list(array.shape)}/{text}"
+        self._constants[name] = numpy_helper.from_array(array, name)
+        return name
+
+    def store(self, batch: Batch) -> tuple[str, ...]:
+        """Add weights; the names of their initializers."""
+        self.batches.append(batch)
+        return tuple(slot.name for slot in batch.slots)
+
+    def stored(self, name: str, parts: Sequence[Part], shape: tuple[int, ...]) -> str:
+        """Store unquantized ``parts`` in the source's dtype; the value as float32."""
+        (raw,) = self.store(plain(name, parts, shape))
+        return self.as_float(raw, parts[0][0].weight.dtype)
+
+    def as_float(self, name: str, dtype: str) -> str:
+        """The float32 value of an initializer of ``dtype`` as safetensors spells it."""
+        if dtype == "F32":
+            return name
+        if name not in self._floats:
+            self._floats[name] = self.node(f"/weights/{name}", "Cast", [name], to=TensorProto.FLOAT)
+        return self._floats[name]
+
+    def vector(self, source: Source) -> str:
+        """A stored vector (norm, bias) as float32."""
+        return self.stored(source.name, [(source,)], source.weight.shape)
+
+    def proto(self, data_file: Path, metadata: dict[str, str]) -> Any:
+        """The finished ``ModelProto``; the weights are streamed into ``data_file``."""
+        stored = write(self.batches, data_file)
+        graph = helper.make_graph(
+            self._nodes,
+            "decoder",
+            self._inputs,
+            self._outputs,
+            [*self._constants.values(), *stored],
+        )
+        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid("com.microsoft", 1)]
+        model = helper.make_model(
+            graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="moe2edge"
+        )
+        helper.set_model_props(model, metadata)
+        return model
+
+
+def linear(
+    graph: Graph,
+    at: str,
+    x: str,
+    name: str,
+    weights: Sequence[Source],
+    biases: Sequence[Source],
+    accuracy_level: int,
+) -> str:
+    """Products of ``x`` [batch, length, in] with one or more matrices [out, in], side by side.
+
+    Args:
+        graph: where to.
+        at: path of the nodes.
+        x: the input.
+        name: of the initializer that holds the matrices.
+        weights: matrices of one scheme, or of none and one dtype.
+        biases: one per matrix, or none.
+        accuracy_level: of ``MatMulNBits``.
+
+    """
+    parts: list[Part] = [(w,) for w in weights]
+    outs, ins = sum(w.weight.shape[0] for w in weights), weights[0].weight.shape[1]
+    bias = ""
+    if biases:
+        bias = graph.stored(f"{name.removesuffix('.weight')}.bias", [(b,) for b in biases], (outs,))
+    scheme = weights[0].weight.scheme
+    if scheme is None:
+        matrix = graph.stored(name, parts, (outs, ins))
+        y = graph.node(at, "FusedMatMul", [x, matrix], transB=1)
+        return graph.node(at, "Add", [y, bias]) if bias else y
+    stored = graph.store(quantized(name, parts, (outs, ins), blocked=True))
+    return graph.node(
+        at,
+        "MatMulNBits",
+        [x, *stored, *(["", "", bias] if bias else [])],
+        K=ins,
+        N=outs,
+        bits=scheme.bits,
+        block_size=scheme.group_size,
+        accuracy_level=accuracy_level,
+    )
+
+
+def alike(sources: Sequence[Source]) -> bool:
+    """Whether weights can stand in one initializer."""
+    return len({s.weight.scheme or s.weight.dtype for s in sources}) <= 1

@@ -1,0 +1,191 @@
+"""A folder with an ONNX graph, opened in ONNX Runtime on the CPU."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moe2edge.errors import InputError, Unsupported, VerificationFailed
+from moe2edge.targets._onnx_storage import GRAPH_FILE, POSITIONS, load_graph
+
+OLDEST = (1, 31)
+SMALLEST_CACHE = 256
+INSTALL = "pip install 'moe2edge[cpu]'"
+FOLDER_KEY = "session.model_external_initializers_file_folder_path"
+# Whatever goes wrong is raised as well; the runtime's own log would say it twice.
+LOG_NOTHING = 4
+
+
+def onnxruntime() -> Any:
+    """The module, if it is there and new enough.
+
+    Raises:
+        Unsupported: it is not.
+
+    """
+    try:
+        import onnxruntime as ort
+    except ImportError as error:
+        raise Unsupported(
+            f"an ONNX graph runs in onnxruntime, which is missing: {INSTALL}"
+        ) from error
+    found = tuple(int(number) for number in re.findall(r"\d+", ort.__version__)[:2])
+    if found < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        raise Unsupported(
+            f"onnxruntime {ort.__version__} lacks operators of this graph; it takes {oldest} or "
+            f"newer: {INSTALL}"
+        )
+    return ort
+
+
+def open_session(folder: Path, *, exact: bool = False, threads: int = 0) -> Any:
+    """A session on ``model.onnx``.
+
+    Args:
+        folder: where it is.
+        exact: compute with float32 activations throughout, whatever the graph allows.
+        threads: threads inside an operator; 0 leaves it to the runtime.
+
+    Raises:
+        Unsupported: onnxruntime is missing or too old.
+        VerificationFailed: onnxruntime refuses the graph.
+
+    """
+    ort = onnxruntime()
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    options = ort.SessionOptions()
+    options.log_severity_level = LOG_NOTHING
+    options.intra_op_num_threads = threads
+    source: str | bytes = str(folder / GRAPH_FILE)
+    if exact:
+        source = _with_float_activations(folder)
+        options.add_session_config_entry(FOLDER_KEY, str(folder))
+    refusals = (
+        state.Fail, state.InvalidArgument, state.InvalidGraph, state.InvalidProtobuf,
+        state.NoSuchFile, state.NotImplemented, state.RuntimeException,
+    )  # fmt: skip
+    try:
+        return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except refusals as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise VerificationFailed(f"onnxruntime refuses {GRAPH_FILE}: {reason}") from error
+
+
+def _with_float_activations(folder: Path) -> bytes:
+    """The graph with accuracy level 0 on all nodes; its weights stay in their file."""
+    model = load_graph(folder)
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "accuracy_level":
+                attribute.i = 0
+    data: bytes = model.SerializeToString()
+    return data
+
+
+def open_runtime(folder: Path, *, exact: bool = False, threads: int = 0) -> OnnxRuntime:
+    """The runtime of a folder; arguments and errors as `open_session`."""
+    session = open_session(folder, exact=exact, threads=threads)
+    positions = session.get_modelmeta().custom_metadata_map.get(POSITIONS, "")
+    if not positions.isdigit():
+        raise VerificationFailed(f"{GRAPH_FILE} does not say how many positions it has")
+    return OnnxRuntime(session, int(positions))
+
+
+class OnnxRuntime:
+    """Runs one sequence at a time with a cache that the operators write in place."""
+
+    def __init__(self, session: Any, max_positions: int) -> None:
+        shapes = {i.name: i.shape for i in session.get_inputs()}
+        self._session = session
+        self._binding = session.io_binding()
+        self._max_positions = max_positions
+        self._past = {name: s for name, s in shapes.items() if name.startswith("past_key_values.")}
+        self._caches: dict[str, np.ndarray[Any, Any]] = {}
+        self._vocabulary: int = session.get_outputs()[0].shape[-1]
+        self._length = 0
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """Logits float32 [batch, length, vocabulary] of ids int64 [batch, length], no cache."""
+        batch, length = ids.shape
+        self._check(ids.numpy(), length)
+        feeds = {
+            name: np.zeros((batch, heads, 0, size), np.float32)
+            for name, (_, heads, _, size) in self._past.items()
+        }
+        feeds["input_ids"] = ids.numpy().astype(np.int64)
+        feeds["attention_mask"] = np.ones((batch, length), np.int64)
+        return torch.from_numpy(self._session.run(["logits"], feeds)[0])
+
+    def start(self, ids: Sequence[int]) -> Tensor:
+        """Begin a sequence: logits float32 [length, vocabulary] of all its tokens.
+
+        Raises:
+            InputError: there is no token, or there are more than the model has positions for.
+
+        """
+        if not ids:
+            raise InputError("a sequence needs at least one token")
+        self._length = 0
+        return self._extend(np.asarray([ids], np.int64))
+
+    def step(self, token: int) -> Tensor:
+        """Go on with one token: logits float32 [vocabulary] after it.
+
+        Raises:
+            InputError: the model has no position left, or `start` was not called.
+
+        """
+        if not self._length:
+            raise InputError("start a sequence before the first step")
+        return self._extend(np.asarray([[token]], np.int64))[-1]
+
+    def _check(self, ids: np.ndarray[Any, Any], length: int) -> None:
+        if ids.min() < 0 or ids.max() >= self._vocabulary:
+            raise InputError(
+                f"token ids run from {ids.min()} to {ids.max()}, but the vocabulary has "
+                f"{self._vocabulary}"
+            )
+        if length > self._max_positions:
+            raise InputError(
+                f"{length} tokens, but the model has {self._max_positions} positions; "
+                "shorten the text"
+            )
+
+    def _extend(self, ids: np.ndarray[Any, Any]) -> Tensor:
+        """Run ``ids`` [1, new] behind what is cached: logits [new, vocabulary]."""
+        total = self._length + ids.shape[1]
+        self._check(ids, total)
+        self._reserve(total)
+        logits = np.empty((1, ids.shape[1], self._vocabulary), np.float32)
+        self._binding.bind_cpu_input("input_ids", ids)
+        self._binding.bind_cpu_input("attention_mask", np.ones((1, total), np.int64))
+        self._bind_output("logits", logits)
+        self._session.run_with_iobinding(self._binding)
+        self._length = total
+        return torch.from_numpy(logits[0])
+
+    def _reserve(self, total: int) -> None:
+        """Make room for ``total`` tokens: caches double, so that copying stays rare."""
+        room = min((cache.shape[2] for cache in self._caches.values()), default=0)
+        if total <= room:
+            return
+        room = min(max(2 * total, SMALLEST_CACHE), self._max_positions)
+        for name, (_, heads, _, size) in self._past.items():
+            cache = np.zeros((1, heads, room, size), np.float32)
+            if name in self._caches:
+                cache[:, :, : self._length] = self._caches[name][:, :, : self._length]
+            self._caches[name] = cache
+            self._binding.bind_cpu_input(name, cache)
+            # The same memory as input and output: attention appends to it in place.
+            self._bind_output(name.replace("past_key_values", "present"), cache)
+
+    def _bind_output(self, name: str, array: np.ndarray[Any, Any]) -> None:
+        self._binding.bind_output(name, "cpu", 0, np.float32, list(array.shape), array.ctypes.data)

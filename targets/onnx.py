@@ -1,0 +1,205 @@
+"""Decoder graph for ONNX Runtime: int4 experts in fused operators, with a KV cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from moe2edge.checkpoint import write_json
+from moe2edge.errors import InputError, Unsupported
+from moe2edge.model import Block, Model, MoELayer, is_quantizable
+from moe2edge.target import Loader, Runtime, Target
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moe2edge.rounding import Quantized
+
+# What GroupQueryAttention's rotary embedding asks of a head on the CPU.
+HEAD_MULTIPLE = 16
+# Of QMoE and MatMulNBits: a power of two, at least this.
+SMALLEST_GROUP = 16
+# onnxruntime-genai reserves a cache of this many tokens unless it is told otherwise.
+DEFAULT_LENGTH = 4096
+
+
+@dataclass(frozen=True)
+class Onnx(Target):
+    """ONNX graph with external data, and ``genai_config.json`` beside it.
+
+    Attributes:
+        accuracy_level: what quantized operators may do to activations: 4 rounds them to int8,
+            which is faster; 0 keeps float32.
+
+    """
+
+    summary: ClassVar[str] = "decoder graph with KV cache for ONNX Runtime on a CPU"
+    accuracy_level: int = 4
+
+    def __post_init__(self) -> None:
+        if self.accuracy_level not in (0, 4):
+            raise InputError(
+                f"accuracy_level is 0 (float32 activations) or 4 (int8), not {self.accuracy_level}"
+            )
+
+    def accepts(self, model: Model) -> None:
+        """Refuse a model whose heads, schemes or experts the operators do not take.
+
+        Raises:
+            Unsupported: with what it is.
+
+        """
+        head_dim = model.family.geometry(model.config).head_dim
+        if head_dim % HEAD_MULTIPLE:
+            raise Unsupported(
+                f"heads of size {head_dim}, but ONNX Runtime rotates multiples of {HEAD_MULTIPLE}; "
+                "the targets gptq and hf hold this model"
+            )
+        for name, role, weight in model.tensors():
+            if weight.scheme is None:
+                continue
+            bits, group = weight.scheme.bits, weight.scheme.group_size
+            if not is_quantizable(role):
+                raise Unsupported(f"{name} is quantized; the graph holds it in full only")
+            if bits != 4 or group < SMALLEST_GROUP or group & (group - 1):
+                raise Unsupported(
+                    f"{name} has {bits} bits in groups of {group}; the graph holds 4 bits in "
+                    f"groups of a power of two from {SMALLEST_GROUP}"
+                )
+            if weight.shape[1] % group:
+                raise Unsupported(
+                    f"{name} has {weight.shape[1]} inputs, which groups of {group} do not divide"
+                )
+        for block, layer in model.moe_blocks:
+            _accept_layer(block, layer)
+
+    def nbytes(self, model: Model) -> int:
+        """Bytes of ``model.onnx.data``; scales are float32 there, and so are rotary tables."""
+        from moe2edge.targets._onnx_decoder import decoder
+        from moe2edge.targets._onnx_storage import offsets
+
+        return offsets(decoder(model, self.accuracy_level).batches)[1]
+
+    def write(self, model: Model, folder: Path) -> None:
+        """Write ``model.onnx``, ``model.onnx.data`` and the two configs.
+
+        Raises:
+            Unsupported: as `accepts`.
+
+        """
+        from moe2edge.targets._onnx_decoder import decoder
+        from moe2edge.targets._onnx_storage import DATA_FILE, GRAPH_FILE, POSITIONS
+
+        self.accepts(model)
+        graph = decoder(model, self.accuracy_level)
+        positions = model.family.geometry(model.config).max_positions
+        proto = graph.proto(folder / DATA_FILE, {POSITIONS: str(positions)})
+        (folder / GRAPH_FILE).write_bytes(proto.SerializeToString(deterministic=True))
+        config = model.family.config_of(model)
+        write_json(folder / "config.json", config)
+        write_json(folder / "genai_config.json", genai_config(model, config))
+
+    def tensors(self, folder: Path) -> Iterator[tuple[str, Tensor | Quantized]]:
+        """Every tensor that the graph holds, read back from its initializers one by one.
+
+        Raises:
+            VerificationFailed: the files are damaged.
+
+        """
+        from moe2edge.targets._onnx_storage import read
+
+        return read(folder)
+
+    def reopen(self, folder: Path, *, exact: bool = False) -> Runtime:
+        """The folder in ONNX Runtime; ``exact`` lifts accuracy level 4 in memory.
+
+        Raises:
+            Unsupported: onnxruntime is missing or too old.
+            VerificationFailed: onnxruntime refuses the graph.
+
+        """
+        from moe2edge.targets._onnx_runtime import open_runtime
+
+        return open_runtime(folder, exact=exact)
+
+    def loaders(self, model: Model) -> tuple[Loader, ...]:
+        """Which programs can load the graph."""
+        return (
+            Loader("onnxruntime", True, "1.31 or newer, CPU provider"),
+            Loader("onnxruntime-genai", True, "0.18 or newer on a CPU, through genai_config.json"),
+            Loader("onnxruntime-gpu", False, "its kernels take 16-bit activations, these are 32"),
+        )
+
+
+def _accept_layer(block: Block, layer: MoELayer) -> None:
+    """Refuse experts that one fused operator cannot hold.
+
+    Raises:
+        Unsupported: the router has more than its matrix, or experts differ in shape or scheme.
+
+    """
+    if layer.router.per_expert:
+        raise Unsupported(
+            f"block {block.index}: the router has {', '.join(sorted(layer.router.per_expert))} "
+            "per expert, which ONNX Runtime's expert operators have no input for"
+        )
+    forms = {
+        (e.gate.shape, w.scheme or w.dtype) for e in layer.experts for w in (e.gate, e.up, e.down)
+    }
+    if len(forms) > 1:
+        raise Unsupported(
+            f"block {block.index}: experts differ in width, dtype or scheme; one fused operator "
+            "holds them all"
+        )
+
+
+def genai_config(model: Model, config: Mapping[str, Any]) -> dict[str, Any]:
+    """``genai_config.json`` for onnxruntime-genai, whose type "decoder" runs any such graph.
+
+    Args:
+        model: what was written.
+        config: its ``config.json``.
+
+    """
+    geometry = model.family.geometry(config)
+    ids = {key: config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if ids["pad_token_id"] is None:
+        ends = ids["eos_token_id"]
+        ids["pad_token_id"] = ends[0] if isinstance(ends, list) else ends
+    past, present = "past_key_values.%d", "present.%d"
+    return {
+        "model": {
+            "type": "decoder",
+            "vocab_size": geometry.vocab,
+            "context_length": geometry.max_positions,
+            **{key: value for key, value in ids.items() if value is not None},
+            "decoder": {
+                "filename": "model.onnx",
+                "head_size": geometry.head_dim,
+                "hidden_size": geometry.hidden,
+                "num_attention_heads": geometry.heads,
+                "num_key_value_heads": geometry.kv_heads,
+                "num_hidden_layers": len(model.blocks),
+                "session_options": {"provider_options": []},
+                "inputs": {
+                    "input_ids": "input_ids",
+                    "attention_mask": "attention_mask",
+                    "past_key_names": f"{past}.key",
+                    "past_value_names": f"{past}.value",
+                },
+                "outputs": {
+                    "logits": "logits",
+                    "present_key_names": f"{present}.key",
+                    "present_value_names": f"{present}.value",
+                },
+            },
+        },
+        "search": {
+            "do_sample": False,
+            "num_beams": 1,
+            "max_length": min(geometry.max_positions, DEFAULT_LENGTH),
+            "past_present_share_buffer": True,
+        },
+    }

@@ -1,0 +1,217 @@
+"""Opening checkpoints: sources, and every kind of damage gets its own line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from moe2edge.checkpoint import Planned, open_checkpoint, read_all, write_checkpoint
+from moe2edge.errors import InputError, Moe2EdgeError, Unsupported
+from moe2edge.testing import Make
+
+Damage = Callable[[Path], None]
+
+
+def edit_config(**changes: object) -> Damage:
+    def damage(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+    return damage
+
+
+def edit_tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Damage:
+    def damage(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors")
+
+    return damage
+
+
+def truncate(folder: Path) -> None:
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[:-100])
+
+
+def header_bomb(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", 1 << 60))
+
+
+def spoil_config(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+
+
+def pickled(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def sharded(weight_map: dict[str, str]) -> Damage:
+    def damage(folder: Path) -> None:
+        (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+        index = {"weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    return damage
+
+
+NORM = "model.norm.weight"
+CASES: list[tuple[str, Damage, type[Moe2EdgeError], str]] = [
+    ("no config", lambda f: (f / "config.json").unlink(), InputError, "is no checkpoint"),
+    ("config is no JSON", spoil_config, InputError, "cannot be read"),
+    (
+        "no weights",
+        lambda f: (f / "model.safetensors").unlink(),
+        InputError,
+        "no model.safetensors",
+    ),
+    ("pickles", pickled, InputError, "only pickled weights"),
+    ("truncated", truncate, InputError, "damaged or cut short"),
+    ("huge header", header_bomb, InputError, "damaged or cut short"),
+    (
+        "missing shard",
+        sharded({NORM: "model-00002-of-00002.safetensors"}),
+        InputError,
+        "shard model-00002-of-00002.safetensors is missing",
+    ),
+    ("shard elsewhere", sharded({NORM: "../x.safetensors"}), InputError, "not a plain file name"),
+    (
+        "index names a tensor that no shard has",
+        sharded({"ghost": "model-00001-of-00002.safetensors"}),
+        InputError,
+        "names ghost, which no shard has",
+    ),
+    (
+        "wrong shape",
+        edit_tensors(lambda t: t.update({NORM: torch.ones(63)})),
+        InputError,
+        r"model.norm.weight has shape \[63\], but config.json asks for \[64\]",
+    ),
+    ("missing tensor", edit_tensors(lambda t: t.pop(NORM)), InputError, f"has no tensor {NORM}"),
+    (
+        "unknown tensor",
+        edit_tensors(lambda t: t.update(extra=torch.ones(2))),
+        InputError,
+        "1 tensors that MixtralForCausalLM does not know, such as extra",
+    ),
+    (
+        "integers",
+        edit_tensors(lambda t: t.update({NORM: torch.ones(64, dtype=torch.int32)})),
+        Unsupported,
+        "dtype I32",
+    ),
+    ("quantized", edit_config(quantization_config={"bits": 4}), InputError, "already quantized"),
+    ("dense", edit_config(model_type="llama", num_local_experts=None), Unsupported, "dense model"),
+    ("unknown", edit_config(model_type="mixtrale"), Unsupported, "did you mean 'mixtral'"),
+    ("no experts", edit_config(num_local_experts=None), InputError, "has no num_local_experts"),
+    ("bad size", edit_config(hidden_size=-1), InputError, "hidden_size must be a positive"),
+    ("top-k", edit_config(num_experts_per_tok=9), Moe2EdgeError, "top-k 9 of 6 experts"),
+]
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "message"), [c[1:] for c in CASES], ids=[c[0] for c in CASES]
+)
+def test_damage_gets_its_own_line(
+    tiny: Make, tmp_path: Path, damage: Damage, error: type[Moe2EdgeError], message: str
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny("mixtral"), folder)
+    damage(folder)
+    with pytest.raises(error, match=message) as caught:
+        open_checkpoint(str(folder)).model.verify()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_pickle_is_never_opened(tmp_path: Path) -> None:
+    canary = tmp_path / "ran"
+    (tmp_path / "config.json").write_text('{"model_type": "mixtral", "num_local_experts": 2}')
+    code = f"cposix\nsystem\n(S'touch {canary}'\ntR."
+    (tmp_path / "pytorch_model.bin").write_bytes(code.encode())
+    with pytest.raises(InputError, match="pickled"):
+        _ = open_checkpoint(str(tmp_path)).model
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("builtin:tiny-mo", "no built-in model"),
+        ("no/such/folder", "there is no folder"),
+        ("./nothing", "there is no folder"),
+    ],
+)
+def test_sources_that_do_not_exist(source: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        open_checkpoint(source)
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def hub_cache(folder: Path, cache: Path) -> None:
+    """Lay out a local cache as huggingface_hub does: blobs, and links to them in a snapshot."""
+    repo = cache / "models--some-org--some-moe"
+    snapshot = repo / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    (repo / "blobs").mkdir()
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(COMMIT)
+    for path in folder.iterdir():
+        shutil.copyfile(path, repo / "blobs" / path.name)
+        (snapshot / path.name).symlink_to(repo / "blobs" / path.name)
+
+
+def test_hub_ids_are_found_in_the_cache_offline(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    hub_cache(tiny("olmoe"), tmp_path)
+    for source in ("some-org/some-moe", "hf://some-org/some-moe", f"some-org/some-moe@{COMMIT}"):
+        found = open_checkpoint(source, cache_dir=tmp_path)
+        assert found.revision == COMMIT
+        assert found.model.parameters == open_checkpoint(str(tiny("olmoe"))).model.parameters
+    with pytest.raises(InputError, match="not in the local cache"):
+        open_checkpoint("some-org/other", cache_dir=tmp_path)
+
+
+def test_opening_reads_headers_only(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("numbers were read")
+
+    monkeypatch.setattr("moe2edge.checkpoint.read_tensor", refuse)
+    assert "6 experts" in str(open_checkpoint(str(tiny("qwen3_moe"))).model)
+
+
+def test_shards_are_written_one_tensor_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moe2edge.checkpoint.SHARD_BYTES", 100)
+    tensors = {f"t{n}": torch.full((4, 5), float(n), dtype=torch.bfloat16) for n in range(5)}
+    made: list[str] = []
+
+    def make(name: str) -> Callable[[], torch.Tensor]:
+        def numbers() -> torch.Tensor:
+            made.append(name)
+            return tensors[name]
+
+        return numbers
+
+    write_checkpoint(tmp_path, [Planned(n, (4, 5), "BF16", make(n)) for n in tensors])
+    assert made == list(tensors)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 3
+    for name, tensor in read_all(tmp_path):
+        assert torch.equal(tensor, tensors.pop(name))
+    assert not tensors
+
+
+def test_a_tensor_that_is_not_as_planned_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="planned"):
+        write_checkpoint(tmp_path, [Planned("t", (2,), "F32", lambda: torch.ones(3))])

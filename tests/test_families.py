@@ -1,0 +1,114 @@
+"""Every row of the family table against transformers, and what a row refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from moe2edge import walk
+from moe2edge.checkpoint import open_checkpoint
+from moe2edge.errors import InputError, Unsupported
+from moe2edge.families import FAMILIES, family_of
+from moe2edge.testing import Make
+
+IDS = torch.randint(1, 96, (2, 24), generator=torch.Generator().manual_seed(0))
+YARN = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 10000.0}
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 4.0, "rope_theta": 10000.0, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
+}  # fmt: skip
+SWITCHES: list[tuple[str, dict[str, Any]]] = [
+    *((family, {}) for family in FAMILIES),
+    ("mixtral", {"sliding_window": 5}),
+    ("mixtral", {"head_dim": 32}),
+    ("mixtral", {"tie_word_embeddings": True}),
+    ("olmoe", {"clip_qkv": 0.5}),
+    ("olmoe", {"norm_topk_prob": True}),
+    ("olmoe", {"attention_bias": True}),
+    ("olmoe", {"rope_parameters": YARN}),
+    ("qwen2_moe", {"mlp_only_layers": [1]}),
+    ("qwen2_moe", {"decoder_sparse_step": 2}),
+    ("qwen2_moe", {"qkv_bias": False}),
+    ("qwen2_moe", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2}),
+    ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 4}),
+    ("qwen3_moe", {"norm_topk_prob": True, "attention_bias": True}),
+    ("qwen3_moe", {"mlp_only_layers": [0, 2], "rope_parameters": LLAMA3}),
+    ("qwen3_moe", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}),
+]
+
+
+def named(value: object) -> str:
+    return value if isinstance(value, str) else "+".join(value) if isinstance(value, dict) else ""
+
+
+@pytest.mark.parametrize(("family", "changes"), SWITCHES, ids=named)
+def test_logits_equal_those_of_transformers(
+    tiny: Make, family: str, changes: dict[str, Any]
+) -> None:
+    folder = tiny(family, **changes)
+    model = open_checkpoint(str(folder)).model
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = theirs(IDS).logits
+    hidden = walk.observe(model, IDS, (), lambda *_: None, "")
+    found = torch.stack(list(walk.head_logits(model, hidden)))
+    assert (found - expected).abs().max() < 1e-4
+    assert model.parameters == theirs.num_parameters()
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_key_of_transformers_config_is_accounted_for(family: str) -> None:
+    config = AutoConfig.for_model(family)
+    keys = {*config.to_dict(), *PreTrainedConfig().to_dict()}
+    assert not keys - FAMILIES[family].known_keys
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_the_unchanged_model_gets_its_own_config_back(tiny: Make, family: str) -> None:
+    checkpoint = open_checkpoint(str(tiny(family)))
+    before = AutoConfig.for_model(**dict(checkpoint.config))
+    after = AutoConfig.for_model(**checkpoint.model.family.config_of(checkpoint.model))
+    assert before.to_dict() == after.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("mixtral", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ("mixtral", {"rope_scaling": {"type": "dynamic", "factor": 2}}, "rope type 'dynamic'"),
+        ("olmoe", {"rope_parameters": {"rope_type": "longrope"}}, "rope type 'longrope'"),
+        ("mixtral", {"attention_bias": True}, "attention_bias"),
+        ("mixtral", {"clip_qkv": 8.0}, "clip_qkv"),
+        ("olmoe", {"use_sliding_window": True}, "use_sliding_window"),
+        ("qwen3_moe", {"partial_rotary_factor": 0.5}, "partial rotary"),
+        ("qwen3_moe", {"routed_scaling_factor": 2.5}, "routed_scaling_factor"),
+    ],
+)
+def test_what_is_not_carried_out_is_refused(
+    family: str, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(Unsupported, match=message):
+        FAMILIES[family].check_config({"model_type": family, **changes})
+
+
+def test_layer_types_that_are_not_known_are_refused() -> None:
+    config = {"use_sliding_window": True, "sliding_window": 4, "layer_types": ["linear_attention"]}
+    with pytest.raises(Unsupported, match="linear_attention"):
+        FAMILIES["qwen2_moe"].window_of(config, 0)
+
+
+@pytest.mark.parametrize(
+    ("config", "error", "message"),
+    [
+        ({}, InputError, "no model_type"),
+        ({"model_type": "llama"}, Unsupported, "dense model"),
+        ({"model_type": "mixtrol", "num_experts": 8}, Unsupported, "did you mean 'mixtral'"),
+        ({"model_type": "deepseek_v3", "n_routed_experts": 8}, Unsupported, "unknown model family"),
+    ],
+)
+def test_other_models_are_refused(config: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        family_of(config)

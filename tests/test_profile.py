@@ -1,0 +1,451 @@
+"""Profiles: what is timed, how it is summed up, and that a fresh process does the measuring."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from moe2edge.artifact import write_manifest
+from moe2edge.errors import InputError, Moe2EdgeError, Unsupported
+from moe2edge.profile import measure, memory
+from moe2edge.profile.child import Phases, answer
+from moe2edge.profile.measure import PRESETS, Settings, cut_prompts, profile, sizes_of
+from moe2edge.profile.memory import Memory, Meter
+from moe2edge.profile.result import DEFINITIONS, Metric, Phase, metrics_of
+from moe2edge.profile.table import table
+from moe2edge.testing import make_checkpoint, make_tokenizer
+
+PROMPTS = [[1 + (7 * n + i) % 90 for i in range(16)] for n in range(3)]
+SMALL = Settings(gen_tokens=5, repeats=1, threads=1, timeout_s=120)
+
+
+class Clocked:
+    """A runtime on a clock of its own: a start takes 2 s and 1 s per token, a step 0.5 s."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def clock(self) -> float:
+        return self.now
+
+    def work(self, seconds: float) -> None:
+        self.now += seconds
+
+    def logits(self, ids: Tensor) -> Tensor:
+        raise AssertionError("a profile measures start and step")
+
+    def start(self, ids: Sequence[int]) -> Tensor:
+        self.work(2 + len(ids))
+        return torch.eye(9)[list(ids)]
+
+    def step(self, token: int) -> Tensor:
+        self.work(0.5)
+        return torch.eye(9)[(token + 1) % 9]
+
+
+class Gauge(Meter):
+    """A meter that reads what it is told to, and takes a long time to do so."""
+
+    def __init__(self, runtime: Clocked, peaks: Sequence[int]) -> None:
+        self.method, self.reason = "told", None
+        self._runtime, self._peaks = runtime, iter(peaks)
+
+    def start(self) -> None:
+        self._runtime.work(100)
+
+    def read(self) -> Memory:
+        self._runtime.work(100)
+        peak = next(self._peaks)
+        return Memory(peak, peak - 1, peak - 2, 1)
+
+
+def clocked_answer(gen_tokens: int, peaks: Sequence[int]) -> dict[str, Any]:
+    runtime = Clocked()
+
+    def open_runtime() -> Clocked:
+        runtime.work(7)
+        return runtime
+
+    return answer(
+        {"prompts": [[1, 2, 3], [4, 5, 6], [2, 4]], "gen_tokens": gen_tokens},
+        import_libraries=lambda: runtime.work(3),
+        open_runtime=open_runtime,
+        phases=Phases(Gauge(runtime, peaks)),
+        clock=runtime.clock,
+    )
+
+
+def test_each_time_is_that_of_its_own_work_only() -> None:
+    found = clocked_answer(4, range(10, 18))
+    assert (found["import_s"], found["load_s"]) == (3, 7)
+    assert found["runs"] == [  # without the warm-up
+        {"ttft_s": 5, "gaps_s": [0.5] * 3, "tokens": [6, 7, 8, 0]},
+        {"ttft_s": 4, "gaps_s": [0.5] * 3, "tokens": [4, 5, 6, 7]},
+    ]
+
+
+def test_memory_of_a_phase_is_the_largest_of_all_runs_also_of_the_warm_up() -> None:
+    found = clocked_answer(2, [1, 2, 30, 50, 31, 41, 29, 42])["memory"]
+    assert list(found["phases"]) == ["import", "load", "prefill", "decode"]
+    assert {name: m["peak_rss"] for name, m in found["phases"].items()} == {
+        "import": 1,
+        "load": 2,
+        "prefill": 31,
+        "decode": 50,
+    }
+    assert found["phases"]["prefill"] == {
+        "peak_rss": 31, "rss": 30, "rss_anon": 29, "rss_file": 1,
+    }  # fmt: skip
+
+
+def test_metrics() -> None:
+    found = metrics_of([clocked_answer(4, range(10, 18))] * 2, prompt_tokens=3)
+    assert set(found) <= set(DEFINITIONS)
+    assert found["import_ms"].samples == (3000, 3000)
+    assert found["load_ms"].samples == (7000, 7000)
+    assert found["ttft_ms"].samples == (5000, 4000, 5000, 4000)
+    assert found["prefill_tok_s"].samples == pytest.approx((3 / 5, 3 / 4) * 2)
+    assert found["ms_per_token"].samples == (500,) * 12
+    assert found["decode_tok_s"].samples == (2.0,) * 4
+
+
+def test_one_generated_token_has_no_time_per_token() -> None:
+    found = metrics_of([clocked_answer(1, range(10, 18))], prompt_tokens=3)
+    for name in ("ms_per_token", "decode_tok_s"):
+        values = found[name].to_json()
+        assert values["n"] == 0
+        assert "at least two" in values["reason"]
+        for key in ("median", "p50", "p90", "min", "max"):
+            assert values[key] is None
+    assert found["ttft_ms"].to_json()["reason"] is None
+
+
+def test_percentiles_are_those_of_numpy() -> None:
+    samples = tuple(np.random.default_rng(0).lognormal(size=37).tolist())
+    found = Metric("ms", "lower", samples).to_json()
+    for p in (50, 90):
+        assert found[f"p{p}"] == pytest.approx(np.percentile(samples, p), rel=1e-12)
+    assert found["median"] == sorted(samples)[18]
+    assert (found["min"], found["max"], found["n"]) == (min(samples), max(samples), 37)
+    assert found["samples"] == list(samples)
+
+
+def test_p90_by_hand() -> None:
+    assert Metric("ms", "lower", tuple(map(float, range(11)))).percentile(90) == 9
+    assert Metric("ms", "lower", (1.0, 2.0)).percentile(90) == pytest.approx(1.9)
+
+
+# ---- memory ---------------------------------------------------------------------------------
+
+
+def test_the_peak_of_a_phase_is_its_own() -> None:
+    meter = Meter()
+    assert meter.reason is None, "these tests run on Linux"
+    meter.start()
+    before = meter.read()
+    block = np.ones(64 << 20, dtype=np.uint8)
+    during = meter.read()
+    del block
+    still = meter.read()
+    meter.start()
+    after = meter.read()
+    assert None not in (before.peak_rss, during.peak_rss, still.peak_rss, after.peak_rss)
+    grown = 60 << 20
+    assert (during.peak_rss or 0) > (before.peak_rss or 0) + grown
+    assert (during.rss_anon or 0) > (before.rss_anon or 0) + grown
+    # The kernel gathers its counters from the cores now and then: a little may be missing.
+    assert (still.peak_rss or 0) > (before.peak_rss or 0) + grown
+    assert (still.rss or 0) < (during.rss or 0) - grown
+    assert (after.peak_rss or 0) < (during.peak_rss or 0) - grown
+    assert (after.rss_file or 0) > 0
+
+
+def test_without_linux_unknown_values_are_null_with_a_reason(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(memory, "PROC", tmp_path / "none")
+    meter = Meter()
+    meter.start()
+    found = meter.read()
+    assert meter.method == "psutil resident set size at the end of the phase"
+    assert meter.reason is not None
+    assert "cannot set back the peak" in meter.reason
+    assert (found.rss or 0) > 1 << 20
+    assert (found.peak_rss, found.rss_anon, found.rss_file) == (None, None, None)
+    phase = Phase("load", (found, found)).to_json()
+    assert phase["peak_rss"] is None
+    assert phase["rss"] == found.rss
+
+
+def test_a_value_unknown_once_is_unknown_for_the_phase() -> None:
+    assert Memory(1, 2, None, 4).merge(Memory(3, None, 2, 1)) == Memory(3, None, None, 4)
+
+
+# ---- in a real process ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random checkpoint, with a tokenizer."""
+    folder = make_checkpoint(tmp_path_factory.mktemp("profile") / "m", "olmoe")
+    make_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def measured(checkpoint: Path) -> Any:
+    """A profile of two processes, and what was said on the way."""
+    said: list[tuple[str, int, int]] = []
+    result = profile(
+        checkpoint,
+        text="def f(x): return x * 2  # twice\n" * 4,
+        settings=Settings(16, gen_tokens=5, prompts=2, repeats=2, threads=1, timeout_s=120),
+        advance=lambda *step: said.append(step),
+    )
+    return result, said
+
+
+def test_a_source_checkpoint_is_measured(measured: Any, checkpoint: Path) -> None:
+    result, said = measured
+    assert said == [("measure", 1, 2), ("measure", 2, 2)]
+    assert result.artifact["runtime"] == "transformers"
+    assert result.artifact["dtype"] == "bfloat16"
+    assert {name: metric.n for name, metric in result.metrics.items()} == {
+        "import_ms": 2,
+        "load_ms": 2,
+        "ttft_ms": 4,
+        "prefill_tok_s": 4,
+        "ms_per_token": 16,
+        "decode_tok_s": 4,
+    }
+    assert all(s > 0 for metric in result.metrics.values() for s in metric.samples)
+    for phase in result.phases:
+        assert len(phase.samples) == 2
+        for m in phase.samples:
+            assert m.peak_rss >= m.rss > 50 << 20
+            assert m.rss_anon > 0
+            assert m.rss_file > 0
+            assert m.rss_anon + m.rss_file <= m.peak_rss
+    assert result.env["threads"] == {"asked": 1, "torch": 1}
+    assert result.sizes["weights"] == (checkpoint / "model.safetensors").stat().st_size
+    assert not any("different tokens" in warning for warning in result.warnings)
+
+
+def test_json_has_the_promised_form(measured: Any) -> None:
+    result, _ = measured
+    found = json.loads(json.dumps(result.to_json(), allow_nan=False))
+    assert (found["schema_version"], found["kind"]) == (1, "moe2edge.profile")
+    assert list(found) == [
+        "schema_version", "kind", "created", "warnings", "artifact", "workload", "env",
+        "metrics", "memory", "sizes", "definitions",
+    ]  # fmt: skip
+    assert found["workload"]["prompt_tokens"] == 16
+    assert found["workload"]["gen_tokens"] == 5
+    assert (found["workload"]["prompts"], found["workload"]["processes"]) == (2, 2)
+    for metric in found["metrics"].values():
+        assert metric["min"] <= metric["p50"] <= metric["p90"] <= metric["max"]
+        assert metric["better"] in ("lower", "higher")
+    assert found["memory"]["method"] == "VmHWM after writing 5 to /proc/self/clear_refs"
+    assert [p["phase"] for p in found["memory"]["phases"]] == [
+        "import", "load", "prefill", "decode",
+    ]  # fmt: skip
+    assert found["sizes"]["total"] == sum(found["sizes"]["classes"].values())
+    assert found["env"]["versions"]["torch"] == torch.__version__
+    assert found["env"]["cpu"]["logical"] >= 1
+
+
+def test_the_table_shows_every_metric_phase_and_size(measured: Any) -> None:
+    result, _ = measured
+    console = Console(width=120)
+    with console.capture() as captured:
+        console.print(table(result))
+    text = captured.get()
+    for label in (
+        "time to first token", "each further token", "prefill", "peak memory, load",
+        "peak memory, decode", "weights on disk", "2 processes x 2 prompts of 16 tokens",
+    ):  # fmt: skip
+        assert label in text
+    ttft = result.metrics["ttft_ms"].percentile(50)
+    assert f"{ttft:.1f}" in text or f"{ttft:.2f}" in text
+
+
+class Spelling:
+    """One token per character."""
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": [ord(c) for c in text]}
+
+
+def test_prompts_come_from_evenly_spaced_places() -> None:
+    settings = Settings(prompt_tokens=2, prompts=2)
+    found = cut_prompts(Spelling(), "abcdefghij", settings)
+    assert [[chr(i) for i in prompt] for prompt in found] == [["a", "b"], ["d", "e"], ["g", "h"]]
+    assert len(cut_prompts(Spelling(), "abcdef", settings)) == 3
+    with pytest.raises(InputError, match="the text has 5 tokens; 3 prompts of 2 tokens need 6"):
+        cut_prompts(Spelling(), "abcde", settings)
+
+
+# ---- failures -------------------------------------------------------------------------------
+
+
+def test_an_unknown_target_is_the_users_error(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "weights.data").write_bytes(b"0")
+    write_manifest(out, "onyx")
+    with pytest.raises(InputError, match="unknown target 'onyx'"):
+        profile(out, prompts=PROMPTS, settings=SMALL)
+
+
+def test_a_child_that_crashes_is_reported_with_its_last_line(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "m", "olmoe")
+    beyond = [[95, 96], [95, 96]]  # the vocabulary ends at 95
+    with pytest.raises(Moe2EdgeError, match="the measuring process failed: IndexError") as caught:
+        profile(tmp_path / "m", prompts=beyond, settings=SMALL)
+    assert type(caught.value) is Moe2EdgeError
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def fake_child(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Runs some lines of Python in place of the child."""
+    real = subprocess.run
+
+    def use(code: str) -> None:
+        def run(command: list[str], **options: Any) -> Any:
+            assert command[-1] == "moe2edge.profile.child"
+            return real([sys.executable, "-c", code], **options)
+
+        monkeypatch.setattr(subprocess, "run", run)
+
+    return use
+
+
+REQUEST = {"folder": "out"}
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "message"),
+    [
+        ("import sys; sys.exit('one\\ntwo')", Moe2EdgeError, "process failed: two"),
+        ("import sys; sys.exit(1)", Moe2EdgeError, "process failed: it said nothing"),
+        ("import sys; print('no', file=sys.stderr); sys.exit(6)", Unsupported, "^no$"),
+        ("import os; os.kill(os.getpid(), 9)", Moe2EdgeError, "SIGKILL; there may be too little"),
+        ("import os; os.kill(os.getpid(), 15)", Moe2EdgeError, "SIGTERM$"),
+    ],
+)
+def test_failures_of_the_child(
+    fake_child: Callable[[str], None], code: str, kind: type[Moe2EdgeError], message: str
+) -> None:
+    fake_child(code)
+    with pytest.raises(kind, match=message) as caught:
+        measure.ask_child(REQUEST, SMALL)
+    assert type(caught.value) is kind
+
+
+def test_a_child_that_takes_too_long_is_stopped(
+    fake_child: Callable[[str], None], tmp_path: Path
+) -> None:
+    fake_child(
+        "import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(60)".replace(
+            "'pid'", repr(str(tmp_path / "pid"))
+        )
+    )
+    with pytest.raises(Moe2EdgeError, match="took longer than 1 s and was stopped"):
+        measure.ask_child(REQUEST, Settings(timeout_s=1))
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), signal.SIGCONT)
+
+
+def test_threads_are_passed_on(fake_child: Callable[[str], None]) -> None:
+    fake_child("import os; print('{\"threads\": \"' + os.environ['OMP_NUM_THREADS'] + '\"}')")
+    assert measure.ask_child(REQUEST, Settings(threads=3)) == {"threads": "3"}
+
+
+def test_what_libraries_print_does_not_spoil_the_answer() -> None:
+    code = (
+        "import os, sys; from moe2edge.profile import child;"
+        "child._serve = lambda request: (print('noise'), os.system('echo more'), {'got': request})"
+        "[-1]; sys.exit(child.main())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], input='{"a": 1}', capture_output=True, text=True, check=True
+    )
+    assert json.loads(done.stdout) == {"got": {"a": 1}}
+    assert sorted(done.stderr.split()) == ["more", "noise"]
+
+
+def test_different_tokens_are_a_warning(monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> None:
+    answers: Iterator[dict[str, Any]] = iter(
+        {**clocked_answer(n, range(10, 18)), "threads": 1} for n in (2, 3)
+    )
+    monkeypatch.setattr(measure, "ask_child", lambda *_: next(answers))
+    idle = {"cpu": {"usable": 2, "logical": 2}, "load_avg": 0.1}
+    monkeypatch.setattr(measure, "environment", lambda: idle)
+    result = profile(checkpoint, prompts=PROMPTS, settings=Settings(repeats=2))
+    assert result.warnings == ("greedy decoding gave different tokens in different processes",)
+
+
+def test_a_busy_machine_is_a_warning(monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> None:
+    monkeypatch.setattr(
+        measure, "ask_child", lambda *_: {**clocked_answer(2, range(10, 18)), "threads": 1}
+    )
+    busy = {"cpu": {"usable": None, "logical": 2}, "load_avg": 1.6}
+    monkeypatch.setattr(measure, "environment", lambda: busy)
+    (warning,) = profile(checkpoint, prompts=PROMPTS).warnings
+    assert "load 1.6 on 2 cores" in warning
+
+
+@pytest.mark.parametrize("name", ["prompt_tokens", "gen_tokens", "prompts", "repeats", "threads"])
+def test_settings_out_of_range(checkpoint: Path, name: str) -> None:
+    with pytest.raises(InputError, match=f"{name} is 0; give 1 or more"):
+        profile(checkpoint, text="", settings=Settings(**{name: 0}))
+
+
+def test_input_that_is_refused_before_a_process_starts(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="there is no folder"):
+        profile(tmp_path / "none", text="")
+    with pytest.raises(InputError, match="neither an output folder"):
+        profile(tmp_path, text="")
+    with pytest.raises(InputError, match="do not fit the 128 tokens that the model holds"):
+        profile(checkpoint, text="", settings=Settings(prompt_tokens=100, gen_tokens=29))
+    with pytest.raises(InputError, match="the text has 0 tokens"):
+        profile(checkpoint, settings=Settings(prompt_tokens=8, gen_tokens=8))
+    with pytest.raises(InputError, match=r"2 prompts of lengths \[1, 2\]"):
+        profile(checkpoint, prompts=[[1], [1, 2]])
+    with pytest.raises(InputError, match=r"1 prompts of lengths \[1\]; give at least two"):
+        profile(checkpoint, prompts=[[1]])
+
+
+def test_presets_are_sound() -> None:
+    assert set(PRESETS) == {"quick", "ci", "full"}
+    for settings in PRESETS.values():
+        settings.check()
+
+
+def test_sizes_by_class(tmp_path: Path) -> None:
+    sizes = {
+        "model.onnx": 1, "model.onnx.data": 2, "part/a.safetensors": 4, "tokenizer.json": 8,
+        "chat_template.jinja": 16, "merges.txt": 32, "config.json": 64, "recipe.yaml": 128,
+        "README.md": 256,
+    }  # fmt: skip
+    (tmp_path / "part").mkdir()
+    for name, size in sizes.items():
+        (tmp_path / name).write_bytes(b"0" * size)
+    expected = {"weights": 6, "graph": 1, "tokenizer": 56, "config": 192, "other": 256}
+    assert sizes_of(tmp_path) == expected
+    # Without data beside it, the graph holds the weights itself.
+    (tmp_path / "model.onnx.data").unlink()
+    assert sizes_of(tmp_path) == {**expected, "weights": 5, "graph": 0}

@@ -1,0 +1,112 @@
+"""Recipes: parsed strictly, rendered in full, refused with a helpful line."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from moe2edge import recipe, registry
+from moe2edge.errors import InputError
+from moe2edge.passes.expert_drop import ExpertDrop
+from moe2edge.pipeline import stages
+
+
+@pytest.mark.parametrize("name", sorted(recipe.bundled()))
+def test_bundled_recipes_survive_a_round_trip(name: str) -> None:
+    parsed = recipe.parse(recipe.find(name))
+    assert recipe.parse(parsed.render()) == parsed
+    assert recipe.bundled()[name].read_text().startswith("# ")
+
+
+def test_every_option_is_spelt_out() -> None:
+    text = recipe.parse("passes: [gptq, {block_drop: {drop: 1}}]").render()
+    for name in ("gptq", "block_drop"):
+        assert all(f"{field}:" in text for field in registry.pass_type(name).model_fields)
+
+
+def test_settings_override() -> None:
+    parsed = recipe.parse(
+        "passes: [{expert_drop: {keep: 0.5}}, gptq]",
+        ["expert_drop.keep=4", "gptq.group_size=64", "calibration.samples=7", "evaluation.seed=3"],
+    )
+    first = parsed.passes[0]
+    assert isinstance(first, ExpertDrop)
+    assert first.keep == 4
+    assert isinstance(first.keep, int)
+    assert parsed.passes[1].model_dump()["group_size"] == 64
+    assert (parsed.calibration.samples, parsed.evaluation.seed) == (7, 3)
+
+
+BAD = [
+    ("passes: [gptqq]", "unknown pass 'gptqq': did you mean 'gptq'?"),
+    ("pases: []", "unknown key in the recipe 'pases': did you mean 'passes'?"),
+    ("passes: [{gptq: {group_sise: 64}}]", "unknown option of gptq 'group_sise': did you mean"),
+    ("passes: [{gptq: {group_size: 100}}]", "gptq.group_size is 100, expected: 32, 64 or 128"),
+    ("passes: [{gptq: {bits: 3}}]", "gptq.bits is 3, expected: 4"),
+    ("passes: [{gptq: 4}]", "gptq: expected options"),
+    ("passes: [{expert_drop: {keep: 0}}]", "expert_drop.keep is 0, expected: a count"),
+    ("passes: [{expert_drop: {keep: 1.5}}]", "expert_drop.keep is 1.5, expected: a fraction"),
+    ("passes: [{expert_drop: {keep: half}}]", "expert_drop.keep is 'half', expected: a count"),
+    ("passes: [{expert_drop: {keep: true}}]", "expert_drop.keep is True, expected: a count"),
+    ("passes: [{expert_drop: {keep: .nan}}]", "expert_drop.keep is nan, expected"),
+    ("passes: [expert_drop]", "expert_drop.keep is missing: experts kept"),
+    (
+        "passes: [{expert_drop: {keep: 2, criterion: reep}}]",
+        "expert_drop.criterion is 'reep', expected: 'routing-score', 'frequency', 'reap'",
+    ),
+    ("passes: [{block_drop: {drop: 0}}]", "block_drop.drop is 0, expected"),
+    ("passes: gptq", "needs 'passes', a list"),
+    ("passes: [[gptq]]", "a pass is a name"),
+    ("[gptq]", "a recipe is a mapping"),
+    ("passes: [", "not YAML"),
+    ("passes: []\ncalibration: {sampels: 3}", "unknown option of calibration 'sampels'"),
+    ("passes: []\ncalibration: {samples: 0}", "calibration.samples is 0"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), BAD)
+def test_bad_recipes_are_refused(text: str, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        recipe.parse(text)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("gptq.group_size", "expected name.option=value"),
+        ("group_size=64", "expected name.option=value"),
+        ("gtpq.bits=4", "did you mean 'gptq'"),
+        ("gptq.bit=4", "did you mean 'bits'"),
+        ("rtn.bits=4", "the recipe has rtn 2 times"),
+    ],
+)
+def test_bad_settings_are_refused(setting: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        recipe.parse("passes: [gptq, rtn, rtn]", [setting])
+
+
+def test_unknown_recipe_names_the_bundled_ones() -> None:
+    with pytest.raises(InputError, match="did you mean 'trim-w4'"):
+        recipe.find("trim-w5")
+
+
+def test_adjacent_trimming_shares_a_stage() -> None:
+    parsed = recipe.parse(
+        "passes: [{expert_drop: {keep: 4}}, {block_drop: {drop: 1}}, gptq,"
+        " {expert_drop: {keep: 3}}, {expert_drop: {keep: 2, rescore: true}}]"
+    )
+    names = [[registry.name_of(p) for p in stage.passes] for stage in stages(parsed.passes)]
+    assert names == [["expert_drop", "block_drop"], ["gptq"], ["expert_drop"], ["expert_drop"]]
+
+
+def test_schema_knows_every_pass() -> None:
+    schema = recipe.json_schema()
+    assert set(registry.pass_names()) <= set(schema["$defs"])
+    assert json.loads(json.dumps(schema)) == schema
+    committed = recipe.BUNDLED / "recipe.schema.json"
+    assert json.loads(committed.read_text()) == schema, "run: moe2edge recipe schema > " + str(
+        committed
+    )

@@ -1,0 +1,83 @@
+"""Each criterion equals a slow loop over tokens; similarities equal their formula."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from moe2edge import saliency, walk
+from moe2edge.checkpoint import open_checkpoint
+from moe2edge.families import FAMILIES
+from moe2edge.similarity import SimilarityObserver
+from moe2edge.testing import Make
+
+IDS = torch.randint(1, 96, (3, 20), generator=torch.Generator().manual_seed(0))
+
+
+def quiet(*_: object) -> None:
+    pass
+
+
+def hooked(folder: Path, block: int) -> dict[str, torch.Tensor]:
+    """Inputs and outputs of parts of a block, from transformers' own model."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    layer = model.model.layers[block]
+    seen: dict[str, torch.Tensor] = {}
+    layer.mlp.gate.register_forward_hook(
+        lambda _, args, out: seen.update(h=args[0].reshape(-1, 64), logits=out[0])
+    )
+    layer.register_forward_pre_hook(lambda _, args: seen.update(x=args[0]))
+    layer.register_forward_hook(lambda _, args, out: seen.update(y=out))
+    with torch.no_grad():
+        model(IDS)
+    seen["gate_up"] = layer.mlp.experts.gate_up_proj.detach()
+    seen["down"] = layer.mlp.experts.down_proj.detach()
+    return seen
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_criteria_equal_a_loop_over_tokens(tiny: Make, family: str) -> None:
+    folder = tiny(family)
+    model = open_checkpoint(str(folder)).model
+    routing, outputs = saliency.RoutingObserver(), saliency.OutputObserver()
+    walk.observe(model, IDS, [routing, outputs], quiet, "")
+    seen = hooked(folder, 1)
+    renormalize = model.moe_blocks[1][1].router.renormalize
+    score, count, gated = torch.zeros(6), torch.zeros(6), torch.zeros(6)
+    for h, logits in zip(seen["h"], seen["logits"], strict=True):
+        p = logits.softmax(-1)
+        score += p / len(seen["h"])
+        top = p.topk(2)
+        total = top.values.sum() if renormalize else 1
+        for j, g in zip(top.indices.tolist(), (top.values / total).tolist(), strict=True):
+            gate, up = (seen["gate_up"][j] @ h).chunk(2)
+            out = seen["down"][j] @ (torch.nn.functional.silu(gate) * up)
+            count[j] += 1
+            gated[j] += g * out.norm()
+    fact = routing.fact()
+    assert saliency.routing_score(fact, 1).tolist() == pytest.approx(score.tolist(), rel=1e-4)
+    assert saliency.frequency(fact, 1).tolist() == count.tolist()
+    expected = (gated / count.clamp(min=1)).tolist()
+    assert saliency.reap(outputs.fact(), 1).tolist() == pytest.approx(expected, rel=1e-4)
+
+
+def test_similarity_is_the_mean_cosine(tiny: Make) -> None:
+    folder = tiny("mixtral")
+    observer = SimilarityObserver()
+    walk.observe(open_checkpoint(str(folder)).model, IDS, [observer], quiet, "")
+    seen = hooked(folder, 1)
+    cosines = [
+        float(x @ y / (x.norm() * y.norm()))
+        for x, y in zip(seen["x"].reshape(-1, 64), seen["y"].reshape(-1, 64), strict=True)
+    ]
+    assert observer.fact().cosine[1] == pytest.approx(sum(cosines) / len(cosines), abs=1e-5)
+
+
+def test_random_scores_follow_their_seed() -> None:
+    first, same = (saliency.random_scores(8, 2, 7).tolist() for _ in range(2))
+    assert first == same
+    assert first != saliency.random_scores(8, 2, 8).tolist()
+    assert first != saliency.random_scores(8, 3, 7).tolist()

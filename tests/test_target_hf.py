@@ -1,0 +1,160 @@
+"""What the target ``hf`` accepts and writes; its numbers are tested in ``test_loading.py``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from moe2edge import checkpoint
+from moe2edge.checkpoint import open_checkpoint
+from moe2edge.errors import Unsupported, VerificationFailed
+from moe2edge.families import FAMILIES
+from moe2edge.model import Model
+from moe2edge.registry import target
+from moe2edge.rounding import round_to_nearest
+from moe2edge.scheme import Scheme
+from moe2edge.testing import Make, make_checkpoint
+
+HF = target("hf")
+
+
+def open_model(folder: Path) -> Model:
+    return open_checkpoint(str(folder)).model
+
+
+def keep(model: Model, index: int, *ids: int) -> Model:
+    """``model`` with only some experts in one block."""
+    block, layer = next((b, m) for b, m in model.moe_blocks if b.index == index)
+    return model.replace_block(replace(block, mlp=layer.keep(ids)))
+
+
+def written(model: Model, folder: Path) -> Path:
+    folder.mkdir()
+    HF.write(model, folder)
+    return folder
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stock_transformers_finds_every_tensor(
+    family: str, dtype: str, tiny: Make, tmp_path: Path
+) -> None:
+    model = open_model(tiny(family, dtype=dtype))
+    for index in range(3):
+        model = keep(model, index, 1, 4, 2)
+    folder = written(model.keep_blocks([0, 2]), tmp_path / "out")
+    loaded, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values())
+    assert str(loaded.dtype) == f"torch.{dtype}"
+    assert loaded.config.num_hidden_layers == 2
+    assert loaded.model.layers[1].mlp.gate.weight.shape == (3, 64)
+    found = dict(HF.tensors(folder))
+    expected = {name: weight.load() for name, _, weight in model.keep_blocks([0, 2]).tensors()}
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        assert isinstance(tensor, torch.Tensor)
+        assert tensor.dtype == expected[name].dtype
+        assert torch.equal(tensor, expected[name]), name
+    # What was written is a checkpoint again, of the same model.
+    assert str(open_model(folder)).splitlines()[0] == str(model.keep_blocks([0, 2])).splitlines()[0]
+
+
+def test_experts_are_renumbered_from_zero(tiny: Make, tmp_path: Path) -> None:
+    source = open_model(tiny("mixtral"))
+    model = source
+    for index in range(3):
+        model = keep(model, index, 5, 3)
+    folder = written(model, tmp_path / "out")
+    tensors = load_file(folder / "model.safetensors")
+    experts = {name.split(".")[5] for name in tensors if ".experts." in name}
+    assert experts == {"0", "1"}
+    moved = tensors["model.layers.1.block_sparse_moe.experts.1.w3.weight"]
+    layer = source.moe_blocks[1][1]
+    assert torch.equal(moved, layer.experts[3].up.load())
+    assert json.loads((folder / "config.json").read_text())["num_local_experts"] == 2
+
+
+def test_quantized_models_are_refused(tiny: Make) -> None:
+    model = open_model(tiny("olmoe"))
+    weight = model.blocks[0].attention["q_proj.weight"]
+    numbers = round_to_nearest(weight.load(), Scheme(group_size=32))
+    weight = replace(weight, scheme=numbers.scheme, load_quantized=lambda: numbers)
+    block = model.blocks[0].with_weights({"attention.q_proj.weight": weight})
+    with pytest.raises(Unsupported, match=r"q_proj\.weight is w4a16; export to gptq") as caught:
+        HF.accepts(model.replace_block(block))
+    assert caught.value.exit_code == 6
+    HF.accepts(model)
+
+
+def test_layers_of_unequal_size_are_refused(tiny: Make) -> None:
+    model = keep(open_model(tiny("olmoe")), 1, 0, 1, 2)
+    message = "6 experts top-2, 3 experts top-2, 6 experts top-2; .*onnx.*gptq"
+    with pytest.raises(Unsupported, match=message) as caught:
+        HF.accepts(model)
+    assert caught.value.exit_code == 6
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_writes_are_the_same_bytes(family: str, tiny: Make, tmp_path: Path) -> None:
+    model = open_model(tiny(family))
+    one, two = written(model, tmp_path / "1"), written(model, tmp_path / "2")
+    names = sorted(path.name for path in one.iterdir())
+    assert names == ["config.json", "model.safetensors"]
+    assert all((one / name).read_bytes() == (two / name).read_bytes() for name in names)
+
+
+@pytest.mark.parametrize("shard_bytes", [1 << 30, 50_000])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_size_is_predicted(
+    family: str, shard_bytes: int, tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", shard_bytes)
+    model = open_model(tiny(family))
+    folder = written(model, tmp_path / "out")
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    assert HF.nbytes(model) == pytest.approx(size, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors.pop("model.norm.weight"), "missing_keys.*model.norm.weight"),
+        (lambda tensors: tensors.update(odd=torch.zeros(2)), "unexpected_keys.*odd"),
+        (
+            lambda tensors: tensors.update({"model.norm.weight": torch.zeros(3)}),
+            "model.norm.weight",
+        ),
+    ],
+    ids=["missing", "unexpected", "mismatched"],
+)
+def test_reopening_a_wrong_folder_fails(
+    change: Any, message: str, tiny: Make, tmp_path: Path
+) -> None:
+    folder = written(open_model(tiny("qwen3_moe")), tmp_path / "out")
+    HF.reopen(folder)
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(VerificationFailed, match=message) as caught:
+        HF.reopen(folder)
+    assert caught.value.exit_code == 7
+    assert "\n" not in str(caught.value)
+
+
+def test_programs_that_load_it(tiny: Make, tmp_path: Path) -> None:
+    def loads(folder: Path) -> dict[str, bool]:
+        return {loader.program: loader.loads for loader in HF.loaders(open_model(folder))}
+
+    everywhere = dict.fromkeys(("transformers", "moe2edge", "vLLM", "SGLang", "llama.cpp"), True)
+    assert loads(tiny("mixtral")) == everywhere
+    assert loads(tiny("qwen3_moe")) == everywhere
+    assert loads(tiny("olmoe")) == everywhere | {"llama.cpp": False}
+    mixed = make_checkpoint(tmp_path / "mixed", "qwen3_moe", mlp_only_layers=[1])
+    assert loads(mixed) == everywhere | {"SGLang": False, "llama.cpp": False}
