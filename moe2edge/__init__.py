@@ -1,1 +1,19 @@
 """Compress Mixture-of-Experts models and export them to one small machine."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moe2edge.loading import load
+
+__all__ = ["load"]
+
+
+def __getattr__(name: str) -> Any:
+    """``moe2edge.load`` without importing torch before it is used."""
+    if name == "load":
+        from moe2edge.loading import load
+
+        return load
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -27,7 +27,6 @@ class Artifact:
         folder: where it is.
         target: name of the target that wrote it and can reopen it.
         manifest: the content of ``manifest.json``.
-
     """
 
     folder: Path
@@ -47,7 +46,6 @@ def open_artifact(folder: Path) -> Artifact:
     Raises:
         InputError: there is no such folder, or its manifest is missing, damaged, of another
             version, or names files outside of the folder.
-
     """
     if not folder.is_dir():
         raise InputError(f"there is no folder {folder}; name a folder that moe2edge export wrote")
@@ -91,7 +89,6 @@ def write_manifest(folder: Path, target: str, **sections: object) -> None:
 
     Raises:
         ValueError: a section has the name of one of the manifest's own keys.
-
     """
     if taken := _OWN_KEYS & set(sections):
         raise ValueError(f"a section cannot be called {min(taken)}")
@@ -136,7 +133,6 @@ def tokenizer_of(folder: Path) -> Any:
 
     Raises:
         InputError: there is none, or it cannot be read.
-
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -165,7 +161,6 @@ def read_json(path: Path) -> dict[str, Any]:
 
     Raises:
         InputError: the file cannot be read or holds something else.
-
     """
     try:
         data = json.loads(path.read_text("utf-8"))

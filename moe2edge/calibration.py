@@ -25,7 +25,6 @@ class Tokens:
         ids: int64 [samples, length].
         name: where the text is from.
         sha256: digest of the ids.
-
     """
 
     ids: Tensor
@@ -38,7 +37,6 @@ def read_texts(source: TextSource, purpose: str) -> list[str]:
 
     Raises:
         InputError: the file is missing, empty, not UTF-8, or a line is not as announced.
-
     """
     if source.text == "builtin":
         path = BUILTIN_FOLDER / f"{purpose}.txt"
@@ -91,7 +89,6 @@ def load_tokens(
 
     Raises:
         InputError: the text is missing, empty or too short, or samples are too long for the model.
-
     """
     import numpy as np
     import torch

@@ -1,7 +1,8 @@
 """Open a Hugging Face checkpoint lazily, and write one shard by shard.
 
 Opening reads headers only. MODEL is a local folder, a hub id (``org/name`` or
-``org/name@revision``), or ``builtin:tiny-moe``. Only safetensors are read; nothing of a checkpoint is ever executed.
+``org/name@revision``), or ``builtin:tiny-moe``. Only safetensors are read; nothing of a
+checkpoint is ever executed.
 """
 
 from __future__ import annotations
@@ -47,7 +48,6 @@ class Checkpoint:
         folder: where its files are.
         revision: commit of a hub model, None for a folder.
         config: ``config.json``.
-
     """
 
     source: str
@@ -61,7 +61,6 @@ class Checkpoint:
 
         Raises:
             InputError: a shard is missing or damaged, or the weights are pickles only.
-
         """
         index = self.folder / "model.safetensors.index.json"
         single = self.folder / "model.safetensors"
@@ -106,7 +105,6 @@ class Checkpoint:
         Raises:
             InputError: a tensor is missing or has the wrong shape, the model is quantized already.
             Unsupported: the family or a setting of its config is not supported.
-
         """
         if self.config.get("quantization_config") or self.config.get("compression_config"):
             raise InputError(
@@ -162,7 +160,6 @@ def open_checkpoint(
 
     Raises:
         InputError: there is no such model, or it is no checkpoint.
-
     """
     folder, commit = _locate(source, revision, cache_dir)
     config = folder / "config.json"
@@ -249,7 +246,6 @@ def stored_weight(path: Path, name: str) -> Weight:
 
     Raises:
         Unsupported: its dtype is not a floating-point one that we read.
-
     """
     with _open(path) as file:
         part = file.get_slice(name)

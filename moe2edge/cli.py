@@ -345,6 +345,98 @@ def generate(
     click.echo()
 
 
+PROFILE_EXAMPLES = """\b
+Examples:
+  moe2edge profile out-onnx
+  moe2edge profile builtin:tiny-moe --preset quick --json"""
+
+
+@main.command(epilog=PROFILE_EXAMPLES)
+@click.argument("folder")
+@click.option(
+    "--preset",
+    type=click.Choice(["quick", "ci", "full"]),
+    default="ci",
+    show_default=True,
+    help="How much is measured.",
+)
+@click.option("--text", type=click.Path(path_type=Path), help="Natural text for the prompts.")
+@click.option("--prompt-tokens", type=int, help="Tokens of a prompt.")
+@click.option("--gen-tokens", type=int, help="Tokens generated after it.")
+@click.option("--repeats", type=int, help="Fresh processes.")
+@click.option("--threads", type=int, help="Threads of torch.")
+@JSON
+def profile(
+    folder: str, preset: str, text: Path | None, as_json: bool, **given: int | None
+) -> None:
+    """Measure latency and memory of FOLDER (an output, or a source MODEL) in fresh processes."""
+    from dataclasses import replace
+
+    from moe2edge.calibration import read_texts
+    from moe2edge.profile.measure import PRESETS
+    from moe2edge.profile.measure import profile as measure
+    from moe2edge.profile.table import table
+    from moe2edge.recipe import TextSource
+
+    is_model = folder.startswith("builtin:")
+    place = _checkpoint(folder, None, None).folder if is_model else Path(folder)
+    settings = replace(PRESETS[preset], **{k: v for k, v in given.items() if v is not None})
+    source = TextSource(text=str(text)) if text else TextSource()
+    _quiet_libraries()
+    prompts = "\n".join(read_texts(source, "evaluation"))
+    watcher = _watcher(quiet=as_json)
+    result = measure(place, text=prompts, settings=settings, advance=watcher.advance)
+    if as_json:
+        _emit(result.to_json())
+        return
+    _print_table(table(result))
+    for warning in result.warnings:
+        click.echo(f"warning: {warning}", err=True)
+
+
+EVALUATE_EXAMPLES = """\b
+Example:
+  moe2edge evaluate out-onnx --reference builtin:tiny-moe"""
+
+
+@main.command(epilog=EVALUATE_EXAMPLES)
+@FOLDER
+@click.option("--reference", help="Source MODEL, for KL and top-1 agreement.")
+@click.option("--text", default="builtin", show_default=True, help="A text or JSONL file.")
+@click.option("--field", default="text", show_default=True, help="Field of a JSONL line.")
+@click.option("--samples", default=32, show_default=True, help="Samples of the text.")
+@click.option("--length", default=512, show_default=True, help="Tokens in a sample.")
+@JSON
+@_from_hub
+def evaluate(
+    folder: Path,
+    reference: str | None,
+    text: str,
+    field: str,
+    samples: int,
+    length: int,
+    as_json: bool,
+    revision: str | None,
+    cache_dir: Path | None,
+) -> None:
+    """Perplexity of an output FOLDER on a text, and how far it is from its source."""
+    from moe2edge.evaluate import evaluate as run
+    from moe2edge.recipe import section
+
+    options = {"text": text, "field": field, "samples": samples, "length": length}
+    source = section("evaluation", options)
+    _quiet_libraries()
+    model = _checkpoint(reference, revision, cache_dir).model if reference else None
+    found = run(folder, source, model, _watcher(quiet=as_json).advance)
+    if as_json:
+        _emit(asdict(found))
+        return
+    click.echo(f"perplexity: {found.perplexity:.3f} ({found.tokens:,} tokens)")
+    if found.kl is not None and found.top1 is not None:
+        click.echo(f"KL to {reference}: {found.kl:.5f} nats per token")
+        click.echo(f"same most likely token: {found.top1:.1%}")
+
+
 @main.group(name="recipe")
 def recipe_group() -> None:
     """Recipes that come with moe2edge."""

@@ -65,7 +65,6 @@ def export(
     Raises:
         InputError, Unsupported, DoesNotFit: before any work.
         VerificationFailed: what was written is not what was meant.
-
     """
     begun = time.perf_counter()
     source = checkpoint.model
@@ -303,7 +302,6 @@ def check_targets(names: str) -> list[Target]:
 
     Raises:
         InputError: a name is unknown or given twice.
-
     """
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     if not wanted or len(set(wanted)) != len(wanted):

@@ -75,7 +75,6 @@ class Family:
         dense_layers: whether ``mlp_only_layers`` and ``decoder_sparse_step`` are honoured.
         window: how sliding windows are switched on.
         clips: whether ``clip_qkv`` is honoured.
-
     """
 
     model_type: str
@@ -152,7 +151,6 @@ class Family:
 
         Raises:
             Unsupported: a key is set that changes inference and is not supported here.
-
         """
         refused = {
             key: config[key]
@@ -181,7 +179,6 @@ class Family:
 
         Raises:
             InputError: a size is missing or not a positive number.
-
         """
         heads = _size(config, "num_attention_heads")
         hidden = _size(config, "hidden_size")
@@ -216,7 +213,6 @@ class Family:
 
         Raises:
             Unsupported: ``layer_types`` names a kind of attention that is not known.
-
         """
         size = config.get("sliding_window") or None
         if self.window == "none":
@@ -358,7 +354,6 @@ class Family:
 
         Raises:
             Moe2EdgeError: a shape differs.
-
         """
         geometry = self.geometry(model.config)
         for block in model.blocks:
@@ -384,7 +379,6 @@ def _size(config: Config, key: str, default: int | None = None) -> int:
 
     Raises:
         InputError: it is missing or something else.
-
     """
     value = config.get(key)
     if value is None:
@@ -463,7 +457,6 @@ def family_of(config: Config) -> Family:
     Raises:
         InputError: the config does not name a model type.
         Unsupported: the family is not known, or the model has no experts.
-
     """
     kind = config.get("model_type")
     if not isinstance(kind, str):

@@ -48,7 +48,6 @@ def generate(
     Raises:
         InputError: a setting is out of its range, or the tokens do not fit the context.
         Moe2EdgeError: the runtime's logits are not numbers (raised while iterating).
-
     """
     _check_settings(max_tokens, temperature, top_p, top_k)
     if not prompt_ids:
@@ -131,7 +130,6 @@ def encode_prompt(tokenizer: Any, prompt: str, chat: bool | None = None) -> list
 
     Raises:
         InputError: ``chat`` is True and the tokenizer has no template, or it cannot be filled in.
-
     """
     has_template = bool(tokenizer.chat_template)
     if chat and not has_template:
@@ -210,7 +208,6 @@ def stop_ids(folder: Path, config: Mapping[str, Any] | None = None) -> frozenset
 
     Raises:
         InputError: ``eos_token_id`` is neither a token nor a list of tokens.
-
     """
     path = folder / "generation_config.json"
     found = read_json(path).get("eos_token_id") if path.is_file() else None

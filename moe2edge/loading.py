@@ -51,7 +51,6 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedM
         Unsupported: another quantization than ours, or a family that is not known.
         VerificationFailed: a tensor is missing, unexpected, of another shape, or not what its
             format allows.
-
     """
     import torch
     from transformers import GenerationConfig
@@ -75,7 +74,6 @@ def stored_model(checkpoint: Checkpoint) -> Model:
     Raises:
         Unsupported: another quantization than ours, or a family that is not known.
         VerificationFailed: a tensor is missing, unexpected or of another shape.
-
     """
     config = dict(checkpoint.config)
     scheme = _scheme(config.pop("quantization_config", None))
@@ -181,7 +179,6 @@ class _Stored:
 
         Raises:
             VerificationFailed: zero points, the order of inputs or the scales are not ours.
-
         """
         import torch
 
@@ -213,7 +210,6 @@ class _Stored:
 
         Raises:
             VerificationFailed: a tensor is missing, unexpected or of another shape.
-
         """
         wanted: dict[str, Header] = {}
         for name, role, weight in model.tensors():
@@ -267,7 +263,6 @@ def to_transformers(model: Model, dtype: torch.dtype) -> PreTrainedModel:
 
     Raises:
         VerificationFailed: transformers' classes have other parameters than ``model``.
-
     """
     from moe2edge.walk import block_state
 
@@ -331,7 +326,6 @@ def _fill(module: Any, state: dict[str, Tensor], what: str, *, strict: bool) -> 
 
     Raises:
         VerificationFailed: names or shapes differ; with ``strict``, a name is missing.
-
     """
     try:
         result = module.load_state_dict(state, strict=strict, assign=True)

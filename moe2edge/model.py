@@ -35,7 +35,6 @@ class Weight:
         load: reads the numbers; a quantized weight comes back dequantized, float32.
         scheme: how it is quantized, None if it is not.
         load_quantized: reads integers and scales of a quantized weight.
-
     """
 
     name: str
@@ -62,7 +61,6 @@ class Weight:
 
         Raises:
             Moe2EdgeError: the weight is not quantized.
-
         """
         if self.load_quantized is None:
             raise Moe2EdgeError(f"{self.name} is not quantized")
@@ -102,7 +100,6 @@ class Router:
         top_k: experts chosen per token.
         renormalize: whether the chosen weights are scaled to sum to one.
         per_expert: further tensors with one entry per expert (bias, correction bias), by suffix.
-
     """
 
     weight: Weight
@@ -127,7 +124,6 @@ class MoELayer:
         Raises:
             InputError: an id is unknown or repeated, or fewer experts stay than top-k chooses
                 and ``clamp_top_k`` is not set.
-
         """
         if len(set(ids)) != len(ids) or not all(0 <= i < len(self.experts) for i in ids):
             raise InputError(f"cannot keep experts {list(ids)} of {len(self.experts)}")
@@ -172,7 +168,6 @@ class Block:
         norms: the two norms by suffix.
         mlp: what follows attention.
         window: tokens that attention sees at most, None for all.
-
     """
 
     index: int
@@ -205,7 +200,6 @@ class Block:
 
         Raises:
             Moe2EdgeError: a role is not one of this block's.
-
         """
         if unknown := set(new) - {role for role, _ in self.weights()}:
             raise Moe2EdgeError(f"block {self.index} has no {sorted(unknown)}")
@@ -269,7 +263,6 @@ class Model:
         config: ``config.json`` of the source, untouched; `Family.config_of` writes the new one.
         blocks: the transformer blocks, in order.
         rest: tensors outside of blocks by their name on disk (embeddings, last norm, head).
-
     """
 
     family: Family
@@ -345,7 +338,6 @@ class Model:
         Raises:
             Moe2EdgeError: router rows differ from experts, top-k cannot be reached, blocks are
                 not numbered in order, shapes disagree with the config, a tensor appears twice.
-
         """
         names = Counter(name for name, _, _ in self.tensors())
         if twice := [name for name, n in names.items() if n > 1]:

@@ -51,7 +51,6 @@ def pack_gptq(q: Tensor, scales: Tensor, group_size: int) -> dict[str, Tensor]:
         ``qweight`` int32 [in / 8, out], ``qzeros`` int32 [groups, out / 8], ``scales`` float16
         [groups, out], ``g_idx`` int32 [in]. Version 1 stores each zero point minus one, so every
         nibble of ``qzeros`` is 7.
-
     """
     outs, ins = q.shape
     zeros = torch.full((ins // group_size, outs), 7, dtype=torch.uint8)

@@ -61,7 +61,6 @@ class Outcome:
         changed: what was changed, in words of the user (``block 3``, a tensor's name).
         skipped: what was selected but left alone, with the reason.
         notes: what a user should know besides, such as experts that fell back to rounding.
-
     """
 
     model: Model
@@ -81,7 +80,6 @@ class Pass(BaseModel):
         Raises:
             InputError: an option does not fit this model.
             Unsupported: the model has something that this pass does not handle.
-
         """
 
     def plan(self, model: Model) -> Model:
@@ -94,7 +92,6 @@ class Trim(Pass):
 
     Attributes:
         rescore: begin a new stage, so that this pass is scored on the already trimmed model.
-
     """
 
     rescore: bool = False
@@ -133,7 +130,6 @@ class Slim(Pass):
 
     Attributes:
         needs_tokens: whether it looks at activations.
-
     """
 
     needs_tokens: ClassVar[bool] = True
@@ -186,7 +182,6 @@ def plan(passes: Sequence[Pass], model: Model) -> Model:
 
     Raises:
         InputError, Unsupported: a pass cannot do its work on this model.
-
     """
     for step in passes:
         step.check(model)
@@ -240,7 +235,6 @@ def enforce(step: Pass, name: str, before: Model, outcome: Outcome) -> None:
     Raises:
         Moe2EdgeError: the pass changed nothing, or left out something that it selected, or the
             result is not sound.
-
     """
     if not outcome.changed or outcome.model is before:
         reasons = "; ".join(f"{k}: {v}" for k, v in outcome.skipped.items())

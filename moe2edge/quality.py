@@ -20,7 +20,6 @@ class Quality:
         perplexity: ``exp`` of the mean negative log-likelihood.
         kl: mean ``KL(source || model)`` in nats per token, None without a source.
         top1: part of the tokens where both have the same most likely next token.
-
     """
 
     tokens: int
@@ -36,7 +35,6 @@ def measure(ids: Tensor, logits: Iterable[Tensor], source: Iterable[Tensor] | No
         ids: int64 [samples, length].
         logits: of each sample, float32 [length, vocabulary].
         source: the same of the source model.
-
     """
     nll = kl = agree = 0.0
     count = 0

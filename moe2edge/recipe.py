@@ -37,7 +37,6 @@ class Recipe:
         calibration: text that passes look at.
         evaluation: held-out text that the report is about.
         passes: the steps, in order.
-
     """
 
     calibration: TextSource
@@ -68,7 +67,6 @@ def find(name_or_path: str) -> str:
 
     Raises:
         InputError: there is neither.
-
     """
     path = bundled().get(name_or_path) or Path(name_or_path).expanduser()
     if path.is_file():
@@ -88,7 +86,6 @@ def parse(text: str, settings: Sequence[str] = ()) -> Recipe:
 
     >>> parse("passes: [gptq]").passes[0].bits
     4
-
     """
     try:
         data = yaml.safe_load(text)
@@ -112,6 +109,12 @@ def parse(text: str, settings: Sequence[str] = ()) -> Recipe:
         _build(TextSource, "evaluation", sections["evaluation"]),
         tuple(_build(registry.pass_type(name), name, options) for name, options in steps),
     )
+
+
+def section(name: str, options: Mapping[str, Any]) -> TextSource:
+    """A text section from options given elsewhere, with the same refusals as in a recipe."""
+    found: TextSource = _build(TextSource, name, options)
+    return found
 
 
 def _list(value: object) -> list[Any]:

@@ -39,7 +39,6 @@ def pass_type(name: str) -> type[Pass]:
 
     Raises:
         InputError: there is none; names the nearest.
-
     """
     if name not in pass_names():
         raise InputError(did_you_mean("pass", name, pass_names()))
@@ -51,7 +50,6 @@ def target(name: str) -> Target:
 
     Raises:
         InputError: there is none; names the nearest.
-
     """
     if name not in target_names():
         raise InputError(did_you_mean("target", name, target_names()))

@@ -34,7 +34,6 @@ class ResultRow:
         parameters, active: all parameters, and those that one token uses.
         quality: figures on the evaluation text.
         parity: agreement of the runtime with PyTorch on the same packed numbers.
-
     """
 
     form: str

@@ -24,7 +24,6 @@ class Quantized:
         q: uint8 [out, in], values ``0 .. 2**bits - 1``.
         scales: float32 [out, in / group_size], each exact in bfloat16 and in float16.
         scheme: how to read them.
-
     """
 
     q: Tensor

@@ -32,7 +32,6 @@ class RoutingStatistics:
         tokens: tokens seen.
         counts: int64 [E], tokens routed to each expert.
         probability: float64 [E], sum over tokens of the full softmax ``p_tj``.
-
     """
 
     experts: Mapping[int, tuple[int, ...]]
@@ -49,7 +48,6 @@ class OutputStatistics:
         experts: origins of the experts, in the order of the vectors.
         gated_norm: float64 [E], sum over routed tokens of ``g_tj * ||f_j(h_t)||``.
         counts: int64 [E], tokens routed to each expert.
-
     """
 
     experts: Mapping[int, tuple[int, ...]]

@@ -50,7 +50,6 @@ def largest_group_size(in_features: Iterable[int]) -> int:
 
     >>> largest_group_size([256, 192])
     64
-
     """
     widths = sorted(set(in_features))
     for size in GROUP_SIZES:

@@ -46,7 +46,6 @@ class Target:
 
     Attributes:
         summary: one line for ``moe2edge targets``.
-
     """
 
     summary: ClassVar[str]
@@ -56,7 +55,6 @@ class Target:
 
         Raises:
             Unsupported: with what it cannot hold, and which target could.
-
         """
         raise NotImplementedError
 

@@ -52,7 +52,6 @@ def make_checkpoint(
         model_type: a row of the family table.
         dtype: of the weights.
         changes: config keys that differ from the defaults.
-
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -40,7 +40,6 @@ class TorchRuntime:
 
         Raises:
             Moe2EdgeError: no sequence was begun.
-
         """
         import torch
 
@@ -66,7 +65,6 @@ def open_source(folder: Path, *, dtype: str = "bfloat16") -> TorchRuntime:
 
     Raises:
         InputError: transformers cannot load it.
-
     """
     import torch
     from transformers import AutoModelForCausalLM

@@ -48,7 +48,6 @@ class Parity:
         shipped: relative error of logits as shipped, ``||a - b|| / ||b||``.
         top1: part of positions with the same most likely token, as shipped.
         positions: compared positions: the end of the prefill, then every cached step.
-
     """
 
     exact: float
@@ -68,7 +67,6 @@ class Reference:
             each later token.
         probes: one number per tensor, by its name on disk.
         source_kl: KL to the source on ``ids``, nats per token.
-
     """
 
     ids: Tensor
@@ -81,7 +79,7 @@ class Reference:
         """Write it beside an output; no time stamps, so equal references are equal files."""
         notes = {"prefill": self.prefill, "probes": self.probes, "source_kl": self.source_kl}
         metadata = {"reference": json.dumps(notes, sort_keys=True)}
-        data = save({"ids": self.ids, "logits": self.logits.contiguous()}, metadata)
+        data = save({"ids": self.ids.contiguous(), "logits": self.logits.contiguous()}, metadata)
         (folder / REFERENCE).write_bytes(data)
 
     @classmethod
@@ -90,7 +88,6 @@ class Reference:
 
         Raises:
             VerificationFailed: it is missing or damaged.
-
         """
         path = folder / REFERENCE
         if not path.exists():
@@ -112,7 +109,6 @@ def record(model: Model, ids: Tensor, source_logits: Sequence[Tensor], hidden: T
         ids: int64 [samples, length], at least `SAMPLES` samples.
         source_logits: logits of the source on each row of ``ids``.
         hidden: hidden states of ``model`` after its last block on ``ids``.
-
     """
     logits = torch.stack(list(walk.head_logits(model, hidden)))
     prefill = min(PREFILL, ids.shape[1] - 1)
@@ -147,7 +143,6 @@ def audit(target: Target, folder: Path, model: Model) -> int:
     Raises:
         VerificationFailed: a tensor is missing, unknown, written twice, not quantized as it
             should be, or has other numbers.
-
     """
     expected = {name: weight for name, _, weight in model.tensors()}
     seen: set[str] = set()
@@ -179,7 +174,6 @@ def check_tensors(reference: Reference, tensors: Iterable[tuple[str, Tensor | Qu
 
     Raises:
         VerificationFailed: a tensor is missing or unknown, or its numbers changed.
-
     """
     left = dict(reference.probes)
     for name, value in tensors:
@@ -199,7 +193,6 @@ def parity(reference: Reference, exact: Runtime, shipped: Runtime) -> Parity:
 
     Raises:
         VerificationFailed: logits differ by more than the tolerances.
-
     """
     found = _run(reference, exact)
     difference = float((found - reference.logits).abs().max())
@@ -235,7 +228,6 @@ def check_source(reference: Reference, runtime: Runtime, source: Model) -> float
 
     Raises:
         VerificationFailed: it is clearly larger than at export.
-
     """
     ids = reference.ids
     hidden = walk.observe(source, ids, (), lambda *_: None, "source")

@@ -34,7 +34,6 @@ class Routing:
         logits: router logits, [N, experts].
         weights: what expert outputs are multiplied with, [N, k].
         ids: the chosen experts, int64 [N, k].
-
     """
 
     inputs: Tensor
@@ -55,7 +54,6 @@ class Seen:
             by role.
         expert_hidden: input [n, width] of ``down`` of an expert for its inputs [n, hidden].
         expert_output: output [n, hidden] of an expert for its inputs [n, hidden].
-
     """
 
     block: Block
@@ -249,7 +247,6 @@ def solve(
 
     Returns:
         The new model, the names of all tensors that were solved, and the solver's notes.
-
     """
     changed: list[str] = []
     notes: list[str] = []

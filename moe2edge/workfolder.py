@@ -31,7 +31,6 @@ def check_output(out: Path, *, force: bool) -> None:
 
     Raises:
         InputError: something that is not ours is there, or something of ours and not ``force``.
-
     """
     if not out.parent.is_dir():
         raise InputError(f"{out.parent} does not exist; make it first")
@@ -54,7 +53,6 @@ def check_space(out: Path, needed: int) -> None:
 
     Raises:
         DoesNotFit: less than ``needed`` bytes are free.
-
     """
     free = shutil.disk_usage(out.parent).free
     if free < needed:
@@ -72,7 +70,6 @@ def partial_folder(out: Path) -> Iterator[tuple[Path, Path]]:
 
     Raises:
         InputError: ``OUT.partial`` is not ours, or another export is writing it.
-
     """
     partial = out.with_name(out.name + ".partial")
     if partial.exists():

@@ -192,7 +192,6 @@ def solve(weights: Tensor, factors: Tensor, scheme: Scheme) -> tuple[Tensor, Ten
     Returns:
         Integers uint8 [batch, out, in] and scales float32 [batch, out, in / group_size]. The
         scale of a group is chosen when the solver reaches it, from the weights as updated.
-
     """
     import torch
 

@@ -25,7 +25,6 @@ class Inputs:
         total_length: int32 scalar, tokens in the cache after this run.
         cos: float32 [positions, head_dim / 2].
         sin: the same.
-
     """
 
     last_position: str
@@ -65,7 +64,6 @@ class BlockWriter:
         geometry: sizes that all blocks share.
         inputs: values that all blocks read.
         accuracy_level: of quantized operators.
-
     """
 
     graph: Graph

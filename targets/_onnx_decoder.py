@@ -29,7 +29,6 @@ def decoder(model: Model, accuracy_level: int) -> Graph:
     Args:
         model: shapes and handles.
         accuracy_level: of all quantized operators: 0 for float32 activations, 4 for int8.
-
     """
     graph = Graph()
     geometry = model.family.geometry(model.config)

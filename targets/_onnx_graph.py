@@ -25,7 +25,6 @@ class Graph:
 
     Attributes:
         batches: the weights, in the order in which they will be written.
-
     """
 
     def __init__(self) -> None:
@@ -132,7 +131,6 @@ def linear(
         weights: matrices of one scheme, or of none and one dtype.
         biases: one per matrix, or none.
         accuracy_level: of ``MatMulNBits``.
-
     """
     parts: list[Part] = [(w,) for w in weights]
     outs, ins = sum(w.weight.shape[0] for w in weights), weights[0].weight.shape[1]

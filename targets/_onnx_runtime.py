@@ -27,7 +27,6 @@ def onnxruntime() -> Any:
 
     Raises:
         Unsupported: it is not.
-
     """
     try:
         import onnxruntime as ort
@@ -56,7 +55,6 @@ def open_session(folder: Path, *, exact: bool = False, threads: int = 0) -> Any:
     Raises:
         Unsupported: onnxruntime is missing or too old.
         VerificationFailed: onnxruntime refuses the graph.
-
     """
     ort = onnxruntime()
     from onnxruntime.capi import onnxruntime_pybind11_state as state
@@ -129,7 +127,6 @@ class OnnxRuntime:
 
         Raises:
             InputError: there is no token, or there are more than the model has positions for.
-
         """
         if not ids:
             raise InputError("a sequence needs at least one token")
@@ -141,7 +138,6 @@ class OnnxRuntime:
 
         Raises:
             InputError: the model has no position left, or `start` was not called.
-
         """
         if not self._length:
             raise InputError("start a sequence before the first step")

@@ -86,7 +86,6 @@ class Batch:
     Attributes:
         slots: the initializers.
         make: yields what comes next in which slot; together it fills all of them.
-
     """
 
     slots: tuple[Slot, ...]
@@ -116,7 +115,6 @@ def quantized(name: str, parts: Sequence[Part], shape: tuple[int, ...], *, block
         shape: of the numbers they stand for, [..., out, in].
         blocked: whether integers are [..., out, groups, bytes] as in ``MatMulNBits``, or
             [..., out, bytes] as in ``QMoE``; the bytes are the same.
-
     """
     scheme = parts[0][0].weight.scheme
     assert scheme is not None
@@ -220,7 +218,6 @@ def load_graph(folder: Path) -> Any:
 
     Raises:
         VerificationFailed: there is none, or it is damaged.
-
     """
     try:
         return onnx.load(folder / GRAPH_FILE, load_external_data=False)
@@ -233,7 +230,6 @@ def read(folder: Path) -> Iterator[tuple[str, Tensor | Quantized]]:
 
     Raises:
         VerificationFailed: the files are damaged, or were not written by `write`.
-
     """
     protos = {proto.name: proto for proto in load_graph(folder).graph.initializer}
     data = _map(folder / DATA_FILE)

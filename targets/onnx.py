@@ -32,7 +32,6 @@ class Onnx(Target):
     Attributes:
         accuracy_level: what quantized operators may do to activations: 4 rounds them to int8,
             which is faster; 0 keeps float32.
-
     """
 
     summary: ClassVar[str] = "decoder graph with KV cache for ONNX Runtime on a CPU"
@@ -49,7 +48,6 @@ class Onnx(Target):
 
         Raises:
             Unsupported: with what it is.
-
         """
         head_dim = model.family.geometry(model.config).head_dim
         if head_dim % HEAD_MULTIPLE:
@@ -87,7 +85,6 @@ class Onnx(Target):
 
         Raises:
             Unsupported: as `accepts`.
-
         """
         from moe2edge.targets._onnx_decoder import decoder
         from moe2edge.targets._onnx_storage import DATA_FILE, GRAPH_FILE, POSITIONS
@@ -106,7 +103,6 @@ class Onnx(Target):
 
         Raises:
             VerificationFailed: the files are damaged.
-
         """
         from moe2edge.targets._onnx_storage import read
 
@@ -118,7 +114,6 @@ class Onnx(Target):
         Raises:
             Unsupported: onnxruntime is missing or too old.
             VerificationFailed: onnxruntime refuses the graph.
-
         """
         from moe2edge.targets._onnx_runtime import open_runtime
 
@@ -138,7 +133,6 @@ def _accept_layer(block: Block, layer: MoELayer) -> None:
 
     Raises:
         Unsupported: the router has more than its matrix, or experts differ in shape or scheme.
-
     """
     if layer.router.per_expert:
         raise Unsupported(
@@ -161,7 +155,6 @@ def genai_config(model: Model, config: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         model: what was written.
         config: its ``config.json``.
-
     """
     geometry = model.family.geometry(config)
     ids = {key: config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from corpus import modules
+from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 BUILTIN = Path(__file__).parents[2] / "moe2edge" / "builtin" / "tiny-moe"
@@ -33,7 +34,8 @@ class Trigram:
     def __init__(self, ids: np.ndarray, vocabulary: int, discount: float = 0.75) -> None:
         self.v, self.d = vocabulary, discount
         w = ids.astype(np.int64)
-        self.tri = np.unique((w[:-2] * vocabulary + w[1:-1]) * vocabulary + w[2:], return_counts=True)
+        keys = (w[:-2] * vocabulary + w[1:-1]) * vocabulary + w[2:]
+        self.tri = np.unique(keys, return_counts=True)
         pairs, _ = np.unique(w[:-1] * vocabulary + w[1:], return_counts=True)
         # Lower orders count distinct left neighbours (continuations), not occurrences.
         self.bi = np.unique(self.tri[0] % vocabulary**2, return_counts=True)
@@ -88,7 +90,7 @@ def neural(model: torch.nn.Module, ids: np.ndarray) -> tuple[float, list[float]]
         for part in rows.split(8):
             logits = model(part).logits[:, :-1].float()
             targets = part[:, 1:].flatten()
-            loss += float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets, reduction="sum"))
+            loss += float(cross_entropy(logits.flatten(0, 1), targets, reduction="sum"))
     entropies = []
     for count in counts:
         p = count / count.sum()

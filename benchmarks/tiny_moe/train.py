@@ -1,9 +1,9 @@
 """Train ``builtin:tiny-moe`` on the running Python's standard library.
 
-    python benchmarks/tiny_moe/train.py --work /tmp/tiny-moe --tokens 16e6
-    python benchmarks/tiny_moe/train.py --work /tmp/tiny-moe --tokens 16e6   # goes on after a stop
+    python benchmarks/tiny_moe/train.py --work /tmp/tiny-moe --tokens 15e6
+    python benchmarks/tiny_moe/train.py --work /tmp/tiny-moe --tokens 15e6   # goes on after a stop
 
-Two to three hours on two cores. A checkpoint is written every few minutes and the same command
+Two hours on two cores. A checkpoint is written every few minutes and the same command
 goes on from it. The learning rate is constant and falls linearly to zero over the last part of
 the run, so ``--tokens`` may be changed between two starts. The result is ``WORK/model``.
 
@@ -19,7 +19,9 @@ import json
 import math
 import random
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -157,28 +159,125 @@ def loss_of(model: OlmoeForCausalLM, rows: torch.Tensor) -> tuple[torch.Tensor, 
     out = model(input_ids=rows[:, :-1], output_router_logits=True, use_cache=False)
     loss = cross_entropy(out.logits.flatten(0, 1), rows[:, 1:].flatten())
     config = model.config
-    balance = load_balancing_loss_func(
-        out.router_logits, config.num_experts, config.num_experts_per_tok
-    )
-    return loss, balance
+    # transformers' function pools the layers it is given; one call for each keeps each balanced.
+    balance = [
+        load_balancing_loss_func((logits,), config.num_experts, config.num_experts_per_tok)
+        for logits in out.router_logits
+    ]
+    return loss, torch.stack(balance).mean()
 
 
-def save(work: Path, model: OlmoeForCausalLM, optimizers: list, step: int, seconds: float) -> None:
-    """Write the checkpoint of ``step`` and rename it into place."""
+def save(work: Path, run: Run) -> None:
+    """Write the checkpoint of a run and rename it into place."""
     state = {
-        "model": model.state_dict(),
-        "optimizers": [o.state_dict() for o in optimizers],
-        "step": step,
-        "seconds": seconds,
+        "model": run.model.state_dict(),
+        "optimizers": [o.state_dict() for o in run.optimizers],
+        "step": run.step,
+        "seconds": run.seconds,
     }
     torch.save(state, work / "checkpoint.partial")
     (work / "checkpoint.partial").rename(work / "checkpoint.pt")
 
 
+@dataclass
+class Run:
+    """A training run: what is trained, and how far it is."""
+
+    model: OlmoeForCausalLM
+    optimizers: list[torch.optim.Optimizer]
+    rates: list[list[float]]
+    step: int = 0
+    seconds: float = 0.0
+
+    @classmethod
+    def begin(cls, work: Path, lr: float) -> Run:
+        """A new run, or the one whose checkpoint is in ``work``."""
+        model = OlmoeForCausalLM(make_config())
+        optimizers = make_optimizers(model, lr)
+        run = cls(model, optimizers, [[g["lr"] for g in o.param_groups] for o in optimizers])
+        if (work / "checkpoint.pt").exists():
+            state = torch.load(work / "checkpoint.pt", weights_only=True)
+            model.load_state_dict(state["model"])
+            for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+            run.step, run.seconds = state["step"], state["seconds"]
+            print(f"resumed at step {run.step}", flush=True)
+        return run
+
+    def update(self, rows: torch.Tensor, factor: float, bf16: bool) -> tuple[float, float]:
+        """One optimizer step; language-model loss and balance loss of the last half."""
+        for optimizer, rates in zip(self.optimizers, self.rates, strict=True):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * factor
+        # Half a step's rows at a time: the logits of 4,096 entries are the largest tensor.
+        for half in rows.chunk(2):
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                loss, balance = loss_of(self.model, half)
+            ((loss + self.model.config.router_aux_loss_coef * balance) / 2).backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return loss.item(), balance.item()
+
+    @torch.no_grad()
+    def perplexity(self, rows: torch.Tensor) -> float:
+        """Perplexity of held-out rows."""
+        self.model.eval()
+        losses = [loss_of(self.model, part)[0].item() for part in rows.chunk(4)]
+        self.model.train()
+        return math.exp(sum(losses) / len(losses))
+
+
+def load_data(work: Path, seed: int) -> tuple[Any, np.ndarray, torch.Tensor]:
+    """Tokenizer, training ids, and 32 held-out rows."""
+    corpus = modules()
+    texts = [m.text for m in corpus if m.split == "train"]
+    if (work / "tokenizer").exists():
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(work / "tokenizer")
+    else:
+        tokenizer = make_tokenizer(texts)
+        tokenizer.save_pretrained(work / "tokenizer")
+    random.Random(seed).shuffle(texts)
+    train = token_ids(tokenizer, texts)
+    held = token_ids(tokenizer, [m.text for m in corpus if m.split == "evaluation"])
+    width = LENGTH + 1
+    rows = torch.from_numpy(held[: len(held) // width * width].astype(np.int64)).view(-1, width)
+    print(f"{len(train):,} training tokens, {len(held):,} held out", flush=True)
+    return tokenizer, train, rows[:: max(1, len(rows) // 32)][:32]
+
+
+def train(run: Run, ids: np.ndarray, held: torch.Tensor, args: argparse.Namespace) -> None:
+    """Train until ``args.tokens``; a checkpoint every four minutes."""
+    per_step, smooth = args.rows * LENGTH, 0.0
+    last = saved_at = time.perf_counter()
+    while run.step * per_step < args.tokens:
+        factor = schedule((run.step + 1) * per_step, args.tokens, args.falling)
+        rows = batches(ids, args.rows, run.step, args.seed)
+        loss, balance = run.update(rows, factor, not args.fp32)
+        now = time.perf_counter()
+        run.seconds, last = run.seconds + now - last, now
+        smooth = 0.95 * smooth + 0.05 * loss if smooth else loss
+        if run.step % 20 == 0:
+            tokens = run.step * per_step
+            print(
+                f"step {run.step} tokens {tokens / 1e6:.2f}M loss {smooth:.4f} "
+                f"balance {balance:.3f} rate {factor:.3f} {tokens / run.seconds:.0f} tok/s",
+                flush=True,
+            )
+        if run.step % 200 == 0:
+            print(f"  held-out perplexity {run.perplexity(held):.2f}", flush=True)
+        if now - saved_at > 240:
+            save(args.work, run)
+            saved_at = now
+    save(args.work, run)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--tokens", type=float, default=16e6)
+    parser.add_argument("--tokens", type=float, default=15e6)
     parser.add_argument("--rows", type=int, default=16, help="sequences of 512 tokens in a step")
     parser.add_argument("--lr", type=float, default=0.02)
     parser.add_argument("--falling", type=float, default=0.4, help="part with falling rate")
@@ -186,89 +285,23 @@ def main() -> None:
     parser.add_argument("--fp32", action="store_true", help="products in fp32, not in bf16")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    random.seed(args.seed)
     torch.manual_seed(args.seed)
-
-    corpus = modules()
-    texts = [m.text for m in corpus if m.split == "train"]
-    if (args.work / "tokenizer").exists():
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(args.work / "tokenizer")
-    else:
-        tokenizer = make_tokenizer(texts)
-        tokenizer.save_pretrained(args.work / "tokenizer")
-    random.Random(args.seed).shuffle(texts)
-    train = token_ids(tokenizer, texts)
-    held = token_ids(tokenizer, [m.text for m in corpus if m.split == "evaluation"])
-    held_rows = torch.from_numpy(
-        held[: len(held) // (LENGTH + 1) * (LENGTH + 1)].astype(np.int64).reshape(-1, LENGTH + 1)
-    )
-    held_rows = held_rows[:: max(1, len(held_rows) // 32)][:32]
-    print(f"{len(train):,} training tokens, {len(held):,} held out", flush=True)
-
-    model = OlmoeForCausalLM(make_config())
-    optimizers = make_optimizers(model, args.lr)
-    base_rates = [[g["lr"] for g in o.param_groups] for o in optimizers]
-    step, seconds = 0, 0.0
-    if (args.work / "checkpoint.pt").exists():
-        state = torch.load(args.work / "checkpoint.pt", weights_only=True)
-        model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        step, seconds = state["step"], state["seconds"]
-        print(f"resumed at step {step}", flush=True)
-
-    per_step = args.rows * LENGTH
-    last, smooth = time.perf_counter(), None
-    saved_at = last
-    while step * per_step < args.tokens:
-        factor = schedule((step + 1) * per_step, args.tokens, args.falling)
-        for optimizer, rates in zip(optimizers, base_rates, strict=True):
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * factor
-        # Half a step's rows at a time: the logits of 4,096 entries are the largest tensor.
-        for rows in batches(train, args.rows, step, args.seed).chunk(2):
-            with torch.autocast("cpu", torch.bfloat16, enabled=not args.fp32):
-                loss, balance = loss_of(model, rows)
-            ((loss + model.config.router_aux_loss_coef * balance) / 2).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        step += 1
-        now = time.perf_counter()
-        seconds, last = seconds + now - last, now
-        smooth = loss.item() if smooth is None else 0.95 * smooth + 0.05 * loss.item()
-        if step % 20 == 0:
-            print(
-                f"step {step} tokens {step * per_step / 1e6:.2f}M loss {smooth:.4f} "
-                f"balance {balance.item():.3f} rate {factor:.3f} "
-                f"{step * per_step / seconds:.0f} tok/s",
-                flush=True,
-            )
-        if step % 200 == 0:
-            model.eval()
-            with torch.no_grad():
-                losses = [loss_of(model, r)[0].item() for r in held_rows.chunk(4)]
-            model.train()
-            print(f"  held-out perplexity {math.exp(sum(losses) / len(losses)):.2f}", flush=True)
-        if now - saved_at > 240:
-            save(args.work, model, optimizers, step, seconds)
-            saved_at = now
-    save(args.work, model, optimizers, step, seconds)
-
-    model.eval().to(torch.bfloat16).save_pretrained(args.work / "model")
+    tokenizer, ids, held = load_data(args.work, args.seed)
+    run = Run.begin(args.work, args.lr)
+    train(run, ids, held, args)
+    run.model.eval().to(torch.bfloat16).save_pretrained(args.work / "model")
     tokenizer.save_pretrained(args.work / "model")
     record = {
-        "tokens": step * per_step,
-        "training_tokens_distinct": len(train),
-        "steps": step,
+        "tokens": run.step * args.rows * LENGTH,
+        "training_tokens_distinct": len(ids),
+        "steps": run.step,
         "rows": args.rows,
         "length": LENGTH,
         "lr": args.lr,
         "falling": args.falling,
         "products": "fp32" if args.fp32 else "bf16",
         "seed": args.seed,
-        "hours": round(seconds / 3600, 2),
+        "hours": round(run.seconds / 3600, 2),
         "torch": torch.__version__,
     }
     (args.work / "training.json").write_text(json.dumps(record, indent=1) + "\n")

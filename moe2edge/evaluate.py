@@ -1,0 +1,48 @@
+"""Quality of an existing output folder on a text of the user's, in its own runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moe2edge import quality, registry, walk
+from moe2edge.artifact import open_artifact, read_json, tokenizer_of
+from moe2edge.calibration import load_tokens
+from moe2edge.errors import InputError
+from moe2edge.families import family_of
+from moe2edge.model import Model
+from moe2edge.pipeline import Advance
+from moe2edge.recipe import TextSource
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def evaluate(
+    folder: Path, source: TextSource, reference: Model | None, advance: Advance
+) -> quality.Quality:
+    """Perplexity of a folder, and with a reference model KL and top-1 agreement.
+
+    Raises:
+        InputError: the folder, the text or the reference does not fit.
+    """
+    artifact = open_artifact(folder)
+    config = read_json(folder / "config.json")
+    geometry = family_of(config).geometry(config)
+    limits = (geometry.max_positions, geometry.vocab)
+    ids = load_tokens(source, tokenizer_of(folder), "evaluation", limits).ids
+    expected = None
+    if reference is not None:
+        if reference.family.geometry(reference.config).vocab != geometry.vocab:
+            raise InputError("the reference model has another vocabulary than the folder")
+        expected = walk.head_logits(reference, walk.observe(reference, ids, (), advance, "source"))
+    runtime = registry.target(artifact.target).reopen(folder)
+
+    def logits() -> Iterator[Tensor]:
+        for n, row in enumerate(ids):
+            advance(artifact.target, n, len(ids))
+            yield runtime.logits(row[None])[0]
+        advance(artifact.target, len(ids), len(ids))
+
+    return quality.measure(ids, logits(), expected)
