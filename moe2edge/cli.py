@@ -45,10 +45,24 @@ class Group(click.Group):
                 traceback.print_exc()
             _fail(str(error), error.exit_code, as_json)
         except (click.Abort, KeyboardInterrupt):
-            _fail("interrupted; nothing was left behind", INTERRUPTED, as_json)
+            _leave("interrupted; nothing was left behind", as_json)
         except BrokenPipeError:
             sys.stderr.close()
             sys.exit(1)
+
+
+def _leave(message: str, as_json: bool) -> NoReturn:
+    """Exit after an interrupt.
+
+    Python ends itself with the signal, whatever exit code it was given, if the interrupt passed
+    through an ``exec`` of text, as dataclasses do while a library is imported.
+    """
+    try:
+        _fail(message, INTERRUPTED, as_json)
+    except SystemExit:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(INTERRUPTED)
 
 
 def _terminate(*_: object) -> NoReturn:
@@ -272,13 +286,11 @@ def verify(
         raise VerificationFailed(f"{folder}: {'; '.join(differences)}")
     _quiet_libraries()
     recorded = checks.Reference.read(folder)
-    count = checks.check_tensors(recorded, target.tensors(folder))
-    shipped = target.reopen(folder)
-    parity = checks.parity(recorded, target.reopen(folder, exact=True), shipped)
+    count, parity = checks.check_folder(target, folder, recorded)
     result: dict[str, Any] = {"tensors": count, "parity": asdict(parity)}
     if reference:
         source = _checkpoint(reference, revision, cache_dir).model
-        result["kl_to_source"] = checks.check_source(recorded, shipped, source)
+        result["kl_to_source"] = checks.check_source(recorded, target.reopen(folder), source)
     if as_json:
         _emit(result)
         return

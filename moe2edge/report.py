@@ -116,7 +116,7 @@ class Report:
         return (
             f"perplexity, KL to the source (nats/token) and top-1 agreement on {tokens:,} held-out "
             f"tokens. logit error: largest difference to PyTorch with float32 activations; as "
-            f"shipped: relative error. export: {self.seconds:.1f} s, "
+            f"shipped: median relative error. export: {self.seconds:.1f} s, "
             f"peak memory {self.peak_bytes / 1e6:.0f} MB"
         )
 

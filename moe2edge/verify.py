@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from moe2edge import quality, walk
@@ -35,7 +35,7 @@ PREFILL = 32
 STEPS = 32
 # Logits of the exact runtime may differ from the reference by this much, absolute.
 EXACT_TOLERANCE = 1e-4
-# With the activations of the shipped setting (int8 or bfloat16): relative error of all logits.
+# With the activations of the shipped setting (int8 or bfloat16): median relative error.
 SHIPPED_TOLERANCE = 0.05
 
 
@@ -45,7 +45,7 @@ class Parity:
 
     Attributes:
         exact: largest absolute difference of logits with float32 activations.
-        shipped: relative error of logits as shipped, ``||a - b|| / ||b||``.
+        shipped: relative error of logits as shipped, ``||a - b|| / ||b||``, median of positions.
         top1: part of positions with the same most likely token, as shipped.
         positions: compared positions: the end of the prefill, then every cached step.
     """
@@ -96,7 +96,7 @@ class Reference:
             with safe_open(path, framework="pt") as file:
                 notes = json.loads(file.metadata()["reference"])
                 ids, logits = file.get_tensor("ids"), file.get_tensor("logits")
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise VerificationFailed(f"{path.name} cannot be read: {error}") from error
         return cls(ids, notes["prefill"], logits, notes["probes"], notes["source_kl"])
 
@@ -203,7 +203,10 @@ def parity(reference: Reference, exact: Runtime, shipped: Runtime) -> Parity:
             f"at most {limit:.1e} with float32 activations"
         )
     found = _run(reference, shipped)
-    relative = float((found - reference.logits).norm() / reference.logits.norm())
+    # The median: with rounded activations a near tie in a router may fall to the other expert,
+    # which changes that position by far more than rounding does.
+    errors = (found - reference.logits).norm(dim=-1) / reference.logits.norm(dim=-1)
+    relative = float(errors.median())
     if not relative <= SHIPPED_TOLERANCE:
         raise VerificationFailed(
             f"logits as shipped differ from the reference by {relative:.1%}; "
@@ -211,6 +214,19 @@ def parity(reference: Reference, exact: Runtime, shipped: Runtime) -> Parity:
         )
     top1 = float((found.argmax(-1) == reference.logits.argmax(-1)).double().mean())
     return Parity(difference, relative, top1, found.shape[0] * found.shape[1])
+
+
+def check_folder(target: Target, folder: Path, reference: Reference) -> tuple[int, Parity]:
+    """All checks that need nothing but the folder: number of tensors, and parity.
+
+    Raises:
+        VerificationFailed: the folder cannot be read, or does not hold what was exported.
+    """
+    try:
+        count = check_tensors(reference, target.tensors(folder))
+        return count, parity(reference, target.reopen(folder, exact=True), target.reopen(folder))
+    except InputError as error:
+        raise VerificationFailed(f"{folder} cannot be read: {error}") from error
 
 
 def _run(reference: Reference, runtime: Runtime) -> Tensor:

@@ -1,0 +1,82 @@
+"""The built-in model: a real language model, and the main job on it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from transformers import AutoModelForCausalLM
+
+from moe2edge import registry
+from moe2edge.checkpoint import BUILTIN, BUILTIN_FOLDER, open_checkpoint
+from moe2edge.cli import main
+from moe2edge.model import is_quantizable
+from moe2edge.rounding import Quantized
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("builtin") / "out"
+    result = CliRunner().invoke(
+        main,
+        [
+            "export", BUILTIN, "-t", "onnx,gptq", "-o", str(folder),
+            "--set", "calibration.samples=24", "--set", "evaluation.samples=4",
+        ],
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+def test_it_has_the_promised_shape() -> None:
+    model = open_checkpoint(BUILTIN).model
+    assert model.family.model_type == "olmoe"
+    assert len(model.moe_blocks) >= 6
+    assert all(n >= 16 for n in model.expert_counts)
+    assert all(m.router.top_k >= 2 and not m.router.renormalize for _, m in model.moe_blocks)
+    assert (BUILTIN_FOLDER / "model.safetensors").stat().st_size <= 28_000_000
+
+
+def test_stock_transformers_loads_all_of_it() -> None:
+    model, info = AutoModelForCausalLM.from_pretrained(BUILTIN_FOLDER, output_loading_info=True)
+    assert not any(info.values())
+    assert model.dtype == torch.bfloat16
+
+
+def test_every_selected_tensor_has_four_bits_and_the_same_integers(out: Path) -> None:
+    onnx, gptq = (dict(registry.target(t).tensors(out / t)) for t in ("onnx", "gptq"))
+    expected = list(open_checkpoint(BUILTIN).model.tensors())
+    assert {name for name, _, _ in expected} == set(onnx) == set(gptq)
+    for name, role, _ in expected:
+        a, b = onnx[name], gptq[name]
+        assert isinstance(a, Quantized) == isinstance(b, Quantized) == is_quantizable(role)
+        if isinstance(a, Quantized) and isinstance(b, Quantized):
+            assert a.scheme.name == "w4a16"
+            assert torch.equal(a.q, b.q)
+            assert torch.equal(a.scales, b.scales)
+
+
+def test_quantization_costs_little(out: Path) -> None:
+    report = json.loads((out / "onnx" / "report.json").read_text())
+    source = report["before"]["quality"]["perplexity"]
+    for row in (report["after"], *report["results"]):
+        assert row["quality"]["perplexity"] < 1.02 * source
+        assert row["quality"]["kl"] < 0.03
+    # Held-out Python; a trigram model of the same training text has about 78 on all of it.
+    assert source < 40
+
+
+def test_the_runtime_agrees_with_pytorch_over_32_cached_steps(out: Path) -> None:
+    report = json.loads((out / "onnx" / "report.json").read_text())
+    for row in report["results"]:
+        assert row["parity"]["positions"] == 2 * 33
+        assert row["parity"]["exact"] < 1e-4
+
+
+def test_it_continues_python(out: Path) -> None:
+    result = CliRunner().invoke(main, ["generate", str(out / "onnx"), "def read_json(path):"])
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("def read_json(path):\n    ")

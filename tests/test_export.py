@@ -1,0 +1,315 @@
+"""Whole exports on the command line: what they write, what they refuse, what they leave behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner, Result
+
+from moe2edge import recipe, registry
+from moe2edge.cli import main
+from moe2edge.families import FAMILIES
+from moe2edge.rounding import Quantized
+from moe2edge.testing import Make
+
+# Small enough for the tiny models, whose vocabulary is one entry per character.
+SMALL = [
+    "--set", "calibration.samples=8", "--set", "calibration.length=64",
+    "--set", "evaluation.samples=3", "--set", "evaluation.length=64",
+]  # fmt: skip
+RECIPE = "passes: [{expert_drop: {keep: 0.75}}, {block_drop: {drop: 1}}, {gptq: {min_tokens: 20}}]"
+
+
+def run(*args: str | Path) -> Result:
+    return CliRunner().invoke(main, [str(a) for a in args])
+
+
+def export(model: Path, out: Path, target: str, *more: str | Path) -> Result:
+    text = out.parent / "text.txt"
+    text.write_text("".join(chr(33 + (n * n + n // 7) % 90) for n in range(4000)))
+    return run(
+        "export", model, "-t", target, "-o", out, "--calib", text, "--eval", text, *SMALL, *more
+    )
+
+
+@pytest.fixture(scope="module")
+def pair(tiny: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both quantized targets of one trimmed and solved model."""
+    out = tmp_path_factory.mktemp("pair") / "out"
+    (out.parent / "r.yaml").write_text(RECIPE)
+    result = export(tiny("olmoe"), out, "onnx,gptq", "-r", out.parent / "r.yaml")
+    assert result.exit_code == 0, result.output
+    return out
+
+
+def numbers(folder: Path, target: str) -> dict[str, Any]:
+    return dict(registry.target(target).tensors(folder))
+
+
+def test_both_targets_hold_the_same_integers(pair: Path) -> None:
+    onnx, gptq = numbers(pair / "onnx", "onnx"), numbers(pair / "gptq", "gptq")
+    assert set(onnx) == set(gptq)
+    quantized = 0
+    for name, a in onnx.items():
+        b = gptq[name]
+        if isinstance(a, Quantized):
+            assert torch.equal(a.q, b.q), name
+            assert torch.equal(a.scales, b.scales), name
+            assert a.scheme == b.scheme
+            quantized += 1
+        else:
+            assert torch.equal(a, b), name
+    # 2 blocks of 5 experts with three matrices, and four of attention.
+    assert quantized == 2 * (5 * 3 + 4)
+
+
+def test_what_is_written_beside_the_weights(pair: Path) -> None:
+    for target in ("onnx", "gptq"):
+        folder = pair / target
+        resolved = recipe.parse((folder / "recipe.resolved.yaml").read_text())
+        assert resolved.passes[0].model_dump()["keep"] == 0.75
+        assert (folder / "tokenizer.json").exists()
+        manifest = json.loads((folder / "manifest.json").read_text())
+        assert manifest["model"]["expert_counts"] == [5, 5]
+        card = (folder / "README.md").read_text().split("---")
+        assert yaml.safe_load(card[1])["base_model"] is not None
+        report = json.loads((folder / "report.json").read_text())
+        forms = [row["form"] for row in (report["before"], report["after"], *report["results"])]
+        assert forms[0] == "source"
+        assert forms[2:] == ["onnx, in its runtime", "gptq, in its runtime"]
+        assert report["results"][0]["parity"]["exact"] < 1e-4
+        assert [step["name"] for step in report["steps"]] == ["expert_drop", "block_drop", "gptq"]
+    assert not list(pair.parent.glob("*.partial"))
+
+
+def test_verify_passes_and_prints(pair: Path) -> None:
+    for target in ("onnx", "gptq"):
+        result = run("verify", pair / target)
+        assert result.exit_code == 0, result.output
+        assert result.stdout.endswith("verified\n")
+
+
+def test_verify_against_the_source(tiny: Make, pair: Path) -> None:
+    result = run("verify", pair / "onnx", "--reference", tiny("olmoe"), "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["kl_to_source"] > 0
+
+
+def test_generate_streams_what_json_returns(pair: Path) -> None:
+    plain = run("generate", pair / "onnx", "def f", "-n", "12")
+    as_json = run("generate", pair / "onnx", "def f", "-n", "12", "--json")
+    assert plain.exit_code == as_json.exit_code == 0, plain.output
+    assert plain.stdout == "def f" + json.loads(as_json.stdout)["text"] + "\n"
+    # The same numbers in PyTorch choose the same tokens.
+    other = run("generate", pair / "gptq", "def f", "-n", "1", "--json")
+    assert json.loads(other.stdout)["tokens"] == json.loads(as_json.stdout)["tokens"][:1]
+
+
+def test_evaluate_repeats_the_figures_of_the_report(tiny: Make, pair: Path) -> None:
+    result = run(
+        "evaluate", pair / "onnx", "--reference", tiny("olmoe"), "--json",
+        "--text", pair.parent / "text.txt", "--samples", "3", "--length", "64",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    report = json.loads((pair / "onnx" / "report.json").read_text())
+    expected = report["results"][0]["quality"]
+    found = json.loads(result.stdout)
+    assert found["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-6)
+    assert found["kl"] == pytest.approx(expected["kl"], rel=1e-6)
+
+
+def test_inspect_knows_models_and_outputs(tiny: Make, pair: Path) -> None:
+    assert "6 experts of width 32" in run("inspect", tiny("olmoe")).stdout
+    assert "[5, 5]" in run("inspect", pair / "onnx").stdout
+    assert json.loads(run("inspect", pair / "onnx", "--json").stdout)["ok"]
+
+
+def test_profile_measures_an_output(pair: Path) -> None:
+    result = run(
+        "profile", pair / "onnx", "--preset", "quick", "--text", pair.parent / "text.txt",
+        "--prompt-tokens", "16", "--gen-tokens", "8", "--json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["metrics"]["ms_per_token"]["p50"] > 0
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_two_runs_write_the_same_bytes(tiny: Make, tmp_path: Path, family: str) -> None:
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    weights = []
+    for n in range(2):
+        out = tmp_path / f"out{n}"
+        result = export(tiny(family), out, "onnx,gptq", "-r", tmp_path / "r.yaml")
+        assert result.exit_code == 0, result.output
+        names = ("onnx/model.onnx", "onnx/model.onnx.data", "gptq/model.safetensors")
+        weights.append([(out / name).read_bytes() for name in names])
+    assert weights[0] == weights[1]
+
+
+def test_plain_trimming_for_stock_transformers(tiny: Make, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(
+        "passes: [{expert_drop: {keep: 4, criterion: frequency}}, {block_drop: {drop: 1}}]"
+    )
+    out = tmp_path / "out"
+    result = export(tiny("qwen3_moe"), out, "hf", "-r", tmp_path / "r.yaml")
+    assert result.exit_code == 0, result.output
+    assert run("verify", out).exit_code == 0
+
+
+# ---- what is refused -------------------------------------------------------------------------
+
+REFUSED: list[tuple[str, list[str], int, str]] = [
+    ("target", ["-t", "onx"], 2, "did you mean 'onnx'"),
+    ("recipe", ["-r", "w5"], 2, "unknown recipe"),
+    ("hf has no default recipe", ["-t", "hf"], 2, "needs a recipe that trims"),
+    ("option", ["--set", "gptq.bit=4"], 2, "did you mean 'bits'"),
+    ("hf of quantized numbers", ["-t", "hf", "-r", "w4"], 6, "unquantized weights only"),
+    ("gptq of unquantized numbers", ["-t", "gptq", "-r", "trim"], 6, "is not quantized"),
+    ("group size", ["--set", "gptq.group_size=128"], 2, "group_size 128 does not divide"),
+    ("keep below top-k", ["-r", "trim-w4", "--set", "expert_drop.keep=1"], 2, "keep at least 2"),
+    ("keep 0", ["-r", "trim-w4", "--set", "expert_drop.keep=0"], 2, "keep is 0"),
+    ("keep 1.5", ["-r", "trim-w4", "--set", "expert_drop.keep=1.5"], 2, "keep is 1.5"),
+    ("keep too many", ["-r", "trim-w4", "--set", "expert_drop.keep=9"], 2, "keep 9 of the 6"),
+    ("keep all", ["-r", "trim-w4", "--set", "expert_drop.keep=6"], 2, "keeps every expert"),
+    ("drop all", ["-r", "trim-w4", "--set", "block_drop.drop=3"], 2, "drop 3 of 3 blocks"),
+    ("text", ["--calib", "none.txt"], 2, "does not exist"),
+    ("short text", ["--set", "calibration.samples=9999"], 2, "too short"),
+    ("long samples", ["--set", "calibration.length=999"], 2, "longer than the 128 positions"),
+    ("flag", ["--presicion", "4"], 2, "No such option"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"), [c[1:] for c in REFUSED], ids=[c[0] for c in REFUSED]
+)
+def test_refusals(tiny: Make, tmp_path: Path, args: list[str], code: int, message: str) -> None:
+    out = tmp_path / "out"
+    target = [] if "-t" in args else ["-t", "onnx"]
+    text = tmp_path / "text.txt"
+    text.write_text("abc def " * 300)
+    texts = ["--eval", str(text)] + ([] if "--calib" in args else ["--calib", str(text)])
+    result = run("export", tiny("mixtral"), "-o", out, *target, *texts, *SMALL, *args)
+    assert result.exit_code == code, result.output
+    error = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(error) == 1
+    assert message in error[0]
+    assert "Traceback" not in result.output
+    assert [p.name for p in tmp_path.iterdir()] == ["text.txt"]
+
+
+def test_keep_below_top_k_where_that_is_asked_for(tiny: Make, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(
+        "passes: [{expert_drop: {keep: 1, clamp_top_k: true, criterion: random}}, rtn]"
+    )
+    result = export(tiny("mixtral"), tmp_path / "out", "onnx", "-r", tmp_path / "r.yaml")
+    assert result.exit_code == 0, result.output
+
+
+def test_errors_as_json(tmp_path: Path) -> None:
+    code = subprocess.run(
+        [sys.executable, "-m", "moe2edge", "inspect", str(tmp_path / "none"), "--json"],
+        capture_output=True,
+        text=True,
+    )
+    assert code.returncode == 2
+    found = json.loads(code.stdout)
+    assert found["ok"] is False
+    assert found["error"]["code"] == 2
+
+
+def test_existing_folders(tiny: Make, tmp_path: Path) -> None:
+    foreign = tmp_path / "mine"
+    foreign.mkdir()
+    (foreign / "thesis.txt").write_text("x")
+    for more in ([], ["--force"]):
+        result = export(tiny("mixtral"), foreign, "onnx", "-r", "w4-rtn", *more)
+        assert result.exit_code == 2
+        assert "was not written by moe2edge" in result.stderr
+    out = tmp_path / "out"
+    assert export(tiny("mixtral"), out, "onnx", "-r", "w4-rtn").exit_code == 0
+    again = export(tiny("mixtral"), out, "onnx", "-r", "w4-rtn")
+    assert again.exit_code == 2
+    assert "replace it with --force" in again.stderr
+    before = (out / "model.onnx.data").read_bytes()
+    assert export(tiny("mixtral"), out, "gptq", "-r", "w4-rtn", "--force").exit_code == 0
+    assert not (out / "model.onnx.data").exists()
+    assert before
+    assert (foreign / "thesis.txt").read_text() == "x"
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_leftovers_of_a_killed_export(tiny: Make, tmp_path: Path) -> None:
+    stale = tmp_path / "out.partial"
+    (stale / "work").mkdir(parents=True)
+    result = export(tiny("mixtral"), tmp_path / "out", "onnx", "-r", "w4-rtn")
+    assert result.exit_code == 2
+    assert "is not ours" in result.stderr
+    (stale / ".moe2edge-partial").write_text('{"pid": 999999999, "started": 1.0}')
+    result = export(tiny("mixtral"), tmp_path / "out", "onnx", "-r", "w4-rtn")
+    assert result.exit_code == 0, result.output
+    assert not stale.exists()
+
+
+def test_no_space(tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = type("usage", (), {"free": 1000})
+    monkeypatch.setattr("moe2edge.workfolder.shutil.disk_usage", lambda _: usage)
+    result = export(tiny("mixtral"), tmp_path / "out", "onnx")
+    assert result.exit_code == 5
+    assert "0.00 GB free" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted(tiny: Make, tmp_path: Path, number: signal.Signals) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("abcdefgh" * 9000)
+    process = subprocess.Popen(
+        [
+            sys.executable, "-m", "moe2edge", "export", str(tiny("mixtral")), "-t", "onnx",
+            "-o", str(tmp_path / "out"), "--calib", str(text), "--eval", str(text),
+            "--set", "calibration.length=64", "--set", "calibration.samples=999",
+            "--set", "evaluation.length=64",
+        ],
+        stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    partial = tmp_path / "out.partial" / ".moe2edge-partial"
+    for _ in range(600):
+        if partial.exists():
+            break
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"interrupted" in err
+    assert [p.name for p in tmp_path.iterdir()] == ["text.txt"]
+
+
+def test_help_is_quick() -> None:
+    best = 9.0
+    for _ in range(5):
+        begun = time.perf_counter()
+        done = subprocess.run([sys.executable, "-m", "moe2edge", "--help"], capture_output=True)
+        best = min(best, time.perf_counter() - begun)
+        assert done.returncode == 0
+    assert best < 0.5
+
+
+@pytest.mark.parametrize(
+    "command", ["export", "inspect", "verify", "profile", "generate", "evaluate"]
+)
+def test_every_command_has_an_example(command: str) -> None:
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert f"moe2edge {command} " in result.output.partition("Example")[2]

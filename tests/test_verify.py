@@ -1,0 +1,178 @@
+"""`verify` finds damage also when the manifest was written anew."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file, save_file
+
+from moe2edge import verify
+from moe2edge.artifact import open_artifact, write_manifest
+from moe2edge.cli import main
+from moe2edge.errors import VerificationFailed
+from moe2edge.testing import Make
+
+
+@pytest.fixture(scope="module")
+def folders(tiny: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("verify") / "out"
+    text = out.parent / "text.txt"
+    text.write_text("".join(chr(33 + n * n % 90) for n in range(3000)))
+    result = CliRunner().invoke(
+        main,
+        [
+            "export", str(tiny("olmoe")), "-t", "onnx,gptq", "-o", str(out), "-r", "w4-rtn",
+            "--eval", str(text), "--set", "evaluation.samples=3", "--set", "evaluation.length=64",
+        ],
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    return out
+
+
+def check(folder: Path) -> Result:
+    return CliRunner().invoke(main, ["verify", str(folder)])
+
+
+def renew_manifest(folder: Path) -> None:
+    old = dict(open_artifact(folder).manifest)
+    kept = {k: v for k, v in old.items() if k in ("model", "source", "texts", "versions")}
+    write_manifest(folder, str(old["target"]), **kept)
+
+
+def flip(path: Path, at: float) -> None:
+    data = bytearray(path.read_bytes())
+    data[int(len(data) * at)] ^= 1
+    path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize("at", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("target", ["onnx", "gptq"])
+@pytest.mark.parametrize("renew", [False, True])
+def test_one_flipped_bit(
+    folders: Path, tmp_path: Path, target: str, at: float, renew: bool
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(folders / target, folder)
+    assert check(folder).exit_code == 0
+    flip(folder / {"onnx": "model.onnx.data", "gptq": "model.safetensors"}[target], at)
+    if renew:
+        renew_manifest(folder)
+    assert check(folder).exit_code == 7
+
+
+EXPERTS = "model.layers.1.mlp.experts."
+
+
+def gptq_scale(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[f"{EXPERTS}2.up_proj.scales"][0, 3] *= 2
+
+
+def gptq_swap(tensors: dict[str, torch.Tensor]) -> None:
+    for part in ("gate_proj", "up_proj", "down_proj"):
+        for kind in ("qweight", "scales"):
+            a, b = (f"{EXPERTS}{n}.{part}.{kind}" for n in (0, 4))
+            tensors[a], tensors[b] = tensors[b], tensors[a]
+
+
+@pytest.mark.parametrize("damage", [gptq_scale, gptq_swap])
+def test_gptq_damage_under_a_new_manifest(
+    folders: Path, tmp_path: Path, damage: Callable[[dict[str, torch.Tensor]], None]
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(folders / "gptq", folder)
+    tensors = load_file(folder / "model.safetensors")
+    damage(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    renew_manifest(folder)
+    result = check(folder)
+    assert result.exit_code == 7
+    assert EXPERTS in result.stderr
+
+
+def onnx_array(folder: Path, name: str) -> np.ndarray:  # type: ignore[type-arg]
+    """A writable view of an initializer in the data file."""
+    graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
+    proto = next(p for p in graph.initializer if p.name == name)
+    where = {e.key: e.value for e in proto.external_data}
+    dtype = {1: np.float32, 2: np.uint8}[proto.data_type]
+    return np.memmap(
+        folder / "model.onnx.data", dtype, "r+", int(where["offset"]), tuple(proto.dims)
+    )
+
+
+def onnx_scale(folder: Path) -> None:
+    onnx_array(folder, "model.layers.1.moe.experts.gate_up_proj.scales")[2, 5, 0] *= 2
+
+
+def onnx_swap(folder: Path) -> None:
+    for part in ("gate_up_proj", "down_proj"):
+        for kind in ("qweight", "scales"):
+            array = onnx_array(folder, f"model.layers.1.moe.experts.{part}.{kind}")
+            array[[0, 4]] = array[[4, 0]]
+
+
+@pytest.mark.parametrize("damage", [onnx_scale, onnx_swap])
+def test_onnx_damage_under_a_new_manifest(
+    folders: Path, tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(folders / "onnx", folder)
+    damage(folder)
+    renew_manifest(folder)
+    result = check(folder)
+    assert result.exit_code == 7
+    assert EXPERTS in result.stderr
+
+
+def test_logits_alone_find_swapped_experts(folders: Path, tmp_path: Path) -> None:
+    from moe2edge import registry
+
+    folder = tmp_path / "copy"
+    shutil.copytree(folders / "onnx", folder)
+    onnx_swap(folder)
+    target, recorded = registry.target("onnx"), verify.Reference.read(folder)
+    with pytest.raises(VerificationFailed, match="logits in the runtime differ"):
+        verify.parity(recorded, target.reopen(folder, exact=True), target.reopen(folder))
+
+
+def test_a_missing_or_damaged_reference(folders: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(folders / "onnx", folder)
+    (folder / verify.REFERENCE).write_bytes(b"nothing")
+    renew_manifest(folder)
+    assert check(folder).exit_code == 7
+    (folder / verify.REFERENCE).unlink()
+    renew_manifest(folder)
+    result = check(folder)
+    assert result.exit_code == 7
+    assert "cannot be verified" in result.stderr
+
+
+def test_tensors_that_come_or_go(folders: Path) -> None:
+    recorded = verify.Reference.read(folders / "onnx")
+    pairs = [(name, torch.ones(2)) for name in ("a", "b")]
+    probes = {name: verify.probe(name, value) for name, value in pairs}
+    small = replace(recorded, probes=probes)
+    assert verify.check_tensors(small, pairs) == 2
+    with pytest.raises(VerificationFailed, match="1 tensors are missing, such as b"):
+        verify.check_tensors(small, pairs[:1])
+    with pytest.raises(VerificationFailed, match="was not exported"):
+        verify.check_tensors(small, [*pairs, ("c", torch.ones(2))])
+    with pytest.raises(VerificationFailed, match="b does not hold the numbers"):
+        verify.check_tensors(small, [pairs[0], ("b", torch.tensor([1.0, 1.0001]))])
+
+
+def test_probes_tell_names_and_entries_apart() -> None:
+    value = torch.randn(4, 6)
+    assert verify.probe("a", value) != verify.probe("b", value)
+    changed = value.clone()
+    changed[3, 5] += 1e-6
+    assert verify.probe("a", value) != verify.probe("a", changed)
