@@ -6,19 +6,16 @@ import json
 import os
 import signal
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import click
 
 from moe2edge.errors import InputError, Moe2EdgeError, VerificationFailed
-
-if TYPE_CHECKING:
-    from moe2edge.export import Watcher
+from moe2edge.progress import watcher
 
 INTERRUPTED = 130
 EXIT_CODES = """\b
@@ -93,31 +90,6 @@ def _quiet_libraries() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-
-
-def _watcher(quiet: bool) -> Watcher:
-    """Progress on stderr: a bar on a terminal, a line every few seconds elsewhere."""
-    from moe2edge.export import Watcher
-
-    if quiet:
-        return Watcher(lambda _: None, lambda *_: None)
-    begun = time.perf_counter()
-    last: dict[str, float] = {}
-
-    def log(line: str) -> None:
-        click.echo(line, err=True)
-
-    def advance(label: str, done: int, total: int) -> None:
-        now = time.perf_counter()
-        text = f"[{now - begun:6.1f} s] {label}: {done} of {total}"
-        if sys.stderr.isatty():
-            bar = "=" * round(30 * done / max(total, 1))
-            click.echo(f"\r{text} [{bar:<30}]\x1b[K", nl=done == total, err=True)
-        elif done == total or now - last.get(label, begun) > 10:
-            last[label] = now
-            click.echo(text, err=True)
-
-    return Watcher(log, advance)
 
 
 def _checkpoint(model: str, revision: str | None, cache_dir: Path | None) -> Any:
@@ -200,7 +172,7 @@ def export(
     if not quiet:
         click.echo(f"recipe {name}:\n{parsed.render()}", err=True)
     _quiet_libraries()
-    report = run(checkpoint, parsed, targets, output.absolute(), _watcher(quiet), force=force)
+    report = run(checkpoint, parsed, targets, output.absolute(), watcher(quiet=quiet), force=force)
     if as_json:
         _emit({"output": str(output), **report.to_json()})
         return
@@ -396,8 +368,8 @@ def profile(
     source = TextSource(text=str(text)) if text else TextSource()
     _quiet_libraries()
     prompts = "\n".join(read_texts(source, "evaluation"))
-    watcher = _watcher(quiet=as_json)
-    result = measure(place, text=prompts, settings=settings, advance=watcher.advance)
+    advance = watcher(quiet=as_json).advance
+    result = measure(place, text=prompts, settings=settings, advance=advance)
     if as_json:
         _emit(result.to_json())
         return
@@ -439,7 +411,7 @@ def evaluate(
     source = section("evaluation", options)
     _quiet_libraries()
     model = _checkpoint(reference, revision, cache_dir).model if reference else None
-    found = run(folder, source, model, _watcher(quiet=as_json).advance)
+    found = run(folder, source, model, watcher(quiet=as_json).advance)
     if as_json:
         _emit(asdict(found))
         return

@@ -12,7 +12,7 @@ from moe2edge.calibration import load_tokens
 from moe2edge.errors import InputError
 from moe2edge.families import family_of
 from moe2edge.model import Model
-from moe2edge.pipeline import Advance
+from moe2edge.progress import Advance
 from moe2edge.recipe import TextSource
 
 if TYPE_CHECKING:

@@ -17,9 +17,7 @@ from moe2edge.checkpoint import Checkpoint
 from moe2edge.errors import InputError
 from moe2edge.model import Model
 from moe2edge.pipeline import (
-    Advance,
     Facts,
-    Log,
     Outcome,
     Slim,
     Stage,
@@ -29,6 +27,7 @@ from moe2edge.pipeline import (
     plan,
     stages,
 )
+from moe2edge.progress import Watcher
 from moe2edge.recipe import Recipe
 from moe2edge.report import Report, ResultRow
 from moe2edge.target import Target
@@ -38,14 +37,6 @@ if TYPE_CHECKING:
 
     from moe2edge.calibration import Tokens
     from moe2edge.verify import Reference
-
-
-@dataclass(frozen=True)
-class Watcher:
-    """Who is told about progress: lines, and work done of work to do."""
-
-    log: Log
-    advance: Advance
 
 
 def export(

@@ -8,7 +8,7 @@ began. The pipeline, not the pass, enforces the contract.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from moe2edge.walk import Seen
 
 Fact = TypeVar("Fact")
-Log = Callable[[str], None]
-Advance = Callable[[str, int, int], None]
 
 
 class Facts:

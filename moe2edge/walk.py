@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from moe2edge.model import Block, Dense, Model, MoELayer
-from moe2edge.pipeline import Advance, Observer, Solver, Store
+from moe2edge.pipeline import Observer, Solver, Store
+from moe2edge.progress import Advance
 
 if TYPE_CHECKING:
     from torch import Tensor

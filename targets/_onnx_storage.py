@@ -136,7 +136,7 @@ def quantized(name: str, parts: Sequence[Part], shape: tuple[int, ...], *, block
 
 
 def _describe(parts: Sequence[Part]) -> str:
-    """What `_rows` reads: of each part the rows of one tensor, and the names."""
+    """What `_parts` reads: of each part the rows of one tensor, and the names."""
     return json.dumps([[part[0].weight.shape[0], *(s.name for s in part)] for part in parts])
 
 
@@ -177,7 +177,7 @@ def write(batches: Sequence[Batch], path: Path) -> list[Any]:
                     file.seek(starts[slot.name] + done[slot.name])
                     file.write(data)
                 else:
-                    inline[slot.name] = inline.get(slot.name, b"") + data
+                    inline[slot.name] = inline.get(slot.name, b"") + bytes(data)
                 done[slot.name] += len(data)
             for slot in batch.slots:
                 if done[slot.name] != slot.nbytes:
@@ -190,10 +190,10 @@ def write(batches: Sequence[Batch], path: Path) -> list[Any]:
     return [_proto(slot, path.name, starts.get(slot.name), inline) for slot in slots]
 
 
-def _bytes(tensor: Tensor, slot: Slot) -> bytes:
+def _bytes(tensor: Tensor, slot: Slot) -> memoryview:
     if tensor.dtype != DTYPES[slot.dtype][1]:
         raise AssertionError(f"{slot.name}: made {tensor.dtype}, planned {slot.dtype}")
-    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def _proto(slot: Slot, location: str, start: int | None, inline: Mapping[str, bytes]) -> Any:
@@ -295,7 +295,7 @@ def _raw(proto: Any, data: Bytes) -> tuple[Bytes, torch.dtype]:
     raw = np.frombuffer(proto.raw_data, np.uint8)
     if proto.data_location == TensorProto.EXTERNAL:
         where = {entry.key: entry.value for entry in proto.external_data}
-        if where.get("location") != DATA_FILE or not where.get("offset", "0").isdigit():
+        if where.get("location") != DATA_FILE or not where.get("offset", "0").isdecimal():
             raise VerificationFailed(f"{GRAPH_FILE}: {proto.name} is not in {DATA_FILE}")
         start = int(where.get("offset", "0"))
         raw = data[start : start + size]

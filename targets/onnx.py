@@ -123,8 +123,10 @@ class Onnx(Target):
         """Which programs can load the graph."""
         return (
             Loader("onnxruntime", True, "1.31 or newer, CPU provider"),
-            Loader("onnxruntime-genai", True, "0.18 or newer on a CPU, through genai_config.json"),
-            Loader("onnxruntime-gpu", False, "its kernels take 16-bit activations, these are 32"),
+            Loader(
+                "onnxruntime-genai", True, "tried with 0.18.0 on a CPU; reads genai_config.json"
+            ),
+            Loader("onnxruntime, CUDA", False, "QMoE takes 16-bit activations there; not tried"),
         )
 
 

@@ -34,7 +34,7 @@ from moe2edge.profile.environment import environment
 from moe2edge.profile.result import Profile, metrics_of, phases_of
 
 if TYPE_CHECKING:
-    from moe2edge.pipeline import Advance
+    from moe2edge.progress import Advance
 
 _ERRORS = {
     kind.exit_code: kind for kind in (InputError, DoesNotFit, Unsupported, VerificationFailed)
