@@ -14,7 +14,7 @@ if [ ! -x "$venv/bin/python" ]; then
   python3 -m venv "$venv"
   "$venv/bin/pip" install --quiet -c "$root/constraints.txt" -e "$root" setuptools wheel
   "$venv/bin/pip" install --quiet accelerate datasets dill pypcre logbar device-smi tokenicer \
-    defuser ninja threadpoolctl torchao -c "$root/constraints.txt"
+    defuser ninja pillow requests threadpoolctl torchao -c "$root/constraints.txt"
   "$venv/bin/pip" install --quiet --no-deps --no-build-isolation gptqmodel==7.7.0
 fi
 "$venv/bin/python" "$here/read.py" "$folder"
