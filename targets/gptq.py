@@ -219,8 +219,8 @@ def _gptqmodel(model: Model) -> Loader:
     if model.family.model_type == "mixtral":
         return Loader("GPTQModel", False, "7.7 refuses the names that vLLM and SGLang want")
     if has_dense_blocks(model):
-        return Loader("GPTQModel", False, "not tried with mlp_only_layers")
-    return Loader("GPTQModel", True, "7.7, run on a CPU")
+        return Loader("GPTQModel", False, "7.7 leaves dense MLPs unfilled without a word")
+    return Loader("GPTQModel", True, "7.7, run on a CPU: benchmarks/gptq_reader")
 
 
 def _sglang(model: Model) -> Loader:

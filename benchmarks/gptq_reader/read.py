@@ -7,6 +7,7 @@ must agree with those of ``moe2edge.loading.load`` in float32 within 5 %. Exits 
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import sys
 from importlib.metadata import version
@@ -32,9 +33,10 @@ def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 def open_theirs(folder: Path) -> Any:
     """The folder in GPTQModel, with the kernel of it that needs no compiler."""
-    from gptqmodel import BACKEND, GPTQModel
+    with contextlib.redirect_stdout(sys.stderr):  # it logs to stdout
+        from gptqmodel import BACKEND, GPTQModel
 
-    return GPTQModel.load(str(folder), device="cpu", backend=BACKEND.GPTQ_TORCH).model
+        return GPTQModel.load(str(folder), device="cpu", backend=BACKEND.GPTQ_TORCH).model
 
 
 def compare_weights(theirs: Any, ours: Model) -> dict[str, int]:
@@ -62,7 +64,6 @@ def compare_rest(theirs: Any, ours: Model) -> tuple[int, int]:
     """Tensors that are not quantized: how many there are, and how many are equal."""
     state = theirs.state_dict()
     plain = [(name, w) for name, _, w in ours.tensors() if w.scheme is None]
-    # transformers calls Mixtral's MoE module otherwise in memory; here no name is translated.
     equal = [torch.equal(state[n].float(), w.load().float()) for n, w in plain if n in state]
     return len(plain), sum(equal)
 

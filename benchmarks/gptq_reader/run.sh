@@ -22,11 +22,11 @@ if [ ! -e "$environment/complete" ]; then
     "${PYTHON:-python3}" -m venv "$environment"
     "$environment/bin/python" -m pip install --quiet \
         torch==2.13.0 transformers==5.23.0 safetensors accelerate datasets pyarrow dill numpy \
-        threadpoolctl pillow protobuf requests jinja2 ninja packaging filelock \
-        click psutil pydantic pyyaml rich >&2
+        threadpoolctl pillow protobuf requests jinja2 ninja packaging filelock pydantic >&2
     "$environment/bin/python" -m pip install --quiet --no-deps \
         gptqmodel==7.7.0 pypcre logbar device-smi tokenicer defuser >&2
     touch "$environment/complete"
 fi
 
-PYTHONPATH=$root exec "$environment/bin/python" "$here/read.py" "$folder"
+# Compiling its kernels would need a C++ compiler, and takes longer than it saves.
+TORCHDYNAMO_DISABLE=1 PYTHONPATH=$root exec "$environment/bin/python" "$here/read.py" "$folder"
