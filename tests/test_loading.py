@@ -195,6 +195,19 @@ def test_uneven_model_generates_with_a_cache(family: str, tiny: Make, tmp_path: 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_uneven_model_is_one_model(family: str, tiny: Make, tmp_path: Path) -> None:
+    model = load(export_cut("gptq", tiny(family), UNEVEN, tmp_path / "out"))
+    before = logits(model)
+    model.set_attn_implementation("eager")  # reaches the layers through the config they share
+    model.set_experts_implementation("eager")
+    assert {id(m.config) for m in model.modules() if hasattr(m, "config")} == {id(model.config)}
+    assert (logits(model) - before).abs().max() < 1e-4
+    model.save_pretrained(tmp_path / "plain")
+    again = load(tmp_path / "plain")
+    assert (logits(again) - before).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_stock_transformers_raises_on_uneven_layers(
     family: str, tiny: Make, tmp_path: Path
 ) -> None:
