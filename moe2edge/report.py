@@ -131,8 +131,7 @@ class Report:
             said += [f"  {note}" for note in step.notes]
         for target, loaders in self.loaders.items():
             for loader in loaders:
-                verdict = "loads" if loader.loads else "does not load"
-                said.append(f"{target}: {loader.program} {verdict} it ({loader.note})")
+                said.append(f"{target}: loads in {loader.program}: {loader.text}")
         return said
 
     def write(
@@ -184,7 +183,7 @@ class Report:
             for cells in (HEADINGS, ["---"] * len(HEADINGS), *(row.cells() for row in mine))
         )
         loaders = "\n".join(
-            f"- {x.program}: {'yes' if x.loads else 'no'} ({x.note})" for x in self.loaders[target]
+            f"- {loader.program}: {loader.text}" for loader in self.loaders[target]
         )
         return (
             f"---\n{data.to_yaml()}\n---\n\n# {checkpoint.source}, compressed with moe2edge\n\n"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 from moe2edge.model import Model
 
@@ -31,13 +31,28 @@ class Runtime(Protocol):
         ...
 
 
+Verdict = Literal["yes", "as read", "not tried", "no"]
+
+
 @dataclass(frozen=True)
 class Loader:
-    """Whether a program can load an output: ``yes``, ``no``, or under a condition; and why."""
+    """Whether a program can load an output, and how that is known.
+
+    Attributes:
+        program: its name.
+        verdict: ``yes``: it was run on such an output; ``as read``: its code takes it, but it was
+            not run; ``not tried``; ``no``: it refuses such an output or misreads it.
+        note: version, condition or reason.
+    """
 
     program: str
-    loads: bool
+    verdict: Verdict
     note: str
+
+    @property
+    def text(self) -> str:
+        """Verdict and note for the report and the card."""
+        return f"{self.verdict} ({self.note})"
 
 
 @dataclass(frozen=True)

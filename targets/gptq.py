@@ -96,20 +96,20 @@ class Gptq(Target):
 
     def loaders(self, model: Model) -> tuple[Loader, ...]:
         """Which programs load the folder; what was not run is said to be read."""
-        ours = Loader("moe2edge", True, "moe2edge.load(folder); dequantizes at load")
+        ours = Loader("moe2edge", "yes", "moe2edge.load(folder); dequantizes at load")
         if not model.is_uniform:
             why = "MoE layers of unequal size"
             others = ("transformers", "GPTQModel", "vLLM", "SGLang", "llama.cpp")
-            return (ours, *(Loader(program, False, why) for program in others))
+            return (ours, *(Loader(program, "no", why) for program in others))
         return (
             ours,
             Loader(
                 "transformers",
-                False,
+                "no",
                 "alone, it leaves experts as random numbers and only prints a report",
             ),
             _gptqmodel(model),
-            Loader("vLLM", True, "0.33 as read, not run"),
+            Loader("vLLM", "as read", "0.33"),
             _sglang(model),
             _llama_cpp(model),
         )
@@ -217,19 +217,19 @@ def _pack(name: str, quantized: Quantized) -> dict[str, Tensor]:
 
 def _gptqmodel(model: Model) -> Loader:
     if model.family.model_type == "mixtral":
-        return Loader("GPTQModel", False, "7.7 refuses the names that vLLM and SGLang want")
+        return Loader("GPTQModel", "no", "7.7 refuses the names that vLLM and SGLang want")
     if has_dense_blocks(model):
-        return Loader("GPTQModel", False, "7.7 leaves dense MLPs unfilled without a word")
-    return Loader("GPTQModel", True, "7.7, run on a CPU: benchmarks/gptq_reader")
+        return Loader("GPTQModel", "no", "7.7 leaves dense MLPs unfilled without a word")
+    return Loader("GPTQModel", "yes", "7.7, run on a CPU: benchmarks/gptq_reader")
 
 
 def _sglang(model: Model) -> Loader:
     if has_dense_blocks(model):
-        return Loader("SGLang", False, "0.5.23 as read: takes every block for an MoE layer")
-    return Loader("SGLang", True, "0.5.23 as read, not run; needs --quantization gptq_marlin")
+        return Loader("SGLang", "no", "0.5.23, as read, takes every block for an MoE layer")
+    return Loader("SGLang", "as read", "0.5.23; needs --quantization gptq_marlin")
 
 
 def _llama_cpp(model: Model) -> Loader:
     if has_dense_blocks(model):
-        return Loader("llama.cpp", False, "it wants a router in every block")
-    return Loader("llama.cpp", False, "its converter was not tried; export to hf for it")
+        return Loader("llama.cpp", "no", "it wants a router in every block")
+    return Loader("llama.cpp", "not tried", "its converter; export to hf for it")

@@ -99,22 +99,18 @@ class Hf(Target):
         dense = has_dense_blocks(model)
         kind = model.family.model_type
         if dense:
-            llama = Loader("llama.cpp", False, "it wants a router in every block")
-            sglang = Loader("SGLang", False, "0.5.23 as read: takes every block for an MoE layer")
+            llama = Loader("llama.cpp", "no", "it wants a router in every block")
+            sglang = Loader("SGLang", "no", "0.5.23, as read, takes every block for an MoE layer")
         else:
-            tried = kind in ("mixtral", "qwen3_moe")
-            llama = Loader(
-                "llama.cpp",
-                tried,
-                "ran GGUF files with as few experts and blocks; its converter was not run here"
-                if tried
-                else f"not tried with {kind}",
-            )
-            sglang = Loader("SGLang", True, "0.5.23 as read, not run")
+            llama = Loader("llama.cpp", "not tried", f"with {kind}")
+            if kind in ("mixtral", "qwen3_moe"):
+                note = "it ran GGUF files with as few experts and blocks; its converter was not run"
+                llama = Loader("llama.cpp", "as read", note)
+            sglang = Loader("SGLang", "as read", "0.5.23")
         return (
-            Loader("transformers", True, "stock classes; every export is reopened in it"),
-            Loader("moe2edge", True, "moe2edge.load(folder)"),
-            Loader("vLLM", True, "0.33 as read, not run"),
+            Loader("transformers", "yes", "stock classes; every export is reopened in it"),
+            Loader("moe2edge", "yes", "moe2edge.load(folder)"),
+            Loader("vLLM", "as read", "0.33"),
             sglang,
             llama,
         )

@@ -122,11 +122,9 @@ class Onnx(Target):
     def loaders(self, model: Model) -> tuple[Loader, ...]:
         """Which programs can load the graph."""
         return (
-            Loader("onnxruntime", True, "1.31 or newer, CPU provider"),
-            Loader(
-                "onnxruntime-genai", True, "tried with 0.18.0 on a CPU; reads genai_config.json"
-            ),
-            Loader("onnxruntime, CUDA", False, "QMoE takes 16-bit activations there; not tried"),
+            Loader("onnxruntime", "yes", "1.31 or newer, CPU provider"),
+            Loader("onnxruntime-genai", "yes", "0.18, run on a CPU: benchmarks/genai_reader"),
+            Loader("onnxruntime, CUDA", "no", "QMoE takes 16-bit activations there"),
         )
 
 

@@ -2,8 +2,10 @@
 
     python benchmarks/tiny_moe/evaluate.py            # about five minutes on two cores
 
-Perplexity on the committed evaluation text (held-out modules), entropy of the routing, and how
-many of 20 held-out beginnings are continued with text that parses as Python.
+Perplexity on the two committed texts, both of modules that were held out of training: evaluation,
+on which training may have been watched, and calibration, which training never looks at. Entropy
+of the routing on the evaluation text, and how many of 20 held-out beginnings are continued with
+text that parses as Python.
 """
 
 from __future__ import annotations
@@ -142,10 +144,14 @@ def main() -> None:
         rows = tokenizer.backend_tokenizer.encode_batch(texts)
         return np.concatenate([np.array([0, *row.ids]) for row in rows])
 
-    evaluation = encode([(BUILTIN / "evaluation.txt").read_text("utf-8")])
+    evaluation, calibration = (
+        encode([(BUILTIN / f"{name}.txt").read_text("utf-8")])
+        for name in ("evaluation", "calibration")
+    )
     training = encode([m.text for m in modules() if m.split == "train"])
+    trigram = Trigram(training, model.config.vocab_size)
     perplexity, entropies = neural(model, evaluation)
-    trigram = Trigram(training, model.config.vocab_size).perplexity(evaluation)
+    unwatched, _ = neural(model, calibration)
     good = 0
     starts = beginnings()
     for start in starts:
@@ -160,7 +166,10 @@ def main() -> None:
     result = {
         "evaluation_tokens": len(evaluation),
         "perplexity": round(perplexity, 2),
-        "trigram_perplexity": round(trigram, 2),
+        "trigram_perplexity": round(trigram.perplexity(evaluation), 2),
+        "calibration_tokens": len(calibration),
+        "calibration_perplexity": round(unwatched, 2),
+        "calibration_trigram_perplexity": round(trigram.perplexity(calibration), 2),
         "routing_entropy_bits": [round(e, 2) for e in entropies],
         "routing_entropy_max_bits": round(math.log2(model.config.num_experts), 2),
         "beginnings_that_parse": f"{good} of {len(starts)}",
