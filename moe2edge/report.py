@@ -182,9 +182,7 @@ class Report:
             f"| {' | '.join(cells)} |"
             for cells in (HEADINGS, ["---"] * len(HEADINGS), *(row.cells() for row in mine))
         )
-        loaders = "\n".join(
-            f"- {loader.program}: {loader.text}" for loader in self.loaders[target]
-        )
+        loaders = "\n".join(f"- {loader.program}: {loader.text}" for loader in self.loaders[target])
         return (
             f"---\n{data.to_yaml()}\n---\n\n# {checkpoint.source}, compressed with moe2edge\n\n"
             f"{self.family}, written for the target `{target}`.\n\n{table}\n\n{self.caption()}.\n\n"
