@@ -109,6 +109,21 @@ def _from_hub(command: Command) -> Command:
     )
 
 
+def _set_threads(_: click.Context, __: click.Parameter, count: int | None) -> None:
+    if count is not None:
+        import torch
+
+        torch.set_num_threads(count)
+
+
+# ONNX sessions take torch's number, so that one option rules both.
+THREADS = click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    expose_value=False,
+    callback=_set_threads,
+    help="Processor threads [default: one per core]. Lower it beside other work.",
+)
 JSON = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 FOLDER = click.argument("folder", type=click.Path(path_type=Path))
 
@@ -142,6 +157,7 @@ Examples:
 @click.option("--eval", "evaluation", help="Held-out text for the report: a text or JSONL file.")
 @click.option("--force", is_flag=True, help="Replace an output folder of moe2edge.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
+@THREADS
 @JSON
 @_from_hub
 def export(
@@ -238,6 +254,7 @@ def _inspect_output(folder: Path, as_json: bool) -> None:
 @main.command(epilog="\b\nExample:\n  moe2edge verify out-onnx")
 @FOLDER
 @click.option("--reference", help="Also repeat the comparison with this source MODEL.")
+@THREADS
 @JSON
 @_from_hub
 def verify(
@@ -287,6 +304,7 @@ def verify(
 @click.option("--top-k", default=0, show_default=True, help="Sample from so many tokens; 0: all.")
 @click.option("--seed", default=0, show_default=True, help="For sampling.")
 @click.option("--chat/--no-chat", default=None, help="Use the chat template [default: if any].")
+@THREADS
 @JSON
 def generate(
     folder: Path,
@@ -348,7 +366,7 @@ Examples:
 @click.option("--prompt-tokens", type=int, help="Tokens of a prompt.")
 @click.option("--gen-tokens", type=int, help="Tokens generated after it.")
 @click.option("--repeats", type=int, help="Fresh processes.")
-@click.option("--threads", type=int, help="Threads of torch.")
+@click.option("--threads", type=int, help="Processor threads.")
 @JSON
 def profile(
     folder: str, preset: str, text: Path | None, as_json: bool, **given: int | None
@@ -390,6 +408,7 @@ Example:
 @click.option("--field", default="text", show_default=True, help="Field of a JSONL line.")
 @click.option("--samples", default=32, show_default=True, help="Samples of the text.")
 @click.option("--length", default=512, show_default=True, help="Tokens in a sample.")
+@THREADS
 @JSON
 @_from_hub
 def evaluate(

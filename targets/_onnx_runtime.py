@@ -44,13 +44,12 @@ def onnxruntime() -> Any:
     return ort
 
 
-def open_session(folder: Path, *, exact: bool = False, threads: int = 0) -> Any:
-    """A session on ``model.onnx``.
+def open_session(folder: Path, *, exact: bool = False) -> Any:
+    """A session on ``model.onnx``, with as many threads as torch has.
 
     Args:
         folder: where it is.
         exact: compute with float32 activations throughout, whatever the graph allows.
-        threads: threads inside an operator; 0 leaves it to the runtime.
 
     Raises:
         Unsupported: onnxruntime is missing or too old.
@@ -61,7 +60,7 @@ def open_session(folder: Path, *, exact: bool = False, threads: int = 0) -> Any:
 
     options = ort.SessionOptions()
     options.log_severity_level = LOG_NOTHING
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = torch.get_num_threads()
     source: str | bytes = str(folder / GRAPH_FILE)
     if exact:
         source = _with_float_activations(folder)
@@ -88,9 +87,9 @@ def _with_float_activations(folder: Path) -> bytes:
     return data
 
 
-def open_runtime(folder: Path, *, exact: bool = False, threads: int = 0) -> OnnxRuntime:
+def open_runtime(folder: Path, *, exact: bool = False) -> OnnxRuntime:
     """The runtime of a folder; arguments and errors as `open_session`."""
-    session = open_session(folder, exact=exact, threads=threads)
+    session = open_session(folder, exact=exact)
     positions = session.get_modelmeta().custom_metadata_map.get(POSITIONS, "")
     if not positions.isdigit():
         raise VerificationFailed(f"{GRAPH_FILE} does not say how many positions it has")

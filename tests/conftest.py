@@ -1,4 +1,4 @@
-"""Tiny random checkpoints that tests share."""
+"""Tiny random checkpoints, and an export of the built-in model, that tests share."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from moe2edge.checkpoint import BUILTIN
+from moe2edge.cli import main
 from moe2edge.testing import Make, make_checkpoint, make_tokenizer
 
 
@@ -23,3 +26,18 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Make:
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def builtin_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built-in model exported to onnx and gptq. Do not write there."""
+    folder = tmp_path_factory.mktemp("builtin") / "out"
+    result = CliRunner().invoke(
+        main,
+        [
+            "export", BUILTIN, "-t", "onnx,gptq", "-o", str(folder),
+            "--set", "calibration.samples=24", "--set", "evaluation.samples=4",
+        ],
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    return folder

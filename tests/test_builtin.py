@@ -6,7 +6,6 @@ import ast
 import json
 from pathlib import Path
 
-import pytest
 import torch
 from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
@@ -16,20 +15,6 @@ from moe2edge.checkpoint import BUILTIN, BUILTIN_FOLDER, open_checkpoint
 from moe2edge.cli import main
 from moe2edge.model import is_quantizable
 from moe2edge.rounding import Quantized
-
-
-@pytest.fixture(scope="module")
-def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("builtin") / "out"
-    result = CliRunner().invoke(
-        main,
-        [
-            "export", BUILTIN, "-t", "onnx,gptq", "-o", str(folder),
-            "--set", "calibration.samples=24", "--set", "evaluation.samples=4",
-        ],
-    )  # fmt: skip
-    assert result.exit_code == 0, result.output
-    return folder
 
 
 def test_it_has_the_promised_shape() -> None:
@@ -47,8 +32,8 @@ def test_stock_transformers_loads_all_of_it() -> None:
     assert model.dtype == torch.bfloat16
 
 
-def test_every_selected_tensor_has_four_bits_and_the_same_integers(out: Path) -> None:
-    onnx, gptq = (dict(registry.target(t).tensors(out / t)) for t in ("onnx", "gptq"))
+def test_every_selected_tensor_has_four_bits_and_the_same_integers(builtin_out: Path) -> None:
+    onnx, gptq = (dict(registry.target(t).tensors(builtin_out / t)) for t in ("onnx", "gptq"))
     expected = list(open_checkpoint(BUILTIN).model.tensors())
     assert {name for name, _, _ in expected} == set(onnx) == set(gptq)
     for name, role, _ in expected:
@@ -60,8 +45,8 @@ def test_every_selected_tensor_has_four_bits_and_the_same_integers(out: Path) ->
             assert torch.equal(a.scales, b.scales)
 
 
-def test_quantization_costs_little(out: Path) -> None:
-    report = json.loads((out / "onnx" / "report.json").read_text())
+def test_quantization_costs_little(builtin_out: Path) -> None:
+    report = json.loads((builtin_out / "onnx" / "report.json").read_text())
     source = report["before"]["quality"]["perplexity"]
     for row in (report["after"], *report["results"]):
         assert row["quality"]["perplexity"] < 1.02 * source
@@ -70,15 +55,17 @@ def test_quantization_costs_little(out: Path) -> None:
     assert source < 40
 
 
-def test_the_runtime_agrees_with_pytorch_over_32_cached_steps(out: Path) -> None:
-    report = json.loads((out / "onnx" / "report.json").read_text())
+def test_the_runtime_agrees_with_pytorch_over_32_cached_steps(builtin_out: Path) -> None:
+    report = json.loads((builtin_out / "onnx" / "report.json").read_text())
     for row in report["results"]:
         assert row["parity"]["positions"] == 2 * 33
         assert row["parity"]["exact"] < 1e-4
 
 
-def test_it_continues_python(out: Path) -> None:
-    result = CliRunner().invoke(main, ["generate", str(out / "onnx"), "def read_json(path):"])
+def test_it_continues_python(builtin_out: Path) -> None:
+    result = CliRunner().invoke(
+        main, ["generate", str(builtin_out / "onnx"), "def read_json(path):"]
+    )
     assert result.exit_code == 0, result.output
     # Greedy, so the same every time; how good it is, the model's card says.
     first_line, rest = result.stdout.split("\n", 1)

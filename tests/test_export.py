@@ -313,3 +313,25 @@ def test_every_command_has_an_example(command: str) -> None:
     result = run(command, "--help")
     assert result.exit_code == 0
     assert f"moe2edge {command} " in result.output.partition("Example")[2]
+
+
+def test_threads_rule_torch_and_the_onnx_session(
+    pair: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import onnxruntime
+
+    seen = []
+    session = onnxruntime.InferenceSession
+
+    def watched(source: Any, options: Any, **more: Any) -> Any:
+        seen.append((torch.get_num_threads(), options.intra_op_num_threads))
+        return session(source, options, **more)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", watched)
+    before = torch.get_num_threads()
+    try:
+        assert run("generate", pair / "onnx", "ab", "-n", "2", "--threads", "3").exit_code == 0
+        assert run("generate", pair / "onnx", "ab", "-n", "2", "--threads", "0").exit_code == 2
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [(3, 3)]

@@ -15,7 +15,7 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
-from moe2edge import verify
+from moe2edge import registry, verify
 from moe2edge.artifact import open_artifact, write_manifest
 from moe2edge.cli import main
 from moe2edge.errors import VerificationFailed
@@ -83,12 +83,20 @@ def gptq_swap(tensors: dict[str, torch.Tensor]) -> None:
             tensors[a], tensors[b] = tensors[b], tensors[a]
 
 
+# Random weights, and trained ones, on which faults change less.
+both = pytest.mark.parametrize("made", ["folders", "builtin_out"])
+
+
+@both
 @pytest.mark.parametrize("damage", [gptq_scale, gptq_swap])
 def test_gptq_damage_under_a_new_manifest(
-    folders: Path, tmp_path: Path, damage: Callable[[dict[str, torch.Tensor]], None]
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    made: str,
+    damage: Callable[[dict[str, torch.Tensor]], None],
 ) -> None:
     folder = tmp_path / "copy"
-    shutil.copytree(folders / "gptq", folder)
+    shutil.copytree(request.getfixturevalue(made) / "gptq", folder)
     tensors = load_file(folder / "model.safetensors")
     damage(tensors)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
@@ -120,12 +128,13 @@ def onnx_swap(folder: Path) -> None:
             array[[0, 4]] = array[[4, 0]]
 
 
+@both
 @pytest.mark.parametrize("damage", [onnx_scale, onnx_swap])
 def test_onnx_damage_under_a_new_manifest(
-    folders: Path, tmp_path: Path, damage: Callable[[Path], None]
+    request: pytest.FixtureRequest, tmp_path: Path, made: str, damage: Callable[[Path], None]
 ) -> None:
     folder = tmp_path / "copy"
-    shutil.copytree(folders / "onnx", folder)
+    shutil.copytree(request.getfixturevalue(made) / "onnx", folder)
     damage(folder)
     renew_manifest(folder)
     result = check(folder)
@@ -133,11 +142,12 @@ def test_onnx_damage_under_a_new_manifest(
     assert EXPERTS in result.stderr
 
 
-def test_logits_alone_find_swapped_experts(folders: Path, tmp_path: Path) -> None:
-    from moe2edge import registry
-
+@both
+def test_logits_alone_find_swapped_experts(
+    request: pytest.FixtureRequest, tmp_path: Path, made: str
+) -> None:
     folder = tmp_path / "copy"
-    shutil.copytree(folders / "onnx", folder)
+    shutil.copytree(request.getfixturevalue(made) / "onnx", folder)
     onnx_swap(folder)
     target, recorded = registry.target("onnx"), verify.Reference.read(folder)
     with pytest.raises(VerificationFailed, match="logits in the runtime differ"):
@@ -177,3 +187,20 @@ def test_probes_tell_names_and_entries_apart() -> None:
     changed = value.clone()
     changed[3, 5] += 1e-6
     assert verify.probe("a", value) != verify.probe("a", changed)
+
+
+@pytest.mark.parametrize("renew", [False, True])
+@pytest.mark.parametrize("target", ["onnx", "gptq"])
+def test_the_built_in_model_whole_and_with_one_flipped_bit(
+    builtin_out: Path, tmp_path: Path, target: str, renew: bool
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(builtin_out / target, folder)
+    if renew:
+        assert check(folder).exit_code == 0
+    flip(folder / {"onnx": "model.onnx.data", "gptq": "model.safetensors"}[target], 0.6)
+    if renew:
+        renew_manifest(folder)
+    result = check(folder)
+    assert result.exit_code == 7
+    assert ("does not hold the numbers" if renew else "has changed: sha256") in result.stderr

@@ -50,7 +50,7 @@ class Settings:
         gen_tokens: tokens chosen after it, greedily.
         prompts: measured prompts per process; one more goes before them as a warm-up.
         repeats: fresh processes.
-        threads: that torch may use; None leaves it to torch.
+        threads: of torch and of ONNX sessions; None: one per core.
         timeout_s: for one process.
     """
 
