@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from moe2edge.checkpoint import file_sha256, write_json
+from moe2edge.checkpoint import file_sha256, read_json, write_json
 from moe2edge.errors import InputError
 
 MANIFEST = "manifest.json"
@@ -154,21 +153,6 @@ def tokenizer_of(folder: Path) -> Any:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise InputError(f"the tokenizer in {folder} cannot be read: {reason}") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        InputError: the file cannot be read or holds something else.
-    """
-    try:
-        data = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise _damaged(path, str(error).partition("\n")[0]) from error
-    if not isinstance(data, dict):
-        raise _damaged(path, "it holds no JSON object")
-    return data
 
 
 def _damaged(path: Path, why: str) -> InputError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from array import array
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,14 +43,17 @@ def read_texts(source: TextSource, purpose: str) -> list[str]:
         path = BUILTIN_FOLDER / f"{purpose}.txt"
     else:
         path = Path(source.text).expanduser()
-    if not path.is_file():
-        raise InputError(
-            f"{purpose} text {source.text} does not exist; give a text or JSONL file, or 'builtin'"
-        )
     try:
-        text = path.read_text("utf-8")
+        if not path.is_file():
+            raise InputError(
+                f"{purpose} text {source.text} does not exist; give a text or JSONL file, or "
+                "'builtin'"
+            )
+        text = path.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{purpose} text {path} is not UTF-8: {error.reason}") from error
+    except OSError as error:
+        raise InputError(f"{purpose} text cannot be read: {error.strerror}: {path}") from error
     texts = _jsonl(path, text, source.field) if path.suffix == ".jsonl" else [text]
     if not any(t.strip() for t in texts):
         raise InputError(f"{purpose} text {path} is empty")
@@ -58,7 +62,8 @@ def read_texts(source: TextSource, purpose: str) -> list[str]:
 
 def _jsonl(path: Path, text: str, field: str) -> list[str]:
     found = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    # Not splitlines(): a JSON string may hold U+2028 and other line breaks of Unicode.
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -100,9 +105,9 @@ def load_tokens(
             f"model; --set {purpose}.length={longest}"
         )
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    stream: list[int] = []
+    stream = array("q")
     for text in read_texts(source, purpose):
-        stream += end + tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        stream.extend(end + tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     windows = len(stream) // source.length
     if windows < source.samples:
         remedy = f", or --set {purpose}.samples={windows}" if windows else ""
@@ -112,8 +117,8 @@ def load_tokens(
             f"{source.samples * source.length:,}; give more text{remedy}"
         )
     chosen = np.random.default_rng(source.seed).permutation(windows)[: source.samples]
-    rows = torch.tensor(stream[: windows * source.length]).view(windows, source.length)
-    ids = rows[torch.from_numpy(np.sort(chosen))]
+    rows = np.frombuffer(stream, np.int64)[: windows * source.length].reshape(windows, -1)
+    ids = torch.from_numpy(rows[np.sort(chosen)])
     if int(ids.max()) >= vocabulary:
         raise InputError(
             f"the tokenizer makes id {int(ids.max())}, but the model has {vocabulary} entries; "

@@ -12,9 +12,8 @@ import json
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +64,7 @@ class Checkpoint:
         index = self.folder / "model.safetensors.index.json"
         single = self.folder / "model.safetensors"
         if index.exists():
-            weight_map = _read_json(index).get("weight_map")
+            weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict):
                 raise InputError(f"{index.name} has no weight_map")
             shards = sorted(set(map(str, weight_map.values())))
@@ -83,7 +82,7 @@ class Checkpoint:
                     f"shard {shard} is missing in {self.folder}; {index.name} names "
                     f"{len(shards)} shards: download the checkpoint again"
                 )
-            found.update(dict.fromkeys(_names(path), path))
+            found.update(dict.fromkeys(open_file(path).keys(), path))
         if weight_map is not None and (lost := set(weight_map) - set(found)):
             raise InputError(f"{index.name} names {min(lost)}, which no shard has")
         return found
@@ -94,6 +93,12 @@ class Checkpoint:
             return InputError(
                 f"{self.folder} has only pickled weights ({pickles[0]}), which can run code when "
                 "opened; convert them to safetensors first: "
+                "https://huggingface.co/docs/safetensors/convert-weights"
+            )
+        if self.revision is not None:
+            return InputError(
+                f"{self.source} has no safetensors on the hub; pickled weights, which can run code "
+                "when opened, are not downloaded: convert them to safetensors first: "
                 "https://huggingface.co/docs/safetensors/convert-weights"
             )
         return InputError(f"{self.folder} has no model.safetensors and no shards of one")
@@ -165,7 +170,7 @@ def open_checkpoint(
     config = folder / "config.json"
     if not config.exists():
         raise InputError(f"{source} is no checkpoint: it has no config.json")
-    return Checkpoint(source, folder, commit, _read_json(config))
+    return Checkpoint(source, folder, commit, read_json(config))
 
 
 def _locate(source: str, revision: str | None, cache_dir: Path | None) -> tuple[Path, str | None]:
@@ -182,6 +187,8 @@ def _locate(source: str, revision: str | None, cache_dir: Path | None) -> tuple[
             f"there is no folder {source}; MODEL is a local folder, a hub id (org/name) "
             f"or {BUILTIN}"
         )
+    if at and revision and at != revision:
+        raise InputError(f"{source} names revision {at}, and --revision {revision}; give one")
     return _download(name, at or revision, cache_dir)
 
 
@@ -201,6 +208,8 @@ def _download(name: str, revision: str | None, cache_dir: Path | None) -> tuple[
                 "*.safetensors.index.json",
                 *COMPANIONS,
             ],
+            # A star matches slashes, too; weights in other layouts would be fetched for nothing.
+            ignore_patterns=["*/*", "consolidated*"],
         )
     except LocalEntryNotFoundError as error:
         raise InputError(
@@ -216,29 +225,44 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        InputError: the file cannot be read or holds something else.
+    """
     try:
         data = json.loads(path.read_text("utf-8"))
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path.name} cannot be read: {_first_line(error)}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(
+            f"{path} is damaged ({_first_line(error)}); export or download it again"
+        ) from error
     if not isinstance(data, dict):
-        raise InputError(f"{path.name} holds no JSON object")
+        raise InputError(
+            f"{path} is damaged (it holds no JSON object); export or download it again"
+        )
     return data
 
 
-def _open(path: Path) -> AbstractContextManager[Any]:
+def open_file(path: Path) -> Any:
+    """A safetensors file, mapped; it stays open, so that its header is read once.
+
+    Raises:
+        InputError: it is missing or damaged.
+    """
     try:
-        opened: AbstractContextManager[Any] = safe_open(path, framework="pt")
+        state = path.stat()
+        return _mapped(path, state.st_mtime_ns, state.st_size)
     except (SafetensorError, OSError) as error:
         raise InputError(
             f"{path.name} is damaged or cut short ({_first_line(error)}); download it again"
         ) from error
-    return opened
 
 
-def _names(path: Path) -> list[str]:
-    with _open(path) as file:
-        return list(file.keys())
+@lru_cache(maxsize=256)
+def _mapped(path: Path, changed: int, size: int) -> Any:
+    """Opened file; one that was written anew has another key."""
+    return safe_open(path, framework="pt")
 
 
 def stored_weight(path: Path, name: str) -> Weight:
@@ -247,25 +271,28 @@ def stored_weight(path: Path, name: str) -> Weight:
     Raises:
         Unsupported: its dtype is not a floating-point one that we read.
     """
-    with _open(path) as file:
-        part = file.get_slice(name)
-        shape, dtype = tuple(part.get_shape()), str(part.get_dtype())
+    shape, dtype = header(path, name)
     if dtype not in DTYPE_BYTES:
         raise Unsupported(f"{name} has dtype {dtype}; supported: {', '.join(DTYPE_BYTES)}")
     return Weight(name, shape, dtype, load=lambda: read_tensor(path, name))
 
 
+def header(path: Path, name: str) -> tuple[tuple[int, ...], str]:
+    """Shape and dtype of one tensor of a safetensors file, as the file spells them."""
+    part = open_file(path).get_slice(name)
+    return tuple(part.get_shape()), str(part.get_dtype())
+
+
 def read_tensor(path: Path, name: str) -> Tensor:
     """One tensor of a safetensors file, read through a memory map."""
-    with _open(path) as file:
-        tensor: Tensor = file.get_tensor(name)
+    tensor: Tensor = open_file(path).get_tensor(name)
     return tensor
 
 
 def read_all(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the safetensors files of a folder, one at a time, in file order."""
     for path in sorted(folder.glob("*.safetensors")):
-        for name in _names(path):
+        for name in open_file(path).keys():  # noqa: SIM118
             yield name, read_tensor(path, name)
 
 

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 
+from moe2edge import progress
 from moe2edge.errors import InputError, Moe2EdgeError, VerificationFailed
 from moe2edge.progress import watcher
 
 INTERRUPTED = 130
 EXIT_CODES = """\b
 Exit codes: 0 done; 1 failed while running; 2 the command, recipe, model or
-text is wrong; 5 does not fit on the disk; 6 not supported; 7 verification
-failed; 130 interrupted."""
+text is wrong; 5 does not fit on the disk or in memory; 6 not supported;
+7 verification failed; 130 interrupted."""
 
 
 class Group(click.Group):
@@ -30,7 +31,7 @@ class Group(click.Group):
     def main(self, *args: Any, **extra: Any) -> Any:
         """Run; every error that is ours becomes one line and its exit code."""
         as_json = "--json" in sys.argv
-        signal.signal(signal.SIGTERM, _terminate)
+        progress.listen()
         try:
             super().main(*args, **{**extra, "standalone_mode": False})
         except click.exceptions.Exit as error:
@@ -38,14 +39,27 @@ class Group(click.Group):
         except click.ClickException as error:
             _fail(error.format_message(), error.exit_code, as_json)
         except Moe2EdgeError as error:
-            if os.environ.get("MOE2EDGE_DEBUG"):
-                traceback.print_exc()
+            _debug()
             _fail(str(error), error.exit_code, as_json)
         except (click.Abort, KeyboardInterrupt):
             _leave("interrupted; nothing was left behind", as_json)
         except BrokenPipeError:
             sys.stderr.close()
             sys.exit(1)
+        except OSError as error:
+            _debug()
+            _fail(f"{error.strerror or error}: {error.filename or 'no file named'}", 1, as_json)
+        except Exception as error:  # the last resort: a fault of ours, told in one line as well
+            _debug()
+            what = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            hint = "run again with MOE2EDGE_DEBUG=1 and report what it prints"
+            _fail(f"{what} (a fault of moe2edge; {hint})", 1, as_json)
+
+
+def _debug() -> None:
+    """Where an error came from, for those who ask."""
+    if os.environ.get("MOE2EDGE_DEBUG"):
+        traceback.print_exc()
 
 
 def _leave(message: str, as_json: bool) -> NoReturn:
@@ -60,10 +74,6 @@ def _leave(message: str, as_json: bool) -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(INTERRUPTED)
-
-
-def _terminate(*_: object) -> NoReturn:
-    raise KeyboardInterrupt
 
 
 def _fail(message: str, code: int, as_json: bool) -> NoReturn:
@@ -275,11 +285,11 @@ def verify(
         raise VerificationFailed(f"{folder}: {'; '.join(differences)}")
     _quiet_libraries()
     recorded = checks.Reference.read(folder)
-    count, parity = checks.check_folder(target, folder, recorded)
+    count, parity, runtime = checks.check_folder(target, folder, recorded)
     result: dict[str, Any] = {"tensors": count, "parity": asdict(parity)}
     if reference:
         source = _checkpoint(reference, revision, cache_dir).model
-        result["kl_to_source"] = checks.check_source(recorded, target.reopen(folder), source)
+        result["kl_to_source"] = checks.check_source(recorded, runtime, source)
     if as_json:
         _emit(result)
         return
@@ -307,41 +317,25 @@ def verify(
 @THREADS
 @JSON
 def generate(
-    folder: Path,
-    prompt: str,
-    max_tokens: int,
-    temperature: float,
-    top_p: float,
-    top_k: int,
-    seed: int,
-    chat: bool | None,
-    as_json: bool,
+    folder: Path, prompt: str, max_tokens: int, chat: bool | None, as_json: bool, **how: Any
 ) -> None:
     """Continue PROMPT with the model in FOLDER, in the runtime it was made for."""
     from moe2edge import generate as text
-    from moe2edge import registry
     from moe2edge.artifact import open_artifact, tokenizer_of
 
     artifact = open_artifact(folder)
+    text.check_settings(max_tokens, **how)
     _quiet_libraries()
     tokenizer = tokenizer_of(folder)
     ids = text.encode_prompt(tokenizer, prompt, chat)
-    tokens = text.generate(
-        registry.target(artifact.target).reopen(folder),
-        ids,
-        max_tokens=max_tokens,
-        stop=text.stop_ids(folder),
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        seed=seed,
-    )
+    tell = partial(click.echo, err=True)
+    tokens = text.continue_in(artifact, ids, tell, max_tokens=max_tokens, **how)
     if as_json:
-        made = list(tokens)
+        made = list(progress.watched(tokens))
         _emit({"prompt": prompt, "text": tokenizer.decode(made), "tokens": made})
         return
     click.echo(prompt, nl=False)
-    for piece in text.stream_text(tokenizer, tokens):
+    for piece in text.stream_text(tokenizer, progress.watched(tokens)):
         click.echo(piece, nl=False)
         sys.stdout.flush()
     click.echo()
@@ -354,7 +348,7 @@ Examples:
 
 
 @main.command(epilog=PROFILE_EXAMPLES)
-@click.argument("folder")
+@click.argument("model")
 @click.option(
     "--preset",
     type=click.Choice(["quick", "ci", "full"]),
@@ -368,26 +362,31 @@ Examples:
 @click.option("--repeats", type=int, help="Fresh processes.")
 @click.option("--threads", type=int, help="Processor threads.")
 @JSON
+@_from_hub
 def profile(
-    folder: str, preset: str, text: Path | None, as_json: bool, **given: int | None
+    model: str,
+    preset: str,
+    text: Path | None,
+    as_json: bool,
+    revision: str | None,
+    cache_dir: Path | None,
+    **sizes: int | None,
 ) -> None:
-    """Measure latency and memory of FOLDER (an output, or a source MODEL) in fresh processes."""
-    from dataclasses import replace
-
+    """Measure latency and memory of MODEL, or of an output folder, in fresh processes."""
     from moe2edge.calibration import read_texts
     from moe2edge.profile.measure import PRESETS
     from moe2edge.profile.measure import profile as measure
     from moe2edge.profile.table import table
     from moe2edge.recipe import TextSource
 
-    is_model = folder.startswith("builtin:")
-    place = _checkpoint(folder, None, None).folder if is_model else Path(folder)
-    settings = replace(PRESETS[preset], **{k: v for k, v in given.items() if v is not None})
+    place = Path(model) if Path(model).is_dir() else _checkpoint(model, revision, cache_dir).folder
+    given = {name: value for name, value in sizes.items() if value is not None}
+    settings = replace(PRESETS[preset], **given)
     source = TextSource(text=str(text)) if text else TextSource()
     _quiet_libraries()
     prompts = "\n".join(read_texts(source, "evaluation"))
     advance = watcher(quiet=as_json).advance
-    result = measure(place, text=prompts, settings=settings, advance=advance)
+    result = measure(place, text=prompts, settings=settings, fixed=given.keys(), advance=advance)
     if as_json:
         _emit(result.to_json())
         return

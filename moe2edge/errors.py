@@ -4,7 +4,7 @@
 
     Moe2EdgeError                 1   something went wrong while running
     ├── InputError                2   the command, the recipe, the model or a text is wrong
-    ├── DoesNotFit                5   not enough disk
+    ├── DoesNotFit                5   not enough disk or memory
     ├── Unsupported               6   a model, a setting or a target that is not supported
     └── VerificationFailed        7   what was written is not what was meant
 
@@ -30,7 +30,7 @@ class InputError(Moe2EdgeError):
 
 
 class DoesNotFit(Moe2EdgeError):
-    """There is not enough disk for what was asked."""
+    """There is not enough disk or memory for what was asked."""
 
     exit_code = 5
 

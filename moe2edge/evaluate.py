@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe2edge import quality, registry, walk
-from moe2edge.artifact import open_artifact, read_json, tokenizer_of
+from moe2edge.artifact import open_artifact, tokenizer_of
 from moe2edge.calibration import load_tokens
-from moe2edge.errors import InputError
+from moe2edge.checkpoint import read_json
 from moe2edge.families import family_of
 from moe2edge.model import Model
 from moe2edge.progress import Advance
@@ -34,8 +34,7 @@ def evaluate(
     ids = load_tokens(source, tokenizer_of(folder), "evaluation", limits).ids
     expected = None
     if reference is not None:
-        if reference.family.geometry(reference.config).vocab != geometry.vocab:
-            raise InputError("the reference model has another vocabulary than the folder")
+        quality.check_vocabulary(reference, geometry.vocab)
         expected = walk.head_logits(reference, walk.observe(reference, ids, (), advance, "source"))
     runtime = registry.target(artifact.target).reopen(folder)
 

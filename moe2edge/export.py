@@ -59,12 +59,15 @@ def export(
     """
     begun = time.perf_counter()
     source = checkpoint.model
+    recipe = recipe.resolved(source)
     planned = plan(recipe.passes, source)
     for target in targets:
         target.accepts(planned)
     workfolder.check_output(out, force=force)
-    needed = sum(target.nbytes(planned) for target in targets) + planned.nbytes
+    solved = sum(weight.nbytes for _, _, weight in planned.tensors() if weight.scheme)
+    needed = sum(target.nbytes(planned) for target in targets) + solved
     workfolder.check_space(out, round(needed * 1.05) + (16 << 20))
+    workfolder.check_memory(max(target.runtime_nbytes(planned) for target in targets))
     for step in recipe.passes:
         if isinstance(step, Slim):
             watcher.log(f"{registry.name_of(step)}: {_describe_scheme(step, source)}")
@@ -245,13 +248,17 @@ def _write(
     from moe2edge import verify
 
     name = registry.name_of(target)
-    target.write(model, folder)
     for companion in checkpoint.companions:
         shutil.copyfile(companion, folder / companion.name)
+    target.write(model, folder)
     measured.reference.save(folder)
     verify.audit(target, folder, model)
-    shipped = target.reopen(folder)
-    parity = verify.parity(measured.reference, target.reopen(folder, exact=True), shipped)
+    parity, shipped = verify.parity(measured.reference, target, folder)
+    if parity.shipped > verify.SHIPPED_USUAL:
+        watcher.log(
+            f"warning: {name} as shipped differs from PyTorch by {parity.shipped:.1%} (median); "
+            f"{verify.SHIPPED_USUAL:.0%} is usual. Its perplexity and KL say what that costs"
+        )
 
     def logits() -> Iterator[Tensor]:
         for n, row in enumerate(measured.ids):

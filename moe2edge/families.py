@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from moe2edge.errors import InputError, Moe2EdgeError, Unsupported, did_you_mean
 from moe2edge.model import Block, Dense, Expert, Model, MoELayer, Router, Shared, Weight
+from moe2edge.settings import check_types, whole_number
 
 # Keys that say nothing about inference or are read from the tensors.
 NEUTRAL = frozenset(
@@ -150,8 +151,10 @@ class Family:
         """Refuse what this row does not carry out.
 
         Raises:
+            InputError: a value has the wrong type.
             Unsupported: a key is set that changes inference and is not supported here.
         """
+        check_types(config)
         refused = {
             key: config[key]
             for key in REFUSED - self.known_keys
@@ -180,25 +183,25 @@ class Family:
         Raises:
             InputError: a size is missing or not a positive number.
         """
-        heads = _size(config, "num_attention_heads")
-        hidden = _size(config, "hidden_size")
+        heads = whole_number(config, "num_attention_heads")
+        hidden = whole_number(config, "hidden_size")
         return Geometry(
             hidden=hidden,
             heads=heads,
-            kv_heads=_size(config, "num_key_value_heads", heads),
-            head_dim=_size(config, "head_dim", hidden // heads),
+            kv_heads=whole_number(config, "num_key_value_heads", heads),
+            head_dim=whole_number(config, "head_dim", hidden // heads),
             eps=float(config.get("rms_norm_eps", 1e-6 if "qwen" in self.model_type else 1e-5)),
             clip_qkv=config.get("clip_qkv") if self.clips else None,
             tied=bool(config.get("tie_word_embeddings", False)),
-            max_positions=_size(config, "max_position_embeddings", 2048),
-            vocab=_size(config, "vocab_size"),
+            max_positions=whole_number(config, "max_position_embeddings", 2048),
+            vocab=whole_number(config, "vocab_size"),
         )
 
     def num_experts(self, config: Config) -> int:
         """Number of experts per MoE layer, whichever spelling the config uses."""
         for key in self.experts_key:
             if config.get(key) is not None:
-                return _size(config, key)
+                return whole_number(config, key)
         raise InputError(f"config.json has no {' or '.join(self.experts_key)}")
 
     def is_moe(self, config: Config, index: int) -> bool:
@@ -233,12 +236,26 @@ class Family:
     # ---- building a model ------------------------------------------------------------------
 
     def build(self, config: Config, take: Callable[[str, tuple[int, ...]], Weight]) -> Model:
-        """The model of a config; ``take`` gives the handle of a tensor and checks its shape."""
+        """The model of a config; ``take`` gives the handle of a tensor and checks its shape.
+
+        Raises:
+            InputError: values of the config contradict each other.
+        """
         self.check_config(config)
+        count, types = whole_number(config, "num_hidden_layers"), config.get("layer_types")
+        if types is not None and len(types) != count:
+            raise InputError(
+                f"config.json: layer_types names {len(types)} blocks, num_hidden_layers {count}"
+            )
+        top_k, experts = whole_number(config, "num_experts_per_tok"), self.num_experts(config)
+        if top_k > experts:
+            raise InputError(
+                f"config.json: num_experts_per_tok is {top_k}, but there are {experts} experts"
+            )
         geometry = self.geometry(config)
         blocks = tuple(
             self._block(config, geometry, index, take)
-            for index in range(_size(config, "num_hidden_layers"))
+            for index in range(whole_number(config, "num_hidden_layers"))
         )
         table = (geometry.vocab, geometry.hidden)
         rest = {
@@ -291,10 +308,10 @@ class Family:
         body: MoELayer | Dense
         if self.is_moe(config, index):
             count = self.num_experts(config)
-            width = _size(config, self.width_key)
+            width = whole_number(config, self.width_key)
             router = Router(
                 weight=weight("router.weight", count, hidden),
-                top_k=_size(config, "num_experts_per_tok"),
+                top_k=whole_number(config, "num_experts_per_tok"),
                 renormalize=bool(
                     config.get(self.renormalize, False)
                     if isinstance(self.renormalize, str)
@@ -304,13 +321,13 @@ class Family:
             experts = tuple(Expert(**mlp(f"experts.{n}", width), origin=n) for n in range(count))
             shared = None
             if self.shared:
-                shared_width = _size(config, "shared_expert_intermediate_size")
+                shared_width = whole_number(config, "shared_expert_intermediate_size")
                 shared = Shared(
                     Dense(**mlp("shared", shared_width)), weight("shared.router", 1, hidden)
                 )
             body = MoELayer(router, experts, shared)
         else:
-            body = Dense(**mlp("dense", _size(config, "intermediate_size")))
+            body = Dense(**mlp("dense", whole_number(config, "intermediate_size")))
         window = self.window_of(config, index)
         return Block(index, index, attention, norms, body, window)
 
@@ -349,6 +366,17 @@ class Family:
             }
         return config
 
+    def settings_of(self, model: Model) -> dict[str, Any]:
+        """Arguments of transformers' config class for ``model``, with dense numbers, to run it.
+
+        Router logits are not asked for: the loss that transformers would make of them wants
+        layers of one size.
+        """
+        settings = self.config_of(model)
+        for key in ("model_type", "quantization_config", "per_layer_config"):
+            settings.pop(key, None)
+        return settings | {"output_router_logits": False}
+
     def check_shapes(self, model: Model) -> None:
         """Prove that every block has the tensors and shapes that its geometry asks for.
 
@@ -372,20 +400,6 @@ class Family:
                         raise Moe2EdgeError(
                             f"{part.name} has shape {list(part.shape)}, expected {list(shape)}"
                         )
-
-
-def _size(config: Config, key: str, default: int | None = None) -> int:
-    """A positive whole number of the config.
-
-    Raises:
-        InputError: it is missing or something else.
-    """
-    value = config.get(key)
-    if value is None:
-        value = default
-    if type(value) is not int or value <= 0:
-        raise InputError(f"config.json: {key} must be a positive whole number, found {value!r}")
-    return value
 
 
 def rope_of(config: Config) -> Mapping[str, Any]:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe2edge.artifact import read_json
+from moe2edge.checkpoint import read_json
 from moe2edge.errors import InputError, Moe2EdgeError
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from moe2edge.artifact import Artifact
     from moe2edge.target import Runtime
 
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
@@ -30,7 +31,6 @@ def generate(
     top_p: float = 1.0,
     top_k: int = 0,
     seed: int = 0,
-    context: int | None = None,
 ) -> Iterator[int]:
     """Continue ``prompt_ids``; yields each token as soon as it is chosen.
 
@@ -43,24 +43,58 @@ def generate(
         top_p: sample from the likeliest tokens that together have this probability.
         top_k: sample from this many of the likeliest tokens; 0 for all.
         seed: of the sampling; the same seed gives the same tokens.
-        context: tokens that the model can hold, None if it is not known.
 
     Raises:
-        InputError: a setting is out of its range, or the tokens do not fit the context.
+        InputError: a setting is out of its range, or the prompt has no tokens.
         Moe2EdgeError: the runtime's logits are not numbers (raised while iterating).
     """
-    _check_settings(max_tokens, temperature, top_p, top_k)
-    if not prompt_ids:
-        raise InputError("the prompt has no tokens; give some text")
-    if context is not None and len(prompt_ids) + max_tokens > context:
-        raise InputError(
-            f"the prompt has {len(prompt_ids)} tokens and {max_tokens} more are asked for, but "
-            f"the model holds {context}; shorten the prompt or ask for fewer"
-        )
+    check_settings(max_tokens, temperature, top_p, top_k, seed)
+    room(len(prompt_ids), max_tokens, None)
     return _continue(runtime, prompt_ids, max_tokens, stop, (temperature, top_p, top_k, seed))
 
 
-def _check_settings(max_tokens: int, temperature: float, top_p: float, top_k: int) -> None:
+def continue_in(
+    artifact: Artifact,
+    prompt_ids: Sequence[int],
+    tell: Callable[[str], object],
+    *,
+    max_tokens: int,
+    **how: Any,
+) -> Iterator[int]:
+    """`generate` in an output folder, up to its end tokens or the last position of its model.
+
+    Args:
+        artifact: the folder; its model is loaded when everything else is known to be right.
+        prompt_ids: at least one token.
+        tell: is told in one line if the model holds fewer tokens than asked for.
+        max_tokens: how many to yield at most.
+        how: temperature and the like.
+
+    Raises:
+        InputError: a setting is out of its range, or the prompt leaves no room for a token.
+    """
+    from moe2edge import registry
+
+    context = context_length(read_json(artifact.folder / "config.json"))
+    left = room(len(prompt_ids), max_tokens, context)
+    stop = stop_ids(artifact.folder)
+    if left < max_tokens:
+        tell(
+            f"note: at most {left} tokens instead of {max_tokens}; the prompt has "
+            f"{len(prompt_ids)} of the {context} that the model holds"
+        )
+    runtime = registry.target(artifact.target).reopen(artifact.folder)
+    return generate(runtime, prompt_ids, max_tokens=left, stop=stop, **how)
+
+
+def check_settings(
+    max_tokens: int, temperature: float, top_p: float, top_k: int, seed: int
+) -> None:
+    """Refuse what `generate` cannot do; it takes no model to know.
+
+    Raises:
+        InputError: a setting is out of its range.
+    """
     # Written so that NaN, too, is out of range.
     if max_tokens < 1:
         raise InputError(f"max_tokens is {max_tokens}; give 1 or more")
@@ -70,6 +104,32 @@ def _check_settings(max_tokens: int, temperature: float, top_p: float, top_k: in
         raise InputError(f"top_p is {top_p}; give more than 0, up to 1")
     if top_k < 0:
         raise InputError(f"top_k is {top_k}; give 0 (all tokens) or more")
+    if not 0 <= seed < 1 << 64:
+        raise InputError(f"seed is {seed}; give 0 or more, below 2^64")
+
+
+def room(prompt_tokens: int, max_tokens: int, context: int | None) -> int:
+    """How many tokens can follow a prompt: ``max_tokens``, or fewer where the context ends.
+
+    Args:
+        prompt_tokens: length of the prompt.
+        max_tokens: how many are wanted.
+        context: tokens that the model holds, prompt included; None if it is not known.
+
+    Raises:
+        InputError: the prompt has no tokens, or leaves no room for one more.
+
+    >>> room(100, 64, 128), room(100, 20, 128), room(100, 64, None)
+    (28, 20, 64)
+    """
+    if not prompt_tokens:
+        raise InputError("the prompt has no tokens; give some text")
+    if context is not None and prompt_tokens >= context:
+        raise InputError(
+            f"the prompt has {prompt_tokens} tokens, but the model holds {context}, its answer "
+            "included; shorten the prompt"
+        )
+    return max_tokens if context is None else min(max_tokens, context - prompt_tokens)
 
 
 def _continue(
@@ -83,7 +143,7 @@ def _continue(
 
     temperature, top_p, top_k, seed = how
     generator = torch.Generator().manual_seed(seed)
-    logits = runtime.start(prompt_ids)[-1]
+    logits = runtime.start(prompt_ids)
     for done in range(1, max_tokens + 1):
         if bool(logits.isnan().any()):
             raise Moe2EdgeError(

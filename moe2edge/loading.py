@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe2edge.checkpoint import Checkpoint, open_checkpoint
+from moe2edge.checkpoint import Checkpoint, header, open_checkpoint, read_tensor
 from moe2edge.errors import Unsupported, VerificationFailed
 from moe2edge.families import family_of
 from moe2edge.model import DTYPE_BYTES, Model, MoELayer, Weight, is_quantizable
@@ -138,22 +138,15 @@ def _own_sizes(
 
 
 class _Stored:
-    """The tensors of a folder; its files stay open, so that each header is read once."""
+    """The tensors of a folder."""
 
     def __init__(self, checkpoint: Checkpoint, scheme: Scheme | None) -> None:
-        from safetensors import safe_open
-
         self._source = checkpoint.source
         self._scheme = scheme
-        paths = dict(checkpoint.files)
-        opened: dict[Path, Any] = {
-            path: safe_open(path, framework="pt") for path in set(paths.values())
+        self._files = checkpoint.files
+        self._headers: dict[str, Header] = {
+            name: header(path, name) for name, path in self._files.items()
         }
-        self._files = {name: opened[path] for name, path in paths.items()}
-        self._headers: dict[str, Header] = {}
-        for name, file in self._files.items():
-            part = file.get_slice(name)
-            self._headers[name] = (tuple(part.get_shape()), str(part.get_dtype()))
 
     def weight(self, name: str, shape: tuple[int, ...]) -> Weight:
         """Handle on a tensor that a model of this config has; `check` tells if it is there."""
@@ -171,8 +164,7 @@ class _Stored:
         return Weight(name, shape, dtype, load=lambda: self._read(name))
 
     def _read(self, name: str) -> Tensor:
-        tensor: Tensor = self._files[name].get_tensor(name)
-        return tensor
+        return read_tensor(self._files[name], name)
 
     def _quantized(self, name: str, scheme: Scheme) -> Quantized:
         """Integers and scales of a matrix.
@@ -217,7 +209,7 @@ class _Stored:
                 wanted[name] = (weight.shape, weight.dtype)
             else:
                 parts = gptq_parts(weight.shape, weight.scheme)
-                wanted |= {f"{_stem(name)}.{part}": header for part, header in parts.items()}
+                wanted |= {f"{_stem(name)}.{part}": want for part, want in parts.items()}
         for found, names in (
             ("lacks", wanted.keys() - self._headers.keys()),
             ("has unexpected", self._headers.keys() - wanted.keys()),
@@ -228,10 +220,10 @@ class _Stored:
                     f"folder does not hold the {len(model.blocks)} blocks of its config.json: "
                     "export it again"
                 )
-        for name, header in wanted.items():
-            if self._headers[name] != header or header[1] not in {*DTYPE_BYTES, "I32"}:
+        for name, want in wanted.items():
+            if self._headers[name] != want or want[1] not in {*DTYPE_BYTES, "I32"}:
                 raise VerificationFailed(
-                    f"{name} is {self._headers[name]}, but config.json asks for {header}; "
+                    f"{name} is {self._headers[name]}, but config.json asks for {want}; "
                     "export it again"
                 )
 
@@ -291,10 +283,8 @@ def _skeleton(model: Model, dtype: torch.dtype) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    settings = model.family.config_of(model)
-    settings.pop("quantization_config", None)
-    uneven = settings.pop("per_layer_config", None)
-    kind = settings.pop("model_type")
+    uneven = model.family.config_of(model).get("per_layer_config")
+    settings, kind = model.family.settings_of(model), model.family.model_type
     with torch.device("meta"):
         loaded = AutoModelForCausalLM.from_config(
             AutoConfig.for_model(kind, **settings), dtype=dtype

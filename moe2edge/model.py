@@ -299,6 +299,11 @@ class Model:
         return next((w.scheme for _, _, w in self.tensors() if w.scheme), None)
 
     @property
+    def vocabulary(self) -> int:
+        """Entries of the embedding table, and of the logits."""
+        return self.rest["model.embed_tokens.weight"].shape[0]
+
+    @property
     def parameters(self) -> int:
         """Number of parameters."""
         return sum(w.count for _, _, w in self.tensors())

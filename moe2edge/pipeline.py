@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from moe2edge.errors import InputError, Moe2EdgeError
 from moe2edge.model import Block, Model, Weight, is_quantizable
-from moe2edge.scheme import Scheme
+from moe2edge.scheme import Scheme, largest_group_size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,6 +71,10 @@ class Pass(BaseModel):
     """One step of a recipe. Its fields are its options: recipe keys, validation, JSON Schema."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def resolved(self, model: Model) -> Self:
+        """The same pass with every choice made that it leaves to the source ``model``."""
+        return self
 
     def check(self, model: Model) -> None:
         """Refuse, from shapes alone, a model on which this pass cannot do its work.
@@ -128,13 +132,26 @@ class Slim(Pass):
 
     Attributes:
         needs_tokens: whether it looks at activations.
+        bits: per weight.
+        group_size: inputs that share a scale.
     """
 
     needs_tokens: ClassVar[bool] = True
 
+    bits: Annotated[Literal[4], Field(description="bits per weight")] = 4
+    group_size: Annotated[
+        Literal[32, 64, 128] | None,
+        Field(description="inputs per scale; none: the largest that divides every width"),
+    ] = None
+
     def scheme(self, model: Model) -> Scheme:
-        """The scheme of the numbers it will compute."""
-        raise NotImplementedError
+        """The scheme of the numbers it will compute, with the group size resolved."""
+        widths = (w.shape[1] for _, role, w in model.tensors() if is_quantizable(role))
+        return Scheme(self.bits, self.group_size or largest_group_size(widths))
+
+    def resolved(self, model: Model) -> Self:
+        """With the group size of the whole source, whichever of its blocks stay."""
+        return self.model_copy(update={"group_size": self.scheme(model).group_size})
 
     def solver(self, model: Model) -> Solver:
         """A fresh solver."""

@@ -1,14 +1,22 @@
-"""Progress of long work, told to whoever watches; on the command line that is stderr."""
+"""Progress of long work, told to whoever watches; on the command line that is stderr.
+
+Where progress is told, an interrupt is looked for as well: Python drops an exception that a signal
+raises inside a destructor or a callback, and the work would go on.
+"""
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import NoReturn, TypeVar
 
 import click
 
+Item = TypeVar("Item")
 Log = Callable[[str], None]
 Advance = Callable[[str, int, int], None]
 
@@ -21,17 +29,51 @@ class Watcher:
     advance: Advance
 
 
+_interrupted = threading.Event()
+
+
+def listen() -> None:
+    """Turn SIGINT and SIGTERM into ``KeyboardInterrupt``."""
+    _interrupted.clear()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
+
+
+def _interrupt(*_: object) -> NoReturn:
+    _interrupted.set()
+    raise KeyboardInterrupt
+
+
+def check() -> None:
+    """Stop if a signal came.
+
+    Raises:
+        KeyboardInterrupt: it did.
+    """
+    if _interrupted.is_set():
+        raise KeyboardInterrupt
+
+
+def watched(items: Iterable[Item]) -> Iterator[Item]:
+    """The items, until a signal comes."""
+    for item in items:
+        check()
+        yield item
+
+
 def watcher(*, quiet: bool) -> Watcher:
     """Progress on stderr: a bar on a terminal, a line every few seconds elsewhere."""
     if quiet:
-        return Watcher(lambda _: None, lambda *_: None)
+        return Watcher(lambda _: check(), lambda *_: check())
     begun = time.perf_counter()
     last: dict[str, float] = {}
 
     def log(line: str) -> None:
+        check()
         click.echo(line, err=True)
 
     def advance(label: str, done: int, total: int) -> None:
+        check()
         now = time.perf_counter()
         text = f"[{now - begun:6.1f} s] {label}: {done} of {total}"
         if sys.stderr.isatty():

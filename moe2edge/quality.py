@@ -7,8 +7,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from moe2edge.errors import InputError
+
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from moe2edge.model import Model
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,19 @@ class Quality:
     perplexity: float
     kl: float | None = None
     top1: float | None = None
+
+
+def check_vocabulary(source: Model, size: int) -> None:
+    """Refuse to compare with a source whose logits have another size.
+
+    Raises:
+        InputError: they have.
+    """
+    if source.vocabulary != size:
+        raise InputError(
+            f"the reference model has {source.vocabulary} entries in its vocabulary, the folder "
+            f"{size}; name the model that it was made from"
+        )
 
 
 def measure(ids: Tensor, logits: Iterable[Tensor], source: Iterable[Tensor] | None) -> Quality:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moe2edge import registry
 from moe2edge.errors import InputError, did_you_mean
+from moe2edge.model import Model
 from moe2edge.pipeline import Pass
 
 BUNDLED = Path(__file__).parent / "recipes"
@@ -25,7 +26,9 @@ class TextSource(BaseModel):
     text: Annotated[str, Field(description="builtin, or a file of text or JSONL")] = "builtin"
     samples: Annotated[int, Field(ge=1, description="number of samples")] = 128
     length: Annotated[int, Field(ge=2, description="tokens in a sample")] = 512
-    seed: Annotated[int, Field(ge=0, description="decides which samples are taken")] = 0
+    seed: Annotated[
+        int, Field(ge=0, le=2**32 - 1, description="decides which samples are taken")
+    ] = 0
     field: Annotated[str, Field(description="field of a JSONL line that holds the text")] = "text"
 
 
@@ -42,6 +45,10 @@ class Recipe:
     calibration: TextSource
     evaluation: TextSource
     passes: tuple[Pass, ...]
+
+    def resolved(self, model: Model) -> Recipe:
+        """The recipe with every choice made that its passes leave to the source ``model``."""
+        return replace(self, passes=tuple(step.resolved(model) for step in self.passes))
 
     def render(self) -> str:
         """The recipe as YAML with every default spelt out; parsing it gives the same recipe."""
@@ -69,8 +76,11 @@ def find(name_or_path: str) -> str:
         InputError: there is neither.
     """
     path = bundled().get(name_or_path) or Path(name_or_path).expanduser()
-    if path.is_file():
-        return path.read_text("utf-8")
+    try:
+        if path.is_file():
+            return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"recipe {name_or_path[:100]} cannot be read: {error}") from error
     raise InputError(did_you_mean("recipe", name_or_path, bundled()) + ", or a file")
 
 
@@ -87,10 +97,7 @@ def parse(text: str, settings: Sequence[str] = ()) -> Recipe:
     >>> parse("passes: [gptq]").passes[0].bits
     4
     """
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"the recipe is not YAML: {' '.join(str(error).split())}") from error
+    data = _read_yaml(text, "the recipe")
     if not isinstance(data, dict):
         raise InputError("a recipe is a mapping with the keys calibration, evaluation, passes")
     known = ("calibration", "evaluation", "passes")
@@ -109,6 +116,27 @@ def parse(text: str, settings: Sequence[str] = ()) -> Recipe:
         _build(TextSource, "evaluation", sections["evaluation"]),
         tuple(_build(registry.pass_type(name), name, options) for name, options in steps),
     )
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain YAML in which a key stands once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping; YAML itself would let the last of equal keys win."""
+        keys = [str(key.value) for key, _ in node.value]
+        if twice := {key for key in keys if keys.count(key) > 1}:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{min(twice)!r} stands there twice", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(text: str, what: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)  # a SafeLoader
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{what} is not YAML as expected: {reason[:300]}") from error
 
 
 def section(name: str, options: Mapping[str, Any]) -> TextSource:
@@ -156,7 +184,7 @@ def _override(
         raise InputError(f"--set {setting}: {did_you_mean('part of the recipe', name, names)}")
     if len(places) > 1:
         raise InputError(f"--set {setting}: the recipe has {name} {len(places)} times; edit it")
-    places[0][option] = yaml.safe_load(value)
+    places[0][option] = _read_yaml(value, f"--set {setting}: the value")
 
 
 def _build(kind: type[Any], name: str, options: Mapping[str, Any]) -> Any:

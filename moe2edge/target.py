@@ -18,12 +18,22 @@ if TYPE_CHECKING:
 class Runtime(Protocol):
     """An output folder, reopened in the runtime that it was made for. One sequence at a time."""
 
+    @property
+    def dtype(self) -> str:
+        """What it computes in, as torch names it: the dtype of activations between operators."""
+        ...
+
+    @property
+    def threads(self) -> int:
+        """Processor threads that it computes with."""
+        ...
+
     def logits(self, ids: Tensor) -> Tensor:
         """Logits float32 [batch, length, vocabulary] of token ids int64 [batch, length]."""
         ...
 
     def start(self, ids: Sequence[int]) -> Tensor:
-        """Begin a sequence (prefill): logits float32 [length, vocabulary] of all its tokens."""
+        """Begin a sequence (prefill): logits float32 [vocabulary] after its last token."""
         ...
 
     def step(self, token: int) -> Tensor:
@@ -61,9 +71,12 @@ class Target:
 
     Attributes:
         summary: one line for ``moe2edge targets``.
+        libraries: modules that its runtime imports; the profiler imports them before it times
+            the loading of a folder.
     """
 
     summary: ClassVar[str]
+    libraries: ClassVar[tuple[str, ...]] = ("torch",)
 
     def accepts(self, model: Model) -> None:
         """Refuse, from shapes alone, a model that this target could not hold.
@@ -77,8 +90,15 @@ class Target:
         """Bytes that the weights will take on disk, for the check of free space."""
         return model.nbytes
 
+    def runtime_nbytes(self, model: Model) -> int:
+        """Bytes of memory that the reopened model takes, with float32 activations."""
+        return self.nbytes(model)
+
     def write(self, model: Model, folder: Path) -> None:
-        """Write weights and config into an existing, empty folder, tensor by tensor."""
+        """Write weights and config into a folder, tensor by tensor.
+
+        The folder holds nothing but the source's companions (tokenizer, generation config).
+        """
         raise NotImplementedError
 
     def tensors(self, folder: Path) -> Iterator[tuple[str, Tensor | Quantized]]:

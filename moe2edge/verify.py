@@ -2,8 +2,8 @@
 
 Hashes say only that files did not change since the manifest was written. `verify` reads every
 tensor back and runs the folder, and holds both against a reference that was recorded at export
-from the model in memory: logits of a PyTorch run on the same packed numbers, and one probe per
-tensor. With the source model at hand it also repeats the comparison with the source.
+from the model in memory: logits of a PyTorch run on the same packed numbers, and a digest of the
+numbers of each tensor. With the source model at hand it also repeats the comparison with it.
 """
 
 from __future__ import annotations
@@ -35,8 +35,11 @@ PREFILL = 32
 STEPS = 32
 # Logits of the exact runtime may differ from the reference by this much, absolute.
 EXACT_TOLERANCE = 1e-4
-# With the activations of the shipped setting (int8 or bfloat16): median relative error.
-SHIPPED_TOLERANCE = 0.05
+# With the activations of the shipped setting (int8 or bfloat16): median relative error. Rounding
+# moves near ties in routers, so a sound model may come near the first; a wrong kernel or layout
+# is beyond the second.
+SHIPPED_USUAL = 0.05
+SHIPPED_TOLERANCE = 0.25
 
 
 @dataclass(frozen=True)
@@ -65,19 +68,19 @@ class Reference:
         prefill: tokens given at once; the others follow one by one.
         logits: float32 [samples, length - prefill + 1, vocabulary], after the prefill and after
             each later token.
-        probes: one number per tensor, by its name on disk.
+        digests: SHA-256 of the numbers of each tensor, by its name on disk.
         source_kl: KL to the source on ``ids``, nats per token.
     """
 
     ids: Tensor
     prefill: int
     logits: Tensor
-    probes: dict[str, float]
+    digests: dict[str, str]
     source_kl: float
 
     def save(self, folder: Path) -> None:
         """Write it beside an output; no time stamps, so equal references are equal files."""
-        notes = {"prefill": self.prefill, "probes": self.probes, "source_kl": self.source_kl}
+        notes = {"prefill": self.prefill, "digests": self.digests, "source_kl": self.source_kl}
         metadata = {"reference": json.dumps(notes, sort_keys=True)}
         data = save({"ids": self.ids.contiguous(), "logits": self.logits.contiguous()}, metadata)
         (folder / REFERENCE).write_bytes(data)
@@ -98,7 +101,7 @@ class Reference:
                 ids, logits = file.get_tensor("ids"), file.get_tensor("logits")
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise VerificationFailed(f"{path.name} cannot be read: {error}") from error
-        return cls(ids, notes["prefill"], logits, notes["probes"], notes["source_kl"])
+        return cls(ids, notes["prefill"], logits, notes["digests"], notes["source_kl"])
 
 
 def record(model: Model, ids: Tensor, source_logits: Sequence[Tensor], hidden: Tensor) -> Reference:
@@ -112,9 +115,9 @@ def record(model: Model, ids: Tensor, source_logits: Sequence[Tensor], hidden: T
     """
     logits = torch.stack(list(walk.head_logits(model, hidden)))
     prefill = min(PREFILL, ids.shape[1] - 1)
-    probes = {name: probe(name, numbers(weight)) for name, _, weight in model.tensors()}
+    digests = {name: digest(numbers(weight)) for name, _, weight in model.tensors()}
     kl = quality.measure(ids, logits, source_logits).kl or 0.0
-    return Reference(ids, prefill, logits[:, prefill - 1 :].clone(), probes, kl)
+    return Reference(ids, prefill, logits[:, prefill - 1 :].clone(), digests, kl)
 
 
 def numbers(weight: Weight) -> Tensor | Quantized:
@@ -122,19 +125,15 @@ def numbers(weight: Weight) -> Tensor | Quantized:
     return weight.quantized() if weight.scheme else weight.load()
 
 
-def probe(name: str, value: Tensor | Quantized) -> float:
-    """One number that changes when any entry of a tensor does: ``u^T W v`` with random u and v.
-
-    ``u`` and ``v`` are drawn from a seed made of the tensor's name, so that two tensors that were
-    swapped give other numbers, too. Computed in float64.
-    """
-    weight = (value.dequantize() if isinstance(value, Quantized) else value).double()
-    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
-    generator = torch.Generator().manual_seed(seed)
-    matrix = weight.reshape(weight.shape[0], -1)
-    u = torch.randn(matrix.shape[0], generator=generator, dtype=torch.float64)
-    v = torch.randn(matrix.shape[1], generator=generator, dtype=torch.float64)
-    return float(u @ matrix @ v)
+def digest(value: Tensor | Quantized) -> str:
+    """SHA-256 over dtype, shape and numbers of a tensor; of integers and scales if quantized."""
+    found = hashlib.sha256()
+    if isinstance(value, Quantized):
+        found.update(f"{value.scheme.name} {value.scheme.group_size}\n".encode())
+    for part in (value.q, value.scales) if isinstance(value, Quantized) else (value,):
+        found.update(f"{part.dtype} {list(part.shape)}\n".encode())
+        found.update(part.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def audit(target: Target, folder: Path, model: Model) -> int:
@@ -170,39 +169,34 @@ def _equal(a: Tensor | Quantized, b: Tensor | Quantized) -> bool:
 
 
 def check_tensors(reference: Reference, tensors: Iterable[tuple[str, Tensor | Quantized]]) -> int:
-    """Hold the tensors of a folder against the recorded probes; returns their number.
+    """Hold the tensors of a folder against the recorded digests; returns their number.
 
     Raises:
         VerificationFailed: a tensor is missing or unknown, or its numbers changed.
     """
-    left = dict(reference.probes)
+    left = dict(reference.digests)
     for name, value in tensors:
         if name not in left:
             raise VerificationFailed(f"{name} is in the folder, but was not exported")
-        expected, found = left.pop(name), probe(name, value)
-        scale = (value.scales if isinstance(value, Quantized) else value).double().abs().max()
-        if not abs(found - expected) <= 1e-9 * (1 + abs(expected)) * max(1.0, float(scale)):
+        if digest(value) != left.pop(name):
             raise VerificationFailed(f"{name} does not hold the numbers that were exported")
     if left:
         raise VerificationFailed(f"{len(left)} tensors are missing, such as {min(left)}")
-    return len(reference.probes)
+    return len(reference.digests)
 
 
-def parity(reference: Reference, exact: Runtime, shipped: Runtime) -> Parity:
-    """Run the recorded tokens: prefill, then cached steps.
+def parity(reference: Reference, target: Target, folder: Path) -> tuple[Parity, Runtime]:
+    """Run the recorded tokens in a folder's runtime: prefill, then cached steps.
+
+    The runtime with float32 activations is gone before the one as shipped is opened, so that
+    the model is in memory once. Returns the second one, too.
 
     Raises:
         VerificationFailed: logits differ by more than the tolerances.
     """
-    found = _run(reference, exact)
-    difference = float((found - reference.logits).abs().max())
-    limit = EXACT_TOLERANCE * max(1.0, float(reference.logits.abs().max()) / 10)
-    if not difference <= limit:
-        raise VerificationFailed(
-            f"logits in the runtime differ from the reference by {difference:.2e}; "
-            f"at most {limit:.1e} with float32 activations"
-        )
-    found = _run(reference, shipped)
+    difference = _exact_difference(reference, target.reopen(folder, exact=True))
+    shipped = target.reopen(folder)
+    found = run(reference, shipped)
     # The median: with rounded activations a near tie in a router may fall to the other expert,
     # which changes that position by far more than rounding does.
     errors = (found - reference.logits).norm(dim=-1) / reference.logits.norm(dim=-1)
@@ -213,27 +207,42 @@ def parity(reference: Reference, exact: Runtime, shipped: Runtime) -> Parity:
             f"at most {SHIPPED_TOLERANCE:.0%}"
         )
     top1 = float((found.argmax(-1) == reference.logits.argmax(-1)).double().mean())
-    return Parity(difference, relative, top1, found.shape[0] * found.shape[1])
+    return Parity(difference, relative, top1, found.shape[0] * found.shape[1]), shipped
 
 
-def check_folder(target: Target, folder: Path, reference: Reference) -> tuple[int, Parity]:
-    """All checks that need nothing but the folder: number of tensors, and parity.
+def _exact_difference(reference: Reference, exact: Runtime) -> float:
+    """Largest difference of logits with float32 activations.
+
+    Raises:
+        VerificationFailed: it is too large.
+    """
+    difference = float((run(reference, exact) - reference.logits).abs().max())
+    limit = EXACT_TOLERANCE * max(1.0, float(reference.logits.abs().max()) / 10)
+    if not difference <= limit:
+        raise VerificationFailed(
+            f"logits in the runtime differ from the reference by {difference:.2e}; "
+            f"at most {limit:.1e} with float32 activations"
+        )
+    return difference
+
+
+def check_folder(target: Target, folder: Path, reference: Reference) -> tuple[int, Parity, Runtime]:
+    """All checks that need nothing but the folder: number of tensors, parity, and the runtime.
 
     Raises:
         VerificationFailed: the folder cannot be read, or does not hold what was exported.
     """
     try:
-        count = check_tensors(reference, target.tensors(folder))
-        return count, parity(reference, target.reopen(folder, exact=True), target.reopen(folder))
+        return check_tensors(reference, target.tensors(folder)), *parity(reference, target, folder)
     except InputError as error:
         raise VerificationFailed(f"{folder} cannot be read: {error}") from error
 
 
-def _run(reference: Reference, runtime: Runtime) -> Tensor:
-    """Logits of the recorded tokens, in the shape of ``reference.logits``."""
+def run(reference: Reference, runtime: Runtime) -> Tensor:
+    """Logits of the recorded tokens in a runtime, in the shape of ``reference.logits``."""
     rows = []
     for row in reference.ids.tolist():
-        steps = [runtime.start(row[: reference.prefill])[-1]]
+        steps = [runtime.start(row[: reference.prefill])]
         steps += [runtime.step(token) for token in row[reference.prefill :]]
         rows.append(torch.stack(steps))
     return torch.stack(rows)
@@ -243,13 +252,13 @@ def check_source(reference: Reference, runtime: Runtime, source: Model) -> float
     """KL of the runtime to the source on the recorded tokens, nats per token.
 
     Raises:
+        InputError: the source has another vocabulary.
         VerificationFailed: it is clearly larger than at export.
     """
+    quality.check_vocabulary(source, reference.logits.shape[-1])
     ids = reference.ids
     hidden = walk.observe(source, ids, (), lambda *_: None, "source")
     logits = walk.head_logits(source, hidden)
-    if int(ids.max()) >= source.rest["model.embed_tokens.weight"].shape[0]:
-        raise InputError("the reference model has another vocabulary than the output")
     found = quality.measure(ids, (runtime.logits(row[None])[0] for row in ids), logits).kl or 0.0
     if found > reference.source_kl * 1.2 + 1e-3:
         raise VerificationFailed(

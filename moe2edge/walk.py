@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from moe2edge.model import Block, Dense, Model, MoELayer
+from moe2edge.errors import InputError
+from moe2edge.model import Block, Dense, Model, MoELayer, Weight
 from moe2edge.pipeline import Observer, Solver, Store
 from moe2edge.progress import Advance
 
@@ -150,8 +151,7 @@ def _skeleton(model: Model) -> Any:
     """
     from transformers import AutoConfig, AutoModel
 
-    settings = model.family.config_of(model)
-    settings = {k: v for k, v in settings.items() if k not in ("model_type", "quantization_config")}
+    settings = model.family.settings_of(model)
     # The skeleton has no embedding table; ids of special tokens would point outside of it.
     settings |= {"vocab_size": 1, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
     config = AutoConfig.for_model(model.family.model_type, **settings)
@@ -169,17 +169,17 @@ def block_state(block: Block) -> dict[str, Tensor]:
     for role, weight in block.weights():
         kind, _, rest = role.partition(".")
         if kind == "norms":
-            state[rest] = weight.load().float()
+            state[rest] = finite(weight)
         elif kind == "attention":
-            state[f"self_attn.{rest}"] = weight.load().float()
+            state[f"self_attn.{rest}"] = finite(weight)
         elif kind == "router":
-            state[f"mlp.gate.{rest}"] = weight.load().float()
+            state[f"mlp.gate.{rest}"] = finite(weight)
         elif role == "shared.router":
-            state["mlp.shared_expert_gate.weight"] = weight.load().float()
+            state["mlp.shared_expert_gate.weight"] = finite(weight)
         elif kind == "shared":
-            state[f"mlp.shared_expert.{rest}_proj.weight"] = weight.load().float()
+            state[f"mlp.shared_expert.{rest}_proj.weight"] = finite(weight)
         elif kind == "dense":
-            state[f"mlp.{rest}_proj.weight"] = weight.load().float()
+            state[f"mlp.{rest}_proj.weight"] = finite(weight)
     if isinstance(block.mlp, MoELayer):
         state |= _fused_experts(block.mlp.experts)
     return state
@@ -191,15 +191,34 @@ def _fused_experts(experts: Sequence[Dense]) -> dict[str, Tensor]:
     gate_up = torch.empty(len(experts), 2 * width, hidden)
     down = torch.empty(len(experts), hidden, width)
     for n, expert in enumerate(experts):
-        gate_up[n, :width] = expert.gate.load()
-        gate_up[n, width:] = expert.up.load()
-        down[n] = expert.down.load()
+        gate_up[n, :width] = finite(expert.gate)
+        gate_up[n, width:] = finite(expert.up)
+        down[n] = finite(expert.down)
     return {"mlp.experts.gate_up_proj": gate_up, "mlp.experts.down_proj": down}
+
+
+def finite(weight: Weight) -> Tensor:
+    """Numbers of a weight in float32.
+
+    Raises:
+        InputError: some are not finite.
+    """
+    return _finite(weight.name, weight.load().float())
+
+
+def _finite(name: str, numbers: Tensor) -> Tensor:
+    # NaN and infinity come through minimum and maximum.
+    if not all(bool(torch.isfinite(end)) for end in torch.aminmax(numbers)):
+        raise InputError(
+            f"{name} holds numbers that are not finite; the checkpoint is damaged, get it again"
+        )
+    return numbers
 
 
 def embed(model: Model, tokens: Tensor) -> Tensor:
     """Rows of the embedding table, float32 [samples, length, hidden]."""
-    return model.rest["model.embed_tokens.weight"].load()[tokens].float()
+    table = model.rest["model.embed_tokens.weight"]
+    return _finite(table.name, table.load()[tokens].float())
 
 
 def batches(tokens: Tensor) -> list[slice]:
@@ -278,9 +297,9 @@ def head_logits(model: Model, hidden: Tensor) -> Iterator[Tensor]:
 
     All families end in an RMS norm and a linear head without bias.
     """
-    norm = model.rest["model.norm.weight"].load().float()
+    norm = finite(model.rest["model.norm.weight"])
     head_name = "lm_head.weight" if "lm_head.weight" in model.rest else "model.embed_tokens.weight"
-    head = model.rest[head_name].load().float()
+    head = finite(model.rest[head_name])
     eps = model.family.geometry(model.config).eps
     for sample in hidden:
         yield nn.functional.rms_norm(sample, norm.shape, norm, eps) @ head.T

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from moe2edge.artifact import is_artifact
-from moe2edge.checkpoint import Planned, read_tensor, write_safetensors
+from moe2edge.artifact import MANIFEST, is_artifact, present_files
+from moe2edge.checkpoint import Planned, read_json, read_tensor, write_safetensors
 from moe2edge.errors import DoesNotFit, InputError
 from moe2edge.model import Block, Weight
 
@@ -34,18 +34,39 @@ def check_output(out: Path, *, force: bool) -> None:
     """
     if not out.parent.is_dir():
         raise InputError(f"{out.parent} does not exist; make it first")
-    if not out.exists():
+    if not os.path.lexists(out):
         return
-    if not out.is_dir() or not _is_ours(out):
+    if out.is_symlink() or not out.is_dir() or not _is_ours(out):
         raise InputError(f"{out} exists and was not written by moe2edge; choose another name")
     if not force:
         raise InputError(f"{out} exists; choose another name, or replace it with --force")
+    if strange := _strange_files(out):
+        raise InputError(
+            f"{out} holds files that moe2edge did not write, such as {strange[0]}, and --force "
+            "would delete them; move them away"
+        )
 
 
 def _is_ours(folder: Path) -> bool:
     """Whether a folder is an output, or holds nothing but outputs."""
     children = list(folder.iterdir())
     return is_artifact(folder) or (bool(children) and all(map(is_artifact, children)))
+
+
+def _strange_files(out: Path) -> list[str]:
+    """Files in an output, or in a folder of outputs, that no manifest names."""
+    folders = [out] if is_artifact(out) else sorted(out.iterdir())
+    return [
+        str((folder / name).relative_to(out))
+        for folder in folders
+        for name in sorted(present_files(folder).keys() - _listed(folder) - {MANIFEST})
+    ]
+
+
+def _listed(folder: Path) -> set[str]:
+    """Files that a manifest names, whatever version wrote it."""
+    files = read_json(folder / MANIFEST).get("files")
+    return set(files) if isinstance(files, dict) else set()
 
 
 def check_space(out: Path, needed: int) -> None:
@@ -61,6 +82,20 @@ def check_space(out: Path, needed: int) -> None:
         )
 
 
+def check_memory(needed: int) -> None:
+    """Refuse to begin what could not be verified at the end.
+
+    Raises:
+        DoesNotFit: the machine has less than ``needed`` bytes of memory.
+    """
+    total = psutil.virtual_memory().total
+    if total < needed:
+        raise DoesNotFit(
+            f"verifying the output loads it in float32, which needs {needed / 1e9:.1f} GB of "
+            f"memory; this machine has {total / 1e9:.1f} GB: export on a larger one, or to onnx"
+        )
+
+
 @contextlib.contextmanager
 def partial_folder(out: Path) -> Iterator[tuple[Path, Path]]:
     """Folder to write into and a work folder, both gone or renamed to ``out`` at the end.
@@ -72,13 +107,13 @@ def partial_folder(out: Path) -> Iterator[tuple[Path, Path]]:
         InputError: ``OUT.partial`` is not ours, or another export is writing it.
     """
     partial = out.with_name(out.name + ".partial")
-    if partial.exists():
+    if os.path.lexists(partial):
         _remove_stale(partial)
     partial.mkdir()
-    mine = psutil.Process()
-    marker = {"pid": mine.pid, "started": mine.create_time()}
-    (partial / MARKER).write_text(json.dumps(marker))
     try:
+        mine = psutil.Process()
+        marker = {"pid": mine.pid, "started": mine.create_time()}
+        (partial / MARKER).write_text(json.dumps(marker))
         content, work = partial / "out", partial / "work"
         content.mkdir()
         work.mkdir()
@@ -89,6 +124,9 @@ def partial_folder(out: Path) -> Iterator[tuple[Path, Path]]:
 
 
 def _remove_stale(partial: Path) -> None:
+    if partial.is_dir() and not any(partial.iterdir()):  # killed before it was marked
+        partial.rmdir()
+        return
     try:
         marker: dict[str, Any] = json.loads((partial / MARKER).read_text())
         pid, started = int(marker["pid"]), float(marker["started"])
@@ -103,9 +141,15 @@ def _remove_stale(partial: Path) -> None:
 def _move_into_place(content: Path, out: Path, partial: Path) -> None:
     """Rename; what was there before stays until the new folder has its name."""
     sync_folder(content)
-    if out.exists():
-        out.rename(partial / "old")
-    content.rename(out)
+    old = partial / "old"
+    try:
+        if out.exists():
+            out.rename(old)
+        content.rename(out)
+    except BaseException:  # an interrupt, too, must not cost the old folder
+        if old.exists() and not out.exists():
+            old.rename(out)
+        raise
     sync_folder(out.parent)
 
 

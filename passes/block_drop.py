@@ -50,7 +50,8 @@ class BlockDrop(Trim):
         cosine = facts[BlockSimilarity].cosine
         order = sorted(model.blocks, key=lambda b: (-cosine[b.origin], -b.index))
         gone = sorted(order[: self.drop], key=lambda b: b.index)
-        indices = [b.index for b in model.blocks if b not in gone]
+        dropped = {b.index for b in gone}
+        indices = [b.index for b in model.blocks if b.index not in dropped]
         return Outcome(
             model.keep_blocks(indices),
             changed=tuple(f"block {b.origin} (cosine {cosine[b.origin]:.4f})" for b in gone),

@@ -34,7 +34,7 @@ class ExpertDrop(Trim):
     clamp_top_k: Annotated[
         bool, Field(description="lower top-k where fewer experts stay than it chooses")
     ] = False
-    seed: Annotated[int, Field(ge=0, description="for criterion random")] = 0
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1, description="for criterion random")] = 0
 
     @field_validator("keep", mode="before")
     @classmethod

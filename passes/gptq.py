@@ -8,13 +8,13 @@ the tokens that were really routed to it; matrices that share an input share the
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from moe2edge.model import Block, Model, MoELayer, Weight, is_quantizable
+from moe2edge.model import Block, Model, MoELayer, Weight
 from moe2edge.pipeline import Slim, Solver, selected
-from moe2edge.scheme import Scheme, largest_group_size
+from moe2edge.scheme import Scheme
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # Columns that are updated at once; every group size divides it.
 PANEL = 128
+# Memory of one batch besides the Hessians.
+BATCH_BYTES = 512 << 20
 
 
 class Gptq(Slim):
@@ -33,22 +35,12 @@ class Gptq(Slim):
     An expert that saw fewer than ``min_tokens`` tokens is rounded to nearest, and listed.
     """
 
-    bits: Annotated[Literal[4], Field(description="bits per weight")] = 4
-    group_size: Annotated[
-        Literal[32, 64, 128] | None,
-        Field(description="inputs per scale; none: the largest that divides every width"),
-    ] = None
     damping: Annotated[
         float, Field(gt=0, lt=1, description="part of the mean diagonal added to the Hessian")
     ] = 0.01
     min_tokens: Annotated[
         int, Field(ge=1, description="an expert with fewer routed tokens is rounded to nearest")
     ] = 256
-
-    def scheme(self, model: Model) -> Scheme:
-        """The scheme, with the group size resolved."""
-        widths = (w.shape[1] for _, role, w in model.tensors() if is_quantizable(role))
-        return Scheme(self.bits, self.group_size or largest_group_size(widths))
 
     def solver(self, model: Model) -> Solver:
         """Gathers Hessians of a block, then solves its matrices."""
@@ -90,25 +82,38 @@ class _Solver:
         self._tokens[role] = self._tokens.get(role, 0) + len(inputs)
 
     def solve(self, block: Block) -> tuple[dict[str, Quantized], list[str]]:
-        """Solve all selected matrices: those of equal shape and role as one batch."""
+        """Solve all selected matrices; those with one input as one, equal shapes in batches."""
         numbers: dict[str, Quantized] = {}
         starved = self._starved(block)
-        batches: dict[tuple[str, tuple[int, ...]], dict[str, Weight]] = {}
+        notes = [_starved_note(block, starved, self._min_tokens)] if starved else []
+        groups: dict[str, dict[str, Weight]] = {}
         for role, weight in selected(block):
-            kind = (role.rpartition(".")[2] if role.startswith("experts") else role, weight.shape)
-            batches.setdefault(kind, {})[role] = weight
-        notes = [
-            f"block {block.index}: expert {expert} saw {count} tokens "
-            f"(fewer than {self._min_tokens}): rounded to nearest"
-            for expert, count in starved.items()
-        ]
-        for roles in batches.values():
-            solved, failed = self._solve_batch(roles, {f"experts.{e}" for e in starved})
-            numbers |= solved
-            notes += [f"block {block.index}: {r}: Hessian is singular: rounded" for r in failed]
+            groups.setdefault(leader(role), {})[role] = weight
+        alike: dict[tuple[tuple[int, ...], ...], list[str]] = {}
+        for first, weights in groups.items():
+            expert = first.rpartition(".")[0]
+            if expert in {f"experts.{n}" for n in starved}:
+                numbers |= self._rounded(weights)
+            else:
+                shapes = tuple(weight.shape for weight in weights.values())
+                alike.setdefault(shapes, []).append(first)
+        for shapes, leaders in alike.items():
+            size = _batch_size(shapes)
+            for at in range(0, len(leaders), size):
+                batch = {first: groups[first] for first in leaders[at : at + size]}
+                solved, singular = self._solve_batch(batch)
+                numbers |= solved
+                notes += [
+                    f"block {block.index}: {r}: Hessian is singular: rounded" for r in singular
+                ]
         self._hessians.clear()
         self._tokens.clear()
         return numbers, notes
+
+    def _rounded(self, weights: Mapping[str, Weight]) -> dict[str, Quantized]:
+        from moe2edge.rounding import round_to_nearest
+
+        return {role: round_to_nearest(w.load(), self._scheme) for role, w in weights.items()}
 
     def _starved(self, block: Block) -> dict[int, int]:
         """Experts with too few tokens, and how many they had."""
@@ -118,32 +123,53 @@ class _Solver:
         return {n: count for n, count in counts.items() if count < self._min_tokens}
 
     def _solve_batch(
-        self, weights: Mapping[str, Weight], starved: set[str]
+        self, groups: Mapping[str, Mapping[str, Weight]]
     ) -> tuple[dict[str, Quantized], list[str]]:
-        """Solve matrices of one shape; returns numbers by role, and roles that were rounded."""
+        """Solve groups of equal shapes; returns numbers by role, and roles that were rounded.
+
+        The rows of a matrix do not depend on each other, so the matrices of a group, which share
+        their Hessian, are solved as one with all their rows.
+        """
         import torch
 
-        from moe2edge.rounding import Quantized, round_to_nearest
+        from moe2edge.rounding import Quantized
 
         solved: dict[str, Quantized] = {}
         factors: dict[str, Tensor] = {}
-        failed = []
-        for role, weight in weights.items():
-            if role.rpartition(".")[0] in starved:
-                solved[role] = round_to_nearest(weight.load(), self._scheme)
-                continue
-            factor = inverse_factor(self._hessians[leader(role)], self._damping)
+        singular: list[str] = []
+        for first, weights in groups.items():
+            factor = inverse_factor(self._hessians.pop(first), self._damping)
             if factor is None:
-                failed.append(role)
-                solved[role] = round_to_nearest(weight.load(), self._scheme)
+                singular += weights
+                solved |= self._rounded(weights)
             else:
-                factors[role] = factor
+                factors[first] = factor
         if factors:
-            stacked = torch.stack([weights[role].load().float() for role in factors])
+            stacked = torch.stack(
+                [torch.cat([w.load().float() for w in groups[f].values()]) for f in factors]
+            )
             q, scales = solve(stacked, torch.stack(list(factors.values())), self._scheme)
-            for n, role in enumerate(factors):
-                solved[role] = Quantized(q[n].clone(), scales[n].clone(), self._scheme)
-        return solved, failed
+            for n, first in enumerate(factors):
+                rows = [weight.shape[0] for weight in groups[first].values()]
+                both = torch.split(q[n], rows), torch.split(scales[n], rows)
+                for role, integers, scale in zip(groups[first], *both, strict=True):
+                    solved[role] = Quantized(integers.clone(), scale.clone(), self._scheme)
+        return solved, singular
+
+
+def _batch_size(shapes: tuple[tuple[int, ...], ...]) -> int:
+    """Groups of matrices of these shapes that are solved at once, within `BATCH_BYTES`."""
+    rows, inputs = sum(shape[0] for shape in shapes), shapes[0][1]
+    # In float32: the factor and its place in the batch, the weights twice, integers as bytes.
+    return max(1, BATCH_BYTES // (8 * inputs * inputs + 9 * rows * inputs))
+
+
+def _starved_note(block: Block, starved: Mapping[int, int], least: int) -> str:
+    listed = ", ".join(f"{expert} ({count})" for expert, count in starved.items())
+    return (
+        f"block {block.index}: rounded to nearest, because they saw fewer than {least} tokens: "
+        f"experts {listed}"
+    )
 
 
 def leader(role: str) -> str:

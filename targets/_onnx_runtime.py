@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from moe2edge.errors import InputError, Unsupported, VerificationFailed
-from moe2edge.targets._onnx_storage import GRAPH_FILE, POSITIONS, load_graph
+from moe2edge.targets._onnx_storage import DATA_FILE, GRAPH_FILE, POSITIONS, load_graph
 
 OLDEST = (1, 31)
 SMALLEST_CACHE = 256
+# Tokens of a prompt that run at once: their logits are a buffer [tokens, vocabulary].
+CHUNK = 256
 INSTALL = "pip install 'moe2edge[cpu]'"
 FOLDER_KEY = "session.model_external_initializers_file_folder_path"
 # Whatever goes wrong is raised as well; the runtime's own log would say it twice.
@@ -63,8 +65,11 @@ def open_session(folder: Path, *, exact: bool = False) -> Any:
     options.intra_op_num_threads = torch.get_num_threads()
     source: str | bytes = str(folder / GRAPH_FILE)
     if exact:
-        source = _with_float_activations(folder)
-        options.add_session_config_entry(FOLDER_KEY, str(folder))
+        # The real file: in the hub's cache the folder holds links, which a graph without a file
+        # of its own may not follow.
+        data = (folder / DATA_FILE).resolve()
+        source = _with_float_activations(folder, data.name)
+        options.add_session_config_entry(FOLDER_KEY, str(data.parent))
     refusals = (
         state.Fail, state.InvalidArgument, state.InvalidGraph, state.InvalidProtobuf,
         state.NoSuchFile, state.NotImplemented, state.RuntimeException,
@@ -76,9 +81,13 @@ def open_session(folder: Path, *, exact: bool = False) -> Any:
         raise VerificationFailed(f"onnxruntime refuses {GRAPH_FILE}: {reason}") from error
 
 
-def _with_float_activations(folder: Path) -> bytes:
-    """The graph with accuracy level 0 on all nodes; its weights stay in their file."""
+def _with_float_activations(folder: Path, data_file: str) -> bytes:
+    """The graph with accuracy level 0 on all nodes; its weights stay in the file ``data_file``."""
     model = load_graph(folder)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = data_file
     for node in model.graph.node:
         for attribute in node.attribute:
             if attribute.name == "accuracy_level":
@@ -109,6 +118,17 @@ class OnnxRuntime:
         self._vocabulary: int = session.get_outputs()[0].shape[-1]
         self._length = 0
 
+    @property
+    def dtype(self) -> str:
+        """Of activations between operators; within, accuracy level 4 rounds them to int8."""
+        return "float32"
+
+    @property
+    def threads(self) -> int:
+        """Processor threads that operators of the session share."""
+        count: int = self._session.get_session_options().intra_op_num_threads
+        return count
+
     def logits(self, ids: Tensor) -> Tensor:
         """Logits float32 [batch, length, vocabulary] of ids int64 [batch, length], no cache."""
         batch, length = ids.shape
@@ -122,7 +142,9 @@ class OnnxRuntime:
         return torch.from_numpy(self._session.run(["logits"], feeds)[0])
 
     def start(self, ids: Sequence[int]) -> Tensor:
-        """Begin a sequence: logits float32 [length, vocabulary] of all its tokens.
+        """Begin a sequence: logits float32 [vocabulary] after its last token.
+
+        A long one runs in chunks, each behind what the one before it left in the cache.
 
         Raises:
             InputError: there is no token, or there are more than the model has positions for.
@@ -130,7 +152,12 @@ class OnnxRuntime:
         if not ids:
             raise InputError("a sequence needs at least one token")
         self._length = 0
-        return self._extend(np.asarray([ids], np.int64))
+        whole = np.asarray([ids], np.int64)
+        self._check(whole, whole.shape[1])
+        self._reserve(whole.shape[1])
+        for first in range(0, whole.shape[1], CHUNK):
+            logits = self._extend(np.ascontiguousarray(whole[:, first : first + CHUNK]))
+        return logits
 
     def step(self, token: int) -> Tensor:
         """Go on with one token: logits float32 [vocabulary] after it.
@@ -140,7 +167,9 @@ class OnnxRuntime:
         """
         if not self._length:
             raise InputError("start a sequence before the first step")
-        return self._extend(np.asarray([[token]], np.int64))[-1]
+        ids = np.asarray([[token]], np.int64)
+        self._check(ids, self._length + 1)
+        return self._extend(ids)
 
     def _check(self, ids: np.ndarray[Any, Any], length: int) -> None:
         if ids.min() < 0 or ids.max() >= self._vocabulary:
@@ -155,9 +184,8 @@ class OnnxRuntime:
             )
 
     def _extend(self, ids: np.ndarray[Any, Any]) -> Tensor:
-        """Run ``ids`` [1, new] behind what is cached: logits [new, vocabulary]."""
+        """Run checked ``ids`` [1, new] behind what is cached: logits [vocabulary] after them."""
         total = self._length + ids.shape[1]
-        self._check(ids, total)
         self._reserve(total)
         logits = np.empty((1, ids.shape[1], self._vocabulary), np.float32)
         self._binding.bind_cpu_input("input_ids", ids)
@@ -165,7 +193,8 @@ class OnnxRuntime:
         self._bind_output("logits", logits)
         self._session.run_with_iobinding(self._binding)
         self._length = total
-        return torch.from_numpy(logits[0])
+        # Copied, so that the rows before it can go.
+        return torch.from_numpy(logits[0, -1].copy())
 
     def _reserve(self, total: int) -> None:
         """Make room for ``total`` tokens: caches double, so that copying stays rare."""

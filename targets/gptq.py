@@ -35,6 +35,7 @@ class Gptq(Target):
     """A GPTQ checkpoint whose experts, shared experts, attention and dense MLPs have 4 bits."""
 
     summary: ClassVar[str] = "GPTQ checkpoint, 4 bits; moe2edge.load, vLLM, SGLang"
+    libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers.modeling_utils")
 
     def accepts(self, model: Model) -> None:
         """Refuse what the format cannot say.
@@ -59,6 +60,10 @@ class Gptq(Target):
     def nbytes(self, model: Model) -> int:
         """Bytes of the weight files."""
         return file_nbytes(_plan(model))
+
+    def runtime_nbytes(self, model: Model) -> int:
+        """Bytes of all parameters in float32, as the exact check loads them."""
+        return 4 * model.parameters
 
     def write(self, model: Model, folder: Path) -> None:
         """Write the weights, ``config.json`` and ``quantize_config.json``.
@@ -220,7 +225,7 @@ def _gptqmodel(model: Model) -> Loader:
         return Loader("GPTQModel", "no", "7.7 refuses the names that vLLM and SGLang want")
     if has_dense_blocks(model):
         return Loader("GPTQModel", "no", "7.7 leaves dense MLPs unfilled without a word")
-    return Loader("GPTQModel", "yes", "7.7, run on a CPU: benchmarks/gptq_reader")
+    return Loader("GPTQModel", "yes", "7.7, run on a CPU for this family: benchmarks/gptq_reader")
 
 
 def _sglang(model: Model) -> Loader:

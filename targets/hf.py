@@ -7,8 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from moe2edge.checkpoint import Planned, read_all, write_checkpoint, write_json
+from moe2edge.checkpoint import (
+    Planned,
+    header,
+    open_checkpoint,
+    read_all,
+    write_checkpoint,
+    write_json,
+)
 from moe2edge.errors import Unsupported, VerificationFailed
+from moe2edge.loading import DTYPES
 from moe2edge.model import Model
 from moe2edge.target import Loader, Runtime, Target
 from moe2edge.targets._tensors import file_nbytes, has_dense_blocks, plain
@@ -18,12 +26,15 @@ if TYPE_CHECKING:
 
     from moe2edge.rounding import Quantized
 
+EMBEDDINGS = "model.embed_tokens.weight"
+
 
 @dataclass(frozen=True)
 class Hf(Target):
     """A checkpoint of the source's own kind, with fewer experts or blocks."""
 
     summary: ClassVar[str] = "plain safetensors that stock transformers loads, unquantized"
+    libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers.modeling_utils")
 
     def accepts(self, model: Model) -> None:
         """Refuse quantized numbers and layers of unequal size.
@@ -52,6 +63,10 @@ class Hf(Target):
         """Bytes of the weight files."""
         return file_nbytes(_plan(model))
 
+    def runtime_nbytes(self, model: Model) -> int:
+        """Bytes of all parameters in float32, as the exact check loads them."""
+        return 4 * model.parameters
+
     def write(self, model: Model, folder: Path) -> None:
         """Write ``config.json`` and the weights, one tensor in memory at a time."""
         write_json(folder / "config.json", model.family.config_of(model))
@@ -62,37 +77,17 @@ class Hf(Target):
         yield from read_all(folder)
 
     def reopen(self, folder: Path, *, exact: bool = False) -> Runtime:
-        """The folder in stock transformers, float32 whether ``exact`` or not.
+        """The folder in stock transformers: float32 if ``exact``, else the dtype of its embeddings.
 
         Raises:
+            InputError: a file of the folder is missing or damaged.
             VerificationFailed: transformers cannot load it, or reports a tensor as missing,
                 unexpected or of another shape.
         """
-        import torch
-        from transformers import AutoModelForCausalLM
+        from moe2edge.torch_runtime import open_source
 
-        from moe2edge.torch_runtime import TorchRuntime
-
-        try:
-            model, info = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=torch.float32,
-                local_files_only=True,
-                trust_remote_code=False,
-                use_safetensors=True,
-                # Not raised but reported, so that the tensors can be named.
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-            )
-        except (OSError, ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())
-            raise VerificationFailed(f"transformers cannot load {folder}: {reason}") from error
-        if wrong := {kind: sorted(map(str, names)) for kind, names in info.items() if names}:
-            raise VerificationFailed(
-                f"transformers loads {folder} with {wrong}; it does not hold what its "
-                "config.json asks for: export it again"
-            )
-        return TorchRuntime(model)
+        dtype = "float32" if exact else _stored_dtype(folder)
+        return open_source(folder, dtype=dtype, strict=True)
 
     def loaders(self, model: Model) -> tuple[Loader, ...]:
         """Which programs load the folder; what was not run is said to be read."""
@@ -118,3 +113,14 @@ class Hf(Target):
 
 def _plan(model: Model) -> list[Planned]:
     return [plain(name, weight) for name, _, weight in model.tensors()]
+
+
+def _stored_dtype(folder: Path) -> str:
+    """Dtype of the stored embeddings; that of most of a checkpoint, but not always of its norms."""
+    path = open_checkpoint(str(folder)).files.get(EMBEDDINGS)
+    if path is None:
+        raise VerificationFailed(f"{folder} has no {EMBEDDINGS}; export it again")
+    dtype = header(path, EMBEDDINGS)[1]
+    if dtype not in DTYPES:
+        raise VerificationFailed(f"{EMBEDDINGS} in {folder} is {dtype}; export it again")
+    return DTYPES[dtype]

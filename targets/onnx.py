@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from moe2edge.checkpoint import write_json
 from moe2edge.errors import InputError, Unsupported
+from moe2edge.generate import stop_ids
 from moe2edge.model import Block, Model, MoELayer, is_quantizable
 from moe2edge.target import Loader, Runtime, Target
 
@@ -35,6 +36,7 @@ class Onnx(Target):
     """
 
     summary: ClassVar[str] = "decoder graph with KV cache for ONNX Runtime on a CPU"
+    libraries: ClassVar[tuple[str, ...]] = ("torch", "onnx", "onnxruntime")
     accuracy_level: int = 4
 
     def __post_init__(self) -> None:
@@ -96,7 +98,9 @@ class Onnx(Target):
         (folder / GRAPH_FILE).write_bytes(proto.SerializeToString(deterministic=True))
         config = model.family.config_of(model)
         write_json(folder / "config.json", config)
-        write_json(folder / "genai_config.json", genai_config(model, config))
+        write_json(
+            folder / "genai_config.json", genai_config(model, config, stop_ids(folder, config))
+        )
 
     def tensors(self, folder: Path) -> Iterator[tuple[str, Tensor | Quantized]]:
         """Every tensor that the graph holds, read back from its initializers one by one.
@@ -149,18 +153,20 @@ def _accept_layer(block: Block, layer: MoELayer) -> None:
         )
 
 
-def genai_config(model: Model, config: Mapping[str, Any]) -> dict[str, Any]:
+def genai_config(model: Model, config: Mapping[str, Any], ends: Collection[int]) -> dict[str, Any]:
     """``genai_config.json`` for onnxruntime-genai, whose type "decoder" runs any such graph.
 
     Args:
         model: what was written.
         config: its ``config.json``.
+        ends: end tokens, any of which ends a text.
     """
     geometry = model.family.geometry(config)
-    ids = {key: config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    if ids["pad_token_id"] is None:
-        ends = ids["eos_token_id"]
-        ids["pad_token_id"] = ends[0] if isinstance(ends, list) else ends
+    ids: dict[str, Any] = {key: config.get(key) for key in ("bos_token_id", "pad_token_id")}
+    if ends:
+        ids["eos_token_id"] = min(ends) if len(ends) == 1 else sorted(ends)
+        if ids["pad_token_id"] is None:
+            ids["pad_token_id"] = min(ends)
     past, present = "past_key_values.%d", "present.%d"
     return {
         "model": {
@@ -175,7 +181,11 @@ def genai_config(model: Model, config: Mapping[str, Any]) -> dict[str, Any]:
                 "num_attention_heads": geometry.heads,
                 "num_key_value_heads": geometry.kv_heads,
                 "num_hidden_layers": len(model.blocks),
-                "session_options": {"provider_options": []},
+                # The number of threads is that of the machine that runs it, so it is not set.
+                "session_options": {
+                    "provider_options": [],
+                    "session.intra_op.allow_spinning": "1",
+                },
                 "inputs": {
                     "input_ids": "input_ids",
                     "attention_mask": "attention_mask",

@@ -95,3 +95,16 @@ def test_a_foreign_tokenizer_is_refused(tmp_path: Path, tokenizer: Any) -> None:
     path.write_text("z" * 99)
     with pytest.raises(InputError, match="not this model's tokenizer"):
         load_tokens(source(path), tokenizer, "calibration", (128, 50))
+
+
+def test_jsonl_keeps_line_breaks_of_unicode_and_takes_a_mark(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    texts = ["one\u2028two", "three\u0085four"]
+    rows = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    path.write_text("\ufeff" + "\r\n".join(rows), "utf-8")
+    assert read_texts(source(path), "calibration") == texts
+
+
+def test_a_name_that_no_system_has_is_one_line() -> None:
+    with pytest.raises(InputError, match="File name too long"):
+        read_texts(source(Path("x" * 5000)), "calibration")

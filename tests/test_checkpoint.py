@@ -6,10 +6,13 @@ import json
 import shutil
 import struct
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from moe2edge.checkpoint import Planned, open_checkpoint, read_all, write_checkpoint
@@ -65,7 +68,7 @@ def sharded(weight_map: dict[str, str]) -> Damage:
 NORM = "model.norm.weight"
 CASES: list[tuple[str, Damage, type[Moe2EdgeError], str]] = [
     ("no config", lambda f: (f / "config.json").unlink(), InputError, "is no checkpoint"),
-    ("config is no JSON", spoil_config, InputError, "cannot be read"),
+    ("config is no JSON", spoil_config, InputError, "is damaged"),
     (
         "no weights",
         lambda f: (f / "model.safetensors").unlink(),
@@ -215,3 +218,28 @@ def test_shards_are_written_one_tensor_at_a_time(
 def test_a_tensor_that_is_not_as_planned_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="planned"):
         write_checkpoint(tmp_path, [Planned("t", (2,), "F32", lambda: torch.ones(3))])
+
+
+def test_each_file_is_opened_once(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+
+    def counting(path: Path, framework: str) -> Any:
+        opened.append(path)
+        return safe_open(path, framework=framework)
+
+    monkeypatch.setattr("moe2edge.checkpoint.safe_open", counting)
+    folder = tiny("olmoe", num_hidden_layers=2)
+    for _, _, weight in open_checkpoint(str(folder)).model.tensors():
+        weight.load()
+    assert opened == [folder / "model.safetensors"]
+
+
+def test_a_file_that_was_written_anew_is_read_anew(tmp_path: Path) -> None:
+    for value in (1.0, 2.0):
+        write_checkpoint(tmp_path, [Planned("t", (3,), "F32", partial(torch.full, (3,), value))])
+        assert [float(t[0]) for _, t in read_all(tmp_path)] == [value]
+
+
+def test_a_revision_is_named_once(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="give one"):
+        open_checkpoint("org/name@main", revision="other", cache_dir=tmp_path)

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import yaml
 from click.testing import CliRunner, Result
+from safetensors.torch import load_file, save_file
 
 from moe2edge import recipe, registry
 from moe2edge.cli import main
@@ -335,3 +339,117 @@ def test_threads_rule_torch_and_the_onnx_session(
     finally:
         torch.set_num_threads(before)
     assert seen == [(3, 3)]
+
+
+def test_a_failing_rename_leaves_the_old_output(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    assert export(tiny("mixtral"), out, "onnx", "-r", "w4-rtn").exit_code == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    rename = Path.rename
+
+    def failing(self: Path, to: Path) -> Path:
+        if self.name == "out" and self.parent.name == "out.partial":
+            raise OSError(5, "Input/output error", str(to))
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    assert export(tiny("mixtral"), out, "onnx", "-r", "w4-rtn", "--force").exit_code == 1
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_force_spares_files_of_the_user(pair: Path, tiny: Make, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(pair, out)
+    (out / "gptq" / "notes.txt").write_text("mine")
+    result = export(tiny("olmoe"), out, "onnx", "-r", "w4-rtn", "--force")
+    assert result.exit_code == 2
+    assert "such as gptq/notes.txt" in result.stderr
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "nowhere")
+    assert export(tiny("olmoe"), link, "onnx", "-r", "w4-rtn").exit_code == 2
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("recipe", ["w4-rtn", "w4"])
+def test_numbers_that_are_not_finite_are_refused(
+    tiny: Make, tmp_path: Path, bad: float, recipe: str
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny("olmoe"), folder)
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.experts.3.up_proj.weight"
+    tensors[name][2, 3] = bad
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    result = export(folder, tmp_path / "out", "onnx", "-r", recipe)
+    assert result.exit_code == 2, result.output
+    assert f"{name} holds numbers that are not finite" in result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "text.txt"]
+
+
+def test_the_group_size_is_that_of_the_whole_source(tiny: Make, tmp_path: Path) -> None:
+    # The dense block, 96 wide, is the last one, and may be the one that is dropped.
+    model = tiny(
+        "qwen3_moe", hidden_size=128, head_dim=32, moe_intermediate_size=128,
+        intermediate_size=96, mlp_only_layers=[2],
+    )  # fmt: skip
+    out = tmp_path / "out"
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("passes: [{block_drop: {drop: 1}}, rtn]")
+    result = export(model, out, "gptq", "-r", recipe)
+    assert result.exit_code == 0, result.output
+    assert "rtn: w4a16, group size 32" in result.stderr
+    config = json.loads((out / "quantize_config.json").read_text())
+    assert config["group_size"] == 32
+    resolved = yaml.safe_load((out / "recipe.resolved.yaml").read_text())
+    assert resolved["passes"][1]["rtn"]["group_size"] == 32
+
+
+def test_a_shipped_error_beyond_the_usual_is_a_warning(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moe2edge import verify
+
+    monkeypatch.setattr(verify, "SHIPPED_USUAL", 0.0)
+    result = export(tiny("mixtral"), tmp_path / "out", "onnx", "-r", "w4-rtn")
+    assert result.exit_code == 0
+    assert "warning: onnx as shipped differs from PyTorch by" in result.stderr
+    monkeypatch.setattr(verify, "SHIPPED_TOLERANCE", 0.0)
+    result = export(tiny("mixtral"), tmp_path / "other", "onnx", "-r", "w4-rtn")
+    assert result.exit_code == 7
+    assert "at most 0%" in result.stderr
+
+
+def test_a_model_that_could_not_be_verified_is_refused_first(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: types.SimpleNamespace(total=300_000))
+    result = export(tiny("olmoe"), tmp_path / "out", "gptq", "-r", "w4-rtn")
+    assert result.exit_code == 5
+    assert "this machine has 0.0 GB" in result.stderr
+
+
+def test_a_fault_of_ours_is_one_line_and_one_json_document(
+    tiny: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moe2edge import checkpoint
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("out of\nluck")
+
+    monkeypatch.setattr(checkpoint, "open_checkpoint", broken)
+    monkeypatch.setattr(sys, "argv", ["moe2edge", "inspect", "x", "--json"])
+    result = run("inspect", tiny("olmoe"), "--json")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["error"]["message"].startswith("RuntimeError: out of luck")
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_session_writes_nothing_into_the_home(pair: Path, tmp_path: Path) -> None:
+    environment = {key: v for key, v in os.environ.items() if key != "ORT_DISABLE_TELEMETRY"}
+    environment |= {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    command = [sys.executable, "-m", "moe2edge", "generate", str(pair / "onnx"), "ab", "-n", "2"]
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    assert list(tmp_path.rglob("*onnxruntime*")) == []

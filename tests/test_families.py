@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -112,3 +115,38 @@ def test_layer_types_that_are_not_known_are_refused() -> None:
 def test_other_models_are_refused(config: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         family_of(config)
+
+
+WRONG: list[tuple[str, dict[str, Any], str]] = [
+    ("mixtral", {"rms_norm_eps": "x"}, "rms_norm_eps is 'x', expected: a valid number"),
+    ("mixtral", {"rms_norm_eps": 0}, "rms_norm_eps is 0, expected: greater than 0"),
+    ("mixtral", {"rope_scaling": "linear"}, "rope_scaling is 'linear', expected"),
+    ("mixtral", {"rope_parameters": [1]}, "rope_parameters is [1], expected"),
+    ("mixtral", {"rope_theta": "x"}, "rope_theta is 'x', expected"),
+    ("mixtral", {"rope_parameters": {"rope_theta": "x"}}, "rope_parameters.rope_theta is 'x'"),
+    ("mixtral", {"sliding_window": "x"}, "sliding_window is 'x', expected: a valid integer"),
+    ("mixtral", {"sliding_window": -4}, "sliding_window is -4, expected: greater than"),
+    ("mixtral", {"eos_token_id": "<end>"}, "eos_token_id is '<end>', expected"),
+    ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok is 9, but there are 6 experts"),
+    ("olmoe", {"clip_qkv": "x"}, "clip_qkv is 'x', expected"),
+    ("qwen2_moe", {"mlp_only_layers": 3}, "mlp_only_layers is 3, expected: a valid list"),
+    ("qwen2_moe", {"decoder_sparse_step": "a"}, "decoder_sparse_step is 'a', expected"),
+    (
+        "qwen2_moe",
+        {"use_sliding_window": True, "layer_types": ["full_attention"]},
+        "layer_types names 1 blocks, num_hidden_layers 3",
+    ),
+]
+
+
+@pytest.mark.parametrize(("family", "changes", "message"), WRONG, ids=[m for _, _, m in WRONG])
+def test_wrong_values_are_refused_in_one_line(
+    tiny: Make, tmp_path: Path, family: str, changes: dict[str, Any], message: str
+) -> None:
+    shutil.copytree(tiny(family), tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(InputError) as caught:
+        _ = open_checkpoint(str(tmp_path / "model")).model
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -11,25 +13,34 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import logging
 
+from moe2edge import registry
+from moe2edge.artifact import write_manifest
+from moe2edge.cli import main
 from moe2edge.errors import InputError, Moe2EdgeError
 from moe2edge.generate import (
     choose,
     context_length,
     encode_prompt,
     generate,
+    room,
     stop_ids,
     stream_text,
 )
-from moe2edge.testing import make_checkpoint
+from moe2edge.testing import make_checkpoint, make_tokenizer
 from moe2edge.torch_runtime import TorchRuntime, open_source
 
 
 class Counting:
     """After token n comes n + 1, most likely; ``calls`` tells what was asked of it."""
+
+    dtype = "float32"
+    threads = 1
 
     def __init__(self, vocabulary: int = 10) -> None:
         self.vocabulary = vocabulary
@@ -43,7 +54,7 @@ class Counting:
 
     def start(self, ids: Sequence[int]) -> Tensor:
         self.calls.append(list(ids))
-        return torch.stack([self._after(token) for token in ids])
+        return self._after(ids[-1])
 
     def step(self, token: int) -> Tensor:
         self.calls.append(token)
@@ -98,11 +109,11 @@ def test_cached_steps_equal_a_whole_run(tmp_path: Path, family: str) -> None:
     runtime = open_source(tmp_path / "m", dtype="float32")
     ids = list(range(3, 23))
     whole = runtime.logits(torch.tensor([ids, ids[::-1]]))[0]
-    steps = [*runtime.start(ids[:12]), *(runtime.step(token) for token in ids[12:])]
+    steps = [runtime.start(ids[:12]), *(runtime.step(token) for token in ids[12:])]
     assert whole.dtype == steps[-1].dtype == torch.float32
-    torch.testing.assert_close(torch.stack(steps), whole, atol=1e-4, rtol=0)
+    torch.testing.assert_close(torch.stack(steps), whole[11:], atol=1e-4, rtol=0)
     again = runtime.start(ids)  # a new sequence forgets the old one
-    torch.testing.assert_close(again, whole, atol=1e-4, rtol=0)
+    torch.testing.assert_close(again, whole[-1], atol=1e-4, rtol=0)
 
 
 def test_a_source_runs_in_the_dtype_asked_for(tmp_path: Path) -> None:
@@ -184,7 +195,8 @@ def test_tokens_ruled_out_by_the_model_are_never_drawn() -> None:
         ({"top_p": 0.0}, "top_p is 0.0"),
         ({"top_p": 1.5}, "top_p is 1.5"),
         ({"top_k": -1}, "top_k is -1"),
-        ({"context": 5}, "has 2 tokens and 4 more are asked for, but the model holds 5"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": 1 << 64}, "seed is 18446744073709551616"),
     ],
 )
 def test_settings_are_checked_before_anything_runs(settings: dict[str, Any], message: str) -> None:
@@ -197,6 +209,105 @@ def test_settings_are_checked_before_anything_runs(settings: dict[str, Any], mes
 def test_a_prompt_without_tokens() -> None:
     with pytest.raises(InputError, match="the prompt has no tokens"):
         generate(Counting(), [], max_tokens=1)
+
+
+def test_a_prompt_computes_no_more_logits_than_those_after_it(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "m", "olmoe")
+    runtime = open_source(tmp_path / "m")
+    shapes = []
+    runtime.model.lm_head.register_forward_hook(lambda *call: shapes.append(call[-1].shape))
+    assert runtime.start(list(range(40))).shape == (96,)
+    assert shapes == [(1, 1, 96)]
+    with pytest.raises(InputError, match="at least one token"):
+        runtime.start([])
+
+
+def test_room_behind_a_prompt() -> None:
+    assert [room(5, 4, None), room(5, 4, 9), room(5, 4, 8), room(5, 4, 6)] == [4, 4, 3, 1]
+    with pytest.raises(InputError, match="has 5 tokens, but the model holds 5"):
+        room(5, 4, 5)
+
+
+@pytest.fixture(params=["hf", "gptq", "onnx"])
+def opened(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[Path, list[Counting]]]:
+    """A folder of a target whose model holds 8 tokens and counts, and what was opened of it."""
+    make_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text('{"max_position_embeddings": 8, "eos_token_id": 0}')
+    write_manifest(tmp_path, request.param)
+    made: list[Counting] = []
+
+    def reopen(*_: object, **__: object) -> Counting:
+        made.append(Counting(96))
+        return made[-1]
+
+    monkeypatch.setattr(type(registry.target(request.param)), "reopen", reopen)
+    verbosity = logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
+    yield tmp_path, made
+    logging.set_verbosity(verbosity)
+    if bars:
+        logging.enable_progress_bar()
+
+
+def command(folder: Path, *arguments: str) -> Any:
+    return CliRunner().invoke(main, ["generate", str(folder), *arguments])
+
+
+@pytest.mark.parametrize(
+    ("asked", "made", "note"),
+    [
+        (("-n", "3"), "def", ""),
+        (("-n", "5"), "defgh", ""),
+        ((), "defgh", "note: at most 5 tokens instead of 64; the prompt has 3 of the 8 that the "),
+        (("-n", "6"), "defgh", "note: at most 5 tokens instead of 6; "),
+    ],
+)
+def test_the_command_goes_on_up_to_the_last_position(
+    opened: tuple[Path, list[Counting]], asked: tuple[str, ...], made: str, note: str
+) -> None:
+    result = command(opened[0], "abc", *asked)
+    # The tokenizer writes a space between tokens.
+    assert (result.exit_code, result.stdout.replace(" ", "")) == (0, f"abc{made}\n")
+    assert result.stderr.startswith(note)
+    assert result.stderr.count("\n") == bool(note)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("abcdefgh",), "the prompt has 8 tokens, but the model holds 8"),
+        (("",), "the prompt has no tokens"),
+        (("abc", "-n", "0"), "max_tokens is 0"),
+        (("abc", "--top-p", "2"), "top_p is 2"),
+        (("abc", "--chat"), "no chat template"),
+    ],
+)
+def test_the_command_refuses_before_it_loads_the_model(
+    opened: tuple[Path, list[Counting]], arguments: tuple[str, ...], message: str
+) -> None:
+    result = command(opened[0], *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert opened[1] == []
+
+
+def test_settings_are_refused_before_anything_is_imported(tmp_path: Path) -> None:
+    write_manifest(tmp_path, "hf")
+    code = (
+        "import sys; from moe2edge.cli import main\n"
+        "try: main()\n"
+        "finally: print({'torch', 'transformers'} & set(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "generate", str(tmp_path), "a", "-n", "0"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, "set()\n")
+    assert done.stderr == "error: max_tokens is 0; give 1 or more\n"
 
 
 def test_logits_that_are_not_numbers_are_an_error() -> None:

@@ -133,8 +133,8 @@ def assert_same_model(folder: Path, name: str, want: Any) -> None:
     runtime = target(name).reopen(folder, exact=True)
     assert (runtime.logits(IDS) - wanted).abs().max() < 1e-4
     steps = [runtime.start(IDS[1, :9].tolist())]
-    steps += [runtime.step(token)[None] for token in IDS[1, 9:].tolist()]
-    assert (torch.cat(steps) - wanted[1]).abs().max() < 1e-4
+    steps += [runtime.step(token) for token in IDS[1, 9:].tolist()]
+    assert (torch.stack(steps) - wanted[1, 8:]).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("cut", CUTS)
@@ -178,9 +178,13 @@ def test_window_follows_its_block(name: str, tmp_path: Path) -> None:
     assert_same_model(export_cut(name, source, cut, tmp_path / "out"), name, want)
 
 
+@pytest.mark.parametrize("logits_too", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_uneven_model_generates_with_a_cache(family: str, tiny: Make, tmp_path: Path) -> None:
-    model = load(export_cut("gptq", tiny(family), UNEVEN, tmp_path / "out"))
+def test_uneven_model_generates_with_a_cache(
+    family: str, logits_too: bool, tiny: Make, tmp_path: Path
+) -> None:
+    source = tiny(family, output_router_logits=logits_too)
+    model = load(export_cut("gptq", source, UNEVEN, tmp_path / "out"))
     ids, mask = IDS.clone(), torch.ones_like(IDS)
     ids[0, :7] = mask[0, :7] = 0  # padded on the left
     greedy = {

@@ -8,23 +8,40 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from rich.console import Console
 from torch import Tensor
+from transformers.utils import logging
 
+from moe2edge import registry
 from moe2edge.artifact import write_manifest
+from moe2edge.checkpoint import BUILTIN, open_checkpoint
+from moe2edge.cli import main
 from moe2edge.errors import InputError, Moe2EdgeError, Unsupported
+from moe2edge.model import Weight
+from moe2edge.pipeline import selected
 from moe2edge.profile import measure, memory
 from moe2edge.profile.child import Phases, answer
-from moe2edge.profile.measure import PRESETS, Settings, cut_prompts, profile, sizes_of
+from moe2edge.profile.measure import (
+    PRESETS,
+    Settings,
+    cut_prompts,
+    fit_context,
+    profile,
+    sizes_of,
+)
 from moe2edge.profile.memory import Memory, Meter
 from moe2edge.profile.result import DEFINITIONS, Metric, Phase, metrics_of
 from moe2edge.profile.table import table
+from moe2edge.rounding import round_to_nearest
+from moe2edge.scheme import Scheme
 from moe2edge.testing import make_checkpoint, make_tokenizer
 
 PROMPTS = [[1 + (7 * n + i) % 90 for i in range(16)] for n in range(3)]
@@ -33,6 +50,9 @@ SMALL = Settings(gen_tokens=5, repeats=1, threads=1, timeout_s=120)
 
 class Clocked:
     """A runtime on a clock of its own: a start takes 2 s and 1 s per token, a step 0.5 s."""
+
+    dtype = "float16"
+    threads = 1
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -48,7 +68,7 @@ class Clocked:
 
     def start(self, ids: Sequence[int]) -> Tensor:
         self.work(2 + len(ids))
-        return torch.eye(9)[list(ids)]
+        return torch.eye(9)[ids[-1]]
 
     def step(self, token: int) -> Tensor:
         self.work(0.5)
@@ -90,6 +110,7 @@ def clocked_answer(gen_tokens: int, peaks: Sequence[int]) -> dict[str, Any]:
 def test_each_time_is_that_of_its_own_work_only() -> None:
     found = clocked_answer(4, range(10, 18))
     assert (found["import_s"], found["load_s"]) == (3, 7)
+    assert (found["dtype"], found["threads"]) == ("float16", 1)
     assert found["runs"] == [  # without the warm-up
         {"ttft_s": 5, "gaps_s": [0.5] * 3, "tokens": [6, 7, 8, 0]},
         {"ttft_s": 4, "gaps_s": [0.5] * 3, "tokens": [4, 5, 6, 7]},
@@ -238,7 +259,7 @@ def test_a_source_checkpoint_is_measured(measured: Any, checkpoint: Path) -> Non
             assert m.rss_anon > 0
             assert m.rss_file > 0
             assert m.rss_anon + m.rss_file <= m.peak_rss
-    assert result.env["threads"] == {"asked": 1, "torch": 1}
+    assert result.env["threads"] == {"asked": 1, "runtime": 1}
     assert result.sizes["weights"] == (checkpoint / "model.safetensors").stat().st_size
     assert not any("different tokens" in warning for warning in result.warnings)
 
@@ -279,6 +300,104 @@ def test_the_table_shows_every_metric_phase_and_size(measured: Any) -> None:
         assert label in text
     ttft = result.metrics["ttft_ms"].percentile(50)
     assert f"{ttft:.1f}" in text or f"{ttft:.2f}" in text
+
+
+# ---- one real profile of each target ----------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A folder of each target, and the source of them, by name; float16 throughout."""
+    root = tmp_path_factory.mktemp("outputs")
+    source = make_checkpoint(root / "source", "olmoe", dtype="float16")
+    whole = open_checkpoint(str(source)).model
+
+    def rounded(weight: Weight) -> Weight:
+        numbers = round_to_nearest(weight.load(), Scheme(group_size=32))
+        return replace(
+            weight,
+            load=numbers.dequantize,
+            scheme=numbers.scheme,
+            load_quantized=lambda: numbers,
+        )
+
+    small = whole
+    for block in whole.blocks:
+        new = {role: rounded(weight) for role, weight in selected(block)}
+        small = small.replace_block(block.with_weights(new))
+    for name, model in {"hf": whole, "gptq": small, "onnx": small}.items():
+        (root / name).mkdir()
+        registry.target(name).write(model, root / name)
+        write_manifest(root / name, name)
+    return {path.name: path for path in root.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("hf", "float16"), ("gptq", "bfloat16"), ("onnx", "float32"), ("source", "bfloat16")],
+)
+def test_a_profile_says_what_its_runtime_really_does(
+    name: str, dtype: str, outputs: dict[str, Path]
+) -> None:
+    result = profile(outputs[name], prompts=PROMPTS, settings=replace(SMALL, threads=3))
+    assert result.artifact["target"] == (None if name == "source" else name)
+    assert result.artifact["dtype"] == dtype
+    assert result.env["threads"] == {"asked": 3, "runtime": 3}
+    assert [result.metrics[m].n for m in ("import_ms", "ttft_ms", "ms_per_token")] == [1, 2, 8]
+    assert [phase.name for phase in result.phases] == ["import", "load", "prefill", "decode"]
+
+
+# Only numbers of modules and threads: all that is timed is in the child itself.
+SPLIT = """
+import json, os, sys
+from moe2edge.profile import child
+
+def count():
+    return set(sys.modules), len(os.listdir("/proc/self/task"))
+
+import_libraries, open_runtime = child._source(json.load(sys.stdin))
+import_libraries()
+modules, threads = count()
+runtime = open_runtime()
+late, more = count()
+heavy = ("torch", "transformers", "onnxruntime", "onnx", "numpy", "safetensors")
+late = sorted(m for m in late - modules if m.split(".")[0] in heavy)
+print(json.dumps({"late": late, "new_threads": more - threads, "threads": runtime.threads}))
+"""
+
+
+@pytest.mark.parametrize("name", ["hf", "gptq", "onnx", "source"])
+def test_libraries_are_imported_before_the_folder_is_loaded(
+    name: str, outputs: dict[str, Path]
+) -> None:
+    request = {
+        "folder": str(outputs[name]),
+        "target": None if name == "source" else name,
+        "dtype": "bfloat16",
+        "threads": 3,
+    }
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", SPLIT],
+        input=json.dumps(request),
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    found = json.loads(done.stdout)
+    assert found["late"] == []
+    assert found["threads"] == 3
+    if name == "onnx":  # the session works in the calling thread and in two of its own
+        assert found["new_threads"] == 2
+
+
+def test_a_library_that_is_missing_is_reported_with_a_remedy(
+    outputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "onnxruntime.py").write_text("raise ImportError('none here')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(Unsupported, match=r"pip install 'moe2edge\[cpu\]'"):
+        profile(outputs["onnx"], prompts=PROMPTS, settings=SMALL)
 
 
 class Spelling:
@@ -388,9 +507,7 @@ def test_what_libraries_print_does_not_spoil_the_answer() -> None:
 
 
 def test_different_tokens_are_a_warning(monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> None:
-    answers: Iterator[dict[str, Any]] = iter(
-        {**clocked_answer(n, range(10, 18)), "threads": 1} for n in (2, 3)
-    )
+    answers: Iterator[dict[str, Any]] = iter(clocked_answer(n, range(10, 18)) for n in (2, 3))
     monkeypatch.setattr(measure, "ask_child", lambda *_: next(answers))
     idle = {"cpu": {"usable": 2, "logical": 2}, "load_avg": 0.1}
     monkeypatch.setattr(measure, "environment", lambda: idle)
@@ -399,9 +516,7 @@ def test_different_tokens_are_a_warning(monkeypatch: pytest.MonkeyPatch, checkpo
 
 
 def test_a_busy_machine_is_a_warning(monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> None:
-    monkeypatch.setattr(
-        measure, "ask_child", lambda *_: {**clocked_answer(2, range(10, 18)), "threads": 1}
-    )
+    monkeypatch.setattr(measure, "ask_child", lambda *_: clocked_answer(2, range(10, 18)))
     busy = {"cpu": {"usable": None, "logical": 2}, "load_avg": 1.6}
     monkeypatch.setattr(measure, "environment", lambda: busy)
     (warning,) = profile(checkpoint, prompts=PROMPTS).warnings
@@ -419,14 +534,106 @@ def test_input_that_is_refused_before_a_process_starts(checkpoint: Path, tmp_pat
         profile(tmp_path / "none", text="")
     with pytest.raises(InputError, match="neither an output folder"):
         profile(tmp_path, text="")
+    too_much = Settings(prompt_tokens=100, gen_tokens=29)
     with pytest.raises(InputError, match="do not fit the 128 tokens that the model holds"):
-        profile(checkpoint, text="", settings=Settings(prompt_tokens=100, gen_tokens=29))
+        profile(checkpoint, text="", settings=too_much)
+    with pytest.raises(InputError, match="128 prompt tokens and 1 generated ones do not fit"):
+        profile(checkpoint, prompts=[[1] * 128] * 2, settings=too_much, fixed=("threads",))
     with pytest.raises(InputError, match="the text has 0 tokens"):
         profile(checkpoint, settings=Settings(prompt_tokens=8, gen_tokens=8))
     with pytest.raises(InputError, match=r"2 prompts of lengths \[1, 2\]"):
         profile(checkpoint, prompts=[[1], [1, 2]])
     with pytest.raises(InputError, match=r"1 prompts of lengths \[1\]; give at least two"):
         profile(checkpoint, prompts=[[1]])
+
+
+@pytest.mark.parametrize(
+    ("fixed", "context", "expected"),
+    [
+        ((), None, (512, 128)),
+        ((), 640, (512, 128)),
+        ((), 512, (410, 102)),
+        ((), 2, (1, 1)),
+        (("threads",), 128, (103, 25)),
+        (("prompt_tokens",), 512, None),
+        (("prompt_tokens",), 600, (512, 88)),
+        (("gen_tokens",), 512, (384, 128)),
+        (("gen_tokens",), 128, None),
+        (("prompt_tokens", "gen_tokens"), 639, None),
+        (("prompt_tokens", "gen_tokens"), 640, (512, 128)),
+    ],
+)
+def test_a_preset_shrinks_to_the_context_and_the_users_own_sizes_do_not(
+    fixed: tuple[str, ...], context: int | None, expected: tuple[int, int] | None
+) -> None:
+    full = PRESETS["full"]
+    if expected is None:
+        with pytest.raises(InputError, match=f"do not fit the {context} tokens"):
+            fit_context(full, context, fixed)
+        return
+    found, warnings = fit_context(full, context, fixed)
+    assert (found.prompt_tokens, found.gen_tokens) == expected
+    assert replace(found, prompt_tokens=512, gen_tokens=128) == full
+    if expected == (512, 128):
+        assert warnings == ()
+    else:
+        said = f"the model holds {context} tokens: {expected[0]} prompt tokens and {expected[1]} "
+        assert len(warnings) == 1
+        assert warnings[0].startswith(said)
+        assert warnings[0].endswith("not 512 and 128")
+
+
+# ---- the command ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def commanded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
+    """Runs the command with a clock in place of fresh processes."""
+    monkeypatch.setattr(measure, "ask_child", lambda *_: clocked_answer(2, range(10, 18)))
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    yield lambda *arguments: CliRunner().invoke(main, ["profile", *map(str, arguments)])
+    logging.set_verbosity(verbosity)
+    if bars:
+        logging.enable_progress_bar()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_fits_the_built_in_model(commanded: Any, preset: str) -> None:
+    result = commanded(BUILTIN, "--preset", preset, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    work = found["workload"]
+    assert work["prompt_tokens"] + work["gen_tokens"] <= 512
+    shrunk = [w for w in found["warnings"] if w.startswith("the model holds 512 tokens")]
+    assert len(shrunk) == (preset == "full")
+
+
+def test_a_size_that_the_user_gave_is_not_shrunk(commanded: Any, checkpoint: Path) -> None:
+    result = commanded(checkpoint, "--prompt-tokens", 128)
+    assert result.exit_code == 2
+    assert "128 prompt tokens and 1 generated ones do not fit the 128" in result.stderr
+    found = json.loads(commanded(checkpoint, "--gen-tokens", 100, "--json").stdout)
+    assert (found["workload"]["prompt_tokens"], found["workload"]["gen_tokens"]) == (28, 100)
+
+
+def test_a_model_of_the_hub(
+    commanded: Any, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[tuple[object, ...]] = []
+
+    def download(name: str, **options: Any) -> str:
+        asked.append((name, options["revision"], options["cache_dir"]))
+        return str(checkpoint)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    result = commanded("org/name", "--revision", "v2", "--cache-dir", tmp_path, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["artifact"]["path"] == str(checkpoint)
+    assert asked == [("org/name", "v2", tmp_path)]
+    for name in ("no-such-folder", checkpoint / "config.json"):
+        result = commanded(name)
+        assert result.exit_code == 2
+        assert "there is no folder" in result.stderr
 
 
 def test_presets_are_sound() -> None:

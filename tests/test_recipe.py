@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -110,3 +111,41 @@ def test_schema_knows_every_pass() -> None:
     assert json.loads(committed.read_text()) == schema, "run: moe2edge recipe schema > " + str(
         committed
     )
+
+
+UNREADABLE = [
+    ("passes: [", "the recipe is not YAML as expected: while parsing"),
+    ("passes: [rtn]\npasses: []", "'passes' stands there twice"),
+    ("passes: [{gptq: {bits: 4, bits: 4}}]", "'bits' stands there twice"),
+    ("passes: !!python/name:os.system", "could not determine a constructor"),
+    ("passes: " + "[" * 5000, "the recipe is not YAML as expected"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), UNREADABLE, ids=[m for _, m in UNREADABLE])
+def test_what_is_no_plain_yaml_is_one_line(text: str, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        recipe.parse(text)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("value", ["[", "!!python/name:os.system", "{a: 1, a: 2}"])
+def test_a_setting_that_is_no_plain_yaml_is_one_line(value: str) -> None:
+    with pytest.raises(InputError, match="is not YAML as expected"):
+        recipe.parse("passes: [gptq]", [f"gptq.group_size={value}"])
+
+
+def test_recipe_files_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_bytes(b"passes: [\xff]")
+    for name in (str(tmp_path / "r.yaml"), "x" * 5000):
+        with pytest.raises(InputError, match="cannot be read") as caught:
+            recipe.find(name)
+        assert "\n" not in str(caught.value)
+
+
+def test_seeds_have_a_bound() -> None:
+    for place in ("calibration", "evaluation", "expert_drop"):
+        with pytest.raises(InputError, match=f"{place}.seed is {2**32}, expected"):
+            recipe.parse("passes: [{expert_drop: {keep: 2}}]", [f"{place}.seed={2**32}"])

@@ -148,6 +148,37 @@ def test_reopening_a_wrong_folder_fails(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_it_runs_as_stored_and_in_float32_where_that_is_asked(
+    dtype: str, tiny: Make, tmp_path: Path
+) -> None:
+    folder = written(open_model(tiny("mixtral", dtype=dtype)), tmp_path / "out")
+    stored, exact = HF.reopen(folder), HF.reopen(folder, exact=True)
+    assert (stored.dtype, exact.dtype) == (dtype, "float32")
+    ids = torch.arange(1, 21)[None]
+    wanted = {}
+    for name in (dtype, "float32"):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, name)).eval()
+        with torch.no_grad():
+            wanted[name] = model(ids, use_cache=False).logits.float()
+    assert torch.equal(stored.logits(ids), wanted[dtype])
+    assert torch.equal(exact.logits(ids), wanted["float32"])
+    assert torch.equal(wanted[dtype], wanted["float32"]) == (dtype == "float32")
+
+
+def test_a_folder_without_embeddings_has_no_dtype(tiny: Make, tmp_path: Path) -> None:
+    folder = written(open_model(tiny("olmoe")), tmp_path / "out")
+    tensors = load_file(folder / "model.safetensors")
+    table = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(VerificationFailed, match=r"has no model\.embed_tokens\.weight"):
+        HF.reopen(folder)
+    tensors["model.embed_tokens.weight"] = table.int()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(VerificationFailed, match=r"embed_tokens\.weight in .* is I32"):
+        HF.reopen(folder)
+
+
 def test_programs_that_load_it(tiny: Make, tmp_path: Path) -> None:
     def verdicts(folder: Path) -> dict[str, str]:
         return {loader.program: loader.verdict for loader in HF.loaders(open_model(folder))}

@@ -20,6 +20,7 @@ from moe2edge.pipeline import selected
 from moe2edge.rounding import round_to_nearest
 from moe2edge.scheme import Scheme
 from moe2edge.targets import _onnx_runtime
+from moe2edge.targets._onnx_runtime import OnnxRuntime
 from moe2edge.targets.onnx import Onnx
 from moe2edge.testing import Make
 
@@ -162,8 +163,8 @@ def assert_logits(folder: Path, stock: Any, ids: Tensor) -> None:
     runtime = Onnx().reopen(folder, exact=True)
     assert (runtime.logits(ids) - expected).abs().max() < TOLERANCE
     tokens = ids[0].tolist()
-    found = [runtime.start(tokens[:-32]), *(runtime.step(t)[None] for t in tokens[-32:])]
-    assert (torch.cat(found) - expected[0]).abs().max() < TOLERANCE
+    found = [runtime.start(tokens[:-32]), *(runtime.step(t) for t in tokens[-32:])]
+    assert (torch.stack(found) - expected[0, -33:]).abs().max() < TOLERANCE
 
 
 @pytest.mark.parametrize("cut", CUTS)
@@ -270,11 +271,58 @@ def test_caches_grow_up_to_the_last_position(
     ids = ids_of(128)
     expected = stock_logits(reference(both.checkpoint), ids)[0]
     tokens = ids[0].tolist()
-    found = [runtime.start(tokens[:3]), *(runtime.step(t)[None] for t in tokens[3:])]
-    assert (torch.cat(found) - expected).abs().max() < TOLERANCE
+    found = [runtime.start(tokens[:3]), *(runtime.step(t) for t in tokens[3:])]
+    assert (torch.stack(found) - expected[2:]).abs().max() < TOLERANCE
     with pytest.raises(InputError, match="129 tokens, but the model has 128 positions"):
         runtime.step(0)
-    assert (runtime.start(tokens[:5]) - expected[:5]).abs().max() < TOLERANCE
+    assert (runtime.start(tokens[:5]) - expected[4]).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("window", [False, True], ids=["whole", "window"])
+@pytest.mark.parametrize(("chunk", "length"), [(None, 600), (None, 512), (7, 40), (1, 5), (40, 40)])
+def test_a_prompt_in_chunks_equals_a_whole_run(
+    chunk: int | None,
+    length: int,
+    window: bool,
+    pair: Pairs,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if chunk is not None:
+        monkeypatch.setattr(_onnx_runtime, "CHUNK", chunk)
+    changes = {"sliding_window": 20} if window else {}
+    both = pair("mixtral", int4=True, max_position_embeddings=1024, **changes)
+    runtime = Onnx().reopen(written(both.model, tmp_path), exact=True)
+    assert isinstance(runtime, OnnxRuntime)
+    rows: list[int] = []
+    bind = runtime._bind_output
+
+    def record(name: str, array: Any) -> None:
+        if name == "logits":
+            rows.append(array.shape[1])
+        bind(name, array)
+
+    monkeypatch.setattr(runtime, "_bind_output", record)
+    ids = ids_of(length + 20)
+    whole = runtime.logits(ids)[0]
+    tokens = ids[0].tolist()
+    for _ in range(2):  # the second time with caches that hold another sequence
+        found = [runtime.start(tokens[:length]), *(runtime.step(t) for t in tokens[length:])]
+        assert (torch.stack(found) - whole[length - 1 :]).abs().max() < TOLERANCE
+    assert max(rows) == min(chunk or 256, length)
+
+
+def test_a_prompt_that_cannot_be_run_is_refused_before_its_first_chunk(
+    pair: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_onnx_runtime, "CHUNK", 2)
+    runtime = Onnx().reopen(written(pair("mixtral").model, tmp_path))
+    assert isinstance(runtime, OnnxRuntime)
+    monkeypatch.setattr(runtime, "_extend", None)
+    with pytest.raises(InputError, match="the vocabulary has 96"):
+        runtime.start([1, 2, 3, 96])
+    with pytest.raises(InputError, match="129 tokens, but the model has 128 positions"):
+        runtime.start([1] * 129)
 
 
 # ---- accuracy level ----------------------------------------------------------------------------

@@ -272,6 +272,7 @@ def test_genai_config(opened: Open, tmp_path: Path) -> None:
     model = opened("qwen3_moe", eos_token_id=[5, 7], pad_token_id=None).keep_blocks([0, 2])
     found = json.loads((written(model, tmp_path) / "genai_config.json").read_text())
     decoder = found["model"].pop("decoder")
+    assert decoder["session_options"]["session.intra_op.allow_spinning"] == "1"
     assert found == {
         "model": {
             "type": "decoder",
@@ -295,6 +296,12 @@ def test_genai_config(opened: Open, tmp_path: Path) -> None:
     names = {value.name for value in (*graph.input, *graph.output)}
     patterns = [v for part in ("inputs", "outputs") for v in decoder[part].values()]
     assert names == {p.replace("%d", str(n)) for p in patterns for n in range(2)}
+
+
+def test_genai_ends_where_the_generation_config_says(opened: Open, tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [9, 3]}')
+    found = json.loads((written(opened("olmoe"), tmp_path) / "genai_config.json").read_text())
+    assert found["model"]["eos_token_id"] == [3, 9]
 
 
 def test_config_is_that_of_the_cut_model(opened: Open, tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ from moe2edge import registry, verify
 from moe2edge.artifact import open_artifact, write_manifest
 from moe2edge.cli import main
 from moe2edge.errors import VerificationFailed
+from moe2edge.rounding import Quantized
+from moe2edge.scheme import Scheme
 from moe2edge.testing import Make
 
 
@@ -151,7 +153,7 @@ def test_logits_alone_find_swapped_experts(
     onnx_swap(folder)
     target, recorded = registry.target("onnx"), verify.Reference.read(folder)
     with pytest.raises(VerificationFailed, match="logits in the runtime differ"):
-        verify.parity(recorded, target.reopen(folder, exact=True), target.reopen(folder))
+        verify.parity(recorded, target, folder)
 
 
 def test_a_missing_or_damaged_reference(folders: Path, tmp_path: Path) -> None:
@@ -170,8 +172,7 @@ def test_a_missing_or_damaged_reference(folders: Path, tmp_path: Path) -> None:
 def test_tensors_that_come_or_go(folders: Path) -> None:
     recorded = verify.Reference.read(folders / "onnx")
     pairs = [(name, torch.ones(2)) for name in ("a", "b")]
-    probes = {name: verify.probe(name, value) for name, value in pairs}
-    small = replace(recorded, probes=probes)
+    small = replace(recorded, digests={name: verify.digest(value) for name, value in pairs})
     assert verify.check_tensors(small, pairs) == 2
     with pytest.raises(VerificationFailed, match="1 tensors are missing, such as b"):
         verify.check_tensors(small, pairs[:1])
@@ -181,12 +182,38 @@ def test_tensors_that_come_or_go(folders: Path) -> None:
         verify.check_tensors(small, [pairs[0], ("b", torch.tensor([1.0, 1.0001]))])
 
 
-def test_probes_tell_names_and_entries_apart() -> None:
+def test_a_digest_tells_every_bit_and_form_apart() -> None:
     value = torch.randn(4, 6)
-    assert verify.probe("a", value) != verify.probe("b", value)
     changed = value.clone()
-    changed[3, 5] += 1e-6
-    assert verify.probe("a", value) != verify.probe("a", changed)
+    changed.view(torch.int32)[3, 5] ^= 1
+    scheme = Scheme(group_size=32)
+    q = torch.zeros(4, 32, dtype=torch.uint8)
+    packed = Quantized(q, torch.ones(4, 1), scheme)
+    forms: list[torch.Tensor | Quantized] = [value, changed, value.view(6, 4), value.double(), q]
+    forms += [packed, Quantized(q, torch.full((4, 1), 2.0), scheme)]
+    assert len({verify.digest(form) for form in forms}) == len(forms)
+    assert verify.digest(value) == verify.digest(value.clone())
+
+
+def test_another_model_as_reference_is_refused(tiny: Make, folders: Path) -> None:
+    for vocabulary in (52, 200):
+        other = tiny("olmoe", vocab_size=vocabulary)
+        result = CliRunner().invoke(
+            main, ["verify", str(folders / "gptq"), "--reference", str(other)]
+        )
+        assert result.exit_code == 2, result.output
+        assert f"{vocabulary} entries in its vocabulary, the folder 96" in result.stderr
+
+
+def test_a_folder_of_links_is_verified_as_the_hub_keeps_it(folders: Path, tmp_path: Path) -> None:
+    blobs, folder = tmp_path / "blobs", tmp_path / "snapshot"
+    blobs.mkdir()
+    folder.mkdir()
+    for n, path in enumerate(sorted((folders / "onnx").iterdir())):
+        shutil.copyfile(path, blobs / f"{n:040x}")
+        (folder / path.name).symlink_to(blobs / f"{n:040x}")
+    result = check(folder)
+    assert result.exit_code == 0, result.output
 
 
 @pytest.mark.parametrize("renew", [False, True])

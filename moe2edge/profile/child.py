@@ -12,12 +12,13 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe2edge.artifact import read_json
+from moe2edge.checkpoint import read_json
 from moe2edge.errors import Moe2EdgeError
 from moe2edge.generate import generate
 from moe2edge.profile.memory import Memory, Meter
@@ -72,7 +73,8 @@ def answer(
         clock: seconds.
 
     Returns:
-        ``import_s``, ``load_s``, ``runs`` (``ttft_s``, ``gaps_s``, ``tokens``), ``memory``.
+        ``import_s``, ``load_s``, ``runs`` (``ttft_s``, ``gaps_s``, ``tokens``), ``memory``; of the
+        runtime ``dtype`` and ``threads``.
     """
     phases.start()
     begin = clock()
@@ -90,6 +92,8 @@ def answer(
         "load_s": load_s,
         "runs": runs[1:],
         "memory": phases.to_json(),
+        "dtype": runtime.dtype,
+        "threads": runtime.threads,
     }
 
 
@@ -134,54 +138,51 @@ def main() -> int:
 def _serve(request: dict[str, Any]) -> dict[str, Any]:
     phases = Phases(Meter())
     import_libraries, open_runtime = _source(request)
-    result = answer(
+    return answer(
         request, import_libraries=import_libraries, open_runtime=open_runtime, phases=phases
     )
-    import torch
-
-    return {**result, "threads": torch.get_num_threads()}
 
 
 def _source(request: dict[str, Any]) -> tuple[Callable[[], None], Callable[[], Runtime]]:
     """How to import and how to open what the request names."""
-    folder, target_name, threads = Path(request["folder"]), request["target"], request["threads"]
+    folder, name, threads = Path(request["folder"]), request["target"], request["threads"]
 
-    def import_source() -> None:
-        _import(("torch", "transformers.modeling_utils"), threads)
-        import transformers
-
-        # transformers imports the code of a model when its class is first asked for.
-        for name in read_json(folder / "config.json").get("architectures") or ():
-            getattr(transformers, name, None)
-
-    def open_source_folder() -> Runtime:
-        from moe2edge.torch_runtime import open_source
-
-        return open_source(folder, dtype=request["dtype"])
-
-    def import_target() -> None:
+    def import_libraries() -> None:
         from moe2edge.registry import target
 
-        # A target may name what its runtime imports, so that it does not count as loading.
-        _import(getattr(target(target_name), "libraries", ("torch",)), threads)
+        # A source runs as an output of the target hf does.
+        _import(target(name or "hf").libraries, folder)
+        if threads is not None:
+            import torch
 
-    def reopen() -> Runtime:
+            torch.set_num_threads(threads)
+
+    def open_runtime() -> Runtime:
         from moe2edge.registry import target
 
-        return target(target_name).reopen(folder)
+        if name is None:
+            from moe2edge.torch_runtime import open_source
 
-    if target_name is None:
-        return import_source, open_source_folder
-    return import_target, reopen
+            return open_source(folder, dtype=request["dtype"])
+        return target(name).reopen(folder)
+
+    return import_libraries, open_runtime
 
 
-def _import(names: Sequence[str], threads: int | None) -> None:
+def _import(names: Sequence[str], folder: Path) -> None:
+    """Import modules, and with transformers the code of the model in a folder."""
     for name in names:
-        importlib.import_module(name)
-    if threads is not None:
-        import torch
+        # What is missing is reported, with a remedy, where it is needed.
+        with suppress(ImportError):
+            importlib.import_module(name)
+    config = folder / "config.json"
+    if not any(name.startswith("transformers") for name in names) or not config.is_file():
+        return
+    import transformers
 
-        torch.set_num_threads(threads)
+    # transformers imports the code of a model when its class is first asked for.
+    for name in read_json(config).get("architectures") or ():
+        getattr(transformers, name, None)
 
 
 if __name__ == "__main__":

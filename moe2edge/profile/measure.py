@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,10 +18,9 @@ from moe2edge.artifact import (
     is_artifact,
     open_artifact,
     present_files,
-    read_json,
     tokenizer_of,
 )
-from moe2edge.checkpoint import file_sha256
+from moe2edge.checkpoint import file_sha256, read_json
 from moe2edge.errors import (
     DoesNotFit,
     InputError,
@@ -39,6 +38,8 @@ if TYPE_CHECKING:
 _ERRORS = {
     kind.exit_code: kind for kind in (InputError, DoesNotFit, Unsupported, VerificationFailed)
 }
+
+_SIZES = ("prompt_tokens", "gen_tokens")
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ def profile(
     text: str | None = None,
     prompts: Sequence[Sequence[int]] | None = None,
     settings: Settings | None = None,
+    fixed: Collection[str] | None = None,
     advance: Advance | None = None,
 ) -> Profile:
     """Measure an output of moe2edge in its runtime, or else a checkpoint in transformers, bf16.
@@ -94,18 +96,24 @@ def profile(
         text: natural text that prompts are cut from; random tokens would be routed unnaturally.
         prompts: token ids instead of text, all of one length; the first is the warm-up.
         settings: how much; with ``prompts``, their number and length count instead.
+        fixed: names of the settings that the user chose. Of ``prompt_tokens`` and ``gen_tokens``
+            any other is made smaller, with a warning, where the model holds fewer tokens. None:
+            all, if ``settings`` are given.
         advance: told after each process.
 
     Raises:
         InputError: the folder, the text or a setting is wrong.
         Moe2EdgeError: a process failed or took too long.
     """
+    if fixed is None:
+        fixed = _SIZES if settings else ()
     settings = settings or Settings()
     if prompts is not None:
         settings = _fit_prompts(settings, prompts)
+        fixed = {*fixed, "prompt_tokens"}
     settings.check()
     artifact, request = _subject(folder)
-    _check_context(folder, settings)
+    settings, shrunk = fit_context(settings, _context(folder), fixed)
     if prompts is None:
         prompts = cut_prompts(tokenizer_of(folder), text or "", settings)
     request |= {
@@ -120,18 +128,18 @@ def profile(
         answers.append(ask_child(request, settings))
         if advance is not None:
             advance("measure", n + 1, settings.repeats)
-    memory = answers[0]["memory"]
+    memory, threads = answers[0]["memory"], answers[0]["threads"]
     return Profile(
-        artifact=artifact,
+        artifact={**artifact, "dtype": answers[0]["dtype"]},
         workload=_workload(settings),
-        env={**env, "threads": {"asked": settings.threads, "torch": answers[0]["threads"]}},
+        env={**env, "threads": {"asked": settings.threads, "runtime": threads}},
         metrics=metrics_of(answers, settings.prompt_tokens),
         phases=phases_of(answers),
         memory_method=memory["method"],
         memory_reason=memory["reason"],
         sizes=sizes_of(folder),
         created=created,
-        warnings=_warnings(env, answers),
+        warnings=(*shrunk, *_warnings(env, answers)),
     )
 
 
@@ -234,7 +242,7 @@ def _subject(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             f"{folder} is neither an output folder (no {MANIFEST}) nor a checkpoint "
             "(no config.json)"
         )
-    about = {"path": str(folder), "target": None, "runtime": "transformers", "dtype": "bfloat16"}
+    about = {"path": str(folder), "target": None, "runtime": "transformers"}
     return about, {"folder": path, "target": None, "dtype": "bfloat16"}
 
 
@@ -248,16 +256,43 @@ def _fit_prompts(settings: Settings, prompts: Sequence[Sequence[int]]) -> Settin
     return replace(settings, prompts=len(prompts) - 1, prompt_tokens=lengths.pop())
 
 
-def _check_context(folder: Path, settings: Settings) -> None:
-    """Refuse what the model cannot hold, where its config says how much that is."""
+def _context(folder: Path) -> int | None:
+    """Tokens that the model in a folder holds, where its config says so."""
     path = folder / "config.json"
-    context = context_length(read_json(path)) if path.is_file() else None
-    wanted = settings.prompt_tokens + settings.gen_tokens
-    if context is not None and wanted > context:
+    return context_length(read_json(path)) if path.is_file() else None
+
+
+def fit_context(
+    settings: Settings, context: int | None, fixed: Collection[str]
+) -> tuple[Settings, tuple[str, ...]]:
+    """Settings that fit the context of the model, and a warning if they had to be changed.
+
+    Args:
+        settings: as wanted.
+        context: tokens that the model holds; None if it is not known.
+        fixed: names of settings that are the user's own; they stay as they are.
+
+    Raises:
+        InputError: what is fixed does not fit.
+    """
+    prompt, made = settings.prompt_tokens, settings.gen_tokens
+    if context is None or prompt + made <= context:
+        return settings, ()
+    if "gen_tokens" not in fixed:
+        # Without a prompt of the user's own, both shrink alike.
+        made = context - prompt if "prompt_tokens" in fixed else made * context // (prompt + made)
+        made = max(made, 1)
+    if "prompt_tokens" not in fixed:
+        prompt = max(context - made, 1)
+    if prompt + made > context:
         raise InputError(
-            f"{settings.prompt_tokens} prompt tokens and {settings.gen_tokens} generated ones "
-            f"do not fit the {context} tokens that the model holds; ask for fewer"
+            f"{prompt} prompt tokens and {made} generated ones do not fit the {context} tokens "
+            "that the model holds; ask for fewer"
         )
+    return replace(settings, prompt_tokens=prompt, gen_tokens=made), (
+        f"the model holds {context} tokens: {prompt} prompt tokens and {made} generated ones, "
+        f"not {settings.prompt_tokens} and {settings.gen_tokens}",
+    )
 
 
 def _workload(settings: Settings) -> dict[str, Any]:

@@ -24,6 +24,8 @@ DEFINITIONS: Mapping[str, str] = {
     "rss_file": "of that, mapped from files; the system can drop and reread it",
     "memory": "of each phase the largest over all processes",
     "weights": "bytes of the files that hold weights",
+    "dtype": "of activations between operators, as the runtime says",
+    "threads": "asked: null for one per core; runtime: of torch, or of the ONNX session",
     "env": "null where the system does not tell, or the package is not installed",
 }
 
@@ -114,7 +116,7 @@ class Profile:
     """One output, measured.
 
     Attributes:
-        artifact: what was measured (path, target, hash of its manifest, model).
+        artifact: what was measured (path, target, hash of its manifest, model, dtype).
         workload: how much work was given.
         env: machine and versions.
         metrics: by name, see `DEFINITIONS`.

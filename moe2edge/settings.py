@@ -1,0 +1,85 @@
+"""Types of the keys of ``config.json`` that families read, checked before anything reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from moe2edge.errors import InputError
+
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Natural = Annotated[int, Field(ge=0)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+class _Rope(_Strict):
+    rope_type: str | None = None
+    type: str | None = None
+    rope_theta: Positive | None = None
+    factor: Positive | None = None
+    partial_rotary_factor: Positive | None = None
+
+
+class _Settings(_Strict):
+    """Sizes are left to the rows, which know their spellings."""
+
+    hidden_act: str = "silu"
+    rms_norm_eps: Positive = 1e-5
+    rope_theta: Positive | None = None
+    rope_scaling: _Rope | None = None
+    rope_parameters: _Rope | None = None
+    partial_rotary_factor: Positive | None = None
+    clip_qkv: Positive | None = None
+    sliding_window: Natural | None = None
+    max_window_layers: Natural | None = None
+    use_sliding_window: bool | None = None
+    layer_types: list[str] | None = None
+    mlp_only_layers: list[int] | None = None
+    decoder_sparse_step: Count | None = None
+    attention_bias: bool | None = None
+    qkv_bias: bool | None = None
+    norm_topk_prob: bool | None = None
+    tie_word_embeddings: bool | None = None
+    bos_token_id: Natural | None = None
+    eos_token_id: Natural | list[Natural] | None = None
+    pad_token_id: Natural | None = None
+
+
+def check_types(config: Mapping[str, Any]) -> None:
+    """Refuse a config with a value of another type or range than its key has.
+
+    Raises:
+        InputError: with the key, the value and what is expected.
+    """
+    try:
+        _Settings.model_validate(config)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"] if part in config or part in _KEYS)
+        expected = first["msg"].removeprefix("Input should be ")
+        raise InputError(
+            f"config.json: {key} is {repr(first['input'])[:100]}, expected: {expected}"
+        ) from error
+
+
+_KEYS = frozenset(_Rope.model_fields)
+
+
+def whole_number(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """A positive whole number of the config.
+
+    Raises:
+        InputError: it is missing or something else.
+    """
+    value = config.get(key)
+    if value is None:
+        value = default
+    if type(value) is not int or value <= 0:
+        raise InputError(f"config.json: {key} must be a positive whole number, found {value!r}")
+    return value
