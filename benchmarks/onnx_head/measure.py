@@ -25,6 +25,8 @@ import onnxruntime as ort
 import torch
 from onnx import TensorProto, helper
 
+from moe2edge.profile.memory import Meter
+
 VOCABULARY, WIDTH, LENGTH, STEPS = 32768, 512, 128, 30
 NO_FOLDING = {"optimization.disable_specified_optimizers": "ConstantFolding"}
 KINDS = {
@@ -110,17 +112,10 @@ def write(form: Form, path: Path) -> None:
     onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=11), path)
 
 
-def memory() -> dict[str, int]:
-    """Bytes of this process: resident, of it anonymous and file-backed, highest so far."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    found = dict(line.split(":", 1) for line in lines)
-    keys = {"rss": "VmRSS", "anon": "RssAnon", "file": "RssFile", "peak": "VmHWM"}
-    return {name: int(found[key].split()[0]) * 1024 for name, key in keys.items()}
-
-
 def child(name: str, path: Path) -> dict[str, Any]:
     """Open the graph and run it; only onnxruntime and numpy have done any work in this process."""
     form = FORMS[name]
+    meter = Meter()
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = 1
@@ -129,7 +124,7 @@ def child(name: str, path: Path) -> dict[str, Any]:
     start = time.perf_counter()
     session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     seconds = time.perf_counter() - start
-    created = memory()
+    created = asdict(meter.read())
     ids = np.arange(LENGTH) * (VOCABULARY // LENGTH)
     logits = session.run(None, {"ids": ids[:1]})[0]
     times = []
@@ -137,7 +132,7 @@ def child(name: str, path: Path) -> dict[str, Any]:
         start = time.perf_counter()
         session.run(None, {"ids": ids[step : step + 1]})
         times.append(time.perf_counter() - start)
-    ran = memory()
+    ran = asdict(meter.read())
     logits = session.run(None, {"ids": ids})[0]
     np.save(path.with_suffix(".npy"), logits)
     return {"open_s": seconds, "created": created, "ran": ran, "ms": float(np.median(times)) * 1e3}
@@ -190,8 +185,8 @@ def table(results: dict[str, dict[str, Any]]) -> str:
             mib(r["disk"]),
             mib(r["created"]["rss"] - base["created"]["rss"]),
             mib(r["ran"]["rss"] - base["ran"]["rss"]),
-            mib(r["ran"]["anon"] - base["ran"]["anon"]),
-            mib(r["ran"]["peak"] - base["ran"]["peak"]),
+            mib(r["ran"]["rss_anon"] - base["ran"]["rss_anon"]),
+            mib(r["ran"]["peak_rss"] - base["ran"]["peak_rss"]),
             f"{r['open_s']:.2f}",
             f"{r['ms']:.1f}",
             f"{r['error']:.1e}",
