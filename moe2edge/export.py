@@ -199,6 +199,7 @@ class _Measured:
         after = before
         if model is not source:
             after = walk.observe(model, ids, (), watcher.advance, "evaluation: result")
+        watcher.log("recording what verify compares with")
         length = min(ids.shape[1], verify.PREFILL + verify.STEPS)
         rows = ids[: verify.SAMPLES, :length]
         reference = verify.record(
@@ -252,7 +253,9 @@ def _write(
         shutil.copyfile(companion, folder / companion.name)
     target.write(model, folder)
     measured.reference.save(folder)
+    watcher.log(f"reading {name} back")
     verify.audit(target, folder, model)
+    watcher.log(f"running {name}")
     parity, shipped = verify.parity(measured.reference, target, folder)
     if parity.shipped > verify.SHIPPED_USUAL:
         watcher.log(

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from moe2edge.model import Model
 
 
+# Positions at a time: of a large vocabulary, several copies of their logits are in memory.
+POSITIONS = 64
+
+
 @dataclass(frozen=True)
 class Quality:
     """Figures over held-out tokens.
@@ -57,13 +61,16 @@ def measure(ids: Tensor, logits: Iterable[Tensor], source: Iterable[Tensor] | No
     count = 0
     reference = iter(source) if source is not None else None
     for row, mine in zip(ids, logits, strict=True):
-        log_q = mine[:-1].log_softmax(-1)
-        nll -= float(log_q.gather(1, row[1:, None]).double().sum())
         count += len(row) - 1
-        if reference is not None:
-            log_p = next(reference)[:-1].log_softmax(-1)
-            kl += float((log_p.exp() * (log_p - log_q)).double().sum())
-            agree += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
+        theirs = None if reference is None else next(reference)
+        for at in range(0, len(row) - 1, POSITIONS):
+            part = slice(at, min(at + POSITIONS, len(row) - 1))
+            log_q = mine[part].log_softmax(-1)
+            nll -= float(log_q.gather(1, row[1:][part, None]).double().sum())
+            if theirs is not None:
+                log_p = theirs[part].log_softmax(-1)
+                kl += float((log_p.exp() * (log_p - log_q)).double().sum())
+                agree += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
     perplexity = math.exp(min(nll / count, 700.0))
     if reference is None:
         return Quality(count, perplexity)
