@@ -7,9 +7,10 @@ softmax of all router logits.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from moe2edge.walk import Seen
-
-Criterion = Literal["routing-score", "frequency", "reap", "random"]
 
 
 @dataclass(frozen=True)
@@ -41,18 +40,79 @@ class RoutingStatistics:
 
 
 @dataclass(frozen=True)
-class OutputStatistics:
-    """What experts put out, per MoE block by its origin.
+class LayerOutputs:
+    """What the experts of one MoE layer put out, over the tokens routed to each.
 
     Attributes:
-        experts: origins of the experts, in the order of the vectors.
-        gated_norm: float64 [E], sum over routed tokens of ``g_tj * ||f_j(h_t)||``.
+        experts: origins of the experts, in the order of the rows.
         counts: int64 [E], tokens routed to each expert.
+        mass: float64 [E], sum of ``g_tj``.
+        norm: float64 [E], sum of ``||f_j(h_t)||``.
+        squared_norm: float64 [E], sum of ``||f_j(h_t)||^2``.
+        gated_norm: float64 [E], sum of ``g_tj * ||f_j(h_t)||``.
+        largest: float64 [E], largest entry of any output, absolute.
+        mean: float64 [E, hidden], mean output.
+        scatter: float64 [E, hidden], sum of squared distances to the mean.
     """
 
-    experts: Mapping[int, tuple[int, ...]]
-    gated_norm: Mapping[int, Tensor]
-    counts: Mapping[int, Tensor]
+    experts: tuple[int, ...]
+    counts: Tensor
+    mass: Tensor
+    norm: Tensor
+    squared_norm: Tensor
+    gated_norm: Tensor
+    largest: Tensor
+    mean: Tensor
+    scatter: Tensor
+
+    @classmethod
+    def of(cls, block: Block, hidden: int) -> LayerOutputs:
+        """Nothing seen yet."""
+        experts = expert_origins(block)
+        count = len(experts)
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(count, *shape, dtype=torch.float64)
+
+        return cls(
+            experts=experts,
+            counts=torch.zeros(count, dtype=torch.int64),
+            mass=zeros(),
+            norm=zeros(),
+            squared_norm=zeros(),
+            gated_norm=zeros(),
+            largest=zeros(),
+            mean=zeros(hidden),
+            scatter=zeros(hidden),
+        )
+
+    def add(self, expert: int, outputs: Tensor, weights: Tensor) -> None:
+        """Take in outputs [n, hidden] of one expert and their gate weights [n], n at least 1.
+
+        Mean and scatter are merged as in Chan et al., 1979, which does not cancel.
+        """
+        outputs, weights = outputs.double(), weights.double()
+        norms = outputs.norm(dim=-1)
+        new = len(outputs)
+        total = int(self.counts[expert]) + new
+        mean = outputs.mean(0)
+        shift = mean - self.mean[expert]
+        self.scatter[expert] += (outputs - mean).square().sum(0)
+        self.scatter[expert] += shift.square() * (int(self.counts[expert]) * new / total)
+        self.mean[expert] += shift * (new / total)
+        self.counts[expert] = total
+        self.mass[expert] += weights.sum()
+        self.norm[expert] += norms.sum()
+        self.squared_norm[expert] += norms.square().sum()
+        self.gated_norm[expert] += (weights * norms).sum()
+        self.largest[expert] = max(float(self.largest[expert]), float(outputs.abs().max()))
+
+
+@dataclass(frozen=True)
+class OutputStatistics:
+    """`LayerOutputs` of every MoE block, by its origin."""
+
+    layers: Mapping[int, LayerOutputs]
 
 
 class RoutingObserver:
@@ -88,31 +148,24 @@ class OutputObserver:
     """Gathers `OutputStatistics`; runs every expert once more on the tokens routed to it."""
 
     def __init__(self) -> None:
-        self._experts: dict[int, tuple[int, ...]] = {}
-        self._norm: dict[int, Tensor] = {}
-        self._counts: dict[int, Tensor] = {}
+        self._layers: dict[int, LayerOutputs] = {}
 
     def see(self, seen: Seen) -> None:
         """Add one batch."""
         if seen.routing is None:
             return
         routing, key = seen.routing, seen.block.origin
-        experts = routing.logits.shape[1]
-        if key not in self._norm:
-            self._norm[key] = torch.zeros(experts, dtype=torch.float64)
-            self._experts[key] = expert_origins(seen.block)
-            self._counts[key] = torch.zeros(experts, dtype=torch.int64)
-        for expert in range(experts):
+        if key not in self._layers:
+            self._layers[key] = LayerOutputs.of(seen.block, routing.inputs.shape[-1])
+        for expert in range(routing.logits.shape[1]):
             token, place = torch.where(routing.ids == expert)
-            if len(token) == 0:
-                continue
-            norms = seen.expert_output(expert, routing.inputs[token]).norm(dim=-1)
-            self._norm[key][expert] += (routing.weights[token, place] * norms).double().sum()
-            self._counts[key][expert] += len(token)
+            if len(token):
+                outputs = seen.expert_output(expert, routing.inputs[token])
+                self._layers[key].add(expert, outputs, routing.weights[token, place])
 
     def fact(self) -> OutputStatistics:
         """The statistics."""
-        return OutputStatistics(self._experts, self._norm, self._counts)
+        return OutputStatistics(self._layers)
 
 
 def expert_origins(block: Block) -> tuple[int, ...]:
@@ -133,12 +186,58 @@ def frequency(statistics: RoutingStatistics, block: int) -> Tensor:
     return statistics.counts[block].double()
 
 
-def reap(statistics: OutputStatistics, block: int) -> Tensor:
+def soft_frequency(layer: LayerOutputs) -> Tensor:
+    """Sum of gate weights, ``sum g_tj``; float64 [E] (SEER in https://arxiv.org/abs/2606.15716)."""
+    return layer.mass
+
+
+def ean(layer: LayerOutputs) -> Tensor:
+    """Sum of output norms, ``sum ||f_j(h_t)||``; float64 [E] (https://arxiv.org/abs/2606.15716)."""
+    return layer.norm
+
+
+def reap(layer: LayerOutputs) -> Tensor:
     """Mean over the tokens routed to j of ``g_tj * ||f_j(h_t)||``; never routed: 0. float64 [E].
 
     REAP (https://arxiv.org/abs/2510.13999).
     """
-    return statistics.gated_norm[block] / statistics.counts[block].clamp(min=1)
+    return layer.gated_norm / layer.counts.clamp(min=1)
+
+
+def man(layer: LayerOutputs) -> Tensor:
+    """Mean output norm over routed tokens; float64 [E] (https://arxiv.org/abs/2606.15716)."""
+    return layer.norm / layer.counts.clamp(min=1)
+
+
+def msan(layer: LayerOutputs) -> Tensor:
+    """Mean squared output norm over routed tokens; float64 [E] (arXiv 2606.15716)."""
+    return layer.squared_norm / layer.counts.clamp(min=1)
+
+
+def mone(layer: LayerOutputs) -> Tensor:
+    """Output fluctuation times routing mass: ``||std_t f_j(h_t)|| * sum g_tj``; float64 [E].
+
+    The standard deviation is per output channel over routed tokens. MoNE
+    (https://arxiv.org/abs/2507.00390); its factor 1 / samples does not change the order.
+    """
+    variance = layer.scatter / layer.counts.clamp(min=1)[:, None]
+    return variance.sum(-1).sqrt() * layer.mass
+
+
+def magnitude(matrices: Sequence[Tensor]) -> float:
+    """Root mean square of all weights of an expert."""
+    count = sum(m.numel() for m in matrices)
+    return math.sqrt(sum(float(m.double().square().sum()) for m in matrices) / count)
+
+
+def aimer(matrices: Sequence[Tensor]) -> float:
+    """``- mean|W| / rms(W)`` over all weights of an expert; the highest ratio is dropped first.
+
+    AIMER, as in its code (ratio of absolute mean to root mean square; needs no data).
+    """
+    count = sum(m.numel() for m in matrices)
+    mean = sum(float(m.double().abs().sum()) for m in matrices) / count
+    return -mean / max(magnitude(matrices), 1e-300)
 
 
 def random_scores(experts: int, block: int, seed: int) -> Tensor:

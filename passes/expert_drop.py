@@ -1,11 +1,11 @@
-"""Remove the least useful experts of every MoE layer, with their router rows."""
+"""Remove the least useful experts of MoE layers, with their router rows."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, field_validator
 
@@ -13,24 +13,54 @@ from moe2edge.errors import InputError
 from moe2edge.model import Block, Model, MoELayer
 from moe2edge.pipeline import Facts, Observer, Outcome, Trim
 
-Choose = Callable[[Block, MoELayer], Iterable[int]]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moe2edge.saliency import LayerOutputs
+
+Criterion = Literal[
+    "routing-score", "frequency", "soft-frequency", "ean", "reap", "man", "msan", "mone",
+    "magnitude", "aimer", "random",
+]  # fmt: skip
+ROUTING, WEIGHTS = ("routing-score", "frequency"), ("magnitude", "aimer")
+# Super experts are looked for in this part of the blocks, from the first (REAP's code).
+GUARDED_PART, GUARDED_QUANTILE, GUARDED_RATIO = 0.75, 0.995, 0.1
+
+Ids = Mapping[int, list[int]]
 
 
 class ExpertDrop(Trim):
-    """Keep the experts of highest saliency in each layer, in their old order.
+    """Keep the experts of highest saliency, in their old order.
 
     Formulas of the criteria are in `moe2edge.saliency`. Experts and router rows go together; the
     softmax over the rows that stay renormalizes by itself.
     """
 
     keep: Annotated[
-        int | float,
-        Field(description="experts kept: a count, or a fraction of each layer, rounded up"),
+        int | float | list[int],
+        Field(
+            description="experts kept: a count, a fraction of each layer, rounded up, or a list "
+            "with a count for each MoE layer"
+        ),
     ]
-    criterion: Annotated[
-        Literal["routing-score", "frequency", "reap", "random"],
-        Field(description="how experts are scored"),
-    ] = "reap"
+    criterion: Annotated[Criterion, Field(description="how experts are scored")] = "reap"
+    scope: Annotated[
+        Literal["layer", "global"],
+        Field(
+            description="layer: each keeps so many; global: the layers share one budget, and the "
+            "best of all stay"
+        ),
+    ] = "layer"
+    floor: Annotated[
+        int | None,
+        Field(
+            ge=1, description="with scope global, experts that each layer keeps; none: its top-k"
+        ),
+    ] = None
+    protect_super_experts: Annotated[
+        bool, Field(description="keep experts with extreme outputs, whatever their score")
+    ] = False
+    reverse: Annotated[bool, Field(description="drop the best: an ablation")] = False
     clamp_top_k: Annotated[
         bool, Field(description="lower top-k where fewer experts stay than it chooses")
     ] = False
@@ -39,75 +69,156 @@ class ExpertDrop(Trim):
     @field_validator("keep", mode="before")
     @classmethod
     def _keep_is_sensible(cls, value: object) -> object:
+        if isinstance(value, list):
+            if not value or not all(type(count) is int and count >= 1 for count in value):
+                raise ValueError("a list of counts of at least 1, one for each MoE layer")
+            return value
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ValueError("a count (2) or a fraction (0.5)")
+            raise ValueError("a count (2), a fraction (0.5), or a list of counts")
         if not value > 0:
             raise ValueError("a count of at least 1, or a fraction between 0 and 1")
         if isinstance(value, float) and value > 1:
             raise ValueError("a fraction lies between 0 and 1; write a count without a point")
         return value
 
-    def count(self, experts: int) -> int:
-        """How many of ``experts`` stay.
+    def count(self, experts: int, position: int = 0) -> int:
+        """How many of ``experts`` stay in the MoE layer at ``position``.
 
         >>> ExpertDrop(keep=0.75).count(6), ExpertDrop(keep=4).count(6)
         (5, 4)
         """
+        if isinstance(self.keep, list):
+            return self.keep[position]
         if isinstance(self.keep, int):
             return self.keep
         return math.ceil(self.keep * experts - 1e-9)
 
+    def _counts(self, model: Model) -> dict[int, int]:
+        """Experts that stay under scope layer, by block."""
+        return {
+            block.index: self.count(len(layer.experts), n)
+            for n, (block, layer) in enumerate(model.moe_blocks)
+        }
+
+    def _floors(self, model: Model) -> dict[int, int]:
+        """Experts that a layer keeps at least under scope global, by block."""
+        return {
+            block.index: self.floor or (1 if self.clamp_top_k else layer.router.top_k)
+            for block, layer in model.moe_blocks
+        }
+
     def check(self, model: Model) -> None:
         """Refuse counts that a layer does not have, or that leave fewer experts than top-k."""
-        counts = [(block.index, len(layer.experts), layer) for block, layer in model.moe_blocks]
-        for index, experts, layer in counts:
-            kept, top_k = self.count(experts), layer.router.top_k
+        self._check_options(model)
+        counts, floors = self._counts(model), self._floors(model)
+        for block, layer in model.moe_blocks:
+            experts, kept, top_k = len(layer.experts), counts[block.index], layer.router.top_k
             if kept > experts:
-                raise InputError(f"expert_drop: keep {kept} of the {experts} in block {index}")
-            if kept < top_k and not self.clamp_top_k:
                 raise InputError(
-                    f"expert_drop: keep {self.keep} leaves {kept} experts in block {index} where "
-                    f"the router chooses {top_k} per token; keep at least {top_k}, "
+                    f"expert_drop: keep {kept} of the {experts} in block {block.index}"
+                )
+            least = floors[block.index] if self.scope == "global" else kept
+            if least > experts:
+                raise InputError(f"expert_drop: floor {least} of the {experts} experts")
+            if least < top_k and not self.clamp_top_k:
+                raise InputError(
+                    f"expert_drop: keep {self.keep} leaves {least} experts in block {block.index} "
+                    f"where the router chooses {top_k} per token; keep at least {top_k}, "
                     "or set clamp_top_k: true"
                 )
-        if all(self.count(experts) == experts for _, experts, _ in counts):
+        if self.scope == "global" and sum(counts.values()) < sum(floors.values()):
+            raise InputError(
+                f"expert_drop: keep {self.keep} is {sum(counts.values())} experts in all, but the "
+                f"floors of the layers add up to {sum(floors.values())}"
+            )
+        if sum(counts.values()) == sum(model.expert_counts):
             raise InputError(f"expert_drop: keep {self.keep} keeps every expert; nothing to do")
 
+    def _check_options(self, model: Model) -> None:
+        """Refuse options that contradict each other, or a list for another number of layers."""
+        if self.floor is not None and self.scope == "layer":
+            raise InputError("expert_drop: floor goes with scope global")
+        if not isinstance(self.keep, list):
+            return
+        if self.scope == "global":
+            raise InputError("expert_drop: keep lists a count per layer; scope is layer then")
+        if len(self.keep) != len(model.moe_blocks):
+            raise InputError(
+                f"expert_drop: keep lists {len(self.keep)} counts for "
+                f"{len(model.moe_blocks)} MoE layers"
+            )
+
     def plan(self, model: Model) -> Model:
-        """Each layer with its first experts."""
-        return self._kept(model, lambda _, layer: range(self.count(len(layer.experts))))
+        """Each layer with its first experts; with scope global, as uneven as it may become."""
+        left = sum(self._counts(model).values())
+        counts = self._counts(model)
+        if self.scope == "global":
+            counts = self._floors(model)
+            left -= sum(counts.values())
+            for block, layer in model.moe_blocks:
+                more = min(left, len(layer.experts) - counts[block.index])
+                counts[block.index] += more
+                left -= more
+        return self._kept(model, {index: list(range(n)) for index, n in counts.items()})
 
     def observers(self) -> tuple[type[Observer], ...]:
-        """What the criterion needs to know."""
+        """What the criterion and the guard need to know."""
         from moe2edge.saliency import OutputObserver, RoutingObserver
 
-        if self.criterion == "random":
-            return ()
-        return (OutputObserver,) if self.criterion == "reap" else (RoutingObserver,)
+        kinds: list[type[Observer]] = []
+        if self.criterion in ROUTING:
+            kinds.append(RoutingObserver)
+        elif self.criterion not in (*WEIGHTS, "random"):
+            kinds.append(OutputObserver)
+        if self.protect_super_experts and OutputObserver not in kinds:
+            kinds.append(OutputObserver)
+        return tuple(kinds)
 
     def apply(self, model: Model, facts: Facts) -> Outcome:
-        """Keep the best experts of each layer; ties go to the lower index."""
-
-        def best(block: Block, layer: MoELayer) -> list[int]:
-            scores = self._scores(block, layer, facts)
-            order = sorted(range(len(layer.experts)), key=lambda j: (-scores[j], j))
-            return sorted(order[: self.count(len(layer.experts))])
-
-        kept = self._kept(model, best)
+        """Keep the best experts; ties go to the lower index, and to the earlier block."""
+        sign = -1 if self.reverse else 1
+        scores = {
+            block.index: [sign * score for score in self._scores(block, layer, facts)]
+            for block, layer in model.moe_blocks
+        }
+        notes: list[str] = []
+        if self.protect_super_experts:
+            for index, expert in _super_experts(model, facts):
+                scores[index][expert] = math.inf
+                notes.append(f"block {index}: expert {expert} is protected: extreme outputs")
+        ids = self._best_of_all(model, scores)
+        if self.scope == "layer":
+            counts = self._counts(model)
+            ids = {index: _best(row, counts[index]) for index, row in scores.items()}
+        kept = self._kept(model, ids)
         dropped = [
             f"block {old.index}: experts {sorted(_origins(a) - _origins(b))}"
             for (old, a), (_, b) in zip(model.moe_blocks, kept.moe_blocks, strict=True)
             if a is not b
         ]
-        return Outcome(kept, changed=tuple(dropped))
+        return Outcome(kept, changed=tuple(dropped), notes=tuple(notes))
 
-    def _kept(self, model: Model, choose: Choose) -> Model:
+    def _best_of_all(self, model: Model, scores: Mapping[int, list[float]]) -> Ids:
+        """Each layer's floor, then the best of all that are left."""
+        floors = self._floors(model)
+        ids = {index: _best(row, floors[index]) for index, row in scores.items()}
+        left = sum(self._counts(model).values()) - sum(floors.values())
+        others = [
+            (-score, index, expert)
+            for index, row in scores.items()
+            for expert, score in enumerate(row)
+            if expert not in ids[index]
+        ]
+        for _, index, expert in sorted(others)[: max(left, 0)]:
+            ids[index] = sorted([*ids[index], expert])
+        return ids
+
+    def _kept(self, model: Model, ids: Ids) -> Model:
         for block, layer in model.moe_blocks:
-            if self.count(len(layer.experts)) == len(layer.experts):
-                continue
-            ids = list(choose(block, layer))
-            new = layer.keep(ids, clamp_top_k=self.clamp_top_k)
-            model = model.replace_block(replace(block, mlp=new))
+            chosen = ids[block.index]
+            if len(chosen) < len(layer.experts):
+                new = layer.keep(chosen, clamp_top_k=self.clamp_top_k)
+                model = model.replace_block(replace(block, mlp=new))
         return model
 
     def _scores(self, block: Block, layer: MoELayer, facts: Facts) -> list[float]:
@@ -117,16 +228,55 @@ class ExpertDrop(Trim):
         key = block.origin
         if self.criterion == "random":
             return saliency.random_scores(len(layer.experts), key, self.seed).tolist()
-        statistics: saliency.OutputStatistics | saliency.RoutingStatistics
-        if self.criterion == "reap":
-            statistics = facts[saliency.OutputStatistics]
-            scores = saliency.reap(statistics, key)
-        else:
+        if self.criterion in WEIGHTS:
+            of_weights = saliency.aimer if self.criterion == "aimer" else saliency.magnitude
+            return [of_weights([w.load() for w in (e.gate, e.up, e.down)]) for e in layer.experts]
+        if self.criterion in ROUTING:
             statistics = facts[saliency.RoutingStatistics]
-            by_name = {"frequency": saliency.frequency, "routing-score": saliency.routing_score}
-            scores = by_name[self.criterion](statistics, key)
-        by_origin = dict(zip(statistics.experts[key], scores.tolist(), strict=True))
+            of_routing = {
+                "frequency": saliency.frequency, "routing-score": saliency.routing_score,
+            }[self.criterion]  # fmt: skip
+            scores, experts = of_routing(statistics, key), statistics.experts[key]
+        else:
+            outputs = facts[saliency.OutputStatistics].layers[key]
+            name = self.criterion.replace("-", "_")
+            of_outputs: Callable[[LayerOutputs], Tensor] = getattr(saliency, name)
+            scores, experts = of_outputs(outputs), outputs.experts
+        by_origin = dict(zip(experts, scores.tolist(), strict=True))
         return [by_origin[expert.origin] for expert in layer.experts]
+
+
+def _best(scores: list[float], count: int) -> list[int]:
+    """Positions of the ``count`` highest scores, in order."""
+    order = sorted(range(len(scores)), key=lambda j: (-scores[j], j))
+    return sorted(order[:count])
+
+
+def _super_experts(model: Model, facts: Facts) -> list[tuple[int, int]]:
+    """Block and position of experts whose largest output is beyond that of all others.
+
+    Removing a few of them ruins a model (https://arxiv.org/abs/2507.23279). The rule is that of
+    REAP's code: in the first three quarters of the blocks, above the 99.5th percentile and above
+    a tenth of the largest.
+    """
+    import torch
+
+    from moe2edge.saliency import OutputStatistics
+
+    layers = facts[OutputStatistics].layers
+    last = GUARDED_PART * len(model.blocks)
+    largest = {
+        (block.index, n): float(layers[block.origin].largest[place[expert.origin]])
+        for block, layer in model.moe_blocks
+        if block.index < last
+        for place in [{o: p for p, o in enumerate(layers[block.origin].experts)}]
+        for n, expert in enumerate(layer.experts)
+    }
+    if not largest:
+        return []
+    values = torch.tensor(list(largest.values()), dtype=torch.float64)
+    limit = max(float(values.quantile(GUARDED_QUANTILE)), float(values.max()) * GUARDED_RATIO)
+    return [where for where, value in largest.items() if value > limit]
 
 
 def _origins(layer: MoELayer) -> set[int]:

@@ -54,7 +54,7 @@ BAD = [
     ("passes: [expert_drop]", "expert_drop.keep is missing: experts kept"),
     (
         "passes: [{expert_drop: {keep: 2, criterion: reep}}]",
-        "expert_drop.criterion is 'reep', expected: 'routing-score', 'frequency', 'reap'",
+        "expert_drop.criterion is 'reep', expected: 'routing-score', 'frequency', 'soft",
     ),
     ("passes: [{block_drop: {drop: 0}}]", "block_drop.drop is 0, expected"),
     ("passes: gptq", "needs 'passes', a list"),

@@ -39,14 +39,19 @@ def hooked(folder: Path, block: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_criteria_equal_a_loop_over_tokens(tiny: Make, family: str) -> None:
+def test_criteria_equal_a_loop_over_tokens(
+    tiny: Make, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(walk, "BATCH_TOKENS", 20)  # statistics of three batches are merged
     folder = tiny(family)
     model = open_checkpoint(str(folder)).model
     routing, outputs = saliency.RoutingObserver(), saliency.OutputObserver()
     walk.observe(model, IDS, [routing, outputs], quiet, "")
     seen = hooked(folder, 1)
     renormalize = model.moe_blocks[1][1].router.renormalize
-    score, count, gated = torch.zeros(6), torch.zeros(6), torch.zeros(6)
+    score, mass = torch.zeros(6), torch.zeros(6)
+    outs: list[list[torch.Tensor]] = [[] for _ in range(6)]
+    gates: list[list[float]] = [[] for _ in range(6)]
     for h, logits in zip(seen["h"], seen["logits"], strict=True):
         p = logits.softmax(-1)
         score += p / len(seen["h"])
@@ -54,14 +59,48 @@ def test_criteria_equal_a_loop_over_tokens(tiny: Make, family: str) -> None:
         total = top.values.sum() if renormalize else 1
         for j, g in zip(top.indices.tolist(), (top.values / total).tolist(), strict=True):
             gate, up = (seen["gate_up"][j] @ h).chunk(2)
-            out = seen["down"][j] @ (torch.nn.functional.silu(gate) * up)
-            count[j] += 1
-            gated[j] += g * out.norm()
-    fact = routing.fact()
-    assert saliency.routing_score(fact, 1).tolist() == pytest.approx(score.tolist(), rel=1e-4)
-    assert saliency.frequency(fact, 1).tolist() == count.tolist()
-    expected = (gated / count.clamp(min=1)).tolist()
-    assert saliency.reap(outputs.fact(), 1).tolist() == pytest.approx(expected, rel=1e-4)
+            outs[j].append(seen["down"][j] @ (torch.nn.functional.silu(gate) * up))
+            gates[j].append(g)
+            mass[j] += g
+    assert min(map(len, outs)) > 1
+    norms = [[float(f.norm()) for f in of] for of in outs]
+    count = [len(of) for of in outs]
+    spread = [float(torch.stack(of).std(0, unbiased=False).norm()) for of in outs]
+    gated = [
+        sum(g * n for g, n in zip(*both, strict=True)) for both in zip(gates, norms, strict=True)
+    ]
+    layer = outputs.fact().layers[1]
+    for found, expected in (
+        (saliency.routing_score(routing.fact(), 1), score.tolist()),
+        (saliency.frequency(routing.fact(), 1), count),
+        (saliency.soft_frequency(layer), mass.tolist()),
+        (saliency.ean(layer), [sum(n) for n in norms]),
+        (saliency.man(layer), [sum(n) / len(n) for n in norms]),
+        (saliency.msan(layer), [sum(x * x for x in n) / len(n) for n in norms]),
+        (saliency.reap(layer), [a / b for a, b in zip(gated, count, strict=True)]),
+        (saliency.mone(layer), [a * b for a, b in zip(spread, mass.tolist(), strict=True)]),
+        (layer.largest, [max(float(f.abs().max()) for f in of) for of in outs]),
+    ):
+        assert found.tolist() == pytest.approx(expected, rel=1e-4)
+
+
+def test_an_expert_without_tokens_scores_nothing() -> None:
+    zeros = torch.zeros(1, dtype=torch.float64)
+    layer = saliency.LayerOutputs(
+        (0,), torch.zeros(1, dtype=torch.int64), *[zeros] * 5, *[torch.zeros(1, 4)] * 2
+    )
+    for criterion in ("soft_frequency", "ean", "reap", "man", "msan", "mone"):
+        assert getattr(saliency, criterion)(layer).tolist() == [0.0]
+
+
+def test_criteria_of_weights() -> None:
+    even, spiky = [torch.ones(3, 4), -torch.ones(5)], [torch.tensor([3.0, 0, 0, 0])]
+    assert saliency.magnitude(even) == 1
+    assert saliency.magnitude(spiky) == 1.5
+    # mean|W| / rms(W) is highest, 1, where all weights are alike: that expert goes first.
+    assert saliency.aimer(even) == -1
+    assert saliency.aimer(spiky) == -0.5
+    assert saliency.aimer([torch.zeros(2)]) == 0
 
 
 def test_similarity_is_the_mean_cosine(tiny: Make) -> None:

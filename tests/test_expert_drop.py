@@ -1,0 +1,168 @@
+"""Expert Drop: which experts stay, under every scope, and what it refuses."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from moe2edge import saliency, walk
+from moe2edge.checkpoint import open_checkpoint
+from moe2edge.errors import InputError
+from moe2edge.families import FAMILIES
+from moe2edge.model import Model
+from moe2edge.passes.expert_drop import ExpertDrop
+from moe2edge.pipeline import Facts, plan
+from moe2edge.testing import Make
+
+IDS = torch.randint(1, 96, (3, 40), generator=torch.Generator().manual_seed(0))
+CRITERIA = (
+    "routing-score", "frequency", "soft-frequency", "ean", "reap", "man", "msan", "mone",
+    "magnitude", "aimer", "random",
+)  # fmt: skip
+
+
+def options(**given: Any) -> ExpertDrop:
+    return ExpertDrop.model_validate(given)
+
+
+def apply(step: ExpertDrop, model: Model) -> Model:
+    step.check(model)
+    observers = [kind() for kind in step.observers()]
+    walk.observe(model, IDS, observers, lambda *_: None, "")
+    outcome = step.apply(model, Facts([observer.fact() for observer in observers]))
+    outcome.model.verify()
+    assert outcome.changed
+    return outcome.model
+
+
+def kept(model: Model) -> list[list[int]]:
+    return [[expert.origin for expert in layer.experts] for _, layer in model.moe_blocks]
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_every_criterion_on_every_family(tiny: Make, family: str, criterion: str) -> None:
+    model = open_checkpoint(str(tiny(family))).model
+    best, worst = (
+        kept(apply(options(keep=4, criterion=criterion, reverse=reverse), model))
+        for reverse in (False, True)
+    )
+    # Four of the best and four of the worst, of six: together they are all.
+    for a, b in zip(best, worst, strict=True):
+        assert len(a) == len(b) == 4
+        assert set(a) | set(b) == set(range(6))
+    assert best == kept(apply(options(keep=4, criterion=criterion), model))
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_slicing_equals_masking_with_minus_infinity(tiny: Make, family: str) -> None:
+    folder = tiny(family)
+    model = apply(options(keep=3), open_checkpoint(str(folder)).model)
+    masked = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    for layer, ids in zip(masked.model.layers, kept(model), strict=True):
+        gone = [j for j in range(6) if j not in ids]
+
+        def forward(x: torch.Tensor, gate: Any = layer.mlp.gate, gone: list[int] = gone) -> Any:
+            logits = torch.nn.functional.linear(x.reshape(-1, gate.hidden_dim), gate.weight)
+            logits[:, gone] = -torch.inf
+            p = logits.float().softmax(-1)
+            top, chosen = p.topk(gate.top_k)
+            if getattr(gate, "norm_topk_prob", family == "mixtral"):
+                top = top / top.sum(-1, keepdim=True)
+            return logits, top.to(logits.dtype), chosen
+
+        layer.mlp.gate.forward = forward
+    with torch.no_grad():
+        expected = masked(IDS).logits
+    hidden = walk.observe(model, IDS, (), lambda *_: None, "")
+    found = torch.stack(list(walk.head_logits(model, hidden)))
+    assert (found - expected).abs().max() < 1e-5
+
+
+def test_global_scope_keeps_the_best_of_all_layers(tiny: Make) -> None:
+    model = open_checkpoint(str(tiny("olmoe"))).model
+    step = options(keep=0.5, criterion="reap", scope="global")
+    found = kept(apply(step, model))
+    observer = saliency.OutputObserver()
+    walk.observe(model, IDS, [observer], lambda *_: None, "")
+    scores = {
+        (n, j): float(score)
+        for n in range(3)
+        for j, score in enumerate(saliency.reap(observer.fact().layers[n]))
+    }
+    ranked = sorted(scores, key=lambda at: -scores[at])
+    floors = {n: [at for at in ranked if at[0] == n][:2] for n in range(3)}
+    chosen = [at for of in floors.values() for at in of]
+    chosen += [at for at in ranked if at not in chosen][: 9 - 6]
+    assert found == [sorted(j for n, j in chosen if n == layer) for layer in range(3)]
+    assert sum(map(len, found)) == 9
+    # One layer takes all that the floors leave: as uneven as it may become.
+    assert plan([step], model).expert_counts == (5, 2, 2)
+
+
+def test_floor_is_respected(tiny: Make) -> None:
+    model = open_checkpoint(str(tiny("mixtral"))).model
+    step = options(keep=4, scope="global", floor=4, criterion="frequency")
+    assert [len(ids) for ids in kept(apply(step, model))] == [4, 4, 4]
+    low = options(keep=2, scope="global", floor=1, criterion="frequency", clamp_top_k=True)
+    trimmed = apply(low, model)
+    assert sum(trimmed.expert_counts) == 6
+    for _, layer in trimmed.moe_blocks:
+        assert layer.router.top_k == min(2, len(layer.experts))
+
+
+def test_counts_of_each_layer(tiny: Make) -> None:
+    model = open_checkpoint(str(tiny("qwen3_moe"))).model
+    step = options(keep=[5, 2, 6], criterion="man")
+    assert apply(step, model).expert_counts == plan([step], model).expert_counts == (5, 2, 6)
+
+
+def test_super_experts_are_protected(tiny: Make) -> None:
+    model = open_checkpoint(str(tiny("olmoe"))).model
+    observer = saliency.OutputObserver()
+    walk.observe(model, IDS, [observer], lambda *_: None, "")
+    layers = observer.fact().layers
+    # Blocks 0, 1 and 2 of 3 lie in the first three quarters; the largest of all is protected.
+    block, expert = max(
+        ((n, j) for n in range(3) for j in range(6)), key=lambda at: layers[at[0]].largest[at[1]]
+    )
+    # Three of the best and three of the worst, of six: it is among one of them only.
+    dropping = next(
+        reverse
+        for reverse in (False, True)
+        if expert not in kept(apply(options(keep=3, reverse=reverse), model))[block]
+    )
+    step = options(keep=3, reverse=dropping, protect_super_experts=True)
+    guarded = kept(apply(step, model))
+    assert expert in guarded[block]
+    assert [len(ids) for ids in guarded] == [3, 3, 3]
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"keep": [4, 4]}, "keep lists 2 counts for 3 MoE layers"),
+    ({"keep": [4, 7, 4]}, "keep 7 of the 6 in block 1"),
+    ({"keep": [4, 1, 4]}, "leaves 1 experts in block 1"),
+    ({"keep": [6, 6, 6]}, "keeps every expert"),
+    ({"keep": [4, 4, 4], "scope": "global"}, "scope is layer then"),
+    ({"keep": 4, "floor": 2}, "floor goes with scope global"),
+    ({"keep": 4, "scope": "global", "floor": 1}, "leaves 1 experts in block 0"),
+    ({"keep": 3, "scope": "global", "floor": 4}, "9 experts in all, but the floors"),
+    ({"keep": 4, "scope": "global", "floor": 7}, "floor 7 of the 6 experts"),
+]
+
+
+@pytest.mark.parametrize(("given", "message"), BAD, ids=[m for _, m in BAD])
+def test_refusals(tiny: Make, given: dict[str, Any], message: str) -> None:
+    model = open_checkpoint(str(tiny("mixtral"))).model
+    with pytest.raises(InputError, match=re.escape(message)):
+        options(**given).check(model)
+
+
+@pytest.mark.parametrize("keep", [[], [0, 2, 2], [2.0, 2, 2], [True, 2, 2], "half"])
+def test_lists_that_are_no_counts(keep: Any) -> None:
+    with pytest.raises(ValueError, match=r"a count|counts of at least 1"):
+        options(keep=keep)
