@@ -37,13 +37,13 @@ def read_texts(source: TextSource, purpose: str) -> list[str]:
     """Documents of a source: a file of text is one, each line of a JSONL file is one.
 
     Raises:
-        InputError: the file is missing, empty, not UTF-8, or a line is not as announced.
+        InputError: the file is missing, empty, not Unicode, or a line is not as announced.
     """
-    if source.text == "builtin":
-        path = BUILTIN_FOLDER / f"{purpose}.txt"
-    else:
-        path = Path(source.text).expanduser()
     try:
+        if source.text == "builtin":
+            path = BUILTIN_FOLDER / f"{purpose}.txt"
+        else:
+            path = Path(source.text).expanduser()
         if not path.is_file():
             raise InputError(
                 f"{purpose} text {source.text} does not exist; give a text or JSONL file, or "
@@ -54,6 +54,8 @@ def read_texts(source: TextSource, purpose: str) -> list[str]:
         raise InputError(f"{purpose} text {path} is not UTF-8: {error.reason}") from error
     except OSError as error:
         raise InputError(f"{purpose} text cannot be read: {error.strerror}: {path}") from error
+    except RuntimeError as error:  # no such user's home
+        raise InputError(f"{purpose} text {source.text} cannot be read: {error}") from error
     texts = _jsonl(path, text, source.field) if path.suffix == ".jsonl" else [text]
     if not any(t.strip() for t in texts):
         raise InputError(f"{purpose} text {path} is empty")
@@ -68,7 +70,7 @@ def _jsonl(path: Path, text: str, field: str) -> list[str]:
             continue
         try:
             row: Any = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path.name}, line {number} is not JSON: {error}") from error
         value = row.get(field) if isinstance(row, dict) else None
         if not isinstance(value, str):
@@ -77,6 +79,13 @@ def _jsonl(path: Path, text: str, field: str) -> list[str]:
                 f"{path.name}, line {number} has no text in field {field!r} ({has}); "
                 "name the field with 'field' in the recipe, such as --set calibration.field=answer"
             )
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"{path.name}, line {number} holds half a character, "
+                f"{value[error.start]!a}; mend or remove the line"
+            ) from error
         found.append(value)
     return found
 
@@ -107,7 +116,8 @@ def load_tokens(
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     stream = array("q")
     for text in read_texts(source, purpose):
-        stream.extend(end + tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        stream.extend(end)
+        stream.extend(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     windows = len(stream) // source.length
     if windows < source.samples:
         remedy = f", or --set {purpose}.samples={windows}" if windows else ""

@@ -178,9 +178,12 @@ def _locate(source: str, revision: str | None, cache_dir: Path | None) -> tuple[
         if source != BUILTIN:
             raise InputError(f"no built-in model {source!r}; there is {BUILTIN}")
         return BUILTIN_FOLDER, None
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return path, None
+    try:
+        path = Path(source).expanduser()
+        if path.is_dir():
+            return path, None
+    except (OSError, RuntimeError) as error:  # no such user's home, a name that is too long
+        raise InputError(f"{source[:100]} cannot be opened: {str(error)[:100]}") from error
     name, _, at = source.removeprefix("hf://").partition("@")
     if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise InputError(

@@ -36,8 +36,13 @@ READ = frozenset(
         "rope_scaling", "rope_theta", "tie_word_embeddings",
     }
 )  # fmt: skip
-# Rotary embeddings whose tables do not depend on the length of the text.
-STATIC_ROPE = ("default", "linear", "llama3", "yarn")
+# Rotary embeddings whose tables do not depend on the length of the text, and the numbers they need.
+STATIC_ROPE: Mapping[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor",),
+}
 
 Config = Mapping[str, Any]
 
@@ -128,7 +133,6 @@ class Family:
     def known_keys(self) -> frozenset[str]:
         """Every config key that this row reads or knows to be without effect."""
         keys = {*NEUTRAL, *READ, *self.experts_key, self.width_key, "intermediate_size"}
-        keys |= {"num_experts_per_tok"}
         if isinstance(self.renormalize, str):
             keys.add(self.renormalize)
         if self.bias_key:
@@ -151,7 +155,7 @@ class Family:
         """Refuse what this row does not carry out.
 
         Raises:
-            InputError: a value has the wrong type.
+            InputError: a value is missing or has the wrong type.
             Unsupported: a key is set that changes inference and is not supported here.
         """
         check_types(config)
@@ -171,11 +175,12 @@ class Family:
                 f"rope type {kind!r} depends on the length of the text; "
                 f"supported: {', '.join(STATIC_ROPE)}"
             )
-        if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1)) not in (
-            1,
-            1.0,
-        ):
+        if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1)) != 1:
             raise Unsupported("partial rotary embeddings are not supported")
+        for key in STATIC_ROPE[kind]:
+            value: Any = rope.get(key)
+            if type(value) not in (int, float) or not value > 0:
+                raise InputError(f"config.json: {kind!r} rope needs {key} > 0, found {value!r}")
 
     def geometry(self, config: Config) -> Geometry:
         """Sizes that all blocks share.
@@ -253,10 +258,7 @@ class Family:
                 f"config.json: num_experts_per_tok is {top_k}, but there are {experts} experts"
             )
         geometry = self.geometry(config)
-        blocks = tuple(
-            self._block(config, geometry, index, take)
-            for index in range(whole_number(config, "num_hidden_layers"))
-        )
+        blocks = tuple(self._block(config, geometry, index, take) for index in range(count))
         table = (geometry.vocab, geometry.hidden)
         rest = {
             "model.embed_tokens.weight": take("model.embed_tokens.weight", table),
@@ -366,16 +368,27 @@ class Family:
             }
         return config
 
-    def settings_of(self, model: Model) -> dict[str, Any]:
-        """Arguments of transformers' config class for ``model``, with dense numbers, to run it.
+    def transformers_config(self, model: Model, **changes: Any) -> Any:
+        """Transformers' config of ``model``, with dense numbers and ``changes``, to run it.
 
         Router logits are not asked for: the loss that transformers would make of them wants
         layers of one size.
+
+        Raises:
+            InputError: transformers refuses a value, such as one of a key that no row reads.
         """
+        from huggingface_hub.errors import StrictDataclassError
+        from transformers import AutoConfig
+
         settings = self.config_of(model)
         for key in ("model_type", "quantization_config", "per_layer_config"):
             settings.pop(key, None)
-        return settings | {"output_router_logits": False}
+        settings |= {"output_router_logits": False, **changes}
+        try:
+            return AutoConfig.for_model(self.model_type, **settings)
+        except (StrictDataclassError, AttributeError, KeyError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"config.json: transformers refuses it: {reason[:300]}") from error
 
     def check_shapes(self, model: Model) -> None:
         """Prove that every block has the tensors and shapes that its geometry asks for.

@@ -281,14 +281,12 @@ def to_transformers(model: Model, dtype: torch.dtype) -> PreTrainedModel:
 def _skeleton(model: Model, dtype: torch.dtype) -> Any:
     """The transformers model without numbers; layers of unequal size built one by one."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     uneven = model.family.config_of(model).get("per_layer_config")
-    settings, kind = model.family.settings_of(model), model.family.model_type
+    config = model.family.transformers_config(model)
     with torch.device("meta"):
-        loaded = AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(kind, **settings), dtype=dtype
-        )
+        loaded = AutoModelForCausalLM.from_config(config, dtype=dtype)
         for index, own in (uneven or {}).items():
             layers = loaded.model.layers
             layers[int(index)] = _layer_like(layers[int(index)], loaded.config, int(index), own)

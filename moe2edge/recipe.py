@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from reprlib import Repr
 from typing import Annotated, Any
 
 import yaml
@@ -16,6 +17,10 @@ from moe2edge.model import Model
 from moe2edge.pipeline import Pass
 
 BUNDLED = Path(__file__).parent / "recipes"
+# Of a value in a message; a few lines of YAML with aliases can stand for gigabytes.
+SHOWN = Repr()
+SHOWN.maxlevel = 2
+SHOWN.maxstring = SHOWN.maxother = SHOWN.maxlong = 100
 
 
 class TextSource(BaseModel):
@@ -75,12 +80,13 @@ def find(name_or_path: str) -> str:
     Raises:
         InputError: there is neither.
     """
-    path = bundled().get(name_or_path) or Path(name_or_path).expanduser()
     try:
+        path = bundled().get(name_or_path) or Path(name_or_path).expanduser()
         if path.is_file():
             return path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"recipe {name_or_path[:100]} cannot be read: {error}") from error
+    except (OSError, UnicodeDecodeError, RuntimeError) as error:  # the last: no such user's home
+        reason = str(error)[:100]
+        raise InputError(f"recipe {name_or_path[:100]} cannot be read: {reason}") from error
     raise InputError(did_you_mean("recipe", name_or_path, bundled()) + ", or a file")
 
 
@@ -134,7 +140,16 @@ class _Loader(yaml.SafeLoader):
 def _read_yaml(text: str, what: str) -> Any:
     try:
         return yaml.load(text, _Loader)  # a SafeLoader
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+    # A tag that does not fit its value, such as !!bool x, raises whatever PyYAML stumbles over.
+    except (
+        yaml.YAMLError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{what} is not YAML as expected: {reason[:300]}") from error
 
@@ -155,7 +170,9 @@ def _mapping(name: str, value: object) -> Mapping[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise InputError(f"{name}: expected options, such as {{seed: 1}}, found {value!r}")
+        raise InputError(
+            f"{name}: expected options, such as {{seed: 1}}, found {SHOWN.repr(value)}"
+        )
     return value
 
 
@@ -166,7 +183,7 @@ def _entry(entry: object) -> tuple[str, dict[str, Any]]:
     if isinstance(entry, dict) and len(entry) == 1:
         ((name, options),) = entry.items()
         return str(name), dict(_mapping(str(name), options))
-    raise InputError(f"a pass is a name, or a name with options; found {entry!r}")
+    raise InputError(f"a pass is a name, or a name with options; found {SHOWN.repr(entry)}")
 
 
 def _override(
@@ -175,16 +192,17 @@ def _override(
     """Carry out one ``--set``."""
     path, equals, value = setting.partition("=")
     name, dot, option = path.strip().partition(".")
+    shown = f"--set {' '.join(setting.split())[:100]}"
     if not equals or not dot or not option:
-        raise InputError(f"--set {setting}: expected name.option=value, as in gptq.group_size=64")
+        raise InputError(f"{shown}: expected name.option=value, as in gptq.group_size=64")
     places = [options for step, options in steps if step == name]
     places += [sections[name]] if name in sections else []
     if not places:
         names = {*sections, *(step for step, _ in steps)}
-        raise InputError(f"--set {setting}: {did_you_mean('part of the recipe', name, names)}")
+        raise InputError(f"{shown}: {did_you_mean('part of the recipe', name, names)}")
     if len(places) > 1:
-        raise InputError(f"--set {setting}: the recipe has {name} {len(places)} times; edit it")
-    places[0][option] = _read_yaml(value, f"--set {setting}: the value")
+        raise InputError(f"{shown}: the recipe has {name} {len(places)} times; edit it")
+    places[0][option] = _read_yaml(value, f"{shown}: the value")
 
 
 def _build(kind: type[Any], name: str, options: Mapping[str, Any]) -> Any:
@@ -201,7 +219,8 @@ def _build(kind: type[Any], name: str, options: Mapping[str, Any]) -> Any:
             raise InputError(f"{place} is missing: {_describe(kind, first['loc'])}") from error
         message = first["msg"].removeprefix("Value error, ")
         message = message.removeprefix("Input should be ").replace("Input should", "it should")
-        raise InputError(f"{place} is {first['input']!r}, expected: {message}") from error
+        found = SHOWN.repr(first["input"])
+        raise InputError(f"{place} is {found}, expected: {message}") from error
 
 
 def _describe(kind: type[Any], place: tuple[int | str, ...]) -> str:

@@ -48,7 +48,7 @@ class _Settings(_Strict):
     tie_word_embeddings: bool | None = None
     bos_token_id: Natural | None = None
     eos_token_id: Natural | list[Natural] | None = None
-    pad_token_id: Natural | None = None
+    pad_token_id: int | None = None
 
 
 def check_types(config: Mapping[str, Any]) -> None:
@@ -62,7 +62,7 @@ def check_types(config: Mapping[str, Any]) -> None:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"] if part in config or part in _KEYS)
-        expected = first["msg"].removeprefix("Input should be ")
+        expected = first["msg"].removeprefix("Input should be ").partition(" or instance of")[0]
         raise InputError(
             f"config.json: {key} is {repr(first['input'])[:100]}, expected: {expected}"
         ) from error

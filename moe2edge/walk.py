@@ -149,12 +149,11 @@ def _skeleton(model: Model) -> Any:
     Driving the base model rather than the decoder layer leaves masks, positions and sliding
     windows to transformers.
     """
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoModel
 
-    settings = model.family.settings_of(model)
     # The skeleton has no embedding table; ids of special tokens would point outside of it.
-    settings |= {"vocab_size": 1, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
-    config = AutoConfig.for_model(model.family.model_type, **settings)
+    special = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
+    config = model.family.transformers_config(model, vocab_size=1, **special)
     with torch.device("meta"):
         base = AutoModel.from_config(config, dtype=torch.float32)
     base.rotary_emb = type(base.rotary_emb)(config=config)

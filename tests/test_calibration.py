@@ -73,6 +73,8 @@ def test_each_line_of_jsonl_is_a_document(tmp_path: Path, tokenizer: Any) -> Non
         ("a.jsonl", b'{"body": "x"}', {}, "no text in field 'text' .it has body."),
         ("a.jsonl", b'{"text": 3}', {}, "no text in field 'text'"),
         ("a.jsonl", b'["text"]', {}, "no object"),
+        ("a.jsonl", b"[" * 100_000, {}, "line 1 is not JSON"),
+        ("a.jsonl", b'{"text": "x\\ud800"}', {}, r"line 1 holds half a character, '.ud800'"),
     ],
 )
 def test_bad_text_is_refused(
@@ -108,3 +110,5 @@ def test_jsonl_keeps_line_breaks_of_unicode_and_takes_a_mark(tmp_path: Path) -> 
 def test_a_name_that_no_system_has_is_one_line() -> None:
     with pytest.raises(InputError, match="File name too long"):
         read_texts(source(Path("x" * 5000)), "calibration")
+    with pytest.raises(InputError, match=r"~no-such-user/a\.txt cannot be read"):
+        read_texts(source(Path("~no-such-user/a.txt")), "calibration")

@@ -115,7 +115,12 @@ CASES: list[tuple[str, Damage, type[Moe2EdgeError], str]] = [
     ("unknown", edit_config(model_type="mixtrale"), Unsupported, "did you mean 'mixtral'"),
     ("no experts", edit_config(num_local_experts=None), InputError, "has no num_local_experts"),
     ("bad size", edit_config(hidden_size=-1), InputError, "hidden_size must be a positive"),
-    ("top-k", edit_config(num_experts_per_tok=9), Moe2EdgeError, "top-k 9 of 6 experts"),
+    (
+        "top-k",
+        edit_config(num_experts_per_tok=9),
+        InputError,
+        "num_experts_per_tok is 9, but there are 6 experts",
+    ),
 ]
 
 
@@ -243,3 +248,9 @@ def test_a_file_that_was_written_anew_is_read_anew(tmp_path: Path) -> None:
 def test_a_revision_is_named_once(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="give one"):
         open_checkpoint("org/name@main", revision="other", cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["~nosuchuser/model", "x" * 5000])
+def test_names_that_no_system_has_are_refused(name: str) -> None:
+    with pytest.raises(InputError, match="cannot be opened"):
+        open_checkpoint(name)

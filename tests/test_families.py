@@ -15,6 +15,7 @@ from moe2edge import walk
 from moe2edge.checkpoint import open_checkpoint
 from moe2edge.errors import InputError, Unsupported
 from moe2edge.families import FAMILIES, family_of
+from moe2edge.loading import to_transformers
 from moe2edge.testing import Make
 
 IDS = torch.randint(1, 96, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -128,6 +129,17 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("mixtral", {"sliding_window": -4}, "sliding_window is -4, expected: greater than"),
     ("mixtral", {"eos_token_id": "<end>"}, "eos_token_id is '<end>', expected"),
     ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok is 9, but there are 6 experts"),
+    (
+        "mixtral",
+        {"rope_parameters": {"rope_type": "linear"}},
+        "'linear' rope needs factor > 0, found None",
+    ),
+    ("olmoe", {"rope_parameters": YARN | {"factor": None}}, "'yarn' rope needs factor > 0"),
+    (
+        "qwen3_moe",
+        {"rope_parameters": LLAMA3 | {"low_freq_factor": "x"}},
+        "'llama3' rope needs low_freq_factor > 0, found 'x'",
+    ),
     ("olmoe", {"clip_qkv": "x"}, "clip_qkv is 'x', expected"),
     ("qwen2_moe", {"mlp_only_layers": 3}, "mlp_only_layers is 3, expected: a valid list"),
     ("qwen2_moe", {"decoder_sparse_step": "a"}, "decoder_sparse_step is 'a', expected"),
@@ -139,14 +151,46 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
 ]
 
 
+def changed(source: Path, tmp_path: Path, changes: dict[str, Any]) -> Path:
+    """A copy of a checkpoint with other values in its config."""
+    folder = tmp_path / "model"
+    shutil.copytree(source, folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return folder
+
+
 @pytest.mark.parametrize(("family", "changes", "message"), WRONG, ids=[m for _, _, m in WRONG])
 def test_wrong_values_are_refused_in_one_line(
     tiny: Make, tmp_path: Path, family: str, changes: dict[str, Any], message: str
 ) -> None:
-    shutil.copytree(tiny(family), tmp_path / "model")
-    path = tmp_path / "model" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    folder = changed(tiny(family), tmp_path, changes)
     with pytest.raises(InputError) as caught:
-        _ = open_checkpoint(str(tmp_path / "model")).model
+        _ = open_checkpoint(str(folder)).model
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dtype": "nope"},
+        {"use_cache": "x"},
+        {"initializer_range": "x"},
+        {"id2label": 3},
+        {"rope_parameters": YARN | {"beta_fast": "x"}},
+    ],
+    ids=named,
+)
+def test_what_transformers_refuses_is_one_line(
+    tiny: Make, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    folder = changed(tiny("mixtral"), tmp_path, changes)
+    model = open_checkpoint(str(folder)).model
+    for run in (
+        lambda: walk.BlockRunner(model, model.blocks[0]),
+        lambda: to_transformers(model, torch.float32),
+    ):
+        with pytest.raises(InputError, match="transformers refuses it") as caught:
+            run()
+        assert "\n" not in str(caught.value)

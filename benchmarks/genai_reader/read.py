@@ -1,9 +1,11 @@
 """Run an ONNX folder in onnxruntime-genai and hold it against what the export recorded.
 
-The folder's recorded tokens go in, a prefill and then one by one. The logits must be those of our
-own session on the same graph, and a greedy continuation that of `moe2edge generate`; the distance
-to the recorded logits, which PyTorch made from the same packed numbers with float32 activations,
-is stated. Exits with 1 otherwise.
+The folder's recorded tokens go in, a prefill and then one by one. The logits must agree with those
+of our own session on the same graph within 2 % (median of positions; exactly, if both sum in the
+same order, which depends on the number of threads and decides how an activation is rounded to
+int8), and with the recorded ones, which PyTorch made from the same packed numbers, within 25 %, as
+`moe2edge verify` asks. A greedy continuation must be that of `moe2edge generate`. Exits with 1
+otherwise.
 """
 
 from __future__ import annotations
@@ -19,9 +21,9 @@ import torch
 
 from moe2edge import registry
 from moe2edge.generate import generate, stop_ids
-from moe2edge.verify import Reference, run
+from moe2edge.verify import SHIPPED_TOLERANCE, Reference, run
 
-TOKENS, LIMIT = 48, 1e-4
+TOKENS, LIMIT = 48, 0.02
 
 
 def recorded_logits(model: og.Model, reference: Reference) -> torch.Tensor:
@@ -57,21 +59,23 @@ def compare(folder: Path) -> tuple[dict[str, str], bool]:
     found, want = recorded_logits(model, reference), reference.logits
     runtime = registry.target("onnx").reopen(folder)
     ours = run(reference, runtime)
-    difference = float((found - ours).abs().max())
-    errors = (found - want).norm(dim=-1) / want.norm(dim=-1)
+    difference, error = (
+        float(((found - other).norm(dim=-1) / other.norm(dim=-1)).median())
+        for other in (ours, want)
+    )
     prompt = reference.ids[0, : reference.prefill].tolist()
     stop = stop_ids(folder)
     theirs = [token for token in greedy(model, prompt) if token not in stop]
     mine = list(generate(runtime, prompt, max_tokens=TOKENS, stop=stop))
-    ok = difference <= LIMIT and theirs == mine
+    ok = difference <= LIMIT and error <= SHIPPED_TOLERANCE and theirs == mine
     rows = {
         "versions": ", ".join(
             f"{name} {version(name)}" for name in ("onnxruntime-genai", "onnxruntime")
         ),
         "machine": f"{platform.machine()}, CPU, Python {platform.python_version()}",
         "recorded tokens": f"{len(want)} x {reference.ids.shape[1]}, prefill {reference.prefill}",
-        "logits, to our session": f"{difference:.1e} largest difference (at most {LIMIT})",
-        "logits, to PyTorch": f"{float(errors.median()):.4f} relative, median (int8 activations)",
+        "logits, to our session": f"{difference:.4f} relative, median (at most {LIMIT})",
+        "logits, to PyTorch": f"{error:.4f} relative, median (int8 activations)",
         "greedy tokens, equal": f"{sum(map(int.__eq__, theirs, mine))} of {len(mine)}",
         "result": "passed" if ok else "failed",
     }
