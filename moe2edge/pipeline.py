@@ -1,6 +1,6 @@
 """Passes, what they declare, and running them in order under one contract.
 
-A pass either *trims* (returns a model with fewer experts or blocks; reads no number) or *slims*
+A pass either *trims* (returns a model with fewer experts or blocks; computes no number) or *slims*
 (computes new numbers, one block at a time). Adjacent trimming passes form one stage: what they
 need to know about activations is gathered in one walk over the model as it stood when the stage
 began. The pipeline, not the pass, enforces the contract.

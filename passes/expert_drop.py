@@ -185,7 +185,7 @@ class ExpertDrop(Trim):
         if self.protect_super_experts:
             for index, expert in _super_experts(model, facts):
                 scores[index][expert] = math.inf
-                notes.append(f"block {index}: expert {expert} is protected: extreme outputs")
+                notes.append(f"block {index}: expert {expert} of those here is protected")
         ids = self._best_of_all(model, scores)
         if self.scope == "layer":
             counts = self._counts(model)
