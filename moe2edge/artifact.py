@@ -184,5 +184,5 @@ def _what_else(folder: Path) -> str:
     """What to do with a folder that is no output folder."""
     inside = [child.name for child in sorted(folder.iterdir()) if is_artifact(child)]
     if inside:
-        return f"it holds several outputs ({', '.join(inside)}); name one of them"
+        return f"it holds the outputs {', '.join(inside)}; name one of them"
     return "it is no folder that moe2edge export wrote"

@@ -195,8 +195,6 @@ def export(
     texts += [f"evaluation.text={json.dumps(evaluation)}"] if evaluation else []
     parsed = recipes.parse(recipes.find(name), [*texts, *settings])
     checkpoint = _checkpoint(model, revision, cache_dir)
-    if not quiet:
-        click.echo(f"recipe {name}:\n{parsed.render()}", err=True)
     _quiet_libraries()
     report = run(checkpoint, parsed, targets, output.absolute(), watcher(quiet=quiet), force=force)
     if as_json:
@@ -259,6 +257,8 @@ def _inspect_output(folder: Path, as_json: bool) -> None:
     click.echo(f"experts per MoE layer: {model['expert_counts']}; blocks: {model['origins']}")
     for name, entry in artifact.manifest["files"].items():
         click.echo(f"{entry['bytes']:>12,}  {entry['sha256'][:12]}  {name}")
+    total = sum(entry["bytes"] for entry in artifact.manifest["files"].values())
+    click.echo(f"{total:>12,}  bytes in all")
 
 
 @main.command(epilog="\b\nExample:\n  moe2edge verify out-onnx")

@@ -68,6 +68,7 @@ def export(
     needed = sum(target.nbytes(planned) for target in targets) + solved
     workfolder.check_space(out, round(needed * 1.05) + (16 << 20))
     workfolder.check_memory(max(target.runtime_nbytes(planned) for target in targets))
+    watcher.log(f"recipe:\n{recipe.render()}")
     for step in recipe.passes:
         if isinstance(step, Slim):
             watcher.log(f"{registry.name_of(step)}: {_describe_scheme(step, source)}")

@@ -15,8 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moe2edge.artifact import is_artifact, open_artifact
 from moe2edge.checkpoint import Checkpoint, header, open_checkpoint, read_tensor
-from moe2edge.errors import Unsupported, VerificationFailed
+from moe2edge.errors import InputError, Unsupported, VerificationFailed
 from moe2edge.families import family_of
 from moe2edge.model import DTYPE_BYTES, Model, MoELayer, Weight, is_quantizable
 from moe2edge.scheme import GROUP_SIZES, Scheme
@@ -55,6 +56,12 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedM
     import torch
     from transformers import GenerationConfig
 
+    place = Path(folder)
+    if is_artifact(place) and not any(place.glob("*.safetensors")):
+        raise InputError(
+            f"{folder} is an output of target {open_artifact(place).target}, which has no "
+            "safetensors; run it with moe2edge generate"
+        )
     checkpoint = open_checkpoint(str(folder))
     model = stored_model(checkpoint)
     stored = DTYPES[model.rest["model.embed_tokens.weight"].dtype]

@@ -34,7 +34,7 @@ UNQUANTIZED = "target gptq holds 4-bit weights; quantize with rtn or gptq, or ex
 class Gptq(Target):
     """A GPTQ checkpoint whose experts, shared experts, attention and dense MLPs have 4 bits."""
 
-    summary: ClassVar[str] = "GPTQ checkpoint, 4 bits; moe2edge.load, vLLM, SGLang"
+    summary: ClassVar[str] = "GPTQ checkpoint, 4 bits; for moe2edge.load (vLLM, SGLang: as read)"
     libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers.modeling_utils")
 
     def accepts(self, model: Model) -> None:

@@ -138,7 +138,7 @@ def test_what_is_no_output_folder(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_outputs_names_them(folder: Path) -> None:
-    with pytest.raises(InputError, match=r"it holds several outputs \(out\); name one"):
+    with pytest.raises(InputError, match=r"it holds the outputs out; name one"):
         open_artifact(folder.parent)
 
 

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from moe2edge import recipe, registry
 from moe2edge.cli import main
+from moe2edge.errors import InputError
 from moe2edge.families import FAMILIES
 from moe2edge.rounding import Quantized
 from moe2edge.testing import Make
@@ -429,6 +430,14 @@ def test_a_model_that_could_not_be_verified_is_refused_first(
     result = export(tiny("olmoe"), tmp_path / "out", "gptq", "-r", "w4-rtn")
     assert result.exit_code == 5
     assert "this machine has 0.0 GB" in result.stderr
+
+
+def test_a_graph_is_no_model_for_transformers(pair: Path) -> None:
+    import moe2edge
+
+    with pytest.raises(InputError, match="is an output of target onnx, which has no safetensors"):
+        moe2edge.load(pair / "onnx")
+    assert moe2edge.load(pair / "gptq").num_parameters() > 0
 
 
 def test_a_fault_of_ours_is_one_line_and_one_json_document(
