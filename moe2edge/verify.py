@@ -99,9 +99,9 @@ class Reference:
             with safe_open(path, framework="pt") as file:
                 notes = json.loads(file.metadata()["reference"])
                 ids, logits = file.get_tensor("ids"), file.get_tensor("logits")
+            return cls(ids, notes["prefill"], logits, notes["digests"], notes["source_kl"])
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise VerificationFailed(f"{path.name} cannot be read: {error}") from error
-        return cls(ids, notes["prefill"], logits, notes["digests"], notes["source_kl"])
 
 
 def record(model: Model, ids: Tensor, source_logits: Sequence[Tensor], hidden: Tensor) -> Reference:

@@ -150,9 +150,9 @@ class ExpertDrop(Trim):
 
     def plan(self, model: Model) -> Model:
         """Each layer with its first experts; with scope global, as uneven as it may become."""
-        left = sum(self._counts(model).values())
         counts = self._counts(model)
         if self.scope == "global":
+            left = sum(counts.values())
             counts = self._floors(model)
             left -= sum(counts.values())
             for block, layer in model.moe_blocks:
@@ -186,11 +186,7 @@ class ExpertDrop(Trim):
             for index, expert in _super_experts(model, facts):
                 scores[index][expert] = math.inf
                 notes.append(f"block {index}: expert {expert} of those here is protected")
-        ids = self._best_of_all(model, scores)
-        if self.scope == "layer":
-            counts = self._counts(model)
-            ids = {index: _best(row, counts[index]) for index, row in scores.items()}
-        kept = self._kept(model, ids)
+        kept = self._kept(model, self._chosen(model, scores))
         dropped = [
             f"block {old.index}: experts {sorted(_origins(a) - _origins(b))}"
             for (old, a), (_, b) in zip(model.moe_blocks, kept.moe_blocks, strict=True)
@@ -198,18 +194,19 @@ class ExpertDrop(Trim):
         ]
         return Outcome(kept, changed=tuple(dropped), notes=tuple(notes))
 
-    def _best_of_all(self, model: Model, scores: Mapping[int, list[float]]) -> Ids:
-        """Each layer's floor, then the best of all that are left."""
-        floors = self._floors(model)
-        ids = {index: _best(row, floors[index]) for index, row in scores.items()}
-        left = sum(self._counts(model).values()) - sum(floors.values())
+    def _chosen(self, model: Model, scores: Mapping[int, list[float]]) -> Ids:
+        """The best of each layer; with scope global each layer's floor, then the best of all."""
+        counts = self._counts(model)
+        sure = counts if self.scope == "layer" else self._floors(model)
+        ids = {index: _best(row, sure[index]) for index, row in scores.items()}
+        left = sum(counts.values()) - sum(sure.values())
         others = [
             (-score, index, expert)
             for index, row in scores.items()
             for expert, score in enumerate(row)
             if expert not in ids[index]
         ]
-        for _, index, expert in sorted(others)[: max(left, 0)]:
+        for _, index, expert in sorted(others)[:left]:
             ids[index] = sorted([*ids[index], expert])
         return ids
 

@@ -162,6 +162,11 @@ def test_a_missing_or_damaged_reference(folders: Path, tmp_path: Path) -> None:
     (folder / verify.REFERENCE).write_bytes(b"nothing")
     renew_manifest(folder)
     assert check(folder).exit_code == 7
+    # One that an earlier version wrote, with other notes.
+    old = {"ids": torch.zeros(1, 2), "logits": torch.zeros(1, 2, 2)}
+    save_file(old, folder / verify.REFERENCE, {"reference": '{"prefill": 1, "probes": {}}'})
+    renew_manifest(folder)
+    assert check(folder).exit_code == 7
     (folder / verify.REFERENCE).unlink()
     renew_manifest(folder)
     result = check(folder)
