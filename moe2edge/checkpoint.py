@@ -318,6 +318,14 @@ _SPELLING = {
 }  # fmt: skip
 
 
+def as_stored(tensor: Tensor, dtype: str) -> Tensor:
+    """``tensor`` in a dtype as safetensors spells it."""
+    import torch
+
+    spelled = {spelling: name for name, spelling in _SPELLING.items()}
+    return tensor.to(getattr(torch, spelled[dtype].removeprefix("torch.")))
+
+
 @dataclass(frozen=True)
 class Planned:
     """A tensor that is to be written: shape and dtype now, numbers when its turn comes."""

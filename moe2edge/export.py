@@ -18,9 +18,10 @@ from moe2edge.errors import InputError
 from moe2edge.model import Model
 from moe2edge.pipeline import (
     Facts,
+    Lab,
     Outcome,
+    Search,
     Slim,
-    Stage,
     Step,
     Trim,
     enforce,
@@ -120,18 +121,13 @@ def _texts(checkpoint: Checkpoint, recipe: Recipe) -> tuple[Tokens | None, Token
     geometry = checkpoint.model.family.geometry(checkpoint.config)
     limits = (geometry.max_positions, geometry.vocab)
     calibration = None
-    if any(_needs_tokens(stage) for stage in stages(recipe.passes)):
+    if any(stage.needs_tokens for stage in stages(recipe.passes)):
         calibration = load_tokens(recipe.calibration, tokenizer, "calibration", limits)
     return calibration, load_tokens(recipe.evaluation, tokenizer, "evaluation", limits)
 
 
-def _needs_tokens(stage: Stage) -> bool:
-    last = stage.passes[-1]
-    return last.needs_tokens if isinstance(last, Slim) else bool(stage.observers)
-
-
 def run_passes(
-    model: Model,
+    source: Model,
     recipe: Recipe,
     calibration: Tokens | None,
     work: workfolder.WorkFolder,
@@ -140,15 +136,17 @@ def run_passes(
     """The model after all passes, and a line of the report for each of them."""
     from moe2edge import walk
 
+    model = source
     steps: list[Step] = []
     for stage in stages(recipe.passes):
         begun = time.perf_counter()
         facts = Facts()
         if stage.observers and calibration is not None:
-            observers = [kind() for kind in stage.observers]
-            label = ", ".join(registry.name_of(p) for p in stage.passes)
-            walk.observe(model, calibration.ids, observers, watcher.advance, f"{label}: scoring")
-            facts = Facts([observer.fact() for observer in observers])
+            observers = {kind: kind() for kind in stage.observers}
+            label = f"{', '.join(registry.name_of(p) for p in stage.passes)}: scoring"
+            seeing = list(observers.values())
+            walk.observe(model, calibration.ids, seeing, watcher.advance, label)
+            facts = Facts({kind: observer.fact() for kind, observer in observers.items()})
         for step in stage.passes:
             name = registry.name_of(step)
             if isinstance(step, Trim):
@@ -159,8 +157,10 @@ def run_passes(
                     model, ids, step.solver(model), work, watcher.advance, name
                 )
                 outcome = Outcome(solved, tuple(changed), notes=tuple(notes))
+            elif isinstance(step, Search) and calibration is not None:
+                outcome = step.search(Lab(source, model, calibration.ids, work, watcher))
             else:
-                raise AssertionError(f"{name} is neither a trimming nor a slimming pass")
+                raise AssertionError(f"{name} is no kind of pass that is known")
             enforce(step, name, model, outcome)
             model = outcome.model
             steps.append(

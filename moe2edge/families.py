@@ -13,9 +13,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from moe2edge import per_layer
 from moe2edge.errors import InputError, Moe2EdgeError, Unsupported, did_you_mean
-from moe2edge.model import Block, Dense, Expert, Model, MoELayer, Router, Shared, Weight
-from moe2edge.settings import check_types, whole_number
+from moe2edge.model import Always, Block, Dense, Expert, Model, MoELayer, Router, Shared, Weight
+from moe2edge.settings import check_rope, check_types, whole_number
 
 # Keys that say nothing about inference or are read from the tensors.
 NEUTRAL = frozenset(
@@ -36,13 +37,6 @@ READ = frozenset(
         "rope_scaling", "rope_theta", "tie_word_embeddings",
     }
 )  # fmt: skip
-# Rotary embeddings whose tables do not depend on the length of the text, and the numbers they need.
-STATIC_ROPE: Mapping[str, tuple[str, ...]] = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-    "yarn": ("factor",),
-}
 
 Config = Mapping[str, Any]
 
@@ -168,19 +162,7 @@ class Family:
             raise Unsupported(f"{self.model_type} with {refused} is not supported")
         if config.get("hidden_act", "silu") != "silu":
             raise Unsupported(f"hidden_act {config['hidden_act']!r}; only 'silu' is supported")
-        rope = rope_of(config)
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind not in STATIC_ROPE:
-            raise Unsupported(
-                f"rope type {kind!r} depends on the length of the text; "
-                f"supported: {', '.join(STATIC_ROPE)}"
-            )
-        if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1)) != 1:
-            raise Unsupported("partial rotary embeddings are not supported")
-        for key in STATIC_ROPE[kind]:
-            value: Any = rope.get(key)
-            if type(value) not in (int, float) or not value > 0:
-                raise InputError(f"config.json: {kind!r} rope needs {key} > 0, found {value!r}")
+        check_rope(config)
 
     def geometry(self, config: Config) -> Geometry:
         """Sizes that all blocks share.
@@ -338,14 +320,18 @@ class Family:
     def config_of(self, model: Model) -> dict[str, Any]:
         """``config.json`` of ``model``: the source's, with everything that passes changed.
 
-        Uneven layers are written as ``per_layer_config``, where stock transformers raises an
-        error on the count of experts instead of misreading it.
+        Blocks that are not as the config says of all are written as ``per_layer_config``, where
+        stock transformers raises an error instead of misreading them.
         """
         config = dict(model.config)
         config.pop("per_layer_config", None)
         config["num_hidden_layers"] = len(model.blocks)
         if self.dense_layers:
-            dense = [b.index for b in model.blocks if not isinstance(b.mlp, MoELayer)]
+            dense = [
+                b.index
+                for b in model.blocks
+                if not isinstance(b.mlp, MoELayer) and per_layer.is_own_form(model, b)
+            ]
             config |= {"mlp_only_layers": dense, "decoder_sparse_step": 1}
         if self.window == "layer_types" and config.get("use_sliding_window"):
             config["layer_types"] = [
@@ -353,19 +339,15 @@ class Family:
             ]
         else:
             config.pop("layer_types", None)
-        shapes = {b.index: (len(m.experts), m.router.top_k) for b, m in model.moe_blocks}
-        if not shapes:
-            return config
-        count, top_k = max(shapes.values())
-        for key in self.experts_key:
-            if key in config:
-                config[key] = count
-        config["num_experts_per_tok"] = top_k
+        shapes = {(len(m.experts), m.router.top_k) for _, m in model.moe_blocks}
+        if shapes:
+            count, top_k = max(shapes)
+            for key in self.experts_key:
+                if key in config:
+                    config[key] = count
+            config["num_experts_per_tok"] = top_k
         if not model.is_uniform:
-            config["per_layer_config"] = {
-                str(index): {self.experts_key[0]: n, "num_experts_per_tok": k}
-                for index, (n, k) in shapes.items()
-            }
+            config["per_layer_config"] = per_layer.write(model)
         return config
 
     def transformers_config(self, model: Model, **changes: Any) -> Any:
@@ -401,7 +383,10 @@ class Family:
             mlps: list[Dense] = [block.mlp] if isinstance(block.mlp, Dense) else []
             if isinstance(block.mlp, MoELayer):
                 mlps += block.mlp.experts
-                mlps += [block.mlp.shared.mlp] if block.mlp.shared else []
+            if isinstance(block.mlp, Always) and block.mlp.expert is not None:
+                mlps.append(block.mlp.expert)
+            if isinstance(block.mlp, MoELayer | Always) and block.mlp.shared is not None:
+                mlps.append(block.mlp.shared.mlp)
             for mlp in mlps:
                 width = mlp.gate.shape[0]
                 for part, shape in (
@@ -413,12 +398,6 @@ class Family:
                         raise Moe2EdgeError(
                             f"{part.name} has shape {list(part.shape)}, expected {list(shape)}"
                         )
-
-
-def rope_of(config: Config) -> Mapping[str, Any]:
-    """Settings of the rotary embedding, whichever spelling the config uses."""
-    found: Mapping[str, Any] = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    return found
 
 
 FAMILIES: Mapping[str, Family] = {

@@ -9,17 +9,16 @@ Nothing is registered with transformers, and none of its classes is changed.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moe2edge import per_layer
 from moe2edge.artifact import is_artifact, open_artifact
 from moe2edge.checkpoint import Checkpoint, header, open_checkpoint, read_tensor
 from moe2edge.errors import InputError, Unsupported, VerificationFailed
 from moe2edge.families import family_of
-from moe2edge.model import DTYPE_BYTES, Model, MoELayer, Weight, is_quantizable
+from moe2edge.model import DTYPE_BYTES, Model, Weight, is_quantizable
 from moe2edge.scheme import GROUP_SIZES, Scheme
 
 if TYPE_CHECKING:
@@ -84,10 +83,10 @@ def stored_model(checkpoint: Checkpoint) -> Model:
     """
     config = dict(checkpoint.config)
     scheme = _scheme(config.pop("quantization_config", None))
-    uneven = config.pop("per_layer_config", None) or {}
+    own = config.pop("per_layer_config", None) or {}
     family = family_of(config)
     stored = _Stored(checkpoint, scheme)
-    model = _with_overrides(family.build(config, stored.weight), uneven)
+    model = per_layer.read(family.build(config, stored.weight), own, stored.weight)
     stored.check(model)
     model.verify()
     return model
@@ -106,42 +105,6 @@ def _scheme(settings: Mapping[str, Any] | None) -> Scheme | None:
             f"'gptq', group_size {', '.join(map(str, GROUP_SIZES))} can be loaded"
         )
     return Scheme(bits=4, group_size=group)
-
-
-def _with_overrides(model: Model, overrides: Mapping[str, Mapping[str, Any]]) -> Model:
-    """``model`` with the number of experts and the top-k that each layer has of its own.
-
-    Raises:
-        Unsupported: a layer has no experts, or something else of its own.
-    """
-    left = {str(index).lstrip("0") or "0": own for index, own in overrides.items()}
-    for block, layer in model.moe_blocks:
-        count, top_k = _own_sizes(model, block.index, layer, left.pop(str(block.index), {}))
-        weight = layer.router.weight
-        weight = replace(weight, shape=(count, *weight.shape[1:]))
-        router = replace(layer.router, weight=weight, top_k=top_k)
-        mlp = replace(layer, router=router, experts=layer.experts[:count])
-        model = model.replace_block(replace(block, mlp=mlp))
-    if left:
-        raise Unsupported(f"per_layer_config of {sorted(left)}, which are no MoE layers")
-    return model
-
-
-def _own_sizes(
-    model: Model, index: int, layer: MoELayer, own: Mapping[str, Any]
-) -> tuple[int, int]:
-    """Number of experts and top-k of one layer."""
-    count, top_k = len(layer.experts), layer.router.top_k
-    known = {*model.family.experts_key, "num_experts_per_tok"}
-    if set(own) <= known and all(type(value) is int for value in own.values()):
-        top_k = own.get("num_experts_per_tok", top_k)
-        count = next((own[key] for key in model.family.experts_key if key in own), count)
-        if 1 <= top_k <= count <= len(layer.experts):
-            return count, top_k
-    raise Unsupported(
-        f"layer {index} with per_layer_config {dict(own)}; only fewer experts than the "
-        f"{len(layer.experts)} of config.json and a top-k within them are supported"
-    )
 
 
 class _Stored:
@@ -263,7 +226,7 @@ def to_transformers(model: Model, dtype: torch.dtype) -> PreTrainedModel:
     Raises:
         VerificationFailed: transformers' classes have other parameters than ``model``.
     """
-    from moe2edge.walk import block_state
+    from moe2edge.modules import block_state
 
     loaded = _skeleton(model, dtype)
     for block in model.blocks:
@@ -286,34 +249,20 @@ def to_transformers(model: Model, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _skeleton(model: Model, dtype: torch.dtype) -> Any:
-    """The transformers model without numbers; layers of unequal size built one by one."""
+    """The transformers model without numbers, its layers in the form of the model's blocks."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    uneven = model.family.config_of(model).get("per_layer_config")
+    from moe2edge import modules
+
     config = model.family.transformers_config(model)
     with torch.device("meta"):
         loaded = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        for index, own in (uneven or {}).items():
-            layers = loaded.model.layers
-            layers[int(index)] = _layer_like(layers[int(index)], loaded.config, int(index), own)
+        modules.fit(loaded.model.layers, model)
     loaded.to(dtype)
-    if uneven:
-        loaded.config.per_layer_config = uneven
+    if not model.is_uniform:
+        loaded.config.per_layer_config = per_layer.write(model)
     return loaded
-
-
-def _layer_like(layer: Any, config: Any, index: int, own: Mapping[str, Any]) -> Any:
-    """A decoder layer of the same class with settings of its own."""
-    changed = copy.copy(config)
-    for key, value in own.items():
-        setattr(changed, key, value)
-    fresh = type(layer)(changed, index)
-    for module in fresh.modules():
-        # All modules share one config, through which transformers switches implementations.
-        if getattr(module, "config", None) is changed:
-            module.config = config
-    return fresh
 
 
 def _fill(module: Any, state: dict[str, Tensor], what: str, *, strict: bool) -> None:

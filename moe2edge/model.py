@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from moe2edge.families import Family
     from moe2edge.rounding import Quantized
 
+SECOND_NORM = "post_attention_layernorm.weight"
 DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}
 
 
@@ -100,12 +101,16 @@ class Router:
         top_k: experts chosen per token.
         renormalize: whether the chosen weights are scaled to sum to one.
         per_expert: further tensors with one entry per expert (bias, correction bias), by suffix.
+        skip_below: dynamic skipping: of the chosen experts in the order of their weights, the
+            second is left out where its weight is below ``skip_below[0]`` times the first's, the
+            third by ``skip_below[1]``, and so on; empty: none is.
     """
 
     weight: Weight
     top_k: int
     renormalize: bool
     per_expert: Mapping[str, Weight] = field(default_factory=dict)
+    skip_below: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -141,6 +146,7 @@ class MoELayer:
             weight=_rows(self.router.weight, rows),
             per_expert={k: _rows(w, rows) for k, w in self.router.per_expert.items()},
             top_k=top_k,
+            skip_below=self.router.skip_below[: top_k - 1],
         )
         return replace(self, router=router, experts=tuple(self.experts[i] for i in rows))
 
@@ -154,7 +160,17 @@ def _rows(weight: Weight, rows: tuple[int, ...]) -> Weight:
     )
 
 
-Visit = Callable[[str, Weight], Weight]
+@dataclass(frozen=True)
+class Always:
+    """What is left of an MoE layer with nothing to choose, in families with shared experts.
+
+    Attributes:
+        shared: the shared expert.
+        expert: the one routed expert that stayed, always on with weight one; None: none stayed.
+    """
+
+    shared: Shared
+    expert: Dense | None = None
 
 
 @dataclass(frozen=True)
@@ -165,8 +181,9 @@ class Block:
         index: position in this model.
         origin: position in the source model.
         attention: its tensors by suffix (``q_proj.weight``, ``q_proj.bias``, ``q_norm.weight``).
-        norms: the two norms by suffix.
-        mlp: what follows attention.
+        norms: the two norms by suffix; without an MLP the second is missing, or what it puts out
+            is added to the stream in the MLP's place.
+        mlp: what follows attention; None: nothing does.
         window: tokens that attention sees at most, None for all.
     """
 
@@ -174,8 +191,36 @@ class Block:
     origin: int
     attention: Mapping[str, Weight]
     norms: Mapping[str, Weight]
-    mlp: MoELayer | Dense
+    mlp: MoELayer | Dense | Always | None
     window: int | None = None
+
+    def keep_experts(self, ids: Sequence[int], *, clamp_top_k: bool = False) -> Block:
+        """The block with only the experts ``ids``, and no more routing than they need.
+
+        One expert that stays is always chosen, with weight one, so it becomes a plain MLP. When
+        none stays, nothing follows attention but a shared expert, which is never removed.
+
+        Raises:
+            InputError: as `MoELayer.keep`; none stays only where ``ids`` is empty.
+        """
+        if not isinstance(self.mlp, MoELayer):
+            raise InputError(f"block {self.index} has no MoE layer")
+        shared = self.mlp.shared
+        if not ids:
+            return self.without_mlp() if shared is None else replace(self, mlp=Always(shared))
+        layer = self.mlp.keep(ids, clamp_top_k=clamp_top_k)
+        if len(ids) > 1:
+            return replace(self, mlp=layer)
+        only = layer.experts[0]
+        plain = Dense(only.gate, only.up, only.down)
+        return replace(self, mlp=plain if shared is None else Always(shared, plain))
+
+    def without_mlp(self, *, keep_norm: bool = False) -> Block:
+        """The block with nothing after attention; or its norm's output added in the MLP's place."""
+        norms = dict(self.norms)
+        if not keep_norm:
+            norms.pop(SECOND_NORM, None)
+        return replace(self, norms=norms, mlp=None)
 
     def weights(self) -> Iterator[tuple[str, Weight]]:
         """All tensors with their roles: ``experts.3.gate``, ``attention.q_proj.weight``, ..."""
@@ -183,17 +228,7 @@ class Block:
             yield f"norms.{suffix}", weight
         for suffix, weight in self.attention.items():
             yield f"attention.{suffix}", weight
-        if not isinstance(self.mlp, MoELayer):
-            yield from _mlp_weights("dense", self.mlp)
-            return
-        yield "router.weight", self.mlp.router.weight
-        for suffix, weight in self.mlp.router.per_expert.items():
-            yield f"router.{suffix}", weight
-        for n, expert in enumerate(self.mlp.experts):
-            yield from _mlp_weights(f"experts.{n}", expert)
-        if self.mlp.shared is not None:
-            yield from _mlp_weights("shared", self.mlp.shared.mlp)
-            yield "shared.router", self.mlp.shared.gate
+        yield from _body_weights(self.mlp)
 
     def with_weights(self, new: Mapping[str, Weight]) -> Block:
         """The block with some tensors replaced, by role.
@@ -212,19 +247,24 @@ class Block:
                 down=new.get(f"{prefix}.down", mlp.down),
             )
 
-        mlp = self.mlp
+        def swap_shared(shared: Shared) -> Shared:
+            gate = new.get("shared.router", shared.gate)
+            return Shared(swap_mlp("shared", shared.mlp), gate)
+
+        mlp: Any = self.mlp
         if isinstance(mlp, MoELayer):
             router = replace(
                 mlp.router,
                 weight=new.get("router.weight", mlp.router.weight),
                 per_expert={k: new.get(f"router.{k}", w) for k, w in mlp.router.per_expert.items()},
             )
-            shared = mlp.shared and Shared(
-                swap_mlp("shared", mlp.shared.mlp), new.get("shared.router", mlp.shared.gate)
-            )
+            shared = mlp.shared and swap_shared(mlp.shared)
             experts = tuple(swap_mlp(f"experts.{n}", e) for n, e in enumerate(mlp.experts))
             mlp = MoELayer(router, experts, shared)
-        else:
+        elif isinstance(mlp, Always):
+            expert = mlp.expert and swap_mlp("dense", mlp.expert)
+            mlp = Always(swap_shared(mlp.shared), expert)
+        elif mlp is not None:
             mlp = swap_mlp("dense", mlp)
         return replace(
             self,
@@ -232,6 +272,27 @@ class Block:
             norms={k: new.get(f"norms.{k}", w) for k, w in self.norms.items()},
             mlp=mlp,
         )
+
+
+def _body_weights(mlp: MoELayer | Dense | Always | None) -> Iterator[tuple[str, Weight]]:
+    """Tensors of what follows attention, with their roles."""
+    if isinstance(mlp, Dense):
+        yield from _mlp_weights("dense", mlp)
+        return
+    if mlp is None:
+        return
+    if isinstance(mlp, Always):
+        if mlp.expert is not None:
+            yield from _mlp_weights("dense", mlp.expert)
+    else:
+        yield "router.weight", mlp.router.weight
+        for suffix, weight in mlp.router.per_expert.items():
+            yield f"router.{suffix}", weight
+        for n, expert in enumerate(mlp.experts):
+            yield from _mlp_weights(f"experts.{n}", expert)
+    if mlp.shared is not None:
+        yield from _mlp_weights("shared", mlp.shared.mlp)
+        yield "shared.router", mlp.shared.gate
 
 
 def _mlp_weights(prefix: str, mlp: Dense) -> Iterator[tuple[str, Weight]]:
@@ -290,8 +351,11 @@ class Model:
 
     @property
     def is_uniform(self) -> bool:
-        """Whether all MoE layers have the same number of experts and the same top-k."""
-        return len({(len(m.experts), m.router.top_k) for _, m in self.moe_blocks}) <= 1
+        """Whether all MoE layers have one size and every block has a form of the family's own."""
+        from moe2edge import per_layer
+
+        sizes = {(len(m.experts), m.router.top_k) for _, m in self.moe_blocks}
+        return len(sizes) <= 1 and all(per_layer.is_own_form(self, b) for b in self.blocks)
 
     @property
     def scheme(self) -> Scheme | None:
@@ -363,6 +427,11 @@ class Model:
                 raise Moe2EdgeError(
                     f"block {block.index}: top-k {layer.router.top_k} of {n} experts"
                 )
+            if len(layer.router.skip_below) not in (0, layer.router.top_k - 1):
+                raise Moe2EdgeError(
+                    f"block {block.index}: {len(layer.router.skip_below)} thresholds for "
+                    f"top-k {layer.router.top_k}"
+                )
         self.family.check_shapes(self)
 
     def __str__(self) -> str:
@@ -396,10 +465,15 @@ def _describe(block: Block) -> str:
         )
         if origins != list(range(len(origins))):
             parts.append(f"from {origins}")
-        if layer.shared is not None:
-            parts.append(f"shared expert of width {layer.shared.mlp.gate.shape[0]}")
-    else:
-        parts.append(f"dense MLP of width {block.mlp.gate.shape[0]}, {_form(block.mlp.gate)}")
+        if layer.router.skip_below:
+            parts.append(f"skips below {[round(b, 4) for b in layer.router.skip_below]}")
+    dense = block.mlp.expert if isinstance(block.mlp, Always) else block.mlp
+    if isinstance(dense, Dense):
+        parts.append(f"dense MLP of width {dense.gate.shape[0]}, {_form(dense.gate)}")
+    if isinstance(block.mlp, MoELayer | Always) and block.mlp.shared is not None:
+        parts.append(f"shared expert of width {block.mlp.shared.mlp.gate.shape[0]}")
+    if block.mlp is None:
+        parts.append("norm only" if SECOND_NORM in block.norms else "no MLP")
     return "; ".join(parts)
 
 

@@ -1,14 +1,14 @@
 """Passes, what they declare, and running them in order under one contract.
 
-A pass either *trims* (returns a model with fewer experts or blocks; computes no number) or *slims*
-(computes new numbers, one block at a time). Adjacent trimming passes form one stage: what they
-need to know about activations is gathered in one walk over the model as it stood when the stage
-began. The pipeline, not the pass, enforces the contract.
+A pass either *trims* (returns a model with fewer experts or blocks; computes no number), *slims*
+(computes new numbers, one block at a time) or *searches* (drives walks of its own). Adjacent
+trimming passes form one stage: what they need to know about activations is gathered in one walk
+over the model as it stood when the stage began. The pipeline, not the pass, enforces the contract.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, Self, TypeVar
 
@@ -21,33 +21,39 @@ from moe2edge.scheme import Scheme, largest_group_size
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from moe2edge.progress import Watcher
     from moe2edge.rounding import Quantized
     from moe2edge.walk import Seen
 
 Fact = TypeVar("Fact")
+Fact_co = TypeVar("Fact_co", covariant=True)
 
 
-class Facts:
-    """What walks and passes learned, keyed by type: ``facts[RoutingStatistics]``."""
-
-    def __init__(self, facts: Sequence[object] = ()) -> None:
-        self._by_type: dict[type[Any], Any] = {type(fact): fact for fact in facts}
-
-    def __getitem__(self, kind: type[Fact]) -> Fact:
-        value: Fact = self._by_type[kind]
-        return value
-
-
-class Observer(Protocol):
+class Observer(Protocol[Fact_co]):
     """A visitor of a walk that gathers one fact about the model."""
 
     def see(self, seen: Seen) -> None:
         """Take in what one batch of one block showed."""
         ...
 
-    def fact(self) -> object:
+    def fact(self) -> Fact_co:
         """What was learned, after the walk."""
         ...
+
+
+# Makes a fresh observer: its class, or a value that compares equal if it would gather the same.
+Kind = Callable[[], Observer[Any]]
+
+
+class Facts:
+    """What a walk learned, keyed by the kind of observer: ``facts[RoutingObserver]``."""
+
+    def __init__(self, facts: Mapping[Kind, object] | None = None) -> None:
+        self._facts: dict[Kind, Any] = dict(facts or {})
+
+    def __getitem__(self, kind: Callable[[], Observer[Fact]]) -> Fact:
+        value: Fact = self._facts[kind]
+        return value
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,7 @@ class Trim(Pass):
 
     rescore: bool = False
 
-    def observers(self) -> tuple[type[Observer], ...]:
+    def observers(self) -> tuple[Kind, ...]:
         """Kinds of observers whose facts `apply` reads."""
         return ()
 
@@ -107,10 +113,43 @@ class Trim(Pass):
         raise NotImplementedError
 
 
+@dataclass(frozen=True)
+class Lab:
+    """What a pass has at hand that decides by running text through models.
+
+    Attributes:
+        source: the model as it was before the first pass.
+        model: the model as it is now.
+        tokens: calibration tokens, int64 [samples, length].
+        store: keeps computed numbers.
+        watcher: told about progress and cost.
+    """
+
+    source: Model
+    model: Model
+    tokens: Tensor
+    store: Store
+    watcher: Watcher
+
+
+class Search(Pass):
+    """A pass that drives walks of its own, to try out what it decides.
+
+    Attributes:
+        may_change_nothing: whether leaving the model alone is a result, not a fault.
+    """
+
+    may_change_nothing: ClassVar[bool] = False
+
+    def search(self, lab: Lab) -> Outcome:
+        """The changed model."""
+        raise NotImplementedError
+
+
 class Store(Protocol):
     """Where solved numbers go: the work folder of an export."""
 
-    def put(self, block: Block, numbers: Mapping[str, Quantized]) -> Block:
+    def put(self, block: Block, numbers: Mapping[str, Quantized | Tensor]) -> Block:
         """Save the numbers of a block by role; return the block with handles on them."""
         ...
 
@@ -207,12 +246,20 @@ def plan(passes: Sequence[Pass], model: Model) -> Model:
 
 @dataclass(frozen=True)
 class Stage:
-    """Passes that share a walk: any number of trimming passes, or one slimming pass."""
+    """Passes that share a walk: any number of trimming passes, or one of another kind."""
 
     passes: tuple[Pass, ...]
 
     @property
-    def observers(self) -> tuple[type[Observer], ...]:
+    def needs_tokens(self) -> bool:
+        """Whether it looks at activations."""
+        last = self.passes[-1]
+        if isinstance(last, Slim):
+            return last.needs_tokens
+        return isinstance(last, Search) or bool(self.observers)
+
+    @property
+    def observers(self) -> tuple[Kind, ...]:
         """The kinds of observers that its passes need, each once."""
         kinds = (kind for p in self.passes if isinstance(p, Trim) for kind in p.observers())
         return tuple(dict.fromkeys(kinds))
@@ -251,7 +298,8 @@ def enforce(step: Pass, name: str, before: Model, outcome: Outcome) -> None:
         Moe2EdgeError: the pass changed nothing, or left out something that it selected, or the
             result is not sound.
     """
-    if not outcome.changed or outcome.model is before:
+    idle = isinstance(step, Search) and step.may_change_nothing
+    if not idle and (not outcome.changed or outcome.model is before):
         reasons = "; ".join(f"{k}: {v}" for k, v in outcome.skipped.items())
         raise Moe2EdgeError(f"{name} changed nothing ({reasons or 'nothing matched'})")
     if outcome.skipped:

@@ -134,7 +134,8 @@ class RoutingObserver:
             self._experts[key] = expert_origins(seen.block)
             self._counts[key] = torch.zeros(experts, dtype=torch.int64)
             self._probability[key] = torch.zeros(experts, dtype=torch.float64)
-        self._counts[key] += torch.bincount(routing.ids.flatten(), minlength=experts)
+        # A place that dynamic skipping left out has the id behind the last expert.
+        self._counts[key] += torch.bincount(routing.ids.flatten(), minlength=experts)[:experts]
         self._probability[key] += routing.logits.double().softmax(-1).sum(0)
         if key == min(self._counts):
             self._tokens += len(routing.ids)

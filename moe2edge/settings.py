@@ -7,7 +7,15 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from moe2edge.errors import InputError
+from moe2edge.errors import InputError, Unsupported
+
+# Rotary embeddings whose tables do not depend on the length of the text, and the numbers they need.
+STATIC_ROPE: Mapping[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor",),
+}
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -83,3 +91,25 @@ def whole_number(config: Mapping[str, Any], key: str, default: int | None = None
     if type(value) is not int or value <= 0:
         raise InputError(f"config.json: {key} must be a positive whole number, found {value!r}")
     return value
+
+
+def check_rope(config: Mapping[str, Any]) -> None:
+    """Refuse rotary embeddings that are not one table for all texts, or lack a number.
+
+    Raises:
+        InputError: a number is missing.
+        Unsupported: the type, or a part of the head that stays as it is.
+    """
+    rope: Mapping[str, Any] = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in STATIC_ROPE:
+        raise Unsupported(
+            f"rope type {kind!r} depends on the length of the text; "
+            f"supported: {', '.join(STATIC_ROPE)}"
+        )
+    if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1)) != 1:
+        raise Unsupported("partial rotary embeddings are not supported")
+    for key in STATIC_ROPE[kind]:
+        value: Any = rope.get(key)
+        if type(value) not in (int, float) or not value > 0:
+            raise InputError(f"config.json: {kind!r} rope needs {key} > 0, found {value!r}")

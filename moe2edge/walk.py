@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from moe2edge.errors import InputError
-from moe2edge.model import Block, Dense, Model, MoELayer, Weight
+from moe2edge.model import Block, Model, MoELayer
+from moe2edge.modules import block_state, checked, finite, fit
 from moe2edge.pipeline import Observer, Solver, Store
 from moe2edge.progress import Advance
 
@@ -51,6 +51,8 @@ class Seen:
     Attributes:
         block: the block.
         inputs, outputs: its residual stream, [batch, length, hidden].
+        attended: the stream between attention and what follows it.
+        mlp_inputs, mlp_outputs: of the MoE layer or MLP, [batch, length, hidden].
         routing: what its router did, None for a dense block.
         linear_inputs: inputs [N, in] of the matrices of attention, shared expert and dense MLP,
             by role.
@@ -61,6 +63,9 @@ class Seen:
     block: Block
     inputs: Tensor
     outputs: Tensor
+    attended: Tensor
+    mlp_inputs: Tensor
+    mlp_outputs: Tensor
     routing: Routing | None
     linear_inputs: Mapping[str, Tensor]
     expert_hidden: Callable[[int, Tensor], Tensor]
@@ -88,7 +93,7 @@ class BlockRunner:
     def watch(self, hidden: Tensor) -> Seen:
         """Like `run`, and keep what happened inside."""
         inputs: dict[str, Tensor] = {}
-        routed: dict[str, Any] = {}
+        seen: dict[str, Any] = {}
 
         def keep_input(role: str) -> Callable[..., None]:
             def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -98,11 +103,22 @@ class BlockRunner:
 
         def keep_routing(_: nn.Module, args: tuple[Tensor, ...], out: tuple[Tensor, ...]) -> None:
             flat = args[0].flatten(0, -2)
-            routed["routing"] = Routing(flat, out[0].float(), out[1].float(), out[2])
+            seen["routing"] = Routing(flat, out[0].float(), out[1].float(), out[2])
+
+        def keep_attended(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen["attended"] = args[0]
+
+        def keep_mlp(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+            seen.update(mlp_inputs=args[0], mlp_outputs=out)
 
         hooks = [
             module.register_forward_pre_hook(keep_input(role))
             for role, module in self._linear_modules()
+        ]
+        norm, mlp = self._layer.post_attention_layernorm, self._layer.mlp
+        hooks += [
+            norm.register_forward_pre_hook(keep_attended),
+            mlp.register_forward_hook(keep_mlp),
         ]
         if isinstance(self.block.mlp, MoELayer):
             hooks.append(self._layer.mlp.gate.register_forward_hook(keep_routing))
@@ -115,7 +131,10 @@ class BlockRunner:
             self.block,
             hidden,
             outputs,
-            routed.get("routing"),
+            seen["attended"],
+            seen["mlp_inputs"],
+            seen["mlp_outputs"],
+            seen.get("routing"),
             inputs,
             self._expert_hidden,
             self._expert_output,
@@ -156,68 +175,17 @@ def _skeleton(model: Model) -> Any:
     config = model.family.transformers_config(model, vocab_size=1, **special)
     with torch.device("meta"):
         base = AutoModel.from_config(config, dtype=torch.float32)
+        fit(base.layers, model)
     base.rotary_emb = type(base.rotary_emb)(config=config)
     base.norm = nn.Identity()
     base.embed_tokens = None
     return base.eval()
 
 
-def block_state(block: Block) -> dict[str, Tensor]:
-    """The block's numbers in float32 under transformers' names in memory, experts fused."""
-    state: dict[str, Tensor] = {}
-    for role, weight in block.weights():
-        kind, _, rest = role.partition(".")
-        if kind == "norms":
-            state[rest] = finite(weight)
-        elif kind == "attention":
-            state[f"self_attn.{rest}"] = finite(weight)
-        elif kind == "router":
-            state[f"mlp.gate.{rest}"] = finite(weight)
-        elif role == "shared.router":
-            state["mlp.shared_expert_gate.weight"] = finite(weight)
-        elif kind == "shared":
-            state[f"mlp.shared_expert.{rest}_proj.weight"] = finite(weight)
-        elif kind == "dense":
-            state[f"mlp.{rest}_proj.weight"] = finite(weight)
-    if isinstance(block.mlp, MoELayer):
-        state |= _fused_experts(block.mlp.experts)
-    return state
-
-
-def _fused_experts(experts: Sequence[Dense]) -> dict[str, Tensor]:
-    """``gate_up_proj`` [experts, 2 width, hidden] and ``down_proj`` [experts, hidden, width]."""
-    width, hidden = experts[0].gate.shape
-    gate_up = torch.empty(len(experts), 2 * width, hidden)
-    down = torch.empty(len(experts), hidden, width)
-    for n, expert in enumerate(experts):
-        gate_up[n, :width] = finite(expert.gate)
-        gate_up[n, width:] = finite(expert.up)
-        down[n] = finite(expert.down)
-    return {"mlp.experts.gate_up_proj": gate_up, "mlp.experts.down_proj": down}
-
-
-def finite(weight: Weight) -> Tensor:
-    """Numbers of a weight in float32.
-
-    Raises:
-        InputError: some are not finite.
-    """
-    return _finite(weight.name, weight.load().float())
-
-
-def _finite(name: str, numbers: Tensor) -> Tensor:
-    # NaN and infinity come through minimum and maximum.
-    if not all(bool(torch.isfinite(end)) for end in torch.aminmax(numbers)):
-        raise InputError(
-            f"{name} holds numbers that are not finite; the checkpoint is damaged, get it again"
-        )
-    return numbers
-
-
 def embed(model: Model, tokens: Tensor) -> Tensor:
     """Rows of the embedding table, float32 [samples, length, hidden]."""
     table = model.rest["model.embed_tokens.weight"]
-    return _finite(table.name, table.load()[tokens].float())
+    return checked(table.name, table.load()[tokens].float())
 
 
 def batches(tokens: Tensor) -> list[slice]:
@@ -227,7 +195,7 @@ def batches(tokens: Tensor) -> list[slice]:
 
 
 def observe(
-    model: Model, tokens: Tensor, observers: Sequence[Observer], advance: Advance, label: str
+    model: Model, tokens: Tensor, observers: Sequence[Observer[Any]], advance: Advance, label: str
 ) -> Tensor:
     """Walk over ``tokens`` int64 [samples, length]; hidden states after the last block."""
     hidden = embed(model, tokens)

@@ -7,14 +7,14 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from moe2edge.artifact import MANIFEST, is_artifact, present_files
-from moe2edge.checkpoint import Planned, read_json, read_tensor, write_safetensors
+from moe2edge.checkpoint import Planned, as_stored, read_json, read_tensor, write_safetensors
 from moe2edge.errors import DoesNotFit, InputError
 from moe2edge.model import Block, Weight
 
@@ -165,26 +165,34 @@ def sync_folder(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class WorkFolder:
-    """Solved numbers on disk, one file per block, until a target packs them."""
+    """Solved numbers on disk, a file for each time a block is solved, until a target packs them."""
 
     folder: Path
 
-    def put(self, block: Block, numbers: Mapping[str, Quantized]) -> Block:
-        """Save numbers by role; return the block with handles that read them back."""
-        path = self.folder / f"block-{block.origin:05}.safetensors"
+    def put(self, block: Block, numbers: Mapping[str, Quantized | Tensor]) -> Block:
+        """Save numbers by role; return the block with handles that read them back.
+
+        A tensor that is not quantized takes the dtype of what it replaces.
+        """
+        before = len(list(self.folder.glob(f"block-{block.origin:05}-*.safetensors")))
+        path = self.folder / f"block-{block.origin:05}-{before}.safetensors"
+        weights = dict(block.weights())
         planned: list[Planned] = []
         for role, value in numbers.items():
-            planned += _planned(role, value)
+            planned += _planned(role, value, weights[role])
         write_safetensors(path, planned)
-        weights = dict(block.weights())
         return block.with_weights(
             {role: _handle(weights[role], path, role, value) for role, value in numbers.items()}
         )
 
 
-def _planned(role: str, value: Quantized) -> list[Planned]:
+def _planned(role: str, value: Quantized | Tensor, weight: Weight) -> list[Planned]:
+    import torch
+
     from moe2edge.packing import pack_nibbles
 
+    if isinstance(value, torch.Tensor):
+        return [Planned(role, weight.shape, weight.dtype, lambda: as_stored(value, weight.dtype))]
     outs, ins = value.q.shape
     return [
         Planned(f"{role}.q", (outs, ins // 2), "U8", lambda: pack_nibbles(value.q)),
@@ -192,8 +200,12 @@ def _planned(role: str, value: Quantized) -> list[Planned]:
     ]
 
 
-def _handle(weight: Weight, path: Path, role: str, value: Quantized) -> Weight:
+def _handle(weight: Weight, path: Path, role: str, value: Quantized | Tensor) -> Weight:
     """Handle on saved numbers; holds on to none of them."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return replace(weight, load=lambda: read_tensor(path, role))
     scheme = value.scheme
 
     def load_quantized() -> Quantized:

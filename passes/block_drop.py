@@ -8,7 +8,7 @@ from pydantic import Field
 
 from moe2edge.errors import InputError
 from moe2edge.model import Model
-from moe2edge.pipeline import Facts, Observer, Outcome, Trim
+from moe2edge.pipeline import Facts, Kind, Outcome, Trim
 
 
 class BlockDrop(Trim):
@@ -37,7 +37,7 @@ class BlockDrop(Trim):
         """The model without its last blocks."""
         return model.keep_blocks(range(len(model.blocks) - self.drop))
 
-    def observers(self) -> tuple[type[Observer], ...]:
+    def observers(self) -> tuple[Kind, ...]:
         """Similarities of block inputs and outputs."""
         from moe2edge.similarity import SimilarityObserver
 
@@ -45,9 +45,9 @@ class BlockDrop(Trim):
 
     def apply(self, model: Model, facts: Facts) -> Outcome:
         """Drop the most redundant blocks; ties go to the deeper one."""
-        from moe2edge.similarity import BlockSimilarity
+        from moe2edge.similarity import SimilarityObserver
 
-        cosine = facts[BlockSimilarity].cosine
+        cosine = facts[SimilarityObserver].cosine
         order = sorted(model.blocks, key=lambda b: (-cosine[b.origin], -b.index))
         gone = sorted(order[: self.drop], key=lambda b: b.index)
         dropped = {b.index for b in gone}

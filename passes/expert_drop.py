@@ -11,7 +11,7 @@ from pydantic import Field, field_validator
 
 from moe2edge.errors import InputError
 from moe2edge.model import Block, Model, MoELayer
-from moe2edge.pipeline import Facts, Observer, Outcome, Trim
+from moe2edge.pipeline import Facts, Kind, Outcome, Trim
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -161,11 +161,11 @@ class ExpertDrop(Trim):
                 left -= more
         return self._kept(model, {index: list(range(n)) for index, n in counts.items()})
 
-    def observers(self) -> tuple[type[Observer], ...]:
+    def observers(self) -> tuple[Kind, ...]:
         """What the criterion and the guard need to know."""
         from moe2edge.saliency import OutputObserver, RoutingObserver
 
-        kinds: list[type[Observer]] = []
+        kinds: list[Kind] = []
         if self.criterion in ROUTING:
             kinds.append(RoutingObserver)
         elif self.criterion not in (*WEIGHTS, "random"):
@@ -229,13 +229,13 @@ class ExpertDrop(Trim):
             of_weights = saliency.aimer if self.criterion == "aimer" else saliency.magnitude
             return [of_weights([w.load() for w in (e.gate, e.up, e.down)]) for e in layer.experts]
         if self.criterion in ROUTING:
-            statistics = facts[saliency.RoutingStatistics]
+            statistics = facts[saliency.RoutingObserver]
             of_routing = {
                 "frequency": saliency.frequency, "routing-score": saliency.routing_score,
             }[self.criterion]  # fmt: skip
             scores, experts = of_routing(statistics, key), statistics.experts[key]
         else:
-            outputs = facts[saliency.OutputStatistics].layers[key]
+            outputs = facts[saliency.OutputObserver].layers[key]
             name = self.criterion.replace("-", "_")
             of_outputs: Callable[[LayerOutputs], Tensor] = getattr(saliency, name)
             scores, experts = of_outputs(outputs), outputs.experts
@@ -258,9 +258,9 @@ def _super_experts(model: Model, facts: Facts) -> list[tuple[int, int]]:
     """
     import torch
 
-    from moe2edge.saliency import OutputStatistics
+    from moe2edge.saliency import OutputObserver
 
-    layers = facts[OutputStatistics].layers
+    layers = facts[OutputObserver].layers
     last = GUARDED_PART * len(model.blocks)
     largest = {
         (block.index, n): float(layers[block.origin].largest[place[expert.origin]])

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from moe2edge.families import Geometry
-from moe2edge.model import Block, Model, MoELayer
+from moe2edge.model import SECOND_NORM, Always, Block, Model, MoELayer
 from moe2edge.targets._onnx_graph import Graph, alike, linear
 from moe2edge.targets._onnx_storage import Part, Source, quantized
 
@@ -86,10 +86,16 @@ class BlockWriter:
         }
         x, value = self._norm(roles, "input_layernorm", stream)
         stream = Stream(value, self._attention(roles, x))
+        if f"norms.{SECOND_NORM}" not in roles:
+            return stream
         x, value = self._norm(roles, "post_attention_layernorm", stream)
-        if isinstance(self.block.mlp, MoELayer):
-            return Stream(value, self._moe(roles, self.block.mlp, x))
-        return Stream(value, self._mlp(roles, "dense", f"{self.at}/mlp", x))
+        mlp = self.block.mlp
+        if isinstance(mlp, MoELayer):
+            return Stream(value, self._moe(roles, mlp, x))
+        if isinstance(mlp, Always):
+            y = self._mlp(roles, "dense", f"{self.at}/mlp", x) if mlp.expert else ""
+            return Stream(value, self._with_shared(roles, f"{self.at}/mlp", x, y))
+        return Stream(value, x if mlp is None else self._mlp(roles, "dense", f"{self.at}/mlp", x))
 
     def _norm(self, roles: Roles, name: str, stream: Stream) -> tuple[str, str]:
         weight = roles[f"norms.{name}.weight"]
@@ -189,27 +195,88 @@ class BlockWriter:
         top_k = layer.router.top_k
         scores = self._linear(f"{at}/router", x, [roles["router.weight"]])
         rows = graph.node(f"{at}/router", "Reshape", [scores, graph.constant([-1, count])])
-        y = self._experts(roles, layer, x, rows)
-        # normalize_routing_weights=0 gives zeros in MoE (onnxruntime issue 33866) and is ignored by
-        # QMoE. So weights are always normalized, and the sum that this divides by is put back.
-        if not layer.router.renormalize and top_k < count:
-            chances = graph.node(f"{at}/mass", "Softmax", [scores], axis=-1)
-            outputs = [f"{at}/mass/TopK/output_0", f"{at}/mass/TopK/output_1"]
-            best = graph.node(
-                f"{at}/mass", "TopK", [chances, graph.constant([top_k])], outputs, axis=-1
-            )
-            mass = graph.node(f"{at}/mass", "ReduceSum", [best, graph.constant([-1])], keepdims=1)
-            y = graph.node(f"{at}/mass", "Mul", [y, mass])
-        if layer.shared is None:
-            return y
+        if layer.router.skip_below:
+            y = self._skipping_experts(roles, layer, x, rows)
+        else:
+            y = self._experts(roles, layer, x, rows)
+            # normalize_routing_weights=0 gives zeros in MoE (onnxruntime issue 33866) and is
+            # ignored by QMoE. So weights are always normalized, and the sum that this divides by
+            # is put back.
+            if not layer.router.renormalize and top_k < count:
+                chances = graph.node(f"{at}/mass", "Softmax", [scores], axis=-1)
+                y = self._times_sum(y, self._top(f"{at}/mass", chances, top_k)[0])
+        return y if layer.shared is None else self._with_shared(roles, at, x, y)
+
+    def _top(self, at: str, chances: str, top_k: int) -> tuple[str, str]:
+        """The largest of each row, in falling order, and where they are."""
+        outputs = [f"{at}/TopK/output_0", f"{at}/TopK/output_1"]
+        self.graph.node(at, "TopK", [chances, self.graph.constant([top_k])], outputs, axis=-1)
+        return outputs[0], outputs[1]
+
+    def _times_sum(self, y: str, weights: str) -> str:
+        """``y`` times the sum of each token's ``weights``."""
+        at, graph = f"{self.at}/moe/mass", self.graph
+        mass = graph.node(at, "ReduceSum", [weights, graph.constant([-1])], keepdims=1)
+        return graph.node(at, "Mul", [y, mass])
+
+    def _skipping_experts(self, roles: Roles, layer: MoELayer, x: str, rows: str) -> str:
+        """Experts with dynamic skipping; see `moe2edge.modules.skipping`.
+
+        ``QMoE`` takes the weights as an input and spends no time on those that are zero; ``MoE``
+        has no such input, so logits of what is skipped are lowered until their weight is zero.
+        """
+        at, graph, router = f"{self.at}/moe/skip", self.graph, layer.router
+        chances = graph.node(at, "Softmax", [rows], axis=-1)
+        best, ids = self._top(at, chances, router.top_k)
+        below = graph.constant([[0.0, *router.skip_below]], np.float32)
+        first = graph.node(at, "ReduceMax", [best, graph.constant([-1])], keepdims=1)
+        limits = graph.node(f"{at}/limits", "Mul", [first, below])
+        runs = graph.node(at, "GreaterOrEqual", [best, limits])
+        zero = graph.constant(0.0, np.float32)
+        kept = graph.node(f"{at}/kept", "Where", [runs, best, zero])
+        if layer.experts[0].gate.scheme is None:
+            logits = graph.node(at, "GatherElements", [rows, ids], axis=1)
+            low = graph.constant(-1e4, np.float32)
+            logits = graph.node(f"{at}/logits", "Where", [runs, logits, low])
+            rows = graph.node(at, "ScatterElements", [rows, ids, logits], axis=1)
+            y = self._experts(roles, layer, x, rows)
+            if router.renormalize:
+                return y
+            shape = graph.node(at, "Shape", [x], end=-1)
+            one = graph.constant([1])
+            shape = graph.node(f"{at}/per_token", "Concat", [shape, one], axis=0)
+            mass = graph.node(at, "ReduceSum", [kept, graph.constant([-1])], keepdims=1)
+            mass = graph.node(f"{at}/per_token", "Reshape", [mass, shape])
+            return graph.node(f"{at}/mass", "Mul", [y, mass])
+        if router.renormalize:
+            total = graph.node(at, "ReduceSum", [kept, graph.constant([-1])], keepdims=1)
+            kept = graph.node(at, "Div", [kept, total])
+        nothing = graph.node(f"{at}/nothing", "Mul", [chances, zero])
+        weights = graph.node(at, "ScatterElements", [nothing, ids, kept], axis=1)
+        return self._experts(roles, layer, x, rows, weights)
+
+    def _with_shared(self, roles: Roles, at: str, x: str, y: str) -> str:
+        """``y``, which may be nothing, and the shared expert."""
+        graph = self.graph
         shared = self._mlp(roles, "shared", f"{at}/shared", x)
         gate = self._linear(f"{at}/shared_gate", x, [roles["shared.router"]])
         gate = graph.node(f"{at}/shared_gate", "Sigmoid", [gate])
         shared = graph.node(f"{at}/shared_gate", "Mul", [shared, gate])
-        return graph.node(f"{at}/shared", "Add", [y, shared])
+        return graph.node(f"{at}/shared", "Add", [y, shared]) if y else shared
 
-    def _experts(self, roles: Roles, layer: MoELayer, x: str, scores: str) -> str:
-        """All routed experts by one operator; ``scores`` are router logits [tokens, experts]."""
+    def _experts(
+        self, roles: Roles, layer: MoELayer, x: str, scores: str, weights: str = ""
+    ) -> str:
+        """All routed experts by one operator.
+
+        Args:
+            roles: the block's weights.
+            layer: the MoE layer.
+            x: its input.
+            scores: router logits [tokens, experts].
+            weights: what outputs are multiplied with, [tokens, experts]; none: the operator's own
+                softmax over the chosen logits.
+        """
         at, graph, count = f"{self.at}/moe", self.graph, len(layer.experts)
         width, hidden = layer.experts[0].gate.shape
         first: list[Part] = [
@@ -225,7 +292,7 @@ class BlockWriter:
             "swiglu_fusion": 1,
             "activation_alpha": 1.0,
             "activation_beta": 0.0,
-            "normalize_routing_weights": 1,
+            "normalize_routing_weights": int(layer.router.renormalize or not weights),
         }
         scheme = layer.experts[0].gate.scheme
         if scheme is None:
@@ -242,7 +309,7 @@ class BlockWriter:
         return graph.node(
             at,
             "QMoE",
-            [x, scores, *stored[0], "", *stored[1]],
+            [x, scores, *stored[0], "", *stored[1], *([""] * 7 + [weights] if weights else [])],
             **attributes,
             expert_weight_bits=scheme.bits,
             block_size=scheme.group_size,

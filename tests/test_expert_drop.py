@@ -31,9 +31,9 @@ def options(**given: Any) -> ExpertDrop:
 
 def apply(step: ExpertDrop, model: Model) -> Model:
     step.check(model)
-    observers = [kind() for kind in step.observers()]
-    walk.observe(model, IDS, observers, lambda *_: None, "")
-    outcome = step.apply(model, Facts([observer.fact() for observer in observers]))
+    observers = {kind: kind() for kind in step.observers()}
+    walk.observe(model, IDS, list(observers.values()), lambda *_: None, "")
+    outcome = step.apply(model, Facts({kind: seen.fact() for kind, seen in observers.items()}))
     outcome.model.verify()
     assert outcome.changed
     return outcome.model

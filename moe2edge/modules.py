@@ -1,0 +1,204 @@
+"""Blocks as modules of transformers: its own decoder layers, in the form that each block has.
+
+A layer of another size is built by transformers' own class from a config that says so. What the
+class has no form for (nothing after attention, a plain MLP where experts were, dynamic skipping)
+is put in its place here, on the instance: no class of transformers is changed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from moe2edge import per_layer
+from moe2edge.errors import InputError
+from moe2edge.model import SECOND_NORM, Always, Block, Dense, Model, MoELayer, Weight
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Nothing(nn.Module):
+    """In place of an MLP: adds nothing to the stream."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Zeros like ``x``."""
+        return torch.zeros_like(x)
+
+
+class GatedMLP(nn.Module):
+    """``down(silu(gate(x)) * up(x))``, under the names that transformers gives its own."""
+
+    def __init__(self, mlp: Dense) -> None:
+        super().__init__()
+        width, hidden = mlp.gate.shape
+        self.gate_proj = nn.Linear(hidden, width, bias=False)
+        self.up_proj = nn.Linear(hidden, width, bias=False)
+        self.down_proj = nn.Linear(width, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The MLP of ``x`` [..., hidden]."""
+        out: Tensor = self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+class AlwaysOn(nn.Module):
+    """A shared expert times the sigmoid of its gate, and with ``expert`` a further MLP."""
+
+    def __init__(self, mlp: Always) -> None:
+        super().__init__()
+        self.shared_expert = GatedMLP(mlp.shared.mlp)
+        self.shared_expert_gate = nn.Linear(mlp.shared.gate.shape[1], 1, bias=False)
+        if mlp.expert is not None:
+            own = GatedMLP(mlp.expert)
+            self.gate_proj, self.up_proj, self.down_proj = (
+                own.gate_proj,
+                own.up_proj,
+                own.down_proj,
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The sum for ``x`` [..., hidden]."""
+        out: Tensor = torch.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
+        if hasattr(self, "gate_proj"):
+            inner = nn.functional.silu(self.gate_proj(x)) * self.up_proj(x)
+            out = out + self.down_proj(inner)
+        return out
+
+
+def fit(layers: nn.ModuleList, model: Model) -> None:
+    """Give each decoder layer the form of its block. Call it under the device "meta"."""
+    config = model.family.transformers_config(model)
+    for block in model.blocks:
+        layers[block.index] = _fitted(layers[block.index], config, model, block)
+
+
+def _fitted(layer: Any, config: Any, model: Model, block: Block) -> Any:
+    mlp = block.mlp
+    if isinstance(mlp, MoELayer):
+        sizes = {
+            model.family.experts_key[0]: len(mlp.experts),
+            "num_experts_per_tok": mlp.router.top_k,
+        }
+        if any(getattr(config, key) != size for key, size in sizes.items()):
+            layer = _layer_like(layer, config, block.index, sizes)
+        if mlp.router.skip_below:
+            add_skipping(layer.mlp, mlp.router.skip_below, renormalize=mlp.router.renormalize)
+    elif not per_layer.is_own_form(model, block):
+        if isinstance(mlp, Dense):
+            layer.mlp = GatedMLP(mlp)
+        elif isinstance(mlp, Always):
+            layer.mlp = AlwaysOn(mlp)
+        elif SECOND_NORM in block.norms:
+            layer.mlp = nn.Identity()
+        else:
+            layer.post_attention_layernorm, layer.mlp = nn.Identity(), Nothing()
+    return layer
+
+
+def _layer_like(layer: Any, config: Any, index: int, own: dict[str, int]) -> Any:
+    """A decoder layer of the same class with settings of its own."""
+    changed = copy.copy(config)
+    for key, value in own.items():
+        setattr(changed, key, value)
+    fresh = type(layer)(changed, index)
+    shared = next((m.config for m in layer.modules() if hasattr(m, "config")), config)
+    for module in fresh.modules():
+        # All modules share one config, through which transformers switches implementations.
+        if getattr(module, "config", None) is changed:
+            module.config = shared
+    return fresh
+
+
+def add_skipping(moe: Any, skip_below: Sequence[float], *, renormalize: bool) -> None:
+    """Let the router of a transformers MoE module leave out experts of low weight.
+
+    A skipped place gets weight zero and the id behind the last expert, which transformers' expert
+    implementations take to be "computed elsewhere" (expert parallelism) and spend no time on.
+    """
+    moe.experts._is_expert_parallel = True
+    experts = moe.experts.num_experts
+
+    def skip(_: nn.Module, __: Any, out: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        logits, weights, ids = out
+        weights, skipped = skipping(weights, skip_below, renormalize=renormalize)
+        return logits, weights, ids.masked_fill(skipped, experts)
+
+    moe.gate.register_forward_hook(skip)
+
+
+def skipping(
+    weights: Tensor, skip_below: Sequence[float], *, renormalize: bool
+) -> tuple[Tensor, Tensor]:
+    """Weights after dynamic skipping, and which places are skipped.
+
+    Efficient Expert Pruning and Skipping (https://arxiv.org/abs/2402.14800), whose rule for two
+    experts, ``w2 < beta * w1``, is applied here to each place after the first.
+
+    Args:
+        weights: [N, k], in falling order.
+        skip_below: k - 1 thresholds.
+        renormalize: scale what stays to sum to one, as the router does.
+    """
+    below = torch.tensor([0.0, *skip_below], dtype=weights.dtype, device=weights.device)
+    skipped = weights < below * weights[:, :1]
+    kept = weights.masked_fill(skipped, 0)
+    if renormalize:
+        kept = kept / kept.sum(-1, keepdim=True)
+    return kept, skipped
+
+
+def block_state(block: Block) -> dict[str, Tensor]:
+    """The block's numbers in float32 under transformers' names in memory, experts fused."""
+    state: dict[str, Tensor] = {}
+    for role, weight in block.weights():
+        kind, _, rest = role.partition(".")
+        if kind == "norms":
+            state[rest] = finite(weight)
+        elif kind == "attention":
+            state[f"self_attn.{rest}"] = finite(weight)
+        elif kind == "router":
+            state[f"mlp.gate.{rest}"] = finite(weight)
+        elif role == "shared.router":
+            state["mlp.shared_expert_gate.weight"] = finite(weight)
+        elif kind == "shared":
+            state[f"mlp.shared_expert.{rest}_proj.weight"] = finite(weight)
+        elif kind == "dense":
+            state[f"mlp.{rest}_proj.weight"] = finite(weight)
+    if isinstance(block.mlp, MoELayer):
+        state |= _fused_experts(block.mlp.experts)
+    return state
+
+
+def _fused_experts(experts: Sequence[Dense]) -> dict[str, Tensor]:
+    """``gate_up_proj`` [experts, 2 width, hidden] and ``down_proj`` [experts, hidden, width]."""
+    width, hidden = experts[0].gate.shape
+    gate_up = torch.empty(len(experts), 2 * width, hidden)
+    down = torch.empty(len(experts), hidden, width)
+    for n, expert in enumerate(experts):
+        gate_up[n, :width] = finite(expert.gate)
+        gate_up[n, width:] = finite(expert.up)
+        down[n] = finite(expert.down)
+    return {"mlp.experts.gate_up_proj": gate_up, "mlp.experts.down_proj": down}
+
+
+def finite(weight: Weight) -> Tensor:
+    """Numbers of a weight in float32.
+
+    Raises:
+        InputError: some are not finite.
+    """
+    return checked(weight.name, weight.load().float())
+
+
+def checked(name: str, numbers: Tensor) -> Tensor:
+    # NaN and infinity come through minimum and maximum.
+    if not all(bool(torch.isfinite(end)) for end in torch.aminmax(numbers)):
+        raise InputError(
+            f"{name} holds numbers that are not finite; the checkpoint is damaged, get it again"
+        )
+    return numbers

@@ -1,0 +1,138 @@
+"""What single layers have of their own: written into ``config.json``, and read back.
+
+Transformers knows the key ``per_layer_config``. Its classes carry out none of it for the families
+here, but it raises an error on layers of unequal size and on keys that it does not know, so that a
+stock reader refuses what it would misread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from moe2edge.errors import Unsupported
+from moe2edge.model import SECOND_NORM, Always, Block, Dense, Model, MoELayer, Weight
+
+# Key of everything that is no number of experts; transformers refuses it.
+OWN = "moe2edge"
+
+Take = Callable[[str, tuple[int, ...]], Weight]
+
+
+def is_own_form(model: Model, block: Block) -> bool:
+    """Whether transformers' class of the family can hold a block, by the common config alone."""
+    if isinstance(block.mlp, MoELayer):
+        return not block.mlp.router.skip_below
+    if not isinstance(block.mlp, Dense) or not model.family.dense_layers:
+        return False
+    return block.mlp.gate.shape[0] == model.config.get("intermediate_size")
+
+
+# ---- writing -----------------------------------------------------------------------------------
+
+
+def write(model: Model) -> dict[str, dict[str, Any]]:
+    """``per_layer_config`` of a model that is not uniform, by the indices of its blocks."""
+    key = model.family.experts_key[0]
+    found: dict[str, dict[str, Any]] = {}
+    for block in model.blocks:
+        form = {} if is_own_form(model, block) else _form(block)
+        if isinstance(block.mlp, MoELayer):
+            count, top_k = len(block.mlp.experts), block.mlp.router.top_k
+        elif form:
+            count = top_k = int("dense" in form["mlp"])
+        else:
+            continue
+        found[str(block.index)] = {key: count, "num_experts_per_tok": top_k}
+        if form:
+            found[str(block.index)][OWN] = form
+    # Transformers lets a key pass that every layer has.
+    if all(OWN in own for own in found.values()) and len(found) == len(model.blocks):
+        found["0"][f"{OWN}_only"] = True
+    return found
+
+
+def _form(block: Block) -> dict[str, Any]:
+    """What transformers' class cannot hold of a block."""
+    if isinstance(block.mlp, MoELayer):
+        return {"skip_below": list(block.mlp.router.skip_below)}
+    if block.mlp is None:
+        return {"mlp": "norm" if SECOND_NORM in block.norms else "none"}
+    if isinstance(block.mlp, Dense):
+        return {"mlp": "dense"}
+    return {"mlp": "shared" if block.mlp.expert is None else "dense+shared"}
+
+
+# ---- reading -----------------------------------------------------------------------------------
+
+
+def read(model: Model, overrides: Mapping[str, Mapping[str, Any]], take: Take) -> Model:
+    """``model``, built from the common config, with what each layer has of its own.
+
+    Args:
+        model: all of whose layers are alike.
+        overrides: a ``per_layer_config``.
+        take: gives the handle of a tensor by its name on disk and its shape.
+
+    Raises:
+        Unsupported: something that `write` does not write.
+    """
+    left = {str(index).lstrip("0") or "0": dict(own) for index, own in overrides.items()}
+    for block, layer in model.moe_blocks:
+        own = left.pop(str(block.index), {})
+        own.pop(f"{OWN}_only", None)
+        form = own.pop(OWN, {})
+        if isinstance(form, Mapping) and set(form) == {"mlp"}:
+            changed = _without_routing(model, block, layer, form["mlp"], take)
+        else:
+            changed = replace(block, mlp=_routed(model, block, layer, own, form))
+        model = model.replace_block(changed)
+    if left:
+        raise Unsupported(f"per_layer_config of {sorted(left)}, which are no MoE layers")
+    return model
+
+
+def _without_routing(model: Model, block: Block, layer: MoELayer, form: str, take: Take) -> Block:
+    """A block with nothing to choose; an expert that stayed has a plain MLP's names on disk."""
+    if form in ("none", "norm"):
+        return block.without_mlp(keep_norm=form == "norm")
+    old, plain = layer.experts[0], None
+    if form in ("dense", "dense+shared"):
+        gate, up, down = (
+            take(model.family.disk_name(block.index, f"dense.{part}"), weight.shape)
+            for part, weight in (("gate", old.gate), ("up", old.up), ("down", old.down))
+        )
+        plain = Dense(gate, up, down)
+    if form == "dense" and layer.shared is None:
+        return replace(block, mlp=plain)
+    if form in ("shared", "dense+shared") and layer.shared is not None:
+        return replace(block, mlp=Always(layer.shared, plain))
+    raise Unsupported(f"layer {block.index} with {form!r} in place of its MoE layer")
+
+
+def _routed(model: Model, block: Block, layer: MoELayer, own: Any, form: Any) -> MoELayer:
+    """A layer with experts and a router of its own size."""
+    count, top_k = len(layer.experts), layer.router.top_k
+    known = {*model.family.experts_key, "num_experts_per_tok"}
+    sizes_known = set(own) <= known and all(type(value) is int for value in own.values())
+    skip: Any = form.get("skip_below", []) if isinstance(form, Mapping) else None
+    skip_known = (
+        isinstance(skip, list)
+        and set(form) <= {"skip_below"}
+        and all(type(below) is float and below >= 0 for below in skip)
+    )
+    if sizes_known and skip_known:
+        top_k = own.get("num_experts_per_tok", top_k)
+        count = next((own[key] for key in model.family.experts_key if key in own), count)
+        if 1 <= top_k <= count <= len(layer.experts) and len(skip) in (0, top_k - 1):
+            weight = layer.router.weight
+            weight = replace(weight, shape=(count, *weight.shape[1:]))
+            router = replace(layer.router, weight=weight, top_k=top_k, skip_below=tuple(skip))
+            return replace(layer, router=router, experts=layer.experts[:count])
+    shown = {**own, **({OWN: form} if form else {})}
+    raise Unsupported(
+        f"layer {block.index} with per_layer_config {shown}; only fewer experts than the "
+        f"{len(layer.experts)} of config.json, a top-k within them and a threshold for each "
+        "expert but the first are supported"
+    )
