@@ -194,6 +194,14 @@ class Block:
     mlp: MoELayer | Dense | Always | None
     window: int | None = None
 
+    @property
+    def expert_origins(self) -> tuple[int, ...]:
+        """Indices in the source of the routed experts, in order; a plain MLP's own included."""
+        if isinstance(self.mlp, MoELayer):
+            return tuple(expert.origin for expert in self.mlp.experts)
+        only = self.mlp.expert if isinstance(self.mlp, Always) else self.mlp
+        return (only.origin,) if isinstance(only, Expert) else ()
+
     def keep_experts(self, ids: Sequence[int], *, clamp_top_k: bool = False) -> Block:
         """The block with only the experts ``ids``, and no more routing than they need.
 
@@ -212,8 +220,7 @@ class Block:
         if len(ids) > 1:
             return replace(self, mlp=layer)
         only = layer.experts[0]
-        plain = Dense(only.gate, only.up, only.down)
-        return replace(self, mlp=plain if shared is None else Always(shared, plain))
+        return replace(self, mlp=only if shared is None else Always(shared, only))
 
     def without_mlp(self, *, keep_norm: bool = False) -> Block:
         """The block with nothing after attention; or its norm's output added in the MLP's place."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from moe2edge.model import Block, MoELayer
+from moe2edge.model import Block
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,7 +68,7 @@ class LayerOutputs:
     @classmethod
     def of(cls, block: Block, hidden: int) -> LayerOutputs:
         """Nothing seen yet."""
-        experts = expert_origins(block)
+        experts = block.expert_origins
         count = len(experts)
 
         def zeros(*shape: int) -> Tensor:
@@ -131,7 +131,7 @@ class RoutingObserver:
         routing, key = seen.routing, seen.block.origin
         experts = routing.logits.shape[1]
         if key not in self._counts:
-            self._experts[key] = expert_origins(seen.block)
+            self._experts[key] = seen.block.expert_origins
             self._counts[key] = torch.zeros(experts, dtype=torch.int64)
             self._probability[key] = torch.zeros(experts, dtype=torch.float64)
         # A place that dynamic skipping left out has the id behind the last expert.
@@ -167,11 +167,6 @@ class OutputObserver:
     def fact(self) -> OutputStatistics:
         """The statistics."""
         return OutputStatistics(self._layers)
-
-
-def expert_origins(block: Block) -> tuple[int, ...]:
-    """Origins of the experts of an MoE block, in order."""
-    return tuple(e.origin for e in block.mlp.experts) if isinstance(block.mlp, MoELayer) else ()
 
 
 def routing_score(statistics: RoutingStatistics, block: int) -> Tensor:

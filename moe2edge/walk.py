@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
@@ -212,6 +212,60 @@ def observe(
                 hidden[part] = runner.run(hidden[part])
     advance(label, len(model.blocks), len(model.blocks))
     return hidden
+
+
+class Changer(Protocol):
+    """Changes blocks one after the other, from what they do and what the source's twins do."""
+
+    def see(self, seen: Seen, source: Seen) -> None:
+        """Take in one batch of the current block, and of its twin in the source model."""
+        ...
+
+    def change(self, block: Block) -> Block:
+        """The current block as it shall be; then forget it."""
+        ...
+
+
+def change(
+    source: Model, model: Model, tokens: Tensor, changer: Changer, advance: Advance, label: str
+) -> Model:
+    """Change block after block; later blocks see the stream of the blocks as changed.
+
+    Two streams are carried: that of ``model`` as it changes, and that of ``source``, some of whose
+    blocks ``model`` may lack.
+
+    Args:
+        source: the model that shows what the blocks should put out.
+        model: what to change; its blocks are blocks of ``source`` by their origin.
+        tokens: int64 [samples, length].
+        changer: says how.
+        advance: told about progress.
+        label: name of the work in progress lines.
+    """
+    mine, theirs = embed(model, tokens), embed(source, tokens)
+    upcoming = iter(source.blocks)
+    for block in model.blocks:
+        advance(label, block.index, len(model.blocks))
+        for twin in upcoming:
+            runner = BlockRunner(source, twin)
+            if twin.origin == block.origin:
+                break
+            for part in batches(tokens):
+                theirs[part] = runner.run(theirs[part])
+        current = BlockRunner(model, block)
+        for part in batches(tokens):
+            expected = runner.watch(theirs[part])
+            changer.see(current.watch(mine[part]), expected)
+            theirs[part] = expected.outputs
+        del runner, current
+        changed = changer.change(block)
+        model = model.replace_block(changed)
+        if block.index + 1 < len(model.blocks):
+            runner = BlockRunner(model, changed)
+            for part in batches(tokens):
+                mine[part] = runner.run(mine[part])
+    advance(label, len(model.blocks), len(model.blocks))
+    return model
 
 
 def solve(

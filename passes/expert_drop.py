@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
+from moe2edge.criteria import Criterion
 from moe2edge.errors import InputError
-from moe2edge.model import Block, Model, MoELayer
+from moe2edge.model import Model
 from moe2edge.pipeline import Facts, Kind, Outcome, Trim
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from moe2edge.saliency import LayerOutputs
-
-Criterion = Literal[
-    "routing-score", "frequency", "soft-frequency", "ean", "reap", "man", "msan", "mone",
-    "magnitude", "aimer", "random",
-]  # fmt: skip
-ROUTING, WEIGHTS = ("routing-score", "frequency"), ("magnitude", "aimer")
 # Super experts are looked for in this part of the blocks, from the first (REAP's code).
 GUARDED_PART, GUARDED_QUANTILE, GUARDED_RATIO = 0.75, 0.995, 0.1
 
@@ -33,14 +23,15 @@ class ExpertDrop(Trim):
     """Keep the experts of highest saliency, in their old order.
 
     Formulas of the criteria are in `moe2edge.saliency`. Experts and router rows go together; the
-    softmax over the rows that stay renormalizes by itself.
+    softmax over the rows that stay renormalizes by itself. A layer with one expert left becomes a
+    plain MLP, one with none left is gone (a shared expert stays).
     """
 
     keep: Annotated[
         int | float | list[int],
         Field(
             description="experts kept: a count, a fraction of each layer, rounded up, or a list "
-            "with a count for each MoE layer"
+            "with a count for each MoE layer, where 0 removes the layer"
         ),
     ]
     criterion: Annotated[Criterion, Field(description="how experts are scored")] = "reap"
@@ -70,8 +61,8 @@ class ExpertDrop(Trim):
     @classmethod
     def _keep_is_sensible(cls, value: object) -> object:
         if isinstance(value, list):
-            if not value or not all(type(count) is int and count >= 1 for count in value):
-                raise ValueError("a list of counts of at least 1, one for each MoE layer")
+            if not value or not all(type(count) is int and count >= 0 for count in value):
+                raise ValueError("a list of counts, one for each MoE layer")
             return value
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError("a count (2), a fraction (0.5), or a list of counts")
@@ -120,7 +111,7 @@ class ExpertDrop(Trim):
             least = floors[block.index] if self.scope == "global" else kept
             if least > experts:
                 raise InputError(f"expert_drop: floor {least} of the {experts} experts")
-            if least < top_k and not self.clamp_top_k:
+            if 0 < least < top_k and not self.clamp_top_k:
                 raise InputError(
                     f"expert_drop: keep {self.keep} leaves {least} experts in block {block.index} "
                     f"where the router chooses {top_k} per token; keep at least {top_k}, "
@@ -163,23 +154,24 @@ class ExpertDrop(Trim):
 
     def observers(self) -> tuple[Kind, ...]:
         """What the criterion and the guard need to know."""
-        from moe2edge.saliency import OutputObserver, RoutingObserver
+        from moe2edge import criteria
+        from moe2edge.saliency import OutputObserver
 
-        kinds: list[Kind] = []
-        if self.criterion in ROUTING:
-            kinds.append(RoutingObserver)
-        elif self.criterion not in (*WEIGHTS, "random"):
-            kinds.append(OutputObserver)
+        kinds = criteria.observers(self.criterion)
         if self.protect_super_experts and OutputObserver not in kinds:
-            kinds.append(OutputObserver)
-        return tuple(kinds)
+            kinds = (*kinds, OutputObserver)
+        return kinds
 
     def apply(self, model: Model, facts: Facts) -> Outcome:
         """Keep the best experts; ties go to the lower index, and to the earlier block."""
+        from moe2edge import criteria
+
         sign = -1 if self.reverse else 1
         scores = {
-            block.index: [sign * score for score in self._scores(block, layer, facts)]
-            for block, layer in model.moe_blocks
+            block.index: [
+                sign * s for s in criteria.scores(self.criterion, block, facts, self.seed)
+            ]
+            for block, _ in model.moe_blocks
         }
         notes: list[str] = []
         if self.protect_super_experts:
@@ -187,11 +179,10 @@ class ExpertDrop(Trim):
                 scores[index][expert] = math.inf
                 notes.append(f"block {index}: expert {expert} of those here is protected")
         kept = self._kept(model, self._chosen(model, scores))
-        dropped = [
-            f"block {old.index}: experts {sorted(_origins(a) - _origins(b))}"
-            for (old, a), (_, b) in zip(model.moe_blocks, kept.moe_blocks, strict=True)
-            if a is not b
-        ]
+        dropped = []
+        for old, new in zip(model.blocks, kept.blocks, strict=True):
+            if gone := sorted(set(old.expert_origins) - set(new.expert_origins)):
+                dropped.append(f"block {old.index}: experts {gone}")
         return Outcome(kept, changed=tuple(dropped), notes=tuple(notes))
 
     def _chosen(self, model: Model, scores: Mapping[int, list[float]]) -> Ids:
@@ -214,33 +205,9 @@ class ExpertDrop(Trim):
         for block, layer in model.moe_blocks:
             chosen = ids[block.index]
             if len(chosen) < len(layer.experts):
-                new = layer.keep(chosen, clamp_top_k=self.clamp_top_k)
-                model = model.replace_block(replace(block, mlp=new))
+                kept = block.keep_experts(chosen, clamp_top_k=self.clamp_top_k)
+                model = model.replace_block(kept)
         return model
-
-    def _scores(self, block: Block, layer: MoELayer, facts: Facts) -> list[float]:
-        """Scores of the layer's experts; statistics are those of the stage's first model."""
-        from moe2edge import saliency
-
-        key = block.origin
-        if self.criterion == "random":
-            return saliency.random_scores(len(layer.experts), key, self.seed).tolist()
-        if self.criterion in WEIGHTS:
-            of_weights = saliency.aimer if self.criterion == "aimer" else saliency.magnitude
-            return [of_weights([w.load() for w in (e.gate, e.up, e.down)]) for e in layer.experts]
-        if self.criterion in ROUTING:
-            statistics = facts[saliency.RoutingObserver]
-            of_routing = {
-                "frequency": saliency.frequency, "routing-score": saliency.routing_score,
-            }[self.criterion]  # fmt: skip
-            scores, experts = of_routing(statistics, key), statistics.experts[key]
-        else:
-            outputs = facts[saliency.OutputObserver].layers[key]
-            name = self.criterion.replace("-", "_")
-            of_outputs: Callable[[LayerOutputs], Tensor] = getattr(saliency, name)
-            scores, experts = of_outputs(outputs), outputs.experts
-        by_origin = dict(zip(experts, scores.tolist(), strict=True))
-        return [by_origin[expert.origin] for expert in layer.experts]
 
 
 def _best(scores: list[float], count: int) -> list[int]:
@@ -274,7 +241,3 @@ def _super_experts(model: Model, facts: Facts) -> list[tuple[int, int]]:
     values = torch.tensor(list(largest.values()), dtype=torch.float64)
     limit = max(float(values.quantile(GUARDED_QUANTILE)), float(values.max()) * GUARDED_RATIO)
     return [where for where, value in largest.items() if value > limit]
-
-
-def _origins(layer: MoELayer) -> set[int]:
-    return {expert.origin for expert in layer.experts}

@@ -13,7 +13,7 @@ from moe2edge import saliency, walk
 from moe2edge.checkpoint import open_checkpoint
 from moe2edge.errors import InputError
 from moe2edge.families import FAMILIES
-from moe2edge.model import Model
+from moe2edge.model import Dense, Model, MoELayer
 from moe2edge.passes.expert_drop import ExpertDrop
 from moe2edge.pipeline import Facts, plan
 from moe2edge.testing import Make
@@ -110,9 +110,15 @@ def test_floor_is_respected(tiny: Make) -> None:
     assert [len(ids) for ids in kept(apply(step, model))] == [4, 4, 4]
     low = options(keep=2, scope="global", floor=1, criterion="frequency", clamp_top_k=True)
     trimmed = apply(low, model)
-    assert sum(trimmed.expert_counts) == 6
-    for _, layer in trimmed.moe_blocks:
-        assert layer.router.top_k == min(2, len(layer.experts))
+    counts = [len(block.expert_origins) for block in trimmed.blocks]
+    assert sum(counts) == 6
+    assert min(counts) == 1  # or this shows nothing
+    for block, count in zip(trimmed.blocks, counts, strict=True):
+        if isinstance(block.mlp, MoELayer):
+            assert block.mlp.router.top_k == 2
+        else:  # one expert is always chosen, with weight one: a plain MLP
+            assert count == 1
+            assert isinstance(block.mlp, Dense)
 
 
 def test_counts_of_each_layer(tiny: Make) -> None:
@@ -162,7 +168,7 @@ def test_refusals(tiny: Make, given: dict[str, Any], message: str) -> None:
         options(**given).check(model)
 
 
-@pytest.mark.parametrize("keep", [[], [0, 2, 2], [2.0, 2, 2], [True, 2, 2], "half"])
+@pytest.mark.parametrize("keep", [[], [-1, 2, 2], [2.0, 2, 2], [True, 2, 2], "half"])
 def test_lists_that_are_no_counts(keep: Any) -> None:
-    with pytest.raises(ValueError, match=r"a count|counts of at least 1"):
+    with pytest.raises(ValueError, match=r"a count|list of counts"):
         options(keep=keep)
