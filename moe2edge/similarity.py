@@ -1,41 +1,164 @@
-"""How little a block changes what passes through it."""
+"""How little a block, an MoE layer or a run of blocks changes what passes through it."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
+from moe2edge.errors import InputError
+
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from moe2edge.walk import Seen
+
+
+class _Means:
+    """Means over tokens by key. Cosines near one differ in late digits, hence float64."""
+
+    def __init__(self) -> None:
+        self._sum: dict[tuple[int, ...], float] = {}
+        self._tokens: dict[tuple[int, ...], int] = {}
+
+    def add(self, key: tuple[int, ...], a: Tensor, b: Tensor) -> None:
+        """Cosines of the rows of two tensors [..., hidden]."""
+        cosine = torch.cosine_similarity(a.double(), b.double(), dim=-1)
+        self._sum[key] = self._sum.get(key, 0.0) + float(cosine.sum())
+        self._tokens[key] = self._tokens.get(key, 0) + cosine.numel()
+
+    def result(self) -> dict[tuple[int, ...], float]:
+        """Mean by key."""
+        return {key: self._sum[key] / self._tokens[key] for key in self._sum}
 
 
 @dataclass(frozen=True)
 class BlockSimilarity:
-    """Per block by its origin: mean over tokens of the cosine of its input and its output.
+    """Mean cosine over tokens of the input and the output of every run of blocks.
 
-    Unified-MoE-Compression (https://arxiv.org/abs/2406.02500), Block Drop.
+    Unified-MoE-Compression (https://arxiv.org/abs/2406.02500), Block Drop. Its code scores runs of
+    one block more than it drops; here a run of n blocks is scored by n blocks.
+
+    Attributes:
+        cosine: by the origins of the blocks of the run.
     """
 
-    cosine: Mapping[int, float]
+    cosine: Mapping[tuple[int, ...], float]
 
 
-class SimilarityObserver:
+@dataclass(frozen=True)
+class BlockSimilarityKind:
+    """Makes observers that gather `BlockSimilarity`.
+
+    Attributes:
+        longest: runs of up to so many blocks; the streams at as many depths are held in memory.
+    """
+
+    longest: int = 1
+
+    def __call__(self) -> BlockSimilarityObserver:
+        """A fresh observer."""
+        return BlockSimilarityObserver(self.longest)
+
+
+class BlockSimilarityObserver:
     """Gathers `BlockSimilarity`."""
 
-    def __init__(self) -> None:
-        self._sum: dict[int, float] = {}
-        self._tokens: dict[int, int] = {}
+    def __init__(self, longest: int) -> None:
+        self._means = _Means()
+        # Per batch: the origins and inputs of the latest blocks.
+        self._latest: list[deque[tuple[int, Tensor]]] = []
+        self._longest = longest
+        self._block, self._batch = -1, 0
 
     def see(self, seen: Seen) -> None:
-        """Add one batch. Cosines near one differ in late digits, hence float64."""
-        cosine = torch.cosine_similarity(seen.inputs.double(), seen.outputs.double(), dim=-1)
-        key = seen.block.origin
-        self._sum[key] = self._sum.get(key, 0.0) + float(cosine.sum())
-        self._tokens[key] = self._tokens.get(key, 0) + cosine.numel()
+        """Add one batch; batches come in the same order for every block."""
+        self._batch = self._batch + 1 if seen.block.index == self._block else 0
+        self._block = seen.block.index
+        if self._batch == len(self._latest):
+            self._latest.append(deque(maxlen=self._longest))
+        latest = self._latest[self._batch]
+        # A copy: the walk writes the output over its input.
+        latest.append((seen.block.origin, seen.inputs.clone()))
+        run: tuple[int, ...] = ()
+        for origin, inputs in reversed(latest):
+            run = (origin, *run)
+            self._means.add(run, inputs, seen.outputs)
 
     def fact(self) -> BlockSimilarity:
         """The similarities."""
-        return BlockSimilarity({k: self._sum[k] / self._tokens[k] for k in self._sum})
+        return BlockSimilarity(self._means.result())
+
+
+@dataclass(frozen=True)
+class LayerSimilarity:
+    """Mean cosine over tokens of every MoE layer, by (the origin of its block,).
+
+    Unified-MoE-Compression (https://arxiv.org/abs/2406.02500), Layer Drop. ``x`` is the stream
+    between attention and the layer, ``n(x)`` its norm, ``m`` the layer.
+
+    Attributes:
+        with_norm: of ``x`` and ``x + m(n(x))``; the norm goes with the layer.
+        without_norm: of ``n(x)`` and ``m(n(x))``; the norm stays, and stands in for the layer.
+    """
+
+    with_norm: Mapping[tuple[int, ...], float]
+    without_norm: Mapping[tuple[int, ...], float]
+
+
+class LayerSimilarityObserver:
+    """Gathers `LayerSimilarity`."""
+
+    def __init__(self) -> None:
+        self._with, self._without = _Means(), _Means()
+
+    def see(self, seen: Seen) -> None:
+        """Add one batch."""
+        if seen.routing is None:
+            return
+        key = (seen.block.origin,)
+        self._with.add(key, seen.attended, seen.outputs)
+        self._without.add(key, seen.mlp_inputs, seen.mlp_outputs)
+
+    def fact(self) -> LayerSimilarity:
+        """The similarities."""
+        return LayerSimilarity(self._with.result(), self._without.result())
+
+
+def number(value: float, of: int) -> int:
+    """A count, or a fraction of ``of`` rounded down.
+
+    >>> number(2, 32), number(0.25, 32), number(0.4, 6)
+    (2, 8, 2)
+    """
+    return value if isinstance(value, int) else int(value * of + 1e-9)
+
+
+def check_amount(value: object) -> object:
+    """Refuse what is neither a count nor a fraction; for validators of options.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError("a count (2) or a fraction (0.25)")
+    if not value > 0:
+        raise ValueError("a count of at least 1, or a fraction between 0 and 1")
+    if isinstance(value, float) and value >= 1:
+        raise ValueError("a fraction lies between 0 and 1; write a count without a point")
+    return value
+
+
+def check_choice(name: str, drop: float | None, threshold: float | None) -> None:
+    """Refuse both or neither of a number and a threshold.
+
+    Raises:
+        InputError: with the options of the pass ``name``.
+    """
+    if (drop is None) == (threshold is None):
+        raise InputError(f"{name}: give drop (a count or a fraction) or threshold (a cosine)")

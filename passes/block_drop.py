@@ -2,57 +2,136 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Self
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from moe2edge.errors import InputError
-from moe2edge.model import Model
+from moe2edge.model import Block, Model
 from moe2edge.pipeline import Facts, Kind, Outcome, Trim
+
+if TYPE_CHECKING:
+    from moe2edge.similarity import BlockSimilarityKind
 
 
 class BlockDrop(Trim):
-    """Drop the blocks whose input and output are most alike (Block Drop, discrete).
+    """Drop the blocks whose input and output are most alike (Block Drop).
 
-    The score of a block is the mean cosine of its input and output over calibration tokens
-    (https://arxiv.org/abs/2406.02500); blocks are scored once, on the model as it stood when the
-    stage began, and those that stay are renumbered.
+    The score of a block, or of a run of blocks, is the mean cosine over calibration tokens of what
+    goes in and what comes out (https://arxiv.org/abs/2406.02500). Blocks are scored once, on the
+    model as it stood when the stage began, and those that stay are renumbered.
     """
 
-    drop: Annotated[int, Field(ge=1, description="number of blocks to drop")]
+    drop: Annotated[
+        int | float | None,
+        Field(description="blocks to drop: a count, or a fraction of the source's, rounded down"),
+    ] = None
+    threshold: Annotated[
+        float | None,
+        Field(ge=-1, le=1, description="instead of drop: the cosine from which blocks are dropped"),
+    ] = None
+    most: Annotated[
+        int | float,
+        Field(description="with threshold, at most so many: a count or a fraction"),
+    ] = 0.25
+    consecutive: Annotated[
+        bool,
+        Field(
+            description="drop one run of neighbours, scored as a whole; with threshold the longest "
+            "that reaches it. Holds the stream at as many depths in memory"
+        ),
+    ] = False
+
+    @field_validator("drop", "most", mode="before")
+    @classmethod
+    def _amount(cls, value: object) -> object:
+        from moe2edge.similarity import check_amount
+
+        return check_amount(value)
 
     def check(self, model: Model) -> None:
-        """Refuse to drop all blocks, or all that have experts."""
-        if self.drop >= len(model.blocks):
+        """Refuse to drop no block, all blocks, or all that have experts."""
+        from moe2edge.similarity import check_choice
+
+        check_choice("block_drop", self.drop, self.threshold)
+        blocks, count = len(model.blocks), self._most
+        if not 1 <= count < blocks:
             raise InputError(
-                f"block_drop: drop {self.drop} of {len(model.blocks)} blocks; "
-                f"at most {len(model.blocks) - 1}"
+                f"block_drop: drop {count} of {blocks} blocks; at least 1 and at most {blocks - 1}"
             )
-        if self.drop >= len(model.moe_blocks):
+        if count >= len(model.moe_blocks):
             raise InputError(
-                f"block_drop: drop {self.drop} could remove all {len(model.moe_blocks)} MoE layers"
+                f"block_drop: drop {count} could remove all {len(model.moe_blocks)} MoE layers"
             )
 
+    @property
+    def _most(self) -> float:
+        """As many as may go: a count, once it is `resolved`."""
+        return self.most if self.drop is None else self.drop
+
+    def resolved(self, model: Model) -> Self:
+        """With counts in place of fractions of the source."""
+        from moe2edge.similarity import number
+
+        whole = len(model.blocks)
+        drop = None if self.drop is None else number(self.drop, whole)
+        return self.model_copy(update={"drop": drop, "most": number(self.most, whole)})
+
     def plan(self, model: Model) -> Model:
-        """The model without its last blocks."""
-        return model.keep_blocks(range(len(model.blocks) - self.drop))
+        """The model without its last blocks: as many as will go, or one by threshold."""
+        count = int(self._most) if self.threshold is None else 1
+        return model.keep_blocks(range(len(model.blocks) - count))
+
+    @property
+    def _kinds(self) -> tuple[BlockSimilarityKind]:
+        from moe2edge.similarity import BlockSimilarityKind
+
+        return (BlockSimilarityKind(int(self._most) if self.consecutive else 1),)
 
     def observers(self) -> tuple[Kind, ...]:
         """Similarities of block inputs and outputs."""
-        from moe2edge.similarity import SimilarityObserver
-
-        return (SimilarityObserver,)
+        return self._kinds
 
     def apply(self, model: Model, facts: Facts) -> Outcome:
-        """Drop the most redundant blocks; ties go to the deeper one."""
-        from moe2edge.similarity import SimilarityObserver
-
-        cosine = facts[SimilarityObserver].cosine
-        order = sorted(model.blocks, key=lambda b: (-cosine[b.origin], -b.index))
-        gone = sorted(order[: self.drop], key=lambda b: b.index)
-        dropped = {b.index for b in gone}
-        indices = [b.index for b in model.blocks if b.index not in dropped]
+        """Drop the most redundant blocks; ties go to the deeper ones."""
+        (kind,) = self._kinds
+        cosine = facts[kind].cosine
+        runs = [run for run in self._runs(model) if _origins(run) in cosine]
+        if not runs:
+            raise InputError(
+                "block_drop: the runs of neighbours were scored before other blocks were dropped; "
+                "set rescore: true"
+            )
+        order = sorted(runs, key=lambda run: (-len(run), -cosine[_origins(run)], -run[0].index))
+        if self.threshold is not None:
+            limit = self.threshold
+            order = [run for run in order if cosine[_origins(run)] >= limit]
+            if not order:
+                highest = max(cosine[_origins(run)] for run in runs)
+                reason = f"the highest cosine is {highest:.4f}, below the threshold {limit}"
+                return Outcome(model, skipped={"every block": reason})
+        gone = order[: 1 if self.consecutive else int(self._most)]
+        gone.sort(key=lambda run: run[0].index)
+        dropped = {block.index for run in gone for block in run}
         return Outcome(
-            model.keep_blocks(indices),
-            changed=tuple(f"block {b.origin} (cosine {cosine[b.origin]:.4f})" for b in gone),
+            model.keep_blocks([b.index for b in model.blocks if b.index not in dropped]),
+            changed=tuple(
+                f"block {', '.join(map(str, _origins(run)))} (cosine {cosine[_origins(run)]:.4f})"
+                for run in gone
+            ),
         )
+
+    def _runs(self, model: Model) -> list[tuple[Block, ...]]:
+        """What may go: single blocks, or runs of the wanted length; with threshold of any."""
+        blocks, count = model.blocks, len(model.blocks)
+        longest = int(self._most) if self.consecutive else 1
+        shortest = 1 if self.drop is None else longest
+        return [
+            blocks[at : at + length]
+            for length in range(shortest, longest + 1)
+            for at in range(count - length + 1)
+        ]
+
+
+def _origins(run: tuple[Block, ...]) -> tuple[int, ...]:
+    return tuple(block.origin for block in run)

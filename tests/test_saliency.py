@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from moe2edge import saliency, walk
 from moe2edge.checkpoint import open_checkpoint
 from moe2edge.families import FAMILIES
-from moe2edge.similarity import SimilarityObserver
+from moe2edge.similarity import BlockSimilarityKind, LayerSimilarityObserver
 from moe2edge.testing import Make
 
 IDS = torch.randint(1, 96, (3, 20), generator=torch.Generator().manual_seed(0))
@@ -31,6 +31,10 @@ def hooked(folder: Path, block: int) -> dict[str, torch.Tensor]:
     )
     layer.register_forward_pre_hook(lambda _, args: seen.update(x=args[0]))
     layer.register_forward_hook(lambda _, args, out: seen.update(y=out))
+    layer.post_attention_layernorm.register_forward_hook(
+        lambda _, args, out: seen.update(attended=args[0], normed=out)
+    )
+    layer.mlp.register_forward_hook(lambda _, args, out: seen.update(mlp=out))
     with torch.no_grad():
         model(IDS)
     seen["gate_up"] = layer.mlp.experts.gate_up_proj.detach()
@@ -103,16 +107,30 @@ def test_criteria_of_weights() -> None:
     assert saliency.aimer([torch.zeros(2)]) == 0
 
 
-def test_similarity_is_the_mean_cosine(tiny: Make) -> None:
-    folder = tiny("mixtral")
-    observer = SimilarityObserver()
-    walk.observe(open_checkpoint(str(folder)).model, IDS, [observer], quiet, "")
-    seen = hooked(folder, 1)
-    cosines = [
-        float(x @ y / (x.norm() * y.norm()))
-        for x, y in zip(seen["x"].reshape(-1, 64), seen["y"].reshape(-1, 64), strict=True)
-    ]
-    assert observer.fact().cosine[1] == pytest.approx(sum(cosines) / len(cosines), abs=1e-5)
+def mean_cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+    pairs = zip(a.reshape(-1, 64), b.reshape(-1, 64), strict=True)
+    cosines = [float(x @ y / (x.norm() * y.norm())) for x, y in pairs]
+    return sum(cosines) / len(cosines)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_similarities_are_mean_cosines(
+    tiny: Make, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(walk, "BATCH_TOKENS", 40)  # two batches, of which one is smaller
+    folder = tiny(family)
+    blocks, layers = BlockSimilarityKind(longest=2)(), LayerSimilarityObserver()
+    walk.observe(open_checkpoint(str(folder)).model, IDS, [blocks, layers], quiet, "")
+    first, second = hooked(folder, 0), hooked(folder, 1)
+    cosine = blocks.fact().cosine
+    assert set(cosine) == {(0,), (1,), (2,), (0, 1), (1, 2)}
+    assert cosine[1,] == pytest.approx(mean_cosine(second["x"], second["y"]), abs=1e-5)
+    assert cosine[0, 1] == pytest.approx(mean_cosine(first["x"], second["y"]), abs=1e-5)
+    found = layers.fact()
+    with_norm = mean_cosine(second["attended"], second["attended"] + second["mlp"])
+    assert found.with_norm[1,] == pytest.approx(with_norm, abs=1e-5)
+    without = mean_cosine(second["normed"], second["mlp"])
+    assert found.without_norm[1,] == pytest.approx(without, abs=1e-5)
 
 
 def test_random_scores_follow_their_seed() -> None:

@@ -1,0 +1,98 @@
+"""Dynamic skipping: thresholds from calibration text, and how much is skipped.
+
+The rule is that of Efficient Expert Pruning and Skipping (https://arxiv.org/abs/2402.14800), which
+knows two experts per token: the second is left out where ``w2 < beta * w1``, and beta is the
+median of ``w2 / w1``. For any k, each place i after the first has a threshold of its own, the same
+quantile of ``w_i / w_1``. What is carried out at run time is `moe2edge.modules.skipping`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from moe2edge.model import MoELayer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moe2edge.walk import Seen
+
+
+@dataclass(frozen=True)
+class WeightRatios:
+    """``w_i / w_1`` of every token, float32 [tokens, k - 1], by the origin of the block."""
+
+    ratios: Mapping[int, Tensor]
+
+
+class RatioObserver:
+    """Gathers `WeightRatios`; 4 (k - 1) bytes per token and layer."""
+
+    def __init__(self) -> None:
+        self._ratios: dict[int, list[Tensor]] = {}
+
+    def see(self, seen: Seen) -> None:
+        """Add one batch."""
+        if seen.routing is not None:
+            weights = seen.routing.weights
+            ratios = weights[:, 1:] / weights[:, :1]
+            self._ratios.setdefault(seen.block.origin, []).append(ratios)
+
+    def fact(self) -> WeightRatios:
+        """The ratios."""
+        return WeightRatios({key: torch.cat(parts) for key, parts in self._ratios.items()})
+
+
+def thresholds(ratios: Tensor, quantile: float) -> tuple[float, ...]:
+    """A quantile of each column of ``ratios`` [tokens, k - 1]; 0.5 gives medians.
+
+    Between two tokens it is interpolated linearly.
+    """
+    # numpy's takes any number of elements; torch's stops at 16 million.
+    import numpy as np
+
+    found = np.quantile(ratios.double().numpy(), quantile, axis=0)
+    return tuple(float(value) for value in found)
+
+
+@dataclass(frozen=True)
+class SkipRates:
+    """How often dynamic skipping left out a routed expert.
+
+    Attributes:
+        routed: routed places seen, by the origin of the block.
+        skipped: those of them that were left out.
+    """
+
+    routed: Mapping[int, int]
+    skipped: Mapping[int, int]
+
+    @property
+    def rate(self) -> float:
+        """Part of all routed places that was left out; of layers that skip."""
+        return sum(self.skipped.values()) / max(1, sum(self.routed.values()))
+
+
+class SkipObserver:
+    """Gathers `SkipRates` of layers that skip."""
+
+    def __init__(self) -> None:
+        self._routed: dict[int, int] = {}
+        self._skipped: dict[int, int] = {}
+
+    def see(self, seen: Seen) -> None:
+        """Add one batch."""
+        layer, key = seen.block.mlp, seen.block.origin
+        if not isinstance(layer, MoELayer) or not layer.router.skip_below or seen.routing is None:
+            return
+        left_out = int((seen.routing.ids == len(layer.experts)).sum())
+        self._routed[key] = self._routed.get(key, 0) + seen.routing.ids.numel()
+        self._skipped[key] = self._skipped.get(key, 0) + left_out
+
+    def fact(self) -> SkipRates:
+        """The rates."""
+        return SkipRates(self._routed, self._skipped)
