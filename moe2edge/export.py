@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from moe2edge.calibration import Tokens
+    from moe2edge.skipping import SkipRates
     from moe2edge.verify import Reference
 
 
@@ -93,6 +94,7 @@ def export(
             before=measured.before(source),
             after=measured.after(model),
             results=tuple(results),
+            skip_rate=measured.skip_rates.rate if model.skips else None,
             loaders={registry.name_of(t): t.loaders(model) for t in targets},
             calibration=_provenance(calibration),
             evaluation=_provenance(evaluation),
@@ -189,17 +191,19 @@ class _Measured:
     source_hidden: Tensor
     hidden: Tensor
     reference: Reference
+    skip_rates: SkipRates
 
     @classmethod
     def of(
         cls, source: Model, model: Model, ids: Tensor, work: Path, watcher: Watcher
     ) -> _Measured:
         from moe2edge import verify, walk
+        from moe2edge.skipping import SkipObserver
 
         before = walk.observe(source, ids, (), watcher.advance, "evaluation: source")
-        after = before
+        after, skipped = before, SkipObserver()
         if model is not source:
-            after = walk.observe(model, ids, (), watcher.advance, "evaluation: result")
+            after = walk.observe(model, ids, (skipped,), watcher.advance, "evaluation: result")
         watcher.log("recording what verify compares with")
         length = min(ids.shape[1], verify.PREFILL + verify.STEPS)
         rows = ids[: verify.SAMPLES, :length]
@@ -209,7 +213,7 @@ class _Measured:
             list(walk.head_logits(source, before[: len(rows), :length])),
             after[: len(rows), :length],
         )
-        return cls(source, model, ids, before, after, reference)
+        return cls(source, model, ids, before, after, reference, skipped.fact())
 
     def source_logits(self) -> Iterator[Tensor]:
         from moe2edge import walk
@@ -248,6 +252,7 @@ def _write(
 ) -> ResultRow:
     """Write one target, reopen it in its runtime, and hold it against the model in memory."""
     from moe2edge import verify
+    from moe2edge.skipping import measure_times
 
     name = registry.name_of(target)
     for companion in checkpoint.companions:
@@ -272,7 +277,12 @@ def _write(
 
     found = measured.in_runtime(logits())
     size = sum(path.stat().st_size for path in folder.iterdir())
-    return ResultRow.of(f"{name}, in its runtime", model, found, size, parity)
+    times = None
+    if model.skips:
+        watcher.log(f"timing {name} with and without skipping")
+        text = measured.ids[0].tolist()
+        times = measure_times(shipped, target.without_skipping(model, folder), text)
+    return ResultRow.of(f"{name}, in its runtime", model, found, size, parity, times)
 
 
 def _provenance(tokens: Tokens | None) -> dict[str, Any] | None:

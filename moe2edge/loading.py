@@ -261,7 +261,7 @@ def _skeleton(model: Model, dtype: torch.dtype) -> Any:
         modules.fit(loaded.model.layers, model)
     loaded.to(dtype)
     if not model.is_uniform:
-        loaded.config.per_layer_config = per_layer.write(model)
+        loaded.config.per_layer_config = per_layer.sizes(model)
     return loaded
 
 

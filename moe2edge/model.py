@@ -408,6 +408,11 @@ class Model:
         kept = (replace(self.blocks[i], index=n) for n, i in enumerate(indices))
         return replace(self, blocks=tuple(kept))
 
+    @property
+    def skips(self) -> bool:
+        """Whether some router skips dynamically."""
+        return any(layer.router.skip_below for _, layer in self.moe_blocks)
+
     def verify(self) -> None:
         """Prove that the parts fit.
 

@@ -128,7 +128,15 @@ def add_skipping(moe: Any, skip_below: Sequence[float], *, renormalize: bool) ->
         weights, skipped = skipping(weights, skip_below, renormalize=renormalize)
         return logits, weights, ids.masked_fill(skipped, experts)
 
-    moe.gate.register_forward_hook(skip)
+    # Kept, so that it can be taken off: see `without_skipping`.
+    moe.gate.skipping = moe.gate.register_forward_hook(skip)
+
+
+def without_skipping(model: nn.Module) -> None:
+    """Take dynamic skipping off a loaded transformers model; every chosen expert runs then."""
+    for module in model.modules():
+        if handle := getattr(module, "skipping", None):
+            handle.remove()
 
 
 def skipping(

@@ -53,6 +53,14 @@ def write(model: Model) -> dict[str, dict[str, Any]]:
     return found
 
 
+def sizes(model: Model) -> dict[str, dict[str, int]]:
+    """`write` without what transformers does not know."""
+    return {
+        index: {key: value for key, value in own.items() if not key.startswith(OWN)}
+        for index, own in write(model).items()
+    }
+
+
 def _form(block: Block) -> dict[str, Any]:
     """What transformers' class cannot hold of a block."""
     if isinstance(block.mlp, MoELayer):

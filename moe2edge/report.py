@@ -18,6 +18,7 @@ from moe2edge.target import Loader, Target
 
 if TYPE_CHECKING:
     from moe2edge.quality import Quality
+    from moe2edge.skipping import SkipTimes
     from moe2edge.verify import Parity
 
 RECIPE_FILE = "recipe.resolved.yaml"
@@ -34,6 +35,7 @@ class ResultRow:
         parameters, active: all parameters, and those that one token uses.
         quality: figures on the evaluation text.
         parity: agreement of the runtime with PyTorch on the same packed numbers.
+        skip_times: what dynamic skipping saves in the runtime.
     """
 
     form: str
@@ -42,6 +44,7 @@ class ResultRow:
     active: int
     quality: Quality
     parity: Parity | None = None
+    skip_times: SkipTimes | None = None
 
     @classmethod
     def of(
@@ -51,10 +54,12 @@ class ResultRow:
         quality: Quality,
         nbytes: int | None = None,
         parity: Parity | None = None,
+        skip_times: SkipTimes | None = None,
     ) -> ResultRow:
         """The line of a model."""
         size = model.nbytes if nbytes is None else nbytes
-        return cls(form, size, model.parameters, model.active_parameters, quality, parity)
+        counts = model.parameters, model.active_parameters
+        return cls(form, size, *counts, quality, parity, skip_times)
 
     def cells(self) -> tuple[str, ...]:
         """Text of each column."""
@@ -83,6 +88,7 @@ class Report:
     before: ResultRow
     after: ResultRow
     results: tuple[ResultRow, ...]
+    skip_rate: float | None
     loaders: Mapping[str, tuple[Loader, ...]]
     calibration: Mapping[str, Any] | None
     evaluation: Mapping[str, Any] | None
@@ -129,9 +135,27 @@ class Report:
                 f"parameters, {step.nbytes / 1e6:.2f} MB, {step.seconds:.1f} s"
             )
             said += [f"  {note}" for note in step.notes]
+        said += self._skipping()
         for target, loaders in self.loaders.items():
             for loader in loaders:
                 said.append(f"{target}: loads in {loader.program}: {loader.text}")
+        return said
+
+    def _skipping(self) -> list[str]:
+        """What dynamic skipping left out on the evaluation text, and the time that it saved."""
+        if self.skip_rate is None:
+            return []
+        said = [
+            f"dynamic skipping: {self.skip_rate:.1%} of routed experts left out (held-out text)"
+        ]
+        for row in self.results:
+            if row.skip_times is not None:
+                t = row.skip_times
+                said.append(
+                    f"  {row.form}: {t.decode:.3f} ms a token, {t.decode_without:.3f} without "
+                    f"skipping; {t.prefill:.2f} and {t.prefill_without:.2f} ms for a prompt of "
+                    f"{t.prompt} (median of {t.runs})"
+                )
         return said
 
     def write(

@@ -8,18 +8,24 @@ quantile of ``w_i / w_1``. What is carried out at run time is `moe2edge.modules.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from moe2edge.model import MoELayer
+from moe2edge.model import Model, MoELayer
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from moe2edge.target import Runtime
     from moe2edge.walk import Seen
+
+# Of `measure_times`: tokens that follow the prompt, and runs of each kind.
+STEPS, RUNS = 32, 5
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,14 @@ def thresholds(ratios: Tensor, quantile: float) -> tuple[float, ...]:
     return tuple(float(value) for value in found)
 
 
+def removed(model: Model) -> Model:
+    """``model`` with every chosen expert run."""
+    for block, layer in model.moe_blocks:
+        router = replace(layer.router, skip_below=())
+        model = model.replace_block(replace(block, mlp=replace(layer, router=router)))
+    return model
+
+
 @dataclass(frozen=True)
 class SkipRates:
     """How often dynamic skipping left out a routed expert.
@@ -96,3 +110,44 @@ class SkipObserver:
     def fact(self) -> SkipRates:
         """The rates."""
         return SkipRates(self._routed, self._skipped)
+
+
+@dataclass(frozen=True)
+class SkipTimes:
+    """What skipping saves in a runtime; medians over interleaved runs, milliseconds.
+
+    Attributes:
+        prefill: of a prompt, with skipping.
+        prefill_without: with every chosen expert run.
+        decode: of one further token, with skipping.
+        decode_without: with every chosen expert run.
+        prompt: tokens of the prompt.
+        runs: of each kind.
+    """
+
+    prefill: float
+    prefill_without: float
+    decode: float
+    decode_without: float
+    prompt: int
+    runs: int
+
+
+def measure_times(runtime: Runtime, without: Runtime, ids: Sequence[int]) -> SkipTimes:
+    """Time one text in two runtimes by turns: a prompt, and its last `STEPS` tokens one by one."""
+    steps = min(STEPS, len(ids) - 1)
+    prompt, rest = ids[:-steps], ids[-steps:]
+    taken: dict[str, list[float]] = {}
+    for run in range(RUNS + 1):
+        for name, one in (("", runtime), ("_without", without)):
+            begun = time.perf_counter()
+            one.start(prompt)
+            started = time.perf_counter()
+            for token in rest:
+                one.step(token)
+            if run:  # the first one warms up
+                taken.setdefault(f"prefill{name}", []).append(started - begun)
+                decode = (time.perf_counter() - started) / len(rest)
+                taken.setdefault(f"decode{name}", []).append(decode)
+    found = {name: round(1e3 * statistics.median(values), 4) for name, values in taken.items()}
+    return SkipTimes(**found, prompt=len(prompt), runs=RUNS)

@@ -112,6 +112,15 @@ class Target:
         """Open the folder in its runtime; ``exact`` asks for float32 activations throughout."""
         raise NotImplementedError
 
+    def without_skipping(self, model: Model, folder: Path) -> Runtime:
+        """The folder as `reopen` gives it, but with every chosen expert run; to time it against.
+
+        Args:
+            model: what was written, with dynamic skipping.
+            folder: where it was written.
+        """
+        raise NotImplementedError
+
     def loaders(self, model: Model) -> tuple[Loader, ...]:
         """Which programs can load what was written."""
         raise NotImplementedError

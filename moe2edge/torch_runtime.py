@@ -11,6 +11,8 @@ from moe2edge.errors import InputError, Moe2EdgeError, VerificationFailed
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from moe2edge.target import Runtime
+
 
 class TorchRuntime:
     """Runs a transformers model, in evaluation mode, on the device where it lies.
@@ -74,6 +76,15 @@ class TorchRuntime:
             output = self.model(ids.to(self.model.device), **options)
         logits: Tensor = output.logits
         return logits.float().cpu()
+
+
+def run_all_experts(runtime: Runtime) -> Runtime:
+    """Take dynamic skipping off a runtime of this module."""
+    from moe2edge.modules import without_skipping
+
+    assert isinstance(runtime, TorchRuntime)
+    without_skipping(runtime.model)
+    return runtime
 
 
 def open_source(folder: Path, *, dtype: str = "bfloat16", strict: bool = False) -> TorchRuntime:

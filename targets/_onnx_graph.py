@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
-from moe2edge.targets._onnx_storage import Batch, Part, Source, plain, quantized, write
+from moe2edge.targets._onnx_storage import Batch, Part, Source, plain, quantized
 
 OPSET, IR_VERSION = 23, 11
 MICROSOFT = frozenset(
@@ -94,9 +93,8 @@ class Graph:
         """A stored vector (norm, bias) as float32."""
         return self.stored(source.name, [(source,)], source.weight.shape)
 
-    def proto(self, data_file: Path, metadata: dict[str, str]) -> Any:
-        """The finished ``ModelProto``; the weights are streamed into ``data_file``."""
-        stored = write(self.batches, data_file)
+    def proto(self, stored: Sequence[Any], metadata: dict[str, str]) -> Any:
+        """The finished ``ModelProto``; ``stored`` are the initializers of all weights."""
         graph = helper.make_graph(
             self._nodes,
             "decoder",

@@ -46,12 +46,13 @@ def onnxruntime() -> Any:
     return ort
 
 
-def open_session(folder: Path, *, exact: bool = False) -> Any:
+def open_session(folder: Path, *, exact: bool = False, graph: bytes | None = None) -> Any:
     """A session on ``model.onnx``, with as many threads as torch has.
 
     Args:
         folder: where it is.
         exact: compute with float32 activations throughout, whatever the graph allows.
+        graph: instead of the folder's, on the folder's weights.
 
     Raises:
         Unsupported: onnxruntime is missing or too old.
@@ -63,12 +64,12 @@ def open_session(folder: Path, *, exact: bool = False) -> Any:
     options = ort.SessionOptions()
     options.log_severity_level = LOG_NOTHING
     options.intra_op_num_threads = torch.get_num_threads()
-    source: str | bytes = str(folder / GRAPH_FILE)
-    if exact:
+    source: str | bytes = graph or str(folder / GRAPH_FILE)
+    if exact or graph:
         # The real file: in the hub's cache the folder holds links, which a graph without a file
         # of its own may not follow.
         data = (folder / DATA_FILE).resolve()
-        source = _with_float_activations(folder, data.name)
+        source = graph or _with_float_activations(folder, data.name)
         options.add_session_config_entry(FOLDER_KEY, str(data.parent))
     refusals = (
         state.Fail, state.InvalidArgument, state.InvalidGraph, state.InvalidProtobuf,
@@ -96,9 +97,9 @@ def _with_float_activations(folder: Path, data_file: str) -> bytes:
     return data
 
 
-def open_runtime(folder: Path, *, exact: bool = False) -> OnnxRuntime:
+def open_runtime(folder: Path, *, exact: bool = False, graph: bytes | None = None) -> OnnxRuntime:
     """The runtime of a folder; arguments and errors as `open_session`."""
-    session = open_session(folder, exact=exact)
+    session = open_session(folder, exact=exact, graph=graph)
     positions = session.get_modelmeta().custom_metadata_map.get(POSITIONS, "")
     if not positions.isdigit():
         raise VerificationFailed(f"{GRAPH_FILE} does not say how many positions it has")

@@ -99,6 +99,12 @@ class Gptq(Target):
 
         return TorchRuntime(load(folder, dtype=torch.float32 if exact else torch.bfloat16))
 
+    def without_skipping(self, model: Model, folder: Path) -> Runtime:
+        """The folder with every chosen expert run."""
+        from moe2edge.torch_runtime import run_all_experts
+
+        return run_all_experts(self.reopen(folder))
+
     def loaders(self, model: Model) -> tuple[Loader, ...]:
         """Which programs load the folder; what was not run is said to be read."""
         ours = Loader("moe2edge", "yes", "moe2edge.load(folder); dequantizes at load")

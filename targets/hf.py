@@ -89,6 +89,12 @@ class Hf(Target):
         dtype = "float32" if exact else _stored_dtype(folder)
         return open_source(folder, dtype=dtype, strict=True)
 
+    def without_skipping(self, model: Model, folder: Path) -> Runtime:
+        """The folder with every chosen expert run."""
+        from moe2edge.torch_runtime import run_all_experts
+
+        return run_all_experts(self.reopen(folder))
+
     def loaders(self, model: Model) -> tuple[Loader, ...]:
         """Which programs load the folder; what was not run is said to be read."""
         dense = has_dense_blocks(model)

@@ -89,12 +89,13 @@ class Onnx(Target):
             Unsupported: as `accepts`.
         """
         from moe2edge.targets._onnx_decoder import decoder
-        from moe2edge.targets._onnx_storage import DATA_FILE, GRAPH_FILE, POSITIONS
+        from moe2edge.targets._onnx_storage import DATA_FILE, GRAPH_FILE, POSITIONS, write
 
         self.accepts(model)
         graph = decoder(model, self.accuracy_level)
         positions = model.family.geometry(model.config).max_positions
-        proto = graph.proto(folder / DATA_FILE, {POSITIONS: str(positions)})
+        stored = write(graph.batches, folder / DATA_FILE)
+        proto = graph.proto(stored, {POSITIONS: str(positions)})
         (folder / GRAPH_FILE).write_bytes(proto.SerializeToString(deterministic=True))
         config = model.family.config_of(model)
         write_json(folder / "config.json", config)
@@ -122,6 +123,20 @@ class Onnx(Target):
         from moe2edge.targets._onnx_runtime import open_runtime
 
         return open_runtime(folder, exact=exact)
+
+    def without_skipping(self, model: Model, folder: Path) -> Runtime:
+        """A graph that runs every chosen expert, on the weights of the folder."""
+        from moe2edge import skipping
+        from moe2edge.targets._onnx_decoder import decoder
+        from moe2edge.targets._onnx_runtime import open_runtime
+        from moe2edge.targets._onnx_storage import POSITIONS, load_graph
+
+        graph = decoder(skipping.removed(model), self.accuracy_level)
+        protos = {proto.name: proto for proto in load_graph(folder).graph.initializer}
+        stored = [protos[slot.name] for batch in graph.batches for slot in batch.slots]
+        positions = model.family.geometry(model.config).max_positions
+        proto = graph.proto(stored, {POSITIONS: str(positions)})
+        return open_runtime(folder, graph=proto.SerializeToString())
 
     def loaders(self, model: Model) -> tuple[Loader, ...]:
         """Which programs can load the graph."""
