@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from moe2edge.errors import InputError
-
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -126,39 +124,3 @@ class LayerSimilarityObserver:
     def fact(self) -> LayerSimilarity:
         """The similarities."""
         return LayerSimilarity(self._with.result(), self._without.result())
-
-
-def number(value: float, of: int) -> int:
-    """A count, or a fraction of ``of`` rounded down.
-
-    >>> number(2, 32), number(0.25, 32), number(0.4, 6)
-    (2, 8, 2)
-    """
-    return value if isinstance(value, int) else int(value * of + 1e-9)
-
-
-def check_amount(value: object) -> object:
-    """Refuse what is neither a count nor a fraction; for validators of options.
-
-    Raises:
-        ValueError: it is not.
-    """
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError("a count (2) or a fraction (0.25)")
-    if not value > 0:
-        raise ValueError("a count of at least 1, or a fraction between 0 and 1")
-    if isinstance(value, float) and value >= 1:
-        raise ValueError("a fraction lies between 0 and 1; write a count without a point")
-    return value
-
-
-def check_choice(name: str, drop: float | None, threshold: float | None) -> None:
-    """Refuse both or neither of a number and a threshold.
-
-    Raises:
-        InputError: with the options of the pass ``name``.
-    """
-    if (drop is None) == (threshold is None):
-        raise InputError(f"{name}: give drop (a count or a fraction) or threshold (a cosine)")

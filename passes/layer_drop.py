@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Self
 
 from pydantic import Field, field_validator
 
+from moe2edge.amounts import check_amount, check_choice, number
 from moe2edge.errors import InputError
 from moe2edge.model import Model
 from moe2edge.pipeline import Facts, Kind, Outcome, Trim
@@ -47,14 +48,10 @@ class LayerDrop(Trim):
     @field_validator("drop", "most", mode="before")
     @classmethod
     def _amount(cls, value: object) -> object:
-        from moe2edge.similarity import check_amount
-
         return check_amount(value)
 
     def check(self, model: Model) -> None:
         """Refuse to drop no layer, or all."""
-        from moe2edge.similarity import check_choice
-
         check_choice("layer_drop", self.drop, self.threshold)
         layers, count = len(model.moe_blocks), self._most
         if not 1 <= count < layers:
@@ -70,8 +67,6 @@ class LayerDrop(Trim):
 
     def resolved(self, model: Model) -> Self:
         """With counts in place of fractions of the source."""
-        from moe2edge.similarity import number
-
         whole = len(model.moe_blocks)
         drop = None if self.drop is None else number(self.drop, whole)
         return self.model_copy(update={"drop": drop, "most": number(self.most, whole)})
