@@ -33,6 +33,12 @@ class Artifact:
     manifest: Mapping[str, Any]
 
     @property
+    def options(self) -> Mapping[str, Any]:
+        """Options of the target that the folder was written with; outputs of old have none."""
+        options: Mapping[str, Any] = self.manifest.get("target_options", {})
+        return options
+
+    @property
     def files(self) -> Mapping[str, Mapping[str, Any]]:
         """``sha256`` and ``bytes`` of each file, by its name relative to the folder."""
         files: Mapping[str, Mapping[str, Any]] = self.manifest["files"]
@@ -62,6 +68,8 @@ def open_artifact(folder: Path) -> Artifact:
     target = manifest.get("target")
     if not isinstance(target, str):
         raise _damaged(folder / MANIFEST, f"target is {target!r}, not a name")
+    if not isinstance(manifest.get("target_options", {}), dict):
+        raise _damaged(folder / MANIFEST, "target_options is no mapping")
     files = manifest.get("files")
     if not isinstance(files, dict):
         raise _damaged(folder / MANIFEST, "it has no list of files")

@@ -36,7 +36,7 @@ def evaluate(
     if reference is not None:
         quality.check_vocabulary(reference, geometry.vocab)
         expected = walk.head_logits(reference, walk.observe(reference, ids, (), advance, "source"))
-    runtime = registry.target(artifact.target).reopen(folder)
+    runtime = registry.target_with(artifact.target, artifact.options).reopen(folder)
 
     def logits() -> Iterator[Tensor]:
         for n, row in enumerate(ids):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe2edge import registry, workfolder
 from moe2edge.checkpoint import Checkpoint
+from moe2edge.decisions import MadeForSource
 from moe2edge.errors import InputError
 from moe2edge.model import Model
 from moe2edge.pipeline import (
@@ -23,13 +24,14 @@ from moe2edge.pipeline import (
     Search,
     Slim,
     Step,
+    Store,
     Trim,
     enforce,
     plan,
     stages,
 )
 from moe2edge.progress import Watcher
-from moe2edge.recipe import Recipe
+from moe2edge.recipe import Recipe, TextSource, read_yaml
 from moe2edge.report import Report, ResultRow
 from moe2edge.target import Target
 
@@ -62,6 +64,7 @@ def export(
     begun = time.perf_counter()
     source = checkpoint.model
     recipe = recipe.resolved(source)
+    check_sources(recipe, checkpoint)
     planned = plan(recipe.passes, source)
     for target in targets:
         target.accepts(planned)
@@ -74,7 +77,8 @@ def export(
     for step in recipe.passes:
         if isinstance(step, Slim):
             watcher.log(f"{registry.name_of(step)}: {_describe_scheme(step, source)}")
-    calibration, evaluation = _texts(checkpoint, recipe)
+    calibration = calibration_tokens(checkpoint, recipe)
+    evaluation = _tokens(checkpoint, recipe.evaluation, "evaluation")
     with workfolder.partial_folder(out) as (content, work):
         model, steps = run_passes(source, recipe, calibration, workfolder.WorkFolder(work), watcher)
         for target in targets:
@@ -96,8 +100,9 @@ def export(
             results=tuple(results),
             skip_rate=measured.skip_rates.rate if model.skips else None,
             loaders={registry.name_of(t): t.loaders(model) for t in targets},
-            calibration=_provenance(calibration),
-            evaluation=_provenance(evaluation),
+            target_options={registry.name_of(t): registry.options_of(t) for t in targets},
+            calibration=calibration.provenance if calibration else None,
+            evaluation=evaluation.provenance,
             seconds=time.perf_counter() - begun,
             peak_bytes=_peak_bytes(),
         )
@@ -114,25 +119,42 @@ def _describe_scheme(step: Slim, model: Model) -> str:
     )
 
 
-def _texts(checkpoint: Checkpoint, recipe: Recipe) -> tuple[Tokens | None, Tokens]:
-    """Tokens for calibration (if a pass needs any) and for evaluation."""
+def check_sources(recipe: Recipe, checkpoint: Checkpoint) -> None:
+    """Let passes that fit one source only see that it is theirs.
+
+    Raises:
+        InputError: it is not.
+    """
+    for step in recipe.passes:
+        if isinstance(step, MadeForSource):
+            step.check_source(lambda: checkpoint.sha256)
+
+
+def calibration_tokens(checkpoint: Checkpoint, recipe: Recipe) -> Tokens | None:
+    """Tokens for calibration, if a pass needs any.
+
+    Raises:
+        InputError: the text does not serve.
+    """
+    if not any(stage.needs_tokens for stage in stages(recipe.passes)):
+        return None
+    return _tokens(checkpoint, recipe.calibration, "calibration")
+
+
+def _tokens(checkpoint: Checkpoint, source: TextSource, purpose: str) -> Tokens:
     from moe2edge.artifact import tokenizer_of
     from moe2edge.calibration import load_tokens
 
-    tokenizer = tokenizer_of(checkpoint.folder)
     geometry = checkpoint.model.family.geometry(checkpoint.config)
     limits = (geometry.max_positions, geometry.vocab)
-    calibration = None
-    if any(stage.needs_tokens for stage in stages(recipe.passes)):
-        calibration = load_tokens(recipe.calibration, tokenizer, "calibration", limits)
-    return calibration, load_tokens(recipe.evaluation, tokenizer, "evaluation", limits)
+    return load_tokens(source, tokenizer_of(checkpoint.folder), purpose, limits)
 
 
 def run_passes(
     source: Model,
     recipe: Recipe,
     calibration: Tokens | None,
-    work: workfolder.WorkFolder,
+    work: Store,
     watcher: Watcher,
 ) -> tuple[Model, list[Step]]:
     """The model after all passes, and a line of the report for each of them."""
@@ -258,11 +280,13 @@ def _write(
     for companion in checkpoint.companions:
         shutil.copyfile(companion, folder / companion.name)
     target.write(model, folder)
-    measured.reference.save(folder)
+    stored = target.stored(model)
+    reference = measured.reference.of_stored(model, stored)
+    reference.save(folder)
     watcher.log(f"reading {name} back")
-    verify.audit(target, folder, model)
+    verify.audit(target, folder, stored)
     watcher.log(f"running {name}")
-    parity, shipped = verify.parity(measured.reference, target, folder)
+    parity, shipped = verify.parity(reference, target, folder)
     if parity.shipped > verify.SHIPPED_USUAL:
         watcher.log(
             f"warning: {name} as shipped differs from PyTorch by {parity.shipped:.1%} (median); "
@@ -285,13 +309,6 @@ def _write(
     return ResultRow.of(f"{name}, in its runtime", model, found, size, parity, times)
 
 
-def _provenance(tokens: Tokens | None) -> dict[str, Any] | None:
-    if tokens is None:
-        return None
-    samples, length = tokens.ids.shape
-    return {"text": tokens.name, "samples": samples, "length": length, "sha256": tokens.sha256}
-
-
 def _peak_bytes() -> int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
@@ -310,12 +327,30 @@ def versions() -> dict[str, str]:
 
 
 def check_targets(names: str) -> list[Target]:
-    """Targets of ``-t``: names with commas between them.
+    """Targets of ``-t``: names with commas between them, each with ``:option=value`` behind it.
 
     Raises:
-        InputError: a name is unknown or given twice.
+        InputError: a name or an option is unknown or given twice, or a value is not one of its.
     """
-    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    entries = [entry.strip() for entry in names.split(",") if entry.strip()]
+    wanted = [entry.partition(":")[0].strip() for entry in entries]
     if not wanted or len(set(wanted)) != len(wanted):
         raise InputError(f"-t {names!r}: expected one or more of {registry.target_names()}")
-    return [registry.target(name) for name in wanted]
+    return [
+        registry.target_with(name, _target_options(entry))
+        for name, entry in zip(wanted, entries, strict=True)
+    ]
+
+
+def _target_options(entry: str) -> dict[str, Any]:
+    """Options of one target, as in ``onnx:accuracy_level=0``."""
+    found: dict[str, Any] = {}
+    for setting in entry.split(":")[1:]:
+        option, equals, value = (part.strip() for part in setting.partition("="))
+        if not option or not equals or not value or option in found:
+            raise InputError(
+                f"-t {entry!r}: expected NAME:option=value, each option once, as in "
+                "onnx:accuracy_level=0"
+            )
+        found[option] = read_yaml(value, f"-t {entry!r}: the value of {option}")
+    return found

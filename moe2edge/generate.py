@@ -83,7 +83,8 @@ def continue_in(
             f"note: at most {left} tokens instead of {max_tokens}; the prompt has "
             f"{len(prompt_ids)} of the {context} that the model holds"
         )
-    runtime = registry.target(artifact.target).reopen(artifact.folder)
+    target = registry.target_with(artifact.target, artifact.options)
+    runtime = target.reopen(artifact.folder)
     return generate(runtime, prompt_ids, max_tokens=left, stop=stop, **how)
 
 

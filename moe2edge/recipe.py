@@ -6,12 +6,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from reprlib import Repr
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from moe2edge import registry
+from moe2edge.calibration import template_pieces
 from moe2edge.errors import InputError, did_you_mean
 from moe2edge.model import Model
 from moe2edge.pipeline import Pass
@@ -23,18 +31,58 @@ SHOWN.maxlevel = 2
 SHOWN.maxstring = SHOWN.maxother = SHOWN.maxlong = 100
 
 
-class TextSource(BaseModel):
-    """Where text comes from and how it is cut into samples."""
+class NamedText(BaseModel):
+    """A text of its own, as a part of mixes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    text: Annotated[str, Field(description="builtin, or a file of text or JSONL")] = "builtin"
+    text: Annotated[str, Field(description="builtin, or a file of text or JSONL")]
+    field: Annotated[str, Field(description="field of a JSONL line that holds the text")] = "text"
+    template: Annotated[
+        str | None,
+        Field(description="in place of field: a text with fields, such as '{question} {answer}'"),
+    ] = None
+
+    @field_validator("template")
+    @classmethod
+    def _template_is_plain(cls, value: str | None) -> str | None:
+        if value is not None:
+            template_pieces(value)
+        return value
+
+    @model_validator(mode="after")
+    def _field_or_template(self) -> Self:
+        if self.template is not None and self.field != "text":
+            raise ValueError("a field or a template, not both")
+        return self
+
+
+class TextSource(NamedText):
+    """Where text comes from and how it is cut into samples."""
+
+    text: Annotated[
+        str,
+        Field(
+            description="builtin, a file of text or JSONL, a name of sources, or a mix of them "
+            "with weights: NAME:WEIGHT,NAME:WEIGHT"
+        ),
+    ] = "builtin"
     samples: Annotated[int, Field(ge=1, description="number of samples")] = 128
     length: Annotated[int, Field(ge=2, description="tokens in a sample")] = 512
     seed: Annotated[
         int, Field(ge=0, le=2**32 - 1, description="decides which samples are taken")
     ] = 0
-    field: Annotated[str, Field(description="field of a JSONL line that holds the text")] = "text"
+    sources: Annotated[
+        dict[str, NamedText], Field(description="texts by the names that text may use")
+    ] = {}
+
+    @field_validator("sources")
+    @classmethod
+    def _names_are_plain(cls, value: dict[str, NamedText]) -> dict[str, NamedText]:
+        for name in value:
+            if name == "builtin" or not name.strip() or set(name) & set(",:"):
+                raise ValueError("names other than builtin, without comma and colon")
+        return value
 
 
 @dataclass(frozen=True)
@@ -103,7 +151,7 @@ def parse(text: str, settings: Sequence[str] = ()) -> Recipe:
     >>> parse("passes: [gptq]").passes[0].bits
     4
     """
-    data = _read_yaml(text, "the recipe")
+    data = read_yaml(text, "the recipe")
     if not isinstance(data, dict):
         raise InputError("a recipe is a mapping with the keys calibration, evaluation, passes")
     known = ("calibration", "evaluation", "passes")
@@ -118,8 +166,8 @@ def parse(text: str, settings: Sequence[str] = ()) -> Recipe:
     for setting in settings:
         _override(setting, sections, steps)
     return Recipe(
-        _build(TextSource, "calibration", sections["calibration"]),
-        _build(TextSource, "evaluation", sections["evaluation"]),
+        section("calibration", sections["calibration"]),
+        section("evaluation", sections["evaluation"]),
         tuple(_build(registry.pass_type(name), name, options) for name, options in steps),
     )
 
@@ -137,7 +185,12 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read_yaml(text: str, what: str) -> Any:
+def read_yaml(text: str, what: str) -> Any:
+    """Plain YAML, such as the value of a setting.
+
+    Raises:
+        InputError: it is not.
+    """
     try:
         return yaml.load(text, _Loader)  # a SafeLoader
     # A tag that does not fit its value, such as !!bool x, raises whatever PyYAML stumbles over.
@@ -155,8 +208,16 @@ def _read_yaml(text: str, what: str) -> Any:
 
 
 def section(name: str, options: Mapping[str, Any]) -> TextSource:
-    """A text section from options given elsewhere, with the same refusals as in a recipe."""
-    found: TextSource = _build(TextSource, name, options)
+    """A text section of a recipe, or of options given elsewhere.
+
+    Raises:
+        InputError: an option is unknown or wrong.
+    """
+    named = {
+        str(key): _build(NamedText, f"{name}.sources.{key}", _mapping(f"{name}.sources.{key}", own))
+        for key, own in _mapping(f"{name}.sources", options.get("sources")).items()
+    }
+    found: TextSource = _build(TextSource, name, {**options, "sources": named})
     return found
 
 
@@ -202,7 +263,7 @@ def _override(
         raise InputError(f"{shown}: {did_you_mean('part of the recipe', name, names)}")
     if len(places) > 1:
         raise InputError(f"{shown}: the recipe has {name} {len(places)} times; edit it")
-    places[0][option] = _read_yaml(value, f"{shown}: the value")
+    places[0][option] = read_yaml(value, f"{shown}: the value")
 
 
 def _build(kind: type[Any], name: str, options: Mapping[str, Any]) -> Any:
@@ -219,6 +280,8 @@ def _build(kind: type[Any], name: str, options: Mapping[str, Any]) -> Any:
             raise InputError(f"{place} is missing: {_describe(kind, first['loc'])}") from error
         message = first["msg"].removeprefix("Value error, ")
         message = message.removeprefix("Input should be ").replace("Input should", "it should")
+        if not first["loc"]:  # of several options together
+            raise InputError(f"{name}: expected {message}") from error
         found = SHOWN.repr(first["input"])
         raise InputError(f"{place} is {found}, expected: {message}") from error
 
@@ -248,6 +311,7 @@ def json_schema() -> dict[str, Any]:
             }
         )
     text = TextSource.model_json_schema()
+    definitions |= text.pop("$defs", {})
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "moe2edge recipe",

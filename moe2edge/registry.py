@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import pkgutil
-from collections.abc import Iterable
-from typing import TypeVar
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
 
 import moe2edge.passes
 import moe2edge.targets
@@ -51,9 +54,46 @@ def target(name: str) -> Target:
     Raises:
         InputError: there is none; names the nearest.
     """
+    return target_with(name, {})
+
+
+def target_with(name: str, options: Mapping[str, object]) -> Target:
+    """The target in the file ``name`` with some of its options: the fields of its class.
+
+    Raises:
+        InputError: there is no such target or option, or a value is not one of the option's.
+
+    >>> target_with("onnx", {"accuracy_level": 0})
+    Onnx(accuracy_level=0)
+    """
     if name not in target_names():
         raise InputError(did_you_mean("target", name, target_names()))
-    return _only(f"moe2edge.targets.{name}", Target)()
+    kind = _only(f"moe2edge.targets.{name}", Target)
+    known = {field.name for field in dataclasses.fields(kind)}
+    hints = get_type_hints(kind) if options else {}
+    for option, value in options.items():
+        if option not in known:
+            if not known:
+                raise InputError(f"target {name} has no options, but {option} is given")
+            raise InputError(did_you_mean(f"option of target {name}", option, known))
+        try:
+            TypeAdapter(hints[option]).validate_python(value, strict=True)
+        except ValidationError as error:
+            expected = error.errors()[0]["msg"].removeprefix("Input should be ")
+            raise InputError(f"{name}:{option} is {value!r}, expected: {expected}") from error
+    return kind(**options)
+
+
+def options_of(target: Target) -> dict[str, Any]:
+    """Every option of a target with its value, as plain data: `target_with` takes them again."""
+    return dataclasses.asdict(target)
+
+
+def choices_of(target: Target) -> dict[str, tuple[object, ...]]:
+    """Values of those options of a target that take one of a few."""
+    hints = get_type_hints(type(target))
+    names = (field.name for field in dataclasses.fields(target))
+    return {name: get_args(hints[name]) for name in names if get_origin(hints[name]) is Literal}
 
 
 def name_of(thing: object) -> str:

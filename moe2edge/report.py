@@ -90,6 +90,7 @@ class Report:
     results: tuple[ResultRow, ...]
     skip_rate: float | None
     loaders: Mapping[str, tuple[Loader, ...]]
+    target_options: Mapping[str, Mapping[str, Any]]
     calibration: Mapping[str, Any] | None
     evaluation: Mapping[str, Any] | None
     seconds: float
@@ -174,6 +175,7 @@ class Report:
         write_manifest(
             folder,
             name,
+            target_options=dict(self.target_options[name]),
             model={
                 "family": model.family.model_type,
                 "parameters": model.parameters,
@@ -206,10 +208,12 @@ class Report:
             f"| {' | '.join(cells)} |"
             for cells in (HEADINGS, ["---"] * len(HEADINGS), *(row.cells() for row in mine))
         )
+        options = "".join(f", {k} {v}" for k, v in self.target_options[target].items())
         loaders = "\n".join(f"- {loader.program}: {loader.text}" for loader in self.loaders[target])
         return (
             f"---\n{data.to_yaml()}\n---\n\n# {checkpoint.source}, compressed with moe2edge\n\n"
-            f"{self.family}, written for the target `{target}`.\n\n{table}\n\n{self.caption()}.\n\n"
+            f"{self.family}, written for the target `{target}`{options}.\n\n"
+            f"{table}\n\n{self.caption()}.\n\n"
             f"## Who can load it\n\n{loaders}\n\n## Run it\n\n"
             f'```sh\nmoe2edge generate . "Once upon a time"\nmoe2edge verify .\n```\n\n'
             f"## Recipe\n\n```yaml\n{self.recipe}```\n"

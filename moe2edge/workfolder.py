@@ -82,17 +82,26 @@ def check_space(out: Path, needed: int) -> None:
         )
 
 
-def check_memory(needed: int) -> None:
-    """Refuse to begin what could not be verified at the end.
+def check_memory(
+    needed: int,
+    purpose: str = "verifying the output loads it in float32",
+    remedy: str = "export on a larger one, or to onnx",
+) -> None:
+    """Refuse to begin what the machine could not hold, or not verify at the end.
+
+    Args:
+        needed: bytes.
+        purpose: what needs them.
+        remedy: what to do.
 
     Raises:
-        DoesNotFit: the machine has less than ``needed`` bytes of memory.
+        DoesNotFit: the machine has less memory.
     """
     total = psutil.virtual_memory().total
     if total < needed:
         raise DoesNotFit(
-            f"verifying the output loads it in float32, which needs {needed / 1e9:.1f} GB of "
-            f"memory; this machine has {total / 1e9:.1f} GB: export on a larger one, or to onnx"
+            f"{purpose}, which needs {needed / 1e9:.1f} GB of memory; this machine has "
+            f"{total / 1e9:.1f} GB: {remedy}"
         )
 
 

@@ -68,8 +68,9 @@ class LayerDrop(Trim):
     def resolved(self, model: Model) -> Self:
         """With counts in place of fractions of the source."""
         whole = len(model.moe_blocks)
-        drop = None if self.drop is None else number(self.drop, whole)
-        return self.model_copy(update={"drop": drop, "most": number(self.most, whole)})
+        if self.drop is not None:
+            return self.model_copy(update={"drop": number(self.drop, whole)})
+        return self.model_copy(update={"most": number(self.most, whole)})
 
     def plan(self, model: Model) -> Model:
         """The model without its last MoE layers: as many as may go, or one by threshold."""

@@ -176,6 +176,18 @@ def test_plain_trimming_for_stock_transformers(tiny: Make, tmp_path: Path) -> No
 
 REFUSED: list[tuple[str, list[str], int, str]] = [
     ("target", ["-t", "onx"], 2, "did you mean 'onnx'"),
+    ("target twice", ["-t", "onnx:accuracy_level=0,onnx"], 2, "expected one or more of"),
+    ("no target", ["-t", ","], 2, "expected one or more of"),
+    ("target option", ["-t", "onnx:acuracy_level=0"], 2, "did you mean 'accuracy_level'"),
+    ("its value", ["-t", "onnx:accuracy_level=3"], 2, "is 0 (float32 activations) or 4"),
+    ("its kind", ["-t", "onnx:accuracy_level=high"], 2, "is 'high', expected: a valid integer"),
+    ("its truth", ["-t", "onnx:accuracy_level=true"], 2, "is True, expected: a valid integer"),
+    ("no value", ["-t", "onnx:accuracy_level"], 2, "expected NAME:option=value"),
+    ("empty value", ["-t", "onnx:accuracy_level="], 2, "expected NAME:option=value"),
+    ("option twice", ["-t", "onnx:accuracy_level=0:accuracy_level=4"], 2, "each option once"),
+    ("weight", ["--calib", "builtin:0"], 2, "the weight of builtin is '0'"),
+    ("part", ["--calib", "builtin:1,none.txt:1"], 2, "calibration text none.txt does not exist"),
+    ("template", ["--set", "calibration.template='{a'"], 2, "expected: a text with plain fields"),
     ("recipe", ["-r", "w5"], 2, "unknown recipe"),
     ("hf has no default recipe", ["-t", "hf"], 2, "needs a recipe that trims"),
     ("option", ["--set", "gptq.bit=4"], 2, "did you mean 'bits'"),
@@ -312,7 +324,7 @@ def test_help_is_quick() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["export", "inspect", "verify", "profile", "generate", "evaluate"]
+    "command", ["export", "decide", "inspect", "verify", "profile", "generate", "evaluate"]
 )
 def test_every_command_has_an_example(command: str) -> None:
     result = run(command, "--help")

@@ -63,6 +63,26 @@ BAD = [
     ("passes: [", "not YAML"),
     ("passes: []\ncalibration: {sampels: 3}", "unknown option of calibration 'sampels'"),
     ("passes: []\ncalibration: {samples: 0}", "calibration.samples is 0"),
+    ("passes: []\ncalibration: {sources: 3}", "calibration.sources: expected options"),
+    ("passes: []\ncalibration: {sources: {m: 3}}", "calibration.sources.m: expected options"),
+    (
+        "passes: []\ncalibration: {sources: {m: {txt: a}}}",
+        "unknown option of calibration.sources.m 'txt': did you mean 'text'?",
+    ),
+    ("passes: []\ncalibration: {sources: {m: {}}}", "calibration.sources.m.text is missing"),
+    ("passes: []\ncalibration: {sources: {'a:b': {text: a}}}", "without comma and colon"),
+    ("passes: []\ncalibration: {sources: {builtin: {text: a}}}", "names other than builtin"),
+    ("passes: []\nevaluation: {template: '{a'}", "evaluation.template is '{a', expected: a text"),
+    ("passes: []\nevaluation: {template: '{a.b}'}", "with plain fields, such as"),
+    ("passes: []\nevaluation: {template: '{a[0]}'}", "with plain fields"),
+    ("passes: []\nevaluation: {template: '{a!r}'}", "with plain fields"),
+    ("passes: []\nevaluation: {template: '{a:>9}'}", "with plain fields"),
+    ("passes: []\nevaluation: {template: '{}'}", "with plain fields"),
+    ("passes: []\nevaluation: {template: 'a{{b}}'}", "with plain fields"),
+    (
+        "passes: []\nevaluation: {template: '{a}', field: b}",
+        "evaluation: expected a field or a template, not both",
+    ),
 ]
 
 
@@ -159,3 +179,21 @@ def test_seeds_have_a_bound() -> None:
     for place in ("calibration", "evaluation", "expert_drop"):
         with pytest.raises(InputError, match=f"{place}.seed is {2**32}, expected"):
             recipe.parse("passes: [{expert_drop: {keep: 2}}]", [f"{place}.seed={2**32}"])
+
+
+def test_a_mix_with_sources_survives_a_round_trip() -> None:
+    parsed = recipe.parse(
+        """
+        calibration:
+          text: math:0.5,code:0.5
+          sources:
+            math: {text: gsm8k.jsonl, template: "{question}\\n{answer}"}
+            code: {text: code.txt}
+        passes: []
+        """,
+        ["evaluation.template='{q}'"],
+    )
+    assert parsed.calibration.sources["math"].template == "{question}\n{answer}"
+    assert parsed.calibration.sources["code"].field == "text"
+    assert parsed.evaluation.template == "{q}"
+    assert recipe.parse(parsed.render()) == parsed

@@ -158,13 +158,13 @@ def _source(request: dict[str, Any]) -> tuple[Callable[[], None], Callable[[], R
             torch.set_num_threads(threads)
 
     def open_runtime() -> Runtime:
-        from moe2edge.registry import target
+        from moe2edge.registry import target_with
 
         if name is None:
             from moe2edge.torch_runtime import open_source
 
             return open_source(folder, dtype=request["dtype"])
-        return target(name).reopen(folder)
+        return target_with(name, request.get("options", {})).reopen(folder)
 
     return import_libraries, open_runtime
 

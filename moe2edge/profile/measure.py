@@ -236,7 +236,8 @@ def _subject(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             "manifest_sha256": file_sha256(folder / MANIFEST),
             "model": artifact.manifest.get("model"),
         }
-        return about, {"folder": path, "target": artifact.target, "dtype": None}
+        how = {"target": artifact.target, "options": dict(artifact.options)}
+        return about, {"folder": path, **how, "dtype": None}
     if not (folder / "config.json").is_file():
         raise InputError(
             f"{folder} is neither an output folder (no {MANIFEST}) nor a checkpoint "

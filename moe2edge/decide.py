@@ -1,0 +1,100 @@
+"""`moe2edge decide`: run the part of a recipe that chooses, and keep nothing but the choice."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from moe2edge import registry
+from moe2edge.checkpoint import Checkpoint
+from moe2edge.decisions import Decisions, SourceModel, decided
+from moe2edge.errors import InputError
+from moe2edge.export import calibration_tokens, check_sources, run_passes, versions
+from moe2edge.model import Block, Model
+from moe2edge.pipeline import Pass, Slim, Step
+from moe2edge.progress import Watcher
+from moe2edge.recipe import Recipe
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moe2edge.rounding import Quantized
+
+
+def decide(
+    checkpoint: Checkpoint, recipe: Recipe, watcher: Watcher
+) -> tuple[Decisions, tuple[Step, ...]]:
+    """What ``recipe`` chooses for ``checkpoint``, and what its passes said.
+
+    Raises:
+        InputError: a pass of the recipe computes numbers, which decisions do not hold; or as in an
+            export.
+        Unsupported: as in an export.
+    """
+    source = checkpoint.model
+    recipe = recipe.resolved(source)
+    check_sources(recipe, checkpoint)
+    check_decidable(recipe.passes, source)
+    watcher.log(f"recipe:\n{recipe.render()}")
+    tokens = calibration_tokens(checkpoint, recipe)
+    model, steps = run_passes(source, recipe, tokens, _NoNumbers(), watcher)
+    found = Decisions(
+        source=SourceModel(
+            model=checkpoint.source,
+            revision=checkpoint.revision,
+            sha256=checkpoint.sha256,
+            family=source.family.model_type,
+        ),
+        recipe=recipe.render(),
+        calibration=tokens.provenance if tokens else None,
+        versions=versions(),
+        blocks=decided(model),
+    )
+    return found, tuple(steps)
+
+
+def check_decidable(passes: Sequence[Pass], source: Model) -> None:
+    """Refuse, from shapes alone, passes whose result decisions cannot hold.
+
+    Raises:
+        InputError: there is no pass; or one of them, which is named, computes numbers.
+        Unsupported: a pass does not handle the model.
+    """
+    if not passes:
+        raise InputError("the recipe has no passes; there is nothing to decide")
+    model = source
+    for step in passes:
+        name = registry.name_of(step)
+        if isinstance(step, Slim):
+            raise _computes(name)
+        step.check(model)
+        planned = step.plan(model)
+        planned.verify()
+        # A pass that plans no other structure does its work on numbers.
+        if decided(planned) == decided(model):
+            raise _computes(name)
+        model = planned
+
+
+def _computes(name: str) -> InputError:
+    return InputError(
+        f"decide: the recipe has {name}, which computes numbers, and decisions hold none; leave it "
+        "out here, and export with apply_decisions before it"
+    )
+
+
+@dataclass(frozen=True)
+class _NoNumbers:
+    """A store for passes that choose only."""
+
+    def put(self, block: Block, numbers: Mapping[str, Quantized | Tensor]) -> Block:
+        """Refuse.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError(
+            f"decide: a pass computed numbers ({min(numbers)} of block {block.origin}), and "
+            "decisions hold none; leave it out"
+        )

@@ -1,0 +1,73 @@
+"""Trim a model as was decided before, without calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Self
+
+from pydantic import Field
+
+from moe2edge import decisions
+from moe2edge.errors import InputError
+from moe2edge.model import Model
+from moe2edge.pipeline import Facts, Outcome, Trim
+
+
+class ApplyDecisions(Trim):
+    """Keep the blocks and experts, and set the thresholds, that a file of decisions names.
+
+    The file is written by ``moe2edge decide``. What comes out is the model that an export with
+    the recipe of the file would give.
+    """
+
+    file: Annotated[str, Field(description="decisions, as moe2edge decide writes them")]
+    any_source: Annotated[
+        bool,
+        Field(
+            description="apply them to another model of the same family and shape, such as a "
+            "fine-tuned one"
+        ),
+    ] = False
+    sha256: Annotated[
+        str | None, Field(description="digest of the file; filled in when the recipe is resolved")
+    ] = None
+
+    def resolved(self, model: Model) -> Self:
+        """With the digest of the file, so that the recipe says which one it was."""
+        return self.model_copy(update={"sha256": self._read()[1]})
+
+    def _read(self) -> tuple[decisions.Decisions, str]:
+        return decisions.read(Path(self.file), self.sha256)
+
+    def check_source(self, sha256: Callable[[], str]) -> None:
+        """Refuse another model than the one that the decisions are about, unless that is asked for.
+
+        Raises:
+            InputError: it is another one.
+        """
+        if self.any_source:
+            return
+        source, found = self._read()[0].source, sha256()
+        if source.sha256 != found:
+            raise InputError(
+                f"apply_decisions: {self.file} is about {source.model} (sha256 "
+                f"{source.sha256[:12]}...), this model has {found[:12]}...; decide for this one, "
+                "or set any_source: true"
+            )
+
+    def check(self, model: Model) -> None:
+        """Refuse a model of another shape, and decisions that change nothing."""
+        if decisions.decided(self.plan(model)) == decisions.decided(model):
+            raise InputError(f"apply_decisions: {self.file} keeps everything; nothing to do")
+
+    def plan(self, model: Model) -> Model:
+        """The result itself: all of it is known."""
+        return decisions.apply(self._read()[0], model)
+
+    def apply(self, model: Model, facts: Facts) -> Outcome:
+        """Carry out what the file says."""
+        result = self.plan(model)
+        pairs = zip(decisions.decided(model), decisions.decided(result), strict=True)
+        changed = tuple(f"block {new.origin}: {new.text}" for old, new in pairs if old != new)
+        return Outcome(result, changed=changed)
