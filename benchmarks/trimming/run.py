@@ -22,7 +22,6 @@ from typing import Any
 import cells
 import report
 import texts
-import torch
 from torch import Tensor
 
 from moe2edge import calibration, quality, recipe, skipping, walk
@@ -32,7 +31,6 @@ from moe2edge.checkpoint import BUILTIN, Checkpoint, open_checkpoint
 from moe2edge.export import run_passes
 from moe2edge.model import Model
 from moe2edge.progress import Watcher
-from moe2edge.recipe import TextSource
 from moe2edge.workfolder import WorkFolder
 
 HERE = Path(__file__).parent
@@ -68,26 +66,23 @@ class Bench:
         """What is evaluated."""
         return tuple(self.evaluation)
 
-    def tokens(self, purpose: str, domain: str, samples: int, seed: int = 0) -> Tokens:
-        """Samples of one domain."""
-        text = str(self.sources[purpose][domain]) if self.sources else "builtin"
-        source = TextSource(text=text, samples=samples, length=LENGTH, seed=seed)
+    def tokens(self, purpose: str, domains: tuple[str, ...], samples: int, seed: int = 0) -> Tokens:
+        """Samples in equal parts of the domains."""
+        options: dict[str, Any] = {"samples": samples, "length": LENGTH, "seed": seed}
+        if self.sources:
+            files = self.sources[purpose]
+            options["text"] = ",".join(f"{domain}:1" for domain in domains)
+            options["sources"] = {domain: {"text": str(files[domain])} for domain in domains}
+        source = recipe.section(purpose, options)
         tokenizer = tokenizer_of(self.checkpoint.folder)
-        limits = (LENGTH, self.model.vocabulary)
-        return calibration.load_tokens(source, tokenizer, purpose, limits)
-
-    def calibration(self, domains: tuple[str, ...], seed: int) -> Tokens:
-        """Equal parts of the domains."""
-        domains = domains or self.domains
-        parts = [self.tokens("calibration", d, CALIBRATION // len(domains), seed) for d in domains]
-        return Tokens(torch.cat([part.ids for part in parts]), "+".join(domains), "")
+        return calibration.load_tokens(source, tokenizer, purpose, (LENGTH, self.model.vocabulary))
 
 
 def open_bench(name: str, folder: str, sources: Mapping[str, Mapping[str, Path]]) -> Bench:
     """Open a model and run it over the held-out texts."""
     bench = Bench(name, open_checkpoint(folder), sources, {}, {})
     domains = texts.DOMAINS if sources else ("built-in",)
-    ids = {d: bench.tokens("evaluation", d, EVALUATION).ids for d in domains}
+    ids = {d: bench.tokens("evaluation", (d,), EVALUATION).ids for d in domains}
     hidden = {d: walk.observe(bench.model, part, (), QUIET.advance, "") for d, part in ids.items()}
     return Bench(name, bench.checkpoint, sources, ids, hidden)
 
@@ -110,7 +105,7 @@ def measure(bench: Bench, model: Model) -> dict[str, Any]:
 def run_cell(bench: Bench, cell: cells.Cell) -> dict[str, Any]:
     """Run a recipe and measure what it leaves."""
     parsed = recipe.parse(cell.recipe).resolved(bench.model)
-    tokens = bench.calibration(cell.domains, cell.seed)
+    tokens = bench.tokens("calibration", cell.domains or bench.domains, CALIBRATION, cell.seed)
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as work:
         store = WorkFolder(Path(work))
