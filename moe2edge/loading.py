@@ -262,7 +262,17 @@ def _skeleton(model: Model, dtype: torch.dtype) -> Any:
     loaded.to(dtype)
     if not model.is_uniform:
         loaded.config.per_layer_config = per_layer.sizes(model)
+    if not all(per_layer.is_own_form(model, block) for block in model.blocks):
+        loaded.save_pretrained = _refuse_to_save
     return loaded
+
+
+def _refuse_to_save(*_: object, **__: object) -> None:
+    """In place of a method of transformers' that would lose what single layers have."""
+    raise Unsupported(
+        "save_pretrained loses dynamic skipping, plain experts and layers that were dropped; "
+        "copy the folder that this model was loaded from"
+    )
 
 
 def _fill(module: Any, state: dict[str, Tensor], what: str, *, strict: bool) -> None:

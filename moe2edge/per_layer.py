@@ -1,8 +1,9 @@
 """What single layers have of their own: written into ``config.json``, and read back.
 
 Transformers knows the key ``per_layer_config``. Its classes carry out none of it for the families
-here, but it raises an error on layers of unequal size and on keys that it does not know, so that a
-stock reader refuses what it would misread.
+here, but they raise an error where a layer has a number of its own that they read from the common
+config, so that a stock reader refuses what it would misread. The config itself can be read, and so
+can the tokenizer beside it.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from typing import Any
 from moe2edge.errors import Unsupported
 from moe2edge.model import SECOND_NORM, Always, Block, Dense, Model, MoELayer, Weight
 
-# Key of everything that is no number of experts; transformers refuses it.
+# Key of everything that is no number of experts; transformers lets it pass if every layer has it.
 OWN = "moe2edge"
+TOP_K = "num_experts_per_tok"
 
 Take = Callable[[str, tuple[int, ...]], Weight]
 
@@ -32,33 +34,45 @@ def is_own_form(model: Model, block: Block) -> bool:
 # ---- writing -----------------------------------------------------------------------------------
 
 
+def config_of(model: Model) -> dict[str, Any]:
+    """`Family.config_of`, in which some number differs if anything does.
+
+    Where all that layers have of their own is unknown to transformers (dynamic skipping), the
+    common top-k, which each layer overrides, is set to another one.
+    """
+    config = model.family.config_of(model)
+    count, top_k = model.family.num_experts(config), config[TOP_K]
+    layers = config.get("per_layer_config", {}).values()
+    sizes = {(own.get(model.family.experts_key[0], count), own.get(TOP_K, top_k)) for own in layers}
+    if sizes == {(count, top_k)}:
+        config[TOP_K] = top_k - 1  # not 0: what skips chooses two or more
+    return config
+
+
 def write(model: Model) -> dict[str, dict[str, Any]]:
     """``per_layer_config`` of a model that is not uniform, by the indices of its blocks."""
     key = model.family.experts_key[0]
     found: dict[str, dict[str, Any]] = {}
     for block in model.blocks:
         form = {} if is_own_form(model, block) else _form(block)
+        sizes = {}
         if isinstance(block.mlp, MoELayer):
-            count, top_k = len(block.mlp.experts), block.mlp.router.top_k
+            sizes = {key: len(block.mlp.experts), TOP_K: block.mlp.router.top_k}
         elif form:
-            count = top_k = int("dense" in form["mlp"])
-        else:
-            continue
-        found[str(block.index)] = {key: count, "num_experts_per_tok": top_k}
-        if form:
-            found[str(block.index)][OWN] = form
-    # Transformers lets a key pass that every layer has.
-    if all(OWN in own for own in found.values()) and len(found) == len(model.blocks):
-        found["0"][f"{OWN}_only"] = True
-    return found
+            sizes = {key: 0, TOP_K: 0}
+        found[str(block.index)] = {**sizes, OWN: form}
+    if any(own[OWN] for own in found.values()):
+        return found
+    return {index: sizes for index, own in found.items() if (sizes := _sizes(own))}
+
+
+def _sizes(own: Mapping[str, Any]) -> dict[str, int]:
+    return {key: value for key, value in own.items() if key != OWN}
 
 
 def sizes(model: Model) -> dict[str, dict[str, int]]:
     """`write` without what transformers does not know."""
-    return {
-        index: {key: value for key, value in own.items() if not key.startswith(OWN)}
-        for index, own in write(model).items()
-    }
+    return {index: found for index, own in write(model).items() if (found := _sizes(own))}
 
 
 def _form(block: Block) -> dict[str, Any]:
@@ -89,15 +103,14 @@ def read(model: Model, overrides: Mapping[str, Mapping[str, Any]], take: Take) -
     left = {str(index).lstrip("0") or "0": dict(own) for index, own in overrides.items()}
     for block, layer in model.moe_blocks:
         own = left.pop(str(block.index), {})
-        own.pop(f"{OWN}_only", None)
         form = own.pop(OWN, {})
         if isinstance(form, Mapping) and set(form) == {"mlp"}:
             changed = _without_routing(model, block, layer, form["mlp"], take)
         else:
             changed = replace(block, mlp=_routed(model, block, layer, own, form))
         model = model.replace_block(changed)
-    if left:
-        raise Unsupported(f"per_layer_config of {sorted(left)}, which are no MoE layers")
+    if wrong := sorted(index for index, own in left.items() if own != {OWN: {}}):
+        raise Unsupported(f"per_layer_config of {wrong}, which are no MoE layers")
     return model
 
 
@@ -122,7 +135,7 @@ def _without_routing(model: Model, block: Block, layer: MoELayer, form: str, tak
 def _routed(model: Model, block: Block, layer: MoELayer, own: Any, form: Any) -> MoELayer:
     """A layer with experts and a router of its own size."""
     count, top_k = len(layer.experts), layer.router.top_k
-    known = {*model.family.experts_key, "num_experts_per_tok"}
+    known = {*model.family.experts_key, TOP_K}
     sizes_known = set(own) <= known and all(type(value) is int for value in own.values())
     skip: Any = form.get("skip_below", []) if isinstance(form, Mapping) else None
     skip_known = (
@@ -131,7 +144,7 @@ def _routed(model: Model, block: Block, layer: MoELayer, own: Any, form: Any) ->
         and all(type(below) is float and below >= 0 for below in skip)
     )
     if sizes_known and skip_known:
-        top_k = own.get("num_experts_per_tok", top_k)
+        top_k = own.get(TOP_K, top_k)
         count = next((own[key] for key in model.family.experts_key if key in own), count)
         if 1 <= top_k <= count <= len(layer.experts) and len(skip) in (0, top_k - 1):
             weight = layer.router.weight

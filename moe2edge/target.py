@@ -86,6 +86,16 @@ class Target:
         """
         raise NotImplementedError
 
+    def stored(self, model: Model) -> Model:
+        """The model whose tensors are written for ``model``: it computes the same.
+
+        Another one where a format has no form for a layer as it is, but for an equal one.
+
+        Raises:
+            Unsupported: as `accepts`.
+        """
+        return model
+
     def nbytes(self, model: Model) -> int:
         """Bytes that the weights will take on disk, for the check of free space."""
         return model.nbytes
@@ -104,7 +114,8 @@ class Target:
     def tensors(self, folder: Path) -> Iterator[tuple[str, Tensor | Quantized]]:
         """Read everything back: each tensor by its name on disk, as integers where quantized.
 
-        The names are those of `Model.tensors`, so that an audit can hold one against the other.
+        The names are those of `Model.tensors` of what is `stored`, so that an audit can hold one
+        against the other.
         """
         raise NotImplementedError
 

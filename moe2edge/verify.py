@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -84,6 +84,18 @@ class Reference:
         metadata = {"reference": json.dumps(notes, sort_keys=True)}
         data = save({"ids": self.ids.contiguous(), "logits": self.logits.contiguous()}, metadata)
         (folder / REFERENCE).write_bytes(data)
+
+    def of_stored(self, model: Model, stored: Model) -> Reference:
+        """The reference of an output that holds the tensors of ``stored`` for ``model``.
+
+        Only tensors that ``model`` does not have are read.
+        """
+        known = {id(weight): self.digests[name] for name, _, weight in model.tensors()}
+        digests = {
+            name: known.get(id(weight)) or digest(numbers(weight))
+            for name, _, weight in stored.tensors()
+        }
+        return replace(self, digests=digests)
 
     @classmethod
     def read(cls, folder: Path) -> Reference:

@@ -234,11 +234,14 @@ class BlockWriter:
         runs = graph.node(at, "GreaterOrEqual", [best, limits])
         zero = graph.constant(0.0, np.float32)
         kept = graph.node(f"{at}/kept", "Where", [runs, best, zero])
+        nothing = graph.node(f"{at}/nothing", "Mul", [chances, zero])
         if layer.experts[0].gate.scheme is None:
             logits = graph.node(at, "GatherElements", [rows, ids], axis=1)
             low = graph.constant(-1e4, np.float32)
             logits = graph.node(f"{at}/logits", "Where", [runs, logits, low])
-            rows = graph.node(at, "ScatterElements", [rows, ids, logits], axis=1)
+            # All others are as low, or the operator would choose one of them for what is skipped.
+            others = graph.node(f"{at}/others", "Add", [nothing, low])
+            rows = graph.node(at, "ScatterElements", [others, ids, logits], axis=1)
             y = self._experts(roles, layer, x, rows)
             if router.renormalize:
                 return y
@@ -251,7 +254,6 @@ class BlockWriter:
         if router.renormalize:
             total = graph.node(at, "ReduceSum", [kept, graph.constant([-1])], keepdims=1)
             kept = graph.node(at, "Div", [kept, total])
-        nothing = graph.node(f"{at}/nothing", "Mul", [chances, zero])
         weights = graph.node(at, "ScatterElements", [nothing, ids, kept], axis=1)
         return self._experts(roles, layer, x, rows, weights)
 

@@ -1,12 +1,24 @@
-"""What the targets that write safetensors share: planning a file and its size."""
+"""What the targets that write safetensors share: planning a file, its size, tensors of zeros."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from moe2edge.checkpoint import Planned
+from moe2edge.loading import DTYPES
 from moe2edge.model import Model, MoELayer, Weight
+from moe2edge.scheme import Scheme
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moe2edge.rounding import Quantized
+
+# Width of MLPs that are made, in whole tiles of vLLM's 4-bit kernels; every group size divides it.
+TILE = 128
 
 
 def plain(name: str, weight: Weight) -> Planned:
@@ -31,3 +43,61 @@ def file_nbytes(tensors: Iterable[Planned]) -> int:
 def has_dense_blocks(model: Model) -> bool:
     """Whether some block has a dense MLP where others have an MoE layer."""
     return any(not isinstance(block.mlp, MoELayer) for block in model.blocks)
+
+
+# ---- zeros ---------------------------------------------------------------------------------------
+
+
+def zeros(shape: tuple[int, ...], dtype: str, scheme: Scheme | None = None) -> Weight:
+    """A tensor of zeros; with a scheme a matrix [out, in] that is quantized."""
+
+    def load() -> Tensor:
+        import torch
+
+        return torch.zeros(shape, dtype=getattr(torch, DTYPES[dtype]))
+
+    if scheme is None:
+        return Weight("zeros", shape, dtype, load)
+    return Weight(
+        "zeros",
+        shape,
+        dtype,
+        load=lambda: _quantized_zeros(shape, scheme).dequantize(),
+        scheme=scheme,
+        load_quantized=lambda: _quantized_zeros(shape, scheme),
+    )
+
+
+def padded(weight: Weight, shape: tuple[int, ...]) -> Weight:
+    """A matrix with zeros to the right of it and below, up to ``shape``."""
+    if weight.shape == shape:
+        return weight
+    outs, ins = weight.shape
+
+    def load() -> Tensor:
+        numbers = weight.load()
+        whole = numbers.new_zeros(shape)
+        whole[:outs, :ins] = numbers
+        return whole
+
+    def load_quantized() -> Quantized:
+        numbers = weight.quantized()
+        whole = _quantized_zeros(shape, numbers.scheme)
+        whole.q[:outs, :ins] = numbers.q
+        whole.scales[:outs, : numbers.scales.shape[1]] = numbers.scales
+        return whole
+
+    return replace(
+        weight, shape=shape, load=load, load_quantized=weight.load_quantized and load_quantized
+    )
+
+
+def _quantized_zeros(shape: tuple[int, ...], scheme: Scheme) -> Quantized:
+    """Zeros [out, in] as integers, with scales of one."""
+    import torch
+
+    from moe2edge.rounding import Quantized
+
+    outs, ins = shape
+    q = torch.full(shape, scheme.zero_point, dtype=torch.uint8)
+    return Quantized(q, torch.ones(outs, ins // scheme.group_size), scheme)

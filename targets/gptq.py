@@ -13,12 +13,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from moe2edge import per_layer
 from moe2edge.checkpoint import Planned, open_checkpoint, write_checkpoint, write_json
 from moe2edge.errors import Unsupported, VerificationFailed
 from moe2edge.loading import gptq_parts, load, stored_model
 from moe2edge.model import Model, Weight, is_quantizable
 from moe2edge.scheme import GROUP_SIZES, Scheme
 from moe2edge.target import Loader, Runtime, Target
+from moe2edge.targets import _layouts
+from moe2edge.targets._layouts import Layout
 from moe2edge.targets._tensors import file_nbytes, has_dense_blocks, plain
 
 if TYPE_CHECKING:
@@ -32,20 +35,29 @@ UNQUANTIZED = "target gptq holds 4-bit weights; quantize with rtn or gptq, or ex
 
 @dataclass(frozen=True)
 class Gptq(Target):
-    """A GPTQ checkpoint whose experts, shared experts, attention and dense MLPs have 4 bits."""
+    """A GPTQ checkpoint whose experts, shared experts, attention and dense MLPs have 4 bits.
+
+    Attributes:
+        layout: how layers that differ are held: ``natural`` is for ``moe2edge.load``, ``uniform``
+            and ``mlp-only`` are for serving programs as well.
+    """
 
     summary: ClassVar[str] = "GPTQ checkpoint, 4 bits; for moe2edge.load (vLLM, SGLang: as read)"
     libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers.modeling_utils")
+    layout: Layout = "natural"
+
+    def __post_init__(self) -> None:
+        _layouts.check(self.layout)
 
     def accepts(self, model: Model) -> None:
         """Refuse what the format cannot say.
 
         Raises:
-            Unsupported: a selected tensor is not quantized, another one is, schemes differ, or
-                a matrix does not fill words and groups.
+            Unsupported: a selected tensor is not quantized, another one is, schemes differ, a
+                matrix does not fill words and groups, or the layout cannot hold the layers.
         """
         schemes: dict[Scheme, str] = {}
-        for name, role, weight in model.tensors():
+        for name, role, weight in self.stored(model).tensors():
             if is_quantizable(role) != (weight.scheme is not None):
                 raise Unsupported(_misplaced(name, weight))
             if weight.scheme is not None:
@@ -57,13 +69,21 @@ class Gptq(Target):
                 f"target gptq holds one scheme per checkpoint, found {found}; give one group_size"
             )
 
+    def stored(self, model: Model) -> Model:
+        """The model as the layout holds it.
+
+        Raises:
+            Unsupported: it cannot.
+        """
+        return _layouts.stored(model, self.layout, "gptq")
+
     def nbytes(self, model: Model) -> int:
         """Bytes of the weight files."""
-        return file_nbytes(_plan(model))
+        return file_nbytes(_plan(self.stored(model)))
 
     def runtime_nbytes(self, model: Model) -> int:
         """Bytes of all parameters in float32, as the exact check loads them."""
-        return 4 * model.parameters
+        return 4 * self.stored(model).parameters
 
     def write(self, model: Model, folder: Path) -> None:
         """Write the weights, ``config.json`` and ``quantize_config.json``.
@@ -73,10 +93,11 @@ class Gptq(Target):
         Raises:
             VerificationFailed: a scale is not exact in float16 and in bfloat16.
         """
-        if model.scheme is None:
+        model, scheme = self.stored(model), model.scheme
+        if scheme is None:
             raise Unsupported(UNQUANTIZED)
-        settings = quantization_config(model.scheme)
-        config = {**model.family.config_of(model), "quantization_config": settings}
+        settings = quantization_config(scheme)
+        config = {**per_layer.config_of(model), "quantization_config": settings}
         write_json(folder / "config.json", config)
         write_json(folder / "quantize_config.json", settings)
         write_checkpoint(folder, _plan(model))
@@ -108,10 +129,11 @@ class Gptq(Target):
     def loaders(self, model: Model) -> tuple[Loader, ...]:
         """Which programs load the folder; what was not run is said to be read."""
         ours = Loader("moe2edge", "yes", "moe2edge.load(folder); dequantizes at load")
+        held = self.stored(model)
+        vllm, model = _layouts.vllm_loader(model, held), held
         if not model.is_uniform:
-            why = "MoE layers of unequal size"
             others = ("transformers", "GPTQModel", "vLLM", "SGLang", "llama.cpp")
-            return (ours, *(Loader(program, "no", why) for program in others))
+            return (ours, *_layouts.no_stock_loaders(model, *others))
         return (
             ours,
             Loader(
@@ -120,7 +142,7 @@ class Gptq(Target):
                 "alone, it leaves experts as random numbers and only prints a report",
             ),
             _gptqmodel(model),
-            Loader("vLLM", "as read", "0.33"),
+            vllm,
             _sglang(model),
             _llama_cpp(model),
         )

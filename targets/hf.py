@@ -1,4 +1,4 @@
-"""Plain safetensors, as stock transformers loads them; dtypes as in the source."""
+"""Plain safetensors, dtypes as in the source; in layout ``uniform`` for stock transformers."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from moe2edge import per_layer
 from moe2edge.checkpoint import (
     Planned,
     header,
@@ -16,9 +17,11 @@ from moe2edge.checkpoint import (
     write_json,
 )
 from moe2edge.errors import Unsupported, VerificationFailed
-from moe2edge.loading import DTYPES
+from moe2edge.loading import DTYPES, load
 from moe2edge.model import Model
 from moe2edge.target import Loader, Runtime, Target
+from moe2edge.targets import _layouts
+from moe2edge.targets._layouts import Layout
 from moe2edge.targets._tensors import file_nbytes, has_dense_blocks, plain
 
 if TYPE_CHECKING:
@@ -31,16 +34,25 @@ EMBEDDINGS = "model.embed_tokens.weight"
 
 @dataclass(frozen=True)
 class Hf(Target):
-    """A checkpoint of the source's own kind, with fewer experts or blocks."""
+    """A checkpoint of the source's own kind, with fewer experts or blocks.
+
+    Attributes:
+        layout: how layers that differ are held: ``uniform`` and ``mlp-only`` are for stock
+            transformers and what reads its folders, ``natural`` is for ``moe2edge.load``.
+    """
 
     summary: ClassVar[str] = "plain safetensors that stock transformers loads, unquantized"
     libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers.modeling_utils")
+    layout: Layout = "uniform"
+
+    def __post_init__(self) -> None:
+        _layouts.check(self.layout)
 
     def accepts(self, model: Model) -> None:
-        """Refuse quantized numbers and layers of unequal size.
+        """Refuse quantized numbers, and layers that the layout cannot hold.
 
         Raises:
-            Unsupported: with the targets that hold such a model.
+            Unsupported: with the targets and layouts that hold such a model.
         """
         quantized = next((w for _, _, w in model.tensors() if w.scheme), None)
         if quantized is not None and quantized.scheme is not None:
@@ -48,28 +60,32 @@ class Hf(Target):
                 f"target hf holds unquantized weights only, but {quantized.name} is "
                 f"{quantized.scheme.name}; export to gptq or onnx, or quantize nothing"
             )
-        if not model.is_uniform:
-            layers = ", ".join(
-                f"{len(layer.experts)} experts top-{layer.router.top_k}"
-                for _, layer in model.moe_blocks
-            )
-            raise Unsupported(
-                f"target hf needs MoE layers of one size, because stock transformers loads no "
-                f"other, but they have {layers}; keep as many in each, or export to onnx, or "
-                "quantize and export to gptq"
-            )
+        self.stored(model)
+
+    def stored(self, model: Model) -> Model:
+        """The model as the layout holds it.
+
+        Raises:
+            Unsupported: it cannot.
+        """
+        return _layouts.stored(model, self.layout, "hf")
 
     def nbytes(self, model: Model) -> int:
         """Bytes of the weight files."""
-        return file_nbytes(_plan(model))
+        return file_nbytes(_plan(self.stored(model)))
 
     def runtime_nbytes(self, model: Model) -> int:
         """Bytes of all parameters in float32, as the exact check loads them."""
-        return 4 * model.parameters
+        return 4 * self.stored(model).parameters
 
     def write(self, model: Model, folder: Path) -> None:
-        """Write ``config.json`` and the weights, one tensor in memory at a time."""
-        write_json(folder / "config.json", model.family.config_of(model))
+        """Write ``config.json`` and the weights, one tensor in memory at a time.
+
+        Raises:
+            Unsupported: the layout cannot hold the model.
+        """
+        model = self.stored(model)
+        write_json(folder / "config.json", per_layer.config_of(model))
         write_checkpoint(folder, _plan(model))
 
     def tensors(self, folder: Path) -> Iterator[tuple[str, Tensor | Quantized]]:
@@ -79,14 +95,20 @@ class Hf(Target):
     def reopen(self, folder: Path, *, exact: bool = False) -> Runtime:
         """The folder in stock transformers: float32 if ``exact``, else the dtype of its embeddings.
 
+        Where layers have something of their own, it is ``moe2edge.load`` that opens it.
+
         Raises:
             InputError: a file of the folder is missing or damaged.
             VerificationFailed: transformers cannot load it, or reports a tensor as missing,
                 unexpected or of another shape.
         """
-        from moe2edge.torch_runtime import open_source
+        import torch
+
+        from moe2edge.torch_runtime import TorchRuntime, open_source
 
         dtype = "float32" if exact else _stored_dtype(folder)
+        if "per_layer_config" in open_checkpoint(str(folder)).config:
+            return TorchRuntime(load(folder, dtype=getattr(torch, dtype)))
         return open_source(folder, dtype=dtype, strict=True)
 
     def without_skipping(self, model: Model, folder: Path) -> Runtime:
@@ -97,6 +119,12 @@ class Hf(Target):
 
     def loaders(self, model: Model) -> tuple[Loader, ...]:
         """Which programs load the folder; what was not run is said to be read."""
+        held = self.stored(model)
+        vllm, model = _layouts.vllm_loader(model, held), held
+        ours = Loader("moe2edge", "yes", "moe2edge.load(folder)")
+        if not model.is_uniform:
+            others = ("transformers", "vLLM", "SGLang", "llama.cpp")
+            return (ours, *_layouts.no_stock_loaders(model, *others))
         dense = has_dense_blocks(model)
         kind = model.family.model_type
         if dense:
@@ -109,9 +137,13 @@ class Hf(Target):
                 llama = Loader("llama.cpp", "as read", note)
             sglang = Loader("SGLang", "as read", "0.5.23")
         return (
-            Loader("transformers", "yes", "stock classes; every export is reopened in it"),
-            Loader("moe2edge", "yes", "moe2edge.load(folder)"),
-            Loader("vLLM", "as read", "0.33"),
+            Loader(
+                "transformers",
+                "yes",
+                f"{model.family.architecture}; every export is reopened in it",
+            ),
+            ours,
+            vllm,
             sglang,
             llama,
         )
