@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final, Literal, Protocol, Self, runtime_checkable
+from typing import Any, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
@@ -26,19 +25,6 @@ SCHEMA_VERSION: Final = 1
 # What follows attention; as in `moe2edge.per_layer`, and "moe" for an MoE layer.
 Form = Literal["moe", "dense", "none", "norm", "shared", "dense+shared"]
 EXPERTS = {"dense": 1, "dense+shared": 1, "none": 0, "norm": 0, "shared": 0}
-
-
-@runtime_checkable
-class MadeForSource(Protocol):
-    """A pass that fits one source only, or asks which it is."""
-
-    def check_source(self, sha256: Callable[[], str]) -> None:
-        """Refuse another source; ``sha256`` gives the digest of the one at hand.
-
-        Raises:
-            InputError: it is another one.
-        """
-        ...
 
 
 class _Data(BaseModel):

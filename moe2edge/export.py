@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from moe2edge import registry, workfolder
 from moe2edge.checkpoint import Checkpoint
-from moe2edge.decisions import MadeForSource
 from moe2edge.errors import InputError
 from moe2edge.model import Model
 from moe2edge.pipeline import (
@@ -126,8 +125,7 @@ def check_sources(recipe: Recipe, checkpoint: Checkpoint) -> None:
         InputError: it is not.
     """
     for step in recipe.passes:
-        if isinstance(step, MadeForSource):
-            step.check_source(lambda: checkpoint.sha256)
+        step.check_source(lambda: checkpoint.sha256)
 
 
 def calibration_tokens(checkpoint: Checkpoint, recipe: Recipe) -> Tokens | None:

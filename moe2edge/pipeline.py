@@ -82,6 +82,16 @@ class Pass(BaseModel):
         """The same pass with every choice made that it leaves to the source ``model``."""
         return self
 
+    def check_source(self, sha256: Callable[[], str]) -> None:
+        """Refuse a source with other content than the options are about.
+
+        Args:
+            sha256: computes its digest, which reads all of it.
+
+        Raises:
+            InputError: it is another one.
+        """
+
     def check(self, model: Model) -> None:
         """Refuse, from shapes alone, a model on which this pass cannot do its work.
 
