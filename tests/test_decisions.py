@@ -75,7 +75,7 @@ def applied(folder: Path, file: Path, **options: object) -> Model:
     model = open_checkpoint(str(folder)).model
     (step,) = parsed.resolved(model).passes
     step.check(model)
-    step.check_source(lambda: open_checkpoint(str(folder)).sha256)  # type: ignore[attr-defined]
+    step.check_source(lambda: open_checkpoint(str(folder)).sha256)
     found, _ = run_passes(model, parsed.resolved(model), None, WorkFolder(file.parent), QUIET)
     assert str(found) == str(step.plan(model))
     return found
