@@ -1,0 +1,221 @@
+"""Fit routers to the experts that stayed, where that lowers the loss on held-out text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+from pydantic import Field
+
+from moe2edge.errors import InputError, Unsupported
+from moe2edge.model import Block, Model, MoELayer
+from moe2edge.pipeline import Lab, Outcome, Search, Store
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moe2edge.quality import Quality
+    from moe2edge.router_fit import Evidence
+    from moe2edge.walk import Seen
+
+
+class Routing(Search):
+    """Adapt the rows of routers to the smaller set of experts, by least squares.
+
+    A router was trained to choose among all experts. Block after block, its rows are fitted anew so
+    that the stream after the block comes closest to the source's (formulas in
+    `moe2edge.router_fit`); the blocks behind it see what the fitted one puts out. A part of the
+    calibration samples takes no part in the fit: a block's new rows stay only if they lower the
+    error there, and all of them only if the language-model loss falls there as well. Otherwise the
+    model is left alone, and the report says so. Layers with all experts of the source are fitted,
+    too, where blocks before them changed.
+    """
+
+    may_change_nothing: ClassVar[bool] = True
+
+    held_out: Annotated[
+        float, Field(gt=0, lt=1, description="part of the calibration samples that decides")
+    ] = 0.25
+    rounds: Annotated[int, Field(ge=1, description="steps per layer, at most")] = 6
+    margin: Annotated[
+        float,
+        Field(ge=0, lt=1, description="part by which a step must lower the held-out error"),
+    ] = 1e-3
+    damping: Annotated[
+        float, Field(ge=0, description="holds logits back, relative to the mean curvature")
+    ] = 1.0
+    ridge: Annotated[
+        float, Field(gt=0, description="holds rows back, relative to the mean square of inputs")
+    ] = 0.01
+
+    def check(self, model: Model) -> None:
+        """Refuse a model without routers, with biases in them, or one that skips.
+
+        Raises:
+            InputError: there is nothing to fit, or thresholds would fit no longer.
+            Unsupported: a router has more than its matrix.
+        """
+        layers = [layer for _, layer in model.moe_blocks]
+        if not any(len(layer.experts) > 1 for layer in layers):
+            raise InputError("routing: no layer has a router left; nothing to fit")
+        if model.skips:
+            raise InputError(
+                "routing: thresholds of expert_skip belong to the router as it was; put "
+                "expert_skip after routing"
+            )
+        if any(layer.router.per_expert for layer in layers):
+            raise Unsupported("routing: a router with a bias per expert is not supported")
+
+    def plan(self, model: Model) -> Model:
+        """The same shape."""
+        return model
+
+    def search(self, lab: Lab) -> Outcome:
+        """Fit block after block, then decide by the loss of the whole.
+
+        Raises:
+            InputError: there are too few calibration samples to hold some out.
+            DoesNotFit: the machine lacks the memory.
+        """
+        from moe2edge import walk
+
+        held_out = self._held_out(lab.tokens)
+        self._state_cost(lab)
+        fitter = _Fitter(self, lab.store, held_out)
+        advance = lab.watcher.advance
+        fitted = walk.change(lab.source, lab.model, lab.tokens, fitter, advance, "routing")
+        notes = tuple(fitter.notes)
+        if not fitter.changed:
+            return Outcome(lab.model, notes=(*notes, "no router was changed: none got better"))
+        before, after = self._compare(lab, fitted, lab.tokens[held_out])
+        said = (
+            f"held-out calibration text, {before.tokens:,} tokens: perplexity "
+            f"{before.perplexity:.3f} to {after.perplexity:.3f}, KL {before.kl:.5f} to "
+            f"{after.kl:.5f}"
+        )
+        if after.perplexity >= before.perplexity:
+            return Outcome(lab.model, notes=(*notes, f"left alone, the loss does not fall: {said}"))
+        return Outcome(fitted, changed=tuple(fitter.changed), notes=(*notes, said))
+
+    def _held_out(self, tokens: Tensor) -> Tensor:
+        """Samples that decide, bool [samples]; evenly spread."""
+        import torch
+
+        samples = len(tokens)
+        count = max(1, round(self.held_out * samples))
+        if samples - count < 1:
+            raise InputError(
+                f"routing: {samples} calibration samples; it needs 2 at least, one to decide: "
+                "--set calibration.samples=16"
+            )
+        found = torch.zeros(samples, dtype=torch.bool)
+        found[torch.arange(count) * samples // count] = True
+        return found
+
+    def _state_cost(self, lab: Lab) -> None:
+        from moe2edge.router_fit import evidence_bytes
+        from moe2edge.workfolder import check_memory
+
+        tokens = lab.tokens.numel()
+        hidden = lab.model.family.geometry(lab.model.config).hidden
+        experts = max(lab.model.expert_counts)
+        needed = evidence_bytes(tokens, experts, hidden)
+        lab.watcher.log(
+            f"routing: {len(lab.model.moe_blocks)} layers, {tokens:,} tokens, each expert once "
+            f"per token, at most {self.rounds} steps; {needed / 1e6:,.0f} MB for a layer at a time"
+        )
+        check_memory(
+            needed,
+            f"routing keeps products of the outputs of {experts} experts for {tokens:,} tokens",
+            "give it fewer calibration samples, or fit on a larger one",
+        )
+
+    def _compare(self, lab: Lab, fitted: Model, ids: Tensor) -> tuple[Quality, Quality]:
+        """Figures of the model as it was and as fitted, against the source."""
+        from moe2edge import quality, walk
+
+        advance = lab.watcher.advance
+        source = walk.observe(lab.source, ids, (), advance, "routing: source")
+        found = []
+        for model in (lab.model, fitted):
+            hidden = walk.observe(model, ids, (), advance, "routing: held-out text")
+            mine, theirs = walk.head_logits(model, hidden), walk.head_logits(lab.source, source)
+            found.append(quality.measure(ids, mine, theirs))
+        return found[0], found[1]
+
+
+@dataclass
+class _Fitter:
+    """Gathers a layer's evidence and changes its router; one layer at a time."""
+
+    step: Routing
+    store: Store
+    held_out: Tensor
+    changed: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    parts: list[Evidence] = field(default_factory=list)
+
+    def see(self, seen: Seen, source: Seen) -> None:
+        """Add one batch of a layer with a router."""
+        if isinstance(seen.block.mlp, MoELayer) and seen.routing is not None:
+            self.parts.append(_evidence(seen, seen.block.mlp, source))
+
+    def change(self, block: Block) -> Block:
+        """The block with rows that lower the held-out error, or as it is."""
+        import torch
+
+        from moe2edge import router_fit
+
+        parts, self.parts = self.parts, []
+        if not isinstance(block.mlp, MoELayer) or not parts:
+            return block
+        evidence = router_fit.joined(parts)
+        parts.clear()
+        weight = block.mlp.router.weight
+        stored = weight.load()
+        length = len(evidence.inputs) // len(self.held_out)
+        found = router_fit.fit(
+            evidence,
+            self.held_out.repeat_interleave(length),
+            stored.float(),
+            stored.dtype,
+            damping=self.step.damping,
+            ridge=self.step.ridge,
+            rounds=self.step.rounds,
+            margin=self.step.margin,
+        )
+        if found.router is None:
+            self.notes.append(f"block {block.index}: router left alone, no fit was better")
+            return block
+        fall = 1 - (found.after / found.before if found.before else 1.0)
+        self.notes.append(
+            f"block {block.index}: held-out error of the stream {fall:.2%} lower, "
+            f"{found.rounds} steps"
+        )
+        self.changed.append(f"block {block.index}: router")
+        assert torch.equal(found.router.to(stored.dtype).float(), found.router)
+        return self.store.put(block, {"router.weight": found.router})
+
+
+def _evidence(seen: Seen, layer: MoELayer, source: Seen) -> Evidence:
+    """Evidence of one batch; errors count relative to the size of the source's stream."""
+    import torch
+
+    from moe2edge.router_fit import Evidence
+    from moe2edge.subsets import Rule
+
+    routing = seen.routing
+    assert routing is not None
+    experts = range(len(layer.experts))
+    outputs = torch.stack([seen.expert_output(j, routing.inputs) for j in experts], dim=1)
+    lacks = (source.outputs - seen.outputs).flatten(0, 1)
+    weights = torch.zeros(len(lacks), len(layer.experts))
+    return Evidence(
+        rule=Rule(layer.router.top_k, layer.router.renormalize),
+        inputs=routing.inputs.clone(),
+        gram=outputs @ outputs.mT,
+        pull=(outputs @ lacks[:, :, None])[:, :, 0],
+        missing=lacks.square().sum(1),
+        weights=weights.scatter(1, routing.ids, routing.weights),
+        scale=1 / source.outputs.flatten(0, 1).square().sum(1),
+    )

@@ -1,0 +1,287 @@
+"""The pass ``routing``: derivatives and fits against plain twins; when it leaves a model alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from transformers import AutoModelForCausalLM
+
+from moe2edge import router_fit, walk
+from moe2edge.checkpoint import open_checkpoint
+from moe2edge.cli import main
+from moe2edge.errors import InputError
+from moe2edge.families import FAMILIES
+from moe2edge.model import Model, MoELayer, Weight
+from moe2edge.passes.routing import Routing
+from moe2edge.pipeline import Lab, Outcome
+from moe2edge.progress import Watcher
+from moe2edge.subsets import Rule
+from moe2edge.testing import Make
+from moe2edge.workfolder import WorkFolder
+
+IDS = torch.randint(1, 96, (16, 40), generator=torch.Generator().manual_seed(0))
+QUIET = Watcher(lambda _: None, lambda *_: None)
+TOKENS, EXPERTS, HIDDEN = 40, 5, 6
+
+
+def layer(rule: Rule, seed: int = 0) -> tuple[router_fit.Evidence, torch.Tensor, torch.Tensor]:
+    """Random evidence with what it was made of: outputs [T, E, H] and what is lacking [T, H]."""
+    draw = torch.Generator().manual_seed(seed)
+    h = torch.randn(TOKENS, HIDDEN, generator=draw)
+    outputs = torch.randn(TOKENS, EXPERTS, HIDDEN, generator=draw)
+    lacks = torch.randn(TOKENS, HIDDEN, generator=draw)
+    router = torch.randn(EXPERTS, HIDDEN, generator=draw)
+    evidence = router_fit.Evidence(
+        rule,
+        h,
+        outputs @ outputs.mT,
+        (outputs @ lacks[:, :, None])[:, :, 0],
+        lacks.square().sum(1),
+        router_fit.route(h @ router.T, rule)[0],
+        torch.rand(TOKENS, generator=draw) + 0.5,
+    )
+    return evidence, outputs, lacks
+
+
+def slow_loss(
+    evidence: router_fit.Evidence, outputs: torch.Tensor, lacks: torch.Tensor, router: torch.Tensor
+) -> torch.Tensor:
+    """The loss, token by token, from outputs themselves; the chosen set is fixed by values."""
+    total = torch.zeros((), dtype=router.dtype)
+    for t in range(TOKENS):
+        z = router @ evidence.inputs[t].to(router.dtype)
+        p = z.softmax(0)
+        ids = z.topk(evidence.rule.top_k).indices
+        weights = p[ids] / p[ids].sum() if evidence.rule.renormalize else p[ids]
+        moved = weights @ outputs[t, ids].to(router.dtype)
+        moved = moved - evidence.weights[t].to(router.dtype) @ outputs[t].to(router.dtype)
+        total = total + evidence.scale[t] * (lacks[t].to(router.dtype) - moved).square().sum()
+    return total
+
+
+RULES = [Rule(2, renormalize=True), Rule(2, renormalize=False), Rule(EXPERTS, renormalize=True)]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_loss_equals_a_loop_over_tokens(rule: Rule) -> None:
+    evidence, outputs, lacks = layer(rule)
+    router = torch.randn(EXPERTS, HIDDEN, generator=torch.Generator().manual_seed(9))
+    expected = float(slow_loss(evidence, outputs, lacks, router))
+    assert router_fit.loss(evidence, router) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_a_step_solves_the_linearized_problem(rule: Rule, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jacobian by autograd, dense least squares; conjugate gradients run until they are exact."""
+    monkeypatch.setattr(router_fit, "ITERATIONS", 500)
+    monkeypatch.setattr(router_fit, "PRECISION", 1e-14)
+    evidence, outputs, lacks = layer(rule)
+    router = torch.randn(EXPERTS, HIDDEN, generator=torch.Generator().manual_seed(3)).double()
+
+    def lacking(rows: torch.Tensor) -> torch.Tensor:
+        weights, _ = router_fit.route(evidence.inputs.double() @ rows.T, rule)
+        moved = (weights - evidence.weights)[:, None] @ outputs.double()
+        left = lacks.double() - moved[:, 0]
+        return (evidence.scale.double().sqrt()[:, None] * left).flatten()
+
+    jacobian = torch.func.jacrev(lacking)(router).reshape(-1, EXPERTS * HIDDEN)
+    damping, ridge = 0.7, 0.3
+    normal = jacobian.T @ jacobian
+    products = (evidence.inputs.T @ evidence.inputs).double()
+    # The curvature in logits, per expert, of which damping and ridge are parts.
+    weights, q = router_fit.route(evidence.inputs.double() @ router.T, rule)
+    curvature = torch.zeros(EXPERTS, dtype=torch.float64)
+    for t in range(TOKENS):
+        for one in range(EXPERTS):
+            slope = -q[t, one] * weights[t]
+            slope[one] += weights[t, one]
+            change = slope @ outputs[t].double()
+            curvature[one] += evidence.scale[t] * change @ change / TOKENS
+    mean = curvature.mean()
+    size = curvature + damping * mean
+    shrink = ridge * products.diagonal().mean()
+    for one in range(EXPERTS):
+        at = slice(one * HIDDEN, (one + 1) * HIDDEN)
+        normal[at, at] += damping * mean * products + shrink * size[one] * torch.eye(HIDDEN)
+    expected = torch.linalg.solve(normal, -jacobian.T @ lacking(router))
+    found = router_fit.step(evidence, router.float(), damping, ridge)
+    assert torch.allclose(found.flatten().double(), expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_rows_that_were_disturbed_are_found_again(renormalize: bool) -> None:
+    draw = torch.Generator().manual_seed(1)
+    rule, tokens = Rule(2, renormalize), 600
+    h = torch.randn(tokens, HIDDEN, generator=draw)
+    outputs = torch.randn(tokens, EXPERTS, HIDDEN, generator=draw)
+    true = torch.randn(EXPERTS, HIDDEN, generator=draw)
+    disturbed = true + 0.3 * torch.randn(EXPERTS, HIDDEN, generator=draw)
+    before, after = (router_fit.route(h @ rows.T, rule)[0] for rows in (disturbed, true))
+    lacks = ((after - before)[:, None] @ outputs)[:, 0]
+    evidence = router_fit.Evidence(
+        rule,
+        h,
+        outputs @ outputs.mT,
+        (outputs @ lacks[:, :, None])[:, :, 0],
+        lacks.square().sum(1),
+        before,
+        torch.ones(tokens),
+    )
+    held_out = torch.arange(tokens) % 4 == 0
+    found = router_fit.fit(
+        evidence, held_out, disturbed, torch.float32,
+        damping=0.1, ridge=0.001, rounds=20, margin=1e-3,
+    )  # fmt: skip
+    assert found.router is not None
+    assert found.after < 0.2 * found.before
+    # Nothing to win: the rows are right already.
+    none = replace(evidence, weights=after, pull=evidence.pull * 0, missing=evidence.missing * 0)
+    found = router_fit.fit(
+        none, held_out, true, torch.float32, damping=0.1, ridge=0.001, rounds=5, margin=1e-3
+    )
+    assert found.router is None
+
+
+def lab(source: Model, model: Model, folder: Path, ids: torch.Tensor = IDS) -> Lab:
+    return Lab(source, model, ids, WorkFolder(folder), QUIET)
+
+
+def own_text(folder: Path) -> torch.Tensor:
+    """Samples of the model itself, of which it is the best model."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        start = torch.randint(1, 96, (16, 1))
+        out: torch.Tensor = model.generate(
+            start, do_sample=True, min_new_tokens=39, max_new_tokens=39, top_k=0
+        )
+    return out
+
+
+def dropped(model: Model) -> Model:
+    for block, _ in model.moe_blocks:
+        model = model.replace_block(block.keep_experts([0, 2, 5]))
+    return model
+
+
+def disturbed(model: Model, size: float) -> Model:
+    """Routers with noise: something to win."""
+    for block, part in model.moe_blocks:
+        weight = part.router.weight
+        draw = torch.Generator().manual_seed(block.index)
+        noise = size * torch.randn(weight.shape, generator=draw)
+
+        def load(weight: Weight = weight, noise: torch.Tensor = noise) -> torch.Tensor:
+            return weight.load() + noise
+
+        new = replace(weight, load=load)
+        model = model.replace_block(block.with_weights({"router.weight": new}))
+    return model
+
+
+def kl(source: Model, model: Model) -> float:
+    ids = torch.randint(1, 96, (8, 40), generator=torch.Generator().manual_seed(77))
+    logits = []
+    for one in (source, model):
+        hidden = walk.observe(one, ids, (), QUIET.advance, "")
+        logits.append(torch.stack(list(walk.head_logits(one, hidden))).log_softmax(-1))
+    return float((logits[0].exp() * (logits[0] - logits[1])).sum(-1).mean())
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_disturbed_routers_get_better(tiny: Make, family: str, tmp_path: Path) -> None:
+    source = open_checkpoint(str(tiny(family))).model
+    model = disturbed(source, 0.2)
+    step = Routing(ridge=0.001, damping=0.1)
+    step.check(model)
+    outcome = step.search(lab(source, model, tmp_path, own_text(tiny(family))))
+    assert len(outcome.changed) == 3
+    assert kl(source, outcome.model) < 0.8 * kl(source, model)
+    outcome.model.verify()
+    for (_, new), (_, old) in zip(outcome.model.moe_blocks, model.moe_blocks, strict=True):
+        assert [e.origin for e in new.experts] == [e.origin for e in old.experts]
+
+
+def test_a_model_that_cannot_get_better_is_left_alone(tiny: Make, tmp_path: Path) -> None:
+    source = open_checkpoint(str(tiny("mixtral"))).model
+    outcome = Routing().search(lab(source, source, tmp_path))
+    assert outcome.model is source
+    assert outcome.changed == ()
+    assert "no router was changed" in outcome.notes[-1]
+
+
+def test_the_whole_is_judged_by_the_loss(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks got better, the language model did not: nothing is changed."""
+    from moe2edge import quality
+
+    source = open_checkpoint(str(tiny("mixtral"))).model
+    model, losses = disturbed(source, 0.2), iter([10.0, 11.0])
+
+    def measure(*_: Any) -> quality.Quality:
+        return quality.Quality(100, next(losses), 0.1, 0.5)
+
+    monkeypatch.setattr(quality, "measure", measure)
+    outcome: Outcome = Routing(ridge=0.001, damping=0.1).search(lab(source, model, tmp_path))
+    assert outcome.model is model
+    assert outcome.changed == ()
+    assert "left alone, the loss does not fall" in outcome.notes[-1]
+
+
+def test_rows_are_rounded_before_they_are_judged(tiny: Make, tmp_path: Path) -> None:
+    source = open_checkpoint(str(tiny("mixtral", dtype="bfloat16"))).model
+    model = dropped(source)
+    outcome = Routing(margin=0).search(lab(source, model, tmp_path))
+    for block in outcome.model.blocks:
+        assert isinstance(block.mlp, MoELayer)
+        assert block.mlp.router.weight.load().dtype == torch.bfloat16
+
+
+def test_the_same_twice(tiny: Make, tmp_path: Path) -> None:
+    source = open_checkpoint(str(tiny("olmoe"))).model
+    model = disturbed(source, 0.2)
+    first, second = (
+        Routing(damping=0.1, ridge=0.001).search(lab(source, model, folder))
+        for folder in (tmp_path / "a", tmp_path / "b")
+        if not folder.mkdir()  # type: ignore[func-returns-value]
+    )
+    assert first.notes == second.notes
+
+
+def test_refusals(tiny: Make, tmp_path: Path) -> None:
+    source = open_checkpoint(str(tiny("mixtral"))).model
+    plain = source
+    for block, _ in source.moe_blocks:
+        plain = plain.replace_block(block.keep_experts([1], clamp_top_k=True))
+    with pytest.raises(InputError, match="no layer has a router left"):
+        Routing().check(plain)
+    block, part = source.moe_blocks[0]
+    skips = replace(part, router=replace(part.router, skip_below=(0.5,)))
+    with pytest.raises(InputError, match="put expert_skip after routing"):
+        Routing().check(source.replace_block(replace(block, mlp=skips)))
+    one = Lab(source, source, IDS[:1], WorkFolder(tmp_path), QUIET)
+    with pytest.raises(InputError, match="1 calibration samples; it needs 2"):
+        Routing().search(one)
+
+
+def test_layers_without_a_router_are_passed_over(tiny: Make, tmp_path: Path) -> None:
+    source = open_checkpoint(str(tiny("qwen2_moe"))).model
+    model = source.replace_block(source.blocks[0].keep_experts([]))
+    model = model.replace_block(model.blocks[1].keep_experts([3], clamp_top_k=True))
+    outcome = Routing(margin=0).search(lab(source, model, tmp_path))
+    assert all("block 2" in changed for changed in outcome.changed)
+
+
+def test_decide_refuses_numbers(tiny: Make, tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("passes: [{expert_drop: {keep: 3}}, routing]")
+    command = ["decide", str(tiny("mixtral")), "-r", str(recipe), "-o", str(tmp_path / "s.json")]
+    done = CliRunner().invoke(main, command)
+    assert done.exit_code == 2
+    assert "routing" in done.output
