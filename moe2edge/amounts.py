@@ -31,11 +31,15 @@ def check_amount(value: object) -> object:
     return value
 
 
-def check_choice(name: str, drop: float | None, threshold: float | None) -> None:
-    """Refuse both or neither of a number and a threshold.
+def check_choice(
+    name: str, drop: float | None, threshold: float | None, most: float | None
+) -> None:
+    """Refuse both or neither of a number and a threshold, and a limit without a threshold.
 
     Raises:
         InputError: with the options of the pass ``name``.
     """
     if (drop is None) == (threshold is None):
         raise InputError(f"{name}: give drop (a count or a fraction) or threshold (a cosine)")
+    if threshold is None and most is not None:
+        raise InputError(f"{name}: most goes with threshold")

@@ -223,23 +223,13 @@ def read_part(part: Part, purpose: str) -> list[str]:
     Raises:
         InputError: as `read_texts`.
     """
+    path = _file_of(part, purpose)
     try:
-        if part.text == BUILTIN_TEXT:
-            path = BUILTIN_FOLDER / f"{purpose}.txt"
-        else:
-            path = Path(part.text).expanduser()
-        if not path.is_file():
-            raise InputError(
-                f"{purpose} text {part.text} does not exist; give a text or JSONL file, "
-                "'builtin', or a mix such as a.jsonl:0.5,b.txt:0.5"
-            )
         text = path.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{purpose} text {path} is not UTF-8: {error.reason}") from error
     except OSError as error:
         raise InputError(f"{purpose} text cannot be read: {error.strerror}: {path}") from error
-    except RuntimeError as error:  # no such user's home
-        raise InputError(f"{purpose} text {part.text} cannot be read: {error}") from error
     if path.suffix == ".jsonl":
         texts = _jsonl(path, text, part)
     elif part.template is None:
@@ -249,6 +239,33 @@ def read_part(part: Part, purpose: str) -> list[str]:
     if not any(t.strip() for t in texts):
         raise InputError(f"{purpose} text {path} is empty")
     return texts
+
+
+def check_files(source: TextSource, purpose: str) -> None:
+    """Refuse a text whose files are not there, without reading them.
+
+    Raises:
+        InputError: one is missing, or the mix is none.
+    """
+    for part in parts_of(source, purpose):
+        _file_of(part, purpose)
+
+
+def _file_of(part: Part, purpose: str) -> Path:
+    try:
+        builtin = part.text == BUILTIN_TEXT
+        path = BUILTIN_FOLDER / f"{purpose}.txt" if builtin else Path(part.text).expanduser()
+        there = path.is_file()
+    except OSError as error:
+        raise InputError(f"{purpose} text cannot be read: {error.strerror}: {part.text}") from error
+    except RuntimeError as error:  # no such user's home
+        raise InputError(f"{purpose} text {part.text} cannot be read: {error}") from error
+    if not there:
+        raise InputError(
+            f"{purpose} text {part.text} does not exist; give a text or JSONL file, 'builtin', or "
+            "a mix such as a.jsonl:0.5,b.txt:0.5"
+        )
+    return path
 
 
 def _jsonl(path: Path, text: str, part: Part) -> list[str]:

@@ -67,8 +67,8 @@ def parse_recipe(
     """A bundled recipe or a file, with texts and settings given on the command line."""
     from moe2edge import recipe
 
-    texts = [f"calibration.text={json.dumps(calib)}"] if calib else []
-    texts += [f"evaluation.text={json.dumps(evaluation)}"] if evaluation else []
+    texts = [f"calibration.text={json.dumps(calib)}"] if calib is not None else []
+    texts += [f"evaluation.text={json.dumps(evaluation)}"] if evaluation is not None else []
     return recipe.parse(recipe.find(name), [*texts, *settings])
 
 

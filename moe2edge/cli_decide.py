@@ -107,8 +107,8 @@ def _show(found: Decisions) -> None:
     click.echo(f"source: {source.model} ({source.family}, sha256 {source.sha256[:12]}...)")
     if calibration is not None:
         click.echo(
-            f"calibration: {calibration['text']}, {calibration['samples']} samples of "
-            f"{calibration['length']} tokens"
+            f"calibration: {calibration.text}, {calibration.samples} samples of "
+            f"{calibration.length} tokens"
         )
     table = Table()
     for heading in ("block", "experts", "stays", "top-k", "skips below", "which"):

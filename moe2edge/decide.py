@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from moe2edge import registry
 from moe2edge.checkpoint import Checkpoint
-from moe2edge.decisions import Decisions, SourceModel, decided
+from moe2edge.decisions import CalibrationText, Decisions, SourceModel, decided
 from moe2edge.errors import InputError
 from moe2edge.export import calibration_tokens, check_sources, run_passes, versions
 from moe2edge.model import Block, Model
@@ -47,7 +47,7 @@ def decide(
             family=source.family.model_type,
         ),
         recipe=recipe.render(),
-        calibration=tokens.provenance if tokens else None,
+        calibration=CalibrationText(**tokens.provenance) if tokens else None,
         versions=versions(),
         blocks=decided(model),
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, Literal, Self
@@ -97,6 +98,16 @@ class SourceModel(_Data):
     family: str
 
 
+class CalibrationText(BaseModel):
+    """Where the calibration text is from; as reports say it, with its parts."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    text: str
+    samples: int
+    length: int
+
+
 class Decisions(_Data):
     """The document.
 
@@ -112,7 +123,7 @@ class Decisions(_Data):
     schema_version: Literal[1] = SCHEMA_VERSION
     source: SourceModel
     recipe: str
-    calibration: dict[str, Any] | None
+    calibration: CalibrationText | None
     versions: dict[str, str]
     blocks: tuple[BlockDecision, ...]
 
@@ -317,9 +328,19 @@ def _is_ours(path: Path) -> bool:
 
 def write(decisions: Decisions, path: Path) -> None:
     """Write the document; what was there stays until the new one is complete."""
-    partial = path.with_name(path.name + ".partial")
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    partial = Path(name)
     try:
         write_json(partial, decisions.to_json())
+        # mkstemp's files are for their owner alone.
+        partial.chmod(0o666 & ~_umask())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    now = os.umask(0)
+    os.umask(now)
+    return now

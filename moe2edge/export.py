@@ -134,7 +134,10 @@ def calibration_tokens(checkpoint: Checkpoint, recipe: Recipe) -> Tokens | None:
     Raises:
         InputError: the text does not serve.
     """
+    from moe2edge.calibration import check_files
+
     if not any(stage.needs_tokens for stage in stages(recipe.passes)):
+        check_files(recipe.calibration, "calibration")
         return None
     return _tokens(checkpoint, recipe.calibration, "calibration")
 
@@ -171,6 +174,8 @@ def run_passes(
             facts = Facts({kind: observer.fact() for kind, observer in observers.items()})
         for step in stage.passes:
             name = registry.name_of(step)
+            # Again: a threshold or a shared budget may have left another model than was planned.
+            step.check(model)
             if isinstance(step, Trim):
                 outcome = step.apply(model, facts)
             elif isinstance(step, Slim):
@@ -220,18 +225,22 @@ class _Measured:
         from moe2edge import verify, walk
         from moe2edge.skipping import SkipObserver
 
-        before = walk.observe(source, ids, (), watcher.advance, "evaluation: source")
-        after, skipped = before, SkipObserver()
-        if model is not source:
-            after = walk.observe(model, ids, (skipped,), watcher.advance, "evaluation: result")
-        watcher.log("recording what verify compares with")
         length = min(ids.shape[1], verify.PREFILL + verify.STEPS)
-        rows = ids[: verify.SAMPLES, :length]
+        skipped, margins = SkipObserver(), verify.MarginObserver(length)
+        seeing = (skipped, margins)
+        if model is source:
+            before = walk.observe(source, ids, seeing, watcher.advance, "evaluation: source")
+            after = before
+        else:
+            before = walk.observe(source, ids, (), watcher.advance, "evaluation: source")
+            after = walk.observe(model, ids, seeing, watcher.advance, "evaluation: result")
+        watcher.log("recording what verify compares with")
+        rows = verify.reference_rows(margins.fact(), len(ids))
         reference = verify.record(
             model,
-            rows,
-            list(walk.head_logits(source, before[: len(rows), :length])),
-            after[: len(rows), :length],
+            ids[rows, :length],
+            list(walk.head_logits(source, before[rows, :length])),
+            after[rows, :length],
         )
         return cls(source, model, ids, before, after, reference, skipped.fact())
 

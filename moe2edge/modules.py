@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -121,15 +122,23 @@ def add_skipping(moe: Any, skip_below: Sequence[float], *, renormalize: bool) ->
     implementations take to be "computed elsewhere" (expert parallelism) and spend no time on.
     """
     moe.experts._is_expert_parallel = True
-    experts = moe.experts.num_experts
-
-    def skip(_: nn.Module, __: Any, out: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        logits, weights, ids = out
-        weights, skipped = skipping(weights, skip_below, renormalize=renormalize)
-        return logits, weights, ids.masked_fill(skipped, experts)
-
+    hook = _Skip(moe.experts.num_experts, tuple(skip_below), renormalize)
     # Kept, so that it can be taken off: see `without_skipping`.
-    moe.gate.skipping = moe.gate.register_forward_hook(skip)
+    moe.gate.skipping = moe.gate.register_forward_hook(hook)
+
+
+@dataclass(frozen=True)
+class _Skip:
+    """Forward hook of a router; a value, so that models can be pickled."""
+
+    experts: int
+    skip_below: tuple[float, ...]
+    renormalize: bool
+
+    def __call__(self, _: nn.Module, __: Any, out: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        logits, weights, ids = out
+        weights, skipped = skipping(weights, self.skip_below, renormalize=self.renormalize)
+        return logits, weights, ids.masked_fill(skipped, self.experts)
 
 
 def without_skipping(model: nn.Module) -> None:

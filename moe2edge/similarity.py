@@ -52,7 +52,7 @@ class BlockSimilarityKind:
     """Makes observers that gather `BlockSimilarity`.
 
     Attributes:
-        longest: runs of up to so many blocks; the streams at as many depths are held in memory.
+        longest: runs of up to so many blocks; the streams at one depth less are held in memory.
     """
 
     longest: int = 1
@@ -77,14 +77,15 @@ class BlockSimilarityObserver:
         self._batch = self._batch + 1 if seen.block.index == self._block else 0
         self._block = seen.block.index
         if self._batch == len(self._latest):
-            self._latest.append(deque(maxlen=self._longest))
+            self._latest.append(deque(maxlen=self._longest - 1))
         latest = self._latest[self._batch]
-        # A copy: the walk writes the output over its input.
-        latest.append((seen.block.origin, seen.inputs.clone()))
         run: tuple[int, ...] = ()
-        for origin, inputs in reversed(latest):
+        for origin, inputs in ((seen.block.origin, seen.inputs), *reversed(latest)):
             run = (origin, *run)
             self._means.add(run, inputs, seen.outputs)
+        if self._longest > 1:
+            # A copy: the walk writes the output over its input.
+            latest.append((seen.block.origin, seen.inputs.clone()))
 
     def fact(self) -> BlockSimilarity:
         """The similarities."""

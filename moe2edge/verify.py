@@ -21,12 +21,14 @@ from safetensors.torch import save
 
 from moe2edge import quality, walk
 from moe2edge.errors import InputError, VerificationFailed
-from moe2edge.model import Model, Weight
+from moe2edge.model import Model, MoELayer, Weight
 from moe2edge.rounding import Quantized
 from moe2edge.target import Runtime, Target
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from moe2edge.walk import Seen
 
 # Not called *.safetensors: loaders of checkpoints read every such file of a folder.
 REFERENCE = "moe2edge.reference"
@@ -114,6 +116,50 @@ class Reference:
             return cls(ids, notes["prefill"], logits, notes["digests"], notes["source_kl"])
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise VerificationFailed(f"{path.name} cannot be read: {error}") from error
+
+
+class MarginObserver:
+    """How far the routing of each sample is from another choice, over its first tokens.
+
+    Two runtimes that agree but for rounding may choose differently at a near tie, which says
+    nothing about either; samples without one are the better reference. A margin is the gap between
+    the logits of the last expert that is chosen and the first that is not, and with dynamic
+    skipping the distance of a ratio of weights to its threshold.
+    """
+
+    def __init__(self, length: int) -> None:
+        """For the first ``length`` tokens of each sample."""
+        self._length = length
+        self._least: dict[int, list[Tensor]] = {}
+
+    def see(self, seen: Seen) -> None:
+        """Add one batch."""
+        layer, routing = seen.block.mlp, seen.routing
+        if not isinstance(layer, MoELayer) or routing is None:
+            return
+        top_k, below = layer.router.top_k, layer.router.skip_below
+        best = routing.logits.topk(min(top_k + 1, len(layer.experts))).values
+        margins = best[:, :-1] - best[:, 1:]
+        margins = margins[:, top_k - 1 : top_k]  # empty where all are chosen
+        if below:
+            ratios = (best[:, 1:top_k] - best[:, :1]).exp()
+            margins = torch.cat([margins, (ratios - torch.tensor(below)).abs()], dim=1)
+        if margins.shape[1]:
+            each = margins.min(1).values.view(seen.inputs.shape[:2])[:, : self._length]
+            self._least.setdefault(seen.block.index, []).append(each.min(1).values)
+
+    def fact(self) -> Tensor | None:
+        """Least margin of each sample, float32; None if nothing is ever chosen."""
+        blocks = [torch.cat(parts) for parts in self._least.values()]
+        return torch.stack(blocks).min(0).values if blocks else None
+
+
+def reference_rows(margins: Tensor | None, samples: int) -> list[int]:
+    """The samples that the reference is made of: those with the largest margins, in order."""
+    count = min(SAMPLES, samples)
+    if margins is None:
+        return list(range(count))
+    return sorted(margins.argsort(descending=True, stable=True)[:count].tolist())
 
 
 def record(model: Model, ids: Tensor, source_logits: Sequence[Tensor], hidden: Tensor) -> Reference:

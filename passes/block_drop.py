@@ -32,14 +32,17 @@ class BlockDrop(Trim):
         Field(ge=-1, le=1, description="instead of drop: the cosine from which blocks are dropped"),
     ] = None
     most: Annotated[
-        int | float,
-        Field(description="with threshold, at most so many: a count or a fraction"),
-    ] = 0.25
+        int | float | None,
+        Field(
+            description="with threshold, at most so many: a count or a fraction; none: a quarter, "
+            "and one at least"
+        ),
+    ] = None
     consecutive: Annotated[
         bool,
         Field(
             description="drop one run of neighbours, scored as a whole; with threshold the longest "
-            "that reaches it. Holds the stream at as many depths in memory"
+            "that reaches it. Holds the streams at the depths of a run in memory"
         ),
     ] = False
 
@@ -50,28 +53,33 @@ class BlockDrop(Trim):
 
     def check(self, model: Model) -> None:
         """Refuse to drop no block, all blocks, or all that have experts."""
-        check_choice("block_drop", self.drop, self.threshold)
+        check_choice("block_drop", self.drop, self.threshold, self.most)
         blocks, count = len(model.blocks), self._most
+        option = "drop" if self.threshold is None else "most"
         if not 1 <= count < blocks:
             raise InputError(
-                f"block_drop: drop {count} of {blocks} blocks; at least 1 and at most {blocks - 1}"
+                f"block_drop: {option} is {count} of {blocks} blocks; at least 1 and at most "
+                f"{blocks - 1}"
             )
         if count >= len(model.moe_blocks):
             raise InputError(
-                f"block_drop: drop {count} could remove all {len(model.moe_blocks)} MoE layers"
+                f"block_drop: {option} is {count}, which could remove all "
+                f"{len(model.moe_blocks)} MoE layers"
             )
 
     @property
     def _most(self) -> float:
         """As many as may go: a count, once it is `resolved`."""
-        return self.most if self.drop is None else self.drop
+        limit = self.most if self.drop is None else self.drop
+        return 1 if limit is None else limit
 
     def resolved(self, model: Model) -> Self:
         """With counts in place of fractions of the source."""
         whole = len(model.blocks)
         if self.drop is not None:
             return self.model_copy(update={"drop": number(self.drop, whole)})
-        return self.model_copy(update={"most": number(self.most, whole)})
+        most = max(1, whole // 4) if self.most is None else number(self.most, whole)
+        return self.model_copy(update={"most": most})
 
     def plan(self, model: Model) -> Model:
         """The model without its last blocks: as many as will go, or one by threshold."""
@@ -112,8 +120,9 @@ class BlockDrop(Trim):
         return Outcome(
             model.keep_blocks([b.index for b in model.blocks if b.index not in dropped]),
             changed=tuple(
-                f"block {', '.join(map(str, _origins(run)))} (cosine {cosine[_origins(run)]:.4f})"
+                f"block {block.origin} (cosine {cosine[_origins(run)]:.4f})"
                 for run in gone
+                for block in run
             ),
         )
 

@@ -101,6 +101,11 @@ class ExpertDrop(Trim):
     def check(self, model: Model) -> None:
         """Refuse counts that a layer does not have, or that leave fewer experts than top-k."""
         self._check_options(model)
+        if model.skips:
+            raise InputError(
+                "expert_drop: thresholds of expert_skip belong to the experts that were there; put "
+                "expert_skip after it"
+            )
         counts, floors = self._counts(model), self._floors(model)
         for block, layer in model.moe_blocks:
             experts, kept, top_k = len(layer.experts), counts[block.index], layer.router.top_k
@@ -173,12 +178,20 @@ class ExpertDrop(Trim):
             ]
             for block, _ in model.moe_blocks
         }
+        guarded = _super_experts(model, facts) if self.protect_super_experts else []
+        for index, expert in guarded:
+            scores[index][expert] = math.inf
+        chosen = self._chosen(model, scores)
         notes: list[str] = []
-        if self.protect_super_experts:
-            for index, expert in _super_experts(model, facts):
-                scores[index][expert] = math.inf
-                notes.append(f"block {index}: expert {expert} of those here is protected")
-        kept = self._kept(model, self._chosen(model, scores))
+        for index, expert in guarded:
+            if expert not in chosen[index]:
+                raise InputError(
+                    f"expert_drop: {len(chosen[index])} experts of block {index} would stay, and a "
+                    "super expert would not; keep more of them there"
+                )
+            origin = model.blocks[index].expert_origins[expert]
+            notes.append(f"block {index}: expert {origin} is protected")
+        kept = self._kept(model, chosen)
         dropped = []
         for old, new in zip(model.blocks, kept.blocks, strict=True):
             if gone := sorted(set(old.expert_origins) - set(new.expert_origins)):

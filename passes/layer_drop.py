@@ -34,9 +34,12 @@ class LayerDrop(Trim):
         Field(ge=-1, le=1, description="instead of drop: the cosine from which a layer is dropped"),
     ] = None
     most: Annotated[
-        int | float,
-        Field(description="with threshold, at most so many: a count or a fraction"),
-    ] = 0.25
+        int | float | None,
+        Field(
+            description="with threshold, at most so many: a count or a fraction; none: a quarter, "
+            "and one at least"
+        ),
+    ] = None
     norm: Annotated[
         bool,
         Field(
@@ -52,25 +55,27 @@ class LayerDrop(Trim):
 
     def check(self, model: Model) -> None:
         """Refuse to drop no layer, or all."""
-        check_choice("layer_drop", self.drop, self.threshold)
+        check_choice("layer_drop", self.drop, self.threshold, self.most)
         layers, count = len(model.moe_blocks), self._most
         if not 1 <= count < layers:
             raise InputError(
-                f"layer_drop: drop {count} of {layers} MoE layers; at least 1 and at most "
-                f"{layers - 1}"
+                f"layer_drop: {'drop' if self.threshold is None else 'most'} is {count} of "
+                f"{layers} MoE layers; at least 1 and at most {layers - 1}"
             )
 
     @property
     def _most(self) -> float:
         """As many as may go: a count, once it is `resolved`."""
-        return self.most if self.drop is None else self.drop
+        limit = self.most if self.drop is None else self.drop
+        return 1 if limit is None else limit
 
     def resolved(self, model: Model) -> Self:
         """With counts in place of fractions of the source."""
         whole = len(model.moe_blocks)
         if self.drop is not None:
             return self.model_copy(update={"drop": number(self.drop, whole)})
-        return self.model_copy(update={"most": number(self.most, whole)})
+        most = max(1, whole // 4) if self.most is None else number(self.most, whole)
+        return self.model_copy(update={"most": most})
 
     def plan(self, model: Model) -> Model:
         """The model without its last MoE layers: as many as may go, or one by threshold."""

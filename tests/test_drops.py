@@ -80,7 +80,7 @@ def test_layers_that_are_dense_stay(tiny: Make) -> None:
     trimmed = outcome(LayerDrop(drop=1), model).model
     assert trimmed.blocks[1].mlp is not None
     assert sum(block.mlp is None for block in trimmed.blocks) == 1
-    with pytest.raises(InputError, match="drop 2 of 2 MoE layers; at least 1 and at most 1"):
+    with pytest.raises(InputError, match="drop is 2 of 2 MoE layers; at least 1 and at most 1"):
         LayerDrop(drop=2).check(model)
 
 
@@ -168,6 +168,22 @@ def test_fractions_are_of_the_source_and_rounded_down(tiny: Make) -> None:
     assert not planned.is_uniform
 
 
+def test_single_blocks_need_no_second_copy_of_the_stream(tiny: Make) -> None:
+    model = open_checkpoint(str(five(tiny, "mixtral"))).model
+    for longest, held in ((1, 0), (3, 2)):
+        observer = BlockSimilarityKind(longest)()
+        walk.observe(model, IDS, [observer], lambda *_: None, "")
+        assert [len(latest) for latest in observer._latest] == [held]
+
+
+def test_without_most_a_threshold_drops_a_quarter_and_one_at_least(tiny: Make) -> None:
+    model = open_checkpoint(str(tiny("mixtral"))).model
+    assert LayerDrop(threshold=-1).resolved(model).most == 1
+    assert BlockDrop(threshold=-1).resolved(model).most == 1
+    eight = open_checkpoint(str(tiny("mixtral", num_hidden_layers=8))).model
+    assert LayerDrop(threshold=-1).resolved(eight).most == 2
+
+
 def test_runs_that_are_runs_no_longer_are_refused(tiny: Make) -> None:
     """Two passes of one stage; the first breaks up every run of the second."""
     model = open_checkpoint(str(five(tiny, "mixtral"))).model
@@ -185,10 +201,11 @@ BAD = [
     (BlockDrop(), "give drop (a count or a fraction) or threshold"),
     (BlockDrop(drop=1, threshold=0.9), "give drop (a count or a fraction) or threshold"),
     (LayerDrop(), "give drop (a count or a fraction) or threshold"),
-    (BlockDrop(drop=0.1), "drop 0 of 5 blocks; at least 1 and at most 4"),
-    (BlockDrop(drop=5), "drop 5 of 5 blocks; at least 1 and at most 4"),
-    (LayerDrop(drop=5), "drop 5 of 5 MoE layers; at least 1 and at most 4"),
-    (LayerDrop(threshold=0.5, most=0.1), "drop 0 of 5 MoE layers"),
+    (BlockDrop(drop=0.1), "drop is 0 of 5 blocks; at least 1 and at most 4"),
+    (BlockDrop(drop=5), "drop is 5 of 5 blocks; at least 1 and at most 4"),
+    (LayerDrop(drop=5), "drop is 5 of 5 MoE layers; at least 1 and at most 4"),
+    (LayerDrop(drop=1, most=2), "most goes with threshold"),
+    (LayerDrop(threshold=0.5, most=0.1), "most is 0 of 5 MoE layers"),
 ]
 
 

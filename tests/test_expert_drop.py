@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -146,6 +147,26 @@ def test_super_experts_are_protected(tiny: Make) -> None:
     guarded = kept(apply(step, model))
     assert expert in guarded[block]
     assert [len(ids) for ids in guarded] == [3, 3, 3]
+
+
+def test_a_super_expert_is_not_dropped_in_silence(tiny: Make) -> None:
+    model = open_checkpoint(str(tiny("olmoe"))).model
+    observer = saliency.OutputObserver()
+    walk.observe(model, IDS, [observer], lambda *_: None, "")
+    layers = observer.fact().layers
+    block = max(range(3), key=lambda n: float(layers[n].largest.max()))
+    counts = [0 if n == block else 3 for n in range(3)]
+    with pytest.raises(InputError, match=f"0 experts of block {block} would stay"):
+        apply(options(keep=counts, protect_super_experts=True), model)
+
+
+def test_thresholds_do_not_outlive_their_experts(tiny: Make) -> None:
+    model = open_checkpoint(str(tiny("mixtral"))).model
+    block, layer = model.moe_blocks[0]
+    router = replace(layer.router, skip_below=(0.5,))
+    model = model.replace_block(replace(block, mlp=replace(layer, router=router)))
+    with pytest.raises(InputError, match="put expert_skip after it"):
+        options(keep=3).check(model)
 
 
 BAD: list[tuple[dict[str, Any], str]] = [

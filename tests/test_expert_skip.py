@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from moe2edge.checkpoint import open_checkpoint
 from moe2edge.cli import main
 from moe2edge.errors import InputError
 from moe2edge.families import FAMILIES
+from moe2edge.loading import to_transformers
 from moe2edge.model import Model, MoELayer
 from moe2edge.modules import skipping as skip
 from moe2edge.passes.expert_skip import ExpertSkip
@@ -61,6 +63,44 @@ def test_thresholds_are_medians_of_ratios(tiny: Make, family: str, top_k: int) -
             ratios = [float(row[place] / row[0]) for row in rows]
             expected = statistics.median(ratios)
             assert layer.router.skip_below[place - 1] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 8])
+def test_thresholds_lie_between_ratios(count: int) -> None:
+    """On a ratio, rounding would decide whether its token skips."""
+    draw = torch.Generator().manual_seed(count)
+    ratios = torch.rand(count, 2, generator=draw)
+    ratios[-1] = ratios[0]  # equal ones are no gap
+    for column, below in enumerate(skipping.thresholds(ratios, 0.5)):
+        values = ratios[:, column].tolist()
+        assert min(abs(value - below) for value in values) > 1e-4
+        ordered = sorted(values)
+        if count % 2 == 0 and ordered[count // 2] != ordered[count // 2 - 1]:
+            assert below == pytest.approx(statistics.median(values))
+        assert sum(value < below for value in values) <= count / 2
+
+
+def test_verifying_the_very_text_that_was_calibrated_on(tiny: Make, tmp_path: Path) -> None:
+    """An odd number of tokens: the median is one token's ratio."""
+    recipe, text = tmp_path / "skip.yaml", tmp_path / "text.txt"
+    recipe.write_text("passes: [expert_skip]")
+    text.write_text("The quick brown fox jumps over the lazy dog, again. " * 3)
+    sizes = [
+        f"--set={section}.{key}={value}"
+        for section in ("calibration", "evaluation")
+        for key, value in (("samples", 1), ("length", 49))
+    ]
+    command = ["export", str(tiny("mixtral")), "-t", "onnx", "-o", str(tmp_path / "out")]
+    texts = ["--calib", str(text), "--eval", str(text)]
+    result = CliRunner().invoke(main, [*command, "-r", str(recipe), *texts, *sizes])
+    assert result.exit_code == 0, result.output
+
+
+def test_a_loaded_model_can_be_pickled(tiny: Make) -> None:
+    model = to_transformers(skipped(open_checkpoint(str(tiny("mixtral"))).model), torch.float32)
+    again = pickle.loads(pickle.dumps(model))
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, again(IDS).logits)
 
 
 def test_the_rule_token_by_token() -> None:

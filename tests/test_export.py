@@ -199,7 +199,7 @@ REFUSED: list[tuple[str, list[str], int, str]] = [
     ("keep 1.5", ["-r", "trim-w4", "--set", "expert_drop.keep=1.5"], 2, "keep is 1.5"),
     ("keep too many", ["-r", "trim-w4", "--set", "expert_drop.keep=9"], 2, "keep 9 of the 6"),
     ("keep all", ["-r", "trim-w4", "--set", "expert_drop.keep=6"], 2, "keeps every expert"),
-    ("drop all", ["-r", "trim-w4", "--set", "block_drop.drop=3"], 2, "drop 3 of 3 blocks"),
+    ("drop all", ["-r", "trim-w4", "--set", "block_drop.drop=3"], 2, "drop is 3 of 3 blocks"),
     ("text", ["--calib", "none.txt"], 2, "does not exist"),
     ("short text", ["--set", "calibration.samples=9999"], 2, "too short"),
     ("long samples", ["--set", "calibration.length=999"], 2, "longer than the 128 positions"),
@@ -474,3 +474,42 @@ def test_a_session_writes_nothing_into_the_home(pair: Path, tmp_path: Path) -> N
     command = [sys.executable, "-m", "moe2edge", "generate", str(pair / "onnx"), "ab", "-n", "2"]
     subprocess.run(command, env=environment, check=True, capture_output=True)
     assert list(tmp_path.rglob("*onnxruntime*")) == []
+
+
+UNPLANNED = {
+    "a layer too many": (
+        "[{layer_drop: {threshold: -1, most: 2}}, {layer_drop: {drop: 1, rescore: true}}]",
+        "drop is 1 of 1 MoE layers",
+    ),
+    "a list for layers that are gone": (
+        "[{block_drop: {threshold: -1, most: 2}}, {expert_drop: {keep: [2, 3]}}]",
+        "keep lists 2 counts for 1 MoE layers",
+    ),
+    "more than a shared budget left": (
+        "[{expert_drop: {keep: 3, scope: global}}, {expert_drop: {keep: [6, 5, 5]}}]",
+        "of the",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", sorted(UNPLANNED))
+def test_passes_are_checked_on_the_model_that_they_get(
+    tiny: Make, tmp_path: Path, case: str
+) -> None:
+    """Planned is the least that a threshold drops; what it did drop may leave the next no work."""
+    passes, message = UNPLANNED[case]
+    recipe, out = tmp_path / "r.yaml", tmp_path / "out"
+    recipe.write_text(f"passes: {passes}")
+    result = run("export", tiny("mixtral"), "-o", out, "-t", "onnx", "-r", str(recipe), *SMALL)
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr.splitlines()[-1]
+    assert not out.exists()
+
+
+def test_a_text_that_is_not_there_is_refused_though_nobody_reads_it(
+    tiny: Make, tmp_path: Path
+) -> None:
+    args = ["-t", "onnx", "-r", "as-is", "--calib", str(tmp_path / "none.txt"), *SMALL]
+    result = run("export", tiny("mixtral"), "-o", tmp_path / "out", *args)
+    assert result.exit_code == 2
+    assert "does not exist" in result.stderr

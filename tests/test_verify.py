@@ -15,8 +15,9 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
-from moe2edge import registry, verify
+from moe2edge import registry, verify, walk
 from moe2edge.artifact import open_artifact, write_manifest
+from moe2edge.checkpoint import open_checkpoint
 from moe2edge.cli import main
 from moe2edge.errors import VerificationFailed
 from moe2edge.rounding import Quantized
@@ -236,3 +237,35 @@ def test_the_built_in_model_whole_and_with_one_flipped_bit(
     result = check(folder)
     assert result.exit_code == 7
     assert ("does not hold the numbers" if renew else "has changed: sha256") in result.stderr
+
+
+def test_the_reference_avoids_near_ties(tiny: Make) -> None:
+    """Margins equal a loop over tokens; the samples with the largest ones are taken."""
+    model = open_checkpoint(str(tiny("olmoe"))).model
+    ids = torch.randint(1, 96, (5, 20), generator=torch.Generator().manual_seed(0))
+    for block, layer in model.moe_blocks:
+        router = replace(layer.router, skip_below=(0.6,))
+        model = model.replace_block(replace(block, mlp=replace(layer, router=router)))
+    observer, least = verify.MarginObserver(12), torch.full((5,), torch.inf)
+
+    class Loop:
+        def see(self, seen: walk.Seen) -> None:
+            assert seen.routing is not None
+            logits = seen.routing.logits.view(5, 20, 6)
+            for sample in range(5):
+                for z in logits[sample, :12]:
+                    p = z.softmax(0).sort(descending=True).values
+                    order = z.sort(descending=True).values
+                    both = torch.stack([order[1] - order[2], (p[1] / p[0] - 0.6).abs()])
+                    least[sample] = torch.minimum(least[sample], both.min())
+
+        def fact(self) -> None: ...
+
+    walk.observe(model, ids, [observer, Loop()], lambda *_: None, "")
+    found = observer.fact()
+    assert found is not None
+    assert torch.allclose(found, least, atol=1e-6)
+    rows = verify.reference_rows(found, 5)
+    assert rows == sorted(sorted(range(5), key=lambda n: -float(least[n]))[:2])
+    assert verify.reference_rows(None, 5) == [0, 1]
+    assert verify.reference_rows(None, 1) == [0]
