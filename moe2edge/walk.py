@@ -8,7 +8,7 @@ bfloat16 are exact in it, and so the walk is the reference that runtimes are com
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -313,7 +313,7 @@ def solve(
 
 
 @torch.no_grad()
-def head_logits(model: Model, hidden: Tensor) -> Iterator[Tensor]:
+def head_logits(model: Model, hidden: Iterable[Tensor]) -> Iterator[Tensor]:
     """Logits float32 [length, vocabulary] of each sample of ``hidden`` [samples, length, hidden].
 
     All families end in an RMS norm and a linear head without bias.

@@ -171,6 +171,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, required=True, help="folder of checkpoints")
     parser.add_argument("--data", type=Path, required=True, help="folder of texts")
     parser.add_argument("--only", help="cells whose key holds this")
+    parser.add_argument("--model", help="this model alone")
     parser.add_argument("--results", type=Path, default=HERE / "results.jsonl")
     options = parser.parse_args()
     done = report.read(options.results)
@@ -178,6 +179,8 @@ def main() -> None:
         sources = texts.write_texts(options.data, Path(folder))
         named = {p.parent.name: str(p.parent) for p in sorted(options.models.glob("*/config.json"))}
         for name, place in {**named, "tiny-moe": BUILTIN}.items():
+            if options.model not in (None, name):
+                continue
             run_model(name, place, {} if place == BUILTIN else sources, done, options)
     report.write(report.read(options.results), HERE)
 

@@ -1,0 +1,346 @@
+"""Choose how many experts each MoE layer keeps, when all layers share one budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from moe2edge.amounts import check_amount
+from moe2edge.criteria import Criterion
+from moe2edge.errors import InputError
+from moe2edge.model import Model
+from moe2edge.pipeline import Lab, Outcome, Search
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moe2edge.budgets import Counts, Ranker, Trial
+    from moe2edge.quality import Sums
+
+# Parts of the way from uniform to what the sensitivities say; these are the candidates.
+WAY = {"uniform": 0.0, "a quarter of the way": 0.25, "half way": 0.5,
+       "three quarters of the way": 0.75, "least sum of sensitivities": 1.0}  # fmt: skip
+
+
+class ExpertBudget(Search):
+    """Keep as many experts in all as `keep` per layer would, more in layers that need more.
+
+    Layers are trimmed one at a time to find out how sensitive each is to every count; dynamic
+    programming gives the allocation with the least sum of sensitivities. Those of several layers
+    do not simply add up, so that allocation is only a suggestion: it, the uniform one and some on
+    the way between them are tried on the whole model, and the one with the least KL to the
+    source's predictions is taken, uniform where they are equal.
+
+    A part of the calibration samples is held out of all of this. What the choice gains over
+    uniform there is reported with a bootstrap interval.
+
+    Which experts stay in a layer of n: the n best by `criterion`.
+    """
+
+    keep: Annotated[
+        int | float,
+        Field(
+            description="experts kept per layer, on average: a count, or a fraction of each layer, "
+            "rounded up"
+        ),
+    ]
+    criterion: Annotated[
+        Criterion, Field(description="how experts are scored: it decides which stay in a layer")
+    ] = "mone"
+    sensitivity: Annotated[
+        Literal["error", "kl"],
+        Field(
+            description="error: what trimming one layer does to its own output, for every count in "
+            "one walk; kl: to the model's predictions, which says a little more and costs a run "
+            "from that layer on for each count"
+        ),
+    ] = "error"
+    floor: Annotated[
+        int | None,
+        Field(ge=1, description="experts that each layer keeps at least; none: its top-k"),
+    ] = None
+    tokens: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            description="calibration tokens that sensitivity is measured on, of kl whole samples; "
+            "none: all that are not held out",
+        ),
+    ] = 16384
+    points: Annotated[
+        int,
+        Field(
+            ge=2,
+            description="with sensitivity kl, counts tried per layer; others are interpolated",
+        ),
+    ] = 8
+    samples: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            description="calibration samples that candidates are compared on; none: all that are "
+            "not held out",
+        ),
+    ] = None
+    held_out: Annotated[
+        float,
+        Field(gt=0, lt=1, description="part of the calibration samples that only the report uses"),
+    ] = 0.25
+    clamp_top_k: Annotated[
+        bool, Field(description="lower top-k where fewer experts stay than it chooses")
+    ] = False
+    seed: Annotated[
+        int, Field(ge=0, le=2**32 - 1, description="of the bootstrap, and for criterion random")
+    ] = 0
+
+    @field_validator("keep", mode="before")
+    @classmethod
+    def _amount(cls, value: object) -> object:
+        return check_amount(value)
+
+    # ---- shapes --------------------------------------------------------------------------------
+
+    def uniform(self, model: Model) -> Counts:
+        """Experts per MoE layer if each keeps the same part."""
+        if isinstance(self.keep, int):
+            return (self.keep,) * len(model.moe_blocks)
+        return tuple(math.ceil(self.keep * n - 1e-9) for n in model.expert_counts)
+
+    def floors(self, model: Model) -> Counts:
+        """Experts that each MoE layer keeps at least."""
+        return tuple(
+            self.floor or (1 if self.clamp_top_k else layer.router.top_k)
+            for _, layer in model.moe_blocks
+        )
+
+    def check(self, model: Model) -> None:
+        """Refuse budgets that layers cannot hold, or that leave nothing to choose."""
+        kept, floors, full = self.uniform(model), self.floors(model), model.expert_counts
+        for (block, layer), count, floor in zip(model.moe_blocks, kept, floors, strict=True):
+            experts, top_k, where = len(layer.experts), layer.router.top_k, f"block {block.index}"
+            if layer.router.skip_below:
+                raise InputError(
+                    f"expert_budget: {where} skips experts dynamically, by thresholds that belong "
+                    "to the set it has; put expert_skip after expert_budget"
+                )
+            if count > experts:
+                raise InputError(f"expert_budget: keep {count} of the {experts} in {where}")
+            if min(count, floor) < top_k and not self.clamp_top_k:
+                option = f"keep {self.keep}" if count <= floor else f"floor {floor}"
+                raise InputError(
+                    f"expert_budget: {option} may leave {min(count, floor)} experts in {where} "
+                    f"where the router chooses {top_k} per token; keep at least {top_k}, or set "
+                    "clamp_top_k: true"
+                )
+            if floor > count:
+                raise InputError(
+                    f"expert_budget: floor {floor}, but keep {self.keep} leaves {count} of the "
+                    f"{experts} experts in {where} when layers share evenly; lower floor"
+                )
+        if kept == full:
+            raise InputError(f"expert_budget: keep {self.keep} keeps every expert; nothing to do")
+        free = sum(floor < experts for floor, experts in zip(floors, full, strict=True))
+        if kept == floors or free < 2:
+            raise InputError(
+                f"expert_budget: keep {self.keep} leaves no choice: {kept} is the only allocation "
+                f"of {sum(kept)} experts with floors {floors}; use expert_drop, or lower floor"
+            )
+
+    def plan(self, model: Model) -> Model:
+        """As uneven as it may become: floors, and the first layers take what they leave."""
+        left = sum(self.uniform(model)) - sum(self.floors(model))
+        for (block, layer), floor in zip(model.moe_blocks, self.floors(model), strict=True):
+            more = min(left, len(layer.experts) - floor)
+            left -= more
+            if floor + more < len(layer.experts):
+                first = range(floor + more)
+                model = model.replace_block(block.keep_experts(first, clamp_top_k=self.clamp_top_k))
+        return model
+
+    # ---- search --------------------------------------------------------------------------------
+
+    def search(self, lab: Lab) -> Outcome:
+        """Measure sensitivities, try the candidates, and report on what was held out.
+
+        Raises:
+            InputError: there are too few calibration samples.
+            DoesNotFit: the machine lacks the memory.
+        """
+        from moe2edge import budgets, walk
+
+        choosing, held_out = budgets.split(len(lab.tokens), self.held_out)
+        self._state_cost(lab, len(choosing), len(held_out))
+        advance = lab.watcher.advance
+        trial, ranker = self._ranked(lab, lab.tokens[choosing])
+        costs = self._sensitivities(lab, trial, ranker)
+        candidates = self._candidates(lab.model, costs)
+        tried = list(dict.fromkeys(candidates.values()))
+        compared = trial.first(self._compared(len(choosing)))
+        judged = dict(zip(tried, compared.judge(tried, _told(lab, "candidates")), strict=True))
+        chosen = min(tried, key=lambda counts: budgets.mean_kl(judged[counts]))
+        notes = self._notes(candidates, judged, chosen)
+        uniform = candidates["uniform"]
+        if chosen != uniform:
+            rest = lab.tokens[held_out]
+            hidden = walk.observe(lab.source, rest, (), advance, "expert_budget: held-out text")
+            last = budgets.Trial(trial.trimmer, lab.source, hidden, rest)
+            mine, even = last.judge([chosen, uniform], _told(lab, "held-out text"))
+            notes.append(self._gain(mine, even))
+        return _outcome(lab.model, trial.trimmer.trimmed(chosen), notes)
+
+    def _compared(self, choosing: int) -> int:
+        """Number of samples that candidates are compared on."""
+        return min(choosing, self.samples or choosing)
+
+    def _measured(self, choosing: int, length: int) -> int:
+        """Number of samples that sensitivity kl is measured on."""
+        wanted = choosing if self.tokens is None else self.tokens // length
+        return min(choosing, max(1, wanted))
+
+    def _tried(self, model: Model) -> list[Counts]:
+        """Allocations that sensitivity kl tries: nothing trimmed, then one layer at a time."""
+        from moe2edge import budgets
+
+        full = model.expert_counts
+        counts = [
+            budgets.grid(floor, experts, self.points)
+            for floor, experts in zip(self.floors(model), full, strict=True)
+        ]
+        return [full, *budgets.one_layer_each(full, counts)]
+
+    def _state_cost(self, lab: Lab, choosing: int, held_out: int) -> None:
+        """Say what the search will cost before it starts."""
+        from moe2edge import budgets, subsets
+        from moe2edge.workfolder import check_memory
+
+        model, (samples, length) = lab.model, lab.tokens.shape
+        blocks, kept, full = len(model.blocks), self.uniform(model), model.expert_counts
+        hidden = model.rest["model.embed_tokens.weight"].shape[1]
+        compared, measured = self._compared(choosing), self._measured(choosing, length)
+        numbers = length * hidden
+        if self.sensitivity == "kl":
+            tried = self._tried(model)
+            together = budgets.at_once(measured * numbers)
+            runs = budgets.block_runs(model, tried, together)
+            what = (
+                f"{len(tried)} allocations that trim one layer or none, {runs:,} block runs over "
+                f"{measured} samples"
+            )
+            work = runs * measured
+            needed = 8 * measured * numbers * min(together, len(tried))
+        else:
+            tokens = len(subsets.spread(choosing * length, self.tokens))
+            what = (
+                f"{tokens * sum(full):,} expert evaluations (each expert once on {tokens:,} tokens)"
+            )
+            work, needed = 0, max(subsets.evidence_bytes(tokens, n) for n in full)
+        together = min(len(WAY), budgets.at_once(compared * numbers))
+        needed = max(needed, 8 * compared * numbers * together) + 4 * samples * numbers
+        # One walk over the choosing part ranks the experts, or shows what the source predicts.
+        work += blocks * (choosing * (1 + (lab.source is not model)) + 3 * held_out)
+        work += len(WAY) * blocks * compared
+        lab.watcher.log(
+            f"expert_budget: {sum(kept)} of {sum(full)} experts in {len(full)} MoE layers; a walk "
+            f"over {choosing} samples; sensitivity by {self.sensitivity}: {what}; then at most "
+            f"{len(WAY)} candidates on {compared} samples and 3 walks over {held_out} held-out "
+            f"ones; in all as many block runs as {work / (blocks * samples):.1f} walks over the "
+            f"calibration text, {needed / 1e6:,.0f} MB at most"
+        )
+        check_memory(needed, "expert_budget", "set tokens or calibration.samples to fewer")
+
+    def _ranked(self, lab: Lab, tokens: Tensor) -> tuple[Trial, Ranker]:
+        """Rank all experts, with sensitivity error measured on the way."""
+        from moe2edge import budgets, walk
+
+        model, advance = lab.model, lab.watcher.advance
+        floors: dict[int, int] = {}
+        if self.sensitivity == "error":
+            least = zip(model.moe_blocks, self.floors(model), strict=True)
+            floors = {block.index: floor for (block, _), floor in least}
+        ranker = budgets.Ranker(self.criterion, self.seed, floors, tokens.numel(), self.tokens)
+        hidden = None
+        if ranker.needs_walk:
+            hidden = walk.observe(model, tokens, [ranker], advance, "expert_budget: scoring")
+        if hidden is None or lab.source is not model:
+            hidden = walk.observe(lab.source, tokens, (), advance, "expert_budget: source")
+        rankings = tuple(ranker.ranking(block) for block, _ in model.moe_blocks)
+        trimmer = budgets.Trimmer(model, rankings, self.clamp_top_k)
+        return budgets.Trial(trimmer, lab.source, hidden, tokens), ranker
+
+    def _sensitivities(self, lab: Lab, trial: Trial, ranker: Ranker) -> list[list[float]]:
+        """Per MoE layer, the cost of keeping its floor, one more, ... all of its experts."""
+        from moe2edge import budgets
+
+        model = lab.model
+        if self.sensitivity == "error":
+            return [ranker.errors[block.index] for block, _ in model.moe_blocks]
+        tried = self._tried(model)
+        measured = trial.first(self._measured(*trial.tokens.shape))
+        found = measured.judge(tried, _told(lab, "sensitivity"))
+        kl = {counts: budgets.mean_kl(sums) for counts, sums in zip(tried, found, strict=True)}
+        full = model.expert_counts
+        rows = []
+        for n, (floor, experts) in enumerate(zip(self.floors(model), full, strict=True)):
+            own = {counts[n]: kl[counts] for counts in tried if counts[n] < experts}
+            rows.append(budgets.interpolated(own | {experts: kl[full]}, floor, experts))
+        return rows
+
+    def _candidates(self, model: Model, costs: Sequence[Sequence[float]]) -> Mapping[str, Counts]:
+        """Allocations to try, by what they are; uniform comes first."""
+        from moe2edge import budgets
+
+        even = self.uniform(model)
+        best = budgets.allocate(costs, self.floors(model), sum(even))
+        return {name: budgets.between(even, best, part) for name, part in WAY.items()}
+
+    # ---- report --------------------------------------------------------------------------------
+
+    def _notes(
+        self,
+        candidates: Mapping[str, Counts],
+        judged: Mapping[Counts, list[Sums]],
+        chosen: Counts,
+    ) -> list[str]:
+        """What was tried, and how it did."""
+        from moe2edge import budgets
+
+        notes = []
+        for counts, sums in judged.items():
+            names = ", ".join(name for name, own in candidates.items() if own == counts)
+            taken = " (taken)" if counts == chosen else ""
+            notes.append(
+                f"{names}{taken}: experts per MoE layer {' '.join(map(str, counts))}; KL to the "
+                f"source {budgets.mean_kl(sums):.4f}, loss {budgets.mean_loss(sums):.4f} nats per "
+                f"token on {len(sums)} calibration samples"
+            )
+        return notes
+
+    def _gain(self, mine: Sequence[Sums], even: Sequence[Sums]) -> str:
+        """The difference to uniform on held-out samples, with intervals."""
+        from moe2edge import budgets
+
+        pairs = list(zip(mine, even, strict=True))
+        kl = budgets.interval([(a.kl - b.kl) / a.tokens for a, b in pairs], self.seed)
+        loss = budgets.interval([(a.nll - b.nll) / a.tokens for a, b in pairs], self.seed)
+        return (
+            f"held out: taken minus uniform, nats per token, over {len(pairs)} calibration samples "
+            f"that nothing was chosen by: loss {loss}, KL {kl}"
+        )
+
+
+def _told(lab: Lab, what: str) -> Callable[[int, int], None]:
+    """Progress under a label, in block runs."""
+    return lambda done, total: lab.watcher.advance(f"expert_budget: {what}", done, total)
+
+
+def _outcome(before: Model, after: Model, notes: Sequence[str]) -> Outcome:
+    """An account by layers; experts by their place in the source."""
+    changed = [
+        f"block {old.index}: experts {gone}"
+        for old, new in zip(before.blocks, after.blocks, strict=True)
+        if (gone := sorted(set(old.expert_origins) - set(new.expert_origins)))
+    ]
+    return Outcome(after, changed=tuple(changed), notes=tuple(notes))
