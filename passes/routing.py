@@ -79,7 +79,7 @@ class Routing(Search):
         """
         from moe2edge import walk
 
-        held_out = self._held_out(lab.tokens)
+        held_out = self._held_out(len(lab.tokens))
         self._state_cost(lab)
         fitter = _Fitter(self, lab.store, held_out)
         advance = lab.watcher.advance
@@ -97,19 +97,14 @@ class Routing(Search):
             return Outcome(lab.model, notes=(*notes, f"left alone, the loss does not fall: {said}"))
         return Outcome(fitted, changed=tuple(fitter.changed), notes=(*notes, said))
 
-    def _held_out(self, tokens: Tensor) -> Tensor:
-        """Samples that decide, bool [samples]; evenly spread."""
+    def _held_out(self, samples: int) -> Tensor:
+        """Samples that decide, bool [samples]."""
         import torch
 
-        samples = len(tokens)
-        count = max(1, round(self.held_out * samples))
-        if samples - count < 1:
-            raise InputError(
-                f"routing: {samples} calibration samples; it needs 2 at least, one to decide: "
-                "--set calibration.samples=16"
-            )
+        from moe2edge.budgets import split
+
         found = torch.zeros(samples, dtype=torch.bool)
-        found[torch.arange(count) * samples // count] = True
+        found[split(samples, self.held_out)[1]] = True
         return found
 
     def _state_cost(self, lab: Lab) -> None:

@@ -254,6 +254,16 @@ def test_the_same_twice(tiny: Make, tmp_path: Path) -> None:
     assert first.notes == second.notes
 
 
+@pytest.mark.parametrize("parts", [2, 3, 4, 5, 8])
+def test_held_out_samples_are_of_every_part_of_a_mix(parts: int) -> None:
+    """Samples of a mix take turns; a stride of four would hold out one part of four alone."""
+    held_out = Routing()._held_out(128)
+    assert int(held_out.sum()) == 32
+    shares = [float(held_out[part::parts].float().mean()) for part in range(parts)]
+    assert min(shares) > 0.1
+    assert max(shares) < 0.35
+
+
 def test_refusals(tiny: Make, tmp_path: Path) -> None:
     source = open_checkpoint(str(tiny("mixtral"))).model
     plain = source
@@ -266,7 +276,7 @@ def test_refusals(tiny: Make, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="put expert_skip after routing"):
         Routing().check(source.replace_block(replace(block, mlp=skips)))
     one = Lab(source, source, IDS[:1], WorkFolder(tmp_path), QUIET)
-    with pytest.raises(InputError, match="1 calibration samples; it needs 2"):
+    with pytest.raises(InputError, match="1 calibration samples do not suffice"):
         Routing().search(one)
 
 
