@@ -94,7 +94,8 @@ def _budgets(dropped: str, keep: float) -> Iterator[Cell]:
     for criterion in ("mone", "reap"):
         step = {"expert_drop": {"keep": keep, "criterion": criterion, "scope": "global"}}
         yield Cell("budgets", f"{criterion}, one budget for all", dropped, [step])
-        for sensitivity in ("error", "kl"):
+        # What kl costs, a run from each layer on for every count, is spent once.
+        for sensitivity in ("error", "kl") if criterion == "mone" else ("error",):
             options = {"keep": keep, "criterion": criterion, "sensitivity": sensitivity}
             name = f"{criterion}, budget by {sensitivity}"
             yield Cell("budgets", name, dropped, [{"expert_budget": options}])

@@ -203,7 +203,7 @@ def run_model(
     if "source" not in known:
         keep({"model": name, "key": "source", **measure(bench, bench.model)})
     experts = len(bench.model.moe_blocks[0][1].experts)
-    if "oracle" not in known and experts <= 8 and not options.only:
+    if "oracle" not in known and experts <= 8 and options.only in (None, "oracle"):
         keep(oracle(bench))
     wanted = [c for c in plan(bench) if c.key not in known and (options.only or "") in c.key]
     for n, cell in enumerate(wanted, start=1):
