@@ -152,7 +152,7 @@ class Gatherer:
             if target is not None:
                 gap = wanted[rows] - output[rows]
                 self._missing += float(gap.double().square().sum())
-            gram, pull = _products(seen, routing.inputs[rows], len(layer.experts), gap)
+            gram, pull = products(seen, routing.inputs[rows], len(layer.experts), gap)
             self._parts.append(make_part(gram, pull, routing.logits[rows], rule))
 
     def take(self, layer: MoELayer) -> Evidence:
@@ -163,7 +163,7 @@ class Gatherer:
         return Evidence(rule, len(layer.experts), parts, missing, wanted)
 
 
-def _products(
+def products(
     seen: Seen, inputs: Tensor, experts: int, gap: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Gram matrices of expert outputs for ``inputs`` [T, hidden], and products with ``gap``.

@@ -14,7 +14,7 @@ from moe2edge.pipeline import Lab, Outcome, Search, Store
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moe2edge.quality import Quality
+    from moe2edge.quality import Sums
     from moe2edge.router_fit import Evidence
     from moe2edge.walk import Seen
 
@@ -26,7 +26,8 @@ class Routing(Search):
     that the stream after the block comes closest to the source's (formulas in
     `moe2edge.router_fit`); the blocks behind it see what the fitted one puts out. A part of the
     calibration samples takes no part in the fit: a block's new rows stay only if they lower the
-    error there, and all of them only if the language-model loss falls there as well. Otherwise the
+    error there, and all of them only if the language-model loss falls there as well, by more than
+    the bootstrap interval over samples. Otherwise the
     model is left alone, and the report says so. Layers with all experts of the source are fitted,
     too, where blocks before them changed.
     """
@@ -78,6 +79,7 @@ class Routing(Search):
             DoesNotFit: the machine lacks the memory.
         """
         from moe2edge import walk
+        from moe2edge.budgets import interval
 
         held_out = self._held_out(len(lab.tokens))
         self._state_cost(lab)
@@ -88,13 +90,16 @@ class Routing(Search):
         if not fitter.changed:
             return Outcome(lab.model, notes=(*notes, "no router was changed: none got better"))
         before, after = self._compare(lab, fitted, lab.tokens[held_out])
+        pairs = zip(before, after, strict=True)
+        fall = interval([b.nll / b.tokens - a.nll / a.tokens for b, a in pairs], 0)
+        kl = [sum(s.kl for s in of) / sum(s.tokens for s in of) for of in (before, after)]
         said = (
-            f"held-out calibration text, {before.tokens:,} tokens: perplexity "
-            f"{before.perplexity:.3f} to {after.perplexity:.3f}, KL {before.kl:.5f} to "
-            f"{after.kl:.5f}"
+            f"{fall.samples} held-out calibration samples: loss {fall.mean:.4f} lower (95 % "
+            f"{fall.low:.4f} to {fall.high:.4f}), KL {kl[0]:.5f} to {kl[1]:.5f}"
         )
-        if after.perplexity >= before.perplexity:
-            return Outcome(lab.model, notes=(*notes, f"left alone, the loss does not fall: {said}"))
+        if fall.low <= 0:
+            reason = f"left alone, the loss does not fall measurably: {said}"
+            return Outcome(lab.model, notes=(*notes, reason))
         return Outcome(fitted, changed=tuple(fitter.changed), notes=(*notes, said))
 
     def _held_out(self, samples: int) -> Tensor:
@@ -125,8 +130,8 @@ class Routing(Search):
             "give it fewer calibration samples, or fit on a larger one",
         )
 
-    def _compare(self, lab: Lab, fitted: Model, ids: Tensor) -> tuple[Quality, Quality]:
-        """Figures of the model as it was and as fitted, against the source."""
+    def _compare(self, lab: Lab, fitted: Model, ids: Tensor) -> tuple[list[Sums], list[Sums]]:
+        """Figures per sample of the model as it was and as fitted, against the source."""
         from moe2edge import quality, walk
 
         advance = lab.watcher.advance
@@ -135,7 +140,7 @@ class Routing(Search):
         for model in (lab.model, fitted):
             hidden = walk.observe(model, ids, (), advance, "routing: held-out text")
             mine, theirs = walk.head_logits(model, hidden), walk.head_logits(lab.source, source)
-            found.append(quality.measure(ids, mine, theirs))
+            found.append(list(quality.per_sample(ids, mine, theirs)))
         return found[0], found[1]
 
 
@@ -197,19 +202,19 @@ def _evidence(seen: Seen, layer: MoELayer, source: Seen) -> Evidence:
     import torch
 
     from moe2edge.router_fit import Evidence
-    from moe2edge.subsets import Rule
+    from moe2edge.subsets import Rule, products
 
     routing = seen.routing
     assert routing is not None
-    experts = range(len(layer.experts))
-    outputs = torch.stack([seen.expert_output(j, routing.inputs) for j in experts], dim=1)
     lacks = (source.outputs - seen.outputs).flatten(0, 1)
+    gram, pull = products(seen, routing.inputs, len(layer.experts), lacks)
+    assert pull is not None
     weights = torch.zeros(len(lacks), len(layer.experts))
     return Evidence(
         rule=Rule(layer.router.top_k, layer.router.renormalize),
         inputs=routing.inputs.clone(),
-        gram=outputs @ outputs.mT,
-        pull=(outputs @ lacks[:, :, None])[:, :, 0],
+        gram=gram,
+        pull=pull.float(),
         missing=lacks.square().sum(1),
         weights=weights.scatter(1, routing.ids, routing.weights),
         scale=1 / source.outputs.flatten(0, 1).square().sum(1),

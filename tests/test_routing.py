@@ -222,16 +222,16 @@ def test_the_whole_is_judged_by_the_loss(
     from moe2edge import quality
 
     source = open_checkpoint(str(tiny("mixtral"))).model
-    model, losses = disturbed(source, 0.2), iter([10.0, 11.0])
+    model, losses = disturbed(source, 0.2), iter([[4.0, 5.0, 6.0, 7.0], [3.5, 5.5, 6.5, 6.0]])
 
-    def measure(*_: Any) -> quality.Quality:
-        return quality.Quality(100, next(losses), 0.1, 0.5)
+    def per_sample(*_: Any) -> list[quality.Sums]:
+        return [quality.Sums(1, nll, 0.1, 1) for nll in next(losses)]
 
-    monkeypatch.setattr(quality, "measure", measure)
+    monkeypatch.setattr(quality, "per_sample", per_sample)
     outcome: Outcome = Routing(ridge=0.001, damping=0.1).search(lab(source, model, tmp_path))
     assert outcome.model is model
     assert outcome.changed == ()
-    assert "left alone, the loss does not fall" in outcome.notes[-1]
+    assert "left alone, the loss does not fall measurably" in outcome.notes[-1]
 
 
 def test_rows_are_rounded_before_they_are_judged(tiny: Make, tmp_path: Path) -> None:
