@@ -94,11 +94,8 @@ def _budgets(dropped: str, keep: float) -> Iterator[Cell]:
     for criterion in ("mone", "reap"):
         step = {"expert_drop": {"keep": keep, "criterion": criterion, "scope": "global"}}
         yield Cell("budgets", f"{criterion}, one budget for all", dropped, [step])
-        # What kl costs, a run from each layer on for every count, is spent once.
-        for sensitivity in ("error", "kl") if criterion == "mone" else ("error",):
-            options = {"keep": keep, "criterion": criterion, "sensitivity": sensitivity}
-            name = f"{criterion}, budget by {sensitivity}"
-            yield Cell("budgets", name, dropped, [{"expert_budget": options}])
+        options = {"keep": keep, "criterion": criterion}
+        yield Cell("budgets", f"{criterion}, expert_budget", dropped, [{"expert_budget": options}])
 
 
 def _depth(count: int) -> Iterator[Cell]:
