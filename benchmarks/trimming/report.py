@@ -194,7 +194,7 @@ def picture(rows: Sequence[Row], models: Sequence[str], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     settings = ("25 %", "50 %")
     figure, axes = pyplot.subplots(
@@ -220,7 +220,8 @@ def picture(rows: Sequence[Row], models: Sequence[str], path: Path) -> None:
                 axis.plot(statistics.mean(values), n, "o", color="C0", markersize=5)
             axis.set_yticks(range(len(order)), order)
             axis.set_xscale("log")
+            axis.xaxis.set_minor_formatter(ticker.NullFormatter())
             axis.set_xlabel("loss above the source's, nats per token (log scale)")
             axis.set_title(f"{model}: {setting} of the experts dropped")
-            axis.legend(loc="lower right")
+            axis.legend(loc="lower left")
     figure.savefig(path, dpi=110, metadata={"Software": None})
