@@ -20,7 +20,7 @@ from moe2edge.errors import InputError
 from moe2edge.model import Block, Model, MoELayer
 from moe2edge.pipeline import Facts
 from moe2edge.quality import Sums
-from moe2edge.subsets import Evidence, Gatherer
+from moe2edge.subsets import Advance, Evidence, Gatherer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from moe2edge.walk import Seen
 
 Counts = tuple[int, ...]
-Advance = Callable[[int, int], None]
 
 GOLDEN = (math.sqrt(5) - 1) / 2
 # Resamples of a bootstrap interval, and what it covers.
@@ -183,12 +182,16 @@ def interval(differences: Sequence[float], seed: int) -> Interval:
     return Interval(float(values.mean()), low, high, len(values))
 
 
+def differences(
+    mine: Sequence[Sums], theirs: Sequence[Sums], seed: int
+) -> tuple[Interval, Interval]:
+    """Loss and KL of ``mine`` less those of ``theirs``, paired by sample, nats per token."""
+    pairs = list(zip(mine, theirs, strict=True))
+    loss = interval([(a.nll - b.nll) / a.tokens for a, b in pairs], seed)
+    return loss, interval([(a.kl - b.kl) / a.tokens for a, b in pairs], seed)
+
+
 # ---- rankings and reconstruction errors --------------------------------------------------------
-
-
-def ranking(scores: Sequence[float]) -> tuple[int, ...]:
-    """Positions by falling score; of equal scores the lower position first."""
-    return tuple(sorted(range(len(scores)), key=lambda j: (-scores[j], j)))
 
 
 def prefix_errors(
@@ -267,7 +270,8 @@ class Ranker:
     def ranking(self, block: Block) -> tuple[int, ...]:
         """Positions of the experts of a block that was seen, the best first."""
         facts = Facts({kind: observer.fact() for kind, observer in self._observers.items()})
-        return ranking(criteria.scores(self._criterion, block, facts, self._seed))
+        scores = criteria.scores(self._criterion, block, facts, self._seed)
+        return criteria.ranking(scores)
 
     def fact(self) -> Mapping[int, list[float]]:
         """The errors."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from moe2edge.errors import Moe2EdgeError
@@ -63,3 +63,8 @@ def scores(criterion: Criterion, block: Block, facts: Facts, seed: int = 0) -> l
         found, experts = of_outputs(outputs), outputs.experts
     by_origin = dict(zip(experts, found.tolist(), strict=True))
     return [by_origin[origin] for origin in block.expert_origins]
+
+
+def ranking(scores: Sequence[float]) -> tuple[int, ...]:
+    """Positions by falling score; of equal scores the lower position first."""
+    return tuple(sorted(range(len(scores)), key=lambda j: (-scores[j], j)))

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from moe2edge.amounts import check_amount, check_choice, number
+from moe2edge.amounts import DropAlike
 from moe2edge.errors import InputError
 from moe2edge.model import Block, Model
-from moe2edge.pipeline import Facts, Kind, Outcome, Trim
+from moe2edge.pipeline import Facts, Kind, Outcome
 
 if TYPE_CHECKING:
     from moe2edge.similarity import BlockSimilarityKind
 
 
-class BlockDrop(Trim):
+class BlockDrop(DropAlike):
     """Drop the blocks whose input and output are most alike (Block Drop).
 
     The score of a block, or of a run of blocks, is the mean cosine over calibration tokens of what
@@ -23,21 +23,8 @@ class BlockDrop(Trim):
     model as it stood when the stage began, and those that stay are renumbered.
     """
 
-    drop: Annotated[
-        int | float | None,
-        Field(description="blocks to drop: a count, or a fraction of the source's, rounded down"),
-    ] = None
-    threshold: Annotated[
-        float | None,
-        Field(ge=-1, le=1, description="instead of drop: the cosine from which blocks are dropped"),
-    ] = None
-    most: Annotated[
-        int | float | None,
-        Field(
-            description="with threshold, at most so many: a count or a fraction; none: a quarter, "
-            "and one at least"
-        ),
-    ] = None
+    unit: ClassVar[str] = "block"
+
     consecutive: Annotated[
         bool,
         Field(
@@ -46,51 +33,28 @@ class BlockDrop(Trim):
         ),
     ] = False
 
-    @field_validator("drop", "most", mode="before")
-    @classmethod
-    def _amount(cls, value: object) -> object:
-        return check_amount(value)
+    def whole(self, model: Model) -> int:
+        """All blocks."""
+        return len(model.blocks)
 
     def check(self, model: Model) -> None:
         """Refuse to drop no block, all blocks, or all that have experts."""
-        check_choice("block_drop", self.drop, self.threshold, self.most)
-        blocks, count = len(model.blocks), self._most
-        option = "drop" if self.threshold is None else "most"
-        if not 1 <= count < blocks:
+        super().check(model)
+        if self.limit >= len(model.moe_blocks):
             raise InputError(
-                f"block_drop: {option} is {count} of {blocks} blocks; at least 1 and at most "
-                f"{blocks - 1}"
-            )
-        if count >= len(model.moe_blocks):
-            raise InputError(
-                f"block_drop: {option} is {count}, which could remove all "
+                f"block_drop: {self.option} is {self.limit}, which could remove all "
                 f"{len(model.moe_blocks)} MoE layers"
             )
 
-    @property
-    def _most(self) -> float:
-        """As many as may go: a count, once it is `resolved`."""
-        limit = self.most if self.drop is None else self.drop
-        return 1 if limit is None else limit
-
-    def resolved(self, model: Model) -> Self:
-        """With counts in place of fractions of the source."""
-        whole = len(model.blocks)
-        if self.drop is not None:
-            return self.model_copy(update={"drop": number(self.drop, whole)})
-        most = max(1, whole // 4) if self.most is None else number(self.most, whole)
-        return self.model_copy(update={"most": most})
-
     def plan(self, model: Model) -> Model:
-        """The model without its last blocks: as many as will go, or one by threshold."""
-        count = int(self._most) if self.threshold is None else 1
-        return model.keep_blocks(range(len(model.blocks) - count))
+        """The model without its last blocks."""
+        return model.keep_blocks(range(len(model.blocks) - self.planned))
 
     @property
     def _kinds(self) -> tuple[BlockSimilarityKind]:
         from moe2edge.similarity import BlockSimilarityKind
 
-        return (BlockSimilarityKind(int(self._most) if self.consecutive else 1),)
+        return (BlockSimilarityKind(int(self.limit) if self.consecutive else 1),)
 
     def observers(self) -> tuple[Kind, ...]:
         """Similarities of block inputs and outputs."""
@@ -108,13 +72,10 @@ class BlockDrop(Trim):
             )
         order = sorted(runs, key=lambda run: (-len(run), -cosine[_origins(run)], -run[0].index))
         if self.threshold is not None:
-            limit = self.threshold
-            order = [run for run in order if cosine[_origins(run)] >= limit]
+            order = [run for run in order if cosine[_origins(run)] >= self.threshold]
             if not order:
-                highest = max(cosine[_origins(run)] for run in runs)
-                reason = f"the highest cosine is {highest:.4f}, below the threshold {limit}"
-                return Outcome(model, skipped={"every block": reason})
-        gone = order[: 1 if self.consecutive else int(self._most)]
+                return self.none_reaches(model, max(cosine[_origins(run)] for run in runs))
+        gone = order[: 1 if self.consecutive else int(self.limit)]
         gone.sort(key=lambda run: run[0].index)
         dropped = {block.index for run in gone for block in run}
         return Outcome(
@@ -129,7 +90,7 @@ class BlockDrop(Trim):
     def _runs(self, model: Model) -> list[tuple[Block, ...]]:
         """What may go: single blocks, or runs of the wanted length; with threshold of any."""
         blocks, count = model.blocks, len(model.blocks)
-        longest = int(self._most) if self.consecutive else 1
+        longest = int(self.limit) if self.consecutive else 1
         shortest = 1 if self.drop is None else longest
         return [
             blocks[at : at + length]

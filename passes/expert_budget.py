@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from moe2edge.amounts import check_amount
+from moe2edge import amounts
 from moe2edge.criteria import Criterion
 from moe2edge.errors import InputError
 from moe2edge.model import Model
@@ -99,15 +98,13 @@ class ExpertBudget(Search):
     @field_validator("keep", mode="before")
     @classmethod
     def _amount(cls, value: object) -> object:
-        return check_amount(value)
+        return amounts.check_amount(value)
 
     # ---- shapes --------------------------------------------------------------------------------
 
     def uniform(self, model: Model) -> Counts:
         """Experts per MoE layer if each keeps the same part."""
-        if isinstance(self.keep, int):
-            return (self.keep,) * len(model.moe_blocks)
-        return tuple(math.ceil(self.keep * n - 1e-9) for n in model.expert_counts)
+        return tuple(amounts.kept(self.keep, experts) for experts in model.expert_counts)
 
     def floors(self, model: Model) -> Counts:
         """Experts that each MoE layer keeps at least."""
@@ -151,12 +148,11 @@ class ExpertBudget(Search):
 
     def plan(self, model: Model) -> Model:
         """As uneven as it may become: floors, and the first layers take what they leave."""
-        left = sum(self.uniform(model)) - sum(self.floors(model))
-        for (block, layer), floor in zip(model.moe_blocks, self.floors(model), strict=True):
-            more = min(left, len(layer.experts) - floor)
-            left -= more
-            if floor + more < len(layer.experts):
-                first = range(floor + more)
+        total = sum(self.uniform(model))
+        counts = amounts.as_uneven_as_may_be(self.floors(model), model.expert_counts, total)
+        for (block, layer), count in zip(model.moe_blocks, counts, strict=True):
+            if count < len(layer.experts):
+                first = range(count)
                 model = model.replace_block(block.keep_experts(first, clamp_top_k=self.clamp_top_k))
         return model
 
@@ -322,12 +318,10 @@ class ExpertBudget(Search):
         """The difference to uniform on held-out samples, with intervals."""
         from moe2edge import budgets
 
-        pairs = list(zip(mine, even, strict=True))
-        kl = budgets.interval([(a.kl - b.kl) / a.tokens for a, b in pairs], self.seed)
-        loss = budgets.interval([(a.nll - b.nll) / a.tokens for a, b in pairs], self.seed)
+        loss, kl = budgets.differences(mine, even, self.seed)
         return (
-            f"held out: taken minus uniform, nats per token, over {len(pairs)} calibration samples "
-            f"that nothing was chosen by: loss {loss}, KL {kl}"
+            f"held out: taken minus uniform, nats per token, over {loss.samples} calibration "
+            f"samples that nothing was chosen by: loss {loss}, KL {kl}"
         )
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
+from moe2edge import amounts, criteria
 from moe2edge.criteria import Criterion
 from moe2edge.errors import InputError
 from moe2edge.model import Model
@@ -80,9 +81,7 @@ class ExpertDrop(Trim):
         """
         if isinstance(self.keep, list):
             return self.keep[position]
-        if isinstance(self.keep, int):
-            return self.keep
-        return math.ceil(self.keep * experts - 1e-9)
+        return amounts.kept(self.keep, experts)
 
     def _counts(self, model: Model) -> dict[int, int]:
         """Experts that stay under scope layer, by block."""
@@ -148,18 +147,13 @@ class ExpertDrop(Trim):
         """Each layer with its first experts; with scope global, as uneven as it may become."""
         counts = self._counts(model)
         if self.scope == "global":
-            left = sum(counts.values())
-            counts = self._floors(model)
-            left -= sum(counts.values())
-            for block, layer in model.moe_blocks:
-                more = min(left, len(layer.experts) - counts[block.index])
-                counts[block.index] += more
-                left -= more
+            floors, full = list(self._floors(model).values()), model.expert_counts
+            planned = amounts.as_uneven_as_may_be(floors, full, sum(counts.values()))
+            counts = dict(zip(counts, planned, strict=True))
         return self._kept(model, {index: list(range(n)) for index, n in counts.items()})
 
     def observers(self) -> tuple[Kind, ...]:
         """What the criterion and the guard need to know."""
-        from moe2edge import criteria
         from moe2edge.saliency import OutputObserver
 
         kinds = criteria.observers(self.criterion)
@@ -169,8 +163,6 @@ class ExpertDrop(Trim):
 
     def apply(self, model: Model, facts: Facts) -> Outcome:
         """Keep the best experts; ties go to the lower index, and to the earlier block."""
-        from moe2edge import criteria
-
         sign = -1 if self.reverse else 1
         scores = {
             block.index: [
@@ -202,7 +194,7 @@ class ExpertDrop(Trim):
         """The best of each layer; with scope global each layer's floor, then the best of all."""
         counts = self._counts(model)
         sure = counts if self.scope == "layer" else self._floors(model)
-        ids = {index: _best(row, sure[index]) for index, row in scores.items()}
+        ids = {index: sorted(criteria.ranking(row)[: sure[index]]) for index, row in scores.items()}
         left = sum(counts.values()) - sum(sure.values())
         others = [
             (-score, index, expert)
@@ -221,12 +213,6 @@ class ExpertDrop(Trim):
                 kept = block.keep_experts(chosen, clamp_top_k=self.clamp_top_k)
                 model = model.replace_block(kept)
         return model
-
-
-def _best(scores: list[float], count: int) -> list[int]:
-    """Positions of the ``count`` highest scores, in order."""
-    order = sorted(range(len(scores)), key=lambda j: (-scores[j], j))
-    return sorted(order[:count])
 
 
 def _super_experts(model: Model, facts: Facts) -> list[tuple[int, int]]:

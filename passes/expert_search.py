@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, field_validator
 
+from moe2edge.amounts import check_amount, kept
 from moe2edge.errors import InputError
 from moe2edge.model import Block, Model, MoELayer
 from moe2edge.pipeline import Lab, Outcome, Search
@@ -68,8 +69,6 @@ class ExpertSearch(Search):
     @field_validator("keep", mode="before")
     @classmethod
     def _amount(cls, value: object) -> object:
-        from moe2edge.amounts import check_amount
-
         return check_amount(value)
 
     def count(self, experts: int) -> int:
@@ -78,7 +77,7 @@ class ExpertSearch(Search):
         >>> ExpertSearch(keep=0.75).count(6), ExpertSearch(keep=4).count(6)
         (5, 4)
         """
-        return self.keep if isinstance(self.keep, int) else math.ceil(self.keep * experts - 1e-9)
+        return kept(self.keep, experts)
 
     def is_exhaustive(self, experts: int) -> bool:
         """Whether every set of so many experts is tried; otherwise a beam goes through them."""

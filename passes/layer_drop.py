@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from moe2edge.amounts import check_amount, check_choice, number
-from moe2edge.errors import InputError
+from moe2edge.amounts import DropAlike
 from moe2edge.model import Model
-from moe2edge.pipeline import Facts, Kind, Outcome, Trim
+from moe2edge.pipeline import Facts, Kind, Outcome
 
 if TYPE_CHECKING:
     from moe2edge.model import Block
 
 
-class LayerDrop(Trim):
+class LayerDrop(DropAlike):
     """Drop the MoE layers whose input and output are most alike (Layer Drop).
 
     Layers are scored once, on the model as it stood when the stage began
@@ -23,23 +22,8 @@ class LayerDrop(Trim):
     layers are never dropped, a shared expert goes with its layer, and one MoE layer stays.
     """
 
-    drop: Annotated[
-        int | float | None,
-        Field(
-            description="MoE layers to drop: a count, or a fraction of the source's, rounded down"
-        ),
-    ] = None
-    threshold: Annotated[
-        float | None,
-        Field(ge=-1, le=1, description="instead of drop: the cosine from which a layer is dropped"),
-    ] = None
-    most: Annotated[
-        int | float | None,
-        Field(
-            description="with threshold, at most so many: a count or a fraction; none: a quarter, "
-            "and one at least"
-        ),
-    ] = None
+    unit: ClassVar[str] = "MoE layer"
+
     norm: Annotated[
         bool,
         Field(
@@ -48,39 +32,13 @@ class LayerDrop(Trim):
         ),
     ] = True
 
-    @field_validator("drop", "most", mode="before")
-    @classmethod
-    def _amount(cls, value: object) -> object:
-        return check_amount(value)
-
-    def check(self, model: Model) -> None:
-        """Refuse to drop no layer, or all."""
-        check_choice("layer_drop", self.drop, self.threshold, self.most)
-        layers, count = len(model.moe_blocks), self._most
-        if not 1 <= count < layers:
-            raise InputError(
-                f"layer_drop: {'drop' if self.threshold is None else 'most'} is {count} of "
-                f"{layers} MoE layers; at least 1 and at most {layers - 1}"
-            )
-
-    @property
-    def _most(self) -> float:
-        """As many as may go: a count, once it is `resolved`."""
-        limit = self.most if self.drop is None else self.drop
-        return 1 if limit is None else limit
-
-    def resolved(self, model: Model) -> Self:
-        """With counts in place of fractions of the source."""
-        whole = len(model.moe_blocks)
-        if self.drop is not None:
-            return self.model_copy(update={"drop": number(self.drop, whole)})
-        most = max(1, whole // 4) if self.most is None else number(self.most, whole)
-        return self.model_copy(update={"most": most})
+    def whole(self, model: Model) -> int:
+        """MoE layers, of which one stays."""
+        return len(model.moe_blocks)
 
     def plan(self, model: Model) -> Model:
-        """The model without its last MoE layers: as many as may go, or one by threshold."""
-        count = int(self._most) if self.threshold is None else 1
-        return self._without(model, [block for block, _ in model.moe_blocks[-count:]])
+        """The model without its last MoE layers."""
+        return self._without(model, [block for block, _ in model.moe_blocks[-self.planned :]])
 
     def _without(self, model: Model, blocks: list[Block]) -> Model:
         for block in blocks:
@@ -102,14 +60,11 @@ class LayerDrop(Trim):
         cosine = {origin: value for (origin,), value in by_run.items()}
         layers = [block for block, _ in model.moe_blocks]
         order = sorted(layers, key=lambda b: (-cosine[b.origin], -b.index))
-        gone = order[: int(self._most)]
+        gone = order[: int(self.limit)]
         if self.threshold is not None:
-            limit = self.threshold
-            gone = [block for block in gone if cosine[block.origin] >= limit]
+            gone = [block for block in gone if cosine[block.origin] >= self.threshold]
             if not gone:
-                highest = cosine[order[0].origin]
-                reason = f"the highest cosine is {highest:.4f}, below the threshold {limit}"
-                return Outcome(model, skipped={"every MoE layer": reason})
+                return self.none_reaches(model, cosine[order[0].origin])
         gone.sort(key=lambda b: b.index)
         return Outcome(
             self._without(model, gone),

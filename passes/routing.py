@@ -78,8 +78,7 @@ class Routing(Search):
             InputError: there are too few calibration samples to hold some out.
             DoesNotFit: the machine lacks the memory.
         """
-        from moe2edge import walk
-        from moe2edge.budgets import interval
+        from moe2edge import budgets, walk
 
         held_out = self._held_out(len(lab.tokens))
         self._state_cost(lab)
@@ -90,12 +89,11 @@ class Routing(Search):
         if not fitter.changed:
             return Outcome(lab.model, notes=(*notes, "no router was changed: none got better"))
         before, after = self._compare(lab, fitted, lab.tokens[held_out])
-        pairs = zip(before, after, strict=True)
-        fall = interval([b.nll / b.tokens - a.nll / a.tokens for b, a in pairs], 0)
-        kl = [sum(s.kl for s in of) / sum(s.tokens for s in of) for of in (before, after)]
+        fall, _ = budgets.differences(before, after, seed=0)
         said = (
             f"{fall.samples} held-out calibration samples: loss {fall.mean:.4f} lower (95 % "
-            f"{fall.low:.4f} to {fall.high:.4f}), KL {kl[0]:.5f} to {kl[1]:.5f}"
+            f"{fall.low:.4f} to {fall.high:.4f}), KL {budgets.mean_kl(before):.5f} to "
+            f"{budgets.mean_kl(after):.5f}"
         )
         if fall.low <= 0:
             reason = f"left alone, the loss does not fall measurably: {said}"
