@@ -34,6 +34,8 @@ COMPANIONS = (
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
     "generation_config.json", "LICENSE", "LICENSE.txt",
 )  # fmt: skip
+# Floating-point dtypes as safetensors and as torch spell them.
+DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 SHARD_BYTES = 4 << 30
 
@@ -312,9 +314,8 @@ def write_json(path: Path, data: object) -> None:
 
 # ---- writing ----------------------------------------------------------------------------------
 
-_SPELLING = {
-    "torch.bfloat16": "BF16", "torch.float16": "F16", "torch.float32": "F32",
-    "torch.float64": "F64", "torch.int32": "I32", "torch.uint8": "U8", "torch.int64": "I64",
+_SPELLING = {f"torch.{name}": spelling for spelling, name in DTYPES.items()} | {
+    "torch.int32": "I32", "torch.uint8": "U8", "torch.int64": "I64",
 }  # fmt: skip
 
 
@@ -322,8 +323,7 @@ def as_stored(tensor: Tensor, dtype: str) -> Tensor:
     """``tensor`` in a dtype as safetensors spells it."""
     import torch
 
-    spelled = {spelling: name for name, spelling in _SPELLING.items()}
-    return tensor.to(getattr(torch, spelled[dtype].removeprefix("torch.")))
+    return tensor.to(getattr(torch, DTYPES[dtype]))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, Literal, Self
@@ -18,13 +17,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from moe2edge.checkpoint import read_json, write_json
 from moe2edge.errors import InputError
-from moe2edge.model import SECOND_NORM, Always, Block, Dense, Model, MoELayer
+from moe2edge.model import Block, Model, MoELayer
+from moe2edge.per_layer import Form, form_of
 
 KIND: Final = "moe2edge.decisions"
 SCHEMA_VERSION: Final = 1
 
-# What follows attention; as in `moe2edge.per_layer`, and "moe" for an MoE layer.
-Form = Literal["moe", "dense", "none", "norm", "shared", "dense+shared"]
+# Routed experts that stay where nothing routes.
 EXPERTS = {"dense": 1, "dense+shared": 1, "none": 0, "norm": 0, "shared": 0}
 
 
@@ -179,21 +178,11 @@ def _describe(block: Block, before: int) -> BlockDecision:
     return BlockDecision(
         origin=block.origin,
         experts_before=before,
-        mlp=_form(block),
+        mlp=form_of(block),
         experts=block.expert_origins,
         top_k=router.top_k if router else None,
         skip_below=router.skip_below if router else (),
     )
-
-
-def _form(block: Block) -> Form:
-    if isinstance(block.mlp, MoELayer):
-        return "moe"
-    if isinstance(block.mlp, Dense):
-        return "dense"
-    if isinstance(block.mlp, Always):
-        return "shared" if block.mlp.expert is None else "dense+shared"
-    return "norm" if SECOND_NORM in block.norms else "none"
 
 
 def apply(decisions: Decisions, model: Model) -> Model:
@@ -328,19 +317,10 @@ def _is_ours(path: Path) -> bool:
 
 def write(decisions: Decisions, path: Path) -> None:
     """Write the document; what was there stays until the new one is complete."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    partial = Path(name)
+    # A name of this process alone: a user's file beside it may be called anything else.
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         write_json(partial, decisions.to_json())
-        # mkstemp's files are for their owner alone.
-        partial.chmod(0o666 & ~_umask())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    now = os.umask(0)
-    os.umask(now)
-    return now

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe2edge import per_layer
 from moe2edge.artifact import is_artifact, open_artifact
-from moe2edge.checkpoint import Checkpoint, header, open_checkpoint, read_tensor
+from moe2edge.checkpoint import DTYPES, Checkpoint, header, open_checkpoint, read_tensor
 from moe2edge.errors import InputError, Unsupported, VerificationFailed
 from moe2edge.families import family_of
 from moe2edge.model import DTYPE_BYTES, Model, Weight, is_quantizable
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from moe2edge.rounding import Quantized
 
 Header = tuple[tuple[int, ...], str]
-DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 GPTQ_PARTS = ("qweight", "qzeros", "scales", "g_idx")
 # What a GPTQ checkpoint must say of itself; anything else would be read as other numbers.
 GPTQ_V1 = {"quant_method": "gptq", "bits": 4, "sym": True, "desc_act": False, "lm_head": False}

@@ -43,8 +43,13 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The MLP of ``x`` [..., hidden]."""
-        out: Tensor = self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
-        return out
+        return _gated(self, x)
+
+
+def _gated(mlp: Any, x: Tensor) -> Tensor:
+    """By the three matrices that a module holds."""
+    out: Tensor = mlp.down_proj(nn.functional.silu(mlp.gate_proj(x)) * mlp.up_proj(x))
+    return out
 
 
 class AlwaysOn(nn.Module):
@@ -66,8 +71,7 @@ class AlwaysOn(nn.Module):
         """The sum for ``x`` [..., hidden]."""
         out: Tensor = torch.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
         if hasattr(self, "gate_proj"):
-            inner = nn.functional.silu(self.gate_proj(x)) * self.up_proj(x)
-            out = out + self.down_proj(inner)
+            out = out + _gated(self, x)
         return out
 
 

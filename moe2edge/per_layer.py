@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from moe2edge.errors import Unsupported
 from moe2edge.model import SECOND_NORM, Always, Block, Dense, Model, MoELayer, Weight
@@ -19,6 +19,8 @@ from moe2edge.model import SECOND_NORM, Always, Block, Dense, Model, MoELayer, W
 OWN = "moe2edge"
 TOP_K = "num_experts_per_tok"
 
+# What follows attention; "norm" is the norm alone, whose output is added to the stream.
+Form = Literal["moe", "dense", "none", "norm", "shared", "dense+shared"]
 Take = Callable[[str, tuple[int, ...]], Weight]
 
 
@@ -79,11 +81,18 @@ def _form(block: Block) -> dict[str, Any]:
     """What transformers' class cannot hold of a block."""
     if isinstance(block.mlp, MoELayer):
         return {"skip_below": list(block.mlp.router.skip_below)}
-    if block.mlp is None:
-        return {"mlp": "norm" if SECOND_NORM in block.norms else "none"}
+    return {"mlp": form_of(block)}
+
+
+def form_of(block: Block) -> Form:
+    """What follows attention."""
+    if isinstance(block.mlp, MoELayer):
+        return "moe"
     if isinstance(block.mlp, Dense):
-        return {"mlp": "dense"}
-    return {"mlp": "shared" if block.mlp.expert is None else "dense+shared"}
+        return "dense"
+    if isinstance(block.mlp, Always):
+        return "shared" if block.mlp.expert is None else "dense+shared"
+    return "norm" if SECOND_NORM in block.norms else "none"
 
 
 # ---- reading -----------------------------------------------------------------------------------

@@ -138,15 +138,15 @@ class MarginObserver:
         if not isinstance(layer, MoELayer) or routing is None:
             return
         top_k, below = layer.router.top_k, layer.router.skip_below
-        best = routing.logits.topk(min(top_k + 1, len(layer.experts))).values
-        margins = best[:, :-1] - best[:, 1:]
-        margins = margins[:, top_k - 1 : top_k]  # empty where all are chosen
+        first = routing.logits.view(*seen.inputs.shape[:2], -1)[:, : self._length]
+        best = first.topk(min(top_k + 1, len(layer.experts))).values
+        margins = best[..., top_k - 1 : top_k] - best[..., top_k:]  # empty where all are chosen
         if below:
-            ratios = (best[:, 1:top_k] - best[:, :1]).exp()
-            margins = torch.cat([margins, (ratios - torch.tensor(below)).abs()], dim=1)
-        if margins.shape[1]:
-            each = margins.min(1).values.view(seen.inputs.shape[:2])[:, : self._length]
-            self._least.setdefault(seen.block.index, []).append(each.min(1).values)
+            ratios = (best[..., 1:top_k] - best[..., :1]).exp()
+            margins = torch.cat([margins, (ratios - torch.tensor(below)).abs()], dim=-1)
+        if margins.shape[-1]:
+            least = margins.flatten(1).min(1).values
+            self._least.setdefault(seen.block.index, []).append(least)
 
     def fact(self) -> Tensor | None:
         """Least margin of each sample, float32; None if nothing is ever chosen."""

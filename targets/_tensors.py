@@ -7,8 +7,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from moe2edge.checkpoint import Planned
-from moe2edge.loading import DTYPES
+from moe2edge.checkpoint import DTYPES, Planned
 from moe2edge.model import Model, MoELayer, Weight
 from moe2edge.scheme import Scheme
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from moe2edge import per_layer
 from moe2edge.checkpoint import (
+    DTYPES,
     Planned,
     header,
     open_checkpoint,
@@ -17,7 +18,7 @@ from moe2edge.checkpoint import (
     write_json,
 )
 from moe2edge.errors import Unsupported, VerificationFailed
-from moe2edge.loading import DTYPES, load
+from moe2edge.loading import load
 from moe2edge.model import Model
 from moe2edge.target import Loader, Runtime, Target
 from moe2edge.targets import _layouts

@@ -89,13 +89,11 @@ class Onnx(Target):
             Unsupported: as `accepts`.
         """
         from moe2edge.targets._onnx_decoder import decoder
-        from moe2edge.targets._onnx_storage import DATA_FILE, GRAPH_FILE, POSITIONS, write
+        from moe2edge.targets._onnx_storage import DATA_FILE, GRAPH_FILE, write
 
         self.accepts(model)
         graph = decoder(model, self.accuracy_level)
-        positions = model.family.geometry(model.config).max_positions
-        stored = write(graph.batches, folder / DATA_FILE)
-        proto = graph.proto(stored, {POSITIONS: str(positions)})
+        proto = graph.proto(write(graph.batches, folder / DATA_FILE), _metadata(model))
         (folder / GRAPH_FILE).write_bytes(proto.SerializeToString(deterministic=True))
         config = model.family.config_of(model)
         write_json(folder / "config.json", config)
@@ -129,13 +127,12 @@ class Onnx(Target):
         from moe2edge import skipping
         from moe2edge.targets._onnx_decoder import decoder
         from moe2edge.targets._onnx_runtime import open_runtime
-        from moe2edge.targets._onnx_storage import POSITIONS, load_graph
+        from moe2edge.targets._onnx_storage import load_graph
 
         graph = decoder(skipping.removed(model), self.accuracy_level)
         protos = {proto.name: proto for proto in load_graph(folder).graph.initializer}
         stored = [protos[slot.name] for batch in graph.batches for slot in batch.slots]
-        positions = model.family.geometry(model.config).max_positions
-        proto = graph.proto(stored, {POSITIONS: str(positions)})
+        proto = graph.proto(stored, _metadata(model))
         return open_runtime(folder, graph=proto.SerializeToString())
 
     def loaders(self, model: Model) -> tuple[Loader, ...]:
@@ -145,6 +142,13 @@ class Onnx(Target):
             Loader("onnxruntime-genai", "yes", "0.18, run on a CPU: benchmarks/genai_reader"),
             Loader("onnxruntime, CUDA", "no", "QMoE takes 16-bit activations there"),
         )
+
+
+def _metadata(model: Model) -> dict[str, str]:
+    """What the runtime reads from the graph file besides the graph."""
+    from moe2edge.targets._onnx_storage import POSITIONS
+
+    return {POSITIONS: str(model.family.geometry(model.config).max_positions)}
 
 
 def _accept_layer(block: Block, layer: MoELayer) -> None:
