@@ -1,12 +1,18 @@
-"""Tiny random checkpoints of every family, made with transformers; for tests, also of plug-ins."""
+"""Tiny random checkpoints of every family, and what tests do with models; also for plug-ins."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moe2edge.families import FAMILIES
+from moe2edge.model import Model, Weight
+from moe2edge.scheme import Scheme
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # make(family, **config changes) -> folder
 Make = Callable[..., Path]
@@ -79,3 +85,48 @@ def make_tokenizer(folder: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
     wrapped.save_pretrained(folder)
+
+
+def quantize(model: Model, scheme: Scheme, choose: Callable[[str], bool] = lambda _: True) -> Model:
+    """``model`` with every tensor rounded to nearest that slimming selects.
+
+    Args:
+        model: unquantized.
+        scheme: of the numbers.
+        choose: says by its role whether a selected tensor is taken.
+    """
+    from moe2edge.pipeline import selected
+    from moe2edge.rounding import round_to_nearest
+
+    def rounded(weight: Weight) -> Weight:
+        numbers = round_to_nearest(weight.load(), scheme)
+        return replace(
+            weight, load=numbers.dequantize, scheme=scheme, load_quantized=lambda: numbers
+        )
+
+    for block in model.blocks:
+        new = {role: rounded(weight) for role, weight in selected(block) if choose(role)}
+        model = model.replace_block(block.with_weights(new))
+    return model
+
+
+def assert_cache_changes_nothing(model: Any, ids: Tensor) -> None:
+    """Greedy texts of a transformers model with a cache equal those without.
+
+    Args:
+        model: for generation.
+        ids: two prompts, int64 [2, length]; the first is padded on the left in place of 7 tokens.
+    """
+    import torch
+
+    ids, mask = ids.clone(), torch.ones_like(ids)
+    ids[0, :7] = mask[0, :7] = 0
+    greedy = {
+        "attention_mask": mask,
+        "max_new_tokens": 12,
+        "do_sample": False,
+        "eos_token_id": None,
+    }
+    cached = model.generate(ids, use_cache=True, **greedy)
+    assert cached.shape == (2, ids.shape[1] + 12)
+    assert torch.equal(cached, model.generate(ids, use_cache=False, **greedy))

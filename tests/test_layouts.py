@@ -28,12 +28,11 @@ from moe2edge.errors import InputError, Unsupported
 from moe2edge.families import FAMILIES
 from moe2edge.loading import load
 from moe2edge.model import SECOND_NORM, Dense, Model, MoELayer, Weight
-from moe2edge.pipeline import selected
 from moe2edge.rounding import Quantized, round_to_nearest
 from moe2edge.scheme import Scheme
 from moe2edge.targets.gptq import Gptq
 from moe2edge.targets.hf import Hf
-from moe2edge.testing import Make
+from moe2edge.testing import Make, assert_cache_changes_nothing, quantize
 
 SCHEME = Scheme(group_size=32)
 IDS = torch.randint(1, 96, (2, 24), generator=torch.Generator().manual_seed(3))
@@ -85,18 +84,6 @@ def theirs(folder: Path, cut: Cut, *, int4: bool = False) -> Any:
     return model
 
 
-def rounded(weight: Weight) -> Weight:
-    numbers = round_to_nearest(weight.load(), SCHEME)
-    return replace(weight, load=numbers.dequantize, scheme=SCHEME, load_quantized=lambda: numbers)
-
-
-def quantize(model: Model) -> Model:
-    for block in model.blocks:
-        new = {role: rounded(weight) for role, weight in selected(block)}
-        model = model.replace_block(block.with_weights(new))
-    return model
-
-
 @torch.no_grad()
 def logits(model: Any, ids: Tensor = IDS) -> Tensor:
     out: Tensor = model(ids, use_cache=False).logits
@@ -106,21 +93,6 @@ def logits(model: Any, ids: Tensor = IDS) -> Tensor:
 def assert_close(found: Tensor, expected: Tensor) -> None:
     """Within 1e-5, relative to the largest."""
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
-
-
-def assert_cache_changes_nothing(model: Any) -> None:
-    """Greedy texts, one padded on the left."""
-    ids, mask = IDS.clone(), torch.ones_like(IDS)
-    ids[0, :7] = mask[0, :7] = 0
-    greedy = {
-        "attention_mask": mask,
-        "max_new_tokens": 12,
-        "do_sample": False,
-        "eos_token_id": None,
-    }
-    cached = model.generate(ids, use_cache=True, **greedy)
-    assert cached.shape == (2, 36)
-    assert torch.equal(cached, model.generate(ids, use_cache=False, **greedy))
 
 
 def written(target: Hf | Gptq, model: Model, folder: Path) -> Path:
@@ -179,7 +151,7 @@ def assert_stock_reads(folder: Path, want: Any) -> None:
     )
     assert not any(info.values()), info
     assert_close(logits(loaded), logits(want))
-    assert_cache_changes_nothing(loaded)
+    assert_cache_changes_nothing(loaded, IDS)
     assert_close(logits(load(folder, dtype=torch.float32)), logits(want))
     runtime = Hf().reopen(folder, exact=True)
     steps = [runtime.start(IDS[1, :9].tolist())]
@@ -237,14 +209,14 @@ def test_gptq_mlp_only(
 ) -> None:
     changes = {**changes, **({"intermediate_size": 32} if "intermediate_size" in changes else {})}
     source = tiny(family, **changes)
-    model = quantize(ours(open_checkpoint(str(source)).model, cut))
+    model = quantize(ours(open_checkpoint(str(source)).model, cut), SCHEME)
     written(Gptq(layout="mlp-only"), model, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert "per_layer_config" not in config
     want = theirs(source, cut, int4=True)
     loaded = load(tmp_path, dtype=torch.float32)
     assert_close(logits(loaded), logits(want))
-    assert_cache_changes_nothing(loaded)
+    assert_cache_changes_nothing(loaded, IDS)
 
 
 MIXTRALS: list[dict[str, Any]] = [
@@ -294,60 +266,11 @@ def test_moe2edge_reads_natural(
     int4, source = isinstance(target, Gptq), tiny(family)
     changes = (DROPPED | ALONE)[cut]
     model = ours(open_checkpoint(str(source)).model, changes)
-    written(target, quantize(model) if int4 else model, tmp_path)
+    written(target, quantize(model, SCHEME) if int4 else model, tmp_path)
     want = theirs(source, changes, int4=int4)
     loaded = load(tmp_path, dtype=torch.float32)
     assert_close(logits(loaded), logits(want))
-    assert_cache_changes_nothing(loaded)
-
-
-# ---- slicing is masking ------------------------------------------------------------------------
-
-
-def in_float64(folder: Path, gone: Sequence[Sequence[int]], routed: list[Tensor]) -> Any:
-    """Stock transformers in float64; logits of the experts ``gone`` are minus infinity.
-
-    Only the router is not its own, because that one computes in float32 in any case.
-    """
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
-    model.set_experts_implementation("eager")  # the others have no float64
-    for layer, ids in zip(model.model.layers, gone, strict=True):
-        gate = layer.mlp.gate
-        renormalize = getattr(gate, "norm_topk_prob", True)  # Mixtral has no such switch
-
-        def forward(x: Tensor, gate: Any = gate, ids: Any = ids, r: Any = renormalize) -> Any:
-            scores = x.reshape(-1, gate.hidden_dim) @ gate.weight.T
-            scores[:, list(ids)] = -torch.inf
-            weights, chosen = scores.softmax(-1).topk(gate.top_k)
-            routed.append(chosen)
-            return scores, weights / weights.sum(-1, keepdim=True) if r else weights, chosen
-
-        gate.forward = forward
-    return model
-
-
-@pytest.mark.parametrize("top_k", [2, 3])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_slicing_equals_masking_with_minus_infinity(
-    family: str, top_k: int, tiny: Make, tmp_path: Path
-) -> None:
-    """What was written, against all experts with a mask; in float64, where nothing is a near tie.
-
-    In float32 the two are off by up to 1e-5, as sums depend on the number of experts.
-    """
-    kept = ((5, 0, 3, 2), (1, 3, 4, 5), (4, 2, 1, 0))
-    source = tiny(family, num_experts_per_tok=top_k)
-    model = ours(open_checkpoint(str(source)).model, Cut(dict(enumerate(kept))))
-    written(Hf(), model, tmp_path)
-    mine: list[Tensor] = []
-    found = logits(in_float64(tmp_path, ((), (), ()), mine))
-    wanted: list[Tensor] = []
-    gone = [[j for j in range(6) if j not in ids] for ids in kept]
-    expected = logits(in_float64(source, gone, wanted))
-    assert (found - expected).abs().max() < 1e-6
-    assert len(mine) == len(wanted) == 3
-    for ids, chosen, other in zip(kept, mine, wanted, strict=True):
-        assert torch.equal(torch.tensor(ids)[chosen], other)
+    assert_cache_changes_nothing(loaded, IDS)
 
 
 # ---- what is written for a layer that is gone --------------------------------------------------
@@ -380,7 +303,8 @@ def test_widths_and_numbers_of_plain_layers(tiny: Make) -> None:
 
 def test_integers_of_padded_layers(tiny: Make) -> None:
     source = tiny("qwen3_moe")
-    model = quantize(ours(open_checkpoint(str(source)).model, Cut({0: (EXPERT,), 2: ()})))
+    model = ours(open_checkpoint(str(source)).model, Cut({0: (EXPERT,), 2: ()}))
+    model = quantize(model, SCHEME)
     stored = Gptq(layout="mlp-only").stored(model)
     for index in (0, 2):
         for role, weight in stored.blocks[index].weights():
@@ -455,7 +379,7 @@ def test_what_a_layout_cannot_hold_is_refused(
     tmp_path: Path,
 ) -> None:
     model = change(open_checkpoint(str(tiny(family))).model)
-    for target, held in ((Hf(layout), model), (Gptq(layout), quantize(model))):
+    for target, held in ((Hf(layout), model), (Gptq(layout), quantize(model, SCHEME))):
         with pytest.raises(Unsupported, match=f"{message}.*{NATURAL}") as caught:
             target.accepts(held)
         assert f"layout {layout}" in str(caught.value)
@@ -464,7 +388,7 @@ def test_what_a_layout_cannot_hold_is_refused(
             target.write(held, tmp_path)
     assert not list(tmp_path.iterdir())
     Hf("natural").accepts(model)
-    Gptq("natural").accepts(quantize(model))
+    Gptq("natural").accepts(quantize(model, SCHEME))
 
 
 @pytest.mark.parametrize("target", [Hf, Gptq])
@@ -583,7 +507,7 @@ def test_programs_that_load_it(
     assert {name: loader.verdict for name, loader in found.items()} == dict(
         zip(PROGRAMS, verdicts, strict=True)
     )
-    packed = {loader.program: loader for loader in Gptq(layout).loaders(quantize(model))}
+    packed = {loader.program: loader for loader in Gptq(layout).loaders(quantize(model, SCHEME))}
     for name in ("vLLM", "SGLang"):
         assert packed[name].verdict == found[name].verdict
     assert packed["transformers"].verdict == "no"

@@ -18,13 +18,13 @@ from moe2edge.checkpoint import open_checkpoint
 from moe2edge.errors import InputError, Unsupported, VerificationFailed
 from moe2edge.families import FAMILIES
 from moe2edge.loading import load
-from moe2edge.model import Model, MoELayer, Weight, is_quantizable
+from moe2edge.model import Model, MoELayer
 from moe2edge.registry import target
-from moe2edge.rounding import Quantized, round_to_nearest
+from moe2edge.rounding import round_to_nearest
 from moe2edge.scheme import Scheme
 from moe2edge.targets.gptq import Gptq
 from moe2edge.targets.hf import Hf
-from moe2edge.testing import Make, make_checkpoint
+from moe2edge.testing import Make, assert_cache_changes_nothing, make_checkpoint, quantize
 
 SCHEME = Scheme(group_size=32)
 IDS = torch.randint(1, 96, (2, 20), generator=torch.Generator().manual_seed(5))
@@ -69,21 +69,6 @@ def cut_model(model: Model, cut: Cut) -> Model:
     return model.keep_blocks(cut.blocks)
 
 
-def quantize(model: Model, scheme: Scheme = SCHEME) -> Model:
-    """Every selected tensor rounded to nearest."""
-
-    def rounded(weight: Weight) -> Weight:
-        def make() -> Quantized:
-            return round_to_nearest(weight.load(), scheme)
-
-        return replace(weight, load=lambda: make().dequantize(), scheme=scheme, load_quantized=make)
-
-    for block in model.blocks:
-        new = {role: rounded(w) for role, w in block.weights() if is_quantizable(role)}
-        model = model.replace_block(block.with_weights(new))
-    return model
-
-
 def reference(folder: Path, cut: Cut, quantized: bool) -> Any:
     """The source in transformers' own classes with modules cut and numbers rounded in place."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -116,7 +101,7 @@ def export(name: str, model: Model, folder: Path) -> Path:
 
 def export_cut(name: str, source: Path, cut: Cut, folder: Path) -> Path:
     model = cut_model(open_checkpoint(str(source)).model, cut)
-    return export(name, quantize(model) if name == "gptq" else model, folder)
+    return export(name, quantize(model, SCHEME) if name == "gptq" else model, folder)
 
 
 @torch.no_grad()
@@ -185,17 +170,7 @@ def test_uneven_model_generates_with_a_cache(
 ) -> None:
     source = tiny(family, output_router_logits=logits_too)
     model = load(export_cut("gptq", source, UNEVEN, tmp_path / "out"))
-    ids, mask = IDS.clone(), torch.ones_like(IDS)
-    ids[0, :7] = mask[0, :7] = 0  # padded on the left
-    greedy = {
-        "attention_mask": mask,
-        "max_new_tokens": 12,
-        "do_sample": False,
-        "eos_token_id": None,
-    }
-    cached = model.generate(ids, use_cache=True, **greedy)
-    assert cached.shape == (2, 32)
-    assert torch.equal(cached, model.generate(ids, use_cache=False, **greedy))
+    assert_cache_changes_nothing(model, IDS)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -224,7 +199,7 @@ def test_stock_transformers_raises_on_uneven_layers(
 def test_stock_transformers_raises_on_uneven_top_k_alone(
     family: str, tiny: Make, tmp_path: Path
 ) -> None:
-    model = quantize(open_checkpoint(str(tiny(family))).model)
+    model = quantize(open_checkpoint(str(tiny(family))).model, SCHEME)
     block, layer = model.moe_blocks[1]
     one = replace(layer, router=replace(layer.router, top_k=1))
     model = model.replace_block(replace(block, mlp=one))

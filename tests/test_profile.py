@@ -25,8 +25,6 @@ from moe2edge.artifact import write_manifest
 from moe2edge.checkpoint import BUILTIN, open_checkpoint
 from moe2edge.cli import main
 from moe2edge.errors import InputError, Moe2EdgeError, Unsupported
-from moe2edge.model import Weight
-from moe2edge.pipeline import selected
 from moe2edge.profile import measure, memory
 from moe2edge.profile.child import Phases, answer
 from moe2edge.profile.measure import (
@@ -40,9 +38,8 @@ from moe2edge.profile.measure import (
 from moe2edge.profile.memory import Memory, Meter
 from moe2edge.profile.result import DEFINITIONS, Metric, Phase, metrics_of
 from moe2edge.profile.table import table
-from moe2edge.rounding import round_to_nearest
 from moe2edge.scheme import Scheme
-from moe2edge.testing import make_checkpoint, make_tokenizer
+from moe2edge.testing import make_checkpoint, make_tokenizer, quantize
 
 PROMPTS = [[1 + (7 * n + i) % 90 for i in range(16)] for n in range(3)]
 SMALL = Settings(gen_tokens=5, repeats=1, threads=1, timeout_s=120)
@@ -312,19 +309,7 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     source = make_checkpoint(root / "source", "olmoe", dtype="float16")
     whole = open_checkpoint(str(source)).model
 
-    def rounded(weight: Weight) -> Weight:
-        numbers = round_to_nearest(weight.load(), Scheme(group_size=32))
-        return replace(
-            weight,
-            load=numbers.dequantize,
-            scheme=numbers.scheme,
-            load_quantized=lambda: numbers,
-        )
-
-    small = whole
-    for block in whole.blocks:
-        new = {role: rounded(weight) for role, weight in selected(block)}
-        small = small.replace_block(block.with_weights(new))
+    small = quantize(whole, Scheme(group_size=32))
     for name, model in {"hf": whole, "gptq": small, "onnx": small}.items():
         (root / name).mkdir()
         registry.target(name).write(model, root / name)

@@ -23,8 +23,7 @@ from moe2edge.checkpoint import open_checkpoint
 from moe2edge.errors import Unsupported
 from moe2edge.families import FAMILIES
 from moe2edge.loading import load, stored_model
-from moe2edge.model import Block, Expert, Model, MoELayer, Weight
-from moe2edge.pipeline import selected
+from moe2edge.model import Block, Expert, Model, MoELayer
 from moe2edge.rounding import round_to_nearest
 from moe2edge.scheme import Scheme
 from moe2edge.skipping import removed
@@ -32,7 +31,7 @@ from moe2edge.target import Runtime
 from moe2edge.targets.gptq import Gptq
 from moe2edge.targets.hf import Hf
 from moe2edge.targets.onnx import Onnx
-from moe2edge.testing import Make
+from moe2edge.testing import Make, assert_cache_changes_nothing, quantize
 
 SCHEME = Scheme(group_size=32)
 IDS = torch.randint(1, 96, (2, 40), generator=torch.Generator().manual_seed(11))
@@ -62,18 +61,6 @@ def skipping(k: int) -> Callable[[Block], Block]:
         return replace(block, mlp=replace(block.mlp, router=router))
 
     return change
-
-
-def rounded(weight: Weight) -> Weight:
-    numbers = round_to_nearest(weight.load(), SCHEME)
-    return replace(weight, load=numbers.dequantize, scheme=SCHEME, load_quantized=lambda: numbers)
-
-
-def quantize(model: Model) -> Model:
-    for block in model.blocks:
-        new = {role: rounded(weight) for role, weight in selected(block)}
-        model = model.replace_block(block.with_weights(new))
-    return model
 
 
 # ---- the other side: transformers, operated on -------------------------------------------------
@@ -195,7 +182,7 @@ def pair(tiny: Make) -> Pairs:
                 rates = [gate.skipped / gate.routed for gate in gates]
                 assert all(0.1 < rate < 0.6 for rate in rates), rates  # or this shows nothing
             model.verify()
-            made[key] = Pair(quantize(model) if int4 else model, logits)
+            made[key] = Pair(quantize(model, SCHEME) if int4 else model, logits)
         return made[key]
 
     return make
@@ -327,7 +314,7 @@ def test_a_model_with_many_forms_at_once(
             model = model.replace_block(ours(model.blocks[index]))
             operate(theirs.model.layers[index])
     model.verify()
-    check(quantize(model) if int4 else model, tmp_path, logits_of(theirs))
+    check(quantize(model, SCHEME) if int4 else model, tmp_path, logits_of(theirs))
 
 
 # ---- other readers -----------------------------------------------------------------------------
@@ -372,17 +359,7 @@ def test_generation_with_a_cache_equals_that_without(
 ) -> None:
     Hf(layout="natural").write(pair(family, form, int4=False).model, tmp_path)
     model = load(tmp_path)
-    ids, mask = IDS[:, :20].clone(), torch.ones(2, 20, dtype=torch.int64)
-    ids[0, :7] = mask[0, :7] = 0  # padded on the left
-    greedy = {
-        "attention_mask": mask,
-        "max_new_tokens": 12,
-        "do_sample": False,
-        "eos_token_id": None,
-    }
-    cached = model.generate(ids, use_cache=True, **greedy)
-    assert cached.shape == (2, 32)
-    assert torch.equal(cached, model.generate(ids, use_cache=False, **greedy))
+    assert_cache_changes_nothing(model, IDS[:, :20])
 
 
 @pytest.mark.parametrize(("family", "form"), CASES)

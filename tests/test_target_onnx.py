@@ -15,14 +15,12 @@ from torch import Tensor
 from moe2edge.checkpoint import open_checkpoint
 from moe2edge.errors import InputError
 from moe2edge.families import FAMILIES
-from moe2edge.model import Model, Weight
-from moe2edge.pipeline import selected
-from moe2edge.rounding import round_to_nearest
+from moe2edge.model import Model
 from moe2edge.scheme import Scheme
 from moe2edge.targets import _onnx_runtime
 from moe2edge.targets._onnx_runtime import OnnxRuntime
 from moe2edge.targets.onnx import Onnx
-from moe2edge.testing import Make
+from moe2edge.testing import Make, quantize
 
 GROUPS_OF_32 = Scheme(group_size=32)
 TOLERANCE = 1e-4
@@ -38,21 +36,6 @@ def ids_of(length: int, batch: int = 1) -> Tensor:
 
 
 # ---- our side: models --------------------------------------------------------------------------
-
-
-def quantize(model: Model, scheme: Scheme, choose: Callable[[str], bool] = lambda _: True) -> Model:
-    """``model`` with the selected tensors rounded to nearest."""
-
-    def one(weight: Weight) -> Weight:
-        numbers = round_to_nearest(weight.load(), scheme)
-        return replace(
-            weight, load=numbers.dequantize, scheme=scheme, load_quantized=lambda: numbers
-        )
-
-    for block in model.blocks:
-        new = {role: one(weight) for role, weight in selected(block) if choose(role)}
-        model = model.replace_block(block.with_weights(new))
-    return model
 
 
 def keep(model: Model, experts: tuple[list[int], ...]) -> Model:
