@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -332,3 +333,23 @@ def test_sequences_that_cannot_be_run(pair: Pairs, tmp_path: Path) -> None:
         runtime.logits(torch.zeros(1, 129, dtype=torch.int64))
     with pytest.raises(InputError, match="the vocabulary has 96"):
         runtime.start([1, 96])
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_only_what_is_left_to_decide_is_in_the_graph(
+    tiny: Make, family: str, tmp_path: Path
+) -> None:
+    """As many experts as are chosen: nothing to sort; one: no router; none: nothing at all."""
+    model = open_checkpoint(str(tiny(family))).model
+    for block, ids in zip(model.blocks, ([4, 1], [3], []), strict=True):
+        model = model.replace_block(block.keep_experts(ids, clamp_top_k=True))
+    Onnx().write(model, tmp_path)
+    nodes = onnx.load(tmp_path / "model.onnx", load_external_data=False).graph.node
+    for index in range(3):
+        here = [node for node in nodes if node.name.startswith(f"/model/layers.{index}/")]
+        kinds = {node.op_type for node in here}
+        assert not kinds & {"TopK", "Softmax"}
+        assert ("MoE" in kinds) is (index == 0)
+        assert any("/router/" in node.name for node in here) is (index == 0)
+        plain = [node.name for node in here if "/mlp/gate_up_proj" in node.name]
+        assert bool(plain) is (index == 1)
