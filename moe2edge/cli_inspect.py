@@ -171,7 +171,7 @@ def _routing(
     from moe2edge import routing_report
     from moe2edge.artifact import tokenizer_of
     from moe2edge.calibration import load_tokens
-    from moe2edge.loading import stored_model
+    from moe2edge.stored import stored_model
 
     changed = target or {"quantization_config", "per_layer_config"} & set(checkpoint.config)
     model = stored_model(checkpoint) if changed else checkpoint.model

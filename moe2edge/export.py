@@ -18,6 +18,7 @@ from moe2edge.errors import InputError
 from moe2edge.model import Model
 from moe2edge.pipeline import (
     Facts,
+    GroupSolver,
     Lab,
     Outcome,
     Search,
@@ -75,7 +76,7 @@ def export(
     watcher.log(f"recipe:\n{recipe.render()}")
     for step in recipe.passes:
         if isinstance(step, Slim):
-            watcher.log(f"{registry.name_of(step)}: {_describe_scheme(step, source)}")
+            watcher.log(f"{registry.name_of(step)}: {step.describe(source)}")
     calibration = calibration_tokens(checkpoint, recipe)
     evaluation = _tokens(checkpoint, recipe.evaluation, "evaluation")
     with workfolder.partial_folder(out) as (content, work):
@@ -109,13 +110,6 @@ def export(
             folder = content / registry.name_of(target) if len(targets) > 1 else content
             report.write(folder, target, checkpoint, model, versions())
     return report
-
-
-def _describe_scheme(step: Slim, model: Model) -> str:
-    scheme = step.scheme(model)
-    return (
-        f"{scheme.name}, group size {scheme.group_size}, {scheme.bits_per_weight:.3f} bits/weight"
-    )
 
 
 def check_sources(recipe: Recipe, checkpoint: Checkpoint) -> None:
@@ -159,7 +153,7 @@ def run_passes(
     watcher: Watcher,
 ) -> tuple[Model, list[Step]]:
     """The model after all passes, and a line of the report for each of them."""
-    from moe2edge import walk
+    from moe2edge import solving, walk
 
     model = source
     steps: list[Step] = []
@@ -180,9 +174,12 @@ def run_passes(
                 outcome = step.apply(model, facts)
             elif isinstance(step, Slim):
                 ids = calibration.ids if step.needs_tokens and calibration is not None else None
-                solved, changed, notes = walk.solve(
-                    model, ids, step.solver(model), work, watcher.advance, name
-                )
+                solver = step.solver(model)
+                args = (work, watcher.advance, name)
+                if isinstance(solver, GroupSolver):
+                    solved, changed, notes = solving.solve(model, ids, solver, *args)
+                else:
+                    solved, changed, notes = walk.solve(model, ids, solver, *args)
                 outcome = Outcome(solved, tuple(changed), notes=tuple(notes))
             elif isinstance(step, Search) and calibration is not None:
                 outcome = step.search(Lab(source, model, calibration.ids, work, watcher))

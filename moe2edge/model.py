@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from moe2edge.errors import InputError, Moe2EdgeError
-from moe2edge.scheme import Scheme
+from moe2edge.scheme import Pattern, Scheme
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,6 +36,7 @@ class Weight:
         load: reads the numbers; a quantized weight comes back dequantized, float32.
         scheme: how it is quantized, None if it is not.
         load_quantized: reads integers and scales of a quantized weight.
+        pattern: which of its numbers are zero and stay so, None for no such promise.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Weight:
     load: Callable[[], Tensor] = field(compare=False, repr=False)
     scheme: Scheme | None = None
     load_quantized: Callable[[], Quantized] | None = field(default=None, compare=False, repr=False)
+    pattern: Pattern | None = None
 
     @property
     def count(self) -> int:
@@ -52,10 +54,10 @@ class Weight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of storage: integers and 16-bit scales if quantized."""
+        """Bytes of storage: integers, 16-bit scales and zero points if quantized."""
         if self.scheme is None:
             return self.count * DTYPE_BYTES[self.dtype]
-        return round(self.count * self.scheme.bits_per_weight / 8)
+        return self.scheme.nbytes(self.shape)
 
     def quantized(self) -> Quantized:
         """Integers and scales.
@@ -492,4 +494,4 @@ def _describe(block: Block) -> str:
 def _form(weight: Weight) -> str:
     if weight.scheme is None:
         return weight.dtype
-    return f"{weight.scheme.name} group {weight.scheme.group_size}"
+    return str(weight.scheme)

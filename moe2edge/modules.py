@@ -8,7 +8,7 @@ is put in its place here, on the instance: no class of transformers is changed.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -173,11 +173,18 @@ def skipping(
     return kept, skipped
 
 
-def block_state(block: Block) -> dict[str, Tensor]:
-    """The block's numbers in float32 under transformers' names in memory, experts fused."""
+def block_state(block: Block, kinds: Collection[str] | None = None) -> dict[str, Tensor]:
+    """The block's numbers in float32 under transformers' names in memory, experts fused.
+
+    Args:
+        block: the block.
+        kinds: first parts of the roles that are wanted (``attention``); None: all.
+    """
     state: dict[str, Tensor] = {}
     for role, weight in block.weights():
         kind, _, rest = role.partition(".")
+        if kinds is not None and kind not in kinds:
+            continue
         if kind == "norms":
             state[rest] = finite(weight)
         elif kind == "attention":
@@ -190,7 +197,7 @@ def block_state(block: Block) -> dict[str, Tensor]:
             state[f"mlp.shared_expert.{rest}_proj.weight"] = finite(weight)
         elif kind == "dense":
             state[f"mlp.{rest}_proj.weight"] = finite(weight)
-    if isinstance(block.mlp, MoELayer):
+    if isinstance(block.mlp, MoELayer) and (kinds is None or "experts" in kinds):
         state |= _fused_experts(block.mlp.experts)
     return state
 

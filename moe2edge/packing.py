@@ -1,4 +1,4 @@
-"""Layouts of 4-bit integers. Pure functions, each with its inverse; no number changes here."""
+"""Layouts of small integers. Pure functions, each with its inverse; no number changes here."""
 
 from __future__ import annotations
 
@@ -6,66 +6,77 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from moe2edge.rounding import Quantized
+
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def pack_nibbles(q: Tensor) -> Tensor:
-    """Two integers to a byte, the lower index in the low nibble: uint8 [..., n] -> [..., n / 2].
+def pack_bytes(q: Tensor, bits: int) -> Tensor:
+    """``8 // bits`` integers to a byte, the lowest index in the lowest bits; 3 bits take 4.
 
-    The layout of ONNX Runtime's ``QMoE`` and ``MatMulNBits``.
+    The layout of ONNX Runtime's ``QMoE`` and ``MatMulNBits``. The last dimension is filled up with
+    zeros to whole bytes: uint8 [..., n] -> [..., ceil(n / (8 // bits))].
     """
-    return q[..., 0::2] | (q[..., 1::2] << 4)
+    bits = 4 if bits == 3 else bits
+    per_byte = 8 // bits
+    if short := -q.shape[-1] % per_byte:
+        q = torch.nn.functional.pad(q, (0, short))
+    packed = q[..., 0::per_byte].clone(memory_format=torch.contiguous_format)
+    for n in range(1, per_byte):
+        packed |= q[..., n::per_byte] << (n * bits)
+    return packed
 
 
-def unpack_nibbles(packed: Tensor) -> Tensor:
-    """Inverse of `pack_nibbles`: uint8 [..., n / 2] -> [..., n]."""
-    return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)
+def unpack_bytes(packed: Tensor, bits: int, count: int | None = None) -> Tensor:
+    """Inverse of `pack_bytes`; ``count`` integers, all that there is room for if not given."""
+    bits = 4 if bits == 3 else bits
+    mask = (1 << bits) - 1
+    parts = [packed >> (n * bits) & mask for n in range(8 // bits)]
+    return torch.stack(parts, dim=-1).flatten(-2)[..., :count]
 
 
-def pack_int32(q: Tensor, dim: int) -> Tensor:
-    """Eight integers to an int32 along ``dim``, the lowest index in the lowest nibble."""
-    moved = q.movedim(dim, -1).to(torch.int64)
-    shifts = torch.arange(0, 32, 4, dtype=torch.int64)
-    words = (moved.reshape(*moved.shape[:-1], -1, 8) << shifts).sum(-1)
-    signed = torch.where(words >= 1 << 31, words - (1 << 32), words)
-    return signed.to(torch.int32).movedim(-1, dim).contiguous()
+def pack_int32(q: Tensor, dim: int, bits: int) -> Tensor:
+    """``32 // bits`` integers to an int32 along ``dim``, the lowest index in the lowest bits."""
+    moved = q.movedim(dim, -1).contiguous()
+    # Little-endian, as safetensors is: the bytes of a word are those of `pack_bytes`.
+    return pack_bytes(moved, bits).view(torch.int32).movedim(-1, dim).contiguous()
 
 
-def unpack_int32(packed: Tensor, dim: int) -> Tensor:
+def unpack_int32(packed: Tensor, dim: int, bits: int) -> Tensor:
     """Inverse of `pack_int32`, uint8."""
-    shifts = torch.arange(0, 32, 4, dtype=torch.int32)
-    parts = (packed.movedim(dim, -1).unsqueeze(-1) >> shifts) & 15
-    return parts.flatten(-2).to(torch.uint8).movedim(-1, dim).contiguous()
+    # A clone, because strides of a dimension of one are left as they are otherwise.
+    moved = packed.movedim(dim, -1).clone(memory_format=torch.contiguous_format)
+    return unpack_bytes(moved.view(torch.uint8), bits).movedim(-1, dim).contiguous()
 
 
-def pack_gptq(q: Tensor, scales: Tensor, group_size: int) -> dict[str, Tensor]:
-    """The tensors of a GPTQ version 1 checkpoint, symmetric 4 bits, no act-order.
+def pack_gptq(numbers: Quantized) -> dict[str, Tensor]:
+    """The tensors of one matrix [out, in] in a GPTQ version 1 checkpoint, no act-order.
 
     Args:
-        q: uint8 [out, in]; ``out`` and ``in`` are multiples of 8.
-        scales: [out, in / group_size].
-        group_size: inputs per scale.
+        numbers: ``out`` and ``in`` are multiples of ``32 // bits``, which is 4, 8 or 16.
 
     Returns:
-        ``qweight`` int32 [in / 8, out], ``qzeros`` int32 [groups, out / 8], ``scales`` float16
-        [groups, out], ``g_idx`` int32 [in]. Version 1 stores each zero point minus one, so every
-        nibble of ``qzeros`` is 7.
+        ``qweight`` int32 [in / (32 // bits), out], ``qzeros`` int32 [groups, out / (32 // bits)],
+        ``scales`` float16 [groups, out], ``g_idx`` int32 [in]. Version 1 stores each zero point
+        minus one.
     """
-    outs, ins = q.shape
-    zeros = torch.full((ins // group_size, outs), 7, dtype=torch.uint8)
+    scheme, (outs, ins) = numbers.scheme, numbers.q.shape
+    zeros = numbers.zeros
+    if zeros is None:
+        zeros = torch.full((outs, scheme.groups(ins)), scheme.zero_point, dtype=torch.uint8)
     return {
-        "qweight": pack_int32(q.T, dim=0),
-        "qzeros": pack_int32(zeros, dim=1),
-        "scales": scales.T.to(torch.float16).contiguous(),
-        "g_idx": torch.arange(ins, dtype=torch.int32) // group_size,
+        "qweight": pack_int32(numbers.q.T, 0, scheme.bits),
+        "qzeros": pack_int32(zeros.T - 1, 1, scheme.bits),
+        "scales": numbers.scales.T.to(torch.float16).contiguous(),
+        "g_idx": torch.arange(ins, dtype=torch.int32) // scheme.width(ins),
     }
 
 
-def unpack_gptq(tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def unpack_gptq(tensors: dict[str, Tensor], bits: int) -> tuple[Tensor, Tensor, Tensor]:
     """Integers [out, in], scales [out, groups] and zero points [out, groups] of `pack_gptq`."""
-    q = unpack_int32(tensors["qweight"], dim=0).T.contiguous()
-    zeros = unpack_int32(tensors["qzeros"], dim=1).T.contiguous() + 1
+    q = unpack_int32(tensors["qweight"], 0, bits).T.contiguous()
+    zeros = unpack_int32(tensors["qzeros"], 1, bits).T.contiguous() + 1
     return q, tensors["scales"].T.float().contiguous(), zeros
 
 

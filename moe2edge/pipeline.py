@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeVar, runtime_checkable
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
-from moe2edge.errors import InputError, Moe2EdgeError
+from moe2edge.errors import Moe2EdgeError
 from moe2edge.model import Block, Model, Weight, is_quantizable
-from moe2edge.scheme import Scheme, largest_group_size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -176,69 +175,97 @@ class Solver(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Group:
+    """Matrices of a block that share their input.
+
+    Attributes:
+        weights: by role, unquantized.
+        batches: yields inputs [n, in] with the weight of each token in its expert's output [n],
+            None where there is no router; a group is asked for them as often as one likes.
+        tokens: number of tokens of all batches; 0 if the walk has none.
+        everyone: like ``batches``, of all tokens, whether or not they are routed here; None where
+            that is the same.
+    """
+
+    weights: Mapping[str, Weight]
+    batches: Callable[[], Iterator[tuple[Tensor, Tensor | None]]]
+    tokens: int
+    everyone: Callable[[], Iterator[tuple[Tensor, Tensor | None]]] | None = None
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of the matrices."""
+        return tuple(weight.shape for weight in self.weights.values())
+
+
+@dataclass(frozen=True)
+class Solved:
+    """What a solver found for some groups.
+
+    Attributes:
+        numbers: by role.
+        notes: what a user should know.
+        loss: squared error of the outputs on the tokens that were seen, and what it is relative
+            to; zeros if nothing was seen.
+    """
+
+    numbers: Mapping[str, Quantized | Tensor]
+    notes: tuple[str, ...] = ()
+    loss: tuple[float, float] = (0.0, 0.0)
+
+
+@runtime_checkable
+class GroupSolver(Protocol):
+    """Solves groups of matrices in the order of computation.
+
+    The inputs of a group come from what is before it as solved, in earlier blocks and in its own.
+
+    Attributes:
+        propagate: whether that is so; otherwise inputs come from the model as it was.
+    """
+
+    @property
+    def propagate(self) -> bool: ...
+
+    def nbytes(self, shapes: Sequence[tuple[int, ...]]) -> int:
+        """Memory of solving one group of matrices of these shapes."""
+        ...
+
+    def solve(self, block: Block, groups: Sequence[Group]) -> Solved:
+        """Solve groups of equal shapes, together if that is faster."""
+        ...
+
+
 class Slim(Pass):
-    """A pass that computes new numbers for the tensors it selects.
+    """A pass that computes new numbers for tensors, one block after another.
 
     Attributes:
         needs_tokens: whether it looks at activations.
-        bits: per weight.
-        group_size: inputs that share a scale.
     """
 
     needs_tokens: ClassVar[bool] = True
 
-    bits: Annotated[Literal[4], Field(description="bits per weight")] = 4
-    group_size: Annotated[
-        Literal[32, 64, 128] | None,
-        Field(description="inputs per scale; none: the largest that divides every width"),
-    ] = None
-
-    def scheme(self, model: Model) -> Scheme:
-        """The scheme of the numbers it will compute, with the group size resolved."""
-        widths = (w.shape[1] for _, role, w in model.tensors() if is_quantizable(role))
-        return Scheme(self.bits, self.group_size or largest_group_size(widths))
-
-    def resolved(self, model: Model) -> Self:
-        """With the group size of the whole source, whichever of its blocks stay."""
-        return self.model_copy(update={"group_size": self.scheme(model).group_size})
-
-    def solver(self, model: Model) -> Solver:
+    def solver(self, model: Model) -> Solver | GroupSolver:
         """A fresh solver."""
         raise NotImplementedError
 
-    def check(self, model: Model) -> None:
-        """Refuse a model that is quantized already, or whose widths the group does not divide."""
-        group = self.scheme(model).group_size
-        for name, role, weight in model.tensors():
-            if not is_quantizable(role):
-                continue
-            if weight.scheme is not None:
-                raise InputError("the recipe quantizes twice; keep one of its quantizing passes")
-            if weight.shape[1] % group:
-                raise InputError(
-                    f"group_size {group} does not divide the {weight.shape[1]} inputs of {name}; "
-                    f"leave group_size out, or choose a divisor"
-                )
+    def check_result(self, before: Model, after: Model) -> None:
+        """Prove that every tensor that the options select was changed as they say.
 
-    def plan(self, model: Model) -> Model:
-        """The model with the scheme on every selected tensor."""
-        scheme = self.scheme(model)
-        for block in model.blocks:
-            new = {role: _planned(weight, scheme) for role, weight in selected(block)}
-            model = model.replace_block(block.with_weights(new))
-        return model
+        Raises:
+            Moe2EdgeError: one was not.
+        """
+        raise NotImplementedError
+
+    def describe(self, model: Model) -> str:
+        """What it will do to ``model``, in a line for the log."""
+        raise NotImplementedError
 
 
 def selected(block: Block) -> Iterator[tuple[str, Weight]]:
     """The tensors of a block that slimming selects, with their roles."""
     return ((role, weight) for role, weight in block.weights() if is_quantizable(role))
-
-
-def _planned(weight: Weight, scheme: Scheme) -> Weight:
-    def not_yet() -> Tensor:
-        raise AssertionError(f"{weight.name} is only planned")
-
-    return Weight(weight.name, weight.shape, weight.dtype, load=not_yet, scheme=scheme)
 
 
 def plan(passes: Sequence[Pass], model: Model) -> Model:
@@ -317,7 +344,4 @@ def enforce(step: Pass, name: str, before: Model, outcome: Outcome) -> None:
         raise Moe2EdgeError(f"{name} left {len(outcome.skipped)} parts alone: {first}: {reason}")
     outcome.model.verify()
     if isinstance(step, Slim):
-        scheme = step.scheme(before)
-        for tensor, role, weight in outcome.model.tensors():
-            if is_quantizable(role) and weight.scheme != scheme:
-                raise Moe2EdgeError(f"{name} left {tensor} in {weight.scheme or weight.dtype}")
+        step.check_result(before, outcome.model)

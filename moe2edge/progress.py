@@ -12,13 +12,19 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import NoReturn, TypeVar
+from datetime import timedelta
+from typing import NoReturn, Protocol, TypeVar
 
 import click
 
 Item = TypeVar("Item")
 Log = Callable[[str], None]
-Advance = Callable[[str, int, int], None]
+
+
+class Advance(Protocol):
+    """Told about work done of work to do, in whatever unit, and where it is at present."""
+
+    def __call__(self, label: str, done: int, total: int, detail: str = "", /) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -72,10 +78,17 @@ def watcher(*, quiet: bool) -> Watcher:
         check()
         click.echo(line, err=True)
 
-    def advance(label: str, done: int, total: int) -> None:
+    started: dict[str, tuple[float, int]] = {}
+
+    def advance(label: str, done: int, total: int, detail: str = "", /) -> None:
         check()
         now = time.perf_counter()
+        since, before = started.setdefault(label, (now, done))
         text = f"[{now - begun:6.1f} s] {label}: {done} of {total}"
+        if detail:
+            text += f", {detail}"
+        if before < done < total:
+            text += f", {_clock((now - since) * (total - done) / (done - before))} left"
         if sys.stderr.isatty():
             bar = "=" * round(30 * done / max(total, 1))
             click.echo(f"\r{text} [{bar:<30}]\x1b[K", nl=done == total, err=True)
@@ -84,3 +97,12 @@ def watcher(*, quiet: bool) -> Watcher:
             click.echo(text, err=True)
 
     return Watcher(log, advance)
+
+
+def _clock(seconds: float) -> str:
+    """Time to go, as one says it.
+
+    >>> _clock(75), _clock(4000)
+    ('1:15', '1:06:40')
+    """
+    return f"{timedelta(seconds=round(seconds))}".removeprefix("0:").removeprefix("0")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -14,31 +15,75 @@ if TYPE_CHECKING:
 
 SMALLEST_SCALE = 2.0**-24
 LARGEST_SCALE = 32768.0
+# Factors by which the search for scales shrinks the range of a group.
+SHRINK = tuple(1 - step / 32 for step in range(17))
+# Numbers that the search works on at once: few enough to stay in the cache of a processor.
+SEARCH_NUMBERS = 1 << 18
+Range = Literal["absmax", "mse"]
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """Integers and scales of one matrix; every target packs from these.
+    """Integers, scales and zero points of one matrix; every target packs from these.
 
     Attributes:
         q: uint8 [out, in], values ``0 .. 2**bits - 1``.
-        scales: float32 [out, in / group_size], each exact in bfloat16 and in float16.
+        scales: float32 [out, groups], each exact in bfloat16 and in float16.
         scheme: how to read them.
+        zeros: uint8 [out, groups], from 1; None if symmetric.
     """
 
     q: Tensor
     scales: Tensor
     scheme: Scheme
+    zeros: Tensor | None = None
 
     def dequantize(self) -> Tensor:
         """The weights, float32 [out, in]: ``(q - zero_point) * scale``."""
-        return dequantize(self.q, self.scales, self.scheme)
+        return dequantize(self.q, self.scales, self.scheme, self.zeros)
+
+    def split(self, rows: Sequence[int]) -> list[Quantized]:
+        """Matrices of so many rows each, which stand below one another."""
+        counts = list(rows)
+        zeros = [None] * len(counts) if self.zeros is None else self.zeros.split(counts)
+        parts = zip(self.q.split(counts), self.scales.split(counts), zeros, strict=True)
+        return [Quantized(q, scales, self.scheme, z) for q, scales, z in parts]
 
 
-def dequantize(q: Tensor, scales: Tensor, scheme: Scheme) -> Tensor:
+@dataclass(frozen=True)
+class Grid:
+    """The numbers that the weights of each group are rounded to.
+
+    Attributes:
+        scales: float32 [..., out, groups].
+        zeros: the integers that stand for zero, float32 of the same shape.
+        scheme: bits and group size.
+    """
+
+    scales: Tensor
+    zeros: Tensor
+    scheme: Scheme
+
+    def quantized(self, q: Tensor) -> Quantized:
+        """Integers uint8 [out, in] with the scales and zero points of this grid."""
+        zeros = None if self.scheme.symmetric else self.zeros.to(torch.uint8)
+        return Quantized(q, self.scales, self.scheme, zeros)
+
+    def __getitem__(self, n: int) -> Grid:
+        """Of one matrix of a batch."""
+        return Grid(self.scales[n], self.zeros[n], self.scheme)
+
+
+def dequantize(q: Tensor, scales: Tensor, scheme: Scheme, zeros: Tensor | None = None) -> Tensor:
     """Weights float32 [..., out, in] of integers [..., out, in] and scales [..., out, groups]."""
-    signed = q.float() - scheme.zero_point
-    return signed * scales.float().repeat_interleave(scheme.group_size, dim=-1)
+    grouped = _grouped(q.float(), scheme)
+    middle = scheme.zero_point if zeros is None else zeros.float().unsqueeze(-1)
+    return ((grouped - middle) * scales.float().unsqueeze(-1)).flatten(-2)
+
+
+def _grouped(weight: Tensor, scheme: Scheme) -> Tensor:
+    """[..., out, in] -> [..., out, groups, inputs of a group]."""
+    return weight.unflatten(-1, (-1, scheme.width(weight.shape[-1])))
 
 
 def portable_scales(scales: Tensor) -> Tensor:
@@ -52,24 +97,94 @@ def portable_scales(scales: Tensor) -> Tensor:
     return bounded.to(torch.float16).to(torch.bfloat16).float()
 
 
-def group_scales(weight: Tensor, scheme: Scheme) -> Tensor:
-    """Symmetric scales of each group of ``weight`` [..., out, in]: absmax / 7.5 at 4 bits.
+def choose_grid(
+    weight: Tensor, scheme: Scheme, how: Range = "absmax", importance: Tensor | None = None
+) -> Grid:
+    """Scales and zero points for each group of ``weight`` [..., out, in].
 
-    The grid reaches from -8 to 7 scales, so 7.5 splits the error of the two ends; it is GPTQ's
-    own symmetric grid (Frantar et al., 2022, https://arxiv.org/abs/2210.17323).
+    Symmetric, the largest magnitude is ``2**(bits - 1) - 0.5`` scales: the grid reaches from -8 to
+    7 scales at 4 bits, so 7.5 splits the error of the two ends. It is GPTQ's own symmetric grid
+    (Frantar et al., 2022, https://arxiv.org/abs/2210.17323). Asymmetric, the grid spans the range
+    of the group together with zero; a zero point is at least 1, because GPTQ files of version 1
+    store it minus one.
+
+    Args:
+        weight: the numbers.
+        scheme: bits, group size, symmetric or not.
+        how: ``absmax`` takes the whole range; ``mse`` shrinks it to where the squared error of
+            rounding is least, of the factors in `SHRINK`.
+        importance: of each input in that error, [..., in] (leading dimensions as ``weight``'s
+            without ``out``); None: all alike.
     """
-    grouped = weight.float().reshape(*weight.shape[:-1], -1, scheme.group_size)
-    return portable_scales(grouped.abs().amax(-1) / (scheme.zero_point - 0.5))
+    grouped = _grouped(weight.float(), scheme)
+    low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
+    whole = _grid(low, high, 1.0, scheme)
+    if how == "absmax":
+        return whole
+    weighed = None if importance is None else _grouped(importance, scheme).unsqueeze(-3)
+    shape, width = whole.scales.shape, grouped.shape[-1]
+    flat = grouped.reshape(-1, width)
+    costs = None if weighed is None else weighed.expand(grouped.shape).reshape(-1, width)
+    scales, zeros = whole.scales.flatten().clone(), whole.zeros.flatten().clone()
+    ends = low.flatten(), high.flatten()
+    step = max(1, SEARCH_NUMBERS // width)
+    for at in range(0, len(flat), step):
+        part = slice(at, at + step)
+        cost = None if costs is None else costs[part]
+        _search(flat[part], cost, (ends[0][part], ends[1][part]), scheme, scales[part], zeros[part])
+    return Grid(scales.view(shape), zeros.view(shape), scheme)
 
 
-def round_to(weight: Tensor, scales: Tensor, scheme: Scheme) -> Tensor:
-    """Nearest integers uint8 [..., out, in] of ``weight`` under ``scales`` [..., out, groups]."""
-    wide = scales.repeat_interleave(scheme.group_size, dim=-1)
-    q = torch.round(weight.float() / wide) + scheme.zero_point
-    return q.clamp(0, (1 << scheme.bits) - 1).to(torch.uint8)
+def _grid(low: Tensor, high: Tensor, shrink: float, scheme: Scheme) -> Grid:
+    """The grid over part of the range of each group."""
+    if scheme.symmetric:
+        ends = torch.maximum(-low, high) * shrink
+        scales = portable_scales(ends / (scheme.zero_point - 0.5))
+        return Grid(scales, torch.full_like(scales, scheme.zero_point), scheme)
+    low, high = low * shrink, high * shrink
+    zeros = torch.round(-low / ((high - low) / scheme.largest).clamp(min=SMALLEST_SCALE))
+    zeros = zeros.clamp(1, scheme.largest - 1)
+    # Only where the zero point was moved, the range does not fit any more.
+    fits = torch.maximum(-low / (zeros + 0.5), high / (scheme.largest - zeros + 0.5))
+    scales = torch.maximum((high - low) / scheme.largest, fits)
+    return Grid(portable_scales(scales), zeros, scheme)
 
 
-def round_to_nearest(weight: Tensor, scheme: Scheme) -> Quantized:
+def _search(
+    weight: Tensor,
+    importance: Tensor | None,
+    ends: tuple[Tensor, Tensor],
+    scheme: Scheme,
+    scales: Tensor,
+    zeros: Tensor,
+) -> None:
+    """Fill in the best grid for groups ``weight`` [n, width], of which the whole range is given."""
+    least = None
+    for shrink in SHRINK:
+        grid = _grid(*ends, shrink, scheme)
+        scale, zero = grid.scales.unsqueeze(-1), grid.zeros.unsqueeze(-1)
+        q = (weight / scale).round_().clamp_(-zero, scheme.largest - zero)
+        error = torch.addcmul(weight, q, scale, value=-1).square_()
+        loss = error.sum(-1) if importance is None else (error * importance).sum(-1)
+        if least is None:
+            least = loss
+            continue
+        better = loss < least
+        least = torch.where(better, loss, least)
+        scales[:] = torch.where(better, grid.scales, scales)
+        zeros[:] = torch.where(better, grid.zeros, zeros)
+
+
+def round_to(weight: Tensor, grid: Grid) -> Tensor:
+    """Nearest integers uint8 [..., out, in] of ``weight`` on ``grid``."""
+    grouped = _grouped(weight.float(), grid.scheme)
+    q = torch.round(grouped / grid.scales.unsqueeze(-1)) + grid.zeros.unsqueeze(-1)
+    return q.clamp_(0, grid.scheme.largest).to(torch.uint8).flatten(-2)
+
+
+def round_to_nearest(
+    weight: Tensor, scheme: Scheme, how: Range = "absmax", importance: Tensor | None = None
+) -> Quantized:
     """Quantize ``weight`` [out, in] by rounding each number to its nearest grid point."""
-    scales = group_scales(weight, scheme)
-    return Quantized(round_to(weight, scales, scheme), scales, scheme)
+    grid = choose_grid(weight, scheme, how, importance)
+    return grid.quantized(round_to(weight, grid))

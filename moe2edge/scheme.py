@@ -7,39 +7,95 @@ from dataclasses import dataclass
 
 from moe2edge.errors import Unsupported
 
+BITS = (2, 3, 4, 8)
 GROUP_SIZES = (128, 64, 32)
+WHOLE_ROW = -1
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """Weights in ``bits`` bits with one scale per ``group_size`` inputs; activations in 16 bits.
+    """Weights in ``bits`` bits with one scale per group of inputs; activations in 16 bits.
 
-    A weight is ``(q - zero_point) * scale``, with ``q`` in ``0 .. 2**bits - 1`` and a fixed
-    zero point in the middle (symmetric).
+    A weight is ``(q - zero_point) * scale``, with ``q`` in ``0 .. 2**bits - 1``.
+
+    Attributes:
+        bits: per weight.
+        group_size: inputs that share a scale; -1: all of a row.
+        symmetric: the zero point is the middle of the integers; otherwise each group has its own.
 
     >>> Scheme(group_size=64)
-    Scheme(bits=4, group_size=64)
-    >>> Scheme().name, Scheme().zero_point, round(Scheme().bits_per_weight, 3)
-    ('w4a16', 8, 4.125)
+    Scheme(bits=4, group_size=64, symmetric=True)
+    >>> Scheme().name, Scheme(symmetric=False).name, Scheme().zero_point
+    ('w4a16', 'w4a16_asym', 8)
     """
 
     bits: int = 4
     group_size: int = 128
+    symmetric: bool = True
 
     @property
     def name(self) -> str:
         """Name in the field's spelling, as in compressed-tensors."""
-        return f"w{self.bits}a16"
+        return f"w{self.bits}a16" + ("" if self.symmetric else "_asym")
 
     @property
     def zero_point(self) -> int:
-        """The integer that stands for zero."""
+        """The integer that stands for zero, if symmetric."""
         return 1 << (self.bits - 1)
 
     @property
-    def bits_per_weight(self) -> float:
-        """Bits of storage per weight, with a 16-bit scale per group."""
-        return self.bits + 16 / self.group_size
+    def largest(self) -> int:
+        """The largest integer."""
+        return (1 << self.bits) - 1
+
+    def width(self, inputs: int) -> int:
+        """Inputs that share a scale in a matrix of ``inputs`` columns.
+
+        >>> Scheme(group_size=64).width(256), Scheme(group_size=-1).width(256)
+        (64, 256)
+        """
+        return inputs if self.group_size == WHOLE_ROW else self.group_size
+
+    def groups(self, inputs: int) -> int:
+        """Groups in a row of ``inputs`` columns."""
+        return inputs // self.width(inputs)
+
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes of a matrix [out, in]: integers, 16-bit scales, zero points unless symmetric.
+
+        >>> Scheme().nbytes((256, 128)), Scheme(symmetric=False).nbytes((256, 128))
+        (16896, 17024)
+        """
+        outs, ins = shape
+        per_group = 16 + (0 if self.symmetric else self.bits)
+        return (outs * ins * self.bits + outs * self.groups(ins) * per_group + 7) // 8
+
+    def __str__(self) -> str:
+        """As reports name it."""
+        groups = "whole rows" if self.group_size == WHOLE_ROW else f"groups of {self.group_size}"
+        return f"{self.name}, {groups}"
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Sparsity: how many weights are zero.
+
+    Attributes:
+        zeros: how many of each run of ``of`` inputs; or, with ``of`` None, which part of a row.
+        of: length of a run; None: zeros are anywhere in the row.
+
+    >>> str(Pattern(2, 4)), str(Pattern(0.5))
+    ('2:4', '50 %')
+    """
+
+    zeros: float
+    of: int | None = None
+
+    def __str__(self) -> str:
+        """As the field writes it: numbers that stay, of how many."""
+        if self.of is None:
+            return f"{100 * self.zeros:.4g} %"
+        return f"{self.of - round(self.zeros)}:{self.of}"
 
 
 def largest_group_size(in_features: Iterable[int]) -> int:
@@ -57,5 +113,5 @@ def largest_group_size(in_features: Iterable[int]) -> int:
             return size
     raise Unsupported(
         f"no group size of 128, 64, 32 divides every in_features of the selected weights "
-        f"({', '.join(map(str, widths))}); this model cannot be quantized in groups"
+        f"({', '.join(map(str, widths))}); give group_size: -1 for one scale per row"
     )

@@ -77,8 +77,7 @@ class BlockRunner:
 
     def __init__(self, model: Model, block: Block) -> None:
         self.block = block
-        alone = replace(model, blocks=(replace(block, index=0),))
-        self._base = _skeleton(alone)
+        self._base = skeleton(model, block)
         state = block_state(block)
         self._base.layers[0].load_state_dict(state, strict=True, assign=True)
         self._layer = self._base.layers[0]
@@ -162,14 +161,15 @@ class BlockRunner:
         return self._expert_hidden(expert, inputs) @ down.T
 
 
-def _skeleton(model: Model) -> Any:
-    """Transformers' base model with the single block of ``model``, no embeddings, no last norm.
+def skeleton(model: Model, block: Block) -> Any:
+    """Transformers' base model with only ``block``, without numbers, embeddings and last norm.
 
     Driving the base model rather than the decoder layer leaves masks, positions and sliding
     windows to transformers.
     """
     from transformers import AutoModel
 
+    model = replace(model, blocks=(replace(block, index=0),))
     # The skeleton has no embedding table; ids of special tokens would point outside of it.
     special = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
     config = model.family.transformers_config(model, vocab_size=1, **special)

@@ -198,15 +198,18 @@ class WorkFolder:
 def _planned(role: str, value: Quantized | Tensor, weight: Weight) -> list[Planned]:
     import torch
 
-    from moe2edge.packing import pack_nibbles
+    from moe2edge.packing import pack_bytes
 
     if isinstance(value, torch.Tensor):
         return [Planned(role, weight.shape, weight.dtype, lambda: as_stored(value, weight.dtype))]
-    outs, ins = value.q.shape
-    return [
-        Planned(f"{role}.q", (outs, ins // 2), "U8", lambda: pack_nibbles(value.q)),
-        Planned(f"{role}.scales", tuple(value.scales.shape), "F32", lambda: value.scales),
+    packed, scales, zeros = pack_bytes(value.q, value.scheme.bits), value.scales, value.zeros
+    planned = [
+        Planned(f"{role}.q", tuple(packed.shape), "U8", lambda: packed),
+        Planned(f"{role}.scales", tuple(scales.shape), "F32", lambda: scales),
     ]
+    if zeros is not None:
+        planned.append(Planned(f"{role}.zeros", tuple(zeros.shape), "U8", lambda: zeros))
+    return planned
 
 
 def _handle(weight: Weight, path: Path, role: str, value: Quantized | Tensor) -> Weight:
@@ -218,13 +221,14 @@ def _handle(weight: Weight, path: Path, role: str, value: Quantized | Tensor) ->
     scheme = value.scheme
 
     def load_quantized() -> Quantized:
-        from moe2edge.packing import unpack_nibbles
+        from moe2edge.packing import unpack_bytes
         from moe2edge.rounding import Quantized
 
-        q = unpack_nibbles(read_tensor(path, f"{role}.q"))
-        return Quantized(q, read_tensor(path, f"{role}.scales"), scheme)
+        q = unpack_bytes(read_tensor(path, f"{role}.q"), scheme.bits, weight.shape[1])
+        zeros = None if scheme.symmetric else read_tensor(path, f"{role}.zeros")
+        return Quantized(q, read_tensor(path, f"{role}.scales"), scheme, zeros)
 
     def load() -> Tensor:
         return load_quantized().dequantize()
 
-    return Weight(weight.name, weight.shape, weight.dtype, load, scheme, load_quantized)
+    return replace(weight, load=load, scheme=scheme, load_quantized=load_quantized)

@@ -2,36 +2,52 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
 
 from moe2edge.model import Block, Model
-from moe2edge.pipeline import Slim, Solver, selected
+from moe2edge.pipeline import Group, GroupSolver, Solved
+from moe2edge.quantize import Quantize
 from moe2edge.scheme import Scheme
 
-if TYPE_CHECKING:
-    from moe2edge.rounding import Quantized
-    from moe2edge.walk import Seen
 
-
-class Rtn(Slim):
-    """Round to nearest, symmetric, one scale per group: absmax / 7.5 at 4 bits."""
+class Rtn(Quantize):
+    """Round to nearest, with one scale per group of inputs."""
 
     needs_tokens: ClassVar[bool] = False
 
-    def solver(self, model: Model) -> Solver:
-        """Rounds one block after another."""
-        return _Rounding(self.scheme(model))
+    scales: Annotated[
+        Literal["absmax", "mse"],
+        Field(description="of the whole range of a group, or of the range with the least error"),
+    ] = "absmax"
+
+    def solver(self, model: Model) -> GroupSolver:
+        """Rounds one matrix after another."""
+        return _Rounding(self.schemes(model), model, self.scales)
 
 
 class _Rounding:
-    def __init__(self, scheme: Scheme) -> None:
-        self._scheme = scheme
+    propagate = False
 
-    def see(self, seen: Seen) -> None:
-        """Rounding looks at no activations."""
+    def __init__(
+        self, schemes: Mapping[str, Scheme], model: Model, scales: Literal["absmax", "mse"]
+    ) -> None:
+        self._schemes, self._model, self._scales = schemes, model, scales
 
-    def solve(self, block: Block) -> tuple[dict[str, Quantized], list[str]]:
-        """Round every selected tensor of the block."""
+    def nbytes(self, shapes: Sequence[tuple[int, ...]]) -> int:
+        """Memory of one matrix, its integers and what is computed on the way."""
+        return max(16 * outs * ins for outs, ins in shapes)
+
+    def solve(self, block: Block, groups: Sequence[Group]) -> Solved:
+        """Round every tensor that has a scheme."""
         from moe2edge.rounding import round_to_nearest
 
-        return {r: round_to_nearest(w.load(), self._scheme) for r, w in selected(block)}, []
+        numbers = {}
+        for group in groups:
+            for role, weight in group.weights.items():
+                scheme = self._schemes.get(self._model.family.disk_name(block.index, role))
+                if scheme is not None:
+                    numbers[role] = round_to_nearest(weight.load(), scheme, self._scales)
+        return Solved(numbers)

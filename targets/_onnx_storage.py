@@ -25,7 +25,7 @@ from torch import Tensor
 
 from moe2edge.errors import VerificationFailed
 from moe2edge.model import Weight
-from moe2edge.packing import deinterleave, interleave, pack_nibbles, unpack_nibbles
+from moe2edge.packing import deinterleave, interleave, pack_bytes, unpack_bytes
 from moe2edge.rounding import Quantized
 from moe2edge.scheme import Scheme
 
@@ -129,7 +129,7 @@ def quantized(name: str, parts: Sequence[Part], shape: tuple[int, ...], *, block
     def make() -> Iterator[tuple[Slot, Tensor]]:
         for part in parts:
             numbers = [source.weight.quantized() for source in part]
-            yield integers, pack_nibbles(_join([n.q for n in numbers]))
+            yield integers, pack_bytes(_join([n.q for n in numbers]), scheme.bits)
             yield scales, _join([n.scales for n in numbers])
 
     return Batch((integers, scales), make)
@@ -246,7 +246,7 @@ def read(folder: Path) -> Iterator[tuple[str, Tensor | Quantized]]:
             raise VerificationFailed(f"{GRAPH_FILE} lacks the scales of {proto.name}")
         scales = _tensors(protos[known[SCALES]], parts, data)
         for (name, packed), (_, factors) in zip(numbers, scales, strict=True):
-            q = unpack_nibbles(packed)
+            q = unpack_bytes(packed, 4)
             group_size = q.shape[1] // factors.shape[1]
             yield name, Quantized(q, factors, Scheme(bits=4, group_size=group_size))
 

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from moe2edge import per_layer
 from moe2edge.checkpoint import Planned, open_checkpoint, write_checkpoint, write_json
 from moe2edge.errors import Unsupported, VerificationFailed
-from moe2edge.loading import gptq_parts, load, stored_model
+from moe2edge.loading import load
 from moe2edge.model import Model, Weight, is_quantizable
 from moe2edge.scheme import GROUP_SIZES, Scheme
+from moe2edge.stored import gptq_parts, stored_model
 from moe2edge.target import Loader, Runtime, Target
 from moe2edge.targets import _layouts
 from moe2edge.targets._layouts import Layout
@@ -242,7 +243,7 @@ def _pack(name: str, quantized: Quantized) -> dict[str, Tensor]:
                 f"{name} has scales that {dtype} does not hold exactly; choose them with "
                 "moe2edge.rounding.portable_scales before rounding"
             )
-    return pack_gptq(quantized.q, scales, quantized.scheme.group_size)
+    return pack_gptq(quantized)
 
 
 # ---- who reads it ------------------------------------------------------------------------------

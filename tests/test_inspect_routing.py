@@ -16,7 +16,7 @@ import torch
 from click.testing import CliRunner, Result
 from transformers import AutoModelForCausalLM
 
-from moe2edge import loading, routing_report, routing_view, walk
+from moe2edge import loading, routing_report, routing_view, stored, walk
 from moe2edge.checkpoint import open_checkpoint
 from moe2edge.cli import main
 from moe2edge.families import FAMILIES
@@ -239,7 +239,7 @@ def test_uneven_quantized_output(
 
 def test_layers_that_skip_and_layers_without_router(tiny: Make, tmp_path: Path) -> None:
     out = export(tiny("mixtral"), FORMS, tmp_path)
-    model = loading.stored_model(open_checkpoint(str(out)))
+    model = stored.stored_model(open_checkpoint(str(out)))
     found = routing_report.measure(model, IDS, lambda *_: None)
     # The layer with one expert is a plain MLP: nothing is routed there.
     assert [(layer.block, len(layer.experts)) for layer in found] == [(0, 5), (2, 3)]

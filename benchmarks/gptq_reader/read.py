@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from moe2edge.checkpoint import open_checkpoint
-from moe2edge.loading import load, stored_model
+from moe2edge.loading import load
 from moe2edge.model import Model
+from moe2edge.stored import stored_model
 
 TOLERANCE = 0.05
 SAMPLES, LENGTH, SEED = 4, 128, 0

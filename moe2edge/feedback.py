@@ -1,0 +1,254 @@
+"""Rounding column by column with feedback: the core of GPTQ and of SparseGPT. Pure functions.
+
+For inputs X [n, in] the loss of replacing W [out, in] by Q is ``|| (W - Q) X^T ||^2``, which is
+``trace(E H E^T)`` with ``E = W - Q`` and the Hessian ``H = X^T X``. With ``H = L D L^T``, L unit
+lower triangular, it is ``sum_i D_i || (E L)_i ||^2``, and ``(E L)_i`` holds no column of E before
+the i-th. So columns are rounded from the last to the first, each to the grid point nearest to
+``w_i + sum_{j > i} e_j L_ji``. It is the same result as that of the loop in GPTQ (Frantar et al.,
+2022, https://arxiv.org/abs/2210.17323) over the columns in that order, with one Cholesky
+factorization and no inverse (LDLQ: Chee et al., 2023, https://arxiv.org/abs/2307.13304).
+
+Several matrices of one shape are solved at once: with hundreds of small experts, the time of a
+loop over columns is that of starting operations on few numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from moe2edge.rounding import Grid, Range, choose_grid
+from moe2edge.scheme import WHOLE_ROW, Scheme
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Columns whose feedback is computed by one product of matrices: for all columns behind them, then
+# for those inside.
+OUTER, PANEL, INNER = 512, 128, 16
+
+
+@dataclass(frozen=True)
+class Factors:
+    """``H = L D L^T`` of one or more Hessians.
+
+    Attributes:
+        lower: unit lower triangular, float32 [batch, in, in].
+        weight: the diagonal of D, [batch, in].
+    """
+
+    lower: Tensor
+    weight: Tensor
+
+
+def factorize(hessians: Tensor, damping: float) -> tuple[Factors, list[bool]]:
+    """Factors of damped Hessians [batch, in, in], which are overwritten; which of them have some.
+
+    Inputs that never occur get a diagonal of one, so that their weights are simply rounded. Where
+    the factorization fails, damping is raised tenfold, up to ten times the mean of the diagonal;
+    where that fails, too, the factors are those of the identity, with which columns are rounded
+    without feedback.
+    """
+    weight = hessians.new_empty(hessians.shape[:2])
+    fine = [_factorize(h, weight[n], damping) for n, h in enumerate(hessians)]
+    return Factors(hessians, weight), fine
+
+
+def _factorize(hessian: Tensor, weight: Tensor, damping: float) -> bool:
+    diagonal = hessian.diagonal()
+    clean = diagonal.clone()
+    dead = clean == 0
+    mean = clean.mean()
+    while damping < 10:
+        diagonal.copy_(torch.where(dead, torch.ones_like(clean), clean + damping * mean))
+        lower, info = torch.linalg.cholesky_ex(hessian)
+        if info == 0 and bool(lower.diagonal().isfinite().all()):
+            pivots = lower.diagonal().clone()
+            torch.div(lower, pivots, out=hessian)
+            weight.copy_(pivots.square())
+            return True
+        damping *= 10
+    hessian.copy_(torch.eye(len(hessian)))
+    weight.fill_(1)
+    return False
+
+
+class Rounder(Protocol):
+    """Decides to what the numbers of a column are rounded."""
+
+    @property
+    def width(self) -> int | None:
+        """Columns that it decides about together, before the last of them; None: none."""
+        ...
+
+    def begin(self, first: int, completed: Tensor, weight: Tensor) -> None:
+        """Look at `width` columns before they are rounded.
+
+        Args:
+            first: the first of them.
+            completed: [batch, width, out], what they would best be, were they free, after the
+                columns behind them are rounded.
+            weight: their part of D, [batch, width].
+        """
+        ...
+
+    def round(self, column: int, wanted: Tensor) -> Tensor:
+        """Numbers [batch, out] near to ``wanted``; may write over it."""
+        ...
+
+
+def solve(weights: Tensor, factors: Factors, rounder: Rounder) -> Tensor:
+    """Round a batch of matrices with feedback.
+
+    Args:
+        weights: float32 [batch, out, in]; overwritten with ``E = W - Q``.
+        factors: of their Hessians.
+        rounder: rounds the columns, from the last to the first.
+
+    Returns:
+        The loss of each matrix, ``trace(E H E^T)``, float32 [batch].
+    """
+    batch, _, columns = weights.shape
+    loss = weights.new_zeros(batch)
+    for outer in range((columns - 1) // OUTER * OUTER, -1, -OUTER):
+        behind = min(outer + OUTER, columns)
+        wide = weights[..., outer:behind].clone()
+        if behind < columns:
+            wide.baddbmm_(weights[..., behind:], factors.lower[:, behind:, outer:behind])
+        for start in range((behind - outer - 1) // PANEL * PANEL + outer, outer - 1, -PANEL):
+            end = min(start + PANEL, behind)
+            part = slice(start, end)
+            # Transposed, so that a column lies in one piece.
+            wanted = wide[..., start - outer : end - outer].transpose(1, 2).contiguous()
+            if end < behind:
+                inside = factors.lower[:, end:behind, part].transpose(1, 2)
+                wanted.baddbmm_(inside, weights[..., end:behind].transpose(1, 2))
+            errors = _panel(
+                wanted,
+                weights[..., part].transpose(1, 2).contiguous(),
+                factors.lower[:, part, part].contiguous(),
+                factors.weight[:, part],
+                start,
+                rounder,
+                loss,
+            )
+            weights[..., part] = errors.transpose(1, 2)
+    return loss
+
+
+def _panel(
+    wanted: Tensor,
+    original: Tensor,
+    lower: Tensor,
+    weight: Tensor,
+    first: int,
+    rounder: Rounder,
+    loss: Tensor,
+) -> Tensor:
+    """Errors [batch, columns, out] of rounding some columns.
+
+    Args:
+        wanted: the numbers with the feedback of all columns behind them; overwritten.
+        original: without it.
+        lower: the part of L for these columns, [batch, columns, columns].
+        weight: of D, [batch, columns].
+        first: the first column.
+        rounder: rounds.
+        loss: what their loss is added to.
+    """
+    columns = wanted.shape[1]
+    width = rounder.width
+    # Columns that the rounder looks at together end where a run of columns ends.
+    step = INNER if width is None or width >= INNER else width
+    errors = torch.empty_like(wanted)
+    for end in range(columns, 0, -step):
+        start = max(0, end - step)
+        if width is not None and (first + end) % width == 0:
+            part = slice(end - width, end)
+            free = torch.linalg.solve_triangular(
+                lower[:, part, part].transpose(1, 2),
+                wanted[:, part] - original[:, part],
+                upper=True,
+                unitriangular=True,
+            )
+            rounder.begin(first + end - width, original[:, part] + free, weight[:, part])
+        for n in range(end - 1, start - 1, -1):
+            # The target stays as it is for the loss below.
+            rounded = rounder.round(first + n, wanted[:, n].clone())
+            torch.sub(original[:, n], rounded, out=errors[:, n])
+            if n > start:
+                feedback = lower[:, n, start:n].unsqueeze(-1)
+                wanted[:, start:n].addcmul_(feedback, errors[:, n].unsqueeze(1))
+        if start:
+            feedback = lower[:, start:end, :start].transpose(1, 2)
+            wanted[:, :start].baddbmm_(feedback, errors[:, start:end])
+    missed = (wanted - original).add_(errors).square_().sum(-1)
+    loss += (missed * weight).sum(-1)
+    return errors
+
+
+class GridRounder:
+    """Rounds to the grid of each group of inputs, and keeps the integers.
+
+    Grids are given for all groups, or chosen when a group's turn comes, from its numbers as they
+    would then best be.
+    """
+
+    def __init__(
+        self, groups: Tensor, chosen: Grid, how: Range | None = None, mask: Tensor | None = None
+    ) -> None:
+        """Make one for a batch of matrices.
+
+        Args:
+            groups: of each column, int64 [batch, in].
+            chosen: grids of all groups, [batch, out, groups]; overwritten if ``how`` is given.
+            how: choose them on the way; then groups are columns side by side.
+            mask: [batch, out, in], 0 where a number is zero and stays so, else 1; None: none.
+        """
+        batch, outs, count = chosen.scales.shape
+        ins = groups.shape[1]
+        self.width = ins // count if how else None
+        self._how, self._scheme, self._groups = how, chosen.scheme, groups
+        # A row for each group, so that a column's numbers lie in one piece.
+        self._scales = chosen.scales.transpose(1, 2).contiguous()
+        self._zeros = chosen.zeros.transpose(1, 2).contiguous()
+        self._mask = None if mask is None else mask.transpose(1, 2).contiguous()
+        self._rows = torch.arange(batch)
+        self._q = torch.empty(batch, ins, outs, dtype=torch.uint8)
+
+    @property
+    def q(self) -> Tensor:
+        """Integers uint8 [batch, out, in]."""
+        return self._q.transpose(1, 2).contiguous()
+
+    @property
+    def grid(self) -> Grid:
+        """Grids of all groups, [batch, out, groups]."""
+        scales, zeros = (t.transpose(1, 2).contiguous() for t in (self._scales, self._zeros))
+        return Grid(scales, zeros, self._scheme)
+
+    def begin(self, first: int, completed: Tensor, weight: Tensor) -> None:
+        """Choose the grid of a group."""
+        if self._how is None:
+            return
+        chosen = choose_grid(completed.transpose(1, 2), self._scheme_of_one, self._how, weight)
+        group = int(self._groups[0, first])
+        self._scales[:, group] = chosen.scales[..., 0]
+        self._zeros[:, group] = chosen.zeros[..., 0]
+
+    @property
+    def _scheme_of_one(self) -> Scheme:
+        """For a single group, whose width is that of what is looked at."""
+        return replace(self._scheme, group_size=WHOLE_ROW)
+
+    def round(self, column: int, wanted: Tensor) -> Tensor:
+        """Nearest numbers on the grid."""
+        at = self._rows, self._groups[:, column]
+        scale, zero = self._scales[at], self._zeros[at]
+        q = torch.round(wanted / scale, out=wanted).add_(zero).clamp_(0, self._scheme.largest)
+        if self._mask is not None:
+            q = torch.where(self._mask[:, column].bool(), q, zero)
+        self._q[:, column] = q
+        return (q - zero).mul_(scale)

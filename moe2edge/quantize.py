@@ -1,0 +1,220 @@
+"""What quantizing passes share: which tensor gets which scheme, and the check that it has it."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from moe2edge.errors import InputError, Moe2EdgeError
+from moe2edge.model import Block, Model, MoELayer, Weight, is_quantizable
+from moe2edge.pipeline import Slim
+from moe2edge.scheme import Scheme, largest_group_size
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Bits = Literal[2, 3, 4, 8]
+GroupSize = Literal[-1, 32, 64, 128]
+
+
+class Rule(BaseModel):
+    """Another scheme for some tensors. Of several rules that match, the first holds."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    match: Annotated[
+        str,
+        Field(description="regular expression, looked for in names on disk; none: every name"),
+    ] = ""
+    blocks: Annotated[
+        tuple[int, ...] | None,
+        Field(min_length=1, description="blocks, counted from 0, or from the end from -1"),
+    ] = None
+    bits: Annotated[
+        Literal[2, 3, 4, 8, 16], Field(description="per weight; 16 leaves the tensors as they are")
+    ]
+    group_size: Annotated[
+        GroupSize | None, Field(description="inputs per scale; none: as the pass")
+    ] = None
+    symmetric: Annotated[bool | None, Field(description="none: as the pass")] = None
+
+    @field_validator("match")
+    @classmethod
+    def _compiles(cls, value: str) -> str:
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(f"a regular expression; {value!r} is none: {error}") from error
+        return value
+
+    def applies(self, name: str, block: int, count: int) -> bool:
+        """Whether it is about the tensor ``name`` of a block, of ``count`` blocks."""
+        inside = self.blocks is None or block in {n % count for n in self.blocks}
+        return inside and re.search(self.match, name) is not None
+
+
+class Quantize(Slim):
+    """A pass that rounds matrices to few bits.
+
+    Attributes:
+        bits: per weight.
+        group_size: inputs that share a scale.
+        symmetric: whether zero is the middle of the integers.
+        rules: other schemes for some tensors.
+    """
+
+    bits: Annotated[Bits, Field(description="bits per weight")] = 4
+    group_size: Annotated[
+        GroupSize | None,
+        Field(
+            description="inputs per scale, -1: all of a row; none: the largest that divides every "
+            "width"
+        ),
+    ] = None
+    symmetric: Annotated[
+        bool, Field(description="the middle integer is zero; false: each group has a zero point")
+    ] = True
+    rules: Annotated[
+        tuple[Rule, ...],
+        Field(description="other schemes for some tensors; the first that matches"),
+    ] = ()
+
+    def schemes(self, model: Model) -> dict[str, Scheme]:
+        """Scheme of each tensor that is to be quantized, by name on disk."""
+        rules = {name: self._rule(name, block, model) for name, block, _ in _matrices(model)}
+        widths = [
+            weight.shape[1]
+            for name, _, weight in _matrices(model)
+            if (rule := rules[name]) is None or (rule.bits != 16 and rule.group_size is None)
+        ]
+        group = self.group_size or (largest_group_size(widths) if widths else 128)
+        found = {}
+        for name, rule in rules.items():
+            if rule is None:
+                found[name] = Scheme(self.bits, group, self.symmetric)
+            elif rule.bits != 16:
+                symmetric = self.symmetric if rule.symmetric is None else rule.symmetric
+                found[name] = Scheme(rule.bits, rule.group_size or group, symmetric)
+        return found
+
+    def _rule(self, name: str, block: Block, model: Model) -> Rule | None:
+        count = len(model.blocks)
+        return next((r for r in self.rules if r.applies(name, block.index, count)), None)
+
+    def resolved(self, model: Model) -> Self:
+        """With the group size of the whole source, whichever of its blocks stay."""
+        if self.group_size is not None:
+            return self
+        widths = {s.group_size for s in self.schemes(model).values()}
+        given = {rule.group_size for rule in self.rules}
+        own = widths - given if len(widths) > 1 else widths
+        return self.model_copy(update={"group_size": max(own, default=128)})
+
+    def check(self, model: Model) -> None:
+        """Refuse a model that is quantized already, widths and rules that do not fit it."""
+        schemes = self.schemes(model)
+        for name, _, weight in _matrices(model):
+            if weight.scheme is not None:
+                raise InputError("the recipe quantizes twice; keep one of its quantizing passes")
+            group = schemes[name].width(weight.shape[1]) if name in schemes else 1
+            if weight.shape[1] % group:
+                raise InputError(
+                    f"group_size {group} does not divide the {weight.shape[1]} inputs of {name}; "
+                    f"leave group_size out, or choose a divisor"
+                )
+        if not schemes:
+            raise InputError("the rules leave nothing to quantize")
+        self._check_rules(model)
+        for block, layer in model.moe_blocks:
+            _check_layer(block, layer, model, schemes)
+
+    def _check_rules(self, model: Model) -> None:
+        """Refuse a rule that is about no tensor."""
+        count = len(model.blocks)
+        for rule in self.rules:
+            outside = [n for n in rule.blocks or () if not -count <= n < count]
+            if outside:
+                raise InputError(f"rule {_shown(rule)}: there is no block {outside[0]} of {count}")
+            if not any(self._rule(n, b, model) is rule for n, b, _ in _matrices(model)):
+                raise InputError(
+                    f"rule {_shown(rule)} is about no tensor, or rules before it take all that it "
+                    "is about; names are such as "
+                    f"{next(name for name, _, _ in _matrices(model))}"
+                )
+
+    def plan(self, model: Model) -> Model:
+        """The model with its scheme on every tensor that gets one."""
+        schemes = self.schemes(model)
+        for block in model.blocks:
+            new = {
+                role: _planned(weight, schemes[name])
+                for role, weight in block.weights()
+                if (name := model.family.disk_name(block.index, role)) in schemes
+            }
+            model = model.replace_block(block.with_weights(new))
+        return model
+
+    def check_result(self, before: Model, after: Model) -> None:
+        """Prove that every tensor has the scheme that the options give it.
+
+        Raises:
+            Moe2EdgeError: one has not.
+        """
+        schemes = self.schemes(before)
+        for name, _, weight in after.tensors():
+            if weight.scheme != schemes.get(name):
+                raise Moe2EdgeError(
+                    f"{name} is {weight.scheme or weight.dtype}, expected "
+                    f"{schemes.get(name) or weight.dtype}"
+                )
+
+    def describe(self, model: Model) -> str:
+        """Schemes and how many matrices get them, with the mean of bits per weight."""
+        schemes = self.schemes(model)
+        parts = [f"{scheme}: {n} matrices" for scheme, n in Counter(schemes.values()).items()]
+        alone = sum(name not in schemes for name, _, _ in _matrices(model))
+        if alone:
+            parts.append(f"left alone by rule: {alone}")
+        weights = [w for _, _, w in self.plan(model).tensors() if w.scheme]
+        bits = 8 * sum(w.nbytes for w in weights) / sum(w.count for w in weights)
+        return f"{'; '.join(parts)}; {bits:.3f} bits/weight"
+
+
+def _matrices(model: Model) -> Iterator[tuple[str, Block, Weight]]:
+    """The tensors that slimming selects, by name on disk."""
+    for block in model.blocks:
+        for role, weight in block.weights():
+            if is_quantizable(role):
+                yield model.family.disk_name(block.index, role), block, weight
+
+
+def _shown(rule: Rule) -> str:
+    return str(rule.model_dump(exclude_defaults=True))
+
+
+def _check_layer(
+    block: Block, layer: MoELayer, model: Model, schemes: Mapping[str, Scheme]
+) -> None:
+    """Refuse several schemes in one MoE layer, which no runtime takes."""
+    roles = [f"experts.{n}.{part}" for n in range(len(layer.experts)) for part in PARTS]
+    found = {schemes.get(model.family.disk_name(block.index, role)) for role in roles}
+    if len(found) > 1:
+        raise InputError(
+            f"the rules give the experts of block {block.index} several schemes "
+            f"({', '.join(sorted(str(s or 'none') for s in found))}); runtimes hold the experts "
+            "of a layer in one"
+        )
+
+
+PARTS = ("gate", "up", "down")
+
+
+def _planned(weight: Weight, scheme: Scheme) -> Weight:
+    def not_yet() -> Tensor:
+        raise AssertionError(f"{weight.name} is only planned")
+
+    return Weight(weight.name, weight.shape, weight.dtype, load=not_yet, scheme=scheme)
