@@ -36,6 +36,8 @@ COMPANIONS = (
 )  # fmt: skip
 # Floating-point dtypes as safetensors and as torch spell them.
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+# All that we read and write.
+_TORCH_NAMES = DTYPES | {"I32": "int32", "U8": "uint8", "I64": "int64"}
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 SHARD_BYTES = 4 << 30
 
@@ -249,15 +251,32 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def open_file(path: Path) -> Any:
-    """A safetensors file, mapped; it stays open, so that its header is read once.
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a safetensors file.
+
+    Attributes:
+        shape: its shape.
+        dtype: as the file spells it.
+        start: its first byte in the file.
+        nbytes: how many it has.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    start: int
+    nbytes: int
+
+
+def open_file(path: Path) -> Mapping[str, Entry]:
+    """The header of a safetensors file, which is read once.
 
     Raises:
         InputError: it is missing or damaged.
     """
     try:
         state = path.stat()
-        return _mapped(path, state.st_mtime_ns, state.st_size)
+        return _entries(path, state.st_mtime_ns, state.st_size)
     except (SafetensorError, OSError) as error:
         raise InputError(
             f"{path.name} is damaged or cut short ({_first_line(error)}); download it again"
@@ -265,9 +284,23 @@ def open_file(path: Path) -> Any:
 
 
 @lru_cache(maxsize=256)
-def _mapped(path: Path, changed: int, size: int) -> Any:
-    """Opened file; one that was written anew has another key."""
-    return safe_open(path, framework="pt")
+def _entries(path: Path, changed: int, size: int) -> Mapping[str, Entry]:
+    """Header of a file; one that was written anew has another key.
+
+    The library, which checks the whole of it, does not tell where tensors are.
+    """
+    with safe_open(path, framework="np"):
+        pass
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header: dict[str, Any] = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    found = {}
+    for name, entry in header.items():
+        start, end = entry["data_offsets"]
+        shape = tuple(entry["shape"])
+        found[name] = Entry(shape, entry["dtype"], 8 + length + start, end - start)
+    return found
 
 
 def stored_weight(path: Path, name: str) -> Weight:
@@ -284,14 +317,25 @@ def stored_weight(path: Path, name: str) -> Weight:
 
 def header(path: Path, name: str) -> tuple[tuple[int, ...], str]:
     """Shape and dtype of one tensor of a safetensors file, as the file spells them."""
-    part = open_file(path).get_slice(name)
-    return tuple(part.get_shape()), str(part.get_dtype())
+    entry = open_file(path)[name]
+    return entry.shape, entry.dtype
 
 
 def read_tensor(path: Path, name: str) -> Tensor:
-    """One tensor of a safetensors file, read through a memory map."""
-    tensor: Tensor = open_file(path).get_tensor(name)
-    return tensor
+    """One tensor of a safetensors file, through a map of nothing else.
+
+    A map of the whole file would count as memory of the process, page by page as it is read; this
+    one is gone with the tensor. Writing to the tensor does not change the file.
+    """
+    import numpy as np
+    import torch
+
+    entry = open_file(path)[name]
+    dtype = getattr(torch, _TORCH_NAMES[entry.dtype])
+    if not entry.nbytes:
+        return torch.empty(entry.shape, dtype=dtype)
+    mapped = np.memmap(path, np.uint8, "c", entry.start, entry.nbytes)
+    return torch.from_numpy(mapped).view(dtype).view(entry.shape)
 
 
 def read_all(folder: Path) -> Iterator[tuple[str, Tensor]]:
@@ -314,9 +358,7 @@ def write_json(path: Path, data: object) -> None:
 
 # ---- writing ----------------------------------------------------------------------------------
 
-_SPELLING = {f"torch.{name}": spelling for spelling, name in DTYPES.items()} | {
-    "torch.int32": "I32", "torch.uint8": "U8", "torch.int64": "I64",
-}  # fmt: skip
+_SPELLING = {f"torch.{name}": spelling for spelling, name in _TORCH_NAMES.items()}
 
 
 def as_stored(tensor: Tensor, dtype: str) -> Tensor:

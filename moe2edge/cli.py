@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import click
 
@@ -21,6 +21,7 @@ from moe2edge.cli_common import (
     THREADS,
     emit,
     from_hub,
+    nbytes,
     open_model,
     parse_recipe,
     print_table,
@@ -55,14 +56,15 @@ class Group(click.Group):
         except Moe2EdgeError as error:
             _debug()
             _fail(str(error), error.exit_code, as_json)
-        except (click.Abort, KeyboardInterrupt):
-            _leave("interrupted; nothing was left behind", as_json)
+        except (click.Abort, KeyboardInterrupt) as error:
+            _leave(f"interrupted; {_kept(error) or 'nothing was left behind'}", as_json)
         except BrokenPipeError:
             sys.stderr.close()
             sys.exit(1)
         except OSError as error:
             _debug()
-            _fail(f"{error.strerror or error}: {error.filename or 'no file named'}", 1, as_json)
+            what = f"{error.strerror or error}: {error.filename or 'no file named'}"
+            _fail("; ".join(part for part in (what, _kept(error)) if part), 1, as_json)
         except Exception as error:  # the last resort: a fault of ours, told in one line as well
             _debug()
             what = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
@@ -74,6 +76,11 @@ def _debug() -> None:
     """Where an error came from, for those who ask."""
     if os.environ.get("MOE2EDGE_DEBUG"):
         traceback.print_exc()
+
+
+def _kept(error: BaseException) -> str:
+    """What an interrupted export has kept, if it has."""
+    return "; ".join(getattr(error, "__notes__", ()))
 
 
 def _leave(message: str, as_json: bool) -> NoReturn:
@@ -132,8 +139,27 @@ Examples:
 @click.option("-r", "--recipe", help="Bundled recipe or file [default: w4 for onnx and gptq].")
 @SETTINGS
 @CALIB
-@click.option("--eval", "evaluation", help="Held-out text for the report, likewise.")
+@click.option(
+    "--eval",
+    "evaluation",
+    help="Held-out text for the report, likewise; none: no perplexity, for a quick export.",
+)
 @click.option("--force", is_flag=True, help="Replace an output folder of moe2edge.")
+@click.option(
+    "--resume",
+    type=click.Choice(["auto", "never", "require"]),
+    default="auto",
+    show_default=True,
+    help="Go on with an export to the same folder that was interrupted or killed: where there is "
+    "one, not at all, or only if there is one.",
+)
+@click.option(
+    "--max-memory",
+    "most",
+    callback=nbytes,
+    help="For the whole process, as in 8GB: hidden states beyond a share go to the disk, and "
+    "fewer experts are solved at once.",
+)
 @QUIET
 @THREADS
 @JSON
@@ -147,6 +173,8 @@ def export(
     calib: str | None,
     evaluation: str | None,
     force: bool,
+    resume: Literal["auto", "never", "require"],
+    most: int | None,
     quiet: bool,
     as_json: bool,
     revision: str | None,
@@ -160,7 +188,16 @@ def export(
     parsed = parse_recipe(recipe or _default_recipe(targets), settings, calib, evaluation)
     checkpoint = open_model(model, revision, cache_dir)
     quiet_libraries()
-    report = run(checkpoint, parsed, targets, output.absolute(), watcher(quiet=quiet), force=force)
+    report = run(
+        checkpoint,
+        parsed,
+        targets,
+        output.absolute(),
+        watcher(quiet=quiet),
+        force=force,
+        resume=resume,
+        most=most,
+    )
     if as_json:
         emit({"output": str(output), **report.to_json()})
         return

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -106,6 +108,21 @@ def _set_threads(_: click.Context, __: click.Parameter, count: int | None) -> No
         import torch
 
         torch.set_num_threads(count)
+
+
+def nbytes(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
+    """Bytes of a size such as 8GB, 512MiB or 2e9."""
+    if value is None:
+        return None
+    found = re.fullmatch(r"\s*([\d.]+(?:e\d+)?)\s*([KMGT]?)(i?)B?\s*", value, re.IGNORECASE)
+    try:
+        number = float(found[1]) if found else math.nan
+    except ValueError:
+        number = math.nan
+    if found is None or not 0 < number < math.inf:
+        raise click.BadParameter(f"{value!r} is no size; expected one such as 8GB or 512MiB")
+    base = 1024 if found[3] else 1000
+    return int(number * base ** " KMGT".index(found[2].upper() or " "))
 
 
 # ONNX sessions take torch's number, so that one option rules both.

@@ -23,7 +23,7 @@ from moe2edge.cli_common import (
     text_options,
     text_source,
 )
-from moe2edge.errors import InputError, VerificationFailed
+from moe2edge.errors import DoesNotFit, InputError, VerificationFailed
 from moe2edge.progress import watcher
 
 
@@ -54,6 +54,8 @@ def verify(
     count, parity, runtime = checks.check_folder(target, folder, recorded)
     result: dict[str, Any] = {"tensors": count, "parity": asdict(parity)}
     if reference:
+        if runtime is None:
+            raise DoesNotFit(f"{folder} is too large for the memory of this machine to be run")
         source = open_model(reference, revision, cache_dir).model
         result["kl_to_source"] = checks.check_source(recorded, runtime, source)
     if as_json:
@@ -61,11 +63,14 @@ def verify(
         return
     click.echo(f"files: {len(artifact.manifest['files'])} as in the manifest")
     click.echo(f"tensors: {count} hold the numbers that were exported")
-    click.echo(
-        f"logits in the runtime: largest error {parity.exact:.1e} with float32 activations, "
-        f"{parity.shipped:.2%} relative as shipped, {parity.top1:.1%} same top-1 "
-        f"({parity.positions} positions, cached)"
-    )
+    click.echo(f"logits: largest error {parity.exact:.1e} with float32 activations")
+    if parity.shipped is None:
+        click.echo("runtime: not run, this machine has too little memory")
+    else:
+        click.echo(
+            f"runtime: {parity.shipped:.2%} relative error as shipped, {parity.top1:.1%} same "
+            f"top-1 ({parity.positions} positions, cached)"
+        )
     if reference:
         click.echo(f"KL to {reference}: {result['kl_to_source']:.5f} nats per token")
     click.echo("verified")
@@ -159,6 +164,8 @@ def profile(
         emit(result.to_json())
         return
     print_table(table(result))
+    if note := result.artifact["note"]:
+        click.echo(f"note: {note}", err=True)
     for warning in result.warnings:
         click.echo(f"warning: {warning}", err=True)
 

@@ -12,7 +12,7 @@ from moe2edge.decisions import CalibrationText, Decisions, SourceModel, decided
 from moe2edge.errors import InputError
 from moe2edge.export import calibration_tokens, check_sources, run_passes, versions
 from moe2edge.model import Block, Model
-from moe2edge.pipeline import Pass, Slim, Step
+from moe2edge.pipeline import Ledger, Pass, Slim, Step
 from moe2edge.progress import Watcher
 from moe2edge.recipe import Recipe
 
@@ -86,7 +86,11 @@ def _computes(name: str) -> InputError:
 
 @dataclass(frozen=True)
 class _NoNumbers:
-    """A store for passes that choose only."""
+    """A work folder for passes that choose only."""
+
+    def ledger(self, step: int) -> Ledger:
+        """None, as passes that solve are refused before."""
+        raise AssertionError(f"pass {step} solves")
 
     def put(self, block: Block, numbers: Mapping[str, Quantized | Tensor]) -> Block:
         """Refuse.

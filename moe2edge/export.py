@@ -4,28 +4,31 @@ from __future__ import annotations
 
 import importlib.metadata
 import resource
-import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from moe2edge import registry, workfolder
+from moe2edge.calibration import BUILTIN_TEXT
 from moe2edge.checkpoint import Checkpoint
 from moe2edge.errors import InputError
+from moe2edge.measuring import Measured, write_target
+from moe2edge.memory import UNLIMITED, Memory
 from moe2edge.model import Model
 from moe2edge.pipeline import (
     Facts,
-    GroupSolver,
     Lab,
     Outcome,
+    Pass,
     Search,
     Slim,
     Step,
-    Store,
     Trim,
+    Work,
     enforce,
     plan,
     stages,
@@ -36,11 +39,7 @@ from moe2edge.report import Report, ResultRow
 from moe2edge.target import Target
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from moe2edge.calibration import Tokens
-    from moe2edge.skipping import SkipRates
-    from moe2edge.verify import Reference
 
 
 def export(
@@ -51,11 +50,23 @@ def export(
     watcher: Watcher,
     *,
     force: bool = False,
+    resume: workfolder.Resume = "auto",
+    most: int | None = None,
 ) -> Report:
     """Run ``recipe`` on ``checkpoint`` and write one folder per target.
 
     With several targets ``out`` holds one folder for each, all packed from one solve. Nothing is
-    left behind when anything fails.
+    left behind when anything fails, but what can be gone on with: see `workfolder.partial_folder`.
+
+    Args:
+        checkpoint: the source.
+        recipe: what to do.
+        targets: what to write.
+        out: where to.
+        watcher: told about progress.
+        force: replace an output of ours.
+        resume: what to do about an unfinished export to the same folder.
+        most: bytes of memory for the whole process; None: what the machine has.
 
     Raises:
         InputError, Unsupported, DoesNotFit: before any work.
@@ -72,31 +83,45 @@ def export(
     solved = sum(weight.nbytes for _, _, weight in planned.tensors() if weight.scheme)
     needed = sum(target.nbytes(planned) for target in targets) + solved
     workfolder.check_space(out, round(needed * 1.05) + (16 << 20))
-    workfolder.check_memory(max(target.runtime_nbytes(planned) for target in targets))
+    for target in targets:
+        if not target.streams:
+            workfolder.check_memory(target.runtime_nbytes(planned))
+    check_memory(recipe.passes, source, most)
     watcher.log(f"recipe:\n{recipe.render()}")
     for step in recipe.passes:
         if isinstance(step, Slim):
             watcher.log(f"{registry.name_of(step)}: {step.describe(source)}")
     calibration = calibration_tokens(checkpoint, recipe)
-    evaluation = _tokens(checkpoint, recipe.evaluation, "evaluation")
-    with workfolder.partial_folder(out) as (content, work):
-        model, steps = run_passes(source, recipe, calibration, workfolder.WorkFolder(work), watcher)
+    evaluation = evaluation_tokens(checkpoint, recipe)
+    inputs = _inputs(checkpoint, recipe, calibration)
+    with workfolder.partial_folder(out, inputs, resume) as (content, work):
+        if known := len(work.journal.units):
+            watcher.log(f"going on behind {known} finished blocks of an earlier run")
+        memory = Memory.of(most, work.folder)
+        model, steps = run_passes(source, recipe, calibration, work, watcher, memory)
         for target in targets:
             target.accepts(model)
-        measured = _Measured.of(source, model, evaluation.ids, work, watcher)
+        measured = Measured.of(
+            source,
+            model,
+            evaluation.ids,
+            watcher,
+            memory,
+            figures=recipe.evaluation.text != NO_TEXT,
+        )
         results: list[ResultRow] = []
         for target in targets:
             folder = content / registry.name_of(target) if len(targets) > 1 else content
             folder.mkdir(exist_ok=True)
             watcher.log(f"writing {registry.name_of(target)}")
-            results.append(_write(target, model, folder, checkpoint, measured, watcher))
+            results.append(write_target(target, model, folder, checkpoint, measured, watcher))
         report = Report(
             source=checkpoint.source,
             family=source.family.architecture,
             recipe=recipe.render(),
             steps=tuple(steps),
-            before=measured.before(source),
-            after=measured.after(model),
+            before=measured.before(),
+            after=measured.after(),
             results=tuple(results),
             skip_rate=measured.skip_rates.rate if model.skips else None,
             loaders={registry.name_of(t): t.loaders(model) for t in targets},
@@ -110,6 +135,23 @@ def export(
             folder = content / registry.name_of(target) if len(targets) > 1 else content
             report.write(folder, target, checkpoint, model, versions())
     return report
+
+
+def _inputs(checkpoint: Checkpoint, recipe: Recipe, calibration: Tokens | None) -> dict[str, str]:
+    """What the numbers of an export depend on."""
+    passes = yaml.safe_dump(yaml.safe_load(recipe.render())["passes"], sort_keys=False)
+    return {
+        "model": checkpoint.sha256,
+        "recipe": passes,
+        "calibration": calibration.sha256 if calibration else "none",
+        "version": ", ".join(f"{name} {v}" for name, v in versions().items() if name in NUMERIC),
+    }
+
+
+# As a text for evaluation: no figures.
+NO_TEXT = "none"
+# Whose versions numbers depend on.
+NUMERIC = ("moe2edge", "torch", "transformers")
 
 
 def check_sources(recipe: Recipe, checkpoint: Checkpoint) -> None:
@@ -136,6 +178,37 @@ def calibration_tokens(checkpoint: Checkpoint, recipe: Recipe) -> Tokens | None:
     return _tokens(checkpoint, recipe.calibration, "calibration")
 
 
+def evaluation_tokens(checkpoint: Checkpoint, recipe: Recipe) -> Tokens:
+    """Tokens for the figures of the report; without any, a few to verify outputs with.
+
+    Raises:
+        InputError: the text does not serve.
+    """
+    from moe2edge import verify
+
+    source = recipe.evaluation
+    if source.text == NO_TEXT:
+        longest = checkpoint.model.family.geometry(checkpoint.config).max_positions
+        length = min(longest, verify.PREFILL + verify.STEPS)
+        source = TextSource(text=BUILTIN_TEXT, samples=verify.SAMPLES, length=length)
+    return _tokens(checkpoint, source, "evaluation")
+
+
+def check_memory(passes: Sequence[Pass], model: Model, most: int | None) -> None:
+    """Refuse a limit of memory that a pass cannot keep.
+
+    Raises:
+        DoesNotFit: it is too small.
+    """
+    from moe2edge import memory, solving
+
+    for step in passes:
+        if isinstance(step, Slim):
+            needed = solving.largest(model, step.solver(model))
+            memory.check(most, needed, f"{registry.name_of(step)} on the largest block")
+        model = step.plan(model)
+
+
 def _tokens(checkpoint: Checkpoint, source: TextSource, purpose: str) -> Tokens:
     from moe2edge.artifact import tokenizer_of
     from moe2edge.calibration import load_tokens
@@ -149,8 +222,9 @@ def run_passes(
     source: Model,
     recipe: Recipe,
     calibration: Tokens | None,
-    work: Store,
+    work: Work,
     watcher: Watcher,
+    memory: Memory = UNLIMITED,
 ) -> tuple[Model, list[Step]]:
     """The model after all passes, and a line of the report for each of them."""
     from moe2edge import solving, walk
@@ -164,7 +238,7 @@ def run_passes(
             observers = {kind: kind() for kind in stage.observers}
             label = f"{', '.join(registry.name_of(p) for p in stage.passes)}: scoring"
             seeing = list(observers.values())
-            walk.observe(model, calibration.ids, seeing, watcher.advance, label)
+            walk.observe(model, calibration.ids, seeing, watcher.advance, label, memory)
             facts = Facts({kind: observer.fact() for kind, observer in observers.items()})
         for step in stage.passes:
             name = registry.name_of(step)
@@ -174,12 +248,10 @@ def run_passes(
                 outcome = step.apply(model, facts)
             elif isinstance(step, Slim):
                 ids = calibration.ids if step.needs_tokens and calibration is not None else None
-                solver = step.solver(model)
-                args = (work, watcher.advance, name)
-                if isinstance(solver, GroupSolver):
-                    solved, changed, notes = solving.solve(model, ids, solver, *args)
-                else:
-                    solved, changed, notes = walk.solve(model, ids, solver, *args)
+                ledger, advance = work.ledger(len(steps)), watcher.advance
+                solved, changed, notes = solving.solve(
+                    model, ids, step.solver(model), ledger, advance, name, memory
+                )
                 outcome = Outcome(solved, tuple(changed), notes=tuple(notes))
             elif isinstance(step, Search) and calibration is not None:
                 outcome = step.search(Lab(source, model, calibration.ids, work, watcher))
@@ -201,116 +273,6 @@ def run_passes(
             )
             begun = time.perf_counter()
     return model, steps
-
-
-@dataclass(frozen=True)
-class _Measured:
-    """Hidden states of source and result on the evaluation tokens, and the reference."""
-
-    source: Model
-    model: Model
-    ids: Tensor
-    source_hidden: Tensor
-    hidden: Tensor
-    reference: Reference
-    skip_rates: SkipRates
-
-    @classmethod
-    def of(
-        cls, source: Model, model: Model, ids: Tensor, work: Path, watcher: Watcher
-    ) -> _Measured:
-        from moe2edge import verify, walk
-        from moe2edge.skipping import SkipObserver
-
-        length = min(ids.shape[1], verify.PREFILL + verify.STEPS)
-        skipped, margins = SkipObserver(), verify.MarginObserver(length)
-        seeing = (skipped, margins)
-        if model is source:
-            before = walk.observe(source, ids, seeing, watcher.advance, "evaluation: source")
-            after = before
-        else:
-            before = walk.observe(source, ids, (), watcher.advance, "evaluation: source")
-            after = walk.observe(model, ids, seeing, watcher.advance, "evaluation: result")
-        watcher.log("recording what verify compares with")
-        rows = verify.reference_rows(margins.fact(), len(ids))
-        reference = verify.record(
-            model,
-            ids[rows, :length],
-            list(walk.head_logits(source, before[rows, :length])),
-            after[rows, :length],
-        )
-        return cls(source, model, ids, before, after, reference, skipped.fact())
-
-    def source_logits(self) -> Iterator[Tensor]:
-        from moe2edge import walk
-
-        return walk.head_logits(self.source, self.source_hidden)
-
-    def logits(self) -> Iterator[Tensor]:
-        from moe2edge import walk
-
-        return walk.head_logits(self.model, self.hidden)
-
-    def before(self, source: Model) -> ResultRow:
-        from moe2edge import quality
-
-        return ResultRow.of("source", source, quality.measure(self.ids, self.source_logits(), None))
-
-    def after(self, model: Model) -> ResultRow:
-        from moe2edge import quality
-
-        found = quality.measure(self.ids, self.logits(), self.source_logits())
-        return ResultRow.of("result, float32 activations", model, found)
-
-    def in_runtime(self, logits: Iterable[Tensor]) -> Any:
-        from moe2edge import quality
-
-        return quality.measure(self.ids, logits, self.source_logits())
-
-
-def _write(
-    target: Target,
-    model: Model,
-    folder: Path,
-    checkpoint: Checkpoint,
-    measured: _Measured,
-    watcher: Watcher,
-) -> ResultRow:
-    """Write one target, reopen it in its runtime, and hold it against the model in memory."""
-    from moe2edge import verify
-    from moe2edge.skipping import measure_times
-
-    name = registry.name_of(target)
-    for companion in checkpoint.companions:
-        shutil.copyfile(companion, folder / companion.name)
-    target.write(model, folder)
-    stored = target.stored(model)
-    reference = measured.reference.of_stored(model, stored)
-    reference.save(folder)
-    watcher.log(f"reading {name} back")
-    verify.audit(target, folder, stored)
-    watcher.log(f"running {name}")
-    parity, shipped = verify.parity(reference, target, folder)
-    if parity.shipped > verify.SHIPPED_USUAL:
-        watcher.log(
-            f"warning: {name} as shipped differs from PyTorch by {parity.shipped:.1%} (median); "
-            f"{verify.SHIPPED_USUAL:.0%} is usual. Its perplexity and KL say what that costs"
-        )
-
-    def logits() -> Iterator[Tensor]:
-        for n, row in enumerate(measured.ids):
-            watcher.advance(f"evaluation: {name}", n, len(measured.ids))
-            yield shipped.logits(row[None])[0]
-        watcher.advance(f"evaluation: {name}", len(measured.ids), len(measured.ids))
-
-    found = measured.in_runtime(logits())
-    size = sum(path.stat().st_size for path in folder.iterdir())
-    times = None
-    if model.skips:
-        watcher.log(f"timing {name} with and without skipping")
-        text = measured.ids[0].tolist()
-        times = measure_times(shipped, target.without_skipping(model, folder), text)
-    return ResultRow.of(f"{name}, in its runtime", model, found, size, parity, times)
 
 
 def _peak_bytes() -> int:

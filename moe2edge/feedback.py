@@ -14,6 +14,7 @@ loop over columns is that of starting operations on few numbers.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -28,6 +29,28 @@ if TYPE_CHECKING:
 # Columns whose feedback is computed by one product of matrices: for all columns behind them, then
 # for those inside.
 OUTER, PANEL, INNER = 512, 128, 16
+# Columns of a Hessian that are computed at once; what is above the diagonal is not.
+HESSIAN_COLUMNS = 512
+
+
+def add_hessian(
+    hessian: Tensor, batches: Iterable[tuple[Tensor, Tensor | None]], *, weighted: bool = True
+) -> None:
+    """Add ``X^T diag(w) X`` of inputs X [n, in] with weights w [n] to a Hessian [in, in].
+
+    Args:
+        hessian: symmetric; overwritten.
+        batches: X and w; None stands for weights of one.
+        weighted: whether w counts.
+    """
+    for x, weights in batches:
+        weighed = x if weights is None or not weighted else x * weights.unsqueeze(1)
+        for start in range(0, len(hessian), HESSIAN_COLUMNS):
+            end = start + HESSIAN_COLUMNS
+            hessian[start:, start:end].addmm_(weighed[:, start:].T, x[:, start:end])
+    for start in range(0, len(hessian), HESSIAN_COLUMNS):
+        end = start + HESSIAN_COLUMNS
+        hessian[start:end, end:] = hessian[end:, start:end].T
 
 
 @dataclass(frozen=True)
@@ -47,7 +70,7 @@ def factorize(hessians: Tensor, damping: float) -> tuple[Factors, list[bool]]:
     """Factors of damped Hessians [batch, in, in], which are overwritten; which of them have some.
 
     Inputs that never occur get a diagonal of one, so that their weights are simply rounded. Where
-    the factorization fails, damping is raised tenfold, up to ten times the mean of the diagonal;
+    the factorization fails, damping is raised tenfold while it is below one;
     where that fails, too, the factors are those of the identity, with which columns are rounded
     without feedback.
     """
@@ -61,7 +84,7 @@ def _factorize(hessian: Tensor, weight: Tensor, damping: float) -> bool:
     clean = diagonal.clone()
     dead = clean == 0
     mean = clean.mean()
-    while damping < 10:
+    while damping <= 1:
         diagonal.copy_(torch.where(dead, torch.ones_like(clean), clean + damping * mean))
         lower, info = torch.linalg.cholesky_ex(hessian)
         if info == 0 and bool(lower.diagonal().isfinite().all()):

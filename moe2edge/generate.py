@@ -66,7 +66,8 @@ def continue_in(
     Args:
         artifact: the folder; its model is loaded when everything else is known to be right.
         prompt_ids: at least one token.
-        tell: is told in one line if the model holds fewer tokens than asked for.
+        tell: is told in one line if the model holds fewer tokens than asked for, and in another
+            how quantized matrices run, if the runtime says so.
         max_tokens: how many to yield at most.
         how: temperature and the like.
 
@@ -85,7 +86,14 @@ def continue_in(
         )
     target = registry.target_with(artifact.target, artifact.options)
     runtime = target.reopen(artifact.folder)
+    if note := note_of(runtime):
+        tell(f"note: {note}")
     return generate(runtime, prompt_ids, max_tokens=left, stop=stop, **how)
+
+
+def note_of(runtime: Runtime) -> str:
+    """How quantized matrices run, in one line; empty where the runtime has nothing to tell."""
+    return str(getattr(runtime, "note", ""))
 
 
 def check_settings(

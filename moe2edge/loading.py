@@ -3,8 +3,9 @@
 Stock transformers 5 keeps all experts of a layer in one parameter and its GPTQ support replaces
 linear layers only, so that the experts of a GPTQ checkpoint come up as random numbers with no more
 than a printed report. Here a model of transformers' own classes is built without numbers and
-filled block by block; a tensor that is missing, left over or of another shape is an error.
-Nothing is registered with transformers, and none of its classes is changed.
+filled block by block, where it can with matrices that stay in 4 bits; a tensor that is missing,
+left over or of another shape is an error. Nothing is registered with transformers, and none of
+its classes is changed.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from moe2edge import per_layer
 from moe2edge.artifact import is_artifact, open_artifact
 from moe2edge.checkpoint import DTYPES, open_checkpoint
 from moe2edge.errors import InputError, Unsupported, VerificationFailed
-from moe2edge.model import Model
+from moe2edge.model import Block, Model
 from moe2edge.stored import stored_model
 
 if TYPE_CHECKING:
@@ -25,20 +26,27 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def load(
+    folder: str | Path, *, dtype: torch.dtype | None = None, packed: bool | None = None
+) -> PreTrainedModel:
     """Load a folder that the target ``hf`` or ``gptq`` wrote, for inference with transformers.
 
-    Quantized weights are dequantized to ``dtype``: the folder is small, the loaded model is not.
+    In bfloat16, symmetric 4-bit matrices stay in 4 bits (see `moe2edge.packed`), and the model is
+    about as large in memory as its files are. Other quantized weights are dequantized to
+    ``dtype``; in float32 every weight equals ``Quantized.dequantize()`` to the bit. The model's
+    ``moe2edge_packed`` tells which is which; printed, it is one line.
     Layers with unequal numbers of experts are honoured, and so is a tokenizer's generation config.
-    In float32 every weight equals ``Quantized.dequantize()`` to the bit.
 
     Args:
         folder: the folder; a hub id works as well.
         dtype: of all parameters; None takes that of the stored embeddings.
+        packed: None: matrices stay in 4 bits where they can; False: none does; True: as None, but
+            it is an error if none can.
 
     Raises:
         InputError: there is no such folder, or a file of it is damaged.
-        Unsupported: another quantization than ours, or a family that is not known.
+        Unsupported: another quantization than ours, a family that is not known, or ``packed`` is
+            True and nothing can run packed.
         VerificationFailed: a tensor is missing, unexpected, of another shape, or not what its
             format allows.
     """
@@ -54,7 +62,7 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedM
     checkpoint = open_checkpoint(str(folder))
     model = stored_model(checkpoint)
     stored = DTYPES[model.rest["model.embed_tokens.weight"].dtype]
-    loaded = to_transformers(model, dtype or getattr(torch, stored))
+    loaded = to_transformers(model, dtype or getattr(torch, stored), packed=packed)
     loaded.config.name_or_path = checkpoint.source
     if (checkpoint.folder / "generation_config.json").exists():
         loaded.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
@@ -64,22 +72,27 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedM
 # ---- a model as transformers' own class --------------------------------------------------------
 
 
-def to_transformers(model: Model, dtype: torch.dtype) -> PreTrainedModel:
-    """A transformers model with the numbers of ``model``, quantized ones dequantized.
+def to_transformers(
+    model: Model, dtype: torch.dtype, *, packed: bool | None = None
+) -> PreTrainedModel:
+    """A transformers model with the numbers of ``model``, packed as `load` says.
 
-    Memory: the parameters in ``dtype``, and one block in float32 while it is filled.
+    Memory: the parameters in ``dtype``, and what is not packed of one block in float32 while it
+    is filled.
 
     Raises:
+        Unsupported: ``packed`` is True and nothing can run packed.
         VerificationFailed: transformers' classes have other parameters than ``model``.
     """
-    from moe2edge.modules import block_state
+    from moe2edge.packed import plan
 
+    how = plan(model, dtype, wanted=packed)
     loaded = _skeleton(model, dtype)
+    loaded.moe2edge_packed = how
+    if how.packed:
+        loaded.save_pretrained = _refuse_to_save_packed
     for block in model.blocks:
-        state = block_state(block)
-        # Copied, so that no parameter stays a view into a file.
-        state = {name: state.pop(name).to(dtype, copy=True) for name in list(state)}
-        _fill(loaded.model.layers[block.index], state, f"block {block.index}", strict=True)
+        _fill_layer(loaded.model.layers[block.index], block, dtype, pack=bool(how.packed))
     rest = {name: weight.load().to(dtype, copy=True) for name, weight in model.rest.items()}
     _fill(loaded, rest, "the rest", strict=False)
     loaded.tie_weights()
@@ -111,6 +124,27 @@ def _skeleton(model: Model, dtype: torch.dtype) -> Any:
     if not all(per_layer.is_own_form(model, block) for block in model.blocks):
         loaded.save_pretrained = _refuse_to_save
     return loaded
+
+
+def _fill_layer(layer: Any, block: Block, dtype: torch.dtype, *, pack: bool) -> None:
+    """Give a decoder layer without numbers those of its block."""
+    from moe2edge.modules import block_state
+    from moe2edge.packed import pack_layer
+
+    held = pack_layer(layer, block, dtype) if pack else frozenset()
+    state = block_state(block, without=held)
+    # Copied, so that no parameter stays a view into a file.
+    state = {name: state.pop(name).to(dtype, copy=True) for name in list(state)}
+    filled = {name: t for name, t in layer.state_dict().items() if not t.is_meta}
+    _fill(layer, state | filled, f"block {block.index}", strict=True)
+
+
+def _refuse_to_save_packed(*_: object, **__: object) -> None:
+    """In place of a method of transformers' that would lose what runs packed."""
+    raise Unsupported(
+        "save_pretrained cannot write matrices that run in 4 bits; copy the folder that this model "
+        "was loaded from, or load it with packed=False"
+    )
 
 
 def _refuse_to_save(*_: object, **__: object) -> None:

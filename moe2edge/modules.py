@@ -173,17 +173,20 @@ def skipping(
     return kept, skipped
 
 
-def block_state(block: Block, kinds: Collection[str] | None = None) -> dict[str, Tensor]:
+def block_state(
+    block: Block, kinds: Collection[str] | None = None, without: Collection[str] = ()
+) -> dict[str, Tensor]:
     """The block's numbers in float32 under transformers' names in memory, experts fused.
 
     Args:
         block: the block.
         kinds: first parts of the roles that are wanted (``attention``); None: all.
+        without: whole roles that are not; of experts, all or none.
     """
     state: dict[str, Tensor] = {}
     for role, weight in block.weights():
         kind, _, rest = role.partition(".")
-        if kinds is not None and kind not in kinds:
+        if role in without or (kinds is not None and kind not in kinds):
             continue
         if kind == "norms":
             state[rest] = finite(weight)
@@ -197,7 +200,8 @@ def block_state(block: Block, kinds: Collection[str] | None = None) -> dict[str,
             state[f"mlp.shared_expert.{rest}_proj.weight"] = finite(weight)
         elif kind == "dense":
             state[f"mlp.{rest}_proj.weight"] = finite(weight)
-    if isinstance(block.mlp, MoELayer) and (kinds is None or "experts" in kinds):
+    wanted = (kinds is None or "experts" in kinds) and "experts.0.gate" not in without
+    if isinstance(block.mlp, MoELayer) and wanted:
         state |= _fused_experts(block.mlp.experts)
     return state
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from moe2edge.progress import Watcher
     from moe2edge.rounding import Quantized
+    from moe2edge.scheme import Pattern
     from moe2edge.walk import Seen
 
 Fact = TypeVar("Fact")
@@ -163,6 +164,51 @@ class Store(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Done:
+    """What there is to tell of a block that was solved.
+
+    Attributes:
+        changed: names on disk of the tensors that were solved.
+        notes: what a user should know.
+        loss: squared error of outputs on the tokens seen, and what it is relative to.
+    """
+
+    changed: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    loss: tuple[float, float] = (0.0, 0.0)
+
+
+class Ledger(Protocol):
+    """The finished blocks of one slimming pass, kept so that a killed run can be gone on with."""
+
+    def restore(self, block: Block) -> tuple[Block, Done] | None:
+        """A block as it was solved before, with what there is to tell; None if it was not."""
+        ...
+
+    def stream(self) -> Tensor | None:
+        """Hidden states behind the last block that was restored, float32."""
+        ...
+
+    def finish(
+        self,
+        block: Block,
+        numbers: Mapping[str, Quantized | Tensor],
+        done: Done,
+        hidden: Tensor | None,
+    ) -> Block:
+        """Save a solved block and the stream behind it; the block with handles on its numbers."""
+        ...
+
+
+class Work(Store, Protocol):
+    """The work folder of an export."""
+
+    def ledger(self, step: int) -> Ledger:
+        """The finished blocks of the pass at position ``step``."""
+        ...
+
+
 class Solver(Protocol):
     """The work of a slimming pass during its walk."""
 
@@ -170,7 +216,7 @@ class Solver(Protocol):
         """Take in what one batch of the current block showed."""
         ...
 
-    def solve(self, block: Block) -> tuple[dict[str, Quantized], list[str]]:
+    def solve(self, block: Block) -> tuple[dict[str, Quantized | Tensor], list[str]]:
         """New numbers of the current block by role, and notes; then forget the block."""
         ...
 
@@ -208,11 +254,13 @@ class Solved:
         notes: what a user should know.
         loss: squared error of the outputs on the tokens that were seen, and what it is relative
             to; zeros if nothing was seen.
+        pattern: which of the numbers are zero and stay so; None: what was promised before holds.
     """
 
     numbers: Mapping[str, Quantized | Tensor]
     notes: tuple[str, ...] = ()
     loss: tuple[float, float] = (0.0, 0.0)
+    pattern: Pattern | None = None
 
 
 @runtime_checkable
@@ -238,13 +286,12 @@ class GroupSolver(Protocol):
 
 
 class Slim(Pass):
-    """A pass that computes new numbers for tensors, one block after another.
+    """A pass that computes new numbers for tensors, one block after another."""
 
-    Attributes:
-        needs_tokens: whether it looks at activations.
-    """
-
-    needs_tokens: ClassVar[bool] = True
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether it looks at activations."""
+        return True
 
     def solver(self, model: Model) -> Solver | GroupSolver:
         """A fresh solver."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -217,4 +218,4 @@ def _planned(weight: Weight, scheme: Scheme) -> Weight:
     def not_yet() -> Tensor:
         raise AssertionError(f"{weight.name} is only planned")
 
-    return Weight(weight.name, weight.shape, weight.dtype, load=not_yet, scheme=scheme)
+    return replace(weight, load=not_yet, scheme=scheme)

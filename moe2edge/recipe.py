@@ -275,7 +275,11 @@ def _build(kind: type[Any], name: str, options: Mapping[str, Any]) -> Any:
         return kind.model_validate(options)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join([name, *(str(part) for part in first["loc"][:1])])
+        # Of an entry of a list the whole way to the option; elsewhere what follows are types.
+        inside = len(first["loc"]) > 2 and isinstance(first["loc"][1], int)
+        place = ".".join([name, *(str(part) for part in first["loc"][: 3 if inside else 1])])
+        if first["type"] == "extra_forbidden":
+            raise InputError(f"{place} is no option") from error
         if first["type"] == "missing":
             raise InputError(f"{place} is missing: {_describe(kind, first['loc'])}") from error
         message = first["msg"].removeprefix("Value error, ")
@@ -287,8 +291,8 @@ def _build(kind: type[Any], name: str, options: Mapping[str, Any]) -> Any:
 
 
 def _describe(kind: type[Any], place: tuple[int | str, ...]) -> str:
-    described: str = kind.model_fields[str(place[0])].description or "it has no default"
-    return described
+    described = kind.model_fields[str(place[0])].description if len(place) == 1 else None
+    return described or "it has no default"
 
 
 def json_schema() -> dict[str, Any]:

@@ -33,7 +33,7 @@ class ResultRow:
         form: what it is: the source, the result in PyTorch, the result in a target's runtime.
         nbytes: bytes of the weights, or of the whole folder where it is one.
         parameters, active: all parameters, and those that one token uses.
-        quality: figures on the evaluation text.
+        quality: figures on the evaluation text; None if they were not asked for or not had.
         parity: agreement of the runtime with PyTorch on the same packed numbers.
         skip_times: what dynamic skipping saves in the runtime.
     """
@@ -42,7 +42,7 @@ class ResultRow:
     nbytes: int
     parameters: int
     active: int
-    quality: Quality
+    quality: Quality | None = None
     parity: Parity | None = None
     skip_times: SkipTimes | None = None
 
@@ -51,7 +51,7 @@ class ResultRow:
         cls,
         form: str,
         model: Model,
-        quality: Quality,
+        quality: Quality | None,
         nbytes: int | None = None,
         parity: Parity | None = None,
         skip_times: SkipTimes | None = None,
@@ -63,17 +63,20 @@ class ResultRow:
 
     def cells(self) -> tuple[str, ...]:
         """Text of each column."""
-        kl, top1, parity = self.quality.kl, self.quality.top1, self.parity
+        quality, parity = self.quality, self.parity
+        kl = None if quality is None else quality.kl
+        top1 = None if quality is None else quality.top1
+        shipped = None if parity is None else parity.shipped
         return (
             self.form,
             f"{self.nbytes / 1e6:.2f} MB",
             f"{self.parameters / 1e6:.2f} M",
             f"{self.active / 1e6:.2f} M",
-            f"{self.quality.perplexity:.3f}",
+            "-" if quality is None else f"{quality.perplexity:.3f}",
             "-" if kl is None else f"{kl:.5f}",
             "-" if top1 is None else f"{top1:.1%}",
             "-" if parity is None else f"{parity.exact:.1e}",
-            "-" if parity is None else f"{parity.shipped:.2%}",
+            "-" if shipped is None else f"{shipped:.2%}",
         )
 
 
@@ -119,10 +122,15 @@ class Report:
 
     def caption(self) -> str:
         """What the columns mean, and what the export itself took."""
-        tokens = self.before.quality.tokens
+        figures = self.before.quality
+        held_out = (
+            "no held-out text"
+            if figures is None
+            else "perplexity, KL to the source (nats/token) and top-1 agreement on "
+            f"{figures.tokens:,} held-out tokens"
+        )
         return (
-            f"perplexity, KL to the source (nats/token) and top-1 agreement on {tokens:,} held-out "
-            f"tokens. logit error: largest difference to PyTorch with float32 activations; as "
+            f"{held_out}. logit error: largest difference to PyTorch with float32 activations; as "
             f"shipped: median relative error. export: {self.seconds:.1f} s, "
             f"peak memory {self.peak_bytes / 1e6:.0f} MB"
         )

@@ -81,8 +81,8 @@ class Pattern:
     """Sparsity: how many weights are zero.
 
     Attributes:
-        zeros: how many of each run of ``of`` inputs; or, with ``of`` None, which part of a row.
-        of: length of a run; None: zeros are anywhere in the row.
+        zeros: how many of each run of ``of`` inputs; or, with ``of`` None, which part of all.
+        of: length of a run; None: zeros are anywhere.
 
     >>> str(Pattern(2, 4)), str(Pattern(0.5))
     ('2:4', '50 %')

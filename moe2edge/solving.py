@@ -7,13 +7,15 @@ for the statistics and for what comes next, and a block is never in memory as a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from moe2edge.checkpoint import as_stored
+from moe2edge.memory import UNLIMITED, Memory
 from moe2edge.model import (
     SECOND_NORM,
     Always,
@@ -21,11 +23,14 @@ from moe2edge.model import (
     Dense,
     Model,
     MoELayer,
+    Weight,
     is_quantizable,
 )
-from moe2edge.modules import Nothing, block_state, finite
-from moe2edge.pipeline import Group, GroupSolver, Solved, Store
-from moe2edge.walk import BATCH_TOKENS, batches, embed, skeleton
+from moe2edge.modules import finite
+from moe2edge.parts import Parts
+from moe2edge.pipeline import Group, GroupSolver, Ledger, Solved, Solver
+from moe2edge.tally import Tally
+from moe2edge.walk import BATCH_TOKENS, BlockRunner, batches, embed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,102 +40,22 @@ if TYPE_CHECKING:
 
 QKV = tuple(f"attention.{name}_proj.weight" for name in ("q", "k", "v"))
 OUT = "attention.o_proj.weight"
+PARTS = ("gate", "up", "down")
 # Numbers that an expert puts out inside at once; and at most so many are kept for a second use.
 CHUNK_NUMBERS, KEPT_NUMBERS = 1 << 24, 1 << 25
-# For what is solved together.
-MEMORY = 256 << 20
 
 Batches = Callable[[], Iterator[tuple["Tensor", "Tensor | None"]]]
-
-
-class Parts:
-    """A block without the matrices of its experts and MLPs: attention, norms and router."""
-
-    def __init__(self, model: Model, block: Block) -> None:
-        self._base = skeleton(model, block)
-        layer: Any = self._base.layers[0]
-        state = block_state(block, ("norms", "attention", "router"))
-        layer.load_state_dict(state, strict=False, assign=True)
-        self.norm, self._mlp = layer.post_attention_layernorm, layer.mlp
-        layer.post_attention_layernorm, layer.mlp = nn.Identity(), Nothing()
-        self._layer = layer
-
-    @torch.no_grad()
-    def attend(self, hidden: Tensor) -> Tensor:
-        """The stream after attention, for ``hidden`` [batch, length, hidden]."""
-        out: Tensor = self._base(inputs_embeds=hidden, use_cache=False).last_hidden_state
-        return out
-
-    @torch.no_grad()
-    def attention_inputs(self, hidden: Tensor) -> Tensor:
-        """Inputs [tokens, hidden] of q, k and v."""
-        out: Tensor = self._layer.input_layernorm(hidden)
-        return out.flatten(0, -2)
-
-    def output_inputs(self, hidden: Tensor) -> Tensor:
-        """Inputs [tokens, heads * head size] of the output projection."""
-        found: list[Tensor] = []
-        hook = self._layer.self_attn.o_proj.register_forward_pre_hook(
-            lambda _, args: found.append(args[0].flatten(0, -2))
-        )
-        try:
-            self.attend(hidden)
-        finally:
-            hook.remove()
-        return found[0]
-
-    def put_attention(self, role: str, matrix: Tensor) -> None:
-        """Replace a matrix of attention."""
-        name = role.removeprefix("attention.").removesuffix(".weight")
-        getattr(self._layer.self_attn, name).weight = nn.Parameter(matrix, requires_grad=False)
-
-    @torch.no_grad()
-    def normed(self, attended: Tensor) -> Tensor:
-        """Inputs of what follows attention."""
-        out: Tensor = self.norm(attended)
-        return out
-
-    @torch.no_grad()
-    def route(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights and ids of the chosen experts, [N, k]; an id beyond the last is skipped."""
-        _, weights, ids = self._mlp.gate(inputs)
-        return weights.float(), ids
-
-
-@dataclass
-class Tally:
-    """What a walk has to tell, and tells while it runs."""
-
-    label: str
-    advance: Advance
-    total: int
-    blocks: int
-    done: int = 0
-    notes: list[str] = field(default_factory=list)
-    loss: float = 0.0
-    reference: float = 0.0
-
-    def at(self, block: Block, what: str) -> None:
-        """Tell where the work is."""
-        error = f", error {(self.loss / self.reference) ** 0.5:.2%}" if self.reference else ""
-        detail = f"block {block.index + 1} of {self.blocks}, {what}{error}"
-        self.advance(self.label, self.done, self.total, detail)
-
-    def add(self, solved: Solved) -> None:
-        """Count what was solved."""
-        self.done += len(solved.numbers)
-        self.notes += solved.notes
-        self.loss += solved.loss[0]
-        self.reference += solved.loss[1]
 
 
 class _BlockWork:
     """The work on one block."""
 
     def __init__(
-        self, model: Model, block: Block, solver: GroupSolver, tally: Tally, memory: int
+        self, model: Model, block: Block, solver: GroupSolver, tally: Tally, memory: Memory
     ) -> None:
         self.numbers: dict[str, Quantized | Tensor] = {}
+        # Handles that are to carry a pattern from now on.
+        self.patterned: dict[str, Weight] = {}
         self._model, self._block, self._solver = model, block, solver
         self._tally, self._memory = tally, memory
         self._weights = {r: w for r, w in block.weights() if is_quantizable(r)}
@@ -138,9 +63,12 @@ class _BlockWork:
     # ---- solving ---------------------------------------------------------------------------------
 
     def _solve(self, what: str, groups: Sequence[Group]) -> None:
-        self._tally.at(self._block, what)
+        self._tally.tell(what)
         solved = self._solver.solve(self._block, groups)
         self.numbers.update(solved.numbers)
+        if solved.pattern is not None:
+            for role in solved.numbers:
+                self.patterned[role] = replace(self._weights[role], pattern=solved.pattern)
         self._tally.add(solved)
 
     def _group(self, roles: Sequence[str], inputs: Batches, tokens: int, **more: Any) -> Group:
@@ -153,13 +81,14 @@ class _BlockWork:
         numbers = self.numbers[role]
         return numbers.float() if isinstance(numbers, torch.Tensor) else numbers.dequantize()
 
-    def without_tokens(self) -> None:
+    def without_tokens(self) -> Mapping[str, Quantized | Tensor]:
         """Solve all matrices by themselves."""
         for role in self._weights:
             self._solve(role, [self._group([role], lambda: iter(()), 0)])
+        return self.numbers
 
     @torch.no_grad()
-    def run(self, hidden: Tensor) -> None:
+    def run(self, hidden: Tensor) -> Mapping[str, Quantized | Tensor]:
         """Solve the block for the stream ``hidden`` [samples, length, hidden], and move it on."""
         parts = Parts(self._model, self._block)
         self._attention(parts, hidden)
@@ -168,8 +97,8 @@ class _BlockWork:
             if SECOND_NORM in self._block.norms:
                 for part in batches(hidden):
                     hidden[part] += parts.normed(hidden[part])
-            return
-        added = torch.zeros_like(hidden)
+            return self.numbers
+        added = self._memory.empty(tuple(hidden.shape)).zero_()
         flat, out = hidden.flatten(0, 1), added.flatten(0, 1)
         if isinstance(mlp, MoELayer):
             self._experts(parts, mlp, flat, out)
@@ -179,6 +108,7 @@ class _BlockWork:
         if isinstance(mlp, MoELayer | Always) and mlp.shared is not None:
             self._always_on("shared", parts, flat, out, finite(mlp.shared.gate))
         hidden += added
+        return self.numbers
 
     # ---- attention -------------------------------------------------------------------------------
 
@@ -212,7 +142,7 @@ class _BlockWork:
         )
 
     def _experts(self, parts: Parts, layer: MoELayer, flat: Tensor, out: Tensor) -> None:
-        routed = [parts.route(parts.normed(x)) for x in flat.split(BATCH_TOKENS)]
+        routed = [parts.route(parts.normed(x)) for x in torch.split(flat, BATCH_TOKENS)]
         weights, ids = (torch.cat(both) for both in zip(*routed, strict=True))
         members = []
         for n in range(len(layer.experts)):
@@ -225,10 +155,7 @@ class _BlockWork:
 
     def _together(self, expert: Dense) -> int:
         """Experts that are solved at once within the memory that there is."""
-        first = self._solver.nbytes((expert.gate.shape, expert.up.shape))
-        second = self._solver.nbytes((expert.down.shape,))
-        matrices = 4 * (expert.gate.count + expert.up.count + expert.down.count)
-        return max(1, self._memory // (max(first, second) + matrices))
+        return max(1, self._memory.together // _needs(self._solver, expert))
 
     def _mlps(self, members: Sequence[_Member], parts: Parts, flat: Tensor, out: Tensor) -> None:
         """Solve gated MLPs of one shape, and add what they put out to ``out``."""
@@ -297,7 +224,7 @@ class _Member:
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Inputs, from the stream after attention [tokens, hidden], and weights."""
         if everyone:
-            yield from ((norm(x), None) for x in flat.split(BATCH_TOKENS))
+            yield from ((norm(x), None) for x in torch.split(flat, BATCH_TOKENS))
             return
         for at in range(0, len(self.tokens), BATCH_TOKENS):
             x = norm(flat[self.tokens[at : at + BATCH_TOKENS]])
@@ -349,37 +276,111 @@ def _each(hidden: Tensor, inputs: Callable[[Tensor], Tensor]) -> Batches:
 def solve(
     model: Model,
     tokens: Tensor | None,
-    solver: GroupSolver,
-    store: Store,
+    solver: Solver | GroupSolver,
+    ledger: Ledger,
     advance: Advance,
     label: str,
-    memory: int = MEMORY,
+    memory: Memory = UNLIMITED,
 ) -> tuple[Model, list[str], list[str]]:
     """Solve block after block; later blocks see the outputs of the blocks as solved.
+
+    What the ledger has is not solved again.
 
     Args:
         model: what to solve.
         tokens: int64 [samples, length]; None for a solver that looks at no activations.
         solver: computes new numbers.
-        store: keeps them.
+        ledger: keeps them.
         advance: told about progress.
         label: name of the work in progress lines.
-        memory: for what is solved together, bytes.
+        memory: what it may take.
 
     Returns:
         The new model, the names of all tensors that were solved, and the solver's notes.
     """
-    total = sum(is_quantizable(role) for _, role, _ in model.tensors())
-    tally = Tally(label, advance, total, len(model.blocks))
-    hidden = None if tokens is None else embed(model, tokens)
-    changed: list[str] = []
+    tally = Tally(label, advance, model, 0 if tokens is None else tokens.numel())
+    hidden: Tensor | None = None
     for block in model.blocks:
-        work = _BlockWork(model, block, solver, tally, memory)
-        if hidden is None:
-            work.without_tokens()
+        if known := ledger.restore(block):
+            model = model.replace_block(known[0])
+            tally.take(known[1])
+            continue
+        if tokens is not None and hidden is None:
+            hidden = _stream(model, tokens, block, ledger, memory)
+        tally.begin(block)
+        if isinstance(solver, GroupSolver):
+            parts = _BlockWork(model, block, solver, tally, memory)
+            numbers = parts.without_tokens() if hidden is None else parts.run(hidden)
+            block = block.with_weights(parts.patterned)
         else:
-            work.run(hidden)
-        changed += [model.family.disk_name(block.index, role) for role in work.numbers]
-        model = model.replace_block(store.put(block, work.numbers))
-    advance(label, total, total, "")
-    return model, changed, tally.notes
+            numbers = _solve_whole(model, block, solver, tally, hidden)
+        done = tally.end(block, numbers)
+        ahead = hidden if block.index + 1 < len(model.blocks) else None
+        model = model.replace_block(ledger.finish(block, numbers, done, ahead))
+    tally.finished()
+    return model, tally.changed, tally.notes
+
+
+def largest(model: Model, solver: Solver | GroupSolver) -> int:
+    """Bytes of the largest part of a model that is in memory at once while it is solved."""
+    found = [0]
+    for block in model.blocks:
+        weights = {r: w for r, w in block.weights() if is_quantizable(r)}
+        if not isinstance(solver, GroupSolver):
+            found.append(8 * sum(w.count for w in weights.values()))
+            continue
+        attention = 4 * sum(w.count for r, w in weights.items() if r in (*QKV, OUT))
+        for roles in (QKV, (OUT,)):
+            shapes = tuple(weights[role].shape for role in roles)
+            found.append(solver.nbytes(shapes) + attention)
+        for kind in {r.rpartition(".")[0] for r in weights if r not in (*QKV, OUT)}:
+            found.append(_needs(solver, Dense(*(weights[f"{kind}.{p}"] for p in PARTS))))
+    return max(found)
+
+
+def _needs(solver: GroupSolver, mlp: Dense) -> int:
+    """Bytes of one MLP while it is solved."""
+    solving = max(solver.nbytes((mlp.gate.shape, mlp.up.shape)), solver.nbytes((mlp.down.shape,)))
+    return solving + 4 * (mlp.gate.count + mlp.up.count + mlp.down.count)
+
+
+def _stream(model: Model, tokens: Tensor, block: Block, ledger: Ledger, memory: Memory) -> Tensor:
+    """Hidden states in front of ``block``."""
+    if block.index == 0:
+        return embed(model, tokens, memory)
+    before = ledger.stream()
+    assert before is not None, "a finished block has left no stream"
+    hidden = memory.empty(tuple(before.shape))
+    hidden.copy_(before)
+    return hidden
+
+
+def _solve_whole(
+    model: Model, block: Block, solver: Solver, tally: Tally, hidden: Tensor | None
+) -> Mapping[str, Quantized | Tensor]:
+    """The work of a solver that wants to have seen all of a block; moves ``hidden`` on."""
+    tally.tell("the whole block")
+    if hidden is not None:
+        runner = BlockRunner(model, block)
+        for part in batches(hidden):
+            solver.see(runner.watch(hidden[part]))
+        del runner
+    numbers, notes = solver.solve(block)
+    tally.add(Solved(numbers, tuple(notes)))
+    if hidden is not None and block.index + 1 < len(model.blocks):
+        runner = BlockRunner(model, block.with_weights(_in_memory(block, numbers)))
+        for part in batches(hidden):
+            hidden[part] = runner.run(hidden[part])
+    return numbers
+
+
+def _in_memory(block: Block, numbers: Mapping[str, Quantized | Tensor]) -> dict[str, Weight]:
+    """Handles on numbers as they will be read back."""
+    weights = dict(block.weights())
+
+    def handle(weight: Weight, value: Quantized | Tensor) -> Weight:
+        if isinstance(value, torch.Tensor):
+            return replace(weight, load=lambda: as_stored(value, weight.dtype))
+        return replace(weight, load=value.dequantize)
+
+    return {role: handle(weights[role], value) for role, value in numbers.items()}

@@ -5,7 +5,9 @@ A tensor that is missing, left over or of another shape is an error.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from moe2edge import per_layer
@@ -13,7 +15,7 @@ from moe2edge.checkpoint import Checkpoint, header, read_tensor
 from moe2edge.errors import Unsupported, VerificationFailed
 from moe2edge.families import family_of
 from moe2edge.model import DTYPE_BYTES, Model, Weight, is_quantizable
-from moe2edge.scheme import GROUP_SIZES, Scheme
+from moe2edge.scheme import GROUP_SIZES, WHOLE_ROW, Scheme
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,8 +24,11 @@ if TYPE_CHECKING:
 
 Header = tuple[tuple[int, ...], str]
 GPTQ_PARTS = ("qweight", "qzeros", "scales", "g_idx")
+GPTQ_BITS = (2, 4, 8)
+GPTQ_GROUPS = (*GROUP_SIZES, WHOLE_ROW)
 # What a GPTQ checkpoint must say of itself; anything else would be read as other numbers.
-GPTQ_V1 = {"quant_method": "gptq", "bits": 4, "sym": True, "desc_act": False, "lm_head": False}
+GPTQ_V1 = {"quant_method": "gptq", "desc_act": False, "lm_head": False, "pack_dtype": "int32"}
+GPTQ_SCHEME = ("bits", "group_size", "sym")
 
 
 def stored_model(checkpoint: Checkpoint) -> Model:
@@ -34,37 +39,103 @@ def stored_model(checkpoint: Checkpoint) -> Model:
         VerificationFailed: a tensor is missing, unexpected or of another shape.
     """
     config = dict(checkpoint.config)
-    scheme = _scheme(config.pop("quantization_config", None))
+    found = config.pop("quantization_config", None)
+    settings = None if found is None else gptq_settings(found)
     own = config.pop("per_layer_config", None) or {}
     family = family_of(config)
-    stored = _Stored(checkpoint, scheme)
+    stored = _Stored(checkpoint, settings)
     model = per_layer.read(family.build(config, stored.weight), own, stored.weight)
     stored.check(model)
     model.verify()
     return model
 
 
-def _scheme(settings: Mapping[str, Any] | None) -> Scheme | None:
-    """Scheme of a ``quantization_config``."""
-    if settings is None:
-        return None
-    found = {key: settings.get(key) for key in GPTQ_V1} | {"lm_head": bool(settings.get("lm_head"))}
+# ---- what a checkpoint says of itself ------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class GptqSettings:
+    """Which scheme the matrices of a GPTQ checkpoint have.
+
+    Attributes:
+        main: the scheme of all that no pattern matches.
+        dynamic: patterns for the start of a module's name, each with the scheme of what it
+            matches, None for matrices that are not quantized; the first that matches holds.
+    """
+
+    main: Scheme
+    dynamic: tuple[tuple[re.Pattern[str], Scheme | None], ...] = ()
+
+    def of(self, module: str) -> Scheme | None:
+        """Scheme of the matrix of a module, by its name on disk without ``.weight``."""
+        matching = (scheme for pattern, scheme in self.dynamic if pattern.match(module))
+        return next(matching, self.main)
+
+
+def gptq_settings(settings: Mapping[str, Any]) -> GptqSettings:
+    """What a ``quantization_config`` says.
+
+    Raises:
+        Unsupported: something else than GPTQ version 1 as `moe2edge.targets.gptq` writes it.
+    """
+    found = {key: settings.get(key) for key in ("quant_method", "desc_act")}
+    found |= {"lm_head": bool(settings.get("lm_head"))}
+    found |= {"pack_dtype": settings.get("pack_dtype", "int32")}
     layout = settings.get("checkpoint_format", settings.get("format", "gptq"))
-    group = settings.get("group_size")
-    if found != GPTQ_V1 or layout != "gptq" or group not in GROUP_SIZES:
-        raise Unsupported(
-            f"quantization {found}, format {layout!r}, group_size {group}; only {GPTQ_V1}, format "
-            f"'gptq', group_size {', '.join(map(str, GROUP_SIZES))} can be loaded"
-        )
-    return Scheme(bits=4, group_size=group)
+    main = _scheme({key: settings.get(key) for key in GPTQ_SCHEME})
+    if found != GPTQ_V1 or layout != "gptq" or main is None:
+        shown = {**found, **{key: settings.get(key) for key in GPTQ_SCHEME}}
+        raise Unsupported(f"quantization {shown}, format {layout!r}; only {_LOADABLE}")
+    dynamic = settings.get("dynamic") or {}
+    if not isinstance(dynamic, Mapping):
+        raise Unsupported(f"dynamic is {dynamic!r}; only patterns with settings can be loaded")
+    return GptqSettings(main, tuple(_override(key, own, main) for key, own in dynamic.items()))
+
+
+_LOADABLE = (
+    f"{GPTQ_V1}, bits {', '.join(map(str, GPTQ_BITS))}, group_size "
+    f"{', '.join(map(str, GPTQ_GROUPS))}, sym true or false, format 'gptq' can be loaded"
+)
+
+
+def _scheme(settings: Mapping[str, Any]) -> Scheme | None:
+    """The scheme of bits, group size and symmetry, None if it is none that can be loaded."""
+    bits, group, symmetric = (settings[key] for key in GPTQ_SCHEME)
+    if bits not in GPTQ_BITS or group not in GPTQ_GROUPS or not isinstance(symmetric, bool):
+        return None
+    return Scheme(bits, group, symmetric)
+
+
+def _override(key: str, own: Any, main: Scheme) -> tuple[re.Pattern[str], Scheme | None]:
+    """An entry of ``dynamic``: ``-:pattern`` is not quantized, all else has its own scheme.
+
+    Raises:
+        Unsupported: it has a setting that is not known, or no pattern.
+    """
+    try:
+        pattern = re.compile(key.removeprefix("-:").removeprefix("+:"))
+    except re.error as error:
+        raise Unsupported(f"dynamic {key!r}: {error}; only patterns can be loaded") from error
+    if key.startswith("-:"):
+        return pattern, None
+    scheme = None
+    if isinstance(own, Mapping) and set(own) <= set(GPTQ_SCHEME):
+        usual = {"bits": main.bits, "group_size": main.group_size, "sym": main.symmetric}
+        scheme = _scheme({**usual, **own})
+    if scheme is None:
+        raise Unsupported(f"dynamic {key!r}: {own!r}; only {_LOADABLE}")
+    return pattern, scheme
+
+
+# ---- what it holds -------------------------------------------------------------------------------
 
 
 class _Stored:
     """The tensors of a folder."""
 
-    def __init__(self, checkpoint: Checkpoint, scheme: Scheme | None) -> None:
+    def __init__(self, checkpoint: Checkpoint, settings: GptqSettings | None) -> None:
         self._source = checkpoint.source
-        self._scheme = scheme
+        self._settings = settings
         self._files = checkpoint.files
         self._headers: dict[str, Header] = {
             name: header(path, name) for name, path in self._files.items()
@@ -72,8 +143,8 @@ class _Stored:
 
     def weight(self, name: str, shape: tuple[int, ...]) -> Weight:
         """Handle on a tensor that a model of this config has; `check` tells if it is there."""
-        if f"{_stem(name)}.qweight" in self._headers and self._scheme is not None:
-            scheme = self._scheme
+        scheme = self._scheme(name)
+        if f"{_stem(name)}.qweight" in self._headers and scheme is not None:
             return Weight(
                 name,
                 shape,
@@ -84,6 +155,10 @@ class _Stored:
             )
         dtype = self._headers.get(name, ((), "F32"))[1]
         return Weight(name, shape, dtype, load=lambda: self._read(name))
+
+    def _scheme(self, name: str) -> Scheme | None:
+        """What the settings say of a matrix, by its name on disk."""
+        return None if self._settings is None else self._settings.of(_stem(name))
 
     def _read(self, name: str) -> Tensor:
         return read_tensor(self._files[name], name)
@@ -101,23 +176,26 @@ class _Stored:
 
         parts = {part: self._read(f"{_stem(name)}.{part}") for part in GPTQ_PARTS}
         q, scales, zeros = unpack_gptq(parts, scheme.bits)
-        if (zeros != scheme.zero_point).any():
+        # Stored minus one, so that one beyond the largest integer is what zero would be.
+        low, high = (scheme.zero_point,) * 2 if scheme.symmetric else (1, scheme.largest)
+        if ((zeros < low) | (zeros > high)).any():
+            expected = f"{low} throughout" if scheme.symmetric else f"{low} to {high}"
             raise VerificationFailed(
                 f"{_stem(name)}.qzeros holds zero points from {int(zeros.min())} to "
-                f"{int(zeros.max())}, expected {scheme.zero_point} throughout; the file was "
-                "changed, export it again"
+                f"{int(zeros.max())}, expected {expected}; the file was changed, export it again"
             )
-        order = torch.arange(q.shape[1], dtype=torch.int32) // scheme.group_size
+        width = scheme.width(q.shape[1])
+        order = torch.arange(q.shape[1], dtype=torch.int32) // width
         if not torch.equal(parts["g_idx"], order):
             raise VerificationFailed(
-                f"{_stem(name)}.g_idx reorders the inputs, expected input // "
-                f"{scheme.group_size}; the file was changed, export it again"
+                f"{_stem(name)}.g_idx reorders the inputs, expected input // {width}; the file "
+                "was changed, export it again"
             )
         if not scales.isfinite().all():
             raise VerificationFailed(
                 f"{_stem(name)}.scales are not finite; the file was changed, export it again"
             )
-        return Quantized(q, scales, scheme)
+        return Quantized(q, scales, scheme, None if scheme.symmetric else zeros)
 
     def check(self, model: Model) -> None:
         """Hold the headers against what ``model`` must have.
@@ -127,10 +205,11 @@ class _Stored:
         """
         wanted: dict[str, Header] = {}
         for name, role, weight in model.tensors():
-            if weight.scheme is None or not is_quantizable(role):
+            scheme = self._scheme(name) if is_quantizable(role) else None
+            if scheme is None:
                 wanted[name] = (weight.shape, weight.dtype)
             else:
-                parts = gptq_parts(weight.shape, weight.scheme)
+                parts = gptq_parts(weight.shape, scheme)
                 wanted |= {f"{_stem(name)}.{part}": want for part, want in parts.items()}
         for found, names in (
             ("lacks", wanted.keys() - self._headers.keys()),
@@ -156,11 +235,11 @@ def _stem(name: str) -> str:
 
 def gptq_parts(shape: tuple[int, ...], scheme: Scheme) -> dict[str, Header]:
     """Shape and dtype of each tensor that stands for a matrix [out, in] in GPTQ version 1."""
-    outs, ins = shape
-    groups = ins // scheme.group_size
+    (outs, ins), per_word = shape, 32 // scheme.bits
+    groups = scheme.groups(ins)
     headers: tuple[Header, ...] = (
-        ((ins // 8, outs), "I32"),
-        ((groups, outs // 8), "I32"),
+        ((ins // per_word, outs), "I32"),
+        ((groups, outs // per_word), "I32"),
         ((groups, outs), "F16"),
         ((ins,), "I32"),
     )

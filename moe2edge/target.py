@@ -71,11 +71,13 @@ class Target:
 
     Attributes:
         summary: one line for ``moe2edge targets``.
+        streams: whether its folders can be read as models, see `streamed`.
         libraries: modules that its runtime imports; the profiler imports them before it times
             the loading of a folder.
     """
 
     summary: ClassVar[str]
+    streams: ClassVar[bool] = False
     libraries: ClassVar[tuple[str, ...]] = ("torch",)
 
     def accepts(self, model: Model) -> None:
@@ -89,7 +91,8 @@ class Target:
     def stored(self, model: Model) -> Model:
         """The model whose tensors are written for ``model``: it computes the same.
 
-        Another one where a format has no form for a layer as it is, but for an equal one.
+        Another one where a format has no form for a layer as it is, but for an equal one; or for
+        quantized numbers, but for what they stand for, which its dtype may round.
 
         Raises:
             Unsupported: as `accepts`.
@@ -101,7 +104,7 @@ class Target:
         return model.nbytes
 
     def runtime_nbytes(self, model: Model) -> int:
-        """Bytes of memory that the reopened model takes, with float32 activations."""
+        """Bytes of memory that the reopened model takes, as shipped."""
         return self.nbytes(model)
 
     def write(self, model: Model, folder: Path) -> None:
@@ -118,6 +121,10 @@ class Target:
         against the other.
         """
         raise NotImplementedError
+
+    def streamed(self, folder: Path) -> Model | None:
+        """The folder as a model that can be walked over; None if only its runtime reads it."""
+        return None
 
     def reopen(self, folder: Path, *, exact: bool = False) -> Runtime:
         """Open the folder in its runtime; ``exact`` asks for float32 activations throughout."""

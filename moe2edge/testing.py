@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe2edge.families import FAMILIES
-from moe2edge.model import Model, Weight
+from moe2edge.model import Block, Model, Weight
+from moe2edge.pipeline import Done
 from moe2edge.scheme import Scheme
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from moe2edge.rounding import Quantized
 
 # make(family, **config changes) -> folder
 Make = Callable[..., Path]
@@ -130,3 +133,52 @@ def assert_cache_changes_nothing(model: Any, ids: Tensor) -> None:
     cached = model.generate(ids, use_cache=True, **greedy)
     assert cached.shape == (2, ids.shape[1] + 12)
     assert torch.equal(cached, model.generate(ids, use_cache=False, **greedy))
+
+
+class InMemory:
+    """A ledger and store that keeps numbers in memory, as they would be read back from disk.
+
+    Attributes:
+        last: the stream behind the last block that has another one behind it.
+    """
+
+    def __init__(self) -> None:
+        self.last: Tensor | None = None
+
+    def put(self, block: Block, numbers: Mapping[str, Quantized | Tensor]) -> Block:
+        """The block with handles on the numbers."""
+        import torch
+
+        from moe2edge.checkpoint import as_stored
+
+        weights = dict(block.weights())
+
+        def handle(weight: Weight, value: Quantized | Tensor) -> Weight:
+            if isinstance(value, torch.Tensor):
+                stored = as_stored(value, weight.dtype)
+                return replace(weight, load=lambda: stored)
+            return replace(
+                weight, load=value.dequantize, scheme=value.scheme, load_quantized=lambda: value
+            )
+
+        return block.with_weights({r: handle(weights[r], value) for r, value in numbers.items()})
+
+    def restore(self, block: Block) -> tuple[Block, Done] | None:
+        """Nothing, as nothing was solved before."""
+        return None
+
+    def stream(self) -> Tensor | None:
+        """None likewise."""
+        return None
+
+    def finish(
+        self,
+        block: Block,
+        numbers: Mapping[str, Quantized | Tensor],
+        done: Done,
+        hidden: Tensor | None,
+    ) -> Block:
+        """Keep the numbers and a copy of the stream."""
+        if hidden is not None:
+            self.last = hidden.clone()
+        return self.put(block, numbers)

@@ -30,6 +30,11 @@ class TorchRuntime:
         return str(self.model.dtype).removeprefix("torch.")
 
     @property
+    def note(self) -> str:
+        """How quantized matrices run, in one line; empty if there are none."""
+        return str(getattr(self.model, "moe2edge_packed", ""))
+
+    @property
     def threads(self) -> int:
         """Processor threads of torch, at present."""
         import torch

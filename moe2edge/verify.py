@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +24,7 @@ from moe2edge.errors import InputError, VerificationFailed
 from moe2edge.model import Model, MoELayer, Weight
 from moe2edge.rounding import Quantized
 from moe2edge.target import Runtime, Target
+from moe2edge.workfolder import memory_for
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,15 +51,16 @@ class Parity:
 
     Attributes:
         exact: largest absolute difference of logits with float32 activations.
-        shipped: relative error of logits as shipped, ``||a - b|| / ||b||``, median of positions.
-        top1: part of positions with the same most likely token, as shipped.
+        shipped: relative error of logits as shipped, ``||a - b|| / ||b||``, median of positions;
+            None if the machine cannot run the output.
+        top1: part of positions with the same most likely token, as shipped; None likewise.
         positions: compared positions: the end of the prefill, then every cached step.
     """
 
     exact: float
-    shipped: float
-    top1: float
-    positions: int
+    shipped: float | None = None
+    top1: float | None = None
+    positions: int = 0
 
 
 @dataclass(frozen=True)
@@ -90,14 +92,20 @@ class Reference:
     def of_stored(self, model: Model, stored: Model) -> Reference:
         """The reference of an output that holds the tensors of ``stored`` for ``model``.
 
-        Only tensors that ``model`` does not have are read.
+        Only tensors that ``model`` does not have are read. Where quantized numbers are written
+        dequantized, in a dtype that rounds them, the logits become those of the rounded numbers.
         """
         known = {id(weight): self.digests[name] for name, _, weight in model.tensors()}
         digests = {
             name: known.get(id(weight)) or digest(numbers(weight))
             for name, _, weight in stored.tensors()
         }
-        return replace(self, digests=digests)
+        logits = self.logits
+        if model.scheme is not None and stored.scheme is None:
+            hidden = walk.observe(stored, self.ids, (), lambda *_: None, "reference")
+            logits = torch.stack(list(walk.head_logits(stored, hidden)))
+            logits = logits[:, self.prefill - 1 :].clone()
+        return replace(self, digests=digests, logits=logits)
 
     @classmethod
     def read(cls, folder: Path) -> Reference:
@@ -188,10 +196,20 @@ def digest(value: Tensor | Quantized) -> str:
     found = hashlib.sha256()
     if isinstance(value, Quantized):
         found.update(f"{value.scheme.name} {value.scheme.group_size}\n".encode())
-    for part in (value.q, value.scales) if isinstance(value, Quantized) else (value,):
+    for part in _parts(value):
         found.update(f"{part.dtype} {list(part.shape)}\n".encode())
         found.update(part.contiguous().view(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
+
+
+def _parts(value: Tensor | Quantized) -> Iterator[Tensor]:
+    """The tensors that make up a value."""
+    if not isinstance(value, Quantized):
+        yield value
+        return
+    yield from (value.q, value.scales)
+    if value.zeros is not None:
+        yield value.zeros
 
 
 def audit(target: Target, folder: Path, model: Model) -> int:
@@ -220,7 +238,8 @@ def audit(target: Target, folder: Path, model: Model) -> int:
 
 def _equal(a: Tensor | Quantized, b: Tensor | Quantized) -> bool:
     if isinstance(a, Quantized) and isinstance(b, Quantized):
-        return a.scheme == b.scheme and torch.equal(a.q, b.q) and torch.equal(a.scales, b.scales)
+        same = (torch.equal(*pair) for pair in zip(_parts(a), _parts(b), strict=True))
+        return a.scheme == b.scheme and all(same)
     if isinstance(a, Quantized) or isinstance(b, Quantized):
         return False
     return a.dtype == b.dtype and torch.equal(a, b)
@@ -243,18 +262,43 @@ def check_tensors(reference: Reference, tensors: Iterable[tuple[str, Tensor | Qu
     return len(reference.digests)
 
 
-def parity(reference: Reference, target: Target, folder: Path) -> tuple[Parity, Runtime]:
-    """Run the recorded tokens in a folder's runtime: prefill, then cached steps.
+def exact(reference: Reference, target: Target, folder: Path) -> float:
+    """Largest difference of logits with float32 activations.
 
-    The runtime with float32 activations is gone before the one as shipped is opened, so that
-    the model is in memory once. Returns the second one, too.
+    What can be read as a model is walked over block by block, whatever its size; an output that
+    only its runtime can read is run.
 
     Raises:
-        VerificationFailed: logits differ by more than the tolerances.
+        VerificationFailed: it is too large.
     """
-    difference = _exact_difference(reference, target.reopen(folder, exact=True))
-    shipped = target.reopen(folder)
-    found = run(reference, shipped)
+    model = target.streamed(folder)
+    if model is None:
+        found = run(reference, target.reopen(folder, exact=True))
+    else:
+        hidden = walk.observe(model, reference.ids, (), lambda *_: None, "verify")
+        found = torch.stack(list(walk.head_logits(model, hidden)))[:, reference.prefill - 1 :]
+    difference = float((found - reference.logits).abs().max())
+    limit = EXACT_TOLERANCE * max(1.0, float(reference.logits.abs().max()) / 10)
+    if not difference <= limit:
+        raise VerificationFailed(
+            f"logits of the output differ from the reference by {difference:.2e}; "
+            f"at most {limit:.1e} with float32 activations"
+        )
+    return difference
+
+
+def shipped(reference: Reference, runtime: Runtime, difference: float) -> Parity:
+    """Run the recorded tokens as shipped: prefill, then cached steps.
+
+    Args:
+        reference: what was recorded.
+        runtime: the folder as it is used.
+        difference: of `exact`.
+
+    Raises:
+        VerificationFailed: logits differ by more than the tolerance.
+    """
+    found = run(reference, runtime)
     # The median: with rounded activations a near tie in a router may fall to the other expert,
     # which changes that position by far more than rounding does.
     errors = (found - reference.logits).norm(dim=-1) / reference.logits.norm(dim=-1)
@@ -265,33 +309,27 @@ def parity(reference: Reference, target: Target, folder: Path) -> tuple[Parity, 
             f"at most {SHIPPED_TOLERANCE:.0%}"
         )
     top1 = float((found.argmax(-1) == reference.logits.argmax(-1)).double().mean())
-    return Parity(difference, relative, top1, found.shape[0] * found.shape[1]), shipped
+    return Parity(difference, relative, top1, found.shape[0] * found.shape[1])
 
 
-def _exact_difference(reference: Reference, exact: Runtime) -> float:
-    """Largest difference of logits with float32 activations.
-
-    Raises:
-        VerificationFailed: it is too large.
-    """
-    difference = float((run(reference, exact) - reference.logits).abs().max())
-    limit = EXACT_TOLERANCE * max(1.0, float(reference.logits.abs().max()) / 10)
-    if not difference <= limit:
-        raise VerificationFailed(
-            f"logits in the runtime differ from the reference by {difference:.2e}; "
-            f"at most {limit:.1e} with float32 activations"
-        )
-    return difference
-
-
-def check_folder(target: Target, folder: Path, reference: Reference) -> tuple[int, Parity, Runtime]:
+def check_folder(
+    target: Target, folder: Path, reference: Reference
+) -> tuple[int, Parity, Runtime | None]:
     """All checks that need nothing but the folder: number of tensors, parity, and the runtime.
+
+    What the machine has no memory to run is read block by block only, and there is no runtime.
 
     Raises:
         VerificationFailed: the folder cannot be read, or does not hold what was exported.
     """
     try:
-        return check_tensors(reference, target.tensors(folder)), *parity(reference, target, folder)
+        count = check_tensors(reference, target.tensors(folder))
+        difference = exact(reference, target, folder)
+        model = target.streamed(folder)
+        if model is not None and memory_for(target.runtime_nbytes(model)) is not None:
+            return count, Parity(difference), None
+        runtime = target.reopen(folder)
+        return count, shipped(reference, runtime, difference), runtime
     except InputError as error:
         raise VerificationFailed(f"{folder} cannot be read: {error}") from error
 

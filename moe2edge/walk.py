@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
+from moe2edge.memory import UNLIMITED, Memory
 from moe2edge.model import Block, Model, MoELayer
 from moe2edge.modules import block_state, checked, finite, fit
-from moe2edge.pipeline import Observer, Solver, Store
+from moe2edge.pipeline import Observer
 from moe2edge.progress import Advance
 
 if TYPE_CHECKING:
@@ -182,10 +183,14 @@ def skeleton(model: Model, block: Block) -> Any:
     return base.eval()
 
 
-def embed(model: Model, tokens: Tensor) -> Tensor:
+def embed(model: Model, tokens: Tensor, memory: Memory = UNLIMITED) -> Tensor:
     """Rows of the embedding table, float32 [samples, length, hidden]."""
-    table = model.rest["model.embed_tokens.weight"]
-    return checked(table.name, table.load()[tokens].float())
+    handle = model.rest["model.embed_tokens.weight"]
+    table = handle.load()
+    hidden = memory.empty((*tokens.shape, table.shape[1]))
+    for part in batches(tokens):
+        hidden[part] = checked(handle.name, table[tokens[part]].float())
+    return hidden
 
 
 def batches(tokens: Tensor) -> list[slice]:
@@ -195,10 +200,15 @@ def batches(tokens: Tensor) -> list[slice]:
 
 
 def observe(
-    model: Model, tokens: Tensor, observers: Sequence[Observer[Any]], advance: Advance, label: str
+    model: Model,
+    tokens: Tensor,
+    observers: Sequence[Observer[Any]],
+    advance: Advance,
+    label: str,
+    memory: Memory = UNLIMITED,
 ) -> Tensor:
     """Walk over ``tokens`` int64 [samples, length]; hidden states after the last block."""
-    hidden = embed(model, tokens)
+    hidden = embed(model, tokens, memory)
     for block in model.blocks:
         advance(label, block.index, len(model.blocks))
         runner = BlockRunner(model, block)
@@ -266,50 +276,6 @@ def change(
                 mine[part] = runner.run(mine[part])
     advance(label, len(model.blocks), len(model.blocks))
     return model
-
-
-def solve(
-    model: Model,
-    tokens: Tensor | None,
-    solver: Solver,
-    store: Store,
-    advance: Advance,
-    label: str,
-) -> tuple[Model, list[str], list[str]]:
-    """Solve block after block; later blocks see the outputs of the blocks as solved.
-
-    Args:
-        model: what to solve.
-        tokens: int64 [samples, length]; None for a solver that looks at no activations.
-        solver: computes new numbers.
-        store: keeps them.
-        advance: told about progress.
-        label: name of the work in progress lines.
-
-    Returns:
-        The new model, the names of all tensors that were solved, and the solver's notes.
-    """
-    changed: list[str] = []
-    notes: list[str] = []
-    hidden = None if tokens is None else embed(model, tokens)
-    for block in model.blocks:
-        advance(label, block.index, len(model.blocks))
-        if tokens is not None and hidden is not None:
-            runner = BlockRunner(model, block)
-            for part in batches(tokens):
-                solver.see(runner.watch(hidden[part]))
-            del runner
-        numbers, said = solver.solve(block)
-        notes += said
-        changed += [model.family.disk_name(block.index, role) for role in numbers]
-        solved = store.put(block, numbers)
-        model = model.replace_block(solved)
-        if tokens is not None and hidden is not None and block.index + 1 < len(model.blocks):
-            runner = BlockRunner(model, solved)
-            for part in batches(tokens):
-                hidden[part] = runner.run(hidden[part])
-    advance(label, len(model.blocks), len(model.blocks))
-    return model, changed, notes
 
 
 @torch.no_grad()

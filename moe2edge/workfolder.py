@@ -7,16 +7,18 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import psutil
 
 from moe2edge.artifact import MANIFEST, is_artifact, present_files
-from moe2edge.checkpoint import Planned, as_stored, read_json, read_tensor, write_safetensors
+from moe2edge.checkpoint import read_json
 from moe2edge.errors import DoesNotFit, InputError
-from moe2edge.model import Block, Weight
+from moe2edge.ledger import FileLedger, Journal, handles, save, sync_folder
+from moe2edge.model import Block
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,10 +84,16 @@ def check_space(out: Path, needed: int) -> None:
         )
 
 
+def memory_for(needed: int) -> int | None:
+    """None if the machine has ``needed`` bytes of memory, else what it has."""
+    total = psutil.virtual_memory().total
+    return total if total < needed else None
+
+
 def check_memory(
     needed: int,
-    purpose: str = "verifying the output loads it in float32",
-    remedy: str = "export on a larger one, or to onnx",
+    purpose: str = "verifying the output runs it",
+    remedy: str = "export on a larger one",
 ) -> None:
     """Refuse to begin what the machine could not hold, or not verify at the end.
 
@@ -97,45 +105,111 @@ def check_memory(
     Raises:
         DoesNotFit: the machine has less memory.
     """
-    total = psutil.virtual_memory().total
-    if total < needed:
+    total = memory_for(needed)
+    if total is not None:
         raise DoesNotFit(
             f"{purpose}, which needs {needed / 1e9:.1f} GB of memory; this machine has "
             f"{total / 1e9:.1f} GB: {remedy}"
         )
 
 
-@contextlib.contextmanager
-def partial_folder(out: Path) -> Iterator[tuple[Path, Path]]:
-    """Folder to write into and a work folder, both gone or renamed to ``out`` at the end.
+# What an unfinished export was begun with, and what differs is told of.
+Inputs = Mapping[str, str]
+Resume = Literal["auto", "never", "require"]
 
-    A leftover of an export that was killed is recognized by its marker and removed; one that is
-    still running is left alone.
+
+@dataclass
+class WorkFolder:
+    """Where an export keeps computed numbers until a target packs them."""
+
+    folder: Path
+    journal: Journal = field(init=False)
+    _count: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self.journal = Journal(self.folder)
+
+    def ledger(self, step: int) -> FileLedger:
+        """The finished blocks of the pass at position ``step``."""
+        return FileLedger(self.journal, step)
+
+    def put(self, block: Block, numbers: Mapping[str, Quantized | Tensor]) -> Block:
+        """Save numbers by role, that a pass will compute anew if the export is gone on with.
+
+        A tensor that is not quantized takes the dtype of what it replaces.
+        """
+        path = self.folder / f"put-{self._count:05}.safetensors"
+        self._count += 1
+        return block.with_weights(handles(block, path, *save(path, block, numbers)))
+
+
+@contextlib.contextmanager
+def partial_folder(
+    out: Path, inputs: Inputs | None = None, resume: Resume = "auto"
+) -> Iterator[tuple[Path, WorkFolder]]:
+    """Folder to write into, and a work folder; both gone or renamed to ``out`` at the end.
+
+    An export that was interrupted or killed leaves its work folder behind if it has finished a
+    block, and the next one with the same inputs goes on from there. A leftover without a finished
+    block is removed, one that is still being written is left alone.
+
+    Args:
+        out: the name that the folder gets at the end.
+        inputs: what the numbers depend on, by name; None: nothing is resumed or kept.
+        resume: ``auto`` goes on with a leftover of the same inputs, ``never`` removes it, with
+            ``require`` there must be one.
 
     Raises:
-        InputError: ``OUT.partial`` is not ours, or another export is writing it.
+        InputError: ``OUT.partial`` is not ours, another export is writing it, it was begun with
+            other inputs, or there is none and ``resume`` requires it.
     """
     partial = out.with_name(out.name + ".partial")
+    going_on = False
     if os.path.lexists(partial):
-        _remove_stale(partial)
-    partial.mkdir()
+        going_on = _examine(partial, inputs, resume)
+        if not going_on:
+            shutil.rmtree(partial)
+    if resume == "require" and not going_on:
+        raise InputError(
+            f"{partial} holds no finished block to go on from; leave out --resume require"
+        )
+    content, work = partial / "out", partial / "work"
+    shutil.rmtree(content, ignore_errors=True)
+    content.mkdir(parents=True)
+    work.mkdir(exist_ok=True)
+    keep = False
     try:
         mine = psutil.Process()
-        marker = {"pid": mine.pid, "started": mine.create_time()}
+        marker = {"pid": mine.pid, "started": mine.create_time(), "inputs": dict(inputs or {})}
         (partial / MARKER).write_text(json.dumps(marker))
-        content, work = partial / "out", partial / "work"
-        content.mkdir()
-        work.mkdir()
-        yield content, work
+        found = WorkFolder(work)
+        try:
+            yield content, found
+        except (KeyboardInterrupt, OSError, MemoryError) as error:
+            # Not the fault of what was asked for: a full disk, a signal.
+            keep = inputs is not None and bool(found.journal.units)
+            if keep:
+                error.add_note(
+                    f"{len(found.journal.units)} finished blocks are kept in {partial}, and "
+                    "the same command goes on from there"
+                )
+            raise
         _move_into_place(content, out, partial)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if keep:
+            shutil.rmtree(content, ignore_errors=True)
+        else:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
-def _remove_stale(partial: Path) -> None:
+def _examine(partial: Path, inputs: Inputs | None, resume: Resume) -> bool:
+    """Whether a leftover can be gone on with; False: it is to be removed.
+
+    Raises:
+        InputError: it is not ours, still being written, or was begun with other inputs.
+    """
     if partial.is_dir() and not any(partial.iterdir()):  # killed before it was marked
-        partial.rmdir()
-        return
+        return False
     try:
         marker: dict[str, Any] = json.loads((partial / MARKER).read_text())
         pid, started = int(marker["pid"]), float(marker["started"])
@@ -144,7 +218,25 @@ def _remove_stale(partial: Path) -> None:
     with contextlib.suppress(psutil.NoSuchProcess):
         if abs(psutil.Process(pid).create_time() - started) < 1:
             raise InputError(f"another export (process {pid}) is writing {partial}")
-    shutil.rmtree(partial)
+    work = partial / "work"
+    if resume == "never" or not work.is_dir() or not Journal(work).units:
+        return False
+    before = marker.get("inputs") or {}
+    wanted = dict(inputs or {})
+    if changed := [key for key in {**before, **wanted} if before.get(key) != wanted.get(key)]:
+        raise InputError(
+            f"{partial} was begun with another {_told(changed[0], before, wanted)}; go on with "
+            "the same command, choose another name, or begin anew with --resume never"
+        )
+    return True
+
+
+def _told(key: str, before: Inputs, now: Inputs) -> str:
+    """What differs, by its first line that does."""
+    old, new = before.get(key, "none"), now.get(key, "none")
+    pairs = zip_longest(old.splitlines(), new.splitlines(), fillvalue="nothing")
+    a, b = next((a, b) for a, b in pairs if a != b)
+    return f"{key}: then {a.strip()[:80]}, now {b.strip()[:80]}"
 
 
 def _move_into_place(content: Path, out: Path, partial: Path) -> None:
@@ -160,75 +252,3 @@ def _move_into_place(content: Path, out: Path, partial: Path) -> None:
             old.rename(out)
         raise
     sync_folder(out.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make names in a folder durable, where the system can."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-@dataclass(frozen=True)
-class WorkFolder:
-    """Solved numbers on disk, a file for each time a block is solved, until a target packs them."""
-
-    folder: Path
-
-    def put(self, block: Block, numbers: Mapping[str, Quantized | Tensor]) -> Block:
-        """Save numbers by role; return the block with handles that read them back.
-
-        A tensor that is not quantized takes the dtype of what it replaces.
-        """
-        before = len(list(self.folder.glob(f"block-{block.origin:05}-*.safetensors")))
-        path = self.folder / f"block-{block.origin:05}-{before}.safetensors"
-        weights = dict(block.weights())
-        planned: list[Planned] = []
-        for role, value in numbers.items():
-            planned += _planned(role, value, weights[role])
-        write_safetensors(path, planned)
-        return block.with_weights(
-            {role: _handle(weights[role], path, role, value) for role, value in numbers.items()}
-        )
-
-
-def _planned(role: str, value: Quantized | Tensor, weight: Weight) -> list[Planned]:
-    import torch
-
-    from moe2edge.packing import pack_bytes
-
-    if isinstance(value, torch.Tensor):
-        return [Planned(role, weight.shape, weight.dtype, lambda: as_stored(value, weight.dtype))]
-    packed, scales, zeros = pack_bytes(value.q, value.scheme.bits), value.scales, value.zeros
-    planned = [
-        Planned(f"{role}.q", tuple(packed.shape), "U8", lambda: packed),
-        Planned(f"{role}.scales", tuple(scales.shape), "F32", lambda: scales),
-    ]
-    if zeros is not None:
-        planned.append(Planned(f"{role}.zeros", tuple(zeros.shape), "U8", lambda: zeros))
-    return planned
-
-
-def _handle(weight: Weight, path: Path, role: str, value: Quantized | Tensor) -> Weight:
-    """Handle on saved numbers; holds on to none of them."""
-    import torch
-
-    if isinstance(value, torch.Tensor):
-        return replace(weight, load=lambda: read_tensor(path, role))
-    scheme = value.scheme
-
-    def load_quantized() -> Quantized:
-        from moe2edge.packing import unpack_bytes
-        from moe2edge.rounding import Quantized
-
-        q = unpack_bytes(read_tensor(path, f"{role}.q"), scheme.bits, weight.shape[1])
-        zeros = None if scheme.symmetric else read_tensor(path, f"{role}.zeros")
-        return Quantized(q, read_tensor(path, f"{role}.scales"), scheme, zeros)
-
-    def load() -> Tensor:
-        return load_quantized().dequantize()
-
-    return replace(weight, load=load, scheme=scheme, load_quantized=load_quantized)

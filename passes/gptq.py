@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from moe2edge import feedback
     from moe2edge.rounding import Quantized
 
-# Columns of a Hessian that are computed at once; those above the diagonal are not.
-HESSIAN_COLUMNS = 512
 # Rows of a matrix from which the size of its outputs is estimated.
 ROWS = 32
 
@@ -181,6 +179,8 @@ class _Solver:
         """Hessians [batch, in, in], and which experts saw few tokens."""
         import torch
 
+        from moe2edge import feedback
+
         ins = groups[0].shapes[0][1]
         hessians = torch.zeros(len(groups), ins, ins)
         notes = []
@@ -198,9 +198,7 @@ class _Solver:
                 if how == "rounded":
                     continue
                 batches = group.everyone
-            for x, weights in batches():
-                add_to_hessian(hessian, x, weights if self._options.gate_weighted else None)
-            mirror(hessian)
+            feedback.add_hessian(hessian, batches(), weighted=self._options.gate_weighted)
         return hessians, notes
 
 
@@ -215,28 +213,6 @@ def _columns(matrices: Tensor, orders: Tensor) -> Tensor:
     import torch
 
     return torch.stack([matrix[:, order] for matrix, order in zip(matrices, orders, strict=True)])
-
-
-def add_to_hessian(hessian: Tensor, inputs: Tensor, weights: Tensor | None) -> None:
-    """Add ``X^T X`` of inputs X [n, in] to a Hessian [in, in], of which only the part on and below
-    the diagonal is computed, some columns at a time.
-
-    Args:
-        hessian: what is added to.
-        inputs: X.
-        weights: of the tokens in the sum, [n]; None: one.
-    """
-    weighed = inputs if weights is None else inputs * weights.unsqueeze(1)
-    for start in range(0, len(hessian), HESSIAN_COLUMNS):
-        end = start + HESSIAN_COLUMNS
-        hessian[start:, start:end].addmm_(weighed[:, start:].T, inputs[:, start:end])
-
-
-def mirror(hessian: Tensor) -> None:
-    """Fill in what `add_to_hessian` left out."""
-    for start in range(0, len(hessian), HESSIAN_COLUMNS):
-        end = start + HESSIAN_COLUMNS
-        hessian[start:end, end:] = hessian[end:, start:end].T
 
 
 def _output_size(group: Group, roles: Sequence[str], hessian: Tensor) -> float:

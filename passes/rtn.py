@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -16,12 +16,15 @@ from moe2edge.scheme import Scheme
 class Rtn(Quantize):
     """Round to nearest, with one scale per group of inputs."""
 
-    needs_tokens: ClassVar[bool] = False
-
     scales: Annotated[
         Literal["absmax", "mse"],
         Field(description="of the whole range of a group, or of the range with the least error"),
     ] = "absmax"
+
+    @property
+    def needs_tokens(self) -> bool:
+        """It does not."""
+        return False
 
     def solver(self, model: Model) -> GroupSolver:
         """Rounds one matrix after another."""

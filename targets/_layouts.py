@@ -16,10 +16,9 @@ from typing import Literal, get_args
 from moe2edge import per_layer
 from moe2edge.errors import InputError, Unsupported, did_you_mean
 from moe2edge.model import SECOND_NORM, Always, Block, Dense, Model, MoELayer
-from moe2edge.scheme import Scheme
 from moe2edge.target import Loader
 from moe2edge.targets._rehomed import as_qwen2_moe
-from moe2edge.targets._tensors import TILE, padded, zeros
+from moe2edge.targets._tensors import TILE, fitting, padded, zeros
 
 Layout = Literal["natural", "uniform", "mlp-only"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
@@ -161,11 +160,13 @@ def _with_plain_mlps(model: Model) -> Model:
     blocks = [model.blocks[index] for index in plain]
     widths = [b.mlp.gate.shape[0] for b in blocks if isinstance(b.mlp, Dense)]
     width = max(widths, default=1)
-    if width != model.config.get("intermediate_size"):
+    downs = [b.mlp.down for b in blocks if isinstance(b.mlp, Dense)]
+    fits = all(w.scheme is None or width % w.scheme.width(width) == 0 for w in downs)
+    if width != model.config.get("intermediate_size") or not fits:
         width = -(-width // TILE) * TILE
     config = {**model.config, "intermediate_size": width}
     for block in blocks:
-        model = model.replace_block(_of_width(block, width, model.scheme))
+        model = model.replace_block(_of_width(block, width))
     return replace(model, config=config)
 
 
@@ -173,8 +174,11 @@ def _is_dropped(block: Block) -> bool:
     return block.mlp is None and SECOND_NORM not in block.norms
 
 
-def _of_width(block: Block, width: int, scheme: Scheme | None) -> Block:
-    """A block with a dense MLP of ``width``; what it puts out is as before."""
+def _of_width(block: Block, width: int) -> Block:
+    """A block with a dense MLP of ``width``; what it puts out is as before.
+
+    Zeros in place of a dropped layer have the scheme of the attention before them.
+    """
     if isinstance(block.mlp, Dense):
         mlp = block.mlp
         hidden = mlp.gate.shape[1]
@@ -189,6 +193,7 @@ def _of_width(block: Block, width: int, scheme: Scheme | None) -> Block:
     hidden = before.shape[0]
     # Whatever is normed, zeros come out of the MLP.
     norm = replace(before, load=lambda: before.load().new_ones(before.shape))
+    scheme = fitting(like.scheme, hidden, width)
     inner = zeros((width, hidden), like.dtype, scheme)
     mlp = Dense(inner, inner, zeros((hidden, width), like.dtype, scheme))
     return replace(block, norms={**block.norms, SECOND_NORM: norm}, mlp=mlp)

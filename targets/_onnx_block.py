@@ -307,11 +307,15 @@ class BlockWriter:
             graph.store(quantized(name, parts, shape, blocked=False))
             for name, parts, shape in zip(names, (first, second), shapes, strict=True)
         ]
+        inputs = [x, scores, *stored[0][:2], "", *stored[1][:2]]
+        if weights or not scheme.symmetric:
+            points = ["", ""] if scheme.symmetric else [stored[0][2], stored[1][2]]
+            inputs += ["", "", "", "", *points, *(["", weights] if weights else [])]
         # weights_prepacked is written because its default means another layout in later versions.
         return graph.node(
             at,
             "QMoE",
-            [x, scores, *stored[0], "", *stored[1], *([""] * 7 + [weights] if weights else [])],
+            inputs,
             **attributes,
             expert_weight_bits=scheme.bits,
             block_size=scheme.group_size,

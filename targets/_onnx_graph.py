@@ -141,10 +141,12 @@ def linear(
         y = graph.node(at, "FusedMatMul", [x, matrix], transB=1)
         return graph.node(at, "Add", [y, bias]) if bias else y
     stored = graph.store(quantized(name, parts, (outs, ins), blocked=True))
+    # Behind the scales come zero points, an order of inputs that is not used, and the bias.
+    gap = ["", ""] if scheme.symmetric else [""]
     return graph.node(
         at,
         "MatMulNBits",
-        [x, *stored, *(["", "", bias] if bias else [])],
+        [x, *stored, *([*gap, bias] if bias else [])],
         K=ins,
         N=outs,
         bits=scheme.bits,

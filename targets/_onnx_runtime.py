@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor
 
 from moe2edge.errors import InputError, Unsupported, VerificationFailed
-from moe2edge.targets._onnx_storage import DATA_FILE, GRAPH_FILE, POSITIONS, load_graph
+from moe2edge.targets._onnx_exact import float_experts, with_float_activations
+from moe2edge.targets._onnx_storage import DATA_FILE, GRAPH_FILE, POSITIONS
 
 OLDEST = (1, 31)
 SMALLEST_CACHE = 256
@@ -69,32 +71,18 @@ def open_session(folder: Path, *, exact: bool = False, graph: bytes | None = Non
         # The real file: in the hub's cache the folder holds links, which a graph without a file
         # of its own may not follow.
         data = (folder / DATA_FILE).resolve()
-        source = graph or _with_float_activations(folder, data.name)
+        source = graph or with_float_activations(folder, data.name)
         options.add_session_config_entry(FOLDER_KEY, str(data.parent))
     refusals = (
         state.Fail, state.InvalidArgument, state.InvalidGraph, state.InvalidProtobuf,
         state.NoSuchFile, state.NotImplemented, state.RuntimeException,
     )  # fmt: skip
     try:
-        return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        with float_experts() if exact else nullcontext():
+            return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except refusals as error:
         reason = str(error).strip().partition("\n")[0]
         raise VerificationFailed(f"onnxruntime refuses {GRAPH_FILE}: {reason}") from error
-
-
-def _with_float_activations(folder: Path, data_file: str) -> bytes:
-    """The graph with accuracy level 0 on all nodes; its weights stay in the file ``data_file``."""
-    model = load_graph(folder)
-    for tensor in model.graph.initializer:
-        for entry in tensor.external_data:
-            if entry.key == "location":
-                entry.value = data_file
-    for node in model.graph.node:
-        for attribute in node.attribute:
-            if attribute.name == "accuracy_level":
-                attribute.i = 0
-    data: bytes = model.SerializeToString()
-    return data
 
 
 def open_runtime(folder: Path, *, exact: bool = False, graph: bytes | None = None) -> OnnxRuntime:

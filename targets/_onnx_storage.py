@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,10 @@ DATA_FILE = "model.onnx.data"
 POSITIONS = "moe2edge.max_positions"
 PARTS = "moe2edge.parts"
 SCALES = "moe2edge.scales"
+ZEROS = "moe2edge.zeros"
+BITS = "moe2edge.bits"
+# Of files without it, which are older than other numbers of bits.
+USUAL_BITS = "4"
 # Smaller tensors stay inside the graph file, where shape inference can see them.
 INLINE_BYTES = 1024
 # Tensors of many pages start on one, so that a runtime can map them.
@@ -107,23 +111,27 @@ def plain(name: str, parts: Sequence[Part], shape: tuple[int, ...]) -> Batch:
 
 
 def quantized(name: str, parts: Sequence[Part], shape: tuple[int, ...], *, blocked: bool) -> Batch:
-    """Two initializers, integers and float32 scales, of quantized ``parts``.
+    """Initializers for quantized ``parts``: integers, float32 scales, zero points if there are any.
 
     Args:
-        name: of the matrix; ``.weight`` becomes ``.qweight`` and ``.scales``.
+        name: of the matrix; ``.weight`` becomes ``.qweight``, ``.scales`` and ``.zeros``.
         parts: quantized matrices of one scheme.
         shape: of the numbers they stand for, [..., out, in].
         blocked: whether integers are [..., out, groups, bytes] as in ``MatMulNBits``, or
-            [..., out, bytes] as in ``QMoE``; the bytes are the same.
+            [..., out, bytes] as in ``QMoE``; the bytes are the same. Zero points are packed along
+            groups, [..., out, bytes].
     """
     scheme = parts[0][0].weight.scheme
     assert scheme is not None
     *lead, ins = shape
-    groups = ins // scheme.group_size
-    last = (groups, scheme.group_size // 2) if blocked else (ins // 2,)
+    groups, per_byte = scheme.groups(ins), 8 // scheme.bits
+    last = (groups, scheme.group_size // per_byte) if blocked else (ins // per_byte,)
     stem = name.removesuffix(".weight")
     scales = Slot(f"{stem}.scales", "F32", (*lead, groups))
-    metadata = {PARTS: _describe(parts), SCALES: scales.name}
+    zeros = Slot(f"{stem}.zeros", "U8", (*lead, -(-groups // per_byte)))
+    metadata = {PARTS: _describe(parts), SCALES: scales.name, BITS: str(scheme.bits)}
+    if not scheme.symmetric:
+        metadata[ZEROS] = zeros.name
     integers = Slot(f"{stem}.qweight", "U8", (*lead, *last), metadata)
 
     def make() -> Iterator[tuple[Slot, Tensor]]:
@@ -131,8 +139,12 @@ def quantized(name: str, parts: Sequence[Part], shape: tuple[int, ...], *, block
             numbers = [source.weight.quantized() for source in part]
             yield integers, pack_bytes(_join([n.q for n in numbers]), scheme.bits)
             yield scales, _join([n.scales for n in numbers])
+            if not scheme.symmetric:
+                points = [n.zeros for n in numbers if n.zeros is not None]
+                yield zeros, pack_bytes(_join(points), scheme.bits)
 
-    return Batch((integers, scales), make)
+    slots = (integers, scales) if scheme.symmetric else (integers, scales, zeros)
+    return Batch(slots, make)
 
 
 def _describe(parts: Sequence[Part]) -> str:
@@ -241,14 +253,35 @@ def read(folder: Path) -> Iterator[tuple[str, Tensor | Quantized]]:
         numbers = _tensors(proto, parts, data)
         if SCALES not in known:
             yield from numbers
-            continue
-        if known[SCALES] not in protos:
-            raise VerificationFailed(f"{GRAPH_FILE} lacks the scales of {proto.name}")
-        scales = _tensors(protos[known[SCALES]], parts, data)
-        for (name, packed), (_, factors) in zip(numbers, scales, strict=True):
-            q = unpack_bytes(packed, 4)
-            group_size = q.shape[1] // factors.shape[1]
-            yield name, Quantized(q, factors, Scheme(bits=4, group_size=group_size))
+        else:
+            yield from _quantized(proto.name, known, numbers, protos, data)
+
+
+def _quantized(
+    owner: str,
+    known: Mapping[str, str],
+    numbers: Iterator[tuple[str, Tensor]],
+    protos: Mapping[str, Any],
+    data: Bytes,
+) -> Iterator[tuple[str, Quantized]]:
+    """Matrices of the initializer ``owner``, whose packed ``numbers`` are given."""
+    parts, bits = _parts(owner, known[PARTS]), known.get(BITS, USUAL_BITS)
+    if bits not in ("2", "4", "8"):
+        raise VerificationFailed(f"{GRAPH_FILE}: {owner} has {bits} bits, expected 2, 4 or 8")
+
+    def beside(key: str) -> Iterator[Tensor]:
+        if known[key] not in protos:
+            raise VerificationFailed(f"{GRAPH_FILE} lacks {known[key]}, which {owner} needs")
+        return (tensor for _, tensor in _tensors(protos[known[key]], parts, data))
+
+    symmetric = ZEROS not in known
+    points: Iterator[Tensor | None] = repeat(None) if symmetric else beside(ZEROS)
+    for (name, packed), scales, zeros in zip(numbers, beside(SCALES), points, strict=False):
+        q = unpack_bytes(packed, int(bits))
+        scheme = Scheme(int(bits), q.shape[1] // scales.shape[1], symmetric)
+        if zeros is not None:
+            zeros = unpack_bytes(zeros, int(bits), scales.shape[1])
+        yield name, Quantized(q, scales, scheme, zeros)
 
 
 Rows = list[tuple[int, list[str]]]

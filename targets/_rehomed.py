@@ -13,8 +13,7 @@ from typing import Any
 
 from moe2edge.families import FAMILIES
 from moe2edge.model import Block, Dense, Model, MoELayer, Shared
-from moe2edge.scheme import Scheme
-from moe2edge.targets._tensors import TILE, zeros
+from moe2edge.targets._tensors import TILE, fitting, zeros
 
 QWEN2_MOE = FAMILIES["qwen2_moe"]
 # What transformers' class of Mixtral takes where a config is silent; Qwen2-MoE's takes others.
@@ -24,7 +23,7 @@ MIXTRAL_THETA, MIXTRAL_IDS = 1e6, {"bos_token_id": 1, "eos_token_id": 2}
 def as_qwen2_moe(model: Model) -> Model:
     """A Mixtral model as Qwen2-MoE; in the latter's family, it computes the same."""
     config = _config(model)
-    blocks = tuple(_block(block, model.scheme) for block in model.blocks)
+    blocks = tuple(_block(block) for block in model.blocks)
     return Model(QWEN2_MOE, config, blocks, model.rest)
 
 
@@ -62,14 +61,15 @@ def _mapping(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     return value
 
 
-def _block(block: Block, scheme: Scheme | None) -> Block:
+def _block(block: Block) -> Block:
     attention = dict(block.attention)
     for name in ("q_proj", "k_proj", "v_proj"):
         weight = attention[f"{name}.weight"]
         attention[f"{name}.bias"] = zeros(weight.shape[:1], weight.dtype)
     if isinstance(block.mlp, MoELayer):
-        router = block.mlp.router.weight
+        router, expert = block.mlp.router.weight, block.mlp.experts[0]
         hidden = router.shape[1]
+        scheme = fitting(expert.gate.scheme, hidden, TILE)
         inner = zeros((TILE, hidden), router.dtype, scheme)
         shared = Dense(inner, inner, zeros((hidden, TILE), router.dtype, scheme))
         gate = zeros((1, hidden), router.dtype)

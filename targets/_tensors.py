@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from moe2edge.checkpoint import DTYPES, Planned
 from moe2edge.model import Model, MoELayer, Weight
-from moe2edge.scheme import Scheme
+from moe2edge.scheme import WHOLE_ROW, Scheme
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,6 +47,13 @@ def has_dense_blocks(model: Model) -> bool:
 # ---- zeros ---------------------------------------------------------------------------------------
 
 
+def fitting(scheme: Scheme | None, *widths: int) -> Scheme | None:
+    """``scheme`` for matrices of so many inputs; with whole rows where its groups do not fit."""
+    if scheme is None or all(width % scheme.width(width) == 0 for width in widths):
+        return scheme
+    return replace(scheme, group_size=WHOLE_ROW)
+
+
 def zeros(shape: tuple[int, ...], dtype: str, scheme: Scheme | None = None) -> Weight:
     """A tensor of zeros; with a scheme a matrix [out, in] that is quantized."""
 
@@ -80,11 +87,7 @@ def padded(weight: Weight, shape: tuple[int, ...]) -> Weight:
         return whole
 
     def load_quantized() -> Quantized:
-        numbers = weight.quantized()
-        whole = _quantized_zeros(shape, numbers.scheme)
-        whole.q[:outs, :ins] = numbers.q
-        whole.scales[:outs, : numbers.scales.shape[1]] = numbers.scales
-        return whole
+        return _padded(weight.quantized(), shape)
 
     return replace(
         weight, shape=shape, load=load, load_quantized=weight.load_quantized and load_quantized
@@ -92,11 +95,29 @@ def padded(weight: Weight, shape: tuple[int, ...]) -> Weight:
 
 
 def _quantized_zeros(shape: tuple[int, ...], scheme: Scheme) -> Quantized:
-    """Zeros [out, in] as integers, with scales of one."""
+    """Zeros [out, in] as integers, with scales of one; every zero point is the middle."""
     import torch
 
     from moe2edge.rounding import Quantized
 
     outs, ins = shape
     q = torch.full(shape, scheme.zero_point, dtype=torch.uint8)
-    return Quantized(q, torch.ones(outs, ins // scheme.group_size), scheme)
+    scales = torch.ones(outs, scheme.groups(ins))
+    zeros = None
+    if not scheme.symmetric:
+        zeros = torch.full((outs, scheme.groups(ins)), scheme.zero_point, dtype=torch.uint8)
+    return Quantized(q, scales, scheme, zeros)
+
+
+def _padded(numbers: Quantized, shape: tuple[int, ...]) -> Quantized:
+    """A matrix with zeros to the right of it and below; groups stay as they are."""
+    scheme, (outs, ins) = numbers.scheme, numbers.q.shape
+    whole = _quantized_zeros(shape, scheme)
+    groups = numbers.scales.shape[1]
+    whole.scales[:outs, :groups] = numbers.scales
+    if numbers.zeros is not None and whole.zeros is not None:
+        whole.zeros[:outs, :groups] = numbers.zeros
+        # A group that is a whole row grows, and zero is its own zero point there.
+        whole.q[:] = whole.zeros.repeat_interleave(scheme.width(shape[1]), dim=1)
+    whole.q[:outs, :ins] = numbers.q
+    return whole

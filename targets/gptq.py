@@ -1,4 +1,4 @@
-"""GPTQ version 1 checkpoints: 4 bits, symmetric, no act-order, one group size.
+"""GPTQ version 1 checkpoints: 2, 4 or 8 bits, no act-order; several schemes by ``dynamic``.
 
 The layout is that of AutoGPTQ and its successor GPTQModel, with the tensor names that each family
 has on disk. Solving is not done here: any pass that quantizes will do.
@@ -17,11 +17,12 @@ from moe2edge import per_layer
 from moe2edge.checkpoint import Planned, open_checkpoint, write_checkpoint, write_json
 from moe2edge.errors import Unsupported, VerificationFailed
 from moe2edge.loading import load
-from moe2edge.model import Model, Weight, is_quantizable
-from moe2edge.scheme import GROUP_SIZES, Scheme
-from moe2edge.stored import gptq_parts, stored_model
+from moe2edge.model import Model, is_quantizable
+from moe2edge.scheme import WHOLE_ROW, Scheme
+from moe2edge.stored import GPTQ_BITS, GPTQ_GROUPS, gptq_parts, stored_model
 from moe2edge.target import Loader, Runtime, Target
 from moe2edge.targets import _layouts
+from moe2edge.targets._gptq_dynamic import dynamic, fused_apart, main_scheme, settings_of
 from moe2edge.targets._layouts import Layout
 from moe2edge.targets._tensors import file_nbytes, has_dense_blocks, plain
 
@@ -31,19 +32,22 @@ if TYPE_CHECKING:
     from moe2edge.rounding import Quantized
 
 
-UNQUANTIZED = "target gptq holds 4-bit weights; quantize with rtn or gptq, or export to hf"
+# Of the kernels that vLLM and SGLang have for experts.
+SERVED_BITS = (4, 8)
+UNQUANTIZED = "target gptq holds quantized weights; quantize with rtn or gptq, or export to hf"
 
 
 @dataclass(frozen=True)
 class Gptq(Target):
-    """A GPTQ checkpoint whose experts, shared experts, attention and dense MLPs have 4 bits.
+    """A GPTQ checkpoint: experts, shared experts, attention and dense MLPs in few bits.
 
     Attributes:
         layout: how layers that differ are held: ``natural`` is for ``moe2edge.load``, ``uniform``
             and ``mlp-only`` are for serving programs as well.
     """
 
-    summary: ClassVar[str] = "GPTQ checkpoint, 4 bits; for moe2edge.load (vLLM, SGLang: as read)"
+    summary: ClassVar[str] = "GPTQ checkpoint for moe2edge.load (vLLM, SGLang: as read)"
+    streams: ClassVar[bool] = True
     libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers.modeling_utils")
     layout: Layout = "natural"
 
@@ -54,21 +58,21 @@ class Gptq(Target):
         """Refuse what the format cannot say.
 
         Raises:
-            Unsupported: a selected tensor is not quantized, another one is, schemes differ, a
-                matrix does not fill words and groups, or the layout cannot hold the layers.
+            Unsupported: nothing is quantized, or a tensor that the format keeps in full; a matrix
+                does not fill words and groups, or the layout cannot hold the layers.
         """
-        schemes: dict[Scheme, str] = {}
-        for name, role, weight in self.stored(model).tensors():
-            if is_quantizable(role) != (weight.scheme is not None):
-                raise Unsupported(_misplaced(name, weight))
-            if weight.scheme is not None:
-                schemes.setdefault(weight.scheme, name)
-                _check_shape(name, weight.shape, weight.scheme)
-        if len(schemes) > 1:
-            found = ", ".join(f"{name}: {scheme}" for scheme, name in schemes.items())
-            raise Unsupported(
-                f"target gptq holds one scheme per checkpoint, found {found}; give one group_size"
-            )
+        held = self.stored(model)
+        for name, role, weight in held.tensors():
+            if weight.scheme is None:
+                continue
+            if not is_quantizable(role):
+                raise Unsupported(
+                    f"target gptq keeps {name} in the source's precision, but it is {weight.scheme}"
+                )
+            _check_shape(name, weight.shape, weight.scheme)
+        if held.scheme is None:
+            name = next(name for name, role, _ in held.tensors() if is_quantizable(role))
+            raise Unsupported(f"{name} is not quantized, nor is another; {UNQUANTIZED}")
 
     def stored(self, model: Model) -> Model:
         """The model as the layout holds it.
@@ -83,8 +87,14 @@ class Gptq(Target):
         return file_nbytes(_plan(self.stored(model)))
 
     def runtime_nbytes(self, model: Model) -> int:
-        """Bytes of all parameters in float32, as the exact check loads them."""
-        return 4 * self.stored(model).parameters
+        """Bytes of what runs in 4 bits, and of the rest in bfloat16."""
+        import torch
+
+        from moe2edge.packed import plan
+
+        held = self.stored(model)
+        packed = set(plan(held, torch.bfloat16).packed)
+        return sum(w.nbytes if n in packed else 2 * w.count for n, _, w in held.tensors())
 
     def write(self, model: Model, folder: Path) -> None:
         """Write the weights, ``config.json`` and ``quantize_config.json``.
@@ -93,11 +103,10 @@ class Gptq(Target):
 
         Raises:
             VerificationFailed: a scale is not exact in float16 and in bfloat16.
+            Unsupported: nothing is quantized.
         """
-        model, scheme = self.stored(model), model.scheme
-        if scheme is None:
-            raise Unsupported(UNQUANTIZED)
-        settings = quantization_config(scheme)
+        model = self.stored(model)
+        settings = quantization_config(model)
         config = {**per_layer.config_of(model), "quantization_config": settings}
         write_json(folder / "config.json", config)
         write_json(folder / "quantize_config.json", settings)
@@ -110,8 +119,12 @@ class Gptq(Target):
             VerificationFailed: a tensor is missing, unexpected or of another shape, or zero
                 points or ``g_idx`` are not what this target writes.
         """
-        for name, _, weight in stored_model(open_checkpoint(str(folder))).tensors():
+        for name, _, weight in self.streamed(folder).tensors():
             yield name, weight.load() if weight.scheme is None else weight.quantized()
+
+    def streamed(self, folder: Path) -> Model:
+        """The folder as a model."""
+        return stored_model(open_checkpoint(str(folder)))
 
     def reopen(self, folder: Path, *, exact: bool = False) -> Runtime:
         """The folder through ``moe2edge.load``: float32 if ``exact``, else bfloat16."""
@@ -129,9 +142,9 @@ class Gptq(Target):
 
     def loaders(self, model: Model) -> tuple[Loader, ...]:
         """Which programs load the folder; what was not run is said to be read."""
-        ours = Loader("moe2edge", "yes", "moe2edge.load(folder); dequantizes at load")
+        ours = Loader("moe2edge", "yes", "moe2edge.load(folder); symmetric 4 bits run packed")
         held = self.stored(model)
-        vllm, model = _layouts.vllm_loader(model, held), held
+        vllm, model = _vllm(model, held), held
         if not model.is_uniform:
             others = ("transformers", "GPTQModel", "vLLM", "SGLang", "llama.cpp")
             return (ours, *_layouts.no_stock_loaders(model, *others))
@@ -149,16 +162,22 @@ class Gptq(Target):
         )
 
 
-def quantization_config(scheme: Scheme) -> dict[str, Any]:
+def quantization_config(model: Model) -> dict[str, Any]:
     """What the checkpoint says of itself, as GPTQModel and vLLM read it.
 
     ``checkpoint_format`` ``gptq`` is version 1, which stores zero points minus one.
+
+    Raises:
+        Unsupported: nothing is quantized.
     """
+    scheme = main_scheme(model)
+    if scheme is None:
+        raise Unsupported(UNQUANTIZED)
+    own = dynamic(model)
     return {
         "quant_method": "gptq",
-        "bits": scheme.bits,
-        "group_size": scheme.group_size,
-        "sym": True,
+        **settings_of(scheme),
+        **({"dynamic": own} if own else {}),
         "desc_act": False,
         "checkpoint_format": "gptq",
         "pack_dtype": "int32",
@@ -170,12 +189,6 @@ def quantization_config(scheme: Scheme) -> dict[str, Any]:
 # ---- what the format can say -------------------------------------------------------------------
 
 
-def _misplaced(name: str, weight: Weight) -> str:
-    if weight.scheme is None:
-        return f"{name} is not quantized; {UNQUANTIZED}"
-    return f"target gptq keeps {name} in the source's precision, but it is {weight.scheme.name}"
-
-
 def _check_shape(name: str, shape: tuple[int, ...], scheme: Scheme) -> None:
     """Refuse a matrix that does not fill words and groups.
 
@@ -183,20 +196,23 @@ def _check_shape(name: str, shape: tuple[int, ...], scheme: Scheme) -> None:
         Unsupported: bits, group size or shape do not fit.
     """
     outs, ins = shape
-    if scheme.bits != 4 or scheme.group_size not in GROUP_SIZES:
+    if scheme.bits not in GPTQ_BITS or scheme.group_size not in GPTQ_GROUPS:
         raise Unsupported(
-            f"{name} has {scheme.bits} bits in groups of {scheme.group_size}; target gptq holds "
-            f"4 bits in groups of {', '.join(map(str, GROUP_SIZES))}"
+            f"{name} is {scheme}; target gptq holds {', '.join(map(str, GPTQ_BITS))} bits in "
+            f"groups of {', '.join(map(str, GPTQ_GROUPS))} (-1: whole rows); choose such ones, or "
+            "export to hf:dequantize=true, which holds any"
         )
-    if outs % 8 or ins % 8:
+    per_word = 32 // scheme.bits
+    if outs % per_word or ins % per_word:
         raise Unsupported(
-            f"{name} has shape {list(shape)}; target gptq packs eight numbers to a word, so both "
-            "sizes must be divisible by 8"
+            f"{name} has shape {list(shape)}; target gptq packs {per_word} numbers of "
+            f"{scheme.bits} bits to a word, so both sizes must be divisible by {per_word}; give "
+            "it more bits, or leave it out by a rule with bits: 16"
         )
-    if ins % scheme.group_size:
+    if ins % scheme.width(ins):
         raise Unsupported(
             f"{name} has {ins} inputs, which groups of {scheme.group_size} do not divide; choose "
-            "a smaller group_size"
+            "a smaller group_size, or -1 for whole rows"
         )
 
 
@@ -254,13 +270,40 @@ def _gptqmodel(model: Model) -> Loader:
         return Loader("GPTQModel", "no", "7.7 refuses the names that vLLM and SGLang want")
     if has_dense_blocks(model):
         return Loader("GPTQModel", "no", "7.7 leaves dense MLPs unfilled without a word")
+    scheme = main_scheme(model)
+    if scheme is None or (scheme.bits, scheme.symmetric) != (4, True) or dynamic(model):
+        note = "7.7 with this scheme; it was run with symmetric 4 bits throughout"
+        return Loader("GPTQModel", "not tried", note)
+    if scheme.group_size == WHOLE_ROW:
+        return Loader("GPTQModel", "not tried", "7.7 with whole rows; it was run with groups")
     return Loader("GPTQModel", "yes", "7.7, run on a CPU for this family: benchmarks/gptq_reader")
+
+
+def _vllm(model: Model, held: Model) -> Loader:
+    known = _layouts.vllm_loader(model, held)
+    reason = _unserved(held)
+    return known if reason is None or known.verdict == "no" else Loader("vLLM", "no", reason)
 
 
 def _sglang(model: Model) -> Loader:
     if has_dense_blocks(model):
         return Loader("SGLang", "no", "0.5.23, as read, takes every block for an MoE layer")
+    if (reason := _unserved(model)) is not None:
+        return Loader("SGLang", "no", reason)
+    main = main_scheme(model)
+    if any(layer.experts[0].gate.scheme != main for _, layer in model.moe_blocks):
+        note = "0.5.23, as read, knows one scheme for all experts, the one of most matrices"
+        return Loader("SGLang", "no", note)
     return Loader("SGLang", "as read", "0.5.23; needs --quantization gptq_marlin")
+
+
+def _unserved(model: Model) -> str | None:
+    """Why serving programs, as read, do not take the schemes; None if they do."""
+    schemes = {weight.scheme for _, _, weight in model.tensors() if weight.scheme}
+    if any(not scheme.symmetric or scheme.bits not in SERVED_BITS for scheme in schemes):
+        return "as read, it takes symmetric 4 and 8 bits only"
+    apart = fused_apart(model)
+    return apart and f"as read, it keeps parts of {apart} as one, and they differ in scheme"
 
 
 def _llama_cpp(model: Model) -> Loader:

@@ -1,9 +1,13 @@
-"""Plain safetensors, dtypes as in the source; in layout ``uniform`` for stock transformers."""
+"""Plain safetensors, dtypes as in the source; in layout ``uniform`` for stock transformers.
+
+Quantized numbers can be written as the numbers that they stand for, which takes as many bytes as
+if nothing was quantized, and is read by everything.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -11,6 +15,7 @@ from moe2edge import per_layer
 from moe2edge.checkpoint import (
     DTYPES,
     Planned,
+    as_stored,
     header,
     open_checkpoint,
     read_all,
@@ -19,7 +24,8 @@ from moe2edge.checkpoint import (
 )
 from moe2edge.errors import Unsupported, VerificationFailed
 from moe2edge.loading import load
-from moe2edge.model import Model
+from moe2edge.model import Model, Weight
+from moe2edge.stored import stored_model
 from moe2edge.target import Loader, Runtime, Target
 from moe2edge.targets import _layouts
 from moe2edge.targets._layouts import Layout
@@ -40,44 +46,48 @@ class Hf(Target):
     Attributes:
         layout: how layers that differ are held: ``uniform`` and ``mlp-only`` are for stock
             transformers and what reads its folders, ``natural`` is for ``moe2edge.load``.
+        dequantize: write quantized numbers as what they stand for, rounded to the source's dtype.
     """
 
     summary: ClassVar[str] = "plain safetensors that stock transformers loads, unquantized"
+    streams: ClassVar[bool] = True
     libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers.modeling_utils")
     layout: Layout = "uniform"
+    dequantize: bool = False
 
     def __post_init__(self) -> None:
         _layouts.check(self.layout)
 
     def accepts(self, model: Model) -> None:
-        """Refuse quantized numbers, and layers that the layout cannot hold.
+        """Refuse quantized numbers unless they are dequantized, and layers that do not fit.
 
         Raises:
             Unsupported: with the targets and layouts that hold such a model.
         """
-        quantized = next((w for _, _, w in model.tensors() if w.scheme), None)
-        if quantized is not None and quantized.scheme is not None:
-            raise Unsupported(
-                f"target hf holds unquantized weights only, but {quantized.name} is "
-                f"{quantized.scheme.name}; export to gptq or onnx, or quantize nothing"
-            )
         self.stored(model)
 
     def stored(self, model: Model) -> Model:
-        """The model as the layout holds it.
+        """The model as the layout holds it, with no number quantized.
 
         Raises:
-            Unsupported: it cannot.
+            Unsupported: the layout cannot hold it, or it is quantized and is to stay so.
         """
-        return _layouts.stored(model, self.layout, "hf")
+        quantized = next((w for _, _, w in model.tensors() if w.scheme), None)
+        if quantized is not None and not self.dequantize:
+            raise Unsupported(
+                f"target hf holds unquantized weights only, but {quantized.name} is "
+                f"{quantized.scheme}; export to gptq or onnx, or to hf:dequantize=true, which "
+                "takes as many bytes as if nothing was quantized"
+            )
+        return _dequantized(_layouts.stored(model, self.layout, "hf"))
 
     def nbytes(self, model: Model) -> int:
         """Bytes of the weight files."""
         return file_nbytes(_plan(self.stored(model)))
 
     def runtime_nbytes(self, model: Model) -> int:
-        """Bytes of all parameters in float32, as the exact check loads them."""
-        return 4 * self.stored(model).parameters
+        """Bytes of all parameters in the dtype of the source."""
+        return self.stored(model).nbytes
 
     def write(self, model: Model, folder: Path) -> None:
         """Write ``config.json`` and the weights, one tensor in memory at a time.
@@ -92,6 +102,10 @@ class Hf(Target):
     def tensors(self, folder: Path) -> Iterator[tuple[str, Tensor | Quantized]]:
         """Every tensor of the folder by its name on disk."""
         yield from read_all(folder)
+
+    def streamed(self, folder: Path) -> Model:
+        """The folder as a model."""
+        return stored_model(open_checkpoint(str(folder)))
 
     def reopen(self, folder: Path, *, exact: bool = False) -> Runtime:
         """The folder in stock transformers: float32 if ``exact``, else the dtype of its embeddings.
@@ -121,6 +135,10 @@ class Hf(Target):
     def loaders(self, model: Model) -> tuple[Loader, ...]:
         """Which programs load the folder; what was not run is said to be read."""
         held = self.stored(model)
+        if model.scheme is not None:
+            size = "dequantized: as large as if nothing was quantized"
+            plain = replace(self, dequantize=False).loaders(held)
+            return tuple(replace(known, note=f"{known.note}; {size}") for known in plain)
         vllm, model = _layouts.vllm_loader(model, held), held
         ours = Loader("moe2edge", "yes", "moe2edge.load(folder)")
         if not model.is_uniform:
@@ -148,6 +166,22 @@ class Hf(Target):
             sglang,
             llama,
         )
+
+
+def _dequantized(model: Model) -> Model:
+    """The model with what its integers stand for, in the source's dtype."""
+    for block in model.blocks:
+        new = {role: _plain_form(weight) for role, weight in block.weights() if weight.scheme}
+        if new:
+            model = model.replace_block(block.with_weights(new))
+    return model
+
+
+def _plain_form(weight: Weight) -> Weight:
+    def load() -> Tensor:
+        return as_stored(weight.load(), weight.dtype)
+
+    return replace(weight, load=load, scheme=None, load_quantized=None)
 
 
 def _plan(model: Model) -> list[Planned]:

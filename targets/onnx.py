@@ -1,4 +1,4 @@
-"""Decoder graph for ONNX Runtime: int4 experts in fused operators, with a KV cache."""
+"""Decoder graph for ONNX Runtime: experts of few bits in fused operators, with a KV cache."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from moe2edge.checkpoint import write_json
 from moe2edge.errors import InputError, Unsupported
 from moe2edge.generate import stop_ids
 from moe2edge.model import Block, Model, MoELayer, is_quantizable
+from moe2edge.scheme import WHOLE_ROW, Scheme
 from moe2edge.target import Loader, Runtime, Target
 
 if TYPE_CHECKING:
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 
 # What GroupQueryAttention's rotary embedding asks of a head on the CPU.
 HEAD_MULTIPLE = 16
-# Of QMoE and MatMulNBits: a power of two, at least this.
+# Of QMoE and MatMulNBits: bits, and inputs per scale: a power of two, at least this.
+BITS = (2, 4, 8)
 SMALLEST_GROUP = 16
 # onnxruntime-genai reserves a cache of this many tokens unless it is told otherwise.
 DEFAULT_LENGTH = 4096
@@ -32,7 +34,8 @@ class Onnx(Target):
 
     Attributes:
         accuracy_level: what quantized operators may do to activations: 4 rounds them to int8,
-            which is faster; 0 keeps float32.
+            which is faster; 0 keeps float32, but for experts of 2 and 8 bits, whose activations
+            the operator always rounds.
     """
 
     summary: ClassVar[str] = "decoder graph with KV cache for ONNX Runtime on a CPU"
@@ -60,18 +63,9 @@ class Onnx(Target):
         for name, role, weight in model.tensors():
             if weight.scheme is None:
                 continue
-            bits, group = weight.scheme.bits, weight.scheme.group_size
             if not is_quantizable(role):
                 raise Unsupported(f"{name} is quantized; the graph holds it in full only")
-            if bits != 4 or group < SMALLEST_GROUP or group & (group - 1):
-                raise Unsupported(
-                    f"{name} has {bits} bits in groups of {group}; the graph holds 4 bits in "
-                    f"groups of a power of two from {SMALLEST_GROUP}"
-                )
-            if weight.shape[1] % group:
-                raise Unsupported(
-                    f"{name} has {weight.shape[1]} inputs, which groups of {group} do not divide"
-                )
+            _accept_scheme(name, weight.shape, weight.scheme)
         for block, layer in model.moe_blocks:
             _accept_layer(block, layer)
 
@@ -112,7 +106,7 @@ class Onnx(Target):
         return read(folder)
 
     def reopen(self, folder: Path, *, exact: bool = False) -> Runtime:
-        """The folder in ONNX Runtime; ``exact`` lifts accuracy level 4 in memory.
+        """The folder in ONNX Runtime; ``exact`` makes activations float32 in memory.
 
         Raises:
             Unsupported: onnxruntime is missing or too old.
@@ -139,9 +133,19 @@ class Onnx(Target):
         """Which programs can load the graph."""
         return (
             Loader("onnxruntime", "yes", "1.31 or newer, CPU provider"),
-            Loader("onnxruntime-genai", "yes", "0.18, run on a CPU: benchmarks/genai_reader"),
+            _genai(model),
             Loader("onnxruntime, CUDA", "no", "QMoE takes 16-bit activations there"),
         )
+
+
+def _genai(model: Model) -> Loader:
+    """What is known of onnxruntime-genai, which was run with symmetric 4 bits."""
+    schemes = {weight.scheme for _, _, weight in model.tensors() if weight.scheme}
+    if all((scheme.bits, scheme.symmetric) == (4, True) for scheme in schemes):
+        note = "0.18, run on a CPU: benchmarks/genai_reader"
+        return Loader("onnxruntime-genai", "yes", note)
+    note = "0.18 with this scheme; it was run with symmetric 4 bits"
+    return Loader("onnxruntime-genai", "not tried", note)
 
 
 def _metadata(model: Model) -> dict[str, str]:
@@ -149,6 +153,31 @@ def _metadata(model: Model) -> dict[str, str]:
     from moe2edge.targets._onnx_storage import POSITIONS
 
     return {POSITIONS: str(model.family.geometry(model.config).max_positions)}
+
+
+def _accept_scheme(name: str, shape: tuple[int, ...], scheme: Scheme) -> None:
+    """Refuse a matrix whose scheme the operators do not take, or only in a slow way.
+
+    Raises:
+        Unsupported: with what it is, and which target could hold it.
+    """
+    group = scheme.group_size
+    if scheme.bits not in BITS:
+        raise Unsupported(
+            f"{name} is {scheme}; the graph holds {', '.join(map(str, BITS))} bits; choose such "
+            "ones, or export to hf:dequantize=true"
+        )
+    if group == WHOLE_ROW:
+        raise Unsupported(
+            f"{name} is {scheme}, with which ONNX Runtime's experts are 10 to 25 times slower; "
+            "give group_size 32, 64 or 128, or export to gptq or hf:dequantize=true"
+        )
+    if group < SMALLEST_GROUP or group & (group - 1):
+        raise Unsupported(
+            f"{name} is {scheme}; the graph holds groups of a power of two from {SMALLEST_GROUP}"
+        )
+    if shape[1] % group:
+        raise Unsupported(f"{name} has {shape[1]} inputs, which groups of {group} do not divide")
 
 
 def _accept_layer(block: Block, layer: MoELayer) -> None:

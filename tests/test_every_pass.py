@@ -17,6 +17,7 @@ from moe2edge.testing import Make
 # The passes of a recipe; what is not quantized yet is rounded at the end.
 RECIPES: dict[str, list[dict[str, Any]]] = {
     "apply_decisions": [],  # needs a file: see below
+    "awq": [{"awq": {"steps": 4}}],
     "block_drop": [{"block_drop": {"drop": 1}}],
     "expert_budget": [{"expert_budget": {"keep": 4}}],
     "expert_drop": [{"expert_drop": {"keep": [6, 3, 0]}}],
@@ -26,6 +27,7 @@ RECIPES: dict[str, list[dict[str, Any]]] = {
     "layer_drop": [{"layer_drop": {"drop": 1, "norm": False}}],
     "routing": [{"expert_drop": {"keep": 3}}, {"routing": {}}],
     "rtn": [],
+    "sparsify": [{"sparsify": {"method": "sparsegpt", "pattern": "2:4"}}],
 }
 TEXT = ["--set", "calibration.samples=12", "--set", "calibration.length=48"]
 LESS = ["--set", "evaluation.samples=2", "--set", "evaluation.length=48", "-q", "--json"]
@@ -46,7 +48,7 @@ def test_export(tiny: Make, family: str, name: str, tmp_path: Path) -> None:
         decide = ["decide", str(folder), "-r", str(recipe), "-o", str(sets), *TEXT]
         assert CliRunner().invoke(main, decide).exit_code == 0
         steps.append({"apply_decisions": {"file": str(sets)}})
-    if name != "gptq":
+    if name not in ("awq", "gptq"):
         steps.append({"rtn": {}})
     recipe.write_text(json.dumps({"passes": steps}))
     command = ["export", str(folder), "-t", "gptq,onnx", "-o", str(out), "-r", str(recipe)]

@@ -346,8 +346,15 @@ def test_a_changed_folder_is_refused(
     "settings",
     [
         {"quant_method": "awq"},
-        {"bits": 8},
-        {"sym": False},
+        {"bits": 3},
+        {"bits": None},
+        {"sym": None},
+        {"pack_dtype": "int64"},
+        {"dynamic": ["-:lm_head"]},
+        {"dynamic": {"+:model": {"bits": 3}}},
+        {"dynamic": {"+:model": {"desc_act": True}}},
+        {"dynamic": {"model": 4}},
+        {"dynamic": {"-:mod(": {}}},
         {"desc_act": True},
         {"lm_head": True},
         {"group_size": 16},
@@ -365,6 +372,39 @@ def test_other_quantization_is_refused(
     with pytest.raises(Unsupported, match="can be loaded") as caught:
         load(folder)
     assert caught.value.exit_code == 6
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"bits": 8}, r"qweight is .* asks for"),
+        ({"group_size": -1}, r"qzeros is .* asks for"),
+        ({"dynamic": {r"-:model\.layers\.1\.self_attn\.o_proj": {}}}, "lacks 1 tensors.*o_proj"),
+        ({"dynamic": {r".*layers\.1\..*down": {"bits": 8}}}, r"down_proj\.q.* asks for"),
+    ],
+    ids=str,
+)
+def test_settings_that_are_not_those_of_the_files_are_refused(
+    settings: dict[str, Any], message: str, tiny: Make, tmp_path: Path
+) -> None:
+    folder = export_cut("gptq", tiny("olmoe"), WHOLE, tmp_path / "out")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= settings
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(VerificationFailed, match=message):
+        load(folder)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_zero_points_beyond_the_integers_are_refused(bits: int, tiny: Make, tmp_path: Path) -> None:
+    model = quantize(open_checkpoint(str(tiny("olmoe"))).model, Scheme(bits, 32, symmetric=False))
+    folder = export("gptq", model, tmp_path / "out")
+    load(folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors[f"{MATRIX}.qzeros"][0, 0] |= (1 << bits) - 1  # plus one, it is no integer of the scheme
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(VerificationFailed, match=rf"zero points .* expected 1 to {2**bits - 1}"):
+        load(folder)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from moe2edge import checkpoint
+from moe2edge import checkpoint, verify
 from moe2edge.checkpoint import open_checkpoint
 from moe2edge.errors import Unsupported, VerificationFailed
 from moe2edge.families import FAMILIES
@@ -143,22 +143,32 @@ def test_reopens_in_float32_or_as_users_run_it(tiny: Make, tmp_path: Path) -> No
 def test_unquantized_models_are_refused(tiny: Make) -> None:
     model = open_checkpoint(str(tiny("olmoe"))).model
     with pytest.raises(
-        Unsupported, match=r"not quantized; .*rtn or gptq, or export to hf"
+        Unsupported, match=r"not quantized, .*rtn or gptq, or export to hf"
     ) as caught:
         GPTQ.accepts(model)
     assert caught.value.exit_code == 6
 
 
 @pytest.mark.parametrize(
-    "missed", ["experts.3.up", "attention.o_proj.weight", "shared.down", "dense.gate"]
+    ("missed", "entries"),
+    [
+        # One of many of its name: each block names it.
+        ("experts.3.up", [rf"-:model\.layers\.{n}\.mlp\.experts\.3\.up_proj" for n in range(3)]),
+        ("attention.o_proj.weight", [r"-:model\.layers\.\d+\.self_attn\.o_proj"]),
+        ("shared.down", [r"-:model\.layers\.\d+\.mlp\.shared_expert\.down_proj"]),
+        ("dense.gate", [r"-:model\.layers\.\d+\.mlp\.gate_proj"]),
+    ],
 )
-def test_partly_quantized_models_are_refused(missed: str, tmp_path: Path) -> None:
+def test_matrices_may_be_left_alone(missed: str, entries: list[str], tmp_path: Path) -> None:
     mixed: dict[str, Any] = {"mlp_only_layers": [1]} if missed.startswith("dense") else {}
     source = make_checkpoint(tmp_path / "source", "qwen2_moe", **mixed)
     model = quantized(source, only=lambda role: is_quantizable(role) and role != missed)
-    with pytest.raises(Unsupported, match="is not quantized"):
-        GPTQ.accepts(model)
-    GPTQ.accepts(quantized(source))
+    folder = written(model, tmp_path / "out")
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert (config["bits"], config["dynamic"]) == (4, {entry: {} for entry in entries})
+    assert verify.audit(GPTQ, folder, model) > 10
+    apart = missed in ("experts.3.up", "dense.gate")  # of experts, or of gate and up, that are one
+    assert verdicts(model)["vLLM"] == ("no" if apart else "as read")
 
 
 def test_other_models_that_do_not_fit_are_refused(tiny: Make) -> None:
@@ -169,9 +179,8 @@ def test_other_models_that_do_not_fit_are_refused(tiny: Make) -> None:
         GPTQ.accepts(swap(model, "router.weight", rounded(router, Scheme(group_size=32))))
     query = plain.blocks[1].attention["q_proj.weight"]
     for scheme, message in (
-        (Scheme(group_size=64), "one scheme per checkpoint.*group_size=32.*group_size=64"),
-        (Scheme(bits=8, group_size=32), "8 bits in groups of 32"),
-        (Scheme(group_size=16), "4 bits in groups of 16"),
+        (Scheme(bits=3, group_size=32), r"w3a16, groups of 32; .*hf:dequantize=true"),
+        (Scheme(group_size=16), "w4a16, groups of 16; target gptq holds 2, 4, 8 bits in groups of"),
         (Scheme(group_size=128), "64 inputs, which groups of 128 do not divide"),
     ):
         with pytest.raises(Unsupported, match=message):
@@ -255,6 +264,46 @@ def test_programs_that_load_it(tiny: Make, tmp_path: Path) -> None:
     dense = make_checkpoint(tmp_path / "mixed", "qwen3_moe", **mixed)
     others = dict.fromkeys(("GPTQModel", "SGLang", "llama.cpp"), "no")
     assert verdicts(quantized(dense)) == usual | others
+
+
+def with_scheme(model: Model, roles: str, scheme: Scheme, *blocks: int) -> Model:
+    """Only in shapes."""
+    for index in blocks or range(len(model.blocks)):
+        weights = dict(model.blocks[index].weights())
+        new = {
+            r: replace(w, scheme=scheme)
+            for r, w in weights.items()
+            if r.startswith(roles) and is_quantizable(r)
+        }
+        model = model.replace_block(model.blocks[index].with_weights(new))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("roles", "scheme", "blocks", "gptqmodel", "vllm", "sglang"),
+    [
+        ("attention", Scheme(8, 32), (), "not tried", "as read", "as read"),
+        ("attention", Scheme(8, 32), (0,), "not tried", "as read", "as read"),
+        ("attention.v", Scheme(8, 32), (), "not tried", "no", "no"),
+        ("experts", Scheme(8, 32), (0,), "not tried", "as read", "no"),
+        ("experts.2", Scheme(8, 32), (1,), "not tried", "no", "no"),
+        ("experts", Scheme(4, -1), (0, 1, 2), "not tried", "as read", "as read"),
+        ("experts", Scheme(2, 32), (0,), "not tried", "no", "no"),
+        ("attention", Scheme(4, 32, symmetric=False), (), "not tried", "no", "no"),
+    ],
+)
+def test_programs_that_take_several_schemes(
+    roles: str,
+    scheme: Scheme,
+    blocks: tuple[int, ...],
+    gptqmodel: str,
+    vllm: str,
+    sglang: str,
+    tiny: Make,
+) -> None:
+    found = verdicts(with_scheme(quantized(tiny("qwen2_moe")), roles, scheme, *blocks))
+    assert (found["GPTQModel"], found["vLLM"], found["SGLang"]) == (gptqmodel, vllm, sglang)
+    assert found["moe2edge"] == "yes"
 
 
 def test_only_moe2edge_loads_layers_of_unequal_size(tiny: Make) -> None:

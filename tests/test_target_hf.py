@@ -87,7 +87,7 @@ def test_quantized_models_are_refused(tiny: Make) -> None:
     numbers = round_to_nearest(weight.load(), Scheme(group_size=32))
     weight = replace(weight, scheme=numbers.scheme, load_quantized=lambda: numbers)
     block = model.blocks[0].with_weights({"attention.q_proj.weight": weight})
-    with pytest.raises(Unsupported, match=r"q_proj\.weight is w4a16; export to gptq") as caught:
+    with pytest.raises(Unsupported, match=r"q_proj\.weight is w4a16.*hf:dequantize=true") as caught:
         HF.accepts(model.replace_block(block))
     assert caught.value.exit_code == 6
     HF.accepts(model)

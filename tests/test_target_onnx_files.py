@@ -187,6 +187,7 @@ def assert_same_tensors(model: Model, folder: Path) -> None:
             assert tensor.scheme == weight.scheme
             assert torch.equal(tensor.q, weight.quantized().q)
             assert torch.equal(tensor.scales, weight.quantized().scales)
+            assert (tensor.zeros is None) is weight.scheme.symmetric
 
 
 @pytest.mark.parametrize("int4", [False, True], ids=["plain", "int4"])
@@ -330,7 +331,8 @@ def refused(model: Model) -> Iterator[tuple[str, Model]]:
     bias = Weight("bias", (6,), "F32", load=lambda: torch.zeros(6))
     first = layer.experts[0]
     yield "bias per expert", with_layer(router=replace(layer.router, per_expert={"bias": bias}))
-    yield "8 bits", with_scheme("attention.o_proj.weight", Scheme(bits=8))
+    yield "w3a16.*holds 2, 4, 8 bits", with_scheme("attention.o_proj.weight", Scheme(bits=3))
+    yield "whole rows.*slower", with_scheme("attention.o_proj.weight", Scheme(group_size=-1))
     yield "groups of 48", with_scheme("attention.o_proj.weight", Scheme(group_size=48))
     yield "groups of 128 do not", with_scheme("attention.o_proj.weight", Scheme())
     yield "is quantized", with_scheme("router.weight", GROUPS_OF_32)

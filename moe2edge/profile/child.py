@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe2edge.checkpoint import read_json
 from moe2edge.errors import Moe2EdgeError
-from moe2edge.generate import generate
+from moe2edge.generate import generate, note_of
 from moe2edge.profile.memory import Memory, Meter
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def answer(
 
     Returns:
         ``import_s``, ``load_s``, ``runs`` (``ttft_s``, ``gaps_s``, ``tokens``), ``memory``; of the
-        runtime ``dtype`` and ``threads``.
+        runtime ``dtype``, ``threads`` and ``note``.
     """
     phases.start()
     begin = clock()
@@ -94,6 +94,7 @@ def answer(
         "memory": phases.to_json(),
         "dtype": runtime.dtype,
         "threads": runtime.threads,
+        "note": note_of(runtime),
     }
 
 

@@ -130,7 +130,7 @@ def profile(
             advance("measure", n + 1, settings.repeats)
     memory, threads = answers[0]["memory"], answers[0]["threads"]
     return Profile(
-        artifact={**artifact, "dtype": answers[0]["dtype"]},
+        artifact={**artifact, "dtype": answers[0]["dtype"], "note": answers[0]["note"]},
         workload=_workload(settings),
         env={**env, "threads": {"asked": settings.threads, "runtime": threads}},
         metrics=metrics_of(answers, settings.prompt_tokens),

@@ -25,6 +25,7 @@ DEFINITIONS: Mapping[str, str] = {
     "memory": "of each phase the largest over all processes",
     "weights": "bytes of the files that hold weights",
     "dtype": "of activations between operators, as the runtime says",
+    "note": "how quantized matrices run; empty if there are none, or it is not known",
     "threads": "asked: null for one per core; runtime: of torch, or of the ONNX session",
     "env": "null where the system does not tell, or the package is not installed",
 }

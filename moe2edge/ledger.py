@@ -1,0 +1,247 @@
+"""What outlives a killed export: solved blocks and the stream behind them, with a journal.
+
+A block counts as finished when its line is in the journal. Before that its numbers and the hidden
+states of all samples after it are in files of their own, each written under another name, made
+durable, and renamed; a line that is cut short is no line. So a later run goes on behind the last
+finished block with the very numbers that the first one had.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moe2edge.checkpoint import Planned, as_stored, open_file, read_tensor, write_safetensors
+from moe2edge.model import Block, Weight
+from moe2edge.pipeline import Done
+from moe2edge.scheme import Pattern, Scheme
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moe2edge.rounding import Quantized
+
+JOURNAL = "journal.jsonl"
+HIDDEN = "hidden"
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A line of the journal: one block, finished in one step of a recipe.
+
+    Attributes:
+        step: position of the pass in the recipe.
+        block: index of the block in the model that the pass got.
+        numbers: file with its numbers.
+        schemes: of the quantized tensors by role: bits, group size, symmetric.
+        patterns: of the sparse tensors by role: zeros, of how many.
+        stream: file with the hidden states after the block; None if the pass looks at none.
+        done: what there is to tell of it.
+    """
+
+    step: int
+    block: int
+    numbers: str
+    schemes: Mapping[str, tuple[int, int, bool]]
+    patterns: Mapping[str, tuple[float, int | None]]
+    stream: str | None
+    done: Done
+
+
+class Journal:
+    """The finished blocks of a work folder."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read what is there, and forget a last line that is cut short."""
+        self.folder = folder
+        self._path = folder / JOURNAL
+        self.units: dict[tuple[int, int], Unit] = {}
+        whole = 0
+        data = self._path.read_bytes() if self._path.exists() else b""
+        for line in data.splitlines(keepends=True):
+            if not line.endswith(b"\n"):
+                break
+            self._take(json.loads(line))
+            whole += len(line)
+        if whole < len(data):
+            os.truncate(self._path, whole)
+
+    def _take(self, raw: dict[str, Any]) -> None:
+        done = Done(**{k: _tuple(v) for k, v in raw.pop("done").items()})
+        unit = Unit(**raw, done=done)
+        self.units[unit.step, unit.block] = unit
+
+    def add(self, unit: Unit) -> None:
+        """Count a block as finished."""
+        with self._path.open("ab") as file:
+            file.write(json.dumps(asdict(unit)).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.units[unit.step, unit.block] = unit
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+@dataclass
+class FileLedger:
+    """The finished blocks of one step.
+
+    Attributes:
+        journal: where they are listed.
+        step: position of the pass in the recipe.
+    """
+
+    journal: Journal
+    step: int
+    _stream: str | None = field(default=None, init=False)
+
+    def restore(self, block: Block) -> tuple[Block, Done] | None:
+        """A block as it was solved before, with what there is to tell; None if it was not."""
+        unit = self.journal.units.get((self.step, block.index))
+        if unit is None:
+            return None
+        self._stream = unit.stream
+        path = self.journal.folder / unit.numbers
+        return block.with_weights(handles(block, path, unit.schemes, unit.patterns)), unit.done
+
+    def stream(self) -> Tensor | None:
+        """Hidden states behind the last block that was restored."""
+        if self._stream is None:
+            return None
+        return read_tensor(self.journal.folder / self._stream, HIDDEN)
+
+    def finish(
+        self,
+        block: Block,
+        numbers: Mapping[str, Quantized | Tensor],
+        done: Done,
+        hidden: Tensor | None,
+    ) -> Block:
+        """Save a solved block and the stream behind it; the block with handles on its numbers."""
+        stem = f"{self.step}-{block.index:05}"
+        path = self.journal.folder / f"block-{stem}.safetensors"
+        schemes, patterns = save(path, block, numbers)
+        stream = None
+        if hidden is not None:
+            stream = f"stream-{stem}.safetensors"
+            whole = Planned(HIDDEN, tuple(hidden.shape), "F32", lambda: hidden)
+            write_durably(self.journal.folder / stream, [whole])
+        self.journal.add(Unit(self.step, block.index, path.name, schemes, patterns, stream, done))
+        if self._stream is not None:
+            (self.journal.folder / self._stream).unlink(missing_ok=True)
+        self._stream = stream
+        return block.with_weights(handles(block, path, schemes, patterns))
+
+
+# ---- numbers on disk -----------------------------------------------------------------------------
+
+
+def write_durably(path: Path, tensors: list[Planned]) -> None:
+    """Write a safetensors file that has its name only when it is whole and on the disk."""
+    beside = path.with_name(path.name + ".tmp")
+    write_safetensors(beside, tensors)
+    beside.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make names in a folder durable, where the system can."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+Schemes = dict[str, tuple[int, int, bool]]
+Patterns = dict[str, tuple[float, int | None]]
+
+
+def save(
+    path: Path, block: Block, numbers: Mapping[str, Quantized | Tensor]
+) -> tuple[Schemes, Patterns]:
+    """Save numbers of a block by role; what `handles` wants to know about them.
+
+    A tensor that is not quantized takes the dtype of what it replaces.
+    """
+    import torch
+
+    weights = dict(block.weights())
+    planned: list[Planned] = []
+    schemes: Schemes = {}
+    patterns: Patterns = {}
+    for role, value in numbers.items():
+        planned += _planned(role, value, weights[role])
+        if not isinstance(value, torch.Tensor):
+            scheme = value.scheme
+            schemes[role] = (scheme.bits, scheme.group_size, scheme.symmetric)
+        if (pattern := weights[role].pattern) is not None:
+            patterns[role] = (pattern.zeros, pattern.of)
+    write_durably(path, planned)
+    return schemes, patterns
+
+
+def _planned(role: str, value: Quantized | Tensor, weight: Weight) -> list[Planned]:
+    import torch
+
+    from moe2edge.packing import pack_bytes
+
+    if isinstance(value, torch.Tensor):
+        return [Planned(role, weight.shape, weight.dtype, lambda: as_stored(value, weight.dtype))]
+    packed, scales, zeros = pack_bytes(value.q, value.scheme.bits), value.scales, value.zeros
+    planned = [
+        Planned(f"{role}.q", tuple(packed.shape), "U8", lambda: packed),
+        Planned(f"{role}.scales", tuple(scales.shape), "F32", lambda: scales),
+    ]
+    if zeros is not None:
+        planned.append(Planned(f"{role}.zeros", tuple(zeros.shape), "U8", lambda: zeros))
+    return planned
+
+
+def handles(
+    block: Block,
+    path: Path,
+    schemes: Mapping[str, tuple[int, int, bool]],
+    patterns: Mapping[str, tuple[float, int | None]],
+) -> dict[str, Weight]:
+    """Handles on what `save` wrote, by role; they hold on to no numbers."""
+    weights = dict(block.weights())
+    found: dict[str, Weight] = {}
+    for name in open_file(path).keys():  # noqa: SIM118
+        role = name.removesuffix(".q")
+        if role not in weights:  # scales and zero points
+            continue
+        weight = weights[role]
+        if role in patterns:
+            weight = replace(weight, pattern=Pattern(*patterns[role]))
+        if role in schemes:
+            found[role] = _quantized_handle(weight, path, role, Scheme(*schemes[role]))
+        else:
+            found[role] = _plain_handle(weight, path, role)
+    return found
+
+
+def _plain_handle(weight: Weight, path: Path, role: str) -> Weight:
+    return replace(weight, load=lambda: read_tensor(path, role))
+
+
+def _quantized_handle(weight: Weight, path: Path, role: str, scheme: Scheme) -> Weight:
+    def load_quantized() -> Quantized:
+        from moe2edge.packing import unpack_bytes
+        from moe2edge.rounding import Quantized
+
+        q = unpack_bytes(read_tensor(path, f"{role}.q"), scheme.bits, weight.shape[1])
+        zeros = None if scheme.symmetric else read_tensor(path, f"{role}.zeros")
+        return Quantized(q, read_tensor(path, f"{role}.scales"), scheme, zeros)
+
+    def load() -> Tensor:
+        return load_quantized().dequantize()
+
+    return replace(weight, load=load, scheme=scheme, load_quantized=load_quantized)

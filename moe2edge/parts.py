@@ -1,0 +1,69 @@
+"""A block without the matrices of its experts and MLPs, as transformers computes it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from moe2edge.model import Block, Model
+from moe2edge.modules import Nothing, block_state
+from moe2edge.walk import skeleton
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Parts:
+    """A block without the matrices of its experts and MLPs: attention, norms and router."""
+
+    def __init__(self, model: Model, block: Block) -> None:
+        self._base = skeleton(model, block)
+        layer: Any = self._base.layers[0]
+        state = block_state(block, ("norms", "attention", "router"))
+        layer.load_state_dict(state, strict=False, assign=True)
+        self.norm, self._mlp = layer.post_attention_layernorm, layer.mlp
+        layer.post_attention_layernorm, layer.mlp = nn.Identity(), Nothing()
+        self._layer = layer
+
+    @torch.no_grad()
+    def attend(self, hidden: Tensor) -> Tensor:
+        """The stream after attention, for ``hidden`` [batch, length, hidden]."""
+        out: Tensor = self._base(inputs_embeds=hidden, use_cache=False).last_hidden_state
+        return out
+
+    @torch.no_grad()
+    def attention_inputs(self, hidden: Tensor) -> Tensor:
+        """Inputs [tokens, hidden] of q, k and v."""
+        out: Tensor = self._layer.input_layernorm(hidden)
+        return out.flatten(0, -2)
+
+    def output_inputs(self, hidden: Tensor) -> Tensor:
+        """Inputs [tokens, heads * head size] of the output projection."""
+        found: list[Tensor] = []
+        hook = self._layer.self_attn.o_proj.register_forward_pre_hook(
+            lambda _, args: found.append(args[0].flatten(0, -2))
+        )
+        try:
+            self.attend(hidden)
+        finally:
+            hook.remove()
+        return found[0]
+
+    def put_attention(self, role: str, matrix: Tensor) -> None:
+        """Replace a matrix of attention."""
+        name = role.removeprefix("attention.").removesuffix(".weight")
+        getattr(self._layer.self_attn, name).weight = nn.Parameter(matrix, requires_grad=False)
+
+    @torch.no_grad()
+    def normed(self, attended: Tensor) -> Tensor:
+        """Inputs of what follows attention."""
+        out: Tensor = self.norm(attended)
+        return out
+
+    @torch.no_grad()
+    def route(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights and ids of the chosen experts, [N, k]; an id beyond the last is skipped."""
+        _, weights, ids = self._mlp.gate(inputs)
+        return weights.float(), ids

@@ -1,0 +1,179 @@
+"""Rounding with feedback against a plain loop over columns with an explicit inverse."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moe2edge import feedback
+from moe2edge.rounding import Grid, Range, choose_grid, dequantize, round_to_nearest
+from moe2edge.scheme import Scheme
+
+
+def problem(outs: int = 12, ins: int = 192, tokens: int = 400) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights [outs, ins] and the Hessian of correlated inputs."""
+    generator = torch.Generator().manual_seed(3)
+    mix = torch.randn(ins, ins, generator=generator) / ins**0.5
+    inputs = torch.randn(tokens, ins, generator=generator) @ (mix + 0.3 * torch.eye(ins))
+    return torch.randn(outs, ins, generator=generator), inputs.T @ inputs
+
+
+def damped(hessian: torch.Tensor, damping: float = 0.01) -> torch.Tensor:
+    eye = torch.eye(len(hessian), dtype=torch.float64)
+    return hessian.double() + damping * hessian.diagonal().double().mean() * eye
+
+
+def eliminate(
+    weight: torch.Tensor, hessian: torch.Tensor, scheme: Scheme, how: Range, grid: Grid | None
+) -> torch.Tensor:
+    """GPTQ as the paper derives it, over columns from the last to the first.
+
+    After each column the others are set to where they are best, and it is eliminated from the
+    inverse. The grid of a group is chosen when its first column is reached, unless it is given.
+    """
+    weight = weight.double().clone()
+    inverse = torch.linalg.inv(damped(hessian))
+    out = torch.empty_like(weight)
+    width = scheme.width(weight.shape[1])
+    for c in reversed(range(weight.shape[1])):
+        if grid is None and (c + 1) % width == 0:
+            # What is left of D for the columns of the group.
+            part = slice(c + 1 - width, c + 1)
+            pivots = torch.linalg.cholesky(damped(hessian)).diagonal()[part].square().float()
+            one = Scheme(scheme.bits, -1, scheme.symmetric)
+            chosen = choose_grid(weight[:, part].float(), one, how, pivots)
+            scale, zero = chosen.scales[:, 0].double(), chosen.zeros[:, 0].double()
+        elif grid is not None:
+            scale, zero = (t[:, c // width].double() for t in (grid.scales, grid.zeros))
+        q = (weight[:, c] / scale).round() + zero
+        out[:, c] = (q.clamp(0, scheme.largest) - zero) * scale
+        error = (weight[:, c] - out[:, c]) / inverse[c, c]
+        weight -= error[:, None] * inverse[c][None, :]
+        inverse = inverse - inverse[:, c, None] @ inverse[None, c] / inverse[c, c]
+    return out
+
+
+def solved(
+    weight: torch.Tensor, hessian: torch.Tensor, scheme: Scheme, how: Range, *, fixed: bool
+) -> tuple[torch.Tensor, float, Grid]:
+    """The same by `feedback`: numbers, loss and grid."""
+    ins = weight.shape[1]
+    factors, fine = feedback.factorize(hessian[None].clone(), 0.01)
+    assert fine == [True]
+    grid = choose_grid(weight[None], scheme, how if fixed else "absmax")
+    groups = (torch.arange(ins) // scheme.width(ins))[None]
+    rounder = feedback.GridRounder(groups, grid, None if fixed else how)
+    errors = weight[None].clone()
+    loss = feedback.solve(errors, factors, rounder)
+    found = rounder.grid[0].quantized(rounder.q[0]).dequantize()
+    assert torch.allclose(weight - errors[0], found, atol=1e-5)
+    return found, float(loss), rounder.grid[0]
+
+
+SCHEMES = [Scheme(4, 32), Scheme(4, 64), Scheme(3, 32), Scheme(2, 64), Scheme(8, 32)]
+
+
+@pytest.mark.parametrize("scheme", [*SCHEMES, Scheme(4, 32, False), Scheme(2, 64, False)], ids=str)
+@pytest.mark.parametrize("how", ["absmax", "mse"])
+@pytest.mark.parametrize("fixed", [True, False])
+def test_it_equals_elimination_column_by_column(scheme: Scheme, how: Range, fixed: bool) -> None:
+    weight, hessian = problem()
+    found, _, grid = solved(weight, hessian, scheme, how, fixed=fixed)
+    expected = eliminate(weight, hessian, scheme, how, grid if fixed else None)
+    # A number half-way between two grid points may fall to either in another precision.
+    same = (found.double() - expected).abs() < 1e-4
+    assert same.all(1).double().mean() > 0.7
+    h = damped(hessian)
+
+    def loss(q: torch.Tensor) -> float:
+        error = weight.double() - q.double()
+        return float((error @ h * error).sum())
+
+    assert loss(found) == pytest.approx(loss(expected), rel=0.02)
+
+
+@pytest.mark.parametrize("ins", [64, 192, 640, 1100])
+def test_widths_that_fill_no_panels(ins: int) -> None:
+    weight, hessian = problem(8, ins, 2 * ins)
+    scheme = Scheme(4, -1)
+    found, loss, grid = solved(weight, hessian, scheme, "absmax", fixed=True)
+    h = damped(hessian)
+    error = weight.double() - found.double()
+    assert loss == pytest.approx(float((error @ h * error).sum()), rel=1e-3)
+    expected = eliminate(weight, hessian, scheme, "absmax", grid)
+    other = weight.double() - expected
+    assert loss == pytest.approx(float((other @ h * other).sum()), rel=0.02)
+
+
+def test_feedback_beats_rounding() -> None:
+    weight, hessian = problem()
+    scheme = Scheme(4, 64)
+    found, _, _ = solved(weight, hessian, scheme, "absmax", fixed=False)
+    rounded = round_to_nearest(weight, scheme).dequantize()
+    losses = [float(((weight - q) @ hessian * (weight - q)).sum()) for q in (found, rounded)]
+    assert losses[0] < 0.7 * losses[1]
+
+
+def test_a_batch_is_its_members_one_by_one() -> None:
+    weight, hessian = problem()
+    scheme = Scheme(4, 32)
+    weights = torch.stack([weight, weight.flip(0), 2 * weight])
+    hessians = torch.stack([hessian, hessian.flip(0, 1), hessian + torch.eye(len(hessian))])
+    factors, fine = feedback.factorize(hessians.clone(), 0.01)
+    assert all(fine)
+    grid = choose_grid(weights, scheme)
+    groups = (torch.arange(192) // 32).expand(3, -1)
+    rounder = feedback.GridRounder(groups, grid, "mse")
+    feedback.solve(weights.clone(), factors, rounder)
+    for n in range(3):
+        found, _, _ = solved(weights[n], hessians[n], scheme, "mse", fixed=False)
+        whole = rounder.grid[n].quantized(rounder.q[n]).dequantize()
+        assert ((found - whole).abs() > 1e-4).double().mean() < 0.02
+
+
+def test_a_mask_keeps_zeros_and_the_rest_makes_up_for_it() -> None:
+    weight, hessian = problem()
+    scheme = Scheme(4, 32)
+    mask = torch.rand(weight.shape, generator=torch.Generator().manual_seed(4)) < 0.5
+    sparse = weight * mask
+    factors, _ = feedback.factorize(hessian[None].clone(), 0.01)
+    groups = (torch.arange(192) // 32)[None]
+    rounder = feedback.GridRounder(groups, choose_grid(sparse[None], scheme), None, mask[None])
+    feedback.solve(sparse[None].clone(), factors, rounder)
+    found = rounder.grid[0].quantized(rounder.q[0]).dequantize()
+    assert (found[~mask] == 0).all()
+    rounded = round_to_nearest(sparse, scheme).dequantize()
+    losses = [float(((sparse - q) @ hessian * (sparse - q)).sum()) for q in (found, rounded)]
+    assert losses[0] < 0.8 * losses[1]
+
+
+def test_factors_multiply_to_the_damped_hessian() -> None:
+    _, hessian = problem()
+    factors, _ = feedback.factorize(hessian[None].clone(), 0.05)
+    lower = factors.lower[0].tril()
+    again = lower * factors.weight[0] @ lower.T
+    assert torch.allclose(again.double(), damped(hessian, 0.05), rtol=1e-4, atol=1e-2)
+    assert (lower.diagonal() == 1).all()
+
+
+def test_damping_rises_until_it_works_and_then_rounds() -> None:
+    ins = 64
+    dead = torch.zeros(ins, ins)
+    # Not positive with ten times the damping.
+    wrong = torch.eye(ins)
+    wrong[0, 1] = wrong[1, 0] = 1.5
+    hopeless = torch.full((ins, ins), float("nan"))
+    factors, fine = feedback.factorize(torch.stack([dead, wrong, hopeless]), 0.01)
+    assert fine == [True, True, False]
+    assert torch.equal(factors.lower[2], torch.eye(ins))
+    # Inputs that never occur are rounded to nearest.
+    weight = torch.randn(1, 8, ins, generator=torch.Generator().manual_seed(5))
+    scheme = Scheme(4, 32)
+    for n in (0, 2):
+        own = feedback.Factors(factors.lower[n][None], factors.weight[n][None])
+        groups = (torch.arange(ins) // 32)[None]
+        rounder = feedback.GridRounder(groups, choose_grid(weight, scheme))
+        feedback.solve(weight.clone(), own, rounder)
+        plain = round_to_nearest(weight[0], scheme)
+        assert torch.equal(rounder.q[0], plain.q)
+        assert torch.equal(dequantize(plain.q, plain.scales, scheme), plain.dequantize())
