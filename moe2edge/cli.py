@@ -80,7 +80,9 @@ def _debug() -> None:
 
 def _kept(error: BaseException) -> str:
     """What an interrupted export has kept, if it has."""
-    return "; ".join(getattr(error, "__notes__", ()))
+    # Click raises an error of its own in place of an interrupt.
+    first = error.__cause__ if isinstance(error, click.Abort) and error.__cause__ else error
+    return "; ".join(getattr(first, "__notes__", ()))
 
 
 def _leave(message: str, as_json: bool) -> NoReturn:

@@ -1,0 +1,124 @@
+"""An export that kills itself, or lists what it solves: run by tests in a process of its own.
+
+It is run by ``runpy.run_path`` with ``KIND``, ``COUNT``, ``SOLVED``, ``FOLDER`` and ``ARGUMENTS``
+given.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from moe2edge import ledger
+from moe2edge.cli import main
+
+
+def die() -> None:
+    """Be gone at once, with nothing flushed or cleaned up."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Countdown:
+    """True once, after so many times."""
+
+    def __init__(self, count: int) -> None:
+        self._left = count
+
+    def __call__(self) -> bool:
+        """Whether it is time."""
+        self._left -= 1
+        return self._left < 0
+
+
+def in_a_write(over: Countdown) -> None:
+    """Die when half of a piece of a weights file is written."""
+    opened: Callable[..., Any] = Path.open
+
+    class Half(io.FileIO):
+        def write(self, data: Any) -> int:
+            if over():
+                super().write(bytes(data)[: len(data) // 2])
+                die()
+            return super().write(data)
+
+    def opening(self: Path, mode: str = "r", *more: Any, **named: Any) -> Any:
+        if mode == "wb" and ".safetensors" in self.name:
+            return Half(self, "w")
+        return opened(self, mode, *more, **named)
+
+    setattr(Path, "open", opening)  # noqa: B010
+
+
+def before_a_rename(over: Countdown) -> None:
+    """Die when a file is whole and has not got its name."""
+    replaced: Callable[..., Any] = Path.replace
+
+    def replacing(self: Path, target: Any) -> Any:
+        if over():
+            die()
+        return replaced(self, target)
+
+    setattr(Path, "replace", replacing)  # noqa: B010
+
+
+def in_the_journal(over: Countdown) -> None:
+    """Die when half of a line is written."""
+    added = ledger.Journal.add
+
+    def adding(self: ledger.Journal, unit: ledger.Unit) -> None:
+        if over():
+            with (self.folder / ledger.JOURNAL).open("ab") as file:
+                file.write(b'{"step": 1, "blo')
+            die()
+        added(self, unit)
+
+    setattr(ledger.Journal, "add", adding)  # noqa: B010
+
+
+def before_the_journal(over: Countdown) -> None:
+    """Die when the files of a block are there and its line is not."""
+    added = ledger.Journal.add
+
+    def adding(self: ledger.Journal, unit: ledger.Unit) -> None:
+        if over():
+            die()
+        added(self, unit)
+
+    setattr(ledger.Journal, "add", adding)  # noqa: B010
+
+
+def listing(path: Path) -> None:
+    """Write down which blocks are solved."""
+    added = ledger.Journal.add
+    path.touch()
+
+    def adding(self: ledger.Journal, unit: ledger.Unit) -> None:
+        added(self, unit)
+        with path.open("a") as file:
+            file.write(json.dumps([unit.step, unit.block]) + "\n")
+
+    setattr(ledger.Journal, "add", adding)  # noqa: B010
+
+
+KINDS = {
+    "write": in_a_write,
+    "rename": before_a_rename,
+    "journal": in_the_journal,
+    "between": before_the_journal,
+}
+
+if __name__ == "killed":
+    given = globals()
+    os.chdir(given["FOLDER"])
+    if given["KIND"]:
+        KINDS[given["KIND"]](Countdown(given["COUNT"]))
+    if given["SOLVED"]:
+        listing(Path(given["SOLVED"]))
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        main(given["ARGUMENTS"])

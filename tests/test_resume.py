@@ -1,0 +1,235 @@
+"""Exports that are killed and gone on with: the same bytes, and no block is solved twice."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import random
+import runpy
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from moe2edge.cli import main
+from moe2edge.ledger import JOURNAL
+from moe2edge.testing import Make
+
+RECIPE: dict[str, Any] = {
+    "passes": [
+        {"expert_drop": {"keep": 5}},
+        {"sparsify": {"method": "wanda", "pattern": "2:4"}},
+        {"gptq": {"group_size": 32, "min_tokens": 5}},
+    ]
+}
+# Files that tell of the run itself, such as how long it took.
+OF_THE_RUN = {"report.json", "README.md", "manifest.json"}
+SEEDS = range(24)
+CHILD = Path(__file__).with_name("killed_export.py")
+# A child is forked from a process that has imported everything and computed nothing yet.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(
+    ["moe2edge.export", "moe2edge.solving", "transformers.models.qwen3_moe.modeling_qwen3_moe"]
+)
+
+
+def command(model: Path, folder: Path, *more: str) -> list[str]:
+    """To be run in ``folder``, so that recipes name the same files wherever that is."""
+    return [
+        "export", str(model), "-t", "gptq", "-o", str(folder / "out"), "--threads", "1",
+        "-r", "recipe.yaml", "--calib", "text.txt", "--eval", "none",
+        "--set", "calibration.samples=6", "--set", "calibration.length=32", *more,
+    ]  # fmt: skip
+
+
+def inputs(folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "text.txt").write_text("".join(chr(33 + (n * n + n // 7) % 90) for n in range(4000)))
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    return folder
+
+
+def export(model: Path, folder: Path, *more: str) -> Any:
+    with contextlib.chdir(folder):
+        return CliRunner().invoke(main, command(model, folder, *more))
+
+
+def child(model: Path, folder: Path, kind: str = "", count: int = 0, solved: str = "") -> int:
+    """Run tests/killed_export.py; its exit code, or minus the signal that it died of."""
+    given = {"KIND": kind, "COUNT": count, "SOLVED": solved, "FOLDER": str(folder)}
+    given["ARGUMENTS"] = command(model, folder)
+    process = SERVER.Process(
+        target=runpy.run_path,
+        args=(str(CHILD),),
+        kwargs={"init_globals": given, "run_name": "killed"},
+    )
+    process.start()
+    process.join(120)
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+@pytest.fixture(scope="module")
+def model(tiny: Make) -> Path:
+    return tiny("qwen3_moe", num_hidden_layers=4)
+
+
+@pytest.fixture(scope="module")
+def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An export that nothing interrupted."""
+    folder = inputs(tmp_path_factory.mktemp("whole"))
+    assert child(model, folder) == 0
+    return folder / "out"
+
+
+def assert_same(found: Path, expected: Path) -> None:
+    names = {path.name for path in expected.iterdir()}
+    assert {path.name for path in found.iterdir()} == names
+    for name in names - OF_THE_RUN:
+        assert (found / name).read_bytes() == (expected / name).read_bytes(), name
+    reports = [json.loads((folder / "report.json").read_text()) for folder in (found, expected)]
+    for report in reports:
+        for step in report["steps"]:
+            del step["seconds"]
+    for key in ("recipe", "steps", "results", "calibration"):
+        assert reports[0][key] == reports[1][key], key
+
+
+def finished(folder: Path) -> list[tuple[int, int]]:
+    """Step and block of each whole line of the journal of an unfinished export."""
+    path = folder / "out.partial" / "work" / JOURNAL
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    whole = [json.loads(line) for line in lines if line.endswith(b"\n")]
+    return [(line["step"], line["block"]) for line in whole]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_killed_and_gone_on_with(model: Path, whole: Path, tmp_path: Path, seed: int) -> None:
+    rng = random.Random(seed)
+    kind = ("write", "rename", "journal", "between")[seed % 4]
+    # 8 blocks are solved, with two renames each but for the last of a pass.
+    count = rng.randrange({"write": 200, "rename": 14, "journal": 8, "between": 8}[kind])
+    folder = inputs(tmp_path / "w")
+    assert child(model, folder, kind, count) == -signal.SIGKILL
+    assert not (folder / "out").exists()
+    before = finished(folder)
+    if kind in ("journal", "between"):
+        assert len(before) == count
+    journal = folder / "journal.jsonl"
+    assert child(model, folder, solved=str(journal)) == 0
+    assert_same(folder / "out", whole)
+    assert not (folder / "out.partial").exists()
+    # What the first run had finished is not solved again, and all the rest is.
+    solved = [tuple(json.loads(line)) for line in journal.read_text().splitlines()]
+    everything = [(step, block) for step in (1, 2) for block in range(4)]
+    assert sorted(before + solved) == everything
+
+
+@pytest.fixture
+def half(model: Path, tmp_path: Path) -> Path:
+    """Folder of an export that was killed after three blocks."""
+    folder = inputs(tmp_path / "half")
+    assert child(model, folder, "between", 3) == -signal.SIGKILL
+    assert len(finished(folder)) == 3
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("recipe", "begun with another recipe: then pattern: '2:4', now pattern: '4:8'"),
+        ("text", "begun with another calibration: then "),
+        ("model", "begun with another model: then "),
+    ],
+)
+def test_other_inputs_are_told(
+    tiny: Make, model: Path, half: Path, change: str, message: str
+) -> None:
+    other = model
+    if change == "recipe":
+        (half / "recipe.yaml").write_text(yaml.safe_dump(RECIPE).replace("2:4", "4:8"))
+    elif change == "text":
+        (half / "text.txt").write_text((half / "text.txt").read_text()[7:])
+    else:
+        other = tiny("qwen3_moe", num_hidden_layers=4, rms_norm_eps=1e-5)
+    result = export(other, half)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert "--resume never" in result.stderr
+    assert len(finished(half)) == 3  # nothing was lost
+    again = export(other, half, "--resume", "never")
+    assert again.exit_code == 0, again.output
+    assert "going on" not in again.stderr
+
+
+def test_another_target_or_evaluation_does_not_matter(model: Path, half: Path) -> None:
+    arguments = [a if a != "gptq" else "onnx" for a in command(model, half)]
+    with contextlib.chdir(half):
+        result = CliRunner().invoke(main, [*arguments, "--resume", "require"])
+    assert result.exit_code == 0, result.output
+    assert "going on behind 3 finished blocks of an earlier run" in result.stderr
+
+
+def test_require_wants_something_to_go_on_from(model: Path, tmp_path: Path) -> None:
+    result = export(model, inputs(tmp_path / "new"), "--resume", "require")
+    assert result.exit_code == 2
+    assert "no finished block to go on from" in result.stderr
+    assert not (tmp_path / "new" / "out.partial").exists()
+
+
+def test_an_interrupt_keeps_finished_blocks(
+    model: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moe2edge import ledger
+
+    folder, added, left = inputs(tmp_path / "w"), ledger.Journal.add, [5]
+
+    def adding(self: ledger.Journal, unit: ledger.Unit) -> None:
+        added(self, unit)
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ledger.Journal, "add", adding)
+    said: list[str] = []
+
+    def leave(message: str, as_json: bool) -> None:
+        said.append(message)
+        raise SystemExit(130)
+
+    monkeypatch.setattr("moe2edge.cli._leave", leave)
+    assert export(model, folder).exit_code == 130
+    assert said == [
+        f"interrupted; 5 finished blocks are kept in {folder / 'out.partial'}, and the same "
+        "command goes on from there"
+    ]
+    assert child(model, folder) == 0
+    assert_same(folder / "out", whole)
+
+
+def test_an_error_leaves_nothing(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moe2edge.errors import VerificationFailed
+
+    def fail(*_: Any) -> None:
+        raise VerificationFailed("no")
+
+    monkeypatch.setattr("moe2edge.verify.audit", fail)
+    folder = inputs(tmp_path / "w")
+    assert export(model, folder).exit_code == 7
+    assert not (folder / "out.partial").exists()
+    assert not (folder / "out").exists()
+
+
+def test_numbers_that_were_lost_are_missed(model: Path, half: Path) -> None:
+    work = half / "out.partial" / "work"
+    for path in work.glob("block-*.safetensors"):
+        path.unlink()
+    result = export(model, half)
+    assert result.exit_code == 2
+    assert "block-" in result.stderr
