@@ -369,6 +369,12 @@ def load_tokens(
     return Tokens(ids, source.text, _digest(ids), gave)
 
 
+def own_tokens(ids: Tensor, name: str) -> Tokens:
+    """Samples int64 [samples, length] that come from no text, under a name of their own."""
+    digest = _digest(ids)
+    return Tokens(ids, name, digest, (PartTokens(name, name, len(ids), digest),))
+
+
 def _stream(part: Part, tokenizer: Any, purpose: str) -> array[int]:
     """Token ids of all documents, each after an end token."""
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []

@@ -37,7 +37,7 @@ def decide(
     check_sources(recipe, checkpoint)
     check_decidable(recipe.passes, source)
     watcher.log(f"recipe:\n{recipe.render()}")
-    tokens = calibration_tokens(checkpoint, recipe)
+    tokens = calibration_tokens(checkpoint, recipe, watcher)
     model, steps = run_passes(source, recipe, tokens, _NoNumbers(), watcher)
     found = Decisions(
         source=SourceModel(

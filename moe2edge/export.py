@@ -91,7 +91,7 @@ def export(
     for step in recipe.passes:
         if isinstance(step, Slim):
             watcher.log(f"{registry.name_of(step)}: {step.describe(source)}")
-    calibration = calibration_tokens(checkpoint, recipe)
+    calibration = calibration_tokens(checkpoint, recipe, watcher)
     evaluation = evaluation_tokens(checkpoint, recipe)
     inputs = _inputs(checkpoint, recipe, calibration)
     with workfolder.partial_folder(out, inputs, resume) as (content, work):
@@ -148,8 +148,8 @@ def _inputs(checkpoint: Checkpoint, recipe: Recipe, calibration: Tokens | None) 
     }
 
 
-# As a text for evaluation: no figures.
-NO_TEXT = "none"
+# As a text for calibration: what the model writes. As one for evaluation: no figures.
+SELF, NO_TEXT = "self", "none"
 # Whose versions numbers depend on.
 NUMERIC = ("moe2edge", "torch", "transformers")
 
@@ -164,18 +164,53 @@ def check_sources(recipe: Recipe, checkpoint: Checkpoint) -> None:
         step.check_source(lambda: checkpoint.sha256)
 
 
-def calibration_tokens(checkpoint: Checkpoint, recipe: Recipe) -> Tokens | None:
+def calibration_tokens(checkpoint: Checkpoint, recipe: Recipe, watcher: Watcher) -> Tokens | None:
     """Tokens for calibration, if a pass needs any.
 
     Raises:
         InputError: the text does not serve.
+        DoesNotFit: the model is to write it and cannot be run.
     """
     from moe2edge.calibration import check_files
 
+    source = recipe.calibration
     if not any(stage.needs_tokens for stage in stages(recipe.passes)):
-        check_files(recipe.calibration, "calibration")
+        if source.text != SELF:
+            check_files(source, "calibration")
         return None
-    return _tokens(checkpoint, recipe.calibration, "calibration")
+    if source.text == SELF:
+        return _own_tokens(checkpoint, source, watcher)
+    return _tokens(checkpoint, source, "calibration")
+
+
+def _own_tokens(checkpoint: Checkpoint, source: TextSource, watcher: Watcher) -> Tokens:
+    """Text that the model writes, which begins with the token that begins or ends texts."""
+    from moe2edge import selftext
+    from moe2edge.artifact import tokenizer_of
+    from moe2edge.calibration import own_tokens
+    from moe2edge.torch_runtime import open_source
+
+    model = checkpoint.model
+    selftext.check(model)
+    tokenizer = tokenizer_of(checkpoint.folder)
+    start = tokenizer.bos_token_id
+    start = tokenizer.eos_token_id if start is None else start
+    if start is None:
+        raise InputError(
+            "calibration.text self: the tokenizer has no token to begin a text with; give a text "
+            "with --calib"
+        )
+    longest = model.family.geometry(checkpoint.config).max_positions
+    if source.length > longest:
+        raise InputError(
+            f"calibration.length {source.length} is longer than the {longest} positions of the "
+            f"model; --set calibration.length={longest}"
+        )
+    runtime = open_source(checkpoint.folder)
+    shape = (source.samples, source.length)
+    return own_tokens(
+        selftext.write(runtime.model, model, start, shape, source.seed, watcher), SELF
+    )
 
 
 def evaluation_tokens(checkpoint: Checkpoint, recipe: Recipe) -> Tokens:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from moe2edge.rounding import Grid, Range, choose_grid
-from moe2edge.scheme import WHOLE_ROW, Scheme
+from moe2edge.scheme import WHOLE_ROW
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -118,7 +118,7 @@ class Rounder(Protocol):
         ...
 
     def round(self, column: int, wanted: Tensor) -> Tensor:
-        """Numbers [batch, out] near to ``wanted``; may write over it."""
+        """Numbers [batch, out] near to ``wanted``, until the next call."""
         ...
 
 
@@ -126,90 +126,85 @@ def solve(weights: Tensor, factors: Factors, rounder: Rounder) -> Tensor:
     """Round a batch of matrices with feedback.
 
     Args:
-        weights: float32 [batch, out, in]; overwritten with ``E = W - Q``.
+        weights: float32 [batch, in, out]: transposed, so that a column of W lies in one piece;
+            overwritten with ``E = W - Q``.
         factors: of their Hessians.
         rounder: rounds the columns, from the last to the first.
 
     Returns:
         The loss of each matrix, ``trace(E H E^T)``, float32 [batch].
     """
-    batch, _, columns = weights.shape
-    loss = weights.new_zeros(batch)
+    columns = weights.shape[1]
+    loss = weights.new_zeros(len(weights))
     for outer in range((columns - 1) // OUTER * OUTER, -1, -OUTER):
         behind = min(outer + OUTER, columns)
-        wide = weights[..., outer:behind].clone()
+        wide = weights[:, outer:behind].clone()
         if behind < columns:
-            wide.baddbmm_(weights[..., behind:], factors.lower[:, behind:, outer:behind])
+            wide.baddbmm_(factors.lower[:, behind:, outer:behind].mT, weights[:, behind:])
         for start in range((behind - outer - 1) // PANEL * PANEL + outer, outer - 1, -PANEL):
             end = min(start + PANEL, behind)
             part = slice(start, end)
-            # Transposed, so that a column lies in one piece.
-            wanted = wide[..., start - outer : end - outer].transpose(1, 2).contiguous()
+            wanted = wide[:, start - outer : end - outer]
             if end < behind:
-                inside = factors.lower[:, end:behind, part].transpose(1, 2)
-                wanted.baddbmm_(inside, weights[..., end:behind].transpose(1, 2))
-            errors = _panel(
+                wanted.baddbmm_(factors.lower[:, end:behind, part].mT, weights[:, end:behind])
+            _panel(
                 wanted,
-                weights[..., part].transpose(1, 2).contiguous(),
+                weights[:, part],
                 factors.lower[:, part, part].contiguous(),
                 factors.weight[:, part],
                 start,
                 rounder,
                 loss,
             )
-            weights[..., part] = errors.transpose(1, 2)
     return loss
 
 
 def _panel(
     wanted: Tensor,
-    original: Tensor,
+    weights: Tensor,
     lower: Tensor,
     weight: Tensor,
     first: int,
     rounder: Rounder,
     loss: Tensor,
-) -> Tensor:
-    """Errors [batch, columns, out] of rounding some columns.
+) -> None:
+    """Round some columns.
 
     Args:
-        wanted: the numbers with the feedback of all columns behind them; overwritten.
-        original: without it.
+        wanted: the numbers [batch, columns, out] with the feedback of all columns behind them;
+            overwritten.
+        weights: without it; overwritten with their errors.
         lower: the part of L for these columns, [batch, columns, columns].
         weight: of D, [batch, columns].
         first: the first column.
         rounder: rounds.
         loss: what their loss is added to.
     """
-    columns = wanted.shape[1]
-    width = rounder.width
+    columns, width = wanted.shape[1], rounder.width
+    original = weights.clone()
     # Columns that the rounder looks at together end where a run of columns ends.
     step = INNER if width is None or width >= INNER else width
-    errors = torch.empty_like(wanted)
     for end in range(columns, 0, -step):
         start = max(0, end - step)
         if width is not None and (first + end) % width == 0:
             part = slice(end - width, end)
             free = torch.linalg.solve_triangular(
-                lower[:, part, part].transpose(1, 2),
+                lower[:, part, part].mT,
                 wanted[:, part] - original[:, part],
                 upper=True,
                 unitriangular=True,
             )
             rounder.begin(first + end - width, original[:, part] + free, weight[:, part])
         for n in range(end - 1, start - 1, -1):
-            # The target stays as it is for the loss below.
-            rounded = rounder.round(first + n, wanted[:, n].clone())
-            torch.sub(original[:, n], rounded, out=errors[:, n])
+            error = weights[:, n]
+            torch.sub(original[:, n], rounder.round(first + n, wanted[:, n]), out=error)
             if n > start:
                 feedback = lower[:, n, start:n].unsqueeze(-1)
-                wanted[:, start:n].addcmul_(feedback, errors[:, n].unsqueeze(1))
+                wanted[:, start:n].addcmul_(feedback, error.unsqueeze(1))
         if start:
-            feedback = lower[:, start:end, :start].transpose(1, 2)
-            wanted[:, :start].baddbmm_(feedback, errors[:, start:end])
-    missed = (wanted - original).add_(errors).square_().sum(-1)
+            wanted[:, :start].baddbmm_(lower[:, start:end, :start].mT, weights[:, start:end])
+    missed = wanted.sub_(original).add_(weights).square_().sum(-1)
     loss += (missed * weight).sum(-1)
-    return errors
 
 
 class GridRounder:
@@ -228,23 +223,28 @@ class GridRounder:
             groups: of each column, int64 [batch, in].
             chosen: grids of all groups, [batch, out, groups]; overwritten if ``how`` is given.
             how: choose them on the way; then groups are columns side by side.
-            mask: [batch, out, in], 0 where a number is zero and stays so, else 1; None: none.
+            mask: [batch, out, in], False where a number is zero and stays so; None: nowhere.
         """
         batch, outs, count = chosen.scales.shape
         ins = groups.shape[1]
         self.width = ins // count if how else None
         self._how, self._scheme, self._groups = how, chosen.scheme, groups
-        # A row for each group, so that a column's numbers lie in one piece.
+        # A row for each group or column, so that a column's numbers lie in one piece.
         self._scales = chosen.scales.transpose(1, 2).contiguous()
         self._zeros = chosen.zeros.transpose(1, 2).contiguous()
         self._mask = None if mask is None else mask.transpose(1, 2).contiguous()
-        self._rows = torch.arange(batch)
-        self._q = torch.empty(batch, ins, outs, dtype=torch.uint8)
+        # Integers without their zero points: up to 9 bits.
+        self._q = torch.empty(batch, ins, outs, dtype=torch.int16)
+        self._numbers = torch.empty(batch, outs)
+        # Of the columns from this one on: see `_turn_to`.
+        self._first = ins
+        self._of_columns: tuple[Tensor, Tensor, Tensor] | None = None
 
     @property
     def q(self) -> Tensor:
         """Integers uint8 [batch, out, in]."""
-        return self._q.transpose(1, 2).contiguous()
+        zeros = self._zeros.gather(1, self._rows_of(self._groups)).to(torch.int16)
+        return zeros.add_(self._q).to(torch.uint8).transpose(1, 2).contiguous()
 
     @property
     def grid(self) -> Grid:
@@ -256,22 +256,41 @@ class GridRounder:
         """Choose the grid of a group."""
         if self._how is None:
             return
-        chosen = choose_grid(completed.transpose(1, 2), self._scheme_of_one, self._how, weight)
+        one = replace(self._scheme, group_size=WHOLE_ROW)
+        chosen = choose_grid(completed.transpose(1, 2), one, self._how, weight)
         group = int(self._groups[0, first])
         self._scales[:, group] = chosen.scales[..., 0]
         self._zeros[:, group] = chosen.zeros[..., 0]
-
-    @property
-    def _scheme_of_one(self) -> Scheme:
-        """For a single group, whose width is that of what is looked at."""
-        return replace(self._scheme, group_size=WHOLE_ROW)
+        self._turn_to(first, first + completed.shape[1])
 
     def round(self, column: int, wanted: Tensor) -> Tensor:
-        """Nearest numbers on the grid."""
-        at = self._rows, self._groups[:, column]
-        scale, zero = self._scales[at], self._zeros[at]
-        q = torch.round(wanted / scale, out=wanted).add_(zero).clamp_(0, self._scheme.largest)
+        """Nearest numbers on the grid; they are overwritten by the next ones."""
+        if column < self._first:
+            self._turn_to(max(0, column + 1 - PANEL), column + 1)
+        assert self._of_columns is not None
+        n = column - self._first
+        scale, low, high = (part[:, n] for part in self._of_columns)
+        q = torch.div(wanted, scale, out=self._numbers).round_()
+        if self._scheme.symmetric:
+            middle = self._scheme.zero_point
+            q.clamp_(-middle, self._scheme.largest - middle)
+        else:
+            q.clamp_(low, high)
         if self._mask is not None:
-            q = torch.where(self._mask[:, column].bool(), q, zero)
+            q.mul_(self._mask[:, column])
         self._q[:, column] = q
-        return (q - zero).mul_(scale)
+        return q.mul_(scale)
+
+    def _turn_to(self, first: int, end: int) -> None:
+        """Spread the grids of groups over the columns from ``first`` to ``end``."""
+        rows = self._rows_of(self._groups[:, first:end])
+        scales = self._scales.gather(1, rows)
+        low = high = scales
+        if not self._scheme.symmetric:
+            low = -self._zeros.gather(1, rows)
+            high = low + self._scheme.largest
+        self._of_columns, self._first = (scales, low, high), first
+
+    def _rows_of(self, groups: Tensor) -> Tensor:
+        """Indices of rows of groups [batch, columns] for all outputs."""
+        return groups.unsqueeze(-1).expand(-1, -1, self._scales.shape[2])

@@ -64,7 +64,8 @@ class TextSource(NamedText):
         str,
         Field(
             description="builtin, a file of text or JSONL, a name of sources, or a mix of them "
-            "with weights: NAME:WEIGHT,NAME:WEIGHT"
+            "with weights: NAME:WEIGHT,NAME:WEIGHT; for calibration also self, what the model "
+            "writes, for evaluation none"
         ),
     ] = "builtin"
     samples: Annotated[int, Field(ge=1, description="number of samples")] = 128

@@ -166,8 +166,13 @@ def _search(
     least = None
     for shrink in SHRINK:
         grid = _grid(*ends, shrink, scheme)
-        scale, zero = grid.scales.unsqueeze(-1), grid.zeros.unsqueeze(-1)
-        q = (weight / scale).round_().clamp_(-zero, scheme.largest - zero)
+        scale = grid.scales.unsqueeze(-1)
+        q = (weight / scale).round_()
+        if scheme.symmetric:
+            q.clamp_(-scheme.zero_point, scheme.largest - scheme.zero_point)
+        else:
+            low = -grid.zeros.unsqueeze(-1)
+            q.clamp_(low, low + scheme.largest)
         error = torch.addcmul(weight, q, scale, value=-1).square_()
         loss = error.sum(-1) if importance is None else (error * importance).sum(-1)
         if least is None:

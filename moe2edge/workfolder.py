@@ -179,9 +179,7 @@ def partial_folder(
     work.mkdir(exist_ok=True)
     keep = False
     try:
-        mine = psutil.Process()
-        marker = {"pid": mine.pid, "started": mine.create_time(), "inputs": dict(inputs or {})}
-        (partial / MARKER).write_text(json.dumps(marker))
+        _mark(partial, inputs, psutil.Process())
         found = WorkFolder(work)
         try:
             yield content, found
@@ -198,8 +196,17 @@ def partial_folder(
     finally:
         if keep:
             shutil.rmtree(content, ignore_errors=True)
+            _mark(partial, inputs, None)
         else:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def _mark(partial: Path, inputs: Inputs | None, writer: psutil.Process | None) -> None:
+    """Write down whose folder it is, and who is writing into it."""
+    marker: dict[str, Any] = {"inputs": dict(inputs or {})}
+    if writer is not None:
+        marker |= {"pid": writer.pid, "started": writer.create_time()}
+    (partial / MARKER).write_text(json.dumps(marker))
 
 
 def _examine(partial: Path, inputs: Inputs | None, resume: Resume) -> bool:
@@ -212,8 +219,8 @@ def _examine(partial: Path, inputs: Inputs | None, resume: Resume) -> bool:
         return False
     try:
         marker: dict[str, Any] = json.loads((partial / MARKER).read_text())
-        pid, started = int(marker["pid"]), float(marker["started"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        pid, started = int(marker.get("pid", 0)), float(marker.get("started", 0))
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         raise InputError(f"{partial} exists and is not ours; move it away") from error
     with contextlib.suppress(psutil.NoSuchProcess):
         if abs(psutil.Process(pid).create_time() - started) < 1:

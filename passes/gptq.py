@@ -103,7 +103,8 @@ class _Solver:
         orders = diagonals.argsort(dim=1, stable=True) if self._options.act_order else None
         if orders is not None:
             for hessian, order in zip(hessians, orders, strict=True):
-                hessian.copy_(hessian[order][:, order])
+                rows = hessian.index_select(0, order)
+                torch.index_select(rows, 1, order, out=hessian)
         factors, fine = feedback.factorize(hessians, self._options.damping)
         notes += [
             f"block {block.index}: {', '.join(group.weights)}: the Hessian is singular: rounded"
@@ -152,7 +153,7 @@ class _Solver:
         *,
         sparse: bool,
     ) -> tuple[list[Quantized], Tensor]:
-        """Quantized ``weights`` [batch, out, in], which are overwritten, and their losses."""
+        """Quantized ``weights`` [batch, out, in], and their losses."""
         import torch
 
         from moe2edge import feedback
@@ -164,15 +165,16 @@ class _Solver:
         groups = (torch.arange(ins) // scheme.width(ins)).expand(batch, ins)
         fixed = orders is not None or scheme.groups(ins) == 1
         grid = choose_grid(weights, scheme, how if fixed else "absmax", diagonals)
+        columns = weights.mT.contiguous()
         if orders is not None:
             groups = groups.gather(1, orders)
-            weights = _columns(weights, orders)
-            mask = None if mask is None else _columns(mask, orders)
+            columns = _rows(columns, orders)
+            mask = None if mask is None else _rows(mask.mT, orders).mT
         rounder = feedback.GridRounder(groups, grid, None if fixed else how, mask)
-        loss = feedback.solve(weights, factors, rounder)
+        loss = feedback.solve(columns, factors, rounder)
         q, grid = rounder.q, rounder.grid
         if orders is not None:
-            q = _columns(q, orders.argsort(1))
+            q = _rows(q.mT, orders.argsort(dim=1)).mT.contiguous()
         return [grid[n].quantized(q[n]) for n in range(batch)], loss
 
     def _hessians(self, block: Block, groups: Sequence[Group]) -> tuple[Tensor, list[str]]:
@@ -208,11 +210,13 @@ STARVED = {
 }
 
 
-def _columns(matrices: Tensor, orders: Tensor) -> Tensor:
-    """Columns of [batch, out, in] in the order of each, [batch, in]."""
+def _rows(matrices: Tensor, orders: Tensor) -> Tensor:
+    """Rows of [batch, in, out] in the order of each, [batch, in]."""
     import torch
 
-    return torch.stack([matrix[:, order] for matrix, order in zip(matrices, orders, strict=True)])
+    return torch.stack(
+        [m.index_select(0, order) for m, order in zip(matrices, orders, strict=True)]
+    )
 
 
 def _output_size(group: Group, roles: Sequence[str], hessian: Tensor) -> float:

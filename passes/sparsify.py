@@ -334,7 +334,7 @@ class _Solver:
         # Weights of inputs that never occur cost nothing, unless there is no other input.
         factors.weight.masked_fill_(dead & ~dead.all(1, keepdim=True), 0)
         chooser = ZeroChooser(self._options, weights, [shape[0] for shape in shapes])
-        lost = float(feedback.solve(weights, factors, chooser).sum())
+        lost = float(feedback.solve(weights.mT.contiguous(), factors, chooser).sum())
         numbers = {}
         for group, matrices, whole in zip(groups, loaded, chooser.result, strict=True):
             parts = whole.split([shape[0] for shape in shapes])
@@ -391,7 +391,7 @@ class ZeroChooser:
 
     def round(self, column: int, wanted: Tensor) -> Tensor:
         """The numbers of a column [batch, out], with its zeros."""
-        kept = wanted.masked_fill_(self._gone[:, column], 0)
+        kept = wanted.masked_fill(self._gone[:, column], 0)
         self._result[:, column] = kept
         return kept
 

@@ -64,7 +64,7 @@ def original(folder: Path, parsed: recipe.Recipe, work: Path) -> Model:
     """What an export with the recipe would write."""
     checkpoint = open_checkpoint(str(folder))
     parsed = parsed.resolved(checkpoint.model)
-    tokens = calibration_tokens(checkpoint, parsed)
+    tokens = calibration_tokens(checkpoint, parsed, QUIET)
     return run_passes(checkpoint.model, parsed, tokens, WorkFolder(work), QUIET)[0]
 
 

@@ -413,7 +413,7 @@ def test_the_group_size_is_that_of_the_whole_source(tiny: Make, tmp_path: Path) 
     recipe.write_text("passes: [{block_drop: {drop: 1}}, rtn]")
     result = export(model, out, "gptq", "-r", recipe)
     assert result.exit_code == 0, result.output
-    assert "rtn: w4a16, group size 32" in result.stderr
+    assert "rtn: w4a16, groups of 32: " in result.stderr
     config = json.loads((out / "quantize_config.json").read_text())
     assert config["group_size"] == 32
     resolved = yaml.safe_load((out / "recipe.resolved.yaml").read_text())
@@ -435,13 +435,27 @@ def test_a_shipped_error_beyond_the_usual_is_a_warning(
     assert "at most 0%" in result.stderr
 
 
-def test_a_model_that_could_not_be_verified_is_refused_first(
+def test_an_output_that_the_machine_cannot_run(
     tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: types.SimpleNamespace(total=300_000))
-    result = export(tiny("olmoe"), tmp_path / "out", "gptq", "-r", "w4-rtn")
+    """A graph needs its runtime to be verified; a checkpoint is read back block by block."""
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: types.SimpleNamespace(total=100_000))
+    result = export(tiny("olmoe"), tmp_path / "onnx", "onnx", "-r", "w4-rtn")
     assert result.exit_code == 5
     assert "this machine has 0.0 GB" in result.stderr
+    out = tmp_path / "gptq"
+    result = export(tiny("olmoe"), out, "gptq", "-r", "w4-rtn")
+    assert result.exit_code == 0, result.output
+    assert "warning: gptq was not run, because that needs" in result.stderr
+    row = json.loads((out / "report.json").read_text())["results"][0]
+    assert row["form"] == "gptq, not run"
+    assert row["parity"]["exact"] < 1e-4
+    assert row["parity"]["shipped"] is None
+    assert row["quality"] is None
+    told = run("verify", out)
+    assert told.exit_code == 0
+    assert "runtime: not run, this machine has too little memory" in told.stdout
+    assert run("verify", out, "--reference", tiny("olmoe")).exit_code == 5
 
 
 def test_a_graph_is_no_model_for_transformers(pair: Path) -> None:

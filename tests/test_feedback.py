@@ -63,10 +63,10 @@ def solved(
     grid = choose_grid(weight[None], scheme, how if fixed else "absmax")
     groups = (torch.arange(ins) // scheme.width(ins))[None]
     rounder = feedback.GridRounder(groups, grid, None if fixed else how)
-    errors = weight[None].clone()
+    errors = weight.T[None].clone()
     loss = feedback.solve(errors, factors, rounder)
     found = rounder.grid[0].quantized(rounder.q[0]).dequantize()
-    assert torch.allclose(weight - errors[0], found, atol=1e-5)
+    assert torch.allclose(weight - errors[0].T, found, atol=1e-5)
     return found, float(loss), rounder.grid[0]
 
 
@@ -124,7 +124,7 @@ def test_a_batch_is_its_members_one_by_one() -> None:
     grid = choose_grid(weights, scheme)
     groups = (torch.arange(192) // 32).expand(3, -1)
     rounder = feedback.GridRounder(groups, grid, "mse")
-    feedback.solve(weights.clone(), factors, rounder)
+    feedback.solve(weights.mT.clone(), factors, rounder)
     for n in range(3):
         found, _, _ = solved(weights[n], hessians[n], scheme, "mse", fixed=False)
         whole = rounder.grid[n].quantized(rounder.q[n]).dequantize()
@@ -139,7 +139,7 @@ def test_a_mask_keeps_zeros_and_the_rest_makes_up_for_it() -> None:
     factors, _ = feedback.factorize(hessian[None].clone(), 0.01)
     groups = (torch.arange(192) // 32)[None]
     rounder = feedback.GridRounder(groups, choose_grid(sparse[None], scheme), None, mask[None])
-    feedback.solve(sparse[None].clone(), factors, rounder)
+    feedback.solve(sparse.T[None].clone(), factors, rounder)
     found = rounder.grid[0].quantized(rounder.q[0]).dequantize()
     assert (found[~mask] == 0).all()
     rounded = round_to_nearest(sparse, scheme).dequantize()
@@ -173,7 +173,7 @@ def test_damping_rises_until_it_works_and_then_rounds() -> None:
         own = feedback.Factors(factors.lower[n][None], factors.weight[n][None])
         groups = (torch.arange(ins) // 32)[None]
         rounder = feedback.GridRounder(groups, choose_grid(weight, scheme))
-        feedback.solve(weight.clone(), own, rounder)
+        feedback.solve(weight.mT.clone(), own, rounder)
         plain = round_to_nearest(weight[0], scheme)
         assert torch.equal(rounder.q[0], plain.q)
         assert torch.equal(dequantize(plain.q, plain.scales, scheme), plain.dequantize())

@@ -42,3 +42,19 @@ def test_lines_elsewhere_than_on_a_terminal(capsys: pytest.CaptureFixture[str]) 
         watcher.advance("work", done, 3)
     assert capsys.readouterr().err.endswith("work: 3 of 3\n")
     assert capsys.readouterr().out == ""
+
+
+def test_lines_say_where_the_work_is_and_how_long_it_takes(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([0.0, 1.0, 101.0, 201.0, 301.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    watcher = progress.watcher(quiet=False)
+    for done in (0, 10, 20, 300):
+        watcher.advance("gptq", done, 300, f"block {done}")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "[ 101.0 s] gptq: 10 of 300, block 10, 48:20 left",
+        "[ 201.0 s] gptq: 20 of 300, block 20, 46:40 left",
+        "[ 301.0 s] gptq: 300 of 300, block 300",
+    ]

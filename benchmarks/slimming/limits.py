@@ -1,0 +1,87 @@
+"""Memory of an export: flat in the number of blocks, and less than the model.
+
+    python benchmarks/slimming/limits.py [--work DIR]
+
+Makes random-weight models of 8 and 16 blocks of the same width, quantizes both, and compares the
+peak RSS; then quantizes the larger one with the data segment of the process limited (RLIMIT_DATA)
+to less than the model's size. Results are printed, and written to limits.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+BLOCKS = (8, 16)
+
+
+def make(folder: Path, blocks: int) -> int:
+    """A random-weight model; its bytes."""
+    if not (folder / "config.json").exists():
+        script = str(HERE / "make_random.py")
+        subprocess.run([sys.executable, script, str(folder), "--blocks", str(blocks)], check=True)
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def export(model: Path, out: Path, most: int | None = None) -> dict[str, Any]:
+    """Quantize with GPTQ, in a child process; its peak RSS, seconds and the limit it ran under."""
+    command = [
+        sys.executable, "-m", "moe2edge", "export", str(model), "-t", "gptq", "-o", str(out),
+        "--set", "calibration.samples=16", "--set", "calibration.length=256", "--eval", "none",
+        "--force", "--quiet",
+    ]  # fmt: skip
+    if most is not None:
+        command += ["--max-memory", str(most)]
+
+    def limit() -> None:
+        if most is not None:
+            resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+
+    begun = time.perf_counter()
+    child = subprocess.Popen(command, preexec_fn=limit, stdout=subprocess.DEVNULL)
+    _, status, used = os.wait4(child.pid, 0)
+    code = os.waitstatus_to_exitcode(status)
+    return {
+        "exit_code": code,
+        "seconds": round(time.perf_counter() - begun, 1),
+        "peak_rss": used.ru_maxrss * 1024,
+        "limit": most,
+    }
+
+
+def main() -> None:
+    """Make, measure, tell."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, help="folder for what is made on the way")
+    parser.add_argument("--limit", type=int, default=1500, help="MB of RLIMIT_DATA")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        work = options.work or Path(temporary)
+        work.mkdir(parents=True, exist_ok=True)
+        found: dict[str, Any] = {}
+        for blocks in BLOCKS:
+            model = work / f"random-{blocks}"
+            size = make(model, blocks)
+            row = export(model, work / "out")
+            found[f"{blocks} blocks"] = {"model_bytes": size, **row}
+            print(f"{blocks} blocks, {size / 1e9:.2f} GB: {row}", flush=True)
+        peaks = [found[f"{blocks} blocks"]["peak_rss"] for blocks in BLOCKS]
+        found["ratio"] = round(peaks[1] / peaks[0], 3)
+        print(f"peak RSS of 16 blocks over that of 8: {found['ratio']:.3f}", flush=True)
+        row = export(model, work / "out", options.limit * 1_000_000)
+        found["limited"] = {"model_bytes": size, **row}
+        print(f"16 blocks with RLIMIT_DATA {options.limit} MB: {row}", flush=True)
+    (HERE / "limits.json").write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,235 @@
+"""Memory and speed of a GPTQ folder that runs in 4 bits, beside its source in transformers.
+
+    python benchmarks/slimming/packed.py --folder OUT --source MODEL [--tokens 32] [--repeats 5]
+    python benchmarks/slimming/packed.py --rows
+
+Each model has a process of its own, which answers in turn, so that both are timed under the same
+conditions and the memory of each is its own; a third process only imports. ``--rows`` measures from
+how many rows on a matrix is better dequantized than multiplied in 4 bits
+(``moe2edge.packed.MANY_ROWS``). Prints a table and one line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+PROMPT = 32
+# [out, in] of gate and up of an expert, of its last matrix, and of attention.
+SHAPES = ((7168, 1024), (1024, 3584), (2048, 2048))
+ROWS = (1, 4, 16, 32, 48, 64, 96, 128, 256, 512)
+
+
+# ---- a process with one model ------------------------------------------------------------------
+
+
+def serve(kind: str, place: str) -> None:
+    """Load a model, then decode once for each line on stdin; each answer is a line of JSON."""
+    import psutil
+    import torch
+    import transformers.models.mixtral.modeling_mixtral  # noqa: F401
+
+    from moe2edge import packed  # noqa: F401
+    from moe2edge.loading import load
+    from moe2edge.torch_runtime import TorchRuntime, open_source
+
+    process = psutil.Process()
+    begin = time.perf_counter()
+    runtime = None
+    if kind == "folder":
+        runtime = TorchRuntime(load(place, dtype=torch.bfloat16))
+    elif kind == "source":
+        runtime = open_source(Path(place))
+    answer(
+        {"load_s": time.perf_counter() - begin, "peak": peak(), "rss": process.memory_info().rss}
+    )
+    for line in sys.stdin:
+        assert runtime is not None
+        answer(decode(runtime, int(line)) | {"rss": process.memory_info().rss, "peak": peak()})
+
+
+def decode(runtime: Any, tokens: int) -> dict[str, float]:
+    """Seconds for a prompt, and per token after it."""
+    begin = time.perf_counter()
+    logits = runtime.start([1 + n % 90 for n in range(PROMPT)])
+    prefill = time.perf_counter() - begin
+    gaps = []
+    for _ in range(tokens):
+        begin = time.perf_counter()
+        logits = runtime.step(int(logits.argmax()))
+        gaps.append(time.perf_counter() - begin)
+    return {"prefill_s": prefill, "token_s": statistics.median(gaps)}
+
+
+def peak() -> int:
+    """Largest resident set so far, in bytes (Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def answer(data: dict[str, float]) -> None:
+    """Write one line."""
+    print("answer", json.dumps(data), flush=True)
+
+
+class Child:
+    """A process that serves one model."""
+
+    def __init__(self, kind: str, place: str) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, "--serve", kind, "--place", place],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.loaded = self._read()
+
+    def decode(self, tokens: int) -> dict[str, float]:
+        """Have it decode so many tokens."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{tokens}\n")
+        self._process.stdin.flush()
+        return self._read()
+
+    def end(self) -> None:
+        """Let it go."""
+        self._process.communicate()
+
+    def _read(self) -> dict[str, float]:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("answer "):
+                found: dict[str, float] = json.loads(line.removeprefix("answer "))
+                return found
+        raise SystemExit(f"the process of a model ended with {self._process.wait()}")
+
+
+# ---- the two measurements ----------------------------------------------------------------------
+
+
+def compare(folder: str, source: str, tokens: int, repeats: int) -> dict[str, Any]:
+    """Memory and time of both, in turn."""
+    bare = Child("nothing", "")
+    bare.end()
+    children = {"folder": Child("folder", folder), "source": Child("source", source)}
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in children}
+    for turn in range(repeats + 1):
+        for name, child in children.items():
+            found = child.decode(tokens)
+            if turn:  # the first one warms up
+                runs[name].append(found)
+    for child in children.values():
+        child.end()
+    places = {"folder": folder, "source": source}
+    result: dict[str, Any] = {
+        "tokens": tokens,
+        "repeats": repeats,
+        "import_rss": bare.loaded["rss"],
+    }
+    for name, found in runs.items():
+        size = sum(path.stat().st_size for path in Path(places[name]).glob("*.safetensors"))
+        rss = max(run["rss"] for run in found)
+        own = rss - result["import_rss"]
+        result[name] = {
+            "file": size,
+            "rss": rss,
+            "peak": max(run["peak"] for run in found),
+            "own_to_file": own / size,
+            "load_s": children[name].loaded["load_s"],
+            "prefill_s": statistics.median(run["prefill_s"] for run in found),
+            "token_s": statistics.median(run["token_s"] for run in found),
+        }
+    pairs = zip(runs["source"], runs["folder"], strict=True)
+    result["speedups"] = [theirs["token_s"] / ours["token_s"] for theirs, ours in pairs]
+    return result
+
+
+def show(result: dict[str, Any]) -> None:
+    """The table."""
+    print(f"import of torch and transformers: {result['import_rss'] / 1e9:.2f} GB")
+    heads = ("file GB", "RSS GB", "peak GB", "own/file", "load s", "prefill ms", "ms/token")
+    print(f"{'':8}" + "".join(f"{head:>11}" for head in heads))
+    for name in ("folder", "source"):
+        row = result[name]
+        values = [row["file"] / 1e9, row["rss"] / 1e9, row["peak"] / 1e9, row["own_to_file"]]
+        values += [row["load_s"], row["prefill_s"] * 1e3, row["token_s"] * 1e3]
+        print(f"{name:8}" + "".join(f"{value:11.2f}" for value in values))
+    ratios = result["speedups"]
+    print(
+        f"decode, source / folder: median {statistics.median(ratios):.2f} "
+        f"({min(ratios):.2f} to {max(ratios):.2f})"
+    )
+
+
+def rows() -> dict[str, Any]:
+    """For each shape and number of rows: time in 4 bits over that of dequantizing first."""
+    import torch
+
+    from moe2edge import packed
+    from moe2edge.packed import PackedLinear
+    from moe2edge.rounding import round_to_nearest
+    from moe2edge.scheme import Scheme
+
+    found: dict[str, Any] = {}
+    for outs, ins in SHAPES:
+        linear = PackedLinear([round_to_nearest(torch.randn(outs, ins), Scheme())])
+
+        ratios = {}
+        for count in ROWS:
+            x = torch.randn(count, ins).to(torch.bfloat16)
+
+            def run(many: int, x: torch.Tensor = x, linear: PackedLinear = linear) -> None:
+                packed.MANY_ROWS = many
+                linear(x)
+
+            ratios[count] = ratio(partial(run, count + 1), partial(run, 1))
+        found[f"{outs} x {ins}"] = ratios
+        print(f"{outs} x {ins}: " + ", ".join(f"{n}: {r:.2f}" for n, r in ratios.items()))
+    return found
+
+
+def ratio(one: Callable[[], None], other: Callable[[], None], repeats: int = 15) -> float:
+    """Processor time of one over that of the other, the best of several runs in turn."""
+    best = [float("inf")] * 2
+    for _ in range(repeats):
+        for n, function in enumerate((one, other)):
+            begin = time.process_time()
+            function()
+            best[n] = min(best[n], time.process_time() - begin)
+    return best[0] / best[1]
+
+
+def main() -> None:
+    """Measure."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--folder", help="an output of target gptq")
+    parser.add_argument("--source", help="the checkpoint that it was made of")
+    parser.add_argument("--tokens", type=int, default=32, help="decoded in a repeat")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--rows", action="store_true", help="measure MANY_ROWS instead")
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    parser.add_argument("--place", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.serve:
+        serve(given.serve, given.place)
+        return
+    if given.rows:
+        result = rows()
+    elif given.folder and given.source:
+        result = compare(given.folder, given.source, given.tokens, given.repeats)
+        show(result)
+    else:
+        parser.error("give --folder and --source, or --rows")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

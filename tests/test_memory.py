@@ -1,0 +1,76 @@
+"""Memory limits: shares of a budget, streams on the disk, refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from moe2edge import memory
+from moe2edge.cli import main
+from moe2edge.cli_common import nbytes
+from moe2edge.errors import DoesNotFit
+from moe2edge.memory import IMPORTED, TOGETHER, Memory
+from moe2edge.testing import Make
+
+
+def test_a_stream_beyond_its_share_is_a_file_without_a_name(tmp_path: Path) -> None:
+    small = Memory(stream=400, folder=tmp_path)
+    inside, outside = small.empty((10, 10)), small.empty((10, 11))
+    assert inside.dtype == outside.dtype == torch.float32
+    numbers = torch.rand(10, 11)
+    outside.copy_(numbers)
+    outside += 1
+    assert torch.equal(outside, numbers + 1)
+    mapped = Path("/proc/self/maps").read_text()
+    assert sum(str(tmp_path) in line for line in mapped.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+    del outside
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+
+
+def test_shares_of_a_limit(tmp_path: Path) -> None:
+    limited = Memory.of(IMPORTED + 1600, tmp_path)
+    assert limited == Memory(400, 100, tmp_path)
+    assert Memory.of(64 << 30, tmp_path).together == TOGETHER
+    assert Memory.of(None, tmp_path).together == TOGETHER
+    memory.check(None, 1 << 60, "anything")
+    memory.check(IMPORTED + 100, 100, "this")
+    with pytest.raises(DoesNotFit, match=r"1.00 GB: gptq takes 2.00 GB, .* at least 2.63 GB"):
+        memory.check(10**9, 2 * 10**9, "gptq")
+
+
+@pytest.mark.parametrize(
+    ("text", "bytes_"),
+    [("8GB", 8 * 10**9), ("512MiB", 512 << 20), ("2e9", 2 * 10**9), ("1.5 gb", 15 * 10**8)],
+)
+def test_sizes(text: str, bytes_: int) -> None:
+    from typing import Any, cast
+
+    assert nbytes(cast(Any, None), cast(Any, None), text) == bytes_
+
+
+def test_limits_on_the_command_line(tiny: Make, tmp_path: Path) -> None:
+    def export(size: str, *more: str) -> tuple[int, str]:
+        result = CliRunner().invoke(
+            main,
+            [
+                "export", str(tiny("olmoe")), "-t", "gptq", "-o", str(tmp_path / "out"), "--eval",
+                "none", "--max-memory", size, "--set", "calibration.samples=4", "--set",
+                "calibration.length=64", "--calib", str(text), *more,
+            ],
+        )  # fmt: skip
+        return result.exit_code, result.stderr
+
+    text = tmp_path / "text.txt"
+    text.write_text("".join(chr(33 + (n * n + n // 7) % 90) for n in range(4000)))
+    code, said = export("much")
+    assert code == 2
+    assert "expected one such as 8GB" in said
+    code, said = export("10MB")
+    assert code == 5
+    assert "gptq on the largest block takes" in said
+    code, said = export("2GB")
+    assert code == 0, said

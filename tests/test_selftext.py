@@ -1,0 +1,97 @@
+"""Calibration text that the model writes itself."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from click.testing import CliRunner
+
+from moe2edge import selftext
+from moe2edge.checkpoint import open_checkpoint
+from moe2edge.cli import main
+from moe2edge.progress import Watcher
+from moe2edge.testing import Make
+from moe2edge.torch_runtime import open_source
+
+SILENT = Watcher(lambda _: None, lambda *_: None)
+
+
+def written(folder: Path, seed: int, samples: int = 6, length: int = 24) -> torch.Tensor:
+    runtime: Any = open_source(folder, dtype="float32")
+    model = open_checkpoint(str(folder)).model
+    return selftext.write(runtime.model, model, 0, (samples, length), seed, SILENT)
+
+
+def test_it_is_the_models_own_and_decided_by_the_seed(tiny: Make) -> None:
+    ids = written(tiny("olmoe"), 3)
+    assert ids.shape == (6, 24)
+    assert (ids[:, 0] == 0).all()
+    assert torch.equal(ids, written(tiny("olmoe"), 3))
+    assert not torch.equal(ids, written(tiny("olmoe"), 4))
+    # More likely to the model than other tokens are, though sampled at a higher temperature.
+    model: Any = open_source(tiny("olmoe"), dtype="float32").model
+    other = torch.randint(0, 96, ids.shape, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        losses = [float(model(tokens, labels=tokens).loss) for tokens in (ids, other)]
+    assert losses[0] < losses[1] - 0.3
+
+
+def test_the_choice_is_more_even_than_chance() -> None:
+    use = torch.rand(40, 8, generator=torch.Generator().manual_seed(2)).pow(4)
+    chosen = selftext.balanced(use, 10)
+    assert chosen.tolist() == sorted(set(chosen.tolist()))
+    best = float(use[chosen].sum(0).var())
+    for seed in range(20):
+        order = torch.randperm(40, generator=torch.Generator().manual_seed(seed))[:10]
+        assert best < float(use[order].sum(0).var())
+
+
+def test_the_choice_grows_by_the_least_squares_each_time() -> None:
+    use = torch.rand(7, 3, generator=torch.Generator().manual_seed(5))
+    chosen: list[int] = []
+    for _ in range(3):
+        rest = (n for n in range(7) if n not in chosen)
+        chosen.append(min(rest, key=lambda n: float(use[[*chosen, n]].sum(0).square().sum())))
+    assert selftext.balanced(use, 3).tolist() == sorted(chosen)
+    # With all of them there is nothing to choose.
+    assert selftext.balanced(use, 7).tolist() == list(range(7))
+    assert len(list(itertools.combinations(range(7), 3))) == 35
+
+
+@pytest.mark.parametrize("family", ["olmoe", "mixtral"])
+def test_export_without_a_text(tiny: Make, tmp_path: Path, family: str) -> None:
+    out = tmp_path / "out"
+    result = CliRunner().invoke(
+        main,
+        [
+            "export", str(tiny(family)), "-t", "gptq", "-o", str(out), "--calib", "self",
+            "--eval", "none", "--set", "calibration.samples=4", "--set", "calibration.length=32",
+        ],
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    report = json.loads((out / "report.json").read_text())
+    assert report["calibration"]["text"] == "self"
+    assert report["calibration"]["samples"] == 4
+    assert report["before"]["quality"] is None
+
+
+def test_what_cannot_be_written_is_refused(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["export", str(tiny("olmoe")), "-t", "gptq", "-o", str(tmp_path / "o")]
+    command += ["--calib", "self", "--eval", "none"]
+    result = CliRunner().invoke(main, [*command, "--set", "calibration.length=400"])
+    assert result.exit_code == 2
+    assert "longer than the 128 positions" in result.stderr
+    small = type("memory", (), {"total": 100_000})
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: small)
+    result = CliRunner().invoke(main, [*command, "--set", "calibration.length=32"])
+    assert result.exit_code == 5
+    assert "runs the source" in result.stderr
+    assert not (tmp_path / "o").exists()
