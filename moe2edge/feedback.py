@@ -66,34 +66,43 @@ class Factors:
     weight: Tensor
 
 
-def factorize(hessians: Tensor, damping: float) -> tuple[Factors, list[bool]]:
-    """Factors of damped Hessians [batch, in, in], which are overwritten; which of them have some.
+def factorize(
+    hessians: Tensor, damping: float, space: Tensor | None = None
+) -> tuple[Factors, list[bool]]:
+    """Factors of damped Hessians [batch, in, in]; which of them have some.
 
     Inputs that never occur get a diagonal of one, so that their weights are simply rounded. Where
-    the factorization fails, damping is raised tenfold while it is below one;
-    where that fails, too, the factors are those of the identity, with which columns are rounded
-    without feedback.
+    the factorization fails, damping is raised tenfold while it is below one; where that fails,
+    too, the factors are those of the identity, with which columns are rounded without feedback.
+
+    Args:
+        hessians: symmetric; their diagonals are overwritten.
+        damping: part of the mean diagonal that is added.
+        space: float32 of the shape of ``hessians``, for the factors; None: it is made.
     """
+    # Upper triangular in memory: LAPACK wants columns in one piece, and so do later products.
+    lower = (torch.empty_like(hessians) if space is None else space).mT
     weight = hessians.new_empty(hessians.shape[:2])
-    fine = [_factorize(h, weight[n], damping) for n, h in enumerate(hessians)]
-    return Factors(hessians, weight), fine
+    fine = [_factorize(h, lower[n], weight[n], damping) for n, h in enumerate(hessians)]
+    return Factors(lower, weight), fine
 
 
-def _factorize(hessian: Tensor, weight: Tensor, damping: float) -> bool:
+def _factorize(hessian: Tensor, lower: Tensor, weight: Tensor, damping: float) -> bool:
     diagonal = hessian.diagonal()
     clean = diagonal.clone()
     dead = clean == 0
     mean = clean.mean()
+    info = torch.empty((), dtype=torch.int32, device=hessian.device)
     while damping <= 1:
         diagonal.copy_(torch.where(dead, torch.ones_like(clean), clean + damping * mean))
-        lower, info = torch.linalg.cholesky_ex(hessian)
-        if info == 0 and bool(lower.diagonal().isfinite().all()):
-            pivots = lower.diagonal().clone()
-            torch.div(lower, pivots, out=hessian)
-            weight.copy_(pivots.square())
+        torch.linalg.cholesky_ex(hessian, out=(lower, info))
+        pivots = lower.diagonal().clone()
+        if info == 0 and bool(pivots.isfinite().all()):
+            lower /= pivots
+            weight.copy_(pivots.square_())
             return True
         damping *= 10
-    hessian.copy_(torch.eye(len(hessian)))
+    lower.copy_(torch.eye(len(hessian), device=hessian.device))
     weight.fill_(1)
     return False
 
@@ -234,8 +243,8 @@ class GridRounder:
         self._zeros = chosen.zeros.transpose(1, 2).contiguous()
         self._mask = None if mask is None else mask.transpose(1, 2).contiguous()
         # Integers without their zero points: up to 9 bits.
-        self._q = torch.empty(batch, ins, outs, dtype=torch.int16)
-        self._numbers = torch.empty(batch, outs)
+        self._q = groups.new_empty(batch, ins, outs, dtype=torch.int16)
+        self._numbers = self._scales.new_empty(batch, outs)
         # Of the columns from this one on: see `_turn_to`.
         self._first = ins
         self._of_columns: tuple[Tensor, Tensor, Tensor] | None = None

@@ -31,9 +31,11 @@ def pack_bytes(q: Tensor, bits: int) -> Tensor:
 def unpack_bytes(packed: Tensor, bits: int, count: int | None = None) -> Tensor:
     """Inverse of `pack_bytes`; ``count`` integers, all that there is room for if not given."""
     bits = 4 if bits == 3 else bits
-    mask = (1 << bits) - 1
-    parts = [packed >> (n * bits) & mask for n in range(8 // bits)]
-    return torch.stack(parts, dim=-1).flatten(-2)[..., :count]
+    mask, per_byte = (1 << bits) - 1, 8 // bits
+    q = packed.new_empty(*packed.shape[:-1], packed.shape[-1] * per_byte)
+    for n in range(per_byte):
+        torch.bitwise_and(packed >> (n * bits), mask, out=q[..., n::per_byte])
+    return q[..., :count]
 
 
 def pack_int32(q: Tensor, dim: int, bits: int) -> Tensor:
@@ -75,7 +77,7 @@ def pack_gptq(numbers: Quantized) -> dict[str, Tensor]:
 
 def unpack_gptq(tensors: dict[str, Tensor], bits: int) -> tuple[Tensor, Tensor, Tensor]:
     """Integers [out, in], scales [out, groups] and zero points [out, groups] of `pack_gptq`."""
-    q = unpack_int32(tensors["qweight"], 0, bits).T.contiguous()
+    q = unpack_int32(tensors["qweight"].T, 1, bits)
     zeros = unpack_int32(tensors["qzeros"], 1, bits).T.contiguous() + 1
     return q, tensors["scales"].T.float().contiguous(), zeros
 

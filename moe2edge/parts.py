@@ -15,28 +15,36 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+CPU = torch.device("cpu")
+
+
 class Parts:
     """A block without the matrices of its experts and MLPs: attention, norms and router."""
 
-    def __init__(self, model: Model, block: Block) -> None:
+    def __init__(self, model: Model, block: Block, device: torch.device = CPU) -> None:
+        """Load it; streams may lie elsewhere than on ``device``, results lie there."""
         self._base = skeleton(model, block)
         layer: Any = self._base.layers[0]
         state = block_state(block, ("norms", "attention", "router"))
+        state = {name: tensor.to(device) for name, tensor in state.items()}
         layer.load_state_dict(state, strict=False, assign=True)
         self.norm, self._mlp = layer.post_attention_layernorm, layer.mlp
         layer.post_attention_layernorm, layer.mlp = nn.Identity(), Nothing()
-        self._layer = layer
+        self._base.rotary_emb.to(device)
+        self._layer, self._device = layer, device
 
     @torch.no_grad()
     def attend(self, hidden: Tensor) -> Tensor:
         """The stream after attention, for ``hidden`` [batch, length, hidden]."""
-        out: Tensor = self._base(inputs_embeds=hidden, use_cache=False).last_hidden_state
+        out: Tensor = self._base(
+            inputs_embeds=hidden.to(self._device), use_cache=False
+        ).last_hidden_state
         return out
 
     @torch.no_grad()
     def attention_inputs(self, hidden: Tensor) -> Tensor:
         """Inputs [tokens, hidden] of q, k and v."""
-        out: Tensor = self._layer.input_layernorm(hidden)
+        out: Tensor = self._layer.input_layernorm(hidden.to(self._device))
         return out.flatten(0, -2)
 
     def output_inputs(self, hidden: Tensor) -> Tensor:
@@ -59,11 +67,14 @@ class Parts:
     @torch.no_grad()
     def normed(self, attended: Tensor) -> Tensor:
         """Inputs of what follows attention."""
-        out: Tensor = self.norm(attended)
+        out: Tensor = self.norm(attended.to(self._device))
         return out
 
     @torch.no_grad()
     def route(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights and ids of the chosen experts, [N, k]; an id beyond the last is skipped."""
+        """Weights and ids of the chosen experts, [N, k], on the CPU.
+
+        An id beyond the last is skipped.
+        """
         _, weights, ids = self._mlp.gate(inputs)
-        return weights.float(), ids
+        return weights.float().cpu(), ids.cpu()

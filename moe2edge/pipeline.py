@@ -18,6 +18,7 @@ from moe2edge.errors import Moe2EdgeError
 from moe2edge.model import Block, Model, Weight, is_quantizable
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from moe2edge.progress import Watcher
@@ -271,10 +272,14 @@ class GroupSolver(Protocol):
 
     Attributes:
         propagate: whether that is so; otherwise inputs come from the model as it was.
+        device: where inputs of groups lie, and the work is done; numbers are wanted on the CPU.
     """
 
     @property
     def propagate(self) -> bool: ...
+
+    @property
+    def device(self) -> torch.device: ...
 
     def nbytes(self, shapes: Sequence[tuple[int, ...]]) -> int:
         """Memory of solving one group of matrices of these shapes."""

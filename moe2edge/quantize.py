@@ -86,15 +86,10 @@ class Quantize(Slim):
 
     def schemes(self, model: Model) -> dict[str, Scheme]:
         """Scheme of each tensor that is to be quantized, by name on disk."""
-        rules = {name: self._rule(name, block, model) for name, block, _ in _matrices(model)}
-        widths = [
-            weight.shape[1]
-            for name, _, weight in _matrices(model)
-            if (rule := rules[name]) is None or (rule.bits != 16 and rule.group_size is None)
-        ]
-        group = self.group_size or (largest_group_size(widths) if widths else 128)
+        group = self._group(model)
         found = {}
-        for name, rule in rules.items():
+        for name, block, _ in _matrices(model):
+            rule = self._rule(name, block, model)
             if rule is None:
                 found[name] = Scheme(self.bits, group, self.symmetric)
             elif rule.bits != 16:
@@ -102,18 +97,24 @@ class Quantize(Slim):
                 found[name] = Scheme(rule.bits, rule.group_size or group, symmetric)
         return found
 
+    def _group(self, model: Model) -> GroupSize:
+        """Group size of tensors to which no rule gives another one."""
+        if self.group_size is not None:
+            return self.group_size
+        widths = []
+        for name, block, weight in _matrices(model):
+            rule = self._rule(name, block, model)
+            if rule is None or (rule.bits != 16 and rule.group_size is None):
+                widths.append(weight.shape[1])
+        return largest_group_size(widths) if widths else 128
+
     def _rule(self, name: str, block: Block, model: Model) -> Rule | None:
         count = len(model.blocks)
         return next((r for r in self.rules if r.applies(name, block.index, count)), None)
 
     def resolved(self, model: Model) -> Self:
         """With the group size of the whole source, whichever of its blocks stay."""
-        if self.group_size is not None:
-            return self
-        widths = {s.group_size for s in self.schemes(model).values()}
-        given = {rule.group_size for rule in self.rules}
-        own = widths - given if len(widths) > 1 else widths
-        return self.model_copy(update={"group_size": max(own, default=128)})
+        return self.model_copy(update={"group_size": self._group(model)})
 
     def check(self, model: Model) -> None:
         """Refuse a model that is quantized already, widths and rules that do not fit it."""

@@ -72,6 +72,10 @@ class Grid:
         zeros = None if self.scheme.symmetric else self.zeros.to(torch.uint8)
         return Quantized(q, self.scales, self.scheme, zeros)
 
+    def cpu(self) -> Grid:
+        """The same in the memory of the processor."""
+        return Grid(self.scales.cpu(), self.zeros.cpu(), self.scheme)
+
     def __getitem__(self, n: int) -> Grid:
         """Of one matrix of a batch."""
         return Grid(self.scales[n], self.zeros[n], self.scheme)
@@ -79,9 +83,9 @@ class Grid:
 
 def dequantize(q: Tensor, scales: Tensor, scheme: Scheme, zeros: Tensor | None = None) -> Tensor:
     """Weights float32 [..., out, in] of integers [..., out, in] and scales [..., out, groups]."""
-    grouped = _grouped(q.float(), scheme)
+    grouped = _grouped(q.to(torch.float32, copy=True), scheme)
     middle = scheme.zero_point if zeros is None else zeros.float().unsqueeze(-1)
-    return ((grouped - middle) * scales.float().unsqueeze(-1)).flatten(-2)
+    return grouped.sub_(middle).mul_(scales.float().unsqueeze(-1)).flatten(-2)
 
 
 def _grouped(weight: Tensor, scheme: Scheme) -> Tensor:
@@ -125,7 +129,11 @@ def choose_grid(
     whole = _grid(low, high, 1.0, scheme)
     if how == "absmax":
         return whole
-    weighed = None if importance is None else _grouped(importance, scheme).unsqueeze(-3)
+    weighed = None if importance is None else _grouped(importance, scheme)
+    if weighed is not None:
+        # Where no input of a group ever occurs, all count alike.
+        never = weighed.sum(-1, keepdim=True) == 0
+        weighed = weighed.masked_fill(never, 1).unsqueeze(-3)
     shape, width = whole.scales.shape, grouped.shape[-1]
     flat = grouped.reshape(-1, width)
     costs = None if weighed is None else weighed.expand(grouped.shape).reshape(-1, width)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 from moe2edge.errors import Unsupported
 
 BITS = (2, 3, 4, 8)
-GROUP_SIZES = (128, 64, 32)
+GROUP_SIZES: tuple[Literal[128], Literal[64], Literal[32]] = (128, 64, 32)
 WHOLE_ROW = -1
 
 
@@ -98,7 +99,7 @@ class Pattern:
         return f"{self.of - round(self.zeros)}:{self.of}"
 
 
-def largest_group_size(in_features: Iterable[int]) -> int:
+def largest_group_size(in_features: Iterable[int]) -> Literal[32, 64, 128]:
     """Largest group size of 128, 64, 32 that divides every one of ``in_features``.
 
     Raises:

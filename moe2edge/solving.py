@@ -57,7 +57,7 @@ class _BlockWork:
         # Handles that are to carry a pattern from now on.
         self.patterned: dict[str, Weight] = {}
         self._model, self._block, self._solver = model, block, solver
-        self._tally, self._memory = tally, memory
+        self._tally, self._memory, self._device = tally, memory, solver.device
         self._weights = {r: w for r, w in block.weights() if is_quantizable(r)}
 
     # ---- solving ---------------------------------------------------------------------------------
@@ -77,9 +77,10 @@ class _BlockWork:
     def _matrix(self, role: str) -> Tensor:
         """The matrix that what comes next is computed with."""
         if not self._solver.propagate or role not in self.numbers:
-            return finite(self._weights[role])
+            return finite(self._weights[role]).to(self._device)
         numbers = self.numbers[role]
-        return numbers.float() if isinstance(numbers, torch.Tensor) else numbers.dequantize()
+        found = numbers.float() if isinstance(numbers, torch.Tensor) else numbers.dequantize()
+        return found.to(self._device)
 
     def without_tokens(self) -> Mapping[str, Quantized | Tensor]:
         """Solve all matrices by themselves."""
@@ -90,13 +91,13 @@ class _BlockWork:
     @torch.no_grad()
     def run(self, hidden: Tensor) -> Mapping[str, Quantized | Tensor]:
         """Solve the block for the stream ``hidden`` [samples, length, hidden], and move it on."""
-        parts = Parts(self._model, self._block)
+        parts = Parts(self._model, self._block, self._device)
         self._attention(parts, hidden)
         mlp = self._block.mlp
         if mlp is None:
             if SECOND_NORM in self._block.norms:
                 for part in batches(hidden):
-                    hidden[part] += parts.normed(hidden[part])
+                    hidden[part] += parts.normed(hidden[part]).cpu()
             return self.numbers
         added = self._memory.empty(tuple(hidden.shape)).zero_()
         flat, out = hidden.flatten(0, 1), added.flatten(0, 1)
@@ -106,7 +107,8 @@ class _BlockWork:
         if dense is not None:
             self._always_on("dense", parts, flat, out, None)
         if isinstance(mlp, MoELayer | Always) and mlp.shared is not None:
-            self._always_on("shared", parts, flat, out, finite(mlp.shared.gate))
+            scorer = finite(mlp.shared.gate).to(self._device)
+            self._always_on("shared", parts, flat, out, scorer)
         hidden += added
         return self.numbers
 
@@ -199,7 +201,8 @@ class _BlockWork:
                 tokens = member.tokens[at : at + len(hidden)]
                 at += len(hidden)
                 y = hidden @ down.T
-                out.index_add_(0, tokens, y if weights is None else y.mul_(weights[:, None]))
+                y = y if weights is None else y.mul_(weights[:, None])
+                out.index_add_(0, tokens, y.cpu())
 
 
 @dataclass(frozen=True)
@@ -230,6 +233,7 @@ class _Member:
             x = norm(flat[self.tokens[at : at + BATCH_TOKENS]])
             if self.weights is None or isinstance(self.weights, torch.Tensor):
                 own = None if self.weights is None else self.weights[at : at + BATCH_TOKENS]
+                own = None if own is None else own.to(x.device)
             else:
                 own = self.weights(x)
             yield x, own

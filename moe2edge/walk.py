@@ -218,8 +218,10 @@ def observe(
                 for observer in observers:
                     observer.see(seen)
                 hidden[part] = seen.outputs
+                del seen
             else:
                 hidden[part] = runner.run(hidden[part])
+        del runner  # before the next block is loaded
     advance(label, len(model.blocks), len(model.blocks))
     return hidden
 

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
+from moe2edge.errors import InputError
 from moe2edge.model import Block, Model
 from moe2edge.pipeline import Group, GroupSolver, Solved
 from moe2edge.quantize import Quantize
 from moe2edge.scheme import Scheme
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from moe2edge import feedback
@@ -54,6 +56,10 @@ class Gptq(Quantize):
     propagate: Annotated[
         bool, Field(description="false: inputs come from the unquantized model")
     ] = True
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"],
+        Field(description="where matrices are solved; auto: on a GPU if there is one"),
+    ] = "auto"
     min_tokens: Annotated[
         int, Field(ge=0, description="an expert with fewer routed tokens is starved")
     ] = 256
@@ -61,6 +67,24 @@ class Gptq(Quantize):
         Literal["borrow", "round"],
         Field(description="a starved expert is shown all tokens of its layer, or just rounded"),
     ] = "borrow"
+
+    def check(self, model: Model) -> None:
+        """Refuse what `Quantize` refuses, and a GPU where there is none."""
+        super().check(model)
+        self.place()
+
+    def place(self) -> torch.device:
+        """Where matrices are solved: the processor, or a GPU.
+
+        Raises:
+            InputError: a GPU is asked for and there is none.
+        """
+        import torch
+
+        there = torch.cuda.is_available()
+        if self.device == "cuda" and not there:
+            raise InputError("gptq.device is cuda, and torch finds no GPU; leave it out")
+        return torch.device("cuda" if there and self.device != "cpu" else "cpu")
 
     def solver(self, model: Model) -> GroupSolver:
         """Gathers Hessians of matrices, then solves them."""
@@ -73,6 +97,8 @@ class _Solver:
     def __init__(self, options: Gptq, schemes: Mapping[str, Scheme], model: Model) -> None:
         self._options, self._schemes, self._model = options, schemes, model
         self.propagate = options.propagate
+        self.device = options.place()
+        self._spaces: dict[int, Tensor] = {}
 
     def nbytes(self, shapes: Sequence[tuple[int, ...]]) -> int:
         """Memory of solving one group."""
@@ -101,11 +127,12 @@ class _Solver:
         ]
         diagonals = hessians.diagonal(dim1=1, dim2=2).clone()
         orders = diagonals.argsort(dim=1, stable=True) if self._options.act_order else None
+        space = self._space(1, hessians.shape)
         if orders is not None:
-            for hessian, order in zip(hessians, orders, strict=True):
-                rows = hessian.index_select(0, order)
+            for hessian, rows, order in zip(hessians, space, orders, strict=True):
+                torch.index_select(hessian, 0, order, out=rows)
                 torch.index_select(rows, 1, order, out=hessian)
-        factors, fine = feedback.factorize(hessians, self._options.damping)
+        factors, fine = feedback.factorize(hessians, self._options.damping, space)
         notes += [
             f"block {block.index}: {', '.join(group.weights)}: the Hessian is singular: rounded"
             for group, good in zip(groups, fine, strict=True)
@@ -115,12 +142,7 @@ class _Solver:
         lost = 0.0
         for scheme, chosen in places.items():
             parts = [[list(g.weights)[n] for n in chosen] for g in groups]
-            weights = torch.stack(
-                [
-                    torch.cat([g.weights[role].load().float() for role in roles])
-                    for g, roles in zip(groups, parts, strict=True)
-                ]
-            )
+            weights = self._loaded(groups, parts)
             sparse = any(
                 g.weights[r].pattern for g, p in zip(groups, parts, strict=True) for r in p
             )
@@ -130,6 +152,33 @@ class _Solver:
                 sizes = [group.weights[role].shape[0] for role in roles]
                 numbers |= dict(zip(roles, whole.split(sizes), strict=True))
         return Solved(numbers, tuple(notes), (lost, sum(reference)))
+
+    def _space(self, n: int, shape: torch.Size) -> Tensor:
+        """The n-th of two pieces of memory for Hessians, made once: the system clears new ones."""
+        import torch
+
+        found = self._spaces.pop(n, None)
+        if found is None or found.shape != shape:
+            del found  # before another one is made
+            found = torch.empty(shape, device=self.device)
+        self._spaces[n] = found
+        return found
+
+    def _loaded(self, groups: Sequence[Group], parts: Sequence[Sequence[str]]) -> Tensor:
+        """Matrices of each group below one another, float32 [batch, out, in]."""
+        import torch
+
+        from moe2edge.modules import finite
+
+        rows = sum(groups[0].weights[role].shape[0] for role in parts[0])
+        found = torch.empty(len(groups), rows, groups[0].shapes[0][1], device=self.device)
+        for whole, group, roles in zip(found, groups, parts, strict=True):
+            at = 0
+            for role in roles:
+                weight = group.weights[role]
+                whole[at : at + weight.shape[0]] = finite(weight)
+                at += weight.shape[0]
+        return found
 
     def _places(self, block: Block, group: Group) -> dict[Scheme, list[int]]:
         """Which matrices of a group get which scheme, by their place; those without are left out.
@@ -162,7 +211,8 @@ class _Solver:
         batch, _, ins = weights.shape
         how = self._options.scales
         mask = (weights != 0) if sparse else None
-        groups = (torch.arange(ins) // scheme.width(ins)).expand(batch, ins)
+        groups = torch.arange(ins, device=weights.device) // scheme.width(ins)
+        groups = groups.expand(batch, ins)
         fixed = orders is not None or scheme.groups(ins) == 1
         grid = choose_grid(weights, scheme, how if fixed else "absmax", diagonals)
         columns = weights.mT.contiguous()
@@ -175,6 +225,7 @@ class _Solver:
         q, grid = rounder.q, rounder.grid
         if orders is not None:
             q = _rows(q.mT, orders.argsort(dim=1)).mT.contiguous()
+        grid, q = grid.cpu(), q.cpu()
         return [grid[n].quantized(q[n]) for n in range(batch)], loss
 
     def _hessians(self, block: Block, groups: Sequence[Group]) -> tuple[Tensor, list[str]]:
@@ -184,7 +235,7 @@ class _Solver:
         from moe2edge import feedback
 
         ins = groups[0].shapes[0][1]
-        hessians = torch.zeros(len(groups), ins, ins)
+        hessians = self._space(0, torch.Size((len(groups), ins, ins))).zero_()
         notes = []
         for group, hessian in zip(groups, hessians, strict=True):
             batches = group.batches
@@ -224,6 +275,6 @@ def _output_size(group: Group, roles: Sequence[str], hessian: Tensor) -> float:
     total = 0.0
     for role in roles:
         weight = group.weights[role].load()
-        rows = weight[:: max(1, len(weight) // ROWS)].float()
+        rows = weight[:: max(1, len(weight) // ROWS)].to(hessian)
         total += float((rows @ hessian * rows).sum()) * len(weight) / len(rows)
     return total

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
@@ -11,6 +11,9 @@ from moe2edge.model import Block, Model
 from moe2edge.pipeline import Group, GroupSolver, Solved
 from moe2edge.quantize import Quantize
 from moe2edge.scheme import Scheme
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Rtn(Quantize):
@@ -39,12 +42,20 @@ class _Rounding:
     ) -> None:
         self._schemes, self._model, self._scales = schemes, model, scales
 
+    @property
+    def device(self) -> torch.device:
+        """The processor."""
+        import torch
+
+        return torch.device("cpu")
+
     def nbytes(self, shapes: Sequence[tuple[int, ...]]) -> int:
         """Memory of one matrix, its integers and what is computed on the way."""
         return max(16 * outs * ins for outs, ins in shapes)
 
     def solve(self, block: Block, groups: Sequence[Group]) -> Solved:
         """Round every tensor that has a scheme."""
+        from moe2edge.modules import finite
         from moe2edge.rounding import round_to_nearest
 
         numbers = {}
@@ -52,5 +63,5 @@ class _Rounding:
             for role, weight in group.weights.items():
                 scheme = self._schemes.get(self._model.family.disk_name(block.index, role))
                 if scheme is not None:
-                    numbers[role] = round_to_nearest(weight.load(), scheme, self._scales)
+                    numbers[role] = round_to_nearest(finite(weight), scheme, self._scales)
         return Solved(numbers)

@@ -32,6 +32,7 @@ from moe2edge.pipeline import Group, GroupSolver, Slim, Solved, selected
 from moe2edge.scheme import Pattern
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 RUNS = {"2:4": Pattern(2, 4), "4:8": Pattern(4, 8)}
@@ -230,6 +231,13 @@ class _Solver:
             self._zeros[_part(role)] += options.zeros(weight.shape)
             self._weights[_part(role)] += weight.count
         self.propagate = options.propagate
+
+    @property
+    def device(self) -> torch.device:
+        """The processor."""
+        import torch
+
+        return torch.device("cpu")
 
     def nbytes(self, shapes: Sequence[tuple[int, ...]]) -> int:
         """Memory of solving one group: scores and masks; or weights, results and Hessian."""

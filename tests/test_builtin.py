@@ -6,6 +6,7 @@ import ast
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
@@ -72,3 +73,28 @@ def test_it_continues_python(builtin_out: Path) -> None:
     assert first_line.startswith("def read_json(path):")
     assert ast.parse(first_line if first_line.endswith("pass") else f"{first_line}\n    pass")
     assert len(rest) > 40
+
+
+@pytest.mark.parametrize("how", ["gptq", "awq"])
+@pytest.mark.parametrize(
+    ("name", "experts"), [("e", [12] * 6), ("l", [16] * 5), ("b", [16] * 5)], ids=["e", "l", "b"]
+)
+def test_recipes_of_the_first_paper(
+    tmp_path: Path, name: str, how: str, experts: list[int]
+) -> None:
+    """Expert, Layer and Block Drop, each with GPTQ and AWQ (arXiv 2406.02500, table 3)."""
+    out = tmp_path / "out"
+    result = CliRunner().invoke(
+        main,
+        [
+            "export", BUILTIN, "-t", "gptq", "-o", str(out), "-r", f"{name}-{how}", "--json",
+            "--set", "calibration.samples=12", "--set", "calibration.length=128",
+            "--set", "evaluation.samples=2", "-q",
+        ],
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert [step["name"] for step in report["steps"]][1:] == [how]
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["model"]["expert_counts"] == experts
+    assert report["results"][0]["parity"]["exact"] < 1e-4
