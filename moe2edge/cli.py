@@ -55,7 +55,8 @@ class Group(click.Group):
             _fail(error.format_message(), error.exit_code, as_json)
         except Moe2EdgeError as error:
             _debug()
-            _fail(str(error), error.exit_code, as_json)
+            told = "; ".join(part for part in (str(error), _kept(error)) if part)
+            _fail(told, error.exit_code, as_json)
         except (click.Abort, KeyboardInterrupt) as error:
             _leave(f"interrupted; {_kept(error) or 'nothing was left behind'}", as_json)
         except BrokenPipeError:
@@ -69,7 +70,8 @@ class Group(click.Group):
             _debug()
             what = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             hint = "run again with MOE2EDGE_DEBUG=1 and report what it prints"
-            _fail(f"{what} (a fault of moe2edge; {hint})", 1, as_json)
+            told = f"{what} (a fault of moe2edge; {hint})"
+            _fail("; ".join(part for part in (told, _kept(error)) if part), 1, as_json)
 
 
 def _debug() -> None:

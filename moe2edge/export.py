@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from moe2edge import registry, workfolder
+from moe2edge import memory, registry, workfolder
 from moe2edge.calibration import BUILTIN_TEXT
 from moe2edge.checkpoint import Checkpoint
 from moe2edge.errors import InputError
@@ -83,22 +83,21 @@ def export(
     solved = sum(weight.nbytes for _, _, weight in planned.tensors() if weight.scheme)
     needed = sum(target.nbytes(planned) for target in targets) + solved
     workfolder.check_space(out, round(needed * 1.05) + (16 << 20))
+    within = memory.limit(most)
     for target in targets:
         if not target.streams:
-            workfolder.check_memory(target.runtime_nbytes(planned))
-    check_memory(recipe.passes, source, most)
+            memory.check(target.runtime_nbytes(planned), within=within)
+    check_memory(recipe.passes, source, within)
     watcher.log(f"recipe:\n{recipe.render()}")
-    for step in recipe.passes:
-        if isinstance(step, Slim):
-            watcher.log(f"{registry.name_of(step)}: {step.describe(source)}")
+    describe(recipe.passes, source, watcher)
     calibration = calibration_tokens(checkpoint, recipe, watcher)
     evaluation = evaluation_tokens(checkpoint, recipe)
-    inputs = _inputs(checkpoint, recipe, calibration)
+    inputs = _inputs(checkpoint, recipe, calibration, memory.Memory.of(within))
     with workfolder.partial_folder(out, inputs, resume) as (content, work):
         if known := len(work.journal.units):
             watcher.log(f"going on behind {known} finished blocks of an earlier run")
-        memory = Memory.of(most, work.folder)
-        model, steps = run_passes(source, recipe, calibration, work, watcher, memory)
+        budget = memory.Memory.of(within, work.folder)
+        model, steps = run_passes(source, recipe, calibration, work, watcher, budget)
         for target in targets:
             target.accepts(model)
         measured = Measured.of(
@@ -106,7 +105,7 @@ def export(
             model,
             evaluation.ids,
             watcher,
-            memory,
+            budget,
             figures=recipe.evaluation.text != NO_TEXT,
         )
         results: list[ResultRow] = []
@@ -137,13 +136,19 @@ def export(
     return report
 
 
-def _inputs(checkpoint: Checkpoint, recipe: Recipe, calibration: Tokens | None) -> dict[str, str]:
-    """What the numbers of an export depend on."""
+def _inputs(
+    checkpoint: Checkpoint, recipe: Recipe, calibration: Tokens | None, budget: Memory
+) -> dict[str, str]:
+    """What the numbers of an export depend on, to the last bit."""
+    import torch
+
     passes = yaml.safe_dump(yaml.safe_load(recipe.render())["passes"], sort_keys=False)
     return {
         "model": checkpoint.sha256,
         "recipe": passes,
         "calibration": calibration.sha256 if calibration else "none",
+        "number of threads": f"{torch.get_num_threads()}",
+        "limit of memory": "one group at a time" if not budget.together else "several groups",
         "version": ", ".join(f"{name} {v}" for name, v in versions().items() if name in NUMERIC),
     }
 
@@ -229,18 +234,30 @@ def evaluation_tokens(checkpoint: Checkpoint, recipe: Recipe) -> Tokens:
     return _tokens(checkpoint, source, "evaluation")
 
 
-def check_memory(passes: Sequence[Pass], model: Model, most: int | None) -> None:
-    """Refuse a limit of memory that a pass cannot keep.
+def describe(passes: Sequence[Pass], model: Model, watcher: Watcher) -> None:
+    """Tell what the slimming passes will do to the model as it will be then."""
+    for step in passes:
+        if isinstance(step, Slim):
+            watcher.log(f"{registry.name_of(step)}: {step.describe(model)}")
+        model = step.plan(model)
+
+
+def check_memory(passes: Sequence[Pass], model: Model, within: int) -> None:
+    """Refuse a limit of memory that a pass, or the walks before and after, cannot keep.
 
     Raises:
         DoesNotFit: it is too small.
     """
-    from moe2edge import memory, solving
+    from moe2edge import solving
 
+    remedy = "allow more"
+    block = max(4 * sum(w.count for _, w in b.weights()) for b in model.blocks)
+    memory.check(block, "a walk holds a block in float32", remedy, within)
     for step in passes:
         if isinstance(step, Slim):
             needed = solving.largest(model, step.solver(model))
-            memory.check(most, needed, f"{registry.name_of(step)} on the largest block")
+            name = registry.name_of(step)
+            memory.check(needed, f"{name} solves a part of a block at once", remedy, within)
         model = step.plan(model)
 
 
@@ -259,7 +276,7 @@ def run_passes(
     calibration: Tokens | None,
     work: Work,
     watcher: Watcher,
-    memory: Memory = UNLIMITED,
+    budget: Memory = UNLIMITED,
 ) -> tuple[Model, list[Step]]:
     """The model after all passes, and a line of the report for each of them."""
     from moe2edge import solving, walk
@@ -273,7 +290,7 @@ def run_passes(
             observers = {kind: kind() for kind in stage.observers}
             label = f"{', '.join(registry.name_of(p) for p in stage.passes)}: scoring"
             seeing = list(observers.values())
-            walk.observe(model, calibration.ids, seeing, watcher.advance, label, memory)
+            walk.observe(model, calibration.ids, seeing, watcher.advance, label, budget)
             facts = Facts({kind: observer.fact() for kind, observer in observers.items()})
         for step in stage.passes:
             name = registry.name_of(step)
@@ -285,11 +302,12 @@ def run_passes(
                 ids = calibration.ids if step.needs_tokens and calibration is not None else None
                 ledger, advance = work.ledger(len(steps)), watcher.advance
                 solved, changed, notes = solving.solve(
-                    model, ids, step.solver(model), ledger, advance, name, memory
+                    model, ids, step.solver(model), ledger, advance, name, budget
                 )
                 outcome = Outcome(solved, tuple(changed), notes=tuple(notes))
             elif isinstance(step, Search) and calibration is not None:
-                outcome = step.search(Lab(source, model, calibration.ids, work, watcher))
+                lab = Lab(source, model, calibration.ids, work, watcher, budget)
+                outcome = step.search(lab)
             else:
                 raise AssertionError(f"{name} is no kind of pass that is known")
             enforce(step, name, model, outcome)

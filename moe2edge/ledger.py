@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe2edge.checkpoint import Planned, as_stored, open_file, read_tensor, write_safetensors
+from moe2edge.errors import InputError
 from moe2edge.model import Block, Weight
 from moe2edge.pipeline import Done
 from moe2edge.scheme import Pattern, Scheme
@@ -36,6 +37,7 @@ class Unit:
     Attributes:
         step: position of the pass in the recipe.
         block: index of the block in the model that the pass got.
+        origins: of the block and of its experts in the source, so that it is known again.
         numbers: file with its numbers.
         schemes: of the quantized tensors by role: bits, group size, symmetric.
         patterns: of the sparse tensors by role: zeros, of how many.
@@ -45,6 +47,7 @@ class Unit:
 
     step: int
     block: int
+    origins: tuple[int, ...]
     numbers: str
     schemes: Mapping[str, tuple[int, int, bool]]
     patterns: Mapping[str, tuple[float, int | None]]
@@ -72,7 +75,7 @@ class Journal:
 
     def _take(self, raw: dict[str, Any]) -> None:
         done = Done(**{k: _tuple(v) for k, v in raw.pop("done").items()})
-        unit = Unit(**raw, done=done)
+        unit = Unit(**{k: _tuple(v) for k, v in raw.items()}, done=done)
         self.units[unit.step, unit.block] = unit
 
     def add(self, unit: Unit) -> None:
@@ -106,6 +109,12 @@ class FileLedger:
         unit = self.journal.units.get((self.step, block.index))
         if unit is None:
             return None
+        if unit.origins != _origins(block):
+            raise InputError(
+                f"block {block.index} of the unfinished export had other experts "
+                f"({unit.origins[1:]}) than are chosen now ({_origins(block)[1:]}); begin anew "
+                "with --resume never"
+            )
         self._stream = unit.stream
         path = self.journal.folder / unit.numbers
         return block.with_weights(handles(block, path, unit.schemes, unit.patterns)), unit.done
@@ -132,11 +141,19 @@ class FileLedger:
             stream = f"stream-{stem}.safetensors"
             whole = Planned(HIDDEN, tuple(hidden.shape), "F32", lambda: hidden)
             write_durably(self.journal.folder / stream, [whole])
-        self.journal.add(Unit(self.step, block.index, path.name, schemes, patterns, stream, done))
+        unit = Unit(
+            self.step, block.index, _origins(block), path.name, schemes, patterns, stream, done
+        )
+        self.journal.add(unit)
         if self._stream is not None:
             (self.journal.folder / self._stream).unlink(missing_ok=True)
         self._stream = stream
         return block.with_weights(handles(block, path, schemes, patterns))
+
+
+def _origins(block: Block) -> tuple[int, ...]:
+    """Where a block and its experts are from."""
+    return (block.origin, *block.expert_origins)
 
 
 # ---- numbers on disk -----------------------------------------------------------------------------

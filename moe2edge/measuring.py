@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe2edge import registry, workfolder
+from moe2edge import registry
 from moe2edge.checkpoint import Checkpoint
-from moe2edge.memory import Memory
+from moe2edge.memory import Memory, fits
 from moe2edge.model import Model
 from moe2edge.progress import Watcher
 from moe2edge.report import ResultRow
@@ -34,6 +34,7 @@ class Measured:
         source_hidden, hidden: the streams of the two after their last blocks.
         reference: what outputs are held against.
         skip_rates: what dynamic skipping left out.
+        memory: what it may take.
         figures: whether perplexity and the like are wanted; otherwise the tokens serve for the
             reference alone.
     """
@@ -45,6 +46,7 @@ class Measured:
     hidden: Tensor
     reference: Reference
     skip_rates: SkipRates
+    memory: Memory
     figures: bool
 
     @classmethod
@@ -80,7 +82,8 @@ class Measured:
             list(walk.head_logits(source, before[rows, :length])),
             after[rows, :length],
         )
-        return cls(source, model, ids, before, after, reference, skipped.fact(), figures)
+        skip_rates = skipped.fact()
+        return cls(source, model, ids, before, after, reference, skip_rates, memory, figures)
 
     def before(self) -> ResultRow:
         """The line of the source."""
@@ -131,9 +134,9 @@ def write_target(
     size = sum(path.stat().st_size for path in folder.iterdir())
     row = ResultRow.of(f"{name}, in its runtime", model, None, size)
     watcher.log(f"holding {name} against the model in memory")
-    exact = verify.exact(reference, target, folder)
+    exact = verify.exact(reference, target, folder, measured.memory.limit)
     needed = target.runtime_nbytes(model)
-    if workfolder.memory_for(needed) is not None:
+    if not fits(needed, measured.memory.limit):
         watcher.log(
             f"warning: {name} was not run, because that needs {needed / 1e9:.1f} GB of memory; it "
             "was read back block by block and computes what it should"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from dataclasses import dataclass
@@ -20,28 +21,48 @@ IMPORTED = 600 << 20
 TOGETHER = 256 << 20
 
 
+def limit(most: int | None = None) -> int:
+    """Bytes that this process may take: of the machine, its container, its limits and ``most``."""
+    import resource
+
+    found = [psutil.virtual_memory().total]
+    with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit
+        found.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    for kind in (resource.RLIMIT_DATA, resource.RLIMIT_AS):
+        soft, _ = resource.getrlimit(kind)
+        if soft != resource.RLIM_INFINITY:
+            found.append(soft)
+    return min(found if most is None else [*found, most])
+
+
+def fits(needed: int, within: int) -> bool:
+    """Whether ``needed`` bytes and Python with torch are no more than ``within``."""
+    return needed + IMPORTED <= within
+
+
 @dataclass(frozen=True)
 class Memory:
     """A budget.
 
     Attributes:
-        together: bytes for matrices that are solved at once.
+        together: bytes for matrices that are solved at once; at least one group is.
         stream: bytes of one stream of hidden states that is kept in memory; None: no limit.
         folder: where larger ones go.
+        limit: bytes for the whole process.
     """
 
     together: int = TOGETHER
     stream: int | None = None
     folder: Path | None = None
+    limit: int = 1 << 62
 
     @classmethod
-    def of(cls, most: int | None, folder: Path) -> Memory:
-        """Shares of ``most`` bytes for the whole process; None: of what the machine has."""
-        if most is None:
-            return cls(TOGETHER, psutil.virtual_memory().total // 8, folder)
-        free = max(0, most - IMPORTED)
-        # Up to four streams are alive at once, and half is for a block's own matrices.
-        return cls(min(TOGETHER, free // 4), free // 16, folder)
+    def of(cls, within: int, folder: Path | None = None) -> Memory:
+        """Shares of ``within`` bytes for the whole process."""
+        free = max(0, within - IMPORTED)
+        # One at a time, or as many as ever: how many are solved at once changes roundings. Up to
+        # four streams are alive at once, and half is for a block's own matrices.
+        return cls(TOGETHER if free >= 4 * TOGETHER else 0, free // 16, folder, within)
 
     def empty(self, shape: tuple[int, ...]) -> Tensor:
         """A stream of hidden states, float32, without numbers.
@@ -69,19 +90,26 @@ class Memory:
 UNLIMITED = Memory()
 
 
-def check(most: int | None, needed: int, what: str) -> None:
-    """Refuse a limit that is too small for the work.
+def check(
+    needed: int,
+    purpose: str = "verifying the output runs it",
+    remedy: str = "export on a larger one",
+    within: int | None = None,
+) -> None:
+    """Refuse to begin what could not be held, or not verified at the end.
 
     Args:
-        most: bytes for the whole process; None: no limit.
-        needed: bytes that the largest unit of work takes, without what is imported.
-        what: that unit.
+        needed: bytes, without what is imported.
+        purpose: what needs them.
+        remedy: what to do.
+        within: bytes for the whole process; None: see `limit`.
 
     Raises:
-        DoesNotFit: it is.
+        DoesNotFit: there is less memory.
     """
-    if most is not None and most < needed + IMPORTED:
+    there = limit() if within is None else within
+    if not fits(needed, there):
         raise DoesNotFit(
-            f"--max-memory {most / 1e9:.2f} GB: {what} takes {needed / 1e9:.2f} GB, and Python "
-            f"with torch {IMPORTED / 1e9:.2f} GB; allow at least {(needed + IMPORTED) / 1e9:.2f} GB"
+            f"{purpose}, which needs {(needed + IMPORTED) / 1e9:.2f} GB of memory; this machine "
+            f"has {there / 1e9:.2f} GB, or allows so much: {remedy}"
         )

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeVar, runtim
 from pydantic import BaseModel, ConfigDict
 
 from moe2edge.errors import Moe2EdgeError
+from moe2edge.memory import UNLIMITED, Memory
 from moe2edge.model import Block, Model, Weight, is_quantizable
 
 if TYPE_CHECKING:
@@ -134,6 +135,7 @@ class Lab:
         tokens: calibration tokens, int64 [samples, length].
         store: keeps computed numbers.
         watcher: told about progress and cost.
+        memory: what it may take.
     """
 
     source: Model
@@ -141,6 +143,7 @@ class Lab:
     tokens: Tensor
     store: Store
     watcher: Watcher
+    memory: Memory = UNLIMITED
 
 
 class Search(Pass):

@@ -12,10 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moe2edge import walk
-from moe2edge.errors import DoesNotFit
+from moe2edge import memory, walk
 from moe2edge.model import Model, MoELayer
-from moe2edge.workfolder import memory_for
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,13 +34,9 @@ def check(model: Model) -> None:
     Raises:
         DoesNotFit: its parameters in bfloat16 are more than the memory.
     """
-    needed = 2 * model.parameters
-    total = memory_for(needed)
-    if total is not None:
-        raise DoesNotFit(
-            f"calibration.text self runs the source, which needs {needed / 1e9:.1f} GB of memory; "
-            f"this machine has {total / 1e9:.1f} GB: give a text with --calib"
-        )
+    memory.check(
+        2 * model.parameters, "calibration.text self runs the source", "give a text with --calib"
+    )
 
 
 def write(

@@ -50,6 +50,7 @@ class Tally:
         assert self._block is not None
         detail = f"block {self._block.index + 1} of {len(self._sizes)}, {what}"
         if self._tokens and self._blocks:
+            # Through a block.
             detail += f", {self._tokens * self._blocks / self._seconds:,.0f} tokens/s"
         if self._reference:
             detail += f", error {(self._loss / self._reference) ** 0.5:.2%}"

@@ -21,10 +21,10 @@ from safetensors.torch import save
 
 from moe2edge import quality, walk
 from moe2edge.errors import InputError, VerificationFailed
+from moe2edge.memory import fits, limit
 from moe2edge.model import Model, MoELayer, Weight
 from moe2edge.rounding import Quantized
 from moe2edge.target import Runtime, Target
-from moe2edge.workfolder import memory_for
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -264,27 +264,34 @@ def check_tensors(reference: Reference, tensors: Iterable[tuple[str, Tensor | Qu
     return len(reference.digests)
 
 
-def exact(reference: Reference, target: Target, folder: Path) -> float:
+def exact(reference: Reference, target: Target, folder: Path, within: int | None = None) -> float:
     """Largest difference of logits with float32 activations.
 
     The output is run in its runtime; where that would take more than a small part of the machine's
     memory and the output can be read as a model, it is walked over block by block instead.
 
+    Args:
+        reference: what was recorded.
+        target: that wrote the folder.
+        folder: the output.
+        within: bytes for the whole process; None: see `moe2edge.memory.limit`.
+
     Raises:
         VerificationFailed: it is too large.
     """
     model = target.streamed(folder)
-    if model is None or memory_for(RUNS_EXACT * 4 * model.parameters) is None:
+    there = limit() if within is None else within
+    if model is None or fits(RUNS_EXACT * 4 * model.parameters, there):
         found = run(reference, target.reopen(folder, exact=True))
     else:
         hidden = walk.observe(model, reference.ids, (), lambda *_: None, "verify")
         found = torch.stack(list(walk.head_logits(model, hidden)))[:, reference.prefill - 1 :]
     difference = float((found - reference.logits).abs().max())
-    limit = EXACT_TOLERANCE * max(1.0, float(reference.logits.abs().max()) / 10)
-    if not difference <= limit:
+    tolerance = EXACT_TOLERANCE * max(1.0, float(reference.logits.abs().max()) / 10)
+    if not difference <= tolerance:
         raise VerificationFailed(
             f"logits of the output differ from the reference by {difference:.2e}; "
-            f"at most {limit:.1e} with float32 activations"
+            f"at most {tolerance:.1e} with float32 activations"
         )
     return difference
 
@@ -328,7 +335,7 @@ def check_folder(
         count = check_tensors(reference, target.tensors(folder))
         difference = exact(reference, target, folder)
         model = target.streamed(folder)
-        if model is not None and memory_for(target.runtime_nbytes(model)) is not None:
+        if model is not None and not fits(target.runtime_nbytes(model), limit()):
             return count, Parity(difference), None
         runtime = target.reopen(folder)
         return count, shipped(reference, runtime, difference), runtime

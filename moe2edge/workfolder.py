@@ -16,7 +16,7 @@ import psutil
 
 from moe2edge.artifact import MANIFEST, is_artifact, present_files
 from moe2edge.checkpoint import read_json
-from moe2edge.errors import DoesNotFit, InputError
+from moe2edge.errors import DoesNotFit, InputError, Unsupported
 from moe2edge.ledger import FileLedger, Journal, handles, save, sync_folder
 from moe2edge.model import Block
 
@@ -36,6 +36,9 @@ def check_output(out: Path, *, force: bool) -> None:
     """
     if not out.parent.is_dir():
         raise InputError(f"{out.parent} does not exist; make it first")
+    old = _partial(out) / "old"
+    if old.exists() and not out.exists():  # killed between the two renames at the end
+        old.rename(out)
     if not os.path.lexists(out):
         return
     if out.is_symlink() or not out.is_dir() or not _is_ours(out):
@@ -47,6 +50,11 @@ def check_output(out: Path, *, force: bool) -> None:
             f"{out} holds files that moe2edge did not write, such as {strange[0]}, and --force "
             "would delete them; move them away"
         )
+
+
+def _partial(out: Path) -> Path:
+    """Where an export writes until it has finished."""
+    return out.with_name(out.name + ".partial")
 
 
 def _is_ours(folder: Path) -> bool:
@@ -81,35 +89,6 @@ def check_space(out: Path, needed: int) -> None:
     if free < needed:
         raise DoesNotFit(
             f"{out.parent} has {free / 1e9:.2f} GB free, the export needs {needed / 1e9:.2f} GB"
-        )
-
-
-def memory_for(needed: int) -> int | None:
-    """None if the machine has ``needed`` bytes of memory, else what it has."""
-    total = psutil.virtual_memory().total
-    return total if total < needed else None
-
-
-def check_memory(
-    needed: int,
-    purpose: str = "verifying the output runs it",
-    remedy: str = "export on a larger one",
-) -> None:
-    """Refuse to begin what the machine could not hold, or not verify at the end.
-
-    Args:
-        needed: bytes.
-        purpose: what needs them.
-        remedy: what to do.
-
-    Raises:
-        DoesNotFit: the machine has less memory.
-    """
-    total = memory_for(needed)
-    if total is not None:
-        raise DoesNotFit(
-            f"{purpose}, which needs {needed / 1e9:.1f} GB of memory; this machine has "
-            f"{total / 1e9:.1f} GB: {remedy}"
         )
 
 
@@ -149,9 +128,9 @@ def partial_folder(
 ) -> Iterator[tuple[Path, WorkFolder]]:
     """Folder to write into, and a work folder; both gone or renamed to ``out`` at the end.
 
-    An export that was interrupted or killed leaves its work folder behind if it has finished a
-    block, and the next one with the same inputs goes on from there. A leftover without a finished
-    block is removed, one that is still being written is left alone.
+    An export that was interrupted, killed or failed leaves its work folder behind if it has
+    finished a block, and the next one with the same inputs goes on from there. A leftover without
+    a finished block is removed, one that is still being written is left alone.
 
     Args:
         out: the name that the folder gets at the end.
@@ -163,7 +142,7 @@ def partial_folder(
         InputError: ``OUT.partial`` is not ours, another export is writing it, it was begun with
             other inputs, or there is none and ``resume`` requires it.
     """
-    partial = out.with_name(out.name + ".partial")
+    partial = _partial(out)
     going_on = False
     if os.path.lexists(partial):
         going_on = _examine(partial, inputs, resume)
@@ -174,17 +153,20 @@ def partial_folder(
             f"{partial} holds no finished block to go on from; leave out --resume require"
         )
     content, work = partial / "out", partial / "work"
+    partial.mkdir(exist_ok=True)
+    _mark(partial, inputs, psutil.Process())
     shutil.rmtree(content, ignore_errors=True)
-    content.mkdir(parents=True)
+    content.mkdir()
     work.mkdir(exist_ok=True)
     keep = False
     try:
-        _mark(partial, inputs, psutil.Process())
         found = WorkFolder(work)
         try:
             yield content, found
-        except (KeyboardInterrupt, OSError, MemoryError) as error:
-            # Not the fault of what was asked for: a full disk, a signal.
+            _move_into_place(content, out, partial)
+        except (InputError, Unsupported):  # what was asked for cannot be had
+            raise
+        except BaseException as error:
             keep = inputs is not None and bool(found.journal.units)
             if keep:
                 error.add_note(
@@ -192,7 +174,6 @@ def partial_folder(
                     "the same command goes on from there"
                 )
             raise
-        _move_into_place(content, out, partial)
     finally:
         if keep:
             shutil.rmtree(content, ignore_errors=True)
@@ -202,11 +183,16 @@ def partial_folder(
 
 
 def _mark(partial: Path, inputs: Inputs | None, writer: psutil.Process | None) -> None:
-    """Write down whose folder it is, and who is writing into it."""
+    """Write down whose folder it is, and who is writing into it; the marker is never half there."""
     marker: dict[str, Any] = {"inputs": dict(inputs or {})}
     if writer is not None:
         marker |= {"pid": writer.pid, "started": writer.create_time()}
-    (partial / MARKER).write_text(json.dumps(marker))
+    beside = partial / (MARKER + ".tmp")
+    with beside.open("w") as file:
+        file.write(json.dumps(marker))
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(partial / MARKER)
 
 
 def _examine(partial: Path, inputs: Inputs | None, resume: Resume) -> bool:
@@ -215,7 +201,8 @@ def _examine(partial: Path, inputs: Inputs | None, resume: Resume) -> bool:
     Raises:
         InputError: it is not ours, still being written, or was begun with other inputs.
     """
-    if partial.is_dir() and not any(partial.iterdir()):  # killed before it was marked
+    # Killed before it was marked.
+    if partial.is_dir() and {path.name for path in partial.iterdir()} <= {MARKER + ".tmp"}:
         return False
     try:
         marker: dict[str, Any] = json.loads((partial / MARKER).read_text())

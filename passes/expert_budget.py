@@ -210,7 +210,7 @@ class ExpertBudget(Search):
     def _state_cost(self, lab: Lab, choosing: int, held_out: int) -> None:
         """Say what the search will cost before it starts."""
         from moe2edge import budgets, subsets
-        from moe2edge.workfolder import check_memory
+        from moe2edge.memory import check as check_memory
 
         model, (samples, length) = lab.model, lab.tokens.shape
         blocks, kept, full = len(model.blocks), self.uniform(model), model.expert_counts
@@ -245,7 +245,12 @@ class ExpertBudget(Search):
             f"ones; in all as many block runs as {work / (blocks * samples):.1f} walks over the "
             f"calibration text, {needed / 1e6:,.0f} MB at most"
         )
-        check_memory(needed, "expert_budget", "set tokens or calibration.samples to fewer")
+        check_memory(
+            needed,
+            "expert_budget",
+            "set tokens or calibration.samples to fewer",
+            within=lab.memory.limit,
+        )
 
     def _ranked(self, lab: Lab, tokens: Tensor) -> tuple[Trial, Ranker]:
         """Rank all experts, with sensitivity error measured on the way."""

@@ -171,7 +171,7 @@ class ExpertSearch(Search):
     def _state_cost(self, lab: Lab, layers: Mapping[int, MoELayer]) -> None:
         """Say what the search will cost before it starts."""
         from moe2edge import subsets
-        from moe2edge.workfolder import check_memory
+        from moe2edge.memory import check as check_memory
 
         tokens = len(subsets.spread(lab.tokens.numel(), self.tokens))
         counts = [len(layer.experts) for layer in layers.values()]
@@ -191,6 +191,7 @@ class ExpertSearch(Search):
             f"expert_search keeps products of the outputs of {max(counts)} experts for {tokens:,} "
             "tokens",
             "set tokens to fewer, or search on a larger one",
+            lab.memory.limit,
         )
 
     def _outcome(self, before: Model, after: Model, decider: _Decider) -> Outcome:

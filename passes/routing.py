@@ -111,8 +111,8 @@ class Routing(Search):
         return found
 
     def _state_cost(self, lab: Lab) -> None:
+        from moe2edge.memory import check as check_memory
         from moe2edge.router_fit import evidence_bytes
-        from moe2edge.workfolder import check_memory
 
         tokens = lab.tokens.numel()
         hidden = lab.model.family.geometry(lab.model.config).hidden
@@ -126,6 +126,7 @@ class Routing(Search):
             needed,
             f"routing keeps products of the outputs of {experts} experts for {tokens:,} tokens",
             "give it fewer calibration samples, or fit on a larger one",
+            lab.memory.limit,
         )
 
     def _compare(self, lab: Lab, fitted: Model, ids: Tensor) -> tuple[list[Sums], list[Sums]]:

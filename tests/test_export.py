@@ -368,9 +368,11 @@ def test_a_failing_rename_leaves_the_old_output(
         return rename(self, to)
 
     monkeypatch.setattr(Path, "rename", failing)
-    assert export(tiny("mixtral"), out, "onnx", "-r", "w4-rtn", "--force").exit_code == 1
+    failed = export(tiny("mixtral"), out, "onnx", "-r", "w4-rtn", "--force")
+    assert failed.exit_code == 1
+    assert "3 finished blocks are kept" in failed.stderr
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
-    assert not (tmp_path / "out.partial").exists()
+    assert not (tmp_path / "out.partial" / "out").exists()
 
 
 def test_force_spares_files_of_the_user(pair: Path, tiny: Make, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import pytest
@@ -32,14 +33,21 @@ def test_a_stream_beyond_its_share_is_a_file_without_a_name(tmp_path: Path) -> N
 
 
 def test_shares_of_a_limit(tmp_path: Path) -> None:
-    limited = Memory.of(IMPORTED + 1600, tmp_path)
-    assert limited == Memory(400, 100, tmp_path)
+    assert Memory.of(IMPORTED + 1600, tmp_path) == Memory(0, 100, tmp_path, IMPORTED + 1600)
     assert Memory.of(64 << 30, tmp_path).together == TOGETHER
-    assert Memory.of(None, tmp_path).together == TOGETHER
-    memory.check(None, 1 << 60, "anything")
-    memory.check(IMPORTED + 100, 100, "this")
-    with pytest.raises(DoesNotFit, match=r"1.00 GB: gptq takes 2.00 GB, .* at least 2.63 GB"):
-        memory.check(10**9, 2 * 10**9, "gptq")
+    memory.check(100, within=IMPORTED + 100)
+    with pytest.raises(DoesNotFit, match=r"this, which needs 2.63 GB of memory; .* 1.00 GB"):
+        memory.check(2 * 10**9, "this", within=10**9)
+
+
+def test_the_limit_is_the_least_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = memory.limit()
+    assert memory.limit(10**6) == 10**6
+    assert memory.limit(1 << 60) == machine
+    none = resource.RLIM_INFINITY
+    limits = {resource.RLIMIT_DATA: (5000, none), resource.RLIMIT_AS: (none, none)}
+    monkeypatch.setattr(resource, "getrlimit", limits.__getitem__)
+    assert memory.limit() == 5000
 
 
 @pytest.mark.parametrize(
@@ -71,6 +79,6 @@ def test_limits_on_the_command_line(tiny: Make, tmp_path: Path) -> None:
     assert "expected one such as 8GB" in said
     code, said = export("10MB")
     assert code == 5
-    assert "gptq on the largest block takes" in said
+    assert "a walk holds a block in float32, which needs" in said
     code, said = export("2GB")
     assert code == 0, said

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import random
 import runpy
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -211,19 +212,51 @@ def test_an_interrupt_keeps_finished_blocks(
     assert_same(folder / "out", whole)
 
 
-def test_an_error_leaves_nothing(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_failure_keeps_finished_blocks_and_says_so(
+    model: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from moe2edge.errors import VerificationFailed
 
     def fail(*_: Any) -> None:
         raise VerificationFailed("no")
 
-    monkeypatch.setattr("moe2edge.verify.audit", fail)
     folder = inputs(tmp_path / "w")
-    assert export(model, folder).exit_code == 7
-    assert not (folder / "out.partial").exists()
+    with monkeypatch.context() as inner:
+        inner.setattr("moe2edge.verify.audit", fail)
+        failed = export(model, folder)
+    assert failed.exit_code == 7
+    assert "error: no; 8 finished blocks are kept in" in failed.stderr
     assert not (folder / "out").exists()
+    assert child(model, folder) == 0
+    assert_same(folder / "out", whole)
+
+
+def test_a_kill_before_the_marker_or_between_the_last_renames(
+    model: Path, whole: Path, half: Path
+) -> None:
+    """What is left of a folder that was just made, and an old output that was moved aside."""
+    partial = half / "out.partial"
+    (partial / ".moe2edge-partial.tmp").write_text('{"inp')
+    whole_copy = partial / "old"
+    shutil.copytree(whole, whole_copy)
+    assert export(model, half).exit_code == 2  # the old output is there again
+    assert_same(half / "out", whole)
+    assert export(model, half, "--force").exit_code == 0
+    assert_same(half / "out", whole)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    (partial / ".moe2edge-partial.tmp").write_text('{"inp')
+    assert export(model, half, "--force").exit_code == 0
+
+
+def test_other_experts_than_before_are_refused(model: Path, half: Path) -> None:
+    journal = half / "out.partial" / "work" / JOURNAL
+    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    lines[1]["origins"][2] += 1
+    journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result = export(model, half)
+    assert result.exit_code == 2
+    assert "block 1 of the unfinished export had other experts" in result.stderr
 
 
 def test_numbers_that_were_lost_are_missed(model: Path, half: Path) -> None:
