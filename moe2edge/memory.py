@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import tempfile
 from dataclasses import dataclass
@@ -88,6 +89,16 @@ class Memory:
 
 # In memory, whatever its size.
 UNLIMITED = Memory()
+
+
+def give_back() -> None:
+    """Have the C library return freed memory to the system, where it is one that can (glibc).
+
+    What stays lies between what was only needed on the way, and the holes count as used: after
+    loading a model they were as large as it is, and they grow with every block that is solved.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def check(

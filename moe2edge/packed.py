@@ -7,10 +7,8 @@ Everything else (other widths, zero points of their own, other dtypes) is dequan
 
 from __future__ import annotations
 
-import ctypes
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -19,6 +17,7 @@ import torch
 from torch import nn
 
 from moe2edge.errors import Unsupported
+from moe2edge.memory import give_back
 from moe2edge.model import Always, Block, Dense, Model, MoELayer, Weight
 from moe2edge.modules import finite
 from moe2edge.rounding import Quantized
@@ -204,16 +203,6 @@ def pack_layer(layer: nn.Module, block: Block, dtype: torch.dtype) -> frozenset[
         packed = PackedExperts(experts["gate_up"], experts["down"], activation)
         layer.set_submodule(EXPERTS, packed)
     return frozenset(role for unit in units if unit.module in fit for role in unit.weights)
-
-
-def give_back() -> None:
-    """Have the C library return freed memory to the system, where it is one that can (glibc).
-
-    What stays lies between what was only needed on the way, and the holes count as used: after
-    loading they were as large as the model.
-    """
-    with suppress(AttributeError, OSError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _expert_matrix(unit: _Unit, dtype: torch.dtype) -> nn.Module:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from moe2edge.checkpoint import as_stored
-from moe2edge.memory import UNLIMITED, Memory
+from moe2edge.memory import UNLIMITED, Memory, give_back
 from moe2edge.model import (
     SECOND_NORM,
     Always,
@@ -316,11 +316,14 @@ def solve(
             parts = _BlockWork(model, block, solver, tally, memory)
             numbers = parts.without_tokens() if hidden is None else parts.run(hidden)
             block = block.with_weights(parts.patterned)
+            del parts
         else:
             numbers = _solve_whole(model, block, solver, tally, hidden)
         done = tally.end(block, numbers)
         ahead = hidden if block.index + 1 < len(model.blocks) else None
         model = model.replace_block(ledger.finish(block, numbers, done, ahead))
+        del numbers
+        give_back()
     tally.finished()
     return model, tally.changed, tally.notes
 

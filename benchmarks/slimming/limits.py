@@ -32,29 +32,29 @@ def make(folder: Path, blocks: int) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def export(model: Path, out: Path, most: int | None = None) -> dict[str, Any]:
-    """Quantize with GPTQ, in a child process; its peak RSS, seconds and the limit it ran under."""
+def export(model: Path, out: Path, most: int, *, hard: bool) -> dict[str, Any]:
+    """Quantize with GPTQ in a child process that is told, or made, to take ``most`` bytes."""
     command = [
         sys.executable, "-m", "moe2edge", "export", str(model), "-t", "gptq", "-o", str(out),
         "--set", "calibration.samples=16", "--set", "calibration.length=256", "--eval", "none",
-        "--force", "--quiet",
+        "--force", "--quiet", "--max-memory", str(most),
     ]  # fmt: skip
-    if most is not None:
-        command += ["--max-memory", str(most)]
 
     def limit() -> None:
-        if most is not None:
+        if hard:
             resource.setrlimit(resource.RLIMIT_DATA, (most, most))
 
     begun = time.perf_counter()
     child = subprocess.Popen(command, preexec_fn=limit, stdout=subprocess.DEVNULL)
     _, status, used = os.wait4(child.pid, 0)
     code = os.waitstatus_to_exitcode(status)
+    if code:
+        raise SystemExit(f"{' '.join(command)} ended with {code}")
     return {
-        "exit_code": code,
         "seconds": round(time.perf_counter() - begun, 1),
         "peak_rss": used.ru_maxrss * 1024,
-        "limit": most,
+        "max_memory": most,
+        "rlimit_data": most if hard else None,
     }
 
 
@@ -62,8 +62,9 @@ def main() -> None:
     """Make, measure, tell."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, help="folder for what is made on the way")
-    parser.add_argument("--limit", type=int, default=1500, help="MB of RLIMIT_DATA")
+    parser.add_argument("--limit", type=int, default=1300, help="MB that each may take")
     options = parser.parse_args()
+    most = options.limit * 1_000_000
     with tempfile.TemporaryDirectory() as temporary:
         work = options.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
@@ -71,13 +72,13 @@ def main() -> None:
         for blocks in BLOCKS:
             model = work / f"random-{blocks}"
             size = make(model, blocks)
-            row = export(model, work / "out")
+            row = export(model, work / "out", most, hard=False)
             found[f"{blocks} blocks"] = {"model_bytes": size, **row}
             print(f"{blocks} blocks, {size / 1e9:.2f} GB: {row}", flush=True)
         peaks = [found[f"{blocks} blocks"]["peak_rss"] for blocks in BLOCKS]
         found["ratio"] = round(peaks[1] / peaks[0], 3)
         print(f"peak RSS of 16 blocks over that of 8: {found['ratio']:.3f}", flush=True)
-        row = export(model, work / "out", options.limit * 1_000_000)
+        row = export(model, work / "out", most, hard=True)
         found["limited"] = {"model_bytes": size, **row}
         print(f"16 blocks with RLIMIT_DATA {options.limit} MB: {row}", flush=True)
     (HERE / "limits.json").write_text(json.dumps(found, indent=2) + "\n")
