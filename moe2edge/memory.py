@@ -36,9 +36,9 @@ def limit(most: int | None = None) -> int:
     return min(found if most is None else [*found, most])
 
 
-def fits(needed: int, within: int) -> bool:
-    """Whether ``needed`` bytes and Python with torch are no more than ``within``."""
-    return needed + IMPORTED <= within
+def fits(needed: int, within: int | None) -> bool:
+    """Whether ``needed`` bytes and Python with torch are no more than ``within``, or `limit`."""
+    return needed + IMPORTED <= (limit() if within is None else within)
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,13 @@ class Memory:
         together: bytes for matrices that are solved at once; at least one group is.
         stream: bytes of one stream of hidden states that is kept in memory; None: no limit.
         folder: where larger ones go.
-        limit: bytes for the whole process.
+        limit: bytes for the whole process; None: see `limit`.
     """
 
     together: int = TOGETHER
     stream: int | None = None
     folder: Path | None = None
-    limit: int = 1 << 62
+    limit: int | None = None
 
     @classmethod
     def of(cls, within: int, folder: Path | None = None) -> Memory:

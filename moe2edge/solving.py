@@ -41,7 +41,8 @@ if TYPE_CHECKING:
 QKV = tuple(f"attention.{name}_proj.weight" for name in ("q", "k", "v"))
 OUT = "attention.o_proj.weight"
 PARTS = ("gate", "up", "down")
-# Numbers that an expert puts out inside at once; and at most so many are kept for a second use.
+# Numbers that an expert has inside at once; and at most so many are kept for a second use, of all
+# experts that are solved together.
 CHUNK_NUMBERS, KEPT_NUMBERS = 1 << 24, 1 << 25
 
 Batches = Callable[[], Iterator[tuple["Tensor", "Tensor | None"]]]
@@ -180,7 +181,12 @@ class _BlockWork:
             ],
         )
         insides = [
-            _Inside(self._matrix(f"{m.kind}.gate"), self._matrix(f"{m.kind}.up")) for m in members
+            _Inside(
+                self._matrix(f"{m.kind}.gate"),
+                self._matrix(f"{m.kind}.up"),
+                KEPT_NUMBERS // len(members),
+            )
+            for m in members
         ]
         self._solve(
             f"{what}: down",
@@ -242,8 +248,9 @@ class _Member:
 class _Inside:
     """What an MLP has between its matrices: ``silu(gate x) * up x``."""
 
-    def __init__(self, gate: Tensor, up: Tensor) -> None:
-        self._gate, self._up = gate, up
+    def __init__(self, gate: Tensor, up: Tensor, most: int) -> None:
+        """Of two matrices [width, hidden]; at most ``most`` numbers are kept."""
+        self._gate, self._up, self._most = gate, up, most
         self._known: list[tuple[Tensor, Tensor | None]] | None = None
 
     def of(self, inputs: Batches) -> Batches:
@@ -261,7 +268,7 @@ class _Inside:
 
     def kept(self, inputs: Batches, tokens: int) -> Batches:
         """The same, computed once if it is not too large to keep."""
-        if tokens * len(self._gate) > KEPT_NUMBERS:
+        if tokens * len(self._gate) > self._most:
             return self.of(inputs)
 
         def each() -> Iterator[tuple[Tensor, Tensor | None]]:

@@ -21,7 +21,7 @@ from safetensors.torch import save
 
 from moe2edge import quality, walk
 from moe2edge.errors import InputError, VerificationFailed
-from moe2edge.memory import fits, limit
+from moe2edge.memory import fits
 from moe2edge.model import Model, MoELayer, Weight
 from moe2edge.rounding import Quantized
 from moe2edge.target import Runtime, Target
@@ -280,8 +280,7 @@ def exact(reference: Reference, target: Target, folder: Path, within: int | None
         VerificationFailed: it is too large.
     """
     model = target.streamed(folder)
-    there = limit() if within is None else within
-    if model is None or fits(RUNS_EXACT * 4 * model.parameters, there):
+    if model is None or fits(RUNS_EXACT * 4 * model.parameters, within):
         found = run(reference, target.reopen(folder, exact=True))
     else:
         hidden = walk.observe(model, reference.ids, (), lambda *_: None, "verify")
@@ -335,7 +334,7 @@ def check_folder(
         count = check_tensors(reference, target.tensors(folder))
         difference = exact(reference, target, folder)
         model = target.streamed(folder)
-        if model is not None and not fits(target.runtime_nbytes(model), limit()):
+        if model is not None and not fits(target.runtime_nbytes(model), None):
             return count, Parity(difference), None
         runtime = target.reopen(folder)
         return count, shipped(reference, runtime, difference), runtime

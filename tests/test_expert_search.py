@@ -21,6 +21,7 @@ from moe2edge.checkpoint import open_checkpoint
 from moe2edge.cli import main
 from moe2edge.errors import DoesNotFit, InputError
 from moe2edge.families import FAMILIES
+from moe2edge.memory import IMPORTED
 from moe2edge.model import Always, Dense, Model, MoELayer
 from moe2edge.passes.expert_search import ExpertSearch
 from moe2edge.pipeline import Lab, Outcome, plan
@@ -386,7 +387,7 @@ def test_cost_is_stated_before_the_search(tiny: Make, monkeypatch: pytest.Monkey
 
 def test_too_little_memory(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     model = open_checkpoint(str(tiny("mixtral"))).model
-    memory = psutil.virtual_memory()._replace(total=subsets.evidence_bytes(120, 6) - 1)
+    memory = psutil.virtual_memory()._replace(total=subsets.evidence_bytes(120, 6) - 1 + IMPORTED)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
     with pytest.raises(DoesNotFit, match=r"outputs of 6 experts for 120 tokens.*set tokens"):
         search(options(keep=3), model)

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from moe2edge import selftext
 from moe2edge.checkpoint import open_checkpoint
 from moe2edge.cli import main
+from moe2edge.memory import IMPORTED
 from moe2edge.progress import Watcher
 from moe2edge.testing import Make
 from moe2edge.torch_runtime import open_source
@@ -89,7 +90,7 @@ def test_what_cannot_be_written_is_refused(
     result = CliRunner().invoke(main, [*command, "--set", "calibration.length=400"])
     assert result.exit_code == 2
     assert "longer than the 128 positions" in result.stderr
-    small = type("memory", (), {"total": 100_000})
+    small = type("memory", (), {"total": IMPORTED + 300_000})
     monkeypatch.setattr(psutil, "virtual_memory", lambda: small)
     result = CliRunner().invoke(main, [*command, "--set", "calibration.length=32"])
     assert result.exit_code == 5
