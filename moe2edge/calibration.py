@@ -317,6 +317,19 @@ def _document(row: Any, part: Part, where: str) -> str:
 # ---- tokens ------------------------------------------------------------------------------------
 
 
+def check_length(source: TextSource, purpose: str, longest: int) -> None:
+    """Refuse samples that are longer than the model takes.
+
+    Raises:
+        InputError: they are.
+    """
+    if source.length > longest:
+        raise InputError(
+            f"{purpose}.length {source.length} is longer than the {longest} positions of the "
+            f"model; --set {purpose}.length={longest}"
+        )
+
+
 def load_tokens(
     source: TextSource, tokenizer: Any, purpose: str, limits: tuple[int, int]
 ) -> Tokens:
@@ -337,11 +350,7 @@ def load_tokens(
     import torch
 
     longest, vocabulary = limits
-    if source.length > longest:
-        raise InputError(
-            f"{purpose}.length {source.length} is longer than the {longest} positions of the "
-            f"model; --set {purpose}.length={longest}"
-        )
+    check_length(source, purpose, longest)
     parts = parts_of(source, purpose)
     counts = share_out(source.samples, [part.weight for part in parts])
     if 0 in counts:

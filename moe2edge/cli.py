@@ -55,23 +55,23 @@ class Group(click.Group):
             _fail(error.format_message(), error.exit_code, as_json)
         except Moe2EdgeError as error:
             _debug()
-            told = "; ".join(part for part in (str(error), _kept(error)) if part)
-            _fail(told, error.exit_code, as_json)
+            _fail(_told(str(error), error), error.exit_code, as_json)
         except (click.Abort, KeyboardInterrupt) as error:
-            _leave(f"interrupted; {_kept(error) or 'nothing was left behind'}", as_json)
+            # Click raises an error of its own in place of an interrupt.
+            first = error.__cause__ or error
+            _leave(_told("interrupted", first, "nothing was left behind"), as_json)
         except BrokenPipeError:
             sys.stderr.close()
             sys.exit(1)
         except OSError as error:
             _debug()
             what = f"{error.strerror or error}: {error.filename or 'no file named'}"
-            _fail("; ".join(part for part in (what, _kept(error)) if part), 1, as_json)
+            _fail(_told(what, error), 1, as_json)
         except Exception as error:  # the last resort: a fault of ours, told in one line as well
             _debug()
             what = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             hint = "run again with MOE2EDGE_DEBUG=1 and report what it prints"
-            told = f"{what} (a fault of moe2edge; {hint})"
-            _fail("; ".join(part for part in (told, _kept(error)) if part), 1, as_json)
+            _fail(_told(f"{what} (a fault of moe2edge; {hint})", error), 1, as_json)
 
 
 def _debug() -> None:
@@ -80,11 +80,10 @@ def _debug() -> None:
         traceback.print_exc()
 
 
-def _kept(error: BaseException) -> str:
-    """What an interrupted export has kept, if it has."""
-    # Click raises an error of its own in place of an interrupt.
-    first = error.__cause__ if isinstance(error, click.Abort) and error.__cause__ else error
-    return "; ".join(getattr(first, "__notes__", ()))
+def _told(message: str, error: BaseException, otherwise: str = "") -> str:
+    """A message with what the error has on it, such as what an export has kept."""
+    notes = getattr(error, "__notes__", ()) or ([otherwise] if otherwise else [])
+    return "; ".join([message, *notes])
 
 
 def _leave(message: str, as_json: bool) -> NoReturn:

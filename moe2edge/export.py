@@ -6,7 +6,8 @@ import importlib.metadata
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,28 +76,17 @@ def export(
     begun = time.perf_counter()
     source = checkpoint.model
     recipe = recipe.resolved(source)
-    check_sources(recipe, checkpoint)
-    planned = plan(recipe.passes, source)
-    for target in targets:
-        target.accepts(planned)
-    workfolder.check_output(out, force=force)
-    solved = sum(weight.nbytes for _, _, weight in planned.tensors() if weight.scheme)
-    needed = sum(target.nbytes(planned) for target in targets) + solved
-    workfolder.check_space(out, round(needed * 1.05) + (16 << 20))
-    within = memory.limit(most)
-    for target in targets:
-        if not target.streams:
-            memory.check(target.runtime_nbytes(planned), within=within)
-    check_memory(recipe.passes, source, within)
+    budget = memory.Memory.of(memory.limit(most))
+    _refuse_early(checkpoint, recipe, targets, out, budget, force=force)
     watcher.log(f"recipe:\n{recipe.render()}")
     describe(recipe.passes, source, watcher)
     calibration = calibration_tokens(checkpoint, recipe, watcher)
     evaluation = evaluation_tokens(checkpoint, recipe)
-    inputs = _inputs(checkpoint, recipe, calibration, memory.Memory.of(within))
+    inputs = _inputs(checkpoint, recipe, calibration, budget)
     with workfolder.partial_folder(out, inputs, resume) as (content, work):
         if known := len(work.journal.units):
             watcher.log(f"going on behind {known} finished blocks of an earlier run")
-        budget = memory.Memory.of(within, work.folder)
+        budget = replace(budget, folder=work.folder)
         model, steps = run_passes(source, recipe, calibration, work, watcher, budget)
         for target in targets:
             target.accepts(model)
@@ -134,6 +124,34 @@ def export(
             folder = content / registry.name_of(target) if len(targets) > 1 else content
             report.write(folder, target, checkpoint, model, versions())
     return report
+
+
+def _refuse_early(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    targets: Sequence[Target],
+    out: Path,
+    budget: Memory,
+    *,
+    force: bool,
+) -> None:
+    """Refuse, from headers, what could not be done, written, held or verified later.
+
+    Raises:
+        InputError, Unsupported, DoesNotFit: so.
+    """
+    check_sources(recipe, checkpoint)
+    planned = plan(recipe.passes, checkpoint.model)
+    for target in targets:
+        target.accepts(planned)
+    workfolder.check_output(out, force=force)
+    solved = sum(weight.nbytes for _, _, weight in planned.tensors() if weight.scheme)
+    needed = sum(target.nbytes(planned) for target in targets) + solved
+    workfolder.check_space(out, round(needed * 1.05) + (16 << 20))
+    for target in targets:
+        if not target.streams:
+            memory.check(target.runtime_nbytes(planned), within=budget.limit)
+    check_memory(recipe.passes, checkpoint.model, budget.limit)
 
 
 def _inputs(
@@ -184,38 +202,10 @@ def calibration_tokens(checkpoint: Checkpoint, recipe: Recipe, watcher: Watcher)
             check_files(source, "calibration")
         return None
     if source.text == SELF:
-        return _own_tokens(checkpoint, source, watcher)
+        from moe2edge import selftext
+
+        return selftext.tokens(checkpoint, source, watcher)
     return _tokens(checkpoint, source, "calibration")
-
-
-def _own_tokens(checkpoint: Checkpoint, source: TextSource, watcher: Watcher) -> Tokens:
-    """Text that the model writes, which begins with the token that begins or ends texts."""
-    from moe2edge import selftext
-    from moe2edge.artifact import tokenizer_of
-    from moe2edge.calibration import own_tokens
-    from moe2edge.torch_runtime import open_source
-
-    model = checkpoint.model
-    selftext.check(model)
-    tokenizer = tokenizer_of(checkpoint.folder)
-    start = tokenizer.bos_token_id
-    start = tokenizer.eos_token_id if start is None else start
-    if start is None:
-        raise InputError(
-            "calibration.text self: the tokenizer has no token to begin a text with; give a text "
-            "with --calib"
-        )
-    longest = model.family.geometry(checkpoint.config).max_positions
-    if source.length > longest:
-        raise InputError(
-            f"calibration.length {source.length} is longer than the {longest} positions of the "
-            f"model; --set calibration.length={longest}"
-        )
-    runtime = open_source(checkpoint.folder)
-    shape = (source.samples, source.length)
-    return own_tokens(
-        selftext.write(runtime.model, model, start, shape, source.seed, watcher), SELF
-    )
 
 
 def evaluation_tokens(checkpoint: Checkpoint, recipe: Recipe) -> Tokens:
@@ -236,13 +226,11 @@ def evaluation_tokens(checkpoint: Checkpoint, recipe: Recipe) -> Tokens:
 
 def describe(passes: Sequence[Pass], model: Model, watcher: Watcher) -> None:
     """Tell what the slimming passes will do to the model as it will be then."""
-    for step in passes:
-        if isinstance(step, Slim):
-            watcher.log(f"{registry.name_of(step)}: {step.describe(model)}")
-        model = step.plan(model)
+    for step, before in _slimming(passes, model):
+        watcher.log(f"{registry.name_of(step)}: {step.describe(before)}")
 
 
-def check_memory(passes: Sequence[Pass], model: Model, within: int) -> None:
+def check_memory(passes: Sequence[Pass], model: Model, within: int | None) -> None:
     """Refuse a limit of memory that a pass, or the walks before and after, cannot keep.
 
     Raises:
@@ -253,11 +241,17 @@ def check_memory(passes: Sequence[Pass], model: Model, within: int) -> None:
     remedy = "allow more"
     block = max(4 * sum(w.count for _, w in b.weights()) for b in model.blocks)
     memory.check(block, "a walk holds a block in float32", remedy, within)
+    for step, before in _slimming(passes, model):
+        needed = solving.largest(before, step.solver(before))
+        name = registry.name_of(step)
+        memory.check(needed, f"{name} solves a part of a block at once", remedy, within)
+
+
+def _slimming(passes: Sequence[Pass], model: Model) -> Iterator[tuple[Slim, Model]]:
+    """The slimming passes, each with the shape of the model that it will get."""
     for step in passes:
         if isinstance(step, Slim):
-            needed = solving.largest(model, step.solver(model))
-            name = registry.name_of(step)
-            memory.check(needed, f"{name} solves a part of a block at once", remedy, within)
+            yield step, model
         model = step.plan(model)
 
 

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 OUTER, PANEL, INNER = 512, 128, 16
 # Columns of a Hessian that are computed at once; what is above the diagonal is not.
 HESSIAN_COLUMNS = 512
+# Rows of a matrix, at least, from which the size of its outputs is estimated.
+ROWS = 32
 
 
 def add_hessian(
@@ -51,6 +53,12 @@ def add_hessian(
     for start in range(0, len(hessian), HESSIAN_COLUMNS):
         end = start + HESSIAN_COLUMNS
         hessian[start:end, end:] = hessian[end:, start:end].T
+
+
+def output_size(weight: Tensor, hessian: Tensor) -> float:
+    """Estimate of the squared size of the outputs, ``trace(W H W^T)``, from some rows of W."""
+    rows = weight[:: max(1, len(weight) // ROWS)].to(hessian)
+    return float((rows @ hessian * rows).sum()) * len(weight) / len(rows)
 
 
 @dataclass(frozen=True)
@@ -263,8 +271,7 @@ class GridRounder:
 
     def begin(self, first: int, completed: Tensor, weight: Tensor) -> None:
         """Choose the grid of a group."""
-        if self._how is None:
-            return
+        assert self._how is not None, "grids are given, so that no width is asked for"
         one = replace(self._scheme, group_size=WHOLE_ROW)
         chosen = choose_grid(completed.transpose(1, 2), one, self._how, weight)
         group = int(self._groups[0, first])

@@ -156,6 +156,22 @@ def _origins(block: Block) -> tuple[int, ...]:
     return (block.origin, *block.expert_origins)
 
 
+def in_memory(block: Block, numbers: Mapping[str, Quantized | Tensor]) -> Block:
+    """The block with handles on numbers by role, as they are read back once they are saved."""
+    import torch
+
+    weights = dict(block.weights())
+
+    def handle(weight: Weight, value: Quantized | Tensor) -> Weight:
+        if isinstance(value, torch.Tensor):
+            return replace(weight, load=lambda: as_stored(value, weight.dtype))
+        return replace(
+            weight, load=value.dequantize, scheme=value.scheme, load_quantized=lambda: value
+        )
+
+    return block.with_weights({r: handle(weights[r], value) for r, value in numbers.items()})
+
+
 # ---- numbers on disk -----------------------------------------------------------------------------
 
 

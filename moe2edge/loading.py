@@ -10,6 +10,7 @@ its classes is changed.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,7 +91,7 @@ def to_transformers(
     loaded = _skeleton(model, dtype)
     loaded.moe2edge_packed = how
     if how.packed:
-        loaded.save_pretrained = _refuse_to_save_packed
+        loaded.save_pretrained = partial(_refuse_to_save, PACKED)
     for block in model.blocks:
         _fill_layer(loaded.model.layers[block.index], block, dtype, pack=bool(how.packed))
     rest = {name: weight.load().to(dtype, copy=True) for name, weight in model.rest.items()}
@@ -122,7 +123,7 @@ def _skeleton(model: Model, dtype: torch.dtype) -> Any:
     if not model.is_uniform:
         loaded.config.per_layer_config = per_layer.sizes(model)
     if not all(per_layer.is_own_form(model, block) for block in model.blocks):
-        loaded.save_pretrained = _refuse_to_save
+        loaded.save_pretrained = partial(_refuse_to_save, OWN_FORMS)
     return loaded
 
 
@@ -132,27 +133,27 @@ def _fill_layer(layer: Any, block: Block, dtype: torch.dtype, *, pack: bool) -> 
     from moe2edge.packed import pack_layer
 
     held = pack_layer(layer, block, dtype) if pack else frozenset()
-    state = block_state(block, without=held)
+    state = block_state(block, lambda role: role not in held)
     # Copied, so that no parameter stays a view into a file.
     state = {name: state.pop(name).to(dtype, copy=True) for name in list(state)}
     filled = {name: t for name, t in layer.state_dict().items() if not t.is_meta}
     _fill(layer, state | filled, f"block {block.index}", strict=True)
 
 
-def _refuse_to_save_packed(*_: object, **__: object) -> None:
-    """In place of a method of transformers' that would lose what runs packed."""
-    raise Unsupported(
-        "save_pretrained cannot write matrices that run in 4 bits; copy the folder that this model "
-        "was loaded from, or load it with packed=False"
-    )
+# Why `save_pretrained` of transformers will not do.
+PACKED = (
+    "save_pretrained cannot write matrices that run in 4 bits; copy the folder that this model was "
+    "loaded from, or load it with packed=False"
+)
+OWN_FORMS = (
+    "save_pretrained loses dynamic skipping, plain experts and layers that were dropped; copy the "
+    "folder that this model was loaded from"
+)
 
 
-def _refuse_to_save(*_: object, **__: object) -> None:
-    """In place of a method of transformers' that would lose what single layers have."""
-    raise Unsupported(
-        "save_pretrained loses dynamic skipping, plain experts and layers that were dropped; "
-        "copy the folder that this model was loaded from"
-    )
+def _refuse_to_save(reason: str, *_: object, **__: object) -> None:
+    """In place of `save_pretrained`, bound to the reason."""
+    raise Unsupported(reason)
 
 
 def _fill(module: Any, state: dict[str, Tensor], what: str, *, strict: bool) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from moe2edge import registry
 from moe2edge.checkpoint import Checkpoint
-from moe2edge.memory import Memory, fits
+from moe2edge.memory import Memory
 from moe2edge.model import Model
 from moe2edge.progress import Watcher
 from moe2edge.report import ResultRow
@@ -133,18 +133,15 @@ def write_target(
     verify.audit(target, folder, stored)
     size = sum(path.stat().st_size for path in folder.iterdir())
     row = ResultRow.of(f"{name}, in its runtime", model, None, size)
-    watcher.log(f"holding {name} against the model in memory")
-    exact = verify.exact(reference, target, folder, measured.memory.limit)
-    needed = target.runtime_nbytes(model)
-    if not fits(needed, measured.memory.limit):
-        watcher.log(
-            f"warning: {name} was not run, because that needs {needed / 1e9:.1f} GB of memory; it "
-            "was read back block by block and computes what it should"
-        )
-        return replace(row, form=f"{name}, not run", parity=verify.Parity(exact))
     watcher.log(f"running {name}")
-    shipped = target.reopen(folder)
-    parity = verify.shipped(reference, shipped, exact)
+    parity, shipped = verify.parity(reference, target, folder, measured.memory.limit)
+    if shipped is None:
+        watcher.log(
+            f"warning: {name} was not run, because that needs "
+            f"{target.runtime_nbytes(model) / 1e9:.1f} GB of memory; it was read back block by "
+            "block and computes what it should"
+        )
+        return replace(row, form=f"{name}, not run", parity=parity)
     if parity.shipped is not None and parity.shipped > verify.SHIPPED_USUAL:
         watcher.log(
             f"warning: {name} as shipped differs from PyTorch by {parity.shipped:.1%} (median); "

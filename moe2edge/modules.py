@@ -8,7 +8,7 @@ is put in its place here, on the instance: no class of transformers is changed.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -173,20 +173,17 @@ def skipping(
     return kept, skipped
 
 
-def block_state(
-    block: Block, kinds: Collection[str] | None = None, without: Collection[str] = ()
-) -> dict[str, Tensor]:
+def block_state(block: Block, wanted: Callable[[str], bool] = lambda _: True) -> dict[str, Tensor]:
     """The block's numbers in float32 under transformers' names in memory, experts fused.
 
     Args:
         block: the block.
-        kinds: first parts of the roles that are wanted (``attention``); None: all.
-        without: whole roles that are not; of experts, all or none.
+        wanted: says by its role whether a tensor is; of experts, all or none.
     """
     state: dict[str, Tensor] = {}
     for role, weight in block.weights():
         kind, _, rest = role.partition(".")
-        if role in without or (kinds is not None and kind not in kinds):
+        if not wanted(role):
             continue
         if kind == "norms":
             state[rest] = finite(weight)
@@ -200,8 +197,7 @@ def block_state(
             state[f"mlp.shared_expert.{rest}_proj.weight"] = finite(weight)
         elif kind == "dense":
             state[f"mlp.{rest}_proj.weight"] = finite(weight)
-    wanted = (kinds is None or "experts" in kinds) and "experts.0.gate" not in without
-    if isinstance(block.mlp, MoELayer) and wanted:
+    if isinstance(block.mlp, MoELayer) and wanted("experts.0.gate"):
         state |= _fused_experts(block.mlp.experts)
     return state
 

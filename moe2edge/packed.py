@@ -18,8 +18,9 @@ from torch import nn
 
 from moe2edge.errors import Unsupported
 from moe2edge.memory import give_back
-from moe2edge.model import Always, Block, Dense, Model, MoELayer, Weight
+from moe2edge.model import Block, Dense, Model, Weight
 from moe2edge.modules import finite
+from moe2edge.roles import gated
 from moe2edge.rounding import Quantized
 
 if TYPE_CHECKING:
@@ -154,17 +155,14 @@ def _units(block: Block) -> Iterator[_Unit]:
         if suffix.endswith("_proj.weight"):
             module = suffix.removesuffix(".weight")
             yield _Unit(f"self_attn.{module}", {f"attention.{suffix}": weight})
-    mlp = block.mlp
-    if isinstance(mlp, MoELayer):
-        for n, expert in enumerate(mlp.experts):
-            both = {f"experts.{n}.gate": expert.gate, f"experts.{n}.up": expert.up}
+    for kind, mlp in gated(block):
+        if kind.startswith("experts."):
+            both = {f"{kind}.gate": mlp.gate, f"{kind}.up": mlp.up}
             yield _Unit(EXPERTS, both, "gate_up")
-            yield _Unit(EXPERTS, {f"experts.{n}.down": expert.down}, "down")
-    if isinstance(mlp, MoELayer | Always) and mlp.shared is not None:
-        yield from _plain_units("shared", "mlp.shared_expert", mlp.shared.mlp)
-    dense = mlp.expert if isinstance(mlp, Always) else mlp
-    if isinstance(dense, Dense):
-        yield from _plain_units("dense", "mlp", dense)
+            yield _Unit(EXPERTS, {f"{kind}.down": mlp.down}, "down")
+        else:
+            module = "mlp.shared_expert" if kind == "shared" else "mlp"
+            yield from _plain_units(kind, module, mlp)
 
 
 def _plain_units(role: str, module: str, mlp: Dense) -> Iterator[_Unit]:

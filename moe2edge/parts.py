@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 CPU = torch.device("cpu")
 
 
+LOADED = ("norms", "attention", "router")
+
+
 class Parts:
     """A block without the matrices of its experts and MLPs: attention, norms and router."""
 
@@ -25,7 +28,7 @@ class Parts:
         """Load it; streams may lie elsewhere than on ``device``, results lie there."""
         self._base = skeleton(model, block)
         layer: Any = self._base.layers[0]
-        state = block_state(block, ("norms", "attention", "router"))
+        state = block_state(block, lambda role: role.partition(".")[0] in LOADED)
         state = {name: tensor.to(device) for name, tensor in state.items()}
         layer.load_state_dict(state, strict=False, assign=True)
         self.norm, self._mlp = layer.post_attention_layernorm, layer.mlp

@@ -9,10 +9,19 @@ over the model as it stood when the stage began. The pipeline, not the pass, enf
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeVar, runtime_checkable
+from dataclasses import dataclass, field, replace
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    Protocol,
+    Self,
+    TypeVar,
+    runtime_checkable,
+)
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from moe2edge.errors import Moe2EdgeError
 from moe2edge.memory import UNLIMITED, Memory
@@ -248,6 +257,20 @@ class Group:
         """Of the matrices."""
         return tuple(weight.shape for weight in self.weights.values())
 
+    def is_starved(self, least: int) -> bool:
+        """Whether it is an expert's, and saw fewer than ``least`` tokens."""
+        return self.everyone is not None and self.tokens < least
+
+    def starved_note(self, block: Block, least: int, what: str) -> list[str]:
+        """What is told of a starved expert, once: with the first of its groups."""
+        kind, _, part = next(iter(self.weights)).rpartition(".")
+        if part != "gate":
+            return []
+        return [
+            f"block {block.index}: expert {kind.partition('.')[2]} saw {self.tokens} tokens, fewer "
+            f"than {least}: {what}"
+        ]
+
 
 @dataclass(frozen=True)
 class Solved:
@@ -293,6 +316,13 @@ class GroupSolver(Protocol):
         ...
 
 
+# Options of passes that look at the tokens of each expert.
+GateWeighted = Annotated[
+    bool, Field(description="tokens count by their weight in the expert's output")
+]
+MinTokens = Annotated[int, Field(ge=0, description="an expert with fewer routed tokens is starved")]
+
+
 class Slim(Pass):
     """A pass that computes new numbers for tensors, one block after another."""
 
@@ -321,6 +351,15 @@ class Slim(Pass):
 def selected(block: Block) -> Iterator[tuple[str, Weight]]:
     """The tensors of a block that slimming selects, with their roles."""
     return ((role, weight) for role, weight in block.weights() if is_quantizable(role))
+
+
+def planned(weight: Weight, **promised: Any) -> Weight:
+    """A handle with what slimming will give it, such as a scheme; its numbers are not there yet."""
+
+    def not_yet() -> Tensor:
+        raise AssertionError(f"{weight.name} is only planned")
+
+    return replace(weight, load=not_yet, **promised)
 
 
 def plan(passes: Sequence[Pass], model: Model) -> Model:

@@ -5,21 +5,22 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from moe2edge.errors import InputError, Moe2EdgeError
-from moe2edge.model import Block, Model, MoELayer, Weight, is_quantizable
-from moe2edge.pipeline import Slim
+from moe2edge.model import Block, Model, Weight
+from moe2edge.pipeline import Slim, planned, selected
 from moe2edge.scheme import Scheme, largest_group_size
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 Bits = Literal[2, 3, 4, 8]
 GroupSize = Literal[-1, 32, 64, 128]
+# How scales are chosen, as an option of passes.
+Scales = Annotated[
+    Literal["absmax", "mse"],
+    Field(description="of the whole range of a group, or of the range with the least error"),
+]
 
 
 class Rule(BaseModel):
@@ -131,8 +132,8 @@ class Quantize(Slim):
         if not schemes:
             raise InputError("the rules leave nothing to quantize")
         self._check_rules(model)
-        for block, layer in model.moe_blocks:
-            _check_layer(block, layer, model, schemes)
+        for block in model.blocks:
+            _check_layer(block, model, schemes)
 
     def _check_rules(self, model: Model) -> None:
         """Refuse a rule that is about no tensor."""
@@ -153,8 +154,8 @@ class Quantize(Slim):
         schemes = self.schemes(model)
         for block in model.blocks:
             new = {
-                role: _planned(weight, schemes[name])
-                for role, weight in block.weights()
+                role: planned(weight, scheme=schemes[name])
+                for role, weight in selected(block)
                 if (name := model.family.disk_name(block.index, role)) in schemes
             }
             model = model.replace_block(block.with_weights(new))
@@ -189,20 +190,17 @@ class Quantize(Slim):
 def _matrices(model: Model) -> Iterator[tuple[str, Block, Weight]]:
     """The tensors that slimming selects, by name on disk."""
     for block in model.blocks:
-        for role, weight in block.weights():
-            if is_quantizable(role):
-                yield model.family.disk_name(block.index, role), block, weight
+        for role, weight in selected(block):
+            yield model.family.disk_name(block.index, role), block, weight
 
 
 def _shown(rule: Rule) -> str:
     return str(rule.model_dump(exclude_defaults=True))
 
 
-def _check_layer(
-    block: Block, layer: MoELayer, model: Model, schemes: Mapping[str, Scheme]
-) -> None:
+def _check_layer(block: Block, model: Model, schemes: Mapping[str, Scheme]) -> None:
     """Refuse several schemes in one MoE layer, which no runtime takes."""
-    roles = [f"experts.{n}.{part}" for n in range(len(layer.experts)) for part in PARTS]
+    roles = [role for role, _ in selected(block) if role.startswith("experts.")]
     found = {schemes.get(model.family.disk_name(block.index, role)) for role in roles}
     if len(found) > 1:
         raise InputError(
@@ -210,13 +208,3 @@ def _check_layer(
             f"({', '.join(sorted(str(s or 'none') for s in found))}); runtimes hold the experts "
             "of a layer in one"
         )
-
-
-PARTS = ("gate", "up", "down")
-
-
-def _planned(weight: Weight, scheme: Scheme) -> Weight:
-    def not_yet() -> Tensor:
-        raise AssertionError(f"{weight.name} is only planned")
-
-    return replace(weight, load=not_yet, scheme=scheme)

@@ -13,12 +13,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moe2edge import memory, walk
+from moe2edge.artifact import tokenizer_of
+from moe2edge.calibration import check_length, own_tokens
+from moe2edge.checkpoint import Checkpoint
+from moe2edge.errors import InputError
 from moe2edge.model import Model, MoELayer
+from moe2edge.torch_runtime import open_source
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from moe2edge.calibration import Tokens
     from moe2edge.progress import Watcher
+    from moe2edge.recipe import TextSource
     from moe2edge.walk import Seen
 
 TEMPERATURE = 1.2
@@ -28,15 +35,32 @@ WIDTH = 4
 BATCH = 64
 
 
-def check(model: Model) -> None:
-    """Refuse a model that the machine cannot hold, as it has to run to write.
+def tokens(checkpoint: Checkpoint, source: TextSource, watcher: Watcher) -> Tokens:
+    """Calibration that the model writes; texts begin with the token that begins or ends them.
+
+    Args:
+        checkpoint: the model.
+        source: how many samples, of what length, by which seed.
+        watcher: told about progress.
 
     Raises:
-        DoesNotFit: its parameters in bfloat16 are more than the memory.
+        InputError: samples are too long for the model, or no token begins texts.
+        DoesNotFit: its parameters in bfloat16 are more than the memory, as it has to run.
     """
-    memory.check(
-        2 * model.parameters, "calibration.text self runs the source", "give a text with --calib"
-    )
+    model, remedy = checkpoint.model, "give a text with --calib"
+    memory.check(2 * model.parameters, "calibration.text self runs the source", remedy)
+    tokenizer = tokenizer_of(checkpoint.folder)
+    start = tokenizer.bos_token_id
+    start = tokenizer.eos_token_id if start is None else start
+    if start is None:
+        raise InputError(
+            f"calibration.text self: the tokenizer has no token to begin a text with; {remedy}"
+        )
+    check_length(source, "calibration", model.family.geometry(checkpoint.config).max_positions)
+    runtime = open_source(checkpoint.folder)
+    shape = source.samples, source.length
+    ids = write(runtime.model, model, start, shape, source.seed, watcher)
+    return own_tokens(ids, source.text)
 
 
 def write(

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from moe2edge.model import SECOND_NORM, Always, Block, Dense, MoELayer
+from moe2edge.model import SECOND_NORM, Block
+from moe2edge.roles import OUT, QKV, gated
 from moe2edge.rounding import choose_grid, dequantize, round_to
 
 if TYPE_CHECKING:
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from moe2edge.rounding import Range
     from moe2edge.scheme import Scheme
 
-QKV = tuple(f"attention.{name}_proj.weight" for name in ("q", "k", "v"))
-OUT = "attention.o_proj.weight"
 # Magnitudes of inputs below the largest by more than this factor count as if they were not.
 SPAN = 1e4
 # Numbers of scaled matrices that are rounded at once.
@@ -59,18 +58,6 @@ class Place:
         """Scales for each copy: [..., channels of producers] -> [..., inputs of consumers]."""
         runs = scales.reshape(*scales.shape[:-1], self.heads, -1)
         return runs.repeat_interleave(self.copies, -2).flatten(-2)
-
-
-def gated(block: Block) -> Iterator[tuple[str, Dense]]:
-    """The gated MLPs of a block with the first part of their roles: ``experts.3``, ``shared``."""
-    mlp = block.mlp
-    if isinstance(mlp, MoELayer):
-        yield from ((f"experts.{n}", expert) for n, expert in enumerate(mlp.experts))
-    dense = mlp.expert if isinstance(mlp, Always) else mlp
-    if isinstance(dense, Dense):
-        yield "dense", dense
-    if isinstance(mlp, MoELayer | Always) and mlp.shared is not None:
-        yield "shared", mlp.shared.mlp
 
 
 def places(block: Block, geometry: Geometry) -> Iterator[Place]:

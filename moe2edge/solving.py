@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from moe2edge.checkpoint import as_stored
+from moe2edge.ledger import in_memory
 from moe2edge.memory import UNLIMITED, Memory, give_back
 from moe2edge.model import (
     SECOND_NORM,
@@ -24,11 +24,11 @@ from moe2edge.model import (
     Model,
     MoELayer,
     Weight,
-    is_quantizable,
 )
 from moe2edge.modules import finite
 from moe2edge.parts import Parts
-from moe2edge.pipeline import Group, GroupSolver, Ledger, Solved, Solver
+from moe2edge.pipeline import Group, GroupSolver, Ledger, Solved, Solver, selected
+from moe2edge.roles import OUT, QKV, gated
 from moe2edge.tally import Tally
 from moe2edge.walk import BATCH_TOKENS, BlockRunner, batches, embed
 
@@ -38,9 +38,6 @@ if TYPE_CHECKING:
     from moe2edge.progress import Advance
     from moe2edge.rounding import Quantized
 
-QKV = tuple(f"attention.{name}_proj.weight" for name in ("q", "k", "v"))
-OUT = "attention.o_proj.weight"
-PARTS = ("gate", "up", "down")
 # Numbers that an expert has inside at once; and at most so many are kept for a second use, of all
 # experts that are solved together.
 CHUNK_NUMBERS, KEPT_NUMBERS = 1 << 24, 1 << 25
@@ -59,7 +56,7 @@ class _BlockWork:
         self.patterned: dict[str, Weight] = {}
         self._model, self._block, self._solver = model, block, solver
         self._tally, self._memory, self._device = tally, memory, solver.device
-        self._weights = {r: w for r, w in block.weights() if is_quantizable(r)}
+        self._weights = dict(selected(block))
 
     # ---- solving ---------------------------------------------------------------------------------
 
@@ -339,16 +336,15 @@ def largest(model: Model, solver: Solver | GroupSolver) -> int:
     """Bytes of the largest part of a model that is in memory at once while it is solved."""
     found = [0]
     for block in model.blocks:
-        weights = {r: w for r, w in block.weights() if is_quantizable(r)}
+        weights = dict(selected(block))
         if not isinstance(solver, GroupSolver):
             found.append(8 * sum(w.count for w in weights.values()))
             continue
-        attention = 4 * sum(w.count for r, w in weights.items() if r in (*QKV, OUT))
+        attention = 4 * sum(weights[role].count for role in (*QKV, OUT))
         for roles in (QKV, (OUT,)):
             shapes = tuple(weights[role].shape for role in roles)
             found.append(solver.nbytes(shapes) + attention)
-        for kind in {r.rpartition(".")[0] for r in weights if r not in (*QKV, OUT)}:
-            found.append(_needs(solver, Dense(*(weights[f"{kind}.{p}"] for p in PARTS))))
+        found += [_needs(solver, mlp) for _, mlp in gated(block)]
     return max(found)
 
 
@@ -382,19 +378,7 @@ def _solve_whole(
     numbers, notes = solver.solve(block)
     tally.add(Solved(numbers, tuple(notes)))
     if hidden is not None and block.index + 1 < len(model.blocks):
-        runner = BlockRunner(model, block.with_weights(_in_memory(block, numbers)))
+        runner = BlockRunner(model, in_memory(block, numbers))
         for part in batches(hidden):
             hidden[part] = runner.run(hidden[part])
     return numbers
-
-
-def _in_memory(block: Block, numbers: Mapping[str, Quantized | Tensor]) -> dict[str, Weight]:
-    """Handles on numbers as they will be read back."""
-    weights = dict(block.weights())
-
-    def handle(weight: Weight, value: Quantized | Tensor) -> Weight:
-        if isinstance(value, torch.Tensor):
-            return replace(weight, load=lambda: as_stored(value, weight.dtype))
-        return replace(weight, load=value.dequantize)
-
-    return {role: handle(weights[role], value) for role, value in numbers.items()}

@@ -6,8 +6,8 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from moe2edge.model import Block, Model, is_quantizable
-from moe2edge.pipeline import Done, Solved
+from moe2edge.model import Block, Model
+from moe2edge.pipeline import Done, Solved, selected
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,9 +25,7 @@ class Tally:
         self.notes: list[str] = []
         self._label, self._advance, self._model = label, advance, model
         self._tokens = tokens
-        self._sizes = [
-            sum(is_quantizable(role) for role, _ in block.weights()) for block in model.blocks
-        ]
+        self._sizes = [sum(1 for _ in selected(block)) for block in model.blocks]
         self._done = 0
         self._loss = self._reference = 0.0
         self._begun = self._seconds = 0.0

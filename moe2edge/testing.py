@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe2edge.families import FAMILIES
-from moe2edge.model import Block, Model, Weight
+from moe2edge.ledger import in_memory
+from moe2edge.model import Block, Model
 from moe2edge.pipeline import Done
 from moe2edge.scheme import Scheme
 
@@ -101,15 +101,10 @@ def quantize(model: Model, scheme: Scheme, choose: Callable[[str], bool] = lambd
     from moe2edge.pipeline import selected
     from moe2edge.rounding import round_to_nearest
 
-    def rounded(weight: Weight) -> Weight:
-        numbers = round_to_nearest(weight.load(), scheme)
-        return replace(
-            weight, load=numbers.dequantize, scheme=scheme, load_quantized=lambda: numbers
-        )
-
     for block in model.blocks:
-        new = {role: rounded(weight) for role, weight in selected(block) if choose(role)}
-        model = model.replace_block(block.with_weights(new))
+        chosen = {role: weight for role, weight in selected(block) if choose(role)}
+        numbers = {r: round_to_nearest(weight.load(), scheme) for r, weight in chosen.items()}
+        model = model.replace_block(in_memory(block, numbers))
     return model
 
 
@@ -147,21 +142,7 @@ class InMemory:
 
     def put(self, block: Block, numbers: Mapping[str, Quantized | Tensor]) -> Block:
         """The block with handles on the numbers."""
-        import torch
-
-        from moe2edge.checkpoint import as_stored
-
-        weights = dict(block.weights())
-
-        def handle(weight: Weight, value: Quantized | Tensor) -> Weight:
-            if isinstance(value, torch.Tensor):
-                stored = as_stored(value, weight.dtype)
-                return replace(weight, load=lambda: stored)
-            return replace(
-                weight, load=value.dequantize, scheme=value.scheme, load_quantized=lambda: value
-            )
-
-        return block.with_weights({r: handle(weights[r], value) for r, value in numbers.items()})
+        return in_memory(block, numbers)
 
     def restore(self, block: Block) -> tuple[Block, Done] | None:
         """Nothing, as nothing was solved before."""

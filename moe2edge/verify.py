@@ -320,6 +320,24 @@ def shipped(reference: Reference, runtime: Runtime, difference: float) -> Parity
     return Parity(difference, relative, top1, found.shape[0] * found.shape[1])
 
 
+def parity(
+    reference: Reference, target: Target, folder: Path, within: int | None = None
+) -> tuple[Parity, Runtime | None]:
+    """Hold a folder against the reference, exactly and as shipped; and its runtime.
+
+    What ``within`` bytes cannot run, and can be read as a model, is not run; there is no runtime.
+
+    Raises:
+        VerificationFailed: logits differ by more than the tolerances.
+    """
+    model = target.streamed(folder)
+    difference = exact(reference, target, folder, within)
+    if model is not None and not fits(target.runtime_nbytes(model), within):
+        return Parity(difference), None
+    runtime = target.reopen(folder)
+    return shipped(reference, runtime, difference), runtime
+
+
 def check_folder(
     target: Target, folder: Path, reference: Reference
 ) -> tuple[int, Parity, Runtime | None]:
@@ -331,13 +349,7 @@ def check_folder(
         VerificationFailed: the folder cannot be read, or does not hold what was exported.
     """
     try:
-        count = check_tensors(reference, target.tensors(folder))
-        difference = exact(reference, target, folder)
-        model = target.streamed(folder)
-        if model is not None and not fits(target.runtime_nbytes(model), None):
-            return count, Parity(difference), None
-        runtime = target.reopen(folder)
-        return count, shipped(reference, runtime, difference), runtime
+        return check_tensors(reference, target.tensors(folder)), *parity(reference, target, folder)
     except InputError as error:
         raise VerificationFailed(f"{folder} cannot be read: {error}") from error
 

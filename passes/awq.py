@@ -15,13 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
 from moe2edge.model import Block, Dense, Model, MoELayer, Weight
 from moe2edge.pipeline import Solver
-from moe2edge.quantize import Quantize
+from moe2edge.quantize import Quantize, Scales
 from moe2edge.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -41,10 +41,7 @@ class Awq(Quantize):
     Scales stop at values that are clipped and at a norm that is added to the stream.
     """
 
-    scales: Annotated[
-        Literal["absmax", "mse"],
-        Field(description="of the whole range of a group, or of the range with the least error"),
-    ] = "mse"
+    scales: Scales = "mse"
     steps: Annotated[
         int, Field(ge=1, description="exponents alpha that are tried, evenly spaced from 0 below 1")
     ] = 20
@@ -79,7 +76,7 @@ class _Solver:
         """Sample the inputs of attention, of what follows it, and of each expert."""
         import torch
 
-        from moe2edge.smoothing import OUT, QKV
+        from moe2edge.roles import OUT, QKV
 
         self._take("qkv", seen.linear_inputs[QKV[0]])
         self._take("out", seen.linear_inputs[OUT])
@@ -176,7 +173,7 @@ class _Solver:
 
     def _inputs(self, block: Block, weights: Mapping[str, Weight]) -> dict[str, Inputs]:
         """Inputs of each matrix, by its role."""
-        from moe2edge.smoothing import OUT, QKV, gated
+        from moe2edge.roles import OUT, QKV, gated
 
         found = dict.fromkeys(QKV, self._of_all("qkv")) | {OUT: self._of_all("out")}
         for kind, mlp in gated(block):

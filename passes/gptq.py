@@ -16,8 +16,8 @@ from pydantic import Field
 
 from moe2edge.errors import InputError
 from moe2edge.model import Block, Model
-from moe2edge.pipeline import Group, GroupSolver, Solved
-from moe2edge.quantize import Quantize
+from moe2edge.pipeline import GateWeighted, Group, GroupSolver, MinTokens, Solved
+from moe2edge.quantize import Quantize, Scales
 from moe2edge.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
 
     from moe2edge import feedback
     from moe2edge.rounding import Quantized
-
-# Rows of a matrix from which the size of its outputs is estimated.
-ROWS = 32
 
 
 class Gptq(Quantize):
@@ -42,17 +39,12 @@ class Gptq(Quantize):
     damping: Annotated[
         float, Field(gt=0, lt=1, description="part of the mean diagonal added to the Hessian")
     ] = 0.01
-    scales: Annotated[
-        Literal["absmax", "mse"],
-        Field(description="of the whole range of a group, or of the range with the least error"),
-    ] = "mse"
+    scales: Scales = "mse"
     act_order: Annotated[
         bool,
         Field(description="round columns of large inputs first; groups stay as they are (static)"),
     ] = True
-    gate_weighted: Annotated[
-        bool, Field(description="tokens count by their weight in the expert's output")
-    ] = True
+    gate_weighted: GateWeighted = True
     propagate: Annotated[
         bool, Field(description="false: inputs come from the unquantized model")
     ] = True
@@ -60,9 +52,7 @@ class Gptq(Quantize):
         Literal["auto", "cpu", "cuda"],
         Field(description="where matrices are solved; auto: on a GPU if there is one"),
     ] = "auto"
-    min_tokens: Annotated[
-        int, Field(ge=0, description="an expert with fewer routed tokens is starved")
-    ] = 256
+    min_tokens: MinTokens = 256
     starved: Annotated[
         Literal["borrow", "round"],
         Field(description="a starved expert is shown all tokens of its layer, or just rounded"),
@@ -121,10 +111,11 @@ class _Solver:
         if not places:
             return Solved({})
         hessians, notes = self._hessians(block, groups)
-        reference = [
-            _output_size(group, list(group.weights), hessian)
+        reference = sum(
+            feedback.output_size(weight.load(), hessian)
             for group, hessian in zip(groups, hessians, strict=True)
-        ]
+            for weight in group.weights.values()
+        )
         diagonals = hessians.diagonal(dim1=1, dim2=2).clone()
         orders = diagonals.argsort(dim=1, stable=True) if self._options.act_order else None
         space = self._space(1, hessians.shape)
@@ -151,7 +142,7 @@ class _Solver:
             for group, roles, whole in zip(groups, parts, found, strict=True):
                 sizes = [group.weights[role].shape[0] for role in roles]
                 numbers |= dict(zip(roles, whole.split(sizes), strict=True))
-        return Solved(numbers, tuple(notes), (lost, sum(reference)))
+        return Solved(numbers, tuple(notes), (lost, reference))
 
     def _space(self, n: int, shape: torch.Size) -> Tensor:
         """The n-th of two pieces of memory for Hessians, made once: the system clears new ones."""
@@ -236,19 +227,12 @@ class _Solver:
 
         ins = groups[0].shapes[0][1]
         hessians = self._space(0, torch.Size((len(groups), ins, ins))).zero_()
-        notes = []
+        notes: list[str] = []
         for group, hessian in zip(groups, hessians, strict=True):
-            batches = group.batches
-            if group.everyone is not None and group.tokens < self._options.min_tokens:
-                first = next(iter(group.weights))
-                how = "borrowed" if self._options.starved == "borrow" else "rounded"
-                if first.endswith("gate"):
-                    expert = first.split(".")[1]
-                    notes.append(
-                        f"block {block.index}: expert {expert} saw {group.tokens} tokens, fewer "
-                        f"than {self._options.min_tokens}: {STARVED[how]}"
-                    )
-                if how == "rounded":
+            batches, least = group.batches, self._options.min_tokens
+            if group.is_starved(least):
+                notes += group.starved_note(block, least, STARVED[self._options.starved])
+                if self._options.starved == "round" or group.everyone is None:
                     continue
                 batches = group.everyone
             feedback.add_hessian(hessian, batches(), weighted=self._options.gate_weighted)
@@ -256,8 +240,8 @@ class _Solver:
 
 
 STARVED = {
-    "borrowed": "its Hessian is that of all tokens of the layer",
-    "rounded": "rounded to nearest",
+    "borrow": "its Hessian is that of all tokens of the layer",
+    "round": "rounded to nearest",
 }
 
 
@@ -268,13 +252,3 @@ def _rows(matrices: Tensor, orders: Tensor) -> Tensor:
     return torch.stack(
         [m.index_select(0, order) for m, order in zip(matrices, orders, strict=True)]
     )
-
-
-def _output_size(group: Group, roles: Sequence[str], hessian: Tensor) -> float:
-    """Estimate of the squared size of the outputs, ``trace(W H W^T)``, from some of the rows."""
-    total = 0.0
-    for role in roles:
-        weight = group.weights[role].load()
-        rows = weight[:: max(1, len(weight) // ROWS)].to(hessian)
-        total += float((rows @ hessian * rows).sum()) * len(weight) / len(rows)
-    return total

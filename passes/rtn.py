@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Literal
-
-from pydantic import Field
+from typing import TYPE_CHECKING, Literal
 
 from moe2edge.model import Block, Model
 from moe2edge.pipeline import Group, GroupSolver, Solved
-from moe2edge.quantize import Quantize
+from moe2edge.quantize import Quantize, Scales
 from moe2edge.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -19,10 +17,7 @@ if TYPE_CHECKING:
 class Rtn(Quantize):
     """Round to nearest, with one scale per group of inputs."""
 
-    scales: Annotated[
-        Literal["absmax", "mse"],
-        Field(description="of the whole range of a group, or of the range with the least error"),
-    ] = "absmax"
+    scales: Scales = "absmax"
 
     @property
     def needs_tokens(self) -> bool:

@@ -28,7 +28,16 @@ from pydantic import Field, model_validator
 
 from moe2edge.errors import InputError, Moe2EdgeError
 from moe2edge.model import Block, Model, Weight
-from moe2edge.pipeline import Group, GroupSolver, Slim, Solved, selected
+from moe2edge.pipeline import (
+    GateWeighted,
+    Group,
+    GroupSolver,
+    MinTokens,
+    Slim,
+    Solved,
+    planned,
+    selected,
+)
 from moe2edge.scheme import Pattern
 
 if TYPE_CHECKING:
@@ -38,8 +47,6 @@ if TYPE_CHECKING:
 RUNS = {"2:4": Pattern(2, 4), "4:8": Pattern(4, 8)}
 # Columns that SparseGPT compares together, as in the paper.
 BLOCK = 128
-# Rows of a matrix, at least, from which the size of its outputs is estimated.
-ROWS = 32
 PARTS = {
     "experts": "experts",
     "shared": "shared experts",
@@ -76,17 +83,13 @@ class Sparsify(Slim):
         Literal["experts", "all"],
         Field(description="experts, shared experts and dense MLPs; or attention as well"),
     ] = "experts"
-    gate_weighted: Annotated[
-        bool, Field(description="tokens count by their weight in the expert's output")
-    ] = True
+    gate_weighted: GateWeighted = True
     damping: Annotated[
         float,
         Field(gt=0, lt=1, description="sparsegpt: part of the mean diagonal added to the Hessian"),
     ] = 0.01
     propagate: Annotated[bool, Field(description="false: inputs come from the dense model")] = True
-    min_tokens: Annotated[
-        int, Field(ge=0, description="an expert with fewer routed tokens is starved")
-    ] = 256
+    min_tokens: MinTokens = 256
     starved: Annotated[
         Literal["borrow", "magnitude"],
         Field(
@@ -179,7 +182,9 @@ class Sparsify(Slim):
     def plan(self, model: Model) -> Model:
         """The model with the pattern on every selected weight."""
         for block in model.blocks:
-            new = {role: _planned(weight, self.promise) for role, weight in self.selected(block)}
+            new = {
+                role: planned(weight, pattern=self.promise) for role, weight in self.selected(block)
+            }
             model = model.replace_block(block.with_weights(new))
         return model
 
@@ -265,15 +270,13 @@ class _Solver:
     def _shown(self, block: Block, group: Group, notes: list[str]) -> Group:
         """The group with the tokens by which it is judged; those of weight one, if all count so."""
         options = self._options
-        if group.everyone is not None and group.tokens < max(1, options.min_tokens):
-            role = next(iter(group.weights))
-            if role.endswith("gate") and options.needs_tokens:
-                notes.append(
-                    f"block {block.index}: expert {role.split('.')[1]} saw {group.tokens} tokens, "
-                    f"fewer than {max(1, options.min_tokens)}: {STARVED[options.starved]}"
-                )
-            borrows = options.starved == "borrow"
-            return replace(group, batches=group.everyone if borrows else lambda: iter(()))
+        least = max(1, options.min_tokens)
+        if group.is_starved(least):
+            if options.needs_tokens:
+                notes += group.starved_note(block, least, STARVED[options.starved])
+            if options.starved == "borrow" and group.everyone is not None:
+                return replace(group, batches=group.everyone)
+            return replace(group, batches=lambda: iter(()))
         if options.gate_weighted:
             return group
         return replace(group, batches=lambda: ((x, None) for x, _ in group.batches()))
@@ -329,8 +332,7 @@ class _Solver:
         hessians = torch.zeros(len(groups), ins, ins)
         for group, hessian in zip(groups, hessians, strict=True):
             feedback.add_hessian(hessian, group.batches())
-        some = weights[:, :: max(1, weights.shape[1] // ROWS)]
-        reference = float((some @ hessians).mul_(some).sum()) * weights.shape[1] / some.shape[1]
+        reference = sum(map(feedback.output_size, weights, hessians))
         dead = hessians.diagonal(dim1=1, dim2=2) == 0
         factors, fine = feedback.factorize(hessians, self._options.damping)
         notes += [
@@ -462,10 +464,3 @@ def _load(weight: Weight) -> Tensor:
 def _part(role: str) -> str:
     """The part of a block that a matrix belongs to, as notes call it."""
     return PARTS[role.partition(".")[0]]
-
-
-def _planned(weight: Weight, pattern: Pattern) -> Weight:
-    def not_yet() -> Tensor:
-        raise AssertionError(f"{weight.name} is only planned")
-
-    return replace(weight, load=not_yet, pattern=pattern)

@@ -10,36 +10,27 @@ from __future__ import annotations
 
 import argparse
 import os
-from pathlib import Path
 from typing import Any
+
+import peers
 
 ATTENTION_IN_16_BITS: dict[str, dict[str, Any]] = {r"-:.*\.self_attn\..*": {}}
 
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("tokens", type=Path, help="int64 [samples, length], .npy")
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--bits", type=int, default=4)
-    parser.add_argument("--group-size", type=int, default=128)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--batch-size", type=int, default=4, help="samples in a forward pass")
-    parser.add_argument("--experts-only", action="store_true", help="attention stays in 16 bits")
-    parser.add_argument(
+    options = peers.parser(__doc__)
+    options.add_argument(
         "--act-order", action="store_true", help="desc_act, whose g_idx is not trivial"
     )
-    parser.add_argument("--mse", type=float, default=0.0, help="norm of the search for scales")
-    return parser.parse_args()
+    options.add_argument("--mse", type=float, default=0.0, help="norm of the search for scales")
+    return options.parse_args()
 
 
 def main() -> None:
     """Quantize and save."""
     given = arguments()
-    # Before torch is imported, which reads it once.
-    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(given.threads)
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    peers.on_the_processor(given.threads)
     # Its default on two processors is one worker, with which it refuses to start.
     os.environ["GPTQMODEL_CPU_WORKERS"] = str(max(2, given.threads))
     import numpy as np

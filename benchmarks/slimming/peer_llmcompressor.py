@@ -12,8 +12,9 @@ import argparse
 import os
 import sys
 import tempfile
-from pathlib import Path
 from typing import Any
+
+import peers
 
 ALONE = ["lm_head", r"re:.*\.gate$"]
 ATTENTION = [r"re:.*\.self_attn\..*"]
@@ -21,21 +22,13 @@ ATTENTION = [r"re:.*\.self_attn\..*"]
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("tokens", type=Path, help="int64 [samples, length], .npy")
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--bits", type=int, default=4)
-    parser.add_argument("--group-size", type=int, default=128)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--batch-size", type=int, default=4, help="samples in a forward pass")
-    parser.add_argument("--experts-only", action="store_true", help="attention stays in 16 bits")
-    parser.add_argument(
+    options = peers.parser(__doc__)
+    options.add_argument(
         "--all-experts", action="store_true", help="show every expert all tokens, its default"
     )
-    parser.add_argument("--observer", default="memoryless_minmax", help="how scales are chosen")
-    parser.add_argument("--offload", action="store_true", help="weights lie on the disk")
-    return parser.parse_args()
+    options.add_argument("--observer", default="memoryless_minmax", help="how scales are chosen")
+    options.add_argument("--offload", action="store_true", help="weights lie on the disk")
+    return options.parse_args()
 
 
 def load(given: argparse.Namespace, offload_folder: str) -> Any:
@@ -59,9 +52,7 @@ def load(given: argparse.Namespace, offload_folder: str) -> Any:
 def main() -> None:
     """Quantize and save."""
     given = arguments()
-    # Before torch is imported, which reads it once.
-    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(given.threads)
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    peers.on_the_processor(given.threads)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     import numpy as np
     import torch
