@@ -12,6 +12,7 @@ import json
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -152,8 +153,10 @@ class Checkpoint:
     def sha256(self) -> str:
         """Digest over config and all weight files, by name and content."""
         digest = hashlib.sha256()
-        for path in sorted({*self.files.values(), self.folder / "config.json"}):
-            digest.update(f"{path.name}\0{file_sha256(path)}\n".encode())
+        paths = sorted({*self.files.values(), self.folder / "config.json"})
+        with ThreadPoolExecutor() as pool:
+            for path, own in zip(paths, pool.map(file_sha256, paths), strict=True):
+                digest.update(f"{path.name}\0{own}\n".encode())
         return digest.hexdigest()
 
     @property

@@ -26,9 +26,9 @@ from moe2edge.scheme import WHOLE_ROW
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Columns whose feedback is computed by one product of matrices: for all columns behind them, then
-# for those inside.
-OUTER, PANEL, INNER = 512, 128, 16
+# Columns whose feedback is computed by one product of matrices: from all columns behind them, then
+# from those inside.
+PANEL, INNER = 128, 32
 # Columns of a Hessian that are computed at once; what is above the diagonal is not.
 HESSIAN_COLUMNS = 512
 # Rows of a matrix, at least, from which the size of its outputs is estimated.
@@ -46,6 +46,7 @@ def add_hessian(
         weighted: whether w counts.
     """
     for x, weights in batches:
+        x = x.to(hessian.dtype)
         weighed = x if weights is None or not weighted else x * weights.unsqueeze(1)
         for start in range(0, len(hessian), HESSIAN_COLUMNS):
             end = start + HESSIAN_COLUMNS
@@ -134,12 +135,17 @@ class Rounder(Protocol):
         """
         ...
 
-    def round(self, column: int, wanted: Tensor) -> Tensor:
-        """Numbers [batch, out] near to ``wanted``, until the next call."""
+    def round(self, column: int, wanted: Tensor, original: Tensor, error: Tensor) -> None:
+        """Choose numbers [batch, out] near to ``wanted``; ``error`` becomes ``original`` less them.
+
+        Columns of one panel are rounded from the last to the first.
+        """
         ...
 
 
-def solve(weights: Tensor, factors: Factors, rounder: Rounder) -> Tensor:
+def solve(
+    weights: Tensor, factors: Factors, rounder: Rounder, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """Round a batch of matrices with feedback.
 
     Args:
@@ -147,32 +153,27 @@ def solve(weights: Tensor, factors: Factors, rounder: Rounder) -> Tensor:
             overwritten with ``E = W - Q``.
         factors: of their Hessians.
         rounder: rounds the columns, from the last to the first.
+        dtype: in which errors are carried from columns far behind.
 
     Returns:
         The loss of each matrix, ``trace(E H E^T)``, float32 [batch].
     """
     columns = weights.shape[1]
     loss = weights.new_zeros(len(weights))
-    for outer in range((columns - 1) // OUTER * OUTER, -1, -OUTER):
-        behind = min(outer + OUTER, columns)
-        wide = weights[:, outer:behind].clone()
-        if behind < columns:
-            wide.baddbmm_(factors.lower[:, behind:, outer:behind].mT, weights[:, behind:])
-        for start in range((behind - outer - 1) // PANEL * PANEL + outer, outer - 1, -PANEL):
-            end = min(start + PANEL, behind)
-            part = slice(start, end)
-            wanted = wide[:, start - outer : end - outer]
-            if end < behind:
-                wanted.baddbmm_(factors.lower[:, end:behind, part].mT, weights[:, end:behind])
-            _panel(
-                wanted,
-                weights[:, part],
-                factors.lower[:, part, part].contiguous(),
-                factors.weight[:, part],
-                start,
-                rounder,
-                loss,
-            )
+    errors = weights if dtype == weights.dtype else torch.empty_like(weights, dtype=dtype)
+    for start in range((columns - 1) // PANEL * PANEL, -1, -PANEL):
+        end = min(start + PANEL, columns)
+        part = slice(start, end)
+        wanted = weights[:, part].clone()
+        far = factors.lower[:, end:, part].mT
+        if errors is weights:
+            wanted.baddbmm_(far, errors[:, end:])
+        else:
+            wanted += far.to(dtype) @ errors[:, end:]
+        inside = factors.lower[:, part, part].contiguous()
+        _panel(wanted, weights[:, part], inside, factors.weight[:, part], start, rounder, loss)
+        if errors is not weights:
+            errors[:, part] = weights[:, part]
     return loss
 
 
@@ -199,6 +200,8 @@ def _panel(
     """
     columns, width = wanted.shape[1], rounder.width
     original = weights.clone()
+    # Taken apart at once, because a loop over columns spends its time on starting operations.
+    wants, originals, errors = (t.unbind(1) for t in (wanted, original, weights))
     # Columns that the rounder looks at together end where a run of columns ends.
     step = INNER if width is None or width >= INNER else width
     for end in range(columns, 0, -step):
@@ -213,11 +216,10 @@ def _panel(
             )
             rounder.begin(first + end - width, original[:, part] + free, weight[:, part])
         for n in range(end - 1, start - 1, -1):
-            error = weights[:, n]
-            torch.sub(original[:, n], rounder.round(first + n, wanted[:, n]), out=error)
+            rounder.round(first + n, wants[n], originals[n], errors[n])
             if n > start:
                 feedback = lower[:, n, start:n].unsqueeze(-1)
-                wanted[:, start:n].addcmul_(feedback, error.unsqueeze(1))
+                wanted[:, start:n].addcmul_(feedback, errors[n].unsqueeze(1))
         if start:
             wanted[:, :start].baddbmm_(lower[:, start:end, :start].mT, weights[:, start:end])
     missed = wanted.sub_(original).add_(weights).square_().sum(-1)
@@ -247,26 +249,27 @@ class GridRounder:
         self.width = ins // count if how else None
         self._how, self._scheme, self._groups = how, chosen.scheme, groups
         # A row for each group or column, so that a column's numbers lie in one piece.
-        self._scales = chosen.scales.transpose(1, 2).contiguous()
-        self._zeros = chosen.zeros.transpose(1, 2).contiguous()
-        self._mask = None if mask is None else mask.transpose(1, 2).contiguous()
+        self._scales, self._zeros = transposed(chosen.scales), transposed(chosen.zeros)
+        self._mask = None if mask is None else transposed(mask)
         # Integers without their zero points: up to 9 bits.
         self._q = groups.new_empty(batch, ins, outs, dtype=torch.int16)
-        self._numbers = self._scales.new_empty(batch, outs)
-        # Of the columns from this one on: see `_turn_to`.
-        self._first = ins
-        self._of_columns: tuple[Tensor, Tensor, Tensor] | None = None
+        self._columns: _Columns | None = None
 
-    @property
-    def q(self) -> Tensor:
-        """Integers uint8 [batch, out, in]."""
-        zeros = self._zeros.gather(1, self._rows_of(self._groups)).to(torch.int16)
-        return zeros.add_(self._q).to(torch.uint8).transpose(1, 2).contiguous()
+    def integers(self, orders: Tensor | None = None) -> Tensor:
+        """Integers uint8 [batch, out, in]; column i goes to place ``orders[i]``, if given."""
+        self._keep()
+        zeros: Tensor | int = self._scheme.zero_point
+        if not self._scheme.symmetric:
+            zeros = rows_at(self._zeros, self._groups).to(torch.int16)
+        q = self._q.add(zeros).to(torch.uint8)
+        if orders is not None:
+            q = rows_at(q, orders.argsort(dim=1))
+        return transposed(q)
 
     @property
     def grid(self) -> Grid:
         """Grids of all groups, [batch, out, groups]."""
-        scales, zeros = (t.transpose(1, 2).contiguous() for t in (self._scales, self._zeros))
+        scales, zeros = transposed(self._scales), transposed(self._zeros)
         return Grid(scales, zeros, self._scheme)
 
     def begin(self, first: int, completed: Tensor, weight: Tensor) -> None:
@@ -279,34 +282,72 @@ class GridRounder:
         self._zeros[:, group] = chosen.zeros[..., 0]
         self._turn_to(first, first + completed.shape[1])
 
-    def round(self, column: int, wanted: Tensor) -> Tensor:
-        """Nearest numbers on the grid; they are overwritten by the next ones."""
-        if column < self._first:
+    def round(self, column: int, wanted: Tensor, original: Tensor, error: Tensor) -> None:
+        """Round to the nearest numbers on the grid."""
+        if self._columns is None or column < self._columns.first:
             self._turn_to(max(0, column + 1 - PANEL), column + 1)
-        assert self._of_columns is not None
-        n = column - self._first
-        scale, low, high = (part[:, n] for part in self._of_columns)
-        q = torch.div(wanted, scale, out=self._numbers).round_()
-        if self._scheme.symmetric:
+        assert self._columns is not None
+        n = column - self._columns.first
+        q, scale = self._columns.q[n], self._columns.scales[n]
+        torch.div(wanted, scale, out=q).round_()
+        if self._columns.zeros is None:
             middle = self._scheme.zero_point
             q.clamp_(-middle, self._scheme.largest - middle)
         else:
-            q.clamp_(low, high)
+            low = -self._columns.zeros[n]
+            q.clamp_(low, low + self._scheme.largest)
         if self._mask is not None:
             q.mul_(self._mask[:, column])
-        self._q[:, column] = q
-        return q.mul_(scale)
+        torch.addcmul(original, q, scale, value=-1, out=error)
 
     def _turn_to(self, first: int, end: int) -> None:
         """Spread the grids of groups over the columns from ``first`` to ``end``."""
-        rows = self._rows_of(self._groups[:, first:end])
-        scales = self._scales.gather(1, rows)
-        low = high = scales
-        if not self._scheme.symmetric:
-            low = -self._zeros.gather(1, rows)
-            high = low + self._scheme.largest
-        self._of_columns, self._first = (scales, low, high), first
+        self._keep()
+        groups = self._groups[:, first:end]
+        scales = rows_at(self._scales, groups)
+        zeros = None if self._scheme.symmetric else rows_at(self._zeros, groups).unbind(1)
+        q = torch.empty_like(scales)
+        self._columns = _Columns(first, q, q.unbind(1), scales.unbind(1), zeros)
 
-    def _rows_of(self, groups: Tensor) -> Tensor:
-        """Indices of rows of groups [batch, columns] for all outputs."""
-        return groups.unsqueeze(-1).expand(-1, -1, self._scales.shape[2])
+    def _keep(self) -> None:
+        """Keep the integers of the columns at work."""
+        if self._columns is not None:
+            first, whole = self._columns.first, self._columns.whole
+            self._q[:, first : first + whole.shape[1]] = whole
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """The columns at work.
+
+    Attributes:
+        first: the first of them.
+        whole: their integers without zero points, float32 [batch, columns, out].
+        q: the same, of each column [batch, out].
+        scales, zeros: likewise; no zeros if the scheme is symmetric.
+    """
+
+    first: int
+    whole: Tensor
+    q: tuple[Tensor, ...]
+    scales: tuple[Tensor, ...]
+    zeros: tuple[Tensor, ...] | None
+
+
+def transposed(matrices: Tensor) -> Tensor:
+    """Matrices [batch, a, b] as [batch, b, a], in one piece each.
+
+    One at a time, as torch has a fast way for two dimensions alone.
+    """
+    found = matrices.new_empty(len(matrices), matrices.shape[2], matrices.shape[1])
+    for matrix, turned in zip(matrices, found, strict=True):
+        turned.copy_(matrix.T)
+    return found
+
+
+def rows_at(matrices: Tensor, places: Tensor) -> Tensor:
+    """Rows [batch, n, b] of matrices [batch, a, b] at the places of each, int64 [batch, n]."""
+    found = matrices.new_empty(*places.shape, matrices.shape[2])
+    for matrix, own, rows in zip(matrices, places, found, strict=True):
+        torch.index_select(matrix, 0, own, out=rows)
+    return found

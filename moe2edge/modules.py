@@ -208,9 +208,12 @@ def _fused_experts(experts: Sequence[Dense]) -> dict[str, Tensor]:
     gate_up = torch.empty(len(experts), 2 * width, hidden)
     down = torch.empty(len(experts), hidden, width)
     for n, expert in enumerate(experts):
-        gate_up[n, :width] = finite(expert.gate)
-        gate_up[n, width:] = finite(expert.up)
-        down[n] = finite(expert.down)
+        for place, weight in (
+            (gate_up[n, :width], expert.gate),
+            (gate_up[n, width:], expert.up),
+            (down[n], expert.down),
+        ):
+            place.copy_(checked(weight.name, weight.load()))
     return {"mlp.experts.gate_up_proj": gate_up, "mlp.experts.down_proj": down}
 
 

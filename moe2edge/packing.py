@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+# A type for so many bytes; the lowest is the first, as in safetensors.
+WORDS = {2: torch.int16, 4: torch.int32}
+
+
 def pack_bytes(q: Tensor, bits: int) -> Tensor:
     """``8 // bits`` integers to a byte, the lowest index in the lowest bits; 3 bits take 4.
 
@@ -22,20 +26,28 @@ def pack_bytes(q: Tensor, bits: int) -> Tensor:
     per_byte = 8 // bits
     if short := -q.shape[-1] % per_byte:
         q = torch.nn.functional.pad(q, (0, short))
-    packed = q[..., 0::per_byte].clone(memory_format=torch.contiguous_format)
+    if per_byte == 1:
+        return q.clone(memory_format=torch.contiguous_format)
+    # The integers of one byte as one word, in which they move together: a third of the time that
+    # every other, or every fourth, of them takes by itself.
+    words = q.flatten().view(WORDS[per_byte])
+    packed = words.clone()
     for n in range(1, per_byte):
-        packed |= q[..., n::per_byte] << (n * bits)
-    return packed
+        packed |= words >> (n * (8 - bits))
+    return packed.to(torch.uint8).view(*q.shape[:-1], -1)
 
 
 def unpack_bytes(packed: Tensor, bits: int, count: int | None = None) -> Tensor:
     """Inverse of `pack_bytes`; ``count`` integers, all that there is room for if not given."""
     bits = 4 if bits == 3 else bits
     mask, per_byte = (1 << bits) - 1, 8 // bits
-    q = packed.new_empty(*packed.shape[:-1], packed.shape[-1] * per_byte)
-    for n in range(per_byte):
-        torch.bitwise_and(packed >> (n * bits), mask, out=q[..., n::per_byte])
-    return q[..., :count]
+    if per_byte == 1:
+        return packed[..., :count].clone(memory_format=torch.contiguous_format)
+    words = packed.to(WORDS[per_byte], memory_format=torch.contiguous_format)
+    q = words & mask
+    for n in range(1, per_byte):
+        q |= (words << (n * (8 - bits))) & (mask << (8 * n))
+    return q.view(torch.uint8)[..., :count]
 
 
 def pack_int32(q: Tensor, dim: int, bits: int) -> Tensor:

@@ -37,30 +37,29 @@ class Parts:
         self._layer, self._device = layer, device
 
     @torch.no_grad()
-    def attend(self, hidden: Tensor) -> Tensor:
-        """The stream after attention, for ``hidden`` [batch, length, hidden]."""
-        out: Tensor = self._base(
-            inputs_embeds=hidden.to(self._device), use_cache=False
-        ).last_hidden_state
-        return out
-
-    @torch.no_grad()
     def attention_inputs(self, hidden: Tensor) -> Tensor:
         """Inputs [tokens, hidden] of q, k and v."""
         out: Tensor = self._layer.input_layernorm(hidden.to(self._device))
         return out.flatten(0, -2)
 
+    @torch.no_grad()
     def output_inputs(self, hidden: Tensor) -> Tensor:
-        """Inputs [tokens, heads * head size] of the output projection."""
+        """Inputs [tokens, heads * head size] of the output projection, for the stream before."""
         found: list[Tensor] = []
         hook = self._layer.self_attn.o_proj.register_forward_pre_hook(
             lambda _, args: found.append(args[0].flatten(0, -2))
         )
         try:
-            self.attend(hidden)
+            self._base(inputs_embeds=hidden.to(self._device), use_cache=False)
         finally:
             hook.remove()
         return found[0]
+
+    @torch.no_grad()
+    def attended(self, inputs: Tensor) -> Tensor:
+        """What attention adds to the stream [tokens, hidden], from `output_inputs`."""
+        out: Tensor = self._layer.self_attn.o_proj(inputs)
+        return out
 
     def put_attention(self, role: str, matrix: Tensor) -> None:
         """Replace a matrix of attention."""

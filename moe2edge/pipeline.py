@@ -299,13 +299,25 @@ class GroupSolver(Protocol):
     Attributes:
         propagate: whether that is so; otherwise inputs come from the model as it was.
         device: where inputs of groups lie, and the work is done; numbers are wanted on the CPU.
+        dtype: that of outputs of matrices of experts and MLPs, by which the walk goes on; those of
+            attention are float32.
     """
 
-    @property
-    def propagate(self) -> bool: ...
+    propagate: bool
 
     @property
-    def device(self) -> torch.device: ...
+    def device(self) -> torch.device:
+        """The processor, for those who say nothing else."""
+        import torch
+
+        return torch.device("cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Full precision, for those who say nothing else."""
+        import torch
+
+        return torch.float32
 
     def nbytes(self, shapes: Sequence[tuple[int, ...]]) -> int:
         """Memory of solving one group of matrices of these shapes."""

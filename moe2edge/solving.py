@@ -55,7 +55,8 @@ class _BlockWork:
         # Handles that are to carry a pattern from now on.
         self.patterned: dict[str, Weight] = {}
         self._model, self._block, self._solver = model, block, solver
-        self._tally, self._memory, self._device = tally, memory, solver.device
+        self._tally, self._memory = tally, memory
+        self._device, self._dtype = solver.device, solver.dtype
         self._weights = dict(selected(block))
 
     # ---- solving ---------------------------------------------------------------------------------
@@ -72,13 +73,13 @@ class _BlockWork:
     def _group(self, roles: Sequence[str], inputs: Batches, tokens: int, **more: Any) -> Group:
         return Group({role: self._weights[role] for role in roles}, inputs, tokens, **more)
 
-    def _matrix(self, role: str) -> Tensor:
+    def _matrix(self, role: str, dtype: torch.dtype) -> Tensor:
         """The matrix that what comes next is computed with."""
         if not self._solver.propagate or role not in self.numbers:
-            return finite(self._weights[role]).to(self._device)
+            return finite(self._weights[role]).to(self._device, dtype)
         numbers = self.numbers[role]
-        found = numbers.float() if isinstance(numbers, torch.Tensor) else numbers.dequantize()
-        return found.to(self._device)
+        found = numbers if isinstance(numbers, torch.Tensor) else numbers.dequantize()
+        return found.to(self._device, dtype)
 
     def without_tokens(self) -> Mapping[str, Quantized | Tensor]:
         """Solve all matrices by themselves."""
@@ -115,15 +116,16 @@ class _BlockWork:
     def _attention(self, parts: Parts, hidden: Tensor) -> None:
         """Solve the matrices of attention; ``hidden`` becomes the stream after it."""
         tokens = hidden.shape[0] * hidden.shape[1]
+        inside = _Kept(_each(hidden, parts.output_inputs), hidden.numel())
         for roles, inputs in (
-            (tuple(r for r in QKV if r in self._weights), parts.attention_inputs),
-            ((OUT,), parts.output_inputs),
+            (tuple(r for r in QKV if r in self._weights), _each(hidden, parts.attention_inputs)),
+            ((OUT,), inside),
         ):
-            self._solve("attention", [self._group(roles, _each(hidden, inputs), tokens)])
+            self._solve("attention", [self._group(roles, inputs, tokens)])
             for role in roles:
-                parts.put_attention(role, self._matrix(role))
-        for part in batches(hidden):
-            hidden[part] = parts.attend(hidden[part])
+                parts.put_attention(role, self._matrix(role, torch.float32))
+        for part, (x, _) in zip(batches(hidden), inside(), strict=True):
+            hidden[part] += parts.attended(x).view_as(hidden[part]).cpu()
 
     # ---- experts and MLPs ------------------------------------------------------------------------
 
@@ -178,32 +180,33 @@ class _BlockWork:
             ],
         )
         insides = [
-            _Inside(
-                self._matrix(f"{m.kind}.gate"),
-                self._matrix(f"{m.kind}.up"),
-                KEPT_NUMBERS // len(members),
-            )
+            _inside(*(self._matrix(f"{m.kind}.{part}", self._dtype) for part in ("gate", "up")))
             for m in members
+        ]
+        width = self._weights[f"{kinds[0]}.gate"].shape[0]
+        own = [
+            _Kept(inside(inputs(m, False)), len(m.tokens) * width * len(members))
+            for m, inside in zip(members, insides, strict=True)
         ]
         self._solve(
             f"{what}: down",
             [
                 self._group(
                     (f"{m.kind}.down",),
-                    inside.kept(inputs(m, False), len(m.tokens)),
+                    kept,
                     len(m.tokens),
-                    everyone=inside.of(inputs(m, True)) if m.everyone else None,
+                    everyone=inside(inputs(m, True)) if m.everyone else None,
                 )
-                for m, inside in zip(members, insides, strict=True)
+                for m, inside, kept in zip(members, insides, own, strict=True)
             ],
         )
-        for member, inside in zip(members, insides, strict=True):
-            down = self._matrix(f"{member.kind}.down")
+        for member, kept in zip(members, own, strict=True):
+            down = self._matrix(f"{member.kind}.down", self._dtype)
             at = 0
-            for hidden, weights in inside.kept(inputs(member, False), len(member.tokens))():
+            for hidden, weights in kept():
                 tokens = member.tokens[at : at + len(hidden)]
                 at += len(hidden)
-                y = hidden @ down.T
+                y = (hidden @ down.T).float()
                 y = y if weights is None else y.mul_(weights[:, None])
                 out.index_add_(0, tokens, y.cpu())
 
@@ -242,38 +245,41 @@ class _Member:
             yield x, own
 
 
-class _Inside:
-    """What an MLP has between its matrices: ``silu(gate x) * up x``."""
+def _inside(gate: Tensor, up: Tensor) -> Callable[[Batches], Batches]:
+    """What an MLP has between its matrices [width, hidden], ``silu(gate x) * up x``, of inputs.
 
-    def __init__(self, gate: Tensor, up: Tensor, most: int) -> None:
-        """Of two matrices [width, hidden]; at most ``most`` numbers are kept."""
-        self._gate, self._up, self._most = gate, up, most
-        self._known: list[tuple[Tensor, Tensor | None]] | None = None
+    It is computed for so many tokens at a time that the numbers are few.
+    """
 
-    def of(self, inputs: Batches) -> Batches:
-        """Computed from inputs, a chunk of tokens at a time."""
-
+    def of(inputs: Batches) -> Batches:
         def each() -> Iterator[tuple[Tensor, Tensor | None]]:
-            step = max(1, CHUNK_NUMBERS // len(self._gate))
+            step = max(1, CHUNK_NUMBERS // len(gate))
             for x, weights in inputs():
                 for at in range(0, len(x), step):
-                    rows = x[at : at + step]
-                    y = nn.functional.silu(rows @ self._gate.T).mul_(rows @ self._up.T)
+                    rows = x[at : at + step].to(gate.dtype)
+                    y = nn.functional.silu(rows @ gate.T).mul_(rows @ up.T)
                     yield y, None if weights is None else weights[at : at + step]
 
         return each
 
-    def kept(self, inputs: Batches, tokens: int) -> Batches:
-        """The same, computed once if it is not too large to keep."""
-        if tokens * len(self._gate) > self._most:
-            return self.of(inputs)
+    return of
 
-        def each() -> Iterator[tuple[Tensor, Tensor | None]]:
-            if self._known is None:
-                self._known = list(self.of(inputs)())
-            yield from self._known
 
-        return each
+class _Kept:
+    """Batches that are computed once, if they are not too many numbers to keep."""
+
+    def __init__(self, batches: Batches, numbers: int) -> None:
+        """Of so many numbers, with all that are kept at the same time."""
+        self._batches, self._keep = batches, numbers <= KEPT_NUMBERS
+        self._known: list[tuple[Tensor, Tensor | None]] | None = None
+
+    def __call__(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """The batches."""
+        if not self._keep:
+            return self._batches()
+        if self._known is None:
+            self._known = list(self._batches())
+        return iter(self._known)
 
 
 def _each(hidden: Tensor, inputs: Callable[[Tensor], Tensor]) -> Batches:

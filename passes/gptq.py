@@ -10,7 +10,7 @@ and its factor.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field
 
@@ -52,6 +52,13 @@ class Gptq(Quantize):
         Literal["auto", "cpu", "cuda"],
         Field(description="where matrices are solved; auto: on a GPU if there is one"),
     ] = "auto"
+    compute: Annotated[
+        Literal["auto", "float32", "bfloat16"],
+        Field(
+            description="of outputs of experts and of errors carried far; auto: bfloat16 where the "
+            "processor multiplies it natively"
+        ),
+    ] = "auto"
     min_tokens: MinTokens = 256
     starved: Annotated[
         Literal["borrow", "round"],
@@ -76,6 +83,25 @@ class Gptq(Quantize):
             raise InputError("gptq.device is cuda, and torch finds no GPU; leave it out")
         return torch.device("cuda" if there and self.device != "cpu" else "cpu")
 
+    def dtype(self) -> torch.dtype:
+        """The dtype of what is not needed to the last bit. Hessians and factors are float32."""
+        import torch
+
+        if self.compute != "auto":
+            return torch.float32 if self.compute == "float32" else torch.bfloat16
+        if self.place().type == "cuda":
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            # Older versions of torch do not tell.
+            known: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+            native = any(known.get(name) for name in NATIVE)
+        return torch.bfloat16 if native else torch.float32
+
+    def resolved(self, model: Model) -> Self:
+        """With the dtype that this machine computes in, on which the numbers depend."""
+        chosen = str(self.dtype()).removeprefix("torch.")
+        return super().resolved(model).model_copy(update={"compute": chosen})
+
     def solver(self, model: Model) -> GroupSolver:
         """Gathers Hessians of matrices, then solves them."""
         return _Solver(self, self.schemes(model), model)
@@ -87,7 +113,7 @@ class _Solver:
     def __init__(self, options: Gptq, schemes: Mapping[str, Scheme], model: Model) -> None:
         self._options, self._schemes, self._model = options, schemes, model
         self.propagate = options.propagate
-        self.device = options.place()
+        self.device, self.dtype = options.place(), options.dtype()
         self._spaces: dict[int, Tensor] = {}
 
     def nbytes(self, shapes: Sequence[tuple[int, ...]]) -> int:
@@ -206,17 +232,14 @@ class _Solver:
         groups = groups.expand(batch, ins)
         fixed = orders is not None or scheme.groups(ins) == 1
         grid = choose_grid(weights, scheme, how if fixed else "absmax", diagonals)
-        columns = weights.mT.contiguous()
+        columns = feedback.transposed(weights)
         if orders is not None:
             groups = groups.gather(1, orders)
-            columns = _rows(columns, orders)
-            mask = None if mask is None else _rows(mask.mT, orders).mT
+            columns = feedback.rows_at(columns, orders)
+            mask = None if mask is None else feedback.rows_at(mask.mT, orders).mT
         rounder = feedback.GridRounder(groups, grid, None if fixed else how, mask)
-        loss = feedback.solve(columns, factors, rounder)
-        q, grid = rounder.q, rounder.grid
-        if orders is not None:
-            q = _rows(q.mT, orders.argsort(dim=1)).mT.contiguous()
-        grid, q = grid.cpu(), q.cpu()
+        loss = feedback.solve(columns, factors, rounder, self.dtype)
+        q, grid = rounder.integers(orders).cpu(), rounder.grid.cpu()
         return [grid[n].quantized(q[n]) for n in range(batch)], loss
 
     def _hessians(self, block: Block, groups: Sequence[Group]) -> tuple[Tensor, list[str]]:
@@ -239,16 +262,10 @@ class _Solver:
         return hessians, notes
 
 
+# What processors with products of matrices in bfloat16 call them.
+NATIVE = ("amx_bf16", "avx512_bf16", "bf16")
+
 STARVED = {
     "borrow": "its Hessian is that of all tokens of the layer",
     "round": "rounded to nearest",
 }
-
-
-def _rows(matrices: Tensor, orders: Tensor) -> Tensor:
-    """Rows of [batch, in, out] in the order of each, [batch, in]."""
-    import torch
-
-    return torch.stack(
-        [m.index_select(0, order) for m, order in zip(matrices, orders, strict=True)]
-    )

@@ -11,7 +11,7 @@ from moe2edge.quantize import Quantize, Scales
 from moe2edge.scheme import Scheme
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 
 class Rtn(Quantize):
@@ -29,20 +29,13 @@ class Rtn(Quantize):
         return _Rounding(self.schemes(model), model, self.scales)
 
 
-class _Rounding:
+class _Rounding(GroupSolver):
     propagate = False
 
     def __init__(
         self, schemes: Mapping[str, Scheme], model: Model, scales: Literal["absmax", "mse"]
     ) -> None:
         self._schemes, self._model, self._scales = schemes, model, scales
-
-    @property
-    def device(self) -> torch.device:
-        """The processor."""
-        import torch
-
-        return torch.device("cpu")
 
     def nbytes(self, shapes: Sequence[tuple[int, ...]]) -> int:
         """Memory of one matrix, its integers and what is computed on the way."""

@@ -41,7 +41,6 @@ from moe2edge.pipeline import (
 from moe2edge.scheme import Pattern
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 RUNS = {"2:4": Pattern(2, 4), "4:8": Pattern(4, 8)}
@@ -221,7 +220,7 @@ class Sparsify(Slim):
         )
 
 
-class _Solver:
+class _Solver(GroupSolver):
     """Zeros of a few matrices at a time."""
 
     def __init__(self, options: Sparsify, model: Model) -> None:
@@ -236,13 +235,6 @@ class _Solver:
             self._zeros[_part(role)] += options.zeros(weight.shape)
             self._weights[_part(role)] += weight.count
         self.propagate = options.propagate
-
-    @property
-    def device(self) -> torch.device:
-        """The processor."""
-        import torch
-
-        return torch.device("cpu")
 
     def nbytes(self, shapes: Sequence[tuple[int, ...]]) -> int:
         """Memory of solving one group: scores and masks; or weights, results and Hessian."""
@@ -344,7 +336,7 @@ class _Solver:
         # Weights of inputs that never occur cost nothing, unless there is no other input.
         factors.weight.masked_fill_(dead & ~dead.all(1, keepdim=True), 0)
         chooser = ZeroChooser(self._options, weights, [shape[0] for shape in shapes])
-        lost = float(feedback.solve(weights.mT.contiguous(), factors, chooser).sum())
+        lost = float(feedback.solve(feedback.transposed(weights), factors, chooser).sum())
         numbers = {}
         for group, matrices, whole in zip(groups, loaded, chooser.result, strict=True):
             parts = whole.split([shape[0] for shape in shapes])
@@ -399,11 +391,13 @@ class ZeroChooser:
             self._gone[:, first : first + self.width, at : at + size] = gone.transpose(1, 2)
             at += size
 
-    def round(self, column: int, wanted: Tensor) -> Tensor:
+    def round(self, column: int, wanted: Tensor, original: Tensor, error: Tensor) -> None:
         """The numbers of a column [batch, out], with its zeros."""
+        import torch
+
         kept = wanted.masked_fill(self._gone[:, column], 0)
         self._result[:, column] = kept
-        return kept
+        torch.sub(original, kept, out=error)
 
 
 def smallest(scores: Tensor, count: int) -> Tensor:

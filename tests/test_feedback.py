@@ -65,7 +65,7 @@ def solved(
     rounder = feedback.GridRounder(groups, grid, None if fixed else how)
     errors = weight.T[None].clone()
     loss = feedback.solve(errors, factors, rounder)
-    found = rounder.grid[0].quantized(rounder.q[0]).dequantize()
+    found = rounder.grid[0].quantized(rounder.integers()[0]).dequantize()
     assert torch.allclose(weight - errors[0].T, found, atol=1e-5)
     return found, float(loss), rounder.grid[0]
 
@@ -127,7 +127,7 @@ def test_a_batch_is_its_members_one_by_one() -> None:
     feedback.solve(weights.mT.clone(), factors, rounder)
     for n in range(3):
         found, _, _ = solved(weights[n], hessians[n], scheme, "mse", fixed=False)
-        whole = rounder.grid[n].quantized(rounder.q[n]).dequantize()
+        whole = rounder.grid[n].quantized(rounder.integers()[n]).dequantize()
         assert ((found - whole).abs() > 1e-4).double().mean() < 0.02
 
 
@@ -140,7 +140,7 @@ def test_a_mask_keeps_zeros_and_the_rest_makes_up_for_it() -> None:
     groups = (torch.arange(192) // 32)[None]
     rounder = feedback.GridRounder(groups, choose_grid(sparse[None], scheme), None, mask[None])
     feedback.solve(sparse.T[None].clone(), factors, rounder)
-    found = rounder.grid[0].quantized(rounder.q[0]).dequantize()
+    found = rounder.grid[0].quantized(rounder.integers()[0]).dequantize()
     assert (found[~mask] == 0).all()
     rounded = round_to_nearest(sparse, scheme).dequantize()
     losses = [float(((sparse - q) @ hessian * (sparse - q)).sum()) for q in (found, rounded)]
@@ -175,5 +175,5 @@ def test_damping_rises_until_it_works_and_then_rounds() -> None:
         rounder = feedback.GridRounder(groups, choose_grid(weight, scheme))
         feedback.solve(weight.mT.clone(), own, rounder)
         plain = round_to_nearest(weight[0], scheme)
-        assert torch.equal(rounder.q[0], plain.q)
+        assert torch.equal(rounder.integers()[0], plain.q)
         assert torch.equal(dequantize(plain.q, plain.scales, scheme), plain.dequantize())

@@ -50,7 +50,7 @@ class Watching:
         step = Rtn(group_size=32)
         self._inner: Any = step.solver(model)
         self.propagate = propagate
-        self.device = torch.device("cpu")
+        self.device, self.dtype = torch.device("cpu"), torch.float32
         self.seen: dict[tuple[int, str], torch.Tensor] = {}
         self.everyone: dict[tuple[int, str], int] = {}
 

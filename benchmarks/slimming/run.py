@@ -211,8 +211,10 @@ class Runner:
         """Folder of the tokens of a model."""
         folder = self._work / "tokens" / name
         if not (folder / "tokens.json").exists():
-            # The random model is for time and memory; so many tokens take minutes, not an hour.
-            more = {TINY: ["--builtin"], RANDOM: ["--samples", "16"]}.get(name, [])
+            # The random model is for time and memory; so many tokens take minutes, not an hour, and
+            # moe2edge alone gets them as text, which is no longer than it need be.
+            few = ["--samples", "16", "--bytes", "100000"]
+            more = {TINY: ["--builtin"], RANDOM: few}.get(name, [])
             self.helper("tokens.py", self.model(name), self._data, folder, *more)
         return folder
 

@@ -29,10 +29,13 @@ SAMPLES = {"calibration": 128, "evaluation": 72}
 LENGTH, SEED = 256, 0
 
 
-def mixes(data: Path, folder: Path) -> dict[str, str]:
-    """By purpose equal parts of the domains, as ``--calib`` takes them."""
+def mixes(data: Path, folder: Path, most: int | None) -> dict[str, str]:
+    """By purpose equal parts of the domains, as ``--calib`` takes them, of so many bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     files: Mapping[str, Mapping[str, Path]] = texts.write_texts(data, folder)
+    if most is not None:
+        for path in (path for paths in files.values() for path in paths.values()):
+            path.write_text(path.read_bytes()[:most].decode("utf-8", "ignore"), "utf-8")
     return {
         purpose: ",".join(f"{paths[domain]}:1" for domain in DOMAINS)
         for purpose, paths in files.items()
@@ -58,11 +61,12 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--builtin", action="store_true", help="the built-in text")
     parser.add_argument("--samples", type=int, help="of calibration, instead of 128")
+    parser.add_argument("--bytes", type=int, help="of each text; all of it if not given")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     purposes = dict.fromkeys(SAMPLES, "builtin")
     if not given.builtin:
-        purposes = mixes(given.data, given.out / "texts")
+        purposes = mixes(given.data, given.out / "texts", given.bytes)
     counts = SAMPLES | ({"calibration": given.samples} if given.samples else {})
     said = {
         purpose: cut(given.model, purpose, text, given.out / f"{purpose}.npy", counts[purpose])
