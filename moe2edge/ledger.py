@@ -224,13 +224,14 @@ def save(
 def _planned(role: str, value: Quantized | Tensor, weight: Weight) -> list[Planned]:
     import torch
 
-    from moe2edge.packing import pack_bytes
+    from moe2edge.packing import pack_bytes, packed_shape
 
     if isinstance(value, torch.Tensor):
         return [Planned(role, weight.shape, weight.dtype, lambda: as_stored(value, weight.dtype))]
-    packed, scales, zeros = pack_bytes(value.q, value.scheme.bits), value.scales, value.zeros
+    bits, scales, zeros = value.scheme.bits, value.scales, value.zeros
+    shape = packed_shape(tuple(value.q.shape), bits)
     planned = [
-        Planned(f"{role}.q", tuple(packed.shape), "U8", lambda: packed),
+        Planned(f"{role}.q", shape, "U8", lambda: pack_bytes(value.q, bits)),
         Planned(f"{role}.scales", tuple(scales.shape), "F32", lambda: scales),
     ]
     if zeros is not None:

@@ -37,6 +37,12 @@ def pack_bytes(q: Tensor, bits: int) -> Tensor:
     return packed.to(torch.uint8).view(*q.shape[:-1], -1)
 
 
+def packed_shape(shape: tuple[int, ...], bits: int) -> tuple[int, ...]:
+    """Shape that `pack_bytes` makes of a shape."""
+    per_byte = 8 // (4 if bits == 3 else bits)
+    return (*shape[:-1], -(-shape[-1] // per_byte))
+
+
 def unpack_bytes(packed: Tensor, bits: int, count: int | None = None) -> Tensor:
     """Inverse of `pack_bytes`; ``count`` integers, all that there is room for if not given."""
     bits = 4 if bits == 3 else bits

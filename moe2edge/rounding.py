@@ -129,21 +129,25 @@ def choose_grid(
     whole = _grid(low, high, 1.0, scheme)
     if how == "absmax":
         return whole
-    weighed = None if importance is None else _grouped(importance, scheme)
-    if weighed is not None:
+    shape = whole.scales.shape
+    outs, groups, width = grouped.shape[-3:]
+    numbers = grouped.reshape(-1, outs, groups, width)
+    costs = None
+    if importance is not None:
+        costs = _grouped(importance, scheme).reshape(-1, 1, groups, width)
         # Where no input of a group ever occurs, all count alike.
-        never = weighed.sum(-1, keepdim=True) == 0
-        weighed = weighed.masked_fill(never, 1).unsqueeze(-3)
-    shape, width = whole.scales.shape, grouped.shape[-1]
-    flat = grouped.reshape(-1, width)
-    costs = None if weighed is None else weighed.expand(grouped.shape).reshape(-1, width)
-    scales, zeros = whole.scales.flatten().clone(), whole.zeros.flatten().clone()
-    ends = low.flatten(), high.flatten()
-    step = max(1, SEARCH_NUMBERS // width)
-    for at in range(0, len(flat), step):
-        part = slice(at, at + step)
-        cost = None if costs is None else costs[part]
-        _search(flat[part], cost, (ends[0][part], ends[1][part]), scheme, scales[part], zeros[part])
+        costs = costs.masked_fill(costs.sum(-1, keepdim=True) == 0, 1)
+        costs = costs.expand(len(numbers), -1, -1, -1)
+    low, high = (ends.reshape(numbers.shape[:-1]) for ends in (low, high))
+    scales, zeros = (t.reshape(low.shape).clone() for t in (whole.scales, whole.zeros))
+    rows = min(outs, max(1, SEARCH_NUMBERS // (groups * width)))
+    matrices = max(1, SEARCH_NUMBERS // (outs * groups * width))
+    for n in range(0, len(numbers), matrices):
+        for at in range(0, outs, rows):
+            part = slice(n, n + matrices), slice(at, at + rows)
+            cost = None if costs is None else costs[part[0]]
+            ends = low[part], high[part]
+            _search(numbers[part], cost, ends, scheme, scales[part], zeros[part])
     return Grid(scales.view(shape), zeros.view(shape), scheme)
 
 
@@ -170,7 +174,15 @@ def _search(
     scales: Tensor,
     zeros: Tensor,
 ) -> None:
-    """Fill in the best grid for groups ``weight`` [n, width], of which the whole range is given."""
+    """Find the best grid of each group.
+
+    Args:
+        weight: the numbers, [..., width].
+        importance: of each in the error, of a shape that broadcasts; None: all alike.
+        ends: least and largest of each group, [...].
+        scheme: bits, symmetric or not.
+        scales, zeros: of the whole range, [...]; overwritten.
+    """
     least = None
     for shrink in SHRINK:
         grid = _grid(*ends, shrink, scheme)

@@ -159,11 +159,12 @@ class _Solver:
         lost = 0.0
         for scheme, chosen in places.items():
             parts = [[list(g.weights)[n] for n in chosen] for g in groups]
-            weights = self._loaded(groups, parts)
             sparse = any(
                 g.weights[r].pattern for g, p in zip(groups, parts, strict=True) for r in p
             )
-            found, loss = self._round(weights, scheme, factors, orders, diagonals, sparse=sparse)
+            found, loss = self._round(
+                self._loaded(groups, parts), scheme, factors, orders, diagonals, sparse=sparse
+            )
             lost += float(loss.sum())
             for group, roles, whole in zip(groups, parts, found, strict=True):
                 sizes = [group.weights[role].shape[0] for role in roles]
@@ -233,6 +234,7 @@ class _Solver:
         fixed = orders is not None or scheme.groups(ins) == 1
         grid = choose_grid(weights, scheme, how if fixed else "absmax", diagonals)
         columns = feedback.transposed(weights)
+        del weights  # nobody else has it
         if orders is not None:
             groups = groups.gather(1, orders)
             columns = feedback.rows_at(columns, orders)

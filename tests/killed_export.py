@@ -36,8 +36,8 @@ class Countdown:
         return self._left < 0
 
 
-def in_a_write(over: Countdown) -> None:
-    """Die when half of a piece of a weights file is written."""
+def in_a_write(over: Countdown, folder: str = "work") -> None:
+    """Die when half of a piece of a weights file is written, of those in a folder of that name."""
     opened: Callable[..., Any] = Path.open
 
     class Half(io.FileIO):
@@ -48,11 +48,28 @@ def in_a_write(over: Countdown) -> None:
             return super().write(data)
 
     def opening(self: Path, mode: str = "r", *more: Any, **named: Any) -> Any:
-        if mode == "wb" and ".safetensors" in self.name:
+        if mode == "wb" and ".safetensors" in self.name and self.parent.name == folder:
             return Half(self, "w")
         return opened(self, mode, *more, **named)
 
     setattr(Path, "open", opening)  # noqa: B010
+
+
+def in_a_shard(over: Countdown) -> None:
+    """Die when half of a piece of the target's own weights is written."""
+    in_a_write(over, "out")
+
+
+def before_the_end(over: Countdown) -> None:
+    """Die when the output is whole and has not got its name."""
+    renamed: Callable[..., Any] = Path.rename
+
+    def renaming(self: Path, target: Any) -> Any:
+        if over():
+            die()
+        return renamed(self, target)
+
+    setattr(Path, "rename", renaming)  # noqa: B010
 
 
 def before_a_rename(over: Countdown) -> None:
@@ -108,6 +125,8 @@ def listing(path: Path) -> None:
 
 KINDS = {
     "write": in_a_write,
+    "shard": in_a_shard,
+    "end": before_the_end,
     "rename": before_a_rename,
     "journal": in_the_journal,
     "between": before_the_journal,

@@ -29,7 +29,10 @@ RECIPE: dict[str, Any] = {
 }
 # Files that tell of the run itself, such as how long it took.
 OF_THE_RUN = {"report.json", "README.md", "manifest.json"}
-SEEDS = range(24)
+SEEDS = range(30)
+# Where an export is killed, and how often it comes by there: 8 blocks are solved, with two renames
+# each but for the last of a pass.
+PLACES = {"write": 240, "rename": 14, "journal": 8, "between": 8, "shard": 300, "end": 1}
 CHILD = Path(__file__).with_name("killed_export.py")
 # A child is forked from a process that has imported everything and computed nothing yet.
 SERVER = multiprocessing.get_context("forkserver")
@@ -111,9 +114,8 @@ def finished(folder: Path) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_killed_and_gone_on_with(model: Path, whole: Path, tmp_path: Path, seed: int) -> None:
     rng = random.Random(seed)
-    kind = ("write", "rename", "journal", "between")[seed % 4]
-    # 8 blocks are solved, with two renames each but for the last of a pass.
-    count = rng.randrange({"write": 200, "rename": 14, "journal": 8, "between": 8}[kind])
+    kind = list(PLACES)[seed % len(PLACES)]
+    count = rng.randrange(PLACES[kind])
     folder = inputs(tmp_path / "w")
     assert child(model, folder, kind, count) == -signal.SIGKILL
     assert not (folder / "out").exists()
