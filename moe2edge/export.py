@@ -160,6 +160,8 @@ def _inputs(
     """What the numbers of an export depend on, to the last bit."""
     import torch
 
+    from moe2edge import native
+
     passes = yaml.safe_dump(yaml.safe_load(recipe.render())["passes"], sort_keys=False)
     return {
         "model": checkpoint.sha256,
@@ -167,6 +169,7 @@ def _inputs(
         "calibration": calibration.sha256 if calibration else "none",
         "number of threads": f"{torch.get_num_threads()}",
         "limit of memory": "one group at a time" if not budget.together else "several groups",
+        "loop over columns": "compiled" if native.is_built() else "torch",
         "version": ", ".join(f"{name} {v}" for name, v in versions().items() if name in NUMERIC),
     }
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from moe2edge import native
 from moe2edge.rounding import Grid, Range, choose_grid
 from moe2edge.scheme import WHOLE_ROW
 
@@ -117,11 +118,18 @@ def _factorize(hessian: Tensor, lower: Tensor, weight: Tensor, damping: float) -
 
 
 class Rounder(Protocol):
-    """Decides to what the numbers of a column are rounded."""
+    """Decides to what the numbers of a column are rounded.
 
-    @property
-    def width(self) -> int | None:
-        """Columns that it decides about together, before the last of them; None: none."""
+    Attributes:
+        width: columns that it decides about together, before the last of them; None: none.
+    """
+
+    width: int | None
+
+    def panel(
+        self, first: int, wanted: Tensor, weights: Tensor, lower: Tensor, weight: Tensor
+    ) -> Tensor | None:
+        """Do at once what `_panel` does, with the same arguments; None: column by column."""
         ...
 
     def begin(self, first: int, completed: Tensor, weight: Tensor) -> None:
@@ -171,7 +179,9 @@ def solve(
         else:
             wanted += far.to(dtype) @ errors[:, end:]
         inside = factors.lower[:, part, part].contiguous()
-        _panel(wanted, weights[:, part], inside, factors.weight[:, part], start, rounder, loss)
+        given = wanted, weights[:, part], inside, factors.weight[:, part]
+        lost = rounder.panel(start, *given)
+        loss += _panel(*given, start, rounder) if lost is None else lost
         if errors is not weights:
             errors[:, part] = weights[:, part]
     return loss
@@ -184,9 +194,8 @@ def _panel(
     weight: Tensor,
     first: int,
     rounder: Rounder,
-    loss: Tensor,
-) -> None:
-    """Round some columns.
+) -> Tensor:
+    """Round some columns; the loss of each matrix, [batch].
 
     Args:
         wanted: the numbers [batch, columns, out] with the feedback of all columns behind them;
@@ -196,7 +205,6 @@ def _panel(
         weight: of D, [batch, columns].
         first: the first column.
         rounder: rounds.
-        loss: what their loss is added to.
     """
     columns, width = wanted.shape[1], rounder.width
     original = weights.clone()
@@ -223,7 +231,7 @@ def _panel(
         if start:
             wanted[:, :start].baddbmm_(lower[:, start:end, :start].mT, weights[:, start:end])
     missed = wanted.sub_(original).add_(weights).square_().sum(-1)
-    loss += (missed * weight).sum(-1)
+    return (missed * weight).sum(-1)
 
 
 class GridRounder:
@@ -254,6 +262,25 @@ class GridRounder:
         # Integers without their zero points: up to 9 bits.
         self._q = groups.new_empty(batch, ins, outs, dtype=torch.int16)
         self._columns: _Columns | None = None
+        self.native = how is None and native.is_built() and chosen.scales.device.type == "cpu"
+
+    def panel(
+        self, first: int, wanted: Tensor, weights: Tensor, lower: Tensor, weight: Tensor
+    ) -> Tensor | None:
+        """Round to given grids by the compiled loop, where there is one."""
+        if not self.native:
+            return None
+        part = slice(first, first + wanted.shape[1])
+        return native.round_panel(
+            wanted,
+            weights,
+            lower,
+            weight,
+            Grid(self._scales, self._zeros, self._scheme),
+            self._groups[:, part],
+            self._q[:, part],
+            None if self._mask is None else self._mask[:, part],
+        )
 
     def integers(self, orders: Tensor | None = None) -> Tensor:
         """Integers uint8 [batch, out, in]; column i goes to place ``orders[i]``, if given."""

@@ -181,7 +181,8 @@ def _search(
         importance: of each in the error, of a shape that broadcasts; None: all alike.
         ends: least and largest of each group, [...].
         scheme: bits, symmetric or not.
-        scales, zeros: of the whole range, [...]; overwritten.
+        scales: of the whole range, [...]; overwritten.
+        zeros: likewise.
     """
     least = None
     for shrink in SHRINK:

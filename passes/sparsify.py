@@ -369,7 +369,7 @@ class ZeroChooser:
         import torch
 
         batch, outs, ins = weights.shape
-        self.width = options.width(ins)
+        self.width: int | None = options.width(ins)
         self._sizes = list(sizes)
         self._runs = [options.run((size, ins)) for size in sizes]
         # Transposed, so that a column lies in one piece.
@@ -381,6 +381,9 @@ class ZeroChooser:
         """The numbers, [batch, out, in]."""
         return self._result.transpose(1, 2)
 
+    def panel(self, *_: object) -> None:
+        """Column by column."""
+
     def begin(self, first: int, completed: Tensor, weight: Tensor) -> None:
         """Choose the zeros of `width` columns, by what they would best be [batch, width, out]."""
         scores = completed.square().mul_(weight.unsqueeze(-1)).transpose(1, 2)
@@ -388,7 +391,7 @@ class ZeroChooser:
         for size, (length, count) in zip(self._sizes, self._runs, strict=True):
             part = scores[:, at : at + size]
             gone = smallest(part.reshape(len(part), -1, length), count).view(part.shape)
-            self._gone[:, first : first + self.width, at : at + size] = gone.transpose(1, 2)
+            self._gone[:, first : first + completed.shape[1], at : at + size] = gone.transpose(1, 2)
             at += size
 
     def round(self, column: int, wanted: Tensor, original: Tensor, error: Tensor) -> None:

@@ -5,9 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe2edge import feedback
+from moe2edge import feedback, native
 from moe2edge.rounding import Grid, Range, choose_grid, dequantize, round_to_nearest
 from moe2edge.scheme import Scheme
+
+
+@pytest.fixture(params=["compiled", "torch"], autouse=True)
+def loop(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs over columns."""
+    if request.param == "torch":
+        monkeypatch.setattr(native, "is_built", lambda: False)
+    elif not native.is_built():
+        pytest.skip("there was no compiler when moe2edge was installed")
 
 
 def problem(outs: int = 12, ins: int = 192, tokens: int = 400) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,7 +72,7 @@ def solved(
     grid = choose_grid(weight[None], scheme, how if fixed else "absmax")
     groups = (torch.arange(ins) // scheme.width(ins))[None]
     rounder = feedback.GridRounder(groups, grid, None if fixed else how)
-    errors = weight.T[None].clone()
+    errors = feedback.transposed(weight[None])
     loss = feedback.solve(errors, factors, rounder)
     found = rounder.grid[0].quantized(rounder.integers()[0]).dequantize()
     assert torch.allclose(weight - errors[0].T, found, atol=1e-5)
@@ -124,7 +133,7 @@ def test_a_batch_is_its_members_one_by_one() -> None:
     grid = choose_grid(weights, scheme)
     groups = (torch.arange(192) // 32).expand(3, -1)
     rounder = feedback.GridRounder(groups, grid, "mse")
-    feedback.solve(weights.mT.clone(), factors, rounder)
+    feedback.solve(feedback.transposed(weights), factors, rounder)
     for n in range(3):
         found, _, _ = solved(weights[n], hessians[n], scheme, "mse", fixed=False)
         whole = rounder.grid[n].quantized(rounder.integers()[n]).dequantize()
@@ -139,7 +148,7 @@ def test_a_mask_keeps_zeros_and_the_rest_makes_up_for_it() -> None:
     factors, _ = feedback.factorize(hessian[None].clone(), 0.01)
     groups = (torch.arange(192) // 32)[None]
     rounder = feedback.GridRounder(groups, choose_grid(sparse[None], scheme), None, mask[None])
-    feedback.solve(sparse.T[None].clone(), factors, rounder)
+    feedback.solve(feedback.transposed(sparse[None]), factors, rounder)
     found = rounder.grid[0].quantized(rounder.integers()[0]).dequantize()
     assert (found[~mask] == 0).all()
     rounded = round_to_nearest(sparse, scheme).dequantize()
@@ -173,7 +182,51 @@ def test_damping_rises_until_it_works_and_then_rounds() -> None:
         own = feedback.Factors(factors.lower[n][None], factors.weight[n][None])
         groups = (torch.arange(ins) // 32)[None]
         rounder = feedback.GridRounder(groups, choose_grid(weight, scheme))
-        feedback.solve(weight.mT.clone(), own, rounder)
+        feedback.solve(feedback.transposed(weight), own, rounder)
         plain = round_to_nearest(weight[0], scheme)
         assert torch.equal(rounder.integers()[0], plain.q)
         assert torch.equal(dequantize(plain.q, plain.scales, scheme), plain.dequantize())
+
+
+@pytest.mark.skipif(not native.is_built(), reason="there was no compiler")
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("outs", [1, 64, 200])
+def test_the_compiled_loop_is_that_of_torch(
+    monkeypatch: pytest.MonkeyPatch, symmetric: bool, outs: int
+) -> None:
+    generator = torch.Generator().manual_seed(6)
+    scheme, ins = Scheme(4, 32, symmetric), 160
+    weights = torch.randn(3, outs, ins, generator=generator)
+    mask = torch.rand(3, outs, ins, generator=generator) < 0.7
+    inputs = torch.randn(3, 400, ins, generator=generator)
+    factors, _ = feedback.factorize(inputs.mT @ inputs, 0.01)
+    groups = torch.stack([torch.randperm(ins, generator=generator) // 32 for _ in range(3)])
+    found = {}
+    for name, threads in (("compiled", 1), ("shared", 3), ("torch", 1)):
+        monkeypatch.setattr(native, "is_built", lambda name=name: name != "torch")
+        monkeypatch.setattr(native, "MANY", 0)
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        rounder = feedback.GridRounder(groups, choose_grid(weights, scheme), None, mask)
+        assert rounder.native == (name != "torch")
+        errors = feedback.transposed(weights * mask)
+        loss = feedback.solve(errors, factors, rounder)
+        found[name] = rounder.integers(), loss, errors
+    for one, same in zip(found["compiled"], found["shared"], strict=True):
+        assert torch.equal(one, same)
+    # Sums in another order: numbers between two grid points may fall to the other.
+    assert (found["compiled"][0] == found["torch"][0]).double().mean() > 0.999
+    assert torch.allclose(found["compiled"][1], found["torch"][1], rtol=1e-3)
+
+
+def test_feedback_from_far_in_bfloat16_loses_nothing_that_counts() -> None:
+    weight, hessian = problem(32, 640, 900)
+    factors, _ = feedback.factorize(hessian[None].clone(), 0.01)
+    losses = []
+    for dtype in (torch.float32, torch.bfloat16):
+        groups = (torch.arange(640) // 64)[None]
+        rounder = feedback.GridRounder(groups, choose_grid(weight[None], Scheme(4, 64)))
+        errors = feedback.transposed(weight[None])
+        losses.append(float(feedback.solve(errors, factors, rounder, dtype)))
+        error = errors[0].T.double()
+        assert losses[-1] == pytest.approx(float((error @ damped(hessian) * error).sum()), rel=0.01)
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
