@@ -90,6 +90,7 @@ def export(
         model, steps = run_passes(source, recipe, calibration, work, watcher, budget)
         for target in targets:
             target.accepts(model)
+        memory.give_back()
         measured = Measured.of(
             source,
             model,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from moe2edge import registry
 from moe2edge.checkpoint import Checkpoint
-from moe2edge.memory import Memory
+from moe2edge.memory import Memory, give_back
 from moe2edge.model import Model
 from moe2edge.progress import Watcher
 from moe2edge.report import ResultRow
@@ -131,6 +131,7 @@ def write_target(
     reference.save(folder)
     watcher.log(f"reading {name} back")
     verify.audit(target, folder, stored)
+    give_back()
     size = sum(path.stat().st_size for path in folder.iterdir())
     row = ResultRow.of(f"{name}, in its runtime", model, None, size)
     watcher.log(f"running {name}")

@@ -21,7 +21,7 @@ from safetensors.torch import save
 
 from moe2edge import quality, walk
 from moe2edge.errors import InputError, VerificationFailed
-from moe2edge.memory import fits
+from moe2edge.memory import fits, give_back
 from moe2edge.model import Model, MoELayer, Weight
 from moe2edge.rounding import Quantized
 from moe2edge.target import Runtime, Target
@@ -334,6 +334,7 @@ def parity(
     difference = exact(reference, target, folder, within)
     if model is not None and not fits(target.runtime_nbytes(model), within):
         return Parity(difference), None
+    give_back()
     runtime = target.reopen(folder)
     return shipped(reference, runtime, difference), runtime
 
