@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import resource
 import sys
@@ -146,13 +147,29 @@ def _refuse_early(
     for target in targets:
         target.accepts(planned)
     workfolder.check_output(out, force=force)
-    solved = sum(weight.nbytes for _, _, weight in planned.tensors() if weight.scheme)
-    needed = sum(target.nbytes(planned) for target in targets) + solved
+    needed = sum(target.nbytes(planned) for target in targets)
+    needed += _work_nbytes(recipe, checkpoint.model, budget)
     workfolder.check_space(out, round(needed * 1.05) + (16 << 20))
     for target in targets:
         if not target.streams:
             memory.check(target.runtime_nbytes(planned), within=budget.limit)
     check_memory(recipe.passes, checkpoint.model, budget.limit)
+
+
+def _work_nbytes(recipe: Recipe, model: Model, budget: Memory) -> int:
+    """Bytes of what slimming passes keep on the disk: their numbers, and hidden states."""
+    tokens = recipe.calibration.samples * recipe.calibration.length
+    stream = 4 * tokens * model.family.geometry(model.config).hidden
+    found = most = 0
+    for step, before in _slimming(recipe.passes, model):
+        known = {name: weight for name, _, weight in before.tensors()}
+        after = step.plan(before)
+        found += sum(w.nbytes for name, _, w in after.tensors() if w is not known.get(name))
+        if step.needs_tokens:
+            spilled = budget.stream is not None and stream > budget.stream
+            # In front of a block and behind it; in memory, what enters a block and what it adds.
+            most = 4 * stream if spilled else 2 * stream
+    return found + most
 
 
 def _inputs(
@@ -327,6 +344,11 @@ def run_passes(
 
 
 def _peak_bytes() -> int:
+    """Peak resident set of this process."""
+    with contextlib.suppress(OSError, StopIteration):
+        # What getrusage tells counts from the process that started this one.
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

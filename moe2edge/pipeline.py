@@ -229,8 +229,8 @@ class Solver(Protocol):
         """Take in what one batch of the current block showed."""
         ...
 
-    def solve(self, block: Block) -> tuple[dict[str, Quantized | Tensor], list[str]]:
-        """New numbers of the current block by role, and notes; then forget the block."""
+    def solve(self, block: Block) -> Solved:
+        """New numbers of the current block; then forget the block."""
         ...
 
 
@@ -279,8 +279,8 @@ class Solved:
     Attributes:
         numbers: by role.
         notes: what a user should know.
-        loss: squared error of the outputs on the tokens that were seen, and what it is relative
-            to; zeros if nothing was seen.
+        loss: squared error of the outputs on the tokens that were seen, or of the weights where
+            none are looked at, and what it is relative to; zeros if nothing is known.
         pattern: which of the numbers are zero and stay so; None: what was promised before holds.
     """
 

@@ -37,7 +37,7 @@ class Rule(BaseModel):
         Field(min_length=1, description="blocks, counted from 0, or from the end from -1"),
     ] = None
     bits: Annotated[
-        Literal[2, 3, 4, 8, 16], Field(description="per weight; 16 leaves the tensors as they are")
+        Literal[2, 3, 4, 8, 16], Field(description="per weight; 16 leaves the precision as it is")
     ]
     group_size: Annotated[
         GroupSize | None, Field(description="inputs per scale; none: as the pass")

@@ -17,7 +17,7 @@ SMALLEST_SCALE = 2.0**-24
 LARGEST_SCALE = 32768.0
 # Factors by which the search for scales shrinks the range of a group; with feedback, smaller ones
 # make the KL at 2 bits larger.
-SHRINK = tuple(1 - step / 20 for step in range(5))
+SHRINK = tuple(1 - step / 25 for step in range(6))
 # Numbers that the search works on at once: few enough to stay in the cache of a processor.
 SEARCH_NUMBERS = 1 << 18
 Range = Literal["absmax", "mse"]

@@ -223,8 +223,7 @@ def losses(weight: Tensor, scales: Tensor, inputs: Inputs, scheme: Scheme, how: 
         scheme: what Q rounds to.
         how: as of `moe2edge.rounding.choose_grid`; inputs count by their mean square.
     """
-    every = max(1, len(weight) // OUTPUTS)
-    whole, weight = len(weight), weight[::every].float()
+    weight, share = _some(weight)
     found = []
     step = max(1, NUMBERS // weight.numel())
     for at in range(0, len(scales), step):
@@ -233,7 +232,19 @@ def losses(weight: Tensor, scales: Tensor, inputs: Inputs, scheme: Scheme, how: 
         grid = choose_grid(scaled, scheme, how, inputs.importance / part.square())
         rounded = dequantize(round_to(scaled, grid), grid.scales, scheme, grid.zeros)
         found.append(inputs.squares(weight - rounded / part.unsqueeze(1)))
-    return torch.cat(found) * (whole / len(weight))
+    return torch.cat(found) * share
+
+
+def output_size(weight: Tensor, inputs: Inputs) -> float:
+    """``|| X W^T ||^2``, which `losses` are to be held against, from as many of the outputs."""
+    weight, share = _some(weight)
+    return float(inputs.squares(weight)) * share
+
+
+def _some(weight: Tensor) -> tuple[Tensor, float]:
+    """Some rows of a matrix, float32, and how many each stands for."""
+    some = weight[:: max(1, len(weight) // OUTPUTS)].float()
+    return some, len(weight) / len(some)
 
 
 def inside(gate: Tensor, up: Tensor, x: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from moe2edge.modules import finite
 from moe2edge.parts import Parts
 from moe2edge.pipeline import Group, GroupSolver, Ledger, Solved, Solver, selected
 from moe2edge.roles import OUT, QKV, gated
-from moe2edge.tally import Tally
+from moe2edge.tally import Tally, coverage
 from moe2edge.walk import BATCH_TOKENS, BlockRunner, batches, embed
 
 if TYPE_CHECKING:
@@ -151,6 +151,8 @@ class _BlockWork:
             token, place = torch.where(ids == n)
             own = weights[token, place]
             members.append(_Member(f"experts.{n}", token, own, everyone=True))
+        counts = [len(member.tokens) for member in members]
+        self._tally.add(Solved({}, (coverage(self._block, counts),)))
         size = self._together(layer.experts[0])
         for at in range(0, len(members), size):
             self._mlps(members[at : at + size], parts, flat, out)
@@ -381,10 +383,10 @@ def _solve_whole(
         for part in batches(hidden):
             solver.see(runner.watch(hidden[part]))
         del runner
-    numbers, notes = solver.solve(block)
-    tally.add(Solved(numbers, tuple(notes)))
+    solved = solver.solve(block)
+    tally.add(solved)
     if hidden is not None and block.index + 1 < len(model.blocks):
-        runner = BlockRunner(model, in_memory(block, numbers))
+        runner = BlockRunner(model, in_memory(block, solved.numbers))
         for part in batches(hidden):
             hidden[part] = runner.run(hidden[part])
-    return numbers
+    return solved.numbers

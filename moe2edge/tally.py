@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from statistics import median
 from typing import TYPE_CHECKING
 
 from moe2edge.model import Block, Model
@@ -14,6 +15,14 @@ if TYPE_CHECKING:
 
     from moe2edge.progress import Advance
     from moe2edge.rounding import Quantized
+
+
+def coverage(block: Block, counts: Sequence[int]) -> str:
+    """What is told of the numbers of tokens that the experts of a block saw."""
+    return (
+        f"block {block.index}: {len(counts)} experts saw {min(counts):,} to {max(counts):,} tokens "
+        f"each, median {round(median(counts)):,}"
+    )
 
 
 class Tally:

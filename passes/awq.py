@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from moe2edge.model import Block, Dense, Model, MoELayer, Weight
-from moe2edge.pipeline import Solver
+from moe2edge.pipeline import Solved, Solver
 from moe2edge.quantize import Quantize, Scales
 from moe2edge.scheme import Scheme
 
@@ -69,6 +69,8 @@ class _Solver:
         self._options, self._schemes, self._model = options, schemes, model
         self._samples: dict[str, Sample] = {}
         self._sums: dict[str, Tensor] = {}
+        # Squared size of what rounding costs in outputs, and of the outputs.
+        self._loss = 0.0, 0.0
 
     # ---- seeing ----------------------------------------------------------------------------------
 
@@ -107,16 +109,20 @@ class _Solver:
 
     # ---- solving ---------------------------------------------------------------------------------
 
-    def solve(self, block: Block) -> tuple[dict[str, Quantized | Tensor], list[str]]:
+    def solve(self, block: Block) -> Solved:
         """Fold scales through the places that lead to quantized matrices, then round."""
         from moe2edge.rounding import round_to_nearest
         from moe2edge.smoothing import Folding, places
+        from moe2edge.tally import coverage
 
         weights = dict(block.weights())
         names = {role: self._model.family.disk_name(block.index, role) for role in weights}
         schemes = {r: self._schemes[name] for r, name in names.items() if name in self._schemes}
         inputs = self._inputs(block, weights)
-        notes = [self._note(block, kind) for kind in self._samples if self._few(kind)]
+        counts = [s.seen for kind, s in self._samples.items() if kind.startswith("experts.")]
+        notes = [coverage(block, counts)] if counts else []
+        notes += [self._note(block, kind) for kind in self._samples if self._few(kind)]
+        self._loss = 0.0, 0.0
         folding = Folding()
         for place in places(block, self._model.family.geometry(self._model.config)):
             quantized = {r: schemes[r] for r in place.consumers if r in schemes}
@@ -134,7 +140,7 @@ class _Solver:
             elif role in folding.roles:
                 numbers[role] = folding.apply(role, weights[role].load())
         self._samples, self._sums = {}, {}
-        return numbers, notes
+        return Solved(numbers, tuple(notes), self._loss)
 
     def _fold(
         self,
@@ -155,7 +161,7 @@ class _Solver:
         """
         import torch
 
-        from moe2edge.smoothing import candidates, exact, losses
+        from moe2edge.smoothing import candidates, exact, losses, output_size
 
         magnitudes = inputs[next(iter(quantized))].magnitudes
         scales = candidates(place.gather(magnitudes), self._options.steps)
@@ -164,8 +170,11 @@ class _Solver:
                 scales = exact(scales, weights[role].load())
         spread, how = place.spread(scales), self._options.scales
         total = torch.zeros(len(scales), dtype=torch.float64)
+        size = 0.0
         for role, scheme in quantized.items():
             total += losses(weights[role].load(), spread, inputs[role], scheme, how)
+            size += output_size(weights[role].load(), inputs[role])
+        self._loss = self._loss[0] + float(total.min()), self._loss[1] + size
         if best := int(total.argmin()):
             folding.add(place, scales[best])
 

@@ -47,9 +47,13 @@ class _Rounding(GroupSolver):
         from moe2edge.rounding import round_to_nearest
 
         numbers = {}
+        lost = size = 0.0
         for group in groups:
             for role, weight in group.weights.items():
                 scheme = self._schemes.get(self._model.family.disk_name(block.index, role))
                 if scheme is not None:
-                    numbers[role] = round_to_nearest(finite(weight), scheme, self._scales)
-        return Solved(numbers)
+                    matrix = finite(weight)
+                    numbers[role] = round_to_nearest(matrix, scheme, self._scales)
+                    size += float(matrix.square().sum())
+                    lost += float(numbers[role].dequantize().sub_(matrix).square_().sum())
+        return Solved(numbers, loss=(lost, size))

@@ -50,16 +50,18 @@ def model_of(make: Make, family: str, **changes: Any) -> Model:
 
 def run(step: Awq, model: Model, ids: torch.Tensor = IDS) -> tuple[Model, list[str]]:
     """The model after the pass, held against the contract, and the notes."""
-    planned, before, notes = plan([step], model), model, []
+    planned, before = plan([step], model), model
+    notes: list[str] = []
     solver, hidden = step.solver(model), walk.embed(model, ids)
     assert not isinstance(solver, GroupSolver)
     for block in before.blocks:
         runner = walk.BlockRunner(model, block)
         for at in range(0, len(hidden), 3):
             solver.see(runner.watch(hidden[at : at + 3]))
-        numbers, said = solver.solve(block)
-        notes += said
-        solved = Memory().put(block, numbers)
+        found = solver.solve(block)
+        assert 0 < found.loss[0] < found.loss[1]
+        notes += found.notes
+        solved = Memory().put(block, found.numbers)
         model = model.replace_block(solved)
         hidden = walk.BlockRunner(model, solved).run(hidden)
     enforce(step, "awq", before, Outcome(model, ("all",), notes=tuple(notes)))

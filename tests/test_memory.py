@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -82,3 +85,29 @@ def test_limits_on_the_command_line(tiny: Make, tmp_path: Path) -> None:
     assert "a walk holds a block in float32, which needs" in said
     code, said = export("2GB")
     assert code == 0, said
+
+
+def test_memory_does_not_grow_with_blocks(tiny: Make, tmp_path: Path) -> None:
+    """Less than half of what six more blocks take on the disk."""
+    text = tmp_path / "text.txt"
+    text.write_text("".join(chr(33 + (n * n + n // 7) % 90) for n in range(4000)))
+    peaks, sizes = [], []
+    for blocks in (2, 8):
+        model = tiny(
+            "mixtral",
+            hidden_size=512,
+            intermediate_size=1024,
+            num_local_experts=8,
+            num_hidden_layers=blocks,
+            dtype="bfloat16",
+        )
+        sizes.append(sum(path.stat().st_size for path in model.glob("*.safetensors")))
+        out = tmp_path / f"out-{blocks}"
+        command = [sys.executable, "-m", "moe2edge", "export", str(model), "-t", "gptq"]
+        command += ["-o", str(out), "--eval", "none", "--calib", str(text), "--threads", "1"]
+        command += ["--set", "calibration.samples=4", "--set", "calibration.length=64"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        peaks.append(json.loads((out / "report.json").read_text())["peak_bytes"])
+    assert sizes[1] - sizes[0] > 150e6
+    assert peaks[1] - peaks[0] < (sizes[1] - sizes[0]) / 2
