@@ -36,22 +36,27 @@ HESSIAN_COLUMNS = 512
 ROWS = 32
 
 
-def add_hessian(
+def sum_hessian(
     hessian: Tensor, batches: Iterable[tuple[Tensor, Tensor | None]], *, weighted: bool = True
 ) -> None:
-    """Add ``X^T diag(w) X`` of inputs X [n, in] with weights w [n] to a Hessian [in, in].
+    """Sum up ``X^T diag(w) X`` of inputs X [n, in] with weights w [n]: the Hessian [in, in].
 
     Args:
-        hessian: symmetric; overwritten.
+        hessian: where to; what was there is overwritten.
         batches: X and w; None stands for weights of one.
         weighted: whether w counts.
     """
+    found = False
     for x, weights in batches:
         x = x.to(hessian.dtype)
         weighed = x if weights is None or not weighted else x * weights.unsqueeze(1)
         for start in range(0, len(hessian), HESSIAN_COLUMNS):
             end = start + HESSIAN_COLUMNS
-            hessian[start:, start:end].addmm_(weighed[:, start:].T, x[:, start:end])
+            part = weighed[:, start:].T, x[:, start:end]
+            hessian[start:, start:end].addmm_(*part, beta=float(found))
+        found = True
+    if not found:
+        hessian.zero_()
     for start in range(0, len(hessian), HESSIAN_COLUMNS):
         end = start + HESSIAN_COLUMNS
         hessian[start:end, end:] = hessian[end:, start:end].T

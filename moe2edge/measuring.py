@@ -31,23 +31,21 @@ class Measured:
     Attributes:
         source, model: the two.
         ids: the tokens, int64 [samples, length].
-        source_hidden, hidden: the streams of the two after their last blocks.
+        source_hidden: the stream of the source after its last block; None if no figures are wanted.
+        hidden: that of the result.
         reference: what outputs are held against.
         skip_rates: what dynamic skipping left out.
         memory: what it may take.
-        figures: whether perplexity and the like are wanted; otherwise the tokens serve for the
-            reference alone.
     """
 
     source: Model
     model: Model
     ids: Tensor
-    source_hidden: Tensor
+    source_hidden: Tensor | None
     hidden: Tensor
     reference: Reference
     skip_rates: SkipRates
     memory: Memory
-    figures: bool
 
     @classmethod
     def of(
@@ -60,37 +58,49 @@ class Measured:
         *,
         figures: bool = True,
     ) -> Measured:
-        """Walk over both models."""
+        """Walk over both models.
+
+        Args:
+            source: the model that the result is compared with.
+            model: the result.
+            ids: the tokens.
+            watcher: told about progress.
+            memory: what it may take.
+            figures: whether perplexity and the like are wanted; otherwise the tokens serve for the
+                reference alone, and the source is left out.
+        """
         from moe2edge import verify, walk
         from moe2edge.skipping import SkipObserver
 
         length = min(ids.shape[1], verify.PREFILL + verify.STEPS)
         skipped, margins = SkipObserver(), verify.MarginObserver(length)
         seeing = (skipped, margins)
-        label = "evaluation: source"
-        if model is source:
-            before = walk.observe(source, ids, seeing, watcher.advance, label, memory)
-            after = before
-        else:
+        before = None
+        if figures and model is not source:
+            label = "evaluation: source"
             before = walk.observe(source, ids, (), watcher.advance, label, memory)
-            after = walk.observe(model, ids, seeing, watcher.advance, "evaluation: result", memory)
+        after = walk.observe(model, ids, seeing, watcher.advance, "evaluation: result", memory)
+        if figures and before is None:
+            before = after
         watcher.log("recording what verify compares with")
         rows = verify.reference_rows(margins.fact(), len(ids))
         reference = verify.record(
             model,
             ids[rows, :length],
-            list(walk.head_logits(source, before[rows, :length])),
+            None if before is None else list(walk.head_logits(source, before[rows, :length])),
             after[rows, :length],
         )
         skip_rates = skipped.fact()
-        return cls(source, model, ids, before, after, reference, skip_rates, memory, figures)
+        return cls(source, model, ids, before, after, reference, skip_rates, memory)
 
     def before(self) -> ResultRow:
         """The line of the source."""
         from moe2edge import quality, walk
 
-        logits = walk.head_logits(self.source, self.source_hidden)
-        found = quality.measure(self.ids, logits, None) if self.figures else None
+        found = None
+        if self.source_hidden is not None:
+            logits = walk.head_logits(self.source, self.source_hidden)
+            found = quality.measure(self.ids, logits, None)
         return ResultRow.of("source", self.source, found)
 
     def after(self) -> ResultRow:
@@ -104,7 +114,7 @@ class Measured:
         """Figures of logits [length, vocabulary] of each sample; None if they are not wanted."""
         from moe2edge import quality, walk
 
-        if not self.figures:
+        if self.source_hidden is None:
             return None
         source = walk.head_logits(self.source, self.source_hidden)
         return quality.measure(self.ids, logits, source)

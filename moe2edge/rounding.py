@@ -19,7 +19,7 @@ LARGEST_SCALE = 32768.0
 # make the KL at 2 bits larger.
 SHRINK = tuple(1 - step / 25 for step in range(6))
 # Numbers that the search works on at once: few enough to stay in the cache of a processor.
-SEARCH_NUMBERS = 1 << 18
+SEARCH_NUMBERS = 1 << 16
 Range = Literal["absmax", "mse"]
 
 

@@ -75,14 +75,14 @@ class Reference:
         logits: float32 [samples, length - prefill + 1, vocabulary], after the prefill and after
             each later token.
         digests: SHA-256 of the numbers of each tensor, by its name on disk.
-        source_kl: KL to the source on ``ids``, nats per token.
+        source_kl: KL to the source on ``ids``, nats per token; None if it was not measured.
     """
 
     ids: Tensor
     prefill: int
     logits: Tensor
     digests: dict[str, str]
-    source_kl: float
+    source_kl: float | None
 
     def save(self, folder: Path) -> None:
         """Write it beside an output; no time stamps, so equal references are equal files."""
@@ -172,19 +172,23 @@ def reference_rows(margins: Tensor | None, samples: int) -> list[int]:
     return sorted(margins.argsort(descending=True, stable=True)[:count].tolist())
 
 
-def record(model: Model, ids: Tensor, source_logits: Sequence[Tensor], hidden: Tensor) -> Reference:
+def record(
+    model: Model, ids: Tensor, source_logits: Sequence[Tensor] | None, hidden: Tensor
+) -> Reference:
     """The reference of a model in memory.
 
     Args:
         model: as it will be written.
         ids: int64 [samples, length], at least `SAMPLES` samples.
-        source_logits: logits of the source on each row of ``ids``.
+        source_logits: logits of the source on each row of ``ids``; None: it is not compared with.
         hidden: hidden states of ``model`` after its last block on ``ids``.
     """
     logits = torch.stack(list(walk.head_logits(model, hidden)))
     prefill = min(PREFILL, ids.shape[1] - 1)
     digests = {name: digest(numbers(weight)) for name, _, weight in model.tensors()}
-    kl = quality.measure(ids, logits, source_logits).kl or 0.0
+    kl = None
+    if source_logits is not None:
+        kl = quality.measure(ids, logits, source_logits).kl or 0.0
     return Reference(ids, prefill, logits[:, prefill - 1 :].clone(), digests, kl)
 
 
@@ -370,14 +374,14 @@ def check_source(reference: Reference, runtime: Runtime, source: Model) -> float
 
     Raises:
         InputError: the source has another vocabulary.
-        VerificationFailed: it is clearly larger than at export.
+        VerificationFailed: it is clearly larger than at export, if it was measured then.
     """
     quality.check_vocabulary(source, reference.logits.shape[-1])
     ids = reference.ids
     hidden = walk.observe(source, ids, (), lambda *_: None, "source")
     logits = walk.head_logits(source, hidden)
     found = quality.measure(ids, (runtime.logits(row[None])[0] for row in ids), logits).kl or 0.0
-    if found > reference.source_kl * 1.2 + 1e-3:
+    if reference.source_kl is not None and found > reference.source_kl * 1.2 + 1e-3:
         raise VerificationFailed(
             f"KL to the source is {found:.5f} nats per token; it was {reference.source_kl:.5f} "
             "at export"

@@ -251,16 +251,17 @@ class _Solver:
         from moe2edge import feedback
 
         ins = groups[0].shapes[0][1]
-        hessians = self._space(0, torch.Size((len(groups), ins, ins))).zero_()
+        hessians = self._space(0, torch.Size((len(groups), ins, ins)))
         notes: list[str] = []
         for group, hessian in zip(groups, hessians, strict=True):
             batches, least = group.batches, self._options.min_tokens
             if group.is_starved(least):
                 notes += group.starved_note(block, least, STARVED[self._options.starved])
                 if self._options.starved == "round" or group.everyone is None:
+                    hessian.zero_()
                     continue
                 batches = group.everyone
-            feedback.add_hessian(hessian, batches(), weighted=self._options.gate_weighted)
+            feedback.sum_hessian(hessian, batches(), weighted=self._options.gate_weighted)
         return hessians, notes
 
 

@@ -321,9 +321,9 @@ class _Solver(GroupSolver):
         shapes, ins = groups[0].shapes, groups[0].shapes[0][1]
         loaded = [[_load(weight) for weight in group.weights.values()] for group in groups]
         weights = torch.stack([torch.cat([m.float() for m in matrices]) for matrices in loaded])
-        hessians = torch.zeros(len(groups), ins, ins)
+        hessians = torch.empty(len(groups), ins, ins)
         for group, hessian in zip(groups, hessians, strict=True):
-            feedback.add_hessian(hessian, group.batches())
+            feedback.sum_hessian(hessian, group.batches())
         reference = sum(map(feedback.output_size, weights, hessians))
         dead = hessians.diagonal(dim1=1, dim2=2) == 0
         factors, fine = feedback.factorize(hessians, self._options.damping)

@@ -65,7 +65,7 @@ class Watching:
             first = next(iter(group.weights))
             ins = group.shapes[0][1]
             hessian = torch.zeros(ins, ins)
-            feedback.add_hessian(hessian, group.batches())
+            feedback.sum_hessian(hessian, group.batches())
             self.seen[block.index, first] = hessian
             assert group.tokens == sum(len(x) for x, _ in group.batches())
             if group.everyone is not None:
@@ -189,10 +189,11 @@ def test_starved_experts_borrow_or_are_rounded(tiny: Make) -> None:
     role = "experts.2.down"
     assert torch.equal(numbers(rounded, 0, role).q, numbers(plain, 0, role).q)
     borrowed, notes = solve(model, Gptq.model_validate({**options, "starved": "borrow"}), ids)
-    assert all("is that of all tokens of the layer" in note for note in notes)
+    assert sum("is that of all tokens of the layer" in note for note in notes) == 3 * 6
     assert not torch.equal(numbers(borrowed, 0, role).q, numbers(plain, 0, role).q)
     own, notes = solve(model, Gptq.model_validate({**options, "min_tokens": 0}), ids)
-    assert not notes
+    assert notes[0] == coverage[0]
+    assert len(notes) == 3
     assert not torch.equal(numbers(own, 0, role).q, numbers(borrowed, 0, role).q)
 
 
@@ -201,7 +202,8 @@ def test_an_expert_that_no_token_reaches(tiny: Make) -> None:
     ids = torch.full((2, 3), 5)  # one token: two experts of six
     for starved in ("borrow", "round"):
         after, notes = solve(model, Gptq(group_size=32, min_tokens=0, starved=starved), ids)
-        assert not notes
+        assert notes[0] == "block 0: 6 experts saw 0 to 6 tokens each, median 0"
+        assert len(notes) == 3
         for _, _, weight in after.tensors():
             assert weight.load().isfinite().all()
 

@@ -73,7 +73,8 @@ def ours(job: Job, model: Path, tokens: Path, out: Path, python: Path) -> list[s
     command: list[str | Path] = [python, "-m", "moe2edge", "export", model, "-o", out]
     command += ["-t", "gptq" if held else "hf:dequantize=true"]
     command += ["-r", "w4-rtn" if step == "rtn" else "w4", "--calib", said["text"]]
-    command += ["--eval", "none"]  # held-out text for a report is no part of quantizing
+    # Held-out text for a report is no part of quantizing, and no run goes on behind another one.
+    command += ["--eval", "none", "--resume", "never"]
     for setting in settings:
         command += ["--set", setting]
     return [*command, "--threads", str(job.threads), "--quiet"]
