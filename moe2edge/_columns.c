@@ -1,4 +1,5 @@
-/* The loop over the columns of a panel, of moe2edge.feedback, which has the same in torch.
+/* The loop over the columns of a panel, of moe2edge.feedback, and the search for scales, of
+ * moe2edge.rounding, which have the same in torch. moe2edge/native.py calls them.
  *
  * Rows of a matrix do not depend on each other, so a few of them go through all columns of the
  * panel while they stay in the cache of a processor.
@@ -109,8 +110,83 @@ round_panel(PyObject *self, PyObject *arguments)
     Py_RETURN_NONE;
 }
 
+/* Numbers whose errors are summed up side by side. */
+#define LANES 16
+
+/* Of groups of numbers, one after the other. */
+typedef struct {
+    Address count, width, groups, of_matrix, candidates, largest;
+    Address numbers, importance, scales, zeros, best;
+    float middle;
+} Search;
+
+static inline float
+squared_error(float number, float scale, float low, float high)
+{
+    float q = rintf(number / scale);
+    q = q < low ? low : q > high ? high : q;
+    const float error = number - q * scale;
+    return error * error;
+}
+
+FOR_EACH_PROCESSOR
+static void
+search_groups(const Search *s, int64_t begin, int64_t end)
+{
+    const int64_t width = s->width, whole = width - width % LANES;
+    for (int64_t n = begin; n < end; n++) {
+        const float *numbers = (const float *)s->numbers + n * width;
+        const int64_t of = n / s->of_matrix * s->groups + n % s->groups;
+        const float *importance = (const float *)s->importance + of * width;
+        float least = INFINITY;
+        uint8_t best = 0;
+        for (int64_t k = 0; k < s->candidates; k++) {
+            const int64_t at = k * s->count + n;
+            const float scale = ((const float *)s->scales)[at];
+            const float low = -(s->zeros ? ((const float *)s->zeros)[at] : s->middle);
+            const float high = low + (float)s->largest;
+            float sums[LANES] = {0}, loss = 0;
+            for (int64_t i = 0; i < whole; i += LANES)
+                for (int64_t j = 0; j < LANES; j++)
+                    sums[j] +=
+                        squared_error(numbers[i + j], scale, low, high) * importance[i + j];
+            for (int64_t i = whole; i < width; i++)
+                loss += squared_error(numbers[i], scale, low, high) * importance[i];
+            for (int64_t j = 0; j < LANES; j++)
+                loss += sums[j];
+            if (loss < least) {
+                least = loss;
+                best = (uint8_t)k;
+            }
+        }
+        ((uint8_t *)s->best)[n] = best;
+    }
+}
+
+static PyObject *
+search(PyObject *self, PyObject *arguments)
+{
+    Search s;
+    Address begin, end;
+    (void)self;
+    if (!PyArg_ParseTuple(arguments, "(LLLLLL)(LLLLL)fLL", &s.count, &s.width, &s.groups,
+                          &s.of_matrix, &s.candidates, &s.largest, &s.numbers, &s.importance,
+                          &s.scales, &s.zeros, &s.best, &s.middle, &begin, &end))
+        return NULL;
+    if (s.width < 1 || s.groups < 1 || s.of_matrix < 1 || s.candidates > 255 || begin < 0 ||
+        end > s.count) {
+        PyErr_SetString(PyExc_ValueError, "there are not so many groups");
+        return NULL;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    search_groups(&s, begin, end);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef methods[] = {
     {"round_panel", round_panel, METH_VARARGS, "See moe2edge/native.py, which calls it."},
+    {"search", search, METH_VARARGS, "See moe2edge/native.py, which calls it."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -91,7 +91,7 @@ def factorize(
     too, the factors are those of the identity, with which columns are rounded without feedback.
 
     Args:
-        hessians: symmetric; their diagonals are overwritten.
+        hessians: symmetric, only the lower triangles are read; their diagonals are overwritten.
         damping: part of the mean diagonal that is added.
         space: float32 of the shape of ``hessians``, for the factors; None: it is made.
     """

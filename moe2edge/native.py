@@ -1,4 +1,4 @@
-"""The loop over the columns of a panel, compiled, where it was built; without it torch does it.
+"""The innermost loops of GPTQ, compiled, where they were built; without them torch does the same.
 
 ``_columns.c`` is built when the package is installed, if there is a C compiler. Its sums are in
 another order than torch's, so that a number near the middle of two grid points may fall to the
@@ -7,8 +7,9 @@ other one.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from moe2edge.rounding import Grid
+    from moe2edge.scheme import Scheme
 
 # Multiplications from which on it pays to share the work out.
 MANY = 1 << 20
@@ -74,14 +76,48 @@ def round_panel(
     )
     middle = float(grid.scheme.zero_point)
     threads = torch.get_num_threads() if batch * columns * columns * outs > MANY else 1
-    step = -(-batch * parts // threads)
-    ranges = [(at, min(at + step, batch * parts)) for at in range(0, batch * parts, step)]
-    work = [(sizes, places, middle, begin, end) for begin, end in ranges]
-    if len(work) == 1:
-        _columns.round_panel(*work[0])
-    else:
-        list(_pool(threads).map(lambda each: _columns.round_panel(*each), work))
+    _share_out(partial(_columns.round_panel, sizes, places, middle), batch * parts, threads)
     return loss.sum(1).float()
+
+
+def best_grids(
+    numbers: Tensor, importance: Tensor, scales: Tensor, zeros: Tensor, scheme: Scheme
+) -> Tensor:
+    """Which of several grids rounds each group with the least error.
+
+    Args:
+        numbers: float32 [batch, out, groups, width].
+        importance: of the squared error of each, [batch, groups, width].
+        scales: of the grids, [candidates, batch, out, groups].
+        zeros: likewise; not looked at if the scheme is symmetric.
+        scheme: bits.
+
+    Returns:
+        Index of the first best, uint8 [batch, out, groups].
+    """
+    assert _columns is not None
+    batch, outs, groups, width = numbers.shape
+    count = batch * outs * groups
+    best = torch.empty(batch, outs, groups, dtype=torch.uint8)
+    given = [t.contiguous() for t in (numbers, importance, scales, zeros)]
+    sizes = (count, width, groups, outs * groups, len(scales), scheme.largest)
+    addresses = [t.data_ptr() for t in (*given, best)]
+    if scheme.symmetric:
+        addresses[3] = 0
+    threads = torch.get_num_threads() if len(scales) * numbers.numel() > MANY else 1
+    middle = float(scheme.zero_point)
+    _share_out(partial(_columns.search, sizes, tuple(addresses), middle), count, threads)
+    return best
+
+
+def _share_out(work: Callable[[int, int], None], count: int, threads: int) -> None:
+    """Do parts of ``count`` pieces of work in some threads."""
+    step = -(-count // threads)
+    starts = range(0, count, step)
+    if len(starts) == 1:
+        work(0, count)
+    else:
+        list(_pool(threads).map(lambda at: work(at, min(at + step, count)), starts))
 
 
 @lru_cache(maxsize=1)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from moe2edge import native
 from moe2edge.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -129,26 +130,58 @@ def choose_grid(
     whole = _grid(low, high, 1.0, scheme)
     if how == "absmax":
         return whole
-    shape = whole.scales.shape
     outs, groups, width = grouped.shape[-3:]
     numbers = grouped.reshape(-1, outs, groups, width)
-    costs = None
-    if importance is not None:
-        costs = _grouped(importance, scheme).reshape(-1, 1, groups, width)
+    if importance is None:
+        costs = numbers.new_ones(1, groups, width)
+    else:
+        costs = _grouped(importance, scheme).reshape(-1, groups, width)
         # Where no input of a group ever occurs, all count alike.
         costs = costs.masked_fill(costs.sum(-1, keepdim=True) == 0, 1)
-        costs = costs.expand(len(numbers), -1, -1, -1)
+    costs = costs.expand(len(numbers), -1, -1)
     low, high = (ends.reshape(numbers.shape[:-1]) for ends in (low, high))
-    scales, zeros = (t.reshape(low.shape).clone() for t in (whole.scales, whole.zeros))
+    grids = [_grid(low, high, shrink, scheme) for shrink in SHRINK]
+    scales = torch.stack([grid.scales for grid in grids])
+    zeros = torch.stack([grid.zeros for grid in grids])
+    if native.is_built() and numbers.device.type == "cpu":
+        best = native.best_grids(numbers, costs, scales, zeros, scheme)
+    else:
+        best = _best_grids(numbers, costs, scales, zeros, scheme)
+    scales, zeros = (
+        t.gather(0, best.long()[None]).view(whole.scales.shape) for t in (scales, zeros)
+    )
+    return Grid(scales, zeros, scheme)
+
+
+def _best_grids(
+    numbers: Tensor, costs: Tensor, scales: Tensor, zeros: Tensor, scheme: Scheme
+) -> Tensor:
+    """What `moe2edge.native.best_grids` does."""
+    _, outs, groups, width = numbers.shape
+    best = torch.zeros(numbers.shape[:-1], dtype=torch.uint8, device=numbers.device)
     rows = min(outs, max(1, SEARCH_NUMBERS // (groups * width)))
     matrices = max(1, SEARCH_NUMBERS // (outs * groups * width))
     for n in range(0, len(numbers), matrices):
         for at in range(0, outs, rows):
             part = slice(n, n + matrices), slice(at, at + rows)
-            cost = None if costs is None else costs[part[0]]
-            ends = low[part], high[part]
-            _search(numbers[part], cost, ends, scheme, scales[part], zeros[part])
-    return Grid(scales.view(shape), zeros.view(shape), scheme)
+            weight, cost = numbers[part], costs[part[0], None]
+            least = None
+            for k, (scale, zero) in enumerate(zip(scales, zeros, strict=True)):
+                scale, low = scale[part].unsqueeze(-1), -zero[part].unsqueeze(-1)
+                q = (weight / scale).round_()
+                if scheme.symmetric:
+                    q.clamp_(-scheme.zero_point, scheme.largest - scheme.zero_point)
+                else:
+                    q.clamp_(low, low + scheme.largest)
+                error = torch.addcmul(weight, q, scale, value=-1).square_()
+                loss = error.mul_(cost).sum(-1)
+                if least is None:
+                    least = loss
+                    continue
+                better = loss < least
+                least = torch.where(better, loss, least)
+                best[part].masked_fill_(better, k)
+    return best
 
 
 def _grid(low: Tensor, high: Tensor, shrink: float, scheme: Scheme) -> Grid:
@@ -164,45 +197,6 @@ def _grid(low: Tensor, high: Tensor, shrink: float, scheme: Scheme) -> Grid:
     fits = torch.maximum(-low / (zeros + 0.5), high / (scheme.largest - zeros + 0.5))
     scales = torch.maximum((high - low) / scheme.largest, fits)
     return Grid(portable_scales(scales), zeros, scheme)
-
-
-def _search(
-    weight: Tensor,
-    importance: Tensor | None,
-    ends: tuple[Tensor, Tensor],
-    scheme: Scheme,
-    scales: Tensor,
-    zeros: Tensor,
-) -> None:
-    """Find the best grid of each group.
-
-    Args:
-        weight: the numbers, [..., width].
-        importance: of each in the error, of a shape that broadcasts; None: all alike.
-        ends: least and largest of each group, [...].
-        scheme: bits, symmetric or not.
-        scales: of the whole range, [...]; overwritten.
-        zeros: likewise.
-    """
-    least = None
-    for shrink in SHRINK:
-        grid = _grid(*ends, shrink, scheme)
-        scale = grid.scales.unsqueeze(-1)
-        q = (weight / scale).round_()
-        if scheme.symmetric:
-            q.clamp_(-scheme.zero_point, scheme.largest - scheme.zero_point)
-        else:
-            low = -grid.zeros.unsqueeze(-1)
-            q.clamp_(low, low + scheme.largest)
-        error = torch.addcmul(weight, q, scale, value=-1).square_()
-        loss = error.sum(-1) if importance is None else (error * importance).sum(-1)
-        if least is None:
-            least = loss
-            continue
-        better = loss < least
-        least = torch.where(better, loss, least)
-        scales[:] = torch.where(better, grid.scales, scales)
-        zeros[:] = torch.where(better, grid.zeros, zeros)
 
 
 def round_to(weight: Tensor, grid: Grid) -> Tensor:

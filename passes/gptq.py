@@ -148,7 +148,11 @@ class _Solver:
         if orders is not None:
             for hessian, rows, order in zip(hessians, space, orders, strict=True):
                 torch.index_select(hessian, 0, order, out=rows)
-                torch.index_select(rows, 1, order, out=hessian)
+                # Of what is above the diagonal nobody asks.
+                for start in range(0, len(order), feedback.HESSIAN_COLUMNS):
+                    part = slice(start, start + feedback.HESSIAN_COLUMNS)
+                    left = order[: part.stop]
+                    hessian[part, : len(left)] = rows[part].index_select(1, left)
         factors, fine = feedback.factorize(hessians, self._options.damping, space)
         notes += [
             f"block {block.index}: {', '.join(group.weights)}: the Hessian is singular: rounded"

@@ -218,6 +218,39 @@ def test_the_compiled_loop_is_that_of_torch(
     assert torch.allclose(found["compiled"][1], found["torch"][1], rtol=1e-3)
 
 
+@pytest.mark.skipif(not native.is_built(), reason="there was no compiler")
+@pytest.mark.parametrize("shape", [(40, 96), (3, 5, 64), (2, 700, 256), (6, 40)], ids=str)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_the_compiled_search_is_that_of_torch(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], symmetric: bool, weighted: bool
+) -> None:
+    generator = torch.Generator().manual_seed(8)
+    weight = torch.randn(shape, generator=generator)
+    importance = torch.rand(*shape[:-2], shape[-1], generator=generator)
+    importance[..., :32] = 0
+    for group in (32, -1) if shape[-1] % 32 == 0 else (-1,):
+        scheme, found = Scheme(3, group, symmetric), []
+        for built in (True, False):
+            monkeypatch.setattr(native, "is_built", lambda built=built: built)
+            monkeypatch.setattr(native, "MANY", 0)
+            found.append(choose_grid(weight, scheme, "mse", importance if weighted else None))
+        assert found[0].scales.shape == (*shape[:-1], scheme.groups(shape[-1]))
+        assert not torch.equal(found[0].scales, choose_grid(weight, scheme).scales)
+        # Sums in another order.
+        assert (found[0].scales == found[1].scales).double().mean() > 0.995
+        assert (found[0].zeros == found[1].zeros).double().mean() > 0.995
+
+
+def test_only_the_lower_triangle_is_factored() -> None:
+    _, hessian = problem()
+    whole, _ = feedback.factorize(hessian[None].clone(), 0.01)
+    half = hessian.tril() + torch.full_like(hessian, float("nan")).triu(1)
+    found, fine = feedback.factorize(half[None], 0.01)
+    assert fine == [True]
+    assert torch.equal(found.lower.tril(), whole.lower.tril())
+
+
 def test_feedback_from_far_in_bfloat16_loses_nothing_that_counts() -> None:
     weight, hessian = problem(32, 640, 900)
     factors, _ = feedback.factorize(hessian[None].clone(), 0.01)
