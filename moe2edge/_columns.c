@@ -15,6 +15,9 @@
 #define ROWS 64
 #define COLUMNS 128
 
+/* Raised with every change of what they compute or are given: see moe2edge/native.py. */
+#define VERSION 1
+
 #if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__) && __GNUC__ >= 12
 #define FOR_EACH_PROCESSOR \
     __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
@@ -26,7 +29,7 @@ typedef long long Address;
 
 /* Of matrices with their columns below one another; see moe2edge/native.py for each of them. */
 typedef struct {
-    Address batch, columns, outs, groups, largest, far;
+    Address batch, columns, outs, groups, largest, stride;
     Address wanted, errors, lower, weight, scales, zeros, of_column, mask, q, loss;
     float middle;
 } Panel;
@@ -38,7 +41,7 @@ round_rows(const Panel *p, int64_t matrix, int64_t first, double *loss)
     float wanted[COLUMNS][ROWS], error[ROWS], lost[ROWS] = {0};
     const int64_t outs = p->outs, columns = p->columns;
     const int64_t rows = outs - first < ROWS ? outs - first : ROWS;
-    const int64_t near = matrix * columns * outs + first, away = matrix * p->far + first;
+    const int64_t near = matrix * columns * outs + first, away = matrix * p->stride + first;
     const float *from = (const float *)p->wanted + near;
     float *errors = (float *)p->errors + away;
     int16_t *q = (int16_t *)p->q + away;
@@ -90,7 +93,7 @@ round_panel(PyObject *self, PyObject *arguments)
     Address begin, end;
     (void)self;
     if (!PyArg_ParseTuple(arguments, "(LLLLLL)(LLLLLLLLLL)fLL", &p.batch, &p.columns, &p.outs,
-                          &p.groups, &p.largest, &p.far, &p.wanted, &p.errors, &p.lower,
+                          &p.groups, &p.largest, &p.stride, &p.wanted, &p.errors, &p.lower,
                           &p.weight, &p.scales, &p.zeros, &p.of_column, &p.mask, &p.q, &p.loss,
                           &p.middle, &begin, &end))
         return NULL;
@@ -198,7 +201,8 @@ PyMODINIT_FUNC
 PyInit__columns(void)
 {
     PyObject *made = PyModule_Create(&module);
-    if (made && PyModule_AddIntConstant(made, "ROWS", ROWS) < 0) {
+    if (made && (PyModule_AddIntConstant(made, "ROWS", ROWS) < 0 ||
+                 PyModule_AddIntConstant(made, "VERSION", VERSION) < 0)) {
         Py_DECREF(made);
         return NULL;
     }

@@ -57,6 +57,7 @@ def verify(
         if runtime is None:
             raise DoesNotFit(f"{folder} is too large for the memory of this machine to be run")
         source = open_model(reference, revision, cache_dir).model
+        result["kl_at_export"] = recorded.source_kl
         result["kl_to_source"] = checks.check_source(recorded, runtime, source)
     if as_json:
         emit(result)
@@ -72,7 +73,8 @@ def verify(
             f"top-1 ({parity.positions} positions, cached)"
         )
     if reference:
-        click.echo(f"KL to {reference}: {result['kl_to_source']:.5f} nats per token")
+        than = "" if recorded.source_kl is not None else " (none was measured at export)"
+        click.echo(f"KL to {reference}: {result['kl_to_source']:.5f} nats per token{than}")
     click.echo("verified")
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from moe2edge import memory, registry, workfolder
+from moe2edge import ledger, memory, registry, workfolder
 from moe2edge.calibration import BUILTIN_TEXT
 from moe2edge.checkpoint import Checkpoint
 from moe2edge.errors import InputError
@@ -164,7 +164,8 @@ def _work_nbytes(recipe: Recipe, model: Model, budget: Memory) -> int:
     for step, before in _slimming(recipe.passes, model):
         known = {name: weight for name, _, weight in before.tensors()}
         after = step.plan(before)
-        found += sum(w.nbytes for name, _, w in after.tensors() if w is not known.get(name))
+        changed = (w for name, _, w in after.tensors() if w is not known.get(name))
+        found += sum(map(ledger.nbytes, changed))
         if step.needs_tokens:
             spilled = budget.stream is not None and stream > budget.stream
             # In front of a block and behind it; in memory, what enters a block and what it adds.
@@ -187,7 +188,7 @@ def _inputs(
         "calibration": calibration.sha256 if calibration else "none",
         "number of threads": f"{torch.get_num_threads()}",
         "limit of memory": "one group at a time" if not budget.together else "several groups",
-        "loop over columns": "compiled" if native.is_built() else "torch",
+        "innermost loops": native.described(),
         "version": ", ".join(f"{name} {v}" for name, v in versions().items() if name in NUMERIC),
     }
 
@@ -315,9 +316,9 @@ def run_passes(
                 outcome = step.apply(model, facts)
             elif isinstance(step, Slim):
                 ids = calibration.ids if step.needs_tokens and calibration is not None else None
-                ledger, advance = work.ledger(len(steps)), watcher.advance
+                kept, advance = work.ledger(len(steps)), watcher.advance
                 solved, changed, notes = solving.solve(
-                    model, ids, step.solver(model), ledger, advance, name, budget
+                    model, ids, step.solver(model), kept, advance, name, budget
                 )
                 outcome = Outcome(solved, tuple(changed), notes=tuple(notes))
             elif isinstance(step, Search) and calibration is not None:

@@ -221,6 +221,18 @@ def save(
     return schemes, patterns
 
 
+def nbytes(weight: Weight) -> int:
+    """Bytes that `save` takes for the numbers of a planned weight."""
+    from moe2edge.packing import packed_shape
+
+    if (scheme := weight.scheme) is None:
+        return weight.nbytes
+    outs, ins = weight.shape
+    # A scale in float32, a zero point in a byte.
+    of_group = 4 if scheme.symmetric else 5
+    return outs * (packed_shape((ins,), scheme.bits)[0] + of_group * scheme.groups(ins))
+
+
 def _planned(role: str, value: Quantized | Tensor, weight: Weight) -> list[Planned]:
     import torch
 

@@ -8,15 +8,16 @@ other one.
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 try:
-    from moe2edge import _columns
-except ImportError:  # there was no compiler
+    _columns: Any = import_module("moe2edge._columns")
+except ModuleNotFoundError:  # it was not built
     _columns = None
 
 if TYPE_CHECKING:
@@ -27,11 +28,20 @@ if TYPE_CHECKING:
 
 # Multiplications from which on it pays to share the work out.
 MANY = 1 << 20
+# Of `_columns.c`; one that was built from an older one is not used.
+VERSION = 1
 
 
 def is_built() -> bool:
-    """Whether the compiled loop is there."""
-    return _columns is not None
+    """Whether the compiled loops are there, as this version wants them."""
+    return _columns is not None and _columns.VERSION == VERSION
+
+
+def described() -> str:
+    """Which loops run, for who compares numbers."""
+    if not is_built():
+        return "torch"
+    return f"compiled, version {VERSION}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def round_panel(
@@ -59,16 +69,34 @@ def round_panel(
 
     Returns:
         The loss of each matrix, float32 [batch].
+
+    Raises:
+        ValueError: a tensor has another shape, dtype, layout or place.
     """
-    assert _columns is not None
     batch, columns, outs = wanted.shape
     parts = -(-outs // _columns.ROWS)
     loss = torch.empty(batch, parts, dtype=torch.float64)
     near = [t.contiguous() for t in (wanted, lower, weight, grid.scales, of_column)]
     zeros = None if grid.scheme.symmetric else grid.zeros.contiguous()
-    for part in (errors, q, *([] if mask is None else [mask])):
-        assert part.stride()[1:] == (outs, 1), "columns lie in one piece below one another"
-        assert part.stride(0) == errors.stride(0) or batch == 1
+    groups = (batch, grid.scales.shape[1], outs)
+    _expect("wanted", near[0], (batch, columns, outs), torch.float32)
+    _expect("lower", near[1], (batch, columns, columns), torch.float32)
+    _expect("weight", near[2], (batch, columns), torch.float32)
+    _expect("scales", near[3], groups, torch.float32)
+    _expect("of_column", near[4], (batch, columns), torch.int64)
+    if int(of_column.min()) < 0 or int(of_column.max()) >= groups[1]:
+        raise ValueError(f"of_column: expected groups 0 to {groups[1] - 1}")
+    if zeros is not None:
+        _expect("zeros", zeros, groups, torch.float32)
+    for name, part, dtype in (
+        ("errors", errors, torch.float32),
+        ("q", q, torch.int16),
+        *([] if mask is None else [("mask", mask, torch.bool)]),
+    ):
+        _expect(name, part, (batch, columns, outs), dtype)
+        layout = part.stride()[1:], part.stride(0) if batch > 1 else 0
+        if layout != ((outs, 1), errors.stride(0) if batch > 1 else 0):
+            raise ValueError(f"{name}: columns must lie in one piece below one another")
     sizes = (batch, columns, outs, grid.scales.shape[1], grid.scheme.largest, errors.stride(0))
     places = tuple(
         0 if t is None else t.data_ptr()
@@ -94,12 +122,18 @@ def best_grids(
 
     Returns:
         Index of the first best, uint8 [batch, out, groups].
+
+    Raises:
+        ValueError: a tensor has another shape, dtype or place.
     """
-    assert _columns is not None
     batch, outs, groups, width = numbers.shape
     count = batch * outs * groups
     best = torch.empty(batch, outs, groups, dtype=torch.uint8)
     given = [t.contiguous() for t in (numbers, importance, scales, zeros)]
+    _expect("numbers", numbers, (batch, outs, groups, width), torch.float32)
+    _expect("importance", importance, (batch, groups, width), torch.float32)
+    for name, grids in (("scales", scales), ("zeros", zeros)):
+        _expect(name, grids, (len(scales), batch, outs, groups), torch.float32)
     sizes = (count, width, groups, outs * groups, len(scales), scheme.largest)
     addresses = [t.data_ptr() for t in (*given, best)]
     if scheme.symmetric:
@@ -117,7 +151,21 @@ def _share_out(work: Callable[[int, int], None], count: int, threads: int) -> No
     if len(starts) == 1:
         work(0, count)
     else:
-        list(_pool(threads).map(lambda at: work(at, min(at + step, count)), starts))
+        futures = [_pool(threads).submit(work, at, min(at + step, count)) for at in starts]
+        try:
+            for future in futures:
+                future.result()
+        finally:  # an interrupt must not free what they work on
+            wait(futures)
+
+
+def _expect(name: str, given: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Refuse what the compiled loops would read as something else."""
+    if tuple(given.shape) != shape or given.dtype != dtype or given.device.type != "cpu":
+        raise ValueError(
+            f"{name}: found {given.dtype} {list(given.shape)} on {given.device}, expected "
+            f"{dtype} {list(shape)} on cpu"
+        )
 
 
 @lru_cache(maxsize=1)

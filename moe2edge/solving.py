@@ -116,7 +116,8 @@ class _BlockWork:
     def _attention(self, parts: Parts, hidden: Tensor) -> None:
         """Solve the matrices of attention; ``hidden`` becomes the stream after it."""
         tokens = hidden.shape[0] * hidden.shape[1]
-        inside = _Kept(_each(hidden, parts.output_inputs), hidden.numel())
+        width = self._weights[OUT].shape[1]
+        inside = _Kept(_each(hidden, parts.output_inputs), tokens * width)
         for roles, inputs in (
             (tuple(r for r in QKV if r in self._weights), _each(hidden, parts.attention_inputs)),
             ((OUT,), inside),

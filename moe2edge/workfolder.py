@@ -86,6 +86,8 @@ def check_space(out: Path, needed: int) -> None:
         DoesNotFit: less than ``needed`` bytes are free.
     """
     free = shutil.disk_usage(out.parent).free
+    # What an unfinished export has written already counts, as it is gone on with or removed.
+    free += sum(path.stat().st_size for path in _partial(out).rglob("*") if path.is_file())
     if free < needed:
         raise DoesNotFit(
             f"{out.parent} has {free / 1e9:.2f} GB free, the export needs {needed / 1e9:.2f} GB"

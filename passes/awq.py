@@ -172,8 +172,9 @@ class _Solver:
         total = torch.zeros(len(scales), dtype=torch.float64)
         size = 0.0
         for role, scheme in quantized.items():
-            total += losses(weights[role].load(), spread, inputs[role], scheme, how)
-            size += output_size(weights[role].load(), inputs[role])
+            matrix = weights[role].load()
+            total += losses(matrix, spread, inputs[role], scheme, how)
+            size += output_size(matrix, inputs[role])
         self._loss = self._loss[0] + float(total.min()), self._loss[1] + size
         if best := int(total.argmin()):
             folding.add(place, scales[best])

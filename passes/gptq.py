@@ -10,7 +10,7 @@ and its factor.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field
 
@@ -94,13 +94,22 @@ class Gptq(Quantize):
         else:
             # Older versions of torch do not tell.
             known: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-            native = any(known.get(name) for name in NATIVE)
+            mkldnn: Any = torch.backends.mkldnn  # has no types
+            native = mkldnn.is_available() and any(known.get(name) for name in NATIVE)
         return torch.bfloat16 if native else torch.float32
 
     def resolved(self, model: Model) -> Self:
         """With the dtype that this machine computes in, on which the numbers depend."""
         chosen = str(self.dtype()).removeprefix("torch.")
         return super().resolved(model).model_copy(update={"compute": chosen})
+
+    def describe(self, model: Model) -> str:
+        """Schemes, and what the work is done with, in a line."""
+        from moe2edge import native
+
+        loops = "" if native.is_built() else "; loops in torch, slower: no compiled ones were built"
+        dtype = str(self.dtype()).removeprefix("torch.")
+        return f"{super().describe(model)}; outputs of experts in {dtype}{loops}"
 
     def solver(self, model: Model) -> GroupSolver:
         """Gathers Hessians of matrices, then solves them."""
@@ -119,9 +128,9 @@ class _Solver:
     def nbytes(self, shapes: Sequence[tuple[int, ...]]) -> int:
         """Memory of solving one group."""
         rows, ins = sum(shape[0] for shape in shapes), shapes[0][1]
-        # The Hessian twice, as LAPACK wants it in another order; the weights, those of the columns
-        # at work, and integers.
-        return 8 * ins * ins + 10 * rows * ins
+        # The Hessian twice, as LAPACK wants it in another order; the weights and their errors in
+        # two dtypes, integers, and zero points on the way.
+        return 8 * ins * ins + 12 * rows * ins
 
     def solve(self, block: Block, groups: Sequence[Group]) -> Solved:
         """Solve groups of equal shapes and schemes as one batch.

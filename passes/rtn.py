@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from moe2edge.model import Block, Model
 from moe2edge.pipeline import Group, GroupSolver, Solved
 from moe2edge.quantize import Quantize, Scales
 from moe2edge.scheme import Scheme
-
-if TYPE_CHECKING:
-    pass
 
 
 class Rtn(Quantize):

@@ -254,12 +254,14 @@ def test_only_the_lower_triangle_is_factored() -> None:
 def test_feedback_from_far_in_bfloat16_loses_nothing_that_counts() -> None:
     weight, hessian = problem(32, 640, 900)
     factors, _ = feedback.factorize(hessian[None].clone(), 0.01)
-    losses = []
+    losses, found = [], []
     for dtype in (torch.float32, torch.bfloat16):
         groups = (torch.arange(640) // 64)[None]
         rounder = feedback.GridRounder(groups, choose_grid(weight[None], Scheme(4, 64)))
         errors = feedback.transposed(weight[None])
         losses.append(float(feedback.solve(errors, factors, rounder, dtype)))
+        found.append(rounder.integers())
         error = errors[0].T.double()
         assert losses[-1] == pytest.approx(float((error @ damped(hessian) * error).sum()), rel=0.01)
     assert losses[1] == pytest.approx(losses[0], rel=0.01)
+    assert not torch.equal(*found)

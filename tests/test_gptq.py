@@ -197,6 +197,24 @@ def test_starved_experts_borrow_or_are_rounded(tiny: Make) -> None:
     assert not torch.equal(numbers(own, 0, role).q, numbers(borrowed, 0, role).q)
 
 
+def test_what_is_computed_in_is_chosen_and_told(tiny: Make) -> None:
+    model = open_checkpoint(str(tiny("olmoe"))).model
+    chosen = Gptq().resolved(model).compute
+    assert chosen == str(Gptq().dtype()).removeprefix("torch.")
+    assert f"in {chosen}" in Gptq().describe(model)
+    ids, found = tokens(model), {}
+    for compute in ("float32", "bfloat16"):
+        step = Gptq.model_validate({"group_size": 32, "compute": compute})
+        assert step.resolved(model).compute == compute
+        found[compute], _ = solve(model, step, ids)
+    pairs = zip(*(m.tensors() for m in found.values()), strict=True)
+    same = [torch.equal(a.load(), b.load()) for (_, _, a), (_, _, b) in pairs if a.scheme]
+    assert not all(same)
+    source = list(logits(model, ids))
+    kls = [quality.measure(ids, logits(m, ids), source).kl for m in found.values()]
+    assert kls[1] == pytest.approx(kls[0], rel=0.3)
+
+
 def test_an_expert_that_no_token_reaches(tiny: Make) -> None:
     model = open_checkpoint(str(tiny("mixtral"))).model
     ids = torch.full((2, 3), 5)  # one token: two experts of six
