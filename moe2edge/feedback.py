@@ -267,7 +267,7 @@ class GridRounder:
         # Integers without their zero points: up to 9 bits.
         self._q = groups.new_empty(batch, ins, outs, dtype=torch.int16)
         self._columns: _Columns | None = None
-        self.native = how is None and native.is_built() and chosen.scales.device.type == "cpu"
+        self.native = how is None and native.serves(chosen.scales)
 
     def panel(
         self, first: int, wanted: Tensor, weights: Tensor, lower: Tensor, weight: Tensor

@@ -37,6 +37,11 @@ def is_built() -> bool:
     return _columns is not None and _columns.VERSION == VERSION
 
 
+def serves(numbers: Tensor) -> bool:
+    """Whether the compiled loops can take numbers that lie where these do."""
+    return is_built() and numbers.device.type == "cpu"
+
+
 def described() -> str:
     """Which loops run, for who compares numbers."""
     if not is_built():
@@ -97,7 +102,7 @@ def round_panel(
         layout = part.stride()[1:], part.stride(0) if batch > 1 else 0
         if layout != ((outs, 1), errors.stride(0) if batch > 1 else 0):
             raise ValueError(f"{name}: columns must lie in one piece below one another")
-    sizes = (batch, columns, outs, grid.scales.shape[1], grid.scheme.largest, errors.stride(0))
+    sizes = (batch, columns, outs, groups[1], grid.scheme.largest, errors.stride(0))
     places = tuple(
         0 if t is None else t.data_ptr()
         for t in (near[0], errors, *near[1:4], zeros, near[4], mask, q, loss)

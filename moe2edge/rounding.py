@@ -127,9 +127,8 @@ def choose_grid(
     """
     grouped = _grouped(weight.float(), scheme)
     low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
-    whole = _grid(low, high, 1.0, scheme)
     if how == "absmax":
-        return whole
+        return _grid(low, high, 1.0, scheme)
     outs, groups, width = grouped.shape[-3:]
     numbers = grouped.reshape(-1, outs, groups, width)
     if importance is None:
@@ -139,17 +138,13 @@ def choose_grid(
         # Where no input of a group ever occurs, all count alike.
         costs = costs.masked_fill(costs.sum(-1, keepdim=True) == 0, 1)
     costs = costs.expand(len(numbers), -1, -1)
-    low, high = (ends.reshape(numbers.shape[:-1]) for ends in (low, high))
+    low, high = (end.reshape(numbers.shape[:-1]) for end in (low, high))
     grids = [_grid(low, high, shrink, scheme) for shrink in SHRINK]
     scales = torch.stack([grid.scales for grid in grids])
     zeros = torch.stack([grid.zeros for grid in grids])
-    if native.is_built() and numbers.device.type == "cpu":
-        best = native.best_grids(numbers, costs, scales, zeros, scheme)
-    else:
-        best = _best_grids(numbers, costs, scales, zeros, scheme)
-    scales, zeros = (
-        t.gather(0, best.long()[None]).view(whole.scales.shape) for t in (scales, zeros)
-    )
+    search = native.best_grids if native.serves(numbers) else _best_grids
+    best = search(numbers, costs, scales, zeros, scheme).long()[None]
+    scales, zeros = (t.gather(0, best).view(grouped.shape[:-1]) for t in (scales, zeros))
     return Grid(scales, zeros, scheme)
 
 

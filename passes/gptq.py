@@ -108,7 +108,7 @@ class Gptq(Quantize):
         from moe2edge import native
 
         loops = "" if native.is_built() else "; loops in torch, slower: no compiled ones were built"
-        dtype = str(self.dtype()).removeprefix("torch.")
+        dtype = self.resolved(model).compute
         return f"{super().describe(model)}; outputs of experts in {dtype}{loops}"
 
     def solver(self, model: Model) -> GroupSolver:

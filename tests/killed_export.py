@@ -60,28 +60,26 @@ def in_a_shard(over: Countdown) -> None:
     in_a_write(over, "out")
 
 
-def before_the_end(over: Countdown) -> None:
-    """Die when the output is whole and has not got its name."""
-    renamed: Callable[..., Any] = Path.rename
+def _before(over: Countdown, method: str) -> None:
+    """Die when a method of paths is called that gives a new name."""
+    original: Callable[..., Any] = getattr(Path, method)
 
     def renaming(self: Path, target: Any) -> Any:
         if over():
             die()
-        return renamed(self, target)
+        return original(self, target)
 
-    setattr(Path, "rename", renaming)  # noqa: B010
+    setattr(Path, method, renaming)
+
+
+def before_the_end(over: Countdown) -> None:
+    """Die when the output is whole and has not got its name."""
+    _before(over, "rename")
 
 
 def before_a_rename(over: Countdown) -> None:
     """Die when a file is whole and has not got its name."""
-    replaced: Callable[..., Any] = Path.replace
-
-    def replacing(self: Path, target: Any) -> Any:
-        if over():
-            die()
-        return replaced(self, target)
-
-    setattr(Path, "replace", replacing)  # noqa: B010
+    _before(over, "replace")
 
 
 def in_the_journal(over: Countdown) -> None:
