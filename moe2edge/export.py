@@ -78,6 +78,7 @@ def export(
     source = checkpoint.model
     recipe = recipe.resolved(source)
     budget = memory.Memory.of(memory.limit(most))
+    memory.keep_no_holes(most)
     _refuse_early(checkpoint, recipe, targets, out, budget, force=force)
     watcher.log(f"recipe:\n{recipe.render()}")
     describe(recipe.passes, source, watcher)

@@ -22,18 +22,26 @@ IMPORTED = 600 << 20
 TOGETHER = 256 << 20
 
 
+# Blocks of at least so many bytes go back to the system when freed: see `keep_no_holes`.
+LARGE = 4 << 20
+# Of <malloc.h>.
+M_MMAP_THRESHOLD = -3
+
+
 def limit(most: int | None = None) -> int:
     """Bytes that this process may take: of the machine, its container, its limits and ``most``."""
-    import resource
-
-    found = [psutil.virtual_memory().total]
+    found = [psutil.virtual_memory().total, *_process_limits()]
     with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit
         found.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    for kind in (resource.RLIMIT_DATA, resource.RLIMIT_AS):
-        soft, _ = resource.getrlimit(kind)
-        if soft != resource.RLIM_INFINITY:
-            found.append(soft)
     return min(found if most is None else [*found, most])
+
+
+def _process_limits() -> list[int]:
+    """The soft limits of addresses that this process may take, in bytes (``ulimit -d``, ``-v``)."""
+    import resource
+
+    softs = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_DATA, resource.RLIMIT_AS))
+    return [soft for soft in softs if soft != resource.RLIM_INFINITY]
 
 
 def fits(needed: int, within: int | None) -> bool:
@@ -99,6 +107,23 @@ def give_back() -> None:
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def keep_no_holes(most: int | None) -> None:
+    """Keep the addresses taken close to the memory used, where either is limited.
+
+    The C library (glibc) raises the size from which a block is a mapping of its own up to 32 MiB as
+    it sees such blocks freed. Matrices then lie on its heap between what stays, and every block of
+    the model leaves holes: no memory after `give_back`, but addresses, which ``ulimit`` counts. A
+    size that is set stays; asking the system for every matrix takes a tenth more time.
+
+    Args:
+        most: bytes that the whole process was told to take; None: not told.
+    """
+    if most is None and not _process_limits():
+        return
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE)
 
 
 def check(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import resource
 import subprocess
 import sys
@@ -51,6 +52,35 @@ def test_the_limit_is_the_least_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
     limits = {resource.RLIMIT_DATA: (5000, none), resource.RLIMIT_AS: (none, none)}
     monkeypatch.setattr(resource, "getrlimit", limits.__getitem__)
     assert memory.limit() == 5000
+
+
+HOLE = """
+import sys, torch
+from pathlib import Path
+from moe2edge.memory import keep_no_holes
+
+def data():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmData"))
+
+keep_no_holes(int(sys.argv[1]) or None)
+torch.empty(30 << 20, dtype=torch.uint8)  # freed: from here on glibc would keep such blocks
+before = data()
+blocks = [torch.empty(8 << 20, dtype=torch.uint8) for _ in range(8)]
+stays = [bytearray(1000) for _ in range(1000)], torch.ones(1000)
+del blocks
+print(data() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about the heap of glibc")
+def test_large_matrices_leave_no_holes_where_memory_is_limited() -> None:
+    left = [
+        int(subprocess.run([sys.executable, "-c", HOLE, most], capture_output=True).stdout)
+        for most in ("0", "1000000000")
+    ]
+    assert left[0] > 30 << 20
+    assert left[1] < 4 << 20
 
 
 @pytest.mark.parametrize(
