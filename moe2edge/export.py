@@ -182,6 +182,7 @@ def _inputs(
 
     from moe2edge import native
 
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     passes = yaml.safe_dump(yaml.safe_load(recipe.render())["passes"], sort_keys=False)
     return {
         "model": checkpoint.sha256,
@@ -190,6 +191,7 @@ def _inputs(
         "number of threads": f"{torch.get_num_threads()}",
         "limit of memory": "one group at a time" if not budget.together else "several groups",
         "innermost loops": native.described(),
+        "GPU": gpu,
         "version": ", ".join(f"{name} {v}" for name, v in versions().items() if name in NUMERIC),
     }
 

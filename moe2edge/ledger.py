@@ -139,7 +139,7 @@ class FileLedger:
         stream = None
         if hidden is not None:
             stream = f"stream-{stem}.safetensors"
-            whole = Planned(HIDDEN, tuple(hidden.shape), "F32", lambda: hidden)
+            whole = Planned(HIDDEN, tuple(hidden.shape), "F32", hidden.cpu)
             write_durably(self.journal.folder / stream, [whole])
         unit = Unit(
             self.step, block.index, _origins(block), path.name, schemes, patterns, stream, done

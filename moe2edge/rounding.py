@@ -19,8 +19,9 @@ LARGEST_SCALE = 32768.0
 # Factors by which the search for scales shrinks the range of a group; with feedback, smaller ones
 # make the KL at 2 bits larger.
 SHRINK = tuple(1 - step / 25 for step in range(6))
-# Numbers that the search works on at once: few enough to stay in the cache of a processor.
-SEARCH_NUMBERS = 1 << 16
+# Numbers that the search works on at once: few enough to stay in the cache of a processor. A GPU
+# spends its time on starting operations instead.
+SEARCH_NUMBERS, GPU_SEARCH_NUMBERS = 1 << 16, 1 << 26
 Range = Literal["absmax", "mse"]
 
 
@@ -154,8 +155,9 @@ def _best_grids(
     """What `moe2edge.native.best_grids` does."""
     _, outs, groups, width = numbers.shape
     best = torch.zeros(numbers.shape[:-1], dtype=torch.uint8, device=numbers.device)
-    rows = min(outs, max(1, SEARCH_NUMBERS // (groups * width)))
-    matrices = max(1, SEARCH_NUMBERS // (outs * groups * width))
+    most = SEARCH_NUMBERS if numbers.device.type == "cpu" else GPU_SEARCH_NUMBERS
+    rows = min(outs, max(1, most // (groups * width)))
+    matrices = max(1, most // (outs * groups * width))
     for n in range(0, len(numbers), matrices):
         for at in range(0, outs, rows):
             part = slice(n, n + matrices), slice(at, at + rows)

@@ -42,6 +42,9 @@ if TYPE_CHECKING:
 # experts that are solved together.
 CHUNK_NUMBERS, KEPT_NUMBERS = 1 << 24, 1 << 25
 
+# Streams that are alive at once.
+STREAMS = 4
+
 Batches = Callable[[], Iterator[tuple["Tensor", "Tensor | None"]]]
 
 
@@ -96,9 +99,9 @@ class _BlockWork:
         if mlp is None:
             if SECOND_NORM in self._block.norms:
                 for part in batches(hidden):
-                    hidden[part] += parts.normed(hidden[part]).cpu()
+                    hidden[part] += parts.normed(hidden[part]).to(hidden.device)
             return self.numbers
-        added = self._memory.empty(tuple(hidden.shape)).zero_()
+        added = _like(hidden, self._memory).zero_()
         flat, out = hidden.flatten(0, 1), added.flatten(0, 1)
         if isinstance(mlp, MoELayer):
             self._experts(parts, mlp, flat, out)
@@ -126,7 +129,7 @@ class _BlockWork:
             for role in roles:
                 parts.put_attention(role, self._matrix(role, torch.float32))
         for part, (x, _) in zip(batches(hidden), inside(), strict=True):
-            hidden[part] += parts.attended(x).view_as(hidden[part]).cpu()
+            hidden[part] += parts.attended(x).view_as(hidden[part]).to(hidden.device)
 
     # ---- experts and MLPs ------------------------------------------------------------------------
 
@@ -139,7 +142,7 @@ class _BlockWork:
             assert scorer is not None
             return torch.sigmoid(x @ scorer.T)[:, 0]
 
-        everything = torch.arange(len(flat))
+        everything = torch.arange(len(flat), device=flat.device)
         self._mlps(
             [_Member(kind, everything, weigh if scorer is not None else None)], parts, flat, out
         )
@@ -151,6 +154,7 @@ class _BlockWork:
         for n in range(len(layer.experts)):
             token, place = torch.where(ids == n)
             own = weights[token, place]
+            token = token.to(flat.device)
             members.append(_Member(f"experts.{n}", token, own, everyone=True))
         counts = [len(member.tokens) for member in members]
         self._tally.add(Solved({}, (coverage(self._block, counts),)))
@@ -160,7 +164,11 @@ class _BlockWork:
 
     def _together(self, expert: Dense) -> int:
         """Experts that are solved at once within the memory that there is."""
-        return max(1, self._memory.together // _needs(self._solver, expert))
+        room = self._memory.together
+        if self._device.type == "cuda":
+            # There a loop over columns takes as long for one expert as for many.
+            room = _gpu_memory(self._device) // 2
+        return max(1, room // _needs(self._solver, expert))
 
     def _mlps(self, members: Sequence[_Member], parts: Parts, flat: Tensor, out: Tensor) -> None:
         """Solve gated MLPs of one shape, and add what they put out to ``out``."""
@@ -211,7 +219,7 @@ class _BlockWork:
                 at += len(hidden)
                 y = (hidden @ down.T).float()
                 y = y if weights is None else y.mul_(weights[:, None])
-                out.index_add_(0, tokens, y.cpu())
+                out.index_add_(0, tokens, y.to(out.device))
 
 
 @dataclass(frozen=True)
@@ -324,6 +332,8 @@ def solve(
             continue
         if tokens is not None and hidden is None:
             hidden = _stream(model, tokens, block, ledger, memory)
+            if isinstance(solver, GroupSolver):
+                hidden = _near(hidden, solver.device)
         tally.begin(block)
         if isinstance(solver, GroupSolver):
             parts = _BlockWork(model, block, solver, tally, memory)
@@ -372,6 +382,25 @@ def _stream(model: Model, tokens: Tensor, block: Block, ledger: Ledger, memory: 
     hidden = memory.empty(tuple(before.shape))
     hidden.copy_(before)
     return hidden
+
+
+def _gpu_memory(device: torch.device) -> int:
+    """Bytes of a GPU: all of them, as what is free differs from run to run and numbers may not."""
+    return torch.cuda.get_device_properties(device).total_memory
+
+
+def _near(hidden: Tensor, device: torch.device) -> Tensor:
+    """The stream on the device where the work is done, if all that are alive take little of it."""
+    if device.type == "cuda" and STREAMS * hidden.nbytes <= _gpu_memory(device) // 4:
+        return hidden.to(device)
+    return hidden
+
+
+def _like(hidden: Tensor, memory: Memory) -> Tensor:
+    """A stream without numbers where ``hidden`` lies."""
+    if hidden.device.type == "cpu":
+        return memory.empty(tuple(hidden.shape))
+    return torch.empty_like(hidden)
 
 
 def _solve_whole(

@@ -37,7 +37,7 @@ def export(model: Path, out: Path, most: int, *, hard: bool) -> dict[str, Any]:
     command = [
         sys.executable, "-m", "moe2edge", "export", str(model), "-t", "gptq", "-o", str(out),
         "--set", "calibration.samples=16", "--set", "calibration.length=256", "--eval", "none",
-        "--force", "--quiet", "--max-memory", str(most),
+        "--force", "--quiet", "--resume", "never", "--max-memory", str(most),
     ]  # fmt: skip
 
     def limit() -> None:

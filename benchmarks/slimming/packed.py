@@ -1,10 +1,12 @@
 """Memory and speed of a GPTQ folder that runs in 4 bits, beside its source in transformers.
 
     python benchmarks/slimming/packed.py --folder OUT --source MODEL [--tokens 32] [--repeats 5]
+                                         [--device cuda]
     python benchmarks/slimming/packed.py --rows
 
 Each model has a process of its own, which answers in turn, so that both are timed under the same
-conditions and the memory of each is its own; a third process only imports. ``--rows`` measures from
+conditions and the memory of each is its own; a third process only imports. On a GPU, memory is what
+torch has allocated there. ``--rows`` measures from
 how many rows on a matrix is better dequantized than multiplied in 4 bits
 (``moe2edge.packed.MANY_ROWS``). Prints a table and one line of JSON.
 """
@@ -31,7 +33,7 @@ ROWS = (1, 4, 16, 32, 48, 64, 96, 128, 256, 512)
 # ---- a process with one model ------------------------------------------------------------------
 
 
-def serve(kind: str, place: str) -> None:
+def serve(kind: str, place: str, device: str) -> None:
     """Load a model, then decode once for each line on stdin; each answer is a line of JSON."""
     import psutil
     import torch
@@ -41,19 +43,23 @@ def serve(kind: str, place: str) -> None:
     from moe2edge.loading import load
     from moe2edge.torch_runtime import TorchRuntime, open_source
 
-    process = psutil.Process()
+    def memory() -> dict[str, int]:
+        if device == "cpu":
+            return {"rss": psutil.Process().memory_info().rss, "peak": peak()}
+        return {"rss": torch.cuda.memory_allocated(), "peak": torch.cuda.max_memory_allocated()}
+
     begin = time.perf_counter()
     runtime = None
     if kind == "folder":
         runtime = TorchRuntime(load(place, dtype=torch.bfloat16))
     elif kind == "source":
         runtime = open_source(Path(place))
-    answer(
-        {"load_s": time.perf_counter() - begin, "peak": peak(), "rss": process.memory_info().rss}
-    )
+    if runtime is not None:
+        runtime.model.to(device)
+    answer({"load_s": time.perf_counter() - begin, **memory()})
     for line in sys.stdin:
         assert runtime is not None
-        answer(decode(runtime, int(line)) | {"rss": process.memory_info().rss, "peak": peak()})
+        answer(decode(runtime, int(line)) | memory())
 
 
 def decode(runtime: Any, tokens: int) -> dict[str, float]:
@@ -83,9 +89,9 @@ def answer(data: dict[str, float]) -> None:
 class Child:
     """A process that serves one model."""
 
-    def __init__(self, kind: str, place: str) -> None:
+    def __init__(self, kind: str, place: str, device: str) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, __file__, "--serve", kind, "--place", place],
+            [sys.executable, __file__, "--serve", kind, "--place", place, "--device", device],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -115,11 +121,12 @@ class Child:
 # ---- the two measurements ----------------------------------------------------------------------
 
 
-def compare(folder: str, source: str, tokens: int, repeats: int) -> dict[str, Any]:
+def compare(folder: str, source: str, tokens: int, repeats: int, device: str) -> dict[str, Any]:
     """Memory and time of both, in turn."""
-    bare = Child("nothing", "")
+    bare = Child("nothing", "", device)
     bare.end()
-    children = {"folder": Child("folder", folder), "source": Child("source", source)}
+    places = {"folder": folder, "source": source}
+    children = {name: Child(name, place, device) for name, place in places.items()}
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in children}
     for turn in range(repeats + 1):
         for name, child in children.items():
@@ -128,8 +135,8 @@ def compare(folder: str, source: str, tokens: int, repeats: int) -> dict[str, An
                 runs[name].append(found)
     for child in children.values():
         child.end()
-    places = {"folder": folder, "source": source}
     result: dict[str, Any] = {
+        "device": device,
         "tokens": tokens,
         "repeats": repeats,
         "import_rss": bare.loaded["rss"],
@@ -154,7 +161,9 @@ def compare(folder: str, source: str, tokens: int, repeats: int) -> dict[str, An
 
 def show(result: dict[str, Any]) -> None:
     """The table."""
-    print(f"import of torch and transformers: {result['import_rss'] / 1e9:.2f} GB")
+    print(
+        f"{result['device']}; import of torch and transformers: {result['import_rss'] / 1e9:.2f} GB"
+    )
     heads = ("file GB", "RSS GB", "peak GB", "own/file", "load s", "prefill ms", "ms/token")
     print(f"{'':8}" + "".join(f"{head:>11}" for head in heads))
     for name in ("folder", "source"):
@@ -214,17 +223,18 @@ def main() -> None:
     parser.add_argument("--source", help="the checkpoint that it was made of")
     parser.add_argument("--tokens", type=int, default=32, help="decoded in a repeat")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--rows", action="store_true", help="measure MANY_ROWS instead")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     parser.add_argument("--place", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.serve:
-        serve(given.serve, given.place)
+        serve(given.serve, given.place, given.device)
         return
     if given.rows:
         result = rows()
     elif given.folder and given.source:
-        result = compare(given.folder, given.source, given.tokens, given.repeats)
+        result = compare(given.folder, given.source, given.tokens, given.repeats, given.device)
         show(result)
     else:
         parser.error("give --folder and --source, or --rows")
