@@ -17,7 +17,8 @@ import torch
 from moe2edge import criteria, quality, subsets, walk
 from moe2edge.criteria import Criterion
 from moe2edge.errors import InputError
-from moe2edge.model import Block, Model, MoELayer
+from moe2edge.layers import MoELayer
+from moe2edge.model import Block, Model
 from moe2edge.pipeline import Facts
 from moe2edge.quality import Sums
 from moe2edge.subsets import Advance, Evidence, Gatherer

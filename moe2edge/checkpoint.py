@@ -22,7 +22,8 @@ from safetensors import SafetensorError, safe_open
 
 from moe2edge.errors import InputError, Unsupported
 from moe2edge.families import family_of
-from moe2edge.model import DTYPE_BYTES, Model, Weight
+from moe2edge.layers import DTYPE_BYTES, Weight
+from moe2edge.model import Model
 
 if TYPE_CHECKING:
     from torch import Tensor

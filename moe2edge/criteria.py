@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from moe2edge.errors import Moe2EdgeError
-from moe2edge.model import Block, MoELayer
+from moe2edge.layers import MoELayer
+from moe2edge.model import Block
 from moe2edge.pipeline import Facts, Kind
 
 if TYPE_CHECKING:

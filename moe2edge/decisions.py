@@ -17,7 +17,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from moe2edge.checkpoint import read_json, write_json
 from moe2edge.errors import InputError
-from moe2edge.model import Block, Model, MoELayer
+from moe2edge.layers import MoELayer
+from moe2edge.model import Block, Model
 from moe2edge.per_layer import Form, form_of
 
 KIND: Final = "moe2edge.decisions"

@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 from moe2edge import per_layer
 from moe2edge.errors import InputError, Moe2EdgeError, Unsupported, did_you_mean
-from moe2edge.model import Always, Block, Dense, Expert, Model, MoELayer, Router, Shared, Weight
+from moe2edge.layers import Always, Dense, Expert, MoELayer, Router, Shared, Weight
+from moe2edge.model import Block, Model
 from moe2edge.settings import check_rope, check_types, whole_number
 
 # Keys that say nothing about inference or are read from the tensors.

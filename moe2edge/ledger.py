@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from moe2edge.checkpoint import Planned, as_stored, open_file, read_tensor, write_safetensors
 from moe2edge.errors import InputError
-from moe2edge.model import Block, Weight
+from moe2edge.layers import Weight
+from moe2edge.model import Block
 from moe2edge.pipeline import Done
 from moe2edge.scheme import Pattern, Scheme
 

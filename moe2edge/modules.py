@@ -17,7 +17,8 @@ from torch import nn
 
 from moe2edge import per_layer
 from moe2edge.errors import InputError
-from moe2edge.model import SECOND_NORM, Always, Block, Dense, Model, MoELayer, Weight
+from moe2edge.layers import Always, Dense, MoELayer, Weight
+from moe2edge.model import SECOND_NORM, Block, Model
 
 if TYPE_CHECKING:
     from torch import Tensor

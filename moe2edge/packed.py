@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 from moe2edge.errors import Unsupported
+from moe2edge.layers import Dense, Weight
 from moe2edge.memory import give_back
-from moe2edge.model import Block, Dense, Model, Weight
+from moe2edge.model import Block, Model
 from moe2edge.modules import finite
 from moe2edge.roles import gated
 from moe2edge.rounding import Quantized

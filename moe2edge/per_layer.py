@@ -13,7 +13,8 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from moe2edge.errors import Unsupported
-from moe2edge.model import SECOND_NORM, Always, Block, Dense, Model, MoELayer, Weight
+from moe2edge.layers import Always, Dense, MoELayer, Weight
+from moe2edge.model import SECOND_NORM, Block, Model
 
 # Key of everything that is no number of experts; transformers lets it pass if every layer has it.
 OWN = "moe2edge"

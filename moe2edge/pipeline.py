@@ -24,8 +24,9 @@ from typing import (
 from pydantic import BaseModel, ConfigDict, Field
 
 from moe2edge.errors import Moe2EdgeError
+from moe2edge.layers import Weight
 from moe2edge.memory import UNLIMITED, Memory
-from moe2edge.model import Block, Model, Weight, is_quantizable
+from moe2edge.model import Block, Model, is_quantizable
 
 if TYPE_CHECKING:
     import torch

@@ -10,7 +10,8 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from moe2edge.errors import InputError, Moe2EdgeError
-from moe2edge.model import Block, Model, Weight
+from moe2edge.layers import Weight
+from moe2edge.model import Block, Model
 from moe2edge.pipeline import Slim, planned, selected
 from moe2edge.scheme import Scheme, largest_group_size
 

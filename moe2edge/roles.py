@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moe2edge.model import Always, Block, Dense, MoELayer
+from moe2edge.layers import Always, Dense, MoELayer
+from moe2edge.model import Block
 
 QKV = tuple(f"attention.{name}_proj.weight" for name in ("q", "k", "v"))
 OUT = "attention.o_proj.weight"

@@ -40,7 +40,8 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from moe2edge import criteria
 from moe2edge.errors import InputError
-from moe2edge.model import Block, Model, MoELayer
+from moe2edge.layers import MoELayer
+from moe2edge.model import Block, Model
 from moe2edge.pipeline import Facts
 from moe2edge.progress import Advance
 

@@ -17,7 +17,8 @@ from moe2edge.artifact import tokenizer_of
 from moe2edge.calibration import check_length, own_tokens
 from moe2edge.checkpoint import Checkpoint
 from moe2edge.errors import InputError
-from moe2edge.model import Model, MoELayer
+from moe2edge.layers import MoELayer
+from moe2edge.model import Model
 from moe2edge.torch_runtime import open_source
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from moe2edge.model import Model, MoELayer
+from moe2edge.layers import MoELayer
+from moe2edge.model import Model
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -14,17 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from moe2edge.layers import Always, Dense, MoELayer, Weight
 from moe2edge.ledger import in_memory
 from moe2edge.memory import UNLIMITED, Memory, give_back
-from moe2edge.model import (
-    SECOND_NORM,
-    Always,
-    Block,
-    Dense,
-    Model,
-    MoELayer,
-    Weight,
-)
+from moe2edge.model import SECOND_NORM, Block, Model
 from moe2edge.modules import finite
 from moe2edge.parts import Parts
 from moe2edge.pipeline import Group, GroupSolver, Ledger, Solved, Solver, selected

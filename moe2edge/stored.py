@@ -14,7 +14,8 @@ from moe2edge import per_layer
 from moe2edge.checkpoint import Checkpoint, header, read_tensor
 from moe2edge.errors import Unsupported, VerificationFailed
 from moe2edge.families import family_of
-from moe2edge.model import DTYPE_BYTES, Model, Weight, is_quantizable
+from moe2edge.layers import DTYPE_BYTES, Weight
+from moe2edge.model import Model, is_quantizable
 from moe2edge.scheme import GROUP_SIZES, WHOLE_ROW, Scheme
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from moe2edge.errors import Moe2EdgeError
-from moe2edge.model import MoELayer
+from moe2edge.layers import MoELayer
 
 if TYPE_CHECKING:
     from torch import Tensor

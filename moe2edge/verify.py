@@ -21,8 +21,9 @@ from safetensors.torch import save
 
 from moe2edge import quality, walk
 from moe2edge.errors import InputError, VerificationFailed
+from moe2edge.layers import MoELayer, Weight
 from moe2edge.memory import fits, give_back
-from moe2edge.model import Model, MoELayer, Weight
+from moe2edge.model import Model
 from moe2edge.rounding import Quantized
 from moe2edge.target import Runtime, Target
 

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
+from moe2edge.layers import MoELayer
 from moe2edge.memory import UNLIMITED, Memory
-from moe2edge.model import Block, Model, MoELayer
+from moe2edge.model import Block, Model
 from moe2edge.modules import block_state, checked, finite, fit
 from moe2edge.pipeline import Observer
 from moe2edge.progress import Advance

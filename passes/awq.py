@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from moe2edge.model import Block, Dense, Model, MoELayer, Weight
+from moe2edge.layers import Dense, MoELayer, Weight
+from moe2edge.model import Block, Model
 from moe2edge.pipeline import Solved, Solver
 from moe2edge.quantize import Quantize, Scales
 from moe2edge.scheme import Scheme

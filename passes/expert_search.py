@@ -11,7 +11,8 @@ from pydantic import Field, field_validator
 
 from moe2edge.amounts import check_amount, kept
 from moe2edge.errors import InputError
-from moe2edge.model import Block, Model, MoELayer
+from moe2edge.layers import MoELayer
+from moe2edge.model import Block, Model
 from moe2edge.pipeline import Lab, Outcome, Search
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ from typing import Annotated
 from pydantic import Field
 
 from moe2edge.errors import InputError
-from moe2edge.model import Model, MoELayer
+from moe2edge.layers import MoELayer
+from moe2edge.model import Model
 from moe2edge.pipeline import Facts, Kind, Outcome, Trim
 
 

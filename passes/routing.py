@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from pydantic import Field
 
 from moe2edge.errors import InputError, Unsupported
-from moe2edge.model import Block, Model, MoELayer
+from moe2edge.layers import MoELayer
+from moe2edge.model import Block, Model
 from moe2edge.pipeline import Lab, Outcome, Search, Store
 
 if TYPE_CHECKING:

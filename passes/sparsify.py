@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from moe2edge.errors import InputError, Moe2EdgeError
-from moe2edge.model import Block, Model, Weight
+from moe2edge.layers import Weight
+from moe2edge.model import Block, Model
 from moe2edge.pipeline import (
     GateWeighted,
     Group,

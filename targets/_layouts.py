@@ -15,7 +15,8 @@ from typing import Literal, get_args
 
 from moe2edge import per_layer
 from moe2edge.errors import InputError, Unsupported, did_you_mean
-from moe2edge.model import SECOND_NORM, Always, Block, Dense, Model, MoELayer
+from moe2edge.layers import Always, Dense, MoELayer
+from moe2edge.model import SECOND_NORM, Block, Model
 from moe2edge.target import Loader
 from moe2edge.targets._rehomed import as_qwen2_moe
 from moe2edge.targets._tensors import TILE, fitting, padded, zeros

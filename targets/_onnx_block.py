@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from moe2edge.families import Geometry
-from moe2edge.model import SECOND_NORM, Always, Block, Model, MoELayer
+from moe2edge.layers import Always, MoELayer
+from moe2edge.model import SECOND_NORM, Block, Model
 from moe2edge.targets._onnx_graph import Graph, alike, linear
 from moe2edge.targets._onnx_storage import Part, Source, quantized
 

@@ -24,7 +24,7 @@ from onnx import TensorProto
 from torch import Tensor
 
 from moe2edge.errors import VerificationFailed
-from moe2edge.model import Weight
+from moe2edge.layers import Weight
 from moe2edge.packing import deinterleave, interleave, pack_bytes, unpack_bytes
 from moe2edge.rounding import Quantized
 from moe2edge.scheme import Scheme

@@ -8,7 +8,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from moe2edge.checkpoint import DTYPES, Planned
-from moe2edge.model import Model, MoELayer, Weight
+from moe2edge.layers import MoELayer, Weight
+from moe2edge.model import Model
 from moe2edge.scheme import WHOLE_ROW, Scheme
 
 if TYPE_CHECKING:

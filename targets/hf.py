@@ -23,8 +23,9 @@ from moe2edge.checkpoint import (
     write_json,
 )
 from moe2edge.errors import Unsupported, VerificationFailed
+from moe2edge.layers import Weight
 from moe2edge.loading import load
-from moe2edge.model import Model, Weight
+from moe2edge.model import Model
 from moe2edge.stored import stored_model
 from moe2edge.target import Loader, Runtime, Target
 from moe2edge.targets import _layouts

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from moe2edge.checkpoint import write_json
 from moe2edge.errors import InputError, Unsupported
 from moe2edge.generate import stop_ids
-from moe2edge.model import Block, Model, MoELayer, is_quantizable
+from moe2edge.layers import MoELayer
+from moe2edge.model import Block, Model, is_quantizable
 from moe2edge.scheme import WHOLE_ROW, Scheme
 from moe2edge.target import Loader, Runtime, Target
 

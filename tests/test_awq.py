@@ -12,7 +12,8 @@ import torch
 from moe2edge import smoothing, walk
 from moe2edge.checkpoint import open_checkpoint
 from moe2edge.families import FAMILIES
-from moe2edge.model import SECOND_NORM, Block, Model, MoELayer, Weight, is_quantizable
+from moe2edge.layers import MoELayer, Weight
+from moe2edge.model import SECOND_NORM, Block, Model, is_quantizable
 from moe2edge.passes.awq import Awq
 from moe2edge.passes.rtn import Rtn
 from moe2edge.pipeline import GroupSolver, Outcome, enforce, plan

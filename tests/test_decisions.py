@@ -18,7 +18,8 @@ from moe2edge.decide import check_decidable, decide
 from moe2edge.errors import InputError
 from moe2edge.export import calibration_tokens, run_passes
 from moe2edge.families import FAMILIES
-from moe2edge.model import Dense, Model
+from moe2edge.layers import Dense
+from moe2edge.model import Model
 from moe2edge.pipeline import Lab, Outcome, Pass, Search
 from moe2edge.progress import Watcher
 from moe2edge.testing import Make

@@ -20,7 +20,8 @@ from moe2edge.checkpoint import open_checkpoint
 from moe2edge.cli import main
 from moe2edge.errors import DoesNotFit, InputError
 from moe2edge.families import FAMILIES
-from moe2edge.model import Model, Weight
+from moe2edge.layers import Weight
+from moe2edge.model import Model
 from moe2edge.passes.expert_budget import ExpertBudget
 from moe2edge.pipeline import Lab, Outcome, plan
 from moe2edge.progress import Watcher

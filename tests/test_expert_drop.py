@@ -14,7 +14,8 @@ from moe2edge import saliency, walk
 from moe2edge.checkpoint import open_checkpoint
 from moe2edge.errors import InputError
 from moe2edge.families import FAMILIES
-from moe2edge.model import Dense, Model, MoELayer
+from moe2edge.layers import Dense, MoELayer
+from moe2edge.model import Model
 from moe2edge.passes.expert_drop import ExpertDrop
 from moe2edge.pipeline import Facts, plan
 from moe2edge.testing import Make

@@ -21,8 +21,9 @@ from moe2edge.checkpoint import open_checkpoint
 from moe2edge.cli import main
 from moe2edge.errors import DoesNotFit, InputError
 from moe2edge.families import FAMILIES
+from moe2edge.layers import Always, Dense, MoELayer
 from moe2edge.memory import IMPORTED
-from moe2edge.model import Always, Dense, Model, MoELayer
+from moe2edge.model import Model
 from moe2edge.passes.expert_search import ExpertSearch
 from moe2edge.pipeline import Lab, Outcome, plan
 from moe2edge.progress import Watcher

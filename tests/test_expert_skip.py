@@ -18,8 +18,9 @@ from moe2edge.checkpoint import open_checkpoint
 from moe2edge.cli import main
 from moe2edge.errors import InputError
 from moe2edge.families import FAMILIES
+from moe2edge.layers import MoELayer
 from moe2edge.loading import to_transformers
-from moe2edge.model import Model, MoELayer
+from moe2edge.model import Model
 from moe2edge.modules import skipping as skip
 from moe2edge.passes.expert_skip import ExpertSkip
 from moe2edge.pipeline import Facts, plan

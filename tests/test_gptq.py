@@ -13,8 +13,9 @@ import torch
 from moe2edge import feedback, quality, solving, walk
 from moe2edge.checkpoint import BUILTIN, open_checkpoint
 from moe2edge.families import FAMILIES
+from moe2edge.layers import MoELayer
 from moe2edge.memory import TOGETHER, Memory
-from moe2edge.model import Block, Model, MoELayer
+from moe2edge.model import Block, Model
 from moe2edge.passes.gptq import Gptq
 from moe2edge.passes.rtn import Rtn
 from moe2edge.pipeline import Group, GroupSolver, Solved

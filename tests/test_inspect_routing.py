@@ -20,7 +20,8 @@ from moe2edge import loading, routing_report, routing_view, stored, walk
 from moe2edge.checkpoint import open_checkpoint
 from moe2edge.cli import main
 from moe2edge.families import FAMILIES
-from moe2edge.model import Block, Model, Weight
+from moe2edge.layers import Weight
+from moe2edge.model import Block, Model
 from moe2edge.routing_report import CRITERIA
 from moe2edge.testing import Make
 

@@ -26,8 +26,9 @@ from moe2edge.checkpoint import open_checkpoint
 from moe2edge.cli import main
 from moe2edge.errors import InputError, Unsupported
 from moe2edge.families import FAMILIES
+from moe2edge.layers import Dense, MoELayer, Weight
 from moe2edge.loading import load
-from moe2edge.model import SECOND_NORM, Dense, Model, MoELayer, Weight
+from moe2edge.model import SECOND_NORM, Model
 from moe2edge.rounding import Quantized, round_to_nearest
 from moe2edge.scheme import Scheme
 from moe2edge.targets.gptq import Gptq

@@ -17,8 +17,9 @@ from moe2edge import checkpoint
 from moe2edge.checkpoint import open_checkpoint
 from moe2edge.errors import InputError, Unsupported, VerificationFailed
 from moe2edge.families import FAMILIES
+from moe2edge.layers import MoELayer
 from moe2edge.loading import load
-from moe2edge.model import Model, MoELayer
+from moe2edge.model import Model
 from moe2edge.registry import target
 from moe2edge.rounding import round_to_nearest
 from moe2edge.scheme import Scheme

@@ -10,7 +10,8 @@ import torch
 from moe2edge.checkpoint import open_checkpoint
 from moe2edge.errors import InputError, Moe2EdgeError
 from moe2edge.families import FAMILIES
-from moe2edge.model import Model, Weight
+from moe2edge.layers import Weight
+from moe2edge.model import Model
 from moe2edge.pipeline import selected
 from moe2edge.testing import Make
 

@@ -16,7 +16,8 @@ from moe2edge.checkpoint import open_checkpoint
 from moe2edge.cli import main
 from moe2edge.errors import InputError
 from moe2edge.families import FAMILIES
-from moe2edge.model import Model, MoELayer, Weight
+from moe2edge.layers import MoELayer, Weight
+from moe2edge.model import Model
 from moe2edge.passes.routing import Routing
 from moe2edge.pipeline import Lab, Outcome
 from moe2edge.progress import Watcher

@@ -23,7 +23,8 @@ from moe2edge import verify, walk
 from moe2edge.checkpoint import open_checkpoint
 from moe2edge.errors import Unsupported, VerificationFailed
 from moe2edge.families import FAMILIES
-from moe2edge.model import Model, MoELayer, Weight, is_quantizable
+from moe2edge.layers import MoELayer, Weight
+from moe2edge.model import Model, is_quantizable
 from moe2edge.passes.rtn import Rtn
 from moe2edge.quantize import Rule
 from moe2edge.registry import target_with

@@ -20,7 +20,8 @@ from moe2edge.checkpoint import open_checkpoint, read_all
 from moe2edge.cli import main
 from moe2edge.errors import InputError, Moe2EdgeError
 from moe2edge.families import FAMILIES
-from moe2edge.model import Block, Model, MoELayer, Weight, is_quantizable
+from moe2edge.layers import MoELayer, Weight
+from moe2edge.model import Block, Model, is_quantizable
 from moe2edge.passes.gptq import Gptq
 from moe2edge.passes.rtn import Rtn
 from moe2edge.passes.sparsify import SAVES_NOTHING, Sparsify, has_zeros, smallest

@@ -22,8 +22,9 @@ from moe2edge import walk
 from moe2edge.checkpoint import open_checkpoint
 from moe2edge.errors import Unsupported
 from moe2edge.families import FAMILIES
+from moe2edge.layers import Expert, MoELayer
 from moe2edge.loading import load
-from moe2edge.model import Block, Expert, Model, MoELayer
+from moe2edge.model import Block, Model
 from moe2edge.rounding import round_to_nearest
 from moe2edge.scheme import Scheme
 from moe2edge.skipping import removed

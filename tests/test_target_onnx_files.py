@@ -20,7 +20,8 @@ from torch import Tensor
 from moe2edge.checkpoint import open_checkpoint
 from moe2edge.errors import InputError, Unsupported, VerificationFailed
 from moe2edge.families import FAMILIES
-from moe2edge.model import Model, Weight
+from moe2edge.layers import Weight
+from moe2edge.model import Model
 from moe2edge.pipeline import selected
 from moe2edge.rounding import Quantized, round_to_nearest
 from moe2edge.scheme import Scheme

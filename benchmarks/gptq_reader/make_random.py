@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from moe2edge.checkpoint import open_checkpoint
-from moe2edge.model import Model, Weight, is_quantizable
+from moe2edge.layers import Weight
+from moe2edge.model import Model, is_quantizable
 from moe2edge.registry import target
 from moe2edge.rounding import Quantized, round_to_nearest
 from moe2edge.scheme import Scheme

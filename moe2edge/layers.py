@@ -1,0 +1,168 @@
+"""What blocks are made of: lazy tensors, experts, routers, MoE layers. Nothing reads a number."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from moe2edge.errors import InputError, Moe2EdgeError
+from moe2edge.scheme import Pattern, Scheme
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moe2edge.rounding import Quantized
+
+DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A handle on one tensor: name, shape and dtype now, numbers when somebody asks.
+
+    Attributes:
+        name: name of the tensor in the source checkpoint.
+        shape: its shape.
+        dtype: its dtype as safetensors spells it (``BF16``); of the source, if quantized.
+        load: reads the numbers; a quantized weight comes back dequantized, float32.
+        scheme: how it is quantized, None if it is not.
+        load_quantized: reads integers and scales of a quantized weight.
+        pattern: which of its numbers are zero and stay so, None for no such promise.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    load: Callable[[], Tensor] = field(compare=False, repr=False)
+    scheme: Scheme | None = None
+    load_quantized: Callable[[], Quantized] | None = field(default=None, compare=False, repr=False)
+    pattern: Pattern | None = None
+
+    @property
+    def count(self) -> int:
+        """Number of parameters."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of storage: integers, 16-bit scales and zero points if quantized."""
+        if self.scheme is None:
+            return self.count * DTYPE_BYTES[self.dtype]
+        return self.scheme.nbytes(self.shape)
+
+    def quantized(self) -> Quantized:
+        """Integers and scales.
+
+        Raises:
+            Moe2EdgeError: the weight is not quantized.
+        """
+        if self.load_quantized is None:
+            raise Moe2EdgeError(f"{self.name} is not quantized")
+        return self.load_quantized()
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A gated MLP: ``down(silu(gate(x)) * up(x))``."""
+
+    gate: Weight  # [width, hidden]
+    up: Weight  # [width, hidden]
+    down: Weight  # [hidden, width]
+
+
+@dataclass(frozen=True)
+class Expert(Dense):
+    """A routed expert; ``origin`` is its index in the source model."""
+
+    origin: int
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A shared expert: always on, times the sigmoid of its own gate."""
+
+    mlp: Dense
+    gate: Weight  # [1, hidden]
+
+
+@dataclass(frozen=True)
+class Router:
+    """The linear scorer of an MoE layer, with everything that has one row per expert.
+
+    Attributes:
+        weight: [experts, hidden].
+        top_k: experts chosen per token.
+        renormalize: whether the chosen weights are scaled to sum to one.
+        per_expert: further tensors with one entry per expert (bias, correction bias), by suffix.
+        skip_below: dynamic skipping: of the chosen experts in the order of their weights, the
+            second is left out where its weight is below ``skip_below[0]`` times the first's, the
+            third by ``skip_below[1]``, and so on; empty: none is.
+    """
+
+    weight: Weight
+    top_k: int
+    renormalize: bool
+    per_expert: Mapping[str, Weight] = field(default_factory=dict)
+    skip_below: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class MoELayer:
+    """Router and experts, kept in step by construction."""
+
+    router: Router
+    experts: tuple[Expert, ...]
+    shared: Shared | None = None
+
+    def keep(self, ids: Sequence[int], *, clamp_top_k: bool = False) -> MoELayer:
+        """The layer with only the experts ``ids`` (positions in this layer), in that order.
+
+        Router rows and all other per-expert tensors are sliced with the experts.
+
+        Raises:
+            InputError: an id is unknown or repeated, or fewer experts stay than top-k chooses
+                and ``clamp_top_k`` is not set.
+        """
+        if len(set(ids)) != len(ids) or not all(0 <= i < len(self.experts) for i in ids):
+            raise InputError(f"cannot keep experts {list(ids)} of {len(self.experts)}")
+        top_k = self.router.top_k
+        if len(ids) < top_k:
+            if not clamp_top_k or not ids:
+                raise InputError(
+                    f"{len(ids)} experts would stay where the router chooses {top_k} per token; "
+                    f"keep at least {top_k}, or set clamp_top_k: true"
+                )
+            top_k = len(ids)
+        rows = tuple(ids)
+        router = replace(
+            self.router,
+            weight=_rows(self.router.weight, rows),
+            per_expert={k: _rows(w, rows) for k, w in self.router.per_expert.items()},
+            top_k=top_k,
+            skip_below=self.router.skip_below[: top_k - 1],
+        )
+        return replace(self, router=router, experts=tuple(self.experts[i] for i in rows))
+
+
+def _rows(weight: Weight, rows: tuple[int, ...]) -> Weight:
+    """Handle on some rows of ``weight``."""
+    return replace(
+        weight,
+        shape=(len(rows), *weight.shape[1:]),
+        load=lambda: weight.load()[list(rows)],
+    )
+
+
+@dataclass(frozen=True)
+class Always:
+    """What is left of an MoE layer with nothing to choose, in families with shared experts.
+
+    Attributes:
+        shared: the shared expert.
+        expert: the one routed expert that stayed, always on with weight one; None: none stayed.
+    """
+
+    shared: Shared
+    expert: Dense | None = None
