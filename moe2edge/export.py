@@ -334,7 +334,7 @@ def run_passes(
             steps.append(
                 Step(
                     name,
-                    step.model_dump(),
+                    step.model_dump(by_alias=True),
                     outcome.changed,
                     outcome.skipped,
                     outcome.notes,

@@ -114,6 +114,8 @@ class Family:
         if kind == "experts":
             n, _, part = rest.partition(".")
             return f"{at}.{self.moe}.experts.{n}.{names[part]}.weight"
+        if kind == "substitutes":
+            return f"{at}.{self.moe}.substitutes.{rest}"
         if role == "shared.router":
             return f"{at}.{self.moe}.shared_expert_gate.weight"
         if kind == "shared":
@@ -340,7 +342,7 @@ class Family:
             ]
         else:
             config.pop("layer_types", None)
-        shapes = {(len(m.experts), m.router.top_k) for _, m in model.moe_blocks}
+        shapes = {(m.choices, m.router.top_k) for _, m in model.moe_blocks}
         if shapes:
             count, top_k = max(shapes)
             for key in self.experts_key:
@@ -384,6 +386,8 @@ class Family:
             mlps: list[Dense] = [block.mlp] if isinstance(block.mlp, Dense) else []
             if isinstance(block.mlp, MoELayer):
                 mlps += block.mlp.experts
+                for substitute in block.mlp.substitutes:
+                    substitute.check(geometry.hidden)
             if isinstance(block.mlp, Always) and block.mlp.expert is not None:
                 mlps.append(block.mlp.expert)
             if isinstance(block.mlp, MoELayer | Always) and block.mlp.shared is not None:

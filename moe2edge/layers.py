@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -80,6 +80,56 @@ class Expert(Dense):
 
 
 @dataclass(frozen=True)
+class Substitute:
+    """What answers in the place of a routed expert: ``constant + second @ first @ x``.
+
+    It stays routable, and its output is multiplied with its gate weight like an expert's (MoNE's
+    novices, https://arxiv.org/abs/2507.00390, are those without matrices).
+
+    Attributes:
+        origin: index in the source model of the expert.
+        constant: [hidden].
+        first: [rank, hidden]; None, like ``second``, where the constant is all.
+        second: [hidden, rank].
+    """
+
+    origin: int
+    constant: Weight
+    first: Weight | None = None
+    second: Weight | None = None
+
+    @property
+    def rank(self) -> int:
+        """Of the linear map; 0 for a constant."""
+        return 0 if self.first is None else self.first.shape[0]
+
+    def weights(self) -> Iterator[tuple[str, Weight]]:
+        """Its tensors by name."""
+        yield "constant", self.constant
+        if self.first is not None and self.second is not None:
+            yield "first", self.first
+            yield "second", self.second
+
+    def with_weights(self, new: Mapping[str, Weight]) -> Substitute:
+        """The substitute with all tensors replaced, by name."""
+        return Substitute(self.origin, new["constant"], new.get("first"), new.get("second"))
+
+    def check(self, hidden: int) -> None:
+        """Prove that the shapes fit.
+
+        Raises:
+            Moe2EdgeError: one differs.
+        """
+        rank = self.rank
+        expected = {"constant": (hidden,), "first": (rank, hidden), "second": (hidden, rank)}
+        for part, weight in self.weights():
+            if weight.shape != expected[part]:
+                raise Moe2EdgeError(
+                    f"{weight.name} has shape {list(weight.shape)}, expected {list(expected[part])}"
+                )
+
+
+@dataclass(frozen=True)
 class Shared:
     """A shared expert: always on, times the sigmoid of its own gate."""
 
@@ -92,7 +142,7 @@ class Router:
     """The linear scorer of an MoE layer, with everything that has one row per expert.
 
     Attributes:
-        weight: [experts, hidden].
+        weight: [experts, hidden]; rows of substitutes stand behind those of experts.
         top_k: experts chosen per token.
         renormalize: whether the chosen weights are scaled to sum to one.
         per_expert: further tensors with one entry per expert (bias, correction bias), by suffix.
@@ -110,11 +160,24 @@ class Router:
 
 @dataclass(frozen=True)
 class MoELayer:
-    """Router and experts, kept in step by construction."""
+    """Router and experts, kept in step by construction.
+
+    Attributes:
+        router: scores experts and substitutes.
+        experts: the experts.
+        shared: the shared expert, if there is one.
+        substitutes: what answers in the place of experts that are gone.
+    """
 
     router: Router
     experts: tuple[Expert, ...]
     shared: Shared | None = None
+    substitutes: tuple[Substitute, ...] = ()
+
+    @property
+    def choices(self) -> int:
+        """Experts and substitutes: rows of the router."""
+        return len(self.experts) + len(self.substitutes)
 
     def keep(self, ids: Sequence[int], *, clamp_top_k: bool = False) -> MoELayer:
         """The layer with only the experts ``ids`` (positions in this layer), in that order.
@@ -127,23 +190,47 @@ class MoELayer:
         """
         if len(set(ids)) != len(ids) or not all(0 <= i < len(self.experts) for i in ids):
             raise InputError(f"cannot keep experts {list(ids)} of {len(self.experts)}")
-        top_k = self.router.top_k
-        if len(ids) < top_k:
+        top_k, count = self.router.top_k, len(ids) + len(self.substitutes)
+        if count < top_k:
             if not clamp_top_k or not ids:
                 raise InputError(
-                    f"{len(ids)} experts would stay where the router chooses {top_k} per token; "
+                    f"{count} experts would stay where the router chooses {top_k} per token; "
                     f"keep at least {top_k}, or set clamp_top_k: true"
                 )
-            top_k = len(ids)
-        rows = tuple(ids)
-        router = replace(
+            top_k = count
+        router = self._routing((*ids, *range(len(self.experts), self.choices)), top_k)
+        return replace(self, router=router, experts=tuple(self.experts[i] for i in ids))
+
+    def substitute(self, new: Mapping[int, Substitute]) -> MoELayer:
+        """The layer with other answers in the place of some experts; what is routed stays.
+
+        Args:
+            new: by position in this layer.
+
+        Raises:
+            InputError: a position is unknown, or no expert would stay.
+        """
+        stay = [n for n in range(len(self.experts)) if n not in new]
+        if len(stay) + len(new) != len(self.experts) or not stay:
+            raise InputError(f"cannot replace experts {sorted(new)} of {len(self.experts)}")
+        gone = sorted(new)
+        rows = (*stay, *gone, *range(len(self.experts), self.choices))
+        return replace(
+            self,
+            router=self._routing(rows, self.router.top_k),
+            experts=tuple(self.experts[n] for n in stay),
+            substitutes=(*(new[n] for n in gone), *self.substitutes),
+        )
+
+    def _routing(self, rows: tuple[int, ...], top_k: int) -> Router:
+        """The router with only some rows, in that order."""
+        return replace(
             self.router,
             weight=_rows(self.router.weight, rows),
             per_expert={k: _rows(w, rows) for k, w in self.router.per_expert.items()},
             top_k=top_k,
             skip_below=self.router.skip_below[: top_k - 1],
         )
-        return replace(self, router=router, experts=tuple(self.experts[i] for i in rows))
 
 
 def _rows(weight: Weight, rows: tuple[int, ...]) -> Weight:

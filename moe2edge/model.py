@@ -62,10 +62,10 @@ class Block:
         if not isinstance(self.mlp, MoELayer):
             raise InputError(f"block {self.index} has no MoE layer")
         shared = self.mlp.shared
-        if not ids:
+        if not ids and not self.mlp.substitutes:
             return self.without_mlp() if shared is None else replace(self, mlp=Always(shared))
         layer = self.mlp.keep(ids, clamp_top_k=clamp_top_k)
-        if len(ids) > 1:
+        if layer.choices > 1:
             return replace(self, mlp=layer)
         only = layer.experts[0]
         return replace(self, mlp=only if shared is None else Always(shared, only))
@@ -115,7 +115,11 @@ class Block:
             )
             shared = mlp.shared and swap_shared(mlp.shared)
             experts = tuple(swap_mlp(f"experts.{n}", e) for n, e in enumerate(mlp.experts))
-            mlp = MoELayer(router, experts, shared)
+            substitutes = tuple(
+                s.with_weights({p: new.get(f"substitutes.{n}.{p}", w) for p, w in s.weights()})
+                for n, s in enumerate(mlp.substitutes)
+            )
+            mlp = MoELayer(router, experts, shared, substitutes)
         elif isinstance(mlp, Always):
             expert = mlp.expert and swap_mlp("dense", mlp.expert)
             mlp = Always(swap_shared(mlp.shared), expert)
@@ -145,6 +149,9 @@ def _body_weights(mlp: MoELayer | Dense | Always | None) -> Iterator[tuple[str, 
             yield f"router.{suffix}", weight
         for n, expert in enumerate(mlp.experts):
             yield from _mlp_weights(f"experts.{n}", expert)
+        for n, substitute in enumerate(mlp.substitutes):
+            for part, weight in substitute.weights():
+                yield f"substitutes.{n}.{part}", weight
     if mlp.shared is not None:
         yield from _mlp_weights("shared", mlp.shared.mlp)
         yield "shared.router", mlp.shared.gate
@@ -209,7 +216,7 @@ class Model:
         """Whether all MoE layers have one size and every block has a form of the family's own."""
         from moe2edge import per_layer
 
-        sizes = {(len(m.experts), m.router.top_k) for _, m in self.moe_blocks}
+        sizes = {(m.choices, m.router.top_k) for _, m in self.moe_blocks}
         return len(sizes) <= 1 and all(per_layer.is_own_form(self, b) for b in self.blocks)
 
     @property
@@ -234,7 +241,7 @@ class Model:
         Embedding rows that are not looked up count, as is usual.
         """
         idle = sum(
-            (len(m.experts) - m.router.top_k)
+            max(0, len(m.experts) - m.router.top_k)
             * sum(w.count for _, w in _mlp_weights("", m.experts[0]))
             for _, m in self.moe_blocks
         )
@@ -257,6 +264,11 @@ class Model:
         return replace(self, blocks=tuple(kept))
 
     @property
+    def substitutes(self) -> int:
+        """How many experts something else answers for."""
+        return sum(len(layer.substitutes) for _, layer in self.moe_blocks)
+
+    @property
     def skips(self) -> bool:
         """Whether some router skips dynamically."""
         return any(layer.router.skip_below for _, layer in self.moe_blocks)
@@ -276,7 +288,7 @@ class Model:
         if not self.blocks:
             raise Moe2EdgeError("no block is left")
         for block, layer in self.moe_blocks:
-            n = len(layer.experts)
+            n = layer.choices
             for weight in (layer.router.weight, *layer.router.per_expert.values()):
                 if weight.shape[0] != n:
                     raise Moe2EdgeError(
@@ -325,6 +337,10 @@ def _describe(block: Block) -> str:
         )
         if origins != list(range(len(origins))):
             parts.append(f"from {origins}")
+        if layer.substitutes:
+            ranks = sorted({s.rank for s in layer.substitutes})
+            gone = [s.origin for s in layer.substitutes]
+            parts.append(f"{len(gone)} substitutes of rank {_listed(ranks)} for {gone}")
         if layer.router.skip_below:
             parts.append(f"skips below {[round(b, 4) for b in layer.router.skip_below]}")
     dense = block.mlp.expert if isinstance(block.mlp, Always) else block.mlp
@@ -335,6 +351,11 @@ def _describe(block: Block) -> str:
     if block.mlp is None:
         parts.append("norm only" if SECOND_NORM in block.norms else "no MLP")
     return "; ".join(parts)
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    """One number, or the ends of several."""
+    return f"{numbers[0]}" if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
 
 
 def _form(weight: Weight) -> str:

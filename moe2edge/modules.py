@@ -76,6 +76,78 @@ class AlwaysOn(nn.Module):
         return out
 
 
+class Substitutes(nn.Module):
+    """What answers in the place of some experts of a layer, all at once.
+
+    Attributes:
+        constants: [substitutes, hidden].
+        first, second: matrices of all linear maps side by side, [ranks, hidden], [hidden, ranks].
+        ranks: of each substitute, 0 for a constant.
+        behind: the id of the first one: experts come before them.
+    """
+
+    def __init__(self, layer: MoELayer) -> None:
+        super().__init__()
+        self.ranks = tuple(s.rank for s in layer.substitutes)
+        self.behind = len(layer.experts)
+        hidden, width = layer.router.weight.shape[1], sum(self.ranks)
+        self.constants = nn.Parameter(torch.empty(len(self.ranks), hidden), requires_grad=False)
+        self.first = nn.Parameter(torch.empty(width, hidden), requires_grad=False)
+        self.second = nn.Parameter(torch.empty(hidden, width), requires_grad=False)
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """Their part in the output of the layer, [tokens, hidden].
+
+        Args:
+            x: inputs of the layer, [tokens, hidden].
+            ids: the chosen experts and substitutes, int64 [tokens, k]; one behind the last
+                substitute stands for none.
+            weights: what outputs are multiplied with, [tokens, k].
+        """
+        count = len(self.ranks)
+        # A column for experts before those of substitutes, and one for none behind them.
+        columns = (ids - self.behind + 1).clamp(0, count + 1)
+        gates = x.new_zeros(len(x), count + 2).scatter_add(1, columns, weights.to(x.dtype))
+        gates = gates[:, 1:-1]
+        out: Tensor = gates @ self.constants
+        if len(self.first):
+            ranks = torch.tensor(self.ranks, device=x.device)
+            inside = (x @ self.first.T) * gates.repeat_interleave(ranks, dim=1)
+            out = out + inside @ self.second.T
+        return out
+
+
+class SubstitutedExperts(nn.Module):
+    """In place of the experts of a transformers MoE module: fewer of them, and substitutes."""
+
+    def __init__(self, experts: nn.Module, layer: MoELayer) -> None:
+        super().__init__()
+        self.experts, self.substitutes = experts, Substitutes(layer)
+        # An id behind its last expert is then one that transformers leaves out.
+        self.experts._is_expert_parallel = True  # type: ignore[assignment]
+        self.num_experts = layer.choices
+
+    def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """The weighted sum of what each token's experts and substitutes put out."""
+        count = self.substitutes.behind
+        beyond = top_k_index >= count
+        real = top_k_index.clamp(max=count)
+        out: Tensor = self.experts(hidden, real, top_k_weights.masked_fill(beyond, 0))
+        added: Tensor = self.substitutes(hidden, top_k_index, top_k_weights)
+        return out + added.to(out.dtype)
+
+
+def routed_experts(moe: Any) -> Any:
+    """The module with the matrices of the routed experts, of a transformers MoE module."""
+    experts = moe.experts
+    return experts.experts if isinstance(experts, SubstitutedExperts) else experts
+
+
+def experts_name(layer: MoELayer) -> str:
+    """Where that module is in a decoder layer."""
+    return "mlp.experts.experts" if layer.substitutes else "mlp.experts"
+
+
 def fit(layers: nn.ModuleList, model: Model) -> None:
     """Give each decoder layer the form of its block. Call it under the device "meta"."""
     config = model.family.transformers_config(model)
@@ -92,6 +164,9 @@ def _fitted(layer: Any, config: Any, model: Model, block: Block) -> Any:
         }
         if any(getattr(config, key) != size for key, size in sizes.items()):
             layer = _layer_like(layer, config, block.index, sizes)
+        if mlp.substitutes:
+            layer.mlp.experts = SubstitutedExperts(layer.mlp.experts, mlp)
+            layer.mlp.gate.weight = nn.Parameter(torch.empty(mlp.router.weight.shape))
         if mlp.router.skip_below:
             add_skipping(layer.mlp, mlp.router.skip_below, renormalize=mlp.router.renormalize)
     elif not per_layer.is_own_form(model, block):
@@ -183,24 +258,28 @@ def block_state(block: Block, wanted: Callable[[str], bool] = lambda _: True) ->
     """
     state: dict[str, Tensor] = {}
     for role, weight in block.weights():
-        kind, _, rest = role.partition(".")
-        if not wanted(role):
-            continue
-        if kind == "norms":
-            state[rest] = finite(weight)
-        elif kind == "attention":
-            state[f"self_attn.{rest}"] = finite(weight)
-        elif kind == "router":
-            state[f"mlp.gate.{rest}"] = finite(weight)
-        elif role == "shared.router":
-            state["mlp.shared_expert_gate.weight"] = finite(weight)
-        elif kind == "shared":
-            state[f"mlp.shared_expert.{rest}_proj.weight"] = finite(weight)
-        elif kind == "dense":
-            state[f"mlp.{rest}_proj.weight"] = finite(weight)
+        if wanted(role) and (name := _module_name(role)):
+            state[name] = finite(weight)
     if isinstance(block.mlp, MoELayer) and wanted("experts.0.gate"):
-        state |= _fused_experts(block.mlp.experts)
+        fused, at = _fused_experts(block.mlp.experts), experts_name(block.mlp)
+        state |= {f"{at}.{name}": numbers for name, numbers in fused.items()}
+    if isinstance(block.mlp, MoELayer) and block.mlp.substitutes and wanted("substitutes.0"):
+        fused = _fused_substitutes(block.mlp)
+        state |= {f"mlp.experts.substitutes.{name}": t for name, t in fused.items()}
     return state
+
+
+def _module_name(role: str) -> str | None:
+    """Transformers' name in memory of a tensor of a block; None where it has no name of its own."""
+    kind, _, rest = role.partition(".")
+    names = {
+        "norms": rest,
+        "attention": f"self_attn.{rest}",
+        "router": f"mlp.gate.{rest}",
+        "shared": f"mlp.shared_expert.{rest}_proj.weight",
+        "dense": f"mlp.{rest}_proj.weight",
+    }
+    return "mlp.shared_expert_gate.weight" if role == "shared.router" else names.get(kind)
 
 
 def _fused_experts(experts: Sequence[Dense]) -> dict[str, Tensor]:
@@ -215,7 +294,18 @@ def _fused_experts(experts: Sequence[Dense]) -> dict[str, Tensor]:
             (down[n], expert.down),
         ):
             place.copy_(checked(weight.name, weight.load()))
-    return {"mlp.experts.gate_up_proj": gate_up, "mlp.experts.down_proj": down}
+    return {"gate_up_proj": gate_up, "down_proj": down}
+
+
+def _fused_substitutes(layer: MoELayer) -> dict[str, Tensor]:
+    """Parameters of `Substitutes`."""
+    linear = [(s.first, s.second) for s in layer.substitutes if s.first and s.second]
+    nothing = torch.empty(0, layer.router.weight.shape[1])
+    return {
+        "constants": torch.stack([finite(s.constant) for s in layer.substitutes]),
+        "first": torch.cat([nothing, *(finite(first) for first, _ in linear)]),
+        "second": torch.cat([nothing.T, *(finite(second) for _, second in linear)], dim=1),
+    }
 
 
 def finite(weight: Weight) -> Tensor:

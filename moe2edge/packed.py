@@ -17,10 +17,10 @@ import torch
 from torch import nn
 
 from moe2edge.errors import Unsupported
-from moe2edge.layers import Dense, Weight
+from moe2edge.layers import Dense, MoELayer, Weight
 from moe2edge.memory import give_back
 from moe2edge.model import Block, Model
-from moe2edge.modules import finite
+from moe2edge.modules import experts_name, finite
 from moe2edge.roles import gated
 from moe2edge.rounding import Quantized
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 # Inputs that share a scale, as the matmul takes them; larger groups are given in pieces.
 KERNEL_GROUPS = (256, 128, 64, 32)
-# Module of a decoder layer with the routed experts.
+# Stands for the module of a decoder layer with the routed experts: see `experts_name`.
 EXPERTS = "mlp.experts"
 # Outputs that it works on at once.
 KERNEL_ROWS = 16
@@ -198,9 +198,11 @@ def pack_layer(layer: nn.Module, block: Block, dtype: torch.dtype) -> frozenset[
             layer.set_submodule(unit.module, PackedLinear(unit.numbers, replaced.bias))
         give_back()
     if EXPERTS in fit:
-        activation: Any = layer.get_submodule(EXPERTS).act_fn
+        assert isinstance(block.mlp, MoELayer)
+        place = experts_name(block.mlp)
+        activation: Any = layer.get_submodule(place).act_fn
         packed = PackedExperts(experts["gate_up"], experts["down"], activation)
-        layer.set_submodule(EXPERTS, packed)
+        layer.set_submodule(place, packed)
     return frozenset(role for unit in units if unit.module in fit for role in unit.weights)
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 CPU = torch.device("cpu")
 
 
-LOADED = ("norms", "attention", "router")
+LOADED = ("norms", "attention", "router", "substitutes")
 
 
 class Parts:
@@ -80,3 +80,10 @@ class Parts:
         """
         _, weights, ids = self._mlp.gate(inputs)
         return weights.float().cpu(), ids.cpu()
+
+    @torch.no_grad()
+    def substituted(self, inputs: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        """What substitutes add to the stream [tokens, hidden], for a layer that has some."""
+        chosen = ids.to(self._device), weights.to(self._device)
+        out: Tensor = self._mlp.experts.substitutes(inputs, *chosen)
+        return out

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from moe2edge.errors import Unsupported
-from moe2edge.layers import Always, Dense, MoELayer, Weight
+from moe2edge.layers import Always, Dense, MoELayer, Substitute, Weight
 from moe2edge.model import SECOND_NORM, Block, Model
 
 # Key of everything that is no number of experts; transformers lets it pass if every layer has it.
@@ -28,7 +28,7 @@ Take = Callable[[str, tuple[int, ...]], Weight]
 def is_own_form(model: Model, block: Block) -> bool:
     """Whether transformers' class of the family can hold a block, by the common config alone."""
     if isinstance(block.mlp, MoELayer):
-        return not block.mlp.router.skip_below
+        return not block.mlp.router.skip_below and not block.mlp.substitutes
     if not isinstance(block.mlp, Dense) or not model.family.dense_layers:
         return False
     return block.mlp.gate.shape[0] == model.config.get("intermediate_size")
@@ -60,7 +60,7 @@ def write(model: Model) -> dict[str, dict[str, Any]]:
         form = {} if is_own_form(model, block) else _form(block)
         sizes = {}
         if isinstance(block.mlp, MoELayer):
-            sizes = {key: len(block.mlp.experts), TOP_K: block.mlp.router.top_k}
+            sizes = {key: block.mlp.choices, TOP_K: block.mlp.router.top_k}
         elif form:
             sizes = {key: 0, TOP_K: 0}
         found[str(block.index)] = {**sizes, OWN: form}
@@ -81,7 +81,12 @@ def sizes(model: Model) -> dict[str, dict[str, int]]:
 def _form(block: Block) -> dict[str, Any]:
     """What transformers' class cannot hold of a block."""
     if isinstance(block.mlp, MoELayer):
-        return {"skip_below": list(block.mlp.router.skip_below)}
+        form: dict[str, Any] = {}
+        if block.mlp.router.skip_below:
+            form["skip_below"] = list(block.mlp.router.skip_below)
+        if block.mlp.substitutes:
+            form["substitutes"] = [s.rank for s in block.mlp.substitutes]
+        return form
     return {"mlp": form_of(block)}
 
 
@@ -117,7 +122,7 @@ def read(model: Model, overrides: Mapping[str, Mapping[str, Any]], take: Take) -
         if isinstance(form, Mapping) and set(form) == {"mlp"}:
             changed = _without_routing(model, block, layer, form["mlp"], take)
         else:
-            changed = replace(block, mlp=_routed(model, block, layer, own, form))
+            changed = replace(block, mlp=_routed(model, block, layer, own, form, take))
         model = model.replace_block(changed)
     if wrong := sorted(index for index, own in left.items() if own != {OWN: {}}):
         raise Unsupported(f"per_layer_config of {wrong}, which are no MoE layers")
@@ -142,28 +147,55 @@ def _without_routing(model: Model, block: Block, layer: MoELayer, form: str, tak
     raise Unsupported(f"layer {block.index} with {form!r} in place of its MoE layer")
 
 
-def _routed(model: Model, block: Block, layer: MoELayer, own: Any, form: Any) -> MoELayer:
-    """A layer with experts and a router of its own size."""
+def _routed(
+    model: Model, block: Block, layer: MoELayer, own: Any, form: Any, take: Take
+) -> MoELayer:
+    """A layer with experts, substitutes and a router of its own size."""
     count, top_k = len(layer.experts), layer.router.top_k
     known = {*model.family.experts_key, TOP_K}
     sizes_known = set(own) <= known and all(type(value) is int for value in own.values())
     skip: Any = form.get("skip_below", []) if isinstance(form, Mapping) else None
     skip_known = (
         isinstance(skip, list)
-        and set(form) <= {"skip_below"}
+        and set(form) <= {"skip_below", "substitutes"}
         and all(type(below) is float and below >= 0 for below in skip)
     )
-    if sizes_known and skip_known:
+    subs: Any = form.get("substitutes", []) if isinstance(form, Mapping) else None
+    subs_known = isinstance(subs, list) and all(type(rank) is int and rank >= 0 for rank in subs)
+    if sizes_known and skip_known and subs_known:
         top_k = own.get(TOP_K, top_k)
         count = next((own[key] for key in model.family.experts_key if key in own), count)
-        if 1 <= top_k <= count <= len(layer.experts) and len(skip) in (0, top_k - 1):
+        fits = 1 <= top_k <= count <= len(layer.experts) and len(subs) < count
+        if fits and len(skip) in (0, top_k - 1):
             weight = layer.router.weight
             weight = replace(weight, shape=(count, *weight.shape[1:]))
             router = replace(layer.router, weight=weight, top_k=top_k, skip_below=tuple(skip))
-            return replace(layer, router=router, experts=layer.experts[:count])
+            experts = layer.experts[: count - len(subs)]
+            found = tuple(
+                _substitute(model, block, (n, len(experts) + n), rank, take)
+                for n, rank in enumerate(subs)
+            )
+            return replace(layer, router=router, experts=experts, substitutes=found)
     shown = {**own, **({OWN: form} if form else {})}
     raise Unsupported(
         f"layer {block.index} with per_layer_config {shown}; only fewer experts than the "
-        f"{len(layer.experts)} of config.json, a top-k within them and a threshold for each "
-        "expert but the first are supported"
+        f"{len(layer.experts)} of config.json, a top-k within them, substitutes for some of them "
+        "and a threshold for each expert but the first are supported"
     )
+
+
+def _substitute(
+    model: Model, block: Block, place: tuple[int, int], rank: int, take: Take
+) -> Substitute:
+    """A substitute by its place among those of the layer, and among all that is routed to."""
+    n, origin = place
+    hidden = model.family.geometry(model.config).hidden
+
+    def weight(part: str, *shape: int) -> Weight:
+        return take(model.family.disk_name(block.index, f"substitutes.{n}.{part}"), shape)
+
+    constant = weight("constant", hidden)
+    if not rank:
+        return Substitute(origin, constant)
+    first, second = weight("first", rank, hidden), weight("second", hidden, rank)
+    return Substitute(origin, constant, first, second)

@@ -23,7 +23,7 @@ from typing import (
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from moe2edge.errors import Moe2EdgeError
+from moe2edge.errors import InputError, Moe2EdgeError
 from moe2edge.layers import Weight
 from moe2edge.memory import UNLIMITED, Memory
 from moe2edge.model import Block, Model, is_quantizable
@@ -364,6 +364,19 @@ class Slim(Pass):
 def selected(block: Block) -> Iterator[tuple[str, Weight]]:
     """The tensors of a block that slimming selects, with their roles."""
     return ((role, weight) for role, weight in block.weights() if is_quantizable(role))
+
+
+def refuse_substitutes(name: str, model: Model) -> None:
+    """Refuse a model some of whose experts were replaced; for passes that weigh experts alone.
+
+    Raises:
+        InputError: it is one.
+    """
+    if model.substitutes:
+        raise InputError(
+            f"{name}: {model.substitutes} experts were replaced, and it knows nothing of what "
+            f"answers for them; put expert_replace after {name}"
+        )
 
 
 def planned(weight: Weight, **promised: Any) -> Weight:

@@ -109,7 +109,7 @@ class Recipe:
         data = {
             "calibration": self.calibration.model_dump(),
             "evaluation": self.evaluation.model_dump(),
-            "passes": [{registry.name_of(p): p.model_dump()} for p in self.passes],
+            "passes": [{registry.name_of(p): p.model_dump(by_alias=True)} for p in self.passes],
         }
         text: str = yaml.safe_dump(data, sort_keys=False)
         return text
@@ -269,9 +269,10 @@ def _override(
 
 def _build(kind: type[Any], name: str, options: Mapping[str, Any]) -> Any:
     """Validate options; the first fault becomes one line."""
+    known = [field.alias or key for key, field in kind.model_fields.items()]
     for key in options:
-        if key not in kind.model_fields:
-            raise InputError(did_you_mean(f"option of {name}", str(key), kind.model_fields))
+        if key not in known:
+            raise InputError(did_you_mean(f"option of {name}", str(key), known))
     try:
         return kind.model_validate(options)
     except ValidationError as error:
@@ -292,7 +293,8 @@ def _build(kind: type[Any], name: str, options: Mapping[str, Any]) -> Any:
 
 
 def _describe(kind: type[Any], place: tuple[int | str, ...]) -> str:
-    described = kind.model_fields[str(place[0])].description if len(place) == 1 else None
+    fields = {field.alias or key: field for key, field in kind.model_fields.items()}
+    described = fields[str(place[0])].description if len(place) == 1 else None
     return described or "it has no default"
 
 

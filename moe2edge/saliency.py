@@ -129,14 +129,14 @@ class RoutingObserver:
         if seen.routing is None:
             return
         routing, key = seen.routing, seen.block.origin
-        experts = routing.logits.shape[1]
+        experts = len(seen.block.expert_origins)
         if key not in self._counts:
             self._experts[key] = seen.block.expert_origins
             self._counts[key] = torch.zeros(experts, dtype=torch.int64)
             self._probability[key] = torch.zeros(experts, dtype=torch.float64)
-        # A place that dynamic skipping left out has the id behind the last expert.
+        # Behind the experts are substitutes, and places that dynamic skipping left out.
         self._counts[key] += torch.bincount(routing.ids.flatten(), minlength=experts)[:experts]
-        self._probability[key] += routing.logits.double().softmax(-1).sum(0)
+        self._probability[key] += routing.logits.double().softmax(-1).sum(0)[:experts]
         if key == min(self._counts):
             self._tokens += len(routing.ids)
 
@@ -158,7 +158,7 @@ class OutputObserver:
         routing, key = seen.routing, seen.block.origin
         if key not in self._layers:
             self._layers[key] = LayerOutputs.of(seen.block, routing.inputs.shape[-1])
-        for expert in range(routing.logits.shape[1]):
+        for expert in range(len(seen.block.expert_origins)):
             token, place = torch.where(routing.ids == expert)
             if len(token):
                 outputs = seen.expert_output(expert, routing.inputs[token])

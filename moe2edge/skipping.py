@@ -110,7 +110,7 @@ class SkipObserver:
         layer, key = seen.block.mlp, seen.block.origin
         if not isinstance(layer, MoELayer) or not layer.router.skip_below or seen.routing is None:
             return
-        left_out = int((seen.routing.ids == len(layer.experts)).sum())
+        left_out = int((seen.routing.ids == layer.choices).sum())
         self._routed[key] = self._routed.get(key, 0) + seen.routing.ids.numel()
         self._skipped[key] = self._skipped.get(key, 0) + left_out
 

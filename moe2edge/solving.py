@@ -151,6 +151,10 @@ class _BlockWork:
             members.append(_Member(f"experts.{n}", token, own, everyone=True))
         counts = [len(member.tokens) for member in members]
         self._tally.add(Solved({}, (coverage(self._block, counts),)))
+        if layer.substitutes:
+            parted = (torch.split(t, BATCH_TOKENS) for t in (flat, out, weights, ids))
+            for x, place, *chosen in zip(*parted, strict=True):
+                place += parts.substituted(parts.normed(x), *chosen).to(out.device)
         size = self._together(layer.experts[0])
         for at in range(0, len(members), size):
             self._mlps(members[at : at + size], parts, flat, out)

@@ -150,7 +150,7 @@ class MarginObserver:
             return
         top_k, below = layer.router.top_k, layer.router.skip_below
         first = routing.logits.view(*seen.inputs.shape[:2], -1)[:, : self._length]
-        best = first.topk(min(top_k + 1, len(layer.experts))).values
+        best = first.topk(min(top_k + 1, layer.choices)).values
         margins = best[..., top_k - 1 : top_k] - best[..., top_k:]  # empty where all are chosen
         if below:
             ratios = (best[..., 1:top_k] - best[..., :1]).exp()

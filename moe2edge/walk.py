@@ -18,7 +18,7 @@ from torch import nn
 from moe2edge.layers import MoELayer
 from moe2edge.memory import UNLIMITED, Memory
 from moe2edge.model import Block, Model
-from moe2edge.modules import block_state, checked, finite, fit
+from moe2edge.modules import block_state, checked, finite, fit, routed_experts
 from moe2edge.pipeline import Observer
 from moe2edge.progress import Advance
 
@@ -153,13 +153,13 @@ class BlockRunner:
 
     @torch.no_grad()
     def _expert_hidden(self, expert: int, inputs: Tensor) -> Tensor:
-        both: Tensor = inputs @ self._layer.mlp.experts.gate_up_proj[expert].T
+        both: Tensor = inputs @ routed_experts(self._layer.mlp).gate_up_proj[expert].T
         gate, up = both.chunk(2, dim=-1)
         return nn.functional.silu(gate) * up
 
     @torch.no_grad()
     def _expert_output(self, expert: int, inputs: Tensor) -> Tensor:
-        down: Tensor = self._layer.mlp.experts.down_proj[expert]
+        down: Tensor = routed_experts(self._layer.mlp).down_proj[expert]
         return self._expert_hidden(expert, inputs) @ down.T
 
 

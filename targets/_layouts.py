@@ -52,11 +52,12 @@ def stored(model: Model, layout: Layout, target: str) -> Model:
     if found is not None:
         return found
     could = "natural (for moe2edge.load)"
+    others = "" if model.substitutes else ", or target onnx, or trim all layers alike"
     if _converted(model, "mlp-only") is not None:
         could = f"mlp-only or {could}"
     raise Unsupported(
         f"target {target} with layout {layout} {_needs(model, layout)}, but there are "
-        f"{_kinds(model)}; choose layout {could}, or target onnx, or trim all layers alike"
+        f"{_kinds(model)}; choose layout {could}{others}"
     )
 
 
@@ -68,7 +69,10 @@ def _converted(model: Model, layout: Layout) -> Model | None:
 
 def _needs(model: Model, layout: Layout) -> str:
     if layout == "uniform":
-        return "holds only MoE layers of one size that skip nothing, as stock transformers does"
+        return (
+            "holds only MoE layers of one size that skip nothing and have no substitutes, as stock "
+            "transformers does"
+        )
     if not (model.family.dense_layers or model.family.model_type == REHOMED):
         return f"makes no difference for {model.family.model_type}, which has no mlp_only_layers"
     return "holds MoE layers of one size, layers that were dropped whole, and plain experts"
@@ -76,7 +80,9 @@ def _needs(model: Model, layout: Layout) -> str:
 
 def no_stock_loaders(model: Model, *programs: str) -> tuple[Loader, ...]:
     """What ``programs`` that know nothing of a ``per_layer_config`` do with one: nothing good."""
-    if model.skips:
+    if model.substitutes:
+        why = "it knows no substitutes for experts"
+    elif model.skips:
         why = "it knows no dynamic skipping"
     elif all(per_layer.is_own_form(model, block) for block in model.blocks):
         why = "it takes MoE layers of one size only"
@@ -119,7 +125,8 @@ def _kind(block: Block) -> str:
     mlp = block.mlp
     if isinstance(mlp, MoELayer):
         skips = " with skipping" if mlp.router.skip_below else ""
-        return f"{len(mlp.experts)} experts top-{mlp.router.top_k}{skips}"
+        gone = f" and {len(mlp.substitutes)} substitutes" if mlp.substitutes else ""
+        return f"{len(mlp.experts)} experts{gone} top-{mlp.router.top_k}{skips}"
     if isinstance(mlp, Always):
         return "a shared expert" if mlp.expert is None else "a shared expert and a plain one"
     if mlp is None:

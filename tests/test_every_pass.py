@@ -21,6 +21,7 @@ RECIPES: dict[str, list[dict[str, Any]]] = {
     "block_drop": [{"block_drop": {"drop": 1}}],
     "expert_budget": [{"expert_budget": {"keep": 4}}],
     "expert_drop": [{"expert_drop": {"keep": [6, 3, 0]}}],
+    "expert_replace": [{"expert_replace": {"with": "linear", "keep": 4}}],
     "expert_search": [{"expert_search": {"keep": 4, "progressive": True}}],
     "expert_skip": [{"expert_skip": {}}],
     "gptq": [{"gptq": {}}],
@@ -51,7 +52,8 @@ def test_export(tiny: Make, family: str, name: str, tmp_path: Path) -> None:
     if name not in ("awq", "gptq"):
         steps.append({"rtn": {}})
     recipe.write_text(json.dumps({"passes": steps}))
-    command = ["export", str(folder), "-t", "gptq,onnx", "-o", str(out), "-r", str(recipe)]
+    targets = "gptq" if name == "expert_replace" else "gptq,onnx"
+    command = ["export", str(folder), "-t", targets, "-o", str(out), "-r", str(recipe)]
     done = CliRunner().invoke(main, [*command, *TEXT, *LESS])
     assert done.exit_code == 0, done.output
     report = json.loads(done.stdout)

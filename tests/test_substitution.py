@@ -1,0 +1,282 @@
+"""Constants and linear maps in the place of experts, against slow loops, and as exported."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import Tensor
+
+from moe2edge import substitution, walk
+from moe2edge.checkpoint import open_checkpoint
+from moe2edge.cli import main
+from moe2edge.families import FAMILIES
+from moe2edge.layers import MoELayer
+from moe2edge.loading import load
+from moe2edge.model import Model, is_quantizable
+from moe2edge.passes.expert_replace import ExpertReplace
+from moe2edge.pipeline import Lab
+from moe2edge.stored import stored_model
+from moe2edge.substitution import Sums
+from moe2edge.testing import InMemory, Make, assert_cache_changes_nothing
+
+HIDDEN = 12
+TEXT = ["--set", "calibration.samples=12", "--set", "calibration.length=48"]
+LESS = ["--set", "evaluation.samples=2", "--set", "evaluation.length=48", "-q", "--json"]
+
+
+# ---- the fit -----------------------------------------------------------------------------------
+
+
+def seen(tokens: int = 200) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs, outputs that depend on them and not only linearly, and gate weights."""
+    draw = torch.Generator().manual_seed(tokens)
+    x = torch.randn(tokens, HIDDEN, generator=draw, dtype=torch.float64) + 0.7
+    matrix = torch.randn(HIDDEN, HIDDEN, generator=draw, dtype=torch.float64)
+    y = torch.tanh(x @ matrix) + 0.3 * x.square() + 2
+    return x, y, torch.rand(tokens, generator=draw, dtype=torch.float64)
+
+
+def summed(x: Tensor, y: Tensor, g: Tensor) -> Sums:
+    sums = Sums(HIDDEN)
+    for part in torch.split(torch.arange(len(x)), 37):
+        sums.add(x[part], y[part], g[part])
+    return sums
+
+
+def missed(found: substitution.Fit, x: Tensor, y: Tensor, g: Tensor) -> float:
+    """The loss, token by token."""
+    total = 0.0
+    for h, f, weight in zip(x, y, g, strict=True):
+        answer = found.constant + found.second @ (found.first @ h)
+        total += float(weight) ** 2 * float((f - answer).square().sum())
+    return total
+
+
+@pytest.mark.parametrize("rank", [0, 1, 3, HIDDEN])
+@pytest.mark.parametrize("ridge", [0.0, 0.01])
+def test_the_fit_is_that_of_whole_matrices(rank: int, ridge: float) -> None:
+    """By singular values of weighted and centred inputs and outputs, all tokens in memory."""
+    x, y, g = seen()
+    found = substitution.fit(summed(x, y, g), rank, ridge)
+    share = g.square() / g.square().sum()
+    mean_x, mean_y = share @ x, share @ y
+    inputs, outputs = (x - mean_x) * g[:, None], (y - mean_y) * g[:, None]
+    gram = inputs.T @ inputs
+    extra = ridge * float(gram.diagonal().mean()) + substitution.LEAST
+    # A ridge is a few more tokens whose outputs are zero.
+    longer = torch.cat([inputs, extra**0.5 * torch.eye(HIDDEN, dtype=x.dtype)])
+    targets = torch.cat([outputs, torch.zeros(HIDDEN, HIDDEN, dtype=x.dtype)])
+    whole = torch.linalg.lstsq(longer, targets).solution
+    _, _, vectors = torch.linalg.svd(longer @ whole, full_matrices=False)
+    expected = whole @ vectors[:rank].T @ vectors[:rank]
+    assert found.first.shape == (rank, HIDDEN)
+    assert torch.allclose((found.second @ found.first).T, expected, atol=1e-8)
+    assert torch.allclose(found.constant, mean_y - mean_x @ expected, atol=1e-8)
+    assert found.residual == pytest.approx(missed(found, x, y, g), rel=1e-8)
+
+
+def test_a_higher_rank_misses_less_and_nothing_else_misses_less() -> None:
+    x, y, g = seen()
+    sums = summed(x, y, g)
+    fits = [substitution.fit(sums, rank, 0.0) for rank in range(HIDDEN + 1)]
+    losses = [fit.residual for fit in fits]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 0.9 * losses[4] < 0.9 * losses[0]
+    draw = torch.Generator().manual_seed(1)
+    for fit in fits[:4]:
+        for _ in range(20):
+            nudged = substitution.Fit(
+                fit.constant + 0.01 * torch.randn(HIDDEN, generator=draw),
+                fit.first + 0.01 * torch.randn(fit.first.shape, generator=draw),
+                fit.second + 0.01 * torch.randn(fit.second.shape, generator=draw),
+                0.0,
+            )
+            assert missed(nudged, x, y, g) > fit.residual
+
+
+def test_an_expert_that_nobody_asked_answers_zero() -> None:
+    found = substitution.fit(Sums(HIDDEN), 3, 0.01)
+    assert found.residual == 0
+    assert not found.constant.any()
+    assert not (found.second @ found.first).any()
+
+
+# ---- layers ------------------------------------------------------------------------------------
+
+
+def export(folder: Path, out: Path, steps: list[Any], target: str) -> tuple[int, str, Any]:
+    recipe = out.with_suffix(".json")
+    recipe.write_text(json.dumps({"passes": steps}))
+    command = ["export", str(folder), "-t", target, "-o", str(out), "-r", str(recipe)]
+    result = CliRunner().invoke(main, [*command, *TEXT, *LESS])
+    report = json.loads(result.stdout) if result.exit_code == 0 else None
+    return result.exit_code, result.stderr, report
+
+
+def exported(tiny: Make, family: str, out: Path, **options: Any) -> tuple[Model, Model]:
+    """Source and result of one pass."""
+    folder = tiny(family)
+    step = {"expert_replace": {"with": "linear", "keep": 4, "rank": 3, **options}}
+    code, said, report = export(folder, out, [step], "hf:layout=natural")
+    assert code == 0, said
+    assert report["results"][0]["parity"]["exact"] < 1e-4
+    assert report["steps"][0]["options"]["with"] == step["expert_replace"]["with"]
+    return open_checkpoint(str(folder)).model, stored_model(open_checkpoint(str(out)))
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_a_layer_adds_what_its_substitutes_answer(tiny: Make, tmp_path: Path, family: str) -> None:
+    """Token by token: the source's routing, and for experts that are gone their substitutes."""
+    source, model = exported(tiny, family, tmp_path / "out", min_tokens=0)
+    assert model.expert_counts == (4, 4, 4)
+    assert model.substitutes == 6
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(2, 20, 64, generator=generator)
+    changed = json.loads((tmp_path / "out" / "report.json").read_text())["steps"][0]["changed"]
+    for block, after, told in zip(source.blocks, model.blocks, changed, strict=True):
+        layer = after.mlp
+        assert isinstance(layer, MoELayer)
+        gone = json.loads(told.partition("experts ")[2])
+        assert len(gone) == 2
+        before = walk.BlockRunner(source, block).watch(hidden)
+        found = walk.BlockRunner(model, after).watch(hidden)
+        assert before.routing is not None
+        answers = dict(zip(gone, layer.substitutes, strict=True))
+        expected = before.mlp_outputs.flatten(0, 1).clone()
+        for token, (x, ids, weights) in enumerate(
+            zip(before.routing.inputs, before.routing.ids, before.routing.weights, strict=True)
+        ):
+            for expert, weight in zip(ids.tolist(), weights, strict=True):
+                if (own := answers.get(expert)) is not None:
+                    assert own.first is not None
+                    assert own.second is not None
+                    answer = own.constant.load() + own.second.load() @ (own.first.load() @ x)
+                    instead_of = before.expert_output(expert, x[None])[0]
+                    expected[token] += weight * (answer - instead_of)
+        assert (found.mlp_outputs.flatten(0, 1) - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_the_folder_generates(tiny: Make, tmp_path: Path, family: str) -> None:
+    exported(tiny, family, tmp_path / "out", **{"with": "constant", "rank": None})
+    loaded: Any = load(tmp_path / "out", dtype=torch.float32)
+    ids = torch.randint(1, 96, (2, 20), generator=torch.Generator().manual_seed(5))
+    assert_cache_changes_nothing(loaded, ids)
+    size = sum(parameter.nbytes for parameter in loaded.parameters())
+    source: Any = load(tiny(family), dtype=torch.float32)
+    whole = sum(parameter.nbytes for parameter in source.parameters())
+    gone, vectors = 3 * 2 * 3 * 64 * 32 * 4, 3 * 2 * 64 * 4
+    assert size == whole - gone + vectors
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("slim", ["gptq", "awq", "rtn"])
+def test_experts_that_stay_are_quantized(
+    tiny: Make, tmp_path: Path, family: str, slim: str
+) -> None:
+    folder, out = tiny(family), tmp_path / "out"
+    replaced = {"expert_replace": {"with": "linear", "keep": 0.5, "rank": 2}}
+    code, said, report = export(folder, out, [replaced, {slim: {}}], "gptq")
+    assert code == 0, said
+    assert report["results"][0]["parity"]["exact"] < 1e-4
+    model = stored_model(open_checkpoint(str(out)))
+    assert model.expert_counts == (3, 3, 3)
+    for name, role, weight in model.tensors():
+        assert (weight.scheme is not None) == is_quantizable(role), name
+
+
+class Watched:
+    """Keeps what a walk over a model shows of each block."""
+
+    def __init__(self) -> None:
+        self.seen: list[walk.Seen] = []
+
+    def see(self, seen: walk.Seen) -> None:
+        self.seen.append(seen)
+
+    def fact(self) -> list[walk.Seen]:
+        return self.seen
+
+
+@pytest.mark.parametrize("rank", [None, 4])
+def test_those_whose_substitutes_miss_least_are_replaced(tiny: Make, rank: int | None) -> None:
+    """On the intact model, by a fit of every expert with all its tokens at once."""
+    model = open_checkpoint(str(tiny("olmoe"))).model
+    ids = torch.randint(1, 96, (24, 40), generator=torch.Generator().manual_seed(9))
+    watcher: Any = SimpleNamespace(advance=lambda *_: None, log=lambda _: None)
+    options = {"with": "linear" if rank else "constant", "keep": 4, "rank": rank, "min_tokens": 0}
+    step = ExpertReplace.model_validate(
+        {**options, "criterion": "residual", "fitted_on": "intact", "ridge": 0.0}
+    )
+    outcome = step.search(Lab(model, model, ids, InMemory(), watcher))
+    watched = Watched()
+    walk.observe(model, ids, [watched], lambda *_: None, "test")
+    for seen, block in zip(watched.seen, outcome.model.blocks, strict=True):
+        routing = seen.routing
+        assert routing is not None
+        losses = []
+        for n in range(6):
+            token, place = torch.where(routing.ids == n)
+            x, g = routing.inputs[token].double(), routing.weights[token, place].double()
+            y = seen.expert_output(n, routing.inputs[token]).double()
+            sums = Sums(64)
+            sums.add(x, y, g)
+            found = substitution.fit(sums, rank or 0, 0.0)
+            losses.append(missed(found, x, y, g))
+        assert isinstance(block.mlp, MoELayer)
+        gone = {substitute.origin for substitute in block.mlp.substitutes}
+        assert gone == set(sorted(range(6), key=losses.__getitem__)[:2])
+
+
+def test_few_tokens_are_answered_by_a_constant(tiny: Make, tmp_path: Path) -> None:
+    _, model = exported(tiny, "olmoe", tmp_path / "out", min_tokens=10**6)
+    ranks = {s.rank for _, layer in model.moe_blocks for s in layer.substitutes}
+    assert ranks == {0}
+    notes = json.loads((tmp_path / "out" / "report.json").read_text())["steps"][0]["notes"]
+    assert sum("fewer than 1000000: a constant" in note for note in notes) == 6
+
+
+@pytest.mark.parametrize(
+    ("steps", "target", "expected"),
+    [
+        ([{"expert_replace": {"with": "constant", "keep": 4}}], "onnx", "does not hold yet"),
+        ([{"expert_replace": {"with": "constant", "keep": 4}}], "hf", "have no substitutes"),
+        ([{"expert_replace": {"with": "linear", "keep": 4, "rank": 65}}], "hf", "rank 65, but"),
+        ([{"expert_replace": {"with": "linear", "keep": 4, "rank": 60}}], "hf", "at most 47"),
+        ([{"expert_replace": {"with": "constant", "keep": 4, "rank": 2}}], "hf", "linear only"),
+        ([{"expert_replace": {"with": "base", "keep": 4}}], "hf", "'constant' or 'linear'"),
+        ([{"expert_replace": {"with": "constant", "keep": 6}}], "hf", "keeps every expert"),
+        ([{"expert_replace": {"with": "constant", "keep": 7}}], "hf", "keep 7 of the 6"),
+        ([{"expert_replace": {"keep": 4}}], "hf", "expert_replace.with is missing"),
+        ([{"expert_replace": {"whit": "constant"}}], "hf", "with"),
+        (
+            [
+                {"expert_replace": {"with": "constant", "keep": 4}},
+                {"expert_drop": {"keep": 3}},
+            ],
+            "hf",
+            "put expert_replace after expert_drop",
+        ),
+    ],
+)
+def test_what_is_refused(
+    tiny: Make, tmp_path: Path, steps: list[Any], target: str, expected: str
+) -> None:
+    code, said, _ = export(tiny("olmoe"), tmp_path / "out", steps, target)
+    assert code in (2, 6)
+    assert expected in said
+    assert len(said.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_have_defaults_that_fit(tiny: Make) -> None:
+    layer = open_checkpoint(str(tiny("olmoe"))).model.moe_blocks[0][1]
+    step = ExpertReplace.model_validate({"with": "linear", "keep": 0.5})
+    assert step.model_dump(by_alias=True)["with"] == "linear"
+    assert step._rank(layer) == 2
