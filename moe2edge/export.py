@@ -306,11 +306,10 @@ def run_passes(
         begun = time.perf_counter()
         facts = Facts()
         if stage.observers and calibration is not None:
-            observers = {kind: kind() for kind in stage.observers}
             label = f"{', '.join(registry.name_of(p) for p in stage.passes)}: scoring"
-            seeing = list(observers.values())
-            walk.observe(model, calibration.ids, seeing, watcher.advance, label, budget)
-            facts = Facts({kind: observer.fact() for kind, observer in observers.items()})
+            facts = walk.gather(
+                model, calibration.ids, stage.observers, watcher.advance, label, budget
+            )
         for step in stage.passes:
             name = registry.name_of(step)
             # Again: a threshold or a shared budget may have left another model than was planned.

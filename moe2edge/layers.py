@@ -71,6 +71,11 @@ class Dense:
     up: Weight  # [width, hidden]
     down: Weight  # [hidden, width]
 
+    @property
+    def count(self) -> int:
+        """Number of parameters."""
+        return self.gate.count + self.up.count + self.down.count
+
 
 @dataclass(frozen=True)
 class Expert(Dense):

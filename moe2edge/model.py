@@ -241,9 +241,7 @@ class Model:
         Embedding rows that are not looked up count, as is usual.
         """
         idle = sum(
-            max(0, len(m.experts) - m.router.top_k)
-            * sum(w.count for _, w in _mlp_weights("", m.experts[0]))
-            for _, m in self.moe_blocks
+            max(0, len(m.experts) - m.router.top_k) * m.experts[0].count for _, m in self.moe_blocks
         )
         return self.parameters - idle
 

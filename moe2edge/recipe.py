@@ -269,7 +269,7 @@ def _override(
 
 def _build(kind: type[Any], name: str, options: Mapping[str, Any]) -> Any:
     """Validate options; the first fault becomes one line."""
-    known = [field.alias or key for key, field in kind.model_fields.items()]
+    known = _options(kind)
     for key in options:
         if key not in known:
             raise InputError(did_you_mean(f"option of {name}", str(key), known))
@@ -292,9 +292,13 @@ def _build(kind: type[Any], name: str, options: Mapping[str, Any]) -> Any:
         raise InputError(f"{place} is {found}, expected: {message}") from error
 
 
+def _options(kind: type[Any]) -> dict[str, Any]:
+    """Fields by the names that recipes have for them."""
+    return {field.alias or key: field for key, field in kind.model_fields.items()}
+
+
 def _describe(kind: type[Any], place: tuple[int | str, ...]) -> str:
-    fields = {field.alias or key: field for key, field in kind.model_fields.items()}
-    described = fields[str(place[0])].description if len(place) == 1 else None
+    described = _options(kind)[str(place[0])].description if len(place) == 1 else None
     return described or "it has no default"
 
 

@@ -367,7 +367,7 @@ def largest(model: Model, solver: Solver | GroupSolver) -> int:
 def _needs(solver: GroupSolver, mlp: Dense) -> int:
     """Bytes of one MLP while it is solved."""
     solving = max(solver.nbytes((mlp.gate.shape, mlp.up.shape)), solver.nbytes((mlp.down.shape,)))
-    return solving + 4 * (mlp.gate.count + mlp.up.count + mlp.down.count)
+    return solving + 4 * mlp.count
 
 
 def _stream(model: Model, tokens: Tensor, block: Block, ledger: Ledger, memory: Memory) -> Tensor:

@@ -33,7 +33,9 @@ class Sums:
         squares: sum of ``g^2 ||f(h)||^2``.
     """
 
-    def __init__(self, hidden: int) -> None:
+    def __init__(self, hidden: int, *, maps: bool = True) -> None:
+        """Nothing seen yet; without ``maps``, ``gram`` and ``cross`` stay zero: for constants."""
+        self._maps = maps
         self.tokens, self.mass, self.squares = 0, 0.0, 0.0
         self.inputs, self.outputs = (torch.zeros(hidden, dtype=torch.float64) for _ in range(2))
         self.gram, self.cross = (torch.zeros(hidden, hidden, dtype=torch.float64) for _ in range(2))
@@ -46,8 +48,9 @@ class Sums:
         self.mass += float(g.sum())
         self.inputs += weighted.sum(0)
         self.outputs += g @ y
-        self.gram += weighted.T @ x
-        self.cross += weighted.T @ y
+        if self._maps:
+            self.gram += weighted.T @ x
+            self.cross += weighted.T @ y
         self.squares += float(g @ y.square().sum(1))
 
 

@@ -19,7 +19,7 @@ from moe2edge.layers import MoELayer
 from moe2edge.memory import UNLIMITED, Memory
 from moe2edge.model import Block, Model
 from moe2edge.modules import block_state, checked, finite, fit, routed_experts
-from moe2edge.pipeline import Observer
+from moe2edge.pipeline import Facts, Kind, Observer
 from moe2edge.progress import Advance
 
 if TYPE_CHECKING:
@@ -227,6 +227,21 @@ def observe(
     return hidden
 
 
+def gather(
+    model: Model,
+    tokens: Tensor,
+    kinds: Sequence[Kind],
+    advance: Advance,
+    label: str,
+    memory: Memory = UNLIMITED,
+) -> Facts:
+    """What observers of some kinds learn in one walk; without any, nothing is run."""
+    observers = {kind: kind() for kind in kinds}
+    if observers:
+        observe(model, tokens, list(observers.values()), advance, label, memory)
+    return Facts({kind: observer.fact() for kind, observer in observers.items()})
+
+
 class Changer(Protocol):
     """Changes blocks one after the other, from what they do and what the source's twins do."""
 
@@ -278,6 +293,51 @@ def change(
             for part in batches(tokens):
                 mine[part] = runner.run(mine[part])
     advance(label, len(model.blocks), len(model.blocks))
+    return model
+
+
+def rewrite(
+    model: Model,
+    tokens: Tensor,
+    see: Callable[[Seen], None],
+    changed: Callable[[Block], Block],
+    advance: Advance,
+    label: str,
+    memory: Memory = UNLIMITED,
+    *,
+    propagate: bool = True,
+) -> Model:
+    """Change block after block from what each does; `change` without a source beside it.
+
+    Args:
+        model: what to change.
+        tokens: int64 [samples, length].
+        see: takes in one batch of the current block.
+        changed: the current block as it shall be.
+        advance: told about progress.
+        label: name of the work in progress lines.
+        memory: what it may take.
+        propagate: later blocks see the stream of the blocks as changed; otherwise as they were.
+    """
+    hidden, blocks = embed(model, tokens, memory), model.blocks
+    for block in blocks:
+        advance(label, block.index, len(blocks))
+        runner = BlockRunner(model, block)
+        for part in batches(tokens):
+            seen = runner.watch(hidden[part])
+            see(seen)
+            if not propagate:
+                hidden[part] = seen.outputs
+            del seen
+        del runner
+        new = changed(block)
+        model = model.replace_block(new)
+        if propagate and block.index + 1 < len(blocks):
+            runner = BlockRunner(model, new)
+            for part in batches(tokens):
+                hidden[part] = runner.run(hidden[part])
+            del runner
+    advance(label, len(blocks), len(blocks))
     return model
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
@@ -135,23 +135,26 @@ class ExpertReplace(Search):
             DoesNotFit: the machine lacks the memory.
         """
         from moe2edge import walk
-        from moe2edge.pipeline import Facts
 
         self._state_cost(lab)
         scores: dict[int, list[float]] = {}
         if self.criterion != "residual":
             kinds = criteria.observers(self.criterion)
-            observers = [kind() for kind in kinds]
-            if observers:
-                walk.observe(
-                    lab.model, lab.tokens, observers, lab.watcher.advance, "scores", lab.memory
-                )
-            facts = Facts({k: o.fact() for k, o in zip(kinds, observers, strict=True)})
+            facts = walk.gather(
+                lab.model, lab.tokens, kinds, lab.watcher.advance, "scores", lab.memory
+            )
             for block, _ in lab.model.moe_blocks:
                 scores[block.index] = criteria.scores(self.criterion, block, facts, self.seed)
         fitter = _Fitter(self, lab.store, scores)
-        model = walk.change(
-            lab.model, lab.model, lab.tokens, fitter, lab.watcher.advance, "expert_replace"
+        model = walk.rewrite(
+            lab.model,
+            lab.tokens,
+            fitter.see,
+            fitter.change,
+            lab.watcher.advance,
+            "expert_replace",
+            lab.memory,
+            propagate=self.fitted_on == "changed",
         )
         return Outcome(model, changed=tuple(fitter.changed), notes=tuple(fitter.notes))
 
@@ -175,8 +178,6 @@ class ExpertReplace(Search):
 
 def _substituted(block: Block, layer: MoELayer, ranks: Mapping[int, int]) -> Block:
     """The block with substitutes of some ranks, by position, whose numbers are not there yet."""
-    from dataclasses import replace
-
     hidden = layer.router.weight.shape[1]
 
     def weight(name: str, *shape: int) -> Weight:
@@ -208,19 +209,18 @@ class _Fitter:
     notes: list[str] = field(default_factory=list)
     sums: dict[int, Sums] = field(default_factory=dict)
 
-    def see(self, seen: Seen, source: Seen) -> None:
-        """Add one batch: of the stream as changed, or as it was."""
+    def see(self, seen: Seen) -> None:
+        """Add one batch."""
         import torch
 
         from moe2edge.substitution import Sums
 
-        seen = seen if self.step.fitted_on == "changed" else source
         layer, routing = seen.block.mlp, seen.routing
         if not isinstance(layer, MoELayer) or routing is None:
             return
         for n in self._candidates(seen.block, layer):
             if n not in self.sums:
-                self.sums[n] = Sums(routing.inputs.shape[1])
+                self.sums[n] = Sums(routing.inputs.shape[1], maps=self.step.kind == "linear")
             token, place = torch.where(routing.ids == n)
             if len(token):
                 inputs = routing.inputs[token]
@@ -230,10 +230,11 @@ class _Fitter:
     def _candidates(self, block: Block, layer: MoELayer) -> list[int]:
         """Experts that may go."""
         count = self.step._replaced(layer)
-        if not count or self.step.criterion == "residual":
-            return list(range(len(layer.experts))) if count else []
-        order = criteria.ranking(self.scores[block.index])
-        return sorted(order[-count:])
+        if not count:
+            return []
+        if self.step.criterion == "residual":
+            return list(range(len(layer.experts)))
+        return sorted(criteria.ranking(self.scores[block.index])[-count:])
 
     def change(self, block: Block) -> Block:
         """The block with substitutes."""

@@ -27,7 +27,7 @@ from moe2edge.checkpoint import open_checkpoint
 from moe2edge.model import Model
 from moe2edge.passes.expert_drop import ExpertDrop
 from moe2edge.passes.expert_replace import ExpertReplace
-from moe2edge.pipeline import Facts, Lab
+from moe2edge.pipeline import Lab
 from moe2edge.testing import InMemory
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "trimming"))
@@ -73,10 +73,8 @@ def losses(model: Model, texts: dict[str, torch.Tensor]) -> list[float]:
 def dropped(model: Model, ids: torch.Tensor, criterion: Any) -> Model:
     """Without the lower half of each layer's experts."""
     step = ExpertDrop(keep=KEEP, criterion=criterion)
-    observers = [kind() for kind in step.observers()]
-    walk.observe(model, ids, observers, quietly, "scores")
-    facts = {k: o.fact() for k, o in zip(step.observers(), observers, strict=True)}
-    return step.apply(model, Facts(facts)).model
+    facts = walk.gather(model, ids, step.observers(), quietly, "scores")
+    return step.apply(model, facts).model
 
 
 def replaced(model: Model, ids: torch.Tensor, how: tuple[str, str, str]) -> Model:
