@@ -114,8 +114,8 @@ class Family:
         if kind == "experts":
             n, _, part = rest.partition(".")
             return f"{at}.{self.moe}.experts.{n}.{names[part]}.weight"
-        if kind == "substitutes":
-            return f"{at}.{self.moe}.substitutes.{rest}"
+        if kind in ("substitutes", "members"):
+            return f"{at}.{self.moe}.{role}"
         if role == "shared.router":
             return f"{at}.{self.moe}.shared_expert_gate.weight"
         if kind == "shared":
@@ -388,6 +388,7 @@ class Family:
                 mlps += block.mlp.experts
                 for substitute in block.mlp.substitutes:
                     substitute.check(geometry.hidden)
+                block.mlp.check_members()
             if isinstance(block.mlp, Always) and block.mlp.expert is not None:
                 mlps.append(block.mlp.expert)
             if isinstance(block.mlp, MoELayer | Always) and block.mlp.shared is not None:

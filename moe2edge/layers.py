@@ -134,6 +134,84 @@ class Substitute:
                 )
 
 
+PARTS = ("gate", "up", "down")
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A matrix of low rank, ``second @ first``.
+
+    Attributes:
+        first: [rank, in].
+        second: [out, rank].
+    """
+
+    first: Weight
+    second: Weight
+
+
+@dataclass(frozen=True)
+class Member:
+    """A routed expert whose matrices are those of an expert of the layer, plus low ranks.
+
+    Experts that share a base (LightMoE, https://arxiv.org/abs/2603.12645) are members of it, and
+    so are experts that were merged while their router rows stay: those have no factors.
+
+    Attributes:
+        origin: index in the source model of the expert.
+        base: position in the layer of the expert whose matrices it has; None: it has none, and
+            the factors are all.
+        factors: by part (gate, up, down): of all three or of none.
+    """
+
+    origin: int
+    base: int | None
+    factors: Mapping[str, Factors] = field(default_factory=dict)
+
+    @property
+    def rank(self) -> int:
+        """Of its factors; 0 without."""
+        return self.factors["gate"].first.shape[0] if self.factors else 0
+
+    @property
+    def count(self) -> int:
+        """Number of parameters of its own."""
+        return sum(weight.count for _, weight in self.weights())
+
+    def weights(self) -> Iterator[tuple[str, Weight]]:
+        """Its tensors by name."""
+        for part, own in self.factors.items():
+            yield f"{part}.first", own.first
+            yield f"{part}.second", own.second
+
+    def with_weights(self, new: Mapping[str, Weight]) -> Member:
+        """The member with all tensors replaced, by name."""
+        factors = {p: Factors(new[f"{p}.first"], new[f"{p}.second"]) for p in self.factors}
+        return replace(self, factors=factors)
+
+    def check(self, experts: Sequence[Expert]) -> None:
+        """Prove that base and shapes fit.
+
+        Raises:
+            Moe2EdgeError: they do not.
+        """
+        if self.base is None and not self.factors:
+            raise Moe2EdgeError(f"member {self.origin} has neither a base nor factors")
+        if self.base is not None and not 0 <= self.base < len(experts):
+            raise Moe2EdgeError(f"member {self.origin} of base {self.base} of {len(experts)}")
+        if self.factors and set(self.factors) != set(PARTS):
+            raise Moe2EdgeError(f"member {self.origin} has factors of {sorted(self.factors)} only")
+        like = experts[self.base or 0]
+        for part, own in self.factors.items():
+            outs, ins = getattr(like, part).shape
+            if own.first.shape != (self.rank, ins) or own.second.shape != (outs, self.rank):
+                raise Moe2EdgeError(
+                    f"member {self.origin}: {part} is {list(own.second.shape)} times "
+                    f"{list(own.first.shape)}, expected [{outs}, {self.rank}] times "
+                    f"[{self.rank}, {ins}]"
+                )
+
+
 @dataclass(frozen=True)
 class Shared:
     """A shared expert: always on, times the sigmoid of its own gate."""
@@ -147,7 +225,7 @@ class Router:
     """The linear scorer of an MoE layer, with everything that has one row per expert.
 
     Attributes:
-        weight: [experts, hidden]; rows of substitutes stand behind those of experts.
+        weight: [experts, hidden]; rows of substitutes stand behind those of experts or members.
         top_k: experts chosen per token.
         renormalize: whether the chosen weights are scaled to sum to one.
         per_expert: further tensors with one entry per expert (bias, correction bias), by suffix.
@@ -168,21 +246,59 @@ class MoELayer:
     """Router and experts, kept in step by construction.
 
     Attributes:
-        router: scores experts and substitutes.
+        router: scores experts, or members, and substitutes.
         experts: the experts.
         shared: the shared expert, if there is one.
         substitutes: what answers in the place of experts that are gone.
+        members: what the router chooses from where several share the matrices of an expert; an
+            expert that shares nothing is a member of itself. Empty: each expert is chosen itself.
     """
 
     router: Router
     experts: tuple[Expert, ...]
     shared: Shared | None = None
     substitutes: tuple[Substitute, ...] = ()
+    members: tuple[Member, ...] = ()
+
+    @property
+    def routed(self) -> int:
+        """Experts or members, as the router sees them."""
+        return len(self.members) or len(self.experts)
 
     @property
     def choices(self) -> int:
-        """Experts and substitutes: rows of the router."""
-        return len(self.experts) + len(self.substitutes)
+        """Experts or members, and substitutes: rows of the router."""
+        return self.routed + len(self.substitutes)
+
+    @property
+    def bases(self) -> tuple[int | None, ...]:
+        """Of each expert or member that the router sees, the expert whose matrices it has."""
+        return tuple(m.base for m in self.members) or tuple(range(len(self.experts)))
+
+    def chosen(self, expert: int, ids: Tensor) -> Tensor:
+        """Where the matrices of an expert are used: of which of the chosen rows, bool [tokens, k].
+
+        Args:
+            expert: its position in the layer.
+            ids: rows of the router that were chosen, int64 [tokens, k].
+        """
+        import torch
+
+        rows = [n for n, base in enumerate(self.bases) if base == expert]
+        return torch.isin(ids, torch.tensor(rows, device=ids.device))
+
+    def check_members(self) -> None:
+        """Prove that members fit, and that every expert is the base of one.
+
+        Raises:
+            Moe2EdgeError: something does not.
+        """
+        for member in self.members:
+            member.check(self.experts)
+        if unused := set(range(len(self.experts))) - set(self.bases):
+            raise Moe2EdgeError(f"experts {sorted(unused)} are chosen by nobody")
+        if len({member.rank for member in self.members if member.rank}) > 1:
+            raise Moe2EdgeError("members of one layer have factors of several ranks")
 
     def keep(self, ids: Sequence[int], *, clamp_top_k: bool = False) -> MoELayer:
         """The layer with only the experts ``ids`` (positions in this layer), in that order.

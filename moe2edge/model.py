@@ -12,7 +12,16 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from moe2edge.errors import InputError, Moe2EdgeError
-from moe2edge.layers import Always, Dense, Expert, MoELayer, Shared, Weight
+from moe2edge.layers import (
+    Always,
+    Dense,
+    Expert,
+    Member,
+    MoELayer,
+    Shared,
+    Substitute,
+    Weight,
+)
 from moe2edge.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -44,9 +53,9 @@ class Block:
 
     @property
     def expert_origins(self) -> tuple[int, ...]:
-        """Indices in the source of the routed experts, in order; a plain MLP's own included."""
+        """Indices in the source of what is routed to with matrices; a plain MLP's own included."""
         if isinstance(self.mlp, MoELayer):
-            return tuple(expert.origin for expert in self.mlp.experts)
+            return tuple(one.origin for one in self.mlp.members or self.mlp.experts)
         only = self.mlp.expert if isinstance(self.mlp, Always) else self.mlp
         return (only.origin,) if isinstance(only, Expert) else ()
 
@@ -119,7 +128,11 @@ class Block:
                 s.with_weights({p: new.get(f"substitutes.{n}.{p}", w) for p, w in s.weights()})
                 for n, s in enumerate(mlp.substitutes)
             )
-            mlp = MoELayer(router, experts, shared, substitutes)
+            members = tuple(
+                m.with_weights({p: new.get(f"members.{n}.{p}", w) for p, w in m.weights()})
+                for n, m in enumerate(mlp.members)
+            )
+            mlp = MoELayer(router, experts, shared, substitutes, members)
         elif isinstance(mlp, Always):
             expert = mlp.expert and swap_mlp("dense", mlp.expert)
             mlp = Always(swap_shared(mlp.shared), expert)
@@ -149,12 +162,17 @@ def _body_weights(mlp: MoELayer | Dense | Always | None) -> Iterator[tuple[str, 
             yield f"router.{suffix}", weight
         for n, expert in enumerate(mlp.experts):
             yield from _mlp_weights(f"experts.{n}", expert)
-        for n, substitute in enumerate(mlp.substitutes):
-            for part, weight in substitute.weights():
-                yield f"substitutes.{n}.{part}", weight
+        yield from _small_weights("members", mlp.members)
+        yield from _small_weights("substitutes", mlp.substitutes)
     if mlp.shared is not None:
         yield from _mlp_weights("shared", mlp.shared.mlp)
         yield "shared.router", mlp.shared.gate
+
+
+def _small_weights(kind: str, found: Sequence[Member | Substitute]) -> Iterator[tuple[str, Weight]]:
+    for n, one in enumerate(found):
+        for part, weight in one.weights():
+            yield f"{kind}.{n}.{part}", weight
 
 
 def _mlp_weights(prefix: str, mlp: Dense) -> Iterator[tuple[str, Weight]]:
@@ -267,6 +285,13 @@ class Model:
         return sum(len(layer.substitutes) for _, layer in self.moe_blocks)
 
     @property
+    def members(self) -> int:
+        """How many experts share the matrices of another."""
+        return sum(
+            len(layer.members) - len(layer.experts) for _, layer in self.moe_blocks if layer.members
+        )
+
+    @property
     def skips(self) -> bool:
         """Whether some router skips dynamically."""
         return any(layer.router.skip_below for _, layer in self.moe_blocks)
@@ -335,6 +360,10 @@ def _describe(block: Block) -> str:
         )
         if origins != list(range(len(origins))):
             parts.append(f"from {origins}")
+        if layer.members:
+            ranks = sorted({m.rank for m in layer.members if m.rank}) or [0]
+            shown = [f"{m.origin}:{'-' if m.base is None else m.base}" for m in layer.members]
+            parts.append(f"members of rank {_listed(ranks)}, with their base {' '.join(shown)}")
         if layer.substitutes:
             ranks = sorted({s.rank for s in layer.substitutes})
             gone = [s.origin for s in layer.substitutes]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import nn
 
 from moe2edge import per_layer
 from moe2edge.errors import InputError
-from moe2edge.layers import Always, Dense, MoELayer, Weight
+from moe2edge.layers import PARTS, Always, Dense, MoELayer, Weight
 from moe2edge.model import SECOND_NORM, Block, Model
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ class Substitutes(nn.Module):
     def __init__(self, layer: MoELayer) -> None:
         super().__init__()
         self.ranks = tuple(s.rank for s in layer.substitutes)
-        self.behind = len(layer.experts)
+        self.behind = layer.routed
         hidden, width = layer.router.weight.shape[1], sum(self.ranks)
         self.constants = nn.Parameter(torch.empty(len(self.ranks), hidden), requires_grad=False)
         self.first = nn.Parameter(torch.empty(width, hidden), requires_grad=False)
@@ -117,35 +118,195 @@ class Substitutes(nn.Module):
         return out
 
 
-class SubstitutedExperts(nn.Module):
-    """In place of the experts of a transformers MoE module: fewer of them, and substitutes."""
+class Members(nn.Module):
+    """Experts that have the matrices of one of the layer's experts plus factors of low rank.
+
+    The matrices are never added up: an expert costs what its base does, and its factors.
+
+    Attributes:
+        bases: of each member, the expert whose matrices it has; None: the factors are all.
+        gate_first, up_first, down_first: [members, rank, in].
+        gate_second, up_second, down_second: [members, out, rank].
+        original_share: while training anneals, how much of a member is what it was before.
+    """
+
+    def __init__(self, layer: MoELayer) -> None:
+        super().__init__()
+        own = [m for m in layer.members if m.factors]
+        self.bases = tuple(m.base for m in own)
+        for part in PARTS:
+            for name in ("first", "second"):
+                shape = getattr(own[0].factors[part], name).shape
+                numbers = nn.Parameter(torch.empty(len(own), *shape), requires_grad=False)
+                setattr(self, f"{part}_{name}", numbers)
+        self.original_share = 0.0
+        self._originals: tuple[Tensor, Tensor] | None = None
+
+    def anneal(self, gate_up: Tensor, down: Tensor) -> None:
+        """Start as the experts that members were: LightMoE's recovery.
+
+        While ``original_share`` s is above 0, a matrix is ``s W + (1 - s) (B + second @ first)``.
+
+        Args:
+            gate_up: W of gate above that of up, [members, 2 width, hidden].
+            down: [members, hidden, width].
+        """
+        self._originals, self.original_share = (gate_up, down), 1.0
+
+    def forget_originals(self) -> None:
+        """Be what the base and the factors make, and nothing else."""
+        self._originals, self.original_share = None, 0.0
+
+    def low(self, part: str, own: Tensor | int, x: Tensor) -> Tensor:
+        """What factors of ``part`` make of ``x`` [n, in]: [n, out].
+
+        Args:
+            part: gate, up or down.
+            own: the member, or of each row the member, int64 [n].
+            x: the inputs.
+        """
+        first: Tensor = getattr(self, f"{part}_first")
+        second: Tensor = getattr(self, f"{part}_second")
+        if isinstance(own, int):
+            return (x @ first[own].T) @ second[own].T
+        out = x.new_empty(len(x), second.shape[1])
+        for n in sorted(set(own.tolist())):
+            rows = own == n
+            out[rows] = (x[rows] @ first[n].T) @ second[n].T
+        return out
+
+    def answer(self, experts: Any, own: int, x: Tensor) -> Tensor:
+        """Output [n, hidden] of a member for ``x`` [n, hidden].
+
+        Args:
+            experts: the module with the matrices of bases.
+            own: the member.
+            x: the inputs.
+        """
+        hidden = self.inside(experts, own, x)
+        out = self.low("down", own, hidden)
+        if (base := self.bases[own]) is not None:
+            out = out + _product(experts, "down", base, hidden)
+        if self._originals is None:
+            return out
+        return torch.lerp(out, hidden @ self._originals[1][own].T, self.original_share)
+
+    def inside(self, experts: Any, own: int, x: Tensor) -> Tensor:
+        """What a member has between its matrices for ``x`` [n, hidden]: [n, width]."""
+        both = torch.cat([self.low("gate", own, x), self.low("up", own, x)], dim=1)
+        if (base := self.bases[own]) is not None:
+            both = both + _product(experts, "gate_up", base, x)
+        if self._originals is not None:
+            both = torch.lerp(both, x @ self._originals[0][own].T, self.original_share)
+        gate, up = both.chunk(2, dim=1)
+        return nn.functional.silu(gate) * up
+
+    def forward(self, experts: Any, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """Their part in the output of the layer, [tokens, hidden].
+
+        Args:
+            experts: the module with the matrices of bases.
+            x: inputs of the layer, [tokens, hidden].
+            ids: the chosen members, int64 [tokens, k]; one below 0 stands for none.
+            weights: what outputs are multiplied with, [tokens, k].
+        """
+        # In float32, so that the order of members hardly matters.
+        out = torch.zeros_like(x, dtype=torch.float32)
+        for own in sorted(set(ids[ids >= 0].tolist())):
+            token, place = torch.where(ids == own)
+            y = self.answer(experts, own, x[token]) * weights[token, place, None]
+            out = out.index_add(0, token, y.to(out.dtype))
+        return out
+
+
+class MixedExperts(nn.Module):
+    """In place of the experts of a transformers MoE module: what a router chooses from, any kind.
+
+    Attributes:
+        experts: those with matrices of their own, as transformers has them.
+        members: those with factors.
+        substitutes: behind them all.
+    """
 
     def __init__(self, experts: nn.Module, layer: MoELayer) -> None:
         super().__init__()
-        self.experts, self.substitutes = experts, Substitutes(layer)
+        self.experts = experts
         # An id behind its last expert is then one that transformers leaves out.
         self.experts._is_expert_parallel = True  # type: ignore[assignment]
-        self.num_experts = layer.choices
+        self.members = Members(layer) if any(m.factors for m in layer.members) else None
+        self.substitutes = Substitutes(layer) if layer.substitutes else None
+        self.num_experts, self._none = layer.choices, len(layer.experts)
+        # What a row of the router stands for, and an id behind the last row, which skips.
+        behind = len(layer.substitutes) + 1
+        has_factors = [bool(m.factors) for m in layer.members] or [False] * layer.routed
+        bases = [
+            self._none if own or base is None else base
+            for base, own in zip(layer.bases, has_factors, strict=True)
+        ]
+        counts = accumulate(has_factors, initial=0)
+        members = [n if own else -1 for n, own in zip(counts, has_factors, strict=False)]
+        self.expert_of = (*bases, *[self._none] * behind)
+        self.member_of = (*members, *[-1] * behind)
 
     def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """The weighted sum of what each token's experts and substitutes put out."""
-        count = self.substitutes.behind
-        beyond = top_k_index >= count
-        real = top_k_index.clamp(max=count)
-        out: Tensor = self.experts(hidden, real, top_k_weights.masked_fill(beyond, 0))
-        added: Tensor = self.substitutes(hidden, top_k_index, top_k_weights)
-        return out + added.to(out.dtype)
+        """The weighted sum of what each token's experts, members and substitutes put out."""
+        ids = torch.tensor(self.expert_of, device=hidden.device)[top_k_index]
+        none = ids == self._none
+        out: Tensor = self.experts(hidden, ids, top_k_weights.masked_fill(none, 0))
+        if self.members is not None:
+            own = torch.tensor(self.member_of, device=hidden.device)[top_k_index]
+            out = out + self.members(self.experts, hidden, own, top_k_weights).to(out.dtype)
+        if self.substitutes is not None:
+            added: Tensor = self.substitutes(hidden, top_k_index, top_k_weights)
+            out = out + added.to(out.dtype)
+        return out
+
+    def inside(self, row: int, x: Tensor) -> Tensor:
+        """What the expert or member of a row of the router has between its matrices."""
+        if self.members is not None and (own := self.member_of[row]) >= 0:
+            return self.members.inside(self.experts, own, x)
+        return _inside(self.experts, self.expert_of[row], x)
+
+    def answer(self, row: int, x: Tensor) -> Tensor:
+        """What the expert or member of a row of the router puts out for ``x`` [n, hidden]."""
+        if self.members is not None and (own := self.member_of[row]) >= 0:
+            return self.members.answer(self.experts, own, x)
+        expert = self.expert_of[row]
+        return _product(self.experts, "down", expert, _inside(self.experts, expert, x))
 
 
-def routed_experts(moe: Any) -> Any:
-    """The module with the matrices of the routed experts, of a transformers MoE module."""
-    experts = moe.experts
-    return experts.experts if isinstance(experts, SubstitutedExperts) else experts
+def _product(experts: Any, part: str, n: int, x: Tensor) -> Tensor:
+    """``x`` times a matrix of an expert, gate_up or down: fused in one tensor, or packed."""
+    if hasattr(experts, f"{part}_proj"):
+        matrix: Tensor = getattr(experts, f"{part}_proj")[n]
+        return x @ matrix.T
+    out: Tensor = getattr(experts, part)[n](x)
+    return out
+
+
+def _inside(experts: Any, n: int, x: Tensor) -> Tensor:
+    gate, up = _product(experts, "gate_up", n, x).chunk(2, dim=-1)
+    return nn.functional.silu(gate) * up
+
+
+def expert_inside(moe: Any, row: int, x: Tensor) -> Tensor:
+    """Inputs [n, width] of ``down`` of what a row of the router of an MoE module stands for."""
+    mixed = isinstance(moe.experts, MixedExperts)
+    inside: Tensor = moe.experts.inside(row, x) if mixed else _inside(moe.experts, row, x)
+    return inside
+
+
+def expert_answer(moe: Any, row: int, x: Tensor) -> Tensor:
+    """Output [n, hidden] of what a row of the router of an MoE module stands for."""
+    if isinstance(moe.experts, MixedExperts):
+        return moe.experts.answer(row, x)
+    return _product(moe.experts, "down", row, _inside(moe.experts, row, x))
 
 
 def experts_name(layer: MoELayer) -> str:
-    """Where that module is in a decoder layer."""
-    return "mlp.experts.experts" if layer.substitutes else "mlp.experts"
+    """Where the module with the matrices of the experts is in a decoder layer."""
+    mixed = layer.substitutes or layer.members
+    return "mlp.experts.experts" if mixed else "mlp.experts"
 
 
 def fit(layers: nn.ModuleList, model: Model) -> None:
@@ -164,8 +325,8 @@ def _fitted(layer: Any, config: Any, model: Model, block: Block) -> Any:
         }
         if any(getattr(config, key) != size for key, size in sizes.items()):
             layer = _layer_like(layer, config, block.index, sizes)
-        if mlp.substitutes:
-            layer.mlp.experts = SubstitutedExperts(layer.mlp.experts, mlp)
+        if mlp.substitutes or mlp.members:
+            layer.mlp.experts = MixedExperts(layer.mlp.experts, mlp)
             layer.mlp.gate.weight = nn.Parameter(torch.empty(mlp.router.weight.shape))
         if mlp.router.skip_below:
             add_skipping(layer.mlp, mlp.router.skip_below, renormalize=mlp.router.renormalize)
@@ -266,6 +427,9 @@ def block_state(block: Block, wanted: Callable[[str], bool] = lambda _: True) ->
     if isinstance(block.mlp, MoELayer) and block.mlp.substitutes and wanted("substitutes.0"):
         fused = _fused_substitutes(block.mlp)
         state |= {f"mlp.experts.substitutes.{name}": t for name, t in fused.items()}
+    if isinstance(block.mlp, MoELayer) and wanted("members.0"):
+        fused = _fused_factors(block.mlp)
+        state |= {f"mlp.experts.members.{name}": t for name, t in fused.items()}
     return state
 
 
@@ -305,6 +469,17 @@ def _fused_substitutes(layer: MoELayer) -> dict[str, Tensor]:
         "constants": torch.stack([finite(s.constant) for s in layer.substitutes]),
         "first": torch.cat([nothing, *(finite(first) for first, _ in linear)]),
         "second": torch.cat([nothing.T, *(finite(second) for _, second in linear)], dim=1),
+    }
+
+
+def _fused_factors(layer: MoELayer) -> dict[str, Tensor]:
+    """Parameters of `Members`."""
+    own = [m.factors for m in layer.members if m.factors]
+    return {
+        f"{part}_{name}": torch.stack([finite(getattr(f[part], name)) for f in own])
+        for part in PARTS
+        for name in ("first", "second")
+        if own
     }
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from moe2edge.model import Block, Model
-from moe2edge.modules import Nothing, block_state
+from moe2edge.modules import Members, MixedExperts, Nothing, block_state
 from moe2edge.walk import skeleton
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 CPU = torch.device("cpu")
 
 
-LOADED = ("norms", "attention", "router", "substitutes")
+LOADED = ("norms", "attention", "router", "substitutes", "members")
 
 
 class Parts:
@@ -81,9 +81,27 @@ class Parts:
         _, weights, ids = self._mlp.gate(inputs)
         return weights.float().cpu(), ids.cpu()
 
+    @property
+    def members(self) -> Members | None:
+        """Factors of the members of a layer that has some."""
+        experts = self._mlp.experts
+        return experts.members if isinstance(experts, MixedExperts) else None
+
+    def member_of(self, rows: Tensor) -> Tensor:
+        """Which of `members` chosen rows of the router are, int64 like ``rows``; -1 for none."""
+        return torch.tensor(self._mlp.experts.member_of, device=rows.device)[rows]
+
     @torch.no_grad()
-    def substituted(self, inputs: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
-        """What substitutes add to the stream [tokens, hidden], for a layer that has some."""
-        chosen = ids.to(self._device), weights.to(self._device)
-        out: Tensor = self._mlp.experts.substitutes(inputs, *chosen)
+    def small(self, inputs: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        """What those without matrices add to the stream [tokens, hidden], in a mixed layer."""
+        mixed, shown = self._mlp.experts, inputs.to(self._device)
+        out = torch.zeros_like(shown)
+        ids, weights = ids.to(self._device), weights.to(self._device)
+        if mixed.substitutes is not None:
+            out += mixed.substitutes(shown, ids, weights)
+        if mixed.members is not None:
+            own = self.member_of(ids)
+            alone = torch.tensor([base is None for base in (*mixed.members.bases, 0)])
+            own = own.masked_fill(~alone.to(own.device)[own], -1)
+            out += mixed.members(None, shown, own, weights)
         return out

@@ -9,16 +9,18 @@ can the tokenizer beside it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from moe2edge.errors import Unsupported
-from moe2edge.layers import Always, Dense, MoELayer, Substitute, Weight
+from moe2edge.layers import PARTS, Always, Dense, Factors, Member, MoELayer, Substitute, Weight
 from moe2edge.model import SECOND_NORM, Block, Model
 
 # Key of everything that is no number of experts; transformers lets it pass if every layer has it.
 OWN = "moe2edge"
 TOP_K = "num_experts_per_tok"
+# Of members, in the place of the expert whose matrices they have.
+NO_BASE = -1
 
 # What follows attention; "norm" is the norm alone, whose output is added to the stream.
 Form = Literal["moe", "dense", "none", "norm", "shared", "dense+shared"]
@@ -28,7 +30,8 @@ Take = Callable[[str, tuple[int, ...]], Weight]
 def is_own_form(model: Model, block: Block) -> bool:
     """Whether transformers' class of the family can hold a block, by the common config alone."""
     if isinstance(block.mlp, MoELayer):
-        return not block.mlp.router.skip_below and not block.mlp.substitutes
+        own = block.mlp
+        return not (own.router.skip_below or own.substitutes or own.members)
     if not isinstance(block.mlp, Dense) or not model.family.dense_layers:
         return False
     return block.mlp.gate.shape[0] == model.config.get("intermediate_size")
@@ -82,10 +85,13 @@ def _form(block: Block) -> dict[str, Any]:
     """What transformers' class cannot hold of a block."""
     if isinstance(block.mlp, MoELayer):
         form: dict[str, Any] = {}
+        members = block.mlp.members
         if block.mlp.router.skip_below:
             form["skip_below"] = list(block.mlp.router.skip_below)
         if block.mlp.substitutes:
             form["substitutes"] = [s.rank for s in block.mlp.substitutes]
+        if block.mlp.members:
+            form["members"] = [[NO_BASE if m.base is None else m.base, m.rank] for m in members]
         return form
     return {"mlp": form_of(block)}
 
@@ -150,38 +156,90 @@ def _without_routing(model: Model, block: Block, layer: MoELayer, form: str, tak
 def _routed(
     model: Model, block: Block, layer: MoELayer, own: Any, form: Any, take: Take
 ) -> MoELayer:
-    """A layer with experts, substitutes and a router of its own size."""
-    count, top_k = len(layer.experts), layer.router.top_k
-    known = {*model.family.experts_key, TOP_K}
-    sizes_known = set(own) <= known and all(type(value) is int for value in own.values())
-    skip: Any = form.get("skip_below", []) if isinstance(form, Mapping) else None
-    skip_known = (
-        isinstance(skip, list)
-        and set(form) <= {"skip_below", "substitutes"}
-        and all(type(below) is float and below >= 0 for below in skip)
-    )
-    subs: Any = form.get("substitutes", []) if isinstance(form, Mapping) else None
-    subs_known = isinstance(subs, list) and all(type(rank) is int and rank >= 0 for rank in subs)
-    if sizes_known and skip_known and subs_known:
-        top_k = own.get(TOP_K, top_k)
-        count = next((own[key] for key in model.family.experts_key if key in own), count)
-        fits = 1 <= top_k <= count <= len(layer.experts) and len(subs) < count
-        if fits and len(skip) in (0, top_k - 1):
+    """A layer with experts, members, substitutes and a router of its own size."""
+    found = _own(own, form, (*model.family.experts_key, TOP_K))
+    if found is not None:
+        keys = model.family.experts_key
+        count = next((own[key] for key in keys if key in own), len(layer.experts))
+        top_k = own.get(TOP_K, layer.router.top_k)
+        routed = count - len(found.substitutes)
+        bases = [base for base, _ in found.members] or list(range(routed))
+        experts = max(bases, default=-1) + 1
+        fits = 1 <= top_k <= count <= len(layer.experts) and len(bases) == routed > 0
+        if fits and experts and len(found.skip) in (0, top_k - 1):
             weight = layer.router.weight
             weight = replace(weight, shape=(count, *weight.shape[1:]))
-            router = replace(layer.router, weight=weight, top_k=top_k, skip_below=tuple(skip))
-            experts = layer.experts[: count - len(subs)]
-            found = tuple(
-                _substitute(model, block, (n, len(experts) + n), rank, take)
-                for n, rank in enumerate(subs)
+            router = replace(layer.router, weight=weight, top_k=top_k, skip_below=tuple(found.skip))
+            real = layer.experts[:experts]
+            return replace(
+                layer,
+                router=router,
+                experts=real,
+                substitutes=tuple(
+                    _substitute(model, block, (n, routed + n), rank, take)
+                    for n, rank in enumerate(found.substitutes)
+                ),
+                members=tuple(
+                    _member(model, block, n, (base, rank), real[0], take)
+                    for n, (base, rank) in enumerate(found.members)
+                ),
             )
-            return replace(layer, router=router, experts=experts, substitutes=found)
     shown = {**own, **({OWN: form} if form else {})}
     raise Unsupported(
         f"layer {block.index} with per_layer_config {shown}; only fewer experts than the "
-        f"{len(layer.experts)} of config.json, a top-k within them, substitutes for some of them "
-        "and a threshold for each expert but the first are supported"
+        f"{len(layer.experts)} of config.json, a top-k within them, members and substitutes for "
+        "some of them and a threshold for each expert but the first are supported"
     )
+
+
+@dataclass(frozen=True)
+class _Own:
+    """What `_form` writes of a layer with experts."""
+
+    skip: list[float]
+    substitutes: list[int]
+    members: list[tuple[int, int]]
+
+
+def _own(own: Any, form: Any, known: tuple[str, ...]) -> _Own | None:
+    """What a layer has of its own; None where it is not what `write` writes."""
+    if not set(own) <= set(known) or not all(type(value) is int for value in own.values()):
+        return None
+    if not isinstance(form, Mapping) or not set(form) <= {"skip_below", "substitutes", "members"}:
+        return None
+    skip, ranks, pairs = (form.get(key, []) for key in ("skip_below", "substitutes", "members"))
+    if not all(isinstance(value, list) for value in (skip, ranks, pairs)):
+        return None
+    sound = (
+        all(type(below) is float and below >= 0 for below in skip)
+        and all(type(rank) is int and rank >= 0 for rank in ranks)
+        and all(_is_member(pair) for pair in pairs)
+    )
+    return _Own(skip, ranks, [(base, rank) for base, rank in pairs]) if sound else None
+
+
+def _is_member(pair: Any) -> bool:
+    """Whether it is a base, or none, with a rank that is not 0 then."""
+    if not isinstance(pair, list) or [type(n) for n in pair] != [int, int]:
+        return False
+    base, rank = int(pair[0]), int(pair[1])
+    return base >= NO_BASE and rank >= (1 if base == NO_BASE else 0)
+
+
+def _member(
+    model: Model, block: Block, n: int, form: tuple[int, int], like: Dense, take: Take
+) -> Member:
+    """A member by its place among those of the layer."""
+    base, rank = form
+    factors = {}
+    for part in PARTS if rank else ():
+        outs, ins = getattr(like, part).shape
+        first, second = (
+            take(model.family.disk_name(block.index, f"members.{n}.{part}.{name}"), shape)
+            for name, shape in (("first", (rank, ins)), ("second", (outs, rank)))
+        )
+        factors[part] = Factors(first, second)
+    return Member(n, None if base == NO_BASE else base, factors)
 
 
 def _substitute(

@@ -366,16 +366,16 @@ def selected(block: Block) -> Iterator[tuple[str, Weight]]:
     return ((role, weight) for role, weight in block.weights() if is_quantizable(role))
 
 
-def refuse_substitutes(name: str, model: Model) -> None:
+def refuse_replaced(name: str, model: Model) -> None:
     """Refuse a model some of whose experts were replaced; for passes that weigh experts alone.
 
     Raises:
         InputError: it is one.
     """
-    if model.substitutes:
+    if replaced := model.substitutes + model.members:
         raise InputError(
-            f"{name}: {model.substitutes} experts were replaced, and it knows nothing of what "
-            f"answers for them; put expert_replace after {name}"
+            f"{name}: {replaced} experts were replaced or merged, and it knows nothing of what "
+            f"answers for them; put expert_replace or expert_merge after {name}"
         )
 
 

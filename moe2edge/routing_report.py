@@ -274,13 +274,16 @@ def _layer(block: Block, layer: MoELayer, facts: Facts, origin: int) -> LayerUse
             largest_output=largest[n],
             saliency={name: by_criterion[name][n] for name in CRITERIA},
         )
-        for n in range(len(layer.experts))
+        for n in range(layer.routed)
     )
     return LayerUse(block.index, origin, layer.router.top_k, seen.tokens, experts)
 
 
 def _weight_scores(layer: MoELayer) -> dict[str, list[float]]:
-    """Scores that look at weights only, by name; each expert is read once for all of them."""
+    """Scores that look at weights only, by name; each expert is read once for all of them.
+
+    Members have that of their base, and those without one the worst.
+    """
     from moe2edge import saliency
 
     found: dict[str, list[float]] = {name: [] for name in criteria.WEIGHTS}
@@ -288,4 +291,7 @@ def _weight_scores(layer: MoELayer) -> dict[str, list[float]]:
         matrices = [weight.load() for weight in (expert.gate, expert.up, expert.down)]
         for name, scores in found.items():
             scores.append(getattr(saliency, name)(matrices))
-    return found
+    return {
+        name: [min(scores) if base is None else scores[base] for base in layer.bases]
+        for name, scores in found.items()
+    }

@@ -9,12 +9,13 @@ linear, since ``silu(gate) * (up / s) = (silu(gate) * up) / s``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 
+from moe2edge.layers import MoELayer
 from moe2edge.model import SECOND_NORM, Block
 from moe2edge.roles import OUT, QKV, gated
 from moe2edge.rounding import choose_grid, dequantize, round_to
@@ -78,9 +79,25 @@ def places(block: Block, geometry: Geometry) -> Iterator[Place]:
     kinds = [kind for kind, _ in gated(block)]
     scorers = [role for role in ("router.weight", "shared.router") if role in roles]
     readers = [f"{kind}.{part}" for kind in kinds for part in ("gate", "up")]
-    yield Place((f"norms.{SECOND_NORM}",), (*scorers, *readers))
+    yield Place((f"norms.{SECOND_NORM}",), (*scorers, *readers, *_small_readers(roles)))
+    members = block.mlp.members if isinstance(block.mlp, MoELayer) else ()
     for kind in kinds:
-        yield Place((f"{kind}.up",), (f"{kind}.down",))
+        own = [n for n, m in enumerate(members) if m.factors and kind == f"experts.{m.base}"]
+        yield Place(
+            (f"{kind}.up", *(f"members.{n}.up.second" for n in own)),
+            (f"{kind}.down", *(f"members.{n}.down.first" for n in own)),
+        )
+
+
+def _small_readers(roles: Collection[str]) -> list[str]:
+    """First factors of members and substitutes, which read what experts read."""
+    ends = {"members": (".gate.first", ".up.first"), "substitutes": (".first",)}
+    return sorted(
+        role
+        for role in roles
+        for kind, end in ends.items()
+        if role.startswith(kind) and role.endswith(end)
+    )
 
 
 @dataclass

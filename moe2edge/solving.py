@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
@@ -28,6 +28,7 @@ from moe2edge.walk import BATCH_TOKENS, BlockRunner, batches, embed
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from moe2edge.modules import Members
     from moe2edge.progress import Advance
     from moe2edge.rounding import Quantized
 
@@ -145,16 +146,17 @@ class _BlockWork:
         weights, ids = (torch.cat(both) for both in zip(*routed, strict=True))
         members = []
         for n in range(len(layer.experts)):
-            token, place = torch.where(ids == n)
+            token, place = torch.where(layer.chosen(n, ids))
             own = weights[token, place]
+            low = _Low(parts.members, parts.member_of(ids[token, place])) if parts.members else None
             token = token.to(flat.device)
-            members.append(_Member(f"experts.{n}", token, own, everyone=True))
+            members.append(_Member(f"experts.{n}", token, own, everyone=True, low=low))
         counts = [len(member.tokens) for member in members]
         self._tally.add(Solved({}, (coverage(self._block, counts),)))
-        if layer.substitutes:
+        if layer.substitutes or None in layer.bases:
             parted = (torch.split(t, BATCH_TOKENS) for t in (flat, out, weights, ids))
             for x, place, *chosen in zip(*parted, strict=True):
-                place += parts.substituted(parts.normed(x), *chosen).to(out.device)
+                place += parts.small(parts.normed(x), *chosen).to(out.device)
         size = self._together(layer.experts[0])
         for at in range(0, len(members), size):
             self._mlps(members[at : at + size], parts, flat, out)
@@ -193,7 +195,7 @@ class _BlockWork:
         ]
         width = self._weights[f"{kinds[0]}.gate"].shape[0]
         own = [
-            _Kept(inside(inputs(m, False)), len(m.tokens) * width * len(members))
+            _Kept(inside(inputs(m, False), m.low), len(m.tokens) * width * len(members))
             for m, inside in zip(members, insides, strict=True)
         ]
         self._solve(
@@ -215,8 +217,32 @@ class _BlockWork:
                 tokens = member.tokens[at : at + len(hidden)]
                 at += len(hidden)
                 y = (hidden @ down.T).float()
+                if member.low is not None:
+                    y += member.low("down", at - len(hidden), hidden)
                 y = y if weights is None else y.mul_(weights[:, None])
                 out.index_add_(0, tokens, y.to(out.device))
+
+
+@dataclass(frozen=True)
+class _Low:
+    """Factors of those that use the matrices of an expert.
+
+    Attributes:
+        members: of the layer.
+        own: of each token of the expert, which of them, int64 [n]; -1: it has no factors.
+    """
+
+    members: Members
+    own: Tensor
+
+    def __call__(self, part: str, at: int, x: Tensor) -> Tensor:
+        """What is added to the products of ``part`` for the tokens from ``at`` on, float32."""
+        own = self.own[at : at + len(x)].to(x.device)
+        outs = getattr(self.members, f"{part}_second").shape[1]
+        out = x.new_zeros(len(x), outs, dtype=torch.float32)
+        has = own >= 0
+        out[has] = self.members.low(part, own[has], x[has].float())
+        return out
 
 
 @dataclass(frozen=True)
@@ -229,12 +255,14 @@ class _Member:
         weights: what its output is multiplied with, [n], or how to compute that from its inputs;
             None: nothing.
         everyone: whether it could be shown all tokens instead.
+        low: what factors add, where several use the matrices; None: nothing.
     """
 
     kind: str
     tokens: Tensor
     weights: Tensor | Callable[[Tensor], Tensor] | None
     everyone: bool = False
+    low: _Low | None = None
 
     def inputs(
         self, norm: Callable[[Tensor], Tensor], flat: Tensor, everyone: bool
@@ -253,24 +281,37 @@ class _Member:
             yield x, own
 
 
-def _inside(gate: Tensor, up: Tensor) -> Callable[[Batches], Batches]:
+def _inside(gate: Tensor, up: Tensor) -> _Inside:
     """What an MLP has between its matrices [width, hidden], ``silu(gate x) * up x``, of inputs.
 
     It is computed for so many tokens at a time that the numbers are few.
     """
 
-    def of(inputs: Batches) -> Batches:
+    def of(inputs: Batches, low: _Low | None = None) -> Batches:
         def each() -> Iterator[tuple[Tensor, Tensor | None]]:
-            step = max(1, CHUNK_NUMBERS // len(gate))
+            step, behind = max(1, CHUNK_NUMBERS // len(gate)), 0
             for x, weights in inputs():
                 for at in range(0, len(x), step):
                     rows = x[at : at + step].to(gate.dtype)
-                    y = nn.functional.silu(rows @ gate.T).mul_(rows @ up.T)
+                    first, second = rows @ gate.T, rows @ up.T
+                    if low is not None:
+                        first = first + low("gate", behind, rows).to(first.dtype)
+                        second = second + low("up", behind, rows).to(second.dtype)
+                    behind += len(rows)
+                    y = nn.functional.silu(first).mul_(second)
                     yield y, None if weights is None else weights[at : at + step]
 
         return each
 
     return of
+
+
+class _Inside(Protocol):
+    """Makes of inputs what is between the matrices of an MLP."""
+
+    def __call__(self, inputs: Batches, low: _Low | None = None) -> Batches:
+        """With what factors add, for inputs in their order."""
+        ...
 
 
 class _Kept:

@@ -18,7 +18,14 @@ from torch import nn
 from moe2edge.layers import MoELayer
 from moe2edge.memory import UNLIMITED, Memory
 from moe2edge.model import Block, Model
-from moe2edge.modules import block_state, checked, finite, fit, routed_experts
+from moe2edge.modules import (
+    block_state,
+    checked,
+    expert_answer,
+    expert_inside,
+    finite,
+    fit,
+)
 from moe2edge.pipeline import Facts, Kind, Observer
 from moe2edge.progress import Advance
 
@@ -58,8 +65,9 @@ class Seen:
         routing: what its router did, None for a dense block.
         linear_inputs: inputs [N, in] of the matrices of attention, shared expert and dense MLP,
             by role.
-        expert_hidden: input [n, width] of ``down`` of an expert for its inputs [n, hidden].
-        expert_output: output [n, hidden] of an expert for its inputs [n, hidden].
+        expert_hidden: input [n, width] of ``down`` of an expert, or of a member, for its inputs
+            [n, hidden].
+        expert_output: output [n, hidden] of one for its inputs [n, hidden].
     """
 
     block: Block
@@ -153,14 +161,11 @@ class BlockRunner:
 
     @torch.no_grad()
     def _expert_hidden(self, expert: int, inputs: Tensor) -> Tensor:
-        both: Tensor = inputs @ routed_experts(self._layer.mlp).gate_up_proj[expert].T
-        gate, up = both.chunk(2, dim=-1)
-        return nn.functional.silu(gate) * up
+        return expert_inside(self._layer.mlp, expert, inputs)
 
     @torch.no_grad()
     def _expert_output(self, expert: int, inputs: Tensor) -> Tensor:
-        down: Tensor = routed_experts(self._layer.mlp).down_proj[expert]
-        return self._expert_hidden(expert, inputs) @ down.T
+        return expert_answer(self._layer.mlp, expert, inputs)
 
 
 def skeleton(model: Model, block: Block) -> Any:

@@ -89,7 +89,7 @@ class _Solver:
         self._take("mlp", inputs)
         if isinstance(seen.block.mlp, MoELayer) and seen.routing is not None:
             for n in range(len(seen.block.mlp.experts)):
-                tokens, place = torch.where(seen.routing.ids == n)
+                tokens, place = torch.where(seen.block.mlp.chosen(n, seen.routing.ids))
                 weights = seen.routing.weights[tokens, place]
                 self._sample(f"experts.{n}", inputs).add(inputs, tokens, weights)
 

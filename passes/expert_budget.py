@@ -11,7 +11,7 @@ from moe2edge import amounts
 from moe2edge.criteria import Criterion
 from moe2edge.errors import InputError
 from moe2edge.model import Model
-from moe2edge.pipeline import Lab, Outcome, Search, refuse_substitutes
+from moe2edge.pipeline import Lab, Outcome, Search, refuse_replaced
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -115,7 +115,7 @@ class ExpertBudget(Search):
 
     def check(self, model: Model) -> None:
         """Refuse budgets that layers cannot hold, or that leave nothing to choose."""
-        refuse_substitutes("expert_budget", model)
+        refuse_replaced("expert_budget", model)
         kept, floors, full = self.uniform(model), self.floors(model), model.expert_counts
         for (block, layer), count, floor in zip(model.moe_blocks, kept, floors, strict=True):
             experts, top_k, where = len(layer.experts), layer.router.top_k, f"block {block.index}"

@@ -12,7 +12,7 @@ from moe2edge import amounts, criteria
 from moe2edge.criteria import Criterion
 from moe2edge.errors import InputError
 from moe2edge.model import Model
-from moe2edge.pipeline import Facts, Kind, Outcome, Trim, refuse_substitutes
+from moe2edge.pipeline import Facts, Kind, Outcome, Trim, refuse_replaced
 
 # Super experts are looked for in this part of the blocks, from the first (REAP's code).
 GUARDED_PART, GUARDED_QUANTILE, GUARDED_RATIO = 0.75, 0.995, 0.1
@@ -99,7 +99,7 @@ class ExpertDrop(Trim):
 
     def check(self, model: Model) -> None:
         """Refuse counts that a layer does not have, or that leave fewer experts than top-k."""
-        refuse_substitutes("expert_drop", model)
+        refuse_replaced("expert_drop", model)
         self._check_options(model)
         if model.skips:
             raise InputError(

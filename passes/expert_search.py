@@ -13,7 +13,7 @@ from moe2edge.amounts import check_amount, kept
 from moe2edge.errors import InputError
 from moe2edge.layers import MoELayer
 from moe2edge.model import Block, Model
-from moe2edge.pipeline import Lab, Outcome, Search, refuse_substitutes
+from moe2edge.pipeline import Lab, Outcome, Search, refuse_replaced
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -101,7 +101,7 @@ class ExpertSearch(Search):
 
     def check(self, model: Model) -> None:
         """Refuse counts that a layer cannot keep, and searches without end."""
-        refuse_substitutes("expert_search", model)
+        refuse_replaced("expert_search", model)
         for block, layer in model.moe_blocks:
             experts, top_k = len(layer.experts), layer.router.top_k
             kept, where = self.count(experts), f"block {block.index}"

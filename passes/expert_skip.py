@@ -10,7 +10,7 @@ from pydantic import Field
 from moe2edge.errors import InputError
 from moe2edge.layers import MoELayer
 from moe2edge.model import Model
-from moe2edge.pipeline import Facts, Kind, Outcome, Trim, refuse_substitutes
+from moe2edge.pipeline import Facts, Kind, Outcome, Trim, refuse_replaced
 
 
 class ExpertSkip(Trim):
@@ -37,7 +37,7 @@ class ExpertSkip(Trim):
 
     def check(self, model: Model) -> None:
         """Refuse a model without a second expert to skip, or one that skips already."""
-        refuse_substitutes("expert_skip", model)
+        refuse_replaced("expert_skip", model)
         if all(layer.router.top_k < 2 for _, layer in model.moe_blocks):
             raise InputError("expert_skip: no layer chooses two experts or more; nothing to skip")
         if any(layer.router.skip_below for _, layer in model.moe_blocks):

@@ -10,7 +10,7 @@ from pydantic import Field
 from moe2edge.errors import InputError, Unsupported
 from moe2edge.layers import MoELayer
 from moe2edge.model import Block, Model
-from moe2edge.pipeline import Lab, Outcome, Search, Store, refuse_substitutes
+from moe2edge.pipeline import Lab, Outcome, Search, Store, refuse_replaced
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,7 +57,7 @@ class Routing(Search):
             InputError: there is nothing to fit, or thresholds would fit no longer.
             Unsupported: a router has more than its matrix.
         """
-        refuse_substitutes("routing", model)
+        refuse_replaced("routing", model)
         layers = [layer for _, layer in model.moe_blocks]
         if not any(len(layer.experts) > 1 for layer in layers):
             raise InputError("routing: no layer has a router left; nothing to fit")

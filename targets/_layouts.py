@@ -52,7 +52,9 @@ def stored(model: Model, layout: Layout, target: str) -> Model:
     if found is not None:
         return found
     could = "natural (for moe2edge.load)"
-    others = "" if model.substitutes else ", or target onnx, or trim all layers alike"
+    others = (
+        "" if model.substitutes or model.members else ", or target onnx, or trim all layers alike"
+    )
     if _converted(model, "mlp-only") is not None:
         could = f"mlp-only or {could}"
     raise Unsupported(
@@ -70,8 +72,8 @@ def _converted(model: Model, layout: Layout) -> Model | None:
 def _needs(model: Model, layout: Layout) -> str:
     if layout == "uniform":
         return (
-            "holds only MoE layers of one size that skip nothing and have no substitutes, as stock "
-            "transformers does"
+            "holds only MoE layers of one size that skip nothing and whose experts are all their "
+            "own, as stock transformers does"
         )
     if not (model.family.dense_layers or model.family.model_type == REHOMED):
         return f"makes no difference for {model.family.model_type}, which has no mlp_only_layers"
@@ -82,6 +84,8 @@ def no_stock_loaders(model: Model, *programs: str) -> tuple[Loader, ...]:
     """What ``programs`` that know nothing of a ``per_layer_config`` do with one: nothing good."""
     if model.substitutes:
         why = "it knows no substitutes for experts"
+    elif model.members:
+        why = "it knows no experts that share matrices"
     elif model.skips:
         why = "it knows no dynamic skipping"
     elif all(per_layer.is_own_form(model, block) for block in model.blocks):
@@ -126,7 +130,8 @@ def _kind(block: Block) -> str:
     if isinstance(mlp, MoELayer):
         skips = " with skipping" if mlp.router.skip_below else ""
         gone = f" and {len(mlp.substitutes)} substitutes" if mlp.substitutes else ""
-        return f"{len(mlp.experts)} experts{gone} top-{mlp.router.top_k}{skips}"
+        shared = f" for {len(mlp.members)} members" if mlp.members else ""
+        return f"{len(mlp.experts)} experts{shared}{gone} top-{mlp.router.top_k}{skips}"
     if isinstance(mlp, Always):
         return "a shared expert" if mlp.expert is None else "a shared expert and a plain one"
     if mlp is None:

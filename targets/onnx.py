@@ -68,9 +68,9 @@ class Onnx(Target):
                 raise Unsupported(f"{name} is quantized; the graph holds it in full only")
             _accept_scheme(name, weight.shape, weight.scheme)
         for block, layer in model.moe_blocks:
-            if layer.substitutes:
+            if layer.substitutes or layer.members:
                 raise Unsupported(
-                    f"block {block.index} has substitutes for experts, which the graph does not "
+                    f"block {block.index} has replaced or merged experts, which the graph does not "
                     "hold yet; export to gptq:layout=natural or hf:layout=natural"
                 )
             _accept_layer(block, layer)

@@ -1,0 +1,212 @@
+"""Experts that share matrices: every way to run them against experts with matrices of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe2edge import walk
+from moe2edge.checkpoint import open_checkpoint
+from moe2edge.errors import Moe2EdgeError
+from moe2edge.families import FAMILIES
+from moe2edge.layers import PARTS, Expert, Factors, Member, MoELayer, Weight
+from moe2edge.ledger import in_memory
+from moe2edge.loading import load, to_transformers
+from moe2edge.materialize import materialized
+from moe2edge.model import Block, Model
+from moe2edge.passes.awq import Awq
+from moe2edge.pipeline import Group, GroupSolver, Solved
+from moe2edge.smoothing import Folding, places
+from moe2edge.solving import solve
+from moe2edge.stored import stored_model
+from moe2edge.targets.hf import Hf
+from moe2edge.testing import InMemory, Make, assert_cache_changes_nothing
+
+
+def silent(*_: object) -> None:
+    """No progress."""
+
+
+# Of the six experts: two share one with factors, two without, one is its own, one has no base.
+BASES = (0, 0, 1, 1, 2, None)
+RANKS = (2, 2, 0, 0, 0, 2)
+
+
+def with_members(model: Model, dtype: str = "F32") -> Model:
+    """``model`` whose layers have such members, with random factors."""
+    draw = torch.Generator().manual_seed(0)
+
+    def weight(name: str, *shape: int) -> Weight:
+        numbers = 0.3 * torch.randn(shape, generator=draw)
+        if dtype == "BF16":
+            numbers = numbers.bfloat16()
+        return Weight(name, shape, dtype, lambda: numbers)
+
+    def factors(expert: Expert, rank: int) -> dict[str, Factors]:
+        found = {}
+        for part in PARTS if rank else ():
+            outs, ins = getattr(expert, part).shape
+            first, second = weight(part, rank, ins), weight(part, outs, rank)
+            found[part] = Factors(first, second)
+        return found
+
+    for block, layer in model.moe_blocks:
+        members = tuple(
+            Member(n, base, factors(layer.experts[0], rank))
+            for n, (base, rank) in enumerate(zip(BASES, RANKS, strict=True))
+        )
+        mlp = replace(layer, experts=layer.experts[:3], members=members)
+        model = model.replace_block(replace(block, mlp=mlp))
+    model.verify()
+    return model
+
+
+@pytest.fixture(params=sorted(FAMILIES))
+def models(request: pytest.FixtureRequest, tiny: Make) -> tuple[Model, Model]:
+    """A model with members, and the same with every expert in full."""
+    found = with_members(open_checkpoint(str(tiny(request.param))).model)
+    return found, materialized(found)
+
+
+def tokens(samples: int = 3) -> Tensor:
+    return torch.randint(0, 96, (samples, 40), generator=torch.Generator().manual_seed(1))
+
+
+def logits(model: Model, ids: Tensor) -> Tensor:
+    hidden = walk.observe(model, ids, [], silent, "")
+    return torch.stack(list(walk.head_logits(model, hidden)))
+
+
+def test_members_compute_what_whole_experts_do(models: tuple[Model, Model]) -> None:
+    """In the walk, and as a transformers model with a cache."""
+    model, whole = models
+    assert model.parameters < whole.parameters
+    assert all(not layer.members for _, layer in whole.moe_blocks)
+    expected = logits(whole, tokens())
+    assert torch.allclose(logits(model, tokens()), expected, atol=1e-4)
+    loaded = to_transformers(model, torch.float32)
+    with torch.no_grad():
+        assert torch.allclose(loaded(tokens()).logits, expected, atol=1e-4)
+    assert sum(p.numel() for p in set(loaded.parameters())) == model.parameters
+    assert_cache_changes_nothing(loaded, tokens(2))
+
+
+def test_every_expert_of_a_walk_is_that_of_a_row(models: tuple[Model, Model]) -> None:
+    """What an observer is offered belongs to rows of the router."""
+    model, whole = models
+    ids, x = tokens(), torch.randn(5, 64, generator=torch.Generator().manual_seed(2))
+    seen = [walk.BlockRunner(m, m.blocks[0]).watch(walk.embed(m, ids)) for m in (model, whole)]
+    for row in range(6):
+        for offered in ("expert_hidden", "expert_output"):
+            one, other = (getattr(s, offered)(row, x) for s in seen)
+            assert torch.allclose(one, other, atol=1e-5)
+
+
+class Same(GroupSolver):
+    """Finds the numbers that there are, and keeps the inputs that it was shown."""
+
+    propagate = True
+
+    def __init__(self) -> None:
+        self.inputs: dict[str, Tensor] = {}
+
+    def nbytes(self, shapes: Sequence[tuple[int, ...]]) -> int:
+        return 1
+
+    def solve(self, block: Block, groups: Sequence[Group]) -> Solved:
+        numbers: dict[str, Any] = {}
+        for group in groups:
+            for role, weight in group.weights.items():
+                numbers[role] = weight.load()
+                self.inputs[f"{block.index} {role}"] = torch.cat([x for x, _ in group.batches()])
+        return Solved(numbers)
+
+
+def test_the_walk_of_solvers_moves_the_same_stream(models: tuple[Model, Model]) -> None:
+    """And shows the matrices of a base the tokens of all of its members."""
+    model, whole = models
+    ledger, solver = InMemory(), Same()
+    solve(model, tokens(), solver, ledger, silent, "same")
+    ahead = replace(whole, blocks=whole.blocks[:2])
+    expected = walk.observe(ahead, tokens(), [], silent, "")
+    assert ledger.last is not None
+    assert torch.allclose(ledger.last, expected, atol=1e-4)
+    seen = walk.BlockRunner(whole, whole.blocks[0]).watch(walk.embed(whole, tokens()))
+    assert seen.routing is not None
+    counts = torch.bincount(seen.routing.ids.flatten(), minlength=6).tolist()
+    inputs = [solver.inputs[f"0 experts.{n}.down"] for n in range(3)]
+    assert [len(x) for x in inputs] == [counts[0] + counts[1], counts[2] + counts[3], counts[4]]
+    own = [
+        seen.expert_hidden(n, seen.routing.inputs[torch.where(seen.routing.ids == n)[0]])
+        for n in (0, 1)
+    ]
+    # Whatever their order.
+    assert torch.allclose(inputs[0].T @ inputs[0], torch.cat(own).T @ torch.cat(own), atol=1e-3)
+
+
+def test_scales_fold_through_factors(models: tuple[Model, Model]) -> None:
+    """Random ones, through every place of every block: nothing changes."""
+    model, _ = models
+    draw = torch.Generator().manual_seed(3)
+    folded = model
+    for block in model.blocks:
+        weights, folding = dict(block.weights()), Folding()
+        for place in places(block, model.family.geometry(model.config)):
+            channels = weights[place.producers[0]].shape[0]
+            folding.add(place, torch.rand(channels, generator=draw) + 0.5)
+        numbers = {role: folding.apply(role, weights[role].load()) for role in folding.roles}
+        assert {"members.0.up.second", "members.0.down.first", "members.5.up.first"} <= set(numbers)
+        folded = folded.replace_block(in_memory(block, numbers))
+    before, after = logits(model, tokens()), logits(folded, tokens())
+    assert torch.allclose(before, after, atol=1e-3)
+
+
+def test_awq_takes_members(models: tuple[Model, Model]) -> None:
+    model, _ = models
+    step = Awq(bits=8, group_size=32)
+    solved, _, _ = solve(model, tokens(6), step.solver(model), InMemory(), silent, "awq")
+    step.check_result(model, solved)
+    before, after = logits(model, tokens()), logits(solved, tokens())
+    assert float((before - after).abs().mean()) < 0.1 * float(before.abs().mean())
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_a_folder_holds_members(tiny: Make, tmp_path: Path, family: str) -> None:
+    """Written, read again from headers, and loaded: one base in memory for all of its members."""
+    source = tiny(family)
+    model = with_members(open_checkpoint(str(source)).model)
+    target = Hf(layout="natural")
+    target.accepts(model)
+    out = tmp_path / "out"
+    out.mkdir()
+    target.write(model, out)
+    again = stored_model(open_checkpoint(str(out)))
+    assert [layer.bases for _, layer in again.moe_blocks] == [BASES] * 3
+    assert [[m.rank for m in layer.members] for _, layer in again.moe_blocks] == [list(RANKS)] * 3
+    loaded = load(out, dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.equal(
+            loaded(tokens()).logits, to_transformers(model, torch.float32)(tokens()).logits
+        )
+    assert sum(p.numel() for p in set(loaded.parameters())) == model.parameters
+
+
+def test_what_does_not_fit_is_told(tiny: Make) -> None:
+    model = with_members(open_checkpoint(str(tiny("olmoe"))).model)
+    block = model.blocks[0]
+    layer = block.mlp
+    assert isinstance(layer, MoELayer)
+    for members, said in (
+        ((replace(layer.members[0], base=7), *layer.members[1:]), "of base 7 of 3"),
+        ((Member(0, None), *layer.members[1:]), "neither a base nor factors"),
+        ((*layer.members[:4], replace(layer.members[4], base=0), layer.members[5]), r"\[2\] are"),
+    ):
+        wrong = model.replace_block(replace(block, mlp=replace(layer, members=members)))
+        with pytest.raises(Moe2EdgeError, match=said):
+            wrong.verify()
