@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
@@ -11,88 +10,183 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 from moe2edge import amounts, criteria
 from moe2edge.criteria import Criterion
 from moe2edge.errors import InputError
-from moe2edge.layers import MoELayer, Substitute, Weight
+from moe2edge.layers import DTYPE_BYTES, PARTS, MoELayer
 from moe2edge.model import Block, Model
-from moe2edge.pipeline import Lab, Outcome, Search, Store, planned
+from moe2edge.pipeline import Lab, Outcome, Search, refuse_replaced
 
 if TYPE_CHECKING:
-    from moe2edge.substitution import Fit, Sums
-    from moe2edge.walk import Seen
+    from torch import Tensor
 
-# Rank of a linear map that nobody chose: this part of an expert's narrower side.
-RANK_PART = 16
+    from moe2edge.bases import Cost, RouterOutputs
+
+# Rank that nobody chose: this part of an expert's narrower side.
+RANK_PART = {"linear": 16, "base": 64, "svd": 4}
+# What fills in for an option that nobody gave, by what answers.
+CRITERIA = {"constant": "residual", "linear": "residual", "base": "soft-frequency"}
+OWN_OPTIONS = {
+    "constant": ("keep", "fitted_on", "min_tokens"),
+    "linear": ("keep", "fitted_on", "min_tokens", "ridge", "rank"),
+    "base": ("budget", "group_size", "similarity", "factors", "depth_correction", "rank"),
+    "svd": ("budget", "depth_correction", "rank"),
+}
 
 
 class ExpertReplace(Search):
-    """Replace experts by constants or by linear maps of low rank, fitted in closed form.
+    """Replace experts by something smaller; the router is untouched.
 
-    The router is untouched: a token that chose a replaced expert gets the substitute's answer
-    times the gate weight. ``constant`` is MoNE's novice (https://arxiv.org/abs/2507.00390) with the
-    gate-weighted mean, ``linear`` the gate-weighted reduced-rank ridge regression of the expert's
-    output on its input; formulas are in `moe2edge.substitution`.
+    ``constant`` and ``linear`` answer in an expert's place, and their answer is multiplied with its
+    gate weight: MoNE's novice (https://arxiv.org/abs/2507.00390) with the gate-weighted mean, and
+    the gate-weighted reduced-rank ridge regression of the expert's output on its input; formulas
+    are in `moe2edge.substitution`. ``base`` is LightMoE (https://arxiv.org/abs/2603.12645): groups
+    of experts share one expert's matrices, and each has factors of low rank of its own, see
+    `moe2edge.bases`. ``svd`` is its control: each expert becomes factors of low rank by itself.
     """
 
     model_config = ConfigDict(validate_by_name=True)
 
     kind: Annotated[
-        Literal["constant", "linear"],
-        Field(alias="with", description="what answers: a constant vector, or a linear map"),
+        Literal["constant", "linear", "base", "svd"],
+        Field(
+            alias="with",
+            description="what answers: a constant vector, a linear map, a base that is shared plus "
+            "factors of low rank, or factors of low rank alone",
+        ),
     ]
     keep: Annotated[
-        int | float,
-        Field(description="experts that stay: a count, or a fraction of each layer, rounded up"),
-    ]
+        int | float | None,
+        Field(
+            description="with constant, linear: experts that stay, a count, or a fraction of each "
+            "layer, rounded up"
+        ),
+    ] = None
+    budget: Annotated[
+        int | float | None,
+        Field(
+            description="with base, svd: bytes that routed experts may take in all, a number of "
+            "bytes, or a fraction of what they take"
+        ),
+    ] = None
     criterion: Annotated[
-        Criterion | Literal["residual"],
+        Criterion | Literal["residual"] | None,
         Field(
             description="how experts are scored, the lowest are replaced; residual: by the error "
-            "that the substitute leaves"
+            "that a constant or linear map leaves; none: residual for these, soft-frequency else"
         ),
-    ] = "residual"
+    ] = None
     rank: Annotated[
         int | None,
-        Field(ge=1, description="of linear maps; none: a 16th of an expert's narrower side"),
+        Field(
+            ge=0,
+            description="of linear maps and factors; none: of an expert's narrower side a 16th for "
+            "linear, a 64th for base, a quarter for svd",
+        ),
     ] = None
     fitted_on: Annotated[
         Literal["changed", "intact"],
-        Field(description="inputs of later layers: of the model as changed so far, or as it was"),
+        Field(
+            description="with constant, linear: inputs of later layers are those of the model as "
+            "changed so far, or as it was"
+        ),
     ] = "changed"
     ridge: Annotated[
         float,
-        Field(ge=0, description="part of the mean diagonal of the inputs' Gram matrix added to it"),
+        Field(
+            ge=0,
+            description="with linear: part of the mean diagonal of the inputs' Gram matrix that is "
+            "added to it",
+        ),
     ] = 0.01
     min_tokens: Annotated[
-        int, Field(ge=0, description="an expert with fewer routed tokens gets a constant")
+        int,
+        Field(
+            ge=0,
+            description="with constant, linear: an expert with fewer routed tokens gets a constant",
+        ),
     ] = 16
-    seed: Annotated[int, Field(ge=0, le=2**32 - 1, description="for criterion random")] = 0
+    group_size: Annotated[
+        int, Field(ge=2, description="with base: experts that share one, on average")
+    ] = 3
+    similarity: Annotated[
+        Literal["router", "weights", "random"],
+        Field(
+            description="with base: who shares one; by cosines of router logits or of weights, or "
+            "at random, as a control"
+        ),
+    ] = "router"
+    factors: Annotated[
+        Literal["svd", "zero"],
+        Field(
+            description="with base: factors begin as the nearest to what the base lacks, or as "
+            "zero, to be trained"
+        ),
+    ] = "svd"
+    depth_correction: Annotated[
+        float,
+        Field(
+            ge=0,
+            description="with base, svd: how much more shallow layers lose; 0: one threshold",
+        ),
+    ] = 1.0
+    seed: Annotated[
+        int,
+        Field(ge=0, le=2**32 - 1, description="for criterion and similarity random, factors zero"),
+    ] = 0
 
-    @field_validator("keep", mode="before")
+    @field_validator("keep", "budget", mode="before")
     @classmethod
-    def _keep_is_sensible(cls, value: object) -> object:
+    def _amounts_are_sensible(cls, value: object) -> object:
         return amounts.check_amount(value)
 
     @model_validator(mode="after")
-    def _rank_goes_with_maps(self) -> ExpertReplace:
-        if self.kind == "constant" and self.rank is not None:
-            raise ValueError("rank goes with: linear only")
+    def _options_go_together(self) -> ExpertReplace:
+        own = OWN_OPTIONS[self.kind]
+        needed = own[0]
+        if getattr(self, needed) is None:
+            what = "experts that stay" if needed == "keep" else "bytes that experts may take"
+            raise ValueError(f"{needed} with: {self.kind} ({what})")
+        for name in ("keep", "budget", "rank"):
+            if name not in own and getattr(self, name) is not None:
+                raise ValueError(f"no {name} with: {self.kind}")
+        if self.criterion == "residual" and needed == "budget":
+            raise ValueError(f"another criterion than residual with: {self.kind}")
         return self
+
+    @property
+    def shares(self) -> bool:
+        """Whether experts become members."""
+        return self.kind in ("base", "svd")
+
+    def resolved(self, model: Model) -> ExpertReplace:
+        """With the criterion that nobody chose."""
+        chosen = self.criterion or CRITERIA.get(self.kind, "soft-frequency")
+        return self.model_copy(update={"criterion": chosen})
 
     # ---- what there will be ------------------------------------------------------------------
 
     def _rank(self, layer: MoELayer) -> int:
         if self.kind == "constant":
             return 0
-        return self.rank or max(1, min(layer.experts[0].gate.shape) // RANK_PART)
+        if self.rank is not None:
+            return self.rank
+        return max(1, min(layer.experts[0].gate.shape) // RANK_PART[self.kind])
 
     def _replaced(self, layer: MoELayer) -> int:
-        """How many experts of a layer go."""
-        return len(layer.experts) - amounts.kept(self.keep, len(layer.experts))
+        """How many experts of a layer go, where each layer has its share."""
+        return len(layer.experts) - amounts.kept(self.keep or 0, len(layer.experts))
 
     def check(self, model: Model) -> None:
-        """Refuse what a layer cannot do without, and maps that are no smaller than experts."""
-        layers = [layer for _, layer in model.moe_blocks]
-        if not layers:
+        """Refuse what a layer cannot do without, and what is no smaller than experts."""
+        if not model.moe_blocks:
             raise InputError("expert_replace: no layer has experts")
+        if self.shares:
+            self._check_shares(model)
+        else:
+            self._check_substitutes(model)
+
+    def _check_substitutes(self, model: Model) -> None:
+        layers = [layer for _, layer in model.moe_blocks]
+        if model.members:
+            refuse_replaced("expert_replace", model)
         for block, layer in model.moe_blocks:
             if self._replaced(layer) < 0:
                 raise InputError(
@@ -116,36 +210,106 @@ class ExpertReplace(Search):
         if not any(self._replaced(layer) for layer in layers):
             raise InputError(f"expert_replace: keep {self.keep} keeps every expert; nothing to do")
 
+    def _check_shares(self, model: Model) -> None:
+        """Refuse ranks and budgets that experts, and what replaces them, do not have."""
+        from moe2edge.bases import smallest
+        from moe2edge.basing import experts_nbytes
+
+        refuse_replaced("expert_replace", model)
+        for block, layer in model.moe_blocks:
+            expert, rank = layer.experts[0], self._rank(layer)
+            least = 1 if self.kind == "svd" else 0
+            narrower = min(expert.gate.shape)
+            if not least <= rank <= narrower:
+                raise InputError(
+                    f"expert_replace: rank {rank}, but the matrices of experts in block "
+                    f"{block.index} are {list(expert.gate.shape)}: from {least} to {narrower}"
+                )
+        costs, whole = self._costs(model), experts_nbytes(model)
+        stay = int(self.kind == "svd")
+        sizes = [len(layer.experts) - stay for _, layer in model.moe_blocks]
+        least, budget = whole - smallest(costs, sizes), self._budget(model)
+        if budget < least:
+            how = f"group_size {self.group_size} and " if self.kind == "base" else ""
+            ranks = sorted({self._rank(layer) for _, layer in model.moe_blocks})
+            raise InputError(
+                f"expert_replace: the budget is {budget:,} bytes of the {whole:,} that experts "
+                f"take, but with {how}rank {ranks[0]} they take {least:,} at least "
+                f"({least / whole:.1%}); raise the budget"
+            )
+        if budget >= whole:
+            raise InputError(
+                f"expert_replace: the budget is {budget:,} bytes, and experts take {whole:,}; "
+                "nothing to do"
+            )
+
+    def _budget(self, model: Model) -> int:
+        """In bytes."""
+        from moe2edge.basing import experts_nbytes
+
+        return amounts.number(self.budget or 0, experts_nbytes(model))
+
+    def _costs(self, model: Model) -> list[Cost]:
+        """By MoE layer."""
+        from moe2edge.bases import Cost
+
+        found = []
+        for _, layer in model.moe_blocks:
+            expert, rank = layer.experts[0], self._rank(layer)
+            sizes = {DTYPE_BYTES[getattr(expert, part).dtype] for part in PARTS}
+            factors = 3 * rank * sum(expert.gate.shape) * max(sizes)
+            own = sum(getattr(expert, part).nbytes for part in PARTS)
+            found.append(Cost(own, factors, self.group_size if self.kind == "base" else None))
+        return found
+
     def plan(self, model: Model) -> Model:
-        """Each layer with substitutes for its last experts."""
+        """Each layer with replacements for its last experts."""
+        from moe2edge.basing import shared
+        from moe2edge.substituting import substituted
+
+        if self.shares:
+            counts = [len(layer.experts) for _, layer in model.moe_blocks]
+            # Nobody knows yet which ones go: the last of each layer, in turns.
+            last = [[float(count - n) for n in range(count)] for count in counts]
+            for n, grouping in enumerate(self._groupings(model, last, [1.0] * len(counts))):
+                block, layer = model.moe_blocks[n]
+                if grouping:
+                    model = model.replace_block(shared(block, layer, grouping, self._rank(layer)))
+            return model
         for block, layer in model.moe_blocks:
             count = len(layer.experts)
             gone = range(count - self._replaced(layer), count)
             if gone:
                 ranks = dict.fromkeys(gone, self._rank(layer))
-                model = model.replace_block(_substituted(block, layer, ranks))
+                model = model.replace_block(substituted(block, layer, ranks))
         return model
 
     # ---- doing it ----------------------------------------------------------------------------
 
     def search(self, lab: Lab) -> Outcome:
-        """Score, then fit block after block.
+        """Score, then replace block after block.
 
         Raises:
             DoesNotFit: the machine lacks the memory.
         """
+        return self._share(lab) if self.shares else self._substitute(lab)
+
+    def _substitute(self, lab: Lab) -> Outcome:
         from moe2edge import walk
+        from moe2edge.substituting import Fitter
 
         self._state_cost(lab)
-        scores: dict[int, list[float]] = {}
-        if self.criterion != "residual":
+        scores: dict[int, list[float]] | None = None
+        if self.criterion is not None and self.criterion != "residual":
             kinds = criteria.observers(self.criterion)
             facts = walk.gather(
                 lab.model, lab.tokens, kinds, lab.watcher.advance, "scores", lab.memory
             )
-            for block, _ in lab.model.moe_blocks:
-                scores[block.index] = criteria.scores(self.criterion, block, facts, self.seed)
-        fitter = _Fitter(self, lab.store, scores)
+            scores = {
+                block.index: criteria.scores(self.criterion, block, facts, self.seed)
+                for block, _ in lab.model.moe_blocks
+            }
+        fitter = Fitter(self._replaced, self._rank, self.ridge, self.min_tokens, lab.store, scores)
         model = walk.rewrite(
             lab.model,
             lab.tokens,
@@ -157,6 +321,98 @@ class ExpertReplace(Search):
             propagate=self.fitted_on == "changed",
         )
         return Outcome(model, changed=tuple(fitter.changed), notes=tuple(fitter.notes))
+
+    def _share(self, lab: Lab) -> Outcome:
+        """Score all layers, choose, then build block after block."""
+        from moe2edge import bases, walk
+        from moe2edge.basing import Builder
+
+        criterion: Criterion = self.criterion or "soft-frequency"  # type: ignore[assignment]
+        kinds = (bases.RouterOutputObserver, *criteria.observers(criterion))
+        facts = walk.gather(lab.model, lab.tokens, kinds, lab.watcher.advance, "scores", lab.memory)
+        seen, blocks = facts[bases.RouterOutputObserver], lab.model.moe_blocks
+        scores = [criteria.scores(criterion, b, facts, self.seed) for b, _ in blocks]
+        if min(map(min, scores)) < 0:
+            raise InputError(
+                f"expert_replace: criterion {criterion} has scores below 0, which are no weights; "
+                "choose another one"
+            )
+        norms = [seen.norm[block.origin] for block, _ in blocks]
+        factors = bases.depth_factors(norms, self.depth_correction)
+        similar = [self._similarity(block, layer, seen) for block, layer in blocks]
+        groupings = self._groupings(lab.model, scores, factors, similar)
+        fitted, rank = self.kind == "svd" or self.factors == "svd", self._rank
+        if fitted:
+            self._state_grams(lab, groupings)
+        indices = [block.index for block, _ in blocks]
+        builder = Builder(
+            fitted,
+            rank,
+            self.seed,
+            lab,
+            dict(zip(indices, groupings, strict=True)),
+            dict(zip(indices, scores, strict=True)),
+        )
+        return builder.run()
+
+    def _state_grams(self, lab: Lab, groupings: Sequence[Sequence[Sequence[int]]]) -> None:
+        from moe2edge.memory import check as check_memory
+
+        most = max(sum(map(len, groups)) for groups in groupings)
+        width, hidden = lab.model.moe_blocks[0][1].experts[0].gate.shape
+        check_memory(
+            4 * most * (width**2 + hidden**2) + 4 * lab.tokens.numel() * hidden,
+            f"expert_replace sums up products of inputs of {most} experts at a time",
+            "set factors to zero, or do it on a larger one",
+            lab.memory.limit,
+        )
+
+    def _similarity(self, block: Block, layer: MoELayer, seen: RouterOutputs) -> Tensor:
+        """Of the experts of a layer, [E, E]."""
+        import torch
+
+        from moe2edge import bases
+
+        if self.similarity == "router":
+            return bases.cosines(seen.gram[block.origin])
+        count = len(layer.experts)
+        if self.similarity == "random":
+            draw = torch.Generator().manual_seed(self.seed * 1_000_003 + block.origin)
+            return torch.rand(count, count, generator=draw, dtype=torch.float64)
+        gram = torch.zeros(count, count, dtype=torch.float64)
+        for part in PARTS:
+            whole = torch.stack([getattr(e, part).load().flatten() for e in layer.experts]).float()
+            gram += (whole @ whole.T).double()
+        return bases.cosines(gram)
+
+    def _groupings(
+        self,
+        model: Model,
+        scores: Sequence[Sequence[float]],
+        factors: Sequence[float],
+        similar: Sequence[Tensor] | None = None,
+    ) -> list[list[list[int]]]:
+        """Groups of experts that are replaced, by MoE layer; without bases, of one each."""
+        import torch
+
+        from moe2edge import bases
+        from moe2edge.basing import experts_nbytes
+
+        costs, ordered = self._costs(model), bases.order(scores, factors)
+        if self.kind == "svd":  # whose layers need one expert that stays
+            best = [max(range(len(own)), key=lambda j: (own[j], j)) for own in scores]
+            ordered = [(layer, expert) for layer, expert in ordered if expert != best[layer]]
+        chosen = bases.choose(ordered, costs, experts_nbytes(model), self._budget(model))
+        found = []
+        for n, own in enumerate(chosen):
+            if self.kind == "svd":
+                found.append([[j] for j in own])
+                continue
+            alike = torch.zeros(2 * [len(scores[n])]) if similar is None else similar[n]
+            groups = bases.group(own, scores[n], alike, costs[n].groups(len(own)))
+            # An expert that nobody joined stays what it is, which takes no more.
+            found.append([members for members in groups if len(members) > 1])
+        return found
 
     def _state_cost(self, lab: Lab) -> None:
         from moe2edge.memory import check as check_memory
@@ -174,103 +430,3 @@ class ExpertReplace(Search):
             "replace fewer of them in one pass, or do it on a larger one",
             lab.memory.limit,
         )
-
-
-def _substituted(block: Block, layer: MoELayer, ranks: Mapping[int, int]) -> Block:
-    """The block with substitutes of some ranks, by position, whose numbers are not there yet."""
-    hidden = layer.router.weight.shape[1]
-
-    def weight(name: str, *shape: int) -> Weight:
-        like = layer.experts[0].down
-        return planned(replace(like, name=name, shape=shape, scheme=None, load_quantized=None))
-
-    new = {}
-    for n, rank in ranks.items():
-        origin = layer.experts[n].origin
-        name = f"substitute of expert {origin} in block {block.origin}"
-        constant = weight(f"constant of the {name}", hidden)
-        if rank:
-            first = weight(f"first of the {name}", rank, hidden)
-            second = weight(f"second of the {name}", hidden, rank)
-            new[n] = Substitute(origin, constant, first, second)
-        else:
-            new[n] = Substitute(origin, constant)
-    return replace(block, mlp=layer.substitute(new))
-
-
-@dataclass
-class _Fitter:
-    """Sums up what experts do, and replaces some; one layer at a time."""
-
-    step: ExpertReplace
-    store: Store
-    scores: Mapping[int, list[float]]
-    changed: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    sums: dict[int, Sums] = field(default_factory=dict)
-
-    def see(self, seen: Seen) -> None:
-        """Add one batch."""
-        import torch
-
-        from moe2edge.substitution import Sums
-
-        layer, routing = seen.block.mlp, seen.routing
-        if not isinstance(layer, MoELayer) or routing is None:
-            return
-        for n in self._candidates(seen.block, layer):
-            if n not in self.sums:
-                self.sums[n] = Sums(routing.inputs.shape[1], maps=self.step.kind == "linear")
-            token, place = torch.where(routing.ids == n)
-            if len(token):
-                inputs = routing.inputs[token]
-                outputs = seen.expert_output(n, inputs)
-                self.sums[n].add(inputs, outputs, routing.weights[token, place])
-
-    def _candidates(self, block: Block, layer: MoELayer) -> list[int]:
-        """Experts that may go."""
-        count = self.step._replaced(layer)
-        if not count:
-            return []
-        if self.step.criterion == "residual":
-            return list(range(len(layer.experts)))
-        return sorted(criteria.ranking(self.scores[block.index])[-count:])
-
-    def change(self, block: Block) -> Block:
-        """The block with substitutes."""
-        from moe2edge import substitution
-
-        sums, self.sums = self.sums, {}
-        layer = block.mlp
-        if not isinstance(layer, MoELayer) or not sums:
-            return block
-        rank = self.step._rank(layer)
-        fits: dict[int, Fit] = {}
-        for n, own in sums.items():
-            starved = own.tokens < self.step.min_tokens
-            fits[n] = substitution.fit(own, 0 if starved else rank, self.step.ridge)
-        count = self.step._replaced(layer)
-        gone = sorted(sorted(fits, key=lambda n: (fits[n].residual, -n))[:count])
-        for n in gone:
-            if rank and not len(fits[n].first):
-                self.notes.append(
-                    f"block {block.index}: expert {layer.experts[n].origin} saw {sums[n].tokens} "
-                    f"tokens, fewer than {self.step.min_tokens}: a constant"
-                )
-        left = sum(fits[n].residual for n in gone)
-        whole = sum(sums[n].squares for n in gone)
-        origins = [layer.experts[n].origin for n in gone]
-        self.changed.append(f"block {block.index}: experts {origins}")
-        share = left / whole if whole else 0.0
-        self.notes.append(
-            f"block {block.index}: of what experts {origins} put out, {share:.1%} is missed"
-        )
-        changed = _substituted(block, layer, {n: len(fits[n].first) for n in gone})
-        numbers = {}
-        for place, n in enumerate(gone):
-            found = fits[n]
-            numbers[f"substitutes.{place}.constant"] = found.constant.float()
-            if len(found.first):
-                numbers[f"substitutes.{place}.first"] = found.first.float()
-                numbers[f"substitutes.{place}.second"] = found.second.float()
-        return self.store.put(changed, numbers)

@@ -1,0 +1,261 @@
+"""Shared bases with low-rank factors in the place of experts. Pure functions on tensors.
+
+LightMoE (https://arxiv.org/abs/2603.12645) replaces the less important experts of a layer in
+groups: a group shares a base, the mean of its experts weighted by their importance, and each member
+has factors of low rank of its own. There is no public code, and the paper's correction of the
+threshold by depth is not known to us; `depth_factors` is ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moe2edge.walk import Seen
+
+# How far a layer's threshold may be from the common one.
+CORRECTION = (0.8, 1.2)
+# Of a Gram matrix, the part of its mean diagonal that is added to it; and what is added anyway.
+RIDGE, LEAST = 0.01, 1e-6
+
+
+# ---- what a walk gathers -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RouterOutputs:
+    """What routers put out, per MoE block by its origin.
+
+    Attributes:
+        mass: float64 [E], sum over tokens of the weight that an expert's output is multiplied with.
+        norm: mean over tokens of the norm of the logits.
+        gram: float64 [E, E], sum over tokens of products of logits.
+    """
+
+    mass: Mapping[int, Tensor]
+    norm: Mapping[int, float]
+    gram: Mapping[int, Tensor]
+
+
+class RouterOutputObserver:
+    """Gathers `RouterOutputs`."""
+
+    def __init__(self) -> None:
+        self._mass: dict[int, Tensor] = {}
+        self._norm: dict[int, float] = {}
+        self._gram: dict[int, Tensor] = {}
+        self._tokens: dict[int, int] = {}
+
+    def see(self, seen: Seen) -> None:
+        """Add one batch."""
+        if seen.routing is None:
+            return
+        routing, key = seen.routing, seen.block.origin
+        logits = routing.logits.double()
+        # Behind the last expert are places that dynamic skipping left out.
+        mass = torch.zeros(logits.shape[1] + 1, dtype=torch.float64)
+        mass.index_add_(0, routing.ids.flatten(), routing.weights.double().flatten())
+        self._mass[key] = self._mass.get(key, 0) + mass[:-1]
+        self._norm[key] = self._norm.get(key, 0.0) + float(logits.norm(dim=1).sum())
+        self._gram[key] = self._gram.get(key, 0) + logits.T @ logits
+        self._tokens[key] = self._tokens.get(key, 0) + len(logits)
+
+    def fact(self) -> RouterOutputs:
+        """The sums."""
+        norms = {key: total / self._tokens[key] for key, total in self._norm.items()}
+        return RouterOutputs(self._mass, norms, self._gram)
+
+
+# ---- which experts -------------------------------------------------------------------------------
+
+
+def depth_factors(norms: Sequence[float], strength: float) -> list[float]:
+    """What the threshold of each layer is multiplied with.
+
+    Logits grow with depth, and shallow layers are to lose more. LightMoE corrects by an
+    exponential of the norm, clamped to 0.8 to 1.2; which one, we do not know. Ours is
+    ``exp(- strength * (norm - mean) / deviation)``.
+
+    Args:
+        norms: mean norm of the router's logits, by layer.
+        strength: 0 for one threshold for all.
+    """
+    found = torch.tensor(norms, dtype=torch.float64)
+    deviation = found.std(correction=0).clamp(min=1e-12)
+    exponent = -strength * (found - found.mean()) / deviation
+    return exponent.exp().clamp(*CORRECTION).tolist()
+
+
+def order(importance: Sequence[Sequence[float]], factors: Sequence[float]) -> list[tuple[int, int]]:
+    """All experts as (layer, expert), in the order in which a rising threshold takes them.
+
+    An expert is under the threshold ``t`` if its share of the importance of its layer is below
+    ``t`` times the layer's factor.
+    """
+    found = []
+    for layer, (own, factor) in enumerate(zip(importance, factors, strict=True)):
+        total = sum(own) or 1.0
+        found += [(value / total / factor, layer, expert) for expert, value in enumerate(own)]
+    return [(layer, expert) for _, layer, expert in sorted(found)]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes in a layer.
+
+    Attributes:
+        expert: of an expert, or of a base.
+        factors: of what a replaced expert has of its own.
+        group: experts to a base; None: there are no bases.
+    """
+
+    expert: int
+    factors: int
+    group: int | None
+
+    def groups(self, candidates: int) -> int:
+        """How many bases so many candidates have."""
+        return 0 if self.group is None else -(-candidates // self.group)
+
+    def saved(self, candidates: int) -> int:
+        """Bytes that are saved by replacing so many experts."""
+        if not self.replaces(candidates):
+            return 0
+        return (candidates - self.groups(candidates)) * self.expert - candidates * self.factors
+
+    def replaces(self, candidates: int) -> bool:
+        """Whether so many are replaced: a single one has nobody to share a base with."""
+        return candidates > (self.group is not None)
+
+
+def smallest(costs: Sequence[Cost], sizes: Sequence[int]) -> int:
+    """Bytes that are saved where every layer, of so many experts, saves as many as it can."""
+    return sum(
+        max(cost.saved(n) for n in range(size + 1)) for cost, size in zip(costs, sizes, strict=True)
+    )
+
+
+def choose(
+    ordered: Sequence[tuple[int, int]], costs: Sequence[Cost], whole: int, budget: int
+) -> list[list[int]]:
+    """Experts to replace, by layer: as few, in that order, as it takes to meet the budget.
+
+    Bytes do not fall with every expert (the first of a new group adds a base), so that the order
+    is gone through from its start rather than bisected; that is exact and takes no time.
+
+    Args:
+        ordered: as by `order`.
+        costs: by layer.
+        whole: bytes of all experts.
+        budget: bytes that there may be.
+
+    Returns:
+        Nothing where a single expert of a layer would be replaced by a base of its own.
+    """
+    counts = [0] * len(costs)
+    chosen: list[list[int]] = [[] for _ in costs]
+    total = whole
+    for layer, expert in ordered:
+        if total <= budget:
+            break
+        total += costs[layer].saved(counts[layer])
+        counts[layer] += 1
+        total -= costs[layer].saved(counts[layer])
+        chosen[layer].append(expert)
+    return [
+        sorted(own) if cost.replaces(len(own)) else []
+        for own, cost in zip(chosen, costs, strict=True)
+    ]
+
+
+# ---- groups --------------------------------------------------------------------------------------
+
+
+def cosines(gram: Tensor) -> Tensor:
+    """Cosines between vectors of which ``gram`` [n, n] holds the products."""
+    norms = gram.diagonal().clamp(min=1e-300).sqrt()
+    return gram / norms[:, None] / norms
+
+
+def group(
+    candidates: Sequence[int], importance: Sequence[float], similarity: Tensor, groups: int
+) -> list[list[int]]:
+    """Groups of experts: the most important ones, each with those most similar to it.
+
+    Args:
+        candidates: experts of a layer.
+        importance: of all experts of the layer.
+        similarity: [E, E].
+        groups: how many.
+
+    Returns:
+        Of each group the representative, then the others in rising order.
+    """
+    ranked = sorted(candidates, key=lambda j: (-importance[j], j))
+    found = [[j] for j in ranked[:groups]]
+    for j in sorted(ranked[groups:]):
+        nearest = max(range(groups), key=lambda g: (float(similarity[j, found[g][0]]), -g))
+        found[nearest].append(j)
+    return found
+
+
+# ---- numbers -------------------------------------------------------------------------------------
+
+
+def weighted_mean(matrices: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Mean of matrices, float32; where no weight is above 0, of equal weights."""
+    total = sum(weights)
+    shares = [w / total for w in weights] if total > 0 else [1 / len(matrices)] * len(matrices)
+    out = torch.zeros(matrices[0].shape, dtype=torch.float32)
+    for matrix, share in zip(matrices, shares, strict=True):
+        out.add_(matrix.float(), alpha=share)
+    return out
+
+
+def low_rank(difference: Tensor, gram: Tensor | None, rank: int) -> tuple[Tensor, Tensor]:
+    """The matrix of a rank that is nearest in what it puts out: (first, second), float32.
+
+    With ``G = L L^T`` the Gram matrix of inputs, ``|| X (D - S F)^T ||`` is least for the truncated
+    singular value decomposition of ``D L``.
+
+    Args:
+        difference: D, [out, in].
+        gram: G, [in, in], of the inputs; a part of its mean diagonal is added. None: all inputs
+            count alike.
+        rank: of the result.
+
+    Returns:
+        F [rank, in] and S [out, rank].
+    """
+    inputs = difference.shape[1]
+    if gram is None:
+        gram = torch.eye(inputs)
+    extra = RIDGE * float(gram.diagonal().mean()) + LEAST
+    half = torch.linalg.cholesky(gram.double() + extra * torch.eye(inputs, dtype=torch.float64))
+    left, values, right = torch.linalg.svd(difference.double() @ half, full_matrices=False)
+    root = values[:rank].sqrt()
+    first = torch.linalg.solve_triangular(
+        half, root[:, None] * right[:rank], upper=False, left=False
+    )
+    return first.float(), (left[:, :rank] * root).float()
+
+
+def untrained(
+    shape: tuple[int, int], rank: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Factors whose product is zero, to be trained: the second one is.
+
+    Args:
+        shape: of the matrix, [out, in].
+        rank: of the factors.
+        generator: of the numbers of the first, uniform as those of LoRA are.
+    """
+    outs, ins = shape
+    first = (torch.rand(rank, ins, generator=generator) * 2 - 1) / ins**0.5
+    return first, torch.zeros(outs, rank)

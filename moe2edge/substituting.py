@@ -1,0 +1,127 @@
+"""The work of replacing experts by constants and linear maps: sums in a walk, then fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from moe2edge import criteria, substitution
+from moe2edge.layers import MoELayer, Substitute, Weight
+from moe2edge.pipeline import Store, planned
+from moe2edge.substitution import Sums
+
+if TYPE_CHECKING:
+    from moe2edge.model import Block
+    from moe2edge.substitution import Fit
+    from moe2edge.walk import Seen
+
+
+def substituted(block: Block, layer: MoELayer, ranks: Mapping[int, int]) -> Block:
+    """The block with substitutes of some ranks, by position, whose numbers are not there yet."""
+    hidden = layer.router.weight.shape[1]
+
+    def weight(name: str, *shape: int) -> Weight:
+        like = layer.experts[0].down
+        return planned(replace(like, name=name, shape=shape, scheme=None, load_quantized=None))
+
+    new = {}
+    for n, rank in ranks.items():
+        origin = layer.experts[n].origin
+        name = f"substitute of expert {origin} in block {block.origin}"
+        constant = weight(f"constant of the {name}", hidden)
+        if rank:
+            first = weight(f"first of the {name}", rank, hidden)
+            second = weight(f"second of the {name}", hidden, rank)
+            new[n] = Substitute(origin, constant, first, second)
+        else:
+            new[n] = Substitute(origin, constant)
+    return replace(block, mlp=layer.substitute(new))
+
+
+@dataclass
+class Fitter:
+    """Sums up what experts do, and replaces some; one layer at a time.
+
+    Attributes:
+        count: how many experts of a layer go.
+        rank: of the maps of a layer; 0 for constants.
+        ridge: see `substitution.fit`.
+        min_tokens: an expert with fewer gets a constant.
+        store: keeps the numbers.
+        scores: of experts by the index of their block, the lowest go; None: those whose
+            substitutes leave the smallest error do.
+        changed, notes: for the report.
+    """
+
+    count: Callable[[MoELayer], int]
+    rank: Callable[[MoELayer], int]
+    ridge: float
+    min_tokens: int
+    store: Store
+    scores: Mapping[int, list[float]] | None
+    changed: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    _sums: dict[int, Sums] = field(default_factory=dict)
+
+    def see(self, seen: Seen) -> None:
+        """Add one batch."""
+        import torch
+
+        layer, routing = seen.block.mlp, seen.routing
+        if not isinstance(layer, MoELayer) or routing is None:
+            return
+        for n in self._candidates(seen.block, layer):
+            if n not in self._sums:
+                self._sums[n] = Sums(routing.inputs.shape[1], maps=self.rank(layer) > 0)
+            token, place = torch.where(routing.ids == n)
+            if len(token):
+                inputs = routing.inputs[token]
+                outputs = seen.expert_output(n, inputs)
+                self._sums[n].add(inputs, outputs, routing.weights[token, place])
+
+    def _candidates(self, block: Block, layer: MoELayer) -> list[int]:
+        """Experts that may go."""
+        count = self.count(layer)
+        if not count:
+            return []
+        if self.scores is None:
+            return list(range(len(layer.experts)))
+        return sorted(criteria.ranking(self.scores[block.index])[-count:])
+
+    def change(self, block: Block) -> Block:
+        """The block with substitutes."""
+        sums, self._sums = self._sums, {}
+        layer = block.mlp
+        if not isinstance(layer, MoELayer) or not sums:
+            return block
+        rank = self.rank(layer)
+        fits: dict[int, Fit] = {}
+        for n, own in sums.items():
+            starved = own.tokens < self.min_tokens
+            fits[n] = substitution.fit(own, 0 if starved else rank, self.ridge)
+        count = self.count(layer)
+        gone = sorted(sorted(fits, key=lambda n: (fits[n].residual, -n))[:count])
+        for n in gone:
+            if rank and not len(fits[n].first):
+                self.notes.append(
+                    f"block {block.index}: expert {layer.experts[n].origin} saw {sums[n].tokens} "
+                    f"tokens, fewer than {self.min_tokens}: a constant"
+                )
+        left = sum(fits[n].residual for n in gone)
+        whole = sum(sums[n].squares for n in gone)
+        origins = [layer.experts[n].origin for n in gone]
+        self.changed.append(f"block {block.index}: experts {origins}")
+        share = left / whole if whole else 0.0
+        self.notes.append(
+            f"block {block.index}: of what experts {origins} put out, {share:.1%} is missed"
+        )
+        changed = substituted(block, layer, {n: len(fits[n].first) for n in gone})
+        numbers = {}
+        for place, n in enumerate(gone):
+            found = fits[n]
+            numbers[f"substitutes.{place}.constant"] = found.constant.float()
+            if len(found.first):
+                numbers[f"substitutes.{place}.first"] = found.first.float()
+                numbers[f"substitutes.{place}.second"] = found.second.float()
+        return self.store.put(changed, numbers)

@@ -1,0 +1,312 @@
+"""Shared bases with factors: selection, groups and numbers against slow loops, and as exported."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import Tensor
+
+from moe2edge import bases, walk
+from moe2edge.bases import Cost
+from moe2edge.basing import experts_nbytes
+from moe2edge.checkpoint import open_checkpoint
+from moe2edge.cli import main
+from moe2edge.families import FAMILIES
+from moe2edge.layers import PARTS, MoELayer
+from moe2edge.model import Model, is_quantizable
+from moe2edge.passes.expert_replace import ExpertReplace
+from moe2edge.pipeline import Lab, Outcome
+from moe2edge.stored import stored_model
+from moe2edge.testing import InMemory, Make
+
+IDS = torch.randint(1, 96, (8, 48), generator=torch.Generator().manual_seed(9))
+TEXT = ["--set", "calibration.samples=12", "--set", "calibration.length=48"]
+LESS = ["--set", "evaluation.samples=2", "--set", "evaluation.length=48", "-q", "--json"]
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# ---- selection -----------------------------------------------------------------------------------
+
+
+def under(scores: list[list[float]], factors: list[float], threshold: float) -> list[list[int]]:
+    """Experts under a threshold, as the paper has it."""
+    found = []
+    for own, factor in zip(scores, factors, strict=True):
+        shares = [score / sum(own) for score in own]
+        found.append([j for j, share in enumerate(shares) if share < threshold * factor])
+    return found
+
+
+@pytest.mark.parametrize("group", [2, 3, None])
+@pytest.mark.parametrize("part", [0.95, 0.8, 0.6, 0.55])
+def test_the_lowest_threshold_that_meets_the_budget(group: int | None, part: float) -> None:
+    """By trying every threshold that makes a difference, from below."""
+    scores = random(5, 8).tolist()
+    factors = bases.depth_factors([1.0, 2.0, 3.0, 5.0, 9.0], 1.0)
+    cost = Cost(expert=1000, factors=20, group=group)
+    whole = 5 * 8 * 1000
+    found = bases.choose(bases.order(scores, factors), [cost] * 5, whole, int(part * whole))
+    shares = [s / sum(own) / f for own, f in zip(scores, factors, strict=True) for s in own]
+    for threshold in sorted([0.0, *(share + 1e-12 for share in shares)]):
+        chosen = under(scores, factors, threshold)
+        if group is not None:  # alone in its layer, an expert has nobody to share with
+            chosen = [own if len(own) > 1 else [] for own in chosen]
+        total = whole
+        for own in chosen:
+            total -= 1000 * len(own) - 20 * len(own)
+            total += 0 if group is None else 1000 * math.ceil(len(own) / group)
+        if total <= part * whole:
+            break
+    assert found == chosen
+    assert part * whole - 1000 <= total <= part * whole
+
+
+def test_shallow_layers_lose_more() -> None:
+    found = bases.depth_factors([1.0, 2.0, 3.0], 1.0)
+    deviation = math.sqrt(2 / 3)
+    expected = [math.exp(1 / deviation), 1.0, math.exp(-1 / deviation)]
+    assert found == pytest.approx([min(1.2, max(0.8, value)) for value in expected])
+    assert bases.depth_factors([1.0, 2.0, 3.0], 0.0) == [1.0, 1.0, 1.0]
+    assert bases.depth_factors([2.0, 2.0], 1.0) == [1.0, 1.0]
+
+
+def test_groups_are_those_of_a_loop() -> None:
+    importance, columns = random(9, seed=1).tolist(), random(50, 9, seed=2)
+    similar = bases.cosines(columns.T @ columns)
+    candidates = [0, 1, 3, 4, 6, 7, 8]
+    found = bases.group(candidates, importance, similar, 3)
+    heads = sorted(candidates, key=lambda j: -importance[j])[:3]
+    expected: dict[int, list[int]] = {head: [head] for head in heads}
+    for j in candidates:
+        if j in heads:
+            continue
+        best, nearest = -2.0, -1
+        for head in heads:
+            a, b = columns[:, j], columns[:, head]
+            cosine = float(a @ b / a.norm() / b.norm())
+            if cosine > best:
+                best, nearest = cosine, head
+        expected[nearest].append(j)
+    assert found == [expected[head] for head in heads]
+
+
+# ---- numbers -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", [1, 3, 6])
+def test_factors_are_the_nearest_in_what_they_put_out(rank: int) -> None:
+    """Against the truncation of what is put out, and against anything beside it."""
+    inputs, difference = random(80, 8, seed=3) - 0.3, random(6, 8, seed=4) - 0.5
+    first, second = bases.low_rank(difference, inputs.T @ inputs, rank)
+    assert first.shape == (rank, 8)
+    assert second.shape == (6, rank)
+    ridge = bases.RIDGE * float((inputs.T @ inputs).diagonal().mean()) + bases.LEAST
+    longer = torch.cat([inputs, math.sqrt(ridge) * torch.eye(8, dtype=torch.float64)])
+
+    def missed(first: Tensor, second: Tensor) -> float:
+        return float((longer @ (difference - second.double() @ first.double()).T).square().sum())
+
+    values = torch.linalg.svdvals(longer @ difference.T)
+    least = float(values[rank:].square().sum())
+    assert missed(first, second) == pytest.approx(least, rel=1e-4, abs=1e-8)
+    for seed in range(20):
+        nudge = 0.01 * (random(rank, 8, seed=seed).float() - 0.5)
+        assert missed(first + nudge, second) >= least
+
+
+def test_without_importance_all_count_alike() -> None:
+    matrices = [random(3, 4, seed=n).float() for n in range(3)]
+    mean = (matrices[0] + matrices[1] + matrices[2]) / 3
+    assert torch.allclose(bases.weighted_mean(matrices, [0.0, 0.0, 0.0]), mean)
+    expected = (2 * matrices[0] + matrices[1] + 5 * matrices[2]) / 8
+    assert torch.allclose(bases.weighted_mean(matrices, [2.0, 1.0, 5.0]), expected)
+
+
+# ---- layers --------------------------------------------------------------------------------------
+
+
+def replace_experts(model: Model, **options: Any) -> Outcome:
+    step = ExpertReplace.model_validate({"with": "base", "budget": 0.6, **options})
+    step = step.resolved(model)
+    step.check(model)
+    watcher: Any = SimpleNamespace(advance=lambda *_: None, log=lambda _: None)
+    outcome = step.search(Lab(model, model, IDS, InMemory(), watcher))
+    outcome.model.verify()
+    return outcome
+
+
+class Mass:
+    """The weight of each expert, summed up token by token."""
+
+    def __init__(self) -> None:
+        self.found: dict[int, list[float]] = {}
+
+    def see(self, seen: walk.Seen) -> None:
+        assert seen.routing is not None
+        own = self.found.setdefault(seen.block.index, [0.0] * 6)
+        for ids, weights in zip(seen.routing.ids, seen.routing.weights, strict=True):
+            for j, weight in zip(ids.tolist(), weights.tolist(), strict=True):
+                own[j] += weight
+
+    def fact(self) -> dict[int, list[float]]:
+        return self.found
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_a_base_is_the_mean_of_its_members_by_router_mass(tiny: Make, family: str) -> None:
+    model = open_checkpoint(str(tiny(family))).model
+    result = replace_experts(model, rank=0).model
+    watched = Mass()
+    walk.observe(model, IDS, [watched], lambda *_: None, "")
+    shared = 0
+    for (block, before), (_, after) in zip(model.moe_blocks, result.moe_blocks, strict=True):
+        mass = watched.found[block.index]
+        for n, base in enumerate(after.experts):
+            own = [j for j, b in enumerate(after.bases) if b == n]
+            shared += len(own) > 1
+            total = sum(mass[j] for j in own)
+            for part in PARTS:
+                expected = sum(
+                    mass[j] / total * getattr(before.experts[j], part).load() for j in own
+                )
+                assert torch.allclose(getattr(base, part).load(), expected, atol=1e-6)
+        assert [m.origin for m in after.members or before.experts] == list(range(6))
+    assert shared
+
+
+def distance(model: Model, other: Model) -> float:
+    logits = [
+        torch.stack(list(walk.head_logits(m, walk.observe(m, IDS, [], lambda *_: None, ""))))
+        for m in (model, other)
+    ]
+    return float((logits[0] - logits[1]).abs().mean())
+
+
+def test_factors_come_nearer_and_zero_ones_add_nothing(tiny: Make) -> None:
+    model = open_checkpoint(str(tiny("olmoe"))).model
+    options = {"budget": 0.8, "group_size": 6}
+    missed = [distance(model, replace_experts(model, rank=r, **options).model) for r in (0, 1, 4)]
+    assert missed[0] > missed[1] > missed[2] > 0
+    zero = replace_experts(model, rank=4, factors="zero", **options).model
+    bare = replace_experts(model, rank=0, **options).model
+    for (_, one), (_, other) in zip(zero.moe_blocks, bare.moe_blocks, strict=True):
+        for member in one.members:
+            for own in member.factors.values():
+                assert own.first.load().any()
+                assert not own.second.load().any()
+        if [m.base for m in one.members] == [m.base for m in other.members]:
+            assert torch.equal(one.experts[-1].up.load(), other.experts[-1].up.load())
+
+
+@pytest.mark.parametrize("how", ["base", "svd"])
+@pytest.mark.parametrize("budget", [0.9, 0.7, 0.55])
+def test_a_budget_is_met_within_one_expert(tiny: Make, how: str, budget: float) -> None:
+    model = open_checkpoint(str(tiny("qwen3_moe"))).model
+    rank = {"rank": 1} if how == "base" else {"rank": 5}
+    outcome = replace_experts(model, **{"with": how, "budget": budget, **rank})
+    whole, now = experts_nbytes(model), experts_nbytes(outcome.model)
+    one = whole // sum(model.expert_counts)
+    assert budget * whole - one <= now <= budget * whole
+    assert f"take {now:,} bytes" in outcome.notes[-1]
+
+
+def test_a_control_groups_at_random(tiny: Make) -> None:
+    model = open_checkpoint(str(tiny("olmoe"))).model
+    found = {
+        seed: [
+            layer.bases
+            for _, layer in replace_experts(
+                model, similarity="random", seed=seed, budget=0.5
+            ).model.moe_blocks
+        ]
+        for seed in range(4)
+    }
+    assert any(a != b for a, b in itertools.pairwise(found.values()))
+    alike = replace_experts(model, similarity="weights", budget=0.5).model
+    assert all(layer.members for _, layer in alike.moe_blocks)
+
+
+# ---- exported ------------------------------------------------------------------------------------
+
+
+def export(folder: Path, out: Path, steps: list[Any], target: str) -> tuple[int, str, Any]:
+    recipe = out.with_suffix(".json")
+    recipe.write_text(json.dumps({"passes": steps}))
+    command = ["export", str(folder), "-t", target, "-o", str(out), "-r", str(recipe)]
+    result = CliRunner().invoke(main, [*command, *TEXT, *LESS])
+    report = json.loads(result.stdout) if result.exit_code == 0 else None
+    return result.exit_code, result.stderr, report
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("slim", ["gptq", "awq"])
+@pytest.mark.parametrize("how", ["base", "svd"])
+def test_bases_are_quantized_and_factors_are_not(
+    tiny: Make, tmp_path: Path, family: str, slim: str, how: str
+) -> None:
+    folder, out = tiny(family), tmp_path / "out"
+    replaced = {"expert_replace": {"with": how, "budget": 0.7, "rank": 3}}
+    code, said, report = export(
+        folder, out, [{"block_drop": {"drop": 1}}, replaced, {slim: {}}], "gptq"
+    )
+    assert code == 0, said
+    assert report["results"][0]["parity"]["exact"] < 1e-4
+    model = stored_model(open_checkpoint(str(out)))
+    assert (
+        model.members > 0
+        if how == "base"
+        else any(m.base is None for _, layer in model.moe_blocks for m in layer.members)
+    )
+    for name, role, weight in model.tensors():
+        assert (weight.scheme is not None) == is_quantizable(role), name
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"with": "base", "budget": 0.6, "rank": 33}, "rank 33, but the matrices of experts"),
+        ({"with": "svd", "budget": 0.6, "rank": 0}, "from 1 to 32"),
+        ({"with": "base", "budget": 0.6, "group_size": 1}, "group_size is 1"),
+        ({"with": "base", "budget": 0.2, "rank": 1}, "at least (38.0%)"),
+        ({"with": "base", "budget": 10**9, "rank": 1}, "nothing to do"),
+        ({"with": "base", "keep": 4}, "budget with: base"),
+        ({"with": "base", "budget": 0.6, "keep": 4}, "no keep with: base"),
+        ({"with": "base", "budget": 0.6, "criterion": "residual"}, "another criterion"),
+        ({"with": "base", "budget": 0.6, "criterion": "aimer"}, "scores below 0"),
+    ],
+)
+def test_what_is_refused(
+    tiny: Make, tmp_path: Path, options: dict[str, Any], expected: str
+) -> None:
+    step = {"expert_replace": options}
+    code, said, _ = export(tiny("olmoe"), tmp_path / "out", [step], "hf:layout=natural")
+    assert code == 2
+    assert expected in said
+    assert len(said.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_experts_that_share_cannot_be_dropped(tiny: Make, tmp_path: Path) -> None:
+    steps = [{"expert_replace": {"with": "base", "budget": 0.6}}, {"expert_drop": {"keep": 3}}]
+    code, said, _ = export(tiny("olmoe"), tmp_path / "out", steps, "hf:layout=natural")
+    assert code == 2
+    assert "put expert_replace or expert_merge after expert_drop" in said
+
+
+def test_a_layer_of_factors_alone_keeps_one_expert(tiny: Make) -> None:
+    model = open_checkpoint(str(tiny("olmoe"))).model
+    result = replace_experts(model, **{"with": "svd", "budget": 0.35, "rank": 2}).model
+    for _, layer in result.moe_blocks:
+        assert isinstance(layer, MoELayer)
+        assert len(layer.experts) >= 1
