@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 
 def experts_nbytes(model: Model) -> int:
-    """Bytes of routed experts, bases and factors."""
+    """Bytes of routed experts, and of what answers in their place."""
     return sum(
         weight.nbytes
         for block, _ in model.moe_blocks
         for role, weight in block.weights()
-        if role.startswith(("experts.", "members."))
+        if role.startswith(("experts.", "members.", "substitutes."))
     )
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from moe2edge import criteria, substitution
-from moe2edge.layers import MoELayer, Substitute, Weight
+from moe2edge.layers import DTYPE_BYTES, MoELayer, Substitute, Weight
 from moe2edge.pipeline import Store, planned
-from moe2edge.substitution import Sums
+from moe2edge.substitution import Size, Sums
 
 if TYPE_CHECKING:
     from moe2edge.model import Block
@@ -39,13 +39,23 @@ def substituted(block: Block, layer: MoELayer, ranks: Mapping[int, int]) -> Bloc
     return replace(block, mlp=layer.substitute(new))
 
 
+def size_of(layer: MoELayer) -> Size:
+    """Bytes of what an expert of a layer can become."""
+    expert = layer.experts[0]
+    each, hidden = DTYPE_BYTES[expert.down.dtype], expert.down.shape[0]
+    whole = sum(weight.nbytes for weight in (expert.gate, expert.up, expert.down))
+    return Size(whole, each * hidden, 2 * each * hidden)
+
+
 @dataclass
 class Fitter:
     """Sums up what experts do, and replaces some; one layer at a time.
 
     Attributes:
-        count: how many experts of a layer go.
+        count: how many experts of a layer go; None: see ``budget``.
         rank: of the maps of a layer; 0 for constants.
+        budget: bytes that experts of a layer and what replaces them may take: who goes, and which
+            rank each gets, is chosen by the error that is left.
         ridge: see `substitution.fit`.
         min_tokens: an expert with fewer gets a constant.
         store: keeps the numbers.
@@ -54,12 +64,13 @@ class Fitter:
         changed, notes: for the report.
     """
 
-    count: Callable[[MoELayer], int]
+    count: Callable[[MoELayer], int] | None
     rank: Callable[[MoELayer], int]
     ridge: float
     min_tokens: int
     store: Store
     scores: Mapping[int, list[float]] | None
+    budget: Callable[[MoELayer], int] | None = None
     changed: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     _sums: dict[int, Sums] = field(default_factory=dict)
@@ -73,7 +84,8 @@ class Fitter:
             return
         for n in self._candidates(seen.block, layer):
             if n not in self._sums:
-                self._sums[n] = Sums(routing.inputs.shape[1], maps=self.rank(layer) > 0)
+                maps = self.budget is not None or self.rank(layer) > 0
+                self._sums[n] = Sums(routing.inputs.shape[1], maps=maps)
             token, place = torch.where(routing.ids == n)
             if len(token):
                 inputs = routing.inputs[token]
@@ -82,7 +94,7 @@ class Fitter:
 
     def _candidates(self, block: Block, layer: MoELayer) -> list[int]:
         """Experts that may go."""
-        count = self.count(layer)
+        count = self.count(layer) if self.count else len(layer.experts)
         if not count:
             return []
         if self.scores is None:
@@ -95,15 +107,10 @@ class Fitter:
         layer = block.mlp
         if not isinstance(layer, MoELayer) or not sums:
             return block
-        rank = self.rank(layer)
-        fits: dict[int, Fit] = {}
-        for n, own in sums.items():
-            starved = own.tokens < self.min_tokens
-            fits[n] = substitution.fit(own, 0 if starved else rank, self.ridge)
-        count = self.count(layer)
-        gone = sorted(sorted(fits, key=lambda n: (fits[n].residual, -n))[:count])
+        fits = self._fits(layer, sums)
+        gone = sorted(fits)
         for n in gone:
-            if rank and not len(fits[n].first):
+            if sums[n].tokens < self.min_tokens:
                 self.notes.append(
                     f"block {block.index}: expert {layer.experts[n].origin} saw {sums[n].tokens} "
                     f"tokens, fewer than {self.min_tokens}: a constant"
@@ -125,3 +132,25 @@ class Fitter:
                 numbers[f"substitutes.{place}.first"] = found.first.float()
                 numbers[f"substitutes.{place}.second"] = found.second.float()
         return self.store.put(changed, numbers)
+
+    def _fits(self, layer: MoELayer, sums: Mapping[int, Sums]) -> dict[int, Fit]:
+        """What replaces those that go, by position."""
+        starved = {n for n, own in sums.items() if own.tokens < self.min_tokens}
+        if self.count is not None:
+            rank, count = self.rank(layer), self.count(layer)
+            fits = {
+                n: substitution.fit(own, 0 if n in starved else rank, self.ridge)
+                for n, own in sums.items()
+            }
+            least = sorted(fits, key=lambda n: (fits[n].residual, -n))[:count]
+            return {n: fits[n] for n in least}
+        assert self.budget is not None
+        found = {n: substitution.gains(own, self.ridge) for n, own in sums.items()}
+        falls = [fall[:0] if n in starved else fall for n, (_, fall) in found.items()]
+        spreads = [spread for spread, _ in found.values()]
+        ranks = substitution.allocate(spreads, falls, size_of(layer), self.budget(layer))
+        return {
+            n: substitution.fit(sums[n], rank, self.ridge)
+            for n, rank in zip(found, ranks, strict=True)
+            if rank is not None
+        }

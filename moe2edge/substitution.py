@@ -9,6 +9,7 @@ https://arxiv.org/abs/2507.00390, takes the plain one).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -34,11 +35,12 @@ class Sums:
     """
 
     def __init__(self, hidden: int, *, maps: bool = True) -> None:
-        """Nothing seen yet; without ``maps``, ``gram`` and ``cross`` stay zero: for constants."""
+        """Nothing seen yet; without ``maps`` there are no ``gram`` and ``cross``, for constants."""
         self._maps = maps
         self.tokens, self.mass, self.squares = 0, 0.0, 0.0
         self.inputs, self.outputs = (torch.zeros(hidden, dtype=torch.float64) for _ in range(2))
-        self.gram, self.cross = (torch.zeros(hidden, hidden, dtype=torch.float64) for _ in range(2))
+        side = hidden if maps else 0
+        self.gram, self.cross = (torch.zeros(side, side, dtype=torch.float64) for _ in range(2))
 
     def add(self, inputs: Tensor, outputs: Tensor, weights: Tensor) -> None:
         """Take in inputs and outputs [n, hidden] with gate weights [n]."""
@@ -54,9 +56,9 @@ class Sums:
         self.squares += float(g @ y.square().sum(1))
 
 
-def nbytes(hidden: int, experts: int) -> int:
+def nbytes(hidden: int, experts: int, *, maps: bool) -> int:
     """Bytes of `Sums` of so many experts."""
-    return experts * 8 * 2 * hidden * (hidden + 1)
+    return experts * 8 * 2 * hidden * (hidden * maps + 1)
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,102 @@ class Fit:
     residual: float
 
 
+@dataclass(frozen=True)
+class Size:
+    """Bytes of what an expert can become.
+
+    Attributes:
+        expert: as it is.
+        constant: of a constant.
+        rank: of each rank of a linear map besides.
+    """
+
+    expert: int
+    constant: int
+    rank: int
+
+    @property
+    def most(self) -> int:
+        """Highest rank that is smaller than the expert."""
+        return (self.expert - self.constant - 1) // self.rank
+
+
+def gains(sums: Sums, ridge: float) -> tuple[float, Tensor]:
+    """The ridged loss of a constant, and by how much each further rank lowers it, falling.
+
+    Args:
+        sums: of the expert.
+        ridge: as of `fit`.
+
+    Returns:
+        ``sum g^2 ||f - c||^2``, and float64 [hidden].
+    """
+    _, spread = _constant(sums)
+    _, cross, full = _regression(sums, ridge)
+    values = torch.linalg.eigvalsh(cross.T @ full).flip(0).clamp(min=0)
+    return spread, values
+
+
+def allocate(
+    spreads: Sequence[float], falls: Sequence[Tensor], size: Size, budget: int
+) -> list[int | None]:
+    """What each expert of a layer becomes, so that as little as can be is missed within a budget.
+
+    With a price for bytes, each expert decides for itself: ranks that lower the loss by more than
+    they cost, or to stay. The lowest price at which all fit into the budget is found by bisection;
+    what is left buys the ranks that gain most. That is the best but for what one expert's bytes
+    would have bought. One expert stays.
+
+    Args:
+        spreads: of `gains`, of each expert.
+        falls: of `gains`, likewise.
+        size: in bytes.
+        budget: bytes of the layer.
+
+    Returns:
+        Of each expert the rank of what replaces it; None: it stays.
+    """
+    falls = [own[: size.most] for own in falls]
+    totals = [torch.cat([own.new_zeros(1), own.cumsum(0)]) for own in falls]
+
+    def decided(price: float) -> list[int | None]:
+        found: list[int | None] = []
+        saved = []
+        for spread, own, total in zip(spreads, falls, totals, strict=True):
+            rank = int((own > price * size.rank).sum())
+            cost = spread - float(total[rank]) + price * (size.constant + rank * size.rank)
+            saved.append(price * size.expert - cost)
+            found.append(rank if saved[-1] > 0 else None)
+        if None not in found:
+            found[min(range(len(found)), key=lambda j: (saved[j], -j))] = None
+        return found
+
+    low, high = 0.0, 1.0
+    while _bytes(decided(high), size) > budget and high < 1e300:
+        low, high = high, high * 2
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _bytes(decided(middle), size) > budget else (low, middle)
+    found = decided(high)
+    left = budget - _bytes(found, size)
+    while left >= size.rank:
+        following = [
+            (float(falls[j][rank]), -j)
+            for j, rank in enumerate(found)
+            if rank is not None and rank < len(falls[j])
+        ]
+        if not following or max(following)[0] <= 0:
+            break
+        j = -max(following)[1]
+        found[j] = (found[j] or 0) + 1
+        left -= size.rank
+    return found
+
+
+def _bytes(ranks: Sequence[int | None], size: Size) -> int:
+    return sum(size.expert if rank is None else size.constant + rank * size.rank for rank in ranks)
+
+
 def fit(sums: Sums, rank: int, ridge: float) -> Fit:
     """The best substitute of a rank.
 
@@ -87,20 +185,31 @@ def fit(sums: Sums, rank: int, ridge: float) -> Fit:
         rank: 0 for a constant.
         ridge: part of the mean diagonal of the Gram matrix that is added to it.
     """
-    hidden = len(sums.inputs)
-    mass = max(sums.mass, torch.finfo(torch.float64).tiny)
-    mean_x, mean_y = sums.inputs / mass, sums.outputs / mass
-    spread = max(0.0, sums.squares - mass * float(mean_y @ mean_y))
+    (mean_x, mean_y), spread = _constant(sums)
     if not rank:
-        empty = mean_y.new_empty(0, hidden)
+        empty = mean_y.new_empty(0, len(mean_x))
         return Fit(mean_y, empty, empty.T, spread)
-    gram = sums.gram - mass * torch.outer(mean_x, mean_x)
-    cross = sums.cross - mass * torch.outer(mean_x, mean_y)
-    ridged = gram + (ridge * gram.diagonal().mean() + LEAST) * torch.eye(hidden, dtype=gram.dtype)
-    full = torch.cholesky_solve(cross, torch.linalg.cholesky(ridged))
+    gram, cross, full = _regression(sums, ridge)
     _, vectors = torch.linalg.eigh(cross.T @ full)
     second = vectors[:, -rank:].flip(1)
     first = (full @ second).T
     # trace of (Y - X F^T S^T)^T (Y - X F^T S^T), in which S has orthonormal columns.
     gained = 2 * float((first @ cross * second.T).sum()) - float((first @ gram * first).sum())
     return Fit(mean_y - second @ (first @ mean_x), first, second, max(0.0, spread - gained))
+
+
+def _constant(sums: Sums) -> tuple[tuple[Tensor, Tensor], float]:
+    """Means of inputs and of outputs, and ``sum g^2 ||f - mean||^2``."""
+    mass = max(sums.mass, torch.finfo(torch.float64).tiny)
+    mean_x, mean_y = sums.inputs / mass, sums.outputs / mass
+    return (mean_x, mean_y), max(0.0, sums.squares - mass * float(mean_y @ mean_y))
+
+
+def _regression(sums: Sums, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Centred Gram matrix and cross products C, and ``H^-1 C``."""
+    (mean_x, mean_y), _ = _constant(sums)
+    gram = sums.gram - sums.mass * torch.outer(mean_x, mean_x)
+    cross = sums.cross - sums.mass * torch.outer(mean_x, mean_y)
+    extra = ridge * gram.diagonal().mean() + LEAST
+    ridged = gram + extra * torch.eye(len(mean_x), dtype=gram.dtype)
+    return gram, cross, torch.cholesky_solve(cross, torch.linalg.cholesky(ridged))

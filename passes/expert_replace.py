@@ -24,10 +24,10 @@ RANK_PART = {"linear": 16, "base": 64, "svd": 4}
 # What fills in for an option that nobody gave, by what answers.
 CRITERIA = {"constant": "residual", "linear": "residual", "base": "soft-frequency"}
 OWN_OPTIONS = {
-    "constant": ("keep", "fitted_on", "min_tokens"),
-    "linear": ("keep", "fitted_on", "min_tokens", "ridge", "rank"),
-    "base": ("budget", "group_size", "similarity", "factors", "depth_correction", "rank"),
-    "svd": ("budget", "depth_correction", "rank"),
+    "constant": ("keep",),
+    "linear": ("keep", "rank", "budget"),
+    "base": ("budget", "rank"),
+    "svd": ("budget", "rank"),
 }
 
 
@@ -63,7 +63,8 @@ class ExpertReplace(Search):
         int | float | None,
         Field(
             description="with base, svd: bytes that routed experts may take in all, a number of "
-            "bytes, or a fraction of what they take"
+            "bytes, or a fraction of what they take; with linear instead of keep: each layer may "
+            "take its share, and who is replaced by which rank is chosen by the error that is left"
         ),
     ] = None
     criterion: Annotated[
@@ -141,15 +142,24 @@ class ExpertReplace(Search):
     def _options_go_together(self) -> ExpertReplace:
         own = OWN_OPTIONS[self.kind]
         needed = own[0]
-        if getattr(self, needed) is None:
+        if self.kind == "linear" and (self.keep is None) == (self.budget is None):
+            raise ValueError("keep or budget with: linear (experts that stay, or bytes)")
+        if self.kind != "linear" and getattr(self, needed) is None:
             what = "experts that stay" if needed == "keep" else "bytes that experts may take"
             raise ValueError(f"{needed} with: {self.kind} ({what})")
         for name in ("keep", "budget", "rank"):
             if name not in own and getattr(self, name) is not None:
                 raise ValueError(f"no {name} with: {self.kind}")
-        if self.criterion == "residual" and needed == "budget":
+        if self.shares and self.criterion == "residual":
             raise ValueError(f"another criterion than residual with: {self.kind}")
+        if self.allots and (self.rank, self.criterion) not in ((None, None), (None, "residual")):
+            raise ValueError("no rank and no criterion where a budget chooses them")
         return self
+
+    @property
+    def allots(self) -> bool:
+        """Whether a budget decides who is replaced, and by which rank."""
+        return self.kind == "linear" and self.budget is not None
 
     @property
     def shares(self) -> bool:
@@ -183,10 +193,36 @@ class ExpertReplace(Search):
         else:
             self._check_substitutes(model)
 
+    def _check_budget(self, model: Model) -> None:
+        """Refuse budgets below what a layer takes with one expert and constants, or above all."""
+        from moe2edge.substituting import size_of
+
+        for block, layer in model.moe_blocks:
+            size, others = size_of(layer), len(layer.experts) - 1
+            least, whole = size.expert + others * size.constant, (others + 1) * size.expert
+            budget = self._share_of(model, layer)
+            if not least <= budget < whole:
+                raise InputError(
+                    f"expert_replace: the budget gives block {block.index} {budget:,} bytes; its "
+                    f"experts take {whole:,}, one with constants for the others {least:,}; choose "
+                    "one between"
+                )
+
+    def _share_of(self, model: Model, layer: MoELayer) -> int:
+        """Bytes of a layer, where each has the same part of the budget."""
+        from moe2edge.basing import experts_nbytes
+        from moe2edge.substituting import size_of
+
+        whole = len(layer.experts) * size_of(layer).expert
+        return self._budget(model) * whole // experts_nbytes(model)
+
     def _check_substitutes(self, model: Model) -> None:
         layers = [layer for _, layer in model.moe_blocks]
         if model.members:
             refuse_replaced("expert_replace", model)
+        if self.allots:
+            self._check_budget(model)
+            return
         for block, layer in model.moe_blocks:
             if self._replaced(layer) < 0:
                 raise InputError(
@@ -276,12 +312,28 @@ class ExpertReplace(Search):
                 if grouping:
                     model = model.replace_block(shared(block, layer, grouping, self._rank(layer)))
             return model
+        if self.allots:
+            return self._plan_budget(model)
         for block, layer in model.moe_blocks:
             count = len(layer.experts)
             gone = range(count - self._replaced(layer), count)
             if gone:
                 ranks = dict.fromkeys(gone, self._rank(layer))
                 model = model.replace_block(substituted(block, layer, ranks))
+        return model
+
+    def _plan_budget(self, model: Model) -> Model:
+        """Each layer with maps for half of its experts or more, and ranks that fill its budget."""
+        from moe2edge.substituting import size_of, substituted
+
+        before = model
+        for block, layer in model.moe_blocks:
+            size, budget, count = size_of(layer), self._share_of(before, layer), len(layer.experts)
+            stay = max(1, min(count - 1, (budget - count * size.constant) // size.expert))
+            gone = range(stay, count)
+            left = budget - stay * size.expert - len(gone) * size.constant
+            rank = max(0, min(size.most, left // size.rank // len(gone)))
+            model = model.replace_block(substituted(block, layer, dict.fromkeys(gone, rank)))
         return model
 
     # ---- doing it ----------------------------------------------------------------------------
@@ -309,7 +361,15 @@ class ExpertReplace(Search):
                 block.index: criteria.scores(self.criterion, block, facts, self.seed)
                 for block, _ in lab.model.moe_blocks
             }
-        fitter = Fitter(self._replaced, self._rank, self.ridge, self.min_tokens, lab.store, scores)
+        fitter = Fitter(
+            None if self.allots else self._replaced,
+            self._rank,
+            self.ridge,
+            self.min_tokens,
+            lab.store,
+            scores,
+            (lambda layer: self._share_of(lab.model, layer)) if self.allots else None,
+        )
         model = walk.rewrite(
             lab.model,
             lab.tokens,
@@ -419,13 +479,13 @@ class ExpertReplace(Search):
         from moe2edge.substitution import nbytes
 
         hidden = lab.model.family.geometry(lab.model.config).hidden
+        every = self.allots or self.criterion == "residual"
         fitted = max(
-            len(layer.experts) if self.criterion == "residual" else self._replaced(layer)
+            len(layer.experts) if every else self._replaced(layer)
             for _, layer in lab.model.moe_blocks
         )
-        streams = 4 * 2 * lab.tokens.numel() * hidden
         check_memory(
-            nbytes(hidden, fitted) + streams,
+            nbytes(hidden, fitted, maps=self.kind == "linear") + 4 * lab.tokens.numel() * hidden,
             f"expert_replace sums up inputs and outputs of {fitted} experts at a time",
             "replace fewer of them in one pass, or do it on a larger one",
             lab.memory.limit,

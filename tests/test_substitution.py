@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -98,6 +99,64 @@ def test_a_higher_rank_misses_less_and_nothing_else_misses_less() -> None:
                 0.0,
             )
             assert missed(nudged, x, y, g) > fit.residual
+
+
+def test_an_allocation_misses_little_more_than_the_best_of_all() -> None:
+    """Against every way to spend a budget; the difference is what one expert's bytes would buy."""
+    size = substitution.Size(expert=90, constant=10, rank=20)
+    assert size.most == 3
+    draw = torch.Generator().manual_seed(4)
+    for _ in range(30):
+        falls = [
+            torch.rand(6, generator=draw, dtype=torch.float64).sort(descending=True).values
+            for _ in range(4)
+        ]
+        spreads = [float(own.sum()) + float(torch.rand(1, generator=draw)) for own in falls]
+        ways = []
+        for ranks in itertools.product([None, 0, 1, 2, 3], repeat=4):
+            if None not in ranks:
+                continue
+            total = sum(90 if r is None else 10 + 20 * r for r in ranks)
+            left = sum(
+                0.0 if r is None else spreads[j] - float(falls[j][:r].sum())
+                for j, r in enumerate(ranks)
+            )
+            ways.append((total, left))
+        for budget in (130, 180, 240, 300, 359):
+            found = substitution.allocate(spreads, falls, size, budget)
+            assert None in found
+            total = sum(90 if r is None else 10 + 20 * r for r in found)
+            assert total <= budget
+            left = sum(
+                0.0 if r is None else spreads[j] - float(falls[j][:r].sum())
+                for j, r in enumerate(found)
+            )
+            fewer = [missing for bytes_, missing in ways if bytes_ <= max(120, budget - 90)]
+            assert min(m for b, m in ways if b <= budget) <= left + 1e-9
+            assert left <= min(fewer) + 1e-9
+
+
+def test_gains_are_what_fits_gain() -> None:
+    """Without a ridge, the residual at a rank is what a constant misses less the gains so far."""
+    x, y, g = seen()
+    sums = summed(x, y, g)
+    spread, falls = substitution.gains(sums, 0.0)
+    for rank in range(HIDDEN + 1):
+        found = substitution.fit(sums, rank, 0.0)
+        assert found.residual == pytest.approx(spread - float(falls[:rank].sum()), rel=1e-4)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_a_budget_of_bytes_is_kept(tiny: Make, tmp_path: Path, family: str) -> None:
+    """In every layer, and filled up to the last rank."""
+    options = {"keep": None, "rank": None, "budget": 0.6, "min_tokens": 0}
+    source, model = exported(tiny, family, tmp_path / "out", **options)
+    for (_, before), (_, after) in zip(source.moe_blocks, model.moe_blocks, strict=True):
+        whole = sum(4 * expert.count for expert in before.experts)
+        now = sum(4 * expert.count for expert in after.experts)
+        now += sum(weight.nbytes for s in after.substitutes for _, weight in s.weights())
+        assert 0.6 * whole - 2 * 4 * 64 < now <= 0.6 * whole
+        assert len({s.rank for s in after.substitutes}) > 1 or len(after.substitutes) == 1
 
 
 def test_an_expert_that_nobody_asked_answers_zero() -> None:
@@ -251,7 +310,13 @@ def test_few_tokens_are_answered_by_a_constant(tiny: Make, tmp_path: Path) -> No
         ([{"expert_replace": {"with": "linear", "keep": 4, "rank": 60}}], "hf", "at most 47"),
         ([{"expert_replace": {"with": "constant", "keep": 4, "rank": 2}}], "hf", "no rank with"),
         ([{"expert_replace": {"with": "constant"}}], "hf", "keep with: constant"),
-        ([{"expert_replace": {"with": "linear", "keep": 4, "budget": 0.5}}], "hf", "no budget"),
+        (
+            [{"expert_replace": {"with": "linear", "keep": 4, "budget": 0.5}}],
+            "hf",
+            "keep or budget",
+        ),
+        ([{"expert_replace": {"with": "linear", "budget": 0.1}}], "hf", "choose one between"),
+        ([{"expert_replace": {"with": "linear", "budget": 0.5, "rank": 2}}], "hf", "no rank and"),
         ([{"expert_replace": {"with": "constant", "keep": 6}}], "hf", "keeps every expert"),
         ([{"expert_replace": {"with": "constant", "keep": 7}}], "hf", "keep 7 of the 6"),
         ([{"expert_replace": {"keep": 4}}], "hf", "expert_replace.with is missing"),
