@@ -21,6 +21,12 @@ if TYPE_CHECKING:
     from moe2edge.recipe import TextSource
 
 BUILTIN_TEXT = "builtin"
+# The built-in texts by purpose; what is trained on is no part of what the report is about.
+BUILTIN_FILES = {
+    "calibration": "calibration.txt",
+    "evaluation": "evaluation.txt",
+    "training": "calibration.txt",
+}
 
 
 @dataclass(frozen=True)
@@ -254,7 +260,7 @@ def check_files(source: TextSource, purpose: str) -> None:
 def _file_of(part: Part, purpose: str) -> Path:
     try:
         builtin = part.text == BUILTIN_TEXT
-        path = BUILTIN_FOLDER / f"{purpose}.txt" if builtin else Path(part.text).expanduser()
+        path = BUILTIN_FOLDER / BUILTIN_FILES[purpose] if builtin else Path(part.text).expanduser()
         there = path.is_file()
     except OSError as error:
         raise InputError(f"{purpose} text cannot be read: {error.strerror}: {part.text}") from error
@@ -341,7 +347,7 @@ def load_tokens(
     Args:
         source: section of the recipe.
         tokenizer: of the model.
-        purpose: ``calibration`` or ``evaluation``.
+        purpose: ``calibration``, ``evaluation`` or ``training``.
         limits: longest sequence and size of the vocabulary of the model.
 
     Raises:

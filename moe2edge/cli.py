@@ -41,7 +41,7 @@ ENVIRONMENT = {"THP_MEM_ALLOC_ENABLE": "1", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "
 EXIT_CODES = """\b
 Exit codes: 0 done; 1 failed while running; 2 the command, recipe, model or
 text is wrong; 5 does not fit on the disk or in memory; 6 not supported;
-7 verification failed; 130 interrupted."""
+7 verification failed; 8 training diverged; 130 interrupted."""
 
 
 class Group(click.Group):

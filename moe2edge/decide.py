@@ -17,8 +17,11 @@ from moe2edge.progress import Watcher
 from moe2edge.recipe import Recipe
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
 
+    from moe2edge.layers import Weight
     from moe2edge.rounding import Quantized
 
 
@@ -92,6 +95,10 @@ class _NoNumbers:
         """None, as passes that solve are refused before."""
         raise AssertionError(f"pass {step} solves")
 
+    def scratch(self, step: int, name: str) -> Path:
+        """None likewise."""
+        raise AssertionError(f"{name} computes numbers")
+
     def put(self, block: Block, numbers: Mapping[str, Quantized | Tensor]) -> Block:
         """Refuse.
 
@@ -101,4 +108,13 @@ class _NoNumbers:
         raise InputError(
             f"decide: a pass computed numbers ({min(numbers)} of block {block.origin}), and "
             "decisions hold none; leave it out"
+        )
+
+    def put_rest(
+        self, rest: Mapping[str, Weight], numbers: Mapping[str, Tensor]
+    ) -> dict[str, Weight]:
+        """Refuse likewise."""
+        raise InputError(
+            f"decide: a pass computed numbers ({min(numbers)}), and decisions hold none; leave it "
+            "out"
         )

@@ -6,7 +6,8 @@
     ├── InputError                2   the command, the recipe, the model or a text is wrong
     ├── DoesNotFit                5   not enough disk or memory
     ├── Unsupported               6   a model, a setting or a target that is not supported
-    └── VerificationFailed        7   what was written is not what was meant
+    ├── VerificationFailed        7   what was written is not what was meant
+    └── Diverged                  8   training came to nothing
 
 Each message is one line: what was found, what was expected, what to do.
 """
@@ -45,6 +46,12 @@ class VerificationFailed(Moe2EdgeError):
     """An output does not hold what it should hold."""
 
     exit_code = 7
+
+
+class Diverged(Moe2EdgeError):
+    """The loss of a training is no number any more."""
+
+    exit_code = 8
 
 
 def did_you_mean(kind: str, name: str, known: Iterable[str]) -> str:

@@ -39,6 +39,8 @@ from moe2edge.progress import Watcher
 from moe2edge.recipe import Recipe, TextSource, read_yaml
 from moe2edge.report import Report, ResultRow
 from moe2edge.target import Target
+from moe2edge.training import Cost, Train
+from moe2edge.training import training as training_passes
 
 if TYPE_CHECKING:
     from moe2edge.calibration import Tokens
@@ -84,12 +86,15 @@ def export(
     describe(recipe.passes, source, watcher)
     calibration = calibration_tokens(checkpoint, recipe, watcher)
     evaluation = evaluation_tokens(checkpoint, recipe)
-    inputs = _inputs(checkpoint, recipe, calibration, budget)
+    training = training_tokens(checkpoint, recipe)
+    inputs = _inputs(checkpoint, recipe, calibration, training, budget)
     with workfolder.partial_folder(out, inputs, resume) as (content, work):
-        if known := len(work.journal.units):
-            watcher.log(f"going on behind {known} finished blocks of an earlier run")
+        if work.kept:
+            watcher.log(f"going on behind {work.kept} of an earlier run")
         budget = replace(budget, folder=work.folder)
-        model, steps = run_passes(source, recipe, calibration, work, watcher, budget)
+        model, steps = run_passes(
+            source, recipe, calibration, work, watcher, budget, training=training
+        )
         for target in targets:
             target.accepts(model)
         memory.give_back()
@@ -120,6 +125,7 @@ def export(
             target_options={registry.name_of(t): registry.options_of(t) for t in targets},
             calibration=calibration.provenance if calibration else None,
             evaluation=evaluation.provenance,
+            training=training.provenance if training else None,
             seconds=time.perf_counter() - begun,
             peak_bytes=_peak_bytes(),
         )
@@ -145,6 +151,7 @@ def _refuse_early(
     """
     check_sources(recipe, checkpoint)
     planned = plan(recipe.passes, checkpoint.model)
+    _check_training(checkpoint, recipe)
     for target in targets:
         target.accepts(planned)
     workfolder.check_output(out, force=force)
@@ -155,10 +162,38 @@ def _refuse_early(
         if not target.streams:
             memory.check(target.runtime_nbytes(planned), within=budget.limit)
     check_memory(recipe.passes, checkpoint.model, budget.limit)
+    for name, cost in _training_costs(recipe, checkpoint.model):
+        purpose, remedy = f"{name} trains", "set batch to fewer samples, or train less: see train"
+        memory.check(cost.memory, purpose, remedy, budget.limit)
+        if cost.gpu:
+            memory.check_gpu(cost.gpu, purpose, f"{remedy}; or set device: cpu")
+
+
+def _check_training(checkpoint: Checkpoint, recipe: Recipe) -> None:
+    """Refuse a training text that is not there, or that cannot be what the passes want.
+
+    Raises:
+        InputError: so.
+    """
+    from moe2edge.calibration import check_files, check_length
+
+    if (source := recipe.training) is not None:
+        check_files(source, "training")
+        positions = checkpoint.model.family.geometry(checkpoint.config).max_positions
+        check_length(source, "training", positions)
+        for step, _ in training_passes(recipe.passes, checkpoint.model):
+            step.check_text(source.samples, source.length)
+
+
+def _training_costs(recipe: Recipe, model: Model) -> Iterator[tuple[str, Cost]]:
+    """What each pass that trains will take."""
+    if (text := recipe.training) is not None:
+        for step, before in training_passes(recipe.passes, model):
+            yield registry.name_of(step), step.cost(before, text.samples, text.length)
 
 
 def _work_nbytes(recipe: Recipe, model: Model, budget: Memory) -> int:
-    """Bytes of what slimming passes keep on the disk: their numbers, and hidden states."""
+    """Bytes of what passes keep on the disk: numbers, hidden states, checkpoints of training."""
     tokens = recipe.calibration.samples * recipe.calibration.length
     stream = 4 * tokens * model.family.geometry(model.config).hidden
     found = most = 0
@@ -171,11 +206,15 @@ def _work_nbytes(recipe: Recipe, model: Model, budget: Memory) -> int:
             spilled = budget.stream is not None and stream > budget.stream
             # In front of a block and behind it; in memory, what enters a block and what it adds.
             most = 4 * stream if spilled else 2 * stream
-    return found + most
+    return found + most + sum(cost.disk for _, cost in _training_costs(recipe, model))
 
 
 def _inputs(
-    checkpoint: Checkpoint, recipe: Recipe, calibration: Tokens | None, budget: Memory
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    calibration: Tokens | None,
+    training: Tokens | None,
+    budget: Memory,
 ) -> dict[str, str]:
     """What the numbers of an export depend on, to the last bit."""
     import torch
@@ -188,6 +227,7 @@ def _inputs(
         "model": checkpoint.sha256,
         "recipe": passes,
         "calibration": calibration.sha256 if calibration else "none",
+        **({"training": training.sha256} if training else {}),
         "number of threads": f"{torch.get_num_threads()}",
         "limit of memory": "one group at a time" if not budget.together else "several groups",
         "innermost loops": native.described(),
@@ -199,7 +239,7 @@ def _inputs(
 # As a text for calibration: what the model writes. As one for evaluation: no figures.
 SELF, NO_TEXT = "self", "none"
 # Whose versions numbers depend on.
-NUMERIC = ("moe2edge", "torch", "transformers")
+NUMERIC = ("moe2edge", "torch", "transformers", "peft")
 
 
 def check_sources(recipe: Recipe, checkpoint: Checkpoint) -> None:
@@ -249,6 +289,15 @@ def evaluation_tokens(checkpoint: Checkpoint, recipe: Recipe) -> Tokens:
     return _tokens(checkpoint, source, "evaluation")
 
 
+def training_tokens(checkpoint: Checkpoint, recipe: Recipe) -> Tokens | None:
+    """Tokens to train on, if a pass does.
+
+    Raises:
+        InputError: the text does not serve.
+    """
+    return _tokens(checkpoint, recipe.training, "training") if recipe.training else None
+
+
 def describe(passes: Sequence[Pass], model: Model, watcher: Watcher) -> None:
     """Tell what the slimming passes will do to the model as it will be then."""
     for step, before in _slimming(passes, model):
@@ -296,12 +345,20 @@ def run_passes(
     work: Work,
     watcher: Watcher,
     budget: Memory = UNLIMITED,
+    *,
+    training: Tokens | None = None,
 ) -> tuple[Model, list[Step]]:
     """The model after all passes, and a line of the report for each of them."""
+    import torch
+
     from moe2edge import solving, walk
 
     model = source
     steps: list[Step] = []
+    nothing = torch.empty(0, 0, dtype=torch.int64)
+    tokens = calibration.ids if calibration else nothing
+    ids_to_train = training.ids if training else None
+    lab = Lab(source, source, tokens, work, watcher, budget, training=ids_to_train)
     for stage in stages(recipe.passes):
         begun = time.perf_counter()
         facts = Facts()
@@ -323,9 +380,9 @@ def run_passes(
                     model, ids, step.solver(model), kept, advance, name, budget
                 )
                 outcome = Outcome(solved, tuple(changed), notes=tuple(notes))
-            elif isinstance(step, Search) and calibration is not None:
-                lab = Lab(source, model, calibration.ids, work, watcher, budget)
-                outcome = step.search(lab)
+            elif isinstance(step, Search):
+                folder = work.scratch(len(steps), name) if isinstance(step, Train) else None
+                outcome = step.search(replace(lab, model=model, scratch=folder))
             else:
                 raise AssertionError(f"{name} is no kind of pass that is known")
             enforce(step, name, model, outcome)
@@ -340,6 +397,7 @@ def run_passes(
                     time.perf_counter() - begun,
                     model.parameters,
                     model.nbytes,
+                    outcome.figures,
                 )
             )
             begun = time.perf_counter()
@@ -358,7 +416,9 @@ def _peak_bytes() -> int:
 
 def versions() -> dict[str, str]:
     """Versions of what numbers may depend on."""
-    names = ("moe2edge", "torch", "transformers", "onnx", "onnxruntime", "onnxruntime-gpu")
+    names = (
+        "moe2edge", "torch", "transformers", "peft", "onnx", "onnxruntime", "onnxruntime-gpu"
+    )  # fmt: skip
     found = {"python": sys.version.split()[0]}
     for name in names:
         try:

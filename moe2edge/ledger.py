@@ -118,7 +118,8 @@ class FileLedger:
             )
         self._stream = unit.stream
         path = self.journal.folder / unit.numbers
-        return block.with_weights(handles(block, path, unit.schemes, unit.patterns)), unit.done
+        found = handles(dict(block.weights()), path, unit.schemes, unit.patterns)
+        return block.with_weights(found), unit.done
 
     def stream(self) -> Tensor | None:
         """Hidden states behind the last block that was restored."""
@@ -136,7 +137,8 @@ class FileLedger:
         """Save a solved block and the stream behind it; the block with handles on its numbers."""
         stem = f"{self.step}-{block.index:05}"
         path = self.journal.folder / f"block-{stem}.safetensors"
-        schemes, patterns = save(path, block, numbers)
+        weights = dict(block.weights())
+        schemes, patterns = save(path, weights, numbers)
         stream = None
         if hidden is not None:
             stream = f"stream-{stem}.safetensors"
@@ -149,7 +151,7 @@ class FileLedger:
         if self._stream is not None:
             (self.journal.folder / self._stream).unlink(missing_ok=True)
         self._stream = stream
-        return block.with_weights(handles(block, path, schemes, patterns))
+        return block.with_weights(handles(weights, path, schemes, patterns))
 
 
 def _origins(block: Block) -> tuple[int, ...]:
@@ -171,6 +173,15 @@ def in_memory(block: Block, numbers: Mapping[str, Quantized | Tensor]) -> Block:
         )
 
     return block.with_weights({r: handle(weights[r], value) for r, value in numbers.items()})
+
+
+def rest_in_memory(rest: Mapping[str, Weight], numbers: Mapping[str, Tensor]) -> dict[str, Weight]:
+    """The same of tensors outside of blocks, those that have numbers, by name."""
+
+    def handle(weight: Weight, value: Tensor) -> Weight:
+        return replace(weight, load=lambda: as_stored(value, weight.dtype))
+
+    return {name: handle(rest[name], value) for name, value in numbers.items()}
 
 
 # ---- numbers on disk -----------------------------------------------------------------------------
@@ -198,16 +209,26 @@ Schemes = dict[str, tuple[int, int, bool]]
 Patterns = dict[str, tuple[float, int | None]]
 
 
+def write_text_durably(path: Path, text: str) -> None:
+    """Write a file that has its name only when it is whole and on the disk."""
+    beside = path.with_name(path.name + ".tmp")
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+    sync_folder(path.parent)
+
+
 def save(
-    path: Path, block: Block, numbers: Mapping[str, Quantized | Tensor]
+    path: Path, weights: Mapping[str, Weight], numbers: Mapping[str, Quantized | Tensor]
 ) -> tuple[Schemes, Patterns]:
-    """Save numbers of a block by role; what `handles` wants to know about them.
+    """Save numbers of some weights by role or name; what `handles` wants to know about them.
 
     A tensor that is not quantized takes the dtype of what it replaces.
     """
     import torch
 
-    weights = dict(block.weights())
     planned: list[Planned] = []
     schemes: Schemes = {}
     patterns: Patterns = {}
@@ -253,13 +274,12 @@ def _planned(role: str, value: Quantized | Tensor, weight: Weight) -> list[Plann
 
 
 def handles(
-    block: Block,
+    weights: Mapping[str, Weight],
     path: Path,
     schemes: Mapping[str, tuple[int, int, bool]],
     patterns: Mapping[str, tuple[float, int | None]],
 ) -> dict[str, Weight]:
-    """Handles on what `save` wrote, by role; they hold on to no numbers."""
-    weights = dict(block.weights())
+    """Handles on what `save` wrote for some of ``weights``; they hold on to no numbers."""
     found: dict[str, Weight] = {}
     for name in open_file(path).keys():  # noqa: SIM118
         role = name.removesuffix(".q")

@@ -126,6 +126,22 @@ def keep_no_holes(most: int | None) -> None:
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE)
 
 
+def check_gpu(needed: int, purpose: str, remedy: str) -> None:
+    """Refuse to begin what a GPU could not hold; arguments as of `check`.
+
+    Raises:
+        DoesNotFit: it has less memory.
+    """
+    import torch
+
+    there: int = torch.cuda.get_device_properties(torch.device("cuda")).total_memory
+    if needed > there:
+        raise DoesNotFit(
+            f"{purpose}, which needs {needed / 1e9:.2f} GB of memory of the GPU; it has "
+            f"{there / 1e9:.2f} GB: {remedy}"
+        )
+
+
 def check(
     needed: int,
     purpose: str = "verifying the output runs it",

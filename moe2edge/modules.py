@@ -419,7 +419,7 @@ def block_state(block: Block, wanted: Callable[[str], bool] = lambda _: True) ->
     """
     state: dict[str, Tensor] = {}
     for role, weight in block.weights():
-        if wanted(role) and (name := _module_name(role)):
+        if wanted(role) and (name := module_name(role)):
             state[name] = finite(weight)
     if isinstance(block.mlp, MoELayer) and wanted("experts.0.gate"):
         fused, at = _fused_experts(block.mlp.experts), experts_name(block.mlp)
@@ -433,7 +433,7 @@ def block_state(block: Block, wanted: Callable[[str], bool] = lambda _: True) ->
     return state
 
 
-def _module_name(role: str) -> str | None:
+def module_name(role: str) -> str | None:
     """Transformers' name in memory of a tensor of a block; None where it has no name of its own."""
     kind, _, rest = role.partition(".")
     names = {

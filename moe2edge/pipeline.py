@@ -29,6 +29,8 @@ from moe2edge.memory import UNLIMITED, Memory
 from moe2edge.model import Block, Model, is_quantizable
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
     from torch import Tensor
 
@@ -77,12 +79,14 @@ class Outcome:
         changed: what was changed, in words of the user (``block 3``, a tensor's name).
         skipped: what was selected but left alone, with the reason.
         notes: what a user should know besides, such as experts that fell back to rounding.
+        figures: numbers for programs, as plain data.
     """
 
     model: Model
     changed: tuple[str, ...] = ()
     skipped: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    figures: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Pass(BaseModel):
@@ -142,10 +146,12 @@ class Lab:
     Attributes:
         source: the model as it was before the first pass.
         model: the model as it is now.
-        tokens: calibration tokens, int64 [samples, length].
+        tokens: calibration tokens, int64 [samples, length]; none where the pass needs none.
         store: keeps computed numbers.
         watcher: told about progress and cost.
         memory: what it may take.
+        training: tokens to train on, int64 [samples, length], for passes that do.
+        scratch: folder of the pass that outlives a killed export; None: there is none.
     """
 
     source: Model
@@ -154,6 +160,8 @@ class Lab:
     store: Store
     watcher: Watcher
     memory: Memory = UNLIMITED
+    training: Tensor | None = None
+    scratch: Path | None = None
 
 
 class Search(Pass):
@@ -161,9 +169,11 @@ class Search(Pass):
 
     Attributes:
         may_change_nothing: whether leaving the model alone is a result, not a fault.
+        needs_tokens: whether it looks at the calibration text.
     """
 
     may_change_nothing: ClassVar[bool] = False
+    needs_tokens: ClassVar[bool] = True
 
     def search(self, lab: Lab) -> Outcome:
         """The changed model."""
@@ -175,6 +185,12 @@ class Store(Protocol):
 
     def put(self, block: Block, numbers: Mapping[str, Quantized | Tensor]) -> Block:
         """Save the numbers of a block by role; return the block with handles on them."""
+        ...
+
+    def put_rest(
+        self, rest: Mapping[str, Weight], numbers: Mapping[str, Tensor]
+    ) -> dict[str, Weight]:
+        """Save numbers of tensors outside of blocks by name; all of them, with new handles."""
         ...
 
 
@@ -220,6 +236,10 @@ class Work(Store, Protocol):
 
     def ledger(self, step: int) -> Ledger:
         """The finished blocks of the pass at position ``step``."""
+        ...
+
+    def scratch(self, step: int, name: str) -> Path:
+        """A folder for the pass ``name`` at position ``step``: see `Lab`."""
         ...
 
 
@@ -411,9 +431,9 @@ class Stage:
     def needs_tokens(self) -> bool:
         """Whether it looks at activations."""
         last = self.passes[-1]
-        if isinstance(last, Slim):
+        if isinstance(last, Slim | Search):
             return last.needs_tokens
-        return isinstance(last, Search) or bool(self.observers)
+        return bool(self.observers)
 
     @property
     def observers(self) -> tuple[Kind, ...]:
@@ -446,6 +466,7 @@ class Step:
     seconds: float
     parameters: int
     nbytes: int
+    figures: Mapping[str, Any] = field(default_factory=dict)
 
 
 def enforce(step: Pass, name: str, before: Model, outcome: Outcome) -> None:

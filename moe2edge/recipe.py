@@ -23,6 +23,7 @@ from moe2edge.calibration import template_pieces
 from moe2edge.errors import InputError, did_you_mean
 from moe2edge.model import Model
 from moe2edge.pipeline import Pass
+from moe2edge.training import trains
 
 BUNDLED = Path(__file__).parent / "recipes"
 # Of a value in a message; a few lines of YAML with aliases can stand for gigabytes.
@@ -94,11 +95,13 @@ class Recipe:
         calibration: text that passes look at.
         evaluation: held-out text that the report is about.
         passes: the steps, in order.
+        training: text that passes train on; None if none does.
     """
 
     calibration: TextSource
     evaluation: TextSource
     passes: tuple[Pass, ...]
+    training: TextSource | None = None
 
     def resolved(self, model: Model) -> Recipe:
         """The recipe with every choice made that its passes leave to the source ``model``."""
@@ -109,6 +112,7 @@ class Recipe:
         data = {
             "calibration": self.calibration.model_dump(),
             "evaluation": self.evaluation.model_dump(),
+            **({"training": self.training.model_dump()} if self.training else {}),
             "passes": [{registry.name_of(p): p.model_dump(by_alias=True)} for p in self.passes],
         }
         text: str = yaml.safe_dump(data, sort_keys=False)
@@ -155,7 +159,7 @@ def parse(text: str, settings: Sequence[str] = ()) -> Recipe:
     data = read_yaml(text, "the recipe")
     if not isinstance(data, dict):
         raise InputError("a recipe is a mapping with the keys calibration, evaluation, passes")
-    known = ("calibration", "evaluation", "passes")
+    known = ("calibration", "evaluation", "training", "passes")
     for key in data:
         if key not in known:
             raise InputError(did_you_mean("key in the recipe", str(key), known))
@@ -163,13 +167,19 @@ def parse(text: str, settings: Sequence[str] = ()) -> Recipe:
     sections = {
         "calibration": dict(_mapping("calibration", data.get("calibration"))),
         "evaluation": DEFAULT_EVALUATION | dict(_mapping("evaluation", data.get("evaluation"))),
+        "training": dict(_mapping("training", data.get("training"))),
     }
     for setting in settings:
         _override(setting, sections, steps)
+    texts = {name: section(name, options) for name, options in sections.items()}
+    passes = tuple(_build(registry.pass_type(name), name, options) for name, options in steps)
+    if not trains(passes) and sections["training"]:
+        raise InputError("training: no pass of the recipe trains; leave it out, or add one")
     return Recipe(
-        section("calibration", sections["calibration"]),
-        section("evaluation", sections["evaluation"]),
-        tuple(_build(registry.pass_type(name), name, options) for name, options in steps),
+        texts["calibration"],
+        texts["evaluation"],
+        passes,
+        texts["training"] if trains(passes) else None,
     )
 
 
@@ -330,6 +340,7 @@ def json_schema() -> dict[str, Any]:
         "properties": {
             "calibration": text,
             "evaluation": text,
+            "training": text,
             "passes": {"type": "array", "items": {"anyOf": choices}},
         },
         "required": ["passes"],

@@ -98,6 +98,7 @@ class Report:
     evaluation: Mapping[str, Any] | None
     seconds: float
     peak_bytes: int
+    training: Mapping[str, Any] | None = None
 
     @property
     def rows(self) -> tuple[ResultRow, ...]:
@@ -196,7 +197,11 @@ class Report:
                 "revision": checkpoint.revision,
                 "sha256": checkpoint.sha256,
             },
-            texts={"calibration": self.calibration, "evaluation": self.evaluation},
+            texts={
+                "calibration": self.calibration,
+                "evaluation": self.evaluation,
+                **({"training": self.training} if self.training else {}),
+            },
             versions=dict(versions),
         )
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe2edge.families import FAMILIES
-from moe2edge.ledger import in_memory
+from moe2edge.layers import Weight
+from moe2edge.ledger import in_memory, rest_in_memory
 from moe2edge.model import Block, Model
 from moe2edge.pipeline import Done
 from moe2edge.scheme import Scheme
@@ -143,6 +144,12 @@ class InMemory:
     def put(self, block: Block, numbers: Mapping[str, Quantized | Tensor]) -> Block:
         """The block with handles on the numbers."""
         return in_memory(block, numbers)
+
+    def put_rest(
+        self, rest: Mapping[str, Weight], numbers: Mapping[str, Tensor]
+    ) -> dict[str, Weight]:
+        """All tensors outside of blocks, those with handles on the numbers that have some."""
+        return {**rest, **rest_in_memory(rest, numbers)}
 
     def restore(self, block: Block) -> tuple[Block, Done] | None:
         """Nothing, as nothing was solved before."""

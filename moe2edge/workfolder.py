@@ -16,8 +16,9 @@ import psutil
 
 from moe2edge.artifact import MANIFEST, is_artifact, present_files
 from moe2edge.checkpoint import read_json
-from moe2edge.errors import DoesNotFit, InputError, Unsupported
-from moe2edge.ledger import FileLedger, Journal, handles, save, sync_folder
+from moe2edge.errors import Diverged, DoesNotFit, InputError, Unsupported
+from moe2edge.layers import Weight
+from moe2edge.ledger import FileLedger, Journal, handles, save, sync_folder, write_text_durably
 from moe2edge.model import Block
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from moe2edge.rounding import Quantized
 
 MARKER = ".moe2edge-partial"
+# What names of folders of passes begin with.
+SCRATCH = "pass-"
 
 
 def check_output(out: Path, *, force: bool) -> None:
@@ -114,6 +117,22 @@ class WorkFolder:
         """The finished blocks of the pass at position ``step``."""
         return FileLedger(self.journal, step)
 
+    def scratch(self, step: int, name: str) -> Path:
+        """A folder for the pass ``name`` at position ``step``; what it holds is gone on with."""
+        folder = self.folder / f"{SCRATCH}{step}-{name}"
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    @property
+    def kept(self) -> str:
+        """What there is to go on from, in words; empty if there is nothing."""
+        found = [f"{count} finished blocks"] if (count := len(self.journal.units)) else []
+        for folder in sorted(self.folder.glob(f"{SCRATCH}*")):
+            # What has not got its name yet is not whole.
+            if any(path.suffix != ".tmp" for path in folder.iterdir()):
+                found.append(f"the saved work of {folder.name.rpartition('-')[2]}")
+        return " and ".join(found)
+
     def put(self, block: Block, numbers: Mapping[str, Quantized | Tensor]) -> Block:
         """Save numbers by role, that a pass will compute anew if the export is gone on with.
 
@@ -121,7 +140,16 @@ class WorkFolder:
         """
         path = self.folder / f"put-{self._count:05}.safetensors"
         self._count += 1
-        return block.with_weights(handles(block, path, *save(path, block, numbers)))
+        weights = dict(block.weights())
+        return block.with_weights(handles(weights, path, *save(path, weights, numbers)))
+
+    def put_rest(
+        self, rest: Mapping[str, Weight], numbers: Mapping[str, Tensor]
+    ) -> dict[str, Weight]:
+        """Save numbers of tensors outside of blocks by name; all of them, with new handles."""
+        path = self.folder / f"put-{self._count:05}.safetensors"
+        self._count += 1
+        return {**rest, **handles(rest, path, *save(path, rest, numbers))}
 
 
 @contextlib.contextmanager
@@ -166,14 +194,14 @@ def partial_folder(
         try:
             yield content, found
             _move_into_place(content, out, partial)
-        except (InputError, Unsupported):  # what was asked for cannot be had
+        except (InputError, Unsupported, Diverged):  # what was asked for cannot be had
             raise
         except BaseException as error:
-            keep = inputs is not None and bool(found.journal.units)
+            keep = inputs is not None and bool(kept := found.kept)
             if keep:
+                verb = "are" if " blocks" in kept or " and " in kept else "is"
                 error.add_note(
-                    f"{len(found.journal.units)} finished blocks are kept in {partial}, and "
-                    "the same command goes on from there"
+                    f"{kept} {verb} kept in {partial}, and the same command goes on from there"
                 )
             raise
     finally:
@@ -189,12 +217,7 @@ def _mark(partial: Path, inputs: Inputs | None, writer: psutil.Process | None) -
     marker: dict[str, Any] = {"inputs": dict(inputs or {})}
     if writer is not None:
         marker |= {"pid": writer.pid, "started": writer.create_time()}
-    beside = partial / (MARKER + ".tmp")
-    with beside.open("w") as file:
-        file.write(json.dumps(marker))
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(partial / MARKER)
+    write_text_durably(partial / MARKER, json.dumps(marker))
 
 
 def _examine(partial: Path, inputs: Inputs | None, resume: Resume) -> bool:
@@ -215,7 +238,7 @@ def _examine(partial: Path, inputs: Inputs | None, resume: Resume) -> bool:
         if abs(psutil.Process(pid).create_time() - started) < 1:
             raise InputError(f"another export (process {pid}) is writing {partial}")
     work = partial / "work"
-    if resume == "never" or not work.is_dir() or not Journal(work).units:
+    if resume == "never" or not work.is_dir() or not WorkFolder(work).kept:
         return False
     before = marker.get("inputs") or {}
     wanted = dict(inputs or {})
