@@ -26,11 +26,16 @@ RECIPES: dict[str, list[dict[str, Any]]] = {
     "expert_skip": [{"expert_skip": {}}],
     "gptq": [{"gptq": {}}],
     "layer_drop": [{"layer_drop": {"drop": 1, "norm": False}}],
+    "recover": [
+        {"expert_drop": {"keep": 4}},
+        {"recover": {"steps": 4, "batch": 4, "held_out": 4, "eval_every": 2}},
+    ],
     "routing": [{"expert_drop": {"keep": 3}}, {"routing": {}}],
     "rtn": [],
     "sparsify": [{"sparsify": {"method": "sparsegpt", "pattern": "2:4"}}],
 }
 TEXT = ["--set", "calibration.samples=12", "--set", "calibration.length=48"]
+TRAINING = ["--set", "training.samples=12", "--set", "training.length=48"]
 LESS = ["--set", "evaluation.samples=2", "--set", "evaluation.length=48", "-q", "--json"]
 
 
@@ -52,9 +57,10 @@ def test_export(tiny: Make, family: str, name: str, tmp_path: Path) -> None:
     if name not in ("awq", "gptq"):
         steps.append({"rtn": {}})
     recipe.write_text(json.dumps({"passes": steps}))
+    training = TRAINING if name == "recover" else []
     targets = "gptq" if name == "expert_replace" else "gptq,onnx"
     command = ["export", str(folder), "-t", targets, "-o", str(out), "-r", str(recipe)]
-    done = CliRunner().invoke(main, [*command, *TEXT, *LESS])
+    done = CliRunner().invoke(main, [*command, *TEXT, *LESS, *training])
     assert done.exit_code == 0, done.output
     report = json.loads(done.stdout)
     assert [step["name"] for step in report["steps"]] == [next(iter(step)) for step in steps]

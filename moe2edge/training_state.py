@@ -1,0 +1,116 @@
+"""What outlives a killed training: weights, moments of the optimizer, the best weights, history.
+
+Tensors are in safetensors files, named by step; ``state.json``, written after them, names those
+that count. So whatever is there is whole, and of one step.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moe2edge.checkpoint import Planned, open_file, read_tensor
+from moe2edge.ledger import write_durably, write_text_durably
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+STATE = "state.json"
+Tensors = Mapping[str, "Tensor"]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a training stands, but for its tensors.
+
+    Attributes:
+        step: steps that were made.
+        best_step: the step with the lowest held-out perplexity so far.
+        since: evaluations after that one.
+        losses: losses of the steps after the last line of the history.
+        history: one line for each evaluation.
+        finished: whether it is over, and only the best weights matter.
+    """
+
+    step: int = 0
+    best_step: int = 0
+    since: int = 0
+    losses: tuple[float, ...] = ()
+    history: tuple[Mapping[str, Any], ...] = ()
+    finished: bool = False
+
+    @property
+    def best(self) -> float:
+        """The lowest held-out perplexity so far; infinite before the first evaluation."""
+        return min((line["perplexity"] for line in self.history), default=float("inf"))
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A training as it was saved.
+
+    Attributes:
+        progress: where it stood.
+        best: the best weights by name; empty if those from before the first step are.
+        now: weights by name, and moments by ``exp_avg.NAME`` and ``exp_avg_sq.NAME``; empty if the
+            training is over.
+    """
+
+    progress: Progress
+    best: Tensors = field(default_factory=dict)
+    now: Tensors = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class States:
+    """The folder of a training."""
+
+    folder: Path
+
+    def load(self) -> Saved | None:
+        """What was saved last; None if nothing was.
+
+        Raises:
+            InputError: a file is damaged.
+        """
+        path = self.folder / STATE
+        if not path.exists():
+            return None
+        raw = json.loads(path.read_text("utf-8"))
+        for key in ("losses", "history"):
+            raw[key] = tuple(raw[key])
+        progress = Progress(**raw)
+        now = {} if progress.finished else self._read(f"now-{progress.step}")
+        best = self._read(f"best-{progress.best_step}") if progress.best_step else {}
+        return Saved(progress, best, now)
+
+    def save(self, saved: Saved) -> None:
+        """Write down; what was saved before is gone only then."""
+        progress = saved.progress
+        names = set()
+        if progress.best_step:
+            names.add(self._write(f"best-{progress.best_step}", saved.best))
+        if not progress.finished:
+            names.add(self._write(f"now-{progress.step}", saved.now))
+        write_text_durably(self.folder / STATE, json.dumps(asdict(progress)))
+        for path in (*self.folder.glob("now-*"), *self.folder.glob("best-*")):
+            if path.name not in names:
+                path.unlink()
+
+    def _write(self, stem: str, tensors: Tensors) -> str:
+        """Write a file that is not there yet; its name."""
+        path = self.folder / f"{stem}.safetensors"
+        if not path.exists():
+            write_durably(
+                path,
+                [Planned(name, tuple(t.shape), "F32", t.cpu) for name, t in tensors.items()],
+            )
+        return path.name
+
+    def _read(self, stem: str) -> dict[str, Tensor]:
+        path = self.folder / f"{stem}.safetensors"
+        # A copy, as the file goes before the tensor does.
+        return {name: read_tensor(path, name).clone() for name in open_file(path)}

@@ -1,0 +1,401 @@
+"""Train what trimming, replacing or merging left, on text or towards the source."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from moe2edge.errors import InputError
+from moe2edge.layers import Always, Expert
+from moe2edge.model import Block, Model, is_quantizable
+from moe2edge.pipeline import Lab, Outcome
+from moe2edge.training import Cost, Train
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from moe2edge.recovery import Anneals, Recovered, Settings
+    from moe2edge.teacher import Objective
+    from moe2edge.training_state import States
+
+# Bytes of a parameter in float32; of one that is trained besides: its gradient and the two moments
+# of AdamW, and the best weights so far.
+NUMBER, TRAINED, BEST = 4, 4 + 8, 4
+# Of a trained parameter in a checkpoint: the number and its moments, and the best one.
+SAVED = 4 + 8 + 4
+WHOLE = ("substitutes", "members")
+
+
+class Recover(Train):
+    """Train the model on the training text, as a whole or in part; the best weights stay.
+
+    The loss is next-token cross-entropy (``text``), or the distance from the source's next-token
+    distribution (``distill``, see `moe2edge.teacher`), which is computed once and kept on the disk.
+    The learning rate rises, then falls as a cosine (AdamW). Which weights are best is decided by
+    perplexity on samples at the end of the training text, which are not trained on.
+    """
+
+    may_change_nothing: ClassVar[bool] = True
+
+    train: Annotated[
+        Literal["full", "experts", "router", "lora"],
+        Field(
+            description="full: every parameter; experts: experts, substitutes and routers; router: "
+            "routers alone; lora: low-rank adapters of matrices, and substitutes"
+        ),
+    ] = "full"
+    loss: Annotated[
+        Literal["text", "distill"],
+        Field(description="text: cross-entropy of the text; distill: distance from the source"),
+    ] = "text"
+    top_logits: Annotated[
+        int, Field(ge=1, description="distill: most likely tokens of the source that are compared")
+    ] = 32
+    text_share: Annotated[
+        float, Field(ge=0, lt=1, description="distill: weight of the loss text in the sum of both")
+    ] = 0.0
+    lora_rank: Annotated[int, Field(ge=1, description="lora: rank of adapters")] = 8
+    steps: Annotated[int, Field(ge=1, description="steps at most")] = 500
+    batch: Annotated[int, Field(ge=1, description="samples in a step")] = 8
+    learning_rate: Annotated[float, Field(gt=0, description="the highest learning rate")] = 1e-4
+    warmup: Annotated[
+        float, Field(ge=0, le=1, description="part of the steps in which the learning rate rises")
+    ] = 0.05
+    weight_decay: Annotated[float, Field(ge=0, description="of matrices, as AdamW has it")] = 0.01
+    clip: Annotated[float, Field(gt=0, description="highest norm of the gradient")] = 1.0
+    seed: Annotated[
+        int, Field(ge=0, le=2**32 - 1, description="order of samples, first numbers of adapters")
+    ] = 0
+    held_out: Annotated[
+        int, Field(ge=1, description="samples at the end of the text that decide what is best")
+    ] = 16
+    eval_every: Annotated[int, Field(ge=1, description="steps between evaluations")] = 50
+    patience: Annotated[
+        int, Field(ge=0, description="evaluations without improvement before it stops; 0: never")
+    ] = 5
+    save_every: Annotated[int, Field(ge=1, description="steps between checkpoints")] = 50
+    anneal: Annotated[
+        float | None,
+        Field(
+            gt=0,
+            le=1,
+            description="part of the steps in which merged experts part from their originals; "
+            "none: they are without from the start",
+        ),
+    ] = None
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"],
+        Field(description="where it trains; auto: on the GPU where there is one"),
+    ] = "auto"
+
+    @model_validator(mode="after")
+    def _options_go_together(self) -> Recover:
+        if self.text_share and self.loss != "distill":
+            raise ValueError("text_share with loss: distill only")
+        return self
+
+    # ---- what there will be ------------------------------------------------------------------
+
+    def check(self, model: Model) -> None:
+        """Refuse a model that slimming has been at, and options that it has nothing for."""
+        if any(weight.scheme or weight.pattern for _, _, weight in model.tensors()):
+            raise InputError(
+                "recover: the model has quantized or sparse weights, which training would undo; "
+                "put recover before gptq, awq, rtn and sparsify"
+            )
+        if self.loss == "distill" and self.top_logits > model.vocabulary:
+            raise InputError(
+                f"recover: top_logits {self.top_logits}, but the vocabulary has "
+                f"{model.vocabulary} entries"
+            )
+        if self.anneal is not None and not _has_members(model):
+            raise InputError(
+                "recover: anneal is for merged experts, and this model has none; leave it out"
+            )
+        if self.train == "lora":
+            from moe2edge.lora import check_installed
+
+            check_installed()
+        roles = [(block, role) for block in model.blocks for role, _ in block.weights()]
+        if not any(_is_trained(self.train, block, role) for block, role in roles):
+            raise InputError(
+                f"recover: train: {self.train} finds nothing to train here; set train: full"
+            )
+
+    def check_text(self, samples: int, length: int) -> None:
+        """Refuse fewer samples than are held out and in a step."""
+        if samples - self.held_out < self.batch:
+            raise InputError(
+                f"recover: {samples} samples to train on, but {self.held_out} are held out and a "
+                f"step takes {self.batch}: --set training.samples={self.held_out + self.batch}, or "
+                "lower held_out or batch"
+            )
+
+    def plan(self, model: Model) -> Model:
+        """The same shapes."""
+        return model
+
+    def place(self) -> torch.device:
+        """Where it trains.
+
+        Raises:
+            InputError: there is no GPU, and one is wanted.
+        """
+        import torch
+
+        there = torch.cuda.is_available()
+        if self.device == "cuda" and not there:
+            raise InputError("recover.device is cuda, and torch finds no GPU; leave it out")
+        return torch.device("cuda" if there and self.device != "cpu" else "cpu")
+
+    def cost(self, model: Model, samples: int, length: int) -> Cost:
+        """By the formulas of docs/recovery.md."""
+        from moe2edge import recovery, teacher
+
+        trained, extra = self._sizes(model)
+        at_once = min(self.batch, recovery.samples_at_once(length))
+        numbers = NUMBER * model.parameters
+        training = TRAINED * trained + extra + activations(model, at_once * length)
+        saved = 2 * SAVED * trained + sum(weight.nbytes for _, _, weight in model.tensors())
+        if self.loss == "distill":
+            saved += teacher.nbytes(samples - self.held_out, length, self.top_logits)
+        if self.place().type == "cuda":
+            return Cost(numbers + BEST * trained, saved, numbers + training)
+        return Cost(numbers + BEST * trained + training, saved)
+
+    def _sizes(self, model: Model) -> tuple[int, int]:
+        """Parameters that are trained, and bytes that adapters take in a forward pass besides."""
+        found = [
+            (role, weight)
+            for block in model.blocks
+            for role, weight in block.weights()
+            if _is_trained(self.train, block, role)
+        ]
+        if self.train != "lora":
+            rest = sum(w.count for w in model.rest.values()) if self.train == "full" else 0
+            return sum(weight.count for _, weight in found) + rest, 0
+        adapted = [(role, weight) for role, weight in found if role.partition(".")[0] not in WHOLE]
+        whole = sum(weight.count for role, weight in found) - sum(w.count for _, w in adapted)
+        # Gate and up of an expert lie in one parameter, and so have one adapter: a bound.
+        adapters = sum(self.lora_rank * sum(weight.shape) for _, weight in adapted)
+        # Of fused experts peft makes the sums with their adapters, and keeps them for the gradient.
+        fused = sum(w.count for role, w in adapted if role.startswith("experts."))
+        return whole + adapters, 2 * NUMBER * fused
+
+    # ---- doing it ----------------------------------------------------------------------------
+
+    def search(self, lab: Lab) -> Outcome:
+        """Train.
+
+        Raises:
+            Diverged: the loss is no number any more.
+        """
+        from moe2edge import trained
+        from moe2edge.training_state import States
+
+        if lab.training is None:
+            raise AssertionError("recover got no text to train on")
+        self.check_text(*lab.training.shape)
+        self._tell_cost(lab, *lab.training.shape)
+        with _folder(lab) as folder:
+            recovered, state = self._trained(lab, lab.training, States(folder))
+        notes, figures = self._account(recovered)
+        if not state:
+            return Outcome(lab.model, notes=notes, figures=figures)
+        model = trained.with_numbers(lab.model, state, lab.store)
+        known = trained.places(lab.model)
+        changed = dict.fromkeys(
+            known[name].name if known[name].block is None else f"block {known[name].block}"
+            for name in state
+        )
+        return Outcome(model, tuple(changed), notes=notes, figures=figures)
+
+    def _tell_cost(self, lab: Lab, samples: int, length: int) -> None:
+        """Say what it will take before it starts."""
+        cost, (count, _) = self.cost(lab.model, samples, length), self._sizes(lab.model)
+        where = f"{cost.gpu / 1e9:.2f} GB of the GPU and " if cost.gpu else ""
+        lab.watcher.log(
+            f"recover: {count:,} of {lab.model.parameters:,} parameters are trained ({self.train}) "
+            f"on {samples - self.held_out} samples of {length} tokens, {self.held_out} are held "
+            f"out; about {where}{cost.memory / 1e9:.2f} GB of memory, {cost.disk / 1e9:.2f} GB on "
+            "the disk"
+        )
+
+    def _trained(
+        self, lab: Lab, tokens: Tensor, states: States
+    ) -> tuple[Recovered, dict[str, Tensor]]:
+        """What came of it, and the parameters that it changed by name; none if none got better."""
+        import torch
+
+        from moe2edge import lora, trained
+        from moe2edge.loading import to_transformers
+        from moe2edge.recovery import Trainer
+
+        text, held_out = tokens[: -self.held_out], tokens[-self.held_out :]
+        saved = states.load()
+        over = saved is not None and saved.progress.finished
+        objective = self._objective(lab, text, states.folder, over=over)
+        names = trained.selected(lab.model, lambda block, role: self._wants(block, role))
+        loaded: Any = to_transformers(lab.model, torch.float32, packed=False)
+        annealed = self._begin_annealing(lab, loaded)
+        if self.train == "lora":
+            whole = [name for name in names if _is_whole(lab.model, name)]
+            adapted = [name for name in names if name not in set(whole)]
+            loaded, parameters = lora.adapt(loaded, adapted, whole, self.lora_rank, self.seed)
+        else:
+            all_of_them = dict(loaded.named_parameters())
+            parameters = {name: all_of_them[name] for name in names}
+        loaded.to(self.place())
+        recovered = Trainer(
+            loaded,
+            parameters,
+            text,
+            held_out,
+            objective,
+            self._settings(),
+            states,
+            lab.watcher,
+            annealed,
+        ).run()
+        if objective.teacher is not None:
+            objective.teacher.forget()
+        if not recovered.best:
+            return recovered, {}
+        return recovered, self._numbers(loaded, parameters, recovered.best, names)
+
+    def _wants(self, block: Block | None, role: str) -> bool:
+        """Whether a tensor is trained; outside of blocks by the name on disk."""
+        return self.train == "full" if block is None else _is_trained(self.train, block, role)
+
+    def _objective(self, lab: Lab, text: Tensor, folder: Path, *, over: bool) -> Objective:
+        """The loss; of a training that is over none is computed any more."""
+        from moe2edge.teacher import Objective, Teacher
+
+        if self.loss == "text" or over:
+            return Objective()
+        teacher = Teacher.ask(lab.source, text, self.top_logits, folder, lab.watcher, lab.memory)
+        return Objective(teacher, self.text_share)
+
+    def _settings(self) -> Settings:
+        from dataclasses import fields
+
+        from moe2edge.recovery import Settings
+
+        return Settings(**{field.name: getattr(self, field.name) for field in fields(Settings)})
+
+    def _begin_annealing(self, lab: Lab, loaded: Any) -> list[Anneals]:
+        """Give merged experts their originals, and collect them.
+
+        Where members of groups are, ``anneal(originals)`` is to be called on each with the matrices
+        of its experts in ``lab.source``; what has an ``original_share`` is annealed.
+        """
+        if self.anneal is None:
+            return []
+        return [module for module in loaded.modules() if hasattr(module, "original_share")]
+
+    def _numbers(
+        self,
+        loaded: Any,
+        parameters: Mapping[str, nn.Parameter],
+        best: Mapping[str, Tensor],
+        names: Sequence[str],
+    ) -> dict[str, Tensor]:
+        """The best weights under the names of the transformers model, adapters merged."""
+        from moe2edge import lora
+
+        if self.train != "lora":
+            return dict(best)
+        for name, parameter in parameters.items():
+            parameter.data.copy_(best[name])
+        merged = dict(lora.merge(loaded.cpu()).named_parameters())
+        return {name: merged[name].detach() for name in names}
+
+    def _account(self, recovered: Recovered) -> tuple[tuple[str, ...], dict[str, Any]]:
+        """Notes and figures."""
+        progress = recovered.progress
+        before, at = progress.history[0]["perplexity"], progress.best_step
+        figures = {
+            "best_step": at,
+            "steps": progress.step,
+            "history": [dict(line) for line in progress.history],
+        }
+        if not recovered.best:
+            note = (
+                f"no evaluation in {progress.step} steps beat the held-out perplexity {before:.4f} "
+                "from before; the model is as it was"
+            )
+            return (note,), figures
+        note = (
+            f"held-out perplexity {before:.4f} before, {progress.best:.4f} after, at step {at} of "
+            f"{progress.step}"
+        )
+        return (note,), figures
+
+
+@contextlib.contextmanager
+def _folder(lab: Lab) -> Iterator[Path]:
+    """Where checkpoints go; without a place that outlives the run, one that does not."""
+    if lab.scratch is not None:
+        yield lab.scratch
+        return
+    with tempfile.TemporaryDirectory(prefix="recover-") as name:
+        yield Path(name)
+
+
+def activations(model: Model, tokens: int) -> int:
+    """Bytes of what a forward pass keeps for the gradient, float32: an estimate.
+
+    In every block a few copies of the stream and of what attention and experts make of it, and
+    logits, their logarithms and the gradient of both.
+    """
+    geometry = model.family.geometry(model.config)
+    heads = (geometry.heads + 2 * geometry.kv_heads) * geometry.head_dim
+    numbers = 3 * model.vocabulary
+    for block in model.blocks:
+        numbers += 12 * geometry.hidden + 4 * heads + _inside(block, geometry.hidden)
+    return NUMBER * tokens * numbers
+
+
+def _inside(block: Block, hidden: int) -> int:
+    """Numbers that the MLP or the chosen experts of a block keep of a token."""
+    from moe2edge.layers import MoELayer
+    from moe2edge.roles import gated
+
+    if isinstance(layer := block.mlp, MoELayer):
+        width = layer.experts[0].gate.shape[0]
+        shared = layer.shared.mlp.gate.shape[0] if layer.shared else 0
+        return layer.router.top_k * (4 * width + 3 * hidden) + 4 * shared
+    return sum(4 * mlp.gate.shape[0] for _, mlp in gated(block))
+
+
+def _is_trained(train: str, block: Block, role: str) -> bool:
+    """Whether an option of ``train`` selects a tensor of a block."""
+    kind = role.partition(".")[0]
+    if train == "full":
+        return True
+    if train == "router":
+        return kind == "router"
+    if train == "lora":
+        return is_quantizable(role) or kind in WHOLE
+    # The one expert that stayed in its layer is one, too.
+    only = kind == "dense" and isinstance(block.mlp, Expert | Always)
+    return kind in ("experts", "router", *WHOLE) or only
+
+
+def _is_whole(model: Model, name: str) -> bool:
+    """Whether a parameter gets no adapter, but is trained itself."""
+    from moe2edge import trained
+
+    roles = trained.places(model)[name].roles
+    return bool(roles) and roles[0].partition(".")[0] in WHOLE
+
+
+def _has_members(model: Model) -> bool:
+    """Whether experts share the matrices of others, from which annealing would part them."""
+    return any(getattr(layer, "members", ()) for _, layer in model.moe_blocks)

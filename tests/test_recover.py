@@ -1,0 +1,564 @@
+"""Training after trimming: against an obvious loop, in parts, killed and gone on with."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner, Result
+from torch import Tensor
+
+from moe2edge import lora, recipe, teacher, trained, walk
+from moe2edge.checkpoint import open_checkpoint
+from moe2edge.cli import main
+from moe2edge.errors import Diverged, InputError
+from moe2edge.families import FAMILIES
+from moe2edge.loading import to_transformers
+from moe2edge.model import Model, is_quantizable
+from moe2edge.modules import block_state
+from moe2edge.passes.expert_replace import ExpertReplace
+from moe2edge.passes.recover import Recover
+from moe2edge.pipeline import Lab, Outcome
+from moe2edge.progress import Watcher
+from moe2edge.recovery import Settings, Trainer, original_share, rows_of
+from moe2edge.teacher import Objective, Teacher, distance, text_loss
+from moe2edge.testing import InMemory, Make
+from moe2edge.training_state import Saved, States
+
+QUIET = Watcher(lambda _: None, lambda *_: None)
+NO_TOKENS = torch.empty(0, 0, dtype=torch.int64)
+QUICK: dict[str, Any] = {
+    "steps": 6, "batch": 4, "held_out": 4, "eval_every": 2, "save_every": 2, "warmup": 0.0,
+    "learning_rate": 3e-3,
+}  # fmt: skip
+
+
+def text(samples: int = 20, length: int = 32) -> Tensor:
+    """Samples in which a token mostly says what the next one is, int64 [samples, length]."""
+    draw = torch.Generator().manual_seed(samples)
+    ids = torch.randint(1, 96, (samples, length), generator=draw)
+    for at in range(1, length):
+        told = (3 * ids[:, at - 1] + 1) % 96
+        ids[:, at] = torch.where(torch.rand(samples, generator=draw) < 0.8, told, ids[:, at])
+    return ids
+
+
+def trimmed(tiny: Make, family: str = "olmoe") -> Model:
+    """Four of six experts in each block."""
+    model = open_checkpoint(str(tiny(family))).model
+    for block in model.blocks:
+        model = model.replace_block(block.keep_experts((0, 2, 3, 5)))
+    return model
+
+
+def replaced(model: Model, keep: Sequence[int] = (5, 4)) -> Model:
+    """With linear maps and then constants in the place of experts, of which so many stay."""
+    kinds: tuple[dict[str, Any], ...] = ({"with": "linear", "rank": 3}, {"with": "constant"})
+    for kind, count in zip(kinds, keep, strict=False):
+        step = ExpertReplace.model_validate({**kind, "keep": count, "min_tokens": 0})
+        watcher: Any = SimpleNamespace(advance=lambda *_: None, log=lambda _: None)
+        model = step.search(Lab(model, model, text(), InMemory(), watcher)).model
+    return model
+
+
+def recovered(model: Model, folder: Path | None = None, **options: Any) -> Outcome:
+    step = Recover.model_validate({**QUICK, **options})
+    step.check(model)
+    lab = Lab(model, model, NO_TOKENS, InMemory(), QUIET, training=text(), scratch=folder)
+    return step.search(lab)
+
+
+def numbers(model: Model) -> dict[tuple[int | None, str], Tensor]:
+    """By block and role; outside of blocks by name."""
+    found: dict[tuple[int | None, str], Tensor] = {}
+    found |= {(None, name): w.load() for name, w in model.rest.items()}
+    found |= {(b.index, role): w.load() for b in model.blocks for role, w in b.weights()}
+    return found
+
+
+# ---- the training --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", ["text", "distill"])
+def test_held_out_text_becomes_likelier(tiny: Make, loss: str) -> None:
+    share = 0.5 if loss == "distill" else 0.0
+    outcome = recovered(trimmed(tiny), loss=loss, text_share=share, steps=20)
+    history = outcome.figures["history"]
+    assert [line["step"] for line in history] == list(range(0, 21, 2))
+    assert history[-1]["loss"] < 0.9 * history[1]["loss"]
+    assert history[-1]["perplexity"] < 0.7 * history[0]["perplexity"]
+    best = min(history, key=lambda line: line["perplexity"])
+    assert outcome.figures["best_step"] == best["step"]
+    assert f"{best['perplexity']:.4f} after, at step {best['step']} of 20" in outcome.notes[0]
+
+
+def test_it_is_the_obvious_loop(tiny: Make) -> None:
+    """By transformers' model as it loads itself, torch's optimizer and transformers' schedule."""
+    from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
+
+    folder = tiny("qwen3_moe")
+    outcome = recovered(
+        open_checkpoint(str(folder)).model, warmup=0.4, eval_every=6, weight_decay=0.1, clip=0.5
+    )
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=3e-3)
+    schedule = get_cosine_schedule_with_warmup(optimizer, 2, 6)
+    for step in range(6):
+        ids = text()[rows_of(step, 4, 16, 0)]
+        loss = model(input_ids=ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        schedule.step()
+    state = model.state_dict()
+    assert outcome.figures["best_step"] == 6
+    for (index, role), found in numbers(outcome.model).items():
+        if index is None:
+            assert (found - state[role]).abs().max() < 1e-5
+        elif role.startswith(("attention", "norms")):
+            kind, _, rest = role.partition(".")
+            name = f"self_attn.{rest}" if kind == "attention" else rest
+            assert (found - state[f"model.layers.{index}.{name}"]).abs().max() < 1e-5
+        elif role == "experts.4.up":
+            fused = state[f"model.layers.{index}.mlp.experts.gate_up_proj"]
+            assert (found - fused[4, 32:]).abs().max() < 1e-5
+
+
+def test_parts_of_a_step_add_up(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = recovered(trimmed(tiny), batch=5, steps=2)
+    monkeypatch.setattr("moe2edge.recovery.TOKENS_AT_ONCE", 64)  # two samples
+    parts = recovered(trimmed(tiny), batch=5, steps=2)
+    for (key, one), other in zip(
+        numbers(whole.model).items(), numbers(parts.model).values(), strict=True
+    ):
+        assert (one - other).abs().max() < 2e-3, key
+    losses = [outcome.figures["history"][-1]["loss"] for outcome in (whole, parts)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_every_sample_has_its_turn() -> None:
+    taken = [row for step in range(7) for row in rows_of(step, 3, 7, 5)]
+    for epoch in range(3):
+        assert sorted(taken[7 * epoch : 7 * epoch + 7]) == list(range(7))
+    assert taken[:7] != taken[7:14]
+    assert taken == [row for step in range(7) for row in rows_of(step, 3, 7, 5)]
+    assert taken != [row for step in range(7) for row in rows_of(step, 3, 7, 6)]
+
+
+def test_it_stops_where_nothing_gets_better(tiny: Make) -> None:
+    model = trimmed(tiny)
+    outcome = recovered(model, learning_rate=30.0, steps=100, eval_every=1, patience=3)
+    assert outcome.model is model
+    assert not outcome.changed
+    assert outcome.figures["steps"] == 3
+    assert outcome.figures["best_step"] == 0
+    assert "no evaluation in 3 steps beat" in outcome.notes[0]
+    longer = recovered(model, learning_rate=30.0, steps=5, eval_every=1, patience=0)
+    assert longer.figures["steps"] == 5
+
+
+# ---- what is trained -----------------------------------------------------------------------------
+
+
+def is_selected(train: str, index: int | None, role: str) -> bool:
+    kind = role.partition(".")[0]
+    if train == "full":
+        return True
+    if train == "experts":
+        return kind in ("experts", "router", "substitutes")
+    if train == "router":
+        return kind == "router"
+    return index is not None and (is_quantizable(role) or kind == "substitutes")
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("train", ["full", "experts", "router", "lora"])
+def test_what_is_selected_changes_and_nothing_else(tiny: Make, family: str, train: str) -> None:
+    model = replaced(open_checkpoint(str(tiny(family))).model)
+    outcome = recovered(model, train=train, eval_every=1, learning_rate=1e-3)
+    assert outcome.figures["best_step"] > 0
+    before, after = numbers(model), numbers(outcome.model)
+    assert before.keys() == after.keys()
+    for (index, role), old in before.items():
+        changed = not torch.equal(old, after[index, role])
+        # A key's bias adds the same to all scores of a query.
+        if role != "attention.k_proj.bias":
+            assert changed == is_selected(train, index, role), (index, role)
+
+
+def test_the_one_expert_of_a_layer_is_one(tiny: Make) -> None:
+    model = open_checkpoint(str(tiny("qwen2_moe"))).model
+    model = model.replace_block(model.blocks[0].keep_experts((2,), clamp_top_k=True))
+    after = numbers(recovered(model, train="experts", steps=2).model)
+    for (index, role), old in numbers(model).items():
+        kind = role.partition(".")[0]
+        changed = kind in ("experts", "router") or kind == "dense"
+        assert changed != torch.equal(old, after[index, role]), (index, role)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("form", ["source", "replaced", "one expert", "no MLP"])
+def test_parameters_go_back_to_where_they_are_from(tiny: Make, family: str, form: str) -> None:
+    model = open_checkpoint(str(tiny(family))).model
+    if form == "replaced":
+        model = replaced(model)
+    elif form == "one expert":
+        model = model.replace_block(model.blocks[1].keep_experts((4,), clamp_top_k=True))
+    elif form == "no MLP":
+        model = model.replace_block(model.blocks[1].without_mlp())
+    loaded = to_transformers(model, torch.float32)
+    state = dict(loaded.named_parameters())
+    assert set(trained.places(model)) == set(state)
+    for block in model.blocks:
+        found = trained.by_role(block, block_state(block))
+        expected = {role: weight.load() for role, weight in block.weights()}
+        assert found.keys() == expected.keys()
+        for role, own in expected.items():
+            assert torch.equal(found[role], own.float()), role
+    moved = {name: parameter.detach() + 1 for name, parameter in state.items()}
+    after = numbers(trained.with_numbers(model, moved, InMemory()))
+    for key, old in numbers(model).items():
+        assert torch.equal(after[key], old + 1), key
+
+
+def test_tied_embeddings_stay_one_tensor(tiny: Make) -> None:
+    model = open_checkpoint(str(tiny("mixtral", tie_word_embeddings=True))).model
+    outcome = recovered(model, steps=2)
+    assert set(outcome.model.rest) == {"model.embed_tokens.weight", "model.norm.weight"}
+    ids = text()[-4:]
+    hidden = walk.observe(outcome.model, ids, (), lambda *_: None, "test")
+    logits = torch.stack(list(walk.head_logits(outcome.model, hidden)))
+    told = outcome.figures["history"][-1]["perplexity"]
+    assert float(text_loss(ids, logits).exp()) == pytest.approx(told, rel=1e-4)
+
+
+# ---- towards the source --------------------------------------------------------------------------
+
+
+def test_what_the_source_says_is_kept(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against transformers' own logits; pieces that are there are not computed again."""
+    from transformers import AutoModelForCausalLM
+
+    folder, ids = tiny("mixtral"), text()[:5]
+    source = open_checkpoint(str(folder)).model
+    monkeypatch.setattr(teacher, "PIECE_TOKENS", 64)
+    asked = Teacher.ask(source, ids, 7, tmp_path, QUIET, Lab.memory)
+    pieces = sorted(tmp_path.iterdir())
+    assert len(pieces) == 3
+    size = sum(piece.stat().st_size for piece in pieces)
+    assert 0 < size - teacher.nbytes(5, 32, 7) < 3 * 400  # headers
+    found, log_p = asked.read(torch.tensor([4, 0, 1]))
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        expected = model(input_ids=ids[[4, 0, 1]]).logits[:, :-1].log_softmax(-1).topk(7)
+    assert float((found == expected.indices).float().mean()) > 0.99
+    assert (log_p - expected.values).abs().max() < 2e-3 * expected.values.abs().max()
+    pieces[1].unlink()
+    walked: list[int] = []
+    observe = walk.observe
+
+    def watched(model: Model, tokens: Tensor, *more: Any) -> Tensor:
+        walked.append(len(tokens))
+        return observe(model, tokens, *more)
+
+    monkeypatch.setattr(walk, "observe", watched)
+    again = Teacher.ask(source, ids, 7, tmp_path, QUIET, Lab.memory)
+    assert walked == [2]
+    assert torch.equal(again.read(torch.tensor([4, 0, 1]))[0], found)
+
+
+def test_the_distance_is_the_sum_that_is_documented() -> None:
+    draw = torch.Generator().manual_seed(1)
+    source, student = (torch.randn(2, 5, 11, generator=draw) for _ in range(2))
+    kept = source[:, :-1].log_softmax(-1).topk(3)
+    total = 0.0
+    for row in range(2):
+        for at in range(4):
+            p = source[row, at].double().softmax(-1)
+            q = student[row, at].double().softmax(-1)
+            tokens = p.argsort(descending=True)[:3].tolist()
+            whole = sum(float(p[v]) for v in tokens)
+            for v in tokens:
+                share = float(p[v]) / whole
+                total += share * float(torch.log(torch.tensor(share)) - q[v].log())
+    found = distance(kept.indices, kept.values, student)
+    assert float(found) == pytest.approx(total / 8, rel=1e-5)
+
+
+def test_a_student_that_is_the_source_has_nothing_to_learn(tiny: Make, tmp_path: Path) -> None:
+    source, ids = open_checkpoint(str(tiny("olmoe"))).model, text()[:3]
+    asked = Teacher.ask(source, ids, source.vocabulary, tmp_path, QUIET, Lab.memory)
+    student: Any = to_transformers(source, torch.float32)
+    rows = torch.arange(3)
+    loss = Objective(asked, 0.0)(rows, ids, student(input_ids=ids).logits)
+    assert 0 <= float(loss.detach()) < 1e-4
+    half = Objective(asked, 0.25)(rows, ids, student(input_ids=ids).logits)
+    own = text_loss(ids, student(input_ids=ids).logits)
+    assert float(half.detach()) == pytest.approx(0.25 * float(own.detach()), rel=1e-3)
+
+
+# ---- adapters ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep", [5, 1])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_merged_adapters_are_the_adapters(tiny: Make, family: str, keep: int) -> None:
+    model = replaced(open_checkpoint(str(tiny(family))).model, (keep,))
+    names = trained.selected(model, lambda b, role: b is not None and is_quantizable(role))
+    plain: Any = to_transformers(model, torch.float32)
+    state = torch.random.get_rng_state()
+    wrapped, parameters = lora.adapt(plain, names, [], 3, 0)
+    assert torch.equal(state, torch.random.get_rng_state())
+    draw, ids = torch.Generator().manual_seed(2), text()[:2]
+    for name, parameter in parameters.items():
+        assert lora.ADAPTER in name
+        parameter.data = 0.1 * torch.randn(parameter.shape, generator=draw)
+    with torch.no_grad():
+        expected = wrapped(input_ids=ids).logits
+    merged = dict(lora.merge(wrapped).named_parameters())
+    after = trained.with_numbers(model, {n: merged[n].detach() for n in names}, InMemory())
+    again: Any = to_transformers(after, torch.float32)
+    before: Any = to_transformers(model, torch.float32)
+    with torch.no_grad():
+        assert (again(input_ids=ids).logits - expected).abs().max() < 1e-3
+        assert (before(input_ids=ids).logits - expected).abs().max() > 0.1
+
+
+def test_peft_is_asked_for(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    find: Callable[[str], Any] = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "peft" else find(name)
+    )
+    step = Recover(train="lora")
+    with pytest.raises(InputError, match=r"install moe2edge\[train\]"):
+        step.check(open_checkpoint(str(tiny("olmoe"))).model)
+    Recover().check(open_checkpoint(str(tiny("olmoe"))).model)
+
+
+# ---- annealing -----------------------------------------------------------------------------------
+
+
+class Leaning(torch.nn.Module):
+    """A model that notes how much of its originals it answered, in training and in evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores = torch.nn.Parameter(torch.zeros(96))
+        self.original_share = 0.0
+        self.seen: list[tuple[bool, float]] = []
+
+    def forward(self, input_ids: Tensor, use_cache: bool) -> Any:
+        self.seen.append((torch.is_grad_enabled(), self.original_share))
+        return SimpleNamespace(logits=self.scores.expand(*input_ids.shape, 96))
+
+
+def settings(**changes: Any) -> Settings:
+    step = Recover.model_validate({**QUICK, **changes})
+    return step._settings()
+
+
+def test_originals_are_left_step_by_step() -> None:
+    given = settings(steps=10, anneal=0.5, eval_every=1)
+    assert [original_share(step, given) for step in range(8)] == pytest.approx(
+        [1, 0.8, 0.6, 0.4, 0.2, 0, 0, 0]
+    )
+    model = Leaning()
+    trainer = Trainer(
+        model, dict(model.named_parameters()), text(), text(3), Objective(), given, None, QUIET,
+        [model],
+    )  # fmt: skip
+    found = trainer.run()
+    trained_at = [share for training, share in model.seen if training]
+    assert trained_at == pytest.approx([1, 0.8, 0.6, 0.4, 0.2, 0, 0, 0, 0, 0])
+    assert {share for training, share in model.seen if not training} == {0}
+    assert [line["step"] for line in found.progress.history] == [0, 5, 6, 7, 8, 9, 10]
+
+
+def test_nothing_to_anneal_is_told(tiny: Make) -> None:
+    with pytest.raises(InputError, match="anneal is for merged experts, and this model has none"):
+        Recover(anneal=0.5).check(trimmed(tiny))
+
+
+# ---- exports -------------------------------------------------------------------------------------
+
+TRAINING = ["training.samples=10", "training.length=32"]
+LESS = ["calibration.samples=6", "calibration.length=32"]
+STEPS: list[Any] = [
+    {"expert_drop": {"keep": 4}},
+    {"recover": {**QUICK, "batch": 2, "held_out": 3}},
+]
+
+
+def export(
+    folder: Path, out: Path, *settings: str, steps: list[Any] | None = None, more: Any = ()
+) -> Result:
+    file = out.parent / "recipe.yaml"
+    file.write_text(yaml.safe_dump({"passes": STEPS if steps is None else steps}))
+    given = [part for setting in (*LESS, *TRAINING, *settings) for part in ("--set", setting)]
+    command = ["export", str(folder), "-o", str(out), "-r", str(file), "--eval", "none"]
+    return CliRunner().invoke(main, [*command, "--threads", "1", *given, *more])
+
+
+HF, GPTQ = ("-t", "hf"), ("-t", "gptq")
+
+
+@contextlib.contextmanager
+def killed(count: int) -> Iterator[None]:
+    """In which an export fails behind so many checkpoints."""
+    save, left = States.save, [count]
+
+    def saving(self: States, saved: Saved) -> None:
+        save(self, saved)
+        left[0] -= 1
+        if not left[0]:
+            raise RuntimeError("killed")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(States, "save", saving)
+        yield
+
+
+def assert_same(found: Path, expected: Path) -> None:
+    for path in expected.glob("*.safetensors"):
+        assert (found / path.name).read_bytes() == path.read_bytes(), path.name
+    reports = [json.loads((f / "report.json").read_text())["steps"] for f in (found, expected)]
+    for one, other in zip(*reports, strict=True):
+        assert {**one, "seconds": 0} == {**other, "seconds": 0}
+
+
+@pytest.mark.parametrize("options", [{}, {"loss": "distill"}, {"train": "lora"}])
+def test_killed_and_gone_on_with(tiny: Make, tmp_path: Path, options: dict[str, Any]) -> None:
+    folder = tiny("qwen3_moe")
+    steps = [STEPS[0], {"recover": {**STEPS[1]["recover"], **options}}]
+    (tmp_path / "a").mkdir()
+    whole = tmp_path / "a" / "out"
+    assert export(folder, whole, steps=steps, more=HF).exit_code == 0
+    for count in (2, 4):  # of four, the last behind the end
+        (tmp_path / f"{count}").mkdir()
+        out = tmp_path / f"{count}" / "out"
+        with killed(count):
+            failed = export(folder, out, steps=steps, more=HF)
+        assert failed.exit_code == 1
+        assert "the saved work of recover is kept in" in failed.stderr
+        assert not out.exists()
+        again = export(folder, out, steps=steps, more=HF)
+        assert again.exit_code == 0, again.output
+        assert "going on behind the saved work of recover of an earlier run" in again.stderr
+        made = [f"recover: step {step} of 6:" in again.stderr for step in range(0, 7, 2)]
+        assert made == [step > 2 * count for step in range(0, 7, 2)]
+        assert_same(out, whole)
+        assert not out.with_name("out.partial").exists()
+
+
+def test_another_training_text_is_told(tiny: Make, tmp_path: Path) -> None:
+    with killed(1):
+        assert export(tiny("olmoe"), tmp_path / "out", more=HF).exit_code == 1
+    other = export(tiny("olmoe"), tmp_path / "out", "training.seed=1", more=HF)
+    assert other.exit_code == 2
+    assert "begun with another training: then " in other.stderr
+    again = export(tiny("olmoe"), tmp_path / "out", "training.seed=1", more=[*HF, "--resume=never"])
+    assert again.exit_code == 0
+
+
+def test_trim_train_quantize(tiny: Make, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = export(tiny("mixtral"), out, steps=[*STEPS, {"gptq": {}}], more=[*GPTQ, "--json"])
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["results"][0]["parity"]["exact"] < 1e-4
+    step = report["steps"][1]
+    rest = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
+    assert step["changed"] == [*rest, "block 0", "block 1", "block 2"]
+    history = step["figures"]["history"]
+    assert history[-1]["perplexity"] < history[0]["perplexity"]
+    assert report["training"]["samples"] == 10
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["texts"]["training"]["sha256"] == report["training"]["sha256"]
+    resolved = recipe.parse((out / "recipe.resolved.yaml").read_text())
+    assert resolved.training is not None
+    assert resolved.training.samples == 10
+    verified = CliRunner().invoke(main, ["verify", str(out)])
+    assert verified.exit_code == 0, verified.output
+
+
+def test_a_loss_that_is_none_ends_it(tiny: Make, tmp_path: Path) -> None:
+    steps = [{"recover": {**STEPS[1]["recover"], "learning_rate": 1e30, "steps": 20}}]
+    result = export(tiny("olmoe"), tmp_path / "out", steps=steps, more=[*HF, "-q"])
+    assert result.exit_code == Diverged.exit_code == 8
+    assert "became" in result.stderr
+    assert "lower learning_rate (now 1e+30)" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+RECOVER: Any = STEPS[1]
+
+
+@pytest.mark.parametrize(
+    ("steps", "settings", "message"),
+    [
+        ([RECOVER], ["training.samples=4"], "--set training.samples=5, or lower held_out"),
+        ([RECOVER], ["training.length=129"], "training.length 129 is longer than the 128"),
+        ([RECOVER], ["training.text=nowhere.txt"], "training text nowhere.txt does not exist"),
+        ([{"rtn": {}}, RECOVER], [], "put recover before gptq, awq, rtn and sparsify"),
+        (
+            [{"sparsify": {"method": "magnitude", "pattern": "2:4"}}, RECOVER],
+            [],
+            "put recover before gptq",
+        ),
+        ([{"expert_drop": {"keep": 4}}], [], "training: no pass of the recipe trains"),
+        ([RECOVER], ["recover.anneal=0.5"], "anneal is for merged experts"),
+        ([RECOVER], ["recover.text_share=0.5"], "text_share with loss: distill only"),
+        (
+            [RECOVER],
+            ["recover.loss=distill", "recover.top_logits=97"],
+            "top_logits 97, but the vocabulary has 96 entries",
+        ),
+    ],
+)
+def test_what_is_refused(
+    tiny: Make, tmp_path: Path, steps: list[Any], settings: list[str], message: str
+) -> None:
+    result = export(tiny("olmoe"), tmp_path / "out", *settings, steps=steps, more=[*HF, "-q"])
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+def test_memory_is_counted_before_any_work(tiny: Make, tmp_path: Path) -> None:
+    step = Recover.model_validate({**QUICK, "device": "cpu"})
+    model = open_checkpoint(str(tiny("olmoe"))).model
+    full = step.cost(model, 20, 32)
+    assert full.memory > 20 * model.parameters
+    router = step.model_copy(update={"train": "router"}).cost(model, 20, 32)
+    assert full.memory - router.memory > 15 * 0.9 * model.parameters
+    asked = step.model_copy(update={"loss": "distill"}).cost(model, 20, 32)
+    assert asked.disk - full.disk == teacher.nbytes(16, 32, 32)
+    large = tiny("olmoe", hidden_size=512, intermediate_size=512)
+    result = export(large, tmp_path / "out", more=[*HF, "-q", "--max-memory", "700MB"])
+    assert result.exit_code == 5
+    assert "recover trains, which needs" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+def test_texts_are_in_recipes_that_train() -> None:
+    assert "training" not in recipe.parse("passes: [rtn]").render()
+    parsed = recipe.parse("passes: [recover]", ["training.samples=40"])
+    assert parsed.training is not None
+    assert (parsed.training.samples, parsed.training.length) == (40, 512)
+    assert recipe.parse(parsed.render()) == parsed
