@@ -209,15 +209,14 @@ Schemes = dict[str, tuple[int, int, bool]]
 Patterns = dict[str, tuple[float, int | None]]
 
 
-def write_text_durably(path: Path, text: str) -> None:
-    """Write a file that has its name only when it is whole and on the disk."""
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is never half there; its name is durable after `sync_folder`."""
     beside = path.with_name(path.name + ".tmp")
     with beside.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     beside.replace(path)
-    sync_folder(path.parent)
 
 
 def save(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe2edge.checkpoint import Planned, open_file, read_tensor
-from moe2edge.ledger import write_durably, write_text_durably
+from moe2edge.ledger import sync_folder, write_durably, write_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -95,7 +95,8 @@ class States:
             names.add(self._write(f"best-{progress.best_step}", saved.best))
         if not progress.finished:
             names.add(self._write(f"now-{progress.step}", saved.now))
-        write_text_durably(self.folder / STATE, json.dumps(asdict(progress)))
+        write_whole(self.folder / STATE, json.dumps(asdict(progress)))
+        sync_folder(self.folder)
         for path in (*self.folder.glob("now-*"), *self.folder.glob("best-*")):
             if path.name not in names:
                 path.unlink()

@@ -18,7 +18,7 @@ from moe2edge.artifact import MANIFEST, is_artifact, present_files
 from moe2edge.checkpoint import read_json
 from moe2edge.errors import Diverged, DoesNotFit, InputError, Unsupported
 from moe2edge.layers import Weight
-from moe2edge.ledger import FileLedger, Journal, handles, save, sync_folder, write_text_durably
+from moe2edge.ledger import FileLedger, Journal, handles, save, sync_folder, write_whole
 from moe2edge.model import Block
 
 if TYPE_CHECKING:
@@ -217,7 +217,7 @@ def _mark(partial: Path, inputs: Inputs | None, writer: psutil.Process | None) -
     marker: dict[str, Any] = {"inputs": dict(inputs or {})}
     if writer is not None:
         marker |= {"pid": writer.pid, "started": writer.create_time()}
-    write_text_durably(partial / MARKER, json.dumps(marker))
+    write_whole(partial / MARKER, json.dumps(marker))
 
 
 def _examine(partial: Path, inputs: Inputs | None, resume: Resume) -> bool:
