@@ -158,7 +158,7 @@ def parse(text: str, settings: Sequence[str] = ()) -> Recipe:
     """
     data = read_yaml(text, "the recipe")
     if not isinstance(data, dict):
-        raise InputError("a recipe is a mapping with the keys calibration, evaluation, passes")
+        raise InputError("a recipe is a mapping: calibration, evaluation, training, passes")
     known = ("calibration", "evaluation", "training", "passes")
     for key in data:
         if key not in known:

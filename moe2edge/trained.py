@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
+from moe2edge.errors import Moe2EdgeError
 from moe2edge.layers import MoELayer
 from moe2edge.model import Block, Model
 from moe2edge.modules import experts_name, module_name
@@ -41,6 +42,16 @@ def places(model: Model) -> dict[str, Place]:
         for name, roles in parameters(block).items():
             found[f"model.layers.{block.index}.{name}"] = Place(block.index, name, roles)
     return found
+
+
+def check(model: Model, names: Collection[str]) -> None:
+    """Prove that every parameter of the transformers model has its place.
+
+    Raises:
+        Moe2EdgeError: one has none, and would be left out of whatever is done to all.
+    """
+    if strange := sorted(set(names) ^ set(places(model))):
+        raise Moe2EdgeError(f"{strange[0]} of the transformers model has no place in ours")
 
 
 def parameters(block: Block) -> dict[str, tuple[str, ...]]:

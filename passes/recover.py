@@ -243,6 +243,7 @@ class Recover(Train):
         objective = self._objective(lab, text, states.folder, over=over)
         names = trained.selected(lab.model, lambda block, role: self._wants(block, role))
         loaded: Any = to_transformers(lab.model, torch.float32, packed=False)
+        trained.check(lab.model, dict(loaded.named_parameters()))
         annealed = self._begin_annealing(lab, loaded)
         if self.train == "lora":
             whole = [name for name in names if _is_whole(lab.model, name)]

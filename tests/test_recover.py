@@ -19,7 +19,7 @@ from torch import Tensor
 from moe2edge import lora, recipe, teacher, trained, walk
 from moe2edge.checkpoint import open_checkpoint
 from moe2edge.cli import main
-from moe2edge.errors import Diverged, InputError
+from moe2edge.errors import Diverged, InputError, Moe2EdgeError
 from moe2edge.families import FAMILIES
 from moe2edge.loading import to_transformers
 from moe2edge.model import Model, is_quantizable
@@ -220,7 +220,9 @@ def test_parameters_go_back_to_where_they_are_from(tiny: Make, family: str, form
         model = model.replace_block(model.blocks[1].without_mlp())
     loaded = to_transformers(model, torch.float32)
     state = dict(loaded.named_parameters())
-    assert set(trained.places(model)) == set(state)
+    trained.check(model, state)
+    with pytest.raises(Moe2EdgeError, match="more of the transformers model has no place"):
+        trained.check(model, [*state, "more"])
     for block in model.blocks:
         found = trained.by_role(block, block_state(block))
         expected = {role: weight.load() for role, weight in block.weights()}
