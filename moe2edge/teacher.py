@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 PIECE_TOKENS = 1 << 15
 # Bytes of a kept token: its id as int32, its log-probability as float16.
 KEPT_NBYTES = 6
+# Probability that other tokens have together at least.
+LEAST = 1e-6
 
 
 def nbytes(samples: int, length: int, top: int) -> int:
@@ -117,20 +119,32 @@ def text_loss(ids: Tensor, logits: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
 
-def distance(ids: Tensor, log_p: Tensor, logits: Tensor) -> Tensor:
+def distance(ids: Tensor, log_p: Tensor, logits: Tensor, *, bucket: bool = False) -> Tensor:
     """Mean ``sum_v p(v) (log p(v) - log q(v))`` over positions, nats.
 
     v goes over the source's most likely tokens only; p is the source's distribution over these,
-    scaled to sum to one, and q the student's over the whole vocabulary.
+    scaled to sum to one, and q the student's over the whole vocabulary. With ``bucket`` p is not
+    scaled, and all other tokens together are one more v, for both.
 
     Args:
         ids: those tokens, int64 [samples, length - 1, top].
         log_p: their log-probabilities by the source.
         logits: of the student, [samples, length, vocabulary].
+        bucket: see above.
     """
-    log_p = log_p.log_softmax(-1)
     log_q = logits[:, :-1].log_softmax(-1).gather(-1, ids)
+    if bucket:
+        log_p, log_q = _with_others(log_p), _with_others(log_q)
+    else:
+        log_p = log_p.log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+
+
+def _with_others(logs: Tensor) -> Tensor:
+    """Log-probabilities of some tokens, and of all others together as one more."""
+    # In half precision those of a whole vocabulary may add up to more than one.
+    known = logs.exp().sum(-1, keepdim=True).clamp(max=1 - LEAST)
+    return torch.cat([logs, torch.log1p(-known)], -1)
 
 
 @dataclass(frozen=True)
@@ -141,10 +155,12 @@ class Objective:
         teacher: what the source says; None: nobody is asked.
         text_share: weight of the text's loss, that of the distance is the rest; without a teacher
             it is all.
+        bucket: see `distance`.
     """
 
     teacher: Teacher | None = None
     text_share: float = 1.0
+    bucket: bool = False
 
     def __call__(self, rows: Tensor, ids: Tensor, logits: Tensor) -> Tensor:
         """The loss of some samples.
@@ -157,7 +173,7 @@ class Objective:
         if self.teacher is None:
             return text_loss(ids, logits)
         kept, log_p = (t.to(logits.device) for t in self.teacher.read(rows))
-        loss = distance(kept, log_p, logits)
+        loss = distance(kept, log_p, logits, bucket=self.bucket)
         if not self.text_share:
             return loss
         return self.text_share * text_loss(ids, logits) + (1 - self.text_share) * loss

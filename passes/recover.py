@@ -57,6 +57,13 @@ class Recover(Train):
     top_logits: Annotated[
         int, Field(ge=1, description="distill: most likely tokens of the source that are compared")
     ] = 32
+    tail: Annotated[
+        Literal["renormalize", "bucket"],
+        Field(
+            description="distill: what becomes of the source's other tokens; renormalize: the "
+            "likeliest are scaled to sum to one; bucket: all others count as one token"
+        ),
+    ] = "renormalize"
     text_share: Annotated[
         float, Field(ge=0, lt=1, description="distill: weight of the loss text in the sum of both")
     ] = 0.0
@@ -281,7 +288,7 @@ class Recover(Train):
         if self.loss == "text" or over:
             return Objective()
         teacher = Teacher.ask(lab.source, text, self.top_logits, folder, lab.watcher, lab.memory)
-        return Objective(teacher, self.text_share)
+        return Objective(teacher, self.text_share, self.tail == "bucket")
 
     def _settings(self) -> Settings:
         from dataclasses import fields

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -283,7 +284,8 @@ def test_what_the_source_says_is_kept(
     assert torch.equal(again.read(torch.tensor([4, 0, 1]))[0], found)
 
 
-def test_the_distance_is_the_sum_that_is_documented() -> None:
+@pytest.mark.parametrize("bucket", [False, True])
+def test_the_distance_is_the_sum_that_is_documented(bucket: bool) -> None:
     draw = torch.Generator().manual_seed(1)
     source, student = (torch.randn(2, 5, 11, generator=draw) for _ in range(2))
     kept = source[:, :-1].log_softmax(-1).topk(3)
@@ -294,20 +296,27 @@ def test_the_distance_is_the_sum_that_is_documented() -> None:
             q = student[row, at].double().softmax(-1)
             tokens = p.argsort(descending=True)[:3].tolist()
             whole = sum(float(p[v]) for v in tokens)
-            for v in tokens:
-                share = float(p[v]) / whole
-                total += share * float(torch.log(torch.tensor(share)) - q[v].log())
-    found = distance(kept.indices, kept.values, student)
+            pairs = [(float(p[v]) / (1 if bucket else whole), float(q[v])) for v in tokens]
+            if bucket:
+                pairs.append((1 - whole, 1 - sum(float(q[v]) for v in tokens)))
+            total += sum(mine * math.log(mine / other) for mine, other in pairs)
+    found = distance(kept.indices, kept.values, student, bucket=bucket)
     assert float(found) == pytest.approx(total / 8, rel=1e-5)
 
 
 def test_a_student_that_is_the_source_has_nothing_to_learn(tiny: Make, tmp_path: Path) -> None:
     source, ids = open_checkpoint(str(tiny("olmoe"))).model, text()[:3]
-    asked = Teacher.ask(source, ids, source.vocabulary, tmp_path, QUIET, Lab.memory)
+    everything, few = (tmp_path / name for name in ("everything", "few"))
+    everything.mkdir()
+    few.mkdir()
+    asked = Teacher.ask(source, ids, source.vocabulary, everything, QUIET, Lab.memory)
     student: Any = to_transformers(source, torch.float32)
     rows = torch.arange(3)
     loss = Objective(asked, 0.0)(rows, ids, student(input_ids=ids).logits)
     assert 0 <= float(loss.detach()) < 1e-4
+    some = Teacher.ask(source, ids, 5, few, QUIET, Lab.memory)
+    loss = Objective(some, 0.0, bucket=True)(rows, ids, student(input_ids=ids).logits)
+    assert abs(float(loss.detach())) < 1e-4
     half = Objective(asked, 0.25)(rows, ids, student(input_ids=ids).logits)
     own = text_loss(ids, student(input_ids=ids).logits)
     assert float(half.detach()) == pytest.approx(0.25 * float(own.detach()), rel=1e-3)
@@ -442,14 +451,19 @@ def assert_same(found: Path, expected: Path) -> None:
         assert {**one, "seconds": 0} == {**other, "seconds": 0}
 
 
-@pytest.mark.parametrize("options", [{}, {"loss": "distill"}, {"train": "lora"}])
-def test_killed_and_gone_on_with(tiny: Make, tmp_path: Path, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("options", "counts"),  # of four checkpoints, the last is behind the end
+    [({}, (2, 4)), ({"loss": "distill"}, (1,)), ({"train": "lora"}, (3,))],
+)
+def test_killed_and_gone_on_with(
+    tiny: Make, tmp_path: Path, options: dict[str, Any], counts: tuple[int, ...]
+) -> None:
     folder = tiny("qwen3_moe")
     steps = [STEPS[0], {"recover": {**STEPS[1]["recover"], **options}}]
     (tmp_path / "a").mkdir()
     whole = tmp_path / "a" / "out"
     assert export(folder, whole, steps=steps, more=HF).exit_code == 0
-    for count in (2, 4):  # of four, the last behind the end
+    for count in counts:
         (tmp_path / f"{count}").mkdir()
         out = tmp_path / f"{count}" / "out"
         with killed(count):
