@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import yaml
-from click.testing import CliRunner, Result
 from torch import Tensor
 
-from moe2edge import lora, recipe, teacher, trained, walk
+from moe2edge import lora, teacher, trained, walk
 from moe2edge.checkpoint import open_checkpoint
-from moe2edge.cli import main
-from moe2edge.errors import Diverged, InputError, Moe2EdgeError
+from moe2edge.errors import InputError, Moe2EdgeError
 from moe2edge.families import FAMILIES
 from moe2edge.loading import to_transformers
 from moe2edge.model import Model, is_quantizable
@@ -32,7 +27,6 @@ from moe2edge.progress import Watcher
 from moe2edge.recovery import Settings, Trainer, original_share, rows_of
 from moe2edge.teacher import Objective, Teacher, distance, text_loss
 from moe2edge.testing import InMemory, Make
-from moe2edge.training_state import Saved, States
 
 QUIET = Watcher(lambda _: None, lambda *_: None)
 NO_TOKENS = torch.empty(0, 0, dtype=torch.int64)
@@ -402,179 +396,3 @@ def test_originals_are_left_step_by_step() -> None:
 def test_nothing_to_anneal_is_told(tiny: Make) -> None:
     with pytest.raises(InputError, match="anneal is for merged experts, and this model has none"):
         Recover(anneal=0.5).check(trimmed(tiny))
-
-
-# ---- exports -------------------------------------------------------------------------------------
-
-TRAINING = ["training.samples=10", "training.length=32"]
-LESS = ["calibration.samples=6", "calibration.length=32"]
-STEPS: list[Any] = [
-    {"expert_drop": {"keep": 4}},
-    {"recover": {**QUICK, "batch": 2, "held_out": 3}},
-]
-
-
-def export(
-    folder: Path, out: Path, *settings: str, steps: list[Any] | None = None, more: Any = ()
-) -> Result:
-    file = out.parent / "recipe.yaml"
-    file.write_text(yaml.safe_dump({"passes": STEPS if steps is None else steps}))
-    given = [part for setting in (*LESS, *TRAINING, *settings) for part in ("--set", setting)]
-    command = ["export", str(folder), "-o", str(out), "-r", str(file), "--eval", "none"]
-    return CliRunner().invoke(main, [*command, "--threads", "1", *given, *more])
-
-
-HF, GPTQ = ("-t", "hf"), ("-t", "gptq")
-
-
-@contextlib.contextmanager
-def killed(count: int) -> Iterator[None]:
-    """In which an export fails behind so many checkpoints."""
-    save, left = States.save, [count]
-
-    def saving(self: States, saved: Saved) -> None:
-        save(self, saved)
-        left[0] -= 1
-        if not left[0]:
-            raise RuntimeError("killed")
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(States, "save", saving)
-        yield
-
-
-def assert_same(found: Path, expected: Path) -> None:
-    for path in expected.glob("*.safetensors"):
-        assert (found / path.name).read_bytes() == path.read_bytes(), path.name
-    reports = [json.loads((f / "report.json").read_text())["steps"] for f in (found, expected)]
-    for one, other in zip(*reports, strict=True):
-        assert {**one, "seconds": 0} == {**other, "seconds": 0}
-
-
-@pytest.mark.parametrize(
-    ("options", "counts"),  # of four checkpoints, the last is behind the end
-    [({}, (2, 4)), ({"loss": "distill"}, (1,)), ({"train": "lora"}, (3,))],
-)
-def test_killed_and_gone_on_with(
-    tiny: Make, tmp_path: Path, options: dict[str, Any], counts: tuple[int, ...]
-) -> None:
-    folder = tiny("qwen3_moe")
-    steps = [STEPS[0], {"recover": {**STEPS[1]["recover"], **options}}]
-    (tmp_path / "a").mkdir()
-    whole = tmp_path / "a" / "out"
-    assert export(folder, whole, steps=steps, more=HF).exit_code == 0
-    for count in counts:
-        (tmp_path / f"{count}").mkdir()
-        out = tmp_path / f"{count}" / "out"
-        with killed(count):
-            failed = export(folder, out, steps=steps, more=HF)
-        assert failed.exit_code == 1
-        assert "the saved work of recover is kept in" in failed.stderr
-        assert not out.exists()
-        again = export(folder, out, steps=steps, more=HF)
-        assert again.exit_code == 0, again.output
-        assert "going on behind the saved work of recover of an earlier run" in again.stderr
-        made = [f"recover: step {step} of 6:" in again.stderr for step in range(0, 7, 2)]
-        assert made == [step > 2 * count for step in range(0, 7, 2)]
-        assert_same(out, whole)
-        assert not out.with_name("out.partial").exists()
-
-
-def test_another_training_text_is_told(tiny: Make, tmp_path: Path) -> None:
-    with killed(1):
-        assert export(tiny("olmoe"), tmp_path / "out", more=HF).exit_code == 1
-    other = export(tiny("olmoe"), tmp_path / "out", "training.seed=1", more=HF)
-    assert other.exit_code == 2
-    assert "begun with another training: then " in other.stderr
-    again = export(tiny("olmoe"), tmp_path / "out", "training.seed=1", more=[*HF, "--resume=never"])
-    assert again.exit_code == 0
-
-
-def test_trim_train_quantize(tiny: Make, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    result = export(tiny("mixtral"), out, steps=[*STEPS, {"gptq": {}}], more=[*GPTQ, "--json"])
-    assert result.exit_code == 0, result.output
-    report = json.loads(result.stdout)
-    assert report["results"][0]["parity"]["exact"] < 1e-4
-    step = report["steps"][1]
-    rest = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
-    assert step["changed"] == [*rest, "block 0", "block 1", "block 2"]
-    history = step["figures"]["history"]
-    assert history[-1]["perplexity"] < history[0]["perplexity"]
-    assert report["training"]["samples"] == 10
-    manifest = json.loads((out / "manifest.json").read_text())
-    assert manifest["texts"]["training"]["sha256"] == report["training"]["sha256"]
-    resolved = recipe.parse((out / "recipe.resolved.yaml").read_text())
-    assert resolved.training is not None
-    assert resolved.training.samples == 10
-    verified = CliRunner().invoke(main, ["verify", str(out)])
-    assert verified.exit_code == 0, verified.output
-
-
-def test_a_loss_that_is_none_ends_it(tiny: Make, tmp_path: Path) -> None:
-    steps = [{"recover": {**STEPS[1]["recover"], "learning_rate": 1e30, "steps": 20}}]
-    result = export(tiny("olmoe"), tmp_path / "out", steps=steps, more=[*HF, "-q"])
-    assert result.exit_code == Diverged.exit_code == 8
-    assert "became" in result.stderr
-    assert "lower learning_rate (now 1e+30)" in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
-
-
-RECOVER: Any = STEPS[1]
-
-
-@pytest.mark.parametrize(
-    ("steps", "settings", "message"),
-    [
-        ([RECOVER], ["training.samples=4"], "--set training.samples=5, or lower held_out"),
-        ([RECOVER], ["training.length=129"], "training.length 129 is longer than the 128"),
-        ([RECOVER], ["training.text=nowhere.txt"], "training text nowhere.txt does not exist"),
-        ([{"rtn": {}}, RECOVER], [], "put recover before gptq, awq, rtn and sparsify"),
-        (
-            [{"sparsify": {"method": "magnitude", "pattern": "2:4"}}, RECOVER],
-            [],
-            "put recover before gptq",
-        ),
-        ([{"expert_drop": {"keep": 4}}], [], "training: no pass of the recipe trains"),
-        ([RECOVER], ["recover.anneal=0.5"], "anneal is for merged experts"),
-        ([RECOVER], ["recover.text_share=0.5"], "text_share with loss: distill only"),
-        (
-            [RECOVER],
-            ["recover.loss=distill", "recover.top_logits=97"],
-            "top_logits 97, but the vocabulary has 96 entries",
-        ),
-    ],
-)
-def test_what_is_refused(
-    tiny: Make, tmp_path: Path, steps: list[Any], settings: list[str], message: str
-) -> None:
-    result = export(tiny("olmoe"), tmp_path / "out", *settings, steps=steps, more=[*HF, "-q"])
-    assert result.exit_code == 2
-    assert message in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
-
-
-def test_memory_is_counted_before_any_work(tiny: Make, tmp_path: Path) -> None:
-    step = Recover.model_validate({**QUICK, "device": "cpu"})
-    model = open_checkpoint(str(tiny("olmoe"))).model
-    full = step.cost(model, 20, 32)
-    assert full.memory > 20 * model.parameters
-    router = step.model_copy(update={"train": "router"}).cost(model, 20, 32)
-    assert full.memory - router.memory > 15 * 0.9 * model.parameters
-    asked = step.model_copy(update={"loss": "distill"}).cost(model, 20, 32)
-    assert asked.disk - full.disk == teacher.nbytes(16, 32, 32)
-    large = tiny("olmoe", hidden_size=512, intermediate_size=512)
-    result = export(large, tmp_path / "out", more=[*HF, "-q", "--max-memory", "700MB"])
-    assert result.exit_code == 5
-    assert "recover trains, which needs" in result.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
-
-
-def test_texts_are_in_recipes_that_train() -> None:
-    assert "training" not in recipe.parse("passes: [rtn]").render()
-    parsed = recipe.parse("passes: [recover]", ["training.samples=40"])
-    assert parsed.training is not None
-    assert (parsed.training.samples, parsed.training.length) == (40, 512)
-    assert recipe.parse(parsed.render()) == parsed
