@@ -19,8 +19,9 @@ from torch import nn
 from moe2edge.errors import Unsupported
 from moe2edge.layers import Dense, MoELayer, Weight
 from moe2edge.memory import give_back
+from moe2edge.mixed import experts_name
 from moe2edge.model import Block, Model
-from moe2edge.modules import experts_name, finite
+from moe2edge.modules import finite
 from moe2edge.roles import gated
 from moe2edge.rounding import Quantized
 

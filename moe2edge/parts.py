@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from moe2edge.mixed import Members, MixedExperts
 from moe2edge.model import Block, Model
-from moe2edge.modules import Members, MixedExperts, Nothing, block_state
+from moe2edge.modules import Nothing, block_state
 from moe2edge.walk import skeleton
 
 if TYPE_CHECKING:

@@ -70,6 +70,10 @@ class Anneals(Protocol):
 
     original_share: float
 
+    def forget_originals(self) -> None:
+        """Their share is 0 from now on."""
+        ...
+
 
 def original_share(step: int, settings: Settings) -> float:
     """The share of originals in the answers of merged experts at a step, from 1 down to 0."""
@@ -192,7 +196,10 @@ class Trainer:
 
     def _make_step(self) -> None:
         settings, step = self._settings, self._progress.step
-        self._share(original_share(step, settings))
+        self._share(share := original_share(step, settings))
+        if not share:
+            for experts in self._annealed:
+                experts.forget_originals()
         rate = settings.learning_rate * self._factor(step)
         for group in self._optimizer.param_groups:
             group["lr"] = rate

@@ -28,7 +28,7 @@ from moe2edge.walk import BATCH_TOKENS, BlockRunner, batches, embed
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moe2edge.modules import Members
+    from moe2edge.mixed import Members
     from moe2edge.progress import Advance
     from moe2edge.rounding import Quantized
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -9,15 +10,16 @@ from typing import TYPE_CHECKING
 import torch
 
 from moe2edge.errors import Moe2EdgeError
-from moe2edge.layers import MoELayer
+from moe2edge.layers import PARTS, MoELayer
+from moe2edge.mixed import experts_name
 from moe2edge.model import Block, Model
-from moe2edge.modules import experts_name, module_name
+from moe2edge.modules import module_name
 from moe2edge.pipeline import Store
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-SUBSTITUTES = "mlp.experts.substitutes"
+SUBSTITUTES, MEMBERS = "mlp.experts.substitutes", "mlp.experts.members"
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,10 @@ def parameters(block: Block) -> dict[str, tuple[str, ...]]:
             for part in ("first", "second"):
                 linear = tuple(f"substitutes.{n}.{part}" for n, rank in own if rank)
                 found[f"{SUBSTITUTES}.{part}"] = linear
+        factored = [n for n, member in enumerate(layer.members) if member.factors]
+        for part, name in itertools.product(PARTS, ("first", "second")) if factored else ():
+            roles = tuple(f"members.{n}.{part}.{name}" for n in factored)
+            found[f"{MEMBERS}.{part}_{name}"] = roles
     return found
 
 
@@ -91,7 +97,9 @@ def _pieces(block: Block, name: str, numbers: Tensor) -> list[Tensor]:
         return [numbers]
     if name == f"{experts_name(layer)}.gate_up_proj":
         return [piece for expert in numbers for piece in expert.chunk(2)]
-    if name == f"{experts_name(layer)}.down_proj" or name == f"{SUBSTITUTES}.constants":
+    if name in (f"{experts_name(layer)}.down_proj", f"{SUBSTITUTES}.constants"):
+        return list(numbers)
+    if name.startswith(MEMBERS):
         return list(numbers)
     if name.startswith(SUBSTITUTES):
         ranks = [substitute.rank for substitute in layer.substitutes if substitute.rank]

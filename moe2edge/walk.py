@@ -17,15 +17,9 @@ from torch import nn
 
 from moe2edge.layers import MoELayer
 from moe2edge.memory import UNLIMITED, Memory
+from moe2edge.mixed import expert_answer, expert_inside
 from moe2edge.model import Block, Model
-from moe2edge.modules import (
-    block_state,
-    checked,
-    expert_answer,
-    expert_inside,
-    finite,
-    fit,
-)
+from moe2edge.modules import block_state, checked, finite, fit
 from moe2edge.pipeline import Facts, Kind, Observer
 from moe2edge.progress import Advance
 

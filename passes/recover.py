@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from moe2edge.errors import InputError
-from moe2edge.layers import Always, Expert
+from moe2edge.layers import Always, Expert, MoELayer
 from moe2edge.model import Block, Model, is_quantizable
 from moe2edge.pipeline import Lab, Outcome
 from moe2edge.training import Cost, Train
@@ -58,12 +58,12 @@ class Recover(Train):
         int, Field(ge=1, description="distill: most likely tokens of the source that are compared")
     ] = 32
     tail: Annotated[
-        Literal["renormalize", "bucket"],
+        Literal["bucket", "renormalize"],
         Field(
-            description="distill: what becomes of the source's other tokens; renormalize: the "
-            "likeliest are scaled to sum to one; bucket: all others count as one token"
+            description="distill: what becomes of the source's other tokens; bucket: all others "
+            "count as one token; renormalize: the likeliest are scaled to sum to one"
         ),
-    ] = "renormalize"
+    ] = "bucket"
     text_share: Annotated[
         float, Field(ge=0, lt=1, description="distill: weight of the loss text in the sum of both")
     ] = 0.0
@@ -121,7 +121,7 @@ class Recover(Train):
                 f"recover: top_logits {self.top_logits}, but the vocabulary has "
                 f"{model.vocabulary} entries"
             )
-        if self.anneal is not None and not _has_members(model):
+        if self.anneal is not None and not any(_is_shared(m) for _, m in model.moe_blocks):
             raise InputError(
                 "recover: anneal is for merged experts, and this model has none; leave it out"
             )
@@ -166,6 +166,12 @@ class Recover(Train):
         from moe2edge import recovery, teacher
 
         trained, extra = self._sizes(model)
+        if self.anneal is not None:  # the experts that members were
+            extra += sum(
+                NUMBER * layer.experts[0].count * len(layer.members)
+                for _, layer in model.moe_blocks
+                if _is_shared(layer)
+            )
         at_once = min(self.batch, recovery.samples_at_once(length))
         numbers = NUMBER * model.parameters
         training = TRAINED * trained + extra + activations(model, at_once * length)
@@ -298,14 +304,26 @@ class Recover(Train):
         return Settings(**{field.name: getattr(self, field.name) for field in fields(Settings)})
 
     def _begin_annealing(self, lab: Lab, loaded: Any) -> list[Anneals]:
-        """Give merged experts their originals, and collect them.
-
-        Where members of groups are, ``anneal(originals)`` is to be called on each with the matrices
-        of its experts in ``lab.source``; what has an ``original_share`` is annealed.
-        """
+        """Let experts that share a base begin as those that they were in the source."""
         if self.anneal is None:
             return []
-        return [module for module in loaded.modules() if hasattr(module, "original_share")]
+        from moe2edge.mixed import MixedExperts
+        from moe2edge.modules import finite
+
+        found: list[Anneals] = []
+        twins = {block.origin: layer for block, layer in lab.source.moe_blocks}
+        for block, layer in lab.model.moe_blocks:
+            if not _is_shared(layer):
+                continue
+            before = {expert.origin: expert for expert in twins[block.origin].experts}
+
+            def original(row: int, layer: MoELayer = layer, before: Any = before) -> list[Tensor]:
+                expert = before[layer.members[row].origin]
+                return [finite(weight) for weight in (expert.gate, expert.up, expert.down)]
+
+            mixed: MixedExperts = loaded.model.layers[block.index].mlp.experts
+            found.append(mixed.annealed(layer, original))
+        return found
 
     def _numbers(
         self,
@@ -372,7 +390,6 @@ def activations(model: Model, tokens: int) -> int:
 
 def _inside(block: Block, hidden: int) -> int:
     """Numbers that the MLP or the chosen experts of a block keep of a token."""
-    from moe2edge.layers import MoELayer
     from moe2edge.roles import gated
 
     if isinstance(layer := block.mlp, MoELayer):
@@ -404,6 +421,6 @@ def _is_whole(model: Model, name: str) -> bool:
     return bool(roles) and roles[0].partition(".")[0] in WHOLE
 
 
-def _has_members(model: Model) -> bool:
-    """Whether experts share the matrices of others, from which annealing would part them."""
-    return any(getattr(layer, "members", ()) for _, layer in model.moe_blocks)
+def _is_shared(layer: MoELayer) -> bool:
+    """Whether experts of a layer share matrices, from which annealing would part them."""
+    return any(layer.bases.count(base) > 1 for base in layer.bases)
