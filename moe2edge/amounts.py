@@ -49,6 +49,42 @@ def kept(keep: float, experts: int) -> int:
     return keep if isinstance(keep, int) else math.ceil(keep * experts - 1e-9)
 
 
+def check_keep(value: object) -> object:
+    """Refuse what is neither an amount nor a list of counts; for validators of options.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not isinstance(value, list):
+        return check_amount(value)
+    if not value or not all(type(count) is int and count >= 1 for count in value):
+        raise ValueError("a list of counts of at least 1, one for each MoE layer")
+    return value
+
+
+def kept_in_layers(keep: float | list[int], sizes: Sequence[int], name: str) -> list[int]:
+    """How many experts stay in each MoE layer.
+
+    Args:
+        keep: as `kept` has it, or one count for each layer.
+        sizes: experts of the layers.
+        name: of the pass, for the message.
+
+    Raises:
+        InputError: it is a list of another length, or keeps more than there are.
+
+    >>> kept_in_layers(0.5, [6, 4], "p"), kept_in_layers([5, 2], [6, 4], "p")
+    ([3, 2], [5, 2])
+    """
+    if isinstance(keep, list) and len(keep) != len(sizes):
+        raise InputError(f"{name}: keep has {len(keep)} counts for {len(sizes)} MoE layers")
+    counts = keep if isinstance(keep, list) else [kept(keep, experts) for experts in sizes]
+    for layer, (count, experts) in enumerate(zip(counts, sizes, strict=True)):
+        if count > experts:
+            raise InputError(f"{name}: keep {count} of the {experts} experts in MoE layer {layer}")
+    return counts
+
+
 def as_uneven_as_may_be(floors: Sequence[int], full: Sequence[int], total: int) -> list[int]:
     """``total`` experts on layers: floors, and the first layers take what these leave.
 

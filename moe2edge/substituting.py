@@ -52,7 +52,7 @@ class Fitter:
     """Sums up what experts do, and replaces some; one layer at a time.
 
     Attributes:
-        count: how many experts of a layer go; None: see ``budget``.
+        count: how many experts go, by the index of their block; None: see ``budget``.
         rank: of the maps of a layer; 0 for constants.
         budget: bytes that experts of a layer and what replaces them may take: who goes, and which
             rank each gets, is chosen by the error that is left.
@@ -64,7 +64,7 @@ class Fitter:
         changed, notes: for the report.
     """
 
-    count: Callable[[MoELayer], int] | None
+    count: Mapping[int, int] | None
     rank: Callable[[MoELayer], int]
     ridge: float
     min_tokens: int
@@ -94,7 +94,7 @@ class Fitter:
 
     def _candidates(self, block: Block, layer: MoELayer) -> list[int]:
         """Experts that may go."""
-        count = self.count(layer) if self.count else len(layer.experts)
+        count = self.count[block.index] if self.count else len(layer.experts)
         if not count:
             return []
         if self.scores is None:
@@ -107,7 +107,7 @@ class Fitter:
         layer = block.mlp
         if not isinstance(layer, MoELayer) or not sums:
             return block
-        fits = self._fits(layer, sums)
+        fits = self._fits(block.index, layer, sums)
         gone = sorted(fits)
         for n in gone:
             if sums[n].tokens < self.min_tokens:
@@ -133,11 +133,11 @@ class Fitter:
                 numbers[f"substitutes.{place}.second"] = found.second.float()
         return self.store.put(changed, numbers)
 
-    def _fits(self, layer: MoELayer, sums: Mapping[int, Sums]) -> dict[int, Fit]:
+    def _fits(self, index: int, layer: MoELayer, sums: Mapping[int, Sums]) -> dict[int, Fit]:
         """What replaces those that go, by position."""
         starved = {n for n, own in sums.items() if own.tokens < self.min_tokens}
         if self.count is not None:
-            rank, count = self.rank(layer), self.count(layer)
+            rank, count = self.rank(layer), self.count[index]
             fits = {
                 n: substitution.fit(own, 0 if n in starved else rank, self.ridge)
                 for n, own in sums.items()

@@ -53,10 +53,10 @@ class ExpertReplace(Search):
         ),
     ]
     keep: Annotated[
-        int | float | None,
+        int | float | list[int] | None,
         Field(
-            description="with constant, linear: experts that stay, a count, or a fraction of each "
-            "layer, rounded up"
+            description="with constant, linear: experts that stay, a count, a fraction of each "
+            "layer, rounded up, or a list with a count for each MoE layer"
         ),
     ] = None
     budget: Annotated[
@@ -133,9 +133,14 @@ class ExpertReplace(Search):
         Field(ge=0, le=2**32 - 1, description="for criterion and similarity random, factors zero"),
     ] = 0
 
-    @field_validator("keep", "budget", mode="before")
+    @field_validator("keep", mode="before")
     @classmethod
-    def _amounts_are_sensible(cls, value: object) -> object:
+    def _keep_is_sensible(cls, value: object) -> object:
+        return amounts.check_keep(value)
+
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _budget_is_sensible(cls, value: object) -> object:
         return amounts.check_amount(value)
 
     @model_validator(mode="after")
@@ -180,9 +185,14 @@ class ExpertReplace(Search):
             return self.rank
         return max(1, min(layer.experts[0].gate.shape) // RANK_PART[self.kind])
 
-    def _replaced(self, layer: MoELayer) -> int:
-        """How many experts of a layer go, where each layer has its share."""
-        return len(layer.experts) - amounts.kept(self.keep or 0, len(layer.experts))
+    def _replaced(self, model: Model) -> dict[int, int]:
+        """How many experts go, by the index of their block; where `keep` says so."""
+        sizes = model.expert_counts
+        counts = amounts.kept_in_layers(self.keep or 0, sizes, "expert_replace")
+        return {
+            block.index: size - count
+            for (block, _), size, count in zip(model.moe_blocks, sizes, counts, strict=True)
+        }
 
     def check(self, model: Model) -> None:
         """Refuse what a layer cannot do without, and what is no smaller than experts."""
@@ -217,18 +227,13 @@ class ExpertReplace(Search):
         return self._budget(model) * whole // experts_nbytes(model)
 
     def _check_substitutes(self, model: Model) -> None:
-        layers = [layer for _, layer in model.moe_blocks]
         if model.members:
             refuse_replaced("expert_replace", model)
         if self.allots:
             self._check_budget(model)
             return
+        counts = self._replaced(model)
         for block, layer in model.moe_blocks:
-            if self._replaced(layer) < 0:
-                raise InputError(
-                    f"expert_replace: keep {self.keep} of the {len(layer.experts)} experts in "
-                    f"block {block.index}"
-                )
             expert, rank = layer.experts[0], self._rank(layer)
             hidden = expert.gate.shape[1]
             if rank > hidden:
@@ -243,7 +248,7 @@ class ExpertReplace(Search):
                     f"{block.index} ({count:,} numbers): choose a rank of at most "
                     f"{(count // hidden - 2) // 2}"
                 )
-        if not any(self._replaced(layer) for layer in layers):
+        if not any(counts.values()):
             raise InputError(f"expert_replace: keep {self.keep} keeps every expert; nothing to do")
 
     def _check_shares(self, model: Model) -> None:
@@ -304,19 +309,20 @@ class ExpertReplace(Search):
         from moe2edge.substituting import substituted
 
         if self.shares:
-            counts = [len(layer.experts) for _, layer in model.moe_blocks]
+            sizes = [len(layer.experts) for _, layer in model.moe_blocks]
             # Nobody knows yet which ones go: the last of each layer, in turns.
-            last = [[float(count - n) for n in range(count)] for count in counts]
-            for n, grouping in enumerate(self._groupings(model, last, [1.0] * len(counts))):
+            last = [[float(count - n) for n in range(count)] for count in sizes]
+            for n, grouping in enumerate(self._groupings(model, last, [1.0] * len(sizes))):
                 block, layer = model.moe_blocks[n]
                 if grouping:
                     model = model.replace_block(shared(block, layer, grouping, self._rank(layer)))
             return model
         if self.allots:
             return self._plan_budget(model)
+        counts = self._replaced(model)
         for block, layer in model.moe_blocks:
             count = len(layer.experts)
-            gone = range(count - self._replaced(layer), count)
+            gone = range(count - counts[block.index], count)
             if gone:
                 ranks = dict.fromkeys(gone, self._rank(layer))
                 model = model.replace_block(substituted(block, layer, ranks))
@@ -362,7 +368,7 @@ class ExpertReplace(Search):
                 for block, _ in lab.model.moe_blocks
             }
         fitter = Fitter(
-            None if self.allots else self._replaced,
+            None if self.allots else self._replaced(lab.model),
             self._rank,
             self.ridge,
             self.min_tokens,
@@ -480,10 +486,8 @@ class ExpertReplace(Search):
 
         hidden = lab.model.family.geometry(lab.model.config).hidden
         every = self.allots or self.criterion == "residual"
-        fitted = max(
-            len(layer.experts) if every else self._replaced(layer)
-            for _, layer in lab.model.moe_blocks
-        )
+        counts = lab.model.expert_counts if every else self._replaced(lab.model).values()
+        fitted = max(counts)
         check_memory(
             nbytes(hidden, fitted, maps=self.kind == "linear") + 4 * lab.tokens.numel() * hidden,
             f"expert_replace sums up inputs and outputs of {fitted} experts at a time",

@@ -293,6 +293,11 @@ def test_those_whose_substitutes_miss_least_are_replaced(tiny: Make, rank: int |
         assert gone == set(sorted(range(6), key=losses.__getitem__)[:2])
 
 
+def test_each_layer_can_keep_its_own_number(tiny: Make, tmp_path: Path) -> None:
+    _, model = exported(tiny, "qwen2_moe", tmp_path / "out", keep=[6, 3, 5])
+    assert model.expert_counts == (6, 3, 5)
+
+
 def test_few_tokens_are_answered_by_a_constant(tiny: Make, tmp_path: Path) -> None:
     _, model = exported(tiny, "olmoe", tmp_path / "out", min_tokens=10**6)
     ranks = {s.rank for _, layer in model.moe_blocks for s in layer.substitutes}
@@ -319,6 +324,7 @@ def test_few_tokens_are_answered_by_a_constant(tiny: Make, tmp_path: Path) -> No
         ([{"expert_replace": {"with": "linear", "budget": 0.5, "rank": 2}}], "hf", "no rank and"),
         ([{"expert_replace": {"with": "constant", "keep": 6}}], "hf", "keeps every expert"),
         ([{"expert_replace": {"with": "constant", "keep": 7}}], "hf", "keep 7 of the 6"),
+        ([{"expert_replace": {"with": "constant", "keep": [4, 4]}}], "hf", "2 counts for 3 MoE"),
         ([{"expert_replace": {"keep": 4}}], "hf", "expert_replace.with is missing"),
         ([{"expert_replace": {"whit": "constant"}}], "hf", "with"),
         (
