@@ -169,6 +169,11 @@ Examples:
     help="For the whole process, as in 8GB: hidden states beyond a share go to the disk, and "
     "fewer experts are solved at once.",
 )
+@click.option(
+    "--materialize",
+    is_flag=True,
+    help="Where a target cannot hold experts that share matrices, write each with its own.",
+)
 @QUIET
 @THREADS
 @JSON
@@ -184,6 +189,7 @@ def export(
     force: bool,
     resume: Literal["auto", "never", "require"],
     most: int | None,
+    materialize: bool,
     quiet: bool,
     as_json: bool,
     revision: str | None,
@@ -206,6 +212,7 @@ def export(
         force=force,
         resume=resume,
         most=most,
+        materialize=materialize,
     )
     if as_json:
         emit({"output": str(output), **report.to_json()})

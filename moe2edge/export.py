@@ -18,6 +18,7 @@ from moe2edge import ledger, memory, registry, workfolder
 from moe2edge.calibration import BUILTIN_TEXT
 from moe2edge.checkpoint import Checkpoint
 from moe2edge.errors import InputError
+from moe2edge.materialize import held, told
 from moe2edge.measuring import Measured, write_target
 from moe2edge.memory import UNLIMITED, Memory
 from moe2edge.model import Model
@@ -56,6 +57,7 @@ def export(
     force: bool = False,
     resume: workfolder.Resume = "auto",
     most: int | None = None,
+    materialize: bool = False,
 ) -> Report:
     """Run ``recipe`` on ``checkpoint`` and write one folder per target.
 
@@ -71,6 +73,7 @@ def export(
         force: replace an output of ours.
         resume: what to do about an unfinished export to the same folder.
         most: bytes of memory for the whole process; None: what the machine has.
+        materialize: give every member matrices of its own where a target cannot hold it otherwise.
 
     Raises:
         InputError, Unsupported, DoesNotFit: before any work.
@@ -81,7 +84,7 @@ def export(
     recipe = recipe.resolved(source)
     budget = memory.Memory.of(memory.limit(most))
     memory.keep_no_holes(most)
-    _refuse_early(checkpoint, recipe, targets, out, budget, force=force)
+    _refuse_early(checkpoint, recipe, targets, out, budget, force=force, materialize=materialize)
     watcher.log(f"recipe:\n{recipe.render()}")
     describe(recipe.passes, source, watcher)
     calibration = calibration_tokens(checkpoint, recipe, watcher)
@@ -95,8 +98,10 @@ def export(
         model, steps = run_passes(
             source, recipe, calibration, work, watcher, budget, training=training
         )
-        for target in targets:
-            target.accepts(model)
+        found = model
+        model = held(model, targets, materialize=materialize)
+        if model is not found:
+            watcher.log(f"members are experts of their own now: {told(found, model)}")
         memory.give_back()
         measured = Measured.of(
             source,
@@ -143,6 +148,7 @@ def _refuse_early(
     budget: Memory,
     *,
     force: bool,
+    materialize: bool,
 ) -> None:
     """Refuse, from headers, what could not be done, written, held or verified later.
 
@@ -152,8 +158,7 @@ def _refuse_early(
     check_sources(recipe, checkpoint)
     planned = plan(recipe.passes, checkpoint.model)
     _check_training(checkpoint, recipe)
-    for target in targets:
-        target.accepts(planned)
+    planned = held(planned, targets, materialize=materialize)
     workfolder.check_output(out, force=force)
     needed = sum(target.nbytes(planned) for target in targets)
     needed += _work_nbytes(recipe, checkpoint.model, budget)

@@ -2,15 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from moe2edge.checkpoint import as_stored
+from moe2edge.errors import Unsupported
 from moe2edge.layers import PARTS, Expert, Member, MoELayer, Weight
 from moe2edge.model import Model
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from moe2edge.target import Target
+
+
+def held(model: Model, targets: Sequence[Target], *, materialize: bool) -> Model:
+    """``model`` as all of some targets hold it: as it is, or materialized where that is wanted.
+
+    Raises:
+        Unsupported: a target holds neither, or no members and ``materialize`` is not set.
+    """
+    try:
+        for target in targets:
+            target.accepts(model)
+    except Unsupported as error:
+        whole = materialized(model)
+        if not model.members or not _accepted(whole, targets):
+            raise
+        if not materialize:
+            raise Unsupported(
+                f"{error}; or write every member as an expert of its own with --materialize: "
+                f"{told(model, whole)}"
+            ) from error
+        return whole
+    return model
+
+
+def told(model: Model, whole: Model) -> str:
+    """What materializing costs."""
+    return f"{whole.nbytes / 1e6:.1f} MB in place of {model.nbytes / 1e6:.1f}"
+
+
+def _accepted(model: Model, targets: Sequence[Target]) -> bool:
+    try:
+        for target in targets:
+            target.accepts(model)
+    except Unsupported:
+        return False
+    return True
 
 
 def materialized(model: Model) -> Model:

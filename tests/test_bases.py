@@ -240,11 +240,13 @@ def test_a_control_groups_at_random(tiny: Make) -> None:
 # ---- exported ------------------------------------------------------------------------------------
 
 
-def export(folder: Path, out: Path, steps: list[Any], target: str) -> tuple[int, str, Any]:
+def export(
+    folder: Path, out: Path, steps: list[Any], target: str, *more: str
+) -> tuple[int, str, Any]:
     recipe = out.with_suffix(".json")
     recipe.write_text(json.dumps({"passes": steps}))
     command = ["export", str(folder), "-t", target, "-o", str(out), "-r", str(recipe)]
-    result = CliRunner().invoke(main, [*command, *TEXT, *LESS])
+    result = CliRunner().invoke(main, [*command, *TEXT, *LESS, *more])
     report = json.loads(result.stdout) if result.exit_code == 0 else None
     return result.exit_code, result.stderr, report
 
@@ -302,6 +304,30 @@ def test_experts_that_share_cannot_be_dropped(tiny: Make, tmp_path: Path) -> Non
     code, said, _ = export(tiny("olmoe"), tmp_path / "out", steps, "hf:layout=natural")
     assert code == 2
     assert "put expert_replace or expert_merge after expert_drop" in said
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_members_can_be_materialized(tiny: Make, tmp_path: Path, family: str) -> None:
+    """For stock readers: refused without the flag, with what it costs; transformers loads it."""
+    from transformers import AutoModelForCausalLM
+
+    folder, out = tiny(family), tmp_path / "out"
+    step = {"expert_replace": {"with": "base", "budget": 0.6, "rank": 3}}
+    code, said, _ = export(folder, out, [step], "hf")
+    assert code == 6
+    assert "with --materialize: " in said
+    assert not out.exists()
+    code, said, report = export(folder, out, [step], "hf", "--materialize")
+    assert code == 0, said
+    assert report["results"][0]["parity"]["exact"] < 1e-4
+    model = stored_model(open_checkpoint(str(out)))
+    assert model.nbytes == open_checkpoint(str(folder)).model.nbytes
+    loaded: Any = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    expected = torch.stack(
+        list(walk.head_logits(model, walk.observe(model, IDS, [], lambda *_: None, "")))
+    )
+    with torch.no_grad():
+        assert torch.allclose(loaded(IDS).logits, expected, atol=1e-4)
 
 
 def test_a_layer_of_factors_alone_keeps_one_expert(tiny: Make) -> None:

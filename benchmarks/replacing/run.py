@@ -1,0 +1,210 @@
+"""Replacing, merging and dropping experts, each followed by training on the same tokens.
+
+    python benchmarks/replacing/run.py --models DIR --data DIR [--only TEXT] [--model NAME]
+
+Goes through what has no line in ``results.jsonl`` yet, for every checkpoint in ``--models`` and the
+built-in model: compress, measure, train, measure, quantize to 4 bits, measure. A run that is killed
+goes on from the training's last checkpoint (``--work``). At the end it writes ``results.md`` and
+``results.png``. Calibration, training and evaluation texts are disjoint, of four domains each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import report
+import torch
+from methods import Method, methods
+from torch import Tensor
+
+from moe2edge import calibration, quality, recipe, walk
+from moe2edge.artifact import tokenizer_of
+from moe2edge.basing import experts_nbytes
+from moe2edge.calibration import Tokens
+from moe2edge.checkpoint import BUILTIN, Checkpoint, open_checkpoint
+from moe2edge.errors import Moe2EdgeError
+from moe2edge.export import run_passes
+from moe2edge.model import Model
+from moe2edge.passes.recover import Recover
+from moe2edge.pipeline import Lab
+from moe2edge.progress import Watcher
+from moe2edge.testing import InMemory
+from moe2edge.workfolder import WorkFolder
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "trimming"))
+from texts import DOMAINS, write_texts
+
+HERE = Path(__file__).parent
+LENGTH = 256
+# Samples; of evaluation as many of each domain.
+CALIBRATION, EVALUATION, HELD_OUT = 96, 24, 64
+TRAIN: dict[str, Any] = {
+    "steps": 500, "batch": 8, "learning_rate": 5e-4, "held_out": HELD_OUT, "eval_every": 50,
+    "patience": 0, "save_every": 50,
+}  # fmt: skip
+SLIM = [{"gptq": {"bits": 4}}]
+QUIET = Watcher(lambda _: None, lambda *_: None)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A source model, its texts, and what it says about the held-out ones.
+
+    Attributes:
+        name: of the model.
+        checkpoint: the source.
+        calibration, training: tokens.
+        evaluation: held-out ids by domain.
+        hidden: hidden states of the source on them.
+    """
+
+    name: str
+    checkpoint: Checkpoint
+    calibration: Tokens
+    training: Tensor
+    evaluation: Mapping[str, Tensor]
+    hidden: Mapping[str, Tensor]
+
+    @property
+    def model(self) -> Model:
+        """The source."""
+        return self.checkpoint.model
+
+
+def open_bench(
+    name: str, folder: str, texts: Mapping[str, Mapping[str, Path]], steps: int
+) -> Bench:
+    """Open a model, and run it over the held-out texts."""
+    checkpoint = open_checkpoint(folder)
+    model, tokenizer = checkpoint.model, tokenizer_of(checkpoint.folder)
+
+    def tokens(purpose: str, domains: tuple[str, ...], samples: int, seed: int = 0) -> Tokens:
+        options: dict[str, Any] = {
+            "samples": samples,
+            "length": LENGTH,
+            "seed": seed,
+            "text": ",".join(f"{domain}:1" for domain in domains),
+            "sources": {domain: {"text": str(texts[purpose][domain])} for domain in domains},
+        }
+        source = recipe.section("calibration", options)
+        return calibration.load_tokens(source, tokenizer, purpose, (LENGTH, model.vocabulary))
+
+    held_out = {d: tokens("evaluation", (d,), EVALUATION).ids for d in DOMAINS}
+    hidden = {d: walk.observe(model, ids, (), QUIET.advance, "") for d, ids in held_out.items()}
+    samples = steps * TRAIN["batch"] + HELD_OUT
+    training = tokens("calibration", DOMAINS, samples, 1).ids
+    return Bench(
+        name, checkpoint, tokens("calibration", DOMAINS, CALIBRATION), training, held_out, hidden
+    )
+
+
+def measure(bench: Bench, model: Model) -> dict[str, Any]:
+    """Perplexity and KL per domain, and bytes."""
+    found: dict[str, Any] = {"perplexity": {}, "kl": {}}
+    for domain, ids in bench.evaluation.items():
+        hidden = walk.observe(model, ids, (), QUIET.advance, "")
+        source = walk.head_logits(bench.model, bench.hidden[domain])
+        result = quality.measure(ids, walk.head_logits(model, hidden), source)
+        found["perplexity"][domain], found["kl"][domain] = result.perplexity, result.kl
+    return {**found, "bytes": model.nbytes, "expert_bytes": experts_nbytes(model)}
+
+
+def passed(model: Model, passes: list[Any], bench: Bench, work: WorkFolder) -> Model:
+    """The model after some passes."""
+    parsed = recipe.parse(json.dumps({"passes": passes})).resolved(model)
+    return run_passes(model, parsed, bench.calibration, work, QUIET)[0]
+
+
+def run(bench: Bench, method: Method, work: Path, steps: int) -> dict[str, Any]:
+    """All measurements of a method."""
+    row: dict[str, Any] = {"model": bench.name, "key": method.key, "name": method.name}
+    row["size"] = method.size
+    begun = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        store = WorkFolder(Path(folder))
+        try:
+            model = passed(bench.model, method.passes, bench, store)
+        except Moe2EdgeError as error:
+            return {**row, "refused": str(error)}
+        row["seconds"] = round(time.perf_counter() - begun, 1)
+        row["before"] = measure(bench, model)
+        if method.recover is None:
+            return row
+        begun = time.perf_counter()
+        model, row["history"] = trained(bench, model, method, work, steps)
+        row["training"] = {
+            "seconds": round(time.perf_counter() - begun, 1),
+            "tokens": steps * TRAIN["batch"] * LENGTH,
+        }
+        row["after"] = measure(bench, model)
+        with tempfile.TemporaryDirectory() as other:
+            slim = passed(model, SLIM, bench, WorkFolder(Path(other)))
+            row["quantized"] = measure(bench, slim)
+    return row
+
+
+def trained(
+    bench: Bench, model: Model, method: Method, work: Path, steps: int
+) -> tuple[Model, list[Any]]:
+    """After training, and its history; goes on from what ``work`` holds."""
+    options = {**TRAIN, "steps": steps, **(method.recover or {})}
+    step = Recover.model_validate(options)
+    step.check(model)
+
+    def log(line: str) -> None:
+        print(f"  {line}", flush=True)
+
+    watcher = Watcher(log, lambda *_: None)
+    work.mkdir(parents=True, exist_ok=True)
+    none = torch.empty(0, 0, dtype=torch.int64)
+    lab = Lab(bench.model, model, none, InMemory(), watcher, training=bench.training, scratch=work)
+    outcome = step.search(lab)
+    return outcome.model, outcome.figures["history"]
+
+
+def main() -> None:
+    """Run what has no result yet, and write the tables."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--models", type=Path, required=True, help="folder of checkpoints")
+    parser.add_argument("--data", type=Path, required=True, help="folder of texts")
+    parser.add_argument("--only", default="", help="methods whose key holds this")
+    parser.add_argument("--model", help="this model alone")
+    parser.add_argument("--steps", type=int, default=TRAIN["steps"], help="of training")
+    parser.add_argument("--results", type=Path, default=HERE / "results.jsonl")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "replacing")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        texts = write_texts(given.data, Path(folder))
+        named = {p.parent.name: str(p.parent) for p in sorted(given.models.glob("*/config.json"))}
+        for name, place in {**named, "tiny-moe": BUILTIN}.items():
+            if given.model in (None, name):
+                run_model(open_bench(name, place, texts, given.steps), given)
+    report.write(report.read(given.results), given.results.parent)
+
+
+def run_model(bench: Bench, given: argparse.Namespace) -> None:
+    """All methods of a model that have no result."""
+    for method in methods(bench.model):
+        rows = report.read(given.results)
+        known = {row["key"] for row in rows if row["model"] == bench.name}
+        if method.key in known or given.only not in method.key:
+            continue
+        work = given.work / bench.name / method.key.replace(" | ", "-").replace(" ", "_")
+        print(f"{bench.name}: {method.key}", flush=True)
+        row = run(bench, method, work, given.steps)
+        with given.results.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        shutil.rmtree(work, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
