@@ -91,6 +91,18 @@ def make_tokenizer(folder: Path) -> None:
     wrapped.save_pretrained(folder)
 
 
+def learnable_text(samples: int = 20, length: int = 32) -> Tensor:
+    """Samples in which a token mostly says what the next one is, int64 [samples, length]."""
+    import torch
+
+    draw = torch.Generator().manual_seed(samples)
+    ids = torch.randint(1, 96, (samples, length), generator=draw)
+    for at in range(1, length):
+        told = (3 * ids[:, at - 1] + 1) % 96
+        ids[:, at] = torch.where(torch.rand(samples, generator=draw) < 0.8, told, ids[:, at])
+    return ids
+
+
 def quantize(model: Model, scheme: Scheme, choose: Callable[[str], bool] = lambda _: True) -> Model:
     """``model`` with every tensor rounded to nearest that slimming selects.
 

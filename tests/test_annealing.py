@@ -1,0 +1,194 @@
+"""Annealing: experts that share a base are trained from what they were to what is exported."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe2edge.checkpoint import open_checkpoint
+from moe2edge.errors import InputError
+from moe2edge.families import FAMILIES
+from moe2edge.loading import to_transformers
+from moe2edge.materialize import materialized
+from moe2edge.model import Model
+from moe2edge.passes.expert_replace import ExpertReplace
+from moe2edge.passes.recover import Recover
+from moe2edge.pipeline import Lab
+from moe2edge.progress import Watcher
+from moe2edge.recovery import Settings, Trainer, original_share
+from moe2edge.teacher import Objective, text_loss
+from moe2edge.testing import InMemory, Make
+from moe2edge.testing import learnable_text as text
+
+QUIET = Watcher(lambda _: None, lambda *_: None)
+NO_TOKENS = torch.empty(0, 0, dtype=torch.int64)
+QUICK: dict[str, Any] = {
+    "steps": 6, "batch": 4, "held_out": 4, "eval_every": 2, "save_every": 2, "warmup": 0.0,
+    "learning_rate": 3e-3,
+}  # fmt: skip
+
+
+def numbers(model: Model) -> dict[tuple[int | None, str], Tensor]:
+    """By block and role; outside of blocks by name."""
+    found: dict[tuple[int | None, str], Tensor] = {}
+    found |= {(None, name): w.load() for name, w in model.rest.items()}
+    found |= {(b.index, role): w.load() for b in model.blocks for role, w in b.weights()}
+    return found
+
+
+class Leaning(torch.nn.Module):
+    """A model that notes how much of its originals it answered, in training and in evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores = torch.nn.Parameter(torch.zeros(96))
+        self.original_share = 0.0
+        self.forgot: list[float] = []
+        self.seen: list[tuple[bool, float]] = []
+
+    def forget_originals(self) -> None:
+        self.forgot.append(self.original_share)
+
+    def forward(self, input_ids: Tensor, use_cache: bool) -> Any:
+        self.seen.append((torch.is_grad_enabled(), self.original_share))
+        return SimpleNamespace(logits=self.scores.expand(*input_ids.shape, 96))
+
+
+def settings(**changes: Any) -> Settings:
+    step = Recover.model_validate({**QUICK, **changes})
+    return step._settings()
+
+
+def test_originals_are_left_step_by_step() -> None:
+    given = settings(steps=10, anneal=0.5, eval_every=1)
+    assert [original_share(step, given) for step in range(8)] == pytest.approx(
+        [1, 0.8, 0.6, 0.4, 0.2, 0, 0, 0]
+    )
+    model = Leaning()
+    trainer = Trainer(
+        model, dict(model.named_parameters()), text(), text(3), Objective(), given, None, QUIET,
+        [model],
+    )  # fmt: skip
+    found = trainer.run()
+    trained_at = [share for training, share in model.seen if training]
+    assert trained_at == pytest.approx([1, 0.8, 0.6, 0.4, 0.2, 0, 0, 0, 0, 0])
+    assert {share for training, share in model.seen if not training} == {0}
+    assert model.forgot == [0.0] * 5
+    assert [line["step"] for line in found.progress.history] == [0, 5, 6, 7, 8, 9, 10]
+
+
+def test_nothing_to_anneal_is_told(tiny: Make) -> None:
+    with pytest.raises(InputError, match="anneal is for merged experts, and this model has none"):
+        Recover(anneal=0.5).check(open_checkpoint(str(tiny("olmoe"))).model)
+
+
+def sharing(tiny: Make, family: str, **options: Any) -> tuple[Model, Model]:
+    """A source, and a model some of whose experts share bases."""
+    model = open_checkpoint(str(tiny(family))).model
+    step = ExpertReplace.model_validate({"with": "base", "budget": 0.6, **options}).resolved(model)
+    watcher: Any = SimpleNamespace(advance=lambda *_: None, log=lambda _: None)
+    return model, step.search(Lab(model, model, text(), InMemory(), watcher)).model
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("rank", [0, 3])
+def test_annealing_goes_from_the_source_to_what_is_exported(
+    tiny: Make, family: str, rank: int
+) -> None:
+    """With a share of 1 the model is the source, with 0 what will be written."""
+    source, model = sharing(tiny, family, rank=rank)
+    lab = Lab(source, model, NO_TOKENS, InMemory(), QUIET, training=text())
+    loaded: Any = to_transformers(model, torch.float32)
+    ids = text(2)
+    with torch.no_grad():
+        plain = loaded(ids).logits
+        parts = Recover(anneal=0.5)._begin_annealing(lab, loaded)
+        assert parts
+        for share, twin in ((1.0, source), (0.0, model)):
+            for part in parts:
+                part.original_share = share
+            expected = to_transformers(twin, torch.float32)(ids).logits
+            assert torch.allclose(loaded(ids).logits, expected, atol=1e-4)
+        for part in parts:
+            part.original_share = 0.5
+        between = loaded(ids).logits
+        for part in parts:
+            part.forget_originals()
+        assert torch.allclose(loaded(ids).logits, plain, atol=1e-5)
+    assert (between - plain).abs().max() > 1e-3
+
+
+def test_half_an_original_is_the_mean_of_matrices(tiny: Make) -> None:
+    """``W_eff = s W + (1 - s) (B + second @ first)``, matrix by matrix."""
+    source, model = sharing(tiny, "mixtral", rank=2)
+    lab = Lab(source, model, NO_TOKENS, InMemory(), QUIET, training=text())
+    loaded: Any = to_transformers(model, torch.float32)
+    parts = Recover(anneal=0.5)._begin_annealing(lab, loaded)
+    block, layer = next((b, m) for b, m in model.moe_blocks if m.members)
+    for part in parts:
+        part.original_share = 0.3
+    mixed = loaded.model.layers[block.index].mlp.experts
+    row = next(n for n, member in enumerate(layer.members) if member.factors)
+    x = torch.randn(7, 64, generator=torch.Generator().manual_seed(0))
+    before, whole = source.moe_blocks[block.index][1], materialized(model).moe_blocks
+    after = whole[block.index][1].experts[row]
+    gate, up, down = (
+        0.3 * getattr(before.experts[row], part).load() + 0.7 * getattr(after, part).load()
+        for part in ("gate", "up", "down")
+    )
+    expected = (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
+    with torch.no_grad():
+        assert torch.allclose(mixed.answer(row, x), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("anneal", [None, 0.5])
+@pytest.mark.parametrize("rank", [0, 3])
+def test_members_are_trained_and_come_back(tiny: Make, anneal: float | None, rank: int) -> None:
+    """What is held-out perplexity in training is that of what is returned."""
+    source, model = sharing(tiny, "olmoe", rank=rank)
+    step = Recover.model_validate({**QUICK, "steps": 12, "anneal": anneal})
+    step.check(model)
+    lab = Lab(source, model, NO_TOKENS, InMemory(), QUIET, training=text())
+    outcome = step.search(lab)
+    history = outcome.figures["history"]
+    assert outcome.figures["best_step"] > 0
+    loaded: Any = to_transformers(outcome.model, torch.float32)
+    with torch.no_grad():
+        held_out = text()[-4:]
+        loss = text_loss(held_out, loaded(held_out).logits)
+    best = min(line["perplexity"] for line in history)
+    assert math.exp(float(loss)) == pytest.approx(best, rel=1e-4)
+    roles = {role for (_, role), now in numbers(outcome.model).items() if "members" in role}
+    assert bool(roles) == bool(rank)
+    before = numbers(model)
+    assert all(not torch.equal(now, before[k]) for k, now in numbers(outcome.model).items())
+
+
+def test_an_annealed_run_that_was_killed_ends_with_the_same_bits(
+    tiny: Make, tmp_path: Path
+) -> None:
+    source, model = sharing(tiny, "olmoe", rank=2)
+    step = Recover.model_validate({**QUICK, "steps": 8, "anneal": 0.6})
+
+    def run(folder: Path, watcher: Watcher) -> Model:
+        folder.mkdir(exist_ok=True)
+        return step.search(
+            Lab(source, model, NO_TOKENS, InMemory(), watcher, training=text(), scratch=folder)
+        ).model
+
+    expected = numbers(run(tmp_path / "whole", QUIET))
+
+    def stop(label: str, done: int, *_: object) -> None:
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "killed", Watcher(lambda _: None, stop))
+    found = numbers(run(tmp_path / "killed", QUIET))
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
