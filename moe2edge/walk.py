@@ -143,6 +143,12 @@ class BlockRunner:
             self._expert_output,
         )
 
+    @torch.no_grad()
+    def answer(self, inputs: Tensor) -> Tensor:
+        """Output [n, hidden] of what follows attention for its inputs [n, hidden]."""
+        out: Tensor = self._layer.mlp(inputs[None])
+        return out[0]
+
     def _linear_modules(self) -> Iterator[tuple[str, nn.Module]]:
         for role, _ in self.block.weights():
             kind, _, rest = role.partition(".")

@@ -198,6 +198,11 @@ class ExpertReplace(Search):
         """Refuse what a layer cannot do without, and what is no smaller than experts."""
         if not model.moe_blocks:
             raise InputError("expert_replace: no layer has experts")
+        if model.members:
+            raise InputError(
+                f"expert_replace: {model.members} experts share the matrices of others already; "
+                "give expert_merge routing: centroids, which leaves each its own"
+            )
         if self.shares:
             self._check_shares(model)
         else:
@@ -227,8 +232,6 @@ class ExpertReplace(Search):
         return self._budget(model) * whole // experts_nbytes(model)
 
     def _check_substitutes(self, model: Model) -> None:
-        if model.members:
-            refuse_replaced("expert_replace", model)
         if self.allots:
             self._check_budget(model)
             return

@@ -21,6 +21,7 @@ RECIPES: dict[str, list[dict[str, Any]]] = {
     "block_drop": [{"block_drop": {"drop": 1}}],
     "expert_budget": [{"expert_budget": {"keep": 4}}],
     "expert_drop": [{"expert_drop": {"keep": [6, 3, 0]}}],
+    "expert_merge": [{"expert_merge": {"method": "ream", "keep": 4}}],
     "expert_replace": [{"expert_replace": {"with": "linear", "keep": 4}}],
     "expert_search": [{"expert_search": {"keep": 4, "progressive": True}}],
     "expert_skip": [{"expert_skip": {}}],

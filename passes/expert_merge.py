@@ -1,0 +1,396 @@
+"""Merge experts that are alike: one takes the place of several."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Annotated, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from moe2edge import amounts, criteria
+from moe2edge.criteria import Criterion
+from moe2edge.errors import InputError
+from moe2edge.layers import PARTS, Member, MoELayer
+from moe2edge.model import Block, Model
+from moe2edge.pipeline import Facts, Kind, Lab, Observer, Outcome, Search, planned, refuse_replaced
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from moe2edge.merging import Group, Matrices, Sums
+    from moe2edge.walk import Seen
+
+Method = Literal["hc-smoe", "m-smoe", "ream"]
+
+# By which experts are weighted, and centroids chosen.
+WEIGHTED_BY: Mapping[Method, Criterion] = {
+    "hc-smoe": "frequency",
+    "m-smoe": "frequency",
+    "ream": "reap",
+}
+GROUP_LIMIT = 16
+# Tokens on which activations are aligned, and the error of a layer is measured.
+SAMPLED = 2048
+
+
+class ExpertMerge(Search):
+    """Group the experts of each layer, and put a weighted mean in the place of each group.
+
+    HC-SMoE (https://arxiv.org/abs/2410.08589) clusters mean outputs, M-SMoE
+    (https://arxiv.org/abs/2310.01334) lets experts join the often used one with the most similar
+    router logits, REAM (https://arxiv.org/abs/2604.04356) lets the most salient experts absorb
+    their neighbours. Formulas are in `moe2edge.merging`.
+    """
+
+    method: Annotated[Method, Field(description="how experts are grouped, aligned and weighted")]
+    keep: Annotated[
+        int | float,
+        Field(
+            description="experts that are left: a count, or a fraction of each layer, rounded up"
+        ),
+    ]
+    routing: Annotated[
+        Literal["members", "centroids"] | None,
+        Field(
+            description="members: every router row stays and leads to the merged expert; "
+            "centroids: one row of each group stays; none: centroids for ream, else members"
+        ),
+    ] = None
+    align: Annotated[
+        bool | None,
+        Field(
+            description="bring neurons in the centroid's order first: ream by activations and "
+            "weights, others by weights; none: not for hc-smoe"
+        ),
+    ] = None
+    group_limit: Annotated[
+        int | None,
+        Field(ge=1, description="for ream, experts that join a centroid at most; none: 16"),
+    ] = None
+    fitted_on: Annotated[
+        Literal["changed", "intact"],
+        Field(description="inputs of later layers: of the model as changed so far, or as it was"),
+    ] = "changed"
+    seed: Annotated[
+        int, Field(ge=0, le=2**32 - 1, description="of the reduction of weights when ream aligns")
+    ] = 0
+
+    @field_validator("keep", mode="before")
+    @classmethod
+    def _keep_is_sensible(cls, value: object) -> object:
+        return amounts.check_amount(value)
+
+    @model_validator(mode="after")
+    def _limit_goes_with_ream(self) -> Self:
+        if self.group_limit is not None and self.method != "ream":
+            raise ValueError("group_limit goes with method: ream only")
+        return self
+
+    # ---- what there will be ------------------------------------------------------------------
+
+    def resolved(self, model: Model) -> Self:
+        """With the method's own choices where none was made."""
+        ream = self.method == "ream"
+        own = {
+            "routing": "centroids" if ream else "members",
+            "align": self.method != "hc-smoe",
+            "group_limit": GROUP_LIMIT if ream else None,
+        }
+        unset = {key: value for key, value in own.items() if getattr(self, key) is None}
+        return self.model_copy(update=unset)
+
+    def _count(self, layer: MoELayer) -> int:
+        """How many experts of a layer are left."""
+        return amounts.kept(self.keep, len(layer.experts))
+
+    def check(self, model: Model) -> None:
+        """Refuse what leaves too few experts to choose, and numbers that a mean would not keep."""
+        refuse_replaced("expert_merge", model)
+        if not model.moe_blocks:
+            raise InputError("expert_merge: no layer has experts")
+        step = self.resolved(model)
+        if step.routing == "centroids" and model.skips:
+            raise InputError(
+                "expert_merge: thresholds of expert_skip belong to the experts that were there; "
+                "put expert_skip after it"
+            )
+        for block, layer in model.moe_blocks:
+            step._check_counts(block, layer)
+            weights = [getattr(expert, part) for expert in layer.experts for part in PARTS]
+            if any(w.scheme or w.pattern for w in weights):
+                raise InputError(
+                    f"expert_merge: experts of block {block.index} are quantized or sparse, and a "
+                    "mean of them is not; move expert_merge before the pass that does it"
+                )
+        if all(self._count(layer) == len(layer.experts) for _, layer in model.moe_blocks):
+            raise InputError(f"expert_merge: keep {self.keep} keeps every expert; nothing to do")
+
+    def _check_counts(self, block: Block, layer: MoELayer) -> None:
+        """Refuse counts that one layer cannot have; every choice is made."""
+        experts, kept, top_k = len(layer.experts), self._count(layer), layer.router.top_k
+        if kept > experts:
+            raise InputError(f"expert_merge: keep {kept} of the {experts} in block {block.index}")
+        if self.routing == "centroids" and kept < top_k:
+            raise InputError(
+                f"expert_merge: keep {self.keep} leaves {kept} experts in block {block.index} "
+                f"where the router chooses {top_k} per token; keep at least {top_k}, or set "
+                "routing: members"
+            )
+        if self.group_limit is not None and kept * self.group_limit < experts - kept:
+            raise InputError(
+                f"expert_merge: {kept} centroids of block {block.index} absorb at most "
+                f"{kept * self.group_limit} of the {experts - kept} others; set group_limit to at "
+                f"least {-(-(experts - kept) // kept)}, or keep more"
+            )
+
+    def plan(self, model: Model) -> Model:
+        """Each layer with its first experts, the first of all merged with those that go."""
+        step = self.resolved(model)
+        for block, layer in model.moe_blocks:
+            kept, count = self._count(layer), len(layer.experts)
+            if kept < count:
+                groups = ((0, *range(kept, count)), *((n,) for n in range(1, kept)))
+                model = model.replace_block(step._merged(block, layer, groups))
+        return model
+
+    def _merged(self, block: Block, layer: MoELayer, groups: Sequence[Group]) -> Block:
+        """The block with merged experts, whose numbers are not there yet."""
+        centroids = [group[0] for group in groups]
+        if self.routing == "centroids":
+            new = block.keep_experts(centroids)
+        else:
+            base = {n: place for place, group in enumerate(groups) for n in group}
+            members = tuple(Member(e.origin, base[n]) for n, e in enumerate(layer.experts))
+            experts = tuple(layer.experts[n] for n in centroids)
+            new = replace(block, mlp=replace(layer, experts=experts, members=members))
+        weights = dict(new.weights())
+        roles = [
+            _role(new, place, part)
+            for place, group in enumerate(groups)
+            if len(group) > 1
+            for part in PARTS
+        ]
+        return new.with_weights({role: planned(weights[role]) for role in roles})
+
+    # ---- doing it ----------------------------------------------------------------------------
+
+    def search(self, lab: Lab) -> Outcome:
+        """Group and merge block after block.
+
+        Raises:
+            DoesNotFit: the machine lacks the memory.
+        """
+        from moe2edge import walk
+
+        step = self.resolved(lab.model)
+        step._state_cost(lab)
+        merger = _Merger(step, lab)
+        model = walk.rewrite(
+            lab.model,
+            lab.tokens,
+            merger.see,
+            merger.change,
+            lab.watcher.advance,
+            "expert_merge",
+            lab.memory,
+            propagate=self.fitted_on == "changed",
+        )
+        return Outcome(model, changed=tuple(merger.changed), notes=tuple(merger.notes))
+
+    def _state_cost(self, lab: Lab) -> None:
+        from moe2edge.memory import check as check_memory
+        from moe2edge.merging import nbytes
+
+        hidden = lab.model.family.geometry(lab.model.config).hidden
+        experts = max(lab.model.expert_counts)
+        width = max(layer.experts[0].gate.shape[0] for _, layer in lab.model.moe_blocks)
+        sampled = 4 * 2 * SAMPLED * (hidden + width)
+        streams = 4 * 2 * lab.tokens.numel() * hidden
+        check_memory(
+            nbytes(experts, hidden, width, align=bool(self.align)) + sampled + streams,
+            f"expert_merge sums up what {experts} experts do, and merges some",
+            "give it fewer calibration samples, or do it on a larger one",
+            lab.memory.limit,
+        )
+
+
+def _role(block: Block, place: int, part: str) -> str:
+    """Of a matrix of an expert, which alone in its layer is a plain MLP."""
+    kind = f"experts.{place}" if isinstance(block.mlp, MoELayer) else "dense"
+    return f"{kind}.{part}"
+
+
+def _numbers(layer: MoELayer, n: int) -> Matrices:
+    """Numbers of an expert, float32."""
+    from moe2edge.merging import Matrices
+    from moe2edge.modules import finite
+
+    expert = layer.experts[n]
+    return Matrices(finite(expert.gate), finite(expert.up), finite(expert.down))
+
+
+@dataclass
+class _Samples:
+    """Inputs and outputs of a layer for tokens that lie evenly between all.
+
+    Attributes:
+        every: one of so many tokens is kept.
+        inputs, outputs: [n, hidden] of each batch.
+    """
+
+    every: int
+    inputs: list[Tensor] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
+    _seen: int = 0
+
+    def add(self, inputs: Tensor, outputs: Tensor) -> None:
+        """Take in a batch, [n, hidden] each."""
+        first = -self._seen % self.every
+        self.inputs.append(inputs[first :: self.every].clone())
+        self.outputs.append(outputs[first :: self.every].clone())
+        self._seen += len(inputs)
+
+
+@dataclass
+class _Merger:
+    """Sums up what experts do, and merges some; one layer at a time.
+
+    What it takes in is of the current layer, and forgotten when that is changed.
+    """
+
+    step: ExpertMerge
+    lab: Lab
+    changed: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    sums: Sums | None = None
+    samples: _Samples | None = None
+    observers: dict[Kind, Observer[object]] = field(default_factory=dict)
+
+    def see(self, seen: Seen) -> None:
+        """Add one batch."""
+        from moe2edge.merging import Sums
+
+        layer, routing, method = seen.block.mlp, seen.routing, self.step.method
+        if not isinstance(layer, MoELayer) or routing is None:
+            return
+        if self.step._count(layer) == len(layer.experts):
+            return
+        if self.sums is None or self.samples is None:
+            self.sums = Sums(len(layer.experts), routing.inputs.shape[1])
+            self.samples = _Samples(-(-self.lab.tokens.numel() // SAMPLED))
+            self.observers = {k: k() for k in criteria.observers(WEIGHTED_BY[method])}
+        for observer in self.observers.values():
+            observer.see(seen)
+        self.samples.add(routing.inputs, seen.mlp_outputs.flatten(0, -2))
+        self.sums.add_logits(routing.logits)
+        if method != "m-smoe":
+            self.sums.add_outputs(routing.inputs, seen.expert_output, cosines=method == "ream")
+
+    def change(self, block: Block) -> Block:
+        """The block with merged experts."""
+        import torch
+
+        layer, sums, samples = block.mlp, self.sums, self.samples
+        self.sums = self.samples = None
+        if not isinstance(layer, MoELayer) or sums is None or samples is None:
+            return block
+        facts = Facts({kind: observer.fact() for kind, observer in self.observers.items()})
+        scores = criteria.scores(WEIGHTED_BY[self.step.method], block, facts)
+        groups = self._groups(layer, sums, scores)
+        merged = self.step._merged(block, layer, groups)
+        inputs = torch.cat(samples.inputs)
+        orders = self._orders(layer, groups, inputs)
+        numbers: dict[str, Tensor] = {}
+        for place, group in enumerate(groups):
+            if len(group) > 1:
+                mean = self._mean(block, layer, group, scores, orders)
+                numbers |= {_role(merged, place, part): getattr(mean, part) for part in PARTS}
+        merged = self.lab.store.put(merged, numbers)
+        self._account(block, merged, groups, inputs, torch.cat(samples.outputs))
+        return merged
+
+    def _groups(self, layer: MoELayer, sums: Sums, scores: Sequence[float]) -> tuple[Group, ...]:
+        from moe2edge import merging
+
+        kept = self.step._count(layer)
+        if self.step.method == "hc-smoe":
+            return merging.cluster(sums.outputs / sums.tokens, kept, scores)
+        if self.step.method == "m-smoe":
+            return merging.join_nearest(merging.logit_cosines(sums.logits), kept, scores)
+        limit = self.step.group_limit or GROUP_LIMIT
+        return merging.absorb(merging.ream_similarity(sums), kept, scores, limit)
+
+    def _orders(
+        self, layer: MoELayer, groups: Sequence[Group], inputs: Tensor
+    ) -> dict[int, torch.Tensor]:
+        """Of experts that are not centroids, the order of neurons of theirs; empty: as they are."""
+        from moe2edge import merging
+
+        if not self.step.align:
+            return {}
+        everyone = range(len(layer.experts))
+        found = None
+        if self.step.method == "ream":
+            found = merging.layer_axes(
+                lambda: (_numbers(layer, n) for n in everyone), self.step.seed
+            )
+        orders = {}
+        for centroid, *others in groups:
+            first = _numbers(layer, centroid) if others else None
+            for n in others:
+                assert first is not None
+                orders[n] = merging.aligned(first, _numbers(layer, n), inputs, found)
+        return orders
+
+    def _mean(
+        self,
+        block: Block,
+        layer: MoELayer,
+        group: Group,
+        scores: Sequence[float],
+        orders: Mapping[int, Tensor],
+    ) -> Matrices:
+        """What takes the place of a group."""
+        from moe2edge import merging
+
+        weights = merging.shares([scores[n] for n in group])
+        if weights is None:
+            origins = [layer.experts[n].origin for n in group]
+            self.notes.append(
+                f"block {block.index}: experts {origins} saw no tokens: merged in equal parts"
+            )
+            weights = (1 / len(group),) * len(group)
+
+        def experts() -> Iterator[tuple[float, Matrices]]:
+            for n, weight in zip(group, weights, strict=True):
+                numbers = _numbers(layer, n)
+                yield weight, numbers.permuted(orders[n]) if n in orders else numbers
+
+        return merging.weighted_mean(experts())
+
+    def _account(
+        self,
+        block: Block,
+        merged: Block,
+        groups: Sequence[Group],
+        inputs: Tensor,
+        outputs: Tensor,
+    ) -> None:
+        """Tell which were merged, and what it does to the output of the layer."""
+        from moe2edge.walk import BlockRunner
+
+        origins = block.expert_origins
+        told = [
+            f"{sorted(origins[n] for n in others)} into {origins[centroid]}"
+            for centroid, *others in groups
+            if others
+        ]
+        self.changed.append(f"block {block.index}: experts {', '.join(told)}")
+        found = BlockRunner(self.lab.model, merged).answer(inputs)
+        error = float((found - outputs).norm() / outputs.norm())
+        self.notes.append(
+            f"block {block.index}: the layer's output on {len(inputs)} calibration tokens has a "
+            f"relative error of {error:.3f}"
+        )

@@ -1,0 +1,575 @@
+"""Merging of experts: every grouping and every order of neurons against slow loops."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import permutations
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from moe2edge import merging, walk
+from moe2edge.checkpoint import open_checkpoint
+from moe2edge.cli import main
+from moe2edge.families import FAMILIES
+from moe2edge.layers import PARTS, Dense, MoELayer
+from moe2edge.loading import load
+from moe2edge.merging import Group, Matrices, Sums
+from moe2edge.model import Model, is_quantizable
+from moe2edge.passes.expert_merge import ExpertMerge
+from moe2edge.pipeline import Lab, Outcome, plan
+from moe2edge.recipe import parse
+from moe2edge.stored import stored_model
+from moe2edge.targets.hf import Hf
+from moe2edge.testing import InMemory, Make, make_checkpoint
+
+METHODS = ("hc-smoe", "m-smoe", "ream")
+WIDTH, HIDDEN = 20, 12
+IDS = torch.randint(1, 96, (6, 40), generator=torch.Generator().manual_seed(9))
+TEXT = ["--set", "calibration.samples=12", "--set", "calibration.length=48"]
+LESS = ["--set", "evaluation.samples=2", "--set", "evaluation.length=48", "-q", "--json"]
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def expert(seed: int) -> Matrices:
+    return Matrices(
+        draw(WIDTH, HIDDEN, seed=seed),
+        draw(WIDTH, HIDDEN, seed=seed + 100),
+        draw(HIDDEN, WIDTH, seed=seed + 200),
+    )
+
+
+def equal(one: Matrices, other: Matrices) -> bool:
+    return all(torch.equal(getattr(one, part), getattr(other, part)) for part in PARTS)
+
+
+# ---- groups ------------------------------------------------------------------------------------
+
+
+def slow_clusters(means: Tensor, keep: int) -> set[frozenset[int]]:
+    """By the mean distance of all pairs, again for every merge."""
+    groups = [[n] for n in range(len(means))]
+    while len(groups) > keep:
+        found = []
+        for a, one in enumerate(groups):
+            for b, other in enumerate(groups[:a]):
+                distances = [float((means[i] - means[j]).norm()) for i in one for j in other]
+                found.append((sum(distances) / len(distances), a, b))
+        _, a, b = min(found)
+        groups[b] += groups.pop(a)
+    return {frozenset(group) for group in groups}
+
+
+@pytest.mark.parametrize("keep", [1, 3, 7, 11])
+def test_clusters_are_those_of_a_loop(keep: int) -> None:
+    means = draw(12, 5, seed=keep).double()
+    scores = draw(12, seed=keep + 1).tolist()
+    groups = merging.cluster(means, keep, scores)
+    assert {frozenset(group) for group in groups} == slow_clusters(means, keep)
+    for centroid, *others in groups:
+        assert all(scores[centroid] > scores[n] for n in others)
+
+
+@pytest.mark.parametrize("keep", range(1, 9))
+def test_ties_leave_as_many_clusters_as_asked_for(keep: int) -> None:
+    """Corners of a cube, and experts that are all equal."""
+    corners = torch.tensor([[n >> bit & 1 for bit in range(3)] for n in range(8)]).double()
+    for means in (corners, torch.ones(8, 3, dtype=torch.float64)):
+        groups = merging.cluster(means, keep, [1.0] * 8)
+        assert len(groups) == keep
+        assert sorted(n for group in groups for n in group) == list(range(8))
+        # Of equal scores the first.
+        assert [group[0] for group in groups] == sorted(min(group) for group in groups)
+
+
+def slow_join(similarity: Tensor, keep: int, scores: list[float]) -> set[Group]:
+    centroids = sorted(range(len(scores)), key=lambda n: -scores[n])[:keep]
+    groups = {centroid: [centroid] for centroid in centroids}
+    for n in range(len(scores)):
+        if n not in centroids:
+            nearest = max(centroids, key=lambda c: float(similarity[n, c]))
+            groups[nearest].append(n)
+    return {tuple(group) for group in groups.values()}
+
+
+def slow_absorb(similarity: Tensor, keep: int, scores: list[float], limit: int) -> set[Group]:
+    ranked = sorted(range(len(scores)), key=lambda n: -scores[n])
+    free, groups = ranked[keep:], set()
+    for centroid in ranked[:keep]:
+        own: list[int] = []
+        while free and len(own) < limit:
+            own.append(max(free, key=lambda n: float(similarity[centroid, n])))
+            free.remove(own[-1])
+        groups.add((centroid, *sorted(own)))
+    assert not free
+    return groups
+
+
+@pytest.mark.parametrize("keep", [1, 4, 11])
+def test_centroids_gather_as_in_a_loop(keep: int) -> None:
+    similarity = draw(12, 12, seed=keep)
+    similarity, scores = similarity + similarity.T, draw(12, seed=keep + 1).tolist()
+    joined = merging.join_nearest(similarity, keep, scores)
+    assert set(joined) == slow_join(similarity, keep, scores)
+    assert [group[0] for group in joined] == sorted(group[0] for group in joined)
+    least = -(-(12 - keep) // keep)
+    for limit in (least, least + 1, 16):
+        found = merging.absorb(similarity, keep, scores, limit)
+        assert set(found) == slow_absorb(similarity, keep, scores, limit)
+        assert max(len(group) for group in found) <= limit + 1
+        assert sorted(n for group in found for n in group) == list(range(12))
+
+
+@pytest.mark.parametrize("together", [1, 4 * 5 * HIDDEN * 7, 1 << 20])
+def test_sums_are_those_of_loops_over_tokens(
+    together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(merging, "TOGETHER", together)
+    inputs, logits, maps = draw(30, HIDDEN), draw(30, 5, seed=1), draw(5, HIDDEN, HIDDEN, seed=2)
+    outputs = torch.stack([torch.tanh(inputs @ one) for one in maps]).double()
+    sums = Sums(5, HIDDEN)
+    for part in torch.split(torch.arange(30), 11):
+        sums.add_logits(logits[part])
+        for cosines in (False, True):
+            sums.add_outputs(inputs[part], lambda n, x: torch.tanh(x @ maps[n]), cosines=cosines)
+    assert torch.allclose(sums.outputs / sums.tokens, outputs.mean(1), atol=1e-6)
+    found = merging.ream_similarity(sums)
+    columns = torch.nn.functional.normalize(logits.double(), dim=0).T
+    farthest = max(float((a - b).norm()) for a in columns for b in columns)
+    for i in range(5):
+        for j in range(5):
+            cosine = torch.cosine_similarity(logits[:, i].double(), logits[:, j].double(), dim=0)
+            assert abs(float(merging.logit_cosines(sums.logits)[i, j] - cosine)) < 1e-6
+            shared = 0.0
+            for a, b, gate in zip(outputs[i], outputs[j], logits.softmax(1), strict=True):
+                # The paper's outputs are gated, which changes nothing here.
+                gated = torch.cosine_similarity(gate[i] * a, gate[j] * b, dim=0)
+                shared += float((gated + 1) / 2) / 30
+            routing = 1 - float((columns[i] - columns[j]).norm()) / farthest
+            assert abs(float(found[i, j]) - (shared + routing) / 2) < 1e-5
+
+
+# ---- orders ------------------------------------------------------------------------------------
+
+
+def test_the_order_of_neurons_changes_no_expert() -> None:
+    one, x = expert(0), draw(9, HIDDEN, seed=5)
+    other = one.permuted(torch.randperm(WIDTH, generator=torch.Generator().manual_seed(1)))
+    assert not equal(one, other)
+    before, after = (one.down @ one.inside(x)).T, (other.down @ other.inside(x)).T
+    assert torch.allclose(before, after, atol=1e-4)
+    for token, row in zip(x, before, strict=True):
+        gate, up = one.gate @ token, one.up @ token
+        assert torch.allclose(one.down @ (gate * gate.sigmoid() * up), row, atol=1e-4)
+
+
+@pytest.mark.parametrize("by_answers", [False, True])
+def test_alignment_undoes_a_permutation(by_answers: bool) -> None:
+    experts = [expert(n) for n in range(4)]
+    shuffle = torch.randperm(WIDTH, generator=torch.Generator().manual_seed(1))
+    experts[2] = experts[0].permuted(shuffle)
+    axes = merging.layer_axes(lambda: iter(experts), 0) if by_answers else None
+    found = merging.aligned(experts[0], experts[2], draw(50, HIDDEN, seed=3), axes)
+    assert torch.equal(found, shuffle.argsort())
+    assert equal(experts[2].permuted(found), experts[0])
+
+
+def test_an_order_is_the_cheapest_of_all() -> None:
+    """By distances of weights, which `weight_cost` only takes the products of."""
+    one, other = draw(5, 7), draw(5, 7, seed=1)
+    found = merging.order(merging.weight_cost(one, other))
+    costs = {p: float((one - other[list(p)]).square().sum()) for p in permutations(range(5))}
+    assert tuple(found.tolist()) == min(costs, key=costs.__getitem__)
+    answers = draw(5, 9, seed=2), draw(5, 9, seed=3)
+    cost = merging.ream_cost((answers[0], one), (answers[1], other))
+    for i in range(5):
+        for j in range(5):
+            expected = 0.0
+            for a, b in ((answers[0][i], answers[1][j]), (one[i], other[j])):
+                expected += float((a / a.norm() - b / b.norm()).norm())
+            assert abs(float(cost[i, j]) - expected) < 1e-5
+
+
+def test_principal_axes_are_those_of_singular_vectors() -> None:
+    """Of rows whose numbers fall off, up to signs, which no distance depends on."""
+    falling = 0.4 ** torch.arange(10)
+    rows = draw(60, 10) * falling @ torch.linalg.qr(draw(10, 10, seed=1)).Q + 3
+
+    def parts() -> Iterator[Tensor]:
+        yield from torch.split(rows, 17)
+
+    mean, axes = merging.principal(parts, 4, 0)
+    assert torch.allclose(mean, rows.mean(0), atol=1e-5)
+    _, values, vectors = torch.linalg.svd(rows - rows.mean(0))
+    expected = vectors[:4].T * values[:4]
+    assert torch.allclose(axes.abs(), expected.abs(), rtol=1e-2, atol=1e-2)
+    again = merging.principal(parts, 4, 0)[1]
+    assert torch.equal(axes, again)
+    assert merging.principal(parts, 64, 0)[1].shape == (10, 10)
+
+
+def test_the_mean_is_that_of_a_loop() -> None:
+    experts, shares = [expert(n) for n in range(3)], merging.shares([2.0, 1.0, 5.0])
+    assert shares == (0.25, 0.125, 0.625)
+    before = [one.gate.clone() for one in experts]
+    found = merging.weighted_mean(zip(shares, experts, strict=True))
+    for part in PARTS:
+        expected = sum(s * getattr(one, part) for s, one in zip(shares, experts, strict=True))
+        assert torch.allclose(getattr(found, part), expected, atol=1e-6)
+    assert all(torch.equal(a, b.gate) for a, b in zip(before, experts, strict=True))
+    assert merging.shares([0.0, 0.0]) is None
+
+
+# ---- layers ------------------------------------------------------------------------------------
+
+
+def options(**given: Any) -> ExpertMerge:
+    return ExpertMerge.model_validate(given)
+
+
+def merge(model: Model, step: ExpertMerge, ids: Tensor = IDS) -> Outcome:
+    planned = plan([step], model)
+    watcher: Any = SimpleNamespace(advance=lambda *_: None, log=lambda _: None)
+    outcome = step.search(Lab(model, model, ids, InMemory(), watcher))
+    outcome.model.verify()
+    shapes = [[(n, w.shape, w.dtype) for n, _, w in m.tensors()] for m in (planned, outcome.model)]
+    assert shapes[0] == shapes[1]
+    return outcome
+
+
+def logits(model: Model, ids: Tensor = IDS) -> Tensor:
+    hidden = walk.observe(model, ids, [], lambda *_: None, "")
+    return torch.stack(list(walk.head_logits(model, hidden)))
+
+
+class Watched:
+    """Keeps what a walk over a model shows of each block."""
+
+    def __init__(self) -> None:
+        self.seen: list[walk.Seen] = []
+
+    def see(self, seen: walk.Seen) -> None:
+        self.seen.append(seen)
+
+    def fact(self) -> list[walk.Seen]:
+        return self.seen
+
+
+def slow_groups(method: str, seen: walk.Seen, keep: int) -> tuple[set[frozenset[int]], list[float]]:
+    """Groups of a layer of six, and what experts are weighted by."""
+    routing = seen.routing
+    assert routing is not None
+    outputs = [seen.expert_output(n, routing.inputs).double() for n in range(6)]
+    counts = [float((routing.ids == n).sum()) for n in range(6)]
+    columns = torch.nn.functional.normalize(routing.logits.double(), dim=0).T
+    if method == "hc-smoe":
+        return slow_clusters(torch.stack([y.mean(0) for y in outputs]), keep), counts
+    if method == "m-smoe":
+        joined = slow_join(columns @ columns.T, keep, counts)
+        return {frozenset(group) for group in joined}, counts
+    reap = []
+    for n in range(6):
+        token, place = torch.where(routing.ids == n)
+        salient = routing.weights[token, place] * outputs[n][token].norm(dim=1)
+        reap.append(float(salient.mean()))
+    distance = torch.cdist(columns, columns, compute_mode="donot_use_mm_for_euclid_dist")
+    routed = 1 - distance / distance.max()
+    shared = torch.tensor(
+        [[float(torch.cosine_similarity(a, b).mean()) for b in outputs] for a in outputs]
+    )
+    absorbed = slow_absorb((routed + (shared + 1) / 2) / 2, keep, reap, 16)
+    return {frozenset(group) for group in absorbed}, reap
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("method", METHODS)
+def test_a_layer_is_merged_as_in_a_loop(tiny: Make, family: str, method: str) -> None:
+    """On the intact model, without alignment: groups, members, numbers and the told error."""
+    model = open_checkpoint(str(tiny(family))).model
+    step = options(method=method, keep=3, routing="members", align=False, fitted_on="intact")
+    outcome = merge(model, step)
+    watched = Watched()
+    walk.observe(model, IDS, [watched], lambda *_: None, "test")
+    for seen, block, note in zip(watched.seen, outcome.model.blocks, outcome.notes, strict=True):
+        expected, scores = slow_groups(method, seen, 3)
+        layer, before = block.mlp, seen.block.mlp
+        assert isinstance(layer, MoELayer)
+        assert isinstance(before, MoELayer)
+        found: dict[int, list[int]] = {}
+        for n, base in enumerate(layer.bases):
+            assert base is not None
+            found.setdefault(base, []).append(n)
+        assert {frozenset(group) for group in found.values()} == expected
+        assert layer.router == before.router
+        for base, group in found.items():
+            own, whole = layer.experts[base], sum(scores[n] for n in group)
+            assert own.origin == max(group, key=scores.__getitem__)
+            for part in PARTS:
+                mean = sum(
+                    scores[n] / whole * getattr(before.experts[n], part).load() for n in group
+                )
+                assert torch.allclose(getattr(own, part).load(), mean, atol=1e-5)
+        assert seen.routing is not None
+        after = walk.BlockRunner(outcome.model, block).answer(seen.routing.inputs)
+        whole_layer = seen.mlp_outputs.flatten(0, 1)
+        error = float((after - whole_layer).norm() / whole_layer.norm())
+        assert abs(float(note.rpartition(" ")[2]) - error) < 1e-3
+
+
+def with_copies(model: Model, *, shuffled: bool) -> Model:
+    """``model`` whose layers have their first expert six times, neurons in any order."""
+    generator = torch.Generator().manual_seed(4)
+    for block, layer in model.moe_blocks:
+        first = Matrices(*(getattr(layer.experts[0], part).load() for part in PARTS))
+        experts = []
+        for one in layer.experts:
+            order = torch.randperm(len(first.gate), generator=generator)
+            own = first.permuted(order) if shuffled else first
+            weights = {
+                part: replace(
+                    getattr(one, part), load=lambda own=own, part=part: getattr(own, part)
+                )
+                for part in PARTS
+            }
+            experts.append(replace(one, **weights))
+        copies = replace(layer, experts=tuple(experts))
+        model = model.replace_block(replace(block, mlp=copies))
+    return model
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize(
+    ("method", "align"), [("hc-smoe", False), ("hc-smoe", True), ("m-smoe", True), ("ream", True)]
+)
+def test_copies_merge_into_what_they_were(
+    tiny: Make, family: str, method: str, align: bool
+) -> None:
+    """Equal ones as they are, and with their neurons in any order once they are aligned."""
+    model = with_copies(open_checkpoint(str(tiny(family))).model, shuffled=align)
+    for keep in (1, 4):
+        step = options(method=method, keep=keep, routing="members", align=align)
+        merged = merge(model, step).model
+        assert merged.expert_counts == (keep,) * 3
+        assert torch.allclose(logits(merged), logits(model), atol=1e-4)
+
+
+def test_those_that_nobody_asked_are_merged_in_equal_parts(tiny: Make) -> None:
+    """Of one token's idle experts one is all but a copy of another: they are the nearest."""
+    model = open_checkpoint(str(tiny("olmoe"))).model
+    ids, watched = IDS[:1, :1], Watched()
+    walk.observe(model, ids, [watched], lambda *_: None, "test")
+    pairs = []
+    for seen, (block, layer) in zip(watched.seen, model.moe_blocks, strict=True):
+        assert seen.routing is not None
+        one, other = [n for n in range(6) if n not in seen.routing.ids][:2]
+        pairs.append((one, other))
+        own = layer.experts[one]
+        near = {part: getattr(own, part).load() + 1e-4 for part in PARTS}
+        weights = {
+            part: replace(getattr(own, part), load=lambda near=near, part=part: near[part])
+            for part in PARTS
+        }
+        experts = list(layer.experts)
+        experts[other] = replace(experts[other], **weights)
+        model = model.replace_block(replace(block, mlp=replace(layer, experts=tuple(experts))))
+    outcome = merge(model, options(method="hc-smoe", keep=5), ids)
+    for n, (one, other) in enumerate(pairs):
+        assert outcome.changed[n] == f"block {n}: experts [{other}] into {one}"
+        said = f"block {n}: experts [{one}, {other}] saw no tokens: merged in equal parts"
+        assert said in outcome.notes
+        before, after = model.moe_blocks[n][1], outcome.model.moe_blocks[n][1]
+        mean = (before.experts[one].up.load() + before.experts[other].up.load()) / 2
+        assert torch.allclose(after.experts[one].up.load(), mean, atol=1e-6)
+
+
+def test_what_stays_alone_is_untouched(tiny: Make) -> None:
+    model = open_checkpoint(str(tiny("mixtral"))).model
+    merged = merge(model, options(method="ream", keep=4)).model
+    for (_, before), (_, after) in zip(model.moe_blocks, merged.moe_blocks, strict=True):
+        same = [one for one in after.experts if one == before.experts[one.origin]]
+        loaded = [torch.equal(o.up.load(), before.experts[o.origin].up.load()) for o in same]
+        assert sum(loaded) == 3  # the most salient centroid absorbs both that go
+        assert not after.members
+        rows = [one.origin for one in after.experts]
+        assert torch.equal(after.router.weight.load(), before.router.weight.load()[rows])
+
+
+def test_one_expert_of_top_1_is_a_plain_mlp(tiny: Make) -> None:
+    model = open_checkpoint(str(tiny("olmoe", num_experts_per_tok=1))).model
+    merged = merge(model, options(method="m-smoe", keep=1, routing="centroids")).model
+    assert all(isinstance(block.mlp, Dense) for block in merged.blocks)
+    assert torch.isfinite(logits(merged)).all()
+
+
+def test_layers_that_are_small_enough_are_left_alone(tiny: Make) -> None:
+    model = open_checkpoint(str(tiny("qwen3_moe"))).model
+    block = model.blocks[1].keep_experts([0, 2, 5])
+    model = model.replace_block(block)
+    outcome = merge(model, options(method="m-smoe", keep=3))
+    assert outcome.model.expert_counts == (3, 3, 3)
+    assert outcome.model.blocks[1] == block
+    assert len(outcome.changed) == 2
+
+
+# ---- exports -----------------------------------------------------------------------------------
+
+
+def export(folder: Path, out: Path, steps: list[Any], name: str) -> tuple[int, str, Any]:
+    recipe = out.with_suffix(".json")
+    recipe.write_text(json.dumps({"passes": steps}))
+    command = ["export", str(folder), "-t", name, "-o", str(out), "-r", str(recipe)]
+    result = CliRunner().invoke(main, [*command, *TEXT, *LESS])
+    report = json.loads(result.stdout) if result.exit_code == 0 else None
+    return result.exit_code, result.stderr, report
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("method", METHODS)
+def test_a_folder_computes_what_was_merged(
+    tiny: Make, tmp_path: Path, family: str, method: str
+) -> None:
+    model = open_checkpoint(str(tiny(family))).model
+    merged = merge(model, options(method=method, keep=3, routing="members")).model
+    out = tmp_path / "out"
+    out.mkdir()
+    hf = Hf(layout="natural")
+    hf.accepts(merged)
+    hf.write(merged, out)
+    again = stored_model(open_checkpoint(str(out)))
+    assert [m.bases for _, m in again.moe_blocks] == [m.bases for _, m in merged.moe_blocks]
+    loaded = load(out, dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.allclose(loaded(IDS).logits, logits(merged), atol=1e-4)
+    assert sum(p.numel() for p in set(loaded.parameters())) == merged.parameters
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("method", ["m-smoe", "ream"])
+def test_blocks_go_then_experts_merge_then_bits(
+    tiny: Make, tmp_path: Path, family: str, method: str
+) -> None:
+    folder, out = tiny(family), tmp_path / "out"
+    steps = [
+        {"block_drop": {"drop": 1}},
+        {"expert_merge": {"method": method, "keep": 0.5}},
+        {"gptq": {}},
+    ]
+    code, said, report = export(folder, out, steps, "gptq:layout=natural")
+    assert code == 0, said
+    assert report["results"][0]["parity"]["exact"] < 1e-4
+    model = stored_model(open_checkpoint(str(out)))
+    assert model.expert_counts == (3, 3)
+    assert model.members == (0 if method == "ream" else 6)
+    for name, role, weight in model.tensors():
+        assert (weight.scheme is not None) == is_quantizable(role), name
+    loaded: Any = load(out, dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.allclose(loaded(IDS).logits, logits(model), atol=1e-3)
+    resolved = parse((out / "recipe.resolved.yaml").read_text()).passes[1]
+    assert isinstance(resolved, ExpertMerge)
+    assert resolved.align is True
+    assert resolved.routing == ("centroids" if method == "ream" else "members")
+    assert resolved.group_limit == (16 if method == "ream" else None)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("method", METHODS)
+def test_centroids_are_a_plain_smaller_model(
+    tiny: Make, tmp_path: Path, family: str, method: str
+) -> None:
+    """Which stock transformers loads, and an ONNX graph holds."""
+    folder, out = tiny(family), tmp_path / "out"
+    step = {"expert_merge": {"method": method, "keep": 0.5, "routing": "centroids"}}
+    code, said, report = export(folder, out, [step], "hf,onnx")
+    assert code == 0, said
+    assert all(row["parity"]["exact"] < 1e-4 for row in report["results"])
+    stock, info = AutoModelForCausalLM.from_pretrained(
+        out / "hf", dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(info.values())
+    model = open_checkpoint(str(out / "hf")).model
+    assert model.is_uniform
+    assert model.expert_counts == (3, 3, 3)
+    with torch.no_grad():
+        assert torch.allclose(stock(IDS).logits, logits(model), atol=1e-4)
+
+
+def test_dense_layers_stay(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "dense", "qwen2_moe", mlp_only_layers=[1])
+    model = open_checkpoint(str(folder)).model
+    merged = merge(model, options(method="ream", keep=2)).model
+    assert merged.expert_counts == (2, 2)
+    assert merged.blocks[1] == model.blocks[1]
+
+
+MERGE: dict[str, Any] = {"method": "m-smoe", "keep": 4}
+WRONG: list[tuple[list[Any], str, str]] = [
+    ([{"expert_merge": {"keep": 4}}], "hf", "expert_merge.method is missing"),
+    ([{"expert_merge": {"method": "average", "keep": 4}}], "hf", "'hc-smoe', 'm-smoe' or 'ream'"),
+    ([{"expert_merge": {"method": "ream"}}], "hf", "expert_merge.keep is missing"),
+    ([{"expert_merge": {**MERGE, "keep": 6}}], "hf", "keeps every expert; nothing to do"),
+    ([{"expert_merge": {**MERGE, "keep": 7}}], "hf", "keep 7 of the 6 in block 0"),
+    ([{"expert_merge": {**MERGE, "keep": 1.5}}], "hf", "between 0 and 1"),
+    ([{"expert_merge": {**MERGE, "group_limit": 2}}], "hf", "goes with method: ream only"),
+    ([{"expert_merge": {"method": "ream", "keep": 1}}], "hf", "leaves 1 experts in block 0"),
+    (
+        [{"expert_merge": {"method": "ream", "keep": 2, "group_limit": 1}}],
+        "hf",
+        "absorb at most 2 of the 4 others; set group_limit to at least 2",
+    ),
+    ([{"expert_merge": MERGE}], "hf", "are all their own"),
+    ([{"expert_merge": MERGE}], "onnx", "does not hold yet"),
+    ([{"gptq": {}}, {"expert_merge": MERGE}], "gptq", "before the pass that does it"),
+    ([{"expert_merge": MERGE}, {"expert_drop": {"keep": 3}}], "hf", "after expert_drop"),
+    (
+        [{"expert_merge": MERGE}, {"expert_replace": {"with": "constant", "keep": 3}}],
+        "gptq",
+        "routing: centroids",
+    ),
+    (
+        [
+            {"expert_skip": {}},
+            {"expert_merge": {**MERGE, "routing": "centroids"}},
+        ],
+        "gptq",
+        "put expert_skip after it",
+    ),
+]
+
+
+@pytest.mark.parametrize(("steps", "name", "expected"), WRONG, ids=[e for _, _, e in WRONG])
+def test_what_is_refused(
+    tiny: Make, tmp_path: Path, steps: list[Any], name: str, expected: str
+) -> None:
+    code, said, _ = export(tiny("olmoe"), tmp_path / "out", steps, name)
+    assert code in (2, 6)
+    assert expected in said
+    assert len(said.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_thresholds_stay_with_their_rows(tiny: Make, tmp_path: Path) -> None:
+    steps = [{"expert_skip": {}}, {"expert_merge": MERGE}]
+    code, said, report = export(tiny("mixtral"), tmp_path / "out", steps, "hf:layout=natural")
+    assert code == 0, said
+    assert report["results"][0]["parity"]["exact"] < 1e-4
+
+
+def test_equal_input_gives_equal_numbers(tiny: Make) -> None:
+    model = open_checkpoint(str(tiny("olmoe"))).model
+    step = options(method="ream", keep=3)
+    one, other = merge(model, step), merge(model, step)
+    assert one.notes == other.notes
+    for (_, _, a), (_, _, b) in zip(one.model.tensors(), other.model.tensors(), strict=True):
+        assert torch.equal(a.load(), b.load())
