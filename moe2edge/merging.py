@@ -69,7 +69,7 @@ class Sums:
         experts, hidden = self.outputs.shape
         if not cosines:
             for n in range(experts):
-                self.outputs[n] += output(n, inputs).double().sum(0)
+                self.outputs[n] += output(n, inputs).sum(0, dtype=torch.float64)
             return
         for part in torch.split(inputs, max(1, TOGETHER // (4 * experts * hidden))):
             whole = part.new_empty(experts, part.numel())

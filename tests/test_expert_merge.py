@@ -19,9 +19,11 @@ from transformers import AutoModelForCausalLM
 from moe2edge import merging, walk
 from moe2edge.checkpoint import open_checkpoint
 from moe2edge.cli import main
+from moe2edge.errors import DoesNotFit
 from moe2edge.families import FAMILIES
 from moe2edge.layers import PARTS, Dense, MoELayer
 from moe2edge.loading import load
+from moe2edge.memory import Memory
 from moe2edge.merging import Group, Matrices, Sums
 from moe2edge.model import Model, is_quantizable
 from moe2edge.passes.expert_merge import ExpertMerge
@@ -503,6 +505,26 @@ def test_centroids_are_a_plain_smaller_model(
     assert model.expert_counts == (3, 3, 3)
     with torch.no_grad():
         assert torch.allclose(stock(IDS).logits, logits(model), atol=1e-4)
+
+
+@pytest.mark.parametrize("routing", ["members", "centroids"])
+def test_decisions_hold_no_merged_experts(tiny: Make, tmp_path: Path, routing: str) -> None:
+    recipe, sets = tmp_path / "recipe.json", tmp_path / "sets.json"
+    recipe.write_text(json.dumps({"passes": [{"expert_merge": {**MERGE, "routing": routing}}]}))
+    command = ["decide", str(tiny("olmoe")), "-r", str(recipe), "-o", str(sets), *TEXT]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 2
+    assert "decisions hold none" in result.stderr
+    assert not sets.exists()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_too_little_memory_is_told_before_any_work(tiny: Make, method: str) -> None:
+    model = open_checkpoint(str(tiny("olmoe"))).model
+    watcher: Any = SimpleNamespace(advance=None, log=None)
+    lab = Lab(model, model, IDS, InMemory(), watcher, Memory(limit=700 << 20))
+    with pytest.raises(DoesNotFit, match="expert_merge sums up what 6 experts do"):
+        options(method=method, keep=3).search(lab)
 
 
 def test_dense_layers_stay(tmp_path: Path) -> None:
