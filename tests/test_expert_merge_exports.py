@@ -1,0 +1,183 @@
+"""Merged experts in folders: members, plain smaller models, other passes around, refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from moe2edge import walk
+from moe2edge.checkpoint import open_checkpoint
+from moe2edge.cli import main
+from moe2edge.families import FAMILIES
+from moe2edge.loading import load
+from moe2edge.model import Model, is_quantizable
+from moe2edge.passes.expert_merge import ExpertMerge
+from moe2edge.pipeline import Lab
+from moe2edge.recipe import parse
+from moe2edge.stored import stored_model
+from moe2edge.targets.hf import Hf
+from moe2edge.testing import InMemory, Make
+
+METHODS = ("hc-smoe", "m-smoe", "ream")
+IDS = torch.randint(1, 96, (6, 40), generator=torch.Generator().manual_seed(9))
+TEXT = ["--set", "calibration.samples=12", "--set", "calibration.length=48"]
+LESS = ["--set", "evaluation.samples=2", "--set", "evaluation.length=48", "-q", "--json"]
+MERGE: dict[str, Any] = {"method": "m-smoe", "keep": 4}
+
+
+def logits(model: Model) -> Tensor:
+    hidden = walk.observe(model, IDS, [], lambda *_: None, "")
+    return torch.stack(list(walk.head_logits(model, hidden)))
+
+
+def export(folder: Path, out: Path, steps: list[Any], name: str) -> tuple[int, str, Any]:
+    recipe = out.with_suffix(".json")
+    recipe.write_text(json.dumps({"passes": steps}))
+    command = ["export", str(folder), "-t", name, "-o", str(out), "-r", str(recipe)]
+    result = CliRunner().invoke(main, [*command, *TEXT, *LESS])
+    report = json.loads(result.stdout) if result.exit_code == 0 else None
+    return result.exit_code, result.stderr, report
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("method", METHODS)
+def test_a_folder_computes_what_was_merged(
+    tiny: Make, tmp_path: Path, family: str, method: str
+) -> None:
+    model = open_checkpoint(str(tiny(family))).model
+    step = ExpertMerge.model_validate({"method": method, "keep": 3, "routing": "members"})
+    watcher: Any = SimpleNamespace(advance=lambda *_: None, log=lambda _: None)
+    merged = step.search(Lab(model, model, IDS, InMemory(), watcher)).model
+    out = tmp_path / "out"
+    out.mkdir()
+    hf = Hf(layout="natural")
+    hf.accepts(merged)
+    hf.write(merged, out)
+    again = stored_model(open_checkpoint(str(out)))
+    assert [m.bases for _, m in again.moe_blocks] == [m.bases for _, m in merged.moe_blocks]
+    loaded = load(out, dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.allclose(loaded(IDS).logits, logits(merged), atol=1e-4)
+    assert sum(p.numel() for p in set(loaded.parameters())) == merged.parameters
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("method", ["m-smoe", "ream"])
+def test_blocks_go_then_experts_merge_then_bits(
+    tiny: Make, tmp_path: Path, family: str, method: str
+) -> None:
+    folder, out = tiny(family), tmp_path / "out"
+    steps = [
+        {"block_drop": {"drop": 1}},
+        {"expert_merge": {"method": method, "keep": 0.5}},
+        {"gptq": {}},
+    ]
+    code, said, report = export(folder, out, steps, "gptq:layout=natural")
+    assert code == 0, said
+    assert report["results"][0]["parity"]["exact"] < 1e-4
+    model = stored_model(open_checkpoint(str(out)))
+    assert model.expert_counts == (3, 3)
+    assert model.members == (0 if method == "ream" else 6)
+    for name, role, weight in model.tensors():
+        assert (weight.scheme is not None) == is_quantizable(role), name
+    loaded: Any = load(out, dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.allclose(loaded(IDS).logits, logits(model), atol=1e-3)
+    resolved = parse((out / "recipe.resolved.yaml").read_text()).passes[1]
+    assert isinstance(resolved, ExpertMerge)
+    assert resolved.align is True
+    assert resolved.routing == ("centroids" if method == "ream" else "members")
+    assert resolved.group_limit == (16 if method == "ream" else None)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("method", METHODS)
+def test_centroids_are_a_plain_smaller_model(
+    tiny: Make, tmp_path: Path, family: str, method: str
+) -> None:
+    """Which stock transformers loads, and an ONNX graph holds."""
+    folder, out = tiny(family), tmp_path / "out"
+    step = {"expert_merge": {"method": method, "keep": 0.5, "routing": "centroids"}}
+    code, said, report = export(folder, out, [step], "hf,onnx")
+    assert code == 0, said
+    assert all(row["parity"]["exact"] < 1e-4 for row in report["results"])
+    stock, info = AutoModelForCausalLM.from_pretrained(
+        out / "hf", dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(info.values())
+    model = open_checkpoint(str(out / "hf")).model
+    assert model.is_uniform
+    assert model.expert_counts == (3, 3, 3)
+    with torch.no_grad():
+        assert torch.allclose(stock(IDS).logits, logits(model), atol=1e-4)
+
+
+@pytest.mark.parametrize("routing", ["members", "centroids"])
+def test_decisions_hold_no_merged_experts(tiny: Make, tmp_path: Path, routing: str) -> None:
+    recipe, sets = tmp_path / "recipe.json", tmp_path / "sets.json"
+    recipe.write_text(json.dumps({"passes": [{"expert_merge": {**MERGE, "routing": routing}}]}))
+    command = ["decide", str(tiny("olmoe")), "-r", str(recipe), "-o", str(sets), *TEXT]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 2
+    assert "decisions hold none" in result.stderr
+    assert not sets.exists()
+
+
+WRONG: list[tuple[list[Any], str, str]] = [
+    ([{"expert_merge": {"keep": 4}}], "hf", "expert_merge.method is missing"),
+    ([{"expert_merge": {"method": "average", "keep": 4}}], "hf", "'hc-smoe', 'm-smoe' or 'ream'"),
+    ([{"expert_merge": {"method": "ream"}}], "hf", "expert_merge.keep is missing"),
+    ([{"expert_merge": {**MERGE, "keep": 6}}], "hf", "keeps every expert; nothing to do"),
+    ([{"expert_merge": {**MERGE, "keep": 7}}], "hf", "keep 7 of the 6 in block 0"),
+    ([{"expert_merge": {**MERGE, "keep": 1.5}}], "hf", "between 0 and 1"),
+    ([{"expert_merge": {**MERGE, "group_limit": 2}}], "hf", "goes with method: ream only"),
+    ([{"expert_merge": {"method": "ream", "keep": 1}}], "hf", "leaves 1 experts in block 0"),
+    (
+        [{"expert_merge": {"method": "ream", "keep": 2, "group_limit": 1}}],
+        "hf",
+        "absorb at most 2 of the 4 others; set group_limit to at least 2",
+    ),
+    ([{"expert_merge": MERGE}], "hf", "are all their own"),
+    ([{"expert_merge": MERGE}], "onnx", "does not hold yet"),
+    ([{"gptq": {}}, {"expert_merge": MERGE}], "gptq", "before the pass that does it"),
+    ([{"expert_merge": MERGE}, {"expert_drop": {"keep": 3}}], "hf", "after expert_drop"),
+    (
+        [{"expert_merge": MERGE}, {"expert_replace": {"with": "constant", "keep": 3}}],
+        "gptq",
+        "routing: centroids",
+    ),
+    (
+        [
+            {"expert_skip": {}},
+            {"expert_merge": {**MERGE, "routing": "centroids"}},
+        ],
+        "gptq",
+        "put expert_skip after it",
+    ),
+]
+
+
+@pytest.mark.parametrize(("steps", "name", "expected"), WRONG, ids=[e for _, _, e in WRONG])
+def test_what_is_refused(
+    tiny: Make, tmp_path: Path, steps: list[Any], name: str, expected: str
+) -> None:
+    code, said, _ = export(tiny("olmoe"), tmp_path / "out", steps, name)
+    assert code in (2, 6)
+    assert expected in said
+    assert len(said.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_thresholds_stay_with_their_rows(tiny: Make, tmp_path: Path) -> None:
+    steps = [{"expert_skip": {}}, {"expert_merge": MERGE}]
+    code, said, report = export(tiny("mixtral"), tmp_path / "out", steps, "hf:layout=natural")
+    assert code == 0, said
+    assert report["results"][0]["parity"]["exact"] < 1e-4
