@@ -46,9 +46,10 @@ class ExpertMerge(Search):
 
     method: Annotated[Method, Field(description="how experts are grouped, aligned and weighted")]
     keep: Annotated[
-        int | float,
+        int | float | list[int],
         Field(
-            description="experts that are left: a count, or a fraction of each layer, rounded up"
+            description="experts that are left: a count, a fraction of each layer, rounded up, or "
+            "a list with a count for each MoE layer"
         ),
     ]
     routing: Annotated[
@@ -80,7 +81,7 @@ class ExpertMerge(Search):
     @field_validator("keep", mode="before")
     @classmethod
     def _keep_is_sensible(cls, value: object) -> object:
-        return amounts.check_amount(value)
+        return amounts.check_keep(value)
 
     @model_validator(mode="after")
     def _limit_goes_with_ream(self) -> Self:
@@ -101,9 +102,11 @@ class ExpertMerge(Search):
         unset = {key: value for key, value in own.items() if getattr(self, key) is None}
         return self.model_copy(update=unset)
 
-    def _count(self, layer: MoELayer) -> int:
-        """How many experts of a layer are left."""
-        return amounts.kept(self.keep, len(layer.experts))
+    def _left(self, model: Model) -> dict[int, int]:
+        """How many experts are left, by the index of their block."""
+        counts = amounts.kept_in_layers(self.keep, model.expert_counts, "expert_merge")
+        blocks = [block.index for block, _ in model.moe_blocks]
+        return dict(zip(blocks, counts, strict=True))
 
     def check(self, model: Model) -> None:
         """Refuse what leaves too few experts to choose, and numbers that a mean would not keep."""
@@ -116,22 +119,21 @@ class ExpertMerge(Search):
                 "expert_merge: thresholds of expert_skip belong to the experts that were there; "
                 "put expert_skip after it"
             )
+        left = self._left(model)
         for block, layer in model.moe_blocks:
-            step._check_counts(block, layer)
+            step._check_count(block, layer, left[block.index])
             weights = [getattr(expert, part) for expert in layer.experts for part in PARTS]
             if any(w.scheme or w.pattern for w in weights):
                 raise InputError(
                     f"expert_merge: experts of block {block.index} are quantized or sparse, and a "
                     "mean of them is not; move expert_merge before the pass that does it"
                 )
-        if all(self._count(layer) == len(layer.experts) for _, layer in model.moe_blocks):
+        if tuple(left.values()) == model.expert_counts:
             raise InputError(f"expert_merge: keep {self.keep} keeps every expert; nothing to do")
 
-    def _check_counts(self, block: Block, layer: MoELayer) -> None:
-        """Refuse counts that one layer cannot have; every choice is made."""
-        experts, kept, top_k = len(layer.experts), self._count(layer), layer.router.top_k
-        if kept > experts:
-            raise InputError(f"expert_merge: keep {kept} of the {experts} in block {block.index}")
+    def _check_count(self, block: Block, layer: MoELayer, kept: int) -> None:
+        """Refuse a count that one layer cannot have; every choice is made."""
+        experts, top_k = len(layer.experts), layer.router.top_k
         if self.routing == "centroids" and kept < top_k:
             raise InputError(
                 f"expert_merge: keep {self.keep} leaves {kept} experts in block {block.index} "
@@ -147,9 +149,9 @@ class ExpertMerge(Search):
 
     def plan(self, model: Model) -> Model:
         """Each layer with its first experts, the first of all merged with those that go."""
-        step = self.resolved(model)
+        step, left = self.resolved(model), self._left(model)
         for block, layer in model.moe_blocks:
-            kept, count = self._count(layer), len(layer.experts)
+            kept, count = left[block.index], len(layer.experts)
             if kept < count:
                 groups = ((0, *range(kept, count)), *((n,) for n in range(1, kept)))
                 model = model.replace_block(step._merged(block, layer, groups))
@@ -186,7 +188,7 @@ class ExpertMerge(Search):
 
         step = self.resolved(lab.model)
         step._state_cost(lab)
-        merger = _Merger(step, lab)
+        merger = _Merger(step, lab, self._left(lab.model))
         model = walk.rewrite(
             lab.model,
             lab.tokens,
@@ -262,6 +264,7 @@ class _Merger:
 
     step: ExpertMerge
     lab: Lab
+    left: Mapping[int, int]
     changed: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     sums: Sums | None = None
@@ -275,7 +278,7 @@ class _Merger:
         layer, routing, method = seen.block.mlp, seen.routing, self.step.method
         if not isinstance(layer, MoELayer) or routing is None:
             return
-        if self.step._count(layer) == len(layer.experts):
+        if self.left[seen.block.index] == len(layer.experts):
             return
         if self.sums is None or self.samples is None:
             self.sums = Sums(len(layer.experts), routing.inputs.shape[1])
@@ -298,7 +301,7 @@ class _Merger:
             return block
         facts = Facts({kind: observer.fact() for kind, observer in self.observers.items()})
         scores = criteria.scores(WEIGHTED_BY[self.step.method], block, facts)
-        groups = self._groups(layer, sums, scores)
+        groups = self._groups(self.left[block.index], sums, scores)
         merged = self.step._merged(block, layer, groups)
         inputs = torch.cat(samples.inputs)
         orders = self._orders(layer, groups, inputs)
@@ -311,10 +314,9 @@ class _Merger:
         self._account(block, merged, groups, inputs, torch.cat(samples.outputs))
         return merged
 
-    def _groups(self, layer: MoELayer, sums: Sums, scores: Sequence[float]) -> tuple[Group, ...]:
+    def _groups(self, kept: int, sums: Sums, scores: Sequence[float]) -> tuple[Group, ...]:
         from moe2edge import merging
 
-        kept = self.step._count(layer)
         if self.step.method == "hc-smoe":
             return merging.cluster(sums.outputs / sums.tokens, kept, scores)
         if self.step.method == "m-smoe":
