@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from moe2edge.families import Geometry
 from moe2edge.layers import Always, MoELayer
 from moe2edge.model import SECOND_NORM, Block, Model
-from moe2edge.targets._onnx_graph import Graph, alike, linear
-from moe2edge.targets._onnx_storage import Part, Source, quantized
-
-Roles = Mapping[str, Source]
+from moe2edge.targets._onnx_experts import MoEWriter, Roles
+from moe2edge.targets._onnx_graph import Graph, alike, gated, linear, linear_pair
+from moe2edge.targets._onnx_storage import Source
 
 
 @dataclass(frozen=True)
@@ -113,11 +111,6 @@ class BlockWriter:
         name = name or weights[0].name
         return linear(self.graph, at, x, name, weights, biases, self.accuracy_level)
 
-    def _split(self, at: str, x: str, sizes: Sequence[int]) -> list[str]:
-        outputs = [f"{at}/Split/output_{n}" for n in range(len(sizes))]
-        self.graph.node(at, "Split", [x, self.graph.constant(sizes)], outputs, axis=-1)
-        return outputs
-
     # ---- attention -----------------------------------------------------------------------------
 
     def _attention(self, roles: Roles, x: str) -> str:
@@ -160,7 +153,7 @@ class BlockWriter:
             if not normed and clip is None:
                 return [packed, "", ""]
             sizes = [w.weight.shape[0] for w in weights]
-            values = self._split(f"{at}/qkv_proj", packed, sizes)
+            values = self.graph.split(f"{at}/qkv_proj", packed, sizes)
         else:
             values = [
                 self._linear(f"{at}/{name}", x, [w], biases[n : n + 1])
@@ -192,71 +185,9 @@ class BlockWriter:
     # ---- what follows attention ----------------------------------------------------------------
 
     def _moe(self, roles: Roles, layer: MoELayer, x: str) -> str:
-        at, graph, count = f"{self.at}/moe", self.graph, len(layer.experts)
-        top_k = layer.router.top_k
-        scores = self._linear(f"{at}/router", x, [roles["router.weight"]])
-        rows = graph.node(f"{at}/router", "Reshape", [scores, graph.constant([-1, count])])
-        if layer.router.skip_below:
-            y = self._skipping_experts(roles, layer, x, rows)
-        else:
-            y = self._experts(roles, layer, x, rows)
-            # normalize_routing_weights=0 gives zeros in MoE (onnxruntime issue 33866) and is
-            # ignored by QMoE. So weights are always normalized, and the sum that this divides by
-            # is put back.
-            if not layer.router.renormalize and top_k < count:
-                chances = graph.node(f"{at}/mass", "Softmax", [scores], axis=-1)
-                y = self._times_sum(y, self._top(f"{at}/mass", chances, top_k)[0])
+        at = f"{self.at}/moe"
+        y = MoEWriter(self.graph, at, roles, layer, self.block.index, self.accuracy_level).add(x)
         return y if layer.shared is None else self._with_shared(roles, at, x, y)
-
-    def _top(self, at: str, chances: str, top_k: int) -> tuple[str, str]:
-        """The largest of each row, in falling order, and where they are."""
-        outputs = [f"{at}/TopK/output_0", f"{at}/TopK/output_1"]
-        self.graph.node(at, "TopK", [chances, self.graph.constant([top_k])], outputs, axis=-1)
-        return outputs[0], outputs[1]
-
-    def _times_sum(self, y: str, weights: str) -> str:
-        """``y`` times the sum of each token's ``weights``."""
-        at, graph = f"{self.at}/moe/mass", self.graph
-        mass = graph.node(at, "ReduceSum", [weights, graph.constant([-1])], keepdims=1)
-        return graph.node(at, "Mul", [y, mass])
-
-    def _skipping_experts(self, roles: Roles, layer: MoELayer, x: str, rows: str) -> str:
-        """Experts with dynamic skipping; see `moe2edge.modules.skipping`.
-
-        ``QMoE`` takes the weights as an input and spends no time on those that are zero; ``MoE``
-        has no such input, so logits of what is skipped are lowered until their weight is zero.
-        """
-        at, graph, router = f"{self.at}/moe/skip", self.graph, layer.router
-        chances = graph.node(at, "Softmax", [rows], axis=-1)
-        best, ids = self._top(at, chances, router.top_k)
-        below = graph.constant([[0.0, *router.skip_below]], np.float32)
-        first = graph.node(at, "ReduceMax", [best, graph.constant([-1])], keepdims=1)
-        limits = graph.node(f"{at}/limits", "Mul", [first, below])
-        runs = graph.node(at, "GreaterOrEqual", [best, limits])
-        zero = graph.constant(0.0, np.float32)
-        kept = graph.node(f"{at}/kept", "Where", [runs, best, zero])
-        nothing = graph.node(f"{at}/nothing", "Mul", [chances, zero])
-        if layer.experts[0].gate.scheme is None:
-            logits = graph.node(at, "GatherElements", [rows, ids], axis=1)
-            low = graph.constant(-1e4, np.float32)
-            logits = graph.node(f"{at}/logits", "Where", [runs, logits, low])
-            # All others are as low, or the operator would choose one of them for what is skipped.
-            others = graph.node(f"{at}/others", "Add", [nothing, low])
-            rows = graph.node(at, "ScatterElements", [others, ids, logits], axis=1)
-            y = self._experts(roles, layer, x, rows)
-            if router.renormalize:
-                return y
-            shape = graph.node(at, "Shape", [x], end=-1)
-            one = graph.constant([1])
-            shape = graph.node(f"{at}/per_token", "Concat", [shape, one], axis=0)
-            mass = graph.node(at, "ReduceSum", [kept, graph.constant([-1])], keepdims=1)
-            mass = graph.node(f"{at}/per_token", "Reshape", [mass, shape])
-            return graph.node(f"{at}/mass", "Mul", [y, mass])
-        if router.renormalize:
-            total = graph.node(at, "ReduceSum", [kept, graph.constant([-1])], keepdims=1)
-            kept = graph.node(at, "Div", [kept, total])
-        weights = graph.node(at, "ScatterElements", [nothing, ids, kept], axis=1)
-        return self._experts(roles, layer, x, rows, weights)
 
     def _with_shared(self, roles: Roles, at: str, x: str, y: str) -> str:
         """``y``, which may be nothing, and the shared expert."""
@@ -267,75 +198,9 @@ class BlockWriter:
         shared = graph.node(f"{at}/shared_gate", "Mul", [shared, gate])
         return graph.node(f"{at}/shared", "Add", [y, shared]) if y else shared
 
-    def _experts(
-        self, roles: Roles, layer: MoELayer, x: str, scores: str, weights: str = ""
-    ) -> str:
-        """All routed experts by one operator.
-
-        Args:
-            roles: the block's weights.
-            layer: the MoE layer.
-            x: its input.
-            scores: router logits [tokens, experts].
-            weights: what outputs are multiplied with, [tokens, experts]; none: the operator's own
-                softmax over the chosen logits.
-        """
-        at, graph, count = f"{self.at}/moe", self.graph, len(layer.experts)
-        width, hidden = layer.experts[0].gate.shape
-        first: list[Part] = [
-            (roles[f"experts.{n}.gate"], roles[f"experts.{n}.up"]) for n in range(count)
-        ]
-        second: list[Part] = [(roles[f"experts.{n}.down"],) for n in range(count)]
-        stem = f"model.layers.{self.block.index}.moe.experts"
-        shapes = (count, 2 * width, hidden), (count, hidden, width)
-        names = f"{stem}.gate_up_proj.weight", f"{stem}.down_proj.weight"
-        attributes: dict[str, Any] = {
-            "k": layer.router.top_k,
-            "activation_type": "swiglu",
-            "swiglu_fusion": 1,
-            "activation_alpha": 1.0,
-            "activation_beta": 0.0,
-            "normalize_routing_weights": int(layer.router.renormalize or not weights),
-        }
-        scheme = layer.experts[0].gate.scheme
-        if scheme is None:
-            matrices = [
-                graph.stored(name, parts, shape)
-                for name, parts, shape in zip(names, (first, second), shapes, strict=True)
-            ]
-            return graph.node(at, "MoE", [x, scores, matrices[0], "", matrices[1]], **attributes)
-        stored = [
-            graph.store(quantized(name, parts, shape, blocked=False))
-            for name, parts, shape in zip(names, (first, second), shapes, strict=True)
-        ]
-        inputs = [x, scores, *stored[0][:2], "", *stored[1][:2]]
-        if weights or not scheme.symmetric:
-            points = ["", ""] if scheme.symmetric else [stored[0][2], stored[1][2]]
-            inputs += ["", "", "", "", *points, *(["", weights] if weights else [])]
-        # weights_prepacked is written because its default means another layout in later versions.
-        return graph.node(
-            at,
-            "QMoE",
-            inputs,
-            **attributes,
-            expert_weight_bits=scheme.bits,
-            block_size=scheme.group_size,
-            accuracy_level=self.accuracy_level,
-            weights_prepacked=0,
-        )
-
     def _mlp(self, roles: Roles, kind: str, at: str, x: str) -> str:
         """A gated MLP: ``down(silu(gate(x)) * up(x))``."""
         graph, weights = self.graph, [roles[f"{kind}.gate"], roles[f"{kind}.up"]]
-        if alike(weights):
-            stem = weights[0].name.replace("gate_proj", "gate_up_proj")
-            packed = self._linear(f"{at}/gate_up_proj", x, weights, name=stem)
-            sizes = [w.weight.shape[0] for w in weights]
-            gate, up = self._split(f"{at}/gate_up_proj", packed, sizes)
-        else:
-            gate = self._linear(f"{at}/gate_proj", x, weights[:1])
-            up = self._linear(f"{at}/up_proj", x, weights[1:])
-        slope = graph.node(f"{at}/silu", "Sigmoid", [gate])
-        gate = graph.node(f"{at}/silu", "Mul", [gate, slope])
-        product = graph.node(at, "Mul", [gate, up])
-        return self._linear(f"{at}/down_proj", product, [roles[f"{kind}.down"]])
+        stem = weights[0].name.replace("gate_proj", "gate_up_proj")
+        gate, up = linear_pair(graph, at, x, stem, weights, self.accuracy_level)
+        return self._linear(f"{at}/down_proj", gated(graph, at, gate, up), [roles[f"{kind}.down"]])

@@ -63,6 +63,12 @@ class Graph:
         self._nodes.append(node)
         return outputs[0]
 
+    def split(self, at: str, x: str, sizes: Sequence[int]) -> list[str]:
+        """Columns of ``x``, so many at a time."""
+        outputs = [f"{at}/Split/output_{n}" for n in range(len(sizes))]
+        self.node(at, "Split", [x, self.constant(sizes)], outputs, axis=-1)
+        return outputs
+
     def constant(self, value: object, dtype: type[np.generic] = np.int64) -> str:
         """A small constant inside the graph file; equal ones are stored once."""
         array = np.asarray(value, dtype)
@@ -158,3 +164,32 @@ def linear(
 def alike(sources: Sequence[Source]) -> bool:
     """Whether weights can stand in one initializer."""
     return len({s.weight.scheme or s.weight.dtype for s in sources}) <= 1
+
+
+def linear_pair(
+    graph: Graph, at: str, x: str, name: str, weights: Sequence[Source], accuracy_level: int
+) -> list[str]:
+    """Products of ``x`` with the matrices gate and up, which stand together where they can.
+
+    Args:
+        graph: where to.
+        at: path of the MLP's nodes.
+        x: the input.
+        name: of the initializer that holds both.
+        weights: the two matrices.
+        accuracy_level: of ``MatMulNBits``.
+    """
+    if alike(weights):
+        both = linear(graph, f"{at}/gate_up_proj", x, name, weights, (), accuracy_level)
+        return graph.split(f"{at}/gate_up_proj", both, [w.weight.shape[0] for w in weights])
+    return [
+        linear(graph, f"{at}/{part}_proj", x, weight.name, [weight], (), accuracy_level)
+        for part, weight in zip(("gate", "up"), weights, strict=True)
+    ]
+
+
+def gated(graph: Graph, at: str, gate: str, up: str) -> str:
+    """``silu(gate) * up``."""
+    slope = graph.node(f"{at}/silu", "Sigmoid", [gate])
+    gate = graph.node(f"{at}/silu", "Mul", [gate, slope])
+    return graph.node(at, "Mul", [gate, up])

@@ -1,0 +1,204 @@
+"""What is routed of an MoE layer as ONNX nodes: router, dynamic skipping, one fused operator."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from moe2edge.layers import MoELayer
+from moe2edge.targets._onnx_graph import Graph, linear
+from moe2edge.targets._onnx_storage import Part, Source, quantized
+
+Roles = Mapping[str, Source]
+
+
+@dataclass(frozen=True)
+class MoEWriter:
+    """Adds the routed experts of one MoE layer to a graph.
+
+    Attributes:
+        graph: where to.
+        at: path of the layer's nodes.
+        roles: the block's weights.
+        layer: the layer.
+        index: of the block.
+        accuracy_level: of quantized operators.
+    """
+
+    graph: Graph
+    at: str
+    roles: Roles
+    layer: MoELayer
+    index: int
+    accuracy_level: int
+
+    def add(self, x: str) -> str:
+        """The weighted sum of what the chosen experts put out, in the shape of ``x``."""
+        graph, router, count = self.graph, self.layer.router, len(self.layer.experts)
+        scores, rows = self._scores(x)
+        if router.skip_below:
+            return self._skipping(x, rows)
+        y = self._fused(x, rows)
+        # normalize_routing_weights=0 gives zeros in MoE (onnxruntime issue 33866) and is
+        # ignored by QMoE. So weights are always normalized, and the sum that this divides by
+        # is put back.
+        if not router.renormalize and router.top_k < count:
+            at = f"{self.at}/mass"
+            chances = graph.node(at, "Softmax", [scores], axis=-1)
+            mass = self._sum(at, self._top(at, chances)[0])
+            y = graph.node(at, "Mul", [y, mass])
+        return y
+
+    # ---- routing -------------------------------------------------------------------------------
+
+    def _scores(self, x: str) -> tuple[str, str]:
+        """Logits of the router, [batch, length, rows] and [tokens, rows]."""
+        at, weight = f"{self.at}/router", self.roles["router.weight"]
+        scores = linear(self.graph, at, x, weight.name, [weight], (), self.accuracy_level)
+        shape = self.graph.constant([-1, self.layer.choices])
+        return scores, self.graph.node(at, "Reshape", [scores, shape])
+
+    def _top(self, at: str, chances: str) -> tuple[str, str]:
+        """The weights of what is chosen, in falling order, and which rows these are."""
+        outputs = [f"{at}/TopK/output_0", f"{at}/TopK/output_1"]
+        top_k = self.graph.constant([self.layer.router.top_k])
+        self.graph.node(at, "TopK", [chances, top_k], outputs, axis=-1)
+        return outputs[0], outputs[1]
+
+    def _sum(self, at: str, weights: str) -> str:
+        """Of each token."""
+        return self.graph.node(at, "ReduceSum", [weights, self.graph.constant([-1])], keepdims=1)
+
+    def _kept(self, at: str, best: str) -> tuple[str, str]:
+        """Weights with zeros for what is skipped, and bool [tokens, k] for what is not.
+
+        See `moe2edge.modules.skipping`.
+        """
+        graph = self.graph
+        below = graph.constant([[0.0, *self.layer.router.skip_below]], np.float32)
+        first = graph.node(at, "ReduceMax", [best, graph.constant([-1])], keepdims=1)
+        limits = graph.node(f"{at}/limits", "Mul", [first, below])
+        runs = graph.node(at, "GreaterOrEqual", [best, limits])
+        zero = graph.constant(0.0, np.float32)
+        return graph.node(f"{at}/kept", "Where", [runs, best, zero]), runs
+
+    def _skipping(self, x: str, rows: str) -> str:
+        """Experts with dynamic skipping.
+
+        ``QMoE`` takes the weights as an input and spends no time on those that are zero; ``MoE``
+        has no such input, so logits of what is skipped are lowered until their weight is zero.
+        """
+        at, graph, router = f"{self.at}/skip", self.graph, self.layer.router
+        chances = graph.node(at, "Softmax", [rows], axis=-1)
+        best, ids = self._top(at, chances)
+        kept, runs = self._kept(at, best)
+        zero = graph.constant(0.0, np.float32)
+        nothing = graph.node(f"{at}/nothing", "Mul", [chances, zero])
+        if self.layer.experts[0].gate.scheme is None:
+            return self._lowered(x, rows, (nothing, ids, kept, runs))
+        if router.renormalize:
+            kept = graph.node(at, "Div", [kept, self._sum(at, kept)])
+        weights = graph.node(at, "ScatterElements", [nothing, ids, kept], axis=1)
+        return self._fused(x, rows, weights)
+
+    def _lowered(self, x: str, rows: str, routing: tuple[str, str, str, str]) -> str:
+        """Skipping in ``MoE``."""
+        at, graph = f"{self.at}/skip", self.graph
+        nothing, ids, kept, runs = routing
+        logits = graph.node(at, "GatherElements", [rows, ids], axis=1)
+        low = graph.constant(-1e4, np.float32)
+        logits = graph.node(f"{at}/logits", "Where", [runs, logits, low])
+        # All others are as low, or the operator would choose one of them for what is skipped.
+        others = graph.node(f"{at}/others", "Add", [nothing, low])
+        rows = graph.node(at, "ScatterElements", [others, ids, logits], axis=1)
+        y = self._fused(x, rows)
+        if self.layer.router.renormalize:
+            return y
+        shape = graph.node(at, "Shape", [x], end=-1)
+        one = graph.constant([1])
+        shape = graph.node(f"{at}/per_token", "Concat", [shape, one], axis=0)
+        mass = graph.node(f"{at}/per_token", "Reshape", [self._sum(at, kept), shape])
+        return graph.node(f"{at}/mass", "Mul", [y, mass])
+
+    # ---- experts -------------------------------------------------------------------------------
+
+    def _fused(self, x: str, scores: str, weights: str = "") -> str:
+        """All experts by one operator.
+
+        Args:
+            x: the layer's input.
+            scores: router logits [tokens, experts].
+            weights: what outputs are multiplied with, [tokens, experts]; none: the operator's own
+                softmax over the chosen logits.
+        """
+        everyone, router = range(len(self.layer.experts)), self.layer.router
+        normalize = router.renormalize or not weights
+        return self._operator(x, everyone, (scores, weights), router.top_k, normalize=normalize)
+
+    def _operator(
+        self,
+        x: str,
+        experts: Sequence[int],
+        routing: tuple[str, str],
+        top_k: int,
+        *,
+        normalize: bool,
+    ) -> str:
+        """``QMoE`` with some experts, or ``MoE`` where they are not quantized.
+
+        Args:
+            x: the layer's input.
+            experts: their positions in the layer.
+            routing: by what experts are chosen, [tokens, experts], and what their outputs are
+                multiplied with, which may be nothing; see `_fused`.
+            top_k: how many are chosen per token.
+            normalize: whether weights are scaled to sum to one.
+        """
+        graph, roles, count = self.graph, self.roles, len(experts)
+        like = self.layer.experts[experts[0]].gate
+        width, hidden = like.shape
+        first: list[Part] = [
+            (roles[f"experts.{n}.gate"], roles[f"experts.{n}.up"]) for n in experts
+        ]
+        second: list[Part] = [(roles[f"experts.{n}.down"],) for n in experts]
+        stem = f"model.layers.{self.index}.moe.experts"
+        shapes = (count, 2 * width, hidden), (count, hidden, width)
+        names = f"{stem}.gate_up_proj.weight", f"{stem}.down_proj.weight"
+        attributes: dict[str, Any] = {
+            "k": top_k,
+            "activation_type": "swiglu",
+            "swiglu_fusion": 1,
+            "activation_alpha": 1.0,
+            "activation_beta": 0.0,
+            "normalize_routing_weights": int(normalize),
+        }
+        scores, weights = routing
+        if like.scheme is None:
+            matrices = [
+                graph.stored(name, parts, shape)
+                for name, parts, shape in zip(names, (first, second), shapes, strict=True)
+            ]
+            inputs = [x, scores, matrices[0], "", matrices[1]]
+            return graph.node(self.at, "MoE", inputs, **attributes)
+        stored = [
+            graph.store(quantized(name, parts, shape, blocked=False))
+            for name, parts, shape in zip(names, (first, second), shapes, strict=True)
+        ]
+        inputs = [x, scores, *stored[0][:2], "", *stored[1][:2]]
+        if weights or not like.scheme.symmetric:
+            points = ["", ""] if like.scheme.symmetric else [stored[0][2], stored[1][2]]
+            inputs += ["", "", "", "", *points, *(["", weights] if weights else [])]
+        # weights_prepacked is written because its default means another layout in later versions.
+        return graph.node(
+            self.at,
+            "QMoE",
+            inputs,
+            **attributes,
+            expert_weight_bits=like.scheme.bits,
+            block_size=like.scheme.group_size,
+            accuracy_level=self.accuracy_level,
+            weights_prepacked=0,
+        )
