@@ -12,6 +12,7 @@ from moe2edge.layers import Always, MoELayer
 from moe2edge.model import SECOND_NORM, Block, Model
 from moe2edge.targets._onnx_experts import MoEWriter, Roles
 from moe2edge.targets._onnx_graph import Graph, alike, gated, linear, linear_pair
+from moe2edge.targets._onnx_mixed import MixedWriter
 from moe2edge.targets._onnx_storage import Source
 
 
@@ -186,7 +187,8 @@ class BlockWriter:
 
     def _moe(self, roles: Roles, layer: MoELayer, x: str) -> str:
         at = f"{self.at}/moe"
-        y = MoEWriter(self.graph, at, roles, layer, self.block.index, self.accuracy_level).add(x)
+        writer = MixedWriter if layer.substitutes or layer.members else MoEWriter
+        y = writer(self.graph, at, roles, layer, self.block.index, self.accuracy_level).add(x)
         return y if layer.shared is None else self._with_shared(roles, at, x, y)
 
     def _with_shared(self, roles: Roles, at: str, x: str, y: str) -> str:

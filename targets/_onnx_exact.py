@@ -54,10 +54,9 @@ def with_float_activations(folder: Path, data_file: str) -> bytes:
         VerificationFailed: the files are damaged.
     """
     model = load_graph(folder)
-    for node in model.graph.node:
-        for attribute in node.attribute:
-            if attribute.name == "accuracy_level":
-                attribute.i = 0
+    for attribute in _attributes(model.graph):
+        if attribute.name == "accuracy_level":
+            attribute.i = 0
     _split_groups(model.graph)
     for tensor in model.graph.initializer:
         for entry in tensor.external_data:
@@ -65,6 +64,14 @@ def with_float_activations(folder: Path, data_file: str) -> bytes:
                 entry.value = data_file
     data: bytes = model.SerializeToString()
     return data
+
+
+def _attributes(graph: Any) -> Iterator[Any]:
+    """Of all nodes, those in branches too."""
+    for node in graph.node:
+        for attribute in node.attribute:
+            yield attribute
+            yield from _attributes(attribute.g)
 
 
 def _split_groups(graph: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,8 @@ MICROSOFT = frozenset(
     }
 )  # fmt: skip
 
+Branch = Callable[[], Sequence[str]]
+
 
 class Graph:
     """Builds a graph node by node; values are referred to by name.
@@ -29,6 +31,8 @@ class Graph:
     def __init__(self) -> None:
         self.batches: list[Batch] = []
         self._nodes: list[Any] = []
+        # Those that are not within a branch.
+        self._outermost = self._nodes
         self._constants: dict[str, Any] = {}
         self._inputs: list[Any] = []
         self._outputs: list[Any] = []
@@ -57,11 +61,32 @@ class Graph:
         Outputs are called ``at/op/output_N`` unless they are named.
         """
         outputs = list(outputs) or [f"{at}/{op}/output_0"]
-        domain = "com.microsoft" if op in MICROSOFT else ""
-        node = helper.make_node(op, list(inputs), outputs, f"{at}/{op}", domain=domain)
-        node.attribute.extend(helper.make_attribute(k, v) for k, v in attributes.items())
-        self._nodes.append(node)
+        self._nodes.append(_node(f"{at}/{op}", op, inputs, outputs, attributes))
         return outputs[0]
+
+    def choice(
+        self, at: str, condition: str, branches: Sequence[Branch], dtypes: Sequence[int]
+    ) -> list[str]:
+        """What one of two branches gives, of which only that one runs; as node ``at/If``.
+
+        Args:
+            at: path of the node.
+            condition: a value that holds one bool.
+            branches: what to run if it is true, and if not: adds nodes, and names what they give.
+            dtypes: of what they give.
+        """
+        parts = {}
+        for name, branch in zip(("then_branch", "else_branch"), branches, strict=True):
+            self._nodes = []
+            given = [
+                helper.make_tensor_value_info(value, dtype, None)
+                for value, dtype in zip(branch(), dtypes, strict=True)
+            ]
+            parts[name] = helper.make_graph(self._nodes, f"{at}/{name}", [], given)
+            self._nodes = self._outermost
+        outputs = [f"{at}/If/output_{n}" for n in range(len(dtypes))]
+        self.node(at, "If", [condition], outputs, **parts)
+        return outputs
 
     def split(self, at: str, x: str, sizes: Sequence[int]) -> list[str]:
         """Columns of ``x``, so many at a time."""
@@ -92,7 +117,11 @@ class Graph:
         if dtype == "F32":
             return name
         if name not in self._floats:
-            self._floats[name] = self.node(f"/weights/{name}", "Cast", [name], to=TensorProto.FLOAT)
+            at = f"/weights/{name}/Cast"
+            self._floats[name] = f"{at}/output_0"
+            attributes = {"to": TensorProto.FLOAT}
+            # Not within a branch, so that every branch may use it.
+            self._outermost.append(_node(at, "Cast", [name], [f"{at}/output_0"], attributes))
         return self._floats[name]
 
     def vector(self, source: Source) -> str:
@@ -114,6 +143,15 @@ class Graph:
         )
         helper.set_model_props(model, metadata)
         return model
+
+
+def _node(
+    name: str, op: str, inputs: Sequence[str], outputs: Sequence[str], attributes: dict[str, Any]
+) -> Any:
+    domain = "com.microsoft" if op in MICROSOFT else ""
+    node = helper.make_node(op, list(inputs), list(outputs), name, domain=domain)
+    node.attribute.extend(helper.make_attribute(k, v) for k, v in attributes.items())
+    return node
 
 
 def linear(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -68,11 +68,6 @@ class Onnx(Target):
                 raise Unsupported(f"{name} is quantized; the graph holds it in full only")
             _accept_scheme(name, weight.shape, weight.scheme)
         for block, layer in model.moe_blocks:
-            if layer.substitutes or layer.members:
-                raise Unsupported(
-                    f"block {block.index} has replaced or merged experts, which the graph does not "
-                    "hold yet; export to gptq:layout=natural or hf:layout=natural"
-                )
             _accept_layer(block, layer)
 
     def nbytes(self, model: Model) -> int:
@@ -197,14 +192,21 @@ def _accept_layer(block: Block, layer: MoELayer) -> None:
             f"block {block.index}: the router has {', '.join(sorted(layer.router.per_expert))} "
             "per expert, which ONNX Runtime's expert operators have no input for"
         )
-    forms = {
-        (e.gate.shape, w.scheme or w.dtype) for e in layer.experts for w in (e.gate, e.up, e.down)
-    }
+    experts = [layer.experts[n] for n in _fused(layer)]
+    forms = {(e.gate.shape, w.scheme or w.dtype) for e in experts for w in (e.gate, e.up, e.down)}
     if len(forms) > 1:
         raise Unsupported(
             f"block {block.index}: experts differ in width, dtype or scheme; one fused operator "
             "holds them all"
         )
+
+
+def _fused(layer: MoELayer) -> Sequence[int]:
+    """The experts of a layer that one operator holds."""
+    from moe2edge.targets._onnx_columns import Columns
+
+    plain = not layer.substitutes and not layer.members
+    return range(len(layer.experts)) if plain else Columns(layer).fused
 
 
 def genai_config(model: Model, config: Mapping[str, Any], ends: Collection[int]) -> dict[str, Any]:

@@ -1,0 +1,86 @@
+"""How the rows of a router come into the graph: by the fused operator, or by nodes of their own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from moe2edge.layers import MoELayer, Substitute
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows of the router whose experts have the same matrices.
+
+    Attributes:
+        base: the expert whose matrices these are; None: there are none, only factors.
+        rows: first those with factors.
+    """
+
+    base: int | None
+    rows: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Columns that the gates of a layer's rows are summed up in.
+
+    First come the experts of the fused operator, then constants, linear maps, and groups. The
+    fused operator has the quantized experts whose rows all go without factors, because it spends
+    no time on a weight of zero; ``MoE``, which has those that are not quantized, does.
+    """
+
+    layer: MoELayer
+
+    @cached_property
+    def grouped(self) -> tuple[Group, ...]:
+        """Rows by expert; within, those with factors first."""
+        found: dict[int | None, list[int]] = {}
+        for row, base in enumerate(self.layer.bases):
+            found.setdefault(base, []).append(row)
+        return tuple(
+            Group(base, tuple(sorted(rows, key=lambda row: not self.has_factors(row))))
+            for base, rows in sorted(found.items(), key=lambda item: (item[0] is None, item[0]))
+        )
+
+    @cached_property
+    def fused(self) -> tuple[int, ...]:
+        """Experts in the fused operator."""
+        return tuple(g.base for g in self.grouped if g.base is not None and self._fuses(g))
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """What is not."""
+        return tuple(group for group in self.grouped if not self._fuses(group))
+
+    @cached_property
+    def substitutes(self) -> tuple[tuple[int, Substitute], ...]:
+        """Substitutes and their positions, constants first."""
+        return tuple(sorted(enumerate(self.layer.substitutes), key=lambda own: own[1].rank > 0))
+
+    @property
+    def linear(self) -> tuple[tuple[int, Substitute], ...]:
+        """Those that are more than a constant."""
+        return tuple(own for own in self.substitutes if own[1].rank)
+
+    @property
+    def of_rows(self) -> tuple[int, ...]:
+        """The column of each row."""
+        layer = self.layer
+        found: dict[int, int] = {}
+        for column, expert in enumerate(self.fused):
+            found |= {row: column for row, base in enumerate(layer.bases) if base == expert}
+        for column, (n, _) in enumerate(self.substitutes, len(self.fused)):
+            found[layer.routed + n] = column
+        for column, group in enumerate(self.groups, len(self.fused) + len(self.substitutes)):
+            found |= dict.fromkeys(group.rows, column)
+        return tuple(found[row] for row in range(layer.choices))
+
+    def has_factors(self, row: int) -> bool:
+        """Whether a row is a member with factors."""
+        return row < len(self.layer.members) and bool(self.layer.members[row].factors)
+
+    def _fuses(self, group: Group) -> bool:
+        if group.base is None or any(map(self.has_factors, group.rows)):
+            return False
+        return self.layer.experts[group.base].gate.scheme is not None

@@ -1,0 +1,281 @@
+"""MoE layers whose router also chooses substitutes and members, as ONNX nodes.
+
+No expert is made whole. What the fused operator can hold it gets, with zeros for what answers
+elsewhere; substitutes that are constants are one product of gates; every linear map and every
+base with factors is a branch that is run only if a token chose it, and with its tokens alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from onnx import TensorProto
+
+from moe2edge.targets._onnx_columns import Columns, Group
+from moe2edge.targets._onnx_experts import MoEWriter
+from moe2edge.targets._onnx_graph import gated, linear, linear_pair
+
+ANSWER = (TensorProto.FLOAT, TensorProto.INT64)
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What the router decided.
+
+    Attributes:
+        rows: int64 [tokens * k], rows of the router that were chosen; below 0 for skipped ones.
+        weights: float32 [tokens * k], what their answers are multiplied with.
+        gates: float32 [tokens, columns], the same by `Columns`.
+    """
+
+    rows: str
+    weights: str
+    gates: str
+
+
+class MixedWriter(MoEWriter):
+    """Adds such a layer."""
+
+    @cached_property
+    def columns(self) -> Columns:
+        """Which row is what."""
+        return Columns(self.layer)
+
+    @property
+    def hidden(self) -> int:
+        """Width of the stream."""
+        return self.layer.router.weight.shape[1]
+
+    def add(self, x: str) -> str:
+        """The weighted sum of what the chosen rows put out, in the shape of ``x``."""
+        graph, columns = self.graph, self.columns
+        routing = self._routing(self._scores(x)[1])
+        fused, constants = self._split_gates(routing.gates)
+        tokens = graph.node(f"{self.at}/tokens", "Reshape", [x, graph.constant([-1, self.hidden])])
+        small = []
+        if columns.substitutes:
+            small.append(self._constants(constants))
+        if columns.linear or columns.groups:
+            small.append(self._answers(tokens, routing))
+        parts = []
+        if columns.fused:
+            top_k = min(self.layer.router.top_k, len(columns.fused))
+            parts.append(self._operator(x, columns.fused, (fused, fused), top_k, normalize=False))
+        if small:
+            y = self._added("small", small)
+            shape = graph.node(f"{self.at}/shape", "Shape", [x])
+            parts.append(graph.node(f"{self.at}/small", "Reshape", [y, shape]))
+        return self._added("all", parts)
+
+    def _added(self, name: str, values: Sequence[str]) -> str:
+        at = f"{self.at}/{name}"
+        return values[0] if len(values) == 1 else self.graph.node(at, "Add", values)
+
+    # ---- routing -------------------------------------------------------------------------------
+
+    def _routing(self, logits: str) -> Routing:
+        """As the router of transformers decides: softmax over all rows, then the largest."""
+        at, graph, router = f"{self.at}/gates", self.graph, self.layer.router
+        chances = graph.node(at, "Softmax", [logits], axis=-1)
+        weights, ids = self._top(at, chances)
+        flat = graph.constant([-1])
+        if router.skip_below:
+            weights, runs = self._kept(at, weights)
+            rows = graph.node(f"{at}/rows", "Where", [runs, ids, graph.constant(-1)])
+        else:
+            rows = ids
+        if router.renormalize:
+            weights = graph.node(at, "Div", [weights, self._sum(at, weights)])
+        return Routing(
+            rows=graph.node(f"{at}/rows", "Reshape", [rows, flat]),
+            weights=graph.node(f"{at}/weights", "Reshape", [weights, flat]),
+            gates=self._gates(ids, weights),
+        )
+
+    def _gates(self, ids: str, weights: str) -> str:
+        """Weights [tokens, k] by column; rows that have one in common are summed up."""
+        at, graph, of_rows = f"{self.at}/gates", self.graph, self.columns.of_rows
+        if of_rows != tuple(range(len(of_rows))):
+            ids = graph.node(at, "Gather", [graph.constant(of_rows), ids], axis=0)
+        count = graph.node(at, "Shape", [ids], end=1)
+        width = graph.constant([max(of_rows) + 1])
+        shape = graph.node(at, "Concat", [count, width], axis=0)
+        nothing = graph.node(at, "ConstantOfShape", [shape])
+        inputs = [nothing, ids, weights]
+        return graph.node(at, "ScatterElements", inputs, axis=1, reduction="add")
+
+    def _split_gates(self, gates: str) -> tuple[str, str]:
+        """Columns of the fused operator, and of substitutes; empty names where there are none."""
+        columns = self.columns
+        sizes = [len(columns.fused), len(columns.substitutes), len(columns.groups)]
+        found = [size for size in sizes if size]
+        if len(found) == 1:
+            return (gates, "") if sizes[0] else ("", gates)
+        values = iter(self.graph.split(f"{self.at}/gates", gates, found))
+        fused, constants, _ = (next(values) if size else "" for size in sizes)
+        return fused, constants
+
+    # ---- substitutes and members ---------------------------------------------------------------
+
+    def _constants(self, gates: str) -> str:
+        """Constants of all substitutes, times their gates: [tokens, hidden]."""
+        at, graph = f"{self.at}/constants", self.graph
+        rows = [self.roles[f"substitutes.{n}.constant"] for n, _ in self.columns.substitutes]
+        flat = graph.node(at, "Concat", [graph.vector(row) for row in rows], axis=0)
+        matrix = graph.node(at, "Reshape", [flat, graph.constant([len(rows), self.hidden])])
+        return graph.node(at, "MatMul", [gates, matrix])
+
+    def _answers(self, tokens: str, routing: Routing) -> str:
+        """What linear maps and groups put out, times its weights: [tokens, hidden]."""
+        at, graph, columns = f"{self.at}/answers", self.graph, self.columns
+        asked = iter(self._asked(routing.gates))
+        found = [self._map(n, next(asked), tokens, routing) for n, _ in columns.linear]
+        found += [self._group(group, next(asked), tokens, routing) for group in columns.groups]
+        y, places = (
+            self._joined(f"{at}/{name}", values)
+            for name, values in zip(("y", "places"), zip(*found, strict=True), strict=True)
+        )
+        last = graph.constant([-1])
+        weights = graph.node(f"{at}/weights", "Gather", [routing.weights, places], axis=0)
+        weights = graph.node(f"{at}/weights", "Unsqueeze", [weights, last])
+        y = graph.node(at, "Mul", [y, weights])
+        # Every place of a token has one answer at most, so that nothing is added up in an order
+        # that threads decide.
+        count = graph.node(f"{at}/all", "Shape", [routing.rows])
+        hidden = graph.constant([self.hidden])
+        shape = graph.node(f"{at}/all", "Concat", [count, hidden], axis=0)
+        nothing = graph.node(f"{at}/all", "ConstantOfShape", [shape])
+        places = graph.node(f"{at}/places", "Unsqueeze", [places, last])
+        y = graph.node(at, "ScatterND", [nothing, places, y])
+        by_token = graph.constant([-1, self.layer.router.top_k, self.hidden])
+        y = graph.node(at, "Reshape", [y, by_token])
+        return graph.node(at, "ReduceSum", [y, graph.constant([1])], keepdims=0)
+
+    def _asked(self, gates: str) -> list[str]:
+        """Of each linear map and each group, whether any token chose it: bools [1]."""
+        at, graph, columns = f"{self.at}/asked", self.graph, self.columns
+        first = len(columns.fused) + len(columns.substitutes) - len(columns.linear)
+        ones = [1] * (len(columns.linear) + len(columns.groups))
+        most = graph.node(at, "ReduceMax", [gates, graph.constant([0])], keepdims=0)
+        asked = graph.node(at, "Greater", [most, graph.constant(0.0, np.float32)])
+        if not first and len(ones) == 1:
+            return [asked]
+        found = graph.split(at, asked, [first, *ones] if first else ones)
+        return found[1:] if first else found
+
+    def _places(self, at: str, row: int, routing: Routing) -> str:
+        """Where a row was chosen: int64 [n], among the tokens times k."""
+        graph = self.graph
+        same = graph.node(at, "Equal", [routing.rows, graph.constant(row)])
+        places = graph.node(at, "NonZero", [same])
+        return graph.node(f"{at}/places", "Reshape", [places, graph.constant([-1])])
+
+    def _inputs(self, at: str, tokens: str, places: str) -> str:
+        """Inputs of the tokens at ``places``: [n, hidden]."""
+        top_k = self.graph.constant(self.layer.router.top_k)
+        token = self.graph.node(at, "Div", [places, top_k])
+        return self.graph.node(f"{at}/x", "Gather", [tokens, token], axis=0)
+
+    def _nothing(self, at: str) -> tuple[str, str]:
+        """The answer of what was not asked."""
+        graph = self.graph
+        y = graph.constant(np.zeros((0, self.hidden)), np.float32)
+        return (
+            graph.node(f"{at}/no_y", "Identity", [y]),
+            graph.node(f"{at}/no_places", "Identity", [graph.constant(np.zeros(0))]),
+        )
+
+    def _map(self, n: int, asked: str, tokens: str, routing: Routing) -> list[str]:
+        """What a linear map makes of its tokens, and their places."""
+        at = f"{self.at}/substitutes.{n}"
+
+        def answer() -> tuple[str, str]:
+            places = self._places(at, self.layer.routed + n, routing)
+            x = self._inputs(at, tokens, places)
+            return self._low(at, f"substitutes.{n}", x), places
+
+        return self.graph.choice(at, asked, (answer, lambda: self._nothing(at)), ANSWER)
+
+    def _low(self, at: str, role: str, x: str) -> str:
+        """``x`` [n, in] times the matrix of low rank with ``role``: [n, out]."""
+        graph, sources = self.graph, [self.roles[f"{role}.{name}"] for name in ("first", "second")]
+        for name, source in zip(("first", "second"), sources, strict=True):
+            matrix = graph.stored(source.name, [(source,)], source.weight.shape)
+            x = graph.node(f"{at}/{name}", "FusedMatMul", [x, matrix], transB=1)
+        return x
+
+    def _group(self, group: Group, asked: str, tokens: str, routing: Routing) -> list[str]:
+        """What the rows of a group make of their tokens, and their places."""
+        at = f"{self.at}/{'factors' if group.base is None else f'experts.{group.base}'}"
+
+        def answer() -> tuple[str, str]:
+            found = [self._places(f"{at}/{row}", row, routing) for row in group.rows]
+            places = self._joined(f"{at}/places", found)
+            counts = [
+                self.graph.node(f"{at}/{row}", "Shape", [own])
+                for row, own in zip(group.rows, found, strict=True)
+            ]
+            return self._mlp(at, group, self._inputs(at, tokens, places), counts), places
+
+        return self.graph.choice(at, asked, (answer, lambda: self._nothing(at)), ANSWER)
+
+    def _joined(self, at: str, values: Sequence[str]) -> str:
+        return values[0] if len(values) == 1 else self.graph.node(at, "Concat", values, axis=0)
+
+    def _mlp(self, at: str, group: Group, x: str, counts: Sequence[str]) -> str:
+        """The MLPs of a group's rows: [n, hidden].
+
+        Args:
+            at: path of the nodes.
+            group: the rows.
+            x: inputs, those of one row behind those of another, [n, hidden].
+            counts: of each row how many there are, int64 [1].
+        """
+        graph, level, base = self.graph, self.accuracy_level, f"experts.{group.base}"
+        both, y = ["", ""], ""
+        own = self._by_row(f"{at}/x", group, x, counts)
+        if group.base is not None:
+            pair = [self.roles[f"{base}.gate"], self.roles[f"{base}.up"]]
+            name = f"model.layers.{self.index}.moe.{base}.gate_up_proj.weight"
+            both = linear_pair(graph, at, x, name, pair, level)
+        gate, up = (
+            self._with_factors(f"{at}/{part}", part, value, own)
+            for part, value in zip(("gate", "up"), both, strict=True)
+        )
+        inside = gated(graph, at, gate, up)
+        own = self._by_row(f"{at}/inside", group, inside, counts)
+        if group.base is not None:
+            down = self.roles[f"{base}.down"]
+            y = linear(graph, f"{at}/down_proj", inside, down.name, [down], (), level)
+        return self._with_factors(f"{at}/down", "down", y, own)
+
+    def _by_row(self, at: str, group: Group, x: str, counts: Sequence[str]) -> dict[int, str]:
+        """The part of ``x`` of each row of a group; nothing if none has factors."""
+        if not any(map(self.columns.has_factors, group.rows)):
+            return {}
+        outputs = [f"{at}/Split/output_{n}" for n in range(len(counts))]
+        if len(counts) > 1:
+            sizes = self.graph.node(f"{at}/sizes", "Concat", counts, axis=0)
+            self.graph.node(at, "Split", [x, sizes], outputs, axis=0)
+        return dict(zip(group.rows, outputs if len(counts) > 1 else [x], strict=True))
+
+    def _with_factors(self, at: str, part: str, y: str, own: Mapping[int, str]) -> str:
+        """What bases made, ``y`` [n, out] or nothing, plus what factors make of each row's own."""
+        low = [self._low_of_row(f"{at}/{row}", row, part, x) for row, x in own.items()]
+        if not low:
+            return y
+        added = self._joined(f"{at}/low", low)
+        return self.graph.node(at, "Add", [y, added]) if y else added
+
+    def _low_of_row(self, at: str, row: int, part: str, x: str) -> str:
+        """What the factors of a row make of ``x`` [n, in]: [n, out]; zeros if it has none."""
+        if self.columns.has_factors(row):
+            return self._low(at, f"members.{row}.{part}", x)
+        graph, base = self.graph, self.layer.bases[row]
+        out = getattr(self.layer.experts[base or 0], part).shape[0]
+        count = graph.node(at, "Shape", [x], end=1)
+        shape = graph.node(at, "Concat", [count, graph.constant([out])], axis=0)
+        return graph.node(at, "ConstantOfShape", [shape])
