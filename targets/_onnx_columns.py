@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 
-from moe2edge.layers import MoELayer, Substitute
+from moe2edge.layers import MoELayer
 
 
 @dataclass(frozen=True)
@@ -54,14 +55,19 @@ class Columns:
         return tuple(group for group in self.grouped if not self._fuses(group))
 
     @cached_property
-    def substitutes(self) -> tuple[tuple[int, Substitute], ...]:
-        """Substitutes and their positions, constants first."""
-        return tuple(sorted(enumerate(self.layer.substitutes), key=lambda own: own[1].rank > 0))
+    def stacks(self) -> tuple[tuple[int, ...], ...]:
+        """Positions of the substitutes that are more than a constant, those alike together."""
+        found: dict[tuple[int, str, str], list[int]] = {}
+        for n, own in enumerate(self.layer.substitutes):
+            if own.first is not None and own.second is not None:
+                found.setdefault((own.rank, own.first.dtype, own.second.dtype), []).append(n)
+        return tuple(map(tuple, found.values()))
 
-    @property
-    def linear(self) -> tuple[tuple[int, Substitute], ...]:
-        """Those that are more than a constant."""
-        return tuple(own for own in self.substitutes if own[1].rank)
+    @cached_property
+    def substitutes(self) -> tuple[int, ...]:
+        """Positions of all substitutes, in the order of their columns."""
+        constants = (n for n, own in enumerate(self.layer.substitutes) if not own.rank)
+        return (*constants, *chain.from_iterable(self.stacks))
 
     @property
     def of_rows(self) -> tuple[int, ...]:
@@ -70,7 +76,7 @@ class Columns:
         found: dict[int, int] = {}
         for column, expert in enumerate(self.fused):
             found |= {row: column for row, base in enumerate(layer.bases) if base == expert}
-        for column, (n, _) in enumerate(self.substitutes, len(self.fused)):
+        for column, n in enumerate(self.substitutes, len(self.fused)):
             found[layer.routed + n] = column
         for column, group in enumerate(self.groups, len(self.fused) + len(self.substitutes)):
             found |= dict.fromkeys(group.rows, column)

@@ -75,7 +75,7 @@ class Graph:
             branches: what to run if it is true, and if not: adds nodes, and names what they give.
             dtypes: of what they give.
         """
-        parts = {}
+        parts, here = {}, self._nodes
         for name, branch in zip(("then_branch", "else_branch"), branches, strict=True):
             self._nodes = []
             given = [
@@ -83,7 +83,7 @@ class Graph:
                 for value, dtype in zip(branch(), dtypes, strict=True)
             ]
             parts[name] = helper.make_graph(self._nodes, f"{at}/{name}", [], given)
-            self._nodes = self._outermost
+            self._nodes = here
         outputs = [f"{at}/If/output_{n}" for n in range(len(dtypes))]
         self.node(at, "If", [condition], outputs, **parts)
         return outputs

@@ -17,6 +17,7 @@ from onnx import TensorProto
 from moe2edge.targets._onnx_columns import Columns, Group
 from moe2edge.targets._onnx_experts import MoEWriter
 from moe2edge.targets._onnx_graph import gated, linear, linear_pair
+from moe2edge.targets._onnx_storage import Part, plain
 
 ANSWER = (TensorProto.FLOAT, TensorProto.INT64)
 
@@ -26,7 +27,8 @@ class Routing:
     """What the router decided.
 
     Attributes:
-        rows: int64 [tokens * k], rows of the router that were chosen; below 0 for skipped ones.
+        rows: int64 [tokens * k], rows of the router that were chosen; for what is skipped, their
+            number.
         weights: float32 [tokens * k], what their answers are multiplied with.
         gates: float32 [tokens, columns], the same by `Columns`.
     """
@@ -54,12 +56,11 @@ class MixedWriter(MoEWriter):
         graph, columns = self.graph, self.columns
         routing = self._routing(self._scores(x)[1])
         fused, constants = self._split_gates(routing.gates)
-        tokens = graph.node(f"{self.at}/tokens", "Reshape", [x, graph.constant([-1, self.hidden])])
         small = []
         if columns.substitutes:
             small.append(self._constants(constants))
-        if columns.linear or columns.groups:
-            small.append(self._answers(tokens, routing))
+        if columns.stacks or columns.groups:
+            small.append(self._answers(x, routing))
         parts = []
         if columns.fused:
             top_k = min(self.layer.router.top_k, len(columns.fused))
@@ -84,7 +85,8 @@ class MixedWriter(MoEWriter):
         flat = graph.constant([-1])
         if router.skip_below:
             weights, runs = self._kept(at, weights)
-            rows = graph.node(f"{at}/rows", "Where", [runs, ids, graph.constant(-1)])
+            behind = graph.constant(self.layer.choices)
+            rows = graph.node(f"{at}/rows", "Where", [runs, ids, behind])
         else:
             rows = ids
         if router.renormalize:
@@ -123,16 +125,17 @@ class MixedWriter(MoEWriter):
     def _constants(self, gates: str) -> str:
         """Constants of all substitutes, times their gates: [tokens, hidden]."""
         at, graph = f"{self.at}/constants", self.graph
-        rows = [self.roles[f"substitutes.{n}.constant"] for n, _ in self.columns.substitutes]
+        rows = [self.roles[f"substitutes.{n}.constant"] for n in self.columns.substitutes]
         flat = graph.node(at, "Concat", [graph.vector(row) for row in rows], axis=0)
         matrix = graph.node(at, "Reshape", [flat, graph.constant([len(rows), self.hidden])])
         return graph.node(at, "MatMul", [gates, matrix])
 
-    def _answers(self, tokens: str, routing: Routing) -> str:
+    def _answers(self, x: str, routing: Routing) -> str:
         """What linear maps and groups put out, times its weights: [tokens, hidden]."""
         at, graph, columns = f"{self.at}/answers", self.graph, self.columns
+        tokens = graph.node(f"{at}/tokens", "Reshape", [x, graph.constant([-1, self.hidden])])
         asked = iter(self._asked(routing.gates))
-        found = [self._map(n, next(asked), tokens, routing) for n, _ in columns.linear]
+        found = [self._maps(stack, next(asked), tokens, routing) for stack in columns.stacks]
         found += [self._group(group, next(asked), tokens, routing) for group in columns.groups]
         y, places = (
             self._joined(f"{at}/{name}", values)
@@ -155,16 +158,14 @@ class MixedWriter(MoEWriter):
         return graph.node(at, "ReduceSum", [y, graph.constant([1])], keepdims=0)
 
     def _asked(self, gates: str) -> list[str]:
-        """Of each linear map and each group, whether any token chose it: bools [1]."""
+        """Whether any token chose it: bools, of each map of a stack, for each stack; of groups."""
         at, graph, columns = f"{self.at}/asked", self.graph, self.columns
-        first = len(columns.fused) + len(columns.substitutes) - len(columns.linear)
-        ones = [1] * (len(columns.linear) + len(columns.groups))
+        sizes = [*map(len, columns.stacks), *[1] * len(columns.groups)]
         most = graph.node(at, "ReduceMax", [gates, graph.constant([0])], keepdims=0)
         asked = graph.node(at, "Greater", [most, graph.constant(0.0, np.float32)])
-        if not first and len(ones) == 1:
-            return [asked]
-        found = graph.split(at, asked, [first, *ones] if first else ones)
-        return found[1:] if first else found
+        if first := max(columns.of_rows) + 1 - sum(sizes):
+            return graph.split(at, asked, [first, *sizes])[1:]
+        return graph.split(at, asked, sizes) if len(sizes) > 1 else [asked]
 
     def _places(self, at: str, row: int, routing: Routing) -> str:
         """Where a row was chosen: int64 [n], among the tokens times k."""
@@ -188,23 +189,85 @@ class MixedWriter(MoEWriter):
             graph.node(f"{at}/no_places", "Identity", [graph.constant(np.zeros(0))]),
         )
 
-    def _map(self, n: int, asked: str, tokens: str, routing: Routing) -> list[str]:
+    def _maps(self, stack: Sequence[int], asked: str, tokens: str, routing: Routing) -> list[str]:
+        """What linear maps make of their tokens, and the places of these.
+
+        For one token alone the matrices that it needs are picked from all; for more, each map that
+        was asked is a branch. Either is faster where it is used: benchmarks/onnx_mixed.
+        """
+        graph, at = self.graph, f"{self.at}/maps.{stack[0]}"
+        stored, pieces = zip(*(self._stacked(stack, n) for n in ("first", "second")), strict=True)
+        matrices = list(zip(*pieces, strict=True))
+        if len(stack) == 1:
+            return self._map(stack[0], matrices[0], asked, tokens, routing)
+
+        def one_by_one() -> tuple[str, str]:
+            ones = [f"{at}/Split/output_{n}" for n in range(len(stack))]
+            graph.node(at, "Split", [asked], ones, axis=0, num_outputs=len(stack))
+            each = zip(stack, matrices, ones, strict=True)
+            found = [self._map(*what, tokens, routing) for what in each]
+            y, places = (
+                graph.node(f"{at}/{name}", "Concat", values, axis=0)
+                for name, values in zip(("y", "places"), zip(*found, strict=True), strict=True)
+            )
+            return y, places
+
+        count = graph.node(at, "Shape", [tokens], end=1)
+        alone = graph.node(at, "Equal", [count, graph.constant([1])])
+        branches = (lambda: self._picked(stack, stored, tokens, routing)), one_by_one
+        return graph.choice(at, alone, branches, ANSWER)
+
+    def _stacked(self, stack: Sequence[int], name: str) -> tuple[str, list[str]]:
+        """Matrices of substitutes, stored as one value; and each of them as float32."""
+        graph, sources = self.graph, [self.roles[f"substitutes.{n}.{name}"] for n in stack]
+        like = sources[0].weight
+        stem = f"model.layers.{self.index}.moe.substitutes.{stack[0]}.{name}s"
+        parts: list[Part] = [(source,) for source in sources]
+        (stored,) = graph.store(plain(stem, parts, (len(stack), *like.shape)))
+        whole, at = graph.as_float(stored, like.dtype), f"{self.at}/maps.{stack[0]}/{name}s"
+        pieces = [f"{at}/Split/output_{n}" for n in range(len(stack))]
+        graph.node(at, "Split", [whole], pieces, axis=0, num_outputs=len(stack))
+        shape = graph.constant(like.shape)
+        return stored, [
+            graph.node(f"{at}/{n}", "Reshape", [piece, shape]) for n, piece in enumerate(pieces)
+        ]
+
+    def _picked(
+        self, stack: Sequence[int], stored: Sequence[str], tokens: str, routing: Routing
+    ) -> tuple[str, str]:
+        """What the maps of a stack make, each place with matrices of its own."""
+        graph, at = self.graph, f"{self.at}/maps.{stack[0]}/picked"
+        numbers = {self.layer.routed + n: number for number, n in enumerate(stack)}
+        of_rows = graph.constant([numbers.get(row, -1) for row in range(self.layer.choices + 1)])
+        maps = graph.node(f"{at}/maps", "Gather", [of_rows, routing.rows], axis=0)
+        here = graph.node(at, "GreaterOrEqual", [maps, graph.constant(0)])
+        places = graph.node(at, "NonZero", [here])
+        places = graph.node(f"{at}/places", "Reshape", [places, graph.constant([-1])])
+        maps = graph.node(f"{at}/own", "Gather", [maps, places], axis=0)
+        x = self._inputs(at, tokens, places)
+        y = graph.node(at, "Unsqueeze", [x, graph.constant([1])])
+        for name, value in zip(("first", "second"), stored, strict=True):
+            matrices = graph.node(f"{at}/{name}", "Gather", [value, maps], axis=0)
+            matrices = graph.node(f"{at}/{name}", "Cast", [matrices], to=TensorProto.FLOAT)
+            y = graph.node(f"{at}/{name}", "FusedMatMul", [y, matrices], transB=1)
+        return graph.node(at, "Squeeze", [y, graph.constant([1])]), places
+
+    def _map(
+        self, n: int, matrices: Sequence[str], asked: str, tokens: str, routing: Routing
+    ) -> list[str]:
         """What a linear map makes of its tokens, and their places."""
         at = f"{self.at}/substitutes.{n}"
 
         def answer() -> tuple[str, str]:
             places = self._places(at, self.layer.routed + n, routing)
-            x = self._inputs(at, tokens, places)
-            return self._low(at, f"substitutes.{n}", x), places
+            return self._low(at, matrices, self._inputs(at, tokens, places)), places
 
         return self.graph.choice(at, asked, (answer, lambda: self._nothing(at)), ANSWER)
 
-    def _low(self, at: str, role: str, x: str) -> str:
-        """``x`` [n, in] times the matrix of low rank with ``role``: [n, out]."""
-        graph, sources = self.graph, [self.roles[f"{role}.{name}"] for name in ("first", "second")]
-        for name, source in zip(("first", "second"), sources, strict=True):
-            matrix = graph.stored(source.name, [(source,)], source.weight.shape)
-            x = graph.node(f"{at}/{name}", "FusedMatMul", [x, matrix], transB=1)
+    def _low(self, at: str, matrices: Sequence[str], x: str) -> str:
+        """``x`` [n, in] times the matrices first and second: [n, out]."""
+        for name, matrix in zip(("first", "second"), matrices, strict=True):
+            x = self.graph.node(f"{at}/{name}", "FusedMatMul", [x, matrix], transB=1)
         return x
 
     def _group(self, group: Group, asked: str, tokens: str, routing: Routing) -> list[str]:
@@ -272,9 +335,12 @@ class MixedWriter(MoEWriter):
 
     def _low_of_row(self, at: str, row: int, part: str, x: str) -> str:
         """What the factors of a row make of ``x`` [n, in]: [n, out]; zeros if it has none."""
+        graph = self.graph
         if self.columns.has_factors(row):
-            return self._low(at, f"members.{row}.{part}", x)
-        graph, base = self.graph, self.layer.bases[row]
+            sources = [self.roles[f"members.{row}.{part}.{n}"] for n in ("first", "second")]
+            matrices = [graph.stored(s.name, [(s,)], s.weight.shape) for s in sources]
+            return self._low(at, matrices, x)
+        base = self.layer.bases[row]
         out = getattr(self.layer.experts[base or 0], part).shape[0]
         count = graph.node(at, "Shape", [x], end=1)
         shape = graph.node(at, "Concat", [count, graph.constant([out])], axis=0)

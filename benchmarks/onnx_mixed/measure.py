@@ -1,0 +1,301 @@
+"""What an MoE layer costs in ONNX Runtime when half of its experts were replaced.
+
+One layer of random numbers, router included, as the target `onnx` writes it; forms that it does
+not write stand beside those that it does. Every run feeds other tokens, so that other experts are
+chosen, and forms are run by turns.
+
+    python benchmarks/onnx_mixed/measure.py > benchmarks/onnx_mixed/results.txt
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from onnx import TensorProto
+
+from moe2edge.layers import PARTS, Expert, Factors, Member, MoELayer, Router, Substitute, Weight
+from moe2edge.model import Block
+from moe2edge.rounding import Quantized
+from moe2edge.scheme import Scheme
+from moe2edge.targets._onnx_columns import Columns
+from moe2edge.targets._onnx_experts import MoEWriter
+from moe2edge.targets._onnx_graph import Graph
+from moe2edge.targets._onnx_mixed import MixedWriter
+from moe2edge.targets._onnx_storage import Source, write
+
+INT4, PROMPT, DECODED, PREFILLED = Scheme(group_size=32), 128, 60, 9
+DRAW = torch.Generator().manual_seed(0)
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of a layer."""
+
+    hidden: int
+    width: int
+    experts: int
+    top_k: int
+    scheme: Scheme | None = INT4
+
+    def __str__(self) -> str:
+        kind = "int4, groups of 32" if self.scheme else "float32"
+        return (
+            f"hidden {self.hidden}, {self.experts} experts of width {self.width}, top-{self.top_k}"
+            f", {kind}"
+        )
+
+
+# ---- layers ------------------------------------------------------------------------------------
+
+
+def dense(name: str, *shape: int) -> Weight:
+    """Random numbers in bfloat16, as substitutes and factors are stored."""
+    numbers = (0.02 * torch.randn(shape, generator=DRAW)).bfloat16()
+    return Weight(name, shape, "BF16", lambda: numbers)
+
+
+def matrix(name: str, size: Size, *shape: int) -> Weight:
+    """A random matrix of an expert, made when it is written."""
+    if size.scheme is None:
+        return Weight(name, shape, "F32", lambda: 0.02 * torch.randn(shape, generator=DRAW))
+    scheme = size.scheme
+    groups = shape[1] // scheme.group_size
+
+    def load() -> Quantized:
+        q = torch.randint(0, 16, shape, dtype=torch.uint8, generator=DRAW)
+        return Quantized(q, torch.full((shape[0], groups), 0.005), scheme, None)
+
+    return Weight(name, shape, "BF16", lambda: load().dequantize(), scheme, load)
+
+
+def plain(size: Size) -> MoELayer:
+    """All experts are real."""
+    router = Weight(
+        "router",
+        (size.experts, size.hidden),
+        "F32",
+        lambda: torch.randn(size.experts, size.hidden, generator=torch.Generator().manual_seed(1)),
+    )
+    shapes = dict(
+        zip(PARTS, [(size.width, size.hidden)] * 2 + [(size.hidden, size.width)], strict=True)
+    )
+    experts = [
+        Expert(**{p: matrix(f"{n}.{p}", size, *s) for p, s in shapes.items()}, origin=n)
+        for n in range(size.experts)
+    ]
+    return MoELayer(Router(router, size.top_k, True), tuple(experts))
+
+
+def substituted(size: Size, rank: int = 0) -> MoELayer:
+    """Every second expert is replaced."""
+    maps = {
+        n: Substitute(
+            n,
+            dense(f"{n}.constant", size.hidden),
+            dense(f"{n}.first", rank, size.hidden) if rank else None,
+            dense(f"{n}.second", size.hidden, rank) if rank else None,
+        )
+        for n in range(1, size.experts, 2)
+    }
+    # Rows of the router stay in their old order: they are random.
+    return plain(size).substitute(maps)
+
+
+def merged(size: Size, rank: int) -> MoELayer:
+    """Half of the experts, in groups of three, have one base with or without factors."""
+    layer, groups = plain(size), max(1, round(size.experts / 6))
+    members, bases = [], []
+    for n in range(size.experts):
+        if n < 3 * groups and n % 3:
+            base = len(bases) - 1
+        else:
+            base = len(bases)
+            bases.append(layer.experts[n])
+        own = n < 3 * groups and rank
+        members.append(Member(n, base, factors(n, layer.experts[n], rank) if own else {}))
+    return replace(layer, experts=tuple(bases), members=tuple(members))
+
+
+def factors(n: int, expert: Expert, rank: int) -> Mapping[str, Factors]:
+    found = {}
+    for part in PARTS:
+        outs, ins = getattr(expert, part).shape
+        first = dense(f"{n}.{part}.first", rank, ins)
+        found[part] = Factors(first, dense(f"{n}.{part}.second", outs, rank))
+    return found
+
+
+# ---- forms that the target does not write -------------------------------------------------------
+
+
+class OnlyConstants(Columns):
+    """Linear maps are none of their own."""
+
+    stacks = ()
+
+
+class AtOnce(MixedWriter):
+    """All linear maps side by side, every token through all of them."""
+
+    columns = cached_property(lambda self: OnlyConstants(self.layer))
+    @property
+    def columnsX(self) -> Columns:
+        return OnlyConstants(self.layer)
+
+    def add(self, x: str) -> str:
+        self.__dict__["x"] = x
+        return super().add(x)
+
+    def _constants(self, gates: str) -> str:
+        graph, at = self.graph, f"{self.at}/at_once"
+        rank, count = self.layer.substitutes[0].rank, len(self.columns.substitutes)
+        first, second = (
+            graph.node(f"{at}/{name}", "Concat", self._matrices(name), axis=axis)
+            for name, axis in (("first", 0), ("second", 1))
+        )
+        x = graph.node(f"{at}/x", "Reshape", [self.__dict__["x"], self._shape(-1, self.hidden)])
+        inside = graph.node(f"{at}/inside", "FusedMatMul", [x, first], transB=1)
+        inside = graph.node(f"{at}/apart", "Reshape", [inside, self._shape(-1, count, rank)])
+        each = graph.node(f"{at}/gates", "Unsqueeze", [gates, self._shape(-1)])
+        inside = graph.node(f"{at}/gated", "Mul", [inside, each])
+        inside = graph.node(f"{at}/joined", "Reshape", [inside, self._shape(-1, count * rank)])
+        y = graph.node(f"{at}/y", "FusedMatMul", [inside, second], transB=1)
+        return graph.node(at, "Add", [y, super()._constants(gates)])
+
+    def _matrices(self, name: str) -> list[str]:
+        sources = [self.roles[f"substitutes.{n}.{name}"] for n in self.columns.substitutes]
+        return [self.graph.stored(s.name, [(s,)], s.weight.shape) for s in sources]
+
+    def _shape(self, *sizes: int) -> str:
+        return self.graph.constant(sizes)
+
+
+class AllFused(Columns):
+    """``MoE`` holds unquantized experts as well."""
+
+    def _fuses(self, group: Any) -> bool:
+        return True
+
+
+class Masked(MixedWriter):
+    """Logits of what was not chosen are low, and the sum of weights is put back."""
+
+    @property
+    def columns(self) -> Columns:
+        return AllFused(self.layer)
+
+    def _operator(self, x: str, experts: Any, routing: Any, top_k: int, *, normalize: bool) -> str:
+        at, graph = f"{self.at}/masked", self.graph
+        least = graph.constant(1e-37, np.float32)
+        logits = graph.node(at, "Log", [graph.node(at, "Max", [routing[0], least])])
+        y = super()._operator(x, experts, (logits, ""), top_k, normalize=True)
+        return graph.node(at, "Mul", [y, self._sum(at, routing[0])])
+
+
+# ---- timing ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Form:
+    """A layer, and what writes it."""
+
+    title: str
+    make: Callable[[Size], MoELayer]
+    writer: type[MoEWriter] = MixedWriter
+
+
+def merged_form(rank: int) -> Form:
+    title = f"in groups of 3: a base and factors of rank {rank}" if rank else "in groups of 3: one"
+    return Form(title, lambda size: merged(size, rank))
+
+
+FORMS = (
+    Form("all real", plain, MoEWriter),
+    Form("half constants", substituted),
+    Form("half constants, only masked *", substituted, Masked),
+    Form("half linear, rank 16", lambda size: substituted(size, 16)),
+    Form("half linear, rank 16, at once *", lambda size: substituted(size, 16), AtOnce),
+    Form("half linear, rank 64", lambda size: substituted(size, 64)),
+    Form("half linear, rank 64, at once *", lambda size: substituted(size, 64), AtOnce),
+    merged_form(0),
+    merged_form(16),
+    merged_form(64),
+)
+SIZES = (
+    (Size(1024, 3584, 8, 2), FORMS),
+    (Size(2048, 1024, 64, 8), FORMS),
+    (Size(1024, 1792, 8, 2, None), FORMS[:3]),
+)
+
+
+def session(form: Form, size: Size, folder: Path) -> tuple[Any, int]:
+    """The layer in ONNX Runtime, and bytes of its weights."""
+    layer = form.make(size)
+    graph, hidden = Graph(), size.hidden
+    graph.input("x", TensorProto.FLOAT, [1, "tokens", hidden])
+    block = Block(0, 0, {}, {}, layer)
+    roles = {role: Source(f"{role}.weight", weight) for role, weight in block.weights()}
+    y = form.writer(graph, "/moe", roles, layer, 0, 4).add("x")
+    graph.node("/y", "Identity", [y], [graph.output("y", [1, "tokens", hidden])])
+    folder.mkdir()
+    proto = graph.proto(write(graph.batches, folder / "model.onnx.data"), {})
+    (folder / "model.onnx").write_bytes(proto.SerializeToString())
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = THREADS
+    opened = ort.InferenceSession(folder / "model.onnx", options, ["CPUExecutionProvider"])
+    return opened, (folder / "model.onnx.data").stat().st_size
+
+
+THREADS = int(os.environ.get("T","1"))
+
+
+def times(sessions: list[Any], hidden: int, tokens: int, runs: int) -> list[float]:
+    """Median milliseconds of each."""
+    taken: list[list[float]] = [[] for _ in sessions]
+    draw = np.random.default_rng(tokens)
+    for run in range(runs + 2):
+        x = draw.standard_normal((1, tokens, hidden)).astype(np.float32)
+        for n, one in enumerate(sessions):
+            begun = time.perf_counter()
+            one.run(None, {"x": x})
+            if run > 1:
+                taken[n].append(1e3 * (time.perf_counter() - begun))
+    return [statistics.median(values) for values in taken]
+
+
+def measure(size: Size, forms: tuple[Form, ...]) -> None:
+    print(f"\n{size}")
+    print(f"{'':52}{'MB':>7}{'a token, ms':>14}{'':>7}{f'{PROMPT} tokens, ms':>18}{'':>7}")
+    with tempfile.TemporaryDirectory() as parent:
+        opened = [session(f, size, Path(parent) / str(n)) for n, f in enumerate(forms)]
+        sessions = [one for one, _ in opened]
+        decode = times(sessions, size.hidden, 1, DECODED)
+        prefill = times(sessions, size.hidden, PROMPT, PREFILLED)
+    for form, (_, nbytes), one, many in zip(forms, opened, decode, prefill, strict=True):
+        ratios = f"{one / decode[0]:.2f}", f"{many / prefill[0]:.2f}"
+        print(
+            f"{form.title:52}{nbytes / 1e6:7.1f}{one:14.2f}{ratios[0]:>7}{many:18.1f}{ratios[1]:>7}"
+        )
+
+
+def main() -> None:
+    print(f"# onnxruntime {ort.__version__}, CPU provider, {THREADS} threads, int8 activations")
+    print(f"# medians of {DECODED} tokens and of {PREFILLED} prompts, by turns; then the part of")
+    print("# what all real experts take. * is not what the target writes.")
+    for size, forms in SIZES:
+        measure(size, forms)
+
+
+if __name__ == "__main__":
+    main()
