@@ -9,12 +9,12 @@ chosen, and forms are run by turns.
 
 from __future__ import annotations
 
-import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,15 @@ from moe2edge.layers import PARTS, Expert, Factors, Member, MoELayer, Router, Su
 from moe2edge.model import Block
 from moe2edge.rounding import Quantized
 from moe2edge.scheme import Scheme
-from moe2edge.targets._onnx_columns import Columns
+from moe2edge.targets._onnx_columns import Columns, Group
 from moe2edge.targets._onnx_experts import MoEWriter
 from moe2edge.targets._onnx_graph import Graph
 from moe2edge.targets._onnx_mixed import MixedWriter
 from moe2edge.targets._onnx_storage import Source, write
 
-INT4, PROMPT, DECODED, PREFILLED = Scheme(group_size=32), 128, 60, 9
+# One: more of them wait for each other on a machine that has other work.
+THREADS = 1
+INT4, PROMPT, DECODED, PREFILLED = Scheme(group_size=128), 128, 300, 21
 DRAW = torch.Generator().manual_seed(0)
 
 
@@ -48,7 +50,7 @@ class Size:
     scheme: Scheme | None = INT4
 
     def __str__(self) -> str:
-        kind = "int4, groups of 32" if self.scheme else "float32"
+        kind = "int4, groups of 128" if self.scheme else "float32"
         return (
             f"hidden {self.hidden}, {self.experts} experts of width {self.width}, top-{self.top_k}"
             f", {kind}"
@@ -138,19 +140,24 @@ def factors(n: int, expert: Expert, rank: int) -> Mapping[str, Factors]:
 # ---- forms that the target does not write -------------------------------------------------------
 
 
-class OnlyConstants(Columns):
+class NoStacks(Columns):
     """Linear maps are none of their own."""
 
-    stacks = ()
+    @property
+    def stacks(self) -> tuple[tuple[int, ...], ...]:
+        return ()
+
+    @property
+    def substitutes(self) -> tuple[int, ...]:
+        return tuple(range(len(self.layer.substitutes)))
 
 
 class AtOnce(MixedWriter):
     """All linear maps side by side, every token through all of them."""
 
-    columns = cached_property(lambda self: OnlyConstants(self.layer))
-    @property
-    def columnsX(self) -> Columns:
-        return OnlyConstants(self.layer)
+    @cached_property
+    def columns(self) -> Columns:
+        return NoStacks(self.layer)
 
     def add(self, x: str) -> str:
         self.__dict__["x"] = x
@@ -180,17 +187,33 @@ class AtOnce(MixedWriter):
         return self.graph.constant(sizes)
 
 
+class Apart(Columns):
+    """Every linear map is a stack of its own."""
+
+    @property
+    def stacks(self) -> tuple[tuple[int, ...], ...]:
+        return tuple((n,) for stack in super().stacks for n in stack)
+
+
+class Branches(MixedWriter):
+    """Every linear map is a branch, for one token as well."""
+
+    @cached_property
+    def columns(self) -> Columns:
+        return Apart(self.layer)
+
+
 class AllFused(Columns):
     """``MoE`` holds unquantized experts as well."""
 
-    def _fuses(self, group: Any) -> bool:
+    def _fuses(self, group: Group) -> bool:
         return True
 
 
 class Masked(MixedWriter):
     """Logits of what was not chosen are low, and the sum of weights is put back."""
 
-    @property
+    @cached_property
     def columns(self) -> Columns:
         return AllFused(self.layer)
 
@@ -214,6 +237,15 @@ class Form:
     writer: type[MoEWriter] = MixedWriter
 
 
+def linear_forms(rank: int) -> list[Form]:
+    title = f"half linear, rank {rank}"
+    writers = {"": MixedWriter, ", a branch each *": Branches, ", at once *": AtOnce}
+    return [
+        Form(title + more, lambda size: substituted(size, rank), writer)
+        for more, writer in writers.items()
+    ]
+
+
 def merged_form(rank: int) -> Form:
     title = f"in groups of 3: a base and factors of rank {rank}" if rank else "in groups of 3: one"
     return Form(title, lambda size: merged(size, rank))
@@ -223,10 +255,8 @@ FORMS = (
     Form("all real", plain, MoEWriter),
     Form("half constants", substituted),
     Form("half constants, only masked *", substituted, Masked),
-    Form("half linear, rank 16", lambda size: substituted(size, 16)),
-    Form("half linear, rank 16, at once *", lambda size: substituted(size, 16), AtOnce),
-    Form("half linear, rank 64", lambda size: substituted(size, 64)),
-    Form("half linear, rank 64, at once *", lambda size: substituted(size, 64), AtOnce),
+    *linear_forms(16),
+    *linear_forms(64),
     merged_form(0),
     merged_form(16),
     merged_form(64),
@@ -255,9 +285,6 @@ def session(form: Form, size: Size, folder: Path) -> tuple[Any, int]:
     options.intra_op_num_threads = THREADS
     opened = ort.InferenceSession(folder / "model.onnx", options, ["CPUExecutionProvider"])
     return opened, (folder / "model.onnx.data").stat().st_size
-
-
-THREADS = int(os.environ.get("T","1"))
 
 
 def times(sessions: list[Any], hidden: int, tokens: int, runs: int) -> list[float]:
@@ -290,7 +317,7 @@ def measure(size: Size, forms: tuple[Form, ...]) -> None:
 
 
 def main() -> None:
-    print(f"# onnxruntime {ort.__version__}, CPU provider, {THREADS} threads, int8 activations")
+    print(f"# onnxruntime {ort.__version__}, CPU provider, {THREADS} thread, int8 activations")
     print(f"# medians of {DECODED} tokens and of {PREFILLED} prompts, by turns; then the part of")
     print("# what all real experts take. * is not what the target writes.")
     for size, forms in SIZES:
