@@ -1,4 +1,4 @@
-"""Run layers without a router, without an MLP, and with dynamic skipping in onnxruntime-genai.
+"""Run in onnxruntime-genai: layers without router or MLP, with skipping, substitutes, members.
 
     ENVIRONMENT/bin/python benchmarks/genai_reader/forms.py
 
@@ -10,15 +10,23 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
 from click.testing import CliRunner
 from read import compare
 
+from moe2edge import walk
+from moe2edge.checkpoint import open_checkpoint
 from moe2edge.cli import main as moe2edge
 from moe2edge.families import FAMILIES
-from moe2edge.testing import make_checkpoint, make_tokenizer
+from moe2edge.layers import PARTS, Factors, Member, Weight
+from moe2edge.scheme import Scheme
+from moe2edge.targets.onnx import Onnx
+from moe2edge.testing import make_checkpoint, make_tokenizer, quantize
+from moe2edge.verify import record
 
 # What is done to a model of three layers with six experts, and the source's top-k.
 FORMS = {
@@ -28,11 +36,60 @@ FORMS = {
     "no routed expert": ("{expert_drop: {keep: [6, 0, 6], clamp_top_k: true}}", 2),
     "skipping, top-2": ("expert_skip", 2),
     "skipping, top-3": ("expert_skip", 3),
+    "constants": ("{expert_replace: {with: constant, keep: 3}}", 2),
+    "linear maps": ("{expert_replace: {with: linear, keep: 3, rank: 4, min_tokens: 0}}", 2),
+    "maps and skipping": (
+        "expert_skip, {expert_replace: {with: linear, keep: 2, rank: 4, min_tokens: 0}}",
+        3,
+    ),
+    # With random factors, by no recipe.
+    "members": ("", 2),
 }
 SIZES = [
     "--set", "evaluation.samples=3", "--set", "evaluation.length=64",
     "--set", "calibration.samples=2", "--set", "calibration.length=64",
 ]  # fmt: skip
+
+
+def exported(source: Path, steps: str, out: Path) -> None:
+    """The source after the passes ``steps`` and `rtn`, by the command line."""
+    recipe = out.with_suffix(".yaml")
+    recipe.write_text(f"passes: [{steps}, rtn]")
+    command = ["export", str(source), "-t", "onnx", "-r", str(recipe), "-o", str(out)]
+    result = CliRunner().invoke(moe2edge, [*command, *SIZES])
+    if result.exit_code:
+        raise SystemExit(result.stderr)
+
+
+def with_members(source: Path, _: str, out: Path) -> None:
+    """Two experts share a base with factors, two one without, one has only factors."""
+    model = quantize(open_checkpoint(str(source)).model, Scheme(group_size=32))
+    draw = torch.Generator().manual_seed(0)
+
+    def weight(*shape: int) -> Weight:
+        numbers = 0.05 * torch.randn(shape, generator=draw)
+        return Weight("new", shape, "F32", lambda: numbers)
+
+    for block, layer in model.moe_blocks:
+        shapes = {part: getattr(layer.experts[0], part).shape for part in PARTS}
+        members = [
+            Member(
+                n,
+                base,
+                {p: Factors(weight(4, i), weight(o, 4)) for p, (o, i) in shapes.items() if own},
+            )
+            for n, (base, own) in enumerate(
+                ((0, True), (0, True), (1, False), (1, False), (2, False), (None, True))
+            )
+        ]
+        mlp = replace(layer, experts=layer.experts[:3], members=tuple(members))
+        model = model.replace_block(replace(block, mlp=mlp))
+    out.mkdir()
+    make_tokenizer(out)
+    Onnx().write(model, out)
+    ids = torch.randint(1, 96, (2, 64), generator=draw)
+    hidden = walk.observe(model, ids, (), lambda *_: None, "")
+    record(model, ids, None, hidden).save(out)
 
 
 def main() -> int:
@@ -41,16 +98,11 @@ def main() -> int:
     for family in FAMILIES:
         for name, (steps, top_k) in FORMS.items():
             with tempfile.TemporaryDirectory() as parent:
-                source, out, recipe = (Path(parent) / part for part in ("in", "out", "r.yaml"))
+                source, out = Path(parent) / "in", Path(parent) / "out"
                 # Weights of a trained model's size: larger ones blow up what int8 rounds.
                 make_checkpoint(source, family, num_experts_per_tok=top_k, initializer_range=0.05)
                 make_tokenizer(source)
-                recipe.write_text(f"passes: [{steps}, rtn]")
-                command = ["export", str(source), "-t", "onnx", "-r", str(recipe), "-o", str(out)]
-                result = CliRunner().invoke(moe2edge, [*command, *SIZES])
-                if result.exit_code:
-                    print(result.stderr)
-                    return 1
+                (exported if steps else with_members)(source, steps, out)
                 rows, ok = compare(out)
             difference = rows["logits, to our session"].partition(" ")[0]
             tokens = rows["greedy tokens, equal"]
