@@ -52,14 +52,12 @@ def stored(model: Model, layout: Layout, target: str) -> Model:
     if found is not None:
         return found
     could = "natural (for moe2edge.load)"
-    others = (
-        "" if model.substitutes or model.members else ", or target onnx, or trim all layers alike"
-    )
+    others = "" if model.substitutes or model.members else ", or trim all layers alike"
     if _converted(model, "mlp-only") is not None:
         could = f"mlp-only or {could}"
     raise Unsupported(
         f"target {target} with layout {layout} {_needs(model, layout)}, but there are "
-        f"{_kinds(model)}; choose layout {could}{others}"
+        f"{_kinds(model)}; choose layout {could}, or target onnx{others}"
     )
 
 

@@ -114,7 +114,7 @@ def substituted(size: Size, rank: int = 0) -> MoELayer:
 
 
 def merged(size: Size, rank: int) -> MoELayer:
-    """Half of the experts, in groups of three, have one base with or without factors."""
+    """About half of the experts, in groups of three, have one base with or without factors."""
     layer, groups = plain(size), max(1, round(size.experts / 6))
     members, bases = [], []
     for n in range(size.experts):
@@ -247,7 +247,8 @@ def linear_forms(rank: int) -> list[Form]:
 
 
 def merged_form(rank: int) -> Form:
-    title = f"in groups of 3: a base and factors of rank {rank}" if rank else "in groups of 3: one"
+    what = f"a base and factors of rank {rank}" if rank else "one expert, no factors"
+    title = f"in groups of 3: {what}"
     return Form(title, lambda size: merged(size, rank))
 
 
@@ -318,8 +319,10 @@ def measure(size: Size, forms: tuple[Form, ...]) -> None:
 
 def main() -> None:
     print(f"# onnxruntime {ort.__version__}, CPU provider, {THREADS} thread, int8 activations")
-    print(f"# medians of {DECODED} tokens and of {PREFILLED} prompts, by turns; then the part of")
-    print("# what all real experts take. * is not what the target writes.")
+    print(f"# medians of {DECODED} tokens and of {PREFILLED} prompts, by turns; behind each, the")
+    print(
+        "# part of what all real experts take. MB: the data file. * is not what the target writes."
+    )
     for size, forms in SIZES:
         measure(size, forms)
 
