@@ -145,8 +145,8 @@ class MixedWriter(MoEWriter):
         weights = graph.node(f"{at}/weights", "Gather", [routing.weights, places], axis=0)
         weights = graph.node(f"{at}/weights", "Unsqueeze", [weights, last])
         y = graph.node(at, "Mul", [y, weights])
-        # Every place of a token has one answer at most, so that nothing is added up in an order
-        # that threads decide.
+        # Every place of a token has one answer at most. With reduction="add" ScatterND loses some
+        # of those that go to one token, as threads write at once (onnxruntime 1.31).
         count = graph.node(f"{at}/all", "Shape", [routing.rows])
         hidden = graph.constant([self.hidden])
         shape = graph.node(f"{at}/all", "Concat", [count, hidden], axis=0)
