@@ -1,8 +1,9 @@
 """MoE layers whose router also chooses substitutes and members, as ONNX nodes.
 
 No expert is made whole. What the fused operator can hold it gets, with zeros for what answers
-elsewhere; substitutes that are constants are one product of gates; every linear map and every
-base with factors is a branch that is run only if a token chose it, and with its tokens alone.
+elsewhere; constants are one product of gates; every linear map and every base with factors is a
+branch that is run only if a token chose it, and with its tokens alone. For a single token linear
+maps are picked from a stack instead.
 """
 
 from __future__ import annotations
