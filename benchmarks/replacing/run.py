@@ -48,7 +48,7 @@ LENGTH = 256
 # Samples; of evaluation as many of each domain.
 CALIBRATION, EVALUATION, HELD_OUT = 96, 24, 64
 TRAIN: dict[str, Any] = {
-    "steps": 500, "batch": 8, "learning_rate": 5e-4, "held_out": HELD_OUT, "eval_every": 50,
+    "steps": 500, "batch": 8, "learning_rate": 3e-4, "held_out": HELD_OUT, "eval_every": 50,
     "patience": 0, "save_every": 50,
 }  # fmt: skip
 SLIM = [{"gptq": {"bits": 4}}]
