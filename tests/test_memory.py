@@ -143,3 +143,55 @@ def test_memory_does_not_grow_with_blocks(tiny: Make, tmp_path: Path) -> None:
         peaks.append(json.loads((out / "report.json").read_text())["peak_bytes"])
     assert sizes[1] - sizes[0] > 150e6
     assert peaks[1] - peaks[0] < (sizes[1] - sizes[0]) / 2
+
+
+RUN = """
+import sys, torch
+from pathlib import Path
+import moe2edge
+
+def status(key):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(key))
+
+torch.ones(64, 64) @ torch.ones(64, 64)
+before = status("VmRSS")
+model = moe2edge.load(sys.argv[1])
+ids = torch.arange(1, 33)[None]
+with torch.no_grad():
+    model(ids)
+print(status("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("step", ["base", "linear"])
+def test_what_is_replaced_stays_small_when_it_runs(tiny: Make, tmp_path: Path, step: str) -> None:
+    """Peak memory of running a folder, against that of its source, falls as its file does."""
+    model = tiny(
+        "mixtral",
+        hidden_size=512,
+        intermediate_size=1024,
+        num_local_experts=12,
+        num_hidden_layers=4,
+        dtype="bfloat16",
+        initializer_range=0.02,
+    )
+    text, out, recipe = tmp_path / "text.txt", tmp_path / "out", tmp_path / "recipe.json"
+    text.write_text("".join(chr(33 + (n * n + n // 7) % 90) for n in range(4000)))
+    options = {"with": step, "budget": 0.5, **({"factors": "zero"} if step == "base" else {})}
+    recipe.write_text(json.dumps({"passes": [{"expert_replace": options}]}))
+    command = ["export", str(model), "-t", "hf:layout=natural", "-o", str(out), "-r", str(recipe)]
+    more = ["--calib", str(text), "--eval", "none", "--set", "calibration.length=64"]
+    done = CliRunner().invoke(main, [*command, *more, "--set", "calibration.samples=4"])
+    assert done.exit_code == 0, done.output
+    sizes = [sum(p.stat().st_size for p in f.glob("*.safetensors")) for f in (model, out)]
+    saved = sizes[0] - sizes[1]
+    assert saved > 70e6
+    peaks = []
+    for folder in (model, out):
+        command = [sys.executable, "-c", RUN, str(folder)]
+        ran = subprocess.run(command, capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stderr
+        peaks.append(int(ran.stdout))
+    assert peaks[0] - peaks[1] > 0.9 * saved

@@ -3,8 +3,9 @@
     python benchmarks/replacing/before_recovery.py --model MODEL --data DIR [--seeds 3]
 
 Calibrates on 24 x 256 tokens of each of four domains, measures on as many held-out tokens of each:
-the mean log-perplexity over domains, in nats above that of the source. Dropping experts by the two
-best criteria of `expert_drop` stands beside it. Needs one model in memory a block at a time.
+the mean log-perplexity over domains, in nats above that of the source. Dropping experts by every
+criterion of `expert_drop`, and by `expert_search`, stands beside it; what is left of the excess of
+the best of them is in the last column. Needs one model in memory a block at a time.
 """
 
 from __future__ import annotations
@@ -17,16 +18,19 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import torch
+from methods import svd_rank
 
 from moe2edge import walk
 from moe2edge.artifact import tokenizer_of
 from moe2edge.checkpoint import open_checkpoint
+from moe2edge.criteria import Criterion
 from moe2edge.model import Model
 from moe2edge.passes.expert_drop import ExpertDrop
 from moe2edge.passes.expert_replace import ExpertReplace
+from moe2edge.passes.expert_search import ExpertSearch
 from moe2edge.pipeline import Lab
 from moe2edge.testing import InMemory
 
@@ -36,6 +40,7 @@ from texts import DOMAINS, write_texts
 SAMPLES, LENGTH, KEEP = 24, 256, 0.5
 # Of linear maps; what answers, by which criterion, fitted on what.
 RANK = 16
+DROPS = tuple(c for c in get_args(Criterion) if c != "random")
 REPLACED = (
     ("constant", "mone", "intact"),
     ("constant", "residual", "changed"),
@@ -45,6 +50,14 @@ REPLACED = (
     ("linear", "residual", "intact"),
     ("linear", "residual", "changed"),
 )
+
+
+BUDGETS: dict[str, dict[str, Any]] = {
+    "linear, ranks by budget": {"with": "linear"},
+    "base, SVD factors": {"with": "base"},
+    "base, no factors": {"with": "base", "rank": 0},
+    "SVD of each": {"with": "svd"},
+}
 
 
 def quietly(*_: Any) -> None:
@@ -70,6 +83,15 @@ def losses(model: Model, texts: dict[str, torch.Tensor]) -> list[float]:
     return found
 
 
+WATCHER: Any = SimpleNamespace(advance=quietly, log=quietly)
+
+
+def searched(model: Model, ids: torch.Tensor, progressive: bool) -> Model:
+    """With the half of each layer's experts that a search found."""
+    step = ExpertSearch(keep=KEEP, progressive=progressive)
+    return step.search(Lab(model, model, ids, InMemory(), WATCHER)).model
+
+
 def dropped(model: Model, ids: torch.Tensor, criterion: Any) -> Model:
     """Without the lower half of each layer's experts."""
     step = ExpertDrop(keep=KEEP, criterion=criterion)
@@ -90,16 +112,29 @@ def replaced(model: Model, ids: torch.Tensor, how: tuple[str, str, str]) -> Mode
             "fitted_on": fitted_on,
         }
     )
-    watcher: Any = SimpleNamespace(advance=quietly, log=quietly)
-    return step.search(Lab(model, model, ids, InMemory(), watcher)).model
+    return step.search(Lab(model, model, ids, InMemory(), WATCHER)).model
+
+
+def by_budget(model: Model, ids: torch.Tensor, options: dict[str, Any]) -> Model:
+    """With half of the experts' bytes."""
+    if options["with"] == "svd":
+        options = {**options, "rank": svd_rank(model)}
+    step = ExpertReplace.model_validate({"budget": KEEP, **options}).resolved(model)
+    step.check(model)
+    return step.search(Lab(model, model, ids, InMemory(), WATCHER)).model
 
 
 def methods() -> Iterator[tuple[str, Callable[[Model, torch.Tensor], Model]]]:
     """By name."""
-    for criterion in ("reap", "mone"):
+    for criterion in DROPS:
         yield f"drop, {criterion}", lambda m, ids, c=criterion: dropped(m, ids, c)
+    for progressive in (False, True):
+        name = "drop, expert_search" + ", progressive" * progressive
+        yield name, lambda m, ids, p=progressive: searched(m, ids, p)
     for how in REPLACED:
         yield f"{how[0]}, {how[1]}, {how[2]}", lambda m, ids, h=how: replaced(m, ids, h)
+    for name, options in BUDGETS.items():
+        yield name, lambda m, ids, o=options: by_budget(m, ids, o)
 
 
 def main() -> None:
@@ -121,6 +156,7 @@ def main() -> None:
     source = losses(model, held_out)
     shown = ", ".join(f"{d} {math.exp(v):.2f}" for d, v in zip(DOMAINS, source, strict=True))
     print(f"{given.model}: source {model.nbytes / 1e6:.1f} MB, perplexity {shown}")
+    best = math.inf
     for name, make in methods():
         results = [make(model, ids) for ids in calibration]
         excess = []
@@ -129,7 +165,10 @@ def main() -> None:
             excess.append((sum(found) - sum(source)) / len(DOMAINS))
         mean = sum(excess) / len(excess)
         each = ", ".join(f"{value:.4f}" for value in excess)
-        print(f"{name:32} {results[0].nbytes / 1e6:6.1f} MB  {mean:.4f}  ({each})", flush=True)
+        best = min(best, mean) if name.startswith("drop") else best
+        left = "" if name.startswith("drop") else f"  {mean / best:.0%} of the best drop's"
+        size = results[0].nbytes / 1e6
+        print(f"{name:32} {size:6.1f} MB  {mean:.4f}  ({each}){left}", flush=True)
         print(json.dumps({"model": given.model, "method": name, "excess": excess}), file=sys.stderr)
 
 
