@@ -44,7 +44,7 @@ def tables(rows: Sequence[Row]) -> Iterator[str]:
         for size in sorted({row["size"] for row in own}, reverse=True):
             what = "all expert bytes" if size == 1 else f"{size:.0%} of the expert bytes"
             yield f"\n## {model}, {what}\n"
-            yield "| | MB | experts | perplexity | KL | trained | KL | 4 bits, MB | perplexity | KL |"
+            yield "| | MB | experts | before | KL | trained | KL | 4 bits, MB | perplexity | KL |"
             yield "|---|---|---|---|---|---|---|---|---|---|"
             yield from (_line(row, own) for row in own if row["size"] == size)
         yield f"\n## {model}, perplexity by domain, before and after training\n"
