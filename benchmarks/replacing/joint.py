@@ -1,0 +1,124 @@
+"""Whether linear maps of a layer that are fitted together miss less than each by itself.
+
+    python benchmarks/replacing/joint.py --model MODEL --data DIR [--sweeps 3] [--seeds 2]
+
+A token that chose two replaced experts gets the sum of two maps, so that one can make up for what
+the other misses. Each map is fitted again to what the others leave, in turns: coordinate descent on
+the error of the whole layer. Half of the experts, rank 16, the texts of before_recovery.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import before_recovery as setup
+import torch
+from torch import Tensor
+
+from moe2edge import substitution, walk
+from moe2edge.artifact import tokenizer_of
+from moe2edge.checkpoint import open_checkpoint
+from moe2edge.layers import MoELayer
+from moe2edge.model import Block, Model
+from moe2edge.substituting import substituted
+from moe2edge.substitution import Fit, Sums
+from moe2edge.testing import InMemory
+
+RIDGE = 0.01
+
+
+def answer(fit: Fit, x: Tensor) -> Tensor:
+    """Of a map, for x [n, hidden]."""
+    return (fit.constant + x.double() @ fit.first.T @ fit.second.T).float()
+
+
+@dataclass
+class Joint:
+    """Keeps all that experts of a layer do, and fits maps in turns.
+
+    Attributes:
+        sweeps: how often each is fitted again.
+        seen: what each batch showed.
+        missed: of each layer the error before and after the sweeps.
+    """
+
+    sweeps: int
+    store: InMemory = field(default_factory=InMemory)
+    seen: list[walk.Seen] = field(default_factory=list)
+    missed: list[tuple[float, float]] = field(default_factory=list)
+
+    def change(self, block: Block) -> Block:
+        """With maps for the half of the experts whose own maps miss least."""
+        layer = block.mlp
+        assert isinstance(layer, MoELayer)
+        routings = [s.routing for s in self.seen if s.routing is not None]
+        x = torch.cat([r.inputs for r in routings])
+        ids, weights = (torch.cat([getattr(r, k) for r in routings]) for k in ("ids", "weights"))
+        count = len(layer.experts)
+        gates = torch.zeros(len(x), count).scatter_(1, ids, weights)
+        rows = {n: torch.where(ids == n)[0] for n in range(count)}
+        outputs = {n: self.seen[0].expert_output(n, x[rows[n]]) for n in range(count)}
+
+        def fitted(n: int, wanted: Tensor) -> Fit:
+            sums = Sums(x.shape[1])
+            sums.add(x[rows[n]], wanted, gates[rows[n], n])
+            return substitution.fit(sums, setup.RANK, RIDGE)
+
+        fits = {n: fitted(n, outputs[n]) for n in range(count)}
+        gone = sorted(sorted(fits, key=lambda n: fits[n].residual)[: count // 2])
+        lacking = torch.zeros_like(x)
+        for n in gone:
+            gate = gates[rows[n], n, None]
+            lacking[rows[n]] += gate * (outputs[n] - answer(fits[n], x[rows[n]]))
+        before = float(lacking.square().sum())
+        for n in gone * self.sweeps:
+            gate = gates[rows[n], n, None]
+            lacking[rows[n]] += gate * answer(fits[n], x[rows[n]])
+            fits[n] = fitted(n, lacking[rows[n]] / gate)
+            lacking[rows[n]] -= gate * answer(fits[n], x[rows[n]])
+        self.missed.append((before, float(lacking.square().sum())))
+        self.seen.clear()
+        numbers = {}
+        for place, n in enumerate(gone):
+            for part in ("constant", "first", "second"):
+                numbers[f"substitutes.{place}.{part}"] = getattr(fits[n], part).float()
+        return self.store.put(substituted(block, layer, dict.fromkeys(gone, setup.RANK)), numbers)
+
+
+def main() -> None:
+    """Print the excess loss of both for each seed, and the errors of the layers."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--sweeps", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=2)
+    given = parser.parse_args()
+    checkpoint = open_checkpoint(given.model)
+    model, tokenizer = checkpoint.model, tokenizer_of(checkpoint.folder)
+    with tempfile.TemporaryDirectory() as folder:
+        texts = setup.write_texts(given.data, Path(folder))
+        domains = setup.DOMAINS
+        held_out = {d: setup.tokens(tokenizer, texts["evaluation"][d], 0) for d in domains}
+        calibration = [
+            torch.cat([setup.tokens(tokenizer, texts["calibration"][d], n) for d in domains])
+            for n in range(given.seeds)
+        ]
+    source = sum(setup.losses(model, held_out))
+    for seed, ids in enumerate(calibration):
+        for sweeps in (0, given.sweeps):
+            joint = Joint(sweeps)
+            result: Model = walk.rewrite(
+                model, ids, joint.seen.append, joint.change, setup.quietly, ""
+            )
+            excess = (sum(setup.losses(result, held_out)) - source) / len(setup.DOMAINS)
+            changes = ", ".join(f"{after / before - 1:+.1%}" for before, after in joint.missed)
+            print(
+                f"seed {seed}, {sweeps} sweeps: excess {excess:.4f}; layers {changes}", flush=True
+            )
+
+
+if __name__ == "__main__":
+    main()
