@@ -123,22 +123,24 @@ class Cost:
         """How many bases so many candidates have."""
         return 0 if self.group is None else -(-candidates // self.group)
 
-    def saved(self, candidates: int) -> int:
+    def saved(self, replaced: int) -> int:
         """Bytes that are saved by replacing so many experts."""
-        if not self.replaces(candidates):
+        # A single one has nobody to share a base with.
+        if not replaced or (self.group is not None and replaced < 2):
             return 0
-        return (candidates - self.groups(candidates)) * self.expert - candidates * self.factors
+        return (replaced - self.groups(replaced)) * self.expert - replaced * self.factors
 
-    def replaces(self, candidates: int) -> bool:
-        """Whether so many are replaced: a single one has nobody to share a base with."""
-        return candidates > (self.group is not None)
+    def replaced(self, candidates: int) -> int:
+        """How many of so many candidates are replaced: as many as save most.
+
+        The first expert of a new group adds a base, and saves nothing until others join.
+        """
+        return max(range(candidates + 1), key=lambda n: (self.saved(n), -n))
 
 
-def smallest(costs: Sequence[Cost], sizes: Sequence[int]) -> int:
-    """Bytes that are saved where every layer, of so many experts, saves as many as it can."""
-    return sum(
-        max(cost.saved(n) for n in range(size + 1)) for cost, size in zip(costs, sizes, strict=True)
-    )
+def most_saved(costs: Sequence[Cost], sizes: Sequence[int]) -> int:
+    """Bytes that are saved where every layer, of so many candidates, saves as many as it can."""
+    return sum(c.saved(c.replaced(size)) for c, size in zip(costs, sizes, strict=True))
 
 
 def choose(
@@ -146,32 +148,27 @@ def choose(
 ) -> list[list[int]]:
     """Experts to replace, by layer: as few, in that order, as it takes to meet the budget.
 
-    Bytes do not fall with every expert (the first of a new group adds a base), so that the order
-    is gone through from its start rather than bisected; that is exact and takes no time.
+    The threshold rises from expert to expert instead of being bisected, which is exact and takes
+    no time.
 
     Args:
         ordered: as by `order`.
         costs: by layer.
         whole: bytes of all experts.
-        budget: bytes that there may be.
+        budget: bytes that there may be; `most_saved` says what can be.
 
     Returns:
-        Nothing where a single expert of a layer would be replaced by a base of its own.
+        Of the experts under the threshold those whose replacement saves something.
     """
-    counts = [0] * len(costs)
     chosen: list[list[int]] = [[] for _ in costs]
-    total = whole
+    saved = [0] * len(costs)
     for layer, expert in ordered:
-        if total <= budget:
+        if whole - sum(saved) <= budget:
             break
-        total += costs[layer].saved(counts[layer])
-        counts[layer] += 1
-        total -= costs[layer].saved(counts[layer])
         chosen[layer].append(expert)
-    return [
-        sorted(own) if cost.replaces(len(own)) else []
-        for own, cost in zip(chosen, costs, strict=True)
-    ]
+        cost, count = costs[layer], len(chosen[layer])
+        saved[layer] = cost.saved(cost.replaced(count))
+    return [sorted(own[: cost.replaced(len(own))]) for own, cost in zip(chosen, costs, strict=True)]
 
 
 # ---- groups --------------------------------------------------------------------------------------

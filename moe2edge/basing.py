@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from moe2edge import bases, walk
-from moe2edge.layers import PARTS, Expert, Factors, Member, MoELayer, Weight
+from moe2edge import amounts, bases, walk
+from moe2edge.errors import InputError, Moe2EdgeError
+from moe2edge.layers import DTYPE_BYTES, PARTS, Expert, Factors, Member, MoELayer
+from moe2edge.memory import check as check_memory
 from moe2edge.model import Block, Model
-from moe2edge.pipeline import Lab, Outcome, planned
+from moe2edge.pipeline import Lab, Outcome, planned_like
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,10 +36,6 @@ def shared(block: Block, layer: MoELayer, groups: Sequence[Sequence[int]], rank:
 
     Numbers of bases and factors are not there yet; experts that stay come before bases.
     """
-
-    def weight(like: Weight, name: str, *shape: int) -> Weight:
-        return planned(replace(like, name=name, shape=shape, scheme=None, load_quantized=None))
-
     gone = {j: n for n, own in enumerate(groups) for j in own}
     based = [own for own in groups if len(own) > 1]
     stay = [j for j in range(len(layer.experts)) if j not in gone]
@@ -45,10 +43,10 @@ def shared(block: Block, layer: MoELayer, groups: Sequence[Sequence[int]], rank:
     for own in based:
         like = layer.experts[own[0]]
         numbers = {
-            p: weight(
+            p: planned_like(
                 getattr(like, p),
                 f"{p} of base {like.origin} in block {block.origin}",
-                *getattr(like, p).shape,
+                getattr(like, p).shape,
             )
             for p in PARTS
         }
@@ -65,12 +63,145 @@ def shared(block: Block, layer: MoELayer, groups: Sequence[Sequence[int]], rank:
             outs, ins = like.shape
             name = f"of {part} of member {expert.origin} in block {block.origin}"
             factors[part] = Factors(
-                weight(like, f"first factor {name}", rank, ins),
-                weight(like, f"second factor {name}", outs, rank),
+                planned_like(like, f"first factor {name}", (rank, ins)),
+                planned_like(like, f"second factor {name}", (outs, rank)),
             )
         base = len(stay) + based.index(own) if len(own) > 1 else None
         members.append(Member(expert.origin, base, factors))
     return replace(block, mlp=replace(layer, experts=tuple(experts), members=tuple(members)))
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """How much is shared: which experts of which layers go, in groups.
+
+    Attributes:
+        budget: bytes that experts may take, or a fraction of what they take.
+        rank: of the factors of a layer.
+        group: experts to a base; None: factors are all.
+    """
+
+    budget: float
+    rank: Callable[[MoELayer], int]
+    group: int | None
+
+    def costs(self, model: Model) -> list[bases.Cost]:
+        """By MoE layer."""
+        found = []
+        for _, layer in model.moe_blocks:
+            expert, rank = layer.experts[0], self.rank(layer)
+            each = DTYPE_BYTES[expert.gate.dtype]
+            factors = 3 * each * rank * sum(expert.gate.shape)
+            found.append(bases.Cost(each * expert.count, factors, self.group))
+        return found
+
+    def nbytes(self, model: Model) -> int:
+        """The budget in bytes."""
+        return amounts.number(self.budget, experts_nbytes(model))
+
+    def check(self, model: Model) -> None:
+        """Refuse ranks and budgets that experts, and what replaces them, do not have.
+
+        Raises:
+            InputError: with what is possible.
+        """
+        if model.substitutes:
+            raise InputError(
+                f"expert_replace: {model.substitutes} experts have substitutes already, and what "
+                "shares a base does not go with them; use one kind in a recipe"
+            )
+        least_rank = 0 if self.group else 1
+        for block, layer in model.moe_blocks:
+            shape, rank = layer.experts[0].gate.shape, self.rank(layer)
+            if not least_rank <= rank <= min(shape):
+                raise InputError(
+                    f"expert_replace: rank {rank}, but the matrices of experts in block "
+                    f"{block.index} are {list(shape)}: from {least_rank} to {min(shape)}"
+                )
+        sizes = [len(layer.experts) - (self.group is None) for _, layer in model.moe_blocks]
+        whole, budget = experts_nbytes(model), self.nbytes(model)
+        least = whole - bases.most_saved(self.costs(model), sizes)
+        if budget < least:
+            how = f"group_size {self.group} and " if self.group else ""
+            raise InputError(
+                f"expert_replace: the budget is {budget:,} bytes of the {whole:,} that experts "
+                f"take, but with {how}rank {self.rank(model.moe_blocks[0][1])} they take {least:,} "
+                f"at least ({least / whole:.1%}); raise the budget"
+            )
+        if budget >= whole:
+            raise InputError(
+                f"expert_replace: the budget is {budget:,} bytes, and experts take {whole:,}; "
+                "nothing to do"
+            )
+
+    def groupings(
+        self,
+        model: Model,
+        scores: Sequence[Sequence[float]],
+        factors: Sequence[float],
+        similar: Sequence[Tensor],
+    ) -> list[list[list[int]]]:
+        """Groups of experts that are replaced, by MoE layer; without bases, of one each.
+
+        Args:
+            model: the model.
+            scores: importance of experts, by layer.
+            factors: of the threshold, by layer.
+            similar: similarity of the experts of a layer, [E, E], by layer.
+        """
+        costs, ordered = self.costs(model), bases.order(scores, factors)
+        if self.group is None:  # layers need one expert that stays
+            best = [max(range(len(own)), key=lambda j: (own[j], j)) for own in scores]
+            ordered = [(layer, expert) for layer, expert in ordered if expert != best[layer]]
+        chosen = bases.choose(ordered, costs, experts_nbytes(model), self.nbytes(model))
+        if self.group is None:
+            return [[[j] for j in own] for own in chosen]
+        found = []
+        for own, cost, importance, alike in zip(chosen, costs, scores, similar, strict=True):
+            groups = bases.group(own, importance, alike, cost.groups(len(own)))
+            # An expert that nobody joined stays what it is, which takes no more.
+            found.append([members for members in groups if len(members) > 1])
+        return found
+
+    def plan(self, model: Model) -> Model:
+        """Shapes, where the last experts of each layer go, in turns: nobody knows yet which."""
+        blocks = model.moe_blocks
+        last = [[float(len(m.experts) - n) for n in range(len(m.experts))] for _, m in blocks]
+        alike = [torch.zeros(len(own), len(own)) for own in last]
+        groupings = self.groupings(model, last, [1.0] * len(blocks), alike)
+        for (block, layer), groups in zip(blocks, groupings, strict=True):
+            if groups:
+                model = model.replace_block(shared(block, layer, groups, self.rank(layer)))
+        return model
+
+
+def similarity(
+    how: Literal["router", "weights", "random"],
+    block: Block,
+    layer: MoELayer,
+    logits: Tensor,
+    seed: int,
+) -> Tensor:
+    """Similarity of the experts of a layer, float64 [E, E].
+
+    Args:
+        how: by cosines of router logits or of weights, or at random.
+        block: the block.
+        layer: its layer.
+        logits: products of columns of router logits, [E, E].
+        seed: for random.
+    """
+    if how == "router":
+        return bases.cosines(logits)
+    count = len(layer.experts)
+    if how == "random":
+        draw = torch.Generator().manual_seed(seed * 1_000_003 + block.origin)
+        return torch.rand(count, count, generator=draw, dtype=torch.float64)
+    gram = torch.zeros(count, count, dtype=torch.float64)
+    for part in PARTS:
+        whole = torch.stack([getattr(e, part).load().flatten() for e in layer.experts]).float()
+        gram += (whole @ whole.T).double()
+    return bases.cosines(gram)
 
 
 @dataclass
@@ -78,21 +209,21 @@ class Builder:
     """Builds bases and factors, block after block.
 
     Attributes:
-        fitted: factors begin as the nearest to what is lacking; otherwise as zero.
-        rank: of the factors of a layer.
-        seed: of factors that begin as zero.
+        sharing: how much is shared.
         lab: what there is at hand.
         groups: experts that are replaced, by the index of their block.
         importance: of all experts, likewise.
+        fitted: factors begin as the nearest to what is lacking; otherwise as zero.
+        seed: of factors that begin as zero.
         changed, notes: for the report.
     """
 
-    fitted: bool
-    rank: Callable[[MoELayer], int]
-    seed: int
+    sharing: Sharing
     lab: Lab
     groups: Mapping[int, list[list[int]]]
     importance: Mapping[int, list[float]]
+    fitted: bool
+    seed: int
     changed: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     _grams: dict[tuple[int, str], Tensor] = field(default_factory=dict)
@@ -101,6 +232,7 @@ class Builder:
         """The changed model."""
         lab, model = self.lab, self.lab.model
         if self._whitens:
+            self._state_cost()
             model = walk.rewrite(
                 model,
                 lab.tokens,
@@ -115,14 +247,28 @@ class Builder:
             for block, _ in model.moe_blocks:
                 model = model.replace_block(self.change(block))
         before, after = experts_nbytes(lab.model), experts_nbytes(model)
+        if after > (budget := self.sharing.nbytes(lab.model)):
+            raise Moe2EdgeError(f"experts take {after:,} bytes, more than the budget of {budget:,}")
         self.notes.append(
             f"experts, bases and factors take {after:,} bytes of {before:,} ({after / before:.1%})"
         )
         return Outcome(model, changed=tuple(self.changed), notes=tuple(self.notes))
 
+    def _state_cost(self) -> None:
+        most = max(sum(map(len, groups)) for groups in self.groups.values())
+        width, hidden = self.lab.model.moe_blocks[0][1].experts[0].gate.shape
+        check_memory(
+            4 * most * (width**2 + hidden**2) + 4 * self.lab.tokens.numel() * hidden,
+            f"expert_replace sums up products of inputs of {most} experts at a time",
+            "set factors to zero, or do it on a larger one",
+            self.lab.memory.limit,
+        )
+
     @property
     def _whitens(self) -> bool:
-        return self.fitted and any(self.rank(layer) for _, layer in self.lab.model.moe_blocks)
+        return self.fitted and any(
+            self.sharing.rank(layer) for _, layer in self.lab.model.moe_blocks
+        )
 
     def see(self, seen: Seen) -> None:
         """Sum up products of inputs of what will have factors, weighted by the gate."""
@@ -152,7 +298,7 @@ class Builder:
         origins = [[layer.experts[j].origin for j in own] for own in groups]
         shown = ", ".join("+".join(map(str, own)) for own in origins)
         self.changed.append(f"block {block.index}: experts {shown}")
-        return self.lab.store.put(shared(block, layer, groups, self.rank(layer)), numbers)
+        return self.lab.store.put(shared(block, layer, groups, self.sharing.rank(layer)), numbers)
 
     def _part(
         self,
@@ -163,7 +309,7 @@ class Builder:
         numbers: dict[str, Tensor],
     ) -> None:
         """Bases and factors of one of the three matrices."""
-        rank = self.rank(layer)
+        rank = self.sharing.rank(layer)
         position = len(layer.experts) - sum(map(len, groups))
         for own in groups:
             weights = {j: getattr(layer.experts[j], part).load().float() for j in own}

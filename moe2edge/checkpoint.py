@@ -427,7 +427,8 @@ def tensor_bytes(tensor: Tensor, planned: Planned) -> memoryview:
         raise AssertionError(
             f"{planned.name}: made {found}, planned {(planned.shape, planned.dtype)}"
         )
-    return memoryview(tensor.contiguous().view(torch.uint8).numpy().reshape(-1).data)
+    # Flat first: a matrix of one column may have any stride there and count as contiguous.
+    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def write_checkpoint(folder: Path, tensors: Iterable[Planned]) -> None:

@@ -275,6 +275,31 @@ class MoELayer:
         """Of each expert or member that the router sees, the expert whose matrices it has."""
         return tuple(m.base for m in self.members) or tuple(range(len(self.experts)))
 
+    @property
+    def sharing(self) -> tuple[int, ...]:
+        """Rows of members that are not what they were: with factors, or a base that they share."""
+        return tuple(
+            row
+            for row, member in enumerate(self.members)
+            if member.factors or self.bases.count(member.base) > 1
+        )
+
+    @property
+    def idle(self) -> int:
+        """Parameters of what the router chooses from that one token does not use.
+
+        A token chooses the largest; what two members share counts for each.
+        """
+        own = [m.count for m in self.members] or [0] * len(self.experts)
+        rows = [
+            extra + (0 if base is None else self.experts[base].count)
+            for base, extra in zip(self.bases, own, strict=True)
+        ]
+        rows += [sum(weight.count for _, weight in s.weights()) for s in self.substitutes]
+        used = sum(sorted(rows, reverse=True)[: self.router.top_k])
+        whole = sum(expert.count for expert in self.experts) + sum(own) + sum(rows[len(own) :])
+        return max(0, whole - used)
+
     def chosen(self, expert: int, ids: Tensor) -> Tensor:
         """Where the matrices of an expert are used: of which of the chosen rows, bool [tokens, k].
 

@@ -17,6 +17,7 @@ from scipy.cluster.hierarchy import linkage
 from scipy.optimize import linear_sum_assignment
 from torch.nn.functional import normalize, silu
 
+from moe2edge.bases import cosines, group
 from moe2edge.criteria import ranking
 
 if TYPE_CHECKING:
@@ -89,13 +90,6 @@ def nbytes(experts: int, hidden: int, width: int, *, align: bool) -> int:
 # ---- which belong together ---------------------------------------------------------------------
 
 
-def logit_cosines(logits: Tensor) -> Tensor:
-    """Cosines of columns of router logits from their products, [experts, experts]."""
-    norms = logits.diagonal().sqrt()
-    found: Tensor = logits / (norms[:, None] * norms).clamp(min=torch.finfo(logits.dtype).tiny)
-    return found
-
-
 def ream_similarity(sums: Sums) -> Tensor:
     """REAM's similarity of two experts, [experts, experts], from 0 to 1.
 
@@ -105,7 +99,7 @@ def ream_similarity(sums: Sums) -> Tensor:
     a token, a positive number, changes no cosine, and is left out.
     """
     outputs = (sums.cosines / max(sums.tokens, 1) + 1) / 2
-    distance = (2 - 2 * logit_cosines(sums.logits)).clamp(min=0).sqrt().fill_diagonal_(0)
+    distance = (2 - 2 * cosines(sums.logits)).clamp(min=0).sqrt().fill_diagonal_(0)
     routing = 1 - distance / distance.max().clamp(min=torch.finfo(distance.dtype).tiny)
     found: Tensor = (outputs + routing) / 2
     return found
@@ -140,12 +134,8 @@ def join_nearest(similarity: Tensor, keep: int, scores: Sequence[float]) -> tupl
         keep: number of centroids.
         scores: of experts.
     """
-    ranked = ranking(scores)
-    groups: dict[int, list[int]] = {centroid: [] for centroid in sorted(ranked[:keep])}
-    for n in ranked[keep:]:
-        nearest = max(groups, key=lambda centroid: (float(similarity[n, centroid]), -centroid))
-        groups[nearest].append(n)
-    return _ordered(groups)
+    groups = group(range(len(scores)), scores, similarity, keep)
+    return _ordered({centroid: others for centroid, *others in groups})
 
 
 def absorb(similarity: Tensor, keep: int, scores: Sequence[float], limit: int) -> tuple[Group, ...]:

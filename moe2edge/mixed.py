@@ -206,14 +206,15 @@ class MixedExperts(nn.Module):
             layer: the layer.
             original: the three matrices, gate, up and down, that a row of the router had.
         """
-        shared = [row for row, base in enumerate(layer.bases) if layer.bases.count(base) > 1]
+        device = self.experts.get_parameter("gate_up_proj").device
         if self.members is None:
-            with torch.device(self.experts.gate_up_proj.device):  # type: ignore[arg-type]
-                self._set_members(layer, shared)
+            with device:
+                self._set_members(layer, layer.sharing)
         assert self.members is not None, "no two experts share a base"
         found = [original(row) for row in self.members.rows]
         gate_up = torch.stack([torch.cat([gate, up]) for gate, up, _ in found])
-        self.members.anneal(gate_up, torch.stack([down for _, _, down in found]))
+        down = torch.stack([down for _, _, down in found])
+        self.members.anneal(gate_up.to(device), down.to(device))
         return self.members
 
     def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -258,10 +258,7 @@ class Model:
 
         Embedding rows that are not looked up count, as is usual.
         """
-        idle = sum(
-            max(0, len(m.experts) - m.router.top_k) * m.experts[0].count for _, m in self.moe_blocks
-        )
-        return self.parameters - idle
+        return self.parameters - sum(layer.idle for _, layer in self.moe_blocks)
 
     @property
     def nbytes(self) -> int:

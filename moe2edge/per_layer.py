@@ -51,7 +51,7 @@ def config_of(model: Model) -> dict[str, Any]:
     layers = config.get("per_layer_config", {}).values()
     sizes = {(own.get(model.family.experts_key[0], count), own.get(TOP_K, top_k)) for own in layers}
     if sizes == {(count, top_k)}:
-        config[TOP_K] = top_k - 1  # not 0: what skips chooses two or more
+        config[TOP_K] = top_k - 1 or 2  # 0 is no top-k
     return config
 
 

@@ -92,7 +92,7 @@ class Outcome:
 class Pass(BaseModel):
     """One step of a recipe. Its fields are its options: recipe keys, validation, JSON Schema."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     def resolved(self, model: Model) -> Self:
         """The same pass with every choice made that it leaves to the source ``model``."""
@@ -397,6 +397,27 @@ def refuse_replaced(name: str, model: Model) -> None:
             f"{name}: {replaced} experts were replaced or merged, and it knows nothing of what "
             f"answers for them; put expert_replace or expert_merge after {name}"
         )
+
+
+def refuse_slimmed(name: str, model: Model) -> None:
+    """Refuse a model whose experts are quantized or sparse, for passes that compute new ones.
+
+    Raises:
+        InputError: some are.
+    """
+    for block, layer in model.moe_blocks:
+        weights = [w for e in layer.experts for w in (e.gate, e.up, e.down)]
+        if any(w.scheme or w.pattern for w in weights):
+            raise InputError(
+                f"{name}: experts of block {block.index} are quantized or sparse, and what it "
+                f"computes of them is not; move {name} before the pass that does it"
+            )
+
+
+def planned_like(like: Weight, name: str, shape: tuple[int, ...]) -> Weight:
+    """A handle on new numbers in the dtype of another one, which are not there yet."""
+    plain = {"scheme": None, "load_quantized": None, "pattern": None}
+    return planned(replace(like, name=name, shape=shape), **plain)
 
 
 def planned(weight: Weight, **promised: Any) -> Weight:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from moe2edge import criteria, substitution
 from moe2edge.layers import DTYPE_BYTES, MoELayer, Substitute, Weight
-from moe2edge.pipeline import Store, planned
+from moe2edge.pipeline import Store, planned_like
 from moe2edge.substitution import Size, Sums
 
 if TYPE_CHECKING:
@@ -22,8 +22,7 @@ def substituted(block: Block, layer: MoELayer, ranks: Mapping[int, int]) -> Bloc
     hidden = layer.router.weight.shape[1]
 
     def weight(name: str, *shape: int) -> Weight:
-        like = layer.experts[0].down
-        return planned(replace(like, name=name, shape=shape, scheme=None, load_quantized=None))
+        return planned_like(layer.experts[0].down, name, shape)
 
     new = {}
     for n, rank in ranks.items():

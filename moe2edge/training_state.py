@@ -7,7 +7,7 @@ that count. So whatever is there is whole, and of one step.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,11 +70,11 @@ class States:
 
     folder: Path
 
-    def load(self) -> Saved | None:
-        """What was saved last; None if nothing was.
+    def progress(self) -> Progress | None:
+        """Where what was saved last stands; None if nothing was.
 
         Raises:
-            InputError: a file is damaged.
+            InputError: the file is damaged.
         """
         path = self.folder / STATE
         if not path.exists():
@@ -82,7 +82,19 @@ class States:
         raw = json.loads(path.read_text("utf-8"))
         for key in ("losses", "history"):
             raw[key] = tuple(raw[key])
-        progress = Progress(**raw)
+        return Progress(**raw)
+
+    def load(self) -> Saved | None:
+        """What was saved last; None if nothing was. What a kill left besides is removed.
+
+        Raises:
+            InputError: a file is damaged.
+        """
+        progress = self.progress()
+        names = [] if progress is None else _stems(progress)
+        self._keep([f"{name}.safetensors" for name in names])
+        if progress is None:
+            return None
         now = {} if progress.finished else self._read(f"now-{progress.step}")
         best = self._read(f"best-{progress.best_step}") if progress.best_step else {}
         return Saved(progress, best, now)
@@ -90,13 +102,16 @@ class States:
     def save(self, saved: Saved) -> None:
         """Write down; what was saved before is gone only then."""
         progress = saved.progress
-        names = set()
-        if progress.best_step:
-            names.add(self._write(f"best-{progress.best_step}", saved.best))
-        if not progress.finished:
-            names.add(self._write(f"now-{progress.step}", saved.now))
+        names = [
+            self._write(stem, saved.now if stem.startswith("now") else saved.best)
+            for stem in _stems(progress)
+        ]
         write_whole(self.folder / STATE, json.dumps(asdict(progress)))
         sync_folder(self.folder)
+        self._keep(names)
+
+    def _keep(self, names: Collection[str]) -> None:
+        """Remove all tensors but those in some files."""
         for path in (*self.folder.glob("now-*"), *self.folder.glob("best-*")):
             if path.name not in names:
                 path.unlink()
@@ -115,3 +130,9 @@ class States:
         path = self.folder / f"{stem}.safetensors"
         # A copy, as the file goes before the tensor does.
         return {name: read_tensor(path, name).clone() for name in open_file(path)}
+
+
+def _stems(progress: Progress) -> list[str]:
+    """Of the files that hold the tensors of a training that stands there."""
+    best = [f"best-{progress.best_step}"] if progress.best_step else []
+    return best if progress.finished else [*best, f"now-{progress.step}"]

@@ -13,7 +13,17 @@ from moe2edge.criteria import Criterion
 from moe2edge.errors import InputError
 from moe2edge.layers import PARTS, Member, MoELayer
 from moe2edge.model import Block, Model
-from moe2edge.pipeline import Facts, Kind, Lab, Observer, Outcome, Search, planned, refuse_replaced
+from moe2edge.pipeline import (
+    Facts,
+    Kind,
+    Lab,
+    Observer,
+    Outcome,
+    Search,
+    planned,
+    refuse_replaced,
+    refuse_slimmed,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -113,6 +123,7 @@ class ExpertMerge(Search):
         refuse_replaced("expert_merge", model)
         if not model.moe_blocks:
             raise InputError("expert_merge: no layer has experts")
+        refuse_slimmed("expert_merge", model)
         step = self.resolved(model)
         if step.routing == "centroids" and model.skips:
             raise InputError(
@@ -122,12 +133,6 @@ class ExpertMerge(Search):
         left = self._left(model)
         for block, layer in model.moe_blocks:
             step._check_count(block, layer, left[block.index])
-            weights = [getattr(expert, part) for expert in layer.experts for part in PARTS]
-            if any(w.scheme or w.pattern for w in weights):
-                raise InputError(
-                    f"expert_merge: experts of block {block.index} are quantized or sparse, and a "
-                    "mean of them is not; move expert_merge before the pass that does it"
-                )
         if tuple(left.values()) == model.expert_counts:
             raise InputError(f"expert_merge: keep {self.keep} keeps every expert; nothing to do")
 
@@ -316,11 +321,12 @@ class _Merger:
 
     def _groups(self, kept: int, sums: Sums, scores: Sequence[float]) -> tuple[Group, ...]:
         from moe2edge import merging
+        from moe2edge.bases import cosines
 
         if self.step.method == "hc-smoe":
             return merging.cluster(sums.outputs / sums.tokens, kept, scores)
         if self.step.method == "m-smoe":
-            return merging.join_nearest(merging.logit_cosines(sums.logits), kept, scores)
+            return merging.join_nearest(cosines(sums.logits), kept, scores)
         limit = self.step.group_limit or GROUP_LIMIT
         return merging.absorb(merging.ream_similarity(sums), kept, scores, limit)
 

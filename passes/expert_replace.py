@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
@@ -10,14 +9,12 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 from moe2edge import amounts, criteria
 from moe2edge.criteria import Criterion
 from moe2edge.errors import InputError
-from moe2edge.layers import DTYPE_BYTES, PARTS, MoELayer
-from moe2edge.model import Block, Model
-from moe2edge.pipeline import Lab, Outcome, Search, refuse_replaced
+from moe2edge.layers import MoELayer
+from moe2edge.model import Model
+from moe2edge.pipeline import Lab, Outcome, Search, refuse_slimmed
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from moe2edge.bases import Cost, RouterOutputs
+    from moe2edge.basing import Sharing
 
 # Rank that nobody chose: this part of an expert's narrower side.
 RANK_PART = {"linear": 16, "base": 64, "svd": 4}
@@ -185,6 +182,13 @@ class ExpertReplace(Search):
             return self.rank
         return max(1, min(layer.experts[0].gate.shape) // RANK_PART[self.kind])
 
+    @property
+    def _sharing(self) -> Sharing:
+        from moe2edge.basing import Sharing
+
+        group = self.group_size if self.kind == "base" else None
+        return Sharing(self.budget or 0, self._rank, group)
+
     def _replaced(self, model: Model) -> dict[int, int]:
         """How many experts go, by the index of their block; where `keep` says so."""
         sizes = model.expert_counts
@@ -203,8 +207,9 @@ class ExpertReplace(Search):
                 f"expert_replace: {model.members} experts share the matrices of others already; "
                 "give expert_merge routing: centroids, which leaves each its own"
             )
+        refuse_slimmed("expert_replace", model)
         if self.shares:
-            self._check_shares(model)
+            self._sharing.check(model)
         else:
             self._check_substitutes(model)
 
@@ -254,72 +259,18 @@ class ExpertReplace(Search):
         if not any(counts.values()):
             raise InputError(f"expert_replace: keep {self.keep} keeps every expert; nothing to do")
 
-    def _check_shares(self, model: Model) -> None:
-        """Refuse ranks and budgets that experts, and what replaces them, do not have."""
-        from moe2edge.bases import smallest
-        from moe2edge.basing import experts_nbytes
-
-        refuse_replaced("expert_replace", model)
-        for block, layer in model.moe_blocks:
-            expert, rank = layer.experts[0], self._rank(layer)
-            least = 1 if self.kind == "svd" else 0
-            narrower = min(expert.gate.shape)
-            if not least <= rank <= narrower:
-                raise InputError(
-                    f"expert_replace: rank {rank}, but the matrices of experts in block "
-                    f"{block.index} are {list(expert.gate.shape)}: from {least} to {narrower}"
-                )
-        costs, whole = self._costs(model), experts_nbytes(model)
-        stay = int(self.kind == "svd")
-        sizes = [len(layer.experts) - stay for _, layer in model.moe_blocks]
-        least, budget = whole - smallest(costs, sizes), self._budget(model)
-        if budget < least:
-            how = f"group_size {self.group_size} and " if self.kind == "base" else ""
-            ranks = sorted({self._rank(layer) for _, layer in model.moe_blocks})
-            raise InputError(
-                f"expert_replace: the budget is {budget:,} bytes of the {whole:,} that experts "
-                f"take, but with {how}rank {ranks[0]} they take {least:,} at least "
-                f"({least / whole:.1%}); raise the budget"
-            )
-        if budget >= whole:
-            raise InputError(
-                f"expert_replace: the budget is {budget:,} bytes, and experts take {whole:,}; "
-                "nothing to do"
-            )
-
     def _budget(self, model: Model) -> int:
         """In bytes."""
         from moe2edge.basing import experts_nbytes
 
         return amounts.number(self.budget or 0, experts_nbytes(model))
 
-    def _costs(self, model: Model) -> list[Cost]:
-        """By MoE layer."""
-        from moe2edge.bases import Cost
-
-        found = []
-        for _, layer in model.moe_blocks:
-            expert, rank = layer.experts[0], self._rank(layer)
-            sizes = {DTYPE_BYTES[getattr(expert, part).dtype] for part in PARTS}
-            factors = 3 * rank * sum(expert.gate.shape) * max(sizes)
-            own = sum(getattr(expert, part).nbytes for part in PARTS)
-            found.append(Cost(own, factors, self.group_size if self.kind == "base" else None))
-        return found
-
     def plan(self, model: Model) -> Model:
         """Each layer with replacements for its last experts."""
-        from moe2edge.basing import shared
         from moe2edge.substituting import substituted
 
         if self.shares:
-            sizes = [len(layer.experts) for _, layer in model.moe_blocks]
-            # Nobody knows yet which ones go: the last of each layer, in turns.
-            last = [[float(count - n) for n in range(count)] for count in sizes]
-            for n, grouping in enumerate(self._groupings(model, last, [1.0] * len(sizes))):
-                block, layer = model.moe_blocks[n]
-                if grouping:
-                    model = model.replace_block(shared(block, layer, grouping, self._rank(layer)))
-            return model
+            return self._sharing.plan(model)
         if self.allots:
             return self._plan_budget(model)
         counts = self._replaced(model)
@@ -394,7 +345,7 @@ class ExpertReplace(Search):
     def _share(self, lab: Lab) -> Outcome:
         """Score all layers, choose, then build block after block."""
         from moe2edge import bases, walk
-        from moe2edge.basing import Builder
+        from moe2edge.basing import Builder, similarity
 
         criterion: Criterion = self.criterion or "soft-frequency"  # type: ignore[assignment]
         kinds = (bases.RouterOutputObserver, *criteria.observers(criterion))
@@ -407,81 +358,24 @@ class ExpertReplace(Search):
                 "choose another one"
             )
         norms = [seen.norm[block.origin] for block, _ in blocks]
-        factors = bases.depth_factors(norms, self.depth_correction)
-        similar = [self._similarity(block, layer, seen) for block, layer in blocks]
-        groupings = self._groupings(lab.model, scores, factors, similar)
-        fitted, rank = self.kind == "svd" or self.factors == "svd", self._rank
-        if fitted:
-            self._state_grams(lab, groupings)
+        similar = [
+            similarity(self.similarity, block, layer, seen.gram[block.origin], self.seed)
+            for block, layer in blocks
+        ]
+        sharing = self._sharing
+        groupings = sharing.groupings(
+            lab.model, scores, bases.depth_factors(norms, self.depth_correction), similar
+        )
         indices = [block.index for block, _ in blocks]
         builder = Builder(
-            fitted,
-            rank,
-            self.seed,
+            sharing,
             lab,
             dict(zip(indices, groupings, strict=True)),
             dict(zip(indices, scores, strict=True)),
+            fitted=self.kind == "svd" or self.factors == "svd",
+            seed=self.seed,
         )
         return builder.run()
-
-    def _state_grams(self, lab: Lab, groupings: Sequence[Sequence[Sequence[int]]]) -> None:
-        from moe2edge.memory import check as check_memory
-
-        most = max(sum(map(len, groups)) for groups in groupings)
-        width, hidden = lab.model.moe_blocks[0][1].experts[0].gate.shape
-        check_memory(
-            4 * most * (width**2 + hidden**2) + 4 * lab.tokens.numel() * hidden,
-            f"expert_replace sums up products of inputs of {most} experts at a time",
-            "set factors to zero, or do it on a larger one",
-            lab.memory.limit,
-        )
-
-    def _similarity(self, block: Block, layer: MoELayer, seen: RouterOutputs) -> Tensor:
-        """Of the experts of a layer, [E, E]."""
-        import torch
-
-        from moe2edge import bases
-
-        if self.similarity == "router":
-            return bases.cosines(seen.gram[block.origin])
-        count = len(layer.experts)
-        if self.similarity == "random":
-            draw = torch.Generator().manual_seed(self.seed * 1_000_003 + block.origin)
-            return torch.rand(count, count, generator=draw, dtype=torch.float64)
-        gram = torch.zeros(count, count, dtype=torch.float64)
-        for part in PARTS:
-            whole = torch.stack([getattr(e, part).load().flatten() for e in layer.experts]).float()
-            gram += (whole @ whole.T).double()
-        return bases.cosines(gram)
-
-    def _groupings(
-        self,
-        model: Model,
-        scores: Sequence[Sequence[float]],
-        factors: Sequence[float],
-        similar: Sequence[Tensor] | None = None,
-    ) -> list[list[list[int]]]:
-        """Groups of experts that are replaced, by MoE layer; without bases, of one each."""
-        import torch
-
-        from moe2edge import bases
-        from moe2edge.basing import experts_nbytes
-
-        costs, ordered = self._costs(model), bases.order(scores, factors)
-        if self.kind == "svd":  # whose layers need one expert that stays
-            best = [max(range(len(own)), key=lambda j: (own[j], j)) for own in scores]
-            ordered = [(layer, expert) for layer, expert in ordered if expert != best[layer]]
-        chosen = bases.choose(ordered, costs, experts_nbytes(model), self._budget(model))
-        found = []
-        for n, own in enumerate(chosen):
-            if self.kind == "svd":
-                found.append([[j] for j in own])
-                continue
-            alike = torch.zeros(2 * [len(scores[n])]) if similar is None else similar[n]
-            groups = bases.group(own, scores[n], alike, costs[n].groups(len(own)))
-            # An expert that nobody joined stays what it is, which takes no more.
-            found.append([members for members in groups if len(members) > 1])
-        return found
 
     def _state_cost(self, lab: Lab) -> None:
         from moe2edge.memory import check as check_memory

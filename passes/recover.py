@@ -121,19 +121,31 @@ class Recover(Train):
                 f"recover: top_logits {self.top_logits}, but the vocabulary has "
                 f"{model.vocabulary} entries"
             )
-        if self.anneal is not None and not any(_is_shared(m) for _, m in model.moe_blocks):
+        if self.anneal is not None and not any(layer.sharing for _, layer in model.moe_blocks):
             raise InputError(
                 "recover: anneal is for merged experts, and this model has none; leave it out"
             )
-        if self.train == "lora":
-            from moe2edge.lora import check_installed
-
-            check_installed()
         roles = [(block, role) for block in model.blocks for role, _ in block.weights()]
-        if not any(_is_trained(self.train, block, role) for block, role in roles):
+        if not any(self._selects(block, role) for block, role in roles):
             raise InputError(
                 f"recover: train: {self.train} finds nothing to train here; set train: full"
             )
+        if self.train == "lora":
+            self._check_lora(model)
+
+    def _check_lora(self, model: Model) -> None:
+        """Refuse to go on without peft, and ranks that matrices do not have."""
+        from moe2edge.lora import check_installed
+
+        check_installed()
+        for block in model.blocks:
+            for role, weight in block.weights():
+                adapted = self._selects(block, role) and role.partition(".")[0] not in WHOLE
+                if adapted and self.lora_rank > min(weight.shape):
+                    raise InputError(
+                        f"recover: lora_rank {self.lora_rank}, but {weight.name} is "
+                        f"{list(weight.shape)}: at most {min(weight.shape)}"
+                    )
 
     def check_text(self, samples: int, length: int) -> None:
         """Refuse fewer samples than are held out and in a step."""
@@ -168,9 +180,8 @@ class Recover(Train):
         trained, extra = self._sizes(model)
         if self.anneal is not None:  # the experts that members were
             extra += sum(
-                NUMBER * layer.experts[0].count * len(layer.members)
+                NUMBER * layer.experts[0].count * len(layer.sharing)
                 for _, layer in model.moe_blocks
-                if _is_shared(layer)
             )
         at_once = min(self.batch, recovery.samples_at_once(length))
         numbers = NUMBER * model.parameters
@@ -188,7 +199,7 @@ class Recover(Train):
             (role, weight)
             for block in model.blocks
             for role, weight in block.weights()
-            if _is_trained(self.train, block, role)
+            if self._selects(block, role)
         ]
         if self.train != "lora":
             rest = sum(w.count for w in model.rest.values()) if self.train == "full" else 0
@@ -251,12 +262,13 @@ class Recover(Train):
         from moe2edge.recovery import Trainer
 
         text, held_out = tokens[: -self.held_out], tokens[-self.held_out :]
-        saved = states.load()
-        over = saved is not None and saved.progress.finished
+        saved = states.progress()
+        over = saved is not None and saved.finished
         objective = self._objective(lab, text, states.folder, over=over)
         names = trained.selected(lab.model, lambda block, role: self._wants(block, role))
         loaded: Any = to_transformers(lab.model, torch.float32, packed=False)
         trained.check(lab.model, dict(loaded.named_parameters()))
+        loaded.to(self.place())
         annealed = self._begin_annealing(lab, loaded)
         if self.train == "lora":
             whole = [name for name in names if _is_whole(lab.model, name)]
@@ -283,9 +295,25 @@ class Recover(Train):
             return recovered, {}
         return recovered, self._numbers(loaded, parameters, recovered.best, names)
 
+    def _selects(self, block: Block, role: str) -> bool:
+        """Whether ``train`` selects a tensor of a block.
+
+        Members with factors, and all that anneal, read the matrices of experts themselves, where
+        an adapter of peft is not seen: those get none. Their factors are trained.
+        """
+        if (
+            self.train == "lora"
+            and role.startswith("experts.")
+            and isinstance(layer := block.mlp, MoELayer)
+        ):
+            factored = any(member.factors for member in layer.members)
+            if factored or (self.anneal is not None and layer.sharing):
+                return False
+        return _is_trained(self.train, block, role)
+
     def _wants(self, block: Block | None, role: str) -> bool:
         """Whether a tensor is trained; outside of blocks by the name on disk."""
-        return self.train == "full" if block is None else _is_trained(self.train, block, role)
+        return self.train == "full" if block is None else self._selects(block, role)
 
     def _objective(self, lab: Lab, text: Tensor, folder: Path, *, over: bool) -> Objective:
         """The loss; of a training that is over none is computed any more."""
@@ -313,7 +341,7 @@ class Recover(Train):
         found: list[Anneals] = []
         twins = {block.origin: layer for block, layer in lab.source.moe_blocks}
         for block, layer in lab.model.moe_blocks:
-            if not _is_shared(layer):
+            if not layer.sharing:
                 continue
             before = {expert.origin: expert for expert in twins[block.origin].experts}
 
@@ -419,8 +447,3 @@ def _is_whole(model: Model, name: str) -> bool:
 
     roles = trained.places(model)[name].roles
     return bool(roles) and roles[0].partition(".")[0] in WHOLE
-
-
-def _is_shared(layer: MoELayer) -> bool:
-    """Whether experts of a layer share matrices, from which annealing would part them."""
-    return any(layer.bases.count(base) > 1 for base in layer.bases)

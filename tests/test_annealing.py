@@ -192,3 +192,46 @@ def test_an_annealed_run_that_was_killed_ends_with_the_same_bits(
         run(tmp_path / "killed", Watcher(lambda _: None, stop))
     found = numbers(run(tmp_path / "killed", QUIET))
     assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("rank", "anneal", "adapters"), [(3, None, False), (0, None, True), (0, 0.5, False)]
+)
+def test_adapters_stay_off_matrices_that_members_read(
+    tiny: Make, rank: int, anneal: float | None, adapters: bool
+) -> None:
+    """With factors, and while annealing; what is trained is what comes back."""
+    source, model = sharing(tiny, "qwen3_moe", rank=rank)
+    options = {**QUICK, "train": "lora", "anneal": anneal, "lora_rank": 4, "learning_rate": 1e-2}
+    step = Recover.model_validate(options)
+    step.check(model)
+    lab = Lab(source, model, NO_TOKENS, InMemory(), QUIET, training=text())
+    outcome = step.search(lab)
+    assert outcome.figures["best_step"] > 0
+    before = numbers(model)
+    changed = {
+        role.partition(".")[0]
+        for (index, role), now in numbers(outcome.model).items()
+        if index is not None and not torch.equal(now, before[index, role])
+    }
+    assert changed == {"attention"} | ({"members"} if rank else set()) | (
+        {"experts"} if adapters else set()
+    )
+    loaded: Any = to_transformers(outcome.model, torch.float32)
+    with torch.no_grad():
+        loss = text_loss(text()[-4:], loaded(text()[-4:]).logits)
+    best = min(line["perplexity"] for line in outcome.figures["history"])
+    assert math.exp(float(loss)) == pytest.approx(best, rel=1e-4)
+
+
+def test_factors_alone_are_annealed_in_every_layer(tiny: Make) -> None:
+    """Also where one expert of a layer is, whose place in the layer nobody shares."""
+    source, model = sharing(tiny, "olmoe", **{"with": "svd", "budget": 0.9, "rank": 4})
+    lab = Lab(source, model, NO_TOKENS, InMemory(), QUIET, training=text())
+    parts = Recover(anneal=0.5)._begin_annealing(lab, to_transformers(model, torch.float32))
+    assert len(parts) == sum(bool(layer.members) for _, layer in model.moe_blocks) > 0
+
+
+def test_a_rank_of_adapters_that_matrices_do_not_have(tiny: Make) -> None:
+    with pytest.raises(InputError, match=r"lora_rank 100, but .* at most 64"):
+        Recover(train="lora", lora_rank=100).check(open_checkpoint(str(tiny("olmoe"))).model)

@@ -58,18 +58,44 @@ def test_the_lowest_threshold_that_meets_the_budget(group: int | None, part: flo
     whole = 5 * 8 * 1000
     found = bases.choose(bases.order(scores, factors), [cost] * 5, whole, int(part * whole))
     shares = [s / sum(own) / f for own, f in zip(scores, factors, strict=True) for s in own]
-    for threshold in sorted([0.0, *(share + 1e-12 for share in shares)]):
-        chosen = under(scores, factors, threshold)
-        if group is not None:  # alone in its layer, an expert has nobody to share with
-            chosen = [own if len(own) > 1 else [] for own in chosen]
+
+    def total_of(counts: list[int]) -> int:
         total = whole
-        for own in chosen:
-            total -= 1000 * len(own) - 20 * len(own)
-            total += 0 if group is None else 1000 * math.ceil(len(own) / group)
+        for count in counts:
+            total -= 1000 * count - 20 * count
+            total += 0 if group is None else 1000 * math.ceil(count / group)
+        return total
+
+    for threshold in sorted([0.0, *(share + 1e-12 for share in shares)]):
+        chosen = []
+        for own, score in zip(under(scores, factors, threshold), scores, strict=True):
+            # The least important of those under it, as many as save most: the first of a new group
+            # saves nothing, and alone in its layer an expert has nobody to share with.
+            ranked = sorted(own, key=lambda j: score[j])
+            best = min(range(len(own) + 1), key=lambda n: (total_of([n]), n))
+            chosen.append(sorted(ranked[:best]))
+        total = total_of([len(own) for own in chosen])
         if total <= part * whole:
             break
     assert found == chosen
     assert part * whole - 1000 <= total <= part * whole
+
+
+@pytest.mark.parametrize("sizes", [[4, 4], [8, 5, 7], [3]])
+@pytest.mark.parametrize("group", [2, 3, 5, None])
+@pytest.mark.parametrize("factors", [1, 10, 40])
+def test_every_budget_that_is_not_refused_is_kept(
+    sizes: list[int], group: int | None, factors: int
+) -> None:
+    """Down to the smallest, where groups do not divide layers."""
+    costs = [Cost(100, factors, group)] * len(sizes)
+    whole = 100 * sum(sizes)
+    least = whole - bases.most_saved(costs, sizes)
+    scores = [random(size, seed=size).tolist() for size in sizes]
+    for budget in range(least, whole):
+        found = bases.choose(bases.order(scores, [1.0] * len(sizes)), costs, whole, budget)
+        saved = sum(cost.saved(len(own)) for cost, own in zip(costs, found, strict=True))
+        assert whole - saved <= budget
 
 
 def test_shallow_layers_lose_more() -> None:
@@ -286,6 +312,7 @@ def test_bases_are_quantized_and_factors_are_not(
         ({"with": "base", "budget": 0.6, "keep": 4}, "no keep with: base"),
         ({"with": "base", "budget": 0.6, "criterion": "residual"}, "another criterion"),
         ({"with": "base", "budget": 0.6, "criterion": "aimer"}, "scores below 0"),
+        ({"with": "base", "budget": 0.6, "depth_correction": float("inf")}, "finite number"),
     ],
 )
 def test_what_is_refused(
@@ -297,6 +324,65 @@ def test_what_is_refused(
     assert expected in said
     assert len(said.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "options", [{"with": "base", "budget": 0.6}, {"with": "constant", "keep": 4}]
+)
+@pytest.mark.parametrize("before", [{"rtn": {}}, {"sparsify": {"method": "magnitude"}}])
+def test_what_is_slimmed_is_not_replaced(
+    tiny: Make, tmp_path: Path, options: dict[str, Any], before: dict[str, Any]
+) -> None:
+    steps = [before, {"expert_replace": options}]
+    code, said, _ = export(tiny("olmoe"), tmp_path / "out", steps, "gptq")
+    assert code == 2
+    assert "quantized or sparse" in said
+    assert "move expert_replace before the pass that does it" in said
+
+
+def test_substitutes_and_bases_do_not_mix(tiny: Make, tmp_path: Path) -> None:
+    steps = [{"expert_replace": {"with": "constant", "keep": 4}}]
+    steps.append({"expert_replace": {"with": "base", "budget": 0.6}})
+    code, said, _ = export(tiny("olmoe"), tmp_path / "out", steps, "hf:layout=natural")
+    assert code == 2
+    assert "use one kind in a recipe" in said
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize(
+    "step",
+    [
+        {"expert_replace": {"with": "base", "budget": 0.7}},
+        {"expert_replace": {"with": "constant", "keep": 4}},
+        {"expert_merge": {"method": "m-smoe", "keep": 4}},
+    ],
+)
+def test_one_expert_for_each_token(
+    tiny: Make, tmp_path: Path, family: str, step: dict[str, Any]
+) -> None:
+    """Stock readers must be kept from misreading the folder in another way than by top-k 0."""
+    folder, out = tiny(family, num_experts_per_tok=1), tmp_path / "out"
+    code, said, report = export(folder, out, [step], "hf:layout=natural,onnx")
+    assert code == 0, said
+    assert all(row["parity"]["exact"] < 1e-4 for row in report["results"])
+    stored_model(open_checkpoint(str(out / "hf")))
+
+
+def test_replacing_lowers_what_a_token_uses(tiny: Make) -> None:
+    """Active parameters: those of the largest that it can choose."""
+    model = open_checkpoint(str(tiny("olmoe"))).model
+    whole = 3 * 64 * 32
+    outside = model.parameters - 3 * 6 * whole
+    assert model.active_parameters == outside + 3 * 2 * whole
+    based = replace_experts(model, rank=4, budget=0.7).model
+    factors = 3 * 4 * (64 + 32)
+    assert based.active_parameters <= outside + 3 * 2 * (whole + factors)
+    assert based.active_parameters > model.active_parameters
+    alone = replace_experts(model, **{"with": "svd", "budget": 0.5, "rank": 8}).model
+    for block, layer in alone.moe_blocks:
+        small = 3 * 8 * (64 + 32)
+        sizes = [small if m.factors else whole for m in layer.members] or [whole] * 6
+        assert sum(sizes) - layer.idle == sum(sorted(sizes)[-2:]), block.index
 
 
 def test_experts_that_share_cannot_be_dropped(tiny: Make, tmp_path: Path) -> None:

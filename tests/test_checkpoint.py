@@ -15,7 +15,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from moe2edge.checkpoint import Planned, open_checkpoint, read_all, write_checkpoint
+from moe2edge.checkpoint import (
+    Planned,
+    open_checkpoint,
+    read_all,
+    read_tensor,
+    write_checkpoint,
+    write_safetensors,
+)
 from moe2edge.errors import InputError, Moe2EdgeError, Unsupported
 from moe2edge.testing import Make
 
@@ -254,3 +261,11 @@ def test_a_revision_is_named_once(tmp_path: Path) -> None:
 def test_names_that_no_system_has_are_refused(name: str) -> None:
     with pytest.raises(InputError, match="cannot be opened"):
         open_checkpoint(name)
+
+
+def test_a_matrix_of_one_column_is_written_whatever_its_strides(tmp_path: Path) -> None:
+    """Torch counts it as contiguous with any stride along the column of one."""
+    odd = torch.arange(4.0).view(1, 4).T
+    assert odd.stride() == (1, 4)
+    write_safetensors(tmp_path / "x.safetensors", [Planned("x", (4, 1), "F32", lambda: odd)])
+    assert torch.equal(read_tensor(tmp_path / "x.safetensors", "x"), odd)

@@ -136,7 +136,7 @@ WRONG: list[tuple[list[Any], str, str]] = [
     ([{"expert_merge": {"method": "average", "keep": 4}}], "hf", "'hc-smoe', 'm-smoe' or 'ream'"),
     ([{"expert_merge": {"method": "ream"}}], "hf", "expert_merge.keep is missing"),
     ([{"expert_merge": {**MERGE, "keep": 6}}], "hf", "keeps every expert; nothing to do"),
-    ([{"expert_merge": {**MERGE, "keep": 7}}], "hf", "keep 7 of the 6 in block 0"),
+    ([{"expert_merge": {**MERGE, "keep": 7}}], "hf", "keep 7 of the 6 experts"),
     ([{"expert_merge": {**MERGE, "keep": 1.5}}], "hf", "between 0 and 1"),
     ([{"expert_merge": {**MERGE, "group_limit": 2}}], "hf", "goes with method: ream only"),
     ([{"expert_merge": {"method": "ream", "keep": 1}}], "hf", "leaves 1 experts in block 0"),
@@ -146,7 +146,6 @@ WRONG: list[tuple[list[Any], str, str]] = [
         "absorb at most 2 of the 4 others; set group_limit to at least 2",
     ),
     ([{"expert_merge": MERGE}], "hf", "are all their own"),
-    ([{"expert_merge": MERGE}], "onnx", "does not hold yet"),
     ([{"gptq": {}}, {"expert_merge": MERGE}], "gptq", "before the pass that does it"),
     ([{"expert_merge": MERGE}, {"expert_drop": {"keep": 3}}], "hf", "after expert_drop"),
     (

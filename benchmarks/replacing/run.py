@@ -5,7 +5,8 @@
 Goes through what has no line in ``results.jsonl`` yet, for every checkpoint in ``--models`` and the
 built-in model: compress, measure, train, measure, quantize to 4 bits, measure. A run that is killed
 goes on from the training's last checkpoint (``--work``). At the end it writes ``results.md`` and
-``results.png``. Calibration, training and evaluation texts are disjoint, of four domains each.
+``results.png``. Texts are of four domains; those for evaluation are others than those for
+calibration and training, which share files.
 """
 
 from __future__ import annotations
@@ -198,7 +199,12 @@ def run_model(bench: Bench, given: argparse.Namespace) -> None:
         known = {row["key"] for row in rows if row["model"] == bench.name}
         if method.key in known or given.only not in method.key:
             continue
-        work = given.work / bench.name / method.key.replace(" | ", "-").replace(" ", "_")
+        work = (
+            given.work
+            / bench.name
+            / str(given.steps)
+            / method.key.replace(" | ", "-").replace(" ", "_")
+        )
         print(f"{bench.name}: {method.key}", flush=True)
         row = run(bench, method, work, given.steps)
         with given.results.open("a") as file:
