@@ -23,7 +23,7 @@ from typing import (
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from moe2edge.errors import InputError, Moe2EdgeError
+from moe2edge.errors import Moe2EdgeError
 from moe2edge.layers import Weight
 from moe2edge.memory import UNLIMITED, Memory
 from moe2edge.model import Block, Model, is_quantizable
@@ -384,34 +384,6 @@ class Slim(Pass):
 def selected(block: Block) -> Iterator[tuple[str, Weight]]:
     """The tensors of a block that slimming selects, with their roles."""
     return ((role, weight) for role, weight in block.weights() if is_quantizable(role))
-
-
-def refuse_replaced(name: str, model: Model) -> None:
-    """Refuse a model some of whose experts were replaced; for passes that weigh experts alone.
-
-    Raises:
-        InputError: it is one.
-    """
-    if replaced := model.substitutes + model.members:
-        raise InputError(
-            f"{name}: {replaced} experts were replaced or merged, and it knows nothing of what "
-            f"answers for them; put expert_replace or expert_merge after {name}"
-        )
-
-
-def refuse_slimmed(name: str, model: Model) -> None:
-    """Refuse a model whose experts are quantized or sparse, for passes that compute new ones.
-
-    Raises:
-        InputError: some are.
-    """
-    for block, layer in model.moe_blocks:
-        weights = [w for e in layer.experts for w in (e.gate, e.up, e.down)]
-        if any(w.scheme or w.pattern for w in weights):
-            raise InputError(
-                f"{name}: experts of block {block.index} are quantized or sparse, and what it "
-                f"computes of them is not; move {name} before the pass that does it"
-            )
 
 
 def planned_like(like: Weight, name: str, shape: tuple[int, ...]) -> Weight:

@@ -11,7 +11,8 @@ from moe2edge import amounts
 from moe2edge.criteria import Criterion
 from moe2edge.errors import InputError
 from moe2edge.model import Model
-from moe2edge.pipeline import Lab, Outcome, Search, refuse_replaced
+from moe2edge.pipeline import Lab, Outcome, Search
+from moe2edge.refusals import refuse_replaced
 
 if TYPE_CHECKING:
     from torch import Tensor

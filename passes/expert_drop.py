@@ -12,7 +12,8 @@ from moe2edge import amounts, criteria
 from moe2edge.criteria import Criterion
 from moe2edge.errors import InputError
 from moe2edge.model import Model
-from moe2edge.pipeline import Facts, Kind, Outcome, Trim, refuse_replaced
+from moe2edge.pipeline import Facts, Kind, Outcome, Trim
+from moe2edge.refusals import refuse_replaced
 
 # Super experts are looked for in this part of the blocks, from the first (REAP's code).
 GUARDED_PART, GUARDED_QUANTILE, GUARDED_RATIO = 0.75, 0.995, 0.1

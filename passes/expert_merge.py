@@ -13,17 +13,8 @@ from moe2edge.criteria import Criterion
 from moe2edge.errors import InputError
 from moe2edge.layers import PARTS, Member, MoELayer
 from moe2edge.model import Block, Model
-from moe2edge.pipeline import (
-    Facts,
-    Kind,
-    Lab,
-    Observer,
-    Outcome,
-    Search,
-    planned,
-    refuse_replaced,
-    refuse_slimmed,
-)
+from moe2edge.pipeline import Facts, Kind, Lab, Observer, Outcome, Search, planned
+from moe2edge.refusals import refuse_replaced, refuse_slimmed
 
 if TYPE_CHECKING:
     import torch

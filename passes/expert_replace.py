@@ -11,7 +11,8 @@ from moe2edge.criteria import Criterion
 from moe2edge.errors import InputError
 from moe2edge.layers import MoELayer
 from moe2edge.model import Model
-from moe2edge.pipeline import Lab, Outcome, Search, refuse_slimmed
+from moe2edge.pipeline import Lab, Outcome, Search
+from moe2edge.refusals import refuse_slimmed
 
 if TYPE_CHECKING:
     from moe2edge.basing import Sharing

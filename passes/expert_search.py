@@ -13,7 +13,8 @@ from moe2edge.amounts import check_amount, kept
 from moe2edge.errors import InputError
 from moe2edge.layers import MoELayer
 from moe2edge.model import Block, Model
-from moe2edge.pipeline import Lab, Outcome, Search, refuse_replaced
+from moe2edge.pipeline import Lab, Outcome, Search
+from moe2edge.refusals import refuse_replaced
 
 if TYPE_CHECKING:
     from torch import Tensor

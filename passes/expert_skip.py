@@ -10,7 +10,8 @@ from pydantic import Field
 from moe2edge.errors import InputError
 from moe2edge.layers import MoELayer
 from moe2edge.model import Model
-from moe2edge.pipeline import Facts, Kind, Outcome, Trim, refuse_replaced
+from moe2edge.pipeline import Facts, Kind, Outcome, Trim
+from moe2edge.refusals import refuse_replaced
 
 
 class ExpertSkip(Trim):

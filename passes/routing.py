@@ -10,7 +10,8 @@ from pydantic import Field
 from moe2edge.errors import InputError, Unsupported
 from moe2edge.layers import MoELayer
 from moe2edge.model import Block, Model
-from moe2edge.pipeline import Lab, Outcome, Search, Store, refuse_replaced
+from moe2edge.pipeline import Lab, Outcome, Search, Store
+from moe2edge.refusals import refuse_replaced
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+# One worker for each core: threads of torch, here and in what tests start, would only compete.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from click.testing import CliRunner
 
 from moe2edge.checkpoint import BUILTIN
