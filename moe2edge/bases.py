@@ -215,7 +215,7 @@ def weighted_mean(matrices: Sequence[Tensor], weights: Sequence[float]) -> Tenso
     return out
 
 
-def low_rank(difference: Tensor, gram: Tensor | None, rank: int) -> tuple[Tensor, Tensor]:
+def low_rank(difference: Tensor, gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The matrix of a rank that is nearest in what it puts out: (first, second), float32.
 
     With ``G = L L^T`` the Gram matrix of inputs, ``|| X (D - S F)^T ||`` is least for the truncated
@@ -223,16 +223,13 @@ def low_rank(difference: Tensor, gram: Tensor | None, rank: int) -> tuple[Tensor
 
     Args:
         difference: D, [out, in].
-        gram: G, [in, in], of the inputs; a part of its mean diagonal is added. None: all inputs
-            count alike.
+        gram: G, [in, in], of the inputs; a part of its mean diagonal is added.
         rank: of the result.
 
     Returns:
         F [rank, in] and S [out, rank].
     """
     inputs = difference.shape[1]
-    if gram is None:
-        gram = torch.eye(inputs)
     extra = RIDGE * float(gram.diagonal().mean()) + LEAST
     half = torch.linalg.cholesky(gram.double() + extra * torch.eye(inputs, dtype=torch.float64))
     left, values, right = torch.linalg.svd(difference.double() @ half, full_matrices=False)

@@ -233,16 +233,7 @@ class Builder:
         lab, model = self.lab, self.lab.model
         if self._whitens:
             self._state_cost()
-            model = walk.rewrite(
-                model,
-                lab.tokens,
-                self.see,
-                self.change,
-                lab.watcher.advance,
-                "expert_replace",
-                lab.memory,
-                propagate=False,
-            )
+            model = walk.rewrite(lab, self, "expert_replace", propagate=False)
         else:
             for block, _ in model.moe_blocks:
                 model = model.replace_block(self.change(block))
@@ -332,6 +323,5 @@ class Builder:
             draw = torch.Generator().manual_seed(seed % 2**63)
             outs, ins = lacking.shape
             return bases.untrained((outs, ins), rank, draw)
-        return bases.low_rank(
-            lacking, self._grams.get((j, "inner" if part == "down" else "outer")), rank
-        )
+        gram = self._grams[j, "inner" if part == "down" else "outer"]
+        return bases.low_rank(lacking, gram, rank)

@@ -240,8 +240,7 @@ class MixedExperts(nn.Module):
         """What the expert or member of a row of the router puts out for ``x`` [n, hidden]."""
         if self.members is not None and (own := self.member_of[row]) >= 0:
             return self.members.answer(self.experts, own, x)
-        expert = self.expert_of[row]
-        return _product(self.experts, "down", expert, _inside(self.experts, expert, x))
+        return _answer(self.experts, self.expert_of[row], x)
 
 
 def _product(experts: Any, part: str, n: int, x: Tensor) -> Tensor:
@@ -258,6 +257,10 @@ def _inside(experts: Any, n: int, x: Tensor) -> Tensor:
     return nn.functional.silu(gate) * up
 
 
+def _answer(experts: Any, n: int, x: Tensor) -> Tensor:
+    return _product(experts, "down", n, _inside(experts, n, x))
+
+
 def expert_inside(moe: Any, row: int, x: Tensor) -> Tensor:
     """Inputs [n, width] of ``down`` of what a row of the router of an MoE module stands for."""
     mixed = isinstance(moe.experts, MixedExperts)
@@ -269,7 +272,7 @@ def expert_answer(moe: Any, row: int, x: Tensor) -> Tensor:
     """Output [n, hidden] of what a row of the router of an MoE module stands for."""
     if isinstance(moe.experts, MixedExperts):
         return moe.experts.answer(row, x)
-    return _product(moe.experts, "down", row, _inside(moe.experts, row, x))
+    return _answer(moe.experts, row, x)
 
 
 def experts_name(layer: MoELayer) -> str:

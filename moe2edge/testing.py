@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from moe2edge.rounding import Quantized
+    from moe2edge.walk import Seen
 
 # make(family, **config changes) -> folder
 Make = Callable[..., Path]
@@ -50,6 +51,13 @@ WIDTHS: dict[str, dict[str, Any]] = {
         "head_dim": 32,
     },
 }
+
+
+# Options of `recover` for a few steps on a few samples.
+QUICK_TRAINING: dict[str, Any] = {
+    "steps": 6, "batch": 4, "held_out": 4, "eval_every": 2, "save_every": 2, "warmup": 0.0,
+    "learning_rate": 3e-3,
+}  # fmt: skip
 
 
 def make_checkpoint(
@@ -141,6 +149,29 @@ def assert_cache_changes_nothing(model: Any, ids: Tensor) -> None:
     cached = model.generate(ids, use_cache=True, **greedy)
     assert cached.shape == (2, ids.shape[1] + 12)
     assert torch.equal(cached, model.generate(ids, use_cache=False, **greedy))
+
+
+def numbers_of(model: Model) -> dict[tuple[int | None, str], Tensor]:
+    """All tensors by block and role; outside of blocks by name."""
+    found: dict[tuple[int | None, str], Tensor] = {}
+    found |= {(None, name): w.load() for name, w in model.rest.items()}
+    found |= {(b.index, role): w.load() for b in model.blocks for role, w in b.weights()}
+    return found
+
+
+class Watched:
+    """Keeps what a walk over a model shows of each block."""
+
+    def __init__(self) -> None:
+        self.seen: list[Seen] = []
+
+    def see(self, seen: Seen) -> None:
+        """Keep a batch."""
+        self.seen.append(seen)
+
+    def fact(self) -> list[Seen]:
+        """All of them."""
+        return self.seen
 
 
 class InMemory:

@@ -20,7 +20,7 @@ from moe2edge.memory import UNLIMITED, Memory
 from moe2edge.mixed import expert_answer, expert_inside
 from moe2edge.model import Block, Model
 from moe2edge.modules import block_state, checked, finite, fit
-from moe2edge.pipeline import Facts, Kind, Observer
+from moe2edge.pipeline import Facts, Kind, Lab, Observer
 from moe2edge.progress import Advance
 
 if TYPE_CHECKING:
@@ -301,41 +301,40 @@ def change(
     return model
 
 
-def rewrite(
-    model: Model,
-    tokens: Tensor,
-    see: Callable[[Seen], None],
-    changed: Callable[[Block], Block],
-    advance: Advance,
-    label: str,
-    memory: Memory = UNLIMITED,
-    *,
-    propagate: bool = True,
-) -> Model:
+class Rewriter(Protocol):
+    """Changes blocks one after the other, from what they do."""
+
+    def see(self, seen: Seen) -> None:
+        """Take in one batch of the current block."""
+        ...
+
+    def change(self, block: Block) -> Block:
+        """The current block as it shall be; then forget it."""
+        ...
+
+
+def rewrite(lab: Lab, worker: Rewriter, label: str, *, propagate: bool = True) -> Model:
     """Change block after block from what each does; `change` without a source beside it.
 
     Args:
-        model: what to change.
-        tokens: int64 [samples, length].
-        see: takes in one batch of the current block.
-        changed: the current block as it shall be.
-        advance: told about progress.
+        lab: with the model that is changed and the tokens that show what blocks do.
+        worker: says how.
         label: name of the work in progress lines.
-        memory: what it may take.
         propagate: later blocks see the stream of the blocks as changed; otherwise as they were.
     """
-    hidden, blocks = embed(model, tokens, memory), model.blocks
+    model, tokens, advance = lab.model, lab.tokens, lab.watcher.advance
+    hidden, blocks = embed(model, tokens, lab.memory), model.blocks
     for block in blocks:
         advance(label, block.index, len(blocks))
         runner = BlockRunner(model, block)
         for part in batches(tokens):
             seen = runner.watch(hidden[part])
-            see(seen)
+            worker.see(seen)
             if not propagate:
                 hidden[part] = seen.outputs
             del seen
         del runner
-        new = changed(block)
+        new = worker.change(block)
         model = model.replace_block(new)
         if propagate and block.index + 1 < len(blocks):
             runner = BlockRunner(model, new)

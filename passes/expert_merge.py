@@ -185,16 +185,7 @@ class ExpertMerge(Search):
         step = self.resolved(lab.model)
         step._state_cost(lab)
         merger = _Merger(step, lab, self._left(lab.model))
-        model = walk.rewrite(
-            lab.model,
-            lab.tokens,
-            merger.see,
-            merger.change,
-            lab.watcher.advance,
-            "expert_merge",
-            lab.memory,
-            propagate=self.fitted_on == "changed",
-        )
+        model = walk.rewrite(lab, merger, "expert_merge", propagate=self.fitted_on == "changed")
         return Outcome(model, changed=tuple(merger.changed), notes=tuple(merger.notes))
 
     def _state_cost(self, lab: Lab) -> None:

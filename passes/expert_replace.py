@@ -305,7 +305,8 @@ class ExpertReplace(Search):
         Raises:
             DoesNotFit: the machine lacks the memory.
         """
-        return self._share(lab) if self.shares else self._substitute(lab)
+        step = self.resolved(lab.model)
+        return step._share(lab) if self.shares else step._substitute(lab)
 
     def _substitute(self, lab: Lab) -> Outcome:
         from moe2edge import walk
@@ -331,16 +332,7 @@ class ExpertReplace(Search):
             scores,
             (lambda layer: self._share_of(lab.model, layer)) if self.allots else None,
         )
-        model = walk.rewrite(
-            lab.model,
-            lab.tokens,
-            fitter.see,
-            fitter.change,
-            lab.watcher.advance,
-            "expert_replace",
-            lab.memory,
-            propagate=self.fitted_on == "changed",
-        )
+        model = walk.rewrite(lab, fitter, "expert_replace", propagate=self.fitted_on == "changed")
         return Outcome(model, changed=tuple(fitter.changed), notes=tuple(fitter.notes))
 
     def _share(self, lab: Lab) -> Outcome:

@@ -271,7 +271,8 @@ class Recover(Train):
         loaded.to(self.place())
         annealed = self._begin_annealing(lab, loaded)
         if self.train == "lora":
-            whole = [name for name in names if _is_whole(lab.model, name)]
+            known = trained.places(lab.model)
+            whole = [name for name in names if _is_whole(known[name].roles)]
             adapted = [name for name in names if name not in set(whole)]
             loaded, parameters = lora.adapt(loaded, adapted, whole, self.lora_rank, self.seed)
         else:
@@ -441,9 +442,6 @@ def _is_trained(train: str, block: Block, role: str) -> bool:
     return kind in ("experts", "router", *WHOLE) or only
 
 
-def _is_whole(model: Model, name: str) -> bool:
-    """Whether a parameter gets no adapter, but is trained itself."""
-    from moe2edge import trained
-
-    roles = trained.places(model)[name].roles
+def _is_whole(roles: Sequence[str]) -> bool:
+    """Whether a parameter that holds such tensors gets no adapter, but is trained itself."""
     return bool(roles) and roles[0].partition(".")[0] in WHOLE

@@ -23,23 +23,11 @@ from moe2edge.pipeline import Lab
 from moe2edge.progress import Watcher
 from moe2edge.recovery import Settings, Trainer, original_share
 from moe2edge.teacher import Objective, text_loss
-from moe2edge.testing import InMemory, Make
+from moe2edge.testing import QUICK_TRAINING, InMemory, Make, numbers_of
 from moe2edge.testing import learnable_text as text
 
 QUIET = Watcher(lambda _: None, lambda *_: None)
 NO_TOKENS = torch.empty(0, 0, dtype=torch.int64)
-QUICK: dict[str, Any] = {
-    "steps": 6, "batch": 4, "held_out": 4, "eval_every": 2, "save_every": 2, "warmup": 0.0,
-    "learning_rate": 3e-3,
-}  # fmt: skip
-
-
-def numbers(model: Model) -> dict[tuple[int | None, str], Tensor]:
-    """By block and role; outside of blocks by name."""
-    found: dict[tuple[int | None, str], Tensor] = {}
-    found |= {(None, name): w.load() for name, w in model.rest.items()}
-    found |= {(b.index, role): w.load() for b in model.blocks for role, w in b.weights()}
-    return found
 
 
 class Leaning(torch.nn.Module):
@@ -61,7 +49,7 @@ class Leaning(torch.nn.Module):
 
 
 def settings(**changes: Any) -> Settings:
-    step = Recover.model_validate({**QUICK, **changes})
+    step = Recover.model_validate({**QUICK_TRAINING, **changes})
     return step._settings()
 
 
@@ -152,7 +140,7 @@ def test_half_an_original_is_the_mean_of_matrices(tiny: Make) -> None:
 def test_members_are_trained_and_come_back(tiny: Make, anneal: float | None, rank: int) -> None:
     """What is held-out perplexity in training is that of what is returned."""
     source, model = sharing(tiny, "olmoe", rank=rank)
-    step = Recover.model_validate({**QUICK, "steps": 12, "anneal": anneal})
+    step = Recover.model_validate({**QUICK_TRAINING, "steps": 12, "anneal": anneal})
     step.check(model)
     lab = Lab(source, model, NO_TOKENS, InMemory(), QUIET, training=text())
     outcome = step.search(lab)
@@ -164,17 +152,17 @@ def test_members_are_trained_and_come_back(tiny: Make, anneal: float | None, ran
         loss = text_loss(held_out, loaded(held_out).logits)
     best = min(line["perplexity"] for line in history)
     assert math.exp(float(loss)) == pytest.approx(best, rel=1e-4)
-    roles = {role for (_, role), now in numbers(outcome.model).items() if "members" in role}
+    roles = {role for (_, role), now in numbers_of(outcome.model).items() if "members" in role}
     assert bool(roles) == bool(rank)
-    before = numbers(model)
-    assert all(not torch.equal(now, before[k]) for k, now in numbers(outcome.model).items())
+    before = numbers_of(model)
+    assert all(not torch.equal(now, before[k]) for k, now in numbers_of(outcome.model).items())
 
 
 def test_an_annealed_run_that_was_killed_ends_with_the_same_bits(
     tiny: Make, tmp_path: Path
 ) -> None:
     source, model = sharing(tiny, "olmoe", rank=2)
-    step = Recover.model_validate({**QUICK, "steps": 8, "anneal": 0.6})
+    step = Recover.model_validate({**QUICK_TRAINING, "steps": 8, "anneal": 0.6})
 
     def run(folder: Path, watcher: Watcher) -> Model:
         folder.mkdir(exist_ok=True)
@@ -182,7 +170,7 @@ def test_an_annealed_run_that_was_killed_ends_with_the_same_bits(
             Lab(source, model, NO_TOKENS, InMemory(), watcher, training=text(), scratch=folder)
         ).model
 
-    expected = numbers(run(tmp_path / "whole", QUIET))
+    expected = numbers_of(run(tmp_path / "whole", QUIET))
 
     def stop(label: str, done: int, *_: object) -> None:
         if done == 3:
@@ -190,7 +178,7 @@ def test_an_annealed_run_that_was_killed_ends_with_the_same_bits(
 
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "killed", Watcher(lambda _: None, stop))
-    found = numbers(run(tmp_path / "killed", QUIET))
+    found = numbers_of(run(tmp_path / "killed", QUIET))
     assert all(torch.equal(found[key], value) for key, value in expected.items())
 
 
@@ -202,16 +190,22 @@ def test_adapters_stay_off_matrices_that_members_read(
 ) -> None:
     """With factors, and while annealing; what is trained is what comes back."""
     source, model = sharing(tiny, "qwen3_moe", rank=rank)
-    options = {**QUICK, "train": "lora", "anneal": anneal, "lora_rank": 4, "learning_rate": 1e-2}
+    options = {
+        **QUICK_TRAINING,
+        "train": "lora",
+        "anneal": anneal,
+        "lora_rank": 4,
+        "learning_rate": 1e-2,
+    }
     step = Recover.model_validate(options)
     step.check(model)
     lab = Lab(source, model, NO_TOKENS, InMemory(), QUIET, training=text())
     outcome = step.search(lab)
     assert outcome.figures["best_step"] > 0
-    before = numbers(model)
+    before = numbers_of(model)
     changed = {
         role.partition(".")[0]
-        for (index, role), now in numbers(outcome.model).items()
+        for (index, role), now in numbers_of(outcome.model).items()
         if index is not None and not torch.equal(now, before[index, role])
     }
     assert changed == {"attention"} | ({"members"} if rank else set()) | (

@@ -23,7 +23,7 @@ from moe2edge.merging import Group, Matrices, Sums
 from moe2edge.model import Model
 from moe2edge.passes.expert_merge import ExpertMerge
 from moe2edge.pipeline import Lab, Outcome, plan
-from moe2edge.testing import InMemory, Make, make_checkpoint
+from moe2edge.testing import InMemory, Make, Watched, make_checkpoint
 
 METHODS = ("hc-smoe", "m-smoe", "ream")
 WIDTH, HIDDEN = 20, 12
@@ -243,19 +243,6 @@ def merge(model: Model, step: ExpertMerge, ids: Tensor = IDS) -> Outcome:
 def logits(model: Model, ids: Tensor = IDS) -> Tensor:
     hidden = walk.observe(model, ids, [], lambda *_: None, "")
     return torch.stack(list(walk.head_logits(model, hidden)))
-
-
-class Watched:
-    """Keeps what a walk over a model shows of each block."""
-
-    def __init__(self) -> None:
-        self.seen: list[walk.Seen] = []
-
-    def see(self, seen: walk.Seen) -> None:
-        self.seen.append(seen)
-
-    def fact(self) -> list[walk.Seen]:
-        return self.seen
 
 
 def slow_groups(method: str, seen: walk.Seen, keep: int) -> tuple[set[frozenset[int]], list[float]]:

@@ -26,15 +26,11 @@ from moe2edge.pipeline import Lab, Outcome
 from moe2edge.progress import Watcher
 from moe2edge.recovery import rows_of
 from moe2edge.teacher import Objective, Teacher, distance, text_loss
-from moe2edge.testing import InMemory, Make
+from moe2edge.testing import QUICK_TRAINING, InMemory, Make, numbers_of
 from moe2edge.testing import learnable_text as text
 
 QUIET = Watcher(lambda _: None, lambda *_: None)
 NO_TOKENS = torch.empty(0, 0, dtype=torch.int64)
-QUICK: dict[str, Any] = {
-    "steps": 6, "batch": 4, "held_out": 4, "eval_every": 2, "save_every": 2, "warmup": 0.0,
-    "learning_rate": 3e-3,
-}  # fmt: skip
 
 
 def trimmed(tiny: Make, family: str = "olmoe") -> Model:
@@ -56,18 +52,10 @@ def replaced(model: Model, keep: Sequence[int] = (5, 4)) -> Model:
 
 
 def recovered(model: Model, folder: Path | None = None, **options: Any) -> Outcome:
-    step = Recover.model_validate({**QUICK, **options})
+    step = Recover.model_validate({**QUICK_TRAINING, **options})
     step.check(model)
     lab = Lab(model, model, NO_TOKENS, InMemory(), QUIET, training=text(), scratch=folder)
     return step.search(lab)
-
-
-def numbers(model: Model) -> dict[tuple[int | None, str], Tensor]:
-    """By block and role; outside of blocks by name."""
-    found: dict[tuple[int | None, str], Tensor] = {}
-    found |= {(None, name): w.load() for name, w in model.rest.items()}
-    found |= {(b.index, role): w.load() for b in model.blocks for role, w in b.weights()}
-    return found
 
 
 # ---- the training --------------------------------------------------------------------------------
@@ -110,7 +98,7 @@ def test_it_is_the_obvious_loop(tiny: Make) -> None:
         schedule.step()
     state = model.state_dict()
     assert outcome.figures["best_step"] == 6
-    for (index, role), found in numbers(outcome.model).items():
+    for (index, role), found in numbers_of(outcome.model).items():
         if index is None:
             assert (found - state[role]).abs().max() < 1e-5
         elif role.startswith(("attention", "norms")):
@@ -127,7 +115,7 @@ def test_parts_of_a_step_add_up(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("moe2edge.recovery.TOKENS_AT_ONCE", 64)  # two samples
     parts = recovered(trimmed(tiny), batch=5, steps=2)
     for (key, one), other in zip(
-        numbers(whole.model).items(), numbers(parts.model).values(), strict=True
+        numbers_of(whole.model).items(), numbers_of(parts.model).values(), strict=True
     ):
         assert (one - other).abs().max() < 2e-3, key
     losses = [outcome.figures["history"][-1]["loss"] for outcome in (whole, parts)]
@@ -175,7 +163,7 @@ def test_what_is_selected_changes_and_nothing_else(tiny: Make, family: str, trai
     model = replaced(open_checkpoint(str(tiny(family))).model)
     outcome = recovered(model, train=train, eval_every=1, learning_rate=1e-3)
     assert outcome.figures["best_step"] > 0
-    before, after = numbers(model), numbers(outcome.model)
+    before, after = numbers_of(model), numbers_of(outcome.model)
     assert before.keys() == after.keys()
     for (index, role), old in before.items():
         changed = not torch.equal(old, after[index, role])
@@ -187,8 +175,8 @@ def test_what_is_selected_changes_and_nothing_else(tiny: Make, family: str, trai
 def test_the_one_expert_of_a_layer_is_one(tiny: Make) -> None:
     model = open_checkpoint(str(tiny("qwen2_moe"))).model
     model = model.replace_block(model.blocks[0].keep_experts((2,), clamp_top_k=True))
-    after = numbers(recovered(model, train="experts", steps=2).model)
-    for (index, role), old in numbers(model).items():
+    after = numbers_of(recovered(model, train="experts", steps=2).model)
+    for (index, role), old in numbers_of(model).items():
         kind = role.partition(".")[0]
         changed = kind in ("experts", "router") or kind == "dense"
         assert changed != torch.equal(old, after[index, role]), (index, role)
@@ -216,8 +204,8 @@ def test_parameters_go_back_to_where_they_are_from(tiny: Make, family: str, form
         for role, own in expected.items():
             assert torch.equal(found[role], own.float()), role
     moved = {name: parameter.detach() + 1 for name, parameter in state.items()}
-    after = numbers(trained.with_numbers(model, moved, InMemory()))
-    for key, old in numbers(model).items():
+    after = numbers_of(trained.with_numbers(model, moved, InMemory()))
+    for key, old in numbers_of(model).items():
         assert torch.equal(after[key], old + 1), key
 
 

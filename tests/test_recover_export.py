@@ -17,18 +17,14 @@ from moe2edge.checkpoint import open_checkpoint
 from moe2edge.cli import main
 from moe2edge.errors import Diverged
 from moe2edge.passes.recover import Recover
-from moe2edge.testing import Make
+from moe2edge.testing import QUICK_TRAINING, Make
 from moe2edge.training_state import Saved, States
 
-QUICK: dict[str, Any] = {
-    "steps": 6, "batch": 4, "held_out": 4, "eval_every": 2, "save_every": 2, "warmup": 0.0,
-    "learning_rate": 3e-3,
-}  # fmt: skip
 TRAINING = ["training.samples=10", "training.length=32"]
 LESS = ["calibration.samples=6", "calibration.length=32"]
 STEPS: list[Any] = [
     {"expert_drop": {"keep": 4}},
-    {"recover": {**QUICK, "batch": 2, "held_out": 3}},
+    {"recover": {**QUICK_TRAINING, "batch": 2, "held_out": 3}},
 ]
 
 
@@ -175,7 +171,7 @@ def test_what_is_refused(
 
 
 def test_memory_is_counted_before_any_work(tiny: Make, tmp_path: Path) -> None:
-    step = Recover.model_validate({**QUICK, "device": "cpu"})
+    step = Recover.model_validate({**QUICK_TRAINING, "device": "cpu"})
     model = open_checkpoint(str(tiny("olmoe"))).model
     full = step.cost(model, 20, 32)
     assert full.memory > 20 * model.parameters

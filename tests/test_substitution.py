@@ -24,7 +24,7 @@ from moe2edge.passes.expert_replace import ExpertReplace
 from moe2edge.pipeline import Lab
 from moe2edge.stored import stored_model
 from moe2edge.substitution import Sums
-from moe2edge.testing import InMemory, Make, assert_cache_changes_nothing
+from moe2edge.testing import InMemory, Make, Watched, assert_cache_changes_nothing
 
 HIDDEN = 12
 TEXT = ["--set", "calibration.samples=12", "--set", "calibration.length=48"]
@@ -248,19 +248,6 @@ def test_experts_that_stay_are_quantized(
     assert model.expert_counts == (3, 3, 3)
     for name, role, weight in model.tensors():
         assert (weight.scheme is not None) == is_quantizable(role), name
-
-
-class Watched:
-    """Keeps what a walk over a model shows of each block."""
-
-    def __init__(self) -> None:
-        self.seen: list[walk.Seen] = []
-
-    def see(self, seen: walk.Seen) -> None:
-        self.seen.append(seen)
-
-    def fact(self) -> list[walk.Seen]:
-        return self.seen
 
 
 @pytest.mark.parametrize("rank", [None, 4])

@@ -23,6 +23,7 @@ from moe2edge.artifact import tokenizer_of
 from moe2edge.checkpoint import open_checkpoint
 from moe2edge.layers import MoELayer
 from moe2edge.model import Block, Model
+from moe2edge.pipeline import Lab
 from moe2edge.substituting import substituted
 from moe2edge.substitution import Fit, Sums
 from moe2edge.testing import InMemory
@@ -49,6 +50,10 @@ class Joint:
     store: InMemory = field(default_factory=InMemory)
     seen: list[walk.Seen] = field(default_factory=list)
     missed: list[tuple[float, float]] = field(default_factory=list)
+
+    def see(self, seen: walk.Seen) -> None:
+        """Keep it."""
+        self.seen.append(seen)
 
     def change(self, block: Block) -> Block:
         """With maps for the half of the experts whose own maps miss least."""
@@ -110,9 +115,8 @@ def main() -> None:
     for seed, ids in enumerate(calibration):
         for sweeps in (0, given.sweeps):
             joint = Joint(sweeps)
-            result: Model = walk.rewrite(
-                model, ids, joint.seen.append, joint.change, setup.quietly, ""
-            )
+            lab = Lab(model, model, ids, joint.store, setup.WATCHER)
+            result: Model = walk.rewrite(lab, joint, "")
             excess = (sum(setup.losses(result, held_out)) - source) / len(setup.DOMAINS)
             changes = ", ".join(f"{after / before - 1:+.1%}" for before, after in joint.missed)
             print(
