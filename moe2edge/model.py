@@ -195,6 +195,20 @@ def is_quantizable(role: str) -> bool:
     return kind in ("experts", "dense") or (kind == "shared" and rest != "router")
 
 
+def is_low_rank(role: str) -> bool:
+    """Whether a tensor is a matrix of what answers for a replaced expert: a factor, a linear map.
+
+    Slimming selects it only where its options say so.
+
+    >>> [is_low_rank(r) for r in ("members.2.up.first", "substitutes.0.second")]
+    [True, True]
+    >>> [is_low_rank(r) for r in ("substitutes.0.constant", "experts.0.up")]
+    [False, False]
+    """
+    kind, _, rest = role.partition(".")
+    return kind in ("members", "substitutes") and rest.rpartition(".")[2] in ("first", "second")
+
+
 @dataclass(frozen=True)
 class Model:
     """A whole model.
@@ -360,11 +374,15 @@ def _describe(block: Block) -> str:
         if layer.members:
             ranks = sorted({m.rank for m in layer.members if m.rank}) or [0]
             shown = [f"{m.origin}:{'-' if m.base is None else m.base}" for m in layer.members]
-            parts.append(f"members of rank {_listed(ranks)}, with their base {' '.join(shown)}")
+            form = _low_rank_form(layer.members)
+            parts.append(
+                f"members of rank {_listed(ranks)}{form}, with their base {' '.join(shown)}"
+            )
         if layer.substitutes:
             ranks = sorted({s.rank for s in layer.substitutes})
             gone = [s.origin for s in layer.substitutes]
-            parts.append(f"{len(gone)} substitutes of rank {_listed(ranks)} for {gone}")
+            form = _low_rank_form(layer.substitutes)
+            parts.append(f"{len(gone)} substitutes of rank {_listed(ranks)}{form} for {gone}")
         if layer.router.skip_below:
             parts.append(f"skips below {[round(b, 4) for b in layer.router.skip_below]}")
     dense = block.mlp.expert if isinstance(block.mlp, Always) else block.mlp
@@ -375,6 +393,13 @@ def _describe(block: Block) -> str:
     if block.mlp is None:
         parts.append("norm only" if SECOND_NORM in block.norms else "no MLP")
     return "; ".join(parts)
+
+
+def _low_rank_form(found: Sequence[Member | Substitute]) -> str:
+    """The scheme of their matrices, if they have one."""
+    weights = (weight for one in found for _, weight in one.weights())
+    scheme = next((weight.scheme for weight in weights if weight.scheme), None)
+    return "" if scheme is None else f" ({scheme})"
 
 
 def _listed(numbers: Sequence[int]) -> str:

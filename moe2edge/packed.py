@@ -20,7 +20,7 @@ from moe2edge.errors import Unsupported
 from moe2edge.layers import Dense, MoELayer, Weight
 from moe2edge.memory import give_back
 from moe2edge.mixed import experts_name
-from moe2edge.model import Block, Model
+from moe2edge.model import Block, Model, is_low_rank
 from moe2edge.modules import finite
 from moe2edge.roles import gated
 from moe2edge.rounding import Quantized
@@ -91,6 +91,10 @@ def plan(model: Model, dtype: torch.dtype, *, wanted: bool | None = None) -> Pac
     packed: list[str] = []
     dequantized: dict[str, str] = {}
     for block in model.blocks:
+        for role, weight in block.weights():
+            if is_low_rank(role) and weight.scheme is not None:
+                name = model.family.disk_name(block.index, role)
+                dequantized[name] = f"factors of {weight.scheme.bits} bits"
         for unit in _units(block):
             obstacle = "packed=False" if wanted is False else unit.obstacle(dtype)
             for role, weight in unit.weights.items():

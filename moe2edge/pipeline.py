@@ -340,6 +340,10 @@ class GroupSolver(Protocol):
 
         return torch.float32
 
+    def alone(self, block: Block) -> Mapping[str, Quantized]:
+        """Numbers, by role, of what is in no group and needs no inputs; computed before groups."""
+        return {}
+
     def nbytes(self, shapes: Sequence[tuple[int, ...]]) -> int:
         """Memory of solving one group of matrices of these shapes."""
         ...

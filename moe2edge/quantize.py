@@ -5,15 +5,18 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from moe2edge.errors import InputError, Moe2EdgeError
 from moe2edge.layers import Weight
-from moe2edge.model import Block, Model
+from moe2edge.model import Block, Model, is_low_rank
 from moe2edge.pipeline import Slim, planned, selected
-from moe2edge.scheme import Scheme, largest_group_size
+from moe2edge.scheme import LOW_RANK, Scheme, largest_group_size
+
+if TYPE_CHECKING:
+    from moe2edge.rounding import Quantized
 
 Bits = Literal[2, 3, 4, 8]
 GroupSize = Literal[-1, 32, 64, 128]
@@ -68,6 +71,7 @@ class Quantize(Slim):
         group_size: inputs that share a scale.
         symmetric: whether zero is the middle of the integers.
         rules: other schemes for some tensors.
+        factors: bits of factors and linear maps.
     """
 
     bits: Annotated[Bits, Field(description="bits per weight")] = 4
@@ -85,6 +89,13 @@ class Quantize(Slim):
         tuple[Rule, ...],
         Field(description="other schemes for some tensors; the first that matches"),
     ] = ()
+    factors: Annotated[
+        Literal[8, 16],
+        Field(
+            description="bits of factors and linear maps of replaced experts, with a scale for "
+            "each row; 16 leaves them as they are"
+        ),
+    ] = 16
 
     def schemes(self, model: Model) -> dict[str, Scheme]:
         """Scheme of each tensor that is to be quantized, by name on disk."""
@@ -97,6 +108,21 @@ class Quantize(Slim):
             elif rule.bits != 16:
                 symmetric = self.symmetric if rule.symmetric is None else rule.symmetric
                 found[name] = Scheme(rule.bits, rule.group_size or group, symmetric)
+        if self.factors != 16:
+            found |= {name: LOW_RANK for name, _, _ in _low_rank(model)}
+        return found
+
+    def alone(self, model: Model, block: Block) -> dict[str, Quantized]:
+        """Factors and linear maps of a block, rounded to nearest, by role; none if they stay."""
+        from moe2edge.modules import finite
+        from moe2edge.rounding import round_to_nearest
+
+        schemes = self.schemes(model)
+        found = {}
+        for role, weight in block.weights():
+            scheme = schemes.get(model.family.disk_name(block.index, role))
+            if is_low_rank(role) and scheme is not None:
+                found[role] = round_to_nearest(finite(weight), scheme, "mse")
         return found
 
     def _group(self, model: Model) -> GroupSize:
@@ -121,9 +147,9 @@ class Quantize(Slim):
     def check(self, model: Model) -> None:
         """Refuse a model that is quantized already, widths and rules that do not fit it."""
         schemes = self.schemes(model)
+        if any(weight.scheme is not None for _, _, weight in model.tensors()):
+            raise InputError("the recipe quantizes twice; keep one of its quantizing passes")
         for name, _, weight in _matrices(model):
-            if weight.scheme is not None:
-                raise InputError("the recipe quantizes twice; keep one of its quantizing passes")
             group = schemes[name].width(weight.shape[1]) if name in schemes else 1
             if weight.shape[1] % group:
                 raise InputError(
@@ -132,6 +158,11 @@ class Quantize(Slim):
                 )
         if not schemes:
             raise InputError("the rules leave nothing to quantize")
+        if self.factors != 16 and not any(True for _ in _low_rank(model)):
+            raise InputError(
+                f"factors: {self.factors} is about factors and linear maps of replaced experts, "
+                "and the model has none; put expert_replace before it, or leave factors out"
+            )
         self._check_rules(model)
         for block in model.blocks:
             _check_layer(block, model, schemes)
@@ -156,7 +187,7 @@ class Quantize(Slim):
         for block in model.blocks:
             new = {
                 role: planned(weight, scheme=schemes[name])
-                for role, weight in selected(block)
+                for role, weight in block.weights()
                 if (name := model.family.disk_name(block.index, role)) in schemes
             }
             model = model.replace_block(block.with_weights(new))
@@ -193,6 +224,14 @@ def _matrices(model: Model) -> Iterator[tuple[str, Block, Weight]]:
     for block in model.blocks:
         for role, weight in selected(block):
             yield model.family.disk_name(block.index, role), block, weight
+
+
+def _low_rank(model: Model) -> Iterator[tuple[str, Block, Weight]]:
+    """Factors and linear maps, by name on disk."""
+    for block in model.blocks:
+        for role, weight in block.weights():
+            if is_low_rank(role):
+                yield model.family.disk_name(block.index, role), block, weight
 
 
 def _shown(rule: Rule) -> str:

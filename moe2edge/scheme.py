@@ -77,6 +77,10 @@ class Scheme:
         return f"{self.name}, {groups}"
 
 
+# Of factors and linear maps, where they are quantized. Their rows may be as short as their rank.
+LOW_RANK = Scheme(8, WHOLE_ROW)
+
+
 @dataclass(frozen=True)
 class Pattern:
     """Sparsity: how many weights are zero.

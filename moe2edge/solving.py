@@ -374,8 +374,11 @@ def solve(
                 hidden = _near(hidden, solver.device)
         tally.begin(block)
         if isinstance(solver, GroupSolver):
-            parts = _BlockWork(model, block, solver, tally, memory)
+            alone = solver.alone(block)
+            shown = in_memory(block, alone) if solver.propagate else block
+            parts = _BlockWork(model, shown, solver, tally, memory)
             numbers = parts.without_tokens() if hidden is None else parts.run(hidden)
+            numbers = {**numbers, **alone}
             block = block.with_weights(parts.patterned)
             del parts
         else:

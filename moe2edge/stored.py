@@ -15,7 +15,7 @@ from moe2edge.checkpoint import Checkpoint, header, read_tensor
 from moe2edge.errors import Unsupported, VerificationFailed
 from moe2edge.families import family_of
 from moe2edge.layers import DTYPE_BYTES, Weight
-from moe2edge.model import Model, is_quantizable
+from moe2edge.model import Model, is_low_rank, is_quantizable
 from moe2edge.scheme import GROUP_SIZES, WHOLE_ROW, Scheme
 
 if TYPE_CHECKING:
@@ -69,8 +69,12 @@ class GptqSettings:
 
     def of(self, module: str) -> Scheme | None:
         """Scheme of the matrix of a module, by its name on disk without ``.weight``."""
+        return self.named(module, self.main)
+
+    def named(self, module: str, usual: Scheme | None = None) -> Scheme | None:
+        """The same of a matrix that a pattern must name to be quantized."""
         matching = (scheme for pattern, scheme in self.dynamic if pattern.match(module))
-        return next(matching, self.main)
+        return next(matching, usual)
 
 
 def gptq_settings(settings: Mapping[str, Any]) -> GptqSettings:
@@ -206,7 +210,11 @@ class _Stored:
         """
         wanted: dict[str, Header] = {}
         for name, role, weight in model.tensors():
-            scheme = self._scheme(name) if is_quantizable(role) else None
+            scheme = None
+            if self._settings is not None and is_quantizable(role):
+                scheme = self._settings.of(_stem(name))
+            elif self._settings is not None and is_low_rank(role):
+                scheme = self._settings.named(_stem(name))
             if scheme is None:
                 wanted[name] = (weight.shape, weight.dtype)
             else:

@@ -126,15 +126,16 @@ class _Solver:
         self._loss = 0.0, 0.0
         folding = Folding()
         for place in places(block, self._model.family.geometry(self._model.config)):
-            quantized = {r: schemes[r] for r in place.consumers if r in schemes}
+            quantized = {r: schemes[r] for r in place.consumers if r in inputs and r in schemes}
             if quantized:
                 self._fold(place, quantized, folding, weights, inputs)
         numbers: dict[str, Quantized | Tensor] = {}
         for role in weights:
             if role in schemes:
                 matrix = folding.apply(role, weights[role].load())
-                importance = inputs[role].importance
-                if role in folding.columns:
+                # Factors and linear maps are rounded as they are.
+                importance = inputs[role].importance if role in inputs else None
+                if importance is not None and role in folding.columns:
                     importance = importance / folding.columns[role].square()
                 how = self._options.scales
                 numbers[role] = round_to_nearest(matrix, schemes[role], how, importance)

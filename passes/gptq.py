@@ -125,6 +125,10 @@ class _Solver:
         self.device, self.dtype = options.place(), options.dtype()
         self._spaces: dict[int, Tensor] = {}
 
+    def alone(self, block: Block) -> Mapping[str, Quantized]:
+        """Factors and linear maps, which 8 bits hold well without feedback."""
+        return self._options.alone(self._model, block)
+
     def nbytes(self, shapes: Sequence[tuple[int, ...]]) -> int:
         """Memory of solving one group."""
         rows, ins = sum(shape[0] for shape in shapes), shapes[0][1]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING
 
 from moe2edge.model import Block, Model
 from moe2edge.pipeline import Group, GroupSolver, Solved
 from moe2edge.quantize import Quantize, Scales
-from moe2edge.scheme import Scheme
+
+if TYPE_CHECKING:
+    from moe2edge.rounding import Quantized
 
 
 class Rtn(Quantize):
@@ -23,16 +25,18 @@ class Rtn(Quantize):
 
     def solver(self, model: Model) -> GroupSolver:
         """Rounds one matrix after another."""
-        return _Rounding(self.schemes(model), model, self.scales)
+        return _Rounding(self, model)
 
 
 class _Rounding(GroupSolver):
     propagate = False
 
-    def __init__(
-        self, schemes: Mapping[str, Scheme], model: Model, scales: Literal["absmax", "mse"]
-    ) -> None:
-        self._schemes, self._model, self._scales = schemes, model, scales
+    def __init__(self, options: Rtn, model: Model) -> None:
+        self._options, self._model, self._schemes = options, model, options.schemes(model)
+
+    def alone(self, block: Block) -> Mapping[str, Quantized]:
+        """Factors and linear maps."""
+        return self._options.alone(self._model, block)
 
     def nbytes(self, shapes: Sequence[tuple[int, ...]]) -> int:
         """Memory of one matrix, its integers and what is computed on the way."""
@@ -50,7 +54,7 @@ class _Rounding(GroupSolver):
                 scheme = self._schemes.get(self._model.family.disk_name(block.index, role))
                 if scheme is not None:
                     matrix = finite(weight)
-                    numbers[role] = round_to_nearest(matrix, scheme, self._scales)
+                    numbers[role] = round_to_nearest(matrix, scheme, self._options.scales)
                     size += float(matrix.square().sum())
                     lost += float(numbers[role].dequantize().sub_(matrix).square_().sum())
         return Solved(numbers, loss=(lost, size))

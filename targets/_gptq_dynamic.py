@@ -12,10 +12,12 @@ import re
 from collections import Counter
 from typing import Any
 
-from moe2edge.model import Model, is_quantizable
+from moe2edge.model import Model, is_low_rank, is_quantizable
 from moe2edge.scheme import Scheme
 
-_BLOCK, _EXPERT = re.compile(r"(.*\.layers)\.(\d+)\.(.+)\.([^.]+)"), re.compile(r"(.+)\.\d+")
+_BLOCK = re.compile(r"(.*\.layers)\.(\d+)\.(.+)\.([^.]+)")
+# Experts, and what answers for replaced ones: substitutes, and matrices of members.
+_EXPERT = re.compile(r"(.+)\.\d+(?:\.(?:gate|up|down))?")
 # Of classes that `_pattern` knows.
 LEVELS = 6
 _FUSED = {
@@ -25,8 +27,14 @@ _FUSED = {
 
 
 def main_scheme(model: Model) -> Scheme | None:
-    """The scheme of most matrices, None if nothing is quantized."""
-    found = Counter(weight.scheme for _, _, weight in model.tensors() if weight.scheme)
+    """The scheme of most matrices, None if nothing is quantized.
+
+    Factors and linear maps, which may be more, count only where they alone are quantized.
+    """
+    schemes = [(role, weight.scheme) for _, role, weight in model.tensors() if weight.scheme]
+    found = Counter(s for role, s in schemes if is_quantizable(role)) or Counter(
+        s for _, s in schemes
+    )
     return found.most_common(1)[0][0] if found else None
 
 
@@ -39,7 +47,8 @@ def dynamic(model: Model) -> dict[str, dict[str, Any]]:
     """Entries for all matrices that have another scheme than the main one, or none.
 
     Each matches nothing but matrices of its scheme: whole classes of modules where that is so,
-    single modules otherwise. Empty if one scheme is that of all.
+    single modules otherwise. Empty if one scheme is that of all. Factors and linear maps have an
+    entry if they are quantized, whatever their scheme.
     """
     main = main_scheme(model)
     schemes: dict[str, Scheme | None] = {}
@@ -48,7 +57,8 @@ def dynamic(model: Model) -> dict[str, dict[str, Any]]:
         if len(weight.shape) == 2:
             module = name.removesuffix(".weight")
             schemes[module] = weight.scheme
-            if is_quantizable(role) and weight.scheme != main:
+            named = weight.scheme is not None if is_low_rank(role) else weight.scheme != main
+            if named and (is_quantizable(role) or is_low_rank(role)):
                 left[module] = None
     found: dict[str, dict[str, Any]] = {}
     for level in range(LEVELS):

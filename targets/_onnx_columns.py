@@ -57,10 +57,11 @@ class Columns:
     @cached_property
     def stacks(self) -> tuple[tuple[int, ...], ...]:
         """Positions of the substitutes that are more than a constant, those alike together."""
-        found: dict[tuple[int, str, str], list[int]] = {}
+        found: dict[tuple[object, ...], list[int]] = {}
         for n, own in enumerate(self.layer.substitutes):
             if own.first is not None and own.second is not None:
-                found.setdefault((own.rank, own.first.dtype, own.second.dtype), []).append(n)
+                forms = (weight.scheme or weight.dtype for weight in (own.first, own.second))
+                found.setdefault((own.rank, *forms), []).append(n)
         return tuple(map(tuple, found.values()))
 
     @cached_property

@@ -18,7 +18,7 @@ from onnx import TensorProto
 from moe2edge.targets._onnx_columns import Columns, Group
 from moe2edge.targets._onnx_experts import MoEWriter
 from moe2edge.targets._onnx_graph import gated, linear, linear_pair
-from moe2edge.targets._onnx_storage import Part, plain
+from moe2edge.targets._onnx_storage import Part, Source, by_rows, plain
 
 ANSWER = (TensorProto.FLOAT, TensorProto.INT64)
 
@@ -37,6 +37,19 @@ class Routing:
     rows: str
     weights: str
     gates: str
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix [out, in] of a linear map or a factor, as the graph has it.
+
+    Attributes:
+        value: float32, or int8 if there are scales.
+        scales: float32 [out]; empty: there are none.
+    """
+
+    value: str
+    scales: str = ""
 
 
 class MixedWriter(MoEWriter):
@@ -218,23 +231,34 @@ class MixedWriter(MoEWriter):
         branches = (lambda: self._picked(stack, stored, tokens, routing)), one_by_one
         return graph.choice(at, alone, branches, ANSWER)
 
-    def _stacked(self, stack: Sequence[int], name: str) -> tuple[str, list[str]]:
-        """Matrices of substitutes, stored as one value; and each of them as float32."""
+    def _stacked(self, stack: Sequence[int], name: str) -> tuple[Matrix, list[Matrix]]:
+        """Matrices of substitutes as they are stored, all in one; and each of them by itself."""
         graph, sources = self.graph, [self.roles[f"substitutes.{n}.{name}"] for n in stack]
         like = sources[0].weight
         stem = f"model.layers.{self.index}.moe.substitutes.{stack[0]}.{name}s"
         parts: list[Part] = [(source,) for source in sources]
-        (stored,) = graph.store(plain(stem, parts, (len(stack), *like.shape)))
-        whole, at = graph.as_float(stored, like.dtype), f"{self.at}/maps.{stack[0]}/{name}s"
-        pieces = [f"{at}/Split/output_{n}" for n in range(len(stack))]
-        graph.node(at, "Split", [whole], pieces, axis=0, num_outputs=len(stack))
-        shape = graph.constant(like.shape)
-        return stored, [
-            graph.node(f"{at}/{n}", "Reshape", [piece, shape]) for n, piece in enumerate(pieces)
+        shape, at = (len(stack), *like.shape), f"{self.at}/maps.{stack[0]}/{name}s"
+        if like.scheme is not None:
+            integers, scales = graph.store(by_rows(stem, parts, shape))
+            values = self._pieces(at, integers, len(stack), like.shape)
+            each = self._pieces(f"{at}/scales", scales, len(stack), like.shape[:1])
+            return Matrix(integers, scales), list(map(Matrix, values, each))
+        (stored,) = graph.store(plain(stem, parts, shape))
+        values = self._pieces(at, graph.as_float(stored, like.dtype), len(stack), like.shape)
+        return Matrix(stored), list(map(Matrix, values))
+
+    def _pieces(self, at: str, whole: str, count: int, shape: Sequence[int]) -> list[str]:
+        """The parts, of ``shape``, that stand one behind the other in a value."""
+        outputs = [f"{at}/Split/output_{n}" for n in range(count)]
+        self.graph.node(at, "Split", [whole], outputs, axis=0, num_outputs=count)
+        wanted = self.graph.constant(shape)
+        return [
+            self.graph.node(f"{at}/{n}", "Reshape", [piece, wanted])
+            for n, piece in enumerate(outputs)
         ]
 
     def _picked(
-        self, stack: Sequence[int], stored: Sequence[str], tokens: str, routing: Routing
+        self, stack: Sequence[int], stored: Sequence[Matrix], tokens: str, routing: Routing
     ) -> tuple[str, str]:
         """What the maps of a stack make, each place with matrices of its own."""
         graph, at = self.graph, f"{self.at}/maps.{stack[0]}/picked"
@@ -247,14 +271,19 @@ class MixedWriter(MoEWriter):
         maps = graph.node(f"{at}/own", "Gather", [maps, places], axis=0)
         x = self._inputs(at, tokens, places)
         y = graph.node(at, "Unsqueeze", [x, graph.constant([1])])
-        for name, value in zip(("first", "second"), stored, strict=True):
-            matrices = graph.node(f"{at}/{name}", "Gather", [value, maps], axis=0)
+        for name, whole in zip(("first", "second"), stored, strict=True):
+            matrices = graph.node(f"{at}/{name}", "Gather", [whole.value, maps], axis=0)
             matrices = graph.node(f"{at}/{name}", "Cast", [matrices], to=TensorProto.FLOAT)
+            if whole.scales:
+                scales = graph.node(f"{at}/{name}/scales", "Gather", [whole.scales, maps], axis=0)
+                last = graph.constant([-1])
+                scales = graph.node(f"{at}/{name}/scales", "Unsqueeze", [scales, last])
+                matrices = graph.node(f"{at}/{name}", "Mul", [matrices, scales])
             y = graph.node(f"{at}/{name}", "FusedMatMul", [y, matrices], transB=1)
         return graph.node(at, "Squeeze", [y, graph.constant([1])]), places
 
     def _map(
-        self, n: int, matrices: Sequence[str], asked: str, tokens: str, routing: Routing
+        self, n: int, matrices: Sequence[Matrix], asked: str, tokens: str, routing: Routing
     ) -> list[str]:
         """What a linear map makes of its tokens, and their places."""
         at = f"{self.at}/substitutes.{n}"
@@ -265,11 +294,23 @@ class MixedWriter(MoEWriter):
 
         return self.graph.choice(at, asked, (answer, lambda: self._nothing(at)), ANSWER)
 
-    def _low(self, at: str, matrices: Sequence[str], x: str) -> str:
+    def _low(self, at: str, matrices: Sequence[Matrix], x: str) -> str:
         """``x`` [n, in] times the matrices first and second: [n, out]."""
         for name, matrix in zip(("first", "second"), matrices, strict=True):
-            x = self.graph.node(f"{at}/{name}", "FusedMatMul", [x, matrix], transB=1)
+            value, own = matrix.value, f"{at}/{name}"
+            if matrix.scales:
+                # Here and not at the start, so that only what is asked becomes float32.
+                inputs = [value, matrix.scales]
+                value = self.graph.node(own, "DequantizeLinear", inputs, axis=0)
+            x = self.graph.node(own, "FusedMatMul", [x, value], transB=1)
         return x
+
+    def _matrix(self, source: Source) -> Matrix:
+        """A matrix of its own."""
+        parts, shape = [(source,)], source.weight.shape
+        if source.weight.scheme is None:
+            return Matrix(self.graph.stored(source.name, parts, shape))
+        return Matrix(*self.graph.store(by_rows(source.name, parts, shape)))
 
     def _group(self, group: Group, asked: str, tokens: str, routing: Routing) -> list[str]:
         """What the rows of a group make of their tokens, and their places."""
@@ -339,8 +380,7 @@ class MixedWriter(MoEWriter):
         graph = self.graph
         if self.columns.has_factors(row):
             sources = [self.roles[f"members.{row}.{part}.{n}"] for n in ("first", "second")]
-            matrices = [graph.stored(s.name, [(s,)], s.weight.shape) for s in sources]
-            return self._low(at, matrices, x)
+            return self._low(at, list(map(self._matrix, sources)), x)
         base = self.layer.bases[row]
         out = getattr(self.layer.experts[base or 0], part).shape[0]
         count = graph.node(at, "Shape", [x], end=1)

@@ -27,7 +27,7 @@ from moe2edge.errors import VerificationFailed
 from moe2edge.layers import Weight
 from moe2edge.packing import deinterleave, interleave, pack_bytes, unpack_bytes
 from moe2edge.rounding import Quantized
-from moe2edge.scheme import Scheme
+from moe2edge.scheme import WHOLE_ROW, Scheme
 
 GRAPH_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
@@ -51,7 +51,10 @@ DTYPES: Mapping[str, tuple[int, torch.dtype]] = {
     "BF16": (TensorProto.BFLOAT16, torch.bfloat16),
     "F16": (TensorProto.FLOAT16, torch.float16),
     "U8": (TensorProto.UINT8, torch.uint8),
+    "I8": (TensorProto.INT8, torch.int8),
 }
+# Of integers with 128 for zero, what makes them signed.
+SIGN = 0x80
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,27 @@ def quantized(name: str, parts: Sequence[Part], shape: tuple[int, ...], *, block
 
     slots = (integers, scales) if scheme.symmetric else (integers, scales, zeros)
     return Batch(slots, make)
+
+
+def by_rows(name: str, parts: Sequence[Part], shape: tuple[int, ...]) -> Batch:
+    """Initializers for matrices of 8 bits with a scale for each row, as ``DequantizeLinear`` wants.
+
+    Args:
+        name: what ``.qweight`` (int8) and ``.scales`` (float32) follow.
+        parts: such matrices.
+        shape: of the numbers they stand for, [..., out, in]; scales are [..., out].
+    """
+    scales = Slot(f"{name}.scales", "F32", shape[:-1])
+    metadata = {PARTS: _describe(parts), SCALES: scales.name, BITS: "8"}
+    integers = Slot(f"{name}.qweight", "I8", shape, metadata)
+
+    def make() -> Iterator[tuple[Slot, Tensor]]:
+        for (source,) in parts:
+            numbers = source.weight.quantized()
+            yield integers, (numbers.q ^ SIGN).view(torch.int8)
+            yield scales, numbers.scales
+
+    return Batch((integers, scales), make)
 
 
 def _describe(parts: Sequence[Part]) -> str:
@@ -277,6 +301,10 @@ def _quantized(
     symmetric = ZEROS not in known
     points: Iterator[Tensor | None] = repeat(None) if symmetric else beside(ZEROS)
     for (name, packed), scales, zeros in zip(numbers, beside(SCALES), points, strict=False):
+        if packed.dtype == torch.int8:
+            q = packed.view(torch.uint8) ^ SIGN
+            yield name, Quantized(q, scales.view(len(q), 1), Scheme(8, WHOLE_ROW))
+            continue
         q = unpack_bytes(packed, int(bits))
         scheme = Scheme(int(bits), q.shape[1] // scales.shape[1], symmetric)
         if zeros is not None:

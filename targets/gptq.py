@@ -17,7 +17,7 @@ from moe2edge import per_layer
 from moe2edge.checkpoint import Planned, open_checkpoint, write_checkpoint, write_json
 from moe2edge.errors import Unsupported, VerificationFailed
 from moe2edge.loading import load
-from moe2edge.model import Model, is_quantizable
+from moe2edge.model import Model, is_low_rank, is_quantizable
 from moe2edge.scheme import WHOLE_ROW, Scheme
 from moe2edge.stored import GPTQ_BITS, GPTQ_GROUPS, gptq_parts, stored_model
 from moe2edge.target import Loader, Runtime, Target
@@ -65,11 +65,14 @@ class Gptq(Target):
         for name, role, weight in held.tensors():
             if weight.scheme is None:
                 continue
-            if not is_quantizable(role):
+            if not is_quantizable(role) and not is_low_rank(role):
                 raise Unsupported(
                     f"target gptq keeps {name} in the source's precision, but it is {weight.scheme}"
                 )
-            _check_shape(name, weight.shape, weight.scheme)
+            other = "give it more bits, or leave it out by a rule with bits: 16"
+            if is_low_rank(role):
+                other = "choose such a rank, or factors: 16"
+            _check_shape(name, weight.shape, weight.scheme, other)
         if held.scheme is None:
             name = next(name for name, role, _ in held.tensors() if is_quantizable(role))
             raise Unsupported(f"{name} is not quantized, nor is another; {UNQUANTIZED}")
@@ -189,8 +192,8 @@ def quantization_config(model: Model) -> dict[str, Any]:
 # ---- what the format can say -------------------------------------------------------------------
 
 
-def _check_shape(name: str, shape: tuple[int, ...], scheme: Scheme) -> None:
-    """Refuse a matrix that does not fill words and groups.
+def _check_shape(name: str, shape: tuple[int, ...], scheme: Scheme, other: str) -> None:
+    """Refuse a matrix that does not fill words and groups; ``other`` is what to do about words.
 
     Raises:
         Unsupported: bits, group size or shape do not fit.
@@ -206,8 +209,7 @@ def _check_shape(name: str, shape: tuple[int, ...], scheme: Scheme) -> None:
     if outs % per_word or ins % per_word:
         raise Unsupported(
             f"{name} has shape {list(shape)}; target gptq packs {per_word} numbers of "
-            f"{scheme.bits} bits to a word, so both sizes must be divisible by {per_word}; give "
-            "it more bits, or leave it out by a rule with bits: 16"
+            f"{scheme.bits} bits to a word, so both sizes must be divisible by {per_word}; {other}"
         )
     if ins % scheme.width(ins):
         raise Unsupported(

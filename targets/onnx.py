@@ -11,8 +11,8 @@ from moe2edge.checkpoint import write_json
 from moe2edge.errors import InputError, Unsupported
 from moe2edge.generate import stop_ids
 from moe2edge.layers import MoELayer
-from moe2edge.model import Block, Model, is_quantizable
-from moe2edge.scheme import WHOLE_ROW, Scheme
+from moe2edge.model import Block, Model, is_low_rank, is_quantizable
+from moe2edge.scheme import LOW_RANK, WHOLE_ROW, Scheme
 from moe2edge.target import Loader, Runtime, Target
 
 if TYPE_CHECKING:
@@ -64,8 +64,13 @@ class Onnx(Target):
         for name, role, weight in model.tensors():
             if weight.scheme is None:
                 continue
+            if is_low_rank(role) and weight.scheme == LOW_RANK:
+                continue
             if not is_quantizable(role):
-                raise Unsupported(f"{name} is quantized; the graph holds it in full only")
+                raise Unsupported(
+                    f"{name} is {weight.scheme}; the graph holds it in full, or factors as "
+                    f"{LOW_RANK}"
+                )
             _accept_scheme(name, weight.shape, weight.scheme)
         for block, layer in model.moe_blocks:
             _accept_layer(block, layer)

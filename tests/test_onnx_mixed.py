@@ -23,9 +23,11 @@ from moe2edge.cli import main
 from moe2edge.errors import Unsupported
 from moe2edge.families import FAMILIES
 from moe2edge.layers import PARTS, Expert, Factors, Member, Substitute, Weight
+from moe2edge.ledger import in_memory
 from moe2edge.loading import to_transformers
 from moe2edge.model import Model
-from moe2edge.scheme import Scheme
+from moe2edge.passes.rtn import Rtn
+from moe2edge.scheme import LOW_RANK, Scheme
 from moe2edge.targets._onnx_exact import with_float_activations
 from moe2edge.targets.onnx import Onnx
 from moe2edge.testing import Make, quantize
@@ -150,6 +152,30 @@ def test_logits_are_those_of_pytorch(
     model = quantize(model, INT4) if int4 else model
     assert_runs(formed(model, FORMS[form]), tmp_path / "all")
     assert_runs(formed(model, FORMS[form], skip=True), tmp_path / "skipping")
+
+
+def with_eight_bits(model: Model) -> Model:
+    """``model`` with factors and linear maps rounded to 8 bits."""
+    for block in model.blocks:
+        model = model.replace_block(in_memory(block, Rtn(factors=8).alone(model, block)))
+    return model
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "form", [name for name, form in FORMS.items() if any(form.ranks + form.maps)]
+)
+def test_factors_and_maps_of_eight_bits(form: str, dtype: str, tiny: Make, tmp_path: Path) -> None:
+    source = tiny("olmoe", num_experts_per_tok=3, dtype=dtype)
+    whole = formed(quantize(open_checkpoint(str(source)).model, INT4), FORMS[form])
+    model = with_eight_bits(whole)
+    assert_runs(model, tmp_path / "eight")
+    # Each is dequantized where it is used, in a branch, so that it stays small in memory.
+    graph = onnx.load(tmp_path / "eight" / "model.onnx", load_external_data=False).graph
+    assert not {"DequantizeLinear"} & {node.op_type for node in graph.node}
+    found = [node for node in nodes_of(graph) if node.op_type == "DequantizeLinear"]
+    matrices = [r for _, r, w in model.tensors() if w.scheme == LOW_RANK]
+    assert len(found) == len(matrices) > 0
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

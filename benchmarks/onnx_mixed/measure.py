@@ -24,9 +24,10 @@ import torch
 from onnx import TensorProto
 
 from moe2edge.layers import PARTS, Expert, Factors, Member, MoELayer, Router, Substitute, Weight
-from moe2edge.model import Block
-from moe2edge.rounding import Quantized
-from moe2edge.scheme import Scheme
+from moe2edge.ledger import in_memory
+from moe2edge.model import Block, is_low_rank
+from moe2edge.rounding import Quantized, round_to_nearest
+from moe2edge.scheme import LOW_RANK, Scheme
 from moe2edge.targets._onnx_columns import Columns, Group
 from moe2edge.targets._onnx_experts import MoEWriter
 from moe2edge.targets._onnx_graph import Graph
@@ -236,20 +237,37 @@ class Form:
     make: Callable[[Size], MoELayer]
     writer: type[MoEWriter] = MixedWriter
 
+    def block(self, size: Size) -> Block:
+        """A block with nothing but the layer."""
+        return Block(0, 0, {}, {}, self.make(size))
+
+
+@dataclass(frozen=True)
+class EightBits(Form):
+    """Factors and linear maps are in 8 bits."""
+
+    def block(self, size: Size) -> Block:
+        block = super().block(size)
+        low = {role: weight for role, weight in block.weights() if is_low_rank(role)}
+        return in_memory(block, {r: round_to_nearest(w.load(), LOW_RANK) for r, w in low.items()})
+
 
 def linear_forms(rank: int) -> list[Form]:
     title = f"half linear, rank {rank}"
     writers = {"": MixedWriter, ", a branch each *": Branches, ", at once *": AtOnce}
     return [
-        Form(title + more, lambda size: substituted(size, rank), writer)
-        for more, writer in writers.items()
+        *(
+            Form(title + more, lambda size: substituted(size, rank), writer)
+            for more, writer in writers.items()
+        ),
+        EightBits(f"{title}, 8 bits", lambda size: substituted(size, rank)),
     ]
 
 
-def merged_form(rank: int) -> Form:
+def merged_form(rank: int, kind: type[Form] = Form) -> Form:
     what = f"a base and factors of rank {rank}" if rank else "one expert, no factors"
-    title = f"in groups of 3: {what}"
-    return Form(title, lambda size: merged(size, rank))
+    more = ", 8 bits" if kind is EightBits else ""
+    return kind(f"in groups of 3: {what}{more}", lambda size: merged(size, rank))
 
 
 FORMS = (
@@ -261,6 +279,7 @@ FORMS = (
     merged_form(0),
     merged_form(16),
     merged_form(64),
+    merged_form(64, EightBits),
 )
 SIZES = (
     (Size(1024, 3584, 8, 2), FORMS),
@@ -271,10 +290,11 @@ SIZES = (
 
 def session(form: Form, size: Size, folder: Path) -> tuple[Any, int]:
     """The layer in ONNX Runtime, and bytes of its weights."""
-    layer = form.make(size)
+    block = form.block(size)
+    layer = block.mlp
+    assert isinstance(layer, MoELayer)
     graph, hidden = Graph(), size.hidden
     graph.input("x", TensorProto.FLOAT, [1, "tokens", hidden])
-    block = Block(0, 0, {}, {}, layer)
     roles = {role: Source(f"{role}.weight", weight) for role, weight in block.weights()}
     y = form.writer(graph, "/moe", roles, layer, 0, 4).add("x")
     graph.node("/y", "Identity", [y], [graph.output("y", [1, "tokens", hidden])])

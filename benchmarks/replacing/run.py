@@ -3,10 +3,10 @@
     python benchmarks/replacing/run.py --models DIR --data DIR [--only TEXT] [--model NAME]
 
 Goes through what has no line in ``results.jsonl`` yet, for every checkpoint in ``--models`` and the
-built-in model: compress, measure, train, measure, quantize to 4 bits, measure. A run that is killed
-goes on from the training's last checkpoint (``--work``). At the end it writes ``results.md`` and
-``results.png``. Texts are of four domains; those for evaluation are others than those for
-calibration and training, which share files.
+built-in model: compress, measure, train, measure, quantize to 4 bits (factors and linear maps to
+8), measure. A run that is killed goes on from the training's last checkpoint (``--work``). At the
+end it writes ``results.md`` and ``results.png``. Texts are of four domains; those for evaluation
+are others than those for calibration and training, which share files.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from moe2edge.calibration import Tokens
 from moe2edge.checkpoint import BUILTIN, Checkpoint, open_checkpoint
 from moe2edge.errors import Moe2EdgeError
 from moe2edge.export import run_passes
-from moe2edge.model import Model
+from moe2edge.model import Model, is_low_rank
 from moe2edge.passes.recover import Recover
 from moe2edge.pipeline import Lab
 from moe2edge.progress import Watcher
@@ -52,7 +52,6 @@ TRAIN: dict[str, Any] = {
     "steps": 500, "batch": 8, "learning_rate": 3e-4, "held_out": HELD_OUT, "eval_every": 50,
     "patience": 0, "save_every": 50,
 }  # fmt: skip
-SLIM = [{"gptq": {"bits": 4}}]
 QUIET = Watcher(lambda _: None, lambda *_: None)
 
 
@@ -125,6 +124,12 @@ def passed(model: Model, passes: list[Any], bench: Bench, work: WorkFolder) -> M
     return run_passes(model, parsed, bench.calibration, work, QUIET)[0]
 
 
+def slimming(model: Model) -> list[Any]:
+    """4 bits, and 8 for factors and linear maps if there are any."""
+    low = any(is_low_rank(role) for _, role, _ in model.tensors())
+    return [{"gptq": {"bits": 4, **({"factors": 8} if low else {})}}]
+
+
 def run(bench: Bench, method: Method, work: Path, steps: int) -> dict[str, Any]:
     """All measurements of a method."""
     row: dict[str, Any] = {"model": bench.name, "key": method.key, "name": method.name}
@@ -148,7 +153,7 @@ def run(bench: Bench, method: Method, work: Path, steps: int) -> dict[str, Any]:
         }
         row["after"] = measure(bench, model)
         with tempfile.TemporaryDirectory() as other:
-            slim = passed(model, SLIM, bench, WorkFolder(Path(other)))
+            slim = passed(model, slimming(model), bench, WorkFolder(Path(other)))
             row["quantized"] = measure(bench, slim)
     return row
 

@@ -1,0 +1,226 @@
+"""Factors and linear maps in 8 bits: what passes make of them, and what targets hold."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import Tensor
+
+from moe2edge.checkpoint import open_checkpoint
+from moe2edge.cli import main
+from moe2edge.errors import InputError, Unsupported, VerificationFailed
+from moe2edge.families import FAMILIES
+from moe2edge.layers import Substitute
+from moe2edge.ledger import in_memory
+from moe2edge.loading import load, to_transformers
+from moe2edge.model import Model, is_low_rank
+from moe2edge.passes.awq import Awq
+from moe2edge.passes.expert_replace import ExpertReplace
+from moe2edge.passes.gptq import Gptq
+from moe2edge.passes.rtn import Rtn
+from moe2edge.pipeline import Lab
+from moe2edge.progress import Watcher
+from moe2edge.quantize import Quantize
+from moe2edge.rounding import round_to_nearest
+from moe2edge.scheme import LOW_RANK
+from moe2edge.solving import solve
+from moe2edge.stored import stored_model
+from moe2edge.targets.gptq import Gptq as GptqTarget
+from moe2edge.testing import InMemory, Make
+from moe2edge.verify import audit
+
+PASSES: dict[str, Quantize] = {
+    "rtn": Rtn(factors=8),
+    "gptq": Gptq(factors=8, min_tokens=8),
+    "awq": Awq(factors=8, steps=4),
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "base": {"with": "base", "budget": 0.8, "rank": 4},
+    "svd": {"with": "svd", "budget": 0.8, "rank": 4},
+    "linear": {"with": "linear", "keep": 3, "rank": 4},
+}
+
+
+def tokens(samples: int = 8) -> Tensor:
+    return torch.randint(0, 96, (samples, 40), generator=torch.Generator().manual_seed(1))
+
+
+def replaced(folder: Path, kind: str) -> Model:
+    """A model with such answers for some of its experts."""
+    model = open_checkpoint(str(folder)).model
+    watcher = Watcher(lambda _: None, lambda *_: None)
+    step = ExpertReplace.model_validate(KINDS[kind]).resolved(model)
+    return step.search(Lab(model, model, tokens(), InMemory(), watcher)).model
+
+
+def quantized(model: Model, step: Quantize) -> Model:
+    """As the pass makes it of that model, held against what it promises."""
+    step.check(model)
+    ids = tokens() if step.needs_tokens else None
+    found, changed, _ = solve(
+        model, ids, step.solver(model), InMemory(), lambda *_: None, "quantize"
+    )
+    step.check_result(model, found)
+    assert [str(w.scheme) for _, _, w in step.plan(model).tensors()] == [
+        str(w.scheme) for _, _, w in found.tensors()
+    ]
+    names = {n for n, role, w in found.tensors() if w.scheme}
+    assert names <= set(changed)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "kind"),
+    [
+        ("olmoe", "rtn", "linear"),
+        ("mixtral", "gptq", "base"),
+        *((family, "awq", "svd") for family in sorted(FAMILIES)),
+    ],
+)
+def test_every_pass_rounds_them(family: str, name: str, kind: str, tiny: Make) -> None:
+    model = replaced(tiny(family), kind)
+    found = quantized(model, PASSES[name])
+    before = {name: weight for name, _, weight in model.tensors()}
+    seen = 0
+    for own, role, weight in found.tensors():
+        if not is_low_rank(role):
+            continue
+        seen += 1
+        assert weight.scheme == LOW_RANK
+        if name != "awq":  # which scales columns and rows before
+            expected = round_to_nearest(before[own].load().float(), LOW_RANK, "mse")
+            assert torch.equal(weight.quantized().q, expected.q)
+        outs, ins = weight.shape
+        assert weight.nbytes == outs * ins + 2 * outs
+    assert seen
+    # It costs next to nothing beside what 4 bits of all else cost.
+    alone = quantized(model, PASSES[name].model_copy(update={"factors": 16}))
+    ids = tokens()
+    with torch.no_grad():
+        source, plain, both = (
+            to_transformers(m, torch.float32)(ids).logits for m in (model, alone, found)
+        )
+    assert not torch.equal(plain, both)
+    assert (both - source).norm() < 1.1 * (plain - source).norm()
+
+
+def test_what_a_linear_map_is_rounded_to(tiny: Make) -> None:
+    """A slow loop: each row has the scale with the least squared error, and 255 steps at most."""
+    model = replaced(tiny("mixtral"), "linear")
+    found = quantized(model, PASSES["rtn"])
+    for (_, role, before), (_, _, after) in zip(model.tensors(), found.tensors(), strict=True):
+        if is_low_rank(role):
+            for row, got in zip(before.load().float(), after.load().float(), strict=True):
+                assert (got - row).abs().max() <= row.abs().max() / 127
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"), [("mixtral", "base"), ("olmoe", "svd"), ("qwen2_moe", "linear")]
+)
+def test_a_gptq_folder_holds_them(family: str, kind: str, tiny: Make, tmp_path: Path) -> None:
+    model = quantized(replaced(tiny(family), kind), PASSES["gptq"])
+    target = GptqTarget(layout="natural")
+    target.accepts(model)
+    target.write(model, tmp_path)
+    assert audit(target, tmp_path, model)
+    stored = stored_model(open_checkpoint(str(tmp_path)))
+    schemes = {name: weight.scheme for name, _, weight in model.tensors()}
+    assert {name: weight.scheme for name, _, weight in stored.tensors()} == schemes
+    settings = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert settings["bits"] == 4
+    assert [own["bits"] for own in settings["dynamic"].values() if own] == [8]
+    ids = tokens(2)
+    with torch.no_grad():
+        expected = to_transformers(model, torch.float32)(ids).logits
+        loaded = load(tmp_path, dtype=torch.float32)
+        assert (loaded(ids).logits - expected).abs().max() < 1e-4
+    assert "factors of 8 bits" in str(loaded.moe2edge_packed)
+    # What the config does not say is not taken for a factor of 8 bits.
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["dynamic"] = {}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(VerificationFailed, match="lacks"):
+        stored_model(open_checkpoint(str(tmp_path)))
+
+
+def test_sixteen_bits_need_no_entry(tiny: Make, tmp_path: Path) -> None:
+    model = quantized(replaced(tiny("olmoe"), "base"), Gptq(min_tokens=8))
+    GptqTarget(layout="natural").write(model, tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert "dynamic" not in settings
+    stored = stored_model(open_checkpoint(str(tmp_path)))
+    assert all(w.scheme is None for _, role, w in stored.tensors() if is_low_rank(role))
+
+
+def test_they_alone(tiny: Make, tmp_path: Path) -> None:
+    """A rule that leaves all else, so that experts keep their precision."""
+    rules = ({"bits": 16},)
+    step = Rtn.model_validate({"factors": 8, "rules": rules})
+    model = quantized(replaced(tiny("mixtral"), "svd"), step)
+    assert {is_low_rank(role) for _, role, w in model.tensors() if w.scheme} == {True}
+    target = GptqTarget(layout="natural")
+    target.write(model, tmp_path)
+    assert audit(target, tmp_path, model)
+    ids = tokens(2)
+    with torch.no_grad():
+        expected = to_transformers(model, torch.float32)(ids).logits
+        assert (load(tmp_path, dtype=torch.float32)(ids).logits - expected).abs().max() < 1e-4
+
+
+# ---- refusals ------------------------------------------------------------------------------------
+
+
+def test_nothing_to_round_is_refused(tiny: Make) -> None:
+    model = open_checkpoint(str(tiny("mixtral"))).model
+    with pytest.raises(InputError, match="factors: 8 is about factors and linear maps"):
+        Rtn(factors=8).check(model)
+
+
+def test_twice_is_refused(tiny: Make) -> None:
+    model = replaced(tiny("mixtral"), "base")
+    for block in model.blocks:
+        numbers = Rtn(factors=8).alone(model, block)
+        model = model.replace_block(in_memory(block, numbers))
+    with pytest.raises(InputError, match="quantizes twice"):
+        Rtn(factors=8).check(model)
+
+
+def test_a_rank_that_fills_no_words_is_refused(tiny: Make) -> None:
+    model = open_checkpoint(str(tiny("mixtral"))).model
+    block, layer = model.moe_blocks[0]
+
+    def zeros(*shape: int) -> Any:
+        return replace(layer.experts[0].gate, shape=shape, load=lambda: torch.zeros(shape))
+
+    new = Substitute(0, zeros(64), zeros(3, 64), zeros(64, 3))
+    model = model.replace_block(replace(block, mlp=layer.substitute({0: new})))
+    model = quantized(model, Rtn(factors=8))
+    with pytest.raises(Unsupported, match="divisible by 4; choose such a rank, or factors: 16"):
+        GptqTarget(layout="natural").accepts(model)
+
+
+@pytest.mark.parametrize(
+    ("kind", "target"),
+    [
+        ("base", "gptq:layout=natural"),
+        ("linear", "hf:dequantize=true:layout=natural"),
+        *((kind, "onnx") for kind in KINDS),
+    ],
+)
+def test_an_export_is_verified(kind: str, target: str, tiny: Make, tmp_path: Path) -> None:
+    passes = [{"expert_replace": KINDS[kind]}, {"gptq": {"factors": 8}}]
+    recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"
+    recipe.write_text(json.dumps({"passes": passes}))
+    text = ["--set", "calibration.samples=12", "--set", "calibration.length=48"]
+    less = ["--set", "evaluation.samples=2", "--set", "evaluation.length=48", "-q", "--json"]
+    source = str(tiny("qwen2_moe"))
+    run = ["export", source, "-r", str(recipe), "-t", target, "-o", str(out), *text, *less]
+    result = CliRunner().invoke(main, run)
+    assert result.exit_code == 0, result.output
+    assert CliRunner().invoke(main, ["verify", str(out)]).exit_code == 0
