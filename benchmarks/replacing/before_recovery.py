@@ -2,10 +2,11 @@
 
     python benchmarks/replacing/before_recovery.py --model MODEL --data DIR [--seeds 3]
 
-Calibrates on 24 x 256 tokens of each of four domains, measures on as many held-out tokens of each:
-the mean log-perplexity over domains, in nats above that of the source. Dropping experts by every
-criterion of `expert_drop`, and by `expert_search`, stands beside it; what is left of the excess of
-the best of them is in the last column. Needs one model in memory a block at a time.
+Calibrates on 24 x 256 tokens of each of four domains, measures on as many held-out tokens of each,
+the texts of run.py: the mean log-perplexity over domains, in nats above that of the source.
+Dropping experts by every criterion of `expert_drop`, and by `expert_search`, stands beside it; what
+is left of the excess of the best of them is in the last column. With ``--save FOLDER`` the tokens
+of the first seed are written there as arrays, for other programs.
 """
 
 from __future__ import annotations
@@ -15,17 +16,19 @@ import json
 import math
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
 
+import numpy as np
+import report
+import run
 import torch
 from methods import svd_rank
 
 from moe2edge import walk
-from moe2edge.artifact import tokenizer_of
-from moe2edge.checkpoint import open_checkpoint
 from moe2edge.criteria import Criterion
 from moe2edge.model import Model
 from moe2edge.passes.expert_drop import ExpertDrop
@@ -34,10 +37,7 @@ from moe2edge.passes.expert_search import ExpertSearch
 from moe2edge.pipeline import Lab
 from moe2edge.testing import InMemory
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "trimming"))
-from texts import DOMAINS, write_texts
-
-SAMPLES, LENGTH, KEEP = 24, 256, 0.5
+KEEP = 0.5
 # Of linear maps; what answers, by which criterion, fitted on what.
 RANK = 16
 DROPS = tuple(c for c in get_args(Criterion) if c != "random")
@@ -64,23 +64,38 @@ def quietly(*_: Any) -> None:
     """Watch nothing."""
 
 
-def tokens(tokenizer: Any, path: Path, seed: int) -> torch.Tensor:
-    """Samples of a file from a place of their own for each seed, int64 [samples, length]."""
-    ids = torch.tensor(tokenizer(path.read_text()[:1_500_000])["input_ids"])
-    count = SAMPLES * LENGTH
-    start = seed * count % (len(ids) - count)
-    return ids[start : start + count].view(SAMPLES, LENGTH)
+@dataclass(frozen=True)
+class Setup:
+    """A model and its texts.
+
+    Attributes:
+        bench: the source, and what it says about held-out text.
+        calibration: tokens of each seed, int64 [samples, length].
+    """
+
+    bench: run.Bench
+    calibration: Sequence[torch.Tensor]
+
+    def loss(self, model: Model) -> float:
+        """Mean over domains, nats per token."""
+        return math.log(report.mean(run.measure(self.bench, model)["perplexity"], log=True))
+
+    def save(self, folder: Path) -> None:
+        """Write tokens of each domain, uint16."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for domain, ids in self.bench.evaluation.items():
+            np.save(folder / f"evaluation-{domain}.npy", ids.numpy().astype(np.uint16))
+        np.save(folder / "calibration.npy", self.calibration[0].numpy().astype(np.uint16))
 
 
-def losses(model: Model, texts: dict[str, torch.Tensor]) -> list[float]:
-    """Mean loss of each domain, nats per token."""
-    found = []
-    for ids in texts.values():
-        hidden = walk.observe(model, ids, (), quietly, "evaluation")
-        rows = zip(ids, walk.head_logits(model, hidden), strict=True)
-        each = [torch.nn.functional.cross_entropy(lo[:-1], row[1:]).item() for row, lo in rows]
-        found.append(sum(each) / len(each))
-    return found
+def prepare(model: str, data: Path, seeds: int) -> Setup:
+    """Open a model, and read its texts."""
+    with tempfile.TemporaryDirectory() as folder:
+        texts = run.write_texts(data, Path(folder))
+        bench = run.open_bench(model, model, texts, 0)
+        parts = texts["calibration"], run.DOMAINS, run.CALIBRATION
+        calibration = [run.tokens_of(bench.checkpoint, *parts, seed).ids for seed in range(seeds)]
+    return Setup(bench, calibration)
 
 
 WATCHER: Any = SimpleNamespace(advance=quietly, log=quietly)
@@ -143,33 +158,31 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="a checkpoint, or builtin:tiny-moe")
     parser.add_argument("--data", type=Path, required=True, help="folder of texts")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--save", type=Path, help="folder for arrays of the tokens")
+    parser.add_argument("--only", default="", help="methods whose name holds this; with ;, or this")
     given = parser.parse_args()
-    checkpoint = open_checkpoint(given.model)
-    model, tokenizer = checkpoint.model, tokenizer_of(checkpoint.folder)
-    with tempfile.TemporaryDirectory() as folder:
-        texts = write_texts(given.data, Path(folder))
-        held_out = {d: tokens(tokenizer, texts["evaluation"][d], 0) for d in DOMAINS}
-        calibration = [
-            torch.cat([tokens(tokenizer, texts["calibration"][d], seed) for d in DOMAINS])
-            for seed in range(given.seeds)
-        ]
-    source = losses(model, held_out)
-    shown = ", ".join(f"{d} {math.exp(v):.2f}" for d, v in zip(DOMAINS, source, strict=True))
-    print(f"{given.model}: source {model.nbytes / 1e6:.1f} MB, perplexity {shown}")
+    setup = prepare(given.model, given.data, given.seeds)
+    if given.save is not None:
+        setup.save(given.save)
+    model = setup.bench.model
+    source = setup.loss(model)
+    found = run.measure(setup.bench, model)["perplexity"]
+    shown = ", ".join(f"{domain} {value:.2f}" for domain, value in found.items())
+    title, size = Path(given.model).name, f"{model.nbytes / 1e6:.1f} MB"
+    print(f"{title}: source {size}, perplexity {shown}, all {math.exp(source):.2f}", flush=True)
     best = math.inf
     for name, make in methods():
-        results = [make(model, ids) for ids in calibration]
-        excess = []
-        for result in results:
-            found = losses(result, held_out)
-            excess.append((sum(found) - sum(source)) / len(DOMAINS))
+        if not any(part in name for part in given.only.split(";")):
+            continue
+        results = [make(model, ids) for ids in setup.calibration]
+        excess = [setup.loss(result) - source for result in results]
         mean = sum(excess) / len(excess)
         each = ", ".join(f"{value:.4f}" for value in excess)
         best = min(best, mean) if name.startswith("drop") else best
         left = "" if name.startswith("drop") else f"  {mean / best:.0%} of the best drop's"
         size = results[0].nbytes / 1e6
         print(f"{name:32} {size:6.1f} MB  {mean:.4f}  ({each}){left}", flush=True)
-        print(json.dumps({"model": given.model, "method": name, "excess": excess}), file=sys.stderr)
+        print(json.dumps({"model": title, "method": name, "excess": excess}), file=sys.stderr)
 
 
 if __name__ == "__main__":

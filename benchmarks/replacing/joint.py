@@ -10,7 +10,6 @@ the error of the whole layer. Half of the experts, rank 16, the texts of before_
 from __future__ import annotations
 
 import argparse
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,8 +18,6 @@ import torch
 from torch import Tensor
 
 from moe2edge import substitution, walk
-from moe2edge.artifact import tokenizer_of
-from moe2edge.checkpoint import open_checkpoint
 from moe2edge.layers import MoELayer
 from moe2edge.model import Block, Model
 from moe2edge.pipeline import Lab
@@ -101,23 +98,15 @@ def main() -> None:
     parser.add_argument("--sweeps", type=int, default=3)
     parser.add_argument("--seeds", type=int, default=2)
     given = parser.parse_args()
-    checkpoint = open_checkpoint(given.model)
-    model, tokenizer = checkpoint.model, tokenizer_of(checkpoint.folder)
-    with tempfile.TemporaryDirectory() as folder:
-        texts = setup.write_texts(given.data, Path(folder))
-        domains = setup.DOMAINS
-        held_out = {d: setup.tokens(tokenizer, texts["evaluation"][d], 0) for d in domains}
-        calibration = [
-            torch.cat([setup.tokens(tokenizer, texts["calibration"][d], n) for d in domains])
-            for n in range(given.seeds)
-        ]
-    source = sum(setup.losses(model, held_out))
-    for seed, ids in enumerate(calibration):
+    prepared = setup.prepare(given.model, given.data, given.seeds)
+    model = prepared.bench.model
+    source = prepared.loss(model)
+    for seed, ids in enumerate(prepared.calibration):
         for sweeps in (0, given.sweeps):
             joint = Joint(sweeps)
             lab = Lab(model, model, ids, joint.store, setup.WATCHER)
             result: Model = walk.rewrite(lab, joint, "")
-            excess = (sum(setup.losses(result, held_out)) - source) / len(setup.DOMAINS)
+            excess = prepared.loss(result) - source
             changes = ", ".join(f"{after / before - 1:+.1%}" for before, after in joint.missed)
             print(
                 f"seed {seed}, {sweeps} sweeps: excess {excess:.4f}; layers {changes}", flush=True

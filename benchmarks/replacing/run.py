@@ -17,7 +17,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,26 +85,38 @@ def open_bench(
 ) -> Bench:
     """Open a model, and run it over the held-out texts."""
     checkpoint = open_checkpoint(folder)
-    model, tokenizer = checkpoint.model, tokenizer_of(checkpoint.folder)
+    model = checkpoint.model
 
-    def tokens(purpose: str, domains: tuple[str, ...], samples: int, seed: int = 0) -> Tokens:
-        options: dict[str, Any] = {
-            "samples": samples,
-            "length": LENGTH,
-            "seed": seed,
-            "text": ",".join(f"{domain}:1" for domain in domains),
-            "sources": {domain: {"text": str(texts[purpose][domain])} for domain in domains},
-        }
-        source = recipe.section("calibration", options)
-        return calibration.load_tokens(source, tokenizer, purpose, (LENGTH, model.vocabulary))
+    def tokens(purpose: str, domains: Sequence[str], samples: int, seed: int = 0) -> Tokens:
+        return tokens_of(checkpoint, texts[purpose], domains, samples, seed)
 
     held_out = {d: tokens("evaluation", (d,), EVALUATION).ids for d in DOMAINS}
     hidden = {d: walk.observe(model, ids, (), QUIET.advance, "") for d, ids in held_out.items()}
-    samples = steps * TRAIN["batch"] + HELD_OUT
-    training = tokens("calibration", DOMAINS, samples, 1).ids
+    samples = steps * TRAIN["batch"] + HELD_OUT if steps else 0
+    training = tokens("calibration", DOMAINS, samples, 1).ids if steps else torch.empty(0)
     return Bench(
         name, checkpoint, tokens("calibration", DOMAINS, CALIBRATION), training, held_out, hidden
     )
+
+
+def tokens_of(
+    checkpoint: Checkpoint,
+    texts: Mapping[str, Path],
+    domains: Sequence[str],
+    samples: int,
+    seed: int,
+) -> Tokens:
+    """So many samples, as many of each domain."""
+    options: dict[str, Any] = {
+        "samples": samples,
+        "length": LENGTH,
+        "seed": seed,
+        "text": ",".join(f"{domain}:1" for domain in domains),
+        "sources": {domain: {"text": str(texts[domain])} for domain in domains},
+    }
+    source, tokenizer = recipe.section("calibration", options), tokenizer_of(checkpoint.folder)
+    limits = LENGTH, checkpoint.model.vocabulary
+    return calibration.load_tokens(source, tokenizer, "text", limits)
 
 
 def measure(bench: Bench, model: Model) -> dict[str, Any]:
