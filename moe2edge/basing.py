@@ -147,7 +147,7 @@ class Sharing:
             model: the model.
             scores: importance of experts, by layer.
             factors: of the threshold, by layer.
-            similar: similarity of the experts of a layer, [E, E], by layer.
+            similar: similarity of the experts of a layer, [E, E], by layer; without bases, nothing.
         """
         costs, ordered = self.costs(model), bases.order(scores, factors)
         if self.group is None:  # layers need one expert that stays

@@ -196,9 +196,9 @@ class ExpertMerge(Search):
         experts = max(lab.model.expert_counts)
         width = max(layer.experts[0].gate.shape[0] for _, layer in lab.model.moe_blocks)
         sampled = 4 * 2 * SAMPLED * (hidden + width)
-        streams = 4 * 2 * lab.tokens.numel() * hidden
+        stream = 4 * lab.tokens.numel() * hidden
         check_memory(
-            nbytes(experts, hidden, width, align=bool(self.align)) + sampled + streams,
+            nbytes(experts, hidden, width, align=bool(self.align)) + sampled + stream,
             f"expert_merge sums up what {experts} experts do, and merges some",
             "give it fewer calibration samples, or do it on a larger one",
             lab.memory.limit,

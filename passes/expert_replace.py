@@ -351,11 +351,12 @@ class ExpertReplace(Search):
                 "choose another one"
             )
         norms = [seen.norm[block.origin] for block, _ in blocks]
+        sharing = self._sharing
         similar = [
             similarity(self.similarity, block, layer, seen.gram[block.origin], self.seed)
             for block, layer in blocks
+            if sharing.group is not None
         ]
-        sharing = self._sharing
         groupings = sharing.groupings(
             lab.model, scores, bases.depth_factors(norms, self.depth_correction), similar
         )
