@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from moe2edge.spectral import leading
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -219,7 +221,8 @@ def low_rank(difference: Tensor, gram: Tensor, rank: int) -> tuple[Tensor, Tenso
     """The matrix of a rank that is nearest in what it puts out: (first, second), float32.
 
     With ``G = L L^T`` the Gram matrix of inputs, ``|| X (D - S F)^T ||`` is least for the truncated
-    singular value decomposition of ``D L``.
+    singular value decomposition ``U s V^T`` of ``D L``, which is found from the smaller of its
+    Gram matrices: ``S F = U U^T D``, or ``D L V V^T L^-1``. Either factor gets a root of s.
 
     Args:
         difference: D, [out, in].
@@ -229,15 +232,25 @@ def low_rank(difference: Tensor, gram: Tensor, rank: int) -> tuple[Tensor, Tenso
     Returns:
         F [rank, in] and S [out, rank].
     """
-    inputs = difference.shape[1]
+    outs, ins = difference.shape
     extra = RIDGE * float(gram.diagonal().mean()) + LEAST
-    half = torch.linalg.cholesky(gram.double() + extra * torch.eye(inputs, dtype=torch.float64))
-    left, values, right = torch.linalg.svd(difference.double() @ half, full_matrices=False)
-    root = values[:rank].sqrt()
-    first = torch.linalg.solve_triangular(
-        half, root[:, None] * right[:rank], upper=False, left=False
-    )
-    return first.float(), (left[:, :rank] * root).float()
+    ridged, whole = gram.double(), difference.double()
+    ridged = ridged + extra * torch.eye(ins, dtype=torch.float64)
+    if outs <= ins:
+        squares, left = leading(whole @ ridged @ whole.T, rank)
+        root = _root(squares)
+        return (left.T @ whole / root[:, None]).float(), (left * root).float()
+    half = torch.linalg.cholesky(ridged)
+    scaled = whole @ half
+    squares, right = leading(scaled.T @ scaled, rank)
+    root = _root(squares)
+    first = torch.linalg.solve_triangular(half, (right * root).T, upper=False, left=False)
+    return first.float(), (scaled @ right / root).float()
+
+
+def _root(squares: Tensor) -> Tensor:
+    """Roots of singular values, of which squares are given; of none that is zero."""
+    return squares.clamp(min=LEAST * max(float(squares[0]), LEAST)).sqrt().sqrt()
 
 
 def untrained(

@@ -31,6 +31,20 @@ def experts_nbytes(model: Model) -> int:
     )
 
 
+def check_budget(before: Model, after: Model, budget: int, notes: list[str]) -> None:
+    """Prove that a budget was kept, and note what experts and what replaced them take.
+
+    Raises:
+        Moe2EdgeError: they take more.
+    """
+    whole, taken = experts_nbytes(before), experts_nbytes(after)
+    if taken > budget:
+        raise Moe2EdgeError(f"experts take {taken:,} bytes, more than the budget of {budget:,}")
+    notes.append(
+        f"experts and what replaced them take {taken:,} bytes of {whole:,} ({taken / whole:.1%})"
+    )
+
+
 def shared(block: Block, layer: MoELayer, groups: Sequence[Sequence[int]], rank: int) -> Block:
     """The block whose groups of experts share a base each; of one, factors are all.
 
@@ -237,12 +251,7 @@ class Builder:
         else:
             for block, _ in model.moe_blocks:
                 model = model.replace_block(self.change(block))
-        before, after = experts_nbytes(lab.model), experts_nbytes(model)
-        if after > (budget := self.sharing.nbytes(lab.model)):
-            raise Moe2EdgeError(f"experts take {after:,} bytes, more than the budget of {budget:,}")
-        self.notes.append(
-            f"experts, bases and factors take {after:,} bytes of {before:,} ({after / before:.1%})"
-        )
+        check_budget(lab.model, model, self.sharing.nbytes(lab.model), self.notes)
         return Outcome(model, changed=tuple(self.changed), notes=tuple(self.notes))
 
     def _state_cost(self) -> None:

@@ -163,7 +163,7 @@ class Members(nn.Module):
         for own in sorted(set(ids[ids >= 0].tolist())):
             token, place = torch.where(ids == own)
             y = self.answer(experts, own, x[token]) * weights[token, place, None]
-            out = out.index_add(0, token, y.to(out.dtype))
+            out.index_add_(0, token, y.to(out.dtype))
         return out
 
 

@@ -11,6 +11,9 @@ from moe2edge.layers import DTYPE_BYTES, MoELayer, Substitute, Weight
 from moe2edge.pipeline import Store, planned_like
 from moe2edge.substitution import Size, Sums
 
+# Of ranks that a budget chooses: formats pack so many numbers of 8 bits together.
+RANK_STEP = 4
+
 if TYPE_CHECKING:
     from moe2edge.model import Block
     from moe2edge.substitution import Fit
@@ -147,7 +150,8 @@ class Fitter:
         found = {n: substitution.gains(own, self.ridge) for n, own in sums.items()}
         falls = [fall[:0] if n in starved else fall for n, (_, fall) in found.items()]
         spreads = [spread for spread, _ in found.values()]
-        ranks = substitution.allocate(spreads, falls, size_of(layer), self.budget(layer))
+        size, budget = size_of(layer), self.budget(layer)
+        ranks = substitution.allocate(spreads, falls, size, budget, RANK_STEP)
         return {
             n: substitution.fit(sums[n], rank, self.ridge)
             for n, rank in zip(found, ranks, strict=True)

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from moe2edge.spectral import leading
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -114,7 +116,7 @@ def gains(sums: Sums, ridge: float) -> tuple[float, Tensor]:
 
 
 def allocate(
-    spreads: Sequence[float], falls: Sequence[Tensor], size: Size, budget: int
+    spreads: Sequence[float], falls: Sequence[Tensor], size: Size, budget: int, step: int = 1
 ) -> list[int | None]:
     """What each expert of a layer becomes, so that as little as can be is missed within a budget.
 
@@ -128,10 +130,19 @@ def allocate(
         falls: of `gains`, likewise.
         size: in bytes.
         budget: bytes of the layer.
+        step: what ranks are multiples of.
 
     Returns:
         Of each expert the rank of what replaces it; None: it stays.
     """
+    if step > 1:
+        counts = (len(own) // step for own in falls)
+        whole = (
+            own[: n * step].reshape(n, step).sum(1) for n, own in zip(counts, falls, strict=True)
+        )
+        steps = Size(size.expert, size.constant, step * size.rank)
+        found = allocate(spreads, list(whole), steps, budget)
+        return [None if rank is None else step * rank for rank in found]
     falls = [own[: size.most] for own in falls]
     totals = [torch.cat([own.new_zeros(1), own.cumsum(0)]) for own in falls]
 
@@ -190,8 +201,7 @@ def fit(sums: Sums, rank: int, ridge: float) -> Fit:
         empty = mean_y.new_empty(0, len(mean_x))
         return Fit(mean_y, empty, empty.T, spread)
     gram, cross, full = _regression(sums, ridge)
-    _, vectors = torch.linalg.eigh(cross.T @ full)
-    second = vectors[:, -rank:].flip(1)
+    _, second = leading(cross.T @ full, rank)
     first = (full @ second).T
     # trace of (Y - X F^T S^T)^T (Y - X F^T S^T), in which S has orthonormal columns.
     gained = 2 * float((first @ cross * second.T).sum()) - float((first @ gram * first).sum())

@@ -230,12 +230,13 @@ class ExpertReplace(Search):
                 )
 
     def _share_of(self, model: Model, layer: MoELayer) -> int:
-        """Bytes of a layer, where each has the same part of the budget."""
+        """Bytes of the experts of a layer, where each layer has the same part of the budget."""
         from moe2edge.basing import experts_nbytes
         from moe2edge.substituting import size_of
 
-        whole = len(layer.experts) * size_of(layer).expert
-        return self._budget(model) * whole // experts_nbytes(model)
+        old = sum(weight.nbytes for s in layer.substitutes for _, weight in s.weights())
+        whole = len(layer.experts) * size_of(layer).expert + old
+        return self._budget(model) * whole // experts_nbytes(model) - old
 
     def _check_substitutes(self, model: Model) -> None:
         if self.allots:
@@ -285,7 +286,7 @@ class ExpertReplace(Search):
 
     def _plan_budget(self, model: Model) -> Model:
         """Each layer with maps for half of its experts or more, and ranks that fill its budget."""
-        from moe2edge.substituting import size_of, substituted
+        from moe2edge.substituting import RANK_STEP, size_of, substituted
 
         before = model
         for block, layer in model.moe_blocks:
@@ -294,6 +295,7 @@ class ExpertReplace(Search):
             gone = range(stay, count)
             left = budget - stay * size.expert - len(gone) * size.constant
             rank = max(0, min(size.most, left // size.rank // len(gone)))
+            rank -= rank % RANK_STEP  # as they will be
             model = model.replace_block(substituted(block, layer, dict.fromkeys(gone, rank)))
         return model
 
@@ -310,6 +312,7 @@ class ExpertReplace(Search):
 
     def _substitute(self, lab: Lab) -> Outcome:
         from moe2edge import walk
+        from moe2edge.basing import check_budget
         from moe2edge.substituting import Fitter
 
         self._state_cost(lab)
@@ -333,6 +336,8 @@ class ExpertReplace(Search):
             (lambda layer: self._share_of(lab.model, layer)) if self.allots else None,
         )
         model = walk.rewrite(lab, fitter, "expert_replace", propagate=self.fitted_on == "changed")
+        if self.allots:
+            check_budget(lab.model, model, self._budget(lab.model), fitter.notes)
         return Outcome(model, changed=tuple(fitter.changed), notes=tuple(fitter.notes))
 
     def _share(self, lab: Lab) -> Outcome:
@@ -341,10 +346,17 @@ class ExpertReplace(Search):
         from moe2edge.basing import Builder, similarity
 
         criterion: Criterion = self.criterion or "soft-frequency"  # type: ignore[assignment]
-        kinds = (bases.RouterOutputObserver, *criteria.observers(criterion))
+        # What routers put out tells this score as well, without running experts.
+        by_mass = criterion == "soft-frequency"
+        kinds = (bases.RouterOutputObserver, *(() if by_mass else criteria.observers(criterion)))
         facts = walk.gather(lab.model, lab.tokens, kinds, lab.watcher.advance, "scores", lab.memory)
         seen, blocks = facts[bases.RouterOutputObserver], lab.model.moe_blocks
-        scores = [criteria.scores(criterion, b, facts, self.seed) for b, _ in blocks]
+        scores = [
+            seen.mass[b.origin].tolist()
+            if by_mass
+            else criteria.scores(criterion, b, facts, self.seed)
+            for b, _ in blocks
+        ]
         if min(map(min, scores)) < 0:
             raise InputError(
                 f"expert_replace: criterion {criterion} has scores below 0, which are no weights; "

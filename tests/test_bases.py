@@ -131,12 +131,13 @@ def test_groups_are_those_of_a_loop() -> None:
 
 
 @pytest.mark.parametrize("rank", [1, 3, 6])
-def test_factors_are_the_nearest_in_what_they_put_out(rank: int) -> None:
+@pytest.mark.parametrize("outs", [6, 8, 13])
+def test_factors_are_the_nearest_in_what_they_put_out(outs: int, rank: int) -> None:
     """Against the truncation of what is put out, and against anything beside it."""
-    inputs, difference = random(80, 8, seed=3) - 0.3, random(6, 8, seed=4) - 0.5
+    inputs, difference = random(80, 8, seed=3) - 0.3, random(outs, 8, seed=4) - 0.5
     first, second = bases.low_rank(difference, inputs.T @ inputs, rank)
     assert first.shape == (rank, 8)
-    assert second.shape == (6, rank)
+    assert second.shape == (outs, rank)
     ridge = bases.RIDGE * float((inputs.T @ inputs).diagonal().mean()) + bases.LEAST
     longer = torch.cat([inputs, math.sqrt(ridge) * torch.eye(8, dtype=torch.float64)])
 
@@ -149,6 +150,16 @@ def test_factors_are_the_nearest_in_what_they_put_out(rank: int) -> None:
     for seed in range(20):
         nudge = 0.01 * (random(rank, 8, seed=seed).float() - 0.5)
         assert missed(first + nudge, second) >= least
+
+
+def test_factors_of_a_matrix_of_lower_rank_are_it() -> None:
+    """Where singular values are zero, and no inputs were seen."""
+    for outs in (6, 13):
+        difference = random(outs, 2, seed=1) @ random(2, 8, seed=2)
+        for gram in (torch.eye(8, dtype=torch.float64), torch.zeros(8, 8, dtype=torch.float64)):
+            first, second = bases.low_rank(difference, gram, 5)
+            assert first.isfinite().all()
+            assert torch.allclose(second @ first, difference.float(), atol=1e-5)
 
 
 def test_without_importance_all_count_alike() -> None:

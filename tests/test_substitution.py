@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from torch import Tensor
 
 from moe2edge import substitution, walk
+from moe2edge.basing import experts_nbytes
 from moe2edge.checkpoint import open_checkpoint
 from moe2edge.cli import main
 from moe2edge.families import FAMILIES
@@ -22,6 +23,7 @@ from moe2edge.loading import load
 from moe2edge.model import Model, is_quantizable
 from moe2edge.passes.expert_replace import ExpertReplace
 from moe2edge.pipeline import Lab
+from moe2edge.progress import Watcher
 from moe2edge.stored import stored_model
 from moe2edge.substitution import Sums
 from moe2edge.testing import InMemory, Make, Watched, assert_cache_changes_nothing
@@ -136,6 +138,23 @@ def test_an_allocation_misses_little_more_than_the_best_of_all() -> None:
             assert left <= min(fewer) + 1e-9
 
 
+def test_ranks_in_steps() -> None:
+    """As an allocation whose ranks are worth as much as four."""
+    size, coarse = substitution.Size(900, 20, 10), substitution.Size(900, 20, 40)
+    draw = torch.Generator().manual_seed(5)
+    falls = [
+        torch.rand(n, generator=draw, dtype=torch.float64).sort(descending=True).values
+        for n in (90, 90, 90, 6, 0)
+    ]
+    sums = [own[: len(own) // 4 * 4].reshape(-1 if len(own) else 0, 4).sum(1) for own in falls]
+    spreads = [float(own.sum()) + 0.1 for own in falls]
+    for budget in (1300, 1700, 2500):
+        found = substitution.allocate(spreads, falls, size, budget, 4)
+        expected = substitution.allocate(spreads, sums, coarse, budget)
+        assert found == [None if rank is None else 4 * rank for rank in expected]
+        assert any(found)
+
+
 def test_gains_are_what_fits_gain() -> None:
     """Without a ridge, the residual at a rank is what a constant misses less the gains so far."""
     x, y, g = seen()
@@ -146,16 +165,30 @@ def test_gains_are_what_fits_gain() -> None:
         assert found.residual == pytest.approx(spread - float(falls[:rank].sum()), rel=1e-4)
 
 
+@pytest.mark.parametrize("budget", [0.45, 0.6, 0.7])
+def test_a_budget_counts_substitutes_that_are_there(tiny: Make, budget: float) -> None:
+    model = open_checkpoint(str(tiny("olmoe"))).model
+    ids = torch.randint(1, 96, (8, 48), generator=torch.Generator().manual_seed(9))
+    watcher = Watcher(lambda _: None, lambda *_: None)
+    for options in ({"keep": 0.75, "rank": 8}, {"budget": budget}):
+        step = ExpertReplace.model_validate({"with": "linear", "min_tokens": 0, **options})
+        before, step = model, step.resolved(model)
+        step.check(before)
+        model = step.search(Lab(before, before, ids, InMemory(), watcher)).model
+    assert 0.9 * budget < experts_nbytes(model) / experts_nbytes(before) <= budget
+
+
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_a_budget_of_bytes_is_kept(tiny: Make, tmp_path: Path, family: str) -> None:
-    """In every layer, and filled up to the last rank."""
+    """In every layer, and filled up to the last ranks, which come by four."""
     options = {"keep": None, "rank": None, "budget": 0.6, "min_tokens": 0}
     source, model = exported(tiny, family, tmp_path / "out", **options)
     for (_, before), (_, after) in zip(source.moe_blocks, model.moe_blocks, strict=True):
         whole = sum(4 * expert.count for expert in before.experts)
         now = sum(4 * expert.count for expert in after.experts)
         now += sum(weight.nbytes for s in after.substitutes for _, weight in s.weights())
-        assert 0.6 * whole - 2 * 4 * 64 < now <= 0.6 * whole
+        assert 0.6 * whole - 4 * 2 * 4 * 64 < now <= 0.6 * whole
+        assert not any(substitute.rank % 4 for substitute in after.substitutes)
         assert len({s.rank for s in after.substitutes}) > 1 or len(after.substitutes) == 1
 
 
