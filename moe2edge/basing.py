@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import repeat
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -101,9 +102,13 @@ class Sharing:
 
     def costs(self, model: Model) -> list[bases.Cost]:
         """By MoE layer."""
+        return self._costs(model, [self.rank(layer) for _, layer in model.moe_blocks])
+
+    def _costs(self, model: Model, ranks: Iterable[int]) -> list[bases.Cost]:
+        """Of factors of these ranks, by MoE layer."""
         found = []
-        for _, layer in model.moe_blocks:
-            expert, rank = layer.experts[0], self.rank(layer)
+        for (_, layer), rank in zip(model.moe_blocks, ranks, strict=False):
+            expert = layer.experts[0]
             each = DTYPE_BYTES[expert.gate.dtype]
             factors = 3 * each * rank * sum(expert.gate.shape)
             found.append(bases.Cost(each * expert.count, factors, self.group))
@@ -135,6 +140,11 @@ class Sharing:
         sizes = [len(layer.experts) - (self.group is None) for _, layer in model.moe_blocks]
         whole, budget = experts_nbytes(model), self.nbytes(model)
         least = whole - bases.most_saved(self.costs(model), sizes)
+        if least == whole:
+            raise InputError(
+                f"expert_replace: with rank {self.rank(model.moe_blocks[0][1])} what replaces "
+                f"experts is no smaller than they are; choose {self._useful(model, sizes)}"
+            )
         if budget < least:
             how = f"group_size {self.group} and " if self.group else ""
             raise InputError(
@@ -147,6 +157,14 @@ class Sharing:
                 f"expert_replace: the budget is {budget:,} bytes, and experts take {whole:,}; "
                 "nothing to do"
             )
+
+    def _useful(self, model: Model, sizes: Sequence[int]) -> str:
+        """Which ranks save something, for people."""
+        highest = min(min(layer.experts[0].gate.shape) for _, layer in model.moe_blocks)
+        for rank in range(highest, -1, -1):
+            if bases.most_saved(self._costs(model, repeat(rank)), sizes):
+                return f"a rank of at most {rank}"
+        return "with: linear, as there are too few experts to share anything"
 
     def groupings(
         self,

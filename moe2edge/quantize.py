@@ -112,8 +112,16 @@ class Quantize(Slim):
             found |= {name: LOW_RANK for name, _, _ in _low_rank(model)}
         return found
 
-    def alone(self, model: Model, block: Block) -> dict[str, Quantized]:
-        """Factors and linear maps of a block, rounded to nearest, by role; none if they stay."""
+    def alone(
+        self, model: Model, block: Block, how: Literal["absmax", "mse"]
+    ) -> dict[str, Quantized]:
+        """Factors and linear maps of a block, rounded to nearest, by role; none if they stay.
+
+        Args:
+            model: the model.
+            block: one of its blocks.
+            how: scales are chosen.
+        """
         from moe2edge.modules import finite
         from moe2edge.rounding import round_to_nearest
 
@@ -122,7 +130,7 @@ class Quantize(Slim):
         for role, weight in block.weights():
             scheme = schemes.get(model.family.disk_name(block.index, role))
             if is_low_rank(role) and scheme is not None:
-                found[role] = round_to_nearest(finite(weight), scheme, "mse")
+                found[role] = round_to_nearest(finite(weight), scheme, how)
         return found
 
     def _group(self, model: Model) -> GroupSize:

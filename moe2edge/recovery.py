@@ -48,8 +48,8 @@ class Settings:
         eval_every: steps between evaluations.
         patience: evaluations without improvement after which it stops; 0: never.
         save_every: steps between checkpoints.
-        anneal: part of the steps in which merged experts part from their originals; None: they
-            have none.
+        anneal: part of the steps in which experts that share a base part from their originals;
+            None: they have none.
     """
 
     steps: int
@@ -76,7 +76,7 @@ class Anneals(Protocol):
 
 
 def original_share(step: int, settings: Settings) -> float:
-    """The share of originals in the answers of merged experts at a step, from 1 down to 0."""
+    """The share of originals in the answers of those that share a base, from 1 down to 0."""
     if not settings.anneal:
         return 0.0
     return max(0.0, 1.0 - step / (settings.anneal * settings.steps))
@@ -120,7 +120,7 @@ class Trainer:
         settings: how to train.
         states: where checkpoints are; None: there are none.
         watcher: told about progress.
-        annealed: merged experts with originals.
+        annealed: experts that share bases, with originals.
     """
 
     def __init__(
@@ -244,7 +244,7 @@ class Trainer:
             )
 
     def _share(self, share: float) -> None:
-        """Set how much of their originals merged experts answer."""
+        """Set how much of their originals experts that share a base answer."""
         for experts in self._annealed:
             experts.original_share = share
 

@@ -87,7 +87,7 @@ class ExpertMerge(Search):
     @model_validator(mode="after")
     def _limit_goes_with_ream(self) -> Self:
         if self.group_limit is not None and self.method != "ream":
-            raise ValueError("group_limit goes with method: ream only")
+            raise ValueError("method: ream beside group_limit")
         return self
 
     # ---- what there will be ------------------------------------------------------------------

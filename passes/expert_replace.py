@@ -21,12 +21,20 @@ if TYPE_CHECKING:
 RANK_PART = {"linear": 16, "base": 64, "svd": 4}
 # What fills in for an option that nobody gave, by what answers.
 CRITERIA = {"constant": "residual", "linear": "residual", "base": "soft-frequency"}
+# Options that an answer has, the one that it cannot do without first.
 OWN_OPTIONS = {
-    "constant": ("keep",),
-    "linear": ("keep", "rank", "budget"),
-    "base": ("budget", "rank"),
-    "svd": ("budget", "rank"),
-}
+    "constant": ("keep", "criterion", "fitted_on", "min_tokens", "seed"),
+    "linear": ("keep", "budget", "rank", "criterion", "fitted_on", "ridge", "min_tokens", "seed"),
+    "base": (
+        "budget", "rank", "criterion", "group_size", "similarity", "factors", "depth_correction",
+        "seed",
+    ),
+    "svd": ("budget", "rank", "criterion", "depth_correction", "seed"),
+}  # fmt: skip
+
+
+# Criteria whose scores cannot be weights of experts in a mean: errors, and numbers below 0.
+NO_WEIGHTS = ("residual", "aimer")
 
 
 class ExpertReplace(Search):
@@ -145,16 +153,16 @@ class ExpertReplace(Search):
     def _options_go_together(self) -> ExpertReplace:
         own = OWN_OPTIONS[self.kind]
         needed = own[0]
+        for name, field in type(self).model_fields.items():
+            if name != "kind" and name not in own and getattr(self, name) != field.default:
+                raise ValueError(f"no {name} with: {self.kind}")
         if self.kind == "linear" and (self.keep is None) == (self.budget is None):
             raise ValueError("keep or budget with: linear (experts that stay, or bytes)")
         if self.kind != "linear" and getattr(self, needed) is None:
             what = "experts that stay" if needed == "keep" else "bytes that experts may take"
             raise ValueError(f"{needed} with: {self.kind} ({what})")
-        for name in ("keep", "budget", "rank"):
-            if name not in own and getattr(self, name) is not None:
-                raise ValueError(f"no {name} with: {self.kind}")
-        if self.shares and self.criterion == "residual":
-            raise ValueError(f"another criterion than residual with: {self.kind}")
+        if self.shares and self.criterion in NO_WEIGHTS:
+            raise ValueError(f"another criterion than {self.criterion} with: {self.kind}")
         if self.allots and (self.rank, self.criterion) not in ((None, None), (None, "residual")):
             raise ValueError("no rank and no criterion where a budget chooses them")
         return self

@@ -92,8 +92,8 @@ class Recover(Train):
         Field(
             gt=0,
             le=1,
-            description="part of the steps in which merged experts part from their originals; "
-            "none: they are without from the start",
+            description="part of the steps in which experts that share a base part from their "
+            "originals; none: they are without from the start",
         ),
     ] = None
     device: Annotated[
@@ -104,7 +104,7 @@ class Recover(Train):
     @model_validator(mode="after")
     def _options_go_together(self) -> Recover:
         if self.text_share and self.loss != "distill":
-            raise ValueError("text_share with loss: distill only")
+            raise ValueError("loss: distill beside text_share")
         return self
 
     # ---- what there will be ------------------------------------------------------------------
@@ -123,7 +123,9 @@ class Recover(Train):
             )
         if self.anneal is not None and not any(layer.sharing for _, layer in model.moe_blocks):
             raise InputError(
-                "recover: anneal is for merged experts, and this model has none; leave it out"
+                "recover: anneal is for experts that share a base or became factors "
+                "(expert_replace with base or svd, expert_merge with routing: members), and this "
+                "model has none; leave it out"
             )
         roles = [(block, role) for block in model.blocks for role, _ in block.weights()]
         if not any(self._selects(block, role) for block, role in roles):

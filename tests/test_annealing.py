@@ -72,7 +72,7 @@ def test_originals_are_left_step_by_step() -> None:
 
 
 def test_nothing_to_anneal_is_told(tiny: Make) -> None:
-    with pytest.raises(InputError, match="anneal is for merged experts, and this model has none"):
+    with pytest.raises(InputError, match="anneal is for experts that share a base"):
         Recover(anneal=0.5).check(open_checkpoint(str(tiny("olmoe"))).model)
 
 

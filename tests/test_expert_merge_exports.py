@@ -138,7 +138,11 @@ WRONG: list[tuple[list[Any], str, str]] = [
     ([{"expert_merge": {**MERGE, "keep": 6}}], "hf", "keeps every expert; nothing to do"),
     ([{"expert_merge": {**MERGE, "keep": 7}}], "hf", "keep 7 of the 6 experts"),
     ([{"expert_merge": {**MERGE, "keep": 1.5}}], "hf", "between 0 and 1"),
-    ([{"expert_merge": {**MERGE, "group_limit": 2}}], "hf", "goes with method: ream only"),
+    (
+        [{"expert_merge": {**MERGE, "group_limit": 2}}],
+        "hf",
+        "expected method: ream beside group_limit",
+    ),
     ([{"expert_merge": {"method": "ream", "keep": 1}}], "hf", "leaves 1 experts in block 0"),
     (
         [{"expert_merge": {"method": "ream", "keep": 2, "group_limit": 1}}],

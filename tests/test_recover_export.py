@@ -151,8 +151,8 @@ RECOVER: Any = STEPS[1]
             "put recover before gptq",
         ),
         ([{"expert_drop": {"keep": 4}}], [], "training: no pass of the recipe trains"),
-        ([RECOVER], ["recover.anneal=0.5"], "anneal is for merged experts"),
-        ([RECOVER], ["recover.text_share=0.5"], "text_share with loss: distill only"),
+        ([RECOVER], ["recover.anneal=0.5"], "anneal is for experts that share a base"),
+        ([RECOVER], ["recover.text_share=0.5"], "expected loss: distill beside text_share"),
         (
             [RECOVER],
             ["recover.loss=distill", "recover.top_logits=97"],
