@@ -374,6 +374,8 @@ def run_passes(
             )
         for step in stage.passes:
             name = registry.name_of(step)
+            if not any(layer.sharing for _, layer in model.moe_blocks):
+                lab = replace(lab, unshared=model)
             # Again: a threshold or a shared budget may have left another model than was planned.
             step.check(model)
             if isinstance(step, Trim):

@@ -17,6 +17,25 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+class Table:
+    """Small integers, looked up on whichever device asks; made once for each."""
+
+    def __init__(self, values: Sequence[int]) -> None:
+        self._values = tuple(values)
+        self._made: dict[torch.device, Tensor] = {}
+
+    def __getitem__(self, place: int) -> int:
+        return self._values[place]
+
+    def on(self, device: torch.device) -> Tensor:
+        """All of them, int64."""
+        if device not in self._made:
+            # Made in inference mode it could not be used in training afterwards.
+            with torch.inference_mode(False):
+                self._made[device] = torch.tensor(self._values, device=device)
+        return self._made[device]
+
+
 class Substitutes(nn.Module):
     """What answers in the place of some experts of a layer, all at once.
 
@@ -29,10 +48,10 @@ class Substitutes(nn.Module):
 
     def __init__(self, layer: MoELayer) -> None:
         super().__init__()
-        self.ranks = tuple(s.rank for s in layer.substitutes)
-        self.behind = layer.routed
-        hidden, width = layer.router.weight.shape[1], sum(self.ranks)
-        self.constants = nn.Parameter(torch.empty(len(self.ranks), hidden), requires_grad=False)
+        ranks = [s.rank for s in layer.substitutes]
+        self.ranks, self.behind = Table(ranks), layer.routed
+        hidden, width = layer.router.weight.shape[1], sum(ranks)
+        self.constants = nn.Parameter(torch.empty(len(ranks), hidden), requires_grad=False)
         self.first = nn.Parameter(torch.empty(width, hidden), requires_grad=False)
         self.second = nn.Parameter(torch.empty(hidden, width), requires_grad=False)
 
@@ -45,15 +64,15 @@ class Substitutes(nn.Module):
                 substitute stands for none.
             weights: what outputs are multiplied with, [tokens, k].
         """
-        count = len(self.ranks)
+        count = len(self.constants)
         # A column for experts before those of substitutes, and one for none behind them.
         columns = (ids - self.behind + 1).clamp(0, count + 1)
         gates = x.new_zeros(len(x), count + 2).scatter_add(1, columns, weights.to(x.dtype))
         gates = gates[:, 1:-1]
         out: Tensor = gates @ self.constants
         if len(self.first):
-            ranks = torch.tensor(self.ranks, device=x.device)
-            inside = (x @ self.first.T) * gates.repeat_interleave(ranks, dim=1)
+            each = gates.repeat_interleave(self.ranks.on(x.device), dim=1)
+            inside = (x @ self.first.T) * each
             out = out + inside @ self.second.T
         return out
 
@@ -196,8 +215,8 @@ class MixedExperts(nn.Module):
             for row, base in enumerate(layer.bases)
         ]
         members = [rows.index(row) if row in rows else -1 for row in range(layer.routed)]
-        self.expert_of = (*bases, *[self._none] * behind)
-        self.member_of = (*members, *[-1] * behind)
+        self.expert_of = Table((*bases, *[self._none] * behind))
+        self.member_of = Table((*members, *[-1] * behind))
 
     def annealed(self, layer: MoELayer, original: Callable[[int], Sequence[Tensor]]) -> Members:
         """Let all that share a base begin as they were: see `Members.anneal`.
@@ -219,11 +238,11 @@ class MixedExperts(nn.Module):
 
     def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The weighted sum of what each token's experts, members and substitutes put out."""
-        ids = torch.tensor(self.expert_of, device=hidden.device)[top_k_index]
+        ids = self.expert_of.on(hidden.device)[top_k_index]
         none = ids == self._none
         out: Tensor = self.experts(hidden, ids, top_k_weights.masked_fill(none, 0))
         if self.members is not None:
-            own = torch.tensor(self.member_of, device=hidden.device)[top_k_index]
+            own = self.member_of.on(hidden.device)[top_k_index]
             out = out + self.members(self.experts, hidden, own, top_k_weights).to(out.dtype)
         if self.substitutes is not None:
             added: Tensor = self.substitutes(hidden, top_k_index, top_k_weights)

@@ -90,7 +90,8 @@ class Parts:
 
     def member_of(self, rows: Tensor) -> Tensor:
         """Which of `members` chosen rows of the router are, int64 like ``rows``; -1 for none."""
-        return torch.tensor(self._mlp.experts.member_of, device=rows.device)[rows]
+        found: Tensor = self._mlp.experts.member_of.on(rows.device)[rows]
+        return found
 
     @torch.no_grad()
     def small(self, inputs: Tensor, weights: Tensor, ids: Tensor) -> Tensor:

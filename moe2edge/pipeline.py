@@ -152,6 +152,7 @@ class Lab:
         memory: what it may take.
         training: tokens to train on, int64 [samples, length], for passes that do.
         scratch: folder of the pass that outlives a killed export; None: there is none.
+        unshared: the model as it was last while no experts shared matrices; None: the source.
     """
 
     source: Model
@@ -162,6 +163,7 @@ class Lab:
     memory: Memory = UNLIMITED
     training: Tensor | None = None
     scratch: Path | None = None
+    unshared: Model | None = None
 
 
 class Search(Pass):

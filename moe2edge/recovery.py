@@ -154,7 +154,10 @@ class Trainer:
             {"params": vectors, "weight_decay": 0.0},
         ]
         rate = settings.learning_rate
-        self._optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=rate)
+        # What torch does on a GPU by itself takes another copy of all parameters.
+        self._optimizer = torch.optim.AdamW(
+            [g for g in groups if g["params"]], lr=rate, fused=self._device.type == "cuda"
+        )
         warm = round(settings.warmup * settings.steps)
         schedule = get_cosine_schedule_with_warmup(self._optimizer, warm, settings.steps)
         # Of the step alone, so that there is no state to keep.

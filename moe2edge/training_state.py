@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe2edge.checkpoint import Planned, open_file, read_tensor
+from moe2edge.errors import InputError
 from moe2edge.ledger import sync_folder, write_durably, write_whole
 
 if TYPE_CHECKING:
@@ -79,10 +80,15 @@ class States:
         path = self.folder / STATE
         if not path.exists():
             return None
-        raw = json.loads(path.read_text("utf-8"))
-        for key in ("losses", "history"):
-            raw[key] = tuple(raw[key])
-        return Progress(**raw)
+        try:
+            raw = json.loads(path.read_text("utf-8"))
+            for key in ("losses", "history"):
+                raw[key] = tuple(raw[key])
+            return Progress(**raw)
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{path} is damaged: {error}; begin the training anew with --resume never"
+            ) from error
 
     def load(self) -> Saved | None:
         """What was saved last; None if nothing was. What a kill left besides is removed.

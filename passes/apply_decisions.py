@@ -12,6 +12,7 @@ from moe2edge import decisions
 from moe2edge.errors import InputError
 from moe2edge.model import Model
 from moe2edge.pipeline import Facts, Outcome, Trim
+from moe2edge.refusals import refuse_replaced
 
 
 class ApplyDecisions(Trim):
@@ -58,6 +59,7 @@ class ApplyDecisions(Trim):
 
     def check(self, model: Model) -> None:
         """Refuse a model of another shape, and decisions that change nothing."""
+        refuse_replaced("apply_decisions", model)
         if decisions.decided(self.plan(model)) == decisions.decided(model):
             raise InputError(f"apply_decisions: {self.file} keeps everything; nothing to do")
 

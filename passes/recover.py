@@ -335,14 +335,15 @@ class Recover(Train):
         return Settings(**{field.name: getattr(self, field.name) for field in fields(Settings)})
 
     def _begin_annealing(self, lab: Lab, loaded: Any) -> list[Anneals]:
-        """Let experts that share a base begin as those that they were in the source."""
+        """Let experts that share a base begin as those that they were before they did."""
         if self.anneal is None:
             return []
         from moe2edge.mixed import MixedExperts
         from moe2edge.modules import finite
 
         found: list[Anneals] = []
-        twins = {block.origin: layer for block, layer in lab.source.moe_blocks}
+        unshared = lab.unshared or lab.source
+        twins = {block.origin: layer for block, layer in unshared.moe_blocks}
         for block, layer in lab.model.moe_blocks:
             if not layer.sharing:
                 continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,8 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from moe2edge import recipe
+from moe2edge.calibration import Tokens
 from moe2edge.checkpoint import open_checkpoint
 from moe2edge.errors import InputError
+from moe2edge.export import run_passes
 from moe2edge.families import FAMILIES
 from moe2edge.loading import to_transformers
 from moe2edge.materialize import materialized
@@ -25,6 +29,7 @@ from moe2edge.recovery import Settings, Trainer, original_share
 from moe2edge.teacher import Objective, text_loss
 from moe2edge.testing import QUICK_TRAINING, InMemory, Make, numbers_of
 from moe2edge.testing import learnable_text as text
+from moe2edge.workfolder import WorkFolder
 
 QUIET = Watcher(lambda _: None, lambda *_: None)
 NO_TOKENS = torch.empty(0, 0, dtype=torch.int64)
@@ -229,3 +234,38 @@ def test_factors_alone_are_annealed_in_every_layer(tiny: Make) -> None:
 def test_a_rank_of_adapters_that_matrices_do_not_have(tiny: Make) -> None:
     with pytest.raises(InputError, match=r"lora_rank 100, but .* at most 64"):
         Recover(train="lora", lora_rank=100).check(open_checkpoint(str(tiny("olmoe"))).model)
+
+
+def test_annealing_begins_with_what_was_replaced(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which is not the source where experts were trained before they shared a base."""
+    shown: list[tuple[Lab, Model]] = []
+    begin = Recover._begin_annealing
+
+    def watched(step: Recover, lab: Lab, loaded: Any) -> Any:
+        if step.anneal:
+            shown.append((lab, lab.model))
+        return begin(step, lab, loaded)
+
+    monkeypatch.setattr(Recover, "_begin_annealing", watched)
+    model = open_checkpoint(str(tiny("olmoe"))).model
+    passes = [
+        {"recover": {**QUICK_TRAINING, "learning_rate": 0.01}},
+        {"expert_replace": {"with": "base", "budget": 0.6}},
+        {"recover": {**QUICK_TRAINING, "anneal": 0.5}},
+    ]
+    parsed = recipe.parse(json.dumps({"passes": passes})).resolved(model)
+    tokens = Tokens(text(), "text", "none")
+    run_passes(model, parsed, tokens, WorkFolder(tmp_path), QUIET, training=tokens)
+    ((lab, shared),) = shown
+    assert lab.unshared is not None
+    assert not lab.unshared.members
+    before, after = lab.unshared.moe_blocks[0][1], model.moe_blocks[0][1]
+    assert not torch.equal(before.experts[0].up.load(), after.experts[0].up.load())
+    loaded: Any = to_transformers(shared, torch.float32)
+    with torch.no_grad():
+        for part in begin(Recover(anneal=0.5), lab, loaded):
+            part.original_share = 1.0
+        expected = to_transformers(lab.unshared, torch.float32)(text(2)).logits
+        assert torch.allclose(loaded(text(2)).logits, expected, atol=1e-4)

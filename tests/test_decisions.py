@@ -257,6 +257,10 @@ class ComputesToo(Search):
     [
         ("[gptq]", "the recipe has gptq, which computes numbers"),
         ("[{expert_drop: {keep: 4}}, rtn]", "the recipe has rtn, which computes numbers"),
+        ("[{expert_replace: {with: constant, keep: 1}}]", "expert_replace, which computes"),
+        ("[{expert_replace: {with: base, budget: 0.7, rank: 1}}]", "expert_replace, which"),
+        ("[{expert_merge: {method: ream, keep: 4}}]", "expert_merge, which computes numbers"),
+        ("[{expert_merge: {method: m-smoe, keep: 4}}]", "expert_merge, which computes numbers"),
         ("[]", "no passes"),
         ("[{expert_drop: {keep: 6}}]", "keeps every expert"),
     ],

@@ -28,6 +28,7 @@ from moe2edge.recovery import rows_of
 from moe2edge.teacher import Objective, Teacher, distance, text_loss
 from moe2edge.testing import QUICK_TRAINING, InMemory, Make, numbers_of
 from moe2edge.testing import learnable_text as text
+from moe2edge.training_state import States
 
 QUIET = Watcher(lambda _: None, lambda *_: None)
 NO_TOKENS = torch.empty(0, 0, dtype=torch.int64)
@@ -331,3 +332,9 @@ def test_peft_is_asked_for(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match=r"install moe2edge\[train\]"):
         step.check(open_checkpoint(str(tiny("olmoe"))).model)
     Recover().check(open_checkpoint(str(tiny("olmoe"))).model)
+
+
+def test_a_damaged_state_is_told(tmp_path: Path) -> None:
+    (tmp_path / "state.json").write_text("{")
+    with pytest.raises(InputError, match=r"state.json is damaged: .*--resume never"):
+        States(tmp_path).load()
