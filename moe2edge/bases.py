@@ -19,6 +19,7 @@ from moe2edge.spectral import leading
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from moe2edge.layers import MoELayer
     from moe2edge.walk import Seen
 
 # How far a layer's threshold may be from the common one.
@@ -215,6 +216,12 @@ def weighted_mean(matrices: Sequence[Tensor], weights: Sequence[float]) -> Tenso
     for matrix, share in zip(matrices, shares, strict=True):
         out.add_(matrix.float(), alpha=share)
     return out
+
+
+def nbytes(layer: MoELayer) -> int:
+    """Bytes of the products of inputs that `low_rank` wants, of all experts of a layer."""
+    width, hidden = layer.experts[0].gate.shape
+    return 4 * len(layer.experts) * (width**2 + hidden**2)
 
 
 def low_rank(difference: Tensor, gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:

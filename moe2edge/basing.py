@@ -12,7 +12,6 @@ import torch
 from moe2edge import amounts, bases, walk
 from moe2edge.errors import InputError, Moe2EdgeError
 from moe2edge.layers import DTYPE_BYTES, PARTS, Expert, Factors, Member, MoELayer
-from moe2edge.memory import check as check_memory
 from moe2edge.model import Block, Model
 from moe2edge.pipeline import Lab, Outcome, planned_like
 
@@ -264,23 +263,12 @@ class Builder:
         """The changed model."""
         lab, model = self.lab, self.lab.model
         if self._whitens:
-            self._state_cost()
             model = walk.rewrite(lab, self, "expert_replace", propagate=False)
         else:
             for block, _ in model.moe_blocks:
                 model = model.replace_block(self.change(block))
         check_budget(lab.model, model, self.sharing.nbytes(lab.model), self.notes)
         return Outcome(model, changed=tuple(self.changed), notes=tuple(self.notes))
-
-    def _state_cost(self) -> None:
-        most = max(sum(map(len, groups)) for groups in self.groups.values())
-        width, hidden = self.lab.model.moe_blocks[0][1].experts[0].gate.shape
-        check_memory(
-            4 * most * (width**2 + hidden**2) + 4 * self.lab.tokens.numel() * hidden,
-            f"expert_replace sums up products of inputs of {most} experts at a time",
-            "set factors to zero, or do it on a larger one",
-            self.lab.memory.limit,
-        )
 
     @property
     def _whitens(self) -> bool:

@@ -167,6 +167,8 @@ def _refuse_early(
         if not target.streams:
             memory.check(target.runtime_nbytes(planned), within=budget.limit)
     check_memory(recipe.passes, checkpoint.model, budget.limit)
+    for step, before, _ in _chain(recipe.passes, checkpoint.model):
+        check_need(step, before, recipe.calibration.samples * recipe.calibration.length, budget)
     for name, cost in _training_costs(recipe, checkpoint.model):
         purpose, remedy = f"{name} trains", "set batch to fewer samples, or train less: see train"
         memory.check(cost.memory, purpose, remedy, budget.limit)
@@ -202,16 +204,26 @@ def _work_nbytes(recipe: Recipe, model: Model, budget: Memory) -> int:
     tokens = recipe.calibration.samples * recipe.calibration.length
     stream = 4 * tokens * model.family.geometry(model.config).hidden
     found = most = 0
-    for step, before in _slimming(recipe.passes, model):
-        known = {name: weight for name, _, weight in before.tensors()}
-        after = step.plan(before)
-        changed = (w for name, _, w in after.tensors() if w is not known.get(name))
-        found += sum(map(ledger.nbytes, changed))
-        if step.needs_tokens:
+    for step, before, after in _chain(recipe.passes, model):
+        if isinstance(step, Slim | Search):
+            found += _new_nbytes(before, after, known=isinstance(step, Slim))
+        if isinstance(step, Slim) and step.needs_tokens:
             spilled = budget.stream is not None and stream > budget.stream
             # In front of a block and behind it; in memory, what enters a block and what it adds.
             most = 4 * stream if spilled else 2 * stream
     return found + most + sum(cost.disk for _, cost in _training_costs(recipe, model))
+
+
+def _new_nbytes(before: Model, after: Model, *, known: bool) -> int:
+    """Bytes of numbers that a pass keeps, at most; what was there before is read where it was.
+
+    If it is not known which experts of which layers are new, all of them may be.
+    """
+    old = {weight.load for _, _, weight in before.tensors()}
+    new = [(role, weight) for _, role, weight in after.tensors() if weight.load not in old]
+    if not known and any(role.startswith("experts.") for role, _ in new):
+        return sum(ledger.nbytes(w) for _, r, w in after.tensors() if r.startswith(EXPERTS))
+    return sum(ledger.nbytes(weight) for _, weight in new)
 
 
 def _inputs(
@@ -241,6 +253,8 @@ def _inputs(
     }
 
 
+# Roles of what answers for experts, and of the one that may be left of a layer.
+EXPERTS = ("experts.", "members.", "substitutes.", "dense.")
 # As a text for calibration: what the model writes. As one for evaluation: no figures.
 SELF, NO_TEXT = "self", "none"
 # Whose versions numbers depend on.
@@ -326,12 +340,30 @@ def check_memory(passes: Sequence[Pass], model: Model, within: int | None) -> No
         memory.check(needed, f"{name} solves a part of a block at once", remedy, within)
 
 
+def _chain(passes: Sequence[Pass], model: Model) -> Iterator[tuple[Pass, Model, Model]]:
+    """The passes, each with the shape of the model that it gets, and of what it makes of it."""
+    for step in passes:
+        before, model = model, step.plan(model)
+        yield step, before, model
+
+
 def _slimming(passes: Sequence[Pass], model: Model) -> Iterator[tuple[Slim, Model]]:
     """The slimming passes, each with the shape of the model that it will get."""
-    for step in passes:
+    for step, before, _ in _chain(passes, model):
         if isinstance(step, Slim):
-            yield step, model
-        model = step.plan(model)
+            yield step, before
+
+
+def check_need(step: Pass, model: Model, tokens: int, budget: Memory) -> None:
+    """Refuse to begin a search whose sums do not fit beside a block.
+
+    Raises:
+        DoesNotFit: so.
+    """
+    need = step.need(model, tokens) if isinstance(step, Search) else None
+    if need is not None:
+        block = max(4 * sum(w.count for _, w in b.weights()) for b in model.blocks)
+        memory.check(need.nbytes + block, need.purpose, need.remedy, budget.limit)
 
 
 def _tokens(checkpoint: Checkpoint, source: TextSource, purpose: str) -> Tokens:
@@ -388,6 +420,7 @@ def run_passes(
                 )
                 outcome = Outcome(solved, tuple(changed), notes=tuple(notes))
             elif isinstance(step, Search):
+                check_need(step, model, tokens.numel(), budget)
                 folder = work.scratch(len(steps), name) if isinstance(step, Train) else None
                 outcome = step.search(replace(lab, model=model, scratch=folder))
             else:

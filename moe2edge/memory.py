@@ -99,6 +99,21 @@ class Memory:
 UNLIMITED = Memory()
 
 
+@dataclass(frozen=True)
+class Need:
+    """Memory that a work takes beside the block that it looks at.
+
+    Attributes:
+        nbytes: bytes.
+        purpose: what needs them.
+        remedy: what to do where they are not there.
+    """
+
+    nbytes: int
+    purpose: str
+    remedy: str
+
+
 def give_back() -> None:
     """Have the C library return freed memory to the system, where it is one that can (glibc).
 

@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from moe2edge.errors import Moe2EdgeError
 from moe2edge.layers import Weight
-from moe2edge.memory import UNLIMITED, Memory
+from moe2edge.memory import UNLIMITED, Memory, Need
 from moe2edge.model import Block, Model, is_quantizable
 
 if TYPE_CHECKING:
@@ -176,6 +176,10 @@ class Search(Pass):
 
     may_change_nothing: ClassVar[bool] = False
     needs_tokens: ClassVar[bool] = True
+
+    def need(self, model: Model, tokens: int) -> Need | None:
+        """Memory that it takes for a text of so many tokens, by shapes; None: hardly any."""
+        return None
 
     def search(self, lab: Lab) -> Outcome:
         """The changed model."""

@@ -12,6 +12,7 @@ from moe2edge import amounts, criteria
 from moe2edge.criteria import Criterion
 from moe2edge.errors import InputError
 from moe2edge.layers import PARTS, Member, MoELayer
+from moe2edge.memory import Need
 from moe2edge.model import Block, Model
 from moe2edge.pipeline import Facts, Kind, Lab, Observer, Outcome, Search, planned
 from moe2edge.refusals import refuse_replaced, refuse_slimmed
@@ -172,37 +173,34 @@ class ExpertMerge(Search):
         ]
         return new.with_weights({role: planned(weights[role]) for role in roles})
 
+    def need(self, model: Model, tokens: int) -> Need:
+        """Sums over tokens, samples of them, one stream, and merged experts of a layer."""
+        from moe2edge.merging import nbytes
+
+        step, hidden = self.resolved(model), model.family.geometry(model.config).hidden
+        experts = max(model.expert_counts)
+        width = max(layer.experts[0].gate.shape[0] for _, layer in model.moe_blocks)
+        sampled = 4 * 2 * SAMPLED * (hidden + width)
+        means = 4 * 3 * hidden * width * max(step._left(model).values())
+        return Need(
+            nbytes(experts, hidden, width, align=bool(step.align))
+            + sampled
+            + means
+            + 4 * tokens * hidden,
+            f"expert_merge sums up what {experts} experts do, and merges some",
+            "give it fewer calibration samples, or do it on a larger one",
+        )
+
     # ---- doing it ----------------------------------------------------------------------------
 
     def search(self, lab: Lab) -> Outcome:
-        """Group and merge block after block.
-
-        Raises:
-            DoesNotFit: the machine lacks the memory.
-        """
+        """Group and merge block after block."""
         from moe2edge import walk
 
         step = self.resolved(lab.model)
-        step._state_cost(lab)
         merger = _Merger(step, lab, self._left(lab.model))
         model = walk.rewrite(lab, merger, "expert_merge", propagate=self.fitted_on == "changed")
         return Outcome(model, changed=tuple(merger.changed), notes=tuple(merger.notes))
-
-    def _state_cost(self, lab: Lab) -> None:
-        from moe2edge.memory import check as check_memory
-        from moe2edge.merging import nbytes
-
-        hidden = lab.model.family.geometry(lab.model.config).hidden
-        experts = max(lab.model.expert_counts)
-        width = max(layer.experts[0].gate.shape[0] for _, layer in lab.model.moe_blocks)
-        sampled = 4 * 2 * SAMPLED * (hidden + width)
-        stream = 4 * lab.tokens.numel() * hidden
-        check_memory(
-            nbytes(experts, hidden, width, align=bool(self.align)) + sampled + stream,
-            f"expert_merge sums up what {experts} experts do, and merges some",
-            "give it fewer calibration samples, or do it on a larger one",
-            lab.memory.limit,
-        )
 
 
 def _role(block: Block, place: int, part: str) -> str:
@@ -298,6 +296,7 @@ class _Merger:
                 mean = self._mean(block, layer, group, scores, orders)
                 numbers |= {_role(merged, place, part): getattr(mean, part) for part in PARTS}
         merged = self.lab.store.put(merged, numbers)
+        del numbers  # before the block is in memory again
         self._account(block, merged, groups, inputs, torch.cat(samples.outputs))
         return merged
 

@@ -10,6 +10,7 @@ from moe2edge import amounts, criteria
 from moe2edge.criteria import Criterion
 from moe2edge.errors import InputError
 from moe2edge.layers import MoELayer
+from moe2edge.memory import Need
 from moe2edge.model import Model
 from moe2edge.pipeline import Lab, Outcome, Search
 from moe2edge.refusals import refuse_slimmed
@@ -307,14 +308,31 @@ class ExpertReplace(Search):
             model = model.replace_block(substituted(block, layer, dict.fromkeys(gone, rank)))
         return model
 
+    def need(self, model: Model, tokens: int) -> Need:
+        """Sums over tokens of all experts of a layer that may go, and one stream."""
+        from moe2edge import bases, substitution
+
+        hidden = model.family.geometry(model.config).hidden
+        every = self.shares or self.allots or self.criterion in (None, "residual")
+        counts = model.expert_counts if every else tuple(self._replaced(model).values())
+        remedy = "replace fewer of them in one pass, or do it on a larger one"
+        if not self.shares:
+            sums = substitution.nbytes(hidden, max(counts), maps=self.kind == "linear")
+        elif self.kind == "base" and self.factors == "zero":
+            sums = 0
+        else:
+            remedy = "do it on a larger one" if self.kind == "svd" else "set factors to zero"
+            sums = max(bases.nbytes(layer) for _, layer in model.moe_blocks)
+        return Need(
+            sums + 4 * tokens * hidden,
+            f"expert_replace sums up what up to {max(counts)} experts of a layer do",
+            remedy,
+        )
+
     # ---- doing it ----------------------------------------------------------------------------
 
     def search(self, lab: Lab) -> Outcome:
-        """Score, then replace block after block.
-
-        Raises:
-            DoesNotFit: the machine lacks the memory.
-        """
+        """Score, then replace block after block."""
         step = self.resolved(lab.model)
         return step._share(lab) if self.shares else step._substitute(lab)
 
@@ -323,7 +341,6 @@ class ExpertReplace(Search):
         from moe2edge.basing import check_budget
         from moe2edge.substituting import Fitter
 
-        self._state_cost(lab)
         scores: dict[int, list[float]] | None = None
         if self.criterion is not None and self.criterion != "residual":
             kinds = criteria.observers(self.criterion)
@@ -390,18 +407,3 @@ class ExpertReplace(Search):
             seed=self.seed,
         )
         return builder.run()
-
-    def _state_cost(self, lab: Lab) -> None:
-        from moe2edge.memory import check as check_memory
-        from moe2edge.substitution import nbytes
-
-        hidden = lab.model.family.geometry(lab.model.config).hidden
-        every = self.allots or self.criterion == "residual"
-        counts = lab.model.expert_counts if every else self._replaced(lab.model).values()
-        fitted = max(counts)
-        check_memory(
-            nbytes(hidden, fitted, maps=self.kind == "linear") + 4 * lab.tokens.numel() * hidden,
-            f"expert_replace sums up inputs and outputs of {fitted} experts at a time",
-            "replace fewer of them in one pass, or do it on a larger one",
-            lab.memory.limit,
-        )

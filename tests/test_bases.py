@@ -14,21 +14,25 @@ import torch
 from click.testing import CliRunner
 from torch import Tensor
 
-from moe2edge import bases, walk
+from moe2edge import bases, recipe, walk
 from moe2edge.bases import Cost
 from moe2edge.basing import experts_nbytes
 from moe2edge.checkpoint import open_checkpoint
 from moe2edge.cli import main
+from moe2edge.export import _work_nbytes
 from moe2edge.families import FAMILIES
 from moe2edge.layers import PARTS, MoELayer
+from moe2edge.memory import Memory
 from moe2edge.model import Model, is_quantizable
 from moe2edge.passes.expert_replace import ExpertReplace
-from moe2edge.pipeline import Lab, Outcome
+from moe2edge.pipeline import Lab, Outcome, Search
+from moe2edge.progress import Watcher
 from moe2edge.stored import stored_model
 from moe2edge.testing import InMemory, Make
 
 IDS = torch.randint(1, 96, (8, 48), generator=torch.Generator().manual_seed(9))
 TEXT = ["--set", "calibration.samples=12", "--set", "calibration.length=48"]
+QUIET = Watcher(lambda _: None, lambda *_: None)
 LESS = ["--set", "evaluation.samples=2", "--set", "evaluation.length=48", "-q", "--json"]
 
 
@@ -341,6 +345,48 @@ def test_what_is_refused(
     assert expected in said
     assert len(said.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"expert_replace": {"with": "base", "budget": 0.6, "rank": 1}},
+        {"expert_replace": {"with": "linear", "keep": 4}},
+        {"expert_merge": {"method": "ream", "keep": 4}},
+    ],
+)
+def test_too_little_memory_is_told_before_any_work(
+    tiny: Make, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    """By shapes: the text, which is much too short, was not even read."""
+    file, out = tmp_path / "recipe.yaml", tmp_path / "out"
+    calibration = {"samples": 100_000, "length": 128}
+    file.write_text(json.dumps({"passes": [options], "calibration": calibration}))
+    run = ["export", str(tiny("olmoe")), "-r", str(file), "-t", "hf:layout=natural", "-o", str(out)]
+    result = CliRunner().invoke(main, [*run, "--max-memory", "2GB", "-q"])
+    assert result.exit_code == 5
+    assert f"{next(iter(options))} sums up what" in result.stderr
+    assert not out.exists()
+
+
+def test_numbers_on_the_disk_are_counted_before(tiny: Make) -> None:
+    """Of bases, members and merged experts as of what slimming makes."""
+    model = open_checkpoint(str(tiny("olmoe"))).model
+    passes: list[dict[str, Any]] = [
+        {"expert_replace": {"with": "base", "budget": 0.6, "rank": 1}},
+        {"expert_merge": {"method": "hc-smoe", "keep": 4}},
+        {"expert_replace": {"with": "linear", "keep": 3, "rank": 2}},
+    ]
+    for one in passes:
+        parsed = recipe.parse(json.dumps({"passes": [one]})).resolved(model)
+        lab = Lab(model, model, IDS, InMemory(), QUIET)
+        step = parsed.passes[0]
+        assert isinstance(step, Search)
+        found = step.search(lab).model
+        known = {weight.load for _, _, weight in model.tensors()}
+        new = sum(weight.nbytes for _, _, weight in found.tensors() if weight.load not in known)
+        # Which layers lose how many experts to a base is only known afterwards.
+        assert new <= _work_nbytes(parsed, model, Memory()) <= 3.5 * new
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from torch import Tensor
 from moe2edge import bases, merging, walk
 from moe2edge.checkpoint import open_checkpoint
 from moe2edge.errors import DoesNotFit
+from moe2edge.export import check_need
 from moe2edge.families import FAMILIES
 from moe2edge.layers import PARTS, Dense, MoELayer
 from moe2edge.memory import Memory
@@ -404,10 +405,9 @@ def test_layers_that_are_small_enough_are_left_alone(tiny: Make) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_too_little_memory_is_told_before_any_work(tiny: Make, method: str) -> None:
     model = open_checkpoint(str(tiny("olmoe"))).model
-    watcher: Any = SimpleNamespace(advance=None, log=None)
-    lab = Lab(model, model, IDS, InMemory(), watcher, Memory(limit=700 << 20))
+    step = options(method=method, keep=3)
     with pytest.raises(DoesNotFit, match="expert_merge sums up what 6 experts do"):
-        options(method=method, keep=3).search(lab)
+        check_need(step, model, IDS.numel(), Memory(limit=700 << 20))
 
 
 def test_dense_layers_stay(tmp_path: Path) -> None:

@@ -290,8 +290,9 @@ def test_those_whose_substitutes_miss_least_are_replaced(tiny: Make, rank: int |
     ids = torch.randint(1, 96, (24, 40), generator=torch.Generator().manual_seed(9))
     watcher: Any = SimpleNamespace(advance=lambda *_: None, log=lambda _: None)
     options = {"with": "linear" if rank else "constant", "keep": 4, "rank": rank, "min_tokens": 0}
+    fit = {"ridge": 0.0} if rank else {}
     step = ExpertReplace.model_validate(
-        {**options, "criterion": "residual", "fitted_on": "intact", "ridge": 0.0}
+        {**options, "criterion": "residual", "fitted_on": "intact", **fit}
     )
     outcome = step.search(Lab(model, model, ids, InMemory(), watcher))
     watched = Watched()
