@@ -172,7 +172,8 @@ Examples:
 @click.option(
     "--materialize",
     is_flag=True,
-    help="Where a target cannot hold experts that share matrices, write each with its own.",
+    help="Where one of the targets cannot hold experts that share matrices, write each with its "
+    "own, for all of them.",
 )
 @QUIET
 @THREADS

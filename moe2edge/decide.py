@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 from moe2edge import registry
 from moe2edge.checkpoint import Checkpoint
 from moe2edge.decisions import CalibrationText, Decisions, SourceModel, decided
+from moe2edge.early import check_sources
 from moe2edge.errors import InputError
-from moe2edge.export import calibration_tokens, check_sources, run_passes, versions
+from moe2edge.export import calibration_tokens, run_passes, versions
 from moe2edge.model import Block, Model
 from moe2edge.pipeline import Ledger, Pass, Slim, Step
 from moe2edge.progress import Watcher

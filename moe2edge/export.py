@@ -7,16 +7,17 @@ import importlib.metadata
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from moe2edge import ledger, memory, registry, workfolder
+from moe2edge import memory, registry, workfolder
 from moe2edge.calibration import BUILTIN_TEXT
 from moe2edge.checkpoint import Checkpoint
+from moe2edge.early import check_need, describe, refuse_early
 from moe2edge.errors import InputError
 from moe2edge.materialize import held, told
 from moe2edge.measuring import Measured, write_target
@@ -26,22 +27,19 @@ from moe2edge.pipeline import (
     Facts,
     Lab,
     Outcome,
-    Pass,
     Search,
     Slim,
     Step,
     Trim,
     Work,
     enforce,
-    plan,
     stages,
 )
 from moe2edge.progress import Watcher
 from moe2edge.recipe import Recipe, TextSource, read_yaml
 from moe2edge.report import Report, ResultRow
 from moe2edge.target import Target
-from moe2edge.training import Cost, Train
-from moe2edge.training import training as training_passes
+from moe2edge.training import Train
 
 if TYPE_CHECKING:
     from moe2edge.calibration import Tokens
@@ -84,7 +82,7 @@ def export(
     recipe = recipe.resolved(source)
     budget = memory.Memory.of(memory.limit(most))
     memory.keep_no_holes(most)
-    _refuse_early(checkpoint, recipe, targets, out, budget, force=force, materialize=materialize)
+    refuse_early(checkpoint, recipe, targets, out, budget, force=force, materialize=materialize)
     watcher.log(f"recipe:\n{recipe.render()}")
     describe(recipe.passes, source, watcher)
     calibration = calibration_tokens(checkpoint, recipe, watcher)
@@ -140,92 +138,6 @@ def export(
     return report
 
 
-def _refuse_early(
-    checkpoint: Checkpoint,
-    recipe: Recipe,
-    targets: Sequence[Target],
-    out: Path,
-    budget: Memory,
-    *,
-    force: bool,
-    materialize: bool,
-) -> None:
-    """Refuse, from headers, what could not be done, written, held or verified later.
-
-    Raises:
-        InputError, Unsupported, DoesNotFit: so.
-    """
-    check_sources(recipe, checkpoint)
-    planned = plan(recipe.passes, checkpoint.model)
-    _check_training(checkpoint, recipe)
-    planned = held(planned, targets, materialize=materialize)
-    workfolder.check_output(out, force=force)
-    needed = sum(target.nbytes(planned) for target in targets)
-    needed += _work_nbytes(recipe, checkpoint.model, budget)
-    workfolder.check_space(out, round(needed * 1.05) + (16 << 20))
-    for target in targets:
-        if not target.streams:
-            memory.check(target.runtime_nbytes(planned), within=budget.limit)
-    check_memory(recipe.passes, checkpoint.model, budget.limit)
-    for step, before, _ in _chain(recipe.passes, checkpoint.model):
-        check_need(step, before, recipe.calibration.samples * recipe.calibration.length, budget)
-    for name, cost in _training_costs(recipe, checkpoint.model):
-        purpose, remedy = f"{name} trains", "set batch to fewer samples, or train less: see train"
-        memory.check(cost.memory, purpose, remedy, budget.limit)
-        if cost.gpu:
-            memory.check_gpu(cost.gpu, purpose, f"{remedy}; or set device: cpu")
-
-
-def _check_training(checkpoint: Checkpoint, recipe: Recipe) -> None:
-    """Refuse a training text that is not there, or that cannot be what the passes want.
-
-    Raises:
-        InputError: so.
-    """
-    from moe2edge.calibration import check_files, check_length
-
-    if (source := recipe.training) is not None:
-        check_files(source, "training")
-        positions = checkpoint.model.family.geometry(checkpoint.config).max_positions
-        check_length(source, "training", positions)
-        for step, _ in training_passes(recipe.passes, checkpoint.model):
-            step.check_text(source.samples, source.length)
-
-
-def _training_costs(recipe: Recipe, model: Model) -> Iterator[tuple[str, Cost]]:
-    """What each pass that trains will take."""
-    if (text := recipe.training) is not None:
-        for step, before in training_passes(recipe.passes, model):
-            yield registry.name_of(step), step.cost(before, text.samples, text.length)
-
-
-def _work_nbytes(recipe: Recipe, model: Model, budget: Memory) -> int:
-    """Bytes of what passes keep on the disk: numbers, hidden states, checkpoints of training."""
-    tokens = recipe.calibration.samples * recipe.calibration.length
-    stream = 4 * tokens * model.family.geometry(model.config).hidden
-    found = most = 0
-    for step, before, after in _chain(recipe.passes, model):
-        if isinstance(step, Slim | Search):
-            found += _new_nbytes(before, after, known=isinstance(step, Slim))
-        if isinstance(step, Slim) and step.needs_tokens:
-            spilled = budget.stream is not None and stream > budget.stream
-            # In front of a block and behind it; in memory, what enters a block and what it adds.
-            most = 4 * stream if spilled else 2 * stream
-    return found + most + sum(cost.disk for _, cost in _training_costs(recipe, model))
-
-
-def _new_nbytes(before: Model, after: Model, *, known: bool) -> int:
-    """Bytes of numbers that a pass keeps, at most; what was there before is read where it was.
-
-    If it is not known which experts of which layers are new, all of them may be.
-    """
-    old = {weight.load for _, _, weight in before.tensors()}
-    new = [(role, weight) for _, role, weight in after.tensors() if weight.load not in old]
-    if not known and any(role.startswith("experts.") for role, _ in new):
-        return sum(ledger.nbytes(w) for _, r, w in after.tensors() if r.startswith(EXPERTS))
-    return sum(ledger.nbytes(weight) for _, weight in new)
-
-
 def _inputs(
     checkpoint: Checkpoint,
     recipe: Recipe,
@@ -253,22 +165,10 @@ def _inputs(
     }
 
 
-# Roles of what answers for experts, and of the one that may be left of a layer.
-EXPERTS = ("experts.", "members.", "substitutes.", "dense.")
 # As a text for calibration: what the model writes. As one for evaluation: no figures.
 SELF, NO_TEXT = "self", "none"
 # Whose versions numbers depend on.
 NUMERIC = ("moe2edge", "torch", "transformers", "peft")
-
-
-def check_sources(recipe: Recipe, checkpoint: Checkpoint) -> None:
-    """Let passes that fit one source only see that it is theirs.
-
-    Raises:
-        InputError: it is not.
-    """
-    for step in recipe.passes:
-        step.check_source(lambda: checkpoint.sha256)
 
 
 def calibration_tokens(checkpoint: Checkpoint, recipe: Recipe, watcher: Watcher) -> Tokens | None:
@@ -315,55 +215,6 @@ def training_tokens(checkpoint: Checkpoint, recipe: Recipe) -> Tokens | None:
         InputError: the text does not serve.
     """
     return _tokens(checkpoint, recipe.training, "training") if recipe.training else None
-
-
-def describe(passes: Sequence[Pass], model: Model, watcher: Watcher) -> None:
-    """Tell what the slimming passes will do to the model as it will be then."""
-    for step, before in _slimming(passes, model):
-        watcher.log(f"{registry.name_of(step)}: {step.describe(before)}")
-
-
-def check_memory(passes: Sequence[Pass], model: Model, within: int | None) -> None:
-    """Refuse a limit of memory that a pass, or the walks before and after, cannot keep.
-
-    Raises:
-        DoesNotFit: it is too small.
-    """
-    from moe2edge import solving
-
-    remedy = "allow more"
-    block = max(4 * sum(w.count for _, w in b.weights()) for b in model.blocks)
-    memory.check(block, "a walk holds a block in float32", remedy, within)
-    for step, before in _slimming(passes, model):
-        needed = solving.largest(before, step.solver(before))
-        name = registry.name_of(step)
-        memory.check(needed, f"{name} solves a part of a block at once", remedy, within)
-
-
-def _chain(passes: Sequence[Pass], model: Model) -> Iterator[tuple[Pass, Model, Model]]:
-    """The passes, each with the shape of the model that it gets, and of what it makes of it."""
-    for step in passes:
-        before, model = model, step.plan(model)
-        yield step, before, model
-
-
-def _slimming(passes: Sequence[Pass], model: Model) -> Iterator[tuple[Slim, Model]]:
-    """The slimming passes, each with the shape of the model that it will get."""
-    for step, before, _ in _chain(passes, model):
-        if isinstance(step, Slim):
-            yield step, before
-
-
-def check_need(step: Pass, model: Model, tokens: int, budget: Memory) -> None:
-    """Refuse to begin a search whose sums do not fit beside a block.
-
-    Raises:
-        DoesNotFit: so.
-    """
-    need = step.need(model, tokens) if isinstance(step, Search) else None
-    if need is not None:
-        block = max(4 * sum(w.count for _, w in b.weights()) for b in model.blocks)
-        memory.check(need.nbytes + block, need.purpose, need.remedy, budget.limit)
 
 
 def _tokens(checkpoint: Checkpoint, source: TextSource, purpose: str) -> Tokens:

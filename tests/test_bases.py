@@ -19,7 +19,7 @@ from moe2edge.bases import Cost
 from moe2edge.basing import experts_nbytes
 from moe2edge.checkpoint import open_checkpoint
 from moe2edge.cli import main
-from moe2edge.export import _work_nbytes
+from moe2edge.early import work_nbytes
 from moe2edge.families import FAMILIES
 from moe2edge.layers import PARTS, MoELayer
 from moe2edge.memory import Memory
@@ -386,7 +386,7 @@ def test_numbers_on_the_disk_are_counted_before(tiny: Make) -> None:
         known = {weight.load for _, _, weight in model.tensors()}
         new = sum(weight.nbytes for _, _, weight in found.tensors() if weight.load not in known)
         # Which layers lose how many experts to a base is only known afterwards.
-        assert new <= _work_nbytes(parsed, model, Memory()) <= 3.5 * new
+        assert new <= work_nbytes(parsed, model, Memory()) <= 3.5 * new
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from moe2edge import bases, merging, walk
 from moe2edge.checkpoint import open_checkpoint
+from moe2edge.early import check_need
 from moe2edge.errors import DoesNotFit
-from moe2edge.export import check_need
 from moe2edge.families import FAMILIES
 from moe2edge.layers import PARTS, Dense, MoELayer
 from moe2edge.memory import Memory
