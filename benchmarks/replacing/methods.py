@@ -26,13 +26,14 @@ class Method:
         size: part of the experts' bytes that is meant to be left; 1 for what leaves all.
         passes: the recipe before training.
         recover: options of the training that differ from the others'; None: there is none.
-        unlike: why bytes differ from what is meant, if they do.
+        fewer: bits besides 4 to which the trained model is quantized.
     """
 
     name: str
     size: float
     passes: list[dict[str, dict[str, Any]]]
     recover: dict[str, Any] | None = field(default_factory=dict)
+    fewer: tuple[int, ...] = ()
 
     @property
     def key(self) -> str:
@@ -56,7 +57,7 @@ def svd_rank(model: Model) -> int:
 
 def methods(model: Model) -> Iterator[Method]:
     """All of a model."""
-    yield Method("source", 1.0, [])
+    yield Method("source", 1.0, [], fewer=(3, 2))
     for bits in (8, 4, 3, 2):
         yield Method(f"GPTQ {bits} bits", 1.0, [{"gptq": {"bits": bits}}], None)
     for size in SIZES:

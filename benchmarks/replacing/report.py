@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,9 @@ def read(path: Path) -> list[Row]:
 
 
 def write(rows: Sequence[Row], folder: Path) -> None:
-    """``results.md`` and ``results.png``."""
+    """``results.md``, ``results.png`` and ``sizes.png``."""
     (folder / "results.md").write_text("\n".join(tables(rows)) + "\n")
-    plot(rows, folder / "results.png")
+    plots(rows, folder)
 
 
 def mean(figures: Mapping[str, float], *, log: bool = False) -> float:
@@ -47,6 +47,7 @@ def tables(rows: Sequence[Row]) -> Iterator[str]:
             yield "| | MB | experts | before | KL | trained | KL | 4 bits, MB | perplexity | KL |"
             yield "|---|---|---|---|---|---|---|---|---|---|"
             yield from (_line(row, own) for row in own if row["size"] == size)
+            yield from (line for row in own if row["size"] == size for line in _fewer(row))
         yield f"\n## {model}, perplexity by domain, before and after training\n"
         domains = list(own[0]["before"]["perplexity"])
         yield f"| | {' | '.join(domains)} | seconds: method, training |"
@@ -71,6 +72,14 @@ def _line(row: Row, rows: Sequence[Row]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def _fewer(row: Row) -> Iterator[str]:
+    """A trained model in fewer bits than 4."""
+    for bits, found in row.get("fewer", {}).items():
+        figures = f"{mean(found['perplexity'], log=True):.2f} | {mean(found['kl']):.4f}"
+        size = f"{found['bytes'] / 1e6:.2f}"
+        yield f"| {row['name']}, trained, in {bits} bits |" + " |" * 6 + f" {size} | {figures} |"
+
+
 def _by_domain(row: Row, domains: Sequence[str]) -> str:
     cells = [f"{row['size']:.0%} {row['name']}"]
     for domain in domains:
@@ -80,35 +89,82 @@ def _by_domain(row: Row, domains: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} | {', '.join(f'{s:.0f}' for s in seconds)} |"
 
 
-# ---- plot ----------------------------------------------------------------------------------------
+# ---- plots ---------------------------------------------------------------------------------------
 
 
-def plot(rows: Sequence[Row], path: Path) -> None:
-    """Held-out perplexity while training, one panel for each model and size."""
+def plots(rows: Sequence[Row], folder: Path) -> None:
+    """``results.png`` and ``sizes.png``."""
     import matplotlib as mpl
 
     mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
     panels = list(dict.fromkeys((r["model"], r["size"]) for r in rows if r["size"] < 1))
-    if not panels:
-        return
-    figure, axes = plt.subplots(1, len(panels), figsize=(6.5 * len(panels), 5), squeeze=False)
-    for axis, (model, size) in zip(axes[0], panels, strict=True):
-        shown = [r for r in rows if r["model"] == model and r["size"] in (size, 1)]
-        for n, row in enumerate(r for r in shown if "history" in r):
-            tokens = row["training"]["tokens"] / row["history"][-1]["step"]
-            x = [line["step"] * tokens / 1e6 for line in row["history"]]
-            y = [line["perplexity"] for line in row["history"]]
-            style = ("-", "--", ":")[n // 10]
-            axis.plot(x, y, style, label=row["name"], color=f"C{n % 10}")
-        axis.set(
-            title=f"{model}, {size:.0%} of the expert bytes",
-            xlabel="million tokens of training",
-            ylabel="held-out perplexity",
-            yscale="log",
-        )
+    if panels:
+        _plot(folder / "results.png", panels, lambda axis, panel: _curves(axis, rows, *panel))
+        models = list(dict.fromkeys(model for model, _ in panels))
+        _plot(folder / "sizes.png", models, lambda axis, model: _sizes(axis, rows, model))
+
+
+def _plot(path: Path, panels: Sequence[Any], draw: Callable[[Any, Any], None]) -> None:
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import NullFormatter, ScalarFormatter
+
+    figure, axes = plt.subplots(1, len(panels), figsize=(6.5 * len(panels), 5.5), squeeze=False)
+    for axis, panel in zip(axes[0], panels, strict=True):
+        draw(axis, panel)
+        for one in (axis.xaxis, axis.yaxis):
+            one.set_major_formatter(ScalarFormatter())
+            one.set_minor_formatter(NullFormatter())
         axis.legend(fontsize="x-small")
+        axis.grid(alpha=0.3, which="both")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _curves(axis: Any, rows: Sequence[Row], model: str, size: float) -> None:
+    """Held-out perplexity while training."""
+    shown = [r for r in rows if r["model"] == model and r["size"] in (size, 1)]
+    for n, row in enumerate(r for r in shown if "history" in r):
+        tokens = row["training"]["tokens"] / row["history"][-1]["step"]
+        x = [line["step"] * tokens / 1e6 for line in row["history"]]
+        y = [line["perplexity"] for line in row["history"]]
+        style = ("-", "--", ":")[n // 10]
+        axis.plot(x, y, style, label=row["name"], color=f"C{n % 10}")
+    low = min(line["perplexity"] for r in shown for line in r.get("history", ()))
+    axis.set(
+        title=f"{model}, {size:.0%} of the expert bytes",
+        xlabel="million tokens of training",
+        ylabel="held-out perplexity",
+        yscale="log",
+    )
+    axis.set_yticks([round(low * factor) for factor in (1, 1.1, 1.25, 1.5, 2, 3, 5)])
+
+
+def _sizes(axis: Any, rows: Sequence[Row], model: str) -> None:
+    """Perplexity against bytes: of bits alone, and of methods in 16 bits and 4 bits, trained."""
+    own = [r for r in rows if r["model"] == model]
+    bits = [r["before"] for r in own if r["size"] == 1]
+    bits.sort(key=lambda found: found["bytes"])
+    line = [(b["bytes"] / 1e6, mean(b["perplexity"], log=True)) for b in bits]
+    axis.plot(*zip(*line, strict=True), "k.--", label="16, 8, 4, 3, 2 bits, not trained")
+    names = list(dict.fromkeys(r["name"] for r in own if "quantized" in r))
+    for n, name in enumerate(names):
+        for row in (r for r in own if r["name"] == name and "quantized" in r):
+            found = [row["after"], row["quantized"], *row.get("fewer", {}).values()]
+            x, y = zip(
+                *((f["bytes"] / 1e6, mean(f["perplexity"], log=True)) for f in found), strict=True
+            )
+            label = name if row["size"] == next(r for r in own if r["name"] == name)["size"] else ""
+            marker = "o^sDvP*X"[n // 10 % 8]
+            axis.plot(x, y, f"{marker}-", color=f"C{n % 10}", label=label, lw=0.5, ms=4)
+    least = min(y for _, y in line)
+    axis.set(
+        title=f"{model}: trained on equal tokens, 16 and 4 bits",
+        xlabel="MB of all tensors",
+        ylabel="perplexity, geometric mean over domains",
+        xscale="log",
+    )
+    axis.set_ylim(0.88 * least, 1.25 * least)
+    axis.set_xticks(
+        [size for size in (3, 4, 5, 6, 8, 10, 12, 16, 20, 24) if size > 0.9 * line[0][0]]
+    )

@@ -5,8 +5,9 @@
 Goes through what has no line in ``results.jsonl`` yet, for every checkpoint in ``--models`` and the
 built-in model: compress, measure, train, measure, quantize to 4 bits (factors and linear maps to
 8), measure. A run that is killed goes on from the training's last checkpoint (``--work``). At the
-end it writes ``results.md`` and ``results.png``. Texts are of four domains; those for evaluation
-are others than those for calibration and training, which share files.
+end it writes ``results.md``, ``results.png`` and ``sizes.png``. The source is trained as well, and
+quantized to 3 and 2 bits besides. Texts are of four domains; those for evaluation are others than
+those for calibration and training, which share files.
 """
 
 from __future__ import annotations
@@ -136,10 +137,12 @@ def passed(model: Model, passes: list[Any], bench: Bench, work: WorkFolder) -> M
     return run_passes(model, parsed, bench.calibration, work, QUIET)[0]
 
 
-def slimming(model: Model) -> list[Any]:
-    """4 bits, and 8 for factors and linear maps if there are any."""
+def quantized(bench: Bench, model: Model, bits: int) -> dict[str, Any]:
+    """What is measured with so many bits, and 8 for factors and linear maps if there are any."""
     low = any(is_low_rank(role) for _, role, _ in model.tensors())
-    return [{"gptq": {"bits": 4, **({"factors": 8} if low else {})}}]
+    passes = [{"gptq": {"bits": bits, **({"factors": 8} if low else {})}}]
+    with tempfile.TemporaryDirectory() as folder:
+        return measure(bench, passed(model, passes, bench, WorkFolder(Path(folder))))
 
 
 def run(bench: Bench, method: Method, work: Path, steps: int) -> dict[str, Any]:
@@ -164,9 +167,8 @@ def run(bench: Bench, method: Method, work: Path, steps: int) -> dict[str, Any]:
             "tokens": steps * TRAIN["batch"] * LENGTH,
         }
         row["after"] = measure(bench, model)
-        with tempfile.TemporaryDirectory() as other:
-            slim = passed(model, slimming(model), bench, WorkFolder(Path(other)))
-            row["quantized"] = measure(bench, slim)
+        row["quantized"] = quantized(bench, model, 4)
+        row["fewer"] = {str(bits): quantized(bench, model, bits) for bits in method.fewer}
     return row
 
 
