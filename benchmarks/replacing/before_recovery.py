@@ -2,8 +2,8 @@
 
     python benchmarks/replacing/before_recovery.py --model MODEL --data DIR [--seeds 3]
 
-Calibrates on 24 x 256 tokens of each of four domains, measures on as many held-out tokens of each,
-the texts of run.py: the mean log-perplexity over domains, in nats above that of the source.
+Calibrates on 96 x 256 tokens, as many of each domain, and measures on as many held-out ones, the
+texts of run.py: the mean log-perplexity over domains, in nats above that of the source.
 Dropping experts by every criterion of `expert_drop`, and by `expert_search`, stands beside it; what
 is left of the excess of the best of them is in the last column. With ``--save FOLDER`` the tokens
 of the first seed are written there as arrays, for other programs.
@@ -91,9 +91,9 @@ class Setup:
 def prepare(model: str, data: Path, seeds: int) -> Setup:
     """Open a model, and read its texts."""
     with tempfile.TemporaryDirectory() as folder:
-        texts = run.write_texts(data, Path(folder))
+        texts = run.texts_of(model, data, Path(folder))
         bench = run.open_bench(model, model, texts, 0)
-        parts = texts["calibration"], run.DOMAINS, run.CALIBRATION
+        parts = texts["calibration"], tuple(texts["calibration"]), run.CALIBRATION
         calibration = [run.tokens_of(bench.checkpoint, *parts, seed).ids for seed in range(seeds)]
     return Setup(bench, calibration)
 

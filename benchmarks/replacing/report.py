@@ -37,7 +37,7 @@ def mean(figures: Mapping[str, float], *, log: bool = False) -> float:
 
 def tables(rows: Sequence[Row]) -> Iterator[str]:
     """For each model and size, and all domains at the end."""
-    yield "Perplexity is the geometric mean over four domains, KL to the source in nats per token;"
+    yield "Perplexity is the geometric mean over domains, KL to the source in nats per token;"
     yield "before training, after it, and after training and GPTQ with 4 bits. MB of all tensors."
     for model in dict.fromkeys(row["model"] for row in rows):
         own = [row for row in rows if row["model"] == model]

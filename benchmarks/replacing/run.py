@@ -6,8 +6,9 @@ Goes through what has no line in ``results.jsonl`` yet, for every checkpoint in 
 built-in model: compress, measure, train, measure, quantize to 4 bits (factors and linear maps to
 8), measure. A run that is killed goes on from the training's last checkpoint (``--work``). At the
 end it writes ``results.md``, ``results.png`` and ``sizes.png``. The source is trained as well, and
-quantized to 3 and 2 bits besides. Texts are of four domains; those for evaluation are others than
-those for calibration and training, which share files.
+quantized to 3 and 2 bits besides. Texts are of four domains, for the built-in model of Python
+alone, as it knows nothing else; those for evaluation are others than those for calibration and
+training, which share files.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ from torch import Tensor
 from moe2edge import calibration, quality, recipe, walk
 from moe2edge.artifact import tokenizer_of
 from moe2edge.basing import experts_nbytes
-from moe2edge.calibration import Tokens
-from moe2edge.checkpoint import BUILTIN, Checkpoint, open_checkpoint
+from moe2edge.calibration import BUILTIN_FILES, Tokens
+from moe2edge.checkpoint import BUILTIN, BUILTIN_FOLDER, Checkpoint, open_checkpoint
 from moe2edge.errors import Moe2EdgeError
 from moe2edge.export import run_passes
 from moe2edge.model import Model, is_low_rank
@@ -43,12 +44,16 @@ from moe2edge.testing import InMemory
 from moe2edge.workfolder import WorkFolder
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "trimming"))
-from texts import DOMAINS, write_texts
+sys.path.insert(0, str(Path(__file__).parents[1] / "tiny_moe"))
+from corpus import modules
+from texts import write_texts
 
 HERE = Path(__file__).parent
 LENGTH = 256
-# Samples; of evaluation as many of each domain.
-CALIBRATION, EVALUATION, HELD_OUT = 96, 24, 64
+# Samples; as many of each domain.
+CALIBRATION, EVALUATION, HELD_OUT = 96, 96, 64
+# Of the built-in model, enough for all steps: bytes of modules that it was trained on.
+OWN_TEXT = 12_000_000
 TRAIN: dict[str, Any] = {
     "steps": 500, "batch": 8, "learning_rate": 3e-4, "held_out": HELD_OUT, "eval_every": 50,
     "patience": 0, "save_every": 50,
@@ -81,22 +86,37 @@ class Bench:
         return self.checkpoint.model
 
 
-def open_bench(
-    name: str, folder: str, texts: Mapping[str, Mapping[str, Path]], steps: int
-) -> Bench:
+Texts = Mapping[str, Mapping[str, Path]]
+
+
+def texts_of(model: str, data: Path, folder: Path) -> Texts:
+    """Files by purpose and domain, for a model: a folder, or the built-in one."""
+    if model != BUILTIN:
+        return write_texts(data, folder)
+    text, path = "", folder / "own.txt"
+    for module in modules():
+        if module.split == "train" and len(text) < OWN_TEXT:
+            text += f"{module.text}\n"
+    path.write_text(text)
+    own = BUILTIN_FOLDER / BUILTIN_FILES["evaluation"]
+    return {"calibration": {"code": path}, "evaluation": {"code": own}}
+
+
+def open_bench(name: str, folder: str, texts: Texts, steps: int) -> Bench:
     """Open a model, and run it over the held-out texts."""
     checkpoint = open_checkpoint(folder)
-    model = checkpoint.model
+    model, domains = checkpoint.model, tuple(texts["evaluation"])
 
     def tokens(purpose: str, domains: Sequence[str], samples: int, seed: int = 0) -> Tokens:
         return tokens_of(checkpoint, texts[purpose], domains, samples, seed)
 
-    held_out = {d: tokens("evaluation", (d,), EVALUATION).ids for d in DOMAINS}
+    each = EVALUATION // len(domains)
+    held_out = {d: tokens("evaluation", (d,), each).ids for d in domains}
     hidden = {d: walk.observe(model, ids, (), QUIET.advance, "") for d, ids in held_out.items()}
     samples = steps * TRAIN["batch"] + HELD_OUT if steps else 0
-    training = tokens("calibration", DOMAINS, samples, 1).ids if steps else torch.empty(0)
+    training = tokens("calibration", domains, samples, 1).ids if steps else torch.empty(0)
     return Bench(
-        name, checkpoint, tokens("calibration", DOMAINS, CALIBRATION), training, held_out, hidden
+        name, checkpoint, tokens("calibration", domains, CALIBRATION), training, held_out, hidden
     )
 
 
@@ -202,11 +222,11 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=HERE / "results.jsonl")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "replacing")
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        texts = write_texts(given.data, Path(folder))
-        named = {p.parent.name: str(p.parent) for p in sorted(given.models.glob("*/config.json"))}
-        for name, place in {**named, "tiny-moe": BUILTIN}.items():
-            if given.model in (None, name):
+    named = {p.parent.name: str(p.parent) for p in sorted(given.models.glob("*/config.json"))}
+    for name, place in {**named, "tiny-moe": BUILTIN}.items():
+        if given.model in (None, name):
+            with tempfile.TemporaryDirectory() as folder:
+                texts = texts_of(place, given.data, Path(folder))
                 run_model(open_bench(name, place, texts, given.steps), given)
     report.write(report.read(given.results), given.results.parent)
 
