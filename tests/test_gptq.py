@@ -45,14 +45,13 @@ def solve(model: Model, step: Quantize, ids: torch.Tensor) -> tuple[Model, list[
     return after, notes
 
 
-class Watching:
+class Watching(GroupSolver):
     """Records the groups that a walk offers, and rounds them to nearest."""
 
     def __init__(self, model: Model, *, propagate: bool) -> None:
         step = Rtn(group_size=32)
         self._inner: Any = step.solver(model)
         self.propagate = propagate
-        self.device, self.dtype = torch.device("cpu"), torch.float32
         self.seen: dict[tuple[int, str], torch.Tensor] = {}
         self.everyone: dict[tuple[int, str], int] = {}
 
