@@ -36,12 +36,10 @@ class RouterOutputs:
     """What routers put out, per MoE block by its origin.
 
     Attributes:
-        mass: float64 [E], sum over tokens of the weight that an expert's output is multiplied with.
         norm: mean over tokens of the norm of the logits.
         gram: float64 [E, E], sum over tokens of products of logits.
     """
 
-    mass: Mapping[int, Tensor]
     norm: Mapping[int, float]
     gram: Mapping[int, Tensor]
 
@@ -50,7 +48,6 @@ class RouterOutputObserver:
     """Gathers `RouterOutputs`."""
 
     def __init__(self) -> None:
-        self._mass: dict[int, Tensor] = {}
         self._norm: dict[int, float] = {}
         self._gram: dict[int, Tensor] = {}
         self._tokens: dict[int, int] = {}
@@ -61,10 +58,6 @@ class RouterOutputObserver:
             return
         routing, key = seen.routing, seen.block.origin
         logits = routing.logits.double()
-        # Behind the last expert are places that dynamic skipping left out.
-        mass = torch.zeros(logits.shape[1] + 1, dtype=torch.float64)
-        mass.index_add_(0, routing.ids.flatten(), routing.weights.double().flatten())
-        self._mass[key] = self._mass.get(key, 0) + mass[:-1]
         self._norm[key] = self._norm.get(key, 0.0) + float(logits.norm(dim=1).sum())
         self._gram[key] = self._gram.get(key, 0) + logits.T @ logits
         self._tokens[key] = self._tokens.get(key, 0) + len(logits)
@@ -72,7 +65,7 @@ class RouterOutputObserver:
     def fact(self) -> RouterOutputs:
         """The sums."""
         norms = {key: total / self._tokens[key] for key, total in self._norm.items()}
-        return RouterOutputs(self._mass, norms, self._gram)
+        return RouterOutputs(norms, self._gram)
 
 
 # ---- which experts -------------------------------------------------------------------------------

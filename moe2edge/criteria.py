@@ -19,7 +19,8 @@ Criterion = Literal[
     "routing-score", "frequency", "soft-frequency", "ean", "reap", "man", "msan", "mone",
     "magnitude", "aimer", "random",
 ]  # fmt: skip
-ROUTING, WEIGHTS = ("routing-score", "frequency"), ("magnitude", "aimer")
+ROUTING = ("routing-score", "frequency", "soft-frequency")
+WEIGHTS = ("magnitude", "aimer")
 
 
 def observers(criterion: Criterion) -> tuple[Kind, ...]:

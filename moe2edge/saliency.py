@@ -31,12 +31,14 @@ class RoutingStatistics:
         tokens: tokens seen.
         counts: int64 [E], tokens routed to each expert.
         probability: float64 [E], sum over tokens of the full softmax ``p_tj``.
+        mass: float64 [E], sum of ``g_tj`` over the tokens routed to each expert.
     """
 
     experts: Mapping[int, tuple[int, ...]]
     tokens: int
     counts: Mapping[int, Tensor]
     probability: Mapping[int, Tensor]
+    mass: Mapping[int, Tensor]
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,7 @@ class RoutingObserver:
         self._experts: dict[int, tuple[int, ...]] = {}
         self._counts: dict[int, Tensor] = {}
         self._probability: dict[int, Tensor] = {}
+        self._mass: dict[int, Tensor] = {}
         self._tokens = 0
 
     def see(self, seen: Seen) -> None:
@@ -134,15 +137,20 @@ class RoutingObserver:
             self._experts[key] = seen.block.expert_origins
             self._counts[key] = torch.zeros(experts, dtype=torch.int64)
             self._probability[key] = torch.zeros(experts, dtype=torch.float64)
+            self._mass[key] = torch.zeros(experts, dtype=torch.float64)
         # Behind the experts are substitutes, and places that dynamic skipping left out.
-        self._counts[key] += torch.bincount(routing.ids.flatten(), minlength=experts)[:experts]
+        ids, weights = routing.ids.flatten(), routing.weights.double().flatten()
+        self._counts[key] += torch.bincount(ids, minlength=experts)[:experts]
+        self._mass[key] += torch.bincount(ids, weights, minlength=experts)[:experts]
         self._probability[key] += routing.logits.double().softmax(-1).sum(0)[:experts]
         if key == min(self._counts):
             self._tokens += len(routing.ids)
 
     def fact(self) -> RoutingStatistics:
         """The statistics."""
-        return RoutingStatistics(self._experts, self._tokens, self._counts, self._probability)
+        return RoutingStatistics(
+            self._experts, self._tokens, self._counts, self._probability, self._mass
+        )
 
 
 class OutputObserver:
@@ -182,9 +190,9 @@ def frequency(statistics: RoutingStatistics, block: int) -> Tensor:
     return statistics.counts[block].double()
 
 
-def soft_frequency(layer: LayerOutputs) -> Tensor:
+def soft_frequency(statistics: RoutingStatistics, block: int) -> Tensor:
     """Sum of gate weights, ``sum g_tj``; float64 [E] (SEER in https://arxiv.org/abs/2606.15716)."""
-    return layer.mass
+    return statistics.mass[block]
 
 
 def ean(layer: LayerOutputs) -> Tensor:

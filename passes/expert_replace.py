@@ -32,8 +32,6 @@ OWN_OPTIONS = {
     ),
     "svd": ("budget", "rank", "criterion", "depth_correction", "seed"),
 }  # fmt: skip
-
-
 # Criteria whose scores cannot be weights of experts in a mean: errors, and numbers below 0.
 NO_WEIGHTS = ("residual", "aimer")
 
@@ -371,17 +369,10 @@ class ExpertReplace(Search):
         from moe2edge.basing import Builder, similarity
 
         criterion: Criterion = self.criterion or "soft-frequency"  # type: ignore[assignment]
-        # What routers put out tells this score as well, without running experts.
-        by_mass = criterion == "soft-frequency"
-        kinds = (bases.RouterOutputObserver, *(() if by_mass else criteria.observers(criterion)))
+        kinds = (bases.RouterOutputObserver, *criteria.observers(criterion))
         facts = walk.gather(lab.model, lab.tokens, kinds, lab.watcher.advance, "scores", lab.memory)
         seen, blocks = facts[bases.RouterOutputObserver], lab.model.moe_blocks
-        scores = [
-            seen.mass[b.origin].tolist()
-            if by_mass
-            else criteria.scores(criterion, b, facts, self.seed)
-            for b, _ in blocks
-        ]
+        scores = [criteria.scores(criterion, b, facts, self.seed) for b, _ in blocks]
         if min(map(min, scores)) < 0:
             raise InputError(
                 f"expert_replace: criterion {criterion} has scores below 0, which are no weights; "

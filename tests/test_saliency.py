@@ -77,7 +77,7 @@ def test_criteria_equal_a_loop_over_tokens(
     for found, expected in (
         (saliency.routing_score(routing.fact(), 1), score.tolist()),
         (saliency.frequency(routing.fact(), 1), count),
-        (saliency.soft_frequency(layer), mass.tolist()),
+        (saliency.soft_frequency(routing.fact(), 1), mass.tolist()),
         (saliency.ean(layer), [sum(n) for n in norms]),
         (saliency.man(layer), [sum(n) / len(n) for n in norms]),
         (saliency.msan(layer), [sum(x * x for x in n) / len(n) for n in norms]),
@@ -93,7 +93,9 @@ def test_an_expert_without_tokens_scores_nothing() -> None:
     layer = saliency.LayerOutputs(
         (0,), torch.zeros(1, dtype=torch.int64), *[zeros] * 5, *[torch.zeros(1, 4)] * 2
     )
-    for criterion in ("soft_frequency", "ean", "reap", "man", "msan", "mone"):
+    nothing = saliency.RoutingStatistics({1: (0,)}, 5, {1: zeros.long()}, {1: zeros}, {1: zeros})
+    assert saliency.soft_frequency(nothing, 1).tolist() == [0.0]
+    for criterion in ("ean", "reap", "man", "msan", "mone"):
         assert getattr(saliency, criterion)(layer).tolist() == [0.0]
 
 
