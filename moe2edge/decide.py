@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from moe2edge import registry
 from moe2edge.checkpoint import Checkpoint
 from moe2edge.decisions import CalibrationText, Decisions, SourceModel, decided
-from moe2edge.early import check_sources
+from moe2edge.early import EXPERTS, check_sources
 from moe2edge.errors import InputError
 from moe2edge.export import calibration_tokens, run_passes, versions
 from moe2edge.model import Block, Model
@@ -83,12 +83,7 @@ def check_decidable(passes: Sequence[Pass], source: Model) -> None:
 
 def _has_new_numbers(before: Model, after: Model) -> bool:
     """Whether experts, or what answers for them, have numbers that are not there yet."""
-    known = {weight.load for _, _, weight in before.tensors()}
-    kinds = ("experts", "members", "substitutes", "dense")
-    return any(
-        role.partition(".")[0] in kinds and weight.load not in known
-        for _, role, weight in after.tensors()
-    )
+    return any(role.startswith(EXPERTS) for role, _ in after.new_beside(before))
 
 
 def _computes(name: str) -> InputError:

@@ -100,8 +100,7 @@ def _new_nbytes(before: Model, after: Model, *, known: bool) -> int:
 
     If it is not known which experts of which layers are new, all of them may be.
     """
-    old = {weight.load for _, _, weight in before.tensors()}
-    new = [(role, weight) for _, role, weight in after.tensors() if weight.load not in old]
+    new = after.new_beside(before)
     if not known and any(role.startswith("experts.") for role, _ in new):
         return sum(ledger.nbytes(w) for _, r, w in after.tensors() if r.startswith(EXPERTS))
     return sum(ledger.nbytes(weight) for _, weight in new)
@@ -132,8 +131,7 @@ def check_memory(passes: Sequence[Pass], model: Model, within: int | None) -> No
     from moe2edge import solving
 
     remedy = "allow more"
-    block = max(4 * sum(w.count for _, w in b.weights()) for b in model.blocks)
-    memory.check(block, "a walk holds a block in float32", remedy, within)
+    memory.check(model.block_nbytes, "a walk holds a block in float32", remedy, within)
     for step, before in _slimming(passes, model):
         needed = solving.largest(before, step.solver(before))
         name = registry.name_of(step)
@@ -162,5 +160,4 @@ def check_need(step: Pass, model: Model, tokens: int, budget: Memory) -> None:
     """
     need = step.need(model, tokens) if isinstance(step, Search) else None
     if need is not None:
-        block = max(4 * sum(w.count for _, w in b.weights()) for b in model.blocks)
-        memory.check(need.nbytes + block, need.purpose, need.remedy, budget.limit)
+        memory.check(need.nbytes + model.block_nbytes, need.purpose, need.remedy, budget.limit)

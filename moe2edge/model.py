@@ -279,6 +279,16 @@ class Model:
         """Bytes of all tensors."""
         return sum(w.nbytes for _, _, w in self.tensors())
 
+    def new_beside(self, before: Model) -> list[tuple[str, Weight]]:
+        """Tensors, by role, whose numbers are read from elsewhere than any of ``before``."""
+        known = {weight.load for _, _, weight in before.tensors()}
+        return [(role, w) for _, role, w in self.tensors() if w.load not in known]
+
+    @property
+    def block_nbytes(self) -> int:
+        """Bytes of the largest block in float32."""
+        return max(4 * sum(w.count for _, w in block.weights()) for block in self.blocks)
+
     def replace_block(self, block: Block) -> Model:
         """The model with the block at ``block.index`` replaced."""
         blocks = list(self.blocks)

@@ -108,30 +108,27 @@ class Quantize(Slim):
             elif rule.bits != 16:
                 symmetric = self.symmetric if rule.symmetric is None else rule.symmetric
                 found[name] = Scheme(rule.bits, rule.group_size or group, symmetric)
-        if self.factors != 16:
-            found |= {name: LOW_RANK for name, _, _ in _low_rank(model)}
-        return found
+        return found | dict.fromkeys(self._low_rank(model), LOW_RANK)
 
-    def alone(
-        self, model: Model, block: Block, how: Literal["absmax", "mse"]
-    ) -> dict[str, Quantized]:
+    def _low_rank(self, model: Model) -> Iterator[str]:
+        """Names on disk of the factors and linear maps that are quantized."""
+        if self.factors != 16:
+            yield from (name for name, role, _ in model.tensors() if is_low_rank(role))
+
+    def alone(self, block: Block, how: Literal["absmax", "mse"]) -> dict[str, Quantized]:
         """Factors and linear maps of a block, rounded to nearest, by role; none if they stay.
 
         Args:
-            model: the model.
-            block: one of its blocks.
+            block: the block.
             how: scales are chosen.
         """
         from moe2edge.modules import finite
         from moe2edge.rounding import round_to_nearest
 
-        schemes = self.schemes(model)
-        found = {}
-        for role, weight in block.weights():
-            scheme = schemes.get(model.family.disk_name(block.index, role))
-            if is_low_rank(role) and scheme is not None:
-                found[role] = round_to_nearest(finite(weight), scheme, how)
-        return found
+        if self.factors == 16:
+            return {}
+        low = {role: weight for role, weight in block.weights() if is_low_rank(role)}
+        return {role: round_to_nearest(finite(w), LOW_RANK, how) for role, w in low.items()}
 
     def _group(self, model: Model) -> GroupSize:
         """Group size of tensors to which no rule gives another one."""
@@ -166,7 +163,7 @@ class Quantize(Slim):
                 )
         if not schemes:
             raise InputError("the rules leave nothing to quantize")
-        if self.factors != 16 and not any(True for _ in _low_rank(model)):
+        if self.factors != 16 and not any(self._low_rank(model)):
             raise InputError(
                 f"factors: {self.factors} is about factors and linear maps of replaced experts, "
                 "and the model has none; put expert_replace before it, or leave factors out"
@@ -232,14 +229,6 @@ def _matrices(model: Model) -> Iterator[tuple[str, Block, Weight]]:
     for block in model.blocks:
         for role, weight in selected(block):
             yield model.family.disk_name(block.index, role), block, weight
-
-
-def _low_rank(model: Model) -> Iterator[tuple[str, Block, Weight]]:
-    """Factors and linear maps, by name on disk."""
-    for block in model.blocks:
-        for role, weight in block.weights():
-            if is_low_rank(role):
-                yield model.family.disk_name(block.index, role), block, weight
 
 
 def _shown(rule: Rule) -> str:

@@ -11,13 +11,13 @@ from moe2edge.layers import DTYPE_BYTES, MoELayer, Substitute, Weight
 from moe2edge.pipeline import Store, planned_like
 from moe2edge.substitution import Size, Sums
 
-# Of ranks that a budget chooses: formats pack so many numbers of 8 bits together.
-RANK_STEP = 4
-
 if TYPE_CHECKING:
     from moe2edge.model import Block
     from moe2edge.substitution import Fit
     from moe2edge.walk import Seen
+
+# Of ranks that a budget chooses: formats pack so many numbers of 8 bits together.
+RANK_STEP = 4
 
 
 def substituted(block: Block, layer: MoELayer, ranks: Mapping[int, int]) -> Block:

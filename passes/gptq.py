@@ -127,7 +127,7 @@ class _Solver:
 
     def alone(self, block: Block) -> Mapping[str, Quantized]:
         """Factors and linear maps, which 8 bits hold well without feedback."""
-        return self._options.alone(self._model, block, self._options.scales)
+        return self._options.alone(block, self._options.scales)
 
     def nbytes(self, shapes: Sequence[tuple[int, ...]]) -> int:
         """Memory of solving one group."""

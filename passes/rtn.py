@@ -36,7 +36,7 @@ class _Rounding(GroupSolver):
 
     def alone(self, block: Block) -> Mapping[str, Quantized]:
         """Factors and linear maps."""
-        return self._options.alone(self._model, block, self._options.scales)
+        return self._options.alone(block, self._options.scales)
 
     def nbytes(self, shapes: Sequence[tuple[int, ...]]) -> int:
         """Memory of one matrix, its integers and what is computed on the way."""

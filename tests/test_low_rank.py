@@ -185,7 +185,7 @@ def test_nothing_to_round_is_refused(tiny: Make) -> None:
 def test_twice_is_refused(tiny: Make) -> None:
     model = replaced(tiny("mixtral"), "base")
     for block in model.blocks:
-        numbers = Rtn(factors=8).alone(model, block, "mse")
+        numbers = Rtn(factors=8).alone(block, "mse")
         model = model.replace_block(in_memory(block, numbers))
     with pytest.raises(InputError, match="quantizes twice"):
         Rtn(factors=8).check(model)

@@ -157,7 +157,7 @@ def test_logits_are_those_of_pytorch(
 def with_eight_bits(model: Model) -> Model:
     """``model`` with factors and linear maps rounded to 8 bits."""
     for block in model.blocks:
-        model = model.replace_block(in_memory(block, Rtn(factors=8).alone(model, block, "mse")))
+        model = model.replace_block(in_memory(block, Rtn(factors=8).alone(block, "mse")))
     return model
 
 

@@ -16,7 +16,7 @@ import json
 import math
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -78,7 +78,7 @@ class Setup:
 
     def loss(self, model: Model) -> float:
         """Mean over domains, nats per token."""
-        return math.log(report.mean(run.measure(self.bench, model)["perplexity"], log=True))
+        return _loss(run.measure(self.bench, model)["perplexity"])
 
     def save(self, folder: Path) -> None:
         """Write tokens of each domain, uint16."""
@@ -86,6 +86,10 @@ class Setup:
         for domain, ids in self.bench.evaluation.items():
             np.save(folder / f"evaluation-{domain}.npy", ids.numpy().astype(np.uint16))
         np.save(folder / "calibration.npy", self.calibration[0].numpy().astype(np.uint16))
+
+
+def _loss(perplexities: Mapping[str, float]) -> float:
+    return math.log(report.mean(perplexities, log=True))
 
 
 def prepare(model: str, data: Path, seeds: int) -> Setup:
@@ -165,8 +169,8 @@ def main() -> None:
     if given.save is not None:
         setup.save(given.save)
     model = setup.bench.model
-    source = setup.loss(model)
     found = run.measure(setup.bench, model)["perplexity"]
+    source = _loss(found)
     shown = ", ".join(f"{domain} {value:.2f}" for domain, value in found.items())
     title, size = Path(given.model).name, f"{model.nbytes / 1e6:.1f} MB"
     print(f"{title}: source {size}, perplexity {shown}, all {math.exp(source):.2f}", flush=True)
