@@ -58,9 +58,11 @@ def tables(rows: Sequence[Row]) -> Iterator[str]:
 def _line(row: Row, rows: Sequence[Row]) -> str:
     if "refused" in row:
         return f"| {row['name']} | {row['refused']} |" + " |" * 8
-    whole = next(r["before"]["expert_bytes"] for r in rows if r["name"] == "source")
     before = row["before"]
-    cells = [row["name"], f"{before['bytes'] / 1e6:.2f}", f"{before['expert_bytes'] / whole:.1%}"]
+    # Cells may be run one by one, the source later.
+    whole = (r["before"]["expert_bytes"] for r in rows if r["name"] == "source")
+    share = next((f"{before['expert_bytes'] / source:.1%}" for source in whole), "")
+    cells = [row["name"], f"{before['bytes'] / 1e6:.2f}", share]
     for stage in STAGES:
         if stage not in row:
             cells += [""] * (2 if stage != "quantized" else 3)
@@ -146,6 +148,8 @@ def _sizes(axis: Any, rows: Sequence[Row], model: str) -> None:
     bits = [r["before"] for r in own if r["size"] == 1]
     bits.sort(key=lambda found: found["bytes"])
     line = [(b["bytes"] / 1e6, mean(b["perplexity"], log=True)) for b in bits]
+    if not line:
+        return  # the source has no result yet
     axis.plot(*zip(*line, strict=True), "k.--", label="16, 8, 4, 3, 2 bits, not trained")
     names = list(dict.fromkeys(r["name"] for r in own if "quantized" in r))
     for n, name in enumerate(names):
