@@ -222,7 +222,8 @@ def low_rank(difference: Tensor, gram: Tensor, rank: int) -> tuple[Tensor, Tenso
 
     With ``G = L L^T`` the Gram matrix of inputs, ``|| X (D - S F)^T ||`` is least for the truncated
     singular value decomposition ``U s V^T`` of ``D L``, which is found from the smaller of its
-    Gram matrices: ``S F = U U^T D``, or ``D L V V^T L^-1``. Either factor gets a root of s.
+    Gram matrices: ``S F = U U^T D``, or ``D L V V^T L^-1``. Each row of F is as long as its column
+    of S, however many tokens there were, since training takes steps of one size for all numbers.
 
     Args:
         difference: D, [out, in].
@@ -233,24 +234,25 @@ def low_rank(difference: Tensor, gram: Tensor, rank: int) -> tuple[Tensor, Tenso
         F [rank, in] and S [out, rank].
     """
     outs, ins = difference.shape
-    extra = RIDGE * float(gram.diagonal().mean()) + LEAST
-    ridged, whole = gram.double(), difference.double()
-    ridged = ridged + extra * torch.eye(ins, dtype=torch.float64)
+    ridged, whole = gram.to(torch.float64, copy=True), difference.double()
+    ridged.diagonal().add_(RIDGE * float(gram.diagonal().mean()) + LEAST)
     if outs <= ins:
-        squares, left = leading(whole @ ridged @ whole.T, rank)
-        root = _root(squares)
-        return (left.T @ whole / root[:, None]).float(), (left * root).float()
+        _, second = leading(whole @ ridged @ whole.T, rank)
+        return _balanced(second.T @ whole, second)
     half = torch.linalg.cholesky(ridged)
     scaled = whole @ half
-    squares, right = leading(scaled.T @ scaled, rank)
-    root = _root(squares)
-    first = torch.linalg.solve_triangular(half, (right * root).T, upper=False, left=False)
-    return first.float(), (scaled @ right / root).float()
+    _, right = leading(scaled.T @ scaled, rank)
+    first = torch.linalg.solve_triangular(half, right.T, upper=False, left=False)
+    return _balanced(first, scaled @ right)
 
 
-def _root(squares: Tensor) -> Tensor:
-    """Roots of singular values, of which squares are given; of none that is zero."""
-    return squares.clamp(min=LEAST * max(float(squares[0]), LEAST)).sqrt().sqrt()
+def _balanced(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors with the same product, each row of one as long as the column of the other."""
+    ins, outs = first.norm(dim=1), second.norm(dim=0)
+    root = (outs / ins.clamp(min=LEAST * LEAST)).sqrt()
+    # Of ranks that the matrix does not have, one side may be nothing.
+    root = torch.where((ins > 0) & (outs > 0), root, 1.0)
+    return (first * root[:, None]).float(), (second / root).float()
 
 
 def untrained(

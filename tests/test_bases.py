@@ -156,6 +156,19 @@ def test_factors_are_the_nearest_in_what_they_put_out(outs: int, rank: int) -> N
         assert missed(first + nudge, second) >= least
 
 
+@pytest.mark.parametrize("outs", [6, 13])
+def test_factors_are_of_one_size_whatever_text_they_come_from(outs: int) -> None:
+    """Training takes steps of one size for both; so neither may depend on the amount of text."""
+    inputs, difference = random(80, 8, seed=3) - 0.3, random(outs, 8, seed=4) - 0.5
+    gram = inputs.T @ inputs
+    first, second = bases.low_rank(difference, gram, 3)
+    assert torch.allclose(first.norm(dim=1), second.norm(dim=0), rtol=1e-5)
+    for times in (0.1, 1000):  # as much text, or inputs that are larger
+        again = bases.low_rank(difference, times * gram, 3)
+        assert torch.allclose(again[0].abs(), first.abs(), rtol=1e-4, atol=1e-5)
+        assert torch.allclose(again[1].abs(), second.abs(), rtol=1e-4, atol=1e-5)
+
+
 def test_factors_of_a_matrix_of_lower_rank_are_it() -> None:
     """Where singular values are zero, and no inputs were seen."""
     for outs in (6, 13):
