@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -123,6 +124,12 @@ class Graph:
             # Not within a branch, so that every branch may use it.
             self._outermost.append(_node(at, "Cast", [name], [f"{at}/output_0"], attributes))
         return self._floats[name]
+
+    @property
+    def widened_nbytes(self) -> int:
+        """By how many bytes what is stored grows in memory, as the runtime makes it float32."""
+        slots = (slot for batch in self.batches for slot in batch.slots)
+        return sum(4 * math.prod(s.shape) - s.nbytes for s in slots if s.name in self._floats)
 
     def vector(self, source: Source) -> str:
         """A stored vector (norm, bias) as float32."""

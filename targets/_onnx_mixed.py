@@ -18,9 +18,11 @@ from onnx import TensorProto
 from moe2edge.targets._onnx_columns import Columns, Group
 from moe2edge.targets._onnx_experts import MoEWriter
 from moe2edge.targets._onnx_graph import gated, linear, linear_pair
-from moe2edge.targets._onnx_storage import Part, Source, by_rows, plain
+from moe2edge.targets._onnx_storage import Source, by_rows, plain
 
 ANSWER = (TensorProto.FLOAT, TensorProto.INT64)
+# Of a linear map or a factor, its two matrices.
+LOW = ("first", "second")
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,12 @@ class Routing:
 
 
 @dataclass(frozen=True)
-class Matrix:
-    """A matrix [out, in] of a linear map or a factor, as the graph has it.
+class Stack:
+    """Matrices [count, out, in] of linear maps or factors, as they are stored.
 
     Attributes:
-        value: float32, or int8 if there are scales.
-        scales: float32 [out]; empty: there are none.
+        value: in the source's dtype, or int8 if there are scales.
+        scales: float32 [count, out]; empty: there are none.
     """
 
     value: str
@@ -207,19 +209,25 @@ class MixedWriter(MoEWriter):
         """What linear maps make of their tokens, and the places of these.
 
         For one token alone the matrices that it needs are picked from all; for more, each map that
-        was asked is a branch. Either is faster where it is used: benchmarks/onnx_mixed.
+        was asked is a branch. benchmarks/onnx_mixed: with 64 experts picking takes about three
+        quarters of the time of branches, with 8 experts it is all one.
         """
         graph, at = self.graph, f"{self.at}/maps.{stack[0]}"
-        stored, pieces = zip(*(self._stacked(stack, n) for n in ("first", "second")), strict=True)
-        matrices = list(zip(*pieces, strict=True))
+        stem = f"model.layers.{self.index}.moe.substitutes.{stack[0]}"
+        stored = [
+            self._stored(f"{stem}.{name}s", [self.roles[f"substitutes.{n}.{name}"] for n in stack])
+            for name in LOW
+        ]
         if len(stack) == 1:
-            return self._map(stack[0], matrices[0], asked, tokens, routing)
+            return self._map(stack[0], 0, stored, asked, tokens, routing)
 
         def one_by_one() -> tuple[str, str]:
             ones = [f"{at}/Split/output_{n}" for n in range(len(stack))]
             graph.node(at, "Split", [asked], ones, axis=0, num_outputs=len(stack))
-            each = zip(stack, matrices, ones, strict=True)
-            found = [self._map(*what, tokens, routing) for what in each]
+            found = [
+                self._map(n, number, stored, one, tokens, routing)
+                for number, (n, one) in enumerate(zip(stack, ones, strict=True))
+            ]
             y, places = (
                 graph.node(f"{at}/{name}", "Concat", values, axis=0)
                 for name, values in zip(("y", "places"), zip(*found, strict=True), strict=True)
@@ -231,34 +239,39 @@ class MixedWriter(MoEWriter):
         branches = (lambda: self._picked(stack, stored, tokens, routing)), one_by_one
         return graph.choice(at, alone, branches, ANSWER)
 
-    def _stacked(self, stack: Sequence[int], name: str) -> tuple[Matrix, list[Matrix]]:
-        """Matrices of substitutes as they are stored, all in one; and each of them by itself."""
-        graph, sources = self.graph, [self.roles[f"substitutes.{n}.{name}"] for n in stack]
-        like = sources[0].weight
-        stem = f"model.layers.{self.index}.moe.substitutes.{stack[0]}.{name}s"
-        parts: list[Part] = [(source,) for source in sources]
-        shape, at = (len(stack), *like.shape), f"{self.at}/maps.{stack[0]}/{name}s"
-        if like.scheme is not None:
-            integers, scales = graph.store(by_rows(stem, parts, shape))
-            values = self._pieces(at, integers, len(stack), like.shape)
-            each = self._pieces(f"{at}/scales", scales, len(stack), like.shape[:1])
-            return Matrix(integers, scales), list(map(Matrix, values, each))
-        (stored,) = graph.store(plain(stem, parts, shape))
-        values = self._pieces(at, graph.as_float(stored, like.dtype), len(stack), like.shape)
-        return Matrix(stored), list(map(Matrix, values))
+    def _stored(self, stem: str, sources: Sequence[Source]) -> Stack:
+        """Matrices of one shape and form, one behind the other."""
+        like, parts = sources[0].weight, [(source,) for source in sources]
+        shape = (len(sources), *like.shape)
+        batch = plain if like.scheme is None else by_rows
+        return Stack(*self.graph.store(batch(stem, parts, shape)))
 
-    def _pieces(self, at: str, whole: str, count: int, shape: Sequence[int]) -> list[str]:
-        """The parts, of ``shape``, that stand one behind the other in a value."""
-        outputs = [f"{at}/Split/output_{n}" for n in range(count)]
-        self.graph.node(at, "Split", [whole], outputs, axis=0, num_outputs=count)
-        wanted = self.graph.constant(shape)
-        return [
-            self.graph.node(f"{at}/{n}", "Reshape", [piece, wanted])
-            for n, piece in enumerate(outputs)
-        ]
+    def _some(self, at: str, stack: Stack, which: str, *, one: bool) -> str:
+        """Those of a stack at ``which``, in float32: ``one``, [out, in], or [n, out, in].
+
+        ``which`` is a value that only a run knows: of a constant one the runtime would make
+        float32 when it loads the graph, and keep that for each node that looks at it.
+        """
+        graph = self.graph
+        found = graph.node(at, "Gather", [stack.value, which], axis=0)
+        if not stack.scales:
+            return graph.node(at, "Cast", [found], to=TensorProto.FLOAT)
+        scales = graph.node(f"{at}/scales", "Gather", [stack.scales, which], axis=0)
+        if one:
+            return graph.node(at, "DequantizeLinear", [found, scales], axis=0)
+        found = graph.node(at, "Cast", [found], to=TensorProto.FLOAT)
+        scales = graph.node(f"{at}/scales", "Unsqueeze", [scales, graph.constant([-1])])
+        return graph.node(at, "Mul", [found, scales])
+
+    def _number(self, at: str, asked: str, number: int) -> str:
+        """``number`` as a value that only a run knows, where ``asked`` is true."""
+        graph, at = self.graph, f"{at}/number"
+        one = graph.node(at, "Cast", [asked], to=TensorProto.INT64)
+        one = graph.node(at, "Squeeze", [one])
+        return graph.node(at, "Mul", [one, graph.constant(number)])
 
     def _picked(
-        self, stack: Sequence[int], stored: Sequence[Matrix], tokens: str, routing: Routing
+        self, stack: Sequence[int], stored: Sequence[Stack], tokens: str, routing: Routing
     ) -> tuple[str, str]:
         """What the maps of a stack make, each place with matrices of its own."""
         graph, at = self.graph, f"{self.at}/maps.{stack[0]}/picked"
@@ -271,71 +284,63 @@ class MixedWriter(MoEWriter):
         maps = graph.node(f"{at}/own", "Gather", [maps, places], axis=0)
         x = self._inputs(at, tokens, places)
         y = graph.node(at, "Unsqueeze", [x, graph.constant([1])])
-        for name, whole in zip(("first", "second"), stored, strict=True):
-            matrices = graph.node(f"{at}/{name}", "Gather", [whole.value, maps], axis=0)
-            matrices = graph.node(f"{at}/{name}", "Cast", [matrices], to=TensorProto.FLOAT)
-            if whole.scales:
-                scales = graph.node(f"{at}/{name}/scales", "Gather", [whole.scales, maps], axis=0)
-                last = graph.constant([-1])
-                scales = graph.node(f"{at}/{name}/scales", "Unsqueeze", [scales, last])
-                matrices = graph.node(f"{at}/{name}", "Mul", [matrices, scales])
-            y = graph.node(f"{at}/{name}", "FusedMatMul", [y, matrices], transB=1)
+        y = self._low(at, stored, maps, y, one=False)
         return graph.node(at, "Squeeze", [y, graph.constant([1])]), places
 
     def _map(
-        self, n: int, matrices: Sequence[Matrix], asked: str, tokens: str, routing: Routing
+        self,
+        n: int,
+        number: int,
+        stored: Sequence[Stack],
+        asked: str,
+        tokens: str,
+        routing: Routing,
     ) -> list[str]:
-        """What a linear map makes of its tokens, and their places."""
+        """What the linear map at ``number`` makes of its tokens, and their places."""
         at = f"{self.at}/substitutes.{n}"
 
         def answer() -> tuple[str, str]:
             places = self._places(at, self.layer.routed + n, routing)
-            return self._low(at, matrices, self._inputs(at, tokens, places)), places
+            x = self._inputs(at, tokens, places)
+            return self._low(at, stored, self._number(at, asked, number), x), places
 
         return self.graph.choice(at, asked, (answer, lambda: self._nothing(at)), ANSWER)
 
-    def _low(self, at: str, matrices: Sequence[Matrix], x: str) -> str:
-        """``x`` [n, in] times the matrices first and second: [n, out]."""
-        for name, matrix in zip(("first", "second"), matrices, strict=True):
-            value, own = matrix.value, f"{at}/{name}"
-            if matrix.scales:
-                # Here and not at the start, so that only what is asked becomes float32.
-                inputs = [value, matrix.scales]
-                value = self.graph.node(own, "DequantizeLinear", inputs, axis=0)
-            x = self.graph.node(own, "FusedMatMul", [x, value], transB=1)
+    def _low(
+        self, at: str, stored: Sequence[Stack], which: str, x: str, *, one: bool = True
+    ) -> str:
+        """``x`` [..., n, in] times those of first and second at ``which``: [..., n, out]."""
+        for name, stack in zip(LOW, stored, strict=True):
+            matrices = self._some(f"{at}/{name}", stack, which, one=one)
+            x = self.graph.node(f"{at}/{name}", "FusedMatMul", [x, matrices], transB=1)
         return x
-
-    def _matrix(self, source: Source) -> Matrix:
-        """A matrix of its own."""
-        parts, shape = [(source,)], source.weight.shape
-        if source.weight.scheme is None:
-            return Matrix(self.graph.stored(source.name, parts, shape))
-        return Matrix(*self.graph.store(by_rows(source.name, parts, shape)))
 
     def _group(self, group: Group, asked: str, tokens: str, routing: Routing) -> list[str]:
         """What the rows of a group make of their tokens, and their places."""
         at = f"{self.at}/{'factors' if group.base is None else f'experts.{group.base}'}"
 
         def answer() -> tuple[str, str]:
+            first = self._number(at, asked, 0)
             found = [self._places(f"{at}/{row}", row, routing) for row in group.rows]
             places = self._joined(f"{at}/places", found)
             counts = [
                 self.graph.node(f"{at}/{row}", "Shape", [own])
                 for row, own in zip(group.rows, found, strict=True)
             ]
-            return self._mlp(at, group, self._inputs(at, tokens, places), counts), places
+            return self._mlp(at, group, first, self._inputs(at, tokens, places), counts), places
 
         return self.graph.choice(at, asked, (answer, lambda: self._nothing(at)), ANSWER)
 
     def _joined(self, at: str, values: Sequence[str]) -> str:
         return values[0] if len(values) == 1 else self.graph.node(at, "Concat", values, axis=0)
 
-    def _mlp(self, at: str, group: Group, x: str, counts: Sequence[str]) -> str:
+    def _mlp(self, at: str, group: Group, first: str, x: str, counts: Sequence[str]) -> str:
         """The MLPs of a group's rows: [n, hidden].
 
         Args:
             at: path of the nodes.
             group: the rows.
+            first: zero, see `_number`.
             x: inputs, those of one row behind those of another, [n, hidden].
             counts: of each row how many there are, int64 [1].
         """
@@ -347,7 +352,7 @@ class MixedWriter(MoEWriter):
             name = f"model.layers.{self.index}.moe.{base}.gate_up_proj.weight"
             both = linear_pair(graph, at, x, name, pair, level)
         gate, up = (
-            self._with_factors(f"{at}/{part}", part, value, own)
+            self._with_factors(f"{at}/{part}", part, first, value, own)
             for part, value in zip(("gate", "up"), both, strict=True)
         )
         inside = gated(graph, at, gate, up)
@@ -355,7 +360,7 @@ class MixedWriter(MoEWriter):
         if group.base is not None:
             down = self.roles[f"{base}.down"]
             y = linear(graph, f"{at}/down_proj", inside, down.name, [down], (), level)
-        return self._with_factors(f"{at}/down", "down", y, own)
+        return self._with_factors(f"{at}/down", "down", first, y, own)
 
     def _by_row(self, at: str, group: Group, x: str, counts: Sequence[str]) -> dict[int, str]:
         """The part of ``x`` of each row of a group; nothing if none has factors."""
@@ -367,20 +372,20 @@ class MixedWriter(MoEWriter):
             self.graph.node(at, "Split", [x, sizes], outputs, axis=0)
         return dict(zip(group.rows, outputs if len(counts) > 1 else [x], strict=True))
 
-    def _with_factors(self, at: str, part: str, y: str, own: Mapping[int, str]) -> str:
+    def _with_factors(self, at: str, part: str, first: str, y: str, own: Mapping[int, str]) -> str:
         """What bases made, ``y`` [n, out] or nothing, plus what factors make of each row's own."""
-        low = [self._low_of_row(f"{at}/{row}", row, part, x) for row, x in own.items()]
+        low = [self._low_of_row(f"{at}/{row}", row, part, first, x) for row, x in own.items()]
         if not low:
             return y
         added = self._joined(f"{at}/low", low)
         return self.graph.node(at, "Add", [y, added]) if y else added
 
-    def _low_of_row(self, at: str, row: int, part: str, x: str) -> str:
+    def _low_of_row(self, at: str, row: int, part: str, first: str, x: str) -> str:
         """What the factors of a row make of ``x`` [n, in]: [n, out]; zeros if it has none."""
         graph = self.graph
         if self.columns.has_factors(row):
-            sources = [self.roles[f"members.{row}.{part}.{n}"] for n in ("first", "second")]
-            return self._low(at, list(map(self._matrix, sources)), x)
+            sources = [self.roles[f"members.{row}.{part}.{name}"] for name in LOW]
+            return self._low(at, [self._stored(s.name, [s]) for s in sources], first, x)
         base = self.layer.bases[row]
         out = getattr(self.layer.experts[base or 0], part).shape[0]
         count = graph.node(at, "Shape", [x], end=1)

@@ -82,6 +82,12 @@ class Onnx(Target):
 
         return offsets(decoder(model, self.accuracy_level).batches)[1]
 
+    def runtime_nbytes(self, model: Model) -> int:
+        """The data file, but what is neither quantized nor of low rank is float32 in memory."""
+        from moe2edge.targets._onnx_decoder import decoder
+
+        return self.nbytes(model) + decoder(model, self.accuracy_level).widened_nbytes
+
     def write(self, model: Model, folder: Path) -> None:
         """Write ``model.onnx``, ``model.onnx.data`` and the two configs.
 

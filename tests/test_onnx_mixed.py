@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -372,3 +374,48 @@ def test_a_recipe_is_exported(recipe: str, family: str, tiny: Make, tmp_path: Pa
     assert json.loads(result.stdout)["results"][0]["parity"]["exact"] < TOLERANCE
     result = CliRunner().invoke(main, ["verify", str(out)])
     assert result.exit_code == 0, result.output
+
+
+OPEN = """
+import sys
+import numpy as np
+import onnxruntime as ort
+import psutil
+
+process = psutil.Process()
+before = process.memory_info().rss
+options = ort.SessionOptions()
+options.intra_op_num_threads = 1
+options.log_severity_level = 4
+session = ort.InferenceSession(sys.argv[1], options, ["CPUExecutionProvider"])
+print(process.memory_info().rss - before)
+"""
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+@pytest.mark.parametrize("kind", ["maps", "one map", "factors", "no bases"])
+def test_what_is_of_low_rank_is_in_memory_as_it_is_stored(
+    tiny: Make, tmp_path: Path, kind: str, bits: int
+) -> None:
+    """A runtime folds constants when it opens a graph: of 16 bits it would make 32, or twice 32."""
+    sides = {"hidden_size": 512, "intermediate_size": 1024}
+    source = open_checkpoint(str(tiny("mixtral", dtype="bfloat16", **sides))).model
+    forms = {
+        "maps": lambda rank: Form(1, maps=(rank,) * 5),
+        "one map": lambda rank: Form(5, maps=(2 * rank,)),
+        "factors": lambda rank: Form(2, (0, 1, 0, 1, 1, 0), (rank // 2,) * 6),
+        "no bases": lambda rank: Form(1, (0, *(None,) * 5), (0, *(rank // 2,) * 5)),
+    }
+    sizes, taken, told = [], [], []
+    for rank in (4, 240):
+        model = formed(quantize(source, INT4), forms[kind](rank))
+        if bits == 8:
+            model = with_eight_bits(model)
+        folder = written(model, tmp_path / str(rank))
+        sizes.append(Onnx().nbytes(model))
+        told.append(Onnx().runtime_nbytes(model))
+        command = [sys.executable, "-c", OPEN, str(folder / "model.onnx")]
+        ran = subprocess.run(command, capture_output=True, text=True, check=True)
+        taken.append(int(ran.stdout))
+    assert told[1] - told[0] == sizes[1] - sizes[0]
+    assert taken[1] - taken[0] < 1.2 * (sizes[1] - sizes[0]) + (1 << 20)
