@@ -278,6 +278,8 @@ def run_passes(
                 raise AssertionError(f"{name} is no kind of pass that is known")
             enforce(step, name, model, outcome)
             model = outcome.model
+            if outcome.originals is not None:
+                lab = replace(lab, unshared=outcome.originals)
             steps.append(
                 Step(
                     name,

@@ -21,12 +21,13 @@ from typing import (
     runtime_checkable,
 )
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from moe2edge.errors import Moe2EdgeError
 from moe2edge.layers import Weight
 from moe2edge.memory import UNLIMITED, Memory, Need
 from moe2edge.model import Block, Model, is_quantizable
+from moe2edge.options import Options
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -80,6 +81,8 @@ class Outcome:
         skipped: what was selected but left alone, with the reason.
         notes: what a user should know besides, such as experts that fell back to rounding.
         figures: numbers for programs, as plain data.
+        originals: the model before, with neurons in the order of what experts became part of;
+            None: that order was theirs.
     """
 
     model: Model
@@ -87,12 +90,11 @@ class Outcome:
     skipped: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     figures: Mapping[str, Any] = field(default_factory=dict)
+    originals: Model | None = None
 
 
-class Pass(BaseModel):
+class Pass(Options):
     """One step of a recipe. Its fields are its options: recipe keys, validation, JSON Schema."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     def resolved(self, model: Model) -> Self:
         """The same pass with every choice made that it leaves to the source ``model``."""

@@ -7,11 +7,12 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
 from moe2edge.errors import InputError, Moe2EdgeError
 from moe2edge.layers import Weight
 from moe2edge.model import Block, Model, is_low_rank
+from moe2edge.options import Options
 from moe2edge.pipeline import Slim, planned, selected
 from moe2edge.scheme import LOW_RANK, Scheme, largest_group_size
 
@@ -27,10 +28,8 @@ Scales = Annotated[
 ]
 
 
-class Rule(BaseModel):
+class Rule(Options):
     """Another scheme for some tensors. Of several rules that match, the first holds."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     match: Annotated[
         str,

@@ -10,8 +10,6 @@ from typing import Annotated, Any, Self
 
 import yaml
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     ValidationError,
     field_validator,
@@ -22,6 +20,7 @@ from moe2edge import registry
 from moe2edge.calibration import template_pieces
 from moe2edge.errors import InputError, did_you_mean
 from moe2edge.model import Model
+from moe2edge.options import Options
 from moe2edge.pipeline import Pass
 from moe2edge.training import trains
 
@@ -32,10 +31,8 @@ SHOWN.maxlevel = 2
 SHOWN.maxstring = SHOWN.maxother = SHOWN.maxlong = 100
 
 
-class NamedText(BaseModel):
+class NamedText(Options):
     """A text of its own, as a part of mixes."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     text: Annotated[str, Field(description="builtin, or a file of text or JSONL")]
     field: Annotated[str, Field(description="field of a JSONL line that holds the text")] = "text"
@@ -76,7 +73,7 @@ class TextSource(NamedText):
     ] = 0
     sources: Annotated[
         dict[str, NamedText], Field(description="texts by the names that text may use")
-    ] = {}
+    ] = {}  # noqa: RUF012  (pydantic copies it)
 
     @field_validator("sources")
     @classmethod

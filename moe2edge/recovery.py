@@ -19,7 +19,7 @@ from torch import nn
 
 from moe2edge import quality
 from moe2edge.errors import Diverged
-from moe2edge.training_state import Progress, Saved, States
+from moe2edge.training_state import Line, Progress, Saved, States, damaged
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 # Tokens in a forward pass; a larger batch is gone through in parts, whose gradients add up.
 TOKENS_AT_ONCE = 4096
-# Steps after which the time of all is told.
-TIMED = 3
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -146,6 +144,8 @@ class Trainer:
         for parameter in parameters.values():
             parameter.requires_grad_(True)
         self._device = next(iter(parameters.values())).device
+        # What torch does on a GPU by itself takes another copy of all parameters.
+        self._fused = self._device.type == "cuda"
         decay = settings.weight_decay
         matrices = [p for p in parameters.values() if p.ndim > 1]
         vectors = [p for p in parameters.values() if p.ndim <= 1]
@@ -154,9 +154,8 @@ class Trainer:
             {"params": vectors, "weight_decay": 0.0},
         ]
         rate = settings.learning_rate
-        # What torch does on a GPU by itself takes another copy of all parameters.
         self._optimizer = torch.optim.AdamW(
-            [g for g in groups if g["params"]], lr=rate, fused=self._device.type == "cuda"
+            [g for g in groups if g["params"]], lr=rate, fused=self._fused
         )
         warm = round(settings.warmup * settings.steps)
         schedule = get_cosine_schedule_with_warmup(self._optimizer, warm, settings.steps)
@@ -173,14 +172,13 @@ class Trainer:
         """
         settings = self._settings
         self._restore()
+        if not self._is_over():
+            self._tell_time()
         if not self._progress.history:
             self._evaluate()
-        first, begun = self._progress.step, time.perf_counter()
         while not self._is_over():
             self._make_step()
             step = self._progress.step
-            if step - first == TIMED:
-                self._tell_time((time.perf_counter() - begun) / TIMED)
             if step % settings.eval_every == 0 or step == settings.steps:
                 self._evaluate()
             if step % settings.save_every == 0:
@@ -265,12 +263,12 @@ class Trainer:
         if better and progress.step:
             self._best = {n: p.detach().to("cpu", copy=True) for n, p in self._parameters.items()}
         losses = progress.losses
-        line = {
-            "step": progress.step,
-            "loss": sum(losses) / len(losses) if losses else None,
-            "perplexity": perplexity,
-            "learning_rate": settings.learning_rate * self._factor(progress.step),
-        }
+        line = Line(
+            step=progress.step,
+            loss=sum(losses) / len(losses) if losses else None,
+            perplexity=perplexity,
+            learning_rate=settings.learning_rate * self._factor(progress.step),
+        )
         self._progress = replace(
             progress,
             best_step=progress.step if better else progress.best_step,
@@ -278,10 +276,10 @@ class Trainer:
             losses=(),
             history=(*progress.history, line),
         )
-        loss = "" if line["loss"] is None else f"loss {line['loss']:.4f}, "
+        loss = "" if line.loss is None else f"loss {line.loss:.4f}, "
         self._watcher.log(
             f"recover: step {progress.step} of {settings.steps}: {loss}held-out perplexity "
-            f"{perplexity:.4f}, learning rate {line['learning_rate']:.2e}"
+            f"{perplexity:.4f}, learning rate {line.learning_rate:.2e}"
         )
 
     @torch.no_grad()
@@ -289,11 +287,26 @@ class Trainer:
         for part in _parts(torch.arange(len(self._held_out)), self._held_out.shape[1]):
             yield from self._logits(self._held_out[part].to(self._device)).detach().float().cpu()
 
-    def _tell_time(self, seconds: float) -> None:
-        left = (self._settings.steps - self._progress.step) * seconds
+    def _tell_time(self) -> None:
+        """Say how long all will take, by a step that is thrown away.
+
+        In an evaluation there is a forward pass alone, a third of a step for as many samples.
+        """
+        settings, step = self._settings, self._progress.step
+        rows = rows_of(step, settings.batch, len(self._tokens), settings.seed)
+        self._share(original_share(step, settings))
+        seconds = 0.0
+        for _ in range(2):  # in the first one memory is found
+            begun = time.perf_counter()
+            self._backward(rows)
+            seconds = time.perf_counter() - begun
+        self._optimizer.zero_grad(set_to_none=True)
+        left = settings.steps - step
+        looks = left // settings.eval_every + 1
+        evaluations = looks * len(self._held_out) / (3 * settings.batch)
         self._watcher.log(
-            f"recover: {seconds:.2f} s for a step, about {left / 60:.1f} minutes for the rest "
-            "without evaluations"
+            f"recover: {seconds:.2f} s for a step, about {(left + evaluations) * seconds / 60:.1f} "
+            f"minutes for {left} steps and {looks} evaluations"
         )
 
     # ---- checkpoints -------------------------------------------------------------------------
@@ -314,6 +327,7 @@ class Trainer:
         saved = self._states.load() if self._states is not None else None
         if saved is None:
             return
+        self._check_saved(saved)
         self._progress, self._best = saved.progress, saved.best
         if saved.progress.finished:
             return
@@ -323,8 +337,32 @@ class Trainer:
             state: dict[str, Any] = {
                 moment: saved.now[f"{moment}.{name}"].to(parameter.device) for moment in MOMENTS
             }
-            state["step"] = torch.tensor(float(saved.progress.step))
+            # Where the optimizer keeps it: on a GPU beside the parameter, as it is fused there.
+            where = parameter.device if self._fused else "cpu"
+            state["step"] = torch.tensor(float(saved.progress.step), device=where)
             self._optimizer.state[parameter] = state
+
+    def _check_saved(self, saved: Saved) -> None:
+        """Hold what was saved against the parameters.
+
+        Raises:
+            InputError: it is not of these.
+        """
+        assert self._states is not None
+        shapes = {name: parameter.shape for name, parameter in self._parameters.items()}
+        moments = {f"{moment}.{name}": s for name, s in shapes.items() for moment in MOMENTS}
+        for stem, wanted in (("best", shapes), ("now", shapes | moments)):
+            found = {name: tensor.shape for name, tensor in getattr(saved, stem).items()}
+            if found and found != wanted:
+                odd = next(n for n in {**wanted, **found} if wanted.get(n) != found.get(n))
+                raise damaged(
+                    self._states.folder / f"{stem}-*.safetensors",
+                    f"it has {odd} as {_shape(found.get(odd))}, expected {_shape(wanted.get(odd))}",
+                )
+
+
+def _shape(shape: Sequence[int] | None) -> str:
+    return "nothing" if shape is None else str(list(shape))
 
 
 def _parts(rows: Tensor, length: int) -> tuple[Tensor, ...]:

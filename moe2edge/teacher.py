@@ -6,6 +6,7 @@ pieces; a piece that is there is not computed again.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +15,8 @@ import torch
 from torch import nn
 
 from moe2edge import walk
-from moe2edge.checkpoint import Planned, read_tensor
+from moe2edge.checkpoint import Planned, open_file, read_tensor
+from moe2edge.errors import InputError
 from moe2edge.ledger import write_durably
 from moe2edge.memory import Memory
 from moe2edge.model import Model
@@ -64,14 +66,20 @@ class Teacher:
         """
         piece = max(1, PIECE_TOKENS // tokens.shape[1])
         made = cls(folder, piece)
+        told = False
         for at in range(0, len(tokens), piece):
-            path = made._path(at)
-            if path.exists():
+            path, part = made._path(at), tokens[at : at + piece]
+            if _is_whole(path, (len(part), tokens.shape[1] - 1, top)):
                 continue
-            label = f"recover: the source on samples {at} to {min(at + piece, len(tokens)) - 1}"
-            part = tokens[at : at + piece]
+            label = f"recover: the source on samples {at} to {at + len(part) - 1}"
+            begun = time.perf_counter()
             hidden = walk.observe(source, part, (), watcher.advance, label, memory)
             _write(path, source, hidden, top)
+            left = (len(tokens) - at) / len(part) - 1
+            if left > 0 and not told:
+                minutes = left * (time.perf_counter() - begun) / 60
+                watcher.log(f"recover: about {minutes:.1f} minutes to ask the source for the rest")
+                told = True
         return made
 
     def _path(self, sample: int) -> Path:
@@ -90,6 +98,17 @@ class Teacher:
         """Remove the files."""
         for path in self.folder.glob("source-*"):
             path.unlink()
+
+
+def _is_whole(path: Path, shape: tuple[int, ...]) -> bool:
+    """Whether a piece is there, with all that it should have."""
+    if not path.exists():
+        return False
+    try:
+        entries = open_file(path)
+    except InputError:  # cut short: it is made again
+        return False
+    return {name: entry.shape for name, entry in entries.items()} == {"ids": shape, "log_p": shape}
 
 
 def _write(path: Path, source: Model, hidden: Tensor, top: int) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe2edge.families import FAMILIES
-from moe2edge.layers import Weight
+from moe2edge.layers import PARTS, Weight
 from moe2edge.ledger import in_memory, rest_in_memory
 from moe2edge.model import Block, Model
 from moe2edge.pipeline import Done
@@ -126,6 +127,31 @@ def quantize(model: Model, scheme: Scheme, choose: Callable[[str], bool] = lambd
         chosen = {role: weight for role, weight in selected(block) if choose(role)}
         numbers = {r: round_to_nearest(weight.load(), scheme) for r, weight in chosen.items()}
         model = model.replace_block(in_memory(block, numbers))
+    return model
+
+
+def with_copies(model: Model, *, shuffled: bool) -> Model:
+    """``model`` whose layers have their first expert six times, neurons in any order."""
+    import torch
+
+    from moe2edge.merging import Matrices
+
+    generator = torch.Generator().manual_seed(4)
+    for block, layer in model.moe_blocks:
+        first = Matrices(*(getattr(layer.experts[0], part).load() for part in PARTS))
+        experts = []
+        for one in layer.experts:
+            order = torch.randperm(len(first.gate), generator=generator)
+            own = first.permuted(order) if shuffled else first
+            weights = {
+                part: replace(
+                    getattr(one, part), load=lambda own=own, part=part: getattr(own, part)
+                )
+                for part in PARTS
+            }
+            experts.append(replace(one, **weights))
+        copies = replace(layer, experts=tuple(experts))
+        model = model.replace_block(replace(block, mlp=copies))
     return model
 
 

@@ -10,7 +10,9 @@ import json
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from pydantic import TypeAdapter, ValidationError
 
 from moe2edge.checkpoint import Planned, open_file, read_tensor
 from moe2edge.errors import InputError
@@ -21,6 +23,16 @@ if TYPE_CHECKING:
 
 STATE = "state.json"
 Tensors = Mapping[str, "Tensor"]
+
+
+@dataclass(frozen=True)
+class Line:
+    """An evaluation: the mean loss of the steps before it, None before any; held-out perplexity."""
+
+    step: int
+    loss: float | None
+    perplexity: float
+    learning_rate: float
 
 
 @dataclass(frozen=True)
@@ -40,13 +52,13 @@ class Progress:
     best_step: int = 0
     since: int = 0
     losses: tuple[float, ...] = ()
-    history: tuple[Mapping[str, Any], ...] = ()
+    history: tuple[Line, ...] = ()
     finished: bool = False
 
     @property
     def best(self) -> float:
         """The lowest held-out perplexity so far; infinite before the first evaluation."""
-        return min((line["perplexity"] for line in self.history), default=float("inf"))
+        return min((line.perplexity for line in self.history), default=float("inf"))
 
 
 @dataclass(frozen=True)
@@ -81,14 +93,11 @@ class States:
         if not path.exists():
             return None
         try:
-            raw = json.loads(path.read_text("utf-8"))
-            for key in ("losses", "history"):
-                raw[key] = tuple(raw[key])
-            return Progress(**raw)
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"{path} is damaged: {error}; begin the training anew with --resume never"
-            ) from error
+            return TypeAdapter(Progress).validate_json(path.read_bytes(), strict=True)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise damaged(path, f"{where}: {first['msg']}" if where else first["msg"]) from error
 
     def load(self) -> Saved | None:
         """What was saved last; None if nothing was. What a kill left besides is removed.
@@ -134,8 +143,17 @@ class States:
 
     def _read(self, stem: str) -> dict[str, Tensor]:
         path = self.folder / f"{stem}.safetensors"
+        try:
+            entries = open_file(path)
+        except InputError as error:
+            raise damaged(path, str(error.__cause__).partition("\n")[0]) from error
         # A copy, as the file goes before the tensor does.
-        return {name: read_tensor(path, name).clone() for name in open_file(path)}
+        return {name: read_tensor(path, name).clone() for name in entries}
+
+
+def damaged(path: Path, what: str) -> InputError:
+    """What to say of a file that is not as it was written."""
+    return InputError(f"{path} is damaged: {what}; begin the training anew with --resume never")
 
 
 def _stems(progress: Progress) -> list[str]:

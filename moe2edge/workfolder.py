@@ -160,7 +160,8 @@ def partial_folder(
 
     An export that was interrupted, killed or failed leaves its work folder behind if it has
     finished a block, and the next one with the same inputs goes on from there. A leftover without
-    a finished block is removed, one that is still being written is left alone.
+    a finished block is removed, one that is still being written is left alone, and so is one that
+    an error was found in.
 
     Args:
         out: the name that the folder gets at the end.
@@ -194,7 +195,10 @@ def partial_folder(
         try:
             yield content, found
             _move_into_place(content, out, partial)
-        except (InputError, Unsupported, Diverged):  # what was asked for cannot be had
+        except InputError:  # what was asked for cannot be had, or what was kept is no good
+            keep = going_on
+            raise
+        except (Unsupported, Diverged):
             raise
         except BaseException as error:
             keep = inputs is not None and bool(kept := found.kept)

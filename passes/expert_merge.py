@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from moe2edge.layers import Weight
     from moe2edge.merging import Group, Matrices, Sums
     from moe2edge.walk import Seen
 
@@ -200,7 +201,15 @@ class ExpertMerge(Search):
         step = self.resolved(lab.model)
         merger = _Merger(step, lab, self._left(lab.model))
         model = walk.rewrite(lab, merger, "expert_merge", propagate=self.fitted_on == "changed")
-        return Outcome(model, changed=tuple(merger.changed), notes=tuple(merger.notes))
+        originals = lab.model
+        for block in merger.originals:
+            originals = originals.replace_block(block)
+        return Outcome(
+            model,
+            changed=tuple(merger.changed),
+            notes=tuple(merger.notes),
+            originals=originals if merger.originals else None,
+        )
 
 
 def _role(block: Block, place: int, part: str) -> str:
@@ -216,6 +225,24 @@ def _numbers(layer: MoELayer, n: int) -> Matrices:
 
     expert = layer.experts[n]
     return Matrices(finite(expert.gate), finite(expert.up), finite(expert.down))
+
+
+def _in_order(block: Block, layer: MoELayer, orders: Mapping[int, Tensor]) -> Block:
+    """The block with the neurons of some experts, by position, in another order."""
+
+    def permuted(weight: Weight, order: Tensor, dim: int) -> Weight:
+        return replace(weight, load=lambda: weight.load().index_select(dim, order))
+
+    experts = list(layer.experts)
+    for n, order in orders.items():
+        gate, up, down = (getattr(experts[n], part) for part in PARTS)
+        experts[n] = replace(
+            experts[n],
+            gate=permuted(gate, order, 0),
+            up=permuted(up, order, 0),
+            down=permuted(down, order, 1),
+        )
+    return replace(block, mlp=replace(layer, experts=tuple(experts)))
 
 
 @dataclass
@@ -244,7 +271,8 @@ class _Samples:
 class _Merger:
     """Sums up what experts do, and merges some; one layer at a time.
 
-    What it takes in is of the current layer, and forgotten when that is changed.
+    What it takes in is of the current layer, and forgotten when that is changed. ``originals``
+    has blocks as they were, with neurons in the order that they were merged in.
     """
 
     step: ExpertMerge
@@ -255,6 +283,7 @@ class _Merger:
     sums: Sums | None = None
     samples: _Samples | None = None
     observers: dict[Kind, Observer[object]] = field(default_factory=dict)
+    originals: list[Block] = field(default_factory=list)
 
     def see(self, seen: Seen) -> None:
         """Add one batch."""
@@ -290,6 +319,8 @@ class _Merger:
         merged = self.step._merged(block, layer, groups)
         inputs = torch.cat(samples.inputs)
         orders = self._orders(layer, groups, inputs)
+        if self.step.routing == "members" and orders:
+            self.originals.append(_in_order(block, layer, orders))
         numbers: dict[str, Tensor] = {}
         for place, group in enumerate(groups):
             if len(group) > 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +31,13 @@ NUMBER, TRAINED, BEST = 4, 4 + 8, 4
 # Of a trained parameter in a checkpoint: the number and its moments, and the best one.
 SAVED = 4 + 8 + 4
 WHOLE = ("substitutes", "members")
+# Options that mean nothing without a choice.
+ONLY_WITH = {
+    "lora_rank": ("train", "lora"),
+    "top_logits": ("loss", "distill"),
+    "tail": ("loss", "distill"),
+    "text_share": ("loss", "distill"),
+}
 
 
 class Recover(Train):
@@ -103,8 +111,10 @@ class Recover(Train):
 
     @model_validator(mode="after")
     def _options_go_together(self) -> Recover:
-        if self.text_share and self.loss != "distill":
-            raise ValueError("loss: distill beside text_share")
+        for name, (choice, wanted) in ONLY_WITH.items():
+            given = getattr(self, name) != type(self).model_fields[name].default
+            if given and getattr(self, choice) != wanted:
+                raise ValueError(f"{choice}: {wanted} beside {name}")
         return self
 
     # ---- what there will be ------------------------------------------------------------------
@@ -328,11 +338,11 @@ class Recover(Train):
         return Objective(teacher, self.text_share, self.tail == "bucket")
 
     def _settings(self) -> Settings:
-        from dataclasses import fields
-
         from moe2edge.recovery import Settings
 
-        return Settings(**{field.name: getattr(self, field.name) for field in fields(Settings)})
+        return Settings(
+            **{field.name: getattr(self, field.name) for field in dataclasses.fields(Settings)}
+        )
 
     def _begin_annealing(self, lab: Lab, loaded: Any) -> list[Anneals]:
         """Let experts that share a base begin as those that they were before they did."""
@@ -377,11 +387,11 @@ class Recover(Train):
     def _account(self, recovered: Recovered) -> tuple[tuple[str, ...], dict[str, Any]]:
         """Notes and figures."""
         progress = recovered.progress
-        before, at = progress.history[0]["perplexity"], progress.best_step
+        before, at = progress.history[0].perplexity, progress.best_step
         figures = {
             "best_step": at,
             "steps": progress.step,
-            "history": [dict(line) for line in progress.history],
+            "history": [dataclasses.asdict(line) for line in progress.history],
         }
         if not recovered.best:
             note = (

@@ -27,7 +27,7 @@ from moe2edge.pipeline import Lab
 from moe2edge.progress import Watcher
 from moe2edge.recovery import Settings, Trainer, original_share
 from moe2edge.teacher import Objective, text_loss
-from moe2edge.testing import QUICK_TRAINING, InMemory, Make, numbers_of
+from moe2edge.testing import QUICK_TRAINING, InMemory, Make, numbers_of, with_copies
 from moe2edge.testing import learnable_text as text
 from moe2edge.workfolder import WorkFolder
 
@@ -69,11 +69,12 @@ def test_originals_are_left_step_by_step() -> None:
         [model],
     )  # fmt: skip
     found = trainer.run()
+    # The first two are thrown away, to see how long they take.
     trained_at = [share for training, share in model.seen if training]
-    assert trained_at == pytest.approx([1, 0.8, 0.6, 0.4, 0.2, 0, 0, 0, 0, 0])
+    assert trained_at == pytest.approx([1, 1, 1, 0.8, 0.6, 0.4, 0.2, 0, 0, 0, 0, 0])
     assert {share for training, share in model.seen if not training} == {0}
     assert model.forgot == [0.0] * 5
-    assert [line["step"] for line in found.progress.history] == [0, 5, 6, 7, 8, 9, 10]
+    assert [line.step for line in found.progress.history] == [0, 5, 6, 7, 8, 9, 10]
 
 
 def test_nothing_to_anneal_is_told(tiny: Make) -> None:
@@ -269,3 +270,33 @@ def test_annealing_begins_with_what_was_replaced(
             part.original_share = 1.0
         expected = to_transformers(lab.unshared, torch.float32)(text(2)).logits
         assert torch.allclose(loaded(text(2)).logits, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["m-smoe", "ream", "hc-smoe"])
+def test_neurons_that_were_put_in_order_anneal_in_order(
+    tiny: Make, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Experts that are one, with neurons in any order, are that one at every share."""
+    model = with_copies(open_checkpoint(str(tiny("mixtral"))).model, shuffled=True)
+    shares = {1.0: 0.0, 0.5: 0.0, 0.0: 0.0}
+    begin = Recover._begin_annealing
+
+    def watched(step: Recover, lab: Lab, loaded: Any) -> Any:
+        parts = begin(step, lab, loaded)
+        with torch.no_grad():
+            expected = to_transformers(model, torch.float32)(text(2)).logits
+            for share in shares:
+                for part in parts:
+                    part.original_share = share
+                shares[share] = float((loaded(text(2)).logits - expected).abs().max())
+        return parts
+
+    monkeypatch.setattr(Recover, "_begin_annealing", watched)
+    passes = [
+        {"expert_merge": {"method": method, "keep": 2, "align": True, "routing": "members"}},
+        {"recover": {**QUICK_TRAINING, "steps": 2, "anneal": 0.5}},
+    ]
+    parsed = recipe.parse(json.dumps({"passes": passes})).resolved(model)
+    tokens = Tokens(text(), "text", "none")
+    run_passes(model, parsed, tokens, WorkFolder(tmp_path), QUIET, training=tokens)
+    assert max(shares.values()) < 1e-4, shares

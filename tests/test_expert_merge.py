@@ -24,7 +24,7 @@ from moe2edge.merging import Group, Matrices, Sums
 from moe2edge.model import Model
 from moe2edge.passes.expert_merge import ExpertMerge
 from moe2edge.pipeline import Lab, Outcome, plan
-from moe2edge.testing import InMemory, Make, Watched, make_checkpoint
+from moe2edge.testing import InMemory, Make, Watched, make_checkpoint, with_copies
 
 METHODS = ("hc-smoe", "m-smoe", "ream")
 WIDTH, HIDDEN = 20, 12
@@ -305,27 +305,6 @@ def test_a_layer_is_merged_as_in_a_loop(tiny: Make, family: str, method: str) ->
         whole_layer = seen.mlp_outputs.flatten(0, 1)
         error = float((after - whole_layer).norm() / whole_layer.norm())
         assert abs(float(note.rpartition(" ")[2]) - error) < 1e-3
-
-
-def with_copies(model: Model, *, shuffled: bool) -> Model:
-    """``model`` whose layers have their first expert six times, neurons in any order."""
-    generator = torch.Generator().manual_seed(4)
-    for block, layer in model.moe_blocks:
-        first = Matrices(*(getattr(layer.experts[0], part).load() for part in PARTS))
-        experts = []
-        for one in layer.experts:
-            order = torch.randperm(len(first.gate), generator=generator)
-            own = first.permuted(order) if shuffled else first
-            weights = {
-                part: replace(
-                    getattr(one, part), load=lambda own=own, part=part: getattr(own, part)
-                )
-                for part in PARTS
-            }
-            experts.append(replace(one, **weights))
-        copies = replace(layer, experts=tuple(experts))
-        model = model.replace_block(replace(block, mlp=copies))
-    return model
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

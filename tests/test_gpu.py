@@ -19,11 +19,16 @@ from moe2edge.families import FAMILIES
 from moe2edge.loading import load, to_transformers
 from moe2edge.model import Model
 from moe2edge.packed import PackedLinear
+from moe2edge.passes.expert_replace import ExpertReplace
 from moe2edge.passes.gptq import Gptq
+from moe2edge.passes.recover import Recover
+from moe2edge.pipeline import Lab
+from moe2edge.progress import Watcher
 from moe2edge.registry import target
 from moe2edge.rounding import Quantized, round_to_nearest
 from moe2edge.scheme import Scheme
-from moe2edge.testing import InMemory, Make, quantize
+from moe2edge.testing import QUICK_TRAINING, InMemory, Make, learnable_text, quantize
+from moe2edge.training_state import Saved, States
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
 
@@ -155,3 +160,51 @@ def test_a_folder_runs_packed(tiny: Make, tmp_path: Path, family: str) -> None:
     begun = loaded(ids[:, :50].to("cuda"), use_cache=True)
     step = loaded(ids[:, 50:51].to("cuda"), past_key_values=begun.past_key_values).logits
     assert distance(step[:, 0], wanted[:, 50]) < 0.03
+
+
+# ---- training ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("train", ["full", "lora"])
+def test_a_training_is_killed_and_gone_on_with(tiny: Make, tmp_path: Path, train: str) -> None:
+    """The optimizer is fused there, and keeps its count of steps beside the parameters."""
+    model = open_checkpoint(str(tiny("olmoe", **CALM))).model
+    step = Recover.model_validate({**QUICK_TRAINING, "train": train, "device": "cuda"})
+    text, watcher = learnable_text(), Watcher(quietly, quietly)
+    save, saves = States.save, []
+
+    def killed(self: States, saved: Saved) -> None:
+        save(self, saved)
+        saves.append(saved.progress.step)
+        if len(saves) == 2:
+            raise RuntimeError("killed")
+
+    def search(folder: Path) -> list[float]:
+        folder.mkdir(exist_ok=True)
+        none = torch.empty(0, 0, dtype=torch.int64)
+        lab = Lab(model, model, none, InMemory(), watcher, training=text, scratch=folder)
+        return [line["perplexity"] for line in step.search(lab).figures["history"]]
+
+    expected = search(tmp_path / "whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(States, "save", killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            search(tmp_path / "killed")
+    assert search(tmp_path / "killed") == pytest.approx(expected, rel=1e-2)
+
+
+def test_members_anneal(tiny: Make, tmp_path: Path) -> None:
+    source = open_checkpoint(str(tiny("mixtral", **CALM))).model
+    ids, watcher = tokens(source.vocabulary), Watcher(quietly, quietly)
+    share = ExpertReplace.model_validate({"with": "base", "budget": 0.8, "rank": 2})
+    shared = share.search(Lab(source, source, ids, InMemory(), watcher)).model
+    found = []
+    for device in ("cpu", "cuda"):
+        options = {**QUICK_TRAINING, "anneal": 0.5, "device": device}
+        step, folder = Recover.model_validate(options), tmp_path / device
+        folder.mkdir()
+        lab = Lab(
+            source, shared, ids, InMemory(), watcher, training=learnable_text(), scratch=folder
+        )
+        found.append([line["perplexity"] for line in step.search(lab).figures["history"]])
+    assert found[1] == pytest.approx(found[0], rel=1e-2)

@@ -334,7 +334,10 @@ def test_peft_is_asked_for(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     Recover().check(open_checkpoint(str(tiny("olmoe"))).model)
 
 
-def test_a_damaged_state_is_told(tmp_path: Path) -> None:
-    (tmp_path / "state.json").write_text("{")
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"step": "x"}', '{"step": null}', '{"history": [1]}', '{"losses": ["a"]}']
+)
+def test_a_damaged_state_is_told(text: str, tmp_path: Path) -> None:
+    (tmp_path / "state.json").write_text(text)
     with pytest.raises(InputError, match=r"state.json is damaged: .*--resume never"):
         States(tmp_path).load()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from click.testing import CliRunner, Result
+from safetensors.torch import load_file, save_file
 
 from moe2edge import recipe, teacher
 from moe2edge.checkpoint import open_checkpoint
@@ -94,6 +95,51 @@ def test_killed_and_gone_on_with(
         assert not out.with_name("out.partial").exists()
 
 
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+def without_one(path: Path) -> None:
+    tensors = load_file(path)
+    tensors.pop(min(tensors))
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize("damage", [cut, Path.unlink, without_one])
+def test_what_a_damaged_file_leaves_is_kept(
+    tiny: Make, tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    """An error in what was saved is no reason to remove the rest of it."""
+    folder, out = tiny("olmoe"), tmp_path / "out"
+    work = tmp_path / "out.partial" / "work" / "pass-1-recover"
+    with killed(2):
+        assert export(folder, out, more=HF).exit_code == 1
+    damage(next(work.glob("now-*")))
+    kept = sorted(path.name for path in work.iterdir())
+    for _ in range(2):
+        told = export(folder, out, more=HF)
+        assert told.exit_code == 2
+        assert "now-" in told.stderr
+        assert "is damaged: " in told.stderr
+        assert "begin the training anew with --resume never" in told.stderr
+        assert sorted(path.name for path in work.iterdir()) == kept
+    assert export(folder, out, more=[*HF, "--resume=never"]).exit_code == 0
+
+
+def test_a_piece_of_the_source_that_is_cut_is_made_again(tiny: Make, tmp_path: Path) -> None:
+    folder = tiny("qwen3_moe")
+    steps = [STEPS[0], {"recover": {**STEPS[1]["recover"], "loss": "distill"}}]
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert export(folder, whole, steps=steps, more=HF).exit_code == 0
+    with killed(1):
+        assert export(folder, out, steps=steps, more=HF).exit_code == 1
+    cut(next((tmp_path / "out.partial" / "work" / "pass-1-recover").glob("source-*")))
+    again = export(folder, out, steps=steps, more=HF)
+    assert again.exit_code == 0, again.output
+    assert "recover: going on behind step" in again.stderr
+    assert_same(out, whole)
+
+
 def test_another_training_text_is_told(tiny: Make, tmp_path: Path) -> None:
     with killed(1):
         assert export(tiny("olmoe"), tmp_path / "out", more=HF).exit_code == 1
@@ -153,6 +199,10 @@ RECOVER: Any = STEPS[1]
         ([{"expert_drop": {"keep": 4}}], [], "training: no pass of the recipe trains"),
         ([RECOVER], ["recover.anneal=0.5"], "anneal is for experts that share a base"),
         ([RECOVER], ["recover.text_share=0.5"], "expected loss: distill beside text_share"),
+        ([RECOVER], ["recover.top_logits=8"], "expected loss: distill beside top_logits"),
+        ([RECOVER], ["recover.tail=renormalize"], "expected loss: distill beside tail"),
+        ([RECOVER], ["recover.lora_rank=4"], "expected train: lora beside lora_rank"),
+        ([RECOVER], ["recover.steps=true"], "a number or a word, not true or false"),
         (
             [RECOVER],
             ["recover.loss=distill", "recover.top_logits=97"],
