@@ -212,9 +212,12 @@ def weighted_mean(matrices: Sequence[Tensor], weights: Sequence[float]) -> Tenso
 
 
 def nbytes(layer: MoELayer) -> int:
-    """Bytes of the products of inputs that `low_rank` wants, of all experts of a layer."""
+    """Bytes of the products of inputs of all experts of a layer, and of one `low_rank` besides."""
     width, hidden = layer.experts[0].gate.shape
-    return 4 * len(layer.experts) * (width**2 + hidden**2)
+    # In float64: ridged products, their root, the matrix and what it is multiplied to; and the
+    # smaller Gram matrix with what LAPACK makes of it.
+    work = 2 * max(width, hidden) ** 2 + 3 * width * hidden + 3 * min(width, hidden) ** 2
+    return 4 * len(layer.experts) * (width**2 + hidden**2) + 8 * work
 
 
 def low_rank(difference: Tensor, gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
     from moe2edge.walk import Seen
 
+# Of a matrix of every expert, that are looked at together.
+ROWS = 256
+
 
 def experts_nbytes(model: Model) -> int:
     """Bytes of routed experts, and of what answers in their place."""
@@ -230,8 +233,12 @@ def similarity(
         return torch.rand(count, count, generator=draw, dtype=torch.float64)
     gram = torch.zeros(count, count, dtype=torch.float64)
     for part in PARTS:
-        whole = torch.stack([getattr(e, part).load().flatten() for e in layer.experts]).float()
-        gram += (whole @ whole.T).double()
+        # By rows, as all experts may not fit into memory at once.
+        weights = [getattr(expert, part) for expert in layer.experts]
+        for at in range(0, weights[0].shape[0], ROWS):
+            some = [weight.load()[at : at + ROWS].flatten() for weight in weights]
+            whole = torch.stack(some).float()
+            gram += (whole @ whole.T).double()
     return bases.cosines(gram)
 
 

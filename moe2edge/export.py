@@ -168,7 +168,7 @@ def _inputs(
 # As a text for calibration: what the model writes. As one for evaluation: no figures.
 SELF, NO_TEXT = "self", "none"
 # Whose versions numbers depend on.
-NUMERIC = ("moe2edge", "torch", "transformers", "peft")
+NUMERIC = ("moe2edge", "torch", "transformers", "peft", "numpy", "scipy")
 
 
 def calibration_tokens(checkpoint: Checkpoint, recipe: Recipe, watcher: Watcher) -> Tokens | None:
@@ -310,7 +310,8 @@ def _peak_bytes() -> int:
 def versions() -> dict[str, str]:
     """Versions of what numbers may depend on."""
     names = (
-        "moe2edge", "torch", "transformers", "peft", "onnx", "onnxruntime", "onnxruntime-gpu"
+        "moe2edge", "torch", "transformers", "peft", "numpy", "scipy", "onnx", "onnxruntime",
+        "onnxruntime-gpu",
     )  # fmt: skip
     found = {"python": sys.version.split()[0]}
     for name in names:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 # Of the ridge, besides a part of the mean diagonal: for inputs that never occur.
 LEAST = 1e-6
+# [hidden, hidden], float64, that a fit holds at once: what it makes of the sums, and LAPACK's own.
+FIT_MATRICES = 7
 
 
 class Sums:
@@ -59,8 +61,8 @@ class Sums:
 
 
 def nbytes(hidden: int, experts: int, *, maps: bool) -> int:
-    """Bytes of `Sums` of so many experts."""
-    return experts * 8 * 2 * hidden * (hidden * maps + 1)
+    """Bytes of `Sums` of so many experts, and of the matrices that one `fit` takes besides."""
+    return 8 * hidden * (2 * experts * (hidden * maps + 1) + FIT_MATRICES * hidden * maps)
 
 
 @dataclass(frozen=True)
@@ -122,8 +124,9 @@ def allocate(
 
     With a price for bytes, each expert decides for itself: ranks that lower the loss by more than
     they cost, or to stay. The lowest price at which all fit into the budget is found by bisection;
-    what is left buys the ranks that gain most. That is the best but for what one expert's bytes
-    would have bought. One expert stays.
+    those for whom it is all one at that price stay as long as they fit, and what is left buys the
+    ranks that gain most. That is the best but for what one expert's bytes would have bought. One
+    expert stays.
 
     Args:
         spreads: of `gains`, of each expert.
@@ -165,6 +168,17 @@ def allocate(
         middle = (low + high) / 2
         low, high = (middle, high) if _bytes(decided(middle), size) > budget else (low, middle)
     found = decided(high)
+    for j, rank in enumerate(decided(low)):
+        richer = [*found[:j], rank, *found[j + 1 :]]
+        if _bytes(richer, size) <= budget and None in richer:
+            found = richer
+    return _filled(found, falls, size, budget)
+
+
+def _filled(
+    found: list[int | None], falls: Sequence[Tensor], size: Size, budget: int
+) -> list[int | None]:
+    """With what is left of a budget spent on the ranks that lower the loss most."""
     left = budget - _bytes(found, size)
     while left >= size.rank:
         following = [
@@ -220,6 +234,6 @@ def _regression(sums: Sums, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
     (mean_x, mean_y), _ = _constant(sums)
     gram = sums.gram - sums.mass * torch.outer(mean_x, mean_x)
     cross = sums.cross - sums.mass * torch.outer(mean_x, mean_y)
-    extra = ridge * gram.diagonal().mean() + LEAST
-    ridged = gram + extra * torch.eye(len(mean_x), dtype=gram.dtype)
+    ridged = gram.clone()
+    ridged.diagonal().add_(ridge * gram.diagonal().mean() + LEAST)
     return gram, cross, torch.cholesky_solve(cross, torch.linalg.cholesky(ridged))

@@ -24,7 +24,7 @@ RANK_PART = {"linear": 16, "base": 64, "svd": 4}
 CRITERIA = {"constant": "residual", "linear": "residual", "base": "soft-frequency"}
 # Options that an answer has, the one that it cannot do without first.
 OWN_OPTIONS = {
-    "constant": ("keep", "criterion", "fitted_on", "min_tokens", "seed"),
+    "constant": ("keep", "criterion", "fitted_on", "seed"),
     "linear": ("keep", "budget", "rank", "criterion", "fitted_on", "ridge", "min_tokens", "seed"),
     "base": (
         "budget", "rank", "criterion", "group_size", "similarity", "factors", "depth_correction",
@@ -103,12 +103,13 @@ class ExpertReplace(Search):
         ),
     ] = 0.01
     min_tokens: Annotated[
-        int,
+        int | None,
         Field(
             ge=0,
-            description="with constant, linear: an expert with fewer routed tokens gets a constant",
+            description="with linear: an expert with fewer routed tokens gets a constant; none: "
+            "half as many as an expert has inputs",
         ),
-    ] = 16
+    ] = None
     group_size: Annotated[
         int, Field(ge=2, description="with base: experts that share one, on average")
     ] = 3
@@ -190,6 +191,14 @@ class ExpertReplace(Search):
             return self.rank
         return max(1, min(layer.experts[0].gate.shape) // RANK_PART[self.kind])
 
+    def _least(self, model: Model) -> int:
+        """Tokens that a map wants. With fewer, a constant does better on others than those."""
+        if self.kind == "constant":
+            return 0
+        if self.min_tokens is not None:
+            return self.min_tokens
+        return model.family.geometry(model.config).hidden // 2
+
     @property
     def _sharing(self) -> Sharing:
         from moe2edge.basing import Sharing
@@ -212,8 +221,9 @@ class ExpertReplace(Search):
             raise InputError("expert_replace: no layer has experts")
         if model.members:
             raise InputError(
-                f"expert_replace: {model.members} experts share the matrices of others already; "
-                "give expert_merge routing: centroids, which leaves each its own"
+                f"expert_replace: {model.members} experts share the matrices of others already, or "
+                "are factors; replace experts in one pass alone, and give expert_merge routing: "
+                "centroids, which leaves each its own"
             )
         refuse_slimmed("expert_replace", model)
         if self.shares:
@@ -353,7 +363,7 @@ class ExpertReplace(Search):
             None if self.allots else self._replaced(lab.model),
             self._rank,
             self.ridge,
-            self.min_tokens,
+            self._least(lab.model),
             lab.store,
             scores,
             (lambda layer: self._share_of(lab.model, layer)) if self.allots else None,

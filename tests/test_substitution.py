@@ -138,6 +138,23 @@ def test_an_allocation_misses_little_more_than_the_best_of_all() -> None:
             assert left <= min(fewer) + 1e-9
 
 
+def test_experts_that_are_alike_do_not_go_together() -> None:
+    """At one price all of them would; those that fit stay."""
+    size = substitution.Size(1000, 10, 20)
+    fall = torch.tensor([2.0, 1.0, 0.5], dtype=torch.float64)
+    for budget in (2500, 5000, 7500):
+        found = substitution.allocate([5.0] * 8, [fall] * 8, size, budget)
+        stay = found.count(None)
+        assert stay * 1000 + (8 - stay) * 10 <= budget < (stay + 1) * 1000 + (7 - stay) * 70
+
+
+def test_a_map_wants_half_as_many_tokens_as_inputs(tiny: Make) -> None:
+    model = open_checkpoint(str(tiny("olmoe"))).model
+    for options, least in (({}, 32), ({"min_tokens": 3}, 3)):
+        step = ExpertReplace.model_validate({"with": "linear", "keep": 3, **options})
+        assert step._least(model) == least
+
+
 def test_ranks_in_steps() -> None:
     """As an allocation whose ranks are worth as much as four."""
     size, coarse = substitution.Size(900, 20, 10), substitution.Size(900, 20, 40)
@@ -289,7 +306,8 @@ def test_those_whose_substitutes_miss_least_are_replaced(tiny: Make, rank: int |
     model = open_checkpoint(str(tiny("olmoe"))).model
     ids = torch.randint(1, 96, (24, 40), generator=torch.Generator().manual_seed(9))
     watcher: Any = SimpleNamespace(advance=lambda *_: None, log=lambda _: None)
-    options = {"with": "linear" if rank else "constant", "keep": 4, "rank": rank, "min_tokens": 0}
+    options = {"with": "linear" if rank else "constant", "keep": 4, "rank": rank}
+    options |= {"min_tokens": 0} if rank else {}
     fit = {"ridge": 0.0} if rank else {}
     step = ExpertReplace.model_validate(
         {**options, "criterion": "residual", "fitted_on": "intact", **fit}
