@@ -122,7 +122,10 @@ class Checkpoint:
                 f"{self.source} is already quantized; start from the unquantized checkpoint"
             )
         if self.config.get("per_layer_config"):
-            raise Unsupported(f"{self.source} has layers of unequal size (per_layer_config)")
+            raise Unsupported(
+                f"{self.source} has layers of unequal size, or replaced experts "
+                "(per_layer_config); start from the checkpoint that it was made from"
+            )
         family, files = family_of(self.config), self.files
         taken: set[str] = set()
 

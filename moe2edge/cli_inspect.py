@@ -129,6 +129,10 @@ def _inspect_output(folder: Path, as_json: bool) -> None:
     click.echo(f"{folder}: target {artifact.target}, made from {source['model']}")
     click.echo(f"parameters: {model['parameters']:,} ({model['active_parameters']:,} active)")
     click.echo(f"experts per MoE layer: {model['expert_counts']}; blocks: {model['origins']}")
+    # Folders of older versions do not tell.
+    for what, name in (("experts that share these", "members"), ("substitutes", "substitutes")):
+        if any(model.get(name, ())):
+            click.echo(f"{what} per MoE layer: {model[name]}")
     for name, entry in artifact.manifest["files"].items():
         click.echo(f"{entry['bytes']:>12,}  {entry['sha256'][:12]}  {name}")
     total = sum(entry["bytes"] for entry in artifact.manifest["files"].values())

@@ -98,8 +98,9 @@ def export(
         )
         found = model
         model = held(model, targets, materialize=materialize)
-        if model is not found:
-            watcher.log(f"members are experts of their own now: {told(found, model)}")
+        grown = None if model is found else told(found, model)
+        if grown:
+            watcher.log(f"members are experts of their own now: {grown}")
         memory.give_back()
         measured = Measured.of(
             source,
@@ -129,6 +130,7 @@ def export(
             calibration=calibration.provenance if calibration else None,
             evaluation=evaluation.provenance,
             training=training.provenance if training else None,
+            materialized=grown,
             seconds=time.perf_counter() - begun,
             peak_bytes=_peak_bytes(),
         )

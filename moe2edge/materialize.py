@@ -27,8 +27,16 @@ def held(model: Model, targets: Sequence[Target], *, materialize: bool) -> Model
         for target in targets:
             target.accepts(model)
     except Unsupported as error:
+        if not model.members:
+            raise
         whole = materialized(model)
-        if not model.members or not _accepted(whole, targets):
+        other = _refusal(whole, targets)
+        if other is not None and materialize:
+            raise Unsupported(
+                f"{error}; nor is it held with every member as an expert of its own: {other}; "
+                "targets of which one needs that want an export each"
+            ) from error
+        if other is not None:
             raise
         if not materialize:
             raise Unsupported(
@@ -44,13 +52,13 @@ def told(model: Model, whole: Model) -> str:
     return f"{whole.nbytes / 1e6:.1f} MB in place of {model.nbytes / 1e6:.1f}"
 
 
-def _accepted(model: Model, targets: Sequence[Target]) -> bool:
+def _refusal(model: Model, targets: Sequence[Target]) -> Unsupported | None:
     try:
         for target in targets:
             target.accepts(model)
-    except Unsupported:
-        return False
-    return True
+    except Unsupported as error:
+        return error
+    return None
 
 
 def materialized(model: Model) -> Model:

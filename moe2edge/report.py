@@ -99,6 +99,7 @@ class Report:
     seconds: float
     peak_bytes: int
     training: Mapping[str, Any] | None = None
+    materialized: str | None = None
 
     @property
     def rows(self) -> tuple[ResultRow, ...]:
@@ -145,11 +146,17 @@ class Report:
                 f"parameters, {step.nbytes / 1e6:.2f} MB, {step.seconds:.1f} s"
             )
             said += [f"  {note}" for note in step.notes]
-        said += self._skipping()
+        said += [*self._skipping(), *self._grown().splitlines()[:1]]
         for target, loaders in self.loaders.items():
             for loader in loaders:
                 said.append(f"{target}: loads in {loader.program}: {loader.text}")
         return said
+
+    def _grown(self) -> str:
+        """What materializing took, as a paragraph; empty if nothing was."""
+        if self.materialized is None:
+            return ""
+        return f"Materialized: members are experts of their own, {self.materialized}.\n\n"
 
     def _skipping(self) -> list[str]:
         """What dynamic skipping left out on the evaluation text, and the time that it saved."""
@@ -190,6 +197,9 @@ class Report:
                 "parameters": model.parameters,
                 "active_parameters": model.active_parameters,
                 "expert_counts": list(model.expert_counts),
+                "members": [len(layer.members) for _, layer in model.moe_blocks],
+                "substitutes": [len(layer.substitutes) for _, layer in model.moe_blocks],
+                "materialized": self.materialized is not None,
                 "origins": [block.origin for block in model.blocks],
             },
             source={
@@ -226,7 +236,7 @@ class Report:
         return (
             f"---\n{data.to_yaml()}\n---\n\n# {checkpoint.source}, compressed with moe2edge\n\n"
             f"{self.family}, written for the target `{target}`{options}.\n\n"
-            f"{table}\n\n{self.caption()}.\n\n"
+            f"{table}\n\n{self.caption()}.\n\n{self._grown()}"
             f"## Who can load it\n\n{loaders}\n\n## Run it\n\n"
             f'```sh\nmoe2edge generate . "Once upon a time"\nmoe2edge verify .\n```\n\n'
             f"## Recipe\n\n```yaml\n{self.recipe}```\n"

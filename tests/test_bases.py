@@ -486,6 +486,11 @@ def test_members_can_be_materialized(tiny: Make, tmp_path: Path, family: str) ->
     code, said, report = export(folder, out, [step], "hf", "--materialize")
     assert code == 0, said
     assert report["results"][0]["parity"]["exact"] < 1e-4
+    assert " MB in place of " in report["materialized"]
+    assert "Materialized: members are" in (out / "README.md").read_text()
+    manifest = json.loads((out / "manifest.json").read_text())["model"]
+    assert manifest["materialized"]
+    assert not any(manifest["members"])
     model = stored_model(open_checkpoint(str(out)))
     assert model.nbytes == open_checkpoint(str(folder)).model.nbytes
     loaded: Any = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
@@ -494,6 +499,30 @@ def test_members_can_be_materialized(tiny: Make, tmp_path: Path, family: str) ->
     )
     with torch.no_grad():
         assert torch.allclose(loaded(IDS).logits, expected, atol=1e-4)
+
+
+def test_what_materializing_cannot_do_is_told(tiny: Make, tmp_path: Path) -> None:
+    """One target holds members, another none, and neither their matrices beside those of 4 bits."""
+    steps = [{"expert_replace": {"with": "base", "budget": 0.6, "rank": 3}}, "rtn"]
+    targets = "onnx,gptq:layout=uniform"
+    code, said, _ = export(tiny("mixtral"), tmp_path / "out", steps, targets, "--materialize")
+    assert code == 6
+    assert "nor is it held with every member as an expert of its own: block 0: experts" in said
+    assert "want an export each" in said
+
+
+def test_members_are_counted(tiny: Make, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    step = {"expert_replace": {"with": "base", "budget": 0.6, "rank": 3}}
+    assert export(tiny("olmoe"), out, [step], "hf:layout=natural")[0] == 0
+    manifest = json.loads((out / "manifest.json").read_text())["model"]
+    assert manifest["members"] == [6, 6, 6]
+    assert not manifest["materialized"]
+    told = CliRunner().invoke(main, ["inspect", str(out)])
+    assert "experts that share these per MoE layer: [6, 6, 6]" in told.output
+    again = CliRunner().invoke(main, ["export", str(out), "-t", "gptq", "-o", str(tmp_path / "o")])
+    assert again.exit_code == 6, again.output
+    assert "or replaced experts (per_layer_config)" in again.output
 
 
 def test_a_layer_of_factors_alone_keeps_one_expert(tiny: Make) -> None:
