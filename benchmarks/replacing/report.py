@@ -37,10 +37,17 @@ def mean(figures: Mapping[str, float], *, log: bool = False) -> float:
 
 def tables(rows: Sequence[Row]) -> Iterator[str]:
     """For each model and size, and all domains at the end."""
+    yield "`python benchmarks/replacing/run.py --models DIR --data DIR` (two cores of a shared AMD"
+    yield "EPYC machine, a thread each for two cells at a time, which seconds are of).\n"
     yield "Perplexity is the geometric mean over domains, KL to the source in nats per token;"
-    yield "before training, after it, and after training and GPTQ with 4 bits. MB of all tensors."
+    yield "before training, after it, and after training and GPTQ with 4 bits, where factors and"
+    yield "linear maps have 8. MB of all tensors. One seed of training; what different draws do to"
+    yield "it is to be seen from `drop, random`."
     for model in dict.fromkeys(row["model"] for row in rows):
         own = [row for row in rows if row["model"] == model]
+        tokens = {row["training"]["tokens"] for row in own if "training" in row}
+        shown = ", ".join(f"{count:,}" for count in sorted(tokens))
+        yield f"\n# {model}: {shown or 'no'} tokens of training in each cell"
         for size in sorted({row["size"] for row in own}, reverse=True):
             what = "all expert bytes" if size == 1 else f"{size:.0%} of the expert bytes"
             yield f"\n## {model}, {what}\n"
@@ -48,6 +55,7 @@ def tables(rows: Sequence[Row]) -> Iterator[str]:
             yield "|---|---|---|---|---|---|---|---|---|---|"
             yield from (_line(row, own) for row in own if row["size"] == size)
             yield from (line for row in own if row["size"] == size for line in _fewer(row))
+            yield from _annealing([row for row in own if row["size"] == size])
         yield f"\n## {model}, perplexity by domain, before and after training\n"
         domains = list(own[0]["before"]["perplexity"])
         yield f"| | {' | '.join(domains)} | seconds: method, training |"
@@ -80,6 +88,21 @@ def _fewer(row: Row) -> Iterator[str]:
         figures = f"{mean(found['perplexity'], log=True):.2f} | {mean(found['kl']):.4f}"
         size = f"{found['bytes'] / 1e6:.2f}"
         yield f"| {row['name']}, trained, in {bits} bits |" + " |" * 6 + f" {size} | {figures} |"
+
+
+def _annealing(rows: Sequence[Row]) -> Iterator[str]:
+    """By how much it beats training what is there from the start, or does not."""
+    after = {
+        row["name"]: mean(row["after"]["perplexity"], log=True) for row in rows if "after" in row
+    }
+    for name in after:
+        plain = name.removesuffix(", annealed")
+        other = next((n for n in (plain, f"{plain}, not annealed") if n in after), name)
+        if other != name:
+            yield (
+                f"\nAnnealing {plain}: {after[name]:.2f} in place of {after[other]:.2f} "
+                f"({after[name] / after[other] - 1:+.1%})."
+            )
 
 
 def _by_domain(row: Row, domains: Sequence[str]) -> str:

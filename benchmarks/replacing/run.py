@@ -58,6 +58,8 @@ TRAIN: dict[str, Any] = {
     "steps": 500, "batch": 8, "learning_rate": 3e-4, "held_out": HELD_OUT, "eval_every": 50,
     "patience": 0, "save_every": 50,
 }  # fmt: skip
+# Of the built-in model, which knows its text so well that it has less to recover.
+OWN_STEPS = 100
 QUIET = Watcher(lambda _: None, lambda *_: None)
 
 
@@ -218,34 +220,38 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of texts")
     parser.add_argument("--only", default="", help="methods whose key holds this")
     parser.add_argument("--model", help="this model alone")
-    parser.add_argument("--steps", type=int, default=TRAIN["steps"], help="of training")
+    parser.add_argument(
+        "--steps", type=int, help=f"of training; {TRAIN['steps']}, for {BUILTIN} {OWN_STEPS}"
+    )
     parser.add_argument("--results", type=Path, default=HERE / "results.jsonl")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "replacing")
     given = parser.parse_args()
     named = {p.parent.name: str(p.parent) for p in sorted(given.models.glob("*/config.json"))}
     for name, place in {**named, "tiny-moe": BUILTIN}.items():
         if given.model in (None, name):
+            steps = given.steps or (OWN_STEPS if place == BUILTIN else TRAIN["steps"])
             with tempfile.TemporaryDirectory() as folder:
                 texts = texts_of(place, given.data, Path(folder))
-                run_model(open_bench(name, place, texts, given.steps), given)
+                run_model(open_bench(name, place, texts, steps), steps, given)
     report.write(report.read(given.results), given.results.parent)
 
 
-def run_model(bench: Bench, given: argparse.Namespace) -> None:
+def run_model(bench: Bench, steps: int, given: argparse.Namespace) -> None:
     """All methods of a model that have no result."""
+    own = [row for row in report.read(given.results) if row["model"] == bench.name]
+    tokens = steps * TRAIN["batch"] * LENGTH
+    if any(row["training"]["tokens"] != tokens for row in own if "training" in row):
+        raise SystemExit(f"{given.results} has {bench.name} with other steps: give --results")
     for method in methods(bench.model):
         rows = report.read(given.results)
         known = {row["key"] for row in rows if row["model"] == bench.name}
         if method.key in known or given.only not in method.key:
             continue
         work = (
-            given.work
-            / bench.name
-            / str(given.steps)
-            / method.key.replace(" | ", "-").replace(" ", "_")
+            given.work / bench.name / str(steps) / method.key.replace(" | ", "-").replace(" ", "_")
         )
         print(f"{bench.name}: {method.key}", flush=True)
-        row = run(bench, method, work, given.steps)
+        row = run(bench, method, work, steps)
         with given.results.open("a") as file:
             file.write(json.dumps(row) + "\n")
         shutil.rmtree(work, ignore_errors=True)
