@@ -306,7 +306,7 @@ class Trainer:
         evaluations = looks * len(self._held_out) / (3 * settings.batch)
         self._watcher.log(
             f"recover: {seconds:.2f} s for a step, about {(left + evaluations) * seconds / 60:.1f} "
-            f"minutes for {left} steps and {looks} evaluations"
+            f"minutes for {left} more steps, held-out text {looks} times"
         )
 
     # ---- checkpoints -------------------------------------------------------------------------
