@@ -44,9 +44,12 @@ def trimmed(tiny: Make, family: str = "olmoe") -> Model:
 
 def replaced(model: Model, keep: Sequence[int] = (5, 4)) -> Model:
     """With linear maps and then constants in the place of experts, of which so many stay."""
-    kinds: tuple[dict[str, Any], ...] = ({"with": "linear", "rank": 3}, {"with": "constant"})
+    kinds: tuple[dict[str, Any], ...] = (
+        {"with": "linear", "rank": 3, "min_tokens": 0},
+        {"with": "constant"},
+    )
     for kind, count in zip(kinds, keep, strict=False):
-        step = ExpertReplace.model_validate({**kind, "keep": count, "min_tokens": 0})
+        step = ExpertReplace.model_validate({**kind, "keep": count})
         watcher: Any = SimpleNamespace(advance=lambda *_: None, log=lambda _: None)
         model = step.search(Lab(model, model, text(), InMemory(), watcher)).model
     return model
