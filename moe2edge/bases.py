@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from moe2edge.spectral import balanced, leading
+from moe2edge.spectral import leading
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -225,7 +225,8 @@ def low_rank(difference: Tensor, gram: Tensor, rank: int) -> tuple[Tensor, Tenso
 
     With ``G = L L^T`` the Gram matrix of inputs, ``|| X (D - S F)^T ||`` is least for the truncated
     singular value decomposition ``U s V^T`` of ``D L``, which is found from the smaller of its
-    Gram matrices: ``S F = U U^T D``, or ``D L V V^T L^-1``, balanced.
+    Gram matrices: ``S F = U U^T D``, or ``D L V V^T L^-1``. Each row of F is as long as its column
+    of S, however many tokens there were, since training takes steps of one size for all numbers.
 
     Args:
         difference: D, [out, in].
@@ -240,15 +241,21 @@ def low_rank(difference: Tensor, gram: Tensor, rank: int) -> tuple[Tensor, Tenso
     ridged.diagonal().add_(RIDGE * float(gram.diagonal().mean()) + LEAST)
     if outs <= ins:
         _, second = leading(whole @ ridged @ whole.T, rank)
-        first = second.T @ whole
-    else:
-        half = torch.linalg.cholesky(ridged)
-        scaled = whole @ half
-        _, right = leading(scaled.T @ scaled, rank)
-        first = torch.linalg.solve_triangular(half, right.T, upper=False, left=False)
-        second = scaled @ right
-    first, second = balanced(first, second)
-    return first.float(), second.float()
+        return _balanced(second.T @ whole, second)
+    half = torch.linalg.cholesky(ridged)
+    scaled = whole @ half
+    _, right = leading(scaled.T @ scaled, rank)
+    first = torch.linalg.solve_triangular(half, right.T, upper=False, left=False)
+    return _balanced(first, scaled @ right)
+
+
+def _balanced(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors with the same product, each row of one as long as the column of the other."""
+    ins, outs = first.norm(dim=1), second.norm(dim=0)
+    root = (outs / ins.clamp(min=LEAST * LEAST)).sqrt()
+    # Of ranks that the matrix does not have, one side may be nothing.
+    root = torch.where((ins > 0) & (outs > 0), root, 1.0)
+    return (first * root[:, None]).float(), (second / root).float()
 
 
 def untrained(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from moe2edge.spectral import balanced, leading
+from moe2edge.spectral import leading
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -203,7 +203,7 @@ def fit(sums: Sums, rank: int, ridge: float) -> Fit:
 
     With inputs and outputs centred, ``H`` the ridged Gram matrix and ``C`` the cross products, the
     map of full rank is ``B = H^-1 C``; of rank r it is ``B V V^T`` with V the first r eigenvectors
-    of ``C^T H^-1 C``, which are the right singular vectors of ``H^(1/2) B``; then balanced.
+    of ``C^T H^-1 C``, which are the right singular vectors of ``H^(1/2) B``.
 
     Args:
         sums: of the expert.
@@ -219,8 +219,7 @@ def fit(sums: Sums, rank: int, ridge: float) -> Fit:
     first = (full @ second).T
     # trace of (Y - X F^T S^T)^T (Y - X F^T S^T), in which S has orthonormal columns.
     gained = 2 * float((first @ cross * second.T).sum()) - float((first @ gram * first).sum())
-    constant = mean_y - second @ (first @ mean_x)
-    return Fit(constant, *balanced(first, second), max(0.0, spread - gained))
+    return Fit(mean_y - second @ (first @ mean_x), first, second, max(0.0, spread - gained))
 
 
 def _constant(sums: Sums) -> tuple[tuple[Tensor, Tensor], float]:
