@@ -162,7 +162,9 @@ def _curves(axis: Any, rows: Sequence[Row], model: str, size: float) -> None:
         ylabel="held-out perplexity",
         yscale="log",
     )
-    axis.set_yticks([round(low * factor) for factor in (1, 1.1, 1.25, 1.5, 2, 3, 5)])
+    # Most end near the lowest; where some begin is in the table.
+    axis.set_ylim(0.98 * low, 2 * low)
+    axis.set_yticks([round(low * factor) for factor in (1, 1.05, 1.1, 1.2, 1.35, 1.5, 1.75, 2)])
 
 
 def _sizes(axis: Any, rows: Sequence[Row], model: str) -> None:
