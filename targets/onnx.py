@@ -85,8 +85,10 @@ class Onnx(Target):
     def runtime_nbytes(self, model: Model) -> int:
         """The data file, but what is neither quantized nor of low rank is float32 in memory."""
         from moe2edge.targets._onnx_decoder import decoder
+        from moe2edge.targets._onnx_storage import offsets
 
-        return self.nbytes(model) + decoder(model, self.accuracy_level).widened_nbytes
+        graph = decoder(model, self.accuracy_level)
+        return offsets(graph.batches)[1] + graph.widened_nbytes
 
     def write(self, model: Model, folder: Path) -> None:
         """Write ``model.onnx``, ``model.onnx.data`` and the two configs.

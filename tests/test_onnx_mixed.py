@@ -378,7 +378,6 @@ def test_a_recipe_is_exported(recipe: str, family: str, tiny: Make, tmp_path: Pa
 
 OPEN = """
 import sys
-import numpy as np
 import onnxruntime as ort
 import psutil
 
