@@ -11,10 +11,10 @@ from moe2edge.layers import MoELayer
 
 @dataclass(frozen=True)
 class Group:
-    """Rows of the router whose experts have the same matrices.
+    """Rows of the router whose experts have the same matrices, or one that has factors alone.
 
     Attributes:
-        base: the expert whose matrices these are; None: there are none, only factors.
+        base: the expert whose matrices these are; None: there are none.
         rows: first those with factors.
     """
 
@@ -35,14 +35,19 @@ class Columns:
 
     @cached_property
     def grouped(self) -> tuple[Group, ...]:
-        """Rows by expert; within, those with factors first."""
-        found: dict[int | None, list[int]] = {}
+        """Rows by expert; within, those with factors first. Behind them those without a base."""
+        found: dict[int, list[int]] = {}
+        alone = []
         for row, base in enumerate(self.layer.bases):
-            found.setdefault(base, []).append(row)
-        return tuple(
+            if base is None:
+                alone.append(Group(None, (row,)))
+            else:
+                found.setdefault(base, []).append(row)
+        shared = (
             Group(base, tuple(sorted(rows, key=lambda row: not self.has_factors(row))))
-            for base, rows in sorted(found.items(), key=lambda item: (item[0] is None, item[0]))
+            for base, rows in sorted(found.items())
         )
+        return (*shared, *alone)
 
     @cached_property
     def fused(self) -> tuple[int, ...]:

@@ -1,9 +1,9 @@
 """MoE layers whose router also chooses substitutes and members, as ONNX nodes.
 
 No expert is made whole. What the fused operator can hold it gets, with zeros for what answers
-elsewhere; constants are one product of gates; every linear map and every base with factors is a
-branch that is run only if a token chose it, and with its tokens alone. For a single token linear
-maps are picked from a stack instead.
+elsewhere; constants are one product of gates; every linear map, every base with factors and
+the factors of every row are branches that are run only if a token chose them, and with its tokens
+alone. For a single token linear maps are picked from a stack instead.
 """
 
 from __future__ import annotations
@@ -317,7 +317,8 @@ class MixedWriter(MoEWriter):
 
     def _group(self, group: Group, asked: str, tokens: str, routing: Routing) -> list[str]:
         """What the rows of a group make of their tokens, and their places."""
-        at = f"{self.at}/{'factors' if group.base is None else f'experts.{group.base}'}"
+        what = f"factors.{group.rows[0]}" if group.base is None else f"experts.{group.base}"
+        at = f"{self.at}/{what}"
 
         def answer() -> tuple[str, str]:
             first = self._number(at, asked, 0)
@@ -382,12 +383,23 @@ class MixedWriter(MoEWriter):
 
     def _low_of_row(self, at: str, row: int, part: str, first: str, x: str) -> str:
         """What the factors of a row make of ``x`` [n, in]: [n, out]; zeros if it has none."""
-        graph = self.graph
-        if self.columns.has_factors(row):
-            sources = [self.roles[f"members.{row}.{part}.{name}"] for name in LOW]
-            return self._low(at, [self._stored(s.name, [s]) for s in sources], first, x)
-        base = self.layer.bases[row]
-        out = getattr(self.layer.experts[base or 0], part).shape[0]
+        graph, bases = self.graph, self.layer.bases
+        base = bases[row]
+        if not self.columns.has_factors(row):
+            out = getattr(self.layer.experts[base or 0], part).shape[0]
+            count = graph.node(at, "Shape", [x], end=1)
+            shape = graph.node(at, "Concat", [count, graph.constant([out])], axis=0)
+            return graph.node(at, "ConstantOfShape", [shape])
+        sources = [self.roles[f"members.{row}.{part}.{name}"] for name in LOW]
+        stored = [self._stored(s.name, [s]) for s in sources]
+        if base is None or bases.count(base) == 1:
+            return self._low(at, stored, first, x)
+        # Of a group that was chosen, most rows are not.
         count = graph.node(at, "Shape", [x], end=1)
-        shape = graph.node(at, "Concat", [count, graph.constant([out])], axis=0)
-        return graph.node(at, "ConstantOfShape", [shape])
+        any_ = graph.node(at, "Greater", [count, graph.constant([0])])
+        nothing = graph.constant(np.zeros((0, sources[1].weight.shape[0])), np.float32)
+        branches = (
+            lambda: [self._low(at, stored, first, x)],
+            lambda: [graph.node(f"{at}/no", "Identity", [nothing])],
+        )
+        return graph.choice(at, any_, branches, (TensorProto.FLOAT,))[0]

@@ -65,6 +65,7 @@ FORMS = {
     "every kind of member": Form(3, (0, 0, 1, 1, 2, None), (2, 2, 0, 0, 0, 2)),
     "every base with factors": Form(2, (0, 1, 0, 1, 1, 0), (2,) * 6),
     "a base that is chosen itself": Form(2, (0, 0, 1, 0, 0, 1), (0, 2, 0, 2, 0, 0)),
+    "factors alone": Form(1, (None, 0, None, 0, 0, None), (2, 2, 2, 2, 0, 2)),
     "members and substitutes": Form(2, (0, 1, 0, None), (2, 0, 2, 2), (2, 0)),
 }
 
@@ -279,7 +280,7 @@ def test_the_fused_operator_holds_what_has_no_factors(tiny: Make, tmp_path: Path
     assert [attribute(node, "k") for node in fused] == [2, 2, 2]
     assert all(node.input[14] == node.input[1] for node in fused)
     branches = [node.name for node in graph.node if node.op_type == "If"]
-    assert branches[:2] == ["/model/layers.0/moe/experts.0/If", "/model/layers.0/moe/factors/If"]
+    assert branches[:2] == ["/model/layers.0/moe/experts.0/If", "/model/layers.0/moe/factors.5/If"]
     assert len(branches) == 6
     names = [node.name for node in nodes_of(graph)]
     assert len(names) == len(set(names))
@@ -305,27 +306,46 @@ def test_only_what_was_chosen_runs(length: int, tiny: Make, tmp_path: Path) -> N
     model = open_checkpoint(str(tiny("olmoe"))).model
     form = Form(2, (0, 1, None), (2, 2, 2), (2, 2, 2))
     model = formed(quantize(model, INT4), form)
-    folder = written(model, tmp_path)
-    options = onnxruntime.SessionOptions()
-    options.enable_profiling, options.profile_file_prefix = True, str(tmp_path / "profile")
-    session = onnxruntime.InferenceSession(folder / "model.onnx", options)
     ids = ids_of(length, 1)
-    cache = np.zeros((1, 2, 0, 16), np.float32)
-    feeds = {v.name: cache for v in session.get_inputs() if v.name.startswith("past")}
-    mask = np.ones((1, length), np.int64)
-    session.run(None, {**feeds, "input_ids": ids.numpy(), "attention_mask": mask})
-    events = json.loads(Path(session.end_profiling()).read_text())
-    ran = {e["name"] for e in events if e["name"].startswith("/model/layers.0/moe")}
+    ran = names_that_ran(written(model, tmp_path), ids, tmp_path)
     chosen = chosen_rows(model, ids)
     for base in (0, 1):
         asked = any(f"/experts.{base}/down_proj/MatMulNBits_kernel" in name for name in ran)
         assert asked == (base in chosen)
-    assert any("/factors/down/2/" in name for name in ran) == (2 in chosen)
     for n in range(3):
         asked = any(f"/substitutes.{n}/second/FusedMatMul" in name for name in ran)
         assert asked == (length > 1 and n + 3 in chosen)
     picked = any("/maps.0/picked/second/FusedMatMul" in name for name in ran)
     assert picked == (length == 1)
+
+
+@pytest.mark.parametrize("length", [1, 5])
+def test_only_factors_of_chosen_rows_run(length: int, tiny: Make, tmp_path: Path) -> None:
+    model = open_checkpoint(str(tiny("olmoe"))).model
+    form = Form(1, (0, None, 0, None, 0, None), (2,) * 6)
+    model = formed(quantize(model, INT4), form)
+    ids = ids_of(length, 1)
+    ran = names_that_ran(written(model, tmp_path), ids, tmp_path)
+    chosen = chosen_rows(model, ids)
+    assert len(chosen) < 6
+    for row, base in enumerate(form.bases):
+        at = f"/factors.{row}/down/{row}" if base is None else f"/experts.0/down/{row}"
+        for name in ("first", "second"):
+            asked = any(f"{at}/{name}/FusedMatMul" in node for node in ran)
+            assert asked == (row in chosen)
+
+
+def names_that_ran(folder: Path, ids: Tensor, tmp_path: Path) -> set[str]:
+    """Nodes of the first layer, by the runtime's profile."""
+    options = onnxruntime.SessionOptions()
+    options.enable_profiling, options.profile_file_prefix = True, str(tmp_path / "profile")
+    session = onnxruntime.InferenceSession(folder / "model.onnx", options)
+    cache = np.zeros((1, 2, 0, 16), np.float32)
+    feeds = {v.name: cache for v in session.get_inputs() if v.name.startswith("past")}
+    mask = np.ones((1, ids.shape[1]), np.int64)
+    session.run(None, {**feeds, "input_ids": ids.numpy(), "attention_mask": mask})
+    events = json.loads(Path(session.end_profiling()).read_text())
+    return {e["name"] for e in events if e["name"].startswith("/model/layers.0/moe")}
 
 
 def chosen_rows(model: Model, ids: Tensor) -> set[int]:

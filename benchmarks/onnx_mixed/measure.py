@@ -9,6 +9,7 @@ chosen, and forms are run by turns.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import tempfile
 import time
@@ -99,8 +100,8 @@ def plain(size: Size) -> MoELayer:
     return MoELayer(Router(router, size.top_k, True), tuple(experts))
 
 
-def substituted(size: Size, rank: int = 0) -> MoELayer:
-    """Every second expert is replaced."""
+def substituted(size: Size, *ranks: int) -> MoELayer:
+    """Every second expert is replaced, by maps that have these ranks in turn; 0: by constants."""
     maps = {
         n: Substitute(
             n,
@@ -108,7 +109,7 @@ def substituted(size: Size, rank: int = 0) -> MoELayer:
             dense(f"{n}.first", rank, size.hidden) if rank else None,
             dense(f"{n}.second", size.hidden, rank) if rank else None,
         )
-        for n in range(1, size.experts, 2)
+        for n, rank in zip(range(1, size.experts, 2), itertools.cycle(ranks))
     }
     # Rows of the router stay in their old order: they are random.
     return plain(size).substitute(maps)
@@ -127,6 +128,16 @@ def merged(size: Size, rank: int) -> MoELayer:
         own = n < 3 * groups and rank
         members.append(Member(n, base, factors(n, layer.experts[n], rank) if own else {}))
     return replace(layer, experts=tuple(bases), members=tuple(members))
+
+
+def alone(size: Size, rank: int) -> MoELayer:
+    """Every second expert has factors alone."""
+    layer = plain(size)
+    members = [
+        Member(n, None, factors(n, expert, rank)) if n % 2 else Member(n, n // 2, {})
+        for n, expert in enumerate(layer.experts)
+    ]
+    return replace(layer, experts=layer.experts[::2], members=tuple(members))
 
 
 def factors(n: int, expert: Expert, rank: int) -> Mapping[str, Factors]:
@@ -272,10 +283,13 @@ def merged_form(rank: int, kind: type[Form] = Form) -> Form:
 
 FORMS = (
     Form("all real", plain, MoEWriter),
-    Form("half constants", substituted),
-    Form("half constants, only masked *", substituted, Masked),
+    Form("half constants", lambda size: substituted(size, 0)),
+    Form("half constants, only masked *", lambda size: substituted(size, 0), Masked),
     *linear_forms(16),
     *linear_forms(64),
+    Form("half linear, ranks 4, 8, ... 124", lambda size: substituted(size, *range(4, 128, 4))),
+    Form("half factors alone, rank 16", lambda size: alone(size, 16)),
+    Form("half factors alone, rank 64", lambda size: alone(size, 64)),
     merged_form(0),
     merged_form(16),
     merged_form(64),
