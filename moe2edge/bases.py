@@ -217,7 +217,8 @@ def nbytes(layer: MoELayer) -> int:
     # In float64: ridged products, their root, the matrix and what it is multiplied to; and the
     # smaller Gram matrix with what LAPACK makes of it.
     work = 2 * max(width, hidden) ** 2 + 3 * width * hidden + 3 * min(width, hidden) ** 2
-    return 4 * len(layer.experts) * (width**2 + hidden**2) + 8 * work
+    added = 4 * max(width, hidden) ** 2  # products of one batch
+    return 4 * len(layer.experts) * (width**2 + hidden**2) + added + 8 * work
 
 
 def low_rank(difference: Tensor, gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:

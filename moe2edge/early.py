@@ -51,10 +51,7 @@ def refuse_early(
     for step, before, _ in _chain(recipe.passes, checkpoint.model):
         check_need(step, before, recipe.calibration.samples * recipe.calibration.length, budget)
     for name, cost in _training_costs(recipe, checkpoint.model):
-        purpose, remedy = f"{name} trains", "set batch to fewer samples, or train less: see train"
-        memory.check(cost.memory, purpose, remedy, budget.limit)
-        if cost.gpu:
-            memory.check_gpu(cost.gpu, purpose, f"{remedy}; or set device: cpu")
+        cost.check(name, budget.limit)
 
 
 def _check_training(checkpoint: Checkpoint, recipe: Recipe) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
 
 # What the names of adapters have in them.
 ADAPTER = ".lora_"
+# Of MLPs without experts. As modules peft takes these names for those of experts, in some families,
+# and puts adapters on experts instead; as parameters it leaves them alone (peft 0.21).
+MLP_MATRICES = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
 
 
 def check_installed() -> None:
@@ -39,16 +43,19 @@ def adapt(
         whole: names of parameters that are trained as they are.
         rank: of the adapters, which are scaled by 2.
         seed: of their first numbers.
+
+    Raises:
+        AssertionError: peft has put adapters elsewhere.
     """
     import torch
     from peft import LoraConfig, get_peft_model
 
-    fused = [name for name in adapted if not name.endswith(".weight")]
-    linear = [name.removesuffix(".weight") for name in adapted if name.endswith(".weight")]
+    linear = [n for n in adapted if n.endswith(".weight") and not n.endswith(MLP_MATRICES)]
+    fused = [name for name in adapted if name not in set(linear)]
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank,
-        target_modules=linear,
+        target_modules=[name.removesuffix(".weight") for name in linear],
         target_parameters=fused or None,
         task_type="CAUSAL_LM",
     )
@@ -59,7 +66,22 @@ def adapt(
         torch.manual_seed(seed)
         wrapped = get_peft_model(model, config)
     found = {name: p for name, p in wrapped.named_parameters() if ADAPTER in name}
+    _check(adapted, list(found))
     return wrapped, {**found, **kept}
+
+
+def _check(adapted: Sequence[str], found: Sequence[str]) -> None:
+    """See that every matrix has its adapter, and nothing else has one."""
+    wanted = Counter(name.rpartition(".")[0] for name in adapted)
+    # Where a module has several parameters with adapters, these are wrapped in one another.
+    there = Counter(
+        name.removeprefix("base_model.model.").partition(ADAPTER)[0].replace(".base_layer", "")
+        for name in found
+        if f"{ADAPTER}A" in name
+    )
+    if wanted != there:
+        odd = next(iter((wanted - there) + (there - wanted)))
+        raise AssertionError(f"{odd} has {there[odd]} adapters, expected {wanted[odd]}")
 
 
 def merge(wrapped: Any) -> nn.Module:

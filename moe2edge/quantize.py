@@ -162,7 +162,8 @@ class Quantize(Slim):
                 )
         if not schemes:
             raise InputError("the rules leave nothing to quantize")
-        if self.factors != 16 and not any(self._low_rank(model)):
+        # Linear maps that were planned can all have become constants, for want of tokens or bytes.
+        if self.factors != 16 and not (model.substitutes or any(self._low_rank(model))):
             raise InputError(
                 f"factors: {self.factors} is about factors and linear maps of replaced experts, "
                 "and the model has none; put expert_replace before it, or leave factors out"

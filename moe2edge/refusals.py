@@ -13,6 +13,11 @@ def refuse_replaced(name: str, model: Model) -> None:
         InputError: it is one.
     """
     if replaced := model.substitutes + model.members:
+        if name == "expert_merge":
+            raise InputError(
+                f"expert_merge: {replaced} experts were replaced or merged already; merge once, "
+                "and before expert_replace"
+            )
         raise InputError(
             f"{name}: {replaced} experts were replaced or merged, and it knows nothing of what "
             f"answers for them; put expert_replace or expert_merge after {name}"

@@ -20,8 +20,9 @@ from moe2edge.spectral import leading
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Of the ridge, besides a part of the mean diagonal: for inputs that never occur.
-LEAST = 1e-6
+# Of the ridge at least: a part of the mean diagonal, for inputs that depend on one another; and for
+# inputs that never occur.
+LEAST_PART, LEAST = 1e-9, 1e-6
 # [hidden, hidden], float64, that a fit holds at once: what it makes of the sums, and LAPACK's own.
 FIT_MATRICES = 7
 
@@ -235,5 +236,5 @@ def _regression(sums: Sums, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
     gram = sums.gram - sums.mass * torch.outer(mean_x, mean_x)
     cross = sums.cross - sums.mass * torch.outer(mean_x, mean_y)
     ridged = gram.clone()
-    ridged.diagonal().add_(ridge * gram.diagonal().mean() + LEAST)
+    ridged.diagonal().add_(max(ridge, LEAST_PART) * gram.diagonal().mean() + LEAST)
     return gram, cross, torch.cholesky_solve(cross, torch.linalg.cholesky(ridged))

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from moe2edge import memory
 from moe2edge.model import Model
 from moe2edge.pipeline import Pass, Search
 
@@ -23,6 +24,21 @@ class Cost:
     memory: int
     disk: int
     gpu: int = 0
+
+    def check(self, name: str, within: int | None = None) -> None:
+        """Refuse to begin what memory could not hold.
+
+        Args:
+            name: of the pass.
+            within: bytes for the whole process; None: what the machine has.
+
+        Raises:
+            DoesNotFit: it has less.
+        """
+        purpose, remedy = f"{name} trains", "set batch to fewer samples, or train less: see train"
+        memory.check(self.memory, purpose, remedy, within)
+        if self.gpu:
+            memory.check_gpu(self.gpu, purpose, f"{remedy}; or set device: cpu")
 
 
 class Train(Search):

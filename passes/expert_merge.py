@@ -146,12 +146,13 @@ class ExpertMerge(Search):
             )
 
     def plan(self, model: Model) -> Model:
-        """Each layer with its first experts, the first of all merged with those that go."""
+        """Each layer with its first experts, with which those that go are merged in turn."""
         step, left = self.resolved(model), self._left(model)
         for block, layer in model.moe_blocks:
             kept, count = left[block.index], len(layer.experts)
             if kept < count:
-                groups = ((0, *range(kept, count)), *((n,) for n in range(1, kept)))
+                # As many as can be share an expert: recover takes memory for each.
+                groups = tuple((n, *range(kept + n, count, kept)) for n in range(kept))
                 model = model.replace_block(step._merged(block, layer, groups))
         return model
 
@@ -177,16 +178,19 @@ class ExpertMerge(Search):
     def need(self, model: Model, tokens: int) -> Need:
         """Sums over tokens, samples of them, one stream, and merged experts of a layer."""
         from moe2edge.merging import nbytes
+        from moe2edge.walk import BATCH_TOKENS
 
         step, hidden = self.resolved(model), model.family.geometry(model.config).hidden
         experts = max(model.expert_counts)
         width = max(layer.experts[0].gate.shape[0] for _, layer in model.moe_blocks)
         sampled = 4 * 2 * SAMPLED * (hidden + width)
         means = 4 * 3 * hidden * width * max(step._left(model).values())
+        inside = 4 * 4 * min(tokens, BATCH_TOKENS) * width  # an expert on all tokens of a batch
         return Need(
             nbytes(experts, hidden, width, align=bool(step.align))
             + sampled
             + means
+            + inside
             + 4 * tokens * hidden,
             f"expert_merge sums up what {experts} experts do, and merges some",
             "give it fewer calibration samples, or do it on a larger one",

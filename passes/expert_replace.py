@@ -325,6 +325,8 @@ class ExpertReplace(Search):
         counts = model.expert_counts if every else tuple(self._replaced(model).values())
         remedy = "replace fewer of them in one pass, or do it on a larger one"
         if not self.shares:
+            if every:
+                remedy = "set keep, and a criterion other than residual, or do it on a larger one"
             sums = substitution.nbytes(hidden, max(counts), maps=self.kind == "linear")
         elif self.kind == "base" and self.factors == "zero":
             sums = 0

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 NUMBER, TRAINED, BEST = 4, 4 + 8, 4
 # Of a trained parameter in a checkpoint: the number and its moments, and the best one.
 SAVED = 4 + 8 + 4
+# Of a perplexity, between the two ways in which a model is run here.
+NOISE = 1e-5
 WHOLE = ("substitutes", "members")
 # Options that mean nothing without a choice.
 ONLY_WITH = {
@@ -197,7 +199,8 @@ class Recover(Train):
             )
         at_once = min(self.batch, recovery.samples_at_once(length))
         numbers = NUMBER * model.parameters
-        training = TRAINED * trained + extra + activations(model, at_once * length)
+        logits = 3 if self.loss == "text" else 5 if self.text_share else 4
+        training = TRAINED * trained + extra + activations(model, at_once * length, logits)
         saved = 2 * SAVED * trained + sum(weight.nbytes for _, _, weight in model.tensors())
         if self.loss == "distill":
             saved += teacher.nbytes(samples - self.held_out, length, self.top_logits)
@@ -220,8 +223,9 @@ class Recover(Train):
         whole = sum(weight.count for role, weight in found) - sum(w.count for _, w in adapted)
         # Gate and up of an expert lie in one parameter, and so have one adapter: a bound.
         adapters = sum(self.lora_rank * sum(weight.shape) for _, weight in adapted)
-        # Of fused experts peft makes the sums with their adapters, and keeps them for the gradient.
-        fused = sum(w.count for role, w in adapted if role.startswith("experts."))
+        # Outside of attention peft makes the sums of matrices and adapters, and keeps them for the
+        # gradient.
+        fused = sum(w.count for role, w in adapted if not role.startswith("attention."))
         return whole + adapters, 2 * NUMBER * fused
 
     # ---- doing it ----------------------------------------------------------------------------
@@ -241,10 +245,14 @@ class Recover(Train):
         self._tell_cost(lab, *lab.training.shape)
         with _folder(lab) as folder:
             recovered, state = self._trained(lab, lab.training, States(folder))
-        notes, figures = self._account(recovered)
         if not state:
+            notes, figures = self._account(recovered, None)
             return Outcome(lab.model, notes=notes, figures=figures)
         model = trained.with_numbers(lab.model, state, lab.store)
+        after = self._as_stored(lab, model, recovered.progress.best)
+        notes, figures = self._account(recovered, after)
+        if not figures["best_step"]:
+            return Outcome(lab.model, notes=notes, figures=figures)
         known = trained.places(lab.model)
         changed = dict.fromkeys(
             known[name].name if known[name].block is None else f"block {known[name].block}"
@@ -252,8 +260,23 @@ class Recover(Train):
         )
         return Outcome(model, tuple(changed), notes=notes, figures=figures)
 
+    def _as_stored(self, lab: Lab, model: Model, perplexity: float) -> float:
+        """Held-out perplexity of a model whose ``perplexity`` before rounding is known."""
+        from moe2edge import quality, walk
+
+        assert lab.training is not None
+        if all(weight.dtype == "F32" for _, _, weight in model.tensors()):
+            return perplexity
+        ids, label = lab.training[-self.held_out :], "recover: what is stored"
+        hidden = walk.observe(model, ids, (), lab.watcher.advance, label, lab.memory)
+        return quality.measure(ids, walk.head_logits(model, hidden), None).perplexity
+
     def _tell_cost(self, lab: Lab, samples: int, length: int) -> None:
-        """Say what it will take before it starts."""
+        """Say what it will take before it starts.
+
+        Raises:
+            DoesNotFit: there is less.
+        """
         cost, (count, _) = self.cost(lab.model, samples, length), self._sizes(lab.model)
         where = f"{cost.gpu / 1e9:.2f} GB of the GPU and " if cost.gpu else ""
         lab.watcher.log(
@@ -262,6 +285,8 @@ class Recover(Train):
             f"out; about {where}{cost.memory / 1e9:.2f} GB of memory, {cost.disk / 1e9:.2f} GB on "
             "the disk"
         )
+        # Groups of experts that share a base can be others than planned.
+        cost.check("recover", lab.memory.limit)
 
     def _trained(
         self, lab: Lab, tokens: Tensor, states: States
@@ -384,25 +409,33 @@ class Recover(Train):
         merged = dict(lora.merge(loaded.cpu()).named_parameters())
         return {name: merged[name].detach() for name in names}
 
-    def _account(self, recovered: Recovered) -> tuple[tuple[str, ...], dict[str, Any]]:
-        """Notes and figures."""
+    def _account(
+        self, recovered: Recovered, after: float | None
+    ) -> tuple[tuple[str, ...], dict[str, Any]]:
+        """Notes and figures, where the model has a held-out perplexity of ``after`` as stored."""
         progress = recovered.progress
-        before, at = progress.history[0].perplexity, progress.best_step
+        before, steps, at = progress.history[0].perplexity, progress.step, progress.best_step
+        worse = after is None or after >= (1 - NOISE) * before
+        as_it_was = f"{before:.4f} from before; the model is as it was"
+        if after is None:
+            note = f"no evaluation in {steps} steps beat the held-out perplexity {as_it_was}"
+        elif worse:
+            note = (
+                f"held-out perplexity is {progress.best:.4f} at step {at} of {steps}, but "
+                f"{after:.4f} with weights rounded to the source's precision, no better than the "
+                f"{as_it_was}"
+            )
+        else:
+            note = (
+                f"held-out perplexity {before:.4f} before, {after:.4f} after, at step {at} of "
+                f"{steps}"
+            )
         figures = {
-            "best_step": at,
-            "steps": progress.step,
+            "best_step": 0 if worse else at,
+            "steps": steps,
+            "perplexity": {"before": before, "after": before if worse else after},
             "history": [dataclasses.asdict(line) for line in progress.history],
         }
-        if not recovered.best:
-            note = (
-                f"no evaluation in {progress.step} steps beat the held-out perplexity {before:.4f} "
-                "from before; the model is as it was"
-            )
-            return (note,), figures
-        note = (
-            f"held-out perplexity {before:.4f} before, {progress.best:.4f} after, at step {at} of "
-            f"{progress.step}"
-        )
         return (note,), figures
 
 
@@ -416,15 +449,15 @@ def _folder(lab: Lab) -> Iterator[Path]:
         yield Path(name)
 
 
-def activations(model: Model, tokens: int) -> int:
+def activations(model: Model, tokens: int, logits: int) -> int:
     """Bytes of what a forward pass keeps for the gradient, float32: an estimate.
 
-    In every block a few copies of the stream and of what attention and experts make of it, and
-    logits, their logarithms and the gradient of both.
+    In every block a few copies of the stream and of what attention and experts make of it, and so
+    many copies of logits: themselves, their logarithms by each loss, and gradients.
     """
     geometry = model.family.geometry(model.config)
     heads = (geometry.heads + 2 * geometry.kv_heads) * geometry.head_dim
-    numbers = 3 * model.vocabulary
+    numbers = logits * model.vocabulary
     for block in model.blocks:
         numbers += 12 * geometry.hidden + 4 * heads + _inside(block, geometry.hidden)
     return NUMBER * tokens * numbers

@@ -15,11 +15,12 @@ from torch import Tensor
 from moe2edge import recipe
 from moe2edge.calibration import Tokens
 from moe2edge.checkpoint import open_checkpoint
-from moe2edge.errors import InputError
+from moe2edge.errors import DoesNotFit, InputError
 from moe2edge.export import run_passes
 from moe2edge.families import FAMILIES
 from moe2edge.loading import to_transformers
 from moe2edge.materialize import materialized
+from moe2edge.memory import Memory
 from moe2edge.model import Model
 from moe2edge.passes.expert_replace import ExpertReplace
 from moe2edge.passes.recover import Recover
@@ -196,6 +197,8 @@ def test_adapters_stay_off_matrices_that_members_read(
 ) -> None:
     """With factors, and while annealing; what is trained is what comes back."""
     source, model = sharing(tiny, "qwen3_moe", rank=rank)
+    one = source.blocks[1].keep_experts((2,), clamp_top_k=True)
+    source, model = source.replace_block(one), model.replace_block(one)
     options = {
         **QUICK_TRAINING,
         "train": "lora",
@@ -214,7 +217,7 @@ def test_adapters_stay_off_matrices_that_members_read(
         for (index, role), now in numbers_of(outcome.model).items()
         if index is not None and not torch.equal(now, before[index, role])
     }
-    assert changed == {"attention"} | ({"members"} if rank else set()) | (
+    assert changed == {"attention", "dense"} | ({"members"} if rank else set()) | (
         {"experts"} if adapters else set()
     )
     loaded: Any = to_transformers(outcome.model, torch.float32)
@@ -230,6 +233,15 @@ def test_factors_alone_are_annealed_in_every_layer(tiny: Make) -> None:
     lab = Lab(source, model, NO_TOKENS, InMemory(), QUIET, training=text())
     parts = Recover(anneal=0.5)._begin_annealing(lab, to_transformers(model, torch.float32))
     assert len(parts) == sum(bool(layer.members) for _, layer in model.moe_blocks) > 0
+
+
+def test_memory_is_looked_at_again_before_training(tiny: Make) -> None:
+    source, model = sharing(tiny, "olmoe")
+    lab = Lab(
+        source, model, NO_TOKENS, InMemory(), QUIET, training=text(), memory=Memory(limit=10**8)
+    )
+    with pytest.raises(DoesNotFit, match=r"recover trains, which needs .* GB"):
+        Recover.model_validate({**QUICK_TRAINING, "anneal": 0.5}).search(lab)
 
 
 def test_a_rank_of_adapters_that_matrices_do_not_have(tiny: Make) -> None:

@@ -389,6 +389,18 @@ def test_too_little_memory_is_told_before_any_work(tiny: Make, method: str) -> N
         check_need(step, model, IDS.numel(), Memory(limit=700 << 20))
 
 
+@pytest.mark.parametrize("method", ["hc-smoe", "m-smoe", "ream"])
+def test_no_more_experts_share_matrices_than_was_planned(tiny: Make, method: str) -> None:
+    """`recover` with annealing takes memory for each."""
+    model = open_checkpoint(str(tiny("olmoe"))).model
+    limit = {"group_limit": 2} if method == "ream" else {}
+    for keep in (2, 4):
+        step = options(method=method, keep=keep, routing="members", **limit)
+        planned, found = step.plan(model), merge(model, step).model
+        pairs = zip(planned.moe_blocks, found.moe_blocks, strict=True)
+        assert all(len(b.sharing) <= len(a.sharing) for (_, a), (_, b) in pairs)
+
+
 def test_dense_layers_stay(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "dense", "qwen2_moe", mlp_only_layers=[1])
     model = open_checkpoint(str(folder)).model

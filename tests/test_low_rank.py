@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -180,6 +181,19 @@ def test_nothing_to_round_is_refused(tiny: Make) -> None:
     model = open_checkpoint(str(tiny("mixtral"))).model
     with pytest.raises(InputError, match="factors: 8 is about factors and linear maps"):
         Rtn(factors=8).check(model)
+
+
+def test_maps_that_became_constants_are_nothing_to_round(tiny: Make) -> None:
+    """A budget leaves no bytes for a rank, or an expert has too few tokens for a map."""
+    model = open_checkpoint(str(tiny("mixtral"))).model
+    for options in ({"budget": 0.2, "min_tokens": 0}, {"keep": 3, "rank": 4, "min_tokens": 10**6}):
+        step = ExpertReplace.model_validate({"with": "linear", **options})
+        Rtn(factors=8).check(step.plan(model))
+        watcher: Any = SimpleNamespace(advance=lambda *_: None, log=lambda _: None)
+        found = step.search(Lab(model, model, tokens(4), InMemory(), watcher)).model
+        Rtn(factors=8).check(found)
+    assert found.substitutes
+    assert not any(is_low_rank(role) for _, role, _ in found.tensors())
 
 
 def test_twice_is_refused(tiny: Make) -> None:

@@ -147,6 +147,24 @@ def test_it_stops_where_nothing_gets_better(tiny: Make) -> None:
     assert longer.figures["steps"] == 5
 
 
+@pytest.mark.parametrize(("rate", "better"), [(1e-2, True), (1e-7, False)])
+def test_weights_are_measured_as_they_are_stored(tiny: Make, rate: float, better: bool) -> None:
+    """Steps that 16 bits do not see leave the model as it was."""
+    model = open_checkpoint(str(tiny("olmoe", dtype="bfloat16"))).model
+    outcome = recovered(model, learning_rate=rate)
+    figures = outcome.figures
+    best = min(line["perplexity"] for line in figures["history"])
+    assert best < figures["history"][0]["perplexity"]
+    loaded: Any = to_transformers(outcome.model, torch.float32)
+    with torch.no_grad():
+        actual = math.exp(float(text_loss(text()[-4:], loaded(text()[-4:]).logits)))
+    assert figures["perplexity"]["after"] == pytest.approx(actual, rel=1e-5)
+    assert figures["perplexity"]["after"] != pytest.approx(best, rel=1e-5)
+    assert bool(figures["best_step"]) == bool(outcome.changed) == better
+    assert (outcome.model is model) != better
+    assert ("rounded to the source's precision" in outcome.notes[0]) != better
+
+
 # ---- what is trained -----------------------------------------------------------------------------
 
 
@@ -324,6 +342,26 @@ def test_merged_adapters_are_the_adapters(tiny: Make, family: str, keep: int) ->
     with torch.no_grad():
         assert (again(input_ids=ids).logits - expected).abs().max() < 1e-3
         assert (before(input_ids=ids).logits - expected).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_plain_mlps_get_adapters(tiny: Make, family: str) -> None:
+    """Beside experts with names that peft takes for theirs."""
+    model = open_checkpoint(str(tiny(family))).model
+    model = model.replace_block(model.blocks[1].keep_experts((4,), clamp_top_k=True))
+    after = numbers_of(recovered(model, train="lora", steps=2).model)
+    for (index, role), old in numbers_of(model).items():
+        adapted = index is not None and is_quantizable(role)
+        assert adapted != torch.equal(old, after[index, role]), (index, role)
+
+
+@pytest.mark.filterwarnings("ignore:The following .*_pattern")
+def test_adapters_elsewhere_are_seen(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = open_checkpoint(str(tiny("olmoe"))).model
+    model = model.replace_block(model.blocks[1].keep_experts((4,), clamp_top_k=True))
+    monkeypatch.setattr(lora, "MLP_MATRICES", ())
+    with pytest.raises(AssertionError, match=r"adapters, expected"):
+        recovered(model, train="lora")
 
 
 def test_peft_is_asked_for(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,7 +71,8 @@ def test_the_fit_is_that_of_whole_matrices(rank: int, ridge: float) -> None:
     mean_x, mean_y = share @ x, share @ y
     inputs, outputs = (x - mean_x) * g[:, None], (y - mean_y) * g[:, None]
     gram = inputs.T @ inputs
-    extra = ridge * float(gram.diagonal().mean()) + substitution.LEAST
+    part = max(ridge, substitution.LEAST_PART)
+    extra = part * float(gram.diagonal().mean()) + substitution.LEAST
     # A ridge is a few more tokens whose outputs are zero.
     longer = torch.cat([inputs, extra**0.5 * torch.eye(HIDDEN, dtype=x.dtype)])
     targets = torch.cat([outputs, torch.zeros(HIDDEN, HIDDEN, dtype=x.dtype)])
@@ -82,6 +83,19 @@ def test_the_fit_is_that_of_whole_matrices(rank: int, ridge: float) -> None:
     assert torch.allclose((found.second @ found.first).T, expected, atol=1e-8)
     assert torch.allclose(found.constant, mean_y - mean_x @ expected, atol=1e-8)
     assert found.residual == pytest.approx(missed(found, x, y, g), rel=1e-8)
+
+
+def test_massive_inputs_have_a_fit_without_a_ridge() -> None:
+    """Fewer tokens than inputs, and one input that is far larger than the others."""
+    draw = torch.Generator().manual_seed(3)
+    x, y = (torch.randn(300, 512, generator=draw) for _ in range(2))
+    x[:, 0] += 1e4
+    x[:, 1] *= 1e4
+    sums = Sums(512)
+    sums.add(x, y, torch.ones(300))
+    fit = substitution.fit(sums, 4, 0.0)
+    assert all(torch.isfinite(t).all() for t in (fit.constant, fit.first, fit.second))
+    assert 0 <= fit.residual < float((y - y.mean(0)).square().sum())
 
 
 def test_a_higher_rank_misses_less_and_nothing_else_misses_less() -> None:
