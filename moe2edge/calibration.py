@@ -410,10 +410,10 @@ def _too_short(
             f"of the {source.samples} samples of {source.length} need {needed:,}; give it more "
             "text or less weight"
         )
-    remedy = f", or --set {purpose}.samples={windows}" if windows else ""
+    remedy = f", fewer samples (--set {purpose}.samples={windows})" if windows else ""
     return InputError(
-        f"{purpose} text {source.text} is too short: {len(stream):,} tokens, but "
-        f"{source.samples} samples of {source.length} need {needed:,}; give more text{remedy}"
+        f"{purpose} text {source.text} is too short: {len(stream):,} tokens, but {source.samples} "
+        f"samples of {source.length} need {needed:,}; give more text{remedy}, or a smaller length"
     )
 
 

@@ -101,6 +101,8 @@ def export(
         grown = None if model is found else told(found, model)
         if grown:
             watcher.log(f"members are experts of their own now: {grown}")
+        elif materialize:
+            watcher.log("--materialize changed nothing: the targets hold the model as it is")
         memory.give_back()
         measured = Measured.of(
             source,

@@ -155,7 +155,7 @@ class ExpertReplace(Search):
         needed = own[0]
         for name, field in type(self).model_fields.items():
             if name != "kind" and name not in own and getattr(self, name) != field.default:
-                raise ValueError(f"no {name} with: {self.kind}")
+                raise ValueError(f"no {name} with: {self.kind} (options: {', '.join(own)})")
         if self.kind == "linear" and (self.keep is None) == (self.budget is None):
             raise ValueError("keep or budget with: linear (experts that stay, or bytes)")
         if self.kind != "linear" and getattr(self, needed) is None:
@@ -232,26 +232,33 @@ class ExpertReplace(Search):
             self._check_substitutes(model)
 
     def _check_budget(self, model: Model) -> None:
-        """Refuse budgets below what a layer takes with one expert and constants, or above all."""
+        """Refuse budgets below what each layer takes with one expert and constants, or all."""
+        from moe2edge.basing import experts_nbytes
         from moe2edge.substituting import size_of
 
-        for block, layer in model.moe_blocks:
-            size, others = size_of(layer), len(layer.experts) - 1
-            least, whole = size.expert + others * size.constant, (others + 1) * size.expert
-            budget = self._share_of(model, layer)
-            if not least <= budget < whole:
-                raise InputError(
-                    f"expert_replace: the budget gives block {block.index} {budget:,} bytes; its "
-                    f"experts take {whole:,}, one with constants for the others {least:,}; choose "
-                    "one between"
-                )
+        whole, budget = experts_nbytes(model), self._budget(model)
+        told = f"expert_replace: the budget is {budget:,} bytes of the {whole:,} that experts take"
+        if budget >= whole:
+            raise InputError(f"{told}; nothing to do, lower it")
+        least = 0
+        for _, layer in model.moe_blocks:
+            size, count, old = size_of(layer), len(layer.experts), _old_nbytes(layer)
+            needed = size.expert + (count - 1) * size.constant
+            if self._share_of(model, layer) < needed:
+                # As a budget of all layers, of which each gets the same part.
+                least = max(least, -(-(needed + old) * whole // (count * size.expert + old)))
+        if least:
+            raise InputError(
+                f"{told}, and one expert of each layer with constants for the others takes at "
+                f"least {least:,} ({least / whole:.1%}); raise the budget"
+            )
 
     def _share_of(self, model: Model, layer: MoELayer) -> int:
         """Bytes of the experts of a layer, where each layer has the same part of the budget."""
         from moe2edge.basing import experts_nbytes
         from moe2edge.substituting import size_of
 
-        old = sum(weight.nbytes for s in layer.substitutes for _, weight in s.weights())
+        old = _old_nbytes(layer)
         whole = len(layer.experts) * size_of(layer).expert + old
         return self._budget(model) * whole // experts_nbytes(model) - old
 
@@ -410,3 +417,8 @@ class ExpertReplace(Search):
             seed=self.seed,
         )
         return builder.run()
+
+
+def _old_nbytes(layer: MoELayer) -> int:
+    """Bytes of the substitutes that a layer has already."""
+    return sum(weight.nbytes for s in layer.substitutes for _, weight in s.weights())

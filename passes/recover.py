@@ -165,8 +165,8 @@ class Recover(Train):
         """Refuse fewer samples than are held out and in a step."""
         if samples - self.held_out < self.batch:
             raise InputError(
-                f"recover: {samples} samples to train on, but {self.held_out} are held out and a "
-                f"step takes {self.batch}: --set training.samples={self.held_out + self.batch}, or "
+                f"recover: of {samples} samples of text {self.held_out} are held out, and a step "
+                f"takes {self.batch}: --set training.samples={self.held_out + self.batch}, or "
                 "lower held_out or batch"
             )
 
