@@ -373,7 +373,7 @@ def test_missing_matplotlib_is_told_before_any_work(
         (["--routing", "--criterion", "rep"], "did you mean 'reap'"),
         (["--routing", "--criterion", "random"], "unknown criterion"),
         (["--routing", "--text", "missing.txt", "--length", "20"], "missing.txt does not exist"),
-        (["--routing", "--length", "4"], "or --samples=15"),
+        (["--routing", "--length", "4"], "fewer samples (--samples=15)"),
         (["--routing", "--length", "4", "--samples", "0"], "samples is 0"),
         (["--routing", "--length", "512"], "--length=128"),
         (["--text", "text.txt"], "--text is about routing: add --routing"),
