@@ -50,16 +50,17 @@ def adapt(
     import torch
     from peft import LoraConfig, get_peft_model
 
-    linear = [n for n in adapted if n.endswith(".weight") and not n.endswith(MLP_MATRICES)]
-    fused = [name for name in adapted if name not in set(linear)]
+    modules = {n for n in adapted if n.endswith(".weight") and not n.endswith(MLP_MATRICES)}
+    fused = [name for name in adapted if name not in modules]
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank,
-        target_modules=[name.removesuffix(".weight") for name in linear],
+        target_modules=[n.removesuffix(".weight") for n in adapted if n in modules],
         target_parameters=fused or None,
         task_type="CAUSAL_LM",
     )
-    kept = {name: parameter for name, parameter in model.named_parameters() if name in set(whole)}
+    without_adapter = set(whole)
+    kept = {name: p for name, p in model.named_parameters() if name in without_adapter}
     # peft draws from torch's own generator, and asks transformers by a name that is going away.
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)

@@ -6,21 +6,21 @@ from moe2edge.errors import InputError
 from moe2edge.model import Model
 
 
-def refuse_replaced(name: str, model: Model) -> None:
+def refuse_replaced(name: str, model: Model, remedy: str = "") -> None:
     """Refuse a model some of whose experts were replaced; for passes that weigh experts alone.
+
+    Args:
+        name: of the pass.
+        model: what it gets.
+        remedy: what to do instead; none: to put the pass before those that replace.
 
     Raises:
         InputError: it is one.
     """
     if replaced := model.substitutes + model.members:
-        if name == "expert_merge":
-            raise InputError(
-                f"expert_merge: {replaced} experts were replaced or merged already; merge once, "
-                "and before expert_replace"
-            )
         raise InputError(
             f"{name}: {replaced} experts were replaced or merged, and it knows nothing of what "
-            f"answers for them; put expert_replace or expert_merge after {name}"
+            f"answers for them; {remedy or f'put expert_replace or expert_merge after {name}'}"
         )
 
 

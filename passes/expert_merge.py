@@ -113,7 +113,7 @@ class ExpertMerge(Search):
 
     def check(self, model: Model) -> None:
         """Refuse what leaves too few experts to choose, and numbers that a mean would not keep."""
-        refuse_replaced("expert_merge", model)
+        refuse_replaced("expert_merge", model, "merge once, and before expert_replace")
         if not model.moe_blocks:
             raise InputError("expert_merge: no layer has experts")
         refuse_slimmed("expert_merge", model)

@@ -245,13 +245,14 @@ class Recover(Train):
         self._tell_cost(lab, *lab.training.shape)
         with _folder(lab) as folder:
             recovered, state = self._trained(lab, lab.training, States(folder))
-        if not state:
-            notes, figures = self._account(recovered, None)
-            return Outcome(lab.model, notes=notes, figures=figures)
-        model = trained.with_numbers(lab.model, state, lab.store)
-        after = self._as_stored(lab, model, recovered.progress.best)
-        notes, figures = self._account(recovered, after)
-        if not figures["best_step"]:
+        model, after = lab.model, None
+        if state:
+            model = trained.with_numbers(model, state, lab.store)
+            after = self._as_stored(lab, model, recovered.progress.best)
+        before = recovered.progress.history[0].perplexity
+        better = after is not None and after < (1 - NOISE) * before
+        notes, figures = self._account(recovered, after, better=better)
+        if not better:
             return Outcome(lab.model, notes=notes, figures=figures)
         known = trained.places(lab.model)
         changed = dict.fromkeys(
@@ -310,7 +311,7 @@ class Recover(Train):
         if self.train == "lora":
             known = trained.places(lab.model)
             whole = [name for name in names if _is_whole(known[name].roles)]
-            adapted = [name for name in names if name not in set(whole)]
+            adapted = [name for name in names if not _is_whole(known[name].roles)]
             loaded, parameters = lora.adapt(loaded, adapted, whole, self.lora_rank, self.seed)
         else:
             all_of_them = dict(loaded.named_parameters())
@@ -410,16 +411,21 @@ class Recover(Train):
         return {name: merged[name].detach() for name in names}
 
     def _account(
-        self, recovered: Recovered, after: float | None
+        self, recovered: Recovered, after: float | None, *, better: bool
     ) -> tuple[tuple[str, ...], dict[str, Any]]:
-        """Notes and figures, where the model has a held-out perplexity of ``after`` as stored."""
+        """Notes and figures, where the model has a held-out perplexity of ``after`` as stored.
+
+        Args:
+            recovered: what came of training.
+            after: None if nothing beat the model from before.
+            better: whether the trained model stays.
+        """
         progress = recovered.progress
         before, steps, at = progress.history[0].perplexity, progress.step, progress.best_step
-        worse = after is None or after >= (1 - NOISE) * before
         as_it_was = f"{before:.4f} from before; the model is as it was"
         if after is None:
             note = f"no evaluation in {steps} steps beat the held-out perplexity {as_it_was}"
-        elif worse:
+        elif not better:
             note = (
                 f"held-out perplexity is {progress.best:.4f} at step {at} of {steps}, but "
                 f"{after:.4f} with weights rounded to the source's precision, no better than the "
@@ -431,9 +437,9 @@ class Recover(Train):
                 f"{steps}"
             )
         figures = {
-            "best_step": 0 if worse else at,
+            "best_step": at if better else 0,
             "steps": steps,
-            "perplexity": {"before": before, "after": before if worse else after},
+            "perplexity": {"before": before, "after": after if better else before},
             "history": [dataclasses.asdict(line) for line in progress.history],
         }
         return (note,), figures

@@ -74,7 +74,7 @@ def test_each_line_of_jsonl_is_a_document(tmp_path: Path, tokenizer: Any) -> Non
             "a.txt",
             b"short",
             {},
-            "too short: 6 tokens, but 4 samples of 8 need 32; give more text, or a smaller",
+            "too short: 6 tokens, but 4 samples of 8 need 32; give more text, or a smaller length$",
         ),
         ("a.txt", b"x" * 999, {"length": 129}, "longer than the 128 positions"),
         ("a.jsonl", b"", {}, "is empty"),

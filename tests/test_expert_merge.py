@@ -389,7 +389,7 @@ def test_too_little_memory_is_told_before_any_work(tiny: Make, method: str) -> N
         check_need(step, model, IDS.numel(), Memory(limit=700 << 20))
 
 
-@pytest.mark.parametrize("method", ["hc-smoe", "m-smoe", "ream"])
+@pytest.mark.parametrize("method", METHODS)
 def test_no_more_experts_share_matrices_than_was_planned(tiny: Make, method: str) -> None:
     """`recover` with annealing takes memory for each."""
     model = open_checkpoint(str(tiny("olmoe"))).model
