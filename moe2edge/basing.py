@@ -270,7 +270,15 @@ class Builder:
         """The changed model."""
         lab, model = self.lab, self.lab.model
         if self._whitens:
-            model = walk.rewrite(lab, self, "expert_replace", propagate=False)
+            model = walk.rewrite(
+                model,
+                lab.tokens,
+                self,
+                lab.watcher.advance,
+                "expert_replace",
+                lab.memory,
+                propagate=False,
+            )
         else:
             for block, _ in model.moe_blocks:
                 model = model.replace_block(self.change(block))

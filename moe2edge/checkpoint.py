@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from moe2edge.errors import InputError, Unsupported
-from moe2edge.families import family_of
+from moe2edge.families import build_model, family_of
 from moe2edge.layers import DTYPE_BYTES, Weight
 from moe2edge.model import Model
 
@@ -140,7 +140,7 @@ class Checkpoint:
                 )
             return weight
 
-        model = family.build(self.config, take)
+        model = build_model(family, self.config, take)
         spare = set(files) - taken
         # Tied heads and rotary tables are written by some tools; they repeat what is known.
         spare -= {"lm_head.weight"} if self.config.get("tie_word_embeddings") else set()

@@ -223,188 +223,6 @@ class Family:
             raise Unsupported(f"layer type {types[index]!r} is not supported")
         return size if types[index] == "sliding_attention" else None
 
-    # ---- building a model ------------------------------------------------------------------
-
-    def build(self, config: Config, take: Callable[[str, tuple[int, ...]], Weight]) -> Model:
-        """The model of a config; ``take`` gives the handle of a tensor and checks its shape.
-
-        Raises:
-            InputError: values of the config contradict each other.
-        """
-        self.check_config(config)
-        count, types = whole_number(config, "num_hidden_layers"), config.get("layer_types")
-        if types is not None and len(types) != count:
-            raise InputError(
-                f"config.json: layer_types names {len(types)} blocks, num_hidden_layers {count}"
-            )
-        top_k, experts = whole_number(config, "num_experts_per_tok"), self.num_experts(config)
-        if top_k > experts:
-            raise InputError(
-                f"config.json: num_experts_per_tok is {top_k}, but there are {experts} experts"
-            )
-        geometry = self.geometry(config)
-        blocks = tuple(self._block(config, geometry, index, take) for index in range(count))
-        table = (geometry.vocab, geometry.hidden)
-        rest = {
-            "model.embed_tokens.weight": take("model.embed_tokens.weight", table),
-            "model.norm.weight": take("model.norm.weight", (geometry.hidden,)),
-        }
-        if not geometry.tied:
-            rest["lm_head.weight"] = take("lm_head.weight", table)
-        return Model(self, config, blocks, rest)
-
-    def _block(
-        self,
-        config: Config,
-        geometry: Geometry,
-        index: int,
-        take: Callable[[str, tuple[int, ...]], Weight],
-    ) -> Block:
-        def weight(role: str, *shape: int) -> Weight:
-            return take(self.disk_name(index, role), shape)
-
-        def mlp(prefix: str, width: int) -> dict[str, Weight]:
-            return {
-                "gate": weight(f"{prefix}.gate", width, hidden),
-                "up": weight(f"{prefix}.up", width, hidden),
-                "down": weight(f"{prefix}.down", hidden, width),
-            }
-
-        hidden = geometry.hidden
-        queries = geometry.heads * geometry.head_dim
-        keys = geometry.kv_heads * geometry.head_dim
-        shapes = {
-            "q_proj": (queries, hidden),
-            "k_proj": (keys, hidden),
-            "v_proj": (keys, hidden),
-            "o_proj": (hidden, queries),
-        }
-        attention = {f"{k}.weight": weight(f"attention.{k}.weight", *s) for k, s in shapes.items()}
-        if self.bias_key and config.get(self.bias_key, self.bias_default):
-            for k in ("q_proj", "k_proj", "v_proj", *(("o_proj",) if self.bias_on_o else ())):
-                attention[f"{k}.bias"] = weight(f"attention.{k}.bias", shapes[k][0])
-        if self.qk_norm != "none":
-            full = self.qk_norm == "full"
-            for k, size in (("q_norm", queries), ("k_norm", keys)):
-                width = size if full else geometry.head_dim
-                attention[f"{k}.weight"] = weight(f"attention.{k}.weight", width)
-        norms = {
-            f"{k}.weight": weight(f"norms.{k}.weight", hidden)
-            for k in ("input_layernorm", "post_attention_layernorm")
-        }
-        body: MoELayer | Dense
-        if self.is_moe(config, index):
-            count = self.num_experts(config)
-            width = whole_number(config, self.width_key)
-            router = Router(
-                weight=weight("router.weight", count, hidden),
-                top_k=whole_number(config, "num_experts_per_tok"),
-                renormalize=bool(
-                    config.get(self.renormalize, False)
-                    if isinstance(self.renormalize, str)
-                    else self.renormalize
-                ),
-            )
-            experts = tuple(Expert(**mlp(f"experts.{n}", width), origin=n) for n in range(count))
-            shared = None
-            if self.shared:
-                shared_width = whole_number(config, "shared_expert_intermediate_size")
-                shared = Shared(
-                    Dense(**mlp("shared", shared_width)), weight("shared.router", 1, hidden)
-                )
-            body = MoELayer(router, experts, shared)
-        else:
-            body = Dense(**mlp("dense", whole_number(config, "intermediate_size")))
-        window = self.window_of(config, index)
-        return Block(index, index, attention, norms, body, window)
-
-    # ---- writing a config ------------------------------------------------------------------
-
-    def config_of(self, model: Model) -> dict[str, Any]:
-        """``config.json`` of ``model``: the source's, with everything that passes changed.
-
-        Blocks that are not as the config says of all are written as ``per_layer_config``, where
-        stock transformers raises an error instead of misreading them.
-        """
-        config = dict(model.config)
-        config.pop("per_layer_config", None)
-        config["num_hidden_layers"] = len(model.blocks)
-        if self.dense_layers:
-            dense = [
-                b.index
-                for b in model.blocks
-                if not isinstance(b.mlp, MoELayer) and per_layer.is_own_form(model, b)
-            ]
-            config |= {"mlp_only_layers": dense, "decoder_sparse_step": 1}
-        if self.window == "layer_types" and config.get("use_sliding_window"):
-            config["layer_types"] = [
-                "sliding_attention" if b.window else "full_attention" for b in model.blocks
-            ]
-        else:
-            config.pop("layer_types", None)
-        shapes = {(m.choices, m.router.top_k) for _, m in model.moe_blocks}
-        if shapes:
-            count, top_k = max(shapes)
-            for key in self.experts_key:
-                if key in config:
-                    config[key] = count
-            config["num_experts_per_tok"] = top_k
-        if not model.is_uniform:
-            config["per_layer_config"] = per_layer.write(model)
-        return config
-
-    def transformers_config(self, model: Model, **changes: Any) -> Any:
-        """Transformers' config of ``model``, with dense numbers and ``changes``, to run it.
-
-        Router logits are not asked for: the loss that transformers would make of them wants
-        layers of one size.
-
-        Raises:
-            InputError: transformers refuses a value, such as one of a key that no row reads.
-        """
-        from huggingface_hub.errors import StrictDataclassError
-        from transformers import AutoConfig
-
-        settings = self.config_of(model)
-        for key in ("model_type", "quantization_config", "per_layer_config"):
-            settings.pop(key, None)
-        settings |= {"output_router_logits": False, **changes}
-        try:
-            return AutoConfig.for_model(self.model_type, **settings)
-        except (StrictDataclassError, AttributeError, KeyError, TypeError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise InputError(f"config.json: transformers refuses it: {reason[:300]}") from error
-
-    def check_shapes(self, model: Model) -> None:
-        """Prove that every block has the tensors and shapes that its geometry asks for.
-
-        Raises:
-            Moe2EdgeError: a shape differs.
-        """
-        geometry = self.geometry(model.config)
-        for block in model.blocks:
-            mlps: list[Dense] = [block.mlp] if isinstance(block.mlp, Dense) else []
-            if isinstance(block.mlp, MoELayer):
-                mlps += block.mlp.experts
-                for substitute in block.mlp.substitutes:
-                    substitute.check(geometry.hidden)
-                block.mlp.check_members()
-            if isinstance(block.mlp, Always) and block.mlp.expert is not None:
-                mlps.append(block.mlp.expert)
-            if isinstance(block.mlp, MoELayer | Always) and block.mlp.shared is not None:
-                mlps.append(block.mlp.shared.mlp)
-            for mlp in mlps:
-                width = mlp.gate.shape[0]
-                for part, shape in (
-                    (mlp.gate, (width, geometry.hidden)),
-                    (mlp.up, (width, geometry.hidden)),
-                    (mlp.down, (geometry.hidden, width)),
-                ):
-                    if part.shape != shape:
-                        raise Moe2EdgeError(
-                            f"{part.name} has shape {list(part.shape)}, expected {list(shape)}"
-                        )
-
 
 FAMILIES: Mapping[str, Family] = {
     row.model_type: row
@@ -482,3 +300,188 @@ def family_of(config: Config) -> Family:
             f"Mixture-of-Experts models: {', '.join(FAMILIES)}"
         )
     raise Unsupported(did_you_mean("model family", kind, FAMILIES))
+
+
+def build_model(
+    family: Family, config: Config, take: Callable[[str, tuple[int, ...]], Weight]
+) -> Model:
+    """The model of a config; ``take`` gives the handle of a tensor and checks its shape.
+
+    Raises:
+        InputError: values of the config contradict each other.
+    """
+    family.check_config(config)
+    count, types = whole_number(config, "num_hidden_layers"), config.get("layer_types")
+    if types is not None and len(types) != count:
+        raise InputError(
+            f"config.json: layer_types names {len(types)} blocks, num_hidden_layers {count}"
+        )
+    top_k, experts = whole_number(config, "num_experts_per_tok"), family.num_experts(config)
+    if top_k > experts:
+        raise InputError(
+            f"config.json: num_experts_per_tok is {top_k}, but there are {experts} experts"
+        )
+    geometry = family.geometry(config)
+    blocks = tuple(_build_block(family, config, geometry, index, take) for index in range(count))
+    table = (geometry.vocab, geometry.hidden)
+    rest = {
+        "model.embed_tokens.weight": take("model.embed_tokens.weight", table),
+        "model.norm.weight": take("model.norm.weight", (geometry.hidden,)),
+    }
+    if not geometry.tied:
+        rest["lm_head.weight"] = take("lm_head.weight", table)
+    return Model(family, config, blocks, rest)
+
+
+def _build_block(
+    family: Family,
+    config: Config,
+    geometry: Geometry,
+    index: int,
+    take: Callable[[str, tuple[int, ...]], Weight],
+) -> Block:
+    def weight(role: str, *shape: int) -> Weight:
+        return take(family.disk_name(index, role), shape)
+
+    def mlp(prefix: str, width: int) -> dict[str, Weight]:
+        return {
+            "gate": weight(f"{prefix}.gate", width, hidden),
+            "up": weight(f"{prefix}.up", width, hidden),
+            "down": weight(f"{prefix}.down", hidden, width),
+        }
+
+    hidden = geometry.hidden
+    queries = geometry.heads * geometry.head_dim
+    keys = geometry.kv_heads * geometry.head_dim
+    shapes = {
+        "q_proj": (queries, hidden),
+        "k_proj": (keys, hidden),
+        "v_proj": (keys, hidden),
+        "o_proj": (hidden, queries),
+    }
+    attention = {f"{k}.weight": weight(f"attention.{k}.weight", *s) for k, s in shapes.items()}
+    if family.bias_key and config.get(family.bias_key, family.bias_default):
+        for k in ("q_proj", "k_proj", "v_proj", *(("o_proj",) if family.bias_on_o else ())):
+            attention[f"{k}.bias"] = weight(f"attention.{k}.bias", shapes[k][0])
+    if family.qk_norm != "none":
+        full = family.qk_norm == "full"
+        for k, size in (("q_norm", queries), ("k_norm", keys)):
+            width = size if full else geometry.head_dim
+            attention[f"{k}.weight"] = weight(f"attention.{k}.weight", width)
+    norms = {
+        f"{k}.weight": weight(f"norms.{k}.weight", hidden)
+        for k in ("input_layernorm", "post_attention_layernorm")
+    }
+    body: MoELayer | Dense
+    if family.is_moe(config, index):
+        count = family.num_experts(config)
+        width = whole_number(config, family.width_key)
+        router = Router(
+            weight=weight("router.weight", count, hidden),
+            top_k=whole_number(config, "num_experts_per_tok"),
+            renormalize=bool(
+                config.get(family.renormalize, False)
+                if isinstance(family.renormalize, str)
+                else family.renormalize
+            ),
+        )
+        experts = tuple(Expert(**mlp(f"experts.{n}", width), origin=n) for n in range(count))
+        shared = None
+        if family.shared:
+            shared_width = whole_number(config, "shared_expert_intermediate_size")
+            shared = Shared(
+                Dense(**mlp("shared", shared_width)), weight("shared.router", 1, hidden)
+            )
+        body = MoELayer(router, experts, shared)
+    else:
+        body = Dense(**mlp("dense", whole_number(config, "intermediate_size")))
+    window = family.window_of(config, index)
+    return Block(index, index, attention, norms, body, window)
+
+
+def family_config(model: Model) -> dict[str, Any]:
+    """``config.json`` of ``model``: the source's, with everything that passes changed.
+
+    Blocks that are not as the config says of all are written as ``per_layer_config``, where
+    stock transformers raises an error instead of misreading them.
+    """
+    config = dict(model.config)
+    config.pop("per_layer_config", None)
+    config["num_hidden_layers"] = len(model.blocks)
+    if model.family.dense_layers:
+        dense = [
+            b.index
+            for b in model.blocks
+            if not isinstance(b.mlp, MoELayer) and per_layer.is_own_form(model, b)
+        ]
+        config |= {"mlp_only_layers": dense, "decoder_sparse_step": 1}
+    if model.family.window == "layer_types" and config.get("use_sliding_window"):
+        config["layer_types"] = [
+            "sliding_attention" if b.window else "full_attention" for b in model.blocks
+        ]
+    else:
+        config.pop("layer_types", None)
+    shapes = {(m.choices, m.router.top_k) for _, m in model.moe_blocks}
+    if shapes:
+        count, top_k = max(shapes)
+        for key in model.family.experts_key:
+            if key in config:
+                config[key] = count
+        config["num_experts_per_tok"] = top_k
+    if not model.is_uniform:
+        config["per_layer_config"] = per_layer.write(model)
+    return config
+
+
+def transformers_config(model: Model, **changes: Any) -> Any:
+    """Transformers' config of ``model``, with dense numbers and ``changes``, to run it.
+
+    Router logits are not asked for: the loss that transformers would make of them wants
+    layers of one size.
+
+    Raises:
+        InputError: transformers refuses a value, such as one of a key that no row reads.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    settings = family_config(model)
+    for key in ("model_type", "quantization_config", "per_layer_config"):
+        settings.pop(key, None)
+    settings |= {"output_router_logits": False, **changes}
+    try:
+        return AutoConfig.for_model(model.family.model_type, **settings)
+    except (StrictDataclassError, AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"config.json: transformers refuses it: {reason[:300]}") from error
+
+
+def check_shapes(model: Model) -> None:
+    """Prove that every block has the tensors and shapes that its geometry asks for.
+
+    Raises:
+        Moe2EdgeError: a shape differs.
+    """
+    geometry = model.family.geometry(model.config)
+    for block in model.blocks:
+        mlps: list[Dense] = [block.mlp] if isinstance(block.mlp, Dense) else []
+        if isinstance(block.mlp, MoELayer):
+            mlps += block.mlp.experts
+            for substitute in block.mlp.substitutes:
+                substitute.check(geometry.hidden)
+            block.mlp.check_members()
+        if isinstance(block.mlp, Always) and block.mlp.expert is not None:
+            mlps.append(block.mlp.expert)
+        if isinstance(block.mlp, MoELayer | Always) and block.mlp.shared is not None:
+            mlps.append(block.mlp.shared.mlp)
+        for mlp in mlps:
+            width = mlp.gate.shape[0]
+            for part, shape in (
+                (mlp.gate, (width, geometry.hidden)),
+                (mlp.up, (width, geometry.hidden)),
+                (mlp.down, (geometry.hidden, width)),
+            ):
+                if part.shape != shape:
+                    raise Moe2EdgeError(
+                        f"{part.name} has shape {list(part.shape)}, expected {list(shape)}"
+                    )

@@ -18,6 +18,7 @@ from moe2edge import per_layer
 from moe2edge.artifact import is_artifact, open_artifact
 from moe2edge.checkpoint import DTYPES, open_checkpoint
 from moe2edge.errors import InputError, Unsupported, VerificationFailed
+from moe2edge.families import transformers_config
 from moe2edge.model import Block, Model
 from moe2edge.stored import stored_model
 
@@ -115,7 +116,7 @@ def _skeleton(model: Model, dtype: torch.dtype) -> Any:
 
     from moe2edge import modules
 
-    config = model.family.transformers_config(model)
+    config = transformers_config(model)
     with torch.device("meta"):
         loaded = AutoModelForCausalLM.from_config(config, dtype=dtype)
         modules.fit(loaded.model.layers, model)

@@ -17,6 +17,7 @@ from torch import nn
 
 from moe2edge import per_layer
 from moe2edge.errors import InputError
+from moe2edge.families import transformers_config
 from moe2edge.layers import PARTS, Always, Dense, MoELayer, Weight
 from moe2edge.mixed import MixedExperts, experts_name
 from moe2edge.model import SECOND_NORM, Block, Model
@@ -79,7 +80,7 @@ class AlwaysOn(nn.Module):
 
 def fit(layers: nn.ModuleList, model: Model) -> None:
     """Give each decoder layer the form of its block. Call it under the device "meta"."""
-    config = model.family.transformers_config(model)
+    config = transformers_config(model)
     for block in model.blocks:
         layers[block.index] = _fitted(layers[block.index], config, model, block)
 

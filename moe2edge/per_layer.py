@@ -46,7 +46,9 @@ def config_of(model: Model) -> dict[str, Any]:
     Where all that layers have of their own is unknown to transformers (dynamic skipping), the
     common top-k, which each layer overrides, is set to another one.
     """
-    config = model.family.config_of(model)
+    from moe2edge.families import family_config
+
+    config = family_config(model)
     count, top_k = model.family.num_experts(config), config[TOP_K]
     layers = config.get("per_layer_config", {}).values()
     sizes = {(own.get(model.family.experts_key[0], count), own.get(TOP_K, top_k)) for own in layers}

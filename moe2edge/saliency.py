@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from moe2edge.model import Block
-
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -68,9 +66,8 @@ class LayerOutputs:
     scatter: Tensor
 
     @classmethod
-    def of(cls, block: Block, hidden: int) -> LayerOutputs:
+    def of(cls, experts: tuple[int, ...], hidden: int) -> LayerOutputs:
         """Nothing seen yet."""
-        experts = block.expert_origins
         count = len(experts)
 
         def zeros(*shape: int) -> Tensor:
@@ -165,7 +162,7 @@ class OutputObserver:
             return
         routing, key = seen.routing, seen.block.origin
         if key not in self._layers:
-            self._layers[key] = LayerOutputs.of(seen.block, routing.inputs.shape[-1])
+            self._layers[key] = LayerOutputs.of(seen.block.expert_origins, routing.inputs.shape[-1])
         for expert in range(len(seen.block.expert_origins)):
             token, place = torch.where(routing.ids == expert)
             if len(token):

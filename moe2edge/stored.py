@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from moe2edge import per_layer
 from moe2edge.checkpoint import Checkpoint, header, read_tensor
 from moe2edge.errors import Unsupported, VerificationFailed
-from moe2edge.families import family_of
+from moe2edge.families import build_model, family_of
 from moe2edge.layers import DTYPE_BYTES, Weight
 from moe2edge.model import Model, is_low_rank, is_quantizable
 from moe2edge.scheme import GROUP_SIZES, WHOLE_ROW, Scheme
@@ -45,7 +45,7 @@ def stored_model(checkpoint: Checkpoint) -> Model:
     own = config.pop("per_layer_config", None) or {}
     family = family_of(config)
     stored = _Stored(checkpoint, settings)
-    model = per_layer.read(family.build(config, stored.weight), own, stored.weight)
+    model = per_layer.read(build_model(family, config, stored.weight), own, stored.weight)
     stored.check(model)
     model.verify()
     return model

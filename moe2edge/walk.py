@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
+from moe2edge.families import transformers_config
 from moe2edge.layers import MoELayer
 from moe2edge.memory import UNLIMITED, Memory
 from moe2edge.mixed import expert_answer, expert_inside
 from moe2edge.model import Block, Model
 from moe2edge.modules import block_state, checked, finite, fit
-from moe2edge.pipeline import Facts, Kind, Lab, Observer
+from moe2edge.pipeline import Facts, Kind, Observer
 from moe2edge.progress import Advance
 
 if TYPE_CHECKING:
@@ -179,7 +180,7 @@ def skeleton(model: Model, block: Block) -> Any:
     model = replace(model, blocks=(replace(block, index=0),))
     # The skeleton has no embedding table; ids of special tokens would point outside of it.
     special = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
-    config = model.family.transformers_config(model, vocab_size=1, **special)
+    config = transformers_config(model, vocab_size=1, **special)
     with torch.device("meta"):
         base = AutoModel.from_config(config, dtype=torch.float32)
         fit(base.layers, model)
@@ -313,17 +314,28 @@ class Rewriter(Protocol):
         ...
 
 
-def rewrite(lab: Lab, worker: Rewriter, label: str, *, propagate: bool = True) -> Model:
+def rewrite(
+    model: Model,
+    tokens: Tensor,
+    worker: Rewriter,
+    advance: Advance,
+    label: str,
+    memory: Memory = UNLIMITED,
+    *,
+    propagate: bool = True,
+) -> Model:
     """Change block after block from what each does; `change` without a source beside it.
 
     Args:
-        lab: with the model that is changed and the tokens that show what blocks do.
+        model: what to change.
+        tokens: int64 [samples, length], that show what blocks do.
         worker: says how.
+        advance: told about progress.
         label: name of the work in progress lines.
+        memory: what it may take.
         propagate: later blocks see the stream of the blocks as changed; otherwise as they were.
     """
-    model, tokens, advance = lab.model, lab.tokens, lab.watcher.advance
-    hidden, blocks = embed(model, tokens, lab.memory), model.blocks
+    hidden, blocks = embed(model, tokens, memory), model.blocks
     for block in blocks:
         advance(label, block.index, len(blocks))
         runner = BlockRunner(model, block)

@@ -204,7 +204,15 @@ class ExpertMerge(Search):
 
         step = self.resolved(lab.model)
         merger = _Merger(step, lab, self._left(lab.model))
-        model = walk.rewrite(lab, merger, "expert_merge", propagate=self.fitted_on == "changed")
+        model = walk.rewrite(
+            lab.model,
+            lab.tokens,
+            merger,
+            lab.watcher.advance,
+            "expert_merge",
+            lab.memory,
+            propagate=self.fitted_on == "changed",
+        )
         originals = lab.model
         for block in merger.originals:
             originals = originals.replace_block(block)

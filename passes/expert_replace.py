@@ -377,7 +377,15 @@ class ExpertReplace(Search):
             scores,
             (lambda layer: self._share_of(lab.model, layer)) if self.allots else None,
         )
-        model = walk.rewrite(lab, fitter, "expert_replace", propagate=self.fitted_on == "changed")
+        model = walk.rewrite(
+            lab.model,
+            lab.tokens,
+            fitter,
+            lab.watcher.advance,
+            "expert_replace",
+            lab.memory,
+            propagate=self.fitted_on == "changed",
+        )
         if self.allots:
             check_budget(lab.model, model, self._budget(lab.model), fitter.notes)
         return Outcome(model, changed=tuple(fitter.changed), notes=tuple(fitter.notes))

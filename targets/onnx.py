@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from moe2edge.checkpoint import write_json
 from moe2edge.errors import InputError, Unsupported
+from moe2edge.families import family_config
 from moe2edge.generate import stop_ids
 from moe2edge.layers import MoELayer
 from moe2edge.model import Block, Model, is_low_rank, is_quantizable
@@ -103,7 +104,7 @@ class Onnx(Target):
         graph = decoder(model, self.accuracy_level)
         proto = graph.proto(write(graph.batches, folder / DATA_FILE), _metadata(model))
         (folder / GRAPH_FILE).write_bytes(proto.SerializeToString(deterministic=True))
-        config = model.family.config_of(model)
+        config = family_config(model)
         write_json(folder / "config.json", config)
         write_json(
             folder / "genai_config.json", genai_config(model, config, stop_ids(folder, config))

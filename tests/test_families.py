@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from moe2edge import walk
 from moe2edge.checkpoint import open_checkpoint
 from moe2edge.errors import InputError, Unsupported
-from moe2edge.families import FAMILIES, family_of
+from moe2edge.families import FAMILIES, family_config, family_of
 from moe2edge.loading import to_transformers
 from moe2edge.testing import Make
 
@@ -74,7 +74,7 @@ def test_every_key_of_transformers_config_is_accounted_for(family: str) -> None:
 def test_the_unchanged_model_gets_its_own_config_back(tiny: Make, family: str) -> None:
     checkpoint = open_checkpoint(str(tiny(family)))
     before = AutoConfig.for_model(**dict(checkpoint.config))
-    after = AutoConfig.for_model(**checkpoint.model.family.config_of(checkpoint.model))
+    after = AutoConfig.for_model(**family_config(checkpoint.model))
     assert before.to_dict() == after.to_dict()
 
 

@@ -9,7 +9,7 @@ import torch
 
 from moe2edge.checkpoint import open_checkpoint
 from moe2edge.errors import InputError, Moe2EdgeError
-from moe2edge.families import FAMILIES
+from moe2edge.families import FAMILIES, family_config
 from moe2edge.layers import Weight
 from moe2edge.model import Model
 from moe2edge.pipeline import selected
@@ -93,7 +93,7 @@ def test_keeping_blocks_renumbers_them(model: Model) -> None:
     kept = model.keep_blocks([0, 2])
     kept.verify()
     assert [(b.index, b.origin) for b in kept.blocks] == [(0, 0), (1, 2)]
-    assert kept.family.config_of(kept)["num_hidden_layers"] == 2
+    assert family_config(kept)["num_hidden_layers"] == 2
 
 
 def test_configs_of_blocks_that_differ(tiny: Make) -> None:
@@ -108,7 +108,7 @@ def test_configs_of_blocks_that_differ(tiny: Make) -> None:
             )
         )
     ).model
-    config = model.family.config_of(model.keep_blocks([1, 2]))
+    config = family_config(model.keep_blocks([1, 2]))
     assert config["mlp_only_layers"] == [0]
     assert config["layer_types"] == ["full_attention", "sliding_attention"]
 
@@ -117,7 +117,7 @@ def test_uneven_layers_are_spelt_out(model: Model) -> None:
     block, layer = model.moe_blocks[1]
     uneven = model.replace_block(replace(block, mlp=layer.keep([0, 5, 2])))
     assert not uneven.is_uniform
-    config = uneven.family.config_of(uneven)
+    config = family_config(uneven)
     assert config["per_layer_config"]["1"] == {"num_local_experts": 3, "num_experts_per_tok": 2}
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from moe2edge import checkpoint, verify
 from moe2edge.checkpoint import open_checkpoint
 from moe2edge.errors import Unsupported, VerificationFailed
-from moe2edge.families import FAMILIES
+from moe2edge.families import FAMILIES, family_config
 from moe2edge.layers import Weight
 from moe2edge.model import Model, is_quantizable
 from moe2edge.registry import target
@@ -113,7 +113,7 @@ def test_config(group_size: int, tmp_path: Path) -> None:
         "pack_dtype": "int32",
         "lm_head": False,
     }
-    assert config == model.family.config_of(model)
+    assert config == family_config(model)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

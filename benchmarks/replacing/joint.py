@@ -105,7 +105,7 @@ def main() -> None:
         for sweeps in (0, given.sweeps):
             joint = Joint(sweeps)
             lab = Lab(model, model, ids, joint.store, setup.WATCHER)
-            result: Model = walk.rewrite(lab, joint, "")
+            result: Model = walk.rewrite(lab.model, lab.tokens, joint, lab.watcher.advance, "")
             excess = prepared.loss(result) - source
             changes = ", ".join(f"{after / before - 1:+.1%}" for before, after in joint.missed)
             print(
