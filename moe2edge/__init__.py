@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moe2edge.loading import load
+    from moe2edge.runtime.load import load
 
 __all__ = ["load"]
 
@@ -17,7 +17,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 def __getattr__(name: str) -> Any:
     """``moe2edge.load`` without importing torch before it is used."""
     if name == "load":
-        from moe2edge.loading import load
+        from moe2edge.runtime.load import load
 
         return load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

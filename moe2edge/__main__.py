@@ -1,6 +1,6 @@
 """``python -m moe2edge``."""
 
-from moe2edge.cli import main
+from moe2edge.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -7,18 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe2edge.families import FAMILIES
-from moe2edge.layers import PARTS, Weight
-from moe2edge.ledger import in_memory, rest_in_memory
-from moe2edge.model import Block, Model
-from moe2edge.pipeline import Done
-from moe2edge.scheme import Scheme
+from moe2edge.model.family import FAMILIES
+from moe2edge.model.layers import PARTS, Weight
+from moe2edge.model.model import Block, Model
+from moe2edge.numerics.scheme import Scheme
+from moe2edge.storage.journal import Done
+from moe2edge.storage.solved_blocks import in_memory, rest_in_memory
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moe2edge.rounding import Quantized
-    from moe2edge.walk import Seen
+    from moe2edge.calibration.observation import Seen
+    from moe2edge.numerics.grid import Quantized
 
 # make(family, **config changes) -> folder
 Make = Callable[..., Path]
@@ -52,7 +52,6 @@ WIDTHS: dict[str, dict[str, Any]] = {
         "head_dim": 32,
     },
 }
-
 
 # Options of `recover` for a few steps on a few samples.
 QUICK_TRAINING: dict[str, Any] = {
@@ -120,8 +119,8 @@ def quantize(model: Model, scheme: Scheme, choose: Callable[[str], bool] = lambd
         scheme: of the numbers.
         choose: says by its role whether a selected tensor is taken.
     """
-    from moe2edge.pipeline import selected
-    from moe2edge.rounding import round_to_nearest
+    from moe2edge.model.roles import selected
+    from moe2edge.numerics.rounding import round_to_nearest
 
     for block in model.blocks:
         chosen = {role: weight for role, weight in selected(block) if choose(role)}
@@ -134,7 +133,7 @@ def with_copies(model: Model, *, shuffled: bool) -> Model:
     """``model`` whose layers have their first expert six times, neurons in any order."""
     import torch
 
-    from moe2edge.merging import Matrices
+    from moe2edge.numerics.expert_groups import Matrices
 
     generator = torch.Generator().manual_seed(4)
     for block, layer in model.moe_blocks:

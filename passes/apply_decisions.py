@@ -8,11 +8,12 @@ from typing import Annotated, Self
 
 from pydantic import Field
 
-from moe2edge import decisions
+from moe2edge.calibration.observation import Facts
 from moe2edge.errors import InputError
-from moe2edge.model import Model
-from moe2edge.pipeline import Facts, Outcome, Trim
-from moe2edge.refusals import refuse_replaced
+from moe2edge.model.model import Model
+from moe2edge.pipeline import decisions
+from moe2edge.pipeline.checks import refuse_replaced
+from moe2edge.pipeline.contract import Outcome, Trim
 
 
 class ApplyDecisions(Trim):

@@ -1,7 +1,7 @@
 """Quantize with AWQ: scale up the columns of large inputs, then round to nearest.
 
 AWQ (Lin et al., 2023, https://arxiv.org/abs/2306.00978). Where scales fold is said in
-`moe2edge.smoothing`: input norm to q, k and v; values to the output projection, shared by query
+`moe2edge.passes._awq_folding`: input norm to q, k and v; values to the output projection, shared by query
 heads that read the same values; second norm to everything that reads it, router included; and
 ``up`` to ``down`` of each gated MLP. Of scales ``m ** alpha``, with m the mean magnitude of each
 input, the alpha is taken with the least squared error of the outputs of the place's matrices.
@@ -19,18 +19,19 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from moe2edge.layers import Dense, MoELayer, Weight
-from moe2edge.model import Block, Model
-from moe2edge.pipeline import Solved, Solver
-from moe2edge.quantize import Quantize, Scales
-from moe2edge.scheme import Scheme
+from moe2edge.model.layers import Dense, MoELayer, Weight
+from moe2edge.model.model import Block, Model
+from moe2edge.numerics.scheme import Scheme
+from moe2edge.passes._quantize import Quantize, Scales
+from moe2edge.pipeline.solver import Solved, Solver
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moe2edge.rounding import Quantized
-    from moe2edge.smoothing import Folding, Inputs, Place, Sample
-    from moe2edge.walk import Seen
+    from moe2edge.calibration.observation import Seen
+    from moe2edge.numerics.awq_scales import Inputs, Sample
+    from moe2edge.numerics.grid import Quantized
+    from moe2edge.passes._awq_folding import Folding, Place
 
 
 class Awq(Quantize):
@@ -79,7 +80,7 @@ class _Solver:
         """Sample the inputs of attention, of what follows it, and of each expert."""
         import torch
 
-        from moe2edge.roles import OUT, QKV
+        from moe2edge.model.roles import OUT, QKV
 
         self._take("qkv", seen.linear_inputs[QKV[0]])
         self._take("out", seen.linear_inputs[OUT])
@@ -102,7 +103,7 @@ class _Solver:
         self._sums[name] = self._sums[name] + sums if name in self._sums else sums
 
     def _sample(self, name: str, inputs: Tensor) -> Sample:
-        from moe2edge.smoothing import Sample
+        from moe2edge.numerics.awq_scales import Sample
 
         if name not in self._samples:
             self._samples[name] = Sample(self._options.samples, inputs.shape[1])
@@ -112,9 +113,9 @@ class _Solver:
 
     def solve(self, block: Block) -> Solved:
         """Fold scales through the places that lead to quantized matrices, then round."""
-        from moe2edge.rounding import round_to_nearest
-        from moe2edge.smoothing import Folding, places
-        from moe2edge.tally import coverage
+        from moe2edge.numerics.rounding import round_to_nearest
+        from moe2edge.passes._awq_folding import Folding, places
+        from moe2edge.pipeline.blockwise_report import coverage
 
         weights = dict(block.weights())
         names = {role: self._model.family.disk_name(block.index, role) for role in weights}
@@ -163,7 +164,7 @@ class _Solver:
         """
         import torch
 
-        from moe2edge.smoothing import candidates, exact, losses, output_size
+        from moe2edge.numerics.awq_scales import candidates, exact, losses, output_size
 
         magnitudes = inputs[next(iter(quantized))].magnitudes
         scales = candidates(place.gather(magnitudes), self._options.steps)
@@ -185,7 +186,7 @@ class _Solver:
 
     def _inputs(self, block: Block, weights: Mapping[str, Weight]) -> dict[str, Inputs]:
         """Inputs of each matrix, by its role."""
-        from moe2edge.roles import OUT, QKV, gated
+        from moe2edge.model.roles import OUT, QKV, gated
 
         found = dict.fromkeys(QKV, self._of_all("qkv")) | {OUT: self._of_all("out")}
         for kind, mlp in gated(block):
@@ -195,7 +196,7 @@ class _Solver:
 
     def _of_all(self, name: str) -> Inputs:
         """What all tokens of the block show."""
-        from moe2edge.smoothing import Inputs
+        from moe2edge.numerics.awq_scales import Inputs
 
         sample = self._samples[name]
         magnitudes = (self._sums[name] / sample.seen).float()
@@ -205,7 +206,7 @@ class _Solver:
         self, kind: str, mlp: Dense, weights: Mapping[str, Weight]
     ) -> tuple[Inputs, Inputs]:
         """Inputs of gate and up, and of down."""
-        from moe2edge.smoothing import Inputs, inside
+        from moe2edge.numerics.awq_scales import Inputs, inside
 
         shown = outer = self._of_all("mlp")
         if kind == "shared":

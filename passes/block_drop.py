@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
-from moe2edge.amounts import DropAlike
+from moe2edge.calibration.observation import Facts, Kind
 from moe2edge.errors import InputError
-from moe2edge.model import Block, Model
-from moe2edge.pipeline import Facts, Kind, Outcome
+from moe2edge.model.model import Block, Model
+from moe2edge.passes._drop_alike import DropAlike
+from moe2edge.pipeline.contract import Outcome
 
 if TYPE_CHECKING:
-    from moe2edge.similarity import BlockSimilarityKind
+    from moe2edge.calibration.similarity import BlockSimilarityKind
 
 
 class BlockDrop(DropAlike):
@@ -52,7 +53,7 @@ class BlockDrop(DropAlike):
 
     @property
     def _kinds(self) -> tuple[BlockSimilarityKind]:
-        from moe2edge.similarity import BlockSimilarityKind
+        from moe2edge.calibration.similarity import BlockSimilarityKind
 
         return (BlockSimilarityKind(int(self.limit) if self.consecutive else 1),)
 

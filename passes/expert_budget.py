@@ -7,18 +7,20 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from moe2edge import amounts
-from moe2edge.criteria import Criterion
+from moe2edge.calibration.criteria import Criterion
 from moe2edge.errors import InputError
-from moe2edge.model import Model
-from moe2edge.pipeline import Lab, Outcome, Search
-from moe2edge.refusals import refuse_replaced
+from moe2edge.model.model import Model
+from moe2edge.numerics import selection
+from moe2edge.pipeline import checks
+from moe2edge.pipeline.checks import refuse_replaced
+from moe2edge.pipeline.contract import Lab, Outcome, Search
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moe2edge.budgets import Counts, Ranker, Trial
-    from moe2edge.quality import Sums
+    from moe2edge.numerics.allocation import Counts
+    from moe2edge.numerics.metrics import Sums
+    from moe2edge.passes._allocation_trials import Ranker, Trial
 
 # Parts of the way from uniform to what the sensitivities say; these are the candidates.
 WAY = {"uniform": 0.0, "a quarter of the way": 0.25, "half way": 0.5,
@@ -99,13 +101,13 @@ class ExpertBudget(Search):
     @field_validator("keep", mode="before")
     @classmethod
     def _amount(cls, value: object) -> object:
-        return amounts.check_amount(value)
+        return checks.check_amount(value)
 
     # ---- shapes --------------------------------------------------------------------------------
 
     def uniform(self, model: Model) -> Counts:
         """Experts per MoE layer if each keeps the same part."""
-        return tuple(amounts.kept(self.keep, experts) for experts in model.expert_counts)
+        return tuple(selection.kept(self.keep, experts) for experts in model.expert_counts)
 
     def floors(self, model: Model) -> Counts:
         """Experts that each MoE layer keeps at least."""
@@ -151,7 +153,7 @@ class ExpertBudget(Search):
     def plan(self, model: Model) -> Model:
         """As uneven as it may become: floors, and the first layers take what they leave."""
         total = sum(self.uniform(model))
-        counts = amounts.as_uneven_as_may_be(self.floors(model), model.expert_counts, total)
+        counts = selection.as_uneven_as_may_be(self.floors(model), model.expert_counts, total)
         for (block, layer), count in zip(model.moe_blocks, counts, strict=True):
             if count < len(layer.experts):
                 first = range(count)
@@ -167,9 +169,11 @@ class ExpertBudget(Search):
             InputError: there are too few calibration samples.
             DoesNotFit: the machine lacks the memory.
         """
-        from moe2edge import budgets, walk
+        from moe2edge.calibration import walk
+        from moe2edge.numerics import bootstrap
+        from moe2edge.passes import _allocation_trials
 
-        choosing, held_out = budgets.split(len(lab.tokens), self.held_out)
+        choosing, held_out = bootstrap.split(len(lab.tokens), self.held_out)
         self._state_cost(lab, len(choosing), len(held_out))
         advance = lab.watcher.advance
         trial, ranker = self._ranked(lab, lab.tokens[choosing])
@@ -178,13 +182,13 @@ class ExpertBudget(Search):
         tried = list(dict.fromkeys(candidates.values()))
         compared = trial.first(self._compared(len(choosing)))
         judged = dict(zip(tried, compared.judge(tried, _told(lab, "candidates")), strict=True))
-        chosen = min(tried, key=lambda counts: budgets.mean_kl(judged[counts]))
+        chosen = min(tried, key=lambda counts: bootstrap.mean_kl(judged[counts]))
         notes = self._notes(candidates, judged, chosen)
         uniform = candidates["uniform"]
         if chosen != uniform:
             rest = lab.tokens[held_out]
             hidden = walk.observe(lab.source, rest, (), advance, "expert_budget: held-out text")
-            last = budgets.Trial(trial.trimmer, lab.source, hidden, rest)
+            last = _allocation_trials.Trial(trial.trimmer, lab.source, hidden, rest)
             mine, even = last.judge([chosen, uniform], _told(lab, "held-out text"))
             notes.append(self._gain(mine, even))
         return _outcome(lab.model, trial.trimmer.trimmed(chosen), notes)
@@ -200,19 +204,20 @@ class ExpertBudget(Search):
 
     def _tried(self, model: Model) -> list[Counts]:
         """Allocations that sensitivity kl tries: nothing trimmed, then one layer at a time."""
-        from moe2edge import budgets
+        from moe2edge.numerics import allocation
 
         full = model.expert_counts
         counts = [
-            budgets.grid(floor, experts, self.points)
+            allocation.grid(floor, experts, self.points)
             for floor, experts in zip(self.floors(model), full, strict=True)
         ]
-        return [full, *budgets.one_layer_each(full, counts)]
+        return [full, *allocation.one_layer_each(full, counts)]
 
     def _state_cost(self, lab: Lab, choosing: int, held_out: int) -> None:
         """Say what the search will cost before it starts."""
-        from moe2edge import budgets, subsets
-        from moe2edge.memory import check as check_memory
+        from moe2edge.numerics import subset_loss
+        from moe2edge.passes import _allocation_trials
+        from moe2edge.runtime.memory import check as check_memory
 
         model, (samples, length) = lab.model, lab.tokens.shape
         blocks, kept, full = len(model.blocks), self.uniform(model), model.expert_counts
@@ -221,8 +226,8 @@ class ExpertBudget(Search):
         numbers = length * hidden
         if self.sensitivity == "kl":
             tried = self._tried(model)
-            together = budgets.at_once(measured * numbers)
-            runs = budgets.block_runs(model, tried, together)
+            together = _allocation_trials.at_once(measured * numbers)
+            runs = _allocation_trials.block_runs(model, tried, together)
             what = (
                 f"{len(tried)} allocations that trim one layer or none, {runs:,} block runs over "
                 f"{measured} samples"
@@ -230,12 +235,12 @@ class ExpertBudget(Search):
             work = runs * measured
             needed = 8 * measured * numbers * min(together, len(tried))
         else:
-            tokens = len(subsets.spread(choosing * length, self.tokens))
+            tokens = len(subset_loss.spread(choosing * length, self.tokens))
             what = (
                 f"{tokens * sum(full):,} expert evaluations (each expert once on {tokens:,} tokens)"
             )
-            work, needed = 0, max(subsets.evidence_bytes(tokens, n) for n in full)
-        together = min(len(WAY), budgets.at_once(compared * numbers))
+            work, needed = 0, max(subset_loss.evidence_bytes(tokens, n) for n in full)
+        together = min(len(WAY), _allocation_trials.at_once(compared * numbers))
         needed = max(needed, 8 * compared * numbers * together) + 4 * samples * numbers
         # One walk over the choosing part ranks the experts, or shows what the source predicts.
         work += blocks * (choosing * (1 + (lab.source is not model)) + 3 * held_out)
@@ -256,26 +261,29 @@ class ExpertBudget(Search):
 
     def _ranked(self, lab: Lab, tokens: Tensor) -> tuple[Trial, Ranker]:
         """Rank all experts, with sensitivity error measured on the way."""
-        from moe2edge import budgets, walk
+        from moe2edge.calibration import walk
+        from moe2edge.passes import _allocation_trials
 
         model, advance = lab.model, lab.watcher.advance
         floors: dict[int, int] = {}
         if self.sensitivity == "error":
             least = zip(model.moe_blocks, self.floors(model), strict=True)
             floors = {block.index: floor for (block, _), floor in least}
-        ranker = budgets.Ranker(self.criterion, self.seed, floors, tokens.numel(), self.tokens)
+        ranker = _allocation_trials.Ranker(
+            self.criterion, self.seed, floors, tokens.numel(), self.tokens
+        )
         hidden = None
         if ranker.needs_walk:
             hidden = walk.observe(model, tokens, [ranker], advance, "expert_budget: scoring")
         if hidden is None or lab.source is not model:
             hidden = walk.observe(lab.source, tokens, (), advance, "expert_budget: source")
         rankings = tuple(ranker.ranking(block) for block, _ in model.moe_blocks)
-        trimmer = budgets.Trimmer(model, rankings, self.clamp_top_k)
-        return budgets.Trial(trimmer, lab.source, hidden, tokens), ranker
+        trimmer = _allocation_trials.Trimmer(model, rankings, self.clamp_top_k)
+        return _allocation_trials.Trial(trimmer, lab.source, hidden, tokens), ranker
 
     def _sensitivities(self, lab: Lab, trial: Trial, ranker: Ranker) -> list[list[float]]:
         """Per MoE layer, the cost of keeping its floor, one more, ... all of its experts."""
-        from moe2edge import budgets
+        from moe2edge.numerics import allocation, bootstrap
 
         model = lab.model
         if self.sensitivity == "error":
@@ -283,21 +291,21 @@ class ExpertBudget(Search):
         tried = self._tried(model)
         measured = trial.first(self._measured(*trial.tokens.shape))
         found = measured.judge(tried, _told(lab, "sensitivity"))
-        kl = {counts: budgets.mean_kl(sums) for counts, sums in zip(tried, found, strict=True)}
+        kl = {counts: bootstrap.mean_kl(sums) for counts, sums in zip(tried, found, strict=True)}
         full = model.expert_counts
         rows = []
         for n, (floor, experts) in enumerate(zip(self.floors(model), full, strict=True)):
             own = {counts[n]: kl[counts] for counts in tried if counts[n] < experts}
-            rows.append(budgets.interpolated(own | {experts: kl[full]}, floor, experts))
+            rows.append(allocation.interpolated(own | {experts: kl[full]}, floor, experts))
         return rows
 
     def _candidates(self, model: Model, costs: Sequence[Sequence[float]]) -> Mapping[str, Counts]:
         """Allocations to try, by what they are; uniform comes first."""
-        from moe2edge import budgets
+        from moe2edge.numerics import allocation
 
         even = self.uniform(model)
-        best = budgets.allocate(costs, self.floors(model), sum(even))
-        return {name: budgets.between(even, best, part) for name, part in WAY.items()}
+        best = allocation.allocate(costs, self.floors(model), sum(even))
+        return {name: allocation.between(even, best, part) for name, part in WAY.items()}
 
     # ---- report --------------------------------------------------------------------------------
 
@@ -308,7 +316,7 @@ class ExpertBudget(Search):
         chosen: Counts,
     ) -> list[str]:
         """What was tried, and how it did."""
-        from moe2edge import budgets
+        from moe2edge.numerics import bootstrap
 
         notes = []
         for counts, sums in judged.items():
@@ -316,16 +324,16 @@ class ExpertBudget(Search):
             taken = " (taken)" if counts == chosen else ""
             notes.append(
                 f"{names}{taken}: experts per MoE layer {' '.join(map(str, counts))}; KL to the "
-                f"source {budgets.mean_kl(sums):.4f}, loss {budgets.mean_loss(sums):.4f} nats per "
+                f"source {bootstrap.mean_kl(sums):.4f}, loss {bootstrap.mean_loss(sums):.4f} nats per "
                 f"token on {len(sums)} calibration samples"
             )
         return notes
 
     def _gain(self, mine: Sequence[Sums], even: Sequence[Sums]) -> str:
         """The difference to uniform on held-out samples, with intervals."""
-        from moe2edge import budgets
+        from moe2edge.numerics import bootstrap
 
-        loss, kl = budgets.differences(mine, even, self.seed)
+        loss, kl = bootstrap.differences(mine, even, self.seed)
         return (
             f"held out: taken minus uniform, nats per token, over {loss.samples} calibration "
             f"samples that nothing was chosen by: loss {loss}, KL {kl}"

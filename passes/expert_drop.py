@@ -8,12 +8,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from moe2edge import amounts, criteria
-from moe2edge.criteria import Criterion
+from moe2edge.calibration import criteria
+from moe2edge.calibration.criteria import Criterion
+from moe2edge.calibration.observation import Facts, Kind
 from moe2edge.errors import InputError
-from moe2edge.model import Model
-from moe2edge.pipeline import Facts, Kind, Outcome, Trim
-from moe2edge.refusals import refuse_replaced
+from moe2edge.model.model import Model
+from moe2edge.numerics import selection
+from moe2edge.pipeline.checks import refuse_replaced
+from moe2edge.pipeline.contract import Outcome, Trim
 
 # Super experts are looked for in this part of the blocks, from the first (REAP's code).
 GUARDED_PART, GUARDED_QUANTILE, GUARDED_RATIO = 0.75, 0.995, 0.1
@@ -24,7 +26,7 @@ Ids = Mapping[int, list[int]]
 class ExpertDrop(Trim):
     """Keep the experts of highest saliency, in their old order.
 
-    Formulas of the criteria are in `moe2edge.saliency`. Experts and router rows go together; the
+    Formulas of the criteria are in `moe2edge.numerics.saliency`. Experts and router rows go together; the
     softmax over the rows that stay renormalizes by itself. A layer with one expert left becomes a
     plain MLP, one with none left is gone (a shared expert stays).
     """
@@ -82,7 +84,7 @@ class ExpertDrop(Trim):
         """
         if isinstance(self.keep, list):
             return self.keep[position]
-        return amounts.kept(self.keep, experts)
+        return selection.kept(self.keep, experts)
 
     def _counts(self, model: Model) -> dict[int, int]:
         """Experts that stay under scope layer, by block."""
@@ -150,13 +152,13 @@ class ExpertDrop(Trim):
         counts = self._counts(model)
         if self.scope == "global":
             floors, full = list(self._floors(model).values()), model.expert_counts
-            planned = amounts.as_uneven_as_may_be(floors, full, sum(counts.values()))
+            planned = selection.as_uneven_as_may_be(floors, full, sum(counts.values()))
             counts = dict(zip(counts, planned, strict=True))
         return self._kept(model, {index: list(range(n)) for index, n in counts.items()})
 
     def observers(self) -> tuple[Kind, ...]:
         """What the criterion and the guard need to know."""
-        from moe2edge.saliency import OutputObserver
+        from moe2edge.calibration.router_observers import OutputObserver
 
         kinds = criteria.observers(self.criterion)
         if self.protect_super_experts and OutputObserver not in kinds:
@@ -196,7 +198,9 @@ class ExpertDrop(Trim):
         """The best of each layer; with scope global each layer's floor, then the best of all."""
         counts = self._counts(model)
         sure = counts if self.scope == "layer" else self._floors(model)
-        ids = {index: sorted(criteria.ranking(row)[: sure[index]]) for index, row in scores.items()}
+        ids = {
+            index: sorted(selection.ranking(row)[: sure[index]]) for index, row in scores.items()
+        }
         left = sum(counts.values()) - sum(sure.values())
         others = [
             (-score, index, expert)
@@ -226,7 +230,7 @@ def _super_experts(model: Model, facts: Facts) -> list[tuple[int, int]]:
     """
     import torch
 
-    from moe2edge.saliency import OutputObserver
+    from moe2edge.calibration.router_observers import OutputObserver
 
     layers = facts[OutputObserver].layers
     last = GUARDED_PART * len(model.blocks)

@@ -8,22 +8,24 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from moe2edge import amounts, criteria
-from moe2edge.criteria import Criterion
+from moe2edge.calibration import criteria
+from moe2edge.calibration.criteria import Criterion
+from moe2edge.calibration.observation import Facts, Kind, Observer
 from moe2edge.errors import InputError
-from moe2edge.layers import PARTS, Member, MoELayer
-from moe2edge.memory import Need
-from moe2edge.model import Block, Model
-from moe2edge.pipeline import Facts, Kind, Lab, Observer, Outcome, Search, planned
-from moe2edge.refusals import refuse_replaced, refuse_slimmed
+from moe2edge.model.layers import PARTS, Member, MoELayer, planned
+from moe2edge.model.model import Block, Model
+from moe2edge.pipeline import checks
+from moe2edge.pipeline.checks import refuse_replaced, refuse_slimmed
+from moe2edge.pipeline.contract import Lab, Outcome, Search
+from moe2edge.runtime.memory import Need
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from moe2edge.layers import Weight
-    from moe2edge.merging import Group, Matrices, Sums
-    from moe2edge.walk import Seen
+    from moe2edge.calibration.observation import Seen
+    from moe2edge.model.layers import Weight
+    from moe2edge.numerics.expert_groups import Group, Matrices, Sums
 
 Method = Literal["hc-smoe", "m-smoe", "ream"]
 
@@ -44,7 +46,7 @@ class ExpertMerge(Search):
     HC-SMoE (https://arxiv.org/abs/2410.08589) clusters mean outputs, M-SMoE
     (https://arxiv.org/abs/2310.01334) lets experts join the often used one with the most similar
     router logits, REAM (https://arxiv.org/abs/2604.04356) lets the most salient experts absorb
-    their neighbours. Formulas are in `moe2edge.merging`.
+    their neighbours. Formulas are in `moe2edge.numerics.expert_groups`.
     """
 
     method: Annotated[Method, Field(description="how experts are grouped, aligned and weighted")]
@@ -84,7 +86,7 @@ class ExpertMerge(Search):
     @field_validator("keep", mode="before")
     @classmethod
     def _keep_is_sensible(cls, value: object) -> object:
-        return amounts.check_keep(value)
+        return checks.check_keep(value)
 
     @model_validator(mode="after")
     def _limit_goes_with_ream(self) -> Self:
@@ -107,7 +109,7 @@ class ExpertMerge(Search):
 
     def _left(self, model: Model) -> dict[int, int]:
         """How many experts are left, by the index of their block."""
-        counts = amounts.kept_in_layers(self.keep, model.expert_counts, "expert_merge")
+        counts = checks.kept_in_layers(self.keep, model.expert_counts, "expert_merge")
         blocks = [block.index for block, _ in model.moe_blocks]
         return dict(zip(blocks, counts, strict=True))
 
@@ -177,8 +179,8 @@ class ExpertMerge(Search):
 
     def need(self, model: Model, tokens: int) -> Need:
         """Sums over tokens, samples of them, one stream, and merged experts of a layer."""
-        from moe2edge.merging import nbytes
-        from moe2edge.walk import BATCH_TOKENS
+        from moe2edge.calibration.walk import BATCH_TOKENS
+        from moe2edge.numerics.expert_groups import nbytes
 
         step, hidden = self.resolved(model), model.family.geometry(model.config).hidden
         experts = max(model.expert_counts)
@@ -200,7 +202,7 @@ class ExpertMerge(Search):
 
     def search(self, lab: Lab) -> Outcome:
         """Group and merge block after block."""
-        from moe2edge import walk
+        from moe2edge.calibration import walk
 
         step = self.resolved(lab.model)
         merger = _Merger(step, lab, self._left(lab.model))
@@ -232,8 +234,8 @@ def _role(block: Block, place: int, part: str) -> str:
 
 def _numbers(layer: MoELayer, n: int) -> Matrices:
     """Numbers of an expert, float32."""
-    from moe2edge.merging import Matrices
-    from moe2edge.modules import finite
+    from moe2edge.numerics.expert_groups import Matrices
+    from moe2edge.runtime.decoder_blocks import finite
 
     expert = layer.experts[n]
     return Matrices(finite(expert.gate), finite(expert.up), finite(expert.down))
@@ -299,7 +301,7 @@ class _Merger:
 
     def see(self, seen: Seen) -> None:
         """Add one batch."""
-        from moe2edge.merging import Sums
+        from moe2edge.numerics.expert_groups import Sums
 
         layer, routing, method = seen.block.mlp, seen.routing, self.step.method
         if not isinstance(layer, MoELayer) or routing is None:
@@ -344,28 +346,28 @@ class _Merger:
         return merged
 
     def _groups(self, kept: int, sums: Sums, scores: Sequence[float]) -> tuple[Group, ...]:
-        from moe2edge import merging
-        from moe2edge.bases import cosines
+        from moe2edge.numerics import expert_groups
+        from moe2edge.numerics.expert_groups import cosines
 
         if self.step.method == "hc-smoe":
-            return merging.cluster(sums.outputs / sums.tokens, kept, scores)
+            return expert_groups.cluster(sums.outputs / sums.tokens, kept, scores)
         if self.step.method == "m-smoe":
-            return merging.join_nearest(cosines(sums.logits), kept, scores)
+            return expert_groups.join_nearest(cosines(sums.logits), kept, scores)
         limit = self.step.group_limit or GROUP_LIMIT
-        return merging.absorb(merging.ream_similarity(sums), kept, scores, limit)
+        return expert_groups.absorb(expert_groups.ream_similarity(sums), kept, scores, limit)
 
     def _orders(
         self, layer: MoELayer, groups: Sequence[Group], inputs: Tensor
     ) -> dict[int, torch.Tensor]:
         """Of experts that are not centroids, the order of neurons of theirs; empty: as they are."""
-        from moe2edge import merging
+        from moe2edge.numerics import expert_groups
 
         if not self.step.align:
             return {}
         everyone = range(len(layer.experts))
         found = None
         if self.step.method == "ream":
-            found = merging.layer_axes(
+            found = expert_groups.layer_axes(
                 lambda: (_numbers(layer, n) for n in everyone), self.step.seed
             )
         orders = {}
@@ -373,7 +375,7 @@ class _Merger:
             first = _numbers(layer, centroid) if others else None
             for n in others:
                 assert first is not None
-                orders[n] = merging.aligned(first, _numbers(layer, n), inputs, found)
+                orders[n] = expert_groups.aligned(first, _numbers(layer, n), inputs, found)
         return orders
 
     def _mean(
@@ -385,9 +387,9 @@ class _Merger:
         orders: Mapping[int, Tensor],
     ) -> Matrices:
         """What takes the place of a group."""
-        from moe2edge import merging
+        from moe2edge.numerics import expert_groups
 
-        weights = merging.shares([scores[n] for n in group])
+        weights = expert_groups.shares([scores[n] for n in group])
         if weights is None:
             origins = [layer.experts[n].origin for n in group]
             self.notes.append(
@@ -400,7 +402,7 @@ class _Merger:
                 numbers = _numbers(layer, n)
                 yield weight, numbers.permuted(orders[n]) if n in orders else numbers
 
-        return merging.weighted_mean(experts())
+        return expert_groups.weighted_mean(experts())
 
     def _account(
         self,
@@ -411,7 +413,7 @@ class _Merger:
         outputs: Tensor,
     ) -> None:
         """Tell which were merged, and what it does to the output of the layer."""
-        from moe2edge.walk import BlockRunner
+        from moe2edge.calibration.walk import BlockRunner
 
         origins = block.expert_origins
         told = [

@@ -6,17 +6,19 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from moe2edge import amounts, criteria
-from moe2edge.criteria import Criterion
+from moe2edge.calibration import criteria
+from moe2edge.calibration.criteria import Criterion
 from moe2edge.errors import InputError
-from moe2edge.layers import MoELayer
-from moe2edge.memory import Need
-from moe2edge.model import Model
-from moe2edge.pipeline import Lab, Outcome, Search
-from moe2edge.refusals import refuse_slimmed
+from moe2edge.model.layers import MoELayer
+from moe2edge.model.model import Model
+from moe2edge.numerics import selection
+from moe2edge.pipeline import checks
+from moe2edge.pipeline.checks import refuse_slimmed
+from moe2edge.pipeline.contract import Lab, Outcome, Search
+from moe2edge.runtime.memory import Need
 
 if TYPE_CHECKING:
-    from moe2edge.basing import Sharing
+    from moe2edge.passes._replace_bases import Sharing
 
 # Rank that nobody chose: this part of an expert's narrower side.
 RANK_PART = {"linear": 16, "base": 64, "svd": 4}
@@ -42,9 +44,9 @@ class ExpertReplace(Search):
     ``constant`` and ``linear`` answer in an expert's place, and their answer is multiplied with its
     gate weight: MoNE's novice (https://arxiv.org/abs/2507.00390) with the gate-weighted mean, and
     the gate-weighted reduced-rank ridge regression of the expert's output on its input; formulas
-    are in `moe2edge.substitution`. ``base`` is LightMoE (https://arxiv.org/abs/2603.12645): groups
+    are in `moe2edge.numerics.reduced_rank`. ``base`` is LightMoE (https://arxiv.org/abs/2603.12645): groups
     of experts share one expert's matrices, and each has factors of low rank of its own, see
-    `moe2edge.bases`. ``svd`` is its control: each expert becomes factors of low rank by itself.
+    `moe2edge.numerics.base_sharing`. ``svd`` is its control: each expert becomes factors of low rank by itself.
     """
 
     model_config = ConfigDict(validate_by_name=True)
@@ -142,12 +144,12 @@ class ExpertReplace(Search):
     @field_validator("keep", mode="before")
     @classmethod
     def _keep_is_sensible(cls, value: object) -> object:
-        return amounts.check_keep(value)
+        return checks.check_keep(value)
 
     @field_validator("budget", mode="before")
     @classmethod
     def _budget_is_sensible(cls, value: object) -> object:
-        return amounts.check_amount(value)
+        return checks.check_amount(value)
 
     @model_validator(mode="after")
     def _options_go_together(self) -> ExpertReplace:
@@ -201,7 +203,7 @@ class ExpertReplace(Search):
 
     @property
     def _sharing(self) -> Sharing:
-        from moe2edge.basing import Sharing
+        from moe2edge.passes._replace_bases import Sharing
 
         group = self.group_size if self.kind == "base" else None
         return Sharing(self.budget or 0, self._rank, group)
@@ -209,7 +211,7 @@ class ExpertReplace(Search):
     def _replaced(self, model: Model) -> dict[int, int]:
         """How many experts go, by the index of their block; where `keep` says so."""
         sizes = model.expert_counts
-        counts = amounts.kept_in_layers(self.keep or 0, sizes, "expert_replace")
+        counts = checks.kept_in_layers(self.keep or 0, sizes, "expert_replace")
         return {
             block.index: size - count
             for (block, _), size, count in zip(model.moe_blocks, sizes, counts, strict=True)
@@ -233,8 +235,8 @@ class ExpertReplace(Search):
 
     def _check_budget(self, model: Model) -> None:
         """Refuse budgets below what each layer takes with one expert and constants, or all."""
-        from moe2edge.basing import experts_nbytes
-        from moe2edge.substituting import size_of
+        from moe2edge.passes._replace_bases import experts_nbytes
+        from moe2edge.passes._replace_substitutes import size_of
 
         whole, budget = experts_nbytes(model), self._budget(model)
         told = f"expert_replace: the budget is {budget:,} bytes of the {whole:,} that experts take"
@@ -255,8 +257,8 @@ class ExpertReplace(Search):
 
     def _share_of(self, model: Model, layer: MoELayer) -> int:
         """Bytes of the experts of a layer, where each layer has the same part of the budget."""
-        from moe2edge.basing import experts_nbytes
-        from moe2edge.substituting import size_of
+        from moe2edge.passes._replace_bases import experts_nbytes
+        from moe2edge.passes._replace_substitutes import size_of
 
         old = _old_nbytes(layer)
         whole = len(layer.experts) * size_of(layer).expert + old
@@ -287,13 +289,13 @@ class ExpertReplace(Search):
 
     def _budget(self, model: Model) -> int:
         """In bytes."""
-        from moe2edge.basing import experts_nbytes
+        from moe2edge.passes._replace_bases import experts_nbytes
 
-        return amounts.number(self.budget or 0, experts_nbytes(model))
+        return selection.number(self.budget or 0, experts_nbytes(model))
 
     def plan(self, model: Model) -> Model:
         """Each layer with replacements for its last experts."""
-        from moe2edge.substituting import substituted
+        from moe2edge.passes._replace_substitutes import substituted
 
         if self.shares:
             return self._sharing.plan(model)
@@ -310,7 +312,7 @@ class ExpertReplace(Search):
 
     def _plan_budget(self, model: Model) -> Model:
         """Each layer with maps for half of its experts or more, and ranks that fill its budget."""
-        from moe2edge.substituting import RANK_STEP, size_of, substituted
+        from moe2edge.passes._replace_substitutes import RANK_STEP, size_of, substituted
 
         before = model
         for block, layer in model.moe_blocks:
@@ -325,7 +327,8 @@ class ExpertReplace(Search):
 
     def need(self, model: Model, tokens: int) -> Need:
         """Sums over tokens of all experts of a layer that may go, and one stream."""
-        from moe2edge import bases, substitution
+        from moe2edge.numerics import reduced_rank
+        from moe2edge.passes import _replace_bases
 
         hidden = model.family.geometry(model.config).hidden
         every = self.shares or self.allots or self.criterion in (None, "residual")
@@ -334,12 +337,12 @@ class ExpertReplace(Search):
         if not self.shares:
             if every:
                 remedy = "set keep, and a criterion other than residual, or do it on a larger one"
-            sums = substitution.nbytes(hidden, max(counts), maps=self.kind == "linear")
+            sums = reduced_rank.nbytes(hidden, max(counts), maps=self.kind == "linear")
         elif self.kind == "base" and self.factors == "zero":
             sums = 0
         else:
             remedy = "do it on a larger one" if self.kind == "svd" else "set factors to zero"
-            sums = max(bases.nbytes(layer) for _, layer in model.moe_blocks)
+            sums = max(_replace_bases.nbytes(layer) for _, layer in model.moe_blocks)
         return Need(
             sums + 4 * tokens * hidden,
             f"expert_replace sums up what up to {max(counts)} experts of a layer do",
@@ -354,9 +357,9 @@ class ExpertReplace(Search):
         return step._share(lab) if self.shares else step._substitute(lab)
 
     def _substitute(self, lab: Lab) -> Outcome:
-        from moe2edge import walk
-        from moe2edge.basing import check_budget
-        from moe2edge.substituting import Fitter
+        from moe2edge.calibration import walk
+        from moe2edge.passes._replace_bases import check_budget
+        from moe2edge.passes._replace_substitutes import Fitter
 
         scores: dict[int, list[float]] | None = None
         if self.criterion is not None and self.criterion != "residual":
@@ -392,13 +395,14 @@ class ExpertReplace(Search):
 
     def _share(self, lab: Lab) -> Outcome:
         """Score all layers, choose, then build block after block."""
-        from moe2edge import bases, walk
-        from moe2edge.basing import Builder, similarity
+        from moe2edge.calibration import router_observers, walk
+        from moe2edge.numerics import base_sharing
+        from moe2edge.passes._replace_bases import Builder, similarity
 
         criterion: Criterion = self.criterion or "soft-frequency"  # type: ignore[assignment]
-        kinds = (bases.RouterOutputObserver, *criteria.observers(criterion))
+        kinds = (router_observers.RouterOutputObserver, *criteria.observers(criterion))
         facts = walk.gather(lab.model, lab.tokens, kinds, lab.watcher.advance, "scores", lab.memory)
-        seen, blocks = facts[bases.RouterOutputObserver], lab.model.moe_blocks
+        seen, blocks = facts[router_observers.RouterOutputObserver], lab.model.moe_blocks
         scores = [criteria.scores(criterion, b, facts, self.seed) for b, _ in blocks]
         if min(map(min, scores)) < 0:
             raise InputError(
@@ -413,7 +417,7 @@ class ExpertReplace(Search):
             if sharing.group is not None
         ]
         groupings = sharing.groupings(
-            lab.model, scores, bases.depth_factors(norms, self.depth_correction), similar
+            lab.model, scores, base_sharing.depth_factors(norms, self.depth_correction), similar
         )
         indices = [block.index for block, _ in blocks]
         builder = Builder(

@@ -9,19 +9,20 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from moe2edge.amounts import check_amount, kept
 from moe2edge.errors import InputError
-from moe2edge.layers import MoELayer
-from moe2edge.model import Block, Model
-from moe2edge.pipeline import Lab, Outcome, Search
-from moe2edge.refusals import refuse_replaced
+from moe2edge.model.layers import MoELayer
+from moe2edge.model.model import Block, Model
+from moe2edge.numerics.selection import kept
+from moe2edge.pipeline.checks import check_amount, refuse_replaced
+from moe2edge.pipeline.contract import Lab, Outcome, Search
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from moe2edge.calibration.evidence import Gatherer
+    from moe2edge.calibration.observation import Seen
+    from moe2edge.numerics.subset_loss import Evidence, Found
     from moe2edge.progress import Advance
-    from moe2edge.subsets import Evidence, Found, Gatherer
-    from moe2edge.walk import Seen
 
 
 class ExpertSearch(Search):
@@ -32,7 +33,7 @@ class ExpertSearch(Search):
     one norm per batch, so that its choice depends on the batch size; here it is one norm over all
     tokens. Sets of equal loss: the first in lexicographic order of what is kept.
 
-    Every expert runs once on every token, and sets only re-weight (`moe2edge.subsets`). Dynamic
+    Every expert runs once on every token, and sets only re-weight (`moe2edge.numerics.subset_loss`). Dynamic
     skipping comes after this pass: its thresholds belong to the experts that stay.
     """
 
@@ -93,7 +94,7 @@ class ExpertSearch(Search):
 
     def tries(self, experts: int) -> int:
         """Losses computed at most for a layer of so many experts."""
-        from moe2edge.subsets import beam_tries
+        from moe2edge.numerics.subset_loss import beam_tries
 
         kept = self.count(experts)
         if self.is_exhaustive(experts):
@@ -152,8 +153,8 @@ class ExpertSearch(Search):
         Raises:
             DoesNotFit: the machine lacks the memory.
         """
-        from moe2edge import walk
-        from moe2edge.subsets import Gatherer
+        from moe2edge.calibration import walk
+        from moe2edge.calibration.evidence import Gatherer
 
         layers = self._layers(lab.model)
         self._state_cost(lab, layers)
@@ -173,12 +174,12 @@ class ExpertSearch(Search):
 
     def _state_cost(self, lab: Lab, layers: Mapping[int, MoELayer]) -> None:
         """Say what the search will cost before it starts."""
-        from moe2edge import subsets
-        from moe2edge.memory import check as check_memory
+        from moe2edge.numerics import subset_loss
+        from moe2edge.runtime.memory import check as check_memory
 
-        tokens = len(subsets.spread(lab.tokens.numel(), self.tokens))
+        tokens = len(subset_loss.spread(lab.tokens.numel(), self.tokens))
         counts = [len(layer.experts) for layer in layers.values()]
-        needed = max(subsets.evidence_bytes(tokens, experts) for experts in counts)
+        needed = max(subset_loss.evidence_bytes(tokens, experts) for experts in counts)
         tries = sorted({self.tries(experts) for experts in counts})
         other = "greedy" if self.method == "greedy" else f"beam of {self.width}"
         methods = sorted({"exhaustive" if self.is_exhaustive(n) else other for n in counts})
@@ -211,7 +212,7 @@ class ExpertSearch(Search):
 
     def choose(self, evidence: Evidence, advance: Advance, label: str) -> Found:
         """The set to keep in one layer."""
-        from moe2edge import subsets
+        from moe2edge.numerics import subset_loss
 
         keep = self.count(evidence.experts)
 
@@ -219,8 +220,8 @@ class ExpertSearch(Search):
             advance(label, done, total)
 
         if self.is_exhaustive(evidence.experts):
-            return subsets.exhaustive(evidence, keep, progress)
-        return subsets.beam(evidence, keep, self.beam_width, progress)
+            return subset_loss.exhaustive(evidence, keep, progress)
+        return subset_loss.beam(evidence, keep, self.beam_width, progress)
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,12 @@ from typing import Annotated
 
 from pydantic import Field
 
+from moe2edge.calibration.observation import Facts, Kind
 from moe2edge.errors import InputError
-from moe2edge.layers import MoELayer
-from moe2edge.model import Model
-from moe2edge.pipeline import Facts, Kind, Outcome, Trim
-from moe2edge.refusals import refuse_replaced
+from moe2edge.model.layers import MoELayer
+from moe2edge.model.model import Model
+from moe2edge.pipeline.checks import refuse_replaced
+from moe2edge.pipeline.contract import Outcome, Trim
 
 
 class ExpertSkip(Trim):
@@ -19,7 +20,7 @@ class ExpertSkip(Trim):
 
     With two experts per token this is the rule of https://arxiv.org/abs/2402.14800: the second is
     left out where its weight is below beta times the first's, beta being the median of that ratio
-    over calibration tokens; for more, see `moe2edge.skipping`. The weights that stay are scaled to
+    over calibration tokens; for more, see `moe2edge.calibration.router_observers`. The weights that stay are scaled to
     sum to one where the router does so. All experts stay in the model.
 
     Attributes:
@@ -52,15 +53,16 @@ class ExpertSkip(Trim):
 
     def observers(self) -> tuple[Kind, ...]:
         """Ratios of the weights of chosen experts."""
-        from moe2edge.skipping import RatioObserver
+        from moe2edge.calibration.router_observers import RatioObserver
 
         return (RatioObserver,)
 
     def apply(self, model: Model, facts: Facts) -> Outcome:
         """Thresholds from the routers as they were when the stage began."""
-        from moe2edge import skipping
+        from moe2edge.calibration import router_observers
+        from moe2edge.numerics import skipping
 
-        ratios = facts[skipping.RatioObserver].ratios
+        ratios = facts[router_observers.RatioObserver].ratios
         below = {
             block.origin: skipping.thresholds(
                 ratios[block.origin][:, : layer.router.top_k - 1], self.quantile

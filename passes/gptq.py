@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import Field
 
 from moe2edge.errors import InputError
-from moe2edge.model import Block, Model
-from moe2edge.pipeline import GateWeighted, Group, GroupSolver, MinTokens, Solved
-from moe2edge.quantize import Quantize, Scales
-from moe2edge.scheme import Scheme
+from moe2edge.model.model import Block, Model
+from moe2edge.numerics.scheme import Scheme
+from moe2edge.passes._quantize import Quantize, Scales
+from moe2edge.pipeline.solver import GateWeighted, Group, GroupSolver, MinTokens, Solved
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from moe2edge import feedback
-    from moe2edge.rounding import Quantized
+    from moe2edge.numerics import error_feedback
+    from moe2edge.numerics.grid import Quantized
 
 
 class Gptq(Quantize):
@@ -105,9 +105,11 @@ class Gptq(Quantize):
 
     def describe(self, model: Model) -> str:
         """Schemes, and what the work is done with, in a line."""
-        from moe2edge import native
+        from moe2edge.numerics import compiled
 
-        loops = "" if native.is_built() else "; loops in torch, slower: no compiled ones were built"
+        loops = (
+            "" if compiled.is_built() else "; loops in torch, slower: no compiled ones were built"
+        )
         dtype = self.resolved(model).compute
         return f"{super().describe(model)}; outputs of experts in {dtype}{loops}"
 
@@ -144,14 +146,14 @@ class _Solver:
         """
         import torch
 
-        from moe2edge import feedback
+        from moe2edge.numerics import error_feedback
 
         places = self._places(block, groups[0])
         if not places:
             return Solved({})
         hessians, notes = self._hessians(block, groups)
         reference = sum(
-            feedback.output_size(weight.load(), hessian)
+            error_feedback.output_size(weight.load(), hessian)
             for group, hessian in zip(groups, hessians, strict=True)
             for weight in group.weights.values()
         )
@@ -162,11 +164,11 @@ class _Solver:
             for hessian, rows, order in zip(hessians, space, orders, strict=True):
                 torch.index_select(hessian, 0, order, out=rows)
                 # Of what is above the diagonal nobody asks.
-                for start in range(0, len(order), feedback.HESSIAN_COLUMNS):
-                    part = slice(start, start + feedback.HESSIAN_COLUMNS)
+                for start in range(0, len(order), error_feedback.HESSIAN_COLUMNS):
+                    part = slice(start, start + error_feedback.HESSIAN_COLUMNS)
                     left = order[: part.stop]
                     hessian[part, : len(left)] = rows[part].index_select(1, left)
-        factors, fine = feedback.factorize(hessians, self._options.damping, space)
+        factors, fine = error_feedback.factorize(hessians, self._options.damping, space)
         notes += [
             f"block {block.index}: {', '.join(group.weights)}: the Hessian is singular: rounded"
             for group, good in zip(groups, fine, strict=True)
@@ -203,7 +205,7 @@ class _Solver:
         """Matrices of each group below one another, float32 [batch, out, in]."""
         import torch
 
-        from moe2edge.modules import finite
+        from moe2edge.runtime.decoder_blocks import finite
 
         rows = sum(groups[0].weights[role].shape[0] for role in parts[0])
         found = torch.empty(len(groups), rows, groups[0].shapes[0][1], device=self.device)
@@ -231,7 +233,7 @@ class _Solver:
         self,
         weights: Tensor,
         scheme: Scheme,
-        factors: feedback.Factors,
+        factors: error_feedback.Factors,
         orders: Tensor | None,
         diagonals: Tensor,
         *,
@@ -240,8 +242,8 @@ class _Solver:
         """Quantized ``weights`` [batch, out, in], and their losses."""
         import torch
 
-        from moe2edge import feedback
-        from moe2edge.rounding import choose_grid
+        from moe2edge.numerics import error_feedback
+        from moe2edge.numerics.rounding import choose_grid
 
         batch, _, ins = weights.shape
         how = self._options.scales
@@ -250,14 +252,14 @@ class _Solver:
         groups = groups.expand(batch, ins)
         fixed = orders is not None or scheme.groups(ins) == 1
         grid = choose_grid(weights, scheme, how if fixed else "absmax", diagonals)
-        columns = feedback.transposed(weights)
+        columns = error_feedback.transposed(weights)
         del weights  # nobody else has it
         if orders is not None:
             groups = groups.gather(1, orders)
-            columns = feedback.rows_at(columns, orders)
-            mask = None if mask is None else feedback.rows_at(mask.mT, orders).mT
-        rounder = feedback.GridRounder(groups, grid, None if fixed else how, mask)
-        loss = feedback.solve(columns, factors, rounder, self.dtype)
+            columns = error_feedback.rows_at(columns, orders)
+            mask = None if mask is None else error_feedback.rows_at(mask.mT, orders).mT
+        rounder = error_feedback.GridRounder(groups, grid, None if fixed else how, mask)
+        loss = error_feedback.solve(columns, factors, rounder, self.dtype)
         q, grid = rounder.integers(orders).cpu(), rounder.grid.cpu()
         return [grid[n].quantized(q[n]) for n in range(batch)], loss
 
@@ -265,7 +267,7 @@ class _Solver:
         """Hessians [batch, in, in], and which experts saw few tokens."""
         import torch
 
-        from moe2edge import feedback
+        from moe2edge.numerics import error_feedback
 
         ins = groups[0].shapes[0][1]
         hessians = self._space(0, torch.Size((len(groups), ins, ins)))
@@ -278,7 +280,7 @@ class _Solver:
                     hessian.zero_()
                     continue
                 batches = group.everyone
-            feedback.sum_hessian(hessian, batches(), weighted=self._options.gate_weighted)
+            error_feedback.sum_hessian(hessian, batches(), weighted=self._options.gate_weighted)
         return hessians, notes
 
 

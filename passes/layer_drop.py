@@ -6,19 +6,20 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
-from moe2edge.amounts import DropAlike
-from moe2edge.model import Model
-from moe2edge.pipeline import Facts, Kind, Outcome
+from moe2edge.calibration.observation import Facts, Kind
+from moe2edge.model.model import Model
+from moe2edge.passes._drop_alike import DropAlike
+from moe2edge.pipeline.contract import Outcome
 
 if TYPE_CHECKING:
-    from moe2edge.model import Block
+    from moe2edge.model.model import Block
 
 
 class LayerDrop(DropAlike):
     """Drop the MoE layers whose input and output are most alike (Layer Drop).
 
     Layers are scored once, on the model as it stood when the stage began
-    (https://arxiv.org/abs/2406.02500; formulas in `moe2edge.similarity.LayerSimilarity`). Dense
+    (https://arxiv.org/abs/2406.02500; formulas in `moe2edge.calibration.similarity.LayerSimilarity`). Dense
     layers are never dropped, a shared expert goes with its layer, and one MoE layer stays.
     """
 
@@ -47,13 +48,13 @@ class LayerDrop(DropAlike):
 
     def observers(self) -> tuple[Kind, ...]:
         """Similarities of what goes into MoE layers and what comes out."""
-        from moe2edge.similarity import LayerSimilarityObserver
+        from moe2edge.calibration.similarity import LayerSimilarityObserver
 
         return (LayerSimilarityObserver,)
 
     def apply(self, model: Model, facts: Facts) -> Outcome:
         """Drop the most redundant layers; ties go to the deeper one."""
-        from moe2edge.similarity import LayerSimilarityObserver
+        from moe2edge.calibration.similarity import LayerSimilarityObserver
 
         found = facts[LayerSimilarityObserver]
         by_run = found.with_norm if self.norm else found.without_norm

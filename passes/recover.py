@@ -12,18 +12,17 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from moe2edge.errors import InputError
-from moe2edge.layers import Always, Expert, MoELayer
-from moe2edge.model import Block, Model, is_quantizable
-from moe2edge.pipeline import Lab, Outcome
-from moe2edge.training import Cost, Train
+from moe2edge.model.layers import Always, Expert, MoELayer
+from moe2edge.model.model import Block, Model, is_quantizable
+from moe2edge.pipeline.contract import Cost, Lab, Outcome, Train
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from moe2edge.recovery import Anneals, Recovered, Settings
-    from moe2edge.teacher import Objective
-    from moe2edge.training_state import States
+    from moe2edge.passes._recover_state import States
+    from moe2edge.passes._recover_teacher import Objective
+    from moe2edge.passes._recover_trainer import Anneals, Recovered, Settings
 
 # Bytes of a parameter in float32; of one that is trained besides: its gradient and the two moments
 # of AdamW, and the best weights so far.
@@ -46,7 +45,7 @@ class Recover(Train):
     """Train the model on the training text, as a whole or in part; the best weights stay.
 
     The loss is next-token cross-entropy (``text``), or the distance from the source's next-token
-    distribution (``distill``, see `moe2edge.teacher`), which is computed once and kept on the disk.
+    distribution (``distill``, see `moe2edge.passes._recover_teacher`), which is computed once and kept on the disk.
     The learning rate rises, then falls as a cosine (AdamW). Which weights are best is decided by
     perplexity on samples at the end of the training text, which are not trained on.
     """
@@ -149,7 +148,7 @@ class Recover(Train):
 
     def _check_lora(self, model: Model) -> None:
         """Refuse to go on without peft, and ranks that matrices do not have."""
-        from moe2edge.lora import check_installed
+        from moe2edge.passes._recover_lora import check_installed
 
         check_installed()
         for block in model.blocks:
@@ -189,7 +188,7 @@ class Recover(Train):
 
     def cost(self, model: Model, samples: int, length: int) -> Cost:
         """By the formulas of docs/recovery.md."""
-        from moe2edge import recovery, teacher
+        from moe2edge.passes import _recover_teacher, _recover_trainer
 
         trained, extra = self._sizes(model)
         if self.anneal is not None:  # the experts that members were
@@ -197,13 +196,13 @@ class Recover(Train):
                 NUMBER * layer.experts[0].count * len(layer.sharing)
                 for _, layer in model.moe_blocks
             )
-        at_once = min(self.batch, recovery.samples_at_once(length))
+        at_once = min(self.batch, _recover_trainer.samples_at_once(length))
         numbers = NUMBER * model.parameters
         logits = 3 if self.loss == "text" else 5 if self.text_share else 4
         training = TRAINED * trained + extra + activations(model, at_once * length, logits)
         saved = 2 * SAVED * trained + sum(weight.nbytes for _, _, weight in model.tensors())
         if self.loss == "distill":
-            saved += teacher.nbytes(samples - self.held_out, length, self.top_logits)
+            saved += _recover_teacher.nbytes(samples - self.held_out, length, self.top_logits)
         if self.place().type == "cuda":
             return Cost(numbers + BEST * trained, saved, numbers + training)
         return Cost(numbers + BEST * trained + training, saved)
@@ -236,8 +235,8 @@ class Recover(Train):
         Raises:
             Diverged: the loss is no number any more.
         """
-        from moe2edge import trained
-        from moe2edge.training_state import States
+        from moe2edge.passes import _recover_parameters
+        from moe2edge.passes._recover_state import States
 
         if lab.training is None:
             raise AssertionError("recover got no text to train on")
@@ -247,14 +246,14 @@ class Recover(Train):
             recovered, state = self._trained(lab, lab.training, States(folder))
         model, after = lab.model, None
         if state:
-            model = trained.with_numbers(model, state, lab.store)
+            model = _recover_parameters.with_numbers(model, state, lab.store)
             after = self._as_stored(lab, model, recovered.progress.best)
         before = recovered.progress.history[0].perplexity
         better = after is not None and after < (1 - NOISE) * before
         notes, figures = self._account(recovered, after, better=better)
         if not better:
             return Outcome(lab.model, notes=notes, figures=figures)
-        known = trained.places(lab.model)
+        known = _recover_parameters.places(lab.model)
         changed = dict.fromkeys(
             known[name].name if known[name].block is None else f"block {known[name].block}"
             for name in state
@@ -263,14 +262,15 @@ class Recover(Train):
 
     def _as_stored(self, lab: Lab, model: Model, perplexity: float) -> float:
         """Held-out perplexity of a model whose ``perplexity`` before rounding is known."""
-        from moe2edge import quality, walk
+        from moe2edge.calibration import walk
+        from moe2edge.numerics import metrics
 
         assert lab.training is not None
         if all(weight.dtype == "F32" for _, _, weight in model.tensors()):
             return perplexity
         ids, label = lab.training[-self.held_out :], "recover: what is stored"
         hidden = walk.observe(model, ids, (), lab.watcher.advance, label, lab.memory)
-        return quality.measure(ids, walk.head_logits(model, hidden), None).perplexity
+        return metrics.measure(ids, walk.head_logits(model, hidden), None).perplexity
 
     def _tell_cost(self, lab: Lab, samples: int, length: int) -> None:
         """Say what it will take before it starts.
@@ -295,24 +295,28 @@ class Recover(Train):
         """What came of it, and the parameters that it changed by name; none if none got better."""
         import torch
 
-        from moe2edge import lora, trained
-        from moe2edge.loading import to_transformers
-        from moe2edge.recovery import Trainer
+        from moe2edge.passes import _recover_lora, _recover_parameters
+        from moe2edge.passes._recover_trainer import Trainer
+        from moe2edge.runtime.load import to_transformers
 
         text, held_out = tokens[: -self.held_out], tokens[-self.held_out :]
         saved = states.progress()
         over = saved is not None and saved.finished
         objective = self._objective(lab, text, states.folder, over=over)
-        names = trained.selected(lab.model, lambda block, role: self._wants(block, role))
+        names = _recover_parameters.selected(
+            lab.model, lambda block, role: self._wants(block, role)
+        )
         loaded: Any = to_transformers(lab.model, torch.float32, packed=False)
-        trained.check(lab.model, dict(loaded.named_parameters()))
+        _recover_parameters.check(lab.model, dict(loaded.named_parameters()))
         loaded.to(self.place())
         annealed = self._begin_annealing(lab, loaded)
         if self.train == "lora":
-            known = trained.places(lab.model)
+            known = _recover_parameters.places(lab.model)
             whole = [name for name in names if _is_whole(known[name].roles)]
             adapted = [name for name in names if not _is_whole(known[name].roles)]
-            loaded, parameters = lora.adapt(loaded, adapted, whole, self.lora_rank, self.seed)
+            loaded, parameters = _recover_lora.adapt(
+                loaded, adapted, whole, self.lora_rank, self.seed
+            )
         else:
             all_of_them = dict(loaded.named_parameters())
             parameters = {name: all_of_them[name] for name in names}
@@ -356,7 +360,7 @@ class Recover(Train):
 
     def _objective(self, lab: Lab, text: Tensor, folder: Path, *, over: bool) -> Objective:
         """The loss; of a training that is over none is computed any more."""
-        from moe2edge.teacher import Objective, Teacher
+        from moe2edge.passes._recover_teacher import Objective, Teacher
 
         if self.loss == "text" or over:
             return Objective()
@@ -364,7 +368,7 @@ class Recover(Train):
         return Objective(teacher, self.text_share, self.tail == "bucket")
 
     def _settings(self) -> Settings:
-        from moe2edge.recovery import Settings
+        from moe2edge.passes._recover_trainer import Settings
 
         return Settings(
             **{field.name: getattr(self, field.name) for field in dataclasses.fields(Settings)}
@@ -374,8 +378,8 @@ class Recover(Train):
         """Let experts that share a base begin as those that they were before they did."""
         if self.anneal is None:
             return []
-        from moe2edge.mixed import MixedExperts
-        from moe2edge.modules import finite
+        from moe2edge.runtime.decoder_blocks import finite
+        from moe2edge.runtime.mixed_experts import MixedExperts
 
         found: list[Anneals] = []
         unshared = lab.unshared or lab.source
@@ -401,13 +405,13 @@ class Recover(Train):
         names: Sequence[str],
     ) -> dict[str, Tensor]:
         """The best weights under the names of the transformers model, adapters merged."""
-        from moe2edge import lora
+        from moe2edge.passes import _recover_lora
 
         if self.train != "lora":
             return dict(best)
         for name, parameter in parameters.items():
             parameter.data.copy_(best[name])
-        merged = dict(lora.merge(loaded.cpu()).named_parameters())
+        merged = dict(_recover_lora.merge(loaded.cpu()).named_parameters())
         return {name: merged[name].detach() for name in names}
 
     def _account(
@@ -471,7 +475,7 @@ def activations(model: Model, tokens: int, logits: int) -> int:
 
 def _inside(block: Block, hidden: int) -> int:
     """Numbers that the MLP or the chosen experts of a block keep of a token."""
-    from moe2edge.roles import gated
+    from moe2edge.model.roles import gated
 
     if isinstance(layer := block.mlp, MoELayer):
         width = layer.experts[0].gate.shape[0]

@@ -8,17 +8,18 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from pydantic import Field
 
 from moe2edge.errors import InputError, Unsupported
-from moe2edge.layers import MoELayer
-from moe2edge.model import Block, Model
-from moe2edge.pipeline import Lab, Outcome, Search, Store
-from moe2edge.refusals import refuse_replaced
+from moe2edge.model.layers import MoELayer
+from moe2edge.model.model import Block, Model
+from moe2edge.pipeline.checks import refuse_replaced
+from moe2edge.pipeline.contract import Lab, Outcome, Search
+from moe2edge.pipeline.work import Store
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moe2edge.quality import Sums
-    from moe2edge.router_fit import Evidence
-    from moe2edge.walk import Seen
+    from moe2edge.calibration.observation import Seen
+    from moe2edge.numerics.metrics import Sums
+    from moe2edge.numerics.router_fit import Evidence
 
 
 class Routing(Search):
@@ -26,7 +27,7 @@ class Routing(Search):
 
     A router was trained to choose among all experts. Block after block, its rows are fitted anew so
     that the stream after the block comes closest to the source's (formulas in
-    `moe2edge.router_fit`); the blocks behind it see what the fitted one puts out. A part of the
+    `moe2edge.numerics.router_fit`); the blocks behind it see what the fitted one puts out. A part of the
     calibration samples takes no part in the fit: a block's new rows stay only if they lower the
     error there, and all of them only if the language-model loss falls there as well, by more than
     the bootstrap interval over samples. Otherwise the
@@ -81,7 +82,8 @@ class Routing(Search):
             InputError: there are too few calibration samples to hold some out.
             DoesNotFit: the machine lacks the memory.
         """
-        from moe2edge import budgets, walk
+        from moe2edge.calibration import walk
+        from moe2edge.numerics import bootstrap
 
         held_out = self._held_out(len(lab.tokens))
         self._state_cost(lab)
@@ -92,11 +94,11 @@ class Routing(Search):
         if not fitter.changed:
             return Outcome(lab.model, notes=(*notes, "no router was changed: none got better"))
         before, after = self._compare(lab, fitted, lab.tokens[held_out])
-        fall, _ = budgets.differences(before, after, seed=0)
+        fall, _ = bootstrap.differences(before, after, seed=0)
         said = (
             f"{fall.samples} held-out calibration samples: loss {fall.mean:.4f} lower (95 % "
-            f"{fall.low:.4f} to {fall.high:.4f}), KL {budgets.mean_kl(before):.5f} to "
-            f"{budgets.mean_kl(after):.5f}"
+            f"{fall.low:.4f} to {fall.high:.4f}), KL {bootstrap.mean_kl(before):.5f} to "
+            f"{bootstrap.mean_kl(after):.5f}"
         )
         if fall.low <= 0:
             reason = f"left alone, the loss does not fall measurably: {said}"
@@ -107,15 +109,15 @@ class Routing(Search):
         """Samples that decide, bool [samples]."""
         import torch
 
-        from moe2edge.budgets import split
+        from moe2edge.numerics.bootstrap import split
 
         found = torch.zeros(samples, dtype=torch.bool)
         found[split(samples, self.held_out)[1]] = True
         return found
 
     def _state_cost(self, lab: Lab) -> None:
-        from moe2edge.memory import check as check_memory
-        from moe2edge.router_fit import evidence_bytes
+        from moe2edge.numerics.router_fit import evidence_bytes
+        from moe2edge.runtime.memory import check as check_memory
 
         tokens = lab.tokens.numel()
         hidden = lab.model.family.geometry(lab.model.config).hidden
@@ -134,7 +136,8 @@ class Routing(Search):
 
     def _compare(self, lab: Lab, fitted: Model, ids: Tensor) -> tuple[list[Sums], list[Sums]]:
         """Figures per sample of the model as it was and as fitted, against the source."""
-        from moe2edge import quality, walk
+        from moe2edge.calibration import walk
+        from moe2edge.numerics import metrics
 
         advance = lab.watcher.advance
         source = walk.observe(lab.source, ids, (), advance, "routing: source")
@@ -142,7 +145,7 @@ class Routing(Search):
         for model in (lab.model, fitted):
             hidden = walk.observe(model, ids, (), advance, "routing: held-out text")
             mine, theirs = walk.head_logits(model, hidden), walk.head_logits(lab.source, source)
-            found.append(list(quality.per_sample(ids, mine, theirs)))
+            found.append(list(metrics.per_sample(ids, mine, theirs)))
         return found[0], found[1]
 
 
@@ -166,7 +169,7 @@ class _Fitter:
         """The block with rows that lower the held-out error, or as it is."""
         import torch
 
-        from moe2edge import router_fit
+        from moe2edge.numerics import router_fit
 
         parts, self.parts = self.parts, []
         if not isinstance(block.mlp, MoELayer) or not parts:
@@ -203,8 +206,9 @@ def _evidence(seen: Seen, layer: MoELayer, source: Seen) -> Evidence:
     """Evidence of one batch; errors count relative to the size of the source's stream."""
     import torch
 
-    from moe2edge.router_fit import Evidence
-    from moe2edge.subsets import Rule, products
+    from moe2edge.calibration.evidence import products
+    from moe2edge.numerics.router_fit import Evidence
+    from moe2edge.numerics.subset_loss import Rule
 
     routing = seen.routing
     assert routing is not None

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from moe2edge.model import Block, Model
-from moe2edge.pipeline import Group, GroupSolver, Solved
-from moe2edge.quantize import Quantize, Scales
+from moe2edge.model.model import Block, Model
+from moe2edge.passes._quantize import Quantize, Scales
+from moe2edge.pipeline.solver import Group, GroupSolver, Solved
 
 if TYPE_CHECKING:
-    from moe2edge.rounding import Quantized
+    from moe2edge.numerics.grid import Quantized
 
 
 class Rtn(Quantize):
@@ -44,8 +44,8 @@ class _Rounding(GroupSolver):
 
     def solve(self, block: Block, groups: Sequence[Group]) -> Solved:
         """Round every tensor that has a scheme."""
-        from moe2edge.modules import finite
-        from moe2edge.rounding import round_to_nearest
+        from moe2edge.numerics.rounding import round_to_nearest
+        from moe2edge.runtime.decoder_blocks import finite
 
         numbers = {}
         lost = size = 0.0

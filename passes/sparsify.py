@@ -27,19 +27,12 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from moe2edge.errors import InputError, Moe2EdgeError
-from moe2edge.layers import Weight
-from moe2edge.model import Block, Model
-from moe2edge.pipeline import (
-    GateWeighted,
-    Group,
-    GroupSolver,
-    MinTokens,
-    Slim,
-    Solved,
-    planned,
-    selected,
-)
-from moe2edge.scheme import Pattern
+from moe2edge.model.layers import Weight, planned
+from moe2edge.model.model import Block, Model
+from moe2edge.model.roles import selected
+from moe2edge.numerics.scheme import Pattern
+from moe2edge.pipeline.contract import Slim
+from moe2edge.pipeline.solver import GateWeighted, Group, GroupSolver, MinTokens, Solved
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -317,17 +310,17 @@ class _Solver(GroupSolver):
         """
         import torch
 
-        from moe2edge import feedback
+        from moe2edge.numerics import error_feedback
 
         shapes, ins = groups[0].shapes, groups[0].shapes[0][1]
         loaded = [[_load(weight) for weight in group.weights.values()] for group in groups]
         weights = torch.stack([torch.cat([m.float() for m in matrices]) for matrices in loaded])
         hessians = torch.empty(len(groups), ins, ins)
         for group, hessian in zip(groups, hessians, strict=True):
-            feedback.sum_hessian(hessian, group.batches())
-        reference = sum(map(feedback.output_size, weights, hessians))
+            error_feedback.sum_hessian(hessian, group.batches())
+        reference = sum(map(error_feedback.output_size, weights, hessians))
         dead = hessians.diagonal(dim1=1, dim2=2) == 0
-        factors, fine = feedback.factorize(hessians, self._options.damping)
+        factors, fine = error_feedback.factorize(hessians, self._options.damping)
         notes += [
             f"block {block.index}: {', '.join(group.weights)}: the Hessian is singular: by "
             "magnitude"
@@ -337,7 +330,9 @@ class _Solver(GroupSolver):
         # Weights of inputs that never occur cost nothing, unless there is no other input.
         factors.weight.masked_fill_(dead & ~dead.all(1, keepdim=True), 0)
         chooser = ZeroChooser(self._options, weights, [shape[0] for shape in shapes])
-        lost = float(feedback.solve(feedback.transposed(weights), factors, chooser).sum())
+        lost = float(
+            error_feedback.solve(error_feedback.transposed(weights), factors, chooser).sum()
+        )
         numbers = {}
         for group, matrices, whole in zip(groups, loaded, chooser.result, strict=True):
             parts = whole.split([shape[0] for shape in shapes])
@@ -454,7 +449,7 @@ def _load(weight: Weight) -> Tensor:
     Raises:
         InputError: some are not finite.
     """
-    from moe2edge.modules import checked
+    from moe2edge.runtime.decoder_blocks import checked
 
     return checked(weight.name, weight.load())
 

@@ -12,8 +12,8 @@ import re
 from collections import Counter
 from typing import Any
 
-from moe2edge.model import Model, is_low_rank, is_quantizable
-from moe2edge.scheme import Scheme
+from moe2edge.model.model import Model, is_low_rank, is_quantizable
+from moe2edge.numerics.scheme import Scheme
 
 _BLOCK = re.compile(r"(.*\.layers)\.(\d+)\.(.+)\.([^.]+)")
 # Experts, and what answers for replaced ones: substitutes, and matrices of members.

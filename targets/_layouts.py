@@ -13,11 +13,11 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Literal, get_args
 
-from moe2edge import per_layer
 from moe2edge.errors import InputError, Unsupported, did_you_mean
-from moe2edge.layers import Always, Dense, MoELayer
-from moe2edge.model import SECOND_NORM, Block, Model
-from moe2edge.target import Loader
+from moe2edge.model import model as model_
+from moe2edge.model.layers import Always, Dense, MoELayer
+from moe2edge.model.model import SECOND_NORM, Block, Model
+from moe2edge.pipeline.target import Loader
 from moe2edge.targets._rehomed import as_qwen2_moe
 from moe2edge.targets._tensors import TILE, fitting, padded, zeros
 
@@ -86,7 +86,7 @@ def no_stock_loaders(model: Model, *programs: str) -> tuple[Loader, ...]:
         why = "it knows no experts that share matrices"
     elif model.skips:
         why = "it knows no dynamic skipping"
-    elif all(per_layer.is_own_form(model, block) for block in model.blocks):
+    elif all(model_.is_own_form(model, block) for block in model.blocks):
         why = "it takes MoE layers of one size only"
     else:
         why = "it has no form for layers without a router"
@@ -162,7 +162,7 @@ def _with_plain_mlps(model: Model) -> Model:
     Layers that cannot be had so are left as they are.
     """
     plain = [b.index for b in model.blocks if isinstance(b.mlp, Dense) or _is_dropped(b)]
-    if all(per_layer.is_own_form(model, model.blocks[index]) for index in plain):
+    if all(model_.is_own_form(model, model.blocks[index]) for index in plain):
         return model
     if model.family.model_type == REHOMED:
         model = as_qwen2_moe(model)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moe2edge.families import Geometry
-from moe2edge.layers import Always, MoELayer
-from moe2edge.model import SECOND_NORM, Block, Model
+from moe2edge.model.family import Geometry
+from moe2edge.model.layers import Always, MoELayer
+from moe2edge.model.model import SECOND_NORM, Block, Model
 from moe2edge.targets._onnx_experts import MoEWriter, Roles
 from moe2edge.targets._onnx_graph import Graph, alike, gated, linear, linear_pair
 from moe2edge.targets._onnx_mixed import MixedWriter

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 
-from moe2edge.layers import MoELayer
+from moe2edge.model.layers import MoELayer
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ import torch
 from onnx import TensorProto
 from torch import Tensor
 
-from moe2edge.families import Geometry
-from moe2edge.model import Model
+from moe2edge.model.family import Geometry
+from moe2edge.model.model import Model
 from moe2edge.targets._onnx_block import BlockWriter, Inputs, Stream, norm
 from moe2edge.targets._onnx_graph import Graph
 from moe2edge.targets._onnx_storage import Batch, Slot, Source, plain

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from moe2edge.packing import pack_bytes, unpack_bytes
+from moe2edge.numerics.packing import pack_bytes, unpack_bytes
 from moe2edge.targets._onnx_storage import load_graph
 
 # Of QMoE: which kernels experts may use. It is read when a session opens.

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from moe2edge.layers import MoELayer
+from moe2edge.model.layers import MoELayer
 from moe2edge.targets._onnx_graph import Graph, linear
 from moe2edge.targets._onnx_storage import Part, Source, quantized
 
@@ -75,7 +75,7 @@ class MoEWriter:
     def _kept(self, at: str, best: str) -> tuple[str, str]:
         """Weights with zeros for what is skipped, and bool [tokens, k] for what is not.
 
-        See `moe2edge.modules.skipping`.
+        See `moe2edge.numerics.skipping.skipping`.
         """
         graph = self.graph
         below = graph.constant([[0.0, *self.layer.router.skip_below]], np.float32)

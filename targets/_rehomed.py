@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from moe2edge.families import FAMILIES
-from moe2edge.layers import Dense, MoELayer, Shared
-from moe2edge.model import Block, Model
+from moe2edge.model.family import FAMILIES
+from moe2edge.model.layers import Dense, MoELayer, Shared
+from moe2edge.model.model import Block, Model
 from moe2edge.targets._tensors import TILE, fitting, zeros
 
 QWEN2_MOE = FAMILIES["qwen2_moe"]

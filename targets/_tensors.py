@@ -7,15 +7,15 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from moe2edge.checkpoint import DTYPES, Planned
-from moe2edge.layers import MoELayer, Weight
-from moe2edge.model import Model
-from moe2edge.scheme import WHOLE_ROW, Scheme
+from moe2edge.model.layers import DTYPES, MoELayer, Weight
+from moe2edge.model.model import Model
+from moe2edge.numerics.scheme import WHOLE_ROW, Scheme
+from moe2edge.storage.safetensors_files import Planned
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moe2edge.rounding import Quantized
+    from moe2edge.numerics.grid import Quantized
 
 # Width of MLPs that are made, in whole tiles of vLLM's 4-bit kernels; every group size divides it.
 TILE = 128
@@ -99,7 +99,7 @@ def _quantized_zeros(shape: tuple[int, ...], scheme: Scheme) -> Quantized:
     """Zeros [out, in] as integers, with scales of one; every zero point is the middle."""
     import torch
 
-    from moe2edge.rounding import Quantized
+    from moe2edge.numerics.grid import Quantized
 
     outs, ins = shape
     q = torch.full(shape, scheme.zero_point, dtype=torch.uint8)

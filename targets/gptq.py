@@ -13,14 +13,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from moe2edge import per_layer
-from moe2edge.checkpoint import Planned, open_checkpoint, write_checkpoint, write_json
 from moe2edge.errors import Unsupported, VerificationFailed
-from moe2edge.loading import load
-from moe2edge.model import Model, is_low_rank, is_quantizable
-from moe2edge.scheme import WHOLE_ROW, Scheme
-from moe2edge.stored import GPTQ_BITS, GPTQ_GROUPS, gptq_parts, stored_model
-from moe2edge.target import Loader, Runtime, Target
+from moe2edge.model import hf_config
+from moe2edge.model.model import Model, is_low_rank, is_quantizable
+from moe2edge.numerics.scheme import WHOLE_ROW, Scheme
+from moe2edge.pipeline.target import Loader, Target
+from moe2edge.runtime.load import load
+from moe2edge.runtime.protocol import Runtime
+from moe2edge.storage.checkpoint import open_checkpoint
+from moe2edge.storage.output import GPTQ_BITS, GPTQ_GROUPS, gptq_parts, stored_model
+from moe2edge.storage.safetensors_files import Planned, write_checkpoint
+from moe2edge.storage.text_files import write_json
 from moe2edge.targets import _layouts
 from moe2edge.targets._gptq_dynamic import dynamic, fused_apart, main_scheme, settings_of
 from moe2edge.targets._layouts import Layout
@@ -29,8 +32,7 @@ from moe2edge.targets._tensors import file_nbytes, has_dense_blocks, plain
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moe2edge.rounding import Quantized
-
+    from moe2edge.numerics.grid import Quantized
 
 # Of the kernels that vLLM and SGLang have for experts.
 SERVED_BITS = (4, 8)
@@ -93,7 +95,7 @@ class Gptq(Target):
         """Bytes of what runs in 4 bits, and of the rest in bfloat16."""
         import torch
 
-        from moe2edge.packed import plan
+        from moe2edge.runtime.int4 import plan
 
         held = self.stored(model)
         packed = set(plan(held, torch.bfloat16).packed)
@@ -110,7 +112,7 @@ class Gptq(Target):
         """
         model = self.stored(model)
         settings = quantization_config(model)
-        config = {**per_layer.config_of(model), "quantization_config": settings}
+        config = {**hf_config.config_of(model), "quantization_config": settings}
         write_json(folder / "config.json", config)
         write_json(folder / "quantize_config.json", settings)
         write_checkpoint(folder, _plan(model))
@@ -133,13 +135,13 @@ class Gptq(Target):
         """The folder through ``moe2edge.load``: float32 if ``exact``, else bfloat16."""
         import torch
 
-        from moe2edge.torch_runtime import TorchRuntime
+        from moe2edge.runtime.torch_runtime import TorchRuntime
 
         return TorchRuntime(load(folder, dtype=torch.float32 if exact else torch.bfloat16))
 
     def without_skipping(self, model: Model, folder: Path) -> Runtime:
         """The folder with every chosen expert run."""
-        from moe2edge.torch_runtime import run_all_experts
+        from moe2edge.runtime.torch_runtime import run_all_experts
 
         return run_all_experts(self.reopen(folder))
 
@@ -252,14 +254,14 @@ def _pack(name: str, quantized: Quantized) -> dict[str, Tensor]:
     """
     import torch
 
-    from moe2edge.packing import pack_gptq
+    from moe2edge.numerics.packing import pack_gptq
 
     scales = quantized.scales
     for dtype in (torch.float16, torch.bfloat16):
         if not torch.equal(scales.to(dtype).to(scales.dtype), scales):
             raise VerificationFailed(
                 f"{name} has scales that {dtype} does not hold exactly; choose them with "
-                "moe2edge.rounding.portable_scales before rounding"
+                "moe2edge.numerics.grid.portable_scales before rounding"
             )
     return pack_gptq(quantized)
 

@@ -11,23 +11,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from moe2edge import per_layer
-from moe2edge.checkpoint import (
-    DTYPES,
-    Planned,
-    as_stored,
-    header,
-    open_checkpoint,
-    read_all,
-    write_checkpoint,
-    write_json,
-)
 from moe2edge.errors import Unsupported, VerificationFailed
-from moe2edge.layers import Weight
-from moe2edge.loading import load
-from moe2edge.model import Model
-from moe2edge.stored import stored_model
-from moe2edge.target import Loader, Runtime, Target
+from moe2edge.model import hf_config
+from moe2edge.model.layers import DTYPES, Weight, as_stored
+from moe2edge.model.model import Model
+from moe2edge.pipeline.target import Loader, Target
+from moe2edge.runtime.load import load
+from moe2edge.runtime.protocol import Runtime
+from moe2edge.storage.checkpoint import open_checkpoint
+from moe2edge.storage.output import stored_model
+from moe2edge.storage.safetensors_files import Planned, header, read_all, write_checkpoint
+from moe2edge.storage.text_files import write_json
 from moe2edge.targets import _layouts
 from moe2edge.targets._layouts import Layout
 from moe2edge.targets._tensors import file_nbytes, has_dense_blocks, plain
@@ -35,7 +29,7 @@ from moe2edge.targets._tensors import file_nbytes, has_dense_blocks, plain
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moe2edge.rounding import Quantized
+    from moe2edge.numerics.grid import Quantized
 
 EMBEDDINGS = "model.embed_tokens.weight"
 
@@ -97,7 +91,7 @@ class Hf(Target):
             Unsupported: the layout cannot hold the model.
         """
         model = self.stored(model)
-        write_json(folder / "config.json", per_layer.config_of(model))
+        write_json(folder / "config.json", hf_config.config_of(model))
         write_checkpoint(folder, _plan(model))
 
     def tensors(self, folder: Path) -> Iterator[tuple[str, Tensor | Quantized]]:
@@ -120,7 +114,7 @@ class Hf(Target):
         """
         import torch
 
-        from moe2edge.torch_runtime import TorchRuntime, open_source
+        from moe2edge.runtime.torch_runtime import TorchRuntime, open_source
 
         dtype = "float32" if exact else _stored_dtype(folder)
         if "per_layer_config" in open_checkpoint(str(folder)).config:
@@ -129,7 +123,7 @@ class Hf(Target):
 
     def without_skipping(self, model: Model, folder: Path) -> Runtime:
         """The folder with every chosen expert run."""
-        from moe2edge.torch_runtime import run_all_experts
+        from moe2edge.runtime.torch_runtime import run_all_experts
 
         return run_all_experts(self.reopen(folder))
 

@@ -7,19 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from moe2edge.checkpoint import write_json
 from moe2edge.errors import InputError, Unsupported
-from moe2edge.families import family_config
-from moe2edge.generate import stop_ids
-from moe2edge.layers import MoELayer
-from moe2edge.model import Block, Model, is_low_rank, is_quantizable
-from moe2edge.scheme import LOW_RANK, WHOLE_ROW, Scheme
-from moe2edge.target import Loader, Runtime, Target
+from moe2edge.model.hf_config import family_config
+from moe2edge.model.layers import MoELayer
+from moe2edge.model.model import Block, Model, is_low_rank, is_quantizable
+from moe2edge.numerics.scheme import LOW_RANK, WHOLE_ROW, Scheme
+from moe2edge.pipeline.target import Loader, Target
+from moe2edge.runtime.protocol import Runtime
+from moe2edge.storage.text_files import write_json
+from moe2edge.storage.tokenizer import stop_ids
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moe2edge.rounding import Quantized
+    from moe2edge.numerics.grid import Quantized
 
 # What GroupQueryAttention's rotary embedding asks of a head on the CPU.
 HEAD_MULTIPLE = 16
@@ -133,12 +134,12 @@ class Onnx(Target):
 
     def without_skipping(self, model: Model, folder: Path) -> Runtime:
         """A graph that runs every chosen expert, on the weights of the folder."""
-        from moe2edge import skipping
+        from moe2edge.model import edits
         from moe2edge.targets._onnx_decoder import decoder
         from moe2edge.targets._onnx_runtime import open_runtime
         from moe2edge.targets._onnx_storage import load_graph
 
-        graph = decoder(skipping.removed(model), self.accuracy_level)
+        graph = decoder(edits.removed(model), self.accuracy_level)
         protos = {proto.name: proto for proto in load_graph(folder).graph.initializer}
         stored = [protos[slot.name] for batch in graph.batches for slot in batch.slots]
         proto = graph.proto(stored, _metadata(model))

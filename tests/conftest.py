@@ -14,8 +14,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 from click.testing import CliRunner
 
-from moe2edge.checkpoint import BUILTIN
-from moe2edge.cli import main
+from moe2edge.cli.main import main
+from moe2edge.storage.checkpoint import BUILTIN
 from moe2edge.testing import Make, make_checkpoint, make_tokenizer
 
 

@@ -15,8 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from moe2edge import ledger
-from moe2edge.cli import main
+from moe2edge.cli.main import main
+from moe2edge.storage import journal
 
 
 def die() -> None:
@@ -84,41 +84,41 @@ def before_a_rename(over: Countdown) -> None:
 
 def in_the_journal(over: Countdown) -> None:
     """Die when half of a line is written."""
-    added = ledger.Journal.add
+    added = journal.Journal.add
 
-    def adding(self: ledger.Journal, unit: ledger.Unit) -> None:
+    def adding(self: journal.Journal, unit: journal.Unit) -> None:
         if over():
-            with (self.folder / ledger.JOURNAL).open("ab") as file:
+            with (self.folder / journal.JOURNAL).open("ab") as file:
                 file.write(b'{"step": 1, "blo')
             die()
         added(self, unit)
 
-    setattr(ledger.Journal, "add", adding)  # noqa: B010
+    setattr(journal.Journal, "add", adding)  # noqa: B010
 
 
 def before_the_journal(over: Countdown) -> None:
     """Die when the files of a block are there and its line is not."""
-    added = ledger.Journal.add
+    added = journal.Journal.add
 
-    def adding(self: ledger.Journal, unit: ledger.Unit) -> None:
+    def adding(self: journal.Journal, unit: journal.Unit) -> None:
         if over():
             die()
         added(self, unit)
 
-    setattr(ledger.Journal, "add", adding)  # noqa: B010
+    setattr(journal.Journal, "add", adding)  # noqa: B010
 
 
 def listing(path: Path) -> None:
     """Write down which blocks are solved."""
-    added = ledger.Journal.add
+    added = journal.Journal.add
     path.touch()
 
-    def adding(self: ledger.Journal, unit: ledger.Unit) -> None:
+    def adding(self: journal.Journal, unit: journal.Unit) -> None:
         added(self, unit)
         with path.open("a") as file:
             file.write(json.dumps([unit.step, unit.block]) + "\n")
 
-    setattr(ledger.Journal, "add", adding)  # noqa: B010
+    setattr(journal.Journal, "add", adding)  # noqa: B010
 
 
 KINDS = {

@@ -12,25 +12,25 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe2edge import recipe
-from moe2edge.calibration import Tokens
-from moe2edge.checkpoint import open_checkpoint
+from moe2edge.calibration.tokens import Tokens
 from moe2edge.errors import DoesNotFit, InputError
-from moe2edge.export import run_passes
-from moe2edge.families import FAMILIES
-from moe2edge.loading import to_transformers
-from moe2edge.materialize import materialized
-from moe2edge.memory import Memory
-from moe2edge.model import Model
+from moe2edge.model.edits import materialized
+from moe2edge.model.family import FAMILIES
+from moe2edge.model.model import Model
+from moe2edge.passes._recover_teacher import Objective, text_loss
+from moe2edge.passes._recover_trainer import Settings, Trainer, original_share
 from moe2edge.passes.expert_replace import ExpertReplace
 from moe2edge.passes.recover import Recover
-from moe2edge.pipeline import Lab
+from moe2edge.pipeline import recipe
+from moe2edge.pipeline.contract import Lab
+from moe2edge.pipeline.runner import run_passes
 from moe2edge.progress import Watcher
-from moe2edge.recovery import Settings, Trainer, original_share
-from moe2edge.teacher import Objective, text_loss
+from moe2edge.runtime.load import to_transformers
+from moe2edge.runtime.memory import Memory
+from moe2edge.storage.checkpoint import open_checkpoint
+from moe2edge.storage.work_folder import WorkFolder
 from moe2edge.testing import QUICK_TRAINING, InMemory, Make, numbers_of, with_copies
 from moe2edge.testing import learnable_text as text
-from moe2edge.workfolder import WorkFolder
 
 QUIET = Watcher(lambda _: None, lambda *_: None)
 NO_TOKENS = torch.empty(0, 0, dtype=torch.int64)

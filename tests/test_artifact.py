@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 
-from moe2edge.artifact import (
+from moe2edge.errors import InputError
+from moe2edge.storage.manifest import (
     check_files,
     is_artifact,
     open_artifact,
     present_files,
-    tokenizer_of,
     write_manifest,
 )
-from moe2edge.errors import InputError
+from moe2edge.storage.tokenizer import tokenizer_of
 from moe2edge.testing import make_tokenizer
 
 

@@ -9,17 +9,22 @@ from typing import Any
 import pytest
 import torch
 
-from moe2edge import smoothing, walk
-from moe2edge.checkpoint import open_checkpoint
-from moe2edge.families import FAMILIES
-from moe2edge.layers import MoELayer, Weight
-from moe2edge.model import SECOND_NORM, Block, Model, is_quantizable
+from moe2edge.calibration import walk
+from moe2edge.model.family import FAMILIES
+from moe2edge.model.layers import MoELayer, Weight
+from moe2edge.model.model import SECOND_NORM, Block, Model, is_quantizable
+from moe2edge.numerics import awq_scales
+from moe2edge.numerics.grid import Quantized
+from moe2edge.numerics.rounding import round_to_nearest
+from moe2edge.numerics.scheme import Scheme
+from moe2edge.passes import _awq_folding
+from moe2edge.passes._quantize import Rule
 from moe2edge.passes.awq import Awq
 from moe2edge.passes.rtn import Rtn
-from moe2edge.pipeline import GroupSolver, Outcome, enforce, plan
-from moe2edge.quantize import Rule
-from moe2edge.rounding import Quantized, round_to_nearest
-from moe2edge.scheme import Scheme
+from moe2edge.pipeline.contract import Outcome
+from moe2edge.pipeline.solver import GroupSolver
+from moe2edge.pipeline.stages import enforce, plan
+from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.testing import Make
 
 IDS = torch.randint(1, 96, (4, 40), generator=torch.Generator().manual_seed(0))
@@ -91,21 +96,21 @@ def distance(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one - other).norm() / other.norm())
 
 
-def places(model: Model, block: Block) -> list[smoothing.Place]:
-    return list(smoothing.places(block, model.family.geometry(model.config)))
+def places(model: Model, block: Block) -> list[_awq_folding.Place]:
+    return list(_awq_folding.places(block, model.family.geometry(model.config)))
 
 
 def folded(model: Model) -> Model:
     """With random scales in all places, and nothing rounded."""
     draw = torch.Generator().manual_seed(1)
     for block in model.blocks:
-        weights, folding = dict(block.weights()), smoothing.Folding()
+        weights, folding = dict(block.weights()), _awq_folding.Folding()
         for place in places(model, block):
             channels = weights[place.producers[0]].shape[0]
             scales = torch.randn(channels, generator=draw).exp()
             for role in place.producers:
                 if len(weights[role].shape) == 1:
-                    scales = smoothing.exact(scales, weights[role].load())
+                    scales = awq_scales.exact(scales, weights[role].load())
             folding.add(place, scales)
         numbers = {role: folding.apply(role, weights[role].load()) for role in folding.roles}
         model = model.replace_block(Memory().put(block, numbers))
@@ -167,7 +172,7 @@ def test_a_norm_that_is_added_to_the_stream_is_no_place(tiny: Make) -> None:
 
 
 def test_query_heads_share_the_scales_of_their_values() -> None:
-    place = smoothing.Place((V,), (OUT,), heads=2, copies=3)
+    place = _awq_folding.Place((V,), (OUT,), heads=2, copies=3)
     spread = place.spread(torch.tensor([1.0, 2.0, 3.0, 4.0]))  # two heads of two channels
     assert spread.tolist() == [1, 2] * 3 + [3, 4] * 3
     assert place.gather(torch.arange(12.0)).tolist() == [2, 3, 8, 9]
@@ -180,7 +185,7 @@ def test_scales_are_what_a_stored_vector_is_divided_by(dtype: torch.dtype) -> No
     vector[:3] = torch.tensor([0.0, 6e4, 1e-7])
     scales = torch.randn(3, 500, generator=draw).exp()
     scales[:, 1:3] = torch.tensor([1e-38, 1e38])  # overflows, vanishes
-    found = smoothing.exact(scales, vector)
+    found = awq_scales.exact(scales, vector)
     assert (found[:, 1:3] == 1).all()
     assert torch.equal(found[:, 0], scales[:, 0])
     quotients = vector.float() / found
@@ -190,20 +195,20 @@ def test_scales_are_what_a_stored_vector_is_divided_by(dtype: torch.dtype) -> No
 
 def test_candidates() -> None:
     magnitudes = torch.tensor([0.0, 1.0, 4.0, 16.0, 1e-9])
-    found = smoothing.candidates(magnitudes, 20)
+    found = awq_scales.candidates(magnitudes, 20)
     assert found.shape == (20, 5)
     assert (found[0] == 1).all()
-    bounded = magnitudes.clamp(min=16 / smoothing.SPAN)
+    bounded = magnitudes.clamp(min=16 / awq_scales.SPAN)
     powers = bounded**0.35
     torch.testing.assert_close(found[7], powers / (powers.max() * powers.min()).sqrt())
-    assert (smoothing.candidates(torch.zeros(4), 3) == 1).all()
+    assert (awq_scales.candidates(torch.zeros(4), 3) == 1).all()
 
 
 def test_samples_are_evenly_spaced_however_they_come() -> None:
     inputs, weights = torch.arange(1000.0)[:, None], torch.arange(1000.0) + 1
-    whole = smoothing.Sample(64, 1)
+    whole = awq_scales.Sample(64, 1)
     whole.add(inputs, torch.arange(1000), weights)
-    parts = smoothing.Sample(64, 1)
+    parts = awq_scales.Sample(64, 1)
     for at in range(0, 1000, 77):
         tokens = torch.arange(at, min(at + 77, 1000))
         parts.add(inputs, tokens, weights[tokens])
@@ -242,7 +247,7 @@ def uneven(model: Model, seed: int = 5) -> Model:
     """The same function with a few large channels behind the norms: exact in any dtype."""
     draw = torch.Generator().manual_seed(seed)
     for block in model.blocks:
-        folding, weights = smoothing.Folding(), dict(block.weights())
+        folding, weights = _awq_folding.Folding(), dict(block.weights())
         for place in places(model, block):
             if place.producers[0] in (NORM, NEXT_NORM):
                 few = torch.rand(weights[place.producers[0]].shape[0], generator=draw) < 0.1
@@ -317,8 +322,8 @@ def test_losses(scheme: Scheme) -> None:
     weight, x = (torch.randn(n, 64, generator=draw) for n in (24, 50))
     gate, scales = torch.rand(50, generator=draw), powers(x * torch.logspace(-1, 1, 64))
     x = x * torch.logspace(-1, 1, 64)
-    inputs = smoothing.Inputs.of(x, gate, x.abs().mean(0), share=3)
-    found = smoothing.losses(weight, scales, inputs, scheme, "mse")
+    inputs = awq_scales.Inputs.of(x, gate, x.abs().mean(0), share=3)
+    found = awq_scales.losses(weight, scales, inputs, scheme, "mse")
     _, errors = slow_search([(weight, x, gate, scales)], scheme)
     torch.testing.assert_close(found / 3, torch.tensor(errors), rtol=1e-4, atol=0)
 
@@ -326,10 +331,10 @@ def test_losses(scheme: Scheme) -> None:
 def test_losses_of_large_matrices_are_estimated() -> None:
     draw = torch.Generator().manual_seed(4)
     weight, x = (torch.randn(n, 64, generator=draw) for n in (4000, 50))
-    inputs = smoothing.Inputs.of(x, torch.ones(50), x.abs().mean(0))
+    inputs = awq_scales.Inputs.of(x, torch.ones(50), x.abs().mean(0))
 
     def losses(rows: torch.Tensor) -> torch.Tensor:
-        return smoothing.losses(rows, powers(x)[:3], inputs, Scheme(4, 32), "absmax")
+        return awq_scales.losses(rows, powers(x)[:3], inputs, Scheme(4, 32), "absmax")
 
     found, parts = losses(weight), [losses(weight[at : at + 400]) for at in range(0, 4000, 400)]
     torch.testing.assert_close(found, torch.stack(parts).sum(0), rtol=0.05, atol=0)

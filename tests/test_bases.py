@@ -15,20 +15,22 @@ import torch
 from click.testing import CliRunner
 from torch import Tensor
 
-from moe2edge import bases, recipe, walk
-from moe2edge.bases import Cost
-from moe2edge.basing import experts_nbytes
-from moe2edge.checkpoint import open_checkpoint
-from moe2edge.cli import main
-from moe2edge.early import work_nbytes
-from moe2edge.families import FAMILIES
-from moe2edge.layers import PARTS, Member, MoELayer
-from moe2edge.memory import Memory
-from moe2edge.model import Model, is_quantizable
+from moe2edge.calibration import observation, walk
+from moe2edge.cli.main import main
+from moe2edge.commands.preflight import work_nbytes
+from moe2edge.model.family import FAMILIES
+from moe2edge.model.layers import PARTS, Member, MoELayer
+from moe2edge.model.model import Model, is_quantizable
+from moe2edge.numerics import base_sharing, expert_groups, low_rank
+from moe2edge.numerics.base_sharing import Cost
+from moe2edge.passes._replace_bases import experts_nbytes
 from moe2edge.passes.expert_replace import ExpertReplace
-from moe2edge.pipeline import Lab, Outcome, Search
+from moe2edge.pipeline import recipe
+from moe2edge.pipeline.contract import Lab, Outcome, Search
 from moe2edge.progress import Watcher
-from moe2edge.stored import stored_model
+from moe2edge.runtime.memory import Memory
+from moe2edge.storage.checkpoint import open_checkpoint
+from moe2edge.storage.output import stored_model
 from moe2edge.testing import InMemory, Make
 
 IDS = torch.randint(1, 96, (8, 48), generator=torch.Generator().manual_seed(9))
@@ -58,10 +60,12 @@ def under(scores: list[list[float]], factors: list[float], threshold: float) -> 
 def test_the_lowest_threshold_that_meets_the_budget(group: int | None, part: float) -> None:
     """By trying every threshold that makes a difference, from below."""
     scores = random(5, 8).tolist()
-    factors = bases.depth_factors([1.0, 2.0, 3.0, 5.0, 9.0], 1.0)
+    factors = base_sharing.depth_factors([1.0, 2.0, 3.0, 5.0, 9.0], 1.0)
     cost = Cost(expert=1000, factors=20, group=group)
     whole = 5 * 8 * 1000
-    found = bases.choose(bases.order(scores, factors), [cost] * 5, whole, int(part * whole))
+    found = base_sharing.choose(
+        base_sharing.order(scores, factors), [cost] * 5, whole, int(part * whole)
+    )
     shares = [s / sum(own) / f for own, f in zip(scores, factors, strict=True) for s in own]
 
     def total_of(counts: list[int]) -> int:
@@ -95,28 +99,30 @@ def test_every_budget_that_is_not_refused_is_kept(
     """Down to the smallest, where groups do not divide layers."""
     costs = [Cost(100, factors, group)] * len(sizes)
     whole = 100 * sum(sizes)
-    least = whole - bases.most_saved(costs, sizes)
+    least = whole - base_sharing.most_saved(costs, sizes)
     scores = [random(size, seed=size).tolist() for size in sizes]
     for budget in range(least, whole):
-        found = bases.choose(bases.order(scores, [1.0] * len(sizes)), costs, whole, budget)
+        found = base_sharing.choose(
+            base_sharing.order(scores, [1.0] * len(sizes)), costs, whole, budget
+        )
         saved = sum(cost.saved(len(own)) for cost, own in zip(costs, found, strict=True))
         assert whole - saved <= budget
 
 
 def test_shallow_layers_lose_more() -> None:
-    found = bases.depth_factors([1.0, 2.0, 3.0], 1.0)
+    found = base_sharing.depth_factors([1.0, 2.0, 3.0], 1.0)
     deviation = math.sqrt(2 / 3)
     expected = [math.exp(1 / deviation), 1.0, math.exp(-1 / deviation)]
     assert found == pytest.approx([min(1.2, max(0.8, value)) for value in expected])
-    assert bases.depth_factors([1.0, 2.0, 3.0], 0.0) == [1.0, 1.0, 1.0]
-    assert bases.depth_factors([2.0, 2.0], 1.0) == [1.0, 1.0]
+    assert base_sharing.depth_factors([1.0, 2.0, 3.0], 0.0) == [1.0, 1.0, 1.0]
+    assert base_sharing.depth_factors([2.0, 2.0], 1.0) == [1.0, 1.0]
 
 
 def test_groups_are_those_of_a_loop() -> None:
     importance, columns = random(9, seed=1).tolist(), random(50, 9, seed=2)
-    similar = bases.cosines(columns.T @ columns)
+    similar = expert_groups.cosines(columns.T @ columns)
     candidates = [0, 1, 3, 4, 6, 7, 8]
-    found = bases.group(candidates, importance, similar, 3)
+    found = expert_groups.group(candidates, importance, similar, 3)
     heads = sorted(candidates, key=lambda j: -importance[j])[:3]
     expected: dict[int, list[int]] = {head: [head] for head in heads}
     for j in candidates:
@@ -140,10 +146,10 @@ def test_groups_are_those_of_a_loop() -> None:
 def test_factors_are_the_nearest_in_what_they_put_out(outs: int, rank: int) -> None:
     """Against the truncation of what is put out, and against anything beside it."""
     inputs, difference = random(80, 8, seed=3) - 0.3, random(outs, 8, seed=4) - 0.5
-    first, second = bases.low_rank(difference, inputs.T @ inputs, rank)
+    first, second = low_rank.low_rank(difference, inputs.T @ inputs, rank)
     assert first.shape == (rank, 8)
     assert second.shape == (outs, rank)
-    ridge = bases.RIDGE * float((inputs.T @ inputs).diagonal().mean()) + bases.LEAST
+    ridge = low_rank.RIDGE * float((inputs.T @ inputs).diagonal().mean()) + low_rank.LEAST
     longer = torch.cat([inputs, math.sqrt(ridge) * torch.eye(8, dtype=torch.float64)])
 
     def missed(first: Tensor, second: Tensor) -> float:
@@ -162,10 +168,10 @@ def test_factors_are_of_one_size_whatever_text_they_come_from(outs: int) -> None
     """Training takes steps of one size for both; so neither may depend on the amount of text."""
     inputs, difference = random(80, 8, seed=3) - 0.3, random(outs, 8, seed=4) - 0.5
     gram = inputs.T @ inputs
-    first, second = bases.low_rank(difference, gram, 3)
+    first, second = low_rank.low_rank(difference, gram, 3)
     assert torch.allclose(first.norm(dim=1), second.norm(dim=0), rtol=1e-5)
     for times in (0.1, 1000):  # as much text, or inputs that are larger
-        again = bases.low_rank(difference, times * gram, 3)
+        again = low_rank.low_rank(difference, times * gram, 3)
         assert torch.allclose(again[0].abs(), first.abs(), rtol=1e-4, atol=1e-5)
         assert torch.allclose(again[1].abs(), second.abs(), rtol=1e-4, atol=1e-5)
 
@@ -175,7 +181,7 @@ def test_factors_of_a_matrix_of_lower_rank_are_it() -> None:
     for outs in (6, 13):
         difference = random(outs, 2, seed=1) @ random(2, 8, seed=2)
         for gram in (torch.eye(8, dtype=torch.float64), torch.zeros(8, 8, dtype=torch.float64)):
-            first, second = bases.low_rank(difference, gram, 5)
+            first, second = low_rank.low_rank(difference, gram, 5)
             assert first.isfinite().all()
             assert torch.allclose(second @ first, difference.float(), atol=1e-5)
 
@@ -183,9 +189,9 @@ def test_factors_of_a_matrix_of_lower_rank_are_it() -> None:
 def test_without_importance_all_count_alike() -> None:
     matrices = [random(3, 4, seed=n).float() for n in range(3)]
     mean = (matrices[0] + matrices[1] + matrices[2]) / 3
-    assert torch.allclose(bases.weighted_mean(matrices, [0.0, 0.0, 0.0]), mean)
+    assert torch.allclose(base_sharing.weighted_mean(matrices, [0.0, 0.0, 0.0]), mean)
     expected = (2 * matrices[0] + matrices[1] + 5 * matrices[2]) / 8
-    assert torch.allclose(bases.weighted_mean(matrices, [2.0, 1.0, 5.0]), expected)
+    assert torch.allclose(base_sharing.weighted_mean(matrices, [2.0, 1.0, 5.0]), expected)
 
 
 # ---- layers --------------------------------------------------------------------------------------
@@ -207,7 +213,7 @@ class Mass:
     def __init__(self) -> None:
         self.found: dict[int, list[float]] = {}
 
-    def see(self, seen: walk.Seen) -> None:
+    def see(self, seen: observation.Seen) -> None:
         assert seen.routing is not None
         own = self.found.setdefault(seen.block.index, [0.0] * 6)
         for ids, weights in zip(seen.routing.ids, seen.routing.weights, strict=True):

@@ -13,14 +13,18 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from moe2edge import budgets, quality, walk
-from moe2edge.budgets import Counts, Ranker, Trial, Trimmer
-from moe2edge.checkpoint import open_checkpoint
+from moe2edge.calibration import walk
+from moe2edge.calibration.observation import Facts
 from moe2edge.errors import InputError
-from moe2edge.families import FAMILIES
-from moe2edge.model import Model
+from moe2edge.model.family import FAMILIES
+from moe2edge.model.model import Model
+from moe2edge.numerics import allocation, bootstrap, metrics
+from moe2edge.numerics.allocation import Counts
+from moe2edge.passes import _allocation_trials
+from moe2edge.passes import _allocation_trials as budgets
+from moe2edge.passes._allocation_trials import Ranker, Trial, Trimmer
 from moe2edge.passes.expert_drop import ExpertDrop
-from moe2edge.pipeline import Facts
+from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.testing import Make
 
 IDS = torch.randint(1, 96, (8, 24), generator=torch.Generator().manual_seed(0))
@@ -55,10 +59,10 @@ def test_allocation_equals_brute_force(seed: int) -> None:
             return sum(row[n - a] for row, n, a in zip(costs, counts, floors, strict=True))
 
         best = min(every(floors, full, total), key=lambda counts: (cost(counts), counts))
-        assert budgets.allocate(costs, floors, total) == best
+        assert allocation.allocate(costs, floors, total) == best
     for total in (sum(floors) - 1, sum(full) + 1):
         with pytest.raises(InputError, match=f"keeps {total} experts: the floors add up to"):
-            budgets.allocate(costs, floors, total)
+            allocation.allocate(costs, floors, total)
 
 
 def test_steps_on_the_way_keep_total_and_bounds() -> None:
@@ -68,10 +72,10 @@ def test_steps_on_the_way_keep_total_and_bounds() -> None:
         floors = tuple(draw.randint(1, n) for n in full)
         total = draw.randint(sum(floors), sum(full))
         first, second = (draw.choice(every(floors, full, total)) for _ in range(2))
-        assert budgets.between(first, second, 0.0) == first
-        assert budgets.between(first, second, 1.0) == second
+        assert allocation.between(first, second, 0.0) == first
+        assert allocation.between(first, second, 1.0) == second
         for part in (0.25, 0.5, 0.75):
-            found = budgets.between(first, second, part)
+            found = allocation.between(first, second, part)
             assert sum(found) == total
             for n, a, b in zip(found, first, second, strict=True):
                 assert abs(n - (a + part * (b - a))) < 1
@@ -81,14 +85,14 @@ def test_steps_on_the_way_keep_total_and_bounds() -> None:
 @pytest.mark.parametrize("points", [2, 3, 5, 8, 50])
 def test_a_grid_has_both_ends(points: int) -> None:
     for floor, experts in [(1, 2), (2, 8), (8, 64), (8, 128)]:
-        found = budgets.grid(floor, experts, points)
+        found = allocation.grid(floor, experts, points)
         assert found == tuple(sorted(set(found)))
         assert (found[0], found[-1]) == (floor, experts - 1)
         assert len(found) == min(points, experts - floor)
         # Straight lines are met by straight lines.
         known = {n: float(3 * n) for n in (*found, experts)}
         expected = [3.0 * n for n in range(floor, experts + 1)]
-        assert budgets.interpolated(known, floor, experts) == pytest.approx(expected)
+        assert allocation.interpolated(known, floor, experts) == pytest.approx(expected)
 
 
 # ---- samples -----------------------------------------------------------------------------------
@@ -96,7 +100,7 @@ def test_a_grid_has_both_ends(points: int) -> None:
 
 @pytest.mark.parametrize("order", ["take turns", "follow one another"])
 def test_parts_of_a_mix_are_in_both_parts_of_the_split(order: str) -> None:
-    choosing, held_out = budgets.split(128, 0.25)
+    choosing, held_out = bootstrap.split(128, 0.25)
     assert sorted(choosing + held_out) == list(range(128))
     assert len(held_out) == 32
     for places in (held_out, choosing, choosing[:32]):
@@ -105,17 +109,17 @@ def test_parts_of_a_mix_are_in_both_parts_of_the_split(order: str) -> None:
 
 
 def test_a_split_needs_samples() -> None:
-    assert [len(part) for part in budgets.split(4, 0.01)] == [2, 2]
+    assert [len(part) for part in bootstrap.split(4, 0.01)] == [2, 2]
     for samples, held_out in ((3, 0.25), (4, 0.9), (1, 0.5)):
         with pytest.raises(InputError, match=f"{samples} calibration samples do not suffice"):
-            budgets.split(samples, held_out)
+            bootstrap.split(samples, held_out)
 
 
 @pytest.mark.parametrize("seed", [0, 7])
 def test_interval_equals_a_direct_bootstrap(seed: int) -> None:
     values = [random.Random(seed).gauss(0.1, 1.0) for _ in range(9)]
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(9, (budgets.DRAWS, 9), generator=generator).tolist()
+    drawn = torch.randint(9, (bootstrap.DRAWS, 9), generator=generator).tolist()
     means = sorted(sum(values[n] for n in row) / 9 for row in drawn)
 
     def quantile(q: float) -> float:
@@ -123,7 +127,7 @@ def test_interval_equals_a_direct_bootstrap(seed: int) -> None:
         below, above = means[int(low) : int(low) + 2]
         return float(below + rest * (above - below))
 
-    found = budgets.interval(values, seed)
+    found = bootstrap.interval(values, seed)
     assert found.samples == 9
     expected = [sum(values) / 9, quantile(0.025), quantile(0.975)]
     assert [found.mean, found.low, found.high] == pytest.approx(expected, abs=1e-12)
@@ -228,7 +232,7 @@ def test_kl_equals_masking_in_transformers(tiny: Make, family: str) -> None:
     folder, tokens = tiny(family), IDS[:3]
     model = open_checkpoint(str(folder)).model
     trial = trial_of(model, tokens, clamp=True)
-    tried = [*budgets.one_layer_each((6, 6, 6), [(1, 3), (2, 5), (4,)]), (6, 6, 6), (2, 6, 3)]
+    tried = [*allocation.one_layer_each((6, 6, 6), [(1, 3), (2, 5), (4,)]), (6, 6, 6), (2, 6, 3)]
     assert len(tried) == 7
     with torch.no_grad():
         intact = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -262,7 +266,7 @@ def test_shared_runs_equal_a_walk_for_each(
     numbers = trial.source_hidden.numel()
     monkeypatch.setattr(budgets, "STREAM_BYTES", 8 * numbers * together)
     ran: list[int] = []
-    run = budgets._through
+    run = _allocation_trials._through
 
     def counted(runner: walk.BlockRunner, hidden: Tensor, tokens: Tensor) -> Tensor:
         ran.append(runner.block.index)
@@ -275,14 +279,14 @@ def test_shared_runs_equal_a_walk_for_each(
     # One at a time: 5 walks over 3 blocks. In pairs: the first two pairs share 2 blocks. All at
     # once: 2 streams up to block 1.
     assert len(ran) == {1: 15, 2: 4 + 4 + 3, 100: 2 + 2 + 5}[together]
-    assert budgets.block_runs(model, tried, together) == len(ran)
+    assert _allocation_trials.block_runs(model, tried, together) == len(ran)
     assert told == [(n, len(ran)) for n in range(len(ran) + 1)]
     for counts, sums in zip(tried, judged, strict=True):
         trimmed = trial.trimmer.trimmed(counts)
         assert (counts_of(trimmed)[0], counts_of(trimmed)[2]) == counts
         hidden = walk.observe(trimmed, IDS, (), quiet, "")
         theirs = walk.head_logits(source, trial.source_hidden)
-        expected = quality.measure(IDS, walk.head_logits(trimmed, hidden), theirs)
-        assert budgets.mean_kl(sums) == pytest.approx(expected.kl, rel=1e-5)
-        loss = torch.tensor(budgets.mean_loss(sums)).exp()
+        expected = metrics.measure(IDS, walk.head_logits(trimmed, hidden), theirs)
+        assert bootstrap.mean_kl(sums) == pytest.approx(expected.kl, rel=1e-5)
+        loss = torch.tensor(bootstrap.mean_loss(sums)).exp()
         assert float(loss) == pytest.approx(expected.perplexity, rel=1e-4)

@@ -11,11 +11,11 @@ import torch
 from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
 
-from moe2edge import registry
-from moe2edge.checkpoint import BUILTIN, BUILTIN_FOLDER, open_checkpoint
-from moe2edge.cli import main
-from moe2edge.model import is_quantizable
-from moe2edge.rounding import Quantized
+from moe2edge.cli.main import main
+from moe2edge.model.model import is_quantizable
+from moe2edge.numerics.grid import Quantized
+from moe2edge.pipeline import registry
+from moe2edge.storage.checkpoint import BUILTIN, BUILTIN_FOLDER, open_checkpoint
 
 
 def test_it_has_the_promised_shape() -> None:

@@ -12,11 +12,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from moe2edge.artifact import tokenizer_of
-from moe2edge.calibration import load_tokens, parts_of, read_texts, share_out
-from moe2edge.cli import main
+from moe2edge.calibration.sources import TextSource
+from moe2edge.calibration.tokens import load_tokens, parts_of, read_texts, share_out
+from moe2edge.cli.main import main
 from moe2edge.errors import InputError
-from moe2edge.recipe import TextSource, section
+from moe2edge.pipeline.recipe import section
+from moe2edge.storage.tokenizer import tokenizer_of
 from moe2edge.testing import Make
 
 LIMITS = (128, 96)

@@ -15,15 +15,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from moe2edge.checkpoint import (
+from moe2edge.errors import InputError, Moe2EdgeError, Unsupported
+from moe2edge.storage.checkpoint import open_checkpoint
+from moe2edge.storage.safetensors_files import (
     Planned,
-    open_checkpoint,
     read_all,
     read_tensor,
     write_checkpoint,
     write_safetensors,
 )
-from moe2edge.errors import InputError, Moe2EdgeError, Unsupported
 from moe2edge.testing import Make
 
 Damage = Callable[[Path], None]
@@ -201,14 +201,14 @@ def test_opening_reads_headers_only(tiny: Make, monkeypatch: pytest.MonkeyPatch)
     def refuse(*_: object) -> None:
         raise AssertionError("numbers were read")
 
-    monkeypatch.setattr("moe2edge.checkpoint.read_tensor", refuse)
+    monkeypatch.setattr("moe2edge.storage.safetensors_files.read_tensor", refuse)
     assert "6 experts" in str(open_checkpoint(str(tiny("qwen3_moe"))).model)
 
 
 def test_shards_are_written_one_tensor_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("moe2edge.checkpoint.SHARD_BYTES", 100)
+    monkeypatch.setattr("moe2edge.storage.safetensors_files.SHARD_BYTES", 100)
     tensors = {f"t{n}": torch.full((4, 5), float(n), dtype=torch.bfloat16) for n in range(5)}
     made: list[str] = []
 
@@ -239,7 +239,7 @@ def test_each_file_is_opened_once(tiny: Make, monkeypatch: pytest.MonkeyPatch) -
         opened.append(path)
         return safe_open(path, framework=framework)
 
-    monkeypatch.setattr("moe2edge.checkpoint.safe_open", counting)
+    monkeypatch.setattr("moe2edge.storage.checkpoint.safe_open", counting)
     folder = tiny("olmoe", num_hidden_layers=2)
     for _, _, weight in open_checkpoint(str(folder)).model.tensors():
         weight.load()

@@ -13,12 +13,12 @@ import onnx
 import pytest
 from click.testing import CliRunner, Result
 
-from moe2edge import registry
-from moe2edge.cli import main
+from moe2edge.cli.main import main
 from moe2edge.errors import InputError
-from moe2edge.export import check_targets
-from moe2edge.profile import measure
-from moe2edge.target import Target
+from moe2edge.evaluation.profile import measure
+from moe2edge.pipeline import registry
+from moe2edge.pipeline.registry import check_targets
+from moe2edge.pipeline.target import Target
 from moe2edge.testing import Make
 
 

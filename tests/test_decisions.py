@@ -11,19 +11,20 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from moe2edge import decisions, recipe
-from moe2edge.checkpoint import open_checkpoint
-from moe2edge.cli import main
-from moe2edge.decide import check_decidable, decide
+from moe2edge.cli.main import main
+from moe2edge.commands.decide import check_decidable, decide
+from moe2edge.commands.texts import calibration_tokens
 from moe2edge.errors import InputError
-from moe2edge.export import calibration_tokens, run_passes
-from moe2edge.families import FAMILIES
-from moe2edge.layers import Dense
-from moe2edge.model import Model
-from moe2edge.pipeline import Lab, Outcome, Pass, Search
+from moe2edge.model.family import FAMILIES
+from moe2edge.model.layers import Dense
+from moe2edge.model.model import Model
+from moe2edge.pipeline import decisions, recipe
+from moe2edge.pipeline.contract import Lab, Outcome, Pass, Search
+from moe2edge.pipeline.runner import run_passes
 from moe2edge.progress import Watcher
+from moe2edge.storage.checkpoint import open_checkpoint
+from moe2edge.storage.work_folder import WorkFolder
 from moe2edge.testing import Make
-from moe2edge.workfolder import WorkFolder
 
 QUIET = Watcher(lambda _: None, lambda *_: None)
 SMALL = ["calibration.samples=8", "calibration.length=64"]

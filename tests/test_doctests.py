@@ -8,14 +8,10 @@ import pkgutil
 
 import pytest
 
-import moe2edge.passes
-import moe2edge.profile
-import moe2edge.targets
+import moe2edge
 
-PACKAGES = (moe2edge, moe2edge.passes, moe2edge.targets, moe2edge.profile)
 MODULES = sorted(
-    {m.name for p in PACKAGES for m in pkgutil.iter_modules(p.__path__, f"{p.__name__}.")}
-    - {"moe2edge.__main__"}
+    {m.name for m in pkgutil.walk_packages(moe2edge.__path__, "moe2edge.")} - {"moe2edge.__main__"}
 )
 
 

@@ -11,15 +11,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from moe2edge import walk
-from moe2edge.checkpoint import open_checkpoint
+from moe2edge.calibration import walk
+from moe2edge.calibration.observation import Facts
+from moe2edge.calibration.similarity import BlockSimilarityKind, LayerSimilarityObserver
 from moe2edge.errors import InputError
-from moe2edge.families import FAMILIES
-from moe2edge.model import SECOND_NORM, Model
+from moe2edge.model.family import FAMILIES
+from moe2edge.model.model import SECOND_NORM, Model
 from moe2edge.passes.block_drop import BlockDrop
 from moe2edge.passes.layer_drop import LayerDrop
-from moe2edge.pipeline import Facts, Outcome, Trim, plan
-from moe2edge.similarity import BlockSimilarityKind, LayerSimilarityObserver
+from moe2edge.pipeline.contract import Outcome, Trim
+from moe2edge.pipeline.stages import plan
+from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.testing import Make
 
 IDS = torch.randint(1, 96, (3, 30), generator=torch.Generator().manual_seed(0))

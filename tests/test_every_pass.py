@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from moe2edge import registry
-from moe2edge.cli import main
-from moe2edge.families import FAMILIES
+from moe2edge.cli.main import main
+from moe2edge.model.family import FAMILIES
+from moe2edge.pipeline import registry
 from moe2edge.testing import Make
 
 # The passes of a recipe; what is not quantized yet is rounded at the end.

@@ -14,19 +14,23 @@ import torch
 from click.testing import CliRunner
 from torch import Tensor
 
-from moe2edge import budgets, quality, walk
-from moe2edge.budgets import Counts, Ranker, Trimmer
-from moe2edge.checkpoint import open_checkpoint
-from moe2edge.cli import main
+from moe2edge.calibration import walk
+from moe2edge.cli.main import main
 from moe2edge.errors import DoesNotFit, InputError
-from moe2edge.families import FAMILIES
-from moe2edge.layers import Weight
-from moe2edge.model import Model
+from moe2edge.model.family import FAMILIES
+from moe2edge.model.layers import Weight
+from moe2edge.model.model import Model
+from moe2edge.numerics import bootstrap, metrics
+from moe2edge.numerics.allocation import Counts
+from moe2edge.passes import _allocation_trials as budgets
+from moe2edge.passes._allocation_trials import Ranker, Trimmer
 from moe2edge.passes.expert_budget import ExpertBudget
-from moe2edge.pipeline import Lab, Outcome, plan
+from moe2edge.pipeline.contract import Lab, Outcome
+from moe2edge.pipeline.stages import plan
 from moe2edge.progress import Watcher
+from moe2edge.storage.checkpoint import open_checkpoint
+from moe2edge.storage.work_folder import WorkFolder
 from moe2edge.testing import Make
-from moe2edge.workfolder import WorkFolder
 
 IDS = torch.randint(1, 96, (8, 24), generator=torch.Generator().manual_seed(0))
 QUIET = Watcher(lambda _: None, lambda *_: None)
@@ -83,7 +87,7 @@ def kl_on(model: Model, source: Model, tokens: Tensor) -> list[float]:
     """KL of each sample, nats per token."""
     theirs = walk.head_logits(source, walk.observe(source, tokens, (), quiet, ""))
     mine = walk.head_logits(model, walk.observe(model, tokens, (), quiet, ""))
-    return [one.kl / one.tokens for one in quality.per_sample(tokens, mine, theirs)]
+    return [one.kl / one.tokens for one in metrics.per_sample(tokens, mine, theirs)]
 
 
 @pytest.mark.parametrize("sensitivity", ["kl", "error"])
@@ -95,7 +99,7 @@ def test_never_worse_than_uniform_where_it_is_chosen(
     outcome = search(options(keep=4, sensitivity=sensitivity), model)
     assert sum(counts_of(outcome.model)) == 12
     assert min(counts_of(outcome.model)) >= 2
-    choosing, _ = budgets.split(8, 0.25)
+    choosing, _ = bootstrap.split(8, 0.25)
     tokens = IDS[choosing]
     uniform = trimmer_of(model, tokens).trimmed((4, 4, 4))
     mine, even = (sum(kl_on(m, model, tokens)) for m in (outcome.model, uniform))
@@ -112,11 +116,11 @@ def test_a_layer_that_does_little_keeps_little(tiny: Make, idle: int, sensitivit
     assert counts_of(outcome.model)[idle] == 2
     assert sum(counts_of(outcome.model)) == 12
     # The report, recomputed.
-    choosing, held_out = budgets.split(8, 0.25)
+    choosing, held_out = bootstrap.split(8, 0.25)
     trimmer = trimmer_of(model, IDS[choosing])
     uniform = trimmer.trimmed((4, 4, 4))
     mine, even = (kl_on(m, model, IDS[held_out]) for m in (outcome.model, uniform))
-    found = budgets.interval([a - b for a, b in zip(mine, even, strict=True)], 0)
+    found = bootstrap.interval([a - b for a, b in zip(mine, even, strict=True)], 0)
     assert "over 2 calibration samples that nothing was chosen by" in outcome.notes[-1]
     assert outcome.notes[-1].endswith(f"KL {found}")
     assert found.mean < 0
@@ -147,7 +151,7 @@ def test_source_and_model_may_differ(tiny: Make) -> None:
     model = source.replace_block(source.blocks[0].keep_experts((0, 2, 3, 4, 5)))
     model = model.keep_blocks([0, 2])
     outcome = search(options(keep=3, sensitivity="kl"), model, source)
-    choosing, _ = budgets.split(8, 0.25)
+    choosing, _ = bootstrap.split(8, 0.25)
     (taken,) = (note for note in outcome.notes if "(taken)" in note)
     kl = sum(kl_on(outcome.model, source, IDS[choosing])) / 6
     assert f"KL to the source {kl:.4f}" in taken

@@ -10,14 +10,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from moe2edge import saliency, walk
-from moe2edge.checkpoint import open_checkpoint
+from moe2edge.calibration import router_observers, walk
+from moe2edge.calibration.observation import Facts
 from moe2edge.errors import InputError
-from moe2edge.families import FAMILIES
-from moe2edge.layers import Dense, MoELayer
-from moe2edge.model import Model
+from moe2edge.model.family import FAMILIES
+from moe2edge.model.layers import Dense, MoELayer
+from moe2edge.model.model import Model
+from moe2edge.numerics import saliency
 from moe2edge.passes.expert_drop import ExpertDrop
-from moe2edge.pipeline import Facts, plan
+from moe2edge.pipeline.stages import plan
+from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.testing import Make
 
 IDS = torch.randint(1, 96, (3, 40), generator=torch.Generator().manual_seed(0))
@@ -89,7 +91,7 @@ def test_global_scope_keeps_the_best_of_all_layers(tiny: Make) -> None:
     model = open_checkpoint(str(tiny("olmoe"))).model
     step = options(keep=0.5, criterion="reap", scope="global")
     found = kept(apply(step, model))
-    observer = saliency.OutputObserver()
+    observer = router_observers.OutputObserver()
     walk.observe(model, IDS, [observer], lambda *_: None, "")
     scores = {
         (n, j): float(score)
@@ -131,7 +133,7 @@ def test_counts_of_each_layer(tiny: Make) -> None:
 
 def test_super_experts_are_protected(tiny: Make) -> None:
     model = open_checkpoint(str(tiny("olmoe"))).model
-    observer = saliency.OutputObserver()
+    observer = router_observers.OutputObserver()
     walk.observe(model, IDS, [observer], lambda *_: None, "")
     layers = observer.fact().layers
     # Blocks 0, 1 and 2 of 3 lie in the first three quarters; the largest of all is protected.
@@ -152,7 +154,7 @@ def test_super_experts_are_protected(tiny: Make) -> None:
 
 def test_a_super_expert_is_not_dropped_in_silence(tiny: Make) -> None:
     model = open_checkpoint(str(tiny("olmoe"))).model
-    observer = saliency.OutputObserver()
+    observer = router_observers.OutputObserver()
     walk.observe(model, IDS, [observer], lambda *_: None, "")
     layers = observer.fact().layers
     block = max(range(3), key=lambda n: float(layers[n].largest.max()))

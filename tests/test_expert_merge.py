@@ -13,17 +13,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe2edge import bases, merging, walk
-from moe2edge.checkpoint import open_checkpoint
-from moe2edge.early import check_need
+from moe2edge.calibration import observation, walk
 from moe2edge.errors import DoesNotFit
-from moe2edge.families import FAMILIES
-from moe2edge.layers import PARTS, Dense, MoELayer
-from moe2edge.memory import Memory
-from moe2edge.merging import Group, Matrices, Sums
-from moe2edge.model import Model
+from moe2edge.model.family import FAMILIES
+from moe2edge.model.layers import PARTS, Dense, MoELayer
+from moe2edge.model.model import Model
+from moe2edge.numerics import expert_groups
+from moe2edge.numerics import expert_groups as merging
+from moe2edge.numerics.expert_groups import Group, Matrices, Sums
 from moe2edge.passes.expert_merge import ExpertMerge
-from moe2edge.pipeline import Lab, Outcome, plan
+from moe2edge.pipeline.contract import Lab, Outcome
+from moe2edge.pipeline.runner import check_need
+from moe2edge.pipeline.stages import plan
+from moe2edge.runtime.memory import Memory
+from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.testing import InMemory, Make, Watched, make_checkpoint, with_copies
 
 METHODS = ("hc-smoe", "m-smoe", "ream")
@@ -68,7 +71,7 @@ def slow_clusters(means: Tensor, keep: int) -> set[frozenset[int]]:
 def test_clusters_are_those_of_a_loop(keep: int) -> None:
     means = draw(12, 5, seed=keep).double()
     scores = draw(12, seed=keep + 1).tolist()
-    groups = merging.cluster(means, keep, scores)
+    groups = expert_groups.cluster(means, keep, scores)
     assert {frozenset(group) for group in groups} == slow_clusters(means, keep)
     for centroid, *others in groups:
         assert all(scores[centroid] > scores[n] for n in others)
@@ -79,7 +82,7 @@ def test_ties_leave_as_many_clusters_as_asked_for(keep: int) -> None:
     """Corners of a cube, and experts that are all equal."""
     corners = torch.tensor([[n >> bit & 1 for bit in range(3)] for n in range(8)]).double()
     for means in (corners, torch.ones(8, 3, dtype=torch.float64)):
-        groups = merging.cluster(means, keep, [1.0] * 8)
+        groups = expert_groups.cluster(means, keep, [1.0] * 8)
         assert len(groups) == keep
         assert sorted(n for group in groups for n in group) == list(range(8))
         # Of equal scores the first.
@@ -113,12 +116,12 @@ def slow_absorb(similarity: Tensor, keep: int, scores: list[float], limit: int) 
 def test_centroids_gather_as_in_a_loop(keep: int) -> None:
     similarity = draw(12, 12, seed=keep)
     similarity, scores = similarity + similarity.T, draw(12, seed=keep + 1).tolist()
-    joined = merging.join_nearest(similarity, keep, scores)
+    joined = expert_groups.join_nearest(similarity, keep, scores)
     assert set(joined) == slow_join(similarity, keep, scores)
     assert [group[0] for group in joined] == sorted(group[0] for group in joined)
     least = -(-(12 - keep) // keep)
     for limit in (least, least + 1, 16):
-        found = merging.absorb(similarity, keep, scores, limit)
+        found = expert_groups.absorb(similarity, keep, scores, limit)
         assert set(found) == slow_absorb(similarity, keep, scores, limit)
         assert max(len(group) for group in found) <= limit + 1
         assert sorted(n for group in found for n in group) == list(range(12))
@@ -137,13 +140,13 @@ def test_sums_are_those_of_loops_over_tokens(
         for cosines in (False, True):
             sums.add_outputs(inputs[part], lambda n, x: torch.tanh(x @ maps[n]), cosines=cosines)
     assert torch.allclose(sums.outputs / sums.tokens, outputs.mean(1), atol=1e-6)
-    found = merging.ream_similarity(sums)
+    found = expert_groups.ream_similarity(sums)
     columns = torch.nn.functional.normalize(logits.double(), dim=0).T
     farthest = max(float((a - b).norm()) for a in columns for b in columns)
     for i in range(5):
         for j in range(5):
             cosine = torch.cosine_similarity(logits[:, i].double(), logits[:, j].double(), dim=0)
-            assert abs(float(bases.cosines(sums.logits)[i, j] - cosine)) < 1e-6
+            assert abs(float(expert_groups.cosines(sums.logits)[i, j] - cosine)) < 1e-6
             shared = 0.0
             for a, b, gate in zip(outputs[i], outputs[j], logits.softmax(1), strict=True):
                 # The paper's outputs are gated, which changes nothing here.
@@ -172,8 +175,8 @@ def test_alignment_undoes_a_permutation(by_answers: bool) -> None:
     experts = [expert(n) for n in range(4)]
     shuffle = torch.randperm(WIDTH, generator=torch.Generator().manual_seed(1))
     experts[2] = experts[0].permuted(shuffle)
-    axes = merging.layer_axes(lambda: iter(experts), 0) if by_answers else None
-    found = merging.aligned(experts[0], experts[2], draw(50, HIDDEN, seed=3), axes)
+    axes = expert_groups.layer_axes(lambda: iter(experts), 0) if by_answers else None
+    found = expert_groups.aligned(experts[0], experts[2], draw(50, HIDDEN, seed=3), axes)
     assert torch.equal(found, shuffle.argsort())
     assert equal(experts[2].permuted(found), experts[0])
 
@@ -181,11 +184,11 @@ def test_alignment_undoes_a_permutation(by_answers: bool) -> None:
 def test_an_order_is_the_cheapest_of_all() -> None:
     """By distances of weights, which `weight_cost` only takes the products of."""
     one, other = draw(5, 7), draw(5, 7, seed=1)
-    found = merging.order(merging.weight_cost(one, other))
+    found = expert_groups.order(expert_groups.weight_cost(one, other))
     costs = {p: float((one - other[list(p)]).square().sum()) for p in permutations(range(5))}
     assert tuple(found.tolist()) == min(costs, key=costs.__getitem__)
     answers = draw(5, 9, seed=2), draw(5, 9, seed=3)
-    cost = merging.ream_cost((answers[0], one), (answers[1], other))
+    cost = expert_groups.ream_cost((answers[0], one), (answers[1], other))
     for i in range(5):
         for j in range(5):
             expected = 0.0
@@ -202,26 +205,26 @@ def test_principal_axes_are_those_of_singular_vectors() -> None:
     def parts() -> Iterator[Tensor]:
         yield from torch.split(rows, 17)
 
-    mean, axes = merging.principal(parts, 4, 0)
+    mean, axes = expert_groups.principal(parts, 4, 0)
     assert torch.allclose(mean, rows.mean(0), atol=1e-5)
     _, values, vectors = torch.linalg.svd(rows - rows.mean(0))
     expected = vectors[:4].T * values[:4]
     assert torch.allclose(axes.abs(), expected.abs(), rtol=1e-2, atol=1e-2)
-    again = merging.principal(parts, 4, 0)[1]
+    again = expert_groups.principal(parts, 4, 0)[1]
     assert torch.equal(axes, again)
-    assert merging.principal(parts, 64, 0)[1].shape == (10, 10)
+    assert expert_groups.principal(parts, 64, 0)[1].shape == (10, 10)
 
 
 def test_the_mean_is_that_of_a_loop() -> None:
-    experts, shares = [expert(n) for n in range(3)], merging.shares([2.0, 1.0, 5.0])
+    experts, shares = [expert(n) for n in range(3)], expert_groups.shares([2.0, 1.0, 5.0])
     assert shares == (0.25, 0.125, 0.625)
     before = [one.gate.clone() for one in experts]
-    found = merging.weighted_mean(zip(shares, experts, strict=True))
+    found = expert_groups.weighted_mean(zip(shares, experts, strict=True))
     for part in PARTS:
         expected = sum(s * getattr(one, part) for s, one in zip(shares, experts, strict=True))
         assert torch.allclose(getattr(found, part), expected, atol=1e-6)
     assert all(torch.equal(a, b.gate) for a, b in zip(before, experts, strict=True))
-    assert merging.shares([0.0, 0.0]) is None
+    assert expert_groups.shares([0.0, 0.0]) is None
 
 
 # ---- layers ------------------------------------------------------------------------------------
@@ -246,7 +249,9 @@ def logits(model: Model, ids: Tensor = IDS) -> Tensor:
     return torch.stack(list(walk.head_logits(model, hidden)))
 
 
-def slow_groups(method: str, seen: walk.Seen, keep: int) -> tuple[set[frozenset[int]], list[float]]:
+def slow_groups(
+    method: str, seen: observation.Seen, keep: int
+) -> tuple[set[frozenset[int]], list[float]]:
     """Groups of a layer of six, and what experts are weighted by."""
     routing = seen.routing
     assert routing is not None

@@ -13,16 +13,16 @@ from click.testing import CliRunner
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from moe2edge import walk
-from moe2edge.checkpoint import open_checkpoint
-from moe2edge.cli import main
-from moe2edge.families import FAMILIES
-from moe2edge.loading import load
-from moe2edge.model import Model, is_quantizable
+from moe2edge.calibration import walk
+from moe2edge.cli.main import main
+from moe2edge.model.family import FAMILIES
+from moe2edge.model.model import Model, is_quantizable
 from moe2edge.passes.expert_merge import ExpertMerge
-from moe2edge.pipeline import Lab
-from moe2edge.recipe import parse
-from moe2edge.stored import stored_model
+from moe2edge.pipeline.contract import Lab
+from moe2edge.pipeline.recipe import parse
+from moe2edge.runtime.load import load
+from moe2edge.storage.checkpoint import open_checkpoint
+from moe2edge.storage.output import stored_model
 from moe2edge.targets.hf import Hf
 from moe2edge.testing import InMemory, Make
 

@@ -13,17 +13,19 @@ import torch
 from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
 
-from moe2edge import skipping, walk
-from moe2edge.checkpoint import open_checkpoint
-from moe2edge.cli import main
+from moe2edge.calibration import router_observers, walk
+from moe2edge.calibration.observation import Facts
+from moe2edge.cli.main import main
 from moe2edge.errors import InputError
-from moe2edge.families import FAMILIES
-from moe2edge.layers import MoELayer
-from moe2edge.loading import to_transformers
-from moe2edge.model import Model
-from moe2edge.modules import skipping as skip
+from moe2edge.model.family import FAMILIES
+from moe2edge.model.layers import MoELayer
+from moe2edge.model.model import Model
+from moe2edge.numerics import skipping
+from moe2edge.numerics.skipping import skipping as skip
 from moe2edge.passes.expert_skip import ExpertSkip
-from moe2edge.pipeline import Facts, plan
+from moe2edge.pipeline.stages import plan
+from moe2edge.runtime.load import to_transformers
+from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.testing import Make
 
 IDS = torch.randint(1, 96, (3, 30), generator=torch.Generator().manual_seed(0))
@@ -32,9 +34,9 @@ IDS = torch.randint(1, 96, (3, 30), generator=torch.Generator().manual_seed(0))
 def skipped(model: Model, **options: Any) -> Model:
     step = ExpertSkip(**options)
     step.check(model)
-    observer = skipping.RatioObserver()
+    observer = router_observers.RatioObserver()
     walk.observe(model, IDS, [observer], lambda *_: None, "")
-    outcome = step.apply(model, Facts({skipping.RatioObserver: observer.fact()}))
+    outcome = step.apply(model, Facts({router_observers.RatioObserver: observer.fact()}))
     outcome.model.verify()
     return outcome.model
 
@@ -118,7 +120,7 @@ def test_the_rule_token_by_token() -> None:
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_half_of_the_calibration_tokens_skip_the_second(tiny: Make, family: str) -> None:
     model = skipped(open_checkpoint(str(tiny(family))).model)
-    observer = skipping.SkipObserver()
+    observer = router_observers.SkipObserver()
     hidden = walk.observe(model, IDS, [observer], lambda *_: None, "")
     rates = observer.fact()
     # The first block's inputs are those that were calibrated on: 45 of 90 tokens, of 180 places.
@@ -141,7 +143,7 @@ def test_skipped_experts_see_no_tokens(tiny: Make) -> None:
 def test_quantile_is_about_the_part_that_skips(tiny: Make) -> None:
     model = open_checkpoint(str(tiny("olmoe"))).model
     for quantile in (0.1, 0.9):
-        observer = skipping.SkipObserver()
+        observer = router_observers.SkipObserver()
         walk.observe(skipped(model, quantile=quantile), IDS, [observer], lambda *_: None, "")
         assert observer.fact().skipped[0] / 90 == pytest.approx(quantile, abs=0.02)
 

@@ -18,11 +18,11 @@ import yaml
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
-from moe2edge import recipe, registry
-from moe2edge.cli import main
+from moe2edge.cli.main import main
 from moe2edge.errors import InputError
-from moe2edge.families import FAMILIES
-from moe2edge.rounding import Quantized
+from moe2edge.model.family import FAMILIES
+from moe2edge.numerics.grid import Quantized
+from moe2edge.pipeline import recipe, registry
 from moe2edge.testing import Make
 
 # Small enough for the tiny models, whose vocabulary is one entry per character.
@@ -278,7 +278,7 @@ def test_leftovers_of_a_killed_export(tiny: Make, tmp_path: Path) -> None:
 
 def test_no_space(tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("usage", (), {"free": 1000})
-    monkeypatch.setattr("moe2edge.workfolder.shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr("moe2edge.storage.work_folder.shutil.disk_usage", lambda _: usage)
     result = export(tiny("mixtral"), tmp_path / "out", "onnx")
     assert result.exit_code == 5
     assert "0.00 GB free" in result.stderr
@@ -423,7 +423,7 @@ def test_the_group_size_is_that_of_the_whole_source(tiny: Make, tmp_path: Path) 
 def test_a_shipped_error_beyond_the_usual_is_a_warning(
     tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from moe2edge import verify
+    from moe2edge.evaluation import verify
 
     monkeypatch.setattr(verify, "SHIPPED_USUAL", 0.0)
     result = export(tiny("mixtral"), tmp_path / "out", "onnx", "-r", "w4-rtn")
@@ -471,7 +471,7 @@ def test_a_graph_is_no_model_for_transformers(pair: Path) -> None:
 def test_a_fault_of_ours_is_one_line_and_one_json_document(
     tiny: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from moe2edge import checkpoint
+    from moe2edge.storage import checkpoint
 
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("out of\nluck")

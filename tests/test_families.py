@@ -11,11 +11,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from moe2edge import walk
-from moe2edge.checkpoint import open_checkpoint
+from moe2edge.calibration import walk
 from moe2edge.errors import InputError, Unsupported
-from moe2edge.families import FAMILIES, family_config, family_of
-from moe2edge.loading import to_transformers
+from moe2edge.model.family import FAMILIES, family_of
+from moe2edge.model.hf_config import family_config
+from moe2edge.runtime.load import to_transformers
+from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.testing import Make
 
 IDS = torch.randint(1, 96, (2, 24), generator=torch.Generator().manual_seed(0))

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe2edge import feedback, native
-from moe2edge.rounding import Grid, Range, choose_grid, dequantize, round_to_nearest
-from moe2edge.scheme import Scheme
+from moe2edge.numerics import compiled, error_feedback
+from moe2edge.numerics import compiled as native
+from moe2edge.numerics.grid import Grid, dequantize
+from moe2edge.numerics.rounding import Range, choose_grid, round_to_nearest
+from moe2edge.numerics.scheme import Scheme
 
 
 @pytest.fixture(params=["compiled", "torch"], autouse=True)
@@ -15,7 +17,7 @@ def loop(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
     """What runs over columns."""
     if request.param == "torch":
         monkeypatch.setattr(native, "is_built", lambda: False)
-    elif not native.is_built():
+    elif not compiled.is_built():
         pytest.skip("there was no compiler when moe2edge was installed")
 
 
@@ -67,13 +69,13 @@ def solved(
 ) -> tuple[torch.Tensor, float, Grid]:
     """The same by `feedback`: numbers, loss and grid."""
     ins = weight.shape[1]
-    factors, fine = feedback.factorize(hessian[None].clone(), 0.01)
+    factors, fine = error_feedback.factorize(hessian[None].clone(), 0.01)
     assert fine == [True]
     grid = choose_grid(weight[None], scheme, how if fixed else "absmax")
     groups = (torch.arange(ins) // scheme.width(ins))[None]
-    rounder = feedback.GridRounder(groups, grid, None if fixed else how)
-    errors = feedback.transposed(weight[None])
-    loss = feedback.solve(errors, factors, rounder)
+    rounder = error_feedback.GridRounder(groups, grid, None if fixed else how)
+    errors = error_feedback.transposed(weight[None])
+    loss = error_feedback.solve(errors, factors, rounder)
     found = rounder.grid[0].quantized(rounder.integers()[0]).dequantize()
     assert torch.allclose(weight - errors[0].T, found, atol=1e-5)
     return found, float(loss), rounder.grid[0]
@@ -128,12 +130,12 @@ def test_a_batch_is_its_members_one_by_one() -> None:
     scheme = Scheme(4, 32)
     weights = torch.stack([weight, weight.flip(0), 2 * weight])
     hessians = torch.stack([hessian, hessian.flip(0, 1), hessian + torch.eye(len(hessian))])
-    factors, fine = feedback.factorize(hessians.clone(), 0.01)
+    factors, fine = error_feedback.factorize(hessians.clone(), 0.01)
     assert all(fine)
     grid = choose_grid(weights, scheme)
     groups = (torch.arange(192) // 32).expand(3, -1)
-    rounder = feedback.GridRounder(groups, grid, "mse")
-    feedback.solve(feedback.transposed(weights), factors, rounder)
+    rounder = error_feedback.GridRounder(groups, grid, "mse")
+    error_feedback.solve(error_feedback.transposed(weights), factors, rounder)
     for n in range(3):
         found, _, _ = solved(weights[n], hessians[n], scheme, "mse", fixed=False)
         whole = rounder.grid[n].quantized(rounder.integers()[n]).dequantize()
@@ -145,10 +147,12 @@ def test_a_mask_keeps_zeros_and_the_rest_makes_up_for_it() -> None:
     scheme = Scheme(4, 32)
     mask = torch.rand(weight.shape, generator=torch.Generator().manual_seed(4)) < 0.5
     sparse = weight * mask
-    factors, _ = feedback.factorize(hessian[None].clone(), 0.01)
+    factors, _ = error_feedback.factorize(hessian[None].clone(), 0.01)
     groups = (torch.arange(192) // 32)[None]
-    rounder = feedback.GridRounder(groups, choose_grid(sparse[None], scheme), None, mask[None])
-    feedback.solve(feedback.transposed(sparse[None]), factors, rounder)
+    rounder = error_feedback.GridRounder(
+        groups, choose_grid(sparse[None], scheme), None, mask[None]
+    )
+    error_feedback.solve(error_feedback.transposed(sparse[None]), factors, rounder)
     found = rounder.grid[0].quantized(rounder.integers()[0]).dequantize()
     assert (found[~mask] == 0).all()
     rounded = round_to_nearest(sparse, scheme).dequantize()
@@ -158,7 +162,7 @@ def test_a_mask_keeps_zeros_and_the_rest_makes_up_for_it() -> None:
 
 def test_factors_multiply_to_the_damped_hessian() -> None:
     _, hessian = problem()
-    factors, _ = feedback.factorize(hessian[None].clone(), 0.05)
+    factors, _ = error_feedback.factorize(hessian[None].clone(), 0.05)
     lower = factors.lower[0].tril()
     again = lower * factors.weight[0] @ lower.T
     assert torch.allclose(again.double(), damped(hessian, 0.05), rtol=1e-4, atol=1e-2)
@@ -172,23 +176,23 @@ def test_damping_rises_until_it_works_and_then_rounds() -> None:
     wrong = torch.eye(ins)
     wrong[0, 1] = wrong[1, 0] = 1.5
     hopeless = torch.full((ins, ins), float("nan"))
-    factors, fine = feedback.factorize(torch.stack([dead, wrong, hopeless]), 0.01)
+    factors, fine = error_feedback.factorize(torch.stack([dead, wrong, hopeless]), 0.01)
     assert fine == [True, True, False]
     assert torch.equal(factors.lower[2], torch.eye(ins))
     # Inputs that never occur are rounded to nearest.
     weight = torch.randn(1, 8, ins, generator=torch.Generator().manual_seed(5))
     scheme = Scheme(4, 32)
     for n in (0, 2):
-        own = feedback.Factors(factors.lower[n][None], factors.weight[n][None])
+        own = error_feedback.Factors(factors.lower[n][None], factors.weight[n][None])
         groups = (torch.arange(ins) // 32)[None]
-        rounder = feedback.GridRounder(groups, choose_grid(weight, scheme))
-        feedback.solve(feedback.transposed(weight), own, rounder)
+        rounder = error_feedback.GridRounder(groups, choose_grid(weight, scheme))
+        error_feedback.solve(error_feedback.transposed(weight), own, rounder)
         plain = round_to_nearest(weight[0], scheme)
         assert torch.equal(rounder.integers()[0], plain.q)
         assert torch.equal(dequantize(plain.q, plain.scales, scheme), plain.dequantize())
 
 
-@pytest.mark.skipif(not native.is_built(), reason="there was no compiler")
+@pytest.mark.skipif(not compiled.is_built(), reason="there was no compiler")
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("outs", [1, 64, 200])
 def test_the_compiled_loop_is_that_of_torch(
@@ -199,17 +203,17 @@ def test_the_compiled_loop_is_that_of_torch(
     weights = torch.randn(3, outs, ins, generator=generator)
     mask = torch.rand(3, outs, ins, generator=generator) < 0.7
     inputs = torch.randn(3, 400, ins, generator=generator)
-    factors, _ = feedback.factorize(inputs.mT @ inputs, 0.01)
+    factors, _ = error_feedback.factorize(inputs.mT @ inputs, 0.01)
     groups = torch.stack([torch.randperm(ins, generator=generator) // 32 for _ in range(3)])
     found = {}
     for name, threads in (("compiled", 1), ("shared", 3), ("torch", 1)):
         monkeypatch.setattr(native, "is_built", lambda name=name: name != "torch")
         monkeypatch.setattr(native, "MANY", 0)
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        rounder = feedback.GridRounder(groups, choose_grid(weights, scheme), None, mask)
+        rounder = error_feedback.GridRounder(groups, choose_grid(weights, scheme), None, mask)
         assert rounder.native == (name != "torch")
-        errors = feedback.transposed(weights * mask)
-        loss = feedback.solve(errors, factors, rounder)
+        errors = error_feedback.transposed(weights * mask)
+        loss = error_feedback.solve(errors, factors, rounder)
         found[name] = rounder.integers(), loss, errors
     for one, same in zip(found["compiled"], found["shared"], strict=True):
         assert torch.equal(one, same)
@@ -218,7 +222,7 @@ def test_the_compiled_loop_is_that_of_torch(
     assert torch.allclose(found["compiled"][1], found["torch"][1], rtol=1e-3)
 
 
-@pytest.mark.skipif(not native.is_built(), reason="there was no compiler")
+@pytest.mark.skipif(not compiled.is_built(), reason="there was no compiler")
 @pytest.mark.parametrize("shape", [(40, 96), (3, 5, 64), (2, 700, 256), (6, 40)], ids=str)
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("weighted", [True, False])
@@ -244,22 +248,22 @@ def test_the_compiled_search_is_that_of_torch(
 
 def test_only_the_lower_triangle_is_factored() -> None:
     _, hessian = problem()
-    whole, _ = feedback.factorize(hessian[None].clone(), 0.01)
+    whole, _ = error_feedback.factorize(hessian[None].clone(), 0.01)
     half = hessian.tril() + torch.full_like(hessian, float("nan")).triu(1)
-    found, fine = feedback.factorize(half[None], 0.01)
+    found, fine = error_feedback.factorize(half[None], 0.01)
     assert fine == [True]
     assert torch.equal(found.lower.tril(), whole.lower.tril())
 
 
 def test_feedback_from_far_in_bfloat16_loses_nothing_that_counts() -> None:
     weight, hessian = problem(32, 640, 900)
-    factors, _ = feedback.factorize(hessian[None].clone(), 0.01)
+    factors, _ = error_feedback.factorize(hessian[None].clone(), 0.01)
     losses, found = [], []
     for dtype in (torch.float32, torch.bfloat16):
         groups = (torch.arange(640) // 64)[None]
-        rounder = feedback.GridRounder(groups, choose_grid(weight[None], Scheme(4, 64)))
-        errors = feedback.transposed(weight[None])
-        losses.append(float(feedback.solve(errors, factors, rounder, dtype)))
+        rounder = error_feedback.GridRounder(groups, choose_grid(weight[None], Scheme(4, 64)))
+        errors = error_feedback.transposed(weight[None])
+        losses.append(float(error_feedback.solve(errors, factors, rounder, dtype)))
         found.append(rounder.integers())
         error = errors[0].T.double()
         assert losses[-1] == pytest.approx(float((error @ damped(hessian) * error).sum()), rel=0.01)

@@ -19,21 +19,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from moe2edge import registry
-from moe2edge.artifact import write_manifest
-from moe2edge.cli import main
+from moe2edge.cli.main import main
 from moe2edge.errors import InputError, Moe2EdgeError
-from moe2edge.generate import (
-    choose,
-    context_length,
-    encode_prompt,
-    generate,
-    room,
-    stop_ids,
-    stream_text,
-)
+from moe2edge.pipeline import registry
+from moe2edge.runtime.generation import choose, encode_prompt, generate, room, stream_text
+from moe2edge.runtime.torch_runtime import TorchRuntime, open_source
+from moe2edge.storage.manifest import write_manifest
+from moe2edge.storage.tokenizer import context_length, stop_ids
 from moe2edge.testing import make_checkpoint, make_tokenizer
-from moe2edge.torch_runtime import TorchRuntime, open_source
 
 
 class Counting:
@@ -296,7 +289,7 @@ def test_the_command_refuses_before_it_loads_the_model(
 def test_settings_are_refused_before_anything_is_imported(tmp_path: Path) -> None:
     write_manifest(tmp_path, "hf")
     code = (
-        "import sys; from moe2edge.cli import main\n"
+        "import sys; from moe2edge.cli.main import main\n"
         "try: main()\n"
         "finally: print({'torch', 'transformers'} & set(sys.modules))"
     )

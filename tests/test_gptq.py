@@ -10,17 +10,19 @@ from typing import Any
 import pytest
 import torch
 
-from moe2edge import feedback, quality, solving, walk
-from moe2edge.checkpoint import BUILTIN, open_checkpoint
-from moe2edge.families import FAMILIES
-from moe2edge.layers import MoELayer
-from moe2edge.memory import TOGETHER, Memory
-from moe2edge.model import Block, Model
+from moe2edge.calibration import walk
+from moe2edge.model.family import FAMILIES
+from moe2edge.model.layers import MoELayer
+from moe2edge.model.model import Block, Model
+from moe2edge.numerics import error_feedback, metrics
+from moe2edge.numerics.grid import Quantized
+from moe2edge.passes._quantize import Quantize
 from moe2edge.passes.gptq import Gptq
 from moe2edge.passes.rtn import Rtn
-from moe2edge.pipeline import Group, GroupSolver, Solved
-from moe2edge.quantize import Quantize
-from moe2edge.rounding import Quantized
+from moe2edge.pipeline import blockwise
+from moe2edge.pipeline.solver import Group, GroupSolver, Solved
+from moe2edge.runtime.memory import TOGETHER, Memory
+from moe2edge.storage.checkpoint import BUILTIN, open_checkpoint
 from moe2edge.testing import InMemory, Make
 
 
@@ -37,7 +39,7 @@ def solve(model: Model, step: Quantize, ids: torch.Tensor) -> tuple[Model, list[
     step = step.resolved(model)
     step.check(model)
     given = ids if step.needs_tokens else None
-    after, changed, notes = solving.solve(
+    after, changed, notes = blockwise.solve(
         model, given, step.solver(model), InMemory(), quietly, "test"
     )
     assert sorted(changed) == sorted(step.schemes(model))
@@ -65,7 +67,7 @@ class Watching(GroupSolver):
             first = next(iter(group.weights))
             ins = group.shapes[0][1]
             hessian = torch.zeros(ins, ins)
-            feedback.sum_hessian(hessian, group.batches())
+            error_feedback.sum_hessian(hessian, group.batches())
             self.seen[block.index, first] = hessian
             assert group.tokens == sum(len(x) for x, _ in group.batches())
             if group.everyone is not None:
@@ -107,7 +109,7 @@ def test_hessians_are_those_of_routed_tokens_by_weight(tiny: Make, family: str) 
     ids = tokens(model, 3, 20)
     watching = Watching(model, propagate=True)
     solver: GroupSolver = watching
-    after, _, _ = solving.solve(model, ids, solver, InMemory(), quietly, "test")
+    after, _, _ = blockwise.solve(model, ids, solver, InMemory(), quietly, "test")
     expected = dict(slow_hessians(model, after, ids))
     assert len(expected) == 3 * (1 + 2 * 6)
     for key, hessian in expected.items():
@@ -126,7 +128,7 @@ def test_the_stream_is_that_of_the_whole_blocks(tiny: Make, family: str) -> None
     for propagate in (True, False):
         ledger = InMemory()
         solver = Watching(model, propagate=propagate)
-        after, _, _ = solving.solve(model, ids, solver, ledger, quietly, "test")
+        after, _, _ = blockwise.solve(model, ids, solver, ledger, quietly, "test")
         through = after if propagate else model
         hidden = walk.embed(model, ids)
         for block in through.blocks[:-1]:
@@ -140,9 +142,9 @@ def test_the_stream_is_that_of_the_whole_blocks(tiny: Make, family: str) -> None
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_gptq_is_nearer_to_the_source_than_rounding(bits: int, symmetric: bool) -> None:
     """On the built-in model; KL decides, as perplexity barely moves at 4 bits."""
-    from moe2edge.artifact import tokenizer_of
-    from moe2edge.calibration import load_tokens
-    from moe2edge.recipe import TextSource
+    from moe2edge.calibration.sources import TextSource
+    from moe2edge.calibration.tokens import load_tokens
+    from moe2edge.storage.tokenizer import tokenizer_of
 
     checkpoint = open_checkpoint(BUILTIN)
     model, tokenizer = checkpoint.model, tokenizer_of(checkpoint.folder)
@@ -157,7 +159,7 @@ def test_gptq_is_nearer_to_the_source_than_rounding(bits: int, symmetric: bool) 
     for step in (Rtn, Gptq):
         options = {"bits": bits, "symmetric": symmetric, "scales": "mse", "group_size": 64}
         after, _ = solve(model, step.model_validate(options), text("calibration", 24))
-        kl = quality.measure(held_out, logits(after, held_out), iter(before)).kl
+        kl = metrics.measure(held_out, logits(after, held_out), iter(before)).kl
         assert kl is not None
         found.append(kl)
     assert found[1] < 0.75 * found[0]
@@ -211,7 +213,7 @@ def test_what_is_computed_in_is_chosen_and_told(tiny: Make) -> None:
     same = [torch.equal(a.load(), b.load()) for (_, _, a), (_, _, b) in pairs if a.scheme]
     assert not all(same)
     source = list(logits(model, ids))
-    kls = [quality.measure(ids, logits(m, ids), source).kl for m in found.values()]
+    kls = [metrics.measure(ids, logits(m, ids), source).kl for m in found.values()]
     assert kls[1] == pytest.approx(kls[0], rel=0.3)
 
 
@@ -244,7 +246,9 @@ def test_memory_does_not_change_numbers(tiny: Make, tmp_path: Path) -> None:
     found = []
     for memory in (Memory(), Memory(together=1, stream=0, folder=tmp_path)):
         ledger = InMemory()
-        after, _, _ = solving.solve(model, ids, step.solver(model), ledger, quietly, "test", memory)
+        after, _, _ = blockwise.solve(
+            model, ids, step.solver(model), ledger, quietly, "test", memory
+        )
         found.append(after)
         assert not list(tmp_path.iterdir())
     for (name, _, a), (_, _, b) in zip(found[0].tensors(), found[1].tensors(), strict=True):

@@ -12,23 +12,26 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
-from moe2edge import quality, solving, walk
-from moe2edge.checkpoint import BUILTIN, open_checkpoint
-from moe2edge.cli import main
-from moe2edge.families import FAMILIES
-from moe2edge.loading import load, to_transformers
-from moe2edge.model import Model
-from moe2edge.packed import PackedLinear
+from moe2edge.calibration import walk
+from moe2edge.cli.main import main
+from moe2edge.model.family import FAMILIES
+from moe2edge.model.model import Model
+from moe2edge.numerics import metrics
+from moe2edge.numerics.grid import Quantized
+from moe2edge.numerics.rounding import round_to_nearest
+from moe2edge.numerics.scheme import Scheme
+from moe2edge.passes._recover_state import Saved, States
 from moe2edge.passes.expert_replace import ExpertReplace
 from moe2edge.passes.gptq import Gptq
 from moe2edge.passes.recover import Recover
-from moe2edge.pipeline import Lab
+from moe2edge.pipeline import blockwise
+from moe2edge.pipeline.contract import Lab
+from moe2edge.pipeline.registry import target
 from moe2edge.progress import Watcher
-from moe2edge.registry import target
-from moe2edge.rounding import Quantized, round_to_nearest
-from moe2edge.scheme import Scheme
+from moe2edge.runtime.int4 import PackedLinear
+from moe2edge.runtime.load import load, to_transformers
+from moe2edge.storage.checkpoint import BUILTIN, open_checkpoint
 from moe2edge.testing import QUICK_TRAINING, InMemory, Make, learnable_text, quantize
-from moe2edge.training_state import Saved, States
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
 
@@ -54,7 +57,7 @@ def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 def solved(model: Model, ids: torch.Tensor, **options: Any) -> Model:
     step = Gptq.model_validate({"group_size": 32, **options}).resolved(model)
-    after, changed, _ = solving.solve(model, ids, step.solver(model), InMemory(), quietly, "test")
+    after, changed, _ = blockwise.solve(model, ids, step.solver(model), InMemory(), quietly, "test")
     assert sorted(changed) == sorted(step.schemes(model))
     step.check_result(model, after)
     return after
@@ -92,7 +95,7 @@ def test_it_is_as_near_to_the_source(compute: str) -> None:
 
     source = list(logits(model))
     kls = [
-        quality.measure(ids, logits(solved(model, ids, device=d, compute=compute)), source).kl
+        metrics.measure(ids, logits(solved(model, ids, device=d, compute=compute)), source).kl
         for d in ("cuda", "cpu")
     ]
     assert kls[0] == pytest.approx(kls[1], rel=0.1)

@@ -16,13 +16,16 @@ import torch
 from click.testing import CliRunner, Result
 from transformers import AutoModelForCausalLM
 
-from moe2edge import loading, routing_report, routing_view, stored, walk
-from moe2edge.checkpoint import open_checkpoint
-from moe2edge.cli import main
-from moe2edge.families import FAMILIES
-from moe2edge.layers import Weight
-from moe2edge.model import Block, Model
-from moe2edge.routing_report import CRITERIA
+from moe2edge.calibration import walk
+from moe2edge.cli.main import main
+from moe2edge.evaluation import routing_report, routing_view
+from moe2edge.evaluation.routing_report import CRITERIA
+from moe2edge.model.family import FAMILIES
+from moe2edge.model.layers import Weight
+from moe2edge.model.model import Block, Model
+from moe2edge.runtime import load
+from moe2edge.storage import output
+from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.testing import Make
 
 # With an end token before it, exactly three samples of 20 tokens.
@@ -216,7 +219,7 @@ def test_uneven_quantized_output(
     assert [layer["block"] for layer in found["layers"]] == [0, 1, 2]
     assert [layer["expert_count"] for layer in found["layers"]] == [5, 2, 3]
     assert [layer["origin"] for layer in found["layers"]] == [0, 2, 3]
-    theirs: Any = loading.load(out, dtype=torch.float32)
+    theirs: Any = load.load(out, dtype=torch.float32)
     for layer, router in zip(found["layers"], routed(theirs), strict=True):
         assert_equal_figures(layer, slow_loop(router, theirs.model.layers[layer["block"]].mlp))
 
@@ -240,11 +243,11 @@ def test_uneven_quantized_output(
 
 def test_layers_that_skip_and_layers_without_router(tiny: Make, tmp_path: Path) -> None:
     out = export(tiny("mixtral"), FORMS, tmp_path)
-    model = stored.stored_model(open_checkpoint(str(out)))
+    model = output.stored_model(open_checkpoint(str(out)))
     found = routing_report.measure(model, IDS, lambda *_: None)
     # The layer with one expert is a plain MLP: nothing is routed there.
     assert [(layer.block, len(layer.experts)) for layer in found] == [(0, 5), (2, 3)]
-    theirs: Any = loading.load(out, dtype=torch.float32)
+    theirs: Any = load.load(out, dtype=torch.float32)
     for layer, router in zip(found, routed(theirs), strict=True):
         assert_equal_figures(
             layer.to_json(), slow_loop(router, theirs.model.layers[layer.block].mlp)

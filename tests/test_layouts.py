@@ -20,17 +20,18 @@ from click.testing import CliRunner
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moe2edge import export as exporting
-from moe2edge import verify
-from moe2edge.checkpoint import open_checkpoint
-from moe2edge.cli import main
+from moe2edge.cli.main import main
+from moe2edge.commands import export as exporting
 from moe2edge.errors import InputError, Unsupported
-from moe2edge.families import FAMILIES
-from moe2edge.layers import Dense, MoELayer, Weight
-from moe2edge.loading import load
-from moe2edge.model import SECOND_NORM, Model
-from moe2edge.rounding import Quantized, round_to_nearest
-from moe2edge.scheme import Scheme
+from moe2edge.evaluation import verify
+from moe2edge.model.family import FAMILIES
+from moe2edge.model.layers import Dense, MoELayer, Weight
+from moe2edge.model.model import SECOND_NORM, Model
+from moe2edge.numerics.grid import Quantized
+from moe2edge.numerics.rounding import round_to_nearest
+from moe2edge.numerics.scheme import Scheme
+from moe2edge.runtime.load import load
+from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.targets.gptq import Gptq
 from moe2edge.targets.hf import Hf
 from moe2edge.testing import Make, assert_cache_changes_nothing, quantize

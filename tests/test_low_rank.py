@@ -13,28 +13,28 @@ import torch
 from click.testing import CliRunner
 from torch import Tensor
 
-from moe2edge.checkpoint import open_checkpoint
-from moe2edge.cli import main
+from moe2edge.cli.main import main
 from moe2edge.errors import InputError, Unsupported, VerificationFailed
-from moe2edge.families import FAMILIES
-from moe2edge.layers import Substitute
-from moe2edge.ledger import in_memory
-from moe2edge.loading import load, to_transformers
-from moe2edge.model import Model, is_low_rank
+from moe2edge.evaluation.verify import audit
+from moe2edge.model.family import FAMILIES
+from moe2edge.model.layers import Substitute
+from moe2edge.model.model import Model, is_low_rank
+from moe2edge.numerics.rounding import round_to_nearest
+from moe2edge.numerics.scheme import LOW_RANK
+from moe2edge.passes._quantize import Quantize
 from moe2edge.passes.awq import Awq
 from moe2edge.passes.expert_replace import ExpertReplace
 from moe2edge.passes.gptq import Gptq
 from moe2edge.passes.rtn import Rtn
-from moe2edge.pipeline import Lab
+from moe2edge.pipeline.blockwise import solve
+from moe2edge.pipeline.contract import Lab
 from moe2edge.progress import Watcher
-from moe2edge.quantize import Quantize
-from moe2edge.rounding import round_to_nearest
-from moe2edge.scheme import LOW_RANK
-from moe2edge.solving import solve
-from moe2edge.stored import stored_model
+from moe2edge.runtime.load import load, to_transformers
+from moe2edge.storage.checkpoint import open_checkpoint
+from moe2edge.storage.output import stored_model
+from moe2edge.storage.solved_blocks import in_memory
 from moe2edge.targets.gptq import Gptq as GptqTarget
 from moe2edge.testing import InMemory, Make
-from moe2edge.verify import audit
 
 PASSES: dict[str, Quantize] = {
     "rtn": Rtn(factors=8),

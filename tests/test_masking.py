@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from moe2edge.checkpoint import open_checkpoint
-from moe2edge.families import FAMILIES
+from moe2edge.model.family import FAMILIES
+from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.targets.hf import Hf
 from moe2edge.testing import Make
 

@@ -11,20 +11,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe2edge import walk
-from moe2edge.checkpoint import open_checkpoint
+from moe2edge.calibration import walk
 from moe2edge.errors import Moe2EdgeError
-from moe2edge.families import FAMILIES
-from moe2edge.layers import PARTS, Expert, Factors, Member, MoELayer, Weight
-from moe2edge.ledger import in_memory
-from moe2edge.loading import load, to_transformers
-from moe2edge.materialize import materialized
-from moe2edge.model import Block, Model
+from moe2edge.model.edits import materialized
+from moe2edge.model.family import FAMILIES
+from moe2edge.model.layers import PARTS, Expert, Factors, Member, MoELayer, Weight
+from moe2edge.model.model import Block, Model
+from moe2edge.passes._awq_folding import Folding, places
 from moe2edge.passes.awq import Awq
-from moe2edge.pipeline import Group, GroupSolver, Solved
-from moe2edge.smoothing import Folding, places
-from moe2edge.solving import solve
-from moe2edge.stored import stored_model
+from moe2edge.pipeline.blockwise import solve
+from moe2edge.pipeline.solver import Group, GroupSolver, Solved
+from moe2edge.runtime.load import load, to_transformers
+from moe2edge.storage.checkpoint import open_checkpoint
+from moe2edge.storage.output import stored_model
+from moe2edge.storage.solved_blocks import in_memory
 from moe2edge.targets.hf import Hf
 from moe2edge.testing import InMemory, Make, assert_cache_changes_nothing
 

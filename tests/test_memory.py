@@ -13,11 +13,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from moe2edge import memory
-from moe2edge.cli import main
-from moe2edge.cli_common import nbytes
+from moe2edge.cli.common import nbytes
+from moe2edge.cli.main import main
 from moe2edge.errors import DoesNotFit
-from moe2edge.memory import IMPORTED, TOGETHER, Memory
+from moe2edge.runtime import memory
+from moe2edge.runtime.memory import IMPORTED, TOGETHER, Memory
 from moe2edge.testing import Make
 
 
@@ -57,7 +57,7 @@ def test_the_limit_is_the_least_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
 HOLE = """
 import sys, torch
 from pathlib import Path
-from moe2edge.memory import keep_no_holes
+from moe2edge.runtime.memory import keep_no_holes
 
 def data():
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -7,12 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moe2edge.checkpoint import open_checkpoint
 from moe2edge.errors import InputError, Moe2EdgeError
-from moe2edge.families import FAMILIES, family_config
-from moe2edge.layers import Weight
-from moe2edge.model import Model
-from moe2edge.pipeline import selected
+from moe2edge.model.family import FAMILIES
+from moe2edge.model.hf_config import family_config
+from moe2edge.model.layers import Weight
+from moe2edge.model.model import Model
+from moe2edge.model.roles import selected
+from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.testing import Make
 
 

@@ -19,17 +19,17 @@ import torch
 from click.testing import CliRunner
 from torch import Tensor
 
-from moe2edge import verify
-from moe2edge.checkpoint import open_checkpoint
-from moe2edge.cli import main
+from moe2edge.cli.main import main
 from moe2edge.errors import Unsupported
-from moe2edge.families import FAMILIES
-from moe2edge.layers import PARTS, Expert, Factors, Member, Substitute, Weight
-from moe2edge.ledger import in_memory
-from moe2edge.loading import to_transformers
-from moe2edge.model import Model
+from moe2edge.evaluation import verify
+from moe2edge.model.family import FAMILIES
+from moe2edge.model.layers import PARTS, Expert, Factors, Member, Substitute, Weight
+from moe2edge.model.model import Model
+from moe2edge.numerics.scheme import LOW_RANK, Scheme
 from moe2edge.passes.rtn import Rtn
-from moe2edge.scheme import LOW_RANK, Scheme
+from moe2edge.runtime.load import to_transformers
+from moe2edge.storage.checkpoint import open_checkpoint
+from moe2edge.storage.solved_blocks import in_memory
 from moe2edge.targets._onnx_exact import with_float_activations
 from moe2edge.targets.onnx import Onnx
 from moe2edge.testing import Make, quantize

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from moe2edge import decisions
-from moe2edge.cli import main
-from moe2edge.decisions import BlockDecision, Decisions, SourceModel
-from moe2edge.overlaps import compare
+from moe2edge.cli.main import main
+from moe2edge.evaluation.decision_overlap import compare
+from moe2edge.pipeline import decisions
+from moe2edge.pipeline.decisions import BlockDecision, Decisions, SourceModel
 
 
 def run(*args: str | Path) -> Result:

@@ -14,21 +14,22 @@ import torch
 from click.testing import CliRunner
 from torch import Tensor, nn
 
-from moe2edge import packed
-from moe2edge.artifact import write_manifest
-from moe2edge.checkpoint import open_checkpoint
-from moe2edge.cli import main
+from moe2edge.cli.main import main
 from moe2edge.errors import Unsupported
-from moe2edge.families import FAMILIES
-from moe2edge.loading import load, to_transformers
-from moe2edge.model import Model
-from moe2edge.modules import without_skipping
-from moe2edge.packed import MANY_ROWS, PackedExperts, PackedLinear
-from moe2edge.registry import target
-from moe2edge.rounding import Quantized, round_to_nearest
-from moe2edge.scheme import Scheme
+from moe2edge.model.family import FAMILIES
+from moe2edge.model.model import Model
+from moe2edge.numerics.grid import Quantized
+from moe2edge.numerics.rounding import round_to_nearest
+from moe2edge.numerics.scheme import Scheme
+from moe2edge.pipeline.registry import target
+from moe2edge.runtime import int4 as packed
+from moe2edge.runtime.decoder_blocks import without_skipping
+from moe2edge.runtime.int4 import MANY_ROWS, PackedExperts, PackedLinear
+from moe2edge.runtime.load import load, to_transformers
+from moe2edge.runtime.torch_runtime import TorchRuntime
+from moe2edge.storage.checkpoint import open_checkpoint
+from moe2edge.storage.manifest import write_manifest
 from moe2edge.testing import Make, assert_cache_changes_nothing, quantize
-from moe2edge.torch_runtime import TorchRuntime
 
 SCHEME = Scheme(group_size=32)
 IDS = torch.randint(1, 96, (2, 60), generator=torch.Generator().manual_seed(5))
@@ -192,7 +193,7 @@ def test_families(folder: Path) -> None:
 
 
 def target_model(folder: Path) -> Model:
-    from moe2edge.stored import stored_model
+    from moe2edge.storage.output import stored_model
 
     return stored_model(open_checkpoint(str(folder)))
 

@@ -20,14 +20,11 @@ from rich.console import Console
 from torch import Tensor
 from transformers.utils import logging
 
-from moe2edge import registry
-from moe2edge.artifact import write_manifest
-from moe2edge.checkpoint import BUILTIN, open_checkpoint
-from moe2edge.cli import main
+from moe2edge.cli.main import main
 from moe2edge.errors import InputError, Moe2EdgeError, Unsupported
-from moe2edge.profile import measure, memory
-from moe2edge.profile.child import Phases, answer
-from moe2edge.profile.measure import (
+from moe2edge.evaluation.profile import measure, memory
+from moe2edge.evaluation.profile.child import Phases, answer
+from moe2edge.evaluation.profile.measure import (
     PRESETS,
     Settings,
     cut_prompts,
@@ -35,10 +32,13 @@ from moe2edge.profile.measure import (
     profile,
     sizes_of,
 )
-from moe2edge.profile.memory import Memory, Meter
-from moe2edge.profile.result import DEFINITIONS, Metric, Phase, metrics_of
-from moe2edge.profile.table import table
-from moe2edge.scheme import Scheme
+from moe2edge.evaluation.profile.memory import Memory, Meter
+from moe2edge.evaluation.profile.result import DEFINITIONS, Metric, Phase, metrics_of
+from moe2edge.evaluation.profile.table import table
+from moe2edge.numerics.scheme import Scheme
+from moe2edge.pipeline import registry
+from moe2edge.storage.checkpoint import BUILTIN, open_checkpoint
+from moe2edge.storage.manifest import write_manifest
 from moe2edge.testing import make_checkpoint, make_tokenizer, quantize
 
 PROMPTS = [[1 + (7 * n + i) % 90 for i in range(16)] for n in range(3)]
@@ -335,7 +335,7 @@ def test_a_profile_says_what_its_runtime_really_does(
 # Only numbers of modules and threads: all that is timed is in the child itself.
 SPLIT = """
 import json, os, sys
-from moe2edge.profile import child
+from moe2edge.evaluation.profile import child
 
 def count():
     return set(sys.modules), len(os.listdir("/proc/self/task"))
@@ -429,7 +429,7 @@ def fake_child(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
     def use(code: str) -> None:
         def run(command: list[str], **options: Any) -> Any:
-            assert command[-1] == "moe2edge.profile.child"
+            assert command[-1] == "moe2edge.evaluation.profile.child"
             return real([sys.executable, "-c", code], **options)
 
         monkeypatch.setattr(subprocess, "run", run)
@@ -480,7 +480,7 @@ def test_threads_are_passed_on(fake_child: Callable[[str], None]) -> None:
 
 def test_what_libraries_print_does_not_spoil_the_answer() -> None:
     code = (
-        "import os, sys; from moe2edge.profile import child;"
+        "import os, sys; from moe2edge.evaluation.profile import child;"
         "child._serve = lambda request: (print('noise'), os.system('echo more'), {'got': request})"
         "[-1]; sys.exit(child.main())"
     )

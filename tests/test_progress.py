@@ -8,15 +8,15 @@ from collections.abc import Iterator
 
 import pytest
 
-from moe2edge import progress
+from moe2edge.cli import progress_bar
 
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
     before = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
-    progress.listen()
+    progress_bar.listen()
     yield
-    progress.listen()  # forgets the signal of the test
+    progress_bar.listen()  # forgets the signal of the test
     for number, handler in before:
         signal.signal(number, handler)
 
@@ -24,7 +24,7 @@ def handlers() -> Iterator[None]:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("quiet", [False, True])
 def test_an_interrupt_that_was_dropped_is_raised_again(number: signal.Signals, quiet: bool) -> None:
-    watcher = progress.watcher(quiet=quiet)
+    watcher = progress_bar.watcher(quiet=quiet)
     watcher.log("begun")
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), number)
@@ -33,11 +33,11 @@ def test_an_interrupt_that_was_dropped_is_raised_again(number: signal.Signals, q
     with pytest.raises(KeyboardInterrupt):
         watcher.log("more")
     with pytest.raises(KeyboardInterrupt):
-        next(progress.watched([1]))
+        next(progress_bar.watched([1]))
 
 
 def test_lines_elsewhere_than_on_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    watcher = progress.watcher(quiet=False)
+    watcher = progress_bar.watcher(quiet=False)
     for done in range(4):
         watcher.advance("work", done, 3)
     assert capsys.readouterr().err.endswith("work: 3 of 3\n")
@@ -49,7 +49,7 @@ def test_lines_say_where_the_work_is_and_how_long_it_takes(
 ) -> None:
     clock = iter([0.0, 1.0, 101.0, 201.0, 301.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
-    watcher = progress.watcher(quiet=False)
+    watcher = progress_bar.watcher(quiet=False)
     for done in (0, 10, 20, 300):
         watcher.advance("gptq", done, 300, f"block {done}")
     lines = capsys.readouterr().err.splitlines()

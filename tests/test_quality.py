@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 
-from moe2edge import quality
-from moe2edge.checkpoint import open_checkpoint
 from moe2edge.errors import InputError
+from moe2edge.evaluation import verify
+from moe2edge.numerics import metrics
+from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.testing import Make
 
 
@@ -26,24 +27,24 @@ def test_figures_equal_a_loop_over_positions(length: int) -> None:
             nll -= math.log(q[ids[row, position + 1]])
             kl += sum(float(a * math.log(a / b)) for a, b in zip(p, q, strict=True))
             agree += int(p.argmax() == q.argmax())
-    found = quality.measure(ids, mine, theirs)
+    found = metrics.measure(ids, mine, theirs)
     count = 3 * (length - 1)
     assert found.tokens == count
     assert found.perplexity == pytest.approx(math.exp(nll / count), rel=1e-5)
     assert found.kl == pytest.approx(kl / count, rel=1e-4)
     assert found.top1 == agree / count
-    alone = quality.measure(ids, mine, None)
+    alone = metrics.measure(ids, mine, None)
     assert (alone.perplexity, alone.kl, alone.top1) == (found.perplexity, None, None)
 
 
 def test_a_model_is_no_distance_from_itself() -> None:
     logits = torch.randn(2, 70, 5, generator=torch.Generator().manual_seed(0))
-    found = quality.measure(torch.zeros(2, 70, dtype=torch.int64), logits, logits)
+    found = metrics.measure(torch.zeros(2, 70, dtype=torch.int64), logits, logits)
     assert (found.kl, found.top1) == (0.0, 1.0)
 
 
 def test_another_vocabulary_is_refused(tiny: Make) -> None:
     model = open_checkpoint(str(tiny("olmoe"))).model
-    quality.check_vocabulary(model, 96)
+    verify.check_vocabulary(model, 96)
     with pytest.raises(InputError, match="has 96 entries in its vocabulary, the folder 95"):
-        quality.check_vocabulary(model, 95)
+        verify.check_vocabulary(model, 95)

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from moe2edge.checkpoint import open_checkpoint
 from moe2edge.errors import InputError, Moe2EdgeError, Unsupported
-from moe2edge.model import Model
+from moe2edge.model.model import Model
+from moe2edge.numerics.scheme import Scheme
 from moe2edge.passes.rtn import Rtn
-from moe2edge.recipe import parse
-from moe2edge.scheme import Scheme
+from moe2edge.pipeline.recipe import parse
+from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.testing import Make
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from moe2edge import recipe, registry
 from moe2edge.errors import InputError
 from moe2edge.passes.expert_drop import ExpertDrop
-from moe2edge.pipeline import stages
+from moe2edge.pipeline import recipe, registry
+from moe2edge.pipeline.stages import stages
 
 
 @pytest.mark.parametrize("name", sorted(recipe.bundled()))

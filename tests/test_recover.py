@@ -13,22 +13,25 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe2edge import lora, teacher, trained, walk
-from moe2edge.checkpoint import open_checkpoint
+from moe2edge.calibration import walk
 from moe2edge.errors import InputError, Moe2EdgeError
-from moe2edge.families import FAMILIES
-from moe2edge.loading import to_transformers
-from moe2edge.model import Model, is_quantizable
-from moe2edge.modules import block_state
+from moe2edge.model.family import FAMILIES
+from moe2edge.model.model import Model, is_quantizable
+from moe2edge.passes import _recover_lora, _recover_parameters, _recover_teacher
+from moe2edge.passes import _recover_lora as lora
+from moe2edge.passes import _recover_teacher as teacher
+from moe2edge.passes._recover_state import States
+from moe2edge.passes._recover_teacher import Objective, Teacher, distance, text_loss
+from moe2edge.passes._recover_trainer import rows_of
 from moe2edge.passes.expert_replace import ExpertReplace
 from moe2edge.passes.recover import Recover
-from moe2edge.pipeline import Lab, Outcome
+from moe2edge.pipeline.contract import Lab, Outcome
 from moe2edge.progress import Watcher
-from moe2edge.recovery import rows_of
-from moe2edge.teacher import Objective, Teacher, distance, text_loss
+from moe2edge.runtime.decoder_blocks import block_state
+from moe2edge.runtime.load import to_transformers
+from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.testing import QUICK_TRAINING, InMemory, Make, numbers_of
 from moe2edge.testing import learnable_text as text
-from moe2edge.training_state import States
 
 QUIET = Watcher(lambda _: None, lambda *_: None)
 NO_TOKENS = torch.empty(0, 0, dtype=torch.int64)
@@ -116,7 +119,7 @@ def test_it_is_the_obvious_loop(tiny: Make) -> None:
 
 def test_parts_of_a_step_add_up(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = recovered(trimmed(tiny), batch=5, steps=2)
-    monkeypatch.setattr("moe2edge.recovery.TOKENS_AT_ONCE", 64)  # two samples
+    monkeypatch.setattr("moe2edge.passes._recover_trainer.TOKENS_AT_ONCE", 64)  # two samples
     parts = recovered(trimmed(tiny), batch=5, steps=2)
     for (key, one), other in zip(
         numbers_of(whole.model).items(), numbers_of(parts.model).values(), strict=True
@@ -216,17 +219,17 @@ def test_parameters_go_back_to_where_they_are_from(tiny: Make, family: str, form
         model = model.replace_block(model.blocks[1].without_mlp())
     loaded = to_transformers(model, torch.float32)
     state = dict(loaded.named_parameters())
-    trained.check(model, state)
+    _recover_parameters.check(model, state)
     with pytest.raises(Moe2EdgeError, match="more of the transformers model has no place"):
-        trained.check(model, [*state, "more"])
+        _recover_parameters.check(model, [*state, "more"])
     for block in model.blocks:
-        found = trained.by_role(block, block_state(block))
+        found = _recover_parameters.by_role(block, block_state(block))
         expected = {role: weight.load() for role, weight in block.weights()}
         assert found.keys() == expected.keys()
         for role, own in expected.items():
             assert torch.equal(found[role], own.float()), role
     moved = {name: parameter.detach() + 1 for name, parameter in state.items()}
-    after = numbers_of(trained.with_numbers(model, moved, InMemory()))
+    after = numbers_of(_recover_parameters.with_numbers(model, moved, InMemory()))
     for key, old in numbers_of(model).items():
         assert torch.equal(after[key], old + 1), key
 
@@ -258,7 +261,7 @@ def test_what_the_source_says_is_kept(
     pieces = sorted(tmp_path.iterdir())
     assert len(pieces) == 3
     size = sum(piece.stat().st_size for piece in pieces)
-    assert 0 < size - teacher.nbytes(5, 32, 7) < 3 * 400  # headers
+    assert 0 < size - _recover_teacher.nbytes(5, 32, 7) < 3 * 400  # headers
     found, log_p = asked.read(torch.tensor([4, 0, 1]))
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
@@ -324,19 +327,23 @@ def test_a_student_that_is_the_source_has_nothing_to_learn(tiny: Make, tmp_path:
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_merged_adapters_are_the_adapters(tiny: Make, family: str, keep: int) -> None:
     model = replaced(open_checkpoint(str(tiny(family))).model, (keep,))
-    names = trained.selected(model, lambda b, role: b is not None and is_quantizable(role))
+    names = _recover_parameters.selected(
+        model, lambda b, role: b is not None and is_quantizable(role)
+    )
     plain: Any = to_transformers(model, torch.float32)
     state = torch.random.get_rng_state()
-    wrapped, parameters = lora.adapt(plain, names, [], 3, 0)
+    wrapped, parameters = _recover_lora.adapt(plain, names, [], 3, 0)
     assert torch.equal(state, torch.random.get_rng_state())
     draw, ids = torch.Generator().manual_seed(2), text()[:2]
     for name, parameter in parameters.items():
-        assert lora.ADAPTER in name
+        assert _recover_lora.ADAPTER in name
         parameter.data = 0.1 * torch.randn(parameter.shape, generator=draw)
     with torch.no_grad():
         expected = wrapped(input_ids=ids).logits
-    merged = dict(lora.merge(wrapped).named_parameters())
-    after = trained.with_numbers(model, {n: merged[n].detach() for n in names}, InMemory())
+    merged = dict(_recover_lora.merge(wrapped).named_parameters())
+    after = _recover_parameters.with_numbers(
+        model, {n: merged[n].detach() for n in names}, InMemory()
+    )
     again: Any = to_transformers(after, torch.float32)
     before: Any = to_transformers(model, torch.float32)
     with torch.no_grad():

@@ -13,13 +13,14 @@ import yaml
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
-from moe2edge import recipe, teacher
-from moe2edge.checkpoint import open_checkpoint
-from moe2edge.cli import main
+from moe2edge.cli.main import main
 from moe2edge.errors import Diverged
+from moe2edge.passes import _recover_teacher
+from moe2edge.passes._recover_state import Saved, States
 from moe2edge.passes.recover import Recover
+from moe2edge.pipeline import recipe
+from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.testing import QUICK_TRAINING, Make
-from moe2edge.training_state import Saved, States
 
 TRAINING = ["training.samples=10", "training.length=32"]
 LESS = ["calibration.samples=6", "calibration.length=32"]
@@ -228,7 +229,7 @@ def test_memory_is_counted_before_any_work(tiny: Make, tmp_path: Path) -> None:
     router = step.model_copy(update={"train": "router"}).cost(model, 20, 32)
     assert full.memory - router.memory > 15 * 0.9 * model.parameters
     asked = step.model_copy(update={"loss": "distill"}).cost(model, 20, 32)
-    assert asked.disk - full.disk == teacher.nbytes(16, 32, 32)
+    assert asked.disk - full.disk == _recover_teacher.nbytes(16, 32, 32)
     large = tiny("olmoe", hidden_size=512, intermediate_size=512)
     result = export(large, tmp_path / "out", more=[*HF, "-q", "--max-memory", "700MB"])
     assert result.exit_code == 5

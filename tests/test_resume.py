@@ -16,8 +16,8 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from moe2edge.cli import main
-from moe2edge.ledger import JOURNAL
+from moe2edge.cli.main import main
+from moe2edge.storage.journal import JOURNAL
 from moe2edge.testing import Make
 
 RECIPE: dict[str, Any] = {
@@ -37,7 +37,11 @@ CHILD = Path(__file__).with_name("killed_export.py")
 # A child is forked from a process that has imported everything and computed nothing yet.
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
-    ["moe2edge.export", "moe2edge.solving", "transformers.models.qwen3_moe.modeling_qwen3_moe"]
+    [
+        "moe2edge.commands.export",
+        "moe2edge.pipeline.blockwise",
+        "transformers.models.qwen3_moe.modeling_qwen3_moe",
+    ]
 )
 
 
@@ -187,24 +191,24 @@ def test_require_wants_something_to_go_on_from(model: Path, tmp_path: Path) -> N
 def test_an_interrupt_keeps_finished_blocks(
     model: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from moe2edge import ledger
+    from moe2edge.storage import journal
 
-    folder, added, left = inputs(tmp_path / "w"), ledger.Journal.add, [5]
+    folder, added, left = inputs(tmp_path / "w"), journal.Journal.add, [5]
 
-    def adding(self: ledger.Journal, unit: ledger.Unit) -> None:
+    def adding(self: journal.Journal, unit: journal.Unit) -> None:
         added(self, unit)
         left[0] -= 1
         if not left[0]:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(ledger.Journal, "add", adding)
+    monkeypatch.setattr(journal.Journal, "add", adding)
     said: list[str] = []
 
     def leave(message: str, as_json: bool) -> None:
         said.append(message)
         raise SystemExit(130)
 
-    monkeypatch.setattr("moe2edge.cli._leave", leave)
+    monkeypatch.setattr("moe2edge.cli.main._leave", leave)
     assert export(model, folder).exit_code == 130
     assert said == [
         f"interrupted; 5 finished blocks are kept in {folder / 'out.partial'}, and the same "
@@ -224,7 +228,7 @@ def test_a_failure_keeps_finished_blocks_and_says_so(
 
     folder = inputs(tmp_path / "w")
     with monkeypatch.context() as inner:
-        inner.setattr("moe2edge.verify.audit", fail)
+        inner.setattr("moe2edge.evaluation.verify.audit", fail)
         failed = export(model, folder)
     assert failed.exit_code == 7
     assert "error: no; 8 finished blocks are kept in" in failed.stderr

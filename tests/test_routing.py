@@ -11,19 +11,20 @@ import torch
 from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
 
-from moe2edge import router_fit, walk
-from moe2edge.checkpoint import open_checkpoint
-from moe2edge.cli import main
+from moe2edge.calibration import walk
+from moe2edge.cli.main import main
 from moe2edge.errors import InputError
-from moe2edge.families import FAMILIES
-from moe2edge.layers import MoELayer, Weight
-from moe2edge.model import Model
+from moe2edge.model.family import FAMILIES
+from moe2edge.model.layers import MoELayer, Weight
+from moe2edge.model.model import Model
+from moe2edge.numerics import router_fit
+from moe2edge.numerics.subset_loss import Rule
 from moe2edge.passes.routing import Routing
-from moe2edge.pipeline import Lab, Outcome
+from moe2edge.pipeline.contract import Lab, Outcome
 from moe2edge.progress import Watcher
-from moe2edge.subsets import Rule
+from moe2edge.storage.checkpoint import open_checkpoint
+from moe2edge.storage.work_folder import WorkFolder
 from moe2edge.testing import Make
-from moe2edge.workfolder import WorkFolder
 
 IDS = torch.randint(1, 96, (16, 40), generator=torch.Generator().manual_seed(0))
 QUIET = Watcher(lambda _: None, lambda *_: None)
@@ -220,13 +221,14 @@ def test_the_whole_is_judged_by_the_loss(
     tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Blocks got better, the language model did not: nothing is changed."""
-    from moe2edge import quality
+    from moe2edge.numerics import metrics
+    from moe2edge.numerics import metrics as quality
 
     source = open_checkpoint(str(tiny("mixtral"))).model
     model, losses = disturbed(source, 0.2), iter([[4.0, 5.0, 6.0, 7.0], [3.5, 5.5, 6.5, 6.0]])
 
-    def per_sample(*_: Any) -> list[quality.Sums]:
-        return [quality.Sums(1, nll, 0.1, 1) for nll in next(losses)]
+    def per_sample(*_: Any) -> list[metrics.Sums]:
+        return [metrics.Sums(1, nll, 0.1, 1) for nll in next(losses)]
 
     monkeypatch.setattr(quality, "per_sample", per_sample)
     outcome: Outcome = Routing(ridge=0.001, damping=0.1).search(lab(source, model, tmp_path))

@@ -7,8 +7,8 @@ import re
 
 import pytest
 
-from moe2edge import routing_view
-from moe2edge.routing_report import CRITERIA, ExpertUse, LayerUse, RoutingReport
+from moe2edge.evaluation import routing_view
+from moe2edge.evaluation.routing_report import CRITERIA, ExpertUse, LayerUse, RoutingReport
 
 
 def report(*loads: list[int], top_k: int = 2) -> RoutingReport:

@@ -8,10 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from moe2edge import saliency, walk
-from moe2edge.checkpoint import open_checkpoint
-from moe2edge.families import FAMILIES
-from moe2edge.similarity import BlockSimilarityKind, LayerSimilarityObserver
+from moe2edge.calibration import router_observers, walk
+from moe2edge.calibration.similarity import BlockSimilarityKind, LayerSimilarityObserver
+from moe2edge.model.family import FAMILIES
+from moe2edge.numerics import saliency
+from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.testing import Make
 
 IDS = torch.randint(1, 96, (3, 20), generator=torch.Generator().manual_seed(0))
@@ -49,7 +50,7 @@ def test_criteria_equal_a_loop_over_tokens(
     monkeypatch.setattr(walk, "BATCH_TOKENS", 20)  # statistics of three batches are merged
     folder = tiny(family)
     model = open_checkpoint(str(folder)).model
-    routing, outputs = saliency.RoutingObserver(), saliency.OutputObserver()
+    routing, outputs = router_observers.RoutingObserver(), router_observers.OutputObserver()
     walk.observe(model, IDS, [routing, outputs], quiet, "")
     seen = hooked(folder, 1)
     renormalize = model.moe_blocks[1][1].router.renormalize

@@ -19,19 +19,20 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from moe2edge import verify, walk
-from moe2edge.checkpoint import open_checkpoint
+from moe2edge.calibration import walk
 from moe2edge.errors import Unsupported, VerificationFailed
-from moe2edge.families import FAMILIES
-from moe2edge.layers import MoELayer, Weight
-from moe2edge.model import Model, is_quantizable
+from moe2edge.evaluation import verify
+from moe2edge.model.family import FAMILIES
+from moe2edge.model.layers import MoELayer, Weight
+from moe2edge.model.model import Model, is_quantizable
+from moe2edge.numerics.rounding import round_to_nearest
+from moe2edge.numerics.scheme import Scheme
+from moe2edge.passes._quantize import Rule
 from moe2edge.passes.rtn import Rtn
-from moe2edge.quantize import Rule
-from moe2edge.registry import target_with
-from moe2edge.rounding import round_to_nearest
-from moe2edge.scheme import Scheme
-from moe2edge.stored import stored_model
-from moe2edge.target import Target
+from moe2edge.pipeline.registry import target_with
+from moe2edge.pipeline.target import Target
+from moe2edge.storage.checkpoint import open_checkpoint
+from moe2edge.storage.output import stored_model
 from moe2edge.targets import _onnx_exact, _onnx_runtime, _onnx_storage
 from moe2edge.targets._tensors import padded
 from moe2edge.targets.gptq import Gptq

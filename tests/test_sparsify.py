@@ -15,19 +15,22 @@ from pydantic import ValidationError
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from moe2edge import solving
-from moe2edge.checkpoint import open_checkpoint, read_all
-from moe2edge.cli import main
+from moe2edge.cli.main import main
 from moe2edge.errors import InputError, Moe2EdgeError
-from moe2edge.families import FAMILIES
-from moe2edge.layers import MoELayer, Weight
-from moe2edge.model import Block, Model, is_quantizable
+from moe2edge.model.family import FAMILIES
+from moe2edge.model.layers import MoELayer, Weight
+from moe2edge.model.model import Block, Model, is_quantizable
+from moe2edge.numerics.grid import Quantized
+from moe2edge.numerics.scheme import Pattern, Scheme
 from moe2edge.passes.gptq import Gptq
 from moe2edge.passes.rtn import Rtn
 from moe2edge.passes.sparsify import SAVES_NOTHING, Sparsify, has_zeros, smallest
-from moe2edge.pipeline import Group, GroupSolver, Outcome, Slim, enforce, plan
-from moe2edge.rounding import Quantized
-from moe2edge.scheme import Pattern, Scheme
+from moe2edge.pipeline import blockwise
+from moe2edge.pipeline.contract import Outcome, Slim
+from moe2edge.pipeline.solver import Group, GroupSolver
+from moe2edge.pipeline.stages import enforce, plan
+from moe2edge.storage.checkpoint import open_checkpoint
+from moe2edge.storage.safetensors_files import read_all
 from moe2edge.testing import Make, quantize
 
 IDS = torch.randint(1, 96, (3, 40), generator=torch.Generator().manual_seed(0))
@@ -68,7 +71,7 @@ def apply(step: Slim, model: Model, ids: Tensor = IDS) -> tuple[Model, list[str]
     solver = step.solver(model)
     assert isinstance(solver, GroupSolver)
     tokens = ids if step.needs_tokens else None
-    result, changed, notes = solving.solve(model, tokens, solver, Memory(), lambda *_: None, "")
+    result, changed, notes = blockwise.solve(model, tokens, solver, Memory(), lambda *_: None, "")
     enforce(step, "a pass", model, Outcome(result, tuple(changed)))
     return result, notes
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from moe2edge.cli import main
+from moe2edge.cli.main import main
 from moe2edge.testing import Make
 
 SMALL = [

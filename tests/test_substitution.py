@@ -13,19 +13,20 @@ import torch
 from click.testing import CliRunner
 from torch import Tensor
 
-from moe2edge import substitution, walk
-from moe2edge.basing import experts_nbytes
-from moe2edge.checkpoint import open_checkpoint
-from moe2edge.cli import main
-from moe2edge.families import FAMILIES
-from moe2edge.layers import MoELayer
-from moe2edge.loading import load
-from moe2edge.model import Model, is_quantizable
+from moe2edge.calibration import walk
+from moe2edge.cli.main import main
+from moe2edge.model.family import FAMILIES
+from moe2edge.model.layers import MoELayer
+from moe2edge.model.model import Model, is_quantizable
+from moe2edge.numerics import reduced_rank
+from moe2edge.numerics.reduced_rank import Sums
+from moe2edge.passes._replace_bases import experts_nbytes
 from moe2edge.passes.expert_replace import ExpertReplace
-from moe2edge.pipeline import Lab
+from moe2edge.pipeline.contract import Lab
 from moe2edge.progress import Watcher
-from moe2edge.stored import stored_model
-from moe2edge.substitution import Sums
+from moe2edge.runtime.load import load
+from moe2edge.storage.checkpoint import open_checkpoint
+from moe2edge.storage.output import stored_model
 from moe2edge.testing import InMemory, Make, Watched, assert_cache_changes_nothing
 
 HIDDEN = 12
@@ -52,7 +53,7 @@ def summed(x: Tensor, y: Tensor, g: Tensor) -> Sums:
     return sums
 
 
-def missed(found: substitution.Fit, x: Tensor, y: Tensor, g: Tensor) -> float:
+def missed(found: reduced_rank.Fit, x: Tensor, y: Tensor, g: Tensor) -> float:
     """The loss, token by token."""
     total = 0.0
     for h, f, weight in zip(x, y, g, strict=True):
@@ -66,13 +67,13 @@ def missed(found: substitution.Fit, x: Tensor, y: Tensor, g: Tensor) -> float:
 def test_the_fit_is_that_of_whole_matrices(rank: int, ridge: float) -> None:
     """By singular values of weighted and centred inputs and outputs, all tokens in memory."""
     x, y, g = seen()
-    found = substitution.fit(summed(x, y, g), rank, ridge)
+    found = reduced_rank.fit(summed(x, y, g), rank, ridge)
     share = g.square() / g.square().sum()
     mean_x, mean_y = share @ x, share @ y
     inputs, outputs = (x - mean_x) * g[:, None], (y - mean_y) * g[:, None]
     gram = inputs.T @ inputs
-    part = max(ridge, substitution.LEAST_PART)
-    extra = part * float(gram.diagonal().mean()) + substitution.LEAST
+    part = max(ridge, reduced_rank.LEAST_PART)
+    extra = part * float(gram.diagonal().mean()) + reduced_rank.LEAST
     # A ridge is a few more tokens whose outputs are zero.
     longer = torch.cat([inputs, extra**0.5 * torch.eye(HIDDEN, dtype=x.dtype)])
     targets = torch.cat([outputs, torch.zeros(HIDDEN, HIDDEN, dtype=x.dtype)])
@@ -93,7 +94,7 @@ def test_massive_inputs_have_a_fit_without_a_ridge() -> None:
     x[:, 1] *= 1e4
     sums = Sums(512)
     sums.add(x, y, torch.ones(300))
-    fit = substitution.fit(sums, 4, 0.0)
+    fit = reduced_rank.fit(sums, 4, 0.0)
     assert all(torch.isfinite(t).all() for t in (fit.constant, fit.first, fit.second))
     assert 0 <= fit.residual < float((y - y.mean(0)).square().sum())
 
@@ -101,14 +102,14 @@ def test_massive_inputs_have_a_fit_without_a_ridge() -> None:
 def test_a_higher_rank_misses_less_and_nothing_else_misses_less() -> None:
     x, y, g = seen()
     sums = summed(x, y, g)
-    fits = [substitution.fit(sums, rank, 0.0) for rank in range(HIDDEN + 1)]
+    fits = [reduced_rank.fit(sums, rank, 0.0) for rank in range(HIDDEN + 1)]
     losses = [fit.residual for fit in fits]
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < 0.9 * losses[4] < 0.9 * losses[0]
     draw = torch.Generator().manual_seed(1)
     for fit in fits[:4]:
         for _ in range(20):
-            nudged = substitution.Fit(
+            nudged = reduced_rank.Fit(
                 fit.constant + 0.01 * torch.randn(HIDDEN, generator=draw),
                 fit.first + 0.01 * torch.randn(fit.first.shape, generator=draw),
                 fit.second + 0.01 * torch.randn(fit.second.shape, generator=draw),
@@ -119,7 +120,7 @@ def test_a_higher_rank_misses_less_and_nothing_else_misses_less() -> None:
 
 def test_an_allocation_misses_little_more_than_the_best_of_all() -> None:
     """Against every way to spend a budget; the difference is what one expert's bytes would buy."""
-    size = substitution.Size(expert=90, constant=10, rank=20)
+    size = reduced_rank.Size(expert=90, constant=10, rank=20)
     assert size.most == 3
     draw = torch.Generator().manual_seed(4)
     for _ in range(30):
@@ -139,7 +140,7 @@ def test_an_allocation_misses_little_more_than_the_best_of_all() -> None:
             )
             ways.append((total, left))
         for budget in (130, 180, 240, 300, 359):
-            found = substitution.allocate(spreads, falls, size, budget)
+            found = reduced_rank.allocate(spreads, falls, size, budget)
             assert None in found
             total = sum(90 if r is None else 10 + 20 * r for r in found)
             assert total <= budget
@@ -154,10 +155,10 @@ def test_an_allocation_misses_little_more_than_the_best_of_all() -> None:
 
 def test_experts_that_are_alike_do_not_go_together() -> None:
     """At one price all of them would; those that fit stay."""
-    size = substitution.Size(1000, 10, 20)
+    size = reduced_rank.Size(1000, 10, 20)
     fall = torch.tensor([2.0, 1.0, 0.5], dtype=torch.float64)
     for budget in (2500, 5000, 7500):
-        found = substitution.allocate([5.0] * 8, [fall] * 8, size, budget)
+        found = reduced_rank.allocate([5.0] * 8, [fall] * 8, size, budget)
         stay = found.count(None)
         assert stay * 1000 + (8 - stay) * 10 <= budget < (stay + 1) * 1000 + (7 - stay) * 70
 
@@ -171,7 +172,7 @@ def test_a_map_wants_half_as_many_tokens_as_inputs(tiny: Make) -> None:
 
 def test_ranks_in_steps() -> None:
     """As an allocation whose ranks are worth as much as four."""
-    size, coarse = substitution.Size(900, 20, 10), substitution.Size(900, 20, 40)
+    size, coarse = reduced_rank.Size(900, 20, 10), reduced_rank.Size(900, 20, 40)
     draw = torch.Generator().manual_seed(5)
     falls = [
         torch.rand(n, generator=draw, dtype=torch.float64).sort(descending=True).values
@@ -180,8 +181,8 @@ def test_ranks_in_steps() -> None:
     sums = [own[: len(own) // 4 * 4].reshape(-1 if len(own) else 0, 4).sum(1) for own in falls]
     spreads = [float(own.sum()) + 0.1 for own in falls]
     for budget in (1300, 1700, 2500):
-        found = substitution.allocate(spreads, falls, size, budget, 4)
-        expected = substitution.allocate(spreads, sums, coarse, budget)
+        found = reduced_rank.allocate(spreads, falls, size, budget, 4)
+        expected = reduced_rank.allocate(spreads, sums, coarse, budget)
         assert found == [None if rank is None else 4 * rank for rank in expected]
         assert any(found)
 
@@ -190,9 +191,9 @@ def test_gains_are_what_fits_gain() -> None:
     """Without a ridge, the residual at a rank is what a constant misses less the gains so far."""
     x, y, g = seen()
     sums = summed(x, y, g)
-    spread, falls = substitution.gains(sums, 0.0)
+    spread, falls = reduced_rank.gains(sums, 0.0)
     for rank in range(HIDDEN + 1):
-        found = substitution.fit(sums, rank, 0.0)
+        found = reduced_rank.fit(sums, rank, 0.0)
         assert found.residual == pytest.approx(spread - float(falls[:rank].sum()), rel=1e-4)
 
 
@@ -224,7 +225,7 @@ def test_a_budget_of_bytes_is_kept(tiny: Make, tmp_path: Path, family: str) -> N
 
 
 def test_an_expert_that_nobody_asked_answers_zero() -> None:
-    found = substitution.fit(Sums(HIDDEN), 3, 0.01)
+    found = reduced_rank.fit(Sums(HIDDEN), 3, 0.01)
     assert found.residual == 0
     assert not found.constant.any()
     assert not (found.second @ found.first).any()
@@ -339,7 +340,7 @@ def test_those_whose_substitutes_miss_least_are_replaced(tiny: Make, rank: int |
             y = seen.expert_output(n, routing.inputs[token]).double()
             sums = Sums(64)
             sums.add(x, y, g)
-            found = substitution.fit(sums, rank or 0, 0.0)
+            found = reduced_rank.fit(sums, rank or 0, 0.0)
             losses.append(missed(found, x, y, g))
         assert isinstance(block.mlp, MoELayer)
         gone = {substitute.origin for substitute in block.mlp.substitutes}

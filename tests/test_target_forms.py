@@ -18,18 +18,18 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from moe2edge import walk
-from moe2edge.checkpoint import open_checkpoint
+from moe2edge.calibration import walk
 from moe2edge.errors import Unsupported
-from moe2edge.families import FAMILIES
-from moe2edge.layers import Expert, MoELayer
-from moe2edge.loading import load
-from moe2edge.model import Block, Model
-from moe2edge.rounding import round_to_nearest
-from moe2edge.scheme import Scheme
-from moe2edge.skipping import removed
-from moe2edge.stored import stored_model
-from moe2edge.target import Runtime
+from moe2edge.model.edits import removed
+from moe2edge.model.family import FAMILIES
+from moe2edge.model.layers import Expert, MoELayer
+from moe2edge.model.model import Block, Model
+from moe2edge.numerics.rounding import round_to_nearest
+from moe2edge.numerics.scheme import Scheme
+from moe2edge.runtime.load import load
+from moe2edge.runtime.protocol import Runtime
+from moe2edge.storage.checkpoint import open_checkpoint
+from moe2edge.storage.output import stored_model
 from moe2edge.targets.gptq import Gptq
 from moe2edge.targets.hf import Hf
 from moe2edge.targets.onnx import Onnx

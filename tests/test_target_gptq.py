@@ -12,17 +12,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from moe2edge import checkpoint, verify
-from moe2edge.checkpoint import open_checkpoint
 from moe2edge.errors import Unsupported, VerificationFailed
-from moe2edge.families import FAMILIES, family_config
-from moe2edge.layers import Weight
-from moe2edge.model import Model, is_quantizable
-from moe2edge.registry import target
-from moe2edge.rounding import Quantized, round_to_nearest
-from moe2edge.scheme import Scheme
+from moe2edge.evaluation import verify
+from moe2edge.model.family import FAMILIES
+from moe2edge.model.hf_config import family_config
+from moe2edge.model.layers import Weight
+from moe2edge.model.model import Model, is_quantizable
+from moe2edge.numerics.grid import Quantized
+from moe2edge.numerics.rounding import round_to_nearest
+from moe2edge.numerics.scheme import Scheme
+from moe2edge.pipeline.registry import target
+from moe2edge.runtime.torch_runtime import TorchRuntime
+from moe2edge.storage import checkpoint
+from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.testing import Make, make_checkpoint
-from moe2edge.torch_runtime import TorchRuntime
 
 GPTQ = target("gptq")
 Change = Callable[[Quantized], Quantized]

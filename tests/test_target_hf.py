@@ -12,14 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from moe2edge import checkpoint
-from moe2edge.checkpoint import open_checkpoint
 from moe2edge.errors import Unsupported, VerificationFailed
-from moe2edge.families import FAMILIES
-from moe2edge.model import Model
-from moe2edge.registry import target
-from moe2edge.rounding import round_to_nearest
-from moe2edge.scheme import Scheme
+from moe2edge.model.family import FAMILIES
+from moe2edge.model.model import Model
+from moe2edge.numerics.rounding import round_to_nearest
+from moe2edge.numerics.scheme import Scheme
+from moe2edge.pipeline.registry import target
+from moe2edge.storage import checkpoint
+from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.testing import Make, make_checkpoint
 
 HF = target("hf")

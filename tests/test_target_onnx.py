@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moe2edge.checkpoint import open_checkpoint
 from moe2edge.errors import InputError
-from moe2edge.families import FAMILIES
-from moe2edge.model import Model
-from moe2edge.scheme import Scheme
+from moe2edge.model.family import FAMILIES
+from moe2edge.model.model import Model
+from moe2edge.numerics.scheme import Scheme
+from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.targets import _onnx_runtime
 from moe2edge.targets._onnx_runtime import OnnxRuntime
 from moe2edge.targets.onnx import Onnx

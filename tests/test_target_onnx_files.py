@@ -17,14 +17,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe2edge.checkpoint import open_checkpoint
 from moe2edge.errors import InputError, Unsupported, VerificationFailed
-from moe2edge.families import FAMILIES
-from moe2edge.layers import Weight
-from moe2edge.model import Model
-from moe2edge.pipeline import selected
-from moe2edge.rounding import Quantized, round_to_nearest
-from moe2edge.scheme import Scheme
+from moe2edge.model.family import FAMILIES
+from moe2edge.model.layers import Weight
+from moe2edge.model.model import Model
+from moe2edge.model.roles import selected
+from moe2edge.numerics.grid import Quantized
+from moe2edge.numerics.rounding import round_to_nearest
+from moe2edge.numerics.scheme import Scheme
+from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.targets.onnx import Onnx
 from moe2edge.testing import Make
 

@@ -15,13 +15,15 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
-from moe2edge import registry, verify, walk
-from moe2edge.artifact import open_artifact, write_manifest
-from moe2edge.checkpoint import open_checkpoint
-from moe2edge.cli import main
+from moe2edge.calibration import observation, walk
+from moe2edge.cli.main import main
 from moe2edge.errors import VerificationFailed
-from moe2edge.rounding import Quantized
-from moe2edge.scheme import Scheme
+from moe2edge.evaluation import verify
+from moe2edge.numerics.grid import Quantized
+from moe2edge.numerics.scheme import Scheme
+from moe2edge.pipeline import registry
+from moe2edge.storage.checkpoint import open_checkpoint
+from moe2edge.storage.manifest import open_artifact, write_manifest
 from moe2edge.testing import Make
 
 
@@ -249,7 +251,7 @@ def test_the_reference_avoids_near_ties(tiny: Make) -> None:
     observer, least = verify.MarginObserver(12), torch.full((5,), torch.inf)
 
     class Loop:
-        def see(self, seen: walk.Seen) -> None:
+        def see(self, seen: observation.Seen) -> None:
             assert seen.routing is not None
             logits = seen.routing.logits.view(5, 20, 6)
             for sample in range(5):

@@ -16,7 +16,7 @@ from typing import Any
 from click.testing import CliRunner
 from read import compare
 
-from moe2edge.cli import main as moe2edge
+from moe2edge.cli.main import main as moe2edge
 from moe2edge.testing import make_checkpoint, make_tokenizer
 
 SWITCHES: dict[str, dict[str, Any]] = {

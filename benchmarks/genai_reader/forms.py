@@ -18,15 +18,15 @@ import torch
 from click.testing import CliRunner
 from read import compare
 
-from moe2edge import walk
-from moe2edge.checkpoint import open_checkpoint
-from moe2edge.cli import main as moe2edge
-from moe2edge.families import FAMILIES
-from moe2edge.layers import PARTS, Factors, Member, Weight
-from moe2edge.scheme import Scheme
+from moe2edge.calibration import walk
+from moe2edge.cli.main import main as moe2edge
+from moe2edge.evaluation.verify import record
+from moe2edge.model.family import FAMILIES
+from moe2edge.model.layers import PARTS, Factors, Member, Weight
+from moe2edge.numerics.scheme import Scheme
+from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.targets.onnx import Onnx
 from moe2edge.testing import make_checkpoint, make_tokenizer, quantize
-from moe2edge.verify import record
 
 # What is done to a model of three layers with six experts, and the source's top-k.
 FORMS = {

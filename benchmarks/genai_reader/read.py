@@ -19,9 +19,10 @@ import numpy as np
 import onnxruntime_genai as og
 import torch
 
-from moe2edge import registry
-from moe2edge.generate import generate, stop_ids
-from moe2edge.verify import SHIPPED_TOLERANCE, Reference, run
+from moe2edge.evaluation.verify import SHIPPED_TOLERANCE, Reference, run
+from moe2edge.pipeline import registry
+from moe2edge.runtime.generation import generate
+from moe2edge.storage.tokenizer import stop_ids
 
 TOKENS, LIMIT = 48, 0.02
 

@@ -11,12 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from moe2edge.checkpoint import open_checkpoint
-from moe2edge.layers import Weight
-from moe2edge.model import Model, is_quantizable
-from moe2edge.registry import target
-from moe2edge.rounding import Quantized, round_to_nearest
-from moe2edge.scheme import Scheme
+from moe2edge.model.layers import Weight
+from moe2edge.model.model import Model, is_quantizable
+from moe2edge.numerics.grid import Quantized
+from moe2edge.numerics.rounding import round_to_nearest
+from moe2edge.numerics.scheme import Scheme
+from moe2edge.pipeline.registry import target
+from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.testing import make_checkpoint, make_tokenizer
 
 SHAPE: dict[str, Any] = {

@@ -2,7 +2,7 @@
 
 Every matrix is dequantized by GPTQModel's own code and must equal ours to the bit, once in
 bfloat16, as it computes, and once with its scales in float32. Its logits, computed in bfloat16,
-must agree with those of ``moe2edge.loading.load`` in float32 within 5 %. Exits with 1 otherwise.
+must agree with those of ``moe2edge.runtime.load.load`` in float32 within 5 %. Exits with 1 otherwise.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from moe2edge.checkpoint import open_checkpoint
-from moe2edge.loading import load
-from moe2edge.model import Model
-from moe2edge.stored import stored_model
+from moe2edge.model.model import Model
+from moe2edge.runtime.load import load
+from moe2edge.storage.checkpoint import open_checkpoint
+from moe2edge.storage.output import stored_model
 
 TOLERANCE = 0.05
 SAMPLES, LENGTH, SEED = 4, 128, 0

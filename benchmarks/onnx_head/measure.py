@@ -25,7 +25,7 @@ import onnxruntime as ort
 import torch
 from onnx import TensorProto, helper
 
-from moe2edge.profile.memory import Meter
+from moe2edge.evaluation.profile.memory import Meter
 
 VOCABULARY, WIDTH, LENGTH, STEPS = 32768, 512, 128, 30
 NO_FOLDING = {"optimization.disable_specified_optimizers": "ConstantFolding"}

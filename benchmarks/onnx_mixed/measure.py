@@ -24,11 +24,21 @@ import onnxruntime as ort
 import torch
 from onnx import TensorProto
 
-from moe2edge.layers import PARTS, Expert, Factors, Member, MoELayer, Router, Substitute, Weight
-from moe2edge.ledger import in_memory
-from moe2edge.model import Block, is_low_rank
-from moe2edge.rounding import Quantized, round_to_nearest
-from moe2edge.scheme import LOW_RANK, Scheme
+from moe2edge.model.layers import (
+    PARTS,
+    Expert,
+    Factors,
+    Member,
+    MoELayer,
+    Router,
+    Substitute,
+    Weight,
+)
+from moe2edge.model.model import Block, is_low_rank
+from moe2edge.numerics.grid import Quantized
+from moe2edge.numerics.rounding import round_to_nearest
+from moe2edge.numerics.scheme import LOW_RANK, Scheme
+from moe2edge.storage.solved_blocks import in_memory
 from moe2edge.targets._onnx_columns import Columns, Group
 from moe2edge.targets._onnx_experts import MoEWriter
 from moe2edge.targets._onnx_graph import Graph

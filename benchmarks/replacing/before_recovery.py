@@ -28,13 +28,13 @@ import run
 import torch
 from methods import svd_rank
 
-from moe2edge import walk
-from moe2edge.criteria import Criterion
-from moe2edge.model import Model
+from moe2edge.calibration import walk
+from moe2edge.calibration.criteria import Criterion
+from moe2edge.model.model import Model
 from moe2edge.passes.expert_drop import ExpertDrop
 from moe2edge.passes.expert_replace import ExpertReplace
 from moe2edge.passes.expert_search import ExpertSearch
-from moe2edge.pipeline import Lab
+from moe2edge.pipeline.contract import Lab
 from moe2edge.testing import InMemory
 
 KEEP = 0.5

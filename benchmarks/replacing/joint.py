@@ -17,12 +17,13 @@ import before_recovery as setup
 import torch
 from torch import Tensor
 
-from moe2edge import substitution, walk
-from moe2edge.layers import MoELayer
-from moe2edge.model import Block, Model
-from moe2edge.pipeline import Lab
-from moe2edge.substituting import substituted
-from moe2edge.substitution import Fit, Sums
+from moe2edge.calibration import observation, walk
+from moe2edge.model.layers import MoELayer
+from moe2edge.model.model import Block, Model
+from moe2edge.numerics import reduced_rank
+from moe2edge.numerics.reduced_rank import Fit, Sums
+from moe2edge.passes._replace_substitutes import substituted
+from moe2edge.pipeline.contract import Lab
 from moe2edge.testing import InMemory
 
 RIDGE = 0.01
@@ -45,10 +46,10 @@ class Joint:
 
     sweeps: int
     store: InMemory = field(default_factory=InMemory)
-    seen: list[walk.Seen] = field(default_factory=list)
+    seen: list[observation.Seen] = field(default_factory=list)
     missed: list[tuple[float, float]] = field(default_factory=list)
 
-    def see(self, seen: walk.Seen) -> None:
+    def see(self, seen: observation.Seen) -> None:
         """Keep it."""
         self.seen.append(seen)
 
@@ -67,7 +68,7 @@ class Joint:
         def fitted(n: int, wanted: Tensor) -> Fit:
             sums = Sums(x.shape[1])
             sums.add(x[rows[n]], wanted, gates[rows[n], n])
-            return substitution.fit(sums, setup.RANK, RIDGE)
+            return reduced_rank.fit(sums, setup.RANK, RIDGE)
 
         fits = {n: fitted(n, outputs[n]) for n in range(count)}
         gone = sorted(sorted(fits, key=lambda n: fits[n].residual)[: count // 2])

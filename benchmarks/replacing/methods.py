@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from moe2edge.model import Model
+from moe2edge.model.model import Model
 
 # Parts of the experts' bytes that are left.
 SIZES = (0.5, 0.7)

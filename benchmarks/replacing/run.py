@@ -29,19 +29,21 @@ import torch
 from methods import Method, methods
 from torch import Tensor
 
-from moe2edge import calibration, quality, recipe, walk
-from moe2edge.artifact import tokenizer_of
-from moe2edge.basing import experts_nbytes
-from moe2edge.calibration import BUILTIN_FILES, Tokens
-from moe2edge.checkpoint import BUILTIN, BUILTIN_FOLDER, Checkpoint, open_checkpoint
+from moe2edge.calibration import tokens, walk
+from moe2edge.calibration.tokens import BUILTIN_FILES, Tokens
 from moe2edge.errors import Moe2EdgeError
-from moe2edge.export import run_passes
-from moe2edge.model import Model, is_low_rank
+from moe2edge.model.model import Model, is_low_rank
+from moe2edge.numerics import metrics
+from moe2edge.passes._replace_bases import experts_nbytes
 from moe2edge.passes.recover import Recover
-from moe2edge.pipeline import Lab
+from moe2edge.pipeline import recipe
+from moe2edge.pipeline.contract import Lab
+from moe2edge.pipeline.runner import run_passes
 from moe2edge.progress import Watcher
+from moe2edge.storage.checkpoint import BUILTIN, BUILTIN_FOLDER, Checkpoint, open_checkpoint
+from moe2edge.storage.tokenizer import tokenizer_of
+from moe2edge.storage.work_folder import WorkFolder
 from moe2edge.testing import InMemory
-from moe2edge.workfolder import WorkFolder
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "trimming"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "tiny_moe"))
@@ -139,7 +141,7 @@ def tokens_of(
     }
     source, tokenizer = recipe.section("calibration", options), tokenizer_of(checkpoint.folder)
     limits = LENGTH, checkpoint.model.vocabulary
-    return calibration.load_tokens(source, tokenizer, "text", limits)
+    return tokens.load_tokens(source, tokenizer, "text", limits)
 
 
 def measure(bench: Bench, model: Model) -> dict[str, Any]:
@@ -148,7 +150,7 @@ def measure(bench: Bench, model: Model) -> dict[str, Any]:
     for domain, ids in bench.evaluation.items():
         hidden = walk.observe(model, ids, (), QUIET.advance, "")
         source = walk.head_logits(bench.model, bench.hidden[domain])
-        result = quality.measure(ids, walk.head_logits(model, hidden), source)
+        result = metrics.measure(ids, walk.head_logits(model, hidden), source)
         found["perplexity"][domain], found["kl"][domain] = result.perplexity, result.kl
     return {**found, "bytes": model.nbytes, "expert_bytes": experts_nbytes(model)}
 

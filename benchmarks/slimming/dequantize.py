@@ -26,7 +26,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from moe2edge.checkpoint import Planned, write_checkpoint, write_json
+from moe2edge.storage.safetensors_files import Planned, write_checkpoint
+from moe2edge.storage.text_files import write_json
 
 COPIED = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 DTYPES = {"float32": ("F32", torch.float32), "bfloat16": ("BF16", torch.bfloat16)}

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moe2edge.checkpoint import BUILTIN_FOLDER
+from moe2edge.storage.checkpoint import BUILTIN_FOLDER
 
 HEAD_SIZE, HEADS_PER_KEY = 64, 4
 SPREAD = 0.02

@@ -8,7 +8,7 @@ Each model has a process of its own, which answers in turn, so that both are tim
 conditions and the memory of each is its own; a third process only imports. On a GPU, memory is what
 torch has allocated there. ``--rows`` measures from
 how many rows on a matrix is better dequantized than multiplied in 4 bits
-(``moe2edge.packed.MANY_ROWS``). Prints a table and one line of JSON.
+(``moe2edge.runtime.int4.MANY_ROWS``). Prints a table and one line of JSON.
 """
 
 from __future__ import annotations
@@ -39,9 +39,8 @@ def serve(kind: str, place: str, device: str) -> None:
     import torch
     import transformers.models.mixtral.modeling_mixtral  # noqa: F401
 
-    from moe2edge import packed  # noqa: F401
-    from moe2edge.loading import load
-    from moe2edge.torch_runtime import TorchRuntime, open_source
+    from moe2edge.runtime.load import load
+    from moe2edge.runtime.torch_runtime import TorchRuntime, open_source
 
     def memory() -> dict[str, int]:
         if device == "cpu":
@@ -182,10 +181,10 @@ def rows() -> dict[str, Any]:
     """For each shape and number of rows: time in 4 bits over that of dequantizing first."""
     import torch
 
-    from moe2edge import packed
-    from moe2edge.packed import PackedLinear
-    from moe2edge.rounding import round_to_nearest
-    from moe2edge.scheme import Scheme
+    from moe2edge.numerics.rounding import round_to_nearest
+    from moe2edge.numerics.scheme import Scheme
+    from moe2edge.runtime import int4
+    from moe2edge.runtime.int4 import PackedLinear
 
     found: dict[str, Any] = {}
     for outs, ins in SHAPES:
@@ -196,7 +195,7 @@ def rows() -> dict[str, Any]:
             x = torch.randn(count, ins).to(torch.bfloat16)
 
             def run(many: int, x: torch.Tensor = x, linear: PackedLinear = linear) -> None:
-                packed.MANY_ROWS = many
+                int4.MANY_ROWS = many
                 linear(x)
 
             ratios[count] = ratio(partial(run, count + 1), partial(run, 1))

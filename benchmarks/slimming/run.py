@@ -107,8 +107,8 @@ TOOLS = {
 # What each environment imports before it can begin, and the packages whose versions count.
 IMPORTS = {
     "moe2edge": "import torch, transformers.modeling_utils, "
-    "transformers.models.mixtral.modeling_mixtral, moe2edge.cli, moe2edge.export, "
-    "moe2edge.solving, moe2edge.verify",
+    "transformers.models.mixtral.modeling_mixtral, moe2edge.cli.main, moe2edge.commands.export, "
+    "moe2edge.pipeline.blockwise, moe2edge.evaluation.verify",
     "llmcompressor": "import numpy, torch; from datasets import Dataset; "
     "from llmcompressor import oneshot; from llmcompressor.modifiers.gptq import GPTQModifier; "
     "from llmcompressor.utils import load_context; "

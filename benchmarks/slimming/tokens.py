@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from moe2edge import calibration, recipe
-from moe2edge.artifact import tokenizer_of
-from moe2edge.checkpoint import open_checkpoint
+from moe2edge.calibration import tokens
+from moe2edge.pipeline import recipe
+from moe2edge.storage.checkpoint import open_checkpoint
+from moe2edge.storage.tokenizer import tokenizer_of
 
 sys.path.append(str(Path(__file__).parent.parent / "trimming"))
 import texts
@@ -48,7 +49,7 @@ def cut(model: Path, purpose: str, text: str, path: Path, samples: int) -> dict[
     source = recipe.section(purpose, options)
     checkpoint = open_checkpoint(str(model))
     limits = (LENGTH, checkpoint.model.vocabulary)
-    found = calibration.load_tokens(source, tokenizer_of(checkpoint.folder), purpose, limits)
+    found = tokens.load_tokens(source, tokenizer_of(checkpoint.folder), purpose, limits)
     np.save(path, found.ids.numpy())
     return {**options, "sha256": found.sha256}
 

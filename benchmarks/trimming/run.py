@@ -24,14 +24,16 @@ import report
 import texts
 from torch import Tensor
 
-from moe2edge import calibration, quality, recipe, skipping, walk
-from moe2edge.artifact import tokenizer_of
-from moe2edge.calibration import Tokens
-from moe2edge.checkpoint import BUILTIN, Checkpoint, open_checkpoint
-from moe2edge.export import run_passes
-from moe2edge.model import Model
+from moe2edge.calibration import router_observers, tokens, walk
+from moe2edge.calibration.tokens import Tokens
+from moe2edge.model.model import Model
+from moe2edge.numerics import metrics
+from moe2edge.pipeline import recipe
+from moe2edge.pipeline.runner import run_passes
 from moe2edge.progress import Watcher
-from moe2edge.workfolder import WorkFolder
+from moe2edge.storage.checkpoint import BUILTIN, Checkpoint, open_checkpoint
+from moe2edge.storage.tokenizer import tokenizer_of
+from moe2edge.storage.work_folder import WorkFolder
 
 HERE = Path(__file__).parent
 QUIET = Watcher(lambda _: None, lambda *_: None)
@@ -75,7 +77,7 @@ class Bench:
             options["sources"] = {domain: {"text": str(files[domain])} for domain in domains}
         source = recipe.section(purpose, options)
         tokenizer = tokenizer_of(self.checkpoint.folder)
-        return calibration.load_tokens(source, tokenizer, purpose, (LENGTH, self.model.vocabulary))
+        return tokens.load_tokens(source, tokenizer, purpose, (LENGTH, self.model.vocabulary))
 
 
 def open_bench(name: str, folder: str, sources: Mapping[str, Mapping[str, Path]]) -> Bench:
@@ -89,12 +91,12 @@ def open_bench(name: str, folder: str, sources: Mapping[str, Mapping[str, Path]]
 
 def measure(bench: Bench, model: Model) -> dict[str, Any]:
     """Perplexity and KL per domain, and the skip rate."""
-    skipped = skipping.SkipObserver()
+    skipped = router_observers.SkipObserver()
     found: dict[str, Any] = {"perplexity": {}, "kl": {}}
     for domain, ids in bench.evaluation.items():
         hidden = walk.observe(model, ids, [skipped], QUIET.advance, "")
         source = walk.head_logits(bench.model, bench.hidden[domain])
-        result = quality.measure(ids, walk.head_logits(model, hidden), source)
+        result = metrics.measure(ids, walk.head_logits(model, hidden), source)
         found["perplexity"][domain], found["kl"][domain] = result.perplexity, result.kl
     rates = skipped.fact()
     if rates.routed:
@@ -143,7 +145,7 @@ def oracle(bench: Bench) -> dict[str, Any]:
             for step in (runner, *later):
                 for part in walk.batches(ids):
                     hidden[part] = step.run(hidden[part])
-            found = quality.measure(ids, walk.head_logits(model, hidden), None)
+            found = metrics.measure(ids, walk.head_logits(model, hidden), None)
             total += math.log(found.perplexity) / len(bench.evaluation)
         losses[" ".join(map(str, kept))] = total
     return {"model": bench.name, "key": "oracle", "block": block.origin, "losses": losses}

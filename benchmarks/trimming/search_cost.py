@@ -22,13 +22,15 @@ import texts
 import torch
 import yaml
 
-from moe2edge import calibration, recipe, subsets
-from moe2edge.artifact import tokenizer_of
-from moe2edge.calibration import Tokens
-from moe2edge.checkpoint import Checkpoint, open_checkpoint
-from moe2edge.export import run_passes
-from moe2edge.recipe import TextSource
-from moe2edge.workfolder import WorkFolder
+from moe2edge.calibration import tokens
+from moe2edge.calibration.sources import TextSource
+from moe2edge.calibration.tokens import Tokens
+from moe2edge.numerics import subset_loss as subsets
+from moe2edge.pipeline import recipe
+from moe2edge.pipeline.runner import run_passes
+from moe2edge.storage.checkpoint import Checkpoint, open_checkpoint
+from moe2edge.storage.tokenizer import tokenizer_of
+from moe2edge.storage.work_folder import WorkFolder
 
 
 def tokens_of(checkpoint: Checkpoint, data: Path, samples: int, length: int) -> Tokens:
@@ -39,7 +41,7 @@ def tokens_of(checkpoint: Checkpoint, data: Path, samples: int, length: int) -> 
         for path in texts.write_texts(data, Path(folder))["calibration"].values():
             source = TextSource(text=str(path), samples=share, length=length)
             limits = (length, checkpoint.model.vocabulary)
-            parts.append(calibration.load_tokens(source, tokenizer, "calibration", limits).ids)
+            parts.append(tokens.load_tokens(source, tokenizer, "calibration", limits).ids)
     return Tokens(torch.cat(parts), "all domains", "")
 
 
@@ -53,7 +55,7 @@ def seconds(checkpoint: Checkpoint, step: dict[str, Any], tokens: Tokens) -> tup
 
 
 def timed(name: str, spent: dict[str, float]) -> None:
-    """Let a function of `moe2edge.subsets` add its time to ``spent``."""
+    """Let a function of `moe2edge.numerics.subset_loss` add its time to ``spent``."""
     inner: Callable[..., Any] = getattr(subsets, name)
 
     def outer(*given: Any) -> Any:

@@ -1,0 +1,181 @@
+"""Observers of routers and of expert outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from moe2edge.model.layers import MoELayer
+from moe2edge.numerics.saliency import LayerOutputs, OutputStatistics, RoutingStatistics
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moe2edge.calibration.observation import Seen
+
+
+class RoutingObserver:
+    """Gathers `RoutingStatistics`."""
+
+    def __init__(self) -> None:
+        self._experts: dict[int, tuple[int, ...]] = {}
+        self._counts: dict[int, Tensor] = {}
+        self._probability: dict[int, Tensor] = {}
+        self._mass: dict[int, Tensor] = {}
+        self._tokens = 0
+
+    def see(self, seen: Seen) -> None:
+        """Add one batch."""
+        if seen.routing is None:
+            return
+        routing, key = seen.routing, seen.block.origin
+        experts = len(seen.block.expert_origins)
+        if key not in self._counts:
+            self._experts[key] = seen.block.expert_origins
+            self._counts[key] = torch.zeros(experts, dtype=torch.int64)
+            self._probability[key] = torch.zeros(experts, dtype=torch.float64)
+            self._mass[key] = torch.zeros(experts, dtype=torch.float64)
+        # Behind the experts are substitutes, and places that dynamic skipping left out.
+        ids, weights = routing.ids.flatten(), routing.weights.double().flatten()
+        self._counts[key] += torch.bincount(ids, minlength=experts)[:experts]
+        self._mass[key] += torch.bincount(ids, weights, minlength=experts)[:experts]
+        self._probability[key] += routing.logits.double().softmax(-1).sum(0)[:experts]
+        if key == min(self._counts):
+            self._tokens += len(routing.ids)
+
+    def fact(self) -> RoutingStatistics:
+        """The statistics."""
+        return RoutingStatistics(
+            self._experts, self._tokens, self._counts, self._probability, self._mass
+        )
+
+
+class OutputObserver:
+    """Gathers `OutputStatistics`; runs every expert once more on the tokens routed to it."""
+
+    def __init__(self) -> None:
+        self._layers: dict[int, LayerOutputs] = {}
+
+    def see(self, seen: Seen) -> None:
+        """Add one batch."""
+        if seen.routing is None:
+            return
+        routing, key = seen.routing, seen.block.origin
+        if key not in self._layers:
+            self._layers[key] = LayerOutputs.of(seen.block.expert_origins, routing.inputs.shape[-1])
+        for expert in range(len(seen.block.expert_origins)):
+            token, place = torch.where(routing.ids == expert)
+            if len(token):
+                outputs = seen.expert_output(expert, routing.inputs[token])
+                self._layers[key].add(expert, outputs, routing.weights[token, place])
+
+    def fact(self) -> OutputStatistics:
+        """The statistics."""
+        return OutputStatistics(self._layers)
+
+
+# ---- what a walk gathers -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RouterOutputs:
+    """What routers put out, per MoE block by its origin.
+
+    Attributes:
+        norm: mean over tokens of the norm of the logits.
+        gram: float64 [E, E], sum over tokens of products of logits.
+    """
+
+    norm: Mapping[int, float]
+    gram: Mapping[int, Tensor]
+
+
+class RouterOutputObserver:
+    """Gathers `RouterOutputs`."""
+
+    def __init__(self) -> None:
+        self._norm: dict[int, float] = {}
+        self._gram: dict[int, Tensor] = {}
+        self._tokens: dict[int, int] = {}
+
+    def see(self, seen: Seen) -> None:
+        """Add one batch."""
+        if seen.routing is None:
+            return
+        routing, key = seen.routing, seen.block.origin
+        logits = routing.logits.double()
+        self._norm[key] = self._norm.get(key, 0.0) + float(logits.norm(dim=1).sum())
+        self._gram[key] = self._gram.get(key, 0) + logits.T @ logits
+        self._tokens[key] = self._tokens.get(key, 0) + len(logits)
+
+    def fact(self) -> RouterOutputs:
+        """The sums."""
+        norms = {key: total / self._tokens[key] for key, total in self._norm.items()}
+        return RouterOutputs(norms, self._gram)
+
+
+@dataclass(frozen=True)
+class WeightRatios:
+    """``w_i / w_1`` of every token, float32 [tokens, k - 1], by the origin of the block."""
+
+    ratios: Mapping[int, Tensor]
+
+
+class RatioObserver:
+    """Gathers `WeightRatios`; 4 (k - 1) bytes per token and layer."""
+
+    def __init__(self) -> None:
+        self._ratios: dict[int, list[Tensor]] = {}
+
+    def see(self, seen: Seen) -> None:
+        """Add one batch."""
+        if seen.routing is not None:
+            weights = seen.routing.weights
+            ratios = weights[:, 1:] / weights[:, :1]
+            self._ratios.setdefault(seen.block.origin, []).append(ratios)
+
+    def fact(self) -> WeightRatios:
+        """The ratios."""
+        return WeightRatios({key: torch.cat(parts) for key, parts in self._ratios.items()})
+
+
+@dataclass(frozen=True)
+class SkipRates:
+    """How often dynamic skipping left out a routed expert.
+
+    Attributes:
+        routed: routed places seen, by the origin of the block.
+        skipped: those of them that were left out.
+    """
+
+    routed: Mapping[int, int]
+    skipped: Mapping[int, int]
+
+    @property
+    def rate(self) -> float:
+        """Part of all routed places that was left out; of layers that skip."""
+        return sum(self.skipped.values()) / max(1, sum(self.routed.values()))
+
+
+class SkipObserver:
+    """Gathers `SkipRates` of layers that skip."""
+
+    def __init__(self) -> None:
+        self._routed: dict[int, int] = {}
+        self._skipped: dict[int, int] = {}
+
+    def see(self, seen: Seen) -> None:
+        """Add one batch."""
+        layer, key = seen.block.mlp, seen.block.origin
+        if not isinstance(layer, MoELayer) or not layer.router.skip_below or seen.routing is None:
+            return
+        left_out = int((seen.routing.ids == layer.choices).sum())
+        self._routed[key] = self._routed.get(key, 0) + seen.routing.ids.numel()
+        self._skipped[key] = self._skipped.get(key, 0) + left_out
+
+    def fact(self) -> SkipRates:
+        """The rates."""
+        return SkipRates(self._routed, self._skipped)

@@ -1,0 +1,127 @@
+"""How little a block, an MoE layer or a run of blocks changes what passes through it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moe2edge.calibration.observation import Seen
+
+
+class _Means:
+    """Means over tokens by key. Cosines near one differ in late digits, hence float64."""
+
+    def __init__(self) -> None:
+        self._sum: dict[tuple[int, ...], float] = {}
+        self._tokens: dict[tuple[int, ...], int] = {}
+
+    def add(self, key: tuple[int, ...], a: Tensor, b: Tensor) -> None:
+        """Cosines of the rows of two tensors [..., hidden]."""
+        cosine = torch.cosine_similarity(a.double(), b.double(), dim=-1)
+        self._sum[key] = self._sum.get(key, 0.0) + float(cosine.sum())
+        self._tokens[key] = self._tokens.get(key, 0) + cosine.numel()
+
+    def result(self) -> dict[tuple[int, ...], float]:
+        """Mean by key."""
+        return {key: self._sum[key] / self._tokens[key] for key in self._sum}
+
+
+@dataclass(frozen=True)
+class BlockSimilarity:
+    """Mean cosine over tokens of the input and the output of every run of blocks.
+
+    Unified-MoE-Compression (https://arxiv.org/abs/2406.02500), Block Drop. Its code scores runs of
+    one block more than it drops; here a run of n blocks is scored by n blocks.
+
+    Attributes:
+        cosine: by the origins of the blocks of the run.
+    """
+
+    cosine: Mapping[tuple[int, ...], float]
+
+
+@dataclass(frozen=True)
+class BlockSimilarityKind:
+    """Makes observers that gather `BlockSimilarity`.
+
+    Attributes:
+        longest: runs of up to so many blocks; the streams at one depth less are held in memory.
+    """
+
+    longest: int = 1
+
+    def __call__(self) -> BlockSimilarityObserver:
+        """A fresh observer."""
+        return BlockSimilarityObserver(self.longest)
+
+
+class BlockSimilarityObserver:
+    """Gathers `BlockSimilarity`."""
+
+    def __init__(self, longest: int) -> None:
+        self._means = _Means()
+        # Per batch: the origins and inputs of the latest blocks.
+        self._latest: list[deque[tuple[int, Tensor]]] = []
+        self._longest = longest
+        self._block, self._batch = -1, 0
+
+    def see(self, seen: Seen) -> None:
+        """Add one batch; batches come in the same order for every block."""
+        self._batch = self._batch + 1 if seen.block.index == self._block else 0
+        self._block = seen.block.index
+        if self._batch == len(self._latest):
+            self._latest.append(deque(maxlen=self._longest - 1))
+        latest = self._latest[self._batch]
+        run: tuple[int, ...] = ()
+        for origin, inputs in ((seen.block.origin, seen.inputs), *reversed(latest)):
+            run = (origin, *run)
+            self._means.add(run, inputs, seen.outputs)
+        if self._longest > 1:
+            # A copy: the walk writes the output over its input.
+            latest.append((seen.block.origin, seen.inputs.clone()))
+
+    def fact(self) -> BlockSimilarity:
+        """The similarities."""
+        return BlockSimilarity(self._means.result())
+
+
+@dataclass(frozen=True)
+class LayerSimilarity:
+    """Mean cosine over tokens of every MoE layer, by (the origin of its block,).
+
+    Unified-MoE-Compression (https://arxiv.org/abs/2406.02500), Layer Drop. ``x`` is the stream
+    between attention and the layer, ``n(x)`` its norm, ``m`` the layer.
+
+    Attributes:
+        with_norm: of ``x`` and ``x + m(n(x))``; the norm goes with the layer.
+        without_norm: of ``n(x)`` and ``m(n(x))``; the norm stays, and stands in for the layer.
+    """
+
+    with_norm: Mapping[tuple[int, ...], float]
+    without_norm: Mapping[tuple[int, ...], float]
+
+
+class LayerSimilarityObserver:
+    """Gathers `LayerSimilarity`."""
+
+    def __init__(self) -> None:
+        self._with, self._without = _Means(), _Means()
+
+    def see(self, seen: Seen) -> None:
+        """Add one batch."""
+        if seen.routing is None:
+            return
+        key = (seen.block.origin,)
+        self._with.add(key, seen.attended, seen.outputs)
+        self._without.add(key, seen.mlp_inputs, seen.mlp_outputs)
+
+    def fact(self) -> LayerSimilarity:
+        """The similarities."""
+        return LayerSimilarity(self._with.result(), self._without.result())

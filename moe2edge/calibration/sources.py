@@ -1,0 +1,90 @@
+"""Where text comes from: the sections of a recipe."""
+
+from __future__ import annotations
+
+from string import Formatter
+from typing import TYPE_CHECKING, Annotated, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from moe2edge.options import Options
+
+if TYPE_CHECKING:
+    pass
+
+
+class NamedText(Options):
+    """A text of its own, as a part of mixes."""
+
+    text: Annotated[str, Field(description="builtin, or a file of text or JSONL")]
+    field: Annotated[str, Field(description="field of a JSONL line that holds the text")] = "text"
+    template: Annotated[
+        str | None,
+        Field(description="in place of field: a text with fields, such as '{question} {answer}'"),
+    ] = None
+
+    @field_validator("template")
+    @classmethod
+    def _template_is_plain(cls, value: str | None) -> str | None:
+        if value is not None:
+            template_pieces(value)
+        return value
+
+    @model_validator(mode="after")
+    def _field_or_template(self) -> Self:
+        if self.template is not None and self.field != "text":
+            raise ValueError("a field or a template, not both")
+        return self
+
+
+class TextSource(NamedText):
+    """Where text comes from and how it is cut into samples."""
+
+    text: Annotated[
+        str,
+        Field(
+            description="builtin, a file of text or JSONL, a name of sources, or a mix of them "
+            "with weights: NAME:WEIGHT,NAME:WEIGHT; for calibration also self, what the model "
+            "writes, for evaluation none"
+        ),
+    ] = "builtin"
+    samples: Annotated[int, Field(ge=1, description="number of samples")] = 128
+    length: Annotated[int, Field(ge=2, description="tokens in a sample")] = 512
+    seed: Annotated[
+        int, Field(ge=0, le=2**32 - 1, description="decides which samples are taken")
+    ] = 0
+    sources: Annotated[
+        dict[str, NamedText], Field(description="texts by the names that text may use")
+    ] = {}  # noqa: RUF012  (pydantic copies it)
+
+    @field_validator("sources")
+    @classmethod
+    def _names_are_plain(cls, value: dict[str, NamedText]) -> dict[str, NamedText]:
+        for name in value:
+            if name == "builtin" or not name.strip() or set(name) & set(",:"):
+                raise ValueError("names other than builtin, without comma and colon")
+        return value
+
+
+# ---- reading -----------------------------------------------------------------------------------
+
+
+def template_pieces(template: str) -> list[tuple[str, str | None]]:
+    """Literal texts, each with the field that follows it; None after the last.
+
+    Raises:
+        ValueError: it has something else in braces than the plain name of a field, or no field.
+
+    >>> template_pieces("Q: {question}{{}}")
+    [('Q: ', 'question'), ('{', None), ('}', None)]
+    """
+    hint = "a text with plain fields, such as '{question} {answer}', and {{ }} for braces"
+    try:
+        pieces = list(Formatter().parse(template))
+    except ValueError as error:
+        raise ValueError(hint) from error
+    fields = [(field, spec, how) for _, field, spec, how in pieces if field is not None]
+    plain = all(field and not set(field) & set(".[]{}") for field, _, _ in fields)
+    if not fields or not plain or any(spec or how for _, spec, how in fields):
+        raise ValueError(hint)
+    return [(literal, field) for literal, field, _, _ in pieces]

@@ -1,0 +1,228 @@
+"""``moe2edge inspect``: what a model is made of, and how its routers use it."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.core import ParameterSource
+
+from moe2edge.cli.common import (
+    JSON,
+    QUIET,
+    THREADS,
+    emit,
+    from_hub,
+    open_model,
+    print_table,
+    quiet_libraries,
+    text_options,
+    text_source,
+)
+from moe2edge.cli.progress_bar import watcher
+from moe2edge.errors import InputError, Unsupported, did_you_mean
+
+if TYPE_CHECKING:
+    from moe2edge.calibration.sources import TextSource
+    from moe2edge.evaluation.routing_report import RoutingReport
+    from moe2edge.model.model import Model
+    from moe2edge.storage.checkpoint import Checkpoint
+
+EXAMPLES = """\b
+Examples:
+  moe2edge inspect builtin:tiny-moe
+  moe2edge inspect builtin:tiny-moe --routing -o routing.png
+  moe2edge inspect out-hf --routing --text math.jsonl --field question --json"""
+NEEDS_ROUTING = (
+    "text", "field", "template", "samples", "length", "seed", "criterion", "output",
+)  # fmt: skip
+
+
+@click.command(epilog=EXAMPLES)
+@click.argument("model")
+@click.option(
+    "--routing", is_flag=True, help="Run a text through MODEL; show what is routed where."
+)
+@text_options(samples=128)
+@click.option(
+    "--criterion",
+    default="mone",
+    show_default=True,
+    help="Scores in table and picture, as in expert_drop; --json has all.",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Heat maps as a picture: .png, .svg or .pdf; an old one is replaced.",
+)
+@QUIET
+@THREADS
+@JSON
+@from_hub
+def inspect(
+    model: str,
+    routing: bool,
+    criterion: str,
+    output: Path | None,
+    quiet: bool,
+    as_json: bool,
+    revision: str | None,
+    cache_dir: Path | None,
+    **text: Any,
+) -> None:
+    """Show what MODEL, or a folder that moe2edge wrote, is made of; reads headers only.
+
+    With --routing a text is run through it, to show per MoE layer and expert: tokens, gate
+    weights and the scores of every criterion of expert_drop.
+    """
+    from moe2edge.storage.manifest import is_artifact
+
+    if not routing:
+        _refuse_options_of_routing()
+        if is_artifact(Path(model)):
+            _inspect_output(Path(model), as_json)
+        else:
+            _inspect_source(open_model(model, revision, cache_dir).model, as_json)
+        return
+    _check_criterion(criterion)
+    if output is not None:
+        from moe2edge.evaluation.routing_view import check_picture
+
+        check_picture(output)
+    # Refused before anything is downloaded.
+    target = _target(Path(model)) if is_artifact(Path(model)) else None
+    checkpoint = open_model(model, revision, cache_dir)
+    report = _routing(checkpoint, target, text_source("calibration", text), quiet=quiet)
+    _show_routing(report, criterion, output, as_json)
+
+
+def _inspect_source(found: Model, as_json: bool) -> None:
+    if as_json:
+        emit(
+            {
+                "family": found.family.model_type,
+                "architecture": found.family.architecture,
+                "blocks": len(found.blocks),
+                "expert_counts": list(found.expert_counts),
+                "top_k": [layer.router.top_k for _, layer in found.moe_blocks],
+                "parameters": found.parameters,
+                "active_parameters": found.active_parameters,
+                "bytes": found.nbytes,
+            }
+        )
+        return
+    click.echo(str(found))
+
+
+def _inspect_output(folder: Path, as_json: bool) -> None:
+    from moe2edge.storage.manifest import open_artifact
+
+    artifact = open_artifact(folder)
+    if as_json:
+        emit({"manifest": dict(artifact.manifest)})
+        return
+    model, source = artifact.manifest["model"], artifact.manifest["source"]
+    click.echo(f"{folder}: target {artifact.target}, made from {source['model']}")
+    click.echo(f"parameters: {model['parameters']:,} ({model['active_parameters']:,} active)")
+    click.echo(f"experts per MoE layer: {model['expert_counts']}; blocks: {model['origins']}")
+    # Folders of older versions do not tell.
+    for what, name in (("experts that share these", "members"), ("substitutes", "substitutes")):
+        if any(model.get(name, ())):
+            click.echo(f"{what} per MoE layer: {model[name]}")
+    for name, entry in artifact.manifest["files"].items():
+        click.echo(f"{entry['bytes']:>12,}  {entry['sha256'][:12]}  {name}")
+    total = sum(entry["bytes"] for entry in artifact.manifest["files"].values())
+    click.echo(f"{total:>12,}  bytes in all")
+
+
+# ---- routing -----------------------------------------------------------------------------------
+
+
+def _refuse_options_of_routing() -> None:
+    context = click.get_current_context()
+    for name in NEEDS_ROUTING:
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise InputError(f"--{name} is about routing: add --routing, or leave it out")
+
+
+def _check_criterion(name: str) -> None:
+    from moe2edge.evaluation.routing_report import CRITERIA
+
+    if name not in CRITERIA:
+        raise InputError(did_you_mean("criterion", name, CRITERIA))
+
+
+def _target(folder: Path) -> str:
+    """Target of an output folder whose numbers can be read back into a model."""
+    from moe2edge.storage.manifest import open_artifact
+
+    target = open_artifact(folder).target
+    if not any(folder.glob("*.safetensors")):
+        raise Unsupported(
+            f"{folder} is an output of target {target}, which does not show its routing; export "
+            "the same recipe with -t hf or -t gptq and inspect that, or inspect the source"
+        )
+    return target
+
+
+def _routing(
+    checkpoint: Checkpoint, target: str | None, source: TextSource, *, quiet: bool
+) -> RoutingReport:
+    from moe2edge.calibration.tokens import load_tokens
+    from moe2edge.evaluation import routing_report
+    from moe2edge.storage.output import stored_model
+    from moe2edge.storage.tokenizer import tokenizer_of
+
+    changed = target or {"quantization_config", "per_layer_config"} & set(checkpoint.config)
+    model = stored_model(checkpoint) if changed else checkpoint.model
+    routing_report.check(model, checkpoint.source)
+    quiet_libraries()
+    geometry = model.family.geometry(model.config)
+    limits = (geometry.max_positions, geometry.vocab)
+    try:
+        tokens = load_tokens(source, tokenizer_of(checkpoint.folder), "calibration", limits)
+    except InputError as error:  # here the options of a recipe are options of the command
+        raise InputError(str(error).replace("--set calibration.", "--")) from error
+    text = tokens.provenance | {"seed": source.seed}
+    origins = None if target is None else _origins(checkpoint.folder, len(model.blocks))
+    advance = watcher(quiet=quiet).advance
+    layers = routing_report.measure(model, tokens.ids, advance, origins)
+    family = model.family.architecture
+    return routing_report.RoutingReport(checkpoint.source, family, target, text, layers)
+
+
+def _origins(folder: Path, blocks: int) -> list[int]:
+    """Index in the source of each block of an output folder."""
+    from moe2edge.storage.manifest import open_artifact
+
+    found = open_artifact(folder).manifest.get("model")
+    origins = found.get("origins") if isinstance(found, dict) else None
+    if isinstance(origins, list) and [type(origin) for origin in origins] == [int] * blocks:
+        return origins
+    raise InputError(
+        f"the manifest of {folder} does not say where its {blocks} blocks are from; export it again"
+    )
+
+
+def _show_routing(
+    report: RoutingReport, criterion: str, output: Path | None, as_json: bool
+) -> None:
+    from moe2edge.evaluation import routing_view
+
+    if output is not None:
+        output.write_bytes(routing_view.picture(report, criterion, output.suffix))
+    if as_json:
+        emit(report.to_json() | ({"picture": str(output)} if output else {}))
+    else:
+        print_table(routing_view.table(report, criterion))
+        width = shutil.get_terminal_size((150, 24)).columns if sys.stdout.isatty() else 150
+        for line in routing_view.heat_map(report, width, sys.stdout.encoding or "ascii"):
+            click.echo(line)
+        if output is not None:
+            click.echo(f"written: {output}")
+    for warning in report.warnings:
+        click.echo(f"warning: {warning}", err=True)

@@ -1,0 +1,130 @@
+"""`moe2edge decide`: run the part of a recipe that chooses, and keep nothing but the choice."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from moe2edge.commands.environment import versions
+from moe2edge.commands.preflight import EXPERTS, check_sources
+from moe2edge.commands.texts import calibration_tokens
+from moe2edge.errors import InputError
+from moe2edge.model.model import Block, Model
+from moe2edge.pipeline import registry
+from moe2edge.pipeline.contract import Pass, Slim
+from moe2edge.pipeline.decisions import CalibrationText, Decisions, SourceModel, decided
+from moe2edge.pipeline.recipe import Recipe
+from moe2edge.pipeline.runner import run_passes
+from moe2edge.pipeline.stages import Step
+from moe2edge.pipeline.work import Ledger
+from moe2edge.progress import Watcher
+from moe2edge.storage.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from moe2edge.model.layers import Weight
+    from moe2edge.numerics.grid import Quantized
+
+
+def decide(
+    checkpoint: Checkpoint, recipe: Recipe, watcher: Watcher
+) -> tuple[Decisions, tuple[Step, ...]]:
+    """What ``recipe`` chooses for ``checkpoint``, and what its passes said.
+
+    Raises:
+        InputError: a pass of the recipe computes numbers, which decisions do not hold; or as in an
+            export.
+        Unsupported: as in an export.
+    """
+    source = checkpoint.model
+    recipe = recipe.resolved(source)
+    check_sources(recipe, checkpoint)
+    check_decidable(recipe.passes, source)
+    watcher.log(f"recipe:\n{recipe.render()}")
+    tokens = calibration_tokens(checkpoint, recipe, watcher)
+    model, steps = run_passes(source, recipe, tokens, _NoNumbers(), watcher)
+    found = Decisions(
+        source=SourceModel(
+            model=checkpoint.source,
+            revision=checkpoint.revision,
+            sha256=checkpoint.sha256,
+            family=source.family.model_type,
+        ),
+        recipe=recipe.render(),
+        calibration=CalibrationText(**tokens.provenance) if tokens else None,
+        versions=versions(),
+        blocks=decided(model),
+    )
+    return found, tuple(steps)
+
+
+def check_decidable(passes: Sequence[Pass], source: Model) -> None:
+    """Refuse, from shapes alone, passes whose result decisions cannot hold.
+
+    Raises:
+        InputError: there is no pass; or one of them, which is named, computes numbers.
+        Unsupported: a pass does not handle the model.
+    """
+    if not passes:
+        raise InputError("the recipe has no passes; there is nothing to decide")
+    model = source
+    for step in passes:
+        name = registry.name_of(step)
+        if isinstance(step, Slim):
+            raise _computes(name)
+        step.check(model)
+        planned = step.plan(model)
+        planned.verify()
+        # A pass that plans no other structure does its work on numbers.
+        if _has_new_numbers(model, planned) or decided(planned) == decided(model):
+            raise _computes(name)
+        model = planned
+
+
+def _has_new_numbers(before: Model, after: Model) -> bool:
+    """Whether experts, or what answers for them, have numbers that are not there yet."""
+    return any(role.startswith(EXPERTS) for role, _ in after.new_beside(before))
+
+
+def _computes(name: str) -> InputError:
+    return InputError(
+        f"decide: the recipe has {name}, which computes numbers, and decisions hold none; leave it "
+        "out here, and export with apply_decisions before it"
+    )
+
+
+@dataclass(frozen=True)
+class _NoNumbers:
+    """A work folder for passes that choose only."""
+
+    def ledger(self, step: int) -> Ledger:
+        """None, as passes that solve are refused before."""
+        raise AssertionError(f"pass {step} solves")
+
+    def scratch(self, step: int, name: str) -> Path:
+        """None likewise."""
+        raise AssertionError(f"{name} computes numbers")
+
+    def put(self, block: Block, numbers: Mapping[str, Quantized | Tensor]) -> Block:
+        """Refuse.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError(
+            f"decide: a pass computed numbers ({min(numbers)} of block {block.origin}), and "
+            "decisions hold none; leave it out"
+        )
+
+    def put_rest(
+        self, rest: Mapping[str, Weight], numbers: Mapping[str, Tensor]
+    ) -> dict[str, Weight]:
+        """Refuse likewise."""
+        raise InputError(
+            f"decide: a pass computed numbers ({min(numbers)}), and decisions hold none; leave it "
+            "out"
+        )

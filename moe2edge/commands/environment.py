@@ -1,0 +1,37 @@
+"""Versions and peak memory, for the report."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import resource
+import sys
+from pathlib import Path
+
+# Whose versions numbers depend on.
+NUMERIC = ("moe2edge", "torch", "transformers", "peft", "numpy", "scipy")
+
+
+def _peak_bytes() -> int:
+    """Peak resident set of this process."""
+    with contextlib.suppress(OSError, StopIteration):
+        # What getrusage tells counts from the process that started this one.
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def versions() -> dict[str, str]:
+    """Versions of what numbers may depend on."""
+    names = (
+        "moe2edge", "torch", "transformers", "peft", "numpy", "scipy", "onnx", "onnxruntime",
+        "onnxruntime-gpu",
+    )  # fmt: skip
+    found = {"python": sys.version.split()[0]}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

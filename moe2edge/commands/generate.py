@@ -1,0 +1,51 @@
+"""Continue a prompt with the model of an output folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from moe2edge.runtime.generation import generate, note_of, room
+from moe2edge.storage.text_files import read_json
+from moe2edge.storage.tokenizer import context_length, stop_ids
+
+if TYPE_CHECKING:
+    from moe2edge.storage.manifest import Artifact
+
+
+def continue_in(
+    artifact: Artifact,
+    prompt_ids: Sequence[int],
+    tell: Callable[[str], object],
+    *,
+    max_tokens: int,
+    **how: Any,
+) -> Iterator[int]:
+    """`generate` in an output folder, up to its end tokens or the last position of its model.
+
+    Args:
+        artifact: the folder; its model is loaded when everything else is known to be right.
+        prompt_ids: at least one token.
+        tell: is told in one line if the model holds fewer tokens than asked for, and in another
+            how quantized matrices run, if the runtime says so.
+        max_tokens: how many to yield at most.
+        how: temperature and the like.
+
+    Raises:
+        InputError: a setting is out of its range, or the prompt leaves no room for a token.
+    """
+    from moe2edge.pipeline import registry
+
+    context = context_length(read_json(artifact.folder / "config.json"))
+    left = room(len(prompt_ids), max_tokens, context)
+    stop = stop_ids(artifact.folder)
+    if left < max_tokens:
+        tell(
+            f"note: at most {left} tokens instead of {max_tokens}; the prompt has "
+            f"{len(prompt_ids)} of the {context} that the model holds"
+        )
+    target = registry.target_with(artifact.target, artifact.options)
+    runtime = target.reopen(artifact.folder)
+    if note := note_of(runtime):
+        tell(f"note: {note}")
+    return generate(runtime, prompt_ids, max_tokens=left, stop=stop, **how)

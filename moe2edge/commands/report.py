@@ -1,0 +1,196 @@
+"""What an export did: a table, JSON, and the model card beside the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from moe2edge.evaluation.comparison import HEADINGS, ResultRow
+from moe2edge.model.model import Model
+from moe2edge.pipeline import registry
+from moe2edge.pipeline.stages import Step
+from moe2edge.pipeline.target import Loader, Target
+from moe2edge.storage.checkpoint import Checkpoint
+from moe2edge.storage.manifest import write_manifest
+from moe2edge.storage.text_files import write_json
+
+RECIPE_FILE = "recipe.resolved.yaml"
+REPORT_FILE = "report.json"
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that an export has to say."""
+
+    source: str
+    family: str
+    recipe: str
+    steps: tuple[Step, ...]
+    before: ResultRow
+    after: ResultRow
+    results: tuple[ResultRow, ...]
+    skip_rate: float | None
+    loaders: Mapping[str, tuple[Loader, ...]]
+    target_options: Mapping[str, Mapping[str, Any]]
+    calibration: Mapping[str, Any] | None
+    evaluation: Mapping[str, Any] | None
+    seconds: float
+    peak_bytes: int
+    training: Mapping[str, Any] | None = None
+    materialized: str | None = None
+
+    @property
+    def rows(self) -> tuple[ResultRow, ...]:
+        """All lines of the table."""
+        return (self.before, self.after, *self.results)
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain data."""
+        data = asdict(self)
+        return {"schema_version": 1, "kind": "moe2edge.export", **data}
+
+    def table(self) -> Table:
+        """The report as a table for the terminal."""
+        table = Table(title=f"{self.source} ({self.family})", title_justify="left")
+        for n, heading in enumerate(HEADINGS):
+            table.add_column(heading, justify="right" if n else "left")
+        for row in self.rows:
+            table.add_row(*row.cells())
+        table.caption = self.caption()
+        table.caption_justify = "left"
+        return table
+
+    def caption(self) -> str:
+        """What the columns mean, and what the export itself took."""
+        figures = self.before.quality
+        held_out = (
+            "no held-out text"
+            if figures is None
+            else "perplexity, KL to the source (nats/token) and top-1 agreement on "
+            f"{figures.tokens:,} held-out tokens"
+        )
+        return (
+            f"{held_out}. logit error: largest difference to PyTorch with float32 activations; as "
+            f"shipped: median relative error. export: {self.seconds:.1f} s, "
+            f"peak memory {self.peak_bytes / 1e6:.0f} MB"
+        )
+
+    def lines(self) -> list[str]:
+        """What each pass did, and who can load the result."""
+        said = []
+        for step in self.steps:
+            said.append(
+                f"{step.name}: {len(step.changed)} changed, {step.parameters / 1e6:.2f} M "
+                f"parameters, {step.nbytes / 1e6:.2f} MB, {step.seconds:.1f} s"
+            )
+            said += [f"  {note}" for note in step.notes]
+        said += [*self._skipping(), *self._grown().splitlines()[:1]]
+        for target, loaders in self.loaders.items():
+            for loader in loaders:
+                said.append(f"{target}: loads in {loader.program}: {loader.text}")
+        return said
+
+    def _grown(self) -> str:
+        """What materializing took, as a paragraph; empty if nothing was."""
+        if self.materialized is None:
+            return ""
+        return f"Materialized: members are experts of their own, {self.materialized}.\n\n"
+
+    def _skipping(self) -> list[str]:
+        """What dynamic skipping left out on the evaluation text, and the time that it saved."""
+        if self.skip_rate is None:
+            return []
+        said = [
+            f"dynamic skipping: {self.skip_rate:.1%} of routed experts left out (held-out text)"
+        ]
+        for row in self.results:
+            if row.skip_times is not None:
+                t = row.skip_times
+                said.append(
+                    f"  {row.form}: {t.decode:.3f} ms a token, {t.decode_without:.3f} without "
+                    f"skipping; {t.prefill:.2f} and {t.prefill_without:.2f} ms for a prompt of "
+                    f"{t.prompt} (median of {t.runs})"
+                )
+        return said
+
+    def write(
+        self,
+        folder: Path,
+        target: Target,
+        checkpoint: Checkpoint,
+        model: Model,
+        versions: Mapping[str, str],
+    ) -> None:
+        """Write recipe, report, model card and manifest into a finished folder."""
+        name = registry.name_of(target)
+        (folder / RECIPE_FILE).write_text(self.recipe, "utf-8")
+        write_json(folder / REPORT_FILE, self.to_json())
+        (folder / "README.md").write_text(self._card(name, checkpoint), "utf-8")
+        write_manifest(
+            folder,
+            name,
+            target_options=dict(self.target_options[name]),
+            model={
+                "family": model.family.model_type,
+                "parameters": model.parameters,
+                "active_parameters": model.active_parameters,
+                "expert_counts": list(model.expert_counts),
+                "members": [len(layer.members) for _, layer in model.moe_blocks],
+                "substitutes": [len(layer.substitutes) for _, layer in model.moe_blocks],
+                "materialized": self.materialized is not None,
+                "origins": [block.origin for block in model.blocks],
+            },
+            source={
+                "model": checkpoint.source,
+                "revision": checkpoint.revision,
+                "sha256": checkpoint.sha256,
+            },
+            texts={
+                "calibration": self.calibration,
+                "evaluation": self.evaluation,
+                **({"training": self.training} if self.training else {}),
+            },
+            versions=dict(versions),
+        )
+
+    def _card(self, target: str, checkpoint: Checkpoint) -> str:
+        """README.md of an output, with the metadata that the hub reads."""
+        from huggingface_hub import ModelCardData
+
+        data = ModelCardData(
+            base_model=None if checkpoint.source.startswith("builtin:") else checkpoint.source,
+            license=_license(checkpoint),
+            library_name="onnxruntime" if target == "onnx" else "transformers",
+            pipeline_tag="text-generation",
+            tags=["moe2edge", "mixture-of-experts", target],
+        )
+        mine = [r for r in self.rows if r.parity is None or r.form.startswith(f"{target},")]
+        table = "\n".join(
+            f"| {' | '.join(cells)} |"
+            for cells in (HEADINGS, ["---"] * len(HEADINGS), *(row.cells() for row in mine))
+        )
+        options = "".join(f", {k} {v}" for k, v in self.target_options[target].items())
+        loaders = "\n".join(f"- {loader.program}: {loader.text}" for loader in self.loaders[target])
+        return (
+            f"---\n{data.to_yaml()}\n---\n\n# {checkpoint.source}, compressed with moe2edge\n\n"
+            f"{self.family}, written for the target `{target}`{options}.\n\n"
+            f"{table}\n\n{self.caption()}.\n\n{self._grown()}"
+            f"## Who can load it\n\n{loaders}\n\n## Run it\n\n"
+            f'```sh\nmoe2edge generate . "Once upon a time"\nmoe2edge verify .\n```\n\n'
+            f"## Recipe\n\n```yaml\n{self.recipe}```\n"
+        )
+
+
+def _license(checkpoint: Checkpoint) -> str | None:
+    """License that the source's own card names."""
+    from huggingface_hub import ModelCard
+
+    path = checkpoint.folder / "README.md"
+    if not path.exists():
+        return None
+    found: str | None = ModelCard.load(path, ignore_metadata_errors=True).data.license
+    return found

@@ -1,0 +1,120 @@
+"""Write one target, reopen it, and hold it against the model in memory."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moe2edge.errors import Unsupported
+from moe2edge.evaluation.comparison import Measured, ResultRow
+from moe2edge.model.edits import materialized
+from moe2edge.model.model import Model
+from moe2edge.pipeline import registry
+from moe2edge.pipeline.target import Target
+from moe2edge.progress import Watcher
+from moe2edge.runtime.memory import give_back
+from moe2edge.storage.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def write_target(
+    target: Target,
+    model: Model,
+    folder: Path,
+    checkpoint: Checkpoint,
+    measured: Measured,
+    watcher: Watcher,
+) -> ResultRow:
+    """Write one target, reopen it in its runtime, and hold it against the model in memory."""
+    from moe2edge.evaluation import verify
+    from moe2edge.evaluation.skip_times import measure_times
+
+    name = registry.name_of(target)
+    for companion in checkpoint.companions:
+        shutil.copyfile(companion, folder / companion.name)
+    target.write(model, folder)
+    stored = target.stored(model)
+    reference = measured.reference.of_stored(model, stored)
+    reference.save(folder)
+    watcher.log(f"reading {name} back")
+    verify.audit(target, folder, stored)
+    give_back()
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    row = ResultRow.of(f"{name}, in its runtime", model, None, size)
+    watcher.log(f"running {name}")
+    parity, shipped = verify.parity(reference, target, folder, measured.memory.limit)
+    if shipped is None:
+        watcher.log(
+            f"warning: {name} was not run, because that needs "
+            f"{target.runtime_nbytes(model) / 1e9:.1f} GB of memory; it was read back block by "
+            "block and computes what it should"
+        )
+        return replace(row, form=f"{name}, not run", parity=parity)
+    if parity.shipped is not None and parity.shipped > verify.SHIPPED_USUAL:
+        watcher.log(
+            f"warning: {name} as shipped differs from PyTorch by {parity.shipped:.1%} (median); "
+            f"{verify.SHIPPED_USUAL:.0%} is usual. Its perplexity and KL say what that costs"
+        )
+
+    def logits() -> Iterator[Tensor]:
+        for n, row in enumerate(measured.ids):
+            watcher.advance(f"evaluation: {name}", n, len(measured.ids))
+            yield shipped.logits(row[None])[0]
+        watcher.advance(f"evaluation: {name}", len(measured.ids), len(measured.ids))
+
+    quality = measured.quality(logits())
+    times = None
+    if model.skips:
+        watcher.log(f"timing {name} with and without skipping")
+        text = measured.ids[0].tolist()
+        times = measure_times(shipped, target.without_skipping(model, folder), text)
+    return replace(row, quality=quality, parity=parity, skip_times=times)
+
+
+def held(model: Model, targets: Sequence[Target], *, materialize: bool) -> Model:
+    """``model`` as all of some targets hold it: as it is, or materialized where that is wanted.
+
+    Raises:
+        Unsupported: a target holds neither, or no members and ``materialize`` is not set.
+    """
+    try:
+        for target in targets:
+            target.accepts(model)
+    except Unsupported as error:
+        if not model.members:
+            raise
+        whole = materialized(model)
+        other = _refusal(whole, targets)
+        if other is not None and materialize:
+            raise Unsupported(
+                f"{error}; nor is it held with every member as an expert of its own: {other}; "
+                "targets of which one needs that want an export each"
+            ) from error
+        if other is not None:
+            raise
+        if not materialize:
+            raise Unsupported(
+                f"{error}; or write every member as an expert of its own with --materialize: "
+                f"{told(model, whole)}"
+            ) from error
+        return whole
+    return model
+
+
+def told(model: Model, whole: Model) -> str:
+    """What materializing costs."""
+    return f"{whole.nbytes / 1e6:.1f} MB in place of {model.nbytes / 1e6:.1f}"
+
+
+def _refusal(model: Model, targets: Sequence[Target]) -> Unsupported | None:
+    try:
+        for target in targets:
+            target.accepts(model)
+    except Unsupported as error:
+        return error
+    return None

@@ -1,0 +1,51 @@
+"""Quality of an existing output folder on a text of the user's, in its own runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moe2edge.calibration import walk
+from moe2edge.calibration.sources import TextSource
+from moe2edge.calibration.tokens import load_tokens
+from moe2edge.evaluation import verify
+from moe2edge.model.family import family_of
+from moe2edge.model.model import Model
+from moe2edge.numerics import metrics
+from moe2edge.pipeline import registry
+from moe2edge.progress import Advance
+from moe2edge.storage.manifest import open_artifact
+from moe2edge.storage.text_files import read_json
+from moe2edge.storage.tokenizer import tokenizer_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def evaluate(
+    folder: Path, source: TextSource, reference: Model | None, advance: Advance
+) -> metrics.Quality:
+    """Perplexity of a folder, and with a reference model KL and top-1 agreement.
+
+    Raises:
+        InputError: the folder, the text or the reference does not fit.
+    """
+    artifact = open_artifact(folder)
+    config = read_json(folder / "config.json")
+    geometry = family_of(config).geometry(config)
+    limits = (geometry.max_positions, geometry.vocab)
+    ids = load_tokens(source, tokenizer_of(folder), "evaluation", limits).ids
+    expected = None
+    if reference is not None:
+        verify.check_vocabulary(reference, geometry.vocab)
+        expected = walk.head_logits(reference, walk.observe(reference, ids, (), advance, "source"))
+    runtime = registry.target_with(artifact.target, artifact.options).reopen(folder)
+
+    def logits() -> Iterator[Tensor]:
+        for n, row in enumerate(ids):
+            advance(artifact.target, n, len(ids))
+            yield runtime.logits(row[None])[0]
+        advance(artifact.target, len(ids), len(ids))
+
+    return metrics.measure(ids, logits(), expected)

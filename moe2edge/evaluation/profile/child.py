@@ -1,0 +1,190 @@
+"""What runs in a fresh process: load an output, run prompts, and answer with times and memory.
+
+``python -m moe2edge.evaluation.profile.child`` reads one JSON request on stdin and writes one JSON answer on
+stdout. Imports little at the top: all of it counts as memory of the process.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moe2edge.errors import Moe2EdgeError
+from moe2edge.evaluation.profile.memory import Memory, Meter
+from moe2edge.runtime.generation import generate, note_of
+from moe2edge.storage.text_files import read_json
+
+if TYPE_CHECKING:
+    from moe2edge.runtime.protocol import Runtime
+
+PHASES = ("import", "load", "prefill", "decode")
+
+
+class Phases:
+    """Memory of each phase; a phase that comes several times keeps its largest values."""
+
+    def __init__(self, meter: Meter) -> None:
+        self._meter = meter
+        self._seen: dict[str, Memory] = {}
+
+    def start(self) -> None:
+        """Begin a phase."""
+        self._meter.start()
+
+    def end(self, name: str) -> None:
+        """End it."""
+        found = self._meter.read()
+        before = self._seen.get(name)
+        self._seen[name] = found if before is None else before.merge(found)
+
+    def to_json(self) -> dict[str, Any]:
+        """Method and values, by phase."""
+        return {
+            "method": self._meter.method,
+            "reason": self._meter.reason,
+            "phases": {name: asdict(memory) for name, memory in self._seen.items()},
+        }
+
+
+def answer(
+    request: dict[str, Any],
+    *,
+    import_libraries: Callable[[], None],
+    open_runtime: Callable[[], Runtime],
+    phases: Phases,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Any]:
+    """Measure once: import, load, a warm-up run, then each prompt.
+
+    Args:
+        request: ``prompts`` (token ids; the first is the warm-up) and ``gen_tokens``.
+        import_libraries: imports what the runtime needs.
+        open_runtime: loads the output.
+        phases: takes the memory.
+        clock: seconds.
+
+    Returns:
+        ``import_s``, ``load_s``, ``runs`` (``ttft_s``, ``gaps_s``, ``tokens``), ``memory``; of the
+        runtime ``dtype``, ``threads`` and ``note``.
+    """
+    phases.start()
+    begin = clock()
+    import_libraries()
+    import_s = clock() - begin
+    phases.end("import")
+    phases.start()
+    begin = clock()
+    runtime = open_runtime()
+    load_s = clock() - begin
+    phases.end("load")
+    runs = [run(runtime, p, request["gen_tokens"], phases, clock) for p in request["prompts"]]
+    return {
+        "import_s": import_s,
+        "load_s": load_s,
+        "runs": runs[1:],
+        "memory": phases.to_json(),
+        "dtype": runtime.dtype,
+        "threads": runtime.threads,
+        "note": note_of(runtime),
+    }
+
+
+def run(
+    runtime: Runtime,
+    prompt: Sequence[int],
+    gen_tokens: int,
+    phases: Phases,
+    clock: Callable[[], float],
+) -> dict[str, Any]:
+    """One prompt, greedily continued: seconds to the first token, then between tokens."""
+    tokens = generate(runtime, prompt, max_tokens=gen_tokens)
+    phases.start()
+    begin = clock()
+    chosen = [next(tokens)]
+    ttft_s = clock() - begin
+    phases.end("prefill")
+    # Memory is read between the phases, not between tokens: reading it costs time.
+    phases.start()
+    marks = [clock()]
+    for token in tokens:
+        chosen.append(token)
+        marks.append(clock())
+    phases.end("decode")
+    gaps = [after - before for before, after in pairwise(marks)]
+    return {"ttft_s": ttft_s, "gaps_s": gaps, "tokens": chosen}
+
+
+def main() -> int:
+    """Serve one request; the exit code is that of the error, whose line goes to stderr."""
+    # Libraries may write to stdout; the answer must be alone there.
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as stdout:
+        os.dup2(2, 1)
+        try:
+            json.dump(_serve(json.load(sys.stdin)), stdout)
+        except Moe2EdgeError as error:
+            sys.stderr.write(f"{error}\n")
+            return error.exit_code
+    return 0
+
+
+def _serve(request: dict[str, Any]) -> dict[str, Any]:
+    phases = Phases(Meter())
+    import_libraries, open_runtime = _source(request)
+    return answer(
+        request, import_libraries=import_libraries, open_runtime=open_runtime, phases=phases
+    )
+
+
+def _source(request: dict[str, Any]) -> tuple[Callable[[], None], Callable[[], Runtime]]:
+    """How to import and how to open what the request names."""
+    folder, name, threads = Path(request["folder"]), request["target"], request["threads"]
+
+    def import_libraries() -> None:
+        from moe2edge.pipeline.registry import target
+
+        # A source runs as an output of the target hf does.
+        _import(target(name or "hf").libraries, folder)
+        if threads is not None:
+            import torch
+
+            torch.set_num_threads(threads)
+
+    def open_runtime() -> Runtime:
+        from moe2edge.pipeline.registry import target_with
+
+        if name is None:
+            from moe2edge.runtime.torch_runtime import open_source
+
+            return open_source(folder, dtype=request["dtype"])
+        return target_with(name, request.get("options", {})).reopen(folder)
+
+    return import_libraries, open_runtime
+
+
+def _import(names: Sequence[str], folder: Path) -> None:
+    """Import modules, and with transformers the code of the model in a folder."""
+    for name in names:
+        # What is missing is reported, with a remedy, where it is needed.
+        with suppress(ImportError):
+            importlib.import_module(name)
+    config = folder / "config.json"
+    if not any(name.startswith("transformers") for name in names) or not config.is_file():
+        return
+    import transformers
+
+    # transformers imports the code of a model when its class is first asked for.
+    for name in read_json(config).get("architectures") or ():
+        getattr(transformers, name, None)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

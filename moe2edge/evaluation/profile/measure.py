@@ -1,0 +1,311 @@
+"""Measure an output folder, or a source checkpoint run by transformers, in fresh processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moe2edge.errors import DoesNotFit, InputError, Moe2EdgeError, Unsupported, VerificationFailed
+from moe2edge.evaluation.profile.environment import environment
+from moe2edge.evaluation.profile.result import Profile, metrics_of, phases_of
+from moe2edge.storage.manifest import MANIFEST, is_artifact, open_artifact, present_files
+from moe2edge.storage.text_files import file_sha256, read_json
+from moe2edge.storage.tokenizer import context_length, tokenizer_of
+
+if TYPE_CHECKING:
+    from moe2edge.progress import Advance
+
+_ERRORS = {
+    kind.exit_code: kind for kind in (InputError, DoesNotFit, Unsupported, VerificationFailed)
+}
+
+_SIZES = ("prompt_tokens", "gen_tokens")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much is measured.
+
+    Attributes:
+        prompt_tokens: length of each prompt.
+        gen_tokens: tokens chosen after it, greedily.
+        prompts: measured prompts per process; one more goes before them as a warm-up.
+        repeats: fresh processes.
+        threads: of torch and of ONNX sessions; None: one per core.
+        timeout_s: for one process.
+    """
+
+    prompt_tokens: int = 128
+    gen_tokens: int = 32
+    prompts: int = 3
+    repeats: int = 3
+    threads: int | None = None
+    timeout_s: float = 3600
+
+    def check(self) -> None:
+        """Refuse settings out of range.
+
+        Raises:
+            InputError: one is below 1.
+        """
+        for name, value in asdict(self).items():
+            if value is not None and value < 1:
+                raise InputError(f"{name} is {value}; give 1 or more")
+
+
+PRESETS: Mapping[str, Settings] = {
+    "quick": Settings(prompt_tokens=64, gen_tokens=16, prompts=1, repeats=1),
+    "ci": Settings(),
+    "full": Settings(prompt_tokens=512, gen_tokens=128, prompts=5, repeats=5),
+}
+
+
+def profile(
+    folder: Path,
+    *,
+    text: str | None = None,
+    prompts: Sequence[Sequence[int]] | None = None,
+    settings: Settings | None = None,
+    fixed: Collection[str] | None = None,
+    advance: Advance | None = None,
+) -> Profile:
+    """Measure an output of moe2edge in its runtime, or else a checkpoint in transformers, bf16.
+
+    Args:
+        folder: an output folder, or a checkpoint.
+        text: natural text that prompts are cut from; random tokens would be routed unnaturally.
+        prompts: token ids instead of text, all of one length; the first is the warm-up.
+        settings: how much; with ``prompts``, their number and length count instead.
+        fixed: names of the settings that the user chose. Of ``prompt_tokens`` and ``gen_tokens``
+            any other is made smaller, with a warning, where the model holds fewer tokens. None:
+            all, if ``settings`` are given.
+        advance: told after each process.
+
+    Raises:
+        InputError: the folder, the text or a setting is wrong.
+        Moe2EdgeError: a process failed or took too long.
+    """
+    if fixed is None:
+        fixed = _SIZES if settings else ()
+    settings = settings or Settings()
+    if prompts is not None:
+        settings = _fit_prompts(settings, prompts)
+        fixed = {*fixed, "prompt_tokens"}
+    settings.check()
+    artifact, request = _subject(folder)
+    settings, shrunk = fit_context(settings, _context(folder), fixed)
+    if prompts is None:
+        prompts = cut_prompts(tokenizer_of(folder), text or "", settings)
+    request |= {
+        "prompts": [list(prompt) for prompt in prompts],
+        "gen_tokens": settings.gen_tokens,
+        "threads": settings.threads,
+    }
+    env = environment()
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    answers = []
+    for n in range(settings.repeats):
+        answers.append(ask_child(request, settings))
+        if advance is not None:
+            advance("measure", n + 1, settings.repeats)
+    memory, threads = answers[0]["memory"], answers[0]["threads"]
+    return Profile(
+        artifact={**artifact, "dtype": answers[0]["dtype"], "note": answers[0]["note"]},
+        workload=_workload(settings),
+        env={**env, "threads": {"asked": settings.threads, "runtime": threads}},
+        metrics=metrics_of(answers, settings.prompt_tokens),
+        phases=phases_of(answers),
+        memory_method=memory["method"],
+        memory_reason=memory["reason"],
+        sizes=sizes_of(folder),
+        created=created,
+        warnings=(*shrunk, *_warnings(env, answers)),
+    )
+
+
+def cut_prompts(tokenizer: Any, text: str, settings: Settings) -> list[list[int]]:
+    """Prompts from evenly spaced places of a text, no two of which overlap; warm-up first.
+
+    Raises:
+        InputError: the text has too few tokens.
+    """
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    number, length = settings.prompts + 1, settings.prompt_tokens
+    if len(ids) < number * length:
+        raise InputError(
+            f"the text has {len(ids)} tokens; {number} prompts of {length} tokens need "
+            f"{number * length}: give a longer text, or ask for fewer or shorter prompts"
+        )
+    stride = len(ids) // number
+    return [ids[n * stride : n * stride + length] for n in range(number)]
+
+
+def ask_child(request: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
+    """Have a fresh process measure once; its answer is that of `moe2edge.evaluation.profile.child`.
+
+    Raises:
+        Moe2EdgeError: it failed (the last line that it wrote; the same kind of error if it was
+            one of ours), was killed, or took too long.
+    """
+    env = dict(os.environ)
+    if settings.threads is not None:
+        env["OMP_NUM_THREADS"] = str(settings.threads)
+    try:
+        # -P: the working folder is the user's, and no place to import from.
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "moe2edge.evaluation.profile.child"],
+            input=json.dumps(request),
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            env=env,
+            timeout=settings.timeout_s,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise Moe2EdgeError(
+            f"measuring {request['folder']} took longer than {settings.timeout_s:g} s and was "
+            "stopped; ask for fewer tokens, or allow more time"
+        ) from error
+    if done.returncode < 0:
+        name = signal.Signals(-done.returncode).name
+        hint = "; there may be too little memory" if name == "SIGKILL" else ""
+        raise Moe2EdgeError(f"the measuring process was ended by {name}{hint}")
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or ["it said nothing"]
+        if kind := _ERRORS.get(done.returncode):
+            raise kind(lines[-1])
+        raise Moe2EdgeError(f"the measuring process failed: {lines[-1]}")
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer
+
+
+def sizes_of(folder: Path) -> dict[str, int]:
+    """Bytes of the files of a folder, by class."""
+    found = present_files(folder)
+    sizes = dict.fromkeys(("weights", "graph", "tokenizer", "config", "other"), 0)
+    outside = any(name.endswith(".data") for name in found)
+    for name, path in found.items():
+        sizes[_file_class(name, outside)] += path.stat().st_size
+    return sizes
+
+
+def _file_class(name: str, weights_outside_graph: bool) -> str:
+    """Class of a file. A graph without data beside it holds the weights itself."""
+    base = name.rpartition("/")[2]
+    if base.endswith((".safetensors", ".data")):
+        return "weights"
+    if base.endswith(".onnx"):
+        return "graph" if weights_outside_graph else "weights"
+    vocabulary = ("vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json")
+    if base.startswith(("tokenizer", "chat_template")) or base in vocabulary:
+        return "tokenizer"
+    return "config" if base.endswith((".json", ".yaml")) else "other"
+
+
+def _subject(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What is measured: for the result, and for the child."""
+    if not folder.is_dir():
+        raise InputError(f"there is no folder {folder}; name an output folder or a checkpoint")
+    path = str(folder.resolve())
+    if is_artifact(folder):
+        artifact = open_artifact(folder)
+        about = {
+            "path": str(folder),
+            "target": artifact.target,
+            "manifest_sha256": file_sha256(folder / MANIFEST),
+            "model": artifact.manifest.get("model"),
+        }
+        how = {"target": artifact.target, "options": dict(artifact.options)}
+        return about, {"folder": path, **how, "dtype": None}
+    if not (folder / "config.json").is_file():
+        raise InputError(
+            f"{folder} is neither an output folder (no {MANIFEST}) nor a checkpoint "
+            "(no config.json)"
+        )
+    about = {"path": str(folder), "target": None, "runtime": "transformers"}
+    return about, {"folder": path, "target": None, "dtype": "bfloat16"}
+
+
+def _fit_prompts(settings: Settings, prompts: Sequence[Sequence[int]]) -> Settings:
+    lengths = {len(prompt) for prompt in prompts}
+    if len(prompts) < 2 or len(lengths) != 1:
+        raise InputError(
+            f"{len(prompts)} prompts of lengths {sorted(lengths)}; give at least two, of one "
+            "length: the first is the warm-up"
+        )
+    return replace(settings, prompts=len(prompts) - 1, prompt_tokens=lengths.pop())
+
+
+def _context(folder: Path) -> int | None:
+    """Tokens that the model in a folder holds, where its config says so."""
+    path = folder / "config.json"
+    return context_length(read_json(path)) if path.is_file() else None
+
+
+def fit_context(
+    settings: Settings, context: int | None, fixed: Collection[str]
+) -> tuple[Settings, tuple[str, ...]]:
+    """Settings that fit the context of the model, and a warning if they had to be changed.
+
+    Args:
+        settings: as wanted.
+        context: tokens that the model holds; None if it is not known.
+        fixed: names of settings that are the user's own; they stay as they are.
+
+    Raises:
+        InputError: what is fixed does not fit.
+    """
+    prompt, made = settings.prompt_tokens, settings.gen_tokens
+    if context is None or prompt + made <= context:
+        return settings, ()
+    if "gen_tokens" not in fixed:
+        # Without a prompt of the user's own, both shrink alike.
+        made = context - prompt if "prompt_tokens" in fixed else made * context // (prompt + made)
+        made = max(made, 1)
+    if "prompt_tokens" not in fixed:
+        prompt = max(context - made, 1)
+    if prompt + made > context:
+        raise InputError(
+            f"{prompt} prompt tokens and {made} generated ones do not fit the {context} tokens "
+            "that the model holds; ask for fewer"
+        )
+    return replace(settings, prompt_tokens=prompt, gen_tokens=made), (
+        f"the model holds {context} tokens: {prompt} prompt tokens and {made} generated ones, "
+        f"not {settings.prompt_tokens} and {settings.gen_tokens}",
+    )
+
+
+def _workload(settings: Settings) -> dict[str, Any]:
+    return {
+        "prompt_tokens": settings.prompt_tokens,
+        "gen_tokens": settings.gen_tokens,
+        "prompts": settings.prompts,
+        "processes": settings.repeats,
+        "batch": 1,
+        "sampling": "greedy",
+        "warmup": {"mode": "prompt", "runs": 1},
+    }
+
+
+def _warnings(env: Mapping[str, Any], answers: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """What makes the figures less trustworthy."""
+    found = []
+    cores = env["cpu"]["usable"] or env["cpu"]["logical"] or 1
+    if env["load_avg"] > cores / 2:
+        found.append(
+            f"other programs kept the processors busy at the start (load {env['load_avg']:.1f} "
+            f"on {cores} cores): times are too high and vary"
+        )
+    tokens = [[run["tokens"] for run in answer["runs"]] for answer in answers]
+    if any(other != tokens[0] for other in tokens):
+        found.append("greedy decoding gave different tokens in different processes")
+    return tuple(found)

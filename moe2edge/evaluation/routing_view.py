@@ -1,0 +1,284 @@
+"""A routing report to look at: a table, a heat map in characters, a heat map as a picture."""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moe2edge.errors import InputError, Unsupported
+from moe2edge.evaluation.routing_report import ExpertUse, LayerUse, RoutingReport
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from rich.table import Table
+
+FORMATS = (".png", ".svg", ".pdf")
+HEADINGS = (
+    "block", "experts", "top-k", "entropy (bits)", "variation", "max / min", "unused",
+    "most used", "least used",
+)  # fmt: skip
+BLOCKS, PLAIN, EMPTY = "▁▂▃▄▅▆▇█", "12345678", "."
+# Cells with a number in them are legible in a picture up to so many experts and layers.
+NUMBERED_EXPERTS, NUMBERED_LAYERS = 16, 40
+DOTS_PER_INCH = 150
+
+
+# ---- on the terminal ---------------------------------------------------------------------------
+
+
+def table(report: RoutingReport, criterion: str) -> Table:
+    """Key figures, one row per MoE layer."""
+    from rich.table import Table
+    from rich.text import Text
+
+    title = f"{report.model}: {report.tokens:,} tokens of {report.text['text']}"
+    made = Table(
+        title=Text(title),
+        title_justify="left",
+        caption=Text(_caption(criterion)),
+        caption_justify="left",
+    )
+    for heading in (*HEADINGS, f"lowest {criterion}"):
+        made.add_column(heading, justify="right")
+    for layer in report.layers:
+        made.add_row(*_cells(layer, criterion))
+    return made
+
+
+def _caption(criterion: str) -> str:
+    return (
+        "entropy of the load, of that of an even one; variation: standard deviation of the loads "
+        "/ mean; most and least used: expert and its share of the routed tokens; "
+        f"lowest {criterion}: the expert that expert_drop would remove first"
+    )
+
+
+def _cells(layer: LayerUse, criterion: str) -> tuple[str, ...]:
+    most = max(layer.experts, key=lambda e: e.tokens)
+    least = min(layer.experts, key=lambda e: e.tokens)
+    # Of equals, expert_drop keeps the first.
+    lowest = min(layer.experts, key=lambda e: (e.saliency[criterion], -e.expert))
+    was = "" if layer.origin == layer.block else f" (was {layer.origin})"
+    return (
+        f"{layer.block}{was}",
+        str(len(layer.experts)),
+        str(layer.top_k),
+        f"{layer.entropy:.3f} of {layer.entropy_limit:.3f}",
+        f"{layer.variation:.2f}",
+        "-" if layer.ratio is None else f"{layer.ratio:.2f}",
+        str(len(layer.unused)),
+        f"{most.expert}: {most.share:.1%}",
+        f"{least.expert}: {least.share:.1%}",
+        f"{lowest.expert}: {lowest.saliency[criterion]:.4g}",
+    )
+
+
+def heat_map(report: RoutingReport, width: int, encoding: str) -> list[str]:
+    """Load of every expert as a character, one line per MoE layer, and a legend before them.
+
+    Loads are relative to an even share of the layer, so that layers of unequal size compare.
+
+    Args:
+        report: what to show.
+        width: columns of the terminal; longer lines are continued.
+        encoding: of the terminal; digits stand in where it has no block elements.
+    """
+    levels = BLOCKS if _has(encoding, BLOCKS) else PLAIN
+    loads = [[e.share * len(layer.experts) for e in layer.experts] for layer in report.layers]
+    largest = max(max(row) for row in loads)
+    # One column per expert where there are many; few are easier to count with spaces between.
+    gap = "" if max(map(len, loads)) > 32 else " "
+    label = len(f"block {max(layer.block for layer in report.layers)}  ")
+    per_line = max(8, (width - label) // (1 + len(gap)))
+    lines = [
+        f"load of every expert: {levels[0]} to {levels[-1]} up to {largest:.2f} times an even "
+        f"share, {EMPTY} no token"
+    ]
+    for layer, row in zip(report.layers, loads, strict=True):
+        for at in range(0, len(row), per_line):
+            head = "" if at else f"block {layer.block}"
+            cells = (_level(load / largest, levels) for load in row[at : at + per_line])
+            lines.append(f"{head:<{label}}{gap.join(cells)}")
+    return lines
+
+
+def _has(encoding: str, characters: str) -> bool:
+    try:
+        characters.encode(encoding)
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
+
+
+def _level(part: float, levels: str) -> str:
+    """Character for a part of the largest load.
+
+    >>> [_level(part, BLOCKS) for part in (0, 0.01, 0.5, 1)]
+    ['.', '▁', '▄', '█']
+    """
+    return levels[math.ceil(part * len(levels)) - 1] if part else EMPTY
+
+
+# ---- as a picture ------------------------------------------------------------------------------
+
+
+def check_picture(path: Path) -> None:
+    """Refuse, before any work, a picture that could not be drawn or written.
+
+    Raises:
+        InputError: its format is not known, or there is no such folder.
+        Unsupported: matplotlib is not installed.
+    """
+    if path.suffix.lower() not in FORMATS:
+        raise InputError(f"-o {path}: the name of a picture ends in {', '.join(FORMATS)}")
+    if path.is_dir():
+        raise InputError(f"-o {path} is a folder; name a file in it")
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"-o {path}: there is no folder {path.parent}; make it first")
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise Unsupported(
+            "a picture needs matplotlib, which is not installed: pip install 'moe2edge[plot]'"
+        ) from error
+
+
+def picture(report: RoutingReport, criterion: str, suffix: str) -> bytes:
+    """Heat maps, layers by experts: token share, gate weight and a criterion's scores.
+
+    Cells of experts that a smaller layer does not have stay blank. The same report and the same
+    version of matplotlib give the same bytes.
+
+    Args:
+        report: what to show.
+        criterion: of the third map.
+        suffix: format, one of `FORMATS`.
+    """
+    import matplotlib
+
+    # What a file would say of the time it was made, or draw by chance.
+    undated: dict[str, dict[str, str | None]] = {
+        ".png": {"Software": None},
+        ".svg": {"Date": None},
+        ".pdf": {"CreationDate": None},
+    }
+    file = io.BytesIO()
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        matplotlib.rcdefaults()  # not what a user has set for pictures of other kinds
+        matplotlib.rcParams.update({"svg.hashsalt": "moe2edge", "text.parse_math": False})
+        # A name in a script that the font lacks is drawn as boxes.
+        warnings.filterwarnings("ignore", message="Glyph")
+        drawn = _draw(report, criterion)
+        drawn.savefig(
+            file, format=suffix.lower()[1:], dpi=DOTS_PER_INCH, metadata=undated[suffix.lower()]
+        )
+    return file.getvalue()
+
+
+def _draw(report: RoutingReport, criterion: str) -> Any:
+    """The figure. Without pyplot, whose figures are global state."""
+    from matplotlib.figure import Figure
+
+    layers, experts = len(report.layers), max(len(layer.experts) for layer in report.layers)
+    numbered = experts <= NUMBERED_EXPERTS and layers <= NUMBERED_LAYERS
+    # Inches of a cell, and of a map with its labels and colour bar.
+    across, down = (0.42, 0.3) if numbered else (0.13, 0.15)
+    width = min(max(experts * across, 2.4), 14) + 1.4
+    height = min(max(layers * down, 1.2), 10) + 0.9
+    rows, columns = (1, 3) if experts <= 10 else (3, 1)
+    figure = Figure(figsize=(width * columns, height * rows + 0.7), layout="constrained")
+    tokens, text = report.tokens, str(report.text["text"])
+    note = "  (×: no token)" if any(layer.unused for layer in report.layers) else ""
+    between = ", " if columns > 1 else "\n"
+    heading = f"{_short(report.model)}{between}{tokens:,} tokens of {_short(text)}{note}"
+    figure.suptitle(heading, fontsize=11)
+    relative = all(e.saliency[criterion] >= 0 for layer in report.layers for e in layer.experts)
+    maps: tuple[tuple[str, str, Callable[[LayerUse, ExpertUse], float]], ...] = (
+        ("Token share", "% of the layer's routed tokens", lambda _, e: 100 * e.share),
+        ("Gate mass", "mean gate weight of all tokens, %", lambda _, e: 100 * e.gate_mass / tokens),
+        _scores(criterion, relative=relative),
+    )
+    for axes, (title, unit, value) in zip(figure.subplots(rows, columns), maps, strict=True):
+        drawn = _heat(axes, report.layers, value, numbered=numbered)
+        axes.set_title(title, fontsize=10)
+        bar = figure.colorbar(drawn, ax=axes, pad=0.02)
+        bar.set_label(unit, fontsize=8)
+        bar.ax.tick_params(labelsize=7)
+    return figure
+
+
+def _scores(
+    criterion: str, *, relative: bool
+) -> tuple[str, str, Callable[[LayerUse, ExpertUse], float]]:
+    """Title, unit and values of the map of scores.
+
+    Scores of different layers differ by orders of magnitude, and experts compete within their
+    layer: they are shown relative to the layer's largest, unless some are negative.
+    """
+
+    def part(layer: LayerUse, expert: ExpertUse) -> float:
+        largest = max(e.saliency[criterion] for e in layer.experts)
+        return 100 * expert.saliency[criterion] / largest if largest else 0.0
+
+    if relative:
+        return f"Saliency: {criterion}", "% of the layer's largest", part
+    return f"Saliency: {criterion}", "score", lambda _, e: e.saliency[criterion]
+
+
+def _heat(
+    axes: Axes,
+    layers: Sequence[LayerUse],
+    value: Callable[[LayerUse, ExpertUse], float],
+    *,
+    numbered: bool,
+) -> Any:
+    """Draw one map."""
+    import numpy as np
+
+    experts = max(len(layer.experts) for layer in layers)
+    values = np.full((len(layers), experts), np.nan)
+    for row, layer in enumerate(layers):
+        values[row, : len(layer.experts)] = [value(layer, e) for e in layer.experts]
+    low = min(float(np.nanmin(values)), 0.0) if np.nanmax(values) > 0 else None
+    drawn: Any = axes.imshow(
+        values, aspect="auto", cmap="viridis", vmin=low, interpolation="nearest"
+    )
+    axes.set_xlabel("expert", fontsize=8)
+    axes.set_ylabel("block", fontsize=8)
+    axes.set_xticks(range(0, experts, math.ceil(experts / 32)))
+    every = math.ceil(len(layers) / 32)
+    axes.set_yticks(range(0, len(layers), every), [str(layer.block) for layer in layers[::every]])
+    axes.tick_params(labelsize=7)
+    for row, layer in enumerate(layers):
+        for expert in layer.experts:
+            at = float(values[row, expert.expert])
+            colour = "black" if drawn.norm(at) > 0.6 else "white"
+            nothing = not expert.tokens and not at
+            if numbered or nothing:
+                said = "×" if nothing else _number(at)
+                axes.text(
+                    expert.expert, row, said, ha="center", va="center", fontsize=7, color=colour
+                )
+    return drawn
+
+
+def _number(value: float) -> str:
+    """A number in a cell.
+
+    >>> [_number(value) for value in (0.04, 3.14159, 9.97, 40.8, -0.71234)]
+    ['<0.1', '3.1', '10', '41', '-0.712']
+    """
+    if value < 0:
+        return f"{value:.3f}"
+    if value < 0.1:
+        return "<0.1" if value else "0"
+    return f"{value:.1f}" if value < 9.95 else f"{value:.0f}"
+
+
+def _short(name: str) -> str:
+    """A name that fits a title; the end of a long one tells more."""
+    return name if len(name) <= 48 else f"…{name[-47:]}"

@@ -1,0 +1,108 @@
+"""A model from a config and a reader of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from moe2edge.errors import InputError
+from moe2edge.model.config_types import whole_number
+from moe2edge.model.family import Config, Family, Geometry
+from moe2edge.model.layers import Dense, Expert, MoELayer, Router, Shared, Weight
+from moe2edge.model.model import Block, Model
+
+
+def build_model(
+    family: Family, config: Config, take: Callable[[str, tuple[int, ...]], Weight]
+) -> Model:
+    """The model of a config; ``take`` gives the handle of a tensor and checks its shape.
+
+    Raises:
+        InputError: values of the config contradict each other.
+    """
+    family.check_config(config)
+    count, types = whole_number(config, "num_hidden_layers"), config.get("layer_types")
+    if types is not None and len(types) != count:
+        raise InputError(
+            f"config.json: layer_types names {len(types)} blocks, num_hidden_layers {count}"
+        )
+    top_k, experts = whole_number(config, "num_experts_per_tok"), family.num_experts(config)
+    if top_k > experts:
+        raise InputError(
+            f"config.json: num_experts_per_tok is {top_k}, but there are {experts} experts"
+        )
+    geometry = family.geometry(config)
+    blocks = tuple(_build_block(family, config, geometry, index, take) for index in range(count))
+    table = (geometry.vocab, geometry.hidden)
+    rest = {
+        "model.embed_tokens.weight": take("model.embed_tokens.weight", table),
+        "model.norm.weight": take("model.norm.weight", (geometry.hidden,)),
+    }
+    if not geometry.tied:
+        rest["lm_head.weight"] = take("lm_head.weight", table)
+    return Model(family, config, blocks, rest)
+
+
+def _build_block(
+    family: Family,
+    config: Config,
+    geometry: Geometry,
+    index: int,
+    take: Callable[[str, tuple[int, ...]], Weight],
+) -> Block:
+    def weight(role: str, *shape: int) -> Weight:
+        return take(family.disk_name(index, role), shape)
+
+    def mlp(prefix: str, width: int) -> dict[str, Weight]:
+        return {
+            "gate": weight(f"{prefix}.gate", width, hidden),
+            "up": weight(f"{prefix}.up", width, hidden),
+            "down": weight(f"{prefix}.down", hidden, width),
+        }
+
+    hidden = geometry.hidden
+    queries = geometry.heads * geometry.head_dim
+    keys = geometry.kv_heads * geometry.head_dim
+    shapes = {
+        "q_proj": (queries, hidden),
+        "k_proj": (keys, hidden),
+        "v_proj": (keys, hidden),
+        "o_proj": (hidden, queries),
+    }
+    attention = {f"{k}.weight": weight(f"attention.{k}.weight", *s) for k, s in shapes.items()}
+    if family.bias_key and config.get(family.bias_key, family.bias_default):
+        for k in ("q_proj", "k_proj", "v_proj", *(("o_proj",) if family.bias_on_o else ())):
+            attention[f"{k}.bias"] = weight(f"attention.{k}.bias", shapes[k][0])
+    if family.qk_norm != "none":
+        full = family.qk_norm == "full"
+        for k, size in (("q_norm", queries), ("k_norm", keys)):
+            width = size if full else geometry.head_dim
+            attention[f"{k}.weight"] = weight(f"attention.{k}.weight", width)
+    norms = {
+        f"{k}.weight": weight(f"norms.{k}.weight", hidden)
+        for k in ("input_layernorm", "post_attention_layernorm")
+    }
+    body: MoELayer | Dense
+    if family.is_moe(config, index):
+        count = family.num_experts(config)
+        width = whole_number(config, family.width_key)
+        router = Router(
+            weight=weight("router.weight", count, hidden),
+            top_k=whole_number(config, "num_experts_per_tok"),
+            renormalize=bool(
+                config.get(family.renormalize, False)
+                if isinstance(family.renormalize, str)
+                else family.renormalize
+            ),
+        )
+        experts = tuple(Expert(**mlp(f"experts.{n}", width), origin=n) for n in range(count))
+        shared = None
+        if family.shared:
+            shared_width = whole_number(config, "shared_expert_intermediate_size")
+            shared = Shared(
+                Dense(**mlp("shared", shared_width)), weight("shared.router", 1, hidden)
+            )
+        body = MoELayer(router, experts, shared)
+    else:
+        body = Dense(**mlp("dense", whole_number(config, "intermediate_size")))
+    window = family.window_of(config, index)
+    return Block(index, index, attention, norms, body, window)

@@ -1,0 +1,303 @@
+"""What single layers have of their own: written into ``config.json``, and read back.
+
+Transformers knows the key ``per_layer_config``. Its classes carry out none of it for the families
+here, but they raise an error where a layer has a number of its own that they read from the common
+config, so that a stock reader refuses what it would misread. The config itself can be read, and so
+can the tokenizer beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from moe2edge.errors import InputError, Unsupported
+from moe2edge.model import model as model_
+from moe2edge.model.layers import (
+    PARTS,
+    Always,
+    Dense,
+    Factors,
+    Member,
+    MoELayer,
+    Substitute,
+    Weight,
+)
+from moe2edge.model.model import Block, Model, form_of, is_own_form
+
+# Key of everything that is no number of experts; transformers lets it pass if every layer has it.
+OWN = "moe2edge"
+TOP_K = "num_experts_per_tok"
+# Of members, in the place of the expert whose matrices they have.
+NO_BASE = -1
+
+Take = Callable[[str, tuple[int, ...]], Weight]
+
+
+# ---- writing -----------------------------------------------------------------------------------
+
+
+def config_of(model: Model) -> dict[str, Any]:
+    """`Family.config_of`, in which some number differs if anything does.
+
+    Where all that layers have of their own is unknown to transformers (dynamic skipping), the
+    common top-k, which each layer overrides, is set to another one.
+    """
+    config = family_config(model)
+    count, top_k = model.family.num_experts(config), config[TOP_K]
+    layers = config.get("per_layer_config", {}).values()
+    sizes = {(own.get(model.family.experts_key[0], count), own.get(TOP_K, top_k)) for own in layers}
+    if sizes == {(count, top_k)}:
+        config[TOP_K] = top_k - 1 or 2  # 0 is no top-k
+    return config
+
+
+def write(model: Model) -> dict[str, dict[str, Any]]:
+    """``per_layer_config`` of a model that is not uniform, by the indices of its blocks."""
+    key = model.family.experts_key[0]
+    found: dict[str, dict[str, Any]] = {}
+    for block in model.blocks:
+        form = {} if is_own_form(model, block) else _form(block)
+        sizes = {}
+        if isinstance(block.mlp, MoELayer):
+            sizes = {key: block.mlp.choices, TOP_K: block.mlp.router.top_k}
+        elif form:
+            sizes = {key: 0, TOP_K: 0}
+        found[str(block.index)] = {**sizes, OWN: form}
+    if any(own[OWN] for own in found.values()):
+        return found
+    return {index: sizes for index, own in found.items() if (sizes := _sizes(own))}
+
+
+def _sizes(own: Mapping[str, Any]) -> dict[str, int]:
+    return {key: value for key, value in own.items() if key != OWN}
+
+
+def sizes(model: Model) -> dict[str, dict[str, int]]:
+    """`write` without what transformers does not know."""
+    return {index: found for index, own in write(model).items() if (found := _sizes(own))}
+
+
+def _form(block: Block) -> dict[str, Any]:
+    """What transformers' class cannot hold of a block."""
+    if isinstance(block.mlp, MoELayer):
+        form: dict[str, Any] = {}
+        members = block.mlp.members
+        if block.mlp.router.skip_below:
+            form["skip_below"] = list(block.mlp.router.skip_below)
+        if block.mlp.substitutes:
+            form["substitutes"] = [s.rank for s in block.mlp.substitutes]
+        if block.mlp.members:
+            form["members"] = [[NO_BASE if m.base is None else m.base, m.rank] for m in members]
+        return form
+    return {"mlp": form_of(block)}
+
+
+# ---- reading -----------------------------------------------------------------------------------
+
+
+def read(model: Model, overrides: Mapping[str, Mapping[str, Any]], take: Take) -> Model:
+    """``model``, built from the common config, with what each layer has of its own.
+
+    Args:
+        model: all of whose layers are alike.
+        overrides: a ``per_layer_config``.
+        take: gives the handle of a tensor by its name on disk and its shape.
+
+    Raises:
+        Unsupported: something that `write` does not write.
+    """
+    left = {str(index).lstrip("0") or "0": dict(own) for index, own in overrides.items()}
+    for block, layer in model.moe_blocks:
+        own = left.pop(str(block.index), {})
+        form = own.pop(OWN, {})
+        if isinstance(form, Mapping) and set(form) == {"mlp"}:
+            changed = _without_routing(model, block, layer, form["mlp"], take)
+        else:
+            changed = replace(block, mlp=_routed(model, block, layer, own, form, take))
+        model = model.replace_block(changed)
+    if wrong := sorted(index for index, own in left.items() if own != {OWN: {}}):
+        raise Unsupported(f"per_layer_config of {wrong}, which are no MoE layers")
+    return model
+
+
+def _without_routing(model: Model, block: Block, layer: MoELayer, form: str, take: Take) -> Block:
+    """A block with nothing to choose; an expert that stayed has a plain MLP's names on disk."""
+    if form in ("none", "norm"):
+        return block.without_mlp(keep_norm=form == "norm")
+    old, plain = layer.experts[0], None
+    if form in ("dense", "dense+shared"):
+        gate, up, down = (
+            take(model.family.disk_name(block.index, f"dense.{part}"), weight.shape)
+            for part, weight in (("gate", old.gate), ("up", old.up), ("down", old.down))
+        )
+        plain = Dense(gate, up, down)
+    if form == "dense" and layer.shared is None:
+        return replace(block, mlp=plain)
+    if form in ("shared", "dense+shared") and layer.shared is not None:
+        return replace(block, mlp=Always(layer.shared, plain))
+    raise Unsupported(f"layer {block.index} with {form!r} in place of its MoE layer")
+
+
+def _routed(
+    model: Model, block: Block, layer: MoELayer, own: Any, form: Any, take: Take
+) -> MoELayer:
+    """A layer with experts, members, substitutes and a router of its own size."""
+    found = _own(own, form, (*model.family.experts_key, TOP_K))
+    if found is not None:
+        keys = model.family.experts_key
+        count = next((own[key] for key in keys if key in own), len(layer.experts))
+        top_k = own.get(TOP_K, layer.router.top_k)
+        routed = count - len(found.substitutes)
+        bases = [base for base, _ in found.members] or list(range(routed))
+        experts = max(bases, default=-1) + 1
+        fits = 1 <= top_k <= count <= len(layer.experts) and len(bases) == routed > 0
+        if fits and experts and len(found.skip) in (0, top_k - 1):
+            weight = layer.router.weight
+            weight = replace(weight, shape=(count, *weight.shape[1:]))
+            router = replace(layer.router, weight=weight, top_k=top_k, skip_below=tuple(found.skip))
+            real = layer.experts[:experts]
+            return replace(
+                layer,
+                router=router,
+                experts=real,
+                substitutes=tuple(
+                    _substitute(model, block, (n, routed + n), rank, take)
+                    for n, rank in enumerate(found.substitutes)
+                ),
+                members=tuple(
+                    _member(model, block, n, (base, rank), real[0], take)
+                    for n, (base, rank) in enumerate(found.members)
+                ),
+            )
+    shown = {**own, **({OWN: form} if form else {})}
+    raise Unsupported(
+        f"layer {block.index} with per_layer_config {shown}; only fewer experts than the "
+        f"{len(layer.experts)} of config.json, a top-k within them, members and substitutes for "
+        "some of them and a threshold for each expert but the first are supported"
+    )
+
+
+@dataclass(frozen=True)
+class _Own:
+    """What `_form` writes of a layer with experts."""
+
+    skip: list[float]
+    substitutes: list[int]
+    members: list[tuple[int, int]]
+
+
+def _own(own: Any, form: Any, known: tuple[str, ...]) -> _Own | None:
+    """What a layer has of its own; None where it is not what `write` writes."""
+    if not set(own) <= set(known) or not all(type(value) is int for value in own.values()):
+        return None
+    if not isinstance(form, Mapping) or not set(form) <= {"skip_below", "substitutes", "members"}:
+        return None
+    skip, ranks, pairs = (form.get(key, []) for key in ("skip_below", "substitutes", "members"))
+    if not all(isinstance(value, list) for value in (skip, ranks, pairs)):
+        return None
+    sound = (
+        all(type(below) is float and below >= 0 for below in skip)
+        and all(type(rank) is int and rank >= 0 for rank in ranks)
+        and all(_is_member(pair) for pair in pairs)
+    )
+    return _Own(skip, ranks, [(base, rank) for base, rank in pairs]) if sound else None
+
+
+def _is_member(pair: Any) -> bool:
+    """Whether it is a base, or none, with a rank that is not 0 then."""
+    if not isinstance(pair, list) or [type(n) for n in pair] != [int, int]:
+        return False
+    base, rank = int(pair[0]), int(pair[1])
+    return base >= NO_BASE and rank >= (1 if base == NO_BASE else 0)
+
+
+def _member(
+    model: Model, block: Block, n: int, form: tuple[int, int], like: Dense, take: Take
+) -> Member:
+    """A member by its place among those of the layer."""
+    base, rank = form
+    factors = {}
+    for part in PARTS if rank else ():
+        outs, ins = getattr(like, part).shape
+        first, second = (
+            take(model.family.disk_name(block.index, f"members.{n}.{part}.{name}"), shape)
+            for name, shape in (("first", (rank, ins)), ("second", (outs, rank)))
+        )
+        factors[part] = Factors(first, second)
+    return Member(n, None if base == NO_BASE else base, factors)
+
+
+def _substitute(
+    model: Model, block: Block, place: tuple[int, int], rank: int, take: Take
+) -> Substitute:
+    """A substitute by its place among those of the layer, and among all that is routed to."""
+    n, origin = place
+    hidden = model.family.geometry(model.config).hidden
+
+    def weight(part: str, *shape: int) -> Weight:
+        return take(model.family.disk_name(block.index, f"substitutes.{n}.{part}"), shape)
+
+    constant = weight("constant", hidden)
+    if not rank:
+        return Substitute(origin, constant)
+    first, second = weight("first", rank, hidden), weight("second", hidden, rank)
+    return Substitute(origin, constant, first, second)
+
+
+def family_config(model: Model) -> dict[str, Any]:
+    """``config.json`` of ``model``: the source's, with everything that passes changed.
+
+    Blocks that are not as the config says of all are written as ``per_layer_config``, where
+    stock transformers raises an error instead of misreading them.
+    """
+    config = dict(model.config)
+    config.pop("per_layer_config", None)
+    config["num_hidden_layers"] = len(model.blocks)
+    if model.family.dense_layers:
+        dense = [
+            b.index
+            for b in model.blocks
+            if not isinstance(b.mlp, MoELayer) and model_.is_own_form(model, b)
+        ]
+        config |= {"mlp_only_layers": dense, "decoder_sparse_step": 1}
+    if model.family.window == "layer_types" and config.get("use_sliding_window"):
+        config["layer_types"] = [
+            "sliding_attention" if b.window else "full_attention" for b in model.blocks
+        ]
+    else:
+        config.pop("layer_types", None)
+    shapes = {(m.choices, m.router.top_k) for _, m in model.moe_blocks}
+    if shapes:
+        count, top_k = max(shapes)
+        for key in model.family.experts_key:
+            if key in config:
+                config[key] = count
+        config["num_experts_per_tok"] = top_k
+    if not model.is_uniform:
+        config["per_layer_config"] = write(model)
+    return config
+
+
+def transformers_config(model: Model, **changes: Any) -> Any:
+    """Transformers' config of ``model``, with dense numbers and ``changes``, to run it.
+
+    Router logits are not asked for: the loss that transformers would make of them wants
+    layers of one size.
+
+    Raises:
+        InputError: transformers refuses a value, such as one of a key that no row reads.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    settings = family_config(model)
+    for key in ("model_type", "quantization_config", "per_layer_config"):
+        settings.pop(key, None)
+    settings |= {"output_router_logits": False, **changes}
+    try:
+        return AutoConfig.for_model(model.family.model_type, **settings)
+    except (StrictDataclassError, AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"config.json: transformers refuses it: {reason[:300]}") from error

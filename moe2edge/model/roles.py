@@ -1,0 +1,34 @@
+"""Roles that passes ask for by name, and the gated MLPs of a block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import (
+    TYPE_CHECKING,
+)
+
+from moe2edge.model.layers import Always, Dense, MoELayer, Weight
+from moe2edge.model.model import Block, is_quantizable
+
+if TYPE_CHECKING:
+    pass
+
+QKV = tuple(f"attention.{name}_proj.weight" for name in ("q", "k", "v"))
+OUT = "attention.o_proj.weight"
+
+
+def gated(block: Block) -> Iterator[tuple[str, Dense]]:
+    """The gated MLPs of a block with the first part of their roles: ``experts.3``, ``shared``."""
+    mlp = block.mlp
+    if isinstance(mlp, MoELayer):
+        yield from ((f"experts.{n}", expert) for n, expert in enumerate(mlp.experts))
+    dense = mlp.expert if isinstance(mlp, Always) else mlp
+    if isinstance(dense, Dense):
+        yield "dense", dense
+    if isinstance(mlp, MoELayer | Always) and mlp.shared is not None:
+        yield "shared", mlp.shared.mlp
+
+
+def selected(block: Block) -> Iterator[tuple[str, Weight]]:
+    """The tensors of a block that slimming selects, with their roles."""
+    return ((role, weight) for role, weight in block.weights() if is_quantizable(role))

@@ -1,0 +1,99 @@
+"""Quantized numbers in their neutral form: integers, scales and zero points."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from moe2edge.numerics.scheme import Scheme
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SMALLEST_SCALE = 2.0**-24
+LARGEST_SCALE = 32768.0
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Integers, scales and zero points of one matrix; every target packs from these.
+
+    Attributes:
+        q: uint8 [out, in], values ``0 .. 2**bits - 1``.
+        scales: float32 [out, groups], each exact in bfloat16 and in float16.
+        scheme: how to read them.
+        zeros: uint8 [out, groups], from 1; None if symmetric.
+    """
+
+    q: Tensor
+    scales: Tensor
+    scheme: Scheme
+    zeros: Tensor | None = None
+
+    def dequantize(self) -> Tensor:
+        """The weights, float32 [out, in]: ``(q - zero_point) * scale``."""
+        return dequantize(self.q, self.scales, self.scheme, self.zeros)
+
+    def split(self, rows: Sequence[int]) -> list[Quantized]:
+        """Matrices of so many rows each, which stand below one another."""
+        counts = list(rows)
+        zeros = [None] * len(counts) if self.zeros is None else torch.split(self.zeros, counts)
+        parts = zip(
+            torch.split(self.q, counts), torch.split(self.scales, counts), zeros, strict=True
+        )
+        return [Quantized(q, scales, self.scheme, z) for q, scales, z in parts]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The numbers that the weights of each group are rounded to.
+
+    Attributes:
+        scales: float32 [..., out, groups].
+        zeros: the integers that stand for zero, float32 of the same shape.
+        scheme: bits and group size.
+    """
+
+    scales: Tensor
+    zeros: Tensor
+    scheme: Scheme
+
+    def quantized(self, q: Tensor) -> Quantized:
+        """Integers uint8 [out, in] with the scales and zero points of this grid."""
+        zeros = None if self.scheme.symmetric else self.zeros.to(torch.uint8)
+        return Quantized(q, self.scales, self.scheme, zeros)
+
+    def cpu(self) -> Grid:
+        """The same in the memory of the processor."""
+        return Grid(self.scales.cpu(), self.zeros.cpu(), self.scheme)
+
+    def __getitem__(self, n: int) -> Grid:
+        """Of one matrix of a batch."""
+        return Grid(self.scales[n], self.zeros[n], self.scheme)
+
+
+def dequantize(q: Tensor, scales: Tensor, scheme: Scheme, zeros: Tensor | None = None) -> Tensor:
+    """Weights float32 [..., out, in] of integers [..., out, in] and scales [..., out, groups]."""
+    grouped = _grouped(q.to(torch.float32, copy=True), scheme)
+    middle = scheme.zero_point if zeros is None else zeros.float().unsqueeze(-1)
+    return grouped.sub_(middle).mul_(scales.float().unsqueeze(-1)).flatten(-2)
+
+
+def _grouped(weight: Tensor, scheme: Scheme) -> Tensor:
+    """[..., out, in] -> [..., out, groups, inputs of a group]."""
+    width = scheme.width(weight.shape[-1])
+    return weight.reshape(*weight.shape[:-1], weight.shape[-1] // width, width)
+
+
+def portable_scales(scales: Tensor) -> Tensor:
+    """Nearest scales that bfloat16 and float16 both hold exactly, float32, same shape.
+
+    Runtimes differ in the dtype in which they keep scales (float16 in GPTQ files, bfloat16 after
+    loading into a bfloat16 model); a scale that both hold is the same number everywhere. Scales
+    are chosen so *before* weights are rounded to them, hence nothing is lost later.
+    """
+    bounded = scales.float().clamp(SMALLEST_SCALE, LARGEST_SCALE)
+    return bounded.to(torch.float16).to(torch.bfloat16).float()

@@ -1,0 +1,94 @@
+"""How good a model is on held-out text, and how far it is from its source."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Positions at a time: of a large vocabulary, several copies of their logits are in memory.
+POSITIONS = 64
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Figures over held-out tokens.
+
+    Attributes:
+        tokens: predicted tokens.
+        perplexity: ``exp`` of the mean negative log-likelihood.
+        kl: mean ``KL(source || model)`` in nats per token, None without a source.
+        top1: part of the tokens where both have the same most likely next token.
+    """
+
+    tokens: int
+    perplexity: float
+    kl: float | None = None
+    top1: float | None = None
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Sums over the predicted tokens of one sample.
+
+    Attributes:
+        tokens: predicted tokens.
+        nll: negative log-likelihood, nats.
+        kl: ``KL(source || model)``, nats; 0 without a source.
+        agree: tokens where both have the same most likely next token; 0 without a source.
+    """
+
+    tokens: int
+    nll: float
+    kl: float
+    agree: int
+
+
+def measure(ids: Tensor, logits: Iterable[Tensor], source: Iterable[Tensor] | None) -> Quality:
+    """Figures of a model, one sample in memory at a time.
+
+    Args:
+        ids: int64 [samples, length].
+        logits: of each sample, float32 [length, vocabulary].
+        source: the same of the source model.
+    """
+    found = list(per_sample(ids, logits, source))
+    tokens = sum(one.tokens for one in found)
+    perplexity = math.exp(min(sum(one.nll for one in found) / tokens, 700.0))
+    if source is None:
+        return Quality(tokens, perplexity)
+    kl = max(sum(one.kl for one in found) / tokens, 0.0)
+    return Quality(tokens, perplexity, kl, sum(one.agree for one in found) / tokens)
+
+
+def per_sample(
+    ids: Tensor, logits: Iterable[Tensor], source: Iterable[Tensor] | None
+) -> Iterator[Sums]:
+    """Sums over the tokens of each sample; arguments as of `measure`."""
+    reference = iter(source) if source is not None else None
+    for row, mine in zip(ids, logits, strict=True):
+        yield sums(row, mine, None if reference is None else next(reference))
+
+
+def sums(row: Tensor, mine: Tensor, theirs: Tensor | None) -> Sums:
+    """Sums over the tokens of one sample.
+
+    Args:
+        row: int64 [length].
+        mine: logits of a model, float32 [length, vocabulary].
+        theirs: the same of its source.
+    """
+    nll = kl = agree = 0.0
+    for at in range(0, len(row) - 1, POSITIONS):
+        part = slice(at, min(at + POSITIONS, len(row) - 1))
+        log_q = mine[part].log_softmax(-1)
+        nll -= float(log_q.gather(1, row[1:][part, None]).double().sum())
+        if theirs is not None:
+            log_p = theirs[part].log_softmax(-1)
+            kl += float((log_p.exp() * (log_p - log_q)).double().sum())
+            agree += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
+    return Sums(len(row) - 1, nll, kl, int(agree))

@@ -1,0 +1,206 @@
+"""Fitting a router to the experts that stayed. Pure functions on tensors.
+
+Notation: T tokens, E experts, ``h_t`` the router's input, ``f_tj`` the output of expert j,
+``w_tj`` its weight (0 where it is not chosen), ``D_t`` what the stream after the block lacks to
+be the source's. With new rows W the weights move by ``a = w(W) - w``, and the loss is
+
+    sum_t c_t | D_t - sum_j a_tj f_tj |^2
+        = sum_t c_t ( |D_t|^2 - 2 sum_j a_tj <D_t, f_tj> + sum_ij a_ti a_tj <f_ti, f_tj> )
+
+so that, as in `moe2edge.numerics.subset_loss`, products of expert outputs are all that is needed. A step is a
+least-squares fit: with the chosen experts fixed, weights are linear in the logits to first order,
+``dw_j / dz_l = w_j (1[j = l] - q_l)``, where q is w itself if the router renormalizes and the full
+softmax if it does not; what remains is ridge regression for all rows of W at once (Gauss-Newton),
+solved by conjugate gradients without its E H x E H matrix ever being formed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+import torch
+
+from moe2edge.numerics.subset_loss import Rule
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ITERATIONS, PRECISION = 30, 1e-4
+# Of a step that the linear fit proposes; the true loss decides between them.
+STEPS = (1.0, 0.5, 0.25, 0.125)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a layer did on some tokens.
+
+    Attributes:
+        rule: of its router.
+        inputs: ``h``, float32 [T, H].
+        gram: ``<f_ti, f_tj>``, float32 [T, E, E].
+        pull: ``<D_t, f_tj>``, float32 [T, E].
+        missing: ``|D_t|^2``, float32 [T].
+        weights: ``w`` as it was, float32 [T, E].
+        scale: ``c``, float32 [T].
+    """
+
+    rule: Rule
+    inputs: Tensor
+    gram: Tensor
+    pull: Tensor
+    missing: Tensor
+    weights: Tensor
+    scale: Tensor
+
+    def part(self, rows: Tensor) -> Evidence:
+        """Only the tokens where ``rows`` bool [T] is set."""
+        return Evidence(
+            self.rule,
+            self.inputs[rows],
+            self.gram[rows],
+            self.pull[rows],
+            self.missing[rows],
+            self.weights[rows],
+            self.scale[rows],
+        )
+
+
+def joined(parts: Sequence[Evidence]) -> Evidence:
+    """All tokens of parts that are in order."""
+    tensors = [f.name for f in fields(Evidence) if f.name != "rule"]
+    return Evidence(parts[0].rule, *(torch.cat([getattr(p, t) for p in parts]) for t in tensors))
+
+
+def evidence_bytes(tokens: int, experts: int, hidden: int) -> int:
+    """Bytes of an `Evidence`, of its two parts, and of what a step makes of one of them."""
+    return 4 * tokens * (4 * experts**2 + 8 * experts + 2 * hidden)
+
+
+def route(logits: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
+    """Weights ``w`` and ``q`` of the module's text, both [T, E], for logits [T, E]."""
+    p = logits.softmax(-1)
+    chosen = torch.zeros_like(p).scatter(1, logits.topk(rule.top_k, dim=1).indices, 1.0)
+    weights = p * chosen
+    if not rule.renormalize:
+        return weights, p
+    weights = weights / weights.sum(1, keepdim=True)
+    return weights, weights
+
+
+def loss(evidence: Evidence, router: Tensor) -> float:
+    """The loss with ``router`` [E, H] in place of the rows that were."""
+    weights, _ = route(evidence.inputs @ router.T, evidence.rule)
+    a = weights - evidence.weights
+    inner = torch.einsum("ti,tij,tj->t", a, evidence.gram, a)
+    each = evidence.missing - 2 * (a * evidence.pull).sum(1) + inner
+    return float((evidence.scale * each).double().sum())
+
+
+def step(evidence: Evidence, router: Tensor, damping: float, ridge: float) -> Tensor:
+    """The change of ``router`` [E, H] that a linear least-squares fit proposes.
+
+    Args:
+        evidence: the tokens to fit.
+        router: the rows as they are now.
+        damping: weight of the change of logits, relative to the mean curvature.
+        ridge: weight of the change of rows, relative to the mean square of inputs.
+    """
+    h, scale = evidence.inputs, evidence.scale
+    weights, q = route(h @ router.T, evidence.rule)
+    slopes = torch.diag_embed(weights) - q[:, :, None] * weights[:, None, :]  # [T, l, j]
+    curved = (slopes @ evidence.gram @ slopes.mT) * scale[:, None, None]
+    lacks = evidence.pull - (evidence.gram @ (weights - evidence.weights)[:, :, None])[:, :, 0]
+    wanted = scale[:, None] * (slopes @ lacks[:, :, None])[:, :, 0]
+    products = (h.T @ h).double()
+    mean = curved.diagonal(dim1=1, dim2=2).mean().double()
+    size = curved.diagonal(dim1=1, dim2=2).mean(0).double() + damping * mean
+    shrink = ridge * products.diagonal().mean()
+    factor = torch.linalg.cholesky(products + shrink * torch.eye(len(products)).double())
+
+    def apply(x: Tensor) -> Tensor:
+        moved = (curved @ (h @ x.T.float())[:, :, None])[:, :, 0]
+        return (moved.T @ h).double() + damping * mean * x @ products + shrink * size[:, None] * x
+
+    def precondition(x: Tensor) -> Tensor:
+        return torch.cholesky_solve((x / size[:, None]).T, factor).T
+
+    if mean <= 0:  # nothing that rows could change, such as one expert
+        return torch.zeros_like(router)
+    return _conjugate_gradients(apply, (wanted.T @ h).double(), precondition).float()
+
+
+def _conjugate_gradients(
+    apply: Callable[[Tensor], Tensor], right: Tensor, precondition: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Solve ``apply(x) = right`` for a symmetric positive ``apply``; float64."""
+    x, rest = torch.zeros_like(right), right.clone()
+    shaped = precondition(rest)
+    direction, size = shaped, (rest * shaped).sum()
+    least = PRECISION * size
+    for _ in range(ITERATIONS):
+        if size <= least:
+            break
+        applied = apply(direction)
+        length = size / (direction * applied).sum()
+        x = x + length * direction
+        rest = rest - length * applied
+        shaped = precondition(rest)
+        size, before = (rest * shaped).sum(), size
+        direction = shaped + size / before * direction
+    return x
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A fitted router.
+
+    Attributes:
+        router: the new rows [E, H], in the precision that they will be stored in; None: no step
+            lowered the loss on the held-out tokens.
+        before, after: loss on the held-out tokens.
+        rounds: steps that were taken.
+    """
+
+    router: Tensor | None
+    before: float
+    after: float
+    rounds: int
+
+
+def fit(
+    evidence: Evidence,
+    held_out: Tensor,
+    router: Tensor,
+    dtype: torch.dtype,
+    *,
+    damping: float,
+    ridge: float,
+    rounds: int,
+    margin: float,
+) -> Fit:
+    """Fit rows on some tokens, as long as that lowers the loss on others.
+
+    Args:
+        evidence: all tokens.
+        held_out: bool [T], the tokens that decide.
+        router: the rows as they are, float32 [E, H].
+        dtype: that rows are stored in; losses are those of rounded rows.
+        damping: of `step`.
+        ridge: of `step`.
+        rounds: steps at most.
+        margin: by which part a step must lower the loss of the held-out tokens.
+    """
+    fitted, judged = evidence.part(~held_out), evidence.part(held_out)
+    before = current = loss(judged, router)
+    best, taken = router, 0
+    for _ in range(rounds):
+        change = step(fitted, best, damping, ridge)
+        tries = [(best + length * change).to(dtype).float() for length in STEPS]
+        losses = [loss(judged, rows) for rows in tries]
+        lowest = min(losses)
+        if not lowest < current * (1 - margin):
+            break
+        best, current, taken = tries[losses.index(lowest)], lowest, taken + 1
+    return Fit(best if taken else None, before, current, taken)

@@ -1,0 +1,107 @@
+"""A block without the matrices of its experts and MLPs, as transformers computes it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from moe2edge.calibration.walk import skeleton
+from moe2edge.model.model import Block, Model
+from moe2edge.runtime.decoder_blocks import Nothing, block_state
+from moe2edge.runtime.mixed_experts import Members, MixedExperts
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CPU = torch.device("cpu")
+
+LOADED = ("norms", "attention", "router", "substitutes", "members")
+
+
+class Parts:
+    """A block without the matrices of its experts and MLPs: attention, norms and router."""
+
+    def __init__(self, model: Model, block: Block, device: torch.device = CPU) -> None:
+        """Load it; streams may lie elsewhere than on ``device``, results lie there."""
+        self._base = skeleton(model, block)
+        layer: Any = self._base.layers[0]
+        state = block_state(block, lambda role: role.partition(".")[0] in LOADED)
+        state = {name: tensor.to(device) for name, tensor in state.items()}
+        layer.load_state_dict(state, strict=False, assign=True)
+        self.norm, self._mlp = layer.post_attention_layernorm, layer.mlp
+        layer.post_attention_layernorm, layer.mlp = nn.Identity(), Nothing()
+        self._base.rotary_emb.to(device)
+        self._layer, self._device = layer, device
+
+    @torch.no_grad()
+    def attention_inputs(self, hidden: Tensor) -> Tensor:
+        """Inputs [tokens, hidden] of q, k and v."""
+        out: Tensor = self._layer.input_layernorm(hidden.to(self._device))
+        return out.flatten(0, -2)
+
+    @torch.no_grad()
+    def output_inputs(self, hidden: Tensor) -> Tensor:
+        """Inputs [tokens, heads * head size] of the output projection, for the stream before."""
+        found: list[Tensor] = []
+        hook = self._layer.self_attn.o_proj.register_forward_pre_hook(
+            lambda _, args: found.append(args[0].flatten(0, -2))
+        )
+        try:
+            self._base(inputs_embeds=hidden.to(self._device), use_cache=False)
+        finally:
+            hook.remove()
+        return found[0]
+
+    @torch.no_grad()
+    def attended(self, inputs: Tensor) -> Tensor:
+        """What attention adds to the stream [tokens, hidden], from `output_inputs`."""
+        out: Tensor = self._layer.self_attn.o_proj(inputs)
+        return out
+
+    def put_attention(self, role: str, matrix: Tensor) -> None:
+        """Replace a matrix of attention."""
+        name = role.removeprefix("attention.").removesuffix(".weight")
+        getattr(self._layer.self_attn, name).weight = nn.Parameter(matrix, requires_grad=False)
+
+    @torch.no_grad()
+    def normed(self, attended: Tensor) -> Tensor:
+        """Inputs of what follows attention."""
+        out: Tensor = self.norm(attended.to(self._device))
+        return out
+
+    @torch.no_grad()
+    def route(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights and ids of the chosen experts, [N, k], on the CPU.
+
+        An id beyond the last is skipped.
+        """
+        _, weights, ids = self._mlp.gate(inputs)
+        return weights.float().cpu(), ids.cpu()
+
+    @property
+    def members(self) -> Members | None:
+        """Factors of the members of a layer that has some."""
+        experts = self._mlp.experts
+        return experts.members if isinstance(experts, MixedExperts) else None
+
+    def member_of(self, rows: Tensor) -> Tensor:
+        """Which of `members` chosen rows of the router are, int64 like ``rows``; -1 for none."""
+        found: Tensor = self._mlp.experts.member_of.on(rows.device)[rows]
+        return found
+
+    @torch.no_grad()
+    def small(self, inputs: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        """What those without matrices add to the stream [tokens, hidden], in a mixed layer."""
+        mixed, shown = self._mlp.experts, inputs.to(self._device)
+        out = torch.zeros_like(shown)
+        ids, weights = ids.to(self._device), weights.to(self._device)
+        if mixed.substitutes is not None:
+            out += mixed.substitutes(shown, ids, weights)
+        if mixed.members is not None:
+            own = self.member_of(ids)
+            alone = torch.tensor([base is None for base in (*mixed.members.bases, 0)])
+            own = own.masked_fill(~alone.to(own.device)[own], -1)
+            out += mixed.members(None, shown, own, weights)
+        return out

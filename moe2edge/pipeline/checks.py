@@ -1,0 +1,95 @@
+"""Amounts as users give them, and models that passes refuse alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from moe2edge.errors import InputError
+from moe2edge.model.model import Model
+from moe2edge.numerics.selection import kept
+
+
+def refuse_replaced(name: str, model: Model, remedy: str = "") -> None:
+    """Refuse a model some of whose experts were replaced; for passes that weigh experts alone.
+
+    Args:
+        name: of the pass.
+        model: what it gets.
+        remedy: what to do instead; none: to put the pass before those that replace.
+
+    Raises:
+        InputError: it is one.
+    """
+    if replaced := model.substitutes + model.members:
+        raise InputError(
+            f"{name}: {replaced} experts were replaced or merged, and it knows nothing of what "
+            f"answers for them; {remedy or f'put expert_replace or expert_merge after {name}'}"
+        )
+
+
+def refuse_slimmed(name: str, model: Model) -> None:
+    """Refuse a model whose experts are quantized or sparse, for passes that compute new ones.
+
+    Raises:
+        InputError: some are.
+    """
+    for block, layer in model.moe_blocks:
+        weights = [w for e in layer.experts for w in (e.gate, e.up, e.down)]
+        if any(w.scheme or w.pattern for w in weights):
+            raise InputError(
+                f"{name}: experts of block {block.index} are quantized or sparse, and what it "
+                f"computes of them is not; move {name} before the pass that does it"
+            )
+
+
+def check_amount(value: object) -> object:
+    """Refuse what is neither a count nor a fraction; for validators of options.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError("a count (2) or a fraction (0.25)")
+    if not value > 0:
+        raise ValueError("a count of at least 1, or a fraction between 0 and 1")
+    if isinstance(value, float) and value >= 1:
+        raise ValueError("a fraction lies between 0 and 1; write a count without a point")
+    return value
+
+
+def check_keep(value: object) -> object:
+    """Refuse what is neither an amount nor a list of counts; for validators of options.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not isinstance(value, list):
+        return check_amount(value)
+    if not value or not all(type(count) is int and count >= 1 for count in value):
+        raise ValueError("a list of counts of at least 1, one for each MoE layer")
+    return value
+
+
+def kept_in_layers(keep: float | list[int], sizes: Sequence[int], name: str) -> list[int]:
+    """How many experts stay in each MoE layer.
+
+    Args:
+        keep: as `kept` has it, or one count for each layer.
+        sizes: experts of the layers.
+        name: of the pass, for the message.
+
+    Raises:
+        InputError: it is a list of another length, or keeps more than there are.
+
+    >>> kept_in_layers(0.5, [6, 4], "p"), kept_in_layers([5, 2], [6, 4], "p")
+    ([3, 2], [5, 2])
+    """
+    if isinstance(keep, list) and len(keep) != len(sizes):
+        raise InputError(f"{name}: keep has {len(keep)} counts for {len(sizes)} MoE layers")
+    counts = keep if isinstance(keep, list) else [kept(keep, experts) for experts in sizes]
+    for layer, (count, experts) in enumerate(zip(counts, sizes, strict=True)):
+        if count > experts:
+            raise InputError(f"{name}: keep {count} of the {experts} experts in MoE layer {layer}")
+    return counts

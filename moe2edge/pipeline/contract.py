@@ -1,0 +1,229 @@
+"""Passes: what they declare, and what they return."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Self,
+)
+
+from moe2edge.calibration.observation import Facts, Kind
+from moe2edge.model.model import Model
+from moe2edge.options import Options
+from moe2edge.pipeline.solver import GroupSolver, Solver
+from moe2edge.pipeline.work import Store
+from moe2edge.runtime import memory as memory_
+from moe2edge.runtime.memory import UNLIMITED, Memory, Need
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from moe2edge.progress import Watcher
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A model after a pass, and an account of what the pass did and did not touch.
+
+    Attributes:
+        model: the new model.
+        changed: what was changed, in words of the user (``block 3``, a tensor's name).
+        skipped: what was selected but left alone, with the reason.
+        notes: what a user should know besides, such as experts that fell back to rounding.
+        figures: numbers for programs, as plain data.
+        originals: the model before, with neurons in the order of what experts became part of;
+            None: that order was theirs.
+    """
+
+    model: Model
+    changed: tuple[str, ...] = ()
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    figures: Mapping[str, Any] = field(default_factory=dict)
+    originals: Model | None = None
+
+
+class Pass(Options):
+    """One step of a recipe. Its fields are its options: recipe keys, validation, JSON Schema."""
+
+    def resolved(self, model: Model) -> Self:
+        """The same pass with every choice made that it leaves to the source ``model``."""
+        return self
+
+    def check_source(self, sha256: Callable[[], str]) -> None:
+        """Refuse a source with other content than the options are about.
+
+        Args:
+            sha256: computes its digest, which reads all of it.
+
+        Raises:
+            InputError: it is another one.
+        """
+
+    def check(self, model: Model) -> None:
+        """Refuse, from shapes alone, a model on which this pass cannot do its work.
+
+        Raises:
+            InputError: an option does not fit this model.
+            Unsupported: the model has something that this pass does not handle.
+        """
+
+    def plan(self, model: Model) -> Model:
+        """A model of the shape that the result will have; which parts stay is not known yet."""
+        raise NotImplementedError
+
+
+class Trim(Pass):
+    """A pass that removes structure.
+
+    Attributes:
+        rescore: begin a new stage, so that this pass is scored on the already trimmed model.
+    """
+
+    rescore: bool = False
+
+    def observers(self) -> tuple[Kind, ...]:
+        """Kinds of observers whose facts `apply` reads."""
+        return ()
+
+    def apply(self, model: Model, facts: Facts) -> Outcome:
+        """The trimmed model."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Lab:
+    """What a pass has at hand that decides by running text through models.
+
+    Attributes:
+        source: the model as it was before the first pass.
+        model: the model as it is now.
+        tokens: calibration tokens, int64 [samples, length]; none where the pass needs none.
+        store: keeps computed numbers.
+        watcher: told about progress and cost.
+        memory: what it may take.
+        training: tokens to train on, int64 [samples, length], for passes that do.
+        scratch: folder of the pass that outlives a killed export; None: there is none.
+        unshared: the model as it was last while no experts shared matrices; None: the source.
+    """
+
+    source: Model
+    model: Model
+    tokens: Tensor
+    store: Store
+    watcher: Watcher
+    memory: Memory = UNLIMITED
+    training: Tensor | None = None
+    scratch: Path | None = None
+    unshared: Model | None = None
+
+
+class Search(Pass):
+    """A pass that drives walks of its own, to try out what it decides.
+
+    Attributes:
+        may_change_nothing: whether leaving the model alone is a result, not a fault.
+        needs_tokens: whether it looks at the calibration text.
+    """
+
+    may_change_nothing: ClassVar[bool] = False
+    needs_tokens: ClassVar[bool] = True
+
+    def need(self, model: Model, tokens: int) -> Need | None:
+        """Memory that it takes for a text of so many tokens, by shapes; None: hardly any."""
+        return None
+
+    def search(self, lab: Lab) -> Outcome:
+        """The changed model."""
+        raise NotImplementedError
+
+
+class Slim(Pass):
+    """A pass that computes new numbers for tensors, one block after another."""
+
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether it looks at activations."""
+        return True
+
+    def solver(self, model: Model) -> Solver | GroupSolver:
+        """A fresh solver."""
+        raise NotImplementedError
+
+    def check_result(self, before: Model, after: Model) -> None:
+        """Prove that every tensor that the options select was changed as they say.
+
+        Raises:
+            Moe2EdgeError: one was not.
+        """
+        raise NotImplementedError
+
+    def describe(self, model: Model) -> str:
+        """What it will do to ``model``, in a line for the log."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What training takes.
+
+    Attributes:
+        memory: bytes of memory of the machine.
+        disk: bytes of checkpoints and of what else is kept until the export ends.
+        gpu: bytes of memory of the GPU; 0 if it has no part in it.
+    """
+
+    memory: int
+    disk: int
+    gpu: int = 0
+
+    def check(self, name: str, within: int | None = None) -> None:
+        """Refuse to begin what memory could not hold.
+
+        Args:
+            name: of the pass.
+            within: bytes for the whole process; None: what the machine has.
+
+        Raises:
+            DoesNotFit: it has less.
+        """
+        purpose, remedy = f"{name} trains", "set batch to fewer samples, or train less: see train"
+        memory_.check(self.memory, purpose, remedy, within)
+        if self.gpu:
+            memory_.check_gpu(self.gpu, purpose, f"{remedy}; or set device: cpu")
+
+
+class Train(Search):
+    """A search that trains on the training text of the recipe, and looks at no other."""
+
+    needs_tokens: ClassVar[bool] = False
+
+    def check_text(self, samples: int, length: int) -> None:
+        """Refuse a text of so many samples of so many tokens that is too short for the options.
+
+        Raises:
+            InputError: it is.
+        """
+
+    def cost(self, model: Model, samples: int, length: int) -> Cost:
+        """What it will take on ``model``, from shapes alone."""
+        raise NotImplementedError
+
+
+def training(passes: Sequence[Pass], model: Model) -> Iterator[tuple[Train, Model]]:
+    """The passes that train, each with the shape of the model that it will get."""
+    for step in passes:
+        if isinstance(step, Train):
+            yield step, model
+        model = step.plan(model)
+
+
+def trains(passes: Sequence[Pass]) -> bool:
+    """Whether a pass wants the training text."""
+    return any(isinstance(step, Train) for step in passes)

@@ -1,0 +1,326 @@
+"""What a recipe decided: which blocks, experts and thresholds; as data that outlives the run.
+
+A file of decisions is written once, by ``moe2edge decide``; it can be read, compared with that of
+another calibration text, and applied later without calibration (pass ``apply_decisions``). It is
+made from models before and after, whatever passes lay between them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from moe2edge.errors import InputError
+from moe2edge.model.layers import MoELayer
+from moe2edge.model.model import Block, Form, Model, form_of
+from moe2edge.storage.text_files import read_json, write_json
+
+KIND: Final = "moe2edge.decisions"
+SCHEMA_VERSION: Final = 1
+
+# Routed experts that stay where nothing routes.
+EXPERTS = {"dense": 1, "dense+shared": 1, "none": 0, "norm": 0, "shared": 0}
+
+
+class _Data(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class BlockDecision(_Data):
+    """What became of one block of the source.
+
+    Attributes:
+        origin: position in the source.
+        experts_before: routed experts in the source; 0 for a dense block.
+        dropped: whether the block is gone; then the rest says nothing.
+        mlp: what follows attention.
+        experts: origins of the routed experts that stay, in order.
+        top_k: experts chosen per token, of an MoE layer.
+        skip_below: thresholds of dynamic skipping, of an MoE layer.
+    """
+
+    origin: int
+    experts_before: int
+    dropped: bool = False
+    mlp: Form | None = None
+    experts: tuple[int, ...] = ()
+    top_k: int | None = None
+    skip_below: tuple[float, ...] = ()
+
+    @model_validator(mode="after")
+    def _is_sound(self) -> Self:
+        inside = all(0 <= expert < self.experts_before for expert in self.experts)
+        if not inside or len(set(self.experts)) != len(self.experts):
+            raise ValueError(f"experts {list(self.experts)} of {self.experts_before}")
+        if self.dropped:
+            if self.mlp or self.experts or self.top_k or self.skip_below:
+                raise ValueError("a dropped block has nothing else")
+        elif self.mlp is None:
+            raise ValueError("mlp is missing")
+        elif self.mlp == "moe":
+            if not 1 <= (self.top_k or 0) <= len(self.experts):
+                raise ValueError(f"top_k {self.top_k} of {len(self.experts)} experts")
+            if (
+                len(self.skip_below) not in (0, (self.top_k or 0) - 1)
+                or min(self.skip_below, default=0) < 0
+            ):
+                raise ValueError(f"skip_below {list(self.skip_below)} for top_k {self.top_k}")
+        else:
+            own = self.mlp == "dense" and not self.experts_before
+            if len(self.experts) != (0 if own else EXPERTS[self.mlp]):
+                raise ValueError(f"{len(self.experts)} experts for mlp {self.mlp}")
+            if self.top_k is not None or self.skip_below:
+                raise ValueError(f"top_k and skip_below go with mlp moe, not {self.mlp}")
+        return self
+
+    @property
+    def text(self) -> str:
+        """In words."""
+        if self.dropped:
+            return "dropped"
+        rule = f" top-{self.top_k}" if self.top_k else ""
+        skips = " with skipping" if self.skip_below else ""
+        return f"{self.mlp} of experts {list(self.experts)}{rule}{skips}"
+
+
+class SourceModel(_Data):
+    """The model that decisions are about."""
+
+    model: str
+    revision: str | None
+    sha256: str
+    family: str
+
+
+class CalibrationText(BaseModel):
+    """Where the calibration text is from; as reports say it, with its parts."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    text: str
+    samples: int
+    length: int
+
+
+class Decisions(_Data):
+    """The document.
+
+    Attributes:
+        source: the model that was trimmed.
+        recipe: as it was carried out, YAML.
+        calibration: where the calibration text is from; None if none was needed.
+        versions: of the libraries that the numbers behind the decisions depend on.
+        blocks: one entry per block of the source, in order.
+    """
+
+    kind: Literal["moe2edge.decisions"] = KIND
+    schema_version: Literal[1] = SCHEMA_VERSION
+    source: SourceModel
+    recipe: str
+    calibration: CalibrationText | None
+    versions: dict[str, str]
+    blocks: tuple[BlockDecision, ...]
+
+    @model_validator(mode="after")
+    def _is_complete(self) -> Self:
+        if [block.origin for block in self.blocks] != list(range(len(self.blocks))):
+            raise ValueError("the blocks are not those of a source, in order")
+        if all(block.dropped for block in self.blocks):
+            raise ValueError("no block is left")
+        return self
+
+    @property
+    def experts_before(self) -> tuple[int, ...]:
+        """Routed experts of each block of the source."""
+        return tuple(block.experts_before for block in self.blocks)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data; a block's entry holds what it needs."""
+        data = self.model_dump(mode="json")
+        data["blocks"] = [
+            {"origin": own.origin, "experts_before": own.experts_before, "dropped": True}
+            if own.dropped
+            else own.model_dump(mode="json", exclude={"dropped"})
+            for own in self.blocks
+        ]
+        return data
+
+
+# ---- between models and decisions --------------------------------------------------------------
+
+
+def experts_before(model: Model) -> tuple[int, ...]:
+    """Routed experts of each block of the source of ``model``, by its config; 0 where dense."""
+    family, config = model.family, model.config
+    count = family.num_experts(config)
+    blocks = range(int(config["num_hidden_layers"]))
+    return tuple(count if family.is_moe(config, index) else 0 for index in blocks)
+
+
+def decided(model: Model) -> tuple[BlockDecision, ...]:
+    """What became of each block of the source in ``model``."""
+    left = {block.origin: block for block in model.blocks}
+    return tuple(
+        _describe(left[origin], before)
+        if origin in left
+        else BlockDecision(origin=origin, experts_before=before, dropped=True)
+        for origin, before in enumerate(experts_before(model))
+    )
+
+
+def _describe(block: Block, before: int) -> BlockDecision:
+    router = block.mlp.router if isinstance(block.mlp, MoELayer) else None
+    return BlockDecision(
+        origin=block.origin,
+        experts_before=before,
+        mlp=form_of(block),
+        experts=block.expert_origins,
+        top_k=router.top_k if router else None,
+        skip_below=router.skip_below if router else (),
+    )
+
+
+def apply(decisions: Decisions, model: Model) -> Model:
+    """``model`` with exactly what was decided; blocks and experts are found by their origins.
+
+    Raises:
+        InputError: the model is of another family or shape, or lacks what should stay.
+    """
+    theirs, mine = decisions.source.family, model.family.model_type
+    before = experts_before(model)
+    if theirs != mine or before != decisions.experts_before:
+        raise InputError(
+            f"the decisions are for {shape_text(theirs, decisions.experts_before)}, but this model "
+            f"is {shape_text(mine, before)}; decide for this model"
+        )
+    kept = [entry for entry in decisions.blocks if not entry.dropped]
+    places = {block.origin: block.index for block in model.blocks}
+    if lost := [entry.origin for entry in kept if entry.origin not in places]:
+        raise InputError(f"the decisions keep blocks {lost}, which are gone; apply them first")
+    model = model.keep_blocks([places[entry.origin] for entry in kept])
+    for entry, block in zip(kept, model.blocks, strict=True):
+        new = _carried_out(entry, block)
+        if (found := _describe(new, entry.experts_before)) != entry:
+            raise InputError(
+                f"block {entry.origin} cannot become {entry.text}: it is {found.text}; "
+                "apply the decisions first"
+            )
+        model = model.replace_block(new)
+    return model
+
+
+def shape_text(family: str, before: tuple[int, ...]) -> str:
+    """Family and routed experts of blocks, in runs: ``mixtral with 32 blocks of 8 experts``."""
+    runs: list[list[int]] = []
+    for count in before:
+        if runs and runs[-1][0] == count:
+            runs[-1][1] += 1
+        else:
+            runs.append([count, 1])
+    return f"{family} with {', '.join(f'{n} blocks of {count} experts' for count, n in runs)}"
+
+
+def _carried_out(entry: BlockDecision, block: Block) -> Block:
+    """The block as decided, or as it comes nearest."""
+    if entry == _describe(block, entry.experts_before):
+        return block
+    if entry.mlp in ("none", "norm"):
+        return block.without_mlp(keep_norm=entry.mlp == "norm")
+    places = {origin: n for n, origin in enumerate(block.expert_origins)}
+    if not isinstance(block.mlp, MoELayer) or not set(entry.experts) <= set(places):
+        return block
+    skipped = block.mlp.router.skip_below
+    if entry.experts != block.expert_origins:
+        block = block.keep_experts([places[o] for o in entry.experts], clamp_top_k=True)
+    if not isinstance(block.mlp, MoELayer):
+        return block
+    router = block.mlp.router
+    top_k = min(router.top_k, entry.top_k or router.top_k)
+    # Thresholds that an earlier pass set are not thrown away.
+    router = replace(
+        router, top_k=top_k, skip_below=router.skip_below if skipped else entry.skip_below
+    )
+    return replace(block, mlp=replace(block.mlp, router=router))
+
+
+# ---- files -------------------------------------------------------------------------------------
+
+
+def read(path: Path, sha256: str | None = None) -> tuple[Decisions, str]:
+    """Decisions in a file, and the digest of the file.
+
+    Args:
+        path: what `write` wrote.
+        sha256: digest that the file must have, None for any.
+
+    Raises:
+        InputError: there is no such file, it is damaged, of another kind or version, or another.
+    """
+    try:
+        content = path.expanduser().read_bytes()
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"decisions {str(path)[:100]} cannot be read ({reason}); write them with "
+            "moe2edge decide"
+        ) from error
+    digest = hashlib.sha256(content).hexdigest()
+    if sha256 is not None and digest != sha256:
+        raise InputError(
+            f"{path} has sha256 {digest[:12]}..., the recipe was made with {sha256[:12]}...; use "
+            "that file, or leave sha256 out"
+        )
+    head = read_json(path.expanduser())
+    if head.get("kind") != KIND:
+        raise InputError(f"{path} holds no decisions; write them with moe2edge decide")
+    if head.get("schema_version") != SCHEMA_VERSION:
+        raise InputError(
+            f"{path} has schema_version {head.get('schema_version')!r}, this moe2edge reads "
+            f"{SCHEMA_VERSION}: use the moe2edge that wrote it, or decide again"
+        )
+    try:
+        return Decisions.model_validate_json(content, strict=True), digest
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "it"
+        reason = first["msg"].removeprefix("Value error, ")
+        raise InputError(f"{path} is damaged ({place}: {reason}); decide again") from error
+
+
+def check_output(path: Path, *, force: bool) -> None:
+    """Refuse a file name that is taken.
+
+    Raises:
+        InputError: something else is there, or decisions and not ``force``.
+    """
+    if not path.parent.is_dir():
+        raise InputError(f"{path.parent} does not exist; make it first")
+    if not os.path.lexists(path):
+        return
+    if path.is_symlink() or not path.is_file() or not _is_ours(path):
+        raise InputError(f"{path} exists and holds no decisions; choose another name")
+    if not force:
+        raise InputError(f"{path} exists; choose another name, or replace it with --force")
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        return read_json(path).get("kind") == KIND
+    except InputError:
+        return False
+
+
+def write(decisions: Decisions, path: Path) -> None:
+    """Write the document; what was there stays until the new one is complete."""
+    # A name of this process alone: a user's file beside it may be called anything else.
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write_json(partial, decisions.to_json())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

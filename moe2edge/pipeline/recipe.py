@@ -1,0 +1,252 @@
+"""Recipes: what to do with a model, parsed strictly and written back in full."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from reprlib import Repr
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from moe2edge.calibration.sources import NamedText, TextSource
+from moe2edge.errors import InputError, did_you_mean
+from moe2edge.model.model import Model
+from moe2edge.pipeline import registry
+from moe2edge.pipeline.contract import Pass, trains
+from moe2edge.storage.text_files import read_yaml
+
+BUNDLED = Path(__file__).parents[1] / "recipes"
+# Of a value in a message; a few lines of YAML with aliases can stand for gigabytes.
+SHOWN = Repr()
+SHOWN.maxlevel = 2
+SHOWN.maxstring = SHOWN.maxother = SHOWN.maxlong = 100
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A parsed recipe.
+
+    Attributes:
+        calibration: text that passes look at.
+        evaluation: held-out text that the report is about.
+        passes: the steps, in order.
+        training: text that passes train on; None if none does.
+    """
+
+    calibration: TextSource
+    evaluation: TextSource
+    passes: tuple[Pass, ...]
+    training: TextSource | None = None
+
+    def resolved(self, model: Model) -> Recipe:
+        """The recipe with every choice made that its passes leave to the source ``model``."""
+        return replace(self, passes=tuple(step.resolved(model) for step in self.passes))
+
+    def render(self) -> str:
+        """The recipe as YAML with every default spelt out; parsing it gives the same recipe."""
+        data = {
+            "calibration": self.calibration.model_dump(),
+            "evaluation": self.evaluation.model_dump(),
+            **({"training": self.training.model_dump()} if self.training else {}),
+            "passes": [{registry.name_of(p): p.model_dump(by_alias=True)} for p in self.passes],
+        }
+        text: str = yaml.safe_dump(data, sort_keys=False)
+        return text
+
+
+DEFAULT_EVALUATION = {"samples": 32}
+
+
+def bundled() -> dict[str, Path]:
+    """The recipes that come with moe2edge."""
+    return {path.stem: path for path in sorted(BUNDLED.glob("*.yaml"))}
+
+
+def find(name_or_path: str) -> str:
+    """Text of a bundled recipe or of a file.
+
+    Raises:
+        InputError: there is neither.
+    """
+    try:
+        path = bundled().get(name_or_path) or Path(name_or_path).expanduser()
+        if path.is_file():
+            return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError, RuntimeError) as error:  # the last: no such user's home
+        reason = str(error)[:100]
+        raise InputError(f"recipe {name_or_path[:100]} cannot be read: {reason}") from error
+    raise InputError(did_you_mean("recipe", name_or_path, bundled()) + ", or a file")
+
+
+def parse(text: str, settings: Sequence[str] = ()) -> Recipe:
+    """Parse a recipe.
+
+    Args:
+        text: YAML.
+        settings: overrides such as ``gptq.group_size=64`` or ``calibration.samples=16``.
+
+    Raises:
+        InputError: with the place, what was found and what was expected.
+
+    >>> parse("passes: [gptq]").passes[0].bits
+    4
+    """
+    data = read_yaml(text, "the recipe")
+    if not isinstance(data, dict):
+        raise InputError("a recipe is a mapping: calibration, evaluation, training, passes")
+    known = ("calibration", "evaluation", "training", "passes")
+    for key in data:
+        if key not in known:
+            raise InputError(did_you_mean("key in the recipe", str(key), known))
+    steps = [_entry(entry) for entry in _list(data.get("passes"))]
+    sections = {
+        "calibration": dict(_mapping("calibration", data.get("calibration"))),
+        "evaluation": DEFAULT_EVALUATION | dict(_mapping("evaluation", data.get("evaluation"))),
+        "training": dict(_mapping("training", data.get("training"))),
+    }
+    for setting in settings:
+        _override(setting, sections, steps)
+    texts = {name: section(name, options) for name, options in sections.items()}
+    passes = tuple(_build(registry.pass_type(name), name, options) for name, options in steps)
+    if not trains(passes) and sections["training"]:
+        raise InputError("training: no pass of the recipe trains; leave it out, or add one")
+    return Recipe(
+        texts["calibration"],
+        texts["evaluation"],
+        passes,
+        texts["training"] if trains(passes) else None,
+    )
+
+
+def section(name: str, options: Mapping[str, Any]) -> TextSource:
+    """A text section of a recipe, or of options given elsewhere.
+
+    Raises:
+        InputError: an option is unknown or wrong.
+    """
+    named = {
+        str(key): _build(NamedText, f"{name}.sources.{key}", _mapping(f"{name}.sources.{key}", own))
+        for key, own in _mapping(f"{name}.sources", options.get("sources")).items()
+    }
+    found: TextSource = _build(TextSource, name, {**options, "sources": named})
+    return found
+
+
+def _list(value: object) -> list[Any]:
+    if not isinstance(value, list):
+        raise InputError("the recipe needs 'passes', a list (an empty one exports as is)")
+    return value
+
+
+def _mapping(name: str, value: object) -> Mapping[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise InputError(
+            f"{name}: expected options, such as {{seed: 1}}, found {SHOWN.repr(value)}"
+        )
+    return value
+
+
+def _entry(entry: object) -> tuple[str, dict[str, Any]]:
+    """A pass as ``name`` or ``name: {option: value}``."""
+    if isinstance(entry, str):
+        return entry, {}
+    if isinstance(entry, dict) and len(entry) == 1:
+        ((name, options),) = entry.items()
+        return str(name), dict(_mapping(str(name), options))
+    raise InputError(f"a pass is a name, or a name with options; found {SHOWN.repr(entry)}")
+
+
+def _override(
+    setting: str, sections: dict[str, dict[str, Any]], steps: list[tuple[str, dict[str, Any]]]
+) -> None:
+    """Carry out one ``--set``."""
+    path, equals, value = setting.partition("=")
+    name, dot, option = path.strip().partition(".")
+    shown = f"--set {' '.join(setting.split())[:100]}"
+    if not equals or not dot or not option:
+        raise InputError(f"{shown}: expected name.option=value, as in gptq.group_size=64")
+    places = [options for step, options in steps if step == name]
+    places += [sections[name]] if name in sections else []
+    if not places:
+        names = {*sections, *(step for step, _ in steps)}
+        raise InputError(f"{shown}: {did_you_mean('part of the recipe', name, names)}")
+    if len(places) > 1:
+        raise InputError(f"{shown}: the recipe has {name} {len(places)} times; edit it")
+    places[0][option] = read_yaml(value, f"{shown}: the value")
+
+
+def _build(kind: type[Any], name: str, options: Mapping[str, Any]) -> Any:
+    """Validate options; the first fault becomes one line."""
+    known = _options(kind)
+    for key in options:
+        if key not in known:
+            raise InputError(did_you_mean(f"option of {name}", str(key), known))
+    try:
+        return kind.model_validate(options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        # Of an entry of a list the whole way to the option; elsewhere what follows are types.
+        inside = len(first["loc"]) > 2 and isinstance(first["loc"][1], int)
+        place = ".".join([name, *(str(part) for part in first["loc"][: 3 if inside else 1])])
+        if first["type"] == "extra_forbidden":
+            raise InputError(f"{place} is no option") from error
+        if first["type"] == "missing":
+            raise InputError(f"{place} is missing: {_describe(kind, first['loc'])}") from error
+        message = first["msg"].removeprefix("Value error, ")
+        message = message.removeprefix("Input should be ").replace("Input should", "it should")
+        if not first["loc"]:  # of several options together
+            raise InputError(f"{name}: expected {message}") from error
+        found = SHOWN.repr(first["input"])
+        raise InputError(f"{place} is {found}, expected: {message}") from error
+
+
+def _options(kind: type[Any]) -> dict[str, Any]:
+    """Fields by the names that recipes have for them."""
+    return {field.alias or key: field for key, field in kind.model_fields.items()}
+
+
+def _describe(kind: type[Any], place: tuple[int | str, ...]) -> str:
+    described = _options(kind)[str(place[0])].description if len(place) == 1 else None
+    return described or "it has no default"
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of recipes, for editors: options, types and defaults of every pass."""
+    definitions: dict[str, Any] = {}
+    choices: list[dict[str, Any]] = []
+    for name in registry.pass_names():
+        schema = registry.pass_type(name).model_json_schema()
+        definitions |= schema.pop("$defs", {})
+        definitions[name] = schema
+        ref = {"$ref": f"#/$defs/{name}"}
+        if not schema.get("required"):
+            choices.append({"const": name})
+        choices.append(
+            {
+                "type": "object",
+                "properties": {name: ref},
+                "required": [name],
+                "additionalProperties": False,
+            }
+        )
+    text = TextSource.model_json_schema()
+    definitions |= text.pop("$defs", {})
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "moe2edge recipe",
+        "type": "object",
+        "properties": {
+            "calibration": text,
+            "evaluation": text,
+            "training": text,
+            "passes": {"type": "array", "items": {"anyOf": choices}},
+        },
+        "required": ["passes"],
+        "additionalProperties": False,
+        "$defs": definitions,
+    }

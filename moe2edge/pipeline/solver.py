@@ -1,0 +1,142 @@
+"""Solvers of a slimming pass, and the groups of matrices that they solve."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Protocol,
+    runtime_checkable,
+)
+
+from pydantic import Field
+
+from moe2edge.model.layers import Weight
+from moe2edge.model.model import Block
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from moe2edge.calibration.observation import Seen
+    from moe2edge.numerics.grid import Quantized
+    from moe2edge.numerics.scheme import Pattern
+
+
+class Solver(Protocol):
+    """The work of a slimming pass during its walk."""
+
+    def see(self, seen: Seen) -> None:
+        """Take in what one batch of the current block showed."""
+        ...
+
+    def solve(self, block: Block) -> Solved:
+        """New numbers of the current block; then forget the block."""
+        ...
+
+
+@dataclass(frozen=True)
+class Group:
+    """Matrices of a block that share their input.
+
+    Attributes:
+        weights: by role, unquantized.
+        batches: yields inputs [n, in] with the weight of each token in its expert's output [n],
+            None where there is no router; a group is asked for them as often as one likes.
+        tokens: number of tokens of all batches; 0 if the walk has none.
+        everyone: like ``batches``, of all tokens, whether or not they are routed here; None where
+            that is the same.
+    """
+
+    weights: Mapping[str, Weight]
+    batches: Callable[[], Iterator[tuple[Tensor, Tensor | None]]]
+    tokens: int
+    everyone: Callable[[], Iterator[tuple[Tensor, Tensor | None]]] | None = None
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of the matrices."""
+        return tuple(weight.shape for weight in self.weights.values())
+
+    def is_starved(self, least: int) -> bool:
+        """Whether it is an expert's, and saw fewer than ``least`` tokens."""
+        return self.everyone is not None and self.tokens < least
+
+    def starved_note(self, block: Block, least: int, what: str) -> list[str]:
+        """What is told of a starved expert, once: with the first of its groups."""
+        kind, _, part = next(iter(self.weights)).rpartition(".")
+        if part != "gate":
+            return []
+        return [
+            f"block {block.index}: expert {kind.partition('.')[2]} saw {self.tokens} tokens, fewer "
+            f"than {least}: {what}"
+        ]
+
+
+@dataclass(frozen=True)
+class Solved:
+    """What a solver found for some groups.
+
+    Attributes:
+        numbers: by role.
+        notes: what a user should know.
+        loss: squared error of the outputs on the tokens that were seen, or of the weights where
+            none are looked at, and what it is relative to; zeros if nothing is known.
+        pattern: which of the numbers are zero and stay so; None: what was promised before holds.
+    """
+
+    numbers: Mapping[str, Quantized | Tensor]
+    notes: tuple[str, ...] = ()
+    loss: tuple[float, float] = (0.0, 0.0)
+    pattern: Pattern | None = None
+
+
+@runtime_checkable
+class GroupSolver(Protocol):
+    """Solves groups of matrices in the order of computation.
+
+    The inputs of a group come from what is before it as solved, in earlier blocks and in its own.
+
+    Attributes:
+        propagate: whether that is so; otherwise inputs come from the model as it was.
+        device: where inputs of groups lie, and the work is done; numbers are wanted on the CPU.
+        dtype: that of outputs of matrices of experts and MLPs, by which the walk goes on; those of
+            attention are float32.
+    """
+
+    propagate: bool
+
+    @property
+    def device(self) -> torch.device:
+        """The processor, for those who say nothing else."""
+        import torch
+
+        return torch.device("cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Full precision, for those who say nothing else."""
+        import torch
+
+        return torch.float32
+
+    def alone(self, block: Block) -> Mapping[str, Quantized]:
+        """Numbers, by role, of what is in no group and needs no inputs; computed before groups."""
+        return {}
+
+    def nbytes(self, shapes: Sequence[tuple[int, ...]]) -> int:
+        """Memory of solving one group of matrices of these shapes."""
+        ...
+
+    def solve(self, block: Block, groups: Sequence[Group]) -> Solved:
+        """Solve groups of equal shapes, together if that is faster."""
+        ...
+
+
+# Options of passes that look at the tokens of each expert.
+GateWeighted = Annotated[
+    bool, Field(description="tokens count by their weight in the expert's output")
+]
+MinTokens = Annotated[int, Field(ge=0, description="an expert with fewer routed tokens is starved")]

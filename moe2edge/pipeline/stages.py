@@ -1,0 +1,98 @@
+"""Stages of a recipe, and the contract that the pipeline enforces."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import (
+    TYPE_CHECKING,
+    Any,
+)
+
+from moe2edge.calibration.observation import Kind
+from moe2edge.errors import Moe2EdgeError
+from moe2edge.model.model import Model
+from moe2edge.pipeline.contract import Outcome, Pass, Search, Slim, Trim
+
+if TYPE_CHECKING:
+    pass
+
+
+def plan(passes: Sequence[Pass], model: Model) -> Model:
+    """The shape of the result, after a check of every pass; nothing is read.
+
+    Raises:
+        InputError, Unsupported: a pass cannot do its work on this model.
+    """
+    for step in passes:
+        step.check(model)
+        model = step.plan(model)
+        model.verify()
+    return model
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Passes that share a walk: any number of trimming passes, or one of another kind."""
+
+    passes: tuple[Pass, ...]
+
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether it looks at activations."""
+        last = self.passes[-1]
+        if isinstance(last, Slim | Search):
+            return last.needs_tokens
+        return bool(self.observers)
+
+    @property
+    def observers(self) -> tuple[Kind, ...]:
+        """The kinds of observers that its passes need, each once."""
+        kinds = (kind for p in self.passes if isinstance(p, Trim) for kind in p.observers())
+        return tuple(dict.fromkeys(kinds))
+
+
+def stages(passes: Sequence[Pass]) -> list[Stage]:
+    """Group passes into stages."""
+    groups: list[list[Pass]] = []
+    for step in passes:
+        joins = isinstance(step, Trim) and not step.rescore
+        if joins and groups and isinstance(groups[-1][-1], Trim):
+            groups[-1].append(step)
+        else:
+            groups.append([step])
+    return [Stage(tuple(group)) for group in groups]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A line of the report: one pass that was run."""
+
+    name: str
+    options: Mapping[str, Any]
+    changed: tuple[str, ...]
+    skipped: Mapping[str, str]
+    notes: tuple[str, ...]
+    seconds: float
+    parameters: int
+    nbytes: int
+    figures: Mapping[str, Any] = field(default_factory=dict)
+
+
+def enforce(step: Pass, name: str, before: Model, outcome: Outcome) -> None:
+    """Hold an outcome against the contract.
+
+    Raises:
+        Moe2EdgeError: the pass changed nothing, or left out something that it selected, or the
+            result is not sound.
+    """
+    idle = isinstance(step, Search) and step.may_change_nothing
+    if not idle and (not outcome.changed or outcome.model is before):
+        reasons = "; ".join(f"{k}: {v}" for k, v in outcome.skipped.items())
+        raise Moe2EdgeError(f"{name} changed nothing ({reasons or 'nothing matched'})")
+    if outcome.skipped:
+        first, reason = next(iter(outcome.skipped.items()))
+        raise Moe2EdgeError(f"{name} left {len(outcome.skipped)} parts alone: {first}: {reason}")
+    outcome.model.verify()
+    if isinstance(step, Slim):
+        step.check_result(before, outcome.model)

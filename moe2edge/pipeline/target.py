@@ -1,0 +1,118 @@
+"""What a target is: it says what it can hold, writes it, and reopens what it wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from moe2edge.model.model import Model
+from moe2edge.runtime.protocol import Runtime
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moe2edge.numerics.grid import Quantized
+
+Verdict = Literal["yes", "as read", "not tried", "no"]
+
+
+@dataclass(frozen=True)
+class Loader:
+    """Whether a program can load an output, and how that is known.
+
+    Attributes:
+        program: its name.
+        verdict: ``yes``: it was run on such an output; ``as read``: its code takes it, but it was
+            not run; ``not tried``; ``no``: it refuses such an output or misreads it.
+        note: version, condition or reason.
+    """
+
+    program: str
+    verdict: Verdict
+    note: str
+
+    @property
+    def text(self) -> str:
+        """Verdict and note for the report and the card."""
+        return f"{self.verdict} ({self.note})"
+
+
+@dataclass(frozen=True)
+class Target:
+    """One kind of output. A subclass in a file of its own in ``targets/``; the file name names it.
+
+    Attributes:
+        summary: one line for ``moe2edge targets``.
+        streams: whether its folders can be read as models, see `streamed`.
+        libraries: modules that its runtime imports; the profiler imports them before it times
+            the loading of a folder.
+    """
+
+    summary: ClassVar[str]
+    streams: ClassVar[bool] = False
+    libraries: ClassVar[tuple[str, ...]] = ("torch",)
+
+    def accepts(self, model: Model) -> None:
+        """Refuse, from shapes alone, a model that this target could not hold.
+
+        Raises:
+            Unsupported: with what it cannot hold, and which target could.
+        """
+        raise NotImplementedError
+
+    def stored(self, model: Model) -> Model:
+        """The model whose tensors are written for ``model``: it computes the same.
+
+        Another one where a format has no form for a layer as it is, but for an equal one; or for
+        quantized numbers, but for what they stand for, which its dtype may round.
+
+        Raises:
+            Unsupported: as `accepts`.
+        """
+        return model
+
+    def nbytes(self, model: Model) -> int:
+        """Bytes that the weights will take on disk, for the check of free space."""
+        return model.nbytes
+
+    def runtime_nbytes(self, model: Model) -> int:
+        """Bytes of memory that the reopened model takes, as shipped."""
+        return self.nbytes(model)
+
+    def write(self, model: Model, folder: Path) -> None:
+        """Write weights and config into a folder, tensor by tensor.
+
+        The folder holds nothing but the source's companions (tokenizer, generation config).
+        """
+        raise NotImplementedError
+
+    def tensors(self, folder: Path) -> Iterator[tuple[str, Tensor | Quantized]]:
+        """Read everything back: each tensor by its name on disk, as integers where quantized.
+
+        The names are those of `Model.tensors` of what is `stored`, so that an audit can hold one
+        against the other.
+        """
+        raise NotImplementedError
+
+    def streamed(self, folder: Path) -> Model | None:
+        """The folder as a model that can be walked over; None if only its runtime reads it."""
+        return None
+
+    def reopen(self, folder: Path, *, exact: bool = False) -> Runtime:
+        """Open the folder in its runtime; ``exact`` asks for float32 activations throughout."""
+        raise NotImplementedError
+
+    def without_skipping(self, model: Model, folder: Path) -> Runtime:
+        """The folder as `reopen` gives it, but with every chosen expert run; to time it against.
+
+        Args:
+            model: what was written, with dynamic skipping.
+            folder: where it was written.
+        """
+        raise NotImplementedError
+
+    def loaders(self, model: Model) -> tuple[Loader, ...]:
+        """Which programs can load what was written."""
+        raise NotImplementedError

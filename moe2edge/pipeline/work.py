@@ -1,0 +1,68 @@
+"""What passes keep on the disk while an export runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import (
+    TYPE_CHECKING,
+    Protocol,
+)
+
+from moe2edge.model.layers import Weight
+from moe2edge.model.model import Block
+from moe2edge.storage.journal import Done
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from moe2edge.numerics.grid import Quantized
+
+
+class Store(Protocol):
+    """Where solved numbers go: the work folder of an export."""
+
+    def put(self, block: Block, numbers: Mapping[str, Quantized | Tensor]) -> Block:
+        """Save the numbers of a block by role; return the block with handles on them."""
+        ...
+
+    def put_rest(
+        self, rest: Mapping[str, Weight], numbers: Mapping[str, Tensor]
+    ) -> dict[str, Weight]:
+        """Save numbers of tensors outside of blocks by name; all of them, with new handles."""
+        ...
+
+
+class Ledger(Protocol):
+    """The finished blocks of one slimming pass, kept so that a killed run can be gone on with."""
+
+    def restore(self, block: Block) -> tuple[Block, Done] | None:
+        """A block as it was solved before, with what there is to tell; None if it was not."""
+        ...
+
+    def stream(self) -> Tensor | None:
+        """Hidden states behind the last block that was restored, float32."""
+        ...
+
+    def finish(
+        self,
+        block: Block,
+        numbers: Mapping[str, Quantized | Tensor],
+        done: Done,
+        hidden: Tensor | None,
+    ) -> Block:
+        """Save a solved block and the stream behind it; the block with handles on its numbers."""
+        ...
+
+
+class Work(Store, Protocol):
+    """The work folder of an export."""
+
+    def ledger(self, step: int) -> Ledger:
+        """The finished blocks of the pass at position ``step``."""
+        ...
+
+    def scratch(self, step: int, name: str) -> Path:
+        """A folder for the pass ``name`` at position ``step``: see `Lab`."""
+        ...

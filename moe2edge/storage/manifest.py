@@ -1,0 +1,167 @@
+"""An output folder: the manifest that makes it ours, and the check that nothing in it changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from moe2edge.errors import InputError
+from moe2edge.storage.text_files import file_sha256, read_json, write_json
+
+MANIFEST = "manifest.json"
+SCHEMA_VERSION = 1
+TOOL = "moe2edge"
+
+_OWN_KEYS = frozenset({"schema_version", "tool", "target", "files"})
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A folder that moe2edge wrote.
+
+    Attributes:
+        folder: where it is.
+        target: name of the target that wrote it and can reopen it.
+        manifest: the content of ``manifest.json``.
+    """
+
+    folder: Path
+    target: str
+    manifest: Mapping[str, Any]
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """Options of the target that the folder was written with; outputs of old have none."""
+        options: Mapping[str, Any] = self.manifest.get("target_options", {})
+        return options
+
+    @property
+    def files(self) -> Mapping[str, Mapping[str, Any]]:
+        """``sha256`` and ``bytes`` of each file, by its name relative to the folder."""
+        files: Mapping[str, Mapping[str, Any]] = self.manifest["files"]
+        return files
+
+
+def open_artifact(folder: Path) -> Artifact:
+    """Open a folder that moe2edge wrote. Reads the manifest only; `check_files` reads the rest.
+
+    Raises:
+        InputError: there is no such folder, or its manifest is missing, damaged, of another
+            version, or names files outside of the folder.
+    """
+    if not folder.is_dir():
+        raise InputError(f"there is no folder {folder}; name a folder that moe2edge export wrote")
+    if not (folder / MANIFEST).is_file():
+        raise InputError(f"{folder} has no {MANIFEST}: {_what_else(folder)}")
+    manifest = read_json(folder / MANIFEST)
+    version = manifest.get("schema_version")
+    if manifest.get("tool") != TOOL or type(version) is not int:
+        raise InputError(f"{folder / MANIFEST} was not written by moe2edge; name another folder")
+    if version != SCHEMA_VERSION:
+        raise InputError(
+            f"{folder / MANIFEST} has schema_version {version}, this moe2edge reads "
+            f"{SCHEMA_VERSION}: use the moe2edge that wrote it, or export again"
+        )
+    target = manifest.get("target")
+    if not isinstance(target, str):
+        raise _damaged(folder / MANIFEST, f"target is {target!r}, not a name")
+    if not isinstance(manifest.get("target_options", {}), dict):
+        raise _damaged(folder / MANIFEST, "target_options is no mapping")
+    files = manifest.get("files")
+    if not isinstance(files, dict):
+        raise _damaged(folder / MANIFEST, "it has no list of files")
+    for name, entry in files.items():
+        _check_entry(folder / MANIFEST, name, entry)
+    return Artifact(folder, target, manifest)
+
+
+def is_artifact(folder: Path) -> bool:
+    """Whether moe2edge wrote this folder (of any version), so that it may be replaced."""
+    try:
+        return read_json(folder / MANIFEST).get("tool") == TOOL
+    except InputError:
+        return False
+
+
+def write_manifest(folder: Path, target: str, **sections: object) -> None:
+    """Hash every file of ``folder`` and write ``manifest.json``; no time stamps, sorted names.
+
+    Args:
+        folder: a finished output folder; an old manifest in it is replaced.
+        target: name of the target that wrote it.
+        sections: further top-level keys (``model``, ``source``, ``versions``), JSON values.
+
+    Raises:
+        ValueError: a section has the name of one of the manifest's own keys.
+    """
+    if taken := _OWN_KEYS & set(sections):
+        raise ValueError(f"a section cannot be called {min(taken)}")
+    files = {
+        name: {"sha256": file_sha256(path), "bytes": path.stat().st_size}
+        for name, path in present_files(folder).items()
+        if name != MANIFEST
+    }
+    manifest = {"schema_version": SCHEMA_VERSION, "tool": TOOL, "target": target}
+    write_json(folder / MANIFEST, {**manifest, **sections, "files": files})
+
+
+def check_files(artifact: Artifact) -> list[str]:
+    """How the files differ from the manifest, in words; empty if they do not."""
+    differences = []
+    found = present_files(artifact.folder)
+    for name, entry in sorted(artifact.files.items()):
+        path = found.get(name)
+        if path is None:
+            differences.append(f"{name} is missing")
+        elif (size := path.stat().st_size) != entry["bytes"]:
+            differences.append(
+                f"{name} has changed: {size} bytes, the manifest says {entry['bytes']}"
+            )
+        elif (digest := file_sha256(path)) != entry["sha256"]:
+            differences.append(
+                f"{name} has changed: sha256 {digest[:12]}..., "
+                f"the manifest says {entry['sha256'][:12]}..."
+            )
+    unlisted = sorted(set(found) - set(artifact.files) - {MANIFEST})
+    return differences + [f"{name} is not listed in the manifest" for name in unlisted]
+
+
+def present_files(folder: Path) -> dict[str, Path]:
+    """Every file below ``folder`` by its relative name with forward slashes, sorted."""
+    found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}
+    return {name: found[name] for name in sorted(found) if found[name].is_file()}
+
+
+def _damaged(path: Path, why: str) -> InputError:
+    return InputError(f"{path} is damaged ({why}); export or download it again")
+
+
+def _check_entry(manifest: Path, name: str, entry: object) -> None:
+    """Refuse a name that leaves the folder, on any system, or an entry without its facts."""
+    posix, windows = PurePosixPath(name), PureWindowsPath(name)
+    leaves = (
+        not posix.parts
+        or ".." in windows.parts
+        or posix.is_absolute()
+        or bool(windows.drive or windows.root)
+        or "\0" in name
+    )
+    if leaves:
+        raise InputError(
+            f"{manifest} names {name!r}, which is not a file inside the folder; "
+            "do not trust this folder, export again"
+        )
+    if not isinstance(entry, dict) or not isinstance(entry.get("sha256"), str):
+        raise _damaged(manifest, f"the entry of {name} has no sha256")
+    if type(entry.get("bytes")) is not int:
+        raise _damaged(manifest, f"the entry of {name} has no bytes")
+
+
+def _what_else(folder: Path) -> str:
+    """What to do with a folder that is no output folder."""
+    inside = [child.name for child in sorted(folder.iterdir()) if is_artifact(child)]
+    if inside:
+        return f"it holds the outputs {', '.join(inside)}; name one of them"
+    return "it is no folder that moe2edge export wrote"

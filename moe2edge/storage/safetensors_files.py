@@ -1,0 +1,220 @@
+"""Safetensors: headers, one tensor at a time, and a streaming writer."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+
+from moe2edge.errors import InputError, Unsupported
+from moe2edge.model.layers import DTYPE_BYTES, DTYPES, Weight
+from moe2edge.storage.text_files import _first_line, sync_folder, write_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# All that we read and write.
+_TORCH_NAMES = DTYPES | {"I32": "int32", "U8": "uint8", "I64": "int64"}
+
+SHARD_BYTES = 4 << 30
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a safetensors file.
+
+    Attributes:
+        shape: its shape.
+        dtype: as the file spells it.
+        start: its first byte in the file.
+        nbytes: how many it has.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    start: int
+    nbytes: int
+
+
+def open_file(path: Path) -> Mapping[str, Entry]:
+    """The header of a safetensors file, which is read once.
+
+    Raises:
+        InputError: it is missing or damaged.
+    """
+    try:
+        state = path.stat()
+        return _entries(path, state.st_mtime_ns, state.st_size)
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"{path.name} is damaged or cut short ({_first_line(error)}); download it again"
+        ) from error
+
+
+@lru_cache(maxsize=256)
+def _entries(path: Path, changed: int, size: int) -> Mapping[str, Entry]:
+    """Header of a file; one that was written anew has another key.
+
+    The library, which checks the whole of it, does not tell where tensors are.
+    """
+    with safe_open(path, framework="np"):
+        pass
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header: dict[str, Any] = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    found = {}
+    for name, entry in header.items():
+        start, end = entry["data_offsets"]
+        shape = tuple(entry["shape"])
+        found[name] = Entry(shape, entry["dtype"], 8 + length + start, end - start)
+    return found
+
+
+def stored_weight(path: Path, name: str) -> Weight:
+    """Handle on one tensor of a safetensors file.
+
+    Raises:
+        Unsupported: its dtype is not a floating-point one that we read.
+    """
+    shape, dtype = header(path, name)
+    if dtype not in DTYPE_BYTES:
+        raise Unsupported(f"{name} has dtype {dtype}; supported: {', '.join(DTYPE_BYTES)}")
+    return Weight(name, shape, dtype, load=lambda: read_tensor(path, name))
+
+
+def header(path: Path, name: str) -> tuple[tuple[int, ...], str]:
+    """Shape and dtype of one tensor of a safetensors file, as the file spells them."""
+    entry = open_file(path)[name]
+    return entry.shape, entry.dtype
+
+
+def read_tensor(path: Path, name: str) -> Tensor:
+    """One tensor of a safetensors file, through a map of nothing else.
+
+    A map of the whole file would count as memory of the process, page by page as it is read; this
+    one is gone with the tensor. Writing to the tensor does not change the file.
+    """
+    import numpy as np
+    import torch
+
+    entry = open_file(path)[name]
+    dtype = getattr(torch, _TORCH_NAMES[entry.dtype])
+    if not entry.nbytes:
+        return torch.empty(entry.shape, dtype=dtype)
+    mapped = np.memmap(path, np.uint8, "c", entry.start, entry.nbytes)
+    return torch.from_numpy(mapped).view(dtype).view(entry.shape)
+
+
+def read_all(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the safetensors files of a folder, one at a time, in file order."""
+    for path in sorted(folder.glob("*.safetensors")):
+        for name in open_file(path).keys():  # noqa: SIM118
+            yield name, read_tensor(path, name)
+
+
+# ---- writing ----------------------------------------------------------------------------------
+
+_SPELLING = {f"torch.{name}": spelling for spelling, name in _TORCH_NAMES.items()}
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A tensor that is to be written: shape and dtype now, numbers when its turn comes."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    make: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        width = {**DTYPE_BYTES, "I32": 4, "U8": 1, "I64": 8}[self.dtype]
+        for size in self.shape:
+            width *= size
+        return width
+
+
+def write_safetensors(path: Path, tensors: Iterable[Planned]) -> None:
+    """Write one safetensors file with a single tensor in memory at a time.
+
+    The library's own writer wants all tensors of a file at once. The format is a header of JSON
+    behind its length in 8 bytes, then the tensors without gaps
+    (https://huggingface.co/docs/safetensors).
+    """
+    tensors = list(tensors)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for t in tensors:
+        header[t.name] = {
+            "dtype": t.dtype,
+            "shape": list(t.shape),
+            "data_offsets": [offset, offset + t.nbytes],
+        }
+        offset += t.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)))
+        file.write(text)
+        for t in tensors:
+            file.write(tensor_bytes(t.make(), t))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def tensor_bytes(tensor: Tensor, planned: Planned) -> memoryview:
+    """Bytes of a tensor, after a check that it is the one that was planned."""
+    import torch
+
+    found = (tuple(tensor.shape), _SPELLING[str(tensor.dtype)])
+    if found != (planned.shape, planned.dtype):
+        raise AssertionError(
+            f"{planned.name}: made {found}, planned {(planned.shape, planned.dtype)}"
+        )
+    # Flat first: a matrix of one column may have any stride there and count as contiguous.
+    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
+def write_checkpoint(folder: Path, tensors: Iterable[Planned]) -> None:
+    """Write tensors as ``model.safetensors``, or as shards with an index beyond 4 GiB."""
+    shards: list[list[Planned]] = [[]]
+    size = 0
+    for t in tensors:
+        if shards[-1] and size + t.nbytes > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(t)
+        size += t.nbytes
+    if len(shards) == 1:
+        write_safetensors(folder / "model.safetensors", shards[0])
+        return
+    weight_map = {}
+    for n, shard in enumerate(shards, start=1):
+        name = f"model-{n:05}-of-{len(shards):05}.safetensors"
+        write_safetensors(folder / name, shard)
+        weight_map.update({t.name: name for t in shard})
+    total = sum(t.nbytes for shard in shards for t in shard)
+    write_json(
+        folder / "model.safetensors.index.json",
+        {"metadata": {"total_size": total}, "weight_map": weight_map},
+    )
+
+
+# ---- numbers on disk -----------------------------------------------------------------------------
+
+
+def write_durably(path: Path, tensors: list[Planned]) -> None:
+    """Write a safetensors file that has its name only when it is whole and on the disk."""
+    beside = path.with_name(path.name + ".tmp")
+    write_safetensors(beside, tensors)
+    beside.replace(path)
+    sync_folder(path.parent)

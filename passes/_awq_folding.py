@@ -1,0 +1,121 @@
+"""Scales that move between a matrix and what computes its inputs. Pure functions on tensors.
+
+AWQ (Lin et al., 2023, https://arxiv.org/abs/2306.00978): of ``y = W x``, the columns of W are
+multiplied by ``s`` and the inputs divided by it. The function stays the same, but rounding errs
+less on the columns of large inputs. What computes the inputs carries out the division: a norm
+before the matrix, the values before the output projection, or the half of a gated MLP that is
+linear, since ``silu(gate) * (up / s) = (silu(gate) * up) / s``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from moe2edge.model.layers import MoELayer
+from moe2edge.model.model import SECOND_NORM, Block
+from moe2edge.model.roles import OUT, QKV, gated
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moe2edge.model.family import Geometry
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where scales fold: who divides, and who multiplies.
+
+    Attributes:
+        producers: roles of the tensors whose rows are divided.
+        consumers: roles of the matrices whose columns are multiplied.
+        heads: runs of channels that producers put out.
+        copies: how often the consumers read each run (query heads that share a key-value head).
+    """
+
+    producers: tuple[str, ...]
+    consumers: tuple[str, ...]
+    heads: int = 1
+    copies: int = 1
+
+    def gather(self, magnitudes: Tensor) -> Tensor:
+        """Means over the copies: [inputs of consumers] -> [channels of producers]."""
+        return magnitudes.view(self.heads, self.copies, -1).mean(1).flatten()
+
+    def spread(self, scales: Tensor) -> Tensor:
+        """Scales for each copy: [..., channels of producers] -> [..., inputs of consumers]."""
+        runs = scales.reshape(*scales.shape[:-1], self.heads, -1)
+        return runs.repeat_interleave(self.copies, -2).flatten(-2)
+
+
+def places(block: Block, geometry: Geometry) -> Iterator[Place]:
+    """All places of a block.
+
+    A norm whose output is added to the stream is none, and values that are clipped are none.
+    """
+    roles = {role for role, _ in block.weights()}
+    yield Place(("norms.input_layernorm.weight",), tuple(role for role in QKV if role in roles))
+    if geometry.clip_qkv is None:
+        values = ("attention.v_proj.weight", "attention.v_proj.bias")
+        copies = geometry.heads // geometry.kv_heads
+        yield Place(
+            tuple(role for role in values if role in roles), (OUT,), geometry.kv_heads, copies
+        )
+    if block.mlp is None:
+        return
+    kinds = [kind for kind, _ in gated(block)]
+    scorers = [role for role in ("router.weight", "shared.router") if role in roles]
+    readers = [f"{kind}.{part}" for kind in kinds for part in ("gate", "up")]
+    yield Place((f"norms.{SECOND_NORM}",), (*scorers, *readers, *_small_readers(roles)))
+    members = block.mlp.members if isinstance(block.mlp, MoELayer) else ()
+    for kind in kinds:
+        own = [n for n, m in enumerate(members) if m.factors and kind == f"experts.{m.base}"]
+        yield Place(
+            (f"{kind}.up", *(f"members.{n}.up.second" for n in own)),
+            (f"{kind}.down", *(f"members.{n}.down.first" for n in own)),
+        )
+
+
+def _small_readers(roles: Collection[str]) -> list[str]:
+    """First factors of members and substitutes, which read what experts read."""
+    ends = {"members": (".gate.first", ".up.first"), "substitutes": (".first",)}
+    return sorted(
+        role
+        for role in roles
+        for kind, end in ends.items()
+        if role.startswith(kind) and role.endswith(end)
+    )
+
+
+@dataclass
+class Folding:
+    """Scales of some places of a block, by the roles of the tensors that they change.
+
+    Attributes:
+        columns: what columns are multiplied with, [in].
+        rows: what rows, or the entries of a vector, are divided by, [out].
+    """
+
+    columns: dict[str, Tensor] = field(default_factory=dict)
+    rows: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, place: Place, scales: Tensor) -> None:
+        """Fold ``scales`` [channels of producers] through a place; once per place."""
+        self.columns |= dict.fromkeys(place.consumers, place.spread(scales))
+        self.rows |= dict.fromkeys(place.producers, scales)
+
+    @property
+    def roles(self) -> set[str]:
+        """Of all tensors that change."""
+        return {*self.columns, *self.rows}
+
+    def apply(self, role: str, numbers: Tensor) -> Tensor:
+        """The changed numbers of a tensor, float32."""
+        numbers = numbers.float()
+        if role in self.columns:
+            numbers = numbers * self.columns[role]
+        if role in self.rows:
+            rows = self.rows[role]
+            numbers = numbers / (rows if numbers.ndim == 1 else rows.unsqueeze(1))
+        return numbers

@@ -1,0 +1,96 @@
+"""Base of passes that drop whatever changes the hidden states least."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Self
+
+from pydantic import Field, field_validator
+
+from moe2edge.errors import InputError
+from moe2edge.model.model import Model
+from moe2edge.numerics.selection import number
+from moe2edge.pipeline.checks import check_amount
+from moe2edge.pipeline.contract import Outcome, Trim
+from moe2edge.pipeline.registry import name_of
+
+
+class DropAlike(Trim):
+    """What the passes share that drop whatever changes the stream least: how much of it.
+
+    Attributes:
+        unit: what is dropped.
+    """
+
+    unit: ClassVar[str]
+
+    drop: Annotated[
+        int | float | None,
+        Field(description="how many to drop: a count, or a fraction of the source's, rounded down"),
+    ] = None
+    threshold: Annotated[
+        float | None,
+        Field(ge=-1, le=1, description="instead of drop: the cosine from which one is dropped"),
+    ] = None
+    most: Annotated[
+        int | float | None,
+        Field(
+            description="with threshold, at most so many: a count or a fraction; none: a quarter, "
+            "and one at least"
+        ),
+    ] = None
+
+    @field_validator("drop", "most", mode="before")
+    @classmethod
+    def _amount(cls, value: object) -> object:
+        return check_amount(value)
+
+    def whole(self, model: Model) -> int:
+        """How many there are."""
+        raise NotImplementedError
+
+    @property
+    def option(self) -> str:
+        """The option that limits how many may go."""
+        return "drop" if self.threshold is None else "most"
+
+    @property
+    def limit(self) -> float:
+        """As many as may go: a count, once it is `resolved`."""
+        limit = self.most if self.drop is None else self.drop
+        return 1 if limit is None else limit
+
+    def resolved(self, model: Model) -> Self:
+        """With counts in place of fractions of the source."""
+        whole = self.whole(model)
+        if self.drop is not None:
+            return self.model_copy(update={"drop": number(self.drop, whole)})
+        most = max(1, whole // 4) if self.most is None else number(self.most, whole)
+        return self.model_copy(update={"most": most})
+
+    def check(self, model: Model) -> None:
+        """Refuse both or neither of a number and a threshold, and to drop nothing, or everything.
+
+        Raises:
+            InputError: with the options of the pass.
+        """
+        name = name_of(self)
+        if (self.drop is None) == (self.threshold is None):
+            raise InputError(f"{name}: give drop (a count or a fraction) or threshold (a cosine)")
+        if self.threshold is None and self.most is not None:
+            raise InputError(f"{name}: most goes with threshold")
+        whole, count = self.whole(model), self.limit
+        if not 1 <= count < whole:
+            raise InputError(
+                f"{name}: {self.option} is {count} of {whole} {self.unit}s; at least 1 and at most "
+                f"{whole - 1}"
+            )
+
+    @property
+    def planned(self) -> int:
+        """How many go for sure: by threshold, one at least."""
+        return int(self.limit) if self.threshold is None else 1
+
+    def none_reaches(self, model: Model, highest: float) -> Outcome:
+        """Nothing was dropped: the highest cosine is below the threshold."""
+        reason = f"the highest cosine is {highest:.4f}, below the threshold {self.threshold}"
+        return Outcome(model, skipped={f"every {self.unit}": reason})

@@ -1,0 +1,248 @@
+"""What quantizing passes share: which tensor gets which scheme, and the check that it has it."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Literal, Self
+
+from pydantic import Field, field_validator
+
+from moe2edge.errors import InputError, Moe2EdgeError
+from moe2edge.model.layers import Weight, planned
+from moe2edge.model.model import Block, Model, is_low_rank
+from moe2edge.model.roles import selected
+from moe2edge.numerics.scheme import LOW_RANK, Scheme, largest_group_size
+from moe2edge.options import Options
+from moe2edge.pipeline.contract import Slim
+
+if TYPE_CHECKING:
+    from moe2edge.numerics.grid import Quantized
+
+Bits = Literal[2, 3, 4, 8]
+GroupSize = Literal[-1, 32, 64, 128]
+# How scales are chosen, as an option of passes.
+Scales = Annotated[
+    Literal["absmax", "mse"],
+    Field(description="of the whole range of a group, or of the range with the least error"),
+]
+
+
+class Rule(Options):
+    """Another scheme for some tensors. Of several rules that match, the first holds."""
+
+    match: Annotated[
+        str,
+        Field(description="regular expression, looked for in names on disk; none: every name"),
+    ] = ""
+    blocks: Annotated[
+        tuple[int, ...] | None,
+        Field(min_length=1, description="blocks, counted from 0, or from the end from -1"),
+    ] = None
+    bits: Annotated[
+        Literal[2, 3, 4, 8, 16], Field(description="per weight; 16 leaves the precision as it is")
+    ]
+    group_size: Annotated[
+        GroupSize | None, Field(description="inputs per scale; none: as the pass")
+    ] = None
+    symmetric: Annotated[bool | None, Field(description="none: as the pass")] = None
+
+    @field_validator("match")
+    @classmethod
+    def _compiles(cls, value: str) -> str:
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(f"a regular expression; {value!r} is none: {error}") from error
+        return value
+
+    def applies(self, name: str, block: int, count: int) -> bool:
+        """Whether it is about the tensor ``name`` of a block, of ``count`` blocks."""
+        inside = self.blocks is None or block in {n % count for n in self.blocks}
+        return inside and re.search(self.match, name) is not None
+
+
+class Quantize(Slim):
+    """A pass that rounds matrices to few bits.
+
+    Attributes:
+        bits: per weight.
+        group_size: inputs that share a scale.
+        symmetric: whether zero is the middle of the integers.
+        rules: other schemes for some tensors.
+        factors: bits of factors and linear maps.
+    """
+
+    bits: Annotated[Bits, Field(description="bits per weight")] = 4
+    group_size: Annotated[
+        GroupSize | None,
+        Field(
+            description="inputs per scale, -1: all of a row; none: the largest that divides every "
+            "width"
+        ),
+    ] = None
+    symmetric: Annotated[
+        bool, Field(description="the middle integer is zero; false: each group has a zero point")
+    ] = True
+    rules: Annotated[
+        tuple[Rule, ...],
+        Field(description="other schemes for some tensors; the first that matches"),
+    ] = ()
+    factors: Annotated[
+        Literal[8, 16],
+        Field(
+            description="bits of factors and linear maps of replaced experts, with a scale for "
+            "each row; 16 leaves them as they are"
+        ),
+    ] = 16
+
+    def schemes(self, model: Model) -> dict[str, Scheme]:
+        """Scheme of each tensor that is to be quantized, by name on disk."""
+        group = self._group(model)
+        found = {}
+        for name, block, _ in _matrices(model):
+            rule = self._rule(name, block, model)
+            if rule is None:
+                found[name] = Scheme(self.bits, group, self.symmetric)
+            elif rule.bits != 16:
+                symmetric = self.symmetric if rule.symmetric is None else rule.symmetric
+                found[name] = Scheme(rule.bits, rule.group_size or group, symmetric)
+        return found | dict.fromkeys(self._low_rank(model), LOW_RANK)
+
+    def _low_rank(self, model: Model) -> Iterator[str]:
+        """Names on disk of the factors and linear maps that are quantized."""
+        if self.factors != 16:
+            yield from (name for name, role, _ in model.tensors() if is_low_rank(role))
+
+    def alone(self, block: Block, how: Literal["absmax", "mse"]) -> dict[str, Quantized]:
+        """Factors and linear maps of a block, rounded to nearest, by role; none if they stay.
+
+        Args:
+            block: the block.
+            how: scales are chosen.
+        """
+        from moe2edge.numerics.rounding import round_to_nearest
+        from moe2edge.runtime.decoder_blocks import finite
+
+        if self.factors == 16:
+            return {}
+        low = {role: weight for role, weight in block.weights() if is_low_rank(role)}
+        return {role: round_to_nearest(finite(w), LOW_RANK, how) for role, w in low.items()}
+
+    def _group(self, model: Model) -> GroupSize:
+        """Group size of tensors to which no rule gives another one."""
+        if self.group_size is not None:
+            return self.group_size
+        widths = []
+        for name, block, weight in _matrices(model):
+            rule = self._rule(name, block, model)
+            if rule is None or (rule.bits != 16 and rule.group_size is None):
+                widths.append(weight.shape[1])
+        return largest_group_size(widths) if widths else 128
+
+    def _rule(self, name: str, block: Block, model: Model) -> Rule | None:
+        count = len(model.blocks)
+        return next((r for r in self.rules if r.applies(name, block.index, count)), None)
+
+    def resolved(self, model: Model) -> Self:
+        """With the group size of the whole source, whichever of its blocks stay."""
+        return self.model_copy(update={"group_size": self._group(model)})
+
+    def check(self, model: Model) -> None:
+        """Refuse a model that is quantized already, widths and rules that do not fit it."""
+        schemes = self.schemes(model)
+        if any(weight.scheme is not None for _, _, weight in model.tensors()):
+            raise InputError("the recipe quantizes twice; keep one of its quantizing passes")
+        for name, _, weight in _matrices(model):
+            group = schemes[name].width(weight.shape[1]) if name in schemes else 1
+            if weight.shape[1] % group:
+                raise InputError(
+                    f"group_size {group} does not divide the {weight.shape[1]} inputs of {name}; "
+                    f"leave group_size out, or choose a divisor"
+                )
+        if not schemes:
+            raise InputError("the rules leave nothing to quantize")
+        # Linear maps that were planned can all have become constants, for want of tokens or bytes.
+        if self.factors != 16 and not (model.substitutes or any(self._low_rank(model))):
+            raise InputError(
+                f"factors: {self.factors} is about factors and linear maps of replaced experts, "
+                "and the model has none; put expert_replace before it, or leave factors out"
+            )
+        self._check_rules(model)
+        for block in model.blocks:
+            _check_layer(block, model, schemes)
+
+    def _check_rules(self, model: Model) -> None:
+        """Refuse a rule that is about no tensor."""
+        count = len(model.blocks)
+        for rule in self.rules:
+            outside = [n for n in rule.blocks or () if not -count <= n < count]
+            if outside:
+                raise InputError(f"rule {_shown(rule)}: there is no block {outside[0]} of {count}")
+            if not any(self._rule(n, b, model) is rule for n, b, _ in _matrices(model)):
+                raise InputError(
+                    f"rule {_shown(rule)} is about no tensor, or rules before it take all that it "
+                    "is about; names are such as "
+                    f"{next(name for name, _, _ in _matrices(model))}"
+                )
+
+    def plan(self, model: Model) -> Model:
+        """The model with its scheme on every tensor that gets one."""
+        schemes = self.schemes(model)
+        for block in model.blocks:
+            new = {
+                role: planned(weight, scheme=schemes[name])
+                for role, weight in block.weights()
+                if (name := model.family.disk_name(block.index, role)) in schemes
+            }
+            model = model.replace_block(block.with_weights(new))
+        return model
+
+    def check_result(self, before: Model, after: Model) -> None:
+        """Prove that every tensor has the scheme that the options give it.
+
+        Raises:
+            Moe2EdgeError: one has not.
+        """
+        schemes = self.schemes(before)
+        for name, _, weight in after.tensors():
+            if weight.scheme != schemes.get(name):
+                raise Moe2EdgeError(
+                    f"{name} is {weight.scheme or weight.dtype}, expected "
+                    f"{schemes.get(name) or weight.dtype}"
+                )
+
+    def describe(self, model: Model) -> str:
+        """Schemes and how many matrices get them, with the mean of bits per weight."""
+        schemes = self.schemes(model)
+        parts = [f"{scheme}: {n} matrices" for scheme, n in Counter(schemes.values()).items()]
+        alone = sum(name not in schemes for name, _, _ in _matrices(model))
+        if alone:
+            parts.append(f"left alone by rule: {alone}")
+        weights = [w for _, _, w in self.plan(model).tensors() if w.scheme]
+        bits = 8 * sum(w.nbytes for w in weights) / sum(w.count for w in weights)
+        return f"{'; '.join(parts)}; {bits:.3f} bits/weight"
+
+
+def _matrices(model: Model) -> Iterator[tuple[str, Block, Weight]]:
+    """The tensors that slimming selects, by name on disk."""
+    for block in model.blocks:
+        for role, weight in selected(block):
+            yield model.family.disk_name(block.index, role), block, weight
+
+
+def _shown(rule: Rule) -> str:
+    return str(rule.model_dump(exclude_defaults=True))
+
+
+def _check_layer(block: Block, model: Model, schemes: Mapping[str, Scheme]) -> None:
+    """Refuse several schemes in one MoE layer, which no runtime takes."""
+    roles = [role for role, _ in selected(block) if role.startswith("experts.")]
+    found = {schemes.get(model.family.disk_name(block.index, role)) for role in roles}
+    if len(found) > 1:
+        raise InputError(
+            f"the rules give the experts of block {block.index} several schemes "
+            f"({', '.join(sorted(str(s or 'none') for s in found))}); runtimes hold the experts "
+            "of a layer in one"
+        )

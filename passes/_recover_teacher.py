@@ -1,0 +1,197 @@
+"""What the source says about a text: its most likely next tokens, kept on the disk.
+
+The source is walked over block by block, so that it is never in memory as a whole. Samples go in
+pieces; a piece that is there is not computed again.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from moe2edge.calibration import walk
+from moe2edge.errors import InputError
+from moe2edge.model.model import Model
+from moe2edge.progress import Watcher
+from moe2edge.runtime.memory import Memory
+from moe2edge.storage.safetensors_files import Planned, open_file, read_tensor, write_durably
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Of a piece. Each reads all blocks of the source once; hidden states of all its tokens are kept.
+PIECE_TOKENS = 1 << 15
+# Bytes of a kept token: its id as int32, its log-probability as float16.
+KEPT_NBYTES = 6
+# Probability that other tokens have together at least.
+LEAST = 1e-6
+
+
+def nbytes(samples: int, length: int, top: int) -> int:
+    """Bytes on the disk of what is kept of a text."""
+    return samples * (length - 1) * top * KEPT_NBYTES
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The most likely next tokens of every position but the last, by the source.
+
+    Attributes:
+        folder: where they are.
+        piece: samples in a file.
+    """
+
+    folder: Path
+    piece: int
+
+    @classmethod
+    def ask(
+        cls, source: Model, tokens: Tensor, top: int, folder: Path, watcher: Watcher, memory: Memory
+    ) -> Teacher:
+        """Compute what is not there yet.
+
+        Args:
+            source: the model that is asked.
+            tokens: int64 [samples, length].
+            top: tokens that are kept of each position.
+            folder: where to; of this text, source and ``top`` alone.
+            watcher: told about progress.
+            memory: what the walk may take.
+        """
+        piece = max(1, PIECE_TOKENS // tokens.shape[1])
+        made = cls(folder, piece)
+        told = False
+        for at in range(0, len(tokens), piece):
+            path, part = made._path(at), tokens[at : at + piece]
+            if _is_whole(path, (len(part), tokens.shape[1] - 1, top)):
+                continue
+            label = f"recover: the source on samples {at} to {at + len(part) - 1}"
+            begun = time.perf_counter()
+            hidden = walk.observe(source, part, (), watcher.advance, label, memory)
+            _write(path, source, hidden, top)
+            left = (len(tokens) - at) / len(part) - 1
+            if left > 0 and not told:
+                minutes = left * (time.perf_counter() - begun) / 60
+                watcher.log(f"recover: about {minutes:.1f} minutes to ask the source for the rest")
+                told = True
+        return made
+
+    def _path(self, sample: int) -> Path:
+        return self.folder / f"source-{sample // self.piece:05}.safetensors"
+
+    def read(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids int64 and log-probabilities float32 of some samples, [rows, length - 1, top]."""
+        ids, log_p = [], []
+        for row in rows.tolist():
+            path, at = self._path(row), row % self.piece
+            ids.append(read_tensor(path, "ids")[at].long())
+            log_p.append(read_tensor(path, "log_p")[at].float())
+        return torch.stack(ids), torch.stack(log_p)
+
+    def forget(self) -> None:
+        """Remove the files."""
+        for path in self.folder.glob("source-*"):
+            path.unlink()
+
+
+def _is_whole(path: Path, shape: tuple[int, ...]) -> bool:
+    """Whether a piece is there, with all that it should have."""
+    if not path.exists():
+        return False
+    try:
+        entries = open_file(path)
+    except InputError:  # cut short: it is made again
+        return False
+    return {name: entry.shape for name, entry in entries.items()} == {"ids": shape, "log_p": shape}
+
+
+def _write(path: Path, source: Model, hidden: Tensor, top: int) -> None:
+    """Keep the most likely tokens behind each position of some samples."""
+    samples, length, _ = hidden.shape
+    shape = (samples, length - 1, top)
+    ids = torch.empty(shape, dtype=torch.int32)
+    log_p = torch.empty(shape, dtype=torch.float16)
+    for n, logits in enumerate(walk.head_logits(source, hidden)):
+        best = logits[:-1].log_softmax(-1).topk(top)
+        ids[n], log_p[n] = best.indices.int(), best.values.half()
+    write_durably(
+        path, [Planned("ids", shape, "I32", lambda: ids), Planned("log_p", shape, "F16", log_p.cpu)]
+    )
+
+
+# ---- losses --------------------------------------------------------------------------------------
+
+
+def text_loss(ids: Tensor, logits: Tensor) -> Tensor:
+    """Mean cross-entropy of the next tokens, nats.
+
+    Args:
+        ids: int64 [samples, length].
+        logits: [samples, length, vocabulary].
+    """
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
+def distance(ids: Tensor, log_p: Tensor, logits: Tensor, *, bucket: bool = False) -> Tensor:
+    """Mean ``sum_v p(v) (log p(v) - log q(v))`` over positions, nats.
+
+    v goes over the source's most likely tokens only; p is the source's distribution over these,
+    scaled to sum to one, and q the student's over the whole vocabulary. With ``bucket`` p is not
+    scaled, and all other tokens together are one more v, for both.
+
+    Args:
+        ids: those tokens, int64 [samples, length - 1, top].
+        log_p: their log-probabilities by the source.
+        logits: of the student, [samples, length, vocabulary].
+        bucket: see above.
+    """
+    log_q = logits[:, :-1].log_softmax(-1).gather(-1, ids)
+    if bucket:
+        log_p, log_q = _with_others(log_p), _with_others(log_q)
+    else:
+        log_p = log_p.log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+
+
+def _with_others(logs: Tensor) -> Tensor:
+    """Log-probabilities of some tokens, and of all others together as one more."""
+    # In half precision those of a whole vocabulary may add up to more than one.
+    known = logs.exp().sum(-1, keepdim=True).clamp(max=1 - LEAST)
+    return torch.cat([logs, torch.log1p(-known)], -1)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimized: the text's cross-entropy, the distance from the source, or both.
+
+    Attributes:
+        teacher: what the source says; None: nobody is asked.
+        text_share: weight of the text's loss, that of the distance is the rest; without a teacher
+            it is all.
+        bucket: see `distance`.
+    """
+
+    teacher: Teacher | None = None
+    text_share: float = 1.0
+    bucket: bool = False
+
+    def __call__(self, rows: Tensor, ids: Tensor, logits: Tensor) -> Tensor:
+        """The loss of some samples.
+
+        Args:
+            rows: which they are, int64 [rows].
+            ids: the samples, int64 [rows, length].
+            logits: the student's, [rows, length, vocabulary].
+        """
+        if self.teacher is None:
+            return text_loss(ids, logits)
+        kept, log_p = (t.to(logits.device) for t in self.teacher.read(rows))
+        loss = distance(kept, log_p, logits, bucket=self.bucket)
+        if not self.text_share:
+            return loss
+        return self.text_share * text_loss(ids, logits) + (1 - self.text_share) * loss

@@ -1,0 +1,376 @@
+"""The work of replacing groups of experts by bases with factors: a walk, then numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import repeat
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from moe2edge.calibration import walk
+from moe2edge.errors import InputError, Moe2EdgeError
+from moe2edge.model.layers import (
+    DTYPE_BYTES,
+    PARTS,
+    Expert,
+    Factors,
+    Member,
+    MoELayer,
+    planned_like,
+)
+from moe2edge.model.model import Block, Model
+from moe2edge.numerics import base_sharing, expert_groups, low_rank, selection
+from moe2edge.pipeline.contract import Lab, Outcome
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moe2edge.calibration.observation import Seen
+
+# Of a matrix of every expert, that are looked at together.
+ROWS = 256
+
+
+def experts_nbytes(model: Model) -> int:
+    """Bytes of routed experts, and of what answers in their place."""
+    return sum(
+        weight.nbytes
+        for block, _ in model.moe_blocks
+        for role, weight in block.weights()
+        if role.startswith(("experts.", "members.", "substitutes."))
+    )
+
+
+def check_budget(before: Model, after: Model, budget: int, notes: list[str]) -> None:
+    """Prove that a budget was kept, and note what experts and what replaced them take.
+
+    Raises:
+        Moe2EdgeError: they take more.
+    """
+    whole, taken = experts_nbytes(before), experts_nbytes(after)
+    if taken > budget:
+        raise Moe2EdgeError(f"experts take {taken:,} bytes, more than the budget of {budget:,}")
+    notes.append(
+        f"experts and what replaced them take {taken:,} bytes of {whole:,} ({taken / whole:.1%})"
+    )
+
+
+def shared(block: Block, layer: MoELayer, groups: Sequence[Sequence[int]], rank: int) -> Block:
+    """The block whose groups of experts share a base each; of one, factors are all.
+
+    Numbers of bases and factors are not there yet; experts that stay come before bases.
+    """
+    gone = {j: n for n, own in enumerate(groups) for j in own}
+    based = [own for own in groups if len(own) > 1]
+    stay = [j for j in range(len(layer.experts)) if j not in gone]
+    experts = [layer.experts[j] for j in stay]
+    for own in based:
+        like = layer.experts[own[0]]
+        numbers = {
+            p: planned_like(
+                getattr(like, p),
+                f"{p} of base {like.origin} in block {block.origin}",
+                getattr(like, p).shape,
+            )
+            for p in PARTS
+        }
+        experts.append(Expert(**numbers, origin=like.origin))
+    members = []
+    for j, expert in enumerate(layer.experts):
+        if j not in gone:
+            members.append(Member(expert.origin, stay.index(j)))
+            continue
+        own = groups[gone[j]]
+        factors = {}
+        for part in PARTS if rank else ():
+            like = getattr(expert, part)
+            outs, ins = like.shape
+            name = f"of {part} of member {expert.origin} in block {block.origin}"
+            factors[part] = Factors(
+                planned_like(like, f"first factor {name}", (rank, ins)),
+                planned_like(like, f"second factor {name}", (outs, rank)),
+            )
+        base = len(stay) + based.index(own) if len(own) > 1 else None
+        members.append(Member(expert.origin, base, factors))
+    return replace(block, mlp=replace(layer, experts=tuple(experts), members=tuple(members)))
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """How much is shared: which experts of which layers go, in groups.
+
+    Attributes:
+        budget: bytes that experts may take, or a fraction of what they take.
+        rank: of the factors of a layer.
+        group: experts to a base; None: factors are all.
+    """
+
+    budget: float
+    rank: Callable[[MoELayer], int]
+    group: int | None
+
+    def costs(self, model: Model) -> list[base_sharing.Cost]:
+        """By MoE layer."""
+        return self._costs(model, [self.rank(layer) for _, layer in model.moe_blocks])
+
+    def _costs(self, model: Model, ranks: Iterable[int]) -> list[base_sharing.Cost]:
+        """Of factors of these ranks, by MoE layer."""
+        found = []
+        for (_, layer), rank in zip(model.moe_blocks, ranks, strict=False):
+            expert = layer.experts[0]
+            each = DTYPE_BYTES[expert.gate.dtype]
+            factors = 3 * each * rank * sum(expert.gate.shape)
+            found.append(base_sharing.Cost(each * expert.count, factors, self.group))
+        return found
+
+    def nbytes(self, model: Model) -> int:
+        """The budget in bytes."""
+        return selection.number(self.budget, experts_nbytes(model))
+
+    def check(self, model: Model) -> None:
+        """Refuse ranks and budgets that experts, and what replaces them, do not have.
+
+        Raises:
+            InputError: with what is possible.
+        """
+        if model.substitutes:
+            raise InputError(
+                f"expert_replace: {model.substitutes} experts have substitutes already, and what "
+                "shares a base does not go with them; use one kind in a recipe"
+            )
+        least_rank = 0 if self.group else 1
+        for block, layer in model.moe_blocks:
+            shape, rank = layer.experts[0].gate.shape, self.rank(layer)
+            if not least_rank <= rank <= min(shape):
+                raise InputError(
+                    f"expert_replace: rank {rank}, but the matrices of experts in block "
+                    f"{block.index} are {list(shape)}: from {least_rank} to {min(shape)}"
+                )
+        sizes = [len(layer.experts) - (self.group is None) for _, layer in model.moe_blocks]
+        whole, budget = experts_nbytes(model), self.nbytes(model)
+        least = whole - base_sharing.most_saved(self.costs(model), sizes)
+        if least == whole:
+            raise InputError(
+                f"expert_replace: with rank {self.rank(model.moe_blocks[0][1])} what replaces "
+                f"experts is no smaller than they are; choose {self._useful(model, sizes)}"
+            )
+        if budget < least:
+            how = f"group_size {self.group} and " if self.group else ""
+            raise InputError(
+                f"expert_replace: the budget is {budget:,} bytes of the {whole:,} that experts "
+                f"take, but with {how}rank {self.rank(model.moe_blocks[0][1])} they take {least:,} "
+                f"at least ({least / whole:.1%}); raise the budget"
+            )
+        if budget >= whole:
+            raise InputError(
+                f"expert_replace: the budget is {budget:,} bytes, and experts take {whole:,}; "
+                "nothing to do"
+            )
+
+    def _useful(self, model: Model, sizes: Sequence[int]) -> str:
+        """Which ranks save something, for people."""
+        highest = min(min(layer.experts[0].gate.shape) for _, layer in model.moe_blocks)
+        for rank in range(highest, -1, -1):
+            if base_sharing.most_saved(self._costs(model, repeat(rank)), sizes):
+                return f"a rank of at most {rank}"
+        return "with: linear, as there are too few experts to share anything"
+
+    def groupings(
+        self,
+        model: Model,
+        scores: Sequence[Sequence[float]],
+        factors: Sequence[float],
+        similar: Sequence[Tensor],
+    ) -> list[list[list[int]]]:
+        """Groups of experts that are replaced, by MoE layer; without bases, of one each.
+
+        Args:
+            model: the model.
+            scores: importance of experts, by layer.
+            factors: of the threshold, by layer.
+            similar: similarity of the experts of a layer, [E, E], by layer; without bases, nothing.
+        """
+        costs, ordered = self.costs(model), base_sharing.order(scores, factors)
+        if self.group is None:  # layers need one expert that stays
+            best = [max(range(len(own)), key=lambda j: (own[j], j)) for own in scores]
+            ordered = [(layer, expert) for layer, expert in ordered if expert != best[layer]]
+        chosen = base_sharing.choose(ordered, costs, experts_nbytes(model), self.nbytes(model))
+        if self.group is None:
+            return [[[j] for j in own] for own in chosen]
+        found = []
+        for own, cost, importance, alike in zip(chosen, costs, scores, similar, strict=True):
+            groups = expert_groups.group(own, importance, alike, cost.groups(len(own)))
+            # An expert that nobody joined stays what it is, which takes no more.
+            found.append([members for members in groups if len(members) > 1])
+        return found
+
+    def plan(self, model: Model) -> Model:
+        """Shapes, where the last experts of each layer go, in turns: nobody knows yet which."""
+        blocks = model.moe_blocks
+        last = [[float(len(m.experts) - n) for n in range(len(m.experts))] for _, m in blocks]
+        alike = [torch.zeros(len(own), len(own)) for own in last]
+        groupings = self.groupings(model, last, [1.0] * len(blocks), alike)
+        for (block, layer), groups in zip(blocks, groupings, strict=True):
+            if groups:
+                model = model.replace_block(shared(block, layer, groups, self.rank(layer)))
+        return model
+
+
+def similarity(
+    how: Literal["router", "weights", "random"],
+    block: Block,
+    layer: MoELayer,
+    logits: Tensor,
+    seed: int,
+) -> Tensor:
+    """Similarity of the experts of a layer, float64 [E, E].
+
+    Args:
+        how: by cosines of router logits or of weights, or at random.
+        block: the block.
+        layer: its layer.
+        logits: products of columns of router logits, [E, E].
+        seed: for random.
+    """
+    if how == "router":
+        return expert_groups.cosines(logits)
+    count = len(layer.experts)
+    if how == "random":
+        draw = torch.Generator().manual_seed(seed * 1_000_003 + block.origin)
+        return torch.rand(count, count, generator=draw, dtype=torch.float64)
+    gram = torch.zeros(count, count, dtype=torch.float64)
+    for part in PARTS:
+        # By rows, as all experts may not fit into memory at once.
+        weights = [getattr(expert, part) for expert in layer.experts]
+        for at in range(0, weights[0].shape[0], ROWS):
+            some = [weight.load()[at : at + ROWS].flatten() for weight in weights]
+            whole = torch.stack(some).float()
+            gram += (whole @ whole.T).double()
+    return expert_groups.cosines(gram)
+
+
+@dataclass
+class Builder:
+    """Builds bases and factors, block after block.
+
+    Attributes:
+        sharing: how much is shared.
+        lab: what there is at hand.
+        groups: experts that are replaced, by the index of their block.
+        importance: of all experts, likewise.
+        fitted: factors begin as the nearest to what is lacking; otherwise as zero.
+        seed: of factors that begin as zero.
+        changed, notes: for the report.
+    """
+
+    sharing: Sharing
+    lab: Lab
+    groups: Mapping[int, list[list[int]]]
+    importance: Mapping[int, list[float]]
+    fitted: bool
+    seed: int
+    changed: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    _grams: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+
+    def run(self) -> Outcome:
+        """The changed model."""
+        lab, model = self.lab, self.lab.model
+        if self._whitens:
+            model = walk.rewrite(
+                model,
+                lab.tokens,
+                self,
+                lab.watcher.advance,
+                "expert_replace",
+                lab.memory,
+                propagate=False,
+            )
+        else:
+            for block, _ in model.moe_blocks:
+                model = model.replace_block(self.change(block))
+        check_budget(lab.model, model, self.sharing.nbytes(lab.model), self.notes)
+        return Outcome(model, changed=tuple(self.changed), notes=tuple(self.notes))
+
+    @property
+    def _whitens(self) -> bool:
+        return self.fitted and any(
+            self.sharing.rank(layer) for _, layer in self.lab.model.moe_blocks
+        )
+
+    def see(self, seen: Seen) -> None:
+        """Sum up products of inputs of what will have factors, weighted by the gate."""
+        routing = seen.routing
+        if routing is None:
+            return
+        for own in self.groups[seen.block.index]:
+            for j in own:
+                token, place = torch.where(routing.ids == j)
+                x, gate = routing.inputs[token], routing.weights[token, place, None]
+                for name, inputs in (("outer", x), ("inner", seen.expert_hidden(j, x))):
+                    weighted = inputs * gate
+                    gram = self._grams.get((j, name))
+                    found = weighted.T @ weighted
+                    self._grams[j, name] = found if gram is None else gram.add_(found)
+
+    def change(self, block: Block) -> Block:
+        """The block with bases and factors."""
+        layer, groups = block.mlp, self.groups.get(block.index)
+        if not isinstance(layer, MoELayer) or not groups:
+            self._grams.clear()
+            return block
+        numbers: dict[str, Tensor] = {}
+        for part in PARTS:
+            self._part(block, layer, part, groups, numbers)
+        self._grams.clear()
+        origins = [[layer.experts[j].origin for j in own] for own in groups]
+        shown = ", ".join("+".join(map(str, own)) for own in origins)
+        self.changed.append(f"block {block.index}: experts {shown}")
+        return self.lab.store.put(shared(block, layer, groups, self.sharing.rank(layer)), numbers)
+
+    def _part(
+        self,
+        block: Block,
+        layer: MoELayer,
+        part: str,
+        groups: Sequence[Sequence[int]],
+        numbers: dict[str, Tensor],
+    ) -> None:
+        """Bases and factors of one of the three matrices."""
+        rank = self.sharing.rank(layer)
+        position = len(layer.experts) - sum(map(len, groups))
+        for own in groups:
+            weights = {j: getattr(layer.experts[j], part).load().float() for j in own}
+            base = torch.zeros_like(weights[own[0]])
+            if len(own) > 1:
+                shares = [self.importance[block.index][j] for j in own]
+                base = base_sharing.weighted_mean(list(weights.values()), shares)
+                numbers[f"experts.{position}.{part}"] = base
+                position += 1
+            for j in own if rank else ():
+                found = self._factors(block, j, part, weights[j] - base, rank)
+                numbers[f"members.{j}.{part}.first"], numbers[f"members.{j}.{part}.second"] = found
+
+    def _factors(
+        self, block: Block, j: int, part: str, lacking: Tensor, rank: int
+    ) -> tuple[Tensor, Tensor]:
+        if not self.fitted:
+            place = (self.seed, block.origin, j, PARTS.index(part))
+            seed = sum(n * 1_000_003**power for power, n in enumerate(reversed(place)))
+            draw = torch.Generator().manual_seed(seed % 2**63)
+            outs, ins = lacking.shape
+            return low_rank.untrained((outs, ins), rank, draw)
+        gram = self._grams[j, "inner" if part == "down" else "outer"]
+        return low_rank.low_rank(lacking, gram, rank)
+
+
+def nbytes(layer: MoELayer) -> int:
+    """Bytes of the products of inputs of all experts of a layer, and of one `low_rank` besides."""
+    width, hidden = layer.experts[0].gate.shape
+    # In float64: ridged products, their root, the matrix and what it is multiplied to; and the
+    # smaller Gram matrix with what LAPACK makes of it.
+    work = 2 * max(width, hidden) ** 2 + 3 * width * hidden + 3 * min(width, hidden) ** 2
+    added = 4 * max(width, hidden) ** 2  # products of one batch
+    return 4 * len(layer.experts) * (width**2 + hidden**2) + added + 8 * work

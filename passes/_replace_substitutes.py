@@ -1,0 +1,159 @@
+"""The work of replacing experts by constants and linear maps: sums in a walk, then fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from moe2edge.model.layers import DTYPE_BYTES, MoELayer, Substitute, Weight, planned_like
+from moe2edge.numerics import reduced_rank, selection
+from moe2edge.numerics.reduced_rank import Size, Sums
+from moe2edge.pipeline.work import Store
+
+if TYPE_CHECKING:
+    from moe2edge.calibration.observation import Seen
+    from moe2edge.model.model import Block
+    from moe2edge.numerics.reduced_rank import Fit
+
+# Of ranks that a budget chooses: formats pack so many numbers of 8 bits together.
+RANK_STEP = 4
+
+
+def substituted(block: Block, layer: MoELayer, ranks: Mapping[int, int]) -> Block:
+    """The block with substitutes of some ranks, by position, whose numbers are not there yet."""
+    hidden = layer.router.weight.shape[1]
+
+    def weight(name: str, *shape: int) -> Weight:
+        return planned_like(layer.experts[0].down, name, shape)
+
+    new = {}
+    for n, rank in ranks.items():
+        origin = layer.experts[n].origin
+        name = f"substitute of expert {origin} in block {block.origin}"
+        constant = weight(f"constant of the {name}", hidden)
+        if rank:
+            first = weight(f"first of the {name}", rank, hidden)
+            second = weight(f"second of the {name}", hidden, rank)
+            new[n] = Substitute(origin, constant, first, second)
+        else:
+            new[n] = Substitute(origin, constant)
+    return replace(block, mlp=layer.substitute(new))
+
+
+def size_of(layer: MoELayer) -> Size:
+    """Bytes of what an expert of a layer can become."""
+    expert = layer.experts[0]
+    each, hidden = DTYPE_BYTES[expert.down.dtype], expert.down.shape[0]
+    whole = sum(weight.nbytes for weight in (expert.gate, expert.up, expert.down))
+    return Size(whole, each * hidden, 2 * each * hidden)
+
+
+@dataclass
+class Fitter:
+    """Sums up what experts do, and replaces some; one layer at a time.
+
+    Attributes:
+        count: how many experts go, by the index of their block; None: see ``budget``.
+        rank: of the maps of a layer; 0 for constants.
+        budget: bytes that experts of a layer and what replaces them may take: who goes, and which
+            rank each gets, is chosen by the error that is left.
+        ridge: see `substitution.fit`.
+        min_tokens: an expert with fewer gets a constant.
+        store: keeps the numbers.
+        scores: of experts by the index of their block, the lowest go; None: those whose
+            substitutes leave the smallest error do.
+        changed, notes: for the report.
+    """
+
+    count: Mapping[int, int] | None
+    rank: Callable[[MoELayer], int]
+    ridge: float
+    min_tokens: int
+    store: Store
+    scores: Mapping[int, list[float]] | None
+    budget: Callable[[MoELayer], int] | None = None
+    changed: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    _sums: dict[int, Sums] = field(default_factory=dict)
+
+    def see(self, seen: Seen) -> None:
+        """Add one batch."""
+        import torch
+
+        layer, routing = seen.block.mlp, seen.routing
+        if not isinstance(layer, MoELayer) or routing is None:
+            return
+        for n in self._candidates(seen.block, layer):
+            if n not in self._sums:
+                maps = self.budget is not None or self.rank(layer) > 0
+                self._sums[n] = Sums(routing.inputs.shape[1], maps=maps)
+            token, place = torch.where(routing.ids == n)
+            if len(token):
+                inputs = routing.inputs[token]
+                outputs = seen.expert_output(n, inputs)
+                self._sums[n].add(inputs, outputs, routing.weights[token, place])
+
+    def _candidates(self, block: Block, layer: MoELayer) -> list[int]:
+        """Experts that may go."""
+        count = self.count[block.index] if self.count else len(layer.experts)
+        if not count:
+            return []
+        if self.scores is None:
+            return list(range(len(layer.experts)))
+        return sorted(selection.ranking(self.scores[block.index])[-count:])
+
+    def change(self, block: Block) -> Block:
+        """The block with substitutes."""
+        sums, self._sums = self._sums, {}
+        layer = block.mlp
+        if not isinstance(layer, MoELayer) or not sums:
+            return block
+        fits = self._fits(block.index, layer, sums)
+        gone = sorted(fits)
+        for n in gone:
+            if sums[n].tokens < self.min_tokens:
+                self.notes.append(
+                    f"block {block.index}: expert {layer.experts[n].origin} saw {sums[n].tokens} "
+                    f"tokens, fewer than {self.min_tokens}: a constant"
+                )
+        left = sum(fits[n].residual for n in gone)
+        whole = sum(sums[n].squares for n in gone)
+        origins = [layer.experts[n].origin for n in gone]
+        self.changed.append(f"block {block.index}: experts {origins}")
+        share = left / whole if whole else 0.0
+        self.notes.append(
+            f"block {block.index}: of what experts {origins} put out, {share:.1%} is missed"
+        )
+        changed = substituted(block, layer, {n: len(fits[n].first) for n in gone})
+        numbers = {}
+        for place, n in enumerate(gone):
+            found = fits[n]
+            numbers[f"substitutes.{place}.constant"] = found.constant.float()
+            if len(found.first):
+                numbers[f"substitutes.{place}.first"] = found.first.float()
+                numbers[f"substitutes.{place}.second"] = found.second.float()
+        return self.store.put(changed, numbers)
+
+    def _fits(self, index: int, layer: MoELayer, sums: Mapping[int, Sums]) -> dict[int, Fit]:
+        """What replaces those that go, by position."""
+        starved = {n for n, own in sums.items() if own.tokens < self.min_tokens}
+        if self.count is not None:
+            rank, count = self.rank(layer), self.count[index]
+            fits = {
+                n: reduced_rank.fit(own, 0 if n in starved else rank, self.ridge)
+                for n, own in sums.items()
+            }
+            least = sorted(fits, key=lambda n: (fits[n].residual, -n))[:count]
+            return {n: fits[n] for n in least}
+        assert self.budget is not None
+        found = {n: reduced_rank.gains(own, self.ridge) for n, own in sums.items()}
+        falls = [fall[:0] if n in starved else fall for n, (_, fall) in found.items()]
+        spreads = [spread for spread, _ in found.values()]
+        size, budget = size_of(layer), self.budget(layer)
+        ranks = reduced_rank.allocate(spreads, falls, size, budget, RANK_STEP)
+        return {
+            n: reduced_rank.fit(sums[n], rank, self.ridge)
+            for n, rank in zip(found, ranks, strict=True)
+            if rank is not None
+        }
