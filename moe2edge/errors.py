@@ -54,10 +54,10 @@ class Diverged(Moe2EdgeError):
     exit_code = 8
 
 
-def did_you_mean(kind: str, name: str, known: Iterable[str]) -> str:
+def suggest(kind: str, name: str, known: Iterable[str]) -> str:
     """Text for a name that is not known.
 
-    >>> did_you_mean("pass", "expert-drop", ["expert_drop", "gptq"])
+    >>> suggest("pass", "expert-drop", ["expert_drop", "gptq"])
     "unknown pass 'expert-drop': did you mean 'expert_drop'? Known: expert_drop, gptq"
     """
     known = sorted(known)

@@ -16,7 +16,7 @@ class Advance(Protocol):
 
 
 @dataclass(frozen=True)
-class Watcher:
+class Reporter:
     """Who is told about progress: lines, and work done of work to do."""
 
     log: Log

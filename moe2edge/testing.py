@@ -11,13 +11,13 @@ from moe2edge.model.family import FAMILIES
 from moe2edge.model.layers import PARTS, Weight
 from moe2edge.model.model import Block, Model
 from moe2edge.numerics.scheme import Scheme
-from moe2edge.storage.journal import Done
-from moe2edge.storage.solved_blocks import in_memory, rest_in_memory
+from moe2edge.storage.journal import BlockResult
+from moe2edge.storage.solved_blocks import attach_numbers, attach_rest_numbers
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moe2edge.calibration.observation import Seen
+    from moe2edge.calibration.observation import BlockTrace
     from moe2edge.numerics.grid import Quantized
 
 # make(family, **config changes) -> folder
@@ -99,7 +99,7 @@ def make_tokenizer(folder: Path) -> None:
     wrapped.save_pretrained(folder)
 
 
-def learnable_text(samples: int = 20, length: int = 32) -> Tensor:
+def make_learnable_text(samples: int = 20, length: int = 32) -> Tensor:
     """Samples in which a token mostly says what the next one is, int64 [samples, length]."""
     import torch
 
@@ -119,17 +119,17 @@ def quantize(model: Model, scheme: Scheme, choose: Callable[[str], bool] = lambd
         scheme: of the numbers.
         choose: says by its role whether a selected tensor is taken.
     """
-    from moe2edge.model.roles import selected
+    from moe2edge.model.roles import list_quantizable
     from moe2edge.numerics.rounding import round_to_nearest
 
     for block in model.blocks:
-        chosen = {role: weight for role, weight in selected(block) if choose(role)}
+        chosen = {role: weight for role, weight in list_quantizable(block) if choose(role)}
         numbers = {r: round_to_nearest(weight.load(), scheme) for r, weight in chosen.items()}
-        model = model.replace_block(in_memory(block, numbers))
+        model = model.replace_block(attach_numbers(block, numbers))
     return model
 
 
-def with_copies(model: Model, *, shuffled: bool) -> Model:
+def add_copies(model: Model, *, shuffled: bool) -> Model:
     """``model`` whose layers have their first expert six times, neurons in any order."""
     import torch
 
@@ -141,7 +141,7 @@ def with_copies(model: Model, *, shuffled: bool) -> Model:
         experts = []
         for one in layer.experts:
             order = torch.randperm(len(first.gate), generator=generator)
-            own = first.permuted(order) if shuffled else first
+            own = first.permute(order) if shuffled else first
             weights = {
                 part: replace(
                     getattr(one, part), load=lambda own=own, part=part: getattr(own, part)
@@ -176,7 +176,7 @@ def assert_cache_changes_nothing(model: Any, ids: Tensor) -> None:
     assert torch.equal(cached, model.generate(ids, use_cache=False, **greedy))
 
 
-def numbers_of(model: Model) -> dict[tuple[int | None, str], Tensor]:
+def read_all_numbers(model: Model) -> dict[tuple[int | None, str], Tensor]:
     """All tensors by block and role; outside of blocks by name."""
     found: dict[tuple[int | None, str], Tensor] = {}
     found |= {(None, name): w.load() for name, w in model.rest.items()}
@@ -184,17 +184,17 @@ def numbers_of(model: Model) -> dict[tuple[int | None, str], Tensor]:
     return found
 
 
-class Watched:
+class TraceRecorder:
     """Keeps what a walk over a model shows of each block."""
 
     def __init__(self) -> None:
-        self.seen: list[Seen] = []
+        self.seen: list[BlockTrace] = []
 
-    def see(self, seen: Seen) -> None:
+    def observe(self, trace: BlockTrace) -> None:
         """Keep a batch."""
-        self.seen.append(seen)
+        self.seen.append(trace)
 
-    def fact(self) -> list[Seen]:
+    def result(self) -> list[BlockTrace]:
         """All of them."""
         return self.seen
 
@@ -211,15 +211,15 @@ class InMemory:
 
     def put(self, block: Block, numbers: Mapping[str, Quantized | Tensor]) -> Block:
         """The block with handles on the numbers."""
-        return in_memory(block, numbers)
+        return attach_numbers(block, numbers)
 
     def put_rest(
         self, rest: Mapping[str, Weight], numbers: Mapping[str, Tensor]
     ) -> dict[str, Weight]:
         """All tensors outside of blocks, those with handles on the numbers that have some."""
-        return {**rest, **rest_in_memory(rest, numbers)}
+        return {**rest, **attach_rest_numbers(rest, numbers)}
 
-    def restore(self, block: Block) -> tuple[Block, Done] | None:
+    def restore(self, block: Block) -> tuple[Block, BlockResult] | None:
         """Nothing, as nothing was solved before."""
         return None
 
@@ -231,7 +231,7 @@ class InMemory:
         self,
         block: Block,
         numbers: Mapping[str, Quantized | Tensor],
-        done: Done,
+        done: BlockResult,
         hidden: Tensor | None,
     ) -> Block:
         """Keep the numbers and a copy of the stream."""

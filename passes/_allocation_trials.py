@@ -20,13 +20,13 @@ from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Block, Model
 from moe2edge.numerics import metrics, selection, subset_loss
 from moe2edge.numerics.allocation import Counts
-from moe2edge.numerics.metrics import Sums
-from moe2edge.numerics.subset_loss import Advance, prefix_errors
+from moe2edge.numerics.metrics import SampleSums
+from moe2edge.numerics.subset_loss import CountProgress, compute_prefix_errors
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moe2edge.calibration.observation import Seen
+    from moe2edge.calibration.observation import BlockTrace
 
 # Bytes of hidden states held at a time, where several allocations share a walk.
 STREAM_BYTES = 1 << 30
@@ -60,7 +60,7 @@ class Ranker:
         self._criterion, self._seed = criterion, seed
         self._floors, self._most = floors, most
         self._gatherer = Gatherer(tokens, most) if floors else None
-        self._observers = {kind: kind() for kind in criteria.observers(criterion)}
+        self._observers = {kind: kind() for kind in criteria.list_observers(criterion)}
         self._streams: list[Tensor] = []
 
     @property
@@ -68,28 +68,30 @@ class Ranker:
         """Whether there is anything to see."""
         return bool(self._observers) or self._gatherer is not None
 
-    def see(self, seen: Seen) -> None:
+    def observe(self, trace: BlockTrace) -> None:
         """Take in one batch."""
         for observer in self._observers.values():
-            observer.see(seen)
-        layer, index = seen.block.mlp, seen.block.index
+            observer.observe(trace)
+        layer, index = trace.block.mlp, trace.block.index
         if self._gatherer is None or not isinstance(layer, MoELayer):
             return
-        self._gatherer.see(seen)
-        self._streams.append(seen.outputs.flatten(0, -2).double().square().sum(-1))
+        self._gatherer.observe(trace)
+        self._streams.append(trace.outputs.flatten(0, -2).double().square().sum(-1))
         if self._gatherer.complete:
             streams, self._streams = torch.cat(self._streams), []
             streams = streams[subset_loss.spread(len(streams), self._most)]
-            order, evidence = self.ranking(seen.block), self._gatherer.take(layer)
-            self.errors[index] = prefix_errors(evidence, streams, order, self._floors[index])
+            order, evidence = self.ranking(trace.block), self._gatherer.take(layer)
+            self.errors[index] = compute_prefix_errors(
+                evidence, streams, order, self._floors[index]
+            )
 
     def ranking(self, block: Block) -> tuple[int, ...]:
         """Positions of the experts of a block that was seen, the best first."""
-        facts = Facts({kind: observer.fact() for kind, observer in self._observers.items()})
-        scores = criteria.scores(self._criterion, block, facts, self._seed)
-        return selection.ranking(scores)
+        facts = Facts({kind: observer.result() for kind, observer in self._observers.items()})
+        scores = criteria.score_experts(self._criterion, block, facts, self._seed)
+        return selection.rank_by_score(scores)
 
-    def fact(self) -> Mapping[int, list[float]]:
+    def result(self) -> Mapping[int, list[float]]:
         """The errors."""
         return self.errors
 
@@ -128,7 +130,7 @@ class Trimmer:
             return block
         return block.keep_experts(sorted(order[:count]), clamp_top_k=self.clamp_top_k)
 
-    def trimmed(self, counts: Counts) -> Model:
+    def trim(self, counts: Counts) -> Model:
         """The model under an allocation."""
         model = self.model
         for index, n in self.layers.items():
@@ -160,10 +162,10 @@ class Trial:
             self, source_hidden=self.source_hidden[:samples], tokens=self.tokens[:samples]
         )
 
-    def judge(self, tried: Sequence[Counts], advance: Advance) -> list[list[Sums]]:
+    def judge(self, tried: Sequence[Counts], advance: CountProgress) -> list[list[SampleSums]]:
         """What each allocation does on each sample."""
-        found: list[list[Sums]] = []
-        done, total = 0, block_runs(self.trimmer.model, tried, self.at_once)
+        found: list[list[SampleSums]] = []
+        done, total = 0, count_block_runs(self.trimmer.model, tried, self.at_once)
 
         def tell(steps: int) -> None:
             nonlocal done
@@ -178,7 +180,7 @@ class Trial:
     @property
     def at_once(self) -> int:
         """Allocations that share a walk; a block's inputs and outputs are held for all of them."""
-        return at_once(self.source_hidden.numel())
+        return count_at_once(self.source_hidden.numel())
 
     def _groups(self, tried: Sequence[Counts]) -> Iterator[Sequence[Counts]]:
         for at in range(0, len(tried), self.at_once):
@@ -199,16 +201,16 @@ class Trial:
             streams = longer
         return [streams[counts] for counts in tried]
 
-    def _compared(self, streams: Sequence[Tensor]) -> list[list[Sums]]:
+    def _compared(self, streams: Sequence[Tensor]) -> list[list[SampleSums]]:
         """Figures per stream and sample; logits of two models for one sample are in memory."""
-        found: list[list[Sums]] = [[] for _ in streams]
+        found: list[list[SampleSums]] = [[] for _ in streams]
         # Sample by sample, so that the head is read once and the source's logits made once.
         turns = (stream[n] for n in range(len(self.tokens)) for stream in streams)
-        mine = walk.head_logits(self.trimmer.model, turns)
-        theirs = walk.head_logits(self.source, self.source_hidden)
+        mine = walk.compute_logits(self.trimmer.model, turns)
+        theirs = walk.compute_logits(self.source, self.source_hidden)
         for row, expected in zip(self.tokens, theirs, strict=True):
             for sums in found:
-                sums.append(metrics.sums(row, next(mine), expected))
+                sums.append(metrics.sum_sample(row, next(mine), expected))
         return found
 
 
@@ -232,21 +234,21 @@ def _branches(
 def _through(runner: walk.BlockRunner, hidden: Tensor, tokens: Tensor) -> Tensor:
     """What a block makes of the stream ``hidden`` [samples, length, hidden], which stays."""
     out = torch.empty_like(hidden)
-    for part in walk.batches(tokens):
+    for part in walk.split_batches(tokens):
         out[part] = runner.run(hidden[part])
     return out
 
 
-def at_once(numbers: int) -> int:
+def count_at_once(numbers: int) -> int:
     """Allocations that share a walk where each holds ``numbers`` float32 before and after a block.
 
-    >>> at_once(64 * 512 * 2048), at_once(10**12)
+    >>> count_at_once(64 * 512 * 2048), count_at_once(10**12)
     (2, 1)
     """
     return max(1, STREAM_BYTES // (2 * 4 * numbers))
 
 
-def block_runs(model: Model, tried: Sequence[Counts], together: int) -> int:
+def count_block_runs(model: Model, tried: Sequence[Counts], together: int) -> int:
     """Blocks that `Trial.judge` runs over its tokens, ``together`` allocations in a walk."""
     return sum(
         len(prefixes)

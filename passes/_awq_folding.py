@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import SECOND_NORM, Block
-from moe2edge.model.roles import OUT, QKV, gated
+from moe2edge.model.roles import OUT, QKV, list_gated_mlps
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Place:
+class FoldingPlace:
     """Where scales fold: who divides, and who multiplies.
 
     Attributes:
@@ -49,29 +49,31 @@ class Place:
         return runs.repeat_interleave(self.copies, -2).flatten(-2)
 
 
-def places(block: Block, geometry: Geometry) -> Iterator[Place]:
+def find_folding_places(block: Block, geometry: Geometry) -> Iterator[FoldingPlace]:
     """All places of a block.
 
     A norm whose output is added to the stream is none, and values that are clipped are none.
     """
     roles = {role for role, _ in block.weights()}
-    yield Place(("norms.input_layernorm.weight",), tuple(role for role in QKV if role in roles))
+    yield FoldingPlace(
+        ("norms.input_layernorm.weight",), tuple(role for role in QKV if role in roles)
+    )
     if geometry.clip_qkv is None:
         values = ("attention.v_proj.weight", "attention.v_proj.bias")
         copies = geometry.heads // geometry.kv_heads
-        yield Place(
+        yield FoldingPlace(
             tuple(role for role in values if role in roles), (OUT,), geometry.kv_heads, copies
         )
     if block.mlp is None:
         return
-    kinds = [kind for kind, _ in gated(block)]
+    kinds = [kind for kind, _ in list_gated_mlps(block)]
     scorers = [role for role in ("router.weight", "shared.router") if role in roles]
     readers = [f"{kind}.{part}" for kind in kinds for part in ("gate", "up")]
-    yield Place((f"norms.{SECOND_NORM}",), (*scorers, *readers, *_small_readers(roles)))
+    yield FoldingPlace((f"norms.{SECOND_NORM}",), (*scorers, *readers, *_small_readers(roles)))
     members = block.mlp.members if isinstance(block.mlp, MoELayer) else ()
     for kind in kinds:
         own = [n for n, m in enumerate(members) if m.factors and kind == f"experts.{m.base}"]
-        yield Place(
+        yield FoldingPlace(
             (f"{kind}.up", *(f"members.{n}.up.second" for n in own)),
             (f"{kind}.down", *(f"members.{n}.down.first" for n in own)),
         )
@@ -100,7 +102,7 @@ class Folding:
     columns: dict[str, Tensor] = field(default_factory=dict)
     rows: dict[str, Tensor] = field(default_factory=dict)
 
-    def add(self, place: Place, scales: Tensor) -> None:
+    def add(self, place: FoldingPlace, scales: Tensor) -> None:
         """Fold ``scales`` [channels of producers] through a place; once per place."""
         self.columns |= dict.fromkeys(place.consumers, place.spread(scales))
         self.rows |= dict.fromkeys(place.producers, scales)

@@ -8,10 +8,10 @@ from pydantic import Field, field_validator
 
 from moe2edge.errors import InputError
 from moe2edge.model.model import Model
-from moe2edge.numerics.selection import number
+from moe2edge.numerics.selection import resolve_number
 from moe2edge.pipeline.checks import check_amount
 from moe2edge.pipeline.contract import Outcome, Trim
-from moe2edge.pipeline.registry import name_of
+from moe2edge.pipeline.registry import get_name
 
 
 class DropAlike(Trim):
@@ -55,16 +55,16 @@ class DropAlike(Trim):
 
     @property
     def limit(self) -> float:
-        """As many as may go: a count, once it is `resolved`."""
+        """As many as may go: a count, once it is `resolve`."""
         limit = self.most if self.drop is None else self.drop
         return 1 if limit is None else limit
 
-    def resolved(self, model: Model) -> Self:
+    def resolve(self, model: Model) -> Self:
         """With counts in place of fractions of the source."""
         whole = self.whole(model)
         if self.drop is not None:
-            return self.model_copy(update={"drop": number(self.drop, whole)})
-        most = max(1, whole // 4) if self.most is None else number(self.most, whole)
+            return self.model_copy(update={"drop": resolve_number(self.drop, whole)})
+        most = max(1, whole // 4) if self.most is None else resolve_number(self.most, whole)
         return self.model_copy(update={"most": most})
 
     def check(self, model: Model) -> None:
@@ -73,7 +73,7 @@ class DropAlike(Trim):
         Raises:
             InputError: with the options of the pass.
         """
-        name = name_of(self)
+        name = get_name(self)
         if (self.drop is None) == (self.threshold is None):
             raise InputError(f"{name}: give drop (a count or a fraction) or threshold (a cosine)")
         if self.threshold is None and self.most is not None:

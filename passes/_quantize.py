@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 from pydantic import Field, field_validator
 
 from moe2edge.errors import InputError, Moe2EdgeError
-from moe2edge.model.layers import Weight, planned
+from moe2edge.model.layers import Weight, plan_weight
 from moe2edge.model.model import Block, Model, is_low_rank
-from moe2edge.model.roles import selected
+from moe2edge.model.roles import list_quantizable
 from moe2edge.numerics.scheme import LOW_RANK, Scheme, largest_group_size
 from moe2edge.options import Options
 from moe2edge.pipeline.contract import Slim
@@ -29,7 +29,7 @@ Scales = Annotated[
 ]
 
 
-class Rule(Options):
+class SchemeRule(Options):
     """Another scheme for some tensors. Of several rules that match, the first holds."""
 
     match: Annotated[
@@ -86,7 +86,7 @@ class Quantize(Slim):
         bool, Field(description="the middle integer is zero; false: each group has a zero point")
     ] = True
     rules: Annotated[
-        tuple[Rule, ...],
+        tuple[SchemeRule, ...],
         Field(description="other schemes for some tensors; the first that matches"),
     ] = ()
     factors: Annotated[
@@ -123,12 +123,12 @@ class Quantize(Slim):
             how: scales are chosen.
         """
         from moe2edge.numerics.rounding import round_to_nearest
-        from moe2edge.runtime.decoder_blocks import finite
+        from moe2edge.runtime.decoder_blocks import load_finite
 
         if self.factors == 16:
             return {}
         low = {role: weight for role, weight in block.weights() if is_low_rank(role)}
-        return {role: round_to_nearest(finite(w), LOW_RANK, how) for role, w in low.items()}
+        return {role: round_to_nearest(load_finite(w), LOW_RANK, how) for role, w in low.items()}
 
     def _group(self, model: Model) -> GroupSize:
         """Group size of tensors to which no rule gives another one."""
@@ -141,11 +141,11 @@ class Quantize(Slim):
                 widths.append(weight.shape[1])
         return largest_group_size(widths) if widths else 128
 
-    def _rule(self, name: str, block: Block, model: Model) -> Rule | None:
+    def _rule(self, name: str, block: Block, model: Model) -> SchemeRule | None:
         count = len(model.blocks)
         return next((r for r in self.rules if r.applies(name, block.index, count)), None)
 
-    def resolved(self, model: Model) -> Self:
+    def resolve(self, model: Model) -> Self:
         """With the group size of the whole source, whichever of its blocks stay."""
         return self.model_copy(update={"group_size": self._group(model)})
 
@@ -192,7 +192,7 @@ class Quantize(Slim):
         schemes = self.schemes(model)
         for block in model.blocks:
             new = {
-                role: planned(weight, scheme=schemes[name])
+                role: plan_weight(weight, scheme=schemes[name])
                 for role, weight in block.weights()
                 if (name := model.family.disk_name(block.index, role)) in schemes
             }
@@ -228,17 +228,17 @@ class Quantize(Slim):
 def _matrices(model: Model) -> Iterator[tuple[str, Block, Weight]]:
     """The tensors that slimming selects, by name on disk."""
     for block in model.blocks:
-        for role, weight in selected(block):
+        for role, weight in list_quantizable(block):
             yield model.family.disk_name(block.index, role), block, weight
 
 
-def _shown(rule: Rule) -> str:
+def _shown(rule: SchemeRule) -> str:
     return str(rule.model_dump(exclude_defaults=True))
 
 
 def _check_layer(block: Block, model: Model, schemes: Mapping[str, Scheme]) -> None:
     """Refuse several schemes in one MoE layer, which no runtime takes."""
-    roles = [role for role, _ in selected(block) if role.startswith("experts.")]
+    roles = [role for role, _ in list_quantizable(block) if role.startswith("experts.")]
     found = {schemes.get(model.family.disk_name(block.index, role)) for role in roles}
     if len(found) > 1:
         raise InputError(

@@ -13,8 +13,8 @@ from moe2edge.errors import Moe2EdgeError
 from moe2edge.model.layers import PARTS, MoELayer
 from moe2edge.model.model import Block, Model
 from moe2edge.pipeline.work import Store
-from moe2edge.runtime.decoder_blocks import module_name
-from moe2edge.runtime.mixed_experts import experts_name
+from moe2edge.runtime.decoder_blocks import find_module_name
+from moe2edge.runtime.mixed_experts import find_experts_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +23,7 @@ SUBSTITUTES, MEMBERS = "mlp.experts.substitutes", "mlp.experts.members"
 
 
 @dataclass(frozen=True)
-class Place:
+class ParameterPlace:
     """What a parameter of a transformers model holds.
 
     Attributes:
@@ -37,33 +37,33 @@ class Place:
     roles: tuple[str, ...] = ()
 
 
-def places(model: Model) -> dict[str, Place]:
+def locate_parameters(model: Model) -> dict[str, ParameterPlace]:
     """Every parameter of the transformers model that `loading.to_transformers` makes, by name."""
-    found = {name: Place(None, name) for name in model.rest}
+    found = {name: ParameterPlace(None, name) for name in model.rest}
     for block in model.blocks:
-        for name, roles in parameters(block).items():
-            found[f"model.layers.{block.index}.{name}"] = Place(block.index, name, roles)
+        for name, roles in list_block_parameters(block).items():
+            found[f"model.layers.{block.index}.{name}"] = ParameterPlace(block.index, name, roles)
     return found
 
 
-def check(model: Model, names: Collection[str]) -> None:
+def check_parameters(model: Model, names: Collection[str]) -> None:
     """Prove that every parameter of the transformers model has its place.
 
     Raises:
         Moe2EdgeError: one has none, and would be left out of whatever is done to all.
     """
-    if strange := sorted(set(names) ^ set(places(model))):
+    if strange := sorted(set(names) ^ set(locate_parameters(model))):
         raise Moe2EdgeError(f"{strange[0]} of the transformers model has no place in ours")
 
 
-def parameters(block: Block) -> dict[str, tuple[str, ...]]:
+def list_block_parameters(block: Block) -> dict[str, tuple[str, ...]]:
     """Parameters of a block's decoder layer by name, with the roles of what each holds."""
     found: dict[str, tuple[str, ...]] = {}
     for role, _ in block.weights():
-        if name := module_name(role):
+        if name := find_module_name(role):
             found[name] = (role,)
     if isinstance(layer := block.mlp, MoELayer):
-        at, count = experts_name(layer), range(len(layer.experts))
+        at, count = find_experts_name(layer), range(len(layer.experts))
         both = tuple(f"experts.{n}.{part}" for n in count for part in ("gate", "up"))
         found[f"{at}.gate_up_proj"] = both
         found[f"{at}.down_proj"] = tuple(f"experts.{n}.down" for n in count)
@@ -80,9 +80,9 @@ def parameters(block: Block) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def by_role(block: Block, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def split_by_role(block: Block, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Numbers by role of some parameters of the block's decoder layer, by name."""
-    roles = parameters(block)
+    roles = list_block_parameters(block)
     found: dict[str, Tensor] = {}
     for name, numbers in state.items():
         pieces = _pieces(block, name, numbers)
@@ -95,9 +95,9 @@ def _pieces(block: Block, name: str, numbers: Tensor) -> list[Tensor]:
     layer, part = block.mlp, name.rpartition(".")[2]
     if not isinstance(layer, MoELayer):
         return [numbers]
-    if name == f"{experts_name(layer)}.gate_up_proj":
+    if name == f"{find_experts_name(layer)}.gate_up_proj":
         return [piece for expert in numbers for piece in expert.chunk(2)]
-    if name in (f"{experts_name(layer)}.down_proj", f"{SUBSTITUTES}.constants"):
+    if name in (f"{find_experts_name(layer)}.down_proj", f"{SUBSTITUTES}.constants"):
         return list(numbers)
     if name.startswith(MEMBERS):
         return list(numbers)
@@ -107,7 +107,7 @@ def _pieces(block: Block, name: str, numbers: Tensor) -> list[Tensor]:
     return [numbers]
 
 
-def selected(model: Model, wanted: Callable[[Block | None, str], bool]) -> list[str]:
+def select_parameters(model: Model, wanted: Callable[[Block | None, str], bool]) -> list[str]:
     """Names of the parameters all of whose tensors are wanted; those without numbers left out.
 
     Args:
@@ -115,7 +115,7 @@ def selected(model: Model, wanted: Callable[[Block | None, str], bool]) -> list[
         wanted: says so of a block and a role; outside of blocks of None and the name on disk.
     """
     found = []
-    for name, place in places(model).items():
+    for name, place in locate_parameters(model).items():
         if place.block is None:
             take = wanted(None, place.name)
         else:
@@ -126,12 +126,12 @@ def selected(model: Model, wanted: Callable[[Block | None, str], bool]) -> list[
     return found
 
 
-def with_numbers(model: Model, state: Mapping[str, Tensor], store: Store) -> Model:
+def attach_trained(model: Model, state: Mapping[str, Tensor], store: Store) -> Model:
     """The model with the numbers of some parameters of its transformers model, by their names.
 
     Each takes the dtype of what it replaces.
     """
-    known = places(model)
+    known = locate_parameters(model)
     rest = {known[name].name: t for name, t in state.items() if known[name].block is None}
     blocks: dict[int, dict[str, Tensor]] = {}
     for name, numbers in state.items():
@@ -139,5 +139,5 @@ def with_numbers(model: Model, state: Mapping[str, Tensor], store: Store) -> Mod
             blocks.setdefault(index, {})[known[name].name] = numbers
     for index, own in sorted(blocks.items()):
         block = model.blocks[index]
-        model = model.replace_block(store.put(block, by_role(block, own)))
+        model = model.replace_block(store.put(block, split_by_role(block, own)))
     return replace(model, rest=store.put_rest(model.rest, rest)) if rest else model

@@ -97,7 +97,9 @@ class States:
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
-            raise damaged(path, f"{where}: {first['msg']}" if where else first["msg"]) from error
+            raise describe_damage(
+                path, f"{where}: {first['msg']}" if where else first["msg"]
+            ) from error
 
     def load(self) -> Saved | None:
         """What was saved last; None if nothing was. What a kill left besides is removed.
@@ -146,12 +148,12 @@ class States:
         try:
             entries = open_file(path)
         except InputError as error:
-            raise damaged(path, str(error.__cause__).partition("\n")[0]) from error
+            raise describe_damage(path, str(error.__cause__).partition("\n")[0]) from error
         # A copy, as the file goes before the tensor does.
         return {name: read_tensor(path, name).clone() for name in entries}
 
 
-def damaged(path: Path, what: str) -> InputError:
+def describe_damage(path: Path, what: str) -> InputError:
     """What to say of a file that is not as it was written."""
     return InputError(f"{path} is damaged: {what}; begin the training anew with --resume never")
 

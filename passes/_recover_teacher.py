@@ -17,7 +17,7 @@ from torch import nn
 from moe2edge.calibration import walk
 from moe2edge.errors import InputError
 from moe2edge.model.model import Model
-from moe2edge.progress import Watcher
+from moe2edge.progress import Reporter
 from moe2edge.runtime.memory import Memory
 from moe2edge.storage.safetensors_files import Planned, open_file, read_tensor, write_durably
 
@@ -29,10 +29,10 @@ PIECE_TOKENS = 1 << 15
 # Bytes of a kept token: its id as int32, its log-probability as float16.
 KEPT_NBYTES = 6
 # Probability that other tokens have together at least.
-LEAST = 1e-6
+LEAST_PROBABILITY = 1e-6
 
 
-def nbytes(samples: int, length: int, top: int) -> int:
+def estimate_teacher_bytes(samples: int, length: int, top: int) -> int:
     """Bytes on the disk of what is kept of a text."""
     return samples * (length - 1) * top * KEPT_NBYTES
 
@@ -51,7 +51,13 @@ class Teacher:
 
     @classmethod
     def ask(
-        cls, source: Model, tokens: Tensor, top: int, folder: Path, watcher: Watcher, memory: Memory
+        cls,
+        source: Model,
+        tokens: Tensor,
+        top: int,
+        folder: Path,
+        reporter: Reporter,
+        memory: Memory,
     ) -> Teacher:
         """Compute what is not there yet.
 
@@ -72,12 +78,12 @@ class Teacher:
                 continue
             label = f"recover: the source on samples {at} to {at + len(part) - 1}"
             begun = time.perf_counter()
-            hidden = walk.observe(source, part, (), watcher.advance, label, memory)
+            hidden = walk.observe(source, part, (), reporter.advance, label, memory)
             _write(path, source, hidden, top)
             left = (len(tokens) - at) / len(part) - 1
             if left > 0 and not told:
                 minutes = left * (time.perf_counter() - begun) / 60
-                watcher.log(f"recover: about {minutes:.1f} minutes to ask the source for the rest")
+                reporter.log(f"recover: about {minutes:.1f} minutes to ask the source for the rest")
                 told = True
         return made
 
@@ -116,7 +122,7 @@ def _write(path: Path, source: Model, hidden: Tensor, top: int) -> None:
     shape = (samples, length - 1, top)
     ids = torch.empty(shape, dtype=torch.int32)
     log_p = torch.empty(shape, dtype=torch.float16)
-    for n, logits in enumerate(walk.head_logits(source, hidden)):
+    for n, logits in enumerate(walk.compute_logits(source, hidden)):
         best = logits[:-1].log_softmax(-1).topk(top)
         ids[n], log_p[n] = best.indices.int(), best.values.half()
     write_durably(
@@ -127,7 +133,7 @@ def _write(path: Path, source: Model, hidden: Tensor, top: int) -> None:
 # ---- losses --------------------------------------------------------------------------------------
 
 
-def text_loss(ids: Tensor, logits: Tensor) -> Tensor:
+def compute_text_loss(ids: Tensor, logits: Tensor) -> Tensor:
     """Mean cross-entropy of the next tokens, nats.
 
     Args:
@@ -137,7 +143,7 @@ def text_loss(ids: Tensor, logits: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
 
-def distance(ids: Tensor, log_p: Tensor, logits: Tensor, *, bucket: bool = False) -> Tensor:
+def compute_distance(ids: Tensor, log_p: Tensor, logits: Tensor, *, bucket: bool = False) -> Tensor:
     """Mean ``sum_v p(v) (log p(v) - log q(v))`` over positions, nats.
 
     v goes over the source's most likely tokens only; p is the source's distribution over these,
@@ -161,7 +167,7 @@ def distance(ids: Tensor, log_p: Tensor, logits: Tensor, *, bucket: bool = False
 def _with_others(logs: Tensor) -> Tensor:
     """Log-probabilities of some tokens, and of all others together as one more."""
     # In half precision those of a whole vocabulary may add up to more than one.
-    known = logs.exp().sum(-1, keepdim=True).clamp(max=1 - LEAST)
+    known = logs.exp().sum(-1, keepdim=True).clamp(max=1 - LEAST_PROBABILITY)
     return torch.cat([logs, torch.log1p(-known)], -1)
 
 
@@ -173,7 +179,7 @@ class Objective:
         teacher: what the source says; None: nobody is asked.
         text_share: weight of the text's loss, that of the distance is the rest; without a teacher
             it is all.
-        bucket: see `distance`.
+        bucket: see `compute_distance`.
     """
 
     teacher: Teacher | None = None
@@ -189,9 +195,9 @@ class Objective:
             logits: the student's, [rows, length, vocabulary].
         """
         if self.teacher is None:
-            return text_loss(ids, logits)
+            return compute_text_loss(ids, logits)
         kept, log_p = (t.to(logits.device) for t in self.teacher.read(rows))
-        loss = distance(kept, log_p, logits, bucket=self.bucket)
+        loss = compute_distance(kept, log_p, logits, bucket=self.bucket)
         if not self.text_share:
             return loss
-        return self.text_share * text_loss(ids, logits) + (1 - self.text_share) * loss
+        return self.text_share * compute_text_loss(ids, logits) + (1 - self.text_share) * loss

@@ -19,12 +19,12 @@ from torch import nn
 
 from moe2edge.errors import Diverged
 from moe2edge.numerics import metrics
-from moe2edge.passes._recover_state import Line, Progress, Saved, States, damaged
+from moe2edge.passes._recover_state import Line, Progress, Saved, States, describe_damage
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moe2edge.progress import Watcher
+    from moe2edge.progress import Reporter
 
 # Tokens in a forward pass; a larger batch is gone through in parts, whose gradients add up.
 TOKENS_AT_ONCE = 4096
@@ -32,7 +32,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
-class Settings:
+class TrainerSettings:
     """How to train.
 
     Attributes:
@@ -73,17 +73,17 @@ class Anneals(Protocol):
         ...
 
 
-def original_share(step: int, settings: Settings) -> float:
+def compute_original_share(step: int, settings: TrainerSettings) -> float:
     """The share of originals in the answers of those that share a base, from 1 down to 0."""
     if not settings.anneal:
         return 0.0
     return max(0.0, 1.0 - step / (settings.anneal * settings.steps))
 
 
-def rows_of(step: int, batch: int, count: int, seed: int) -> list[int]:
+def choose_rows(step: int, batch: int, count: int, seed: int) -> list[int]:
     """Which of ``count`` samples a step takes: all in turn, each time in another order.
 
-    >>> sorted(rows_of(0, 2, 4, 7) + rows_of(1, 2, 4, 7))
+    >>> sorted(choose_rows(0, 2, 4, 7) + choose_rows(1, 2, 4, 7))
     [0, 1, 2, 3]
     """
     found = []
@@ -128,16 +128,16 @@ class Trainer:
         tokens: Tensor,
         held_out: Tensor,
         loss: Callable[[Tensor, Tensor, Tensor], Tensor],
-        settings: Settings,
+        settings: TrainerSettings,
         states: States | None,
-        watcher: Watcher,
+        reporter: Reporter,
         annealed: Sequence[Anneals] = (),
     ) -> None:
         from transformers import get_cosine_schedule_with_warmup
 
         self._model, self._parameters, self._loss = model, parameters, loss
         self._tokens, self._held_out = tokens, held_out
-        self._settings, self._states, self._watcher = settings, states, watcher
+        self._settings, self._states, self._watcher = settings, states, reporter
         self._annealed = annealed
         for parameter in model.parameters():
             parameter.requires_grad_(False)
@@ -197,7 +197,7 @@ class Trainer:
 
     def _make_step(self) -> None:
         settings, step = self._settings, self._progress.step
-        self._share(share := original_share(step, settings))
+        self._share(share := compute_original_share(step, settings))
         if not share:
             for experts in self._annealed:
                 experts.forget_originals()
@@ -205,7 +205,7 @@ class Trainer:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._optimizer.zero_grad(set_to_none=True)
-        loss = self._backward(rows_of(step, settings.batch, len(self._tokens), settings.seed))
+        loss = self._backward(choose_rows(step, settings.batch, len(self._tokens), settings.seed))
         self._check("loss", loss)
         parameters = list(self._parameters.values())
         for parameter in parameters:
@@ -254,7 +254,7 @@ class Trainer:
     def _evaluate(self) -> None:
         """Look at held-out text, and keep the weights if they are the best so far."""
         progress, settings = self._progress, self._settings
-        if progress.step and original_share(progress.step, settings):
+        if progress.step and compute_original_share(progress.step, settings):
             return  # what is trained still leans on what will be gone
         self._share(0.0)
         perplexity = metrics.measure(self._held_out, self._held_out_logits(), None).perplexity
@@ -293,8 +293,8 @@ class Trainer:
         In an evaluation there is a forward pass alone, a third of a step for as many samples.
         """
         settings, step = self._settings, self._progress.step
-        rows = rows_of(step, settings.batch, len(self._tokens), settings.seed)
-        self._share(original_share(step, settings))
+        rows = choose_rows(step, settings.batch, len(self._tokens), settings.seed)
+        self._share(compute_original_share(step, settings))
         seconds = 0.0
         for _ in range(2):  # in the first one memory is found
             begun = time.perf_counter()
@@ -355,7 +355,7 @@ class Trainer:
             found = {name: tensor.shape for name, tensor in getattr(saved, stem).items()}
             if found and found != wanted:
                 odd = next(n for n in {**wanted, **found} if wanted.get(n) != found.get(n))
-                raise damaged(
+                raise describe_damage(
                     self._states.folder / f"{stem}-*.safetensors",
                     f"it has {odd} as {_shape(found.get(odd))}, expected {_shape(wanted.get(odd))}",
                 )
@@ -367,9 +367,9 @@ def _shape(shape: Sequence[int] | None) -> str:
 
 def _parts(rows: Tensor, length: int) -> tuple[Tensor, ...]:
     """Rows in parts of about `TOKENS_AT_ONCE` tokens."""
-    return torch.split(rows, samples_at_once(length))
+    return torch.split(rows, count_samples_at_once(length))
 
 
-def samples_at_once(length: int) -> int:
+def count_samples_at_once(length: int) -> int:
     """Samples of a length in one forward pass."""
     return max(1, TOKENS_AT_ONCE // length)

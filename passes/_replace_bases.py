@@ -18,22 +18,22 @@ from moe2edge.model.layers import (
     Factors,
     Member,
     MoELayer,
-    planned_like,
+    plan_weight_like,
 )
 from moe2edge.model.model import Block, Model
 from moe2edge.numerics import base_sharing, expert_groups, low_rank, selection
-from moe2edge.pipeline.contract import Lab, Outcome
+from moe2edge.pipeline.contract import Outcome, PassContext
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moe2edge.calibration.observation import Seen
+    from moe2edge.calibration.observation import BlockTrace
 
 # Of a matrix of every expert, that are looked at together.
-ROWS = 256
+ROWS_PER_CHUNK = 256
 
 
-def experts_nbytes(model: Model) -> int:
+def count_expert_bytes(model: Model) -> int:
     """Bytes of routed experts, and of what answers in their place."""
     return sum(
         weight.nbytes
@@ -49,7 +49,7 @@ def check_budget(before: Model, after: Model, budget: int, notes: list[str]) -> 
     Raises:
         Moe2EdgeError: they take more.
     """
-    whole, taken = experts_nbytes(before), experts_nbytes(after)
+    whole, taken = count_expert_bytes(before), count_expert_bytes(after)
     if taken > budget:
         raise Moe2EdgeError(f"experts take {taken:,} bytes, more than the budget of {budget:,}")
     notes.append(
@@ -57,7 +57,7 @@ def check_budget(before: Model, after: Model, budget: int, notes: list[str]) -> 
     )
 
 
-def shared(block: Block, layer: MoELayer, groups: Sequence[Sequence[int]], rank: int) -> Block:
+def share_bases(block: Block, layer: MoELayer, groups: Sequence[Sequence[int]], rank: int) -> Block:
     """The block whose groups of experts share a base each; of one, factors are all.
 
     Numbers of bases and factors are not there yet; experts that stay come before bases.
@@ -69,7 +69,7 @@ def shared(block: Block, layer: MoELayer, groups: Sequence[Sequence[int]], rank:
     for own in based:
         like = layer.experts[own[0]]
         numbers = {
-            p: planned_like(
+            p: plan_weight_like(
                 getattr(like, p),
                 f"{p} of base {like.origin} in block {block.origin}",
                 getattr(like, p).shape,
@@ -89,8 +89,8 @@ def shared(block: Block, layer: MoELayer, groups: Sequence[Sequence[int]], rank:
             outs, ins = like.shape
             name = f"of {part} of member {expert.origin} in block {block.origin}"
             factors[part] = Factors(
-                planned_like(like, f"first factor {name}", (rank, ins)),
-                planned_like(like, f"second factor {name}", (outs, rank)),
+                plan_weight_like(like, f"first factor {name}", (rank, ins)),
+                plan_weight_like(like, f"second factor {name}", (outs, rank)),
             )
         base = len(stay) + based.index(own) if len(own) > 1 else None
         members.append(Member(expert.origin, base, factors))
@@ -111,23 +111,23 @@ class Sharing:
     rank: Callable[[MoELayer], int]
     group: int | None
 
-    def costs(self, model: Model) -> list[base_sharing.Cost]:
+    def costs(self, model: Model) -> list[base_sharing.SharingCost]:
         """By MoE layer."""
         return self._costs(model, [self.rank(layer) for _, layer in model.moe_blocks])
 
-    def _costs(self, model: Model, ranks: Iterable[int]) -> list[base_sharing.Cost]:
+    def _costs(self, model: Model, ranks: Iterable[int]) -> list[base_sharing.SharingCost]:
         """Of factors of these ranks, by MoE layer."""
         found = []
         for (_, layer), rank in zip(model.moe_blocks, ranks, strict=False):
             expert = layer.experts[0]
             each = DTYPE_BYTES[expert.gate.dtype]
             factors = 3 * each * rank * sum(expert.gate.shape)
-            found.append(base_sharing.Cost(each * expert.count, factors, self.group))
+            found.append(base_sharing.SharingCost(each * expert.count, factors, self.group))
         return found
 
     def nbytes(self, model: Model) -> int:
         """The budget in bytes."""
-        return selection.number(self.budget, experts_nbytes(model))
+        return selection.resolve_number(self.budget, count_expert_bytes(model))
 
     def check(self, model: Model) -> None:
         """Refuse ranks and budgets that experts, and what replaces them, do not have.
@@ -149,8 +149,8 @@ class Sharing:
                     f"{block.index} are {list(shape)}: from {least_rank} to {min(shape)}"
                 )
         sizes = [len(layer.experts) - (self.group is None) for _, layer in model.moe_blocks]
-        whole, budget = experts_nbytes(model), self.nbytes(model)
-        least = whole - base_sharing.most_saved(self.costs(model), sizes)
+        whole, budget = count_expert_bytes(model), self.nbytes(model)
+        least = whole - base_sharing.compute_most_saved(self.costs(model), sizes)
         if least == whole:
             raise InputError(
                 f"expert_replace: with rank {self.rank(model.moe_blocks[0][1])} what replaces "
@@ -173,7 +173,7 @@ class Sharing:
         """Which ranks save something, for people."""
         highest = min(min(layer.experts[0].gate.shape) for _, layer in model.moe_blocks)
         for rank in range(highest, -1, -1):
-            if base_sharing.most_saved(self._costs(model, repeat(rank)), sizes):
+            if base_sharing.compute_most_saved(self._costs(model, repeat(rank)), sizes):
                 return f"a rank of at most {rank}"
         return "with: linear, as there are too few experts to share anything"
 
@@ -192,16 +192,20 @@ class Sharing:
             factors: of the threshold, by layer.
             similar: similarity of the experts of a layer, [E, E], by layer; without bases, nothing.
         """
-        costs, ordered = self.costs(model), base_sharing.order(scores, factors)
+        costs, ordered = self.costs(model), base_sharing.order_candidates(scores, factors)
         if self.group is None:  # layers need one expert that stays
             best = [max(range(len(own)), key=lambda j: (own[j], j)) for own in scores]
             ordered = [(layer, expert) for layer, expert in ordered if expert != best[layer]]
-        chosen = base_sharing.choose(ordered, costs, experts_nbytes(model), self.nbytes(model))
+        chosen = base_sharing.choose_replaced(
+            ordered, costs, count_expert_bytes(model), self.nbytes(model)
+        )
         if self.group is None:
             return [[[j] for j in own] for own in chosen]
         found = []
         for own, cost, importance, alike in zip(chosen, costs, scores, similar, strict=True):
-            groups = expert_groups.group(own, importance, alike, cost.groups(len(own)))
+            groups = expert_groups.group_by_similarity(
+                own, importance, alike, cost.groups(len(own))
+            )
             # An expert that nobody joined stays what it is, which takes no more.
             found.append([members for members in groups if len(members) > 1])
         return found
@@ -214,11 +218,11 @@ class Sharing:
         groupings = self.groupings(model, last, [1.0] * len(blocks), alike)
         for (block, layer), groups in zip(blocks, groupings, strict=True):
             if groups:
-                model = model.replace_block(shared(block, layer, groups, self.rank(layer)))
+                model = model.replace_block(share_bases(block, layer, groups, self.rank(layer)))
         return model
 
 
-def similarity(
+def compute_similarity(
     how: Literal["router", "weights", "random"],
     block: Block,
     layer: MoELayer,
@@ -235,7 +239,7 @@ def similarity(
         seed: for random.
     """
     if how == "router":
-        return expert_groups.cosines(logits)
+        return expert_groups.compute_cosines(logits)
     count = len(layer.experts)
     if how == "random":
         draw = torch.Generator().manual_seed(seed * 1_000_003 + block.origin)
@@ -244,11 +248,11 @@ def similarity(
     for part in PARTS:
         # By rows, as all experts may not fit into memory at once.
         weights = [getattr(expert, part) for expert in layer.experts]
-        for at in range(0, weights[0].shape[0], ROWS):
-            some = [weight.load()[at : at + ROWS].flatten() for weight in weights]
+        for at in range(0, weights[0].shape[0], ROWS_PER_CHUNK):
+            some = [weight.load()[at : at + ROWS_PER_CHUNK].flatten() for weight in weights]
             whole = torch.stack(some).float()
             gram += (whole @ whole.T).double()
-    return expert_groups.cosines(gram)
+    return expert_groups.compute_cosines(gram)
 
 
 @dataclass
@@ -266,7 +270,7 @@ class Builder:
     """
 
     sharing: Sharing
-    lab: Lab
+    context: PassContext
     groups: Mapping[int, list[list[int]]]
     importance: Mapping[int, list[float]]
     fitted: bool
@@ -277,39 +281,39 @@ class Builder:
 
     def run(self) -> Outcome:
         """The changed model."""
-        lab, model = self.lab, self.lab.model
+        context, model = self.context, self.context.model
         if self._whitens:
             model = walk.rewrite(
                 model,
-                lab.tokens,
+                context.tokens,
                 self,
-                lab.watcher.advance,
+                context.reporter.advance,
                 "expert_replace",
-                lab.memory,
+                context.memory,
                 propagate=False,
             )
         else:
             for block, _ in model.moe_blocks:
                 model = model.replace_block(self.change(block))
-        check_budget(lab.model, model, self.sharing.nbytes(lab.model), self.notes)
+        check_budget(context.model, model, self.sharing.nbytes(context.model), self.notes)
         return Outcome(model, changed=tuple(self.changed), notes=tuple(self.notes))
 
     @property
     def _whitens(self) -> bool:
         return self.fitted and any(
-            self.sharing.rank(layer) for _, layer in self.lab.model.moe_blocks
+            self.sharing.rank(layer) for _, layer in self.context.model.moe_blocks
         )
 
-    def see(self, seen: Seen) -> None:
+    def observe(self, trace: BlockTrace) -> None:
         """Sum up products of inputs of what will have factors, weighted by the gate."""
-        routing = seen.routing
+        routing = trace.routing
         if routing is None:
             return
-        for own in self.groups[seen.block.index]:
+        for own in self.groups[trace.block.index]:
             for j in own:
                 token, place = torch.where(routing.ids == j)
                 x, gate = routing.inputs[token], routing.weights[token, place, None]
-                for name, inputs in (("outer", x), ("inner", seen.expert_hidden(j, x))):
+                for name, inputs in (("outer", x), ("inner", trace.expert_hidden(j, x))):
                     weighted = inputs * gate
                     gram = self._grams.get((j, name))
                     found = weighted.T @ weighted
@@ -328,7 +332,9 @@ class Builder:
         origins = [[layer.experts[j].origin for j in own] for own in groups]
         shown = ", ".join("+".join(map(str, own)) for own in origins)
         self.changed.append(f"block {block.index}: experts {shown}")
-        return self.lab.store.put(shared(block, layer, groups, self.sharing.rank(layer)), numbers)
+        return self.context.store.put(
+            share_bases(block, layer, groups, self.sharing.rank(layer)), numbers
+        )
 
     def _part(
         self,
@@ -346,7 +352,7 @@ class Builder:
             base = torch.zeros_like(weights[own[0]])
             if len(own) > 1:
                 shares = [self.importance[block.index][j] for j in own]
-                base = base_sharing.weighted_mean(list(weights.values()), shares)
+                base = base_sharing.average_matrices(list(weights.values()), shares)
                 numbers[f"experts.{position}.{part}"] = base
                 position += 1
             for j in own if rank else ():
@@ -361,12 +367,12 @@ class Builder:
             seed = sum(n * 1_000_003**power for power, n in enumerate(reversed(place)))
             draw = torch.Generator().manual_seed(seed % 2**63)
             outs, ins = lacking.shape
-            return low_rank.untrained((outs, ins), rank, draw)
+            return low_rank.make_zero_factors((outs, ins), rank, draw)
         gram = self._grams[j, "inner" if part == "down" else "outer"]
-        return low_rank.low_rank(lacking, gram, rank)
+        return low_rank.factorize_low_rank(lacking, gram, rank)
 
 
-def nbytes(layer: MoELayer) -> int:
+def estimate_product_bytes(layer: MoELayer) -> int:
     """Bytes of the products of inputs of all experts of a layer, and of one `low_rank` besides."""
     width, hidden = layer.experts[0].gate.shape
     # In float64: ridged products, their root, the matrix and what it is multiplied to; and the

@@ -6,26 +6,26 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from moe2edge.model.layers import DTYPE_BYTES, MoELayer, Substitute, Weight, planned_like
+from moe2edge.model.layers import DTYPE_BYTES, MoELayer, Substitute, Weight, plan_weight_like
 from moe2edge.numerics import reduced_rank, selection
-from moe2edge.numerics.reduced_rank import Size, Sums
+from moe2edge.numerics.reduced_rank import RegressionSums, Size
 from moe2edge.pipeline.work import Store
 
 if TYPE_CHECKING:
-    from moe2edge.calibration.observation import Seen
+    from moe2edge.calibration.observation import BlockTrace
     from moe2edge.model.model import Block
-    from moe2edge.numerics.reduced_rank import Fit
+    from moe2edge.numerics.reduced_rank import ReducedRankFit
 
 # Of ranks that a budget chooses: formats pack so many numbers of 8 bits together.
 RANK_STEP = 4
 
 
-def substituted(block: Block, layer: MoELayer, ranks: Mapping[int, int]) -> Block:
+def plan_replacements(block: Block, layer: MoELayer, ranks: Mapping[int, int]) -> Block:
     """The block with substitutes of some ranks, by position, whose numbers are not there yet."""
     hidden = layer.router.weight.shape[1]
 
     def weight(name: str, *shape: int) -> Weight:
-        return planned_like(layer.experts[0].down, name, shape)
+        return plan_weight_like(layer.experts[0].down, name, shape)
 
     new = {}
     for n, rank in ranks.items():
@@ -41,7 +41,7 @@ def substituted(block: Block, layer: MoELayer, ranks: Mapping[int, int]) -> Bloc
     return replace(block, mlp=layer.substitute(new))
 
 
-def size_of(layer: MoELayer) -> Size:
+def estimate_size(layer: MoELayer) -> Size:
     """Bytes of what an expert of a layer can become."""
     expert = layer.experts[0]
     each, hidden = DTYPE_BYTES[expert.down.dtype], expert.down.shape[0]
@@ -75,23 +75,23 @@ class Fitter:
     budget: Callable[[MoELayer], int] | None = None
     changed: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    _sums: dict[int, Sums] = field(default_factory=dict)
+    _sums: dict[int, RegressionSums] = field(default_factory=dict)
 
-    def see(self, seen: Seen) -> None:
+    def observe(self, trace: BlockTrace) -> None:
         """Add one batch."""
         import torch
 
-        layer, routing = seen.block.mlp, seen.routing
+        layer, routing = trace.block.mlp, trace.routing
         if not isinstance(layer, MoELayer) or routing is None:
             return
-        for n in self._candidates(seen.block, layer):
+        for n in self._candidates(trace.block, layer):
             if n not in self._sums:
                 maps = self.budget is not None or self.rank(layer) > 0
-                self._sums[n] = Sums(routing.inputs.shape[1], maps=maps)
+                self._sums[n] = RegressionSums(routing.inputs.shape[1], maps=maps)
             token, place = torch.where(routing.ids == n)
             if len(token):
                 inputs = routing.inputs[token]
-                outputs = seen.expert_output(n, inputs)
+                outputs = trace.expert_output(n, inputs)
                 self._sums[n].add(inputs, outputs, routing.weights[token, place])
 
     def _candidates(self, block: Block, layer: MoELayer) -> list[int]:
@@ -101,7 +101,7 @@ class Fitter:
             return []
         if self.scores is None:
             return list(range(len(layer.experts)))
-        return sorted(selection.ranking(self.scores[block.index])[-count:])
+        return sorted(selection.rank_by_score(self.scores[block.index])[-count:])
 
     def change(self, block: Block) -> Block:
         """The block with substitutes."""
@@ -125,7 +125,7 @@ class Fitter:
         self.notes.append(
             f"block {block.index}: of what experts {origins} put out, {share:.1%} is missed"
         )
-        changed = substituted(block, layer, {n: len(fits[n].first) for n in gone})
+        changed = plan_replacements(block, layer, {n: len(fits[n].first) for n in gone})
         numbers = {}
         for place, n in enumerate(gone):
             found = fits[n]
@@ -135,25 +135,27 @@ class Fitter:
                 numbers[f"substitutes.{place}.second"] = found.second.float()
         return self.store.put(changed, numbers)
 
-    def _fits(self, index: int, layer: MoELayer, sums: Mapping[int, Sums]) -> dict[int, Fit]:
+    def _fits(
+        self, index: int, layer: MoELayer, sums: Mapping[int, RegressionSums]
+    ) -> dict[int, ReducedRankFit]:
         """What replaces those that go, by position."""
         starved = {n for n, own in sums.items() if own.tokens < self.min_tokens}
         if self.count is not None:
             rank, count = self.rank(layer), self.count[index]
             fits = {
-                n: reduced_rank.fit(own, 0 if n in starved else rank, self.ridge)
+                n: reduced_rank.fit_reduced_rank(own, 0 if n in starved else rank, self.ridge)
                 for n, own in sums.items()
             }
             least = sorted(fits, key=lambda n: (fits[n].residual, -n))[:count]
             return {n: fits[n] for n in least}
         assert self.budget is not None
-        found = {n: reduced_rank.gains(own, self.ridge) for n, own in sums.items()}
+        found = {n: reduced_rank.compute_gains(own, self.ridge) for n, own in sums.items()}
         falls = [fall[:0] if n in starved else fall for n, (_, fall) in found.items()]
         spreads = [spread for spread, _ in found.values()]
-        size, budget = size_of(layer), self.budget(layer)
-        ranks = reduced_rank.allocate(spreads, falls, size, budget, RANK_STEP)
+        size, budget = estimate_size(layer), self.budget(layer)
+        ranks = reduced_rank.allocate_ranks(spreads, falls, size, budget, RANK_STEP)
         return {
-            n: reduced_rank.fit(sums[n], rank, self.ridge)
+            n: reduced_rank.fit_reduced_rank(sums[n], rank, self.ridge)
             for n, rank in zip(found, ranks, strict=True)
             if rank is not None
         }

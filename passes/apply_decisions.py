@@ -35,12 +35,12 @@ class ApplyDecisions(Trim):
         str | None, Field(description="digest of the file; filled in when the recipe is resolved")
     ] = None
 
-    def resolved(self, model: Model) -> Self:
+    def resolve(self, model: Model) -> Self:
         """With the digest of the file, so that the recipe says which one it was."""
         return self.model_copy(update={"sha256": self._read()[1]})
 
     def _read(self) -> tuple[decisions.Decisions, str]:
-        return decisions.read(Path(self.file), self.sha256)
+        return decisions.read_decisions(Path(self.file), self.sha256)
 
     def check_source(self, sha256: Callable[[], str]) -> None:
         """Refuse another model than the one that the decisions are about, unless that is asked for.
@@ -61,16 +61,18 @@ class ApplyDecisions(Trim):
     def check(self, model: Model) -> None:
         """Refuse a model of another shape, and decisions that change nothing."""
         refuse_replaced("apply_decisions", model)
-        if decisions.decided(self.plan(model)) == decisions.decided(model):
+        if decisions.describe_blocks(self.plan(model)) == decisions.describe_blocks(model):
             raise InputError(f"apply_decisions: {self.file} keeps everything; nothing to do")
 
     def plan(self, model: Model) -> Model:
         """The result itself: all of it is known."""
-        return decisions.apply(self._read()[0], model)
+        return decisions.carry_out_decisions(self._read()[0], model)
 
     def apply(self, model: Model, facts: Facts) -> Outcome:
         """Carry out what the file says."""
         result = self.plan(model)
-        pairs = zip(decisions.decided(model), decisions.decided(result), strict=True)
+        pairs = zip(
+            decisions.describe_blocks(model), decisions.describe_blocks(result), strict=True
+        )
         changed = tuple(f"block {new.origin}: {new.text}" for old, new in pairs if old != new)
         return Outcome(result, changed=changed)

@@ -28,10 +28,10 @@ from moe2edge.pipeline.solver import Solved, Solver
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moe2edge.calibration.observation import Seen
-    from moe2edge.numerics.awq_scales import Inputs, Sample
+    from moe2edge.calibration.observation import BlockTrace
+    from moe2edge.numerics.awq_scales import AwqInputs, Sample
     from moe2edge.numerics.grid import Quantized
-    from moe2edge.passes._awq_folding import Folding, Place
+    from moe2edge.passes._awq_folding import Folding, FoldingPlace
 
 
 class Awq(Quantize):
@@ -76,22 +76,22 @@ class _Solver:
 
     # ---- seeing ----------------------------------------------------------------------------------
 
-    def see(self, seen: Seen) -> None:
+    def observe(self, trace: BlockTrace) -> None:
         """Sample the inputs of attention, of what follows it, and of each expert."""
         import torch
 
         from moe2edge.model.roles import OUT, QKV
 
-        self._take("qkv", seen.linear_inputs[QKV[0]])
-        self._take("out", seen.linear_inputs[OUT])
-        if seen.block.mlp is None:
+        self._take("qkv", trace.linear_inputs[QKV[0]])
+        self._take("out", trace.linear_inputs[OUT])
+        if trace.block.mlp is None:
             return
-        inputs = seen.mlp_inputs.flatten(0, -2)
+        inputs = trace.mlp_inputs.flatten(0, -2)
         self._take("mlp", inputs)
-        if isinstance(seen.block.mlp, MoELayer) and seen.routing is not None:
-            for n in range(len(seen.block.mlp.experts)):
-                tokens, place = torch.where(seen.block.mlp.chosen(n, seen.routing.ids))
-                weights = seen.routing.weights[tokens, place]
+        if isinstance(trace.block.mlp, MoELayer) and trace.routing is not None:
+            for n in range(len(trace.block.mlp.experts)):
+                tokens, place = torch.where(trace.block.mlp.chosen(n, trace.routing.ids))
+                weights = trace.routing.weights[tokens, place]
                 self._sample(f"experts.{n}", inputs).add(inputs, tokens, weights)
 
     def _take(self, name: str, inputs: Tensor) -> None:
@@ -114,19 +114,19 @@ class _Solver:
     def solve(self, block: Block) -> Solved:
         """Fold scales through the places that lead to quantized matrices, then round."""
         from moe2edge.numerics.rounding import round_to_nearest
-        from moe2edge.passes._awq_folding import Folding, places
-        from moe2edge.pipeline.blockwise_report import coverage
+        from moe2edge.passes._awq_folding import Folding, find_folding_places
+        from moe2edge.pipeline.blockwise_report import describe_coverage
 
         weights = dict(block.weights())
         names = {role: self._model.family.disk_name(block.index, role) for role in weights}
         schemes = {r: self._schemes[name] for r, name in names.items() if name in self._schemes}
         inputs = self._inputs(block, weights)
         counts = [s.seen for kind, s in self._samples.items() if kind.startswith("experts.")]
-        notes = [coverage(block, counts)] if counts else []
+        notes = [describe_coverage(block, counts)] if counts else []
         notes += [self._note(block, kind) for kind in self._samples if self._few(kind)]
         self._loss = 0.0, 0.0
         folding = Folding()
-        for place in places(block, self._model.family.geometry(self._model.config)):
+        for place in find_folding_places(block, self._model.family.geometry(self._model.config)):
             quantized = {r: schemes[r] for r in place.consumers if r in inputs and r in schemes}
             if quantized:
                 self._fold(place, quantized, folding, weights, inputs)
@@ -147,11 +147,11 @@ class _Solver:
 
     def _fold(
         self,
-        place: Place,
+        place: FoldingPlace,
         quantized: Mapping[str, Scheme],
         folding: Folding,
         weights: Mapping[str, Weight],
-        inputs: Mapping[str, Inputs],
+        inputs: Mapping[str, AwqInputs],
     ) -> None:
         """Add the best scales of a place to ``folding``, unless that is none at all.
 
@@ -164,64 +164,69 @@ class _Solver:
         """
         import torch
 
-        from moe2edge.numerics.awq_scales import candidates, exact, losses, output_size
+        from moe2edge.numerics.awq_scales import (
+            compute_losses,
+            list_candidates,
+            measure_output_size,
+            round_to_exact,
+        )
 
         magnitudes = inputs[next(iter(quantized))].magnitudes
-        scales = candidates(place.gather(magnitudes), self._options.steps)
+        scales = list_candidates(place.gather(magnitudes), self._options.steps)
         for role in place.producers:
             if len(weights[role].shape) == 1:
-                scales = exact(scales, weights[role].load())
+                scales = round_to_exact(scales, weights[role].load())
         spread, how = place.spread(scales), self._options.scales
         total = torch.zeros(len(scales), dtype=torch.float64)
         size = 0.0
         for role, scheme in quantized.items():
             matrix = weights[role].load()
-            total += losses(matrix, spread, inputs[role], scheme, how)
-            size += output_size(matrix, inputs[role])
+            total += compute_losses(matrix, spread, inputs[role], scheme, how)
+            size += measure_output_size(matrix, inputs[role])
         self._loss = self._loss[0] + float(total.min()), self._loss[1] + size
         if best := int(total.argmin()):
             folding.add(place, scales[best])
 
     # ---- inputs ----------------------------------------------------------------------------------
 
-    def _inputs(self, block: Block, weights: Mapping[str, Weight]) -> dict[str, Inputs]:
+    def _inputs(self, block: Block, weights: Mapping[str, Weight]) -> dict[str, AwqInputs]:
         """Inputs of each matrix, by its role."""
-        from moe2edge.model.roles import OUT, QKV, gated
+        from moe2edge.model.roles import OUT, QKV, list_gated_mlps
 
         found = dict.fromkeys(QKV, self._of_all("qkv")) | {OUT: self._of_all("out")}
-        for kind, mlp in gated(block):
+        for kind, mlp in list_gated_mlps(block):
             outer, inner = self._of_mlp(kind, mlp, weights)
             found |= {f"{kind}.gate": outer, f"{kind}.up": outer, f"{kind}.down": inner}
         return found
 
-    def _of_all(self, name: str) -> Inputs:
+    def _of_all(self, name: str) -> AwqInputs:
         """What all tokens of the block show."""
-        from moe2edge.numerics.awq_scales import Inputs
+        from moe2edge.numerics.awq_scales import AwqInputs
 
         sample = self._samples[name]
         magnitudes = (self._sums[name] / sample.seen).float()
-        return Inputs.of(sample.inputs, sample.weights, magnitudes, sample.stride)
+        return AwqInputs.of(sample.inputs, sample.weights, magnitudes, sample.stride)
 
     def _of_mlp(
         self, kind: str, mlp: Dense, weights: Mapping[str, Weight]
-    ) -> tuple[Inputs, Inputs]:
+    ) -> tuple[AwqInputs, AwqInputs]:
         """Inputs of gate and up, and of down."""
-        from moe2edge.numerics.awq_scales import Inputs, inside
+        from moe2edge.numerics.awq_scales import AwqInputs, compute_intermediate
 
         shown = outer = self._of_all("mlp")
         if kind == "shared":
             gate = (shown.x @ weights["shared.router"].load().float().T).sigmoid()[:, 0]
-            shown = outer = Inputs.of(shown.x, gate, shown.magnitudes, shown.share)
+            shown = outer = AwqInputs.of(shown.x, gate, shown.magnitudes, shown.share)
         elif kind in self._samples:
             own = self._samples[kind]
-            outer = Inputs.of(own.inputs, own.weights, shown.magnitudes, own.stride)
+            outer = AwqInputs.of(own.inputs, own.weights, shown.magnitudes, own.stride)
             if self._few(kind):
                 # Its few tokens still count in the loss that it shares with others.
                 outer = replace(outer, importance=shown.importance)
             else:
                 shown = outer
-        hidden = inside(mlp.gate.load(), mlp.up.load(), shown.x)
-        return outer, Inputs.of(hidden, shown.weights, hidden.abs().mean(0), shown.share)
+        hidden = compute_intermediate(mlp.gate.load(), mlp.up.load(), shown.x)
+        return outer, AwqInputs.of(hidden, shown.weights, hidden.abs().mean(0), shown.share)
 
     def _few(self, kind: str) -> bool:
         """Whether it is an expert that few tokens were routed to."""

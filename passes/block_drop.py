@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
-from moe2edge.calibration.observation import Facts, Kind
+from moe2edge.calibration.observation import Facts, ObserverFactory
 from moe2edge.errors import InputError
 from moe2edge.model.model import Block, Model
 from moe2edge.passes._drop_alike import DropAlike
 from moe2edge.pipeline.contract import Outcome
 
 if TYPE_CHECKING:
-    from moe2edge.calibration.similarity import BlockSimilarityKind
+    from moe2edge.calibration.similarity import BlockSimilarityFactory
 
 
 class BlockDrop(DropAlike):
@@ -52,12 +52,12 @@ class BlockDrop(DropAlike):
         return model.keep_blocks(range(len(model.blocks) - self.planned))
 
     @property
-    def _kinds(self) -> tuple[BlockSimilarityKind]:
-        from moe2edge.calibration.similarity import BlockSimilarityKind
+    def _kinds(self) -> tuple[BlockSimilarityFactory]:
+        from moe2edge.calibration.similarity import BlockSimilarityFactory
 
-        return (BlockSimilarityKind(int(self.limit) if self.consecutive else 1),)
+        return (BlockSimilarityFactory(int(self.limit) if self.consecutive else 1),)
 
-    def observers(self) -> tuple[Kind, ...]:
+    def observers(self) -> tuple[ObserverFactory, ...]:
         """Similarities of block inputs and outputs."""
         return self._kinds
 

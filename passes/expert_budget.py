@@ -13,13 +13,13 @@ from moe2edge.model.model import Model
 from moe2edge.numerics import selection
 from moe2edge.pipeline import checks
 from moe2edge.pipeline.checks import refuse_replaced
-from moe2edge.pipeline.contract import Lab, Outcome, Search
+from moe2edge.pipeline.contract import Outcome, PassContext, Search
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from moe2edge.numerics.allocation import Counts
-    from moe2edge.numerics.metrics import Sums
+    from moe2edge.numerics.metrics import SampleSums
     from moe2edge.passes._allocation_trials import Ranker, Trial
 
 # Parts of the way from uniform to what the sensitivities say; these are the candidates.
@@ -107,7 +107,7 @@ class ExpertBudget(Search):
 
     def uniform(self, model: Model) -> Counts:
         """Experts per MoE layer if each keeps the same part."""
-        return tuple(selection.kept(self.keep, experts) for experts in model.expert_counts)
+        return tuple(selection.count_kept(self.keep, experts) for experts in model.expert_counts)
 
     def floors(self, model: Model) -> Counts:
         """Experts that each MoE layer keeps at least."""
@@ -153,7 +153,7 @@ class ExpertBudget(Search):
     def plan(self, model: Model) -> Model:
         """As uneven as it may become: floors, and the first layers take what they leave."""
         total = sum(self.uniform(model))
-        counts = selection.as_uneven_as_may_be(self.floors(model), model.expert_counts, total)
+        counts = selection.allocate_least_even(self.floors(model), model.expert_counts, total)
         for (block, layer), count in zip(model.moe_blocks, counts, strict=True):
             if count < len(layer.experts):
                 first = range(count)
@@ -162,7 +162,7 @@ class ExpertBudget(Search):
 
     # ---- search --------------------------------------------------------------------------------
 
-    def search(self, lab: Lab) -> Outcome:
+    def search(self, context: PassContext) -> Outcome:
         """Measure sensitivities, try the candidates, and report on what was held out.
 
         Raises:
@@ -173,25 +173,25 @@ class ExpertBudget(Search):
         from moe2edge.numerics import bootstrap
         from moe2edge.passes import _allocation_trials
 
-        choosing, held_out = bootstrap.split(len(lab.tokens), self.held_out)
-        self._state_cost(lab, len(choosing), len(held_out))
-        advance = lab.watcher.advance
-        trial, ranker = self._ranked(lab, lab.tokens[choosing])
-        costs = self._sensitivities(lab, trial, ranker)
-        candidates = self._candidates(lab.model, costs)
+        choosing, held_out = bootstrap.split_samples(len(context.tokens), self.held_out)
+        self._state_cost(context, len(choosing), len(held_out))
+        advance = context.reporter.advance
+        trial, ranker = self._ranked(context, context.tokens[choosing])
+        costs = self._sensitivities(context, trial, ranker)
+        candidates = self._candidates(context.model, costs)
         tried = list(dict.fromkeys(candidates.values()))
         compared = trial.first(self._compared(len(choosing)))
-        judged = dict(zip(tried, compared.judge(tried, _told(lab, "candidates")), strict=True))
-        chosen = min(tried, key=lambda counts: bootstrap.mean_kl(judged[counts]))
+        judged = dict(zip(tried, compared.judge(tried, _told(context, "candidates")), strict=True))
+        chosen = min(tried, key=lambda counts: bootstrap.compute_mean_kl(judged[counts]))
         notes = self._notes(candidates, judged, chosen)
         uniform = candidates["uniform"]
         if chosen != uniform:
-            rest = lab.tokens[held_out]
-            hidden = walk.observe(lab.source, rest, (), advance, "expert_budget: held-out text")
-            last = _allocation_trials.Trial(trial.trimmer, lab.source, hidden, rest)
-            mine, even = last.judge([chosen, uniform], _told(lab, "held-out text"))
+            rest = context.tokens[held_out]
+            hidden = walk.observe(context.source, rest, (), advance, "expert_budget: held-out text")
+            last = _allocation_trials.Trial(trial.trimmer, context.source, hidden, rest)
+            mine, even = last.judge([chosen, uniform], _told(context, "held-out text"))
             notes.append(self._gain(mine, even))
-        return _outcome(lab.model, trial.trimmer.trimmed(chosen), notes)
+        return _outcome(context.model, trial.trimmer.trim(chosen), notes)
 
     def _compared(self, choosing: int) -> int:
         """Number of samples that candidates are compared on."""
@@ -208,26 +208,26 @@ class ExpertBudget(Search):
 
         full = model.expert_counts
         counts = [
-            allocation.grid(floor, experts, self.points)
+            allocation.spread_counts(floor, experts, self.points)
             for floor, experts in zip(self.floors(model), full, strict=True)
         ]
-        return [full, *allocation.one_layer_each(full, counts)]
+        return [full, *allocation.list_single_layer_allocations(full, counts)]
 
-    def _state_cost(self, lab: Lab, choosing: int, held_out: int) -> None:
+    def _state_cost(self, context: PassContext, choosing: int, held_out: int) -> None:
         """Say what the search will cost before it starts."""
         from moe2edge.numerics import subset_loss
         from moe2edge.passes import _allocation_trials
-        from moe2edge.runtime.memory import check as check_memory
+        from moe2edge.runtime.memory import check_memory as check_memory
 
-        model, (samples, length) = lab.model, lab.tokens.shape
+        model, (samples, length) = context.model, context.tokens.shape
         blocks, kept, full = len(model.blocks), self.uniform(model), model.expert_counts
         hidden = model.rest["model.embed_tokens.weight"].shape[1]
         compared, measured = self._compared(choosing), self._measured(choosing, length)
         numbers = length * hidden
         if self.sensitivity == "kl":
             tried = self._tried(model)
-            together = _allocation_trials.at_once(measured * numbers)
-            runs = _allocation_trials.block_runs(model, tried, together)
+            together = _allocation_trials.count_at_once(measured * numbers)
+            runs = _allocation_trials.count_block_runs(model, tried, together)
             what = (
                 f"{len(tried)} allocations that trim one layer or none, {runs:,} block runs over "
                 f"{measured} samples"
@@ -239,13 +239,16 @@ class ExpertBudget(Search):
             what = (
                 f"{tokens * sum(full):,} expert evaluations (each expert once on {tokens:,} tokens)"
             )
-            work, needed = 0, max(subset_loss.evidence_bytes(tokens, n) for n in full)
-        together = min(len(WAY), _allocation_trials.at_once(compared * numbers))
+            work, needed = (
+                0,
+                max(subset_loss.estimate_subset_evidence_bytes(tokens, n) for n in full),
+            )
+        together = min(len(WAY), _allocation_trials.count_at_once(compared * numbers))
         needed = max(needed, 8 * compared * numbers * together) + 4 * samples * numbers
         # One walk over the choosing part ranks the experts, or shows what the source predicts.
-        work += blocks * (choosing * (1 + (lab.source is not model)) + 3 * held_out)
+        work += blocks * (choosing * (1 + (context.source is not model)) + 3 * held_out)
         work += len(WAY) * blocks * compared
-        lab.watcher.log(
+        context.reporter.log(
             f"expert_budget: {sum(kept)} of {sum(full)} experts in {len(full)} MoE layers; a walk "
             f"over {choosing} samples; sensitivity by {self.sensitivity}: {what}; then at most "
             f"{len(WAY)} candidates on {compared} samples and 3 walks over {held_out} held-out "
@@ -256,15 +259,15 @@ class ExpertBudget(Search):
             needed,
             "expert_budget",
             "set tokens or calibration.samples to fewer",
-            within=lab.memory.limit,
+            within=context.memory.limit,
         )
 
-    def _ranked(self, lab: Lab, tokens: Tensor) -> tuple[Trial, Ranker]:
+    def _ranked(self, context: PassContext, tokens: Tensor) -> tuple[Trial, Ranker]:
         """Rank all experts, with sensitivity error measured on the way."""
         from moe2edge.calibration import walk
         from moe2edge.passes import _allocation_trials
 
-        model, advance = lab.model, lab.watcher.advance
+        model, advance = context.model, context.reporter.advance
         floors: dict[int, int] = {}
         if self.sensitivity == "error":
             least = zip(model.moe_blocks, self.floors(model), strict=True)
@@ -275,28 +278,33 @@ class ExpertBudget(Search):
         hidden = None
         if ranker.needs_walk:
             hidden = walk.observe(model, tokens, [ranker], advance, "expert_budget: scoring")
-        if hidden is None or lab.source is not model:
-            hidden = walk.observe(lab.source, tokens, (), advance, "expert_budget: source")
+        if hidden is None or context.source is not model:
+            hidden = walk.observe(context.source, tokens, (), advance, "expert_budget: source")
         rankings = tuple(ranker.ranking(block) for block, _ in model.moe_blocks)
         trimmer = _allocation_trials.Trimmer(model, rankings, self.clamp_top_k)
-        return _allocation_trials.Trial(trimmer, lab.source, hidden, tokens), ranker
+        return _allocation_trials.Trial(trimmer, context.source, hidden, tokens), ranker
 
-    def _sensitivities(self, lab: Lab, trial: Trial, ranker: Ranker) -> list[list[float]]:
+    def _sensitivities(
+        self, context: PassContext, trial: Trial, ranker: Ranker
+    ) -> list[list[float]]:
         """Per MoE layer, the cost of keeping its floor, one more, ... all of its experts."""
         from moe2edge.numerics import allocation, bootstrap
 
-        model = lab.model
+        model = context.model
         if self.sensitivity == "error":
             return [ranker.errors[block.index] for block, _ in model.moe_blocks]
         tried = self._tried(model)
         measured = trial.first(self._measured(*trial.tokens.shape))
-        found = measured.judge(tried, _told(lab, "sensitivity"))
-        kl = {counts: bootstrap.mean_kl(sums) for counts, sums in zip(tried, found, strict=True)}
+        found = measured.judge(tried, _told(context, "sensitivity"))
+        kl = {
+            counts: bootstrap.compute_mean_kl(sums)
+            for counts, sums in zip(tried, found, strict=True)
+        }
         full = model.expert_counts
         rows = []
         for n, (floor, experts) in enumerate(zip(self.floors(model), full, strict=True)):
             own = {counts[n]: kl[counts] for counts in tried if counts[n] < experts}
-            rows.append(allocation.interpolated(own | {experts: kl[full]}, floor, experts))
+            rows.append(allocation.interpolate_costs(own | {experts: kl[full]}, floor, experts))
         return rows
 
     def _candidates(self, model: Model, costs: Sequence[Sequence[float]]) -> Mapping[str, Counts]:
@@ -305,14 +313,14 @@ class ExpertBudget(Search):
 
         even = self.uniform(model)
         best = allocation.allocate(costs, self.floors(model), sum(even))
-        return {name: allocation.between(even, best, part) for name, part in WAY.items()}
+        return {name: allocation.interpolate_counts(even, best, part) for name, part in WAY.items()}
 
     # ---- report --------------------------------------------------------------------------------
 
     def _notes(
         self,
         candidates: Mapping[str, Counts],
-        judged: Mapping[Counts, list[Sums]],
+        judged: Mapping[Counts, list[SampleSums]],
         chosen: Counts,
     ) -> list[str]:
         """What was tried, and how it did."""
@@ -324,25 +332,25 @@ class ExpertBudget(Search):
             taken = " (taken)" if counts == chosen else ""
             notes.append(
                 f"{names}{taken}: experts per MoE layer {' '.join(map(str, counts))}; KL to the "
-                f"source {bootstrap.mean_kl(sums):.4f}, loss {bootstrap.mean_loss(sums):.4f} nats per "
+                f"source {bootstrap.compute_mean_kl(sums):.4f}, loss {bootstrap.compute_mean_loss(sums):.4f} nats per "
                 f"token on {len(sums)} calibration samples"
             )
         return notes
 
-    def _gain(self, mine: Sequence[Sums], even: Sequence[Sums]) -> str:
+    def _gain(self, mine: Sequence[SampleSums], even: Sequence[SampleSums]) -> str:
         """The difference to uniform on held-out samples, with intervals."""
         from moe2edge.numerics import bootstrap
 
-        loss, kl = bootstrap.differences(mine, even, self.seed)
+        loss, kl = bootstrap.compare_paired(mine, even, self.seed)
         return (
             f"held out: taken minus uniform, nats per token, over {loss.samples} calibration "
             f"samples that nothing was chosen by: loss {loss}, KL {kl}"
         )
 
 
-def _told(lab: Lab, what: str) -> Callable[[int, int], None]:
+def _told(context: PassContext, what: str) -> Callable[[int, int], None]:
     """Progress under a label, in block runs."""
-    return lambda done, total: lab.watcher.advance(f"expert_budget: {what}", done, total)
+    return lambda done, total: context.reporter.advance(f"expert_budget: {what}", done, total)
 
 
 def _outcome(before: Model, after: Model, notes: Sequence[str]) -> Outcome:

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator
 
 from moe2edge.calibration import criteria
 from moe2edge.calibration.criteria import Criterion
-from moe2edge.calibration.observation import Facts, Kind
+from moe2edge.calibration.observation import Facts, ObserverFactory
 from moe2edge.errors import InputError
 from moe2edge.model.model import Model
 from moe2edge.numerics import selection
@@ -84,7 +84,7 @@ class ExpertDrop(Trim):
         """
         if isinstance(self.keep, list):
             return self.keep[position]
-        return selection.kept(self.keep, experts)
+        return selection.count_kept(self.keep, experts)
 
     def _counts(self, model: Model) -> dict[int, int]:
         """Experts that stay under scope layer, by block."""
@@ -152,15 +152,15 @@ class ExpertDrop(Trim):
         counts = self._counts(model)
         if self.scope == "global":
             floors, full = list(self._floors(model).values()), model.expert_counts
-            planned = selection.as_uneven_as_may_be(floors, full, sum(counts.values()))
+            planned = selection.allocate_least_even(floors, full, sum(counts.values()))
             counts = dict(zip(counts, planned, strict=True))
         return self._kept(model, {index: list(range(n)) for index, n in counts.items()})
 
-    def observers(self) -> tuple[Kind, ...]:
+    def observers(self) -> tuple[ObserverFactory, ...]:
         """What the criterion and the guard need to know."""
         from moe2edge.calibration.router_observers import OutputObserver
 
-        kinds = criteria.observers(self.criterion)
+        kinds = criteria.list_observers(self.criterion)
         if self.protect_super_experts and OutputObserver not in kinds:
             kinds = (*kinds, OutputObserver)
         return kinds
@@ -170,7 +170,7 @@ class ExpertDrop(Trim):
         sign = -1 if self.reverse else 1
         scores = {
             block.index: [
-                sign * s for s in criteria.scores(self.criterion, block, facts, self.seed)
+                sign * s for s in criteria.score_experts(self.criterion, block, facts, self.seed)
             ]
             for block, _ in model.moe_blocks
         }
@@ -199,7 +199,8 @@ class ExpertDrop(Trim):
         counts = self._counts(model)
         sure = counts if self.scope == "layer" else self._floors(model)
         ids = {
-            index: sorted(selection.ranking(row)[: sure[index]]) for index, row in scores.items()
+            index: sorted(selection.rank_by_score(row)[: sure[index]])
+            for index, row in scores.items()
         }
         left = sum(counts.values()) - sum(sure.values())
         others = [

@@ -10,22 +10,22 @@ from pydantic import Field, field_validator, model_validator
 
 from moe2edge.calibration import criteria
 from moe2edge.calibration.criteria import Criterion
-from moe2edge.calibration.observation import Facts, Kind, Observer
+from moe2edge.calibration.observation import Facts, Observer, ObserverFactory
 from moe2edge.errors import InputError
-from moe2edge.model.layers import PARTS, Member, MoELayer, planned
+from moe2edge.model.layers import PARTS, Member, MoELayer, plan_weight
 from moe2edge.model.model import Block, Model
 from moe2edge.pipeline import checks
 from moe2edge.pipeline.checks import refuse_replaced, refuse_slimmed
-from moe2edge.pipeline.contract import Lab, Outcome, Search
+from moe2edge.pipeline.contract import Outcome, PassContext, Search
 from moe2edge.runtime.memory import Need
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from moe2edge.calibration.observation import Seen
+    from moe2edge.calibration.observation import BlockTrace
     from moe2edge.model.layers import Weight
-    from moe2edge.numerics.expert_groups import Group, Matrices, Sums
+    from moe2edge.numerics.expert_groups import ExpertGroup, ExpertSums, Matrices
 
 Method = Literal["hc-smoe", "m-smoe", "ream"]
 
@@ -96,7 +96,7 @@ class ExpertMerge(Search):
 
     # ---- what there will be ------------------------------------------------------------------
 
-    def resolved(self, model: Model) -> Self:
+    def resolve(self, model: Model) -> Self:
         """With the method's own choices where none was made."""
         ream = self.method == "ream"
         own = {
@@ -109,7 +109,7 @@ class ExpertMerge(Search):
 
     def _left(self, model: Model) -> dict[int, int]:
         """How many experts are left, by the index of their block."""
-        counts = checks.kept_in_layers(self.keep, model.expert_counts, "expert_merge")
+        counts = checks.count_kept_per_layer(self.keep, model.expert_counts, "expert_merge")
         blocks = [block.index for block, _ in model.moe_blocks]
         return dict(zip(blocks, counts, strict=True))
 
@@ -119,7 +119,7 @@ class ExpertMerge(Search):
         if not model.moe_blocks:
             raise InputError("expert_merge: no layer has experts")
         refuse_slimmed("expert_merge", model)
-        step = self.resolved(model)
+        step = self.resolve(model)
         if step.routing == "centroids" and model.skips:
             raise InputError(
                 "expert_merge: thresholds of expert_skip belong to the experts that were there; "
@@ -149,7 +149,7 @@ class ExpertMerge(Search):
 
     def plan(self, model: Model) -> Model:
         """Each layer with its first experts, with which those that go are merged in turn."""
-        step, left = self.resolved(model), self._left(model)
+        step, left = self.resolve(model), self._left(model)
         for block, layer in model.moe_blocks:
             kept, count = left[block.index], len(layer.experts)
             if kept < count:
@@ -158,7 +158,7 @@ class ExpertMerge(Search):
                 model = model.replace_block(step._merged(block, layer, groups))
         return model
 
-    def _merged(self, block: Block, layer: MoELayer, groups: Sequence[Group]) -> Block:
+    def _merged(self, block: Block, layer: MoELayer, groups: Sequence[ExpertGroup]) -> Block:
         """The block with merged experts, whose numbers are not there yet."""
         centroids = [group[0] for group in groups]
         if self.routing == "centroids":
@@ -175,21 +175,21 @@ class ExpertMerge(Search):
             if len(group) > 1
             for part in PARTS
         ]
-        return new.with_weights({role: planned(weights[role]) for role in roles})
+        return new.with_weights({role: plan_weight(weights[role]) for role in roles})
 
     def need(self, model: Model, tokens: int) -> Need:
         """Sums over tokens, samples of them, one stream, and merged experts of a layer."""
         from moe2edge.calibration.walk import BATCH_TOKENS
-        from moe2edge.numerics.expert_groups import nbytes
+        from moe2edge.numerics.expert_groups import estimate_merge_bytes
 
-        step, hidden = self.resolved(model), model.family.geometry(model.config).hidden
+        step, hidden = self.resolve(model), model.family.geometry(model.config).hidden
         experts = max(model.expert_counts)
         width = max(layer.experts[0].gate.shape[0] for _, layer in model.moe_blocks)
         sampled = 4 * 2 * SAMPLED * (hidden + width)
         means = 4 * 3 * hidden * width * max(step._left(model).values())
         inside = 4 * 4 * min(tokens, BATCH_TOKENS) * width  # an expert on all tokens of a batch
         return Need(
-            nbytes(experts, hidden, width, align=bool(step.align))
+            estimate_merge_bytes(experts, hidden, width, align=bool(step.align))
             + sampled
             + means
             + inside
@@ -200,22 +200,22 @@ class ExpertMerge(Search):
 
     # ---- doing it ----------------------------------------------------------------------------
 
-    def search(self, lab: Lab) -> Outcome:
+    def search(self, context: PassContext) -> Outcome:
         """Group and merge block after block."""
         from moe2edge.calibration import walk
 
-        step = self.resolved(lab.model)
-        merger = _Merger(step, lab, self._left(lab.model))
+        step = self.resolve(context.model)
+        merger = _Merger(step, context, self._left(context.model))
         model = walk.rewrite(
-            lab.model,
-            lab.tokens,
+            context.model,
+            context.tokens,
             merger,
-            lab.watcher.advance,
+            context.reporter.advance,
             "expert_merge",
-            lab.memory,
+            context.memory,
             propagate=self.fitted_on == "changed",
         )
-        originals = lab.model
+        originals = context.model
         for block in merger.originals:
             originals = originals.replace_block(block)
         return Outcome(
@@ -235,10 +235,10 @@ def _role(block: Block, place: int, part: str) -> str:
 def _numbers(layer: MoELayer, n: int) -> Matrices:
     """Numbers of an expert, float32."""
     from moe2edge.numerics.expert_groups import Matrices
-    from moe2edge.runtime.decoder_blocks import finite
+    from moe2edge.runtime.decoder_blocks import load_finite
 
     expert = layer.experts[n]
-    return Matrices(finite(expert.gate), finite(expert.up), finite(expert.down))
+    return Matrices(load_finite(expert.gate), load_finite(expert.up), load_finite(expert.down))
 
 
 def _in_order(block: Block, layer: MoELayer, orders: Mapping[int, Tensor]) -> Block:
@@ -290,34 +290,34 @@ class _Merger:
     """
 
     step: ExpertMerge
-    lab: Lab
+    context: PassContext
     left: Mapping[int, int]
     changed: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    sums: Sums | None = None
+    sums: ExpertSums | None = None
     samples: _Samples | None = None
-    observers: dict[Kind, Observer[object]] = field(default_factory=dict)
+    observers: dict[ObserverFactory, Observer[object]] = field(default_factory=dict)
     originals: list[Block] = field(default_factory=list)
 
-    def see(self, seen: Seen) -> None:
+    def observe(self, trace: BlockTrace) -> None:
         """Add one batch."""
-        from moe2edge.numerics.expert_groups import Sums
+        from moe2edge.numerics.expert_groups import ExpertSums
 
-        layer, routing, method = seen.block.mlp, seen.routing, self.step.method
+        layer, routing, method = trace.block.mlp, trace.routing, self.step.method
         if not isinstance(layer, MoELayer) or routing is None:
             return
-        if self.left[seen.block.index] == len(layer.experts):
+        if self.left[trace.block.index] == len(layer.experts):
             return
         if self.sums is None or self.samples is None:
-            self.sums = Sums(len(layer.experts), routing.inputs.shape[1])
-            self.samples = _Samples(-(-self.lab.tokens.numel() // SAMPLED))
-            self.observers = {k: k() for k in criteria.observers(WEIGHTED_BY[method])}
+            self.sums = ExpertSums(len(layer.experts), routing.inputs.shape[1])
+            self.samples = _Samples(-(-self.context.tokens.numel() // SAMPLED))
+            self.observers = {k: k() for k in criteria.list_observers(WEIGHTED_BY[method])}
         for observer in self.observers.values():
-            observer.see(seen)
-        self.samples.add(routing.inputs, seen.mlp_outputs.flatten(0, -2))
+            observer.observe(trace)
+        self.samples.add(routing.inputs, trace.mlp_outputs.flatten(0, -2))
         self.sums.add_logits(routing.logits)
         if method != "m-smoe":
-            self.sums.add_outputs(routing.inputs, seen.expert_output, cosines=method == "ream")
+            self.sums.add_outputs(routing.inputs, trace.expert_output, cosines=method == "ream")
 
     def change(self, block: Block) -> Block:
         """The block with merged experts."""
@@ -327,8 +327,8 @@ class _Merger:
         self.sums = self.samples = None
         if not isinstance(layer, MoELayer) or sums is None or samples is None:
             return block
-        facts = Facts({kind: observer.fact() for kind, observer in self.observers.items()})
-        scores = criteria.scores(WEIGHTED_BY[self.step.method], block, facts)
+        facts = Facts({kind: observer.result() for kind, observer in self.observers.items()})
+        scores = criteria.score_experts(WEIGHTED_BY[self.step.method], block, facts)
         groups = self._groups(self.left[block.index], sums, scores)
         merged = self.step._merged(block, layer, groups)
         inputs = torch.cat(samples.inputs)
@@ -340,24 +340,28 @@ class _Merger:
             if len(group) > 1:
                 mean = self._mean(block, layer, group, scores, orders)
                 numbers |= {_role(merged, place, part): getattr(mean, part) for part in PARTS}
-        merged = self.lab.store.put(merged, numbers)
+        merged = self.context.store.put(merged, numbers)
         del numbers  # before the block is in memory again
         self._account(block, merged, groups, inputs, torch.cat(samples.outputs))
         return merged
 
-    def _groups(self, kept: int, sums: Sums, scores: Sequence[float]) -> tuple[Group, ...]:
+    def _groups(
+        self, kept: int, sums: ExpertSums, scores: Sequence[float]
+    ) -> tuple[ExpertGroup, ...]:
         from moe2edge.numerics import expert_groups
-        from moe2edge.numerics.expert_groups import cosines
+        from moe2edge.numerics.expert_groups import compute_cosines
 
         if self.step.method == "hc-smoe":
-            return expert_groups.cluster(sums.outputs / sums.tokens, kept, scores)
+            return expert_groups.cluster_experts(sums.outputs / sums.tokens, kept, scores)
         if self.step.method == "m-smoe":
-            return expert_groups.join_nearest(cosines(sums.logits), kept, scores)
+            return expert_groups.join_nearest(compute_cosines(sums.logits), kept, scores)
         limit = self.step.group_limit or GROUP_LIMIT
-        return expert_groups.absorb(expert_groups.ream_similarity(sums), kept, scores, limit)
+        return expert_groups.absorb_nearest(
+            expert_groups.compute_ream_similarity(sums), kept, scores, limit
+        )
 
     def _orders(
-        self, layer: MoELayer, groups: Sequence[Group], inputs: Tensor
+        self, layer: MoELayer, groups: Sequence[ExpertGroup], inputs: Tensor
     ) -> dict[int, torch.Tensor]:
         """Of experts that are not centroids, the order of neurons of theirs; empty: as they are."""
         from moe2edge.numerics import expert_groups
@@ -367,7 +371,7 @@ class _Merger:
         everyone = range(len(layer.experts))
         found = None
         if self.step.method == "ream":
-            found = expert_groups.layer_axes(
+            found = expert_groups.compute_layer_axes(
                 lambda: (_numbers(layer, n) for n in everyone), self.step.seed
             )
         orders = {}
@@ -375,21 +379,21 @@ class _Merger:
             first = _numbers(layer, centroid) if others else None
             for n in others:
                 assert first is not None
-                orders[n] = expert_groups.aligned(first, _numbers(layer, n), inputs, found)
+                orders[n] = expert_groups.align_neurons(first, _numbers(layer, n), inputs, found)
         return orders
 
     def _mean(
         self,
         block: Block,
         layer: MoELayer,
-        group: Group,
+        group: ExpertGroup,
         scores: Sequence[float],
         orders: Mapping[int, Tensor],
     ) -> Matrices:
         """What takes the place of a group."""
         from moe2edge.numerics import expert_groups
 
-        weights = expert_groups.shares([scores[n] for n in group])
+        weights = expert_groups.normalize_shares([scores[n] for n in group])
         if weights is None:
             origins = [layer.experts[n].origin for n in group]
             self.notes.append(
@@ -400,15 +404,15 @@ class _Merger:
         def experts() -> Iterator[tuple[float, Matrices]]:
             for n, weight in zip(group, weights, strict=True):
                 numbers = _numbers(layer, n)
-                yield weight, numbers.permuted(orders[n]) if n in orders else numbers
+                yield weight, numbers.permute(orders[n]) if n in orders else numbers
 
-        return expert_groups.weighted_mean(experts())
+        return expert_groups.average_experts(experts())
 
     def _account(
         self,
         block: Block,
         merged: Block,
-        groups: Sequence[Group],
+        groups: Sequence[ExpertGroup],
         inputs: Tensor,
         outputs: Tensor,
     ) -> None:
@@ -422,7 +426,7 @@ class _Merger:
             if others
         ]
         self.changed.append(f"block {block.index}: experts {', '.join(told)}")
-        found = BlockRunner(self.lab.model, merged).answer(inputs)
+        found = BlockRunner(self.context.model, merged).answer(inputs)
         error = float((found - outputs).norm() / outputs.norm())
         self.notes.append(
             f"block {block.index}: the layer's output on {len(inputs)} calibration tokens has a "

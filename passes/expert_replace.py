@@ -14,7 +14,7 @@ from moe2edge.model.model import Model
 from moe2edge.numerics import selection
 from moe2edge.pipeline import checks
 from moe2edge.pipeline.checks import refuse_slimmed
-from moe2edge.pipeline.contract import Lab, Outcome, Search
+from moe2edge.pipeline.contract import Outcome, PassContext, Search
 from moe2edge.runtime.memory import Need
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 # Rank that nobody chose: this part of an expert's narrower side.
 RANK_PART = {"linear": 16, "base": 64, "svd": 4}
 # What fills in for an option that nobody gave, by what answers.
-CRITERIA = {"constant": "residual", "linear": "residual", "base": "soft-frequency"}
+REPLACE_CRITERIA = {"constant": "residual", "linear": "residual", "base": "soft-frequency"}
 # Options that an answer has, the one that it cannot do without first.
 OWN_OPTIONS = {
     "constant": ("keep", "criterion", "fitted_on", "seed"),
@@ -179,9 +179,9 @@ class ExpertReplace(Search):
         """Whether experts become members."""
         return self.kind in ("base", "svd")
 
-    def resolved(self, model: Model) -> ExpertReplace:
+    def resolve(self, model: Model) -> ExpertReplace:
         """With the criterion that nobody chose."""
-        chosen = self.criterion or CRITERIA.get(self.kind, "soft-frequency")
+        chosen = self.criterion or REPLACE_CRITERIA.get(self.kind, "soft-frequency")
         return self.model_copy(update={"criterion": chosen})
 
     # ---- what there will be ------------------------------------------------------------------
@@ -211,7 +211,7 @@ class ExpertReplace(Search):
     def _replaced(self, model: Model) -> dict[int, int]:
         """How many experts go, by the index of their block; where `keep` says so."""
         sizes = model.expert_counts
-        counts = checks.kept_in_layers(self.keep or 0, sizes, "expert_replace")
+        counts = checks.count_kept_per_layer(self.keep or 0, sizes, "expert_replace")
         return {
             block.index: size - count
             for (block, _), size, count in zip(model.moe_blocks, sizes, counts, strict=True)
@@ -235,16 +235,16 @@ class ExpertReplace(Search):
 
     def _check_budget(self, model: Model) -> None:
         """Refuse budgets below what each layer takes with one expert and constants, or all."""
-        from moe2edge.passes._replace_bases import experts_nbytes
-        from moe2edge.passes._replace_substitutes import size_of
+        from moe2edge.passes._replace_bases import count_expert_bytes
+        from moe2edge.passes._replace_substitutes import estimate_size
 
-        whole, budget = experts_nbytes(model), self._budget(model)
+        whole, budget = count_expert_bytes(model), self._budget(model)
         told = f"expert_replace: the budget is {budget:,} bytes of the {whole:,} that experts take"
         if budget >= whole:
             raise InputError(f"{told}; nothing to do, lower it")
         least = 0
         for _, layer in model.moe_blocks:
-            size, count, old = size_of(layer), len(layer.experts), _old_nbytes(layer)
+            size, count, old = estimate_size(layer), len(layer.experts), _old_nbytes(layer)
             needed = size.expert + (count - 1) * size.constant
             if self._share_of(model, layer) < needed:
                 # As a budget of all layers, of which each gets the same part.
@@ -257,12 +257,12 @@ class ExpertReplace(Search):
 
     def _share_of(self, model: Model, layer: MoELayer) -> int:
         """Bytes of the experts of a layer, where each layer has the same part of the budget."""
-        from moe2edge.passes._replace_bases import experts_nbytes
-        from moe2edge.passes._replace_substitutes import size_of
+        from moe2edge.passes._replace_bases import count_expert_bytes
+        from moe2edge.passes._replace_substitutes import estimate_size
 
         old = _old_nbytes(layer)
-        whole = len(layer.experts) * size_of(layer).expert + old
-        return self._budget(model) * whole // experts_nbytes(model) - old
+        whole = len(layer.experts) * estimate_size(layer).expert + old
+        return self._budget(model) * whole // count_expert_bytes(model) - old
 
     def _check_substitutes(self, model: Model) -> None:
         if self.allots:
@@ -289,13 +289,13 @@ class ExpertReplace(Search):
 
     def _budget(self, model: Model) -> int:
         """In bytes."""
-        from moe2edge.passes._replace_bases import experts_nbytes
+        from moe2edge.passes._replace_bases import count_expert_bytes
 
-        return selection.number(self.budget or 0, experts_nbytes(model))
+        return selection.resolve_number(self.budget or 0, count_expert_bytes(model))
 
     def plan(self, model: Model) -> Model:
         """Each layer with replacements for its last experts."""
-        from moe2edge.passes._replace_substitutes import substituted
+        from moe2edge.passes._replace_substitutes import plan_replacements
 
         if self.shares:
             return self._sharing.plan(model)
@@ -307,22 +307,26 @@ class ExpertReplace(Search):
             gone = range(count - counts[block.index], count)
             if gone:
                 ranks = dict.fromkeys(gone, self._rank(layer))
-                model = model.replace_block(substituted(block, layer, ranks))
+                model = model.replace_block(plan_replacements(block, layer, ranks))
         return model
 
     def _plan_budget(self, model: Model) -> Model:
         """Each layer with maps for half of its experts or more, and ranks that fill its budget."""
-        from moe2edge.passes._replace_substitutes import RANK_STEP, size_of, substituted
+        from moe2edge.passes._replace_substitutes import RANK_STEP, estimate_size, plan_replacements
 
         before = model
         for block, layer in model.moe_blocks:
-            size, budget, count = size_of(layer), self._share_of(before, layer), len(layer.experts)
+            size, budget, count = (
+                estimate_size(layer),
+                self._share_of(before, layer),
+                len(layer.experts),
+            )
             stay = max(1, min(count - 1, (budget - count * size.constant) // size.expert))
             gone = range(stay, count)
             left = budget - stay * size.expert - len(gone) * size.constant
             rank = max(0, min(size.most, left // size.rank // len(gone)))
             rank -= rank % RANK_STEP  # as they will be
-            model = model.replace_block(substituted(block, layer, dict.fromkeys(gone, rank)))
+            model = model.replace_block(plan_replacements(block, layer, dict.fromkeys(gone, rank)))
         return model
 
     def need(self, model: Model, tokens: int) -> Need:
@@ -337,12 +341,16 @@ class ExpertReplace(Search):
         if not self.shares:
             if every:
                 remedy = "set keep, and a criterion other than residual, or do it on a larger one"
-            sums = reduced_rank.nbytes(hidden, max(counts), maps=self.kind == "linear")
+            sums = reduced_rank.estimate_regression_bytes(
+                hidden, max(counts), maps=self.kind == "linear"
+            )
         elif self.kind == "base" and self.factors == "zero":
             sums = 0
         else:
             remedy = "do it on a larger one" if self.kind == "svd" else "set factors to zero"
-            sums = max(_replace_bases.nbytes(layer) for _, layer in model.moe_blocks)
+            sums = max(
+                _replace_bases.estimate_product_bytes(layer) for _, layer in model.moe_blocks
+            )
         return Need(
             sums + 4 * tokens * hidden,
             f"expert_replace sums up what up to {max(counts)} experts of a layer do",
@@ -351,59 +359,66 @@ class ExpertReplace(Search):
 
     # ---- doing it ----------------------------------------------------------------------------
 
-    def search(self, lab: Lab) -> Outcome:
+    def search(self, context: PassContext) -> Outcome:
         """Score, then replace block after block."""
-        step = self.resolved(lab.model)
-        return step._share(lab) if self.shares else step._substitute(lab)
+        step = self.resolve(context.model)
+        return step._share(context) if self.shares else step._substitute(context)
 
-    def _substitute(self, lab: Lab) -> Outcome:
+    def _substitute(self, context: PassContext) -> Outcome:
         from moe2edge.calibration import walk
         from moe2edge.passes._replace_bases import check_budget
         from moe2edge.passes._replace_substitutes import Fitter
 
         scores: dict[int, list[float]] | None = None
         if self.criterion is not None and self.criterion != "residual":
-            kinds = criteria.observers(self.criterion)
+            kinds = criteria.list_observers(self.criterion)
             facts = walk.gather(
-                lab.model, lab.tokens, kinds, lab.watcher.advance, "scores", lab.memory
+                context.model,
+                context.tokens,
+                kinds,
+                context.reporter.advance,
+                "scores",
+                context.memory,
             )
             scores = {
-                block.index: criteria.scores(self.criterion, block, facts, self.seed)
-                for block, _ in lab.model.moe_blocks
+                block.index: criteria.score_experts(self.criterion, block, facts, self.seed)
+                for block, _ in context.model.moe_blocks
             }
         fitter = Fitter(
-            None if self.allots else self._replaced(lab.model),
+            None if self.allots else self._replaced(context.model),
             self._rank,
             self.ridge,
-            self._least(lab.model),
-            lab.store,
+            self._least(context.model),
+            context.store,
             scores,
-            (lambda layer: self._share_of(lab.model, layer)) if self.allots else None,
+            (lambda layer: self._share_of(context.model, layer)) if self.allots else None,
         )
         model = walk.rewrite(
-            lab.model,
-            lab.tokens,
+            context.model,
+            context.tokens,
             fitter,
-            lab.watcher.advance,
+            context.reporter.advance,
             "expert_replace",
-            lab.memory,
+            context.memory,
             propagate=self.fitted_on == "changed",
         )
         if self.allots:
-            check_budget(lab.model, model, self._budget(lab.model), fitter.notes)
+            check_budget(context.model, model, self._budget(context.model), fitter.notes)
         return Outcome(model, changed=tuple(fitter.changed), notes=tuple(fitter.notes))
 
-    def _share(self, lab: Lab) -> Outcome:
+    def _share(self, context: PassContext) -> Outcome:
         """Score all layers, choose, then build block after block."""
         from moe2edge.calibration import router_observers, walk
         from moe2edge.numerics import base_sharing
-        from moe2edge.passes._replace_bases import Builder, similarity
+        from moe2edge.passes._replace_bases import Builder, compute_similarity
 
         criterion: Criterion = self.criterion or "soft-frequency"  # type: ignore[assignment]
-        kinds = (router_observers.RouterOutputObserver, *criteria.observers(criterion))
-        facts = walk.gather(lab.model, lab.tokens, kinds, lab.watcher.advance, "scores", lab.memory)
-        seen, blocks = facts[router_observers.RouterOutputObserver], lab.model.moe_blocks
-        scores = [criteria.scores(criterion, b, facts, self.seed) for b, _ in blocks]
+        kinds = (router_observers.RouterOutputObserver, *criteria.list_observers(criterion))
+        facts = walk.gather(
+            context.model, context.tokens, kinds, context.reporter.advance, "scores", context.memory
+        )
+        seen, blocks = facts[router_observers.RouterOutputObserver], context.model.moe_blocks
+        scores = [criteria.score_experts(criterion, b, facts, self.seed) for b, _ in blocks]
         if min(map(min, scores)) < 0:
             raise InputError(
                 f"expert_replace: criterion {criterion} has scores below 0, which are no weights; "
@@ -412,17 +427,20 @@ class ExpertReplace(Search):
         norms = [seen.norm[block.origin] for block, _ in blocks]
         sharing = self._sharing
         similar = [
-            similarity(self.similarity, block, layer, seen.gram[block.origin], self.seed)
+            compute_similarity(self.similarity, block, layer, seen.gram[block.origin], self.seed)
             for block, layer in blocks
             if sharing.group is not None
         ]
         groupings = sharing.groupings(
-            lab.model, scores, base_sharing.depth_factors(norms, self.depth_correction), similar
+            context.model,
+            scores,
+            base_sharing.compute_depth_factors(norms, self.depth_correction),
+            similar,
         )
         indices = [block.index for block, _ in blocks]
         builder = Builder(
             sharing,
-            lab,
+            context,
             dict(zip(indices, groupings, strict=True)),
             dict(zip(indices, scores, strict=True)),
             fitted=self.kind == "svd" or self.factors == "svd",

@@ -12,16 +12,16 @@ from pydantic import Field, field_validator
 from moe2edge.errors import InputError
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Block, Model
-from moe2edge.numerics.selection import kept
+from moe2edge.numerics.selection import count_kept
 from moe2edge.pipeline.checks import check_amount, refuse_replaced
-from moe2edge.pipeline.contract import Lab, Outcome, Search
+from moe2edge.pipeline.contract import Outcome, PassContext, Search
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from moe2edge.calibration.evidence import Gatherer
-    from moe2edge.calibration.observation import Seen
-    from moe2edge.numerics.subset_loss import Evidence, Found
+    from moe2edge.calibration.observation import BlockTrace
+    from moe2edge.numerics.subset_loss import Found, SubsetEvidence
     from moe2edge.progress import Advance
 
 
@@ -80,7 +80,7 @@ class ExpertSearch(Search):
         >>> ExpertSearch(keep=0.75).count(6), ExpertSearch(keep=4).count(6)
         (5, 4)
         """
-        return kept(self.keep, experts)
+        return count_kept(self.keep, experts)
 
     def is_exhaustive(self, experts: int) -> bool:
         """Whether every set of so many experts is tried; otherwise a beam goes through them."""
@@ -94,12 +94,12 @@ class ExpertSearch(Search):
 
     def tries(self, experts: int) -> int:
         """Losses computed at most for a layer of so many experts."""
-        from moe2edge.numerics.subset_loss import beam_tries
+        from moe2edge.numerics.subset_loss import count_beam_tries
 
         kept = self.count(experts)
         if self.is_exhaustive(experts):
             return math.comb(experts, kept)
-        return beam_tries(experts, kept, self.beam_width)
+        return count_beam_tries(experts, kept, self.beam_width)
 
     def check(self, model: Model) -> None:
         """Refuse counts that a layer cannot keep, and searches without end."""
@@ -147,7 +147,7 @@ class ExpertSearch(Search):
     def _trimmed(self, block: Block, kept: tuple[int, ...]) -> Block:
         return block.keep_experts(kept, clamp_top_k=self.clamp_top_k)
 
-    def search(self, lab: Lab) -> Outcome:
+    def search(self, context: PassContext) -> Outcome:
         """Decide layer after layer; one layer's evidence is in memory at a time.
 
         Raises:
@@ -156,35 +156,41 @@ class ExpertSearch(Search):
         from moe2edge.calibration import walk
         from moe2edge.calibration.evidence import Gatherer
 
-        layers = self._layers(lab.model)
-        self._state_cost(lab, layers)
-        advance = lab.watcher.advance
-        decider = _Decider(self, Gatherer(lab.tokens.numel(), self.tokens), set(layers), advance)
+        layers = self._layers(context.model)
+        self._state_cost(context, layers)
+        advance = context.reporter.advance
+        decider = _Decider(
+            self, Gatherer(context.tokens.numel(), self.tokens), set(layers), advance
+        )
         if self.progressive:
             model = walk.change(
-                lab.source, lab.model, lab.tokens, decider, advance, "expert_search"
+                context.source, context.model, context.tokens, decider, advance, "expert_search"
             )
         else:
-            walk.observe(lab.model, lab.tokens, [_LayerWise(decider)], advance, "expert_search")
-            model = lab.model
+            walk.observe(
+                context.model, context.tokens, [_LayerWise(decider)], advance, "expert_search"
+            )
+            model = context.model
             for index in layers:
                 block = model.blocks[index]
                 model = model.replace_block(self._trimmed(block, decider.found[index].kept))
-        return self._outcome(lab.model, model, decider)
+        return self._outcome(context.model, model, decider)
 
-    def _state_cost(self, lab: Lab, layers: Mapping[int, MoELayer]) -> None:
+    def _state_cost(self, context: PassContext, layers: Mapping[int, MoELayer]) -> None:
         """Say what the search will cost before it starts."""
         from moe2edge.numerics import subset_loss
-        from moe2edge.runtime.memory import check as check_memory
+        from moe2edge.runtime.memory import check_memory as check_memory
 
-        tokens = len(subset_loss.spread(lab.tokens.numel(), self.tokens))
+        tokens = len(subset_loss.spread(context.tokens.numel(), self.tokens))
         counts = [len(layer.experts) for layer in layers.values()]
-        needed = max(subset_loss.evidence_bytes(tokens, experts) for experts in counts)
+        needed = max(
+            subset_loss.estimate_subset_evidence_bytes(tokens, experts) for experts in counts
+        )
         tries = sorted({self.tries(experts) for experts in counts})
         other = "greedy" if self.method == "greedy" else f"beam of {self.width}"
         methods = sorted({"exhaustive" if self.is_exhaustive(n) else other for n in counts})
         gram = max(4 * tokens * experts**2 for experts in counts)
-        lab.watcher.log(
+        context.reporter.log(
             f"expert_search: {len(layers)} MoE layers, {' and '.join(methods)}, at most "
             f"{' or '.join(f'{n:,}' for n in tries)} sets per layer; {tokens:,} tokens, "
             f"{tokens * sum(counts):,} expert evaluations in all (each expert once per token); "
@@ -195,7 +201,7 @@ class ExpertSearch(Search):
             f"expert_search keeps products of the outputs of {max(counts)} experts for {tokens:,} "
             "tokens",
             "set tokens to fewer, or search on a larger one",
-            lab.memory.limit,
+            context.memory.limit,
         )
 
     def _outcome(self, before: Model, after: Model, decider: _Decider) -> Outcome:
@@ -210,7 +216,7 @@ class ExpertSearch(Search):
             )
         return Outcome(after, changed=tuple(changed), notes=tuple(notes))
 
-    def choose(self, evidence: Evidence, advance: Advance, label: str) -> Found:
+    def choose(self, evidence: SubsetEvidence, advance: Advance, label: str) -> Found:
         """The set to keep in one layer."""
         from moe2edge.numerics import subset_loss
 
@@ -220,8 +226,8 @@ class ExpertSearch(Search):
             advance(label, done, total)
 
         if self.is_exhaustive(evidence.experts):
-            return subset_loss.exhaustive(evidence, keep, progress)
-        return subset_loss.beam(evidence, keep, self.beam_width, progress)
+            return subset_loss.search_exhaustively(evidence, keep, progress)
+        return subset_loss.search_beam(evidence, keep, self.beam_width, progress)
 
 
 @dataclass(frozen=True)
@@ -244,16 +250,16 @@ class _Decider:
     found: dict[int, Found] = field(default_factory=dict)
     errors: dict[int, float] = field(default_factory=dict)
 
-    def see(self, seen: Seen, source: Seen) -> None:
+    def observe(self, trace: BlockTrace, source: BlockTrace) -> None:
         """Take in one batch of a block and of its twin in the source."""
-        self.take_in(seen, source.mlp_outputs)
+        self.take_in(trace, source.mlp_outputs)
 
-    def take_in(self, seen: Seen, target: Tensor | None) -> None:
+    def take_in(self, trace: BlockTrace, target: Tensor | None) -> None:
         """Take in one batch of a block, and what it should put out; None: as it does."""
-        layer, index = seen.block.mlp, seen.block.index
+        layer, index = trace.block.mlp, trace.block.index
         if index not in self.blocks or not isinstance(layer, MoELayer):
             return
-        self.gatherer.see(seen, target)
+        self.gatherer.observe(trace, target)
         if self.gatherer.complete:
             evidence = self.gatherer.take(layer)
             label = f"expert_search: block {index}, sets"
@@ -274,10 +280,10 @@ class _LayerWise:
 
     decider: _Decider
 
-    def see(self, seen: Seen) -> None:
+    def observe(self, trace: BlockTrace) -> None:
         """Take in one batch."""
-        self.decider.take_in(seen, None)
+        self.decider.take_in(trace, None)
 
-    def fact(self) -> Mapping[int, Found]:
+    def result(self) -> Mapping[int, Found]:
         """The decisions, by block."""
         return self.decider.found

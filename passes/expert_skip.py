@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from moe2edge.calibration.observation import Facts, Kind
+from moe2edge.calibration.observation import Facts, ObserverFactory
 from moe2edge.errors import InputError
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model
@@ -51,7 +51,7 @@ class ExpertSkip(Trim):
             model, {b.origin: (0.0,) * (m.router.top_k - 1) for b, m in model.moe_blocks}
         )
 
-    def observers(self) -> tuple[Kind, ...]:
+    def observers(self) -> tuple[ObserverFactory, ...]:
         """Ratios of the weights of chosen experts."""
         from moe2edge.calibration.router_observers import RatioObserver
 
@@ -64,7 +64,7 @@ class ExpertSkip(Trim):
 
         ratios = facts[router_observers.RatioObserver].ratios
         below = {
-            block.origin: skipping.thresholds(
+            block.origin: skipping.compute_thresholds(
                 ratios[block.origin][:, : layer.router.top_k - 1], self.quantile
             )
             for block, layer in model.moe_blocks

@@ -18,7 +18,7 @@ from moe2edge.errors import InputError
 from moe2edge.model.model import Block, Model
 from moe2edge.numerics.scheme import Scheme
 from moe2edge.passes._quantize import Quantize, Scales
-from moe2edge.pipeline.solver import GateWeighted, Group, GroupSolver, MinTokens, Solved
+from moe2edge.pipeline.solver import GateWeighted, GroupSolver, MatrixGroup, MinTokens, Solved
 
 if TYPE_CHECKING:
     import torch
@@ -98,10 +98,10 @@ class Gptq(Quantize):
             native = mkldnn.is_available() and any(known.get(name) for name in NATIVE)
         return torch.bfloat16 if native else torch.float32
 
-    def resolved(self, model: Model) -> Self:
+    def resolve(self, model: Model) -> Self:
         """With the dtype that this machine computes in, on which the numbers depend."""
         chosen = str(self.dtype()).removeprefix("torch.")
-        return super().resolved(model).model_copy(update={"compute": chosen})
+        return super().resolve(model).model_copy(update={"compute": chosen})
 
     def describe(self, model: Model) -> str:
         """Schemes, and what the work is done with, in a line."""
@@ -110,7 +110,7 @@ class Gptq(Quantize):
         loops = (
             "" if compiled.is_built() else "; loops in torch, slower: no compiled ones were built"
         )
-        dtype = self.resolved(model).compute
+        dtype = self.resolve(model).compute
         return f"{super().describe(model)}; outputs of experts in {dtype}{loops}"
 
     def solver(self, model: Model) -> GroupSolver:
@@ -138,7 +138,7 @@ class _Solver:
         # two dtypes, integers, and zero points on the way.
         return 8 * ins * ins + 12 * rows * ins
 
-    def solve(self, block: Block, groups: Sequence[Group]) -> Solved:
+    def solve(self, block: Block, groups: Sequence[MatrixGroup]) -> Solved:
         """Solve groups of equal shapes and schemes as one batch.
 
         The rows of a matrix do not depend on each other, so matrices of one scheme that share
@@ -153,7 +153,7 @@ class _Solver:
             return Solved({})
         hessians, notes = self._hessians(block, groups)
         reference = sum(
-            error_feedback.output_size(weight.load(), hessian)
+            error_feedback.estimate_output_size(weight.load(), hessian)
             for group, hessian in zip(groups, hessians, strict=True)
             for weight in group.weights.values()
         )
@@ -201,11 +201,11 @@ class _Solver:
         self._spaces[n] = found
         return found
 
-    def _loaded(self, groups: Sequence[Group], parts: Sequence[Sequence[str]]) -> Tensor:
+    def _loaded(self, groups: Sequence[MatrixGroup], parts: Sequence[Sequence[str]]) -> Tensor:
         """Matrices of each group below one another, float32 [batch, out, in]."""
         import torch
 
-        from moe2edge.runtime.decoder_blocks import finite
+        from moe2edge.runtime.decoder_blocks import load_finite
 
         rows = sum(groups[0].weights[role].shape[0] for role in parts[0])
         found = torch.empty(len(groups), rows, groups[0].shapes[0][1], device=self.device)
@@ -213,11 +213,11 @@ class _Solver:
             at = 0
             for role in roles:
                 weight = group.weights[role]
-                whole[at : at + weight.shape[0]] = finite(weight)
+                whole[at : at + weight.shape[0]] = load_finite(weight)
                 at += weight.shape[0]
         return found
 
-    def _places(self, block: Block, group: Group) -> dict[Scheme, list[int]]:
+    def _places(self, block: Block, group: MatrixGroup) -> dict[Scheme, list[int]]:
         """Which matrices of a group get which scheme, by their place; those without are left out.
 
         It is the same for all groups that are solved together: the experts of a layer have one.
@@ -233,7 +233,7 @@ class _Solver:
         self,
         weights: Tensor,
         scheme: Scheme,
-        factors: error_feedback.Factors,
+        factors: error_feedback.HessianFactors,
         orders: Tensor | None,
         diagonals: Tensor,
         *,
@@ -252,18 +252,18 @@ class _Solver:
         groups = groups.expand(batch, ins)
         fixed = orders is not None or scheme.groups(ins) == 1
         grid = choose_grid(weights, scheme, how if fixed else "absmax", diagonals)
-        columns = error_feedback.transposed(weights)
+        columns = error_feedback.transpose(weights)
         del weights  # nobody else has it
         if orders is not None:
             groups = groups.gather(1, orders)
-            columns = error_feedback.rows_at(columns, orders)
-            mask = None if mask is None else error_feedback.rows_at(mask.mT, orders).mT
+            columns = error_feedback.gather_rows(columns, orders)
+            mask = None if mask is None else error_feedback.gather_rows(mask.mT, orders).mT
         rounder = error_feedback.GridRounder(groups, grid, None if fixed else how, mask)
-        loss = error_feedback.solve(columns, factors, rounder, self.dtype)
+        loss = error_feedback.round_columns(columns, factors, rounder, self.dtype)
         q, grid = rounder.integers(orders).cpu(), rounder.grid.cpu()
         return [grid[n].quantized(q[n]) for n in range(batch)], loss
 
-    def _hessians(self, block: Block, groups: Sequence[Group]) -> tuple[Tensor, list[str]]:
+    def _hessians(self, block: Block, groups: Sequence[MatrixGroup]) -> tuple[Tensor, list[str]]:
         """Hessians [batch, in, in], and which experts saw few tokens."""
         import torch
 
@@ -274,8 +274,10 @@ class _Solver:
         notes: list[str] = []
         for group, hessian in zip(groups, hessians, strict=True):
             batches, least = group.batches, self._options.min_tokens
-            if group.is_starved(least):
-                notes += group.starved_note(block, least, STARVED[self._options.starved])
+            if group.is_under_calibrated(least):
+                notes += group.describe_under_calibrated(
+                    block, least, GPTQ_FALLBACKS[self._options.starved]
+                )
                 if self._options.starved == "round" or group.everyone is None:
                     hessian.zero_()
                     continue
@@ -287,7 +289,7 @@ class _Solver:
 # What processors with products of matrices in bfloat16 call them.
 NATIVE = ("amx_bf16", "avx512_bf16", "bf16")
 
-STARVED = {
+GPTQ_FALLBACKS = {
     "borrow": "its Hessian is that of all tokens of the layer",
     "round": "rounded to nearest",
 }

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
-from moe2edge.calibration.observation import Facts, Kind
+from moe2edge.calibration.observation import Facts, ObserverFactory
 from moe2edge.model.model import Model
 from moe2edge.passes._drop_alike import DropAlike
 from moe2edge.pipeline.contract import Outcome
@@ -46,7 +46,7 @@ class LayerDrop(DropAlike):
             model = model.replace_block(block.without_mlp(keep_norm=not self.norm))
         return model
 
-    def observers(self) -> tuple[Kind, ...]:
+    def observers(self) -> tuple[ObserverFactory, ...]:
         """Similarities of what goes into MoE layers and what comes out."""
         from moe2edge.calibration.similarity import LayerSimilarityObserver
 

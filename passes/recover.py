@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from moe2edge.errors import InputError
-from moe2edge.model.layers import Always, Expert, MoELayer
+from moe2edge.model.layers import Expert, MoELayer, UnroutedMLP
 from moe2edge.model.model import Block, Model, is_quantizable
-from moe2edge.pipeline.contract import Cost, Lab, Outcome, Train
+from moe2edge.pipeline.contract import Cost, Outcome, PassContext, Train
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from moe2edge.passes._recover_state import States
     from moe2edge.passes._recover_teacher import Objective
-    from moe2edge.passes._recover_trainer import Anneals, Recovered, Settings
+    from moe2edge.passes._recover_trainer import Anneals, Recovered, TrainerSettings
 
 # Bytes of a parameter in float32; of one that is trained besides: its gradient and the two moments
 # of AdamW, and the best weights so far.
@@ -196,13 +196,15 @@ class Recover(Train):
                 NUMBER * layer.experts[0].count * len(layer.sharing)
                 for _, layer in model.moe_blocks
             )
-        at_once = min(self.batch, _recover_trainer.samples_at_once(length))
+        at_once = min(self.batch, _recover_trainer.count_samples_at_once(length))
         numbers = NUMBER * model.parameters
         logits = 3 if self.loss == "text" else 5 if self.text_share else 4
-        training = TRAINED * trained + extra + activations(model, at_once * length, logits)
+        training = TRAINED * trained + extra + estimate_activations(model, at_once * length, logits)
         saved = 2 * SAVED * trained + sum(weight.nbytes for _, _, weight in model.tensors())
         if self.loss == "distill":
-            saved += _recover_teacher.nbytes(samples - self.held_out, length, self.top_logits)
+            saved += _recover_teacher.estimate_teacher_bytes(
+                samples - self.held_out, length, self.top_logits
+            )
         if self.place().type == "cuda":
             return Cost(numbers + BEST * trained, saved, numbers + training)
         return Cost(numbers + BEST * trained + training, saved)
@@ -229,7 +231,7 @@ class Recover(Train):
 
     # ---- doing it ----------------------------------------------------------------------------
 
-    def search(self, lab: Lab) -> Outcome:
+    def search(self, context: PassContext) -> Outcome:
         """Train.
 
         Raises:
@@ -238,80 +240,80 @@ class Recover(Train):
         from moe2edge.passes import _recover_parameters
         from moe2edge.passes._recover_state import States
 
-        if lab.training is None:
+        if context.training is None:
             raise AssertionError("recover got no text to train on")
-        self.check_text(*lab.training.shape)
-        self._tell_cost(lab, *lab.training.shape)
-        with _folder(lab) as folder:
-            recovered, state = self._trained(lab, lab.training, States(folder))
-        model, after = lab.model, None
+        self.check_text(*context.training.shape)
+        self._tell_cost(context, *context.training.shape)
+        with _folder(context) as folder:
+            recovered, state = self._trained(context, context.training, States(folder))
+        model, after = context.model, None
         if state:
-            model = _recover_parameters.with_numbers(model, state, lab.store)
-            after = self._as_stored(lab, model, recovered.progress.best)
+            model = _recover_parameters.attach_trained(model, state, context.store)
+            after = self._as_stored(context, model, recovered.progress.best)
         before = recovered.progress.history[0].perplexity
         better = after is not None and after < (1 - NOISE) * before
         notes, figures = self._account(recovered, after, better=better)
         if not better:
-            return Outcome(lab.model, notes=notes, figures=figures)
-        known = _recover_parameters.places(lab.model)
+            return Outcome(context.model, notes=notes, figures=figures)
+        known = _recover_parameters.locate_parameters(context.model)
         changed = dict.fromkeys(
             known[name].name if known[name].block is None else f"block {known[name].block}"
             for name in state
         )
         return Outcome(model, tuple(changed), notes=notes, figures=figures)
 
-    def _as_stored(self, lab: Lab, model: Model, perplexity: float) -> float:
+    def _as_stored(self, context: PassContext, model: Model, perplexity: float) -> float:
         """Held-out perplexity of a model whose ``perplexity`` before rounding is known."""
         from moe2edge.calibration import walk
         from moe2edge.numerics import metrics
 
-        assert lab.training is not None
+        assert context.training is not None
         if all(weight.dtype == "F32" for _, _, weight in model.tensors()):
             return perplexity
-        ids, label = lab.training[-self.held_out :], "recover: what is stored"
-        hidden = walk.observe(model, ids, (), lab.watcher.advance, label, lab.memory)
-        return metrics.measure(ids, walk.head_logits(model, hidden), None).perplexity
+        ids, label = context.training[-self.held_out :], "recover: what is stored"
+        hidden = walk.observe(model, ids, (), context.reporter.advance, label, context.memory)
+        return metrics.measure(ids, walk.compute_logits(model, hidden), None).perplexity
 
-    def _tell_cost(self, lab: Lab, samples: int, length: int) -> None:
+    def _tell_cost(self, context: PassContext, samples: int, length: int) -> None:
         """Say what it will take before it starts.
 
         Raises:
             DoesNotFit: there is less.
         """
-        cost, (count, _) = self.cost(lab.model, samples, length), self._sizes(lab.model)
+        cost, (count, _) = self.cost(context.model, samples, length), self._sizes(context.model)
         where = f"{cost.gpu / 1e9:.2f} GB of the GPU and " if cost.gpu else ""
-        lab.watcher.log(
-            f"recover: {count:,} of {lab.model.parameters:,} parameters are trained ({self.train}) "
+        context.reporter.log(
+            f"recover: {count:,} of {context.model.parameters:,} parameters are trained ({self.train}) "
             f"on {samples - self.held_out} samples of {length} tokens, {self.held_out} are held "
             f"out; about {where}{cost.memory / 1e9:.2f} GB of memory, {cost.disk / 1e9:.2f} GB on "
             "the disk"
         )
         # Groups of experts that share a base can be others than planned.
-        cost.check("recover", lab.memory.limit)
+        cost.check("recover", context.memory.limit)
 
     def _trained(
-        self, lab: Lab, tokens: Tensor, states: States
+        self, context: PassContext, tokens: Tensor, states: States
     ) -> tuple[Recovered, dict[str, Tensor]]:
         """What came of it, and the parameters that it changed by name; none if none got better."""
         import torch
 
         from moe2edge.passes import _recover_lora, _recover_parameters
         from moe2edge.passes._recover_trainer import Trainer
-        from moe2edge.runtime.load import to_transformers
+        from moe2edge.runtime.load import build_transformers_model
 
         text, held_out = tokens[: -self.held_out], tokens[-self.held_out :]
         saved = states.progress()
         over = saved is not None and saved.finished
-        objective = self._objective(lab, text, states.folder, over=over)
-        names = _recover_parameters.selected(
-            lab.model, lambda block, role: self._wants(block, role)
+        objective = self._objective(context, text, states.folder, over=over)
+        names = _recover_parameters.select_parameters(
+            context.model, lambda block, role: self._wants(block, role)
         )
-        loaded: Any = to_transformers(lab.model, torch.float32, packed=False)
-        _recover_parameters.check(lab.model, dict(loaded.named_parameters()))
+        loaded: Any = build_transformers_model(context.model, torch.float32, packed=False)
+        _recover_parameters.check_parameters(context.model, dict(loaded.named_parameters()))
         loaded.to(self.place())
-        annealed = self._begin_annealing(lab, loaded)
+        annealed = self._begin_annealing(context, loaded)
         if self.train == "lora":
-            known = _recover_parameters.places(lab.model)
+            known = _recover_parameters.locate_parameters(context.model)
             whole = [name for name in names if _is_whole(known[name].roles)]
             adapted = [name for name in names if not _is_whole(known[name].roles)]
             loaded, parameters = _recover_lora.adapt(
@@ -329,7 +331,7 @@ class Recover(Train):
             objective,
             self._settings(),
             states,
-            lab.watcher,
+            context.reporter,
             annealed,
         ).run()
         if objective.teacher is not None:
@@ -358,40 +360,47 @@ class Recover(Train):
         """Whether a tensor is trained; outside of blocks by the name on disk."""
         return self.train == "full" if block is None else self._selects(block, role)
 
-    def _objective(self, lab: Lab, text: Tensor, folder: Path, *, over: bool) -> Objective:
+    def _objective(
+        self, context: PassContext, text: Tensor, folder: Path, *, over: bool
+    ) -> Objective:
         """The loss; of a training that is over none is computed any more."""
         from moe2edge.passes._recover_teacher import Objective, Teacher
 
         if self.loss == "text" or over:
             return Objective()
-        teacher = Teacher.ask(lab.source, text, self.top_logits, folder, lab.watcher, lab.memory)
+        teacher = Teacher.ask(
+            context.source, text, self.top_logits, folder, context.reporter, context.memory
+        )
         return Objective(teacher, self.text_share, self.tail == "bucket")
 
-    def _settings(self) -> Settings:
-        from moe2edge.passes._recover_trainer import Settings
+    def _settings(self) -> TrainerSettings:
+        from moe2edge.passes._recover_trainer import TrainerSettings
 
-        return Settings(
-            **{field.name: getattr(self, field.name) for field in dataclasses.fields(Settings)}
+        return TrainerSettings(
+            **{
+                field.name: getattr(self, field.name)
+                for field in dataclasses.fields(TrainerSettings)
+            }
         )
 
-    def _begin_annealing(self, lab: Lab, loaded: Any) -> list[Anneals]:
+    def _begin_annealing(self, context: PassContext, loaded: Any) -> list[Anneals]:
         """Let experts that share a base begin as those that they were before they did."""
         if self.anneal is None:
             return []
-        from moe2edge.runtime.decoder_blocks import finite
+        from moe2edge.runtime.decoder_blocks import load_finite
         from moe2edge.runtime.mixed_experts import MixedExperts
 
         found: list[Anneals] = []
-        unshared = lab.unshared or lab.source
+        unshared = context.unshared or context.source
         twins = {block.origin: layer for block, layer in unshared.moe_blocks}
-        for block, layer in lab.model.moe_blocks:
+        for block, layer in context.model.moe_blocks:
             if not layer.sharing:
                 continue
             before = {expert.origin: expert for expert in twins[block.origin].experts}
 
             def original(row: int, layer: MoELayer = layer, before: Any = before) -> list[Tensor]:
                 expert = before[layer.members[row].origin]
-                return [finite(weight) for weight in (expert.gate, expert.up, expert.down)]
+                return [load_finite(weight) for weight in (expert.gate, expert.up, expert.down)]
 
             mixed: MixedExperts = loaded.model.layers[block.index].mlp.experts
             found.append(mixed.annealed(layer, original))
@@ -450,16 +459,16 @@ class Recover(Train):
 
 
 @contextlib.contextmanager
-def _folder(lab: Lab) -> Iterator[Path]:
+def _folder(context: PassContext) -> Iterator[Path]:
     """Where checkpoints go; without a place that outlives the run, one that does not."""
-    if lab.scratch is not None:
-        yield lab.scratch
+    if context.scratch is not None:
+        yield context.scratch
         return
     with tempfile.TemporaryDirectory(prefix="recover-") as name:
         yield Path(name)
 
 
-def activations(model: Model, tokens: int, logits: int) -> int:
+def estimate_activations(model: Model, tokens: int, logits: int) -> int:
     """Bytes of what a forward pass keeps for the gradient, float32: an estimate.
 
     In every block a few copies of the stream and of what attention and experts make of it, and so
@@ -475,13 +484,13 @@ def activations(model: Model, tokens: int, logits: int) -> int:
 
 def _inside(block: Block, hidden: int) -> int:
     """Numbers that the MLP or the chosen experts of a block keep of a token."""
-    from moe2edge.model.roles import gated
+    from moe2edge.model.roles import list_gated_mlps
 
     if isinstance(layer := block.mlp, MoELayer):
         width = layer.experts[0].gate.shape[0]
         shared = layer.shared.mlp.gate.shape[0] if layer.shared else 0
         return layer.router.top_k * (4 * width + 3 * hidden) + 4 * shared
-    return sum(4 * mlp.gate.shape[0] for _, mlp in gated(block))
+    return sum(4 * mlp.gate.shape[0] for _, mlp in list_gated_mlps(block))
 
 
 def _is_trained(train: str, block: Block, role: str) -> bool:
@@ -494,7 +503,7 @@ def _is_trained(train: str, block: Block, role: str) -> bool:
     if train == "lora":
         return is_quantizable(role) or kind in WHOLE
     # The one expert that stayed in its layer is one, too.
-    only = kind == "dense" and isinstance(block.mlp, Expert | Always)
+    only = kind == "dense" and isinstance(block.mlp, Expert | UnroutedMLP)
     return kind in ("experts", "router", *WHOLE) or only
 
 

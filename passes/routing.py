@@ -11,15 +11,15 @@ from moe2edge.errors import InputError, Unsupported
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Block, Model
 from moe2edge.pipeline.checks import refuse_replaced
-from moe2edge.pipeline.contract import Lab, Outcome, Search
+from moe2edge.pipeline.contract import Outcome, PassContext, Search
 from moe2edge.pipeline.work import Store
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moe2edge.calibration.observation import Seen
-    from moe2edge.numerics.metrics import Sums
-    from moe2edge.numerics.router_fit import Evidence
+    from moe2edge.calibration.observation import BlockTrace
+    from moe2edge.numerics.metrics import SampleSums
+    from moe2edge.numerics.router_fit import RouterEvidence
 
 
 class Routing(Search):
@@ -75,7 +75,7 @@ class Routing(Search):
         """The same shape."""
         return model
 
-    def search(self, lab: Lab) -> Outcome:
+    def search(self, context: PassContext) -> Outcome:
         """Fit block after block, then decide by the loss of the whole.
 
         Raises:
@@ -85,67 +85,74 @@ class Routing(Search):
         from moe2edge.calibration import walk
         from moe2edge.numerics import bootstrap
 
-        held_out = self._held_out(len(lab.tokens))
-        self._state_cost(lab)
-        fitter = _Fitter(self, lab.store, held_out)
-        advance = lab.watcher.advance
-        fitted = walk.change(lab.source, lab.model, lab.tokens, fitter, advance, "routing")
+        held_out = self._held_out(len(context.tokens))
+        self._state_cost(context)
+        fitter = _Fitter(self, context.store, held_out)
+        advance = context.reporter.advance
+        fitted = walk.change(
+            context.source, context.model, context.tokens, fitter, advance, "routing"
+        )
         notes = tuple(fitter.notes)
         if not fitter.changed:
-            return Outcome(lab.model, notes=(*notes, "no router was changed: none got better"))
-        before, after = self._compare(lab, fitted, lab.tokens[held_out])
-        fall, _ = bootstrap.differences(before, after, seed=0)
+            return Outcome(context.model, notes=(*notes, "no router was changed: none got better"))
+        before, after = self._compare(context, fitted, context.tokens[held_out])
+        fall, _ = bootstrap.compare_paired(before, after, seed=0)
         said = (
             f"{fall.samples} held-out calibration samples: loss {fall.mean:.4f} lower (95 % "
-            f"{fall.low:.4f} to {fall.high:.4f}), KL {bootstrap.mean_kl(before):.5f} to "
-            f"{bootstrap.mean_kl(after):.5f}"
+            f"{fall.low:.4f} to {fall.high:.4f}), KL {bootstrap.compute_mean_kl(before):.5f} to "
+            f"{bootstrap.compute_mean_kl(after):.5f}"
         )
         if fall.low <= 0:
             reason = f"left alone, the loss does not fall measurably: {said}"
-            return Outcome(lab.model, notes=(*notes, reason))
+            return Outcome(context.model, notes=(*notes, reason))
         return Outcome(fitted, changed=tuple(fitter.changed), notes=(*notes, said))
 
     def _held_out(self, samples: int) -> Tensor:
         """Samples that decide, bool [samples]."""
         import torch
 
-        from moe2edge.numerics.bootstrap import split
+        from moe2edge.numerics.bootstrap import split_samples
 
         found = torch.zeros(samples, dtype=torch.bool)
-        found[split(samples, self.held_out)[1]] = True
+        found[split_samples(samples, self.held_out)[1]] = True
         return found
 
-    def _state_cost(self, lab: Lab) -> None:
-        from moe2edge.numerics.router_fit import evidence_bytes
-        from moe2edge.runtime.memory import check as check_memory
+    def _state_cost(self, context: PassContext) -> None:
+        from moe2edge.numerics.router_fit import estimate_router_evidence_bytes
+        from moe2edge.runtime.memory import check_memory as check_memory
 
-        tokens = lab.tokens.numel()
-        hidden = lab.model.family.geometry(lab.model.config).hidden
-        experts = max(lab.model.expert_counts)
-        needed = evidence_bytes(tokens, experts, hidden)
-        lab.watcher.log(
-            f"routing: {len(lab.model.moe_blocks)} layers, {tokens:,} tokens, each expert once "
+        tokens = context.tokens.numel()
+        hidden = context.model.family.geometry(context.model.config).hidden
+        experts = max(context.model.expert_counts)
+        needed = estimate_router_evidence_bytes(tokens, experts, hidden)
+        context.reporter.log(
+            f"routing: {len(context.model.moe_blocks)} layers, {tokens:,} tokens, each expert once "
             f"per token, at most {self.rounds} steps; {needed / 1e6:,.0f} MB for a layer at a time"
         )
         check_memory(
             needed,
             f"routing keeps products of the outputs of {experts} experts for {tokens:,} tokens",
             "give it fewer calibration samples, or fit on a larger one",
-            lab.memory.limit,
+            context.memory.limit,
         )
 
-    def _compare(self, lab: Lab, fitted: Model, ids: Tensor) -> tuple[list[Sums], list[Sums]]:
+    def _compare(
+        self, context: PassContext, fitted: Model, ids: Tensor
+    ) -> tuple[list[SampleSums], list[SampleSums]]:
         """Figures per sample of the model as it was and as fitted, against the source."""
         from moe2edge.calibration import walk
         from moe2edge.numerics import metrics
 
-        advance = lab.watcher.advance
-        source = walk.observe(lab.source, ids, (), advance, "routing: source")
+        advance = context.reporter.advance
+        source = walk.observe(context.source, ids, (), advance, "routing: source")
         found = []
-        for model in (lab.model, fitted):
+        for model in (context.model, fitted):
             hidden = walk.observe(model, ids, (), advance, "routing: held-out text")
-            mine, theirs = walk.head_logits(model, hidden), walk.head_logits(lab.source, source)
-            found.append(list(metrics.per_sample(ids, mine, theirs)))
+            mine, theirs = (
+                walk.compute_logits(model, hidden),
+                walk.compute_logits(context.source, source),
+            )
+            found.append(list(metrics.measure_per_sample(ids, mine, theirs)))
         return found[0], found[1]
 
 
@@ -158,12 +165,12 @@ class _Fitter:
     held_out: Tensor
     changed: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    parts: list[Evidence] = field(default_factory=list)
+    parts: list[RouterEvidence] = field(default_factory=list)
 
-    def see(self, seen: Seen, source: Seen) -> None:
+    def observe(self, trace: BlockTrace, source: BlockTrace) -> None:
         """Add one batch of a layer with a router."""
-        if isinstance(seen.block.mlp, MoELayer) and seen.routing is not None:
-            self.parts.append(_evidence(seen, seen.block.mlp, source))
+        if isinstance(trace.block.mlp, MoELayer) and trace.routing is not None:
+            self.parts.append(_evidence(trace, trace.block.mlp, source))
 
     def change(self, block: Block) -> Block:
         """The block with rows that lower the held-out error, or as it is."""
@@ -174,12 +181,12 @@ class _Fitter:
         parts, self.parts = self.parts, []
         if not isinstance(block.mlp, MoELayer) or not parts:
             return block
-        evidence = router_fit.joined(parts)
+        evidence = router_fit.join_evidence(parts)
         parts.clear()
         weight = block.mlp.router.weight
         stored = weight.load()
         length = len(evidence.inputs) // len(self.held_out)
-        found = router_fit.fit(
+        found = router_fit.fit_router(
             evidence,
             self.held_out.repeat_interleave(length),
             stored.float(),
@@ -202,22 +209,22 @@ class _Fitter:
         return self.store.put(block, {"router.weight": found.router})
 
 
-def _evidence(seen: Seen, layer: MoELayer, source: Seen) -> Evidence:
+def _evidence(trace: BlockTrace, layer: MoELayer, source: BlockTrace) -> RouterEvidence:
     """Evidence of one batch; errors count relative to the size of the source's stream."""
     import torch
 
-    from moe2edge.calibration.evidence import products
-    from moe2edge.numerics.router_fit import Evidence
-    from moe2edge.numerics.subset_loss import Rule
+    from moe2edge.calibration.evidence import compute_products
+    from moe2edge.numerics.router_fit import RouterEvidence
+    from moe2edge.numerics.subset_loss import RoutingRule
 
-    routing = seen.routing
+    routing = trace.routing
     assert routing is not None
-    lacks = (source.outputs - seen.outputs).flatten(0, 1)
-    gram, pull = products(seen, routing.inputs, len(layer.experts), lacks)
+    lacks = (source.outputs - trace.outputs).flatten(0, 1)
+    gram, pull = compute_products(trace, routing.inputs, len(layer.experts), lacks)
     assert pull is not None
     weights = torch.zeros(len(lacks), len(layer.experts))
-    return Evidence(
-        rule=Rule(layer.router.top_k, layer.router.renormalize),
+    return RouterEvidence(
+        rule=RoutingRule(layer.router.top_k, layer.router.renormalize),
         inputs=routing.inputs.clone(),
         gram=gram,
         pull=pull.float(),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from moe2edge.model.model import Block, Model
 from moe2edge.passes._quantize import Quantize, Scales
-from moe2edge.pipeline.solver import Group, GroupSolver, Solved
+from moe2edge.pipeline.solver import GroupSolver, MatrixGroup, Solved
 
 if TYPE_CHECKING:
     from moe2edge.numerics.grid import Quantized
@@ -42,10 +42,10 @@ class _Rounding(GroupSolver):
         """Memory of one matrix, its integers and what is computed on the way."""
         return max(16 * outs * ins for outs, ins in shapes)
 
-    def solve(self, block: Block, groups: Sequence[Group]) -> Solved:
+    def solve(self, block: Block, groups: Sequence[MatrixGroup]) -> Solved:
         """Round every tensor that has a scheme."""
         from moe2edge.numerics.rounding import round_to_nearest
-        from moe2edge.runtime.decoder_blocks import finite
+        from moe2edge.runtime.decoder_blocks import load_finite
 
         numbers = {}
         lost = size = 0.0
@@ -53,7 +53,7 @@ class _Rounding(GroupSolver):
             for role, weight in group.weights.items():
                 scheme = self._schemes.get(self._model.family.disk_name(block.index, role))
                 if scheme is not None:
-                    matrix = finite(weight)
+                    matrix = load_finite(weight)
                     numbers[role] = round_to_nearest(matrix, scheme, self._options.scales)
                     size += float(matrix.square().sum())
                     lost += float(numbers[role].dequantize().sub_(matrix).square_().sum())

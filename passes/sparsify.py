@@ -27,20 +27,20 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from moe2edge.errors import InputError, Moe2EdgeError
-from moe2edge.model.layers import Weight, planned
+from moe2edge.model.layers import Weight, plan_weight
 from moe2edge.model.model import Block, Model
-from moe2edge.model.roles import selected
+from moe2edge.model.roles import list_quantizable
 from moe2edge.numerics.scheme import Pattern
 from moe2edge.pipeline.contract import Slim
-from moe2edge.pipeline.solver import GateWeighted, Group, GroupSolver, MinTokens, Solved
+from moe2edge.pipeline.solver import GateWeighted, GroupSolver, MatrixGroup, MinTokens, Solved
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-RUNS = {"2:4": Pattern(2, 4), "4:8": Pattern(4, 8)}
+RUN_LENGTHS = {"2:4": Pattern(2, 4), "4:8": Pattern(4, 8)}
 # Columns that SparseGPT compares together, as in the paper.
 BLOCK = 128
-PARTS = {
+PARTS_BY_ROLE = {
     "experts": "experts",
     "shared": "shared experts",
     "dense": "dense MLPs",
@@ -108,7 +108,7 @@ class Sparsify(Slim):
     @property
     def promise(self) -> Pattern:
         """What the selected weights have afterwards."""
-        return RUNS.get(self.pattern) or Pattern(self.amount)
+        return RUN_LENGTHS.get(self.pattern) or Pattern(self.amount)
 
     def width(self, ins: int) -> int:
         """Columns that SparseGPT chooses zeros in at once, in a matrix of ``ins`` columns.
@@ -143,11 +143,11 @@ class Sparsify(Slim):
 
     def selected(self, block: Block) -> Iterator[tuple[str, Weight]]:
         """The tensors of a block that it changes, with their roles."""
-        return ((r, w) for r, w in selected(block) if self.selects(r))
+        return ((r, w) for r, w in list_quantizable(block) if self.selects(r))
 
     def selects(self, role: str) -> bool:
         """Whether it changes a matrix of this role."""
-        return self.select == "all" or _part(role) != PARTS["attention"]
+        return self.select == "all" or _part(role) != PARTS_BY_ROLE["attention"]
 
     def check(self, model: Model) -> None:
         """Refuse a model that is quantized or sparse already, and widths that do not fit."""
@@ -176,7 +176,8 @@ class Sparsify(Slim):
         """The model with the pattern on every selected weight."""
         for block in model.blocks:
             new = {
-                role: planned(weight, pattern=self.promise) for role, weight in self.selected(block)
+                role: plan_weight(weight, pattern=self.promise)
+                for role, weight in self.selected(block)
             }
             model = model.replace_block(block.with_weights(new))
         return model
@@ -237,7 +238,7 @@ class _Solver(GroupSolver):
             return 8 * ins * ins + 16 * rows * ins
         return 12 * rows * ins
 
-    def solve(self, block: Block, groups: Sequence[Group]) -> Solved:
+    def solve(self, block: Block, groups: Sequence[MatrixGroup]) -> Solved:
         """Sparsify groups of equal shapes; those of attention only if it is selected."""
         if not self._options.selects(next(iter(groups[0].weights))):
             return Solved({})
@@ -253,13 +254,15 @@ class _Solver(GroupSolver):
             numbers, (*notes, *self._account(block, len(numbers))), loss, self._options.promise
         )
 
-    def _shown(self, block: Block, group: Group, notes: list[str]) -> Group:
+    def _shown(self, block: Block, group: MatrixGroup, notes: list[str]) -> MatrixGroup:
         """The group with the tokens by which it is judged; those of weight one, if all count so."""
         options = self._options
         least = max(1, options.min_tokens)
-        if group.is_starved(least):
+        if group.is_under_calibrated(least):
             if options.needs_tokens:
-                notes += group.starved_note(block, least, STARVED[options.starved])
+                notes += group.describe_under_calibrated(
+                    block, least, SPARSIFY_FALLBACKS[options.starved]
+                )
             if options.starved == "borrow" and group.everyone is not None:
                 return replace(group, batches=group.everyone)
             return replace(group, batches=lambda: iter(()))
@@ -279,15 +282,15 @@ class _Solver(GroupSolver):
         return [
             f"{part}: {self._zeros[part]:,} of {self._weights[part]:,} weights were set to zero "
             f"({self._options.promise})"
-            for part in PARTS.values()
+            for part in PARTS_BY_ROLE.values()
             if part in self._weights
         ] + [SAVES_NOTHING]
 
-    def _by_score(self, group: Group) -> dict[str, Tensor]:
+    def _by_score(self, group: MatrixGroup) -> dict[str, Tensor]:
         """Magnitude and Wanda: the weights that stay do not change."""
         sizes = None
         if self._options.needs_tokens:
-            sizes = input_sizes(group, next(iter(group.weights.values())).shape[1])
+            sizes = measure_inputs(group, next(iter(group.weights.values())).shape[1])
         numbers = {}
         for role, weight in group.weights.items():
             matrix = _load(weight)
@@ -297,12 +300,12 @@ class _Solver(GroupSolver):
                 # What is zero already comes first, also where inputs never occur.
                 scores.masked_fill_(matrix == 0, -1)
             length, count = self._options.run(weight.shape)
-            gone = smallest(scores.reshape(-1, length), count).view(matrix.shape)
+            gone = mask_smallest(scores.reshape(-1, length), count).view(matrix.shape)
             numbers[role] = matrix.masked_fill(gone, 0)
         return numbers
 
     def _with_feedback(
-        self, block: Block, groups: Sequence[Group], notes: list[str]
+        self, block: Block, groups: Sequence[MatrixGroup], notes: list[str]
     ) -> tuple[dict[str, Tensor], tuple[float, float]]:
         """SparseGPT on groups of equal shapes as one batch, and the loss with its reference.
 
@@ -318,7 +321,7 @@ class _Solver(GroupSolver):
         hessians = torch.empty(len(groups), ins, ins)
         for group, hessian in zip(groups, hessians, strict=True):
             error_feedback.sum_hessian(hessian, group.batches())
-        reference = sum(map(error_feedback.output_size, weights, hessians))
+        reference = sum(map(error_feedback.estimate_output_size, weights, hessians))
         dead = hessians.diagonal(dim1=1, dim2=2) == 0
         factors, fine = error_feedback.factorize(hessians, self._options.damping)
         notes += [
@@ -331,7 +334,7 @@ class _Solver(GroupSolver):
         factors.weight.masked_fill_(dead & ~dead.all(1, keepdim=True), 0)
         chooser = ZeroChooser(self._options, weights, [shape[0] for shape in shapes])
         lost = float(
-            error_feedback.solve(error_feedback.transposed(weights), factors, chooser).sum()
+            error_feedback.round_columns(error_feedback.transpose(weights), factors, chooser).sum()
         )
         numbers = {}
         for group, matrices, whole in zip(groups, loaded, chooser.result, strict=True):
@@ -341,7 +344,7 @@ class _Solver(GroupSolver):
         return numbers, (lost, reference)
 
 
-STARVED = {
+SPARSIFY_FALLBACKS = {
     "borrow": "it is judged by all tokens of the layer",
     "magnitude": "it is judged by its weights alone",
 }
@@ -386,7 +389,7 @@ class ZeroChooser:
         at = 0
         for size, (length, count) in zip(self._sizes, self._runs, strict=True):
             part = scores[:, at : at + size]
-            gone = smallest(part.reshape(len(part), -1, length), count).view(part.shape)
+            gone = mask_smallest(part.reshape(len(part), -1, length), count).view(part.shape)
             self._gone[:, first : first + completed.shape[1], at : at + size] = gone.transpose(1, 2)
             at += size
 
@@ -399,7 +402,7 @@ class ZeroChooser:
         torch.sub(original, kept, out=error)
 
 
-def smallest(scores: Tensor, count: int) -> Tensor:
+def mask_smallest(scores: Tensor, count: int) -> Tensor:
     """Mask of exactly ``count`` of the smallest of each row; of equal ones the first.
 
     Args:
@@ -431,7 +434,7 @@ def has_zeros(matrix: Tensor, length: int, count: int) -> bool:
     return bool((zeros >= count).all())
 
 
-def input_sizes(group: Group, ins: int) -> Tensor:
+def measure_inputs(group: MatrixGroup, ins: int) -> Tensor:
     """Euclidean norm of each input [in] over the tokens of a group, weighted; ones without any."""
     import torch
 
@@ -449,11 +452,11 @@ def _load(weight: Weight) -> Tensor:
     Raises:
         InputError: some are not finite.
     """
-    from moe2edge.runtime.decoder_blocks import checked
+    from moe2edge.runtime.decoder_blocks import check_finite
 
-    return checked(weight.name, weight.load())
+    return check_finite(weight.name, weight.load())
 
 
 def _part(role: str) -> str:
     """The part of a block that a matrix belongs to, as notes call it."""
-    return PARTS[role.partition(".")[0]]
+    return PARTS_BY_ROLE[role.partition(".")[0]]

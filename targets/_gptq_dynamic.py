@@ -26,7 +26,7 @@ _FUSED = {
 }
 
 
-def main_scheme(model: Model) -> Scheme | None:
+def find_main_scheme(model: Model) -> Scheme | None:
     """The scheme of most matrices, None if nothing is quantized.
 
     Factors and linear maps, which may be more, count only where they alone are quantized.
@@ -38,19 +38,19 @@ def main_scheme(model: Model) -> Scheme | None:
     return found.most_common(1)[0][0] if found else None
 
 
-def settings_of(scheme: Scheme) -> dict[str, Any]:
+def encode_scheme(scheme: Scheme) -> dict[str, Any]:
     """A scheme in the words of a ``quantization_config``."""
     return {"bits": scheme.bits, "group_size": scheme.group_size, "sym": scheme.symmetric}
 
 
-def dynamic(model: Model) -> dict[str, dict[str, Any]]:
+def build_dynamic(model: Model) -> dict[str, dict[str, Any]]:
     """Entries for all matrices that have another scheme than the main one, or none.
 
     Each matches nothing but matrices of its scheme: whole classes of modules where that is so,
     single modules otherwise. Empty if one scheme is that of all. Factors and linear maps have an
     entry if they are quantized, whatever their scheme.
     """
-    main = main_scheme(model)
+    main = find_main_scheme(model)
     schemes: dict[str, Scheme | None] = {}
     left: dict[str, None] = {}  # a set that keeps its order
     for name, role, weight in model.tensors():
@@ -79,7 +79,7 @@ def dynamic(model: Model) -> dict[str, dict[str, Any]]:
 
 
 def _entry(pattern: str, scheme: Scheme | None) -> dict[str, dict[str, Any]]:
-    return {f"-:{pattern}": {}} if scheme is None else {f"+:{pattern}": settings_of(scheme)}
+    return {f"-:{pattern}": {}} if scheme is None else {f"+:{pattern}": encode_scheme(scheme)}
 
 
 def _pattern(module: str, level: int) -> str:
@@ -105,7 +105,7 @@ def _pattern(module: str, level: int) -> str:
 # ---- what serving programs keep as one -----------------------------------------------------------
 
 
-def fused_apart(model: Model) -> str | None:
+def find_split_fusion(model: Model) -> str | None:
     """The first module of serving programs whose matrices differ in scheme, None if none does."""
     found: dict[str, Scheme | None] = {}
     for name, role, weight in model.tensors():

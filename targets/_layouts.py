@@ -13,13 +13,13 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Literal, get_args
 
-from moe2edge.errors import InputError, Unsupported, did_you_mean
+from moe2edge.errors import InputError, Unsupported, suggest
 from moe2edge.model import model as model_
-from moe2edge.model.layers import Always, Dense, MoELayer
+from moe2edge.model.layers import Dense, MoELayer, UnroutedMLP
 from moe2edge.model.model import SECOND_NORM, Block, Model
 from moe2edge.pipeline.target import Loader
-from moe2edge.targets._rehomed import as_qwen2_moe
-from moe2edge.targets._tensors import TILE, fitting, padded, zeros
+from moe2edge.targets._rehomed import convert_to_qwen2_moe
+from moe2edge.targets._tensors import TILE, fit_scheme, make_zeros, pad
 
 Layout = Literal["natural", "uniform", "mlp-only"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
@@ -27,17 +27,17 @@ LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 REHOMED = "mixtral"
 
 
-def check(layout: str) -> None:
+def check_layout(layout: str) -> None:
     """Refuse a layout that is none.
 
     Raises:
         InputError: names the nearest.
     """
     if layout not in LAYOUTS:
-        raise InputError(did_you_mean("layout", layout, LAYOUTS))
+        raise InputError(suggest("layout", layout, LAYOUTS))
 
 
-def stored(model: Model, layout: Layout, target: str) -> Model:
+def convert_layout(model: Model, layout: Layout, target: str) -> Model:
     """The model that is written for ``model``: it computes the same.
 
     Args:
@@ -78,7 +78,7 @@ def _needs(model: Model, layout: Layout) -> str:
     return "holds MoE layers of one size, layers that were dropped whole, and plain experts"
 
 
-def no_stock_loaders(model: Model, *programs: str) -> tuple[Loader, ...]:
+def list_refusing_loaders(model: Model, *programs: str) -> tuple[Loader, ...]:
     """What ``programs`` that know nothing of a ``per_layer_config`` do with one: nothing good."""
     if model.substitutes:
         why = "it knows no substitutes for experts"
@@ -86,7 +86,7 @@ def no_stock_loaders(model: Model, *programs: str) -> tuple[Loader, ...]:
         why = "it knows no experts that share matrices"
     elif model.skips:
         why = "it knows no dynamic skipping"
-    elif all(model_.is_own_form(model, block) for block in model.blocks):
+    elif all(model_.is_stock_form(model, block) for block in model.blocks):
         why = "it takes MoE layers of one size only"
     else:
         why = "it has no form for layers without a router"
@@ -98,7 +98,7 @@ def no_stock_loaders(model: Model, *programs: str) -> tuple[Loader, ...]:
     return tuple(Loader(program, "no", notes.get(program, why)) for program in programs)
 
 
-def vllm_loader(model: Model, held: Model) -> Loader:
+def judge_vllm(model: Model, held: Model) -> Loader:
     """What is known of vLLM, for ``model`` that is ``held`` in a layout."""
     if held.family is model.family:
         return Loader("vLLM", "as read", "0.33")
@@ -130,7 +130,7 @@ def _kind(block: Block) -> str:
         gone = f" and {len(mlp.substitutes)} substitutes" if mlp.substitutes else ""
         shared = f" for {len(mlp.members)} members" if mlp.members else ""
         return f"{len(mlp.experts)} experts{shared}{gone} top-{mlp.router.top_k}{skips}"
-    if isinstance(mlp, Always):
+    if isinstance(mlp, UnroutedMLP):
         return "a shared expert" if mlp.expert is None else "a shared expert and a plain one"
     if mlp is None:
         return "a norm alone" if SECOND_NORM in block.norms else "no MLP"
@@ -162,10 +162,10 @@ def _with_plain_mlps(model: Model) -> Model:
     Layers that cannot be had so are left as they are.
     """
     plain = [b.index for b in model.blocks if isinstance(b.mlp, Dense) or _is_dropped(b)]
-    if all(model_.is_own_form(model, model.blocks[index]) for index in plain):
+    if all(model_.is_stock_form(model, model.blocks[index]) for index in plain):
         return model
     if model.family.model_type == REHOMED:
-        model = as_qwen2_moe(model)
+        model = convert_to_qwen2_moe(model)
     if not model.family.dense_layers:
         return model
     blocks = [model.blocks[index] for index in plain]
@@ -195,16 +195,16 @@ def _of_width(block: Block, width: int) -> Block:
         hidden = mlp.gate.shape[1]
         mlp = replace(
             mlp,
-            gate=padded(mlp.gate, (width, hidden)),
-            up=padded(mlp.up, (width, hidden)),
-            down=padded(mlp.down, (hidden, width)),
+            gate=pad(mlp.gate, (width, hidden)),
+            up=pad(mlp.up, (width, hidden)),
+            down=pad(mlp.down, (hidden, width)),
         )
         return replace(block, mlp=mlp)
     before, like = block.norms["input_layernorm.weight"], block.attention["q_proj.weight"]
     hidden = before.shape[0]
     # Whatever is normed, zeros come out of the MLP.
     norm = replace(before, load=lambda: before.load().new_ones(before.shape))
-    scheme = fitting(like.scheme, hidden, width)
-    inner = zeros((width, hidden), like.dtype, scheme)
-    mlp = Dense(inner, inner, zeros((hidden, width), like.dtype, scheme))
+    scheme = fit_scheme(like.scheme, hidden, width)
+    inner = make_zeros((width, hidden), like.dtype, scheme)
+    mlp = Dense(inner, inner, make_zeros((hidden, width), like.dtype, scheme))
     return replace(block, norms={**block.norms, SECOND_NORM: norm}, mlp=mlp)

@@ -8,16 +8,22 @@ from dataclasses import dataclass
 import numpy as np
 
 from moe2edge.model.family import Geometry
-from moe2edge.model.layers import Always, MoELayer
+from moe2edge.model.layers import MoELayer, UnroutedMLP
 from moe2edge.model.model import SECOND_NORM, Block, Model
 from moe2edge.targets._onnx_experts import MoEWriter, Roles
-from moe2edge.targets._onnx_graph import Graph, alike, gated, linear, linear_pair
+from moe2edge.targets._onnx_graph import (
+    Graph,
+    add_gated_product,
+    add_linear,
+    add_linear_pair,
+    are_alike,
+)
 from moe2edge.targets._onnx_mixed import MixedWriter
 from moe2edge.targets._onnx_storage import Source
 
 
 @dataclass(frozen=True)
-class Inputs:
+class BlockInputs:
     """Values that every block reads.
 
     Attributes:
@@ -34,14 +40,16 @@ class Inputs:
 
 
 @dataclass(frozen=True)
-class Stream:
+class ResidualStream:
     """The residual stream: its value, and what the next norm adds to it before norming."""
 
     value: str
     pending: str = ""
 
 
-def norm(graph: Graph, at: str, stream: Stream, weight: Source, eps: float) -> tuple[str, str]:
+def add_norm(
+    graph: Graph, at: str, stream: ResidualStream, weight: Source, eps: float
+) -> tuple[str, str]:
     """The normed stream, and the stream itself with what was pending."""
     scale = graph.vector(weight)
     if not stream.pending:
@@ -70,7 +78,7 @@ class BlockWriter:
     model: Model
     block: Block
     geometry: Geometry
-    inputs: Inputs
+    inputs: BlockInputs
     accuracy_level: int
 
     @property
@@ -78,28 +86,30 @@ class BlockWriter:
         """Path of the block's nodes."""
         return f"/model/layers.{self.block.index}"
 
-    def add(self, stream: Stream) -> Stream:
+    def add(self, stream: ResidualStream) -> ResidualStream:
         """The stream after the block."""
         roles = {
             role: Source(self.model.family.disk_name(self.block.index, role), weight)
             for role, weight in self.block.weights()
         }
         x, value = self._norm(roles, "input_layernorm", stream)
-        stream = Stream(value, self._attention(roles, x))
+        stream = ResidualStream(value, self._attention(roles, x))
         if f"norms.{SECOND_NORM}" not in roles:
             return stream
         x, value = self._norm(roles, "post_attention_layernorm", stream)
         mlp = self.block.mlp
         if isinstance(mlp, MoELayer):
-            return Stream(value, self._moe(roles, mlp, x))
-        if isinstance(mlp, Always):
+            return ResidualStream(value, self._moe(roles, mlp, x))
+        if isinstance(mlp, UnroutedMLP):
             y = self._mlp(roles, "dense", f"{self.at}/mlp", x) if mlp.expert else ""
-            return Stream(value, self._with_shared(roles, f"{self.at}/mlp", x, y))
-        return Stream(value, x if mlp is None else self._mlp(roles, "dense", f"{self.at}/mlp", x))
+            return ResidualStream(value, self._with_shared(roles, f"{self.at}/mlp", x, y))
+        return ResidualStream(
+            value, x if mlp is None else self._mlp(roles, "dense", f"{self.at}/mlp", x)
+        )
 
-    def _norm(self, roles: Roles, name: str, stream: Stream) -> tuple[str, str]:
+    def _norm(self, roles: Roles, name: str, stream: ResidualStream) -> tuple[str, str]:
         weight = roles[f"norms.{name}.weight"]
-        return norm(self.graph, f"{self.at}/{name}", stream, weight, self.geometry.eps)
+        return add_norm(self.graph, f"{self.at}/{name}", stream, weight, self.geometry.eps)
 
     def _linear(
         self,
@@ -110,7 +120,7 @@ class BlockWriter:
         name: str = "",
     ) -> str:
         name = name or weights[0].name
-        return linear(self.graph, at, x, name, weights, biases, self.accuracy_level)
+        return add_linear(self.graph, at, x, name, weights, biases, self.accuracy_level)
 
     # ---- attention -----------------------------------------------------------------------------
 
@@ -148,7 +158,7 @@ class BlockWriter:
         biases = [roles[r] for r in (f"attention.{name}.bias" for name in names) if r in roles]
         normed = "attention.q_norm.weight" in roles
         clip = self.geometry.clip_qkv
-        if alike(weights) and alike(biases):
+        if are_alike(weights) and are_alike(biases):
             stem = weights[0].name.replace("q_proj", "qkv_proj")
             packed = self._linear(f"{at}/qkv_proj", x, weights, biases, stem)
             if not normed and clip is None:
@@ -204,5 +214,7 @@ class BlockWriter:
         """A gated MLP: ``down(silu(gate(x)) * up(x))``."""
         graph, weights = self.graph, [roles[f"{kind}.gate"], roles[f"{kind}.up"]]
         stem = weights[0].name.replace("gate_proj", "gate_up_proj")
-        gate, up = linear_pair(graph, at, x, stem, weights, self.accuracy_level)
-        return self._linear(f"{at}/down_proj", gated(graph, at, gate, up), [roles[f"{kind}.down"]])
+        gate, up = add_linear_pair(graph, at, x, stem, weights, self.accuracy_level)
+        return self._linear(
+            f"{at}/down_proj", add_gated_product(graph, at, gate, up), [roles[f"{kind}.down"]]
+        )

@@ -10,7 +10,7 @@ from moe2edge.model.layers import MoELayer
 
 
 @dataclass(frozen=True)
-class Group:
+class ColumnGroup:
     """Rows of the router whose experts have the same matrices, or one that has factors alone.
 
     Attributes:
@@ -34,17 +34,17 @@ class Columns:
     layer: MoELayer
 
     @cached_property
-    def grouped(self) -> tuple[Group, ...]:
+    def grouped(self) -> tuple[ColumnGroup, ...]:
         """Rows by expert; within, those with factors first. Behind them those without a base."""
         found: dict[int, list[int]] = {}
         alone = []
         for row, base in enumerate(self.layer.bases):
             if base is None:
-                alone.append(Group(None, (row,)))
+                alone.append(ColumnGroup(None, (row,)))
             else:
                 found.setdefault(base, []).append(row)
         shared = (
-            Group(base, tuple(sorted(rows, key=lambda row: not self.has_factors(row))))
+            ColumnGroup(base, tuple(sorted(rows, key=lambda row: not self.has_factors(row))))
             for base, rows in sorted(found.items())
         )
         return (*shared, *alone)
@@ -55,7 +55,7 @@ class Columns:
         return tuple(g.base for g in self.grouped if g.base is not None and self._fuses(g))
 
     @property
-    def groups(self) -> tuple[Group, ...]:
+    def groups(self) -> tuple[ColumnGroup, ...]:
         """What is not."""
         return tuple(group for group in self.grouped if not self._fuses(group))
 
@@ -86,13 +86,13 @@ class Columns:
             found[layer.routed + n] = column
         for column, group in enumerate(self.groups, len(self.fused) + len(self.substitutes)):
             found |= dict.fromkeys(group.rows, column)
-        return tuple(found[row] for row in range(layer.choices))
+        return tuple(found[row] for row in range(layer.router_rows))
 
     def has_factors(self, row: int) -> bool:
         """Whether a row is a member with factors."""
         return row < len(self.layer.members) and bool(self.layer.members[row].factors)
 
-    def _fuses(self, group: Group) -> bool:
+    def _fuses(self, group: ColumnGroup) -> bool:
         if group.base is None or any(map(self.has_factors, group.rows)):
             return False
         return self.layer.experts[group.base].gate.scheme is not None

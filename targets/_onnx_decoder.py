@@ -16,14 +16,14 @@ from torch import Tensor
 
 from moe2edge.model.family import Geometry
 from moe2edge.model.model import Model
-from moe2edge.targets._onnx_block import BlockWriter, Inputs, Stream, norm
+from moe2edge.targets._onnx_block import BlockInputs, BlockWriter, ResidualStream, add_norm
 from moe2edge.targets._onnx_graph import Graph
-from moe2edge.targets._onnx_storage import Batch, Slot, Source, plain
+from moe2edge.targets._onnx_storage import Batch, Slot, Source, make_plain_initializer
 
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
 
-def decoder(model: Model, accuracy_level: int) -> Graph:
+def build_decoder(model: Model, accuracy_level: int) -> Graph:
     """The whole graph; no number is read until its weights are written.
 
     Args:
@@ -35,15 +35,15 @@ def decoder(model: Model, accuracy_level: int) -> Graph:
     inputs = _inputs(graph, model, geometry)
     embedding = Source(EMBEDDING, model.rest[EMBEDDING])
     shape = embedding.weight.shape
-    (table,) = graph.store(plain(EMBEDDING, [(embedding,)], shape))
+    (table,) = graph.store(make_plain_initializer(EMBEDDING, [(embedding,)], shape))
     rows = graph.node("/model/embed_tokens", "Gather", [table, "input_ids"], axis=0)
     if embedding.weight.dtype != "F32":
         rows = graph.node("/model/embed_tokens", "Cast", [rows], to=TensorProto.FLOAT)
-    stream = Stream(rows)
+    stream = ResidualStream(rows)
     for block in model.blocks:
         stream = BlockWriter(graph, model, block, geometry, inputs, accuracy_level).add(stream)
     last = Source(FINAL_NORM, model.rest[FINAL_NORM])
-    hidden, _ = norm(graph, "/model/norm", stream, last, geometry.eps)
+    hidden, _ = add_norm(graph, "/model/norm", stream, last, geometry.eps)
     # Tied weights are stored once: the head multiplies by the transposed embedding. The Cast of a
     # 16-bit matrix is folded when a session opens; benchmarks/onnx_head compares the forms.
     if HEAD in model.rest:
@@ -58,7 +58,7 @@ def decoder(model: Model, accuracy_level: int) -> Graph:
     return graph
 
 
-def _inputs(graph: Graph, model: Model, geometry: Geometry) -> Inputs:
+def _inputs(graph: Graph, model: Model, geometry: Geometry) -> BlockInputs:
     """Declare the inputs; lengths from the attention mask, and the rotary tables."""
     graph.input("input_ids", TensorProto.INT64, ["batch_size", "sequence_length"])
     mask = graph.input("attention_mask", TensorProto.INT64, ["batch_size", "total_length"])
@@ -75,10 +75,10 @@ def _inputs(graph: Graph, model: Model, geometry: Geometry) -> Inputs:
     slots = tuple(Slot(f"model.rotary_emb.{part}", "F32", shape) for part in ("cos", "sin"))
 
     def make() -> Iterator[tuple[Slot, Tensor]]:
-        yield from zip(slots, rotary_tables(model, geometry.max_positions), strict=True)
+        yield from zip(slots, compute_rotary_tables(model, geometry.max_positions), strict=True)
 
     cos, sin = graph.store(Batch(slots, make))
-    return Inputs(
+    return BlockInputs(
         last_position=graph.node(last, "Cast", [position], to=TensorProto.INT32),
         total_length=graph.node(total, "Cast", [length], to=TensorProto.INT32),
         cos=cos,
@@ -90,7 +90,7 @@ def _cache(geometry: Geometry, length: str) -> list[int | str]:
     return ["batch_size", geometry.kv_heads, length, geometry.head_dim]
 
 
-def rotary_tables(model: Model, positions: int) -> tuple[Tensor, Tensor]:
+def compute_rotary_tables(model: Model, positions: int) -> tuple[Tensor, Tensor]:
     """Cosines and sines float32 [positions, head_dim / 2], by transformers' own module.
 
     They hold the attention scaling of types such as yarn.

@@ -26,15 +26,18 @@ from moe2edge.targets._onnx_storage import load_graph
 # Of QMoE: which kernels experts may use. It is read when a session opens.
 EXPERT_KERNELS = "ORT_QMOE_CPU_QNBIT_GEMM"
 # Of experts that are computed by a table.
-BITS = 2
+REWRITTEN_BITS = 2
 # The table kernel wants groups that this divides; the operator takes groups from half of it.
 TABLE_GROUP = 32
 SMALL_GROUP = 16
-SCALES, ZEROS = (3, 6), (11, 12)  # among the inputs of QMoE, of its first and second matrix
+QMOE_SCALES, QMOE_ZEROS = (
+    (3, 6),
+    (11, 12),
+)  # among the inputs of QMoE, of its first and second matrix
 
 
 @contextmanager
-def float_experts() -> Iterator[None]:
+def use_float_experts() -> Iterator[None]:
     """While a session opens: experts of 8 bits compute with float32 activations."""
     before = os.environ.get(EXPERT_KERNELS)
     os.environ[EXPERT_KERNELS] = "fp32"
@@ -47,7 +50,7 @@ def float_experts() -> Iterator[None]:
             os.environ[EXPERT_KERNELS] = before
 
 
-def with_float_activations(folder: Path, data_file: str) -> bytes:
+def convert_to_float_activations(folder: Path, data_file: str) -> bytes:
     """The graph of a folder, changed so; its weights stay in the file ``data_file``.
 
     Raises:
@@ -80,16 +83,16 @@ def _split_groups(graph: Any) -> None:
     added: list[Any] = []
     for node in graph.node:
         known = {attribute.name: attribute for attribute in node.attribute}
-        if node.op_type != "QMoE" or known["expert_weight_bits"].i != BITS:
+        if node.op_type != "QMoE" or known["expert_weight_bits"].i != REWRITTEN_BITS:
             continue
         if known["block_size"].i % TABLE_GROUP:
             continue
         pieces = known["block_size"].i // SMALL_GROUP
         known["block_size"].i = SMALL_GROUP
-        groups = {place: shapes[node.input[place]][-1] for place in SCALES}
+        groups = {place: shapes[node.input[place]][-1] for place in QMOE_SCALES}
         for place, count in groups.items():
             added += _repeated_scales(graph, node, place, count, pieces)
-        for place, count in zip(ZEROS, groups.values(), strict=True):
+        for place, count in zip(QMOE_ZEROS, groups.values(), strict=True):
             if place < len(node.input) and node.input[place]:
                 shape = shapes[node.input[place]]
                 added += _repeated_zeros(graph, node, place, shape, count, pieces)
@@ -112,9 +115,9 @@ def _repeated_zeros(
     """Nodes that do the same to zero points, which stand in bytes of four: by a table of bytes."""
     name = user.input[place]
     user.input[place] = f"{name}/repeated"
-    whole = unpack_bytes(torch.arange(256, dtype=torch.uint8)[:, None], BITS)
-    table = pack_bytes(whole.repeat_interleave(pieces, dim=1), BITS).numpy()
-    bytes_ = np.arange(-(-groups * pieces * BITS // 8))
+    whole = unpack_bytes(torch.arange(256, dtype=torch.uint8)[:, None], REWRITTEN_BITS)
+    table = pack_bytes(whole.repeat_interleave(pieces, dim=1), REWRITTEN_BITS).numpy()
+    bytes_ = np.arange(-(-groups * pieces * REWRITTEN_BITS // 8))
     last = np.array([*shape[:-1], shape[-1] * pieces])
     return [
         helper.make_node("Cast", [name], [f"{name}/index"], to=TensorProto.INT32),

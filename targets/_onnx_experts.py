@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from moe2edge.model.layers import MoELayer
-from moe2edge.targets._onnx_graph import Graph, linear
-from moe2edge.targets._onnx_storage import Part, Source, quantized
+from moe2edge.targets._onnx_graph import Graph, add_linear
+from moe2edge.targets._onnx_storage import DataPart, Source, make_quantized_initializers
 
 Roles = Mapping[str, Source]
 
@@ -57,8 +57,8 @@ class MoEWriter:
     def _scores(self, x: str) -> tuple[str, str]:
         """Logits of the router, [batch, length, rows] and [tokens, rows]."""
         at, weight = f"{self.at}/router", self.roles["router.weight"]
-        scores = linear(self.graph, at, x, weight.name, [weight], (), self.accuracy_level)
-        shape = self.graph.constant([-1, self.layer.choices])
+        scores = add_linear(self.graph, at, x, weight.name, [weight], (), self.accuracy_level)
+        shape = self.graph.constant([-1, self.layer.router_rows])
         return scores, self.graph.node(at, "Reshape", [scores, shape])
 
     def _top(self, at: str, chances: str) -> tuple[str, str]:
@@ -75,7 +75,7 @@ class MoEWriter:
     def _kept(self, at: str, best: str) -> tuple[str, str]:
         """Weights with zeros for what is skipped, and bool [tokens, k] for what is not.
 
-        See `moe2edge.numerics.skipping.skipping`.
+        See `moe2edge.numerics.skipping.apply_skipping`.
         """
         graph = self.graph
         below = graph.constant([[0.0, *self.layer.router.skip_below]], np.float32)
@@ -160,10 +160,10 @@ class MoEWriter:
         graph, roles, count = self.graph, self.roles, len(experts)
         like = self.layer.experts[experts[0]].gate
         width, hidden = like.shape
-        first: list[Part] = [
+        first: list[DataPart] = [
             (roles[f"experts.{n}.gate"], roles[f"experts.{n}.up"]) for n in experts
         ]
-        second: list[Part] = [(roles[f"experts.{n}.down"],) for n in experts]
+        second: list[DataPart] = [(roles[f"experts.{n}.down"],) for n in experts]
         stem = f"model.layers.{self.index}.moe.experts"
         shapes = (count, 2 * width, hidden), (count, hidden, width)
         names = f"{stem}.gate_up_proj.weight", f"{stem}.down_proj.weight"
@@ -184,7 +184,7 @@ class MoEWriter:
             inputs = [x, scores, matrices[0], "", matrices[1]]
             return graph.node(self.at, "MoE", inputs, **attributes)
         stored = [
-            graph.store(quantized(name, parts, shape, blocked=False))
+            graph.store(make_quantized_initializers(name, parts, shape, blocked=False))
             for name, parts, shape in zip(names, (first, second), shapes, strict=True)
         ]
         inputs = [x, scores, *stored[0][:2], "", *stored[1][:2]]

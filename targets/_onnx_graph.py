@@ -9,7 +9,13 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
-from moe2edge.targets._onnx_storage import Batch, Part, Source, plain, quantized
+from moe2edge.targets._onnx_storage import (
+    Batch,
+    DataPart,
+    Source,
+    make_plain_initializer,
+    make_quantized_initializers,
+)
 
 OPSET, IR_VERSION = 23, 11
 MICROSOFT = frozenset(
@@ -108,9 +114,9 @@ class Graph:
         self.batches.append(batch)
         return tuple(slot.name for slot in batch.slots)
 
-    def stored(self, name: str, parts: Sequence[Part], shape: tuple[int, ...]) -> str:
+    def stored(self, name: str, parts: Sequence[DataPart], shape: tuple[int, ...]) -> str:
         """Store unquantized ``parts`` in the source's dtype; the value as float32."""
-        (raw,) = self.store(plain(name, parts, shape))
+        (raw,) = self.store(make_plain_initializer(name, parts, shape))
         return self.as_float(raw, parts[0][0].weight.dtype)
 
     def as_float(self, name: str, dtype: str) -> str:
@@ -161,7 +167,7 @@ def _node(
     return node
 
 
-def linear(
+def add_linear(
     graph: Graph,
     at: str,
     x: str,
@@ -181,7 +187,7 @@ def linear(
         biases: one per matrix, or none.
         accuracy_level: of ``MatMulNBits``.
     """
-    parts: list[Part] = [(w,) for w in weights]
+    parts: list[DataPart] = [(w,) for w in weights]
     outs, ins = sum(w.weight.shape[0] for w in weights), weights[0].weight.shape[1]
     bias = ""
     if biases:
@@ -191,7 +197,7 @@ def linear(
         matrix = graph.stored(name, parts, (outs, ins))
         y = graph.node(at, "FusedMatMul", [x, matrix], transB=1)
         return graph.node(at, "Add", [y, bias]) if bias else y
-    stored = graph.store(quantized(name, parts, (outs, ins), blocked=True))
+    stored = graph.store(make_quantized_initializers(name, parts, (outs, ins), blocked=True))
     # Behind the scales come zero points, an order of inputs that is not used, and the bias.
     gap = ["", ""] if scheme.symmetric else [""]
     return graph.node(
@@ -206,12 +212,12 @@ def linear(
     )
 
 
-def alike(sources: Sequence[Source]) -> bool:
+def are_alike(sources: Sequence[Source]) -> bool:
     """Whether weights can stand in one initializer."""
     return len({s.weight.scheme or s.weight.dtype for s in sources}) <= 1
 
 
-def linear_pair(
+def add_linear_pair(
     graph: Graph, at: str, x: str, name: str, weights: Sequence[Source], accuracy_level: int
 ) -> list[str]:
     """Products of ``x`` with the matrices gate and up, which stand together where they can.
@@ -224,16 +230,16 @@ def linear_pair(
         weights: the two matrices.
         accuracy_level: of ``MatMulNBits``.
     """
-    if alike(weights):
-        both = linear(graph, f"{at}/gate_up_proj", x, name, weights, (), accuracy_level)
+    if are_alike(weights):
+        both = add_linear(graph, f"{at}/gate_up_proj", x, name, weights, (), accuracy_level)
         return graph.split(f"{at}/gate_up_proj", both, [w.weight.shape[0] for w in weights])
     return [
-        linear(graph, f"{at}/{part}_proj", x, weight.name, [weight], (), accuracy_level)
+        add_linear(graph, f"{at}/{part}_proj", x, weight.name, [weight], (), accuracy_level)
         for part, weight in zip(("gate", "up"), weights, strict=True)
     ]
 
 
-def gated(graph: Graph, at: str, gate: str, up: str) -> str:
+def add_gated_product(graph: Graph, at: str, gate: str, up: str) -> str:
     """``silu(gate) * up``."""
     slope = graph.node(f"{at}/silu", "Sigmoid", [gate])
     gate = graph.node(f"{at}/silu", "Mul", [gate, slope])

@@ -15,10 +15,14 @@ from functools import cached_property
 import numpy as np
 from onnx import TensorProto
 
-from moe2edge.targets._onnx_columns import Columns, Group
+from moe2edge.targets._onnx_columns import ColumnGroup, Columns
 from moe2edge.targets._onnx_experts import MoEWriter
-from moe2edge.targets._onnx_graph import gated, linear, linear_pair
-from moe2edge.targets._onnx_storage import Source, by_rows, plain
+from moe2edge.targets._onnx_graph import add_gated_product, add_linear, add_linear_pair
+from moe2edge.targets._onnx_storage import (
+    Source,
+    make_per_channel_initializers,
+    make_plain_initializer,
+)
 
 ANSWER = (TensorProto.FLOAT, TensorProto.INT64)
 # Of a linear map or a factor, its two matrices.
@@ -26,7 +30,7 @@ LOW = ("first", "second")
 
 
 @dataclass(frozen=True)
-class Routing:
+class GraphRouting:
     """What the router decided.
 
     Attributes:
@@ -93,7 +97,7 @@ class MixedWriter(MoEWriter):
 
     # ---- routing -------------------------------------------------------------------------------
 
-    def _routing(self, logits: str) -> Routing:
+    def _routing(self, logits: str) -> GraphRouting:
         """As the router of transformers decides: softmax over all rows, then the largest."""
         at, graph, router = f"{self.at}/gates", self.graph, self.layer.router
         chances = graph.node(at, "Softmax", [logits], axis=-1)
@@ -101,13 +105,13 @@ class MixedWriter(MoEWriter):
         flat = graph.constant([-1])
         if router.skip_below:
             weights, runs = self._kept(at, weights)
-            behind = graph.constant(self.layer.choices)
+            behind = graph.constant(self.layer.router_rows)
             rows = graph.node(f"{at}/rows", "Where", [runs, ids, behind])
         else:
             rows = ids
         if router.renormalize:
             weights = graph.node(at, "Div", [weights, self._sum(at, weights)])
-        return Routing(
+        return GraphRouting(
             rows=graph.node(f"{at}/rows", "Reshape", [rows, flat]),
             weights=graph.node(f"{at}/weights", "Reshape", [weights, flat]),
             gates=self._gates(ids, weights),
@@ -146,7 +150,7 @@ class MixedWriter(MoEWriter):
         matrix = graph.node(at, "Reshape", [flat, graph.constant([len(rows), self.hidden])])
         return graph.node(at, "MatMul", [gates, matrix])
 
-    def _answers(self, x: str, routing: Routing) -> str:
+    def _answers(self, x: str, routing: GraphRouting) -> str:
         """What linear maps and groups put out, times its weights: [tokens, hidden]."""
         at, graph, columns = f"{self.at}/answers", self.graph, self.columns
         tokens = graph.node(f"{at}/tokens", "Reshape", [x, graph.constant([-1, self.hidden])])
@@ -183,7 +187,7 @@ class MixedWriter(MoEWriter):
             return graph.split(at, asked, [first, *sizes])[1:]
         return graph.split(at, asked, sizes) if len(sizes) > 1 else [asked]
 
-    def _places(self, at: str, row: int, routing: Routing) -> str:
+    def _places(self, at: str, row: int, routing: GraphRouting) -> str:
         """Where a row was chosen: int64 [n], among the tokens times k."""
         graph = self.graph
         same = graph.node(at, "Equal", [routing.rows, graph.constant(row)])
@@ -205,7 +209,9 @@ class MixedWriter(MoEWriter):
             graph.node(f"{at}/no_places", "Identity", [graph.constant(np.zeros(0))]),
         )
 
-    def _maps(self, stack: Sequence[int], asked: str, tokens: str, routing: Routing) -> list[str]:
+    def _maps(
+        self, stack: Sequence[int], asked: str, tokens: str, routing: GraphRouting
+    ) -> list[str]:
         """What linear maps make of their tokens, and the places of these.
 
         For one token alone the matrices that it needs are picked from all; for more, each map that
@@ -243,7 +249,7 @@ class MixedWriter(MoEWriter):
         """Matrices of one shape and form, one behind the other."""
         like, parts = sources[0].weight, [(source,) for source in sources]
         shape = (len(sources), *like.shape)
-        batch = plain if like.scheme is None else by_rows
+        batch = make_plain_initializer if like.scheme is None else make_per_channel_initializers
         return Stack(*self.graph.store(batch(stem, parts, shape)))
 
     def _some(self, at: str, stack: Stack, which: str, *, one: bool) -> str:
@@ -271,12 +277,14 @@ class MixedWriter(MoEWriter):
         return graph.node(at, "Mul", [one, graph.constant(number)])
 
     def _picked(
-        self, stack: Sequence[int], stored: Sequence[Stack], tokens: str, routing: Routing
+        self, stack: Sequence[int], stored: Sequence[Stack], tokens: str, routing: GraphRouting
     ) -> tuple[str, str]:
         """What the maps of a stack make, each place with matrices of its own."""
         graph, at = self.graph, f"{self.at}/maps.{stack[0]}/picked"
         numbers = {self.layer.routed + n: number for number, n in enumerate(stack)}
-        of_rows = graph.constant([numbers.get(row, -1) for row in range(self.layer.choices + 1)])
+        of_rows = graph.constant(
+            [numbers.get(row, -1) for row in range(self.layer.router_rows + 1)]
+        )
         maps = graph.node(f"{at}/maps", "Gather", [of_rows, routing.rows], axis=0)
         here = graph.node(at, "GreaterOrEqual", [maps, graph.constant(0)])
         places = graph.node(at, "NonZero", [here])
@@ -294,7 +302,7 @@ class MixedWriter(MoEWriter):
         stored: Sequence[Stack],
         asked: str,
         tokens: str,
-        routing: Routing,
+        routing: GraphRouting,
     ) -> list[str]:
         """What the linear map at ``number`` makes of its tokens, and their places."""
         at = f"{self.at}/substitutes.{n}"
@@ -315,7 +323,9 @@ class MixedWriter(MoEWriter):
             x = self.graph.node(f"{at}/{name}", "FusedMatMul", [x, matrices], transB=1)
         return x
 
-    def _group(self, group: Group, asked: str, tokens: str, routing: Routing) -> list[str]:
+    def _group(
+        self, group: ColumnGroup, asked: str, tokens: str, routing: GraphRouting
+    ) -> list[str]:
         """What the rows of a group make of their tokens, and their places."""
         what = f"factors.{group.rows[0]}" if group.base is None else f"experts.{group.base}"
         at = f"{self.at}/{what}"
@@ -335,7 +345,7 @@ class MixedWriter(MoEWriter):
     def _joined(self, at: str, values: Sequence[str]) -> str:
         return values[0] if len(values) == 1 else self.graph.node(at, "Concat", values, axis=0)
 
-    def _mlp(self, at: str, group: Group, first: str, x: str, counts: Sequence[str]) -> str:
+    def _mlp(self, at: str, group: ColumnGroup, first: str, x: str, counts: Sequence[str]) -> str:
         """The MLPs of a group's rows: [n, hidden].
 
         Args:
@@ -351,19 +361,19 @@ class MixedWriter(MoEWriter):
         if group.base is not None:
             pair = [self.roles[f"{base}.gate"], self.roles[f"{base}.up"]]
             name = f"model.layers.{self.index}.moe.{base}.gate_up_proj.weight"
-            both = linear_pair(graph, at, x, name, pair, level)
+            both = add_linear_pair(graph, at, x, name, pair, level)
         gate, up = (
             self._with_factors(f"{at}/{part}", part, first, value, own)
             for part, value in zip(("gate", "up"), both, strict=True)
         )
-        inside = gated(graph, at, gate, up)
+        inside = add_gated_product(graph, at, gate, up)
         own = self._by_row(f"{at}/inside", group, inside, counts)
         if group.base is not None:
             down = self.roles[f"{base}.down"]
-            y = linear(graph, f"{at}/down_proj", inside, down.name, [down], (), level)
+            y = add_linear(graph, f"{at}/down_proj", inside, down.name, [down], (), level)
         return self._with_factors(f"{at}/down", "down", first, y, own)
 
-    def _by_row(self, at: str, group: Group, x: str, counts: Sequence[str]) -> dict[int, str]:
+    def _by_row(self, at: str, group: ColumnGroup, x: str, counts: Sequence[str]) -> dict[int, str]:
         """The part of ``x`` of each row of a group; nothing if none has factors."""
         if not any(map(self.columns.has_factors, group.rows)):
             return {}

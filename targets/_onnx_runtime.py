@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from moe2edge.errors import InputError, Unsupported, VerificationFailed
-from moe2edge.targets._onnx_exact import float_experts, with_float_activations
-from moe2edge.targets._onnx_storage import DATA_FILE, GRAPH_FILE, POSITIONS
+from moe2edge.targets._onnx_exact import convert_to_float_activations, use_float_experts
+from moe2edge.targets._onnx_storage import DATA_FILE, GRAPH_FILE, POSITIONS_KEY
 
 OLDEST = (1, 31)
 SMALLEST_CACHE = 256
@@ -26,7 +26,7 @@ FOLDER_KEY = "session.model_external_initializers_file_folder_path"
 LOG_NOTHING = 4
 
 
-def onnxruntime() -> Any:
+def import_onnxruntime() -> Any:
     """The module, if it is there and new enough.
 
     Raises:
@@ -60,7 +60,7 @@ def open_session(folder: Path, *, exact: bool = False, graph: bytes | None = Non
         Unsupported: onnxruntime is missing or too old.
         VerificationFailed: onnxruntime refuses the graph.
     """
-    ort = onnxruntime()
+    ort = import_onnxruntime()
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
     options = ort.SessionOptions()
@@ -71,14 +71,14 @@ def open_session(folder: Path, *, exact: bool = False, graph: bytes | None = Non
         # The real file: in the hub's cache the folder holds links, which a graph without a file
         # of its own may not follow.
         data = (folder / DATA_FILE).resolve()
-        source = graph or with_float_activations(folder, data.name)
+        source = graph or convert_to_float_activations(folder, data.name)
         options.add_session_config_entry(FOLDER_KEY, str(data.parent))
     refusals = (
         state.Fail, state.InvalidArgument, state.InvalidGraph, state.InvalidProtobuf,
         state.NoSuchFile, state.NotImplemented, state.RuntimeException,
     )  # fmt: skip
     try:
-        with float_experts() if exact else nullcontext():
+        with use_float_experts() if exact else nullcontext():
             return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except refusals as error:
         reason = str(error).strip().partition("\n")[0]
@@ -88,7 +88,7 @@ def open_session(folder: Path, *, exact: bool = False, graph: bytes | None = Non
 def open_runtime(folder: Path, *, exact: bool = False, graph: bytes | None = None) -> OnnxRuntime:
     """The runtime of a folder; arguments and errors as `open_session`."""
     session = open_session(folder, exact=exact, graph=graph)
-    positions = session.get_modelmeta().custom_metadata_map.get(POSITIONS, "")
+    positions = session.get_modelmeta().custom_metadata_map.get(POSITIONS_KEY, "")
     if not positions.isdigit():
         raise VerificationFailed(f"{GRAPH_FILE} does not say how many positions it has")
     return OnnxRuntime(session, int(positions))

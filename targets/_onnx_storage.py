@@ -32,11 +32,11 @@ from moe2edge.numerics.scheme import WHOLE_ROW, Scheme
 GRAPH_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
 # Our keys among the metadata of the graph (positions) and of its initializers.
-POSITIONS = "moe2edge.max_positions"
-PARTS = "moe2edge.parts"
-SCALES = "moe2edge.scales"
-ZEROS = "moe2edge.zeros"
-BITS = "moe2edge.bits"
+POSITIONS_KEY = "moe2edge.max_positions"
+PARTS_KEY = "moe2edge.parts"
+SCALES_KEY = "moe2edge.scales"
+ZEROS_KEY = "moe2edge.zeros"
+BITS_KEY = "moe2edge.bits"
 # Of files without it, which are older than other numbers of bits.
 USUAL_BITS = "4"
 # Smaller tensors stay inside the graph file, where shape inference can see them.
@@ -45,7 +45,7 @@ INLINE_BYTES = 1024
 PAGE, MANY_PAGES, ALIGNMENT = 4096, 1 << 16, 64
 
 # Per dtype as safetensors spells it: ONNX's number, torch's dtype.
-DTYPES: Mapping[str, tuple[int, torch.dtype]] = {
+ONNX_DTYPES: Mapping[str, tuple[int, torch.dtype]] = {
     "F64": (TensorProto.DOUBLE, torch.float64),
     "F32": (TensorProto.FLOAT, torch.float32),
     "BF16": (TensorProto.BFLOAT16, torch.bfloat16),
@@ -68,7 +68,7 @@ class Source:
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 # Tensors that stand together: one, or two whose rows alternate. All parts of an initializer
 # follow each other.
-Part = tuple[Source, ...]
+DataPart = tuple[Source, ...]
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Slot:
     @property
     def nbytes(self) -> int:
         """Bytes of its numbers."""
-        return math.prod(self.shape) * DTYPES[self.dtype][1].itemsize
+        return math.prod(self.shape) * ONNX_DTYPES[self.dtype][1].itemsize
 
 
 @dataclass(frozen=True)
@@ -102,9 +102,9 @@ class Batch:
 # ---- planning -----------------------------------------------------------------------------------
 
 
-def plain(name: str, parts: Sequence[Part], shape: tuple[int, ...]) -> Batch:
+def make_plain_initializer(name: str, parts: Sequence[DataPart], shape: tuple[int, ...]) -> Batch:
     """One initializer of ``shape`` with the numbers of ``parts`` as they are in the checkpoint."""
-    slot = Slot(name, parts[0][0].weight.dtype, shape, {PARTS: _describe(parts)})
+    slot = Slot(name, parts[0][0].weight.dtype, shape, {PARTS_KEY: _describe(parts)})
 
     def make() -> Iterator[tuple[Slot, Tensor]]:
         for part in parts:
@@ -113,7 +113,9 @@ def plain(name: str, parts: Sequence[Part], shape: tuple[int, ...]) -> Batch:
     return Batch((slot,), make)
 
 
-def quantized(name: str, parts: Sequence[Part], shape: tuple[int, ...], *, blocked: bool) -> Batch:
+def make_quantized_initializers(
+    name: str, parts: Sequence[DataPart], shape: tuple[int, ...], *, blocked: bool
+) -> Batch:
     """Initializers for quantized ``parts``: integers, float32 scales, zero points if there are any.
 
     Args:
@@ -132,9 +134,9 @@ def quantized(name: str, parts: Sequence[Part], shape: tuple[int, ...], *, block
     stem = name.removesuffix(".weight")
     scales = Slot(f"{stem}.scales", "F32", (*lead, groups))
     zeros = Slot(f"{stem}.zeros", "U8", (*lead, -(-groups // per_byte)))
-    metadata = {PARTS: _describe(parts), SCALES: scales.name, BITS: str(scheme.bits)}
+    metadata = {PARTS_KEY: _describe(parts), SCALES_KEY: scales.name, BITS_KEY: str(scheme.bits)}
     if not scheme.symmetric:
-        metadata[ZEROS] = zeros.name
+        metadata[ZEROS_KEY] = zeros.name
     integers = Slot(f"{stem}.qweight", "U8", (*lead, *last), metadata)
 
     def make() -> Iterator[tuple[Slot, Tensor]]:
@@ -150,7 +152,9 @@ def quantized(name: str, parts: Sequence[Part], shape: tuple[int, ...], *, block
     return Batch(slots, make)
 
 
-def by_rows(name: str, parts: Sequence[Part], shape: tuple[int, ...]) -> Batch:
+def make_per_channel_initializers(
+    name: str, parts: Sequence[DataPart], shape: tuple[int, ...]
+) -> Batch:
     """Initializers for matrices of 8 bits with a scale for each row, as ``DequantizeLinear`` wants.
 
     Args:
@@ -159,7 +163,7 @@ def by_rows(name: str, parts: Sequence[Part], shape: tuple[int, ...]) -> Batch:
         shape: of the numbers they stand for, [..., out, in]; scales are [..., out].
     """
     scales = Slot(f"{name}.scales", "F32", shape[:-1])
-    metadata = {PARTS: _describe(parts), SCALES: scales.name, BITS: "8"}
+    metadata = {PARTS_KEY: _describe(parts), SCALES_KEY: scales.name, BITS_KEY: "8"}
     integers = Slot(f"{name}.qweight", "I8", shape, metadata)
 
     def make() -> Iterator[tuple[Slot, Tensor]]:
@@ -171,7 +175,7 @@ def by_rows(name: str, parts: Sequence[Part], shape: tuple[int, ...]) -> Batch:
     return Batch((integers, scales), make)
 
 
-def _describe(parts: Sequence[Part]) -> str:
+def _describe(parts: Sequence[DataPart]) -> str:
     """What `_parts` reads: of each part the rows of one tensor, and the names."""
     return json.dumps([[part[0].weight.shape[0], *(s.name for s in part)] for part in parts])
 
@@ -180,7 +184,7 @@ def _join(tensors: list[Tensor]) -> Tensor:
     return interleave(*tensors) if len(tensors) == 2 else tensors[0]
 
 
-def offsets(batches: Sequence[Batch]) -> tuple[dict[str, int], int]:
+def compute_offsets(batches: Sequence[Batch]) -> tuple[dict[str, int], int]:
     """Where each initializer starts in the data file, without the small ones; its size."""
     found: dict[str, int] = {}
     end = 0
@@ -196,12 +200,12 @@ def offsets(batches: Sequence[Batch]) -> tuple[dict[str, int], int]:
 # ---- writing ------------------------------------------------------------------------------------
 
 
-def write(batches: Sequence[Batch], path: Path) -> list[Any]:
+def write_data(batches: Sequence[Batch], path: Path) -> list[Any]:
     """Stream all numbers into ``path``; the initializers that refer to it, as ``TensorProto``.
 
     Never more than one part (an expert's gate and up) is in memory.
     """
-    starts, size = offsets(batches)
+    starts, size = compute_offsets(batches)
     inline: dict[str, bytes] = {}
     with path.open("wb") as file:
         file.truncate(size)
@@ -227,13 +231,13 @@ def write(batches: Sequence[Batch], path: Path) -> list[Any]:
 
 
 def _bytes(tensor: Tensor, slot: Slot) -> memoryview:
-    if tensor.dtype != DTYPES[slot.dtype][1]:
+    if tensor.dtype != ONNX_DTYPES[slot.dtype][1]:
         raise AssertionError(f"{slot.name}: made {tensor.dtype}, planned {slot.dtype}")
     return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def _proto(slot: Slot, location: str, start: int | None, inline: Mapping[str, bytes]) -> Any:
-    proto = TensorProto(name=slot.name, data_type=DTYPES[slot.dtype][0], dims=slot.shape)
+    proto = TensorProto(name=slot.name, data_type=ONNX_DTYPES[slot.dtype][0], dims=slot.shape)
     if start is None:
         proto.raw_data = inline[slot.name]
     else:
@@ -261,21 +265,21 @@ def load_graph(folder: Path) -> Any:
         raise VerificationFailed(f"{GRAPH_FILE} cannot be read: {error}") from error
 
 
-def read(folder: Path) -> Iterator[tuple[str, Tensor | Quantized]]:
+def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor | Quantized]]:
     """Every tensor by its name on disk, in the order of the graph, one part at a time.
 
     Raises:
-        VerificationFailed: the files are damaged, or were not written by `write`.
+        VerificationFailed: the files are damaged, or were not written by `write_data`.
     """
     protos = {proto.name: proto for proto in load_graph(folder).graph.initializer}
     data = _map(folder / DATA_FILE)
     for proto in protos.values():
         known = {p.key: p.value for p in proto.metadata_props}
-        if PARTS not in known:
+        if PARTS_KEY not in known:
             continue
-        parts = _parts(proto.name, known[PARTS])
+        parts = _parts(proto.name, known[PARTS_KEY])
         numbers = _tensors(proto, parts, data)
-        if SCALES not in known:
+        if SCALES_KEY not in known:
             yield from numbers
         else:
             yield from _quantized(proto.name, known, numbers, protos, data)
@@ -289,7 +293,7 @@ def _quantized(
     data: Bytes,
 ) -> Iterator[tuple[str, Quantized]]:
     """Matrices of the initializer ``owner``, whose packed ``numbers`` are given."""
-    parts, bits = _parts(owner, known[PARTS]), known.get(BITS, USUAL_BITS)
+    parts, bits = _parts(owner, known[PARTS_KEY]), known.get(BITS_KEY, USUAL_BITS)
     if bits not in ("2", "4", "8"):
         raise VerificationFailed(f"{GRAPH_FILE}: {owner} has {bits} bits, expected 2, 4 or 8")
 
@@ -298,9 +302,9 @@ def _quantized(
             raise VerificationFailed(f"{GRAPH_FILE} lacks {known[key]}, which {owner} needs")
         return (tensor for _, tensor in _tensors(protos[known[key]], parts, data))
 
-    symmetric = ZEROS not in known
-    points: Iterator[Tensor | None] = repeat(None) if symmetric else beside(ZEROS)
-    for (name, packed), scales, zeros in zip(numbers, beside(SCALES), points, strict=False):
+    symmetric = ZEROS_KEY not in known
+    points: Iterator[Tensor | None] = repeat(None) if symmetric else beside(ZEROS_KEY)
+    for (name, packed), scales, zeros in zip(numbers, beside(SCALES_KEY), points, strict=False):
         if packed.dtype == torch.int8:
             q = packed.view(torch.uint8) ^ SIGN
             yield name, Quantized(q, scales.view(len(q), 1), Scheme(8, WHOLE_ROW))
@@ -346,7 +350,7 @@ def _tensors(proto: Any, parts: Rows, data: Bytes) -> Iterator[tuple[str, Tensor
 
 def _raw(proto: Any, data: Bytes) -> tuple[Bytes, torch.dtype]:
     """Bytes of an initializer, still on disk if they are external; its dtype."""
-    dtypes = dict(DTYPES.values())
+    dtypes = dict(ONNX_DTYPES.values())
     if proto.data_type not in dtypes:
         raise VerificationFailed(
             f"{GRAPH_FILE}: {proto.name} has data type {proto.data_type}, which is not ours"

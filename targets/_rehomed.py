@@ -14,14 +14,14 @@ from typing import Any
 from moe2edge.model.family import FAMILIES
 from moe2edge.model.layers import Dense, MoELayer, Shared
 from moe2edge.model.model import Block, Model
-from moe2edge.targets._tensors import TILE, fitting, zeros
+from moe2edge.targets._tensors import TILE, fit_scheme, make_zeros
 
 QWEN2_MOE = FAMILIES["qwen2_moe"]
 # What transformers' class of Mixtral takes where a config is silent; Qwen2-MoE's takes others.
 MIXTRAL_THETA, MIXTRAL_IDS = 1e6, {"bos_token_id": 1, "eos_token_id": 2}
 
 
-def as_qwen2_moe(model: Model) -> Model:
+def convert_to_qwen2_moe(model: Model) -> Model:
     """A Mixtral model as Qwen2-MoE; in the latter's family, it computes the same."""
     config = _config(model)
     blocks = tuple(_block(block) for block in model.blocks)
@@ -66,13 +66,13 @@ def _block(block: Block) -> Block:
     attention = dict(block.attention)
     for name in ("q_proj", "k_proj", "v_proj"):
         weight = attention[f"{name}.weight"]
-        attention[f"{name}.bias"] = zeros(weight.shape[:1], weight.dtype)
+        attention[f"{name}.bias"] = make_zeros(weight.shape[:1], weight.dtype)
     if isinstance(block.mlp, MoELayer):
         router, expert = block.mlp.router.weight, block.mlp.experts[0]
         hidden = router.shape[1]
-        scheme = fitting(expert.gate.scheme, hidden, TILE)
-        inner = zeros((TILE, hidden), router.dtype, scheme)
-        shared = Dense(inner, inner, zeros((hidden, TILE), router.dtype, scheme))
-        gate = zeros((1, hidden), router.dtype)
+        scheme = fit_scheme(expert.gate.scheme, hidden, TILE)
+        inner = make_zeros((TILE, hidden), router.dtype, scheme)
+        shared = Dense(inner, inner, make_zeros((hidden, TILE), router.dtype, scheme))
+        gate = make_zeros((1, hidden), router.dtype)
         block = replace(block, mlp=replace(block.mlp, shared=Shared(shared, gate)))
     return replace(block, attention=attention)

@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 TILE = 128
 
 
-def plain(name: str, weight: Weight) -> Planned:
+def plan_plain(name: str, weight: Weight) -> Planned:
     """A tensor that is written as it is in the source."""
     return Planned(name, weight.shape, weight.dtype, weight.load)
 
 
-def file_nbytes(tensors: Iterable[Planned]) -> int:
+def estimate_file_bytes(tensors: Iterable[Planned]) -> int:
     """Bytes of the safetensors file that will hold ``tensors``, with its header.
 
     In small models the header counts: a GPTQ checkpoint has four tensors per matrix.
@@ -48,14 +48,14 @@ def has_dense_blocks(model: Model) -> bool:
 # ---- zeros ---------------------------------------------------------------------------------------
 
 
-def fitting(scheme: Scheme | None, *widths: int) -> Scheme | None:
+def fit_scheme(scheme: Scheme | None, *widths: int) -> Scheme | None:
     """``scheme`` for matrices of so many inputs; with whole rows where its groups do not fit."""
     if scheme is None or all(width % scheme.width(width) == 0 for width in widths):
         return scheme
     return replace(scheme, group_size=WHOLE_ROW)
 
 
-def zeros(shape: tuple[int, ...], dtype: str, scheme: Scheme | None = None) -> Weight:
+def make_zeros(shape: tuple[int, ...], dtype: str, scheme: Scheme | None = None) -> Weight:
     """A tensor of zeros; with a scheme a matrix [out, in] that is quantized."""
 
     def load() -> Tensor:
@@ -75,7 +75,7 @@ def zeros(shape: tuple[int, ...], dtype: str, scheme: Scheme | None = None) -> W
     )
 
 
-def padded(weight: Weight, shape: tuple[int, ...]) -> Weight:
+def pad(weight: Weight, shape: tuple[int, ...]) -> Weight:
     """A matrix with zeros to the right of it and below, up to ``shape``."""
     if weight.shape == shape:
         return weight

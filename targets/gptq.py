@@ -21,13 +21,18 @@ from moe2edge.pipeline.target import Loader, Target
 from moe2edge.runtime.load import load
 from moe2edge.runtime.protocol import Runtime
 from moe2edge.storage.checkpoint import open_checkpoint
-from moe2edge.storage.output import GPTQ_BITS, GPTQ_GROUPS, gptq_parts, stored_model
+from moe2edge.storage.output import GPTQ_BITS, GPTQ_GROUPS, open_stored_model, plan_gptq_tensors
 from moe2edge.storage.safetensors_files import Planned, write_checkpoint
 from moe2edge.storage.text_files import write_json
 from moe2edge.targets import _layouts
-from moe2edge.targets._gptq_dynamic import dynamic, fused_apart, main_scheme, settings_of
+from moe2edge.targets._gptq_dynamic import (
+    build_dynamic,
+    encode_scheme,
+    find_main_scheme,
+    find_split_fusion,
+)
 from moe2edge.targets._layouts import Layout
-from moe2edge.targets._tensors import file_nbytes, has_dense_blocks, plain
+from moe2edge.targets._tensors import estimate_file_bytes, has_dense_blocks, plan_plain
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,7 +59,7 @@ class Gptq(Target):
     layout: Layout = "natural"
 
     def __post_init__(self) -> None:
-        _layouts.check(self.layout)
+        _layouts.check_layout(self.layout)
 
     def accepts(self, model: Model) -> None:
         """Refuse what the format cannot say.
@@ -85,20 +90,20 @@ class Gptq(Target):
         Raises:
             Unsupported: it cannot.
         """
-        return _layouts.stored(model, self.layout, "gptq")
+        return _layouts.convert_layout(model, self.layout, "gptq")
 
     def nbytes(self, model: Model) -> int:
         """Bytes of the weight files."""
-        return file_nbytes(_plan(self.stored(model)))
+        return estimate_file_bytes(_plan(self.stored(model)))
 
     def runtime_nbytes(self, model: Model) -> int:
         """Bytes of what runs in 4 bits, and of the rest in bfloat16."""
         import torch
 
-        from moe2edge.runtime.int4 import plan
+        from moe2edge.runtime.int4 import plan_packing
 
         held = self.stored(model)
-        packed = set(plan(held, torch.bfloat16).packed)
+        packed = set(plan_packing(held, torch.bfloat16).packed)
         return sum(w.nbytes if n in packed else 2 * w.count for n, _, w in held.tensors())
 
     def write(self, model: Model, folder: Path) -> None:
@@ -111,8 +116,8 @@ class Gptq(Target):
             Unsupported: nothing is quantized.
         """
         model = self.stored(model)
-        settings = quantization_config(model)
-        config = {**hf_config.config_of(model), "quantization_config": settings}
+        settings = build_quantization_config(model)
+        config = {**hf_config.build_transformers_dict(model), "quantization_config": settings}
         write_json(folder / "config.json", config)
         write_json(folder / "quantize_config.json", settings)
         write_checkpoint(folder, _plan(model))
@@ -129,7 +134,7 @@ class Gptq(Target):
 
     def streamed(self, folder: Path) -> Model:
         """The folder as a model."""
-        return stored_model(open_checkpoint(str(folder)))
+        return open_stored_model(open_checkpoint(str(folder)))
 
     def reopen(self, folder: Path, *, exact: bool = False) -> Runtime:
         """The folder through ``moe2edge.load``: float32 if ``exact``, else bfloat16."""
@@ -152,7 +157,7 @@ class Gptq(Target):
         vllm, model = _vllm(model, held), held
         if not model.is_uniform:
             others = ("transformers", "GPTQModel", "vLLM", "SGLang", "llama.cpp")
-            return (ours, *_layouts.no_stock_loaders(model, *others))
+            return (ours, *_layouts.list_refusing_loaders(model, *others))
         return (
             ours,
             Loader(
@@ -167,7 +172,7 @@ class Gptq(Target):
         )
 
 
-def quantization_config(model: Model) -> dict[str, Any]:
+def build_quantization_config(model: Model) -> dict[str, Any]:
     """What the checkpoint says of itself, as GPTQModel and vLLM read it.
 
     ``checkpoint_format`` ``gptq`` is version 1, which stores zero points minus one.
@@ -175,13 +180,13 @@ def quantization_config(model: Model) -> dict[str, Any]:
     Raises:
         Unsupported: nothing is quantized.
     """
-    scheme = main_scheme(model)
+    scheme = find_main_scheme(model)
     if scheme is None:
         raise Unsupported(UNQUANTIZED)
-    own = dynamic(model)
+    own = build_dynamic(model)
     return {
         "quant_method": "gptq",
-        **settings_of(scheme),
+        **encode_scheme(scheme),
         **({"dynamic": own} if own else {}),
         "desc_act": False,
         "checkpoint_format": "gptq",
@@ -237,10 +242,10 @@ def _plan(model: Model) -> list[Planned]:
     plan = []
     for name, weight in weights.items():
         if weight.scheme is None:
-            plan.append(plain(name, weight))
+            plan.append(plan_plain(name, weight))
             continue
         stem = name.removesuffix(".weight")
-        for part, (shape, dtype) in gptq_parts(weight.shape, weight.scheme).items():
+        for part, (shape, dtype) in plan_gptq_tensors(weight.shape, weight.scheme).items():
             plan.append(Planned(f"{stem}.{part}", shape, dtype, part_of(name, part)))
     return plan
 
@@ -274,8 +279,8 @@ def _gptqmodel(model: Model) -> Loader:
         return Loader("GPTQModel", "no", "7.7 refuses the names that vLLM and SGLang want")
     if has_dense_blocks(model):
         return Loader("GPTQModel", "no", "7.7 leaves dense MLPs unfilled without a word")
-    scheme = main_scheme(model)
-    if scheme is None or (scheme.bits, scheme.symmetric) != (4, True) or dynamic(model):
+    scheme = find_main_scheme(model)
+    if scheme is None or (scheme.bits, scheme.symmetric) != (4, True) or build_dynamic(model):
         note = "7.7 with this scheme; it was run with symmetric 4 bits throughout"
         return Loader("GPTQModel", "not tried", note)
     if scheme.group_size == WHOLE_ROW:
@@ -284,7 +289,7 @@ def _gptqmodel(model: Model) -> Loader:
 
 
 def _vllm(model: Model, held: Model) -> Loader:
-    known = _layouts.vllm_loader(model, held)
+    known = _layouts.judge_vllm(model, held)
     reason = _unserved(held)
     return known if reason is None or known.verdict == "no" else Loader("vLLM", "no", reason)
 
@@ -294,7 +299,7 @@ def _sglang(model: Model) -> Loader:
         return Loader("SGLang", "no", "0.5.23, as read, takes every block for an MoE layer")
     if (reason := _unserved(model)) is not None:
         return Loader("SGLang", "no", reason)
-    main = main_scheme(model)
+    main = find_main_scheme(model)
     if any(layer.experts[0].gate.scheme != main for _, layer in model.moe_blocks):
         note = "0.5.23, as read, knows one scheme for all experts, the one of most matrices"
         return Loader("SGLang", "no", note)
@@ -306,7 +311,7 @@ def _unserved(model: Model) -> str | None:
     schemes = {weight.scheme for _, _, weight in model.tensors() if weight.scheme}
     if any(not scheme.symmetric or scheme.bits not in SERVED_BITS for scheme in schemes):
         return "as read, it takes symmetric 4 and 8 bits only"
-    apart = fused_apart(model)
+    apart = find_split_fusion(model)
     return apart and f"as read, it keeps parts of {apart} as one, and they differ in scheme"
 
 

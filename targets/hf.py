@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING, ClassVar
 
 from moe2edge.errors import Unsupported, VerificationFailed
 from moe2edge.model import hf_config
-from moe2edge.model.layers import DTYPES, Weight, as_stored
+from moe2edge.model.layers import DTYPES, Weight, cast_to_stored
 from moe2edge.model.model import Model
 from moe2edge.pipeline.target import Loader, Target
 from moe2edge.runtime.load import load
 from moe2edge.runtime.protocol import Runtime
 from moe2edge.storage.checkpoint import open_checkpoint
-from moe2edge.storage.output import stored_model
-from moe2edge.storage.safetensors_files import Planned, header, read_all, write_checkpoint
+from moe2edge.storage.output import open_stored_model
+from moe2edge.storage.safetensors_files import Planned, read_all, read_header, write_checkpoint
 from moe2edge.storage.text_files import write_json
 from moe2edge.targets import _layouts
 from moe2edge.targets._layouts import Layout
-from moe2edge.targets._tensors import file_nbytes, has_dense_blocks, plain
+from moe2edge.targets._tensors import estimate_file_bytes, has_dense_blocks, plan_plain
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,7 +51,7 @@ class Hf(Target):
     dequantize: bool = False
 
     def __post_init__(self) -> None:
-        _layouts.check(self.layout)
+        _layouts.check_layout(self.layout)
 
     def accepts(self, model: Model) -> None:
         """Refuse quantized numbers unless they are dequantized, and layers that do not fit.
@@ -74,11 +74,11 @@ class Hf(Target):
                 f"{quantized.scheme}; export to gptq or onnx, or to hf:dequantize=true, which "
                 "takes as many bytes as if nothing was quantized"
             )
-        return _dequantized(_layouts.stored(model, self.layout, "hf"))
+        return _dequantized(_layouts.convert_layout(model, self.layout, "hf"))
 
     def nbytes(self, model: Model) -> int:
         """Bytes of the weight files."""
-        return file_nbytes(_plan(self.stored(model)))
+        return estimate_file_bytes(_plan(self.stored(model)))
 
     def runtime_nbytes(self, model: Model) -> int:
         """Bytes of all parameters in the dtype of the source."""
@@ -91,7 +91,7 @@ class Hf(Target):
             Unsupported: the layout cannot hold the model.
         """
         model = self.stored(model)
-        write_json(folder / "config.json", hf_config.config_of(model))
+        write_json(folder / "config.json", hf_config.build_transformers_dict(model))
         write_checkpoint(folder, _plan(model))
 
     def tensors(self, folder: Path) -> Iterator[tuple[str, Tensor | Quantized]]:
@@ -100,7 +100,7 @@ class Hf(Target):
 
     def streamed(self, folder: Path) -> Model:
         """The folder as a model."""
-        return stored_model(open_checkpoint(str(folder)))
+        return open_stored_model(open_checkpoint(str(folder)))
 
     def reopen(self, folder: Path, *, exact: bool = False) -> Runtime:
         """The folder in stock transformers: float32 if ``exact``, else the dtype of its embeddings.
@@ -134,11 +134,11 @@ class Hf(Target):
             size = "dequantized: as large as if nothing was quantized"
             plain = replace(self, dequantize=False).loaders(held)
             return tuple(replace(known, note=f"{known.note}; {size}") for known in plain)
-        vllm, model = _layouts.vllm_loader(model, held), held
+        vllm, model = _layouts.judge_vllm(model, held), held
         ours = Loader("moe2edge", "yes", "moe2edge.load(folder)")
         if not model.is_uniform:
             others = ("transformers", "vLLM", "SGLang", "llama.cpp")
-            return (ours, *_layouts.no_stock_loaders(model, *others))
+            return (ours, *_layouts.list_refusing_loaders(model, *others))
         dense = has_dense_blocks(model)
         kind = model.family.model_type
         if dense:
@@ -174,13 +174,13 @@ def _dequantized(model: Model) -> Model:
 
 def _plain_form(weight: Weight) -> Weight:
     def load() -> Tensor:
-        return as_stored(weight.load(), weight.dtype)
+        return cast_to_stored(weight.load(), weight.dtype)
 
     return replace(weight, load=load, scheme=None, load_quantized=None)
 
 
 def _plan(model: Model) -> list[Planned]:
-    return [plain(name, weight) for name, _, weight in model.tensors()]
+    return [plan_plain(name, weight) for name, _, weight in model.tensors()]
 
 
 def _stored_dtype(folder: Path) -> str:
@@ -188,7 +188,7 @@ def _stored_dtype(folder: Path) -> str:
     path = open_checkpoint(str(folder)).files.get(EMBEDDINGS)
     if path is None:
         raise VerificationFailed(f"{folder} has no {EMBEDDINGS}; export it again")
-    dtype = header(path, EMBEDDINGS)[1]
+    dtype = read_header(path, EMBEDDINGS)[1]
     if dtype not in DTYPES:
         raise VerificationFailed(f"{EMBEDDINGS} in {folder} is {dtype}; export it again")
     return DTYPES[dtype]

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from moe2edge.errors import InputError, Unsupported
-from moe2edge.model.hf_config import family_config
+from moe2edge.model.hf_config import build_config
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Block, Model, is_low_rank, is_quantizable
 from moe2edge.numerics.scheme import LOW_RANK, WHOLE_ROW, Scheme
 from moe2edge.pipeline.target import Loader, Target
 from moe2edge.runtime.protocol import Runtime
 from moe2edge.storage.text_files import write_json
-from moe2edge.storage.tokenizer import stop_ids
+from moe2edge.storage.tokenizer import read_stop_ids
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 # What GroupQueryAttention's rotary embedding asks of a head on the CPU.
 HEAD_MULTIPLE = 16
 # Of QMoE and MatMulNBits: bits, and inputs per scale: a power of two, at least this.
-BITS = (2, 4, 8)
+GRAPH_BITS = (2, 4, 8)
 SMALLEST_GROUP = 16
 # onnxruntime-genai reserves a cache of this many tokens unless it is told otherwise.
 DEFAULT_LENGTH = 4096
@@ -79,18 +79,18 @@ class Onnx(Target):
 
     def nbytes(self, model: Model) -> int:
         """Bytes of ``model.onnx.data``; scales are float32 there, and so are rotary tables."""
-        from moe2edge.targets._onnx_decoder import decoder
-        from moe2edge.targets._onnx_storage import offsets
+        from moe2edge.targets._onnx_decoder import build_decoder
+        from moe2edge.targets._onnx_storage import compute_offsets
 
-        return offsets(decoder(model, self.accuracy_level).batches)[1]
+        return compute_offsets(build_decoder(model, self.accuracy_level).batches)[1]
 
     def runtime_nbytes(self, model: Model) -> int:
         """The data file, but what is neither quantized nor of low rank is float32 in memory."""
-        from moe2edge.targets._onnx_decoder import decoder
-        from moe2edge.targets._onnx_storage import offsets
+        from moe2edge.targets._onnx_decoder import build_decoder
+        from moe2edge.targets._onnx_storage import compute_offsets
 
-        graph = decoder(model, self.accuracy_level)
-        return offsets(graph.batches)[1] + graph.widened_nbytes
+        graph = build_decoder(model, self.accuracy_level)
+        return compute_offsets(graph.batches)[1] + graph.widened_nbytes
 
     def write(self, model: Model, folder: Path) -> None:
         """Write ``model.onnx``, ``model.onnx.data`` and the two configs.
@@ -98,17 +98,18 @@ class Onnx(Target):
         Raises:
             Unsupported: as `accepts`.
         """
-        from moe2edge.targets._onnx_decoder import decoder
-        from moe2edge.targets._onnx_storage import DATA_FILE, GRAPH_FILE, write
+        from moe2edge.targets._onnx_decoder import build_decoder
+        from moe2edge.targets._onnx_storage import DATA_FILE, GRAPH_FILE, write_data
 
         self.accepts(model)
-        graph = decoder(model, self.accuracy_level)
-        proto = graph.proto(write(graph.batches, folder / DATA_FILE), _metadata(model))
+        graph = build_decoder(model, self.accuracy_level)
+        proto = graph.proto(write_data(graph.batches, folder / DATA_FILE), _metadata(model))
         (folder / GRAPH_FILE).write_bytes(proto.SerializeToString(deterministic=True))
-        config = family_config(model)
+        config = build_config(model)
         write_json(folder / "config.json", config)
         write_json(
-            folder / "genai_config.json", genai_config(model, config, stop_ids(folder, config))
+            folder / "genai_config.json",
+            build_genai_config(model, config, read_stop_ids(folder, config)),
         )
 
     def tensors(self, folder: Path) -> Iterator[tuple[str, Tensor | Quantized]]:
@@ -117,9 +118,9 @@ class Onnx(Target):
         Raises:
             VerificationFailed: the files are damaged.
         """
-        from moe2edge.targets._onnx_storage import read
+        from moe2edge.targets._onnx_storage import read_tensors
 
-        return read(folder)
+        return read_tensors(folder)
 
     def reopen(self, folder: Path, *, exact: bool = False) -> Runtime:
         """The folder in ONNX Runtime; ``exact`` makes activations float32 in memory.
@@ -135,11 +136,11 @@ class Onnx(Target):
     def without_skipping(self, model: Model, folder: Path) -> Runtime:
         """A graph that runs every chosen expert, on the weights of the folder."""
         from moe2edge.model import edits
-        from moe2edge.targets._onnx_decoder import decoder
+        from moe2edge.targets._onnx_decoder import build_decoder
         from moe2edge.targets._onnx_runtime import open_runtime
         from moe2edge.targets._onnx_storage import load_graph
 
-        graph = decoder(edits.removed(model), self.accuracy_level)
+        graph = build_decoder(edits.remove_skipping(model), self.accuracy_level)
         protos = {proto.name: proto for proto in load_graph(folder).graph.initializer}
         stored = [protos[slot.name] for batch in graph.batches for slot in batch.slots]
         proto = graph.proto(stored, _metadata(model))
@@ -166,9 +167,9 @@ def _genai(model: Model) -> Loader:
 
 def _metadata(model: Model) -> dict[str, str]:
     """What the runtime reads from the graph file besides the graph."""
-    from moe2edge.targets._onnx_storage import POSITIONS
+    from moe2edge.targets._onnx_storage import POSITIONS_KEY
 
-    return {POSITIONS: str(model.family.geometry(model.config).max_positions)}
+    return {POSITIONS_KEY: str(model.family.geometry(model.config).max_positions)}
 
 
 def _accept_scheme(name: str, shape: tuple[int, ...], scheme: Scheme) -> None:
@@ -178,9 +179,9 @@ def _accept_scheme(name: str, shape: tuple[int, ...], scheme: Scheme) -> None:
         Unsupported: with what it is, and which target could hold it.
     """
     group = scheme.group_size
-    if scheme.bits not in BITS:
+    if scheme.bits not in GRAPH_BITS:
         raise Unsupported(
-            f"{name} is {scheme}; the graph holds {', '.join(map(str, BITS))} bits; choose such "
+            f"{name} is {scheme}; the graph holds {', '.join(map(str, GRAPH_BITS))} bits; choose such "
             "ones, or export to hf:dequantize=true"
         )
     if group == WHOLE_ROW:
@@ -224,7 +225,9 @@ def _fused(layer: MoELayer) -> Sequence[int]:
     return range(len(layer.experts)) if plain else Columns(layer).fused
 
 
-def genai_config(model: Model, config: Mapping[str, Any], ends: Collection[int]) -> dict[str, Any]:
+def build_genai_config(
+    model: Model, config: Mapping[str, Any], ends: Collection[int]
+) -> dict[str, Any]:
     """``genai_config.json`` for onnxruntime-genai, whose type "decoder" runs any such graph.
 
     Args:

@@ -86,7 +86,7 @@ def in_the_journal(over: Countdown) -> None:
     """Die when half of a line is written."""
     added = journal.Journal.add
 
-    def adding(self: journal.Journal, unit: journal.Unit) -> None:
+    def adding(self: journal.Journal, unit: journal.JournalEntry) -> None:
         if over():
             with (self.folder / journal.JOURNAL).open("ab") as file:
                 file.write(b'{"step": 1, "blo')
@@ -100,7 +100,7 @@ def before_the_journal(over: Countdown) -> None:
     """Die when the files of a block are there and its line is not."""
     added = journal.Journal.add
 
-    def adding(self: journal.Journal, unit: journal.Unit) -> None:
+    def adding(self: journal.Journal, unit: journal.JournalEntry) -> None:
         if over():
             die()
         added(self, unit)
@@ -113,7 +113,7 @@ def listing(path: Path) -> None:
     added = journal.Journal.add
     path.touch()
 
-    def adding(self: journal.Journal, unit: journal.Unit) -> None:
+    def adding(self: journal.Journal, unit: journal.JournalEntry) -> None:
         added(self, unit)
         with path.open("a") as file:
             file.write(json.dumps([unit.step, unit.block]) + "\n")

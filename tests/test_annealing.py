@@ -14,25 +14,25 @@ from torch import Tensor
 
 from moe2edge.calibration.tokens import Tokens
 from moe2edge.errors import DoesNotFit, InputError
-from moe2edge.model.edits import materialized
+from moe2edge.model.edits import materialize
 from moe2edge.model.family import FAMILIES
 from moe2edge.model.model import Model
-from moe2edge.passes._recover_teacher import Objective, text_loss
-from moe2edge.passes._recover_trainer import Settings, Trainer, original_share
+from moe2edge.passes._recover_teacher import Objective, compute_text_loss
+from moe2edge.passes._recover_trainer import Trainer, TrainerSettings, compute_original_share
 from moe2edge.passes.expert_replace import ExpertReplace
 from moe2edge.passes.recover import Recover
 from moe2edge.pipeline import recipe
-from moe2edge.pipeline.contract import Lab
+from moe2edge.pipeline.contract import PassContext
 from moe2edge.pipeline.runner import run_passes
-from moe2edge.progress import Watcher
-from moe2edge.runtime.load import to_transformers
+from moe2edge.progress import Reporter
+from moe2edge.runtime.load import build_transformers_model
 from moe2edge.runtime.memory import Memory
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.storage.work_folder import WorkFolder
-from moe2edge.testing import QUICK_TRAINING, InMemory, Make, numbers_of, with_copies
-from moe2edge.testing import learnable_text as text
+from moe2edge.testing import QUICK_TRAINING, InMemory, Make, add_copies, read_all_numbers
+from moe2edge.testing import make_learnable_text as text
 
-QUIET = Watcher(lambda _: None, lambda *_: None)
+QUIET = Reporter(lambda _: None, lambda *_: None)
 NO_TOKENS = torch.empty(0, 0, dtype=torch.int64)
 
 
@@ -54,14 +54,14 @@ class Leaning(torch.nn.Module):
         return SimpleNamespace(logits=self.scores.expand(*input_ids.shape, 96))
 
 
-def settings(**changes: Any) -> Settings:
+def settings(**changes: Any) -> TrainerSettings:
     step = Recover.model_validate({**QUICK_TRAINING, **changes})
     return step._settings()
 
 
 def test_originals_are_left_step_by_step() -> None:
     given = settings(steps=10, anneal=0.5, eval_every=1)
-    assert [original_share(step, given) for step in range(8)] == pytest.approx(
+    assert [compute_original_share(step, given) for step in range(8)] == pytest.approx(
         [1, 0.8, 0.6, 0.4, 0.2, 0, 0, 0]
     )
     model = Leaning()
@@ -86,9 +86,9 @@ def test_nothing_to_anneal_is_told(tiny: Make) -> None:
 def sharing(tiny: Make, family: str, **options: Any) -> tuple[Model, Model]:
     """A source, and a model some of whose experts share bases."""
     model = open_checkpoint(str(tiny(family))).model
-    step = ExpertReplace.model_validate({"with": "base", "budget": 0.6, **options}).resolved(model)
-    watcher: Any = SimpleNamespace(advance=lambda *_: None, log=lambda _: None)
-    return model, step.search(Lab(model, model, text(), InMemory(), watcher)).model
+    step = ExpertReplace.model_validate({"with": "base", "budget": 0.6, **options}).resolve(model)
+    reporter: Any = SimpleNamespace(advance=lambda *_: None, log=lambda _: None)
+    return model, step.search(PassContext(model, model, text(), InMemory(), reporter)).model
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -98,17 +98,17 @@ def test_annealing_goes_from_the_source_to_what_is_exported(
 ) -> None:
     """With a share of 1 the model is the source, with 0 what will be written."""
     source, model = sharing(tiny, family, rank=rank)
-    lab = Lab(source, model, NO_TOKENS, InMemory(), QUIET, training=text())
-    loaded: Any = to_transformers(model, torch.float32)
+    context = PassContext(source, model, NO_TOKENS, InMemory(), QUIET, training=text())
+    loaded: Any = build_transformers_model(model, torch.float32)
     ids = text(2)
     with torch.no_grad():
         plain = loaded(ids).logits
-        parts = Recover(anneal=0.5)._begin_annealing(lab, loaded)
+        parts = Recover(anneal=0.5)._begin_annealing(context, loaded)
         assert parts
         for share, twin in ((1.0, source), (0.0, model)):
             for part in parts:
                 part.original_share = share
-            expected = to_transformers(twin, torch.float32)(ids).logits
+            expected = build_transformers_model(twin, torch.float32)(ids).logits
             assert torch.allclose(loaded(ids).logits, expected, atol=1e-4)
         for part in parts:
             part.original_share = 0.5
@@ -122,16 +122,16 @@ def test_annealing_goes_from_the_source_to_what_is_exported(
 def test_half_an_original_is_the_mean_of_matrices(tiny: Make) -> None:
     """``W_eff = s W + (1 - s) (B + second @ first)``, matrix by matrix."""
     source, model = sharing(tiny, "mixtral", rank=2)
-    lab = Lab(source, model, NO_TOKENS, InMemory(), QUIET, training=text())
-    loaded: Any = to_transformers(model, torch.float32)
-    parts = Recover(anneal=0.5)._begin_annealing(lab, loaded)
+    context = PassContext(source, model, NO_TOKENS, InMemory(), QUIET, training=text())
+    loaded: Any = build_transformers_model(model, torch.float32)
+    parts = Recover(anneal=0.5)._begin_annealing(context, loaded)
     block, layer = next((b, m) for b, m in model.moe_blocks if m.members)
     for part in parts:
         part.original_share = 0.3
     mixed = loaded.model.layers[block.index].mlp.experts
     row = next(n for n, member in enumerate(layer.members) if member.factors)
     x = torch.randn(7, 64, generator=torch.Generator().manual_seed(0))
-    before, whole = source.moe_blocks[block.index][1], materialized(model).moe_blocks
+    before, whole = source.moe_blocks[block.index][1], materialize(model).moe_blocks
     after = whole[block.index][1].experts[row]
     gate, up, down = (
         0.3 * getattr(before.experts[row], part).load() + 0.7 * getattr(after, part).load()
@@ -149,20 +149,24 @@ def test_members_are_trained_and_come_back(tiny: Make, anneal: float | None, ran
     source, model = sharing(tiny, "olmoe", rank=rank)
     step = Recover.model_validate({**QUICK_TRAINING, "steps": 12, "anneal": anneal})
     step.check(model)
-    lab = Lab(source, model, NO_TOKENS, InMemory(), QUIET, training=text())
-    outcome = step.search(lab)
+    context = PassContext(source, model, NO_TOKENS, InMemory(), QUIET, training=text())
+    outcome = step.search(context)
     history = outcome.figures["history"]
     assert outcome.figures["best_step"] > 0
-    loaded: Any = to_transformers(outcome.model, torch.float32)
+    loaded: Any = build_transformers_model(outcome.model, torch.float32)
     with torch.no_grad():
         held_out = text()[-4:]
-        loss = text_loss(held_out, loaded(held_out).logits)
+        loss = compute_text_loss(held_out, loaded(held_out).logits)
     best = min(line["perplexity"] for line in history)
     assert math.exp(float(loss)) == pytest.approx(best, rel=1e-4)
-    roles = {role for (_, role), now in numbers_of(outcome.model).items() if "members" in role}
+    roles = {
+        role for (_, role), now in read_all_numbers(outcome.model).items() if "members" in role
+    }
     assert bool(roles) == bool(rank)
-    before = numbers_of(model)
-    assert all(not torch.equal(now, before[k]) for k, now in numbers_of(outcome.model).items())
+    before = read_all_numbers(model)
+    assert all(
+        not torch.equal(now, before[k]) for k, now in read_all_numbers(outcome.model).items()
+    )
 
 
 def test_an_annealed_run_that_was_killed_ends_with_the_same_bits(
@@ -171,21 +175,23 @@ def test_an_annealed_run_that_was_killed_ends_with_the_same_bits(
     source, model = sharing(tiny, "olmoe", rank=2)
     step = Recover.model_validate({**QUICK_TRAINING, "steps": 8, "anneal": 0.6})
 
-    def run(folder: Path, watcher: Watcher) -> Model:
+    def run(folder: Path, reporter: Reporter) -> Model:
         folder.mkdir(exist_ok=True)
         return step.search(
-            Lab(source, model, NO_TOKENS, InMemory(), watcher, training=text(), scratch=folder)
+            PassContext(
+                source, model, NO_TOKENS, InMemory(), reporter, training=text(), scratch=folder
+            )
         ).model
 
-    expected = numbers_of(run(tmp_path / "whole", QUIET))
+    expected = read_all_numbers(run(tmp_path / "whole", QUIET))
 
     def stop(label: str, done: int, *_: object) -> None:
         if done == 3:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "killed", Watcher(lambda _: None, stop))
-    found = numbers_of(run(tmp_path / "killed", QUIET))
+        run(tmp_path / "killed", Reporter(lambda _: None, stop))
+    found = read_all_numbers(run(tmp_path / "killed", QUIET))
     assert all(torch.equal(found[key], value) for key, value in expected.items())
 
 
@@ -208,21 +214,21 @@ def test_adapters_stay_off_matrices_that_members_read(
     }
     step = Recover.model_validate(options)
     step.check(model)
-    lab = Lab(source, model, NO_TOKENS, InMemory(), QUIET, training=text())
-    outcome = step.search(lab)
+    context = PassContext(source, model, NO_TOKENS, InMemory(), QUIET, training=text())
+    outcome = step.search(context)
     assert outcome.figures["best_step"] > 0
-    before = numbers_of(model)
+    before = read_all_numbers(model)
     changed = {
         role.partition(".")[0]
-        for (index, role), now in numbers_of(outcome.model).items()
+        for (index, role), now in read_all_numbers(outcome.model).items()
         if index is not None and not torch.equal(now, before[index, role])
     }
     assert changed == {"attention", "dense"} | ({"members"} if rank else set()) | (
         {"experts"} if adapters else set()
     )
-    loaded: Any = to_transformers(outcome.model, torch.float32)
+    loaded: Any = build_transformers_model(outcome.model, torch.float32)
     with torch.no_grad():
-        loss = text_loss(text()[-4:], loaded(text()[-4:]).logits)
+        loss = compute_text_loss(text()[-4:], loaded(text()[-4:]).logits)
     best = min(line["perplexity"] for line in outcome.figures["history"])
     assert math.exp(float(loss)) == pytest.approx(best, rel=1e-4)
 
@@ -230,18 +236,20 @@ def test_adapters_stay_off_matrices_that_members_read(
 def test_factors_alone_are_annealed_in_every_layer(tiny: Make) -> None:
     """Also where one expert of a layer is, whose place in the layer nobody shares."""
     source, model = sharing(tiny, "olmoe", **{"with": "svd", "budget": 0.9, "rank": 4})
-    lab = Lab(source, model, NO_TOKENS, InMemory(), QUIET, training=text())
-    parts = Recover(anneal=0.5)._begin_annealing(lab, to_transformers(model, torch.float32))
+    context = PassContext(source, model, NO_TOKENS, InMemory(), QUIET, training=text())
+    parts = Recover(anneal=0.5)._begin_annealing(
+        context, build_transformers_model(model, torch.float32)
+    )
     assert len(parts) == sum(bool(layer.members) for _, layer in model.moe_blocks) > 0
 
 
 def test_memory_is_looked_at_again_before_training(tiny: Make) -> None:
     source, model = sharing(tiny, "olmoe")
-    lab = Lab(
+    context = PassContext(
         source, model, NO_TOKENS, InMemory(), QUIET, training=text(), memory=Memory(limit=10**8)
     )
     with pytest.raises(DoesNotFit, match=r"recover trains, which needs .* GB"):
-        Recover.model_validate({**QUICK_TRAINING, "anneal": 0.5}).search(lab)
+        Recover.model_validate({**QUICK_TRAINING, "anneal": 0.5}).search(context)
 
 
 def test_a_rank_of_adapters_that_matrices_do_not_have(tiny: Make) -> None:
@@ -253,13 +261,13 @@ def test_annealing_begins_with_what_was_replaced(
     tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Which is not the source where experts were trained before they shared a base."""
-    shown: list[tuple[Lab, Model]] = []
+    shown: list[tuple[PassContext, Model]] = []
     begin = Recover._begin_annealing
 
-    def watched(step: Recover, lab: Lab, loaded: Any) -> Any:
+    def watched(step: Recover, context: PassContext, loaded: Any) -> Any:
         if step.anneal:
-            shown.append((lab, lab.model))
-        return begin(step, lab, loaded)
+            shown.append((context, context.model))
+        return begin(step, context, loaded)
 
     monkeypatch.setattr(Recover, "_begin_annealing", watched)
     model = open_checkpoint(str(tiny("olmoe"))).model
@@ -268,19 +276,19 @@ def test_annealing_begins_with_what_was_replaced(
         {"expert_replace": {"with": "base", "budget": 0.6}},
         {"recover": {**QUICK_TRAINING, "anneal": 0.5}},
     ]
-    parsed = recipe.parse(json.dumps({"passes": passes})).resolved(model)
+    parsed = recipe.parse(json.dumps({"passes": passes})).resolve(model)
     tokens = Tokens(text(), "text", "none")
     run_passes(model, parsed, tokens, WorkFolder(tmp_path), QUIET, training=tokens)
-    ((lab, shared),) = shown
-    assert lab.unshared is not None
-    assert not lab.unshared.members
-    before, after = lab.unshared.moe_blocks[0][1], model.moe_blocks[0][1]
+    ((context, shared),) = shown
+    assert context.unshared is not None
+    assert not context.unshared.members
+    before, after = context.unshared.moe_blocks[0][1], model.moe_blocks[0][1]
     assert not torch.equal(before.experts[0].up.load(), after.experts[0].up.load())
-    loaded: Any = to_transformers(shared, torch.float32)
+    loaded: Any = build_transformers_model(shared, torch.float32)
     with torch.no_grad():
-        for part in begin(Recover(anneal=0.5), lab, loaded):
+        for part in begin(Recover(anneal=0.5), context, loaded):
             part.original_share = 1.0
-        expected = to_transformers(lab.unshared, torch.float32)(text(2)).logits
+        expected = build_transformers_model(context.unshared, torch.float32)(text(2)).logits
         assert torch.allclose(loaded(text(2)).logits, expected, atol=1e-4)
 
 
@@ -289,14 +297,14 @@ def test_neurons_that_were_put_in_order_anneal_in_order(
     tiny: Make, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Experts that are one, with neurons in any order, are that one at every share."""
-    model = with_copies(open_checkpoint(str(tiny("mixtral"))).model, shuffled=True)
+    model = add_copies(open_checkpoint(str(tiny("mixtral"))).model, shuffled=True)
     shares = {1.0: 0.0, 0.5: 0.0, 0.0: 0.0}
     begin = Recover._begin_annealing
 
-    def watched(step: Recover, lab: Lab, loaded: Any) -> Any:
-        parts = begin(step, lab, loaded)
+    def watched(step: Recover, context: PassContext, loaded: Any) -> Any:
+        parts = begin(step, context, loaded)
         with torch.no_grad():
-            expected = to_transformers(model, torch.float32)(text(2)).logits
+            expected = build_transformers_model(model, torch.float32)(text(2)).logits
             for share in shares:
                 for part in parts:
                     part.original_share = share
@@ -308,7 +316,7 @@ def test_neurons_that_were_put_in_order_anneal_in_order(
         {"expert_merge": {"method": method, "keep": 2, "align": True, "routing": "members"}},
         {"recover": {**QUICK_TRAINING, "steps": 2, "anneal": 0.5}},
     ]
-    parsed = recipe.parse(json.dumps({"passes": passes})).resolved(model)
+    parsed = recipe.parse(json.dumps({"passes": passes})).resolve(model)
     tokens = Tokens(text(), "text", "none")
     run_passes(model, parsed, tokens, WorkFolder(tmp_path), QUIET, training=tokens)
     assert max(shares.values()) < 1e-4, shares

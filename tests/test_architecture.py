@@ -87,17 +87,17 @@ def test_files_fit_one_reading(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 500
 
 
-@pytest.mark.parametrize("name", registry.pass_names())
+@pytest.mark.parametrize("name", registry.list_passes())
 def test_every_pass_file_holds_one_documented_pass(name: str) -> None:
-    kind = registry.pass_type(name)
+    kind = registry.find_pass(name)
     assert kind.__doc__
     assert kind.__name__.lower() == name.replace("_", "")
     assert all(f.description for k, f in kind.model_fields.items() if k != "rescore")
 
 
-@pytest.mark.parametrize("name", registry.target_names())
+@pytest.mark.parametrize("name", registry.list_targets())
 def test_every_target_has_a_summary(name: str) -> None:
-    assert len(registry.target(name).summary) > 10
+    assert len(registry.find_target(name).summary) > 10
 
 
 def test_recipes_are_read_without_torch() -> None:

@@ -11,13 +11,13 @@ import pytest
 
 from moe2edge.errors import InputError
 from moe2edge.storage.manifest import (
-    check_files,
+    check_manifest_files,
     is_artifact,
+    list_files,
     open_artifact,
-    present_files,
     write_manifest,
 )
-from moe2edge.storage.tokenizer import tokenizer_of
+from moe2edge.storage.tokenizer import load_tokenizer
 from moe2edge.testing import make_tokenizer
 
 
@@ -48,7 +48,7 @@ def test_manifest_holds_every_file_and_section(folder: Path) -> None:
         "model.bin": {"sha256": hashlib.sha256(b"weights").hexdigest(), "bytes": 7},
         "part/b.txt": {"sha256": hashlib.sha256(b"text").hexdigest(), "bytes": 4},
     }
-    assert check_files(artifact) == []
+    assert check_manifest_files(artifact) == []
 
 
 def test_manifest_is_the_same_when_written_again(folder: Path) -> None:
@@ -67,7 +67,7 @@ def test_one_changed_byte_is_found(folder: Path, position: int) -> None:
     data = bytearray(b"weights")
     data[position] ^= 1
     (folder / "model.bin").write_bytes(data)
-    (found,) = check_files(open_artifact(folder))
+    (found,) = check_manifest_files(open_artifact(folder))
     assert found.startswith("model.bin has changed: sha256")
 
 
@@ -75,7 +75,7 @@ def test_differences_are_named(folder: Path) -> None:
     (folder / "part" / "b.txt").unlink()
     (folder / "model.bin").write_bytes(b"weight")
     (folder / "extra").touch()
-    assert check_files(open_artifact(folder)) == [
+    assert check_manifest_files(open_artifact(folder)) == [
         "model.bin has changed: 6 bytes, the manifest says 7",
         "part/b.txt is missing",
         "extra is not listed in the manifest",
@@ -85,8 +85,8 @@ def test_differences_are_named(folder: Path) -> None:
 def test_a_symbolic_link_to_the_same_bytes_is_the_same_file(folder: Path) -> None:
     (folder / "model.bin").rename(folder.parent / "blob")
     (folder / "model.bin").symlink_to(folder.parent / "blob")
-    assert check_files(open_artifact(folder)) == []
-    assert list(present_files(folder)) == ["manifest.json", "model.bin", "part/b.txt"]
+    assert check_manifest_files(open_artifact(folder)) == []
+    assert list(list_files(folder)) == ["manifest.json", "model.bin", "part/b.txt"]
 
 
 NAMES = ("../x", "a/../../x", "/etc/passwd", "C:\\x", "\\x", "..\\x", "C:x", "", ".", "a\0b")
@@ -151,10 +151,10 @@ def test_tokenizer(tmp_path: Path) -> None:
     make_tokenizer(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "olmoe"}', "utf-8")
     expected = [ord(character) - 31 for character in "a b"]
-    assert tokenizer_of(tmp_path)("a b")["input_ids"] == expected
+    assert load_tokenizer(tmp_path)("a b")["input_ids"] == expected
     # transformers alone would now take the family's usual class, which drops the space.
     (tmp_path / "tokenizer_config.json").unlink()
-    assert tokenizer_of(tmp_path)("a b")["input_ids"] == expected
+    assert load_tokenizer(tmp_path)("a b")["input_ids"] == expected
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_no_tokenizer(tmp_path: Path, files: dict[str, str], message: str) -> No
     for name, content in files.items():
         (tmp_path / name).write_text(content, "utf-8")
     with pytest.raises(InputError, match=message) as caught:
-        tokenizer_of(tmp_path)
+        load_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
 
 
@@ -181,4 +181,4 @@ def test_code_that_comes_with_a_tokenizer_is_not_run(tmp_path: Path) -> None:
     settings = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": [None, "evil.Evil"]}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings), "utf-8")
     with pytest.raises(InputError, match="cannot be read"):
-        tokenizer_of(tmp_path)
+        load_tokenizer(tmp_path)

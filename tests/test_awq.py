@@ -18,12 +18,12 @@ from moe2edge.numerics.grid import Quantized
 from moe2edge.numerics.rounding import round_to_nearest
 from moe2edge.numerics.scheme import Scheme
 from moe2edge.passes import _awq_folding
-from moe2edge.passes._quantize import Rule
+from moe2edge.passes._quantize import SchemeRule
 from moe2edge.passes.awq import Awq
 from moe2edge.passes.rtn import Rtn
 from moe2edge.pipeline.contract import Outcome
 from moe2edge.pipeline.solver import GroupSolver
-from moe2edge.pipeline.stages import enforce, plan
+from moe2edge.pipeline.stages import enforce, plan_passes
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.testing import Make
 
@@ -56,14 +56,14 @@ def model_of(make: Make, family: str, **changes: Any) -> Model:
 
 def run(step: Awq, model: Model, ids: torch.Tensor = IDS) -> tuple[Model, list[str]]:
     """The model after the pass, held against the contract, and the notes."""
-    planned, before = plan([step], model), model
+    planned, before = plan_passes([step], model), model
     notes: list[str] = []
     solver, hidden = step.solver(model), walk.embed(model, ids)
     assert not isinstance(solver, GroupSolver)
     for block in before.blocks:
         runner = walk.BlockRunner(model, block)
         for at in range(0, len(hidden), 3):
-            solver.see(runner.watch(hidden[at : at + 3]))
+            solver.observe(runner.watch(hidden[at : at + 3]))
         found = solver.solve(block)
         assert 0 < found.loss[0] < found.loss[1]
         notes += found.notes
@@ -89,15 +89,15 @@ def rounded(step: Rtn, model: Model) -> Model:
 
 def logits(model: Model) -> torch.Tensor:
     hidden = walk.observe(model, IDS, (), lambda *_: None, "")
-    return torch.stack(list(walk.head_logits(model, hidden)))
+    return torch.stack(list(walk.compute_logits(model, hidden)))
 
 
 def distance(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one - other).norm() / other.norm())
 
 
-def places(model: Model, block: Block) -> list[_awq_folding.Place]:
-    return list(_awq_folding.places(block, model.family.geometry(model.config)))
+def places(model: Model, block: Block) -> list[_awq_folding.FoldingPlace]:
+    return list(_awq_folding.find_folding_places(block, model.family.geometry(model.config)))
 
 
 def folded(model: Model) -> Model:
@@ -110,7 +110,7 @@ def folded(model: Model) -> Model:
             scales = torch.randn(channels, generator=draw).exp()
             for role in place.producers:
                 if len(weights[role].shape) == 1:
-                    scales = awq_scales.exact(scales, weights[role].load())
+                    scales = awq_scales.round_to_exact(scales, weights[role].load())
             folding.add(place, scales)
         numbers = {role: folding.apply(role, weights[role].load()) for role in folding.roles}
         model = model.replace_block(Memory().put(block, numbers))
@@ -172,7 +172,7 @@ def test_a_norm_that_is_added_to_the_stream_is_no_place(tiny: Make) -> None:
 
 
 def test_query_heads_share_the_scales_of_their_values() -> None:
-    place = _awq_folding.Place((V,), (OUT,), heads=2, copies=3)
+    place = _awq_folding.FoldingPlace((V,), (OUT,), heads=2, copies=3)
     spread = place.spread(torch.tensor([1.0, 2.0, 3.0, 4.0]))  # two heads of two channels
     assert spread.tolist() == [1, 2] * 3 + [3, 4] * 3
     assert place.gather(torch.arange(12.0)).tolist() == [2, 3, 8, 9]
@@ -185,7 +185,7 @@ def test_scales_are_what_a_stored_vector_is_divided_by(dtype: torch.dtype) -> No
     vector[:3] = torch.tensor([0.0, 6e4, 1e-7])
     scales = torch.randn(3, 500, generator=draw).exp()
     scales[:, 1:3] = torch.tensor([1e-38, 1e38])  # overflows, vanishes
-    found = awq_scales.exact(scales, vector)
+    found = awq_scales.round_to_exact(scales, vector)
     assert (found[:, 1:3] == 1).all()
     assert torch.equal(found[:, 0], scales[:, 0])
     quotients = vector.float() / found
@@ -195,13 +195,13 @@ def test_scales_are_what_a_stored_vector_is_divided_by(dtype: torch.dtype) -> No
 
 def test_candidates() -> None:
     magnitudes = torch.tensor([0.0, 1.0, 4.0, 16.0, 1e-9])
-    found = awq_scales.candidates(magnitudes, 20)
+    found = awq_scales.list_candidates(magnitudes, 20)
     assert found.shape == (20, 5)
     assert (found[0] == 1).all()
     bounded = magnitudes.clamp(min=16 / awq_scales.SPAN)
     powers = bounded**0.35
     torch.testing.assert_close(found[7], powers / (powers.max() * powers.min()).sqrt())
-    assert (awq_scales.candidates(torch.zeros(4), 3) == 1).all()
+    assert (awq_scales.list_candidates(torch.zeros(4), 3) == 1).all()
 
 
 def test_samples_are_evenly_spaced_however_they_come() -> None:
@@ -300,7 +300,7 @@ def test_alpha_is_that_of_a_slow_search(tiny: Make, family: str) -> None:
 def test_alpha_of_values_that_stay_in_16_bits(tiny: Make) -> None:
     """They are divided; what nothing quantized reads is left alone."""
     model = model_of(tiny, "mixtral")
-    rules = (Rule(match=r"(q|k|v)_proj", bits=16),)
+    rules = (SchemeRule(match=r"(q|k|v)_proj", bits=16),)
     seen = walk.BlockRunner(model, model.blocks[0]).watch(walk.embed(model, IDS))
     after = dict(run(Awq(bits=3, rules=rules), model)[0].blocks[0].weights())
     before = dict(model.blocks[0].weights())
@@ -322,8 +322,8 @@ def test_losses(scheme: Scheme) -> None:
     weight, x = (torch.randn(n, 64, generator=draw) for n in (24, 50))
     gate, scales = torch.rand(50, generator=draw), powers(x * torch.logspace(-1, 1, 64))
     x = x * torch.logspace(-1, 1, 64)
-    inputs = awq_scales.Inputs.of(x, gate, x.abs().mean(0), share=3)
-    found = awq_scales.losses(weight, scales, inputs, scheme, "mse")
+    inputs = awq_scales.AwqInputs.of(x, gate, x.abs().mean(0), share=3)
+    found = awq_scales.compute_losses(weight, scales, inputs, scheme, "mse")
     _, errors = slow_search([(weight, x, gate, scales)], scheme)
     torch.testing.assert_close(found / 3, torch.tensor(errors), rtol=1e-4, atol=0)
 
@@ -331,10 +331,10 @@ def test_losses(scheme: Scheme) -> None:
 def test_losses_of_large_matrices_are_estimated() -> None:
     draw = torch.Generator().manual_seed(4)
     weight, x = (torch.randn(n, 64, generator=draw) for n in (4000, 50))
-    inputs = awq_scales.Inputs.of(x, torch.ones(50), x.abs().mean(0))
+    inputs = awq_scales.AwqInputs.of(x, torch.ones(50), x.abs().mean(0))
 
     def losses(rows: torch.Tensor) -> torch.Tensor:
-        return awq_scales.losses(rows, powers(x)[:3], inputs, Scheme(4, 32), "absmax")
+        return awq_scales.compute_losses(rows, powers(x)[:3], inputs, Scheme(4, 32), "absmax")
 
     found, parts = losses(weight), [losses(weight[at : at + 400]) for at in range(0, 4000, 400)]
     torch.testing.assert_close(found, torch.stack(parts).sum(0), rtol=0.05, atol=0)
@@ -358,7 +358,7 @@ def test_large_channels_cost_less_than_with_rounding(tiny: Make) -> None:
 def test_what_is_stored_in_16_bits(tiny: Make, family: str) -> None:
     """Norms and biases are divided by what the columns are multiplied with; routers round."""
     model = uneven(model_of(tiny, family, dtype="bfloat16", num_hidden_layers=1))
-    rules = (Rule(match="q_proj", bits=16),)
+    rules = (SchemeRule(match="q_proj", bits=16),)
     after, _ = run(Awq(bits=4, rules=rules), model)
     for block in model.blocks:
         before, now = dict(block.weights()), dict(after.blocks[block.index].weights())
@@ -398,9 +398,9 @@ def test_other_forms(tiny: Make, form: str) -> None:
 def test_schemes_as_the_options_say(tiny: Make, family: str) -> None:
     model = model_of(tiny, family)
     rules = (
-        Rule(match="o_proj", bits=2, group_size=-1),
-        Rule(blocks=(-1,), bits=16),
-        Rule(match="shared_expert|k_proj", bits=8),
+        SchemeRule(match="o_proj", bits=2, group_size=-1),
+        SchemeRule(blocks=(-1,), bits=16),
+        SchemeRule(match="shared_expert|k_proj", bits=8),
     )
     usable = rules if family == "qwen2_moe" else rules[:2]
     after, _ = run(Awq(bits=3, symmetric=False, rules=usable, steps=3), model)

@@ -17,25 +17,25 @@ from torch import Tensor
 
 from moe2edge.calibration import observation, walk
 from moe2edge.cli.main import main
-from moe2edge.commands.preflight import work_nbytes
+from moe2edge.commands.preflight import estimate_work_bytes
 from moe2edge.model.family import FAMILIES
 from moe2edge.model.layers import PARTS, Member, MoELayer
 from moe2edge.model.model import Model, is_quantizable
 from moe2edge.numerics import base_sharing, expert_groups, low_rank
-from moe2edge.numerics.base_sharing import Cost
-from moe2edge.passes._replace_bases import experts_nbytes
+from moe2edge.numerics.base_sharing import SharingCost
+from moe2edge.passes._replace_bases import count_expert_bytes
 from moe2edge.passes.expert_replace import ExpertReplace
 from moe2edge.pipeline import recipe
-from moe2edge.pipeline.contract import Lab, Outcome, Search
-from moe2edge.progress import Watcher
+from moe2edge.pipeline.contract import Outcome, PassContext, Search
+from moe2edge.progress import Reporter
 from moe2edge.runtime.memory import Memory
 from moe2edge.storage.checkpoint import open_checkpoint
-from moe2edge.storage.output import stored_model
+from moe2edge.storage.output import open_stored_model
 from moe2edge.testing import InMemory, Make
 
 IDS = torch.randint(1, 96, (8, 48), generator=torch.Generator().manual_seed(9))
 TEXT = ["--set", "calibration.samples=12", "--set", "calibration.length=48"]
-QUIET = Watcher(lambda _: None, lambda *_: None)
+QUIET = Reporter(lambda _: None, lambda *_: None)
 LESS = ["--set", "evaluation.samples=2", "--set", "evaluation.length=48", "-q", "--json"]
 
 
@@ -60,11 +60,11 @@ def under(scores: list[list[float]], factors: list[float], threshold: float) -> 
 def test_the_lowest_threshold_that_meets_the_budget(group: int | None, part: float) -> None:
     """By trying every threshold that makes a difference, from below."""
     scores = random(5, 8).tolist()
-    factors = base_sharing.depth_factors([1.0, 2.0, 3.0, 5.0, 9.0], 1.0)
-    cost = Cost(expert=1000, factors=20, group=group)
+    factors = base_sharing.compute_depth_factors([1.0, 2.0, 3.0, 5.0, 9.0], 1.0)
+    cost = SharingCost(expert=1000, factors=20, group=group)
     whole = 5 * 8 * 1000
-    found = base_sharing.choose(
-        base_sharing.order(scores, factors), [cost] * 5, whole, int(part * whole)
+    found = base_sharing.choose_replaced(
+        base_sharing.order_candidates(scores, factors), [cost] * 5, whole, int(part * whole)
     )
     shares = [s / sum(own) / f for own, f in zip(scores, factors, strict=True) for s in own]
 
@@ -97,32 +97,32 @@ def test_every_budget_that_is_not_refused_is_kept(
     sizes: list[int], group: int | None, factors: int
 ) -> None:
     """Down to the smallest, where groups do not divide layers."""
-    costs = [Cost(100, factors, group)] * len(sizes)
+    costs = [SharingCost(100, factors, group)] * len(sizes)
     whole = 100 * sum(sizes)
-    least = whole - base_sharing.most_saved(costs, sizes)
+    least = whole - base_sharing.compute_most_saved(costs, sizes)
     scores = [random(size, seed=size).tolist() for size in sizes]
     for budget in range(least, whole):
-        found = base_sharing.choose(
-            base_sharing.order(scores, [1.0] * len(sizes)), costs, whole, budget
+        found = base_sharing.choose_replaced(
+            base_sharing.order_candidates(scores, [1.0] * len(sizes)), costs, whole, budget
         )
         saved = sum(cost.saved(len(own)) for cost, own in zip(costs, found, strict=True))
         assert whole - saved <= budget
 
 
 def test_shallow_layers_lose_more() -> None:
-    found = base_sharing.depth_factors([1.0, 2.0, 3.0], 1.0)
+    found = base_sharing.compute_depth_factors([1.0, 2.0, 3.0], 1.0)
     deviation = math.sqrt(2 / 3)
     expected = [math.exp(1 / deviation), 1.0, math.exp(-1 / deviation)]
     assert found == pytest.approx([min(1.2, max(0.8, value)) for value in expected])
-    assert base_sharing.depth_factors([1.0, 2.0, 3.0], 0.0) == [1.0, 1.0, 1.0]
-    assert base_sharing.depth_factors([2.0, 2.0], 1.0) == [1.0, 1.0]
+    assert base_sharing.compute_depth_factors([1.0, 2.0, 3.0], 0.0) == [1.0, 1.0, 1.0]
+    assert base_sharing.compute_depth_factors([2.0, 2.0], 1.0) == [1.0, 1.0]
 
 
 def test_groups_are_those_of_a_loop() -> None:
     importance, columns = random(9, seed=1).tolist(), random(50, 9, seed=2)
-    similar = expert_groups.cosines(columns.T @ columns)
+    similar = expert_groups.compute_cosines(columns.T @ columns)
     candidates = [0, 1, 3, 4, 6, 7, 8]
-    found = expert_groups.group(candidates, importance, similar, 3)
+    found = expert_groups.group_by_similarity(candidates, importance, similar, 3)
     heads = sorted(candidates, key=lambda j: -importance[j])[:3]
     expected: dict[int, list[int]] = {head: [head] for head in heads}
     for j in candidates:
@@ -146,10 +146,12 @@ def test_groups_are_those_of_a_loop() -> None:
 def test_factors_are_the_nearest_in_what_they_put_out(outs: int, rank: int) -> None:
     """Against the truncation of what is put out, and against anything beside it."""
     inputs, difference = random(80, 8, seed=3) - 0.3, random(outs, 8, seed=4) - 0.5
-    first, second = low_rank.low_rank(difference, inputs.T @ inputs, rank)
+    first, second = low_rank.factorize_low_rank(difference, inputs.T @ inputs, rank)
     assert first.shape == (rank, 8)
     assert second.shape == (outs, rank)
-    ridge = low_rank.RIDGE * float((inputs.T @ inputs).diagonal().mean()) + low_rank.LEAST
+    ridge = (
+        low_rank.RIDGE * float((inputs.T @ inputs).diagonal().mean()) + low_rank.LEAST_EIGENVALUE
+    )
     longer = torch.cat([inputs, math.sqrt(ridge) * torch.eye(8, dtype=torch.float64)])
 
     def missed(first: Tensor, second: Tensor) -> float:
@@ -168,10 +170,10 @@ def test_factors_are_of_one_size_whatever_text_they_come_from(outs: int) -> None
     """Training takes steps of one size for both; so neither may depend on the amount of text."""
     inputs, difference = random(80, 8, seed=3) - 0.3, random(outs, 8, seed=4) - 0.5
     gram = inputs.T @ inputs
-    first, second = low_rank.low_rank(difference, gram, 3)
+    first, second = low_rank.factorize_low_rank(difference, gram, 3)
     assert torch.allclose(first.norm(dim=1), second.norm(dim=0), rtol=1e-5)
     for times in (0.1, 1000):  # as much text, or inputs that are larger
-        again = low_rank.low_rank(difference, times * gram, 3)
+        again = low_rank.factorize_low_rank(difference, times * gram, 3)
         assert torch.allclose(again[0].abs(), first.abs(), rtol=1e-4, atol=1e-5)
         assert torch.allclose(again[1].abs(), second.abs(), rtol=1e-4, atol=1e-5)
 
@@ -181,7 +183,7 @@ def test_factors_of_a_matrix_of_lower_rank_are_it() -> None:
     for outs in (6, 13):
         difference = random(outs, 2, seed=1) @ random(2, 8, seed=2)
         for gram in (torch.eye(8, dtype=torch.float64), torch.zeros(8, 8, dtype=torch.float64)):
-            first, second = low_rank.low_rank(difference, gram, 5)
+            first, second = low_rank.factorize_low_rank(difference, gram, 5)
             assert first.isfinite().all()
             assert torch.allclose(second @ first, difference.float(), atol=1e-5)
 
@@ -189,9 +191,9 @@ def test_factors_of_a_matrix_of_lower_rank_are_it() -> None:
 def test_without_importance_all_count_alike() -> None:
     matrices = [random(3, 4, seed=n).float() for n in range(3)]
     mean = (matrices[0] + matrices[1] + matrices[2]) / 3
-    assert torch.allclose(base_sharing.weighted_mean(matrices, [0.0, 0.0, 0.0]), mean)
+    assert torch.allclose(base_sharing.average_matrices(matrices, [0.0, 0.0, 0.0]), mean)
     expected = (2 * matrices[0] + matrices[1] + 5 * matrices[2]) / 8
-    assert torch.allclose(base_sharing.weighted_mean(matrices, [2.0, 1.0, 5.0]), expected)
+    assert torch.allclose(base_sharing.average_matrices(matrices, [2.0, 1.0, 5.0]), expected)
 
 
 # ---- layers --------------------------------------------------------------------------------------
@@ -199,10 +201,10 @@ def test_without_importance_all_count_alike() -> None:
 
 def replace_experts(model: Model, **options: Any) -> Outcome:
     step = ExpertReplace.model_validate({"with": "base", "budget": 0.6, **options})
-    step = step.resolved(model)
+    step = step.resolve(model)
     step.check(model)
-    watcher: Any = SimpleNamespace(advance=lambda *_: None, log=lambda _: None)
-    outcome = step.search(Lab(model, model, IDS, InMemory(), watcher))
+    reporter: Any = SimpleNamespace(advance=lambda *_: None, log=lambda _: None)
+    outcome = step.search(PassContext(model, model, IDS, InMemory(), reporter))
     outcome.model.verify()
     return outcome
 
@@ -213,14 +215,14 @@ class Mass:
     def __init__(self) -> None:
         self.found: dict[int, list[float]] = {}
 
-    def see(self, seen: observation.Seen) -> None:
-        assert seen.routing is not None
-        own = self.found.setdefault(seen.block.index, [0.0] * 6)
-        for ids, weights in zip(seen.routing.ids, seen.routing.weights, strict=True):
+    def observe(self, trace: observation.BlockTrace) -> None:
+        assert trace.routing is not None
+        own = self.found.setdefault(trace.block.index, [0.0] * 6)
+        for ids, weights in zip(trace.routing.ids, trace.routing.weights, strict=True):
             for j, weight in zip(ids.tolist(), weights.tolist(), strict=True):
                 own[j] += weight
 
-    def fact(self) -> dict[int, list[float]]:
+    def result(self) -> dict[int, list[float]]:
         return self.found
 
 
@@ -248,7 +250,7 @@ def test_a_base_is_the_mean_of_its_members_by_router_mass(tiny: Make, family: st
 
 def distance(model: Model, other: Model) -> float:
     logits = [
-        torch.stack(list(walk.head_logits(m, walk.observe(m, IDS, [], lambda *_: None, ""))))
+        torch.stack(list(walk.compute_logits(m, walk.observe(m, IDS, [], lambda *_: None, ""))))
         for m in (model, other)
     ]
     return float((logits[0] - logits[1]).abs().mean())
@@ -279,7 +281,7 @@ def test_a_budget_is_met_within_one_expert(tiny: Make, how: str, budget: float) 
     model = open_checkpoint(str(tiny("qwen3_moe"))).model
     rank = {"rank": 1} if how == "base" else {"rank": 5}
     outcome = replace_experts(model, **{"with": how, "budget": budget, **rank})
-    whole, now = experts_nbytes(model), experts_nbytes(outcome.model)
+    whole, now = count_expert_bytes(model), count_expert_bytes(outcome.model)
     one = whole // sum(model.expert_counts)
     assert budget * whole - one <= now <= budget * whole
     assert f"take {now:,} bytes" in outcome.notes[-1]
@@ -328,7 +330,7 @@ def test_bases_are_quantized_and_factors_are_not(
     )
     assert code == 0, said
     assert report["results"][0]["parity"]["exact"] < 1e-4
-    model = stored_model(open_checkpoint(str(out)))
+    model = open_stored_model(open_checkpoint(str(out)))
     assert (
         model.members > 0
         if how == "base"
@@ -401,15 +403,15 @@ def test_numbers_on_the_disk_are_counted_before(tiny: Make) -> None:
         {"expert_replace": {"with": "linear", "keep": 3, "rank": 2}},
     ]
     for one in passes:
-        parsed = recipe.parse(json.dumps({"passes": [one]})).resolved(model)
-        lab = Lab(model, model, IDS, InMemory(), QUIET)
+        parsed = recipe.parse(json.dumps({"passes": [one]})).resolve(model)
+        context = PassContext(model, model, IDS, InMemory(), QUIET)
         step = parsed.passes[0]
         assert isinstance(step, Search)
-        found = step.search(lab).model
+        found = step.search(context).model
         known = {weight.load for _, _, weight in model.tensors()}
         new = sum(weight.nbytes for _, _, weight in found.tensors() if weight.load not in known)
         # Which layers lose how many experts to a base is only known afterwards.
-        assert new <= work_nbytes(parsed, model, Memory()) <= 3.5 * new
+        assert new <= estimate_work_bytes(parsed, model, Memory()) <= 3.5 * new
 
 
 @pytest.mark.parametrize(
@@ -451,7 +453,7 @@ def test_one_expert_for_each_token(
     code, said, report = export(folder, out, [step], "hf:layout=natural,onnx")
     assert code == 0, said
     assert all(row["parity"]["exact"] < 1e-4 for row in report["results"])
-    stored_model(open_checkpoint(str(out / "hf")))
+    open_stored_model(open_checkpoint(str(out / "hf")))
 
 
 def test_replacing_lowers_what_a_token_uses(tiny: Make) -> None:
@@ -468,7 +470,7 @@ def test_replacing_lowers_what_a_token_uses(tiny: Make) -> None:
     for block, layer in alone.moe_blocks:
         small = 3 * 8 * (64 + 32)
         sizes = [small if m.factors else whole for m in layer.members] or [whole] * 6
-        assert sum(sizes) - layer.idle == sum(sorted(sizes)[-2:]), block.index
+        assert sum(sizes) - layer.inactive_parameters == sum(sorted(sizes)[-2:]), block.index
 
 
 def test_experts_that_share_cannot_be_dropped(tiny: Make, tmp_path: Path) -> None:
@@ -497,11 +499,11 @@ def test_members_can_be_materialized(tiny: Make, tmp_path: Path, family: str) ->
     manifest = json.loads((out / "manifest.json").read_text())["model"]
     assert manifest["materialized"]
     assert not any(manifest["members"])
-    model = stored_model(open_checkpoint(str(out)))
+    model = open_stored_model(open_checkpoint(str(out)))
     assert model.nbytes == open_checkpoint(str(folder)).model.nbytes
     loaded: Any = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     expected = torch.stack(
-        list(walk.head_logits(model, walk.observe(model, IDS, [], lambda *_: None, "")))
+        list(walk.compute_logits(model, walk.observe(model, IDS, [], lambda *_: None, "")))
     )
     with torch.no_grad():
         assert torch.allclose(loaded(IDS).logits, expected, atol=1e-4)

@@ -72,10 +72,10 @@ def test_steps_on_the_way_keep_total_and_bounds() -> None:
         floors = tuple(draw.randint(1, n) for n in full)
         total = draw.randint(sum(floors), sum(full))
         first, second = (draw.choice(every(floors, full, total)) for _ in range(2))
-        assert allocation.between(first, second, 0.0) == first
-        assert allocation.between(first, second, 1.0) == second
+        assert allocation.interpolate_counts(first, second, 0.0) == first
+        assert allocation.interpolate_counts(first, second, 1.0) == second
         for part in (0.25, 0.5, 0.75):
-            found = allocation.between(first, second, part)
+            found = allocation.interpolate_counts(first, second, part)
             assert sum(found) == total
             for n, a, b in zip(found, first, second, strict=True):
                 assert abs(n - (a + part * (b - a))) < 1
@@ -85,14 +85,14 @@ def test_steps_on_the_way_keep_total_and_bounds() -> None:
 @pytest.mark.parametrize("points", [2, 3, 5, 8, 50])
 def test_a_grid_has_both_ends(points: int) -> None:
     for floor, experts in [(1, 2), (2, 8), (8, 64), (8, 128)]:
-        found = allocation.grid(floor, experts, points)
+        found = allocation.spread_counts(floor, experts, points)
         assert found == tuple(sorted(set(found)))
         assert (found[0], found[-1]) == (floor, experts - 1)
         assert len(found) == min(points, experts - floor)
         # Straight lines are met by straight lines.
         known = {n: float(3 * n) for n in (*found, experts)}
         expected = [3.0 * n for n in range(floor, experts + 1)]
-        assert allocation.interpolated(known, floor, experts) == pytest.approx(expected)
+        assert allocation.interpolate_costs(known, floor, experts) == pytest.approx(expected)
 
 
 # ---- samples -----------------------------------------------------------------------------------
@@ -100,7 +100,7 @@ def test_a_grid_has_both_ends(points: int) -> None:
 
 @pytest.mark.parametrize("order", ["take turns", "follow one another"])
 def test_parts_of_a_mix_are_in_both_parts_of_the_split(order: str) -> None:
-    choosing, held_out = bootstrap.split(128, 0.25)
+    choosing, held_out = bootstrap.split_samples(128, 0.25)
     assert sorted(choosing + held_out) == list(range(128))
     assert len(held_out) == 32
     for places in (held_out, choosing, choosing[:32]):
@@ -109,10 +109,10 @@ def test_parts_of_a_mix_are_in_both_parts_of_the_split(order: str) -> None:
 
 
 def test_a_split_needs_samples() -> None:
-    assert [len(part) for part in bootstrap.split(4, 0.01)] == [2, 2]
+    assert [len(part) for part in bootstrap.split_samples(4, 0.01)] == [2, 2]
     for samples, held_out in ((3, 0.25), (4, 0.9), (1, 0.5)):
         with pytest.raises(InputError, match=f"{samples} calibration samples do not suffice"):
-            bootstrap.split(samples, held_out)
+            bootstrap.split_samples(samples, held_out)
 
 
 @pytest.mark.parametrize("seed", [0, 7])
@@ -127,7 +127,7 @@ def test_interval_equals_a_direct_bootstrap(seed: int) -> None:
         below, above = means[int(low) : int(low) + 2]
         return float(below + rest * (above - below))
 
-    found = bootstrap.interval(values, seed)
+    found = bootstrap.compute_interval(values, seed)
     assert found.samples == 9
     expected = [sum(values) / 9, quantile(0.025), quantile(0.975)]
     assert [found.mean, found.low, found.high] == pytest.approx(expected, abs=1e-12)
@@ -217,11 +217,11 @@ def test_the_best_of_a_ranking_are_those_of_expert_drop(tiny: Make, criterion: s
     ranker = ranked(model, IDS, criterion)
     rankings = tuple(ranker.ranking(block) for block, _ in model.moe_blocks)
     for count in range(2, 6):
-        mine = Trimmer(model, rankings, clamp_top_k=False).trimmed((count,) * 3)
+        mine = Trimmer(model, rankings, clamp_top_k=False).trim((count,) * 3)
         drop = ExpertDrop(keep=count, criterion=criterion)  # type: ignore[arg-type]
         seeing = {kind: kind() for kind in drop.observers()}
         walk.observe(model, IDS, list(seeing.values()), quiet, "")
-        dropped = drop.apply(model, Facts({kind: seen.fact() for kind, seen in seeing.items()}))
+        dropped = drop.apply(model, Facts({kind: seen.result() for kind, seen in seeing.items()}))
         for a, b in zip(mine.blocks, dropped.model.blocks, strict=True):
             assert a.expert_origins == b.expert_origins
 
@@ -232,7 +232,11 @@ def test_kl_equals_masking_in_transformers(tiny: Make, family: str) -> None:
     folder, tokens = tiny(family), IDS[:3]
     model = open_checkpoint(str(folder)).model
     trial = trial_of(model, tokens, clamp=True)
-    tried = [*allocation.one_layer_each((6, 6, 6), [(1, 3), (2, 5), (4,)]), (6, 6, 6), (2, 6, 3)]
+    tried = [
+        *allocation.list_single_layer_allocations((6, 6, 6), [(1, 3), (2, 5), (4,)]),
+        (6, 6, 6),
+        (2, 6, 3),
+    ]
     assert len(tried) == 7
     with torch.no_grad():
         intact = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -279,14 +283,14 @@ def test_shared_runs_equal_a_walk_for_each(
     # One at a time: 5 walks over 3 blocks. In pairs: the first two pairs share 2 blocks. All at
     # once: 2 streams up to block 1.
     assert len(ran) == {1: 15, 2: 4 + 4 + 3, 100: 2 + 2 + 5}[together]
-    assert _allocation_trials.block_runs(model, tried, together) == len(ran)
+    assert _allocation_trials.count_block_runs(model, tried, together) == len(ran)
     assert told == [(n, len(ran)) for n in range(len(ran) + 1)]
     for counts, sums in zip(tried, judged, strict=True):
-        trimmed = trial.trimmer.trimmed(counts)
+        trimmed = trial.trimmer.trim(counts)
         assert (counts_of(trimmed)[0], counts_of(trimmed)[2]) == counts
         hidden = walk.observe(trimmed, IDS, (), quiet, "")
-        theirs = walk.head_logits(source, trial.source_hidden)
-        expected = metrics.measure(IDS, walk.head_logits(trimmed, hidden), theirs)
-        assert bootstrap.mean_kl(sums) == pytest.approx(expected.kl, rel=1e-5)
-        loss = torch.tensor(bootstrap.mean_loss(sums)).exp()
+        theirs = walk.compute_logits(source, trial.source_hidden)
+        expected = metrics.measure(IDS, walk.compute_logits(trimmed, hidden), theirs)
+        assert bootstrap.compute_mean_kl(sums) == pytest.approx(expected.kl, rel=1e-5)
+        loss = torch.tensor(bootstrap.compute_mean_loss(sums)).exp()
         assert float(loss) == pytest.approx(expected.perplexity, rel=1e-4)

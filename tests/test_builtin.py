@@ -34,7 +34,7 @@ def test_stock_transformers_loads_all_of_it() -> None:
 
 
 def test_every_selected_tensor_has_four_bits_and_the_same_integers(builtin_out: Path) -> None:
-    onnx, gptq = (dict(registry.target(t).tensors(builtin_out / t)) for t in ("onnx", "gptq"))
+    onnx, gptq = (dict(registry.find_target(t).tensors(builtin_out / t)) for t in ("onnx", "gptq"))
     expected = list(open_checkpoint(BUILTIN).model.tensors())
     assert {name for name, _, _ in expected} == set(onnx) == set(gptq)
     for name, role, _ in expected:

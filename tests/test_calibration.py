@@ -13,11 +13,11 @@ import torch
 from click.testing import CliRunner
 
 from moe2edge.calibration.sources import TextSource
-from moe2edge.calibration.tokens import load_tokens, parts_of, read_texts, share_out
+from moe2edge.calibration.tokens import list_parts, load_tokens, read_texts, share_out
 from moe2edge.cli.main import main
 from moe2edge.errors import InputError
-from moe2edge.pipeline.recipe import section
-from moe2edge.storage.tokenizer import tokenizer_of
+from moe2edge.pipeline.recipe import parse_section
+from moe2edge.storage.tokenizer import load_tokenizer
 from moe2edge.testing import Make
 
 LIMITS = (128, 96)
@@ -25,7 +25,7 @@ LIMITS = (128, 96)
 
 @pytest.fixture
 def tokenizer(tiny: Make) -> Any:
-    return tokenizer_of(tiny("mixtral"))
+    return load_tokenizer(tiny("mixtral"))
 
 
 def source(path: Path, **changes: Any) -> TextSource:
@@ -139,7 +139,7 @@ def texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def mix(text: str, **options: Any) -> TextSource:
-    return section("calibration", {"text": text, "samples": 10, "length": 8, **options})
+    return parse_section("calibration", {"text": text, "samples": 10, "length": 8, **options})
 
 
 def test_a_mix_gives_of_each_part_what_it_gives_alone(texts: Path, tokenizer: Any) -> None:
@@ -224,7 +224,7 @@ def test_sources_have_names_and_forms_of_their_own(texts: Path, tokenizer: Any) 
 
 
 def test_builtin_is_a_part_like_others(texts: Path) -> None:
-    parts = parts_of(mix("builtin:2,a.txt:1"), "evaluation")
+    parts = list_parts(mix("builtin:2,a.txt:1"), "evaluation")
     assert [(part.name, part.weight) for part in parts] == [("builtin", 2), ("a.txt", 1)]
     assert len(read_texts(mix("builtin:2,a.txt:1"), "evaluation")) == 2
 

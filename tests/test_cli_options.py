@@ -17,7 +17,7 @@ from moe2edge.cli.main import main
 from moe2edge.errors import InputError
 from moe2edge.evaluation.profile import measure
 from moe2edge.pipeline import registry
-from moe2edge.pipeline.registry import check_targets
+from moe2edge.pipeline.registry import parse_targets
 from moe2edge.pipeline.target import Target
 from moe2edge.testing import Make
 
@@ -57,7 +57,7 @@ def test_options_of_a_target_are_recorded_and_reopened(
     assert report["target_options"]["onnx"] == {"accuracy_level": 0}
     assert "for the target `onnx`, accuracy_level 0." in (out / "onnx" / "README.md").read_text()
     seen = []
-    kind = type(registry.target("onnx"))
+    kind = type(registry.find_target("onnx"))
     reopen = kind.reopen
 
     def watched(self: Any, folder: Path, *, exact: bool = False) -> Any:
@@ -76,7 +76,7 @@ def test_options_of_a_target_are_recorded_and_reopened(
     assert run("verify", out / "onnx").exit_code == 0
     assert run("generate", out / "onnx", "ab", "-n", "2").exit_code == 0
     assert run("evaluate", out / "onnx", *text).exit_code == 0
-    assert seen == [registry.target_with("onnx", {"accuracy_level": 0})] * 4
+    assert seen == [registry.make_target("onnx", {"accuracy_level": 0})] * 4
     # What the profiler's child is told.
     assert measure._subject(out / "onnx")[1]["options"] == {"accuracy_level": 0}
 
@@ -103,7 +103,7 @@ def test_folders_of_old_have_no_options(pair: Path, tmp_path: Path) -> None:
 def test_targets_lists_options() -> None:
     assert "onnx:accuracy_level=4 is the default" in run("targets").stdout
     found = json.loads(run("targets", "--json").stdout)
-    assert set(found["targets"]) == set(found["options"]) == set(registry.target_names())
+    assert set(found["targets"]) == set(found["options"]) == set(registry.list_targets())
     assert found["options"]["onnx"] == {"accuracy_level": 4}
 
 
@@ -176,11 +176,11 @@ def test_options_of_other_types(monkeypatch: pytest.MonkeyPatch) -> None:
     # Types of a local class cannot be looked up by their names.
     Made.__annotations__.update(layout=Literal["natural", "uniform"], tied=bool, limit=int | None)
     monkeypatch.setattr(registry, "_only", lambda *_: Made)
-    (found,) = check_targets("hf:layout=uniform : tied=true: limit = 7")
+    (found,) = parse_targets("hf:layout=uniform : tied=true: limit = 7")
     assert found == Made("uniform", True, 7)
-    assert check_targets("hf:limit=null") == [Made()]
-    assert registry.choices_of(found) == {"layout": ("natural", "uniform")}
-    assert registry.target_with("hf", registry.options_of(found)) == found
+    assert parse_targets("hf:limit=null") == [Made()]
+    assert registry.list_choices(found) == {"layout": ("natural", "uniform")}
+    assert registry.make_target("hf", registry.list_options(found)) == found
     for text, message in (
         ("hf:layout=unifrm", "hf:layout is 'unifrm', expected: 'natural' or 'uniform'"),
         ("hf:tied=1", "hf:tied is 1, expected: a valid boolean"),
@@ -190,7 +190,7 @@ def test_options_of_other_types(monkeypatch: pytest.MonkeyPatch) -> None:
         ("hf:=natural", "expected NAME:option=value"),
     ):
         with pytest.raises(InputError) as caught:
-            check_targets(text)
+            parse_targets(text)
         assert message in str(caught.value)
         assert "\n" not in str(caught.value)
 
@@ -198,7 +198,7 @@ def test_options_of_other_types(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_target_without_options(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_only", lambda *_: Target)
     with pytest.raises(InputError, match="target gptq has no options, but level is given"):
-        check_targets("gptq:level=1")
+        parse_targets("gptq:level=1")
 
 
 def test_prompts_are_cut_from_one_text(pair: Path) -> None:

@@ -13,20 +13,20 @@ from click.testing import CliRunner, Result
 
 from moe2edge.cli.main import main
 from moe2edge.commands.decide import check_decidable, decide
-from moe2edge.commands.texts import calibration_tokens
+from moe2edge.commands.texts import load_calibration
 from moe2edge.errors import InputError
 from moe2edge.model.family import FAMILIES
 from moe2edge.model.layers import Dense
 from moe2edge.model.model import Model
 from moe2edge.pipeline import decisions, recipe
-from moe2edge.pipeline.contract import Lab, Outcome, Pass, Search
+from moe2edge.pipeline.contract import Outcome, Pass, PassContext, Search
 from moe2edge.pipeline.runner import run_passes
-from moe2edge.progress import Watcher
+from moe2edge.progress import Reporter
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.storage.work_folder import WorkFolder
 from moe2edge.testing import Make
 
-QUIET = Watcher(lambda _: None, lambda *_: None)
+QUIET = Reporter(lambda _: None, lambda *_: None)
 SMALL = ["calibration.samples=8", "calibration.length=64"]
 SET = [part for setting in SMALL for part in ("--set", setting)]
 # Every form that a block can take, and every pass that chooses.
@@ -65,8 +65,8 @@ def run(*args: str | Path) -> Result:
 def original(folder: Path, parsed: recipe.Recipe, work: Path) -> Model:
     """What an export with the recipe would write."""
     checkpoint = open_checkpoint(str(folder))
-    parsed = parsed.resolved(checkpoint.model)
-    tokens = calibration_tokens(checkpoint, parsed, QUIET)
+    parsed = parsed.resolve(checkpoint.model)
+    tokens = load_calibration(checkpoint, parsed, QUIET)
     return run_passes(checkpoint.model, parsed, tokens, WorkFolder(work), QUIET)[0]
 
 
@@ -75,10 +75,10 @@ def applied(folder: Path, file: Path, **options: object) -> Model:
     settings = {"file": str(file), **options}
     parsed = recipe.parse(f"passes: [{{apply_decisions: {json.dumps(settings)}}}]")
     model = open_checkpoint(str(folder)).model
-    (step,) = parsed.resolved(model).passes
+    (step,) = parsed.resolve(model).passes
     step.check(model)
     step.check_source(lambda: open_checkpoint(str(folder)).sha256)
-    found, _ = run_passes(model, parsed.resolved(model), None, WorkFolder(file.parent), QUIET)
+    found, _ = run_passes(model, parsed.resolve(model), None, WorkFolder(file.parent), QUIET)
     assert str(found) == str(step.plan(model))
     return found
 
@@ -109,8 +109,8 @@ def test_applying_gives_the_model_of_the_recipe(
     found, steps = decide(open_checkpoint(str(folder)), parsed, QUIET)
     assert len(steps) == len(parsed.passes)
     file = tmp_path / "sets.json"
-    decisions.write(found, file)
-    assert decisions.read(file)[0] == found
+    decisions.write_decisions(found, file)
+    assert decisions.read_decisions(file)[0] == found
     assert_equal(applied(folder, file), original(folder, parsed, tmp_path))
 
 
@@ -122,7 +122,7 @@ def test_dense_blocks_of_the_source_stay_as_they_are(
     parsed = parse(f"[{{expert_drop: {{keep: 3}}}}, {{{drop}: {{drop: 1}}}}]", text)
     found, _ = decide(open_checkpoint(str(folder)), parsed, QUIET)
     assert found.experts_before == (6, 0, 6)
-    decisions.write(found, tmp_path / "sets.json")
+    decisions.write_decisions(found, tmp_path / "sets.json")
     result = applied(folder, tmp_path / "sets.json")
     assert_equal(result, original(folder, parsed, tmp_path))
     dense = [block for block in result.blocks if block.origin == 1]
@@ -195,7 +195,7 @@ def test_the_document_says_what_stays(tiny: Make, tmp_path: Path, text: Path) ->
 def test_an_export_needs_no_calibration_then(tiny: Make, tmp_path: Path, text: Path) -> None:
     folder, file = tiny("olmoe"), tmp_path / "sets.json"
     parsed = parse("[{expert_drop: {keep: 4}}, {block_drop: {drop: 1}}]", text)
-    decisions.write(decide(open_checkpoint(str(folder)), parsed, QUIET)[0], file)
+    decisions.write_decisions(decide(open_checkpoint(str(folder)), parsed, QUIET)[0], file)
     (tmp_path / "r.yaml").write_text(parsed.render())
     (tmp_path / "apply.yaml").write_text(f"passes: [{{apply_decisions: {{file: {file}}}}}]")
     small: list[str | Path] = [
@@ -219,7 +219,7 @@ def test_an_export_needs_no_calibration_then(tiny: Make, tmp_path: Path, text: P
     assert all(change.startswith("block ") for change in step["changed"])
     # What was applied can be found out: the recipe of the output holds the digest of the file.
     resolved = (tmp_path / "again" / "recipe.resolved.yaml").read_text()
-    assert decisions.read(file)[1] in resolved
+    assert decisions.read_decisions(file)[1] in resolved
     file.write_text(file.read_text() + "\n")
     (tmp_path / "resolved.yaml").write_text(resolved)
     result = run(
@@ -246,11 +246,11 @@ class ComputesToo(Search):
     def plan(self, model: Model) -> Model:
         return model.keep_blocks([0, 1])
 
-    def search(self, lab: Lab) -> Outcome:
-        kept = lab.model.keep_blocks([0, 1])
+    def search(self, context: PassContext) -> Outcome:
+        kept = context.model.keep_blocks([0, 1])
         block = kept.blocks[1]
         role, weight = next(iter(block.weights()))
-        return Outcome(kept.replace_block(lab.store.put(block, {role: weight.load()})), ("x",))
+        return Outcome(kept.replace_block(context.store.put(block, {role: weight.load()})), ("x",))
 
 
 @pytest.mark.parametrize(
@@ -299,7 +299,7 @@ def sets(tiny: Make, tmp_path_factory: pytest.TempPathFactory, text: Path) -> Pa
     """Four of six experts in two of three blocks of the tiny OLMoE, with skipping. Read only."""
     folder = tmp_path_factory.mktemp("sets")
     parsed = parse("[{expert_drop: {keep: 4}}, {block_drop: {drop: 1}}, expert_skip]", text)
-    decisions.write(
+    decisions.write_decisions(
         decide(open_checkpoint(str(tiny("olmoe"))), parsed, QUIET)[0], folder / "s.json"
     )
     return folder / "s.json"
@@ -346,7 +346,7 @@ def test_damaged_files_are_refused(sets: Path, tmp_path: Path, change: Any, mess
     change(data)
     (tmp_path / "s.json").write_text(json.dumps(data))
     with pytest.raises(InputError, match=message) as caught:
-        decisions.read(tmp_path / "s.json")
+        decisions.read_decisions(tmp_path / "s.json")
     assert "\n" not in str(caught.value)
 
 
@@ -372,7 +372,7 @@ def test_files_of_something_else_are_refused(
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     for name in ("none.json", "x" * 5000, "~no-such-user/s.json", str(tmp_path)):
         with pytest.raises(InputError, match=r"cannot be read .* moe2edge decide") as caught:
-            decisions.read(Path(name))
+            decisions.read_decisions(Path(name))
         assert len(str(caught.value)) < 500
 
 
@@ -409,7 +409,7 @@ def test_another_model_of_the_same_shape_is_asked_for(tiny: Make, sets: Path) ->
         applied(other, sets)
     assert "\n" not in str(caught.value)
     found = applied(other, sets, any_source=True)
-    assert decisions.decided(found) == decisions.read(sets)[0].blocks
+    assert decisions.describe_blocks(found) == decisions.read_decisions(sets)[0].blocks
     # On the command line, before any work.
     result = run("export", other, "-t", "onnx", "-o", sets.parent / "out", "-r", write_apply(sets))
     assert result.exit_code == 2
@@ -465,15 +465,15 @@ def test_what_an_earlier_pass_removed_is_missed(
         for block, _ in model.moe_blocks:
             model = model.replace_block(block.keep_experts([0, 5]))
     else:
-        dropped = [b.origin for b in decisions.read(sets)[0].blocks if b.dropped]
+        dropped = [b.origin for b in decisions.read_decisions(sets)[0].blocks if b.dropped]
         model = model.keep_blocks(dropped)
     with pytest.raises(InputError, match=message):
-        decisions.apply(decisions.read(sets)[0], model)
+        decisions.carry_out_decisions(decisions.read_decisions(sets)[0], model)
 
 
 def test_they_can_follow_a_pass_that_left_what_they_keep(tiny: Make, sets: Path) -> None:
     source = open_checkpoint(str(tiny("olmoe"))).model
-    found = decisions.read(sets)[0]
+    found = decisions.read_decisions(sets)[0]
     model = source
     for block, _ in model.moe_blocks:
         kept = set(found.blocks[block.origin].experts)
@@ -481,7 +481,9 @@ def test_they_can_follow_a_pass_that_left_what_they_keep(tiny: Make, sets: Path)
         if kept:
             model = model.replace_block(block.keep_experts(sorted({*kept, spare})))
     assert model.expert_counts.count(5) == 2
-    assert_equal(decisions.apply(found, model), decisions.apply(found, source))
+    assert_equal(
+        decisions.carry_out_decisions(found, model), decisions.carry_out_decisions(found, source)
+    )
 
 
 def test_thresholds_of_an_earlier_pass_are_not_thrown_away(
@@ -491,12 +493,14 @@ def test_thresholds_of_an_earlier_pass_are_not_thrown_away(
     found, _ = decide(checkpoint, parse("[{expert_drop: {keep: 4}}]", text), QUIET)
     skipping = original(tiny("olmoe"), parse("[expert_skip]", text), tmp_path)
     with pytest.raises(InputError, match="with skipping; apply the decisions first"):
-        decisions.apply(found, skipping)
+        decisions.carry_out_decisions(found, skipping)
 
 
 def test_decisions_that_keep_everything_are_refused(tiny: Make, sets: Path, tmp_path: Path) -> None:
     model = open_checkpoint(str(tiny("olmoe"))).model
-    data = decisions.read(sets)[0].model_copy(update={"blocks": decisions.decided(model)})
-    decisions.write(data, tmp_path / "s.json")
+    data = decisions.read_decisions(sets)[0].model_copy(
+        update={"blocks": decisions.describe_blocks(model)}
+    )
+    decisions.write_decisions(data, tmp_path / "s.json")
     with pytest.raises(InputError, match="keeps everything; nothing to do"):
         applied(tiny("olmoe"), tmp_path / "s.json")

@@ -13,14 +13,14 @@ from transformers import AutoModelForCausalLM
 
 from moe2edge.calibration import walk
 from moe2edge.calibration.observation import Facts
-from moe2edge.calibration.similarity import BlockSimilarityKind, LayerSimilarityObserver
+from moe2edge.calibration.similarity import BlockSimilarityFactory, LayerSimilarityObserver
 from moe2edge.errors import InputError
 from moe2edge.model.family import FAMILIES
 from moe2edge.model.model import SECOND_NORM, Model
 from moe2edge.passes.block_drop import BlockDrop
 from moe2edge.passes.layer_drop import LayerDrop
 from moe2edge.pipeline.contract import Outcome, Trim
-from moe2edge.pipeline.stages import plan
+from moe2edge.pipeline.stages import plan_passes
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.testing import Make
 
@@ -28,16 +28,16 @@ IDS = torch.randint(1, 96, (3, 30), generator=torch.Generator().manual_seed(0))
 
 
 def outcome(step: Trim, model: Model) -> Outcome:
-    step = step.resolved(model)
+    step = step.resolve(model)
     step.check(model)
     observers = {kind: kind() for kind in step.observers()}
     walk.observe(model, IDS, list(observers.values()), lambda *_: None, "")
-    return step.apply(model, Facts({kind: seen.fact() for kind, seen in observers.items()}))
+    return step.apply(model, Facts({kind: seen.result() for kind, seen in observers.items()}))
 
 
 def logits(model: Model) -> torch.Tensor:
     hidden = walk.observe(model, IDS, (), lambda *_: None, "")
-    return torch.stack(list(walk.head_logits(model, hidden)))
+    return torch.stack(list(walk.compute_logits(model, hidden)))
 
 
 def skipping(folder: Path, change: Callable[[Any], None]) -> torch.Tensor:
@@ -61,7 +61,7 @@ def test_layer_drop_equals_skipping_the_module(tiny: Make, family: str, norm: bo
     model = open_checkpoint(str(folder)).model
     observer = LayerSimilarityObserver()
     walk.observe(model, IDS, [observer], lambda *_: None, "")
-    found = observer.fact().with_norm if norm else observer.fact().without_norm
+    found = observer.result().with_norm if norm else observer.result().without_norm
     most_alike = sorted(range(5), key=lambda n: -found[n,])[:2]
     result = outcome(LayerDrop(drop=2, norm=norm), model)
     trimmed = result.model
@@ -90,9 +90,9 @@ def test_layers_that_are_dense_stay(tiny: Make) -> None:
 def test_block_drop_equals_skipping_the_block(tiny: Make, family: str) -> None:
     folder = five(tiny, family)
     model = open_checkpoint(str(folder)).model
-    observer = BlockSimilarityKind()()
+    observer = BlockSimilarityFactory()()
     walk.observe(model, IDS, [observer], lambda *_: None, "")
-    cosine = observer.fact().cosine
+    cosine = observer.result().cosine
     most_alike = sorted(range(5), key=lambda n: -cosine[n,])[:2]
     trimmed = outcome(BlockDrop(drop=2), model).model
     assert [b.origin for b in trimmed.blocks] == [n for n in range(5) if n not in most_alike]
@@ -134,9 +134,9 @@ def test_a_run_is_scored_over_exactly_its_blocks(tiny: Make, count: int) -> None
 
 def test_thresholds_drop_what_reaches_them(tiny: Make) -> None:
     model = open_checkpoint(str(five(tiny, "olmoe"))).model
-    blocks, layers = BlockSimilarityKind(3)(), LayerSimilarityObserver()
+    blocks, layers = BlockSimilarityFactory(3)(), LayerSimilarityObserver()
     walk.observe(model, IDS, [blocks, layers], lambda *_: None, "")
-    cosine, of_layers = blocks.fact().cosine, layers.fact().with_norm
+    cosine, of_layers = blocks.result().cosine, layers.result().with_norm
     second = sorted((of_layers[n,] for n in range(5)), reverse=True)[1]
     trimmed = outcome(LayerDrop(threshold=second, most=3), model).model
     assert {b.origin for b in trimmed.blocks if b.mlp is None} == {
@@ -162,10 +162,10 @@ def test_thresholds_drop_what_reaches_them(tiny: Make) -> None:
 
 def test_fractions_are_of_the_source_and_rounded_down(tiny: Make) -> None:
     model = open_checkpoint(str(five(tiny, "mixtral"))).model
-    assert BlockDrop(drop=0.5).resolved(model).drop == 2
-    assert LayerDrop(drop=0.25).resolved(model).drop == 1
-    assert len(plan([BlockDrop(drop=0.5).resolved(model)], model).blocks) == 3
-    planned = plan([LayerDrop(drop=0.5).resolved(model)], model)
+    assert BlockDrop(drop=0.5).resolve(model).drop == 2
+    assert LayerDrop(drop=0.25).resolve(model).drop == 1
+    assert len(plan_passes([BlockDrop(drop=0.5).resolve(model)], model).blocks) == 3
+    planned = plan_passes([LayerDrop(drop=0.5).resolve(model)], model)
     assert len(planned.moe_blocks) == 3
     assert not planned.is_uniform
 
@@ -173,17 +173,17 @@ def test_fractions_are_of_the_source_and_rounded_down(tiny: Make) -> None:
 def test_single_blocks_need_no_second_copy_of_the_stream(tiny: Make) -> None:
     model = open_checkpoint(str(five(tiny, "mixtral"))).model
     for longest, held in ((1, 0), (3, 2)):
-        observer = BlockSimilarityKind(longest)()
+        observer = BlockSimilarityFactory(longest)()
         walk.observe(model, IDS, [observer], lambda *_: None, "")
         assert [len(latest) for latest in observer._latest] == [held]
 
 
 def test_without_most_a_threshold_drops_a_quarter_and_one_at_least(tiny: Make) -> None:
     model = open_checkpoint(str(tiny("mixtral"))).model
-    assert LayerDrop(threshold=-1).resolved(model).most == 1
-    assert BlockDrop(threshold=-1).resolved(model).most == 1
+    assert LayerDrop(threshold=-1).resolve(model).most == 1
+    assert BlockDrop(threshold=-1).resolve(model).most == 1
     eight = open_checkpoint(str(tiny("mixtral", num_hidden_layers=8))).model
-    assert LayerDrop(threshold=-1).resolved(eight).most == 2
+    assert LayerDrop(threshold=-1).resolve(eight).most == 2
 
 
 def test_runs_that_are_runs_no_longer_are_refused(tiny: Make) -> None:
@@ -192,7 +192,7 @@ def test_runs_that_are_runs_no_longer_are_refused(tiny: Make) -> None:
     step = BlockDrop(drop=2, consecutive=True)
     observers = {kind: kind() for kind in step.observers()}
     walk.observe(model, IDS, list(observers.values()), lambda *_: None, "")
-    facts = Facts({kind: seen.fact() for kind, seen in observers.items()})
+    facts = Facts({kind: seen.result() for kind, seen in observers.items()})
     with pytest.raises(InputError, match="set rescore: true"):
         step.apply(model.keep_blocks([0, 2, 4]), facts)
     # One run is left.
@@ -215,7 +215,7 @@ BAD = [
 def test_refusals(tiny: Make, step: Trim, message: str) -> None:
     model = open_checkpoint(str(five(tiny, "mixtral"))).model
     with pytest.raises(InputError, match=re.escape(message)):
-        step.resolved(model).check(model)
+        step.resolve(model).check(model)
 
 
 @pytest.mark.parametrize("drop", [0, -1, 1.0, True, "two"])

@@ -41,7 +41,7 @@ LESS = ["--set", "evaluation.samples=2", "--set", "evaluation.length=48", "-q", 
 
 
 def test_no_pass_is_forgotten() -> None:
-    assert set(RECIPES) == set(registry.pass_names())
+    assert set(RECIPES) == set(registry.list_passes())
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

@@ -25,15 +25,15 @@ from moe2edge.numerics.allocation import Counts
 from moe2edge.passes import _allocation_trials as budgets
 from moe2edge.passes._allocation_trials import Ranker, Trimmer
 from moe2edge.passes.expert_budget import ExpertBudget
-from moe2edge.pipeline.contract import Lab, Outcome
-from moe2edge.pipeline.stages import plan
-from moe2edge.progress import Watcher
+from moe2edge.pipeline.contract import Outcome, PassContext
+from moe2edge.pipeline.stages import plan_passes
+from moe2edge.progress import Reporter
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.storage.work_folder import WorkFolder
 from moe2edge.testing import Make
 
 IDS = torch.randint(1, 96, (8, 24), generator=torch.Generator().manual_seed(0))
-QUIET = Watcher(lambda _: None, lambda *_: None)
+QUIET = Reporter(lambda _: None, lambda *_: None)
 
 
 def quiet(*_: object) -> None:
@@ -45,10 +45,10 @@ def options(**given: Any) -> ExpertBudget:
 
 
 def search(
-    step: ExpertBudget, model: Model, source: Model | None = None, watcher: Watcher = QUIET
+    step: ExpertBudget, model: Model, source: Model | None = None, reporter: Reporter = QUIET
 ) -> Outcome:
-    plan([step], model)
-    outcome = step.search(Lab(source or model, model, IDS, WorkFolder(Path()), watcher))
+    plan_passes([step], model)
+    outcome = step.search(PassContext(source or model, model, IDS, WorkFolder(Path()), reporter))
     outcome.model.verify()
     return outcome
 
@@ -85,9 +85,9 @@ def trimmer_of(model: Model, tokens: Tensor) -> Trimmer:
 
 def kl_on(model: Model, source: Model, tokens: Tensor) -> list[float]:
     """KL of each sample, nats per token."""
-    theirs = walk.head_logits(source, walk.observe(source, tokens, (), quiet, ""))
-    mine = walk.head_logits(model, walk.observe(model, tokens, (), quiet, ""))
-    return [one.kl / one.tokens for one in metrics.per_sample(tokens, mine, theirs)]
+    theirs = walk.compute_logits(source, walk.observe(source, tokens, (), quiet, ""))
+    mine = walk.compute_logits(model, walk.observe(model, tokens, (), quiet, ""))
+    return [one.kl / one.tokens for one in metrics.measure_per_sample(tokens, mine, theirs)]
 
 
 @pytest.mark.parametrize("sensitivity", ["kl", "error"])
@@ -99,9 +99,9 @@ def test_never_worse_than_uniform_where_it_is_chosen(
     outcome = search(options(keep=4, sensitivity=sensitivity), model)
     assert sum(counts_of(outcome.model)) == 12
     assert min(counts_of(outcome.model)) >= 2
-    choosing, _ = bootstrap.split(8, 0.25)
+    choosing, _ = bootstrap.split_samples(8, 0.25)
     tokens = IDS[choosing]
-    uniform = trimmer_of(model, tokens).trimmed((4, 4, 4))
+    uniform = trimmer_of(model, tokens).trim((4, 4, 4))
     mine, even = (sum(kl_on(m, model, tokens)) for m in (outcome.model, uniform))
     assert mine <= even * (1 + 1e-6)
     assert sum("(taken)" in note for note in outcome.notes) == 1
@@ -116,11 +116,11 @@ def test_a_layer_that_does_little_keeps_little(tiny: Make, idle: int, sensitivit
     assert counts_of(outcome.model)[idle] == 2
     assert sum(counts_of(outcome.model)) == 12
     # The report, recomputed.
-    choosing, held_out = bootstrap.split(8, 0.25)
+    choosing, held_out = bootstrap.split_samples(8, 0.25)
     trimmer = trimmer_of(model, IDS[choosing])
-    uniform = trimmer.trimmed((4, 4, 4))
+    uniform = trimmer.trim((4, 4, 4))
     mine, even = (kl_on(m, model, IDS[held_out]) for m in (outcome.model, uniform))
-    found = bootstrap.interval([a - b for a, b in zip(mine, even, strict=True)], 0)
+    found = bootstrap.compute_interval([a - b for a, b in zip(mine, even, strict=True)], 0)
     assert "over 2 calibration samples that nothing was chosen by" in outcome.notes[-1]
     assert outcome.notes[-1].endswith(f"KL {found}")
     assert found.mean < 0
@@ -151,7 +151,7 @@ def test_source_and_model_may_differ(tiny: Make) -> None:
     model = source.replace_block(source.blocks[0].keep_experts((0, 2, 3, 4, 5)))
     model = model.keep_blocks([0, 2])
     outcome = search(options(keep=3, sensitivity="kl"), model, source)
-    choosing, _ = bootstrap.split(8, 0.25)
+    choosing, _ = bootstrap.split_samples(8, 0.25)
     (taken,) = (note for note in outcome.notes if "(taken)" in note)
     kl = sum(kl_on(outcome.model, source, IDS[choosing])) / 6
     assert f"KL to the source {kl:.4f}" in taken
@@ -161,9 +161,9 @@ def test_source_and_model_may_differ(tiny: Make) -> None:
 def test_fewer_samples_and_counts_are_tried_on_request(tiny: Make) -> None:
     model = open_checkpoint(str(tiny("mixtral"))).model
     lines: list[str] = []
-    watcher = Watcher(lines.append, lambda *_: None)
+    reporter = Reporter(lines.append, lambda *_: None)
     step = options(keep=4, sensitivity="kl", points=2, tokens=50, samples=3)
-    outcome = search(step, model, watcher=watcher)
+    outcome = search(step, model, reporter=reporter)
     # Each layer to 2 and to 5, and nothing: 7 allocations. Block 0 in 3 forms, 1 in 5, 2 in 7.
     assert "7 allocations that trim one layer or none, 15 block runs over 2 samples" in lines[0]
     assert "at most 5 candidates on 3 samples and 3 walks over 2 held-out" in lines[0]
@@ -173,13 +173,13 @@ def test_fewer_samples_and_counts_are_tried_on_request(tiny: Make) -> None:
 def test_cost_is_stated_before_any_work(tiny: Make) -> None:
     model = open_checkpoint(str(tiny("mixtral"))).model
     events: list[str] = []
-    watcher = Watcher(events.append, lambda label, *_: events.append(label))
-    search(options(keep=4, sensitivity="kl"), model, watcher=watcher)
+    reporter = Reporter(events.append, lambda label, *_: events.append(label))
+    search(options(keep=4, sensitivity="kl"), model, reporter=reporter)
     assert events[0].startswith("expert_budget: 12 of 18 experts in 3 MoE layers")
     # Nothing trimmed, and each layer to 2, 3, 4 and 5.
     assert "13 allocations that trim one layer or none, 27 block runs over 6 samples" in events[0]
     events.clear()
-    search(options(keep=4, sensitivity="error", tokens=100), model, watcher=watcher)
+    search(options(keep=4, sensitivity="error", tokens=100), model, reporter=reporter)
     assert "1,800 expert evaluations (each expert once on 100 tokens)" in events[0]
     assert {"expert_budget: scoring", "expert_budget: candidates"} < set(events)
 
@@ -215,10 +215,10 @@ def test_too_little_memory_is_refused(tiny: Make, monkeypatch: pytest.MonkeyPatc
 
 def test_plan_is_as_uneven_as_it_may_become(tiny: Make) -> None:
     model = open_checkpoint(str(tiny("qwen3_moe"))).model
-    assert plan([options(keep=4)], model).expert_counts == (6, 4, 2)
-    assert plan([options(keep=0.5)], model).expert_counts == (5, 2, 2)
-    assert plan([options(keep=4, floor=3)], model).expert_counts == (6, 3, 3)
-    low = plan([options(keep=2, clamp_top_k=True)], model)
+    assert plan_passes([options(keep=4)], model).expert_counts == (6, 4, 2)
+    assert plan_passes([options(keep=0.5)], model).expert_counts == (5, 2, 2)
+    assert plan_passes([options(keep=4, floor=3)], model).expert_counts == (6, 3, 3)
+    low = plan_passes([options(keep=2, clamp_top_k=True)], model)
     assert counts_of(low) == (4, 1, 1)
 
 
@@ -237,17 +237,17 @@ BAD: list[tuple[dict[str, Any], str]] = [
 def test_refusals(tiny: Make, given: dict[str, Any], message: str) -> None:
     model = open_checkpoint(str(tiny("mixtral"))).model
     with pytest.raises(InputError, match=re.escape(message)):
-        plan([options(**given)], model)
+        plan_passes([options(**given)], model)
 
 
 def test_one_moe_layer_and_skipping_layers_are_refused(tiny: Make) -> None:
     model = open_checkpoint(str(tiny("mixtral"))).model
     with pytest.raises(InputError, match="is the only allocation of 4 experts"):
-        plan([options(keep=4)], model.keep_blocks([0]))
+        plan_passes([options(keep=4)], model.keep_blocks([0]))
     layer = model.moe_blocks[1][1]
     skipping = replace(layer, router=replace(layer.router, skip_below=(0.5,)))
     with pytest.raises(InputError, match="put expert_skip after expert_budget"):
-        plan([options(keep=4)], model.replace_block(replace(model.blocks[1], mlp=skipping)))
+        plan_passes([options(keep=4)], model.replace_block(replace(model.blocks[1], mlp=skipping)))
 
 
 @pytest.mark.parametrize("keep", [0, -1, 1.5, True, "half", [4, 4, 4]])
@@ -258,9 +258,9 @@ def test_amounts_that_are_none(keep: Any) -> None:
 
 def test_too_few_samples_are_refused(tiny: Make) -> None:
     model = open_checkpoint(str(tiny("mixtral"))).model
-    lab = Lab(model, model, IDS[:3], WorkFolder(Path()), QUIET)
+    context = PassContext(model, model, IDS[:3], WorkFolder(Path()), QUIET)
     with pytest.raises(InputError, match="3 calibration samples do not suffice"):
-        options(keep=4).search(lab)
+        options(keep=4).search(context)
 
 
 # ---- through the command line ------------------------------------------------------------------

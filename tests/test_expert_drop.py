@@ -18,7 +18,7 @@ from moe2edge.model.layers import Dense, MoELayer
 from moe2edge.model.model import Model
 from moe2edge.numerics import saliency
 from moe2edge.passes.expert_drop import ExpertDrop
-from moe2edge.pipeline.stages import plan
+from moe2edge.pipeline.stages import plan_passes
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.testing import Make
 
@@ -37,7 +37,7 @@ def apply(step: ExpertDrop, model: Model) -> Model:
     step.check(model)
     observers = {kind: kind() for kind in step.observers()}
     walk.observe(model, IDS, list(observers.values()), lambda *_: None, "")
-    outcome = step.apply(model, Facts({kind: seen.fact() for kind, seen in observers.items()}))
+    outcome = step.apply(model, Facts({kind: seen.result() for kind, seen in observers.items()}))
     outcome.model.verify()
     assert outcome.changed
     return outcome.model
@@ -83,7 +83,7 @@ def test_slicing_equals_masking_with_minus_infinity(tiny: Make, family: str) -> 
     with torch.no_grad():
         expected = masked(IDS).logits
     hidden = walk.observe(model, IDS, (), lambda *_: None, "")
-    found = torch.stack(list(walk.head_logits(model, hidden)))
+    found = torch.stack(list(walk.compute_logits(model, hidden)))
     assert (found - expected).abs().max() < 1e-5
 
 
@@ -96,7 +96,7 @@ def test_global_scope_keeps_the_best_of_all_layers(tiny: Make) -> None:
     scores = {
         (n, j): float(score)
         for n in range(3)
-        for j, score in enumerate(saliency.reap(observer.fact().layers[n]))
+        for j, score in enumerate(saliency.reap(observer.result().layers[n]))
     }
     ranked = sorted(scores, key=lambda at: -scores[at])
     floors = {n: [at for at in ranked if at[0] == n][:2] for n in range(3)}
@@ -105,7 +105,7 @@ def test_global_scope_keeps_the_best_of_all_layers(tiny: Make) -> None:
     assert found == [sorted(j for n, j in chosen if n == layer) for layer in range(3)]
     assert sum(map(len, found)) == 9
     # One layer takes all that the floors leave: as uneven as it may become.
-    assert plan([step], model).expert_counts == (5, 2, 2)
+    assert plan_passes([step], model).expert_counts == (5, 2, 2)
 
 
 def test_floor_is_respected(tiny: Make) -> None:
@@ -128,14 +128,14 @@ def test_floor_is_respected(tiny: Make) -> None:
 def test_counts_of_each_layer(tiny: Make) -> None:
     model = open_checkpoint(str(tiny("qwen3_moe"))).model
     step = options(keep=[5, 2, 6], criterion="man")
-    assert apply(step, model).expert_counts == plan([step], model).expert_counts == (5, 2, 6)
+    assert apply(step, model).expert_counts == plan_passes([step], model).expert_counts == (5, 2, 6)
 
 
 def test_super_experts_are_protected(tiny: Make) -> None:
     model = open_checkpoint(str(tiny("olmoe"))).model
     observer = router_observers.OutputObserver()
     walk.observe(model, IDS, [observer], lambda *_: None, "")
-    layers = observer.fact().layers
+    layers = observer.result().layers
     # Blocks 0, 1 and 2 of 3 lie in the first three quarters; the largest of all is protected.
     block, expert = max(
         ((n, j) for n in range(3) for j in range(6)), key=lambda at: layers[at[0]].largest[at[1]]
@@ -156,7 +156,7 @@ def test_a_super_expert_is_not_dropped_in_silence(tiny: Make) -> None:
     model = open_checkpoint(str(tiny("olmoe"))).model
     observer = router_observers.OutputObserver()
     walk.observe(model, IDS, [observer], lambda *_: None, "")
-    layers = observer.fact().layers
+    layers = observer.result().layers
     block = max(range(3), key=lambda n: float(layers[n].largest.max()))
     counts = [0 if n == block else 3 for n in range(3)]
     with pytest.raises(InputError, match=f"0 experts of block {block} would stay"):

@@ -20,14 +20,14 @@ from moe2edge.model.layers import PARTS, Dense, MoELayer
 from moe2edge.model.model import Model
 from moe2edge.numerics import expert_groups
 from moe2edge.numerics import expert_groups as merging
-from moe2edge.numerics.expert_groups import Group, Matrices, Sums
+from moe2edge.numerics.expert_groups import ExpertGroup, ExpertSums, Matrices
 from moe2edge.passes.expert_merge import ExpertMerge
-from moe2edge.pipeline.contract import Lab, Outcome
+from moe2edge.pipeline.contract import Outcome, PassContext
 from moe2edge.pipeline.runner import check_need
-from moe2edge.pipeline.stages import plan
+from moe2edge.pipeline.stages import plan_passes
 from moe2edge.runtime.memory import Memory
 from moe2edge.storage.checkpoint import open_checkpoint
-from moe2edge.testing import InMemory, Make, Watched, make_checkpoint, with_copies
+from moe2edge.testing import InMemory, Make, TraceRecorder, add_copies, make_checkpoint
 
 METHODS = ("hc-smoe", "m-smoe", "ream")
 WIDTH, HIDDEN = 20, 12
@@ -71,7 +71,7 @@ def slow_clusters(means: Tensor, keep: int) -> set[frozenset[int]]:
 def test_clusters_are_those_of_a_loop(keep: int) -> None:
     means = draw(12, 5, seed=keep).double()
     scores = draw(12, seed=keep + 1).tolist()
-    groups = expert_groups.cluster(means, keep, scores)
+    groups = expert_groups.cluster_experts(means, keep, scores)
     assert {frozenset(group) for group in groups} == slow_clusters(means, keep)
     for centroid, *others in groups:
         assert all(scores[centroid] > scores[n] for n in others)
@@ -82,14 +82,14 @@ def test_ties_leave_as_many_clusters_as_asked_for(keep: int) -> None:
     """Corners of a cube, and experts that are all equal."""
     corners = torch.tensor([[n >> bit & 1 for bit in range(3)] for n in range(8)]).double()
     for means in (corners, torch.ones(8, 3, dtype=torch.float64)):
-        groups = expert_groups.cluster(means, keep, [1.0] * 8)
+        groups = expert_groups.cluster_experts(means, keep, [1.0] * 8)
         assert len(groups) == keep
         assert sorted(n for group in groups for n in group) == list(range(8))
         # Of equal scores the first.
         assert [group[0] for group in groups] == sorted(min(group) for group in groups)
 
 
-def slow_join(similarity: Tensor, keep: int, scores: list[float]) -> set[Group]:
+def slow_join(similarity: Tensor, keep: int, scores: list[float]) -> set[ExpertGroup]:
     centroids = sorted(range(len(scores)), key=lambda n: -scores[n])[:keep]
     groups = {centroid: [centroid] for centroid in centroids}
     for n in range(len(scores)):
@@ -99,7 +99,7 @@ def slow_join(similarity: Tensor, keep: int, scores: list[float]) -> set[Group]:
     return {tuple(group) for group in groups.values()}
 
 
-def slow_absorb(similarity: Tensor, keep: int, scores: list[float], limit: int) -> set[Group]:
+def slow_absorb(similarity: Tensor, keep: int, scores: list[float], limit: int) -> set[ExpertGroup]:
     ranked = sorted(range(len(scores)), key=lambda n: -scores[n])
     free, groups = ranked[keep:], set()
     for centroid in ranked[:keep]:
@@ -121,7 +121,7 @@ def test_centroids_gather_as_in_a_loop(keep: int) -> None:
     assert [group[0] for group in joined] == sorted(group[0] for group in joined)
     least = -(-(12 - keep) // keep)
     for limit in (least, least + 1, 16):
-        found = expert_groups.absorb(similarity, keep, scores, limit)
+        found = expert_groups.absorb_nearest(similarity, keep, scores, limit)
         assert set(found) == slow_absorb(similarity, keep, scores, limit)
         assert max(len(group) for group in found) <= limit + 1
         assert sorted(n for group in found for n in group) == list(range(12))
@@ -131,22 +131,22 @@ def test_centroids_gather_as_in_a_loop(keep: int) -> None:
 def test_sums_are_those_of_loops_over_tokens(
     together: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(merging, "TOGETHER", together)
+    monkeypatch.setattr(merging, "CHUNK_BYTES", together)
     inputs, logits, maps = draw(30, HIDDEN), draw(30, 5, seed=1), draw(5, HIDDEN, HIDDEN, seed=2)
     outputs = torch.stack([torch.tanh(inputs @ one) for one in maps]).double()
-    sums = Sums(5, HIDDEN)
+    sums = ExpertSums(5, HIDDEN)
     for part in torch.split(torch.arange(30), 11):
         sums.add_logits(logits[part])
         for cosines in (False, True):
             sums.add_outputs(inputs[part], lambda n, x: torch.tanh(x @ maps[n]), cosines=cosines)
     assert torch.allclose(sums.outputs / sums.tokens, outputs.mean(1), atol=1e-6)
-    found = expert_groups.ream_similarity(sums)
+    found = expert_groups.compute_ream_similarity(sums)
     columns = torch.nn.functional.normalize(logits.double(), dim=0).T
     farthest = max(float((a - b).norm()) for a in columns for b in columns)
     for i in range(5):
         for j in range(5):
             cosine = torch.cosine_similarity(logits[:, i].double(), logits[:, j].double(), dim=0)
-            assert abs(float(expert_groups.cosines(sums.logits)[i, j] - cosine)) < 1e-6
+            assert abs(float(expert_groups.compute_cosines(sums.logits)[i, j] - cosine)) < 1e-6
             shared = 0.0
             for a, b, gate in zip(outputs[i], outputs[j], logits.softmax(1), strict=True):
                 # The paper's outputs are gated, which changes nothing here.
@@ -161,7 +161,7 @@ def test_sums_are_those_of_loops_over_tokens(
 
 def test_the_order_of_neurons_changes_no_expert() -> None:
     one, x = expert(0), draw(9, HIDDEN, seed=5)
-    other = one.permuted(torch.randperm(WIDTH, generator=torch.Generator().manual_seed(1)))
+    other = one.permute(torch.randperm(WIDTH, generator=torch.Generator().manual_seed(1)))
     assert not equal(one, other)
     before, after = (one.down @ one.inside(x)).T, (other.down @ other.inside(x)).T
     assert torch.allclose(before, after, atol=1e-4)
@@ -174,21 +174,21 @@ def test_the_order_of_neurons_changes_no_expert() -> None:
 def test_alignment_undoes_a_permutation(by_answers: bool) -> None:
     experts = [expert(n) for n in range(4)]
     shuffle = torch.randperm(WIDTH, generator=torch.Generator().manual_seed(1))
-    experts[2] = experts[0].permuted(shuffle)
-    axes = expert_groups.layer_axes(lambda: iter(experts), 0) if by_answers else None
-    found = expert_groups.aligned(experts[0], experts[2], draw(50, HIDDEN, seed=3), axes)
+    experts[2] = experts[0].permute(shuffle)
+    axes = expert_groups.compute_layer_axes(lambda: iter(experts), 0) if by_answers else None
+    found = expert_groups.align_neurons(experts[0], experts[2], draw(50, HIDDEN, seed=3), axes)
     assert torch.equal(found, shuffle.argsort())
-    assert equal(experts[2].permuted(found), experts[0])
+    assert equal(experts[2].permute(found), experts[0])
 
 
 def test_an_order_is_the_cheapest_of_all() -> None:
     """By distances of weights, which `weight_cost` only takes the products of."""
     one, other = draw(5, 7), draw(5, 7, seed=1)
-    found = expert_groups.order(expert_groups.weight_cost(one, other))
+    found = expert_groups.match_neurons(expert_groups.compute_weight_cost(one, other))
     costs = {p: float((one - other[list(p)]).square().sum()) for p in permutations(range(5))}
     assert tuple(found.tolist()) == min(costs, key=costs.__getitem__)
     answers = draw(5, 9, seed=2), draw(5, 9, seed=3)
-    cost = expert_groups.ream_cost((answers[0], one), (answers[1], other))
+    cost = expert_groups.compute_ream_cost((answers[0], one), (answers[1], other))
     for i in range(5):
         for j in range(5):
             expected = 0.0
@@ -205,26 +205,26 @@ def test_principal_axes_are_those_of_singular_vectors() -> None:
     def parts() -> Iterator[Tensor]:
         yield from torch.split(rows, 17)
 
-    mean, axes = expert_groups.principal(parts, 4, 0)
+    mean, axes = expert_groups.compute_principal_axes(parts, 4, 0)
     assert torch.allclose(mean, rows.mean(0), atol=1e-5)
     _, values, vectors = torch.linalg.svd(rows - rows.mean(0))
     expected = vectors[:4].T * values[:4]
     assert torch.allclose(axes.abs(), expected.abs(), rtol=1e-2, atol=1e-2)
-    again = expert_groups.principal(parts, 4, 0)[1]
+    again = expert_groups.compute_principal_axes(parts, 4, 0)[1]
     assert torch.equal(axes, again)
-    assert expert_groups.principal(parts, 64, 0)[1].shape == (10, 10)
+    assert expert_groups.compute_principal_axes(parts, 64, 0)[1].shape == (10, 10)
 
 
 def test_the_mean_is_that_of_a_loop() -> None:
-    experts, shares = [expert(n) for n in range(3)], expert_groups.shares([2.0, 1.0, 5.0])
+    experts, shares = [expert(n) for n in range(3)], expert_groups.normalize_shares([2.0, 1.0, 5.0])
     assert shares == (0.25, 0.125, 0.625)
     before = [one.gate.clone() for one in experts]
-    found = expert_groups.weighted_mean(zip(shares, experts, strict=True))
+    found = expert_groups.average_experts(zip(shares, experts, strict=True))
     for part in PARTS:
         expected = sum(s * getattr(one, part) for s, one in zip(shares, experts, strict=True))
         assert torch.allclose(getattr(found, part), expected, atol=1e-6)
     assert all(torch.equal(a, b.gate) for a, b in zip(before, experts, strict=True))
-    assert expert_groups.shares([0.0, 0.0]) is None
+    assert expert_groups.normalize_shares([0.0, 0.0]) is None
 
 
 # ---- layers ------------------------------------------------------------------------------------
@@ -235,9 +235,9 @@ def options(**given: Any) -> ExpertMerge:
 
 
 def merge(model: Model, step: ExpertMerge, ids: Tensor = IDS) -> Outcome:
-    planned = plan([step], model)
-    watcher: Any = SimpleNamespace(advance=lambda *_: None, log=lambda _: None)
-    outcome = step.search(Lab(model, model, ids, InMemory(), watcher))
+    planned = plan_passes([step], model)
+    reporter: Any = SimpleNamespace(advance=lambda *_: None, log=lambda _: None)
+    outcome = step.search(PassContext(model, model, ids, InMemory(), reporter))
     outcome.model.verify()
     shapes = [[(n, w.shape, w.dtype) for n, _, w in m.tensors()] for m in (planned, outcome.model)]
     assert shapes[0] == shapes[1]
@@ -246,16 +246,16 @@ def merge(model: Model, step: ExpertMerge, ids: Tensor = IDS) -> Outcome:
 
 def logits(model: Model, ids: Tensor = IDS) -> Tensor:
     hidden = walk.observe(model, ids, [], lambda *_: None, "")
-    return torch.stack(list(walk.head_logits(model, hidden)))
+    return torch.stack(list(walk.compute_logits(model, hidden)))
 
 
 def slow_groups(
-    method: str, seen: observation.Seen, keep: int
+    method: str, trace: observation.BlockTrace, keep: int
 ) -> tuple[set[frozenset[int]], list[float]]:
     """Groups of a layer of six, and what experts are weighted by."""
-    routing = seen.routing
+    routing = trace.routing
     assert routing is not None
-    outputs = [seen.expert_output(n, routing.inputs).double() for n in range(6)]
+    outputs = [trace.expert_output(n, routing.inputs).double() for n in range(6)]
     counts = [float((routing.ids == n).sum()) for n in range(6)]
     columns = torch.nn.functional.normalize(routing.logits.double(), dim=0).T
     if method == "hc-smoe":
@@ -284,7 +284,7 @@ def test_a_layer_is_merged_as_in_a_loop(tiny: Make, family: str, method: str) ->
     model = open_checkpoint(str(tiny(family))).model
     step = options(method=method, keep=3, routing="members", align=False, fitted_on="intact")
     outcome = merge(model, step)
-    watched = Watched()
+    watched = TraceRecorder()
     walk.observe(model, IDS, [watched], lambda *_: None, "test")
     for seen, block, note in zip(watched.seen, outcome.model.blocks, outcome.notes, strict=True):
         expected, scores = slow_groups(method, seen, 3)
@@ -320,7 +320,7 @@ def test_copies_merge_into_what_they_were(
     tiny: Make, family: str, method: str, align: bool
 ) -> None:
     """Equal ones as they are, and with their neurons in any order once they are aligned."""
-    model = with_copies(open_checkpoint(str(tiny(family))).model, shuffled=align)
+    model = add_copies(open_checkpoint(str(tiny(family))).model, shuffled=align)
     for keep in (1, 4):
         step = options(method=method, keep=keep, routing="members", align=align)
         merged = merge(model, step).model
@@ -331,7 +331,7 @@ def test_copies_merge_into_what_they_were(
 def test_those_that_nobody_asked_are_merged_in_equal_parts(tiny: Make) -> None:
     """Of one token's idle experts one is all but a copy of another: they are the nearest."""
     model = open_checkpoint(str(tiny("olmoe"))).model
-    ids, watched = IDS[:1, :1], Watched()
+    ids, watched = IDS[:1, :1], TraceRecorder()
     walk.observe(model, ids, [watched], lambda *_: None, "test")
     pairs = []
     for seen, (block, layer) in zip(watched.seen, model.moe_blocks, strict=True):

@@ -18,11 +18,11 @@ from moe2edge.cli.main import main
 from moe2edge.model.family import FAMILIES
 from moe2edge.model.model import Model, is_quantizable
 from moe2edge.passes.expert_merge import ExpertMerge
-from moe2edge.pipeline.contract import Lab
+from moe2edge.pipeline.contract import PassContext
 from moe2edge.pipeline.recipe import parse
 from moe2edge.runtime.load import load
 from moe2edge.storage.checkpoint import open_checkpoint
-from moe2edge.storage.output import stored_model
+from moe2edge.storage.output import open_stored_model
 from moe2edge.targets.hf import Hf
 from moe2edge.testing import InMemory, Make
 
@@ -35,7 +35,7 @@ MERGE: dict[str, Any] = {"method": "m-smoe", "keep": 4}
 
 def logits(model: Model) -> Tensor:
     hidden = walk.observe(model, IDS, [], lambda *_: None, "")
-    return torch.stack(list(walk.head_logits(model, hidden)))
+    return torch.stack(list(walk.compute_logits(model, hidden)))
 
 
 def export(folder: Path, out: Path, steps: list[Any], name: str) -> tuple[int, str, Any]:
@@ -54,14 +54,14 @@ def test_a_folder_computes_what_was_merged(
 ) -> None:
     model = open_checkpoint(str(tiny(family))).model
     step = ExpertMerge.model_validate({"method": method, "keep": 3, "routing": "members"})
-    watcher: Any = SimpleNamespace(advance=lambda *_: None, log=lambda _: None)
-    merged = step.search(Lab(model, model, IDS, InMemory(), watcher)).model
+    reporter: Any = SimpleNamespace(advance=lambda *_: None, log=lambda _: None)
+    merged = step.search(PassContext(model, model, IDS, InMemory(), reporter)).model
     out = tmp_path / "out"
     out.mkdir()
     hf = Hf(layout="natural")
     hf.accepts(merged)
     hf.write(merged, out)
-    again = stored_model(open_checkpoint(str(out)))
+    again = open_stored_model(open_checkpoint(str(out)))
     assert [m.bases for _, m in again.moe_blocks] == [m.bases for _, m in merged.moe_blocks]
     loaded = load(out, dtype=torch.float32)
     with torch.no_grad():
@@ -83,7 +83,7 @@ def test_blocks_go_then_experts_merge_then_bits(
     code, said, report = export(folder, out, steps, "gptq:layout=natural")
     assert code == 0, said
     assert report["results"][0]["parity"]["exact"] < 1e-4
-    model = stored_model(open_checkpoint(str(out)))
+    model = open_stored_model(open_checkpoint(str(out)))
     assert model.expert_counts == (3, 3)
     assert model.members == (0 if method == "ream" else 6)
     for name, role, weight in model.tensors():

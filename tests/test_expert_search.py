@@ -20,22 +20,22 @@ from moe2edge.calibration import walk
 from moe2edge.cli.main import main
 from moe2edge.errors import DoesNotFit, InputError
 from moe2edge.model.family import FAMILIES
-from moe2edge.model.layers import Always, Dense, MoELayer
+from moe2edge.model.layers import Dense, MoELayer, UnroutedMLP
 from moe2edge.model.model import Model
 from moe2edge.numerics import subset_loss
 from moe2edge.numerics import subset_loss as subsets
-from moe2edge.numerics.subset_loss import Evidence, Rule
+from moe2edge.numerics.subset_loss import RoutingRule, SubsetEvidence
 from moe2edge.passes.expert_search import ExpertSearch
-from moe2edge.pipeline.contract import Lab, Outcome
-from moe2edge.pipeline.stages import plan
-from moe2edge.progress import Watcher
+from moe2edge.pipeline.contract import Outcome, PassContext
+from moe2edge.pipeline.stages import plan_passes
+from moe2edge.progress import Reporter
 from moe2edge.runtime.memory import IMPORTED
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.storage.work_folder import WorkFolder
 from moe2edge.testing import Make
 
 IDS = torch.randint(1, 96, (3, 40), generator=torch.Generator().manual_seed(0))
-QUIET = Watcher(lambda _: None, lambda *_: None)
+QUIET = Reporter(lambda _: None, lambda *_: None)
 Set = tuple[int, ...]
 
 
@@ -44,8 +44,8 @@ def options(**given: Any) -> ExpertSearch:
 
 
 def search(step: ExpertSearch, model: Model, source: Model | None = None) -> Outcome:
-    plan([step], model)
-    return step.search(Lab(source or model, model, IDS, WorkFolder(Path()), QUIET))
+    plan_passes([step], model)
+    return step.search(PassContext(source or model, model, IDS, WorkFolder(Path()), QUIET))
 
 
 def kept(model: Model) -> list[Set]:
@@ -163,7 +163,7 @@ def test_exhaustive_search_equals_brute_force(tiny: Make, family: str, keep: int
         assert outcome.changed[layer] == f"block {layer}: experts {gone}"
     mlp = outcome.model.blocks[0].mlp
     if keep == 1:
-        assert isinstance(mlp, Always if family == "qwen2_moe" else Dense)
+        assert isinstance(mlp, UnroutedMLP if family == "qwen2_moe" else Dense)
     else:
         assert isinstance(mlp, MoELayer)
         assert mlp.router.top_k == 2
@@ -241,7 +241,9 @@ def test_only_the_tokens_asked_for_are_looked_at(
 # ---- losses of subsets -------------------------------------------------------------------------
 
 
-def evidence(rule: Rule, *, pull: bool, experts: int = 8, tokens: int = 60) -> Evidence:
+def evidence(
+    rule: RoutingRule, *, pull: bool, experts: int = 8, tokens: int = 60
+) -> SubsetEvidence:
     """Random experts, two parts of unequal size; and whatever shall be put out."""
     generator = torch.Generator().manual_seed(1)
     parts, missing, wanted = [], 0.0, 0.0
@@ -254,44 +256,47 @@ def evidence(rule: Rule, *, pull: bool, experts: int = 8, tokens: int = 60) -> E
         parts.append(subset_loss.make_part(gram, along if pull else None, logits, rule))
         missing += float(gap.square().sum()) if pull else 0.0
         wanted += float(outputs.square().sum())
-    return Evidence(rule, experts, tuple(parts), missing, wanted)
+    return SubsetEvidence(rule, experts, tuple(parts), missing, wanted)
 
 
 @pytest.mark.parametrize("pull", [False, True])
 @pytest.mark.parametrize("renormalize", [False, True])
 @pytest.mark.parametrize("top_k", [1, 3])
 def test_removals_at_one_go_equal_one_loss_each(top_k: int, renormalize: bool, pull: bool) -> None:
-    found = evidence(Rule(top_k, renormalize), pull=pull)
+    found = evidence(RoutingRule(top_k, renormalize), pull=pull)
     for ids in [tuple(range(8)), (0, 1, 2, 5, 7), (1, 3, 4, 6), (2, 5, 6), (0, 7)]:
-        each = [subset_loss.loss(found, [*ids[:n], *ids[n + 1 :]]) for n in range(len(ids))]
-        assert subset_loss.removal_losses(found, ids) == pytest.approx(each, rel=1e-9)
+        each = [
+            subset_loss.compute_subset_loss(found, [*ids[:n], *ids[n + 1 :]])
+            for n in range(len(ids))
+        ]
+        assert subset_loss.compute_removal_losses(found, ids) == pytest.approx(each, rel=1e-9)
 
 
 @pytest.mark.parametrize("renormalize", [False, True])
 @pytest.mark.parametrize("keep", [1, 2, 4, 7])
 def test_a_wide_beam_equals_exhaustive_search(keep: int, renormalize: bool) -> None:
-    found = evidence(Rule(2, renormalize), pull=True)
-    every = subset_loss.exhaustive(found, keep, lambda *_: None)
-    wide = subset_loss.beam(found, keep, 1000, lambda *_: None)
+    found = evidence(RoutingRule(2, renormalize), pull=True)
+    every = subset_loss.search_exhaustively(found, keep, lambda *_: None)
+    wide = subset_loss.search_beam(found, keep, 1000, lambda *_: None)
     assert wide.kept == every.kept
     assert wide.loss == pytest.approx(every.loss, rel=1e-9)
-    assert wide.tried == subset_loss.beam_tries(8, keep, 1000)
-    one = subset_loss.beam(found, keep, 1, lambda *_: None)
+    assert wide.tried == subset_loss.count_beam_tries(8, keep, 1000)
+    one = subset_loss.search_beam(found, keep, 1, lambda *_: None)
     assert one.loss >= every.loss * (1 - 1e-9)
 
 
 def test_a_beam_can_beat_greedy_search() -> None:
     """Two large experts cancel each other, so that greedy search never breaks up the pair."""
-    rule = Rule(5, renormalize=True)
+    rule = RoutingRule(5, renormalize=True)
     outputs = torch.tensor([[[10.0], [-10.0], [1.0], [1.3], [1.0]]]).repeat(20, 1, 1)
     part = subset_loss.make_part(outputs @ outputs.mT, None, torch.zeros(20, 5), rule)
-    found = Evidence(rule, 5, (part,), 0.0, 1.0)
-    greedy = subset_loss.beam(found, 2, 1, lambda *_: None)
-    every = subset_loss.exhaustive(found, 2, lambda *_: None)
+    found = SubsetEvidence(rule, 5, (part,), 0.0, 1.0)
+    greedy = subset_loss.search_beam(found, 2, 1, lambda *_: None)
+    every = subset_loss.search_exhaustively(found, 2, lambda *_: None)
     # The mean of all is 0.66; that of the pair is 0, that of two small ones 1.
     assert greedy.kept == (0, 1)
     assert greedy.loss == pytest.approx(20 * 0.66**2, rel=1e-4)
-    assert every.kept == subset_loss.beam(found, 2, 10, lambda *_: None).kept == (2, 4)
+    assert every.kept == subset_loss.search_beam(found, 2, 10, lambda *_: None).kept == (2, 4)
     assert every.loss == pytest.approx(20 * 0.34**2, rel=1e-4)
 
 
@@ -300,38 +305,40 @@ def test_what_changes_nothing_costs_exactly_nothing() -> None:
     outputs = torch.randn(50, 6, 5, generator=generator) * 1000
     logits = torch.randn(50, 6, generator=generator)
     logits[:, [1, 4]] -= 30  # never among the best two
-    rule = Rule(2, renormalize=True)
+    rule = RoutingRule(2, renormalize=True)
     part = subset_loss.make_part(outputs @ outputs.mT, None, logits, rule)
-    found = Evidence(rule, 6, (part,), 0.0, 1.0)
-    assert subset_loss.loss(found, (0, 2, 3, 5)) == 0.0
-    assert subset_loss.removal_losses(found, (0, 1, 2, 3, 5))[1] == 0.0
-    assert subset_loss.beam(found, 4, 1, lambda *_: None) == subset_loss.Found(
+    found = SubsetEvidence(rule, 6, (part,), 0.0, 1.0)
+    assert subset_loss.compute_subset_loss(found, (0, 2, 3, 5)) == 0.0
+    assert subset_loss.compute_removal_losses(found, (0, 1, 2, 3, 5))[1] == 0.0
+    assert subset_loss.search_beam(found, 4, 1, lambda *_: None) == subset_loss.Found(
         (0, 2, 3, 5), 0.0, 6 + 5
     )
 
 
 def test_equals_are_decided_by_order() -> None:
-    rule = Rule(2, renormalize=False)
+    rule = RoutingRule(2, renormalize=False)
     part = subset_loss.make_part(torch.zeros(9, 6, 6), None, torch.zeros(9, 6), rule)
-    found = Evidence(rule, 6, (part,), 0.0, 0.0)
-    for method in (subset_loss.exhaustive(found, 3, lambda *_: None), *beams(found)):
+    found = SubsetEvidence(rule, 6, (part,), 0.0, 0.0)
+    for method in (subset_loss.search_exhaustively(found, 3, lambda *_: None), *beams(found)):
         assert method.kept == (0, 1, 2)
     assert found.relative(0.0) == 0.0
 
 
-def beams(found: Evidence) -> list[subset_loss.Found]:
-    return [subset_loss.beam(found, 3, width, lambda *_: None) for width in (1, 3, 100)]
+def beams(found: SubsetEvidence) -> list[subset_loss.Found]:
+    return [subset_loss.search_beam(found, 3, width, lambda *_: None) for width in (1, 3, 100)]
 
 
 def test_logits_far_apart_stay_numbers() -> None:
     for renormalize in (False, True):
-        rule = Rule(1, renormalize)
+        rule = RoutingRule(1, renormalize)
         logits = torch.tensor([[5000.0, 0.0, -5000.0, -9000.0]])
         gram = torch.ones(1, 4, 4)
-        found = Evidence(rule, 4, (subset_loss.make_part(gram, None, logits, rule),), 0.0, 1.0)
-        losses = subset_loss.removal_losses(found, (0, 1, 2, 3))
+        found = SubsetEvidence(
+            rule, 4, (subset_loss.make_part(gram, None, logits, rule),), 0.0, 1.0
+        )
+        losses = subset_loss.compute_removal_losses(found, (0, 1, 2, 3))
         assert all(map(math.isfinite, losses))
-        assert math.isfinite(subset_loss.loss(found, (2, 3)))
+        assert math.isfinite(subset_loss.compute_subset_loss(found, (2, 3)))
 
 
 # ---- cost --------------------------------------------------------------------------------------
@@ -376,25 +383,27 @@ def test_cost_is_stated_before_the_search(tiny: Make, monkeypatch: pytest.Monkey
         raise KeyboardInterrupt
 
     monkeypatch.setattr(walk, "observe", stop)
-    lab = Lab(model, model, IDS, WorkFolder(Path()), Watcher(lines.append, lambda *_: None))
+    context = PassContext(
+        model, model, IDS, WorkFolder(Path()), Reporter(lines.append, lambda *_: None)
+    )
     with pytest.raises(KeyboardInterrupt):
-        options(keep=3).search(lab)
+        options(keep=3).search(context)
     assert lines == [
         "expert_search: 3 MoE layers, exhaustive, at most 20 sets per layer; 120 tokens, 2,160 "
         "expert evaluations in all (each expert once per token); 0 MB of Gram matrices at a time"
     ]
     with pytest.raises(KeyboardInterrupt):
-        options(keep=3, limit=19).search(lab)
+        options(keep=3, limit=19).search(context)
     assert "beam of 4, at most 42 sets per layer" in lines[1]
     with pytest.raises(KeyboardInterrupt):
-        options(keep=3, method="greedy").search(lab)
+        options(keep=3, method="greedy").search(context)
     assert "greedy, at most 15 sets per layer" in lines[2]
 
 
 def test_too_little_memory(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     model = open_checkpoint(str(tiny("mixtral"))).model
     memory = psutil.virtual_memory()._replace(
-        total=subset_loss.evidence_bytes(120, 6) - 1 + IMPORTED
+        total=subset_loss.estimate_subset_evidence_bytes(120, 6) - 1 + IMPORTED
     )
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
     with pytest.raises(DoesNotFit, match=r"outputs of 6 experts for 120 tokens.*set tokens"):

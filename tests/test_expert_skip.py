@@ -21,10 +21,10 @@ from moe2edge.model.family import FAMILIES
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model
 from moe2edge.numerics import skipping
-from moe2edge.numerics.skipping import skipping as skip
+from moe2edge.numerics.skipping import apply_skipping as skip
 from moe2edge.passes.expert_skip import ExpertSkip
-from moe2edge.pipeline.stages import plan
-from moe2edge.runtime.load import to_transformers
+from moe2edge.pipeline.stages import plan_passes
+from moe2edge.runtime.load import build_transformers_model
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.testing import Make
 
@@ -36,7 +36,7 @@ def skipped(model: Model, **options: Any) -> Model:
     step.check(model)
     observer = router_observers.RatioObserver()
     walk.observe(model, IDS, [observer], lambda *_: None, "")
-    outcome = step.apply(model, Facts({router_observers.RatioObserver: observer.fact()}))
+    outcome = step.apply(model, Facts({router_observers.RatioObserver: observer.result()}))
     outcome.model.verify()
     return outcome.model
 
@@ -74,7 +74,7 @@ def test_thresholds_lie_between_ratios(count: int) -> None:
     draw = torch.Generator().manual_seed(count)
     ratios = torch.rand(count, 2, generator=draw)
     ratios[-1] = ratios[0]  # equal ones are no gap
-    for column, below in enumerate(skipping.thresholds(ratios, 0.5)):
+    for column, below in enumerate(skipping.compute_thresholds(ratios, 0.5)):
         values = ratios[:, column].tolist()
         assert min(abs(value - below) for value in values) > 1e-4
         ordered = sorted(values)
@@ -100,7 +100,9 @@ def test_verifying_the_very_text_that_was_calibrated_on(tiny: Make, tmp_path: Pa
 
 
 def test_a_loaded_model_can_be_pickled(tiny: Make) -> None:
-    model = to_transformers(skipped(open_checkpoint(str(tiny("mixtral"))).model), torch.float32)
+    model = build_transformers_model(
+        skipped(open_checkpoint(str(tiny("mixtral"))).model), torch.float32
+    )
     again = pickle.loads(pickle.dumps(model))
     with torch.no_grad():
         assert torch.equal(model(IDS).logits, again(IDS).logits)
@@ -122,7 +124,7 @@ def test_half_of_the_calibration_tokens_skip_the_second(tiny: Make, family: str)
     model = skipped(open_checkpoint(str(tiny(family))).model)
     observer = router_observers.SkipObserver()
     hidden = walk.observe(model, IDS, [observer], lambda *_: None, "")
-    rates = observer.fact()
+    rates = observer.result()
     # The first block's inputs are those that were calibrated on: 45 of 90 tokens, of 180 places.
     assert rates.routed[0] == 180
     assert rates.skipped[0] == 45
@@ -145,7 +147,7 @@ def test_quantile_is_about_the_part_that_skips(tiny: Make) -> None:
     for quantile in (0.1, 0.9):
         observer = router_observers.SkipObserver()
         walk.observe(skipped(model, quantile=quantile), IDS, [observer], lambda *_: None, "")
-        assert observer.fact().skipped[0] / 90 == pytest.approx(quantile, abs=0.02)
+        assert observer.result().skipped[0] / 90 == pytest.approx(quantile, abs=0.02)
 
 
 def test_thresholds_go_with_a_smaller_top_k(tiny: Make) -> None:
@@ -166,7 +168,7 @@ def test_refusals(tiny: Make) -> None:
     for quantile in (0, 1, 2):
         with pytest.raises(ValueError, match="quantile"):
             ExpertSkip(quantile=quantile)
-    planned = plan([ExpertSkip()], model)
+    planned = plan_passes([ExpertSkip()], model)
     assert not planned.is_uniform
     assert all(isinstance(block.mlp, MoELayer) for block in planned.blocks)
 

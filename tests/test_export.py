@@ -56,7 +56,7 @@ def pair(tiny: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def numbers(folder: Path, target: str) -> dict[str, Any]:
-    return dict(registry.target(target).tensors(folder))
+    return dict(registry.find_target(target).tensors(folder))
 
 
 def test_both_targets_hold_the_same_integers(pair: Path) -> None:
@@ -440,7 +440,7 @@ def test_an_output_that_the_machine_cannot_run(
 ) -> None:
     """A graph needs its runtime to be verified; a checkpoint is read back block by block."""
     for name in ("gptq", "onnx"):
-        kind = type(registry.target(name))
+        kind = type(registry.find_target(name))
         monkeypatch.setattr(kind, "runtime_nbytes", lambda *_: 1 << 60)
     result = export(tiny("olmoe"), tmp_path / "onnx", "onnx", "-r", "w4-rtn")
     assert result.exit_code == 5

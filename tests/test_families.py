@@ -13,9 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from moe2edge.calibration import walk
 from moe2edge.errors import InputError, Unsupported
-from moe2edge.model.family import FAMILIES, family_of
-from moe2edge.model.hf_config import family_config
-from moe2edge.runtime.load import to_transformers
+from moe2edge.model.family import FAMILIES, find_family
+from moe2edge.model.hf_config import build_config
+from moe2edge.runtime.load import build_transformers_model
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.testing import Make
 
@@ -59,7 +59,7 @@ def test_logits_equal_those_of_transformers(
     with torch.no_grad():
         expected = theirs(IDS).logits
     hidden = walk.observe(model, IDS, (), lambda *_: None, "")
-    found = torch.stack(list(walk.head_logits(model, hidden)))
+    found = torch.stack(list(walk.compute_logits(model, hidden)))
     assert (found - expected).abs().max() < 1e-4
     assert model.parameters == theirs.num_parameters()
 
@@ -75,7 +75,7 @@ def test_every_key_of_transformers_config_is_accounted_for(family: str) -> None:
 def test_the_unchanged_model_gets_its_own_config_back(tiny: Make, family: str) -> None:
     checkpoint = open_checkpoint(str(tiny(family)))
     before = AutoConfig.for_model(**dict(checkpoint.config))
-    after = AutoConfig.for_model(**family_config(checkpoint.model))
+    after = AutoConfig.for_model(**build_config(checkpoint.model))
     assert before.to_dict() == after.to_dict()
 
 
@@ -116,7 +116,7 @@ def test_layer_types_that_are_not_known_are_refused() -> None:
 )
 def test_other_models_are_refused(config: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        family_of(config)
+        find_family(config)
 
 
 WRONG: list[tuple[str, dict[str, Any], str]] = [
@@ -190,7 +190,7 @@ def test_what_transformers_refuses_is_one_line(
     model = open_checkpoint(str(folder)).model
     for run in (
         lambda: walk.BlockRunner(model, model.blocks[0]),
-        lambda: to_transformers(model, torch.float32),
+        lambda: build_transformers_model(model, torch.float32),
     ):
         with pytest.raises(InputError, match="transformers refuses it") as caught:
             run()

@@ -74,8 +74,8 @@ def solved(
     grid = choose_grid(weight[None], scheme, how if fixed else "absmax")
     groups = (torch.arange(ins) // scheme.width(ins))[None]
     rounder = error_feedback.GridRounder(groups, grid, None if fixed else how)
-    errors = error_feedback.transposed(weight[None])
-    loss = error_feedback.solve(errors, factors, rounder)
+    errors = error_feedback.transpose(weight[None])
+    loss = error_feedback.round_columns(errors, factors, rounder)
     found = rounder.grid[0].quantized(rounder.integers()[0]).dequantize()
     assert torch.allclose(weight - errors[0].T, found, atol=1e-5)
     return found, float(loss), rounder.grid[0]
@@ -135,7 +135,7 @@ def test_a_batch_is_its_members_one_by_one() -> None:
     grid = choose_grid(weights, scheme)
     groups = (torch.arange(192) // 32).expand(3, -1)
     rounder = error_feedback.GridRounder(groups, grid, "mse")
-    error_feedback.solve(error_feedback.transposed(weights), factors, rounder)
+    error_feedback.round_columns(error_feedback.transpose(weights), factors, rounder)
     for n in range(3):
         found, _, _ = solved(weights[n], hessians[n], scheme, "mse", fixed=False)
         whole = rounder.grid[n].quantized(rounder.integers()[n]).dequantize()
@@ -152,7 +152,7 @@ def test_a_mask_keeps_zeros_and_the_rest_makes_up_for_it() -> None:
     rounder = error_feedback.GridRounder(
         groups, choose_grid(sparse[None], scheme), None, mask[None]
     )
-    error_feedback.solve(error_feedback.transposed(sparse[None]), factors, rounder)
+    error_feedback.round_columns(error_feedback.transpose(sparse[None]), factors, rounder)
     found = rounder.grid[0].quantized(rounder.integers()[0]).dequantize()
     assert (found[~mask] == 0).all()
     rounded = round_to_nearest(sparse, scheme).dequantize()
@@ -183,10 +183,10 @@ def test_damping_rises_until_it_works_and_then_rounds() -> None:
     weight = torch.randn(1, 8, ins, generator=torch.Generator().manual_seed(5))
     scheme = Scheme(4, 32)
     for n in (0, 2):
-        own = error_feedback.Factors(factors.lower[n][None], factors.weight[n][None])
+        own = error_feedback.HessianFactors(factors.lower[n][None], factors.weight[n][None])
         groups = (torch.arange(ins) // 32)[None]
         rounder = error_feedback.GridRounder(groups, choose_grid(weight, scheme))
-        error_feedback.solve(error_feedback.transposed(weight), own, rounder)
+        error_feedback.round_columns(error_feedback.transpose(weight), own, rounder)
         plain = round_to_nearest(weight[0], scheme)
         assert torch.equal(rounder.integers()[0], plain.q)
         assert torch.equal(dequantize(plain.q, plain.scales, scheme), plain.dequantize())
@@ -212,8 +212,8 @@ def test_the_compiled_loop_is_that_of_torch(
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         rounder = error_feedback.GridRounder(groups, choose_grid(weights, scheme), None, mask)
         assert rounder.native == (name != "torch")
-        errors = error_feedback.transposed(weights * mask)
-        loss = error_feedback.solve(errors, factors, rounder)
+        errors = error_feedback.transpose(weights * mask)
+        loss = error_feedback.round_columns(errors, factors, rounder)
         found[name] = rounder.integers(), loss, errors
     for one, same in zip(found["compiled"], found["shared"], strict=True):
         assert torch.equal(one, same)
@@ -262,8 +262,8 @@ def test_feedback_from_far_in_bfloat16_loses_nothing_that_counts() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         groups = (torch.arange(640) // 64)[None]
         rounder = error_feedback.GridRounder(groups, choose_grid(weight[None], Scheme(4, 64)))
-        errors = error_feedback.transposed(weight[None])
-        losses.append(float(error_feedback.solve(errors, factors, rounder, dtype)))
+        errors = error_feedback.transpose(weight[None])
+        losses.append(float(error_feedback.round_columns(errors, factors, rounder, dtype)))
         found.append(rounder.integers())
         error = errors[0].T.double()
         assert losses[-1] == pytest.approx(float((error @ damped(hessian) * error).sum()), rel=0.01)

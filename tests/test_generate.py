@@ -22,10 +22,16 @@ from transformers.utils import logging
 from moe2edge.cli.main import main
 from moe2edge.errors import InputError, Moe2EdgeError
 from moe2edge.pipeline import registry
-from moe2edge.runtime.generation import choose, encode_prompt, generate, room, stream_text
+from moe2edge.runtime.generation import (
+    choose_token,
+    count_remaining,
+    encode_prompt,
+    generate,
+    stream_text,
+)
 from moe2edge.runtime.torch_runtime import TorchRuntime, open_source
 from moe2edge.storage.manifest import write_manifest
-from moe2edge.storage.tokenizer import context_length, stop_ids
+from moe2edge.storage.tokenizer import read_context_length, read_stop_ids
 from moe2edge.testing import make_checkpoint, make_tokenizer
 
 
@@ -146,7 +152,7 @@ def test_sampling_is_the_same_for_a_seed_and_leaves_torch_alone() -> None:
 def draw(logits: Tensor, n: int = 10_000, **how: Any) -> Counter[int]:
     generator = torch.Generator().manual_seed(0)
     settings = {"temperature": 1.0, "top_p": 1.0, "top_k": 0} | how
-    return Counter(choose(logits, **settings, generator=generator) for _ in range(n))
+    return Counter(choose_token(logits, **settings, generator=generator) for _ in range(n))
 
 
 def test_samples_follow_the_probabilities() -> None:
@@ -216,9 +222,14 @@ def test_a_prompt_computes_no_more_logits_than_those_after_it(tmp_path: Path) ->
 
 
 def test_room_behind_a_prompt() -> None:
-    assert [room(5, 4, None), room(5, 4, 9), room(5, 4, 8), room(5, 4, 6)] == [4, 4, 3, 1]
+    assert [
+        count_remaining(5, 4, None),
+        count_remaining(5, 4, 9),
+        count_remaining(5, 4, 8),
+        count_remaining(5, 4, 6),
+    ] == [4, 4, 3, 1]
     with pytest.raises(InputError, match="has 5 tokens, but the model holds 5"):
-        room(5, 4, 5)
+        count_remaining(5, 4, 5)
 
 
 @pytest.fixture(params=["hf", "gptq", "onnx"])
@@ -235,7 +246,7 @@ def opened(
         made.append(Counting(96))
         return made[-1]
 
-    monkeypatch.setattr(type(registry.target(request.param)), "reopen", reopen)
+    monkeypatch.setattr(type(registry.find_target(request.param)), "reopen", reopen)
     verbosity = logging.get_verbosity()
     bars = logging.is_progress_bar_enabled()
     yield tmp_path, made
@@ -457,23 +468,23 @@ def test_a_template_that_fails_is_one_line(chatty: Any, template: str) -> None:
 def test_end_tokens(tmp_path: Path, generation: Any, config: Any, expected: set[int]) -> None:
     if generation is not None:
         (tmp_path / "generation_config.json").write_text(json.dumps(generation), "utf-8")
-    assert stop_ids(tmp_path, config) == expected
+    assert read_stop_ids(tmp_path, config) == expected
     (tmp_path / "config.json").write_text(json.dumps(config), "utf-8")
-    assert stop_ids(tmp_path) == expected
+    assert read_stop_ids(tmp_path) == expected
 
 
 @pytest.mark.parametrize("value", ["</s>", [1, "2"], -1, True, {}])
 def test_end_tokens_that_are_none(tmp_path: Path, value: Any) -> None:
     with pytest.raises(InputError, match="not a token or a list of tokens"):
-        stop_ids(tmp_path, {"eos_token_id": value})
+        read_stop_ids(tmp_path, {"eos_token_id": value})
 
 
 def test_end_tokens_of_a_damaged_file(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text("{", "utf-8")
     with pytest.raises(InputError, match="is damaged"):
-        stop_ids(tmp_path, {})
+        read_stop_ids(tmp_path, {})
 
 
 def test_context_length() -> None:
-    assert context_length({"max_position_embeddings": 128}) == 128
-    assert context_length({}) is None
+    assert read_context_length({"max_position_embeddings": 128}) == 128
+    assert read_context_length({}) is None

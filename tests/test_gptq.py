@@ -20,8 +20,8 @@ from moe2edge.passes._quantize import Quantize
 from moe2edge.passes.gptq import Gptq
 from moe2edge.passes.rtn import Rtn
 from moe2edge.pipeline import blockwise
-from moe2edge.pipeline.solver import Group, GroupSolver, Solved
-from moe2edge.runtime.memory import TOGETHER, Memory
+from moe2edge.pipeline.solver import GroupSolver, MatrixGroup, Solved
+from moe2edge.runtime.memory import SOLVED_TOGETHER_BYTES, Memory
 from moe2edge.storage.checkpoint import BUILTIN, open_checkpoint
 from moe2edge.testing import InMemory, Make
 
@@ -36,10 +36,10 @@ def tokens(model: Model, samples: int = 12, length: int = 48) -> torch.Tensor:
 
 
 def solve(model: Model, step: Quantize, ids: torch.Tensor) -> tuple[Model, list[str]]:
-    step = step.resolved(model)
+    step = step.resolve(model)
     step.check(model)
     given = ids if step.needs_tokens else None
-    after, changed, notes = blockwise.solve(
+    after, changed, notes = blockwise.solve_blocks(
         model, given, step.solver(model), InMemory(), quietly, "test"
     )
     assert sorted(changed) == sorted(step.schemes(model))
@@ -59,9 +59,9 @@ class Watching(GroupSolver):
 
     def nbytes(self, shapes: Sequence[tuple[int, ...]]) -> int:
         """Small enough for two experts at once."""
-        return TOGETHER // 3
+        return SOLVED_TOGETHER_BYTES // 3
 
-    def solve(self, block: Block, groups: Sequence[Group]) -> Solved:
+    def solve(self, block: Block, groups: Sequence[MatrixGroup]) -> Solved:
         """Keep the Hessians."""
         for group in groups:
             first = next(iter(group.weights))
@@ -109,7 +109,7 @@ def test_hessians_are_those_of_routed_tokens_by_weight(tiny: Make, family: str) 
     ids = tokens(model, 3, 20)
     watching = Watching(model, propagate=True)
     solver: GroupSolver = watching
-    after, _, _ = blockwise.solve(model, ids, solver, InMemory(), quietly, "test")
+    after, _, _ = blockwise.solve_blocks(model, ids, solver, InMemory(), quietly, "test")
     expected = dict(slow_hessians(model, after, ids))
     assert len(expected) == 3 * (1 + 2 * 6)
     for key, hessian in expected.items():
@@ -128,7 +128,7 @@ def test_the_stream_is_that_of_the_whole_blocks(tiny: Make, family: str) -> None
     for propagate in (True, False):
         ledger = InMemory()
         solver = Watching(model, propagate=propagate)
-        after, _, _ = blockwise.solve(model, ids, solver, ledger, quietly, "test")
+        after, _, _ = blockwise.solve_blocks(model, ids, solver, ledger, quietly, "test")
         through = after if propagate else model
         hidden = walk.embed(model, ids)
         for block in through.blocks[:-1]:
@@ -144,10 +144,10 @@ def test_gptq_is_nearer_to_the_source_than_rounding(bits: int, symmetric: bool) 
     """On the built-in model; KL decides, as perplexity barely moves at 4 bits."""
     from moe2edge.calibration.sources import TextSource
     from moe2edge.calibration.tokens import load_tokens
-    from moe2edge.storage.tokenizer import tokenizer_of
+    from moe2edge.storage.tokenizer import load_tokenizer
 
     checkpoint = open_checkpoint(BUILTIN)
-    model, tokenizer = checkpoint.model, tokenizer_of(checkpoint.folder)
+    model, tokenizer = checkpoint.model, load_tokenizer(checkpoint.folder)
 
     def text(purpose: str, samples: int) -> torch.Tensor:
         source = TextSource(samples=samples, length=256)
@@ -166,7 +166,7 @@ def test_gptq_is_nearer_to_the_source_than_rounding(bits: int, symmetric: bool) 
 
 
 def logits(model: Model, ids: torch.Tensor) -> Iterator[torch.Tensor]:
-    return walk.head_logits(model, walk.observe(model, ids, (), quietly, "test"))
+    return walk.compute_logits(model, walk.observe(model, ids, (), quietly, "test"))
 
 
 def numbers(model: Model, block: int, role: str) -> Quantized:
@@ -201,13 +201,13 @@ def test_starved_experts_borrow_or_are_rounded(tiny: Make) -> None:
 
 def test_what_is_computed_in_is_chosen_and_told(tiny: Make) -> None:
     model = open_checkpoint(str(tiny("olmoe"))).model
-    chosen = Gptq().resolved(model).compute
+    chosen = Gptq().resolve(model).compute
     assert chosen == str(Gptq().dtype()).removeprefix("torch.")
     assert f"in {chosen}" in Gptq().describe(model)
     ids, found = tokens(model), {}
     for compute in ("float32", "bfloat16"):
         step = Gptq.model_validate({"group_size": 32, "compute": compute})
-        assert step.resolved(model).compute == compute
+        assert step.resolve(model).compute == compute
         found[compute], _ = solve(model, step, ids)
     pairs = zip(*(m.tensors() for m in found.values()), strict=True)
     same = [torch.equal(a.load(), b.load()) for (_, _, a), (_, _, b) in pairs if a.scheme]
@@ -242,11 +242,11 @@ def test_memory_does_not_change_numbers(tiny: Make, tmp_path: Path) -> None:
     """Few experts at once, and the stream on the disk."""
     model = open_checkpoint(str(tiny("qwen3_moe"))).model
     ids = tokens(model)
-    step = Gptq(group_size=32).resolved(model)
+    step = Gptq(group_size=32).resolve(model)
     found = []
     for memory in (Memory(), Memory(together=1, stream=0, folder=tmp_path)):
         ledger = InMemory()
-        after, _, _ = blockwise.solve(
+        after, _, _ = blockwise.solve_blocks(
             model, ids, step.solver(model), ledger, quietly, "test", memory
         )
         found.append(after)

@@ -25,13 +25,13 @@ from moe2edge.passes.expert_replace import ExpertReplace
 from moe2edge.passes.gptq import Gptq
 from moe2edge.passes.recover import Recover
 from moe2edge.pipeline import blockwise
-from moe2edge.pipeline.contract import Lab
-from moe2edge.pipeline.registry import target
-from moe2edge.progress import Watcher
+from moe2edge.pipeline.contract import PassContext
+from moe2edge.pipeline.registry import find_target
+from moe2edge.progress import Reporter
 from moe2edge.runtime.int4 import PackedLinear
-from moe2edge.runtime.load import load, to_transformers
+from moe2edge.runtime.load import build_transformers_model, load
 from moe2edge.storage.checkpoint import BUILTIN, open_checkpoint
-from moe2edge.testing import QUICK_TRAINING, InMemory, Make, learnable_text, quantize
+from moe2edge.testing import QUICK_TRAINING, InMemory, Make, make_learnable_text, quantize
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
 
@@ -56,8 +56,10 @@ def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 def solved(model: Model, ids: torch.Tensor, **options: Any) -> Model:
-    step = Gptq.model_validate({"group_size": 32, **options}).resolved(model)
-    after, changed, _ = blockwise.solve(model, ids, step.solver(model), InMemory(), quietly, "test")
+    step = Gptq.model_validate({"group_size": 32, **options}).resolve(model)
+    after, changed, _ = blockwise.solve_blocks(
+        model, ids, step.solver(model), InMemory(), quietly, "test"
+    )
     assert sorted(changed) == sorted(step.schemes(model))
     step.check_result(model, after)
     return after
@@ -91,7 +93,7 @@ def test_it_is_as_near_to_the_source(compute: str) -> None:
     ids = tokens(model.vocabulary, 8, 128)
 
     def logits(of: Model) -> Any:
-        return walk.head_logits(of, walk.observe(of, ids, (), quietly, "test"))
+        return walk.compute_logits(of, walk.observe(of, ids, (), quietly, "test"))
 
     source = list(logits(model))
     kls = [
@@ -143,7 +145,7 @@ def test_a_folder_runs_packed(tiny: Make, tmp_path: Path, family: str) -> None:
     model = quantize(open_checkpoint(str(tiny(family, **CALM))).model, Scheme(group_size=32))
     folder = tmp_path / "out"
     folder.mkdir()
-    gptq = target("gptq")
+    gptq = find_target("gptq")
     gptq.accepts(model)
     gptq.write(model, folder)
     before = torch.cuda.memory_allocated()
@@ -152,7 +154,7 @@ def test_a_folder_runs_packed(tiny: Make, tmp_path: Path, family: str) -> None:
     used = torch.cuda.memory_allocated() - before
     sizes = [t.nbytes for t in (*loaded.parameters(), *loaded.buffers())]
     assert used < 1.5 * sum(sizes) + 512 * len(sizes)
-    exact: Any = to_transformers(model, torch.float32)
+    exact: Any = build_transformers_model(model, torch.float32)
     ids = tokens(model.vocabulary, 2, 60)
     wanted = exact(ids, use_cache=False).logits
     found = loaded(ids.to("cuda"), use_cache=False).logits
@@ -173,7 +175,7 @@ def test_a_training_is_killed_and_gone_on_with(tiny: Make, tmp_path: Path, train
     """The optimizer is fused there, and keeps its count of steps beside the parameters."""
     model = open_checkpoint(str(tiny("olmoe", **CALM))).model
     step = Recover.model_validate({**QUICK_TRAINING, "train": train, "device": "cuda"})
-    text, watcher = learnable_text(), Watcher(quietly, quietly)
+    text, reporter = make_learnable_text(), Reporter(quietly, quietly)
     save, saves = States.save, []
 
     def killed(self: States, saved: Saved) -> None:
@@ -185,8 +187,10 @@ def test_a_training_is_killed_and_gone_on_with(tiny: Make, tmp_path: Path, train
     def search(folder: Path) -> list[float]:
         folder.mkdir(exist_ok=True)
         none = torch.empty(0, 0, dtype=torch.int64)
-        lab = Lab(model, model, none, InMemory(), watcher, training=text, scratch=folder)
-        return [line["perplexity"] for line in step.search(lab).figures["history"]]
+        context = PassContext(
+            model, model, none, InMemory(), reporter, training=text, scratch=folder
+        )
+        return [line["perplexity"] for line in step.search(context).figures["history"]]
 
     expected = search(tmp_path / "whole")
     with pytest.MonkeyPatch.context() as patch:
@@ -198,16 +202,22 @@ def test_a_training_is_killed_and_gone_on_with(tiny: Make, tmp_path: Path, train
 
 def test_members_anneal(tiny: Make, tmp_path: Path) -> None:
     source = open_checkpoint(str(tiny("mixtral", **CALM))).model
-    ids, watcher = tokens(source.vocabulary), Watcher(quietly, quietly)
+    ids, reporter = tokens(source.vocabulary), Reporter(quietly, quietly)
     share = ExpertReplace.model_validate({"with": "base", "budget": 0.8, "rank": 2})
-    shared = share.search(Lab(source, source, ids, InMemory(), watcher)).model
+    shared = share.search(PassContext(source, source, ids, InMemory(), reporter)).model
     found = []
     for device in ("cpu", "cuda"):
         options = {**QUICK_TRAINING, "anneal": 0.5, "device": device}
         step, folder = Recover.model_validate(options), tmp_path / device
         folder.mkdir()
-        lab = Lab(
-            source, shared, ids, InMemory(), watcher, training=learnable_text(), scratch=folder
+        context = PassContext(
+            source,
+            shared,
+            ids,
+            InMemory(),
+            reporter,
+            training=make_learnable_text(),
+            scratch=folder,
         )
-        found.append([line["perplexity"] for line in step.search(lab).figures["history"]])
+        found.append([line["perplexity"] for line in step.search(context).figures["history"]])
     assert found[1] == pytest.approx(found[0], rel=1e-2)

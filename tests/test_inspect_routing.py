@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from moe2edge.calibration import walk
 from moe2edge.cli.main import main
 from moe2edge.evaluation import routing_report, routing_view
-from moe2edge.evaluation.routing_report import CRITERIA
+from moe2edge.evaluation.routing_report import REPORTED_CRITERIA
 from moe2edge.model.family import FAMILIES
 from moe2edge.model.layers import Weight
 from moe2edge.model.model import Block, Model
@@ -170,7 +170,7 @@ def test_one_walk_and_one_reading_of_the_experts(
     for block in model.blocks:
         new = {role: counted(w) for role, w in block.weights() if role.startswith("experts.")}
         model = model.replace_block(block.with_weights(new))
-    routing_report.measure(model, IDS, lambda *_: None)
+    routing_report.measure_routing(model, IDS, lambda *_: None)
     assert walked == [0, 1, 2]
     # Once by the walk, once for the scores of weights, both of them.
     assert len(read) == 3 * 6 * 3
@@ -243,8 +243,8 @@ def test_uneven_quantized_output(
 
 def test_layers_that_skip_and_layers_without_router(tiny: Make, tmp_path: Path) -> None:
     out = export(tiny("mixtral"), FORMS, tmp_path)
-    model = output.stored_model(open_checkpoint(str(out)))
-    found = routing_report.measure(model, IDS, lambda *_: None)
+    model = output.open_stored_model(open_checkpoint(str(out)))
+    found = routing_report.measure_routing(model, IDS, lambda *_: None)
     # The layer with one expert is a plain MLP: nothing is routed there.
     assert [(layer.block, len(layer.experts)) for layer in found] == [(0, 5), (2, 3)]
     theirs: Any = load.load(out, dtype=torch.float32)
@@ -294,7 +294,7 @@ def test_document_is_what_the_module_says(tiny: Make, text: list[object]) -> Non
         str(text[1]), 3, 20, 0,
     ]  # fmt: skip
     assert len(provenance["sha256"]) == 64
-    assert tuple(found["criteria"]) == CRITERIA
+    assert tuple(found["criteria"]) == REPORTED_CRITERIA
     layer = found["layers"][0]
     assert list(layer) == [
         "block", "origin", "top_k", "expert_count", "skipped", "entropy_bits",
@@ -304,7 +304,7 @@ def test_document_is_what_the_module_says(tiny: Make, text: list[object]) -> Non
         "expert", "tokens", "share", "gate_mass", "mean_probability", "largest_output",
         "saliency",
     ]  # fmt: skip
-    assert tuple(layer["experts"][0]["saliency"]) == CRITERIA
+    assert tuple(layer["experts"][0]["saliency"]) == REPORTED_CRITERIA
     described = routing_report.__doc__ or ""
     for key in [*list(found)[1:], *layer, *layer["experts"][0]]:
         assert re.search(rf"\b{key}\b", described), key

@@ -19,7 +19,7 @@ from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model
 from moe2edge.numerics.rounding import round_to_nearest
 from moe2edge.numerics.scheme import Scheme
-from moe2edge.pipeline.registry import target
+from moe2edge.pipeline.registry import find_target
 from moe2edge.runtime.load import load
 from moe2edge.storage import checkpoint
 from moe2edge.storage.checkpoint import open_checkpoint
@@ -120,7 +120,7 @@ def assert_same_model(folder: Path, name: str, want: Any) -> None:
     assert not [key for key, value in found.items() if not torch.equal(value, expected[key])]
     wanted = logits(want)
     assert (logits(loaded) - wanted).abs().max() < 1e-4
-    runtime = target(name).reopen(folder, exact=True)
+    runtime = find_target(name).reopen(folder, exact=True)
     assert (runtime.logits(IDS) - wanted).abs().max() < 1e-4
     steps = [runtime.start(IDS[1, :9].tolist())]
     steps += [runtime.step(token) for token in IDS[1, 9:].tolist()]
@@ -340,7 +340,7 @@ def test_a_changed_folder_is_refused(
         load(folder)
     assert caught.value.exit_code == 7
     with pytest.raises(VerificationFailed, match=message):
-        list(target("gptq").tensors(folder))
+        list(find_target("gptq").tensors(folder))
 
 
 @pytest.mark.parametrize(

@@ -26,13 +26,13 @@ from moe2edge.passes.awq import Awq
 from moe2edge.passes.expert_replace import ExpertReplace
 from moe2edge.passes.gptq import Gptq
 from moe2edge.passes.rtn import Rtn
-from moe2edge.pipeline.blockwise import solve
-from moe2edge.pipeline.contract import Lab
-from moe2edge.progress import Watcher
-from moe2edge.runtime.load import load, to_transformers
+from moe2edge.pipeline.blockwise import solve_blocks
+from moe2edge.pipeline.contract import PassContext
+from moe2edge.progress import Reporter
+from moe2edge.runtime.load import build_transformers_model, load
 from moe2edge.storage.checkpoint import open_checkpoint
-from moe2edge.storage.output import stored_model
-from moe2edge.storage.solved_blocks import in_memory
+from moe2edge.storage.output import open_stored_model
+from moe2edge.storage.solved_blocks import attach_numbers
 from moe2edge.targets.gptq import Gptq as GptqTarget
 from moe2edge.testing import InMemory, Make
 
@@ -55,16 +55,16 @@ def tokens(samples: int = 8) -> Tensor:
 def replaced(folder: Path, kind: str) -> Model:
     """A model with such answers for some of its experts."""
     model = open_checkpoint(str(folder)).model
-    watcher = Watcher(lambda _: None, lambda *_: None)
-    step = ExpertReplace.model_validate(KINDS[kind]).resolved(model)
-    return step.search(Lab(model, model, tokens(), InMemory(), watcher)).model
+    reporter = Reporter(lambda _: None, lambda *_: None)
+    step = ExpertReplace.model_validate(KINDS[kind]).resolve(model)
+    return step.search(PassContext(model, model, tokens(), InMemory(), reporter)).model
 
 
 def quantized(model: Model, step: Quantize) -> Model:
     """As the pass makes it of that model, held against what it promises."""
     step.check(model)
     ids = tokens() if step.needs_tokens else None
-    found, changed, _ = solve(
+    found, changed, _ = solve_blocks(
         model, ids, step.solver(model), InMemory(), lambda *_: None, "quantize"
     )
     step.check_result(model, found)
@@ -105,7 +105,7 @@ def test_every_pass_rounds_them(family: str, name: str, kind: str, tiny: Make) -
     ids = tokens()
     with torch.no_grad():
         source, plain, both = (
-            to_transformers(m, torch.float32)(ids).logits for m in (model, alone, found)
+            build_transformers_model(m, torch.float32)(ids).logits for m in (model, alone, found)
         )
     assert not torch.equal(plain, both)
     assert (both - source).norm() < 1.1 * (plain - source).norm()
@@ -130,7 +130,7 @@ def test_a_gptq_folder_holds_them(family: str, kind: str, tiny: Make, tmp_path: 
     target.accepts(model)
     target.write(model, tmp_path)
     assert audit(target, tmp_path, model)
-    stored = stored_model(open_checkpoint(str(tmp_path)))
+    stored = open_stored_model(open_checkpoint(str(tmp_path)))
     schemes = {name: weight.scheme for name, _, weight in model.tensors()}
     assert {name: weight.scheme for name, _, weight in stored.tensors()} == schemes
     settings = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
@@ -138,7 +138,7 @@ def test_a_gptq_folder_holds_them(family: str, kind: str, tiny: Make, tmp_path: 
     assert [own["bits"] for own in settings["dynamic"].values() if own] == [8]
     ids = tokens(2)
     with torch.no_grad():
-        expected = to_transformers(model, torch.float32)(ids).logits
+        expected = build_transformers_model(model, torch.float32)(ids).logits
         loaded = load(tmp_path, dtype=torch.float32)
         assert (loaded(ids).logits - expected).abs().max() < 1e-4
     assert "factors of 8 bits" in str(loaded.moe2edge_packed)
@@ -147,7 +147,7 @@ def test_a_gptq_folder_holds_them(family: str, kind: str, tiny: Make, tmp_path: 
     config["quantization_config"]["dynamic"] = {}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(VerificationFailed, match="lacks"):
-        stored_model(open_checkpoint(str(tmp_path)))
+        open_stored_model(open_checkpoint(str(tmp_path)))
 
 
 def test_sixteen_bits_need_no_entry(tiny: Make, tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_sixteen_bits_need_no_entry(tiny: Make, tmp_path: Path) -> None:
     GptqTarget(layout="natural").write(model, tmp_path)
     settings = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     assert "dynamic" not in settings
-    stored = stored_model(open_checkpoint(str(tmp_path)))
+    stored = open_stored_model(open_checkpoint(str(tmp_path)))
     assert all(w.scheme is None for _, role, w in stored.tensors() if is_low_rank(role))
 
 
@@ -170,7 +170,7 @@ def test_they_alone(tiny: Make, tmp_path: Path) -> None:
     assert audit(target, tmp_path, model)
     ids = tokens(2)
     with torch.no_grad():
-        expected = to_transformers(model, torch.float32)(ids).logits
+        expected = build_transformers_model(model, torch.float32)(ids).logits
         assert (load(tmp_path, dtype=torch.float32)(ids).logits - expected).abs().max() < 1e-4
 
 
@@ -189,8 +189,8 @@ def test_maps_that_became_constants_are_nothing_to_round(tiny: Make) -> None:
     for options in ({"budget": 0.2, "min_tokens": 0}, {"keep": 3, "rank": 4, "min_tokens": 10**6}):
         step = ExpertReplace.model_validate({"with": "linear", **options})
         Rtn(factors=8).check(step.plan(model))
-        watcher: Any = SimpleNamespace(advance=lambda *_: None, log=lambda _: None)
-        found = step.search(Lab(model, model, tokens(4), InMemory(), watcher)).model
+        reporter: Any = SimpleNamespace(advance=lambda *_: None, log=lambda _: None)
+        found = step.search(PassContext(model, model, tokens(4), InMemory(), reporter)).model
         Rtn(factors=8).check(found)
     assert found.substitutes
     assert not any(is_low_rank(role) for _, role, _ in found.tensors())
@@ -200,7 +200,7 @@ def test_twice_is_refused(tiny: Make) -> None:
     model = replaced(tiny("mixtral"), "base")
     for block in model.blocks:
         numbers = Rtn(factors=8).alone(block, "mse")
-        model = model.replace_block(in_memory(block, numbers))
+        model = model.replace_block(attach_numbers(block, numbers))
     with pytest.raises(InputError, match="quantizes twice"):
         Rtn(factors=8).check(model)
 

@@ -13,18 +13,18 @@ from torch import Tensor
 
 from moe2edge.calibration import walk
 from moe2edge.errors import Moe2EdgeError
-from moe2edge.model.edits import materialized
+from moe2edge.model.edits import materialize
 from moe2edge.model.family import FAMILIES
 from moe2edge.model.layers import PARTS, Expert, Factors, Member, MoELayer, Weight
 from moe2edge.model.model import Block, Model
-from moe2edge.passes._awq_folding import Folding, places
+from moe2edge.passes._awq_folding import Folding, find_folding_places
 from moe2edge.passes.awq import Awq
-from moe2edge.pipeline.blockwise import solve
-from moe2edge.pipeline.solver import Group, GroupSolver, Solved
-from moe2edge.runtime.load import load, to_transformers
+from moe2edge.pipeline.blockwise import solve_blocks
+from moe2edge.pipeline.solver import GroupSolver, MatrixGroup, Solved
+from moe2edge.runtime.load import build_transformers_model, load
 from moe2edge.storage.checkpoint import open_checkpoint
-from moe2edge.storage.output import stored_model
-from moe2edge.storage.solved_blocks import in_memory
+from moe2edge.storage.output import open_stored_model
+from moe2edge.storage.solved_blocks import attach_numbers
 from moe2edge.targets.hf import Hf
 from moe2edge.testing import InMemory, Make, assert_cache_changes_nothing
 
@@ -71,7 +71,7 @@ def with_members(model: Model, dtype: str = "F32") -> Model:
 def models(request: pytest.FixtureRequest, tiny: Make) -> tuple[Model, Model]:
     """A model with members, and the same with every expert in full."""
     found = with_members(open_checkpoint(str(tiny(request.param))).model)
-    return found, materialized(found)
+    return found, materialize(found)
 
 
 def tokens(samples: int = 3) -> Tensor:
@@ -80,7 +80,7 @@ def tokens(samples: int = 3) -> Tensor:
 
 def logits(model: Model, ids: Tensor) -> Tensor:
     hidden = walk.observe(model, ids, [], silent, "")
-    return torch.stack(list(walk.head_logits(model, hidden)))
+    return torch.stack(list(walk.compute_logits(model, hidden)))
 
 
 def test_members_compute_what_whole_experts_do(models: tuple[Model, Model]) -> None:
@@ -90,7 +90,7 @@ def test_members_compute_what_whole_experts_do(models: tuple[Model, Model]) -> N
     assert all(not layer.members for _, layer in whole.moe_blocks)
     expected = logits(whole, tokens())
     assert torch.allclose(logits(model, tokens()), expected, atol=1e-4)
-    loaded = to_transformers(model, torch.float32)
+    loaded = build_transformers_model(model, torch.float32)
     with torch.no_grad():
         assert torch.allclose(loaded(tokens()).logits, expected, atol=1e-4)
     assert sum(p.numel() for p in set(loaded.parameters())) == model.parameters
@@ -119,7 +119,7 @@ class Same(GroupSolver):
     def nbytes(self, shapes: Sequence[tuple[int, ...]]) -> int:
         return 1
 
-    def solve(self, block: Block, groups: Sequence[Group]) -> Solved:
+    def solve(self, block: Block, groups: Sequence[MatrixGroup]) -> Solved:
         numbers: dict[str, Any] = {}
         for group in groups:
             for role, weight in group.weights.items():
@@ -132,7 +132,7 @@ def test_the_walk_of_solvers_moves_the_same_stream(models: tuple[Model, Model]) 
     """And shows the matrices of a base the tokens of all of its members."""
     model, whole = models
     ledger, solver = InMemory(), Same()
-    solve(model, tokens(), solver, ledger, silent, "same")
+    solve_blocks(model, tokens(), solver, ledger, silent, "same")
     ahead = replace(whole, blocks=whole.blocks[:2])
     expected = walk.observe(ahead, tokens(), [], silent, "")
     assert ledger.last is not None
@@ -157,12 +157,12 @@ def test_scales_fold_through_factors(models: tuple[Model, Model]) -> None:
     folded = model
     for block in model.blocks:
         weights, folding = dict(block.weights()), Folding()
-        for place in places(block, model.family.geometry(model.config)):
+        for place in find_folding_places(block, model.family.geometry(model.config)):
             channels = weights[place.producers[0]].shape[0]
             folding.add(place, torch.rand(channels, generator=draw) + 0.5)
         numbers = {role: folding.apply(role, weights[role].load()) for role in folding.roles}
         assert {"members.0.up.second", "members.0.down.first", "members.5.up.first"} <= set(numbers)
-        folded = folded.replace_block(in_memory(block, numbers))
+        folded = folded.replace_block(attach_numbers(block, numbers))
     before, after = logits(model, tokens()), logits(folded, tokens())
     assert torch.allclose(before, after, atol=1e-3)
 
@@ -170,7 +170,7 @@ def test_scales_fold_through_factors(models: tuple[Model, Model]) -> None:
 def test_awq_takes_members(models: tuple[Model, Model]) -> None:
     model, _ = models
     step = Awq(bits=8, group_size=32)
-    solved, _, _ = solve(model, tokens(6), step.solver(model), InMemory(), silent, "awq")
+    solved, _, _ = solve_blocks(model, tokens(6), step.solver(model), InMemory(), silent, "awq")
     step.check_result(model, solved)
     before, after = logits(model, tokens()), logits(solved, tokens())
     assert float((before - after).abs().mean()) < 0.1 * float(before.abs().mean())
@@ -186,13 +186,13 @@ def test_a_folder_holds_members(tiny: Make, tmp_path: Path, family: str) -> None
     out = tmp_path / "out"
     out.mkdir()
     target.write(model, out)
-    again = stored_model(open_checkpoint(str(out)))
+    again = open_stored_model(open_checkpoint(str(out)))
     assert [layer.bases for _, layer in again.moe_blocks] == [BASES] * 3
     assert [[m.rank for m in layer.members] for _, layer in again.moe_blocks] == [list(RANKS)] * 3
     loaded = load(out, dtype=torch.float32)
     with torch.no_grad():
         assert torch.equal(
-            loaded(tokens()).logits, to_transformers(model, torch.float32)(tokens()).logits
+            loaded(tokens()).logits, build_transformers_model(model, torch.float32)(tokens()).logits
         )
     assert sum(p.numel() for p in set(loaded.parameters())) == model.parameters
 

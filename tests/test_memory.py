@@ -13,11 +13,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from moe2edge.cli.common import nbytes
+from moe2edge.cli.common import parse_bytes
 from moe2edge.cli.main import main
 from moe2edge.errors import DoesNotFit
 from moe2edge.runtime import memory
-from moe2edge.runtime.memory import IMPORTED, TOGETHER, Memory
+from moe2edge.runtime.memory import IMPORTED, SOLVED_TOGETHER_BYTES, Memory
 from moe2edge.testing import Make
 
 
@@ -38,20 +38,20 @@ def test_a_stream_beyond_its_share_is_a_file_without_a_name(tmp_path: Path) -> N
 
 def test_shares_of_a_limit(tmp_path: Path) -> None:
     assert Memory.of(IMPORTED + 1600, tmp_path) == Memory(0, 100, tmp_path, IMPORTED + 1600)
-    assert Memory.of(64 << 30, tmp_path).together == TOGETHER
-    memory.check(100, within=IMPORTED + 100)
+    assert Memory.of(64 << 30, tmp_path).together == SOLVED_TOGETHER_BYTES
+    memory.check_memory(100, within=IMPORTED + 100)
     with pytest.raises(DoesNotFit, match=r"this, which needs 2.63 GB of memory; .* 1.00 GB"):
-        memory.check(2 * 10**9, "this", within=10**9)
+        memory.check_memory(2 * 10**9, "this", within=10**9)
 
 
 def test_the_limit_is_the_least_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = memory.limit()
-    assert memory.limit(10**6) == 10**6
-    assert memory.limit(1 << 60) == machine
+    machine = memory.find_limit()
+    assert memory.find_limit(10**6) == 10**6
+    assert memory.find_limit(1 << 60) == machine
     none = resource.RLIM_INFINITY
     limits = {resource.RLIMIT_DATA: (5000, none), resource.RLIMIT_AS: (none, none)}
     monkeypatch.setattr(resource, "getrlimit", limits.__getitem__)
-    assert memory.limit() == 5000
+    assert memory.find_limit() == 5000
 
 
 HOLE = """
@@ -90,7 +90,7 @@ def test_large_matrices_leave_no_holes_where_memory_is_limited() -> None:
 def test_sizes(text: str, bytes_: int) -> None:
     from typing import Any, cast
 
-    assert nbytes(cast(Any, None), cast(Any, None), text) == bytes_
+    assert parse_bytes(cast(Any, None), cast(Any, None), text) == bytes_
 
 
 def test_limits_on_the_command_line(tiny: Make, tmp_path: Path) -> None:

@@ -9,10 +9,10 @@ import torch
 
 from moe2edge.errors import InputError, Moe2EdgeError
 from moe2edge.model.family import FAMILIES
-from moe2edge.model.hf_config import family_config
+from moe2edge.model.hf_config import build_config
 from moe2edge.model.layers import Weight
 from moe2edge.model.model import Model
-from moe2edge.model.roles import selected
+from moe2edge.model.roles import list_quantizable
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.testing import Make
 
@@ -78,10 +78,12 @@ def test_roles_and_names_are_unique_and_replaceable(tiny: Make, family: str) -> 
 
 def test_what_slimming_selects(tiny: Make) -> None:
     model = open_checkpoint(str(tiny("qwen2_moe", mlp_only_layers=[1]))).model
-    kinds = {role.partition(".")[0] for block in model.blocks for role, _ in selected(block)}
+    kinds = {
+        role.partition(".")[0] for block in model.blocks for role, _ in list_quantizable(block)
+    }
     assert kinds == {"attention", "experts", "shared", "dense"}
     kept = {role for name, role, w in model.tensors()} - {
-        role for block in model.blocks for role, _ in selected(block)
+        role for block in model.blocks for role, _ in list_quantizable(block)
     }
     assert kept == {
         "rest", "router.weight", "shared.router", "norms.input_layernorm.weight",
@@ -94,7 +96,7 @@ def test_keeping_blocks_renumbers_them(model: Model) -> None:
     kept = model.keep_blocks([0, 2])
     kept.verify()
     assert [(b.index, b.origin) for b in kept.blocks] == [(0, 0), (1, 2)]
-    assert family_config(kept)["num_hidden_layers"] == 2
+    assert build_config(kept)["num_hidden_layers"] == 2
 
 
 def test_configs_of_blocks_that_differ(tiny: Make) -> None:
@@ -109,7 +111,7 @@ def test_configs_of_blocks_that_differ(tiny: Make) -> None:
             )
         )
     ).model
-    config = family_config(model.keep_blocks([1, 2]))
+    config = build_config(model.keep_blocks([1, 2]))
     assert config["mlp_only_layers"] == [0]
     assert config["layer_types"] == ["full_attention", "sliding_attention"]
 
@@ -118,7 +120,7 @@ def test_uneven_layers_are_spelt_out(model: Model) -> None:
     block, layer = model.moe_blocks[1]
     uneven = model.replace_block(replace(block, mlp=layer.keep([0, 5, 2])))
     assert not uneven.is_uniform
-    config = family_config(uneven)
+    config = build_config(uneven)
     assert config["per_layer_config"]["1"] == {"num_local_experts": 3, "num_experts_per_tok": 2}
 
 

@@ -17,7 +17,7 @@ def weights(outs: int = 24, ins: int = 256, scale: float = 1.0) -> torch.Tensor:
 
 @pytest.mark.parametrize("magnitude", [1e-9, 1e-6, 1e-3, 1.0, 1e3])
 def test_scales_are_exact_in_both_half_formats(magnitude: float) -> None:
-    scales = grid.portable_scales(weights().abs() * magnitude)
+    scales = grid.round_scales(weights().abs() * magnitude)
     assert torch.equal(scales, scales.to(torch.bfloat16).float())
     assert torch.equal(scales, scales.to(torch.float16).float())
     assert (scales > 0).all()
@@ -213,7 +213,7 @@ def test_gptq_tensors_round_trip_and_hold_the_format(
 ) -> None:
     scheme, per_word = Scheme(bits, group, symmetric), 32 // bits
     groups = scheme.groups(64)
-    scales = grid.portable_scales(torch.rand(16, groups))
+    scales = grid.round_scales(torch.rand(16, groups))
     zeros = None if symmetric else integers(16, groups, bits).clamp(min=1)
     numbers = Quantized(integers(16, 64, bits), scales, scheme, zeros)
     tensors = packing.pack_gptq(numbers)

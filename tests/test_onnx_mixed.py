@@ -27,10 +27,10 @@ from moe2edge.model.layers import PARTS, Expert, Factors, Member, Substitute, We
 from moe2edge.model.model import Model
 from moe2edge.numerics.scheme import LOW_RANK, Scheme
 from moe2edge.passes.rtn import Rtn
-from moe2edge.runtime.load import to_transformers
+from moe2edge.runtime.load import build_transformers_model
 from moe2edge.storage.checkpoint import open_checkpoint
-from moe2edge.storage.solved_blocks import in_memory
-from moe2edge.targets._onnx_exact import with_float_activations
+from moe2edge.storage.solved_blocks import attach_numbers
+from moe2edge.targets._onnx_exact import convert_to_float_activations
 from moe2edge.targets.onnx import Onnx
 from moe2edge.testing import Make, quantize
 
@@ -134,7 +134,7 @@ def assert_runs(model: Model, folder: Path) -> None:
     assert Onnx().nbytes(model) == (folder / "model.onnx.data").stat().st_size
     ids = ids_of(24)
     with torch.no_grad():
-        expected = to_transformers(model, torch.float32)(ids).logits
+        expected = build_transformers_model(model, torch.float32)(ids).logits
     runtime = Onnx().reopen(folder, exact=True)
     assert (runtime.logits(ids) - expected).abs().max() < TOLERANCE
     tokens = ids[0].tolist()
@@ -160,7 +160,7 @@ def test_logits_are_those_of_pytorch(
 def with_eight_bits(model: Model) -> Model:
     """``model`` with factors and linear maps rounded to 8 bits."""
     for block in model.blocks:
-        model = model.replace_block(in_memory(block, Rtn(factors=8).alone(block, "mse")))
+        model = model.replace_block(attach_numbers(block, Rtn(factors=8).alone(block, "mse")))
     return model
 
 
@@ -221,7 +221,7 @@ def test_int8_activations_stay_near(tiny: Make, tmp_path: Path) -> None:
     model = formed(quantize(model, INT4), FORMS["every kind of member"])
     ids = ids_of(64)
     with torch.no_grad():
-        expected = to_transformers(model, torch.float32)(ids).logits
+        expected = build_transformers_model(model, torch.float32)(ids).logits
     found = Onnx().reopen(written(model, tmp_path)).logits(ids)
     error = ((found - expected).norm(dim=-1) / expected.norm(dim=-1)).median()
     assert 1e-3 < error < 0.05
@@ -233,7 +233,7 @@ def test_without_skipping_every_choice_is_run(tiny: Make, tmp_path: Path) -> Non
     skipping = formed(quantize(model, INT4), form, skip=True)
     runtime = Onnx(accuracy_level=0).without_skipping(skipping, written(skipping, tmp_path))
     with torch.no_grad():
-        whole = to_transformers(formed(quantize(model, INT4), form), torch.float32)
+        whole = build_transformers_model(formed(quantize(model, INT4), form), torch.float32)
         assert (runtime.logits(ids_of(24)) - whole(ids_of(24)).logits).abs().max() < TOLERANCE
 
 
@@ -293,7 +293,7 @@ def test_accuracy_levels_reach_branches(tiny: Make, tmp_path: Path) -> None:
     model = open_checkpoint(str(tiny("mixtral"))).model
     model = formed(quantize(model, INT4), FORMS["every kind of member"])
     shipped = onnx.load(written(model, tmp_path) / "model.onnx", load_external_data=False)
-    exact = onnx.load_from_string(with_float_activations(tmp_path, "model.onnx.data"))
+    exact = onnx.load_from_string(convert_to_float_activations(tmp_path, "model.onnx.data"))
     for graph, level in ((shipped.graph, 4), (exact.graph, 0)):
         quantized = [n for n in nodes_of(graph) if n.op_type in ("QMoE", "MatMulNBits")]
         assert {attribute(node, "accuracy_level") for node in quantized} == {level}
@@ -350,7 +350,7 @@ def names_that_ran(folder: Path, ids: Tensor, tmp_path: Path) -> set[str]:
 
 def chosen_rows(model: Model, ids: Tensor) -> set[int]:
     """By the first layer's router."""
-    loaded = to_transformers(model, torch.float32)
+    loaded = build_transformers_model(model, torch.float32)
     found: list[Tensor] = []
     gate: Any = loaded.get_submodule("model.layers.0.mlp.gate")
     gate.register_forward_hook(lambda _, __, out: found.append(out[2]))

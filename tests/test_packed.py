@@ -21,11 +21,11 @@ from moe2edge.model.model import Model
 from moe2edge.numerics.grid import Quantized
 from moe2edge.numerics.rounding import round_to_nearest
 from moe2edge.numerics.scheme import Scheme
-from moe2edge.pipeline.registry import target
+from moe2edge.pipeline.registry import find_target
 from moe2edge.runtime import int4 as packed
-from moe2edge.runtime.decoder_blocks import without_skipping
+from moe2edge.runtime.decoder_blocks import disable_skipping
 from moe2edge.runtime.int4 import MANY_ROWS, PackedExperts, PackedLinear
-from moe2edge.runtime.load import load, to_transformers
+from moe2edge.runtime.load import build_transformers_model, load
 from moe2edge.runtime.torch_runtime import TorchRuntime
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.storage.manifest import write_manifest
@@ -44,7 +44,7 @@ def source(tiny: Make, family: str, **changes: Any) -> Model:
 
 def written(model: Model, folder: Path) -> Path:
     folder.mkdir()
-    gptq = target("gptq")
+    gptq = find_target("gptq")
     gptq.accepts(model)
     gptq.write(model, folder)
     return folder
@@ -193,9 +193,9 @@ def test_families(folder: Path) -> None:
 
 
 def target_model(folder: Path) -> Model:
-    from moe2edge.storage.output import stored_model
+    from moe2edge.storage.output import open_stored_model
 
-    return stored_model(open_checkpoint(str(folder)))
+    return open_stored_model(open_checkpoint(str(folder)))
 
 
 @pytest.mark.parametrize("ids", [IDS[:1, :1], IDS[:, :20], IDS.repeat(1, 2)], ids=len)
@@ -225,8 +225,8 @@ def test_dynamic_skipping(tiny: Make, tmp_path: Path) -> None:
     folder = written(model, tmp_path / "out")
     loaded = check(folder)
     before, exact = logits(loaded), load(folder, dtype=FLOAT32)
-    without_skipping(loaded)
-    without_skipping(exact)
+    disable_skipping(loaded)
+    disable_skipping(exact)
     assert distance(logits(loaded), before) > 0.02
     assert distance(logits(loaded.float()), logits(exact)) < 1e-4
 
@@ -283,9 +283,9 @@ def test_other_schemes_are_dequantized(schemes: dict[str, Scheme], text: str, ti
     model = source(tiny, "olmoe")
     for key, scheme in schemes.items():
         model = quantize(model, scheme, partial(first_part, key=key, keys=list(schemes)))
-    loaded: Any = to_transformers(model, BFLOAT16)
+    loaded: Any = build_transformers_model(model, BFLOAT16)
     assert re.search(text, str(loaded.moe2edge_packed))
-    plain: Any = to_transformers(model, BFLOAT16, packed=False)
+    plain: Any = build_transformers_model(model, BFLOAT16, packed=False)
     for name, parameter in loaded.named_parameters():
         if "experts" not in name:
             assert torch.equal(parameter, plain.get_parameter(name))
@@ -300,7 +300,7 @@ def first_part(role: str, key: str, keys: list[str]) -> bool:
 
 def test_outputs_that_do_not_fill_a_block_of_rows(tmp_path: Path, tiny: Make) -> None:
     narrow = source(tiny, "qwen2_moe", num_attention_heads=8, num_key_value_heads=1)
-    model = to_transformers(quantize(narrow, SCHEME), BFLOAT16)
+    model = build_transformers_model(quantize(narrow, SCHEME), BFLOAT16)
     assert "(8 outputs, not a multiple of 16: 6)" in str(model.moe2edge_packed)
 
 

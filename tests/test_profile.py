@@ -23,18 +23,18 @@ from transformers.utils import logging
 from moe2edge.cli.main import main
 from moe2edge.errors import InputError, Moe2EdgeError, Unsupported
 from moe2edge.evaluation.profile import measure, memory
-from moe2edge.evaluation.profile.child import Phases, answer
+from moe2edge.evaluation.profile.child import Phases, measure_once
 from moe2edge.evaluation.profile.measure import (
     PRESETS,
-    Settings,
+    ProfileSettings,
     cut_prompts,
     fit_context,
+    measure_sizes,
     profile,
-    sizes_of,
 )
-from moe2edge.evaluation.profile.memory import Memory, Meter
-from moe2edge.evaluation.profile.result import DEFINITIONS, Metric, Phase, metrics_of
-from moe2edge.evaluation.profile.table import table
+from moe2edge.evaluation.profile.memory import MemoryReading, Meter
+from moe2edge.evaluation.profile.result import DEFINITIONS, Metric, Phase, collect_metrics
+from moe2edge.evaluation.profile.table import build_profile_table
 from moe2edge.numerics.scheme import Scheme
 from moe2edge.pipeline import registry
 from moe2edge.storage.checkpoint import BUILTIN, open_checkpoint
@@ -42,7 +42,7 @@ from moe2edge.storage.manifest import write_manifest
 from moe2edge.testing import make_checkpoint, make_tokenizer, quantize
 
 PROMPTS = [[1 + (7 * n + i) % 90 for i in range(16)] for n in range(3)]
-SMALL = Settings(gen_tokens=5, repeats=1, threads=1, timeout_s=120)
+SMALL = ProfileSettings(gen_tokens=5, repeats=1, threads=1, timeout_s=120)
 
 
 class Clocked:
@@ -82,10 +82,10 @@ class Gauge(Meter):
     def start(self) -> None:
         self._runtime.work(100)
 
-    def read(self) -> Memory:
+    def read(self) -> MemoryReading:
         self._runtime.work(100)
         peak = next(self._peaks)
-        return Memory(peak, peak - 1, peak - 2, 1)
+        return MemoryReading(peak, peak - 1, peak - 2, 1)
 
 
 def clocked_answer(gen_tokens: int, peaks: Sequence[int]) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def clocked_answer(gen_tokens: int, peaks: Sequence[int]) -> dict[str, Any]:
         runtime.work(7)
         return runtime
 
-    return answer(
+    return measure_once(
         {"prompts": [[1, 2, 3], [4, 5, 6], [2, 4]], "gen_tokens": gen_tokens},
         import_libraries=lambda: runtime.work(3),
         open_runtime=open_runtime,
@@ -129,7 +129,7 @@ def test_memory_of_a_phase_is_the_largest_of_all_runs_also_of_the_warm_up() -> N
 
 
 def test_metrics() -> None:
-    found = metrics_of([clocked_answer(4, range(10, 18))] * 2, prompt_tokens=3)
+    found = collect_metrics([clocked_answer(4, range(10, 18))] * 2, prompt_tokens=3)
     assert set(found) <= set(DEFINITIONS)
     assert found["import_ms"].samples == (3000, 3000)
     assert found["load_ms"].samples == (7000, 7000)
@@ -140,7 +140,7 @@ def test_metrics() -> None:
 
 
 def test_one_generated_token_has_no_time_per_token() -> None:
-    found = metrics_of([clocked_answer(1, range(10, 18))], prompt_tokens=3)
+    found = collect_metrics([clocked_answer(1, range(10, 18))], prompt_tokens=3)
     for name in ("ms_per_token", "decode_tok_s"):
         values = found[name].to_json()
         assert values["n"] == 0
@@ -208,7 +208,9 @@ def test_without_linux_unknown_values_are_null_with_a_reason(
 
 
 def test_a_value_unknown_once_is_unknown_for_the_phase() -> None:
-    assert Memory(1, 2, None, 4).merge(Memory(3, None, 2, 1)) == Memory(3, None, None, 4)
+    assert MemoryReading(1, 2, None, 4).merge(MemoryReading(3, None, 2, 1)) == MemoryReading(
+        3, None, None, 4
+    )
 
 
 # ---- in a real process ----------------------------------------------------------------------
@@ -229,7 +231,7 @@ def measured(checkpoint: Path) -> Any:
     result = profile(
         checkpoint,
         text="def f(x): return x * 2  # twice\n" * 4,
-        settings=Settings(16, gen_tokens=5, prompts=2, repeats=2, threads=1, timeout_s=120),
+        settings=ProfileSettings(16, gen_tokens=5, prompts=2, repeats=2, threads=1, timeout_s=120),
         advance=lambda *step: said.append(step),
     )
     return result, said
@@ -288,7 +290,7 @@ def test_the_table_shows_every_metric_phase_and_size(measured: Any) -> None:
     result, _ = measured
     console = Console(width=120)
     with console.capture() as captured:
-        console.print(table(result))
+        console.print(build_profile_table(result))
     text = captured.get()
     for label in (
         "time to first token", "each further token", "prefill", "peak memory, load",
@@ -312,7 +314,7 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     small = quantize(whole, Scheme(group_size=32))
     for name, model in {"hf": whole, "gptq": small, "onnx": small}.items():
         (root / name).mkdir()
-        registry.target(name).write(model, root / name)
+        registry.find_target(name).write(model, root / name)
         write_manifest(root / name, name)
     return {path.name: path for path in root.iterdir()}
 
@@ -393,7 +395,7 @@ class Spelling:
 
 
 def test_prompts_come_from_evenly_spaced_places() -> None:
-    settings = Settings(prompt_tokens=2, prompts=2)
+    settings = ProfileSettings(prompt_tokens=2, prompts=2)
     found = cut_prompts(Spelling(), "abcdefghij", settings)
     assert [[chr(i) for i in prompt] for prompt in found] == [["a", "b"], ["d", "e"], ["g", "h"]]
     assert len(cut_prompts(Spelling(), "abcdef", settings)) == 3
@@ -468,14 +470,14 @@ def test_a_child_that_takes_too_long_is_stopped(
         )
     )
     with pytest.raises(Moe2EdgeError, match="took longer than 1 s and was stopped"):
-        measure.ask_child(REQUEST, Settings(timeout_s=1))
+        measure.ask_child(REQUEST, ProfileSettings(timeout_s=1))
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), signal.SIGCONT)
 
 
 def test_threads_are_passed_on(fake_child: Callable[[str], None]) -> None:
     fake_child("import os; print('{\"threads\": \"' + os.environ['OMP_NUM_THREADS'] + '\"}')")
-    assert measure.ask_child(REQUEST, Settings(threads=3)) == {"threads": "3"}
+    assert measure.ask_child(REQUEST, ProfileSettings(threads=3)) == {"threads": "3"}
 
 
 def test_what_libraries_print_does_not_spoil_the_answer() -> None:
@@ -496,7 +498,7 @@ def test_different_tokens_are_a_warning(monkeypatch: pytest.MonkeyPatch, checkpo
     monkeypatch.setattr(measure, "ask_child", lambda *_: next(answers))
     idle = {"cpu": {"usable": 2, "logical": 2}, "load_avg": 0.1}
     monkeypatch.setattr(measure, "environment", lambda: idle)
-    result = profile(checkpoint, prompts=PROMPTS, settings=Settings(repeats=2))
+    result = profile(checkpoint, prompts=PROMPTS, settings=ProfileSettings(repeats=2))
     assert result.warnings == ("greedy decoding gave different tokens in different processes",)
 
 
@@ -511,7 +513,7 @@ def test_a_busy_machine_is_a_warning(monkeypatch: pytest.MonkeyPatch, checkpoint
 @pytest.mark.parametrize("name", ["prompt_tokens", "gen_tokens", "prompts", "repeats", "threads"])
 def test_settings_out_of_range(checkpoint: Path, name: str) -> None:
     with pytest.raises(InputError, match=f"{name} is 0; give 1 or more"):
-        profile(checkpoint, text="", settings=Settings(**{name: 0}))
+        profile(checkpoint, text="", settings=ProfileSettings(**{name: 0}))
 
 
 def test_input_that_is_refused_before_a_process_starts(checkpoint: Path, tmp_path: Path) -> None:
@@ -519,13 +521,13 @@ def test_input_that_is_refused_before_a_process_starts(checkpoint: Path, tmp_pat
         profile(tmp_path / "none", text="")
     with pytest.raises(InputError, match="neither an output folder"):
         profile(tmp_path, text="")
-    too_much = Settings(prompt_tokens=100, gen_tokens=29)
+    too_much = ProfileSettings(prompt_tokens=100, gen_tokens=29)
     with pytest.raises(InputError, match="do not fit the 128 tokens that the model holds"):
         profile(checkpoint, text="", settings=too_much)
     with pytest.raises(InputError, match="128 prompt tokens and 1 generated ones do not fit"):
         profile(checkpoint, prompts=[[1] * 128] * 2, settings=too_much, fixed=("threads",))
     with pytest.raises(InputError, match="the text has 0 tokens"):
-        profile(checkpoint, settings=Settings(prompt_tokens=8, gen_tokens=8))
+        profile(checkpoint, settings=ProfileSettings(prompt_tokens=8, gen_tokens=8))
     with pytest.raises(InputError, match=r"2 prompts of lengths \[1, 2\]"):
         profile(checkpoint, prompts=[[1], [1, 2]])
     with pytest.raises(InputError, match=r"1 prompts of lengths \[1\]; give at least two"):
@@ -637,7 +639,7 @@ def test_sizes_by_class(tmp_path: Path) -> None:
     for name, size in sizes.items():
         (tmp_path / name).write_bytes(b"0" * size)
     expected = {"weights": 6, "graph": 1, "tokenizer": 56, "config": 192, "other": 256}
-    assert sizes_of(tmp_path) == expected
+    assert measure_sizes(tmp_path) == expected
     # Without data beside it, the graph holds the weights itself.
     (tmp_path / "model.onnx.data").unlink()
-    assert sizes_of(tmp_path) == {**expected, "weights": 5, "graph": 0}
+    assert measure_sizes(tmp_path) == {**expected, "weights": 5, "graph": 0}

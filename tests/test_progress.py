@@ -24,22 +24,22 @@ def handlers() -> Iterator[None]:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("quiet", [False, True])
 def test_an_interrupt_that_was_dropped_is_raised_again(number: signal.Signals, quiet: bool) -> None:
-    watcher = progress_bar.watcher(quiet=quiet)
-    watcher.log("begun")
+    reporter = progress_bar.make_reporter(quiet=quiet)
+    reporter.log("begun")
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), number)
     with pytest.raises(KeyboardInterrupt):
-        watcher.advance("work", 1, 9)
+        reporter.advance("work", 1, 9)
     with pytest.raises(KeyboardInterrupt):
-        watcher.log("more")
+        reporter.log("more")
     with pytest.raises(KeyboardInterrupt):
-        next(progress_bar.watched([1]))
+        next(progress_bar.iterate_until_interrupted([1]))
 
 
 def test_lines_elsewhere_than_on_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    watcher = progress_bar.watcher(quiet=False)
+    reporter = progress_bar.make_reporter(quiet=False)
     for done in range(4):
-        watcher.advance("work", done, 3)
+        reporter.advance("work", done, 3)
     assert capsys.readouterr().err.endswith("work: 3 of 3\n")
     assert capsys.readouterr().out == ""
 
@@ -49,9 +49,9 @@ def test_lines_say_where_the_work_is_and_how_long_it_takes(
 ) -> None:
     clock = iter([0.0, 1.0, 101.0, 201.0, 301.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
-    watcher = progress_bar.watcher(quiet=False)
+    reporter = progress_bar.make_reporter(quiet=False)
     for done in (0, 10, 20, 300):
-        watcher.advance("gptq", done, 300, f"block {done}")
+        reporter.advance("gptq", done, 300, f"block {done}")
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
         "[ 101.0 s] gptq: 10 of 300, block 10, 48:20 left",

@@ -57,10 +57,10 @@ def test_the_first_rule_that_matches_holds(model: Model) -> None:
 
 def test_the_group_size_of_the_source_holds_for_what_is_left(model: Model) -> None:
     """The shared expert is 96 wide; without it, 64 would divide every width."""
-    assert rtn().resolved(model).group_size == 32
+    assert rtn().resolve(model).group_size == 32
     rules = [{"match": "experts?\\.", "bits": 4, "group_size": -1}]
-    assert rtn(rules=rules).resolved(model).group_size == 64
-    kept = rtn(group_size=-1).resolved(model)
+    assert rtn(rules=rules).resolve(model).group_size == 64
+    kept = rtn(group_size=-1).resolve(model)
     assert kept.group_size == -1
     assert {s.width(96) for s in kept.schemes(model).values()} == {96}
 

@@ -10,20 +10,20 @@ import pytest
 from moe2edge.errors import InputError
 from moe2edge.passes.expert_drop import ExpertDrop
 from moe2edge.pipeline import recipe, registry
-from moe2edge.pipeline.stages import stages
+from moe2edge.pipeline.stages import group_stages
 
 
-@pytest.mark.parametrize("name", sorted(recipe.bundled()))
+@pytest.mark.parametrize("name", sorted(recipe.list_bundled()))
 def test_bundled_recipes_survive_a_round_trip(name: str) -> None:
     parsed = recipe.parse(recipe.find(name))
     assert recipe.parse(parsed.render()) == parsed
-    assert recipe.bundled()[name].read_text().startswith("# ")
+    assert recipe.list_bundled()[name].read_text().startswith("# ")
 
 
 def test_every_option_is_spelt_out() -> None:
     text = recipe.parse("passes: [gptq, {block_drop: {drop: 1}}]").render()
     for name in ("gptq", "block_drop"):
-        assert all(f"{field}:" in text for field in registry.pass_type(name).model_fields)
+        assert all(f"{field}:" in text for field in registry.find_pass(name).model_fields)
 
 
 def test_settings_override() -> None:
@@ -119,13 +119,13 @@ def test_adjacent_trimming_shares_a_stage() -> None:
         "passes: [{expert_drop: {keep: 4}}, {block_drop: {drop: 1}}, gptq,"
         " {expert_drop: {keep: 3}}, {expert_drop: {keep: 2, rescore: true}}]"
     )
-    names = [[registry.name_of(p) for p in stage.passes] for stage in stages(parsed.passes)]
+    names = [[registry.get_name(p) for p in stage.passes] for stage in group_stages(parsed.passes)]
     assert names == [["expert_drop", "block_drop"], ["gptq"], ["expert_drop"], ["expert_drop"]]
 
 
 def test_schema_knows_every_pass() -> None:
-    schema = recipe.json_schema()
-    assert set(registry.pass_names()) <= set(schema["$defs"])
+    schema = recipe.build_json_schema()
+    assert set(registry.list_passes()) <= set(schema["$defs"])
     assert json.loads(json.dumps(schema)) == schema
     committed = recipe.BUNDLED / "recipe.schema.json"
     assert json.loads(committed.read_text()) == schema, "run: moe2edge recipe schema > " + str(

@@ -21,19 +21,19 @@ from moe2edge.passes import _recover_lora, _recover_parameters, _recover_teacher
 from moe2edge.passes import _recover_lora as lora
 from moe2edge.passes import _recover_teacher as teacher
 from moe2edge.passes._recover_state import States
-from moe2edge.passes._recover_teacher import Objective, Teacher, distance, text_loss
-from moe2edge.passes._recover_trainer import rows_of
+from moe2edge.passes._recover_teacher import Objective, Teacher, compute_distance, compute_text_loss
+from moe2edge.passes._recover_trainer import choose_rows
 from moe2edge.passes.expert_replace import ExpertReplace
 from moe2edge.passes.recover import Recover
-from moe2edge.pipeline.contract import Lab, Outcome
-from moe2edge.progress import Watcher
-from moe2edge.runtime.decoder_blocks import block_state
-from moe2edge.runtime.load import to_transformers
+from moe2edge.pipeline.contract import Outcome, PassContext
+from moe2edge.progress import Reporter
+from moe2edge.runtime.decoder_blocks import load_block_state
+from moe2edge.runtime.load import build_transformers_model
 from moe2edge.storage.checkpoint import open_checkpoint
-from moe2edge.testing import QUICK_TRAINING, InMemory, Make, numbers_of
-from moe2edge.testing import learnable_text as text
+from moe2edge.testing import QUICK_TRAINING, InMemory, Make, read_all_numbers
+from moe2edge.testing import make_learnable_text as text
 
-QUIET = Watcher(lambda _: None, lambda *_: None)
+QUIET = Reporter(lambda _: None, lambda *_: None)
 NO_TOKENS = torch.empty(0, 0, dtype=torch.int64)
 
 
@@ -53,16 +53,18 @@ def replaced(model: Model, keep: Sequence[int] = (5, 4)) -> Model:
     )
     for kind, count in zip(kinds, keep, strict=False):
         step = ExpertReplace.model_validate({**kind, "keep": count})
-        watcher: Any = SimpleNamespace(advance=lambda *_: None, log=lambda _: None)
-        model = step.search(Lab(model, model, text(), InMemory(), watcher)).model
+        reporter: Any = SimpleNamespace(advance=lambda *_: None, log=lambda _: None)
+        model = step.search(PassContext(model, model, text(), InMemory(), reporter)).model
     return model
 
 
 def recovered(model: Model, folder: Path | None = None, **options: Any) -> Outcome:
     step = Recover.model_validate({**QUICK_TRAINING, **options})
     step.check(model)
-    lab = Lab(model, model, NO_TOKENS, InMemory(), QUIET, training=text(), scratch=folder)
-    return step.search(lab)
+    context = PassContext(
+        model, model, NO_TOKENS, InMemory(), QUIET, training=text(), scratch=folder
+    )
+    return step.search(context)
 
 
 # ---- the training --------------------------------------------------------------------------------
@@ -96,7 +98,7 @@ def test_it_is_the_obvious_loop(tiny: Make) -> None:
     optimizer = torch.optim.AdamW(groups, lr=3e-3)
     schedule = get_cosine_schedule_with_warmup(optimizer, 2, 6)
     for step in range(6):
-        ids = text()[rows_of(step, 4, 16, 0)]
+        ids = text()[choose_rows(step, 4, 16, 0)]
         loss = model(input_ids=ids, labels=ids).loss
         optimizer.zero_grad()
         loss.backward()
@@ -105,7 +107,7 @@ def test_it_is_the_obvious_loop(tiny: Make) -> None:
         schedule.step()
     state = model.state_dict()
     assert outcome.figures["best_step"] == 6
-    for (index, role), found in numbers_of(outcome.model).items():
+    for (index, role), found in read_all_numbers(outcome.model).items():
         if index is None:
             assert (found - state[role]).abs().max() < 1e-5
         elif role.startswith(("attention", "norms")):
@@ -122,7 +124,7 @@ def test_parts_of_a_step_add_up(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("moe2edge.passes._recover_trainer.TOKENS_AT_ONCE", 64)  # two samples
     parts = recovered(trimmed(tiny), batch=5, steps=2)
     for (key, one), other in zip(
-        numbers_of(whole.model).items(), numbers_of(parts.model).values(), strict=True
+        read_all_numbers(whole.model).items(), read_all_numbers(parts.model).values(), strict=True
     ):
         assert (one - other).abs().max() < 2e-3, key
     losses = [outcome.figures["history"][-1]["loss"] for outcome in (whole, parts)]
@@ -130,12 +132,12 @@ def test_parts_of_a_step_add_up(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_every_sample_has_its_turn() -> None:
-    taken = [row for step in range(7) for row in rows_of(step, 3, 7, 5)]
+    taken = [row for step in range(7) for row in choose_rows(step, 3, 7, 5)]
     for epoch in range(3):
         assert sorted(taken[7 * epoch : 7 * epoch + 7]) == list(range(7))
     assert taken[:7] != taken[7:14]
-    assert taken == [row for step in range(7) for row in rows_of(step, 3, 7, 5)]
-    assert taken != [row for step in range(7) for row in rows_of(step, 3, 7, 6)]
+    assert taken == [row for step in range(7) for row in choose_rows(step, 3, 7, 5)]
+    assert taken != [row for step in range(7) for row in choose_rows(step, 3, 7, 6)]
 
 
 def test_it_stops_where_nothing_gets_better(tiny: Make) -> None:
@@ -158,9 +160,9 @@ def test_weights_are_measured_as_they_are_stored(tiny: Make, rate: float, better
     figures = outcome.figures
     best = min(line["perplexity"] for line in figures["history"])
     assert best < figures["history"][0]["perplexity"]
-    loaded: Any = to_transformers(outcome.model, torch.float32)
+    loaded: Any = build_transformers_model(outcome.model, torch.float32)
     with torch.no_grad():
-        actual = math.exp(float(text_loss(text()[-4:], loaded(text()[-4:]).logits)))
+        actual = math.exp(float(compute_text_loss(text()[-4:], loaded(text()[-4:]).logits)))
     assert figures["perplexity"]["after"] == pytest.approx(actual, rel=1e-5)
     assert figures["perplexity"]["after"] != pytest.approx(best, rel=1e-5)
     assert bool(figures["best_step"]) == bool(outcome.changed) == better
@@ -188,7 +190,7 @@ def test_what_is_selected_changes_and_nothing_else(tiny: Make, family: str, trai
     model = replaced(open_checkpoint(str(tiny(family))).model)
     outcome = recovered(model, train=train, eval_every=1, learning_rate=1e-3)
     assert outcome.figures["best_step"] > 0
-    before, after = numbers_of(model), numbers_of(outcome.model)
+    before, after = read_all_numbers(model), read_all_numbers(outcome.model)
     assert before.keys() == after.keys()
     for (index, role), old in before.items():
         changed = not torch.equal(old, after[index, role])
@@ -200,8 +202,8 @@ def test_what_is_selected_changes_and_nothing_else(tiny: Make, family: str, trai
 def test_the_one_expert_of_a_layer_is_one(tiny: Make) -> None:
     model = open_checkpoint(str(tiny("qwen2_moe"))).model
     model = model.replace_block(model.blocks[0].keep_experts((2,), clamp_top_k=True))
-    after = numbers_of(recovered(model, train="experts", steps=2).model)
-    for (index, role), old in numbers_of(model).items():
+    after = read_all_numbers(recovered(model, train="experts", steps=2).model)
+    for (index, role), old in read_all_numbers(model).items():
         kind = role.partition(".")[0]
         changed = kind in ("experts", "router") or kind == "dense"
         assert changed != torch.equal(old, after[index, role]), (index, role)
@@ -217,20 +219,20 @@ def test_parameters_go_back_to_where_they_are_from(tiny: Make, family: str, form
         model = model.replace_block(model.blocks[1].keep_experts((4,), clamp_top_k=True))
     elif form == "no MLP":
         model = model.replace_block(model.blocks[1].without_mlp())
-    loaded = to_transformers(model, torch.float32)
+    loaded = build_transformers_model(model, torch.float32)
     state = dict(loaded.named_parameters())
-    _recover_parameters.check(model, state)
+    _recover_parameters.check_parameters(model, state)
     with pytest.raises(Moe2EdgeError, match="more of the transformers model has no place"):
-        _recover_parameters.check(model, [*state, "more"])
+        _recover_parameters.check_parameters(model, [*state, "more"])
     for block in model.blocks:
-        found = _recover_parameters.by_role(block, block_state(block))
+        found = _recover_parameters.split_by_role(block, load_block_state(block))
         expected = {role: weight.load() for role, weight in block.weights()}
         assert found.keys() == expected.keys()
         for role, own in expected.items():
             assert torch.equal(found[role], own.float()), role
     moved = {name: parameter.detach() + 1 for name, parameter in state.items()}
-    after = numbers_of(_recover_parameters.with_numbers(model, moved, InMemory()))
-    for key, old in numbers_of(model).items():
+    after = read_all_numbers(_recover_parameters.attach_trained(model, moved, InMemory()))
+    for key, old in read_all_numbers(model).items():
         assert torch.equal(after[key], old + 1), key
 
 
@@ -240,9 +242,9 @@ def test_tied_embeddings_stay_one_tensor(tiny: Make) -> None:
     assert set(outcome.model.rest) == {"model.embed_tokens.weight", "model.norm.weight"}
     ids = text()[-4:]
     hidden = walk.observe(outcome.model, ids, (), lambda *_: None, "test")
-    logits = torch.stack(list(walk.head_logits(outcome.model, hidden)))
+    logits = torch.stack(list(walk.compute_logits(outcome.model, hidden)))
     told = outcome.figures["history"][-1]["perplexity"]
-    assert float(text_loss(ids, logits).exp()) == pytest.approx(told, rel=1e-4)
+    assert float(compute_text_loss(ids, logits).exp()) == pytest.approx(told, rel=1e-4)
 
 
 # ---- towards the source --------------------------------------------------------------------------
@@ -257,11 +259,11 @@ def test_what_the_source_says_is_kept(
     folder, ids = tiny("mixtral"), text()[:5]
     source = open_checkpoint(str(folder)).model
     monkeypatch.setattr(teacher, "PIECE_TOKENS", 64)
-    asked = Teacher.ask(source, ids, 7, tmp_path, QUIET, Lab.memory)
+    asked = Teacher.ask(source, ids, 7, tmp_path, QUIET, PassContext.memory)
     pieces = sorted(tmp_path.iterdir())
     assert len(pieces) == 3
     size = sum(piece.stat().st_size for piece in pieces)
-    assert 0 < size - _recover_teacher.nbytes(5, 32, 7) < 3 * 400  # headers
+    assert 0 < size - _recover_teacher.estimate_teacher_bytes(5, 32, 7) < 3 * 400  # headers
     found, log_p = asked.read(torch.tensor([4, 0, 1]))
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
@@ -277,7 +279,7 @@ def test_what_the_source_says_is_kept(
         return observe(model, tokens, *more)
 
     monkeypatch.setattr(walk, "observe", watched)
-    again = Teacher.ask(source, ids, 7, tmp_path, QUIET, Lab.memory)
+    again = Teacher.ask(source, ids, 7, tmp_path, QUIET, PassContext.memory)
     assert walked == [2]
     assert torch.equal(again.read(torch.tensor([4, 0, 1]))[0], found)
 
@@ -298,7 +300,7 @@ def test_the_distance_is_the_sum_that_is_documented(bucket: bool) -> None:
             if bucket:
                 pairs.append((1 - whole, 1 - sum(float(q[v]) for v in tokens)))
             total += sum(mine * math.log(mine / other) for mine, other in pairs)
-    found = distance(kept.indices, kept.values, student, bucket=bucket)
+    found = compute_distance(kept.indices, kept.values, student, bucket=bucket)
     assert float(found) == pytest.approx(total / 8, rel=1e-5)
 
 
@@ -307,16 +309,16 @@ def test_a_student_that_is_the_source_has_nothing_to_learn(tiny: Make, tmp_path:
     everything, few = (tmp_path / name for name in ("everything", "few"))
     everything.mkdir()
     few.mkdir()
-    asked = Teacher.ask(source, ids, source.vocabulary, everything, QUIET, Lab.memory)
-    student: Any = to_transformers(source, torch.float32)
+    asked = Teacher.ask(source, ids, source.vocabulary, everything, QUIET, PassContext.memory)
+    student: Any = build_transformers_model(source, torch.float32)
     rows = torch.arange(3)
     loss = Objective(asked, 0.0)(rows, ids, student(input_ids=ids).logits)
     assert 0 <= float(loss.detach()) < 1e-4
-    some = Teacher.ask(source, ids, 5, few, QUIET, Lab.memory)
+    some = Teacher.ask(source, ids, 5, few, QUIET, PassContext.memory)
     loss = Objective(some, 0.0, bucket=True)(rows, ids, student(input_ids=ids).logits)
     assert abs(float(loss.detach())) < 1e-4
     half = Objective(asked, 0.25)(rows, ids, student(input_ids=ids).logits)
-    own = text_loss(ids, student(input_ids=ids).logits)
+    own = compute_text_loss(ids, student(input_ids=ids).logits)
     assert float(half.detach()) == pytest.approx(0.25 * float(own.detach()), rel=1e-3)
 
 
@@ -327,10 +329,10 @@ def test_a_student_that_is_the_source_has_nothing_to_learn(tiny: Make, tmp_path:
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_merged_adapters_are_the_adapters(tiny: Make, family: str, keep: int) -> None:
     model = replaced(open_checkpoint(str(tiny(family))).model, (keep,))
-    names = _recover_parameters.selected(
+    names = _recover_parameters.select_parameters(
         model, lambda b, role: b is not None and is_quantizable(role)
     )
-    plain: Any = to_transformers(model, torch.float32)
+    plain: Any = build_transformers_model(model, torch.float32)
     state = torch.random.get_rng_state()
     wrapped, parameters = _recover_lora.adapt(plain, names, [], 3, 0)
     assert torch.equal(state, torch.random.get_rng_state())
@@ -341,11 +343,11 @@ def test_merged_adapters_are_the_adapters(tiny: Make, family: str, keep: int) ->
     with torch.no_grad():
         expected = wrapped(input_ids=ids).logits
     merged = dict(_recover_lora.merge(wrapped).named_parameters())
-    after = _recover_parameters.with_numbers(
+    after = _recover_parameters.attach_trained(
         model, {n: merged[n].detach() for n in names}, InMemory()
     )
-    again: Any = to_transformers(after, torch.float32)
-    before: Any = to_transformers(model, torch.float32)
+    again: Any = build_transformers_model(after, torch.float32)
+    before: Any = build_transformers_model(model, torch.float32)
     with torch.no_grad():
         assert (again(input_ids=ids).logits - expected).abs().max() < 1e-3
         assert (before(input_ids=ids).logits - expected).abs().max() > 0.1
@@ -356,8 +358,8 @@ def test_plain_mlps_get_adapters(tiny: Make, family: str) -> None:
     """Beside experts with names that peft takes for theirs."""
     model = open_checkpoint(str(tiny(family))).model
     model = model.replace_block(model.blocks[1].keep_experts((4,), clamp_top_k=True))
-    after = numbers_of(recovered(model, train="lora", steps=2).model)
-    for (index, role), old in numbers_of(model).items():
+    after = read_all_numbers(recovered(model, train="lora", steps=2).model)
+    for (index, role), old in read_all_numbers(model).items():
         adapted = index is not None and is_quantizable(role)
         assert adapted != torch.equal(old, after[index, role]), (index, role)
 

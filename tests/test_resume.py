@@ -195,7 +195,7 @@ def test_an_interrupt_keeps_finished_blocks(
 
     folder, added, left = inputs(tmp_path / "w"), journal.Journal.add, [5]
 
-    def adding(self: journal.Journal, unit: journal.Unit) -> None:
+    def adding(self: journal.Journal, unit: journal.JournalEntry) -> None:
         added(self, unit)
         left[0] -= 1
         if not left[0]:

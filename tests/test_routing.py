@@ -18,27 +18,29 @@ from moe2edge.model.family import FAMILIES
 from moe2edge.model.layers import MoELayer, Weight
 from moe2edge.model.model import Model
 from moe2edge.numerics import router_fit
-from moe2edge.numerics.subset_loss import Rule
+from moe2edge.numerics.subset_loss import RoutingRule
 from moe2edge.passes.routing import Routing
-from moe2edge.pipeline.contract import Lab, Outcome
-from moe2edge.progress import Watcher
+from moe2edge.pipeline.contract import Outcome, PassContext
+from moe2edge.progress import Reporter
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.storage.work_folder import WorkFolder
 from moe2edge.testing import Make
 
 IDS = torch.randint(1, 96, (16, 40), generator=torch.Generator().manual_seed(0))
-QUIET = Watcher(lambda _: None, lambda *_: None)
+QUIET = Reporter(lambda _: None, lambda *_: None)
 TOKENS, EXPERTS, HIDDEN = 40, 5, 6
 
 
-def layer(rule: Rule, seed: int = 0) -> tuple[router_fit.Evidence, torch.Tensor, torch.Tensor]:
+def layer(
+    rule: RoutingRule, seed: int = 0
+) -> tuple[router_fit.RouterEvidence, torch.Tensor, torch.Tensor]:
     """Random evidence with what it was made of: outputs [T, E, H] and what is lacking [T, H]."""
     draw = torch.Generator().manual_seed(seed)
     h = torch.randn(TOKENS, HIDDEN, generator=draw)
     outputs = torch.randn(TOKENS, EXPERTS, HIDDEN, generator=draw)
     lacks = torch.randn(TOKENS, HIDDEN, generator=draw)
     router = torch.randn(EXPERTS, HIDDEN, generator=draw)
-    evidence = router_fit.Evidence(
+    evidence = router_fit.RouterEvidence(
         rule,
         h,
         outputs @ outputs.mT,
@@ -51,7 +53,10 @@ def layer(rule: Rule, seed: int = 0) -> tuple[router_fit.Evidence, torch.Tensor,
 
 
 def slow_loss(
-    evidence: router_fit.Evidence, outputs: torch.Tensor, lacks: torch.Tensor, router: torch.Tensor
+    evidence: router_fit.RouterEvidence,
+    outputs: torch.Tensor,
+    lacks: torch.Tensor,
+    router: torch.Tensor,
 ) -> torch.Tensor:
     """The loss, token by token, from outputs themselves; the chosen set is fixed by values."""
     total = torch.zeros((), dtype=router.dtype)
@@ -66,19 +71,25 @@ def slow_loss(
     return total
 
 
-RULES = [Rule(2, renormalize=True), Rule(2, renormalize=False), Rule(EXPERTS, renormalize=True)]
+RULES = [
+    RoutingRule(2, renormalize=True),
+    RoutingRule(2, renormalize=False),
+    RoutingRule(EXPERTS, renormalize=True),
+]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
-def test_loss_equals_a_loop_over_tokens(rule: Rule) -> None:
+def test_loss_equals_a_loop_over_tokens(rule: RoutingRule) -> None:
     evidence, outputs, lacks = layer(rule)
     router = torch.randn(EXPERTS, HIDDEN, generator=torch.Generator().manual_seed(9))
     expected = float(slow_loss(evidence, outputs, lacks, router))
-    assert router_fit.loss(evidence, router) == pytest.approx(expected, rel=1e-5)
+    assert router_fit.compute_router_loss(evidence, router) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
-def test_a_step_solves_the_linearized_problem(rule: Rule, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_solves_the_linearized_problem(
+    rule: RoutingRule, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Jacobian by autograd, dense least squares; conjugate gradients run until they are exact."""
     monkeypatch.setattr(router_fit, "ITERATIONS", 500)
     monkeypatch.setattr(router_fit, "PRECISION", 1e-14)
@@ -111,21 +122,21 @@ def test_a_step_solves_the_linearized_problem(rule: Rule, monkeypatch: pytest.Mo
         at = slice(one * HIDDEN, (one + 1) * HIDDEN)
         normal[at, at] += damping * mean * products + shrink * size[one] * torch.eye(HIDDEN)
     expected = torch.linalg.solve(normal, -jacobian.T @ lacking(router))
-    found = router_fit.step(evidence, router.float(), damping, ridge)
+    found = router_fit.take_step(evidence, router.float(), damping, ridge)
     assert torch.allclose(found.flatten().double(), expected, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("renormalize", [True, False])
 def test_rows_that_were_disturbed_are_found_again(renormalize: bool) -> None:
     draw = torch.Generator().manual_seed(1)
-    rule, tokens = Rule(2, renormalize), 600
+    rule, tokens = RoutingRule(2, renormalize), 600
     h = torch.randn(tokens, HIDDEN, generator=draw)
     outputs = torch.randn(tokens, EXPERTS, HIDDEN, generator=draw)
     true = torch.randn(EXPERTS, HIDDEN, generator=draw)
     disturbed = true + 0.3 * torch.randn(EXPERTS, HIDDEN, generator=draw)
     before, after = (router_fit.route(h @ rows.T, rule)[0] for rows in (disturbed, true))
     lacks = ((after - before)[:, None] @ outputs)[:, 0]
-    evidence = router_fit.Evidence(
+    evidence = router_fit.RouterEvidence(
         rule,
         h,
         outputs @ outputs.mT,
@@ -135,7 +146,7 @@ def test_rows_that_were_disturbed_are_found_again(renormalize: bool) -> None:
         torch.ones(tokens),
     )
     held_out = torch.arange(tokens) % 4 == 0
-    found = router_fit.fit(
+    found = router_fit.fit_router(
         evidence, held_out, disturbed, torch.float32,
         damping=0.1, ridge=0.001, rounds=20, margin=1e-3,
     )  # fmt: skip
@@ -143,14 +154,14 @@ def test_rows_that_were_disturbed_are_found_again(renormalize: bool) -> None:
     assert found.after < 0.2 * found.before
     # Nothing to win: the rows are right already.
     none = replace(evidence, weights=after, pull=evidence.pull * 0, missing=evidence.missing * 0)
-    found = router_fit.fit(
+    found = router_fit.fit_router(
         none, held_out, true, torch.float32, damping=0.1, ridge=0.001, rounds=5, margin=1e-3
     )
     assert found.router is None
 
 
-def lab(source: Model, model: Model, folder: Path, ids: torch.Tensor = IDS) -> Lab:
-    return Lab(source, model, ids, WorkFolder(folder), QUIET)
+def context(source: Model, model: Model, folder: Path, ids: torch.Tensor = IDS) -> PassContext:
+    return PassContext(source, model, ids, WorkFolder(folder), QUIET)
 
 
 def own_text(folder: Path) -> torch.Tensor:
@@ -191,7 +202,7 @@ def kl(source: Model, model: Model) -> float:
     logits = []
     for one in (source, model):
         hidden = walk.observe(one, ids, (), QUIET.advance, "")
-        logits.append(torch.stack(list(walk.head_logits(one, hidden))).log_softmax(-1))
+        logits.append(torch.stack(list(walk.compute_logits(one, hidden))).log_softmax(-1))
     return float((logits[0].exp() * (logits[0] - logits[1])).sum(-1).mean())
 
 
@@ -201,7 +212,7 @@ def test_disturbed_routers_get_better(tiny: Make, family: str, tmp_path: Path) -
     model = disturbed(source, 0.2)
     step = Routing(ridge=0.001, damping=0.1)
     step.check(model)
-    outcome = step.search(lab(source, model, tmp_path, own_text(tiny(family))))
+    outcome = step.search(context(source, model, tmp_path, own_text(tiny(family))))
     assert len(outcome.changed) == 3
     assert kl(source, outcome.model) < 0.8 * kl(source, model)
     outcome.model.verify()
@@ -211,7 +222,7 @@ def test_disturbed_routers_get_better(tiny: Make, family: str, tmp_path: Path) -
 
 def test_a_model_that_cannot_get_better_is_left_alone(tiny: Make, tmp_path: Path) -> None:
     source = open_checkpoint(str(tiny("mixtral"))).model
-    outcome = Routing().search(lab(source, source, tmp_path))
+    outcome = Routing().search(context(source, source, tmp_path))
     assert outcome.model is source
     assert outcome.changed == ()
     assert "no router was changed" in outcome.notes[-1]
@@ -227,11 +238,11 @@ def test_the_whole_is_judged_by_the_loss(
     source = open_checkpoint(str(tiny("mixtral"))).model
     model, losses = disturbed(source, 0.2), iter([[4.0, 5.0, 6.0, 7.0], [3.5, 5.5, 6.5, 6.0]])
 
-    def per_sample(*_: Any) -> list[metrics.Sums]:
-        return [metrics.Sums(1, nll, 0.1, 1) for nll in next(losses)]
+    def per_sample(*_: Any) -> list[metrics.SampleSums]:
+        return [metrics.SampleSums(1, nll, 0.1, 1) for nll in next(losses)]
 
-    monkeypatch.setattr(quality, "per_sample", per_sample)
-    outcome: Outcome = Routing(ridge=0.001, damping=0.1).search(lab(source, model, tmp_path))
+    monkeypatch.setattr(quality, "measure_per_sample", per_sample)
+    outcome: Outcome = Routing(ridge=0.001, damping=0.1).search(context(source, model, tmp_path))
     assert outcome.model is model
     assert outcome.changed == ()
     assert "left alone, the loss does not fall measurably" in outcome.notes[-1]
@@ -240,7 +251,7 @@ def test_the_whole_is_judged_by_the_loss(
 def test_rows_are_rounded_before_they_are_judged(tiny: Make, tmp_path: Path) -> None:
     source = open_checkpoint(str(tiny("mixtral", dtype="bfloat16"))).model
     model = dropped(source)
-    outcome = Routing(margin=0).search(lab(source, model, tmp_path))
+    outcome = Routing(margin=0).search(context(source, model, tmp_path))
     for block in outcome.model.blocks:
         assert isinstance(block.mlp, MoELayer)
         assert block.mlp.router.weight.load().dtype == torch.bfloat16
@@ -250,7 +261,7 @@ def test_the_same_twice(tiny: Make, tmp_path: Path) -> None:
     source = open_checkpoint(str(tiny("olmoe"))).model
     model = disturbed(source, 0.2)
     first, second = (
-        Routing(damping=0.1, ridge=0.001).search(lab(source, model, folder))
+        Routing(damping=0.1, ridge=0.001).search(context(source, model, folder))
         for folder in (tmp_path / "a", tmp_path / "b")
         if not folder.mkdir()  # type: ignore[func-returns-value]
     )
@@ -278,7 +289,7 @@ def test_refusals(tiny: Make, tmp_path: Path) -> None:
     skips = replace(part, router=replace(part.router, skip_below=(0.5,)))
     with pytest.raises(InputError, match="put expert_skip after routing"):
         Routing().check(source.replace_block(replace(block, mlp=skips)))
-    one = Lab(source, source, IDS[:1], WorkFolder(tmp_path), QUIET)
+    one = PassContext(source, source, IDS[:1], WorkFolder(tmp_path), QUIET)
     with pytest.raises(InputError, match="1 calibration samples do not suffice"):
         Routing().search(one)
 
@@ -287,7 +298,7 @@ def test_layers_without_a_router_are_passed_over(tiny: Make, tmp_path: Path) -> 
     source = open_checkpoint(str(tiny("qwen2_moe"))).model
     model = source.replace_block(source.blocks[0].keep_experts([]))
     model = model.replace_block(model.blocks[1].keep_experts([3], clamp_top_k=True))
-    outcome = Routing(margin=0).search(lab(source, model, tmp_path))
+    outcome = Routing(margin=0).search(context(source, model, tmp_path))
     assert all("block 2" in changed for changed in outcome.changed)
 
 

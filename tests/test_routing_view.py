@@ -8,7 +8,7 @@ import re
 import pytest
 
 from moe2edge.evaluation import routing_view
-from moe2edge.evaluation.routing_report import CRITERIA, ExpertUse, LayerUse, RoutingReport
+from moe2edge.evaluation.routing_report import REPORTED_CRITERIA, ExpertUse, LayerUse, RoutingReport
 
 
 def report(*loads: list[int], top_k: int = 2) -> RoutingReport:
@@ -16,7 +16,15 @@ def report(*loads: list[int], top_k: int = 2) -> RoutingReport:
     layers = []
     for block, tokens in enumerate(loads):
         experts = tuple(
-            ExpertUse(n, t, t / sum(tokens), t / 2, 0.1, 1.0, {name: float(t) for name in CRITERIA})
+            ExpertUse(
+                n,
+                t,
+                t / sum(tokens),
+                t / 2,
+                0.1,
+                1.0,
+                {name: float(t) for name in REPORTED_CRITERIA},
+            )
             for n, t in enumerate(tokens)
         )
         layers.append(LayerUse(block, block, top_k, sum(tokens) // top_k, experts))
@@ -25,19 +33,19 @@ def report(*loads: list[int], top_k: int = 2) -> RoutingReport:
 
 def test_heat_map_compares_with_an_even_share() -> None:
     made = report([40, 40, 40, 40], [80, 0, 79, 1], [120, 40])
-    legend, *lines = routing_view.heat_map(made, 80, "utf-8")
+    legend, *lines = routing_view.draw_heat_map(made, 80, "utf-8")
     assert "2.00 times an even share" in legend
     assert lines == ["block 0  ▄ ▄ ▄ ▄", "block 1  █ . █ ▁", "block 2  ▆ ▂"]
-    legend, *lines = routing_view.heat_map(made, 80, "ascii")
+    legend, *lines = routing_view.draw_heat_map(made, 80, "ascii")
     assert lines == ["block 0  4 4 4 4", "block 1  8 . 8 1", "block 2  6 2"]
     wide = report([1] * 100)
-    _, *lines = routing_view.heat_map(wide, 59, "utf-8")
+    _, *lines = routing_view.draw_heat_map(wide, 59, "utf-8")
     assert lines == ["block 0  " + "█" * 50, " " * 9 + "█" * 50]
 
 
 def test_table_names_the_extremes() -> None:
     made = report([40, 50, 30, 40], [80, 0, 80, 0])
-    table = routing_view.table(made, "reap")
+    table = routing_view.build_layer_table(made, "reap")
     rows = list(zip(*(list(column.cells) for column in table.columns), strict=True))
     assert rows == [
         ("0", "4", "2", "1.977 of 2.000", "0.18", "1.67", "0", "1: 31.2%", "2: 18.8%", "2: 30"),
@@ -73,7 +81,7 @@ def test_picture_shows_layers_by_experts() -> None:
     assert mass[0].tolist() == pytest.approx([25, 31.25, 18.75, 25])
     assert scores[0].tolist() == pytest.approx([80, 100, 60, 80])
     assert "×" in {said.get_text() for said in maps[0].texts}
-    image = Image.open(io.BytesIO(routing_view.picture(made, "mone", ".png")))
+    image = Image.open(io.BytesIO(routing_view.draw_picture(made, "mone", ".png")))
     image.load()
     assert image.format == "PNG"
     width, height = figure.get_size_inches() * routing_view.DOTS_PER_INCH
@@ -101,9 +109,9 @@ def test_pictures_have_no_date_and_no_chance(suffix: str, magic: bytes) -> None:
     import matplotlib
 
     made = report([40, 50, 30, 40], [80, 0, 80])
-    first = routing_view.picture(made, "mone", suffix)
+    first = routing_view.draw_picture(made, "mone", suffix)
     with matplotlib.rc_context({"image.cmap": "gray", "figure.dpi": 50, "font.size": 20}):
-        assert routing_view.picture(made, "mone", suffix) == first
+        assert routing_view.draw_picture(made, "mone", suffix) == first
         assert matplotlib.rcParams["font.size"] == 20
     assert first.startswith(magic)
     assert not re.search(rb"CreationDate|<dc:date>", first)
@@ -111,4 +119,4 @@ def test_pictures_have_no_date_and_no_chance(suffix: str, magic: bytes) -> None:
 
 def test_names_are_drawn_as_they_are() -> None:
     made = RoutingReport("a/$x_1$^\u6f22", "F", None, {"text": "b$" * 40}, report([3, 1]).layers)
-    assert routing_view.picture(made, "mone", ".png").startswith(b"\x89PNG")
+    assert routing_view.draw_picture(made, "mone", ".png").startswith(b"\x89PNG")

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from moe2edge.calibration import router_observers, walk
-from moe2edge.calibration.similarity import BlockSimilarityKind, LayerSimilarityObserver
+from moe2edge.calibration.similarity import BlockSimilarityFactory, LayerSimilarityObserver
 from moe2edge.model.family import FAMILIES
 from moe2edge.numerics import saliency
 from moe2edge.storage.checkpoint import open_checkpoint
@@ -74,11 +74,11 @@ def test_criteria_equal_a_loop_over_tokens(
     gated = [
         sum(g * n for g, n in zip(*both, strict=True)) for both in zip(gates, norms, strict=True)
     ]
-    layer = outputs.fact().layers[1]
+    layer = outputs.result().layers[1]
     for found, expected in (
-        (saliency.routing_score(routing.fact(), 1), score.tolist()),
-        (saliency.frequency(routing.fact(), 1), count),
-        (saliency.soft_frequency(routing.fact(), 1), mass.tolist()),
+        (saliency.routing_score(routing.result(), 1), score.tolist()),
+        (saliency.frequency(routing.result(), 1), count),
+        (saliency.soft_frequency(routing.result(), 1), mass.tolist()),
         (saliency.ean(layer), [sum(n) for n in norms]),
         (saliency.man(layer), [sum(n) / len(n) for n in norms]),
         (saliency.msan(layer), [sum(x * x for x in n) / len(n) for n in norms]),
@@ -122,14 +122,14 @@ def test_similarities_are_mean_cosines(
 ) -> None:
     monkeypatch.setattr(walk, "BATCH_TOKENS", 40)  # two batches, of which one is smaller
     folder = tiny(family)
-    blocks, layers = BlockSimilarityKind(longest=2)(), LayerSimilarityObserver()
+    blocks, layers = BlockSimilarityFactory(longest=2)(), LayerSimilarityObserver()
     walk.observe(open_checkpoint(str(folder)).model, IDS, [blocks, layers], quiet, "")
     first, second = hooked(folder, 0), hooked(folder, 1)
-    cosine = blocks.fact().cosine
+    cosine = blocks.result().cosine
     assert set(cosine) == {(0,), (1,), (2,), (0, 1), (1, 2)}
     assert cosine[1,] == pytest.approx(mean_cosine(second["x"], second["y"]), abs=1e-5)
     assert cosine[0, 1] == pytest.approx(mean_cosine(first["x"], second["y"]), abs=1e-5)
-    found = layers.fact()
+    found = layers.result()
     with_norm = mean_cosine(second["attended"], second["attended"] + second["mlp"])
     assert found.with_norm[1,] == pytest.approx(with_norm, abs=1e-5)
     without = mean_cosine(second["normed"], second["mlp"])
@@ -137,7 +137,7 @@ def test_similarities_are_mean_cosines(
 
 
 def test_random_scores_follow_their_seed() -> None:
-    first, same = (saliency.random_scores(8, 2, 7).tolist() for _ in range(2))
+    first, same = (saliency.draw_random_scores(8, 2, 7).tolist() for _ in range(2))
     assert first == same
-    assert first != saliency.random_scores(8, 2, 8).tolist()
-    assert first != saliency.random_scores(8, 3, 7).tolist()
+    assert first != saliency.draw_random_scores(8, 2, 8).tolist()
+    assert first != saliency.draw_random_scores(8, 3, 7).tolist()

@@ -27,23 +27,23 @@ from moe2edge.model.layers import MoELayer, Weight
 from moe2edge.model.model import Model, is_quantizable
 from moe2edge.numerics.rounding import round_to_nearest
 from moe2edge.numerics.scheme import Scheme
-from moe2edge.passes._quantize import Rule
+from moe2edge.passes._quantize import SchemeRule
 from moe2edge.passes.rtn import Rtn
-from moe2edge.pipeline.registry import target_with
+from moe2edge.pipeline.registry import make_target
 from moe2edge.pipeline.target import Target
 from moe2edge.storage.checkpoint import open_checkpoint
-from moe2edge.storage.output import stored_model
+from moe2edge.storage.output import open_stored_model
 from moe2edge.targets import _onnx_exact, _onnx_runtime, _onnx_storage
-from moe2edge.targets._tensors import padded
+from moe2edge.targets._tensors import pad
 from moe2edge.targets.gptq import Gptq
 from moe2edge.targets.hf import Hf
 from moe2edge.targets.onnx import Onnx
 from moe2edge.testing import Make, quantize
 
 TARGETS: dict[str, Target] = {
-    "gptq": target_with("gptq", {}),
-    "onnx": target_with("onnx", {}),
-    "hf": target_with("hf", {"dequantize": True}),
+    "gptq": make_target("gptq", {}),
+    "onnx": make_target("onnx", {}),
+    "hf": make_target("hf", {"dequantize": True}),
 }
 SCHEMES = [
     Scheme(bits, group, symmetric)
@@ -84,7 +84,7 @@ def rounded(source: Model, choose: Callable[[int, str], Scheme | None]) -> Model
 
 def logits(model: Model) -> Tensor:
     hidden = walk.observe(model, IDS, (), lambda *_: None, "test")
-    return torch.stack(list(walk.head_logits(model, hidden)))
+    return torch.stack(list(walk.compute_logits(model, hidden)))
 
 
 def check(target: Target, model: Model, folder: Path) -> Path:
@@ -182,12 +182,12 @@ def test_many_schemes_and_none(family: str, name: str, tiny: Make, tmp_path: Pat
     model = rounded(opened(tiny(family, initializer_range=0.1)), odd)
     folder = check(TARGETS[name], model, tmp_path / "out")
     if name == "gptq":
-        back = stored_model(open_checkpoint(str(folder)))
+        back = open_stored_model(open_checkpoint(str(folder)))
         assert [w.scheme for _, _, w in back.tensors()] == [w.scheme for _, _, w in model.tensors()]
 
 
 def test_rules_of_a_recipe_reach_the_targets(tiny: Make) -> None:
-    rules = (Rule(blocks=(0,), bits=8), Rule(match="self_attn", bits=8))
+    rules = (SchemeRule(blocks=(0,), bits=8), SchemeRule(match="self_attn", bits=8))
     model = opened(tiny("qwen2_moe", initializer_range=0.1))
     planned = Rtn(group_size=32, rules=rules).plan(model)
     for _, role, weight in planned.tensors():
@@ -315,7 +315,9 @@ def test_numbers_that_the_dtype_rounds(dtype: str, tiny: Make, tmp_path: Path) -
         assert isinstance(tensor, Tensor)
         assert weight.scheme is None
         assert torch.equal(tensor, before.load().to(getattr(torch, dtype)))
-    of_source = list(walk.head_logits(source, walk.observe(source, IDS, (), lambda *_: None, "")))
+    of_source = list(
+        walk.compute_logits(source, walk.observe(source, IDS, (), lambda *_: None, ""))
+    )
     hidden = walk.observe(model, IDS, (), lambda *_: None, "")
     of_model = verify.record(model, IDS, of_source, hidden)
     reference = of_model.of_stored(model, stored)
@@ -353,15 +355,15 @@ def test_a_changed_zero_point_is_found(tiny: Make, tmp_path: Path) -> None:
         TARGETS[name].write(model, folder)
         with pytest.raises(VerificationFailed, match=r"1\.self_attn\.q_proj.*other numbers"):
             verify.audit(TARGETS[name], folder, model.replace_block(block))
-    assert verify.digest(numbers) != verify.digest(other)
+    assert verify.compute_digest(numbers) != verify.compute_digest(other)
 
 
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        (_onnx_storage.BITS, "3", "has 3 bits, expected 2, 4 or 8"),
-        (_onnx_storage.ZEROS, "nothing", "lacks nothing, which .* needs"),
-        (_onnx_storage.SCALES, "nothing", "lacks nothing, which .* needs"),
+        (_onnx_storage.BITS_KEY, "3", "has 3 bits, expected 2, 4 or 8"),
+        (_onnx_storage.ZEROS_KEY, "nothing", "lacks nothing, which .* needs"),
+        (_onnx_storage.SCALES_KEY, "nothing", "lacks nothing, which .* needs"),
     ],
 )
 def test_a_changed_graph_is_found(
@@ -401,7 +403,7 @@ def test_layers_in_place_of_dropped_ones(
     model = rounded(model, scheme)
     layout: dict[str, object] = {"layout": "mlp-only"}
     options = layout | {"dequantize": True} if name == "hf" else layout
-    check(target_with(name, options), model, tmp_path / "out")
+    check(make_target(name, options), model, tmp_path / "out")
     stored = Gptq(layout="mlp-only").stored(model)
     dense = {role: w for role, w in stored.blocks[1].weights() if role.startswith("dense")}
     assert len(dense) == 3
@@ -413,7 +415,7 @@ def test_padding_keeps_numbers_of_every_scheme() -> None:
     for scheme in SCHEMES:
         numbers = round_to_nearest(matrix, scheme)
         weight = Weight("w", (24, 64), "F32", numbers.dequantize, scheme, partial(replace, numbers))
-        whole = padded(weight, (32, 128)).quantized()
+        whole = pad(weight, (32, 128)).quantized()
         assert torch.equal(whole.dequantize()[:24, :64], numbers.dequantize())
         assert whole.dequantize().count_nonzero() == numbers.dequantize().count_nonzero()
-        assert torch.equal(padded(weight, (32, 128)).load(), whole.dequantize())
+        assert torch.equal(pad(weight, (32, 128)).load(), whole.dequantize())

@@ -14,19 +14,19 @@ from click.testing import CliRunner
 
 from moe2edge.calibration import self_sampling
 from moe2edge.cli.main import main
-from moe2edge.progress import Watcher
+from moe2edge.progress import Reporter
 from moe2edge.runtime.memory import IMPORTED
 from moe2edge.runtime.torch_runtime import open_source
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.testing import Make
 
-SILENT = Watcher(lambda _: None, lambda *_: None)
+SILENT = Reporter(lambda _: None, lambda *_: None)
 
 
 def written(folder: Path, seed: int, samples: int = 6, length: int = 24) -> torch.Tensor:
     runtime: Any = open_source(folder, dtype="float32")
     model = open_checkpoint(str(folder)).model
-    return self_sampling.write(runtime.model, model, 0, (samples, length), seed, SILENT)
+    return self_sampling.write_text(runtime.model, model, 0, (samples, length), seed, SILENT)
 
 
 def test_it_is_the_models_own_and_decided_by_the_seed(tiny: Make) -> None:
@@ -45,7 +45,7 @@ def test_it_is_the_models_own_and_decided_by_the_seed(tiny: Make) -> None:
 
 def test_the_choice_is_more_even_than_chance() -> None:
     use = torch.rand(40, 8, generator=torch.Generator().manual_seed(2)).pow(4)
-    chosen = self_sampling.balanced(use, 10)
+    chosen = self_sampling.choose_balanced(use, 10)
     assert chosen.tolist() == sorted(set(chosen.tolist()))
     best = float(use[chosen].sum(0).var())
     for seed in range(20):
@@ -59,9 +59,9 @@ def test_the_choice_grows_by_the_least_squares_each_time() -> None:
     for _ in range(3):
         rest = (n for n in range(7) if n not in chosen)
         chosen.append(min(rest, key=lambda n: float(use[[*chosen, n]].sum(0).square().sum())))
-    assert self_sampling.balanced(use, 3).tolist() == sorted(chosen)
+    assert self_sampling.choose_balanced(use, 3).tolist() == sorted(chosen)
     # With all of them there is nothing to choose.
-    assert self_sampling.balanced(use, 7).tolist() == list(range(7))
+    assert self_sampling.choose_balanced(use, 7).tolist() == list(range(7))
     assert len(list(itertools.combinations(range(7), 3))) == 35
 
 

@@ -24,11 +24,11 @@ from moe2edge.numerics.grid import Quantized
 from moe2edge.numerics.scheme import Pattern, Scheme
 from moe2edge.passes.gptq import Gptq
 from moe2edge.passes.rtn import Rtn
-from moe2edge.passes.sparsify import SAVES_NOTHING, Sparsify, has_zeros, smallest
+from moe2edge.passes.sparsify import SAVES_NOTHING, Sparsify, has_zeros, mask_smallest
 from moe2edge.pipeline import blockwise
 from moe2edge.pipeline.contract import Outcome, Slim
-from moe2edge.pipeline.solver import Group, GroupSolver
-from moe2edge.pipeline.stages import enforce, plan
+from moe2edge.pipeline.solver import GroupSolver, MatrixGroup
+from moe2edge.pipeline.stages import enforce, plan_passes
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.storage.safetensors_files import read_all
 from moe2edge.testing import Make, quantize
@@ -71,7 +71,9 @@ def apply(step: Slim, model: Model, ids: Tensor = IDS) -> tuple[Model, list[str]
     solver = step.solver(model)
     assert isinstance(solver, GroupSolver)
     tokens = ids if step.needs_tokens else None
-    result, changed, notes = blockwise.solve(model, tokens, solver, Memory(), lambda *_: None, "")
+    result, changed, notes = blockwise.solve_blocks(
+        model, tokens, solver, Memory(), lambda *_: None, ""
+    )
     enforce(step, "a pass", model, Outcome(result, tuple(changed)))
     return result, notes
 
@@ -87,7 +89,7 @@ def problem(outs: int = 24, ins: int = 192, tokens: int = 400) -> tuple[Tensor, 
 
 def group(
     weights: Mapping[str, Tensor], inputs: Tensor, gates: Tensor | None, **more: Any
-) -> Group:
+) -> MatrixGroup:
     """Matrices that are shown some inputs, in two batches."""
 
     def batches() -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -96,7 +98,7 @@ def group(
                 yield inputs[part], None if gates is None else gates[part]
 
     handles = {r: Weight(r, tuple(w.shape), "F32", w.clone) for r, w in weights.items()}
-    return Group(handles, batches, len(inputs), **more)
+    return MatrixGroup(handles, batches, len(inputs), **more)
 
 
 @pytest.fixture
@@ -104,7 +106,7 @@ def block(tiny: Make) -> Block:
     return open_checkpoint(str(tiny("olmoe"))).model.blocks[1]
 
 
-def solve(step: Sparsify, block: Block, *groups: Group) -> tuple[dict[str, Tensor], str]:
+def solve(step: Sparsify, block: Block, *groups: MatrixGroup) -> tuple[dict[str, Tensor], str]:
     """Matrices by role, and notes."""
     solver = step.solver(Model(FAMILIES["olmoe"], {}, (), {}))
     assert isinstance(solver, GroupSolver)
@@ -238,10 +240,10 @@ def test_feedback_beats_inputs_beat_magnitudes(block: Block, pattern: str) -> No
 
 def test_of_equal_scores_the_first_are_taken() -> None:
     scores = torch.tensor([[1.0, 1, 1, 1], [2, 0, 2, 0], [3, 2, 1, 0]])
-    assert smallest(scores, 2).int().tolist() == [[1, 1, 0, 0], [0, 1, 0, 1], [0, 0, 1, 1]]
-    assert smallest(scores, 3).int().tolist() == [[1, 1, 1, 0], [1, 1, 0, 1], [0, 1, 1, 1]]
-    assert not smallest(scores, 0).any()
-    assert smallest(scores, 4).all()
+    assert mask_smallest(scores, 2).int().tolist() == [[1, 1, 0, 0], [0, 1, 0, 1], [0, 0, 1, 1]]
+    assert mask_smallest(scores, 3).int().tolist() == [[1, 1, 1, 0], [1, 1, 0, 1], [0, 1, 1, 1]]
+    assert not mask_smallest(scores, 0).any()
+    assert mask_smallest(scores, 4).all()
 
 
 @pytest.mark.parametrize("value", ["random", "equal"])
@@ -366,8 +368,8 @@ def test_what_is_selected_and_nothing_else(
     model = open_checkpoint(str(tiny("qwen2_moe", dtype="bfloat16"))).model
     step = options(method=method, pattern=pattern, select=select)
     result, notes = apply(step, model)
-    assert str(plan([step], model)) == str(result)
-    planned = {name: weight.pattern for name, _, weight in plan([step], model).tensors()}
+    assert str(plan_passes([step], model)) == str(result)
+    planned = {name: weight.pattern for name, _, weight in plan_passes([step], model).tensors()}
     zeros = total = 0  # of experts
     for (name, role, old), (_, _, new) in zip(model.tensors(), result.tensors(), strict=True):
         chosen = is_quantizable(role) and (select == "all" or not role.startswith("attention"))
@@ -421,7 +423,7 @@ def test_an_expert_without_tokens(block: Block, method: str, starved: str) -> No
 def test_zeros_survive_a_quantizing_pass(tiny: Make, after: Slim, pattern: str) -> None:
     model = open_checkpoint(str(tiny("qwen2_moe"))).model
     step = options(pattern=pattern, select="all")
-    plan([step, after], model)
+    plan_passes([step, after], model)
     sparse, _ = apply(step, model)
     result, _ = apply(after, sparse)
     count = 0
@@ -471,7 +473,7 @@ def test_models_that_do_not_fit(tiny: Make) -> None:
     with pytest.raises(InputError, match="sparsify comes before the pass that quantizes"):
         options().check(quantize(model, Scheme(group_size=32)))
     with pytest.raises(InputError, match="sparsifies twice"):
-        plan([options(), options(select="all")], model)
+        plan_passes([options(), options(select="all")], model)
     with pytest.raises(InputError, match=r"amount 0.001 makes 0 of 64 weights of .* zero"):
         options(amount=0.001).check(model)
     with pytest.raises(InputError, match=r"makes 64 of 64 weights"):

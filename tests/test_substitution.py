@@ -19,15 +19,15 @@ from moe2edge.model.family import FAMILIES
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model, is_quantizable
 from moe2edge.numerics import reduced_rank
-from moe2edge.numerics.reduced_rank import Sums
-from moe2edge.passes._replace_bases import experts_nbytes
+from moe2edge.numerics.reduced_rank import RegressionSums
+from moe2edge.passes._replace_bases import count_expert_bytes
 from moe2edge.passes.expert_replace import ExpertReplace
-from moe2edge.pipeline.contract import Lab
-from moe2edge.progress import Watcher
+from moe2edge.pipeline.contract import PassContext
+from moe2edge.progress import Reporter
 from moe2edge.runtime.load import load
 from moe2edge.storage.checkpoint import open_checkpoint
-from moe2edge.storage.output import stored_model
-from moe2edge.testing import InMemory, Make, Watched, assert_cache_changes_nothing
+from moe2edge.storage.output import open_stored_model
+from moe2edge.testing import InMemory, Make, TraceRecorder, assert_cache_changes_nothing
 
 HIDDEN = 12
 TEXT = ["--set", "calibration.samples=12", "--set", "calibration.length=48"]
@@ -46,14 +46,14 @@ def seen(tokens: int = 200) -> tuple[Tensor, Tensor, Tensor]:
     return x, y, torch.rand(tokens, generator=draw, dtype=torch.float64)
 
 
-def summed(x: Tensor, y: Tensor, g: Tensor) -> Sums:
-    sums = Sums(HIDDEN)
+def summed(x: Tensor, y: Tensor, g: Tensor) -> RegressionSums:
+    sums = RegressionSums(HIDDEN)
     for part in torch.split(torch.arange(len(x)), 37):
         sums.add(x[part], y[part], g[part])
     return sums
 
 
-def missed(found: reduced_rank.Fit, x: Tensor, y: Tensor, g: Tensor) -> float:
+def missed(found: reduced_rank.ReducedRankFit, x: Tensor, y: Tensor, g: Tensor) -> float:
     """The loss, token by token."""
     total = 0.0
     for h, f, weight in zip(x, y, g, strict=True):
@@ -67,13 +67,13 @@ def missed(found: reduced_rank.Fit, x: Tensor, y: Tensor, g: Tensor) -> float:
 def test_the_fit_is_that_of_whole_matrices(rank: int, ridge: float) -> None:
     """By singular values of weighted and centred inputs and outputs, all tokens in memory."""
     x, y, g = seen()
-    found = reduced_rank.fit(summed(x, y, g), rank, ridge)
+    found = reduced_rank.fit_reduced_rank(summed(x, y, g), rank, ridge)
     share = g.square() / g.square().sum()
     mean_x, mean_y = share @ x, share @ y
     inputs, outputs = (x - mean_x) * g[:, None], (y - mean_y) * g[:, None]
     gram = inputs.T @ inputs
     part = max(ridge, reduced_rank.LEAST_PART)
-    extra = part * float(gram.diagonal().mean()) + reduced_rank.LEAST
+    extra = part * float(gram.diagonal().mean()) + reduced_rank.LEAST_WEIGHT
     # A ridge is a few more tokens whose outputs are zero.
     longer = torch.cat([inputs, extra**0.5 * torch.eye(HIDDEN, dtype=x.dtype)])
     targets = torch.cat([outputs, torch.zeros(HIDDEN, HIDDEN, dtype=x.dtype)])
@@ -92,9 +92,9 @@ def test_massive_inputs_have_a_fit_without_a_ridge() -> None:
     x, y = (torch.randn(300, 512, generator=draw) for _ in range(2))
     x[:, 0] += 1e4
     x[:, 1] *= 1e4
-    sums = Sums(512)
+    sums = RegressionSums(512)
     sums.add(x, y, torch.ones(300))
-    fit = reduced_rank.fit(sums, 4, 0.0)
+    fit = reduced_rank.fit_reduced_rank(sums, 4, 0.0)
     assert all(torch.isfinite(t).all() for t in (fit.constant, fit.first, fit.second))
     assert 0 <= fit.residual < float((y - y.mean(0)).square().sum())
 
@@ -102,14 +102,14 @@ def test_massive_inputs_have_a_fit_without_a_ridge() -> None:
 def test_a_higher_rank_misses_less_and_nothing_else_misses_less() -> None:
     x, y, g = seen()
     sums = summed(x, y, g)
-    fits = [reduced_rank.fit(sums, rank, 0.0) for rank in range(HIDDEN + 1)]
+    fits = [reduced_rank.fit_reduced_rank(sums, rank, 0.0) for rank in range(HIDDEN + 1)]
     losses = [fit.residual for fit in fits]
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < 0.9 * losses[4] < 0.9 * losses[0]
     draw = torch.Generator().manual_seed(1)
     for fit in fits[:4]:
         for _ in range(20):
-            nudged = reduced_rank.Fit(
+            nudged = reduced_rank.ReducedRankFit(
                 fit.constant + 0.01 * torch.randn(HIDDEN, generator=draw),
                 fit.first + 0.01 * torch.randn(fit.first.shape, generator=draw),
                 fit.second + 0.01 * torch.randn(fit.second.shape, generator=draw),
@@ -140,7 +140,7 @@ def test_an_allocation_misses_little_more_than_the_best_of_all() -> None:
             )
             ways.append((total, left))
         for budget in (130, 180, 240, 300, 359):
-            found = reduced_rank.allocate(spreads, falls, size, budget)
+            found = reduced_rank.allocate_ranks(spreads, falls, size, budget)
             assert None in found
             total = sum(90 if r is None else 10 + 20 * r for r in found)
             assert total <= budget
@@ -158,7 +158,7 @@ def test_experts_that_are_alike_do_not_go_together() -> None:
     size = reduced_rank.Size(1000, 10, 20)
     fall = torch.tensor([2.0, 1.0, 0.5], dtype=torch.float64)
     for budget in (2500, 5000, 7500):
-        found = reduced_rank.allocate([5.0] * 8, [fall] * 8, size, budget)
+        found = reduced_rank.allocate_ranks([5.0] * 8, [fall] * 8, size, budget)
         stay = found.count(None)
         assert stay * 1000 + (8 - stay) * 10 <= budget < (stay + 1) * 1000 + (7 - stay) * 70
 
@@ -181,8 +181,8 @@ def test_ranks_in_steps() -> None:
     sums = [own[: len(own) // 4 * 4].reshape(-1 if len(own) else 0, 4).sum(1) for own in falls]
     spreads = [float(own.sum()) + 0.1 for own in falls]
     for budget in (1300, 1700, 2500):
-        found = reduced_rank.allocate(spreads, falls, size, budget, 4)
-        expected = reduced_rank.allocate(spreads, sums, coarse, budget)
+        found = reduced_rank.allocate_ranks(spreads, falls, size, budget, 4)
+        expected = reduced_rank.allocate_ranks(spreads, sums, coarse, budget)
         assert found == [None if rank is None else 4 * rank for rank in expected]
         assert any(found)
 
@@ -191,9 +191,9 @@ def test_gains_are_what_fits_gain() -> None:
     """Without a ridge, the residual at a rank is what a constant misses less the gains so far."""
     x, y, g = seen()
     sums = summed(x, y, g)
-    spread, falls = reduced_rank.gains(sums, 0.0)
+    spread, falls = reduced_rank.compute_gains(sums, 0.0)
     for rank in range(HIDDEN + 1):
-        found = reduced_rank.fit(sums, rank, 0.0)
+        found = reduced_rank.fit_reduced_rank(sums, rank, 0.0)
         assert found.residual == pytest.approx(spread - float(falls[:rank].sum()), rel=1e-4)
 
 
@@ -201,13 +201,13 @@ def test_gains_are_what_fits_gain() -> None:
 def test_a_budget_counts_substitutes_that_are_there(tiny: Make, budget: float) -> None:
     model = open_checkpoint(str(tiny("olmoe"))).model
     ids = torch.randint(1, 96, (8, 48), generator=torch.Generator().manual_seed(9))
-    watcher = Watcher(lambda _: None, lambda *_: None)
+    reporter = Reporter(lambda _: None, lambda *_: None)
     for options in ({"keep": 0.75, "rank": 8}, {"budget": budget}):
         step = ExpertReplace.model_validate({"with": "linear", "min_tokens": 0, **options})
-        before, step = model, step.resolved(model)
+        before, step = model, step.resolve(model)
         step.check(before)
-        model = step.search(Lab(before, before, ids, InMemory(), watcher)).model
-    assert 0.9 * budget < experts_nbytes(model) / experts_nbytes(before) <= budget
+        model = step.search(PassContext(before, before, ids, InMemory(), reporter)).model
+    assert 0.9 * budget < count_expert_bytes(model) / count_expert_bytes(before) <= budget
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -225,7 +225,7 @@ def test_a_budget_of_bytes_is_kept(tiny: Make, tmp_path: Path, family: str) -> N
 
 
 def test_an_expert_that_nobody_asked_answers_zero() -> None:
-    found = reduced_rank.fit(Sums(HIDDEN), 3, 0.01)
+    found = reduced_rank.fit_reduced_rank(RegressionSums(HIDDEN), 3, 0.01)
     assert found.residual == 0
     assert not found.constant.any()
     assert not (found.second @ found.first).any()
@@ -251,7 +251,7 @@ def exported(tiny: Make, family: str, out: Path, **options: Any) -> tuple[Model,
     assert code == 0, said
     assert report["results"][0]["parity"]["exact"] < 1e-4
     assert report["steps"][0]["options"]["with"] == step["expert_replace"]["with"]
-    return open_checkpoint(str(folder)).model, stored_model(open_checkpoint(str(out)))
+    return open_checkpoint(str(folder)).model, open_stored_model(open_checkpoint(str(out)))
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -309,7 +309,7 @@ def test_experts_that_stay_are_quantized(
     code, said, report = export(folder, out, [replaced, {slim: {}}], "gptq")
     assert code == 0, said
     assert report["results"][0]["parity"]["exact"] < 1e-4
-    model = stored_model(open_checkpoint(str(out)))
+    model = open_stored_model(open_checkpoint(str(out)))
     assert model.expert_counts == (3, 3, 3)
     for name, role, weight in model.tensors():
         assert (weight.scheme is not None) == is_quantizable(role), name
@@ -320,15 +320,15 @@ def test_those_whose_substitutes_miss_least_are_replaced(tiny: Make, rank: int |
     """On the intact model, by a fit of every expert with all its tokens at once."""
     model = open_checkpoint(str(tiny("olmoe"))).model
     ids = torch.randint(1, 96, (24, 40), generator=torch.Generator().manual_seed(9))
-    watcher: Any = SimpleNamespace(advance=lambda *_: None, log=lambda _: None)
+    reporter: Any = SimpleNamespace(advance=lambda *_: None, log=lambda _: None)
     options = {"with": "linear" if rank else "constant", "keep": 4, "rank": rank}
     options |= {"min_tokens": 0} if rank else {}
     fit = {"ridge": 0.0} if rank else {}
     step = ExpertReplace.model_validate(
         {**options, "criterion": "residual", "fitted_on": "intact", **fit}
     )
-    outcome = step.search(Lab(model, model, ids, InMemory(), watcher))
-    watched = Watched()
+    outcome = step.search(PassContext(model, model, ids, InMemory(), reporter))
+    watched = TraceRecorder()
     walk.observe(model, ids, [watched], lambda *_: None, "test")
     for seen, block in zip(watched.seen, outcome.model.blocks, strict=True):
         routing = seen.routing
@@ -338,9 +338,9 @@ def test_those_whose_substitutes_miss_least_are_replaced(tiny: Make, rank: int |
             token, place = torch.where(routing.ids == n)
             x, g = routing.inputs[token].double(), routing.weights[token, place].double()
             y = seen.expert_output(n, routing.inputs[token]).double()
-            sums = Sums(64)
+            sums = RegressionSums(64)
             sums.add(x, y, g)
-            found = reduced_rank.fit(sums, rank or 0, 0.0)
+            found = reduced_rank.fit_reduced_rank(sums, rank or 0, 0.0)
             losses.append(missed(found, x, y, g))
         assert isinstance(block.mlp, MoELayer)
         gone = {substitute.origin for substitute in block.mlp.substitutes}

@@ -20,7 +20,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from moe2edge.calibration import walk
 from moe2edge.errors import Unsupported
-from moe2edge.model.edits import removed
+from moe2edge.model.edits import remove_skipping
 from moe2edge.model.family import FAMILIES
 from moe2edge.model.layers import Expert, MoELayer
 from moe2edge.model.model import Block, Model
@@ -29,7 +29,7 @@ from moe2edge.numerics.scheme import Scheme
 from moe2edge.runtime.load import load
 from moe2edge.runtime.protocol import Runtime
 from moe2edge.storage.checkpoint import open_checkpoint
-from moe2edge.storage.output import stored_model
+from moe2edge.storage.output import open_stored_model
 from moe2edge.targets.gptq import Gptq
 from moe2edge.targets.hf import Hf
 from moe2edge.targets.onnx import Onnx
@@ -200,7 +200,7 @@ def check_steps(runtime: Runtime, expected: Tensor) -> None:
 
 def walked(model: Model) -> Tensor:
     hidden = walk.observe(model, IDS, (), lambda *_: None, "")
-    return torch.stack(list(walk.head_logits(model, hidden)))
+    return torch.stack(list(walk.compute_logits(model, hidden)))
 
 
 def by_walk(model: Model, folder: Path, expected: Tensor) -> None:
@@ -382,7 +382,7 @@ def test_what_is_read_is_what_was_written(
 ) -> None:
     model = pair(family, form, int4=True, at=(1,)).model
     Gptq().write(model, tmp_path)
-    back = stored_model(open_checkpoint(str(tmp_path)))
+    back = open_stored_model(open_checkpoint(str(tmp_path)))
     for mine, theirs in zip(model.blocks, back.blocks, strict=True):
         assert type(mine.mlp) in (type(theirs.mlp), Expert)
         assert mine.norms.keys() == theirs.norms.keys()
@@ -402,7 +402,7 @@ def test_skipping_can_be_taken_off(name: str, top_k: int, pair: Pairs, tmp_path:
     both = pair("qwen3_moe", f"skip {top_k}", int4=name != "hf")
     target.write(both.model, tmp_path)
     runtime = target.without_skipping(both.model, tmp_path)
-    whole, found = walked(removed(both.model)), runtime.logits(IDS)
+    whole, found = walked(remove_skipping(both.model)), runtime.logits(IDS)
     assert (whole - both.logits).abs().max() > 0.1  # or this shows nothing
     if name == "gptq":  # runs in bfloat16, where near ties in routers fall otherwise
         assert (found - whole).abs().median() < 0.3 * (found - both.logits).abs().median()

@@ -15,19 +15,19 @@ from safetensors.torch import load_file
 from moe2edge.errors import Unsupported, VerificationFailed
 from moe2edge.evaluation import verify
 from moe2edge.model.family import FAMILIES
-from moe2edge.model.hf_config import family_config
+from moe2edge.model.hf_config import build_config
 from moe2edge.model.layers import Weight
 from moe2edge.model.model import Model, is_quantizable
 from moe2edge.numerics.grid import Quantized
 from moe2edge.numerics.rounding import round_to_nearest
 from moe2edge.numerics.scheme import Scheme
-from moe2edge.pipeline.registry import target
+from moe2edge.pipeline.registry import find_target
 from moe2edge.runtime.torch_runtime import TorchRuntime
 from moe2edge.storage import checkpoint
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.testing import Make, make_checkpoint
 
-GPTQ = target("gptq")
+GPTQ = find_target("gptq")
 Change = Callable[[Quantized], Quantized]
 
 
@@ -116,7 +116,7 @@ def test_config(group_size: int, tmp_path: Path) -> None:
         "pack_dtype": "int32",
         "lm_head": False,
     }
-    assert config == family_config(model)
+    assert config == build_config(model)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

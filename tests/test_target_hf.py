@@ -17,12 +17,12 @@ from moe2edge.model.family import FAMILIES
 from moe2edge.model.model import Model
 from moe2edge.numerics.rounding import round_to_nearest
 from moe2edge.numerics.scheme import Scheme
-from moe2edge.pipeline.registry import target
+from moe2edge.pipeline.registry import find_target
 from moe2edge.storage import checkpoint
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.testing import Make, make_checkpoint
 
-HF = target("hf")
+HF = find_target("hf")
 
 
 def open_model(folder: Path) -> Model:

@@ -21,7 +21,7 @@ from moe2edge.errors import InputError, Unsupported, VerificationFailed
 from moe2edge.model.family import FAMILIES
 from moe2edge.model.layers import Weight
 from moe2edge.model.model import Model
-from moe2edge.model.roles import selected
+from moe2edge.model.roles import list_quantizable
 from moe2edge.numerics.grid import Quantized
 from moe2edge.numerics.rounding import round_to_nearest
 from moe2edge.numerics.scheme import Scheme
@@ -50,7 +50,7 @@ def opened(tiny: Make) -> Open:
     def make(family: str, *, int4: bool = False, **changes: Any) -> Model:
         model = open_checkpoint(str(tiny(family, **changes))).model
         for block in model.blocks if int4 else ():
-            new = {role: one(weight) for role, weight in selected(block)}
+            new = {role: one(weight) for role, weight in list_quantizable(block)}
             model = model.replace_block(block.with_weights(new))
         return model
 

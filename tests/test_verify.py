@@ -154,9 +154,9 @@ def test_logits_alone_find_swapped_experts(
     folder = tmp_path / "copy"
     shutil.copytree(request.getfixturevalue(made) / "onnx", folder)
     onnx_swap(folder)
-    target, recorded = registry.target("onnx"), verify.Reference.read(folder)
+    target, recorded = registry.find_target("onnx"), verify.Reference.read(folder)
     with pytest.raises(VerificationFailed, match="logits of the output differ"):
-        verify.exact(recorded, target, folder)
+        verify.measure_exact(recorded, target, folder)
 
 
 def test_a_missing_or_damaged_reference(folders: Path, tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_a_missing_or_damaged_reference(folders: Path, tmp_path: Path) -> None:
 def test_tensors_that_come_or_go(folders: Path) -> None:
     recorded = verify.Reference.read(folders / "onnx")
     pairs = [(name, torch.ones(2)) for name in ("a", "b")]
-    small = replace(recorded, digests={name: verify.digest(value) for name, value in pairs})
+    small = replace(recorded, digests={name: verify.compute_digest(value) for name, value in pairs})
     assert verify.check_tensors(small, pairs) == 2
     with pytest.raises(VerificationFailed, match="1 tensors are missing, such as b"):
         verify.check_tensors(small, pairs[:1])
@@ -199,8 +199,8 @@ def test_a_digest_tells_every_bit_and_form_apart() -> None:
     packed = Quantized(q, torch.ones(4, 1), scheme)
     forms: list[torch.Tensor | Quantized] = [value, changed, value.view(6, 4), value.double(), q]
     forms += [packed, Quantized(q, torch.full((4, 1), 2.0), scheme)]
-    assert len({verify.digest(form) for form in forms}) == len(forms)
-    assert verify.digest(value) == verify.digest(value.clone())
+    assert len({verify.compute_digest(form) for form in forms}) == len(forms)
+    assert verify.compute_digest(value) == verify.compute_digest(value.clone())
 
 
 def test_another_model_as_reference_is_refused(tiny: Make, folders: Path) -> None:
@@ -251,9 +251,9 @@ def test_the_reference_avoids_near_ties(tiny: Make) -> None:
     observer, least = verify.MarginObserver(12), torch.full((5,), torch.inf)
 
     class Loop:
-        def see(self, seen: observation.Seen) -> None:
-            assert seen.routing is not None
-            logits = seen.routing.logits.view(5, 20, 6)
+        def observe(self, trace: observation.BlockTrace) -> None:
+            assert trace.routing is not None
+            logits = trace.routing.logits.view(5, 20, 6)
             for sample in range(5):
                 for z in logits[sample, :12]:
                     p = z.softmax(0).sort(descending=True).values
@@ -261,13 +261,13 @@ def test_the_reference_avoids_near_ties(tiny: Make) -> None:
                     both = torch.stack([order[1] - order[2], (p[1] / p[0] - 0.6).abs()])
                     least[sample] = torch.minimum(least[sample], both.min())
 
-        def fact(self) -> None: ...
+        def result(self) -> None: ...
 
     walk.observe(model, ids, [observer, Loop()], lambda *_: None, "")
-    found = observer.fact()
+    found = observer.result()
     assert found is not None
     assert torch.allclose(found, least, atol=1e-6)
-    rows = verify.reference_rows(found, 5)
+    rows = verify.choose_reference_rows(found, 5)
     assert rows == sorted(sorted(range(5), key=lambda n: -float(least[n]))[:2])
-    assert verify.reference_rows(None, 5) == [0, 1]
-    assert verify.reference_rows(None, 1) == [0]
+    assert verify.choose_reference_rows(None, 5) == [0, 1]
+    assert verify.choose_reference_rows(None, 1) == [0]

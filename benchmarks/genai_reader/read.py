@@ -19,10 +19,10 @@ import numpy as np
 import onnxruntime_genai as og
 import torch
 
-from moe2edge.evaluation.verify import SHIPPED_TOLERANCE, Reference, run
+from moe2edge.evaluation.verify import SHIPPED_TOLERANCE, Reference, verify_output
 from moe2edge.pipeline import registry
 from moe2edge.runtime.generation import generate
-from moe2edge.storage.tokenizer import stop_ids
+from moe2edge.storage.tokenizer import read_stop_ids
 
 TOKENS, LIMIT = 48, 0.02
 
@@ -58,14 +58,14 @@ def compare(folder: Path) -> tuple[dict[str, str], bool]:
     reference = Reference.read(folder)
     model = og.Model(str(folder))
     found, want = recorded_logits(model, reference), reference.logits
-    runtime = registry.target("onnx").reopen(folder)
-    ours = run(reference, runtime)
+    runtime = registry.find_target("onnx").reopen(folder)
+    ours = verify_output(reference, runtime)
     difference, error = (
         float(((found - other).norm(dim=-1) / other.norm(dim=-1)).median())
         for other in (ours, want)
     )
     prompt = reference.ids[0, : reference.prefill].tolist()
-    stop = stop_ids(folder)
+    stop = read_stop_ids(folder)
     theirs = [token for token in greedy(model, prompt) if token not in stop]
     mine = list(generate(runtime, prompt, max_tokens=TOKENS, stop=stop))
     ok = difference <= LIMIT and error <= SHIPPED_TOLERANCE and theirs == mine

@@ -16,7 +16,7 @@ from moe2edge.model.model import Model, is_quantizable
 from moe2edge.numerics.grid import Quantized
 from moe2edge.numerics.rounding import round_to_nearest
 from moe2edge.numerics.scheme import Scheme
-from moe2edge.pipeline.registry import target
+from moe2edge.pipeline.registry import find_target
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.testing import make_checkpoint, make_tokenizer
 
@@ -66,8 +66,8 @@ def main(folder: Path, family: str = "olmoe") -> None:
         make_checkpoint(Path(source), family, dtype="bfloat16", **settings)
         model = quantize(open_checkpoint(source).model, Scheme(group_size=128))
         folder.mkdir(parents=True)
-        target("gptq").accepts(model)
-        target("gptq").write(model, folder)
+        find_target("gptq").accepts(model)
+        find_target("gptq").write(model, folder)
     make_tokenizer(folder)
     print(f"{folder}: {model.parameters:,} parameters, group {model.scheme}")
 

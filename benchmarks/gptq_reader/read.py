@@ -19,7 +19,7 @@ import torch
 from moe2edge.model.model import Model
 from moe2edge.runtime.load import load
 from moe2edge.storage.checkpoint import open_checkpoint
-from moe2edge.storage.output import stored_model
+from moe2edge.storage.output import open_stored_model
 
 TOLERANCE = 0.05
 SAMPLES, LENGTH, SEED = 4, 128, 0
@@ -71,7 +71,7 @@ def compare_rest(theirs: Any, ours: Model) -> tuple[int, int]:
 
 def main(folder: Path) -> int:
     """Print a table; 0 if everything agrees."""
-    ours = stored_model(open_checkpoint(str(folder)))
+    ours = open_stored_model(open_checkpoint(str(folder)))
     ids = torch.randint(
         ours.family.geometry(ours.config).vocab,
         (SAMPLES, LENGTH),

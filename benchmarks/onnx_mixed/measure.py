@@ -38,12 +38,12 @@ from moe2edge.model.model import Block, is_low_rank
 from moe2edge.numerics.grid import Quantized
 from moe2edge.numerics.rounding import round_to_nearest
 from moe2edge.numerics.scheme import LOW_RANK, Scheme
-from moe2edge.storage.solved_blocks import in_memory
-from moe2edge.targets._onnx_columns import Columns, Group
+from moe2edge.storage.solved_blocks import attach_numbers
+from moe2edge.targets._onnx_columns import ColumnGroup, Columns
 from moe2edge.targets._onnx_experts import MoEWriter
 from moe2edge.targets._onnx_graph import Graph
 from moe2edge.targets._onnx_mixed import MixedWriter
-from moe2edge.targets._onnx_storage import Source, write
+from moe2edge.targets._onnx_storage import Source, write_data
 
 # One: more of them wait for each other on a machine that has other work.
 THREADS = 1
@@ -228,7 +228,7 @@ class Branches(MixedWriter):
 class AllFused(Columns):
     """``MoE`` holds unquantized experts as well."""
 
-    def _fuses(self, group: Group) -> bool:
+    def _fuses(self, group: ColumnGroup) -> bool:
         return True
 
 
@@ -270,7 +270,9 @@ class EightBits(Form):
     def block(self, size: Size) -> Block:
         block = super().block(size)
         low = {role: weight for role, weight in block.weights() if is_low_rank(role)}
-        return in_memory(block, {r: round_to_nearest(w.load(), LOW_RANK) for r, w in low.items()})
+        return attach_numbers(
+            block, {r: round_to_nearest(w.load(), LOW_RANK) for r, w in low.items()}
+        )
 
 
 def linear_forms(rank: int) -> list[Form]:
@@ -323,7 +325,7 @@ def session(form: Form, size: Size, folder: Path) -> tuple[Any, int]:
     y = form.writer(graph, "/moe", roles, layer, 0, 4).add("x")
     graph.node("/y", "Identity", [y], [graph.output("y", [1, "tokens", hidden])])
     folder.mkdir()
-    proto = graph.proto(write(graph.batches, folder / "model.onnx.data"), {})
+    proto = graph.proto(write_data(graph.batches, folder / "model.onnx.data"), {})
     (folder / "model.onnx").write_bytes(proto.SerializeToString())
     options = ort.SessionOptions()
     options.log_severity_level = 3

@@ -34,7 +34,7 @@ from moe2edge.model.model import Model
 from moe2edge.passes.expert_drop import ExpertDrop
 from moe2edge.passes.expert_replace import ExpertReplace
 from moe2edge.passes.expert_search import ExpertSearch
-from moe2edge.pipeline.contract import Lab
+from moe2edge.pipeline.contract import PassContext
 from moe2edge.testing import InMemory
 
 KEEP = 0.5
@@ -108,7 +108,7 @@ WATCHER: Any = SimpleNamespace(advance=quietly, log=quietly)
 def searched(model: Model, ids: torch.Tensor, progressive: bool) -> Model:
     """With the half of each layer's experts that a search found."""
     step = ExpertSearch(keep=KEEP, progressive=progressive)
-    return step.search(Lab(model, model, ids, InMemory(), WATCHER)).model
+    return step.search(PassContext(model, model, ids, InMemory(), WATCHER)).model
 
 
 def dropped(model: Model, ids: torch.Tensor, criterion: Any) -> Model:
@@ -131,16 +131,16 @@ def replaced(model: Model, ids: torch.Tensor, how: tuple[str, str, str]) -> Mode
             "fitted_on": fitted_on,
         }
     )
-    return step.search(Lab(model, model, ids, InMemory(), WATCHER)).model
+    return step.search(PassContext(model, model, ids, InMemory(), WATCHER)).model
 
 
 def by_budget(model: Model, ids: torch.Tensor, options: dict[str, Any]) -> Model:
     """With half of the experts' bytes."""
     if options["with"] == "svd":
         options = {**options, "rank": svd_rank(model)}
-    step = ExpertReplace.model_validate({"budget": KEEP, **options}).resolved(model)
+    step = ExpertReplace.model_validate({"budget": KEEP, **options}).resolve(model)
     step.check(model)
-    return step.search(Lab(model, model, ids, InMemory(), WATCHER)).model
+    return step.search(PassContext(model, model, ids, InMemory(), WATCHER)).model
 
 
 def methods() -> Iterator[tuple[str, Callable[[Model, torch.Tensor], Model]]]:

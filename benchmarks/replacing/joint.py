@@ -21,15 +21,15 @@ from moe2edge.calibration import observation, walk
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Block, Model
 from moe2edge.numerics import reduced_rank
-from moe2edge.numerics.reduced_rank import Fit, Sums
-from moe2edge.passes._replace_substitutes import substituted
-from moe2edge.pipeline.contract import Lab
+from moe2edge.numerics.reduced_rank import ReducedRankFit, RegressionSums
+from moe2edge.passes._replace_substitutes import plan_replacements
+from moe2edge.pipeline.contract import PassContext
 from moe2edge.testing import InMemory
 
 RIDGE = 0.01
 
 
-def answer(fit: Fit, x: Tensor) -> Tensor:
+def answer(fit: ReducedRankFit, x: Tensor) -> Tensor:
     """Of a map, for x [n, hidden]."""
     return (fit.constant + x.double() @ fit.first.T @ fit.second.T).float()
 
@@ -46,12 +46,12 @@ class Joint:
 
     sweeps: int
     store: InMemory = field(default_factory=InMemory)
-    seen: list[observation.Seen] = field(default_factory=list)
+    seen: list[observation.BlockTrace] = field(default_factory=list)
     missed: list[tuple[float, float]] = field(default_factory=list)
 
-    def see(self, seen: observation.Seen) -> None:
+    def observe(self, trace: observation.BlockTrace) -> None:
         """Keep it."""
-        self.seen.append(seen)
+        self.seen.append(trace)
 
     def change(self, block: Block) -> Block:
         """With maps for the half of the experts whose own maps miss least."""
@@ -65,10 +65,10 @@ class Joint:
         rows = {n: torch.where(ids == n)[0] for n in range(count)}
         outputs = {n: self.seen[0].expert_output(n, x[rows[n]]) for n in range(count)}
 
-        def fitted(n: int, wanted: Tensor) -> Fit:
-            sums = Sums(x.shape[1])
+        def fitted(n: int, wanted: Tensor) -> ReducedRankFit:
+            sums = RegressionSums(x.shape[1])
             sums.add(x[rows[n]], wanted, gates[rows[n], n])
-            return reduced_rank.fit(sums, setup.RANK, RIDGE)
+            return reduced_rank.fit_reduced_rank(sums, setup.RANK, RIDGE)
 
         fits = {n: fitted(n, outputs[n]) for n in range(count)}
         gone = sorted(sorted(fits, key=lambda n: fits[n].residual)[: count // 2])
@@ -88,7 +88,9 @@ class Joint:
         for place, n in enumerate(gone):
             for part in ("constant", "first", "second"):
                 numbers[f"substitutes.{place}.{part}"] = getattr(fits[n], part).float()
-        return self.store.put(substituted(block, layer, dict.fromkeys(gone, setup.RANK)), numbers)
+        return self.store.put(
+            plan_replacements(block, layer, dict.fromkeys(gone, setup.RANK)), numbers
+        )
 
 
 def main() -> None:
@@ -105,8 +107,10 @@ def main() -> None:
     for seed, ids in enumerate(prepared.calibration):
         for sweeps in (0, given.sweeps):
             joint = Joint(sweeps)
-            lab = Lab(model, model, ids, joint.store, setup.WATCHER)
-            result: Model = walk.rewrite(lab.model, lab.tokens, joint, lab.watcher.advance, "")
+            context = PassContext(model, model, ids, joint.store, setup.WATCHER)
+            result: Model = walk.rewrite(
+                context.model, context.tokens, joint, context.reporter.advance, ""
+            )
             excess = prepared.loss(result) - source
             changes = ", ".join(f"{after / before - 1:+.1%}" for before, after in joint.missed)
             print(

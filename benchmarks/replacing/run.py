@@ -34,14 +34,14 @@ from moe2edge.calibration.tokens import BUILTIN_FILES, Tokens
 from moe2edge.errors import Moe2EdgeError
 from moe2edge.model.model import Model, is_low_rank
 from moe2edge.numerics import metrics
-from moe2edge.passes._replace_bases import experts_nbytes
+from moe2edge.passes._replace_bases import count_expert_bytes
 from moe2edge.passes.recover import Recover
 from moe2edge.pipeline import recipe
-from moe2edge.pipeline.contract import Lab
+from moe2edge.pipeline.contract import PassContext
 from moe2edge.pipeline.runner import run_passes
-from moe2edge.progress import Watcher
+from moe2edge.progress import Reporter
 from moe2edge.storage.checkpoint import BUILTIN, BUILTIN_FOLDER, Checkpoint, open_checkpoint
-from moe2edge.storage.tokenizer import tokenizer_of
+from moe2edge.storage.tokenizer import load_tokenizer
 from moe2edge.storage.work_folder import WorkFolder
 from moe2edge.testing import InMemory
 
@@ -62,7 +62,7 @@ TRAIN: dict[str, Any] = {
 }  # fmt: skip
 # Of the built-in model, which knows its text so well that it has less to recover.
 OWN_STEPS = 100
-QUIET = Watcher(lambda _: None, lambda *_: None)
+QUIET = Reporter(lambda _: None, lambda *_: None)
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,10 @@ def tokens_of(
         "text": ",".join(f"{domain}:1" for domain in domains),
         "sources": {domain: {"text": str(texts[domain])} for domain in domains},
     }
-    source, tokenizer = recipe.section("calibration", options), tokenizer_of(checkpoint.folder)
+    source, tokenizer = (
+        recipe.parse_section("calibration", options),
+        load_tokenizer(checkpoint.folder),
+    )
     limits = LENGTH, checkpoint.model.vocabulary
     return tokens.load_tokens(source, tokenizer, "text", limits)
 
@@ -149,15 +152,15 @@ def measure(bench: Bench, model: Model) -> dict[str, Any]:
     found: dict[str, Any] = {"perplexity": {}, "kl": {}}
     for domain, ids in bench.evaluation.items():
         hidden = walk.observe(model, ids, (), QUIET.advance, "")
-        source = walk.head_logits(bench.model, bench.hidden[domain])
-        result = metrics.measure(ids, walk.head_logits(model, hidden), source)
+        source = walk.compute_logits(bench.model, bench.hidden[domain])
+        result = metrics.measure(ids, walk.compute_logits(model, hidden), source)
         found["perplexity"][domain], found["kl"][domain] = result.perplexity, result.kl
-    return {**found, "bytes": model.nbytes, "expert_bytes": experts_nbytes(model)}
+    return {**found, "bytes": model.nbytes, "expert_bytes": count_expert_bytes(model)}
 
 
 def passed(model: Model, passes: list[Any], bench: Bench, work: WorkFolder) -> Model:
     """The model after some passes."""
-    parsed = recipe.parse(json.dumps({"passes": passes})).resolved(model)
+    parsed = recipe.parse(json.dumps({"passes": passes})).resolve(model)
     return run_passes(model, parsed, bench.calibration, work, QUIET)[0]
 
 
@@ -207,11 +210,13 @@ def trained(
     def log(line: str) -> None:
         print(f"  {line}", flush=True)
 
-    watcher = Watcher(log, lambda *_: None)
+    reporter = Reporter(log, lambda *_: None)
     work.mkdir(parents=True, exist_ok=True)
     none = torch.empty(0, 0, dtype=torch.int64)
-    lab = Lab(bench.model, model, none, InMemory(), watcher, training=bench.training, scratch=work)
-    outcome = step.search(lab)
+    context = PassContext(
+        bench.model, model, none, InMemory(), reporter, training=bench.training, scratch=work
+    )
+    outcome = step.search(context)
     return outcome.model, outcome.figures["history"]
 
 

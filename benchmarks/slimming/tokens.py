@@ -20,7 +20,7 @@ import numpy as np
 from moe2edge.calibration import tokens
 from moe2edge.pipeline import recipe
 from moe2edge.storage.checkpoint import open_checkpoint
-from moe2edge.storage.tokenizer import tokenizer_of
+from moe2edge.storage.tokenizer import load_tokenizer
 
 sys.path.append(str(Path(__file__).parent.parent / "trimming"))
 import texts
@@ -46,10 +46,10 @@ def mixes(data: Path, folder: Path, most: int | None) -> dict[str, str]:
 def cut(model: Path, purpose: str, text: str, path: Path, samples: int) -> dict[str, Any]:
     """Samples of a text for the tokenizer of a model, written to a file."""
     options = {"text": text, "samples": samples, "length": LENGTH, "seed": SEED}
-    source = recipe.section(purpose, options)
+    source = recipe.parse_section(purpose, options)
     checkpoint = open_checkpoint(str(model))
     limits = (LENGTH, checkpoint.model.vocabulary)
-    found = tokens.load_tokens(source, tokenizer_of(checkpoint.folder), purpose, limits)
+    found = tokens.load_tokens(source, load_tokenizer(checkpoint.folder), purpose, limits)
     np.save(path, found.ids.numpy())
     return {**options, "sha256": found.sha256}
 

@@ -30,13 +30,13 @@ from moe2edge.model.model import Model
 from moe2edge.numerics import metrics
 from moe2edge.pipeline import recipe
 from moe2edge.pipeline.runner import run_passes
-from moe2edge.progress import Watcher
+from moe2edge.progress import Reporter
 from moe2edge.storage.checkpoint import BUILTIN, Checkpoint, open_checkpoint
-from moe2edge.storage.tokenizer import tokenizer_of
+from moe2edge.storage.tokenizer import load_tokenizer
 from moe2edge.storage.work_folder import WorkFolder
 
 HERE = Path(__file__).parent
-QUIET = Watcher(lambda _: None, lambda *_: None)
+QUIET = Reporter(lambda _: None, lambda *_: None)
 LENGTH, CALIBRATION, EVALUATION = 256, 128, 24
 
 
@@ -75,8 +75,8 @@ class Bench:
             files = self.sources[purpose]
             options["text"] = ",".join(f"{domain}:1" for domain in domains)
             options["sources"] = {domain: {"text": str(files[domain])} for domain in domains}
-        source = recipe.section(purpose, options)
-        tokenizer = tokenizer_of(self.checkpoint.folder)
+        source = recipe.parse_section(purpose, options)
+        tokenizer = load_tokenizer(self.checkpoint.folder)
         return tokens.load_tokens(source, tokenizer, purpose, (LENGTH, self.model.vocabulary))
 
 
@@ -95,10 +95,10 @@ def measure(bench: Bench, model: Model) -> dict[str, Any]:
     found: dict[str, Any] = {"perplexity": {}, "kl": {}}
     for domain, ids in bench.evaluation.items():
         hidden = walk.observe(model, ids, [skipped], QUIET.advance, "")
-        source = walk.head_logits(bench.model, bench.hidden[domain])
-        result = metrics.measure(ids, walk.head_logits(model, hidden), source)
+        source = walk.compute_logits(bench.model, bench.hidden[domain])
+        result = metrics.measure(ids, walk.compute_logits(model, hidden), source)
         found["perplexity"][domain], found["kl"][domain] = result.perplexity, result.kl
-    rates = skipped.fact()
+    rates = skipped.result()
     if rates.routed:
         found["skip_rate"] = rates.rate
     return found
@@ -106,7 +106,7 @@ def measure(bench: Bench, model: Model) -> dict[str, Any]:
 
 def run_cell(bench: Bench, cell: cells.Cell) -> dict[str, Any]:
     """Run a recipe and measure what it leaves."""
-    parsed = recipe.parse(cell.recipe).resolved(bench.model)
+    parsed = recipe.parse(cell.recipe).resolve(bench.model)
     tokens = bench.tokens("calibration", cell.domains or bench.domains, CALIBRATION, cell.seed)
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as work:
@@ -143,9 +143,9 @@ def oracle(bench: Bench) -> dict[str, Any]:
         for domain, ids in bench.evaluation.items():
             hidden = before[domain].clone()
             for step in (runner, *later):
-                for part in walk.batches(ids):
+                for part in walk.split_batches(ids):
                     hidden[part] = step.run(hidden[part])
-            found = metrics.measure(ids, walk.head_logits(model, hidden), None)
+            found = metrics.measure(ids, walk.compute_logits(model, hidden), None)
             total += math.log(found.perplexity) / len(bench.evaluation)
         losses[" ".join(map(str, kept))] = total
     return {"model": bench.name, "key": "oracle", "block": block.origin, "losses": losses}
@@ -156,7 +156,7 @@ def _until(model: Model, ids: Tensor, block: int) -> Tensor:
     hidden = walk.embed(model, ids)
     for before in model.blocks[:block]:
         runner = walk.BlockRunner(model, before)
-        for part in walk.batches(ids):
+        for part in walk.split_batches(ids):
             hidden[part] = runner.run(hidden[part])
     return hidden
 

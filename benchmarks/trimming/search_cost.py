@@ -29,13 +29,13 @@ from moe2edge.numerics import subset_loss as subsets
 from moe2edge.pipeline import recipe
 from moe2edge.pipeline.runner import run_passes
 from moe2edge.storage.checkpoint import Checkpoint, open_checkpoint
-from moe2edge.storage.tokenizer import tokenizer_of
+from moe2edge.storage.tokenizer import load_tokenizer
 from moe2edge.storage.work_folder import WorkFolder
 
 
 def tokens_of(checkpoint: Checkpoint, data: Path, samples: int, length: int) -> Tokens:
     """Equal parts of all domains."""
-    tokenizer, share = tokenizer_of(checkpoint.folder), samples // len(texts.DOMAINS)
+    tokenizer, share = load_tokenizer(checkpoint.folder), samples // len(texts.DOMAINS)
     parts = []
     with tempfile.TemporaryDirectory() as folder:
         for path in texts.write_texts(data, Path(folder))["calibration"].values():
@@ -47,7 +47,7 @@ def tokens_of(checkpoint: Checkpoint, data: Path, samples: int, length: int) -> 
 
 def seconds(checkpoint: Checkpoint, step: dict[str, Any], tokens: Tokens) -> tuple[float, float]:
     """Wall and processor time of a recipe of one pass, without reading text or evaluation."""
-    parsed = recipe.parse(yaml.safe_dump({"passes": [step]})).resolved(checkpoint.model)
+    parsed = recipe.parse(yaml.safe_dump({"passes": [step]})).resolve(checkpoint.model)
     with tempfile.TemporaryDirectory() as work:
         wall, processor = time.perf_counter(), time.process_time()
         run_passes(checkpoint.model, parsed, tokens, WorkFolder(Path(work)), run.QUIET)

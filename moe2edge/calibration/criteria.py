@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
-from moe2edge.calibration.observation import Facts, Kind
+from moe2edge.calibration.observation import Facts, ObserverFactory
 from moe2edge.errors import Moe2EdgeError
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Block
@@ -23,8 +23,8 @@ ROUTING = ("routing-score", "frequency", "soft-frequency")
 WEIGHTS = ("magnitude", "aimer")
 
 
-def observers(criterion: Criterion) -> tuple[Kind, ...]:
-    """Kinds of observers whose facts `scores` reads."""
+def list_observers(criterion: Criterion) -> tuple[ObserverFactory, ...]:
+    """Kinds of observers whose facts `score_experts` reads."""
     from moe2edge.calibration.router_observers import OutputObserver, RoutingObserver
 
     if criterion in ROUTING:
@@ -32,7 +32,7 @@ def observers(criterion: Criterion) -> tuple[Kind, ...]:
     return () if criterion in (*WEIGHTS, "random") else (OutputObserver,)
 
 
-def scores(criterion: Criterion, block: Block, facts: Facts, seed: int = 0) -> list[float]:
+def score_experts(criterion: Criterion, block: Block, facts: Facts, seed: int = 0) -> list[float]:
     """Scores of the experts of an MoE block, in their order; the lowest is dropped first.
 
     Args:
@@ -51,7 +51,7 @@ def scores(criterion: Criterion, block: Block, facts: Facts, seed: int = 0) -> l
     if not isinstance(layer, MoELayer):
         raise Moe2EdgeError(f"block {block.index} has no experts to score")
     if criterion == "random":
-        return saliency.random_scores(len(layer.experts), key, seed).tolist()
+        return saliency.draw_random_scores(len(layer.experts), key, seed).tolist()
     if criterion in WEIGHTS:
         of_weights = saliency.aimer if criterion == "aimer" else saliency.magnitude
         return [of_weights([w.load() for w in (e.gate, e.up, e.down)]) for e in layer.experts]

@@ -8,12 +8,19 @@ import torch
 
 from moe2edge.errors import Moe2EdgeError
 from moe2edge.model.layers import MoELayer
-from moe2edge.numerics.subset_loss import PART_TOKENS, Evidence, Part, Rule, make_part, spread
+from moe2edge.numerics.subset_loss import (
+    PART_TOKENS,
+    EvidencePart,
+    RoutingRule,
+    SubsetEvidence,
+    make_part,
+    spread,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moe2edge.calibration.observation import Seen
+    from moe2edge.calibration.observation import BlockTrace
 
 # Bytes of expert outputs held at a time, but of no fewer tokens than make fast products.
 OUTPUT_BYTES, LEAST_ROWS = 8 << 20, 256
@@ -29,28 +36,28 @@ class Gatherer:
         self._forget()
 
     def _forget(self) -> None:
-        self._seen, self._parts, self._missing, self._wanted = 0, list[Part](), 0.0, 0.0
+        self._seen, self._parts, self._missing, self._wanted = 0, list[EvidencePart](), 0.0, 0.0
 
     @property
     def complete(self) -> bool:
         """Whether all tokens of a layer have been seen."""
         return self._seen == self._tokens
 
-    def see(self, seen: Seen, target: Tensor | None = None) -> None:
+    def observe(self, trace: BlockTrace, target: Tensor | None = None) -> None:
         """Add one batch of a layer; batches come in the order of their tokens.
 
         Args:
-            seen: what it showed.
+            trace: what it showed.
             target: Z, [batch, length, hidden]; None: what the layer puts out itself.
         """
-        layer, routing = seen.block.mlp, seen.routing
+        layer, routing = trace.block.mlp, trace.routing
         if not isinstance(layer, MoELayer) or routing is None:
-            raise Moe2EdgeError(f"block {seen.block.index} has no experts to search")
-        rule = Rule(layer.router.top_k, layer.router.renormalize)
+            raise Moe2EdgeError(f"block {trace.block.index} has no experts to search")
+        rule = RoutingRule(layer.router.top_k, layer.router.renormalize)
         end = self._seen + len(routing.inputs)
         places = self._places[(self._places >= self._seen) & (self._places < end)] - self._seen
         self._seen = end
-        output = seen.mlp_outputs.flatten(0, -2)
+        output = trace.mlp_outputs.flatten(0, -2)
         wanted = output if target is None else target.flatten(0, -2)
         for rows in torch.split(places, PART_TOKENS):
             self._wanted += float(wanted[rows].double().square().sum())
@@ -58,19 +65,19 @@ class Gatherer:
             if target is not None:
                 gap = wanted[rows] - output[rows]
                 self._missing += float(gap.double().square().sum())
-            gram, pull = products(seen, routing.inputs[rows], len(layer.experts), gap)
+            gram, pull = compute_products(trace, routing.inputs[rows], len(layer.experts), gap)
             self._parts.append(make_part(gram, pull, routing.logits[rows], rule))
 
-    def take(self, layer: MoELayer) -> Evidence:
+    def take(self, layer: MoELayer) -> SubsetEvidence:
         """The evidence of the layer whose tokens have all been seen; then forget it."""
-        rule = Rule(layer.router.top_k, layer.router.renormalize)
+        rule = RoutingRule(layer.router.top_k, layer.router.renormalize)
         parts, missing, wanted = tuple(self._parts), self._missing, self._wanted
         self._forget()
-        return Evidence(rule, len(layer.experts), parts, missing, wanted)
+        return SubsetEvidence(rule, len(layer.experts), parts, missing, wanted)
 
 
-def products(
-    seen: Seen, inputs: Tensor, experts: int, gap: Tensor | None
+def compute_products(
+    trace: BlockTrace, inputs: Tensor, experts: int, gap: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Gram matrices of expert outputs for ``inputs`` [T, hidden], and products with ``gap``.
 
@@ -83,7 +90,7 @@ def products(
     step = max(LEAST_ROWS, OUTPUT_BYTES // (4 * experts * hidden))
     for at in range(0, tokens, step):
         rows = slice(at, at + step)
-        outputs = torch.stack([seen.expert_output(j, inputs[rows]) for j in range(experts)], dim=1)
+        outputs = torch.stack([trace.expert_output(j, inputs[rows]) for j in range(experts)], dim=1)
         torch.bmm(outputs, outputs.mT, out=gram[rows])
         if pull is not None and gap is not None:
             pull[rows] = torch.bmm(outputs, gap[rows, :, None])[..., 0].double()

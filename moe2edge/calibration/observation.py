@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Routing:
+class RouterTrace:
     """What the router of a block did with N tokens.
 
     Attributes:
@@ -35,7 +35,7 @@ class Routing:
 
 
 @dataclass(frozen=True)
-class Seen:
+class BlockTrace:
     """What one batch of one block showed.
 
     Attributes:
@@ -57,7 +57,7 @@ class Seen:
     attended: Tensor
     mlp_inputs: Tensor
     mlp_outputs: Tensor
-    routing: Routing | None
+    routing: RouterTrace | None
     linear_inputs: Mapping[str, Tensor]
     expert_hidden: Callable[[int, Tensor], Tensor]
     expert_output: Callable[[int, Tensor], Tensor]
@@ -70,24 +70,24 @@ Fact_co = TypeVar("Fact_co", covariant=True)
 class Observer(Protocol[Fact_co]):
     """A visitor of a walk that gathers one fact about the model."""
 
-    def see(self, seen: Seen) -> None:
+    def observe(self, trace: BlockTrace) -> None:
         """Take in what one batch of one block showed."""
         ...
 
-    def fact(self) -> Fact_co:
+    def result(self) -> Fact_co:
         """What was learned, after the walk."""
         ...
 
 
 # Makes a fresh observer: its class, or a value that compares equal if it would gather the same.
-Kind = Callable[[], Observer[Any]]
+ObserverFactory = Callable[[], Observer[Any]]
 
 
 class Facts:
     """What a walk learned, keyed by the kind of observer: ``facts[RoutingObserver]``."""
 
-    def __init__(self, facts: Mapping[Kind, object] | None = None) -> None:
-        self._facts: dict[Kind, Any] = dict(facts or {})
+    def __init__(self, facts: Mapping[ObserverFactory, object] | None = None) -> None:
+        self._facts: dict[ObserverFactory, Any] = dict(facts or {})
 
     def __getitem__(self, kind: Callable[[], Observer[Fact]]) -> Fact:
         value: Fact = self._facts[kind]

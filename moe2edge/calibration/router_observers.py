@@ -14,7 +14,7 @@ from moe2edge.numerics.saliency import LayerOutputs, OutputStatistics, RoutingSt
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moe2edge.calibration.observation import Seen
+    from moe2edge.calibration.observation import BlockTrace
 
 
 class RoutingObserver:
@@ -27,14 +27,14 @@ class RoutingObserver:
         self._mass: dict[int, Tensor] = {}
         self._tokens = 0
 
-    def see(self, seen: Seen) -> None:
+    def observe(self, trace: BlockTrace) -> None:
         """Add one batch."""
-        if seen.routing is None:
+        if trace.routing is None:
             return
-        routing, key = seen.routing, seen.block.origin
-        experts = len(seen.block.expert_origins)
+        routing, key = trace.routing, trace.block.origin
+        experts = len(trace.block.expert_origins)
         if key not in self._counts:
-            self._experts[key] = seen.block.expert_origins
+            self._experts[key] = trace.block.expert_origins
             self._counts[key] = torch.zeros(experts, dtype=torch.int64)
             self._probability[key] = torch.zeros(experts, dtype=torch.float64)
             self._mass[key] = torch.zeros(experts, dtype=torch.float64)
@@ -46,7 +46,7 @@ class RoutingObserver:
         if key == min(self._counts):
             self._tokens += len(routing.ids)
 
-    def fact(self) -> RoutingStatistics:
+    def result(self) -> RoutingStatistics:
         """The statistics."""
         return RoutingStatistics(
             self._experts, self._tokens, self._counts, self._probability, self._mass
@@ -59,20 +59,22 @@ class OutputObserver:
     def __init__(self) -> None:
         self._layers: dict[int, LayerOutputs] = {}
 
-    def see(self, seen: Seen) -> None:
+    def observe(self, trace: BlockTrace) -> None:
         """Add one batch."""
-        if seen.routing is None:
+        if trace.routing is None:
             return
-        routing, key = seen.routing, seen.block.origin
+        routing, key = trace.routing, trace.block.origin
         if key not in self._layers:
-            self._layers[key] = LayerOutputs.of(seen.block.expert_origins, routing.inputs.shape[-1])
-        for expert in range(len(seen.block.expert_origins)):
+            self._layers[key] = LayerOutputs.of(
+                trace.block.expert_origins, routing.inputs.shape[-1]
+            )
+        for expert in range(len(trace.block.expert_origins)):
             token, place = torch.where(routing.ids == expert)
             if len(token):
-                outputs = seen.expert_output(expert, routing.inputs[token])
+                outputs = trace.expert_output(expert, routing.inputs[token])
                 self._layers[key].add(expert, outputs, routing.weights[token, place])
 
-    def fact(self) -> OutputStatistics:
+    def result(self) -> OutputStatistics:
         """The statistics."""
         return OutputStatistics(self._layers)
 
@@ -101,17 +103,17 @@ class RouterOutputObserver:
         self._gram: dict[int, Tensor] = {}
         self._tokens: dict[int, int] = {}
 
-    def see(self, seen: Seen) -> None:
+    def observe(self, trace: BlockTrace) -> None:
         """Add one batch."""
-        if seen.routing is None:
+        if trace.routing is None:
             return
-        routing, key = seen.routing, seen.block.origin
+        routing, key = trace.routing, trace.block.origin
         logits = routing.logits.double()
         self._norm[key] = self._norm.get(key, 0.0) + float(logits.norm(dim=1).sum())
         self._gram[key] = self._gram.get(key, 0) + logits.T @ logits
         self._tokens[key] = self._tokens.get(key, 0) + len(logits)
 
-    def fact(self) -> RouterOutputs:
+    def result(self) -> RouterOutputs:
         """The sums."""
         norms = {key: total / self._tokens[key] for key, total in self._norm.items()}
         return RouterOutputs(norms, self._gram)
@@ -130,14 +132,14 @@ class RatioObserver:
     def __init__(self) -> None:
         self._ratios: dict[int, list[Tensor]] = {}
 
-    def see(self, seen: Seen) -> None:
+    def observe(self, trace: BlockTrace) -> None:
         """Add one batch."""
-        if seen.routing is not None:
-            weights = seen.routing.weights
+        if trace.routing is not None:
+            weights = trace.routing.weights
             ratios = weights[:, 1:] / weights[:, :1]
-            self._ratios.setdefault(seen.block.origin, []).append(ratios)
+            self._ratios.setdefault(trace.block.origin, []).append(ratios)
 
-    def fact(self) -> WeightRatios:
+    def result(self) -> WeightRatios:
         """The ratios."""
         return WeightRatios({key: torch.cat(parts) for key, parts in self._ratios.items()})
 
@@ -167,15 +169,15 @@ class SkipObserver:
         self._routed: dict[int, int] = {}
         self._skipped: dict[int, int] = {}
 
-    def see(self, seen: Seen) -> None:
+    def observe(self, trace: BlockTrace) -> None:
         """Add one batch."""
-        layer, key = seen.block.mlp, seen.block.origin
-        if not isinstance(layer, MoELayer) or not layer.router.skip_below or seen.routing is None:
+        layer, key = trace.block.mlp, trace.block.origin
+        if not isinstance(layer, MoELayer) or not layer.router.skip_below or trace.routing is None:
             return
-        left_out = int((seen.routing.ids == layer.choices).sum())
-        self._routed[key] = self._routed.get(key, 0) + seen.routing.ids.numel()
+        left_out = int((trace.routing.ids == layer.router_rows).sum())
+        self._routed[key] = self._routed.get(key, 0) + trace.routing.ids.numel()
         self._skipped[key] = self._skipped.get(key, 0) + left_out
 
-    def fact(self) -> SkipRates:
+    def result(self) -> SkipRates:
         """The rates."""
         return SkipRates(self._routed, self._skipped)

@@ -13,22 +13,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moe2edge.calibration import walk
-from moe2edge.calibration.tokens import check_length, own_tokens
+from moe2edge.calibration.tokens import check_length, wrap_tokens
 from moe2edge.errors import InputError
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model
 from moe2edge.runtime import memory
 from moe2edge.runtime.torch_runtime import open_source
 from moe2edge.storage.checkpoint import Checkpoint
-from moe2edge.storage.tokenizer import tokenizer_of
+from moe2edge.storage.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moe2edge.calibration.observation import Seen
+    from moe2edge.calibration.observation import BlockTrace
     from moe2edge.calibration.sources import TextSource
     from moe2edge.calibration.tokens import Tokens
-    from moe2edge.progress import Watcher
+    from moe2edge.progress import Reporter
 
 TEMPERATURE = 1.2
 # Candidates for each sequence.
@@ -37,7 +37,7 @@ WIDTH = 4
 BATCH = 64
 
 
-def tokens(checkpoint: Checkpoint, source: TextSource, watcher: Watcher) -> Tokens:
+def sample_tokens(checkpoint: Checkpoint, source: TextSource, reporter: Reporter) -> Tokens:
     """Calibration that the model writes; texts begin with the token that begins or ends them.
 
     Args:
@@ -50,8 +50,8 @@ def tokens(checkpoint: Checkpoint, source: TextSource, watcher: Watcher) -> Toke
         DoesNotFit: its parameters in bfloat16 are more than the memory, as it has to run.
     """
     model, remedy = checkpoint.model, "give a text with --calib"
-    memory.check(2 * model.parameters, "calibration.text self runs the source", remedy)
-    tokenizer = tokenizer_of(checkpoint.folder)
+    memory.check_memory(2 * model.parameters, "calibration.text self runs the source", remedy)
+    tokenizer = load_tokenizer(checkpoint.folder)
     start = tokenizer.bos_token_id
     start = tokenizer.eos_token_id if start is None else start
     if start is None:
@@ -61,12 +61,12 @@ def tokens(checkpoint: Checkpoint, source: TextSource, watcher: Watcher) -> Toke
     check_length(source, "calibration", model.family.geometry(checkpoint.config).max_positions)
     runtime = open_source(checkpoint.folder)
     shape = source.samples, source.length
-    ids = write(runtime.model, model, start, shape, source.seed, watcher)
-    return own_tokens(ids, source.text)
+    ids = write_text(runtime.model, model, start, shape, source.seed, reporter)
+    return wrap_tokens(ids, source.text)
 
 
-def write(
-    runtime: Any, model: Model, start: int, shape: tuple[int, int], seed: int, watcher: Watcher
+def write_text(
+    runtime: Any, model: Model, start: int, shape: tuple[int, int], seed: int, reporter: Reporter
 ) -> Tensor:
     """Tokens int64 ``shape`` [samples, length] that the model wrote, balanced over experts.
 
@@ -84,18 +84,18 @@ def write(
     total = WIDTH * samples
     for at in range(0, total, BATCH):
         count = min(BATCH, total - at)
-        watcher.advance("calibration: writing", at, total, "sequences")
-        found.append(sample(runtime, start, (count, length), generator, watcher))
+        reporter.advance("calibration: writing", at, total, "sequences")
+        found.append(sample_batch(runtime, start, (count, length), generator, reporter))
     candidates = torch.cat(found)
     use = _Use()
-    walk.observe(model, candidates, [use], watcher.advance, "calibration: balancing")
-    counts = use.fact()
-    return candidates[:samples] if counts is None else candidates[balanced(counts, samples)]
+    walk.observe(model, candidates, [use], reporter.advance, "calibration: balancing")
+    counts = use.result()
+    return candidates[:samples] if counts is None else candidates[choose_balanced(counts, samples)]
 
 
 @torch.inference_mode()
-def sample(
-    runtime: Any, start: int, shape: tuple[int, int], generator: torch.Generator, watcher: Watcher
+def sample_batch(
+    runtime: Any, start: int, shape: tuple[int, int], generator: torch.Generator, reporter: Reporter
 ) -> Tensor:
     """Sequences int64 ``shape`` [count, length], token by token with a cache."""
     from transformers import DynamicCache
@@ -104,7 +104,7 @@ def sample(
     ids = torch.full((count, length), start)
     cache = DynamicCache(config=runtime.config)
     for n in range(1, length):
-        watcher.advance("calibration: writing", n, length, "tokens of a batch")
+        reporter.advance("calibration: writing", n, length, "tokens of a batch")
         logits = runtime(ids[:, n - 1 : n], past_key_values=cache).logits[:, -1].float()
         chances = (logits / TEMPERATURE).softmax(-1)
         ids[:, n] = torch.multinomial(chances, 1, generator=generator)[:, 0]
@@ -117,17 +117,17 @@ class _Use:
     def __init__(self) -> None:
         self._counts: dict[int, list[Tensor]] = {}
 
-    def see(self, seen: Seen) -> None:
+    def observe(self, trace: BlockTrace) -> None:
         """Add one batch."""
-        if not isinstance(seen.block.mlp, MoELayer) or seen.routing is None:
+        if not isinstance(trace.block.mlp, MoELayer) or trace.routing is None:
             return
-        experts = len(seen.block.mlp.experts)
-        ids = seen.routing.ids.view(len(seen.inputs), -1)
+        experts = len(trace.block.mlp.experts)
+        ids = trace.routing.ids.view(len(trace.inputs), -1)
         counts = torch.zeros(len(ids), experts + 1)  # the last stands for skipped places
         counts.scatter_add_(1, ids, torch.ones_like(ids, dtype=counts.dtype))
-        self._counts.setdefault(seen.block.index, []).append(counts[:, :experts])
+        self._counts.setdefault(trace.block.index, []).append(counts[:, :experts])
 
-    def fact(self) -> Tensor | None:
+    def result(self) -> Tensor | None:
         """Counts [sequences, all experts], each layer's as parts of one; None without experts."""
         layers = [torch.cat(parts) for parts in self._counts.values()]
         if not layers:
@@ -135,7 +135,7 @@ class _Use:
         return torch.cat([counts / counts.sum(1, keepdim=True) for counts in layers], dim=1)
 
 
-def balanced(use: Tensor, count: int) -> Tensor:
+def choose_balanced(use: Tensor, count: int) -> Tensor:
     """Positions of ``count`` rows of ``use`` [candidates, experts] with the evenest sum, in order.
 
     One after the other the row is taken with which the sum of squares grows least; of equal ones

@@ -12,7 +12,7 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moe2edge.calibration.observation import Seen
+    from moe2edge.calibration.observation import BlockTrace
 
 
 class _Means:
@@ -48,7 +48,7 @@ class BlockSimilarity:
 
 
 @dataclass(frozen=True)
-class BlockSimilarityKind:
+class BlockSimilarityFactory:
     """Makes observers that gather `BlockSimilarity`.
 
     Attributes:
@@ -72,22 +72,22 @@ class BlockSimilarityObserver:
         self._longest = longest
         self._block, self._batch = -1, 0
 
-    def see(self, seen: Seen) -> None:
+    def observe(self, trace: BlockTrace) -> None:
         """Add one batch; batches come in the same order for every block."""
-        self._batch = self._batch + 1 if seen.block.index == self._block else 0
-        self._block = seen.block.index
+        self._batch = self._batch + 1 if trace.block.index == self._block else 0
+        self._block = trace.block.index
         if self._batch == len(self._latest):
             self._latest.append(deque(maxlen=self._longest - 1))
         latest = self._latest[self._batch]
         run: tuple[int, ...] = ()
-        for origin, inputs in ((seen.block.origin, seen.inputs), *reversed(latest)):
+        for origin, inputs in ((trace.block.origin, trace.inputs), *reversed(latest)):
             run = (origin, *run)
-            self._means.add(run, inputs, seen.outputs)
+            self._means.add(run, inputs, trace.outputs)
         if self._longest > 1:
             # A copy: the walk writes the output over its input.
-            latest.append((seen.block.origin, seen.inputs.clone()))
+            latest.append((trace.block.origin, trace.inputs.clone()))
 
-    def fact(self) -> BlockSimilarity:
+    def result(self) -> BlockSimilarity:
         """The similarities."""
         return BlockSimilarity(self._means.result())
 
@@ -114,14 +114,14 @@ class LayerSimilarityObserver:
     def __init__(self) -> None:
         self._with, self._without = _Means(), _Means()
 
-    def see(self, seen: Seen) -> None:
+    def observe(self, trace: BlockTrace) -> None:
         """Add one batch."""
-        if seen.routing is None:
+        if trace.routing is None:
             return
-        key = (seen.block.origin,)
-        self._with.add(key, seen.attended, seen.outputs)
-        self._without.add(key, seen.mlp_inputs, seen.mlp_outputs)
+        key = (trace.block.origin,)
+        self._with.add(key, trace.attended, trace.outputs)
+        self._without.add(key, trace.mlp_inputs, trace.mlp_outputs)
 
-    def fact(self) -> LayerSimilarity:
+    def result(self) -> LayerSimilarity:
         """The similarities."""
         return LayerSimilarity(self._with.result(), self._without.result())

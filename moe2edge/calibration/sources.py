@@ -27,7 +27,7 @@ class NamedText(Options):
     @classmethod
     def _template_is_plain(cls, value: str | None) -> str | None:
         if value is not None:
-            template_pieces(value)
+            split_template(value)
         return value
 
     @model_validator(mode="after")
@@ -69,13 +69,13 @@ class TextSource(NamedText):
 # ---- reading -----------------------------------------------------------------------------------
 
 
-def template_pieces(template: str) -> list[tuple[str, str | None]]:
+def split_template(template: str) -> list[tuple[str, str | None]]:
     """Literal texts, each with the field that follows it; None after the last.
 
     Raises:
         ValueError: it has something else in braces than the plain name of a field, or no field.
 
-    >>> template_pieces("Q: {question}{{}}")
+    >>> split_template("Q: {question}{{}}")
     [('Q: ', 'question'), ('{', None), ('}', None)]
     """
     hint = "a text with plain fields, such as '{question} {answer}', and {{ }} for braces"

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe2edge.calibration.sources import template_pieces
-from moe2edge.errors import InputError, did_you_mean
+from moe2edge.calibration.sources import split_template
+from moe2edge.errors import InputError, suggest
 from moe2edge.storage.checkpoint import BUILTIN_FOLDER
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ BUILTIN_FILES = {
 
 
 @dataclass(frozen=True)
-class Part:
+class TextPart:
     """One text of a mix.
 
     Attributes:
@@ -98,7 +98,7 @@ class Tokens:
 # ---- mixes -------------------------------------------------------------------------------------
 
 
-def parts_of(source: TextSource, purpose: str) -> tuple[Part, ...]:
+def list_parts(source: TextSource, purpose: str) -> tuple[TextPart, ...]:
     """The parts of a text: one, or as many as ``NAME:WEIGHT,NAME:WEIGHT`` names.
 
     What is a source or a file under its whole name is not taken apart.
@@ -161,15 +161,15 @@ def _weighed(entry: str, source: TextSource, purpose: str) -> tuple[str, float |
     return name.strip(), weight
 
 
-def _part(name: str, weight: float, source: TextSource, purpose: str) -> Part:
+def _part(name: str, weight: float, source: TextSource, purpose: str) -> TextPart:
     if name in source.sources:
         named = source.sources[name]
-        return Part(name, named.text, named.field, named.template, weight)
+        return TextPart(name, named.text, named.field, named.template, weight)
     if source.sources and not _is_known(name, source):
-        raise InputError(did_you_mean(f"file or source of {purpose}", name, source.sources))
+        raise InputError(suggest(f"file or source of {purpose}", name, source.sources))
     # In a mix of JSONL and plain text the template is for the former.
     template = source.template if Path(name).suffix == ".jsonl" else None
-    return Part(name, name, source.field, template, weight)
+    return TextPart(name, name, source.field, template, weight)
 
 
 def share_out(total: int, weights: Sequence[float]) -> list[int]:
@@ -196,10 +196,10 @@ def read_texts(source: TextSource, purpose: str) -> list[str]:
     Raises:
         InputError: a file is missing, empty, not Unicode, or a line is not as announced.
     """
-    return [text for part in parts_of(source, purpose) for text in read_part(part, purpose)]
+    return [text for part in list_parts(source, purpose) for text in read_part(part, purpose)]
 
 
-def read_part(part: Part, purpose: str) -> list[str]:
+def read_part(part: TextPart, purpose: str) -> list[str]:
     """Documents of one part.
 
     Raises:
@@ -223,17 +223,17 @@ def read_part(part: Part, purpose: str) -> list[str]:
     return texts
 
 
-def check_files(source: TextSource, purpose: str) -> None:
+def check_text_files(source: TextSource, purpose: str) -> None:
     """Refuse a text whose files are not there, without reading them.
 
     Raises:
         InputError: one is missing, or the mix is none.
     """
-    for part in parts_of(source, purpose):
+    for part in list_parts(source, purpose):
         _file_of(part, purpose)
 
 
-def _file_of(part: Part, purpose: str) -> Path:
+def _file_of(part: TextPart, purpose: str) -> Path:
     try:
         builtin = part.text == BUILTIN_TEXT
         path = BUILTIN_FOLDER / BUILTIN_FILES[purpose] if builtin else Path(part.text).expanduser()
@@ -250,7 +250,7 @@ def _file_of(part: Part, purpose: str) -> Path:
     return path
 
 
-def _jsonl(path: Path, text: str, part: Part) -> list[str]:
+def _jsonl(path: Path, text: str, part: TextPart) -> list[str]:
     found = []
     # Not splitlines(): a JSON string may hold U+2028 and other line breaks of Unicode.
     for number, line in enumerate(text.split("\n"), start=1):
@@ -272,9 +272,9 @@ def _jsonl(path: Path, text: str, part: Part) -> list[str]:
     return found
 
 
-def _document(row: Any, part: Part, where: str) -> str:
+def _document(row: Any, part: TextPart, where: str) -> str:
     """Text of one line: its field, or its template filled in."""
-    pieces = template_pieces(part.template) if part.template else [("", part.field)]
+    pieces = split_template(part.template) if part.template else [("", part.field)]
     # A number may stand inside of a text, but is no text.
     kinds: tuple[type, ...] = (str, int, float) if part.template else (str,)
     document = ""
@@ -333,7 +333,7 @@ def load_tokens(
 
     longest, vocabulary = limits
     check_length(source, purpose, longest)
-    parts = parts_of(source, purpose)
+    parts = list_parts(source, purpose)
     counts = share_out(source.samples, [part.weight for part in parts])
     if 0 in counts:
         raise InputError(
@@ -360,13 +360,13 @@ def load_tokens(
     return Tokens(ids, source.text, _digest(ids), gave)
 
 
-def own_tokens(ids: Tensor, name: str) -> Tokens:
+def wrap_tokens(ids: Tensor, name: str) -> Tokens:
     """Samples int64 [samples, length] that come from no text, under a name of their own."""
     digest = _digest(ids)
     return Tokens(ids, name, digest, (PartTokens(name, name, len(ids), digest),))
 
 
-def _stream(part: Part, tokenizer: Any, purpose: str) -> array[int]:
+def _stream(part: TextPart, tokenizer: Any, purpose: str) -> array[int]:
     """Token ids of all documents, each after an end token."""
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     stream = array("q")

@@ -15,14 +15,20 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
-from moe2edge.calibration.observation import Facts, Kind, Observer, Routing, Seen
-from moe2edge.model.hf_config import transformers_config
+from moe2edge.calibration.observation import (
+    BlockTrace,
+    Facts,
+    Observer,
+    ObserverFactory,
+    RouterTrace,
+)
+from moe2edge.model.hf_config import build_transformers_config
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Block, Model
 from moe2edge.progress import Advance
-from moe2edge.runtime.decoder_blocks import block_state, checked, finite, fit
+from moe2edge.runtime.decoder_blocks import check_finite, fit_layers, load_block_state, load_finite
 from moe2edge.runtime.memory import UNLIMITED, Memory
-from moe2edge.runtime.mixed_experts import expert_answer, expert_inside
+from moe2edge.runtime.mixed_experts import compute_expert_intermediate, compute_expert_output
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,8 +42,8 @@ class BlockRunner:
 
     def __init__(self, model: Model, block: Block) -> None:
         self.block = block
-        self._base = skeleton(model, block)
-        state = block_state(block)
+        self._base = build_skeleton(model, block)
+        state = load_block_state(block)
         self._base.layers[0].load_state_dict(state, strict=True, assign=True)
         self._layer = self._base.layers[0]
 
@@ -48,7 +54,7 @@ class BlockRunner:
         return out
 
     @torch.no_grad()
-    def watch(self, hidden: Tensor) -> Seen:
+    def watch(self, hidden: Tensor) -> BlockTrace:
         """Like `run`, and keep what happened inside."""
         inputs: dict[str, Tensor] = {}
         seen: dict[str, Any] = {}
@@ -61,7 +67,7 @@ class BlockRunner:
 
         def keep_routing(_: nn.Module, args: tuple[Tensor, ...], out: tuple[Tensor, ...]) -> None:
             flat = args[0].flatten(0, -2)
-            seen["routing"] = Routing(flat, out[0].float(), out[1].float(), out[2])
+            seen["routing"] = RouterTrace(flat, out[0].float(), out[1].float(), out[2])
 
         def keep_attended(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             seen["attended"] = args[0]
@@ -85,7 +91,7 @@ class BlockRunner:
         finally:
             for handle in hooks:
                 handle.remove()
-        return Seen(
+        return BlockTrace(
             self.block,
             hidden,
             outputs,
@@ -116,14 +122,14 @@ class BlockRunner:
 
     @torch.no_grad()
     def _expert_hidden(self, expert: int, inputs: Tensor) -> Tensor:
-        return expert_inside(self._layer.mlp, expert, inputs)
+        return compute_expert_intermediate(self._layer.mlp, expert, inputs)
 
     @torch.no_grad()
     def _expert_output(self, expert: int, inputs: Tensor) -> Tensor:
-        return expert_answer(self._layer.mlp, expert, inputs)
+        return compute_expert_output(self._layer.mlp, expert, inputs)
 
 
-def skeleton(model: Model, block: Block) -> Any:
+def build_skeleton(model: Model, block: Block) -> Any:
     """Transformers' base model with only ``block``, without numbers, embeddings and last norm.
 
     Driving the base model rather than the decoder layer leaves masks, positions and sliding
@@ -134,10 +140,10 @@ def skeleton(model: Model, block: Block) -> Any:
     model = replace(model, blocks=(replace(block, index=0),))
     # The skeleton has no embedding table; ids of special tokens would point outside of it.
     special = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
-    config = transformers_config(model, vocab_size=1, **special)
+    config = build_transformers_config(model, vocab_size=1, **special)
     with torch.device("meta"):
         base = AutoModel.from_config(config, dtype=torch.float32)
-        fit(base.layers, model)
+        fit_layers(base.layers, model)
     base.rotary_emb = type(base.rotary_emb)(config=config)
     base.norm = nn.Identity()
     base.embed_tokens = None
@@ -149,12 +155,12 @@ def embed(model: Model, tokens: Tensor, memory: Memory = UNLIMITED) -> Tensor:
     handle = model.rest["model.embed_tokens.weight"]
     table = handle.load()
     hidden = memory.empty((*tokens.shape, table.shape[1]))
-    for part in batches(tokens):
-        hidden[part] = checked(handle.name, table[tokens[part]].float())
+    for part in split_batches(tokens):
+        hidden[part] = check_finite(handle.name, table[tokens[part]].float())
     return hidden
 
 
-def batches(tokens: Tensor) -> list[slice]:
+def split_batches(tokens: Tensor) -> list[slice]:
     """Ranges of samples of about `BATCH_TOKENS` tokens."""
     size = max(1, BATCH_TOKENS // tokens.shape[1])
     return [slice(at, at + size) for at in range(0, len(tokens), size)]
@@ -173,11 +179,11 @@ def observe(
     for block in model.blocks:
         advance(label, block.index, len(model.blocks))
         runner = BlockRunner(model, block)
-        for part in batches(tokens):
+        for part in split_batches(tokens):
             if observers:
                 seen = runner.watch(hidden[part])
                 for observer in observers:
-                    observer.see(seen)
+                    observer.observe(seen)
                 hidden[part] = seen.outputs
                 del seen
             else:
@@ -190,7 +196,7 @@ def observe(
 def gather(
     model: Model,
     tokens: Tensor,
-    kinds: Sequence[Kind],
+    kinds: Sequence[ObserverFactory],
     advance: Advance,
     label: str,
     memory: Memory = UNLIMITED,
@@ -199,13 +205,13 @@ def gather(
     observers = {kind: kind() for kind in kinds}
     if observers:
         observe(model, tokens, list(observers.values()), advance, label, memory)
-    return Facts({kind: observer.fact() for kind, observer in observers.items()})
+    return Facts({kind: observer.result() for kind, observer in observers.items()})
 
 
 class Changer(Protocol):
     """Changes blocks one after the other, from what they do and what the source's twins do."""
 
-    def see(self, seen: Seen, source: Seen) -> None:
+    def observe(self, trace: BlockTrace, source: BlockTrace) -> None:
         """Take in one batch of the current block, and of its twin in the source model."""
         ...
 
@@ -238,19 +244,19 @@ def change(
             runner = BlockRunner(source, twin)
             if twin.origin == block.origin:
                 break
-            for part in batches(tokens):
+            for part in split_batches(tokens):
                 theirs[part] = runner.run(theirs[part])
         current = BlockRunner(model, block)
-        for part in batches(tokens):
+        for part in split_batches(tokens):
             expected = runner.watch(theirs[part])
-            changer.see(current.watch(mine[part]), expected)
+            changer.observe(current.watch(mine[part]), expected)
             theirs[part] = expected.outputs
         del runner, current
         changed = changer.change(block)
         model = model.replace_block(changed)
         if block.index + 1 < len(model.blocks):
             runner = BlockRunner(model, changed)
-            for part in batches(tokens):
+            for part in split_batches(tokens):
                 mine[part] = runner.run(mine[part])
     advance(label, len(model.blocks), len(model.blocks))
     return model
@@ -259,7 +265,7 @@ def change(
 class Rewriter(Protocol):
     """Changes blocks one after the other, from what they do."""
 
-    def see(self, seen: Seen) -> None:
+    def observe(self, trace: BlockTrace) -> None:
         """Take in one batch of the current block."""
         ...
 
@@ -293,9 +299,9 @@ def rewrite(
     for block in blocks:
         advance(label, block.index, len(blocks))
         runner = BlockRunner(model, block)
-        for part in batches(tokens):
+        for part in split_batches(tokens):
             seen = runner.watch(hidden[part])
-            worker.see(seen)
+            worker.observe(seen)
             if not propagate:
                 hidden[part] = seen.outputs
             del seen
@@ -304,7 +310,7 @@ def rewrite(
         model = model.replace_block(new)
         if propagate and block.index + 1 < len(blocks):
             runner = BlockRunner(model, new)
-            for part in batches(tokens):
+            for part in split_batches(tokens):
                 hidden[part] = runner.run(hidden[part])
             del runner
     advance(label, len(blocks), len(blocks))
@@ -312,14 +318,14 @@ def rewrite(
 
 
 @torch.no_grad()
-def head_logits(model: Model, hidden: Iterable[Tensor]) -> Iterator[Tensor]:
+def compute_logits(model: Model, hidden: Iterable[Tensor]) -> Iterator[Tensor]:
     """Logits float32 [length, vocabulary] of each sample of ``hidden`` [samples, length, hidden].
 
     All families end in an RMS norm and a linear head without bias.
     """
-    norm = finite(model.rest["model.norm.weight"])
+    norm = load_finite(model.rest["model.norm.weight"])
     head_name = "lm_head.weight" if "lm_head.weight" in model.rest else "model.embed_tokens.weight"
-    head = finite(model.rest[head_name])
+    head = load_finite(model.rest[head_name])
     eps = model.family.geometry(model.config).eps
     for sample in hidden:
         yield nn.functional.rms_norm(sample, norm.shape, norm, eps) @ head.T

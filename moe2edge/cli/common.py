@@ -47,7 +47,7 @@ def open_model(model: str, revision: str | None, cache_dir: Path | None) -> Any:
     return open_checkpoint(model, revision=revision, cache_dir=cache_dir)
 
 
-def from_hub(command: Command) -> Command:
+def add_hub_options(command: Command) -> Command:
     """Options that say which files of the hub MODEL means."""
     command = click.option("--revision", help="Branch, tag or commit of a hub model.")(command)
     return click.option("--cache-dir", type=click.Path(path_type=Path), help="Cache of hub files.")(
@@ -74,8 +74,8 @@ def parse_recipe(
     return recipe.parse(recipe.find(name), [*texts, *settings])
 
 
-def text_options(samples: int) -> Callable[[Command], Command]:
-    """Options of a text and how it is cut into samples; `text_source` takes their values."""
+def add_text_options(samples: int) -> Callable[[Command], Command]:
+    """Options of a text and how it is cut into samples; `read_text_options` takes their values."""
     options = (
         click.option("--text", default="builtin", show_default=True, help=MIX),
         click.option("--field", help="Field of a JSONL line [default: text]."),
@@ -93,14 +93,14 @@ def text_options(samples: int) -> Callable[[Command], Command]:
     return decorate
 
 
-def text_source(purpose: str, options: Mapping[str, Any]) -> TextSource:
-    """Section of a recipe from the values of `text_options`, with the same refusals."""
-    from moe2edge.pipeline.recipe import section
+def read_text_options(purpose: str, options: Mapping[str, Any]) -> TextSource:
+    """Section of a recipe from the values of `add_text_options`, with the same refusals."""
+    from moe2edge.pipeline.recipe import parse_section
 
     given = {name: value for name, value in options.items() if value is not None}
     if "template" in given:
         given["template"] = given["template"].replace("\\n", "\n").replace("\\t", "\t")
-    return section(purpose, given)
+    return parse_section(purpose, given)
 
 
 def _set_threads(_: click.Context, __: click.Parameter, count: int | None) -> None:
@@ -110,7 +110,7 @@ def _set_threads(_: click.Context, __: click.Parameter, count: int | None) -> No
         torch.set_num_threads(count)
 
 
-def nbytes(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
+def parse_bytes(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
     """Bytes of a size such as 8GB, 512MiB or 2e9."""
     if value is None:
         return None

@@ -14,14 +14,14 @@ from moe2edge.cli.common import (
     QUIET,
     SETTINGS,
     THREADS,
+    add_hub_options,
     emit,
-    from_hub,
     open_model,
     parse_recipe,
     print_table,
     quiet_libraries,
 )
-from moe2edge.cli.progress_bar import watcher
+from moe2edge.cli.progress_bar import make_reporter
 
 if TYPE_CHECKING:
     from moe2edge.evaluation.decision_overlap import Overlap
@@ -48,8 +48,8 @@ The pass apply_decisions carries them out later: {apply_decisions: {file: sets.j
 @QUIET
 @THREADS
 @JSON
-@from_hub
-def decide(
+@add_hub_options
+def decide_command(
     model: str,
     recipe: str,
     output: Path,
@@ -66,11 +66,11 @@ def decide(
     from moe2edge.pipeline import decisions
 
     parsed = parse_recipe(recipe, settings, calib)
-    decisions.check_output(output, force=force)
+    decisions.check_decisions_output(output, force=force)
     checkpoint = open_model(model, revision, cache_dir)
     quiet_libraries()
-    found, steps = run(checkpoint, parsed, watcher(quiet=quiet))
-    decisions.write(found, output)
+    found, steps = run(checkpoint, parsed, make_reporter(quiet=quiet))
+    decisions.write_decisions(found, output)
     if as_json:
         emit({"output": str(output), "decisions": found.to_json()})
         return
@@ -89,11 +89,11 @@ def decisions_group() -> None:
 @decisions_group.command(name="show", epilog="\b\nExample:\n  moe2edge decisions show sets.json")
 @click.argument("file", type=click.Path(path_type=Path))
 @JSON
-def decisions_show(file: Path, as_json: bool) -> None:
+def show_decisions_command(file: Path, as_json: bool) -> None:
     """Show what FILE decides for each block."""
-    from moe2edge.pipeline.decisions import read
+    from moe2edge.pipeline.decisions import read_decisions
 
-    found = read(file)[0]
+    found = read_decisions(file)[0]
     if as_json:
         emit({"decisions": found.to_json()})
         return
@@ -143,12 +143,12 @@ COMPARE_EXAMPLE = "\b\nExample:\n  moe2edge decisions compare math.json code.jso
 @decisions_group.command(name="compare", epilog=COMPARE_EXAMPLE)
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
 @JSON
-def decisions_compare(files: tuple[Path, ...], as_json: bool) -> None:
+def compare_decisions_command(files: tuple[Path, ...], as_json: bool) -> None:
     """Show which experts every two of FILES have in common, layer by layer."""
     from moe2edge.evaluation.decision_overlap import compare
-    from moe2edge.pipeline.decisions import read
+    from moe2edge.pipeline.decisions import read_decisions
 
-    found = {str(path): read(path)[0] for path in files}
+    found = {str(path): read_decisions(path)[0] for path in files}
     overlaps = compare(found)
     if as_json:
         emit({"overlaps": [own.to_json() for own in overlaps]})

@@ -14,16 +14,16 @@ from moe2edge.cli.common import (
     JSON,
     QUIET,
     THREADS,
+    add_hub_options,
+    add_text_options,
     emit,
-    from_hub,
     open_model,
     print_table,
     quiet_libraries,
-    text_options,
-    text_source,
+    read_text_options,
 )
-from moe2edge.cli.progress_bar import watcher
-from moe2edge.errors import InputError, Unsupported, did_you_mean
+from moe2edge.cli.progress_bar import make_reporter
+from moe2edge.errors import InputError, Unsupported, suggest
 
 if TYPE_CHECKING:
     from moe2edge.calibration.sources import TextSource
@@ -46,7 +46,7 @@ NEEDS_ROUTING = (
 @click.option(
     "--routing", is_flag=True, help="Run a text through MODEL; show what is routed where."
 )
-@text_options(samples=128)
+@add_text_options(samples=128)
 @click.option(
     "--criterion",
     default="mone",
@@ -62,8 +62,8 @@ NEEDS_ROUTING = (
 @QUIET
 @THREADS
 @JSON
-@from_hub
-def inspect(
+@add_hub_options
+def inspect_command(
     model: str,
     routing: bool,
     criterion: str,
@@ -96,7 +96,7 @@ def inspect(
     # Refused before anything is downloaded.
     target = _target(Path(model)) if is_artifact(Path(model)) else None
     checkpoint = open_model(model, revision, cache_dir)
-    report = _routing(checkpoint, target, text_source("calibration", text), quiet=quiet)
+    report = _routing(checkpoint, target, read_text_options("calibration", text), quiet=quiet)
     _show_routing(report, criterion, output, as_json)
 
 
@@ -150,10 +150,10 @@ def _refuse_options_of_routing() -> None:
 
 
 def _check_criterion(name: str) -> None:
-    from moe2edge.evaluation.routing_report import CRITERIA
+    from moe2edge.evaluation.routing_report import REPORTED_CRITERIA
 
-    if name not in CRITERIA:
-        raise InputError(did_you_mean("criterion", name, CRITERIA))
+    if name not in REPORTED_CRITERIA:
+        raise InputError(suggest("criterion", name, REPORTED_CRITERIA))
 
 
 def _target(folder: Path) -> str:
@@ -174,23 +174,23 @@ def _routing(
 ) -> RoutingReport:
     from moe2edge.calibration.tokens import load_tokens
     from moe2edge.evaluation import routing_report
-    from moe2edge.storage.output import stored_model
-    from moe2edge.storage.tokenizer import tokenizer_of
+    from moe2edge.storage.output import open_stored_model
+    from moe2edge.storage.tokenizer import load_tokenizer
 
     changed = target or {"quantization_config", "per_layer_config"} & set(checkpoint.config)
-    model = stored_model(checkpoint) if changed else checkpoint.model
-    routing_report.check(model, checkpoint.source)
+    model = open_stored_model(checkpoint) if changed else checkpoint.model
+    routing_report.check_routable(model, checkpoint.source)
     quiet_libraries()
     geometry = model.family.geometry(model.config)
     limits = (geometry.max_positions, geometry.vocab)
     try:
-        tokens = load_tokens(source, tokenizer_of(checkpoint.folder), "calibration", limits)
+        tokens = load_tokens(source, load_tokenizer(checkpoint.folder), "calibration", limits)
     except InputError as error:  # here the options of a recipe are options of the command
         raise InputError(str(error).replace("--set calibration.", "--")) from error
     text = tokens.provenance | {"seed": source.seed}
     origins = None if target is None else _origins(checkpoint.folder, len(model.blocks))
-    advance = watcher(quiet=quiet).advance
-    layers = routing_report.measure(model, tokens.ids, advance, origins)
+    advance = make_reporter(quiet=quiet).advance
+    layers = routing_report.measure_routing(model, tokens.ids, advance, origins)
     family = model.family.architecture
     return routing_report.RoutingReport(checkpoint.source, family, target, text, layers)
 
@@ -214,13 +214,13 @@ def _show_routing(
     from moe2edge.evaluation import routing_view
 
     if output is not None:
-        output.write_bytes(routing_view.picture(report, criterion, output.suffix))
+        output.write_bytes(routing_view.draw_picture(report, criterion, output.suffix))
     if as_json:
         emit(report.to_json() | ({"picture": str(output)} if output else {}))
     else:
-        print_table(routing_view.table(report, criterion))
+        print_table(routing_view.build_layer_table(report, criterion))
         width = shutil.get_terminal_size((150, 24)).columns if sys.stdout.isatty() else 150
-        for line in routing_view.heat_map(report, width, sys.stdout.encoding or "ascii"):
+        for line in routing_view.draw_heat_map(report, width, sys.stdout.encoding or "ascii"):
             click.echo(line)
         if output is not None:
             click.echo(f"written: {output}")

@@ -19,15 +19,15 @@ from moe2edge.cli.common import (
     QUIET,
     SETTINGS,
     THREADS,
+    add_hub_options,
     emit,
-    from_hub,
-    nbytes,
     open_model,
+    parse_bytes,
     parse_recipe,
     print_table,
     quiet_libraries,
 )
-from moe2edge.cli.progress_bar import watcher
+from moe2edge.cli.progress_bar import make_reporter
 from moe2edge.errors import InputError, Moe2EdgeError
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ text is wrong; 5 does not fit on the disk or in memory; 6 not supported;
 7 verification failed; 8 training diverged; 130 interrupted."""
 
 
-class Group(click.Group):
+class CommandGroup(click.Group):
     """Commands with the project's exit codes."""
 
     def main(self, *args: Any, **extra: Any) -> Any:
@@ -111,7 +111,9 @@ def _fail(message: str, code: int, as_json: bool) -> NoReturn:
     sys.exit(code)
 
 
-@click.group(cls=Group, epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=CommandGroup, epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]}
+)
 @click.version_option(package_name="moe2edge")
 def main() -> None:
     """Compress Mixture-of-Experts language models for one small machine.
@@ -165,7 +167,7 @@ Examples:
 @click.option(
     "--max-memory",
     "most",
-    callback=nbytes,
+    callback=parse_bytes,
     help="For the whole process, as in 8GB: hidden states beyond a share go to the disk, and "
     "fewer experts are solved at once.",
 )
@@ -178,8 +180,8 @@ Examples:
 @QUIET
 @THREADS
 @JSON
-@from_hub
-def export(
+@add_hub_options
+def export_command(
     model: str,
     target: str,
     output: Path,
@@ -198,9 +200,9 @@ def export(
 ) -> None:
     """Compress MODEL, write it for a runtime, verify it there, and report."""
     from moe2edge.commands.export import export as run
-    from moe2edge.pipeline.registry import check_targets
+    from moe2edge.pipeline.registry import parse_targets
 
-    targets = check_targets(target)
+    targets = parse_targets(target)
     parsed = parse_recipe(recipe or _default_recipe(targets), settings, calib, evaluation)
     checkpoint = open_model(model, revision, cache_dir)
     quiet_libraries()
@@ -209,7 +211,7 @@ def export(
         parsed,
         targets,
         output.absolute(),
-        watcher(quiet=quiet),
+        make_reporter(quiet=quiet),
         force=force,
         resume=resume,
         most=most,
@@ -225,9 +227,9 @@ def export(
 
 
 def _default_recipe(targets: Sequence[Target]) -> str:
-    from moe2edge.pipeline.registry import name_of
+    from moe2edge.pipeline.registry import get_name
 
-    if "hf" in map(name_of, targets):
+    if "hf" in map(get_name, targets):
         raise InputError(
             "target hf needs a recipe that trims, such as -r trim: it cannot hold quantized numbers"
         )
@@ -235,14 +237,14 @@ def _default_recipe(targets: Sequence[Target]) -> str:
 
 
 for command in (
-    decisions.decide,
+    decisions.decide_command,
     decisions.decisions_group,
-    inspect.inspect,
-    outputs.verify,
-    outputs.generate,
-    outputs.profile,
-    outputs.evaluate,
+    inspect.inspect_command,
+    outputs.verify_command,
+    outputs.generate_command,
+    outputs.profile_command,
+    outputs.evaluate_command,
     recipes.recipe_group,
-    recipes.targets,
+    recipes.targets_command,
 ):
     main.add_command(command)

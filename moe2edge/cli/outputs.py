@@ -15,15 +15,15 @@ from moe2edge.cli.common import (
     FOLDER,
     JSON,
     THREADS,
+    add_hub_options,
+    add_text_options,
     emit,
-    from_hub,
     open_model,
     print_table,
     quiet_libraries,
-    text_options,
-    text_source,
+    read_text_options,
 )
-from moe2edge.cli.progress_bar import watcher
+from moe2edge.cli.progress_bar import make_reporter
 from moe2edge.errors import DoesNotFit, InputError, VerificationFailed
 
 
@@ -32,8 +32,8 @@ from moe2edge.errors import DoesNotFit, InputError, VerificationFailed
 @click.option("--reference", help="Also repeat the comparison with this source MODEL.")
 @THREADS
 @JSON
-@from_hub
-def verify(
+@add_hub_options
+def verify_command(
     folder: Path,
     reference: str | None,
     as_json: bool,
@@ -43,11 +43,11 @@ def verify(
     """Prove that a folder holds what was exported: files, every tensor, logits in its runtime."""
     from moe2edge.evaluation import verify
     from moe2edge.pipeline import registry
-    from moe2edge.storage.manifest import check_files, open_artifact
+    from moe2edge.storage.manifest import check_manifest_files, open_artifact
 
     artifact = open_artifact(folder)
-    target = registry.target_with(artifact.target, artifact.options)
-    if differences := check_files(artifact):
+    target = registry.make_target(artifact.target, artifact.options)
+    if differences := check_manifest_files(artifact):
         raise VerificationFailed(f"{folder}: {'; '.join(differences)}")
     quiet_libraries()
     recorded = verify.Reference.read(folder)
@@ -89,28 +89,28 @@ def verify(
 @click.option("--chat/--no-chat", default=None, help="Use the chat template [default: if any].")
 @THREADS
 @JSON
-def generate(
+def generate_command(
     folder: Path, prompt: str, max_tokens: int, chat: bool | None, as_json: bool, **how: Any
 ) -> None:
     """Continue PROMPT with the model in FOLDER, in the runtime it was made for."""
     from moe2edge.commands import generate
     from moe2edge.runtime import generation
     from moe2edge.storage.manifest import open_artifact
-    from moe2edge.storage.tokenizer import tokenizer_of
+    from moe2edge.storage.tokenizer import load_tokenizer
 
     artifact = open_artifact(folder)
     generation.check_settings(max_tokens, **how)
     quiet_libraries()
-    tokenizer = tokenizer_of(folder)
+    tokenizer = load_tokenizer(folder)
     ids = generation.encode_prompt(tokenizer, prompt, chat)
     tell = partial(click.echo, err=True)
     tokens = generate.continue_in(artifact, ids, tell, max_tokens=max_tokens, **how)
     if as_json:
-        made = list(progress_bar.watched(tokens))
+        made = list(progress_bar.iterate_until_interrupted(tokens))
         emit({"prompt": prompt, "text": tokenizer.decode(made), "tokens": made})
         return
     click.echo(prompt, nl=False)
-    for piece in generation.stream_text(tokenizer, progress_bar.watched(tokens)):
+    for piece in generation.stream_text(tokenizer, progress_bar.iterate_until_interrupted(tokens)):
         click.echo(piece, nl=False)
         sys.stdout.flush()
     click.echo()
@@ -137,8 +137,8 @@ Examples:
 @click.option("--repeats", type=int, help="Fresh processes.")
 @click.option("--threads", type=int, help="Processor threads.")
 @JSON
-@from_hub
-def profile(
+@add_hub_options
+def profile_command(
     model: str,
     preset: str,
     text: Path | None,
@@ -149,25 +149,25 @@ def profile(
 ) -> None:
     """Measure latency and memory of MODEL, or of an output folder, in fresh processes."""
     from moe2edge.calibration.sources import TextSource
-    from moe2edge.calibration.tokens import parts_of, read_texts
+    from moe2edge.calibration.tokens import list_parts, read_texts
     from moe2edge.evaluation.profile.measure import PRESETS
     from moe2edge.evaluation.profile.measure import profile as measure
-    from moe2edge.evaluation.profile.table import table
+    from moe2edge.evaluation.profile.table import build_profile_table
 
     place = Path(model) if Path(model).is_dir() else open_model(model, revision, cache_dir).folder
     given = {name: value for name, value in sizes.items() if value is not None}
     settings = replace(PRESETS[preset], **given)
     source = TextSource(text=str(text)) if text else TextSource()
-    if len(parts_of(source, "evaluation")) > 1:
+    if len(list_parts(source, "evaluation")) > 1:
         raise InputError(f"--text {text}: prompts are cut from one text; name one file")
     quiet_libraries()
     prompts = "\n".join(read_texts(source, "evaluation"))
-    advance = watcher(quiet=as_json).advance
+    advance = make_reporter(quiet=as_json).advance
     result = measure(place, text=prompts, settings=settings, fixed=given.keys(), advance=advance)
     if as_json:
         emit(result.to_json())
         return
-    print_table(table(result))
+    print_table(build_profile_table(result))
     if note := result.artifact["note"]:
         click.echo(f"note: {note}", err=True)
     for warning in result.warnings:
@@ -184,11 +184,11 @@ Examples:
 @click.command(epilog=EVALUATE_EXAMPLES)
 @FOLDER
 @click.option("--reference", help="Source MODEL, for KL and top-1 agreement.")
-@text_options(samples=32)
+@add_text_options(samples=32)
 @THREADS
 @JSON
-@from_hub
-def evaluate(
+@add_hub_options
+def evaluate_command(
     folder: Path,
     reference: str | None,
     as_json: bool,
@@ -197,12 +197,12 @@ def evaluate(
     **text: Any,
 ) -> None:
     """Perplexity of an output FOLDER on a text, and how far it is from its source."""
-    from moe2edge.evaluation.output_quality import evaluate as run
+    from moe2edge.evaluation.output_quality import evaluate_output as run
 
-    source = text_source("evaluation", text)
+    source = read_text_options("evaluation", text)
     quiet_libraries()
     model = open_model(reference, revision, cache_dir).model if reference else None
-    found = run(folder, source, model, watcher(quiet=as_json).advance)
+    found = run(folder, source, model, make_reporter(quiet=as_json).advance)
     if as_json:
         emit(asdict(found))
         return

@@ -16,7 +16,7 @@ from typing import NoReturn, TypeVar
 
 import click
 
-from moe2edge.progress import Watcher
+from moe2edge.progress import Reporter
 
 Item = TypeVar("Item")
 
@@ -35,7 +35,7 @@ def _interrupt(*_: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def check() -> None:
+def check_interrupted() -> None:
     """Stop if a signal came.
 
     Raises:
@@ -45,28 +45,28 @@ def check() -> None:
         raise KeyboardInterrupt
 
 
-def watched(items: Iterable[Item]) -> Iterator[Item]:
+def iterate_until_interrupted(items: Iterable[Item]) -> Iterator[Item]:
     """The items, until a signal comes."""
     for item in items:
-        check()
+        check_interrupted()
         yield item
 
 
-def watcher(*, quiet: bool) -> Watcher:
+def make_reporter(*, quiet: bool) -> Reporter:
     """Progress on stderr: a bar on a terminal, a line every few seconds elsewhere."""
     if quiet:
-        return Watcher(lambda _: check(), lambda *_: check())
+        return Reporter(lambda _: check_interrupted(), lambda *_: check_interrupted())
     begun = time.perf_counter()
     last: dict[str, float] = {}
 
     def log(line: str) -> None:
-        check()
+        check_interrupted()
         click.echo(line, err=True)
 
     started: dict[str, tuple[float, int]] = {}
 
     def advance(label: str, done: int, total: int, detail: str = "", /) -> None:
-        check()
+        check_interrupted()
         now = time.perf_counter()
         since, before = started.setdefault(label, (now, done))
         text = f"[{now - begun:6.1f} s] {label}: {done} of {total}"
@@ -81,7 +81,7 @@ def watcher(*, quiet: bool) -> Watcher:
             last[label] = now
             click.echo(text, err=True)
 
-    return Watcher(log, advance)
+    return Reporter(log, advance)
 
 
 def _clock(seconds: float) -> str:

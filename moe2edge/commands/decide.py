@@ -6,19 +6,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from moe2edge.commands.environment import versions
+from moe2edge.commands.environment import list_versions
 from moe2edge.commands.preflight import EXPERTS, check_sources
-from moe2edge.commands.texts import calibration_tokens
+from moe2edge.commands.texts import load_calibration
 from moe2edge.errors import InputError
 from moe2edge.model.model import Block, Model
 from moe2edge.pipeline import registry
 from moe2edge.pipeline.contract import Pass, Slim
-from moe2edge.pipeline.decisions import CalibrationText, Decisions, SourceModel, decided
+from moe2edge.pipeline.decisions import CalibrationText, Decisions, SourceModel, describe_blocks
 from moe2edge.pipeline.recipe import Recipe
 from moe2edge.pipeline.runner import run_passes
 from moe2edge.pipeline.stages import Step
-from moe2edge.pipeline.work import Ledger
-from moe2edge.progress import Watcher
+from moe2edge.pipeline.work import BlockJournal
+from moe2edge.progress import Reporter
 from moe2edge.storage.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 def decide(
-    checkpoint: Checkpoint, recipe: Recipe, watcher: Watcher
+    checkpoint: Checkpoint, recipe: Recipe, reporter: Reporter
 ) -> tuple[Decisions, tuple[Step, ...]]:
     """What ``recipe`` chooses for ``checkpoint``, and what its passes said.
 
@@ -41,12 +41,12 @@ def decide(
         Unsupported: as in an export.
     """
     source = checkpoint.model
-    recipe = recipe.resolved(source)
+    recipe = recipe.resolve(source)
     check_sources(recipe, checkpoint)
     check_decidable(recipe.passes, source)
-    watcher.log(f"recipe:\n{recipe.render()}")
-    tokens = calibration_tokens(checkpoint, recipe, watcher)
-    model, steps = run_passes(source, recipe, tokens, _NoNumbers(), watcher)
+    reporter.log(f"recipe:\n{recipe.render()}")
+    tokens = load_calibration(checkpoint, recipe, reporter)
+    model, steps = run_passes(source, recipe, tokens, _NoNumbers(), reporter)
     found = Decisions(
         source=SourceModel(
             model=checkpoint.source,
@@ -56,8 +56,8 @@ def decide(
         ),
         recipe=recipe.render(),
         calibration=CalibrationText(**tokens.provenance) if tokens else None,
-        versions=versions(),
-        blocks=decided(model),
+        versions=list_versions(),
+        blocks=describe_blocks(model),
     )
     return found, tuple(steps)
 
@@ -73,14 +73,14 @@ def check_decidable(passes: Sequence[Pass], source: Model) -> None:
         raise InputError("the recipe has no passes; there is nothing to decide")
     model = source
     for step in passes:
-        name = registry.name_of(step)
+        name = registry.get_name(step)
         if isinstance(step, Slim):
             raise _computes(name)
         step.check(model)
         planned = step.plan(model)
         planned.verify()
         # A pass that plans no other structure does its work on numbers.
-        if _has_new_numbers(model, planned) or decided(planned) == decided(model):
+        if _has_new_numbers(model, planned) or describe_blocks(planned) == describe_blocks(model):
             raise _computes(name)
         model = planned
 
@@ -101,7 +101,7 @@ def _computes(name: str) -> InputError:
 class _NoNumbers:
     """A work folder for passes that choose only."""
 
-    def ledger(self, step: int) -> Ledger:
+    def ledger(self, step: int) -> BlockJournal:
         """None, as passes that solve are refused before."""
         raise AssertionError(f"pass {step} solves")
 

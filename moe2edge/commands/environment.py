@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 # Whose versions numbers depend on.
-NUMERIC = ("moe2edge", "torch", "transformers", "peft", "numpy", "scipy")
+NUMERIC_PACKAGES = ("moe2edge", "torch", "transformers", "peft", "numpy", "scipy")
 
 
-def _peak_bytes() -> int:
+def measure_peak_bytes() -> int:
     """Peak resident set of this process."""
     with contextlib.suppress(OSError, StopIteration):
         # What getrusage tells counts from the process that started this one.
@@ -22,7 +22,7 @@ def _peak_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def versions() -> dict[str, str]:
+def list_versions() -> dict[str, str]:
     """Versions of what numbers may depend on."""
     names = (
         "moe2edge", "torch", "transformers", "peft", "numpy", "scipy", "onnx", "onnxruntime",

@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from moe2edge.commands.environment import NUMERIC, _peak_bytes, versions
+from moe2edge.commands.environment import NUMERIC_PACKAGES, list_versions, measure_peak_bytes
 from moe2edge.commands.preflight import describe, refuse_early
 from moe2edge.commands.report import Report
-from moe2edge.commands.texts import NO_TEXT, calibration_tokens, evaluation_tokens, training_tokens
-from moe2edge.commands.write_target import held, told, write_target
-from moe2edge.evaluation.comparison import Measured, ResultRow
+from moe2edge.commands.texts import NO_TEXT, load_calibration, load_evaluation, load_training
+from moe2edge.commands.write_target import describe_cost, fit_for_targets, write_target
+from moe2edge.evaluation.comparison import Comparison, ResultRow
 from moe2edge.pipeline import registry
 from moe2edge.pipeline.recipe import Recipe
 from moe2edge.pipeline.runner import run_passes
 from moe2edge.pipeline.target import Target
-from moe2edge.progress import Watcher
+from moe2edge.progress import Reporter
 from moe2edge.runtime import memory
 from moe2edge.runtime.memory import Memory
 from moe2edge.storage import work_folder
@@ -35,7 +35,7 @@ def export(
     recipe: Recipe,
     targets: Sequence[Target],
     out: Path,
-    watcher: Watcher,
+    reporter: Reporter,
     *,
     force: bool = False,
     resume: work_folder.Resume = "auto",
@@ -64,45 +64,45 @@ def export(
     """
     begun = time.perf_counter()
     source = checkpoint.model
-    recipe = recipe.resolved(source)
-    budget = memory.Memory.of(memory.limit(most))
-    memory.keep_no_holes(most)
+    recipe = recipe.resolve(source)
+    budget = memory.Memory.of(memory.find_limit(most))
+    memory.avoid_fragmentation(most)
     refuse_early(checkpoint, recipe, targets, out, budget, force=force, materialize=materialize)
-    watcher.log(f"recipe:\n{recipe.render()}")
-    describe(recipe.passes, source, watcher)
-    calibration = calibration_tokens(checkpoint, recipe, watcher)
-    evaluation = evaluation_tokens(checkpoint, recipe)
-    training = training_tokens(checkpoint, recipe)
+    reporter.log(f"recipe:\n{recipe.render()}")
+    describe(recipe.passes, source, reporter)
+    calibration = load_calibration(checkpoint, recipe, reporter)
+    evaluation = load_evaluation(checkpoint, recipe)
+    training = load_training(checkpoint, recipe)
     inputs = _inputs(checkpoint, recipe, calibration, training, budget)
-    with work_folder.partial_folder(out, inputs, resume) as (content, work):
+    with work_folder.open_partial_folder(out, inputs, resume) as (content, work):
         if work.kept:
-            watcher.log(f"going on behind {work.kept} of an earlier run")
+            reporter.log(f"going on behind {work.kept} of an earlier run")
         budget = replace(budget, folder=work.folder)
         model, steps = run_passes(
-            source, recipe, calibration, work, watcher, budget, training=training
+            source, recipe, calibration, work, reporter, budget, training=training
         )
         found = model
-        model = held(model, targets, materialize=materialize)
-        grown = None if model is found else told(found, model)
+        model = fit_for_targets(model, targets, materialize=materialize)
+        grown = None if model is found else describe_cost(found, model)
         if grown:
-            watcher.log(f"members are experts of their own now: {grown}")
+            reporter.log(f"members are experts of their own now: {grown}")
         elif materialize:
-            watcher.log("--materialize changed nothing: the targets hold the model as it is")
+            reporter.log("--materialize changed nothing: the targets hold the model as it is")
         memory.give_back()
-        measured = Measured.of(
+        measured = Comparison.of(
             source,
             model,
             evaluation.ids,
-            watcher,
+            reporter,
             budget,
             figures=recipe.evaluation.text != NO_TEXT,
         )
         results: list[ResultRow] = []
         for target in targets:
-            folder = content / registry.name_of(target) if len(targets) > 1 else content
+            folder = content / registry.get_name(target) if len(targets) > 1 else content
             folder.mkdir(exist_ok=True)
-            watcher.log(f"writing {registry.name_of(target)}")
-            results.append(write_target(target, model, folder, checkpoint, measured, watcher))
+            reporter.log(f"writing {registry.get_name(target)}")
+            results.append(write_target(target, model, folder, checkpoint, measured, reporter))
         report = Report(
             source=checkpoint.source,
             family=source.family.architecture,
@@ -112,18 +112,18 @@ def export(
             after=measured.after(),
             results=tuple(results),
             skip_rate=measured.skip_rates.rate if model.skips else None,
-            loaders={registry.name_of(t): t.loaders(model) for t in targets},
-            target_options={registry.name_of(t): registry.options_of(t) for t in targets},
+            loaders={registry.get_name(t): t.loaders(model) for t in targets},
+            target_options={registry.get_name(t): registry.list_options(t) for t in targets},
             calibration=calibration.provenance if calibration else None,
             evaluation=evaluation.provenance,
             training=training.provenance if training else None,
             materialized=grown,
             seconds=time.perf_counter() - begun,
-            peak_bytes=_peak_bytes(),
+            peak_bytes=measure_peak_bytes(),
         )
         for target in targets:
-            folder = content / registry.name_of(target) if len(targets) > 1 else content
-            report.write(folder, target, checkpoint, model, versions())
+            folder = content / registry.get_name(target) if len(targets) > 1 else content
+            report.write(folder, target, checkpoint, model, list_versions())
     return report
 
 
@@ -148,7 +148,9 @@ def _inputs(
         **({"training": training.sha256} if training else {}),
         "number of threads": f"{torch.get_num_threads()}",
         "limit of memory": "one group at a time" if not budget.together else "several groups",
-        "innermost loops": compiled.described(),
+        "innermost loops": compiled.describe_kernel(),
         "GPU": gpu,
-        "version": ", ".join(f"{name} {v}" for name, v in versions().items() if name in NUMERIC),
+        "version": ", ".join(
+            f"{name} {v}" for name, v in list_versions().items() if name in NUMERIC_PACKAGES
+        ),
     }

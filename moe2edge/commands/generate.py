@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from moe2edge.runtime.generation import generate, note_of, room
+from moe2edge.runtime.generation import count_remaining, describe_runtime, generate
 from moe2edge.storage.text_files import read_json
-from moe2edge.storage.tokenizer import context_length, stop_ids
+from moe2edge.storage.tokenizer import read_context_length, read_stop_ids
 
 if TYPE_CHECKING:
     from moe2edge.storage.manifest import Artifact
@@ -36,16 +36,16 @@ def continue_in(
     """
     from moe2edge.pipeline import registry
 
-    context = context_length(read_json(artifact.folder / "config.json"))
-    left = room(len(prompt_ids), max_tokens, context)
-    stop = stop_ids(artifact.folder)
+    context = read_context_length(read_json(artifact.folder / "config.json"))
+    left = count_remaining(len(prompt_ids), max_tokens, context)
+    stop = read_stop_ids(artifact.folder)
     if left < max_tokens:
         tell(
             f"note: at most {left} tokens instead of {max_tokens}; the prompt has "
             f"{len(prompt_ids)} of the {context} that the model holds"
         )
-    target = registry.target_with(artifact.target, artifact.options)
+    target = registry.make_target(artifact.target, artifact.options)
     runtime = target.reopen(artifact.folder)
-    if note := note_of(runtime):
+    if note := describe_runtime(runtime):
         tell(f"note: {note}")
     return generate(runtime, prompt_ids, max_tokens=left, stop=stop, **how)

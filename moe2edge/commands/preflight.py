@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from moe2edge.commands.write_target import held
+from moe2edge.commands.write_target import fit_for_targets
 from moe2edge.model.model import Model
 from moe2edge.pipeline import registry
 from moe2edge.pipeline.contract import Cost, Pass, Search, Slim
-from moe2edge.pipeline.contract import training as training_passes
+from moe2edge.pipeline.contract import list_training_passes as training_passes
 from moe2edge.pipeline.recipe import Recipe
 from moe2edge.pipeline.runner import check_need
-from moe2edge.pipeline.stages import plan
+from moe2edge.pipeline.stages import plan_passes
 from moe2edge.pipeline.target import Target
-from moe2edge.progress import Watcher
+from moe2edge.progress import Reporter
 from moe2edge.runtime import memory
 from moe2edge.runtime.memory import Memory
 from moe2edge.storage import solved_blocks, work_folder
@@ -40,17 +40,17 @@ def refuse_early(
         InputError, Unsupported, DoesNotFit: so.
     """
     check_sources(recipe, checkpoint)
-    planned = plan(recipe.passes, checkpoint.model)
+    planned = plan_passes(recipe.passes, checkpoint.model)
     _check_training(checkpoint, recipe)
-    planned = held(planned, targets, materialize=materialize)
+    planned = fit_for_targets(planned, targets, materialize=materialize)
     work_folder.check_output(out, force=force)
     needed = sum(target.nbytes(planned) for target in targets)
-    needed += work_nbytes(recipe, checkpoint.model, budget)
+    needed += estimate_work_bytes(recipe, checkpoint.model, budget)
     work_folder.check_space(out, round(needed * 1.05) + (16 << 20))
     for target in targets:
         if not target.streams:
-            memory.check(target.runtime_nbytes(planned), within=budget.limit)
-    check_memory(recipe.passes, checkpoint.model, budget.limit)
+            memory.check_memory(target.runtime_nbytes(planned), within=budget.limit)
+    check_walk_memory(recipe.passes, checkpoint.model, budget.limit)
     for step, before, _ in _chain(recipe.passes, checkpoint.model):
         check_need(step, before, recipe.calibration.samples * recipe.calibration.length, budget)
     for name, cost in _training_costs(recipe, checkpoint.model):
@@ -63,10 +63,10 @@ def _check_training(checkpoint: Checkpoint, recipe: Recipe) -> None:
     Raises:
         InputError: so.
     """
-    from moe2edge.calibration.tokens import check_files, check_length
+    from moe2edge.calibration.tokens import check_length, check_text_files
 
     if (source := recipe.training) is not None:
-        check_files(source, "training")
+        check_text_files(source, "training")
         positions = checkpoint.model.family.geometry(checkpoint.config).max_positions
         check_length(source, "training", positions)
         for step, _ in training_passes(recipe.passes, checkpoint.model):
@@ -77,10 +77,10 @@ def _training_costs(recipe: Recipe, model: Model) -> Iterator[tuple[str, Cost]]:
     """What each pass that trains will take."""
     if (text := recipe.training) is not None:
         for step, before in training_passes(recipe.passes, model):
-            yield registry.name_of(step), step.cost(before, text.samples, text.length)
+            yield registry.get_name(step), step.cost(before, text.samples, text.length)
 
 
-def work_nbytes(recipe: Recipe, model: Model, budget: Memory) -> int:
+def estimate_work_bytes(recipe: Recipe, model: Model, budget: Memory) -> int:
     """Bytes of what passes keep on the disk: numbers, hidden states, checkpoints of training."""
     tokens = recipe.calibration.samples * recipe.calibration.length
     stream = 4 * tokens * model.family.geometry(model.config).hidden
@@ -102,8 +102,12 @@ def _new_nbytes(before: Model, after: Model, *, known: bool) -> int:
     """
     new = after.new_beside(before)
     if not known and any(role.startswith("experts.") for role, _ in new):
-        return sum(solved_blocks.nbytes(w) for _, r, w in after.tensors() if r.startswith(EXPERTS))
-    return sum(solved_blocks.nbytes(weight) for _, weight in new)
+        return sum(
+            solved_blocks.estimate_saved_bytes(w)
+            for _, r, w in after.tensors()
+            if r.startswith(EXPERTS)
+        )
+    return sum(solved_blocks.estimate_saved_bytes(weight) for _, weight in new)
 
 
 def check_sources(recipe: Recipe, checkpoint: Checkpoint) -> None:
@@ -116,13 +120,13 @@ def check_sources(recipe: Recipe, checkpoint: Checkpoint) -> None:
         step.check_source(lambda: checkpoint.sha256)
 
 
-def describe(passes: Sequence[Pass], model: Model, watcher: Watcher) -> None:
+def describe(passes: Sequence[Pass], model: Model, reporter: Reporter) -> None:
     """Tell what the slimming passes will do to the model as it will be then."""
     for step, before in _slimming(passes, model):
-        watcher.log(f"{registry.name_of(step)}: {step.describe(before)}")
+        reporter.log(f"{registry.get_name(step)}: {step.describe(before)}")
 
 
-def check_memory(passes: Sequence[Pass], model: Model, within: int | None) -> None:
+def check_walk_memory(passes: Sequence[Pass], model: Model, within: int | None) -> None:
     """Refuse a limit of memory that a pass, or the walks before and after, cannot keep.
 
     Raises:
@@ -131,11 +135,11 @@ def check_memory(passes: Sequence[Pass], model: Model, within: int | None) -> No
     from moe2edge.pipeline import blockwise
 
     remedy = "allow more"
-    memory.check(model.block_nbytes, "a walk holds a block in float32", remedy, within)
+    memory.check_memory(model.block_nbytes, "a walk holds a block in float32", remedy, within)
     for step, before in _slimming(passes, model):
-        needed = blockwise.largest(before, step.solver(before))
-        name = registry.name_of(step)
-        memory.check(needed, f"{name} solves a part of a block at once", remedy, within)
+        needed = blockwise.estimate_largest_part(before, step.solver(before))
+        name = registry.get_name(step)
+        memory.check_memory(needed, f"{name} solves a part of a block at once", remedy, within)
 
 
 def _chain(passes: Sequence[Pass], model: Model) -> Iterator[tuple[Pass, Model, Model]]:

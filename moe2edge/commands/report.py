@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from moe2edge.evaluation.comparison import HEADINGS, ResultRow
+from moe2edge.evaluation.comparison import RESULT_HEADINGS, ResultRow
 from moe2edge.model.model import Model
 from moe2edge.pipeline import registry
 from moe2edge.pipeline.stages import Step
@@ -56,7 +56,7 @@ class Report:
     def table(self) -> Table:
         """The report as a table for the terminal."""
         table = Table(title=f"{self.source} ({self.family})", title_justify="left")
-        for n, heading in enumerate(HEADINGS):
+        for n, heading in enumerate(RESULT_HEADINGS):
             table.add_column(heading, justify="right" if n else "left")
         for row in self.rows:
             table.add_row(*row.cells())
@@ -126,7 +126,7 @@ class Report:
         versions: Mapping[str, str],
     ) -> None:
         """Write recipe, report, model card and manifest into a finished folder."""
-        name = registry.name_of(target)
+        name = registry.get_name(target)
         (folder / RECIPE_FILE).write_text(self.recipe, "utf-8")
         write_json(folder / REPORT_FILE, self.to_json())
         (folder / "README.md").write_text(self._card(name, checkpoint), "utf-8")
@@ -171,7 +171,11 @@ class Report:
         mine = [r for r in self.rows if r.parity is None or r.form.startswith(f"{target},")]
         table = "\n".join(
             f"| {' | '.join(cells)} |"
-            for cells in (HEADINGS, ["---"] * len(HEADINGS), *(row.cells() for row in mine))
+            for cells in (
+                RESULT_HEADINGS,
+                ["---"] * len(RESULT_HEADINGS),
+                *(row.cells() for row in mine),
+            )
         )
         options = "".join(f", {k} {v}" for k, v in self.target_options[target].items())
         loaders = "\n".join(f"- {loader.program}: {loader.text}" for loader in self.loaders[target])

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from moe2edge.calibration.sources import TextSource
 from moe2edge.calibration.tokens import BUILTIN_TEXT
 from moe2edge.pipeline.recipe import Recipe
-from moe2edge.pipeline.stages import stages
-from moe2edge.progress import Watcher
+from moe2edge.pipeline.stages import group_stages
+from moe2edge.progress import Reporter
 from moe2edge.storage.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -18,28 +18,28 @@ if TYPE_CHECKING:
 SELF, NO_TEXT = "self", "none"
 
 
-def calibration_tokens(checkpoint: Checkpoint, recipe: Recipe, watcher: Watcher) -> Tokens | None:
+def load_calibration(checkpoint: Checkpoint, recipe: Recipe, reporter: Reporter) -> Tokens | None:
     """Tokens for calibration, if a pass needs any.
 
     Raises:
         InputError: the text does not serve.
         DoesNotFit: the model is to write it and cannot be run.
     """
-    from moe2edge.calibration.tokens import check_files
+    from moe2edge.calibration.tokens import check_text_files
 
     source = recipe.calibration
-    if not any(stage.needs_tokens for stage in stages(recipe.passes)):
+    if not any(stage.needs_tokens for stage in group_stages(recipe.passes)):
         if source.text != SELF:
-            check_files(source, "calibration")
+            check_text_files(source, "calibration")
         return None
     if source.text == SELF:
         from moe2edge.calibration import self_sampling
 
-        return self_sampling.tokens(checkpoint, source, watcher)
+        return self_sampling.sample_tokens(checkpoint, source, reporter)
     return _tokens(checkpoint, source, "calibration")
 
 
-def evaluation_tokens(checkpoint: Checkpoint, recipe: Recipe) -> Tokens:
+def load_evaluation(checkpoint: Checkpoint, recipe: Recipe) -> Tokens:
     """Tokens for the figures of the report; without any, a few to verify outputs with.
 
     Raises:
@@ -50,12 +50,12 @@ def evaluation_tokens(checkpoint: Checkpoint, recipe: Recipe) -> Tokens:
     source = recipe.evaluation
     if source.text == NO_TEXT:
         longest = checkpoint.model.family.geometry(checkpoint.config).max_positions
-        length = min(longest, verify.PREFILL + verify.STEPS)
+        length = min(longest, verify.PREFILL + verify.PARITY_STEPS)
         source = TextSource(text=BUILTIN_TEXT, samples=verify.SAMPLES, length=length)
     return _tokens(checkpoint, source, "evaluation")
 
 
-def training_tokens(checkpoint: Checkpoint, recipe: Recipe) -> Tokens | None:
+def load_training(checkpoint: Checkpoint, recipe: Recipe) -> Tokens | None:
     """Tokens to train on, if a pass does.
 
     Raises:
@@ -66,8 +66,8 @@ def training_tokens(checkpoint: Checkpoint, recipe: Recipe) -> Tokens | None:
 
 def _tokens(checkpoint: Checkpoint, source: TextSource, purpose: str) -> Tokens:
     from moe2edge.calibration.tokens import load_tokens
-    from moe2edge.storage.tokenizer import tokenizer_of
+    from moe2edge.storage.tokenizer import load_tokenizer
 
     geometry = checkpoint.model.family.geometry(checkpoint.config)
     limits = (geometry.max_positions, geometry.vocab)
-    return load_tokens(source, tokenizer_of(checkpoint.folder), purpose, limits)
+    return load_tokens(source, load_tokenizer(checkpoint.folder), purpose, limits)

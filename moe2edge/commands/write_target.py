@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe2edge.errors import Unsupported
-from moe2edge.evaluation.comparison import Measured, ResultRow
-from moe2edge.model.edits import materialized
+from moe2edge.evaluation.comparison import Comparison, ResultRow
+from moe2edge.model import edits
 from moe2edge.model.model import Model
 from moe2edge.pipeline import registry
 from moe2edge.pipeline.target import Target
-from moe2edge.progress import Watcher
+from moe2edge.progress import Reporter
 from moe2edge.runtime.memory import give_back
 from moe2edge.storage.checkpoint import Checkpoint
 
@@ -27,56 +27,56 @@ def write_target(
     model: Model,
     folder: Path,
     checkpoint: Checkpoint,
-    measured: Measured,
-    watcher: Watcher,
+    measured: Comparison,
+    reporter: Reporter,
 ) -> ResultRow:
     """Write one target, reopen it in its runtime, and hold it against the model in memory."""
     from moe2edge.evaluation import verify
     from moe2edge.evaluation.skip_times import measure_times
 
-    name = registry.name_of(target)
+    name = registry.get_name(target)
     for companion in checkpoint.companions:
         shutil.copyfile(companion, folder / companion.name)
     target.write(model, folder)
     stored = target.stored(model)
     reference = measured.reference.of_stored(model, stored)
     reference.save(folder)
-    watcher.log(f"reading {name} back")
+    reporter.log(f"reading {name} back")
     verify.audit(target, folder, stored)
     give_back()
     size = sum(path.stat().st_size for path in folder.iterdir())
     row = ResultRow.of(f"{name}, in its runtime", model, None, size)
-    watcher.log(f"running {name}")
-    parity, shipped = verify.parity(reference, target, folder, measured.memory.limit)
+    reporter.log(f"running {name}")
+    parity, shipped = verify.check_parity(reference, target, folder, measured.memory.limit)
     if shipped is None:
-        watcher.log(
+        reporter.log(
             f"warning: {name} was not run, because that needs "
             f"{target.runtime_nbytes(model) / 1e9:.1f} GB of memory; it was read back block by "
             "block and computes what it should"
         )
         return replace(row, form=f"{name}, not run", parity=parity)
     if parity.shipped is not None and parity.shipped > verify.SHIPPED_USUAL:
-        watcher.log(
+        reporter.log(
             f"warning: {name} as shipped differs from PyTorch by {parity.shipped:.1%} (median); "
             f"{verify.SHIPPED_USUAL:.0%} is usual. Its perplexity and KL say what that costs"
         )
 
     def logits() -> Iterator[Tensor]:
         for n, row in enumerate(measured.ids):
-            watcher.advance(f"evaluation: {name}", n, len(measured.ids))
+            reporter.advance(f"evaluation: {name}", n, len(measured.ids))
             yield shipped.logits(row[None])[0]
-        watcher.advance(f"evaluation: {name}", len(measured.ids), len(measured.ids))
+        reporter.advance(f"evaluation: {name}", len(measured.ids), len(measured.ids))
 
     quality = measured.quality(logits())
     times = None
     if model.skips:
-        watcher.log(f"timing {name} with and without skipping")
+        reporter.log(f"timing {name} with and without skipping")
         text = measured.ids[0].tolist()
         times = measure_times(shipped, target.without_skipping(model, folder), text)
     return replace(row, quality=quality, parity=parity, skip_times=times)
 
 
-def held(model: Model, targets: Sequence[Target], *, materialize: bool) -> Model:
+def fit_for_targets(model: Model, targets: Sequence[Target], *, materialize: bool) -> Model:
     """``model`` as all of some targets hold it: as it is, or materialized where that is wanted.
 
     Raises:
@@ -88,7 +88,7 @@ def held(model: Model, targets: Sequence[Target], *, materialize: bool) -> Model
     except Unsupported as error:
         if not model.members:
             raise
-        whole = materialized(model)
+        whole = edits.materialize(model)
         other = _refusal(whole, targets)
         if other is not None and materialize:
             raise Unsupported(
@@ -100,13 +100,13 @@ def held(model: Model, targets: Sequence[Target], *, materialize: bool) -> Model
         if not materialize:
             raise Unsupported(
                 f"{error}; or write every member as an expert of its own with --materialize: "
-                f"{told(model, whole)}"
+                f"{describe_cost(model, whole)}"
             ) from error
         return whole
     return model
 
 
-def told(model: Model, whole: Model) -> str:
+def describe_cost(model: Model, whole: Model) -> str:
     """What materializing costs."""
     return f"{whole.nbytes / 1e6:.1f} MB in place of {model.nbytes / 1e6:.1f}"
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from moe2edge.model.model import Model
-from moe2edge.progress import Watcher
+from moe2edge.progress import Reporter
 from moe2edge.runtime.memory import Memory
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Measured:
+class Comparison:
     """Source and result on some tokens, and the reference for outputs.
 
     Attributes:
@@ -48,11 +48,11 @@ class Measured:
         source: Model,
         model: Model,
         ids: Tensor,
-        watcher: Watcher,
+        reporter: Reporter,
         memory: Memory,
         *,
         figures: bool = True,
-    ) -> Measured:
+    ) -> Comparison:
         """Walk over both models.
 
         Args:
@@ -68,25 +68,25 @@ class Measured:
         from moe2edge.calibration.router_observers import SkipObserver
         from moe2edge.evaluation import verify
 
-        length = min(ids.shape[1], verify.PREFILL + verify.STEPS)
+        length = min(ids.shape[1], verify.PREFILL + verify.PARITY_STEPS)
         skipped, margins = SkipObserver(), verify.MarginObserver(length)
         seeing = (skipped, margins)
         before = None
         if figures and model is not source:
             label = "evaluation: source"
-            before = walk.observe(source, ids, (), watcher.advance, label, memory)
-        after = walk.observe(model, ids, seeing, watcher.advance, "evaluation: result", memory)
+            before = walk.observe(source, ids, (), reporter.advance, label, memory)
+        after = walk.observe(model, ids, seeing, reporter.advance, "evaluation: result", memory)
         if figures and before is None:
             before = after
-        watcher.log("recording what verify compares with")
-        rows = verify.reference_rows(margins.fact(), len(ids))
+        reporter.log("recording what verify compares with")
+        rows = verify.choose_reference_rows(margins.result(), len(ids))
         reference = verify.record(
             model,
             ids[rows, :length],
-            None if before is None else list(walk.head_logits(source, before[rows, :length])),
+            None if before is None else list(walk.compute_logits(source, before[rows, :length])),
             after[rows, :length],
         )
-        skip_rates = skipped.fact()
+        skip_rates = skipped.result()
         return cls(source, model, ids, before, after, reference, skip_rates, memory)
 
     def before(self) -> ResultRow:
@@ -96,7 +96,7 @@ class Measured:
 
         found = None
         if self.source_hidden is not None:
-            logits = walk.head_logits(self.source, self.source_hidden)
+            logits = walk.compute_logits(self.source, self.source_hidden)
             found = metrics.measure(self.ids, logits, None)
         return ResultRow.of("source", self.source, found)
 
@@ -104,7 +104,7 @@ class Measured:
         """The line of the result in memory."""
         from moe2edge.calibration import walk
 
-        found = self.quality(walk.head_logits(self.model, self.hidden))
+        found = self.quality(walk.compute_logits(self.model, self.hidden))
         return ResultRow.of("result, float32 activations", self.model, found)
 
     def quality(self, logits: Iterable[Tensor]) -> Quality | None:
@@ -114,7 +114,7 @@ class Measured:
 
         if self.source_hidden is None:
             return None
-        source = walk.head_logits(self.source, self.source_hidden)
+        source = walk.compute_logits(self.source, self.source_hidden)
         return metrics.measure(self.ids, logits, source)
 
 
@@ -173,7 +173,7 @@ class ResultRow:
         )
 
 
-HEADINGS = (
+RESULT_HEADINGS = (
     "form", "size", "parameters", "active", "perplexity", "KL", "top-1", "logit error",
     "as shipped",
 )  # fmt: skip

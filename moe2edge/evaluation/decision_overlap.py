@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from moe2edge.errors import InputError
-from moe2edge.pipeline.decisions import Decisions, shape_text
+from moe2edge.pipeline.decisions import Decisions, describe_shape
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def compare(found: Mapping[str, Decisions]) -> list[Overlap]:
     if len(names) < 2:
         raise InputError("give two different files of decisions or more, to compare them")
     shapes = {
-        name: shape_text(own.source.family, own.experts_before) for name, own in found.items()
+        name: describe_shape(own.source.family, own.experts_before) for name, own in found.items()
     }
     for name in names[1:]:
         if shapes[name] != shapes[names[0]]:

@@ -10,20 +10,20 @@ from moe2edge.calibration import walk
 from moe2edge.calibration.sources import TextSource
 from moe2edge.calibration.tokens import load_tokens
 from moe2edge.evaluation import verify
-from moe2edge.model.family import family_of
+from moe2edge.model.family import find_family
 from moe2edge.model.model import Model
 from moe2edge.numerics import metrics
 from moe2edge.pipeline import registry
 from moe2edge.progress import Advance
 from moe2edge.storage.manifest import open_artifact
 from moe2edge.storage.text_files import read_json
-from moe2edge.storage.tokenizer import tokenizer_of
+from moe2edge.storage.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def evaluate(
+def evaluate_output(
     folder: Path, source: TextSource, reference: Model | None, advance: Advance
 ) -> metrics.Quality:
     """Perplexity of a folder, and with a reference model KL and top-1 agreement.
@@ -33,14 +33,16 @@ def evaluate(
     """
     artifact = open_artifact(folder)
     config = read_json(folder / "config.json")
-    geometry = family_of(config).geometry(config)
+    geometry = find_family(config).geometry(config)
     limits = (geometry.max_positions, geometry.vocab)
-    ids = load_tokens(source, tokenizer_of(folder), "evaluation", limits).ids
+    ids = load_tokens(source, load_tokenizer(folder), "evaluation", limits).ids
     expected = None
     if reference is not None:
         verify.check_vocabulary(reference, geometry.vocab)
-        expected = walk.head_logits(reference, walk.observe(reference, ids, (), advance, "source"))
-    runtime = registry.target_with(artifact.target, artifact.options).reopen(folder)
+        expected = walk.compute_logits(
+            reference, walk.observe(reference, ids, (), advance, "source")
+        )
+    runtime = registry.make_target(artifact.target, artifact.options).reopen(folder)
 
     def logits() -> Iterator[Tensor]:
         for n, row in enumerate(ids):

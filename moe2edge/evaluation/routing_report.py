@@ -48,10 +48,10 @@ from moe2edge.progress import Advance
 if TYPE_CHECKING:
     from torch import Tensor
 
-SCHEMA_VERSION = 1
-KIND = "moe2edge.routing"
+ROUTING_VERSION = 1
+ROUTING_KIND = "moe2edge.routing"
 # Every criterion that says something about an expert.
-CRITERIA: tuple[criteria.Criterion, ...] = tuple(
+REPORTED_CRITERIA: tuple[criteria.Criterion, ...] = tuple(
     name for name in get_args(criteria.Criterion) if name != "random"
 )
 
@@ -189,14 +189,14 @@ class RoutingReport:
     def to_json(self) -> dict[str, Any]:
         """The document."""
         return {
-            "schema_version": SCHEMA_VERSION,
-            "kind": KIND,
+            "schema_version": ROUTING_VERSION,
+            "kind": ROUTING_KIND,
             "model": self.model,
             "family": self.family,
             "target": self.target,
             "text": dict(self.text),
             "tokens": self.tokens,
-            "criteria": list(CRITERIA),
+            "criteria": list(REPORTED_CRITERIA),
             "layers": [layer.to_json() for layer in self.layers],
         }
 
@@ -212,7 +212,7 @@ def _experts(ids: Sequence[int]) -> str:
     return f"{len(ids)} experts: {', '.join(map(str, ids))}"
 
 
-def check(model: Model, name: str) -> None:
+def check_routable(model: Model, name: str) -> None:
     """Refuse a model without a router.
 
     Raises:
@@ -222,7 +222,7 @@ def check(model: Model, name: str) -> None:
         raise InputError(f"{name} has no MoE layer with a router, so there is no routing to show")
 
 
-def measure(
+def measure_routing(
     model: Model, ids: Tensor, advance: Advance, origins: Sequence[int] | None = None
 ) -> tuple[LayerUse, ...]:
     """Run a text through a model once, and account for every MoE layer.
@@ -241,7 +241,7 @@ def measure(
 
     routing, outputs = RoutingObserver(), OutputObserver()
     walk.observe(model, ids, [routing, outputs], advance, "routing")
-    facts = Facts({RoutingObserver: routing.fact(), OutputObserver: outputs.fact()})
+    facts = Facts({RoutingObserver: routing.result(), OutputObserver: outputs.result()})
     found = []
     for n, (block, layer) in enumerate(model.moe_blocks):
         advance("scores of weights", n, len(model.moe_blocks))
@@ -259,8 +259,8 @@ def _layer(block: Block, layer: MoELayer, facts: Facts, origin: int) -> LayerUse
     probability = (seen.probability[block.origin] / seen.tokens).tolist()
     mass, largest = outputs.mass.tolist(), outputs.largest.tolist()
     by_criterion: dict[str, list[float]] = {
-        name: criteria.scores(name, block, facts)
-        for name in CRITERIA
+        name: criteria.score_experts(name, block, facts)
+        for name in REPORTED_CRITERIA
         if name not in criteria.WEIGHTS
     }
     by_criterion |= _weight_scores(layer)
@@ -272,7 +272,7 @@ def _layer(block: Block, layer: MoELayer, facts: Facts, origin: int) -> LayerUse
             gate_mass=mass[n],
             mean_probability=probability[n],
             largest_output=largest[n],
-            saliency={name: by_criterion[name][n] for name in CRITERIA},
+            saliency={name: by_criterion[name][n] for name in REPORTED_CRITERIA},
         )
         for n in range(layer.routed)
     )

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 FORMATS = (".png", ".svg", ".pdf")
-HEADINGS = (
+LAYER_HEADINGS = (
     "block", "experts", "top-k", "entropy (bits)", "variation", "max / min", "unused",
     "most used", "least used",
 )  # fmt: skip
@@ -30,7 +30,7 @@ DOTS_PER_INCH = 150
 # ---- on the terminal ---------------------------------------------------------------------------
 
 
-def table(report: RoutingReport, criterion: str) -> Table:
+def build_layer_table(report: RoutingReport, criterion: str) -> Table:
     """Key figures, one row per MoE layer."""
     from rich.table import Table
     from rich.text import Text
@@ -42,7 +42,7 @@ def table(report: RoutingReport, criterion: str) -> Table:
         caption=Text(_caption(criterion)),
         caption_justify="left",
     )
-    for heading in (*HEADINGS, f"lowest {criterion}"):
+    for heading in (*LAYER_HEADINGS, f"lowest {criterion}"):
         made.add_column(heading, justify="right")
     for layer in report.layers:
         made.add_row(*_cells(layer, criterion))
@@ -77,7 +77,7 @@ def _cells(layer: LayerUse, criterion: str) -> tuple[str, ...]:
     )
 
 
-def heat_map(report: RoutingReport, width: int, encoding: str) -> list[str]:
+def draw_heat_map(report: RoutingReport, width: int, encoding: str) -> list[str]:
     """Load of every expert as a character, one line per MoE layer, and a legend before them.
 
     Loads are relative to an even share of the layer, so that layers of unequal size compare.
@@ -147,7 +147,7 @@ def check_picture(path: Path) -> None:
         ) from error
 
 
-def picture(report: RoutingReport, criterion: str, suffix: str) -> bytes:
+def draw_picture(report: RoutingReport, criterion: str, suffix: str) -> bytes:
     """Heat maps, layers by experts: token share, gate weight and a criterion's scores.
 
     Cells of experts that a smaller layer does not have stay blank. The same report and the same

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from moe2edge.runtime.protocol import Runtime
 
 # Of `measure_times`: tokens that follow the prompt, and runs of each kind.
-STEPS, RUNS = 32, 5
+TIMED_STEPS, TIMED_RUNS = 32, 5
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,11 @@ class SkipTimes:
 
 
 def measure_times(runtime: Runtime, without: Runtime, ids: Sequence[int]) -> SkipTimes:
-    """Time one text in two runtimes by turns: a prompt, and its last `STEPS` tokens one by one."""
-    steps = min(STEPS, len(ids) - 1)
+    """Time one text in two runtimes by turns: a prompt, and its last `TIMED_STEPS` tokens one by one."""
+    steps = min(TIMED_STEPS, len(ids) - 1)
     prompt, rest = ids[:-steps], ids[-steps:]
     taken: dict[str, list[float]] = {}
-    for run in range(RUNS + 1):
+    for run in range(TIMED_RUNS + 1):
         for name, one in (("", runtime), ("_without", without)):
             begun = time.perf_counter()
             one.start(prompt)
@@ -53,4 +53,4 @@ def measure_times(runtime: Runtime, without: Runtime, ids: Sequence[int]) -> Ski
                 decode = (time.perf_counter() - started) / len(rest)
                 taken.setdefault(f"decode{name}", []).append(decode)
     found = {name: round(1e3 * statistics.median(values), 4) for name, values in taken.items()}
-    return SkipTimes(**found, prompt=len(prompt), runs=RUNS)
+    return SkipTimes(**found, prompt=len(prompt), runs=TIMED_RUNS)

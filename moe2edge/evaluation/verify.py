@@ -32,13 +32,13 @@ from moe2edge.runtime.protocol import Runtime
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moe2edge.calibration.observation import Seen
+    from moe2edge.calibration.observation import BlockTrace
 
 # Not called *.safetensors: loaders of checkpoints read every such file of a folder.
 REFERENCE = "moe2edge.reference"
 SAMPLES = 2
 PREFILL = 32
-STEPS = 32
+PARITY_STEPS = 32
 # Logits of the exact runtime may differ from the reference by this much, absolute.
 EXACT_TOLERANCE = 1e-4
 # With the activations of the shipped setting (int8 or bfloat16): median relative error. Rounding
@@ -102,13 +102,13 @@ class Reference:
         """
         known = {id(weight): self.digests[name] for name, _, weight in model.tensors()}
         digests = {
-            name: known.get(id(weight)) or digest(numbers(weight))
+            name: known.get(id(weight)) or compute_digest(load_numbers(weight))
             for name, _, weight in stored.tensors()
         }
         logits = self.logits
         if model.scheme is not None and stored.scheme is None:
             hidden = walk.observe(stored, self.ids, (), lambda *_: None, "reference")
-            logits = torch.stack(list(walk.head_logits(stored, hidden)))
+            logits = torch.stack(list(walk.compute_logits(stored, hidden)))
             logits = logits[:, self.prefill - 1 :].clone()
         return replace(self, digests=digests, logits=logits)
 
@@ -145,29 +145,29 @@ class MarginObserver:
         self._length = length
         self._least: dict[int, list[Tensor]] = {}
 
-    def see(self, seen: Seen) -> None:
+    def observe(self, trace: BlockTrace) -> None:
         """Add one batch."""
-        layer, routing = seen.block.mlp, seen.routing
+        layer, routing = trace.block.mlp, trace.routing
         if not isinstance(layer, MoELayer) or routing is None:
             return
         top_k, below = layer.router.top_k, layer.router.skip_below
-        first = routing.logits.view(*seen.inputs.shape[:2], -1)[:, : self._length]
-        best = first.topk(min(top_k + 1, layer.choices)).values
+        first = routing.logits.view(*trace.inputs.shape[:2], -1)[:, : self._length]
+        best = first.topk(min(top_k + 1, layer.router_rows)).values
         margins = best[..., top_k - 1 : top_k] - best[..., top_k:]  # empty where all are chosen
         if below:
             ratios = (best[..., 1:top_k] - best[..., :1]).exp()
             margins = torch.cat([margins, (ratios - torch.tensor(below)).abs()], dim=-1)
         if margins.shape[-1]:
             least = margins.flatten(1).min(1).values
-            self._least.setdefault(seen.block.index, []).append(least)
+            self._least.setdefault(trace.block.index, []).append(least)
 
-    def fact(self) -> Tensor | None:
+    def result(self) -> Tensor | None:
         """Least margin of each sample, float32; None if nothing is ever chosen."""
         blocks = [torch.cat(parts) for parts in self._least.values()]
         return torch.stack(blocks).min(0).values if blocks else None
 
 
-def reference_rows(margins: Tensor | None, samples: int) -> list[int]:
+def choose_reference_rows(margins: Tensor | None, samples: int) -> list[int]:
     """The samples that the reference is made of: those with the largest margins, in order."""
     count = min(SAMPLES, samples)
     if margins is None:
@@ -186,21 +186,21 @@ def record(
         source_logits: logits of the source on each row of ``ids``; None: it is not compared with.
         hidden: hidden states of ``model`` after its last block on ``ids``.
     """
-    logits = torch.stack(list(walk.head_logits(model, hidden)))
+    logits = torch.stack(list(walk.compute_logits(model, hidden)))
     prefill = min(PREFILL, ids.shape[1] - 1)
-    digests = {name: digest(numbers(weight)) for name, _, weight in model.tensors()}
+    digests = {name: compute_digest(load_numbers(weight)) for name, _, weight in model.tensors()}
     kl = None
     if source_logits is not None:
         kl = metrics.measure(ids, logits, source_logits).kl or 0.0
     return Reference(ids, prefill, logits[:, prefill - 1 :].clone(), digests, kl)
 
 
-def numbers(weight: Weight) -> Tensor | Quantized:
+def load_numbers(weight: Weight) -> Tensor | Quantized:
     """Numbers of a weight: integers and scales if it is quantized."""
     return weight.quantized() if weight.scheme else weight.load()
 
 
-def digest(value: Tensor | Quantized) -> str:
+def compute_digest(value: Tensor | Quantized) -> str:
     """SHA-256 over dtype, shape and numbers of a tensor; of integers and scales if quantized."""
     found = hashlib.sha256()
     if isinstance(value, Quantized):
@@ -238,7 +238,7 @@ def audit(target: Target, folder: Path, model: Model) -> int:
         if isinstance(value, Quantized) != (weight.scheme is not None):
             form = "unquantized" if weight.scheme else "quantized"
             raise VerificationFailed(f"{name} was written {form}")
-        if not _equal(value, numbers(weight)):
+        if not _equal(value, load_numbers(weight)):
             raise VerificationFailed(f"{name} was written with other numbers")
     if missing := set(expected) - seen:
         raise VerificationFailed(f"{len(missing)} tensors were not written: {min(missing)}")
@@ -264,14 +264,16 @@ def check_tensors(reference: Reference, tensors: Iterable[tuple[str, Tensor | Qu
     for name, value in tensors:
         if name not in left:
             raise VerificationFailed(f"{name} is in the folder, but was not exported")
-        if digest(value) != left.pop(name):
+        if compute_digest(value) != left.pop(name):
             raise VerificationFailed(f"{name} does not hold the numbers that were exported")
     if left:
         raise VerificationFailed(f"{len(left)} tensors are missing, such as {min(left)}")
     return len(reference.digests)
 
 
-def exact(reference: Reference, target: Target, folder: Path, within: int | None = None) -> float:
+def measure_exact(
+    reference: Reference, target: Target, folder: Path, within: int | None = None
+) -> float:
     """Largest difference of logits with float32 activations.
 
     The output is run in its runtime; where that would take more than a small part of the machine's
@@ -281,17 +283,17 @@ def exact(reference: Reference, target: Target, folder: Path, within: int | None
         reference: what was recorded.
         target: that wrote the folder.
         folder: the output.
-        within: bytes for the whole process; None: see `moe2edge.runtime.memory.limit`.
+        within: bytes for the whole process; None: see `moe2edge.runtime.memory.find_limit`.
 
     Raises:
         VerificationFailed: it is too large.
     """
     model = target.streamed(folder)
     if model is None or fits(RUNS_EXACT * 4 * model.parameters, within):
-        found = run(reference, target.reopen(folder, exact=True))
+        found = verify_output(reference, target.reopen(folder, exact=True))
     else:
         hidden = walk.observe(model, reference.ids, (), lambda *_: None, "verify")
-        found = torch.stack(list(walk.head_logits(model, hidden)))[:, reference.prefill - 1 :]
+        found = torch.stack(list(walk.compute_logits(model, hidden)))[:, reference.prefill - 1 :]
     difference = float((found - reference.logits).abs().max())
     tolerance = EXACT_TOLERANCE * max(1.0, float(reference.logits.abs().max()) / 10)
     if not difference <= tolerance:
@@ -302,18 +304,18 @@ def exact(reference: Reference, target: Target, folder: Path, within: int | None
     return difference
 
 
-def shipped(reference: Reference, runtime: Runtime, difference: float) -> Parity:
+def measure_shipped(reference: Reference, runtime: Runtime, difference: float) -> Parity:
     """Run the recorded tokens as shipped: prefill, then cached steps.
 
     Args:
         reference: what was recorded.
         runtime: the folder as it is used.
-        difference: of `exact`.
+        difference: of `measure_exact`.
 
     Raises:
         VerificationFailed: logits differ by more than the tolerance.
     """
-    found = run(reference, runtime)
+    found = verify_output(reference, runtime)
     # The median: with rounded activations a near tie in a router may fall to the other expert,
     # which changes that position by far more than rounding does.
     errors = (found - reference.logits).norm(dim=-1) / reference.logits.norm(dim=-1)
@@ -327,7 +329,7 @@ def shipped(reference: Reference, runtime: Runtime, difference: float) -> Parity
     return Parity(difference, relative, top1, found.shape[0] * found.shape[1])
 
 
-def parity(
+def check_parity(
     reference: Reference, target: Target, folder: Path, within: int | None = None
 ) -> tuple[Parity, Runtime | None]:
     """Hold a folder against the reference, exactly and as shipped; and its runtime.
@@ -338,12 +340,12 @@ def parity(
         VerificationFailed: logits differ by more than the tolerances.
     """
     model = target.streamed(folder)
-    difference = exact(reference, target, folder, within)
+    difference = measure_exact(reference, target, folder, within)
     if model is not None and not fits(target.runtime_nbytes(model), within):
         return Parity(difference), None
     give_back()
     runtime = target.reopen(folder)
-    return shipped(reference, runtime, difference), runtime
+    return measure_shipped(reference, runtime, difference), runtime
 
 
 def check_folder(
@@ -357,12 +359,14 @@ def check_folder(
         VerificationFailed: the folder cannot be read, or does not hold what was exported.
     """
     try:
-        return check_tensors(reference, target.tensors(folder)), *parity(reference, target, folder)
+        return check_tensors(reference, target.tensors(folder)), *check_parity(
+            reference, target, folder
+        )
     except InputError as error:
         raise VerificationFailed(f"{folder} cannot be read: {error}") from error
 
 
-def run(reference: Reference, runtime: Runtime) -> Tensor:
+def verify_output(reference: Reference, runtime: Runtime) -> Tensor:
     """Logits of the recorded tokens in a runtime, in the shape of ``reference.logits``."""
     rows = []
     for row in reference.ids.tolist():
@@ -382,7 +386,7 @@ def check_source(reference: Reference, runtime: Runtime, source: Model) -> float
     check_vocabulary(source, reference.logits.shape[-1])
     ids = reference.ids
     hidden = walk.observe(source, ids, (), lambda *_: None, "source")
-    logits = walk.head_logits(source, hidden)
+    logits = walk.compute_logits(source, hidden)
     found = metrics.measure(ids, (runtime.logits(row[None])[0] for row in ids), logits).kl or 0.0
     if reference.source_kl is not None and found > reference.source_kl * 1.2 + 1e-3:
         raise VerificationFailed(

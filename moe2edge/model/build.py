@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from moe2edge.errors import InputError
-from moe2edge.model.config_types import whole_number
+from moe2edge.model.config_types import parse_whole_number
 from moe2edge.model.family import Config, Family, Geometry
 from moe2edge.model.layers import Dense, Expert, MoELayer, Router, Shared, Weight
 from moe2edge.model.model import Block, Model
@@ -20,12 +20,12 @@ def build_model(
         InputError: values of the config contradict each other.
     """
     family.check_config(config)
-    count, types = whole_number(config, "num_hidden_layers"), config.get("layer_types")
+    count, types = parse_whole_number(config, "num_hidden_layers"), config.get("layer_types")
     if types is not None and len(types) != count:
         raise InputError(
             f"config.json: layer_types names {len(types)} blocks, num_hidden_layers {count}"
         )
-    top_k, experts = whole_number(config, "num_experts_per_tok"), family.num_experts(config)
+    top_k, experts = parse_whole_number(config, "num_experts_per_tok"), family.num_experts(config)
     if top_k > experts:
         raise InputError(
             f"config.json: num_experts_per_tok is {top_k}, but there are {experts} experts"
@@ -84,10 +84,10 @@ def _build_block(
     body: MoELayer | Dense
     if family.is_moe(config, index):
         count = family.num_experts(config)
-        width = whole_number(config, family.width_key)
+        width = parse_whole_number(config, family.width_key)
         router = Router(
             weight=weight("router.weight", count, hidden),
-            top_k=whole_number(config, "num_experts_per_tok"),
+            top_k=parse_whole_number(config, "num_experts_per_tok"),
             renormalize=bool(
                 config.get(family.renormalize, False)
                 if isinstance(family.renormalize, str)
@@ -97,12 +97,12 @@ def _build_block(
         experts = tuple(Expert(**mlp(f"experts.{n}", width), origin=n) for n in range(count))
         shared = None
         if family.shared:
-            shared_width = whole_number(config, "shared_expert_intermediate_size")
+            shared_width = parse_whole_number(config, "shared_expert_intermediate_size")
             shared = Shared(
                 Dense(**mlp("shared", shared_width)), weight("shared.router", 1, hidden)
             )
         body = MoELayer(router, experts, shared)
     else:
-        body = Dense(**mlp("dense", whole_number(config, "intermediate_size")))
+        body = Dense(**mlp("dense", parse_whole_number(config, "intermediate_size")))
     window = family.window_of(config, index)
     return Block(index, index, attention, norms, body, window)

@@ -79,7 +79,7 @@ def check_types(config: Mapping[str, Any]) -> None:
 _KEYS = frozenset(_Rope.model_fields)
 
 
-def whole_number(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+def parse_whole_number(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
     """A positive whole number of the config.
 
     Raises:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from moe2edge.model.layers import PARTS, Expert, Member, MoELayer, Weight, as_stored
+from moe2edge.model.layers import PARTS, Expert, Member, MoELayer, Weight, cast_to_stored
 from moe2edge.model.model import Model
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def materialized(model: Model) -> Model:
+def materialize(model: Model) -> Model:
     """``model`` with every member as an expert with matrices of its own.
 
     Bases and factors are added up in float32 and stored in the dtype of the base, so that the
@@ -40,13 +40,13 @@ def _sum(like: Weight, member: Member, part: str, based: bool) -> Weight:
 
     def load() -> Tensor:
         low = factors.second.load().float() @ factors.first.load().float()
-        return as_stored(low + like.load().float() if based else low, like.dtype)
+        return cast_to_stored(low + like.load().float() if based else low, like.dtype)
 
     name = f"{part} of member {member.origin}"
     return replace(like, name=name, load=load, scheme=None, load_quantized=None, pattern=None)
 
 
-def removed(model: Model) -> Model:
+def remove_skipping(model: Model) -> Model:
     """``model`` with every chosen expert run."""
     for block, layer in model.moe_blocks:
         router = replace(layer.router, skip_below=())

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from moe2edge.errors import InputError, Moe2EdgeError, Unsupported, did_you_mean
-from moe2edge.model.config_types import check_rope, check_types, whole_number
+from moe2edge.errors import InputError, Moe2EdgeError, Unsupported, suggest
+from moe2edge.model.config_types import check_rope, check_types, parse_whole_number
 
 # Keys that say nothing about inference or are read from the tensors.
 NEUTRAL = frozenset(
@@ -170,25 +170,25 @@ class Family:
         Raises:
             InputError: a size is missing or not a positive number.
         """
-        heads = whole_number(config, "num_attention_heads")
-        hidden = whole_number(config, "hidden_size")
+        heads = parse_whole_number(config, "num_attention_heads")
+        hidden = parse_whole_number(config, "hidden_size")
         return Geometry(
             hidden=hidden,
             heads=heads,
-            kv_heads=whole_number(config, "num_key_value_heads", heads),
-            head_dim=whole_number(config, "head_dim", hidden // heads),
+            kv_heads=parse_whole_number(config, "num_key_value_heads", heads),
+            head_dim=parse_whole_number(config, "head_dim", hidden // heads),
             eps=float(config.get("rms_norm_eps", 1e-6 if "qwen" in self.model_type else 1e-5)),
             clip_qkv=config.get("clip_qkv") if self.clips else None,
             tied=bool(config.get("tie_word_embeddings", False)),
-            max_positions=whole_number(config, "max_position_embeddings", 2048),
-            vocab=whole_number(config, "vocab_size"),
+            max_positions=parse_whole_number(config, "max_position_embeddings", 2048),
+            vocab=parse_whole_number(config, "vocab_size"),
         )
 
     def num_experts(self, config: Config) -> int:
         """Number of experts per MoE layer, whichever spelling the config uses."""
         for key in self.experts_key:
             if config.get(key) is not None:
-                return whole_number(config, key)
+                return parse_whole_number(config, key)
         raise InputError(f"config.json has no {' or '.join(self.experts_key)}")
 
     def is_moe(self, config: Config, index: int) -> bool:
@@ -278,7 +278,7 @@ REFUSED = frozenset(
 )  # fmt: skip
 
 
-def family_of(config: Config) -> Family:
+def find_family(config: Config) -> Family:
     """The row of a config.
 
     Raises:
@@ -296,4 +296,4 @@ def family_of(config: Config) -> Family:
             f"{kind!r} is a dense model (its config names no experts); moe2edge works on "
             f"Mixture-of-Experts models: {', '.join(FAMILIES)}"
         )
-    raise Unsupported(did_you_mean("model family", kind, FAMILIES))
+    raise Unsupported(suggest("model family", kind, FAMILIES))

@@ -16,15 +16,15 @@ from moe2edge.errors import InputError, Unsupported
 from moe2edge.model import model as model_
 from moe2edge.model.layers import (
     PARTS,
-    Always,
     Dense,
     Factors,
     Member,
     MoELayer,
     Substitute,
+    UnroutedMLP,
     Weight,
 )
-from moe2edge.model.model import Block, Model, form_of, is_own_form
+from moe2edge.model.model import Block, Model, get_form, is_stock_form
 
 # Key of everything that is no number of experts; transformers lets it pass if every layer has it.
 OWN = "moe2edge"
@@ -38,13 +38,13 @@ Take = Callable[[str, tuple[int, ...]], Weight]
 # ---- writing -----------------------------------------------------------------------------------
 
 
-def config_of(model: Model) -> dict[str, Any]:
+def build_transformers_dict(model: Model) -> dict[str, Any]:
     """`Family.config_of`, in which some number differs if anything does.
 
     Where all that layers have of their own is unknown to transformers (dynamic skipping), the
     common top-k, which each layer overrides, is set to another one.
     """
-    config = family_config(model)
+    config = build_config(model)
     count, top_k = model.family.num_experts(config), config[TOP_K]
     layers = config.get("per_layer_config", {}).values()
     sizes = {(own.get(model.family.experts_key[0], count), own.get(TOP_K, top_k)) for own in layers}
@@ -53,15 +53,15 @@ def config_of(model: Model) -> dict[str, Any]:
     return config
 
 
-def write(model: Model) -> dict[str, dict[str, Any]]:
+def encode_layers(model: Model) -> dict[str, dict[str, Any]]:
     """``per_layer_config`` of a model that is not uniform, by the indices of its blocks."""
     key = model.family.experts_key[0]
     found: dict[str, dict[str, Any]] = {}
     for block in model.blocks:
-        form = {} if is_own_form(model, block) else _form(block)
+        form = {} if is_stock_form(model, block) else _form(block)
         sizes = {}
         if isinstance(block.mlp, MoELayer):
-            sizes = {key: block.mlp.choices, TOP_K: block.mlp.router.top_k}
+            sizes = {key: block.mlp.router_rows, TOP_K: block.mlp.router.top_k}
         elif form:
             sizes = {key: 0, TOP_K: 0}
         found[str(block.index)] = {**sizes, OWN: form}
@@ -74,9 +74,9 @@ def _sizes(own: Mapping[str, Any]) -> dict[str, int]:
     return {key: value for key, value in own.items() if key != OWN}
 
 
-def sizes(model: Model) -> dict[str, dict[str, int]]:
-    """`write` without what transformers does not know."""
-    return {index: found for index, own in write(model).items() if (found := _sizes(own))}
+def encode_sizes(model: Model) -> dict[str, dict[str, int]]:
+    """`encode_layers` without what transformers does not know."""
+    return {index: found for index, own in encode_layers(model).items() if (found := _sizes(own))}
 
 
 def _form(block: Block) -> dict[str, Any]:
@@ -91,13 +91,13 @@ def _form(block: Block) -> dict[str, Any]:
         if block.mlp.members:
             form["members"] = [[NO_BASE if m.base is None else m.base, m.rank] for m in members]
         return form
-    return {"mlp": form_of(block)}
+    return {"mlp": get_form(block)}
 
 
 # ---- reading -----------------------------------------------------------------------------------
 
 
-def read(model: Model, overrides: Mapping[str, Mapping[str, Any]], take: Take) -> Model:
+def decode_layers(model: Model, overrides: Mapping[str, Mapping[str, Any]], take: Take) -> Model:
     """``model``, built from the common config, with what each layer has of its own.
 
     Args:
@@ -106,7 +106,7 @@ def read(model: Model, overrides: Mapping[str, Mapping[str, Any]], take: Take) -
         take: gives the handle of a tensor by its name on disk and its shape.
 
     Raises:
-        Unsupported: something that `write` does not write.
+        Unsupported: something that `encode_layers` does not write.
     """
     left = {str(index).lstrip("0") or "0": dict(own) for index, own in overrides.items()}
     for block, layer in model.moe_blocks:
@@ -136,7 +136,7 @@ def _without_routing(model: Model, block: Block, layer: MoELayer, form: str, tak
     if form == "dense" and layer.shared is None:
         return replace(block, mlp=plain)
     if form in ("shared", "dense+shared") and layer.shared is not None:
-        return replace(block, mlp=Always(layer.shared, plain))
+        return replace(block, mlp=UnroutedMLP(layer.shared, plain))
     raise Unsupported(f"layer {block.index} with {form!r} in place of its MoE layer")
 
 
@@ -189,7 +189,7 @@ class _Own:
 
 
 def _own(own: Any, form: Any, known: tuple[str, ...]) -> _Own | None:
-    """What a layer has of its own; None where it is not what `write` writes."""
+    """What a layer has of its own; None where it is not what `encode_layers` writes."""
     if not set(own) <= set(known) or not all(type(value) is int for value in own.values()):
         return None
     if not isinstance(form, Mapping) or not set(form) <= {"skip_below", "substitutes", "members"}:
@@ -246,7 +246,7 @@ def _substitute(
     return Substitute(origin, constant, first, second)
 
 
-def family_config(model: Model) -> dict[str, Any]:
+def build_config(model: Model) -> dict[str, Any]:
     """``config.json`` of ``model``: the source's, with everything that passes changed.
 
     Blocks that are not as the config says of all are written as ``per_layer_config``, where
@@ -259,7 +259,7 @@ def family_config(model: Model) -> dict[str, Any]:
         dense = [
             b.index
             for b in model.blocks
-            if not isinstance(b.mlp, MoELayer) and model_.is_own_form(model, b)
+            if not isinstance(b.mlp, MoELayer) and model_.is_stock_form(model, b)
         ]
         config |= {"mlp_only_layers": dense, "decoder_sparse_step": 1}
     if model.family.window == "layer_types" and config.get("use_sliding_window"):
@@ -268,7 +268,7 @@ def family_config(model: Model) -> dict[str, Any]:
         ]
     else:
         config.pop("layer_types", None)
-    shapes = {(m.choices, m.router.top_k) for _, m in model.moe_blocks}
+    shapes = {(m.router_rows, m.router.top_k) for _, m in model.moe_blocks}
     if shapes:
         count, top_k = max(shapes)
         for key in model.family.experts_key:
@@ -276,11 +276,11 @@ def family_config(model: Model) -> dict[str, Any]:
                 config[key] = count
         config["num_experts_per_tok"] = top_k
     if not model.is_uniform:
-        config["per_layer_config"] = write(model)
+        config["per_layer_config"] = encode_layers(model)
     return config
 
 
-def transformers_config(model: Model, **changes: Any) -> Any:
+def build_transformers_config(model: Model, **changes: Any) -> Any:
     """Transformers' config of ``model``, with dense numbers and ``changes``, to run it.
 
     Router logits are not asked for: the loss that transformers would make of them wants
@@ -292,7 +292,7 @@ def transformers_config(model: Model, **changes: Any) -> Any:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
-    settings = family_config(model)
+    settings = build_config(model)
     for key in ("model_type", "quantization_config", "per_layer_config"):
         settings.pop(key, None)
     settings |= {"output_router_logits": False, **changes}

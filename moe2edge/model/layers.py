@@ -269,7 +269,7 @@ class MoELayer:
         return len(self.members) or len(self.experts)
 
     @property
-    def choices(self) -> int:
+    def router_rows(self) -> int:
         """Experts or members, and substitutes: rows of the router."""
         return self.routed + len(self.substitutes)
 
@@ -288,7 +288,7 @@ class MoELayer:
         )
 
     @property
-    def idle(self) -> int:
+    def inactive_parameters(self) -> int:
         """Parameters of what the router chooses from that one token does not use.
 
         A token chooses the largest; what two members share counts for each.
@@ -347,7 +347,7 @@ class MoELayer:
                     f"keep at least {top_k}, or set clamp_top_k: true"
                 )
             top_k = count
-        router = self._routing((*ids, *range(len(self.experts), self.choices)), top_k)
+        router = self._routing((*ids, *range(len(self.experts), self.router_rows)), top_k)
         return replace(self, router=router, experts=tuple(self.experts[i] for i in ids))
 
     def substitute(self, new: Mapping[int, Substitute]) -> MoELayer:
@@ -363,7 +363,7 @@ class MoELayer:
         if len(stay) + len(new) != len(self.experts) or not stay:
             raise InputError(f"cannot replace experts {sorted(new)} of {len(self.experts)}")
         gone = sorted(new)
-        rows = (*stay, *gone, *range(len(self.experts), self.choices))
+        rows = (*stay, *gone, *range(len(self.experts), self.router_rows))
         return replace(
             self,
             router=self._routing(rows, self.router.top_k),
@@ -392,7 +392,7 @@ def _rows(weight: Weight, rows: tuple[int, ...]) -> Weight:
 
 
 @dataclass(frozen=True)
-class Always:
+class UnroutedMLP:
     """What is left of an MoE layer with nothing to choose, in families with shared experts.
 
     Attributes:
@@ -404,13 +404,13 @@ class Always:
     expert: Dense | None = None
 
 
-def planned_like(like: Weight, name: str, shape: tuple[int, ...]) -> Weight:
+def plan_weight_like(like: Weight, name: str, shape: tuple[int, ...]) -> Weight:
     """A handle on new numbers in the dtype of another one, which are not there yet."""
     plain = {"scheme": None, "load_quantized": None, "pattern": None}
-    return planned(replace(like, name=name, shape=shape), **plain)
+    return plan_weight(replace(like, name=name, shape=shape), **plain)
 
 
-def planned(weight: Weight, **promised: Any) -> Weight:
+def plan_weight(weight: Weight, **promised: Any) -> Weight:
     """A handle with what slimming will give it, such as a scheme; its numbers are not there yet."""
 
     def not_yet() -> Tensor:
@@ -423,7 +423,7 @@ def planned(weight: Weight, **promised: Any) -> Weight:
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 
 
-def as_stored(tensor: Tensor, dtype: str) -> Tensor:
+def cast_to_stored(tensor: Tensor, dtype: str) -> Tensor:
     """``tensor`` in a dtype as safetensors spells it."""
     import torch
 

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from moe2edge.errors import InputError, Moe2EdgeError
 from moe2edge.model.layers import (
-    Always,
     Dense,
     Expert,
     Member,
     MoELayer,
     Shared,
     Substitute,
+    UnroutedMLP,
     Weight,
 )
 from moe2edge.numerics.scheme import Scheme
@@ -48,7 +48,7 @@ class Block:
     origin: int
     attention: Mapping[str, Weight]
     norms: Mapping[str, Weight]
-    mlp: MoELayer | Dense | Always | None
+    mlp: MoELayer | Dense | UnroutedMLP | None
     window: int | None = None
 
     @property
@@ -56,7 +56,7 @@ class Block:
         """Indices in the source of what is routed to with matrices; a plain MLP's own included."""
         if isinstance(self.mlp, MoELayer):
             return tuple(one.origin for one in self.mlp.members or self.mlp.experts)
-        only = self.mlp.expert if isinstance(self.mlp, Always) else self.mlp
+        only = self.mlp.expert if isinstance(self.mlp, UnroutedMLP) else self.mlp
         return (only.origin,) if isinstance(only, Expert) else ()
 
     def keep_experts(self, ids: Sequence[int], *, clamp_top_k: bool = False) -> Block:
@@ -72,12 +72,12 @@ class Block:
             raise InputError(f"block {self.index} has no MoE layer")
         shared = self.mlp.shared
         if not ids and not self.mlp.substitutes:
-            return self.without_mlp() if shared is None else replace(self, mlp=Always(shared))
+            return self.without_mlp() if shared is None else replace(self, mlp=UnroutedMLP(shared))
         layer = self.mlp.keep(ids, clamp_top_k=clamp_top_k)
-        if layer.choices > 1:
+        if layer.router_rows > 1:
             return replace(self, mlp=layer)
         only = layer.experts[0]
-        return replace(self, mlp=only if shared is None else Always(shared, only))
+        return replace(self, mlp=only if shared is None else UnroutedMLP(shared, only))
 
     def without_mlp(self, *, keep_norm: bool = False) -> Block:
         """The block with nothing after attention; or its norm's output added in the MLP's place."""
@@ -133,9 +133,9 @@ class Block:
                 for n, m in enumerate(mlp.members)
             )
             mlp = MoELayer(router, experts, shared, substitutes, members)
-        elif isinstance(mlp, Always):
+        elif isinstance(mlp, UnroutedMLP):
             expert = mlp.expert and swap_mlp("dense", mlp.expert)
-            mlp = Always(swap_shared(mlp.shared), expert)
+            mlp = UnroutedMLP(swap_shared(mlp.shared), expert)
         elif mlp is not None:
             mlp = swap_mlp("dense", mlp)
         return replace(
@@ -146,14 +146,14 @@ class Block:
         )
 
 
-def _body_weights(mlp: MoELayer | Dense | Always | None) -> Iterator[tuple[str, Weight]]:
+def _body_weights(mlp: MoELayer | Dense | UnroutedMLP | None) -> Iterator[tuple[str, Weight]]:
     """Tensors of what follows attention, with their roles."""
     if isinstance(mlp, Dense):
         yield from _mlp_weights("dense", mlp)
         return
     if mlp is None:
         return
-    if isinstance(mlp, Always):
+    if isinstance(mlp, UnroutedMLP):
         if mlp.expert is not None:
             yield from _mlp_weights("dense", mlp.expert)
     else:
@@ -246,8 +246,8 @@ class Model:
     @property
     def is_uniform(self) -> bool:
         """Whether all MoE layers have one size and every block has a form of the family's own."""
-        sizes = {(m.choices, m.router.top_k) for _, m in self.moe_blocks}
-        return len(sizes) <= 1 and all(is_own_form(self, b) for b in self.blocks)
+        sizes = {(m.router_rows, m.router.top_k) for _, m in self.moe_blocks}
+        return len(sizes) <= 1 and all(is_stock_form(self, b) for b in self.blocks)
 
     @property
     def scheme(self) -> Scheme | None:
@@ -270,7 +270,7 @@ class Model:
 
         Embedding rows that are not looked up count, as is usual.
         """
-        return self.parameters - sum(layer.idle for _, layer in self.moe_blocks)
+        return self.parameters - sum(layer.inactive_parameters for _, layer in self.moe_blocks)
 
     @property
     def nbytes(self) -> int:
@@ -330,7 +330,7 @@ class Model:
         if not self.blocks:
             raise Moe2EdgeError("no block is left")
         for block, layer in self.moe_blocks:
-            n = layer.choices
+            n = layer.router_rows
             for weight in (layer.router.weight, *layer.router.per_expert.values()):
                 if weight.shape[0] != n:
                     raise Moe2EdgeError(
@@ -394,10 +394,10 @@ def _describe(block: Block) -> str:
             parts.append(f"{len(gone)} substitutes of rank {_listed(ranks)}{form} for {gone}")
         if layer.router.skip_below:
             parts.append(f"skips below {[round(b, 4) for b in layer.router.skip_below]}")
-    dense = block.mlp.expert if isinstance(block.mlp, Always) else block.mlp
+    dense = block.mlp.expert if isinstance(block.mlp, UnroutedMLP) else block.mlp
     if isinstance(dense, Dense):
         parts.append(f"dense MLP of width {dense.gate.shape[0]}, {_form(dense.gate)}")
-    if isinstance(block.mlp, MoELayer | Always) and block.mlp.shared is not None:
+    if isinstance(block.mlp, MoELayer | UnroutedMLP) and block.mlp.shared is not None:
         parts.append(f"shared expert of width {block.mlp.shared.mlp.gate.shape[0]}")
     if block.mlp is None:
         parts.append("norm only" if SECOND_NORM in block.norms else "no MLP")
@@ -426,7 +426,7 @@ def _form(weight: Weight) -> str:
 Form = Literal["moe", "dense", "none", "norm", "shared", "dense+shared"]
 
 
-def is_own_form(model: Model, block: Block) -> bool:
+def is_stock_form(model: Model, block: Block) -> bool:
     """Whether transformers' class of the family can hold a block, by the common config alone."""
     if isinstance(block.mlp, MoELayer):
         own = block.mlp
@@ -436,13 +436,13 @@ def is_own_form(model: Model, block: Block) -> bool:
     return block.mlp.gate.shape[0] == model.config.get("intermediate_size")
 
 
-def form_of(block: Block) -> Form:
+def get_form(block: Block) -> Form:
     """What follows attention."""
     if isinstance(block.mlp, MoELayer):
         return "moe"
     if isinstance(block.mlp, Dense):
         return "dense"
-    if isinstance(block.mlp, Always):
+    if isinstance(block.mlp, UnroutedMLP):
         return "shared" if block.mlp.expert is None else "dense+shared"
     return "norm" if SECOND_NORM in block.norms else "none"
 
@@ -461,9 +461,9 @@ def check_shapes(model: Model) -> None:
             for substitute in block.mlp.substitutes:
                 substitute.check(geometry.hidden)
             block.mlp.check_members()
-        if isinstance(block.mlp, Always) and block.mlp.expert is not None:
+        if isinstance(block.mlp, UnroutedMLP) and block.mlp.expert is not None:
             mlps.append(block.mlp.expert)
-        if isinstance(block.mlp, MoELayer | Always) and block.mlp.shared is not None:
+        if isinstance(block.mlp, MoELayer | UnroutedMLP) and block.mlp.shared is not None:
             mlps.append(block.mlp.shared.mlp)
         for mlp in mlps:
             width = mlp.gate.shape[0]

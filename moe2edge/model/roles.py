@@ -7,7 +7,7 @@ from typing import (
     TYPE_CHECKING,
 )
 
-from moe2edge.model.layers import Always, Dense, MoELayer, Weight
+from moe2edge.model.layers import Dense, MoELayer, UnroutedMLP, Weight
 from moe2edge.model.model import Block, is_quantizable
 
 if TYPE_CHECKING:
@@ -17,18 +17,18 @@ QKV = tuple(f"attention.{name}_proj.weight" for name in ("q", "k", "v"))
 OUT = "attention.o_proj.weight"
 
 
-def gated(block: Block) -> Iterator[tuple[str, Dense]]:
+def list_gated_mlps(block: Block) -> Iterator[tuple[str, Dense]]:
     """The gated MLPs of a block with the first part of their roles: ``experts.3``, ``shared``."""
     mlp = block.mlp
     if isinstance(mlp, MoELayer):
         yield from ((f"experts.{n}", expert) for n, expert in enumerate(mlp.experts))
-    dense = mlp.expert if isinstance(mlp, Always) else mlp
+    dense = mlp.expert if isinstance(mlp, UnroutedMLP) else mlp
     if isinstance(dense, Dense):
         yield "dense", dense
-    if isinstance(mlp, MoELayer | Always) and mlp.shared is not None:
+    if isinstance(mlp, MoELayer | UnroutedMLP) and mlp.shared is not None:
         yield "shared", mlp.shared.mlp
 
 
-def selected(block: Block) -> Iterator[tuple[str, Weight]]:
+def list_quantizable(block: Block) -> Iterator[tuple[str, Weight]]:
     """The tensors of a block that slimming selects, with their roles."""
     return ((role, weight) for role, weight in block.weights() if is_quantizable(role))

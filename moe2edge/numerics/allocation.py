@@ -64,12 +64,12 @@ def allocate(costs: Sequence[Sequence[float]], floors: Counts, total: int) -> Co
     return tuple(counts)
 
 
-def between(first: Counts, second: Counts, part: float) -> Counts:
+def interpolate_counts(first: Counts, second: Counts, part: float) -> Counts:
     """The allocation at ``part`` of the way from one to another of the same total.
 
     Rounded down, then the largest remainders get what is missing; of equal ones the earlier layer.
 
-    >>> between((4, 4, 4), (6, 4, 2), 0.25)
+    >>> interpolate_counts((4, 4, 4), (6, 4, 2), 0.25)
     (5, 4, 3)
     """
     exact = [a + part * (b - a) for a, b in zip(first, second, strict=True)]
@@ -80,10 +80,10 @@ def between(first: Counts, second: Counts, part: float) -> Counts:
     return tuple(counts)
 
 
-def grid(floor: int, experts: int, points: int) -> Counts:
+def spread_counts(floor: int, experts: int, points: int) -> Counts:
     """At most ``points`` counts from ``floor`` to one less than all, evenly spaced, both ends in.
 
-    >>> grid(2, 8, 8), grid(8, 64, 4), grid(3, 3, 4)
+    >>> spread_counts(2, 8, 8), spread_counts(8, 64, 4), spread_counts(3, 3, 4)
     ((2, 3, 4, 5, 6, 7), (8, 26, 45, 63), ())
     """
     last = experts - 1
@@ -92,10 +92,10 @@ def grid(floor: int, experts: int, points: int) -> Counts:
     return tuple(round(floor + n * (last - floor) / (points - 1)) for n in range(points))
 
 
-def interpolated(known: Mapping[int, float], floor: int, experts: int) -> list[float]:
+def interpolate_costs(known: Mapping[int, float], floor: int, experts: int) -> list[float]:
     """Costs of ``floor`` to ``experts`` experts from those of some counts, by straight lines.
 
-    >>> interpolated({2: 6.0, 4: 2.0, 5: 0.0}, 2, 5)
+    >>> interpolate_costs({2: 6.0, 4: 2.0, 5: 0.0}, 2, 5)
     [6.0, 4.0, 2.0, 0.0]
     """
     counts = sorted(known)
@@ -106,10 +106,10 @@ def interpolated(known: Mapping[int, float], floor: int, experts: int) -> list[f
     return found[: experts - floor + 1]
 
 
-def one_layer_each(full: Counts, counts: Sequence[Counts]) -> list[Counts]:
+def list_single_layer_allocations(full: Counts, counts: Sequence[Counts]) -> list[Counts]:
     """Allocations that trim a single layer, for each layer to each of its ``counts``.
 
-    >>> one_layer_each((4, 4), [(2, 3), (3,)])
+    >>> list_single_layer_allocations((4, 4), [(2, 3), (3,)])
     [(2, 4), (3, 4), (4, 3)]
     """
     return [(*full[:n], count, *full[n + 1 :]) for n, own in enumerate(counts) for count in own]

@@ -24,7 +24,7 @@ NUMBERS = 1 << 20
 OUTPUTS = 256
 
 
-def candidates(magnitudes: Tensor, steps: int) -> Tensor:
+def list_candidates(magnitudes: Tensor, steps: int) -> Tensor:
     """Scales to choose from: ``m ** alpha`` for alpha in ``0, 1 / steps, .. 1 - 1 / steps``.
 
     They are divided by the root of the smallest times the largest (as in AutoAWQ), so that they
@@ -45,7 +45,7 @@ def candidates(magnitudes: Tensor, steps: int) -> Tensor:
     return ((torch.arange(steps) / steps).unsqueeze(1) * centred).exp()
 
 
-def exact(scales: Tensor, stored: Tensor) -> Tensor:
+def round_to_exact(scales: Tensor, stored: Tensor) -> Tensor:
     """Scales by which a vector can be divided in the dtype that it is stored in.
 
     The quotient is rounded to that dtype; the scale becomes what it was really divided by. Where
@@ -90,7 +90,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Inputs:
+class AwqInputs:
     """Inputs of a matrix, by which its rounding is judged.
 
     Attributes:
@@ -108,7 +108,7 @@ class Inputs:
     share: int = 1
 
     @classmethod
-    def of(cls, x: Tensor, weights: Tensor, magnitudes: Tensor, share: int = 1) -> Inputs:
+    def of(cls, x: Tensor, weights: Tensor, magnitudes: Tensor, share: int = 1) -> AwqInputs:
         """Of the importance that they have themselves."""
         importance = (x * weights.unsqueeze(1)).square().mean(0)
         return cls(x, weights, importance, magnitudes, share)
@@ -119,7 +119,9 @@ class Inputs:
         return outputs.square().sum((-2, -1)) * self.share
 
 
-def losses(weight: Tensor, scales: Tensor, inputs: Inputs, scheme: Scheme, how: Range) -> Tensor:
+def compute_losses(
+    weight: Tensor, scales: Tensor, inputs: AwqInputs, scheme: Scheme, how: Range
+) -> Tensor:
     """``|| X (W - Q(W s) / s)^T ||^2`` for each of some scales, float32 [k].
 
     Of large matrices it is estimated from some of the outputs, evenly spaced.
@@ -143,8 +145,8 @@ def losses(weight: Tensor, scales: Tensor, inputs: Inputs, scheme: Scheme, how: 
     return torch.cat(found) * share
 
 
-def output_size(weight: Tensor, inputs: Inputs) -> float:
-    """``|| X W^T ||^2``, which `losses` are to be held against, from as many of the outputs."""
+def measure_output_size(weight: Tensor, inputs: AwqInputs) -> float:
+    """``|| X W^T ||^2``, which `compute_losses` are to be held against, from as many of the outputs."""
     weight, share = _some(weight)
     return float(inputs.squares(weight)) * share
 
@@ -155,6 +157,6 @@ def _some(weight: Tensor) -> tuple[Tensor, float]:
     return some, len(weight) / len(some)
 
 
-def inside(gate: Tensor, up: Tensor, x: Tensor) -> Tensor:
+def compute_intermediate(gate: Tensor, up: Tensor, x: Tensor) -> Tensor:
     """Inputs [n, width] of ``down`` of a gated MLP for its inputs [n, hidden]."""
     return torch.nn.functional.silu(x @ gate.float().T) * (x @ up.float().T)

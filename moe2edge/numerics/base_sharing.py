@@ -18,7 +18,7 @@ CORRECTION = (0.8, 1.2)
 # ---- which experts -------------------------------------------------------------------------------
 
 
-def depth_factors(norms: Sequence[float], strength: float) -> list[float]:
+def compute_depth_factors(norms: Sequence[float], strength: float) -> list[float]:
     """What the threshold of each layer is multiplied with.
 
     Logits grow with depth, and shallow layers are to lose more. LightMoE corrects by an
@@ -35,7 +35,9 @@ def depth_factors(norms: Sequence[float], strength: float) -> list[float]:
     return exponent.exp().clamp(*CORRECTION).tolist()
 
 
-def order(importance: Sequence[Sequence[float]], factors: Sequence[float]) -> list[tuple[int, int]]:
+def order_candidates(
+    importance: Sequence[Sequence[float]], factors: Sequence[float]
+) -> list[tuple[int, int]]:
     """All experts as (layer, expert), in the order in which a rising threshold takes them.
 
     An expert is under the threshold ``t`` if its share of the importance of its layer is below
@@ -49,7 +51,7 @@ def order(importance: Sequence[Sequence[float]], factors: Sequence[float]) -> li
 
 
 @dataclass(frozen=True)
-class Cost:
+class SharingCost:
     """Bytes in a layer.
 
     Attributes:
@@ -81,13 +83,13 @@ class Cost:
         return max(range(candidates + 1), key=lambda n: (self.saved(n), -n))
 
 
-def most_saved(costs: Sequence[Cost], sizes: Sequence[int]) -> int:
+def compute_most_saved(costs: Sequence[SharingCost], sizes: Sequence[int]) -> int:
     """Bytes that are saved where every layer, of so many candidates, saves as many as it can."""
     return sum(c.saved(c.replaced(size)) for c, size in zip(costs, sizes, strict=True))
 
 
-def choose(
-    ordered: Sequence[tuple[int, int]], costs: Sequence[Cost], whole: int, budget: int
+def choose_replaced(
+    ordered: Sequence[tuple[int, int]], costs: Sequence[SharingCost], whole: int, budget: int
 ) -> list[list[int]]:
     """Experts to replace, by layer: as few, in that order, as it takes to meet the budget.
 
@@ -95,10 +97,10 @@ def choose(
     no time.
 
     Args:
-        ordered: as by `order`.
+        ordered: as by `order_candidates`.
         costs: by layer.
         whole: bytes of all experts.
-        budget: bytes that there may be; `most_saved` says what can be.
+        budget: bytes that there may be; `compute_most_saved` says what can be.
 
     Returns:
         Of the experts under the threshold those whose replacement saves something.
@@ -117,7 +119,7 @@ def choose(
 # ---- numbers -------------------------------------------------------------------------------------
 
 
-def weighted_mean(matrices: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+def average_matrices(matrices: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """Mean of matrices, float32; where no weight is above 0, of equal weights."""
     total = sum(weights)
     shares = [w / total for w in weights] if total > 0 else [1 / len(matrices)] * len(matrices)

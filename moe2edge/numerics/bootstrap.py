@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from moe2edge.errors import InputError
-from moe2edge.numerics.metrics import Sums
+from moe2edge.numerics.metrics import SampleSums
 
 if TYPE_CHECKING:
     pass
@@ -23,7 +23,7 @@ DRAWS, COVERED = 2000, 0.95
 # ---- samples -----------------------------------------------------------------------------------
 
 
-def split(samples: int, held_out: float) -> tuple[list[int], list[int]]:
+def split_samples(samples: int, held_out: float) -> tuple[list[int], list[int]]:
     """Places of the samples to choose by, and of those held out.
 
     Multiples of the golden ratio decide, so that both parts, and every run from the front of one,
@@ -64,7 +64,7 @@ class Interval:
         return f"{self.mean:+.4f} (95 % {self.low:+.4f} to {self.high:+.4f})"
 
 
-def interval(differences: Sequence[float], seed: int) -> Interval:
+def compute_interval(differences: Sequence[float], seed: int) -> Interval:
     """Percentile bootstrap over samples of the mean of paired differences.
 
     Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
@@ -77,20 +77,20 @@ def interval(differences: Sequence[float], seed: int) -> Interval:
     return Interval(float(values.mean()), low, high, len(values))
 
 
-def differences(
-    mine: Sequence[Sums], theirs: Sequence[Sums], seed: int
+def compare_paired(
+    mine: Sequence[SampleSums], theirs: Sequence[SampleSums], seed: int
 ) -> tuple[Interval, Interval]:
     """Loss and KL of ``mine`` less those of ``theirs``, paired by sample, nats per token."""
     pairs = list(zip(mine, theirs, strict=True))
-    loss = interval([(a.nll - b.nll) / a.tokens for a, b in pairs], seed)
-    return loss, interval([(a.kl - b.kl) / a.tokens for a, b in pairs], seed)
+    loss = compute_interval([(a.nll - b.nll) / a.tokens for a, b in pairs], seed)
+    return loss, compute_interval([(a.kl - b.kl) / a.tokens for a, b in pairs], seed)
 
 
-def mean_kl(sums: Sequence[Sums]) -> float:
+def compute_mean_kl(sums: Sequence[SampleSums]) -> float:
     """``KL(source || model)`` in nats per token."""
     return sum(one.kl for one in sums) / sum(one.tokens for one in sums)
 
 
-def mean_loss(sums: Sequence[Sums]) -> float:
+def compute_mean_loss(sums: Sequence[SampleSums]) -> float:
     """Negative log-likelihood in nats per token."""
     return sum(one.nll for one in sums) / sum(one.tokens for one in sums)

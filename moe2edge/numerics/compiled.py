@@ -37,12 +37,12 @@ def is_built() -> bool:
     return _columns is not None and _columns.VERSION == VERSION
 
 
-def serves(numbers: Tensor) -> bool:
+def supports(numbers: Tensor) -> bool:
     """Whether the compiled loops can take numbers that lie where these do."""
     return is_built() and numbers.device.type == "cpu"
 
 
-def described() -> str:
+def describe_kernel() -> str:
     """Which loops run, for who compares numbers."""
     if not is_built():
         return "torch"
@@ -113,7 +113,7 @@ def round_panel(
     return loss.sum(1).float()
 
 
-def best_grids(
+def choose_best_grids(
     numbers: Tensor, importance: Tensor, scales: Tensor, zeros: Tensor, scheme: Scheme
 ) -> Tensor:
     """Which of several grids rounds each group with the least error.

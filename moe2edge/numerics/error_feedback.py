@@ -34,7 +34,7 @@ PANEL, INNER = 128, 32
 # Columns of a Hessian that are computed at once; what is above the diagonal is not.
 HESSIAN_COLUMNS = 512
 # Rows of a matrix, at least, from which the size of its outputs is estimated.
-ROWS = 32
+SAMPLED_ROWS = 32
 
 
 def sum_hessian(
@@ -63,14 +63,14 @@ def sum_hessian(
         hessian[start:end, end:] = hessian[end:, start:end].T
 
 
-def output_size(weight: Tensor, hessian: Tensor) -> float:
+def estimate_output_size(weight: Tensor, hessian: Tensor) -> float:
     """Estimate of the squared size of the outputs, ``trace(W H W^T)``, from some rows of W."""
-    rows = weight[:: max(1, len(weight) // ROWS)].to(hessian)
+    rows = weight[:: max(1, len(weight) // SAMPLED_ROWS)].to(hessian)
     return float((rows @ hessian * rows).sum()) * len(weight) / len(rows)
 
 
 @dataclass(frozen=True)
-class Factors:
+class HessianFactors:
     """``H = L D L^T`` of one or more Hessians.
 
     Attributes:
@@ -84,7 +84,7 @@ class Factors:
 
 def factorize(
     hessians: Tensor, damping: float, space: Tensor | None = None
-) -> tuple[Factors, list[bool]]:
+) -> tuple[HessianFactors, list[bool]]:
     """Factors of damped Hessians [batch, in, in]; which of them have some.
 
     Inputs that never occur get a diagonal of one, so that their weights are simply rounded. Where
@@ -100,7 +100,7 @@ def factorize(
     lower = (torch.empty_like(hessians) if space is None else space).mT
     weight = hessians.new_empty(hessians.shape[:2])
     fine = [_factorize(h, lower[n], weight[n], damping) for n, h in enumerate(hessians)]
-    return Factors(lower, weight), fine
+    return HessianFactors(lower, weight), fine
 
 
 def _factorize(hessian: Tensor, lower: Tensor, weight: Tensor, damping: float) -> bool:
@@ -157,8 +157,8 @@ class Rounder(Protocol):
         ...
 
 
-def solve(
-    weights: Tensor, factors: Factors, rounder: Rounder, dtype: torch.dtype = torch.float32
+def round_columns(
+    weights: Tensor, factors: HessianFactors, rounder: Rounder, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """Round a batch of matrices with feedback.
 
@@ -263,12 +263,12 @@ class GridRounder:
         self.width = ins // count if how else None
         self._how, self._scheme, self._groups = how, chosen.scheme, groups
         # A row for each group or column, so that a column's numbers lie in one piece.
-        self._scales, self._zeros = transposed(chosen.scales), transposed(chosen.zeros)
-        self._mask = None if mask is None else transposed(mask)
+        self._scales, self._zeros = transpose(chosen.scales), transpose(chosen.zeros)
+        self._mask = None if mask is None else transpose(mask)
         # Integers without their zero points: up to 9 bits.
         self._q = groups.new_empty(batch, ins, outs, dtype=torch.int16)
         self._columns: _Columns | None = None
-        self.native = how is None and compiled.serves(chosen.scales)
+        self.native = how is None and compiled.supports(chosen.scales)
 
     def panel(
         self, first: int, wanted: Tensor, weights: Tensor, lower: Tensor, weight: Tensor
@@ -293,16 +293,16 @@ class GridRounder:
         self._keep()
         zeros: Tensor | int = self._scheme.zero_point
         if not self._scheme.symmetric:
-            zeros = rows_at(self._zeros, self._groups).to(torch.int16)
+            zeros = gather_rows(self._zeros, self._groups).to(torch.int16)
         q = self._q.add(zeros).to(torch.uint8)
         if orders is not None:
-            q = rows_at(q, orders.argsort(dim=1))
-        return transposed(q)
+            q = gather_rows(q, orders.argsort(dim=1))
+        return transpose(q)
 
     @property
     def grid(self) -> Grid:
         """Grids of all groups, [batch, out, groups]."""
-        scales, zeros = transposed(self._scales), transposed(self._zeros)
+        scales, zeros = transpose(self._scales), transpose(self._zeros)
         return Grid(scales, zeros, self._scheme)
 
     def begin(self, first: int, completed: Tensor, weight: Tensor) -> None:
@@ -337,8 +337,8 @@ class GridRounder:
         """Spread the grids of groups over the columns from ``first`` to ``end``."""
         self._keep()
         groups = self._groups[:, first:end]
-        scales = rows_at(self._scales, groups)
-        zeros = None if self._scheme.symmetric else rows_at(self._zeros, groups).unbind(1)
+        scales = gather_rows(self._scales, groups)
+        zeros = None if self._scheme.symmetric else gather_rows(self._zeros, groups).unbind(1)
         q = torch.empty_like(scales)
         self._columns = _Columns(first, q, q.unbind(1), scales.unbind(1), zeros)
 
@@ -367,7 +367,7 @@ class _Columns:
     zeros: tuple[Tensor, ...] | None
 
 
-def transposed(matrices: Tensor) -> Tensor:
+def transpose(matrices: Tensor) -> Tensor:
     """Matrices [batch, a, b] as [batch, b, a], in one piece each.
 
     One at a time, as torch has a fast way for two dimensions alone.
@@ -378,7 +378,7 @@ def transposed(matrices: Tensor) -> Tensor:
     return found
 
 
-def rows_at(matrices: Tensor, places: Tensor) -> Tensor:
+def gather_rows(matrices: Tensor, places: Tensor) -> Tensor:
     """Rows [batch, n, b] of matrices [batch, a, b] at the places of each, int64 [batch, n]."""
     found = matrices.new_empty(*places.shape, matrices.shape[2])
     for matrix, own, rows in zip(matrices, places, found, strict=True):

@@ -17,7 +17,7 @@ from scipy.cluster.hierarchy import linkage
 from scipy.optimize import linear_sum_assignment
 from torch.nn.functional import normalize, silu
 
-from moe2edge.numerics.selection import ranking
+from moe2edge.numerics.selection import rank_by_score
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 # ---- groups --------------------------------------------------------------------------------------
 
 
-def cosines(gram: Tensor) -> Tensor:
+def compute_cosines(gram: Tensor) -> Tensor:
     """Cosines between vectors of which ``gram`` [n, n] holds the products."""
     norms = gram.diagonal().clamp(min=1e-300).sqrt()
     return gram / norms[:, None] / norms
 
 
-def group(
+def group_by_similarity(
     candidates: Sequence[int], importance: Sequence[float], similarity: Tensor, groups: int
 ) -> list[list[int]]:
     """Groups of experts: the most important ones, each with those most similar to it.
@@ -53,10 +53,10 @@ def group(
     return found
 
 
-Group = tuple[int, ...]
+ExpertGroup = tuple[int, ...]
 
 # Bytes of the outputs of all experts of a layer that are held at once.
-TOGETHER = 128 << 20
+CHUNK_BYTES = 128 << 20
 # Numbers that REAM's code leaves of a neuron's weights.
 REDUCED = 64
 # Rounds of subspace iteration, as many as torch.pca_lowrank makes.
@@ -66,7 +66,7 @@ ROUNDS = 2
 # ---- what experts do ---------------------------------------------------------------------------
 
 
-class Sums:
+class ExpertSums:
     """What all experts of a layer do with all tokens, in sums of float64.
 
     Attributes:
@@ -95,23 +95,23 @@ class Sums:
         Args:
             inputs: of the layer, [n, hidden].
             output: what an expert makes of inputs.
-            cosines: whether `cosines` are wanted rather than `outputs`.
+            cosines: whether `compute_cosines` are wanted rather than `outputs`.
         """
         experts, hidden = self.outputs.shape
         if not cosines:
             for n in range(experts):
                 self.outputs[n] += output(n, inputs).sum(0, dtype=torch.float64)
             return
-        for part in torch.split(inputs, max(1, TOGETHER // (4 * experts * hidden))):
+        for part in torch.split(inputs, max(1, CHUNK_BYTES // (4 * experts * hidden))):
             whole = part.new_empty(experts, part.numel())
             for n in range(experts):
                 whole[n] = normalize(output(n, part), dim=1).flatten()
             self.cosines += (whole @ whole.T).double()
 
 
-def nbytes(experts: int, hidden: int, width: int, *, align: bool) -> int:
+def estimate_merge_bytes(experts: int, hidden: int, width: int, *, align: bool) -> int:
     """Bytes of gathering and merging in one layer, without the layer itself."""
-    sums = 8 * experts * (hidden + 2 * experts) + 2 * TOGETHER
+    sums = 8 * experts * (hidden + 2 * experts) + 2 * CHUNK_BYTES
     merging = 4 * 3 * 3 * hidden * width  # a mean, a member, a member in another order
     aligning = 4 * 2 * 3 * hidden * width + 3 * 8 * width * width + 4 * experts * width * REDUCED
     return sums + merging + (aligning if align else 0)
@@ -120,7 +120,7 @@ def nbytes(experts: int, hidden: int, width: int, *, align: bool) -> int:
 # ---- which belong together ---------------------------------------------------------------------
 
 
-def ream_similarity(sums: Sums) -> Tensor:
+def compute_ream_similarity(sums: ExpertSums) -> Tensor:
     """REAM's similarity of two experts, [experts, experts], from 0 to 1.
 
     The mean of two: the mean cosine of their outputs over all tokens, shifted to 0 to 1, and
@@ -129,13 +129,13 @@ def ream_similarity(sums: Sums) -> Tensor:
     a token, a positive number, changes no cosine, and is left out.
     """
     outputs = (sums.cosines / max(sums.tokens, 1) + 1) / 2
-    distance = (2 - 2 * cosines(sums.logits)).clamp(min=0).sqrt().fill_diagonal_(0)
+    distance = (2 - 2 * compute_cosines(sums.logits)).clamp(min=0).sqrt().fill_diagonal_(0)
     routing = 1 - distance / distance.max().clamp(min=torch.finfo(distance.dtype).tiny)
     found: Tensor = (outputs + routing) / 2
     return found
 
 
-def cluster(means: Tensor, keep: int, scores: Sequence[float]) -> tuple[Group, ...]:
+def cluster_experts(means: Tensor, keep: int, scores: Sequence[float]) -> tuple[ExpertGroup, ...]:
     """HC-SMoE (https://arxiv.org/abs/2410.08589): average linkage of mean outputs.
 
     The tree is cut by the number of merges, not by a height, so that there are ``keep`` groups
@@ -151,12 +151,12 @@ def cluster(means: Tensor, keep: int, scores: Sequence[float]) -> tuple[Group, .
     tree = linkage(means.double().numpy(), "average")
     for step, (one, other) in enumerate(tree[: experts - keep, :2].astype(int).tolist()):
         groups[experts + step] = groups.pop(one) + groups.pop(other)
-    ranks = {n: rank for rank, n in enumerate(ranking(scores))}
+    ranks = {n: rank for rank, n in enumerate(rank_by_score(scores))}
     first = {min(group, key=ranks.__getitem__): group for group in groups.values()}
     return _ordered({centroid: [n for n in of if n != centroid] for centroid, of in first.items()})
 
 
-def join_nearest(similarity: Tensor, keep: int, scores: Sequence[float]) -> tuple[Group, ...]:
+def join_nearest(similarity: Tensor, keep: int, scores: Sequence[float]) -> tuple[ExpertGroup, ...]:
     """M-SMoE (https://arxiv.org/abs/2310.01334): the best are centroids, others join the nearest.
 
     Args:
@@ -164,11 +164,13 @@ def join_nearest(similarity: Tensor, keep: int, scores: Sequence[float]) -> tupl
         keep: number of centroids.
         scores: of experts.
     """
-    groups = group(range(len(scores)), scores, similarity, keep)
+    groups = group_by_similarity(range(len(scores)), scores, similarity, keep)
     return _ordered({centroid: others for centroid, *others in groups})
 
 
-def absorb(similarity: Tensor, keep: int, scores: Sequence[float], limit: int) -> tuple[Group, ...]:
+def absorb_nearest(
+    similarity: Tensor, keep: int, scores: Sequence[float], limit: int
+) -> tuple[ExpertGroup, ...]:
     """REAM (https://arxiv.org/abs/2604.04356): the best centroid takes the nearest, then the next.
 
     Most groups are centroids alone, so that it is close to dropping experts.
@@ -179,16 +181,16 @@ def absorb(similarity: Tensor, keep: int, scores: Sequence[float], limit: int) -
         scores: of experts.
         limit: so many experts join a centroid at most; ``keep * limit`` is enough for all.
     """
-    ranked = ranking(scores)
+    ranked = rank_by_score(scores)
     left, groups = set(ranked[keep:]), {}
     for centroid in ranked[:keep]:
-        alike = ranking(similarity[centroid].tolist())
+        alike = rank_by_score(similarity[centroid].tolist())
         groups[centroid] = [n for n in alike if n in left][:limit]
         left -= set(groups[centroid])
     return _ordered(groups)
 
 
-def _ordered(groups: dict[int, list[int]]) -> tuple[Group, ...]:
+def _ordered(groups: dict[int, list[int]]) -> tuple[ExpertGroup, ...]:
     """Groups in the order of their centroids."""
     return tuple((centroid, *sorted(groups[centroid])) for centroid in sorted(groups))
 
@@ -217,12 +219,12 @@ class Matrices:
         """What its neurons answer to inputs [n, hidden]: [width, n]."""
         return (silu(inputs @ self.gate.T) * (inputs @ self.up.T)).T
 
-    def permuted(self, order: Tensor) -> Matrices:
+    def permute(self, order: Tensor) -> Matrices:
         """The same expert with its neurons in another order."""
         return Matrices(self.gate[order], self.up[order], self.down[:, order])
 
 
-def weight_cost(centroid: Tensor, member: Tensor) -> Tensor:
+def compute_weight_cost(centroid: Tensor, member: Tensor) -> Tensor:
     """What it costs to put a neuron in the place of another, [width, width].
 
     By the sum of squared differences of their weights; as the sum over all places is the same
@@ -235,11 +237,11 @@ def weight_cost(centroid: Tensor, member: Tensor) -> Tensor:
     return -centroid @ member.T
 
 
-def ream_cost(centroid: tuple[Tensor, Tensor], member: tuple[Tensor, Tensor]) -> Tensor:
+def compute_ream_cost(centroid: tuple[Tensor, Tensor], member: tuple[Tensor, Tensor]) -> Tensor:
     """REAM's cost, [width, width]: distances of answers and of reduced weights, normalized.
 
     Args:
-        centroid: what its neurons answer, [width, tokens], and their `reduce`d weights, [width, n].
+        centroid: what its neurons answer, [width, tokens], and their `reduce_neurons`d weights, [width, n].
         member: the other's likewise.
     """
     pairs = zip(centroid, member, strict=True)
@@ -247,13 +249,15 @@ def ream_cost(centroid: tuple[Tensor, Tensor], member: tuple[Tensor, Tensor]) ->
     return parts[0] + parts[1]
 
 
-def order(cost: Tensor) -> Tensor:
+def match_neurons(cost: Tensor) -> Tensor:
     """The member's neuron for each place of the centroid's, of least total cost; int64 [width]."""
     _, columns = linear_sum_assignment(cost.double().numpy())
     return torch.from_numpy(columns).long()
 
 
-def principal(rows: Callable[[], Iterator[Tensor]], rank: int, seed: int) -> tuple[Tensor, Tensor]:
+def compute_principal_axes(
+    rows: Callable[[], Iterator[Tensor]], rank: int, seed: int
+) -> tuple[Tensor, Tensor]:
     """Mean [n] and leading principal axes, times their singular values, of rows: [n, rank].
 
     By subspace iteration (https://arxiv.org/abs/0909.4061) like torch.pca_lowrank, which REAM's
@@ -283,18 +287,22 @@ def principal(rows: Callable[[], Iterator[Tensor]], rank: int, seed: int) -> tup
     return mean, basis @ vectors.flip(1) * squares.flip(0).clamp(min=0).sqrt()
 
 
-def layer_axes(experts: Callable[[], Iterator[Matrices]], seed: int) -> tuple[Tensor, Tensor]:
-    """`principal` axes of the normalized weights of all neurons of a layer."""
-    return principal(lambda: (normalize(one.neurons(), dim=1) for one in experts()), REDUCED, seed)
+def compute_layer_axes(
+    experts: Callable[[], Iterator[Matrices]], seed: int
+) -> tuple[Tensor, Tensor]:
+    """`compute_principal_axes` axes of the normalized weights of all neurons of a layer."""
+    return compute_principal_axes(
+        lambda: (normalize(one.neurons(), dim=1) for one in experts()), REDUCED, seed
+    )
 
 
-def reduce(neurons: Tensor, found: tuple[Tensor, Tensor]) -> Tensor:
-    """Normalized weights of neurons [width, n] along `principal` axes: [width, rank]."""
+def reduce_neurons(neurons: Tensor, found: tuple[Tensor, Tensor]) -> Tensor:
+    """Normalized weights of neurons [width, n] along `compute_principal_axes` axes: [width, rank]."""
     mean, axes = found
     return (normalize(neurons, dim=1) - mean) @ axes
 
 
-def aligned(
+def align_neurons(
     centroid: Matrices, member: Matrices, inputs: Tensor, found: tuple[Tensor, Tensor] | None
 ) -> Tensor:
     """The member's neuron for each place of the centroid's; int64 [width].
@@ -303,24 +311,26 @@ def aligned(
         centroid: the expert whose order it is to be.
         member: another.
         inputs: of the layer, [n, hidden]; unused without ``found``.
-        found: `layer_axes`: by `ream_cost`; None: by `weight_cost`.
+        found: `compute_layer_axes`: by `compute_ream_cost`; None: by `compute_weight_cost`.
     """
     if found is None:
-        return order(weight_cost(centroid.neurons(), member.neurons()))
-    one, other = ((m.inside(inputs), reduce(m.neurons(), found)) for m in (centroid, member))
-    return order(ream_cost(one, other))
+        return match_neurons(compute_weight_cost(centroid.neurons(), member.neurons()))
+    one, other = (
+        (m.inside(inputs), reduce_neurons(m.neurons(), found)) for m in (centroid, member)
+    )
+    return match_neurons(compute_ream_cost(one, other))
 
 
 # ---- one in the place of several ---------------------------------------------------------------
 
 
-def shares(scores: Sequence[float]) -> tuple[float, ...] | None:
+def normalize_shares(scores: Sequence[float]) -> tuple[float, ...] | None:
     """Parts of the whole; None where that is nothing."""
     whole = sum(scores)
     return tuple(score / whole for score in scores) if whole > 0 else None
 
 
-def weighted_mean(experts: Iterator[tuple[float, Matrices]]) -> Matrices:
+def average_experts(experts: Iterator[tuple[float, Matrices]]) -> Matrices:
     """Sum of matrices times their shares, float32; one expert is in memory at a time."""
     share, first = next(experts)
     total = Matrices(first.gate * share, first.up * share, first.down * share)

@@ -77,18 +77,18 @@ class Grid:
 
 def dequantize(q: Tensor, scales: Tensor, scheme: Scheme, zeros: Tensor | None = None) -> Tensor:
     """Weights float32 [..., out, in] of integers [..., out, in] and scales [..., out, groups]."""
-    grouped = _grouped(q.to(torch.float32, copy=True), scheme)
+    grouped = split_groups(q.to(torch.float32, copy=True), scheme)
     middle = scheme.zero_point if zeros is None else zeros.float().unsqueeze(-1)
     return grouped.sub_(middle).mul_(scales.float().unsqueeze(-1)).flatten(-2)
 
 
-def _grouped(weight: Tensor, scheme: Scheme) -> Tensor:
+def split_groups(weight: Tensor, scheme: Scheme) -> Tensor:
     """[..., out, in] -> [..., out, groups, inputs of a group]."""
     width = scheme.width(weight.shape[-1])
     return weight.reshape(*weight.shape[:-1], weight.shape[-1] // width, width)
 
 
-def portable_scales(scales: Tensor) -> Tensor:
+def round_scales(scales: Tensor) -> Tensor:
     """Nearest scales that bfloat16 and float16 both hold exactly, float32, same shape.
 
     Runtimes differ in the dtype in which they keep scales (float16 in GPTQ files, bfloat16 after

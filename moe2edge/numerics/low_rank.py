@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def leading(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def compute_leading_eigenvectors(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The largest eigenvalues, falling, and their vectors: float64 [rank] and [n, rank].
 
     LAPACK computes these alone, in about a quarter of the time of all (n = 2048, rank 64).
@@ -28,10 +28,10 @@ def leading(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 # Of a Gram matrix, the part of its mean diagonal that is added to it; and what is added anyway.
-RIDGE, LEAST = 0.01, 1e-6
+RIDGE, LEAST_EIGENVALUE = 0.01, 1e-6
 
 
-def low_rank(difference: Tensor, gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def factorize_low_rank(difference: Tensor, gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The matrix of a rank that is nearest in what it puts out: (first, second), float32.
 
     With ``G = L L^T`` the Gram matrix of inputs, ``|| X (D - S F)^T ||`` is least for the truncated
@@ -49,13 +49,13 @@ def low_rank(difference: Tensor, gram: Tensor, rank: int) -> tuple[Tensor, Tenso
     """
     outs, ins = difference.shape
     ridged, whole = gram.to(torch.float64, copy=True), difference.double()
-    ridged.diagonal().add_(RIDGE * float(gram.diagonal().mean()) + LEAST)
+    ridged.diagonal().add_(RIDGE * float(gram.diagonal().mean()) + LEAST_EIGENVALUE)
     if outs <= ins:
-        _, second = leading(whole @ ridged @ whole.T, rank)
+        _, second = compute_leading_eigenvectors(whole @ ridged @ whole.T, rank)
         return _balanced(second.T @ whole, second)
     half = torch.linalg.cholesky(ridged)
     scaled = whole @ half
-    _, right = leading(scaled.T @ scaled, rank)
+    _, right = compute_leading_eigenvectors(scaled.T @ scaled, rank)
     first = torch.linalg.solve_triangular(half, right.T, upper=False, left=False)
     return _balanced(first, scaled @ right)
 
@@ -63,13 +63,13 @@ def low_rank(difference: Tensor, gram: Tensor, rank: int) -> tuple[Tensor, Tenso
 def _balanced(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """Factors with the same product, each row of one as long as the column of the other."""
     ins, outs = first.norm(dim=1), second.norm(dim=0)
-    root = (outs / ins.clamp(min=LEAST * LEAST)).sqrt()
+    root = (outs / ins.clamp(min=LEAST_EIGENVALUE * LEAST_EIGENVALUE)).sqrt()
     # Of ranks that the matrix does not have, one side may be nothing.
     root = torch.where((ins > 0) & (outs > 0), root, 1.0)
     return (first * root[:, None]).float(), (second / root).float()
 
 
-def untrained(
+def make_zero_factors(
     shape: tuple[int, int], rank: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Factors whose product is zero, to be trained: the second one is.

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # Positions at a time: of a large vocabulary, several copies of their logits are in memory.
-POSITIONS = 64
+CHUNK_POSITIONS = 64
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Quality:
 
 
 @dataclass(frozen=True)
-class Sums:
+class SampleSums:
     """Sums over the predicted tokens of one sample.
 
     Attributes:
@@ -56,7 +56,7 @@ def measure(ids: Tensor, logits: Iterable[Tensor], source: Iterable[Tensor] | No
         logits: of each sample, float32 [length, vocabulary].
         source: the same of the source model.
     """
-    found = list(per_sample(ids, logits, source))
+    found = list(measure_per_sample(ids, logits, source))
     tokens = sum(one.tokens for one in found)
     perplexity = math.exp(min(sum(one.nll for one in found) / tokens, 700.0))
     if source is None:
@@ -65,16 +65,16 @@ def measure(ids: Tensor, logits: Iterable[Tensor], source: Iterable[Tensor] | No
     return Quality(tokens, perplexity, kl, sum(one.agree for one in found) / tokens)
 
 
-def per_sample(
+def measure_per_sample(
     ids: Tensor, logits: Iterable[Tensor], source: Iterable[Tensor] | None
-) -> Iterator[Sums]:
+) -> Iterator[SampleSums]:
     """Sums over the tokens of each sample; arguments as of `measure`."""
     reference = iter(source) if source is not None else None
     for row, mine in zip(ids, logits, strict=True):
-        yield sums(row, mine, None if reference is None else next(reference))
+        yield sum_sample(row, mine, None if reference is None else next(reference))
 
 
-def sums(row: Tensor, mine: Tensor, theirs: Tensor | None) -> Sums:
+def sum_sample(row: Tensor, mine: Tensor, theirs: Tensor | None) -> SampleSums:
     """Sums over the tokens of one sample.
 
     Args:
@@ -83,12 +83,12 @@ def sums(row: Tensor, mine: Tensor, theirs: Tensor | None) -> Sums:
         theirs: the same of its source.
     """
     nll = kl = agree = 0.0
-    for at in range(0, len(row) - 1, POSITIONS):
-        part = slice(at, min(at + POSITIONS, len(row) - 1))
+    for at in range(0, len(row) - 1, CHUNK_POSITIONS):
+        part = slice(at, min(at + CHUNK_POSITIONS, len(row) - 1))
         log_q = mine[part].log_softmax(-1)
         nll -= float(log_q.gather(1, row[1:][part, None]).double().sum())
         if theirs is not None:
             log_p = theirs[part].log_softmax(-1)
             kl += float((log_p.exp() * (log_p - log_q)).double().sum())
             agree += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
-    return Sums(len(row) - 1, nll, kl, int(agree))
+    return SampleSums(len(row) - 1, nll, kl, int(agree))

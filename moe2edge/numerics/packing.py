@@ -36,7 +36,7 @@ def pack_bytes(q: Tensor, bits: int) -> Tensor:
     return packed.to(torch.uint8).view(*q.shape[:-1], -1)
 
 
-def packed_shape(shape: tuple[int, ...], bits: int) -> tuple[int, ...]:
+def compute_packed_shape(shape: tuple[int, ...], bits: int) -> tuple[int, ...]:
     """Shape that `pack_bytes` makes of a shape."""
     per_byte = 8 // (4 if bits == 3 else bits)
     return (*shape[:-1], -(-shape[-1] // per_byte))

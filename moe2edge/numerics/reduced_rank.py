@@ -15,19 +15,19 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from moe2edge.numerics.low_rank import leading
+from moe2edge.numerics.low_rank import compute_leading_eigenvectors
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 # Of the ridge at least: a part of the mean diagonal, for inputs that depend on one another; and for
 # inputs that never occur.
-LEAST_PART, LEAST = 1e-9, 1e-6
+LEAST_PART, LEAST_WEIGHT = 1e-9, 1e-6
 # [hidden, hidden], float64, that a fit holds at once: what it makes of the sums, and LAPACK's own.
 FIT_MATRICES = 7
 
 
-class Sums:
+class RegressionSums:
     """What one expert was asked and put out, in sums of float64.
 
     Attributes:
@@ -61,13 +61,13 @@ class Sums:
         self.squares += float(g @ y.square().sum(1))
 
 
-def nbytes(hidden: int, experts: int, *, maps: bool) -> int:
-    """Bytes of `Sums` of so many experts, and of the matrices that one `fit` takes besides."""
+def estimate_regression_bytes(hidden: int, experts: int, *, maps: bool) -> int:
+    """Bytes of `RegressionSums` of so many experts, and of the matrices that one `fit_reduced_rank` takes besides."""
     return 8 * hidden * (2 * experts * (hidden * maps + 1) + FIT_MATRICES * hidden * maps)
 
 
 @dataclass(frozen=True)
-class Fit:
+class ReducedRankFit:
     """A substitute ``constant + second @ first @ h``, float64.
 
     Attributes:
@@ -102,12 +102,12 @@ class Size:
         return (self.expert - self.constant - 1) // self.rank
 
 
-def gains(sums: Sums, ridge: float) -> tuple[float, Tensor]:
+def compute_gains(sums: RegressionSums, ridge: float) -> tuple[float, Tensor]:
     """The ridged loss of a constant, and by how much each further rank lowers it, falling.
 
     Args:
         sums: of the expert.
-        ridge: as of `fit`.
+        ridge: as of `fit_reduced_rank`.
 
     Returns:
         ``sum g^2 ||f - c||^2``, and float64 [hidden].
@@ -118,7 +118,7 @@ def gains(sums: Sums, ridge: float) -> tuple[float, Tensor]:
     return spread, values
 
 
-def allocate(
+def allocate_ranks(
     spreads: Sequence[float], falls: Sequence[Tensor], size: Size, budget: int, step: int = 1
 ) -> list[int | None]:
     """What each expert of a layer becomes, so that as little as can be is missed within a budget.
@@ -130,8 +130,8 @@ def allocate(
     expert stays.
 
     Args:
-        spreads: of `gains`, of each expert.
-        falls: of `gains`, likewise.
+        spreads: of `compute_gains`, of each expert.
+        falls: of `compute_gains`, likewise.
         size: in bytes.
         budget: bytes of the layer.
         step: what ranks are multiples of.
@@ -145,7 +145,7 @@ def allocate(
             own[: n * step].reshape(n, step).sum(1) for n, own in zip(counts, falls, strict=True)
         )
         steps = Size(size.expert, size.constant, step * size.rank)
-        found = allocate(spreads, list(whole), steps, budget)
+        found = allocate_ranks(spreads, list(whole), steps, budget)
         return [None if rank is None else step * rank for rank in found]
     falls = [own[: size.most] for own in falls]
     totals = [torch.cat([own.new_zeros(1), own.cumsum(0)]) for own in falls]
@@ -199,7 +199,7 @@ def _bytes(ranks: Sequence[int | None], size: Size) -> int:
     return sum(size.expert if rank is None else size.constant + rank * size.rank for rank in ranks)
 
 
-def fit(sums: Sums, rank: int, ridge: float) -> Fit:
+def fit_reduced_rank(sums: RegressionSums, rank: int, ridge: float) -> ReducedRankFit:
     """The best substitute of a rank.
 
     With inputs and outputs centred, ``H`` the ridged Gram matrix and ``C`` the cross products, the
@@ -214,27 +214,29 @@ def fit(sums: Sums, rank: int, ridge: float) -> Fit:
     (mean_x, mean_y), spread = _constant(sums)
     if not rank:
         empty = mean_y.new_empty(0, len(mean_x))
-        return Fit(mean_y, empty, empty.T, spread)
+        return ReducedRankFit(mean_y, empty, empty.T, spread)
     gram, cross, full = _regression(sums, ridge)
-    _, second = leading(cross.T @ full, rank)
+    _, second = compute_leading_eigenvectors(cross.T @ full, rank)
     first = (full @ second).T
     # trace of (Y - X F^T S^T)^T (Y - X F^T S^T), in which S has orthonormal columns.
     gained = 2 * float((first @ cross * second.T).sum()) - float((first @ gram * first).sum())
-    return Fit(mean_y - second @ (first @ mean_x), first, second, max(0.0, spread - gained))
+    return ReducedRankFit(
+        mean_y - second @ (first @ mean_x), first, second, max(0.0, spread - gained)
+    )
 
 
-def _constant(sums: Sums) -> tuple[tuple[Tensor, Tensor], float]:
+def _constant(sums: RegressionSums) -> tuple[tuple[Tensor, Tensor], float]:
     """Means of inputs and of outputs, and ``sum g^2 ||f - mean||^2``."""
     mass = max(sums.mass, torch.finfo(torch.float64).tiny)
     mean_x, mean_y = sums.inputs / mass, sums.outputs / mass
     return (mean_x, mean_y), max(0.0, sums.squares - mass * float(mean_y @ mean_y))
 
 
-def _regression(sums: Sums, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
+def _regression(sums: RegressionSums, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
     """Centred Gram matrix and cross products C, and ``H^-1 C``."""
     (mean_x, mean_y), _ = _constant(sums)
     gram = sums.gram - sums.mass * torch.outer(mean_x, mean_x)
     cross = sums.cross - sums.mass * torch.outer(mean_x, mean_y)
     ridged = gram.clone()
-    ridged.diagonal().add_(max(ridge, LEAST_PART) * gram.diagonal().mean() + LEAST)
+    ridged.diagonal().add_(max(ridge, LEAST_PART) * gram.diagonal().mean() + LEAST_WEIGHT)
     return gram, cross, torch.cholesky_solve(cross, torch.linalg.cholesky(ridged))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from moe2edge.numerics import compiled
-from moe2edge.numerics.grid import SMALLEST_SCALE, Grid, Quantized, _grouped, portable_scales
+from moe2edge.numerics.grid import SMALLEST_SCALE, Grid, Quantized, round_scales, split_groups
 from moe2edge.numerics.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def choose_grid(
         importance: of each input in that error, [..., in] (leading dimensions as ``weight``'s
             without ``out``); None: all alike.
     """
-    grouped = _grouped(weight.float(), scheme)
+    grouped = split_groups(weight.float(), scheme)
     low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
     if how == "absmax":
         return _grid(low, high, 1.0, scheme)
@@ -50,7 +50,7 @@ def choose_grid(
     if importance is None:
         costs = numbers.new_ones(1, groups, width)
     else:
-        costs = _grouped(importance, scheme).reshape(-1, groups, width)
+        costs = split_groups(importance, scheme).reshape(-1, groups, width)
         # Where no input of a group ever occurs, all count alike.
         costs = costs.masked_fill(costs.sum(-1, keepdim=True) == 0, 1)
     costs = costs.expand(len(numbers), -1, -1)
@@ -58,7 +58,7 @@ def choose_grid(
     grids = [_grid(low, high, shrink, scheme) for shrink in SHRINK]
     scales = torch.stack([grid.scales for grid in grids])
     zeros = torch.stack([grid.zeros for grid in grids])
-    search = compiled.best_grids if compiled.serves(numbers) else _best_grids
+    search = compiled.choose_best_grids if compiled.supports(numbers) else _best_grids
     best = search(numbers, costs, scales, zeros, scheme).long()[None]
     scales, zeros = (t.gather(0, best).view(grouped.shape[:-1]) for t in (scales, zeros))
     return Grid(scales, zeros, scheme)
@@ -67,7 +67,7 @@ def choose_grid(
 def _best_grids(
     numbers: Tensor, costs: Tensor, scales: Tensor, zeros: Tensor, scheme: Scheme
 ) -> Tensor:
-    """What `moe2edge.numerics.compiled.best_grids` does."""
+    """What `moe2edge.numerics.compiled.choose_best_grids` does."""
     _, outs, groups, width = numbers.shape
     best = torch.zeros(numbers.shape[:-1], dtype=torch.uint8, device=numbers.device)
     most = SEARCH_NUMBERS if numbers.device.type == "cpu" else GPU_SEARCH_NUMBERS
@@ -100,7 +100,7 @@ def _grid(low: Tensor, high: Tensor, shrink: float, scheme: Scheme) -> Grid:
     """The grid over part of the range of each group."""
     if scheme.symmetric:
         ends = torch.maximum(-low, high) * shrink
-        scales = portable_scales(ends / (scheme.zero_point - 0.5))
+        scales = round_scales(ends / (scheme.zero_point - 0.5))
         return Grid(scales, torch.full_like(scales, scheme.zero_point), scheme)
     low, high = low * shrink, high * shrink
     zeros = torch.round(-low / ((high - low) / scheme.largest).clamp(min=SMALLEST_SCALE))
@@ -108,12 +108,12 @@ def _grid(low: Tensor, high: Tensor, shrink: float, scheme: Scheme) -> Grid:
     # Only where the zero point was moved, the range does not fit any more.
     fits = torch.maximum(-low / (zeros + 0.5), high / (scheme.largest - zeros + 0.5))
     scales = torch.maximum((high - low) / scheme.largest, fits)
-    return Grid(portable_scales(scales), zeros, scheme)
+    return Grid(round_scales(scales), zeros, scheme)
 
 
 def round_to(weight: Tensor, grid: Grid) -> Tensor:
     """Nearest integers uint8 [..., out, in] of ``weight`` on ``grid``."""
-    grouped = _grouped(weight.float(), grid.scheme)
+    grouped = split_groups(weight.float(), grid.scheme)
     q = torch.round(grouped / grid.scales.unsqueeze(-1)) + grid.zeros.unsqueeze(-1)
     return q.clamp_(0, grid.scheme.largest).to(torch.uint8).flatten(-2)
 

@@ -22,18 +22,18 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from moe2edge.numerics.subset_loss import Rule
+from moe2edge.numerics.subset_loss import RoutingRule
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 ITERATIONS, PRECISION = 30, 1e-4
 # Of a step that the linear fit proposes; the true loss decides between them.
-STEPS = (1.0, 0.5, 0.25, 0.125)
+FIT_STEPS = (1.0, 0.5, 0.25, 0.125)
 
 
 @dataclass(frozen=True)
-class Evidence:
+class RouterEvidence:
     """What a layer did on some tokens.
 
     Attributes:
@@ -46,7 +46,7 @@ class Evidence:
         scale: ``c``, float32 [T].
     """
 
-    rule: Rule
+    rule: RoutingRule
     inputs: Tensor
     gram: Tensor
     pull: Tensor
@@ -54,9 +54,9 @@ class Evidence:
     weights: Tensor
     scale: Tensor
 
-    def part(self, rows: Tensor) -> Evidence:
+    def part(self, rows: Tensor) -> RouterEvidence:
         """Only the tokens where ``rows`` bool [T] is set."""
-        return Evidence(
+        return RouterEvidence(
             self.rule,
             self.inputs[rows],
             self.gram[rows],
@@ -67,18 +67,20 @@ class Evidence:
         )
 
 
-def joined(parts: Sequence[Evidence]) -> Evidence:
+def join_evidence(parts: Sequence[RouterEvidence]) -> RouterEvidence:
     """All tokens of parts that are in order."""
-    tensors = [f.name for f in fields(Evidence) if f.name != "rule"]
-    return Evidence(parts[0].rule, *(torch.cat([getattr(p, t) for p in parts]) for t in tensors))
+    tensors = [f.name for f in fields(RouterEvidence) if f.name != "rule"]
+    return RouterEvidence(
+        parts[0].rule, *(torch.cat([getattr(p, t) for p in parts]) for t in tensors)
+    )
 
 
-def evidence_bytes(tokens: int, experts: int, hidden: int) -> int:
-    """Bytes of an `Evidence`, of its two parts, and of what a step makes of one of them."""
+def estimate_router_evidence_bytes(tokens: int, experts: int, hidden: int) -> int:
+    """Bytes of an `RouterEvidence`, of its two parts, and of what a step makes of one of them."""
     return 4 * tokens * (4 * experts**2 + 8 * experts + 2 * hidden)
 
 
-def route(logits: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
+def route(logits: Tensor, rule: RoutingRule) -> tuple[Tensor, Tensor]:
     """Weights ``w`` and ``q`` of the module's text, both [T, E], for logits [T, E]."""
     p = logits.softmax(-1)
     chosen = torch.zeros_like(p).scatter(1, logits.topk(rule.top_k, dim=1).indices, 1.0)
@@ -89,7 +91,7 @@ def route(logits: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
     return weights, weights
 
 
-def loss(evidence: Evidence, router: Tensor) -> float:
+def compute_router_loss(evidence: RouterEvidence, router: Tensor) -> float:
     """The loss with ``router`` [E, H] in place of the rows that were."""
     weights, _ = route(evidence.inputs @ router.T, evidence.rule)
     a = weights - evidence.weights
@@ -98,7 +100,7 @@ def loss(evidence: Evidence, router: Tensor) -> float:
     return float((evidence.scale * each).double().sum())
 
 
-def step(evidence: Evidence, router: Tensor, damping: float, ridge: float) -> Tensor:
+def take_step(evidence: RouterEvidence, router: Tensor, damping: float, ridge: float) -> Tensor:
     """The change of ``router`` [E, H] that a linear least-squares fit proposes.
 
     Args:
@@ -153,7 +155,7 @@ def _conjugate_gradients(
 
 
 @dataclass(frozen=True)
-class Fit:
+class RouterFit:
     """A fitted router.
 
     Attributes:
@@ -169,8 +171,8 @@ class Fit:
     rounds: int
 
 
-def fit(
-    evidence: Evidence,
+def fit_router(
+    evidence: RouterEvidence,
     held_out: Tensor,
     router: Tensor,
     dtype: torch.dtype,
@@ -179,7 +181,7 @@ def fit(
     ridge: float,
     rounds: int,
     margin: float,
-) -> Fit:
+) -> RouterFit:
     """Fit rows on some tokens, as long as that lowers the loss on others.
 
     Args:
@@ -187,20 +189,20 @@ def fit(
         held_out: bool [T], the tokens that decide.
         router: the rows as they are, float32 [E, H].
         dtype: that rows are stored in; losses are those of rounded rows.
-        damping: of `step`.
-        ridge: of `step`.
+        damping: of `take_step`.
+        ridge: of `take_step`.
         rounds: steps at most.
         margin: by which part a step must lower the loss of the held-out tokens.
     """
     fitted, judged = evidence.part(~held_out), evidence.part(held_out)
-    before = current = loss(judged, router)
+    before = current = compute_router_loss(judged, router)
     best, taken = router, 0
     for _ in range(rounds):
-        change = step(fitted, best, damping, ridge)
-        tries = [(best + length * change).to(dtype).float() for length in STEPS]
-        losses = [loss(judged, rows) for rows in tries]
+        change = take_step(fitted, best, damping, ridge)
+        tries = [(best + length * change).to(dtype).float() for length in FIT_STEPS]
+        losses = [compute_router_loss(judged, rows) for rows in tries]
         lowest = min(losses)
         if not lowest < current * (1 - margin):
             break
         best, current, taken = tries[losses.index(lowest)], lowest, taken + 1
-    return Fit(best if taken else None, before, current, taken)
+    return RouterFit(best if taken else None, before, current, taken)

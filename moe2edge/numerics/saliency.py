@@ -179,7 +179,7 @@ def aimer(matrices: Sequence[Tensor]) -> float:
     return -mean / max(magnitude(matrices), 1e-300)
 
 
-def random_scores(experts: int, block: int, seed: int) -> Tensor:
+def draw_random_scores(experts: int, block: int, seed: int) -> Tensor:
     """Scores that mean nothing, float64 [experts]; the baseline of every criterion."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + block)
     return torch.rand(experts, generator=generator, dtype=torch.float64)

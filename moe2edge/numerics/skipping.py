@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def thresholds(ratios: Tensor, quantile: float) -> tuple[float, ...]:
+def compute_thresholds(ratios: Tensor, quantile: float) -> tuple[float, ...]:
     """A quantile of each column of ``ratios`` [tokens, k - 1]; 0.5 gives medians.
 
     It is laid in the middle between two neighbouring ratios: on one of them, rounding would decide
@@ -29,7 +29,7 @@ def thresholds(ratios: Tensor, quantile: float) -> tuple[float, ...]:
     return tuple(found)
 
 
-def skipping(
+def apply_skipping(
     weights: Tensor, skip_below: Sequence[float], *, renormalize: bool
 ) -> tuple[Tensor, Tensor]:
     """Weights after dynamic skipping, and which places are skipped.

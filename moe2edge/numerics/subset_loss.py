@@ -25,14 +25,14 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Tokens of a `Part` at most, which bounds the temporaries of a loss.
+# Tokens of a `EvidencePart` at most, which bounds the temporaries of a loss.
 PART_TOKENS = 8192
 
-Advance = Callable[[int, int], None]
+CountProgress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Rule:
+class RoutingRule:
     """How a router turns logits into weights: softmax, the best few, perhaps scaled to one.
 
     Attributes:
@@ -45,7 +45,7 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class Part:
+class EvidencePart:
     """Some tokens of a layer.
 
     Attributes:
@@ -66,7 +66,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Evidence:
+class SubsetEvidence:
     """All that tells the loss of any subset of a layer's experts.
 
     Attributes:
@@ -77,9 +77,9 @@ class Evidence:
         wanted: ``sum_t |Z_t|^2``.
     """
 
-    rule: Rule
+    rule: RoutingRule
     experts: int
-    parts: tuple[Part, ...]
+    parts: tuple[EvidencePart, ...]
     missing: float
     wanted: float
 
@@ -91,8 +91,8 @@ class Evidence:
 # ---- gathering ---------------------------------------------------------------------------------
 
 
-def evidence_bytes(tokens: int, experts: int) -> int:
-    """Bytes of an `Evidence`: Gram matrices, and tables of one row per token."""
+def estimate_subset_evidence_bytes(tokens: int, experts: int) -> int:
+    """Bytes of an `SubsetEvidence`: Gram matrices, and tables of one row per token."""
     return tokens * (4 * experts**2 + 8 * 3 * experts)
 
 
@@ -106,7 +106,7 @@ def spread(tokens: int, most: int | None) -> Tensor:
     return torch.arange(count) * tokens // max(count, 1)
 
 
-def make_part(gram: Tensor, pull: Tensor | None, logits: Tensor, rule: Rule) -> Part:
+def make_part(gram: Tensor, pull: Tensor | None, logits: Tensor, rule: RoutingRule) -> EvidencePart:
     """Tokens with their routing among all experts.
 
     Args:
@@ -122,13 +122,13 @@ def make_part(gram: Tensor, pull: Tensor | None, logits: Tensor, rule: Rule) -> 
     ids = order[:, : rule.top_k].clone()  # not a view that keeps the rest
     weights = p.gather(1, ids)
     total = weights.sum(1, keepdim=True) if rule.renormalize else p.sum(1, keepdim=True)
-    return Part(gram, pull, p, rank, ids, weights / total)
+    return EvidencePart(gram, pull, p, rank, ids, weights / total)
 
 
 # ---- losses ------------------------------------------------------------------------------------
 
 
-def loss(evidence: Evidence, kept: Sequence[int]) -> float:
+def compute_subset_loss(evidence: SubsetEvidence, kept: Sequence[int]) -> float:
     """``|| Z - Z' ||^2`` over all tokens when only the experts ``kept`` stay."""
     total = evidence.missing
     mask = _mask(evidence.experts, kept)
@@ -142,8 +142,8 @@ def loss(evidence: Evidence, kept: Sequence[int]) -> float:
     return total
 
 
-def removal_losses(evidence: Evidence, kept: Sequence[int]) -> list[float]:
-    """The `loss` after removing each of two or more experts ``kept``, in their order, at one go.
+def compute_removal_losses(evidence: SubsetEvidence, kept: Sequence[int]) -> list[float]:
+    """The `compute_subset_loss` after removing each of two or more experts ``kept``, in their order, at one go.
 
     A token that did not choose the removed expert keeps its choice; one that did takes its next
     best in its place. Without renormalization the weights of all tokens grow a little besides.
@@ -158,7 +158,9 @@ def removal_losses(evidence: Evidence, kept: Sequence[int]) -> list[float]:
     return (base + change)[list(kept)].tolist()
 
 
-def _removals(part: Part, mask: Tensor, count: int, rule: Rule) -> tuple[float, Tensor]:
+def _removals(
+    part: EvidencePart, mask: Tensor, count: int, rule: RoutingRule
+) -> tuple[float, Tensor]:
     """Loss of a set less what is missing anyway, and its change by removing each expert [E]."""
     chosen = min(rule.top_k, count)
     ids = _best(part, mask, min(rule.top_k + 1, count))  # and the one that steps in
@@ -205,7 +207,7 @@ class _Near:
     full: Tensor
 
     @classmethod
-    def of(cls, part: Part, ids: Tensor) -> _Near:
+    def of(cls, part: EvidencePart, ids: Tensor) -> _Near:
         """For the experts ``ids`` [T, now] of each token."""
         both = torch.cat([ids, part.ids], dim=1)
         tokens, experts, n = len(both), part.p.shape[1], both.shape[1]
@@ -254,7 +256,7 @@ def _mask(experts: int, kept: Sequence[int]) -> Tensor:
     return mask
 
 
-def _best(part: Part, mask: Tensor, count: int) -> Tensor:
+def _best(part: EvidencePart, mask: Tensor, count: int) -> Tensor:
     """The ``count`` best experts within ``mask``, int64 [T, count], the best first."""
     rank = part.rank.masked_fill(~mask, len(mask))
     return rank.topk(count, dim=1, largest=False).indices
@@ -286,17 +288,17 @@ class Found:
     tried: int
 
 
-def exhaustive(evidence: Evidence, keep: int, advance: Advance) -> Found:
+def search_exhaustively(evidence: SubsetEvidence, keep: int, advance: CountProgress) -> Found:
     """The best of all subsets of ``keep`` experts; of equals the first in lexicographic order."""
     count = math.comb(evidence.experts, keep)
     best: tuple[float, tuple[int, ...]] = (math.inf, ())
     for n, kept in enumerate(itertools.combinations(range(evidence.experts), keep)):
         advance(n, count)
-        best = min(best, (loss(evidence, kept), kept))
+        best = min(best, (compute_subset_loss(evidence, kept), kept))
     return Found(best[1], best[0], count)
 
 
-def beam(evidence: Evidence, keep: int, width: int, advance: Advance) -> Found:
+def search_beam(evidence: SubsetEvidence, keep: int, width: int, advance: CountProgress) -> Found:
     """Remove one expert after the other, going on from the ``width`` best sets of each size.
 
     Width 1 is greedy removal. Of equals, sets that come first in lexicographic order go first.
@@ -307,7 +309,7 @@ def beam(evidence: Evidence, keep: int, width: int, advance: Advance) -> Found:
         advance(evidence.experts - size, evidence.experts - keep)
         smaller: dict[tuple[int, ...], float] = {}
         for _, kept in sets:
-            for n, value in enumerate(removal_losses(evidence, kept)):
+            for n, value in enumerate(compute_removal_losses(evidence, kept)):
                 smaller.setdefault(kept[:n] + kept[n + 1 :], value)
             tried += size
         sets = sorted((value, kept) for kept, value in smaller.items())[:width]
@@ -315,10 +317,10 @@ def beam(evidence: Evidence, keep: int, width: int, advance: Advance) -> Found:
     return Found(kept, value, tried)
 
 
-def beam_tries(experts: int, keep: int, width: int) -> int:
-    """Losses that `beam` computes at most.
+def count_beam_tries(experts: int, keep: int, width: int) -> int:
+    """Losses that `search_beam` computes at most.
 
-    >>> beam_tries(8, 4, 1), beam_tries(8, 4, 2)
+    >>> count_beam_tries(8, 4, 1), count_beam_tries(8, 4, 2)
     (26, 44)
     """
     return sum(size * min(width, math.comb(experts, size)) for size in range(experts, keep, -1))
@@ -327,8 +329,8 @@ def beam_tries(experts: int, keep: int, width: int) -> int:
 # ---- rankings and reconstruction errors --------------------------------------------------------
 
 
-def prefix_errors(
-    evidence: Evidence, streams: Tensor, order: Sequence[int], floor: int
+def compute_prefix_errors(
+    evidence: SubsetEvidence, streams: Tensor, order: Sequence[int], floor: int
 ) -> list[float]:
     """What a layer does wrong with its ``floor`` best experts, with one more, ... with all.
 
@@ -346,4 +348,4 @@ def prefix_errors(
     for part, norms in zip(evidence.parts, torch.split(streams, sizes), strict=True):
         part.gram.div_(norms.clamp(min=1e-30)[:, None, None])
     counts = range(floor, evidence.experts + 1)
-    return [loss(evidence, order[:count]) / sum(sizes) for count in counts]
+    return [compute_subset_loss(evidence, order[:count]) / sum(sizes) for count in counts]

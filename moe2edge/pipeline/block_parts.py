@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from moe2edge.calibration.walk import skeleton
+from moe2edge.calibration.walk import build_skeleton
 from moe2edge.model.model import Block, Model
-from moe2edge.runtime.decoder_blocks import Nothing, block_state
+from moe2edge.runtime.decoder_blocks import Nothing, load_block_state
 from moe2edge.runtime.mixed_experts import Members, MixedExperts
 
 if TYPE_CHECKING:
@@ -20,14 +20,14 @@ CPU = torch.device("cpu")
 LOADED = ("norms", "attention", "router", "substitutes", "members")
 
 
-class Parts:
+class BlockParts:
     """A block without the matrices of its experts and MLPs: attention, norms and router."""
 
     def __init__(self, model: Model, block: Block, device: torch.device = CPU) -> None:
         """Load it; streams may lie elsewhere than on ``device``, results lie there."""
-        self._base = skeleton(model, block)
+        self._base = build_skeleton(model, block)
         layer: Any = self._base.layers[0]
-        state = block_state(block, lambda role: role.partition(".")[0] in LOADED)
+        state = load_block_state(block, lambda role: role.partition(".")[0] in LOADED)
         state = {name: tensor.to(device) for name, tensor in state.items()}
         layer.load_state_dict(state, strict=False, assign=True)
         self.norm, self._mlp = layer.post_attention_layernorm, layer.mlp

@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
-from moe2edge.calibration.walk import BATCH_TOKENS, BlockRunner, batches, embed
-from moe2edge.model.layers import Always, Dense, MoELayer, Weight
+from moe2edge.calibration.walk import BATCH_TOKENS, BlockRunner, embed, split_batches
+from moe2edge.model.layers import Dense, MoELayer, UnroutedMLP, Weight
 from moe2edge.model.model import SECOND_NORM, Block, Model
-from moe2edge.model.roles import OUT, QKV, gated, selected
-from moe2edge.pipeline.block_parts import Parts
-from moe2edge.pipeline.blockwise_report import Tally, coverage
-from moe2edge.pipeline.solver import Group, GroupSolver, Solved, Solver
-from moe2edge.pipeline.work import Ledger
-from moe2edge.runtime.decoder_blocks import finite
+from moe2edge.model.roles import OUT, QKV, list_gated_mlps, list_quantizable
+from moe2edge.pipeline.block_parts import BlockParts
+from moe2edge.pipeline.blockwise_report import SolverProgress, describe_coverage
+from moe2edge.pipeline.solver import GroupSolver, MatrixGroup, Solved, Solver
+from moe2edge.pipeline.work import BlockJournal
+from moe2edge.runtime.decoder_blocks import load_finite
 from moe2edge.runtime.memory import UNLIMITED, Memory, give_back
-from moe2edge.storage.solved_blocks import in_memory
+from moe2edge.storage.solved_blocks import attach_numbers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,7 +47,7 @@ class _BlockWork:
     """The work on one block."""
 
     def __init__(
-        self, model: Model, block: Block, solver: GroupSolver, tally: Tally, memory: Memory
+        self, model: Model, block: Block, solver: GroupSolver, tally: SolverProgress, memory: Memory
     ) -> None:
         self.numbers: dict[str, Quantized | Tensor] = {}
         # Handles that are to carry a pattern from now on.
@@ -55,11 +55,11 @@ class _BlockWork:
         self._model, self._block, self._solver = model, block, solver
         self._tally, self._memory = tally, memory
         self._device, self._dtype = solver.device, solver.dtype
-        self._weights = dict(selected(block))
+        self._weights = dict(list_quantizable(block))
 
     # ---- solving ---------------------------------------------------------------------------------
 
-    def _solve(self, what: str, groups: Sequence[Group]) -> None:
+    def _solve(self, what: str, groups: Sequence[MatrixGroup]) -> None:
         self._tally.tell(what)
         solved = self._solver.solve(self._block, groups)
         self.numbers.update(solved.numbers)
@@ -68,13 +68,15 @@ class _BlockWork:
                 self.patterned[role] = replace(self._weights[role], pattern=solved.pattern)
         self._tally.add(solved)
 
-    def _group(self, roles: Sequence[str], inputs: Batches, tokens: int, **more: Any) -> Group:
-        return Group({role: self._weights[role] for role in roles}, inputs, tokens, **more)
+    def _group(
+        self, roles: Sequence[str], inputs: Batches, tokens: int, **more: Any
+    ) -> MatrixGroup:
+        return MatrixGroup({role: self._weights[role] for role in roles}, inputs, tokens, **more)
 
     def _matrix(self, role: str, dtype: torch.dtype) -> Tensor:
         """The matrix that what comes next is computed with."""
         if not self._solver.propagate or role not in self.numbers:
-            return finite(self._weights[role]).to(self._device, dtype)
+            return load_finite(self._weights[role]).to(self._device, dtype)
         numbers = self.numbers[role]
         found = numbers if isinstance(numbers, torch.Tensor) else numbers.dequantize()
         return found.to(self._device, dtype)
@@ -88,30 +90,32 @@ class _BlockWork:
     @torch.no_grad()
     def run(self, hidden: Tensor) -> Mapping[str, Quantized | Tensor]:
         """Solve the block for the stream ``hidden`` [samples, length, hidden], and move it on."""
-        parts = Parts(self._model, self._block, self._device)
+        parts = BlockParts(self._model, self._block, self._device)
         self._attention(parts, hidden)
         mlp = self._block.mlp
         if mlp is None:
             if SECOND_NORM in self._block.norms:
-                for part in batches(hidden):
+                for part in split_batches(hidden):
                     hidden[part] += parts.normed(hidden[part]).to(hidden.device)
             return self.numbers
         added = _like(hidden, self._memory).zero_()
         flat, out = hidden.flatten(0, 1), added.flatten(0, 1)
         if isinstance(mlp, MoELayer):
             self._experts(parts, mlp, flat, out)
-        dense = mlp if isinstance(mlp, Dense) else mlp.expert if isinstance(mlp, Always) else None
+        dense = (
+            mlp if isinstance(mlp, Dense) else mlp.expert if isinstance(mlp, UnroutedMLP) else None
+        )
         if dense is not None:
             self._always_on("dense", parts, flat, out, None)
-        if isinstance(mlp, MoELayer | Always) and mlp.shared is not None:
-            scorer = finite(mlp.shared.gate).to(self._device)
+        if isinstance(mlp, MoELayer | UnroutedMLP) and mlp.shared is not None:
+            scorer = load_finite(mlp.shared.gate).to(self._device)
             self._always_on("shared", parts, flat, out, scorer)
         hidden += added
         return self.numbers
 
     # ---- attention -------------------------------------------------------------------------------
 
-    def _attention(self, parts: Parts, hidden: Tensor) -> None:
+    def _attention(self, parts: BlockParts, hidden: Tensor) -> None:
         """Solve the matrices of attention; ``hidden`` becomes the stream after it."""
         tokens = hidden.shape[0] * hidden.shape[1]
         width = self._weights[OUT].shape[1]
@@ -123,13 +127,13 @@ class _BlockWork:
             self._solve("attention", [self._group(roles, inputs, tokens)])
             for role in roles:
                 parts.put_attention(role, self._matrix(role, torch.float32))
-        for part, (x, _) in zip(batches(hidden), inside(), strict=True):
+        for part, (x, _) in zip(split_batches(hidden), inside(), strict=True):
             hidden[part] += parts.attended(x).view_as(hidden[part]).to(hidden.device)
 
     # ---- experts and MLPs ------------------------------------------------------------------------
 
     def _always_on(
-        self, kind: str, parts: Parts, flat: Tensor, out: Tensor, scorer: Tensor | None
+        self, kind: str, parts: BlockParts, flat: Tensor, out: Tensor, scorer: Tensor | None
     ) -> None:
         """An MLP that every token goes through; ``scorer`` [1, hidden] is a shared expert's."""
 
@@ -142,7 +146,7 @@ class _BlockWork:
             [_Member(kind, everything, weigh if scorer is not None else None)], parts, flat, out
         )
 
-    def _experts(self, parts: Parts, layer: MoELayer, flat: Tensor, out: Tensor) -> None:
+    def _experts(self, parts: BlockParts, layer: MoELayer, flat: Tensor, out: Tensor) -> None:
         routed = [parts.route(parts.normed(x)) for x in torch.split(flat, BATCH_TOKENS)]
         weights, ids = (torch.cat(both) for both in zip(*routed, strict=True))
         members = []
@@ -153,7 +157,7 @@ class _BlockWork:
             token = token.to(flat.device)
             members.append(_Member(f"experts.{n}", token, own, everyone=True, low=low))
         counts = [len(member.tokens) for member in members]
-        self._tally.add(Solved({}, (coverage(self._block, counts),)))
+        self._tally.add(Solved({}, (describe_coverage(self._block, counts),)))
         if layer.substitutes or None in layer.bases:
             parted = (torch.split(t, BATCH_TOKENS) for t in (flat, out, weights, ids))
             for x, place, *chosen in zip(*parted, strict=True):
@@ -170,7 +174,9 @@ class _BlockWork:
             room = _gpu_memory(self._device) // 2
         return max(1, room // _needs(self._solver, expert))
 
-    def _mlps(self, members: Sequence[_Member], parts: Parts, flat: Tensor, out: Tensor) -> None:
+    def _mlps(
+        self, members: Sequence[_Member], parts: BlockParts, flat: Tensor, out: Tensor
+    ) -> None:
         """Solve gated MLPs of one shape, and add what they put out to ``out``."""
         kinds = [member.kind for member in members]
         what = kinds[0] if len(kinds) == 1 else f"{kinds[0]} to {kinds[-1].rpartition('.')[2]}"
@@ -334,14 +340,14 @@ class _Kept:
 
 def _each(hidden: Tensor, inputs: Callable[[Tensor], Tensor]) -> Batches:
     """Inputs of matrices of attention, from the stream."""
-    return lambda: ((inputs(hidden[part]), None) for part in batches(hidden))
+    return lambda: ((inputs(hidden[part]), None) for part in split_batches(hidden))
 
 
-def solve(
+def solve_blocks(
     model: Model,
     tokens: Tensor | None,
     solver: Solver | GroupSolver,
-    ledger: Ledger,
+    ledger: BlockJournal,
     advance: Advance,
     label: str,
     memory: Memory = UNLIMITED,
@@ -362,7 +368,7 @@ def solve(
     Returns:
         The new model, the names of all tensors that were solved, and the solver's notes.
     """
-    tally = Tally(label, advance, model, 0 if tokens is None else tokens.numel())
+    tally = SolverProgress(label, advance, model, 0 if tokens is None else tokens.numel())
     hidden: Tensor | None = None
     for block in model.blocks:
         if known := ledger.restore(block):
@@ -376,7 +382,7 @@ def solve(
         tally.begin(block)
         if isinstance(solver, GroupSolver):
             alone = solver.alone(block)
-            shown = in_memory(block, alone) if solver.propagate else block
+            shown = attach_numbers(block, alone) if solver.propagate else block
             parts = _BlockWork(model, shown, solver, tally, memory)
             numbers = parts.without_tokens() if hidden is None else parts.run(hidden)
             numbers = {**numbers, **alone}
@@ -393,11 +399,11 @@ def solve(
     return model, tally.changed, tally.notes
 
 
-def largest(model: Model, solver: Solver | GroupSolver) -> int:
+def estimate_largest_part(model: Model, solver: Solver | GroupSolver) -> int:
     """Bytes of the largest part of a model that is in memory at once while it is solved."""
     found = [0]
     for block in model.blocks:
-        weights = dict(selected(block))
+        weights = dict(list_quantizable(block))
         if not isinstance(solver, GroupSolver):
             found.append(8 * sum(w.count for w in weights.values()))
             continue
@@ -405,7 +411,7 @@ def largest(model: Model, solver: Solver | GroupSolver) -> int:
         for roles in (QKV, (OUT,)):
             shapes = tuple(weights[role].shape for role in roles)
             found.append(solver.nbytes(shapes) + attention)
-        found += [_needs(solver, mlp) for _, mlp in gated(block)]
+        found += [_needs(solver, mlp) for _, mlp in list_gated_mlps(block)]
     return max(found)
 
 
@@ -415,7 +421,9 @@ def _needs(solver: GroupSolver, mlp: Dense) -> int:
     return solving + 4 * mlp.count
 
 
-def _stream(model: Model, tokens: Tensor, block: Block, ledger: Ledger, memory: Memory) -> Tensor:
+def _stream(
+    model: Model, tokens: Tensor, block: Block, ledger: BlockJournal, memory: Memory
+) -> Tensor:
     """Hidden states in front of ``block``."""
     if block.index == 0:
         return embed(model, tokens, memory)
@@ -446,19 +454,19 @@ def _like(hidden: Tensor, memory: Memory) -> Tensor:
 
 
 def _solve_whole(
-    model: Model, block: Block, solver: Solver, tally: Tally, hidden: Tensor | None
+    model: Model, block: Block, solver: Solver, tally: SolverProgress, hidden: Tensor | None
 ) -> Mapping[str, Quantized | Tensor]:
     """The work of a solver that wants to have seen all of a block; moves ``hidden`` on."""
     tally.tell("the whole block")
     if hidden is not None:
         runner = BlockRunner(model, block)
-        for part in batches(hidden):
-            solver.see(runner.watch(hidden[part]))
+        for part in split_batches(hidden):
+            solver.observe(runner.watch(hidden[part]))
         del runner
     solved = solver.solve(block)
     tally.add(solved)
     if hidden is not None and block.index + 1 < len(model.blocks):
-        runner = BlockRunner(model, in_memory(block, solved.numbers))
-        for part in batches(hidden):
+        runner = BlockRunner(model, attach_numbers(block, solved.numbers))
+        for part in split_batches(hidden):
             hidden[part] = runner.run(hidden[part])
     return solved.numbers

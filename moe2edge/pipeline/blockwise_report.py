@@ -8,9 +8,9 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from moe2edge.model.model import Block, Model
-from moe2edge.model.roles import selected
+from moe2edge.model.roles import list_quantizable
 from moe2edge.pipeline.solver import Solved
-from moe2edge.storage.journal import Done
+from moe2edge.storage.journal import BlockResult
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from moe2edge.progress import Advance
 
 
-def coverage(block: Block, counts: Sequence[int]) -> str:
+def describe_coverage(block: Block, counts: Sequence[int]) -> str:
     """What is told of the numbers of tokens that the experts of a block saw."""
     return (
         f"block {block.index}: {len(counts)} experts saw {min(counts):,} to {max(counts):,} tokens "
@@ -27,7 +27,7 @@ def coverage(block: Block, counts: Sequence[int]) -> str:
     )
 
 
-class Tally:
+class SolverProgress:
     """What a walk has to tell, and tells while it runs."""
 
     def __init__(self, label: str, advance: Advance, model: Model, tokens: int) -> None:
@@ -36,7 +36,7 @@ class Tally:
         self.notes: list[str] = []
         self._label, self._advance, self._model = label, advance, model
         self._tokens = tokens
-        self._sizes = [sum(1 for _ in selected(block)) for block in model.blocks]
+        self._sizes = [sum(1 for _ in list_quantizable(block)) for block in model.blocks]
         self._done = 0
         self._loss = self._reference = 0.0
         self._begun = self._seconds = 0.0
@@ -44,7 +44,7 @@ class Tally:
         self._mine: list[Solved] = []
         self._block: Block | None = None
 
-    def take(self, done: Done) -> None:
+    def take(self, done: BlockResult) -> None:
         """Count a block that was solved by an earlier run."""
         self._done += len(done.changed)
         self._count(done)
@@ -71,11 +71,11 @@ class Tally:
         self._done += len(solved.numbers)
         self._mine.append(solved)
 
-    def end(self, block: Block, numbers: Mapping[str, Quantized | Tensor]) -> Done:
+    def end(self, block: Block, numbers: Mapping[str, Quantized | Tensor]) -> BlockResult:
         """What there is to tell of a block."""
         self._seconds += time.perf_counter() - self._begun
         self._blocks += 1
-        done = Done(
+        done = BlockResult(
             tuple(self._model.family.disk_name(block.index, role) for role in numbers),
             tuple(note for solved in self._mine for note in solved.notes),
             (sum(s.loss[0] for s in self._mine), sum(s.loss[1] for s in self._mine)),
@@ -83,7 +83,7 @@ class Tally:
         self._count(done)
         return done
 
-    def _count(self, done: Done) -> None:
+    def _count(self, done: BlockResult) -> None:
         self.changed += done.changed
         self.notes += done.notes
         self._loss += done.loss[0]

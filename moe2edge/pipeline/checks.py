@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from moe2edge.errors import InputError
 from moe2edge.model.model import Model
-from moe2edge.numerics.selection import kept
+from moe2edge.numerics.selection import count_kept
 
 
 def refuse_replaced(name: str, model: Model, remedy: str = "") -> None:
@@ -72,7 +72,7 @@ def check_keep(value: object) -> object:
     return value
 
 
-def kept_in_layers(keep: float | list[int], sizes: Sequence[int], name: str) -> list[int]:
+def count_kept_per_layer(keep: float | list[int], sizes: Sequence[int], name: str) -> list[int]:
     """How many experts stay in each MoE layer.
 
     Args:
@@ -83,12 +83,12 @@ def kept_in_layers(keep: float | list[int], sizes: Sequence[int], name: str) -> 
     Raises:
         InputError: it is a list of another length, or keeps more than there are.
 
-    >>> kept_in_layers(0.5, [6, 4], "p"), kept_in_layers([5, 2], [6, 4], "p")
+    >>> count_kept_per_layer(0.5, [6, 4], "p"), count_kept_per_layer([5, 2], [6, 4], "p")
     ([3, 2], [5, 2])
     """
     if isinstance(keep, list) and len(keep) != len(sizes):
         raise InputError(f"{name}: keep has {len(keep)} counts for {len(sizes)} MoE layers")
-    counts = keep if isinstance(keep, list) else [kept(keep, experts) for experts in sizes]
+    counts = keep if isinstance(keep, list) else [count_kept(keep, experts) for experts in sizes]
     for layer, (count, experts) in enumerate(zip(counts, sizes, strict=True)):
         if count > experts:
             raise InputError(f"{name}: keep {count} of the {experts} experts in MoE layer {layer}")

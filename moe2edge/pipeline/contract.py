@@ -11,7 +11,7 @@ from typing import (
     Self,
 )
 
-from moe2edge.calibration.observation import Facts, Kind
+from moe2edge.calibration.observation import Facts, ObserverFactory
 from moe2edge.model.model import Model
 from moe2edge.options import Options
 from moe2edge.pipeline.solver import GroupSolver, Solver
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from moe2edge.progress import Watcher
+    from moe2edge.progress import Reporter
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Outcome:
 class Pass(Options):
     """One step of a recipe. Its fields are its options: recipe keys, validation, JSON Schema."""
 
-    def resolved(self, model: Model) -> Self:
+    def resolve(self, model: Model) -> Self:
         """The same pass with every choice made that it leaves to the source ``model``."""
         return self
 
@@ -88,7 +88,7 @@ class Trim(Pass):
 
     rescore: bool = False
 
-    def observers(self) -> tuple[Kind, ...]:
+    def observers(self) -> tuple[ObserverFactory, ...]:
         """Kinds of observers whose facts `apply` reads."""
         return ()
 
@@ -98,7 +98,7 @@ class Trim(Pass):
 
 
 @dataclass(frozen=True)
-class Lab:
+class PassContext:
     """What a pass has at hand that decides by running text through models.
 
     Attributes:
@@ -117,7 +117,7 @@ class Lab:
     model: Model
     tokens: Tensor
     store: Store
-    watcher: Watcher
+    reporter: Reporter
     memory: Memory = UNLIMITED
     training: Tensor | None = None
     scratch: Path | None = None
@@ -139,7 +139,7 @@ class Search(Pass):
         """Memory that it takes for a text of so many tokens, by shapes; None: hardly any."""
         return None
 
-    def search(self, lab: Lab) -> Outcome:
+    def search(self, context: PassContext) -> Outcome:
         """The changed model."""
         raise NotImplementedError
 
@@ -194,7 +194,7 @@ class Cost:
             DoesNotFit: it has less.
         """
         purpose, remedy = f"{name} trains", "set batch to fewer samples, or train less: see train"
-        memory_.check(self.memory, purpose, remedy, within)
+        memory_.check_memory(self.memory, purpose, remedy, within)
         if self.gpu:
             memory_.check_gpu(self.gpu, purpose, f"{remedy}; or set device: cpu")
 
@@ -216,7 +216,7 @@ class Train(Search):
         raise NotImplementedError
 
 
-def training(passes: Sequence[Pass], model: Model) -> Iterator[tuple[Train, Model]]:
+def list_training_passes(passes: Sequence[Pass], model: Model) -> Iterator[tuple[Train, Model]]:
     """The passes that train, each with the shape of the model that it will get."""
     for step in passes:
         if isinstance(step, Train):
@@ -224,6 +224,6 @@ def training(passes: Sequence[Pass], model: Model) -> Iterator[tuple[Train, Mode
         model = step.plan(model)
 
 
-def trains(passes: Sequence[Pass]) -> bool:
+def needs_training_text(passes: Sequence[Pass]) -> bool:
     """Whether a pass wants the training text."""
     return any(isinstance(step, Train) for step in passes)

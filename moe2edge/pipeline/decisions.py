@@ -17,14 +17,14 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from moe2edge.errors import InputError
 from moe2edge.model.layers import MoELayer
-from moe2edge.model.model import Block, Form, Model, form_of
+from moe2edge.model.model import Block, Form, Model, get_form
 from moe2edge.storage.text_files import read_json, write_json
 
-KIND: Final = "moe2edge.decisions"
-SCHEMA_VERSION: Final = 1
+DECISIONS_KIND: Final = "moe2edge.decisions"
+DECISIONS_VERSION: Final = 1
 
 # Routed experts that stay where nothing routes.
-EXPERTS = {"dense": 1, "dense+shared": 1, "none": 0, "norm": 0, "shared": 0}
+MAX_EXPERTS = {"dense": 1, "dense+shared": 1, "none": 0, "norm": 0, "shared": 0}
 
 
 class _Data(BaseModel):
@@ -72,7 +72,7 @@ class BlockDecision(_Data):
                 raise ValueError(f"skip_below {list(self.skip_below)} for top_k {self.top_k}")
         else:
             own = self.mlp == "dense" and not self.experts_before
-            if len(self.experts) != (0 if own else EXPERTS[self.mlp]):
+            if len(self.experts) != (0 if own else MAX_EXPERTS[self.mlp]):
                 raise ValueError(f"{len(self.experts)} experts for mlp {self.mlp}")
             if self.top_k is not None or self.skip_below:
                 raise ValueError(f"top_k and skip_below go with mlp moe, not {self.mlp}")
@@ -118,8 +118,8 @@ class Decisions(_Data):
         blocks: one entry per block of the source, in order.
     """
 
-    kind: Literal["moe2edge.decisions"] = KIND
-    schema_version: Literal[1] = SCHEMA_VERSION
+    kind: Literal["moe2edge.decisions"] = DECISIONS_KIND
+    schema_version: Literal[1] = DECISIONS_VERSION
     source: SourceModel
     recipe: str
     calibration: CalibrationText | None
@@ -154,7 +154,7 @@ class Decisions(_Data):
 # ---- between models and decisions --------------------------------------------------------------
 
 
-def experts_before(model: Model) -> tuple[int, ...]:
+def count_experts_before(model: Model) -> tuple[int, ...]:
     """Routed experts of each block of the source of ``model``, by its config; 0 where dense."""
     family, config = model.family, model.config
     count = family.num_experts(config)
@@ -162,14 +162,14 @@ def experts_before(model: Model) -> tuple[int, ...]:
     return tuple(count if family.is_moe(config, index) else 0 for index in blocks)
 
 
-def decided(model: Model) -> tuple[BlockDecision, ...]:
+def describe_blocks(model: Model) -> tuple[BlockDecision, ...]:
     """What became of each block of the source in ``model``."""
     left = {block.origin: block for block in model.blocks}
     return tuple(
         _describe(left[origin], before)
         if origin in left
         else BlockDecision(origin=origin, experts_before=before, dropped=True)
-        for origin, before in enumerate(experts_before(model))
+        for origin, before in enumerate(count_experts_before(model))
     )
 
 
@@ -178,25 +178,25 @@ def _describe(block: Block, before: int) -> BlockDecision:
     return BlockDecision(
         origin=block.origin,
         experts_before=before,
-        mlp=form_of(block),
+        mlp=get_form(block),
         experts=block.expert_origins,
         top_k=router.top_k if router else None,
         skip_below=router.skip_below if router else (),
     )
 
 
-def apply(decisions: Decisions, model: Model) -> Model:
+def carry_out_decisions(decisions: Decisions, model: Model) -> Model:
     """``model`` with exactly what was decided; blocks and experts are found by their origins.
 
     Raises:
         InputError: the model is of another family or shape, or lacks what should stay.
     """
     theirs, mine = decisions.source.family, model.family.model_type
-    before = experts_before(model)
+    before = count_experts_before(model)
     if theirs != mine or before != decisions.experts_before:
         raise InputError(
-            f"the decisions are for {shape_text(theirs, decisions.experts_before)}, but this model "
-            f"is {shape_text(mine, before)}; decide for this model"
+            f"the decisions are for {describe_shape(theirs, decisions.experts_before)}, but this model "
+            f"is {describe_shape(mine, before)}; decide for this model"
         )
     kept = [entry for entry in decisions.blocks if not entry.dropped]
     places = {block.origin: block.index for block in model.blocks}
@@ -214,7 +214,7 @@ def apply(decisions: Decisions, model: Model) -> Model:
     return model
 
 
-def shape_text(family: str, before: tuple[int, ...]) -> str:
+def describe_shape(family: str, before: tuple[int, ...]) -> str:
     """Family and routed experts of blocks, in runs: ``mixtral with 32 blocks of 8 experts``."""
     runs: list[list[int]] = []
     for count in before:
@@ -251,11 +251,11 @@ def _carried_out(entry: BlockDecision, block: Block) -> Block:
 # ---- files -------------------------------------------------------------------------------------
 
 
-def read(path: Path, sha256: str | None = None) -> tuple[Decisions, str]:
+def read_decisions(path: Path, sha256: str | None = None) -> tuple[Decisions, str]:
     """Decisions in a file, and the digest of the file.
 
     Args:
-        path: what `write` wrote.
+        path: what `write_decisions` wrote.
         sha256: digest that the file must have, None for any.
 
     Raises:
@@ -276,12 +276,12 @@ def read(path: Path, sha256: str | None = None) -> tuple[Decisions, str]:
             "that file, or leave sha256 out"
         )
     head = read_json(path.expanduser())
-    if head.get("kind") != KIND:
+    if head.get("kind") != DECISIONS_KIND:
         raise InputError(f"{path} holds no decisions; write them with moe2edge decide")
-    if head.get("schema_version") != SCHEMA_VERSION:
+    if head.get("schema_version") != DECISIONS_VERSION:
         raise InputError(
             f"{path} has schema_version {head.get('schema_version')!r}, this moe2edge reads "
-            f"{SCHEMA_VERSION}: use the moe2edge that wrote it, or decide again"
+            f"{DECISIONS_VERSION}: use the moe2edge that wrote it, or decide again"
         )
     try:
         return Decisions.model_validate_json(content, strict=True), digest
@@ -292,7 +292,7 @@ def read(path: Path, sha256: str | None = None) -> tuple[Decisions, str]:
         raise InputError(f"{path} is damaged ({place}: {reason}); decide again") from error
 
 
-def check_output(path: Path, *, force: bool) -> None:
+def check_decisions_output(path: Path, *, force: bool) -> None:
     """Refuse a file name that is taken.
 
     Raises:
@@ -310,12 +310,12 @@ def check_output(path: Path, *, force: bool) -> None:
 
 def _is_ours(path: Path) -> bool:
     try:
-        return read_json(path).get("kind") == KIND
+        return read_json(path).get("kind") == DECISIONS_KIND
     except InputError:
         return False
 
 
-def write(decisions: Decisions, path: Path) -> None:
+def write_decisions(decisions: Decisions, path: Path) -> None:
     """Write the document; what was there stays until the new one is complete."""
     # A name of this process alone: a user's file beside it may be called anything else.
     partial = path.with_name(f".{path.name}.{os.getpid()}")

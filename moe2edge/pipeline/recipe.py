@@ -12,10 +12,10 @@ import yaml
 from pydantic import ValidationError
 
 from moe2edge.calibration.sources import NamedText, TextSource
-from moe2edge.errors import InputError, did_you_mean
+from moe2edge.errors import InputError, suggest
 from moe2edge.model.model import Model
 from moe2edge.pipeline import registry
-from moe2edge.pipeline.contract import Pass, trains
+from moe2edge.pipeline.contract import Pass, needs_training_text
 from moe2edge.storage.text_files import read_yaml
 
 BUNDLED = Path(__file__).parents[1] / "recipes"
@@ -41,9 +41,9 @@ class Recipe:
     passes: tuple[Pass, ...]
     training: TextSource | None = None
 
-    def resolved(self, model: Model) -> Recipe:
+    def resolve(self, model: Model) -> Recipe:
         """The recipe with every choice made that its passes leave to the source ``model``."""
-        return replace(self, passes=tuple(step.resolved(model) for step in self.passes))
+        return replace(self, passes=tuple(step.resolve(model) for step in self.passes))
 
     def render(self) -> str:
         """The recipe as YAML with every default spelt out; parsing it gives the same recipe."""
@@ -51,7 +51,7 @@ class Recipe:
             "calibration": self.calibration.model_dump(),
             "evaluation": self.evaluation.model_dump(),
             **({"training": self.training.model_dump()} if self.training else {}),
-            "passes": [{registry.name_of(p): p.model_dump(by_alias=True)} for p in self.passes],
+            "passes": [{registry.get_name(p): p.model_dump(by_alias=True)} for p in self.passes],
         }
         text: str = yaml.safe_dump(data, sort_keys=False)
         return text
@@ -60,7 +60,7 @@ class Recipe:
 DEFAULT_EVALUATION = {"samples": 32}
 
 
-def bundled() -> dict[str, Path]:
+def list_bundled() -> dict[str, Path]:
     """The recipes that come with moe2edge."""
     return {path.stem: path for path in sorted(BUNDLED.glob("*.yaml"))}
 
@@ -72,13 +72,13 @@ def find(name_or_path: str) -> str:
         InputError: there is neither.
     """
     try:
-        path = bundled().get(name_or_path) or Path(name_or_path).expanduser()
+        path = list_bundled().get(name_or_path) or Path(name_or_path).expanduser()
         if path.is_file():
             return path.read_text("utf-8")
     except (OSError, UnicodeDecodeError, RuntimeError) as error:  # the last: no such user's home
         reason = str(error)[:100]
         raise InputError(f"recipe {name_or_path[:100]} cannot be read: {reason}") from error
-    raise InputError(did_you_mean("recipe", name_or_path, bundled()) + ", or a file")
+    raise InputError(suggest("recipe", name_or_path, list_bundled()) + ", or a file")
 
 
 def parse(text: str, settings: Sequence[str] = ()) -> Recipe:
@@ -100,7 +100,7 @@ def parse(text: str, settings: Sequence[str] = ()) -> Recipe:
     known = ("calibration", "evaluation", "training", "passes")
     for key in data:
         if key not in known:
-            raise InputError(did_you_mean("key in the recipe", str(key), known))
+            raise InputError(suggest("key in the recipe", str(key), known))
     steps = [_entry(entry) for entry in _list(data.get("passes"))]
     sections = {
         "calibration": dict(_mapping("calibration", data.get("calibration"))),
@@ -109,19 +109,19 @@ def parse(text: str, settings: Sequence[str] = ()) -> Recipe:
     }
     for setting in settings:
         _override(setting, sections, steps)
-    texts = {name: section(name, options) for name, options in sections.items()}
-    passes = tuple(_build(registry.pass_type(name), name, options) for name, options in steps)
-    if not trains(passes) and sections["training"]:
+    texts = {name: parse_section(name, options) for name, options in sections.items()}
+    passes = tuple(_build(registry.find_pass(name), name, options) for name, options in steps)
+    if not needs_training_text(passes) and sections["training"]:
         raise InputError("training: no pass of the recipe trains; leave it out, or add one")
     return Recipe(
         texts["calibration"],
         texts["evaluation"],
         passes,
-        texts["training"] if trains(passes) else None,
+        texts["training"] if needs_training_text(passes) else None,
     )
 
 
-def section(name: str, options: Mapping[str, Any]) -> TextSource:
+def parse_section(name: str, options: Mapping[str, Any]) -> TextSource:
     """A text section of a recipe, or of options given elsewhere.
 
     Raises:
@@ -174,7 +174,7 @@ def _override(
     places += [sections[name]] if name in sections else []
     if not places:
         names = {*sections, *(step for step, _ in steps)}
-        raise InputError(f"{shown}: {did_you_mean('part of the recipe', name, names)}")
+        raise InputError(f"{shown}: {suggest('part of the recipe', name, names)}")
     if len(places) > 1:
         raise InputError(f"{shown}: the recipe has {name} {len(places)} times; edit it")
     places[0][option] = read_yaml(value, f"{shown}: the value")
@@ -185,7 +185,7 @@ def _build(kind: type[Any], name: str, options: Mapping[str, Any]) -> Any:
     known = _options(kind)
     for key in options:
         if key not in known:
-            raise InputError(did_you_mean(f"option of {name}", str(key), known))
+            raise InputError(suggest(f"option of {name}", str(key), known))
     try:
         return kind.model_validate(options)
     except ValidationError as error:
@@ -215,12 +215,12 @@ def _describe(kind: type[Any], place: tuple[int | str, ...]) -> str:
     return described or "it has no default"
 
 
-def json_schema() -> dict[str, Any]:
+def build_json_schema() -> dict[str, Any]:
     """JSON Schema of recipes, for editors: options, types and defaults of every pass."""
     definitions: dict[str, Any] = {}
     choices: list[dict[str, Any]] = []
-    for name in registry.pass_names():
-        schema = registry.pass_type(name).model_json_schema()
+    for name in registry.list_passes():
+        schema = registry.find_pass(name).model_json_schema()
         definitions |= schema.pop("$defs", {})
         definitions[name] = schema
         ref = {"$ref": f"#/$defs/{name}"}

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 import moe2edge.passes
 import moe2edge.targets
-from moe2edge.errors import InputError, did_you_mean
+from moe2edge.errors import InputError, suggest
 from moe2edge.pipeline.contract import Pass
 from moe2edge.pipeline.target import Target
 from moe2edge.storage.text_files import read_yaml
@@ -21,55 +21,55 @@ from moe2edge.storage.text_files import read_yaml
 Base = TypeVar("Base")
 
 
-def pass_names() -> list[str]:
+def list_passes() -> list[str]:
     """Names of all passes.
 
-    >>> "gptq" in pass_names()
+    >>> "gptq" in list_passes()
     True
     """
     return _public(moe2edge.passes.__path__)
 
 
-def target_names() -> list[str]:
+def list_targets() -> list[str]:
     """Names of all targets.
 
-    >>> target_names()
+    >>> list_targets()
     ['gptq', 'hf', 'onnx']
     """
     return _public(moe2edge.targets.__path__)
 
 
-def pass_type(name: str) -> type[Pass]:
+def find_pass(name: str) -> type[Pass]:
     """The pass in the file ``name``.
 
     Raises:
         InputError: there is none; names the nearest.
     """
-    if name not in pass_names():
-        raise InputError(did_you_mean("pass", name, pass_names()))
+    if name not in list_passes():
+        raise InputError(suggest("pass", name, list_passes()))
     return _only(f"moe2edge.passes.{name}", Pass)
 
 
-def target(name: str) -> Target:
+def find_target(name: str) -> Target:
     """The target in the file ``name``, with its default settings.
 
     Raises:
         InputError: there is none; names the nearest.
     """
-    return target_with(name, {})
+    return make_target(name, {})
 
 
-def target_with(name: str, options: Mapping[str, object]) -> Target:
+def make_target(name: str, options: Mapping[str, object]) -> Target:
     """The target in the file ``name`` with some of its options: the fields of its class.
 
     Raises:
         InputError: there is no such target or option, or a value is not one of the option's.
 
-    >>> target_with("onnx", {"accuracy_level": 0})
+    >>> make_target("onnx", {"accuracy_level": 0})
     Onnx(accuracy_level=0)
     """
-    if name not in target_names():
-        raise InputError(did_you_mean("target", name, target_names()))
+    if name not in list_targets():
+        raise InputError(suggest("target", name, list_targets()))
     kind = _only(f"moe2edge.targets.{name}", Target)
     known = {field.name for field in dataclasses.fields(kind)}
     hints = get_type_hints(kind) if options else {}
@@ -77,7 +77,7 @@ def target_with(name: str, options: Mapping[str, object]) -> Target:
         if option not in known:
             if not known:
                 raise InputError(f"target {name} has no options, but {option} is given")
-            raise InputError(did_you_mean(f"option of target {name}", option, known))
+            raise InputError(suggest(f"option of target {name}", option, known))
         try:
             TypeAdapter(hints[option]).validate_python(value, strict=True)
         except ValidationError as error:
@@ -86,19 +86,19 @@ def target_with(name: str, options: Mapping[str, object]) -> Target:
     return kind(**options)
 
 
-def options_of(target: Target) -> dict[str, Any]:
-    """Every option of a target with its value, as plain data: `target_with` takes them again."""
+def list_options(target: Target) -> dict[str, Any]:
+    """Every option of a target with its value, as plain data: `make_target` takes them again."""
     return dataclasses.asdict(target)
 
 
-def choices_of(target: Target) -> dict[str, tuple[object, ...]]:
+def list_choices(target: Target) -> dict[str, tuple[object, ...]]:
     """Values of those options of a target that take one of a few."""
     hints = get_type_hints(type(target))
     names = (field.name for field in dataclasses.fields(target))
     return {name: get_args(hints[name]) for name in names if get_origin(hints[name]) is Literal}
 
 
-def name_of(thing: object) -> str:
+def get_name(thing: object) -> str:
     """Name of a pass or target (instance or class): that of its file."""
     kind = thing if isinstance(thing, type) else type(thing)
     return kind.__module__.rpartition(".")[2]
@@ -123,7 +123,7 @@ def _only(module_name: str, base: type[Base]) -> type[Base]:
     return found[0]
 
 
-def check_targets(names: str) -> list[Target]:
+def parse_targets(names: str) -> list[Target]:
     """Targets of ``-t``: names with commas between them, each with ``:option=value`` behind it.
 
     Raises:
@@ -132,9 +132,9 @@ def check_targets(names: str) -> list[Target]:
     entries = [entry.strip() for entry in names.split(",") if entry.strip()]
     wanted = [entry.partition(":")[0].strip() for entry in entries]
     if not wanted or len(set(wanted)) != len(wanted):
-        raise InputError(f"-t {names!r}: expected one or more of {target_names()}")
+        raise InputError(f"-t {names!r}: expected one or more of {list_targets()}")
     return [
-        target_with(name, _target_options(entry))
+        make_target(name, _target_options(entry))
         for name, entry in zip(wanted, entries, strict=True)
     ]
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 from moe2edge.calibration.observation import Facts
 from moe2edge.model.model import Model
 from moe2edge.pipeline import registry
-from moe2edge.pipeline.contract import Lab, Outcome, Pass, Search, Slim, Train, Trim
+from moe2edge.pipeline.contract import Outcome, Pass, PassContext, Search, Slim, Train, Trim
 from moe2edge.pipeline.recipe import Recipe
-from moe2edge.pipeline.stages import Step, enforce, stages
+from moe2edge.pipeline.stages import Step, enforce, group_stages
 from moe2edge.pipeline.work import Work
-from moe2edge.progress import Watcher
+from moe2edge.progress import Reporter
 from moe2edge.runtime import memory
 from moe2edge.runtime.memory import UNLIMITED, Memory
 
@@ -26,7 +26,7 @@ def run_passes(
     recipe: Recipe,
     calibration: Tokens | None,
     work: Work,
-    watcher: Watcher,
+    reporter: Reporter,
     budget: Memory = UNLIMITED,
     *,
     training: Tokens | None = None,
@@ -42,40 +42,40 @@ def run_passes(
     nothing = torch.empty(0, 0, dtype=torch.int64)
     tokens = calibration.ids if calibration else nothing
     ids_to_train = training.ids if training else None
-    lab = Lab(source, source, tokens, work, watcher, budget, training=ids_to_train)
-    for stage in stages(recipe.passes):
+    context = PassContext(source, source, tokens, work, reporter, budget, training=ids_to_train)
+    for stage in group_stages(recipe.passes):
         begun = time.perf_counter()
         facts = Facts()
         if stage.observers and calibration is not None:
-            label = f"{', '.join(registry.name_of(p) for p in stage.passes)}: scoring"
+            label = f"{', '.join(registry.get_name(p) for p in stage.passes)}: scoring"
             facts = walk.gather(
-                model, calibration.ids, stage.observers, watcher.advance, label, budget
+                model, calibration.ids, stage.observers, reporter.advance, label, budget
             )
         for step in stage.passes:
-            name = registry.name_of(step)
+            name = registry.get_name(step)
             if not any(layer.sharing for _, layer in model.moe_blocks):
-                lab = replace(lab, unshared=model)
+                context = replace(context, unshared=model)
             # Again: a threshold or a shared budget may have left another model than was planned.
             step.check(model)
             if isinstance(step, Trim):
                 outcome = step.apply(model, facts)
             elif isinstance(step, Slim):
                 ids = calibration.ids if step.needs_tokens and calibration is not None else None
-                kept, advance = work.ledger(len(steps)), watcher.advance
-                solved, changed, notes = blockwise.solve(
+                kept, advance = work.ledger(len(steps)), reporter.advance
+                solved, changed, notes = blockwise.solve_blocks(
                     model, ids, step.solver(model), kept, advance, name, budget
                 )
                 outcome = Outcome(solved, tuple(changed), notes=tuple(notes))
             elif isinstance(step, Search):
                 check_need(step, model, tokens.numel(), budget)
                 folder = work.scratch(len(steps), name) if isinstance(step, Train) else None
-                outcome = step.search(replace(lab, model=model, scratch=folder))
+                outcome = step.search(replace(context, model=model, scratch=folder))
             else:
                 raise AssertionError(f"{name} is no kind of pass that is known")
             enforce(step, name, model, outcome)
             model = outcome.model
             if outcome.originals is not None:
-                lab = replace(lab, unshared=outcome.originals)
+                context = replace(context, unshared=outcome.originals)
             steps.append(
                 Step(
                     name,
@@ -101,4 +101,6 @@ def check_need(step: Pass, model: Model, tokens: int, budget: Memory) -> None:
     """
     need = step.need(model, tokens) if isinstance(step, Search) else None
     if need is not None:
-        memory.check(need.nbytes + model.block_nbytes, need.purpose, need.remedy, budget.limit)
+        memory.check_memory(
+            need.nbytes + model.block_nbytes, need.purpose, need.remedy, budget.limit
+        )

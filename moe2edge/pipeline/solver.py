@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from moe2edge.calibration.observation import Seen
+    from moe2edge.calibration.observation import BlockTrace
     from moe2edge.numerics.grid import Quantized
     from moe2edge.numerics.scheme import Pattern
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 class Solver(Protocol):
     """The work of a slimming pass during its walk."""
 
-    def see(self, seen: Seen) -> None:
+    def observe(self, trace: BlockTrace) -> None:
         """Take in what one batch of the current block showed."""
         ...
 
@@ -38,7 +38,7 @@ class Solver(Protocol):
 
 
 @dataclass(frozen=True)
-class Group:
+class MatrixGroup:
     """Matrices of a block that share their input.
 
     Attributes:
@@ -60,11 +60,11 @@ class Group:
         """Of the matrices."""
         return tuple(weight.shape for weight in self.weights.values())
 
-    def is_starved(self, least: int) -> bool:
+    def is_under_calibrated(self, least: int) -> bool:
         """Whether it is an expert's, and saw fewer than ``least`` tokens."""
         return self.everyone is not None and self.tokens < least
 
-    def starved_note(self, block: Block, least: int, what: str) -> list[str]:
+    def describe_under_calibrated(self, block: Block, least: int, what: str) -> list[str]:
         """What is told of a starved expert, once: with the first of its groups."""
         kind, _, part = next(iter(self.weights)).rpartition(".")
         if part != "gate":
@@ -130,7 +130,7 @@ class GroupSolver(Protocol):
         """Memory of solving one group of matrices of these shapes."""
         ...
 
-    def solve(self, block: Block, groups: Sequence[Group]) -> Solved:
+    def solve(self, block: Block, groups: Sequence[MatrixGroup]) -> Solved:
         """Solve groups of equal shapes, together if that is faster."""
         ...
 

@@ -9,7 +9,7 @@ from typing import (
     Any,
 )
 
-from moe2edge.calibration.observation import Kind
+from moe2edge.calibration.observation import ObserverFactory
 from moe2edge.errors import Moe2EdgeError
 from moe2edge.model.model import Model
 from moe2edge.pipeline.contract import Outcome, Pass, Search, Slim, Trim
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     pass
 
 
-def plan(passes: Sequence[Pass], model: Model) -> Model:
+def plan_passes(passes: Sequence[Pass], model: Model) -> Model:
     """The shape of the result, after a check of every pass; nothing is read.
 
     Raises:
@@ -46,13 +46,13 @@ class Stage:
         return bool(self.observers)
 
     @property
-    def observers(self) -> tuple[Kind, ...]:
+    def observers(self) -> tuple[ObserverFactory, ...]:
         """The kinds of observers that its passes need, each once."""
         kinds = (kind for p in self.passes if isinstance(p, Trim) for kind in p.observers())
         return tuple(dict.fromkeys(kinds))
 
 
-def stages(passes: Sequence[Pass]) -> list[Stage]:
+def group_stages(passes: Sequence[Pass]) -> list[Stage]:
     """Group passes into stages."""
     groups: list[list[Pass]] = []
     for step in passes:

@@ -10,7 +10,7 @@ from typing import (
 
 from moe2edge.model.layers import Weight
 from moe2edge.model.model import Block
-from moe2edge.storage.journal import Done
+from moe2edge.storage.journal import BlockResult
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -34,10 +34,10 @@ class Store(Protocol):
         ...
 
 
-class Ledger(Protocol):
+class BlockJournal(Protocol):
     """The finished blocks of one slimming pass, kept so that a killed run can be gone on with."""
 
-    def restore(self, block: Block) -> tuple[Block, Done] | None:
+    def restore(self, block: Block) -> tuple[Block, BlockResult] | None:
         """A block as it was solved before, with what there is to tell; None if it was not."""
         ...
 
@@ -49,7 +49,7 @@ class Ledger(Protocol):
         self,
         block: Block,
         numbers: Mapping[str, Quantized | Tensor],
-        done: Done,
+        done: BlockResult,
         hidden: Tensor | None,
     ) -> Block:
         """Save a solved block and the stream behind it; the block with handles on its numbers."""
@@ -59,7 +59,7 @@ class Ledger(Protocol):
 class Work(Store, Protocol):
     """The work folder of an export."""
 
-    def ledger(self, step: int) -> Ledger:
+    def ledger(self, step: int) -> BlockJournal:
         """The finished blocks of the pass at position ``step``."""
         ...
 

@@ -17,11 +17,11 @@ from torch import nn
 
 from moe2edge.errors import InputError
 from moe2edge.model import model as model_
-from moe2edge.model.hf_config import transformers_config
-from moe2edge.model.layers import PARTS, Always, Dense, MoELayer, Weight
+from moe2edge.model.hf_config import build_transformers_config
+from moe2edge.model.layers import PARTS, Dense, MoELayer, UnroutedMLP, Weight
 from moe2edge.model.model import SECOND_NORM, Block, Model
-from moe2edge.numerics.skipping import skipping
-from moe2edge.runtime.mixed_experts import MixedExperts, experts_name
+from moe2edge.numerics.skipping import apply_skipping
+from moe2edge.runtime.mixed_experts import MixedExperts, find_experts_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,7 +59,7 @@ def _gated(mlp: Any, x: Tensor) -> Tensor:
 class AlwaysOn(nn.Module):
     """A shared expert times the sigmoid of its gate, and with ``expert`` a further MLP."""
 
-    def __init__(self, mlp: Always) -> None:
+    def __init__(self, mlp: UnroutedMLP) -> None:
         super().__init__()
         self.shared_expert = GatedMLP(mlp.shared.mlp)
         self.shared_expert_gate = nn.Linear(mlp.shared.gate.shape[1], 1, bias=False)
@@ -79,9 +79,9 @@ class AlwaysOn(nn.Module):
         return out
 
 
-def fit(layers: nn.ModuleList, model: Model) -> None:
+def fit_layers(layers: nn.ModuleList, model: Model) -> None:
     """Give each decoder layer the form of its block. Call it under the device "meta"."""
-    config = transformers_config(model)
+    config = build_transformers_config(model)
     for block in model.blocks:
         layers[block.index] = _fitted(layers[block.index], config, model, block)
 
@@ -100,10 +100,10 @@ def _fitted(layer: Any, config: Any, model: Model, block: Block) -> Any:
             layer.mlp.gate.weight = nn.Parameter(torch.empty(mlp.router.weight.shape))
         if mlp.router.skip_below:
             add_skipping(layer.mlp, mlp.router.skip_below, renormalize=mlp.router.renormalize)
-    elif not model_.is_own_form(model, block):
+    elif not model_.is_stock_form(model, block):
         if isinstance(mlp, Dense):
             layer.mlp = GatedMLP(mlp)
-        elif isinstance(mlp, Always):
+        elif isinstance(mlp, UnroutedMLP):
             layer.mlp = AlwaysOn(mlp)
         elif SECOND_NORM in block.norms:
             layer.mlp = nn.Identity()
@@ -134,7 +134,7 @@ def add_skipping(moe: Any, skip_below: Sequence[float], *, renormalize: bool) ->
     """
     moe.experts._is_expert_parallel = True
     hook = _Skip(moe.experts.num_experts, tuple(skip_below), renormalize)
-    # Kept, so that it can be taken off: see `without_skipping`.
+    # Kept, so that it can be taken off: see `disable_skipping`.
     moe.gate.skipping = moe.gate.register_forward_hook(hook)
 
 
@@ -148,18 +148,20 @@ class _Skip:
 
     def __call__(self, _: nn.Module, __: Any, out: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         logits, weights, ids = out
-        weights, skipped = skipping(weights, self.skip_below, renormalize=self.renormalize)
+        weights, skipped = apply_skipping(weights, self.skip_below, renormalize=self.renormalize)
         return logits, weights, ids.masked_fill(skipped, self.experts)
 
 
-def without_skipping(model: nn.Module) -> None:
+def disable_skipping(model: nn.Module) -> None:
     """Take dynamic skipping off a loaded transformers model; every chosen expert runs then."""
     for module in model.modules():
         if handle := getattr(module, "skipping", None):
             handle.remove()
 
 
-def block_state(block: Block, wanted: Callable[[str], bool] = lambda _: True) -> dict[str, Tensor]:
+def load_block_state(
+    block: Block, wanted: Callable[[str], bool] = lambda _: True
+) -> dict[str, Tensor]:
     """The block's numbers in float32 under transformers' names in memory, experts fused.
 
     Args:
@@ -168,10 +170,10 @@ def block_state(block: Block, wanted: Callable[[str], bool] = lambda _: True) ->
     """
     state: dict[str, Tensor] = {}
     for role, weight in block.weights():
-        if wanted(role) and (name := module_name(role)):
-            state[name] = finite(weight)
+        if wanted(role) and (name := find_module_name(role)):
+            state[name] = load_finite(weight)
     if isinstance(block.mlp, MoELayer) and wanted("experts.0.gate"):
-        fused, at = _fused_experts(block.mlp.experts), experts_name(block.mlp)
+        fused, at = _fused_experts(block.mlp.experts), find_experts_name(block.mlp)
         state |= {f"{at}.{name}": numbers for name, numbers in fused.items()}
     if isinstance(block.mlp, MoELayer) and block.mlp.substitutes and wanted("substitutes.0"):
         fused = _fused_substitutes(block.mlp)
@@ -182,7 +184,7 @@ def block_state(block: Block, wanted: Callable[[str], bool] = lambda _: True) ->
     return state
 
 
-def module_name(role: str) -> str | None:
+def find_module_name(role: str) -> str | None:
     """Transformers' name in memory of a tensor of a block; None where it has no name of its own."""
     kind, _, rest = role.partition(".")
     names = {
@@ -206,7 +208,7 @@ def _fused_experts(experts: Sequence[Dense]) -> dict[str, Tensor]:
             (gate_up[n, width:], expert.up),
             (down[n], expert.down),
         ):
-            place.copy_(checked(weight.name, weight.load()))
+            place.copy_(check_finite(weight.name, weight.load()))
     return {"gate_up_proj": gate_up, "down_proj": down}
 
 
@@ -215,9 +217,9 @@ def _fused_substitutes(layer: MoELayer) -> dict[str, Tensor]:
     linear = [(s.first, s.second) for s in layer.substitutes if s.first and s.second]
     nothing = torch.empty(0, layer.router.weight.shape[1])
     return {
-        "constants": torch.stack([finite(s.constant) for s in layer.substitutes]),
-        "first": torch.cat([nothing, *(finite(first) for first, _ in linear)]),
-        "second": torch.cat([nothing.T, *(finite(second) for _, second in linear)], dim=1),
+        "constants": torch.stack([load_finite(s.constant) for s in layer.substitutes]),
+        "first": torch.cat([nothing, *(load_finite(first) for first, _ in linear)]),
+        "second": torch.cat([nothing.T, *(load_finite(second) for _, second in linear)], dim=1),
     }
 
 
@@ -225,23 +227,23 @@ def _fused_factors(layer: MoELayer) -> dict[str, Tensor]:
     """Parameters of `Members`."""
     own = [m.factors for m in layer.members if m.factors]
     return {
-        f"{part}_{name}": torch.stack([finite(getattr(f[part], name)) for f in own])
+        f"{part}_{name}": torch.stack([load_finite(getattr(f[part], name)) for f in own])
         for part in PARTS
         for name in ("first", "second")
         if own
     }
 
 
-def finite(weight: Weight) -> Tensor:
+def load_finite(weight: Weight) -> Tensor:
     """Numbers of a weight in float32.
 
     Raises:
         InputError: some are not finite.
     """
-    return checked(weight.name, weight.load().float())
+    return check_finite(weight.name, weight.load().float())
 
 
-def checked(name: str, numbers: Tensor) -> Tensor:
+def check_finite(name: str, numbers: Tensor) -> Tensor:
     # NaN and infinity come through minimum and maximum.
     if not all(bool(torch.isfinite(end)) for end in torch.aminmax(numbers)):
         raise InputError(

@@ -46,11 +46,11 @@ def generate(
         Moe2EdgeError: the runtime's logits are not numbers (raised while iterating).
     """
     check_settings(max_tokens, temperature, top_p, top_k, seed)
-    room(len(prompt_ids), max_tokens, None)
+    count_remaining(len(prompt_ids), max_tokens, None)
     return _continue(runtime, prompt_ids, max_tokens, stop, (temperature, top_p, top_k, seed))
 
 
-def note_of(runtime: Runtime) -> str:
+def describe_runtime(runtime: Runtime) -> str:
     """How quantized matrices run, in one line; empty where the runtime has nothing to tell."""
     return str(getattr(runtime, "note", ""))
 
@@ -76,7 +76,7 @@ def check_settings(
         raise InputError(f"seed is {seed}; give 0 or more, below 2^64")
 
 
-def room(prompt_tokens: int, max_tokens: int, context: int | None) -> int:
+def count_remaining(prompt_tokens: int, max_tokens: int, context: int | None) -> int:
     """How many tokens can follow a prompt: ``max_tokens``, or fewer where the context ends.
 
     Args:
@@ -87,7 +87,7 @@ def room(prompt_tokens: int, max_tokens: int, context: int | None) -> int:
     Raises:
         InputError: the prompt has no tokens, or leaves no room for one more.
 
-    >>> room(100, 64, 128), room(100, 20, 128), room(100, 64, None)
+    >>> count_remaining(100, 64, 128), count_remaining(100, 20, 128), count_remaining(100, 64, None)
     (28, 20, 64)
     """
     if not prompt_tokens:
@@ -118,7 +118,7 @@ def _continue(
                 f"the logits after {len(prompt_ids) + done - 1} tokens are not numbers; "
                 "the model is damaged: run moe2edge verify on its folder"
             )
-        token = choose(logits, temperature, top_p, top_k, generator)
+        token = choose_token(logits, temperature, top_p, top_k, generator)
         if token in stop:
             return
         yield token
@@ -126,7 +126,7 @@ def _continue(
             logits = runtime.step(token)
 
 
-def choose(
+def choose_token(
     logits: Tensor, temperature: float, top_p: float, top_k: int, generator: torch.Generator
 ) -> int:
     """One token from ``logits`` float32 [vocabulary]; greedy at temperature 0.

@@ -19,11 +19,11 @@ from torch import nn
 from moe2edge.errors import Unsupported
 from moe2edge.model.layers import Dense, MoELayer, Weight
 from moe2edge.model.model import Block, Model, is_low_rank
-from moe2edge.model.roles import gated
+from moe2edge.model.roles import list_gated_mlps
 from moe2edge.numerics.grid import Quantized
-from moe2edge.runtime.decoder_blocks import finite
+from moe2edge.runtime.decoder_blocks import load_finite
 from moe2edge.runtime.memory import give_back
-from moe2edge.runtime.mixed_experts import experts_name
+from moe2edge.runtime.mixed_experts import find_experts_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 # Inputs that share a scale, as the matmul takes them; larger groups are given in pieces.
 KERNEL_GROUPS = (256, 128, 64, 32)
 # Stands for the module of a decoder layer with the routed experts: see `experts_name`.
-EXPERTS = "mlp.experts"
+EXPERT_MATRICES = "mlp.experts"
 # Outputs that it works on at once.
 KERNEL_ROWS = 16
 # The integer that stands for zero in it.
@@ -77,7 +77,7 @@ class Packed:
         return text
 
 
-def plan(model: Model, dtype: torch.dtype, *, wanted: bool | None = None) -> Packed:
+def plan_packing(model: Model, dtype: torch.dtype, *, wanted: bool | None = None) -> Packed:
     """What can run packed, from headers only.
 
     Args:
@@ -161,11 +161,11 @@ def _units(block: Block) -> Iterator[_Unit]:
         if suffix.endswith("_proj.weight"):
             module = suffix.removesuffix(".weight")
             yield _Unit(f"self_attn.{module}", {f"attention.{suffix}": weight})
-    for kind, mlp in gated(block):
+    for kind, mlp in list_gated_mlps(block):
         if kind.startswith("experts."):
             both = {f"{kind}.gate": mlp.gate, f"{kind}.up": mlp.up}
-            yield _Unit(EXPERTS, both, "gate_up")
-            yield _Unit(EXPERTS, {f"{kind}.down": mlp.down}, "down")
+            yield _Unit(EXPERT_MATRICES, both, "gate_up")
+            yield _Unit(EXPERT_MATRICES, {f"{kind}.down": mlp.down}, "down")
         else:
             module = "mlp.shared_expert" if kind == "shared" else "mlp"
             yield from _plain_units(kind, module, mlp)
@@ -196,15 +196,15 @@ def pack_layer(layer: nn.Module, block: Block, dtype: torch.dtype) -> frozenset[
     for unit in units:
         if unit.module not in fit:
             continue
-        if unit.module == EXPERTS:
+        if unit.module == EXPERT_MATRICES:
             experts[unit.part].append(_expert_matrix(unit, dtype))
         else:
             replaced: Any = layer.get_submodule(unit.module)
             layer.set_submodule(unit.module, PackedLinear(unit.numbers, replaced.bias))
         give_back()
-    if EXPERTS in fit:
+    if EXPERT_MATRICES in fit:
         assert isinstance(block.mlp, MoELayer)
-        place = experts_name(block.mlp)
+        place = find_experts_name(block.mlp)
         activation: Any = layer.get_submodule(place).act_fn
         packed = PackedExperts(experts["gate_up"], experts["down"], activation)
         layer.set_submodule(place, packed)
@@ -215,7 +215,7 @@ def _expert_matrix(unit: _Unit, dtype: torch.dtype) -> nn.Module:
     """A matrix of an expert, packed or else dequantized."""
     if unit.obstacle(dtype) is None:
         return PackedLinear(unit.numbers)
-    weight = torch.cat([finite(weight).to(dtype) for weight in unit.weights.values()])
+    weight = torch.cat([load_finite(weight).to(dtype) for weight in unit.weights.values()])
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight)
     return linear

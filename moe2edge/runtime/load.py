@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 from moe2edge.errors import InputError, Unsupported, VerificationFailed
 from moe2edge.model import hf_config
 from moe2edge.model import model as model_
-from moe2edge.model.hf_config import transformers_config
+from moe2edge.model.hf_config import build_transformers_config
 from moe2edge.model.layers import DTYPES
 from moe2edge.model.model import Block, Model
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.storage.manifest import is_artifact, open_artifact
-from moe2edge.storage.output import stored_model
+from moe2edge.storage.output import open_stored_model
 
 if TYPE_CHECKING:
     import torch
@@ -64,9 +64,9 @@ def load(
             "safetensors; run it with moe2edge generate"
         )
     checkpoint = open_checkpoint(str(folder))
-    model = stored_model(checkpoint)
+    model = open_stored_model(checkpoint)
     stored = DTYPES[model.rest["model.embed_tokens.weight"].dtype]
-    loaded = to_transformers(model, dtype or getattr(torch, stored), packed=packed)
+    loaded = build_transformers_model(model, dtype or getattr(torch, stored), packed=packed)
     loaded.config.name_or_path = checkpoint.source
     if (checkpoint.folder / "generation_config.json").exists():
         loaded.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
@@ -76,7 +76,7 @@ def load(
 # ---- a model as transformers' own class --------------------------------------------------------
 
 
-def to_transformers(
+def build_transformers_model(
     model: Model, dtype: torch.dtype, *, packed: bool | None = None
 ) -> PreTrainedModel:
     """A transformers model with the numbers of ``model``, packed as `load` says.
@@ -88,9 +88,9 @@ def to_transformers(
         Unsupported: ``packed`` is True and nothing can run packed.
         VerificationFailed: transformers' classes have other parameters than ``model``.
     """
-    from moe2edge.runtime.int4 import plan
+    from moe2edge.runtime.int4 import plan_packing
 
-    how = plan(model, dtype, wanted=packed)
+    how = plan_packing(model, dtype, wanted=packed)
     loaded = _skeleton(model, dtype)
     loaded.moe2edge_packed = how
     if how.packed:
@@ -118,25 +118,25 @@ def _skeleton(model: Model, dtype: torch.dtype) -> Any:
 
     from moe2edge.runtime import decoder_blocks
 
-    config = transformers_config(model)
+    config = build_transformers_config(model)
     with torch.device("meta"):
         loaded = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        decoder_blocks.fit(loaded.model.layers, model)
+        decoder_blocks.fit_layers(loaded.model.layers, model)
     loaded.to(dtype)
     if not model.is_uniform:
-        loaded.config.per_layer_config = hf_config.sizes(model)
-    if not all(model_.is_own_form(model, block) for block in model.blocks):
+        loaded.config.per_layer_config = hf_config.encode_sizes(model)
+    if not all(model_.is_stock_form(model, block) for block in model.blocks):
         loaded.save_pretrained = partial(_refuse_to_save, OWN_FORMS)
     return loaded
 
 
 def _fill_layer(layer: Any, block: Block, dtype: torch.dtype, *, pack: bool) -> None:
     """Give a decoder layer without numbers those of its block."""
-    from moe2edge.runtime.decoder_blocks import block_state
+    from moe2edge.runtime.decoder_blocks import load_block_state
     from moe2edge.runtime.int4 import pack_layer
 
     held = pack_layer(layer, block, dtype) if pack else frozenset()
-    state = block_state(block, lambda role: role not in held)
+    state = load_block_state(block, lambda role: role not in held)
     # Copied, so that no parameter stays a view into a file.
     state = {name: state.pop(name).to(dtype, copy=True) for name in list(state)}
     filled = {name: t for name, t in layer.state_dict().items() if not t.is_meta}

@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 
 # What Python with torch and transformers takes before any work, measured.
 IMPORTED = 600 << 20
-TOGETHER = 256 << 20
+SOLVED_TOGETHER_BYTES = 256 << 20
 
-# Blocks of at least so many bytes go back to the system when freed: see `keep_no_holes`.
+# Blocks of at least so many bytes go back to the system when freed: see `avoid_fragmentation`.
 LARGE = 4 << 20
 # Of <malloc.h>.
 M_MMAP_THRESHOLD = -3
 
 
-def limit(most: int | None = None) -> int:
+def find_limit(most: int | None = None) -> int:
     """Bytes that this process may take: of the machine, its container, its limits and ``most``."""
     found = [psutil.virtual_memory().total, *_process_limits()]
     with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit
@@ -44,8 +44,8 @@ def _process_limits() -> list[int]:
 
 
 def fits(needed: int, within: int | None) -> bool:
-    """Whether ``needed`` bytes and Python with torch are no more than ``within``, or `limit`."""
-    return needed + IMPORTED <= (limit() if within is None else within)
+    """Whether ``needed`` bytes and Python with torch are no more than ``within``, or `find_limit`."""
+    return needed + IMPORTED <= (find_limit() if within is None else within)
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,10 @@ class Memory:
         together: bytes for matrices that are solved at once; at least one group is.
         stream: bytes of one stream of hidden states that is kept in memory; None: no limit.
         folder: where larger ones go.
-        limit: bytes for the whole process; None: see `limit`.
+        limit: bytes for the whole process; None: see `find_limit`.
     """
 
-    together: int = TOGETHER
+    together: int = SOLVED_TOGETHER_BYTES
     stream: int | None = None
     folder: Path | None = None
     limit: int | None = None
@@ -70,7 +70,12 @@ class Memory:
         free = max(0, within - IMPORTED)
         # One at a time, or as many as ever: how many are solved at once changes roundings. Up to
         # four streams are alive at once, and half is for a block's own matrices.
-        return cls(TOGETHER if free >= 4 * TOGETHER else 0, free // 16, folder, within)
+        return cls(
+            SOLVED_TOGETHER_BYTES if free >= 4 * SOLVED_TOGETHER_BYTES else 0,
+            free // 16,
+            folder,
+            within,
+        )
 
     def empty(self, shape: tuple[int, ...]) -> Tensor:
         """A stream of hidden states, float32, without numbers.
@@ -123,7 +128,7 @@ def give_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def keep_no_holes(most: int | None) -> None:
+def avoid_fragmentation(most: int | None) -> None:
     """Keep the addresses taken close to the memory used, where either is limited.
 
     The C library (glibc) raises the size from which a block is a mapping of its own up to 32 MiB as
@@ -141,7 +146,7 @@ def keep_no_holes(most: int | None) -> None:
 
 
 def check_gpu(needed: int, purpose: str, remedy: str) -> None:
-    """Refuse to begin what a GPU could not hold; arguments as of `check`.
+    """Refuse to begin what a GPU could not hold; arguments as of `check_memory`.
 
     Raises:
         DoesNotFit: it has less memory.
@@ -156,7 +161,7 @@ def check_gpu(needed: int, purpose: str, remedy: str) -> None:
         )
 
 
-def check(
+def check_memory(
     needed: int,
     purpose: str = "verifying the output runs it",
     remedy: str = "export on a larger one",
@@ -168,12 +173,12 @@ def check(
         needed: bytes, without what is imported.
         purpose: what needs them.
         remedy: what to do.
-        within: bytes for the whole process; None: see `limit`.
+        within: bytes for the whole process; None: see `find_limit`.
 
     Raises:
         DoesNotFit: there is less memory.
     """
-    there = limit() if within is None else within
+    there = find_limit() if within is None else within
     if not fits(needed, there):
         raise DoesNotFit(
             f"{purpose}, which needs {(needed + IMPORTED) / 1e9:.2f} GB of memory; this machine "

@@ -201,7 +201,7 @@ class MixedExperts(nn.Module):
         # An id behind its last expert is then one that transformers leaves out.
         self.experts._is_expert_parallel = True  # type: ignore[assignment]
         self.substitutes = Substitutes(layer) if layer.substitutes else None
-        self.num_experts, self._none = layer.choices, len(layer.experts)
+        self.num_experts, self._none = layer.router_rows, len(layer.experts)
         self.members: Members | None = None
         self._set_members(layer, [n for n, m in enumerate(layer.members) if m.factors])
 
@@ -280,21 +280,21 @@ def _answer(experts: Any, n: int, x: Tensor) -> Tensor:
     return _product(experts, "down", n, _inside(experts, n, x))
 
 
-def expert_inside(moe: Any, row: int, x: Tensor) -> Tensor:
+def compute_expert_intermediate(moe: Any, row: int, x: Tensor) -> Tensor:
     """Inputs [n, width] of ``down`` of what a row of the router of an MoE module stands for."""
     mixed = isinstance(moe.experts, MixedExperts)
     inside: Tensor = moe.experts.inside(row, x) if mixed else _inside(moe.experts, row, x)
     return inside
 
 
-def expert_answer(moe: Any, row: int, x: Tensor) -> Tensor:
+def compute_expert_output(moe: Any, row: int, x: Tensor) -> Tensor:
     """Output [n, hidden] of what a row of the router of an MoE module stands for."""
     if isinstance(moe.experts, MixedExperts):
         return moe.experts.answer(row, x)
     return _answer(moe.experts, row, x)
 
 
-def experts_name(layer: MoELayer) -> str:
+def find_experts_name(layer: MoELayer) -> str:
     """Where the module with the matrices of the experts is in a decoder layer."""
     mixed = layer.substitutes or layer.members
     return "mlp.experts.experts" if mixed else "mlp.experts"

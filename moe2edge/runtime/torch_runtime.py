@@ -85,10 +85,10 @@ class TorchRuntime:
 
 def run_all_experts(runtime: Runtime) -> Runtime:
     """Take dynamic skipping off a runtime of this module."""
-    from moe2edge.runtime.decoder_blocks import without_skipping
+    from moe2edge.runtime.decoder_blocks import disable_skipping
 
     assert isinstance(runtime, TorchRuntime)
-    without_skipping(runtime.model)
+    disable_skipping(runtime.model)
     return runtime
 
 

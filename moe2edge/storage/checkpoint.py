@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from moe2edge.errors import InputError, Unsupported
 from moe2edge.model.build import build_model
-from moe2edge.model.family import family_of
+from moe2edge.model.family import find_family
 from moe2edge.model.layers import Weight
 from moe2edge.model.model import Model
-from moe2edge.storage.safetensors_files import open_file, stored_weight
-from moe2edge.storage.text_files import _first_line, file_sha256, read_json
+from moe2edge.storage.safetensors_files import make_weight, open_file
+from moe2edge.storage.text_files import get_first_line, hash_file, read_json
 
 if TYPE_CHECKING:
     pass
@@ -120,14 +120,14 @@ class Checkpoint:
                 f"{self.source} has layers of unequal size, or replaced experts "
                 "(per_layer_config); start from the checkpoint that it was made from"
             )
-        family, files = family_of(self.config), self.files
+        family, files = find_family(self.config), self.files
         taken: set[str] = set()
 
         def take(name: str, shape: tuple[int, ...]) -> Weight:
             if name not in files:
                 raise InputError(f"{self.source} has no tensor {name}")
             taken.add(name)
-            weight = stored_weight(files[name], name)
+            weight = make_weight(files[name], name)
             if weight.shape != shape:
                 raise InputError(
                     f"{name} has shape {list(weight.shape)}, but config.json asks for {list(shape)}"
@@ -153,7 +153,7 @@ class Checkpoint:
         digest = hashlib.sha256()
         paths = sorted({*self.files.values(), self.folder / "config.json"})
         with ThreadPoolExecutor() as pool:
-            for path, own in zip(paths, pool.map(file_sha256, paths), strict=True):
+            for path, own in zip(paths, pool.map(hash_file, paths), strict=True):
                 digest.update(f"{path.name}\0{own}\n".encode())
         return digest.hexdigest()
 
@@ -225,5 +225,5 @@ def _download(name: str, revision: str | None, cache_dir: Path | None) -> tuple[
             "or give a local folder"
         ) from error
     except (HfHubHTTPError, HFValidationError) as error:
-        raise InputError(f"{name} cannot be had from the hub: {_first_line(error)}") from error
+        raise InputError(f"{name} cannot be had from the hub: {get_first_line(error)}") from error
     return Path(folder), Path(folder).name

@@ -21,7 +21,7 @@ from typing import (
 from moe2edge.errors import InputError
 from moe2edge.model.model import Block
 from moe2edge.storage.safetensors_files import Planned, read_tensor, write_durably
-from moe2edge.storage.solved_blocks import handles, save
+from moe2edge.storage.solved_blocks import open_handles, save
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +33,7 @@ HIDDEN = "hidden"
 
 
 @dataclass(frozen=True)
-class Unit:
+class JournalEntry:
     """A line of the journal: one block, finished in one step of a recipe.
 
     Attributes:
@@ -54,7 +54,7 @@ class Unit:
     schemes: Mapping[str, tuple[int, int, bool]]
     patterns: Mapping[str, tuple[float, int | None]]
     stream: str | None
-    done: Done
+    done: BlockResult
 
 
 class Journal:
@@ -64,7 +64,7 @@ class Journal:
         """Read what is there, and forget a last line that is cut short."""
         self.folder = folder
         self._path = folder / JOURNAL
-        self.units: dict[tuple[int, int], Unit] = {}
+        self.units: dict[tuple[int, int], JournalEntry] = {}
         whole = 0
         data = self._path.read_bytes() if self._path.exists() else b""
         for line in data.splitlines(keepends=True):
@@ -76,11 +76,11 @@ class Journal:
             os.truncate(self._path, whole)
 
     def _take(self, raw: dict[str, Any]) -> None:
-        done = Done(**{k: _tuple(v) for k, v in raw.pop("done").items()})
-        unit = Unit(**{k: _tuple(v) for k, v in raw.items()}, done=done)
+        done = BlockResult(**{k: _tuple(v) for k, v in raw.pop("done").items()})
+        unit = JournalEntry(**{k: _tuple(v) for k, v in raw.items()}, done=done)
         self.units[unit.step, unit.block] = unit
 
-    def add(self, unit: Unit) -> None:
+    def add(self, unit: JournalEntry) -> None:
         """Count a block as finished."""
         with self._path.open("ab") as file:
             file.write(json.dumps(asdict(unit)).encode() + b"\n")
@@ -94,7 +94,7 @@ def _tuple(value: Any) -> Any:
 
 
 @dataclass
-class FileLedger:
+class FileBlockJournal:
     """The finished blocks of one step.
 
     Attributes:
@@ -106,7 +106,7 @@ class FileLedger:
     step: int
     _stream: str | None = field(default=None, init=False)
 
-    def restore(self, block: Block) -> tuple[Block, Done] | None:
+    def restore(self, block: Block) -> tuple[Block, BlockResult] | None:
         """A block as it was solved before, with what there is to tell; None if it was not."""
         unit = self.journal.units.get((self.step, block.index))
         if unit is None:
@@ -119,7 +119,7 @@ class FileLedger:
             )
         self._stream = unit.stream
         path = self.journal.folder / unit.numbers
-        found = handles(dict(block.weights()), path, unit.schemes, unit.patterns)
+        found = open_handles(dict(block.weights()), path, unit.schemes, unit.patterns)
         return block.with_weights(found), unit.done
 
     def stream(self) -> Tensor | None:
@@ -132,7 +132,7 @@ class FileLedger:
         self,
         block: Block,
         numbers: Mapping[str, Quantized | Tensor],
-        done: Done,
+        done: BlockResult,
         hidden: Tensor | None,
     ) -> Block:
         """Save a solved block and the stream behind it; the block with handles on its numbers."""
@@ -145,14 +145,14 @@ class FileLedger:
             stream = f"stream-{stem}.safetensors"
             whole = Planned(HIDDEN, tuple(hidden.shape), "F32", hidden.cpu)
             write_durably(self.journal.folder / stream, [whole])
-        unit = Unit(
+        unit = JournalEntry(
             self.step, block.index, _origins(block), path.name, schemes, patterns, stream, done
         )
         self.journal.add(unit)
         if self._stream is not None:
             (self.journal.folder / self._stream).unlink(missing_ok=True)
         self._stream = stream
-        return block.with_weights(handles(weights, path, schemes, patterns))
+        return block.with_weights(open_handles(weights, path, schemes, patterns))
 
 
 def _origins(block: Block) -> tuple[int, ...]:
@@ -161,7 +161,7 @@ def _origins(block: Block) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class Done:
+class BlockResult:
     """What there is to tell of a block that was solved.
 
     Attributes:

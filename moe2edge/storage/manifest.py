@@ -8,10 +8,10 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from moe2edge.errors import InputError
-from moe2edge.storage.text_files import file_sha256, read_json, write_json
+from moe2edge.storage.text_files import hash_file, read_json, write_json
 
 MANIFEST = "manifest.json"
-SCHEMA_VERSION = 1
+MANIFEST_VERSION = 1
 TOOL = "moe2edge"
 
 _OWN_KEYS = frozenset({"schema_version", "tool", "target", "files"})
@@ -45,7 +45,7 @@ class Artifact:
 
 
 def open_artifact(folder: Path) -> Artifact:
-    """Open a folder that moe2edge wrote. Reads the manifest only; `check_files` reads the rest.
+    """Open a folder that moe2edge wrote. Reads the manifest only; `check_manifest_files` reads the rest.
 
     Raises:
         InputError: there is no such folder, or its manifest is missing, damaged, of another
@@ -59,10 +59,10 @@ def open_artifact(folder: Path) -> Artifact:
     version = manifest.get("schema_version")
     if manifest.get("tool") != TOOL or type(version) is not int:
         raise InputError(f"{folder / MANIFEST} was not written by moe2edge; name another folder")
-    if version != SCHEMA_VERSION:
+    if version != MANIFEST_VERSION:
         raise InputError(
             f"{folder / MANIFEST} has schema_version {version}, this moe2edge reads "
-            f"{SCHEMA_VERSION}: use the moe2edge that wrote it, or export again"
+            f"{MANIFEST_VERSION}: use the moe2edge that wrote it, or export again"
         )
     target = manifest.get("target")
     if not isinstance(target, str):
@@ -99,18 +99,18 @@ def write_manifest(folder: Path, target: str, **sections: object) -> None:
     if taken := _OWN_KEYS & set(sections):
         raise ValueError(f"a section cannot be called {min(taken)}")
     files = {
-        name: {"sha256": file_sha256(path), "bytes": path.stat().st_size}
-        for name, path in present_files(folder).items()
+        name: {"sha256": hash_file(path), "bytes": path.stat().st_size}
+        for name, path in list_files(folder).items()
         if name != MANIFEST
     }
-    manifest = {"schema_version": SCHEMA_VERSION, "tool": TOOL, "target": target}
+    manifest = {"schema_version": MANIFEST_VERSION, "tool": TOOL, "target": target}
     write_json(folder / MANIFEST, {**manifest, **sections, "files": files})
 
 
-def check_files(artifact: Artifact) -> list[str]:
+def check_manifest_files(artifact: Artifact) -> list[str]:
     """How the files differ from the manifest, in words; empty if they do not."""
     differences = []
-    found = present_files(artifact.folder)
+    found = list_files(artifact.folder)
     for name, entry in sorted(artifact.files.items()):
         path = found.get(name)
         if path is None:
@@ -119,7 +119,7 @@ def check_files(artifact: Artifact) -> list[str]:
             differences.append(
                 f"{name} has changed: {size} bytes, the manifest says {entry['bytes']}"
             )
-        elif (digest := file_sha256(path)) != entry["sha256"]:
+        elif (digest := hash_file(path)) != entry["sha256"]:
             differences.append(
                 f"{name} has changed: sha256 {digest[:12]}..., "
                 f"the manifest says {entry['sha256'][:12]}..."
@@ -128,7 +128,7 @@ def check_files(artifact: Artifact) -> list[str]:
     return differences + [f"{name} is not listed in the manifest" for name in unlisted]
 
 
-def present_files(folder: Path) -> dict[str, Path]:
+def list_files(folder: Path) -> dict[str, Path]:
     """Every file below ``folder`` by its relative name with forward slashes, sorted."""
     found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}
     return {name: found[name] for name in sorted(found) if found[name].is_file()}

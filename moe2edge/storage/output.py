@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 from moe2edge.errors import Unsupported, VerificationFailed
 from moe2edge.model import hf_config
 from moe2edge.model.build import build_model
-from moe2edge.model.family import family_of
+from moe2edge.model.family import find_family
 from moe2edge.model.layers import DTYPE_BYTES, Weight
 from moe2edge.model.model import Model, is_low_rank, is_quantizable
 from moe2edge.numerics.scheme import GROUP_SIZES, WHOLE_ROW, Scheme
 from moe2edge.storage.checkpoint import Checkpoint
-from moe2edge.storage.safetensors_files import header, read_tensor
+from moe2edge.storage.safetensors_files import read_header, read_tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,7 +34,7 @@ GPTQ_V1 = {"quant_method": "gptq", "desc_act": False, "lm_head": False, "pack_dt
 GPTQ_SCHEME = ("bits", "group_size", "sym")
 
 
-def stored_model(checkpoint: Checkpoint) -> Model:
+def open_stored_model(checkpoint: Checkpoint) -> Model:
     """The model in an output folder, quantized or not, from headers only.
 
     Raises:
@@ -43,11 +43,11 @@ def stored_model(checkpoint: Checkpoint) -> Model:
     """
     config = dict(checkpoint.config)
     found = config.pop("quantization_config", None)
-    settings = None if found is None else gptq_settings(found)
+    settings = None if found is None else read_gptq_settings(found)
     own = config.pop("per_layer_config", None) or {}
-    family = family_of(config)
+    family = find_family(config)
     stored = _Stored(checkpoint, settings)
-    model = hf_config.read(build_model(family, config, stored.weight), own, stored.weight)
+    model = hf_config.decode_layers(build_model(family, config, stored.weight), own, stored.weight)
     stored.check(model)
     model.verify()
     return model
@@ -79,7 +79,7 @@ class GptqSettings:
         return next(matching, usual)
 
 
-def gptq_settings(settings: Mapping[str, Any]) -> GptqSettings:
+def read_gptq_settings(settings: Mapping[str, Any]) -> GptqSettings:
     """What a ``quantization_config`` says.
 
     Raises:
@@ -145,7 +145,7 @@ class _Stored:
         self._settings = settings
         self._files = checkpoint.files
         self._headers: dict[str, Header] = {
-            name: header(path, name) for name, path in self._files.items()
+            name: read_header(path, name) for name, path in self._files.items()
         }
 
     def weight(self, name: str, shape: tuple[int, ...]) -> Weight:
@@ -220,7 +220,7 @@ class _Stored:
             if scheme is None:
                 wanted[name] = (weight.shape, weight.dtype)
             else:
-                parts = gptq_parts(weight.shape, scheme)
+                parts = plan_gptq_tensors(weight.shape, scheme)
                 wanted |= {f"{_stem(name)}.{part}": want for part, want in parts.items()}
         for found, names in (
             ("lacks", wanted.keys() - self._headers.keys()),
@@ -244,7 +244,7 @@ def _stem(name: str) -> str:
     return name.removesuffix(".weight")
 
 
-def gptq_parts(shape: tuple[int, ...], scheme: Scheme) -> dict[str, Header]:
+def plan_gptq_tensors(shape: tuple[int, ...], scheme: Scheme) -> dict[str, Header]:
     """Shape and dtype of each tensor that stands for a matrix [out, in] in GPTQ version 1."""
     (outs, ins), per_word = shape, 32 // scheme.bits
     groups = scheme.groups(ins)

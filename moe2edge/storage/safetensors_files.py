@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from moe2edge.errors import InputError, Unsupported
 from moe2edge.model.layers import DTYPE_BYTES, DTYPES, Weight
-from moe2edge.storage.text_files import _first_line, sync_folder, write_json
+from moe2edge.storage.text_files import get_first_line, sync_folder, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,7 +54,7 @@ def open_file(path: Path) -> Mapping[str, Entry]:
         return _entries(path, state.st_mtime_ns, state.st_size)
     except (SafetensorError, OSError) as error:
         raise InputError(
-            f"{path.name} is damaged or cut short ({_first_line(error)}); download it again"
+            f"{path.name} is damaged or cut short ({get_first_line(error)}); download it again"
         ) from error
 
 
@@ -78,19 +78,19 @@ def _entries(path: Path, changed: int, size: int) -> Mapping[str, Entry]:
     return found
 
 
-def stored_weight(path: Path, name: str) -> Weight:
+def make_weight(path: Path, name: str) -> Weight:
     """Handle on one tensor of a safetensors file.
 
     Raises:
         Unsupported: its dtype is not a floating-point one that we read.
     """
-    shape, dtype = header(path, name)
+    shape, dtype = read_header(path, name)
     if dtype not in DTYPE_BYTES:
         raise Unsupported(f"{name} has dtype {dtype}; supported: {', '.join(DTYPE_BYTES)}")
     return Weight(name, shape, dtype, load=lambda: read_tensor(path, name))
 
 
-def header(path: Path, name: str) -> tuple[tuple[int, ...], str]:
+def read_header(path: Path, name: str) -> tuple[tuple[int, ...], str]:
     """Shape and dtype of one tensor of a safetensors file, as the file spells them."""
     entry = open_file(path)[name]
     return entry.shape, entry.dtype
@@ -166,12 +166,12 @@ def write_safetensors(path: Path, tensors: Iterable[Planned]) -> None:
         file.write(struct.pack("<Q", len(text)))
         file.write(text)
         for t in tensors:
-            file.write(tensor_bytes(t.make(), t))
+            file.write(encode_tensor(t.make(), t))
         file.flush()
         os.fsync(file.fileno())
 
 
-def tensor_bytes(tensor: Tensor, planned: Planned) -> memoryview:
+def encode_tensor(tensor: Tensor, planned: Planned) -> memoryview:
     """Bytes of a tensor, after a check that it is the one that was planned."""
     import torch
 

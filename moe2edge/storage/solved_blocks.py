@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe2edge.model.layers import Weight, as_stored
+from moe2edge.model.layers import Weight, cast_to_stored
 from moe2edge.model.model import Block
 from moe2edge.numerics.scheme import Pattern, Scheme
 from moe2edge.storage.safetensors_files import Planned, open_file, read_tensor, write_durably
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from moe2edge.numerics.grid import Quantized
 
 
-def in_memory(block: Block, numbers: Mapping[str, Quantized | Tensor]) -> Block:
+def attach_numbers(block: Block, numbers: Mapping[str, Quantized | Tensor]) -> Block:
     """The block with handles on numbers by role, as they are read back once they are saved."""
     import torch
 
@@ -26,7 +26,7 @@ def in_memory(block: Block, numbers: Mapping[str, Quantized | Tensor]) -> Block:
 
     def handle(weight: Weight, value: Quantized | Tensor) -> Weight:
         if isinstance(value, torch.Tensor):
-            return replace(weight, load=lambda: as_stored(value, weight.dtype))
+            return replace(weight, load=lambda: cast_to_stored(value, weight.dtype))
         return replace(
             weight, load=value.dequantize, scheme=value.scheme, load_quantized=lambda: value
         )
@@ -34,11 +34,13 @@ def in_memory(block: Block, numbers: Mapping[str, Quantized | Tensor]) -> Block:
     return block.with_weights({r: handle(weights[r], value) for r, value in numbers.items()})
 
 
-def rest_in_memory(rest: Mapping[str, Weight], numbers: Mapping[str, Tensor]) -> dict[str, Weight]:
+def attach_rest_numbers(
+    rest: Mapping[str, Weight], numbers: Mapping[str, Tensor]
+) -> dict[str, Weight]:
     """The same of tensors outside of blocks, those that have numbers, by name."""
 
     def handle(weight: Weight, value: Tensor) -> Weight:
-        return replace(weight, load=lambda: as_stored(value, weight.dtype))
+        return replace(weight, load=lambda: cast_to_stored(value, weight.dtype))
 
     return {name: handle(rest[name], value) for name, value in numbers.items()}
 
@@ -50,7 +52,7 @@ Patterns = dict[str, tuple[float, int | None]]
 def save(
     path: Path, weights: Mapping[str, Weight], numbers: Mapping[str, Quantized | Tensor]
 ) -> tuple[Schemes, Patterns]:
-    """Save numbers of some weights by role or name; what `handles` wants to know about them.
+    """Save numbers of some weights by role or name; what `open_handles` wants to know about them.
 
     A tensor that is not quantized takes the dtype of what it replaces.
     """
@@ -70,27 +72,29 @@ def save(
     return schemes, patterns
 
 
-def nbytes(weight: Weight) -> int:
+def estimate_saved_bytes(weight: Weight) -> int:
     """Bytes that `save` takes for the numbers of a planned weight."""
-    from moe2edge.numerics.packing import packed_shape
+    from moe2edge.numerics.packing import compute_packed_shape
 
     if (scheme := weight.scheme) is None:
         return weight.nbytes
     outs, ins = weight.shape
     # A scale in float32, a zero point in a byte.
     of_group = 4 if scheme.symmetric else 5
-    return outs * (packed_shape((ins,), scheme.bits)[0] + of_group * scheme.groups(ins))
+    return outs * (compute_packed_shape((ins,), scheme.bits)[0] + of_group * scheme.groups(ins))
 
 
 def _planned(role: str, value: Quantized | Tensor, weight: Weight) -> list[Planned]:
     import torch
 
-    from moe2edge.numerics.packing import pack_bytes, packed_shape
+    from moe2edge.numerics.packing import compute_packed_shape, pack_bytes
 
     if isinstance(value, torch.Tensor):
-        return [Planned(role, weight.shape, weight.dtype, lambda: as_stored(value, weight.dtype))]
+        return [
+            Planned(role, weight.shape, weight.dtype, lambda: cast_to_stored(value, weight.dtype))
+        ]
     bits, scales, zeros = value.scheme.bits, value.scales, value.zeros
-    shape = packed_shape(tuple(value.q.shape), bits)
+    shape = compute_packed_shape(tuple(value.q.shape), bits)
     planned = [
         Planned(f"{role}.q", shape, "U8", lambda: pack_bytes(value.q, bits)),
         Planned(f"{role}.scales", tuple(scales.shape), "F32", lambda: scales),
@@ -100,7 +104,7 @@ def _planned(role: str, value: Quantized | Tensor, weight: Weight) -> list[Plann
     return planned
 
 
-def handles(
+def open_handles(
     weights: Mapping[str, Weight],
     path: Path,
     schemes: Mapping[str, tuple[int, int, bool]],

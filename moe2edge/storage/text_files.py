@@ -51,7 +51,7 @@ def read_yaml(text: str, what: str) -> Any:
         raise InputError(f"{what} is not YAML as expected: {reason[:300]}") from error
 
 
-def _first_line(error: Exception) -> str:
+def get_first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
 
@@ -65,7 +65,7 @@ def read_json(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(
-            f"{path} is damaged ({_first_line(error)}); export or download it again"
+            f"{path} is damaged ({get_first_line(error)}); export or download it again"
         ) from error
     if not isinstance(data, dict):
         raise InputError(
@@ -74,7 +74,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def file_sha256(path: Path) -> str:
+def hash_file(path: Path) -> str:
     """SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

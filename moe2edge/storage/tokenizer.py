@@ -16,7 +16,7 @@ CONFIG = "tokenizer_config.json"
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
-def tokenizer_of(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> Any:
     """The tokenizer in a folder, from its own files only; nothing of it is executed.
 
     Raises:
@@ -44,7 +44,7 @@ def tokenizer_of(folder: Path) -> Any:
         raise InputError(f"the tokenizer in {folder} cannot be read: {reason}") from error
 
 
-def stop_ids(folder: Path, config: Mapping[str, Any] | None = None) -> frozenset[int]:
+def read_stop_ids(folder: Path, config: Mapping[str, Any] | None = None) -> frozenset[int]:
     """End tokens: of ``generation_config.json`` in a folder, else of its config.
 
     Args:
@@ -68,7 +68,7 @@ def stop_ids(folder: Path, config: Mapping[str, Any] | None = None) -> frozenset
     return frozenset(tokens)
 
 
-def context_length(config: Mapping[str, Any]) -> int | None:
+def read_context_length(config: Mapping[str, Any]) -> int | None:
     """Tokens that the model can hold, by ``config.json``; None if that does not tell."""
     length = config.get("max_position_embeddings")
     return length if type(length) is int else None

@@ -17,9 +17,9 @@ import psutil
 from moe2edge.errors import Diverged, DoesNotFit, InputError, Unsupported
 from moe2edge.model.layers import Weight
 from moe2edge.model.model import Block
-from moe2edge.storage.journal import FileLedger, Journal
-from moe2edge.storage.manifest import MANIFEST, is_artifact, present_files
-from moe2edge.storage.solved_blocks import handles, save
+from moe2edge.storage.journal import FileBlockJournal, Journal
+from moe2edge.storage.manifest import MANIFEST, is_artifact, list_files
+from moe2edge.storage.solved_blocks import open_handles, save
 from moe2edge.storage.text_files import read_json, sync_folder, write_whole
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def _strange_files(out: Path) -> list[str]:
     return [
         str((folder / name).relative_to(out))
         for folder in folders
-        for name in sorted(present_files(folder).keys() - _listed(folder) - {MANIFEST})
+        for name in sorted(list_files(folder).keys() - _listed(folder) - {MANIFEST})
     ]
 
 
@@ -99,7 +99,7 @@ def check_space(out: Path, needed: int) -> None:
 
 
 # What an unfinished export was begun with, and what differs is told of.
-Inputs = Mapping[str, str]
+RunInputs = Mapping[str, str]
 Resume = Literal["auto", "never", "require"]
 
 
@@ -114,9 +114,9 @@ class WorkFolder:
     def __post_init__(self) -> None:
         self.journal = Journal(self.folder)
 
-    def ledger(self, step: int) -> FileLedger:
+    def ledger(self, step: int) -> FileBlockJournal:
         """The finished blocks of the pass at position ``step``."""
-        return FileLedger(self.journal, step)
+        return FileBlockJournal(self.journal, step)
 
     def scratch(self, step: int, name: str) -> Path:
         """A folder for the pass ``name`` at position ``step``; what it holds is gone on with."""
@@ -142,7 +142,7 @@ class WorkFolder:
         path = self.folder / f"put-{self._count:05}.safetensors"
         self._count += 1
         weights = dict(block.weights())
-        return block.with_weights(handles(weights, path, *save(path, weights, numbers)))
+        return block.with_weights(open_handles(weights, path, *save(path, weights, numbers)))
 
     def put_rest(
         self, rest: Mapping[str, Weight], numbers: Mapping[str, Tensor]
@@ -150,12 +150,12 @@ class WorkFolder:
         """Save numbers of tensors outside of blocks by name; all of them, with new handles."""
         path = self.folder / f"put-{self._count:05}.safetensors"
         self._count += 1
-        return {**rest, **handles(rest, path, *save(path, rest, numbers))}
+        return {**rest, **open_handles(rest, path, *save(path, rest, numbers))}
 
 
 @contextlib.contextmanager
-def partial_folder(
-    out: Path, inputs: Inputs | None = None, resume: Resume = "auto"
+def open_partial_folder(
+    out: Path, inputs: RunInputs | None = None, resume: Resume = "auto"
 ) -> Iterator[tuple[Path, WorkFolder]]:
     """Folder to write into, and a work folder; both gone or renamed to ``out`` at the end.
 
@@ -217,7 +217,7 @@ def partial_folder(
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def _mark(partial: Path, inputs: Inputs | None, writer: psutil.Process | None) -> None:
+def _mark(partial: Path, inputs: RunInputs | None, writer: psutil.Process | None) -> None:
     """Write down whose folder it is, and who is writing into it; the marker is never half there."""
     marker: dict[str, Any] = {"inputs": dict(inputs or {})}
     if writer is not None:
@@ -225,7 +225,7 @@ def _mark(partial: Path, inputs: Inputs | None, writer: psutil.Process | None) -
     write_whole(partial / MARKER, json.dumps(marker))
 
 
-def _examine(partial: Path, inputs: Inputs | None, resume: Resume) -> bool:
+def _examine(partial: Path, inputs: RunInputs | None, resume: Resume) -> bool:
     """Whether a leftover can be gone on with; False: it is to be removed.
 
     Raises:
@@ -255,7 +255,7 @@ def _examine(partial: Path, inputs: Inputs | None, resume: Resume) -> bool:
     return True
 
 
-def _told(key: str, before: Inputs, now: Inputs) -> str:
+def _told(key: str, before: RunInputs, now: RunInputs) -> str:
     """What differs, by its first line that does."""
     old, new = before.get(key, "none"), now.get(key, "none")
     pairs = zip_longest(old.splitlines(), new.splitlines(), fillvalue="nothing")

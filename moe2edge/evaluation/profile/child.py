@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe2edge.errors import Moe2EdgeError
-from moe2edge.evaluation.profile.memory import Memory, Meter
-from moe2edge.runtime.generation import generate, note_of
+from moe2edge.evaluation.profile.memory import MemoryReading, Meter
+from moe2edge.runtime.generation import describe_runtime, generate
 from moe2edge.storage.text_files import read_json
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class Phases:
 
     def __init__(self, meter: Meter) -> None:
         self._meter = meter
-        self._seen: dict[str, Memory] = {}
+        self._seen: dict[str, MemoryReading] = {}
 
     def start(self) -> None:
         """Begin a phase."""
@@ -55,7 +55,7 @@ class Phases:
         }
 
 
-def answer(
+def measure_once(
     request: dict[str, Any],
     *,
     import_libraries: Callable[[], None],
@@ -86,7 +86,9 @@ def answer(
     runtime = open_runtime()
     load_s = clock() - begin
     phases.end("load")
-    runs = [run(runtime, p, request["gen_tokens"], phases, clock) for p in request["prompts"]]
+    runs = [
+        run_prompt(runtime, p, request["gen_tokens"], phases, clock) for p in request["prompts"]
+    ]
     return {
         "import_s": import_s,
         "load_s": load_s,
@@ -94,11 +96,11 @@ def answer(
         "memory": phases.to_json(),
         "dtype": runtime.dtype,
         "threads": runtime.threads,
-        "note": note_of(runtime),
+        "note": describe_runtime(runtime),
     }
 
 
-def run(
+def run_prompt(
     runtime: Runtime,
     prompt: Sequence[int],
     gen_tokens: int,
@@ -123,7 +125,7 @@ def run(
     return {"ttft_s": ttft_s, "gaps_s": gaps, "tokens": chosen}
 
 
-def main() -> int:
+def serve_request() -> int:
     """Serve one request; the exit code is that of the error, whose line goes to stderr."""
     # Libraries may write to stdout; the answer must be alone there.
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as stdout:
@@ -139,7 +141,7 @@ def main() -> int:
 def _serve(request: dict[str, Any]) -> dict[str, Any]:
     phases = Phases(Meter())
     import_libraries, open_runtime = _source(request)
-    return answer(
+    return measure_once(
         request, import_libraries=import_libraries, open_runtime=open_runtime, phases=phases
     )
 
@@ -149,23 +151,23 @@ def _source(request: dict[str, Any]) -> tuple[Callable[[], None], Callable[[], R
     folder, name, threads = Path(request["folder"]), request["target"], request["threads"]
 
     def import_libraries() -> None:
-        from moe2edge.pipeline.registry import target
+        from moe2edge.pipeline.registry import find_target
 
         # A source runs as an output of the target hf does.
-        _import(target(name or "hf").libraries, folder)
+        _import(find_target(name or "hf").libraries, folder)
         if threads is not None:
             import torch
 
             torch.set_num_threads(threads)
 
     def open_runtime() -> Runtime:
-        from moe2edge.pipeline.registry import target_with
+        from moe2edge.pipeline.registry import make_target
 
         if name is None:
             from moe2edge.runtime.torch_runtime import open_source
 
             return open_source(folder, dtype=request["dtype"])
-        return target_with(name, request.get("options", {})).reopen(folder)
+        return make_target(name, request.get("options", {})).reopen(folder)
 
     return import_libraries, open_runtime
 
@@ -187,4 +189,4 @@ def _import(names: Sequence[str], folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(serve_request())

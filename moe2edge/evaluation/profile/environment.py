@@ -11,7 +11,7 @@ from typing import Any
 PACKAGES = ("moe2edge", "torch", "transformers", "onnxruntime", "onnxruntime-gpu", "numpy")
 
 
-def environment() -> dict[str, Any]:
+def describe_environment() -> dict[str, Any]:
     """Machine and versions; null where unknown."""
     import psutil
 

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe2edge.errors import DoesNotFit, InputError, Moe2EdgeError, Unsupported, VerificationFailed
-from moe2edge.evaluation.profile.environment import environment
-from moe2edge.evaluation.profile.result import Profile, metrics_of, phases_of
-from moe2edge.storage.manifest import MANIFEST, is_artifact, open_artifact, present_files
-from moe2edge.storage.text_files import file_sha256, read_json
-from moe2edge.storage.tokenizer import context_length, tokenizer_of
+from moe2edge.evaluation.profile.environment import describe_environment
+from moe2edge.evaluation.profile.result import Profile, collect_metrics, collect_phases
+from moe2edge.storage.manifest import MANIFEST, is_artifact, list_files, open_artifact
+from moe2edge.storage.text_files import hash_file, read_json
+from moe2edge.storage.tokenizer import load_tokenizer, read_context_length
 
 if TYPE_CHECKING:
     from moe2edge.progress import Advance
@@ -31,7 +31,7 @@ _SIZES = ("prompt_tokens", "gen_tokens")
 
 
 @dataclass(frozen=True)
-class Settings:
+class ProfileSettings:
     """How much is measured.
 
     Attributes:
@@ -61,10 +61,10 @@ class Settings:
                 raise InputError(f"{name} is {value}; give 1 or more")
 
 
-PRESETS: Mapping[str, Settings] = {
-    "quick": Settings(prompt_tokens=64, gen_tokens=16, prompts=1, repeats=1),
-    "ci": Settings(),
-    "full": Settings(prompt_tokens=512, gen_tokens=128, prompts=5, repeats=5),
+PRESETS: Mapping[str, ProfileSettings] = {
+    "quick": ProfileSettings(prompt_tokens=64, gen_tokens=16, prompts=1, repeats=1),
+    "ci": ProfileSettings(),
+    "full": ProfileSettings(prompt_tokens=512, gen_tokens=128, prompts=5, repeats=5),
 }
 
 
@@ -73,7 +73,7 @@ def profile(
     *,
     text: str | None = None,
     prompts: Sequence[Sequence[int]] | None = None,
-    settings: Settings | None = None,
+    settings: ProfileSettings | None = None,
     fixed: Collection[str] | None = None,
     advance: Advance | None = None,
 ) -> Profile:
@@ -95,7 +95,7 @@ def profile(
     """
     if fixed is None:
         fixed = _SIZES if settings else ()
-    settings = settings or Settings()
+    settings = settings or ProfileSettings()
     if prompts is not None:
         settings = _fit_prompts(settings, prompts)
         fixed = {*fixed, "prompt_tokens"}
@@ -103,13 +103,13 @@ def profile(
     artifact, request = _subject(folder)
     settings, shrunk = fit_context(settings, _context(folder), fixed)
     if prompts is None:
-        prompts = cut_prompts(tokenizer_of(folder), text or "", settings)
+        prompts = cut_prompts(load_tokenizer(folder), text or "", settings)
     request |= {
         "prompts": [list(prompt) for prompt in prompts],
         "gen_tokens": settings.gen_tokens,
         "threads": settings.threads,
     }
-    env = environment()
+    env = describe_environment()
     created = datetime.now(UTC).isoformat(timespec="seconds")
     answers = []
     for n in range(settings.repeats):
@@ -121,17 +121,17 @@ def profile(
         artifact={**artifact, "dtype": answers[0]["dtype"], "note": answers[0]["note"]},
         workload=_workload(settings),
         env={**env, "threads": {"asked": settings.threads, "runtime": threads}},
-        metrics=metrics_of(answers, settings.prompt_tokens),
-        phases=phases_of(answers),
+        metrics=collect_metrics(answers, settings.prompt_tokens),
+        phases=collect_phases(answers),
         memory_method=memory["method"],
         memory_reason=memory["reason"],
-        sizes=sizes_of(folder),
+        sizes=measure_sizes(folder),
         created=created,
         warnings=(*shrunk, *_warnings(env, answers)),
     )
 
 
-def cut_prompts(tokenizer: Any, text: str, settings: Settings) -> list[list[int]]:
+def cut_prompts(tokenizer: Any, text: str, settings: ProfileSettings) -> list[list[int]]:
     """Prompts from evenly spaced places of a text, no two of which overlap; warm-up first.
 
     Raises:
@@ -148,7 +148,7 @@ def cut_prompts(tokenizer: Any, text: str, settings: Settings) -> list[list[int]
     return [ids[n * stride : n * stride + length] for n in range(number)]
 
 
-def ask_child(request: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
+def ask_child(request: Mapping[str, Any], settings: ProfileSettings) -> dict[str, Any]:
     """Have a fresh process measure once; its answer is that of `moe2edge.evaluation.profile.child`.
 
     Raises:
@@ -188,9 +188,9 @@ def ask_child(request: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
     return answer
 
 
-def sizes_of(folder: Path) -> dict[str, int]:
+def measure_sizes(folder: Path) -> dict[str, int]:
     """Bytes of the files of a folder, by class."""
-    found = present_files(folder)
+    found = list_files(folder)
     sizes = dict.fromkeys(("weights", "graph", "tokenizer", "config", "other"), 0)
     outside = any(name.endswith(".data") for name in found)
     for name, path in found.items():
@@ -221,7 +221,7 @@ def _subject(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         about = {
             "path": str(folder),
             "target": artifact.target,
-            "manifest_sha256": file_sha256(folder / MANIFEST),
+            "manifest_sha256": hash_file(folder / MANIFEST),
             "model": artifact.manifest.get("model"),
         }
         how = {"target": artifact.target, "options": dict(artifact.options)}
@@ -235,7 +235,7 @@ def _subject(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return about, {"folder": path, "target": None, "dtype": "bfloat16"}
 
 
-def _fit_prompts(settings: Settings, prompts: Sequence[Sequence[int]]) -> Settings:
+def _fit_prompts(settings: ProfileSettings, prompts: Sequence[Sequence[int]]) -> ProfileSettings:
     lengths = {len(prompt) for prompt in prompts}
     if len(prompts) < 2 or len(lengths) != 1:
         raise InputError(
@@ -248,12 +248,12 @@ def _fit_prompts(settings: Settings, prompts: Sequence[Sequence[int]]) -> Settin
 def _context(folder: Path) -> int | None:
     """Tokens that the model in a folder holds, where its config says so."""
     path = folder / "config.json"
-    return context_length(read_json(path)) if path.is_file() else None
+    return read_context_length(read_json(path)) if path.is_file() else None
 
 
 def fit_context(
-    settings: Settings, context: int | None, fixed: Collection[str]
-) -> tuple[Settings, tuple[str, ...]]:
+    settings: ProfileSettings, context: int | None, fixed: Collection[str]
+) -> tuple[ProfileSettings, tuple[str, ...]]:
     """Settings that fit the context of the model, and a warning if they had to be changed.
 
     Args:
@@ -284,7 +284,7 @@ def fit_context(
     )
 
 
-def _workload(settings: Settings) -> dict[str, Any]:
+def _workload(settings: ProfileSettings) -> dict[str, Any]:
     return {
         "prompt_tokens": settings.prompt_tokens,
         "gen_tokens": settings.gen_tokens,

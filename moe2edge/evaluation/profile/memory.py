@@ -12,7 +12,7 @@ OTHER_METHOD = "psutil resident set size at the end of the phase"
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryReading:
     """Memory of one process in one phase, in bytes; None where it cannot be known.
 
     Attributes:
@@ -27,10 +27,10 @@ class Memory:
     rss_anon: int | None
     rss_file: int | None
 
-    def merge(self, other: Memory) -> Memory:
+    def merge(self, other: MemoryReading) -> MemoryReading:
         """The larger of both, field by field; unknown if either is."""
         pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
-        return Memory(*(None if a is None or b is None else max(a, b) for a, b in pairs))
+        return MemoryReading(*(None if a is None or b is None else max(a, b) for a, b in pairs))
 
 
 class Meter:
@@ -59,7 +59,7 @@ class Meter:
         if self.reason is None:
             self._set_back()
 
-    def read(self) -> Memory:
+    def read(self) -> MemoryReading:
         """Memory since `start`."""
         return self._from_proc() if self.reason is None else self._from_psutil()
 
@@ -67,13 +67,13 @@ class Meter:
         # 5 sets VmHWM back to the present resident set size (proc_pid_clear_refs(5)).
         (PROC / "clear_refs").write_text("5")
 
-    def _from_proc(self) -> Memory:
+    def _from_proc(self) -> MemoryReading:
         lines = (PROC / "status").read_text().splitlines()
         fields = {key: value for key, _, value in (line.partition(":") for line in lines)}
         names = ("VmHWM", "VmRSS", "RssAnon", "RssFile")
-        return Memory(*(int(fields[name].split()[0]) * 1024 for name in names))
+        return MemoryReading(*(int(fields[name].split()[0]) * 1024 for name in names))
 
-    def _from_psutil(self) -> Memory:
+    def _from_psutil(self) -> MemoryReading:
         import psutil
 
-        return Memory(None, psutil.Process().memory_info().rss, None, None)
+        return MemoryReading(None, psutil.Process().memory_info().rss, None, None)

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from moe2edge.evaluation.profile.memory import Memory
+from moe2edge.evaluation.profile.memory import MemoryReading
 
-SCHEMA_VERSION = 1
-KIND = "moe2edge.profile"
+PROFILE_VERSION = 1
+PROFILE_KIND = "moe2edge.profile"
 DEFINITIONS: Mapping[str, str] = {
     "import_ms": "import of the libraries that the runtime needs, in a fresh process",
     "load_ms": "opening the folder in its runtime; files as the system has them cached",
@@ -89,10 +89,10 @@ class Phase:
     """Memory of one phase, once per process."""
 
     name: str
-    samples: tuple[Memory, ...]
+    samples: tuple[MemoryReading, ...]
 
     @property
-    def largest(self) -> Memory:
+    def largest(self) -> MemoryReading:
         """Largest values over the processes."""
         first, *others = self.samples
         for other in others:
@@ -143,8 +143,8 @@ class Profile:
     def to_json(self) -> dict[str, Any]:
         """The profile as JSON values; unknown values are null, with a reason."""
         return {
-            "schema_version": SCHEMA_VERSION,
-            "kind": KIND,
+            "schema_version": PROFILE_VERSION,
+            "kind": PROFILE_KIND,
             "created": self.created,
             "warnings": list(self.warnings),
             "artifact": dict(self.artifact),
@@ -167,8 +167,8 @@ class Profile:
         }
 
 
-def metrics_of(answers: Sequence[Mapping[str, Any]], prompt_tokens: int) -> dict[str, Metric]:
-    """Metrics of what the child processes answered (see `moe2edge.evaluation.profile.child.answer`)."""
+def collect_metrics(answers: Sequence[Mapping[str, Any]], prompt_tokens: int) -> dict[str, Metric]:
+    """Metrics of what the child processes answered (see `moe2edge.evaluation.profile.child.measure_once`)."""
     runs = [run for a in answers for run in a["runs"]]
     ttft = [run["ttft_s"] for run in runs]
     gaps = [gap for run in runs for gap in run["gaps_s"]]
@@ -184,11 +184,12 @@ def metrics_of(answers: Sequence[Mapping[str, Any]], prompt_tokens: int) -> dict
     }
 
 
-def phases_of(answers: Sequence[Mapping[str, Any]]) -> tuple[Phase, ...]:
+def collect_phases(answers: Sequence[Mapping[str, Any]]) -> tuple[Phase, ...]:
     """Memory phases of what the child processes answered, in the order of the first."""
     names = answers[0]["memory"]["phases"]
     return tuple(
-        Phase(name, tuple(Memory(**a["memory"]["phases"][name]) for a in answers)) for name in names
+        Phase(name, tuple(MemoryReading(**a["memory"]["phases"][name]) for a in answers))
+        for name in names
     )
 
 

@@ -18,7 +18,7 @@ _NAMES = {
 _MIB = 2**20
 
 
-def table(result: Profile) -> Table:
+def build_profile_table(result: Profile) -> Table:
     """Times, memory and sizes, each with its unit."""
     work, subject = result.workload, result.artifact
     shown = Table(
