@@ -89,7 +89,7 @@ def estimate_work_bytes(recipe: Recipe, model: Model, budget: Memory) -> int:
         if isinstance(step, Slim | Search):
             found += _new_nbytes(before, after, known=isinstance(step, Slim))
         if isinstance(step, Slim) and step.needs_tokens:
-            spilled = budget.stream is not None and stream > budget.stream
+            spilled = budget.hidden_bytes is not None and stream > budget.hidden_bytes
             # In front of a block and behind it; in memory, what enters a block and what it adds.
             most = 4 * stream if spilled else 2 * stream
     return found + most + sum(cost.disk for _, cost in _training_costs(recipe, model))

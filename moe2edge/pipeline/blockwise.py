@@ -168,7 +168,7 @@ class _BlockWork:
 
     def _together(self, expert: Dense) -> int:
         """Experts that are solved at once within the memory that there is."""
-        room = self._memory.together
+        room = self._memory.group_bytes
         if self._device.type == "cuda":
             # There a loop over columns takes as long for one expert as for many.
             room = _gpu_memory(self._device) // 2
