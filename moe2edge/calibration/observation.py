@@ -1,4 +1,4 @@
-"""What one batch of one block shows, and who looks at it."""
+"""Traces of one batch in one block, and the observers that read them."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RouterTrace:
-    """What the router of a block did with N tokens.
+    """Inputs and choices of a router for N tokens.
 
     Attributes:
         inputs: input of the MoE layer, [N, hidden].
         logits: router logits, [N, experts].
-        weights: what expert outputs are multiplied with, [N, k].
+        weights: gate weights, by which expert outputs are multiplied, [N, k].
         ids: the chosen experts, int64 [N, k].
     """
 
@@ -36,19 +36,20 @@ class RouterTrace:
 
 @dataclass(frozen=True)
 class BlockTrace:
-    """What one batch of one block showed.
+    """Activations of one batch in one block.
 
     Attributes:
         block: the block.
-        inputs, outputs: its residual stream, [batch, length, hidden].
-        attended: the stream between attention and what follows it.
-        mlp_inputs, mlp_outputs: of the MoE layer or MLP, [batch, length, hidden].
-        routing: what its router did, None for a dense block.
+        inputs, outputs: residual stream before and after the block, [batch, length, hidden].
+        attended: residual stream between attention and the MoE layer or MLP, same shape.
+        mlp_inputs, mlp_outputs: input and output of the MoE layer or MLP, same shape.
+        routing: trace of the router; None for a dense block.
         linear_inputs: inputs [N, in] of the matrices of attention, shared expert and dense MLP,
             by role.
-        expert_hidden: input [n, width] of ``down`` of an expert, or of a member, for its inputs
-            [n, hidden].
-        expert_output: output [n, hidden] of one for its inputs [n, hidden].
+        expert_hidden: function from the index of an expert (or tied expert) and its inputs
+            [n, hidden] to its intermediate activations [n, width], the input of ``down``.
+        expert_output: function from the index of an expert (or tied expert) and its inputs
+            [n, hidden] to its output [n, hidden].
     """
 
     block: Block
@@ -71,20 +72,21 @@ class Observer(Protocol[Fact_co]):
     """A visitor of a walk that gathers one fact about the model."""
 
     def observe(self, trace: BlockTrace) -> None:
-        """Take in what one batch of one block showed."""
+        """Add the trace of one batch of one block."""
         ...
 
     def result(self) -> Fact_co:
-        """What was learned, after the walk."""
+        """Return the fact, after the walk."""
         ...
 
 
-# Makes a fresh observer: its class, or a value that compares equal if it would gather the same.
+# Makes a fresh observer: the class of the observer, or a value that compares equal to every other
+# that makes observers of the same fact.
 ObserverFactory = Callable[[], Observer[Any]]
 
 
 class Facts:
-    """What a walk learned, keyed by the kind of observer: ``facts[RoutingObserver]``."""
+    """Results of a walk by the factory of their observer, as in ``facts[RoutingObserver]``."""
 
     def __init__(self, facts: Mapping[ObserverFactory, object] | None = None) -> None:
         self._facts: dict[ObserverFactory, Any] = dict(facts or {})
