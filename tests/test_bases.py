@@ -527,7 +527,7 @@ def test_members_are_counted(tiny: Make, tmp_path: Path) -> None:
     assert manifest["members"] == [6, 6, 6]
     assert not manifest["materialized"]
     told = CliRunner().invoke(main, ["inspect", str(out)])
-    assert "experts that share these per MoE layer: [6, 6, 6]" in told.output
+    assert "tied experts per MoE layer: [6, 6, 6]" in told.output
     again = CliRunner().invoke(main, ["export", str(out), "-t", "gptq", "-o", str(tmp_path / "o")])
     assert again.exit_code == 6, again.output
     assert "or replaced experts (per_layer_config)" in again.output
