@@ -105,7 +105,7 @@ def test_recipes_are_read_without_torch() -> None:
         "import sys; import moe2edge.cli.main; from moe2edge.pipeline import recipe, registry;"
         "from moe2edge.storage import checkpoint;"
         "recipe.parse(recipe.find('trim-w4'));"
-        "[registry.target(n) for n in registry.target_names()];"
+        "[registry.find_target(n) for n in registry.list_targets()];"
         "bad = {'torch', 'transformers', 'onnx', 'onnxruntime', 'numpy'} & set(sys.modules);"
         "sys.exit(str(bad) if bad else 0)"
     )

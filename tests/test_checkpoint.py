@@ -239,7 +239,7 @@ def test_each_file_is_opened_once(tiny: Make, monkeypatch: pytest.MonkeyPatch) -
         opened.append(path)
         return safe_open(path, framework=framework)
 
-    monkeypatch.setattr("moe2edge.storage.checkpoint.safe_open", counting)
+    monkeypatch.setattr("moe2edge.storage.safetensors_files.safe_open", counting)
     folder = tiny("olmoe", num_hidden_layers=2)
     for _, _, weight in open_checkpoint(str(folder)).model.tensors():
         weight.load()

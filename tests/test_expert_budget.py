@@ -20,9 +20,8 @@ from moe2edge.errors import DoesNotFit, InputError
 from moe2edge.model.family import FAMILIES
 from moe2edge.model.layers import Weight
 from moe2edge.model.model import Model
-from moe2edge.numerics import bootstrap, metrics
+from moe2edge.numerics import allocation, bootstrap, metrics
 from moe2edge.numerics.allocation import Counts
-from moe2edge.passes import _allocation_trials as budgets
 from moe2edge.passes._allocation_trials import Ranker, Trimmer
 from moe2edge.passes.expert_budget import ExpertBudget
 from moe2edge.pipeline.contract import Outcome, PassContext
@@ -137,7 +136,7 @@ def test_uniform_is_taken_where_sensitivities_mislead(
 ) -> None:
     model = idle_in(open_checkpoint(str(tiny("olmoe"))).model, 1)
     # As wrong as can be: everything to the layer that does nothing.
-    monkeypatch.setattr(budgets, "allocate", lambda *_: (2, 6, 2))
+    monkeypatch.setattr(allocation, "allocate", lambda *_: (2, 6, 2))
     outcome = search(options(keep=4, sensitivity="error", criterion="reap"), model)
     assert counts_of(outcome.model) == (4, 4, 4)
     assert outcome.notes[0].startswith("uniform (taken): experts per MoE layer 4 4 4")

@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from moe2edge.calibration import evidence as gathering
 from moe2edge.calibration import walk
 from moe2edge.cli.main import main
 from moe2edge.errors import DoesNotFit, InputError
@@ -23,7 +24,6 @@ from moe2edge.model.family import FAMILIES
 from moe2edge.model.layers import Dense, MoELayer, UnroutedMLP
 from moe2edge.model.model import Model
 from moe2edge.numerics import subset_loss
-from moe2edge.numerics import subset_loss as subsets
 from moe2edge.numerics.subset_loss import RoutingRule, SubsetEvidence
 from moe2edge.passes.expert_search import ExpertSearch
 from moe2edge.pipeline.contract import Outcome, PassContext
@@ -363,8 +363,8 @@ def test_each_expert_runs_once_per_token(
 
     monkeypatch.setattr(walk.BlockRunner, "_expert_output", count)
     monkeypatch.setattr(walk, "BATCH_TOKENS", 80)
-    monkeypatch.setattr(subsets, "LEAST_ROWS", 7)
-    monkeypatch.setattr(subsets, "OUTPUT_BYTES", 0)
+    monkeypatch.setattr(gathering, "LEAST_ROWS", 7)
+    monkeypatch.setattr(gathering, "OUTPUT_BYTES", 0)
     model = open_checkpoint(str(tiny("qwen3_moe"))).model
     step = options(keep=3, method=method, tokens=tokens, progressive=progressive)
     search(step, model)

@@ -21,7 +21,7 @@ from moe2edge.numerics.rounding import round_to_nearest
 from moe2edge.numerics.scheme import Scheme
 from moe2edge.pipeline.registry import find_target
 from moe2edge.runtime.load import load
-from moe2edge.storage import checkpoint
+from moe2edge.storage import safetensors_files
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.targets.gptq import Gptq
 from moe2edge.targets.hf import Hf
@@ -261,7 +261,7 @@ def test_parameters_are_no_views_into_the_file(tiny: Make, tmp_path: Path) -> No
 
 
 def test_shards(tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 40_000)
+    monkeypatch.setattr(safetensors_files, "SHARD_BYTES", 40_000)
     folder = export_cut("gptq", tiny("olmoe"), WHOLE, tmp_path / "out")
     assert len(list(folder.glob("*.safetensors"))) > 3
     assert_same_model(folder, "gptq", reference(tiny("olmoe"), WHOLE, True))

@@ -497,7 +497,7 @@ def test_different_tokens_are_a_warning(monkeypatch: pytest.MonkeyPatch, checkpo
     answers: Iterator[dict[str, Any]] = iter(clocked_answer(n, range(10, 18)) for n in (2, 3))
     monkeypatch.setattr(measure, "ask_child", lambda *_: next(answers))
     idle = {"cpu": {"usable": 2, "logical": 2}, "load_avg": 0.1}
-    monkeypatch.setattr(measure, "environment", lambda: idle)
+    monkeypatch.setattr(measure, "describe_environment", lambda: idle)
     result = profile(checkpoint, prompts=PROMPTS, settings=ProfileSettings(repeats=2))
     assert result.warnings == ("greedy decoding gave different tokens in different processes",)
 
@@ -505,7 +505,7 @@ def test_different_tokens_are_a_warning(monkeypatch: pytest.MonkeyPatch, checkpo
 def test_a_busy_machine_is_a_warning(monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> None:
     monkeypatch.setattr(measure, "ask_child", lambda *_: clocked_answer(2, range(10, 18)))
     busy = {"cpu": {"usable": None, "logical": 2}, "load_avg": 1.6}
-    monkeypatch.setattr(measure, "environment", lambda: busy)
+    monkeypatch.setattr(measure, "describe_environment", lambda: busy)
     (warning,) = profile(checkpoint, prompts=PROMPTS).warnings
     assert "load 1.6 on 2 cores" in warning
 

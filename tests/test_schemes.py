@@ -271,7 +271,7 @@ def test_the_exact_way_is_needed(
     model = quantize(opened(tiny("olmoe", initializer_range=0.05, **sizes)), Scheme(bits, 32))
     Onnx().write(model, tmp_path)
     monkeypatch.setattr(_onnx_exact, "_split_groups", lambda graph: None)
-    monkeypatch.setattr(_onnx_runtime, "float_experts", nullcontext)
+    monkeypatch.setattr(_onnx_runtime, "use_float_experts", nullcontext)
     found = Onnx().reopen(tmp_path, exact=True).logits(IDS)
     assert (found - logits(model)).abs().max() > TOLERANCE
 
