@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers import NO_TOKENS, QUIET, make_context, search
 from moe2edge.calibration.tokens import Tokens
 from moe2edge.errors import DoesNotFit, InputError
 from moe2edge.model.edits import materialize
@@ -29,11 +30,8 @@ from moe2edge.runtime.load import build_transformers_model
 from moe2edge.runtime.memory import Memory
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.storage.work_folder import WorkFolder
-from moe2edge.testing import QUICK_TRAINING, InMemory, Make, add_copies, read_all_numbers
+from moe2edge.testing import QUICK_TRAINING, Make, add_copies, read_all_numbers
 from moe2edge.testing import make_learnable_text as text
-
-QUIET = Reporter(lambda _: None, lambda *_: None)
-NO_TOKENS = torch.empty(0, 0, dtype=torch.int64)
 
 
 class Leaning(torch.nn.Module):
@@ -87,8 +85,7 @@ def sharing(tiny: Make, family: str, **options: Any) -> tuple[Model, Model]:
     """A source, and a model some of whose experts share bases."""
     model = open_checkpoint(str(tiny(family))).model
     step = ExpertReplace.model_validate({"with": "base", "budget": 0.6, **options}).resolve(model)
-    reporter: Any = SimpleNamespace(advance=lambda *_: None, log=lambda _: None)
-    return model, step.search(PassContext(model, model, text(), InMemory(), reporter)).model
+    return model, search(step, model, text()).model
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -98,7 +95,7 @@ def test_annealing_goes_from_the_source_to_what_is_exported(
 ) -> None:
     """With a share of 1 the model is the source, with 0 what will be written."""
     source, model = sharing(tiny, family, rank=rank)
-    context = PassContext(source, model, NO_TOKENS, InMemory(), QUIET, training=text())
+    context = make_context(model, NO_TOKENS, source, training=text())
     loaded: Any = build_transformers_model(model, torch.float32)
     ids = text(2)
     with torch.no_grad():
@@ -122,7 +119,7 @@ def test_annealing_goes_from_the_source_to_what_is_exported(
 def test_half_an_original_is_the_mean_of_matrices(tiny: Make) -> None:
     """``W_eff = s W + (1 - s) (B + second @ first)``, matrix by matrix."""
     source, model = sharing(tiny, "mixtral", rank=2)
-    context = PassContext(source, model, NO_TOKENS, InMemory(), QUIET, training=text())
+    context = make_context(model, NO_TOKENS, source, training=text())
     loaded: Any = build_transformers_model(model, torch.float32)
     parts = Recover(anneal=0.5)._begin_annealing(context, loaded)
     block, layer = next((b, m) for b, m in model.moe_blocks if m.members)
@@ -149,7 +146,7 @@ def test_members_are_trained_and_come_back(tiny: Make, anneal: float | None, ran
     source, model = sharing(tiny, "olmoe", rank=rank)
     step = Recover.model_validate({**QUICK_TRAINING, "steps": 12, "anneal": anneal})
     step.check(model)
-    context = PassContext(source, model, NO_TOKENS, InMemory(), QUIET, training=text())
+    context = make_context(model, NO_TOKENS, source, training=text())
     outcome = step.search(context)
     history = outcome.figures["history"]
     assert outcome.figures["best_step"] > 0
@@ -177,10 +174,8 @@ def test_an_annealed_run_that_was_killed_ends_with_the_same_bits(
 
     def run(folder: Path, reporter: Reporter) -> Model:
         folder.mkdir(exist_ok=True)
-        return step.search(
-            PassContext(
-                source, model, NO_TOKENS, InMemory(), reporter, training=text(), scratch=folder
-            )
+        return search(
+            step, model, NO_TOKENS, source, reporter, training=text(), scratch=folder
         ).model
 
     expected = read_all_numbers(run(tmp_path / "whole", QUIET))
@@ -214,7 +209,7 @@ def test_adapters_stay_off_matrices_that_members_read(
     }
     step = Recover.model_validate(options)
     step.check(model)
-    context = PassContext(source, model, NO_TOKENS, InMemory(), QUIET, training=text())
+    context = make_context(model, NO_TOKENS, source, training=text())
     outcome = step.search(context)
     assert outcome.figures["best_step"] > 0
     before = read_all_numbers(model)
@@ -236,7 +231,7 @@ def test_adapters_stay_off_matrices_that_members_read(
 def test_factors_alone_are_annealed_in_every_layer(tiny: Make) -> None:
     """Also where one expert of a layer is, whose place in the layer nobody shares."""
     source, model = sharing(tiny, "olmoe", **{"with": "svd", "budget": 0.9, "rank": 4})
-    context = PassContext(source, model, NO_TOKENS, InMemory(), QUIET, training=text())
+    context = make_context(model, NO_TOKENS, source, training=text())
     parts = Recover(anneal=0.5)._begin_annealing(
         context, build_transformers_model(model, torch.float32)
     )
@@ -245,9 +240,7 @@ def test_factors_alone_are_annealed_in_every_layer(tiny: Make) -> None:
 
 def test_memory_is_looked_at_again_before_training(tiny: Make) -> None:
     source, model = sharing(tiny, "olmoe")
-    context = PassContext(
-        source, model, NO_TOKENS, InMemory(), QUIET, training=text(), memory=Memory(limit=10**8)
-    )
+    context = make_context(model, NO_TOKENS, source, training=text(), memory=Memory(limit=10**8))
     with pytest.raises(DoesNotFit, match=r"recover trains, which needs .* GB"):
         Recover.model_validate({**QUICK_TRAINING, "anneal": 0.5}).search(context)
 

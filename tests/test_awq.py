@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from helpers import compute_logits, plan
 from moe2edge.calibration import walk
 from moe2edge.model.family import FAMILIES
 from moe2edge.model.layers import MoELayer, Weight
@@ -23,7 +24,7 @@ from moe2edge.passes.awq import Awq
 from moe2edge.passes.rtn import Rtn
 from moe2edge.pipeline.contract import Outcome
 from moe2edge.pipeline.solver import GroupSolver
-from moe2edge.pipeline.stages import enforce, plan_passes
+from moe2edge.pipeline.stages import enforce
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.testing import Make
 
@@ -56,7 +57,7 @@ def model_of(make: Make, family: str, **changes: Any) -> Model:
 
 def run(step: Awq, model: Model, ids: torch.Tensor = IDS) -> tuple[Model, list[str]]:
     """The model after the pass, held against the contract, and the notes."""
-    planned, before = plan_passes([step], model), model
+    planned, before = plan([step], model), model
     notes: list[str] = []
     solver, hidden = step.solver(model), walk.embed(model, ids)
     assert not isinstance(solver, GroupSolver)
@@ -88,8 +89,7 @@ def rounded(step: Rtn, model: Model) -> Model:
 
 
 def logits(model: Model) -> torch.Tensor:
-    hidden = walk.observe(model, IDS, (), lambda *_: None, "")
-    return torch.stack(list(walk.compute_logits(model, hidden)))
+    return compute_logits(model, IDS)
 
 
 def distance(one: torch.Tensor, other: torch.Tensor) -> float:

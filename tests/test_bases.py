@@ -7,16 +7,14 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner
 from torch import Tensor
 
+from helpers import compute_logits, export, run, search
 from moe2edge.calibration import observation, walk
-from moe2edge.cli.main import main
 from moe2edge.commands.preflight import estimate_work_bytes
 from moe2edge.model.family import FAMILIES
 from moe2edge.model.layers import PARTS, Member, MoELayer
@@ -26,17 +24,13 @@ from moe2edge.numerics.base_sharing import SharingCost
 from moe2edge.passes._replace_bases import count_expert_bytes
 from moe2edge.passes.expert_replace import ExpertReplace
 from moe2edge.pipeline import recipe
-from moe2edge.pipeline.contract import Outcome, PassContext, Search
-from moe2edge.progress import Reporter
+from moe2edge.pipeline.contract import Outcome, Search
 from moe2edge.runtime.memory import Memory
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.storage.output import open_stored_model
-from moe2edge.testing import InMemory, Make
+from moe2edge.testing import Make
 
 IDS = torch.randint(1, 96, (8, 48), generator=torch.Generator().manual_seed(9))
-TEXT = ["--set", "calibration.samples=12", "--set", "calibration.length=48"]
-QUIET = Reporter(lambda _: None, lambda *_: None)
-LESS = ["--set", "evaluation.samples=2", "--set", "evaluation.length=48", "-q", "--json"]
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -203,8 +197,7 @@ def replace_experts(model: Model, **options: Any) -> Outcome:
     step = ExpertReplace.model_validate({"with": "base", "budget": 0.6, **options})
     step = step.resolve(model)
     step.check(model)
-    reporter: Any = SimpleNamespace(advance=lambda *_: None, log=lambda _: None)
-    outcome = step.search(PassContext(model, model, IDS, InMemory(), reporter))
+    outcome = search(step, model, IDS)
     outcome.model.verify()
     return outcome
 
@@ -249,10 +242,7 @@ def test_a_base_is_the_mean_of_its_members_by_router_mass(tiny: Make, family: st
 
 
 def distance(model: Model, other: Model) -> float:
-    logits = [
-        torch.stack(list(walk.compute_logits(m, walk.observe(m, IDS, [], lambda *_: None, ""))))
-        for m in (model, other)
-    ]
+    logits = [compute_logits(m, IDS) for m in (model, other)]
     return float((logits[0] - logits[1]).abs().mean())
 
 
@@ -304,17 +294,6 @@ def test_a_control_groups_at_random(tiny: Make) -> None:
 
 
 # ---- exported ------------------------------------------------------------------------------------
-
-
-def export(
-    folder: Path, out: Path, steps: list[Any], target: str, *more: str
-) -> tuple[int, str, Any]:
-    recipe = out.with_suffix(".json")
-    recipe.write_text(json.dumps({"passes": steps}))
-    command = ["export", str(folder), "-t", target, "-o", str(out), "-r", str(recipe)]
-    result = CliRunner().invoke(main, [*command, *TEXT, *LESS, *more])
-    report = json.loads(result.stdout) if result.exit_code == 0 else None
-    return result.exit_code, result.stderr, report
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -387,8 +366,8 @@ def test_too_little_memory_is_told_before_any_work(
     file, out = tmp_path / "recipe.yaml", tmp_path / "out"
     calibration = {"samples": 100_000, "length": 128}
     file.write_text(json.dumps({"passes": [options], "calibration": calibration}))
-    run = ["export", str(tiny("olmoe")), "-r", str(file), "-t", "hf:layout=natural", "-o", str(out)]
-    result = CliRunner().invoke(main, [*run, "--max-memory", "2GB", "-q"])
+    command = ["export", tiny("olmoe"), "-r", file, "-t", "hf:layout=natural", "-o", out]
+    result = run(*command, "--max-memory", "2GB", "-q")
     assert result.exit_code == 5
     assert f"{next(iter(options))} sums up what" in result.stderr
     assert not out.exists()
@@ -404,10 +383,9 @@ def test_numbers_on_the_disk_are_counted_before(tiny: Make) -> None:
     ]
     for one in passes:
         parsed = recipe.parse(json.dumps({"passes": [one]})).resolve(model)
-        context = PassContext(model, model, IDS, InMemory(), QUIET)
         step = parsed.passes[0]
         assert isinstance(step, Search)
-        found = step.search(context).model
+        found = search(step, model, IDS).model
         known = {weight.load for _, _, weight in model.tensors()}
         new = sum(weight.nbytes for _, _, weight in found.tensors() if weight.load not in known)
         # Which layers lose how many experts to a base is only known afterwards.
@@ -502,9 +480,7 @@ def test_members_can_be_materialized(tiny: Make, tmp_path: Path, family: str) ->
     model = open_stored_model(open_checkpoint(str(out)))
     assert model.nbytes == open_checkpoint(str(folder)).model.nbytes
     loaded: Any = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
-    expected = torch.stack(
-        list(walk.compute_logits(model, walk.observe(model, IDS, [], lambda *_: None, "")))
-    )
+    expected = compute_logits(model, IDS)
     with torch.no_grad():
         assert torch.allclose(loaded(IDS).logits, expected, atol=1e-4)
 
@@ -526,9 +502,9 @@ def test_members_are_counted(tiny: Make, tmp_path: Path) -> None:
     manifest = json.loads((out / "manifest.json").read_text())["model"]
     assert manifest["members"] == [6, 6, 6]
     assert not manifest["materialized"]
-    told = CliRunner().invoke(main, ["inspect", str(out)])
+    told = run("inspect", str(out))
     assert "experts that share these per MoE layer: [6, 6, 6]" in told.output
-    again = CliRunner().invoke(main, ["export", str(out), "-t", "gptq", "-o", str(tmp_path / "o")])
+    again = run("export", str(out), "-t", "gptq", "-o", str(tmp_path / "o"))
     assert again.exit_code == 6, again.output
     assert "or replaced experts (per_layer_config)" in again.output
 

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
 
-from moe2edge.cli.main import main
+from helpers import run
 from moe2edge.model.model import is_quantizable
 from moe2edge.numerics.grid import Quantized
 from moe2edge.pipeline import registry
@@ -64,9 +63,7 @@ def test_the_runtime_agrees_with_pytorch_over_32_cached_steps(builtin_out: Path)
 
 
 def test_it_continues_python(builtin_out: Path) -> None:
-    result = CliRunner().invoke(
-        main, ["generate", str(builtin_out / "onnx"), "def read_json(path):"]
-    )
+    result = run("generate", str(builtin_out / "onnx"), "def read_json(path):")
     assert result.exit_code == 0, result.output
     # Greedy, so the same every time; how good it is, the model's card says.
     first_line, rest = result.stdout.split("\n", 1)
@@ -84,13 +81,10 @@ def test_recipes_of_the_first_paper(
 ) -> None:
     """Expert, Layer and Block Drop, each with GPTQ and AWQ (arXiv 2406.02500, table 3)."""
     out = tmp_path / "out"
-    result = CliRunner().invoke(
-        main,
-        [
-            "export", BUILTIN, "-t", "gptq", "-o", str(out), "-r", f"{name}-{how}", "--json",
-            "--set", "calibration.samples=12", "--set", "calibration.length=128",
-            "--set", "evaluation.samples=2", "-q",
-        ],
+    result = run(
+        "export", BUILTIN, "-t", "gptq", "-o", str(out), "-r", f"{name}-{how}", "--json",
+        "--set", "calibration.samples=12", "--set", "calibration.length=128",
+        "--set", "evaluation.samples=2", "-q",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)

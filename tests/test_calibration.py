@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner
 
+from helpers import run
 from moe2edge.calibration.sources import TextSource
 from moe2edge.calibration.tokens import list_parts, load_tokens, read_texts, share_out
-from moe2edge.cli.main import main
 from moe2edge.errors import InputError
 from moe2edge.pipeline.recipe import parse_section
 from moe2edge.storage.tokenizer import load_tokenizer
@@ -294,7 +293,7 @@ def test_a_mix_on_the_command_line_is_told_in_full(tiny: Make, texts: Path, toke
         "--calib", "a.txt:3,qa.jsonl:1", "--set", "calibration.template='{question} {answer}'",
         "--set", "calibration.samples=8", "--set", "calibration.length=16",
     ]  # fmt: skip
-    result = CliRunner().invoke(main, arguments)
+    result = run(*arguments)
     assert result.exit_code == 0, result.output
     source = mix("a.txt:3,qa.jsonl:1", template="{question} {answer}", samples=8, length=16)
     found = json.loads(Path("s.json").read_text())["calibration"]

@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 import onnx
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
 
-from moe2edge.cli.main import main
+from helpers import run, write_text
 from moe2edge.errors import InputError
 from moe2edge.evaluation.profile import measure
 from moe2edge.pipeline import registry
@@ -22,16 +22,12 @@ from moe2edge.pipeline.target import Target
 from moe2edge.testing import Make
 
 
-def run(*args: str | Path) -> Result:
-    return CliRunner().invoke(main, [str(a) for a in args])
-
-
 @pytest.fixture(scope="module")
 def pair(tiny: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Both quantized targets, one with an option of its own. Do not write there."""
     out = tmp_path_factory.mktemp("options") / "out"
     text = out.parent / "text.txt"
-    text.write_text("".join(chr(33 + (n * n + n // 7) % 90) for n in range(4000)))
+    write_text(text)
     result = run(
         "export", tiny("olmoe"), "-t", "onnx:accuracy_level=0, gptq", "-o", out, "-r", "w4-rtn",
         "--eval", text, "--set", "evaluation.samples=2", "--set", "evaluation.length=32",

@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
 
-from moe2edge.cli.main import main
+from helpers import QUIET, run, write_text
 from moe2edge.commands.decide import check_decidable, decide
 from moe2edge.commands.texts import load_calibration
 from moe2edge.errors import InputError
@@ -21,12 +20,10 @@ from moe2edge.model.model import Model
 from moe2edge.pipeline import decisions, recipe
 from moe2edge.pipeline.contract import Outcome, Pass, PassContext, Search
 from moe2edge.pipeline.runner import run_passes
-from moe2edge.progress import Reporter
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.storage.work_folder import WorkFolder
 from moe2edge.testing import Make
 
-QUIET = Reporter(lambda _: None, lambda *_: None)
 SMALL = ["calibration.samples=8", "calibration.length=64"]
 SET = [part for setting in SMALL for part in ("--set", setting)]
 # Every form that a block can take, and every pass that chooses.
@@ -49,17 +46,13 @@ RECIPES = {
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("".join(chr(33 + (n * n + n // 7) % 90) for n in range(4000)))
+    write_text(path)
     return path
 
 
 def parse(passes: str, text: Path, *settings: str) -> recipe.Recipe:
     texts = [f"{name}.text={json.dumps(str(text))}" for name in ("calibration", "evaluation")]
     return recipe.parse(f"passes: {passes}", [*texts, *SMALL, *settings])
-
-
-def run(*args: str | Path) -> Result:
-    return CliRunner().invoke(main, [str(a) for a in args])
 
 
 def original(folder: Path, parsed: recipe.Recipe, work: Path) -> Model:

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 
-from moe2edge.cli.main import main
+from helpers import LESS, TEXT, run
 from moe2edge.model.family import FAMILIES
 from moe2edge.pipeline import registry
 from moe2edge.testing import Make
@@ -35,9 +34,7 @@ RECIPES: dict[str, list[dict[str, Any]]] = {
     "rtn": [],
     "sparsify": [{"sparsify": {"method": "sparsegpt", "pattern": "2:4"}}],
 }
-TEXT = ["--set", "calibration.samples=12", "--set", "calibration.length=48"]
 TRAINING = ["--set", "training.samples=12", "--set", "training.length=48"]
-LESS = ["--set", "evaluation.samples=2", "--set", "evaluation.length=48", "-q", "--json"]
 
 
 def test_no_pass_is_forgotten() -> None:
@@ -53,7 +50,7 @@ def test_export(tiny: Make, family: str, name: str, tmp_path: Path) -> None:
         recipe.write_text(json.dumps({"passes": [{"expert_drop": {"keep": 5}}]}))
         sets = tmp_path / "sets.json"
         decide = ["decide", str(folder), "-r", str(recipe), "-o", str(sets), *TEXT]
-        assert CliRunner().invoke(main, decide).exit_code == 0
+        assert run(*decide).exit_code == 0
         steps.append({"apply_decisions": {"file": str(sets)}})
     if name not in ("awq", "gptq"):
         steps.append({"rtn": {}})
@@ -61,7 +58,7 @@ def test_export(tiny: Make, family: str, name: str, tmp_path: Path) -> None:
     training = TRAINING if name == "recover" else []
     targets = "gptq" if name == "expert_replace" else "gptq,onnx"
     command = ["export", str(folder), "-t", targets, "-o", str(out), "-r", str(recipe)]
-    done = CliRunner().invoke(main, [*command, *TEXT, *LESS, *training])
+    done = run(*command, *TEXT, *LESS, *training)
     assert done.exit_code == 0, done.output
     report = json.loads(done.stdout)
     assert [step["name"] for step in report["steps"]] == [next(iter(step)) for step in steps]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from helpers import compute_logits, plan
 from moe2edge.calibration import router_observers, walk
 from moe2edge.calibration.observation import Facts
 from moe2edge.errors import InputError
@@ -18,7 +19,6 @@ from moe2edge.model.layers import Dense, MoELayer
 from moe2edge.model.model import Model
 from moe2edge.numerics import saliency
 from moe2edge.passes.expert_drop import ExpertDrop
-from moe2edge.pipeline.stages import plan_passes
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.testing import Make
 
@@ -82,8 +82,7 @@ def test_slicing_equals_masking_with_minus_infinity(tiny: Make, family: str) -> 
         layer.mlp.gate.forward = forward
     with torch.no_grad():
         expected = masked(IDS).logits
-    hidden = walk.observe(model, IDS, (), lambda *_: None, "")
-    found = torch.stack(list(walk.compute_logits(model, hidden)))
+    found = compute_logits(model, IDS)
     assert (found - expected).abs().max() < 1e-5
 
 
@@ -105,7 +104,7 @@ def test_global_scope_keeps_the_best_of_all_layers(tiny: Make) -> None:
     assert found == [sorted(j for n, j in chosen if n == layer) for layer in range(3)]
     assert sum(map(len, found)) == 9
     # One layer takes all that the floors leave: as uneven as it may become.
-    assert plan_passes([step], model).expert_counts == (5, 2, 2)
+    assert plan([step], model).expert_counts == (5, 2, 2)
 
 
 def test_floor_is_respected(tiny: Make) -> None:
@@ -128,7 +127,7 @@ def test_floor_is_respected(tiny: Make) -> None:
 def test_counts_of_each_layer(tiny: Make) -> None:
     model = open_checkpoint(str(tiny("qwen3_moe"))).model
     step = options(keep=[5, 2, 6], criterion="man")
-    assert apply(step, model).expert_counts == plan_passes([step], model).expert_counts == (5, 2, 6)
+    assert apply(step, model).expert_counts == plan([step], model).expert_counts == (5, 2, 6)
 
 
 def test_super_experts_are_protected(tiny: Make) -> None:

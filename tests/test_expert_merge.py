@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from helpers import compute_logits, plan, search
 from moe2edge.calibration import observation, walk
 from moe2edge.errors import DoesNotFit
 from moe2edge.model.family import FAMILIES
@@ -22,12 +22,11 @@ from moe2edge.numerics import expert_groups
 from moe2edge.numerics import expert_groups as merging
 from moe2edge.numerics.expert_groups import ExpertGroup, ExpertSums, Matrices
 from moe2edge.passes.expert_merge import ExpertMerge
-from moe2edge.pipeline.contract import Outcome, PassContext
+from moe2edge.pipeline.contract import Outcome
 from moe2edge.pipeline.runner import check_need
-from moe2edge.pipeline.stages import plan_passes
 from moe2edge.runtime.memory import Memory
 from moe2edge.storage.checkpoint import open_checkpoint
-from moe2edge.testing import InMemory, Make, TraceRecorder, add_copies, make_checkpoint
+from moe2edge.testing import Make, TraceRecorder, add_copies, make_checkpoint
 
 METHODS = ("hc-smoe", "m-smoe", "ream")
 WIDTH, HIDDEN = 20, 12
@@ -235,9 +234,8 @@ def options(**given: Any) -> ExpertMerge:
 
 
 def merge(model: Model, step: ExpertMerge, ids: Tensor = IDS) -> Outcome:
-    planned = plan_passes([step], model)
-    reporter: Any = SimpleNamespace(advance=lambda *_: None, log=lambda _: None)
-    outcome = step.search(PassContext(model, model, ids, InMemory(), reporter))
+    planned = plan([step], model)
+    outcome = search(step, model, ids)
     outcome.model.verify()
     shapes = [[(n, w.shape, w.dtype) for n, _, w in m.tensors()] for m in (planned, outcome.model)]
     assert shapes[0] == shapes[1]
@@ -245,8 +243,7 @@ def merge(model: Model, step: ExpertMerge, ids: Tensor = IDS) -> Outcome:
 
 
 def logits(model: Model, ids: Tensor = IDS) -> Tensor:
-    hidden = walk.observe(model, ids, [], lambda *_: None, "")
-    return torch.stack(list(walk.compute_logits(model, hidden)))
+    return compute_logits(model, ids)
 
 
 def slow_groups(

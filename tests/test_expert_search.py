@@ -12,13 +12,13 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from click.testing import CliRunner
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+import helpers
+from helpers import ignore, make_context, plan, run
 from moe2edge.calibration import evidence as gathering
 from moe2edge.calibration import walk
-from moe2edge.cli.main import main
 from moe2edge.errors import DoesNotFit, InputError
 from moe2edge.model.family import FAMILIES
 from moe2edge.model.layers import Dense, MoELayer, UnroutedMLP
@@ -26,16 +26,13 @@ from moe2edge.model.model import Model
 from moe2edge.numerics import subset_loss
 from moe2edge.numerics.subset_loss import RoutingRule, SubsetEvidence
 from moe2edge.passes.expert_search import ExpertSearch
-from moe2edge.pipeline.contract import Outcome, PassContext
-from moe2edge.pipeline.stages import plan_passes
+from moe2edge.pipeline.contract import Outcome
 from moe2edge.progress import Reporter
 from moe2edge.runtime.memory import IMPORTED
 from moe2edge.storage.checkpoint import open_checkpoint
-from moe2edge.storage.work_folder import WorkFolder
 from moe2edge.testing import Make
 
 IDS = torch.randint(1, 96, (3, 40), generator=torch.Generator().manual_seed(0))
-QUIET = Reporter(lambda _: None, lambda *_: None)
 Set = tuple[int, ...]
 
 
@@ -44,8 +41,8 @@ def options(**given: Any) -> ExpertSearch:
 
 
 def search(step: ExpertSearch, model: Model, source: Model | None = None) -> Outcome:
-    plan_passes([step], model)
-    return step.search(PassContext(source or model, model, IDS, WorkFolder(Path()), QUIET))
+    plan([step], model)
+    return helpers.search(step, model, IDS, source)
 
 
 def kept(model: Model) -> list[Set]:
@@ -383,9 +380,7 @@ def test_cost_is_stated_before_the_search(tiny: Make, monkeypatch: pytest.Monkey
         raise KeyboardInterrupt
 
     monkeypatch.setattr(walk, "observe", stop)
-    context = PassContext(
-        model, model, IDS, WorkFolder(Path()), Reporter(lines.append, lambda *_: None)
-    )
+    context = make_context(model, IDS, reporter=Reporter(lines.append, ignore))
     with pytest.raises(KeyboardInterrupt):
         options(keep=3).search(context)
     assert lines == [
@@ -439,9 +434,7 @@ def test_export(tiny: Make, tmp_path: Path) -> None:
         "passes: [expert_search: {keep: 4, method: beam, progressive: true}]\n"
     )
     out = tmp_path / "out"
-    result = CliRunner().invoke(
-        main, ["export", str(tiny("mixtral")), "-r", str(recipe), "-t", "hf", "-o", str(out)]
-    )
+    result = run("export", str(tiny("mixtral")), "-r", str(recipe), "-t", "hf", "-o", str(out))
     assert result.exit_code == 0, result.output
     assert "expert_search: 3 MoE layers, beam of 4" in result.output
     assert open_checkpoint(str(out)).model.expert_counts == (4, 4, 4)

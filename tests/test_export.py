@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from click.testing import CliRunner, Result
+from click.testing import Result
 from safetensors.torch import load_file, save_file
 
-from moe2edge.cli.main import main
+from helpers import SMALL, run, write_text
 from moe2edge.errors import InputError
 from moe2edge.model.family import FAMILIES
 from moe2edge.numerics.grid import Quantized
@@ -26,20 +26,12 @@ from moe2edge.pipeline import recipe, registry
 from moe2edge.testing import Make
 
 # Small enough for the tiny models, whose vocabulary is one entry per character.
-SMALL = [
-    "--set", "calibration.samples=8", "--set", "calibration.length=64",
-    "--set", "evaluation.samples=3", "--set", "evaluation.length=64",
-]  # fmt: skip
 RECIPE = "passes: [{expert_drop: {keep: 0.75}}, {block_drop: {drop: 1}}, {gptq: {min_tokens: 20}}]"
-
-
-def run(*args: str | Path) -> Result:
-    return CliRunner().invoke(main, [str(a) for a in args])
 
 
 def export(model: Path, out: Path, target: str, *more: str | Path) -> Result:
     text = out.parent / "text.txt"
-    text.write_text("".join(chr(33 + (n * n + n // 7) % 90) for n in range(4000)))
+    write_text(text)
     return run(
         "export", model, "-t", target, "-o", out, "--calib", text, "--eval", text, *SMALL, *more
     )

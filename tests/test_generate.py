@@ -13,13 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from moe2edge.cli.main import main
+from helpers import run
 from moe2edge.errors import InputError, Moe2EdgeError
 from moe2edge.pipeline import registry
 from moe2edge.runtime.generation import (
@@ -256,7 +255,7 @@ def opened(
 
 
 def command(folder: Path, *arguments: str) -> Any:
-    return CliRunner().invoke(main, ["generate", str(folder), *arguments])
+    return run("generate", str(folder), *arguments)
 
 
 @pytest.mark.parametrize(

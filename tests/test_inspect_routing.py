@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from click.testing import Result
 from transformers import AutoModelForCausalLM
 
+from helpers import run
 from moe2edge.calibration import walk
-from moe2edge.cli.main import main
 from moe2edge.evaluation import routing_report, routing_view
 from moe2edge.evaluation.routing_report import REPORTED_CRITERIA
 from moe2edge.model.family import FAMILIES
@@ -34,7 +34,7 @@ IDS = torch.tensor([0] + [ord(character) - 31 for character in TEXT]).reshape(3,
 
 
 def inspect(*arguments: object) -> Result:
-    return CliRunner().invoke(main, ["inspect", *map(str, arguments)])
+    return run("inspect", *map(str, arguments))
 
 
 @pytest.fixture
@@ -202,7 +202,7 @@ def export(source: Path, recipe: str, folder: Path) -> Path:
         for size in ("samples=4", "length=32")
     ]
     given = ["export", str(source), "-t", "gptq", "-o", str(folder / "out"), "-r", str(path), *cut]
-    result = CliRunner().invoke(main, given)
+    result = run(*given)
     assert result.exit_code == 0, result.output
     return folder / "out"
 

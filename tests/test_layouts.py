@@ -16,11 +16,10 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moe2edge.cli.main import main
+from helpers import SCHEME, run, run_module
 from moe2edge.commands import export as exporting
 from moe2edge.errors import InputError, Unsupported
 from moe2edge.evaluation import verify
@@ -29,14 +28,12 @@ from moe2edge.model.layers import Dense, MoELayer, Weight
 from moe2edge.model.model import SECOND_NORM, Model
 from moe2edge.numerics.grid import Quantized
 from moe2edge.numerics.rounding import round_to_nearest
-from moe2edge.numerics.scheme import Scheme
 from moe2edge.runtime.load import load
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.targets.gptq import Gptq
 from moe2edge.targets.hf import Hf
 from moe2edge.testing import Make, assert_cache_changes_nothing, quantize
 
-SCHEME = Scheme(group_size=32)
 IDS = torch.randint(1, 96, (2, 24), generator=torch.Generator().manual_seed(3))
 EXPERT = 4
 
@@ -86,10 +83,8 @@ def theirs(folder: Path, cut: Cut, *, int4: bool = False) -> Any:
     return model
 
 
-@torch.no_grad()
 def logits(model: Any, ids: Tensor = IDS) -> Tensor:
-    out: Tensor = model(ids, use_cache=False).logits
-    return out
+    return run_module(model, ids)
 
 
 def assert_close(found: Tensor, expected: Tensor) -> None:
@@ -416,12 +411,9 @@ def test_refusals_come_before_calibration(
 
     monkeypatch.setattr(exporting, "run_passes", never)
     (tmp_path / "recipe.yaml").write_text(f"passes: [{steps}]")
-    result = CliRunner().invoke(
-        main,
-        [
-            "export", str(tiny("qwen3_moe")), "-t", entry, "-r", str(tmp_path / "recipe.yaml"),
-            "-o", str(tmp_path / "out"),
-        ],
+    result = run(
+        "export", str(tiny("qwen3_moe")), "-t", entry, "-r", str(tmp_path / "recipe.yaml"),
+        "-o", str(tmp_path / "out"),
     )  # fmt: skip
     assert result.exit_code == 6, result.output
     assert re.search(r"layout (uniform|mlp-only) .*choose layout", result.output)
@@ -463,18 +455,18 @@ SMALL = [
 def test_export_verify_and_generate(
     family: str, entry: str, steps: str, readable: bool, tiny: Make, tmp_path: Path
 ) -> None:
-    def run(*arguments: str) -> str:
-        result = CliRunner().invoke(main, list(arguments))
+    def succeed(*arguments: str) -> str:
+        result = run(*arguments)
         assert result.exit_code == 0, result.output
         return result.output
 
     recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"
     recipe.write_text(f"passes: [{steps}]")
     source = str(tiny(family))
-    run("export", source, "-t", entry, "-r", str(recipe), "-o", str(out), *SMALL)
-    run("verify", str(out))
-    run("verify", str(out), "--reference", source)
-    run("generate", str(out), "Once upon", "--max-tokens", "4")
+    succeed("export", source, "-t", entry, "-r", str(recipe), "-o", str(out), *SMALL)
+    succeed("verify", str(out))
+    succeed("verify", str(out), "--reference", source)
+    succeed("generate", str(out), "Once upon", "--max-tokens", "4")
     if readable:
         _, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
         assert not any(info.values())

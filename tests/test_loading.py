@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from helpers import SCHEME, run_module
 from moe2edge.errors import InputError, Unsupported, VerificationFailed
 from moe2edge.model.family import FAMILIES
 from moe2edge.model.layers import MoELayer
@@ -27,7 +28,6 @@ from moe2edge.targets.gptq import Gptq
 from moe2edge.targets.hf import Hf
 from moe2edge.testing import Make, assert_cache_changes_nothing, make_checkpoint, quantize
 
-SCHEME = Scheme(group_size=32)
 IDS = torch.randint(1, 96, (2, 20), generator=torch.Generator().manual_seed(5))
 
 
@@ -105,10 +105,8 @@ def export_cut(name: str, source: Path, cut: Cut, folder: Path) -> Path:
     return export(name, quantize(model, SCHEME) if name == "gptq" else model, folder)
 
 
-@torch.no_grad()
 def logits(model: Any) -> torch.Tensor:
-    out: torch.Tensor = model(IDS, use_cache=False).logits
-    return out
+    return run_module(model, IDS)
 
 
 def assert_same_model(folder: Path, name: str, want: Any) -> None:

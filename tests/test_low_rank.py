@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner
 from torch import Tensor
 
-from moe2edge.cli.main import main
+from helpers import run, search
 from moe2edge.errors import InputError, Unsupported, VerificationFailed
 from moe2edge.evaluation.verify import audit
 from moe2edge.model.family import FAMILIES
@@ -27,8 +25,6 @@ from moe2edge.passes.expert_replace import ExpertReplace
 from moe2edge.passes.gptq import Gptq
 from moe2edge.passes.rtn import Rtn
 from moe2edge.pipeline.blockwise import solve_blocks
-from moe2edge.pipeline.contract import PassContext
-from moe2edge.progress import Reporter
 from moe2edge.runtime.load import build_transformers_model, load
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.storage.output import open_stored_model
@@ -55,9 +51,8 @@ def tokens(samples: int = 8) -> Tensor:
 def replaced(folder: Path, kind: str) -> Model:
     """A model with such answers for some of its experts."""
     model = open_checkpoint(str(folder)).model
-    reporter = Reporter(lambda _: None, lambda *_: None)
     step = ExpertReplace.model_validate(KINDS[kind]).resolve(model)
-    return step.search(PassContext(model, model, tokens(), InMemory(), reporter)).model
+    return search(step, model, tokens()).model
 
 
 def quantized(model: Model, step: Quantize) -> Model:
@@ -189,8 +184,7 @@ def test_maps_that_became_constants_are_nothing_to_round(tiny: Make) -> None:
     for options in ({"budget": 0.2, "min_tokens": 0}, {"keep": 3, "rank": 4, "min_tokens": 10**6}):
         step = ExpertReplace.model_validate({"with": "linear", **options})
         Rtn(factors=8).check(step.plan(model))
-        reporter: Any = SimpleNamespace(advance=lambda *_: None, log=lambda _: None)
-        found = step.search(PassContext(model, model, tokens(4), InMemory(), reporter)).model
+        found = search(step, model, tokens(4)).model
         Rtn(factors=8).check(found)
     assert found.substitutes
     assert not any(is_low_rank(role) for _, role, _ in found.tensors())
@@ -234,7 +228,7 @@ def test_an_export_is_verified(kind: str, target: str, tiny: Make, tmp_path: Pat
     text = ["--set", "calibration.samples=12", "--set", "calibration.length=48"]
     less = ["--set", "evaluation.samples=2", "--set", "evaluation.length=48", "-q", "--json"]
     source = str(tiny("qwen2_moe"))
-    run = ["export", source, "-r", str(recipe), "-t", target, "-o", str(out), *text, *less]
-    result = CliRunner().invoke(main, run)
+    command = ["export", source, "-r", str(recipe), "-t", target, "-o", str(out), *text, *less]
+    result = run(*command)
     assert result.exit_code == 0, result.output
-    assert CliRunner().invoke(main, ["verify", str(out)]).exit_code == 0
+    assert run("verify", str(out)).exit_code == 0

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers import compute_logits, ignore
 from moe2edge.calibration import walk
 from moe2edge.errors import Moe2EdgeError
 from moe2edge.model.edits import materialize
@@ -27,11 +28,6 @@ from moe2edge.storage.output import open_stored_model
 from moe2edge.storage.solved_blocks import attach_numbers
 from moe2edge.targets.hf import Hf
 from moe2edge.testing import InMemory, Make, assert_cache_changes_nothing
-
-
-def silent(*_: object) -> None:
-    """No progress."""
-
 
 # Of the six experts: two share one with factors, two without, one is its own, one has no base.
 BASES = (0, 0, 1, 1, 2, None)
@@ -79,8 +75,7 @@ def tokens(samples: int = 3) -> Tensor:
 
 
 def logits(model: Model, ids: Tensor) -> Tensor:
-    hidden = walk.observe(model, ids, [], silent, "")
-    return torch.stack(list(walk.compute_logits(model, hidden)))
+    return compute_logits(model, ids)
 
 
 def test_members_compute_what_whole_experts_do(models: tuple[Model, Model]) -> None:
@@ -132,9 +127,9 @@ def test_the_walk_of_solvers_moves_the_same_stream(models: tuple[Model, Model]) 
     """And shows the matrices of a base the tokens of all of its members."""
     model, whole = models
     ledger, solver = InMemory(), Same()
-    solve_blocks(model, tokens(), solver, ledger, silent, "same")
+    solve_blocks(model, tokens(), solver, ledger, ignore, "same")
     ahead = replace(whole, blocks=whole.blocks[:2])
-    expected = walk.observe(ahead, tokens(), [], silent, "")
+    expected = walk.observe(ahead, tokens(), [], ignore, "")
     assert ledger.last is not None
     assert torch.allclose(ledger.last, expected, atol=1e-4)
     seen = walk.BlockRunner(whole, whole.blocks[0]).watch(walk.embed(whole, tokens()))
@@ -170,7 +165,7 @@ def test_scales_fold_through_factors(models: tuple[Model, Model]) -> None:
 def test_awq_takes_members(models: tuple[Model, Model]) -> None:
     model, _ = models
     step = Awq(bits=8, group_size=32)
-    solved, _, _ = solve_blocks(model, tokens(6), step.solver(model), InMemory(), silent, "awq")
+    solved, _, _ = solve_blocks(model, tokens(6), step.solver(model), InMemory(), ignore, "awq")
     step.check_result(model, solved)
     before, after = logits(model, tokens()), logits(solved, tokens())
     assert float((before - after).abs().mean()) < 0.1 * float(before.abs().mean())

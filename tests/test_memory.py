@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
 
+from helpers import run, write_text
 from moe2edge.cli.common import parse_bytes
-from moe2edge.cli.main import main
 from moe2edge.errors import DoesNotFit
 from moe2edge.runtime import memory
 from moe2edge.runtime.memory import IMPORTED, SOLVED_TOGETHER_BYTES, Memory
@@ -95,18 +94,15 @@ def test_sizes(text: str, bytes_: int) -> None:
 
 def test_limits_on_the_command_line(tiny: Make, tmp_path: Path) -> None:
     def export(size: str, *more: str) -> tuple[int, str]:
-        result = CliRunner().invoke(
-            main,
-            [
-                "export", str(tiny("olmoe")), "-t", "gptq", "-o", str(tmp_path / "out"), "--eval",
-                "none", "--max-memory", size, "--set", "calibration.samples=4", "--set",
-                "calibration.length=64", "--calib", str(text), *more,
-            ],
+        result = run(
+            "export", str(tiny("olmoe")), "-t", "gptq", "-o", str(tmp_path / "out"), "--eval",
+            "none", "--max-memory", size, "--set", "calibration.samples=4", "--set",
+            "calibration.length=64", "--calib", str(text), *more,
         )  # fmt: skip
         return result.exit_code, result.stderr
 
     text = tmp_path / "text.txt"
-    text.write_text("".join(chr(33 + (n * n + n // 7) % 90) for n in range(4000)))
+    write_text(text)
     code, said = export("much")
     assert code == 2
     assert "expected one such as 8GB" in said
@@ -120,7 +116,7 @@ def test_limits_on_the_command_line(tiny: Make, tmp_path: Path) -> None:
 def test_memory_does_not_grow_with_blocks(tiny: Make, tmp_path: Path) -> None:
     """Less than half of what six more blocks take on the disk."""
     text = tmp_path / "text.txt"
-    text.write_text("".join(chr(33 + (n * n + n // 7) % 90) for n in range(4000)))
+    write_text(text)
     peaks, sizes = [], []
     for blocks in (2, 8):
         model = tiny(
@@ -178,12 +174,12 @@ def test_what_is_replaced_stays_small_when_it_runs(tiny: Make, tmp_path: Path, s
         initializer_range=0.02,
     )
     text, out, recipe = tmp_path / "text.txt", tmp_path / "out", tmp_path / "recipe.json"
-    text.write_text("".join(chr(33 + (n * n + n // 7) % 90) for n in range(4000)))
+    write_text(text)
     options = {"with": step, "budget": 0.5, **({"factors": "zero"} if step == "base" else {})}
     recipe.write_text(json.dumps({"passes": [{"expert_replace": options}]}))
     command = ["export", str(model), "-t", "hf:layout=natural", "-o", str(out), "-r", str(recipe)]
     more = ["--calib", str(text), "--eval", "none", "--set", "calibration.length=64"]
-    done = CliRunner().invoke(main, [*command, *more, "--set", "calibration.samples=4"])
+    done = run(*command, *more, "--set", "calibration.samples=4")
     assert done.exit_code == 0, done.output
     sizes = [sum(p.stat().st_size for p in f.glob("*.safetensors")) for f in (model, out)]
     saved = sizes[0] - sizes[1]

@@ -16,10 +16,9 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from click.testing import CliRunner
 from torch import Tensor
 
-from moe2edge.cli.main import main
+from helpers import run
 from moe2edge.errors import Unsupported
 from moe2edge.evaluation import verify
 from moe2edge.model.family import FAMILIES
@@ -389,10 +388,10 @@ def test_a_recipe_is_exported(recipe: str, family: str, tiny: Make, tmp_path: Pa
             ("evaluation", "length", 48),
         )
     ]
-    result = CliRunner().invoke(main, [*command, *sizes, "-q", "--json"])
+    result = run(*command, *sizes, "-q", "--json")
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout)["results"][0]["parity"]["exact"] < TOLERANCE
-    result = CliRunner().invoke(main, ["verify", str(out)])
+    result = run("verify", str(out))
     assert result.exit_code == 0, result.output
 
 

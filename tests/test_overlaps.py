@@ -7,16 +7,11 @@ import json
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
 
-from moe2edge.cli.main import main
+from helpers import run
 from moe2edge.evaluation.decision_overlap import compare
 from moe2edge.pipeline import decisions
 from moe2edge.pipeline.decisions import BlockDecision, Decisions, SourceModel
-
-
-def run(*args: str | Path) -> Result:
-    return CliRunner().invoke(main, [str(a) for a in args])
 
 
 def made(kept: list[list[int] | None], family: str = "olmoe", sha256: str = "0") -> Decisions:

@@ -15,12 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from rich.console import Console
 from torch import Tensor
 from transformers.utils import logging
 
-from moe2edge.cli.main import main
+from helpers import run
 from moe2edge.errors import InputError, Moe2EdgeError, Unsupported
 from moe2edge.evaluation.profile import measure, memory
 from moe2edge.evaluation.profile.child import Phases, measure_once
@@ -578,7 +577,7 @@ def commanded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
     """Runs the command with a clock in place of fresh processes."""
     monkeypatch.setattr(measure, "ask_child", lambda *_: clocked_answer(2, range(10, 18)))
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    yield lambda *arguments: CliRunner().invoke(main, ["profile", *map(str, arguments)])
+    yield lambda *arguments: run("profile", *map(str, arguments))
     logging.set_verbosity(verbosity)
     if bars:
         logging.enable_progress_bar()

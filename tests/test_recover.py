@@ -6,13 +6,13 @@ import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from helpers import QUIET, compute_logits, search
 from moe2edge.calibration import walk
 from moe2edge.errors import InputError, Moe2EdgeError
 from moe2edge.model.family import FAMILIES
@@ -26,15 +26,11 @@ from moe2edge.passes._recover_trainer import choose_rows
 from moe2edge.passes.expert_replace import ExpertReplace
 from moe2edge.passes.recover import Recover
 from moe2edge.pipeline.contract import Outcome, PassContext
-from moe2edge.progress import Reporter
 from moe2edge.runtime.decoder_blocks import load_block_state
 from moe2edge.runtime.load import build_transformers_model
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.testing import QUICK_TRAINING, InMemory, Make, read_all_numbers
 from moe2edge.testing import make_learnable_text as text
-
-QUIET = Reporter(lambda _: None, lambda *_: None)
-NO_TOKENS = torch.empty(0, 0, dtype=torch.int64)
 
 
 def trimmed(tiny: Make, family: str = "olmoe") -> Model:
@@ -53,18 +49,14 @@ def replaced(model: Model, keep: Sequence[int] = (5, 4)) -> Model:
     )
     for kind, count in zip(kinds, keep, strict=False):
         step = ExpertReplace.model_validate({**kind, "keep": count})
-        reporter: Any = SimpleNamespace(advance=lambda *_: None, log=lambda _: None)
-        model = step.search(PassContext(model, model, text(), InMemory(), reporter)).model
+        model = search(step, model, text()).model
     return model
 
 
 def recovered(model: Model, folder: Path | None = None, **options: Any) -> Outcome:
     step = Recover.model_validate({**QUICK_TRAINING, **options})
     step.check(model)
-    context = PassContext(
-        model, model, NO_TOKENS, InMemory(), QUIET, training=text(), scratch=folder
-    )
-    return step.search(context)
+    return search(step, model, training=text(), scratch=folder)
 
 
 # ---- the training --------------------------------------------------------------------------------
@@ -241,8 +233,7 @@ def test_tied_embeddings_stay_one_tensor(tiny: Make) -> None:
     outcome = recovered(model, steps=2)
     assert set(outcome.model.rest) == {"model.embed_tokens.weight", "model.norm.weight"}
     ids = text()[-4:]
-    hidden = walk.observe(outcome.model, ids, (), lambda *_: None, "test")
-    logits = torch.stack(list(walk.compute_logits(outcome.model, hidden)))
+    logits = compute_logits(outcome.model, ids)
     told = outcome.figures["history"][-1]["perplexity"]
     assert float(compute_text_loss(ids, logits).exp()) == pytest.approx(told, rel=1e-4)
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import yaml
-from click.testing import CliRunner, Result
+from click.testing import Result
 from safetensors.torch import load_file, save_file
 
-from moe2edge.cli.main import main
+from helpers import run
 from moe2edge.errors import Diverged
 from moe2edge.passes import _recover_teacher
 from moe2edge.passes._recover_state import Saved, States
@@ -37,7 +37,7 @@ def export(
     file.write_text(yaml.safe_dump({"passes": STEPS if steps is None else steps}))
     given = [part for setting in (*LESS, *TRAINING, *settings) for part in ("--set", setting)]
     command = ["export", str(folder), "-o", str(out), "-r", str(file), "--eval", "none"]
-    return CliRunner().invoke(main, [*command, "--threads", "1", *given, *more])
+    return run(*command, "--threads", "1", *given, *more)
 
 
 HF, GPTQ = ("-t", "hf"), ("-t", "gptq")
@@ -168,7 +168,7 @@ def test_trim_train_quantize(tiny: Make, tmp_path: Path) -> None:
     resolved = recipe.parse((out / "recipe.resolved.yaml").read_text())
     assert resolved.training is not None
     assert resolved.training.samples == 10
-    verified = CliRunner().invoke(main, ["verify", str(out)])
+    verified = run("verify", str(out))
     assert verified.exit_code == 0, verified.output
 
 

@@ -14,9 +14,8 @@ from typing import Any
 
 import pytest
 import yaml
-from click.testing import CliRunner
 
-from moe2edge.cli.main import main
+from helpers import run, write_text
 from moe2edge.storage.journal import JOURNAL
 from moe2edge.testing import Make
 
@@ -56,14 +55,14 @@ def command(model: Path, folder: Path, *more: str) -> list[str]:
 
 def inputs(folder: Path) -> Path:
     folder.mkdir(exist_ok=True)
-    (folder / "text.txt").write_text("".join(chr(33 + (n * n + n // 7) % 90) for n in range(4000)))
+    write_text(folder / "text.txt")
     (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
     return folder
 
 
 def export(model: Path, folder: Path, *more: str) -> Any:
     with contextlib.chdir(folder):
-        return CliRunner().invoke(main, command(model, folder, *more))
+        return run(*command(model, folder, *more))
 
 
 def child(model: Path, folder: Path, kind: str = "", count: int = 0, solved: str = "") -> int:
@@ -176,7 +175,7 @@ def test_other_inputs_are_told(
 def test_another_target_or_evaluation_does_not_matter(model: Path, half: Path) -> None:
     arguments = [a if a != "gptq" else "onnx" for a in command(model, half)]
     with contextlib.chdir(half):
-        result = CliRunner().invoke(main, [*arguments, "--resume", "require"])
+        result = run(*arguments, "--resume", "require")
     assert result.exit_code == 0, result.output
     assert "going on behind 3 finished blocks of an earlier run" in result.stderr
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from helpers import ignore
 from moe2edge.calibration import router_observers, walk
 from moe2edge.calibration.similarity import BlockSimilarityFactory, LayerSimilarityObserver
 from moe2edge.model.family import FAMILIES
@@ -16,10 +17,6 @@ from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.testing import Make
 
 IDS = torch.randint(1, 96, (3, 20), generator=torch.Generator().manual_seed(0))
-
-
-def quiet(*_: object) -> None:
-    pass
 
 
 def hooked(folder: Path, block: int) -> dict[str, torch.Tensor]:
@@ -51,7 +48,7 @@ def test_criteria_equal_a_loop_over_tokens(
     folder = tiny(family)
     model = open_checkpoint(str(folder)).model
     routing, outputs = router_observers.RoutingObserver(), router_observers.OutputObserver()
-    walk.observe(model, IDS, [routing, outputs], quiet, "")
+    walk.observe(model, IDS, [routing, outputs], ignore, "")
     seen = hooked(folder, 1)
     renormalize = model.moe_blocks[1][1].router.renormalize
     score, mass = torch.zeros(6), torch.zeros(6)
@@ -123,7 +120,7 @@ def test_similarities_are_mean_cosines(
     monkeypatch.setattr(walk, "BATCH_TOKENS", 40)  # two batches, of which one is smaller
     folder = tiny(family)
     blocks, layers = BlockSimilarityFactory(longest=2)(), LayerSimilarityObserver()
-    walk.observe(open_checkpoint(str(folder)).model, IDS, [blocks, layers], quiet, "")
+    walk.observe(open_checkpoint(str(folder)).model, IDS, [blocks, layers], ignore, "")
     first, second = hooked(folder, 0), hooked(folder, 1)
     cosine = blocks.result().cosine
     assert set(cosine) == {(0,), (1,), (2,), (0, 1), (1, 2)}

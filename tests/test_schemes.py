@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from helpers import compute_logits
 from moe2edge.calibration import walk
 from moe2edge.errors import Unsupported, VerificationFailed
 from moe2edge.evaluation import verify
@@ -83,8 +84,7 @@ def rounded(source: Model, choose: Callable[[int, str], Scheme | None]) -> Model
 
 
 def logits(model: Model) -> Tensor:
-    hidden = walk.observe(model, IDS, (), lambda *_: None, "test")
-    return torch.stack(list(walk.compute_logits(model, hidden)))
+    return compute_logits(model, IDS)
 
 
 def check(target: Target, model: Model, folder: Path) -> Path:

@@ -5,20 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
 
-from moe2edge.cli.main import main
+from helpers import SMALL, run
 from moe2edge.testing import Make
-
-SMALL = [
-    "--set", "calibration.samples=8", "--set", "calibration.length=64",
-    "--set", "evaluation.samples=3", "--set", "evaluation.length=64",
-]  # fmt: skip
-
-
-def run(*args: str | Path) -> Result:
-    return CliRunner().invoke(main, [str(a) for a in args])
-
 
 UNPLANNED = {
     "a layer too many": (

@@ -5,16 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner
 from torch import Tensor
 
+from helpers import export, search
 from moe2edge.calibration import walk
-from moe2edge.cli.main import main
 from moe2edge.model.family import FAMILIES
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model, is_quantizable
@@ -22,16 +20,12 @@ from moe2edge.numerics import reduced_rank
 from moe2edge.numerics.reduced_rank import RegressionSums
 from moe2edge.passes._replace_bases import count_expert_bytes
 from moe2edge.passes.expert_replace import ExpertReplace
-from moe2edge.pipeline.contract import PassContext
-from moe2edge.progress import Reporter
 from moe2edge.runtime.load import load
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.storage.output import open_stored_model
-from moe2edge.testing import InMemory, Make, TraceRecorder, assert_cache_changes_nothing
+from moe2edge.testing import Make, TraceRecorder, assert_cache_changes_nothing
 
 HIDDEN = 12
-TEXT = ["--set", "calibration.samples=12", "--set", "calibration.length=48"]
-LESS = ["--set", "evaluation.samples=2", "--set", "evaluation.length=48", "-q", "--json"]
 
 
 # ---- the fit -----------------------------------------------------------------------------------
@@ -201,12 +195,11 @@ def test_gains_are_what_fits_gain() -> None:
 def test_a_budget_counts_substitutes_that_are_there(tiny: Make, budget: float) -> None:
     model = open_checkpoint(str(tiny("olmoe"))).model
     ids = torch.randint(1, 96, (8, 48), generator=torch.Generator().manual_seed(9))
-    reporter = Reporter(lambda _: None, lambda *_: None)
     for options in ({"keep": 0.75, "rank": 8}, {"budget": budget}):
         step = ExpertReplace.model_validate({"with": "linear", "min_tokens": 0, **options})
         before, step = model, step.resolve(model)
         step.check(before)
-        model = step.search(PassContext(before, before, ids, InMemory(), reporter)).model
+        model = search(step, before, ids).model
     assert 0.9 * budget < count_expert_bytes(model) / count_expert_bytes(before) <= budget
 
 
@@ -232,15 +225,6 @@ def test_an_expert_that_nobody_asked_answers_zero() -> None:
 
 
 # ---- layers ------------------------------------------------------------------------------------
-
-
-def export(folder: Path, out: Path, steps: list[Any], target: str) -> tuple[int, str, Any]:
-    recipe = out.with_suffix(".json")
-    recipe.write_text(json.dumps({"passes": steps}))
-    command = ["export", str(folder), "-t", target, "-o", str(out), "-r", str(recipe)]
-    result = CliRunner().invoke(main, [*command, *TEXT, *LESS])
-    report = json.loads(result.stdout) if result.exit_code == 0 else None
-    return result.exit_code, result.stderr, report
 
 
 def exported(tiny: Make, family: str, out: Path, **options: Any) -> tuple[Model, Model]:
@@ -320,14 +304,13 @@ def test_those_whose_substitutes_miss_least_are_replaced(tiny: Make, rank: int |
     """On the intact model, by a fit of every expert with all its tokens at once."""
     model = open_checkpoint(str(tiny("olmoe"))).model
     ids = torch.randint(1, 96, (24, 40), generator=torch.Generator().manual_seed(9))
-    reporter: Any = SimpleNamespace(advance=lambda *_: None, log=lambda _: None)
     options = {"with": "linear" if rank else "constant", "keep": 4, "rank": rank}
     options |= {"min_tokens": 0} if rank else {}
     fit = {"ridge": 0.0} if rank else {}
     step = ExpertReplace.model_validate(
         {**options, "criterion": "residual", "fitted_on": "intact", **fit}
     )
-    outcome = step.search(PassContext(model, model, ids, InMemory(), reporter))
+    outcome = search(step, model, ids)
     watched = TraceRecorder()
     walk.observe(model, ids, [watched], lambda *_: None, "test")
     for seen, block in zip(watched.seen, outcome.model.blocks, strict=True):

@@ -18,14 +18,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from moe2edge.calibration import walk
+from helpers import SCHEME, compute_logits, run_module
 from moe2edge.errors import Unsupported
 from moe2edge.model.edits import remove_skipping
 from moe2edge.model.family import FAMILIES
 from moe2edge.model.layers import Expert, MoELayer
 from moe2edge.model.model import Block, Model
 from moe2edge.numerics.rounding import round_to_nearest
-from moe2edge.numerics.scheme import Scheme
 from moe2edge.runtime.load import load
 from moe2edge.runtime.protocol import Runtime
 from moe2edge.storage.checkpoint import open_checkpoint
@@ -35,7 +34,6 @@ from moe2edge.targets.hf import Hf
 from moe2edge.targets.onnx import Onnx
 from moe2edge.testing import Make, assert_cache_changes_nothing, quantize
 
-SCHEME = Scheme(group_size=32)
 IDS = torch.randint(1, 96, (2, 40), generator=torch.Generator().manual_seed(11))
 TOLERANCE = 1e-4
 EXPERT = 4
@@ -125,10 +123,8 @@ def stock(folder: Path, *, int4: bool) -> Any:
     return model
 
 
-@torch.no_grad()
 def logits_of(model: Any) -> Tensor:
-    out: Tensor = model(IDS, use_cache=False).logits
-    return out
+    return run_module(model, IDS)
 
 
 # ---- both --------------------------------------------------------------------------------------
@@ -199,8 +195,7 @@ def check_steps(runtime: Runtime, expected: Tensor) -> None:
 
 
 def walked(model: Model) -> Tensor:
-    hidden = walk.observe(model, IDS, (), lambda *_: None, "")
-    return torch.stack(list(walk.compute_logits(model, hidden)))
+    return compute_logits(model, IDS)
 
 
 def by_walk(model: Model, folder: Path, expected: Tensor) -> None:

@@ -12,11 +12,11 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from click.testing import Result
 from safetensors.torch import load_file, save_file
 
+from helpers import run
 from moe2edge.calibration import observation, walk
-from moe2edge.cli.main import main
 from moe2edge.errors import VerificationFailed
 from moe2edge.evaluation import verify
 from moe2edge.numerics.grid import Quantized
@@ -32,19 +32,16 @@ def folders(tiny: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("verify") / "out"
     text = out.parent / "text.txt"
     text.write_text("".join(chr(33 + n * n % 90) for n in range(3000)))
-    result = CliRunner().invoke(
-        main,
-        [
-            "export", str(tiny("olmoe")), "-t", "onnx,gptq", "-o", str(out), "-r", "w4-rtn",
-            "--eval", str(text), "--set", "evaluation.samples=3", "--set", "evaluation.length=64",
-        ],
+    result = run(
+        "export", str(tiny("olmoe")), "-t", "onnx,gptq", "-o", str(out), "-r", "w4-rtn",
+        "--eval", str(text), "--set", "evaluation.samples=3", "--set", "evaluation.length=64",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     return out
 
 
 def check(folder: Path) -> Result:
-    return CliRunner().invoke(main, ["verify", str(folder)])
+    return run("verify", str(folder))
 
 
 def renew_manifest(folder: Path) -> None:
@@ -206,9 +203,7 @@ def test_a_digest_tells_every_bit_and_form_apart() -> None:
 def test_another_model_as_reference_is_refused(tiny: Make, folders: Path) -> None:
     for vocabulary in (52, 200):
         other = tiny("olmoe", vocab_size=vocabulary)
-        result = CliRunner().invoke(
-            main, ["verify", str(folders / "gptq"), "--reference", str(other)]
-        )
+        result = run("verify", str(folders / "gptq"), "--reference", str(other))
         assert result.exit_code == 2, result.output
         assert f"{vocabulary} entries in its vocabulary, the folder 96" in result.stderr
 
