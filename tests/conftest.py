@@ -12,9 +12,14 @@ import pytest
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-
 from moe2edge.storage.checkpoint import BUILTIN
 from moe2edge.testing import Make, make_checkpoint, make_tokenizer
+
+pytest.register_assert_rewrite("helpers")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--renew-goldens", action="store_true", help="write tests/golden anew")
 
 
 @pytest.fixture(scope="session")

@@ -74,7 +74,7 @@ class Source:
     @cached_property
     def imports(self) -> dict[str, str]:
         """Modules and names of ours that it imports anywhere, by the name that they get here."""
-        found = {}
+        found: dict[str, str] = {}
         for node in ast.walk(self.tree):
             if isinstance(node, ast.Import):
                 found |= {a.asname or a.name: a.name for a in node.names}

@@ -158,13 +158,13 @@ def test_folding_keeps_the_function_of_other_forms(tiny: Make, form: str) -> Non
     assert distance(logits(folded(model)), logits(model)) < 1e-5
 
 
-def test_values_that_are_clipped_are_no_place(tiny: Make) -> None:
+def test_scales_do_not_fold_into_clipped_values(tiny: Make) -> None:
     model = model_of(tiny, "olmoe", clip_qkv=0.5)
     assert not any(OUT in place.consumers for place in places(model, model.blocks[0]))
     assert distance(logits(folded(model)), logits(model)) < 1e-5
 
 
-def test_a_norm_that_is_added_to_the_stream_is_no_place(tiny: Make) -> None:
+def test_scales_do_not_fold_into_a_norm_that_feeds_the_residual_stream(tiny: Make) -> None:
     model = formed(tiny, "norm")
     assert not any(NEXT_NORM in place.producers for place in places(model, model.blocks[1]))
     after, _ = run(Awq(), model)
@@ -355,7 +355,7 @@ def test_large_channels_cost_less_than_with_rounding(tiny: Make) -> None:
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "olmoe"])
-def test_what_is_stored_in_16_bits(tiny: Make, family: str) -> None:
+def test_tensors_stored_in_16_bits_are_rounded_consistently(tiny: Make, family: str) -> None:
     """Norms and biases are divided by what the columns are multiplied with; routers round."""
     model = uneven(model_of(tiny, family, dtype="bfloat16", num_hidden_layers=1))
     rules = (SchemeRule(match="q_proj", bits=16),)
@@ -423,7 +423,7 @@ def test_sparse_weights_stay_sparse(tiny: Make) -> None:
         assert (found[:, ::2] == 0).all()
 
 
-def test_experts_that_saw_nothing(tiny: Make) -> None:
+def test_experts_without_tokens(tiny: Make) -> None:
     model = model_of(tiny, "mixtral")
     after, notes = run(Awq(steps=2), model, IDS[:1, :2])  # two tokens, two experts each
     assert len([note for note in notes if note.startswith("block 0: expert")]) == 6
@@ -433,7 +433,7 @@ def test_experts_that_saw_nothing(tiny: Make) -> None:
     assert [note.split()[3] for note in notes] == ["experts"] * 3  # how many tokens they saw
 
 
-def test_an_expert_with_few_tokens_is_judged_by_those_of_its_layer(tiny: Make) -> None:
+def test_an_expert_with_few_tokens_uses_all_tokens_of_its_layer(tiny: Make) -> None:
     model = model_of(tiny, "mixtral", num_hidden_layers=1)
     seen = walk.BlockRunner(model, model.blocks[0]).watch(walk.embed(model, IDS))
     after = dict(run(Awq(bits=3, min_tokens=10**6), model)[0].blocks[0].weights())

@@ -32,6 +32,7 @@ def test_stock_transformers_loads_all_of_it() -> None:
     assert model.dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_every_selected_tensor_has_four_bits_and_the_same_integers(builtin_out: Path) -> None:
     onnx, gptq = (dict(registry.find_target(t).tensors(builtin_out / t)) for t in ("onnx", "gptq"))
     expected = list(open_checkpoint(BUILTIN).model.tensors())
@@ -45,6 +46,7 @@ def test_every_selected_tensor_has_four_bits_and_the_same_integers(builtin_out: 
             assert torch.equal(a.scales, b.scales)
 
 
+@pytest.mark.slow
 def test_quantization_costs_little(builtin_out: Path) -> None:
     report = json.loads((builtin_out / "onnx" / "report.json").read_text())
     source = report["before"]["quality"]["perplexity"]
@@ -55,6 +57,7 @@ def test_quantization_costs_little(builtin_out: Path) -> None:
     assert source < 40
 
 
+@pytest.mark.slow
 def test_the_runtime_agrees_with_pytorch_over_32_cached_steps(builtin_out: Path) -> None:
     report = json.loads((builtin_out / "onnx" / "report.json").read_text())
     for row in report["results"]:
@@ -62,6 +65,7 @@ def test_the_runtime_agrees_with_pytorch_over_32_cached_steps(builtin_out: Path)
         assert row["parity"]["exact"] < 1e-4
 
 
+@pytest.mark.slow
 def test_it_continues_python(builtin_out: Path) -> None:
     result = run("generate", str(builtin_out / "onnx"), "def read_json(path):")
     assert result.exit_code == 0, result.output
@@ -72,6 +76,7 @@ def test_it_continues_python(builtin_out: Path) -> None:
     assert len(rest) > 40
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["gptq", "awq"])
 @pytest.mark.parametrize(
     ("name", "experts"), [("e", [12] * 6), ("l", [16] * 5), ("b", [16] * 5)], ids=["e", "l", "b"]

@@ -134,7 +134,7 @@ CASES: list[tuple[str, Damage, type[Moe2EdgeError], str]] = [
 @pytest.mark.parametrize(
     ("damage", "error", "message"), [c[1:] for c in CASES], ids=[c[0] for c in CASES]
 )
-def test_damage_gets_its_own_line(
+def test_each_kind_of_damage_has_a_message(
     tiny: Make, tmp_path: Path, damage: Damage, error: type[Moe2EdgeError], message: str
 ) -> None:
     folder = tmp_path / "model"
@@ -246,7 +246,7 @@ def test_each_file_is_opened_once(tiny: Make, monkeypatch: pytest.MonkeyPatch) -
     assert opened == [folder / "model.safetensors"]
 
 
-def test_a_file_that_was_written_anew_is_read_anew(tmp_path: Path) -> None:
+def test_a_rewritten_file_is_read_again(tmp_path: Path) -> None:
     for value in (1.0, 2.0):
         write_checkpoint(tmp_path, [Planned("t", (3,), "F32", partial(torch.full, (3,), value))])
         assert [float(t[0]) for _, t in read_all(tmp_path)] == [value]
@@ -258,7 +258,7 @@ def test_a_revision_is_named_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["~nosuchuser/model", "x" * 5000])
-def test_names_that_no_system_has_are_refused(name: str) -> None:
+def test_impossible_file_names_are_refused(name: str) -> None:
     with pytest.raises(InputError, match="cannot be opened"):
         open_checkpoint(name)
 

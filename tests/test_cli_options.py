@@ -77,7 +77,7 @@ def test_options_of_a_target_are_recorded_and_reopened(
     assert measure._subject(out / "onnx")[1]["options"] == {"accuracy_level": 0}
 
 
-def test_folders_of_old_have_no_options(pair: Path, tmp_path: Path) -> None:
+def test_folders_of_older_versions_have_no_options(pair: Path, tmp_path: Path) -> None:
     folder = tmp_path / "old"
     shutil.copytree(pair / "onnx", folder)
     manifest = json.loads((folder / "manifest.json").read_text())

@@ -185,7 +185,7 @@ def test_without_most_a_threshold_drops_a_quarter_and_one_at_least(tiny: Make) -
     assert LayerDrop(threshold=-1).resolve(eight).most == 2
 
 
-def test_runs_that_are_runs_no_longer_are_refused(tiny: Make) -> None:
+def test_runs_of_blocks_that_are_no_longer_adjacent_are_refused(tiny: Make) -> None:
     """Two passes of one stage; the first breaks up every run of the second."""
     model = open_checkpoint(str(five(tiny, "mixtral"))).model
     step = BlockDrop(drop=2, consecutive=True)
@@ -218,7 +218,7 @@ def test_refusals(tiny: Make, step: Trim, message: str) -> None:
 
 
 @pytest.mark.parametrize("drop", [0, -1, 1.0, True, "two"])
-def test_amounts_that_are_none(drop: Any) -> None:
+def test_invalid_amounts(drop: Any) -> None:
     for kind in (BlockDrop, LayerDrop):
         with pytest.raises(ValueError, match=r"a count|a fraction"):
             kind.model_validate({"drop": drop})

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from helpers import plan, run
+from helpers import plan, refuse, run
 from moe2edge.calibration import router_observers, walk
 from moe2edge.calibration.observation import Facts
 from moe2edge.errors import InputError
@@ -172,10 +172,6 @@ def test_refusals(tiny: Make) -> None:
 
 
 def test_stock_layout_refuses_before_calibration(tiny: Make, tmp_path: Path) -> None:
-    recipe = tmp_path / "skip.yaml"
-    recipe.write_text("passes: [expert_skip]")
-    command = ["export", str(tiny("mixtral")), "-t", "hf", "-o", str(tmp_path / "out")]
-    result = run(*command, "-r", str(recipe))
-    assert result.exit_code == 6
-    assert "skip" in result.output
-    assert not (tmp_path / "out").exists()
+    error = refuse(tiny("mixtral"), tmp_path / "out", ["expert_skip"], "hf")
+    assert error.exit_code == 6
+    assert "skip" in str(error)

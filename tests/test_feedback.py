@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from helpers import slow_except
 from moe2edge.numerics import compiled, error_feedback
 from moe2edge.numerics import compiled as native
 from moe2edge.numerics.grid import Grid, dequantize
@@ -103,8 +104,8 @@ def test_it_equals_elimination_column_by_column(scheme: Scheme, how: Range, fixe
     assert loss(found) == pytest.approx(loss(expected), rel=0.02)
 
 
-@pytest.mark.parametrize("ins", [64, 192, 640, 1100])
-def test_widths_that_fill_no_panels(ins: int) -> None:
+@pytest.mark.parametrize("ins", slow_except([64, 192, 640, 1100], 64, 192))
+def test_widths_that_do_not_fill_a_panel(ins: int) -> None:
     weight, hessian = problem(8, ins, 2 * ins)
     scheme = Scheme(4, -1)
     found, loss, grid = solved(weight, hessian, scheme, "absmax", fixed=True)
@@ -125,7 +126,7 @@ def test_feedback_beats_rounding() -> None:
     assert losses[0] < 0.7 * losses[1]
 
 
-def test_a_batch_is_its_members_one_by_one() -> None:
+def test_a_batch_equals_its_matrices_one_by_one() -> None:
     weight, hessian = problem()
     scheme = Scheme(4, 32)
     weights = torch.stack([weight, weight.flip(0), 2 * weight])
@@ -195,7 +196,7 @@ def test_damping_rises_until_it_works_and_then_rounds() -> None:
 @pytest.mark.skipif(not compiled.is_built(), reason="there was no compiler")
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("outs", [1, 64, 200])
-def test_the_compiled_loop_is_that_of_torch(
+def test_the_compiled_loop_equals_that_in_torch(
     monkeypatch: pytest.MonkeyPatch, symmetric: bool, outs: int
 ) -> None:
     generator = torch.Generator().manual_seed(6)
@@ -226,7 +227,7 @@ def test_the_compiled_loop_is_that_of_torch(
 @pytest.mark.parametrize("shape", [(40, 96), (3, 5, 64), (2, 700, 256), (6, 40)], ids=str)
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("weighted", [True, False])
-def test_the_compiled_search_is_that_of_torch(
+def test_the_compiled_search_equals_that_in_torch(
     monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], symmetric: bool, weighted: bool
 ) -> None:
     generator = torch.Generator().manual_seed(8)
@@ -255,7 +256,7 @@ def test_only_the_lower_triangle_is_factored() -> None:
     assert torch.equal(found.lower.tril(), whole.lower.tril())
 
 
-def test_feedback_from_far_in_bfloat16_loses_nothing_that_counts() -> None:
+def test_distant_feedback_in_bfloat16_loses_nothing_significant() -> None:
     weight, hessian = problem(32, 640, 900)
     factors, _ = error_feedback.factorize(hessian[None].clone(), 0.01)
     losses, found = [], []

@@ -135,6 +135,7 @@ def test_the_stream_is_that_of_the_whole_blocks(tiny: Make, family: str) -> None
         assert (found - hidden).abs().max() < 1e-4 * hidden.abs().max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [4, 3, 2])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_gptq_is_nearer_to_the_source_than_rounding(bits: int, symmetric: bool) -> None:
@@ -170,7 +171,7 @@ def numbers(model: Model, block: int, role: str) -> Quantized:
     return dict(model.blocks[block].weights())[role].quantized()
 
 
-def test_starved_experts_borrow_or_are_rounded(tiny: Make) -> None:
+def test_under_calibrated_experts_fall_back_to_tokens_of_the_layer_or_rounding(tiny: Make) -> None:
     model = open_checkpoint(str(tiny("olmoe"))).model
     ids = tokens(model, 2, 24)
     options = {"group_size": 32, "min_tokens": 49, "scales": "absmax", "act_order": False}
@@ -196,7 +197,7 @@ def test_starved_experts_borrow_or_are_rounded(tiny: Make) -> None:
     assert not torch.equal(numbers(own, 0, role).q, numbers(borrowed, 0, role).q)
 
 
-def test_what_is_computed_in_is_chosen_and_told(tiny: Make) -> None:
+def test_the_dtype_of_the_computation_is_chosen_and_reported(tiny: Make) -> None:
     model = open_checkpoint(str(tiny("olmoe"))).model
     chosen = Gptq().resolve(model).compute
     assert chosen == str(Gptq().dtype()).removeprefix("torch.")

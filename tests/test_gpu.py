@@ -64,7 +64,7 @@ def integers(model: Model) -> dict[str, Quantized]:
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 @pytest.mark.parametrize("bits", [4, 3])
-def test_the_integers_are_those_of_the_processor(tiny: Make, family: str, bits: int) -> None:
+def test_integers_equal_those_of_the_cpu(tiny: Make, family: str, bits: int) -> None:
     """But for a few, as sums are rounded in another order and one rounding moves the next."""
     model = open_checkpoint(str(tiny(family))).model
     ids = tokens(model.vocabulary)
@@ -81,7 +81,7 @@ def test_the_integers_are_those_of_the_processor(tiny: Make, family: str, bits: 
 
 
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
-def test_it_is_as_near_to_the_source(compute: str) -> None:
+def test_gptq_on_the_gpu_is_as_near_to_the_source(compute: str) -> None:
     model = open_checkpoint(BUILTIN).model
     ids = tokens(model.vocabulary, 8, 128)
 
@@ -162,7 +162,7 @@ def test_a_folder_runs_packed(tiny: Make, tmp_path: Path, family: str) -> None:
 
 
 @pytest.mark.parametrize("train", ["full", "lora"])
-def test_a_training_is_killed_and_gone_on_with(tiny: Make, tmp_path: Path, train: str) -> None:
+def test_a_killed_training_resumes(tiny: Make, tmp_path: Path, train: str) -> None:
     """The optimizer is fused there, and keeps its count of steps beside the parameters."""
     model = open_checkpoint(str(tiny("olmoe", **CALM))).model
     step = Recover.model_validate({**QUICK_TRAINING, "train": train, "device": "cuda"})
@@ -188,7 +188,7 @@ def test_a_training_is_killed_and_gone_on_with(tiny: Make, tmp_path: Path, train
     assert train_in(tmp_path / "killed") == pytest.approx(expected, rel=1e-2)
 
 
-def test_members_anneal(tiny: Make, tmp_path: Path) -> None:
+def test_tied_experts_anneal(tiny: Make, tmp_path: Path) -> None:
     source = open_checkpoint(str(tiny("mixtral", **CALM))).model
     ids = tokens(source.vocabulary)
     share = ExpertReplace.model_validate({"with": "base", "budget": 0.8, "rank": 2})

@@ -348,7 +348,7 @@ def test_picture_beside_json(tiny: Make, tmp_path: Path, text: list[object]) -> 
     assert document(tiny("mixtral"), *text).keys() == found.keys() - {"picture"}
 
 
-def test_missing_matplotlib_is_told_before_any_work(
+def test_missing_matplotlib_is_reported_before_any_work(
     tiny: Make, tmp_path: Path, text: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
@@ -405,7 +405,7 @@ def test_wrong_input_is_one_line(
     assert "--set" not in lines[0]
 
 
-def test_damaged_manifest_is_told(tiny: Make, tmp_path: Path, text: list[object]) -> None:
+def test_damaged_manifest_is_reported(tiny: Make, tmp_path: Path, text: list[object]) -> None:
     folder = artifact(tmp_path / "out", "hf", model={"origins": [0, 1]})
     for path in tiny("mixtral").iterdir():
         (folder / path.name).write_bytes(path.read_bytes())

@@ -20,7 +20,7 @@ from moe2edge.runtime.memory import IMPORTED, SOLVED_TOGETHER_BYTES, Memory
 from moe2edge.testing import Make
 
 
-def test_a_stream_beyond_its_share_is_a_file_without_a_name(tmp_path: Path) -> None:
+def test_hidden_states_beyond_their_share_go_to_an_unnamed_file(tmp_path: Path) -> None:
     small = Memory(stream=400, folder=tmp_path)
     inside, outside = small.empty((10, 10)), small.empty((10, 11))
     assert inside.dtype == outside.dtype == torch.float32
@@ -92,6 +92,7 @@ def test_sizes(text: str, bytes_: int) -> None:
     assert parse_bytes(cast(Any, None), cast(Any, None), text) == bytes_
 
 
+@pytest.mark.slow
 def test_limits_on_the_command_line(tiny: Make, tmp_path: Path) -> None:
     def export(size: str, *more: str) -> tuple[int, str]:
         result = run(
@@ -113,6 +114,7 @@ def test_limits_on_the_command_line(tiny: Make, tmp_path: Path) -> None:
     assert code == 0, said
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_blocks(tiny: Make, tmp_path: Path) -> None:
     """Less than half of what six more blocks take on the disk."""
     text = tmp_path / "text.txt"
@@ -160,9 +162,10 @@ print(status("VmHWM") - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("step", ["base", "linear"])
-def test_what_is_replaced_stays_small_when_it_runs(tiny: Make, tmp_path: Path, step: str) -> None:
+def test_replaced_experts_save_memory_at_run_time(tiny: Make, tmp_path: Path, step: str) -> None:
     """Peak memory of running a folder, against that of its source, falls as its file does."""
     model = tiny(
         "mixtral",

@@ -76,7 +76,7 @@ def test_roles_and_names_are_unique_and_replaceable(tiny: Make, family: str) -> 
             block.with_weights({"experts.99.up": block.norms["input_layernorm.weight"]})
 
 
-def test_what_slimming_selects(tiny: Make) -> None:
+def test_quantizable_tensors_are_those_of_attention_and_mlps(tiny: Make) -> None:
     model = open_checkpoint(str(tiny("qwen2_moe", mlp_only_layers=[1]))).model
     kinds = {
         role.partition(".")[0] for block in model.blocks for role, _ in list_quantizable(block)

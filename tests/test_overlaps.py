@@ -89,7 +89,7 @@ def test_compare_on_the_command_line(tmp_path: Path) -> None:
     assert "1 of 3" in plain.stdout
 
 
-def test_what_cannot_be_compared(tmp_path: Path) -> None:
+def test_decisions_that_cannot_be_compared(tmp_path: Path) -> None:
     one, other, deep = tmp_path / "one.json", tmp_path / "other.json", tmp_path / "deep.json"
     decisions.write_decisions(made([[0, 1], [2]]), one)
     decisions.write_decisions(made([[0, 1], [2]], family="mixtral"), other)

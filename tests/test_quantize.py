@@ -86,7 +86,9 @@ def test_the_group_size_of_the_source_holds_for_what_is_left(model: Model) -> No
         ),
     ],
 )
-def test_what_does_not_fit_is_refused(model: Model, options: dict[str, Any], message: str) -> None:
+def test_unsuitable_options_are_refused(
+    model: Model, options: dict[str, Any], message: str
+) -> None:
     with pytest.raises(InputError, match=message):
         rtn(**options).check(model)
 

@@ -151,7 +151,7 @@ UNREADABLE = [
 
 
 @pytest.mark.parametrize(("text", "message"), UNREADABLE, ids=[m for _, m in UNREADABLE])
-def test_what_is_no_plain_yaml_is_one_line(text: str, message: str) -> None:
+def test_yaml_beyond_plain_values_gives_one_line(text: str, message: str) -> None:
     with pytest.raises(InputError) as caught:
         recipe.parse(text)
     assert message in str(caught.value)
@@ -160,7 +160,7 @@ def test_what_is_no_plain_yaml_is_one_line(text: str, message: str) -> None:
 
 
 @pytest.mark.parametrize("value", ["[", "!!python/name:os.system", "{a: 1, a: 2}", "---\n--- 2"])
-def test_a_setting_that_is_no_plain_yaml_is_one_line(value: str) -> None:
+def test_a_setting_beyond_plain_yaml_gives_one_line(value: str) -> None:
     with pytest.raises(InputError, match="is not YAML as expected") as caught:
         recipe.parse("passes: [gptq]", [f"gptq.group_size={value}"])
     assert "\n" not in str(caught.value)

@@ -75,7 +75,7 @@ def test_held_out_text_becomes_likelier(tiny: Make, loss: str) -> None:
     assert f"{best['perplexity']:.4f} after, at step {best['step']} of 20" in outcome.notes[0]
 
 
-def test_it_is_the_obvious_loop(tiny: Make) -> None:
+def test_training_equals_the_obvious_loop(tiny: Make) -> None:
     """By transformers' model as it loads itself, torch's optimizer and transformers' schedule."""
     from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
 
@@ -178,7 +178,7 @@ def is_selected(train: str, index: int | None, role: str) -> bool:
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 @pytest.mark.parametrize("train", ["full", "experts", "router", "lora"])
-def test_what_is_selected_changes_and_nothing_else(tiny: Make, family: str, train: str) -> None:
+def test_only_selected_tensors_change(tiny: Make, family: str, train: str) -> None:
     model = replaced(open_checkpoint(str(tiny(family))).model)
     outcome = recovered(model, train=train, eval_every=1, learning_rate=1e-3)
     assert outcome.figures["best_step"] > 0
@@ -191,7 +191,7 @@ def test_what_is_selected_changes_and_nothing_else(tiny: Make, family: str, trai
             assert changed == is_selected(train, index, role), (index, role)
 
 
-def test_the_one_expert_of_a_layer_is_one(tiny: Make) -> None:
+def test_a_dense_layer_that_was_an_expert_is_trained_as_one(tiny: Make) -> None:
     model = open_checkpoint(str(tiny("qwen2_moe"))).model
     model = model.replace_block(model.blocks[0].keep_experts((2,), clamp_top_k=True))
     after = read_all_numbers(recovered(model, train="experts", steps=2).model)
@@ -241,7 +241,7 @@ def test_tied_embeddings_stay_one_tensor(tiny: Make) -> None:
 # ---- towards the source --------------------------------------------------------------------------
 
 
-def test_what_the_source_says_is_kept(
+def test_outputs_of_the_source_are_kept_on_disk(
     tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against transformers' own logits; pieces that are there are not computed again."""
@@ -364,7 +364,7 @@ def test_adapters_elsewhere_are_seen(tiny: Make, monkeypatch: pytest.MonkeyPatch
         recovered(model, train="lora")
 
 
-def test_peft_is_asked_for(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_peft_is_reported(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     find: Callable[[str], Any] = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "peft" else find(name)
@@ -378,7 +378,7 @@ def test_peft_is_asked_for(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "text", ["{", "[]", '{"step": "x"}', '{"step": null}', '{"history": [1]}', '{"losses": ["a"]}']
 )
-def test_a_damaged_state_is_told(text: str, tmp_path: Path) -> None:
+def test_a_damaged_state_is_reported(text: str, tmp_path: Path) -> None:
     (tmp_path / "state.json").write_text(text)
     with pytest.raises(InputError, match=r"state.json is damaged: .*--resume never"):
         States(tmp_path).load()

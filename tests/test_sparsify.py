@@ -284,7 +284,7 @@ def test_zeros_and_inputs_that_never_occur_come_first(block: Block) -> None:
     assert torch.equal(few, weight)
 
 
-def test_whether_zeros_are_there() -> None:
+def test_zeros_are_recognized() -> None:
     matrix = torch.ones(4, 8)
     matrix[:2] = 0
     assert has_zeros(matrix, 32, 16)
@@ -361,9 +361,7 @@ def test_gates_weigh_tokens_as_a_loop_does(tiny: Make, family: str) -> None:
 @pytest.mark.parametrize(
     ("pattern", "select"), [("unstructured", "experts"), ("2:4", "all"), ("4:8", "experts")]
 )
-def test_what_is_selected_and_nothing_else(
-    tiny: Make, method: str, pattern: str, select: str
-) -> None:
+def test_only_selected_matrices_change(tiny: Make, method: str, pattern: str, select: str) -> None:
     model = open_checkpoint(str(tiny("qwen2_moe", dtype="bfloat16"))).model
     step = options(method=method, pattern=pattern, select=select)
     result, notes = apply(step, model)
@@ -459,7 +457,7 @@ def test_export_writes_the_zeros(tiny: Make, tmp_path: Path) -> None:
             assert torch.equal(after, before[name])
 
 
-def test_options_that_make_no_sense() -> None:
+def test_contradictory_options() -> None:
     with pytest.raises(ValidationError, match=r"2:4 makes half of .* zero, not 0\.6"):
         options(pattern="2:4", amount=0.6)
     for bad in ({"amount": 0}, {"amount": 1}, {"pattern": "1:4"}, {"method": "random"}):

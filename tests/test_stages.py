@@ -39,9 +39,7 @@ def test_passes_are_checked_on_the_model_that_they_get(
     assert not out.exists()
 
 
-def test_a_text_that_is_not_there_is_refused_though_nobody_reads_it(
-    tiny: Make, tmp_path: Path
-) -> None:
+def test_a_missing_text_is_refused_even_if_it_is_unused(tiny: Make, tmp_path: Path) -> None:
     args = ["-t", "onnx", "-r", "as-is", "--calib", str(tmp_path / "none.txt"), *SMALL]
     result = run("export", tiny("mixtral"), "-o", tmp_path / "out", *args)
     assert result.exit_code == 2

@@ -372,7 +372,7 @@ def test_saving_it_with_transformers_is_refused(
 
 
 @pytest.mark.parametrize(("family", "form"), CASES)
-def test_what_is_read_is_what_was_written(
+def test_written_folders_read_back_equal(
     family: str, form: str, pair: Pairs, tmp_path: Path
 ) -> None:
     model = pair(family, form, int4=True, at=(1,)).model
@@ -422,7 +422,7 @@ WRONG: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("form", "changes"), WRONG, ids=str)
-def test_a_form_that_is_not_known_is_refused(
+def test_unknown_forms_are_refused(
     form: str, changes: dict[str, Any], pair: Pairs, tmp_path: Path
 ) -> None:
     Hf(layout="natural").write(pair("olmoe", form, int4=False).model, tmp_path)

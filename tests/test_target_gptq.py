@@ -163,7 +163,7 @@ def test_unquantized_models_are_refused(tiny: Make) -> None:
         ("dense.gate", [r"-:model\.layers\.\d+\.mlp\.gate_proj"]),
     ],
 )
-def test_matrices_may_be_left_alone(missed: str, entries: list[str], tmp_path: Path) -> None:
+def test_matrices_may_stay_unquantized(missed: str, entries: list[str], tmp_path: Path) -> None:
     mixed: dict[str, Any] = {"mlp_only_layers": [1]} if missed.startswith("dense") else {}
     source = make_checkpoint(tmp_path / "source", "qwen2_moe", **mixed)
     model = quantized(source, only=lambda role: is_quantizable(role) and role != missed)

@@ -120,7 +120,7 @@ def test_two_writes_give_the_same_bytes(opened: Open, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("int4", [False, True], ids=["plain", "int4"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_size_is_known_before(family: str, int4: bool, opened: Open, tmp_path: Path) -> None:
+def test_size_is_predicted(family: str, int4: bool, opened: Open, tmp_path: Path) -> None:
     model = uneven(opened(family, int4=int4))
     size = (written(model, tmp_path) / "model.onnx.data").stat().st_size
     assert Onnx().nbytes(model) == pytest.approx(size, rel=0.02)
@@ -195,7 +195,7 @@ def assert_same_tensors(model: Model, folder: Path) -> None:
 @pytest.mark.parametrize("int4", [False, True], ids=["plain", "int4"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_is_read_back_is_what_was_written(
+def test_written_tensors_read_back_equal(
     family: str, dtype: str, int4: bool, opened: Open, tmp_path: Path
 ) -> None:
     model = uneven(opened(family, int4=int4, dtype=dtype))
@@ -344,7 +344,7 @@ def refused(model: Model) -> Iterator[tuple[str, Model]]:
     yield "experts differ", with_expert(replace(first, down=replace(first.down, dtype="BF16")))
 
 
-def test_what_the_graph_cannot_hold_is_refused(opened: Open, tmp_path: Path) -> None:
+def test_models_that_the_graph_cannot_hold_are_refused(opened: Open, tmp_path: Path) -> None:
     model = opened("mixtral")
     for message, bad in refused(model):
         with pytest.raises(Unsupported, match=message):

@@ -15,7 +15,7 @@ import torch
 from click.testing import Result
 from safetensors.torch import load_file, save_file
 
-from helpers import run
+from helpers import run, slow_except
 from moe2edge.calibration import observation, walk
 from moe2edge.errors import VerificationFailed
 from moe2edge.evaluation import verify
@@ -56,7 +56,7 @@ def flip(path: Path, at: float) -> None:
     path.write_bytes(bytes(data))
 
 
-@pytest.mark.parametrize("at", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("at", slow_except([0.1, 0.5, 0.9], 0.5))
 @pytest.mark.parametrize("target", ["onnx", "gptq"])
 @pytest.mark.parametrize("renew", [False, True])
 def test_one_flipped_bit(
@@ -86,7 +86,7 @@ def gptq_swap(tensors: dict[str, torch.Tensor]) -> None:
 
 
 # Random weights, and trained ones, on which faults change less.
-both = pytest.mark.parametrize("made", ["folders", "builtin_out"])
+both = pytest.mark.parametrize("made", slow_except(["folders", "builtin_out"], "folders"))
 
 
 @both
@@ -187,7 +187,7 @@ def test_tensors_that_come_or_go(folders: Path) -> None:
         verify.check_tensors(small, [pairs[0], ("b", torch.tensor([1.0, 1.0001]))])
 
 
-def test_a_digest_tells_every_bit_and_form_apart() -> None:
+def test_a_digest_depends_on_every_bit_and_on_the_form() -> None:
     value = torch.randn(4, 6)
     changed = value.clone()
     changed.view(torch.int32)[3, 5] ^= 1
@@ -219,6 +219,7 @@ def test_a_folder_of_links_is_verified_as_the_hub_keeps_it(folders: Path, tmp_pa
     assert result.exit_code == 0, result.output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("renew", [False, True])
 @pytest.mark.parametrize("target", ["onnx", "gptq"])
 def test_the_built_in_model_whole_and_with_one_flipped_bit(
