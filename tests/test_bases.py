@@ -105,7 +105,7 @@ def test_every_budget_that_is_not_refused_is_kept(
         found = base_sharing.choose_replaced(
             base_sharing.order_candidates(scores, [1.0] * len(sizes)), costs, whole, budget
         )
-        saved = sum(cost.saved(len(own)) for cost, own in zip(costs, found, strict=True))
+        saved = sum(cost.compute_saved(len(own)) for cost, own in zip(costs, found, strict=True))
         assert whole - saved <= budget
 
 

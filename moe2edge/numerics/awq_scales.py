@@ -108,12 +108,14 @@ class AwqInputs:
     share: int = 1
 
     @classmethod
-    def of(cls, x: Tensor, weights: Tensor, magnitudes: Tensor, share: int = 1) -> AwqInputs:
+    def from_sample(
+        cls, x: Tensor, weights: Tensor, magnitudes: Tensor, share: int = 1
+    ) -> AwqInputs:
         """Of the importance that they have themselves."""
         importance = (x * weights.unsqueeze(1)).square().mean(0)
         return cls(x, weights, importance, magnitudes, share)
 
-    def squares(self, errors: Tensor) -> Tensor:
+    def compute_output_squares(self, errors: Tensor) -> Tensor:
         """Squared size of the outputs for matrices [..., out, in], each [...]."""
         outputs = (self.x @ errors.mT) * self.weights.unsqueeze(1)
         return outputs.square().sum((-2, -1)) * self.share
@@ -141,14 +143,14 @@ def compute_losses(
         scaled = weight * part.unsqueeze(1)
         grid = choose_grid(scaled, scheme, how, inputs.importance / part.square())
         rounded = dequantize(round_to(scaled, grid), grid.scales, scheme, grid.zeros)
-        found.append(inputs.squares(weight - rounded / part.unsqueeze(1)))
+        found.append(inputs.compute_output_squares(weight - rounded / part.unsqueeze(1)))
     return torch.cat(found) * share
 
 
 def measure_output_size(weight: Tensor, inputs: AwqInputs) -> float:
     """``|| X W^T ||^2``, which `compute_losses` are to be held against, from as many of the outputs."""
     weight, share = _some(weight)
-    return float(inputs.squares(weight)) * share
+    return float(inputs.compute_output_squares(weight)) * share
 
 
 def _some(weight: Tensor) -> tuple[Tensor, float]:

@@ -64,28 +64,28 @@ class SharingCost:
     factors: int
     group: int | None
 
-    def groups(self, candidates: int) -> int:
+    def count_groups(self, candidates: int) -> int:
         """How many bases so many candidates have."""
         return 0 if self.group is None else -(-candidates // self.group)
 
-    def saved(self, replaced: int) -> int:
+    def compute_saved(self, replaced: int) -> int:
         """Bytes that are saved by replacing so many experts."""
         # A single one has nobody to share a base with.
         if not replaced or (self.group is not None and replaced < 2):
             return 0
-        return (replaced - self.groups(replaced)) * self.expert - replaced * self.factors
+        return (replaced - self.count_groups(replaced)) * self.expert - replaced * self.factors
 
-    def replaced(self, candidates: int) -> int:
+    def choose_count(self, candidates: int) -> int:
         """How many of so many candidates are replaced: as many as save most.
 
         The first expert of a new group adds a base, and saves nothing until others join.
         """
-        return max(range(candidates + 1), key=lambda n: (self.saved(n), -n))
+        return max(range(candidates + 1), key=lambda n: (self.compute_saved(n), -n))
 
 
 def compute_most_saved(costs: Sequence[SharingCost], sizes: Sequence[int]) -> int:
     """Bytes that are saved where every layer, of so many candidates, saves as many as it can."""
-    return sum(c.saved(c.replaced(size)) for c, size in zip(costs, sizes, strict=True))
+    return sum(c.compute_saved(c.choose_count(size)) for c, size in zip(costs, sizes, strict=True))
 
 
 def choose_replaced(
@@ -112,8 +112,10 @@ def choose_replaced(
             break
         chosen[layer].append(expert)
         cost, count = costs[layer], len(chosen[layer])
-        saved[layer] = cost.saved(cost.replaced(count))
-    return [sorted(own[: cost.replaced(len(own))]) for own, cost in zip(chosen, costs, strict=True)]
+        saved[layer] = cost.compute_saved(cost.choose_count(count))
+    return [
+        sorted(own[: cost.choose_count(len(own))]) for own, cost in zip(chosen, costs, strict=True)
+    ]
 
 
 # ---- numbers -------------------------------------------------------------------------------------

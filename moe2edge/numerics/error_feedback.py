@@ -132,7 +132,7 @@ class Rounder(Protocol):
 
     width: int | None
 
-    def panel(
+    def round_panel(
         self, first: int, wanted: Tensor, weights: Tensor, lower: Tensor, weight: Tensor
     ) -> Tensor | None:
         """Do at once what `_panel` does, with the same arguments; None: column by column."""
@@ -186,7 +186,7 @@ def round_columns(
             wanted += far.to(dtype) @ errors[:, end:]
         inside = factors.lower[:, part, part].contiguous()
         given = wanted, weights[:, part], inside, factors.weight[:, part]
-        lost = rounder.panel(start, *given)
+        lost = rounder.round_panel(start, *given)
         loss += _panel(*given, start, rounder) if lost is None else lost
         if errors is not weights:
             errors[:, part] = weights[:, part]
@@ -268,13 +268,13 @@ class GridRounder:
         # Integers without their zero points: up to 9 bits.
         self._q = groups.new_empty(batch, ins, outs, dtype=torch.int16)
         self._columns: _Columns | None = None
-        self.native = how is None and compiled.supports(chosen.scales)
+        self.uses_compiled = how is None and compiled.supports(chosen.scales)
 
-    def panel(
+    def round_panel(
         self, first: int, wanted: Tensor, weights: Tensor, lower: Tensor, weight: Tensor
     ) -> Tensor | None:
         """Round to given grids by the compiled loop, where there is one."""
-        if not self.native:
+        if not self.uses_compiled:
             return None
         part = slice(first, first + wanted.shape[1])
         return compiled.round_panel(

@@ -215,7 +215,7 @@ class Matrices:
         """Rows of gate and up and columns of down beside each other, [width, 3 hidden]."""
         return torch.cat([self.gate, self.up, self.down.T], dim=1)
 
-    def inside(self, inputs: Tensor) -> Tensor:
+    def compute_intermediate(self, inputs: Tensor) -> Tensor:
         """What its neurons answer to inputs [n, hidden]: [width, n]."""
         return (silu(inputs @ self.gate.T) * (inputs @ self.up.T)).T
 
@@ -316,7 +316,8 @@ def align_neurons(
     if found is None:
         return match_neurons(compute_weight_cost(centroid.neurons(), member.neurons()))
     one, other = (
-        (m.inside(inputs), reduce_neurons(m.neurons(), found)) for m in (centroid, member)
+        (m.compute_intermediate(inputs), reduce_neurons(m.neurons(), found))
+        for m in (centroid, member)
     )
     return match_neurons(compute_ream_cost(one, other))
 

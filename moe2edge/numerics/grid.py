@@ -61,7 +61,7 @@ class Grid:
     zeros: Tensor
     scheme: Scheme
 
-    def quantized(self, q: Tensor) -> Quantized:
+    def to_quantized(self, q: Tensor) -> Quantized:
         """Integers uint8 [out, in] with the scales and zero points of this grid."""
         zeros = None if self.scheme.symmetric else self.zeros.to(torch.uint8)
         return Quantized(q, self.scales, self.scheme, zeros)

@@ -123,4 +123,4 @@ def round_to_nearest(
 ) -> Quantized:
     """Quantize ``weight`` [out, in] by rounding each number to its nearest grid point."""
     grid = choose_grid(weight, scheme, how, importance)
-    return grid.quantized(round_to(weight, grid))
+    return grid.to_quantized(round_to(weight, grid))

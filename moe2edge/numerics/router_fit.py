@@ -54,7 +54,7 @@ class RouterEvidence:
     weights: Tensor
     scale: Tensor
 
-    def part(self, rows: Tensor) -> RouterEvidence:
+    def select(self, rows: Tensor) -> RouterEvidence:
         """Only the tokens where ``rows`` bool [T] is set."""
         return RouterEvidence(
             self.rule,
@@ -194,7 +194,7 @@ def fit_router(
         rounds: steps at most.
         margin: by which part a step must lower the loss of the held-out tokens.
     """
-    fitted, judged = evidence.part(~held_out), evidence.part(held_out)
+    fitted, judged = evidence.select(~held_out), evidence.select(held_out)
     before = current = compute_router_loss(judged, router)
     best, taken = router, 0
     for _ in range(rounds):

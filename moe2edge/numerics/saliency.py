@@ -64,7 +64,7 @@ class LayerOutputs:
     scatter: Tensor
 
     @classmethod
-    def of(cls, experts: tuple[int, ...], hidden: int) -> LayerOutputs:
+    def empty(cls, experts: tuple[int, ...], hidden: int) -> LayerOutputs:
         """Nothing seen yet."""
         count = len(experts)
 
@@ -112,7 +112,7 @@ class OutputStatistics:
     layers: Mapping[int, LayerOutputs]
 
 
-def routing_score(statistics: RoutingStatistics, block: int) -> Tensor:
+def compute_routing_score(statistics: RoutingStatistics, block: int) -> Tensor:
     """Mean over all tokens of the full softmax: ``S_j = mean_t p_tj``, float64 [E].
 
     Unified-MoE-Compression (https://arxiv.org/abs/2406.02500), layer-wise Expert Drop.
@@ -120,22 +120,22 @@ def routing_score(statistics: RoutingStatistics, block: int) -> Tensor:
     return statistics.probability[block] / statistics.tokens
 
 
-def frequency(statistics: RoutingStatistics, block: int) -> Tensor:
+def compute_frequency(statistics: RoutingStatistics, block: int) -> Tensor:
     """Number of tokens routed to each expert, float64 [E]."""
     return statistics.counts[block].double()
 
 
-def soft_frequency(statistics: RoutingStatistics, block: int) -> Tensor:
+def compute_soft_frequency(statistics: RoutingStatistics, block: int) -> Tensor:
     """Sum of gate weights, ``sum g_tj``; float64 [E] (SEER in https://arxiv.org/abs/2606.15716)."""
     return statistics.mass[block]
 
 
-def ean(layer: LayerOutputs) -> Tensor:
+def compute_ean(layer: LayerOutputs) -> Tensor:
     """Sum of output norms, ``sum ||f_j(h_t)||``; float64 [E] (https://arxiv.org/abs/2606.15716)."""
     return layer.norm
 
 
-def reap(layer: LayerOutputs) -> Tensor:
+def compute_reap(layer: LayerOutputs) -> Tensor:
     """Mean over the tokens routed to j of ``g_tj * ||f_j(h_t)||``; never routed: 0. float64 [E].
 
     REAP (https://arxiv.org/abs/2510.13999).
@@ -143,17 +143,17 @@ def reap(layer: LayerOutputs) -> Tensor:
     return layer.gated_norm / layer.counts.clamp(min=1)
 
 
-def man(layer: LayerOutputs) -> Tensor:
+def compute_man(layer: LayerOutputs) -> Tensor:
     """Mean output norm over routed tokens; float64 [E] (https://arxiv.org/abs/2606.15716)."""
     return layer.norm / layer.counts.clamp(min=1)
 
 
-def msan(layer: LayerOutputs) -> Tensor:
+def compute_msan(layer: LayerOutputs) -> Tensor:
     """Mean squared output norm over routed tokens; float64 [E] (arXiv 2606.15716)."""
     return layer.squared_norm / layer.counts.clamp(min=1)
 
 
-def mone(layer: LayerOutputs) -> Tensor:
+def compute_mone(layer: LayerOutputs) -> Tensor:
     """Output fluctuation times routing mass: ``||std_t f_j(h_t)|| * sum g_tj``; float64 [E].
 
     The standard deviation is per output channel over routed tokens. MoNE
@@ -163,20 +163,20 @@ def mone(layer: LayerOutputs) -> Tensor:
     return variance.sum(-1).sqrt() * layer.mass
 
 
-def magnitude(matrices: Sequence[Tensor]) -> float:
+def compute_magnitude(matrices: Sequence[Tensor]) -> float:
     """Root mean square of all weights of an expert."""
     count = sum(m.numel() for m in matrices)
     return math.sqrt(sum(float(m.double().square().sum()) for m in matrices) / count)
 
 
-def aimer(matrices: Sequence[Tensor]) -> float:
+def compute_aimer(matrices: Sequence[Tensor]) -> float:
     """``- mean|W| / rms(W)`` over all weights of an expert; the highest ratio is dropped first.
 
     AIMER, as in its code (ratio of absolute mean to root mean square; needs no data).
     """
     count = sum(m.numel() for m in matrices)
     mean = sum(float(m.double().abs().sum()) for m in matrices) / count
-    return -mean / max(magnitude(matrices), 1e-300)
+    return -mean / max(compute_magnitude(matrices), 1e-300)
 
 
 def draw_random_scores(experts: int, block: int, seed: int) -> Tensor:

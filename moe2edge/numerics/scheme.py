@@ -103,7 +103,7 @@ class Pattern:
         return f"{self.of - round(self.zeros)}:{self.of}"
 
 
-def largest_group_size(in_features: Iterable[int]) -> Literal[32, 64, 128]:
+def find_largest_group_size(in_features: Iterable[int]) -> Literal[32, 64, 128]:
     """Largest group size of 128, 64, 32 that divides every one of ``in_features``.
 
     Raises:

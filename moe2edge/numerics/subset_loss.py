@@ -83,7 +83,7 @@ class SubsetEvidence:
     missing: float
     wanted: float
 
-    def relative(self, loss: float) -> float:
+    def compute_relative_error(self, loss: float) -> float:
         """``||Z - Z'|| / ||Z||`` of a loss."""
         return math.sqrt(max(loss, 0.0) / self.wanted) if self.wanted else 0.0
 
@@ -274,7 +274,7 @@ def _sums_without_each(p: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """What a search chose.
 
     Attributes:
@@ -288,17 +288,21 @@ class Found:
     tried: int
 
 
-def search_exhaustively(evidence: SubsetEvidence, keep: int, advance: CountProgress) -> Found:
+def search_exhaustively(
+    evidence: SubsetEvidence, keep: int, advance: CountProgress
+) -> SearchResult:
     """The best of all subsets of ``keep`` experts; of equals the first in lexicographic order."""
     count = math.comb(evidence.experts, keep)
     best: tuple[float, tuple[int, ...]] = (math.inf, ())
     for n, kept in enumerate(itertools.combinations(range(evidence.experts), keep)):
         advance(n, count)
         best = min(best, (compute_subset_loss(evidence, kept), kept))
-    return Found(best[1], best[0], count)
+    return SearchResult(best[1], best[0], count)
 
 
-def search_beam(evidence: SubsetEvidence, keep: int, width: int, advance: CountProgress) -> Found:
+def search_beam(
+    evidence: SubsetEvidence, keep: int, width: int, advance: CountProgress
+) -> SearchResult:
     """Remove one expert after the other, going on from the ``width`` best sets of each size.
 
     Width 1 is greedy removal. Of equals, sets that come first in lexicographic order go first.
@@ -314,7 +318,7 @@ def search_beam(evidence: SubsetEvidence, keep: int, width: int, advance: CountP
             tried += size
         sets = sorted((value, kept) for kept, value in smaller.items())[:width]
     value, kept = sets[0]
-    return Found(kept, value, tried)
+    return SearchResult(kept, value, tried)
 
 
 def count_beam_tries(experts: int, keep: int, width: int) -> int:

@@ -20,7 +20,7 @@ from typing import (
 
 from moe2edge.errors import InputError
 from moe2edge.model.model import Block
-from moe2edge.storage.safetensors_files import Planned, read_tensor, write_durably
+from moe2edge.storage.safetensors_files import PlannedTensor, read_tensor, write_durably
 from moe2edge.storage.solved_blocks import open_handles, save
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ class FileBlockJournal:
         stream = None
         if hidden is not None:
             stream = f"stream-{stem}.safetensors"
-            whole = Planned(HIDDEN, tuple(hidden.shape), "F32", hidden.cpu)
+            whole = PlannedTensor(HIDDEN, tuple(hidden.shape), "F32", hidden.cpu)
             write_durably(self.journal.folder / stream, [whole])
         unit = JournalEntry(
             self.step, block.index, _origins(block), path.name, schemes, patterns, stream, done

@@ -69,11 +69,11 @@ class GptqSettings:
     main: Scheme
     dynamic: tuple[tuple[re.Pattern[str], Scheme | None], ...] = ()
 
-    def of(self, module: str) -> Scheme | None:
+    def find_scheme(self, module: str) -> Scheme | None:
         """Scheme of the matrix of a module, by its name on disk without ``.weight``."""
-        return self.named(module, self.main)
+        return self.find_override(module, self.main)
 
-    def named(self, module: str, usual: Scheme | None = None) -> Scheme | None:
+    def find_override(self, module: str, usual: Scheme | None = None) -> Scheme | None:
         """The same of a matrix that a pattern must name to be quantized."""
         matching = (scheme for pattern, scheme in self.dynamic if pattern.match(module))
         return next(matching, usual)
@@ -165,7 +165,7 @@ class _Stored:
 
     def _scheme(self, name: str) -> Scheme | None:
         """What the settings say of a matrix, by its name on disk."""
-        return None if self._settings is None else self._settings.of(_stem(name))
+        return None if self._settings is None else self._settings.find_scheme(_stem(name))
 
     def _read(self, name: str) -> Tensor:
         return read_tensor(self._files[name], name)
@@ -214,9 +214,9 @@ class _Stored:
         for name, role, weight in model.tensors():
             scheme = None
             if self._settings is not None and is_quantizable(role):
-                scheme = self._settings.of(_stem(name))
+                scheme = self._settings.find_scheme(_stem(name))
             elif self._settings is not None and is_low_rank(role):
-                scheme = self._settings.named(_stem(name))
+                scheme = self._settings.find_override(_stem(name))
             if scheme is None:
                 wanted[name] = (weight.shape, weight.dtype)
             else:

@@ -27,7 +27,7 @@ SHARD_BYTES = 4 << 30
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """One tensor of a safetensors file.
 
     Attributes:
@@ -43,7 +43,7 @@ class Entry:
     nbytes: int
 
 
-def open_file(path: Path) -> Mapping[str, Entry]:
+def open_file(path: Path) -> Mapping[str, TensorEntry]:
     """The header of a safetensors file, which is read once.
 
     Raises:
@@ -59,7 +59,7 @@ def open_file(path: Path) -> Mapping[str, Entry]:
 
 
 @lru_cache(maxsize=256)
-def _entries(path: Path, changed: int, size: int) -> Mapping[str, Entry]:
+def _entries(path: Path, changed: int, size: int) -> Mapping[str, TensorEntry]:
     """Header of a file; one that was written anew has another key.
 
     The library, which checks the whole of it, does not tell where tensors are.
@@ -74,7 +74,7 @@ def _entries(path: Path, changed: int, size: int) -> Mapping[str, Entry]:
     for name, entry in header.items():
         start, end = entry["data_offsets"]
         shape = tuple(entry["shape"])
-        found[name] = Entry(shape, entry["dtype"], 8 + length + start, end - start)
+        found[name] = TensorEntry(shape, entry["dtype"], 8 + length + start, end - start)
     return found
 
 
@@ -126,7 +126,7 @@ _SPELLING = {f"torch.{name}": spelling for spelling, name in _TORCH_NAMES.items(
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedTensor:
     """A tensor that is to be written: shape and dtype now, numbers when its turn comes."""
 
     name: str
@@ -143,7 +143,7 @@ class Planned:
         return width
 
 
-def write_safetensors(path: Path, tensors: Iterable[Planned]) -> None:
+def write_safetensors(path: Path, tensors: Iterable[PlannedTensor]) -> None:
     """Write one safetensors file with a single tensor in memory at a time.
 
     The library's own writer wants all tensors of a file at once. The format is a header of JSON
@@ -171,7 +171,7 @@ def write_safetensors(path: Path, tensors: Iterable[Planned]) -> None:
         os.fsync(file.fileno())
 
 
-def encode_tensor(tensor: Tensor, planned: Planned) -> memoryview:
+def encode_tensor(tensor: Tensor, planned: PlannedTensor) -> memoryview:
     """Bytes of a tensor, after a check that it is the one that was planned."""
     import torch
 
@@ -184,9 +184,9 @@ def encode_tensor(tensor: Tensor, planned: Planned) -> memoryview:
     return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
-def write_checkpoint(folder: Path, tensors: Iterable[Planned]) -> None:
+def write_checkpoint(folder: Path, tensors: Iterable[PlannedTensor]) -> None:
     """Write tensors as ``model.safetensors``, or as shards with an index beyond 4 GiB."""
-    shards: list[list[Planned]] = [[]]
+    shards: list[list[PlannedTensor]] = [[]]
     size = 0
     for t in tensors:
         if shards[-1] and size + t.nbytes > SHARD_BYTES:
@@ -212,7 +212,7 @@ def write_checkpoint(folder: Path, tensors: Iterable[Planned]) -> None:
 # ---- numbers on disk -----------------------------------------------------------------------------
 
 
-def write_durably(path: Path, tensors: list[Planned]) -> None:
+def write_durably(path: Path, tensors: list[PlannedTensor]) -> None:
     """Write a safetensors file that has its name only when it is whole and on the disk."""
     beside = path.with_name(path.name + ".tmp")
     write_safetensors(beside, tensors)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from moe2edge.model.layers import Weight, cast_to_stored
 from moe2edge.model.model import Block
 from moe2edge.numerics.scheme import Pattern, Scheme
-from moe2edge.storage.safetensors_files import Planned, open_file, read_tensor, write_durably
+from moe2edge.storage.safetensors_files import PlannedTensor, open_file, read_tensor, write_durably
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,7 +58,7 @@ def save(
     """
     import torch
 
-    planned: list[Planned] = []
+    planned: list[PlannedTensor] = []
     schemes: Schemes = {}
     patterns: Patterns = {}
     for role, value in numbers.items():
@@ -84,23 +84,25 @@ def estimate_saved_bytes(weight: Weight) -> int:
     return outs * (compute_packed_shape((ins,), scheme.bits)[0] + of_group * scheme.groups(ins))
 
 
-def _planned(role: str, value: Quantized | Tensor, weight: Weight) -> list[Planned]:
+def _planned(role: str, value: Quantized | Tensor, weight: Weight) -> list[PlannedTensor]:
     import torch
 
     from moe2edge.numerics.packing import compute_packed_shape, pack_bytes
 
     if isinstance(value, torch.Tensor):
         return [
-            Planned(role, weight.shape, weight.dtype, lambda: cast_to_stored(value, weight.dtype))
+            PlannedTensor(
+                role, weight.shape, weight.dtype, lambda: cast_to_stored(value, weight.dtype)
+            )
         ]
     bits, scales, zeros = value.scheme.bits, value.scales, value.zeros
     shape = compute_packed_shape(tuple(value.q.shape), bits)
     planned = [
-        Planned(f"{role}.q", shape, "U8", lambda: pack_bytes(value.q, bits)),
-        Planned(f"{role}.scales", tuple(scales.shape), "F32", lambda: scales),
+        PlannedTensor(f"{role}.q", shape, "U8", lambda: pack_bytes(value.q, bits)),
+        PlannedTensor(f"{role}.scales", tuple(scales.shape), "F32", lambda: scales),
     ]
     if zeros is not None:
-        planned.append(Planned(f"{role}.zeros", tuple(zeros.shape), "U8", lambda: zeros))
+        planned.append(PlannedTensor(f"{role}.zeros", tuple(zeros.shape), "U8", lambda: zeros))
     return planned
 
 

@@ -20,7 +20,7 @@ from moe2edge.model.model import Block
 from moe2edge.storage.journal import FileBlockJournal, Journal
 from moe2edge.storage.manifest import MANIFEST, is_artifact, list_files
 from moe2edge.storage.solved_blocks import open_handles, save
-from moe2edge.storage.text_files import read_json, sync_folder, write_whole
+from moe2edge.storage.text_files import read_json, sync_folder, write_atomically
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -222,7 +222,7 @@ def _mark(partial: Path, inputs: RunInputs | None, writer: psutil.Process | None
     marker: dict[str, Any] = {"inputs": dict(inputs or {})}
     if writer is not None:
         marker |= {"pid": writer.pid, "started": writer.create_time()}
-    write_whole(partial / MARKER, json.dumps(marker))
+    write_atomically(partial / MARKER, json.dumps(marker))
 
 
 def _examine(partial: Path, inputs: RunInputs | None, resume: Resume) -> bool:
