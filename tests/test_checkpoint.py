@@ -74,7 +74,7 @@ def sharded(weight_map: dict[str, str]) -> Damage:
 
 NORM = "model.norm.weight"
 CASES: list[tuple[str, Damage, type[Moe2EdgeError], str]] = [
-    ("no config", lambda f: (f / "config.json").unlink(), InputError, "is no checkpoint"),
+    ("no config", lambda f: (f / "config.json").unlink(), InputError, "is not a checkpoint"),
     ("config is no JSON", spoil_config, InputError, "is damaged"),
     (
         "no weights",
