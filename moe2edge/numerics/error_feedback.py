@@ -145,8 +145,8 @@ class Rounder(Protocol):
 
         Args:
             first: index of the first of them.
-            completed: [batch, width, out], their best values if they were free, after the columns
-                behind them are rounded.
+            completed: [batch, width, out], their best values if they were free, after all later
+                columns are rounded.
             weight: their part of D, [batch, width].
         """
         ...
