@@ -60,7 +60,7 @@ BAD = [
     ("passes: gptq", "needs 'passes', a list"),
     ("passes: [[gptq]]", "a pass is a name"),
     ("[gptq]", "a recipe is a mapping"),
-    ("passes: [", "not YAML"),
+    ("passes: [", "not valid YAML"),
     ("passes: []\ncalibration: {sampels: 3}", "unknown option of calibration 'sampels'"),
     ("passes: []\ncalibration: {samples: 0}", "calibration.samples is 0"),
     ("passes: []\ncalibration: {sources: 3}", "calibration.sources: expected options"),

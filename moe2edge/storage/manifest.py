@@ -104,7 +104,7 @@ def write_manifest(folder: Path, target: str, **sections: object) -> None:
         ValueError: a section has the name of a key that the manifest always has.
     """
     if reserved := _RESERVED_KEYS & set(sections):
-        raise ValueError(f"{min(reserved)} is a key of every manifest; name the section otherwise")
+        raise ValueError(f"a section cannot be called {min(reserved)}: every manifest has that key")
     files = {
         name: {"sha256": hash_file(path), "bytes": path.stat().st_size}
         for name, path in list_files(folder).items()
