@@ -204,7 +204,7 @@ class Sharing:
         found = []
         for own, cost, importance, alike in zip(chosen, costs, scores, similar, strict=True):
             groups = expert_groups.group_by_similarity(
-                own, importance, alike, cost.groups(len(own))
+                own, importance, alike, cost.count_groups(len(own))
             )
             # An expert that nobody joined stays what it is, which takes no more.
             found.append([members for members in groups if len(members) > 1])

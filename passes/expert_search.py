@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from moe2edge.calibration.evidence import Gatherer
     from moe2edge.calibration.observation import BlockTrace
-    from moe2edge.numerics.subset_loss import Found, SubsetEvidence
+    from moe2edge.numerics.subset_loss import SearchResult, SubsetEvidence
     from moe2edge.progress import Advance
 
 
@@ -216,7 +216,7 @@ class ExpertSearch(Search):
             )
         return Outcome(after, changed=tuple(changed), notes=tuple(notes))
 
-    def choose(self, evidence: SubsetEvidence, advance: Advance, label: str) -> Found:
+    def choose(self, evidence: SubsetEvidence, advance: Advance, label: str) -> SearchResult:
         """The set to keep in one layer."""
         from moe2edge.numerics import subset_loss
 
@@ -247,7 +247,7 @@ class _Decider:
     gatherer: Gatherer
     blocks: set[int]
     advance: Advance
-    found: dict[int, Found] = field(default_factory=dict)
+    found: dict[int, SearchResult] = field(default_factory=dict)
     errors: dict[int, float] = field(default_factory=dict)
 
     def observe(self, trace: BlockTrace, source: BlockTrace) -> None:
@@ -264,7 +264,7 @@ class _Decider:
             evidence = self.gatherer.take(layer)
             label = f"expert_search: block {index}, sets"
             self.found[index] = self.step.choose(evidence, self.advance, label)
-            self.errors[index] = evidence.relative(self.found[index].loss)
+            self.errors[index] = evidence.compute_relative_error(self.found[index].loss)
 
     def change(self, block: Block) -> Block:
         """The block with the experts that were chosen."""
@@ -284,6 +284,6 @@ class _LayerWise:
         """Take in one batch."""
         self.decider.take_in(trace, None)
 
-    def result(self) -> Mapping[int, Found]:
+    def result(self) -> Mapping[int, SearchResult]:
         """The decisions, by block."""
         return self.decider.found

@@ -380,7 +380,7 @@ class ZeroChooser:
         """The numbers, [batch, out, in]."""
         return self._result.transpose(1, 2)
 
-    def panel(self, *_: object) -> None:
+    def round_panel(self, *_: object) -> None:
         """Column by column."""
 
     def begin(self, first: int, completed: Tensor, weight: Tensor) -> None:

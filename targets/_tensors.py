@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from moe2edge.model.layers import DTYPES, MoELayer, Weight
 from moe2edge.model.model import Model
 from moe2edge.numerics.scheme import WHOLE_ROW, Scheme
-from moe2edge.storage.safetensors_files import Planned
+from moe2edge.storage.safetensors_files import PlannedTensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 TILE = 128
 
 
-def plan_plain(name: str, weight: Weight) -> Planned:
+def plan_plain(name: str, weight: Weight) -> PlannedTensor:
     """A tensor that is written as it is in the source."""
-    return Planned(name, weight.shape, weight.dtype, weight.load)
+    return PlannedTensor(name, weight.shape, weight.dtype, weight.load)
 
 
-def estimate_file_bytes(tensors: Iterable[Planned]) -> int:
+def estimate_file_bytes(tensors: Iterable[PlannedTensor]) -> int:
     """Bytes of the safetensors file that will hold ``tensors``, with its header.
 
     In small models the header counts: a GPTQ checkpoint has four tensors per matrix.

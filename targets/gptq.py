@@ -22,7 +22,7 @@ from moe2edge.runtime.load import load
 from moe2edge.runtime.protocol import Runtime
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.storage.output import GPTQ_BITS, GPTQ_GROUPS, open_stored_model, plan_gptq_tensors
-from moe2edge.storage.safetensors_files import Planned, write_checkpoint
+from moe2edge.storage.safetensors_files import PlannedTensor, write_checkpoint
 from moe2edge.storage.text_files import write_json
 from moe2edge.targets import _layouts
 from moe2edge.targets._gptq_dynamic import (
@@ -228,7 +228,7 @@ def _check_shape(name: str, shape: tuple[int, ...], scheme: Scheme, other: str) 
 # ---- writing -----------------------------------------------------------------------------------
 
 
-def _plan(model: Model) -> list[Planned]:
+def _plan(model: Model) -> list[PlannedTensor]:
     """All tensors of the checkpoint; the parts of a matrix are packed once, at the first."""
     weights = {name: weight for name, _, weight in model.tensors()}
 
@@ -246,7 +246,7 @@ def _plan(model: Model) -> list[Planned]:
             continue
         stem = name.removesuffix(".weight")
         for part, (shape, dtype) in plan_gptq_tensors(weight.shape, weight.scheme).items():
-            plan.append(Planned(f"{stem}.{part}", shape, dtype, part_of(name, part)))
+            plan.append(PlannedTensor(f"{stem}.{part}", shape, dtype, part_of(name, part)))
     return plan
 
 

@@ -20,7 +20,12 @@ from moe2edge.runtime.load import load
 from moe2edge.runtime.protocol import Runtime
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.storage.output import open_stored_model
-from moe2edge.storage.safetensors_files import Planned, read_all, read_header, write_checkpoint
+from moe2edge.storage.safetensors_files import (
+    PlannedTensor,
+    read_all,
+    read_header,
+    write_checkpoint,
+)
 from moe2edge.storage.text_files import write_json
 from moe2edge.targets import _layouts
 from moe2edge.targets._layouts import Layout
@@ -179,7 +184,7 @@ def _plain_form(weight: Weight) -> Weight:
     return replace(weight, load=load, scheme=None, load_quantized=None)
 
 
-def _plan(model: Model) -> list[Planned]:
+def _plan(model: Model) -> list[PlannedTensor]:
     return [plan_plain(name, weight) for name, _, weight in model.tensors()]
 
 

@@ -131,7 +131,7 @@ def test_damaged_json(folder: Path, content: bytes) -> None:
 def test_folders_that_are_not_outputs(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="there is no folder"):
         open_artifact(tmp_path / "none")
-    with pytest.raises(InputError, match=r"has no manifest\.json: it is no folder that"):
+    with pytest.raises(InputError, match=r"has no manifest\.json: it is not a folder that"):
         open_artifact(tmp_path)
     assert not is_artifact(tmp_path)
     assert not is_artifact(tmp_path / "none")

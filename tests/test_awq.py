@@ -322,7 +322,7 @@ def test_losses(scheme: Scheme) -> None:
     weight, x = (torch.randn(n, 64, generator=draw) for n in (24, 50))
     gate, scales = torch.rand(50, generator=draw), powers(x * torch.logspace(-1, 1, 64))
     x = x * torch.logspace(-1, 1, 64)
-    inputs = awq_scales.AwqInputs.of(x, gate, x.abs().mean(0), share=3)
+    inputs = awq_scales.AwqInputs.from_sample(x, gate, x.abs().mean(0), share=3)
     found = awq_scales.compute_losses(weight, scales, inputs, scheme, "mse")
     _, errors = slow_search([(weight, x, gate, scales)], scheme)
     torch.testing.assert_close(found / 3, torch.tensor(errors), rtol=1e-4, atol=0)
@@ -331,7 +331,7 @@ def test_losses(scheme: Scheme) -> None:
 def test_losses_of_large_matrices_are_estimated() -> None:
     draw = torch.Generator().manual_seed(4)
     weight, x = (torch.randn(n, 64, generator=draw) for n in (4000, 50))
-    inputs = awq_scales.AwqInputs.of(x, torch.ones(50), x.abs().mean(0))
+    inputs = awq_scales.AwqInputs.from_sample(x, torch.ones(50), x.abs().mean(0))
 
     def losses(rows: torch.Tensor) -> torch.Tensor:
         return awq_scales.compute_losses(rows, powers(x)[:3], inputs, Scheme(4, 32), "absmax")
@@ -405,7 +405,7 @@ def test_schemes_as_the_options_say(tiny: Make, family: str) -> None:
     usable = rules if family == "qwen2_moe" else rules[:2]
     after, _ = run(Awq(bits=3, symmetric=False, rules=usable, steps=3), model)
     kinds = {str(w.scheme) for _, role, w in after.tensors() if is_quantizable(role)}
-    assert {"w3a16_asym, groups of 32", "w2a16_asym, whole rows", "None"} <= kinds
+    assert {"w3a16_asym, groups of 32", "w2a16_asym, per channel", "None"} <= kinds
     # Nothing folds where nothing is rounded, save for rules on one matrix of the last block.
     last = dict(after.blocks[-1].weights())
     assert last[NORM] is dict(model.blocks[-1].weights())[NORM]

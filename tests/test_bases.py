@@ -97,7 +97,7 @@ def test_every_accepted_budget_is_kept(sizes: list[int], group: int | None, fact
         found = base_sharing.choose_replaced(
             base_sharing.order_candidates(scores, [1.0] * len(sizes)), costs, whole, budget
         )
-        saved = sum(cost.saved(len(own)) for cost, own in zip(costs, found, strict=True))
+        saved = sum(cost.compute_saved(len(own)) for cost, own in zip(costs, found, strict=True))
         assert whole - saved <= budget
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from moe2edge.errors import InputError, Moe2EdgeError, Unsupported
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.storage.safetensors_files import (
-    Planned,
+    PlannedTensor,
     read_all,
     read_tensor,
     write_checkpoint,
@@ -74,7 +74,7 @@ def sharded(weight_map: dict[str, str]) -> Damage:
 
 NORM = "model.norm.weight"
 CASES: list[tuple[str, Damage, type[Moe2EdgeError], str]] = [
-    ("no config", lambda f: (f / "config.json").unlink(), InputError, "is no checkpoint"),
+    ("no config", lambda f: (f / "config.json").unlink(), InputError, "is not a checkpoint"),
     ("config is no JSON", spoil_config, InputError, "is damaged"),
     (
         "no weights",
@@ -219,7 +219,7 @@ def test_shards_are_written_one_tensor_at_a_time(
 
         return numbers
 
-    write_checkpoint(tmp_path, [Planned(n, (4, 5), "BF16", make(n)) for n in tensors])
+    write_checkpoint(tmp_path, [PlannedTensor(n, (4, 5), "BF16", make(n)) for n in tensors])
     assert made == list(tensors)
     assert len(list(tmp_path.glob("*.safetensors"))) == 3
     for name, tensor in read_all(tmp_path):
@@ -229,7 +229,7 @@ def test_shards_are_written_one_tensor_at_a_time(
 
 def test_a_tensor_that_is_not_as_planned_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="planned"):
-        write_checkpoint(tmp_path, [Planned("t", (2,), "F32", lambda: torch.ones(3))])
+        write_checkpoint(tmp_path, [PlannedTensor("t", (2,), "F32", lambda: torch.ones(3))])
 
 
 def test_each_file_is_opened_once(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,7 +248,9 @@ def test_each_file_is_opened_once(tiny: Make, monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_rewritten_file_is_read_again(tmp_path: Path) -> None:
     for value in (1.0, 2.0):
-        write_checkpoint(tmp_path, [Planned("t", (3,), "F32", partial(torch.full, (3,), value))])
+        write_checkpoint(
+            tmp_path, [PlannedTensor("t", (3,), "F32", partial(torch.full, (3,), value))]
+        )
         assert [float(t[0]) for _, t in read_all(tmp_path)] == [value]
 
 
@@ -267,5 +269,5 @@ def test_a_matrix_of_one_column_is_written_whatever_its_strides(tmp_path: Path) 
     """Torch counts it as contiguous with any stride along the column of one."""
     odd = torch.arange(4.0).view(1, 4).T
     assert odd.stride() == (1, 4)
-    write_safetensors(tmp_path / "x.safetensors", [Planned("x", (4, 1), "F32", lambda: odd)])
+    write_safetensors(tmp_path / "x.safetensors", [PlannedTensor("x", (4, 1), "F32", lambda: odd)])
     assert torch.equal(read_tensor(tmp_path / "x.safetensors", "x"), odd)

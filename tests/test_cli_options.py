@@ -85,7 +85,7 @@ def test_folders_of_older_versions_have_no_options(pair: Path, tmp_path: Path) -
     (folder / "manifest.json").write_text(json.dumps(manifest))
     assert run("generate", folder, "ab", "-n", "2").exit_code == 0
     for options, message in (
-        ([], "target_options is no mapping"),
+        ([], "target_options is not a mapping"),
         ({"level": 4}, "unknown option of target onnx 'level'"),
         ({"accuracy_level": "4"}, "onnx:accuracy_level is '4', expected: a valid integer"),
     ):
@@ -182,7 +182,7 @@ def test_options_of_other_types(monkeypatch: pytest.MonkeyPatch) -> None:
         ("hf:tied=1", "hf:tied is 1, expected: a valid boolean"),
         ("hf:limit=many", "hf:limit is 'many', expected: a valid integer"),
         ("hf:layuot=natural", "did you mean 'layout'"),
-        ("hf:layout=[", "is not YAML as expected"),
+        ("hf:layout=[", "is not valid YAML"),
         ("hf:=natural", "expected NAME:option=value"),
     ):
         with pytest.raises(InputError) as caught:

@@ -95,7 +95,7 @@ def test_global_scope_keeps_the_best_of_all_layers(tiny: Make) -> None:
     scores = {
         (n, j): float(score)
         for n in range(3)
-        for j, score in enumerate(saliency.reap(observer.result().layers[n]))
+        for j, score in enumerate(saliency.compute_reap(observer.result().layers[n]))
     }
     ranked = sorted(scores, key=lambda at: -scores[at])
     floors = {n: [at for at in ranked if at[0] == n][:2] for n in range(3)}

@@ -162,7 +162,10 @@ def test_the_order_of_neurons_changes_no_expert() -> None:
     one, x = expert(0), draw(9, HIDDEN, seed=5)
     other = one.permute(torch.randperm(WIDTH, generator=torch.Generator().manual_seed(1)))
     assert not equal(one, other)
-    before, after = (one.down @ one.inside(x)).T, (other.down @ other.inside(x)).T
+    before, after = (
+        (one.down @ one.compute_intermediate(x)).T,
+        (other.down @ other.compute_intermediate(x)).T,
+    )
     assert torch.allclose(before, after, atol=1e-4)
     for token, row in zip(x, before, strict=True):
         gate, up = one.gate @ token, one.up @ token

@@ -308,7 +308,7 @@ def test_removing_an_expert_that_is_never_chosen_costs_exactly_zero() -> None:
     found = SubsetEvidence(rule, 6, (part,), 0.0, 1.0)
     assert subset_loss.compute_subset_loss(found, (0, 2, 3, 5)) == 0.0
     assert subset_loss.compute_removal_losses(found, (0, 1, 2, 3, 5))[1] == 0.0
-    assert subset_loss.search_beam(found, 4, 1, lambda *_: None) == subset_loss.Found(
+    assert subset_loss.search_beam(found, 4, 1, lambda *_: None) == subset_loss.SearchResult(
         (0, 2, 3, 5), 0.0, 6 + 5
     )
 
@@ -319,10 +319,10 @@ def test_ties_are_broken_by_order() -> None:
     found = SubsetEvidence(rule, 6, (part,), 0.0, 0.0)
     for method in (subset_loss.search_exhaustively(found, 3, lambda *_: None), *beams(found)):
         assert method.kept == (0, 1, 2)
-    assert found.relative(0.0) == 0.0
+    assert found.compute_relative_error(0.0) == 0.0
 
 
-def beams(found: SubsetEvidence) -> list[subset_loss.Found]:
+def beams(found: SubsetEvidence) -> list[subset_loss.SearchResult]:
     return [subset_loss.search_beam(found, 3, width, lambda *_: None) for width in (1, 3, 100)]
 
 

@@ -260,7 +260,7 @@ def test_leftovers_of_a_killed_export(tiny: Make, tmp_path: Path) -> None:
     (stale / "work").mkdir(parents=True)
     result = export(tiny("mixtral"), tmp_path / "out", "onnx", "-r", "w4-rtn")
     assert result.exit_code == 2
-    assert "is not ours" in result.stderr
+    assert "exists and was not written by moe2edge; move it away" in result.stderr
     (stale / ".moe2edge-partial").write_text('{"pid": 999999999, "started": 1.0}')
     result = export(tiny("mixtral"), tmp_path / "out", "onnx", "-r", "w4-rtn")
     assert result.exit_code == 0, result.output

@@ -77,7 +77,7 @@ def solved(
     rounder = error_feedback.GridRounder(groups, grid, None if fixed else how)
     errors = error_feedback.transpose(weight[None])
     loss = error_feedback.round_columns(errors, factors, rounder)
-    found = rounder.grid[0].quantized(rounder.integers()[0]).dequantize()
+    found = rounder.grid[0].to_quantized(rounder.integers()[0]).dequantize()
     assert torch.allclose(weight - errors[0].T, found, atol=1e-5)
     return found, float(loss), rounder.grid[0]
 
@@ -139,7 +139,7 @@ def test_a_batch_equals_its_matrices_one_by_one() -> None:
     error_feedback.round_columns(error_feedback.transpose(weights), factors, rounder)
     for n in range(3):
         found, _, _ = solved(weights[n], hessians[n], scheme, "mse", fixed=False)
-        whole = rounder.grid[n].quantized(rounder.integers()[n]).dequantize()
+        whole = rounder.grid[n].to_quantized(rounder.integers()[n]).dequantize()
         assert ((found - whole).abs() > 1e-4).double().mean() < 0.02
 
 
@@ -154,7 +154,7 @@ def test_a_mask_keeps_zeros_and_the_rest_makes_up_for_it() -> None:
         groups, choose_grid(sparse[None], scheme), None, mask[None]
     )
     error_feedback.round_columns(error_feedback.transpose(sparse[None]), factors, rounder)
-    found = rounder.grid[0].quantized(rounder.integers()[0]).dequantize()
+    found = rounder.grid[0].to_quantized(rounder.integers()[0]).dequantize()
     assert (found[~mask] == 0).all()
     rounded = round_to_nearest(sparse, scheme).dequantize()
     losses = [float(((sparse - q) @ hessian * (sparse - q)).sum()) for q in (found, rounded)]
@@ -212,7 +212,7 @@ def test_the_compiled_loop_equals_that_in_torch(
         monkeypatch.setattr(native, "MANY", 0)
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         rounder = error_feedback.GridRounder(groups, choose_grid(weights, scheme), None, mask)
-        assert rounder.native == (name != "torch")
+        assert rounder.uses_compiled == (name != "torch")
         errors = error_feedback.transpose(weights * mask)
         loss = error_feedback.round_columns(errors, factors, rounder)
         found[name] = rounder.integers(), loss, errors

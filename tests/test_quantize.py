@@ -51,7 +51,7 @@ def test_the_first_rule_that_matches_holds(model: Model) -> None:
     assert planned == schemes
     told = step.describe(model)
     assert "w8a16_asym, groups of 32: 9 matrices" in told
-    assert "w8a16, whole rows: 42 matrices" in told
+    assert "w8a16, per channel: 42 matrices" in told
     assert "left alone by rule: 3" in told
 
 

@@ -185,7 +185,7 @@ def test_another_target_or_evaluation_does_not_matter(model: Path, half: Path) -
 def test_require_fails_without_an_unfinished_export(model: Path, tmp_path: Path) -> None:
     result = export(model, inputs(tmp_path / "new"), "--resume", "require")
     assert result.exit_code == 2
-    assert "no finished block to go on from" in result.stderr
+    assert "no finished block to resume from" in result.stderr
     assert not (tmp_path / "new" / "out.partial").exists()
 
 
@@ -213,7 +213,7 @@ def test_an_interrupt_keeps_finished_blocks(
     assert export(model, folder).exit_code == 130
     assert said == [
         f"interrupted; 5 finished blocks are kept in {folder / 'out.partial'}, and the same "
-        "command goes on from there"
+        "command resumes from there"
     ]
     assert child(model, folder) == 0
     assert_same(folder / "out", whole)

@@ -334,7 +334,7 @@ def refused(model: Model) -> Iterator[tuple[str, Model]]:
     first = layer.experts[0]
     yield "bias per expert", with_layer(router=replace(layer.router, per_expert={"bias": bias}))
     yield "w3a16.*holds 2, 4, 8 bits", with_scheme("attention.o_proj.weight", Scheme(bits=3))
-    yield "whole rows.*slower", with_scheme("attention.o_proj.weight", Scheme(group_size=-1))
+    yield "per channel.*slower", with_scheme("attention.o_proj.weight", Scheme(group_size=-1))
     yield "groups of 48", with_scheme("attention.o_proj.weight", Scheme(group_size=48))
     yield "groups of 128 do not", with_scheme("attention.o_proj.weight", Scheme())
     yield "the graph holds it in full, or factors", with_scheme("router.weight", GROUPS_OF_32)

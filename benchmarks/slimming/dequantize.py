@@ -26,7 +26,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from moe2edge.storage.safetensors_files import Planned, write_checkpoint
+from moe2edge.storage.safetensors_files import PlannedTensor, write_checkpoint
 from moe2edge.storage.text_files import write_json
 
 COPIED = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
@@ -239,7 +239,7 @@ def dequantize(result: Path, out: Path, dtype: str) -> None:
 
         write_checkpoint(
             out,
-            [Planned(f"{n}.weight", s, spelled, partial(make, n)) for n, s in shapes.items()],
+            [PlannedTensor(f"{n}.weight", s, spelled, partial(make, n)) for n, s in shapes.items()],
         )
     for name in COPIED:
         if (result / name).exists():

@@ -65,7 +65,7 @@ class OutputObserver:
             return
         routing, key = trace.routing, trace.block.origin
         if key not in self._layers:
-            self._layers[key] = LayerOutputs.of(
+            self._layers[key] = LayerOutputs.empty(
                 trace.block.expert_origins, routing.inputs.shape[-1]
             )
         for expert in range(len(trace.block.expert_origins)):
