@@ -17,7 +17,6 @@ from moe2edge.errors import InputError, Unsupported, suggest
 from moe2edge.model import model as model_
 from moe2edge.model.layers import Dense, MoELayer, UnroutedMLP
 from moe2edge.model.model import SECOND_NORM, Block, Model
-from moe2edge.pipeline.target import Loader
 from moe2edge.targets._rehomed import convert_to_qwen2_moe
 from moe2edge.targets._tensors import TILE, fit_scheme, make_zeros, pad
 
@@ -76,38 +75,6 @@ def _needs(model: Model, layout: Layout) -> str:
     if not (model.family.dense_layers or model.family.model_type == REHOMED):
         return f"makes no difference for {model.family.model_type}, which has no mlp_only_layers"
     return "holds MoE layers of one size, layers that were dropped whole, and plain experts"
-
-
-def list_refusing_loaders(model: Model, *programs: str) -> tuple[Loader, ...]:
-    """What ``programs`` that know nothing of a ``per_layer_config`` do with one: nothing good."""
-    if model.substitutes:
-        why = "it knows no substitutes for experts"
-    elif model.members:
-        why = "it knows no experts that share matrices"
-    elif model.skips:
-        why = "it knows no dynamic skipping"
-    elif all(model_.is_stock_form(model, block) for block in model.blocks):
-        why = "it takes MoE layers of one size only"
-    else:
-        why = "it has no form for layers without a router"
-    notes = {
-        "transformers": "stock classes raise an error on per_layer_config",
-        # The converter falls back to the bare file where transformers refuses it.
-        "llama.cpp": f"{why}; its converter, as read, looks at no per_layer_config",
-    }
-    return tuple(Loader(program, "no", notes.get(program, why)) for program in programs)
-
-
-def judge_vllm(model: Model, held: Model) -> Loader:
-    """What is known of vLLM, for ``model`` that is ``held`` in a layout."""
-    if held.family is model.family:
-        return Loader("vLLM", "as read", "0.33")
-    geometry = held.family.geometry(held.config)
-    if geometry.heads * geometry.head_dim != geometry.hidden:
-        return Loader("vLLM", "no", "its Qwen2-MoE, as read, takes no head_dim")
-    if held.blocks[0].window is not None:
-        return Loader("vLLM", "not tried", "a sliding window in its Qwen2-MoE")
-    return Loader("vLLM", "as read", f"0.33, as {held.family.architecture}")
 
 
 # ---- what layers there are ---------------------------------------------------------------------

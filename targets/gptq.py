@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from moe2edge.errors import Unsupported, VerificationFailed
 from moe2edge.model import hf_config
 from moe2edge.model.model import Model, is_low_rank, is_quantizable
-from moe2edge.numerics.scheme import WHOLE_ROW, Scheme
+from moe2edge.numerics.scheme import Scheme
 from moe2edge.pipeline.target import Loader, Target
 from moe2edge.runtime.load import load
 from moe2edge.runtime.protocol import Runtime
@@ -25,22 +25,16 @@ from moe2edge.storage.output import GPTQ_BITS, GPTQ_GROUPS, open_stored_model, p
 from moe2edge.storage.safetensors_files import Planned, write_checkpoint
 from moe2edge.storage.text_files import write_json
 from moe2edge.targets import _layouts
-from moe2edge.targets._gptq_dynamic import (
-    build_dynamic,
-    encode_scheme,
-    find_main_scheme,
-    find_split_fusion,
-)
+from moe2edge.targets._gptq_dynamic import build_dynamic, encode_scheme, find_main_scheme
 from moe2edge.targets._layouts import Layout
-from moe2edge.targets._tensors import estimate_file_bytes, has_dense_blocks, plan_plain
+from moe2edge.targets._loaders import judge_loaders
+from moe2edge.targets._tensors import estimate_file_bytes, plan_plain
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from moe2edge.numerics.grid import Quantized
 
-# Of the kernels that vLLM and SGLang have for experts.
-SERVED_BITS = (4, 8)
 UNQUANTIZED = "target gptq holds quantized weights; quantize with rtn or gptq, or export to hf"
 
 
@@ -151,25 +145,8 @@ class Gptq(Target):
         return run_all_experts(self.reopen(folder))
 
     def loaders(self, model: Model) -> tuple[Loader, ...]:
-        """Which programs load the folder; what was not run is said to be read."""
-        ours = Loader("moe2edge", "yes", "moe2edge.load(folder); symmetric 4 bits run packed")
-        held = self.stored(model)
-        vllm, model = _vllm(model, held), held
-        if not model.is_uniform:
-            others = ("transformers", "GPTQModel", "vLLM", "SGLang", "llama.cpp")
-            return (ours, *_layouts.list_refusing_loaders(model, *others))
-        return (
-            ours,
-            Loader(
-                "transformers",
-                "no",
-                "alone, it leaves experts as random numbers and only prints a report",
-            ),
-            _gptqmodel(model),
-            vllm,
-            _sglang(model),
-            _llama_cpp(model),
-        )
+        """Return the verdict on each program that may load the folder."""
+        return judge_loaders("gptq", model, self.stored(model))
 
 
 def build_quantization_config(model: Model) -> dict[str, Any]:
@@ -269,53 +246,3 @@ def _pack(name: str, quantized: Quantized) -> dict[str, Tensor]:
                 "moe2edge.numerics.grid.portable_scales before rounding"
             )
     return pack_gptq(quantized)
-
-
-# ---- who reads it ------------------------------------------------------------------------------
-
-
-def _gptqmodel(model: Model) -> Loader:
-    if model.family.model_type == "mixtral":
-        return Loader("GPTQModel", "no", "7.7 refuses the names that vLLM and SGLang want")
-    if has_dense_blocks(model):
-        return Loader("GPTQModel", "no", "7.7 leaves dense MLPs unfilled without a word")
-    scheme = find_main_scheme(model)
-    if scheme is None or (scheme.bits, scheme.symmetric) != (4, True) or build_dynamic(model):
-        note = "7.7 with this scheme; it was run with symmetric 4 bits throughout"
-        return Loader("GPTQModel", "not tried", note)
-    if scheme.group_size == WHOLE_ROW:
-        return Loader("GPTQModel", "not tried", "7.7 with whole rows; it was run with groups")
-    return Loader("GPTQModel", "yes", "7.7, run on a CPU for this family: benchmarks/gptq_reader")
-
-
-def _vllm(model: Model, held: Model) -> Loader:
-    known = _layouts.judge_vllm(model, held)
-    reason = _unserved(held)
-    return known if reason is None or known.verdict == "no" else Loader("vLLM", "no", reason)
-
-
-def _sglang(model: Model) -> Loader:
-    if has_dense_blocks(model):
-        return Loader("SGLang", "no", "0.5.23, as read, takes every block for an MoE layer")
-    if (reason := _unserved(model)) is not None:
-        return Loader("SGLang", "no", reason)
-    main = find_main_scheme(model)
-    if any(layer.experts[0].gate.scheme != main for _, layer in model.moe_blocks):
-        note = "0.5.23, as read, knows one scheme for all experts, the one of most matrices"
-        return Loader("SGLang", "no", note)
-    return Loader("SGLang", "as read", "0.5.23; needs --quantization gptq_marlin")
-
-
-def _unserved(model: Model) -> str | None:
-    """Why serving programs, as read, do not take the schemes; None if they do."""
-    schemes = {weight.scheme for _, _, weight in model.tensors() if weight.scheme}
-    if any(not scheme.symmetric or scheme.bits not in SERVED_BITS for scheme in schemes):
-        return "as read, it takes symmetric 4 and 8 bits only"
-    apart = find_split_fusion(model)
-    return apart and f"as read, it keeps parts of {apart} as one, and they differ in scheme"
-
-
-def _llama_cpp(model: Model) -> Loader:
-    if has_dense_blocks(model):
-        return Loader("llama.cpp", "no", "it wants a router in every block")
-    return Loader("llama.cpp", "not tried", "its converter; export to hf for it")

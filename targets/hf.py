@@ -24,7 +24,8 @@ from moe2edge.storage.safetensors_files import Planned, read_all, read_header, w
 from moe2edge.storage.text_files import write_json
 from moe2edge.targets import _layouts
 from moe2edge.targets._layouts import Layout
-from moe2edge.targets._tensors import estimate_file_bytes, has_dense_blocks, plan_plain
+from moe2edge.targets._loaders import judge_loaders
+from moe2edge.targets._tensors import estimate_file_bytes, plan_plain
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -128,39 +129,13 @@ class Hf(Target):
         return run_all_experts(self.reopen(folder))
 
     def loaders(self, model: Model) -> tuple[Loader, ...]:
-        """Which programs load the folder; what was not run is said to be read."""
-        held = self.stored(model)
-        if model.scheme is not None:
-            size = "dequantized: as large as if nothing was quantized"
-            plain = replace(self, dequantize=False).loaders(held)
-            return tuple(replace(known, note=f"{known.note}; {size}") for known in plain)
-        vllm, model = _layouts.judge_vllm(model, held), held
-        ours = Loader("moe2edge", "yes", "moe2edge.load(folder)")
-        if not model.is_uniform:
-            others = ("transformers", "vLLM", "SGLang", "llama.cpp")
-            return (ours, *_layouts.list_refusing_loaders(model, *others))
-        dense = has_dense_blocks(model)
-        kind = model.family.model_type
-        if dense:
-            llama = Loader("llama.cpp", "no", "it wants a router in every block")
-            sglang = Loader("SGLang", "no", "0.5.23, as read, takes every block for an MoE layer")
-        else:
-            llama = Loader("llama.cpp", "not tried", f"with {kind}")
-            if kind in ("mixtral", "qwen3_moe"):
-                note = "it ran GGUF files with as few experts and blocks; its converter was not run"
-                llama = Loader("llama.cpp", "as read", note)
-            sglang = Loader("SGLang", "as read", "0.5.23")
-        return (
-            Loader(
-                "transformers",
-                "yes",
-                f"{model.family.architecture}; every export is reopened in it",
-            ),
-            ours,
-            vllm,
-            sglang,
-            llama,
-        )
+        """Return the verdict on each program that may load the folder."""
+        stored = self.stored(model)
+        if model.scheme is None:
+            return judge_loaders("hf", model, stored)
+        size = "dequantized: as large as if nothing was quantized"
+        found = judge_loaders("hf", stored, stored)
+        return tuple(replace(loader, note=f"{loader.note}; {size}") for loader in found)
 
 
 def _dequantized(model: Model) -> Model:

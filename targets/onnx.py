@@ -16,6 +16,7 @@ from moe2edge.pipeline.target import Loader, Target
 from moe2edge.runtime.protocol import Runtime
 from moe2edge.storage.text_files import write_json
 from moe2edge.storage.tokenizer import read_stop_ids
+from moe2edge.targets._loaders import judge_loaders
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -147,22 +148,8 @@ class Onnx(Target):
         return open_runtime(folder, graph=proto.SerializeToString())
 
     def loaders(self, model: Model) -> tuple[Loader, ...]:
-        """Which programs can load the graph."""
-        return (
-            Loader("onnxruntime", "yes", "1.31 or newer, CPU provider"),
-            _genai(model),
-            Loader("onnxruntime, CUDA", "no", "QMoE takes 16-bit activations there"),
-        )
-
-
-def _genai(model: Model) -> Loader:
-    """What is known of onnxruntime-genai, which was run with symmetric 4 bits."""
-    schemes = {weight.scheme for _, _, weight in model.tensors() if weight.scheme}
-    if all((scheme.bits, scheme.symmetric) == (4, True) for scheme in schemes):
-        note = "0.18, run on a CPU: benchmarks/genai_reader"
-        return Loader("onnxruntime-genai", "yes", note)
-    note = "0.18 with this scheme; it was run with symmetric 4 bits"
-    return Loader("onnxruntime-genai", "not tried", note)
+        """Return the verdict on each program that may load the graph."""
+        return judge_loaders("onnx", model, model)
 
 
 def _metadata(model: Model) -> dict[str, str]:
