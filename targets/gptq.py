@@ -1,7 +1,7 @@
 """GPTQ version 1 checkpoints: 2, 4 or 8 bits, no act-order; several schemes by ``dynamic``.
 
 The layout is that of AutoGPTQ and its successor GPTQModel, with the tensor names that each family
-has on disk. Solving is not done here: any pass that quantizes will do.
+has on disk. This target only stores quantized weights; any pass that quantizes may choose them.
 """
 
 from __future__ import annotations
@@ -43,11 +43,13 @@ class Gptq(Target):
     """A GPTQ checkpoint: experts, shared experts, attention and dense MLPs in few bits.
 
     Attributes:
-        layout: how layers that differ are held: ``natural`` is for ``moe2edge.load``, ``uniform``
-            and ``mlp-only`` are for serving programs as well.
+        layout: how layers that differ are stored: ``natural`` is for ``moe2edge.load``,
+            ``uniform`` and ``mlp-only`` are for serving programs as well.
     """
 
-    summary: ClassVar[str] = "GPTQ checkpoint for moe2edge.load (vLLM, SGLang: as read)"
+    summary: ClassVar[str] = (
+        "GPTQ checkpoint for moe2edge.load (vLLM, SGLang: by source inspection)"
+    )
     streams: ClassVar[bool] = True
     libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers.modeling_utils")
     layout: Layout = "natural"
@@ -56,33 +58,34 @@ class Gptq(Target):
         _layouts.check_layout(self.layout)
 
     def accepts(self, model: Model) -> None:
-        """Refuse what the format cannot say.
+        """Refuse what the format cannot express.
 
         Raises:
-            Unsupported: nothing is quantized, or a tensor that the format keeps in full; a matrix
-                does not fill words and groups, or the layout cannot hold the layers.
+            Unsupported: nothing is quantized; a tensor is quantized that the format stores in full
+                precision; a matrix does not fill words and groups; or the layout cannot hold the
+                layers.
         """
-        held = self.stored(model)
-        for name, role, weight in held.tensors():
+        stored = self.stored(model)
+        for name, role, weight in stored.tensors():
             if weight.scheme is None:
                 continue
             if not is_quantizable(role) and not is_low_rank(role):
                 raise Unsupported(
                     f"target gptq keeps {name} in the source's precision, but it is {weight.scheme}"
                 )
-            other = "give it more bits, or leave it out by a rule with bits: 16"
+            remedy = "give it more bits, or leave it out by a rule with bits: 16"
             if is_low_rank(role):
-                other = "choose such a rank, or factors: 16"
-            _check_shape(name, weight.shape, weight.scheme, other)
-        if held.scheme is None:
-            name = next(name for name, role, _ in held.tensors() if is_quantizable(role))
-            raise Unsupported(f"{name} is not quantized, nor is another; {UNQUANTIZED}")
+                remedy = "choose such a rank, or factors: 16"
+            _check_shape(name, weight.shape, weight.scheme, remedy)
+        if stored.scheme is None:
+            name = next(name for name, role, _ in stored.tensors() if is_quantizable(role))
+            raise Unsupported(f"{name} is not quantized, nor is any other weight; {UNQUANTIZED}")
 
     def stored(self, model: Model) -> Model:
-        """The model as the layout holds it.
+        """Return the model as the layout holds it.
 
         Raises:
-            Unsupported: it cannot.
+            Unsupported: the layout cannot hold it.
         """
         return _layouts.convert_layout(model, self.layout, "gptq")
 
@@ -103,7 +106,7 @@ class Gptq(Target):
     def write(self, model: Model, folder: Path) -> None:
         """Write the weights, ``config.json`` and ``quantize_config.json``.
 
-        One matrix is in memory at a time.
+        At most one matrix is in memory at a time.
 
         Raises:
             VerificationFailed: a scale is not exact in float16 and in bfloat16.
@@ -117,7 +120,7 @@ class Gptq(Target):
         write_checkpoint(folder, _plan(model))
 
     def tensors(self, folder: Path) -> Iterator[tuple[str, Tensor | Quantized]]:
-        """Read everything back, integers and scales where quantized.
+        """Read everything back, quantized matrices as integers and scales.
 
         Raises:
             VerificationFailed: a tensor is missing, unexpected or of another shape, or zero
@@ -127,11 +130,11 @@ class Gptq(Target):
             yield name, weight.load() if weight.scheme is None else weight.quantized()
 
     def streamed(self, folder: Path) -> Model:
-        """The folder as a model."""
+        """Open the folder as a model."""
         return open_stored_model(open_checkpoint(str(folder)))
 
     def reopen(self, folder: Path, *, exact: bool = False) -> Runtime:
-        """The folder through ``moe2edge.load``: float32 if ``exact``, else bfloat16."""
+        """Open the folder by ``moe2edge.load``: in float32 if ``exact``, else in bfloat16."""
         import torch
 
         from moe2edge.runtime.torch_runtime import TorchRuntime
@@ -139,7 +142,7 @@ class Gptq(Target):
         return TorchRuntime(load(folder, dtype=torch.float32 if exact else torch.bfloat16))
 
     def without_skipping(self, model: Model, folder: Path) -> Runtime:
-        """The folder with every chosen expert run."""
+        """Open the folder so that every chosen expert runs."""
         from moe2edge.runtime.torch_runtime import run_all_experts
 
         return run_all_experts(self.reopen(folder))
@@ -150,7 +153,7 @@ class Gptq(Target):
 
 
 def build_quantization_config(model: Model) -> dict[str, Any]:
-    """What the checkpoint says of itself, as GPTQModel and vLLM read it.
+    """Build the ``quantization_config`` of the checkpoint, as GPTQModel and vLLM read it.
 
     ``checkpoint_format`` ``gptq`` is version 1, which stores zero points minus one.
 
@@ -160,11 +163,11 @@ def build_quantization_config(model: Model) -> dict[str, Any]:
     scheme = find_main_scheme(model)
     if scheme is None:
         raise Unsupported(UNQUANTIZED)
-    own = build_dynamic(model)
+    dynamic = build_dynamic(model)
     return {
         "quant_method": "gptq",
         **encode_scheme(scheme),
-        **({"dynamic": own} if own else {}),
+        **({"dynamic": dynamic} if dynamic else {}),
         "desc_act": False,
         "checkpoint_format": "gptq",
         "pack_dtype": "int32",
@@ -173,11 +176,11 @@ def build_quantization_config(model: Model) -> dict[str, Any]:
     }
 
 
-# ---- what the format can say -------------------------------------------------------------------
+# ---- limits of the format ----------------------------------------------------------------------
 
 
-def _check_shape(name: str, shape: tuple[int, ...], scheme: Scheme, other: str) -> None:
-    """Refuse a matrix that does not fill words and groups; ``other`` is what to do about words.
+def _check_shape(name: str, shape: tuple[int, ...], scheme: Scheme, remedy: str) -> None:
+    """Refuse a matrix that does not fill words and groups; ``remedy`` is for words.
 
     Raises:
         Unsupported: bits, group size or shape do not fit.
@@ -186,14 +189,14 @@ def _check_shape(name: str, shape: tuple[int, ...], scheme: Scheme, other: str) 
     if scheme.bits not in GPTQ_BITS or scheme.group_size not in GPTQ_GROUPS:
         raise Unsupported(
             f"{name} is {scheme}; target gptq holds {', '.join(map(str, GPTQ_BITS))} bits in "
-            f"groups of {', '.join(map(str, GPTQ_GROUPS))} (-1: whole rows); choose such ones, or "
-            "export to hf:dequantize=true, which holds any"
+            f"groups of {', '.join(map(str, GPTQ_GROUPS))} (-1: whole rows); choose one of these, "
+            "or export to hf:dequantize=true, which takes any scheme"
         )
     per_word = 32 // scheme.bits
     if outs % per_word or ins % per_word:
         raise Unsupported(
             f"{name} has shape {list(shape)}; target gptq packs {per_word} numbers of "
-            f"{scheme.bits} bits to a word, so both sizes must be divisible by {per_word}; {other}"
+            f"{scheme.bits} bits to a word, so both sizes must be divisible by {per_word}; {remedy}"
         )
     if ins % scheme.width(ins):
         raise Unsupported(
@@ -206,7 +209,7 @@ def _check_shape(name: str, shape: tuple[int, ...], scheme: Scheme, other: str) 
 
 
 def _plan(model: Model) -> list[Planned]:
-    """All tensors of the checkpoint; the parts of a matrix are packed once, at the first."""
+    """Plan all tensors of the checkpoint; a matrix is packed once, when its first part is read."""
     weights = {name: weight for name, _, weight in model.tensors()}
 
     @lru_cache(maxsize=1)
@@ -228,11 +231,11 @@ def _plan(model: Model) -> list[Planned]:
 
 
 def _pack(name: str, quantized: Quantized) -> dict[str, Tensor]:
-    """The tensors of one matrix.
+    """Pack one matrix into the tensors that store it.
 
     Raises:
         VerificationFailed: a scale is not exact in float16 and in bfloat16, so that readers
-            would compute with different numbers.
+            would compute with different values.
     """
     import torch
 
@@ -242,7 +245,7 @@ def _pack(name: str, quantized: Quantized) -> dict[str, Tensor]:
     for dtype in (torch.float16, torch.bfloat16):
         if not torch.equal(scales.to(dtype).to(scales.dtype), scales):
             raise VerificationFailed(
-                f"{name} has scales that {dtype} does not hold exactly; choose them with "
-                "moe2edge.numerics.grid.portable_scales before rounding"
+                f"{name} has scales that {dtype} cannot represent exactly; the pass that "
+                "quantizes must round scales to such values first"
             )
     return pack_gptq(quantized)
