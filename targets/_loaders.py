@@ -1,4 +1,4 @@
-"""Programs that may load an output: a table of what is known of each, and how.
+"""Programs that may load an output: a table of verdicts, with their evidence.
 
 A finding holds in one case, which is a condition on the output. A program has several: the first
 whose case applies gives the verdict, so exceptions stand before the rule.
@@ -272,14 +272,14 @@ FINDINGS: Mapping[str, tuple[Finding, ...]] = {
             "GPTQModel",
             "7.7",
             "not tried",
-            "with this scheme; it was run with symmetric 4 bits throughout",
+            "it was run with symmetric 4 bits throughout, not with this scheme",
             case=_other_than_w4_throughout,
         ),
         Finding(
             "GPTQModel",
             "7.7",
             "not tried",
-            "with per-channel scales; it was run with groups",
+            "it was run with groups, not with per-channel scales",
             case=_per_channel,
         ),
         Finding(
@@ -307,7 +307,7 @@ FINDINGS: Mapping[str, tuple[Finding, ...]] = {
             "onnxruntime-genai",
             "0.18",
             "not tried",
-            "with this scheme; it was run with symmetric 4 bits",
+            "it was run with symmetric 4 bits, not with this scheme",
         ),
         Finding("onnxruntime, CUDA", "", "no", "QMoE takes 16-bit activations there"),
     ),
@@ -315,7 +315,7 @@ FINDINGS: Mapping[str, tuple[Finding, ...]] = {
 
 
 def judge_loaders(target: str, given: Model, stored: Model) -> tuple[Loader, ...]:
-    """Return what is known of each program that may load an output of a target.
+    """Return the verdict on each program that may load an output of a target.
 
     Args:
         target: its name.

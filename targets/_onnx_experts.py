@@ -40,15 +40,15 @@ class MoEWriter:
         graph, router, count = self.graph, self.layer.router, len(self.layer.experts)
         scores, rows = self._scores(x)
         if router.skip_below:
-            return self._skipping(x, rows)
+            return self._add_skipping(x, rows)
         y = self._fused(x, rows)
         # normalize_routing_weights=0 makes MoE output zeros (onnxruntime issue 33866) and is
         # ignored by QMoE. So weights are always normalized, and the output is multiplied by the
         # sum that this divided by.
         if not router.renormalize and router.top_k < count:
             at = f"{self.at}/mass"
-            chances = graph.node(at, "Softmax", [scores], axis=-1)
-            mass = self._sum(at, self._top(at, chances)[0])
+            probabilities = graph.node(at, "Softmax", [scores], axis=-1)
+            mass = self._sum(at, self._top(at, probabilities)[0])
             y = graph.node(at, "Mul", [y, mass])
         return y
 
@@ -61,11 +61,11 @@ class MoEWriter:
         shape = self.graph.constant([-1, self.layer.router_rows])
         return scores, self.graph.node(at, "Reshape", [scores, shape])
 
-    def _top(self, at: str, chances: str) -> tuple[str, str]:
+    def _top(self, at: str, probabilities: str) -> tuple[str, str]:
         """Choose the top k; return their weights, in descending order, and their rows."""
         outputs = [f"{at}/TopK/output_0", f"{at}/TopK/output_1"]
         top_k = self.graph.constant([self.layer.router.top_k])
-        self.graph.node(at, "TopK", [chances, top_k], outputs, axis=-1)
+        self.graph.node(at, "TopK", [probabilities, top_k], outputs, axis=-1)
         return outputs[0], outputs[1]
 
     def _sum(self, at: str, weights: str) -> str:
@@ -85,7 +85,7 @@ class MoEWriter:
         zero = graph.constant(0.0, np.float32)
         return graph.node(f"{at}/kept", "Where", [runs, best, zero]), runs
 
-    def _skipping(self, x: str, rows: str) -> str:
+    def _add_skipping(self, x: str, rows: str) -> str:
         """Add experts with dynamic skipping.
 
         ``QMoE`` takes weights as an input and spends no time on experts whose weight is zero.
@@ -93,27 +93,27 @@ class MoEWriter:
         are zero.
         """
         at, graph, router = f"{self.at}/skip", self.graph, self.layer.router
-        chances = graph.node(at, "Softmax", [rows], axis=-1)
-        best, ids = self._top(at, chances)
+        probabilities = graph.node(at, "Softmax", [rows], axis=-1)
+        best, ids = self._top(at, probabilities)
         kept, runs = self._kept(at, best)
         zero = graph.constant(0.0, np.float32)
-        nothing = graph.node(f"{at}/nothing", "Mul", [chances, zero])
+        zeros = graph.node(f"{at}/nothing", "Mul", [probabilities, zero])
         if self.layer.experts[0].gate.scheme is None:
-            return self._lowered(x, rows, (nothing, ids, kept, runs))
+            return self._add_lowered(x, rows, (zeros, ids, kept, runs))
         if router.renormalize:
             kept = graph.node(at, "Div", [kept, self._sum(at, kept)])
-        weights = graph.node(at, "ScatterElements", [nothing, ids, kept], axis=1)
+        weights = graph.node(at, "ScatterElements", [zeros, ids, kept], axis=1)
         return self._fused(x, rows, weights)
 
-    def _lowered(self, x: str, rows: str, routing: tuple[str, str, str, str]) -> str:
+    def _add_lowered(self, x: str, rows: str, routing: tuple[str, str, str, str]) -> str:
         """Add skipping for ``MoE``, by lowered logits."""
         at, graph = f"{self.at}/skip", self.graph
-        nothing, ids, kept, runs = routing
+        zeros, ids, kept, runs = routing
         logits = graph.node(at, "GatherElements", [rows, ids], axis=1)
         low = graph.constant(-1e4, np.float32)
         logits = graph.node(f"{at}/logits", "Where", [runs, logits, low])
         # All others are as low: otherwise, the operator would choose one in place of a skipped one.
-        others = graph.node(f"{at}/others", "Add", [nothing, low])
+        others = graph.node(f"{at}/others", "Add", [zeros, low])
         rows = graph.node(at, "ScatterElements", [others, ids, logits], axis=1)
         y = self._fused(x, rows)
         if self.layer.router.renormalize:

@@ -39,8 +39,8 @@ def import_onnxruntime() -> Any:
         raise Unsupported(
             f"an ONNX graph needs onnxruntime, which is not installed: {INSTALL}"
         ) from error
-    found = tuple(int(number) for number in re.findall(r"\d+", ort.__version__)[:2])
-    if found < OLDEST:
+    installed = tuple(int(number) for number in re.findall(r"\d+", ort.__version__)[:2])
+    if installed < OLDEST:
         oldest = ".".join(map(str, OLDEST))
         raise Unsupported(
             f"onnxruntime {ort.__version__} lacks operators of this graph, which needs {oldest} or "

@@ -37,7 +37,7 @@ PARTS_KEY = "moe2edge.parts"
 SCALES_KEY = "moe2edge.scales"
 ZEROS_KEY = "moe2edge.zeros"
 BITS_KEY = "moe2edge.bits"
-# Bits of initializers without `BITS_KEY`: of files from before other numbers were supported.
+# Bits of initializers without `BITS_KEY`, which earlier versions, of 4 bits only, did not write.
 USUAL_BITS = "4"
 # Smaller tensors are stored in the graph file, where shape inference can read them.
 INLINE_BYTES = 1024

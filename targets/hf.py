@@ -134,8 +134,9 @@ class Hf(Target):
         if model.scheme is None:
             return judge_loaders("hf", model, stored)
         size = "dequantized: as large as if nothing was quantized"
-        found = judge_loaders("hf", stored, stored)
-        return tuple(replace(loader, note=f"{loader.note}; {size}") for loader in found)
+        # Judged as if the model had been given in the form that is stored.
+        loaders = judge_loaders("hf", stored, stored)
+        return tuple(replace(loader, note=f"{loader.note}; {size}") for loader in loaders)
 
 
 def _dequantize(model: Model) -> Model:

@@ -132,7 +132,7 @@ class BlockRunner:
 
 
 def build_skeleton(model: Model, block: Block) -> Any:
-    """Build transformers' base model of ``block`` alone: no numbers, embeddings or last norm.
+    """Build transformers' base model of ``block`` alone: no weights, embeddings or last norm.
 
     Driving the base model rather than the decoder layer leaves masks, positions and sliding
     windows to transformers.
