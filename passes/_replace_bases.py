@@ -283,14 +283,14 @@ class Builder:
         """The changed model."""
         context, model = self.context, self.context.model
         if self._whitens:
-            model = walk.rewrite(
+            model, _ = walk.walk(
                 model,
                 context.tokens,
-                self,
-                context.reporter.advance,
-                "expert_replace",
-                context.memory,
+                transform=self,
                 propagate=False,
+                advance=context.reporter.advance,
+                label="expert_replace",
+                memory=context.memory,
             )
         else:
             for block, _ in model.moe_blocks:
@@ -304,7 +304,7 @@ class Builder:
             self.sharing.rank(layer) for _, layer in self.context.model.moe_blocks
         )
 
-    def observe(self, trace: BlockTrace) -> None:
+    def observe(self, trace: BlockTrace, source: BlockTrace | None = None) -> None:
         """Sum up products of inputs of what will have factors, weighted by the gate."""
         routing = trace.routing
         if routing is None:

@@ -77,7 +77,7 @@ class Fitter:
     notes: list[str] = field(default_factory=list)
     _sums: dict[int, RegressionSums] = field(default_factory=dict)
 
-    def observe(self, trace: BlockTrace) -> None:
+    def observe(self, trace: BlockTrace, source: BlockTrace | None = None) -> None:
         """Add one batch."""
         import torch
 

@@ -206,14 +206,14 @@ class ExpertMerge(Search):
 
         step = self.resolve(context.model)
         merger = _Merger(step, context, self._left(context.model))
-        model = walk.rewrite(
+        model, _ = walk.walk(
             context.model,
             context.tokens,
-            merger,
-            context.reporter.advance,
-            "expert_merge",
-            context.memory,
+            transform=merger,
             propagate=self.fitted_on == "changed",
+            advance=context.reporter.advance,
+            label="expert_merge",
+            memory=context.memory,
         )
         originals = context.model
         for block in merger.originals:
@@ -299,7 +299,7 @@ class _Merger:
     observers: dict[ObserverFactory, Observer[object]] = field(default_factory=dict)
     originals: list[Block] = field(default_factory=list)
 
-    def observe(self, trace: BlockTrace) -> None:
+    def observe(self, trace: BlockTrace, source: BlockTrace | None = None) -> None:
         """Add one batch."""
         from moe2edge.numerics.expert_groups import ExpertSums
 
@@ -426,7 +426,7 @@ class _Merger:
             if others
         ]
         self.changed.append(f"block {block.index}: experts {', '.join(told)}")
-        found = BlockRunner(self.context.model, merged).answer(inputs)
+        found = BlockRunner(self.context.model, merged).run_mlp(inputs)
         error = float((found - outputs).norm() / outputs.norm())
         self.notes.append(
             f"block {block.index}: the layer's output on {len(inputs)} calibration tokens has a "

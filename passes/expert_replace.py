@@ -393,14 +393,14 @@ class ExpertReplace(Search):
             scores,
             (lambda layer: self._share_of(context.model, layer)) if self.allots else None,
         )
-        model = walk.rewrite(
+        model, _ = walk.walk(
             context.model,
             context.tokens,
-            fitter,
-            context.reporter.advance,
-            "expert_replace",
-            context.memory,
+            transform=fitter,
             propagate=self.fitted_on == "changed",
+            advance=context.reporter.advance,
+            label="expert_replace",
+            memory=context.memory,
         )
         if self.allots:
             check_budget(context.model, model, self._budget(context.model), fitter.notes)

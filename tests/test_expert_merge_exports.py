@@ -132,7 +132,7 @@ WRONG: list[tuple[list[Any], str, str]] = [
         "hf",
         "absorb at most 2 of the 4 others; set group_limit to at least 2",
     ),
-    ([{"expert_merge": MERGE}], "hf", "are all their own"),
+    ([{"expert_merge": MERGE}], "hf", "tied or replaced experts"),
     ([{"gptq": {}}, {"expert_merge": MERGE}], "gptq", "before the pass that does it"),
     ([{"expert_merge": MERGE}, {"expert_drop": {"keep": 3}}], "hf", "after expert_drop"),
     (

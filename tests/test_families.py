@@ -147,7 +147,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     (
         "qwen2_moe",
         {"use_sliding_window": True, "layer_types": ["full_attention"]},
-        "layer_types names 1 blocks, num_hidden_layers 3",
+        "layer_types names 1 blocks, but num_hidden_layers is 3",
     ),
 ]
 

@@ -347,7 +347,7 @@ def test_few_tokens_get_a_constant(tiny: Make, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("steps", "target", "expected"),
     [
-        ([{"expert_replace": {"with": "constant", "keep": 4}}], "hf", "are all their own"),
+        ([{"expert_replace": {"with": "constant", "keep": 4}}], "hf", "tied or replaced experts"),
         ([{"expert_replace": {"with": "linear", "keep": 4, "rank": 65}}], "hf", "rank 65, but"),
         ([{"expert_replace": {"with": "linear", "keep": 4, "rank": 60}}], "hf", "at most 47"),
         ([{"expert_replace": {"with": "constant", "keep": 4, "rank": 2}}], "hf", "no rank with"),

@@ -337,7 +337,10 @@ def refused(model: Model) -> Iterator[tuple[str, Model]]:
     yield "per channel.*slower", with_scheme("attention.o_proj.weight", Scheme(group_size=-1))
     yield "groups of 48", with_scheme("attention.o_proj.weight", Scheme(group_size=48))
     yield "groups of 128 do not", with_scheme("attention.o_proj.weight", Scheme())
-    yield "the graph holds it in full, or factors", with_scheme("router.weight", GROUPS_OF_32)
+    yield (
+        "the graph holds it in full precision, or factors",
+        with_scheme("router.weight", GROUPS_OF_32),
+    )
     yield "experts differ", with_scheme("experts.0.gate", GROUPS_OF_32)
     narrow = replace(first, gate=replace(first.gate, shape=(16, 64)))
     yield "experts differ", with_expert(narrow)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moe2edge.calibration import observation, walk
 from moe2edge.model.layers import MoELayer
-from moe2edge.model.model import Block, Model
+from moe2edge.model.model import Block
 from moe2edge.numerics import reduced_rank
 from moe2edge.numerics.reduced_rank import ReducedRankFit, RegressionSums
 from moe2edge.passes._replace_substitutes import plan_replacements
@@ -49,7 +49,9 @@ class Joint:
     seen: list[observation.BlockTrace] = field(default_factory=list)
     missed: list[tuple[float, float]] = field(default_factory=list)
 
-    def observe(self, trace: observation.BlockTrace) -> None:
+    def observe(
+        self, trace: observation.BlockTrace, source: observation.BlockTrace | None = None
+    ) -> None:
         """Keep it."""
         self.seen.append(trace)
 
@@ -108,8 +110,12 @@ def main() -> None:
         for sweeps in (0, given.sweeps):
             joint = Joint(sweeps)
             context = PassContext(model, model, ids, joint.store, setup.WATCHER)
-            result: Model = walk.rewrite(
-                context.model, context.tokens, joint, context.reporter.advance, ""
+            result, _ = walk.walk(
+                context.model,
+                context.tokens,
+                transform=joint,
+                advance=context.reporter.advance,
+                label="",
             )
             excess = prepared.loss(result) - source
             changes = ", ".join(f"{after / before - 1:+.1%}" for before, after in joint.missed)
