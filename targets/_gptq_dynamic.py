@@ -16,7 +16,7 @@ from moe2edge.model.model import Model, is_low_rank, is_quantizable
 from moe2edge.numerics.scheme import Scheme
 
 _BLOCK = re.compile(r"(.*\.layers)\.(\d+)\.(.+)\.([^.]+)")
-# Experts, and what answers for replaced ones: substitutes, and matrices of members.
+# Experts, replacements, and factors of tied experts.
 _EXPERT = re.compile(r"(.+)\.\d+(?:\.(?:gate|up|down))?")
 # Of classes that `_pattern` knows.
 LEVELS = 6
@@ -68,11 +68,11 @@ def build_dynamic(model: Model) -> dict[str, dict[str, Any]]:
             if module not in left or pattern in tried:
                 continue
             tried.add(pattern)
-            members = {name for name in schemes if re.match(pattern, name)}
+            matched = {name for name in schemes if re.match(pattern, name)}
             scheme = schemes[module]
-            if all(schemes[name] == scheme for name in members):
+            if all(schemes[name] == scheme for name in matched):
                 found |= _entry(pattern, scheme)
-                left = {name: None for name in left if name not in members}
+                left = {name: None for name in left if name not in matched}
     for module in left:
         found |= _entry(re.escape(module), schemes[module])
     return found

@@ -15,7 +15,9 @@ from typing import Literal, get_args
 
 from moe2edge.errors import InputError, Unsupported, suggest
 from moe2edge.model import model as model_
-from moe2edge.model.layers import Dense, MoELayer, UnroutedMLP
+from moe2edge.model.edits import sort_rows
+from moe2edge.model.experts import Dense
+from moe2edge.model.layers import MoELayer, UnroutedMLP
 from moe2edge.model.model import SECOND_NORM, Block, Model
 from moe2edge.pipeline.target import Loader
 from moe2edge.targets._rehomed import convert_to_qwen2_moe
@@ -48,11 +50,12 @@ def convert_layout(model: Model, layout: Layout, target: str) -> Model:
     Raises:
         Unsupported: the layout cannot hold it; says what could.
     """
+    model = sort_rows(model)
     found = _converted(model, layout)
     if found is not None:
         return found
     could = "natural (for moe2edge.load)"
-    others = "" if model.substitutes or model.members else ", or trim all layers alike"
+    others = "" if model.replaced_count or model.tied_count else ", or trim all layers alike"
     if _converted(model, "mlp-only") is not None:
         could = f"mlp-only or {could}"
     raise Unsupported(
@@ -80,9 +83,9 @@ def _needs(model: Model, layout: Layout) -> str:
 
 def list_refusing_loaders(model: Model, *programs: str) -> tuple[Loader, ...]:
     """What ``programs`` that know nothing of a ``per_layer_config`` do with one: nothing good."""
-    if model.substitutes:
-        why = "it knows no substitutes for experts"
-    elif model.members:
+    if model.replaced_count:
+        why = "it knows no replacements of experts"
+    elif model.tied_count:
         why = "it knows no experts that share matrices"
     elif model.skips:
         why = "it knows no dynamic skipping"
@@ -127,8 +130,8 @@ def _kind(block: Block) -> str:
     mlp = block.mlp
     if isinstance(mlp, MoELayer):
         skips = " with skipping" if mlp.router.skip_below else ""
-        gone = f" and {len(mlp.substitutes)} substitutes" if mlp.substitutes else ""
-        shared = f" for {len(mlp.members)} members" if mlp.members else ""
+        gone = f" and {len(mlp.replaced)} replacements" if mlp.replaced else ""
+        shared = f" for {len(mlp.routed)} tied ones" if mlp.is_tied else ""
         return f"{len(mlp.experts)} experts{shared}{gone} top-{mlp.router.top_k}{skips}"
     if isinstance(mlp, UnroutedMLP):
         return "a shared expert" if mlp.expert is None else "a shared expert and a plain one"

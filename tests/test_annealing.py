@@ -15,6 +15,7 @@ from torch import Tensor
 from moe2edge.calibration.tokens import Tokens
 from moe2edge.errors import DoesNotFit, InputError
 from moe2edge.model.edits import materialize
+from moe2edge.model.experts import Tied
 from moe2edge.model.family import FAMILIES
 from moe2edge.model.model import Model
 from moe2edge.passes._recover_teacher import Objective, compute_text_loss
@@ -125,11 +126,11 @@ def test_half_an_original_is_the_mean_of_matrices(tiny: Make) -> None:
     context = PassContext(source, model, NO_TOKENS, InMemory(), QUIET, training=text())
     loaded: Any = build_transformers_model(model, torch.float32)
     parts = Recover(anneal=0.5)._begin_annealing(context, loaded)
-    block, layer = next((b, m) for b, m in model.moe_blocks if m.members)
+    block, layer = next((b, m) for b, m in model.moe_blocks if m.is_tied)
     for part in parts:
         part.original_share = 0.3
     mixed = loaded.model.layers[block.index].mlp.experts
-    row = next(n for n, member in enumerate(layer.members) if member.factors)
+    row = next(n for n, row in enumerate(layer.rows) if isinstance(row, Tied))
     x = torch.randn(7, 64, generator=torch.Generator().manual_seed(0))
     before, whole = source.moe_blocks[block.index][1], materialize(model).moe_blocks
     after = whole[block.index][1].experts[row]
@@ -144,7 +145,9 @@ def test_half_an_original_is_the_mean_of_matrices(tiny: Make) -> None:
 
 @pytest.mark.parametrize("anneal", [None, 0.5])
 @pytest.mark.parametrize("rank", [0, 3])
-def test_members_are_trained_and_come_back(tiny: Make, anneal: float | None, rank: int) -> None:
+def test_tied_experts_are_trained_and_come_back(
+    tiny: Make, anneal: float | None, rank: int
+) -> None:
     """What is held-out perplexity in training is that of what is returned."""
     source, model = sharing(tiny, "olmoe", rank=rank)
     step = Recover.model_validate({**QUICK_TRAINING, "steps": 12, "anneal": anneal})
@@ -198,7 +201,7 @@ def test_an_annealed_run_that_was_killed_ends_with_the_same_bits(
 @pytest.mark.parametrize(
     ("rank", "anneal", "adapters"), [(3, None, False), (0, None, True), (0, 0.5, False)]
 )
-def test_adapters_stay_off_matrices_that_members_read(
+def test_adapters_stay_off_matrices_that_tied_experts_read(
     tiny: Make, rank: int, anneal: float | None, adapters: bool
 ) -> None:
     """With factors, and while annealing; what is trained is what comes back."""
@@ -240,7 +243,7 @@ def test_factors_alone_are_annealed_in_every_layer(tiny: Make) -> None:
     parts = Recover(anneal=0.5)._begin_annealing(
         context, build_transformers_model(model, torch.float32)
     )
-    assert len(parts) == sum(bool(layer.members) for _, layer in model.moe_blocks) > 0
+    assert len(parts) == sum(layer.is_tied for _, layer in model.moe_blocks) > 0
 
 
 def test_memory_is_looked_at_again_before_training(tiny: Make) -> None:
@@ -281,7 +284,7 @@ def test_annealing_begins_with_what_was_replaced(
     run_passes(model, parsed, tokens, WorkFolder(tmp_path), QUIET, training=tokens)
     ((context, shared),) = shown
     assert context.unshared is not None
-    assert not context.unshared.members
+    assert not context.unshared.tied_count
     before, after = context.unshared.moe_blocks[0][1], model.moe_blocks[0][1]
     assert not torch.equal(before.experts[0].up.load(), after.experts[0].up.load())
     loaded: Any = build_transformers_model(shared, torch.float32)

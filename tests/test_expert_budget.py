@@ -18,8 +18,8 @@ from moe2edge.calibration import walk
 from moe2edge.cli.main import main
 from moe2edge.errors import DoesNotFit, InputError
 from moe2edge.model.family import FAMILIES
-from moe2edge.model.layers import Weight
 from moe2edge.model.model import Model
+from moe2edge.model.weights import Weight
 from moe2edge.numerics import bootstrap, metrics
 from moe2edge.numerics.allocation import Counts
 from moe2edge.passes import _allocation_trials as budgets

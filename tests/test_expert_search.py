@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM
 from moe2edge.calibration import walk
 from moe2edge.cli.main import main
 from moe2edge.errors import DoesNotFit, InputError
+from moe2edge.model.experts import Dense
 from moe2edge.model.family import FAMILIES
-from moe2edge.model.layers import Dense, MoELayer, UnroutedMLP
+from moe2edge.model.layers import MoELayer, UnroutedMLP
 from moe2edge.model.model import Model
 from moe2edge.numerics import subset_loss
 from moe2edge.numerics import subset_loss as subsets

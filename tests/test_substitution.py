@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moe2edge.calibration import walk
 from moe2edge.cli.main import main
+from moe2edge.model.experts import Linear, Replacement
 from moe2edge.model.family import FAMILIES
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model, is_quantizable
@@ -51,6 +52,10 @@ def summed(x: Tensor, y: Tensor, g: Tensor) -> RegressionSums:
     for part in torch.split(torch.arange(len(x)), 37):
         sums.add(x[part], y[part], g[part])
     return sums
+
+
+def replacements(layer: MoELayer) -> list[Replacement]:
+    return [row for row in layer.rows if isinstance(row, Replacement)]
 
 
 def missed(found: reduced_rank.ReducedRankFit, x: Tensor, y: Tensor, g: Tensor) -> float:
@@ -198,7 +203,7 @@ def test_gains_are_what_fits_gain() -> None:
 
 
 @pytest.mark.parametrize("budget", [0.45, 0.6, 0.7])
-def test_a_budget_counts_substitutes_that_are_there(tiny: Make, budget: float) -> None:
+def test_a_budget_counts_replacements_that_are_there(tiny: Make, budget: float) -> None:
     model = open_checkpoint(str(tiny("olmoe"))).model
     ids = torch.randint(1, 96, (8, 48), generator=torch.Generator().manual_seed(9))
     reporter = Reporter(lambda _: None, lambda *_: None)
@@ -218,10 +223,10 @@ def test_a_budget_of_bytes_is_kept(tiny: Make, tmp_path: Path, family: str) -> N
     for (_, before), (_, after) in zip(source.moe_blocks, model.moe_blocks, strict=True):
         whole = sum(4 * expert.count for expert in before.experts)
         now = sum(4 * expert.count for expert in after.experts)
-        now += sum(weight.nbytes for s in after.substitutes for _, weight in s.weights())
+        now += sum(w.nbytes for row in replacements(after) for _, w in row.weights())
         assert 0.6 * whole - 4 * 2 * 4 * 64 < now <= 0.6 * whole
-        assert not any(substitute.rank % 4 for substitute in after.substitutes)
-        assert len({s.rank for s in after.substitutes}) > 1 or len(after.substitutes) == 1
+        assert not any(row.rank % 4 for row in replacements(after))
+        assert len({row.rank for row in replacements(after)}) > 1 or len(after.replaced) == 1
 
 
 def test_an_expert_that_nobody_asked_answers_zero() -> None:
@@ -255,11 +260,13 @@ def exported(tiny: Make, family: str, out: Path, **options: Any) -> tuple[Model,
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_a_layer_adds_what_its_substitutes_answer(tiny: Make, tmp_path: Path, family: str) -> None:
-    """Token by token: the source's routing, and for experts that are gone their substitutes."""
+def test_a_layer_adds_what_its_replacements_put_out(
+    tiny: Make, tmp_path: Path, family: str
+) -> None:
+    """Token by token: the source's routing, and for experts that are gone their replacements."""
     source, model = exported(tiny, family, tmp_path / "out", min_tokens=0)
     assert model.expert_counts == (4, 4, 4)
-    assert model.substitutes == 6
+    assert model.replaced_count == 6
     generator = torch.Generator().manual_seed(3)
     hidden = torch.randn(2, 20, 64, generator=generator)
     changed = json.loads((tmp_path / "out" / "report.json").read_text())["steps"][0]["changed"]
@@ -271,15 +278,14 @@ def test_a_layer_adds_what_its_substitutes_answer(tiny: Make, tmp_path: Path, fa
         before = walk.BlockRunner(source, block).watch(hidden)
         found = walk.BlockRunner(model, after).watch(hidden)
         assert before.routing is not None
-        answers = dict(zip(gone, layer.substitutes, strict=True))
+        answers = dict(zip(gone, replacements(layer), strict=True))
         expected = before.mlp_outputs.flatten(0, 1).clone()
         for token, (x, ids, weights) in enumerate(
             zip(before.routing.inputs, before.routing.ids, before.routing.weights, strict=True)
         ):
             for expert, weight in zip(ids.tolist(), weights, strict=True):
                 if (own := answers.get(expert)) is not None:
-                    assert own.first is not None
-                    assert own.second is not None
+                    assert isinstance(own, Linear)
                     answer = own.constant.load() + own.second.load() @ (own.first.load() @ x)
                     instead_of = before.expert_output(expert, x[None])[0]
                     expected[token] += weight * (answer - instead_of)
@@ -316,7 +322,7 @@ def test_experts_that_stay_are_quantized(
 
 
 @pytest.mark.parametrize("rank", [None, 4])
-def test_those_whose_substitutes_miss_least_are_replaced(tiny: Make, rank: int | None) -> None:
+def test_those_whose_replacements_miss_least_are_replaced(tiny: Make, rank: int | None) -> None:
     """On the intact model, by a fit of every expert with all its tokens at once."""
     model = open_checkpoint(str(tiny("olmoe"))).model
     ids = torch.randint(1, 96, (24, 40), generator=torch.Generator().manual_seed(9))
@@ -343,7 +349,7 @@ def test_those_whose_substitutes_miss_least_are_replaced(tiny: Make, rank: int |
             found = reduced_rank.fit_reduced_rank(sums, rank or 0, 0.0)
             losses.append(missed(found, x, y, g))
         assert isinstance(block.mlp, MoELayer)
-        gone = {substitute.origin for substitute in block.mlp.substitutes}
+        gone = {row.origin for row in replacements(block.mlp)}
         assert gone == set(sorted(range(6), key=losses.__getitem__)[:2])
 
 
@@ -354,7 +360,7 @@ def test_each_layer_can_keep_its_own_number(tiny: Make, tmp_path: Path) -> None:
 
 def test_few_tokens_are_answered_by_a_constant(tiny: Make, tmp_path: Path) -> None:
     _, model = exported(tiny, "olmoe", tmp_path / "out", min_tokens=10**6)
-    ranks = {s.rank for _, layer in model.moe_blocks for s in layer.substitutes}
+    ranks = {row.rank for _, layer in model.moe_blocks for row in replacements(layer)}
     assert ranks == {0}
     notes = json.loads((tmp_path / "out" / "report.json").read_text())["steps"][0]["notes"]
     assert sum("fewer than 1000000: a constant" in note for note in notes) == 6
