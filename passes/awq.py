@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from moe2edge.model.layers import Dense, MoELayer, Weight
+from moe2edge.model.experts import Dense
+from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Block, Model
+from moe2edge.model.weights import Weight
 from moe2edge.numerics.scheme import Scheme
 from moe2edge.passes._quantize import Quantize, Scales
 from moe2edge.pipeline.solver import Solved, Solver
@@ -90,7 +92,7 @@ class _Solver:
         self._take("mlp", inputs)
         if isinstance(trace.block.mlp, MoELayer) and trace.routing is not None:
             for n in range(len(trace.block.mlp.experts)):
-                tokens, place = torch.where(trace.block.mlp.chosen(n, trace.routing.ids))
+                tokens, place = torch.where(trace.block.mlp.find_uses(n, trace.routing.ids))
                 weights = trace.routing.weights[tokens, place]
                 self._sample(f"experts.{n}", inputs).add(inputs, tokens, weights)
 

@@ -15,7 +15,9 @@ from typing import Literal, get_args
 
 from moe2edge.errors import InputError, Unsupported, suggest
 from moe2edge.model import model as model_
-from moe2edge.model.layers import Dense, MoELayer, UnroutedMLP
+from moe2edge.model.edits import sort_rows
+from moe2edge.model.experts import Dense
+from moe2edge.model.layers import MoELayer, UnroutedMLP
 from moe2edge.model.model import SECOND_NORM, Block, Model
 from moe2edge.targets._rehomed import convert_to_qwen2_moe
 from moe2edge.targets._tensors import TILE, fit_scheme, make_zeros, pad
@@ -47,11 +49,12 @@ def convert_layout(model: Model, layout: Layout, target: str) -> Model:
     Raises:
         Unsupported: the layout cannot hold the model; names layouts and targets that can.
     """
+    model = sort_rows(model)
     converted = _convert(model, layout)
     if converted is not None:
         return converted
     fitting = "natural (for moe2edge.load)"
-    others = "" if model.substitutes or model.members else ", or trim all layers alike"
+    others = "" if model.replaced_count or model.tied_count else ", or trim all layers alike"
     if _convert(model, "mlp-only") is not None:
         fitting = f"mlp-only or {fitting}"
     raise Unsupported(
@@ -98,8 +101,8 @@ def _describe_layer(block: Block) -> str:
     mlp = block.mlp
     if isinstance(mlp, MoELayer):
         skips = " with skipping" if mlp.router.skip_below else ""
-        gone = f" and {len(mlp.substitutes)} substitutes" if mlp.substitutes else ""
-        shared = f" for {len(mlp.members)} members" if mlp.members else ""
+        gone = f" and {len(mlp.replaced)} replacements" if mlp.replaced else ""
+        shared = f" for {len(mlp.routed)} tied ones" if mlp.is_tied else ""
         return f"{len(mlp.experts)} experts{shared}{gone} top-{mlp.router.top_k}{skips}"
     if isinstance(mlp, UnroutedMLP):
         return "a shared expert" if mlp.expert is None else "a shared expert and a plain one"

@@ -51,9 +51,9 @@ class Output:
     def unknown_form(self) -> str:
         """Reason why a program that ignores ``per_layer_config`` cannot read the layers."""
         model = self.stored
-        if model.substitutes:
+        if model.replaced_count:
             return "it has no replacement modules for experts"
-        if model.members:
+        if model.tied_count:
             return "it has no tied experts, which share matrices"
         if model.skips:
             return "it has no dynamic skipping"

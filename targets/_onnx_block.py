@@ -205,7 +205,7 @@ class BlockWriter:
 
     def _moe(self, roles: Roles, layer: MoELayer, x: str) -> str:
         at = f"{self.at}/moe"
-        writer = MixedWriter if layer.substitutes or layer.members else MoEWriter
+        writer = MoEWriter if layer.is_plain else MixedWriter
         y = writer(self.graph, at, roles, layer, self.block.index, self.accuracy_level).add(x)
         return y if layer.shared is None else self._with_shared(roles, at, x, y)
 

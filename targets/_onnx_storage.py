@@ -24,7 +24,7 @@ from onnx import TensorProto
 from torch import Tensor
 
 from moe2edge.errors import VerificationFailed
-from moe2edge.model.layers import Weight
+from moe2edge.model.weights import Weight
 from moe2edge.numerics.grid import Quantized
 from moe2edge.numerics.packing import deinterleave, interleave, pack_bytes, unpack_bytes
 from moe2edge.numerics.scheme import WHOLE_ROW, Scheme

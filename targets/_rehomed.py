@@ -10,8 +10,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from moe2edge.model.experts import Dense
 from moe2edge.model.family import FAMILIES
-from moe2edge.model.layers import Dense, MoELayer, Shared
+from moe2edge.model.layers import MoELayer, Shared
 from moe2edge.model.model import Block, Model
 from moe2edge.targets._tensors import TILE, fit_scheme, make_zeros
 

@@ -7,8 +7,9 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from moe2edge.model.layers import DTYPES, MoELayer, Weight
+from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model
+from moe2edge.model.weights import DTYPES, Weight
 from moe2edge.numerics.scheme import WHOLE_ROW, Scheme
 from moe2edge.storage.safetensors_files import PlannedTensor
 

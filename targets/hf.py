@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from moe2edge.errors import Unsupported, VerificationFailed
 from moe2edge.model import hf_config
-from moe2edge.model.layers import DTYPES, Weight, cast_to_stored
 from moe2edge.model.model import Model
+from moe2edge.model.weights import DTYPES, Weight, cast_to_stored
 from moe2edge.pipeline.target import Loader, Target
 from moe2edge.runtime.load import load
 from moe2edge.runtime.protocol import Runtime

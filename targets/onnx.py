@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from moe2edge.errors import InputError, Unsupported
+from moe2edge.model.edits import remove_skipping, sort_rows
 from moe2edge.model.hf_config import build_config
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Block, Model, is_low_rank, is_quantizable
@@ -78,19 +79,24 @@ class Onnx(Target):
         for block, layer in model.moe_blocks:
             _accept_layer(block, layer)
 
+    def stored(self, model: Model) -> Model:
+        """Return the model with the rows of routers in the order that ``config.json`` tells."""
+        return sort_rows(model)
+
     def nbytes(self, model: Model) -> int:
         """Bytes of ``model.onnx.data``; scales are float32 there, and so are rotary tables."""
         from moe2edge.targets._onnx_decoder import build_decoder
         from moe2edge.targets._onnx_storage import compute_offsets
 
-        return compute_offsets(build_decoder(model, self.accuracy_level).batches)[1]
+        held = self.stored(model)
+        return compute_offsets(build_decoder(held, self.accuracy_level).batches)[1]
 
     def runtime_nbytes(self, model: Model) -> int:
         """The data file, but what is neither quantized nor of low rank is float32 in memory."""
         from moe2edge.targets._onnx_decoder import build_decoder
         from moe2edge.targets._onnx_storage import compute_offsets
 
-        graph = build_decoder(model, self.accuracy_level)
+        graph = build_decoder(self.stored(model), self.accuracy_level)
         return compute_offsets(graph.batches)[1] + graph.widened_nbytes
 
     def write(self, model: Model, folder: Path) -> None:
@@ -103,6 +109,7 @@ class Onnx(Target):
         from moe2edge.targets._onnx_storage import DATA_FILE, GRAPH_FILE, write_data
 
         self.accepts(model)
+        model = self.stored(model)
         graph = build_decoder(model, self.accuracy_level)
         proto = graph.proto(write_data(graph.batches, folder / DATA_FILE), _metadata(model))
         (folder / GRAPH_FILE).write_bytes(proto.SerializeToString(deterministic=True))
@@ -136,12 +143,11 @@ class Onnx(Target):
 
     def without_skipping(self, model: Model, folder: Path) -> Runtime:
         """Open a graph that runs every chosen expert, with the weights of the folder."""
-        from moe2edge.model import edits
         from moe2edge.targets._onnx_decoder import build_decoder
         from moe2edge.targets._onnx_runtime import open_runtime
         from moe2edge.targets._onnx_storage import load_graph
 
-        graph = build_decoder(edits.remove_skipping(model), self.accuracy_level)
+        graph = build_decoder(remove_skipping(self.stored(model)), self.accuracy_level)
         protos = {proto.name: proto for proto in load_graph(folder).graph.initializer}
         stored = [protos[slot.name] for batch in graph.batches for slot in batch.slots]
         proto = graph.proto(stored, _metadata(model))
@@ -213,8 +219,7 @@ def _fused(layer: MoELayer) -> Sequence[int]:
     """Return the experts of a layer that one operator holds."""
     from moe2edge.targets._onnx_columns import Columns
 
-    plain = not layer.substitutes and not layer.members
-    return range(len(layer.experts)) if plain else Columns(layer).fused
+    return range(len(layer.experts)) if layer.is_plain else Columns(layer).fused
 
 
 def build_genai_config(

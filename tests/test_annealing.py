@@ -16,6 +16,7 @@ from helpers import NO_TOKENS, QUIET, each_family, make_context, search
 from moe2edge.calibration.tokens import Tokens
 from moe2edge.errors import DoesNotFit, InputError
 from moe2edge.model.edits import materialize
+from moe2edge.model.experts import Tied
 from moe2edge.model.model import Model
 from moe2edge.passes._recover_teacher import Objective, compute_text_loss
 from moe2edge.passes._recover_trainer import Trainer, TrainerSettings, compute_original_share
@@ -121,11 +122,11 @@ def test_partly_annealed_weights_are_a_weighted_mean(tiny: Make) -> None:
     context = make_context(model, NO_TOKENS, source, training=text())
     loaded: Any = build_transformers_model(model, torch.float32)
     parts = Recover(anneal=0.5)._begin_annealing(context, loaded)
-    block, layer = next((b, m) for b, m in model.moe_blocks if m.members)
+    block, layer = next((b, m) for b, m in model.moe_blocks if m.is_tied)
     for part in parts:
         part.original_share = 0.3
     mixed = loaded.model.layers[block.index].mlp.experts
-    row = next(n for n, member in enumerate(layer.members) if member.factors)
+    row = next(n for n, row in enumerate(layer.rows) if isinstance(row, Tied))
     x = torch.randn(7, 64, generator=torch.Generator().manual_seed(0))
     before, whole = source.moe_blocks[block.index][1], materialize(model).moe_blocks
     after = whole[block.index][1].experts[row]
@@ -232,7 +233,7 @@ def test_factors_alone_are_annealed_in_every_layer(tiny: Make) -> None:
     parts = Recover(anneal=0.5)._begin_annealing(
         context, build_transformers_model(model, torch.float32)
     )
-    assert len(parts) == sum(bool(layer.members) for _, layer in model.moe_blocks) > 0
+    assert len(parts) == sum(layer.is_tied for _, layer in model.moe_blocks) > 0
 
 
 def test_memory_is_checked_again_before_training(tiny: Make) -> None:
@@ -271,7 +272,7 @@ def test_annealing_begins_with_what_was_replaced(
     run_passes(model, parsed, tokens, WorkFolder(tmp_path), QUIET, training=tokens)
     ((context, shared),) = shown
     assert context.unshared is not None
-    assert not context.unshared.members
+    assert not context.unshared.tied_count
     before, after = context.unshared.moe_blocks[0][1], model.moe_blocks[0][1]
     assert not torch.equal(before.experts[0].up.load(), after.experts[0].up.load())
     loaded: Any = build_transformers_model(shared, torch.float32)

@@ -12,8 +12,9 @@ import torch
 from helpers import compute_logits, plan
 from moe2edge.calibration import walk
 from moe2edge.model.family import FAMILIES
-from moe2edge.model.layers import MoELayer, Weight
+from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import SECOND_NORM, Block, Model, is_quantizable
+from moe2edge.model.weights import Weight
 from moe2edge.numerics import awq_scales
 from moe2edge.numerics.grid import Quantized
 from moe2edge.numerics.rounding import round_to_nearest

@@ -16,8 +16,9 @@ from torch import Tensor
 from helpers import compute_logits, each_family, export, refuse, run, search, slow_except
 from moe2edge.calibration import observation, walk
 from moe2edge.commands.preflight import estimate_work_bytes
+from moe2edge.model.experts import PARTS, Full, Tied
 from moe2edge.model.family import FAMILIES
-from moe2edge.model.layers import PARTS, Member, MoELayer
+from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model, is_quantizable
 from moe2edge.numerics import base_sharing, expert_groups, low_rank
 from moe2edge.numerics.base_sharing import SharingCost
@@ -218,7 +219,7 @@ class Mass:
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_a_base_is_the_mean_of_its_members_by_router_mass(tiny: Make, family: str) -> None:
+def test_a_base_is_the_mean_of_its_experts_by_router_mass(tiny: Make, family: str) -> None:
     model = open_checkpoint(str(tiny(family))).model
     result = replace_experts(model, rank=0).model
     watched = Mass()
@@ -235,7 +236,7 @@ def test_a_base_is_the_mean_of_its_members_by_router_mass(tiny: Make, family: st
                     mass[j] / total * getattr(before.experts[j], part).load() for j in own
                 )
                 assert torch.allclose(getattr(base, part).load(), expected, atol=1e-6)
-        assert [m.origin for m in after.members or before.experts] == list(range(6))
+        assert [row.origin for row in after.rows] == list(range(6))
     assert shared
 
 
@@ -252,14 +253,15 @@ def test_factors_come_nearer_and_zero_ones_add_nothing(tiny: Make) -> None:
     zero = replace_experts(model, rank=4, factors="zero", **options).model
     with_factors = zero
     for _, one in zero.moe_blocks:
-        for member in one.members:
-            for own in member.factors.values():
+        for row in one.rows:
+            for own in row.factors.values() if isinstance(row, Tied) else ():
                 assert own.first.load().any()
                 assert not own.second.load().any()
     # Without factors that add nothing it is the same model.
     for block, layer in zero.moe_blocks:
-        members = tuple(Member(m.origin, m.base) for m in layer.members)
-        zero = zero.replace_block(replace(block, mlp=replace(layer, members=members)))
+        bases = [base for base in layer.bases if base is not None]
+        rows = tuple(Full(row.origin, b) for row, b in zip(layer.rows, bases, strict=True))
+        zero = zero.replace_block(replace(block, mlp=replace(layer, rows=rows)))
     assert distance(with_factors, zero) < 1e-6
 
 
@@ -288,7 +290,7 @@ def test_a_control_groups_at_random(tiny: Make) -> None:
     }
     assert any(a != b for a, b in itertools.pairwise(found.values()))
     alike = replace_experts(model, similarity="weights", budget=0.5).model
-    assert all(layer.members for _, layer in alike.moe_blocks)
+    assert all(layer.is_tied for _, layer in alike.moe_blocks)
 
 
 # ---- exported ------------------------------------------------------------------------------------
@@ -309,9 +311,9 @@ def test_bases_are_quantized_and_factors_are_not(
     assert report["results"][0]["parity"]["exact"] < 1e-4
     model = open_stored_model(open_checkpoint(str(out)))
     assert (
-        model.members > 0
+        model.tied_count > 0
         if how == "base"
-        else any(m.base is None for _, layer in model.moe_blocks for m in layer.members)
+        else any(None in layer.bases for _, layer in model.moe_blocks)
     )
     for name, role, weight in model.tensors():
         assert (weight.scheme is not None) == is_quantizable(role), name
@@ -370,7 +372,7 @@ def test_too_little_memory_is_reported_before_any_work(
 
 
 def test_disk_space_is_estimated_before_the_run(tiny: Make) -> None:
-    """Of bases, members and merged experts as of what slimming makes."""
+    """Bases, factors and merged experts count like the numbers that slimming makes."""
     model = open_checkpoint(str(tiny("olmoe"))).model
     passes: list[dict[str, Any]] = [
         {"expert_replace": {"with": "base", "budget": 0.6, "rank": 1}},
@@ -403,7 +405,7 @@ def test_quantized_and_sparse_experts_cannot_be_replaced(
     assert "move expert_replace before the pass that does it" in said
 
 
-def test_substitutes_and_bases_do_not_mix(tiny: Make, tmp_path: Path) -> None:
+def test_replacements_and_bases_do_not_mix(tiny: Make, tmp_path: Path) -> None:
     steps = [{"expert_replace": {"with": "constant", "keep": 4}}]
     steps.append({"expert_replace": {"with": "base", "budget": 0.6}})
     code, said, _ = export(tiny("olmoe"), tmp_path / "out", steps, "hf:layout=natural")
@@ -444,7 +446,7 @@ def test_replacing_lowers_what_a_token_uses(tiny: Make) -> None:
     alone = replace_experts(model, **{"with": "svd", "budget": 0.5, "rank": 8}).model
     for block, layer in alone.moe_blocks:
         small = 3 * 8 * (64 + 32)
-        sizes = [small if m.factors else whole for m in layer.members] or [whole] * 6
+        sizes = [small if isinstance(row, Tied) else whole for row in layer.rows]
         assert sum(sizes) - layer.inactive_parameters == sum(sorted(sizes)[-2:]), block.index
 
 
@@ -456,7 +458,7 @@ def test_experts_that_share_cannot_be_dropped(tiny: Make, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("family", each_family("qwen2_moe"))
-def test_members_can_be_materialized(tiny: Make, tmp_path: Path, family: str) -> None:
+def test_tied_experts_can_be_materialized(tiny: Make, tmp_path: Path, family: str) -> None:
     """For stock readers: refused without the flag, with what it costs; transformers loads it."""
     from transformers import AutoModelForCausalLM
 
@@ -470,7 +472,7 @@ def test_members_can_be_materialized(tiny: Make, tmp_path: Path, family: str) ->
     assert code == 0, said
     assert report["results"][0]["parity"]["exact"] < 1e-4
     assert " MB in place of " in report["materialized"]
-    assert "Materialized: members are" in (out / "README.md").read_text()
+    assert "Materialized: tied experts have" in (out / "README.md").read_text()
     manifest = json.loads((out / "manifest.json").read_text())["model"]
     assert manifest["materialized"]
     assert not any(manifest["members"])
@@ -483,17 +485,17 @@ def test_members_can_be_materialized(tiny: Make, tmp_path: Path, family: str) ->
 
 
 def test_impossible_materializing_is_explained(tiny: Make, tmp_path: Path) -> None:
-    """One target holds members, another none, and neither their matrices beside those of 4 bits."""
+    """One target holds tied experts, another none, and neither their matrices beside those of 4 bits."""
     steps = [{"expert_replace": {"with": "base", "budget": 0.6, "rank": 3}}, "rtn"]
     targets = "onnx,gptq:layout=uniform"
     error = refuse(tiny("mixtral"), tmp_path / "out", steps, targets, materialize=True)
     assert error.exit_code == 6
     said = str(error)
-    assert "nor is it held with every member as an expert of its own: block 0: experts" in said
+    assert "nor is it held with every tied expert as an expert of its own: block 0: experts" in said
     assert "want an export each" in said
 
 
-def test_members_are_counted(tiny: Make, tmp_path: Path) -> None:
+def test_tied_experts_are_counted(tiny: Make, tmp_path: Path) -> None:
     out = tmp_path / "out"
     step = {"expert_replace": {"with": "base", "budget": 0.6, "rank": 3}}
     assert export(tiny("olmoe"), out, [step], "hf:layout=natural")[0] == 0

@@ -15,7 +15,7 @@ from helpers import QUIET, each_family, run, write_text
 from moe2edge.commands.decide import check_decidable, decide
 from moe2edge.commands.texts import load_calibration
 from moe2edge.errors import InputError
-from moe2edge.model.layers import Dense
+from moe2edge.model.experts import Dense
 from moe2edge.model.model import Model
 from moe2edge.pipeline import decisions, recipe
 from moe2edge.pipeline.contract import Outcome, Pass, PassContext, Search

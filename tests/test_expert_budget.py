@@ -17,8 +17,8 @@ import helpers
 from helpers import QUIET, each_family, ignore, make_context, plan, run, slow_except
 from moe2edge.calibration import walk
 from moe2edge.errors import DoesNotFit, InputError
-from moe2edge.model.layers import Weight
 from moe2edge.model.model import Model
+from moe2edge.model.weights import Weight
 from moe2edge.numerics import allocation, bootstrap, metrics
 from moe2edge.numerics.allocation import Counts
 from moe2edge.passes._allocation_trials import Ranker, Trimmer

@@ -14,8 +14,9 @@ from helpers import compute_logits, each_family, plan
 from moe2edge.calibration import router_observers, walk
 from moe2edge.calibration.observation import Facts
 from moe2edge.errors import InputError
+from moe2edge.model.experts import Dense
 from moe2edge.model.family import FAMILIES
-from moe2edge.model.layers import Dense, MoELayer
+from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model
 from moe2edge.numerics import saliency
 from moe2edge.passes.expert_drop import ExpertDrop

@@ -15,8 +15,9 @@ from torch import Tensor
 from helpers import compute_logits, each_family, plan, search
 from moe2edge.calibration import observation, walk
 from moe2edge.errors import DoesNotFit
+from moe2edge.model.experts import PARTS, Dense
 from moe2edge.model.family import FAMILIES
-from moe2edge.model.layers import PARTS, Dense, MoELayer
+from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model
 from moe2edge.numerics import expert_groups
 from moe2edge.numerics import expert_groups as merging
@@ -364,7 +365,7 @@ def test_an_expert_in_no_group_is_unchanged(tiny: Make) -> None:
         same = [one for one in after.experts if one == before.experts[one.origin]]
         loaded = [torch.equal(o.up.load(), before.experts[o.origin].up.load()) for o in same]
         assert sum(loaded) == 3  # the most salient centroid absorbs both that go
-        assert not after.members
+        assert not after.is_tied
         rows = [one.origin for one in after.experts]
         assert torch.equal(after.router.weight.load(), before.router.weight.load()[rows])
 

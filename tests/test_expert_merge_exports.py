@@ -68,7 +68,7 @@ def test_blocks_go_then_experts_merge_then_bits(
     assert report["results"][0]["parity"]["exact"] < 1e-4
     model = open_stored_model(open_checkpoint(str(out)))
     assert model.expert_counts == (3, 3)
-    assert model.members == (0 if method == "ream" else 6)
+    assert model.tied_count == (0 if method == "ream" else 6)
     for name, role, weight in model.tensors():
         assert (weight.scheme is not None) == is_quantizable(role), name
     loaded: Any = load(out, dtype=torch.float32)

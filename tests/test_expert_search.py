@@ -20,7 +20,8 @@ from helpers import each_family, ignore, make_context, plan, run
 from moe2edge.calibration import evidence as gathering
 from moe2edge.calibration import walk
 from moe2edge.errors import DoesNotFit, InputError
-from moe2edge.model.layers import Dense, MoELayer, UnroutedMLP
+from moe2edge.model.experts import Dense
+from moe2edge.model.layers import MoELayer, UnroutedMLP
 from moe2edge.model.model import Model
 from moe2edge.numerics import subset_loss
 from moe2edge.numerics.subset_loss import RoutingRule, SubsetEvidence

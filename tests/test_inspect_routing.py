@@ -21,8 +21,8 @@ from moe2edge.calibration import walk
 from moe2edge.evaluation import routing_report, routing_view
 from moe2edge.evaluation.routing_report import REPORTED_CRITERIA
 from moe2edge.model.family import FAMILIES
-from moe2edge.model.layers import Weight
 from moe2edge.model.model import Block, Model
+from moe2edge.model.weights import Weight
 from moe2edge.runtime import load
 from moe2edge.storage import output
 from moe2edge.storage.checkpoint import open_checkpoint

@@ -14,8 +14,8 @@ from torch import Tensor
 from helpers import export, run, search, slow_except
 from moe2edge.errors import InputError, Unsupported, VerificationFailed
 from moe2edge.evaluation.verify import audit
+from moe2edge.model.experts import Linear
 from moe2edge.model.family import FAMILIES
-from moe2edge.model.layers import Substitute
 from moe2edge.model.model import Model, is_low_rank
 from moe2edge.numerics.rounding import round_to_nearest
 from moe2edge.numerics.scheme import LOW_RANK
@@ -186,7 +186,7 @@ def test_maps_that_became_constants_are_nothing_to_round(tiny: Make) -> None:
         Rtn(factors=8).check(step.plan(model))
         found = search(step, model, tokens(4)).model
         Rtn(factors=8).check(found)
-    assert found.substitutes
+    assert found.replaced_count
     assert not any(is_low_rank(role) for _, role, _ in found.tensors())
 
 
@@ -206,8 +206,8 @@ def test_a_rank_that_fills_no_words_is_refused(tiny: Make) -> None:
     def zeros(*shape: int) -> Any:
         return replace(layer.experts[0].gate, shape=shape, load=lambda: torch.zeros(shape))
 
-    new = Substitute(0, zeros(64), zeros(3, 64), zeros(64, 3))
-    model = model.replace_block(replace(block, mlp=layer.substitute({0: new})))
+    new = Linear(0, zeros(64), zeros(3, 64), zeros(64, 3))
+    model = model.replace_block(replace(block, mlp=layer.replace_experts({0: new})))
     model = quantized(model, Rtn(factors=8))
     with pytest.raises(Unsupported, match="divisible by 4; choose such a rank, or factors: 16"):
         GptqTarget(layout="natural").accepts(model)

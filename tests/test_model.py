@@ -10,9 +10,9 @@ import torch
 from moe2edge.errors import InputError, Moe2EdgeError
 from moe2edge.model.family import FAMILIES
 from moe2edge.model.hf_config import build_config
-from moe2edge.model.layers import Weight
 from moe2edge.model.model import Model
 from moe2edge.model.roles import list_quantizable
+from moe2edge.model.weights import Weight
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.testing import Make
 

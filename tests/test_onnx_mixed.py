@@ -1,4 +1,4 @@
-"""Substitutes and members in the graph: logits against PyTorch's, and what is stored and run."""
+"""Replacements and tied experts in the graph: logits against PyTorch's, and what is stored and run."""
 
 from __future__ import annotations
 
@@ -21,9 +21,20 @@ from torch import Tensor
 from helpers import each_family, run
 from moe2edge.errors import Unsupported
 from moe2edge.evaluation import verify
+from moe2edge.model.experts import (
+    PARTS,
+    Constant,
+    Expert,
+    Factors,
+    Full,
+    Linear,
+    Replacement,
+    Tied,
+    list_full_rows,
+)
 from moe2edge.model.family import FAMILIES
-from moe2edge.model.layers import PARTS, Expert, Factors, Member, Substitute, Weight
 from moe2edge.model.model import Model
+from moe2edge.model.weights import Weight
 from moe2edge.numerics.scheme import LOW_RANK, Scheme
 from moe2edge.passes.rtn import Rtn
 from moe2edge.runtime.load import build_transformers_model
@@ -44,9 +55,9 @@ class Form:
 
     Attributes:
         experts: how many stay.
-        bases: of the members; none: experts are chosen themselves.
+        bases: of full and tied rows; none: each expert has a row.
         ranks: of their factors, 0 for none.
-        maps: ranks of the substitutes, 0 for constants.
+        maps: ranks of the replacements, 0 for constants.
     """
 
     experts: int
@@ -61,11 +72,11 @@ FORMS = {
     "a map and a constant": Form(4, maps=(2, 0)),
     "maps of several ranks": Form(1, maps=(2, 3, 0, 3, 2)),
     "merged": Form(3, (0, 0, 1, 1, 1, 2), (0,) * 6),
-    "every kind of member": Form(3, (0, 0, 1, 1, 2, None), (2, 2, 0, 0, 0, 2)),
+    "every kind of tied row": Form(3, (0, 0, 1, 1, 2, None), (2, 2, 0, 0, 0, 2)),
     "every base with factors": Form(2, (0, 1, 0, 1, 1, 0), (2,) * 6),
     "a base that is chosen itself": Form(2, (0, 0, 1, 0, 0, 1), (0, 2, 0, 2, 0, 0)),
     "factors alone": Form(1, (None, 0, None, 0, 0, None), (2, 2, 2, 2, 0, 2)),
-    "members and substitutes": Form(2, (0, 1, 0, None), (2, 0, 2, 2), (2, 0)),
+    "tied rows and replacements": Form(2, (0, 1, 0, None), (2, 0, 2, 2), (2, 0)),
 }
 
 
@@ -87,26 +98,22 @@ def formed(model: Model, form: Form, skip: bool = False) -> Model:
             if rank
         }
 
-    def substitute(n: int, rank: int, dtype: str, hidden: int) -> Substitute:
+    def replacement(n: int, rank: int, dtype: str, hidden: int) -> Replacement:
         constant = weight(dtype, hidden)
         if not rank:
-            return Substitute(n, constant)
-        return Substitute(n, constant, weight(dtype, rank, hidden), weight(dtype, hidden, rank))
+            return Constant(n, constant)
+        return Linear(n, constant, weight(dtype, rank, hidden), weight(dtype, hidden, rank))
 
     for block, layer in model.moe_blocks:
         like = layer.experts[0]
         hidden, dtype = like.gate.shape[1], like.gate.dtype
-        mlp = replace(
-            layer,
-            experts=layer.experts[: form.experts],
-            members=tuple(
-                Member(n, base, factors(like, rank))
-                for n, (base, rank) in enumerate(zip(form.bases, form.ranks, strict=True))
-            ),
-            substitutes=tuple(
-                substitute(n, rank, dtype, hidden) for n, rank in enumerate(form.maps)
-            ),
-        )
+        experts = layer.experts[: form.experts]
+        ran = [
+            Tied(n, base, factors(like, rank)) if rank else Full(n, base or 0)
+            for n, (base, rank) in enumerate(zip(form.bases, form.ranks, strict=True))
+        ] or list_full_rows(experts)
+        replaced = [replacement(n, rank, dtype, hidden) for n, rank in enumerate(form.maps)]
+        mlp = replace(layer, experts=experts, rows=(*ran, *replaced))
         below = SKIP[: layer.router.top_k - 1] if skip else ()
         mlp = replace(mlp, router=replace(mlp.router, skip_below=below))
         model = model.replace_block(replace(block, mlp=mlp))
@@ -185,12 +192,12 @@ def test_factors_and_maps_of_eight_bits(form: str, dtype: str, tiny: Make, tmp_p
 def test_every_scheme(bits: int, symmetric: bool, tiny: Make, tmp_path: Path) -> None:
     scheme = Scheme(bits=bits, group_size=32, symmetric=symmetric)
     model = quantize(open_checkpoint(str(tiny("qwen2_moe"))).model, scheme)
-    assert_runs(formed(model, FORMS["every kind of member"]), tmp_path / "members")
+    assert_runs(formed(model, FORMS["every kind of tied row"]), tmp_path / "members")
     assert_runs(formed(model, FORMS["a map and a constant"]), tmp_path / "substitutes")
 
 
 @pytest.mark.parametrize("top_k", [1, 6])
-@pytest.mark.parametrize("form", ["maps of several ranks", "members and substitutes"])
+@pytest.mark.parametrize("form", ["maps of several ranks", "tied rows and replacements"])
 def test_one_choice_and_all(form: str, top_k: int, tiny: Make, tmp_path: Path) -> None:
     for norm_topk_prob in (False, True):
         source = tiny("olmoe", num_experts_per_tok=top_k, norm_topk_prob=norm_topk_prob)
@@ -217,7 +224,7 @@ def test_bases_outside_of_the_fused_operator_may_differ(tiny: Make, tmp_path: Pa
 
 def test_int8_activations_stay_near(tiny: Make, tmp_path: Path) -> None:
     model = open_checkpoint(str(tiny("mixtral", initializer_range=0.05))).model
-    model = formed(quantize(model, INT4), FORMS["every kind of member"])
+    model = formed(quantize(model, INT4), FORMS["every kind of tied row"])
     ids = ids_of(64)
     with torch.no_grad():
         expected = build_transformers_model(model, torch.float32)(ids).logits
@@ -228,7 +235,7 @@ def test_int8_activations_stay_near(tiny: Make, tmp_path: Path) -> None:
 
 def test_without_skipping_every_choice_is_run(tiny: Make, tmp_path: Path) -> None:
     model = open_checkpoint(str(tiny("mixtral", num_experts_per_tok=3))).model
-    form = FORMS["members and substitutes"]
+    form = FORMS["tied rows and replacements"]
     skipping = formed(quantize(model, INT4), form, skip=True)
     runtime = Onnx(accuracy_level=0).without_skipping(skipping, written(skipping, tmp_path))
     with torch.no_grad():
@@ -275,7 +282,7 @@ def test_the_graph_holds_no_more_numbers_than_the_model(
 
 def test_the_fused_operator_holds_what_has_no_factors(tiny: Make, tmp_path: Path) -> None:
     model = open_checkpoint(str(tiny("mixtral", num_experts_per_tok=3))).model
-    model = formed(quantize(model, INT4), FORMS["every kind of member"])
+    model = formed(quantize(model, INT4), FORMS["every kind of tied row"])
     graph = onnx.load(written(model, tmp_path) / "model.onnx", load_external_data=False).graph
     fused = [node for node in graph.node if node.op_type == "QMoE"]
     assert [attribute(node, "k") for node in fused] == [2, 2, 2]
@@ -292,7 +299,7 @@ def test_the_fused_operator_holds_what_has_no_factors(tiny: Make, tmp_path: Path
 
 def test_accuracy_levels_reach_branches(tiny: Make, tmp_path: Path) -> None:
     model = open_checkpoint(str(tiny("mixtral"))).model
-    model = formed(quantize(model, INT4), FORMS["every kind of member"])
+    model = formed(quantize(model, INT4), FORMS["every kind of tied row"])
     shipped = onnx.load(written(model, tmp_path) / "model.onnx", load_external_data=False)
     exact = onnx.load_from_string(convert_to_float_activations(tmp_path, "model.onnx.data"))
     for graph, level in ((shipped.graph, 4), (exact.graph, 0)):

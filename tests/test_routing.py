@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 from helpers import compute_logits, make_context, run
 from moe2edge.errors import InputError
 from moe2edge.model.family import FAMILIES
-from moe2edge.model.layers import MoELayer, Weight
+from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model
+from moe2edge.model.weights import Weight
 from moe2edge.numerics import router_fit
 from moe2edge.numerics.subset_loss import RoutingRule
 from moe2edge.passes.routing import Routing

@@ -24,8 +24,9 @@ from moe2edge.calibration import walk
 from moe2edge.errors import Unsupported, VerificationFailed
 from moe2edge.evaluation import verify
 from moe2edge.model.family import FAMILIES
-from moe2edge.model.layers import MoELayer, Weight
+from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model, is_quantizable
+from moe2edge.model.weights import Weight
 from moe2edge.numerics.rounding import round_to_nearest
 from moe2edge.numerics.scheme import Scheme
 from moe2edge.passes._quantize import SchemeRule

@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM
 from helpers import plan, run
 from moe2edge.errors import InputError, Moe2EdgeError
 from moe2edge.model.family import FAMILIES
-from moe2edge.model.layers import MoELayer, Weight
+from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Block, Model, is_quantizable
+from moe2edge.model.weights import Weight
 from moe2edge.numerics.grid import Quantized
 from moe2edge.numerics.scheme import Pattern, Scheme
 from moe2edge.passes.gptq import Gptq

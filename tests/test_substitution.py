@@ -13,6 +13,8 @@ from torch import Tensor
 
 from helpers import each_family, export, refuse, search
 from moe2edge.calibration import walk
+from moe2edge.model.experts import Linear, Replacement
+from moe2edge.model.family import FAMILIES
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model, is_quantizable
 from moe2edge.numerics import reduced_rank
@@ -44,6 +46,10 @@ def summed(x: Tensor, y: Tensor, g: Tensor) -> RegressionSums:
     for part in torch.split(torch.arange(len(x)), 37):
         sums.add(x[part], y[part], g[part])
     return sums
+
+
+def replacements(layer: MoELayer) -> list[Replacement]:
+    return [row for row in layer.rows if isinstance(row, Replacement)]
 
 
 def missed(found: reduced_rank.ReducedRankFit, x: Tensor, y: Tensor, g: Tensor) -> float:
@@ -191,7 +197,7 @@ def test_gains_are_what_fits_gain() -> None:
 
 
 @pytest.mark.parametrize("budget", [0.45, 0.6, 0.7])
-def test_a_budget_counts_substitutes_that_are_there(tiny: Make, budget: float) -> None:
+def test_a_budget_counts_replacements_that_are_there(tiny: Make, budget: float) -> None:
     model = open_checkpoint(str(tiny("olmoe"))).model
     ids = torch.randint(1, 96, (8, 48), generator=torch.Generator().manual_seed(9))
     for options in ({"keep": 0.75, "rank": 8}, {"budget": budget}):
@@ -210,10 +216,10 @@ def test_a_budget_of_bytes_is_kept(tiny: Make, tmp_path: Path, family: str) -> N
     for (_, before), (_, after) in zip(source.moe_blocks, model.moe_blocks, strict=True):
         whole = sum(4 * expert.count for expert in before.experts)
         now = sum(4 * expert.count for expert in after.experts)
-        now += sum(weight.nbytes for s in after.substitutes for _, weight in s.weights())
+        now += sum(w.nbytes for row in replacements(after) for _, w in row.weights())
         assert 0.6 * whole - 4 * 2 * 4 * 64 < now <= 0.6 * whole
-        assert not any(substitute.rank % 4 for substitute in after.substitutes)
-        assert len({s.rank for s in after.substitutes}) > 1 or len(after.substitutes) == 1
+        assert not any(row.rank % 4 for row in replacements(after))
+        assert len({row.rank for row in replacements(after)}) > 1 or len(after.replaced) == 1
 
 
 def test_an_expert_without_tokens_outputs_zero() -> None:
@@ -242,9 +248,16 @@ def test_a_layer_adds_the_outputs_of_its_replacements(
     tiny: Make, tmp_path: Path, family: str
 ) -> None:
     """Token by token: the source's routing, and for experts that are gone their substitutes."""
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_a_layer_adds_what_its_replacements_put_out(
+    tiny: Make, tmp_path: Path, family: str
+) -> None:
+    """Token by token: the source's routing, and for experts that are gone their replacements."""
     source, model = exported(tiny, family, tmp_path / "out", min_tokens=0)
     assert model.expert_counts == (4, 4, 4)
-    assert model.substitutes == 6
+    assert model.replaced_count == 6
     generator = torch.Generator().manual_seed(3)
     hidden = torch.randn(2, 20, 64, generator=generator)
     changed = json.loads((tmp_path / "out" / "report.json").read_text())["steps"][0]["changed"]
@@ -256,15 +269,14 @@ def test_a_layer_adds_the_outputs_of_its_replacements(
         before = walk.BlockRunner(source, block).watch(hidden)
         found = walk.BlockRunner(model, after).watch(hidden)
         assert before.routing is not None
-        answers = dict(zip(gone, layer.substitutes, strict=True))
+        answers = dict(zip(gone, replacements(layer), strict=True))
         expected = before.mlp_outputs.flatten(0, 1).clone()
         for token, (x, ids, weights) in enumerate(
             zip(before.routing.inputs, before.routing.ids, before.routing.weights, strict=True)
         ):
             for expert, weight in zip(ids.tolist(), weights, strict=True):
                 if (own := answers.get(expert)) is not None:
-                    assert own.first is not None
-                    assert own.second is not None
+                    assert isinstance(own, Linear)
                     answer = own.constant.load() + own.second.load() @ (own.first.load() @ x)
                     instead_of = before.expert_output(expert, x[None])[0]
                     expected[token] += weight * (answer - instead_of)
@@ -327,7 +339,7 @@ def test_experts_with_the_closest_replacements_are_replaced(tiny: Make, rank: in
             found = reduced_rank.fit_reduced_rank(sums, rank or 0, 0.0)
             losses.append(missed(found, x, y, g))
         assert isinstance(block.mlp, MoELayer)
-        gone = {substitute.origin for substitute in block.mlp.substitutes}
+        gone = {row.origin for row in replacements(block.mlp)}
         assert gone == set(sorted(range(6), key=losses.__getitem__)[:2])
 
 
@@ -338,7 +350,7 @@ def test_each_layer_can_keep_its_own_number(tiny: Make, tmp_path: Path) -> None:
 
 def test_few_tokens_get_a_constant(tiny: Make, tmp_path: Path) -> None:
     _, model = exported(tiny, "olmoe", tmp_path / "out", min_tokens=10**6)
-    ranks = {s.rank for _, layer in model.moe_blocks for s in layer.substitutes}
+    ranks = {row.rank for _, layer in model.moe_blocks for row in replacements(layer)}
     assert ranks == {0}
     notes = json.loads((tmp_path / "out" / "report.json").read_text())["steps"][0]["notes"]
     assert sum("fewer than 1000000: a constant" in note for note in notes) == 6

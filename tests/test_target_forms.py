@@ -21,8 +21,9 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from helpers import SCHEME, compute_logits, run_module
 from moe2edge.errors import Unsupported
 from moe2edge.model.edits import remove_skipping
+from moe2edge.model.experts import Expert
 from moe2edge.model.family import FAMILIES
-from moe2edge.model.layers import Expert, MoELayer
+from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Block, Model
 from moe2edge.numerics.rounding import round_to_nearest
 from moe2edge.runtime.load import load

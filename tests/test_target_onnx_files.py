@@ -19,9 +19,9 @@ from torch import Tensor
 
 from moe2edge.errors import InputError, Unsupported, VerificationFailed
 from moe2edge.model.family import FAMILIES
-from moe2edge.model.layers import Weight
 from moe2edge.model.model import Model
 from moe2edge.model.roles import list_quantizable
+from moe2edge.model.weights import Weight
 from moe2edge.numerics.grid import Quantized
 from moe2edge.numerics.rounding import round_to_nearest
 from moe2edge.numerics.scheme import Scheme

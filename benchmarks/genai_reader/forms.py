@@ -1,4 +1,4 @@
-"""Run in onnxruntime-genai: layers without router or MLP, with skipping, substitutes, members.
+"""Run in onnxruntime-genai: layers without router or MLP, with skipping, replacements, tied experts.
 
     ENVIRONMENT/bin/python benchmarks/genai_reader/forms.py
 
@@ -21,8 +21,9 @@ from read import compare
 from moe2edge.calibration import walk
 from moe2edge.cli.main import main as moe2edge
 from moe2edge.evaluation.verify import record
+from moe2edge.model.experts import PARTS, Factors, Full, Tied
 from moe2edge.model.family import FAMILIES
-from moe2edge.model.layers import PARTS, Factors, Member, Weight
+from moe2edge.model.weights import Weight
 from moe2edge.numerics.scheme import Scheme
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.targets.onnx import Onnx
@@ -61,7 +62,7 @@ def exported(source: Path, steps: str, out: Path) -> None:
         raise SystemExit(result.stderr)
 
 
-def with_members(source: Path, _: str, out: Path) -> None:
+def with_tied_rows(source: Path, _: str, out: Path) -> None:
     """Two experts share a base with factors, two one without, one has only factors."""
     model = quantize(open_checkpoint(str(source)).model, Scheme(group_size=32))
     draw = torch.Generator().manual_seed(0)
@@ -72,17 +73,19 @@ def with_members(source: Path, _: str, out: Path) -> None:
 
     for block, layer in model.moe_blocks:
         shapes = {part: getattr(layer.experts[0], part).shape for part in PARTS}
-        members = [
-            Member(
-                n,
-                base,
-                {p: Factors(weight(4, i), weight(o, 4)) for p, (o, i) in shapes.items() if own},
-            )
-            for n, (base, own) in enumerate(
-                ((0, True), (0, True), (1, False), (1, False), (2, False), (None, True))
-            )
-        ]
-        mlp = replace(layer, experts=layer.experts[:3], members=tuple(members))
+
+        def factors(shapes: dict[str, tuple[int, int]] = shapes) -> dict[str, Factors]:
+            return {p: Factors(weight(4, i), weight(o, 4)) for p, (o, i) in shapes.items()}
+
+        rows = (
+            Tied(0, 0, factors()),
+            Tied(1, 0, factors()),
+            Full(2, 1),
+            Full(3, 1),
+            Full(4, 2),
+            Tied(5, None, factors()),
+        )
+        mlp = replace(layer, experts=layer.experts[:3], rows=rows)
         model = model.replace_block(replace(block, mlp=mlp))
     out.mkdir()
     make_tokenizer(out)
@@ -102,7 +105,7 @@ def main() -> int:
                 # Weights of a trained model's size: larger ones blow up what int8 rounds.
                 make_checkpoint(source, family, num_experts_per_tok=top_k, initializer_range=0.05)
                 make_tokenizer(source)
-                (exported if steps else with_members)(source, steps, out)
+                (exported if steps else with_tied_rows)(source, steps, out)
                 rows, ok = compare(out)
             difference = rows["logits, to our session"].partition(" ")[0]
             tokens = rows["greedy tokens, equal"]

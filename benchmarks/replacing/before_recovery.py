@@ -1,4 +1,4 @@
-"""What substitutes for half of the experts leave of the excess loss, before any training.
+"""What replacements of half of the experts leave of the excess loss, before any training.
 
     python benchmarks/replacing/before_recovery.py --model MODEL --data DIR [--seeds 3]
 
@@ -119,7 +119,7 @@ def dropped(model: Model, ids: torch.Tensor, criterion: Any) -> Model:
 
 
 def replaced(model: Model, ids: torch.Tensor, how: tuple[str, str, str]) -> Model:
-    """With substitutes for half of each layer's experts."""
+    """With replacements for half of each layer's experts."""
     kind, criterion, fitted_on = how
     rank = RANK if kind == "linear" else None
     step = ExpertReplace.model_validate(

@@ -22,7 +22,7 @@ from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Block
 from moe2edge.numerics import reduced_rank
 from moe2edge.numerics.reduced_rank import ReducedRankFit, RegressionSums
-from moe2edge.passes._replace_substitutes import plan_replacements
+from moe2edge.passes._replace_maps import plan_replacements
 from moe2edge.pipeline.contract import PassContext
 from moe2edge.testing import InMemory
 

@@ -6,9 +6,11 @@ from collections.abc import Callable
 
 from moe2edge.errors import InputError
 from moe2edge.model.config_types import parse_whole_number
+from moe2edge.model.experts import Dense, Expert
 from moe2edge.model.family import Config, Family, Geometry
-from moe2edge.model.layers import Dense, Expert, MoELayer, Router, Shared, Weight
+from moe2edge.model.layers import MoELayer, Router, Shared
 from moe2edge.model.model import Block, Model
+from moe2edge.model.weights import Weight
 
 
 def build_model(
@@ -108,7 +110,7 @@ def _build_block(
             shared = Shared(
                 Dense(**mlp("shared", shared_width)), weight("shared.router", 1, hidden)
             )
-        body = MoELayer(router, experts, shared)
+        body = MoELayer.make_plain(router, experts, shared)
     else:
         body = Dense(**mlp("dense", parse_whole_number(config, "intermediate_size")))
     window = family.window_of(config, index)

@@ -17,9 +17,11 @@ import torch
 from torch import nn
 
 from moe2edge.errors import Unsupported
-from moe2edge.model.layers import Dense, MoELayer, Weight
+from moe2edge.model.experts import Dense
+from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Block, Model, is_low_rank
 from moe2edge.model.roles import list_gated_mlps
+from moe2edge.model.weights import Weight
 from moe2edge.numerics.grid import Quantized
 from moe2edge.runtime.decoder_blocks import load_finite
 from moe2edge.runtime.memory import give_back

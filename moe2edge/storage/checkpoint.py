@@ -18,8 +18,8 @@ from typing import Any
 from moe2edge.errors import InputError, Unsupported
 from moe2edge.model.build import build_model
 from moe2edge.model.family import find_family
-from moe2edge.model.layers import Weight
 from moe2edge.model.model import Model
+from moe2edge.model.weights import Weight
 from moe2edge.storage.safetensors_files import make_weight, open_file
 from moe2edge.storage.text_files import get_first_line, hash_file, read_json
 

@@ -14,8 +14,8 @@ from moe2edge.errors import Unsupported, VerificationFailed
 from moe2edge.model import hf_config
 from moe2edge.model.build import build_model
 from moe2edge.model.family import find_family
-from moe2edge.model.layers import DTYPE_BYTES, Weight
 from moe2edge.model.model import Model, is_low_rank, is_quantizable
+from moe2edge.model.weights import DTYPE_BYTES, Weight
 from moe2edge.numerics.scheme import GROUP_SIZES, WHOLE_ROW, Scheme
 from moe2edge.storage.checkpoint import Checkpoint
 from moe2edge.storage.safetensors_files import read_header, read_tensor

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from moe2edge.errors import InputError, Unsupported
-from moe2edge.model.layers import DTYPE_BYTES, DTYPES, Weight
+from moe2edge.model.weights import DTYPE_BYTES, DTYPES, Weight
 from moe2edge.storage.text_files import get_first_line, sync_folder, write_json
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe2edge.model.layers import Weight, cast_to_stored
 from moe2edge.model.model import Block
+from moe2edge.model.weights import Weight, cast_to_stored
 from moe2edge.numerics.scheme import Pattern, Scheme
 from moe2edge.storage.safetensors_files import PlannedTensor, open_file, read_tensor, write_durably
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import psutil
 
 from moe2edge.errors import Diverged, DoesNotFit, InputError, Unsupported
-from moe2edge.model.layers import Weight
 from moe2edge.model.model import Block
+from moe2edge.model.weights import Weight
 from moe2edge.storage.journal import FileBlockJournal, Journal
 from moe2edge.storage.manifest import MANIFEST, is_artifact, list_files
 from moe2edge.storage.solved_blocks import open_handles, save
