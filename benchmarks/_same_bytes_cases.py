@@ -99,7 +99,7 @@ def make_cases(bundled: Sequence[str]) -> Iterator[Case]:
             yield Case(name, settings=own, alone=("hf",))
     for name, passes in TRIMMING.items():
         own = TRAINING if any("recover" in step for step in passes) else ()
-        yield Case(name, passes, ("onnx", "hf"), ("gptq",), own)
+        yield Case(name, passes, ("onnx", "hf:layout=natural"), ("gptq",), own)
         yield Case(f"{name}, rtn", [*passes, {"rtn": {}}], settings=own, alone=())
     for name, passes in QUANTIZING.items():
         yield Case(name, passes)

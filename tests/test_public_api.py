@@ -180,9 +180,16 @@ def test_compress_refuses_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    nothing = {**SMALL, "passes": [{"expert_drop": {"keep": 16}}]}
-    with pytest.raises(moe2edge.Moe2EdgeError, match="changed nothing"):
-        moe2edge.compress("builtin:tiny-moe", nothing)
+    with pytest.raises(InputError, match="keeps every expert"):
+        moe2edge.compress("builtin:tiny-moe", {"passes": [{"expert_drop": {"keep": 16}}]})
+
+    def stop(*_: object, **__: object) -> None:
+        assert list(tmp_path.iterdir())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("moe2edge.pipeline.runner.run_passes", stop)
+    with pytest.raises(KeyboardInterrupt):
+        moe2edge.compress("builtin:tiny-moe", SMALL)
     assert not list(tmp_path.iterdir())
     with pytest.raises(moe2edge.Moe2EdgeError, match="expert_drop"):
         moe2edge.compress("builtin:tiny-moe", {"passes": [{"expert_drop": {"keep": 2}}]})
