@@ -33,7 +33,8 @@ MAY_IMPORT = {room: set(BELOW[:n]) for n, room in enumerate(BELOW)} | {
     "commands": {*BELOW, "evaluation"},
     "cli": {*BELOW, "evaluation", "commands"} - {"numerics"},
     "testing": set(BELOW),
-    "__init__": {"runtime"},
+    # The public API, lazily.
+    "__init__": {"model", "storage", "runtime", "pipeline", "evaluation", "commands"},
     "__main__": {"cli"},
 }
 PLUGINS = ("passes", "targets")

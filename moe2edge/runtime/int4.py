@@ -39,7 +39,7 @@ KERNEL_ROWS = 16
 # The integer that stands for zero in it.
 KERNEL_ZERO = 8
 # From so many rows on, a processor is faster to dequantize a matrix and multiply in bfloat16:
-#     python benchmarks/slimming/packed.py --rows
+#     python -m benchmarks.slimming.packed --rows
 MANY_ROWS = 96
 # Inputs that are dequantized at once: few enough for float32 numbers to stay in the cache.
 SLAB = 128

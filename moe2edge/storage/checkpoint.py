@@ -163,13 +163,25 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    source: str, *, revision: str | None = None, cache_dir: Path | None = None
+    source: str | Path, *, revision: str | None = None, cache_dir: Path | None = None
 ) -> Checkpoint:
-    """Open MODEL: a folder, a hub id or ``builtin:tiny-moe``.
+    """Open MODEL: a folder, a hub id or ``builtin:tiny-moe``. Reads headers only.
+
+    Args:
+        source: MODEL.
+        revision: branch, tag or commit of a hub model.
+        cache_dir: cache of hub files; None: that of huggingface_hub.
+
+    Returns:
+        The checkpoint. Its ``model`` is read when it is first used.
 
     Raises:
         InputError: there is no such model, or it is not a checkpoint.
+
+    >>> open_checkpoint("builtin:tiny-moe").model.expert_counts
+    (16, 16, 16, 16, 16, 16)
     """
+    source = str(source)
     folder, commit = _locate(source, revision, cache_dir)
     config = folder / "config.json"
     if not config.exists():
