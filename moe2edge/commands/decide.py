@@ -11,7 +11,6 @@ from moe2edge.commands.preflight import EXPERTS, check_sources
 from moe2edge.commands.texts import load_calibration
 from moe2edge.errors import InputError
 from moe2edge.model.model import Block, Model
-from moe2edge.pipeline import registry
 from moe2edge.pipeline.contract import Pass, Slim
 from moe2edge.pipeline.decisions import CalibrationText, Decisions, SourceModel, describe_blocks
 from moe2edge.pipeline.recipe import Recipe
@@ -73,7 +72,7 @@ def check_decidable(passes: Sequence[Pass], source: Model) -> None:
         raise InputError("the recipe has no passes; there is nothing to decide")
     model = source
     for step in passes:
-        name = registry.get_name(step)
+        name = step.name
         if isinstance(step, Slim):
             raise _computes(name)
         step.check(model)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from moe2edge.commands.write_target import fit_for_targets
 from moe2edge.model.model import Model
-from moe2edge.pipeline import registry
 from moe2edge.pipeline.contract import Cost, Pass, Search, Slim
 from moe2edge.pipeline.contract import list_training_passes as training_passes
 from moe2edge.pipeline.recipe import Recipe
@@ -77,7 +76,7 @@ def _training_costs(recipe: Recipe, model: Model) -> Iterator[tuple[str, Cost]]:
     """What each pass that trains will take."""
     if (text := recipe.training) is not None:
         for step, before in training_passes(recipe.passes, model):
-            yield registry.get_name(step), step.cost(before, text.samples, text.length)
+            yield step.name, step.cost(before, text.samples, text.length)
 
 
 def estimate_work_bytes(recipe: Recipe, model: Model, budget: Memory) -> int:
@@ -123,7 +122,7 @@ def check_sources(recipe: Recipe, checkpoint: Checkpoint) -> None:
 def describe(passes: Sequence[Pass], model: Model, reporter: Reporter) -> None:
     """Tell what the slimming passes will do to the model as it will be then."""
     for step, before in _slimming(passes, model):
-        reporter.log(f"{registry.get_name(step)}: {step.describe(before)}")
+        reporter.log(f"{step.name}: {step.describe(before)}")
 
 
 def check_walk_memory(passes: Sequence[Pass], model: Model, within: int | None) -> None:
@@ -138,7 +137,7 @@ def check_walk_memory(passes: Sequence[Pass], model: Model, within: int | None) 
     memory.check_memory(model.block_nbytes, "a walk holds a block in float32", remedy, within)
     for step, before in _slimming(passes, model):
         needed = blockwise.estimate_largest_part(before, step.solver(before))
-        name = registry.get_name(step)
+        name = step.name
         memory.check_memory(needed, f"{name} solves a part of a block at once", remedy, within)
 
 

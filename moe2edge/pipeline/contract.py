@@ -50,7 +50,17 @@ class Outcome:
 
 
 class Pass(Options):
-    """One step of a recipe. Its fields are its options: recipe keys, validation, JSON Schema."""
+    """One step of a recipe. Its fields are its options: recipe keys, validation, JSON Schema.
+
+    Attributes:
+        name: the name of its file.
+    """
+
+    name: ClassVar[str]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.name = cls.__module__.rpartition(".")[2]
 
     def resolve(self, model: Model) -> Self:
         """The same pass with every choice made that it leaves to the source ``model``."""

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from moe2edge.calibration.observation import Facts
 from moe2edge.model.model import Model
-from moe2edge.pipeline import registry
 from moe2edge.pipeline.contract import Outcome, Pass, PassContext, Search, Slim, Train, Trim
 from moe2edge.pipeline.recipe import Recipe
 from moe2edge.pipeline.stages import Step, enforce, group_stages
@@ -47,12 +46,12 @@ def run_passes(
         begun = time.perf_counter()
         facts = Facts()
         if stage.observers and calibration is not None:
-            label = f"{', '.join(registry.get_name(p) for p in stage.passes)}: scoring"
+            label = f"{', '.join(p.name for p in stage.passes)}: scoring"
             facts = walk.gather(
                 model, calibration.ids, stage.observers, reporter.advance, label, budget
             )
         for step in stage.passes:
-            name = registry.get_name(step)
+            name = step.name
             if not any(layer.sharing for _, layer in model.moe_blocks):
                 context = replace(context, unshared=model)
             # Again: a threshold or a shared budget may have left another model than was planned.

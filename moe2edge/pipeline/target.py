@@ -44,15 +44,21 @@ class Target:
     """One kind of output. A subclass in a file of its own in ``targets/``; the file name names it.
 
     Attributes:
+        name: the name of its file.
         summary: one line for ``moe2edge targets``.
         streams: whether its folders can be read as models, see `streamed`.
         libraries: modules that its runtime imports; the profiler imports them before it times
             the loading of a folder.
     """
 
+    name: ClassVar[str]
     summary: ClassVar[str]
     streams: ClassVar[bool] = False
     libraries: ClassVar[tuple[str, ...]] = ("torch",)
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.name = cls.__module__.rpartition(".")[2]
 
     def accepts(self, model: Model) -> None:
         """Refuse, from shapes alone, a model that this target could not hold.
