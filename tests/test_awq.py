@@ -56,7 +56,7 @@ def model_of(make: Make, family: str, **changes: Any) -> Model:
 
 def run(step: Awq, model: Model, ids: torch.Tensor = IDS) -> tuple[Model, list[str]]:
     """The model after the pass, held against the contract, and the notes."""
-    planned, before = plan_passes([step], model), model
+    planned, before = plan_passes([step], model).result, model
     notes: list[str] = []
     solver, hidden = step.solver(model), walk.embed(model, ids)
     assert not isinstance(solver, GroupSolver)

@@ -164,8 +164,8 @@ def test_fractions_are_of_the_source_and_rounded_down(tiny: Make) -> None:
     model = open_checkpoint(str(five(tiny, "mixtral"))).model
     assert BlockDrop(drop=0.5).resolve(model).drop == 2
     assert LayerDrop(drop=0.25).resolve(model).drop == 1
-    assert len(plan_passes([BlockDrop(drop=0.5).resolve(model)], model).blocks) == 3
-    planned = plan_passes([LayerDrop(drop=0.5).resolve(model)], model)
+    assert len(plan_passes([BlockDrop(drop=0.5).resolve(model)], model).result.blocks) == 3
+    planned = plan_passes([LayerDrop(drop=0.5).resolve(model)], model).result
     assert len(planned.moe_blocks) == 3
     assert not planned.is_uniform
 

@@ -215,10 +215,10 @@ def test_too_little_memory_is_refused(tiny: Make, monkeypatch: pytest.MonkeyPatc
 
 def test_plan_is_as_uneven_as_it_may_become(tiny: Make) -> None:
     model = open_checkpoint(str(tiny("qwen3_moe"))).model
-    assert plan_passes([options(keep=4)], model).expert_counts == (6, 4, 2)
-    assert plan_passes([options(keep=0.5)], model).expert_counts == (5, 2, 2)
-    assert plan_passes([options(keep=4, floor=3)], model).expert_counts == (6, 3, 3)
-    low = plan_passes([options(keep=2, clamp_top_k=True)], model)
+    assert plan_passes([options(keep=4)], model).result.expert_counts == (6, 4, 2)
+    assert plan_passes([options(keep=0.5)], model).result.expert_counts == (5, 2, 2)
+    assert plan_passes([options(keep=4, floor=3)], model).result.expert_counts == (6, 3, 3)
+    low = plan_passes([options(keep=2, clamp_top_k=True)], model).result
     assert counts_of(low) == (4, 1, 1)
 
 

@@ -105,7 +105,7 @@ def test_global_scope_keeps_the_best_of_all_layers(tiny: Make) -> None:
     assert found == [sorted(j for n, j in chosen if n == layer) for layer in range(3)]
     assert sum(map(len, found)) == 9
     # One layer takes all that the floors leave: as uneven as it may become.
-    assert plan_passes([step], model).expert_counts == (5, 2, 2)
+    assert plan_passes([step], model).result.expert_counts == (5, 2, 2)
 
 
 def test_floor_is_respected(tiny: Make) -> None:
@@ -128,7 +128,8 @@ def test_floor_is_respected(tiny: Make) -> None:
 def test_counts_of_each_layer(tiny: Make) -> None:
     model = open_checkpoint(str(tiny("qwen3_moe"))).model
     step = options(keep=[5, 2, 6], criterion="man")
-    assert apply(step, model).expert_counts == plan_passes([step], model).expert_counts == (5, 2, 6)
+    planned = plan_passes([step], model).result
+    assert apply(step, model).expert_counts == planned.expert_counts == (5, 2, 6)
 
 
 def test_super_experts_are_protected(tiny: Make) -> None:

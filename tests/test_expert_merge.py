@@ -235,7 +235,7 @@ def options(**given: Any) -> ExpertMerge:
 
 
 def merge(model: Model, step: ExpertMerge, ids: Tensor = IDS) -> Outcome:
-    planned = plan_passes([step], model)
+    planned = plan_passes([step], model).result
     reporter: Any = SimpleNamespace(advance=lambda *_: None, log=lambda _: None)
     outcome = step.search(PassContext(model, model, ids, InMemory(), reporter))
     outcome.model.verify()

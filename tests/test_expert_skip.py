@@ -168,7 +168,7 @@ def test_refusals(tiny: Make) -> None:
     for quantile in (0, 1, 2):
         with pytest.raises(ValueError, match="quantile"):
             ExpertSkip(quantile=quantile)
-    planned = plan_passes([ExpertSkip()], model)
+    planned = plan_passes([ExpertSkip()], model).result
     assert not planned.is_uniform
     assert all(isinstance(block.mlp, MoELayer) for block in planned.blocks)
 

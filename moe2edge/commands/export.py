@@ -67,9 +67,11 @@ def export(
     recipe = recipe.resolve(source)
     budget = memory.Memory.of(memory.find_limit(most))
     memory.avoid_fragmentation(most)
-    refuse_early(checkpoint, recipe, targets, out, budget, force=force, materialize=materialize)
+    plan = refuse_early(
+        checkpoint, recipe, targets, out, budget, force=force, materialize=materialize
+    )
     reporter.log(f"recipe:\n{recipe.render()}")
-    describe(recipe.passes, source, reporter)
+    describe(plan, reporter)
     calibration = load_calibration(checkpoint, recipe, reporter)
     evaluation = load_evaluation(checkpoint, recipe)
     training = load_training(checkpoint, recipe)

@@ -7,11 +7,10 @@ from pathlib import Path
 
 from moe2edge.commands.write_target import fit_for_targets
 from moe2edge.model.model import Model
-from moe2edge.pipeline.contract import Cost, Pass, Search, Slim
-from moe2edge.pipeline.contract import list_training_passes as training_passes
+from moe2edge.pipeline.contract import Cost, Search, Slim, Train
 from moe2edge.pipeline.recipe import Recipe
 from moe2edge.pipeline.runner import check_need
-from moe2edge.pipeline.stages import plan_passes
+from moe2edge.pipeline.stages import Plan, plan_passes
 from moe2edge.pipeline.target import Target
 from moe2edge.progress import Reporter
 from moe2edge.runtime import memory
@@ -32,28 +31,30 @@ def refuse_early(
     *,
     force: bool,
     materialize: bool,
-) -> None:
-    """Refuse, from headers, what could not be done, written, held or verified later.
+) -> Plan:
+    """Plan an export; refuse, from headers, what could not be done, written or verified later.
 
     Raises:
         InputError, Unsupported, DoesNotFit: so.
     """
     check_sources(recipe, checkpoint)
-    planned = plan_passes(recipe.passes, checkpoint.model)
+    plan = plan_passes(recipe.passes, checkpoint.model)
     _check_training(checkpoint, recipe)
-    planned = fit_for_targets(planned, targets, materialize=materialize)
+    planned = fit_for_targets(plan.result, targets, materialize=materialize)
     work_folder.check_output(out, force=force)
     needed = sum(target.nbytes(planned) for target in targets)
-    needed += estimate_work_bytes(recipe, checkpoint.model, budget)
+    needed += estimate_work_bytes(plan, recipe, budget)
     work_folder.check_space(out, round(needed * 1.05) + (16 << 20))
     for target in targets:
         if not target.streams:
             memory.check_memory(target.runtime_nbytes(planned), within=budget.limit)
-    check_walk_memory(recipe.passes, checkpoint.model, budget.limit)
-    for step, before, _ in _chain(recipe.passes, checkpoint.model):
-        check_need(step, before, recipe.calibration.samples * recipe.calibration.length, budget)
-    for name, cost in _training_costs(recipe, checkpoint.model):
+    check_walk_memory(plan, budget.limit)
+    tokens = recipe.calibration.samples * recipe.calibration.length
+    for step in plan.steps:
+        check_need(step.step, step.before, tokens, budget)
+    for name, cost in _training_costs(plan, recipe):
         cost.check(name, budget.limit)
+    return plan
 
 
 def _check_training(checkpoint: Checkpoint, recipe: Recipe) -> None:
@@ -68,30 +69,34 @@ def _check_training(checkpoint: Checkpoint, recipe: Recipe) -> None:
         check_text_files(source, "training")
         positions = checkpoint.model.family.geometry(checkpoint.config).max_positions
         check_length(source, "training", positions)
-        for step, _ in training_passes(recipe.passes, checkpoint.model):
-            step.check_text(source.samples, source.length)
+        for step in recipe.passes:
+            if isinstance(step, Train):
+                step.check_text(source.samples, source.length)
 
 
-def _training_costs(recipe: Recipe, model: Model) -> Iterator[tuple[str, Cost]]:
+def _training_costs(plan: Plan, recipe: Recipe) -> Iterator[tuple[str, Cost]]:
     """What each pass that trains will take."""
     if (text := recipe.training) is not None:
-        for step, before in training_passes(recipe.passes, model):
-            yield step.name, step.cost(before, text.samples, text.length)
+        for planned in plan.steps:
+            if isinstance(step := planned.step, Train):
+                yield step.name, step.cost(planned.before, text.samples, text.length)
 
 
-def estimate_work_bytes(recipe: Recipe, model: Model, budget: Memory) -> int:
+def estimate_work_bytes(plan: Plan, recipe: Recipe, budget: Memory) -> int:
     """Bytes of what passes keep on the disk: numbers, hidden states, checkpoints of training."""
     tokens = recipe.calibration.samples * recipe.calibration.length
-    stream = 4 * tokens * model.family.geometry(model.config).hidden
+    source = plan.source
+    stream = 4 * tokens * source.family.geometry(source.config).hidden
     found = most = 0
-    for step, before, after in _chain(recipe.passes, model):
+    for planned in plan.steps:
+        step = planned.step
         if isinstance(step, Slim | Search):
-            found += _new_nbytes(before, after, known=isinstance(step, Slim))
+            found += _new_nbytes(planned.before, planned.after, known=isinstance(step, Slim))
         if isinstance(step, Slim) and step.needs_tokens:
             spilled = budget.stream is not None and stream > budget.stream
             # In front of a block and behind it; in memory, what enters a block and what it adds.
             most = 4 * stream if spilled else 2 * stream
-    return found + most + sum(cost.disk for _, cost in _training_costs(recipe, model))
+    return found + most + sum(cost.disk for _, cost in _training_costs(plan, recipe))
 
 
 def _new_nbytes(before: Model, after: Model, *, known: bool) -> int:
@@ -119,13 +124,14 @@ def check_sources(recipe: Recipe, checkpoint: Checkpoint) -> None:
         step.check_source(lambda: checkpoint.sha256)
 
 
-def describe(passes: Sequence[Pass], model: Model, reporter: Reporter) -> None:
-    """Tell what the slimming passes will do to the model as it will be then."""
-    for step, before in _slimming(passes, model):
-        reporter.log(f"{step.name}: {step.describe(before)}")
+def describe(plan: Plan, reporter: Reporter) -> None:
+    """Report what passes will do to the model, as far as that is known before."""
+    for planned in plan.steps:
+        if line := planned.step.describe(planned):
+            reporter.log(f"{planned.step.name}: {line}")
 
 
-def check_walk_memory(passes: Sequence[Pass], model: Model, within: int | None) -> None:
+def check_walk_memory(plan: Plan, within: int | None) -> None:
     """Refuse a limit of memory that a pass, or the walks before and after, cannot keep.
 
     Raises:
@@ -134,22 +140,10 @@ def check_walk_memory(passes: Sequence[Pass], model: Model, within: int | None) 
     from moe2edge.pipeline import blockwise
 
     remedy = "allow more"
-    memory.check_memory(model.block_nbytes, "a walk holds a block in float32", remedy, within)
-    for step, before in _slimming(passes, model):
-        needed = blockwise.estimate_largest_part(before, step.solver(before))
-        name = step.name
-        memory.check_memory(needed, f"{name} solves a part of a block at once", remedy, within)
-
-
-def _chain(passes: Sequence[Pass], model: Model) -> Iterator[tuple[Pass, Model, Model]]:
-    """The passes, each with the shape of the model that it gets, and of what it makes of it."""
-    for step in passes:
-        before, model = model, step.plan(model)
-        yield step, before, model
-
-
-def _slimming(passes: Sequence[Pass], model: Model) -> Iterator[tuple[Slim, Model]]:
-    """The slimming passes, each with the shape of the model that it will get."""
-    for step, before, _ in _chain(passes, model):
-        if isinstance(step, Slim):
-            yield step, before
+    memory.check_memory(plan.source.block_nbytes, "a walk holds a block in float32", remedy, within)
+    for planned in plan.steps:
+        if isinstance(step := planned.step, Slim):
+            solver = step.solver(planned.before)
+            needed = blockwise.estimate_largest_part(planned.before, solver)
+            purpose = f"{step.name} solves a part of a block at once"
+            memory.check_memory(needed, purpose, remedy, within)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import (
     TYPE_CHECKING,
@@ -87,6 +87,25 @@ class Pass(Options):
     def plan(self, model: Model) -> Model:
         """A model of the shape that the result will have; which parts stay is not known yet."""
         raise NotImplementedError
+
+    def describe(self, planned: PlannedStep) -> str:
+        """Describe in a line for the log what it will do; empty: nothing to say before."""
+        return ""
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """A pass of a recipe, with the shapes of models around it; no numbers are known yet.
+
+    Attributes:
+        step: the pass, which was checked on the model before.
+        before: the model that it will get.
+        after: the model that it will make of it.
+    """
+
+    step: Pass
+    before: Model
+    after: Model
 
 
 class Trim(Pass):
@@ -174,8 +193,8 @@ class Slim(Pass):
         """
         raise NotImplementedError
 
-    def describe(self, model: Model) -> str:
-        """What it will do to ``model``, in a line for the log."""
+    def describe(self, planned: PlannedStep) -> str:
+        """Describe in a line for the log what it will do."""
         raise NotImplementedError
 
 
@@ -224,14 +243,6 @@ class Train(Search):
     def cost(self, model: Model, samples: int, length: int) -> Cost:
         """What it will take on ``model``, from shapes alone."""
         raise NotImplementedError
-
-
-def list_training_passes(passes: Sequence[Pass], model: Model) -> Iterator[tuple[Train, Model]]:
-    """The passes that train, each with the shape of the model that it will get."""
-    for step in passes:
-        if isinstance(step, Train):
-            yield step, model
-        model = step.plan(model)
 
 
 def needs_training_text(passes: Sequence[Pass]) -> bool:
