@@ -17,7 +17,6 @@ from torch import Tensor
 
 from moe2edge.calibration import observation, walk
 from moe2edge.cli.main import main
-from moe2edge.commands.preflight import estimate_work_bytes
 from moe2edge.model.family import FAMILIES
 from moe2edge.model.layers import PARTS, Member, MoELayer
 from moe2edge.model.model import Model, is_quantizable
@@ -26,10 +25,9 @@ from moe2edge.numerics.base_sharing import SharingCost
 from moe2edge.passes._replace_bases import count_expert_bytes
 from moe2edge.passes.expert_replace import ExpertReplace
 from moe2edge.pipeline import recipe
-from moe2edge.pipeline.contract import Outcome, PassContext, Search
+from moe2edge.pipeline.contract import Outcome, PassContext, Search, TextSize, TextSizes
 from moe2edge.pipeline.stages import plan_passes
 from moe2edge.progress import Reporter
-from moe2edge.runtime.memory import Memory
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.storage.output import open_stored_model
 from moe2edge.testing import InMemory, Make
@@ -408,12 +406,13 @@ def test_numbers_on_the_disk_are_counted_before(tiny: Make) -> None:
         context = PassContext(model, model, IDS, InMemory(), QUIET)
         step = parsed.passes[0]
         assert isinstance(step, Search)
-        planned = plan_passes(parsed.passes, model)
+        (planned,) = plan_passes(parsed.passes, model).steps
+        texts = TextSizes(TextSize(*IDS.shape))
         found = step.search(context).model
         known = {weight.load for _, _, weight in model.tensors()}
         new = sum(weight.nbytes for _, _, weight in found.tensors() if weight.load not in known)
         # Which layers lose how many experts to a base is only known afterwards.
-        assert new <= estimate_work_bytes(planned, parsed, Memory()) <= 3.5 * new
+        assert new <= planned.step.estimate(planned, texts).disk <= 3.5 * new
 
 
 @pytest.mark.parametrize(

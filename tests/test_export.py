@@ -23,6 +23,7 @@ from moe2edge.errors import InputError
 from moe2edge.model.family import FAMILIES
 from moe2edge.numerics.grid import Quantized
 from moe2edge.pipeline import recipe, registry
+from moe2edge.runtime.memory import Estimate
 from moe2edge.testing import Make
 
 # Small enough for the tiny models, whose vocabulary is one entry per character.
@@ -441,7 +442,7 @@ def test_an_output_that_the_machine_cannot_run(
     """A graph needs its runtime to be verified; a checkpoint is read back block by block."""
     for name in ("gptq", "onnx"):
         kind = type(registry.find_target(name))
-        monkeypatch.setattr(kind, "runtime_nbytes", lambda *_: 1 << 60)
+        monkeypatch.setattr(kind, "estimate", lambda *_: Estimate(1 << 60))
     result = export(tiny("olmoe"), tmp_path / "onnx", "onnx", "-r", "w4-rtn")
     assert result.exit_code == 5
     assert "verifying the output runs it, which needs" in result.stderr

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from moe2edge.commands.environment import list_versions
-from moe2edge.commands.preflight import EXPERTS, check_sources
+from moe2edge.commands.preflight import check_sources
 from moe2edge.commands.texts import load_calibration
 from moe2edge.errors import InputError
 from moe2edge.model.model import Block, Model
@@ -16,7 +16,7 @@ from moe2edge.pipeline.decisions import CalibrationText, Decisions, SourceModel,
 from moe2edge.pipeline.recipe import Recipe
 from moe2edge.pipeline.runner import run_passes
 from moe2edge.pipeline.stages import Step, plan_passes
-from moe2edge.pipeline.work import BlockJournal
+from moe2edge.pipeline.work import EXPERT_ROLES, BlockJournal
 from moe2edge.progress import Reporter
 from moe2edge.storage.checkpoint import Checkpoint
 
@@ -82,7 +82,7 @@ def check_decidable(passes: Sequence[Pass], source: Model) -> None:
 
 def _has_new_numbers(before: Model, after: Model) -> bool:
     """Whether experts, or what answers for them, have numbers that are not there yet."""
-    return any(role.startswith(EXPERTS) for role, _ in after.new_beside(before))
+    return any(role.startswith(EXPERT_ROLES) for role, _ in after.new_beside(before))
 
 
 def _computes(name: str) -> InputError:

@@ -50,7 +50,7 @@ def write_target(
     if shipped is None:
         reporter.log(
             f"warning: {name} was not run, because that needs "
-            f"{target.runtime_nbytes(model) / 1e9:.1f} GB of memory; it was read back block by "
+            f"{target.estimate(model).memory / 1e9:.1f} GB of memory; it was read back block by "
             "block and computes what it should"
         )
         return replace(row, form=f"{name}, not run", parity=parity)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from moe2edge.model.model import Model
+from moe2edge.runtime.memory import Estimate
 from moe2edge.runtime.protocol import Runtime
 
 if TYPE_CHECKING:
@@ -79,13 +80,9 @@ class Target:
         """
         return model
 
-    def nbytes(self, model: Model) -> int:
-        """Bytes that the weights will take on disk, for the check of free space."""
-        return model.nbytes
-
-    def runtime_nbytes(self, model: Model) -> int:
-        """Bytes of memory that the reopened model takes, as shipped."""
-        return self.nbytes(model)
+    def estimate(self, model: Model) -> Estimate:
+        """Estimate what the output takes: weight files, and memory once reopened, as shipped."""
+        return Estimate(model.nbytes, model.nbytes)
 
     def write(self, model: Model, folder: Path) -> None:
         """Write weights and config into a folder, tensor by tensor.
