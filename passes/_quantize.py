@@ -15,7 +15,7 @@ from moe2edge.model.roles import list_quantizable
 from moe2edge.model.weights import Weight, plan_weight
 from moe2edge.numerics.scheme import LOW_RANK, Scheme, find_largest_group_size
 from moe2edge.options import Options
-from moe2edge.pipeline.contract import Slim
+from moe2edge.pipeline.contract import PlannedStep, Slim
 
 if TYPE_CHECKING:
     from moe2edge.numerics.grid import Quantized
@@ -213,14 +213,15 @@ class Quantize(Slim):
                     f"{schemes.get(name) or weight.dtype}"
                 )
 
-    def describe(self, model: Model) -> str:
-        """Schemes and how many matrices get them, with the mean of bits per weight."""
+    def describe(self, planned: PlannedStep) -> str:
+        """Describe the schemes, how many matrices get each, and the mean of bits per weight."""
+        model = planned.before
         schemes = self.schemes(model)
         parts = [f"{scheme}: {n} matrices" for scheme, n in Counter(schemes.values()).items()]
         alone = sum(name not in schemes for name, _, _ in _matrices(model))
         if alone:
             parts.append(f"left alone by rule: {alone}")
-        weights = [w for _, _, w in self.plan(model).tensors() if w.scheme]
+        weights = [w for _, _, w in planned.after.tensors() if w.scheme]
         bits = 8 * sum(w.nbytes for w in weights) / sum(w.count for w in weights)
         return f"{'; '.join(parts)}; {bits:.3f} bits/weight"
 

@@ -18,8 +18,8 @@ from moe2edge.model.model import Block, Model
 from moe2edge.model.weights import plan_weight
 from moe2edge.pipeline import checks
 from moe2edge.pipeline.checks import refuse_replaced, refuse_slimmed
-from moe2edge.pipeline.contract import Outcome, PassContext, Search
-from moe2edge.runtime.memory import Need
+from moe2edge.pipeline.contract import Outcome, PassContext, PlannedStep, Search, TextSizes
+from moe2edge.runtime.memory import Estimate
 
 if TYPE_CHECKING:
     import torch
@@ -179,25 +179,24 @@ class ExpertMerge(Search):
         ]
         return new.with_weights({role: plan_weight(weights[role]) for role in roles})
 
-    def need(self, model: Model, tokens: int) -> Need:
-        """Sums over tokens, samples of them, one stream, and merged experts of a layer."""
+    def estimate(self, planned: PlannedStep, texts: TextSizes) -> Estimate:
+        """Estimate sums over tokens, samples of tokens, hidden states, and a layer's new experts."""
         from moe2edge.calibration.walk import BATCH_TOKENS
         from moe2edge.numerics.expert_groups import estimate_merge_bytes
 
+        model, tokens = planned.before, texts.calibration.tokens
         step, hidden = self.resolve(model), model.family.geometry(model.config).hidden
         experts = max(model.expert_counts)
         width = max(layer.experts[0].gate.shape[0] for _, layer in model.moe_blocks)
         sampled = 4 * 2 * SAMPLED * (hidden + width)
         means = 4 * 3 * hidden * width * max(step._left(model).values())
         inside = 4 * 4 * min(tokens, BATCH_TOKENS) * width  # an expert on all tokens of a batch
-        return Need(
-            estimate_merge_bytes(experts, hidden, width, align=bool(step.align))
-            + sampled
-            + means
-            + inside
-            + 4 * tokens * hidden,
-            f"expert_merge sums up what {experts} experts do, and merges some",
-            "give it fewer calibration samples, or do it on a larger one",
+        sums = estimate_merge_bytes(experts, hidden, width, align=bool(step.align))
+        return replace(
+            super().estimate(planned, texts),
+            memory=sums + sampled + means + inside + 4 * tokens * hidden + model.block_nbytes,
+            purpose=f"expert_merge sums up what {experts} experts do, and merges some",
+            remedy="give it fewer calibration samples, or do it on a larger one",
         )
 
     # ---- doing it ----------------------------------------------------------------------------

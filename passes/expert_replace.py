@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
@@ -14,8 +15,8 @@ from moe2edge.model.model import Model
 from moe2edge.numerics import selection
 from moe2edge.pipeline import checks
 from moe2edge.pipeline.checks import refuse_slimmed
-from moe2edge.pipeline.contract import Outcome, PassContext, Search
-from moe2edge.runtime.memory import Need
+from moe2edge.pipeline.contract import Outcome, PassContext, PlannedStep, Search, TextSizes
+from moe2edge.runtime.memory import Estimate
 
 if TYPE_CHECKING:
     from moe2edge.passes._replace_bases import Sharing
@@ -329,11 +330,12 @@ class ExpertReplace(Search):
             model = model.replace_block(plan_replacements(block, layer, dict.fromkeys(gone, rank)))
         return model
 
-    def need(self, model: Model, tokens: int) -> Need:
-        """Sums over tokens of all experts of a layer that may go, and one stream."""
+    def estimate(self, planned: PlannedStep, texts: TextSizes) -> Estimate:
+        """Estimate sums over tokens for experts of a layer that may go, and hidden states."""
         from moe2edge.numerics import reduced_rank
         from moe2edge.passes import _replace_bases
 
+        model = planned.before
         hidden = model.family.geometry(model.config).hidden
         every = self.shares or self.allots or self.criterion in (None, "residual")
         counts = model.expert_counts if every else tuple(self._replaced(model).values())
@@ -351,10 +353,11 @@ class ExpertReplace(Search):
             sums = max(
                 _replace_bases.estimate_product_bytes(layer) for _, layer in model.moe_blocks
             )
-        return Need(
-            sums + 4 * tokens * hidden,
-            f"expert_replace sums up what up to {max(counts)} experts of a layer do",
-            remedy,
+        return replace(
+            super().estimate(planned, texts),
+            memory=sums + 4 * texts.calibration.tokens * hidden + model.block_nbytes,
+            purpose=f"expert_replace sums up what up to {max(counts)} experts of a layer do",
+            remedy=remedy,
         )
 
     # ---- doing it ----------------------------------------------------------------------------

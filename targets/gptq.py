@@ -19,6 +19,7 @@ from moe2edge.model.model import Model, is_low_rank, is_quantizable
 from moe2edge.numerics.scheme import Scheme
 from moe2edge.pipeline.target import Loader, Target
 from moe2edge.runtime.load import load
+from moe2edge.runtime.memory import Estimate
 from moe2edge.runtime.protocol import Runtime
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.storage.output import GPTQ_BITS, GPTQ_GROUPS, open_stored_model, plan_gptq_tensors
@@ -89,19 +90,16 @@ class Gptq(Target):
         """
         return _layouts.convert_layout(model, self.layout, "gptq")
 
-    def nbytes(self, model: Model) -> int:
-        """Bytes of the weight files."""
-        return estimate_file_bytes(_plan(self.stored(model)))
-
-    def runtime_nbytes(self, model: Model) -> int:
-        """Bytes of what runs in 4 bits, and of the rest in bfloat16."""
+    def estimate(self, model: Model) -> Estimate:
+        """Estimate the weight files, and in memory what runs in 4 bits, the rest in bfloat16."""
         import torch
 
         from moe2edge.runtime.int4 import plan_packing
 
         held = self.stored(model)
         packed = set(plan_packing(held, torch.bfloat16).packed)
-        return sum(w.nbytes if n in packed else 2 * w.count for n, _, w in held.tensors())
+        memory = sum(w.nbytes if n in packed else 2 * w.count for n, _, w in held.tensors())
+        return Estimate(memory, estimate_file_bytes(_plan(held)))
 
     def write(self, model: Model, folder: Path) -> None:
         """Write the weights, ``config.json`` and ``quantize_config.json``.

@@ -17,6 +17,7 @@ from moe2edge.model.model import Model
 from moe2edge.model.weights import DTYPES, Weight, cast_to_stored
 from moe2edge.pipeline.target import Loader, Target
 from moe2edge.runtime.load import load
+from moe2edge.runtime.memory import Estimate
 from moe2edge.runtime.protocol import Runtime
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.storage.output import open_stored_model
@@ -82,13 +83,10 @@ class Hf(Target):
             )
         return _dequantize(_layouts.convert_layout(model, self.layout, "hf"))
 
-    def nbytes(self, model: Model) -> int:
-        """Bytes of the weight files."""
-        return estimate_file_bytes(_plan(self.stored(model)))
-
-    def runtime_nbytes(self, model: Model) -> int:
-        """Bytes of all parameters in the dtype of the source."""
-        return self.stored(model).nbytes
+    def estimate(self, model: Model) -> Estimate:
+        """Estimate the weight files, and all parameters in memory in the dtype of the source."""
+        held = self.stored(model)
+        return Estimate(held.nbytes, estimate_file_bytes(_plan(held)))
 
     def write(self, model: Model, folder: Path) -> None:
         """Write ``config.json`` and the weights, one tensor in memory at a time.

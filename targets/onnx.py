@@ -14,6 +14,7 @@ from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Block, Model, is_low_rank, is_quantizable
 from moe2edge.numerics.scheme import LOW_RANK, WHOLE_ROW, Scheme
 from moe2edge.pipeline.target import Loader, Target
+from moe2edge.runtime.memory import Estimate
 from moe2edge.runtime.protocol import Runtime
 from moe2edge.storage.text_files import write_json
 from moe2edge.storage.tokenizer import read_stop_ids
@@ -83,21 +84,17 @@ class Onnx(Target):
         """Return the model with the rows of routers in the order that ``config.json`` tells."""
         return sort_rows(model)
 
-    def nbytes(self, model: Model) -> int:
-        """Bytes of ``model.onnx.data``; scales are float32 there, and so are rotary tables."""
-        from moe2edge.targets._onnx_decoder import build_decoder
-        from moe2edge.targets._onnx_storage import compute_offsets
+    def estimate(self, model: Model) -> Estimate:
+        """Estimate ``model.onnx.data``, in which scales and rotary tables are float32.
 
-        held = self.stored(model)
-        return compute_offsets(build_decoder(held, self.accuracy_level).batches)[1]
-
-    def runtime_nbytes(self, model: Model) -> int:
-        """The data file, but what is neither quantized nor of low rank is float32 in memory."""
+        In memory, what is neither quantized nor of low rank is float32 as well.
+        """
         from moe2edge.targets._onnx_decoder import build_decoder
         from moe2edge.targets._onnx_storage import compute_offsets
 
         graph = build_decoder(self.stored(model), self.accuracy_level)
-        return compute_offsets(graph.batches)[1] + graph.widened_nbytes
+        data = compute_offsets(graph.batches)[1]
+        return Estimate(data + graph.widened_nbytes, data)
 
     def write(self, model: Model, folder: Path) -> None:
         """Write ``model.onnx``, ``model.onnx.data`` and the two configs.

@@ -131,7 +131,7 @@ def list_steps(name: str, folder: Path, scratch: Path) -> list[dict[str, Any]]:
 
 def plan(steps: Sequence[Pass], model: Model) -> Model:
     """Check the passes and return the shape of their result; nothing is read."""
-    return plan_passes(steps, model)
+    return plan_passes(steps, model).result
 
 
 def parse_passes(steps: Sequence[Any], model: Model) -> tuple[Pass, ...]:

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from helpers import compute_logits, each_family, export, refuse, run, search, slow_except
 from moe2edge.calibration import observation, walk
-from moe2edge.commands.preflight import estimate_work_bytes
 from moe2edge.model.experts import PARTS, Full, Tied
 from moe2edge.model.family import FAMILIES
 from moe2edge.model.layers import MoELayer
@@ -25,8 +24,8 @@ from moe2edge.numerics.base_sharing import SharingCost
 from moe2edge.passes._replace_bases import count_expert_bytes
 from moe2edge.passes.expert_replace import ExpertReplace
 from moe2edge.pipeline import recipe
-from moe2edge.pipeline.contract import Outcome, Search
-from moe2edge.runtime.memory import Memory
+from moe2edge.pipeline.contract import Outcome, Search, TextSize, TextSizes
+from moe2edge.pipeline.stages import plan_passes
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.storage.output import open_stored_model
 from moe2edge.testing import Make
@@ -383,11 +382,13 @@ def test_disk_space_is_estimated_before_the_run(tiny: Make) -> None:
         parsed = recipe.parse(json.dumps({"passes": [one]})).resolve(model)
         step = parsed.passes[0]
         assert isinstance(step, Search)
+        (planned,) = plan_passes(parsed.passes, model).steps
+        texts = TextSizes(TextSize(*IDS.shape))
         found = search(step, model, IDS).model
         known = {weight.load for _, _, weight in model.tensors()}
         new = sum(weight.nbytes for _, _, weight in found.tensors() if weight.load not in known)
         # Which layers lose how many experts to a base is only known afterwards.
-        assert new <= estimate_work_bytes(parsed, model, Memory()) <= 3.5 * new
+        assert new <= planned.step.estimate(planned, texts).disk <= 3.5 * new
 
 
 @pytest.mark.parametrize(

@@ -23,9 +23,7 @@ from moe2edge.numerics import expert_groups
 from moe2edge.numerics import expert_groups as merging
 from moe2edge.numerics.expert_groups import ExpertGroup, ExpertSums, Matrices
 from moe2edge.passes.expert_merge import ExpertMerge
-from moe2edge.pipeline.contract import Outcome
-from moe2edge.pipeline.runner import check_need
-from moe2edge.runtime.memory import Memory
+from moe2edge.pipeline.contract import Outcome, PlannedStep, TextSize, TextSizes
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.testing import Make, TraceRecorder, add_copies, make_checkpoint
 
@@ -390,9 +388,9 @@ def test_layers_that_are_small_enough_are_left_alone(tiny: Make) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_too_little_memory_is_reported_before_any_work(tiny: Make, method: str) -> None:
     model = open_checkpoint(str(tiny("olmoe"))).model
-    step = options(method=method, keep=3)
+    step, texts = options(method=method, keep=3), TextSizes(TextSize(*IDS.shape))
     with pytest.raises(DoesNotFit, match="expert_merge sums up what 6 experts do"):
-        check_need(step, model, IDS.numel(), Memory(limit=700 << 20))
+        step.estimate(PlannedStep(step, model, step.plan(model)), texts).check(700 << 20)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -22,6 +22,7 @@ from helpers import SMALL, each_family, run, slow_except, write_text
 from moe2edge.errors import InputError
 from moe2edge.numerics.grid import Quantized
 from moe2edge.pipeline import recipe, registry
+from moe2edge.runtime.memory import Estimate
 from moe2edge.testing import Make
 
 # Small enough for the tiny models, whose vocabulary is one entry per character.
@@ -432,7 +433,7 @@ def test_an_output_that_the_machine_cannot_run(
     """A graph needs its runtime to be verified; a checkpoint is read back block by block."""
     for name in ("gptq", "onnx"):
         kind = type(registry.find_target(name))
-        monkeypatch.setattr(kind, "runtime_nbytes", lambda *_: 1 << 60)
+        monkeypatch.setattr(kind, "estimate", lambda *_: Estimate(1 << 60))
     result = export(tiny("olmoe"), tmp_path / "onnx", "onnx", "-r", "w4-rtn")
     assert result.exit_code == 5
     assert "verifying the output runs it, which needs" in result.stderr

@@ -22,6 +22,7 @@ from moe2edge.passes.gptq import Gptq
 from moe2edge.passes.rtn import Rtn
 from moe2edge.pipeline import blockwise
 from moe2edge.pipeline.solver import GroupSolver, MatrixGroup, Solved
+from moe2edge.pipeline.stages import plan_passes
 from moe2edge.runtime.memory import SOLVED_TOGETHER_BYTES, Memory
 from moe2edge.storage.checkpoint import BUILTIN, open_checkpoint
 from moe2edge.testing import InMemory, Make
@@ -201,7 +202,8 @@ def test_the_dtype_of_the_computation_is_chosen_and_reported(tiny: Make) -> None
     model = open_checkpoint(str(tiny("olmoe"))).model
     chosen = Gptq().resolve(model).compute
     assert chosen == str(Gptq().dtype()).removeprefix("torch.")
-    assert f"in {chosen}" in Gptq().describe(model)
+    (planned,) = plan_passes([Gptq()], model).steps
+    assert f"in {chosen}" in planned.step.describe(planned)
     ids, found = tokens(model), {}
     for compute in ("float32", "bfloat16"):
         step = Gptq.model_validate({"group_size": 32, "compute": compute})

@@ -100,7 +100,7 @@ def written(target: Hf | Gptq, model: Model, folder: Path) -> Path:
     target.write(model, folder)
     assert verify.audit(target, folder, target.stored(model)) > 10
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    assert target.nbytes(model) == pytest.approx(size, rel=0.02)
+    assert target.estimate(model).disk == pytest.approx(size, rel=0.02)
     return folder
 
 

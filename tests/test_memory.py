@@ -16,7 +16,7 @@ from helpers import run, write_text
 from moe2edge.cli.common import parse_bytes
 from moe2edge.errors import DoesNotFit
 from moe2edge.runtime import memory
-from moe2edge.runtime.memory import IMPORTED, SOLVED_TOGETHER_BYTES, Memory
+from moe2edge.runtime.memory import IMPORTED, SOLVED_TOGETHER_BYTES, Estimate, Memory
 from moe2edge.testing import Make
 
 
@@ -38,9 +38,9 @@ def test_hidden_states_beyond_their_share_go_to_an_unnamed_file(tmp_path: Path) 
 def test_shares_of_a_limit(tmp_path: Path) -> None:
     assert Memory.of(IMPORTED + 1600, tmp_path) == Memory(0, 100, tmp_path, IMPORTED + 1600)
     assert Memory.of(64 << 30, tmp_path).together == SOLVED_TOGETHER_BYTES
-    memory.check_memory(100, within=IMPORTED + 100)
+    Estimate(100).check(IMPORTED + 100)
     with pytest.raises(DoesNotFit, match=r"this, which needs 2.63 GB of memory; .* 1.00 GB"):
-        memory.check_memory(2 * 10**9, "this", within=10**9)
+        Estimate(2 * 10**9, purpose="this").check(10**9)
 
 
 def test_the_limit_is_the_least_of_all(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,7 +137,7 @@ def assert_runs(model: Model, folder: Path) -> None:
     written(model, folder)
     onnx.checker.check_model(folder / "model.onnx")
     verify.audit(Onnx(), folder, model)
-    assert Onnx().nbytes(model) == (folder / "model.onnx.data").stat().st_size
+    assert Onnx().estimate(model).disk == (folder / "model.onnx.data").stat().st_size
     ids = ids_of(24)
     with torch.no_grad():
         expected = build_transformers_model(model, torch.float32)(ids).logits
@@ -439,8 +439,8 @@ def test_low_rank_matrices_are_in_memory_as_they_are_stored(
         if bits == 8:
             model = with_eight_bits(model)
         folder = written(model, tmp_path / str(rank))
-        sizes.append(Onnx().nbytes(model))
-        told.append(Onnx().runtime_nbytes(model))
+        sizes.append(Onnx().estimate(model).disk)
+        told.append(Onnx().estimate(model).memory)
         command = [sys.executable, "-c", OPEN, str(folder / "model.onnx")]
         ran = subprocess.run(command, capture_output=True, text=True, check=True)
         taken.append(int(ran.stdout))

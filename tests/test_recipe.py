@@ -119,7 +119,7 @@ def test_adjacent_trimming_shares_a_stage() -> None:
         "passes: [{expert_drop: {keep: 4}}, {block_drop: {drop: 1}}, gptq,"
         " {expert_drop: {keep: 3}}, {expert_drop: {keep: 2, rescore: true}}]"
     )
-    names = [[registry.get_name(p) for p in stage.passes] for stage in group_stages(parsed.passes)]
+    names = [[p.name for p in stage.passes] for stage in group_stages(parsed.passes)]
     assert names == [["expert_drop", "block_drop"], ["gptq"], ["expert_drop"], ["expert_drop"]]
 
 

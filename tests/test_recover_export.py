@@ -19,6 +19,8 @@ from moe2edge.passes import _recover_teacher
 from moe2edge.passes._recover_state import Saved, States
 from moe2edge.passes.recover import Recover
 from moe2edge.pipeline import recipe
+from moe2edge.pipeline.contract import PlannedStep, TextSize, TextSizes
+from moe2edge.runtime.memory import Estimate
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.testing import QUICK_TRAINING, Make
 
@@ -227,11 +229,17 @@ def test_unsuitable_recipes_are_refused(
 def test_memory_is_counted_before_any_work(tiny: Make, tmp_path: Path) -> None:
     step = Recover.model_validate({**QUICK_TRAINING, "device": "cpu"})
     model = open_checkpoint(str(tiny("olmoe"))).model
-    full = step.cost(model, 20, 32)
+    texts = TextSizes(TextSize(0, 0), TextSize(20, 32))
+
+    def estimate(**options: str) -> Estimate:
+        changed = step.model_copy(update=options)
+        return changed.estimate(PlannedStep(changed, model, model), texts)
+
+    full = estimate()
     assert full.memory > 20 * model.parameters
-    router = step.model_copy(update={"train": "router"}).cost(model, 20, 32)
+    router = estimate(train="router")
     assert full.memory - router.memory > 15 * 0.9 * model.parameters
-    asked = step.model_copy(update={"loss": "distill"}).cost(model, 20, 32)
+    asked = estimate(loss="distill")
     assert asked.disk - full.disk == _recover_teacher.estimate_teacher_bytes(16, 32, 32)
     large = tiny("olmoe", hidden_size=512, intermediate_size=512)
     result = export(large, tmp_path / "out", more=[*HF, "-q", "--max-memory", "700MB"])

@@ -122,7 +122,7 @@ def files(target: Target, model: Model, folder: Path) -> dict[str, bytes]:
     folder.mkdir()
     target.accepts(model)
     target.write(model, folder)
-    assert target.nbytes(model) == sum(
+    assert target.estimate(model).disk == sum(
         path.stat().st_size for path in folder.iterdir() if path.suffix in (".data", ".safetensors")
     )
     return {path.name: path.read_bytes() for path in folder.iterdir()}

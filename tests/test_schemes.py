@@ -196,7 +196,7 @@ def test_rules_of_a_recipe_reach_the_targets(tiny: Make) -> None:
     assert len({weight.scheme for _, _, weight in planned.tensors()}) == 3
     for target in TARGETS.values():
         target.accepts(planned)
-        assert target.nbytes(planned) > 0
+        assert target.estimate(planned).disk > 0
 
 
 def test_words_must_be_filled(tmp_path: Path, tiny: Make) -> None:
@@ -326,7 +326,7 @@ def test_numbers_that_the_dtype_rounds(dtype: str, tiny: Make, tmp_path: Path) -
     _, parity, _ = verify.check_folder(target, tmp_path, reference)
     assert parity.exact < TOLERANCE
     assert (of_model.logits - reference.logits).abs().max() > TOLERANCE
-    assert target.nbytes(model) == Hf().nbytes(source)
+    assert target.estimate(model).disk == Hf().estimate(source).disk
 
 
 def test_loaders_of_dequantized_folders_say_what_they_are(tiny: Make) -> None:

@@ -28,7 +28,7 @@ from moe2edge.passes.sparsify import SAVES_NOTHING, Sparsify, has_zeros, mask_sm
 from moe2edge.pipeline import blockwise
 from moe2edge.pipeline.contract import Outcome, Slim
 from moe2edge.pipeline.solver import GroupSolver, MatrixGroup
-from moe2edge.pipeline.stages import enforce
+from moe2edge.pipeline.stages import enforce, plan_passes
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.storage.safetensors_files import read_all
 from moe2edge.testing import Make, quantize
@@ -489,7 +489,8 @@ def test_a_result_without_the_zeros_is_found(tiny: Make) -> None:
     model = open_checkpoint(str(tiny("olmoe"))).model
     step = options(method="magnitude", pattern="2:4")
     said = "2:4 by magnitude: 54 matrices, 55,296 of 110,592 weights become zero"
-    assert step.describe(model) == said
+    (planned,) = plan_passes([step], model).steps
+    assert step.describe(planned) == said
     with pytest.raises(Moe2EdgeError, match="zeros are anywhere, expected 2:4"):
         step.check_result(model, model)
     result, _ = apply(step, model)

@@ -246,7 +246,7 @@ def test_size_is_predicted(
     model = quantized(tiny(family))
     folder = written(model, tmp_path / "out")
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    assert GPTQ.nbytes(model) == pytest.approx(size, rel=0.02)
+    assert GPTQ.estimate(model).disk == pytest.approx(size, rel=0.02)
 
 
 def verdicts(model: Model) -> dict[str, str]:

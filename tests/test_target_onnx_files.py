@@ -123,7 +123,7 @@ def test_two_writes_give_the_same_bytes(opened: Open, tmp_path: Path) -> None:
 def test_size_is_predicted(family: str, int4: bool, opened: Open, tmp_path: Path) -> None:
     model = uneven(opened(family, int4=int4))
     size = (written(model, tmp_path) / "model.onnx.data").stat().st_size
-    assert Onnx().nbytes(model) == pytest.approx(size, rel=0.02)
+    assert Onnx().estimate(model).disk == pytest.approx(size, rel=0.02)
 
 
 def test_an_expert_at_a_time_is_in_memory(opened: Open, tmp_path: Path) -> None:

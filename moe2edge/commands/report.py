@@ -11,7 +11,6 @@ from rich.table import Table
 
 from moe2edge.evaluation.comparison import RESULT_HEADINGS, ResultRow
 from moe2edge.model.model import Model
-from moe2edge.pipeline import registry
 from moe2edge.pipeline.stages import Step
 from moe2edge.pipeline.target import Loader, Target
 from moe2edge.storage.checkpoint import Checkpoint
@@ -126,7 +125,7 @@ class Report:
         versions: Mapping[str, str],
     ) -> None:
         """Write recipe, report, model card and manifest into a finished folder."""
-        name = registry.get_name(target)
+        name = target.name
         (folder / RECIPE_FILE).write_text(self.recipe, "utf-8")
         write_json(folder / REPORT_FILE, self.to_json())
         (folder / "README.md").write_text(self._card(name, checkpoint), "utf-8")

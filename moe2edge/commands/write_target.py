@@ -12,7 +12,6 @@ from moe2edge.errors import Unsupported
 from moe2edge.evaluation.comparison import Comparison, ResultRow
 from moe2edge.model import edits
 from moe2edge.model.model import Model
-from moe2edge.pipeline import registry
 from moe2edge.pipeline.target import Target
 from moe2edge.progress import Reporter
 from moe2edge.runtime.memory import give_back
@@ -34,7 +33,7 @@ def write_target(
     from moe2edge.evaluation import verify
     from moe2edge.evaluation.skip_times import measure_times
 
-    name = registry.get_name(target)
+    name = target.name
     for companion in checkpoint.companions:
         shutil.copyfile(companion, folder / companion.name)
     target.write(model, folder)
@@ -51,7 +50,7 @@ def write_target(
     if shipped is None:
         reporter.log(
             f"warning: {name} was not run, because that needs "
-            f"{target.runtime_nbytes(model) / 1e9:.1f} GB of memory; it was read back block by "
+            f"{target.estimate(model).memory / 1e9:.1f} GB of memory; it was read back block by "
             "block and computes what it should"
         )
         return replace(row, form=f"{name}, not run", parity=parity)

@@ -342,7 +342,7 @@ def check_parity(
     """
     model = target.streamed(folder)
     difference = measure_exact(reference, target, folder, within)
-    if model is not None and not fits(target.runtime_nbytes(model), within):
+    if model is not None and not fits(target.estimate(model).memory, within):
         return Parity(difference), None
     give_back()
     runtime = target.reopen(folder)
