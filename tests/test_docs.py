@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shlex
@@ -15,6 +16,7 @@ from pathlib import Path
 import click
 import pytest
 
+import moe2edge
 from moe2edge.cli.main import main
 
 ROOT = Path(__file__).parents[1]
@@ -84,7 +86,7 @@ def test_every_page_is_in_the_index() -> None:
 
 
 # Files that a page tells its reader to write.
-WRITTEN = re.compile(r"(npz|expert_half|partial|^out|_NAME)")
+WRITTEN = re.compile(r"npz|expert_half|NAME|test_golden")
 NAMED = re.compile(
     r"`((?:moe2edge|passes|targets|tests|benchmarks|docs)/[\w./-]*\w\.\w+"
     r"|(?:moe2edge|passes|targets|tests|benchmarks|docs)/(?:[\w-]+/)*)`"
@@ -156,6 +158,36 @@ def test_the_readme_names_every_pass_target_family_and_verb() -> None:
     assert not [name for name in names if f"`{name}`" not in text]
 
 
+# ---- messages ------------------------------------------------------------------------------------
+
+
+def literals() -> set[str]:
+    """Every piece of text in the code: strings, and what stands between values in f-strings."""
+    folders = (ROOT / name for name in ("moe2edge", "passes", "targets"))
+    trees = (ast.parse(path.read_text("utf-8")) for f in folders for path in f.rglob("*.py"))
+    nodes = (node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant))
+    return {n.value.strip() for n in nodes if isinstance(n.value, str) and "\n" not in n.value}
+
+
+def known_part(message: str, pieces: set[str]) -> float:
+    """Which part of the letters of a message stands in the code, in pieces of 6 or more."""
+    left = message
+    for piece in sorted(pieces, key=len, reverse=True):
+        if len(piece) >= 6:
+            left = left.replace(piece, "")
+    return 1 - len(left) / len(message)
+
+
+def test_messages_of_the_troubleshooting_page_are_those_of_the_code() -> None:
+    text = (ROOT / "docs" / "troubleshooting.md").read_text("utf-8")
+    quoted = re.findall(r"^\| `(.*?)` \|", text, re.MULTILINE)
+    quoted += re.findall(r"^error: (.*)$", text, re.MULTILINE)
+    pieces = literals()
+    lost = [m for m in quoted if "No such command" not in m and known_part(m, pieces) < 0.4]
+    assert len(quoted) > 30
+    assert not lost
+
+
 # ---- pages that are followed literally -----------------------------------------------------------
 
 
@@ -186,10 +218,10 @@ def write(fence: Fence, folder: Path) -> None:
     path.write_text(text, "utf-8")
 
 
-def run(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run shell commands in a copy of the project, with its code before any installed one."""
+def run(script: str, folder: Path, code: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run shell commands in a folder, with the code there, or in another one, before any other."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "COV"))}
-    own = {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    own = {"PYTHONPATH": str(code or folder), "PYTHONDONTWRITEBYTECODE": "1"}
     # The scripts of an environment may be missing or of another one.
     names = ("python", ""), ("pytest", " -m pytest"), ("moe2edge", " -m moe2edge")
     python = shlex.quote(sys.executable)
@@ -211,6 +243,22 @@ def follow(page: str, folder: Path) -> None:
         elif fence.language == "sh":
             done = run(fence.text, folder)
             assert done.returncode == 0, f"{fence.text}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
+
+
+@pytest.mark.slow
+def test_the_lines_of_the_commands_page_run_in_order(tmp_path: Path) -> None:
+    lines = next(fence.text for fence in fences(ROOT / "docs" / "cli.md"))
+    done = run(lines, tmp_path, code=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("compress" not in moe2edge.__all__, reason="the Python API is not there yet")
+def test_the_python_page_runs_in_order(tmp_path: Path) -> None:
+    for fence in fences(ROOT / "docs" / "python.md"):
+        (tmp_path / "example.py").write_text(fence.text, "utf-8")
+        done = run("python example.py", tmp_path, code=ROOT)
+        assert done.returncode == 0, f"{fence.text}\n{done.stderr[-3000:]}"
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
-"""What a pass, a target and a recipe are, and how a recipe is run.
+"""The contracts of passes, targets and recipes, and the running of a recipe.
 
-The contracts of passes and targets, recipes with their JSON Schema, the registry that finds passes
-and targets by file name, the plan and its stages, the block-wise solver, files of decisions.
-Imports calibration and below; passes and targets stand on it, and so do evaluation, commands and
-the command line.
+Kinds of passes and their outcomes, targets, recipes with their JSON Schema, the registry that
+finds passes and targets by file name, the plan and its stages, the block-wise solver, files of
+decisions. Imports calibration and below; passes and targets stand on it, and so do evaluation,
+commands and the command line.
 """
