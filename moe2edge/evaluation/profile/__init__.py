@@ -1,6 +1,7 @@
-"""How fast an output is and how much memory it takes, measured in fresh processes.
+"""The profiler: latency and memory of a model, measured in fresh processes.
 
-`moe2edge.evaluation.profile.measure` starts them, `moe2edge.evaluation.profile.child` is what runs in them,
-`moe2edge.evaluation.profile.result` holds what came out, `moe2edge.evaluation.profile.table` shows it.
-Nothing is imported here: every child would pay for it.
+A parent cuts prompts and asks children, each of which loads the model, runs it and reports times
+and memory by phase; then come the statistics, the JSON document and the table. The children are
+started from `child`. Imports like the rest of evaluation; commands and the command line may come
+in.
 """
