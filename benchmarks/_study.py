@@ -69,9 +69,9 @@ class Study:
             with self.path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             left = (time.perf_counter() - begun) / n * (len(missing) - n)
+            name = job.key if job.key.startswith(job.model or "") else f"{job.model} {job.key}"
             print(
-                f"[{n}/{len(missing)}] {job.model or ''} {job.key}: {describe(row)}; "
-                f"about {left / 60:.0f} min left",
+                f"[{n}/{len(missing)}] {name}: {describe(row)}; about {left / 60:.0f} min left",
                 flush=True,
             )
 

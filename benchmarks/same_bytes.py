@@ -88,11 +88,11 @@ class Study:
         print(HEADING, flush=True)
         self._compare_commands()
         bundled = list(self._pair(["recipe", "list", "--json"], "recipe list")["recipes"])
-        work: list[tuple[str, Callable[..., None], tuple[Any, ...]]] = [
-            (name, self._show, (name,)) for name in bundled if only in name
-        ]
         for command in (["recipe", "schema"], ["targets", "--json"]):
-            work.append((command[0], self._pair, (command, " ".join(command))))
+            self._pair(command, " ".join(command))
+        for name in bundled:
+            self._pair(["recipe", "show", name], f"recipe show {name}")
+        work: list[tuple[str, Callable[..., object], tuple[Any, ...]]] = []
         for model in self.models:
             work.append((f"{short(model)} decisions", self._decide, (model,)))
             chosen = [case for case in make_cases(bundled) if only in case.name]
@@ -103,7 +103,7 @@ class Study:
             for case in chosen:
                 name = f"{short(model)} {case.name}, read"
                 work += [(name, self._read, (model, case.name))] if case.name in READ else []
-        self._total = len(work)
+        self._total, self._begun = len(work), time.perf_counter()
         for name, step, given in work:
             step(*given)
             self._done += 1
@@ -159,9 +159,6 @@ class Study:
             codes += [old["code"], new["code"]]
             self._compare_outputs(what, old, new, DIFFERING)
         return json.loads(old["stdout"]) if "--json" in argv else None
-
-    def _show(self, name: str) -> None:
-        self._pair(["recipe", "show", name], f"recipe show {name}")
 
     def _decide(self, model: str) -> None:
         """Compare decisions; then give NEW those of OLD, for `apply_decisions`."""

@@ -219,10 +219,12 @@ def draw_picture(rows: Sequence[Row], models: Sequence[str], path: Path) -> None
                 m: [compute_excess(r, source) for r in g]
                 for (m, _), g in group_by_method(shown).items()
             }
-            draws = methods.pop("random")
+            draws = methods.pop("random", [])
             order = sorted(methods, key=lambda m: -statistics.mean(methods[m]))
-            axis.axvspan(min(draws), max(draws), color="0.9", label=f"{len(draws)} random draws")
-            axis.axvline(statistics.mean(draws), color="0.6", label="their mean")
+            if draws:
+                label = f"{len(draws)} random draws"
+                axis.axvspan(min(draws), max(draws), color="0.9", label=label)
+                axis.axvline(statistics.mean(draws), color="0.6", label="their mean")
             for n, method in enumerate(order):
                 values = methods[method]
                 axis.plot([min(values), max(values)], [n, n], color="C0", linewidth=1)
