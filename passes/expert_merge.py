@@ -12,8 +12,10 @@ from moe2edge.calibration import criteria
 from moe2edge.calibration.criteria import Criterion
 from moe2edge.calibration.observation import Facts, Observer, ObserverFactory
 from moe2edge.errors import InputError
-from moe2edge.model.layers import PARTS, Member, MoELayer, plan_weight
+from moe2edge.model.experts import PARTS, Full
+from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Block, Model
+from moe2edge.model.weights import plan_weight
 from moe2edge.pipeline import checks
 from moe2edge.pipeline.checks import refuse_replaced, refuse_slimmed
 from moe2edge.pipeline.contract import Outcome, PassContext, Search
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from moe2edge.calibration.observation import BlockTrace
-    from moe2edge.model.layers import Weight
+    from moe2edge.model.weights import Weight
     from moe2edge.numerics.expert_groups import ExpertGroup, ExpertSums, Matrices
 
 Method = Literal["hc-smoe", "m-smoe", "ream"]
@@ -165,9 +167,9 @@ class ExpertMerge(Search):
             new = block.keep_experts(centroids)
         else:
             base = {n: place for place, group in enumerate(groups) for n in group}
-            members = tuple(Member(e.origin, base[n]) for n, e in enumerate(layer.experts))
+            rows = tuple(Full(e.origin, base[n]) for n, e in enumerate(layer.experts))
             experts = tuple(layer.experts[n] for n in centroids)
-            new = replace(block, mlp=replace(layer, experts=experts, members=members))
+            new = replace(block, mlp=replace(layer, experts=experts, rows=rows))
         weights = dict(new.weights())
         roles = [
             _role(new, place, part)
@@ -206,14 +208,14 @@ class ExpertMerge(Search):
 
         step = self.resolve(context.model)
         merger = _Merger(step, context, self._left(context.model))
-        model = walk.rewrite(
+        model, _ = walk.walk(
             context.model,
             context.tokens,
-            merger,
-            context.reporter.advance,
-            "expert_merge",
-            context.memory,
+            transform=merger,
             propagate=self.fitted_on == "changed",
+            advance=context.reporter.advance,
+            label="expert_merge",
+            memory=context.memory,
         )
         originals = context.model
         for block in merger.originals:
@@ -299,7 +301,7 @@ class _Merger:
     observers: dict[ObserverFactory, Observer[object]] = field(default_factory=dict)
     originals: list[Block] = field(default_factory=list)
 
-    def observe(self, trace: BlockTrace) -> None:
+    def observe(self, trace: BlockTrace, source: BlockTrace | None = None) -> None:
         """Add one batch."""
         from moe2edge.numerics.expert_groups import ExpertSums
 
@@ -426,7 +428,7 @@ class _Merger:
             if others
         ]
         self.changed.append(f"block {block.index}: experts {', '.join(told)}")
-        found = BlockRunner(self.context.model, merged).answer(inputs)
+        found = BlockRunner(self.context.model, merged).run_mlp(inputs)
         error = float((found - outputs).norm() / outputs.norm())
         self.notes.append(
             f"block {block.index}: the layer's output on {len(inputs)} calibration tokens has a "

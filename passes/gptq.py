@@ -261,7 +261,7 @@ class _Solver:
         rounder = error_feedback.GridRounder(groups, grid, None if fixed else how, mask)
         loss = error_feedback.round_columns(columns, factors, rounder, self.dtype)
         q, grid = rounder.integers(orders).cpu(), rounder.grid.cpu()
-        return [grid[n].quantized(q[n]) for n in range(batch)], loss
+        return [grid[n].to_quantized(q[n]) for n in range(batch)], loss
 
     def _hessians(self, block: Block, groups: Sequence[MatrixGroup]) -> tuple[Tensor, list[str]]:
         """Hessians [batch, in, in], and which experts saw few tokens."""

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from moe2edge.errors import InputError
-from moe2edge.model.layers import Expert, MoELayer, UnroutedMLP
+from moe2edge.model.experts import Expert, Tied
+from moe2edge.model.layers import MoELayer, UnroutedMLP
 from moe2edge.model.model import Block, Model, is_quantizable
 from moe2edge.pipeline.contract import Cost, Outcome, PassContext, Train
 
@@ -55,8 +56,8 @@ class Recover(Train):
     train: Annotated[
         Literal["full", "experts", "router", "lora"],
         Field(
-            description="full: every parameter; experts: experts, substitutes and routers; router: "
-            "routers alone; lora: low-rank adapters of matrices, and substitutes"
+            description="full: every parameter; experts: experts, replacements, routers; router: "
+            "routers alone; lora: low-rank adapters of matrices, and replacements"
         ),
     ] = "full"
     loss: Annotated[
@@ -191,7 +192,7 @@ class Recover(Train):
         from moe2edge.passes import _recover_teacher, _recover_trainer
 
         trained, extra = self._sizes(model)
-        if self.anneal is not None:  # the experts that members were
+        if self.anneal is not None:  # originals of the experts that share a base
             extra += sum(
                 NUMBER * layer.experts[0].count * len(layer.sharing)
                 for _, layer in model.moe_blocks
@@ -343,7 +344,7 @@ class Recover(Train):
     def _selects(self, block: Block, role: str) -> bool:
         """Whether ``train`` selects a tensor of a block.
 
-        Members with factors, and all that anneal, read the matrices of experts themselves, where
+        Tied experts, and all that anneal, read the matrices of experts themselves, where
         an adapter of peft is not seen: those get none. Their factors are trained.
         """
         if (
@@ -351,8 +352,8 @@ class Recover(Train):
             and role.startswith("experts.")
             and isinstance(layer := block.mlp, MoELayer)
         ):
-            factored = any(member.factors for member in layer.members)
-            if factored or (self.anneal is not None and layer.sharing):
+            tied = any(isinstance(row, Tied) for row in layer.rows)
+            if tied or (self.anneal is not None and layer.sharing):
                 return False
         return _is_trained(self.train, block, role)
 
@@ -399,11 +400,11 @@ class Recover(Train):
             before = {expert.origin: expert for expert in twins[block.origin].experts}
 
             def original(row: int, layer: MoELayer = layer, before: Any = before) -> list[Tensor]:
-                expert = before[layer.members[row].origin]
+                expert = before[layer.rows[row].origin]
                 return [load_finite(weight) for weight in (expert.gate, expert.up, expert.down)]
 
             mixed: MixedExperts = loaded.model.layers[block.index].mlp.experts
-            found.append(mixed.annealed(layer, original))
+            found.append(mixed.anneal(layer, original))
         return found
 
     def _numbers(

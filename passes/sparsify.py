@@ -27,9 +27,9 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from moe2edge.errors import InputError, Moe2EdgeError
-from moe2edge.model.layers import Weight, plan_weight
 from moe2edge.model.model import Block, Model
 from moe2edge.model.roles import list_quantizable
+from moe2edge.model.weights import Weight, plan_weight
 from moe2edge.numerics.scheme import Pattern
 from moe2edge.pipeline.contract import Slim
 from moe2edge.pipeline.solver import GateWeighted, GroupSolver, MatrixGroup, MinTokens, Solved
@@ -380,7 +380,7 @@ class ZeroChooser:
         """The numbers, [batch, out, in]."""
         return self._result.transpose(1, 2)
 
-    def panel(self, *_: object) -> None:
+    def round_panel(self, *_: object) -> None:
         """Column by column."""
 
     def begin(self, first: int, completed: Tensor, weight: Tensor) -> None:

@@ -16,7 +16,6 @@ from pathlib import Path
 import click
 import pytest
 
-import moe2edge
 from moe2edge.cli.main import main
 
 ROOT = Path(__file__).parents[1]
@@ -253,7 +252,6 @@ def test_the_lines_of_the_commands_page_run_in_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("compress" not in moe2edge.__all__, reason="the Python API is not there yet")
 def test_the_python_page_runs_in_order(tmp_path: Path) -> None:
     for fence in fences(ROOT / "docs" / "python.md"):
         (tmp_path / "example.py").write_text(fence.text, "utf-8")

@@ -51,7 +51,7 @@ def test_the_first_rule_that_matches_holds(model: Model) -> None:
     assert planned == schemes
     told = step.describe(model)
     assert "w8a16_asym, groups of 32: 9 matrices" in told
-    assert "w8a16, whole rows: 42 matrices" in told
+    assert "w8a16, per channel: 42 matrices" in told
     assert "left alone by rule: 3" in told
 
 
@@ -86,7 +86,9 @@ def test_the_group_size_of_the_source_holds_for_what_is_left(model: Model) -> No
         ),
     ],
 )
-def test_what_does_not_fit_is_refused(model: Model, options: dict[str, Any], message: str) -> None:
+def test_unsuitable_options_are_refused(
+    model: Model, options: dict[str, Any], message: str
+) -> None:
     with pytest.raises(InputError, match=message):
         rtn(**options).check(model)
 

@@ -5,20 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
 
-from moe2edge.cli.main import main
+from helpers import SMALL, run
 from moe2edge.testing import Make
-
-SMALL = [
-    "--set", "calibration.samples=8", "--set", "calibration.length=64",
-    "--set", "evaluation.samples=3", "--set", "evaluation.length=64",
-]  # fmt: skip
-
-
-def run(*args: str | Path) -> Result:
-    return CliRunner().invoke(main, [str(a) for a in args])
-
 
 UNPLANNED = {
     "a layer too many": (
@@ -50,9 +39,7 @@ def test_passes_are_checked_on_the_model_that_they_get(
     assert not out.exists()
 
 
-def test_a_text_that_is_not_there_is_refused_though_nobody_reads_it(
-    tiny: Make, tmp_path: Path
-) -> None:
+def test_a_missing_text_is_refused_even_if_it_is_unused(tiny: Make, tmp_path: Path) -> None:
     args = ["-t", "onnx", "-r", "as-is", "--calib", str(tmp_path / "none.txt"), *SMALL]
     result = run("export", tiny("mixtral"), "-o", tmp_path / "out", *args)
     assert result.exit_code == 2

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from moe2edge.calibration import walk
+from helpers import SCHEME, compute_logits, run_module
 from moe2edge.errors import Unsupported
 from moe2edge.model.edits import remove_skipping
+from moe2edge.model.experts import Expert
 from moe2edge.model.family import FAMILIES
-from moe2edge.model.layers import Expert, MoELayer
+from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Block, Model
 from moe2edge.numerics.rounding import round_to_nearest
-from moe2edge.numerics.scheme import Scheme
 from moe2edge.runtime.load import load
 from moe2edge.runtime.protocol import Runtime
 from moe2edge.storage.checkpoint import open_checkpoint
@@ -35,7 +35,6 @@ from moe2edge.targets.hf import Hf
 from moe2edge.targets.onnx import Onnx
 from moe2edge.testing import Make, assert_cache_changes_nothing, quantize
 
-SCHEME = Scheme(group_size=32)
 IDS = torch.randint(1, 96, (2, 40), generator=torch.Generator().manual_seed(11))
 TOLERANCE = 1e-4
 EXPERT = 4
@@ -125,10 +124,8 @@ def stock(folder: Path, *, int4: bool) -> Any:
     return model
 
 
-@torch.no_grad()
 def logits_of(model: Any) -> Tensor:
-    out: Tensor = model(IDS, use_cache=False).logits
-    return out
+    return run_module(model, IDS)
 
 
 # ---- both --------------------------------------------------------------------------------------
@@ -199,8 +196,7 @@ def check_steps(runtime: Runtime, expected: Tensor) -> None:
 
 
 def walked(model: Model) -> Tensor:
-    hidden = walk.observe(model, IDS, (), lambda *_: None, "")
-    return torch.stack(list(walk.compute_logits(model, hidden)))
+    return compute_logits(model, IDS)
 
 
 def by_walk(model: Model, folder: Path, expected: Tensor) -> None:
@@ -377,7 +373,7 @@ def test_saving_it_with_transformers_is_refused(
 
 
 @pytest.mark.parametrize(("family", "form"), CASES)
-def test_what_is_read_is_what_was_written(
+def test_written_folders_read_back_equal(
     family: str, form: str, pair: Pairs, tmp_path: Path
 ) -> None:
     model = pair(family, form, int4=True, at=(1,)).model
@@ -427,7 +423,7 @@ WRONG: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("form", "changes"), WRONG, ids=str)
-def test_a_form_that_is_not_known_is_refused(
+def test_unknown_forms_are_refused(
     form: str, changes: dict[str, Any], pair: Pairs, tmp_path: Path
 ) -> None:
     Hf(layout="natural").write(pair("olmoe", form, int4=False).model, tmp_path)

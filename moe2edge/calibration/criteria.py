@@ -53,9 +53,9 @@ def score_experts(criterion: Criterion, block: Block, facts: Facts, seed: int = 
     if criterion == "random":
         return saliency.draw_random_scores(len(layer.experts), key, seed).tolist()
     if criterion in WEIGHTS:
-        of_weights = saliency.aimer if criterion == "aimer" else saliency.magnitude
+        of_weights = saliency.compute_aimer if criterion == "aimer" else saliency.compute_magnitude
         return [of_weights([w.load() for w in (e.gate, e.up, e.down)]) for e in layer.experts]
-    name = criterion.replace("-", "_")
+    name = f"compute_{criterion.replace('-', '_')}"
     if criterion in ROUTING:
         statistics = facts[router_observers.RoutingObserver]
         of_routing: Callable[[RoutingStatistics, int], Tensor] = getattr(saliency, name)

@@ -23,9 +23,9 @@ class RouterTrace:
 
     Attributes:
         inputs: input of the MoE layer, [N, hidden].
-        logits: router logits, [N, experts].
+        logits: router logits, [N, rows].
         weights: what expert outputs are multiplied with, [N, k].
-        ids: the chosen experts, int64 [N, k].
+        ids: the chosen rows of the router, int64 [N, k]; their number for what is skipped.
     """
 
     inputs: Tensor
@@ -46,8 +46,8 @@ class BlockTrace:
         routing: what its router did, None for a dense block.
         linear_inputs: inputs [N, in] of the matrices of attention, shared expert and dense MLP,
             by role.
-        expert_hidden: input [n, width] of ``down`` of an expert, or of a member, for its inputs
-            [n, hidden].
+        expert_hidden: input [n, width] of ``down`` of the full or tied expert that a row of the
+            router runs, for its inputs [n, hidden].
         expert_output: output [n, hidden] of one for its inputs [n, hidden].
     """
 

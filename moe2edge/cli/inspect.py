@@ -130,7 +130,7 @@ def _inspect_output(folder: Path, as_json: bool) -> None:
     click.echo(f"parameters: {model['parameters']:,} ({model['active_parameters']:,} active)")
     click.echo(f"experts per MoE layer: {model['expert_counts']}; blocks: {model['origins']}")
     # Folders of older versions do not tell.
-    for what, name in (("experts that share these", "members"), ("substitutes", "substitutes")):
+    for what, name in (("experts that share these", "members"), ("replacements", "substitutes")):
         if any(model.get(name, ())):
             click.echo(f"{what} per MoE layer: {model[name]}")
     for name, entry in artifact.manifest["files"].items():

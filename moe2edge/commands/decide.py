@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from moe2edge.model.layers import Weight
+    from moe2edge.model.weights import Weight
     from moe2edge.numerics.grid import Quantized
 
 

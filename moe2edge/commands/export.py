@@ -56,7 +56,7 @@ def export(
         force: replace an output of ours.
         resume: what to do about an unfinished export to the same folder.
         most: bytes of memory for the whole process; None: what the machine has.
-        materialize: give every member matrices of its own where a target cannot hold it otherwise.
+        materialize: give tied experts matrices of their own where a target cannot hold them.
 
     Raises:
         InputError, Unsupported, DoesNotFit: before any work.
@@ -85,7 +85,7 @@ def export(
         model = fit_for_targets(model, targets, materialize=materialize)
         grown = None if model is found else describe_cost(found, model)
         if grown:
-            reporter.log(f"members are experts of their own now: {grown}")
+            reporter.log(f"tied experts have matrices of their own now: {grown}")
         elif materialize:
             reporter.log("--materialize changed nothing: the targets hold the model as it is")
         memory.give_back()

@@ -98,7 +98,7 @@ class Report:
         """What materializing took, as a paragraph; empty if nothing was."""
         if self.materialized is None:
             return ""
-        return f"Materialized: members are experts of their own, {self.materialized}.\n\n"
+        return f"Materialized: tied experts have matrices of their own, {self.materialized}.\n\n"
 
     def _skipping(self) -> list[str]:
         """What dynamic skipping left out on the evaluation text, and the time that it saved."""
@@ -139,8 +139,10 @@ class Report:
                 "parameters": model.parameters,
                 "active_parameters": model.active_parameters,
                 "expert_counts": list(model.expert_counts),
-                "members": [len(layer.members) for _, layer in model.moe_blocks],
-                "substitutes": [len(layer.substitutes) for _, layer in model.moe_blocks],
+                "members": [
+                    len(layer.routed) if layer.is_tied else 0 for _, layer in model.moe_blocks
+                ],
+                "substitutes": [len(layer.replaced) for _, layer in model.moe_blocks],
                 "materialized": self.materialized is not None,
                 "origins": [block.origin for block in model.blocks],
             },

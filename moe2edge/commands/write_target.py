@@ -80,26 +80,26 @@ def fit_for_targets(model: Model, targets: Sequence[Target], *, materialize: boo
     """``model`` as all of some targets hold it: as it is, or materialized where that is wanted.
 
     Raises:
-        Unsupported: a target holds neither, or no members and ``materialize`` is not set.
+        Unsupported: a target holds neither, or no tied experts and ``materialize`` is not set.
     """
     try:
         for target in targets:
             target.accepts(model)
     except Unsupported as error:
-        if not model.members:
+        if not model.tied_count:
             raise
         whole = edits.materialize(model)
         other = _refusal(whole, targets)
         if other is not None and materialize:
             raise Unsupported(
-                f"{error}; nor is it held with every member as an expert of its own: {other}; "
+                f"{error}; nor is it held with every tied expert as an expert of its own: {other}; "
                 "targets of which one needs that want an export each"
             ) from error
         if other is not None:
             raise
         if not materialize:
             raise Unsupported(
-                f"{error}; or write every member as an expert of its own with --materialize: "
+                f"{error}; or write every tied expert as one of its own with --materialize: "
                 f"{describe_cost(model, whole)}"
             ) from error
         return whole

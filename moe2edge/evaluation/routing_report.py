@@ -274,7 +274,7 @@ def _layer(block: Block, layer: MoELayer, facts: Facts, origin: int) -> LayerUse
             largest_output=largest[n],
             saliency={name: by_criterion[name][n] for name in REPORTED_CRITERIA},
         )
-        for n in range(layer.routed)
+        for n in range(len(layer.routed))
     )
     return LayerUse(block.index, origin, layer.router.top_k, seen.tokens, experts)
 
@@ -282,7 +282,7 @@ def _layer(block: Block, layer: MoELayer, facts: Facts, origin: int) -> LayerUse
 def _weight_scores(layer: MoELayer) -> dict[str, list[float]]:
     """Scores that look at weights only, by name; each expert is read once for all of them.
 
-    Members have that of their base, and those without one the worst.
+    Tied experts have that of their base, and those without one the worst.
     """
     from moe2edge.numerics import saliency
 
@@ -291,7 +291,8 @@ def _weight_scores(layer: MoELayer) -> dict[str, list[float]]:
         matrices = [weight.load() for weight in (expert.gate, expert.up, expert.down)]
         for name, scores in found.items():
             scores.append(getattr(saliency, name)(matrices))
+    bases = [layer.bases[row] for row in layer.routed]
     return {
-        name: [min(scores) if base is None else scores[base] for base in layer.bases]
+        name: [min(scores) if base is None else scores[base] for base in bases]
         for name, scores in found.items()
     }

@@ -21,8 +21,9 @@ from safetensors.torch import save
 
 from moe2edge.calibration import walk
 from moe2edge.errors import InputError, VerificationFailed
-from moe2edge.model.layers import MoELayer, Weight
+from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model
+from moe2edge.model.weights import Weight
 from moe2edge.numerics import metrics
 from moe2edge.numerics.grid import Quantized
 from moe2edge.pipeline.target import Target

@@ -8,8 +8,8 @@ from typing import (
     Protocol,
 )
 
-from moe2edge.model.layers import Weight
 from moe2edge.model.model import Block
+from moe2edge.model.weights import Weight
 from moe2edge.storage.journal import BlockResult
 
 if TYPE_CHECKING:
