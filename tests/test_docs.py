@@ -16,7 +16,6 @@ from pathlib import Path
 import click
 import pytest
 
-import moe2edge
 from moe2edge.cli.main import main
 
 ROOT = Path(__file__).parents[1]
@@ -106,6 +105,21 @@ def test_every_path_that_is_named_exists() -> None:
         )
     }
     assert not missing
+
+
+def test_names_in_the_tables_of_the_architecture_are_in_their_files() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    lost = []
+    for row in re.findall(r"^\|(.*`moe2edge/[\w/]+\.py`.*)\|$", text, re.MULTILINE):
+        cells = row.split("|")
+        where = next(n for n, cell in enumerate(cells) if "`moe2edge/" in cell)
+        code = "".join(
+            (ROOT / f).read_text("utf-8") for f in re.findall(r"`(\S+\.py)`", cells[where])
+        )
+        names = [name.rpartition(".")[2] for name in re.findall(r"`([\w.]+)`", cells[where - 1])]
+        pattern = r"^( *def|class) {0}\b|^{0} = "
+        lost += [n for n in names if not re.search(pattern.format(n), code, re.MULTILINE)]
+    assert not lost
 
 
 # ---- commands ------------------------------------------------------------------------------------
@@ -253,7 +267,6 @@ def test_the_lines_of_the_commands_page_run_in_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("compress" not in moe2edge.__all__, reason="the Python API is not there yet")
 def test_the_python_page_runs_in_order(tmp_path: Path) -> None:
     for fence in fences(ROOT / "docs" / "python.md"):
         (tmp_path / "example.py").write_text(fence.text, "utf-8")
