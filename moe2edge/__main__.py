@@ -1,4 +1,4 @@
-"""``python -m moe2edge``."""
+"""Entry point of ``python -m moe2edge``."""
 
 from moe2edge.cli.main import main
 

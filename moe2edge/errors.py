@@ -6,8 +6,8 @@
     ├── InputError                2   the command, the recipe, the model or a text is wrong
     ├── DoesNotFit                5   not enough disk or memory
     ├── Unsupported               6   a model, a setting or a target that is not supported
-    ├── VerificationFailed        7   what was written is not what was meant
-    └── Diverged                  8   training came to nothing
+    ├── VerificationFailed        7   an output does not hold what it should hold
+    └── Diverged                  8   the training loss is NaN or infinite
 
 Each message is one line: what was found, what was expected, what to do.
 """
@@ -49,18 +49,18 @@ class VerificationFailed(Moe2EdgeError):
 
 
 class Diverged(Moe2EdgeError):
-    """The loss of a training is no number any more."""
+    """The training loss is NaN or infinite."""
 
     exit_code = 8
 
 
 def suggest(kind: str, name: str, known: Iterable[str]) -> str:
-    """Text for a name that is not known.
+    """Return a message for an unknown name, with the closest known one.
 
     >>> suggest("pass", "expert-drop", ["expert_drop", "gptq"])
     "unknown pass 'expert-drop': did you mean 'expert_drop'? Known: expert_drop, gptq"
     """
     known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f": did you mean {near[0]!r}?" if near else "."
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f": did you mean {close[0]!r}?" if close else "."
     return f"unknown {kind} {name!r}{hint} Known: {', '.join(known)}"

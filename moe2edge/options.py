@@ -1,4 +1,4 @@
-"""What a user sets: options of passes, rules and texts."""
+"""Base class for all that users set: options of passes, rules and texts."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
 
 class Options(BaseModel):
-    """Options with their types; unknown ones are an error."""
+    """Typed options; an unknown option is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod
-    def _true_is_no_number(cls, value: object, info: ValidationInfo) -> object:
-        """Refuse YAML's true and false where pydantic would take them for 1 and 0."""
-        kind = cls.model_fields[str(info.field_name)].annotation
-        if isinstance(value, bool) and bool not in (kind, *get_args(kind)):
+    def _refuse_booleans(cls, value: object, info: ValidationInfo) -> object:
+        """Refuse YAML's true and false where pydantic would read them as 1 and 0."""
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
             raise ValueError("a number or a word, not true or false")
         return value

@@ -1,4 +1,4 @@
-"""Progress of long work: what is told, and to whom."""
+"""Protocols through which long work reports its progress."""
 
 from __future__ import annotations
 
@@ -10,14 +10,22 @@ Log = Callable[[str], None]
 
 
 class Advance(Protocol):
-    """Told about work done of work to do, in whatever unit, and where it is at present."""
+    """Callback for progress: a label, units done, units in total, and a detail.
+
+    The caller chooses the unit. The detail says where the work is at present.
+    """
 
     def __call__(self, label: str, done: int, total: int, detail: str = "", /) -> None: ...
 
 
 @dataclass(frozen=True)
 class Reporter:
-    """Who is told about progress: lines, and work done of work to do."""
+    """Receiver of progress.
+
+    Attributes:
+        log: takes one line of text.
+        advance: takes a count of work done.
+    """
 
     log: Log
     advance: Advance

@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of every family, and what tests do with models; also for plug-ins."""
+"""Tiny random checkpoints of every family, and helpers for tests; plug-ins may use them, too."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moe2edge.model.experts import PARTS
 from moe2edge.model.family import FAMILIES
-from moe2edge.model.layers import PARTS, Weight
 from moe2edge.model.model import Block, Model
+from moe2edge.model.weights import Weight
 from moe2edge.numerics.scheme import Scheme
 from moe2edge.storage.journal import BlockResult
 from moe2edge.storage.solved_blocks import attach_numbers, attach_rest_numbers
@@ -66,9 +67,9 @@ def make_checkpoint(
     """Write a random checkpoint of a few hundred kilobytes and return its folder.
 
     Args:
-        folder: where to; it is made.
+        folder: output folder; it is created.
         model_type: a row of the family table.
-        dtype: of the weights.
+        dtype: dtype of the weights.
         changes: config keys that differ from the defaults.
     """
     import torch
@@ -100,24 +101,24 @@ def make_tokenizer(folder: Path) -> None:
 
 
 def make_learnable_text(samples: int = 20, length: int = 32) -> Tensor:
-    """Samples in which a token mostly says what the next one is, int64 [samples, length]."""
+    """Make samples whose tokens mostly determine the next one, int64 [samples, length]."""
     import torch
 
     draw = torch.Generator().manual_seed(samples)
     ids = torch.randint(1, 96, (samples, length), generator=draw)
     for at in range(1, length):
-        told = (3 * ids[:, at - 1] + 1) % 96
-        ids[:, at] = torch.where(torch.rand(samples, generator=draw) < 0.8, told, ids[:, at])
+        likely = (3 * ids[:, at - 1] + 1) % 96
+        ids[:, at] = torch.where(torch.rand(samples, generator=draw) < 0.8, likely, ids[:, at])
     return ids
 
 
 def quantize(model: Model, scheme: Scheme, choose: Callable[[str], bool] = lambda _: True) -> Model:
-    """``model`` with every tensor rounded to nearest that slimming selects.
+    """Round to nearest every tensor that quantization selects; return the new model.
 
     Args:
-        model: unquantized.
-        scheme: of the numbers.
-        choose: says by its role whether a selected tensor is taken.
+        model: an unquantized model.
+        scheme: scheme of the rounded tensors.
+        choose: takes the role of a selected tensor; False leaves the tensor as it is.
     """
     from moe2edge.model.roles import list_quantizable
     from moe2edge.numerics.rounding import round_to_nearest
@@ -130,7 +131,12 @@ def quantize(model: Model, scheme: Scheme, choose: Callable[[str], bool] = lambd
 
 
 def add_copies(model: Model, *, shuffled: bool) -> Model:
-    """``model`` whose layers have their first expert six times, neurons in any order."""
+    """Return ``model`` with copies of its first expert in place of all experts of each layer.
+
+    Args:
+        model: a model with MoE layers.
+        shuffled: give the neurons of each copy a random order.
+    """
     import torch
 
     from moe2edge.numerics.expert_groups import Matrices
@@ -141,10 +147,10 @@ def add_copies(model: Model, *, shuffled: bool) -> Model:
         experts = []
         for one in layer.experts:
             order = torch.randperm(len(first.gate), generator=generator)
-            own = first.permute(order) if shuffled else first
+            copied = first.permute(order) if shuffled else first
             weights = {
                 part: replace(
-                    getattr(one, part), load=lambda own=own, part=part: getattr(own, part)
+                    getattr(one, part), load=lambda copied=copied, part=part: getattr(copied, part)
                 )
                 for part in PARTS
             }
@@ -155,11 +161,11 @@ def add_copies(model: Model, *, shuffled: bool) -> Model:
 
 
 def assert_cache_changes_nothing(model: Any, ids: Tensor) -> None:
-    """Greedy texts of a transformers model with a cache equal those without.
+    """Assert that greedy generation with a cache gives the same tokens as without.
 
     Args:
-        model: for generation.
-        ids: two prompts, int64 [2, length]; the first is padded on the left in place of 7 tokens.
+        model: a transformers model that generates.
+        ids: two prompts, int64 [2, length]; padding on the left replaces 7 tokens of the first.
     """
     import torch
 
@@ -177,54 +183,54 @@ def assert_cache_changes_nothing(model: Any, ids: Tensor) -> None:
 
 
 def read_all_numbers(model: Model) -> dict[tuple[int | None, str], Tensor]:
-    """All tensors by block and role; outside of blocks by name."""
-    found: dict[tuple[int | None, str], Tensor] = {}
-    found |= {(None, name): w.load() for name, w in model.rest.items()}
-    found |= {(b.index, role): w.load() for b in model.blocks for role, w in b.weights()}
-    return found
+    """Load all tensors by block and role; those outside of blocks by None and name."""
+    tensors: dict[tuple[int | None, str], Tensor] = {}
+    tensors |= {(None, name): w.load() for name, w in model.rest.items()}
+    tensors |= {(b.index, role): w.load() for b in model.blocks for role, w in b.weights()}
+    return tensors
 
 
 class TraceRecorder:
-    """Keeps what a walk over a model shows of each block."""
+    """Observer that records every trace that a walk over a model shows it."""
 
     def __init__(self) -> None:
         self.seen: list[BlockTrace] = []
 
     def observe(self, trace: BlockTrace) -> None:
-        """Keep a batch."""
+        """Record the trace of a batch."""
         self.seen.append(trace)
 
     def result(self) -> list[BlockTrace]:
-        """All of them."""
+        """Return all recorded traces."""
         return self.seen
 
 
 class InMemory:
-    """A ledger and store that keeps numbers in memory, as they would be read back from disk.
+    """Block journal and store that keeps numbers in memory, as they would be read back from disk.
 
     Attributes:
-        last: the stream behind the last block that has another one behind it.
+        last: hidden states after the last block that has a successor.
     """
 
     def __init__(self) -> None:
         self.last: Tensor | None = None
 
     def put(self, block: Block, numbers: Mapping[str, Quantized | Tensor]) -> Block:
-        """The block with handles on the numbers."""
+        """Return the block with handles on the numbers."""
         return attach_numbers(block, numbers)
 
     def put_rest(
         self, rest: Mapping[str, Weight], numbers: Mapping[str, Tensor]
     ) -> dict[str, Weight]:
-        """All tensors outside of blocks, those with handles on the numbers that have some."""
+        """Return all tensors outside of blocks, with handles on the numbers that there are."""
         return {**rest, **attach_rest_numbers(rest, numbers)}
 
     def restore(self, block: Block) -> tuple[Block, BlockResult] | None:
-        """Nothing, as nothing was solved before."""
+        """Return None: no block was solved before."""
         return None
 
     def stream(self) -> Tensor | None:
-        """None likewise."""
+        """Return None: no hidden states were saved before."""
         return None
 
     def finish(
@@ -234,7 +240,7 @@ class InMemory:
         done: BlockResult,
         hidden: Tensor | None,
     ) -> Block:
-        """Keep the numbers and a copy of the stream."""
+        """Keep a copy of the hidden states; return the block with handles on the numbers."""
         if hidden is not None:
             self.last = hidden.clone()
         return self.put(block, numbers)

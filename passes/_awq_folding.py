@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from moe2edge.model.experts import Tied
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import SECOND_NORM, Block
 from moe2edge.model.roles import OUT, QKV, list_gated_mlps
@@ -70,17 +71,20 @@ def find_folding_places(block: Block, geometry: Geometry) -> Iterator[FoldingPla
     scorers = [role for role in ("router.weight", "shared.router") if role in roles]
     readers = [f"{kind}.{part}" for kind in kinds for part in ("gate", "up")]
     yield FoldingPlace((f"norms.{SECOND_NORM}",), (*scorers, *readers, *_small_readers(roles)))
-    members = block.mlp.members if isinstance(block.mlp, MoELayer) else ()
+    tied: list[tuple[str, Tied]] = []
+    if isinstance(block.mlp, MoELayer):
+        rows = zip(block.mlp.row_roles, block.mlp.rows, strict=True)
+        tied = [(role, row) for role, row in rows if isinstance(row, Tied)]
     for kind in kinds:
-        own = [n for n, m in enumerate(members) if m.factors and kind == f"experts.{m.base}"]
+        low = [role for role, row in tied if kind == f"experts.{row.base}"]
         yield FoldingPlace(
-            (f"{kind}.up", *(f"members.{n}.up.second" for n in own)),
-            (f"{kind}.down", *(f"members.{n}.down.first" for n in own)),
+            (f"{kind}.up", *(f"{role}.up.second" for role in low)),
+            (f"{kind}.down", *(f"{role}.down.first" for role in low)),
         )
 
 
 def _small_readers(roles: Collection[str]) -> list[str]:
-    """First factors of members and substitutes, which read what experts read."""
+    """Return the first factors of tied experts and replacements, which read what experts read."""
     ends = {"members": (".gate.first", ".up.first"), "substitutes": (".first",)}
     return sorted(
         role

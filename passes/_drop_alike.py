@@ -11,7 +11,6 @@ from moe2edge.model.model import Model
 from moe2edge.numerics.selection import resolve_number
 from moe2edge.pipeline.checks import check_amount
 from moe2edge.pipeline.contract import Outcome, Trim
-from moe2edge.pipeline.registry import get_name
 
 
 class DropAlike(Trim):
@@ -73,7 +72,7 @@ class DropAlike(Trim):
         Raises:
             InputError: with the options of the pass.
         """
-        name = get_name(self)
+        name = self.name
         if (self.drop is None) == (self.threshold is None):
             raise InputError(f"{name}: give drop (a count or a fraction) or threshold (a cosine)")
         if self.threshold is None and self.most is not None:

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 from pydantic import Field, field_validator
 
 from moe2edge.errors import InputError, Moe2EdgeError
-from moe2edge.model.layers import Weight, plan_weight
 from moe2edge.model.model import Block, Model, is_low_rank
 from moe2edge.model.roles import list_quantizable
-from moe2edge.numerics.scheme import LOW_RANK, Scheme, largest_group_size
+from moe2edge.model.weights import Weight, plan_weight
+from moe2edge.numerics.scheme import LOW_RANK, Scheme, find_largest_group_size
 from moe2edge.options import Options
-from moe2edge.pipeline.contract import Slim
+from moe2edge.pipeline.contract import PlannedStep, Slim
 
 if TYPE_CHECKING:
     from moe2edge.numerics.grid import Quantized
@@ -139,7 +139,7 @@ class Quantize(Slim):
             rule = self._rule(name, block, model)
             if rule is None or (rule.bits != 16 and rule.group_size is None):
                 widths.append(weight.shape[1])
-        return largest_group_size(widths) if widths else 128
+        return find_largest_group_size(widths) if widths else 128
 
     def _rule(self, name: str, block: Block, model: Model) -> SchemeRule | None:
         count = len(model.blocks)
@@ -164,7 +164,7 @@ class Quantize(Slim):
         if not schemes:
             raise InputError("the rules leave nothing to quantize")
         # Linear maps that were planned can all have become constants, for want of tokens or bytes.
-        if self.factors != 16 and not (model.substitutes or any(self._low_rank(model))):
+        if self.factors != 16 and not (model.replaced_count or any(self._low_rank(model))):
             raise InputError(
                 f"factors: {self.factors} is about factors and linear maps of replaced experts, "
                 "and the model has none; put expert_replace before it, or leave factors out"
@@ -213,14 +213,15 @@ class Quantize(Slim):
                     f"{schemes.get(name) or weight.dtype}"
                 )
 
-    def describe(self, model: Model) -> str:
-        """Schemes and how many matrices get them, with the mean of bits per weight."""
+    def describe(self, planned: PlannedStep) -> str:
+        """Describe the schemes, how many matrices get each, and the mean of bits per weight."""
+        model = planned.before
         schemes = self.schemes(model)
         parts = [f"{scheme}: {n} matrices" for scheme, n in Counter(schemes.values()).items()]
         alone = sum(name not in schemes for name, _, _ in _matrices(model))
         if alone:
             parts.append(f"left alone by rule: {alone}")
-        weights = [w for _, _, w in self.plan(model).tensors() if w.scheme]
+        weights = [w for _, _, w in planned.after.tensors() if w.scheme]
         bits = 8 * sum(w.nbytes for w in weights) / sum(w.count for w in weights)
         return f"{'; '.join(parts)}; {bits:.3f} bits/weight"
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from moe2edge.errors import Moe2EdgeError
-from moe2edge.model.layers import PARTS, MoELayer
+from moe2edge.model.experts import PARTS, Linear, Replacement, Tied
+from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Block, Model
 from moe2edge.pipeline.work import Store
 from moe2edge.runtime.decoder_blocks import find_module_name
@@ -19,7 +20,7 @@ from moe2edge.runtime.mixed_experts import find_experts_name
 if TYPE_CHECKING:
     from torch import Tensor
 
-SUBSTITUTES, MEMBERS = "mlp.experts.substitutes", "mlp.experts.members"
+REPLACEMENTS, TIED = "mlp.experts.replacements", "mlp.experts.tied"
 
 
 @dataclass(frozen=True)
@@ -67,16 +68,16 @@ def list_block_parameters(block: Block) -> dict[str, tuple[str, ...]]:
         both = tuple(f"experts.{n}.{part}" for n in count for part in ("gate", "up"))
         found[f"{at}.gate_up_proj"] = both
         found[f"{at}.down_proj"] = tuple(f"experts.{n}.down" for n in count)
-        if layer.substitutes:
-            own = [(n, substitute.rank) for n, substitute in enumerate(layer.substitutes)]
-            found[f"{SUBSTITUTES}.constants"] = tuple(f"substitutes.{n}.constant" for n, _ in own)
+        rows = list(zip(layer.row_roles, layer.rows, strict=True))
+        if layer.replaced:
+            roles = [role for role, row in rows if isinstance(row, Replacement)]
+            found[f"{REPLACEMENTS}.constants"] = tuple(f"{role}.constant" for role in roles)
+            linear = [role for role, row in rows if isinstance(row, Linear)]
             for part in ("first", "second"):
-                linear = tuple(f"substitutes.{n}.{part}" for n, rank in own if rank)
-                found[f"{SUBSTITUTES}.{part}"] = linear
-        factored = [n for n, member in enumerate(layer.members) if member.factors]
-        for part, name in itertools.product(PARTS, ("first", "second")) if factored else ():
-            roles = tuple(f"members.{n}.{part}.{name}" for n in factored)
-            found[f"{MEMBERS}.{part}_{name}"] = roles
+                found[f"{REPLACEMENTS}.{part}"] = tuple(f"{role}.{part}" for role in linear)
+        tied = [role for role, row in rows if isinstance(row, Tied)]
+        for part, name in itertools.product(PARTS, ("first", "second")) if tied else ():
+            found[f"{TIED}.{part}_{name}"] = tuple(f"{role}.{part}.{name}" for role in tied)
     return found
 
 
@@ -97,12 +98,12 @@ def _pieces(block: Block, name: str, numbers: Tensor) -> list[Tensor]:
         return [numbers]
     if name == f"{find_experts_name(layer)}.gate_up_proj":
         return [piece for expert in numbers for piece in expert.chunk(2)]
-    if name in (f"{find_experts_name(layer)}.down_proj", f"{SUBSTITUTES}.constants"):
+    if name in (f"{find_experts_name(layer)}.down_proj", f"{REPLACEMENTS}.constants"):
         return list(numbers)
-    if name.startswith(MEMBERS):
+    if name.startswith(TIED):
         return list(numbers)
-    if name.startswith(SUBSTITUTES):
-        ranks = [substitute.rank for substitute in layer.substitutes if substitute.rank]
+    if name.startswith(REPLACEMENTS):
+        ranks = [row.rank for row in layer.rows if isinstance(row, Linear)]
         return list(torch.split(numbers, ranks, dim=0 if part == "first" else 1)) if ranks else []
     return [numbers]
 

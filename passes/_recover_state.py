@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 from pydantic import TypeAdapter, ValidationError
 
 from moe2edge.errors import InputError
-from moe2edge.storage.safetensors_files import Planned, open_file, read_tensor, write_durably
-from moe2edge.storage.text_files import sync_folder, write_whole
+from moe2edge.storage.safetensors_files import PlannedTensor, open_file, read_tensor, write_durably
+from moe2edge.storage.text_files import sync_folder, write_atomically
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -123,7 +123,7 @@ class States:
             self._write(stem, saved.now if stem.startswith("now") else saved.best)
             for stem in _stems(progress)
         ]
-        write_whole(self.folder / STATE, json.dumps(asdict(progress)))
+        write_atomically(self.folder / STATE, json.dumps(asdict(progress)))
         sync_folder(self.folder)
         self._keep(names)
 
@@ -139,7 +139,7 @@ class States:
         if not path.exists():
             write_durably(
                 path,
-                [Planned(name, tuple(t.shape), "F32", t.cpu) for name, t in tensors.items()],
+                [PlannedTensor(name, tuple(t.shape), "F32", t.cpu) for name, t in tensors.items()],
             )
         return path.name
 

@@ -19,7 +19,7 @@ from moe2edge.errors import InputError
 from moe2edge.model.model import Model
 from moe2edge.progress import Reporter
 from moe2edge.runtime.memory import Memory
-from moe2edge.storage.safetensors_files import Planned, open_file, read_tensor, write_durably
+from moe2edge.storage.safetensors_files import PlannedTensor, open_file, read_tensor, write_durably
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -126,7 +126,11 @@ def _write(path: Path, source: Model, hidden: Tensor, top: int) -> None:
         best = logits[:-1].log_softmax(-1).topk(top)
         ids[n], log_p[n] = best.indices.int(), best.values.half()
     write_durably(
-        path, [Planned("ids", shape, "I32", lambda: ids), Planned("log_p", shape, "F16", log_p.cpu)]
+        path,
+        [
+            PlannedTensor("ids", shape, "I32", lambda: ids),
+            PlannedTensor("log_p", shape, "F16", log_p.cpu),
+        ],
     )
 
 

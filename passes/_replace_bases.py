@@ -11,16 +11,10 @@ import torch
 
 from moe2edge.calibration import walk
 from moe2edge.errors import InputError, Moe2EdgeError
-from moe2edge.model.layers import (
-    DTYPE_BYTES,
-    PARTS,
-    Expert,
-    Factors,
-    Member,
-    MoELayer,
-    plan_weight_like,
-)
+from moe2edge.model.experts import PARTS, Expert, Factors, Full, Tied
+from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Block, Model
+from moe2edge.model.weights import DTYPE_BYTES, plan_weight_like
 from moe2edge.numerics import base_sharing, expert_groups, low_rank, selection
 from moe2edge.pipeline.contract import Outcome, PassContext
 
@@ -77,24 +71,28 @@ def share_bases(block: Block, layer: MoELayer, groups: Sequence[Sequence[int]], 
             for p in PARTS
         }
         experts.append(Expert(**numbers, origin=like.origin))
-    members = []
+    rows: list[Full | Tied] = []
     for j, expert in enumerate(layer.experts):
         if j not in gone:
-            members.append(Member(expert.origin, stay.index(j)))
+            rows.append(Full(expert.origin, stay.index(j)))
             continue
         own = groups[gone[j]]
+        base = len(stay) + based.index(own) if len(own) > 1 else None
+        if not rank:
+            assert base is not None, "without a base, factors are all"
+            rows.append(Full(expert.origin, base))
+            continue
         factors = {}
-        for part in PARTS if rank else ():
+        for part in PARTS:
             like = getattr(expert, part)
             outs, ins = like.shape
-            name = f"of {part} of member {expert.origin} in block {block.origin}"
+            name = f"of {part} of tied expert {expert.origin} in block {block.origin}"
             factors[part] = Factors(
                 plan_weight_like(like, f"first factor {name}", (rank, ins)),
                 plan_weight_like(like, f"second factor {name}", (outs, rank)),
             )
-        base = len(stay) + based.index(own) if len(own) > 1 else None
-        members.append(Member(expert.origin, base, factors))
-    return replace(block, mlp=replace(layer, experts=tuple(experts), members=tuple(members)))
+        rows.append(Tied(expert.origin, base, factors))
+    return replace(block, mlp=replace(layer, experts=tuple(experts), rows=tuple(rows)))
 
 
 @dataclass(frozen=True)
@@ -135,10 +133,10 @@ class Sharing:
         Raises:
             InputError: with what is possible.
         """
-        if model.substitutes:
+        if model.replaced_count:
             raise InputError(
-                f"expert_replace: {model.substitutes} experts have substitutes already, and what "
-                "shares a base does not go with them; use one kind in a recipe"
+                f"expert_replace: {model.replaced_count} experts have replacements already, which "
+                "do not go with experts that share a base; use one kind in a recipe"
             )
         least_rank = 0 if self.group else 1
         for block, layer in model.moe_blocks:
@@ -204,10 +202,10 @@ class Sharing:
         found = []
         for own, cost, importance, alike in zip(chosen, costs, scores, similar, strict=True):
             groups = expert_groups.group_by_similarity(
-                own, importance, alike, cost.groups(len(own))
+                own, importance, alike, cost.count_groups(len(own))
             )
             # An expert that nobody joined stays what it is, which takes no more.
-            found.append([members for members in groups if len(members) > 1])
+            found.append([group for group in groups if len(group) > 1])
         return found
 
     def plan(self, model: Model) -> Model:
@@ -283,14 +281,14 @@ class Builder:
         """The changed model."""
         context, model = self.context, self.context.model
         if self._whitens:
-            model = walk.rewrite(
+            model, _ = walk.walk(
                 model,
                 context.tokens,
-                self,
-                context.reporter.advance,
-                "expert_replace",
-                context.memory,
+                transform=self,
                 propagate=False,
+                advance=context.reporter.advance,
+                label="expert_replace",
+                memory=context.memory,
             )
         else:
             for block, _ in model.moe_blocks:
@@ -304,7 +302,7 @@ class Builder:
             self.sharing.rank(layer) for _, layer in self.context.model.moe_blocks
         )
 
-    def observe(self, trace: BlockTrace) -> None:
+    def observe(self, trace: BlockTrace, source: BlockTrace | None = None) -> None:
         """Sum up products of inputs of what will have factors, weighted by the gate."""
         routing = trace.routing
         if routing is None:

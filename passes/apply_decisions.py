@@ -59,14 +59,19 @@ class ApplyDecisions(Trim):
             )
 
     def check(self, model: Model) -> None:
-        """Refuse a model of another shape, and decisions that change nothing."""
+        """Refuse a model whose experts were replaced."""
         refuse_replaced("apply_decisions", model)
-        if decisions.describe_blocks(self.plan(model)) == decisions.describe_blocks(model):
-            raise InputError(f"apply_decisions: {self.file} keeps everything; nothing to do")
 
     def plan(self, model: Model) -> Model:
-        """The result itself: all of it is known."""
-        return decisions.carry_out_decisions(self._read()[0], model)
+        """Return the result itself, as all of it is known.
+
+        Raises:
+            InputError: the model is of another shape, or the decisions change nothing.
+        """
+        result = decisions.carry_out_decisions(self._read()[0], model)
+        if decisions.describe_blocks(result) == decisions.describe_blocks(model):
+            raise InputError(f"apply_decisions: {self.file} keeps everything; nothing to do")
+        return result
 
     def apply(self, model: Model, facts: Facts) -> Outcome:
         """Carry out what the file says."""

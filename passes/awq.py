@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from moe2edge.model.layers import Dense, MoELayer, Weight
+from moe2edge.model.experts import Dense
+from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Block, Model
+from moe2edge.model.weights import Weight
 from moe2edge.numerics.scheme import Scheme
 from moe2edge.passes._quantize import Quantize, Scales
 from moe2edge.pipeline.solver import Solved, Solver
@@ -90,7 +92,7 @@ class _Solver:
         self._take("mlp", inputs)
         if isinstance(trace.block.mlp, MoELayer) and trace.routing is not None:
             for n in range(len(trace.block.mlp.experts)):
-                tokens, place = torch.where(trace.block.mlp.chosen(n, trace.routing.ids))
+                tokens, place = torch.where(trace.block.mlp.find_uses(n, trace.routing.ids))
                 weights = trace.routing.weights[tokens, place]
                 self._sample(f"experts.{n}", inputs).add(inputs, tokens, weights)
 
@@ -205,7 +207,7 @@ class _Solver:
 
         sample = self._samples[name]
         magnitudes = (self._sums[name] / sample.seen).float()
-        return AwqInputs.of(sample.inputs, sample.weights, magnitudes, sample.stride)
+        return AwqInputs.from_sample(sample.inputs, sample.weights, magnitudes, sample.stride)
 
     def _of_mlp(
         self, kind: str, mlp: Dense, weights: Mapping[str, Weight]
@@ -216,17 +218,19 @@ class _Solver:
         shown = outer = self._of_all("mlp")
         if kind == "shared":
             gate = (shown.x @ weights["shared.router"].load().float().T).sigmoid()[:, 0]
-            shown = outer = AwqInputs.of(shown.x, gate, shown.magnitudes, shown.share)
+            shown = outer = AwqInputs.from_sample(shown.x, gate, shown.magnitudes, shown.share)
         elif kind in self._samples:
             own = self._samples[kind]
-            outer = AwqInputs.of(own.inputs, own.weights, shown.magnitudes, own.stride)
+            outer = AwqInputs.from_sample(own.inputs, own.weights, shown.magnitudes, own.stride)
             if self._few(kind):
                 # Its few tokens still count in the loss that it shares with others.
                 outer = replace(outer, importance=shown.importance)
             else:
                 shown = outer
         hidden = compute_intermediate(mlp.gate.load(), mlp.up.load(), shown.x)
-        return outer, AwqInputs.of(hidden, shown.weights, hidden.abs().mean(0), shown.share)
+        return outer, AwqInputs.from_sample(
+            hidden, shown.weights, hidden.abs().mean(0), shown.share
+        )
 
     def _few(self, kind: str) -> bool:
         """Whether it is an expert that few tokens were routed to."""

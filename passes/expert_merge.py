@@ -12,19 +12,21 @@ from moe2edge.calibration import criteria
 from moe2edge.calibration.criteria import Criterion
 from moe2edge.calibration.observation import Facts, Observer, ObserverFactory
 from moe2edge.errors import InputError
-from moe2edge.model.layers import PARTS, Member, MoELayer, plan_weight
+from moe2edge.model.experts import PARTS, Full
+from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Block, Model
+from moe2edge.model.weights import plan_weight
 from moe2edge.pipeline import checks
 from moe2edge.pipeline.checks import refuse_replaced, refuse_slimmed
-from moe2edge.pipeline.contract import Outcome, PassContext, Search
-from moe2edge.runtime.memory import Need
+from moe2edge.pipeline.contract import Outcome, PassContext, PlannedStep, Search, TextSizes
+from moe2edge.runtime.memory import Estimate
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
     from moe2edge.calibration.observation import BlockTrace
-    from moe2edge.model.layers import Weight
+    from moe2edge.model.weights import Weight
     from moe2edge.numerics.expert_groups import ExpertGroup, ExpertSums, Matrices
 
 Method = Literal["hc-smoe", "m-smoe", "ream"]
@@ -165,9 +167,9 @@ class ExpertMerge(Search):
             new = block.keep_experts(centroids)
         else:
             base = {n: place for place, group in enumerate(groups) for n in group}
-            members = tuple(Member(e.origin, base[n]) for n, e in enumerate(layer.experts))
+            rows = tuple(Full(e.origin, base[n]) for n, e in enumerate(layer.experts))
             experts = tuple(layer.experts[n] for n in centroids)
-            new = replace(block, mlp=replace(layer, experts=experts, members=members))
+            new = replace(block, mlp=replace(layer, experts=experts, rows=rows))
         weights = dict(new.weights())
         roles = [
             _role(new, place, part)
@@ -177,25 +179,24 @@ class ExpertMerge(Search):
         ]
         return new.with_weights({role: plan_weight(weights[role]) for role in roles})
 
-    def need(self, model: Model, tokens: int) -> Need:
-        """Sums over tokens, samples of them, one stream, and merged experts of a layer."""
+    def estimate(self, planned: PlannedStep, texts: TextSizes) -> Estimate:
+        """Estimate sums over tokens, samples of tokens, hidden states, and a layer's new experts."""
         from moe2edge.calibration.walk import BATCH_TOKENS
         from moe2edge.numerics.expert_groups import estimate_merge_bytes
 
+        model, tokens = planned.before, texts.calibration.tokens
         step, hidden = self.resolve(model), model.family.geometry(model.config).hidden
         experts = max(model.expert_counts)
         width = max(layer.experts[0].gate.shape[0] for _, layer in model.moe_blocks)
         sampled = 4 * 2 * SAMPLED * (hidden + width)
         means = 4 * 3 * hidden * width * max(step._left(model).values())
         inside = 4 * 4 * min(tokens, BATCH_TOKENS) * width  # an expert on all tokens of a batch
-        return Need(
-            estimate_merge_bytes(experts, hidden, width, align=bool(step.align))
-            + sampled
-            + means
-            + inside
-            + 4 * tokens * hidden,
-            f"expert_merge sums up what {experts} experts do, and merges some",
-            "give it fewer calibration samples, or do it on a larger one",
+        sums = estimate_merge_bytes(experts, hidden, width, align=bool(step.align))
+        return replace(
+            super().estimate(planned, texts),
+            memory=sums + sampled + means + inside + 4 * tokens * hidden + model.block_nbytes,
+            purpose=f"expert_merge sums up what {experts} experts do, and merges some",
+            remedy="give it fewer calibration samples, or do it on a larger one",
         )
 
     # ---- doing it ----------------------------------------------------------------------------
@@ -206,14 +207,14 @@ class ExpertMerge(Search):
 
         step = self.resolve(context.model)
         merger = _Merger(step, context, self._left(context.model))
-        model = walk.rewrite(
+        model, _ = walk.walk(
             context.model,
             context.tokens,
-            merger,
-            context.reporter.advance,
-            "expert_merge",
-            context.memory,
+            transform=merger,
             propagate=self.fitted_on == "changed",
+            advance=context.reporter.advance,
+            label="expert_merge",
+            memory=context.memory,
         )
         originals = context.model
         for block in merger.originals:
@@ -299,7 +300,7 @@ class _Merger:
     observers: dict[ObserverFactory, Observer[object]] = field(default_factory=dict)
     originals: list[Block] = field(default_factory=list)
 
-    def observe(self, trace: BlockTrace) -> None:
+    def observe(self, trace: BlockTrace, source: BlockTrace | None = None) -> None:
         """Add one batch."""
         from moe2edge.numerics.expert_groups import ExpertSums
 
@@ -426,7 +427,7 @@ class _Merger:
             if others
         ]
         self.changed.append(f"block {block.index}: experts {', '.join(told)}")
-        found = BlockRunner(self.context.model, merged).answer(inputs)
+        found = BlockRunner(self.context.model, merged).run_mlp(inputs)
         error = float((found - outputs).norm() / outputs.norm())
         self.notes.append(
             f"block {block.index}: the layer's output on {len(inputs)} calibration tokens has a "

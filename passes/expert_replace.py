@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
@@ -14,8 +15,8 @@ from moe2edge.model.model import Model
 from moe2edge.numerics import selection
 from moe2edge.pipeline import checks
 from moe2edge.pipeline.checks import refuse_slimmed
-from moe2edge.pipeline.contract import Outcome, PassContext, Search
-from moe2edge.runtime.memory import Need
+from moe2edge.pipeline.contract import Outcome, PassContext, PlannedStep, Search, TextSizes
+from moe2edge.runtime.memory import Estimate
 
 if TYPE_CHECKING:
     from moe2edge.passes._replace_bases import Sharing
@@ -176,7 +177,7 @@ class ExpertReplace(Search):
 
     @property
     def shares(self) -> bool:
-        """Whether experts become members."""
+        """Whether experts become tied."""
         return self.kind in ("base", "svd")
 
     def resolve(self, model: Model) -> ExpertReplace:
@@ -221,9 +222,9 @@ class ExpertReplace(Search):
         """Refuse what a layer cannot do without, and what is no smaller than experts."""
         if not model.moe_blocks:
             raise InputError("expert_replace: no layer has experts")
-        if model.members:
+        if any(layer.is_tied for _, layer in model.moe_blocks):
             raise InputError(
-                f"expert_replace: {model.members} experts share the matrices of others already, or "
+                f"expert_replace: {model.tied_count} experts share the matrices of others already, or "
                 "are factors; replace experts in one pass alone, and give expert_merge routing: "
                 "centroids, which leaves each its own"
             )
@@ -231,12 +232,12 @@ class ExpertReplace(Search):
         if self.shares:
             self._sharing.check(model)
         else:
-            self._check_substitutes(model)
+            self._check_replacements(model)
 
     def _check_budget(self, model: Model) -> None:
         """Refuse budgets below what each layer takes with one expert and constants, or all."""
         from moe2edge.passes._replace_bases import count_expert_bytes
-        from moe2edge.passes._replace_substitutes import estimate_size
+        from moe2edge.passes._replace_maps import estimate_size
 
         whole, budget = count_expert_bytes(model), self._budget(model)
         told = f"expert_replace: the budget is {budget:,} bytes of the {whole:,} that experts take"
@@ -258,13 +259,13 @@ class ExpertReplace(Search):
     def _share_of(self, model: Model, layer: MoELayer) -> int:
         """Bytes of the experts of a layer, where each layer has the same part of the budget."""
         from moe2edge.passes._replace_bases import count_expert_bytes
-        from moe2edge.passes._replace_substitutes import estimate_size
+        from moe2edge.passes._replace_maps import estimate_size
 
         old = _old_nbytes(layer)
         whole = len(layer.experts) * estimate_size(layer).expert + old
         return self._budget(model) * whole // count_expert_bytes(model) - old
 
-    def _check_substitutes(self, model: Model) -> None:
+    def _check_replacements(self, model: Model) -> None:
         if self.allots:
             self._check_budget(model)
             return
@@ -295,7 +296,7 @@ class ExpertReplace(Search):
 
     def plan(self, model: Model) -> Model:
         """Each layer with replacements for its last experts."""
-        from moe2edge.passes._replace_substitutes import plan_replacements
+        from moe2edge.passes._replace_maps import plan_replacements
 
         if self.shares:
             return self._sharing.plan(model)
@@ -312,7 +313,7 @@ class ExpertReplace(Search):
 
     def _plan_budget(self, model: Model) -> Model:
         """Each layer with maps for half of its experts or more, and ranks that fill its budget."""
-        from moe2edge.passes._replace_substitutes import RANK_STEP, estimate_size, plan_replacements
+        from moe2edge.passes._replace_maps import RANK_STEP, estimate_size, plan_replacements
 
         before = model
         for block, layer in model.moe_blocks:
@@ -329,11 +330,12 @@ class ExpertReplace(Search):
             model = model.replace_block(plan_replacements(block, layer, dict.fromkeys(gone, rank)))
         return model
 
-    def need(self, model: Model, tokens: int) -> Need:
-        """Sums over tokens of all experts of a layer that may go, and one stream."""
+    def estimate(self, planned: PlannedStep, texts: TextSizes) -> Estimate:
+        """Estimate sums over tokens for experts of a layer that may go, and hidden states."""
         from moe2edge.numerics import reduced_rank
         from moe2edge.passes import _replace_bases
 
+        model = planned.before
         hidden = model.family.geometry(model.config).hidden
         every = self.shares or self.allots or self.criterion in (None, "residual")
         counts = model.expert_counts if every else tuple(self._replaced(model).values())
@@ -351,10 +353,11 @@ class ExpertReplace(Search):
             sums = max(
                 _replace_bases.estimate_product_bytes(layer) for _, layer in model.moe_blocks
             )
-        return Need(
-            sums + 4 * tokens * hidden,
-            f"expert_replace sums up what up to {max(counts)} experts of a layer do",
-            remedy,
+        return replace(
+            super().estimate(planned, texts),
+            memory=sums + 4 * texts.calibration.tokens * hidden + model.block_nbytes,
+            purpose=f"expert_replace sums up what up to {max(counts)} experts of a layer do",
+            remedy=remedy,
         )
 
     # ---- doing it ----------------------------------------------------------------------------
@@ -362,12 +365,12 @@ class ExpertReplace(Search):
     def search(self, context: PassContext) -> Outcome:
         """Score, then replace block after block."""
         step = self.resolve(context.model)
-        return step._share(context) if self.shares else step._substitute(context)
+        return step._share(context) if self.shares else step._replace(context)
 
-    def _substitute(self, context: PassContext) -> Outcome:
+    def _replace(self, context: PassContext) -> Outcome:
         from moe2edge.calibration import walk
         from moe2edge.passes._replace_bases import check_budget
-        from moe2edge.passes._replace_substitutes import Fitter
+        from moe2edge.passes._replace_maps import Fitter
 
         scores: dict[int, list[float]] | None = None
         if self.criterion is not None and self.criterion != "residual":
@@ -393,14 +396,14 @@ class ExpertReplace(Search):
             scores,
             (lambda layer: self._share_of(context.model, layer)) if self.allots else None,
         )
-        model = walk.rewrite(
+        model, _ = walk.walk(
             context.model,
             context.tokens,
-            fitter,
-            context.reporter.advance,
-            "expert_replace",
-            context.memory,
+            transform=fitter,
             propagate=self.fitted_on == "changed",
+            advance=context.reporter.advance,
+            label="expert_replace",
+            memory=context.memory,
         )
         if self.allots:
             check_budget(context.model, model, self._budget(context.model), fitter.notes)
@@ -450,5 +453,5 @@ class ExpertReplace(Search):
 
 
 def _old_nbytes(layer: MoELayer) -> int:
-    """Bytes of the substitutes that a layer has already."""
-    return sum(weight.nbytes for s in layer.substitutes for _, weight in s.weights())
+    """Return the bytes of the replacements that a layer has already."""
+    return sum(w.nbytes for row in layer.replaced for _, w in layer.rows[row].weights())

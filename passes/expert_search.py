@@ -17,11 +17,9 @@ from moe2edge.pipeline.checks import check_amount, refuse_replaced
 from moe2edge.pipeline.contract import Outcome, PassContext, Search
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from moe2edge.calibration.evidence import EvidenceObserver
     from moe2edge.calibration.observation import BlockTrace
-    from moe2edge.numerics.subset_loss import Found, SubsetEvidence
+    from moe2edge.numerics.subset_loss import SearchResult, SubsetEvidence
     from moe2edge.progress import Advance
 
 
@@ -163,8 +161,13 @@ class ExpertSearch(Search):
             self, EvidenceObserver(context.tokens.numel(), self.tokens), set(layers), advance
         )
         if self.progressive:
-            model = walk.change(
-                context.source, context.model, context.tokens, decider, advance, "expert_search"
+            model, _ = walk.walk(
+                context.model,
+                context.tokens,
+                transform=decider,
+                source=context.source,
+                advance=advance,
+                label="expert_search",
             )
         else:
             walk.observe(
@@ -216,7 +219,7 @@ class ExpertSearch(Search):
             )
         return Outcome(after, changed=tuple(changed), notes=tuple(notes))
 
-    def choose(self, evidence: SubsetEvidence, advance: Advance, label: str) -> Found:
+    def choose(self, evidence: SubsetEvidence, advance: Advance, label: str) -> SearchResult:
         """The set to keep in one layer."""
         from moe2edge.numerics import subset_loss
 
@@ -247,16 +250,13 @@ class _Decider:
     gatherer: EvidenceObserver
     blocks: set[int]
     advance: Advance
-    found: dict[int, Found] = field(default_factory=dict)
+    found: dict[int, SearchResult] = field(default_factory=dict)
     errors: dict[int, float] = field(default_factory=dict)
 
-    def observe(self, trace: BlockTrace, source: BlockTrace) -> None:
-        """Take in one batch of a block and of its twin in the source."""
-        self.take_in(trace, source.mlp_outputs)
-
-    def take_in(self, trace: BlockTrace, target: Tensor | None) -> None:
-        """Take in one batch of a block, and what it should put out; None: as it does."""
+    def observe(self, trace: BlockTrace, source: BlockTrace | None = None) -> None:
+        """Take in one batch of a block, and of its twin, whose output is the target if given."""
         layer, index = trace.block.mlp, trace.block.index
+        target = None if source is None else source.mlp_outputs
         if index not in self.blocks or not isinstance(layer, MoELayer):
             return
         self.gatherer.observe(trace, target)
@@ -264,7 +264,7 @@ class _Decider:
             evidence = self.gatherer.take(layer)
             label = f"expert_search: block {index}, sets"
             self.found[index] = self.step.choose(evidence, self.advance, label)
-            self.errors[index] = evidence.relative(self.found[index].loss)
+            self.errors[index] = evidence.compute_relative_error(self.found[index].loss)
 
     def change(self, block: Block) -> Block:
         """The block with the experts that were chosen."""
@@ -282,8 +282,8 @@ class _LayerWise:
 
     def observe(self, trace: BlockTrace) -> None:
         """Take in one batch."""
-        self.decider.take_in(trace, None)
+        self.decider.observe(trace)
 
-    def result(self) -> Mapping[int, Found]:
+    def result(self) -> Mapping[int, SearchResult]:
         """The decisions, by block."""
         return self.decider.found

@@ -18,6 +18,7 @@ from moe2edge.errors import InputError
 from moe2edge.model.model import Block, Model
 from moe2edge.numerics.scheme import Scheme
 from moe2edge.passes._quantize import Quantize, Scales
+from moe2edge.pipeline.contract import PlannedStep
 from moe2edge.pipeline.solver import GateWeighted, GroupSolver, MatrixGroup, MinTokens, Solved
 
 if TYPE_CHECKING:
@@ -103,15 +104,15 @@ class Gptq(Quantize):
         chosen = str(self.dtype()).removeprefix("torch.")
         return super().resolve(model).model_copy(update={"compute": chosen})
 
-    def describe(self, model: Model) -> str:
-        """Schemes, and what the work is done with, in a line."""
+    def describe(self, planned: PlannedStep) -> str:
+        """Describe the schemes, and what the work is done with."""
         from moe2edge.numerics import compiled
 
         loops = (
             "" if compiled.is_built() else "; loops in torch, slower: no compiled ones were built"
         )
-        dtype = self.resolve(model).compute
-        return f"{super().describe(model)}; outputs of experts in {dtype}{loops}"
+        dtype = self.resolve(planned.before).compute
+        return f"{super().describe(planned)}; outputs of experts in {dtype}{loops}"
 
     def solver(self, model: Model) -> GroupSolver:
         """Gathers Hessians of matrices, then solves them."""
@@ -261,7 +262,7 @@ class _Solver:
         rounder = error_feedback.GridRounder(groups, grid, None if fixed else how, mask)
         loss = error_feedback.round_columns(columns, factors, rounder, self.dtype)
         q, grid = rounder.integers(orders).cpu(), rounder.grid.cpu()
-        return [grid[n].quantized(q[n]) for n in range(batch)], loss
+        return [grid[n].to_quantized(q[n]) for n in range(batch)], loss
 
     def _hessians(self, block: Block, groups: Sequence[MatrixGroup]) -> tuple[Tensor, list[str]]:
         """Hessians [batch, in, in], and which experts saw few tokens."""

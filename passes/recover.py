@@ -12,9 +12,18 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from moe2edge.errors import InputError
-from moe2edge.model.layers import Expert, MoELayer, UnroutedMLP
+from moe2edge.model.experts import Expert, Tied
+from moe2edge.model.layers import MoELayer, UnroutedMLP
 from moe2edge.model.model import Block, Model, is_quantizable
-from moe2edge.pipeline.contract import Cost, Outcome, PassContext, Train
+from moe2edge.pipeline.contract import (
+    Outcome,
+    PassContext,
+    PlannedStep,
+    TextSize,
+    TextSizes,
+    Train,
+)
+from moe2edge.runtime.memory import Estimate
 
 if TYPE_CHECKING:
     import torch
@@ -55,8 +64,8 @@ class Recover(Train):
     train: Annotated[
         Literal["full", "experts", "router", "lora"],
         Field(
-            description="full: every parameter; experts: experts, substitutes and routers; router: "
-            "routers alone; lora: low-rank adapters of matrices, and substitutes"
+            description="full: every parameter; experts: experts, replacements, routers; router: "
+            "routers alone; lora: low-rank adapters of matrices, and replacements"
         ),
     ] = "full"
     loss: Annotated[
@@ -160,8 +169,9 @@ class Recover(Train):
                         f"{list(weight.shape)}: at most {min(weight.shape)}"
                     )
 
-    def check_text(self, samples: int, length: int) -> None:
+    def check_text(self, text: TextSize) -> None:
         """Refuse fewer samples than are held out and in a step."""
+        samples = text.samples
         if samples - self.held_out < self.batch:
             raise InputError(
                 f"recover: of {samples} samples of text {self.held_out} are held out, and a step "
@@ -186,28 +196,38 @@ class Recover(Train):
             raise InputError("recover.device is cuda, and torch finds no GPU; leave it out")
         return torch.device("cuda" if there and self.device != "cpu" else "cpu")
 
-    def cost(self, model: Model, samples: int, length: int) -> Cost:
-        """By the formulas of docs/recovery.md."""
+    def estimate(self, planned: PlannedStep, texts: TextSizes) -> Estimate:
+        """Estimate what training takes, by the formulas of docs/recovery.md."""
         from moe2edge.passes import _recover_teacher, _recover_trainer
 
+        if (text := texts.training) is None:
+            return super().estimate(planned, texts)
+        model = planned.before
         trained, extra = self._sizes(model)
-        if self.anneal is not None:  # the experts that members were
+        if self.anneal is not None:  # originals of the experts that share a base
             extra += sum(
                 NUMBER * layer.experts[0].count * len(layer.sharing)
                 for _, layer in model.moe_blocks
             )
-        at_once = min(self.batch, _recover_trainer.count_samples_at_once(length))
+        at_once = min(self.batch, _recover_trainer.count_samples_at_once(text.length))
         numbers = NUMBER * model.parameters
         logits = 3 if self.loss == "text" else 5 if self.text_share else 4
-        training = TRAINED * trained + extra + estimate_activations(model, at_once * length, logits)
+        training = (
+            TRAINED * trained + extra + estimate_activations(model, at_once * text.length, logits)
+        )
         saved = 2 * SAVED * trained + sum(weight.nbytes for _, _, weight in model.tensors())
         if self.loss == "distill":
             saved += _recover_teacher.estimate_teacher_bytes(
-                samples - self.held_out, length, self.top_logits
+                text.samples - self.held_out, text.length, self.top_logits
             )
-        if self.place().type == "cuda":
-            return Cost(numbers + BEST * trained, saved, numbers + training)
-        return Cost(numbers + BEST * trained + training, saved)
+        on_gpu = self.place().type == "cuda"
+        return Estimate(
+            numbers + BEST * trained + (0 if on_gpu else training),
+            saved,
+            gpu=numbers + training if on_gpu else 0,
+            purpose="recover trains",
+            remedy="set batch to fewer samples, or train less: see train",
+        )
 
     def _sizes(self, model: Model) -> tuple[int, int]:
         """Parameters that are trained, and bytes that adapters take in a forward pass besides."""
@@ -242,8 +262,9 @@ class Recover(Train):
 
         if context.training is None:
             raise AssertionError("recover got no text to train on")
-        self.check_text(*context.training.shape)
-        self._tell_cost(context, *context.training.shape)
+        text = TextSize(*context.training.shape)
+        self.check_text(text)
+        self._state_cost(context, text)
         with _folder(context) as folder:
             recovered, state = self._trained(context, context.training, States(folder))
         model, after = context.model, None
@@ -274,22 +295,23 @@ class Recover(Train):
         hidden = walk.observe(model, ids, (), context.reporter.advance, label, context.memory)
         return metrics.measure(ids, walk.compute_logits(model, hidden), None).perplexity
 
-    def _tell_cost(self, context: PassContext, samples: int, length: int) -> None:
-        """Say what it will take before it starts.
+    def _state_cost(self, context: PassContext, text: TextSize) -> None:
+        """Report what it will take before it starts.
 
         Raises:
             DoesNotFit: there is less.
         """
-        cost, (count, _) = self.cost(context.model, samples, length), self._sizes(context.model)
+        model, (count, _) = context.model, self._sizes(context.model)
+        cost = self.estimate(PlannedStep(self, model, model), context.texts)
         where = f"{cost.gpu / 1e9:.2f} GB of the GPU and " if cost.gpu else ""
         context.reporter.log(
-            f"recover: {count:,} of {context.model.parameters:,} parameters are trained ({self.train}) "
-            f"on {samples - self.held_out} samples of {length} tokens, {self.held_out} are held "
-            f"out; about {where}{cost.memory / 1e9:.2f} GB of memory, {cost.disk / 1e9:.2f} GB on "
-            "the disk"
+            f"recover: {count:,} of {model.parameters:,} parameters are trained ({self.train}) on "
+            f"{text.samples - self.held_out} samples of {text.length} tokens, {self.held_out} are "
+            f"held out; about {where}{cost.memory / 1e9:.2f} GB of memory, {cost.disk / 1e9:.2f} "
+            "GB on the disk"
         )
         # Groups of experts that share a base can be others than planned.
-        cost.check("recover", context.memory.limit)
+        cost.check(context.memory.limit)
 
     def _trained(
         self, context: PassContext, tokens: Tensor, states: States
@@ -343,7 +365,7 @@ class Recover(Train):
     def _selects(self, block: Block, role: str) -> bool:
         """Whether ``train`` selects a tensor of a block.
 
-        Members with factors, and all that anneal, read the matrices of experts themselves, where
+        Tied experts, and all that anneal, read the matrices of experts themselves, where
         an adapter of peft is not seen: those get none. Their factors are trained.
         """
         if (
@@ -351,8 +373,8 @@ class Recover(Train):
             and role.startswith("experts.")
             and isinstance(layer := block.mlp, MoELayer)
         ):
-            factored = any(member.factors for member in layer.members)
-            if factored or (self.anneal is not None and layer.sharing):
+            tied = any(isinstance(row, Tied) for row in layer.rows)
+            if tied or (self.anneal is not None and layer.sharing):
                 return False
         return _is_trained(self.train, block, role)
 
@@ -399,11 +421,11 @@ class Recover(Train):
             before = {expert.origin: expert for expert in twins[block.origin].experts}
 
             def original(row: int, layer: MoELayer = layer, before: Any = before) -> list[Tensor]:
-                expert = before[layer.members[row].origin]
+                expert = before[layer.rows[row].origin]
                 return [load_finite(weight) for weight in (expert.gate, expert.up, expert.down)]
 
             mixed: MixedExperts = loaded.model.layers[block.index].mlp.experts
-            found.append(mixed.annealed(layer, original))
+            found.append(mixed.anneal(layer, original))
         return found
 
     def _numbers(

@@ -89,8 +89,13 @@ class Routing(Search):
         self._state_cost(context)
         fitter = _Fitter(self, context.store, held_out)
         advance = context.reporter.advance
-        fitted = walk.change(
-            context.source, context.model, context.tokens, fitter, advance, "routing"
+        fitted, _ = walk.walk(
+            context.model,
+            context.tokens,
+            transform=fitter,
+            source=context.source,
+            advance=advance,
+            label="routing",
         )
         notes = tuple(fitter.notes)
         if not fitter.changed:
@@ -167,8 +172,9 @@ class _Fitter:
     notes: list[str] = field(default_factory=list)
     parts: list[RouterEvidence] = field(default_factory=list)
 
-    def observe(self, trace: BlockTrace, source: BlockTrace) -> None:
+    def observe(self, trace: BlockTrace, source: BlockTrace | None) -> None:
         """Add one batch of a layer with a router."""
+        assert source is not None, "the walk has a source"
         if isinstance(trace.block.mlp, MoELayer) and trace.routing is not None:
             self.parts.append(_evidence(trace, trace.block.mlp, source))
 

@@ -27,11 +27,11 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from moe2edge.errors import InputError, Moe2EdgeError
-from moe2edge.model.layers import Weight, plan_weight
 from moe2edge.model.model import Block, Model
 from moe2edge.model.roles import list_quantizable
+from moe2edge.model.weights import Weight, plan_weight
 from moe2edge.numerics.scheme import Pattern
-from moe2edge.pipeline.contract import Slim
+from moe2edge.pipeline.contract import PlannedStep, Slim
 from moe2edge.pipeline.solver import GateWeighted, GroupSolver, MatrixGroup, MinTokens, Solved
 
 if TYPE_CHECKING:
@@ -205,9 +205,9 @@ class Sparsify(Slim):
                 if expected is not None and not has_zeros(weight.load(), *self.run(weight.shape)):
                     raise Moe2EdgeError(f"{name} has fewer zeros than {expected}")
 
-    def describe(self, model: Model) -> str:
-        """Pattern, method, and how many weights become zero, in a line."""
-        weights = [w for block in model.blocks for _, w in self.selected(block)]
+    def describe(self, planned: PlannedStep) -> str:
+        """Describe the pattern, the method, and how many weights become zero."""
+        weights = [w for block in planned.before.blocks for _, w in self.selected(block)]
         return (
             f"{self.promise} by {self.method}: {len(weights)} matrices, "
             f"{sum(self.zeros(w.shape) for w in weights):,} of "
@@ -380,7 +380,7 @@ class ZeroChooser:
         """The numbers, [batch, out, in]."""
         return self._result.transpose(1, 2)
 
-    def panel(self, *_: object) -> None:
+    def round_panel(self, *_: object) -> None:
         """Column by column."""
 
     def begin(self, first: int, completed: Tensor, weight: Tensor) -> None:

@@ -1,9 +1,10 @@
 """``dynamic`` of a GPTQ checkpoint: other schemes, or none, for some modules.
 
 Programs match patterns from the start of a module's name, and the first that matches holds.
-GPTQModel looks up names on disk; vLLM and SGLang those of their own modules, where queries, keys
-and values are one (``qkv_proj``), gate and up are one (``gate_up_proj``), and so are the experts of
-a layer (``mlp.experts``). Where these have one scheme, a pattern matches both kinds of names.
+GPTQModel looks up the names on disk. vLLM and SGLang look up those of their fused modules: queries,
+keys and values (``qkv_proj``), gate and up (``gate_up_proj``), all experts of a layer
+(``mlp.experts``). Where the matrices of such a module have one scheme, a pattern matches both kinds
+of names.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from moe2edge.model.model import Model, is_low_rank, is_quantizable
 from moe2edge.numerics.scheme import Scheme
 
 _BLOCK = re.compile(r"(.*\.layers)\.(\d+)\.(.+)\.([^.]+)")
-# Experts, and what answers for replaced ones: substitutes, and matrices of members.
+# Experts, replacement modules, and matrices of tied experts.
 _EXPERT = re.compile(r"(.+)\.\d+(?:\.(?:gate|up|down))?")
-# Of classes that `_pattern` knows.
+# Number of classes that `_make_pattern` distinguishes, from wide to narrow.
 LEVELS = 6
 _FUSED = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "[qkv]+_proj"),
@@ -27,95 +28,95 @@ _FUSED = {
 
 
 def find_main_scheme(model: Model) -> Scheme | None:
-    """The scheme of most matrices, None if nothing is quantized.
+    """Return the scheme of most matrices, None if nothing is quantized.
 
-    Factors and linear maps, which may be more, count only where they alone are quantized.
+    Factors and linear maps may be more numerous, but count only if nothing else is quantized.
     """
     schemes = [(role, weight.scheme) for _, role, weight in model.tensors() if weight.scheme]
-    found = Counter(s for role, s in schemes if is_quantizable(role)) or Counter(
+    counts = Counter(s for role, s in schemes if is_quantizable(role)) or Counter(
         s for _, s in schemes
     )
-    return found.most_common(1)[0][0] if found else None
+    return counts.most_common(1)[0][0] if counts else None
 
 
 def encode_scheme(scheme: Scheme) -> dict[str, Any]:
-    """A scheme in the words of a ``quantization_config``."""
+    """Return a scheme with the keys of a ``quantization_config``."""
     return {"bits": scheme.bits, "group_size": scheme.group_size, "sym": scheme.symmetric}
 
 
 def build_dynamic(model: Model) -> dict[str, dict[str, Any]]:
-    """Entries for all matrices that have another scheme than the main one, or none.
+    """Build entries for all matrices with another scheme than the main one, or with none.
 
-    Each matches nothing but matrices of its scheme: whole classes of modules where that is so,
-    single modules otherwise. Empty if one scheme is that of all. Factors and linear maps have an
-    entry if they are quantized, whatever their scheme.
+    An entry matches only matrices of its scheme: a whole class of modules if all of it has that
+    scheme, a single module otherwise. There are no entries if all matrices have one scheme.
+    Quantized factors and linear maps always have an entry, whatever their scheme.
     """
     main = find_main_scheme(model)
     schemes: dict[str, Scheme | None] = {}
-    left: dict[str, None] = {}  # a set that keeps its order
+    unmatched: dict[str, None] = {}  # an ordered set
     for name, role, weight in model.tensors():
         if len(weight.shape) == 2:
             module = name.removesuffix(".weight")
             schemes[module] = weight.scheme
-            named = weight.scheme is not None if is_low_rank(role) else weight.scheme != main
-            if named and (is_quantizable(role) or is_low_rank(role)):
-                left[module] = None
-    found: dict[str, dict[str, Any]] = {}
+            differs = weight.scheme is not None if is_low_rank(role) else weight.scheme != main
+            if differs and (is_quantizable(role) or is_low_rank(role)):
+                unmatched[module] = None
+    entries: dict[str, dict[str, Any]] = {}
     for level in range(LEVELS):
         tried: set[str] = set()
-        for module in list(left):
-            pattern = _pattern(module, level)
-            if module not in left or pattern in tried:
+        for module in list(unmatched):
+            pattern = _make_pattern(module, level)
+            if module not in unmatched or pattern in tried:
                 continue
             tried.add(pattern)
-            members = {name for name in schemes if re.match(pattern, name)}
+            matched = {name for name in schemes if re.match(pattern, name)}
             scheme = schemes[module]
-            if all(schemes[name] == scheme for name in members):
-                found |= _entry(pattern, scheme)
-                left = {name: None for name in left if name not in members}
-    for module in left:
-        found |= _entry(re.escape(module), schemes[module])
-    return found
+            if all(schemes[name] == scheme for name in matched):
+                entries |= _make_entry(pattern, scheme)
+                unmatched = {name: None for name in unmatched if name not in matched}
+    for module in unmatched:
+        entries |= _make_entry(re.escape(module), schemes[module])
+    return entries
 
 
-def _entry(pattern: str, scheme: Scheme | None) -> dict[str, dict[str, Any]]:
+def _make_entry(pattern: str, scheme: Scheme | None) -> dict[str, dict[str, Any]]:
     return {f"-:{pattern}": {}} if scheme is None else {f"+:{pattern}": encode_scheme(scheme)}
 
 
-def _pattern(module: str, level: int) -> str:
-    """A pattern for a class that a module is in, from wide (0) to narrow.
+def _make_pattern(module: str, level: int) -> str:
+    """Make a pattern for a class that contains a module; levels go from wide (0) to narrow.
 
-    The classes are all matrices of its parent, those that programs keep as one, and those of its
-    name; each in all blocks (even levels) and in its own (odd).
+    The classes are: all matrices of its parent, those that programs fuse with it, and those of its
+    name; each in all blocks (even levels) and in its block alone (odd levels).
     """
-    known = _BLOCK.fullmatch(module)
-    assert known is not None, module
-    stem, index, parent, name = known.groups()
+    match = _BLOCK.fullmatch(module)
+    assert match is not None, module
+    stem, index, parent, name = match.groups()
     index = index if level % 2 else r"\d+"
     block = rf"{re.escape(stem)}\.{index}\."
     if expert := _EXPERT.fullmatch(parent):
         experts = block + re.escape(expert[1])
         return experts if level < 2 else rf"{experts}\.\d+\.{re.escape(name)}"
-    inside = rf"{block}{re.escape(parent)}\."
+    siblings = rf"{block}{re.escape(parent)}\."
     if level < 2:
-        return inside
-    return inside + (_FUSED.get(name, re.escape(name)) if level < 4 else re.escape(name))
+        return siblings
+    return siblings + (_FUSED.get(name, re.escape(name)) if level < 4 else re.escape(name))
 
 
-# ---- what serving programs keep as one -----------------------------------------------------------
+# ---- modules that serving programs fuse ----------------------------------------------------------
 
 
 def find_split_fusion(model: Model) -> str | None:
-    """The first module of serving programs whose matrices differ in scheme, None if none does."""
-    found: dict[str, Scheme | None] = {}
+    """Find the first fused module of serving programs whose matrices differ in scheme."""
+    schemes: dict[str, Scheme | None] = {}
     for name, role, weight in model.tensors():
         if not is_quantizable(role):
             continue
-        known = _BLOCK.fullmatch(name.removesuffix(".weight"))
-        assert known is not None, name
-        stem, index, parent, leaf = known.groups()
+        match = _BLOCK.fullmatch(name.removesuffix(".weight"))
+        assert match is not None, name
+        stem, index, parent, leaf = match.groups()
         expert = _EXPERT.fullmatch(parent)
         fused = expert[1] if expert else f"{parent}.{_FUSED.get(leaf, leaf)}"
-        if found.setdefault(f"{stem}.{index}.{fused}", weight.scheme) != weight.scheme:
+        if schemes.setdefault(f"{stem}.{index}.{fused}", weight.scheme) != weight.scheme:
             return f"{stem}.{index}.{expert[1] if expert else parent}"
     return None

@@ -1,10 +1,10 @@
-"""Ways to hold layers that differ, for the targets that write safetensors.
+"""Layouts for layers that differ, for the targets that write safetensors.
 
-Stock readers know one number of experts and one top-k for the whole model. ``uniform`` is what they
-read; ``natural`` writes each layer as it is, with a ``per_layer_config``, for ``moe2edge.load``;
-``mlp-only`` uses that some families may have a dense MLP in any layer: a layer that was dropped
-becomes one of zeros, an expert that is left alone is padded with zeros to the common width. A
-Mixtral model that needs it is written as Qwen2-MoE.
+Stock readers take one number of experts and one top-k for the whole model: layout ``uniform``.
+Layout ``natural`` writes each layer as it is, with a ``per_layer_config``, for ``moe2edge.load``.
+Layout ``mlp-only`` relies on families that may have a dense MLP in any layer: a dropped layer
+becomes an MLP of zeros, a single remaining expert an MLP that is padded with zeros to the common
+width. A Mixtral model that needs this is written as Qwen2-MoE.
 """
 
 from __future__ import annotations
@@ -15,120 +15,94 @@ from typing import Literal, get_args
 
 from moe2edge.errors import InputError, Unsupported, suggest
 from moe2edge.model import model as model_
-from moe2edge.model.layers import Dense, MoELayer, UnroutedMLP
+from moe2edge.model.edits import sort_rows
+from moe2edge.model.experts import Dense
+from moe2edge.model.layers import MoELayer, UnroutedMLP
 from moe2edge.model.model import SECOND_NORM, Block, Model
-from moe2edge.pipeline.target import Loader
 from moe2edge.targets._rehomed import convert_to_qwen2_moe
 from moe2edge.targets._tensors import TILE, fit_scheme, make_zeros, pad
 
 Layout = Literal["natural", "uniform", "mlp-only"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
-# Has no dense layers, but can be written as a family that has.
+# This family has no dense layers, but can be written as one that has.
 REHOMED = "mixtral"
 
 
 def check_layout(layout: str) -> None:
-    """Refuse a layout that is none.
+    """Check that a layout exists.
 
     Raises:
-        InputError: names the nearest.
+        InputError: it does not; suggests the nearest name.
     """
     if layout not in LAYOUTS:
         raise InputError(suggest("layout", layout, LAYOUTS))
 
 
 def convert_layout(model: Model, layout: Layout, target: str) -> Model:
-    """The model that is written for ``model``: it computes the same.
+    """Return a model that computes the same as ``model``, in the form that the layout writes.
 
     Args:
-        model: what was made.
-        layout: how to hold layers that differ.
+        model: the model to write.
+        layout: how to store layers that differ.
         target: name of the target, for the message.
 
     Raises:
-        Unsupported: the layout cannot hold it; says what could.
+        Unsupported: the layout cannot hold the model; names layouts and targets that can.
     """
-    found = _converted(model, layout)
-    if found is not None:
-        return found
-    could = "natural (for moe2edge.load)"
-    others = "" if model.substitutes or model.members else ", or trim all layers alike"
-    if _converted(model, "mlp-only") is not None:
-        could = f"mlp-only or {could}"
+    model = sort_rows(model)
+    converted = _convert(model, layout)
+    if converted is not None:
+        return converted
+    fitting = "natural (for moe2edge.load)"
+    others = "" if model.replaced_count or model.tied_count else ", or trim all layers alike"
+    if _convert(model, "mlp-only") is not None:
+        fitting = f"mlp-only or {fitting}"
     raise Unsupported(
-        f"target {target} with layout {layout} {_needs(model, layout)}, but there are "
-        f"{_kinds(model)}; choose layout {could}, or target onnx{others}"
+        f"target {target} with layout {layout} {_describe_limits(model, layout)}, but the model "
+        f"has {_describe_layers(model)}; choose layout {fitting}, or target onnx{others}"
     )
 
 
-def _converted(model: Model, layout: Layout) -> Model | None:
+def _convert(model: Model, layout: Layout) -> Model | None:
+    """Return the model in the form that the layout writes, None if there is none."""
     if layout == "mlp-only":
-        model = _with_plain_mlps(model)
+        model = _use_plain_mlps(model)
     return model if layout == "natural" or model.is_uniform else None
 
 
-def _needs(model: Model, layout: Layout) -> str:
+def _describe_limits(model: Model, layout: Layout) -> str:
+    """Return which layers a layout can hold, as the predicate of a sentence."""
     if layout == "uniform":
         return (
-            "holds only MoE layers of one size that skip nothing and whose experts are all their "
-            "own, as stock transformers does"
+            "holds only MoE layers of one size without dynamic skipping, tied or replaced experts, "
+            "as stock transformers does"
         )
     if not (model.family.dense_layers or model.family.model_type == REHOMED):
         return f"makes no difference for {model.family.model_type}, which has no mlp_only_layers"
-    return "holds MoE layers of one size, layers that were dropped whole, and plain experts"
+    return "holds MoE layers of one size, layers that were dropped whole, and single experts"
 
 
-def list_refusing_loaders(model: Model, *programs: str) -> tuple[Loader, ...]:
-    """What ``programs`` that know nothing of a ``per_layer_config`` do with one: nothing good."""
-    if model.substitutes:
-        why = "it knows no substitutes for experts"
-    elif model.members:
-        why = "it knows no experts that share matrices"
-    elif model.skips:
-        why = "it knows no dynamic skipping"
-    elif all(model_.is_stock_form(model, block) for block in model.blocks):
-        why = "it takes MoE layers of one size only"
-    else:
-        why = "it has no form for layers without a router"
-    notes = {
-        "transformers": "stock classes raise an error on per_layer_config",
-        # The converter falls back to the bare file where transformers refuses it.
-        "llama.cpp": f"{why}; its converter, as read, looks at no per_layer_config",
-    }
-    return tuple(Loader(program, "no", notes.get(program, why)) for program in programs)
+# ---- description of the layers -----------------------------------------------------------------
 
 
-def judge_vllm(model: Model, held: Model) -> Loader:
-    """What is known of vLLM, for ``model`` that is ``held`` in a layout."""
-    if held.family is model.family:
-        return Loader("vLLM", "as read", "0.33")
-    geometry = held.family.geometry(held.config)
-    if geometry.heads * geometry.head_dim != geometry.hidden:
-        return Loader("vLLM", "no", "its Qwen2-MoE, as read, takes no head_dim")
-    if held.blocks[0].window is not None:
-        return Loader("vLLM", "not tried", "a sliding window in its Qwen2-MoE")
-    return Loader("vLLM", "as read", f"0.33, as {held.family.architecture}")
-
-
-# ---- what layers there are ---------------------------------------------------------------------
-
-
-def _kinds(model: Model) -> str:
-    """The kinds of layers of a model, with the blocks that have them."""
-    found: dict[str, list[int]] = {}
+def _describe_layers(model: Model) -> str:
+    """Return the kinds of layers of a model, with the blocks that have them."""
+    kinds: dict[str, list[int]] = {}
     for block in model.blocks:
-        found.setdefault(_kind(block), []).append(block.index)
+        kinds.setdefault(_describe_layer(block), []).append(block.index)
     return ", ".join(
-        f"{kind} (block{'s' * (len(where) > 1)} {_ranges(where)})" for kind, where in found.items()
+        f"{kind} (block{'s' * (len(indices) > 1)} {_format_ranges(indices)})"
+        for kind, indices in kinds.items()
     )
 
 
-def _kind(block: Block) -> str:
+def _describe_layer(block: Block) -> str:
+    """Return the kind of the MoE layer or MLP of a block, in words."""
     mlp = block.mlp
     if isinstance(mlp, MoELayer):
         skips = " with skipping" if mlp.router.skip_below else ""
-        gone = f" and {len(mlp.substitutes)} substitutes" if mlp.substitutes else ""
-        shared = f" for {len(mlp.members)} members" if mlp.members else ""
+        gone = f" and {len(mlp.replaced)} replacements" if mlp.replaced else ""
+        shared = f" for {len(mlp.routed)} tied ones" if mlp.is_tied else ""
         return f"{len(mlp.experts)} experts{shared}{gone} top-{mlp.router.top_k}{skips}"
     if isinstance(mlp, UnroutedMLP):
         return "a shared expert" if mlp.expert is None else "a shared expert and a plain one"
@@ -137,10 +111,10 @@ def _kind(block: Block) -> str:
     return f"a plain MLP of width {mlp.gate.shape[0]}"
 
 
-def _ranges(numbers: Iterable[int]) -> str:
-    """Rising numbers, runs of them from end to end.
+def _format_ranges(numbers: Iterable[int]) -> str:
+    """Format ascending numbers, with runs of them as ranges.
 
-    >>> _ranges([0, 1, 2, 5, 7, 8])
+    >>> _format_ranges([0, 1, 2, 5, 7, 8])
     '0-2, 5, 7-8'
     """
     runs: list[list[int]] = []
@@ -155,11 +129,11 @@ def _ranges(numbers: Iterable[int]) -> str:
 # ---- layers that became plain MLPs -------------------------------------------------------------
 
 
-def _with_plain_mlps(model: Model) -> Model:
-    """``model`` with dropped layers and lone experts as the family's own dense MLPs.
+def _use_plain_mlps(model: Model) -> Model:
+    """Return ``model`` with dropped layers and single experts as the family's dense MLPs.
 
-    The class of the family gives all of them the width ``intermediate_size`` of the config.
-    Layers that cannot be had so are left as they are.
+    In the class of the family, all of these have the width ``intermediate_size`` of the config.
+    Layers that cannot be stored in this form are left as they are.
     """
     plain = [b.index for b in model.blocks if isinstance(b.mlp, Dense) or _is_dropped(b)]
     if all(model_.is_stock_form(model, model.blocks[index]) for index in plain):
@@ -177,7 +151,7 @@ def _with_plain_mlps(model: Model) -> Model:
         width = -(-width // TILE) * TILE
     config = {**model.config, "intermediate_size": width}
     for block in blocks:
-        model = model.replace_block(_of_width(block, width))
+        model = model.replace_block(_set_width(block, width))
     return replace(model, config=config)
 
 
@@ -185,10 +159,10 @@ def _is_dropped(block: Block) -> bool:
     return block.mlp is None and SECOND_NORM not in block.norms
 
 
-def _of_width(block: Block, width: int) -> Block:
-    """A block with a dense MLP of ``width``; what it puts out is as before.
+def _set_width(block: Block, width: int) -> Block:
+    """Return a block that computes the same, with a dense MLP of ``width``.
 
-    Zeros in place of a dropped layer have the scheme of the attention before them.
+    In place of a dropped layer the MLP has zeros, in the scheme of the block's attention.
     """
     if isinstance(block.mlp, Dense):
         mlp = block.mlp
@@ -202,7 +176,7 @@ def _of_width(block: Block, width: int) -> Block:
         return replace(block, mlp=mlp)
     before, like = block.norms["input_layernorm.weight"], block.attention["q_proj.weight"]
     hidden = before.shape[0]
-    # Whatever is normed, zeros come out of the MLP.
+    # The norm may have any weights, because an MLP of zeros ignores its input.
     norm = replace(before, load=lambda: before.load().new_ones(before.shape))
     scheme = fit_scheme(like.scheme, hidden, width)
     inner = make_zeros((width, hidden), like.dtype, scheme)

@@ -41,7 +41,12 @@ class BlockInputs:
 
 @dataclass(frozen=True)
 class ResidualStream:
-    """The residual stream: its value, and what the next norm adds to it before norming."""
+    """The residual stream, as a sum of two values.
+
+    Attributes:
+        value: the hidden states.
+        pending: a value that the next norm adds to them first; empty: none.
+    """
 
     value: str
     pending: str = ""
@@ -50,7 +55,7 @@ class ResidualStream:
 def add_norm(
     graph: Graph, at: str, stream: ResidualStream, weight: Source, eps: float
 ) -> tuple[str, str]:
-    """The normed stream, and the stream itself with what was pending."""
+    """Add a norm; return the normed hidden states, and the hidden states with the pending value."""
     scale = graph.vector(weight)
     if not stream.pending:
         y = graph.node(at, "RMSNormalization", [stream.value, scale], epsilon=eps, axis=-1)
@@ -66,12 +71,12 @@ class BlockWriter:
     """Adds one block to a graph.
 
     Attributes:
-        graph: where to.
+        graph: graph to add to.
         model: the model, for names.
         block: the block.
         geometry: sizes that all blocks share.
         inputs: values that all blocks read.
-        accuracy_level: of quantized operators.
+        accuracy_level: attribute of quantized operators.
     """
 
     graph: Graph
@@ -87,7 +92,7 @@ class BlockWriter:
         return f"/model/layers.{self.block.index}"
 
     def add(self, stream: ResidualStream) -> ResidualStream:
-        """The stream after the block."""
+        """Add the block; return the residual stream after it."""
         roles = {
             role: Source(self.model.family.disk_name(self.block.index, role), weight)
             for role, weight in self.block.weights()
@@ -108,6 +113,7 @@ class BlockWriter:
         )
 
     def _norm(self, roles: Roles, name: str, stream: ResidualStream) -> tuple[str, str]:
+        """Add a norm of the block, as `add_norm`."""
         weight = roles[f"norms.{name}.weight"]
         return add_norm(self.graph, f"{self.at}/{name}", stream, weight, self.geometry.eps)
 
@@ -119,12 +125,14 @@ class BlockWriter:
         biases: Sequence[Source] = (),
         name: str = "",
     ) -> str:
+        """Add products with matrices, as `add_linear`; ``name`` is that of the first if empty."""
         name = name or weights[0].name
         return add_linear(self.graph, at, x, name, weights, biases, self.accuracy_level)
 
     # ---- attention -----------------------------------------------------------------------------
 
     def _attention(self, roles: Roles, x: str) -> str:
+        """Add attention with its cache and its output projection."""
         at, index, geometry = f"{self.at}/attn", self.block.index, self.geometry
         cache = [f"past_key_values.{index}.{part}" for part in ("key", "value")]
         present = [f"present.{index}.{part}" for part in ("key", "value")]
@@ -152,7 +160,7 @@ class BlockWriter:
         return self._linear(f"{at}/o_proj", y, [roles["attention.o_proj.weight"]], biases)
 
     def _queries_keys_values(self, roles: Roles, x: str) -> list[str]:
-        """Inputs of the attention operator: three values, or one that holds all and two blanks."""
+        """Add the inputs of the attention operator: three values, or one packed and two blanks."""
         at, names = f"{self.at}/attn", ("q_proj", "k_proj", "v_proj")
         weights = [roles[f"attention.{name}.weight"] for name in names]
         biases = [roles[r] for r in (f"attention.{name}.bias" for name in names) if r in roles]
@@ -182,7 +190,7 @@ class BlockWriter:
         return values
 
     def _head_norm(self, weight: Source, name: str, x: str) -> str:
-        """Norm of queries or keys: over each head, or over all of them."""
+        """Add the norm of queries or keys: over each head, or over all of them."""
         at, graph, size = f"{self.at}/attn/{name}", self.graph, self.geometry.head_dim
         per_head = self.model.family.qk_norm == "head"
         if per_head:
@@ -193,16 +201,16 @@ class BlockWriter:
             x = graph.node(f"{at}/join", "Reshape", [x, graph.constant([0, 0, -1])])
         return x
 
-    # ---- what follows attention ----------------------------------------------------------------
+    # ---- MoE layer or MLP ----------------------------------------------------------------------
 
     def _moe(self, roles: Roles, layer: MoELayer, x: str) -> str:
         at = f"{self.at}/moe"
-        writer = MixedWriter if layer.substitutes or layer.members else MoEWriter
+        writer = MoEWriter if layer.is_plain else MixedWriter
         y = writer(self.graph, at, roles, layer, self.block.index, self.accuracy_level).add(x)
         return y if layer.shared is None else self._with_shared(roles, at, x, y)
 
     def _with_shared(self, roles: Roles, at: str, x: str, y: str) -> str:
-        """``y``, which may be nothing, and the shared expert."""
+        """Add the shared expert, and its sum with ``y`` if that is not empty."""
         graph = self.graph
         shared = self._mlp(roles, "shared", f"{at}/shared", x)
         gate = self._linear(f"{at}/shared_gate", x, [roles["shared.router"]])
@@ -211,7 +219,7 @@ class BlockWriter:
         return graph.node(f"{at}/shared", "Add", [y, shared]) if y else shared
 
     def _mlp(self, roles: Roles, kind: str, at: str, x: str) -> str:
-        """A gated MLP: ``down(silu(gate(x)) * up(x))``."""
+        """Add a gated MLP: ``down(silu(gate(x)) * up(x))``."""
         graph, weights = self.graph, [roles[f"{kind}.gate"], roles[f"{kind}.up"]]
         stem = weights[0].name.replace("gate_proj", "gate_up_proj")
         gate, up = add_linear_pair(graph, at, x, stem, weights, self.accuracy_level)

@@ -1,4 +1,4 @@
-"""How the rows of a router come into the graph: by the fused operator, or by nodes of their own."""
+"""Columns of the graph for the rows of a router: in the fused operator, or in separate nodes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 
+from moe2edge.model.experts import Constant, Linear, Tied
 from moe2edge.model.layers import MoELayer
 
 
@@ -14,8 +15,8 @@ class ColumnGroup:
     """Rows of the router whose experts have the same matrices, or one that has factors alone.
 
     Attributes:
-        base: the expert whose matrices these are; None: there are none.
-        rows: first those with factors.
+        base: the stored expert with these matrices; None: there is none.
+        rows: numbers of the rows, those with factors first.
     """
 
     base: int | None
@@ -35,10 +36,12 @@ class Columns:
 
     @cached_property
     def grouped(self) -> tuple[ColumnGroup, ...]:
-        """Rows by expert; within, those with factors first. Behind them those without a base."""
+        """Rows by expert, those with factors first; behind them the rows without a base."""
         found: dict[int, list[int]] = {}
         alone = []
-        for row, base in enumerate(self.layer.bases):
+        bases = self.layer.bases
+        for row in self.layer.routed:
+            base = bases[row]
             if base is None:
                 alone.append(ColumnGroup(None, (row,)))
             else:
@@ -56,41 +59,40 @@ class Columns:
 
     @property
     def groups(self) -> tuple[ColumnGroup, ...]:
-        """What is not."""
+        """Groups of rows that are not in the fused operator."""
         return tuple(group for group in self.grouped if not self._fuses(group))
 
     @cached_property
     def stacks(self) -> tuple[tuple[int, ...], ...]:
-        """Positions of the substitutes that are more than a constant, those alike together."""
+        """Rows that run linear maps, those of one form together."""
         found: dict[tuple[object, ...], list[int]] = {}
-        for n, own in enumerate(self.layer.substitutes):
-            if own.first is not None and own.second is not None:
-                forms = (weight.scheme or weight.dtype for weight in (own.first, own.second))
-                found.setdefault((own.rank, *forms), []).append(n)
+        for n, row in enumerate(self.layer.rows):
+            if isinstance(row, Linear):
+                forms = (weight.scheme or weight.dtype for weight in (row.first, row.second))
+                found.setdefault((row.rank, *forms), []).append(n)
         return tuple(map(tuple, found.values()))
 
     @cached_property
-    def substitutes(self) -> tuple[int, ...]:
-        """Positions of all substitutes, in the order of their columns."""
-        constants = (n for n, own in enumerate(self.layer.substitutes) if not own.rank)
+    def replaced(self) -> tuple[int, ...]:
+        """Rows that run replacements, in the order of their columns."""
+        constants = (n for n, row in enumerate(self.layer.rows) if isinstance(row, Constant))
         return (*constants, *chain.from_iterable(self.stacks))
 
     @property
     def of_rows(self) -> tuple[int, ...]:
-        """The column of each row."""
-        layer = self.layer
-        found: dict[int, int] = {}
+        """Column of each row."""
+        bases, found = self.layer.bases, dict[int, int]()
         for column, expert in enumerate(self.fused):
-            found |= {row: column for row, base in enumerate(layer.bases) if base == expert}
-        for column, n in enumerate(self.substitutes, len(self.fused)):
-            found[layer.routed + n] = column
-        for column, group in enumerate(self.groups, len(self.fused) + len(self.substitutes)):
+            found |= {row: column for row, base in enumerate(bases) if base == expert}
+        for column, row in enumerate(self.replaced, len(self.fused)):
+            found[row] = column
+        for column, group in enumerate(self.groups, len(self.fused) + len(self.replaced)):
             found |= dict.fromkeys(group.rows, column)
-        return tuple(found[row] for row in range(layer.router_rows))
+        return tuple(found[row] for row in range(self.layer.router_rows))
 
     def has_factors(self, row: int) -> bool:
-        """Whether a row is a member with factors."""
-        return row < len(self.layer.members) and bool(self.layer.members[row].factors)
+        """Whether a row runs a tied expert."""
+        return isinstance(self.layer.rows[row], Tied)
 
     def _fuses(self, group: ColumnGroup) -> bool:
         if group.base is None or any(map(self.has_factors, group.rows)):

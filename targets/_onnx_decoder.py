@@ -2,7 +2,7 @@
 
 Operators and their layouts are those of ONNX Runtime's CPU provider
 (https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md). Inputs and outputs
-are named as onnxruntime-genai wants them.
+have the names that onnxruntime-genai expects.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", 
 
 
 def build_decoder(model: Model, accuracy_level: int) -> Graph:
-    """The whole graph; no number is read until its weights are written.
+    """Build the whole graph; no weight is loaded until the weights are written.
 
     Args:
-        model: shapes and handles.
-        accuracy_level: of all quantized operators: 0 for float32 activations, 4 for int8.
+        model: shapes, and handles on the weights.
+        accuracy_level: attribute of all quantized operators: 0 for float32 activations, 4 for int8.
     """
     graph = Graph()
     geometry = model.family.geometry(model.config)
@@ -44,8 +44,8 @@ def build_decoder(model: Model, accuracy_level: int) -> Graph:
         stream = BlockWriter(graph, model, block, geometry, inputs, accuracy_level).add(stream)
     last = Source(FINAL_NORM, model.rest[FINAL_NORM])
     hidden, _ = add_norm(graph, "/model/norm", stream, last, geometry.eps)
-    # Tied weights are stored once: the head multiplies by the transposed embedding. The Cast of a
-    # 16-bit matrix is folded when a session opens; benchmarks/onnx_head compares the forms.
+    # Tied weights are stored once: the head multiplies by the transposed embedding. The runtime
+    # folds the Cast of a 16-bit matrix when a session opens; benchmarks/onnx_head compares forms.
     if HEAD in model.rest:
         matrix = graph.stored(HEAD, [(Source(HEAD, model.rest[HEAD]),)], shape)
     else:
@@ -59,7 +59,7 @@ def build_decoder(model: Model, accuracy_level: int) -> Graph:
 
 
 def _inputs(graph: Graph, model: Model, geometry: Geometry) -> BlockInputs:
-    """Declare the inputs; lengths from the attention mask, and the rotary tables."""
+    """Declare the inputs, and add the rotary tables and lengths, which the attention mask gives."""
     graph.input("input_ids", TensorProto.INT64, ["batch_size", "sequence_length"])
     mask = graph.input("attention_mask", TensorProto.INT64, ["batch_size", "total_length"])
     for index in range(len(model.blocks)):
@@ -87,13 +87,14 @@ def _inputs(graph: Graph, model: Model, geometry: Geometry) -> BlockInputs:
 
 
 def _cache(geometry: Geometry, length: str) -> list[int | str]:
+    """Return the shape of the cached keys or values of one block."""
     return ["batch_size", geometry.kv_heads, length, geometry.head_dim]
 
 
 def compute_rotary_tables(model: Model, positions: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines float32 [positions, head_dim / 2], by transformers' own module.
+    """Compute cosines and sines float32 [positions, head_dim / 2] by transformers' own module.
 
-    They hold the attention scaling of types such as yarn.
+    They include the attention scaling of rotary embeddings such as yarn.
     """
     import transformers
 

@@ -1,11 +1,11 @@
-"""The graph of a folder with float32 activations throughout, whatever it allows.
+"""The graph of a folder, changed so that all activations are float32.
 
-Accuracy level 0 does it for ``MatMulNBits`` and for ``QMoE`` of 4 bits. ``QMoE`` of 8 bits rounds
-activations to int8 unless an environment variable says otherwise when the session opens; that of 2
-bits looks products up in tables of int8 wherever groups are multiples of 32
+For ``MatMulNBits`` and ``QMoE`` of 4 bits, accuracy level 0 does that. ``QMoE`` of 8 bits rounds
+activations to int8 unless an environment variable is set when the session opens. ``QMoE`` of 2 bits
+uses lookup tables of int8 products if the group size is a multiple of 32
 (https://github.com/microsoft/onnxruntime, ``moe_quantization_cpu.cc``). So groups of 2 bits are
-taken as groups of 16 here, each with the scale and the zero point of the group it is a part of:
-the same numbers, computed in the operator's slow way.
+split into groups of 16 here, each with the scale and the zero point of the group it is a part of:
+the weights are the same, but the operator takes its slower float32 path.
 """
 
 from __future__ import annotations
@@ -23,22 +23,20 @@ from onnx import TensorProto, helper, numpy_helper
 from moe2edge.numerics.packing import pack_bytes, unpack_bytes
 from moe2edge.targets._onnx_storage import load_graph
 
-# Of QMoE: which kernels experts may use. It is read when a session opens.
+# Environment variable that selects the kernels of QMoE; it is read when a session opens.
 EXPERT_KERNELS = "ORT_QMOE_CPU_QNBIT_GEMM"
-# Of experts that are computed by a table.
+# Experts of this many bits are computed by lookup tables.
 REWRITTEN_BITS = 2
-# The table kernel wants groups that this divides; the operator takes groups from half of it.
+# The lookup tables need group sizes that this divides; the operator takes sizes from half of it.
 TABLE_GROUP = 32
 SMALL_GROUP = 16
-QMOE_SCALES, QMOE_ZEROS = (
-    (3, 6),
-    (11, 12),
-)  # among the inputs of QMoE, of its first and second matrix
+# Positions among the inputs of QMoE, for its first and its second matrix.
+QMOE_SCALES, QMOE_ZEROS = (3, 6), (11, 12)
 
 
 @contextmanager
 def use_float_experts() -> Iterator[None]:
-    """While a session opens: experts of 8 bits compute with float32 activations."""
+    """Make experts of 8 bits use float32 activations in sessions that are opened inside."""
     before = os.environ.get(EXPERT_KERNELS)
     os.environ[EXPERT_KERNELS] = "fp32"
     try:
@@ -51,7 +49,11 @@ def use_float_experts() -> Iterator[None]:
 
 
 def convert_to_float_activations(folder: Path, data_file: str) -> bytes:
-    """The graph of a folder, changed so; its weights stay in the file ``data_file``.
+    """Return the graph of a folder, serialized, with float32 activations throughout.
+
+    Args:
+        folder: holds the graph.
+        data_file: name of the file that the weights stay in.
 
     Raises:
         VerificationFailed: the files are damaged.
@@ -70,7 +72,7 @@ def convert_to_float_activations(folder: Path, data_file: str) -> bytes:
 
 
 def _attributes(graph: Any) -> Iterator[Any]:
-    """Of all nodes, those in branches too."""
+    """Yield the attributes of all nodes, including those in branches."""
     for node in graph.node:
         for attribute in node.attribute:
             yield attribute
@@ -78,65 +80,70 @@ def _attributes(graph: Any) -> Iterator[Any]:
 
 
 def _split_groups(graph: Any) -> None:
-    """Give experts of 2 bits groups of `SMALL_GROUP` where the table kernel would take them."""
+    """Split the groups of experts of 2 bits that would be computed by lookup tables."""
     shapes = {proto.name: tuple(proto.dims) for proto in graph.initializer}
     added: list[Any] = []
     for node in graph.node:
-        known = {attribute.name: attribute for attribute in node.attribute}
-        if node.op_type != "QMoE" or known["expert_weight_bits"].i != REWRITTEN_BITS:
+        attributes = {attribute.name: attribute for attribute in node.attribute}
+        if node.op_type != "QMoE" or attributes["expert_weight_bits"].i != REWRITTEN_BITS:
             continue
-        if known["block_size"].i % TABLE_GROUP:
+        group_size = attributes["block_size"]
+        if group_size.i % TABLE_GROUP:
             continue
-        pieces = known["block_size"].i // SMALL_GROUP
-        known["block_size"].i = SMALL_GROUP
+        pieces = group_size.i // SMALL_GROUP
+        group_size.i = SMALL_GROUP
         groups = {place: shapes[node.input[place]][-1] for place in QMOE_SCALES}
         for place, count in groups.items():
-            added += _repeated_scales(graph, node, place, count, pieces)
+            added += _repeat_scales(graph, node, place, count, pieces)
         for place, count in zip(QMOE_ZEROS, groups.values(), strict=True):
             if place < len(node.input) and node.input[place]:
                 shape = shapes[node.input[place]]
-                added += _repeated_zeros(graph, node, place, shape, count, pieces)
+                added += _repeat_zeros(graph, node, place, shape, count, pieces)
     nodes = [*added, *graph.node]
     del graph.node[:]
     graph.node.extend(nodes)
 
 
-def _repeated_scales(graph: Any, user: Any, place: int, groups: int, pieces: int) -> list[Any]:
-    """A node that repeats each scale of an input [..., groups] as often as a group has pieces."""
+def _repeat_scales(graph: Any, user: Any, place: int, groups: int, pieces: int) -> list[Any]:
+    """Make a node that repeats each scale of an input [..., groups] for the pieces of its group."""
     name = user.input[place]
     user.input[place] = f"{name}/repeated"
-    each = _constant(graph, f"{name}/each", np.arange(groups).repeat(pieces))
+    each = _add_constant(graph, f"{name}/each", np.arange(groups).repeat(pieces))
     return [helper.make_node("Gather", [name, each], [user.input[place]], axis=-1)]
 
 
-def _repeated_zeros(
+def _repeat_zeros(
     graph: Any, user: Any, place: int, shape: tuple[int, ...], groups: int, pieces: int
 ) -> list[Any]:
-    """Nodes that do the same to zero points, which stand in bytes of four: by a table of bytes."""
+    """Make nodes that repeat zero points, of which a byte holds four, by a table of bytes."""
     name = user.input[place]
     user.input[place] = f"{name}/repeated"
-    whole = unpack_bytes(torch.arange(256, dtype=torch.uint8)[:, None], REWRITTEN_BITS)
-    table = pack_bytes(whole.repeat_interleave(pieces, dim=1), REWRITTEN_BITS).numpy()
+    unpacked = unpack_bytes(torch.arange(256, dtype=torch.uint8)[:, None], REWRITTEN_BITS)
+    table = pack_bytes(unpacked.repeat_interleave(pieces, dim=1), REWRITTEN_BITS).numpy()
     bytes_ = np.arange(-(-groups * pieces * REWRITTEN_BITS // 8))
     last = np.array([*shape[:-1], shape[-1] * pieces])
     return [
         helper.make_node("Cast", [name], [f"{name}/index"], to=TensorProto.INT32),
         helper.make_node(
-            "Gather", [_constant(graph, f"{name}/table", table), f"{name}/index"], [f"{name}/bytes"]
+            "Gather",
+            [_add_constant(graph, f"{name}/table", table), f"{name}/index"],
+            [f"{name}/bytes"],
         ),
         helper.make_node(
-            "Reshape", [f"{name}/bytes", _constant(graph, f"{name}/shape", last)], [f"{name}/all"]
+            "Reshape",
+            [f"{name}/bytes", _add_constant(graph, f"{name}/shape", last)],
+            [f"{name}/all"],
         ),
         helper.make_node(
             "Gather",
-            [f"{name}/all", _constant(graph, f"{name}/kept", bytes_)],
+            [f"{name}/all", _add_constant(graph, f"{name}/kept", bytes_)],
             [user.input[place]],
             axis=-1,
         ),
     ]
 
 
-def _constant(graph: Any, name: str, value: np.ndarray[Any, Any]) -> str:
-    """Add an initializer; its name."""
+def _add_constant(graph: Any, name: str, value: np.ndarray[Any, Any]) -> str:
+    """Add an initializer and return its name."""
     graph.initializer.append(numpy_helper.from_array(value, name))
     return name

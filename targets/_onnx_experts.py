@@ -1,4 +1,4 @@
-"""What is routed of an MoE layer as ONNX nodes: router, dynamic skipping, one fused operator."""
+"""Routed experts of an MoE layer as ONNX nodes: router, dynamic skipping, one fused operator."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class MoEWriter:
     """Adds the routed experts of one MoE layer to a graph.
 
     Attributes:
-        graph: where to.
+        graph: graph to add to.
         at: path of the layer's nodes.
-        roles: the block's weights.
+        roles: weights of the block, by role.
         layer: the layer.
-        index: of the block.
-        accuracy_level: of quantized operators.
+        index: index of the block.
+        accuracy_level: attribute of quantized operators.
     """
 
     graph: Graph
@@ -36,46 +36,46 @@ class MoEWriter:
     accuracy_level: int
 
     def add(self, x: str) -> str:
-        """The weighted sum of what the chosen experts put out, in the shape of ``x``."""
+        """Add the layer; return the weighted sum of expert outputs, in the shape of ``x``."""
         graph, router, count = self.graph, self.layer.router, len(self.layer.experts)
         scores, rows = self._scores(x)
         if router.skip_below:
-            return self._skipping(x, rows)
+            return self._add_skipping(x, rows)
         y = self._fused(x, rows)
-        # normalize_routing_weights=0 gives zeros in MoE (onnxruntime issue 33866) and is
-        # ignored by QMoE. So weights are always normalized, and the sum that this divides by
-        # is put back.
+        # normalize_routing_weights=0 makes MoE output zeros (onnxruntime issue 33866) and is
+        # ignored by QMoE. So weights are always normalized, and the output is multiplied by the
+        # sum that this divided by.
         if not router.renormalize and router.top_k < count:
             at = f"{self.at}/mass"
-            chances = graph.node(at, "Softmax", [scores], axis=-1)
-            mass = self._sum(at, self._top(at, chances)[0])
+            probabilities = graph.node(at, "Softmax", [scores], axis=-1)
+            mass = self._sum(at, self._top(at, probabilities)[0])
             y = graph.node(at, "Mul", [y, mass])
         return y
 
     # ---- routing -------------------------------------------------------------------------------
 
     def _scores(self, x: str) -> tuple[str, str]:
-        """Logits of the router, [batch, length, rows] and [tokens, rows]."""
+        """Add the router; return its logits as [batch, length, rows] and as [tokens, rows]."""
         at, weight = f"{self.at}/router", self.roles["router.weight"]
         scores = add_linear(self.graph, at, x, weight.name, [weight], (), self.accuracy_level)
         shape = self.graph.constant([-1, self.layer.router_rows])
         return scores, self.graph.node(at, "Reshape", [scores, shape])
 
-    def _top(self, at: str, chances: str) -> tuple[str, str]:
-        """The weights of what is chosen, in falling order, and which rows these are."""
+    def _top(self, at: str, probabilities: str) -> tuple[str, str]:
+        """Choose the top k; return their weights, in descending order, and their rows."""
         outputs = [f"{at}/TopK/output_0", f"{at}/TopK/output_1"]
         top_k = self.graph.constant([self.layer.router.top_k])
-        self.graph.node(at, "TopK", [chances, top_k], outputs, axis=-1)
+        self.graph.node(at, "TopK", [probabilities, top_k], outputs, axis=-1)
         return outputs[0], outputs[1]
 
     def _sum(self, at: str, weights: str) -> str:
-        """Of each token."""
+        """Sum the weights of each token."""
         return self.graph.node(at, "ReduceSum", [weights, self.graph.constant([-1])], keepdims=1)
 
     def _kept(self, at: str, best: str) -> tuple[str, str]:
-        """Weights with zeros for what is skipped, and bool [tokens, k] for what is not.
+        """Return weights with zeros for skipped experts, and bool [tokens, k]: which ones run.
 
-        See `moe2edge.numerics.skipping.apply_skipping`.
+        The formula is that of `moe2edge.numerics.skipping.apply_skipping`.
         """
         graph = self.graph
         below = graph.constant([[0.0, *self.layer.router.skip_below]], np.float32)
@@ -85,34 +85,35 @@ class MoEWriter:
         zero = graph.constant(0.0, np.float32)
         return graph.node(f"{at}/kept", "Where", [runs, best, zero]), runs
 
-    def _skipping(self, x: str, rows: str) -> str:
-        """Experts with dynamic skipping.
+    def _add_skipping(self, x: str, rows: str) -> str:
+        """Add experts with dynamic skipping.
 
-        ``QMoE`` takes the weights as an input and spends no time on those that are zero; ``MoE``
-        has no such input, so logits of what is skipped are lowered until their weight is zero.
+        ``QMoE`` takes weights as an input and spends no time on experts whose weight is zero.
+        ``MoE`` has no such input, so the logits of skipped experts are lowered until their weights
+        are zero.
         """
         at, graph, router = f"{self.at}/skip", self.graph, self.layer.router
-        chances = graph.node(at, "Softmax", [rows], axis=-1)
-        best, ids = self._top(at, chances)
+        probabilities = graph.node(at, "Softmax", [rows], axis=-1)
+        best, ids = self._top(at, probabilities)
         kept, runs = self._kept(at, best)
         zero = graph.constant(0.0, np.float32)
-        nothing = graph.node(f"{at}/nothing", "Mul", [chances, zero])
+        zeros = graph.node(f"{at}/nothing", "Mul", [probabilities, zero])
         if self.layer.experts[0].gate.scheme is None:
-            return self._lowered(x, rows, (nothing, ids, kept, runs))
+            return self._add_lowered(x, rows, (zeros, ids, kept, runs))
         if router.renormalize:
             kept = graph.node(at, "Div", [kept, self._sum(at, kept)])
-        weights = graph.node(at, "ScatterElements", [nothing, ids, kept], axis=1)
+        weights = graph.node(at, "ScatterElements", [zeros, ids, kept], axis=1)
         return self._fused(x, rows, weights)
 
-    def _lowered(self, x: str, rows: str, routing: tuple[str, str, str, str]) -> str:
-        """Skipping in ``MoE``."""
+    def _add_lowered(self, x: str, rows: str, routing: tuple[str, str, str, str]) -> str:
+        """Add skipping for ``MoE``, by lowered logits."""
         at, graph = f"{self.at}/skip", self.graph
-        nothing, ids, kept, runs = routing
+        zeros, ids, kept, runs = routing
         logits = graph.node(at, "GatherElements", [rows, ids], axis=1)
         low = graph.constant(-1e4, np.float32)
         logits = graph.node(f"{at}/logits", "Where", [runs, logits, low])
-        # All others are as low, or the operator would choose one of them for what is skipped.
-        others = graph.node(f"{at}/others", "Add", [nothing, low])
+        # All others are as low: otherwise, the operator would choose one in place of a skipped one.
+        others = graph.node(f"{at}/others", "Add", [zeros, low])
         rows = graph.node(at, "ScatterElements", [others, ids, logits], axis=1)
         y = self._fused(x, rows)
         if self.layer.router.renormalize:
@@ -126,17 +127,17 @@ class MoEWriter:
     # ---- experts -------------------------------------------------------------------------------
 
     def _fused(self, x: str, scores: str, weights: str = "") -> str:
-        """All experts by one operator.
+        """Add one operator that holds all experts.
 
         Args:
             x: the layer's input.
             scores: router logits [tokens, experts].
-            weights: what outputs are multiplied with, [tokens, experts]; none: the operator's own
-                softmax over the chosen logits.
+            weights: factors of expert outputs, [tokens, experts]; empty: the softmax over the
+                chosen logits, which the operator computes.
         """
-        everyone, router = range(len(self.layer.experts)), self.layer.router
+        experts, router = range(len(self.layer.experts)), self.layer.router
         normalize = router.renormalize or not weights
-        return self._operator(x, everyone, (scores, weights), router.top_k, normalize=normalize)
+        return self._operator(x, experts, (scores, weights), router.top_k, normalize=normalize)
 
     def _operator(
         self,
@@ -147,14 +148,13 @@ class MoEWriter:
         *,
         normalize: bool,
     ) -> str:
-        """``QMoE`` with some experts, or ``MoE`` where they are not quantized.
+        """Add ``QMoE`` for some experts, or ``MoE`` if they are not quantized.
 
         Args:
             x: the layer's input.
-            experts: their positions in the layer.
-            routing: by what experts are chosen, [tokens, experts], and what their outputs are
-                multiplied with, which may be nothing; see `_fused`.
-            top_k: how many are chosen per token.
+            experts: positions of the experts in the layer.
+            routing: scores and weights of the experts, as in `_fused`.
+            top_k: number of experts chosen per token.
             normalize: whether weights are scaled to sum to one.
         """
         graph, roles, count = self.graph, self.roles, len(experts)
@@ -191,7 +191,7 @@ class MoEWriter:
         if weights or not like.scheme.symmetric:
             points = ["", ""] if like.scheme.symmetric else [stored[0][2], stored[1][2]]
             inputs += ["", "", "", "", *points, *(["", weights] if weights else [])]
-        # weights_prepacked is written because its default means another layout in later versions.
+        # weights_prepacked is explicit, because its default means another layout in later versions.
         return graph.node(
             self.at,
             "QMoE",

@@ -38,7 +38,7 @@ class Graph:
     def __init__(self) -> None:
         self.batches: list[Batch] = []
         self._nodes: list[Any] = []
-        # Those that are not within a branch.
+        # Nodes outside of branches; `_nodes` are those of the branch under construction.
         self._outermost = self._nodes
         self._constants: dict[str, Any] = {}
         self._inputs: list[Any] = []
@@ -46,12 +46,12 @@ class Graph:
         self._floats: dict[str, str] = {}
 
     def input(self, name: str, dtype: int, shape: Sequence[int | str]) -> str:
-        """Declare an input of the graph."""
+        """Declare an input of the graph and return its name."""
         self._inputs.append(helper.make_tensor_value_info(name, dtype, shape))
         return name
 
     def output(self, name: str, shape: Sequence[int | str]) -> str:
-        """Declare a float32 output of the graph."""
+        """Declare a float32 output of the graph and return its name."""
         self._outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
         return name
 
@@ -63,9 +63,9 @@ class Graph:
         outputs: Sequence[str] = (),
         **attributes: Any,
     ) -> str:
-        """Append the operator ``op`` as node ``at/op``; the name of its first output.
+        """Append the operator ``op`` as node ``at/op``; return the name of its first output.
 
-        Outputs are called ``at/op/output_N`` unless they are named.
+        Without ``outputs`` it has one output, ``at/op/output_0``.
         """
         outputs = list(outputs) or [f"{at}/{op}/output_0"]
         self._nodes.append(_node(f"{at}/{op}", op, inputs, outputs, attributes))
@@ -74,35 +74,36 @@ class Graph:
     def choice(
         self, at: str, condition: str, branches: Sequence[Branch], dtypes: Sequence[int]
     ) -> list[str]:
-        """What one of two branches gives, of which only that one runs; as node ``at/If``.
+        """Add two branches, of which one runs, as node ``at/If``; return its outputs.
 
         Args:
             at: path of the node.
             condition: a value that holds one bool.
-            branches: what to run if it is true, and if not: adds nodes, and names what they give.
-            dtypes: of what they give.
+            branches: the branch for true and that for false; each adds nodes and returns the names
+                of its outputs.
+            dtypes: dtypes of the outputs, the same for both branches.
         """
-        parts, here = {}, self._nodes
+        graphs, nodes = {}, self._nodes
         for name, branch in zip(("then_branch", "else_branch"), branches, strict=True):
             self._nodes = []
-            given = [
+            results = [
                 helper.make_tensor_value_info(value, dtype, None)
                 for value, dtype in zip(branch(), dtypes, strict=True)
             ]
-            parts[name] = helper.make_graph(self._nodes, f"{at}/{name}", [], given)
-            self._nodes = here
+            graphs[name] = helper.make_graph(self._nodes, f"{at}/{name}", [], results)
+            self._nodes = nodes
         outputs = [f"{at}/If/output_{n}" for n in range(len(dtypes))]
-        self.node(at, "If", [condition], outputs, **parts)
+        self.node(at, "If", [condition], outputs, **graphs)
         return outputs
 
     def split(self, at: str, x: str, sizes: Sequence[int]) -> list[str]:
-        """Columns of ``x``, so many at a time."""
+        """Split ``x`` along its columns into parts of the given sizes."""
         outputs = [f"{at}/Split/output_{n}" for n in range(len(sizes))]
         self.node(at, "Split", [x, self.constant(sizes)], outputs, axis=-1)
         return outputs
 
     def constant(self, value: object, dtype: type[np.generic] = np.int64) -> str:
-        """A small constant inside the graph file; equal ones are stored once."""
+        """Add a small constant to the graph file; equal ones are stored once."""
         array = np.asarray(value, dtype)
         text = "_".join(map(str, array.reshape(-1).tolist()))
         name = f"/constants/{array.dtype}{list(array.shape)}/{text}"
@@ -110,39 +111,39 @@ class Graph:
         return name
 
     def store(self, batch: Batch) -> tuple[str, ...]:
-        """Add weights; the names of their initializers."""
+        """Add weights; return the names of their initializers."""
         self.batches.append(batch)
         return tuple(slot.name for slot in batch.slots)
 
     def stored(self, name: str, parts: Sequence[DataPart], shape: tuple[int, ...]) -> str:
-        """Store unquantized ``parts`` in the source's dtype; the value as float32."""
+        """Store unquantized ``parts`` in the source's dtype; return the value as float32."""
         (raw,) = self.store(make_plain_initializer(name, parts, shape))
         return self.as_float(raw, parts[0][0].weight.dtype)
 
     def as_float(self, name: str, dtype: str) -> str:
-        """The float32 value of an initializer of ``dtype`` as safetensors spells it."""
+        """Return the float32 value of an initializer; ``dtype`` is spelled as in safetensors."""
         if dtype == "F32":
             return name
         if name not in self._floats:
             at = f"/weights/{name}/Cast"
             self._floats[name] = f"{at}/output_0"
             attributes = {"to": TensorProto.FLOAT}
-            # Not within a branch, so that every branch may use it.
+            # Outside of branches, so that every branch can use it.
             self._outermost.append(_node(at, "Cast", [name], [f"{at}/output_0"], attributes))
         return self._floats[name]
 
     @property
     def widened_nbytes(self) -> int:
-        """By how many bytes what is stored grows in memory, as the runtime makes it float32."""
+        """Bytes that stored weights take in memory beyond their file, as they become float32."""
         slots = (slot for batch in self.batches for slot in batch.slots)
         return sum(4 * math.prod(s.shape) - s.nbytes for s in slots if s.name in self._floats)
 
     def vector(self, source: Source) -> str:
-        """A stored vector (norm, bias) as float32."""
+        """Store a vector (norm, bias); return the value as float32."""
         return self.stored(source.name, [(source,)], source.weight.shape)
 
     def proto(self, stored: Sequence[Any], metadata: dict[str, str]) -> Any:
-        """The finished ``ModelProto``; ``stored`` are the initializers of all weights."""
+        """Build the finished ``ModelProto``; ``stored`` are the initializers of all weights."""
         graph = helper.make_graph(
             self._nodes,
             "decoder",
@@ -176,16 +177,16 @@ def add_linear(
     biases: Sequence[Source],
     accuracy_level: int,
 ) -> str:
-    """Products of ``x`` [batch, length, in] with one or more matrices [out, in], side by side.
+    """Add products of ``x`` [batch, length, in] with one or more matrices [out, in], concatenated.
 
     Args:
-        graph: where to.
+        graph: graph to add to.
         at: path of the nodes.
         x: the input.
-        name: of the initializer that holds the matrices.
-        weights: matrices of one scheme, or of none and one dtype.
+        name: name of the initializer that holds the matrices.
+        weights: matrices of one scheme; or unquantized ones of one dtype.
         biases: one per matrix, or none.
-        accuracy_level: of ``MatMulNBits``.
+        accuracy_level: attribute of ``MatMulNBits``.
     """
     parts: list[DataPart] = [(w,) for w in weights]
     outs, ins = sum(w.weight.shape[0] for w in weights), weights[0].weight.shape[1]
@@ -198,7 +199,7 @@ def add_linear(
         y = graph.node(at, "FusedMatMul", [x, matrix], transB=1)
         return graph.node(at, "Add", [y, bias]) if bias else y
     stored = graph.store(make_quantized_initializers(name, parts, (outs, ins), blocked=True))
-    # Behind the scales come zero points, an order of inputs that is not used, and the bias.
+    # After the scales come zero points, a column order (g_idx) that is not used, and the bias.
     gap = ["", ""] if scheme.symmetric else [""]
     return graph.node(
         at,
@@ -213,22 +214,22 @@ def add_linear(
 
 
 def are_alike(sources: Sequence[Source]) -> bool:
-    """Whether weights can stand in one initializer."""
+    """Test if weights can be stored in one initializer."""
     return len({s.weight.scheme or s.weight.dtype for s in sources}) <= 1
 
 
 def add_linear_pair(
     graph: Graph, at: str, x: str, name: str, weights: Sequence[Source], accuracy_level: int
 ) -> list[str]:
-    """Products of ``x`` with the matrices gate and up, which stand together where they can.
+    """Add products of ``x`` with the matrices gate and up, which share an initializer if they can.
 
     Args:
-        graph: where to.
+        graph: graph to add to.
         at: path of the MLP's nodes.
         x: the input.
-        name: of the initializer that holds both.
+        name: name of the initializer that holds both.
         weights: the two matrices.
-        accuracy_level: of ``MatMulNBits``.
+        accuracy_level: attribute of ``MatMulNBits``.
     """
     if are_alike(weights):
         both = add_linear(graph, f"{at}/gate_up_proj", x, name, weights, (), accuracy_level)
@@ -240,7 +241,7 @@ def add_linear_pair(
 
 
 def add_gated_product(graph: Graph, at: str, gate: str, up: str) -> str:
-    """``silu(gate) * up``."""
+    """Add ``silu(gate) * up``."""
     slope = graph.node(f"{at}/silu", "Sigmoid", [gate])
     gate = graph.node(f"{at}/silu", "Mul", [gate, slope])
     return graph.node(at, "Mul", [gate, up])

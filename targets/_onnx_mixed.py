@@ -1,4 +1,4 @@
-"""MoE layers whose router also chooses substitutes and members, as ONNX nodes.
+"""MoE layers with tied experts or replacements, as ONNX nodes.
 
 No expert is made whole. What the fused operator can hold it gets, with zeros for what answers
 elsewhere; constants are one product of gates; every linear map, every base with factors and
@@ -67,6 +67,11 @@ class MixedWriter(MoEWriter):
         return Columns(self.layer)
 
     @property
+    def row_roles(self) -> tuple[str, ...]:
+        """First part of the roles of each row's tensors."""
+        return self.layer.row_roles
+
+    @property
     def hidden(self) -> int:
         """Width of the stream."""
         return self.layer.router.weight.shape[1]
@@ -77,7 +82,7 @@ class MixedWriter(MoEWriter):
         routing = self._routing(self._scores(x)[1])
         fused, constants = self._split_gates(routing.gates)
         small = []
-        if columns.substitutes:
+        if columns.replaced:
             small.append(self._constants(constants))
         if columns.stacks or columns.groups:
             small.append(self._answers(x, routing))
@@ -130,9 +135,9 @@ class MixedWriter(MoEWriter):
         return graph.node(at, "ScatterElements", inputs, axis=1, reduction="add")
 
     def _split_gates(self, gates: str) -> tuple[str, str]:
-        """Columns of the fused operator, and of substitutes; empty names where there are none."""
+        """Split columns of the fused operator and of replacements; no names where there are none."""
         columns = self.columns
-        sizes = [len(columns.fused), len(columns.substitutes), len(columns.groups)]
+        sizes = [len(columns.fused), len(columns.replaced), len(columns.groups)]
         found = [size for size in sizes if size]
         if len(found) == 1:
             return (gates, "") if sizes[0] else ("", gates)
@@ -140,12 +145,12 @@ class MixedWriter(MoEWriter):
         fused, constants, _ = (next(values) if size else "" for size in sizes)
         return fused, constants
 
-    # ---- substitutes and members ---------------------------------------------------------------
+    # ---- replacements and tied experts ---------------------------------------------------------
 
     def _constants(self, gates: str) -> str:
-        """Constants of all substitutes, times their gates: [tokens, hidden]."""
+        """Add the constants of all replacements, times their gates: [tokens, hidden]."""
         at, graph = f"{self.at}/constants", self.graph
-        rows = [self.roles[f"substitutes.{n}.constant"] for n in self.columns.substitutes]
+        rows = [self.roles[f"{self.row_roles[row]}.constant"] for row in self.columns.replaced]
         flat = graph.node(at, "Concat", [graph.vector(row) for row in rows], axis=0)
         matrix = graph.node(at, "Reshape", [flat, graph.constant([len(rows), self.hidden])])
         return graph.node(at, "MatMul", [gates, matrix])
@@ -218,10 +223,10 @@ class MixedWriter(MoEWriter):
         was asked is a branch. benchmarks/onnx_mixed: with 64 experts picking takes about three
         quarters of the time of branches, with 8 experts it is all one.
         """
-        graph, at = self.graph, f"{self.at}/maps.{stack[0]}"
-        stem = f"model.layers.{self.index}.moe.substitutes.{stack[0]}"
+        graph, at, roles = self.graph, self._stack_path(stack), self.row_roles
+        stem = f"model.layers.{self.index}.moe.{roles[stack[0]]}"
         stored = [
-            self._stored(f"{stem}.{name}s", [self.roles[f"substitutes.{n}.{name}"] for n in stack])
+            self._stored(f"{stem}.{name}s", [self.roles[f"{roles[row]}.{name}"] for row in stack])
             for name in LOW
         ]
         if len(stack) == 1:
@@ -231,8 +236,8 @@ class MixedWriter(MoEWriter):
             ones = [f"{at}/Split/output_{n}" for n in range(len(stack))]
             graph.node(at, "Split", [asked], ones, axis=0, num_outputs=len(stack))
             found = [
-                self._map(n, number, stored, one, tokens, routing)
-                for number, (n, one) in enumerate(zip(stack, ones, strict=True))
+                self._map(row, number, stored, one, tokens, routing)
+                for number, (row, one) in enumerate(zip(stack, ones, strict=True))
             ]
             y, places = (
                 graph.node(f"{at}/{name}", "Concat", values, axis=0)
@@ -244,6 +249,10 @@ class MixedWriter(MoEWriter):
         alone = graph.node(at, "Equal", [count, graph.constant([1])])
         branches = (lambda: self._picked(stack, stored, tokens, routing)), one_by_one
         return graph.choice(at, alone, branches, ANSWER)
+
+    def _stack_path(self, stack: Sequence[int]) -> str:
+        """Return the path of the nodes of a stack of linear maps."""
+        return f"{self.at}/maps.{self.layer.row_numbers[stack[0]]}"
 
     def _stored(self, stem: str, sources: Sequence[Source]) -> Stack:
         """Matrices of one shape and form, one behind the other."""
@@ -280,8 +289,8 @@ class MixedWriter(MoEWriter):
         self, stack: Sequence[int], stored: Sequence[Stack], tokens: str, routing: GraphRouting
     ) -> tuple[str, str]:
         """What the maps of a stack make, each place with matrices of its own."""
-        graph, at = self.graph, f"{self.at}/maps.{stack[0]}/picked"
-        numbers = {self.layer.routed + n: number for number, n in enumerate(stack)}
+        graph, at = self.graph, f"{self._stack_path(stack)}/picked"
+        numbers = {row: number for number, row in enumerate(stack)}
         of_rows = graph.constant(
             [numbers.get(row, -1) for row in range(self.layer.router_rows + 1)]
         )
@@ -297,7 +306,7 @@ class MixedWriter(MoEWriter):
 
     def _map(
         self,
-        n: int,
+        row: int,
         number: int,
         stored: Sequence[Stack],
         asked: str,
@@ -305,10 +314,10 @@ class MixedWriter(MoEWriter):
         routing: GraphRouting,
     ) -> list[str]:
         """What the linear map at ``number`` makes of its tokens, and their places."""
-        at = f"{self.at}/substitutes.{n}"
+        at = f"{self.at}/{self.row_roles[row]}"
 
         def answer() -> tuple[str, str]:
-            places = self._places(at, self.layer.routed + n, routing)
+            places = self._places(at, row, routing)
             x = self._inputs(at, tokens, places)
             return self._low(at, stored, self._number(at, asked, number), x), places
 
@@ -400,7 +409,7 @@ class MixedWriter(MoEWriter):
             count = graph.node(at, "Shape", [x], end=1)
             shape = graph.node(at, "Concat", [count, graph.constant([out])], axis=0)
             return graph.node(at, "ConstantOfShape", [shape])
-        sources = [self.roles[f"members.{row}.{part}.{name}"] for name in LOW]
+        sources = [self.roles[f"{self.row_roles[row]}.{part}.{name}"] for name in LOW]
         stored = [self._stored(s.name, [s]) for s in sources]
         if base is None or bases.count(base) == 1:
             return self._low(at, stored, first, x)

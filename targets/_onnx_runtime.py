@@ -17,44 +17,45 @@ from moe2edge.targets._onnx_exact import convert_to_float_activations, use_float
 from moe2edge.targets._onnx_storage import DATA_FILE, GRAPH_FILE, POSITIONS_KEY
 
 OLDEST = (1, 31)
+# Positions in the first cache of a sequence.
 SMALLEST_CACHE = 256
-# Tokens of a prompt that run at once: their logits are a buffer [tokens, vocabulary].
+# Tokens of a prompt that run at once. It bounds the buffer of logits, [tokens, vocabulary].
 CHUNK = 256
 INSTALL = "pip install 'moe2edge[cpu]'"
 FOLDER_KEY = "session.model_external_initializers_file_folder_path"
-# Whatever goes wrong is raised as well; the runtime's own log would say it twice.
+# The runtime raises every error that it logs, so its log would only repeat them.
 LOG_NOTHING = 4
 
 
 def import_onnxruntime() -> Any:
-    """The module, if it is there and new enough.
+    """Import onnxruntime and check its version.
 
     Raises:
-        Unsupported: it is not.
+        Unsupported: it is missing or too old.
     """
     try:
         import onnxruntime as ort
     except ImportError as error:
         raise Unsupported(
-            f"an ONNX graph runs in onnxruntime, which is missing: {INSTALL}"
+            f"an ONNX graph needs onnxruntime, which is not installed: {INSTALL}"
         ) from error
-    found = tuple(int(number) for number in re.findall(r"\d+", ort.__version__)[:2])
-    if found < OLDEST:
+    installed = tuple(int(number) for number in re.findall(r"\d+", ort.__version__)[:2])
+    if installed < OLDEST:
         oldest = ".".join(map(str, OLDEST))
         raise Unsupported(
-            f"onnxruntime {ort.__version__} lacks operators of this graph; it takes {oldest} or "
+            f"onnxruntime {ort.__version__} lacks operators of this graph, which needs {oldest} or "
             f"newer: {INSTALL}"
         )
     return ort
 
 
 def open_session(folder: Path, *, exact: bool = False, graph: bytes | None = None) -> Any:
-    """A session on ``model.onnx``, with as many threads as torch has.
+    """Open a session on ``model.onnx``, with as many threads as torch uses.
 
     Args:
-        folder: where it is.
+        folder: folder of the graph.
         exact: compute with float32 activations throughout, whatever the graph allows.
-        graph: instead of the folder's, on the folder's weights.
+        graph: serialized graph to run instead of the folder's, with the folder's weights.
 
     Raises:
         Unsupported: onnxruntime is missing or too old.
@@ -68,8 +69,8 @@ def open_session(folder: Path, *, exact: bool = False, graph: bytes | None = Non
     options.intra_op_num_threads = torch.get_num_threads()
     source: str | bytes = graph or str(folder / GRAPH_FILE)
     if exact or graph:
-        # The real file: in the hub's cache the folder holds links, which a graph without a file
-        # of its own may not follow.
+        # The real file: in the hub's cache the folder holds links, which a session on a graph in
+        # memory does not follow.
         data = (folder / DATA_FILE).resolve()
         source = graph or convert_to_float_activations(folder, data.name)
         options.add_session_config_entry(FOLDER_KEY, str(data.parent))
@@ -86,16 +87,19 @@ def open_session(folder: Path, *, exact: bool = False, graph: bytes | None = Non
 
 
 def open_runtime(folder: Path, *, exact: bool = False, graph: bytes | None = None) -> OnnxRuntime:
-    """The runtime of a folder; arguments and errors as `open_session`."""
+    """Open the runtime of a folder; arguments and errors are those of `open_session`."""
     session = open_session(folder, exact=exact, graph=graph)
     positions = session.get_modelmeta().custom_metadata_map.get(POSITIONS_KEY, "")
     if not positions.isdigit():
-        raise VerificationFailed(f"{GRAPH_FILE} does not say how many positions it has")
+        raise VerificationFailed(
+            f"{GRAPH_FILE} does not record its number of positions as {POSITIONS_KEY}; export it "
+            "again"
+        )
     return OnnxRuntime(session, int(positions))
 
 
 class OnnxRuntime:
-    """Runs one sequence at a time with a cache that the operators write in place."""
+    """Runs one sequence at a time, with a cache that the operators update in place."""
 
     def __init__(self, session: Any, max_positions: int) -> None:
         shapes = {i.name: i.shape for i in session.get_inputs()}
@@ -109,7 +113,7 @@ class OnnxRuntime:
 
     @property
     def dtype(self) -> str:
-        """Of activations between operators; within, accuracy level 4 rounds them to int8."""
+        """Dtype of activations between operators; inside, accuracy level 4 rounds them to int8."""
         return "float32"
 
     @property
@@ -119,7 +123,10 @@ class OnnxRuntime:
         return count
 
     def logits(self, ids: Tensor) -> Tensor:
-        """Logits float32 [batch, length, vocabulary] of ids int64 [batch, length], no cache."""
+        """Return logits float32 [batch, length, vocabulary] of ids int64 [batch, length].
+
+        The cache is not used.
+        """
         batch, length = ids.shape
         self._check(ids.numpy(), length)
         feeds = {
@@ -131,28 +138,28 @@ class OnnxRuntime:
         return torch.from_numpy(self._session.run(["logits"], feeds)[0])
 
     def start(self, ids: Sequence[int]) -> Tensor:
-        """Begin a sequence: logits float32 [vocabulary] after its last token.
+        """Start a sequence; return logits float32 [vocabulary] after its last token.
 
-        A long one runs in chunks, each behind what the one before it left in the cache.
+        A long sequence runs in chunks, each of which continues the cache of the one before.
 
         Raises:
-            InputError: there is no token, or there are more than the model has positions for.
+            InputError: there are no tokens, or more than the model has positions.
         """
         if not ids:
             raise InputError("a sequence needs at least one token")
         self._length = 0
-        whole = np.asarray([ids], np.int64)
-        self._check(whole, whole.shape[1])
-        self._reserve(whole.shape[1])
-        for first in range(0, whole.shape[1], CHUNK):
-            logits = self._extend(np.ascontiguousarray(whole[:, first : first + CHUNK]))
+        prompt = np.asarray([ids], np.int64)
+        self._check(prompt, prompt.shape[1])
+        self._reserve(prompt.shape[1])
+        for first in range(0, prompt.shape[1], CHUNK):
+            logits = self._extend(np.ascontiguousarray(prompt[:, first : first + CHUNK]))
         return logits
 
     def step(self, token: int) -> Tensor:
-        """Go on with one token: logits float32 [vocabulary] after it.
+        """Continue the sequence by one token; return logits float32 [vocabulary] after it.
 
         Raises:
-            InputError: the model has no position left, or `start` was not called.
+            InputError: the model has no positions left, or `start` was not called.
         """
         if not self._length:
             raise InputError("start a sequence before the first step")
@@ -161,6 +168,7 @@ class OnnxRuntime:
         return self._extend(ids)
 
     def _check(self, ids: np.ndarray[Any, Any], length: int) -> None:
+        """Check ids against the vocabulary, and a length against the positions of the model."""
         if ids.min() < 0 or ids.max() >= self._vocabulary:
             raise InputError(
                 f"token ids run from {ids.min()} to {ids.max()}, but the vocabulary has "
@@ -173,7 +181,7 @@ class OnnxRuntime:
             )
 
     def _extend(self, ids: np.ndarray[Any, Any]) -> Tensor:
-        """Run checked ``ids`` [1, new] behind what is cached: logits [vocabulary] after them."""
+        """Run checked ``ids`` [1, new] after the cached tokens; return logits after the last."""
         total = self._length + ids.shape[1]
         self._reserve(total)
         logits = np.empty((1, ids.shape[1], self._vocabulary), np.float32)
@@ -182,11 +190,11 @@ class OnnxRuntime:
         self._bind_output("logits", logits)
         self._session.run_with_iobinding(self._binding)
         self._length = total
-        # Copied, so that the rows before it can go.
+        # Copied, so that the buffer with the logits of all other tokens can be freed.
         return torch.from_numpy(logits[0, -1].copy())
 
     def _reserve(self, total: int) -> None:
-        """Make room for ``total`` tokens: caches double, so that copying stays rare."""
+        """Make room for ``total`` tokens; caches double in size, so that they are copied rarely."""
         room = min((cache.shape[2] for cache in self._caches.values()), default=0)
         if total <= room:
             return

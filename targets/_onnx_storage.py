@@ -1,8 +1,8 @@
 """Weights of an ONNX graph: planned from shapes, streamed into one data file, read back.
 
-An initializer holds one or more tensors of the checkpoint, row after row or with rows alternating;
-which ones is recorded in its ``metadata_props``, so that a folder can be read back without the
-model it was made from.
+An initializer holds one or more tensors of the checkpoint, one after the other or with alternating
+rows. Its ``metadata_props`` name them, so that a folder can be read back without the model that it
+was made from.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ from onnx import TensorProto
 from torch import Tensor
 
 from moe2edge.errors import VerificationFailed
-from moe2edge.model.layers import Weight
+from moe2edge.model.weights import Weight
 from moe2edge.numerics.grid import Quantized
 from moe2edge.numerics.packing import deinterleave, interleave, pack_bytes, unpack_bytes
 from moe2edge.numerics.scheme import WHOLE_ROW, Scheme
 
 GRAPH_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
-# Our keys among the metadata of the graph (positions) and of its initializers.
+# Metadata keys of moe2edge, of the graph (positions) and of its initializers.
 POSITIONS_KEY = "moe2edge.max_positions"
 PARTS_KEY = "moe2edge.parts"
 SCALES_KEY = "moe2edge.scales"
 ZEROS_KEY = "moe2edge.zeros"
 BITS_KEY = "moe2edge.bits"
-# Of files without it, which are older than other numbers of bits.
+# Bits of initializers without `BITS_KEY`, which earlier versions, of 4 bits only, did not write.
 USUAL_BITS = "4"
-# Smaller tensors stay inside the graph file, where shape inference can see them.
+# Smaller tensors are stored in the graph file, where shape inference can read them.
 INLINE_BYTES = 1024
-# Tensors of many pages start on one, so that a runtime can map them.
+# Tensors of many pages start at a page boundary, so that a runtime can map them.
 PAGE, MANY_PAGES, ALIGNMENT = 4096, 1 << 16, 64
 
-# Per dtype as safetensors spells it: ONNX's number, torch's dtype.
+# ONNX's data type and torch's dtype, by the name of the dtype in safetensors.
 ONNX_DTYPES: Mapping[str, tuple[int, torch.dtype]] = {
     "F64": (TensorProto.DOUBLE, torch.float64),
     "F32": (TensorProto.FLOAT, torch.float32),
@@ -53,7 +53,7 @@ ONNX_DTYPES: Mapping[str, tuple[int, torch.dtype]] = {
     "U8": (TensorProto.UINT8, torch.uint8),
     "I8": (TensorProto.INT8, torch.int8),
 }
-# Of integers with 128 for zero, what makes them signed.
+# Exclusive or with this turns unsigned integers with zero point 128 into signed ones.
 SIGN = 0x80
 
 
@@ -66,14 +66,13 @@ class Source:
 
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
-# Tensors that stand together: one, or two whose rows alternate. All parts of an initializer
-# follow each other.
+# One tensor, or two whose rows alternate. The parts of an initializer follow each other.
 DataPart = tuple[Source, ...]
 
 
 @dataclass(frozen=True)
 class Slot:
-    """An initializer: what it is called, its dtype as safetensors spells it, its shape."""
+    """An initializer: its name, its dtype as safetensors spells it, its shape and metadata."""
 
     name: str
     dtype: str
@@ -82,7 +81,7 @@ class Slot:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its numbers."""
+        """Size of the data in bytes."""
         return math.prod(self.shape) * ONNX_DTYPES[self.dtype][1].itemsize
 
 
@@ -92,7 +91,7 @@ class Batch:
 
     Attributes:
         slots: the initializers.
-        make: yields what comes next in which slot; together it fills all of them.
+        make: yields slots with the next data of each, until all slots are full.
     """
 
     slots: tuple[Slot, ...]
@@ -103,7 +102,7 @@ class Batch:
 
 
 def make_plain_initializer(name: str, parts: Sequence[DataPart], shape: tuple[int, ...]) -> Batch:
-    """One initializer of ``shape`` with the numbers of ``parts`` as they are in the checkpoint."""
+    """Plan one initializer of ``shape``, with ``parts`` as they are in the checkpoint."""
     slot = Slot(name, parts[0][0].weight.dtype, shape, {PARTS_KEY: _describe(parts)})
 
     def make() -> Iterator[tuple[Slot, Tensor]]:
@@ -116,12 +115,12 @@ def make_plain_initializer(name: str, parts: Sequence[DataPart], shape: tuple[in
 def make_quantized_initializers(
     name: str, parts: Sequence[DataPart], shape: tuple[int, ...], *, blocked: bool
 ) -> Batch:
-    """Initializers for quantized ``parts``: integers, float32 scales, zero points if there are any.
+    """Plan initializers for quantized ``parts``: integers, float32 scales, zero points if any.
 
     Args:
-        name: of the matrix; ``.weight`` becomes ``.qweight``, ``.scales`` and ``.zeros``.
+        name: name of the matrix; ``.weight`` becomes ``.qweight``, ``.scales`` and ``.zeros``.
         parts: quantized matrices of one scheme.
-        shape: of the numbers they stand for, [..., out, in].
+        shape: shape of the dequantized matrices, [..., out, in].
         blocked: whether integers are [..., out, groups, bytes] as in ``MatMulNBits``, or
             [..., out, bytes] as in ``QMoE``; the bytes are the same. Zero points are packed along
             groups, [..., out, bytes].
@@ -155,12 +154,12 @@ def make_quantized_initializers(
 def make_per_channel_initializers(
     name: str, parts: Sequence[DataPart], shape: tuple[int, ...]
 ) -> Batch:
-    """Initializers for matrices of 8 bits with a scale for each row, as ``DequantizeLinear`` wants.
+    """Plan initializers for 8-bit matrices with per-channel scales, for ``DequantizeLinear``.
 
     Args:
-        name: what ``.qweight`` (int8) and ``.scales`` (float32) follow.
-        parts: such matrices.
-        shape: of the numbers they stand for, [..., out, in]; scales are [..., out].
+        name: prefix of the names, which end in ``.qweight`` (int8) and ``.scales`` (float32).
+        parts: matrices of 8 bits with one scale per row.
+        shape: shape of the dequantized matrices, [..., out, in]; scales are [..., out].
     """
     scales = Slot(f"{name}.scales", "F32", shape[:-1])
     metadata = {PARTS_KEY: _describe(parts), SCALES_KEY: scales.name, BITS_KEY: "8"}
@@ -176,67 +175,70 @@ def make_per_channel_initializers(
 
 
 def _describe(parts: Sequence[DataPart]) -> str:
-    """What `_parts` reads: of each part the rows of one tensor, and the names."""
+    """Encode parts for `_parse_parts`: the rows of one tensor, and the names, for each part."""
     return json.dumps([[part[0].weight.shape[0], *(s.name for s in part)] for part in parts])
 
 
 def _join(tensors: list[Tensor]) -> Tensor:
+    """Return one tensor as it is, two with their rows alternating."""
     return interleave(*tensors) if len(tensors) == 2 else tensors[0]
 
 
 def compute_offsets(batches: Sequence[Batch]) -> tuple[dict[str, int], int]:
-    """Where each initializer starts in the data file, without the small ones; its size."""
-    found: dict[str, int] = {}
+    """Compute where each initializer but the small ones starts in the data file, and its size."""
+    starts: dict[str, int] = {}
     end = 0
     for slot in chain.from_iterable(batch.slots for batch in batches):
         if slot.nbytes < INLINE_BYTES:
             continue
         alignment = PAGE if slot.nbytes >= MANY_PAGES else ALIGNMENT
-        found[slot.name] = -(-end // alignment) * alignment
-        end = found[slot.name] + slot.nbytes
-    return found, end
+        starts[slot.name] = -(-end // alignment) * alignment
+        end = starts[slot.name] + slot.nbytes
+    return starts, end
 
 
 # ---- writing ------------------------------------------------------------------------------------
 
 
 def write_data(batches: Sequence[Batch], path: Path) -> list[Any]:
-    """Stream all numbers into ``path``; the initializers that refer to it, as ``TensorProto``.
+    """Stream all weights into ``path``; return the initializers that refer to it (``TensorProto``).
 
-    Never more than one part (an expert's gate and up) is in memory.
+    At most one part (gate and up of an expert) is in memory.
     """
     starts, size = compute_offsets(batches)
     inline: dict[str, bytes] = {}
     with path.open("wb") as file:
         file.truncate(size)
         for batch in batches:
-            done = dict.fromkeys((slot.name for slot in batch.slots), 0)
+            written = dict.fromkeys((slot.name for slot in batch.slots), 0)
             for slot, tensor in batch.make():
-                data = _bytes(tensor, slot)
+                data = _view_bytes(tensor, slot)
                 if slot.name in starts:
-                    file.seek(starts[slot.name] + done[slot.name])
+                    file.seek(starts[slot.name] + written[slot.name])
                     file.write(data)
                 else:
                     inline[slot.name] = inline.get(slot.name, b"") + bytes(data)
-                done[slot.name] += len(data)
+                written[slot.name] += len(data)
             for slot in batch.slots:
-                if done[slot.name] != slot.nbytes:
+                if written[slot.name] != slot.nbytes:
                     raise AssertionError(
-                        f"{slot.name}: made {done[slot.name]} bytes, planned {slot.nbytes}"
+                        f"{slot.name}: made {written[slot.name]} bytes, planned {slot.nbytes}"
                     )
         file.flush()
         os.fsync(file.fileno())
     slots = chain.from_iterable(batch.slots for batch in batches)
-    return [_proto(slot, path.name, starts.get(slot.name), inline) for slot in slots]
+    return [_make_proto(slot, path.name, starts.get(slot.name), inline) for slot in slots]
 
 
-def _bytes(tensor: Tensor, slot: Slot) -> memoryview:
+def _view_bytes(tensor: Tensor, slot: Slot) -> memoryview:
+    """View a tensor as bytes; its dtype must be that of the slot."""
     if tensor.dtype != ONNX_DTYPES[slot.dtype][1]:
         raise AssertionError(f"{slot.name}: made {tensor.dtype}, planned {slot.dtype}")
     return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
-def _proto(slot: Slot, location: str, start: int | None, inline: Mapping[str, bytes]) -> Any:
+def _make_proto(slot: Slot, location: str, start: int | None, inline: Mapping[str, bytes]) -> Any:
+    """Make the ``TensorProto`` of a slot, whose data is external if it has a ``start`` there."""
     proto = TensorProto(name=slot.name, data_type=ONNX_DTYPES[slot.dtype][0], dims=slot.shape)
     if start is None:
         proto.raw_data = inline[slot.name]
@@ -254,10 +256,10 @@ def _proto(slot: Slot, location: str, start: int | None, inline: Mapping[str, by
 
 
 def load_graph(folder: Path) -> Any:
-    """``model.onnx`` of a folder as ``ModelProto``, without its external data.
+    """Read ``model.onnx`` of a folder as ``ModelProto``, without its external data.
 
     Raises:
-        VerificationFailed: there is none, or it is damaged.
+        VerificationFailed: the file is missing or damaged.
     """
     try:
         return onnx.load(folder / GRAPH_FILE, load_external_data=False)
@@ -266,45 +268,45 @@ def load_graph(folder: Path) -> Any:
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor | Quantized]]:
-    """Every tensor by its name on disk, in the order of the graph, one part at a time.
+    """Yield every tensor by its name on disk, in the order of the graph, one part at a time.
 
     Raises:
         VerificationFailed: the files are damaged, or were not written by `write_data`.
     """
     protos = {proto.name: proto for proto in load_graph(folder).graph.initializer}
-    data = _map(folder / DATA_FILE)
+    data = _map_file(folder / DATA_FILE)
     for proto in protos.values():
-        known = {p.key: p.value for p in proto.metadata_props}
-        if PARTS_KEY not in known:
+        metadata = {p.key: p.value for p in proto.metadata_props}
+        if PARTS_KEY not in metadata:
             continue
-        parts = _parts(proto.name, known[PARTS_KEY])
-        numbers = _tensors(proto, parts, data)
-        if SCALES_KEY not in known:
-            yield from numbers
+        parts = _parse_parts(proto.name, metadata[PARTS_KEY])
+        tensors = _split_tensors(proto, parts, data)
+        if SCALES_KEY not in metadata:
+            yield from tensors
         else:
-            yield from _quantized(proto.name, known, numbers, protos, data)
+            yield from _read_quantized(proto.name, metadata, tensors, protos, data)
 
 
-def _quantized(
+def _read_quantized(
     owner: str,
-    known: Mapping[str, str],
-    numbers: Iterator[tuple[str, Tensor]],
+    metadata: Mapping[str, str],
+    integers: Iterator[tuple[str, Tensor]],
     protos: Mapping[str, Any],
     data: Bytes,
 ) -> Iterator[tuple[str, Quantized]]:
-    """Matrices of the initializer ``owner``, whose packed ``numbers`` are given."""
-    parts, bits = _parts(owner, known[PARTS_KEY]), known.get(BITS_KEY, USUAL_BITS)
+    """Yield the matrices of the initializer ``owner``, whose packed ``integers`` are given."""
+    parts, bits = _parse_parts(owner, metadata[PARTS_KEY]), metadata.get(BITS_KEY, USUAL_BITS)
     if bits not in ("2", "4", "8"):
         raise VerificationFailed(f"{GRAPH_FILE}: {owner} has {bits} bits, expected 2, 4 or 8")
 
-    def beside(key: str) -> Iterator[Tensor]:
-        if known[key] not in protos:
-            raise VerificationFailed(f"{GRAPH_FILE} lacks {known[key]}, which {owner} needs")
-        return (tensor for _, tensor in _tensors(protos[known[key]], parts, data))
+    def read(key: str) -> Iterator[Tensor]:
+        if metadata[key] not in protos:
+            raise VerificationFailed(f"{GRAPH_FILE} lacks {metadata[key]}, which {owner} needs")
+        return (tensor for _, tensor in _split_tensors(protos[metadata[key]], parts, data))
 
-    symmetric = ZEROS_KEY not in known
-    points: Iterator[Tensor | None] = repeat(None) if symmetric else beside(ZEROS_KEY)
-    for (name, packed), scales, zeros in zip(numbers, beside(SCALES_KEY), points, strict=False):
+    symmetric = ZEROS_KEY not in metadata
+    points: Iterator[Tensor | None] = repeat(None) if symmetric else read(ZEROS_KEY)
+    for (name, packed), scales, zeros in zip(integers, read(SCALES_KEY), points, strict=False):
         if packed.dtype == torch.int8:
             q = packed.view(torch.uint8) ^ SIGN
             yield name, Quantized(q, scales.view(len(q), 1), Scheme(8, WHOLE_ROW))
@@ -316,11 +318,12 @@ def _quantized(
         yield name, Quantized(q, scales, scheme, zeros)
 
 
+# For each part: the rows of one tensor, and the names of its one or two tensors.
 Rows = list[tuple[int, list[str]]]
 
 
-def _parts(owner: str, text: str) -> Rows:
-    """Rows of one tensor, and names, of each part."""
+def _parse_parts(owner: str, text: str) -> Rows:
+    """Parse the parts of the initializer ``owner``, as `_describe` encodes them."""
     try:
         parts = [(int(rows), [str(name) for name in names]) for rows, *names in json.loads(text)]
     except (ValueError, TypeError) as error:
@@ -330,9 +333,9 @@ def _parts(owner: str, text: str) -> Rows:
     return parts
 
 
-def _tensors(proto: Any, parts: Rows, data: Bytes) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of an initializer: matrices, or vectors where it is one."""
-    raw, dtype = _raw(proto, data)
+def _split_tensors(proto: Any, parts: Rows, data: Bytes) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of an initializer: vectors if it is a vector, matrices otherwise."""
+    raw, dtype = _read_raw(proto, data)
     rows = sum(count * len(names) for count, names in parts)
     if raw.size % rows:
         raise VerificationFailed(
@@ -341,19 +344,20 @@ def _tensors(proto: Any, parts: Rows, data: Bytes) -> Iterator[tuple[str, Tensor
     stride, start = raw.size // rows, 0
     for count, names in parts:
         end = start + count * len(names) * stride
-        # A copy, because torch wants memory that it may write to.
+        # A copy, because torch needs writable memory.
         flat = torch.from_numpy(np.array(raw[start:end])).view(dtype)
         both = flat if len(proto.dims) == 1 else flat.view(count * len(names), -1)
         yield from zip(names, deinterleave(both) if len(names) == 2 else (both,), strict=True)
         start = end
 
 
-def _raw(proto: Any, data: Bytes) -> tuple[Bytes, torch.dtype]:
-    """Bytes of an initializer, still on disk if they are external; its dtype."""
+def _read_raw(proto: Any, data: Bytes) -> tuple[Bytes, torch.dtype]:
+    """Return the bytes of an initializer, mapped from disk if external, and its dtype."""
     dtypes = dict(ONNX_DTYPES.values())
     if proto.data_type not in dtypes:
         raise VerificationFailed(
-            f"{GRAPH_FILE}: {proto.name} has data type {proto.data_type}, which is not ours"
+            f"{GRAPH_FILE}: {proto.name} has data type {proto.data_type}, which moe2edge does not "
+            "write; export it again"
         )
     dtype = dtypes[proto.data_type]
     size = math.prod(proto.dims) * dtype.itemsize
@@ -371,7 +375,12 @@ def _raw(proto: Any, data: Bytes) -> tuple[Bytes, torch.dtype]:
     return raw, dtype
 
 
-def _map(path: Path) -> Bytes:
+def _map_file(path: Path) -> Bytes:
+    """Map a file into memory for reading.
+
+    Raises:
+        VerificationFailed: it cannot be read.
+    """
     try:
         return np.memmap(path, np.uint8, mode="r")
     except (OSError, ValueError) as error:

@@ -1,42 +1,43 @@
 """Mixtral written as Qwen2-MoE, whose layers may be dense MLPs in stock programs.
 
-The two compute the same where Qwen2-MoE's further parts are zero: its shared expert and the biases
-of queries, keys and values. These biases could be switched off (``qkv_bias``), but not every
-program reads the switch.
+The two compute the same if the additional parts of Qwen2-MoE are zero: its shared expert and the
+biases of queries, keys and values. The config can switch these biases off (``qkv_bias``), but not
+every program reads that key.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from moe2edge.model.experts import Dense
 from moe2edge.model.family import FAMILIES
-from moe2edge.model.layers import Dense, MoELayer, Shared
+from moe2edge.model.layers import MoELayer, Shared
 from moe2edge.model.model import Block, Model
 from moe2edge.targets._tensors import TILE, fit_scheme, make_zeros
 
 QWEN2_MOE = FAMILIES["qwen2_moe"]
-# What transformers' class of Mixtral takes where a config is silent; Qwen2-MoE's takes others.
+# Defaults of transformers' Mixtral for keys that a config lacks; those of Qwen2-MoE differ.
 MIXTRAL_THETA, MIXTRAL_IDS = 1e6, {"bos_token_id": 1, "eos_token_id": 2}
 
 
 def convert_to_qwen2_moe(model: Model) -> Model:
-    """A Mixtral model as Qwen2-MoE; in the latter's family, it computes the same."""
-    config = _config(model)
-    blocks = tuple(_block(block) for block in model.blocks)
+    """Convert a Mixtral model to the family Qwen2-MoE, in which it computes the same."""
+    config = _convert_config(model)
+    blocks = tuple(_convert_block(block) for block in model.blocks)
     return Model(QWEN2_MOE, config, blocks, model.rest)
 
 
-def _config(model: Model) -> dict[str, Any]:
+def _convert_config(model: Model) -> dict[str, Any]:
+    """Build the config, with everything explicit whose default differs between the families."""
     source, geometry = model.config, model.family.geometry(model.config)
     window = model.family.window_of(source, 0)
-    kept = {key: value for key, value in source.items() if key in QWEN2_MOE.known_keys}
+    shared_keys = {key: value for key, value in source.items() if key in QWEN2_MOE.known_keys}
     for key in (*QWEN2_MOE.experts_key, "sliding_window"):
-        kept.pop(key, None)
+        shared_keys.pop(key, None)
     config: dict[str, Any] = {
         **MIXTRAL_IDS,
-        **kept,
+        **shared_keys,
         "architectures": [QWEN2_MOE.architecture],
         "model_type": QWEN2_MOE.model_type,
         "num_experts": model.family.num_experts(source),
@@ -52,17 +53,13 @@ def _config(model: Model) -> dict[str, Any]:
     }
     if window is not None:
         config |= {"sliding_window": window, "max_window_layers": len(model.blocks)}
-    if "rope_theta" not in {*source, *_mapping(source, "rope_parameters")}:
+    if "rope_theta" not in {*source, *(source.get("rope_parameters") or {})}:
         config["rope_theta"] = MIXTRAL_THETA
     return config
 
 
-def _mapping(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    value: Mapping[str, Any] = config.get(key) or {}
-    return value
-
-
-def _block(block: Block) -> Block:
+def _convert_block(block: Block) -> Block:
+    """Add biases of zero, and a shared expert of zeros with its gate."""
     attention = dict(block.attention)
     for name in ("q_proj", "k_proj", "v_proj"):
         weight = attention[f"{name}.weight"]

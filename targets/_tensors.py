@@ -1,4 +1,4 @@
-"""What the targets that write safetensors share: planning a file, its size, tensors of zeros."""
+"""Helpers of the targets that write safetensors: plans and sizes of files, tensors of zeros."""
 
 from __future__ import annotations
 
@@ -7,29 +7,30 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from moe2edge.model.layers import DTYPES, MoELayer, Weight
+from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model
+from moe2edge.model.weights import DTYPES, Weight
 from moe2edge.numerics.scheme import WHOLE_ROW, Scheme
-from moe2edge.storage.safetensors_files import Planned
+from moe2edge.storage.safetensors_files import PlannedTensor
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from moe2edge.numerics.grid import Quantized
 
-# Width of MLPs that are made, in whole tiles of vLLM's 4-bit kernels; every group size divides it.
+# Added MLPs are a multiple of this wide: a tile of vLLM's 4-bit kernels, which group sizes divide.
 TILE = 128
 
 
-def plan_plain(name: str, weight: Weight) -> Planned:
-    """A tensor that is written as it is in the source."""
-    return Planned(name, weight.shape, weight.dtype, weight.load)
+def plan_plain(name: str, weight: Weight) -> PlannedTensor:
+    """Plan a tensor that is written as it is in the source."""
+    return PlannedTensor(name, weight.shape, weight.dtype, weight.load)
 
 
-def estimate_file_bytes(tensors: Iterable[Planned]) -> int:
-    """Bytes of the safetensors file that will hold ``tensors``, with its header.
+def estimate_file_bytes(tensors: Iterable[PlannedTensor]) -> int:
+    """Compute the bytes of the safetensors file that will hold ``tensors``, with its header.
 
-    In small models the header counts: a GPTQ checkpoint has four tensors per matrix.
+    In small models the header matters: a GPTQ checkpoint has four tensors per matrix.
     """
     data = header = 0
     for t in tensors:
@@ -41,7 +42,7 @@ def estimate_file_bytes(tensors: Iterable[Planned]) -> int:
 
 
 def has_dense_blocks(model: Model) -> bool:
-    """Whether some block has a dense MLP where others have an MoE layer."""
+    """Test if some block has a dense MLP where others have an MoE layer."""
     return any(not isinstance(block.mlp, MoELayer) for block in model.blocks)
 
 
@@ -49,14 +50,14 @@ def has_dense_blocks(model: Model) -> bool:
 
 
 def fit_scheme(scheme: Scheme | None, *widths: int) -> Scheme | None:
-    """``scheme`` for matrices of so many inputs; with whole rows where its groups do not fit."""
+    """Return ``scheme`` if its groups fit all numbers of inputs, else its per-channel form."""
     if scheme is None or all(width % scheme.width(width) == 0 for width in widths):
         return scheme
     return replace(scheme, group_size=WHOLE_ROW)
 
 
 def make_zeros(shape: tuple[int, ...], dtype: str, scheme: Scheme | None = None) -> Weight:
-    """A tensor of zeros; with a scheme a matrix [out, in] that is quantized."""
+    """Make a tensor of zeros; with a scheme, a quantized matrix [out, in]."""
 
     def load() -> Tensor:
         import torch
@@ -69,34 +70,34 @@ def make_zeros(shape: tuple[int, ...], dtype: str, scheme: Scheme | None = None)
         "zeros",
         shape,
         dtype,
-        load=lambda: _quantized_zeros(shape, scheme).dequantize(),
+        load=lambda: _make_quantized_zeros(shape, scheme).dequantize(),
         scheme=scheme,
-        load_quantized=lambda: _quantized_zeros(shape, scheme),
+        load_quantized=lambda: _make_quantized_zeros(shape, scheme),
     )
 
 
 def pad(weight: Weight, shape: tuple[int, ...]) -> Weight:
-    """A matrix with zeros to the right of it and below, up to ``shape``."""
+    """Pad a matrix with zeros on the right and below, up to ``shape``."""
     if weight.shape == shape:
         return weight
     outs, ins = weight.shape
 
     def load() -> Tensor:
-        numbers = weight.load()
-        whole = numbers.new_zeros(shape)
-        whole[:outs, :ins] = numbers
-        return whole
+        original = weight.load()
+        padded = original.new_zeros(shape)
+        padded[:outs, :ins] = original
+        return padded
 
     def load_quantized() -> Quantized:
-        return _padded(weight.quantized(), shape)
+        return _pad_quantized(weight.quantized(), shape)
 
     return replace(
         weight, shape=shape, load=load, load_quantized=weight.load_quantized and load_quantized
     )
 
 
-def _quantized_zeros(shape: tuple[int, ...], scheme: Scheme) -> Quantized:
-    """Zeros [out, in] as integers, with scales of one; every zero point is the middle."""
+def _make_quantized_zeros(shape: tuple[int, ...], scheme: Scheme) -> Quantized:
+    """Make zeros [out, in] as integers, with scales of one; zero points are mid-range."""
     import torch
 
     from moe2edge.numerics.grid import Quantized
@@ -110,15 +111,15 @@ def _quantized_zeros(shape: tuple[int, ...], scheme: Scheme) -> Quantized:
     return Quantized(q, scales, scheme, zeros)
 
 
-def _padded(numbers: Quantized, shape: tuple[int, ...]) -> Quantized:
-    """A matrix with zeros to the right of it and below; groups stay as they are."""
-    scheme, (outs, ins) = numbers.scheme, numbers.q.shape
-    whole = _quantized_zeros(shape, scheme)
-    groups = numbers.scales.shape[1]
-    whole.scales[:outs, :groups] = numbers.scales
-    if numbers.zeros is not None and whole.zeros is not None:
-        whole.zeros[:outs, :groups] = numbers.zeros
-        # A group that is a whole row grows, and zero is its own zero point there.
-        whole.q[:] = whole.zeros.repeat_interleave(scheme.width(shape[1]), dim=1)
-    whole.q[:outs, :ins] = numbers.q
-    return whole
+def _pad_quantized(original: Quantized, shape: tuple[int, ...]) -> Quantized:
+    """Pad a matrix with zeros on the right and below, with its groups unchanged."""
+    scheme, (outs, ins) = original.scheme, original.q.shape
+    padded = _make_quantized_zeros(shape, scheme)
+    groups = original.scales.shape[1]
+    padded.scales[:outs, :groups] = original.scales
+    if original.zeros is not None and padded.zeros is not None:
+        padded.zeros[:outs, :groups] = original.zeros
+        # Per-channel groups become wider, so the added integers must be the row's own zero point.
+        padded.q[:] = padded.zeros.repeat_interleave(scheme.width(shape[1]), dim=1)
+    padded.q[:outs, :ins] = original.q
+    return padded

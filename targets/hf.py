@@ -1,7 +1,7 @@
-"""Plain safetensors, dtypes as in the source; in layout ``uniform`` for stock transformers.
+"""Plain safetensors in the source's dtypes; in layout ``uniform`` for stock transformers.
 
-Quantized numbers can be written as the numbers that they stand for, which takes as many bytes as
-if nothing was quantized, and is read by everything.
+Quantized weights can be written dequantized. They then take as many bytes as if nothing was
+quantized, and every program reads them.
 """
 
 from __future__ import annotations
@@ -13,18 +13,25 @@ from typing import TYPE_CHECKING, ClassVar
 
 from moe2edge.errors import Unsupported, VerificationFailed
 from moe2edge.model import hf_config
-from moe2edge.model.layers import DTYPES, Weight, cast_to_stored
 from moe2edge.model.model import Model
+from moe2edge.model.weights import DTYPES, Weight, cast_to_stored
 from moe2edge.pipeline.target import Loader, Target
 from moe2edge.runtime.load import load
+from moe2edge.runtime.memory import Estimate
 from moe2edge.runtime.protocol import Runtime
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.storage.output import open_stored_model
-from moe2edge.storage.safetensors_files import Planned, read_all, read_header, write_checkpoint
+from moe2edge.storage.safetensors_files import (
+    PlannedTensor,
+    read_all,
+    read_header,
+    write_checkpoint,
+)
 from moe2edge.storage.text_files import write_json
 from moe2edge.targets import _layouts
 from moe2edge.targets._layouts import Layout
-from moe2edge.targets._tensors import estimate_file_bytes, has_dense_blocks, plan_plain
+from moe2edge.targets._loaders import judge_loaders
+from moe2edge.targets._tensors import estimate_file_bytes, plan_plain
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,12 +43,12 @@ EMBEDDINGS = "model.embed_tokens.weight"
 
 @dataclass(frozen=True)
 class Hf(Target):
-    """A checkpoint of the source's own kind, with fewer experts or blocks.
+    """A checkpoint in the source's format, with fewer experts or blocks.
 
     Attributes:
-        layout: how layers that differ are held: ``uniform`` and ``mlp-only`` are for stock
-            transformers and what reads its folders, ``natural`` is for ``moe2edge.load``.
-        dequantize: write quantized numbers as what they stand for, rounded to the source's dtype.
+        layout: how layers that differ are stored: ``uniform`` and ``mlp-only`` are for stock
+            transformers and programs that read its folders, ``natural`` is for ``moe2edge.load``.
+        dequantize: write quantized weights dequantized, rounded to the source's dtype.
     """
 
     summary: ClassVar[str] = "plain safetensors that stock transformers loads, unquantized"
@@ -54,18 +61,18 @@ class Hf(Target):
         _layouts.check_layout(self.layout)
 
     def accepts(self, model: Model) -> None:
-        """Refuse quantized numbers unless they are dequantized, and layers that do not fit.
+        """Refuse quantized weights unless `dequantize` is set, and layers that the layout lacks.
 
         Raises:
-            Unsupported: with the targets and layouts that hold such a model.
+            Unsupported: names the targets and layouts that hold such a model.
         """
         self.stored(model)
 
     def stored(self, model: Model) -> Model:
-        """The model as the layout holds it, with no number quantized.
+        """Return the model as the layout holds it, with all weights dequantized.
 
         Raises:
-            Unsupported: the layout cannot hold it, or it is quantized and is to stay so.
+            Unsupported: the layout cannot hold it, or it is quantized and `dequantize` is not set.
         """
         quantized = next((w for _, _, w in model.tensors() if w.scheme), None)
         if quantized is not None and not self.dequantize:
@@ -74,15 +81,12 @@ class Hf(Target):
                 f"{quantized.scheme}; export to gptq or onnx, or to hf:dequantize=true, which "
                 "takes as many bytes as if nothing was quantized"
             )
-        return _dequantized(_layouts.convert_layout(model, self.layout, "hf"))
+        return _dequantize(_layouts.convert_layout(model, self.layout, "hf"))
 
-    def nbytes(self, model: Model) -> int:
-        """Bytes of the weight files."""
-        return estimate_file_bytes(_plan(self.stored(model)))
-
-    def runtime_nbytes(self, model: Model) -> int:
-        """Bytes of all parameters in the dtype of the source."""
-        return self.stored(model).nbytes
+    def estimate(self, model: Model) -> Estimate:
+        """Estimate the weight files, and all parameters in memory in the dtype of the source."""
+        held = self.stored(model)
+        return Estimate(held.nbytes, estimate_file_bytes(_plan(held)))
 
     def write(self, model: Model, folder: Path) -> None:
         """Write ``config.json`` and the weights, one tensor in memory at a time.
@@ -95,17 +99,17 @@ class Hf(Target):
         write_checkpoint(folder, _plan(model))
 
     def tensors(self, folder: Path) -> Iterator[tuple[str, Tensor | Quantized]]:
-        """Every tensor of the folder by its name on disk."""
+        """Yield every tensor of the folder by its name on disk."""
         yield from read_all(folder)
 
     def streamed(self, folder: Path) -> Model:
-        """The folder as a model."""
+        """Open the folder as a model."""
         return open_stored_model(open_checkpoint(str(folder)))
 
     def reopen(self, folder: Path, *, exact: bool = False) -> Runtime:
-        """The folder in stock transformers: float32 if ``exact``, else the dtype of its embeddings.
+        """Open the folder in transformers: float32 if ``exact``, else the dtype of its embeddings.
 
-        Where layers have something of their own, it is ``moe2edge.load`` that opens it.
+        A folder with a ``per_layer_config`` is opened by ``moe2edge.load`` instead.
 
         Raises:
             InputError: a file of the folder is missing or damaged.
@@ -122,69 +126,44 @@ class Hf(Target):
         return open_source(folder, dtype=dtype, strict=True)
 
     def without_skipping(self, model: Model, folder: Path) -> Runtime:
-        """The folder with every chosen expert run."""
+        """Open the folder so that every chosen expert runs."""
         from moe2edge.runtime.torch_runtime import run_all_experts
 
         return run_all_experts(self.reopen(folder))
 
     def loaders(self, model: Model) -> tuple[Loader, ...]:
-        """Which programs load the folder; what was not run is said to be read."""
-        held = self.stored(model)
-        if model.scheme is not None:
-            size = "dequantized: as large as if nothing was quantized"
-            plain = replace(self, dequantize=False).loaders(held)
-            return tuple(replace(known, note=f"{known.note}; {size}") for known in plain)
-        vllm, model = _layouts.judge_vllm(model, held), held
-        ours = Loader("moe2edge", "yes", "moe2edge.load(folder)")
-        if not model.is_uniform:
-            others = ("transformers", "vLLM", "SGLang", "llama.cpp")
-            return (ours, *_layouts.list_refusing_loaders(model, *others))
-        dense = has_dense_blocks(model)
-        kind = model.family.model_type
-        if dense:
-            llama = Loader("llama.cpp", "no", "it wants a router in every block")
-            sglang = Loader("SGLang", "no", "0.5.23, as read, takes every block for an MoE layer")
-        else:
-            llama = Loader("llama.cpp", "not tried", f"with {kind}")
-            if kind in ("mixtral", "qwen3_moe"):
-                note = "it ran GGUF files with as few experts and blocks; its converter was not run"
-                llama = Loader("llama.cpp", "as read", note)
-            sglang = Loader("SGLang", "as read", "0.5.23")
-        return (
-            Loader(
-                "transformers",
-                "yes",
-                f"{model.family.architecture}; every export is reopened in it",
-            ),
-            ours,
-            vllm,
-            sglang,
-            llama,
-        )
+        """Return the verdict on each program that may load the folder."""
+        stored = self.stored(model)
+        if model.scheme is None:
+            return judge_loaders("hf", model, stored)
+        size = "dequantized: as large as if nothing was quantized"
+        # Judged as if the model had been given in the form that is stored.
+        loaders = judge_loaders("hf", stored, stored)
+        return tuple(replace(loader, note=f"{loader.note}; {size}") for loader in loaders)
 
 
-def _dequantized(model: Model) -> Model:
-    """The model with what its integers stand for, in the source's dtype."""
+def _dequantize(model: Model) -> Model:
+    """Return the model with its quantized weights dequantized, in the source's dtype."""
     for block in model.blocks:
-        new = {role: _plain_form(weight) for role, weight in block.weights() if weight.scheme}
+        new = {role: _dequantize_weight(w) for role, w in block.weights() if w.scheme}
         if new:
             model = model.replace_block(block.with_weights(new))
     return model
 
 
-def _plain_form(weight: Weight) -> Weight:
+def _dequantize_weight(weight: Weight) -> Weight:
     def load() -> Tensor:
         return cast_to_stored(weight.load(), weight.dtype)
 
     return replace(weight, load=load, scheme=None, load_quantized=None)
 
 
-def _plan(model: Model) -> list[Planned]:
+def _plan(model: Model) -> list[PlannedTensor]:
     return [plan_plain(name, weight) for name, _, weight in model.tensors()]
 
 
 def _stored_dtype(folder: Path) -> str:
-    """Dtype of the stored embeddings; that of most of a checkpoint, but not always of its norms."""
+    """Return the dtype of the embeddings: that of most of a checkpoint, if not of its norms."""
     path = open_checkpoint(str(folder)).files.get(EMBEDDINGS)
     if path is None:
         raise VerificationFailed(f"{folder} has no {EMBEDDINGS}; export it again")

@@ -1,4 +1,4 @@
-"""Decoder graph for ONNX Runtime: experts of few bits in fused operators, with a KV cache."""
+"""Decoder graph for ONNX Runtime: quantized experts in fused operators, with a KV cache."""
 
 from __future__ import annotations
 
@@ -8,26 +8,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from moe2edge.errors import InputError, Unsupported
+from moe2edge.model.edits import remove_skipping, sort_rows
 from moe2edge.model.hf_config import build_config
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Block, Model, is_low_rank, is_quantizable
 from moe2edge.numerics.scheme import LOW_RANK, WHOLE_ROW, Scheme
 from moe2edge.pipeline.target import Loader, Target
+from moe2edge.runtime.memory import Estimate
 from moe2edge.runtime.protocol import Runtime
 from moe2edge.storage.text_files import write_json
 from moe2edge.storage.tokenizer import read_stop_ids
+from moe2edge.targets._loaders import judge_loaders
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from moe2edge.numerics.grid import Quantized
 
-# What GroupQueryAttention's rotary embedding asks of a head on the CPU.
+# GroupQueryAttention's rotary embedding takes head sizes that this divides, on the CPU.
 HEAD_MULTIPLE = 16
-# Of QMoE and MatMulNBits: bits, and inputs per scale: a power of two, at least this.
+# Limits of QMoE and MatMulNBits: bits, and inputs per scale, which are a power of two.
 GRAPH_BITS = (2, 4, 8)
 SMALLEST_GROUP = 16
-# onnxruntime-genai reserves a cache of this many tokens unless it is told otherwise.
+# onnxruntime-genai reserves a cache of this many tokens unless the user sets max_length.
 DEFAULT_LENGTH = 4096
 
 
@@ -36,9 +39,9 @@ class Onnx(Target):
     """ONNX graph with external data, and ``genai_config.json`` beside it.
 
     Attributes:
-        accuracy_level: what quantized operators may do to activations: 4 rounds them to int8,
-            which is faster; 0 keeps float32, but for experts of 2 and 8 bits, whose activations
-            the operator always rounds.
+        accuracy_level: precision of activations in quantized operators: 4 rounds them to int8,
+            which is faster; 0 keeps float32, except for experts of 2 and 8 bits, whose
+            activations the operator always rounds.
     """
 
     summary: ClassVar[str] = "decoder graph with KV cache for ONNX Runtime on a CPU"
@@ -55,7 +58,7 @@ class Onnx(Target):
         """Refuse a model whose heads, schemes or experts the operators do not take.
 
         Raises:
-            Unsupported: with what it is.
+            Unsupported: names the part of the model that does not fit.
         """
         head_dim = model.family.geometry(model.config).head_dim
         if head_dim % HEAD_MULTIPLE:
@@ -70,38 +73,40 @@ class Onnx(Target):
                 continue
             if not is_quantizable(role):
                 raise Unsupported(
-                    f"{name} is {weight.scheme}; the graph holds it in full, or factors as "
-                    f"{LOW_RANK}"
+                    f"{name} is {weight.scheme}; the graph holds it in full precision, or factors "
+                    f"as {LOW_RANK}"
                 )
             _accept_scheme(name, weight.shape, weight.scheme)
         for block, layer in model.moe_blocks:
             _accept_layer(block, layer)
 
-    def nbytes(self, model: Model) -> int:
-        """Bytes of ``model.onnx.data``; scales are float32 there, and so are rotary tables."""
+    def stored(self, model: Model) -> Model:
+        """Return the model with the rows of routers in the order that ``config.json`` tells."""
+        return sort_rows(model)
+
+    def estimate(self, model: Model) -> Estimate:
+        """Estimate ``model.onnx.data``, in which scales and rotary tables are float32.
+
+        In memory, what is neither quantized nor of low rank is float32 as well.
+        """
         from moe2edge.targets._onnx_decoder import build_decoder
         from moe2edge.targets._onnx_storage import compute_offsets
 
-        return compute_offsets(build_decoder(model, self.accuracy_level).batches)[1]
-
-    def runtime_nbytes(self, model: Model) -> int:
-        """The data file, but what is neither quantized nor of low rank is float32 in memory."""
-        from moe2edge.targets._onnx_decoder import build_decoder
-        from moe2edge.targets._onnx_storage import compute_offsets
-
-        graph = build_decoder(model, self.accuracy_level)
-        return compute_offsets(graph.batches)[1] + graph.widened_nbytes
+        graph = build_decoder(self.stored(model), self.accuracy_level)
+        data = compute_offsets(graph.batches)[1]
+        return Estimate(data + graph.widened_nbytes, data)
 
     def write(self, model: Model, folder: Path) -> None:
         """Write ``model.onnx``, ``model.onnx.data`` and the two configs.
 
         Raises:
-            Unsupported: as `accepts`.
+            Unsupported: see `accepts`.
         """
         from moe2edge.targets._onnx_decoder import build_decoder
         from moe2edge.targets._onnx_storage import DATA_FILE, GRAPH_FILE, write_data
 
         self.accepts(model)
+        model = self.stored(model)
         graph = build_decoder(model, self.accuracy_level)
         proto = graph.proto(write_data(graph.batches, folder / DATA_FILE), _metadata(model))
         (folder / GRAPH_FILE).write_bytes(proto.SerializeToString(deterministic=True))
@@ -113,7 +118,7 @@ class Onnx(Target):
         )
 
     def tensors(self, folder: Path) -> Iterator[tuple[str, Tensor | Quantized]]:
-        """Every tensor that the graph holds, read back from its initializers one by one.
+        """Read every tensor back from the initializers of the graph, one by one.
 
         Raises:
             VerificationFailed: the files are damaged.
@@ -123,7 +128,7 @@ class Onnx(Target):
         return read_tensors(folder)
 
     def reopen(self, folder: Path, *, exact: bool = False) -> Runtime:
-        """The folder in ONNX Runtime; ``exact`` makes activations float32 in memory.
+        """Open the folder in ONNX Runtime; ``exact`` makes all activations float32.
 
         Raises:
             Unsupported: onnxruntime is missing or too old.
@@ -134,74 +139,64 @@ class Onnx(Target):
         return open_runtime(folder, exact=exact)
 
     def without_skipping(self, model: Model, folder: Path) -> Runtime:
-        """A graph that runs every chosen expert, on the weights of the folder."""
-        from moe2edge.model import edits
+        """Open a graph that runs every chosen expert, with the weights of the folder."""
         from moe2edge.targets._onnx_decoder import build_decoder
         from moe2edge.targets._onnx_runtime import open_runtime
         from moe2edge.targets._onnx_storage import load_graph
 
-        graph = build_decoder(edits.remove_skipping(model), self.accuracy_level)
+        graph = build_decoder(remove_skipping(self.stored(model)), self.accuracy_level)
         protos = {proto.name: proto for proto in load_graph(folder).graph.initializer}
         stored = [protos[slot.name] for batch in graph.batches for slot in batch.slots]
         proto = graph.proto(stored, _metadata(model))
         return open_runtime(folder, graph=proto.SerializeToString())
 
     def loaders(self, model: Model) -> tuple[Loader, ...]:
-        """Which programs can load the graph."""
-        return (
-            Loader("onnxruntime", "yes", "1.31 or newer, CPU provider"),
-            _genai(model),
-            Loader("onnxruntime, CUDA", "no", "QMoE takes 16-bit activations there"),
-        )
-
-
-def _genai(model: Model) -> Loader:
-    """What is known of onnxruntime-genai, which was run with symmetric 4 bits."""
-    schemes = {weight.scheme for _, _, weight in model.tensors() if weight.scheme}
-    if all((scheme.bits, scheme.symmetric) == (4, True) for scheme in schemes):
-        note = "0.18, run on a CPU: benchmarks/genai_reader"
-        return Loader("onnxruntime-genai", "yes", note)
-    note = "0.18 with this scheme; it was run with symmetric 4 bits"
-    return Loader("onnxruntime-genai", "not tried", note)
+        """Return the verdict on each program that may load the graph."""
+        return judge_loaders("onnx", model, model)
 
 
 def _metadata(model: Model) -> dict[str, str]:
-    """What the runtime reads from the graph file besides the graph."""
+    """Return the metadata of the graph file that `open_runtime` reads."""
     from moe2edge.targets._onnx_storage import POSITIONS_KEY
 
     return {POSITIONS_KEY: str(model.family.geometry(model.config).max_positions)}
 
 
 def _accept_scheme(name: str, shape: tuple[int, ...], scheme: Scheme) -> None:
-    """Refuse a matrix whose scheme the operators do not take, or only in a slow way.
+    """Refuse a matrix whose scheme the operators do not take, or for which they are slow.
 
     Raises:
-        Unsupported: with what it is, and which target could hold it.
+        Unsupported: names the scheme, and the schemes or targets to choose instead.
     """
     group = scheme.group_size
     if scheme.bits not in GRAPH_BITS:
         raise Unsupported(
-            f"{name} is {scheme}; the graph holds {', '.join(map(str, GRAPH_BITS))} bits; choose such "
-            "ones, or export to hf:dequantize=true"
+            f"{name} is {scheme}; the graph holds {', '.join(map(str, GRAPH_BITS))} bits; choose "
+            "one of these, or export to hf:dequantize=true"
         )
     if group == WHOLE_ROW:
         raise Unsupported(
             f"{name} is {scheme}, with which ONNX Runtime's experts are 10 to 25 times slower; "
-            "give group_size 32, 64 or 128, or export to gptq or hf:dequantize=true"
+            "set group_size to 32, 64 or 128, or export to gptq or hf:dequantize=true"
         )
     if group < SMALLEST_GROUP or group & (group - 1):
         raise Unsupported(
-            f"{name} is {scheme}; the graph holds groups of a power of two from {SMALLEST_GROUP}"
+            f"{name} is {scheme}; the graph takes a group_size that is a power of two, at least "
+            f"{SMALLEST_GROUP}"
         )
     if shape[1] % group:
-        raise Unsupported(f"{name} has {shape[1]} inputs, which groups of {group} do not divide")
+        raise Unsupported(
+            f"{name} has {shape[1]} inputs, which groups of {group} do not divide; set group_size "
+            "to a smaller number"
+        )
 
 
 def _accept_layer(block: Block, layer: MoELayer) -> None:
     """Refuse experts that one fused operator cannot hold.
 
     Raises:
-        Unsupported: the router has more than its matrix, or experts differ in shape or scheme.
+        Unsupported: the router has parameters other than its matrix, or experts differ in shape,
+            dtype or scheme.
     """
     if layer.router.per_expert:
         raise Unsupported(
@@ -218,22 +213,21 @@ def _accept_layer(block: Block, layer: MoELayer) -> None:
 
 
 def _fused(layer: MoELayer) -> Sequence[int]:
-    """The experts of a layer that one operator holds."""
+    """Return the experts of a layer that one operator holds."""
     from moe2edge.targets._onnx_columns import Columns
 
-    plain = not layer.substitutes and not layer.members
-    return range(len(layer.experts)) if plain else Columns(layer).fused
+    return range(len(layer.experts)) if layer.is_plain else Columns(layer).fused
 
 
 def build_genai_config(
     model: Model, config: Mapping[str, Any], ends: Collection[int]
 ) -> dict[str, Any]:
-    """``genai_config.json`` for onnxruntime-genai, whose type "decoder" runs any such graph.
+    """Build ``genai_config.json`` for onnxruntime-genai, whose type "decoder" runs any such graph.
 
     Args:
-        model: what was written.
+        model: the model that was written.
         config: its ``config.json``.
-        ends: end tokens, any of which ends a text.
+        ends: ids of tokens, any of which ends a text.
     """
     geometry = model.family.geometry(config)
     ids: dict[str, Any] = {key: config.get(key) for key in ("bos_token_id", "pad_token_id")}
@@ -255,7 +249,7 @@ def build_genai_config(
                 "num_attention_heads": geometry.heads,
                 "num_key_value_heads": geometry.kv_heads,
                 "num_hidden_layers": len(model.blocks),
-                # The number of threads is that of the machine that runs it, so it is not set.
+                # Not the number of threads, which depends on the machine that runs the graph.
                 "session_options": {
                     "provider_options": [],
                     "session.intra_op.allow_spinning": "1",

@@ -12,11 +12,14 @@ import pytest
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from click.testing import CliRunner
-
-from moe2edge.cli.main import main
 from moe2edge.storage.checkpoint import BUILTIN
 from moe2edge.testing import Make, make_checkpoint, make_tokenizer
+
+pytest.register_assert_rewrite("helpers")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--renew-goldens", action="store_true", help="write tests/golden anew")
 
 
 @pytest.fixture(scope="session")
@@ -37,13 +40,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Make:
 @pytest.fixture(scope="session")
 def builtin_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The built-in model exported to onnx and gptq. Do not write there."""
+    from helpers import run  # imports torch: not in the process that only hands out tests
+
     folder = tmp_path_factory.mktemp("builtin") / "out"
-    result = CliRunner().invoke(
-        main,
-        [
-            "export", BUILTIN, "-t", "onnx,gptq", "-o", str(folder),
-            "--set", "calibration.samples=24", "--set", "evaluation.samples=4",
-        ],
+    result = run(
+        "export", BUILTIN, "-t", "onnx,gptq", "-o", str(folder),
+        "--set", "calibration.samples=24", "--set", "evaluation.samples=4",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     return folder

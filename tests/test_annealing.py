@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers import NO_TOKENS, QUIET, each_family, make_context, search
 from moe2edge.calibration.tokens import Tokens
 from moe2edge.errors import DoesNotFit, InputError
 from moe2edge.model.edits import materialize
-from moe2edge.model.family import FAMILIES
+from moe2edge.model.experts import Tied
 from moe2edge.model.model import Model
 from moe2edge.passes._recover_teacher import Objective, compute_text_loss
 from moe2edge.passes._recover_trainer import Trainer, TrainerSettings, compute_original_share
@@ -29,11 +30,8 @@ from moe2edge.runtime.load import build_transformers_model
 from moe2edge.runtime.memory import Memory
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.storage.work_folder import WorkFolder
-from moe2edge.testing import QUICK_TRAINING, InMemory, Make, add_copies, read_all_numbers
+from moe2edge.testing import QUICK_TRAINING, Make, add_copies, read_all_numbers
 from moe2edge.testing import make_learnable_text as text
-
-QUIET = Reporter(lambda _: None, lambda *_: None)
-NO_TOKENS = torch.empty(0, 0, dtype=torch.int64)
 
 
 class Leaning(torch.nn.Module):
@@ -59,7 +57,7 @@ def settings(**changes: Any) -> TrainerSettings:
     return step._settings()
 
 
-def test_originals_are_left_step_by_step() -> None:
+def test_original_weights_fade_out_step_by_step() -> None:
     given = settings(steps=10, anneal=0.5, eval_every=1)
     assert [compute_original_share(step, given) for step in range(8)] == pytest.approx(
         [1, 0.8, 0.6, 0.4, 0.2, 0, 0, 0]
@@ -78,7 +76,7 @@ def test_originals_are_left_step_by_step() -> None:
     assert [line.step for line in found.progress.history] == [0, 5, 6, 7, 8, 9, 10]
 
 
-def test_nothing_to_anneal_is_told(tiny: Make) -> None:
+def test_annealing_without_shared_experts_is_refused(tiny: Make) -> None:
     with pytest.raises(InputError, match="anneal is for experts that share a base"):
         Recover(anneal=0.5).check(open_checkpoint(str(tiny("olmoe"))).model)
 
@@ -87,18 +85,17 @@ def sharing(tiny: Make, family: str, **options: Any) -> tuple[Model, Model]:
     """A source, and a model some of whose experts share bases."""
     model = open_checkpoint(str(tiny(family))).model
     step = ExpertReplace.model_validate({"with": "base", "budget": 0.6, **options}).resolve(model)
-    reporter: Any = SimpleNamespace(advance=lambda *_: None, log=lambda _: None)
-    return model, step.search(PassContext(model, model, text(), InMemory(), reporter)).model
+    return model, search(step, model, text()).model
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", each_family("qwen2_moe"))
 @pytest.mark.parametrize("rank", [0, 3])
-def test_annealing_goes_from_the_source_to_what_is_exported(
+def test_annealing_begins_at_the_source_and_ends_at_the_exported_model(
     tiny: Make, family: str, rank: int
 ) -> None:
     """With a share of 1 the model is the source, with 0 what will be written."""
     source, model = sharing(tiny, family, rank=rank)
-    context = PassContext(source, model, NO_TOKENS, InMemory(), QUIET, training=text())
+    context = make_context(model, NO_TOKENS, source, training=text())
     loaded: Any = build_transformers_model(model, torch.float32)
     ids = text(2)
     with torch.no_grad():
@@ -119,17 +116,17 @@ def test_annealing_goes_from_the_source_to_what_is_exported(
     assert (between - plain).abs().max() > 1e-3
 
 
-def test_half_an_original_is_the_mean_of_matrices(tiny: Make) -> None:
+def test_partly_annealed_weights_are_a_weighted_mean(tiny: Make) -> None:
     """``W_eff = s W + (1 - s) (B + second @ first)``, matrix by matrix."""
     source, model = sharing(tiny, "mixtral", rank=2)
-    context = PassContext(source, model, NO_TOKENS, InMemory(), QUIET, training=text())
+    context = make_context(model, NO_TOKENS, source, training=text())
     loaded: Any = build_transformers_model(model, torch.float32)
     parts = Recover(anneal=0.5)._begin_annealing(context, loaded)
-    block, layer = next((b, m) for b, m in model.moe_blocks if m.members)
+    block, layer = next((b, m) for b, m in model.moe_blocks if m.is_tied)
     for part in parts:
         part.original_share = 0.3
     mixed = loaded.model.layers[block.index].mlp.experts
-    row = next(n for n, member in enumerate(layer.members) if member.factors)
+    row = next(n for n, row in enumerate(layer.rows) if isinstance(row, Tied))
     x = torch.randn(7, 64, generator=torch.Generator().manual_seed(0))
     before, whole = source.moe_blocks[block.index][1], materialize(model).moe_blocks
     after = whole[block.index][1].experts[row]
@@ -144,12 +141,12 @@ def test_half_an_original_is_the_mean_of_matrices(tiny: Make) -> None:
 
 @pytest.mark.parametrize("anneal", [None, 0.5])
 @pytest.mark.parametrize("rank", [0, 3])
-def test_members_are_trained_and_come_back(tiny: Make, anneal: float | None, rank: int) -> None:
+def test_tied_experts_are_trained_and_returned(tiny: Make, anneal: float | None, rank: int) -> None:
     """What is held-out perplexity in training is that of what is returned."""
     source, model = sharing(tiny, "olmoe", rank=rank)
     step = Recover.model_validate({**QUICK_TRAINING, "steps": 12, "anneal": anneal})
     step.check(model)
-    context = PassContext(source, model, NO_TOKENS, InMemory(), QUIET, training=text())
+    context = make_context(model, NO_TOKENS, source, training=text())
     outcome = step.search(context)
     history = outcome.figures["history"]
     assert outcome.figures["best_step"] > 0
@@ -169,18 +166,14 @@ def test_members_are_trained_and_come_back(tiny: Make, anneal: float | None, ran
     )
 
 
-def test_an_annealed_run_that_was_killed_ends_with_the_same_bits(
-    tiny: Make, tmp_path: Path
-) -> None:
+def test_resumed_annealing_ends_with_the_same_bits(tiny: Make, tmp_path: Path) -> None:
     source, model = sharing(tiny, "olmoe", rank=2)
     step = Recover.model_validate({**QUICK_TRAINING, "steps": 8, "anneal": 0.6})
 
     def run(folder: Path, reporter: Reporter) -> Model:
         folder.mkdir(exist_ok=True)
-        return step.search(
-            PassContext(
-                source, model, NO_TOKENS, InMemory(), reporter, training=text(), scratch=folder
-            )
+        return search(
+            step, model, NO_TOKENS, source, reporter, training=text(), scratch=folder
         ).model
 
     expected = read_all_numbers(run(tmp_path / "whole", QUIET))
@@ -198,7 +191,7 @@ def test_an_annealed_run_that_was_killed_ends_with_the_same_bits(
 @pytest.mark.parametrize(
     ("rank", "anneal", "adapters"), [(3, None, False), (0, None, True), (0, 0.5, False)]
 )
-def test_adapters_stay_off_matrices_that_members_read(
+def test_adapters_skip_matrices_that_tied_experts_share(
     tiny: Make, rank: int, anneal: float | None, adapters: bool
 ) -> None:
     """With factors, and while annealing; what is trained is what comes back."""
@@ -214,7 +207,7 @@ def test_adapters_stay_off_matrices_that_members_read(
     }
     step = Recover.model_validate(options)
     step.check(model)
-    context = PassContext(source, model, NO_TOKENS, InMemory(), QUIET, training=text())
+    context = make_context(model, NO_TOKENS, source, training=text())
     outcome = step.search(context)
     assert outcome.figures["best_step"] > 0
     before = read_all_numbers(model)
@@ -236,23 +229,21 @@ def test_adapters_stay_off_matrices_that_members_read(
 def test_factors_alone_are_annealed_in_every_layer(tiny: Make) -> None:
     """Also where one expert of a layer is, whose place in the layer nobody shares."""
     source, model = sharing(tiny, "olmoe", **{"with": "svd", "budget": 0.9, "rank": 4})
-    context = PassContext(source, model, NO_TOKENS, InMemory(), QUIET, training=text())
+    context = make_context(model, NO_TOKENS, source, training=text())
     parts = Recover(anneal=0.5)._begin_annealing(
         context, build_transformers_model(model, torch.float32)
     )
-    assert len(parts) == sum(bool(layer.members) for _, layer in model.moe_blocks) > 0
+    assert len(parts) == sum(layer.is_tied for _, layer in model.moe_blocks) > 0
 
 
-def test_memory_is_looked_at_again_before_training(tiny: Make) -> None:
+def test_memory_is_checked_again_before_training(tiny: Make) -> None:
     source, model = sharing(tiny, "olmoe")
-    context = PassContext(
-        source, model, NO_TOKENS, InMemory(), QUIET, training=text(), memory=Memory(limit=10**8)
-    )
+    context = make_context(model, NO_TOKENS, source, training=text(), memory=Memory(limit=10**8))
     with pytest.raises(DoesNotFit, match=r"recover trains, which needs .* GB"):
         Recover.model_validate({**QUICK_TRAINING, "anneal": 0.5}).search(context)
 
 
-def test_a_rank_of_adapters_that_matrices_do_not_have(tiny: Make) -> None:
+def test_adapter_rank_above_that_of_the_matrices(tiny: Make) -> None:
     with pytest.raises(InputError, match=r"lora_rank 100, but .* at most 64"):
         Recover(train="lora", lora_rank=100).check(open_checkpoint(str(tiny("olmoe"))).model)
 
@@ -281,7 +272,7 @@ def test_annealing_begins_with_what_was_replaced(
     run_passes(model, parsed, tokens, WorkFolder(tmp_path), QUIET, training=tokens)
     ((context, shared),) = shown
     assert context.unshared is not None
-    assert not context.unshared.members
+    assert not context.unshared.tied_count
     before, after = context.unshared.moe_blocks[0][1], model.moe_blocks[0][1]
     assert not torch.equal(before.experts[0].up.load(), after.experts[0].up.load())
     loaded: Any = build_transformers_model(shared, torch.float32)
@@ -293,7 +284,7 @@ def test_annealing_begins_with_what_was_replaced(
 
 
 @pytest.mark.parametrize("method", ["m-smoe", "ream", "hc-smoe"])
-def test_neurons_that_were_put_in_order_anneal_in_order(
+def test_annealing_follows_reordered_neurons(
     tiny: Make, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Experts that are one, with neurons in any order, are that one at every share."""

@@ -128,10 +128,10 @@ def test_damaged_json(folder: Path, content: bytes) -> None:
     assert not is_artifact(folder)
 
 
-def test_what_is_no_output_folder(tmp_path: Path) -> None:
+def test_folders_that_are_not_outputs(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="there is no folder"):
         open_artifact(tmp_path / "none")
-    with pytest.raises(InputError, match=r"has no manifest\.json: it is no folder that"):
+    with pytest.raises(InputError, match=r"has no manifest\.json: it is not a folder that"):
         open_artifact(tmp_path)
     assert not is_artifact(tmp_path)
     assert not is_artifact(tmp_path / "none")
@@ -142,7 +142,7 @@ def test_a_folder_of_outputs_names_them(folder: Path) -> None:
         open_artifact(folder.parent)
 
 
-def test_a_folder_of_a_later_version_is_ours(folder: Path) -> None:
+def test_a_folder_of_a_later_version_is_recognized(folder: Path) -> None:
     edit(folder, schema_version=99)
     assert is_artifact(folder)
 

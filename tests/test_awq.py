@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from helpers import compute_logits, plan
 from moe2edge.calibration import walk
 from moe2edge.model.family import FAMILIES
-from moe2edge.model.layers import MoELayer, Weight
+from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import SECOND_NORM, Block, Model, is_quantizable
+from moe2edge.model.weights import Weight
 from moe2edge.numerics import awq_scales
 from moe2edge.numerics.grid import Quantized
 from moe2edge.numerics.rounding import round_to_nearest
@@ -23,7 +25,7 @@ from moe2edge.passes.awq import Awq
 from moe2edge.passes.rtn import Rtn
 from moe2edge.pipeline.contract import Outcome
 from moe2edge.pipeline.solver import GroupSolver
-from moe2edge.pipeline.stages import enforce, plan_passes
+from moe2edge.pipeline.stages import enforce
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.testing import Make
 
@@ -56,7 +58,7 @@ def model_of(make: Make, family: str, **changes: Any) -> Model:
 
 def run(step: Awq, model: Model, ids: torch.Tensor = IDS) -> tuple[Model, list[str]]:
     """The model after the pass, held against the contract, and the notes."""
-    planned, before = plan_passes([step], model), model
+    planned, before = plan([step], model), model
     notes: list[str] = []
     solver, hidden = step.solver(model), walk.embed(model, ids)
     assert not isinstance(solver, GroupSolver)
@@ -88,8 +90,7 @@ def rounded(step: Rtn, model: Model) -> Model:
 
 
 def logits(model: Model) -> torch.Tensor:
-    hidden = walk.observe(model, IDS, (), lambda *_: None, "")
-    return torch.stack(list(walk.compute_logits(model, hidden)))
+    return compute_logits(model, IDS)
 
 
 def distance(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -158,13 +159,13 @@ def test_folding_keeps_the_function_of_other_forms(tiny: Make, form: str) -> Non
     assert distance(logits(folded(model)), logits(model)) < 1e-5
 
 
-def test_values_that_are_clipped_are_no_place(tiny: Make) -> None:
+def test_scales_do_not_fold_into_clipped_values(tiny: Make) -> None:
     model = model_of(tiny, "olmoe", clip_qkv=0.5)
     assert not any(OUT in place.consumers for place in places(model, model.blocks[0]))
     assert distance(logits(folded(model)), logits(model)) < 1e-5
 
 
-def test_a_norm_that_is_added_to_the_stream_is_no_place(tiny: Make) -> None:
+def test_scales_do_not_fold_into_a_norm_that_feeds_the_residual_stream(tiny: Make) -> None:
     model = formed(tiny, "norm")
     assert not any(NEXT_NORM in place.producers for place in places(model, model.blocks[1]))
     after, _ = run(Awq(), model)
@@ -322,7 +323,7 @@ def test_losses(scheme: Scheme) -> None:
     weight, x = (torch.randn(n, 64, generator=draw) for n in (24, 50))
     gate, scales = torch.rand(50, generator=draw), powers(x * torch.logspace(-1, 1, 64))
     x = x * torch.logspace(-1, 1, 64)
-    inputs = awq_scales.AwqInputs.of(x, gate, x.abs().mean(0), share=3)
+    inputs = awq_scales.AwqInputs.from_sample(x, gate, x.abs().mean(0), share=3)
     found = awq_scales.compute_losses(weight, scales, inputs, scheme, "mse")
     _, errors = slow_search([(weight, x, gate, scales)], scheme)
     torch.testing.assert_close(found / 3, torch.tensor(errors), rtol=1e-4, atol=0)
@@ -331,7 +332,7 @@ def test_losses(scheme: Scheme) -> None:
 def test_losses_of_large_matrices_are_estimated() -> None:
     draw = torch.Generator().manual_seed(4)
     weight, x = (torch.randn(n, 64, generator=draw) for n in (4000, 50))
-    inputs = awq_scales.AwqInputs.of(x, torch.ones(50), x.abs().mean(0))
+    inputs = awq_scales.AwqInputs.from_sample(x, torch.ones(50), x.abs().mean(0))
 
     def losses(rows: torch.Tensor) -> torch.Tensor:
         return awq_scales.compute_losses(rows, powers(x)[:3], inputs, Scheme(4, 32), "absmax")
@@ -355,7 +356,7 @@ def test_large_channels_cost_less_than_with_rounding(tiny: Make) -> None:
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "olmoe"])
-def test_what_is_stored_in_16_bits(tiny: Make, family: str) -> None:
+def test_tensors_stored_in_16_bits_are_rounded_consistently(tiny: Make, family: str) -> None:
     """Norms and biases are divided by what the columns are multiplied with; routers round."""
     model = uneven(model_of(tiny, family, dtype="bfloat16", num_hidden_layers=1))
     rules = (SchemeRule(match="q_proj", bits=16),)
@@ -405,7 +406,7 @@ def test_schemes_as_the_options_say(tiny: Make, family: str) -> None:
     usable = rules if family == "qwen2_moe" else rules[:2]
     after, _ = run(Awq(bits=3, symmetric=False, rules=usable, steps=3), model)
     kinds = {str(w.scheme) for _, role, w in after.tensors() if is_quantizable(role)}
-    assert {"w3a16_asym, groups of 32", "w2a16_asym, whole rows", "None"} <= kinds
+    assert {"w3a16_asym, groups of 32", "w2a16_asym, per channel", "None"} <= kinds
     # Nothing folds where nothing is rounded, save for rules on one matrix of the last block.
     last = dict(after.blocks[-1].weights())
     assert last[NORM] is dict(model.blocks[-1].weights())[NORM]
@@ -423,7 +424,7 @@ def test_sparse_weights_stay_sparse(tiny: Make) -> None:
         assert (found[:, ::2] == 0).all()
 
 
-def test_experts_that_saw_nothing(tiny: Make) -> None:
+def test_experts_without_tokens(tiny: Make) -> None:
     model = model_of(tiny, "mixtral")
     after, notes = run(Awq(steps=2), model, IDS[:1, :2])  # two tokens, two experts each
     assert len([note for note in notes if note.startswith("block 0: expert")]) == 6
@@ -433,7 +434,7 @@ def test_experts_that_saw_nothing(tiny: Make) -> None:
     assert [note.split()[3] for note in notes] == ["experts"] * 3  # how many tokens they saw
 
 
-def test_an_expert_with_few_tokens_is_judged_by_those_of_its_layer(tiny: Make) -> None:
+def test_an_expert_with_few_tokens_uses_all_tokens_of_its_layer(tiny: Make) -> None:
     model = model_of(tiny, "mixtral", num_hidden_layers=1)
     seen = walk.BlockRunner(model, model.blocks[0]).watch(walk.embed(model, IDS))
     after = dict(run(Awq(bits=3, min_tokens=10**6), model)[0].blocks[0].weights())

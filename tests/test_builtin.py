@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
 
-from moe2edge.cli.main import main
+from helpers import run
 from moe2edge.model.model import is_quantizable
 from moe2edge.numerics.grid import Quantized
 from moe2edge.pipeline import registry
@@ -33,6 +32,7 @@ def test_stock_transformers_loads_all_of_it() -> None:
     assert model.dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_every_selected_tensor_has_four_bits_and_the_same_integers(builtin_out: Path) -> None:
     onnx, gptq = (dict(registry.find_target(t).tensors(builtin_out / t)) for t in ("onnx", "gptq"))
     expected = list(open_checkpoint(BUILTIN).model.tensors())
@@ -46,6 +46,7 @@ def test_every_selected_tensor_has_four_bits_and_the_same_integers(builtin_out: 
             assert torch.equal(a.scales, b.scales)
 
 
+@pytest.mark.slow
 def test_quantization_costs_little(builtin_out: Path) -> None:
     report = json.loads((builtin_out / "onnx" / "report.json").read_text())
     source = report["before"]["quality"]["perplexity"]
@@ -56,6 +57,7 @@ def test_quantization_costs_little(builtin_out: Path) -> None:
     assert source < 40
 
 
+@pytest.mark.slow
 def test_the_runtime_agrees_with_pytorch_over_32_cached_steps(builtin_out: Path) -> None:
     report = json.loads((builtin_out / "onnx" / "report.json").read_text())
     for row in report["results"]:
@@ -63,10 +65,9 @@ def test_the_runtime_agrees_with_pytorch_over_32_cached_steps(builtin_out: Path)
         assert row["parity"]["exact"] < 1e-4
 
 
+@pytest.mark.slow
 def test_it_continues_python(builtin_out: Path) -> None:
-    result = CliRunner().invoke(
-        main, ["generate", str(builtin_out / "onnx"), "def read_json(path):"]
-    )
+    result = run("generate", str(builtin_out / "onnx"), "def read_json(path):")
     assert result.exit_code == 0, result.output
     # Greedy, so the same every time; how good it is, the model's card says.
     first_line, rest = result.stdout.split("\n", 1)
@@ -75,6 +76,7 @@ def test_it_continues_python(builtin_out: Path) -> None:
     assert len(rest) > 40
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["gptq", "awq"])
 @pytest.mark.parametrize(
     ("name", "experts"), [("e", [12] * 6), ("l", [16] * 5), ("b", [16] * 5)], ids=["e", "l", "b"]
@@ -84,13 +86,10 @@ def test_recipes_of_the_first_paper(
 ) -> None:
     """Expert, Layer and Block Drop, each with GPTQ and AWQ (arXiv 2406.02500, table 3)."""
     out = tmp_path / "out"
-    result = CliRunner().invoke(
-        main,
-        [
-            "export", BUILTIN, "-t", "gptq", "-o", str(out), "-r", f"{name}-{how}", "--json",
-            "--set", "calibration.samples=12", "--set", "calibration.length=128",
-            "--set", "evaluation.samples=2", "-q",
-        ],
+    result = run(
+        "export", BUILTIN, "-t", "gptq", "-o", str(out), "-r", f"{name}-{how}", "--json",
+        "--set", "calibration.samples=12", "--set", "calibration.length=128",
+        "--set", "evaluation.samples=2", "-q",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)

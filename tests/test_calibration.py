@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner
 
+from helpers import run
 from moe2edge.calibration.sources import TextSource
 from moe2edge.calibration.tokens import list_parts, load_tokens, read_texts, share_out
-from moe2edge.cli.main import main
 from moe2edge.errors import InputError
 from moe2edge.pipeline.recipe import parse_section
 from moe2edge.storage.tokenizer import load_tokenizer
@@ -117,7 +116,7 @@ def test_jsonl_keeps_line_breaks_of_unicode_and_takes_a_mark(tmp_path: Path) -> 
     assert read_texts(source(path), "calibration") == texts
 
 
-def test_a_name_that_no_system_has_is_one_line() -> None:
+def test_an_impossible_file_name_gives_one_line() -> None:
     with pytest.raises(InputError, match="File name too long"):
         read_texts(source(Path("x" * 5000)), "calibration")
     with pytest.raises(InputError, match=r"~no-such-user/a\.txt cannot be read"):
@@ -280,7 +279,7 @@ def test_bad_mixes_are_refused(
 
 
 @pytest.mark.parametrize("value", [[1], {"a": 1}, True, None])
-def test_what_is_no_text_is_not_filled_into_a_template(texts: Path, value: object) -> None:
+def test_only_text_is_filled_into_a_template(texts: Path, value: object) -> None:
     rows = [{"q": "x", "a": "y"}, {"q": "x", "a": value}]
     (texts / "b.jsonl").write_text("\n" + "\n".join(map(json.dumps, rows)))
     with pytest.raises(InputError, match="line 3 has no text in field 'a'") as caught:
@@ -288,13 +287,15 @@ def test_what_is_no_text_is_not_filled_into_a_template(texts: Path, value: objec
     assert "fix the template or the line" in str(caught.value)
 
 
-def test_a_mix_on_the_command_line_is_told_in_full(tiny: Make, texts: Path, tokenizer: Any) -> None:
+def test_a_mix_on_the_command_line_is_reported_in_full(
+    tiny: Make, texts: Path, tokenizer: Any
+) -> None:
     arguments = [
         "decide", str(tiny("mixtral")), "-r", "trim", "-o", "s.json", "-q",
         "--calib", "a.txt:3,qa.jsonl:1", "--set", "calibration.template='{question} {answer}'",
         "--set", "calibration.samples=8", "--set", "calibration.length=16",
     ]  # fmt: skip
-    result = CliRunner().invoke(main, arguments)
+    result = run(*arguments)
     assert result.exit_code == 0, result.output
     source = mix("a.txt:3,qa.jsonl:1", template="{question} {answer}", samples=8, length=16)
     found = json.loads(Path("s.json").read_text())["calibration"]

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from moe2edge.errors import InputError, Moe2EdgeError, Unsupported
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.storage.safetensors_files import (
-    Planned,
+    PlannedTensor,
     read_all,
     read_tensor,
     write_checkpoint,
@@ -74,7 +74,7 @@ def sharded(weight_map: dict[str, str]) -> Damage:
 
 NORM = "model.norm.weight"
 CASES: list[tuple[str, Damage, type[Moe2EdgeError], str]] = [
-    ("no config", lambda f: (f / "config.json").unlink(), InputError, "is no checkpoint"),
+    ("no config", lambda f: (f / "config.json").unlink(), InputError, "is not a checkpoint"),
     ("config is no JSON", spoil_config, InputError, "is damaged"),
     (
         "no weights",
@@ -134,7 +134,7 @@ CASES: list[tuple[str, Damage, type[Moe2EdgeError], str]] = [
 @pytest.mark.parametrize(
     ("damage", "error", "message"), [c[1:] for c in CASES], ids=[c[0] for c in CASES]
 )
-def test_damage_gets_its_own_line(
+def test_each_kind_of_damage_has_a_message(
     tiny: Make, tmp_path: Path, damage: Damage, error: type[Moe2EdgeError], message: str
 ) -> None:
     folder = tmp_path / "model"
@@ -219,7 +219,7 @@ def test_shards_are_written_one_tensor_at_a_time(
 
         return numbers
 
-    write_checkpoint(tmp_path, [Planned(n, (4, 5), "BF16", make(n)) for n in tensors])
+    write_checkpoint(tmp_path, [PlannedTensor(n, (4, 5), "BF16", make(n)) for n in tensors])
     assert made == list(tensors)
     assert len(list(tmp_path.glob("*.safetensors"))) == 3
     for name, tensor in read_all(tmp_path):
@@ -229,7 +229,7 @@ def test_shards_are_written_one_tensor_at_a_time(
 
 def test_a_tensor_that_is_not_as_planned_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="planned"):
-        write_checkpoint(tmp_path, [Planned("t", (2,), "F32", lambda: torch.ones(3))])
+        write_checkpoint(tmp_path, [PlannedTensor("t", (2,), "F32", lambda: torch.ones(3))])
 
 
 def test_each_file_is_opened_once(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,16 +239,18 @@ def test_each_file_is_opened_once(tiny: Make, monkeypatch: pytest.MonkeyPatch) -
         opened.append(path)
         return safe_open(path, framework=framework)
 
-    monkeypatch.setattr("moe2edge.storage.checkpoint.safe_open", counting)
+    monkeypatch.setattr("moe2edge.storage.safetensors_files.safe_open", counting)
     folder = tiny("olmoe", num_hidden_layers=2)
     for _, _, weight in open_checkpoint(str(folder)).model.tensors():
         weight.load()
     assert opened == [folder / "model.safetensors"]
 
 
-def test_a_file_that_was_written_anew_is_read_anew(tmp_path: Path) -> None:
+def test_a_rewritten_file_is_read_again(tmp_path: Path) -> None:
     for value in (1.0, 2.0):
-        write_checkpoint(tmp_path, [Planned("t", (3,), "F32", partial(torch.full, (3,), value))])
+        write_checkpoint(
+            tmp_path, [PlannedTensor("t", (3,), "F32", partial(torch.full, (3,), value))]
+        )
         assert [float(t[0]) for _, t in read_all(tmp_path)] == [value]
 
 
@@ -258,7 +260,7 @@ def test_a_revision_is_named_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["~nosuchuser/model", "x" * 5000])
-def test_names_that_no_system_has_are_refused(name: str) -> None:
+def test_impossible_file_names_are_refused(name: str) -> None:
     with pytest.raises(InputError, match="cannot be opened"):
         open_checkpoint(name)
 
@@ -267,5 +269,5 @@ def test_a_matrix_of_one_column_is_written_whatever_its_strides(tmp_path: Path) 
     """Torch counts it as contiguous with any stride along the column of one."""
     odd = torch.arange(4.0).view(1, 4).T
     assert odd.stride() == (1, 4)
-    write_safetensors(tmp_path / "x.safetensors", [Planned("x", (4, 1), "F32", lambda: odd)])
+    write_safetensors(tmp_path / "x.safetensors", [PlannedTensor("x", (4, 1), "F32", lambda: odd)])
     assert torch.equal(read_tensor(tmp_path / "x.safetensors", "x"), odd)

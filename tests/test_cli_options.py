@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 import onnx
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
 
-from moe2edge.cli.main import main
+from helpers import run, write_text
 from moe2edge.errors import InputError
 from moe2edge.evaluation.profile import measure
 from moe2edge.pipeline import registry
@@ -22,16 +22,12 @@ from moe2edge.pipeline.target import Target
 from moe2edge.testing import Make
 
 
-def run(*args: str | Path) -> Result:
-    return CliRunner().invoke(main, [str(a) for a in args])
-
-
 @pytest.fixture(scope="module")
 def pair(tiny: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Both quantized targets, one with an option of its own. Do not write there."""
     out = tmp_path_factory.mktemp("options") / "out"
     text = out.parent / "text.txt"
-    text.write_text("".join(chr(33 + (n * n + n // 7) % 90) for n in range(4000)))
+    write_text(text)
     result = run(
         "export", tiny("olmoe"), "-t", "onnx:accuracy_level=0, gptq", "-o", out, "-r", "w4-rtn",
         "--eval", text, "--set", "evaluation.samples=2", "--set", "evaluation.length=32",
@@ -81,7 +77,7 @@ def test_options_of_a_target_are_recorded_and_reopened(
     assert measure._describe_subject(out / "onnx")[1]["options"] == {"accuracy_level": 0}
 
 
-def test_folders_of_old_have_no_options(pair: Path, tmp_path: Path) -> None:
+def test_folders_of_older_versions_have_no_options(pair: Path, tmp_path: Path) -> None:
     folder = tmp_path / "old"
     shutil.copytree(pair / "onnx", folder)
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -89,7 +85,7 @@ def test_folders_of_old_have_no_options(pair: Path, tmp_path: Path) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest))
     assert run("generate", folder, "ab", "-n", "2").exit_code == 0
     for options, message in (
-        ([], "target_options is no mapping"),
+        ([], "target_options is not a mapping"),
         ({"level": 4}, "unknown option of target onnx 'level'"),
         ({"accuracy_level": "4"}, "onnx:accuracy_level is '4', expected: a valid integer"),
     ):
@@ -186,7 +182,7 @@ def test_options_of_other_types(monkeypatch: pytest.MonkeyPatch) -> None:
         ("hf:tied=1", "hf:tied is 1, expected: a valid boolean"),
         ("hf:limit=many", "hf:limit is 'many', expected: a valid integer"),
         ("hf:layuot=natural", "did you mean 'layout'"),
-        ("hf:layout=[", "is not YAML as expected"),
+        ("hf:layout=[", "is not valid YAML"),
         ("hf:=natural", "expected NAME:option=value"),
     ):
         with pytest.raises(InputError) as caught:

@@ -6,8 +6,6 @@ import doctest
 import importlib
 import pkgutil
 
-import pytest
-
 import moe2edge
 
 MODULES = sorted(
@@ -15,6 +13,8 @@ MODULES = sorted(
 )
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_examples_in_docstrings(name: str) -> None:
-    assert doctest.testmod(importlib.import_module(name)).failed == 0
+def test_examples_in_docstrings() -> None:
+    """All modules are looked at, whatever fails; pytest shows what doctest prints of it."""
+    results = {name: doctest.testmod(importlib.import_module(name)) for name in MODULES}
+    assert not [name for name, result in results.items() if result.failed]
+    assert sum(result.attempted for result in results.values()) > 40

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from helpers import compute_logits, plan
 from moe2edge.calibration import walk
 from moe2edge.calibration.observation import Facts
 from moe2edge.calibration.similarity import BlockSimilarityFactory, LayerSimilarityObserver
@@ -20,7 +21,6 @@ from moe2edge.model.model import SECOND_NORM, Model
 from moe2edge.passes.block_drop import BlockDrop
 from moe2edge.passes.layer_drop import LayerDrop
 from moe2edge.pipeline.contract import Outcome, Trim
-from moe2edge.pipeline.stages import plan_passes
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.testing import Make
 
@@ -36,8 +36,7 @@ def outcome(step: Trim, model: Model) -> Outcome:
 
 
 def logits(model: Model) -> torch.Tensor:
-    hidden = walk.observe(model, IDS, (), lambda *_: None, "")
-    return torch.stack(list(walk.compute_logits(model, hidden)))
+    return compute_logits(model, IDS)
 
 
 def skipping(folder: Path, change: Callable[[Any], None]) -> torch.Tensor:
@@ -164,8 +163,8 @@ def test_fractions_are_of_the_source_and_rounded_down(tiny: Make) -> None:
     model = open_checkpoint(str(five(tiny, "mixtral"))).model
     assert BlockDrop(drop=0.5).resolve(model).drop == 2
     assert LayerDrop(drop=0.25).resolve(model).drop == 1
-    assert len(plan_passes([BlockDrop(drop=0.5).resolve(model)], model).blocks) == 3
-    planned = plan_passes([LayerDrop(drop=0.5).resolve(model)], model)
+    assert len(plan([BlockDrop(drop=0.5).resolve(model)], model).blocks) == 3
+    planned = plan([LayerDrop(drop=0.5).resolve(model)], model)
     assert len(planned.moe_blocks) == 3
     assert not planned.is_uniform
 
@@ -186,7 +185,7 @@ def test_without_most_a_threshold_drops_a_quarter_and_one_at_least(tiny: Make) -
     assert LayerDrop(threshold=-1).resolve(eight).most == 2
 
 
-def test_runs_that_are_runs_no_longer_are_refused(tiny: Make) -> None:
+def test_runs_of_blocks_that_are_no_longer_adjacent_are_refused(tiny: Make) -> None:
     """Two passes of one stage; the first breaks up every run of the second."""
     model = open_checkpoint(str(five(tiny, "mixtral"))).model
     step = BlockDrop(drop=2, consecutive=True)
@@ -219,7 +218,7 @@ def test_refusals(tiny: Make, step: Trim, message: str) -> None:
 
 
 @pytest.mark.parametrize("drop", [0, -1, 1.0, True, "two"])
-def test_amounts_that_are_none(drop: Any) -> None:
+def test_invalid_amounts(drop: Any) -> None:
     for kind in (BlockDrop, LayerDrop):
         with pytest.raises(ValueError, match=r"a count|a fraction"):
             kind.model_validate({"drop": drop})

@@ -6,28 +6,26 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from helpers import compute_logits, each_family, plan, search
 from moe2edge.calibration import observation, walk
 from moe2edge.errors import DoesNotFit
+from moe2edge.model.experts import PARTS, Dense
 from moe2edge.model.family import FAMILIES
-from moe2edge.model.layers import PARTS, Dense, MoELayer
+from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model
 from moe2edge.numerics import expert_groups
 from moe2edge.numerics import expert_groups as merging
 from moe2edge.numerics.expert_groups import ExpertGroup, ExpertSums, Matrices
 from moe2edge.passes.expert_merge import ExpertMerge
-from moe2edge.pipeline.contract import Outcome, PassContext
-from moe2edge.pipeline.runner import check_need
-from moe2edge.pipeline.stages import plan_passes
-from moe2edge.runtime.memory import Memory
+from moe2edge.pipeline.contract import Outcome, PlannedStep, TextSize, TextSizes
 from moe2edge.storage.checkpoint import open_checkpoint
-from moe2edge.testing import InMemory, Make, TraceRecorder, add_copies, make_checkpoint
+from moe2edge.testing import Make, TraceRecorder, add_copies, make_checkpoint
 
 METHODS = ("hc-smoe", "m-smoe", "ream")
 WIDTH, HIDDEN = 20, 12
@@ -68,7 +66,7 @@ def slow_clusters(means: Tensor, keep: int) -> set[frozenset[int]]:
 
 
 @pytest.mark.parametrize("keep", [1, 3, 7, 11])
-def test_clusters_are_those_of_a_loop(keep: int) -> None:
+def test_clusters_equal_those_of_a_loop(keep: int) -> None:
     means = draw(12, 5, seed=keep).double()
     scores = draw(12, seed=keep + 1).tolist()
     groups = expert_groups.cluster_experts(means, keep, scores)
@@ -163,7 +161,10 @@ def test_the_order_of_neurons_changes_no_expert() -> None:
     one, x = expert(0), draw(9, HIDDEN, seed=5)
     other = one.permute(torch.randperm(WIDTH, generator=torch.Generator().manual_seed(1)))
     assert not equal(one, other)
-    before, after = (one.down @ one.inside(x)).T, (other.down @ other.inside(x)).T
+    before, after = (
+        (one.down @ one.compute_intermediate(x)).T,
+        (other.down @ other.compute_intermediate(x)).T,
+    )
     assert torch.allclose(before, after, atol=1e-4)
     for token, row in zip(x, before, strict=True):
         gate, up = one.gate @ token, one.up @ token
@@ -215,7 +216,7 @@ def test_principal_axes_are_those_of_singular_vectors() -> None:
     assert expert_groups.compute_principal_axes(parts, 64, 0)[1].shape == (10, 10)
 
 
-def test_the_mean_is_that_of_a_loop() -> None:
+def test_the_mean_equals_that_of_a_loop() -> None:
     experts, shares = [expert(n) for n in range(3)], expert_groups.normalize_shares([2.0, 1.0, 5.0])
     assert shares == (0.25, 0.125, 0.625)
     before = [one.gate.clone() for one in experts]
@@ -235,9 +236,8 @@ def options(**given: Any) -> ExpertMerge:
 
 
 def merge(model: Model, step: ExpertMerge, ids: Tensor = IDS) -> Outcome:
-    planned = plan_passes([step], model)
-    reporter: Any = SimpleNamespace(advance=lambda *_: None, log=lambda _: None)
-    outcome = step.search(PassContext(model, model, ids, InMemory(), reporter))
+    planned = plan([step], model)
+    outcome = search(step, model, ids)
     outcome.model.verify()
     shapes = [[(n, w.shape, w.dtype) for n, _, w in m.tensors()] for m in (planned, outcome.model)]
     assert shapes[0] == shapes[1]
@@ -245,8 +245,7 @@ def merge(model: Model, step: ExpertMerge, ids: Tensor = IDS) -> Outcome:
 
 
 def logits(model: Model, ids: Tensor = IDS) -> Tensor:
-    hidden = walk.observe(model, ids, [], lambda *_: None, "")
-    return torch.stack(list(walk.compute_logits(model, hidden)))
+    return compute_logits(model, ids)
 
 
 def slow_groups(
@@ -306,13 +305,13 @@ def test_a_layer_is_merged_as_in_a_loop(tiny: Make, family: str, method: str) ->
                 )
                 assert torch.allclose(getattr(own, part).load(), mean, atol=1e-5)
         assert seen.routing is not None
-        after = walk.BlockRunner(outcome.model, block).answer(seen.routing.inputs)
+        after = walk.BlockRunner(outcome.model, block).run_mlp(seen.routing.inputs)
         whole_layer = seen.mlp_outputs.flatten(0, 1)
         error = float((after - whole_layer).norm() / whole_layer.norm())
         assert abs(float(note.rpartition(" ")[2]) - error) < 1e-3
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", each_family("qwen3_moe"))
 @pytest.mark.parametrize(
     ("method", "align"), [("hc-smoe", False), ("hc-smoe", True), ("m-smoe", True), ("ream", True)]
 )
@@ -328,7 +327,7 @@ def test_copies_merge_into_what_they_were(
         assert torch.allclose(logits(merged), logits(model), atol=1e-4)
 
 
-def test_those_that_nobody_asked_are_merged_in_equal_parts(tiny: Make) -> None:
+def test_experts_without_tokens_are_merged_with_equal_weights(tiny: Make) -> None:
     """Of one token's idle experts one is all but a copy of another: they are the nearest."""
     model = open_checkpoint(str(tiny("olmoe"))).model
     ids, watched = IDS[:1, :1], TraceRecorder()
@@ -357,14 +356,14 @@ def test_those_that_nobody_asked_are_merged_in_equal_parts(tiny: Make) -> None:
         assert torch.allclose(after.experts[one].up.load(), mean, atol=1e-6)
 
 
-def test_what_stays_alone_is_untouched(tiny: Make) -> None:
+def test_an_expert_in_no_group_is_unchanged(tiny: Make) -> None:
     model = open_checkpoint(str(tiny("mixtral"))).model
     merged = merge(model, options(method="ream", keep=4)).model
     for (_, before), (_, after) in zip(model.moe_blocks, merged.moe_blocks, strict=True):
         same = [one for one in after.experts if one == before.experts[one.origin]]
         loaded = [torch.equal(o.up.load(), before.experts[o.origin].up.load()) for o in same]
         assert sum(loaded) == 3  # the most salient centroid absorbs both that go
-        assert not after.members
+        assert not after.is_tied
         rows = [one.origin for one in after.experts]
         assert torch.equal(after.router.weight.load(), before.router.weight.load()[rows])
 
@@ -387,11 +386,11 @@ def test_layers_that_are_small_enough_are_left_alone(tiny: Make) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_too_little_memory_is_told_before_any_work(tiny: Make, method: str) -> None:
+def test_too_little_memory_is_reported_before_any_work(tiny: Make, method: str) -> None:
     model = open_checkpoint(str(tiny("olmoe"))).model
-    step = options(method=method, keep=3)
+    step, texts = options(method=method, keep=3), TextSizes(TextSize(*IDS.shape))
     with pytest.raises(DoesNotFit, match="expert_merge sums up what 6 experts do"):
-        check_need(step, model, IDS.numel(), Memory(limit=700 << 20))
+        step.estimate(PlannedStep(step, model, step.plan(model)), texts).check(700 << 20)
 
 
 @pytest.mark.parametrize("method", METHODS)

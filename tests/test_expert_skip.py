@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
 
+from helpers import plan, refuse, run
 from moe2edge.calibration import router_observers, walk
 from moe2edge.calibration.observation import Facts
-from moe2edge.cli.main import main
 from moe2edge.errors import InputError
 from moe2edge.model.family import FAMILIES
 from moe2edge.model.layers import MoELayer
@@ -23,7 +22,6 @@ from moe2edge.model.model import Model
 from moe2edge.numerics import skipping
 from moe2edge.numerics.skipping import apply_skipping as skip
 from moe2edge.passes.expert_skip import ExpertSkip
-from moe2edge.pipeline.stages import plan_passes
 from moe2edge.runtime.load import build_transformers_model
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.testing import Make
@@ -95,7 +93,7 @@ def test_verifying_the_very_text_that_was_calibrated_on(tiny: Make, tmp_path: Pa
     ]
     command = ["export", str(tiny("mixtral")), "-t", "onnx", "-o", str(tmp_path / "out")]
     texts = ["--calib", str(text), "--eval", str(text)]
-    result = CliRunner().invoke(main, [*command, "-r", str(recipe), *texts, *sizes])
+    result = run(*command, "-r", str(recipe), *texts, *sizes)
     assert result.exit_code == 0, result.output
 
 
@@ -168,16 +166,12 @@ def test_refusals(tiny: Make) -> None:
     for quantile in (0, 1, 2):
         with pytest.raises(ValueError, match="quantile"):
             ExpertSkip(quantile=quantile)
-    planned = plan_passes([ExpertSkip()], model)
+    planned = plan([ExpertSkip()], model)
     assert not planned.is_uniform
     assert all(isinstance(block.mlp, MoELayer) for block in planned.blocks)
 
 
 def test_stock_layout_refuses_before_calibration(tiny: Make, tmp_path: Path) -> None:
-    recipe = tmp_path / "skip.yaml"
-    recipe.write_text("passes: [expert_skip]")
-    command = ["export", str(tiny("mixtral")), "-t", "hf", "-o", str(tmp_path / "out")]
-    result = CliRunner().invoke(main, [*command, "-r", str(recipe)])
-    assert result.exit_code == 6
-    assert "skip" in result.output
-    assert not (tmp_path / "out").exists()
+    error = refuse(tiny("mixtral"), tmp_path / "out", ["expert_skip"], "hf")
+    assert error.exit_code == 6
+    assert "skip" in str(error)

@@ -13,13 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from moe2edge.cli.main import main
+from helpers import run
 from moe2edge.errors import InputError, Moe2EdgeError
 from moe2edge.pipeline import registry
 from moe2edge.runtime.generation import (
@@ -67,7 +66,7 @@ class Broken(Counting):
         return super().step(token) * float("nan" if len(self.calls) > 2 else 1)
 
 
-def test_greedy_goes_on_from_the_last_token() -> None:
+def test_greedy_decoding_continues_from_the_last_token() -> None:
     runtime = Counting()
     assert list(generate(runtime, [1, 5], max_tokens=3)) == [6, 7, 8]
     assert runtime.calls == [[1, 5], 6, 7]  # no step for a token that nobody asks for
@@ -122,7 +121,7 @@ def test_a_source_runs_in_the_dtype_asked_for(tmp_path: Path) -> None:
     assert runtime.start([1, 2]).dtype == torch.float32
 
 
-def test_what_transformers_cannot_load_is_one_line(tmp_path: Path) -> None:
+def test_a_folder_that_transformers_cannot_load_gives_one_line(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "olmoe"}', "utf-8")
     with pytest.raises(InputError, match="transformers cannot load") as caught:
         open_source(tmp_path)
@@ -256,7 +255,7 @@ def opened(
 
 
 def command(folder: Path, *arguments: str) -> Any:
-    return CliRunner().invoke(main, ["generate", str(folder), *arguments])
+    return run("generate", str(folder), *arguments)
 
 
 @pytest.mark.parametrize(
@@ -474,7 +473,7 @@ def test_end_tokens(tmp_path: Path, generation: Any, config: Any, expected: set[
 
 
 @pytest.mark.parametrize("value", ["</s>", [1, "2"], -1, True, {}])
-def test_end_tokens_that_are_none(tmp_path: Path, value: Any) -> None:
+def test_invalid_end_tokens(tmp_path: Path, value: Any) -> None:
     with pytest.raises(InputError, match="not a token or a list of tokens"):
         read_stop_ids(tmp_path, {"eos_token_id": value})
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from helpers import ignore
 from moe2edge.calibration import walk
 from moe2edge.model.family import FAMILIES
 from moe2edge.model.layers import MoELayer
@@ -21,13 +22,10 @@ from moe2edge.passes.gptq import Gptq
 from moe2edge.passes.rtn import Rtn
 from moe2edge.pipeline import blockwise
 from moe2edge.pipeline.solver import GroupSolver, MatrixGroup, Solved
+from moe2edge.pipeline.stages import plan_passes
 from moe2edge.runtime.memory import SOLVED_TOGETHER_BYTES, Memory
 from moe2edge.storage.checkpoint import BUILTIN, open_checkpoint
 from moe2edge.testing import InMemory, Make
-
-
-def quietly(*_: Any) -> None:
-    """Watch nothing."""
 
 
 def tokens(model: Model, samples: int = 12, length: int = 48) -> torch.Tensor:
@@ -40,7 +38,7 @@ def solve(model: Model, step: Quantize, ids: torch.Tensor) -> tuple[Model, list[
     step.check(model)
     given = ids if step.needs_tokens else None
     after, changed, notes = blockwise.solve_blocks(
-        model, given, step.solver(model), InMemory(), quietly, "test"
+        model, given, step.solver(model), InMemory(), ignore, "test"
     )
     assert sorted(changed) == sorted(step.schemes(model))
     step.check_result(model, after)
@@ -109,7 +107,7 @@ def test_hessians_are_those_of_routed_tokens_by_weight(tiny: Make, family: str) 
     ids = tokens(model, 3, 20)
     watching = Watching(model, propagate=True)
     solver: GroupSolver = watching
-    after, _, _ = blockwise.solve_blocks(model, ids, solver, InMemory(), quietly, "test")
+    after, _, _ = blockwise.solve_blocks(model, ids, solver, InMemory(), ignore, "test")
     expected = dict(slow_hessians(model, after, ids))
     assert len(expected) == 3 * (1 + 2 * 6)
     for key, hessian in expected.items():
@@ -128,7 +126,7 @@ def test_the_stream_is_that_of_the_whole_blocks(tiny: Make, family: str) -> None
     for propagate in (True, False):
         ledger = InMemory()
         solver = Watching(model, propagate=propagate)
-        after, _, _ = blockwise.solve_blocks(model, ids, solver, ledger, quietly, "test")
+        after, _, _ = blockwise.solve_blocks(model, ids, solver, ledger, ignore, "test")
         through = after if propagate else model
         hidden = walk.embed(model, ids)
         for block in through.blocks[:-1]:
@@ -138,6 +136,7 @@ def test_the_stream_is_that_of_the_whole_blocks(tiny: Make, family: str) -> None
         assert (found - hidden).abs().max() < 1e-4 * hidden.abs().max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [4, 3, 2])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_gptq_is_nearer_to_the_source_than_rounding(bits: int, symmetric: bool) -> None:
@@ -166,14 +165,14 @@ def test_gptq_is_nearer_to_the_source_than_rounding(bits: int, symmetric: bool) 
 
 
 def logits(model: Model, ids: torch.Tensor) -> Iterator[torch.Tensor]:
-    return walk.compute_logits(model, walk.observe(model, ids, (), quietly, "test"))
+    return walk.compute_logits(model, walk.observe(model, ids, (), ignore, "test"))
 
 
 def numbers(model: Model, block: int, role: str) -> Quantized:
     return dict(model.blocks[block].weights())[role].quantized()
 
 
-def test_starved_experts_borrow_or_are_rounded(tiny: Make) -> None:
+def test_under_calibrated_experts_fall_back_to_tokens_of_the_layer_or_rounding(tiny: Make) -> None:
     model = open_checkpoint(str(tiny("olmoe"))).model
     ids = tokens(model, 2, 24)
     options = {"group_size": 32, "min_tokens": 49, "scales": "absmax", "act_order": False}
@@ -199,11 +198,12 @@ def test_starved_experts_borrow_or_are_rounded(tiny: Make) -> None:
     assert not torch.equal(numbers(own, 0, role).q, numbers(borrowed, 0, role).q)
 
 
-def test_what_is_computed_in_is_chosen_and_told(tiny: Make) -> None:
+def test_the_dtype_of_the_computation_is_chosen_and_reported(tiny: Make) -> None:
     model = open_checkpoint(str(tiny("olmoe"))).model
     chosen = Gptq().resolve(model).compute
     assert chosen == str(Gptq().dtype()).removeprefix("torch.")
-    assert f"in {chosen}" in Gptq().describe(model)
+    (planned,) = plan_passes([Gptq()], model).steps
+    assert f"in {chosen}" in planned.step.describe(planned)
     ids, found = tokens(model), {}
     for compute in ("float32", "bfloat16"):
         step = Gptq.model_validate({"group_size": 32, "compute": compute})
@@ -247,7 +247,7 @@ def test_memory_does_not_change_numbers(tiny: Make, tmp_path: Path) -> None:
     for memory in (Memory(), Memory(group_bytes=1, hidden_bytes=0, folder=tmp_path)):
         ledger = InMemory()
         after, _, _ = blockwise.solve_blocks(
-            model, ids, step.solver(model), ledger, quietly, "test", memory
+            model, ids, step.solver(model), ledger, ignore, "test", memory
         )
         found.append(after)
         assert not list(tmp_path.iterdir())

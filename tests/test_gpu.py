@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner
 from torch import nn
 
+from helpers import ignore, run, search
 from moe2edge.calibration import walk
-from moe2edge.cli.main import main
 from moe2edge.model.family import FAMILIES
 from moe2edge.model.model import Model
 from moe2edge.numerics import metrics
@@ -25,9 +24,7 @@ from moe2edge.passes.expert_replace import ExpertReplace
 from moe2edge.passes.gptq import Gptq
 from moe2edge.passes.recover import Recover
 from moe2edge.pipeline import blockwise
-from moe2edge.pipeline.contract import PassContext
 from moe2edge.pipeline.registry import find_target
-from moe2edge.progress import Reporter
 from moe2edge.runtime.int4 import PackedLinear
 from moe2edge.runtime.load import build_transformers_model, load
 from moe2edge.storage.checkpoint import BUILTIN, open_checkpoint
@@ -37,10 +34,6 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch fin
 
 BFLOAT16 = torch.bfloat16
 CALM: dict[str, Any] = {"dtype": "bfloat16", "initializer_range": 0.06}
-
-
-def quietly(*_: Any) -> None:
-    """Watch nothing."""
 
 
 def tokens(vocabulary: int, samples: int = 12, length: int = 48) -> torch.Tensor:
@@ -58,7 +51,7 @@ def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
 def solved(model: Model, ids: torch.Tensor, **options: Any) -> Model:
     step = Gptq.model_validate({"group_size": 32, **options}).resolve(model)
     after, changed, _ = blockwise.solve_blocks(
-        model, ids, step.solver(model), InMemory(), quietly, "test"
+        model, ids, step.solver(model), InMemory(), ignore, "test"
     )
     assert sorted(changed) == sorted(step.schemes(model))
     step.check_result(model, after)
@@ -71,7 +64,7 @@ def integers(model: Model) -> dict[str, Quantized]:
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 @pytest.mark.parametrize("bits", [4, 3])
-def test_the_integers_are_those_of_the_processor(tiny: Make, family: str, bits: int) -> None:
+def test_integers_equal_those_of_the_cpu(tiny: Make, family: str, bits: int) -> None:
     """But for a few, as sums are rounded in another order and one rounding moves the next."""
     model = open_checkpoint(str(tiny(family))).model
     ids = tokens(model.vocabulary)
@@ -88,12 +81,12 @@ def test_the_integers_are_those_of_the_processor(tiny: Make, family: str, bits: 
 
 
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
-def test_it_is_as_near_to_the_source(compute: str) -> None:
+def test_gptq_on_the_gpu_is_as_near_to_the_source(compute: str) -> None:
     model = open_checkpoint(BUILTIN).model
     ids = tokens(model.vocabulary, 8, 128)
 
     def logits(of: Model) -> Any:
-        return walk.compute_logits(of, walk.observe(of, ids, (), quietly, "test"))
+        return walk.compute_logits(of, walk.observe(of, ids, (), ignore, "test"))
 
     source = list(logits(model))
     kls = [
@@ -105,12 +98,10 @@ def test_it_is_as_near_to_the_source(compute: str) -> None:
 
 def test_export_takes_the_gpu_and_repeats_itself(tmp_path: Path) -> None:
     files = []
-    for run in ("a", "b"):
-        out = tmp_path / run
+    for name in ("a", "b"):
+        out = tmp_path / name
         command = ["export", BUILTIN, "-t", "gptq", "-o", str(out), "--set"]
-        result = CliRunner().invoke(
-            main, [*command, "calibration.samples=8", "--set", "calibration.length=128"]
-        )
+        result = run(*command, "calibration.samples=8", "--set", "calibration.length=128")
         assert result.exit_code == 0, result.stderr
         files.append((out / "model.safetensors").read_bytes())
         assert json.loads((out / "report.json").read_text())
@@ -171,11 +162,11 @@ def test_a_folder_runs_packed(tiny: Make, tmp_path: Path, family: str) -> None:
 
 
 @pytest.mark.parametrize("train", ["full", "lora"])
-def test_a_training_is_killed_and_gone_on_with(tiny: Make, tmp_path: Path, train: str) -> None:
+def test_a_killed_training_resumes(tiny: Make, tmp_path: Path, train: str) -> None:
     """The optimizer is fused there, and keeps its count of steps beside the parameters."""
     model = open_checkpoint(str(tiny("olmoe", **CALM))).model
     step = Recover.model_validate({**QUICK_TRAINING, "train": train, "device": "cuda"})
-    text, reporter = make_learnable_text(), Reporter(quietly, quietly)
+    text = make_learnable_text()
     save, saves = States.save, []
 
     def killed(self: States, saved: Saved) -> None:
@@ -184,40 +175,30 @@ def test_a_training_is_killed_and_gone_on_with(tiny: Make, tmp_path: Path, train
         if len(saves) == 2:
             raise RuntimeError("killed")
 
-    def search(folder: Path) -> list[float]:
+    def train_in(folder: Path) -> list[float]:
         folder.mkdir(exist_ok=True)
-        none = torch.empty(0, 0, dtype=torch.int64)
-        context = PassContext(
-            model, model, none, InMemory(), reporter, training=text, scratch=folder
-        )
-        return [line["perplexity"] for line in step.search(context).figures["history"]]
+        outcome = search(step, model, training=text, scratch=folder)
+        return [line["perplexity"] for line in outcome.figures["history"]]
 
-    expected = search(tmp_path / "whole")
+    expected = train_in(tmp_path / "whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(States, "save", killed)
         with pytest.raises(RuntimeError, match="killed"):
-            search(tmp_path / "killed")
-    assert search(tmp_path / "killed") == pytest.approx(expected, rel=1e-2)
+            train_in(tmp_path / "killed")
+    assert train_in(tmp_path / "killed") == pytest.approx(expected, rel=1e-2)
 
 
-def test_members_anneal(tiny: Make, tmp_path: Path) -> None:
+def test_tied_experts_anneal(tiny: Make, tmp_path: Path) -> None:
     source = open_checkpoint(str(tiny("mixtral", **CALM))).model
-    ids, reporter = tokens(source.vocabulary), Reporter(quietly, quietly)
+    ids = tokens(source.vocabulary)
     share = ExpertReplace.model_validate({"with": "base", "budget": 0.8, "rank": 2})
-    shared = share.search(PassContext(source, source, ids, InMemory(), reporter)).model
+    shared = search(share, source, ids).model
     found = []
     for device in ("cpu", "cuda"):
         options = {**QUICK_TRAINING, "anneal": 0.5, "device": device}
         step, folder = Recover.model_validate(options), tmp_path / device
         folder.mkdir()
-        context = PassContext(
-            source,
-            shared,
-            ids,
-            InMemory(),
-            reporter,
-            training=make_learnable_text(),
-            scratch=folder,
-        )
-        found.append([line["perplexity"] for line in step.search(context).figures["history"]])
+        text = make_learnable_text()
+        outcome = search(step, shared, ids, source, training=text, scratch=folder)
+        found.append([line["perplexity"] for line in outcome.figures["history"]])
     assert found[1] == pytest.approx(found[0], rel=1e-2)

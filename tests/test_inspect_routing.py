@@ -13,16 +13,16 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from click.testing import Result
 from transformers import AutoModelForCausalLM
 
+from helpers import run
 from moe2edge.calibration import walk
-from moe2edge.cli.main import main
 from moe2edge.evaluation import routing_report, routing_view
 from moe2edge.evaluation.routing_report import REPORTED_CRITERIA
 from moe2edge.model.family import FAMILIES
-from moe2edge.model.layers import Weight
 from moe2edge.model.model import Block, Model
+from moe2edge.model.weights import Weight
 from moe2edge.runtime import load
 from moe2edge.storage import output
 from moe2edge.storage.checkpoint import open_checkpoint
@@ -34,7 +34,7 @@ IDS = torch.tensor([0] + [ord(character) - 31 for character in TEXT]).reshape(3,
 
 
 def inspect(*arguments: object) -> Result:
-    return CliRunner().invoke(main, ["inspect", *map(str, arguments)])
+    return run("inspect", *map(str, arguments))
 
 
 @pytest.fixture
@@ -202,7 +202,7 @@ def export(source: Path, recipe: str, folder: Path) -> Path:
         for size in ("samples=4", "length=32")
     ]
     given = ["export", str(source), "-t", "gptq", "-o", str(folder / "out"), "-r", str(path), *cut]
-    result = CliRunner().invoke(main, given)
+    result = run(*given)
     assert result.exit_code == 0, result.output
     return folder / "out"
 
@@ -348,7 +348,7 @@ def test_picture_beside_json(tiny: Make, tmp_path: Path, text: list[object]) -> 
     assert document(tiny("mixtral"), *text).keys() == found.keys() - {"picture"}
 
 
-def test_missing_matplotlib_is_told_before_any_work(
+def test_missing_matplotlib_is_reported_before_any_work(
     tiny: Make, tmp_path: Path, text: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
@@ -405,7 +405,7 @@ def test_wrong_input_is_one_line(
     assert "--set" not in lines[0]
 
 
-def test_damaged_manifest_is_told(tiny: Make, tmp_path: Path, text: list[object]) -> None:
+def test_damaged_manifest_is_reported(tiny: Make, tmp_path: Path, text: list[object]) -> None:
     folder = artifact(tmp_path / "out", "hf", model={"origins": [0, 1]})
     for path in tiny("mixtral").iterdir():
         (folder / path.name).write_bytes(path.read_bytes())

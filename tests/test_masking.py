@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from helpers import run_module
 from moe2edge.model.family import FAMILIES
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.targets.hf import Hf
@@ -19,10 +20,8 @@ from moe2edge.testing import Make
 IDS = torch.randint(1, 96, (2, 24), generator=torch.Generator().manual_seed(3))
 
 
-@torch.no_grad()
 def logits(model: Any) -> Tensor:
-    out: Tensor = model(IDS, use_cache=False).logits
-    return out
+    return run_module(model, IDS)
 
 
 def in_float64(folder: Path, gone: Sequence[Sequence[int]], routed: list[Tensor]) -> Any:

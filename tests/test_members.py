@@ -11,12 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers import compute_logits, ignore
 from moe2edge.calibration import walk
 from moe2edge.errors import Moe2EdgeError
 from moe2edge.model.edits import materialize
+from moe2edge.model.experts import PARTS, Expert, Factors, Full, Tied
 from moe2edge.model.family import FAMILIES
-from moe2edge.model.layers import PARTS, Expert, Factors, Member, MoELayer, Weight
+from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Block, Model
+from moe2edge.model.weights import Weight
 from moe2edge.passes._awq_folding import Folding, find_folding_places
 from moe2edge.passes.awq import Awq
 from moe2edge.pipeline.blockwise import solve_blocks
@@ -28,18 +31,13 @@ from moe2edge.storage.solved_blocks import attach_numbers
 from moe2edge.targets.hf import Hf
 from moe2edge.testing import InMemory, Make, assert_cache_changes_nothing
 
-
-def silent(*_: object) -> None:
-    """No progress."""
-
-
 # Of the six experts: two share one with factors, two without, one is its own, one has no base.
 BASES = (0, 0, 1, 1, 2, None)
 RANKS = (2, 2, 0, 0, 0, 2)
 
 
-def with_members(model: Model, dtype: str = "F32") -> Model:
-    """``model`` whose layers have such members, with random factors."""
+def with_tied_rows(model: Model, dtype: str = "F32") -> Model:
+    """``model`` whose layers have such rows, with random factors."""
     draw = torch.Generator().manual_seed(0)
 
     def weight(name: str, *shape: int) -> Weight:
@@ -57,11 +55,11 @@ def with_members(model: Model, dtype: str = "F32") -> Model:
         return found
 
     for block, layer in model.moe_blocks:
-        members = tuple(
-            Member(n, base, factors(layer.experts[0], rank))
+        rows = tuple(
+            Tied(n, base, factors(layer.experts[0], rank)) if rank else Full(n, base or 0)
             for n, (base, rank) in enumerate(zip(BASES, RANKS, strict=True))
         )
-        mlp = replace(layer, experts=layer.experts[:3], members=members)
+        mlp = replace(layer, experts=layer.experts[:3], rows=rows)
         model = model.replace_block(replace(block, mlp=mlp))
     model.verify()
     return model
@@ -69,8 +67,8 @@ def with_members(model: Model, dtype: str = "F32") -> Model:
 
 @pytest.fixture(params=sorted(FAMILIES))
 def models(request: pytest.FixtureRequest, tiny: Make) -> tuple[Model, Model]:
-    """A model with members, and the same with every expert in full."""
-    found = with_members(open_checkpoint(str(tiny(request.param))).model)
+    """A model with tied experts, and the same with every expert in full."""
+    found = with_tied_rows(open_checkpoint(str(tiny(request.param))).model)
     return found, materialize(found)
 
 
@@ -79,15 +77,14 @@ def tokens(samples: int = 3) -> Tensor:
 
 
 def logits(model: Model, ids: Tensor) -> Tensor:
-    hidden = walk.observe(model, ids, [], silent, "")
-    return torch.stack(list(walk.compute_logits(model, hidden)))
+    return compute_logits(model, ids)
 
 
-def test_members_compute_what_whole_experts_do(models: tuple[Model, Model]) -> None:
+def test_tied_experts_compute_what_whole_experts_do(models: tuple[Model, Model]) -> None:
     """In the walk, and as a transformers model with a cache."""
     model, whole = models
     assert model.parameters < whole.parameters
-    assert all(not layer.members for _, layer in whole.moe_blocks)
+    assert all(layer.is_plain for _, layer in whole.moe_blocks)
     expected = logits(whole, tokens())
     assert torch.allclose(logits(model, tokens()), expected, atol=1e-4)
     loaded = build_transformers_model(model, torch.float32)
@@ -129,12 +126,12 @@ class Same(GroupSolver):
 
 
 def test_the_walk_of_solvers_moves_the_same_stream(models: tuple[Model, Model]) -> None:
-    """And shows the matrices of a base the tokens of all of its members."""
+    """And shows the matrices of a base the tokens of all rows that use it."""
     model, whole = models
     ledger, solver = InMemory(), Same()
-    solve_blocks(model, tokens(), solver, ledger, silent, "same")
+    solve_blocks(model, tokens(), solver, ledger, ignore, "same")
     ahead = replace(whole, blocks=whole.blocks[:2])
-    expected = walk.observe(ahead, tokens(), [], silent, "")
+    expected = walk.observe(ahead, tokens(), [], ignore, "")
     assert ledger.last is not None
     assert torch.allclose(ledger.last, expected, atol=1e-4)
     seen = walk.BlockRunner(whole, whole.blocks[0]).watch(walk.embed(whole, tokens()))
@@ -167,20 +164,20 @@ def test_scales_fold_through_factors(models: tuple[Model, Model]) -> None:
     assert torch.allclose(before, after, atol=1e-3)
 
 
-def test_awq_takes_members(models: tuple[Model, Model]) -> None:
+def test_awq_takes_tied_experts(models: tuple[Model, Model]) -> None:
     model, _ = models
     step = Awq(bits=8, group_size=32)
-    solved, _, _ = solve_blocks(model, tokens(6), step.solver(model), InMemory(), silent, "awq")
+    solved, _, _ = solve_blocks(model, tokens(6), step.solver(model), InMemory(), ignore, "awq")
     step.check_result(model, solved)
     before, after = logits(model, tokens()), logits(solved, tokens())
     assert float((before - after).abs().mean()) < 0.1 * float(before.abs().mean())
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_a_folder_holds_members(tiny: Make, tmp_path: Path, family: str) -> None:
-    """Written, read again from headers, and loaded: one base in memory for all of its members."""
+def test_a_folder_holds_tied_experts(tiny: Make, tmp_path: Path, family: str) -> None:
+    """Written, read again from headers, and loaded: one base in memory for all rows that use it."""
     source = tiny(family)
-    model = with_members(open_checkpoint(str(source)).model)
+    model = with_tied_rows(open_checkpoint(str(source)).model)
     target = Hf(layout="natural")
     target.accepts(model)
     out = tmp_path / "out"
@@ -188,7 +185,7 @@ def test_a_folder_holds_members(tiny: Make, tmp_path: Path, family: str) -> None
     target.write(model, out)
     again = open_stored_model(open_checkpoint(str(out)))
     assert [layer.bases for _, layer in again.moe_blocks] == [BASES] * 3
-    assert [[m.rank for m in layer.members] for _, layer in again.moe_blocks] == [list(RANKS)] * 3
+    assert [[row.rank for row in layer.rows] for _, layer in again.moe_blocks] == [list(RANKS)] * 3
     loaded = load(out, dtype=torch.float32)
     with torch.no_grad():
         assert torch.equal(
@@ -198,15 +195,19 @@ def test_a_folder_holds_members(tiny: Make, tmp_path: Path, family: str) -> None
 
 
 def test_what_does_not_fit_is_told(tiny: Make) -> None:
-    model = with_members(open_checkpoint(str(tiny("olmoe"))).model)
+    model = with_tied_rows(open_checkpoint(str(tiny("olmoe"))).model)
     block = model.blocks[0]
     layer = block.mlp
     assert isinstance(layer, MoELayer)
-    for members, said in (
-        ((replace(layer.members[0], base=7), *layer.members[1:]), "of base 7 of 3"),
-        ((Member(0, None), *layer.members[1:]), "neither a base nor factors"),
-        ((*layer.members[:4], replace(layer.members[4], base=0), layer.members[5]), r"\[2\] are"),
+    first, *others = layer.rows
+    assert isinstance(first, Tied)
+    for rows, said in (
+        ((replace(first, base=7), *others), "of base 7 of 3"),
+        ((Tied(0, None, {}), *others), "neither a base nor factors"),
+        ((Tied(0, 1, {}), *others), "a base but no factors"),
+        ((first, *others[:3], Full(4, 3), others[4]), "row of expert 4 runs 3 of 3"),
+        ((first, *others[:3], Full(4, 0), others[4]), r"\[2\] are"),
     ):
-        wrong = model.replace_block(replace(block, mlp=replace(layer, members=members)))
+        wrong = model.replace_block(replace(block, mlp=replace(layer, rows=rows)))
         with pytest.raises(Moe2EdgeError, match=said):
             wrong.verify()

@@ -11,17 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
 
+from helpers import run, write_text
 from moe2edge.cli.common import parse_bytes
-from moe2edge.cli.main import main
 from moe2edge.errors import DoesNotFit
 from moe2edge.runtime import memory
-from moe2edge.runtime.memory import IMPORTED, SOLVED_TOGETHER_BYTES, Memory
+from moe2edge.runtime.memory import IMPORTED, SOLVED_TOGETHER_BYTES, Estimate, Memory
 from moe2edge.testing import Make
 
 
-def test_a_stream_beyond_its_share_is_a_file_without_a_name(tmp_path: Path) -> None:
+def test_hidden_states_beyond_their_share_go_to_an_unnamed_file(tmp_path: Path) -> None:
     small = Memory(hidden_bytes=400, folder=tmp_path)
     inside, outside = small.empty((10, 10)), small.empty((10, 11))
     assert inside.dtype == outside.dtype == torch.float32
@@ -39,9 +38,9 @@ def test_a_stream_beyond_its_share_is_a_file_without_a_name(tmp_path: Path) -> N
 def test_shares_of_a_limit(tmp_path: Path) -> None:
     assert Memory.from_limit(IMPORTED + 1600, tmp_path) == Memory(0, 100, tmp_path, IMPORTED + 1600)
     assert Memory.from_limit(64 << 30, tmp_path).group_bytes == SOLVED_TOGETHER_BYTES
-    memory.check_memory(100, within=IMPORTED + 100)
+    Estimate(100).check(IMPORTED + 100)
     with pytest.raises(DoesNotFit, match=r"this, which needs 2.63 GB of memory; .* 1.00 GB"):
-        memory.check_memory(2 * 10**9, "this", within=10**9)
+        Estimate(2 * 10**9, purpose="this").check(10**9)
 
 
 def test_the_limit_is_the_least_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,20 +92,18 @@ def test_sizes(text: str, bytes_: int) -> None:
     assert parse_bytes(cast(Any, None), cast(Any, None), text) == bytes_
 
 
+@pytest.mark.slow
 def test_limits_on_the_command_line(tiny: Make, tmp_path: Path) -> None:
     def export(size: str, *more: str) -> tuple[int, str]:
-        result = CliRunner().invoke(
-            main,
-            [
-                "export", str(tiny("olmoe")), "-t", "gptq", "-o", str(tmp_path / "out"), "--eval",
-                "none", "--max-memory", size, "--set", "calibration.samples=4", "--set",
-                "calibration.length=64", "--calib", str(text), *more,
-            ],
+        result = run(
+            "export", str(tiny("olmoe")), "-t", "gptq", "-o", str(tmp_path / "out"), "--eval",
+            "none", "--max-memory", size, "--set", "calibration.samples=4", "--set",
+            "calibration.length=64", "--calib", str(text), *more,
         )  # fmt: skip
         return result.exit_code, result.stderr
 
     text = tmp_path / "text.txt"
-    text.write_text("".join(chr(33 + (n * n + n // 7) % 90) for n in range(4000)))
+    write_text(text)
     code, said = export("much")
     assert code == 2
     assert "expected one such as 8GB" in said
@@ -117,10 +114,11 @@ def test_limits_on_the_command_line(tiny: Make, tmp_path: Path) -> None:
     assert code == 0, said
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_blocks(tiny: Make, tmp_path: Path) -> None:
     """Less than half of what six more blocks take on the disk."""
     text = tmp_path / "text.txt"
-    text.write_text("".join(chr(33 + (n * n + n // 7) % 90) for n in range(4000)))
+    write_text(text)
     peaks, sizes = [], []
     for blocks in (2, 8):
         model = tiny(
@@ -164,9 +162,10 @@ print(status("VmHWM") - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("step", ["base", "linear"])
-def test_what_is_replaced_stays_small_when_it_runs(tiny: Make, tmp_path: Path, step: str) -> None:
+def test_replaced_experts_save_memory_at_run_time(tiny: Make, tmp_path: Path, step: str) -> None:
     """Peak memory of running a folder, against that of its source, falls as its file does."""
     model = tiny(
         "mixtral",
@@ -178,12 +177,12 @@ def test_what_is_replaced_stays_small_when_it_runs(tiny: Make, tmp_path: Path, s
         initializer_range=0.02,
     )
     text, out, recipe = tmp_path / "text.txt", tmp_path / "out", tmp_path / "recipe.json"
-    text.write_text("".join(chr(33 + (n * n + n // 7) % 90) for n in range(4000)))
+    write_text(text)
     options = {"with": step, "budget": 0.5, **({"factors": "zero"} if step == "base" else {})}
     recipe.write_text(json.dumps({"passes": [{"expert_replace": options}]}))
     command = ["export", str(model), "-t", "hf:layout=natural", "-o", str(out), "-r", str(recipe)]
     more = ["--calib", str(text), "--eval", "none", "--set", "calibration.length=64"]
-    done = CliRunner().invoke(main, [*command, *more, "--set", "calibration.samples=4"])
+    done = run(*command, *more, "--set", "calibration.samples=4")
     assert done.exit_code == 0, done.output
     sizes = [sum(p.stat().st_size for p in f.glob("*.safetensors")) for f in (model, out)]
     saved = sizes[0] - sizes[1]

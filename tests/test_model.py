@@ -10,9 +10,9 @@ import torch
 from moe2edge.errors import InputError, Moe2EdgeError
 from moe2edge.model.family import FAMILIES
 from moe2edge.model.hf_config import build_config
-from moe2edge.model.layers import Weight
 from moe2edge.model.model import Model
 from moe2edge.model.roles import list_quantizable
+from moe2edge.model.weights import Weight
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.testing import Make
 
@@ -76,7 +76,7 @@ def test_roles_and_names_are_unique_and_replaceable(tiny: Make, family: str) -> 
             block.with_weights({"experts.99.up": block.norms["input_layernorm.weight"]})
 
 
-def test_what_slimming_selects(tiny: Make) -> None:
+def test_quantizable_tensors_are_those_of_attention_and_mlps(tiny: Make) -> None:
     model = open_checkpoint(str(tiny("qwen2_moe", mlp_only_layers=[1]))).model
     kinds = {
         role.partition(".")[0] for block in model.blocks for role, _ in list_quantizable(block)

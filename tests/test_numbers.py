@@ -8,7 +8,7 @@ import torch
 from moe2edge.errors import Unsupported
 from moe2edge.numerics import grid, packing, rounding
 from moe2edge.numerics.grid import Quantized
-from moe2edge.numerics.scheme import Scheme, largest_group_size
+from moe2edge.numerics.scheme import Scheme, find_largest_group_size
 
 
 def weights(outs: int = 24, ins: int = 256, scale: float = 1.0) -> torch.Tensor:
@@ -245,4 +245,4 @@ def test_interleaved_rows_round_trip() -> None:
 
 def test_no_group_size_fits() -> None:
     with pytest.raises(Unsupported, match="no group size of 128, 64, 32 divides"):
-        largest_group_size([256, 48])
+        find_largest_group_size([256, 48])

@@ -1,4 +1,4 @@
-"""Substitutes and members in the graph: logits against PyTorch's, and what is stored and run."""
+"""Replacements and tied experts in the graph: logits against PyTorch's, and what is stored and run."""
 
 from __future__ import annotations
 
@@ -16,15 +16,25 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from click.testing import CliRunner
 from torch import Tensor
 
-from moe2edge.cli.main import main
+from helpers import each_family, run
 from moe2edge.errors import Unsupported
 from moe2edge.evaluation import verify
+from moe2edge.model.experts import (
+    PARTS,
+    Constant,
+    Expert,
+    Factors,
+    Full,
+    Linear,
+    Replacement,
+    Tied,
+    list_full_rows,
+)
 from moe2edge.model.family import FAMILIES
-from moe2edge.model.layers import PARTS, Expert, Factors, Member, Substitute, Weight
 from moe2edge.model.model import Model
+from moe2edge.model.weights import Weight
 from moe2edge.numerics.scheme import LOW_RANK, Scheme
 from moe2edge.passes.rtn import Rtn
 from moe2edge.runtime.load import build_transformers_model
@@ -45,9 +55,9 @@ class Form:
 
     Attributes:
         experts: how many stay.
-        bases: of the members; none: experts are chosen themselves.
+        bases: of full and tied rows; none: each expert has a row.
         ranks: of their factors, 0 for none.
-        maps: ranks of the substitutes, 0 for constants.
+        maps: ranks of the replacements, 0 for constants.
     """
 
     experts: int
@@ -62,11 +72,11 @@ FORMS = {
     "a map and a constant": Form(4, maps=(2, 0)),
     "maps of several ranks": Form(1, maps=(2, 3, 0, 3, 2)),
     "merged": Form(3, (0, 0, 1, 1, 1, 2), (0,) * 6),
-    "every kind of member": Form(3, (0, 0, 1, 1, 2, None), (2, 2, 0, 0, 0, 2)),
+    "every kind of tied row": Form(3, (0, 0, 1, 1, 2, None), (2, 2, 0, 0, 0, 2)),
     "every base with factors": Form(2, (0, 1, 0, 1, 1, 0), (2,) * 6),
     "a base that is chosen itself": Form(2, (0, 0, 1, 0, 0, 1), (0, 2, 0, 2, 0, 0)),
     "factors alone": Form(1, (None, 0, None, 0, 0, None), (2, 2, 2, 2, 0, 2)),
-    "members and substitutes": Form(2, (0, 1, 0, None), (2, 0, 2, 2), (2, 0)),
+    "tied rows and replacements": Form(2, (0, 1, 0, None), (2, 0, 2, 2), (2, 0)),
 }
 
 
@@ -88,26 +98,22 @@ def formed(model: Model, form: Form, skip: bool = False) -> Model:
             if rank
         }
 
-    def substitute(n: int, rank: int, dtype: str, hidden: int) -> Substitute:
+    def replacement(n: int, rank: int, dtype: str, hidden: int) -> Replacement:
         constant = weight(dtype, hidden)
         if not rank:
-            return Substitute(n, constant)
-        return Substitute(n, constant, weight(dtype, rank, hidden), weight(dtype, hidden, rank))
+            return Constant(n, constant)
+        return Linear(n, constant, weight(dtype, rank, hidden), weight(dtype, hidden, rank))
 
     for block, layer in model.moe_blocks:
         like = layer.experts[0]
         hidden, dtype = like.gate.shape[1], like.gate.dtype
-        mlp = replace(
-            layer,
-            experts=layer.experts[: form.experts],
-            members=tuple(
-                Member(n, base, factors(like, rank))
-                for n, (base, rank) in enumerate(zip(form.bases, form.ranks, strict=True))
-            ),
-            substitutes=tuple(
-                substitute(n, rank, dtype, hidden) for n, rank in enumerate(form.maps)
-            ),
-        )
+        experts = layer.experts[: form.experts]
+        ran = [
+            Tied(n, base, factors(like, rank)) if rank else Full(n, base or 0)
+            for n, (base, rank) in enumerate(zip(form.bases, form.ranks, strict=True))
+        ] or list_full_rows(experts)
+        replaced = [replacement(n, rank, dtype, hidden) for n, rank in enumerate(form.maps)]
+        mlp = replace(layer, experts=experts, rows=(*ran, *replaced))
         below = SKIP[: layer.router.top_k - 1] if skip else ()
         mlp = replace(mlp, router=replace(mlp.router, skip_below=below))
         model = model.replace_block(replace(block, mlp=mlp))
@@ -131,7 +137,7 @@ def assert_runs(model: Model, folder: Path) -> None:
     written(model, folder)
     onnx.checker.check_model(folder / "model.onnx")
     verify.audit(Onnx(), folder, model)
-    assert Onnx().nbytes(model) == (folder / "model.onnx.data").stat().st_size
+    assert Onnx().estimate(model).disk == (folder / "model.onnx.data").stat().st_size
     ids = ids_of(24)
     with torch.no_grad():
         expected = build_transformers_model(model, torch.float32)(ids).logits
@@ -147,7 +153,7 @@ def assert_runs(model: Model, folder: Path) -> None:
 
 @pytest.mark.parametrize("int4", [False, True], ids=["plain", "int4"])
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", each_family("olmoe"))
 def test_logits_are_those_of_pytorch(
     family: str, form: str, int4: bool, tiny: Make, tmp_path: Path
 ) -> None:
@@ -186,12 +192,12 @@ def test_factors_and_maps_of_eight_bits(form: str, dtype: str, tiny: Make, tmp_p
 def test_every_scheme(bits: int, symmetric: bool, tiny: Make, tmp_path: Path) -> None:
     scheme = Scheme(bits=bits, group_size=32, symmetric=symmetric)
     model = quantize(open_checkpoint(str(tiny("qwen2_moe"))).model, scheme)
-    assert_runs(formed(model, FORMS["every kind of member"]), tmp_path / "members")
+    assert_runs(formed(model, FORMS["every kind of tied row"]), tmp_path / "members")
     assert_runs(formed(model, FORMS["a map and a constant"]), tmp_path / "substitutes")
 
 
 @pytest.mark.parametrize("top_k", [1, 6])
-@pytest.mark.parametrize("form", ["maps of several ranks", "members and substitutes"])
+@pytest.mark.parametrize("form", ["maps of several ranks", "tied rows and replacements"])
 def test_one_choice_and_all(form: str, top_k: int, tiny: Make, tmp_path: Path) -> None:
     for norm_topk_prob in (False, True):
         source = tiny("olmoe", num_experts_per_tok=top_k, norm_topk_prob=norm_topk_prob)
@@ -218,7 +224,7 @@ def test_bases_outside_of_the_fused_operator_may_differ(tiny: Make, tmp_path: Pa
 
 def test_int8_activations_stay_near(tiny: Make, tmp_path: Path) -> None:
     model = open_checkpoint(str(tiny("mixtral", initializer_range=0.05))).model
-    model = formed(quantize(model, INT4), FORMS["every kind of member"])
+    model = formed(quantize(model, INT4), FORMS["every kind of tied row"])
     ids = ids_of(64)
     with torch.no_grad():
         expected = build_transformers_model(model, torch.float32)(ids).logits
@@ -229,7 +235,7 @@ def test_int8_activations_stay_near(tiny: Make, tmp_path: Path) -> None:
 
 def test_without_skipping_every_choice_is_run(tiny: Make, tmp_path: Path) -> None:
     model = open_checkpoint(str(tiny("mixtral", num_experts_per_tok=3))).model
-    form = FORMS["members and substitutes"]
+    form = FORMS["tied rows and replacements"]
     skipping = formed(quantize(model, INT4), form, skip=True)
     runtime = Onnx(accuracy_level=0).without_skipping(skipping, written(skipping, tmp_path))
     with torch.no_grad():
@@ -253,7 +259,9 @@ def attribute(node: Any, name: str) -> Any:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_nothing_is_made_whole(form: str, tiny: Make, tmp_path: Path) -> None:
+def test_the_graph_holds_no_more_numbers_than_the_model(
+    form: str, tiny: Make, tmp_path: Path
+) -> None:
     """Numbers in the graph are those of the model: it shrinks by as much."""
     model = open_checkpoint(str(tiny("olmoe"))).model
     sizes = []
@@ -274,7 +282,7 @@ def test_nothing_is_made_whole(form: str, tiny: Make, tmp_path: Path) -> None:
 
 def test_the_fused_operator_holds_what_has_no_factors(tiny: Make, tmp_path: Path) -> None:
     model = open_checkpoint(str(tiny("mixtral", num_experts_per_tok=3))).model
-    model = formed(quantize(model, INT4), FORMS["every kind of member"])
+    model = formed(quantize(model, INT4), FORMS["every kind of tied row"])
     graph = onnx.load(written(model, tmp_path) / "model.onnx", load_external_data=False).graph
     fused = [node for node in graph.node if node.op_type == "QMoE"]
     assert [attribute(node, "k") for node in fused] == [2, 2, 2]
@@ -291,7 +299,7 @@ def test_the_fused_operator_holds_what_has_no_factors(tiny: Make, tmp_path: Path
 
 def test_accuracy_levels_reach_branches(tiny: Make, tmp_path: Path) -> None:
     model = open_checkpoint(str(tiny("mixtral"))).model
-    model = formed(quantize(model, INT4), FORMS["every kind of member"])
+    model = formed(quantize(model, INT4), FORMS["every kind of tied row"])
     shipped = onnx.load(written(model, tmp_path) / "model.onnx", load_external_data=False)
     exact = onnx.load_from_string(convert_to_float_activations(tmp_path, "model.onnx.data"))
     for graph, level in ((shipped.graph, 4), (exact.graph, 0)):
@@ -389,10 +397,10 @@ def test_a_recipe_is_exported(recipe: str, family: str, tiny: Make, tmp_path: Pa
             ("evaluation", "length", 48),
         )
     ]
-    result = CliRunner().invoke(main, [*command, *sizes, "-q", "--json"])
+    result = run(*command, *sizes, "-q", "--json")
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout)["results"][0]["parity"]["exact"] < TOLERANCE
-    result = CliRunner().invoke(main, ["verify", str(out)])
+    result = run("verify", str(out))
     assert result.exit_code == 0, result.output
 
 
@@ -413,7 +421,7 @@ print(process.memory_info().rss - before)
 
 @pytest.mark.parametrize("bits", [16, 8])
 @pytest.mark.parametrize("kind", ["maps", "one map", "factors", "no bases"])
-def test_what_is_of_low_rank_is_in_memory_as_it_is_stored(
+def test_low_rank_matrices_are_in_memory_as_they_are_stored(
     tiny: Make, tmp_path: Path, kind: str, bits: int
 ) -> None:
     """A runtime folds constants when it opens a graph: of 16 bits it would make 32, or twice 32."""
@@ -431,8 +439,8 @@ def test_what_is_of_low_rank_is_in_memory_as_it_is_stored(
         if bits == 8:
             model = with_eight_bits(model)
         folder = written(model, tmp_path / str(rank))
-        sizes.append(Onnx().nbytes(model))
-        told.append(Onnx().runtime_nbytes(model))
+        sizes.append(Onnx().estimate(model).disk)
+        told.append(Onnx().estimate(model).memory)
         command = [sys.executable, "-c", OPEN, str(folder / "model.onnx")]
         ran = subprocess.run(command, capture_output=True, text=True, check=True)
         taken.append(int(ran.stdout))

@@ -7,16 +7,11 @@ import json
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
 
-from moe2edge.cli.main import main
+from helpers import run
 from moe2edge.evaluation.decision_overlap import compare
 from moe2edge.pipeline import decisions
 from moe2edge.pipeline.decisions import BlockDecision, Decisions, SourceModel
-
-
-def run(*args: str | Path) -> Result:
-    return CliRunner().invoke(main, [str(a) for a in args])
 
 
 def made(kept: list[list[int] | None], family: str = "olmoe", sha256: str = "0") -> Decisions:
@@ -94,7 +89,7 @@ def test_compare_on_the_command_line(tmp_path: Path) -> None:
     assert "1 of 3" in plain.stdout
 
 
-def test_what_cannot_be_compared(tmp_path: Path) -> None:
+def test_decisions_that_cannot_be_compared(tmp_path: Path) -> None:
     one, other, deep = tmp_path / "one.json", tmp_path / "other.json", tmp_path / "deep.json"
     decisions.write_decisions(made([[0, 1], [2]]), one)
     decisions.write_decisions(made([[0, 1], [2]], family="mixtral"), other)

@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner
 from torch import Tensor, nn
 
-from moe2edge.cli.main import main
+from helpers import SCHEME, run, run_module
 from moe2edge.errors import Unsupported
 from moe2edge.model.family import FAMILIES
 from moe2edge.model.model import Model
@@ -31,7 +30,6 @@ from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.storage.manifest import write_manifest
 from moe2edge.testing import Make, assert_cache_changes_nothing, quantize
 
-SCHEME = Scheme(group_size=32)
 IDS = torch.randint(1, 96, (2, 60), generator=torch.Generator().manual_seed(5))
 BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
 # Numbers small enough for rounding to bfloat16 to stay below 2 % after three blocks.
@@ -57,10 +55,8 @@ def folder(request: pytest.FixtureRequest, tiny: Make, tmp_path: Path) -> Path:
     return written(quantize(source(tiny, family), SCHEME), tmp_path / "out")
 
 
-@torch.no_grad()
 def logits(model: Any, ids: Tensor = IDS) -> Tensor:
-    out: Tensor = model(ids, use_cache=False).logits
-    return out.float()
+    return run_module(model, ids).float()
 
 
 def distance(found: Tensor, wanted: Tensor) -> float:
@@ -352,7 +348,7 @@ def test_the_commands_say_how_a_folder_runs(folder: Path, tiny: Make) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_bytes((tiny("olmoe", **CALM) / name).read_bytes())
     write_manifest(folder, "gptq")
-    result = CliRunner().invoke(main, ["generate", str(folder), "abc", "-n", "2"])
+    result = run("generate", str(folder), "abc", "-n", "2")
     assert result.exit_code == 0, result.output
     assert "note: 66 of 66 quantized matrices run in 4 bits\n" in result.stderr
     assert "note" not in result.stdout

@@ -15,12 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from rich.console import Console
 from torch import Tensor
 from transformers.utils import logging
 
-from moe2edge.cli.main import main
+from helpers import run, slow_except
 from moe2edge.errors import InputError, Moe2EdgeError, Unsupported
 from moe2edge.evaluation.profile import measure, memory
 from moe2edge.evaluation.profile.child import Phases, measure_once
@@ -237,6 +236,7 @@ def measured(checkpoint: Path) -> Any:
     return result, said
 
 
+@pytest.mark.slow
 def test_a_source_checkpoint_is_measured(measured: Any, checkpoint: Path) -> None:
     result, said = measured
     assert said == [("measure", 1, 2), ("measure", 2, 2)]
@@ -263,6 +263,7 @@ def test_a_source_checkpoint_is_measured(measured: Any, checkpoint: Path) -> Non
     assert not any("different tokens" in warning for warning in result.warnings)
 
 
+@pytest.mark.slow
 def test_json_has_the_promised_form(measured: Any) -> None:
     result, _ = measured
     found = json.loads(json.dumps(result.to_json(), allow_nan=False))
@@ -286,6 +287,7 @@ def test_json_has_the_promised_form(measured: Any) -> None:
     assert found["env"]["cpu"]["logical"] >= 1
 
 
+@pytest.mark.slow
 def test_the_table_shows_every_metric_phase_and_size(measured: Any) -> None:
     result, _ = measured
     console = Console(width=120)
@@ -321,9 +323,12 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [("hf", "float16"), ("gptq", "bfloat16"), ("onnx", "float32"), ("source", "bfloat16")],
+    slow_except(
+        [("hf", "float16"), ("gptq", "bfloat16"), ("onnx", "float32"), ("source", "bfloat16")],
+        ("onnx", "float32"),
+    ),
 )
-def test_a_profile_says_what_its_runtime_really_does(
+def test_a_profile_reports_dtype_and_threads_of_the_runtime(
     name: str, dtype: str, outputs: dict[str, Path]
 ) -> None:
     result = profile(outputs[name], prompts=PROMPTS, settings=replace(SMALL, threads=3))
@@ -353,7 +358,7 @@ print(json.dumps({"late": late, "new_threads": more - threads, "threads": runtim
 """
 
 
-@pytest.mark.parametrize("name", ["hf", "gptq", "onnx", "source"])
+@pytest.mark.parametrize("name", slow_except(["hf", "gptq", "onnx", "source"], "onnx"))
 def test_libraries_are_imported_before_the_folder_is_loaded(
     name: str, outputs: dict[str, Path]
 ) -> None:
@@ -415,6 +420,7 @@ def test_an_unknown_target_is_the_users_error(checkpoint: Path, tmp_path: Path) 
         profile(out, prompts=PROMPTS, settings=SMALL)
 
 
+@pytest.mark.slow
 def test_a_child_that_crashes_is_reported_with_its_last_line(tmp_path: Path) -> None:
     make_checkpoint(tmp_path / "m", "olmoe")
     beyond = [[95, 96], [95, 96]]  # the vocabulary ends at 95
@@ -480,7 +486,7 @@ def test_threads_are_passed_on(fake_child: Callable[[str], None]) -> None:
     assert measure.run_child(REQUEST, ProfileSettings(threads=3)) == {"threads": "3"}
 
 
-def test_what_libraries_print_does_not_spoil_the_answer() -> None:
+def test_output_of_libraries_stays_out_of_the_result() -> None:
     code = (
         "import os, sys; from moe2edge.evaluation.profile import child;"
         "child._serve = lambda request: (print('noise'), os.system('echo more'), {'got': request})"
@@ -578,7 +584,7 @@ def commanded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
     """Runs the command with a clock in place of fresh processes."""
     monkeypatch.setattr(measure, "run_child", lambda *_: clocked_answer(2, range(10, 18)))
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    yield lambda *arguments: CliRunner().invoke(main, ["profile", *map(str, arguments)])
+    yield lambda *arguments: run("profile", *map(str, arguments))
     logging.set_verbosity(verbosity)
     if bars:
         logging.enable_progress_bar()

@@ -12,6 +12,7 @@ from moe2edge.model.model import Model
 from moe2edge.numerics.scheme import Scheme
 from moe2edge.passes.rtn import Rtn
 from moe2edge.pipeline.recipe import parse
+from moe2edge.pipeline.stages import plan_passes
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.testing import Make
 
@@ -41,17 +42,16 @@ def test_the_first_rule_that_matches_holds(model: Model) -> None:
             {"blocks": [0, -1], "bits": 8, "group_size": -1},
         ],
     )
-    step.check(model)
+    (planned,) = plan_passes([step], model).steps
     schemes = step.schemes(model)
     assert "model.layers.1.self_attn.o_proj.weight" not in schemes
     assert schemes["model.layers.0.self_attn.q_proj.weight"] == Scheme(8, 32, False)
     for block, expected in ((0, Scheme(8, -1)), (1, Scheme(4, 32)), (2, Scheme(8, -1))):
         assert schemes[f"model.layers.{block}.mlp.experts.5.up_proj.weight"] == expected
-    planned = {name: w.scheme for name, _, w in step.plan(model).tensors() if w.scheme}
-    assert planned == schemes
-    told = step.describe(model)
+    assert {name: w.scheme for name, _, w in planned.after.tensors() if w.scheme} == schemes
+    told = step.describe(planned)
     assert "w8a16_asym, groups of 32: 9 matrices" in told
-    assert "w8a16, whole rows: 42 matrices" in told
+    assert "w8a16, per channel: 42 matrices" in told
     assert "left alone by rule: 3" in told
 
 
@@ -86,7 +86,9 @@ def test_the_group_size_of_the_source_holds_for_what_is_left(model: Model) -> No
         ),
     ],
 )
-def test_what_does_not_fit_is_refused(model: Model, options: dict[str, Any], message: str) -> None:
+def test_unsuitable_options_are_refused(
+    model: Model, options: dict[str, Any], message: str
+) -> None:
     with pytest.raises(InputError, match=message):
         rtn(**options).check(model)
 

@@ -60,7 +60,7 @@ BAD = [
     ("passes: gptq", "needs 'passes', a list"),
     ("passes: [[gptq]]", "a pass is a name"),
     ("[gptq]", "a recipe is a mapping"),
-    ("passes: [", "not YAML"),
+    ("passes: [", "not valid YAML"),
     ("passes: []\ncalibration: {sampels: 3}", "unknown option of calibration 'sampels'"),
     ("passes: []\ncalibration: {samples: 0}", "calibration.samples is 0"),
     ("passes: []\ncalibration: {sources: 3}", "calibration.sources: expected options"),
@@ -119,7 +119,7 @@ def test_adjacent_trimming_shares_a_stage() -> None:
         "passes: [{expert_drop: {keep: 4}}, {block_drop: {drop: 1}}, gptq,"
         " {expert_drop: {keep: 3}}, {expert_drop: {keep: 2, rescore: true}}]"
     )
-    names = [[registry.get_name(p) for p in stage.passes] for stage in group_stages(parsed.passes)]
+    names = [[p.name for p in stage.passes] for stage in group_stages(parsed.passes)]
     assert names == [["expert_drop", "block_drop"], ["gptq"], ["expert_drop"], ["expert_drop"]]
 
 
@@ -136,14 +136,14 @@ def test_schema_knows_every_pass() -> None:
 # Ten lists, each ten times the one before: ten thousand million letters if written out.
 BOMB = "[&a0 [x, x], " + ", ".join(f"&a{n + 1} [{f'*a{n}, ' * 10}]" for n in range(10)) + "]"
 UNREADABLE = [
-    ("passes: [", "the recipe is not YAML as expected: while parsing"),
-    ("passes: [rtn]\npasses: []", "'passes' stands there twice"),
-    ("passes: [{gptq: {bits: 4, bits: 4}}]", "'bits' stands there twice"),
+    ("passes: [", "the recipe is not valid YAML: while parsing"),
+    ("passes: [rtn]\npasses: []", "'passes' is given twice"),
+    ("passes: [{gptq: {bits: 4, bits: 4}}]", "'bits' is given twice"),
     ("passes: !!python/name:os.system", "could not determine a constructor"),
-    ("passes: " + "[" * 5000, "the recipe is not YAML as expected"),
-    ("passes: [{gptq: {bits: !!bool x}}]", "is not YAML as expected: 'x'"),
-    ("passes: !!timestamp x", "is not YAML as expected: 'NoneType'"),
-    ("passes: [{gptq: !!map [1]}]", "is not YAML as expected: cannot unpack"),
+    ("passes: " + "[" * 5000, "the recipe is not valid YAML"),
+    ("passes: [{gptq: {bits: !!bool x}}]", "is not valid YAML: 'x'"),
+    ("passes: !!timestamp x", "is not valid YAML: 'NoneType'"),
+    ("passes: [{gptq: !!map [1]}]", "is not valid YAML: cannot unpack"),
     ("passes: [{gptq: {bits: " + BOMB + "}}]", "gptq.bits is [['x'"),
     ("passes: [{gptq: " + BOMB + "}]", "gptq: expected options"),
     ("passes: [" + BOMB + "]", "a pass is a name"),
@@ -151,7 +151,7 @@ UNREADABLE = [
 
 
 @pytest.mark.parametrize(("text", "message"), UNREADABLE, ids=[m for _, m in UNREADABLE])
-def test_what_is_no_plain_yaml_is_one_line(text: str, message: str) -> None:
+def test_yaml_beyond_plain_values_gives_one_line(text: str, message: str) -> None:
     with pytest.raises(InputError) as caught:
         recipe.parse(text)
     assert message in str(caught.value)
@@ -160,8 +160,8 @@ def test_what_is_no_plain_yaml_is_one_line(text: str, message: str) -> None:
 
 
 @pytest.mark.parametrize("value", ["[", "!!python/name:os.system", "{a: 1, a: 2}", "---\n--- 2"])
-def test_a_setting_that_is_no_plain_yaml_is_one_line(value: str) -> None:
-    with pytest.raises(InputError, match="is not YAML as expected") as caught:
+def test_a_setting_beyond_plain_yaml_gives_one_line(value: str) -> None:
+    with pytest.raises(InputError, match="is not valid YAML") as caught:
         recipe.parse("passes: [gptq]", [f"gptq.group_size={value}"])
     assert "\n" not in str(caught.value)
 

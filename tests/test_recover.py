@@ -6,13 +6,13 @@ import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from helpers import QUIET, compute_logits, search
 from moe2edge.calibration import walk
 from moe2edge.errors import InputError, Moe2EdgeError
 from moe2edge.model.family import FAMILIES
@@ -26,15 +26,11 @@ from moe2edge.passes._recover_trainer import choose_rows
 from moe2edge.passes.expert_replace import ExpertReplace
 from moe2edge.passes.recover import Recover
 from moe2edge.pipeline.contract import Outcome, PassContext
-from moe2edge.progress import Reporter
 from moe2edge.runtime.decoder_blocks import load_block_state
 from moe2edge.runtime.load import build_transformers_model
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.testing import QUICK_TRAINING, InMemory, Make, read_all_numbers
 from moe2edge.testing import make_learnable_text as text
-
-QUIET = Reporter(lambda _: None, lambda *_: None)
-NO_TOKENS = torch.empty(0, 0, dtype=torch.int64)
 
 
 def trimmed(tiny: Make, family: str = "olmoe") -> Model:
@@ -53,18 +49,14 @@ def replaced(model: Model, keep: Sequence[int] = (5, 4)) -> Model:
     )
     for kind, count in zip(kinds, keep, strict=False):
         step = ExpertReplace.model_validate({**kind, "keep": count})
-        reporter: Any = SimpleNamespace(advance=lambda *_: None, log=lambda _: None)
-        model = step.search(PassContext(model, model, text(), InMemory(), reporter)).model
+        model = search(step, model, text()).model
     return model
 
 
 def recovered(model: Model, folder: Path | None = None, **options: Any) -> Outcome:
     step = Recover.model_validate({**QUICK_TRAINING, **options})
     step.check(model)
-    context = PassContext(
-        model, model, NO_TOKENS, InMemory(), QUIET, training=text(), scratch=folder
-    )
-    return step.search(context)
+    return search(step, model, training=text(), scratch=folder)
 
 
 # ---- the training --------------------------------------------------------------------------------
@@ -83,7 +75,7 @@ def test_held_out_text_becomes_likelier(tiny: Make, loss: str) -> None:
     assert f"{best['perplexity']:.4f} after, at step {best['step']} of 20" in outcome.notes[0]
 
 
-def test_it_is_the_obvious_loop(tiny: Make) -> None:
+def test_training_equals_the_obvious_loop(tiny: Make) -> None:
     """By transformers' model as it loads itself, torch's optimizer and transformers' schedule."""
     from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
 
@@ -186,7 +178,7 @@ def is_selected(train: str, index: int | None, role: str) -> bool:
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 @pytest.mark.parametrize("train", ["full", "experts", "router", "lora"])
-def test_what_is_selected_changes_and_nothing_else(tiny: Make, family: str, train: str) -> None:
+def test_only_selected_tensors_change(tiny: Make, family: str, train: str) -> None:
     model = replaced(open_checkpoint(str(tiny(family))).model)
     outcome = recovered(model, train=train, eval_every=1, learning_rate=1e-3)
     assert outcome.figures["best_step"] > 0
@@ -199,7 +191,7 @@ def test_what_is_selected_changes_and_nothing_else(tiny: Make, family: str, trai
             assert changed == is_selected(train, index, role), (index, role)
 
 
-def test_the_one_expert_of_a_layer_is_one(tiny: Make) -> None:
+def test_a_dense_layer_that_was_an_expert_is_trained_as_one(tiny: Make) -> None:
     model = open_checkpoint(str(tiny("qwen2_moe"))).model
     model = model.replace_block(model.blocks[0].keep_experts((2,), clamp_top_k=True))
     after = read_all_numbers(recovered(model, train="experts", steps=2).model)
@@ -241,8 +233,7 @@ def test_tied_embeddings_stay_one_tensor(tiny: Make) -> None:
     outcome = recovered(model, steps=2)
     assert set(outcome.model.rest) == {"model.embed_tokens.weight", "model.norm.weight"}
     ids = text()[-4:]
-    hidden = walk.observe(outcome.model, ids, (), lambda *_: None, "test")
-    logits = torch.stack(list(walk.compute_logits(outcome.model, hidden)))
+    logits = compute_logits(outcome.model, ids)
     told = outcome.figures["history"][-1]["perplexity"]
     assert float(compute_text_loss(ids, logits).exp()) == pytest.approx(told, rel=1e-4)
 
@@ -250,7 +241,7 @@ def test_tied_embeddings_stay_one_tensor(tiny: Make) -> None:
 # ---- towards the source --------------------------------------------------------------------------
 
 
-def test_what_the_source_says_is_kept(
+def test_outputs_of_the_source_are_kept_on_disk(
     tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against transformers' own logits; pieces that are there are not computed again."""
@@ -373,7 +364,7 @@ def test_adapters_elsewhere_are_seen(tiny: Make, monkeypatch: pytest.MonkeyPatch
         recovered(model, train="lora")
 
 
-def test_peft_is_asked_for(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_peft_is_reported(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     find: Callable[[str], Any] = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "peft" else find(name)
@@ -387,7 +378,7 @@ def test_peft_is_asked_for(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "text", ["{", "[]", '{"step": "x"}', '{"step": null}', '{"history": [1]}', '{"losses": ["a"]}']
 )
-def test_a_damaged_state_is_told(text: str, tmp_path: Path) -> None:
+def test_a_damaged_state_is_reported(text: str, tmp_path: Path) -> None:
     (tmp_path / "state.json").write_text(text)
     with pytest.raises(InputError, match=r"state.json is damaged: .*--resume never"):
         States(tmp_path).load()

@@ -10,15 +10,17 @@ from typing import Any
 
 import pytest
 import yaml
-from click.testing import CliRunner, Result
+from click.testing import Result
 from safetensors.torch import load_file, save_file
 
-from moe2edge.cli.main import main
+from helpers import refuse, run
 from moe2edge.errors import Diverged
 from moe2edge.passes import _recover_teacher
 from moe2edge.passes._recover_state import Saved, States
 from moe2edge.passes.recover import Recover
 from moe2edge.pipeline import recipe
+from moe2edge.pipeline.contract import PlannedStep, TextSize, TextSizes
+from moe2edge.runtime.memory import Estimate
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.testing import QUICK_TRAINING, Make
 
@@ -37,7 +39,7 @@ def export(
     file.write_text(yaml.safe_dump({"passes": STEPS if steps is None else steps}))
     given = [part for setting in (*LESS, *TRAINING, *settings) for part in ("--set", setting)]
     command = ["export", str(folder), "-o", str(out), "-r", str(file), "--eval", "none"]
-    return CliRunner().invoke(main, [*command, "--threads", "1", *given, *more])
+    return run(*command, "--threads", "1", *given, *more)
 
 
 HF, GPTQ = ("-t", "hf"), ("-t", "gptq")
@@ -67,11 +69,12 @@ def assert_same(found: Path, expected: Path) -> None:
         assert {**one, "seconds": 0} == {**other, "seconds": 0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "counts"),  # of four checkpoints, the last is behind the end
     [({}, (2, 4)), ({"loss": "distill"}, (1,)), ({"train": "lora"}, (3,))],
 )
-def test_killed_and_gone_on_with(
+def test_a_killed_training_resumes_with_the_same_bytes(
     tiny: Make, tmp_path: Path, options: dict[str, Any], counts: tuple[int, ...]
 ) -> None:
     folder = tiny("qwen3_moe")
@@ -106,8 +109,9 @@ def without_one(path: Path) -> None:
     save_file(tensors, path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [cut, Path.unlink, without_one])
-def test_what_a_damaged_file_leaves_is_kept(
+def test_a_damaged_checkpoint_is_reported_and_the_rest_is_kept(
     tiny: Make, tmp_path: Path, damage: Callable[[Path], None]
 ) -> None:
     """An error in what was saved is no reason to remove the rest of it."""
@@ -127,7 +131,8 @@ def test_what_a_damaged_file_leaves_is_kept(
     assert export(folder, out, more=[*HF, "--resume=never"]).exit_code == 0
 
 
-def test_a_piece_of_the_source_that_is_cut_is_made_again(tiny: Make, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_truncated_piece_of_the_source_is_computed_again(tiny: Make, tmp_path: Path) -> None:
     folder = tiny("qwen3_moe")
     steps = [STEPS[0], {"recover": {**STEPS[1]["recover"], "loss": "distill"}}]
     whole, out = tmp_path / "whole", tmp_path / "out"
@@ -141,7 +146,8 @@ def test_a_piece_of_the_source_that_is_cut_is_made_again(tiny: Make, tmp_path: P
     assert_same(out, whole)
 
 
-def test_another_training_text_is_told(tiny: Make, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_resuming_with_another_training_text_is_refused(tiny: Make, tmp_path: Path) -> None:
     with killed(1):
         assert export(tiny("olmoe"), tmp_path / "out", more=HF).exit_code == 1
     other = export(tiny("olmoe"), tmp_path / "out", "training.seed=1", more=HF)
@@ -168,11 +174,11 @@ def test_trim_train_quantize(tiny: Make, tmp_path: Path) -> None:
     resolved = recipe.parse((out / "recipe.resolved.yaml").read_text())
     assert resolved.training is not None
     assert resolved.training.samples == 10
-    verified = CliRunner().invoke(main, ["verify", str(out)])
+    verified = run("verify", str(out))
     assert verified.exit_code == 0, verified.output
 
 
-def test_a_loss_that_is_none_ends_it(tiny: Make, tmp_path: Path) -> None:
+def test_a_diverged_training_ends_with_its_exit_code(tiny: Make, tmp_path: Path) -> None:
     steps = [{"recover": {**STEPS[1]["recover"], "learning_rate": 1e30, "steps": 20}}]
     result = export(tiny("olmoe"), tmp_path / "out", steps=steps, more=[*HF, "-q"])
     assert result.exit_code == Diverged.exit_code == 8
@@ -211,24 +217,29 @@ RECOVER: Any = STEPS[1]
         ),
     ],
 )
-def test_what_is_refused(
+def test_unsuitable_recipes_are_refused(
     tiny: Make, tmp_path: Path, steps: list[Any], settings: list[str], message: str
 ) -> None:
-    result = export(tiny("olmoe"), tmp_path / "out", *settings, steps=steps, more=[*HF, "-q"])
-    assert result.exit_code == 2
-    assert message in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+    error = refuse(tiny("olmoe"), tmp_path / "out", steps, "hf", *LESS, *TRAINING, *settings)
+    assert error.exit_code == 2
+    assert message in str(error)
+    assert not list(tmp_path.iterdir())
 
 
 def test_memory_is_counted_before_any_work(tiny: Make, tmp_path: Path) -> None:
     step = Recover.model_validate({**QUICK_TRAINING, "device": "cpu"})
     model = open_checkpoint(str(tiny("olmoe"))).model
-    full = step.cost(model, 20, 32)
+    texts = TextSizes(TextSize(0, 0), TextSize(20, 32))
+
+    def estimate(**options: str) -> Estimate:
+        changed = step.model_copy(update=options)
+        return changed.estimate(PlannedStep(changed, model, model), texts)
+
+    full = estimate()
     assert full.memory > 20 * model.parameters
-    router = step.model_copy(update={"train": "router"}).cost(model, 20, 32)
+    router = estimate(train="router")
     assert full.memory - router.memory > 15 * 0.9 * model.parameters
-    asked = step.model_copy(update={"loss": "distill"}).cost(model, 20, 32)
+    asked = estimate(loss="distill")
     assert asked.disk - full.disk == _recover_teacher.estimate_teacher_bytes(16, 32, 32)
     large = tiny("olmoe", hidden_size=512, intermediate_size=512)
     result = export(large, tmp_path / "out", more=[*HF, "-q", "--max-memory", "700MB"])

@@ -14,9 +14,8 @@ from typing import Any
 
 import pytest
 import yaml
-from click.testing import CliRunner
 
-from moe2edge.cli.main import main
+from helpers import run, slow_except, write_text
 from moe2edge.storage.journal import JOURNAL
 from moe2edge.testing import Make
 
@@ -56,14 +55,14 @@ def command(model: Path, folder: Path, *more: str) -> list[str]:
 
 def inputs(folder: Path) -> Path:
     folder.mkdir(exist_ok=True)
-    (folder / "text.txt").write_text("".join(chr(33 + (n * n + n // 7) % 90) for n in range(4000)))
+    write_text(folder / "text.txt")
     (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
     return folder
 
 
 def export(model: Path, folder: Path, *more: str) -> Any:
     with contextlib.chdir(folder):
-        return CliRunner().invoke(main, command(model, folder, *more))
+        return run(*command(model, folder, *more))
 
 
 def child(model: Path, folder: Path, kind: str = "", count: int = 0, solved: str = "") -> int:
@@ -115,8 +114,10 @@ def finished(folder: Path) -> list[tuple[int, int]]:
     return [(line["step"], line["block"]) for line in whole]
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_killed_and_gone_on_with(model: Path, whole: Path, tmp_path: Path, seed: int) -> None:
+@pytest.mark.parametrize("seed", slow_except(SEEDS, 0))
+def test_a_killed_export_resumes_with_the_same_bytes(
+    model: Path, whole: Path, tmp_path: Path, seed: int
+) -> None:
     rng = random.Random(seed)
     kind = list(PLACES)[seed % len(PLACES)]
     count = rng.randrange(PLACES[kind])
@@ -153,7 +154,7 @@ def half(model: Path, tmp_path: Path) -> Path:
         ("model", "begun with another model: then "),
     ],
 )
-def test_other_inputs_are_told(
+def test_resuming_with_other_inputs_is_refused(
     tiny: Make, model: Path, half: Path, change: str, message: str
 ) -> None:
     other = model
@@ -176,15 +177,15 @@ def test_other_inputs_are_told(
 def test_another_target_or_evaluation_does_not_matter(model: Path, half: Path) -> None:
     arguments = [a if a != "gptq" else "onnx" for a in command(model, half)]
     with contextlib.chdir(half):
-        result = CliRunner().invoke(main, [*arguments, "--resume", "require"])
+        result = run(*arguments, "--resume", "require")
     assert result.exit_code == 0, result.output
     assert "going on behind 3 finished blocks of an earlier run" in result.stderr
 
 
-def test_require_wants_something_to_go_on_from(model: Path, tmp_path: Path) -> None:
+def test_require_fails_without_an_unfinished_export(model: Path, tmp_path: Path) -> None:
     result = export(model, inputs(tmp_path / "new"), "--resume", "require")
     assert result.exit_code == 2
-    assert "no finished block to go on from" in result.stderr
+    assert "no finished block to resume from" in result.stderr
     assert not (tmp_path / "new" / "out.partial").exists()
 
 
@@ -212,12 +213,13 @@ def test_an_interrupt_keeps_finished_blocks(
     assert export(model, folder).exit_code == 130
     assert said == [
         f"interrupted; 5 finished blocks are kept in {folder / 'out.partial'}, and the same "
-        "command goes on from there"
+        "command resumes from there"
     ]
     assert child(model, folder) == 0
     assert_same(folder / "out", whole)
 
 
+@pytest.mark.slow
 def test_a_failure_keeps_finished_blocks_and_says_so(
     model: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -237,6 +239,7 @@ def test_a_failure_keeps_finished_blocks_and_says_so(
     assert_same(folder / "out", whole)
 
 
+@pytest.mark.slow
 def test_a_kill_before_the_marker_or_between_the_last_renames(
     model: Path, whole: Path, half: Path
 ) -> None:
@@ -265,7 +268,7 @@ def test_other_experts_than_before_are_refused(model: Path, half: Path) -> None:
     assert "block 1 of the unfinished export had other experts" in result.stderr
 
 
-def test_numbers_that_were_lost_are_missed(model: Path, half: Path) -> None:
+def test_lost_numbers_are_reported(model: Path, half: Path) -> None:
     work = half / "out.partial" / "work"
     for path in work.glob("block-*.safetensors"):
         path.unlink()

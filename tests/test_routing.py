@@ -8,26 +8,23 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
 
-from moe2edge.calibration import walk
-from moe2edge.cli.main import main
+from helpers import compute_logits, make_context, run
 from moe2edge.errors import InputError
 from moe2edge.model.family import FAMILIES
-from moe2edge.model.layers import MoELayer, Weight
+from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model
+from moe2edge.model.weights import Weight
 from moe2edge.numerics import router_fit
 from moe2edge.numerics.subset_loss import RoutingRule
 from moe2edge.passes.routing import Routing
 from moe2edge.pipeline.contract import Outcome, PassContext
-from moe2edge.progress import Reporter
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.storage.work_folder import WorkFolder
 from moe2edge.testing import Make
 
 IDS = torch.randint(1, 96, (16, 40), generator=torch.Generator().manual_seed(0))
-QUIET = Reporter(lambda _: None, lambda *_: None)
 TOKENS, EXPERTS, HIDDEN = 40, 5, 6
 
 
@@ -161,7 +158,7 @@ def test_rows_that_were_disturbed_are_found_again(renormalize: bool) -> None:
 
 
 def context(source: Model, model: Model, folder: Path, ids: torch.Tensor = IDS) -> PassContext:
-    return PassContext(source, model, ids, WorkFolder(folder), QUIET)
+    return make_context(model, ids, source, store=WorkFolder(folder))
 
 
 def own_text(folder: Path) -> torch.Tensor:
@@ -199,10 +196,7 @@ def disturbed(model: Model, size: float) -> Model:
 
 def kl(source: Model, model: Model) -> float:
     ids = torch.randint(1, 96, (8, 40), generator=torch.Generator().manual_seed(77))
-    logits = []
-    for one in (source, model):
-        hidden = walk.observe(one, ids, (), QUIET.advance, "")
-        logits.append(torch.stack(list(walk.compute_logits(one, hidden))).log_softmax(-1))
+    logits = [compute_logits(one, ids).log_softmax(-1) for one in (source, model)]
     return float((logits[0].exp() * (logits[0] - logits[1])).sum(-1).mean())
 
 
@@ -289,7 +283,7 @@ def test_refusals(tiny: Make, tmp_path: Path) -> None:
     skips = replace(part, router=replace(part.router, skip_below=(0.5,)))
     with pytest.raises(InputError, match="put expert_skip after routing"):
         Routing().check(source.replace_block(replace(block, mlp=skips)))
-    one = PassContext(source, source, IDS[:1], WorkFolder(tmp_path), QUIET)
+    one = make_context(source, IDS[:1])
     with pytest.raises(InputError, match="1 calibration samples do not suffice"):
         Routing().search(one)
 
@@ -302,10 +296,11 @@ def test_layers_without_a_router_are_passed_over(tiny: Make, tmp_path: Path) -> 
     assert all("block 2" in changed for changed in outcome.changed)
 
 
-def test_decide_refuses_numbers(tiny: Make, tmp_path: Path) -> None:
+def test_decide_refuses_a_pass_that_computes_weights(tiny: Make, tmp_path: Path) -> None:
     recipe = tmp_path / "r.yaml"
     recipe.write_text("passes: [{expert_drop: {keep: 3}}, routing]")
     command = ["decide", str(tiny("mixtral")), "-r", str(recipe), "-o", str(tmp_path / "s.json")]
-    done = CliRunner().invoke(main, command)
+    done = run(*command)
     assert done.exit_code == 2
-    assert "routing" in done.output
+    assert "the recipe has routing, which computes numbers" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "s.json").exists()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from helpers import ignore
 from moe2edge.calibration import router_observers, walk
 from moe2edge.calibration.similarity import BlockSimilarityFactory, LayerSimilarityObserver
 from moe2edge.model.family import FAMILIES
@@ -16,10 +17,6 @@ from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.testing import Make
 
 IDS = torch.randint(1, 96, (3, 20), generator=torch.Generator().manual_seed(0))
-
-
-def quiet(*_: object) -> None:
-    pass
 
 
 def hooked(folder: Path, block: int) -> dict[str, torch.Tensor]:
@@ -51,7 +48,7 @@ def test_criteria_equal_a_loop_over_tokens(
     folder = tiny(family)
     model = open_checkpoint(str(folder)).model
     routing, outputs = router_observers.RoutingObserver(), router_observers.OutputObserver()
-    walk.observe(model, IDS, [routing, outputs], quiet, "")
+    walk.observe(model, IDS, [routing, outputs], ignore, "")
     seen = hooked(folder, 1)
     renormalize = model.moe_blocks[1][1].router.renormalize
     score, mass = torch.zeros(6), torch.zeros(6)
@@ -76,14 +73,14 @@ def test_criteria_equal_a_loop_over_tokens(
     ]
     layer = outputs.result().layers[1]
     for found, expected in (
-        (saliency.routing_score(routing.result(), 1), score.tolist()),
-        (saliency.frequency(routing.result(), 1), count),
-        (saliency.soft_frequency(routing.result(), 1), mass.tolist()),
-        (saliency.ean(layer), [sum(n) for n in norms]),
-        (saliency.man(layer), [sum(n) / len(n) for n in norms]),
-        (saliency.msan(layer), [sum(x * x for x in n) / len(n) for n in norms]),
-        (saliency.reap(layer), [a / b for a, b in zip(gated, count, strict=True)]),
-        (saliency.mone(layer), [a * b for a, b in zip(spread, mass.tolist(), strict=True)]),
+        (saliency.compute_routing_score(routing.result(), 1), score.tolist()),
+        (saliency.compute_frequency(routing.result(), 1), count),
+        (saliency.compute_soft_frequency(routing.result(), 1), mass.tolist()),
+        (saliency.compute_ean(layer), [sum(n) for n in norms]),
+        (saliency.compute_man(layer), [sum(n) / len(n) for n in norms]),
+        (saliency.compute_msan(layer), [sum(x * x for x in n) / len(n) for n in norms]),
+        (saliency.compute_reap(layer), [a / b for a, b in zip(gated, count, strict=True)]),
+        (saliency.compute_mone(layer), [a * b for a, b in zip(spread, mass.tolist(), strict=True)]),
         (layer.largest, [max(float(f.abs().max()) for f in of) for of in outs]),
     ):
         assert found.tolist() == pytest.approx(expected, rel=1e-4)
@@ -95,19 +92,19 @@ def test_an_expert_without_tokens_scores_nothing() -> None:
         (0,), torch.zeros(1, dtype=torch.int64), *[zeros] * 5, *[torch.zeros(1, 4)] * 2
     )
     nothing = saliency.RoutingStatistics({1: (0,)}, 5, {1: zeros.long()}, {1: zeros}, {1: zeros})
-    assert saliency.soft_frequency(nothing, 1).tolist() == [0.0]
+    assert saliency.compute_soft_frequency(nothing, 1).tolist() == [0.0]
     for criterion in ("ean", "reap", "man", "msan", "mone"):
         assert getattr(saliency, criterion)(layer).tolist() == [0.0]
 
 
 def test_criteria_of_weights() -> None:
     even, spiky = [torch.ones(3, 4), -torch.ones(5)], [torch.tensor([3.0, 0, 0, 0])]
-    assert saliency.magnitude(even) == 1
-    assert saliency.magnitude(spiky) == 1.5
+    assert saliency.compute_magnitude(even) == 1
+    assert saliency.compute_magnitude(spiky) == 1.5
     # mean|W| / rms(W) is highest, 1, where all weights are alike: that expert goes first.
-    assert saliency.aimer(even) == -1
-    assert saliency.aimer(spiky) == -0.5
-    assert saliency.aimer([torch.zeros(2)]) == 0
+    assert saliency.compute_aimer(even) == -1
+    assert saliency.compute_aimer(spiky) == -0.5
+    assert saliency.compute_aimer([torch.zeros(2)]) == 0
 
 
 def mean_cosine(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -123,7 +120,7 @@ def test_similarities_are_mean_cosines(
     monkeypatch.setattr(walk, "BATCH_TOKENS", 40)  # two batches, of which one is smaller
     folder = tiny(family)
     blocks, layers = BlockSimilarityFactory(longest=2)(), LayerSimilarityObserver()
-    walk.observe(open_checkpoint(str(folder)).model, IDS, [blocks, layers], quiet, "")
+    walk.observe(open_checkpoint(str(folder)).model, IDS, [blocks, layers], ignore, "")
     first, second = hooked(folder, 0), hooked(folder, 1)
     cosine = blocks.result().cosine
     assert set(cosine) == {(0,), (1,), (2,), (0, 1), (1, 2)}

@@ -19,12 +19,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from helpers import compute_logits
 from moe2edge.calibration import walk
 from moe2edge.errors import Unsupported, VerificationFailed
 from moe2edge.evaluation import verify
 from moe2edge.model.family import FAMILIES
-from moe2edge.model.layers import MoELayer, Weight
+from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model, is_quantizable
+from moe2edge.model.weights import Weight
 from moe2edge.numerics.rounding import round_to_nearest
 from moe2edge.numerics.scheme import Scheme
 from moe2edge.passes._quantize import SchemeRule
@@ -83,8 +85,7 @@ def rounded(source: Model, choose: Callable[[int, str], Scheme | None]) -> Model
 
 
 def logits(model: Model) -> Tensor:
-    hidden = walk.observe(model, IDS, (), lambda *_: None, "test")
-    return torch.stack(list(walk.compute_logits(model, hidden)))
+    return compute_logits(model, IDS)
 
 
 def check(target: Target, model: Model, folder: Path) -> Path:
@@ -195,7 +196,7 @@ def test_rules_of_a_recipe_reach_the_targets(tiny: Make) -> None:
     assert len({weight.scheme for _, _, weight in planned.tensors()}) == 3
     for target in TARGETS.values():
         target.accepts(planned)
-        assert target.nbytes(planned) > 0
+        assert target.estimate(planned).disk > 0
 
 
 def test_words_must_be_filled(tmp_path: Path, tiny: Make) -> None:
@@ -271,7 +272,7 @@ def test_the_exact_way_is_needed(
     model = quantize(opened(tiny("olmoe", initializer_range=0.05, **sizes)), Scheme(bits, 32))
     Onnx().write(model, tmp_path)
     monkeypatch.setattr(_onnx_exact, "_split_groups", lambda graph: None)
-    monkeypatch.setattr(_onnx_runtime, "float_experts", nullcontext)
+    monkeypatch.setattr(_onnx_runtime, "use_float_experts", nullcontext)
     found = Onnx().reopen(tmp_path, exact=True).logits(IDS)
     assert (found - logits(model)).abs().max() > TOLERANCE
 
@@ -325,7 +326,7 @@ def test_numbers_that_the_dtype_rounds(dtype: str, tiny: Make, tmp_path: Path) -
     _, parity, _ = verify.check_folder(target, tmp_path, reference)
     assert parity.exact < TOLERANCE
     assert (of_model.logits - reference.logits).abs().max() > TOLERANCE
-    assert target.nbytes(model) == Hf().nbytes(source)
+    assert target.estimate(model).disk == Hf().estimate(source).disk
 
 
 def test_loaders_of_dequantized_folders_say_what_they_are(tiny: Make) -> None:

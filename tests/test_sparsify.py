@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner
 from pydantic import ValidationError
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from moe2edge.cli.main import main
+from helpers import plan, run
 from moe2edge.errors import InputError, Moe2EdgeError
 from moe2edge.model.family import FAMILIES
-from moe2edge.model.layers import MoELayer, Weight
+from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Block, Model, is_quantizable
+from moe2edge.model.weights import Weight
 from moe2edge.numerics.grid import Quantized
 from moe2edge.numerics.scheme import Pattern, Scheme
 from moe2edge.passes.gptq import Gptq
@@ -285,7 +285,7 @@ def test_zeros_and_inputs_that_never_occur_come_first(block: Block) -> None:
     assert torch.equal(few, weight)
 
 
-def test_whether_zeros_are_there() -> None:
+def test_zeros_are_recognized() -> None:
     matrix = torch.ones(4, 8)
     matrix[:2] = 0
     assert has_zeros(matrix, 32, 16)
@@ -362,14 +362,12 @@ def test_gates_weigh_tokens_as_a_loop_does(tiny: Make, family: str) -> None:
 @pytest.mark.parametrize(
     ("pattern", "select"), [("unstructured", "experts"), ("2:4", "all"), ("4:8", "experts")]
 )
-def test_what_is_selected_and_nothing_else(
-    tiny: Make, method: str, pattern: str, select: str
-) -> None:
+def test_only_selected_matrices_change(tiny: Make, method: str, pattern: str, select: str) -> None:
     model = open_checkpoint(str(tiny("qwen2_moe", dtype="bfloat16"))).model
     step = options(method=method, pattern=pattern, select=select)
     result, notes = apply(step, model)
-    assert str(plan_passes([step], model)) == str(result)
-    planned = {name: weight.pattern for name, _, weight in plan_passes([step], model).tensors()}
+    assert str(plan([step], model)) == str(result)
+    planned = {name: weight.pattern for name, _, weight in plan([step], model).tensors()}
     zeros = total = 0  # of experts
     for (name, role, old), (_, _, new) in zip(model.tensors(), result.tensors(), strict=True):
         chosen = is_quantizable(role) and (select == "all" or not role.startswith("attention"))
@@ -423,7 +421,7 @@ def test_an_expert_without_tokens(block: Block, method: str, starved: str) -> No
 def test_zeros_survive_a_quantizing_pass(tiny: Make, after: Slim, pattern: str) -> None:
     model = open_checkpoint(str(tiny("qwen2_moe"))).model
     step = options(pattern=pattern, select="all")
-    plan_passes([step, after], model)
+    plan([step, after], model)
     sparse, _ = apply(step, model)
     result, _ = apply(after, sparse)
     count = 0
@@ -444,7 +442,7 @@ def test_export_writes_the_zeros(tiny: Make, tmp_path: Path) -> None:
     sizes |= {"calibration.length": 32, "evaluation.length": 32}
     sets = [part for name, size in sizes.items() for part in ("--set", f"{name}={size}")]
     command = ["export", str(folder), "-t", "hf", "-o", str(out), "-r", str(recipe), "-q", "--json"]
-    done = CliRunner().invoke(main, [*command, *sets])
+    done = run(*command, *sets)
     assert done.exit_code == 0, done.output
     notes = json.loads(done.stdout)["steps"][0]["notes"]
     assert notes[-2:] == [
@@ -460,7 +458,7 @@ def test_export_writes_the_zeros(tiny: Make, tmp_path: Path) -> None:
             assert torch.equal(after, before[name])
 
 
-def test_options_that_make_no_sense() -> None:
+def test_contradictory_options() -> None:
     with pytest.raises(ValidationError, match=r"2:4 makes half of .* zero, not 0\.6"):
         options(pattern="2:4", amount=0.6)
     for bad in ({"amount": 0}, {"amount": 1}, {"pattern": "1:4"}, {"method": "random"}):
@@ -473,7 +471,7 @@ def test_models_that_do_not_fit(tiny: Make) -> None:
     with pytest.raises(InputError, match="sparsify comes before the pass that quantizes"):
         options().check(quantize(model, Scheme(group_size=32)))
     with pytest.raises(InputError, match="sparsifies twice"):
-        plan_passes([options(), options(select="all")], model)
+        plan([options(), options(select="all")], model)
     with pytest.raises(InputError, match=r"amount 0.001 makes 0 of 64 weights of .* zero"):
         options(amount=0.001).check(model)
     with pytest.raises(InputError, match=r"makes 64 of 64 weights"):
@@ -491,7 +489,8 @@ def test_a_result_without_the_zeros_is_found(tiny: Make) -> None:
     model = open_checkpoint(str(tiny("olmoe"))).model
     step = options(method="magnitude", pattern="2:4")
     said = "2:4 by magnitude: 54 matrices, 55,296 of 110,592 weights become zero"
-    assert step.describe(model) == said
+    (planned,) = plan_passes([step], model).steps
+    assert step.describe(planned) == said
     with pytest.raises(Moe2EdgeError, match="zeros are anywhere, expected 2:4"):
         step.check_result(model, model)
     result, _ = apply(step, model)

@@ -5,20 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
 
-from moe2edge.cli.main import main
+from helpers import SMALL, run
+from moe2edge.commands.preflight import describe, refuse_early
+from moe2edge.model.model import Model
+from moe2edge.pipeline import recipe
+from moe2edge.pipeline.contract import Pass
+from moe2edge.pipeline.registry import find_target
+from moe2edge.progress import Reporter
+from moe2edge.runtime.memory import Memory
+from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.testing import Make
-
-SMALL = [
-    "--set", "calibration.samples=8", "--set", "calibration.length=64",
-    "--set", "evaluation.samples=3", "--set", "evaluation.length=64",
-]  # fmt: skip
-
-
-def run(*args: str | Path) -> Result:
-    return CliRunner().invoke(main, [str(a) for a in args])
-
 
 UNPLANNED = {
     "a layer too many": (
@@ -42,17 +39,42 @@ def test_passes_are_checked_on_the_model_that_they_get(
 ) -> None:
     """Planned is the least that a threshold drops; what it did drop may leave the next no work."""
     passes, message = UNPLANNED[case]
-    recipe, out = tmp_path / "r.yaml", tmp_path / "out"
-    recipe.write_text(f"passes: {passes}")
-    result = run("export", tiny("mixtral"), "-o", out, "-t", "onnx", "-r", str(recipe), *SMALL)
+    file, out = tmp_path / "r.yaml", tmp_path / "out"
+    file.write_text(f"passes: {passes}")
+    result = run("export", tiny("mixtral"), "-o", out, "-t", "onnx", "-r", str(file), *SMALL)
     assert result.exit_code == 2, result.output
     assert message in result.stderr.splitlines()[-1]
     assert not out.exists()
 
 
-def test_a_text_that_is_not_there_is_refused_though_nobody_reads_it(
-    tiny: Make, tmp_path: Path
+@pytest.mark.parametrize("name", ["trim-w4", "lightmoe"])
+def test_each_pass_is_planned_once_before_an_export(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
+    less = ["calibration.length=64", "evaluation.length=64"]
+    more = ["training.length=64"] if name == "lightmoe" else []
+    checkpoint = open_checkpoint(str(tiny("mixtral")))
+    parsed = recipe.parse(recipe.find(name), [*less, *more]).resolve(checkpoint.model)
+    planned: list[str] = []
+
+    def count(kind: type[Pass]) -> None:
+        plan = kind.plan
+
+        def counted(step: Pass, model: Model) -> Model:
+            planned.append(step.name)
+            return plan(step, model)
+
+        monkeypatch.setattr(kind, "plan", counted)
+
+    for step in parsed.passes:
+        count(type(step))
+    out, targets = tmp_path / "out", [find_target("gptq")]
+    plan = refuse_early(checkpoint, parsed, targets, out, Memory(), force=False, materialize=False)
+    describe(plan, Reporter(lambda _: None, lambda *_: None))
+    assert planned == [step.name for step in parsed.passes]
+
+
+def test_a_missing_text_is_refused_even_if_it_is_unused(tiny: Make, tmp_path: Path) -> None:
     args = ["-t", "onnx", "-r", "as-is", "--calib", str(tmp_path / "none.txt"), *SMALL]
     result = run("export", tiny("mixtral"), "-o", tmp_path / "out", *args)
     assert result.exit_code == 2

@@ -16,14 +16,14 @@ from moe2edge.errors import Unsupported, VerificationFailed
 from moe2edge.evaluation import verify
 from moe2edge.model.family import FAMILIES
 from moe2edge.model.hf_config import build_config
-from moe2edge.model.layers import Weight
 from moe2edge.model.model import Model, is_quantizable
+from moe2edge.model.weights import Weight
 from moe2edge.numerics.grid import Quantized
 from moe2edge.numerics.rounding import round_to_nearest
 from moe2edge.numerics.scheme import Scheme
 from moe2edge.pipeline.registry import find_target
 from moe2edge.runtime.torch_runtime import TorchRuntime
-from moe2edge.storage import checkpoint
+from moe2edge.storage import safetensors_files
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.testing import Make, make_checkpoint
 
@@ -163,7 +163,7 @@ def test_unquantized_models_are_refused(tiny: Make) -> None:
         ("dense.gate", [r"-:model\.layers\.\d+\.mlp\.gate_proj"]),
     ],
 )
-def test_matrices_may_be_left_alone(missed: str, entries: list[str], tmp_path: Path) -> None:
+def test_matrices_may_stay_unquantized(missed: str, entries: list[str], tmp_path: Path) -> None:
     mixed: dict[str, Any] = {"mlp_only_layers": [1]} if missed.startswith("dense") else {}
     source = make_checkpoint(tmp_path / "source", "qwen2_moe", **mixed)
     model = quantized(source, only=lambda role: is_quantizable(role) and role != missed)
@@ -242,11 +242,11 @@ def test_two_writes_are_the_same_bytes(family: str, tiny: Make, tmp_path: Path) 
 def test_size_is_predicted(
     family: str, shard_bytes: int, tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint, "SHARD_BYTES", shard_bytes)
+    monkeypatch.setattr(safetensors_files, "SHARD_BYTES", shard_bytes)
     model = quantized(tiny(family))
     folder = written(model, tmp_path / "out")
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    assert GPTQ.nbytes(model) == pytest.approx(size, rel=0.02)
+    assert GPTQ.estimate(model).disk == pytest.approx(size, rel=0.02)
 
 
 def verdicts(model: Model) -> dict[str, str]:

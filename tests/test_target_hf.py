@@ -18,7 +18,7 @@ from moe2edge.model.model import Model
 from moe2edge.numerics.rounding import round_to_nearest
 from moe2edge.numerics.scheme import Scheme
 from moe2edge.pipeline.registry import find_target
-from moe2edge.storage import checkpoint
+from moe2edge.storage import safetensors_files
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.testing import Make, make_checkpoint
 
@@ -118,11 +118,11 @@ def test_two_writes_are_the_same_bytes(family: str, tiny: Make, tmp_path: Path) 
 def test_size_is_predicted(
     family: str, shard_bytes: int, tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint, "SHARD_BYTES", shard_bytes)
+    monkeypatch.setattr(safetensors_files, "SHARD_BYTES", shard_bytes)
     model = open_model(tiny(family))
     folder = written(model, tmp_path / "out")
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    assert HF.nbytes(model) == pytest.approx(size, rel=0.02)
+    assert HF.estimate(model).disk == pytest.approx(size, rel=0.02)
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,11 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from click.testing import Result
 from safetensors.torch import load_file, save_file
 
+from helpers import run, slow_except
 from moe2edge.calibration import observation, walk
-from moe2edge.cli.main import main
 from moe2edge.errors import VerificationFailed
 from moe2edge.evaluation import verify
 from moe2edge.numerics.grid import Quantized
@@ -32,19 +32,16 @@ def folders(tiny: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("verify") / "out"
     text = out.parent / "text.txt"
     text.write_text("".join(chr(33 + n * n % 90) for n in range(3000)))
-    result = CliRunner().invoke(
-        main,
-        [
-            "export", str(tiny("olmoe")), "-t", "onnx,gptq", "-o", str(out), "-r", "w4-rtn",
-            "--eval", str(text), "--set", "evaluation.samples=3", "--set", "evaluation.length=64",
-        ],
+    result = run(
+        "export", str(tiny("olmoe")), "-t", "onnx,gptq", "-o", str(out), "-r", "w4-rtn",
+        "--eval", str(text), "--set", "evaluation.samples=3", "--set", "evaluation.length=64",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     return out
 
 
 def check(folder: Path) -> Result:
-    return CliRunner().invoke(main, ["verify", str(folder)])
+    return run("verify", str(folder))
 
 
 def renew_manifest(folder: Path) -> None:
@@ -59,7 +56,7 @@ def flip(path: Path, at: float) -> None:
     path.write_bytes(bytes(data))
 
 
-@pytest.mark.parametrize("at", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("at", slow_except([0.1, 0.5, 0.9], 0.5))
 @pytest.mark.parametrize("target", ["onnx", "gptq"])
 @pytest.mark.parametrize("renew", [False, True])
 def test_one_flipped_bit(
@@ -89,7 +86,7 @@ def gptq_swap(tensors: dict[str, torch.Tensor]) -> None:
 
 
 # Random weights, and trained ones, on which faults change less.
-both = pytest.mark.parametrize("made", ["folders", "builtin_out"])
+both = pytest.mark.parametrize("made", slow_except(["folders", "builtin_out"], "folders"))
 
 
 @both
@@ -190,7 +187,7 @@ def test_tensors_that_come_or_go(folders: Path) -> None:
         verify.check_tensors(small, [pairs[0], ("b", torch.tensor([1.0, 1.0001]))])
 
 
-def test_a_digest_tells_every_bit_and_form_apart() -> None:
+def test_a_digest_depends_on_every_bit_and_on_the_form() -> None:
     value = torch.randn(4, 6)
     changed = value.clone()
     changed.view(torch.int32)[3, 5] ^= 1
@@ -206,9 +203,7 @@ def test_a_digest_tells_every_bit_and_form_apart() -> None:
 def test_another_model_as_reference_is_refused(tiny: Make, folders: Path) -> None:
     for vocabulary in (52, 200):
         other = tiny("olmoe", vocab_size=vocabulary)
-        result = CliRunner().invoke(
-            main, ["verify", str(folders / "gptq"), "--reference", str(other)]
-        )
+        result = run("verify", str(folders / "gptq"), "--reference", str(other))
         assert result.exit_code == 2, result.output
         assert f"{vocabulary} entries in its vocabulary, the folder has 96" in result.stderr
 
@@ -224,6 +219,7 @@ def test_a_folder_of_links_is_verified_as_the_hub_keeps_it(folders: Path, tmp_pa
     assert result.exit_code == 0, result.output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("renew", [False, True])
 @pytest.mark.parametrize("target", ["onnx", "gptq"])
 def test_the_built_in_model_whole_and_with_one_flipped_bit(

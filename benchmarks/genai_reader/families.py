@@ -2,8 +2,8 @@
 
     ENVIRONMENT/bin/python benchmarks/genai_reader/families.py
 
-ENVIRONMENT is the one that `run.sh` makes. Windows, biases and dense blocks are switched on where
-the family has them.
+ENVIRONMENT is made by `run.sh`. Windows, biases and dense blocks are switched on where the family
+has them.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from click.testing import CliRunner
 from read import compare
 
-from moe2edge.cli.main import main as moe2edge
+import moe2edge
 from moe2edge.testing import make_checkpoint, make_tokenizer
 
 SWITCHES: dict[str, dict[str, Any]] = {
@@ -25,21 +24,18 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"attention_bias": True, "num_key_value_heads": 1},
     "olmoe": {"clip_qkv": 4.0, "norm_topk_prob": True},
 }
-SIZES = ["--set", "evaluation.samples=3", "--set", "evaluation.length=64"]
+SIZES = ["evaluation.samples=3", "evaluation.length=64"]
 
 
 def main() -> int:
+    """Compare every family; return the exit code."""
     passed = True
     for family, switches in SWITCHES.items():
         with tempfile.TemporaryDirectory() as parent:
             source, out = Path(parent) / "source", Path(parent) / "out"
             make_checkpoint(source, family, **switches)
             make_tokenizer(source)
-            command = ["export", str(source), "-t", "onnx", "-r", "w4-rtn", "-o", str(out), *SIZES]
-            result = CliRunner().invoke(moe2edge, command)
-            if result.exit_code:
-                print(result.stderr)
-                return 1
+            moe2edge.export(source, moe2edge.parse_recipe("w4-rtn", SIZES), "onnx", out)
             rows, ok = compare(out)
         settings = ", ".join(f"{key}={value}" for key, value in switches.items())
         print(f"{family}, {settings}")

@@ -1,8 +1,8 @@
-"""Run in onnxruntime-genai: layers without router or MLP, with skipping, substitutes, members.
+"""Run in onnxruntime-genai: layers without router or MLP, with skipping, replaced, tied experts.
 
     ENVIRONMENT/bin/python benchmarks/genai_reader/forms.py
 
-ENVIRONMENT is the one that `run.sh` makes. One random model for each family and form, int4; exits
+ENVIRONMENT is made by `run.sh`. One random model for each family and form, int4; exits
 with 1 if one disagrees with our own session on the same graph.
 """
 
@@ -15,20 +15,20 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from click.testing import CliRunner
+import yaml
 from read import compare
 
+import moe2edge
 from moe2edge.calibration import walk
-from moe2edge.cli.main import main as moe2edge
 from moe2edge.evaluation.verify import record
+from moe2edge.model.experts import PARTS, Factors, Full, Tied
 from moe2edge.model.family import FAMILIES
-from moe2edge.model.layers import PARTS, Factors, Member, Weight
+from moe2edge.model.weights import Weight
 from moe2edge.numerics.scheme import Scheme
-from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.targets.onnx import Onnx
 from moe2edge.testing import make_checkpoint, make_tokenizer, quantize
 
-# What is done to a model of three layers with six experts, and the source's top-k.
+# Passes for a model of three layers with six experts, and the source's top-k.
 FORMS = {
     "a dropped layer": ("{layer_drop: {drop: 1}}", 2),
     "a norm alone": ("{layer_drop: {drop: 1, norm: false}}", 2),
@@ -45,25 +45,21 @@ FORMS = {
     # With random factors, by no recipe.
     "members": ("", 2),
 }
-SIZES = [
-    "--set", "evaluation.samples=3", "--set", "evaluation.length=64",
-    "--set", "calibration.samples=2", "--set", "calibration.length=64",
-]  # fmt: skip
+TEXTS = {
+    "evaluation": {"samples": 3, "length": 64},
+    "calibration": {"samples": 2, "length": 64},
+}
 
 
-def exported(source: Path, steps: str, out: Path) -> None:
-    """The source after the passes ``steps`` and `rtn`, by the command line."""
-    recipe = out.with_suffix(".yaml")
-    recipe.write_text(f"passes: [{steps}, rtn]")
-    command = ["export", str(source), "-t", "onnx", "-r", str(recipe), "-o", str(out)]
-    result = CliRunner().invoke(moe2edge, [*command, *SIZES])
-    if result.exit_code:
-        raise SystemExit(result.stderr)
+def export_passes(source: Path, steps: str, out: Path) -> None:
+    """Export the source after the passes ``steps`` and `rtn`."""
+    recipe = {**TEXTS, "passes": yaml.safe_load(f"[{steps}, rtn]")}
+    moe2edge.export(source, recipe, "onnx", out)
 
 
-def with_members(source: Path, _: str, out: Path) -> None:
-    """Two experts share a base with factors, two one without, one has only factors."""
-    model = quantize(open_checkpoint(str(source)).model, Scheme(group_size=32))
+def export_tied(source: Path, _: str, out: Path) -> None:
+    """Export tied experts: two with factors on a base, two without, and one of factors alone."""
+    model = quantize(moe2edge.open_checkpoint(source).model, Scheme(group_size=32))
     draw = torch.Generator().manual_seed(0)
 
     def weight(*shape: int) -> Weight:
@@ -72,17 +68,19 @@ def with_members(source: Path, _: str, out: Path) -> None:
 
     for block, layer in model.moe_blocks:
         shapes = {part: getattr(layer.experts[0], part).shape for part in PARTS}
-        members = [
-            Member(
-                n,
-                base,
-                {p: Factors(weight(4, i), weight(o, 4)) for p, (o, i) in shapes.items() if own},
-            )
-            for n, (base, own) in enumerate(
-                ((0, True), (0, True), (1, False), (1, False), (2, False), (None, True))
-            )
-        ]
-        mlp = replace(layer, experts=layer.experts[:3], members=tuple(members))
+
+        def factors(shapes: dict[str, tuple[int, int]] = shapes) -> dict[str, Factors]:
+            return {p: Factors(weight(4, i), weight(o, 4)) for p, (o, i) in shapes.items()}
+
+        rows = (
+            Tied(0, 0, factors()),
+            Tied(1, 0, factors()),
+            Full(2, 1),
+            Full(3, 1),
+            Full(4, 2),
+            Tied(5, None, factors()),
+        )
+        mlp = replace(layer, experts=layer.experts[:3], rows=rows)
         model = model.replace_block(replace(block, mlp=mlp))
     out.mkdir()
     make_tokenizer(out)
@@ -93,6 +91,7 @@ def with_members(source: Path, _: str, out: Path) -> None:
 
 
 def main() -> int:
+    """Compare every family and form; return the exit code."""
     passed = True
     print(f"onnxruntime-genai {version('onnxruntime-genai')}")
     for family in FAMILIES:
@@ -102,7 +101,7 @@ def main() -> int:
                 # Weights of a trained model's size: larger ones blow up what int8 rounds.
                 make_checkpoint(source, family, num_experts_per_tok=top_k, initializer_range=0.05)
                 make_tokenizer(source)
-                (exported if steps else with_members)(source, steps, out)
+                (export_passes if steps else export_tied)(source, steps, out)
                 rows, ok = compare(out)
             difference = rows["logits, to our session"].partition(" ")[0]
             tokens = rows["greedy tokens, equal"]

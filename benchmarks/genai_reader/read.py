@@ -1,4 +1,6 @@
-"""Run an ONNX folder in onnxruntime-genai and hold it against what the export recorded.
+"""Run an ONNX folder in onnxruntime-genai and compare it with the logits that the export recorded.
+
+    ENVIRONMENT/bin/python benchmarks/genai_reader/read.py FOLDER
 
 The folder's recorded tokens go in, a prefill and then one by one. The logits must agree with those
 of our own session on the same graph within 2 % (median of positions; exactly, if both sum in the
@@ -27,8 +29,8 @@ from moe2edge.storage.tokenizer import read_stop_ids
 TOKENS, LIMIT = 48, 0.02
 
 
-def recorded_logits(model: og.Model, reference: Reference) -> torch.Tensor:
-    """Logits in the shape of ``reference.logits``."""
+def compute_logits(model: og.Model, reference: Reference) -> torch.Tensor:
+    """Compute logits in the shape of ``reference.logits``."""
     rows = []
     for row in reference.ids.numpy().astype(np.int32):
         params = og.GeneratorParams(model)
@@ -42,8 +44,8 @@ def recorded_logits(model: og.Model, reference: Reference) -> torch.Tensor:
     return torch.stack(rows)
 
 
-def greedy(model: og.Model, prompt: list[int]) -> list[int]:
-    """At most ``TOKENS`` tokens after the prompt, an end token included."""
+def continue_greedily(model: og.Model, prompt: list[int]) -> list[int]:
+    """Return at most ``TOKENS`` tokens after the prompt, an end token included."""
     params = og.GeneratorParams(model)
     params.set_search_options(max_length=len(prompt) + TOKENS, do_sample=False)
     generator = og.Generator(model, params)
@@ -54,10 +56,10 @@ def greedy(model: og.Model, prompt: list[int]) -> list[int]:
 
 
 def compare(folder: Path) -> tuple[dict[str, str], bool]:
-    """Figures of a folder, and whether they are within the limits."""
+    """Return the figures of a folder, and True if they are within the limits."""
     reference = Reference.read(folder)
     model = og.Model(str(folder))
-    found, want = recorded_logits(model, reference), reference.logits
+    found, want = compute_logits(model, reference), reference.logits
     runtime = registry.find_target("onnx").reopen(folder)
     ours = run_recorded_tokens(reference, runtime)
     difference, error = (
@@ -66,7 +68,7 @@ def compare(folder: Path) -> tuple[dict[str, str], bool]:
     )
     prompt = reference.ids[0, : reference.prefill].tolist()
     stop = read_stop_ids(folder)
-    theirs = [token for token in greedy(model, prompt) if token not in stop]
+    theirs = [token for token in continue_greedily(model, prompt) if token not in stop]
     mine = list(generate(runtime, prompt, max_tokens=TOKENS, stop=stop))
     ok = difference <= LIMIT and error <= SHIPPED_TOLERANCE and theirs == mine
     rows = {
@@ -84,6 +86,7 @@ def compare(folder: Path) -> tuple[dict[str, str], bool]:
 
 
 def main() -> int:
+    """Print a table; return the exit code."""
     rows, ok = compare(Path(sys.argv[1]))
     for name, value in rows.items():
         print(f"{name:26} {value}")

@@ -7,18 +7,13 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from moe2edge.model.layers import Weight
-from moe2edge.model.model import Model, is_quantizable
-from moe2edge.numerics.grid import Quantized
-from moe2edge.numerics.rounding import round_to_nearest
+from moe2edge import open_checkpoint
 from moe2edge.numerics.scheme import Scheme
 from moe2edge.pipeline.registry import find_target
-from moe2edge.storage.checkpoint import open_checkpoint
-from moe2edge.testing import make_checkpoint, make_tokenizer
+from moe2edge.testing import make_checkpoint, make_tokenizer, quantize
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 4096,
@@ -42,21 +37,6 @@ WIDTHS: dict[str, dict[str, Any]] = {
     },
     "qwen3_moe": {"num_local_experts": 16, "moe_intermediate_size": 128, "intermediate_size": 256},
 }
-
-
-def quantize(model: Model, scheme: Scheme) -> Model:
-    """Every selected tensor rounded to nearest."""
-
-    def rounded(weight: Weight) -> Weight:
-        def make() -> Quantized:
-            return round_to_nearest(weight.load(), scheme)
-
-        return replace(weight, scheme=scheme, load_quantized=make)
-
-    for block in model.blocks:
-        new = {role: rounded(w) for role, w in block.weights() if is_quantizable(role)}
-        model = model.replace_block(block.with_weights(new))
-    return model
 
 
 def main(folder: Path, family: str = "olmoe") -> None:

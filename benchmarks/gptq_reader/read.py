@@ -1,8 +1,10 @@
-"""Compare what GPTQModel reads from a GPTQ folder with what moe2edge wrote into it.
+"""Compare the tensors that GPTQModel reads from a GPTQ folder with those that moe2edge wrote.
+
+    benchmarks/gptq_reader/run.sh ENVIRONMENT FOLDER
 
 Every matrix is dequantized by GPTQModel's own code and must equal ours to the bit, once in
 bfloat16, as it computes, and once with its scales in float32. Its logits, computed in bfloat16,
-must agree with those of ``moe2edge.runtime.load.load`` in float32 within 5 %. Exits with 1 otherwise.
+must agree with those of ``moe2edge.load`` in float32 within 5 %. Exits with 1 otherwise.
 """
 
 from __future__ import annotations
@@ -16,9 +18,7 @@ from typing import Any
 
 import torch
 
-from moe2edge.model.model import Model
-from moe2edge.runtime.load import load
-from moe2edge.storage.checkpoint import open_checkpoint
+from moe2edge import Model, load, open_checkpoint
 from moe2edge.storage.output import open_stored_model
 
 TOLERANCE = 0.05
@@ -27,13 +27,13 @@ SAMPLES, LENGTH, SEED = 4, 128, 0
 
 @torch.no_grad()
 def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """Logits float32 [samples, length, vocabulary]."""
+    """Compute logits, float32 [samples, length, vocabulary]."""
     out: torch.Tensor = model(input_ids=ids, use_cache=False).logits
     return out.float()
 
 
 def open_theirs(folder: Path) -> Any:
-    """The folder in GPTQModel, with the kernel of it that needs no compiler."""
+    """Open the folder in GPTQModel, with the kernel that needs no compiler."""
     with contextlib.redirect_stdout(sys.stderr):  # it logs to stdout
         from gptqmodel import BACKEND, GPTQModel
 
@@ -41,7 +41,7 @@ def open_theirs(folder: Path) -> Any:
 
 
 def compare_weights(theirs: Any, ours: Model) -> dict[str, int]:
-    """Counts of matrices; a matrix that is missing on either side is unequal."""
+    """Count the matrices that are equal; one that is missing on either side is not."""
     modules = {name: m for name, m in theirs.named_modules() if hasattr(m, "qweight")}
     mine = {n.removesuffix(".weight"): w for n, _, w in ours.tensors() if w.scheme is not None}
     counts = {
@@ -62,7 +62,7 @@ def compare_weights(theirs: Any, ours: Model) -> dict[str, int]:
 
 
 def compare_rest(theirs: Any, ours: Model) -> tuple[int, int]:
-    """Tensors that are not quantized: how many there are, and how many are equal."""
+    """Count tensors that are not quantized, and those of them that are equal."""
     state = theirs.state_dict()
     plain = [(name, w) for name, _, w in ours.tensors() if w.scheme is None]
     equal = [torch.equal(state[n].float(), w.load().float()) for n, w in plain if n in state]
@@ -70,8 +70,8 @@ def compare_rest(theirs: Any, ours: Model) -> tuple[int, int]:
 
 
 def main(folder: Path) -> int:
-    """Print a table; 0 if everything agrees."""
-    ours = open_stored_model(open_checkpoint(str(folder)))
+    """Print a table; return 0 if everything agrees."""
+    ours = open_stored_model(open_checkpoint(folder))
     ids = torch.randint(
         ours.family.geometry(ours.config).vocab,
         (SAMPLES, LENGTH),

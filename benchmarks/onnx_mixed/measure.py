@@ -24,17 +24,20 @@ import onnxruntime as ort
 import torch
 from onnx import TensorProto
 
-from moe2edge.model.layers import (
+from moe2edge.model.experts import (
     PARTS,
+    Constant,
     Expert,
     Factors,
-    Member,
-    MoELayer,
-    Router,
-    Substitute,
-    Weight,
+    Full,
+    Linear,
+    Replacement,
+    Row,
+    Tied,
 )
+from moe2edge.model.layers import MoELayer, Router
 from moe2edge.model.model import Block, is_low_rank
+from moe2edge.model.weights import Weight
 from moe2edge.numerics.grid import Quantized
 from moe2edge.numerics.rounding import round_to_nearest
 from moe2edge.numerics.scheme import LOW_RANK, Scheme
@@ -73,7 +76,7 @@ class Size:
 
 
 def dense(name: str, *shape: int) -> Weight:
-    """Random numbers in bfloat16, as substitutes and factors are stored."""
+    """Random numbers in bfloat16, as replacements and factors are stored."""
     numbers = (0.02 * torch.randn(shape, generator=DRAW)).bfloat16()
     return Weight(name, shape, "BF16", lambda: numbers)
 
@@ -107,28 +110,32 @@ def plain(size: Size) -> MoELayer:
         Expert(**{p: matrix(f"{n}.{p}", size, *s) for p, s in shapes.items()}, origin=n)
         for n in range(size.experts)
     ]
-    return MoELayer(Router(router, size.top_k, True), tuple(experts))
+    return MoELayer.make_plain(Router(router, size.top_k, True), tuple(experts))
 
 
-def substituted(size: Size, *ranks: int) -> MoELayer:
+def replaced(size: Size, *ranks: int) -> MoELayer:
     """Every second expert is replaced, by maps that have these ranks in turn; 0: by constants."""
+
+    def replacement(n: int, rank: int) -> Replacement:
+        constant = dense(f"{n}.constant", size.hidden)
+        if not rank:
+            return Constant(n, constant)
+        first = dense(f"{n}.first", rank, size.hidden)
+        return Linear(n, constant, first, dense(f"{n}.second", size.hidden, rank))
+
     maps = {
-        n: Substitute(
-            n,
-            dense(f"{n}.constant", size.hidden),
-            dense(f"{n}.first", rank, size.hidden) if rank else None,
-            dense(f"{n}.second", size.hidden, rank) if rank else None,
-        )
+        n: replacement(n, rank)
         for n, rank in zip(range(1, size.experts, 2), itertools.cycle(ranks))
     }
     # Rows of the router stay in their old order: they are random.
-    return plain(size).substitute(maps)
+    return plain(size).replace_experts(maps)
 
 
 def merged(size: Size, rank: int) -> MoELayer:
     """About half of the experts, in groups of three, have one base with or without factors."""
     layer, groups = plain(size), max(1, round(size.experts / 6))
-    members, bases = [], []
+    rows: list[Row] = []
+    bases: list[Expert] = []
     for n in range(size.experts):
         if n < 3 * groups and n % 3:
             base = len(bases) - 1
@@ -136,18 +143,19 @@ def merged(size: Size, rank: int) -> MoELayer:
             base = len(bases)
             bases.append(layer.experts[n])
         own = n < 3 * groups and rank
-        members.append(Member(n, base, factors(n, layer.experts[n], rank) if own else {}))
-    return replace(layer, experts=tuple(bases), members=tuple(members))
+        low = factors(n, layer.experts[n], rank) if own else {}
+        rows.append(Tied(n, base, low) if own else Full(n, base))
+    return replace(layer, experts=tuple(bases), rows=tuple(rows))
 
 
 def alone(size: Size, rank: int) -> MoELayer:
     """Every second expert has factors alone."""
     layer = plain(size)
-    members = [
-        Member(n, None, factors(n, expert, rank)) if n % 2 else Member(n, n // 2, {})
+    rows = (
+        Tied(n, None, factors(n, expert, rank)) if n % 2 else Full(n, n // 2)
         for n, expert in enumerate(layer.experts)
-    ]
-    return replace(layer, experts=layer.experts[::2], members=tuple(members))
+    )
+    return replace(layer, experts=layer.experts[::2], rows=tuple(rows))
 
 
 def factors(n: int, expert: Expert, rank: int) -> Mapping[str, Factors]:
@@ -170,8 +178,8 @@ class NoStacks(Columns):
         return ()
 
     @property
-    def substitutes(self) -> tuple[int, ...]:
-        return tuple(range(len(self.layer.substitutes)))
+    def replaced(self) -> tuple[int, ...]:
+        return self.layer.replaced
 
 
 class AtOnce(MixedWriter):
@@ -187,7 +195,8 @@ class AtOnce(MixedWriter):
 
     def _constants(self, gates: str) -> str:
         graph, at = self.graph, f"{self.at}/at_once"
-        rank, count = self.layer.substitutes[0].rank, len(self.columns.substitutes)
+        rows = self.columns.replaced
+        rank, count = self.layer.rows[rows[0]].rank, len(rows)
         first, second = (
             graph.node(f"{at}/{name}", "Concat", self._matrices(name), axis=axis)
             for name, axis in (("first", 0), ("second", 1))
@@ -202,7 +211,7 @@ class AtOnce(MixedWriter):
         return graph.node(at, "Add", [y, super()._constants(gates)])
 
     def _matrices(self, name: str) -> list[str]:
-        sources = [self.roles[f"substitutes.{n}.{name}"] for n in self.columns.substitutes]
+        sources = [self.roles[f"{self.row_roles[row]}.{name}"] for row in self.columns.replaced]
         return [self.graph.stored(s.name, [(s,)], s.weight.shape) for s in sources]
 
     def _shape(self, *sizes: int) -> str:
@@ -280,10 +289,10 @@ def linear_forms(rank: int) -> list[Form]:
     writers = {"": MixedWriter, ", a branch each *": Branches, ", at once *": AtOnce}
     return [
         *(
-            Form(title + more, lambda size: substituted(size, rank), writer)
+            Form(title + more, lambda size: replaced(size, rank), writer)
             for more, writer in writers.items()
         ),
-        EightBits(f"{title}, 8 bits", lambda size: substituted(size, rank)),
+        EightBits(f"{title}, 8 bits", lambda size: replaced(size, rank)),
     ]
 
 
@@ -295,11 +304,11 @@ def merged_form(rank: int, kind: type[Form] = Form) -> Form:
 
 FORMS = (
     Form("all real", plain, MoEWriter),
-    Form("half constants", lambda size: substituted(size, 0)),
-    Form("half constants, only masked *", lambda size: substituted(size, 0), Masked),
+    Form("half constants", lambda size: replaced(size, 0)),
+    Form("half constants, only masked *", lambda size: replaced(size, 0), Masked),
     *linear_forms(16),
     *linear_forms(64),
-    Form("half linear, ranks 4, 8, ... 124", lambda size: substituted(size, *range(4, 128, 4))),
+    Form("half linear, ranks 4, 8, ... 124", lambda size: replaced(size, *range(4, 128, 4))),
     Form("half factors alone, rank 16", lambda size: alone(size, 16)),
     Form("half factors alone, rank 64", lambda size: alone(size, 64)),
     merged_form(0),

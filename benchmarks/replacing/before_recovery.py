@@ -1,12 +1,12 @@
-"""What substitutes for half of the experts leave of the excess loss, before any training.
+"""Excess loss with replacements for half of the experts, before any training.
 
-    python benchmarks/replacing/before_recovery.py --model MODEL --data DIR [--seeds 3]
+    python -m benchmarks.replacing.before_recovery --model MODEL --data DIR [--seeds 3]
 
 Calibrates on 96 x 256 tokens, as many of each domain, and measures on as many held-out ones, the
-texts of run.py: the mean log-perplexity over domains, in nats above that of the source.
-Dropping experts by every criterion of `expert_drop`, and by `expert_search`, stands beside it; what
-is left of the excess of the best of them is in the last column. With ``--save FOLDER`` the tokens
-of the first seed are written there as arrays, for other programs.
+texts of run.py: the mean log-perplexity over domains, in nats above that of the source. Dropping
+experts by every criterion of `expert_drop`, and by `expert_search`, is measured as well; the last
+column is the part of the excess loss of the best of them that is left. With ``--save FOLDER`` the
+tokens of the first seed are written there as arrays, for other programs.
 """
 
 from __future__ import annotations
@@ -18,19 +18,20 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, get_args
 
 import numpy as np
-import report
-import run
 import torch
-from methods import svd_rank
 
+from benchmarks._study import QUIET
+from benchmarks.replacing import run
+from benchmarks.replacing.methods import compute_svd_rank
+from benchmarks.replacing.report import compute_mean
+from moe2edge import Model
 from moe2edge.calibration import walk
 from moe2edge.calibration.criteria import Criterion
-from moe2edge.model.model import Model
 from moe2edge.passes.expert_drop import ExpertDrop
 from moe2edge.passes.expert_replace import ExpertReplace
 from moe2edge.passes.expert_search import ExpertSearch
@@ -38,9 +39,10 @@ from moe2edge.pipeline.contract import PassContext
 from moe2edge.testing import InMemory
 
 KEEP = 0.5
-# Of linear maps; what answers, by which criterion, fitted on what.
+# Rank of linear maps.
 RANK = 16
 DROPS = tuple(c for c in get_args(Criterion) if c != "random")
+# Kind of replacement, criterion, and the inputs that it is fitted on.
 REPLACED = (
     ("constant", "mone", "intact"),
     ("constant", "residual", "changed"),
@@ -60,16 +62,12 @@ BUDGETS: dict[str, dict[str, Any]] = {
 }
 
 
-def quietly(*_: Any) -> None:
-    """Watch nothing."""
-
-
 @dataclass(frozen=True)
 class Setup:
     """A model and its texts.
 
     Attributes:
-        bench: the source, and what it says about held-out text.
+        bench: the source, with held-out text.
         calibration: tokens of each seed, int64 [samples, length].
     """
 
@@ -77,49 +75,50 @@ class Setup:
     calibration: Sequence[torch.Tensor]
 
     def loss(self, model: Model) -> float:
-        """Mean over domains, nats per token."""
-        return _loss(run.measure(self.bench, model)["perplexity"])
+        """Return the mean loss over domains, nats per token."""
+        return _compute_loss(self.bench.measure(model)["perplexity"])
 
     def save(self, folder: Path) -> None:
         """Write tokens of each domain, uint16."""
         folder.mkdir(parents=True, exist_ok=True)
-        for domain, ids in self.bench.evaluation.items():
+        for domain, ids in self.bench.held_out.ids.items():
             np.save(folder / f"evaluation-{domain}.npy", ids.numpy().astype(np.uint16))
         np.save(folder / "calibration.npy", self.calibration[0].numpy().astype(np.uint16))
 
 
-def _loss(perplexities: Mapping[str, float]) -> float:
-    return math.log(report.mean(perplexities, log=True))
+def _compute_loss(perplexities: Mapping[str, float]) -> float:
+    return math.log(compute_mean(perplexities, log=True))
 
 
 def prepare(model: str, data: Path, seeds: int) -> Setup:
     """Open a model, and read its texts."""
     with tempfile.TemporaryDirectory() as folder:
-        texts = run.texts_of(model, data, Path(folder))
-        bench = run.open_bench(model, model, texts, 0)
-        parts = texts["calibration"], tuple(texts["calibration"]), run.CALIBRATION
-        calibration = [run.tokens_of(bench.checkpoint, *parts, seed).ids for seed in range(seeds)]
+        bench = run.Bench(model, model, run.write_files(model, data, Path(folder)))
+        calibration = [bench.load_calibration(seed=seed).ids for seed in range(seeds)]
+        _ = bench.held_out  # read as long as the files are there
     return Setup(bench, calibration)
 
 
-WATCHER: Any = SimpleNamespace(advance=quietly, log=quietly)
+def make_context(model: Model, ids: torch.Tensor) -> PassContext:
+    """Return what a pass needs that runs by itself, in memory."""
+    return PassContext(model, model, ids, InMemory(), QUIET)
 
 
-def searched(model: Model, ids: torch.Tensor, progressive: bool) -> Model:
-    """With the half of each layer's experts that a search found."""
+def search(model: Model, ids: torch.Tensor, progressive: bool) -> Model:
+    """Keep the half of each layer's experts that a search finds."""
     step = ExpertSearch(keep=KEEP, progressive=progressive)
-    return step.search(PassContext(model, model, ids, InMemory(), WATCHER)).model
+    return step.search(make_context(model, ids)).model
 
 
-def dropped(model: Model, ids: torch.Tensor, criterion: Any) -> Model:
-    """Without the lower half of each layer's experts."""
+def drop(model: Model, ids: torch.Tensor, criterion: Any) -> Model:
+    """Drop the lower half of each layer's experts."""
     step = ExpertDrop(keep=KEEP, criterion=criterion)
-    facts = walk.gather(model, ids, step.observers(), quietly, "scores")
+    facts = walk.gather(model, ids, step.observers(), QUIET.advance, "scores")
     return step.apply(model, facts).model
 
 
-def replaced(model: Model, ids: torch.Tensor, how: tuple[str, str, str]) -> Model:
-    """With substitutes for half of each layer's experts."""
+def replace(model: Model, ids: torch.Tensor, how: tuple[str, str, str]) -> Model:
+    """Replace half of each layer's experts."""
     kind, criterion, fitted_on = how
     rank = RANK if kind == "linear" else None
     step = ExpertReplace.model_validate(
@@ -131,29 +130,29 @@ def replaced(model: Model, ids: torch.Tensor, how: tuple[str, str, str]) -> Mode
             "fitted_on": fitted_on,
         }
     )
-    return step.search(PassContext(model, model, ids, InMemory(), WATCHER)).model
+    return step.search(make_context(model, ids)).model
 
 
-def by_budget(model: Model, ids: torch.Tensor, options: dict[str, Any]) -> Model:
-    """With half of the experts' bytes."""
+def replace_by_budget(model: Model, ids: torch.Tensor, options: dict[str, Any]) -> Model:
+    """Replace experts so that half of their bytes are left."""
     if options["with"] == "svd":
-        options = {**options, "rank": svd_rank(model)}
+        options = {**options, "rank": compute_svd_rank(model)}
     step = ExpertReplace.model_validate({"budget": KEEP, **options}).resolve(model)
     step.check(model)
-    return step.search(PassContext(model, model, ids, InMemory(), WATCHER)).model
+    return step.search(make_context(model, ids)).model
 
 
-def methods() -> Iterator[tuple[str, Callable[[Model, torch.Tensor], Model]]]:
-    """By name."""
+def list_methods() -> Iterator[tuple[str, Callable[[Model, torch.Tensor], Model]]]:
+    """Yield the methods by name."""
     for criterion in DROPS:
-        yield f"drop, {criterion}", lambda m, ids, c=criterion: dropped(m, ids, c)
+        yield f"drop, {criterion}", partial(drop, criterion=criterion)
     for progressive in (False, True):
         name = "drop, expert_search" + ", progressive" * progressive
-        yield name, lambda m, ids, p=progressive: searched(m, ids, p)
+        yield name, partial(search, progressive=progressive)
     for how in REPLACED:
-        yield f"{how[0]}, {how[1]}, {how[2]}", lambda m, ids, h=how: replaced(m, ids, h)
+        yield f"{how[0]}, {how[1]}, {how[2]}", partial(replace, how=how)
     for name, options in BUDGETS.items():
-        yield name, lambda m, ids, o=options: by_budget(m, ids, o)
+        yield name, partial(replace_by_budget, options=options)
 
 
 def main() -> None:
@@ -169,13 +168,13 @@ def main() -> None:
     if given.save is not None:
         setup.save(given.save)
     model = setup.bench.model
-    found = run.measure(setup.bench, model)["perplexity"]
-    source = _loss(found)
+    found = setup.bench.measure(model)["perplexity"]
+    source = _compute_loss(found)
     shown = ", ".join(f"{domain} {value:.2f}" for domain, value in found.items())
     title, size = Path(given.model).name, f"{model.nbytes / 1e6:.1f} MB"
     print(f"{title}: source {size}, perplexity {shown}, all {math.exp(source):.2f}", flush=True)
     best = math.inf
-    for name, make in methods():
+    for name, make in list_methods():
         if not any(part in name for part in given.only.split(";")):
             continue
         results = [make(model, ids) for ids in setup.calibration]

@@ -1,10 +1,11 @@
-"""Whether linear maps of a layer that are fitted together miss less than each by itself.
+"""Error of linear maps of a layer that are fitted together, and of maps fitted one by one.
 
-    python benchmarks/replacing/joint.py --model MODEL --data DIR [--sweeps 3] [--seeds 2]
+    python -m benchmarks.replacing.joint --model MODEL --data DIR [--sweeps 3] [--seeds 2]
 
-A token that chose two replaced experts gets the sum of two maps, so that one can make up for what
-the other misses. Each map is fitted again to what the others leave, in turns: coordinate descent on
-the error of the whole layer. Half of the experts, rank 16, the texts of before_recovery.py.
+A token that chose two replaced experts gets the sum of two maps, so that one can make up for the
+error of the other. Each map is fitted again to the error that the others leave, in turns:
+coordinate descent on the error of the whole layer. Half of the experts, rank 16, the texts of
+before_recovery.py.
 """
 
 from __future__ import annotations
@@ -13,35 +14,35 @@ import argparse
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import before_recovery as setup
 import torch
 from torch import Tensor
 
+from benchmarks._study import QUIET
+from benchmarks.replacing import before_recovery as setup
 from moe2edge.calibration import observation, walk
 from moe2edge.model.layers import MoELayer
-from moe2edge.model.model import Block, Model
+from moe2edge.model.model import Block
 from moe2edge.numerics import reduced_rank
 from moe2edge.numerics.reduced_rank import ReducedRankFit, RegressionSums
-from moe2edge.passes._replace_substitutes import plan_replacements
-from moe2edge.pipeline.contract import PassContext
+from moe2edge.passes._replace_maps import plan_replacements
 from moe2edge.testing import InMemory
 
 RIDGE = 0.01
 
 
-def answer(fit: ReducedRankFit, x: Tensor) -> Tensor:
-    """Of a map, for x [n, hidden]."""
+def apply_map(fit: ReducedRankFit, x: Tensor) -> Tensor:
+    """Compute the output of a map for x [n, hidden]."""
     return (fit.constant + x.double() @ fit.first.T @ fit.second.T).float()
 
 
 @dataclass
 class Joint:
-    """Keeps all that experts of a layer do, and fits maps in turns.
+    """A rewrite of layers that keeps all inputs and outputs of experts, and fits maps in turns.
 
     Attributes:
-        sweeps: how often each is fitted again.
-        seen: what each batch showed.
-        missed: of each layer the error before and after the sweeps.
+        sweeps: number of times that each map is fitted again.
+        seen: the trace of each batch.
+        missed: error of each layer before and after the sweeps.
     """
 
     sweeps: int
@@ -49,12 +50,14 @@ class Joint:
     seen: list[observation.BlockTrace] = field(default_factory=list)
     missed: list[tuple[float, float]] = field(default_factory=list)
 
-    def observe(self, trace: observation.BlockTrace) -> None:
-        """Keep it."""
+    def observe(
+        self, trace: observation.BlockTrace, source: observation.BlockTrace | None = None
+    ) -> None:
+        """Keep a trace."""
         self.seen.append(trace)
 
     def change(self, block: Block) -> Block:
-        """With maps for the half of the experts whose own maps miss least."""
+        """Replace the half of the experts whose own maps have the smallest error."""
         layer = block.mlp
         assert isinstance(layer, MoELayer)
         routings = [s.routing for s in self.seen if s.routing is not None]
@@ -75,13 +78,13 @@ class Joint:
         lacking = torch.zeros_like(x)
         for n in gone:
             gate = gates[rows[n], n, None]
-            lacking[rows[n]] += gate * (outputs[n] - answer(fits[n], x[rows[n]]))
+            lacking[rows[n]] += gate * (outputs[n] - apply_map(fits[n], x[rows[n]]))
         before = float(lacking.square().sum())
         for n in gone * self.sweeps:
             gate = gates[rows[n], n, None]
-            lacking[rows[n]] += gate * answer(fits[n], x[rows[n]])
+            lacking[rows[n]] += gate * apply_map(fits[n], x[rows[n]])
             fits[n] = fitted(n, lacking[rows[n]] / gate)
-            lacking[rows[n]] -= gate * answer(fits[n], x[rows[n]])
+            lacking[rows[n]] -= gate * apply_map(fits[n], x[rows[n]])
         self.missed.append((before, float(lacking.square().sum())))
         self.seen.clear()
         numbers = {}
@@ -107,10 +110,7 @@ def main() -> None:
     for seed, ids in enumerate(prepared.calibration):
         for sweeps in (0, given.sweeps):
             joint = Joint(sweeps)
-            context = PassContext(model, model, ids, joint.store, setup.WATCHER)
-            result: Model = walk.rewrite(
-                context.model, context.tokens, joint, context.reporter.advance, ""
-            )
+            result, _ = walk.walk(model, ids, transform=joint, advance=QUIET.advance, label="")
             excess = prepared.loss(result) - source
             changes = ", ".join(f"{after / before - 1:+.1%}" for before, after in joint.missed)
             print(

@@ -1,4 +1,4 @@
-"""What is compared: recipes that leave a part of the experts' bytes, and how each is trained."""
+"""The methods of the study: recipes that leave a part of the experts' bytes, and their training."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from moe2edge.model.model import Model
+from moe2edge import Model
 
 # Parts of the experts' bytes that are left.
 SIZES = (0.5, 0.7)
@@ -22,10 +22,10 @@ class Method:
     """One line of the results.
 
     Attributes:
-        name: as the table has it.
-        size: part of the experts' bytes that is meant to be left; 1 for what leaves all.
+        name: in the table.
+        size: part of the experts' bytes that is to be left; 1: all of them.
         passes: the recipe before training.
-        recover: options of the training that differ from the others'; None: there is none.
+        recover: options of the training that differ from the default; None: no training.
         fewer: bits besides 4 to which the trained model is quantized.
     """
 
@@ -37,26 +37,26 @@ class Method:
 
     @property
     def key(self) -> str:
-        """Name in the file of results."""
+        """The name in the file of results."""
         return f"{self.size:g} | {self.name}"
 
 
-def counts(model: Model, size: float) -> list[int]:
-    """Experts that stay in each layer, a part of all; later layers keep one more, if any does."""
+def count_kept(model: Model, size: float) -> list[int]:
+    """Return the experts that stay in each layer, a part of all; later layers keep the odd ones."""
     sizes = model.expert_counts
     total = int(size * sum(sizes) + 1e-9)
     each, more = divmod(total, len(sizes))
     return [each + (n >= len(sizes) - more) for n in range(len(sizes))]
 
 
-def svd_rank(model: Model) -> int:
-    """Rank of factors without a base."""
+def compute_svd_rank(model: Model) -> int:
+    """Return the rank of factors without a base."""
     width, hidden = model.moe_blocks[0][1].experts[0].gate.shape
     return int(SVD_PART * width * hidden / (width + hidden))
 
 
-def methods(model: Model) -> Iterator[Method]:
-    """All of a model."""
+def list_methods(model: Model) -> Iterator[Method]:
+    """Yield all methods of a model."""
     yield Method("source", 1.0, [], fewer=(3, 2))
     for bits in (8, 4, 3, 2):
         yield Method(f"GPTQ {bits} bits", 1.0, [{"gptq": {"bits": bits}}], None)
@@ -65,7 +65,7 @@ def methods(model: Model) -> Iterator[Method]:
 
 
 def _of_size(model: Model, size: float) -> Iterator[Method]:
-    keep = counts(model, size)
+    keep = count_kept(model, size)
     base = {"with": "base", "budget": size, "factors": "zero"}
 
     def replaced(name: str, options: dict[str, Any], **recover: Any) -> Method:
@@ -75,7 +75,9 @@ def _of_size(model: Model, size: float) -> Iterator[Method]:
     yield replaced("LightMoE, not annealed", base)
     yield Method("drop, reap", size, [{"expert_drop": {"keep": keep, "criterion": "reap"}}])
     yield replaced("linear maps", {"with": "linear", "budget": size})
-    yield replaced("SVD of each expert", {"with": "svd", "budget": size, "rank": svd_rank(model)})
+    yield replaced(
+        "SVD of each expert", {"with": "svd", "budget": size, "rank": compute_svd_rank(model)}
+    )
     yield replaced("base and SVD factors", {**base, "factors": "svd"})
     yield replaced("base only", {**base, "rank": 0})
     yield replaced("base only, annealed", {**base, "rank": 0}, anneal=ANNEAL)

@@ -1,32 +1,31 @@
-"""Tables and plots of ``results.jsonl``."""
+"""Tables and plots of ``results.jsonl``.
+
+    python -m benchmarks.replacing.report [RESULTS.jsonl]
+
+Writes results.md, results.png and sizes.png beside it.
+"""
 
 from __future__ import annotations
 
-import json
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-Row = Mapping[str, Any]
+from benchmarks._study import Row, Study, import_pyplot
+
 STAGES = ("before", "after", "quantized")
 
 
-def read(path: Path) -> list[Row]:
-    """All lines."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def write_report(rows: Sequence[Row], folder: Path) -> None:
+    """Write ``results.md``, ``results.png`` and ``sizes.png``."""
+    (folder / "results.md").write_text("\n".join(build_tables(rows)) + "\n")
+    draw_plots(rows, folder)
 
 
-def write(rows: Sequence[Row], folder: Path) -> None:
-    """``results.md``, ``results.png`` and ``sizes.png``."""
-    (folder / "results.md").write_text("\n".join(tables(rows)) + "\n")
-    plots(rows, folder)
-
-
-def mean(figures: Mapping[str, float], *, log: bool = False) -> float:
-    """Over domains; of perplexities the geometric mean."""
+def compute_mean(figures: Mapping[str, float], *, log: bool = False) -> float:
+    """Return the mean over domains; with ``log`` the geometric mean, for perplexities."""
     values = [math.log(v) if log else v for v in figures.values()]
     found = sum(values) / len(values)
     return math.exp(found) if log else found
@@ -35,9 +34,9 @@ def mean(figures: Mapping[str, float], *, log: bool = False) -> float:
 # ---- tables --------------------------------------------------------------------------------------
 
 
-def tables(rows: Sequence[Row]) -> Iterator[str]:
-    """For each model and size, and all domains at the end."""
-    yield "`python benchmarks/replacing/run.py --models DIR --data DIR` (two cores of a shared AMD"
+def build_tables(rows: Sequence[Row]) -> Iterator[str]:
+    """Yield lines: tables for each model and size, and one of all domains at the end."""
+    yield "`python -m benchmarks.replacing.run --models DIR --data DIR` (two cores of a shared AMD"
     yield "EPYC machine, a thread each for two cells at a time, which seconds are of).\n"
     yield "Perplexity is the geometric mean over domains, KL to the source in nats per token;"
     yield "before training, after it, and after training and GPTQ with 4 bits, where factors and"
@@ -78,22 +77,29 @@ def _line(row: Row, rows: Sequence[Row]) -> str:
         found = row[stage]
         if stage == "quantized":
             cells.append(f"{found['bytes'] / 1e6:.2f}")
-        cells += [f"{mean(found['perplexity'], log=True):.2f}", f"{mean(found['kl']):.4f}"]
+        cells += [
+            f"{compute_mean(found['perplexity'], log=True):.2f}",
+            f"{compute_mean(found['kl']):.4f}",
+        ]
     return f"| {' | '.join(cells)} |"
 
 
 def _fewer(row: Row) -> Iterator[str]:
-    """A trained model in fewer bits than 4."""
+    """Yield lines of a trained model in fewer bits than 4."""
     for bits, found in row.get("fewer", {}).items():
-        figures = f"{mean(found['perplexity'], log=True):.2f} | {mean(found['kl']):.4f}"
+        figures = (
+            f"{compute_mean(found['perplexity'], log=True):.2f} | {compute_mean(found['kl']):.4f}"
+        )
         size = f"{found['bytes'] / 1e6:.2f}"
         yield f"| {row['name']}, trained, in {bits} bits |" + " |" * 6 + f" {size} | {figures} |"
 
 
 def _annealing(rows: Sequence[Row]) -> Iterator[str]:
-    """By how much it beats training what is there from the start, or does not."""
+    """Yield comparisons of annealing with training the replaced model from the start."""
     after = {
-        row["name"]: mean(row["after"]["perplexity"], log=True) for row in rows if "after" in row
+        row["name"]: compute_mean(row["after"]["perplexity"], log=True)
+        for row in rows
+        if "after" in row
     }
     for name in after:
         plain = name.removesuffix(", annealed")
@@ -117,11 +123,8 @@ def _by_domain(row: Row, domains: Sequence[str]) -> str:
 # ---- plots ---------------------------------------------------------------------------------------
 
 
-def plots(rows: Sequence[Row], folder: Path) -> None:
-    """``results.png`` and ``sizes.png``."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
+def draw_plots(rows: Sequence[Row], folder: Path) -> None:
+    """Draw ``results.png`` and ``sizes.png``."""
     panels = list(dict.fromkeys((r["model"], r["size"]) for r in rows if r["size"] < 1))
     if panels:
         _plot(folder / "results.png", panels, lambda axis, panel: _curves(axis, rows, *panel))
@@ -130,7 +133,7 @@ def plots(rows: Sequence[Row], folder: Path) -> None:
 
 
 def _plot(path: Path, panels: Sequence[Any], draw: Callable[[Any, Any], None]) -> None:
-    from matplotlib import pyplot as plt
+    plt = import_pyplot()
     from matplotlib.ticker import NullFormatter, ScalarFormatter
 
     figure, axes = plt.subplots(1, len(panels), figsize=(6.5 * len(panels), 5.5), squeeze=False)
@@ -147,7 +150,7 @@ def _plot(path: Path, panels: Sequence[Any], draw: Callable[[Any, Any], None]) -
 
 
 def _curves(axis: Any, rows: Sequence[Row], model: str, size: float) -> None:
-    """Held-out perplexity while training."""
+    """Draw held-out perplexity during training."""
     shown = [r for r in rows if r["model"] == model and r["size"] in (size, 1)]
     for n, row in enumerate(r for r in shown if "history" in r):
         tokens = row["training"]["tokens"] / row["history"][-1]["step"]
@@ -168,11 +171,11 @@ def _curves(axis: Any, rows: Sequence[Row], model: str, size: float) -> None:
 
 
 def _sizes(axis: Any, rows: Sequence[Row], model: str) -> None:
-    """Perplexity against bytes: of bits alone, and of methods in 16 bits and 4 bits, trained."""
+    """Draw perplexity against bytes: of bits alone, and of trained methods in 16 and 4 bits."""
     own = [r for r in rows if r["model"] == model]
     bits = [r["before"] for r in own if r["size"] == 1]
     bits.sort(key=lambda found: found["bytes"])
-    line = [(b["bytes"] / 1e6, mean(b["perplexity"], log=True)) for b in bits]
+    line = [(b["bytes"] / 1e6, compute_mean(b["perplexity"], log=True)) for b in bits]
     if not line:
         return  # the source has no result yet
     axis.plot(*zip(*line, strict=True), "k.--", label="16, 8, 4, 3, 2 bits, not trained")
@@ -181,7 +184,8 @@ def _sizes(axis: Any, rows: Sequence[Row], model: str) -> None:
         for row in (r for r in own if r["name"] == name and "quantized" in r):
             found = [row["after"], row["quantized"], *row.get("fewer", {}).values()]
             x, y = zip(
-                *((f["bytes"] / 1e6, mean(f["perplexity"], log=True)) for f in found), strict=True
+                *((f["bytes"] / 1e6, compute_mean(f["perplexity"], log=True)) for f in found),
+                strict=True,
             )
             label = name if row["size"] == next(r for r in own if r["name"] == name)["size"] else ""
             marker = "o^sDvP*X"[n // 10 % 8]
@@ -197,3 +201,14 @@ def _sizes(axis: Any, rows: Sequence[Row], model: str) -> None:
     axis.set_xticks(
         [size for size in (3, 4, 5, 6, 8, 10, 12, 16, 20, 24) if size > 0.9 * line[0][0]]
     )
+
+
+def main() -> None:
+    """Write all files."""
+    default = Path(__file__).parent / "results.jsonl"
+    path = Path(sys.argv[1]) if len(sys.argv) > 1 else default
+    write_report(Study(path).read(), path.parent)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,10 +1,10 @@
 """Replacing, merging and dropping experts, each followed by training on the same tokens.
 
-    python benchmarks/replacing/run.py --models DIR --data DIR [--only TEXT] [--model NAME]
+    python -m benchmarks.replacing.run --models DIR --data DIR [--only TEXT] [--model NAME]
 
-Goes through what has no line in ``results.jsonl`` yet, for every checkpoint in ``--models`` and the
-built-in model: compress, measure, train, measure, quantize to 4 bits (factors and linear maps to
-8), measure. A run that is killed goes on from the training's last checkpoint (``--work``). At the
+Makes the rows that ``results.jsonl`` lacks, for every checkpoint in ``--models`` and the built-in
+model: compress, measure, train, measure, quantize to 4 bits (factors and linear maps to 8),
+measure. A run that is killed continues from the training's last checkpoint (``--work``). At the
 end it writes ``results.md``, ``results.png`` and ``sizes.png``. The source is trained as well, and
 quantized to 3 and 2 bits besides. Texts are of four domains, for the built-in model of Python
 alone, as it knows nothing else; those for evaluation are others than those for calibration and
@@ -14,88 +14,53 @@ training, which share files.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
-import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import report
 import torch
-from methods import Method, methods
 from torch import Tensor
 
-from moe2edge.calibration import tokens, walk
+import moe2edge
+from benchmarks._held_out import HeldOut, describe_text, load_samples
+from benchmarks._study import QUIET, Job, Row, Study, list_checkpoints, make_parser
+from benchmarks._texts import write_texts
+from benchmarks.replacing import report
+from benchmarks.replacing.methods import Method, list_methods
+from benchmarks.tiny_moe.corpus import modules
+from moe2edge import Model, Moe2EdgeError, Reporter
 from moe2edge.calibration.tokens import BUILTIN_FILES, Tokens
-from moe2edge.errors import Moe2EdgeError
-from moe2edge.model.model import Model, is_low_rank
-from moe2edge.numerics import metrics
+from moe2edge.model.model import is_low_rank
 from moe2edge.passes._replace_bases import count_expert_bytes
 from moe2edge.passes.recover import Recover
-from moe2edge.pipeline import recipe
 from moe2edge.pipeline.contract import PassContext
 from moe2edge.pipeline.runner import run_passes
-from moe2edge.progress import Reporter
-from moe2edge.storage.checkpoint import BUILTIN, BUILTIN_FOLDER, Checkpoint, open_checkpoint
-from moe2edge.storage.tokenizer import load_tokenizer
+from moe2edge.storage.checkpoint import BUILTIN, BUILTIN_FOLDER
 from moe2edge.storage.work_folder import WorkFolder
 from moe2edge.testing import InMemory
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "trimming"))
-sys.path.insert(0, str(Path(__file__).parents[1] / "tiny_moe"))
-from corpus import modules
-from texts import write_texts
 
 HERE = Path(__file__).parent
 LENGTH = 256
 # Samples; as many of each domain.
 CALIBRATION, EVALUATION, HELD_OUT = 96, 96, 64
-# Of the built-in model, enough for all steps: bytes of modules that it was trained on.
+# For the built-in model, enough for all steps: bytes of modules that it was trained on.
 OWN_TEXT = 12_000_000
 TRAIN: dict[str, Any] = {
     "steps": 500, "batch": 8, "learning_rate": 3e-4, "held_out": HELD_OUT, "eval_every": 50,
     "patience": 0, "save_every": 50,
 }  # fmt: skip
-# Of the built-in model, which knows its text so well that it has less to recover.
+# For the built-in model, which knows its text so well that it has less to recover.
 OWN_STEPS = 100
-QUIET = Reporter(lambda _: None, lambda *_: None)
+Files = Mapping[str, Mapping[str, Path]]
 
 
-@dataclass(frozen=True)
-class Bench:
-    """A source model, its texts, and what it says about the held-out ones.
-
-    Attributes:
-        name: of the model.
-        checkpoint: the source.
-        calibration, training: tokens.
-        evaluation: held-out ids by domain.
-        hidden: hidden states of the source on them.
-    """
-
-    name: str
-    checkpoint: Checkpoint
-    calibration: Tokens
-    training: Tensor
-    evaluation: Mapping[str, Tensor]
-    hidden: Mapping[str, Tensor]
-
-    @property
-    def model(self) -> Model:
-        """The source."""
-        return self.checkpoint.model
-
-
-Texts = Mapping[str, Mapping[str, Path]]
-
-
-def texts_of(model: str, data: Path, folder: Path) -> Texts:
-    """Files by purpose and domain, for a model: a folder, or the built-in one."""
-    if model != BUILTIN:
+def write_files(place: str | Path, data: Path, folder: Path) -> Files:
+    """Write text files for a model, and return them by purpose and domain."""
+    if place != BUILTIN:
         return write_texts(data, folder)
     text, path = "", folder / "own.txt"
     for module in modules():
@@ -106,111 +71,102 @@ def texts_of(model: str, data: Path, folder: Path) -> Texts:
     return {"calibration": {"code": path}, "evaluation": {"code": own}}
 
 
-def open_bench(name: str, folder: str, texts: Texts, steps: int) -> Bench:
-    """Open a model, and run it over the held-out texts."""
-    checkpoint = open_checkpoint(folder)
-    model, domains = checkpoint.model, tuple(texts["evaluation"])
+class Bench:
+    """A source model with its texts.
 
-    def tokens(purpose: str, domains: Sequence[str], samples: int, seed: int = 0) -> Tokens:
-        return tokens_of(checkpoint, texts[purpose], domains, samples, seed)
+    Attributes:
+        name: of the model.
+        checkpoint: the source.
+        files: texts by purpose and domain.
+        steps: of training.
+    """
 
-    each = EVALUATION // len(domains)
-    held_out = {d: tokens("evaluation", (d,), each).ids for d in domains}
-    hidden = {d: walk.observe(model, ids, (), QUIET.advance, "") for d, ids in held_out.items()}
-    samples = steps * TRAIN["batch"] + HELD_OUT if steps else 0
-    training = tokens("calibration", domains, samples, 1).ids if steps else torch.empty(0)
-    return Bench(
-        name, checkpoint, tokens("calibration", domains, CALIBRATION), training, held_out, hidden
-    )
+    def __init__(self, name: str, place: str | Path, files: Files, steps: int = 0) -> None:
+        self.name, self.files, self.steps = name, files, steps
+        self.checkpoint = moe2edge.open_checkpoint(place)
 
+    @property
+    def model(self) -> Model:
+        """The source."""
+        return self.checkpoint.model
 
-def tokens_of(
-    checkpoint: Checkpoint,
-    texts: Mapping[str, Path],
-    domains: Sequence[str],
-    samples: int,
-    seed: int,
-) -> Tokens:
-    """So many samples, as many of each domain."""
-    options: dict[str, Any] = {
-        "samples": samples,
-        "length": LENGTH,
-        "seed": seed,
-        "text": ",".join(f"{domain}:1" for domain in domains),
-        "sources": {domain: {"text": str(texts[domain])} for domain in domains},
-    }
-    source, tokenizer = (
-        recipe.parse_section("calibration", options),
-        load_tokenizer(checkpoint.folder),
-    )
-    limits = LENGTH, checkpoint.model.vocabulary
-    return tokens.load_tokens(source, tokenizer, "text", limits)
+    def describe_calibration(self, samples: int = CALIBRATION, seed: int = 0) -> dict[str, Any]:
+        """Return a text section of a recipe: samples of the files for calibration and training."""
+        files = self.files["calibration"]
+        return describe_text(files, tuple(self.files["evaluation"]), samples, LENGTH, seed)
 
+    def load_calibration(self, samples: int = CALIBRATION, seed: int = 0) -> Tokens:
+        """Return such samples."""
+        text = self.describe_calibration(samples, seed)
+        return load_samples(self.checkpoint, "calibration", text)
 
-def measure(bench: Bench, model: Model) -> dict[str, Any]:
-    """Perplexity and KL per domain, and bytes."""
-    found: dict[str, Any] = {"perplexity": {}, "kl": {}}
-    for domain, ids in bench.evaluation.items():
-        hidden = walk.observe(model, ids, (), QUIET.advance, "")
-        source = walk.compute_logits(bench.model, bench.hidden[domain])
-        result = metrics.measure(ids, walk.compute_logits(model, hidden), source)
-        found["perplexity"][domain], found["kl"][domain] = result.perplexity, result.kl
-    return {**found, "bytes": model.nbytes, "expert_bytes": count_expert_bytes(model)}
+    @cached_property
+    def calibration(self) -> Tokens:
+        """Tokens for calibration."""
+        return self.load_calibration()
 
+    @cached_property
+    def training(self) -> Tensor:
+        """Tokens to train on, int64 [samples, length]."""
+        return self.load_calibration(self.steps * TRAIN["batch"] + HELD_OUT, seed=1).ids
 
-def passed(model: Model, passes: list[Any], bench: Bench, work: WorkFolder) -> Model:
-    """The model after some passes."""
-    parsed = recipe.parse(json.dumps({"passes": passes})).resolve(model)
-    return run_passes(model, parsed, bench.calibration, work, QUIET)[0]
+    @cached_property
+    def held_out(self) -> HeldOut:
+        """The source on the held-out texts."""
+        files = self.files["evaluation"]
+        ids = {}
+        for domain in files:
+            text = describe_text(files, (domain,), EVALUATION // len(files), LENGTH)
+            ids[domain] = load_samples(self.checkpoint, "evaluation", text).ids
+        return HeldOut.run(self.model, ids)
+
+    def measure(self, model: Model) -> Row:
+        """Return perplexity and KL per domain, and bytes."""
+        found = self.held_out.measure(model)
+        return {**found, "bytes": model.nbytes, "expert_bytes": count_expert_bytes(model)}
 
 
-def quantized(bench: Bench, model: Model, bits: int) -> dict[str, Any]:
-    """What is measured with so many bits, and 8 for factors and linear maps if there are any."""
+def measure_quantized(bench: Bench, model: Model, bits: int) -> Row:
+    """Measure a model in so many bits, and 8 for factors and linear maps if there are any."""
     low = any(is_low_rank(role) for _, role, _ in model.tensors())
     passes = [{"gptq": {"bits": bits, **({"factors": 8} if low else {})}}]
+    parsed = moe2edge.parse_recipe({"passes": passes}).resolve(model)
     with tempfile.TemporaryDirectory() as folder:
-        return measure(bench, passed(model, passes, bench, WorkFolder(Path(folder))))
+        work = WorkFolder(Path(folder))
+        return bench.measure(run_passes(model, parsed, bench.calibration, work, QUIET)[0])
 
 
-def run(bench: Bench, method: Method, work: Path, steps: int) -> dict[str, Any]:
-    """All measurements of a method."""
-    row: dict[str, Any] = {"model": bench.name, "key": method.key, "name": method.name}
-    row["size"] = method.size
+def measure_method(bench: Bench, method: Method, work: Path) -> Row:
+    """Return all measurements of a method."""
+    row: Row = {"name": method.name, "size": method.size}
     begun = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        store = WorkFolder(Path(folder))
-        try:
-            model = passed(bench.model, method.passes, bench, store)
-        except Moe2EdgeError as error:
-            return {**row, "refused": str(error)}
-        row["seconds"] = round(time.perf_counter() - begun, 1)
-        row["before"] = measure(bench, model)
-        if method.recover is None:
-            return row
-        begun = time.perf_counter()
-        model, row["history"] = trained(bench, model, method, work, steps)
-        row["training"] = {
-            "seconds": round(time.perf_counter() - begun, 1),
-            "tokens": steps * TRAIN["batch"] * LENGTH,
-        }
-        row["after"] = measure(bench, model)
-        row["quantized"] = quantized(bench, model, 4)
-        row["fewer"] = {str(bits): quantized(bench, model, bits) for bits in method.fewer}
+    recipe = {"calibration": bench.describe_calibration(), "passes": method.passes}
+    try:
+        result = moe2edge.compress(bench.checkpoint, recipe)
+    except Moe2EdgeError as error:
+        return {**row, "refused": str(error)}
+    row["seconds"] = round(time.perf_counter() - begun, 1)
+    row["before"] = bench.measure(result.model)
+    if method.recover is None:
+        return row
+    begun = time.perf_counter()
+    model, row["history"] = train(bench, result.model, method, work)
+    row["training"] = {
+        "seconds": round(time.perf_counter() - begun, 1),
+        "tokens": bench.steps * TRAIN["batch"] * LENGTH,
+    }
+    row["after"] = bench.measure(model)
+    row["quantized"] = measure_quantized(bench, model, 4)
+    row["fewer"] = {str(bits): measure_quantized(bench, model, bits) for bits in method.fewer}
+    shutil.rmtree(work, ignore_errors=True)
     return row
 
 
-def trained(
-    bench: Bench, model: Model, method: Method, work: Path, steps: int
-) -> tuple[Model, list[Any]]:
-    """After training, and its history; goes on from what ``work`` holds."""
-    options = {**TRAIN, "steps": steps, **(method.recover or {})}
-    step = Recover.model_validate(options)
+def train(bench: Bench, model: Model, method: Method, work: Path) -> tuple[Model, list[Any]]:
+    """Train a model, and return it with its history; continues from the state in ``work``."""
+    step = Recover.model_validate({**TRAIN, "steps": bench.steps, **(method.recover or {})})
     step.check(model)
-
-    def log(line: str) -> None:
-        print(f"  {line}", flush=True)
-
-    reporter = Reporter(log, lambda *_: None)
+    reporter = Reporter(lambda line: print(f"  {line}", flush=True), lambda *_: None)
     work.mkdir(parents=True, exist_ok=True)
     none = torch.empty(0, 0, dtype=torch.int64)
     context = PassContext(
@@ -220,48 +176,55 @@ def trained(
     return outcome.model, outcome.figures["history"]
 
 
-def main() -> None:
-    """Run what has no result yet, and write the tables."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--models", type=Path, required=True, help="folder of checkpoints")
-    parser.add_argument("--data", type=Path, required=True, help="folder of texts")
-    parser.add_argument("--only", default="", help="methods whose key holds this")
+def list_jobs(bench: Bench, study: Study, work: Path) -> Iterator[Job]:
+    """Yield every row of a model.
+
+    Raises:
+        SystemExit: rows of other numbers of steps are there.
+    """
+    rows = [row for row in study.read() if row["model"] == bench.name and "training" in row]
+    if any(row["training"]["tokens"] != bench.steps * TRAIN["batch"] * LENGTH for row in rows):
+        raise SystemExit(f"{study.path} has {bench.name} with other steps: give --results")
+    for method in list_methods(bench.model):
+        folder = method.key.replace(" | ", "-").replace(" ", "_")
+        place = work / bench.name / str(bench.steps) / folder
+        yield Job(bench.name, method.key, partial(measure_method, bench, method, place))
+
+
+def describe_row(row: Row) -> str:
+    """Return what is printed about a row."""
+    return str(row.get("refused") or f"{row['seconds']} s before training")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this study alone."""
+    steps = f"of training; default {TRAIN['steps']}, for {BUILTIN} {OWN_STEPS}"
     parser.add_argument("--model", help="this model alone")
+    parser.add_argument("--steps", type=int, help=steps)
     parser.add_argument(
-        "--steps", type=int, help=f"of training; {TRAIN['steps']}, for {BUILTIN} {OWN_STEPS}"
+        "--work",
+        type=Path,
+        default=Path(tempfile.gettempdir()) / "replacing",
+        help="folder for the state of training",
     )
-    parser.add_argument("--results", type=Path, default=HERE / "results.jsonl")
-    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "replacing")
+
+
+def main() -> None:
+    """Make the rows that are missing, and write the tables."""
+    parser = make_parser(__doc__, HERE / "results.jsonl")
+    add_options(parser)
     given = parser.parse_args()
-    named = {p.parent.name: str(p.parent) for p in sorted(given.models.glob("*/config.json"))}
-    for name, place in {**named, "tiny-moe": BUILTIN}.items():
-        if given.model in (None, name):
-            steps = given.steps or (OWN_STEPS if place == BUILTIN else TRAIN["steps"])
-            with tempfile.TemporaryDirectory() as folder:
-                texts = texts_of(place, given.data, Path(folder))
-                run_model(open_bench(name, place, texts, steps), steps, given)
-    report.write(report.read(given.results), given.results.parent)
-
-
-def run_model(bench: Bench, steps: int, given: argparse.Namespace) -> None:
-    """All methods of a model that have no result."""
-    own = [row for row in report.read(given.results) if row["model"] == bench.name]
-    tokens = steps * TRAIN["batch"] * LENGTH
-    if any(row["training"]["tokens"] != tokens for row in own if "training" in row):
-        raise SystemExit(f"{given.results} has {bench.name} with other steps: give --results")
-    for method in methods(bench.model):
-        rows = report.read(given.results)
-        known = {row["key"] for row in rows if row["model"] == bench.name}
-        if method.key in known or given.only not in method.key:
+    study = Study(given.results)
+    places: dict[str, str | Path] = {**list_checkpoints(given.models), "tiny-moe": BUILTIN}
+    for name, place in places.items():
+        if given.model not in (None, name):
             continue
-        work = (
-            given.work / bench.name / str(steps) / method.key.replace(" | ", "-").replace(" ", "_")
-        )
-        print(f"{bench.name}: {method.key}", flush=True)
-        row = run(bench, method, work, steps)
-        with given.results.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        shutil.rmtree(work, ignore_errors=True)
+        steps = given.steps or (OWN_STEPS if place == BUILTIN else TRAIN["steps"])
+        with tempfile.TemporaryDirectory() as folder:
+            files = write_files(place, given.data, Path(folder))
+            jobs = list_jobs(Bench(name, place, files, steps), study, given.work)
+            study.run((job for job in jobs if given.only in job.key), describe_row)
+    report.write_report(study.read(), given.results.parent)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""A quantized checkpoint as plain safetensors that stock transformers loads.
+"""Turn a quantized checkpoint into plain safetensors that stock transformers loads.
 
-    python benchmarks/slimming/dequantize.py RESULT OUT [--dtype float32]
+    python -m benchmarks.slimming.dequantize RESULT OUT [--dtype float32]
 
 Reads GPTQ (version 1 and 2; the names of the family on disk, or those of GPTQModel), the
-``pack-quantized`` format of compressed-tensors, and what is plain already. The decoding is written
+``pack-quantized`` format of compressed-tensors, and plain tensors. The decoding is written
 from the formats alone and shares nothing with moe2edge. One matrix is in memory at a time, and any
 tensor that is missing, unexpected or of another shape is an error.
 """
@@ -26,7 +26,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from moe2edge.storage.safetensors_files import Planned, write_checkpoint
+from moe2edge.storage.safetensors_files import PlannedTensor, write_checkpoint
 from moe2edge.storage.text_files import write_json
 
 COPIED = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
@@ -41,8 +41,8 @@ Reader = Callable[[str, Read, "Format"], Tensor]
 # ---- names -------------------------------------------------------------------------------------
 
 
-def expected(config: Mapping[str, Any]) -> Shapes:
-    """Shape of every matrix and vector that the family has, by its name without ``.weight``."""
+def list_expected(config: Mapping[str, Any]) -> Shapes:
+    """Return the shape of each matrix and vector of the family, by its name without ``.weight``."""
     hidden, vocabulary = config["hidden_size"], config["vocab_size"]
     shapes: Shapes = {"model.embed_tokens": (vocabulary, hidden), "model.norm": (hidden,)}
     if not config["tie_word_embeddings"]:
@@ -81,8 +81,8 @@ def _block(config: Mapping[str, Any]) -> Shapes:
     return shapes
 
 
-def on_disk(name: str, model_type: str) -> str:
-    """Name of the family on disk, for one of GPTQModel or llm-compressor."""
+def find_disk_name(name: str, model_type: str) -> str:
+    """Return the family's name on disk for a name of GPTQModel or llm-compressor."""
     if model_type != "mixtral":
         return name
     name = re.sub(r"\.mlp\.(?=gate$|experts\.)", ".block_sparse_moe.", name)
@@ -94,12 +94,12 @@ def on_disk(name: str, model_type: str) -> str:
 
 @dataclass(frozen=True)
 class Format:
-    """How matrices are stored.
+    """The format of stored matrices.
 
     Attributes:
         bits: per weight.
         group_size: inputs that share a scale.
-        less: what was taken off zero points that are stored (GPTQ version 1).
+        less: number that was subtracted from stored zero points (GPTQ version 1).
     """
 
     bits: int
@@ -108,7 +108,7 @@ class Format:
 
 
 def unpack(words: Tensor, bits: int) -> Tensor:
-    """Integers [rows, n * 32 / bits] of int32 words [rows, n] that hold them without gaps.
+    """Unpack int32 words [rows, n] without gaps into integers [rows, n * 32 / bits].
 
     The lowest bits of a word come first, and with 3 bits some numbers lie across two words. GPTQ
     and compressed-tensors have this in common.
@@ -119,16 +119,16 @@ def unpack(words: Tensor, bits: int) -> Tensor:
     return (wide[:, word] >> shift | wide[:, word + 1] << (32 - shift)) & ((1 << bits) - 1)
 
 
-def gptq(stem: str, read: Read, form: Format) -> Tensor:
-    """A matrix [out, in] of GPTQ, which packs and stores it transposed."""
+def read_gptq(stem: str, read: Read, form: Format) -> Tensor:
+    """Read a matrix [out, in] of GPTQ, which packs and stores it transposed."""
     q = unpack(read(f"{stem}.qweight").T, form.bits)
     zeros = unpack(read(f"{stem}.qzeros"), form.bits).T + form.less
     scales, groups = read(f"{stem}.scales").T.float(), read(f"{stem}.g_idx").long()
     return (q - zeros[:, groups]).float() * scales[:, groups]
 
 
-def packed(stem: str, read: Read, form: Format) -> Tensor:
-    """A matrix [out, in] of compressed-tensors, symmetric."""
+def read_packed(stem: str, read: Read, form: Format) -> Tensor:
+    """Read a matrix [out, in] of compressed-tensors, symmetric."""
     outs, ins = read(f"{stem}.weight_shape").tolist()
     q = unpack(read(f"{stem}.weight_packed"), form.bits)[:outs, :ins]
     groups = torch.arange(ins) // form.group_size
@@ -136,20 +136,20 @@ def packed(stem: str, read: Read, form: Format) -> Tensor:
     return (q - (1 << form.bits - 1)).float() * scales[:, groups]
 
 
-def plain(stem: str, read: Read, form: Format) -> Tensor:
-    """A tensor that is stored as it is."""
+def read_plain(stem: str, read: Read, form: Format) -> Tensor:
+    """Read a tensor that is stored as it is."""
     return read(f"{stem}.weight").float()
 
 
 READERS: dict[frozenset[str], Reader] = {
-    frozenset({"qweight", "qzeros", "scales", "g_idx"}): gptq,
-    frozenset({"weight_packed", "weight_scale", "weight_shape"}): packed,
-    frozenset({"weight"}): plain,
+    frozenset({"qweight", "qzeros", "scales", "g_idx"}): read_gptq,
+    frozenset({"weight_packed", "weight_scale", "weight_shape"}): read_packed,
+    frozenset({"weight"}): read_plain,
 }
 
 
-def format_of(config: Mapping[str, Any]) -> Format:
-    """What ``config.json`` says of the weights.
+def parse_format(config: Mapping[str, Any]) -> Format:
+    """Return the format that ``config.json`` gives for the weights.
 
     Raises:
         SystemExit: it is none of the formats that are read here.
@@ -173,8 +173,8 @@ def format_of(config: Mapping[str, Any]) -> Format:
 # ---- from folder to folder ---------------------------------------------------------------------
 
 
-def stored(folder: Path, files: ExitStack) -> dict[str, Read]:
-    """How to read each tensor of a folder."""
+def open_tensors(folder: Path, files: ExitStack) -> dict[str, Read]:
+    """Return a function to read each tensor of a folder."""
     found: dict[str, Read] = {}
     for path in sorted(folder.glob("*.safetensors")):
         file = files.enter_context(safe_open(path, "pt"))
@@ -182,8 +182,8 @@ def stored(folder: Path, files: ExitStack) -> dict[str, Read]:
     return found
 
 
-def by_matrix(names: Iterable[str]) -> dict[str, set[str]]:
-    """Parts of each matrix, by its name."""
+def group_by_matrix(names: Iterable[str]) -> dict[str, set[str]]:
+    """Return the parts of each matrix, by its name."""
     found: dict[str, set[str]] = defaultdict(set)
     for name in names:
         stem, _, part = name.rpartition(".")
@@ -191,7 +191,7 @@ def by_matrix(names: Iterable[str]) -> dict[str, set[str]]:
     return found
 
 
-def check(stems: Mapping[str, str], shapes: Shapes) -> None:
+def check_names(stems: Mapping[str, str], shapes: Shapes) -> None:
     """Refuse a folder that lacks a matrix or has one too many.
 
     Raises:
@@ -210,20 +210,20 @@ def dequantize(result: Path, out: Path, dtype: str) -> None:
         SystemExit: a tensor is missing, unexpected, of another shape or kind, or not finite.
     """
     config = json.loads((result / "config.json").read_text())
-    form = format_of(config)
-    shapes = expected(config)
+    form = parse_format(config)
+    shapes = list_expected(config)
     spelled, torch_dtype = DTYPES[dtype]
     out.mkdir(parents=True, exist_ok=True)
     with ExitStack() as files:
-        reads = stored(result, files)
-        parts = by_matrix(reads)
+        reads = open_tensors(result, files)
+        parts = group_by_matrix(reads)
         # What is tied is left out on disk, but GPTQModel may write it.
         if config["tie_word_embeddings"]:
             parts.pop("lm_head", None)
-        stems = {on_disk(stem, config["model_type"]): stem for stem in parts}
+        stems = {find_disk_name(stem, config["model_type"]): stem for stem in parts}
         if len(stems) < len(parts):
             raise SystemExit("the folder has two tensors for one place")
-        check(stems, shapes)
+        check_names(stems, shapes)
 
         def make(name: str) -> Tensor:
             stem = stems[name]
@@ -239,7 +239,7 @@ def dequantize(result: Path, out: Path, dtype: str) -> None:
 
         write_checkpoint(
             out,
-            [Planned(f"{n}.weight", s, spelled, partial(make, n)) for n, s in shapes.items()],
+            [PlannedTensor(f"{n}.weight", s, spelled, partial(make, n)) for n, s in shapes.items()],
         )
     for name in COPIED:
         if (result / name).exists():

@@ -1,6 +1,6 @@
 """Memory of an export: flat in the number of blocks, and less than the model.
 
-    python benchmarks/slimming/limits.py [--work DIR]
+    python -m benchmarks.slimming.limits [--work DIR]
 
 Makes random-weight models of 8 and 16 blocks of the same width, quantizes both, and compares the
 peak RSS; then quantizes the larger one with the data segment of the process limited (RLIMIT_DATA)
@@ -21,19 +21,21 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
 BLOCKS = (8, 16)
 
 
-def make(folder: Path, blocks: int) -> int:
-    """A random-weight model; its bytes."""
+def make_model(folder: Path, blocks: int) -> int:
+    """Make a random-weight model, and return its bytes."""
     if not (folder / "config.json").exists():
-        script = str(HERE / "make_random.py")
-        subprocess.run([sys.executable, script, str(folder), "--blocks", str(blocks)], check=True)
+        # In a child: the memory of this process counts as that of its children.
+        script = [sys.executable, "-m", "benchmarks.slimming.make_random", str(folder.resolve())]
+        subprocess.run([*script, "--blocks", str(blocks)], check=True, cwd=ROOT)
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def export(model: Path, out: Path, most: int, *, hard: bool) -> dict[str, Any]:
-    """Quantize with GPTQ in a child process that is told, or made, to take ``most`` bytes."""
+def measure_export(model: Path, out: Path, most: int, *, hard: bool) -> dict[str, Any]:
+    """Quantize in a child process with a limit of ``most`` bytes: an option, or a hard one."""
     command = [
         sys.executable, "-m", "moe2edge", "export", str(model), "-t", "gptq", "-o", str(out),
         "--set", "calibration.samples=16", "--set", "calibration.length=256", "--eval", "none",
@@ -59,9 +61,9 @@ def export(model: Path, out: Path, most: int, *, hard: bool) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Make, measure, tell."""
+    """Make the models, measure, and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, help="folder for what is made on the way")
+    parser.add_argument("--work", type=Path, help="folder for the models")
     parser.add_argument("--limit", type=int, default=1300, help="MB that each may take")
     options = parser.parse_args()
     most = options.limit * 1_000_000
@@ -71,14 +73,14 @@ def main() -> None:
         found: dict[str, Any] = {}
         for blocks in BLOCKS:
             model = work / f"random-{blocks}"
-            size = make(model, blocks)
-            row = export(model, work / "out", most, hard=False)
+            size = make_model(model, blocks)
+            row = measure_export(model, work / "out", most, hard=False)
             found[f"{blocks} blocks"] = {"model_bytes": size, **row}
             print(f"{blocks} blocks, {size / 1e9:.2f} GB: {row}", flush=True)
         peaks = [found[f"{blocks} blocks"]["peak_rss"] for blocks in BLOCKS]
         found["ratio"] = round(peaks[1] / peaks[0], 3)
         print(f"peak RSS of 16 blocks over that of 8: {found['ratio']:.3f}", flush=True)
-        row = export(model, work / "out", most, hard=True)
+        row = measure_export(model, work / "out", most, hard=True)
         found["limited"] = {"model_bytes": size, **row}
         print(f"16 blocks with RLIMIT_DATA {options.limit} MB: {row}", flush=True)
     (HERE / "limits.json").write_text(json.dumps(found, indent=2) + "\n")

@@ -1,6 +1,6 @@
 """A Mixtral of random weights in bfloat16, for time and memory; says nothing about quality.
 
-python benchmarks/slimming/make_random.py OUT [--blocks 11] [--hidden 1024] [--width 3584]
+python -m benchmarks.slimming.make_random OUT [--blocks 11] [--hidden 1024] [--width 3584]
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "generation_config.json"
 Shapes = dict[str, tuple[int, ...]]
 
 
-def config(
+def make_config(
     blocks: int, hidden: int, width: int, experts: int, vocabulary: int
 ) -> dict[str, object]:
-    """What ``config.json`` says."""
+    """Return the content of ``config.json``."""
     heads = hidden // HEAD_SIZE
     return {
         "architectures": ["MixtralForCausalLM"],
@@ -60,8 +60,8 @@ def config(
     }
 
 
-def block_shapes(index: int, hidden: int, width: int, experts: int) -> Shapes:
-    """Tensors of a block, by their names on disk."""
+def list_block_shapes(index: int, hidden: int, width: int, experts: int) -> Shapes:
+    """Return the shapes of the tensors of a block, by their names on disk."""
     keys = max(hidden // HEAD_SIZE // HEADS_PER_KEY, 1) * HEAD_SIZE
     stem = f"model.layers.{index}"
     shapes: Shapes = {
@@ -81,16 +81,18 @@ def block_shapes(index: int, hidden: int, width: int, experts: int) -> Shapes:
     return shapes
 
 
-def shards(blocks: int, hidden: int, width: int, experts: int, vocabulary: int) -> Iterator[Shapes]:
-    """Shapes of one file after another: a block each, and what is around them."""
+def list_shards(
+    blocks: int, hidden: int, width: int, experts: int, vocabulary: int
+) -> Iterator[Shapes]:
+    """Yield the shapes of each file: embeddings, a block each, norm and head."""
     yield {"model.embed_tokens.weight": (vocabulary, hidden)}
     for index in range(blocks):
-        yield block_shapes(index, hidden, width, experts)
+        yield list_block_shapes(index, hidden, width, experts)
     yield {"model.norm.weight": (hidden,), "lm_head.weight": (vocabulary, hidden)}
 
 
-def numbers(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Ones for a norm, else normal random numbers."""
+def draw_numbers(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Return ones for a norm, else normal random numbers."""
     if len(shape) == 1:
         return torch.ones(shape, dtype=torch.bfloat16)
     return (torch.randn(shape, generator=generator) * SPREAD).to(torch.bfloat16)
@@ -103,9 +105,9 @@ def make_random(out: Path, blocks: int, hidden: int, width: int, experts: int, s
     generator = torch.Generator().manual_seed(seed)
     places: dict[str, str] = {}
     size = 0
-    for n, shapes in enumerate(shards(blocks, hidden, width, experts, vocabulary), start=1):
+    for n, shapes in enumerate(list_shards(blocks, hidden, width, experts, vocabulary), start=1):
         name = f"model-{n:05}-of-{blocks + 2:05}.safetensors"
-        tensors = {key: numbers(shape, generator) for key, shape in shapes.items()}
+        tensors = {key: draw_numbers(shape, generator) for key, shape in shapes.items()}
         save_file(tensors, out / name, metadata={"format": "pt"})
         places |= dict.fromkeys(tensors, name)
         size += sum(tensor.nbytes for tensor in tensors.values())
@@ -114,7 +116,7 @@ def make_random(out: Path, blocks: int, hidden: int, width: int, experts: int, s
     for name in TOKENIZER:
         shutil.copyfile(BUILTIN_FOLDER / name, out / name)
     # Last, because a folder with a config is taken for a model that is complete.
-    found = config(blocks, hidden, width, experts, vocabulary)
+    found = make_config(blocks, hidden, width, experts, vocabulary)
     (out / "config.json").write_text(json.dumps(found, indent=2))
     return out
 

@@ -20,7 +20,7 @@ INTERVAL = 0.02
 
 @dataclass(frozen=True)
 class Cost:
-    """What a command took.
+    """Time and memory of a command.
 
     Attributes:
         code: exit status; below 0: the signal that ended it.
@@ -35,8 +35,8 @@ class Cost:
     peak_bytes: int
 
 
-def tree_bytes(root: psutil.Process) -> int:
-    """Resident memory of a process and its descendants now."""
+def measure_tree_bytes(root: psutil.Process) -> int:
+    """Return the resident memory of a process and its descendants."""
     total = 0
     try:
         for process in (root, *root.children(recursive=True)):
@@ -57,8 +57,8 @@ def measure(
 
     Args:
         command: program and arguments.
-        log: file for what it prints.
-        cwd: where it runs.
+        log: file of its output.
+        cwd: its working folder.
         env: set on top of the environment.
         cores: processors that it may use; none: all.
     """
@@ -80,7 +80,7 @@ def measure(
         pid, status, usage = os.wait4(child.pid, os.WNOHANG)
         if pid:
             break
-        peak = max(peak, tree_bytes(root))
+        peak = max(peak, measure_tree_bytes(root))
         time.sleep(INTERVAL)
     seconds = time.perf_counter() - begun
     child.returncode = os.waitstatus_to_exitcode(status)

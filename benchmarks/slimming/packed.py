@@ -1,14 +1,14 @@
 """Memory and speed of a GPTQ folder that runs in 4 bits, beside its source in transformers.
 
-    python benchmarks/slimming/packed.py --folder OUT --source MODEL [--tokens 32] [--repeats 5]
+    python -m benchmarks.slimming.packed --folder OUT --source MODEL [--tokens 32] [--repeats 5]
                                          [--device cuda]
-    python benchmarks/slimming/packed.py --rows
+    python -m benchmarks.slimming.packed --rows
 
-Each model has a process of its own, which answers in turn, so that both are timed under the same
-conditions and the memory of each is its own; a third process only imports. On a GPU, memory is what
-torch has allocated there. ``--rows`` measures from
-how many rows on a matrix is better dequantized than multiplied in 4 bits
-(``moe2edge.runtime.int4.MANY_ROWS``). Prints a table and one line of JSON.
+Each model has a process of its own, and both decode in turn, so that they are timed under the same
+conditions and their memory is apart; a third process only imports. On a GPU, memory is that which
+torch has allocated there. ``--rows`` measures the number of rows from which on a matrix is better
+dequantized than multiplied in 4 bits (``moe2edge.runtime.int4.MANY_ROWS``). Prints a table and one
+line of JSON.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ def serve(kind: str, place: str, device: str) -> None:
     import torch
     import transformers.models.mixtral.modeling_mixtral  # noqa: F401
 
-    from moe2edge.runtime.load import load
+    from moe2edge import load
     from moe2edge.runtime.torch_runtime import TorchRuntime, open_source
 
     def memory() -> dict[str, int]:
         if device == "cpu":
-            return {"rss": psutil.Process().memory_info().rss, "peak": peak()}
+            return {"rss": psutil.Process().memory_info().rss, "peak": read_peak()}
         return {"rss": torch.cuda.memory_allocated(), "peak": torch.cuda.max_memory_allocated()}
 
     begin = time.perf_counter()
@@ -55,14 +55,14 @@ def serve(kind: str, place: str, device: str) -> None:
         runtime = open_source(Path(place))
     if runtime is not None:
         runtime.model.to(device)
-    answer({"load_s": time.perf_counter() - begin, **memory()})
+    send({"load_s": time.perf_counter() - begin, **memory()})
     for line in sys.stdin:
         assert runtime is not None
-        answer(decode(runtime, int(line)) | memory())
+        send(decode(runtime, int(line)) | memory())
 
 
 def decode(runtime: Any, tokens: int) -> dict[str, float]:
-    """Seconds for a prompt, and per token after it."""
+    """Return the seconds for a prompt, and per token after it."""
     begin = time.perf_counter()
     logits = runtime.start([1 + n % 90 for n in range(PROMPT)])
     prefill = time.perf_counter() - begin
@@ -74,14 +74,14 @@ def decode(runtime: Any, tokens: int) -> dict[str, float]:
     return {"prefill_s": prefill, "token_s": statistics.median(gaps)}
 
 
-def peak() -> int:
-    """Largest resident set so far, in bytes (Linux)."""
+def read_peak() -> int:
+    """Return the largest resident set so far, in bytes (Linux)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
-def answer(data: dict[str, float]) -> None:
-    """Write one line."""
+def send(data: dict[str, float]) -> None:
+    """Write one line of JSON."""
     print("answer", json.dumps(data), flush=True)
 
 
@@ -98,14 +98,14 @@ class Child:
         self.loaded = self._read()
 
     def decode(self, tokens: int) -> dict[str, float]:
-        """Have it decode so many tokens."""
+        """Let it decode so many tokens."""
         assert self._process.stdin is not None
         self._process.stdin.write(f"{tokens}\n")
         self._process.stdin.flush()
         return self._read()
 
     def end(self) -> None:
-        """Let it go."""
+        """Close its stdin and wait for its end."""
         self._process.communicate()
 
     def _read(self) -> dict[str, float]:
@@ -121,7 +121,7 @@ class Child:
 
 
 def compare(folder: str, source: str, tokens: int, repeats: int, device: str) -> dict[str, Any]:
-    """Memory and time of both, in turn."""
+    """Measure memory and time of both, in turn."""
     bare = Child("nothing", "", device)
     bare.end()
     places = {"folder": folder, "source": source}
@@ -159,7 +159,7 @@ def compare(folder: str, source: str, tokens: int, repeats: int, device: str) ->
 
 
 def show(result: dict[str, Any]) -> None:
-    """The table."""
+    """Print the table."""
     print(
         f"{result['device']}; import of torch and transformers: {result['import_rss'] / 1e9:.2f} GB"
     )
@@ -177,8 +177,8 @@ def show(result: dict[str, Any]) -> None:
     )
 
 
-def rows() -> dict[str, Any]:
-    """For each shape and number of rows: time in 4 bits over that of dequantizing first."""
+def measure_rows() -> dict[str, Any]:
+    """Return by shape and number of rows the time in 4 bits over that of dequantizing first."""
     import torch
 
     from moe2edge.numerics.rounding import round_to_nearest
@@ -198,14 +198,14 @@ def rows() -> dict[str, Any]:
                 int4.MANY_ROWS = many
                 linear(x)
 
-            ratios[count] = ratio(partial(run, count + 1), partial(run, 1))
+            ratios[count] = compare_times(partial(run, count + 1), partial(run, 1))
         found[f"{outs} x {ins}"] = ratios
         print(f"{outs} x {ins}: " + ", ".join(f"{n}: {r:.2f}" for n, r in ratios.items()))
     return found
 
 
-def ratio(one: Callable[[], None], other: Callable[[], None], repeats: int = 15) -> float:
-    """Processor time of one over that of the other, the best of several runs in turn."""
+def compare_times(one: Callable[[], None], other: Callable[[], None], repeats: int = 15) -> float:
+    """Return the processor time of one over that of the other, the best of several runs each."""
     best = [float("inf")] * 2
     for _ in range(repeats):
         for n, function in enumerate((one, other)):
@@ -231,7 +231,7 @@ def main() -> None:
         serve(given.serve, given.place, given.device)
         return
     if given.rows:
-        result = rows()
+        result = measure_rows()
     elif given.folder and given.source:
         result = compare(given.folder, given.source, given.tokens, given.repeats, given.device)
         show(result)

@@ -17,9 +17,9 @@ import peers
 ATTENTION_IN_16_BITS: dict[str, dict[str, Any]] = {r"-:.*\.self_attn\..*": {}}
 
 
-def arguments() -> argparse.Namespace:
-    """The command line."""
-    options = peers.parser(__doc__)
+def parse_arguments() -> argparse.Namespace:
+    """Parse the command line."""
+    options = peers.make_parser(__doc__)
     options.add_argument(
         "--act-order", action="store_true", help="desc_act, whose g_idx is not trivial"
     )
@@ -29,8 +29,8 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     """Quantize and save."""
-    given = arguments()
-    peers.on_the_processor(given.threads)
+    given = parse_arguments()
+    peers.use_processor(given.threads)
     # Its default on two processors is one worker, with which it refuses to start.
     os.environ["GPTQMODEL_CPU_WORKERS"] = str(max(2, given.threads))
     import numpy as np

@@ -20,9 +20,9 @@ ALONE = ["lm_head", r"re:.*\.gate$"]
 ATTENTION = [r"re:.*\.self_attn\..*"]
 
 
-def arguments() -> argparse.Namespace:
-    """The command line."""
-    options = peers.parser(__doc__)
+def parse_arguments() -> argparse.Namespace:
+    """Parse the command line."""
+    options = peers.make_parser(__doc__)
     options.add_argument(
         "--all-experts", action="store_true", help="show every expert all tokens, its default"
     )
@@ -32,7 +32,7 @@ def arguments() -> argparse.Namespace:
 
 
 def load(given: argparse.Namespace, offload_folder: str) -> Any:
-    """The model with an own linear layer per expert matrix, in the dtype of its checkpoint."""
+    """Load the model with one linear layer per expert matrix, in the dtype of its checkpoint."""
     from llmcompressor.utils import load_context
     from transformers import AutoModelForCausalLM
 
@@ -51,8 +51,8 @@ def load(given: argparse.Namespace, offload_folder: str) -> Any:
 
 def main() -> None:
     """Quantize and save."""
-    given = arguments()
-    peers.on_the_processor(given.threads)
+    given = parse_arguments()
+    peers.use_processor(given.threads)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     import numpy as np
     import torch

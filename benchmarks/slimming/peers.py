@@ -1,4 +1,4 @@
-"""What the scripts of both peers have in common; it runs in their environments."""
+"""Shared parts of the scripts of both peers; run in their environments."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 
 
-def parser(description: str | None) -> argparse.ArgumentParser:
-    """The options that both take."""
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser with the options that both take."""
     made = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
     made.add_argument("model", type=Path)
     made.add_argument("tokens", type=Path, help="int64 [samples, length], .npy")
@@ -21,7 +21,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return made
 
 
-def on_the_processor(threads: int) -> None:
-    """Bound to so many threads; before torch is imported, which reads it once."""
+def use_processor(threads: int) -> None:
+    """Use so many threads and no GPU; called before torch is imported, which reads it once."""
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""

@@ -1,6 +1,6 @@
 """Perplexity of a model and of its source, and KL(source || model), with stock transformers.
 
-    python benchmarks/slimming/quality.py SOURCE PLAIN EVAL.npy
+    python -m benchmarks.slimming.quality SOURCE PLAIN EVAL.npy
 
 In float32; nats per token; one JSON document on stdout.
 """
@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 
 def load(folder: Path) -> Any:
-    """The model in float32, if stock transformers finds every tensor and no other."""
+    """Load the model in float32, if stock transformers finds every tensor and no other."""
     model, found = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True
     )
@@ -30,19 +30,19 @@ def load(folder: Path) -> Any:
     return model.eval()
 
 
-def log_probabilities(model: Any, row: Tensor) -> Tensor:
-    """Of each next token of a sample, float32 [length - 1, vocabulary]."""
+def compute_log_probabilities(model: Any, row: Tensor) -> Tensor:
+    """Compute log-probabilities of next tokens of a sample, float32 [length - 1, vocabulary]."""
     logits: Tensor = model(input_ids=row[None], use_cache=False).logits[0, :-1]
     return logits.log_softmax(-1)
 
 
 @torch.no_grad()
 def measure(source: Any, model: Any, ids: Tensor) -> dict[str, float]:
-    """Figures over all samples, int64 [samples, length]."""
+    """Compute the figures over all samples, int64 [samples, length]."""
     nll = {"source": 0.0, "result": 0.0}
     kl, agree = 0.0, 0
     for row in ids:
-        theirs, mine = log_probabilities(source, row), log_probabilities(model, row)
+        theirs, mine = compute_log_probabilities(source, row), compute_log_probabilities(model, row)
         for name, log in (("source", theirs), ("result", mine)):
             nll[name] -= float(log.gather(1, row[1:, None]).double().sum())
         kl += float((theirs.exp() * (theirs - mine)).double().sum())

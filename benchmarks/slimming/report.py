@@ -1,26 +1,20 @@
 """Tables and a picture from results.jsonl.
 
-    python benchmarks/slimming/report.py [RESULTS.jsonl]
+    python -m benchmarks.slimming.report [RESULTS.jsonl]
 
 Writes results.md and results.png beside it.
 """
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
-import matplotlib
+from benchmarks._study import Row, Study, import_pyplot, make_table
 
-matplotlib.use("Agg")
-from matplotlib import pyplot
-
-Row = dict[str, Any]
 Cell = tuple[str, str, int, int]
 HEADS = (
     "tool", "wall s", "less imports", "processor s", "peak MB", "less imports", "output MB",
@@ -28,19 +22,13 @@ HEADS = (
 )  # fmt: skip
 
 
-def read(path: Path) -> list[Row]:
-    """All rows; of several with one key the last."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return list({row["key"]: row for row in rows}.values())
-
-
-def median(rows: Sequence[Row], value: Callable[[Row], float]) -> float:
-    """Of repeats."""
+def compute_median(rows: Sequence[Row], value: Callable[[Row], float]) -> float:
+    """Return the median over repeats."""
     return statistics.median(map(value, rows))
 
 
-def cells(rows: Iterable[Row]) -> dict[Cell, dict[str, list[Row]]]:
-    """Runs by model, scope, bits and threads, and by tool."""
+def group_by_cell(rows: Iterable[Row]) -> dict[Cell, dict[str, list[Row]]]:
+    """Return the runs by model, scope, bits and threads, and by tool."""
     found: dict[Cell, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         if row["kind"] == "run":
@@ -49,24 +37,24 @@ def cells(rows: Iterable[Row]) -> dict[Cell, dict[str, list[Row]]]:
     return found
 
 
-def imports(rows: Iterable[Row]) -> dict[tuple[str, int], Row]:
-    """What importing costs, by environment and threads."""
+def group_imports(rows: Iterable[Row]) -> dict[tuple[str, int], Row]:
+    """Return the rows of imports, by environment and threads."""
     return {(row["tool"], row["threads"]): row for row in rows if row["kind"] == "imports"}
 
 
-def line(tool: str, rows: Sequence[Row], cost: Row) -> list[str]:
-    """A tool's line of a table."""
+def build_line(tool: str, rows: Sequence[Row], cost: Row) -> list[str]:
+    """Return a tool's line of a table."""
     good = [row for row in rows if "failed" not in row]
     if not good:
         return [tool, f"failed: {rows[-1]['failed'][:120]}".replace("|", "/")]
-    seconds = median(good, lambda row: row["seconds"])
-    peak = median(good, lambda row: row["peak_bytes"])
+    seconds = compute_median(good, lambda row: row["seconds"])
+    peak = compute_median(good, lambda row: row["peak_bytes"])
     size = f"{good[0]['output_bytes'] / 1e6:.1f}"
     found = [
         tool,
         f"{seconds:.1f}",
         f"{seconds - cost['seconds']:.1f}",
-        f"{median(good, lambda row: row['cpu_seconds']):.1f}",
+        f"{compute_median(good, lambda row: row['cpu_seconds']):.1f}",
         f"{peak / 1e6:.0f}",
         f"{(peak - cost['peak_bytes']) / 1e6:.0f}",
         f"({size})" if good[0]["dequantized"] else size,
@@ -77,15 +65,8 @@ def line(tool: str, rows: Sequence[Row], cost: Row) -> list[str]:
     return found
 
 
-def markdown(lines: Iterable[Sequence[str]], heads: Sequence[str]) -> str:
-    """A table; short lines are filled up."""
-    table = [heads, ["---"] * len(heads)]
-    table += [[*cells, *[""] * (len(heads) - len(cells))] for cells in lines]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in table)
-
-
-def title(cell: Cell, tools: dict[str, list[Row]]) -> str:
-    """Heading of a cell and what its source is like."""
+def build_title(cell: Cell, tools: dict[str, list[Row]]) -> str:
+    """Return the heading of a cell, with size and quality of its source."""
     model, scope, bits, threads = cell
     rows = [row for of in tools.values() for row in of]
     what = "attention and experts" if scope == "all" else "experts only"
@@ -99,14 +80,14 @@ def title(cell: Cell, tools: dict[str, list[Row]]) -> str:
     return found + ", ".join(said) + "\n"
 
 
-def tables(rows: Sequence[Row]) -> str:
-    """The whole of results.md."""
-    costs = imports(rows)
+def build_tables(rows: Sequence[Row]) -> str:
+    """Return results.md."""
+    costs = group_imports(rows)
     parts = [
         "# Results\n\nMade by `report.py`. Output sizes in brackets are of plain weights, which "
         "say nothing about the format.\n",
         "## Imports\n",
-        markdown(
+        make_table(
             (
                 [
                     tool,
@@ -121,18 +102,19 @@ def tables(rows: Sequence[Row]) -> str:
         ),
         "",
     ]
-    for cell, tools in cells(rows).items():
-        lines = [line(t, of, costs[t.split("-")[0], cell[3]]) for t, of in tools.items()]
-        parts += [title(cell, tools), markdown(lines, HEADS), ""]
+    for cell, tools in group_by_cell(rows).items():
+        lines = [build_line(t, of, costs[t.split("-")[0], cell[3]]) for t, of in tools.items()]
+        parts += [build_title(cell, tools), make_table(lines, HEADS), ""]
     return "\n".join(parts)
 
 
-def picture(rows: Sequence[Row], path: Path) -> None:
-    """Wall time and peak memory per tool; what importing takes is paler."""
-    costs = imports(rows)
-    found = {cell: tools for cell, tools in cells(rows).items() if cell[2] == 4}
+def draw_picture(rows: Sequence[Row], path: Path) -> None:
+    """Draw wall time and peak memory per tool; the part of the imports is paler."""
+    costs = group_imports(rows)
+    found = {cell: tools for cell, tools in group_by_cell(rows).items() if cell[2] == 4}
     if not found:
         return
+    pyplot = import_pyplot()
     size = (11, 0.6 + 1.9 * len(found))
     figure, axes = pyplot.subplots(len(found), 2, figsize=size, squeeze=False)
     kinds = (("seconds", 1.0, "wall time, s"), ("peak_bytes", 1e6, "peak memory, MB"))
@@ -140,7 +122,7 @@ def picture(rows: Sequence[Row], path: Path) -> None:
         good = {t: [r for r in of if "failed" not in r] for t, of in tools.items()}
         names = [tool for tool, of in good.items() if of][::-1]
         for axis, (key, unit, label) in zip(line_of_axes, kinds, strict=True):
-            values = [median(good[t], lambda row, key=key: row[key]) / unit for t in names]
+            values = [compute_median(good[t], lambda row, key=key: row[key]) / unit for t in names]
             base = [costs[t.split("-")[0], cell[3]][key] / unit for t in names]
             axis.barh(names, values, color="tab:blue")
             axis.barh(names, base, color="lightsteelblue")
@@ -158,9 +140,9 @@ def main() -> None:
     """Write both files."""
     default = Path(__file__).parent / "results.jsonl"
     path = Path(sys.argv[1]) if len(sys.argv) > 1 else default
-    rows = read(path)
-    path.with_suffix(".md").write_text(tables(rows))
-    picture(rows, path.with_suffix(".png"))
+    rows = Study(path).read()
+    path.with_suffix(".md").write_text(build_tables(rows))
+    draw_picture(rows, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,10 @@
-"""What is measured: each cell is a recipe that moe2edge runs, and the seed of its calibration."""
+"""The cells of the study: each is a recipe that moe2edge runs, and the seed of its calibration."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
-
-import yaml
 
 SCORED = ("routing-score", "frequency", "soft-frequency", "ean", "reap", "man", "msan", "mone")
 UNSEEING = ("magnitude", "aimer")
@@ -21,10 +19,10 @@ class Cell:
     Attributes:
         group: table that it stands in.
         method: name of the method.
-        setting: how much is removed.
+        setting: amount that is removed.
         passes: the recipe.
         seed: of the calibration samples, or of the random draw.
-        domains: what is calibrated on; empty: equal parts of all.
+        domains: domains of the calibration text; empty: equal parts of all.
     """
 
     group: str
@@ -40,15 +38,9 @@ class Cell:
         on = "+".join(self.domains) or "all"
         return f"{self.group} | {self.method} | {self.setting} | {on} | {self.seed}"
 
-    @property
-    def recipe(self) -> str:
-        """The recipe as YAML."""
-        text: str = yaml.safe_dump({"passes": self.passes})
-        return text
 
-
-def cells(domains: tuple[str, ...], experts: int, blocks: int) -> Iterator[Cell]:
-    """All cells for a model."""
+def list_cells(domains: tuple[str, ...], experts: int, blocks: int) -> Iterator[Cell]:
+    """Yield all cells of a model."""
     for dropped, keep in (("25 %", 0.75), ("50 %", 0.5)):
         yield from _expert_drop(dropped, keep)
         yield from _search(dropped, keep, experts)

@@ -1,27 +1,27 @@
-"""Tables and a picture from results.jsonl."""
+"""Tables and a picture from results.jsonl.
+
+    python -m benchmarks.trimming.report [RESULTS.jsonl]
+
+Writes results.md and results.png beside it.
+"""
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-Row = dict[str, Any]
+from benchmarks._study import Row, Study, import_pyplot, make_table
+
 # Quantile 0.975 of Student's t with 9 degrees of freedom, for ten draws.
 T_TEN = 2.262
 
 
-def read(path: Path) -> list[Row]:
-    """All rows so far."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def excess(row: Row, source: Row) -> float:
-    """Mean over domains of the loss above the source's, nats per token."""
+def compute_excess(row: Row, source: Row) -> float:
+    """Return the mean over domains of the loss above the source's, nats per token."""
     losses = [
         math.log(row["perplexity"][d]) - math.log(source["perplexity"][d])
         for d in source["perplexity"]
@@ -29,21 +29,23 @@ def excess(row: Row, source: Row) -> float:
     return statistics.mean(losses)
 
 
-def kl(row: Row) -> float:
-    """Mean over domains of the KL to the source."""
+def compute_kl(row: Row) -> float:
+    """Return the mean over domains of the KL to the source, nats per token."""
     return statistics.mean(row["kl"].values())
 
 
-def grouped(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
-    """Rows by method and setting, in order."""
+def group_by_method(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
+    """Return the rows by method and setting, in order."""
     found: dict[tuple[str, str], list[Row]] = defaultdict(list)
     for row in rows:
         found[row["method"], row["setting"]].append(row)
     return found
 
 
-def table(rows: Sequence[Row], source: Row, extra: Sequence[tuple[str, Callable[..., str]]]) -> str:
-    """One line per method and setting; several seeds as mean and range."""
+def build_table(
+    rows: Sequence[Row], source: Row, extra: Sequence[tuple[str, Callable[..., str]]]
+) -> str:
+    """Return a table with one line per method and setting; several seeds as mean and range."""
     domains = list(source["perplexity"])
     heads = ["method", "dropped", "excess loss", "KL", *domains, *(name for name, _ in extra)]
     lines = [" | ".join(heads), " | ".join("---" for _ in heads)]
@@ -51,17 +53,17 @@ def table(rows: Sequence[Row], source: Row, extra: Sequence[tuple[str, Callable[
     blank = "".join(" | " for _ in extra)
     lines.append(f"source | | 0 | 0 | {sources}{blank}")
     order = sorted(
-        grouped(rows).items(),
-        key=lambda e: (e[0][1], statistics.mean(excess(r, source) for r in e[1])),
+        group_by_method(rows).items(),
+        key=lambda e: (e[0][1], statistics.mean(compute_excess(r, source) for r in e[1])),
     )
     for (method, setting), of in order:
-        losses = [excess(row, source) for row in of]
+        losses = [compute_excess(row, source) for row in of]
         ppl = [statistics.mean(row["perplexity"][d] for row in of) for d in domains]
         cells = [
             method,
             setting,
-            spread(losses),
-            f"{statistics.mean(map(kl, of)):.4f}",
+            format_spread(losses),
+            f"{statistics.mean(map(compute_kl, of)):.4f}",
             *(f"{value:.2f}" for value in ppl),
             *(make(of) for _, make in extra),
         ]
@@ -69,18 +71,22 @@ def table(rows: Sequence[Row], source: Row, extra: Sequence[tuple[str, Callable[
     return "\n".join(f"| {line} |" for line in lines)
 
 
-def spread(values: Sequence[float]) -> str:
-    """Mean, and the range if there are several."""
+def format_spread(values: Sequence[float]) -> str:
+    """Return the mean, and the range if there are several values."""
     mean = f"{statistics.mean(values):.4f}"
     return mean if len(values) == 1 else f"{mean} ({min(values):.4f} to {max(values):.4f})"
 
 
-def against_random(rows: Sequence[Row], source: Row, setting: str) -> Callable[[list[Row]], str]:
-    """How a method's mean stands to the draws of the same setting."""
-    draws = [excess(r, source) for r in rows if r["method"] == "random" and r["setting"] == setting]
+def make_verdict(rows: Sequence[Row], source: Row, setting: str) -> Callable[[list[Row]], str]:
+    """Return a function that compares a method's mean with the draws of the same setting."""
+    draws = [
+        compute_excess(r, source)
+        for r in rows
+        if r["method"] == "random" and r["setting"] == setting
+    ]
 
     def verdict(of: list[Row]) -> str:
-        mean = statistics.mean(excess(row, source) for row in of)
+        mean = statistics.mean(compute_excess(row, source) for row in of)
         if of[0]["method"] == "random":
             half = T_TEN * statistics.stdev(draws) / math.sqrt(len(draws))
             return f"mean within ± {half:.4f} (95 %)"
@@ -90,8 +96,8 @@ def against_random(rows: Sequence[Row], source: Row, setting: str) -> Callable[[
     return verdict
 
 
-def oracle_table(rows: Sequence[Row], found: Row) -> str:
-    """Where each method's set stands among all sets of one layer, by true loss."""
+def build_rank_table(rows: Sequence[Row], found: Row) -> str:
+    """Return a table that ranks each method's set among all sets of one layer, by true loss."""
     losses = {tuple(map(int, key.split())): value for key, value in found["losses"].items()}
     ranked = sorted(losses, key=losses.__getitem__)
     best = losses[ranked[0]]
@@ -101,7 +107,7 @@ def oracle_table(rows: Sequence[Row], found: Row) -> str:
     lines.append(f"| median of all sets | | {middle - best:.4f} |")
     lines.append(f"| worst set | {len(ranked)} | {losses[ranked[-1]] - best:.4f} |")
     scored = []
-    for (method, setting), of in grouped(rows).items():
+    for (method, setting), of in group_by_method(rows).items():
         sets = [tuple(row["kept"][str(found["block"])]) for row in of]
         # A set of another size belongs to an uneven budget.
         if setting != "50 %" or method == "random" or any(kept not in losses for kept in sets):
@@ -113,21 +119,21 @@ def oracle_table(rows: Sequence[Row], found: Row) -> str:
     return "\n".join(lines)
 
 
-def overlap_table(rows: Sequence[Row], method: str) -> str:
-    """How many experts per layer the sets of two domains share, of those kept."""
+def build_overlap_table(rows: Sequence[Row], method: str) -> str:
+    """Return a table of the kept experts per layer that the sets of two domains share."""
     of = {row["domains"][0]: row["kept"] for row in rows if row["method"] == method}
-    lines = [f"| {method} | {' | '.join(of)} |", "| --- " * (len(of) + 1) + "|"]
+    lines = []
     for a in of:
         shared = []
         for b in of:
             both = [len({*of[a][n]} & {*of[b][n]}) for n in of[a]]
             shared.append(f"{sum(both) / len(both):.2f}")
-        lines.append(f"| {a} | {' | '.join(shared)} |")
-    return "\n".join(lines)
+        lines.append([a, *shared])
+    return make_table(lines, [method, *of])
 
 
-def section(name: str, rows: Sequence[Row]) -> str:
-    """All tables of a model."""
+def build_section(name: str, rows: Sequence[Row]) -> str:
+    """Return all tables of a model."""
     source = next(row for row in rows if row["key"] == "source")
     of: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
@@ -136,28 +142,31 @@ def section(name: str, rows: Sequence[Row]) -> str:
     for setting in ("25 %", "50 %"):
         compared = [r for r in of["experts"] + of["budgets"] if r["setting"] == setting]
         if compared:
-            verdict = against_random(compared, source, setting)
+            verdict = make_verdict(compared, source, setting)
             parts.append(f"### {setting} of the experts dropped\n")
-            parts.append(table(compared, source, [("against random", verdict)]) + "\n")
+            parts.append(build_table(compared, source, [("against random", verdict)]) + "\n")
     for row in rows:
         if row["key"] == "oracle":
             parts.append(f"### All sets of half of the experts of block {row['block']}\n")
-            parts.append(oracle_table(of["experts"], row) + "\n")
+            parts.append(build_rank_table(of["experts"], row) + "\n")
     if of["depth"]:
-        parts.append("### Layer Drop and Block Drop\n\n" + table(of["depth"], source, []) + "\n")
+        parts.append(
+            "### Layer Drop and Block Drop\n\n" + build_table(of["depth"], source, []) + "\n"
+        )
     if of["skipping"]:
         rate = ("skip rate", lambda rows: f"{statistics.mean(r['skip_rate'] for r in rows):.1%}")
-        parts.append("### Dynamic skipping\n\n" + table(of["skipping"], source, [rate]) + "\n")
+        parts.append(
+            "### Dynamic skipping\n\n" + build_table(of["skipping"], source, [rate]) + "\n"
+        )
     if of["tasks"]:
-        parts.append(_tasks(of["tasks"], of["experts"], source))
+        parts.append(_build_task_tables(of["tasks"], of["experts"], source))
     return "\n".join(parts)
 
 
-def _tasks(rows: list[Row], general: list[Row], source: Row) -> str:
-    """Perplexity by domain, calibrated on one domain and on all; and which experts they share."""
+def _build_task_tables(rows: list[Row], general: list[Row], source: Row) -> str:
+    """Return tables of perplexity when calibrated on one domain or all, and of shared experts."""
     domains = list(source["perplexity"])
-    lines = [f"| method | calibrated on | {' | '.join(domains)} |", "| --- " * (len(domains) + 2)]
-    lines[1] += "|"
+    lines = []
     names = {"search": "search, exhaustive"}
     for method in dict.fromkeys(row["method"] for row in rows):
         everything = [
@@ -169,32 +178,29 @@ def _tasks(rows: list[Row], general: list[Row], source: Row) -> str:
         ]
         for row in [r for r in rows if r["method"] == method] + everything:
             on = "+".join(row["domains"]) or "equal parts of all"
-            ppl = " | ".join(f"{row['perplexity'][d]:.2f}" for d in domains)
-            lines.append(f"| {method} | {on} | {ppl} |")
-    tables = [overlap_table(rows, m) for m in dict.fromkeys(row["method"] for row in rows)]
+            lines.append([method, on, *(f"{row['perplexity'][d]:.2f}" for d in domains)])
+    tables = [build_overlap_table(rows, m) for m in dict.fromkeys(row["method"] for row in rows)]
     return (
         "### Calibrated on a task, 50 % of the experts dropped\n\n"
-        + "\n".join(lines)
+        + make_table(lines, ["method", "calibrated on", *domains])
         + "\n\nExperts per layer that two domains' sets share, of those kept:\n\n"
         + "\n\n".join(tables)
         + "\n"
     )
 
 
-def write(rows: Sequence[Row], folder: Path) -> None:
-    """``results.md`` and ``results.png``."""
+def write_report(rows: Sequence[Row], folder: Path) -> None:
+    """Write ``results.md`` and ``results.png``."""
     models = list(dict.fromkeys(row["model"] for row in rows))
-    text = "\n".join(section(m, [r for r in rows if r["model"] == m]) for m in models)
+    text = "\n".join(build_section(m, [r for r in rows if r["model"] == m]) for m in models)
     (folder / "results.md").write_text(f"# Results\n\n{text}")
-    picture(rows, models, folder / "results.png")
+    draw_picture(rows, models, folder / "results.png")
 
 
-def picture(rows: Sequence[Row], models: Sequence[str], path: Path) -> None:
-    """Excess loss of every method against the band of the random draws."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot, ticker
+def draw_picture(rows: Sequence[Row], models: Sequence[str], path: Path) -> None:
+    """Draw the excess loss of every method against the band of the random draws."""
+    pyplot = import_pyplot()
+    from matplotlib import ticker
 
     settings = ("25 %", "50 %")
     figure, axes = pyplot.subplots(
@@ -209,11 +215,16 @@ def picture(rows: Sequence[Row], models: Sequence[str], path: Path) -> None:
                 for r in of
                 if r.get("group") in ("experts", "budgets") and r["setting"] == setting
             ]
-            methods = {m: [excess(r, source) for r in g] for (m, _), g in grouped(shown).items()}
-            draws = methods.pop("random")
+            methods = {
+                m: [compute_excess(r, source) for r in g]
+                for (m, _), g in group_by_method(shown).items()
+            }
+            draws = methods.pop("random", [])
             order = sorted(methods, key=lambda m: -statistics.mean(methods[m]))
-            axis.axvspan(min(draws), max(draws), color="0.9", label=f"{len(draws)} random draws")
-            axis.axvline(statistics.mean(draws), color="0.6", label="their mean")
+            if draws:
+                label = f"{len(draws)} random draws"
+                axis.axvspan(min(draws), max(draws), color="0.9", label=label)
+                axis.axvline(statistics.mean(draws), color="0.6", label="their mean")
             for n, method in enumerate(order):
                 values = methods[method]
                 axis.plot([min(values), max(values)], [n, n], color="C0", linewidth=1)
@@ -225,3 +236,14 @@ def picture(rows: Sequence[Row], models: Sequence[str], path: Path) -> None:
             axis.set_title(f"{model}: {setting} of the experts dropped")
             axis.legend(loc="lower left")
     figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
+def main() -> None:
+    """Write both files."""
+    default = Path(__file__).parent / "results.jsonl"
+    path = Path(sys.argv[1]) if len(sys.argv) > 1 else default
+    write_report(Study(path).read(), path.parent)
+
+
+if __name__ == "__main__":
+    main()

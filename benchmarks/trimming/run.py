@@ -1,62 +1,51 @@
 """Every trimming method on small trained models, against random draws; see README.md here.
 
-    python benchmarks/trimming/run.py --models DIR --data DIR
+    python -m benchmarks.trimming.run --models DIR --data DIR
 
-Results are appended cell by cell to results.jsonl, so that a run can be stopped and goes on where
+Results are appended cell by cell to results.jsonl, so that a run can be stopped and continues where
 it was; then results.md and results.png are made from them.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import math
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import cells
-import report
-import texts
 from torch import Tensor
 
-from moe2edge.calibration import router_observers, tokens, walk
-from moe2edge.calibration.tokens import Tokens
-from moe2edge.model.model import Model
+import moe2edge
+from benchmarks import _texts as texts
+from benchmarks._held_out import HeldOut, describe_text, load_samples
+from benchmarks._study import Job, Row, Study, list_checkpoints, make_parser
+from benchmarks.trimming import report
+from benchmarks.trimming.cells import Cell, list_cells
+from moe2edge import Model
+from moe2edge.calibration import router_observers, walk
 from moe2edge.numerics import metrics
-from moe2edge.pipeline import recipe
-from moe2edge.pipeline.runner import run_passes
-from moe2edge.progress import Reporter
-from moe2edge.storage.checkpoint import BUILTIN, Checkpoint, open_checkpoint
-from moe2edge.storage.tokenizer import load_tokenizer
-from moe2edge.storage.work_folder import WorkFolder
+from moe2edge.storage.checkpoint import BUILTIN
 
 HERE = Path(__file__).parent
-QUIET = Reporter(lambda _: None, lambda *_: None)
 LENGTH, CALIBRATION, EVALUATION = 256, 128, 24
+Files = Mapping[str, Mapping[str, Path]]
 
 
-@dataclass(frozen=True)
 class Bench:
     """A model with its texts.
 
     Attributes:
         name: of the model.
         checkpoint: the model.
-        sources: files by purpose and domain; of the built-in model none, it has its own.
-        evaluation: held-out tokens by domain.
-        hidden: what the source makes of them, after its last block.
+        files: texts by purpose and domain; empty for the built-in model, which has its own.
     """
 
-    name: str
-    checkpoint: Checkpoint
-    sources: Mapping[str, Mapping[str, Path]]
-    evaluation: Mapping[str, Tensor]
-    hidden: Mapping[str, Tensor]
+    def __init__(self, name: str, place: str | Path, files: Files) -> None:
+        self.name, self.files = name, files
+        self.checkpoint = moe2edge.open_checkpoint(place)
 
     @property
     def model(self) -> Model:
@@ -65,153 +54,126 @@ class Bench:
 
     @property
     def domains(self) -> tuple[str, ...]:
-        """What is evaluated."""
-        return tuple(self.evaluation)
+        """Domains that are evaluated."""
+        return texts.DOMAINS if self.files else ("built-in",)
 
-    def tokens(self, purpose: str, domains: tuple[str, ...], samples: int, seed: int = 0) -> Tokens:
-        """Samples in equal parts of the domains."""
-        options: dict[str, Any] = {"samples": samples, "length": LENGTH, "seed": seed}
-        if self.sources:
-            files = self.sources[purpose]
-            options["text"] = ",".join(f"{domain}:1" for domain in domains)
-            options["sources"] = {domain: {"text": str(files[domain])} for domain in domains}
-        source = recipe.parse_section(purpose, options)
-        tokenizer = load_tokenizer(self.checkpoint.folder)
-        return tokens.load_tokens(source, tokenizer, purpose, (LENGTH, self.model.vocabulary))
+    @cached_property
+    def held_out(self) -> HeldOut:
+        """The source on the held-out texts."""
+        ids = {}
+        for domain in self.domains:
+            text = self.describe_text("evaluation", (domain,), EVALUATION)
+            ids[domain] = load_samples(self.checkpoint, "evaluation", text).ids
+        return HeldOut.run(self.model, ids)
 
+    def describe_text(
+        self, purpose: str, domains: tuple[str, ...], samples: int, seed: int = 0
+    ) -> dict[str, Any]:
+        """Return a text section of a recipe: samples in equal parts of the domains."""
+        files = self.files[purpose] if self.files else {}
+        return describe_text(files, domains, samples, LENGTH, seed)
 
-def open_bench(name: str, folder: str, sources: Mapping[str, Mapping[str, Path]]) -> Bench:
-    """Open a model and run it over the held-out texts."""
-    bench = Bench(name, open_checkpoint(folder), sources, {}, {})
-    domains = texts.DOMAINS if sources else ("built-in",)
-    ids = {d: bench.tokens("evaluation", (d,), EVALUATION).ids for d in domains}
-    hidden = {d: walk.observe(bench.model, part, (), QUIET.advance, "") for d, part in ids.items()}
-    return Bench(name, bench.checkpoint, sources, ids, hidden)
-
-
-def measure(bench: Bench, model: Model) -> dict[str, Any]:
-    """Perplexity and KL per domain, and the skip rate."""
-    skipped = router_observers.SkipObserver()
-    found: dict[str, Any] = {"perplexity": {}, "kl": {}}
-    for domain, ids in bench.evaluation.items():
-        hidden = walk.observe(model, ids, [skipped], QUIET.advance, "")
-        source = walk.compute_logits(bench.model, bench.hidden[domain])
-        result = metrics.measure(ids, walk.compute_logits(model, hidden), source)
-        found["perplexity"][domain], found["kl"][domain] = result.perplexity, result.kl
-    rates = skipped.result()
-    if rates.routed:
-        found["skip_rate"] = rates.rate
-    return found
+    def measure(self, model: Model) -> Row:
+        """Return perplexity and KL per domain, and the skip rate."""
+        skipped = router_observers.SkipObserver()
+        found = self.held_out.measure(model, [skipped])
+        rates = skipped.result()
+        return {**found, "skip_rate": rates.rate} if rates.routed else found
 
 
-def run_cell(bench: Bench, cell: cells.Cell) -> dict[str, Any]:
-    """Run a recipe and measure what it leaves."""
-    parsed = recipe.parse(cell.recipe).resolve(bench.model)
-    tokens = bench.tokens("calibration", cell.domains or bench.domains, CALIBRATION, cell.seed)
-    begun = time.perf_counter()
-    with tempfile.TemporaryDirectory() as work:
-        store = WorkFolder(Path(work))
-        model, steps = run_passes(bench.model, parsed, tokens, store, QUIET)
-        seconds = time.perf_counter() - begun
-        return {
-            "model": bench.name,
-            "key": cell.key,
-            "group": cell.group,
-            "method": cell.method,
-            "setting": cell.setting,
-            "domains": list(cell.domains),
-            "seed": cell.seed,
-            "seconds": round(seconds, 2),
-            "parameters": model.parameters,
-            "kept": {str(b.origin): list(b.expert_origins) for b in model.blocks},
-            "notes": [note for step in steps for note in step.notes],
-            **measure(bench, model),
-        }
+def measure_source(bench: Bench) -> Row:
+    """Return the row of the source."""
+    return bench.measure(bench.model)
 
 
-def oracle(bench: Bench) -> dict[str, Any]:
-    """True loss of one layer's every subset of half of its experts, by the set."""
-    model = bench.model
+def measure_cell(bench: Bench, cell: Cell) -> Row:
+    """Run a recipe, and return the row of the result."""
+    domains = cell.domains or bench.domains
+    calibration = bench.describe_text("calibration", domains, CALIBRATION, cell.seed)
+    recipe = {"calibration": calibration, "passes": cell.passes}
+    result = moe2edge.compress(bench.checkpoint, recipe)
+    return {
+        "group": cell.group,
+        "method": cell.method,
+        "setting": cell.setting,
+        "domains": list(cell.domains),
+        "seed": cell.seed,
+        "seconds": round(sum(step.seconds for step in result.steps), 2),
+        "parameters": result.model.parameters,
+        "kept": {str(b.origin): list(b.expert_origins) for b in result.model.blocks},
+        "notes": [note for step in result.steps for note in step.notes],
+        **bench.measure(result.model),
+    }
+
+
+def measure_all_sets(bench: Bench) -> Row:
+    """Return the true loss of one layer's every subset of half of its experts, by the set."""
+    model, ids = bench.model, bench.held_out.ids
     block, layer = model.moe_blocks[len(model.moe_blocks) // 2]
     half = len(layer.experts) // 2
-    before = {d: _until(model, ids, block.index) for d, ids in bench.evaluation.items()}
+    before = {domain: _compute_input(model, part, block.index) for domain, part in ids.items()}
     later = [walk.BlockRunner(model, b) for b in model.blocks[block.index + 1 :]]
     losses = {}
     for kept in itertools.combinations(range(len(layer.experts)), half):
         runner = walk.BlockRunner(model, block.keep_experts(kept))
         total = 0.0
-        for domain, ids in bench.evaluation.items():
+        for domain, part in ids.items():
             hidden = before[domain].clone()
             for step in (runner, *later):
-                for part in walk.split_batches(ids):
-                    hidden[part] = step.run(hidden[part])
-            found = metrics.measure(ids, walk.compute_logits(model, hidden), None)
-            total += math.log(found.perplexity) / len(bench.evaluation)
+                _run_block(step, part, hidden)
+            found = metrics.measure(part, walk.compute_logits(model, hidden), None)
+            total += math.log(found.perplexity) / len(ids)
         losses[" ".join(map(str, kept))] = total
-    return {"model": bench.name, "key": "oracle", "block": block.origin, "losses": losses}
+    return {"block": block.origin, "losses": losses}
 
 
-def _until(model: Model, ids: Tensor, block: int) -> Tensor:
-    """Input of a block."""
+def _compute_input(model: Model, ids: Tensor, block: int) -> Tensor:
+    """Return the input of a block, float32 [samples, length, hidden]."""
     hidden = walk.embed(model, ids)
     for before in model.blocks[:block]:
-        runner = walk.BlockRunner(model, before)
-        for part in walk.split_batches(ids):
-            hidden[part] = runner.run(hidden[part])
+        _run_block(walk.BlockRunner(model, before), ids, hidden)
     return hidden
 
 
-def plan(bench: Bench) -> Iterator[cells.Cell]:
-    """Cells of a model."""
-    model = bench.model
-    yield from cells.cells(bench.domains, len(model.moe_blocks[0][1].experts), len(model.blocks))
+def _run_block(runner: walk.BlockRunner, ids: Tensor, hidden: Tensor) -> None:
+    """Replace hidden states in front of a block by those behind it."""
+    for part in walk.split_batches(ids):
+        hidden[part] = runner.run(hidden[part])
+
+
+def list_jobs(bench: Bench) -> Iterator[Job]:
+    """Yield every row of a model."""
+    model, name = bench.model, bench.name
+    experts = len(model.moe_blocks[0][1].experts)
+    yield Job(name, "source", partial(measure_source, bench))
+    if experts <= 8:
+        yield Job(name, "oracle", partial(measure_all_sets, bench))
+    for cell in list_cells(bench.domains, experts, len(model.blocks)):
+        yield Job(name, cell.key, partial(measure_cell, bench, cell))
 
 
 def main() -> None:
-    """Run what has no result yet, and write the tables."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", type=Path, required=True, help="folder of checkpoints")
-    parser.add_argument("--data", type=Path, required=True, help="folder of texts")
-    parser.add_argument("--only", help="cells whose key holds this")
+    """Make the rows that are missing, and write the tables."""
+    parser = make_parser(__doc__, HERE / "results.jsonl")
     parser.add_argument("--model", help="this model alone")
-    parser.add_argument("--results", type=Path, default=HERE / "results.jsonl")
-    options = parser.parse_args()
-    done = report.read(options.results)
+    given = parser.parse_args()
+    study = Study(given.results)
     with tempfile.TemporaryDirectory() as folder:
-        sources = texts.write_texts(options.data, Path(folder))
-        named = {p.parent.name: str(p.parent) for p in sorted(options.models.glob("*/config.json"))}
-        for name, place in {**named, "tiny-moe": BUILTIN}.items():
-            if options.model not in (None, name):
-                continue
-            run_model(name, place, {} if place == BUILTIN else sources, done, options)
-    report.write(report.read(options.results), HERE)
-
-
-def run_model(
-    name: str,
-    place: str,
-    sources: Mapping[str, Mapping[str, Path]],
-    done: list[dict[str, Any]],
-    options: argparse.Namespace,
-) -> None:
-    """All cells of a model that are not done."""
-    bench = open_bench(name, place, sources)
-    known = {row["key"] for row in done if row["model"] == name}
-
-    def keep(row: dict[str, Any]) -> None:
-        with options.results.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-
-    if "source" not in known:
-        keep({"model": name, "key": "source", **measure(bench, bench.model)})
-    experts = len(bench.model.moe_blocks[0][1].experts)
-    if "oracle" not in known and experts <= 8 and options.only in (None, "oracle"):
-        keep(oracle(bench))
-    wanted = [c for c in plan(bench) if c.key not in known and (options.only or "") in c.key]
-    for n, cell in enumerate(wanted, start=1):
-        row = run_cell(bench, cell)
-        keep(row)
-        print(f"{name} {n}/{len(wanted)} {row['key']}: {row['seconds']} s", flush=True)
+        files = texts.write_texts(given.data, Path(folder))
+        benches = [
+            *(Bench(name, place, files) for name, place in list_checkpoints(given.models).items()),
+            Bench("tiny-moe", BUILTIN, {}),
+        ]
+        jobs = [
+            job
+            for bench in benches
+            if given.model in (None, bench.name)
+            for job in list_jobs(bench)
+            # The tables compare every row with the source.
+            if given.only in job.key or job.key == "source"
+        ]
+        study.run(jobs, lambda row: f"{row['seconds']} s" if "seconds" in row else "measured")
+    report.write_report(study.read(), given.results.parent)
 
 
 if __name__ == "__main__":

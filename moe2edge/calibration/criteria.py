@@ -56,9 +56,11 @@ def score_experts(criterion: Criterion, block: Block, facts: Facts, seed: int = 
     if criterion == "random":
         return saliency.draw_random_scores(len(layer.experts), key, seed).tolist()
     if criterion in WEIGHTS:
-        score = saliency.aimer if criterion == "aimer" else saliency.magnitude
-        return [score([w.load() for w in (e.gate, e.up, e.down)]) for e in layer.experts]
-    name = criterion.replace("-", "_")
+        weight_score = (
+            saliency.compute_aimer if criterion == "aimer" else saliency.compute_magnitude
+        )
+        return [weight_score([w.load() for w in (e.gate, e.up, e.down)]) for e in layer.experts]
+    name = f"compute_{criterion.replace('-', '_')}"
     if criterion in ROUTING:
         statistics = facts[router_observers.RoutingObserver]
         score_routing: Callable[[RoutingStatistics, int], Tensor] = getattr(saliency, name)

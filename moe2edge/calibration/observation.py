@@ -23,9 +23,9 @@ class RouterTrace:
 
     Attributes:
         inputs: input of the MoE layer, [N, hidden].
-        logits: router logits, [N, experts].
+        logits: router logits, [N, rows].
         weights: gate weights, by which expert outputs are multiplied, [N, k].
-        ids: the chosen experts, int64 [N, k].
+        ids: the chosen rows of the router, int64 [N, k]; the number of rows for a skipped choice.
     """
 
     inputs: Tensor
@@ -46,10 +46,10 @@ class BlockTrace:
         routing: trace of the router; None for a dense block.
         linear_inputs: inputs [N, in] of the matrices of attention, shared expert and dense MLP,
             by role.
-        expert_hidden: function from the index of an expert (or tied expert) and its inputs
-            [n, hidden] to its intermediate activations [n, width], the input of ``down``.
-        expert_output: function from the index of an expert (or tied expert) and its inputs
-            [n, hidden] to its output [n, hidden].
+        expert_hidden: function from a row of the router that runs a full or tied expert, and
+            inputs [n, hidden], to its intermediate activations [n, width], the input of ``down``.
+        expert_output: function from such a row and inputs [n, hidden] to the output of its
+            expert, [n, hidden].
     """
 
     block: Block

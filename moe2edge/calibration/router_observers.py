@@ -29,20 +29,22 @@ class RoutingObserver:
 
     def observe(self, trace: BlockTrace) -> None:
         """Add one batch of one block."""
-        if trace.routing is None:
+        layer = trace.block.mlp
+        if trace.routing is None or not isinstance(layer, MoELayer):
             return
         routing, key = trace.routing, trace.block.origin
-        experts = len(trace.block.expert_origins)
+        rows = list(layer.routed)
+        experts, count = len(rows), layer.router_rows
         if key not in self._counts:
             self._experts[key] = trace.block.expert_origins
             self._counts[key] = torch.zeros(experts, dtype=torch.int64)
             self._probability[key] = torch.zeros(experts, dtype=torch.float64)
             self._mass[key] = torch.zeros(experts, dtype=torch.float64)
-        # Ids after those of the experts are replacements and skipped choices.
+        # The other rows run replacements; an id after the last row is a skipped choice.
         ids, weights = routing.ids.flatten(), routing.weights.double().flatten()
-        self._counts[key] += torch.bincount(ids, minlength=experts)[:experts]
-        self._mass[key] += torch.bincount(ids, weights, minlength=experts)[:experts]
-        self._probability[key] += routing.logits.double().softmax(-1).sum(0)[:experts]
+        self._counts[key] += torch.bincount(ids, minlength=count)[rows]
+        self._mass[key] += torch.bincount(ids, weights, minlength=count)[rows]
+        self._probability[key] += routing.logits.double().softmax(-1).sum(0)[rows]
         if key == min(self._counts):
             self._tokens += len(routing.ids)
 
@@ -61,17 +63,18 @@ class OutputObserver:
 
     def observe(self, trace: BlockTrace) -> None:
         """Add one batch of one block."""
-        if trace.routing is None:
+        layer = trace.block.mlp
+        if trace.routing is None or not isinstance(layer, MoELayer):
             return
         routing, key = trace.routing, trace.block.origin
         if key not in self._layers:
-            self._layers[key] = LayerOutputs.of(
+            self._layers[key] = LayerOutputs.empty(
                 trace.block.expert_origins, routing.inputs.shape[-1]
             )
-        for expert in range(len(trace.block.expert_origins)):
-            token, place = torch.where(routing.ids == expert)
+        for expert, row in enumerate(layer.routed):
+            token, place = torch.where(routing.ids == row)
             if len(token):
-                outputs = trace.expert_output(expert, routing.inputs[token])
+                outputs = trace.expert_output(row, routing.inputs[token])
                 self._layers[key].add(expert, outputs, routing.weights[token, place])
 
     def result(self) -> OutputStatistics:

@@ -1,9 +1,10 @@
 """The streaming walk: run text through a model one block at a time.
 
 Each block is transformers' own decoder block, built for that block's actual shape, so that every
-family's numerics are transformers'. It is loaded, the hidden states of all samples pass through
-it, visitors see what happened inside, and it is forgotten. Everything runs in float32: weights in
-bfloat16 are exact in it, and so the walk is the reference that runtimes are compared with.
+family's numerics are transformers'. A block is loaded, the hidden states of all samples pass
+through it, visitors see its intermediate activations, and it is freed before the next one is
+loaded. Everything runs in float32: bfloat16 weights are exact in it, so the walk is the reference
+that runtimes are compared with.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from moe2edge.runtime.mixed_experts import compute_expert_intermediate, compute_
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Tokens in a batch: large enough for fast products, small against the hidden states of a sample.
+# Tokens in a batch: enough for fast matrix products, few next to the hidden states of all samples.
 BATCH_TOKENS = 8192
 
 
@@ -49,43 +50,43 @@ class BlockRunner:
 
     @torch.no_grad()
     def run(self, hidden: Tensor) -> Tensor:
-        """Output of the block for ``hidden`` [batch, length, hidden]."""
+        """Return the output of the block for ``hidden`` [batch, length, hidden]."""
         out: Tensor = self._base(inputs_embeds=hidden, use_cache=False).last_hidden_state
         return out
 
     @torch.no_grad()
     def watch(self, hidden: Tensor) -> BlockTrace:
-        """Like `run`, and keep what happened inside."""
-        inputs: dict[str, Tensor] = {}
-        seen: dict[str, Any] = {}
+        """Run the block as `run` does, and return its intermediate activations as well."""
+        linear_inputs: dict[str, Tensor] = {}
+        recorded: dict[str, Any] = {}
 
-        def keep_input(role: str) -> Callable[..., None]:
+        def record_input(role: str) -> Callable[..., None]:
             def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-                inputs[role] = args[0].flatten(0, -2)
+                linear_inputs[role] = args[0].flatten(0, -2)
 
             return hook
 
-        def keep_routing(_: nn.Module, args: tuple[Tensor, ...], out: tuple[Tensor, ...]) -> None:
+        def record_routing(_: nn.Module, args: tuple[Tensor, ...], out: tuple[Tensor, ...]) -> None:
             flat = args[0].flatten(0, -2)
-            seen["routing"] = RouterTrace(flat, out[0].float(), out[1].float(), out[2])
+            recorded["routing"] = RouterTrace(flat, out[0].float(), out[1].float(), out[2])
 
-        def keep_attended(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            seen["attended"] = args[0]
+        def record_attended(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            recorded["attended"] = args[0]
 
-        def keep_mlp(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-            seen.update(mlp_inputs=args[0], mlp_outputs=out)
+        def record_mlp(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+            recorded.update(mlp_inputs=args[0], mlp_outputs=out)
 
         hooks = [
-            module.register_forward_pre_hook(keep_input(role))
+            module.register_forward_pre_hook(record_input(role))
             for role, module in self._linear_modules()
         ]
         norm, mlp = self._layer.post_attention_layernorm, self._layer.mlp
         hooks += [
-            norm.register_forward_pre_hook(keep_attended),
-            mlp.register_forward_hook(keep_mlp),
+            norm.register_forward_pre_hook(record_attended),
+            mlp.register_forward_hook(record_mlp),
         ]
         if isinstance(self.block.mlp, MoELayer):
-            hooks.append(self._layer.mlp.gate.register_forward_hook(keep_routing))
+            hooks.append(self._layer.mlp.gate.register_forward_hook(record_routing))
         try:
             outputs = self.run(hidden)
         finally:
@@ -95,22 +96,23 @@ class BlockRunner:
             self.block,
             hidden,
             outputs,
-            seen["attended"],
-            seen["mlp_inputs"],
-            seen["mlp_outputs"],
-            seen.get("routing"),
-            inputs,
+            recorded["attended"],
+            recorded["mlp_inputs"],
+            recorded["mlp_outputs"],
+            recorded.get("routing"),
+            linear_inputs,
             self._expert_hidden,
             self._expert_output,
         )
 
     @torch.no_grad()
-    def answer(self, inputs: Tensor) -> Tensor:
-        """Output [n, hidden] of what follows attention for its inputs [n, hidden]."""
+    def run_mlp(self, inputs: Tensor) -> Tensor:
+        """Return the output [n, hidden] of the MoE layer or MLP for its inputs [n, hidden]."""
         out: Tensor = self._layer.mlp(inputs[None])
         return out[0]
 
     def _linear_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """Yield the linear modules of attention, shared expert and dense MLP, by role."""
         for role, _ in self.block.weights():
             kind, _, rest = role.partition(".")
             if kind == "attention" and rest.endswith("_proj.weight"):
@@ -130,7 +132,7 @@ class BlockRunner:
 
 
 def build_skeleton(model: Model, block: Block) -> Any:
-    """Transformers' base model with only ``block``, without numbers, embeddings and last norm.
+    """Build transformers' base model of ``block`` alone: no weights, embeddings or last norm.
 
     Driving the base model rather than the decoder layer leaves masks, positions and sliding
     windows to transformers.
@@ -138,7 +140,7 @@ def build_skeleton(model: Model, block: Block) -> Any:
     from transformers import AutoModel
 
     model = replace(model, blocks=(replace(block, index=0),))
-    # The skeleton has no embedding table; ids of special tokens would point outside of it.
+    # The skeleton has no embedding table, so ids of special tokens would point outside of it.
     special = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
     config = build_transformers_config(model, vocab_size=1, **special)
     with torch.device("meta"):
@@ -151,7 +153,7 @@ def build_skeleton(model: Model, block: Block) -> Any:
 
 
 def embed(model: Model, tokens: Tensor, memory: Memory = UNLIMITED) -> Tensor:
-    """Rows of the embedding table, float32 [samples, length, hidden]."""
+    """Look ``tokens`` up in the embedding table: float32 [samples, length, hidden]."""
     handle = model.rest["model.embed_tokens.weight"]
     table = handle.load()
     hidden = memory.empty((*tokens.shape, table.shape[1]))
@@ -161,9 +163,144 @@ def embed(model: Model, tokens: Tensor, memory: Memory = UNLIMITED) -> Tensor:
 
 
 def split_batches(tokens: Tensor) -> list[slice]:
-    """Ranges of samples of about `BATCH_TOKENS` tokens."""
+    """Split samples [samples, length, ...] into ranges of about `BATCH_TOKENS` tokens."""
     size = max(1, BATCH_TOKENS // tokens.shape[1])
     return [slice(at, at + size) for at in range(0, len(tokens), size)]
+
+
+# ---- the walk ------------------------------------------------------------------------------------
+
+
+class BlockTransform(Protocol):
+    """Changes a model block by block, each from its activations on the calibration text."""
+
+    def observe(self, trace: BlockTrace, source: BlockTrace | None) -> None:
+        """Take in one batch of the current block, and of its twin if a source is walked too."""
+        ...
+
+    def change(self, block: Block) -> Block:
+        """Return the current block as changed, and discard what was gathered for it."""
+        ...
+
+
+def walk(
+    model: Model,
+    tokens: Tensor,
+    visitors: Sequence[Observer[Any]] = (),
+    *,
+    transform: BlockTransform | None = None,
+    source: Model | None = None,
+    propagate: bool = True,
+    advance: Advance,
+    label: str,
+    memory: Memory = UNLIMITED,
+) -> tuple[Model, Tensor]:
+    """Run ``tokens`` through ``model`` block by block, and change the blocks by ``transform``.
+
+    Args:
+        model: the model to walk over.
+        tokens: int64 [samples, length].
+        visitors: observers of every batch of every block.
+        transform: observes every batch of a block too, and then changes the block.
+        source: walked beside ``model`` to show ``transform`` the twin of each block, which has the
+            same origin. ``model`` may lack some of its blocks.
+        propagate: later blocks see the hidden states of the blocks as changed; otherwise those of
+            the blocks as they were.
+        advance: receives progress.
+        label: name of the work in progress lines.
+        memory: budget for the hidden states.
+
+    Returns:
+        The changed model, and hidden states float32 [samples, length, hidden] after the last
+        block; if changes are propagated, before it, as no block follows that needs them.
+    """
+    hidden, blocks = embed(model, tokens, memory), model.blocks
+    source_walk = None if source is None else _SourceWalk(source, tokens, memory)
+    rerun = transform is not None and propagate
+    for block in blocks:
+        advance(label, block.index, len(blocks))
+        if transform is None and not visitors:
+            _run_block(model, block, hidden)
+            continue
+        if source_walk is not None:
+            source_walk.load_twin(block)
+        # The runner gets no name here, so it is freed before the next block is loaded.
+        _watch_block(
+            BlockRunner(model, block), hidden, visitors, transform, source_walk, store=not rerun
+        )
+        if transform is None:
+            continue
+        changed = transform.change(block)
+        model = model.replace_block(changed)
+        if propagate and block.index + 1 < len(blocks):
+            _run_block(model, changed, hidden)
+    advance(label, len(blocks), len(blocks))
+    return model, hidden
+
+
+class _SourceWalk:
+    """The source's hidden states, on their way beside those of a model with fewer blocks.
+
+    Attributes:
+        hidden: float32 [samples, length, hidden].
+    """
+
+    def __init__(self, source: Model, tokens: Tensor, memory: Memory) -> None:
+        self.hidden = embed(source, tokens, memory)
+        self._source = source
+        self._upcoming = iter(source.blocks)
+        self._runner: BlockRunner | None = None
+
+    def load_twin(self, block: Block) -> None:
+        """Load the block with the origin of ``block``, after running those before it."""
+        for twin in self._upcoming:
+            if twin.origin == block.origin:
+                self._runner = BlockRunner(self._source, twin)
+                return
+            _run_block(self._source, twin, self.hidden)
+
+    def free_twin(self) -> None:
+        """Forget the loaded block."""
+        self._runner = None
+
+    def watch(self, part: slice) -> BlockTrace:
+        """Run a batch through the loaded block; the caller stores its outputs."""
+        assert self._runner is not None, "no twin is loaded"
+        return self._runner.watch(self.hidden[part])
+
+
+def _watch_block(
+    runner: BlockRunner,
+    hidden: Tensor,
+    visitors: Sequence[Observer[Any]],
+    transform: BlockTransform | None,
+    source_walk: _SourceWalk | None,
+    *,
+    store: bool,
+) -> None:
+    """Show visitors and transform each batch; ``store`` the outputs in ``hidden``."""
+    for part in split_batches(hidden):
+        twin = None if source_walk is None else source_walk.watch(part)
+        trace = runner.watch(hidden[part])
+        for visitor in visitors:
+            visitor.observe(trace)
+        if transform is not None:
+            transform.observe(trace, twin)
+        # Stored last, because the inputs of a trace are a view of the hidden states.
+        if store:
+            hidden[part] = trace.outputs
+        if source_walk is not None and twin is not None:
+            source_walk.hidden[part] = twin.outputs
+        del trace, twin
+    if source_walk is not None:
+        source_walk.free_twin()
+
+
+def _run_block(model: Model, block: Block, hidden: Tensor) -> None:
+    """Replace ``hidden`` [samples, length, hidden] by the outputs of a block."""
+    runner = BlockRunner(model, block)
+    for part in split_batches(hidden):
+        hidden[part] = runner.run(hidden[part])
 
 
 def observe(
@@ -174,23 +311,8 @@ def observe(
     label: str,
     memory: Memory = UNLIMITED,
 ) -> Tensor:
-    """Walk over ``tokens`` int64 [samples, length]; hidden states after the last block."""
-    hidden = embed(model, tokens, memory)
-    for block in model.blocks:
-        advance(label, block.index, len(model.blocks))
-        runner = BlockRunner(model, block)
-        for part in split_batches(tokens):
-            if observers:
-                seen = runner.watch(hidden[part])
-                for observer in observers:
-                    observer.observe(seen)
-                hidden[part] = seen.outputs
-                del seen
-            else:
-                hidden[part] = runner.run(hidden[part])
-        del runner  # before the next block is loaded
-    advance(label, len(model.blocks), len(model.blocks))
-    return hidden
+    """Walk over ``tokens`` int64 [samples, length]; return hidden states after the last block."""
+    return walk(model, tokens, observers, advance=advance, label=label, memory=memory)[1]
 
 
 def gather(
@@ -201,125 +323,16 @@ def gather(
     label: str,
     memory: Memory = UNLIMITED,
 ) -> Facts:
-    """What observers of some kinds learn in one walk; without any, nothing is run."""
+    """Return the results of some kinds of observers after one walk; without any, run nothing."""
     observers = {kind: kind() for kind in kinds}
     if observers:
         observe(model, tokens, list(observers.values()), advance, label, memory)
     return Facts({kind: observer.result() for kind, observer in observers.items()})
 
 
-class Changer(Protocol):
-    """Changes blocks one after the other, from what they do and what the source's twins do."""
-
-    def observe(self, trace: BlockTrace, source: BlockTrace) -> None:
-        """Take in one batch of the current block, and of its twin in the source model."""
-        ...
-
-    def change(self, block: Block) -> Block:
-        """The current block as it shall be; then forget it."""
-        ...
-
-
-def change(
-    source: Model, model: Model, tokens: Tensor, changer: Changer, advance: Advance, label: str
-) -> Model:
-    """Change block after block; later blocks see the stream of the blocks as changed.
-
-    Two streams are carried: that of ``model`` as it changes, and that of ``source``, some of whose
-    blocks ``model`` may lack.
-
-    Args:
-        source: the model that shows what the blocks should put out.
-        model: what to change; its blocks are blocks of ``source`` by their origin.
-        tokens: int64 [samples, length].
-        changer: says how.
-        advance: told about progress.
-        label: name of the work in progress lines.
-    """
-    mine, theirs = embed(model, tokens), embed(source, tokens)
-    upcoming = iter(source.blocks)
-    for block in model.blocks:
-        advance(label, block.index, len(model.blocks))
-        for twin in upcoming:
-            runner = BlockRunner(source, twin)
-            if twin.origin == block.origin:
-                break
-            for part in split_batches(tokens):
-                theirs[part] = runner.run(theirs[part])
-        current = BlockRunner(model, block)
-        for part in split_batches(tokens):
-            expected = runner.watch(theirs[part])
-            changer.observe(current.watch(mine[part]), expected)
-            theirs[part] = expected.outputs
-        del runner, current
-        changed = changer.change(block)
-        model = model.replace_block(changed)
-        if block.index + 1 < len(model.blocks):
-            runner = BlockRunner(model, changed)
-            for part in split_batches(tokens):
-                mine[part] = runner.run(mine[part])
-    advance(label, len(model.blocks), len(model.blocks))
-    return model
-
-
-class Rewriter(Protocol):
-    """Changes blocks one after the other, from what they do."""
-
-    def observe(self, trace: BlockTrace) -> None:
-        """Take in one batch of the current block."""
-        ...
-
-    def change(self, block: Block) -> Block:
-        """The current block as it shall be; then forget it."""
-        ...
-
-
-def rewrite(
-    model: Model,
-    tokens: Tensor,
-    worker: Rewriter,
-    advance: Advance,
-    label: str,
-    memory: Memory = UNLIMITED,
-    *,
-    propagate: bool = True,
-) -> Model:
-    """Change block after block from what each does; `change` without a source beside it.
-
-    Args:
-        model: what to change.
-        tokens: int64 [samples, length], that show what blocks do.
-        worker: says how.
-        advance: told about progress.
-        label: name of the work in progress lines.
-        memory: what it may take.
-        propagate: later blocks see the stream of the blocks as changed; otherwise as they were.
-    """
-    hidden, blocks = embed(model, tokens, memory), model.blocks
-    for block in blocks:
-        advance(label, block.index, len(blocks))
-        runner = BlockRunner(model, block)
-        for part in split_batches(tokens):
-            seen = runner.watch(hidden[part])
-            worker.observe(seen)
-            if not propagate:
-                hidden[part] = seen.outputs
-            del seen
-        del runner
-        new = worker.change(block)
-        model = model.replace_block(new)
-        if propagate and block.index + 1 < len(blocks):
-            runner = BlockRunner(model, new)
-            for part in split_batches(tokens):
-                hidden[part] = runner.run(hidden[part])
-            del runner
-    advance(label, len(blocks), len(blocks))
-    return model
-
-
 @torch.no_grad()
 def compute_logits(model: Model, hidden: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Logits float32 [length, vocabulary] of each sample of ``hidden`` [samples, length, hidden].
+    """Yield the logits float32 [length, vocabulary] of each sample [length, hidden].
 
     All families end in an RMS norm and a linear head without bias.
     """

@@ -132,7 +132,7 @@ def _inspect_output(folder: Path, as_json: bool) -> None:
     click.echo(f"parameters: {model['parameters']:,} ({model['active_parameters']:,} active)")
     click.echo(f"experts per MoE layer: {model['expert_counts']}; blocks: {model['origins']}")
     # Manifests of older versions lack these keys.
-    for words, key in (("tied experts", "members"), ("replacements of experts", "substitutes")):
+    for words, key in (("tied experts", "members"), ("replacements", "substitutes")):
         if any(model.get(key, ())):
             click.echo(f"{words} per MoE layer: {model[key]}")
     for name, entry in artifact.manifest["files"].items():

@@ -233,9 +233,7 @@ def export_command(
 
 
 def _choose_default_recipe(targets: Sequence[Target]) -> str:
-    from moe2edge.pipeline.registry import get_name
-
-    if "hf" in map(get_name, targets):
+    if any(target.name == "hf" for target in targets):
         raise InputError(
             "target hf needs a recipe that prunes, such as -r trim, because it cannot hold "
             "quantized numbers"

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -24,7 +24,7 @@ from moe2edge.cli.common import (
     read_text_options,
 )
 from moe2edge.cli.progress_bar import make_reporter
-from moe2edge.errors import DoesNotFit, InputError, VerificationFailed
+from moe2edge.errors import DoesNotFit, VerificationFailed
 
 
 @click.command(epilog="\b\nExample:\n  moe2edge verify out-onnx")
@@ -167,7 +167,7 @@ Examples:
 @add_hub_options
 def profile_command(
     model: str,
-    preset: str,
+    preset: Literal["quick", "ci", "full"],
     text: Path | None,
     as_json: bool,
     revision: str | None,
@@ -178,22 +178,13 @@ def profile_command(
 
     Every measurement runs in a fresh process.
     """
-    from moe2edge.calibration.sources import TextSource
-    from moe2edge.calibration.tokens import list_parts, read_texts
-    from moe2edge.evaluation.profile.measure import PRESETS
-    from moe2edge.evaluation.profile.measure import profile as measure
+    from moe2edge.commands.api import profile
     from moe2edge.evaluation.profile.table import build_profile_table
 
-    folder = Path(model) if Path(model).is_dir() else open_model(model, revision, cache_dir).folder
-    given = {name: value for name, value in sizes.items() if value is not None}
-    settings = replace(PRESETS[preset], **given)
-    source = TextSource(text=str(text)) if text else TextSource()
-    if len(list_parts(source, "evaluation")) > 1:
-        raise InputError(f"--text {text}: prompts are cut from one text; name one file")
+    place = model if Path(model).is_dir() else open_model(model, revision, cache_dir)
     quiet_libraries()
-    prompts = "\n".join(read_texts(source, "evaluation"))
-    advance = make_reporter(quiet=as_json).advance
-    result = measure(folder, text=prompts, settings=settings, fixed=given.keys(), advance=advance)
+    reporter = make_reporter(quiet=as_json)
+    result = profile(place, preset=preset, text=text, reporter=reporter, **sizes)
     if as_json:
         emit(result.to_json())
         return

@@ -7,17 +7,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from moe2edge.commands.environment import list_versions
-from moe2edge.commands.preflight import EXPERTS, check_sources
+from moe2edge.commands.preflight import check_sources
 from moe2edge.commands.texts import load_calibration
 from moe2edge.errors import InputError
 from moe2edge.model.model import Block, Model
-from moe2edge.pipeline import registry
 from moe2edge.pipeline.contract import Pass, Slim
 from moe2edge.pipeline.decisions import CalibrationText, Decisions, SourceModel, describe_blocks
 from moe2edge.pipeline.recipe import Recipe
 from moe2edge.pipeline.runner import run_passes
-from moe2edge.pipeline.stages import Step
-from moe2edge.pipeline.work import BlockJournal
+from moe2edge.pipeline.stages import Step, plan_passes
+from moe2edge.pipeline.work import EXPERT_ROLES, BlockJournal
 from moe2edge.progress import Reporter
 from moe2edge.storage.checkpoint import Checkpoint
 
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from moe2edge.model.layers import Weight
+    from moe2edge.model.weights import Weight
     from moe2edge.numerics.grid import Quantized
 
 
@@ -71,23 +70,19 @@ def check_decidable(passes: Sequence[Pass], source: Model) -> None:
     """
     if not passes:
         raise InputError("the recipe has no passes; there is nothing to decide")
-    model = source
     for step in passes:
-        name = registry.get_name(step)
         if isinstance(step, Slim):
-            raise _computes(name)
-        step.check(model)
-        planned = step.plan(model)
-        planned.verify()
+            raise _computes(step.name)
+    for planned in plan_passes(passes, source).steps:
+        before, after = planned.before, planned.after
         # A pass that plans no other structure does its work on numbers.
-        if _has_new_numbers(model, planned) or describe_blocks(planned) == describe_blocks(model):
-            raise _computes(name)
-        model = planned
+        if _has_new_numbers(before, after) or describe_blocks(after) == describe_blocks(before):
+            raise _computes(planned.step.name)
 
 
 def _has_new_numbers(before: Model, after: Model) -> bool:
     """Whether experts, or what answers for them, have numbers that are not there yet."""
-    return any(role.startswith(EXPERTS) for role, _ in after.new_beside(before))
+    return any(role.startswith(EXPERT_ROLES) for role, _ in after.new_beside(before))
 
 
 def _computes(name: str) -> InputError:

@@ -16,8 +16,8 @@ from moe2edge.commands.report import Report
 from moe2edge.commands.texts import NO_TEXT, load_calibration, load_evaluation, load_training
 from moe2edge.commands.write_target import describe_cost, fit_for_targets, write_target
 from moe2edge.evaluation.comparison import Comparison, ResultRow
-from moe2edge.pipeline import registry
 from moe2edge.pipeline.recipe import Recipe
+from moe2edge.pipeline.registry import list_options
 from moe2edge.pipeline.runner import run_passes
 from moe2edge.pipeline.target import Target
 from moe2edge.progress import Reporter
@@ -56,7 +56,7 @@ def export(
         force: replace an output of ours.
         resume: what to do about an unfinished export to the same folder.
         most: bytes of memory for the whole process; None: what the machine has.
-        materialize: give every member matrices of its own where a target cannot hold it otherwise.
+        materialize: give tied experts matrices of their own where a target cannot hold them.
 
     Raises:
         InputError, Unsupported, DoesNotFit: before any work.
@@ -67,9 +67,11 @@ def export(
     recipe = recipe.resolve(source)
     budget = memory.Memory.from_limit(memory.find_limit(most))
     memory.avoid_fragmentation(most)
-    refuse_early(checkpoint, recipe, targets, out, budget, force=force, materialize=materialize)
+    plan = refuse_early(
+        checkpoint, recipe, targets, out, budget, force=force, materialize=materialize
+    )
     reporter.log(f"recipe:\n{recipe.render()}")
-    describe(recipe.passes, source, reporter)
+    describe(plan, reporter)
     calibration = load_calibration(checkpoint, recipe, reporter)
     evaluation = load_evaluation(checkpoint, recipe)
     training = load_training(checkpoint, recipe)
@@ -85,7 +87,7 @@ def export(
         model = fit_for_targets(model, targets, materialize=materialize)
         grown = None if model is found else describe_cost(found, model)
         if grown:
-            reporter.log(f"members are experts of their own now: {grown}")
+            reporter.log(f"tied experts have matrices of their own now: {grown}")
         elif materialize:
             reporter.log("--materialize changed nothing: the targets hold the model as it is")
         memory.give_back()
@@ -99,9 +101,9 @@ def export(
         )
         results: list[ResultRow] = []
         for target in targets:
-            folder = content / registry.get_name(target) if len(targets) > 1 else content
+            folder = content / target.name if len(targets) > 1 else content
             folder.mkdir(exist_ok=True)
-            reporter.log(f"writing {registry.get_name(target)}")
+            reporter.log(f"writing {target.name}")
             results.append(write_target(target, model, folder, checkpoint, measured, reporter))
         report = Report(
             source=checkpoint.source,
@@ -112,8 +114,8 @@ def export(
             after=measured.measure_result(),
             results=tuple(results),
             skip_rate=measured.skip_rates.rate if model.skips else None,
-            loaders={registry.get_name(t): t.loaders(model) for t in targets},
-            target_options={registry.get_name(t): registry.list_options(t) for t in targets},
+            loaders={t.name: t.loaders(model) for t in targets},
+            target_options={t.name: list_options(t) for t in targets},
             calibration=calibration.provenance if calibration else None,
             evaluation=evaluation.provenance,
             training=training.provenance if training else None,
@@ -122,7 +124,7 @@ def export(
             peak_bytes=measure_peak_bytes(),
         )
         for target in targets:
-            folder = content / registry.get_name(target) if len(targets) > 1 else content
+            folder = content / target.name if len(targets) > 1 else content
             report.write(folder, target, checkpoint, model, list_versions())
     return report
 

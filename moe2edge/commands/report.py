@@ -11,7 +11,6 @@ from rich.table import Table
 
 from moe2edge.evaluation.comparison import RESULT_HEADINGS, ResultRow
 from moe2edge.model.model import Model
-from moe2edge.pipeline import registry
 from moe2edge.pipeline.stages import Step
 from moe2edge.pipeline.target import Loader, Target
 from moe2edge.storage.checkpoint import Checkpoint
@@ -98,7 +97,7 @@ class Report:
         """What materializing took, as a paragraph; empty if nothing was."""
         if self.materialized is None:
             return ""
-        return f"Materialized: members are experts of their own, {self.materialized}.\n\n"
+        return f"Materialized: tied experts have matrices of their own, {self.materialized}.\n\n"
 
     def _skipping(self) -> list[str]:
         """What dynamic skipping left out on the evaluation text, and the time that it saved."""
@@ -126,7 +125,7 @@ class Report:
         versions: Mapping[str, str],
     ) -> None:
         """Write recipe, report, model card and manifest into a finished folder."""
-        name = registry.get_name(target)
+        name = target.name
         (folder / RECIPE_FILE).write_text(self.recipe, "utf-8")
         write_json(folder / REPORT_FILE, self.to_json())
         (folder / "README.md").write_text(self._card(name, checkpoint), "utf-8")
@@ -139,8 +138,10 @@ class Report:
                 "parameters": model.parameters,
                 "active_parameters": model.active_parameters,
                 "expert_counts": list(model.expert_counts),
-                "members": [len(layer.members) for _, layer in model.moe_blocks],
-                "substitutes": [len(layer.substitutes) for _, layer in model.moe_blocks],
+                "members": [
+                    len(layer.routed) if layer.is_tied else 0 for _, layer in model.moe_blocks
+                ],
+                "substitutes": [len(layer.replaced) for _, layer in model.moe_blocks],
                 "materialized": self.materialized is not None,
                 "origins": [block.origin for block in model.blocks],
             },

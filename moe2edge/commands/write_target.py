@@ -12,7 +12,6 @@ from moe2edge.errors import Unsupported
 from moe2edge.evaluation.comparison import Comparison, ResultRow
 from moe2edge.model import edits
 from moe2edge.model.model import Model
-from moe2edge.pipeline import registry
 from moe2edge.pipeline.target import Target
 from moe2edge.progress import Reporter
 from moe2edge.runtime.memory import give_back
@@ -34,7 +33,7 @@ def write_target(
     from moe2edge.evaluation import verify
     from moe2edge.evaluation.skip_times import measure_times
 
-    name = registry.get_name(target)
+    name = target.name
     for companion in checkpoint.companions:
         shutil.copyfile(companion, folder / companion.name)
     target.write(model, folder)
@@ -51,7 +50,7 @@ def write_target(
     if shipped is None:
         reporter.log(
             f"warning: {name} was not run, because that needs "
-            f"{target.runtime_nbytes(model) / 1e9:.1f} GB of memory; it was read back block by "
+            f"{target.estimate(model).memory / 1e9:.1f} GB of memory; it was read back block by "
             "block and computes what it should"
         )
         return replace(row, form=f"{name}, not run", parity=parity)
@@ -80,26 +79,26 @@ def fit_for_targets(model: Model, targets: Sequence[Target], *, materialize: boo
     """``model`` as all of some targets hold it: as it is, or materialized where that is wanted.
 
     Raises:
-        Unsupported: a target holds neither, or no members and ``materialize`` is not set.
+        Unsupported: a target holds neither, or no tied experts and ``materialize`` is not set.
     """
     try:
         for target in targets:
             target.accepts(model)
     except Unsupported as error:
-        if not model.members:
+        if not model.tied_count:
             raise
         whole = edits.materialize(model)
         other = _refusal(whole, targets)
         if other is not None and materialize:
             raise Unsupported(
-                f"{error}; nor is it held with every member as an expert of its own: {other}; "
+                f"{error}; nor is it held with every tied expert as an expert of its own: {other}; "
                 "targets of which one needs that want an export each"
             ) from error
         if other is not None:
             raise
         if not materialize:
             raise Unsupported(
-                f"{error}; or write every member as an expert of its own with --materialize: "
+                f"{error}; or write every tied expert as one of its own with --materialize: "
                 f"{describe_cost(model, whole)}"
             ) from error
         return whole

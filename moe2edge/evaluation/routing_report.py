@@ -277,7 +277,7 @@ def _summarize_layer(block: Block, layer: MoELayer, facts: Facts, origin: int) -
             largest_output=largest[n],
             saliency={name: by_criterion[name][n] for name in REPORTED_CRITERIA},
         )
-        for n in range(layer.routed)
+        for n in range(len(layer.routed))
     )
     return LayerUse(block.index, origin, layer.router.top_k, routing.tokens, experts)
 
@@ -294,8 +294,9 @@ def _score_weights(layer: MoELayer) -> dict[str, list[float]]:
     for expert in layer.experts:
         matrices = [weight.load() for weight in (expert.gate, expert.up, expert.down)]
         for name, scores in by_criterion.items():
-            scores.append(getattr(saliency, name)(matrices))
+            scores.append(getattr(saliency, f"compute_{name}")(matrices))
+    bases = [layer.bases[row] for row in layer.routed]
     return {
-        name: [min(scores) if base is None else scores[base] for base in layer.bases]
+        name: [min(scores) if base is None else scores[base] for base in bases]
         for name, scores in by_criterion.items()
     }

@@ -22,8 +22,9 @@ from safetensors.torch import save
 
 from moe2edge.calibration import walk
 from moe2edge.errors import InputError, VerificationFailed
-from moe2edge.model.layers import MoELayer, Weight
+from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model
+from moe2edge.model.weights import Weight
 from moe2edge.numerics import metrics
 from moe2edge.numerics.grid import Quantized
 from moe2edge.pipeline.target import Target
@@ -380,7 +381,7 @@ def check_parity(
     """
     model = target.streamed(folder)
     difference = measure_exact(reference, target, folder, within)
-    if model is not None and not fits(target.runtime_nbytes(model), within):
+    if model is not None and not fits(target.estimate(model).memory, within):
         return Parity(difference), None
     give_back()
     runtime = target.reopen(folder)

@@ -1,4 +1,4 @@
-"""A model from a config and a reader of tensors."""
+"""Building a model from a config and handles on its tensors."""
 
 from __future__ import annotations
 
@@ -6,15 +6,22 @@ from collections.abc import Callable
 
 from moe2edge.errors import InputError
 from moe2edge.model.config_types import parse_whole_number
+from moe2edge.model.experts import Dense, Expert
 from moe2edge.model.family import Config, Family, Geometry
-from moe2edge.model.layers import Dense, Expert, MoELayer, Router, Shared, Weight
+from moe2edge.model.layers import MoELayer, Router, Shared
 from moe2edge.model.model import Block, Model
+from moe2edge.model.weights import Weight
 
 
 def build_model(
     family: Family, config: Config, take: Callable[[str, tuple[int, ...]], Weight]
 ) -> Model:
-    """The model of a config; ``take`` gives the handle of a tensor and checks its shape.
+    """Build the model of a config.
+
+    Args:
+        family: the row of the config.
+        config: contents of ``config.json``.
+        take: returns the handle of a tensor by its name on disk, and checks its shape.
 
     Raises:
         InputError: values of the config contradict each other.
@@ -23,7 +30,7 @@ def build_model(
     count, types = parse_whole_number(config, "num_hidden_layers"), config.get("layer_types")
     if types is not None and len(types) != count:
         raise InputError(
-            f"config.json: layer_types names {len(types)} blocks, num_hidden_layers {count}"
+            f"config.json: layer_types names {len(types)} blocks, but num_hidden_layers is {count}"
         )
     top_k, experts = parse_whole_number(config, "num_experts_per_tok"), family.num_experts(config)
     if top_k > experts:
@@ -49,6 +56,8 @@ def _build_block(
     index: int,
     take: Callable[[str, tuple[int, ...]], Weight],
 ) -> Block:
+    """Build block ``index``: attention, norms, and an MoE layer or MLP as the config says."""
+
     def weight(role: str, *shape: int) -> Weight:
         return take(family.disk_name(index, role), shape)
 
@@ -101,7 +110,7 @@ def _build_block(
             shared = Shared(
                 Dense(**mlp("shared", shared_width)), weight("shared.router", 1, hidden)
             )
-        body = MoELayer(router, experts, shared)
+        body = MoELayer.make_plain(router, experts, shared)
     else:
         body = Dense(**mlp("dense", parse_whole_number(config, "intermediate_size")))
     window = family.window_of(config, index)

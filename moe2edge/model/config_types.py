@@ -1,4 +1,4 @@
-"""Types of the keys of ``config.json`` that families read, checked before anything reads them."""
+"""Types of the keys of ``config.json`` that families read; they are checked first."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moe2edge.errors import InputError, Unsupported
 
-# Rotary embeddings whose tables do not depend on the length of the text, and the numbers they need.
+# Rotary embeddings whose tables do not depend on the length of the text, and their required keys.
 STATIC_ROPE: Mapping[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
@@ -35,7 +35,7 @@ class _Rope(_Strict):
 
 
 class _Settings(_Strict):
-    """Sizes are left to the rows, which know their spellings."""
+    """The keys with fixed spellings; families read sizes, whose spellings differ."""
 
     hidden_act: str = "silu"
     rms_norm_eps: Positive = 1e-5
@@ -60,10 +60,10 @@ class _Settings(_Strict):
 
 
 def check_types(config: Mapping[str, Any]) -> None:
-    """Refuse a config with a value of another type or range than its key has.
+    """Check types and ranges of the values of a config.
 
     Raises:
-        InputError: with the key, the value and what is expected.
+        InputError: names the key, its value and the expected type or range.
     """
     try:
         _Settings.model_validate(config)
@@ -80,10 +80,10 @@ _KEYS = frozenset(_Rope.model_fields)
 
 
 def parse_whole_number(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    """A positive whole number of the config.
+    """Return a positive whole number of the config, or ``default`` if it is missing.
 
     Raises:
-        InputError: it is missing or something else.
+        InputError: it is missing without a default, or not a positive whole number.
     """
     value = config.get(key)
     if value is None:
@@ -94,11 +94,12 @@ def parse_whole_number(config: Mapping[str, Any], key: str, default: int | None 
 
 
 def check_rope(config: Mapping[str, Any]) -> None:
-    """Refuse rotary embeddings that are not one table for all texts, or lack a number.
+    """Refuse rotary embeddings without a fixed table, or with a missing number.
 
     Raises:
-        InputError: a number is missing.
-        Unsupported: the type, or a part of the head that stays as it is.
+        InputError: a required number is missing or not positive.
+        Unsupported: the table depends on the length of the text, or only a part of the head is
+            rotated.
     """
     rope: Mapping[str, Any] = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))

@@ -1,53 +1,89 @@
-"""Changes of a model that passes do not own: members made whole, skipping taken off."""
+"""Changes of a model that no pass owns: rows sorted, tied experts made whole, skipping removed."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from moe2edge.model.layers import PARTS, Expert, Member, MoELayer, Weight, cast_to_stored
+from moe2edge.model.experts import PARTS, Expert, Full, Tied, list_full_rows
+from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model
+from moe2edge.model.weights import Weight, cast_to_stored
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def materialize(model: Model) -> Model:
-    """``model`` with every member as an expert with matrices of its own.
+def sort_rows(model: Model) -> Model:
+    """Return ``model`` with the rows of each router in the order that formats on disk need.
 
-    Bases and factors are added up in float32 and stored in the dtype of the base, so that the
-    model grows, and is rounded once more; members without factors stay exactly what they were.
+    Rows that run full or tied experts come before replacements. Where each expert is run by one
+    row as it is, experts stand in the order of their rows. The model computes the same.
     """
     for block, layer in model.moe_blocks:
-        if layer.members:
-            experts = tuple(_expert(layer, member) for member in layer.members)
-            whole = replace(layer, experts=experts, members=())
+        found = _sort_layer(layer)
+        if found is not layer:
+            model = model.replace_block(replace(block, mlp=found))
+    return model
+
+
+def _sort_layer(layer: MoELayer) -> MoELayer:
+    order = (*layer.routed, *layer.replaced)
+    if order != tuple(range(layer.router_rows)):
+        rows = tuple(layer.rows[row] for row in order)
+        layer = replace(layer, router=layer.router.select(order), rows=rows)
+    ran = [layer.rows[row] for row in layer.routed]
+    experts = [row.expert for row in ran if isinstance(row, Full)]
+    if layer.is_tied and len(experts) == len(ran) == len(set(experts)):
+        stored = tuple(layer.experts[n] for n in experts)
+        full = (Full(row.origin, n) for n, row in enumerate(ran))
+        rows = (*full, *(layer.rows[row] for row in layer.replaced))
+        layer = replace(layer, experts=stored, rows=rows)
+    return layer
+
+
+def materialize(model: Model) -> Model:
+    """Return ``model`` with every tied expert as an expert with matrices of its own.
+
+    Bases and factors are added up in float32 and stored in the dtype of the base, so that the
+    model grows, and is rounded once more; rows without factors stay exactly what they were.
+    """
+    for block, layer in model.moe_blocks:
+        if layer.is_tied:
+            experts = tuple(_make_expert(layer, row) for row in layer.routed)
+            rows = list(layer.rows)
+            for row, full in zip(layer.routed, list_full_rows(experts), strict=True):
+                rows[row] = full
+            whole = replace(layer, experts=experts, rows=tuple(rows))
             model = model.replace_block(replace(block, mlp=whole))
     return model
 
 
-def _expert(layer: MoELayer, member: Member) -> Expert:
-    base = None if member.base is None else layer.experts[member.base]
-    if base is not None and not member.factors:
-        return replace(base, origin=member.origin)
-    like = layer.experts[member.base or 0]
-    gate, up, down = (_sum(getattr(like, part), member, part, base is not None) for part in PARTS)
-    return Expert(gate, up, down, member.origin)
+def _make_expert(layer: MoELayer, number: int) -> Expert:
+    """Return what a row runs as an expert of its own."""
+    row = layer.rows[number]
+    if isinstance(row, Full):
+        return replace(layer.experts[row.expert], origin=row.origin)
+    assert isinstance(row, Tied), "a replacement has no matrices of an expert"
+    like = layer.experts[row.base or 0]
+    gate, up, down = (_add_factors(getattr(like, part), row, part) for part in PARTS)
+    return Expert(gate, up, down, row.origin)
 
 
-def _sum(like: Weight, member: Member, part: str, based: bool) -> Weight:
-    factors = member.factors[part]
+def _add_factors(like: Weight, row: Tied, part: str) -> Weight:
+    """Return a matrix of a tied expert: that of its base, if it has one, plus its factors."""
+    factors, based = row.factors[part], row.base is not None
 
     def load() -> Tensor:
         low = factors.second.load().float() @ factors.first.load().float()
         return cast_to_stored(low + like.load().float() if based else low, like.dtype)
 
-    name = f"{part} of member {member.origin}"
+    name = f"{part} of tied expert {row.origin}"
     return replace(like, name=name, load=load, scheme=None, load_quantized=None, pattern=None)
 
 
 def remove_skipping(model: Model) -> Model:
-    """``model`` with every chosen expert run."""
+    """Return ``model`` with every chosen expert run."""
     for block, layer in model.moe_blocks:
         router = replace(layer.router, skip_below=())
         model = model.replace_block(replace(block, mlp=replace(layer, router=router)))

@@ -1,10 +1,10 @@
 """The table of model families: one row per ``model_type``.
 
-A row names the tensors on disk, the spellings of config keys, the rules of the router, and says
-for everything else that a config may switch on whether it is supported or refused. It describes
-the per-expert layout on disk, which is the stable one (transformers 5 fuses experts only in
-memory). ``tests/test_families.py`` holds each row against transformers' own logits and checks
-that every key of transformers' config class is accounted for.
+A row gives the names of tensors on disk, the spellings of config keys, the rules of the router, and
+which other switches of a config are supported; the rest is refused. It describes the per-expert
+layout on disk, which is the stable one (transformers 5 fuses experts only in memory).
+``tests/test_families.py`` compares each row with transformers' logits and checks that every key of
+transformers' config class is accounted for.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Literal
 from moe2edge.errors import InputError, Moe2EdgeError, Unsupported, suggest
 from moe2edge.model.config_types import check_rope, check_types, parse_whole_number
 
-# Keys that say nothing about inference or are read from the tensors.
+# Keys that do not affect inference, or whose values are read from the tensors.
 NEUTRAL = frozenset(
     {
         "architectures", "attention_dropout", "bos_token_id", "chunk_size_feed_forward", "dtype",
@@ -59,20 +59,22 @@ class Family:
     """One row of the table.
 
     Attributes:
-        model_type: as in ``config.json``.
+        model_type: value of ``model_type`` in ``config.json``.
         architecture: class name in transformers.
-        moe: name of the MoE module inside a block.
+        moe: name of the MoE module in a block.
         mlp_names: names of gate, up and down of an expert.
-        experts_key: spellings of the number of experts; the first one is transformers' own.
+        experts_key: spellings of the number of experts; transformers writes the first.
         width_key: key of the width of an expert.
-        renormalize: whether the router renormalizes; a string is the config key that says so.
+        renormalize: whether the router renormalizes; a string is the config key that decides.
         qk_norm: norm on queries and keys: none, per head, or over the full width.
         bias_key: config key that gives q, k, v (and o, if ``bias_on_o``) a bias.
-        bias_default: its value when the config is silent.
+        bias_default: its value if the config lacks the key.
+        bias_on_o: whether that bias includes o.
         shared: whether MoE layers have a shared expert.
-        dense_layers: whether ``mlp_only_layers`` and ``decoder_sparse_step`` are honoured.
-        window: how sliding windows are switched on.
-        clips: whether ``clip_qkv`` is honoured.
+        dense_layers: whether ``mlp_only_layers`` and ``decoder_sparse_step`` are supported.
+        window: how sliding windows are switched on: not at all, for all blocks, by
+            ``use_sliding_window``, or for each block by ``layer_types``.
+        clips: whether ``clip_qkv`` is supported.
     """
 
     model_type: str
@@ -94,7 +96,7 @@ class Family:
     # ---- names -----------------------------------------------------------------------------
 
     def disk_name(self, index: int, role: str) -> str:
-        """Name on disk of the tensor with ``role`` in block ``index``.
+        """Return the name on disk of the tensor with ``role`` in block ``index``.
 
         >>> FAMILIES["mixtral"].disk_name(0, "experts.3.up")
         'model.layers.0.block_sparse_moe.experts.3.w3.weight'
@@ -125,7 +127,7 @@ class Family:
 
     @property
     def known_keys(self) -> frozenset[str]:
-        """Every config key that this row reads or knows to be without effect."""
+        """All config keys that this row reads or knows to have no effect."""
         keys = {*NEUTRAL, *READ, *self.experts_key, self.width_key, "intermediate_size"}
         if isinstance(self.renormalize, str):
             keys.add(self.renormalize)
@@ -146,11 +148,11 @@ class Family:
         return frozenset(keys)
 
     def check_config(self, config: Config) -> None:
-        """Refuse what this row does not carry out.
+        """Refuse a config that this row does not support.
 
         Raises:
             InputError: a value is missing or has the wrong type.
-            Unsupported: a key is set that changes inference and is not supported here.
+            Unsupported: a key is set that changes inference and is not supported for this family.
         """
         check_types(config)
         refused = {
@@ -165,7 +167,7 @@ class Family:
         check_rope(config)
 
     def geometry(self, config: Config) -> Geometry:
-        """Sizes that all blocks share.
+        """Read the sizes that all blocks share.
 
         Raises:
             InputError: a size is missing or not a positive number.
@@ -185,24 +187,28 @@ class Family:
         )
 
     def num_experts(self, config: Config) -> int:
-        """Number of experts per MoE layer, whichever spelling the config uses."""
+        """Read the number of experts per MoE layer, whichever spelling the config uses.
+
+        Raises:
+            InputError: it is missing or not a positive number.
+        """
         for key in self.experts_key:
             if config.get(key) is not None:
                 return parse_whole_number(config, key)
         raise InputError(f"config.json has no {' or '.join(self.experts_key)}")
 
     def is_moe(self, config: Config, index: int) -> bool:
-        """Whether block ``index`` has an MoE layer."""
+        """Test if block ``index`` has an MoE layer."""
         if not self.dense_layers:
             return True
         step = config.get("decoder_sparse_step") or 1
         return index not in (config.get("mlp_only_layers") or ()) and (index + 1) % step == 0
 
     def window_of(self, config: Config, index: int) -> int | None:
-        """Sliding window of block ``index``, None if attention sees everything.
+        """Read the sliding window of block ``index``, None for full attention.
 
         Raises:
-            Unsupported: ``layer_types`` names a kind of attention that is not known.
+            Unsupported: ``layer_types`` names an unknown kind of attention.
         """
         size = config.get("sliding_window") or None
         if self.window == "none":
@@ -214,7 +220,7 @@ class Family:
         if self.window == "switched":
             return size
         types = config.get("layer_types")
-        if types is None:  # transformers' own rule
+        if types is None:  # the default of transformers
             return size if (index + 1) % 2 and index < config.get("max_window_layers", 28) else None
         if types[index] not in ("full_attention", "sliding_attention"):
             raise Unsupported(f"layer type {types[index]!r} is not supported")
@@ -265,7 +271,7 @@ FAMILIES: Mapping[str, Family] = {
     )
 }
 
-# Switches of related families. A row that does not read one refuses a config that sets it.
+# Switches of related families. A row that does not read one of them refuses a config that sets it.
 REFUSED = frozenset(
     {
         "attention_bias", "attn_logit_softcapping", "clip_qkv", "final_logit_softcapping",
@@ -279,11 +285,11 @@ REFUSED = frozenset(
 
 
 def find_family(config: Config) -> Family:
-    """The row of a config.
+    """Find the row of a config.
 
     Raises:
-        InputError: the config does not name a model type.
-        Unsupported: the family is not known, or the model has no experts.
+        InputError: the config names no model type.
+        Unsupported: the family is unknown, or the model has no experts.
     """
     kind = config.get("model_type")
     if not isinstance(kind, str):

@@ -14,22 +14,25 @@ from typing import Any
 
 from moe2edge.errors import InputError, Unsupported
 from moe2edge.model import model as model_
-from moe2edge.model.layers import (
+from moe2edge.model.experts import (
     PARTS,
+    Constant,
     Dense,
     Factors,
-    Member,
-    MoELayer,
-    Substitute,
-    UnroutedMLP,
-    Weight,
+    Full,
+    Linear,
+    Replacement,
+    Tied,
+    list_full_rows,
 )
+from moe2edge.model.layers import MoELayer, UnroutedMLP
 from moe2edge.model.model import Block, Model, get_form, is_stock_form
+from moe2edge.model.weights import Weight
 
 # Key of everything that is no number of experts; transformers lets it pass if every layer has it.
 OWN = "moe2edge"
 TOP_K = "num_experts_per_tok"
-# Of members, in the place of the expert whose matrices they have.
+# Stands in the place of the base of a tied expert that has none.
 NO_BASE = -1
 
 Take = Callable[[str, tuple[int, ...]], Weight]
@@ -83,13 +86,14 @@ def _form(block: Block) -> dict[str, Any]:
     """What transformers' class cannot hold of a block."""
     if isinstance(block.mlp, MoELayer):
         form: dict[str, Any] = {}
-        members = block.mlp.members
-        if block.mlp.router.skip_below:
-            form["skip_below"] = list(block.mlp.router.skip_below)
-        if block.mlp.substitutes:
-            form["substitutes"] = [s.rank for s in block.mlp.substitutes]
-        if block.mlp.members:
-            form["members"] = [[NO_BASE if m.base is None else m.base, m.rank] for m in members]
+        layer, bases = block.mlp, block.mlp.bases
+        if layer.router.skip_below:
+            form["skip_below"] = list(layer.router.skip_below)
+        if layer.replaced:
+            form["substitutes"] = [layer.rows[n].rank for n in layer.replaced]
+        if layer.is_tied:
+            found = ((bases[n], layer.rows[n].rank) for n in layer.routed)
+            form["members"] = [[NO_BASE if base is None else base, rank] for base, rank in found]
         return form
     return {"mlp": get_form(block)}
 
@@ -143,39 +147,35 @@ def _without_routing(model: Model, block: Block, layer: MoELayer, form: str, tak
 def _routed(
     model: Model, block: Block, layer: MoELayer, own: Any, form: Any, take: Take
 ) -> MoELayer:
-    """A layer with experts, members, substitutes and a router of its own size."""
+    """Return a layer with experts, rows and a router of its own size."""
     found = _own(own, form, (*model.family.experts_key, TOP_K))
     if found is not None:
         keys = model.family.experts_key
         count = next((own[key] for key in keys if key in own), len(layer.experts))
         top_k = own.get(TOP_K, layer.router.top_k)
-        routed = count - len(found.substitutes)
-        bases = [base for base, _ in found.members] or list(range(routed))
+        routed = count - len(found.replaced)
+        bases = [base for base, _ in found.tied] or list(range(routed))
         experts = max(bases, default=-1) + 1
         fits = 1 <= top_k <= count <= len(layer.experts) and len(bases) == routed > 0
         if fits and experts and len(found.skip) in (0, top_k - 1):
             weight = layer.router.weight
             weight = replace(weight, shape=(count, *weight.shape[1:]))
             router = replace(layer.router, weight=weight, top_k=top_k, skip_below=tuple(found.skip))
-            real = layer.experts[:experts]
-            return replace(
-                layer,
-                router=router,
-                experts=real,
-                substitutes=tuple(
-                    _substitute(model, block, (n, routed + n), rank, take)
-                    for n, rank in enumerate(found.substitutes)
-                ),
-                members=tuple(
-                    _member(model, block, n, (base, rank), real[0], take)
-                    for n, (base, rank) in enumerate(found.members)
-                ),
+            stored = layer.experts[:experts]
+            ran = [
+                _read_routed(model, block, n, pair, stored[0], take)
+                for n, pair in enumerate(found.tied)
+            ] or list_full_rows(stored)
+            replaced = (
+                _read_replacement(model, block, (n, routed + n), rank, take)
+                for n, rank in enumerate(found.replaced)
             )
+            return replace(layer, router=router, experts=stored, rows=(*ran, *replaced))
     shown = {**own, **({OWN: form} if form else {})}
     raise Unsupported(
         f"layer {block.index} with per_layer_config {shown}; only fewer experts than the "
-        f"{len(layer.experts)} of config.json, a top-k within them, members and substitutes for "
-        "some of them and a threshold for each expert but the first are supported"
+        f"{len(layer.experts)} of config.json, a top-k within them, tied experts and replacements "
+        "for some of them and a threshold for each expert but the first are supported"
     )
 
 
@@ -184,8 +184,8 @@ class _Own:
     """What `_form` writes of a layer with experts."""
 
     skip: list[float]
-    substitutes: list[int]
-    members: list[tuple[int, int]]
+    replaced: list[int]
+    tied: list[tuple[int, int]]
 
 
 def _own(own: Any, form: Any, known: tuple[str, ...]) -> _Own | None:
@@ -200,12 +200,12 @@ def _own(own: Any, form: Any, known: tuple[str, ...]) -> _Own | None:
     sound = (
         all(type(below) is float and below >= 0 for below in skip)
         and all(type(rank) is int and rank >= 0 for rank in ranks)
-        and all(_is_member(pair) for pair in pairs)
+        and all(_is_routed(pair) for pair in pairs)
     )
     return _Own(skip, ranks, [(base, rank) for base, rank in pairs]) if sound else None
 
 
-def _is_member(pair: Any) -> bool:
+def _is_routed(pair: Any) -> bool:
     """Whether it is a base, or none, with a rank that is not 0 then."""
     if not isinstance(pair, list) or [type(n) for n in pair] != [int, int]:
         return False
@@ -213,26 +213,28 @@ def _is_member(pair: Any) -> bool:
     return base >= NO_BASE and rank >= (1 if base == NO_BASE else 0)
 
 
-def _member(
+def _read_routed(
     model: Model, block: Block, n: int, form: tuple[int, int], like: Dense, take: Take
-) -> Member:
-    """A member by its place among those of the layer."""
+) -> Full | Tied:
+    """Return a row that runs a full or tied expert, by its place among those of the layer."""
     base, rank = form
+    if not rank:
+        return Full(n, base)
     factors = {}
-    for part in PARTS if rank else ():
+    for part in PARTS:
         outs, ins = getattr(like, part).shape
         first, second = (
             take(model.family.disk_name(block.index, f"members.{n}.{part}.{name}"), shape)
             for name, shape in (("first", (rank, ins)), ("second", (outs, rank)))
         )
         factors[part] = Factors(first, second)
-    return Member(n, None if base == NO_BASE else base, factors)
+    return Tied(n, None if base == NO_BASE else base, factors)
 
 
-def _substitute(
+def _read_replacement(
     model: Model, block: Block, place: tuple[int, int], rank: int, take: Take
-) -> Substitute:
-    """A substitute by its place among those of the layer, and among all that is routed to."""
+) -> Replacement:
+    """Return a replacement by its place among those of the layer, and among all rows."""
     n, origin = place
     hidden = model.family.geometry(model.config).hidden
 
@@ -241,9 +243,9 @@ def _substitute(
 
     constant = weight("constant", hidden)
     if not rank:
-        return Substitute(origin, constant)
+        return Constant(origin, constant)
     first, second = weight("first", rank, hidden), weight("second", hidden, rank)
-    return Substitute(origin, constant, first, second)
+    return Linear(origin, constant, first, second)
 
 
 def build_config(model: Model) -> dict[str, Any]:

@@ -1,218 +1,25 @@
-"""What blocks are made of: lazy tensors, experts, routers, MoE layers. Nothing reads a number."""
+"""MoE layers: routers, experts, and the rows that tie them together. Nothing reads a number."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import (
-    TYPE_CHECKING,
-    Any,
-)
+from typing import TYPE_CHECKING
 
 from moe2edge.errors import InputError, Moe2EdgeError
-from moe2edge.numerics.scheme import Pattern, Scheme
+from moe2edge.model.experts import (
+    Dense,
+    Expert,
+    Full,
+    Replacement,
+    Row,
+    Tied,
+    list_full_rows,
+)
+from moe2edge.model.weights import Weight
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from moe2edge.numerics.grid import Quantized
-
-DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}
-
-
-@dataclass(frozen=True)
-class Weight:
-    """A handle on one tensor: name, shape and dtype now, numbers when somebody asks.
-
-    Attributes:
-        name: name of the tensor in the source checkpoint.
-        shape: its shape.
-        dtype: its dtype as safetensors spells it (``BF16``); of the source, if quantized.
-        load: reads the numbers; a quantized weight comes back dequantized, float32.
-        scheme: how it is quantized, None if it is not.
-        load_quantized: reads integers and scales of a quantized weight.
-        pattern: which of its numbers are zero and stay so, None for no such promise.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    load: Callable[[], Tensor] = field(compare=False, repr=False)
-    scheme: Scheme | None = None
-    load_quantized: Callable[[], Quantized] | None = field(default=None, compare=False, repr=False)
-    pattern: Pattern | None = None
-
-    @property
-    def count(self) -> int:
-        """Number of parameters."""
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of storage: integers, 16-bit scales and zero points if quantized."""
-        if self.scheme is None:
-            return self.count * DTYPE_BYTES[self.dtype]
-        return self.scheme.nbytes(self.shape)
-
-    def quantized(self) -> Quantized:
-        """Integers and scales.
-
-        Raises:
-            Moe2EdgeError: the weight is not quantized.
-        """
-        if self.load_quantized is None:
-            raise Moe2EdgeError(f"{self.name} is not quantized")
-        return self.load_quantized()
-
-
-@dataclass(frozen=True)
-class Dense:
-    """A gated MLP: ``down(silu(gate(x)) * up(x))``."""
-
-    gate: Weight  # [width, hidden]
-    up: Weight  # [width, hidden]
-    down: Weight  # [hidden, width]
-
-    @property
-    def count(self) -> int:
-        """Number of parameters."""
-        return self.gate.count + self.up.count + self.down.count
-
-
-@dataclass(frozen=True)
-class Expert(Dense):
-    """A routed expert; ``origin`` is its index in the source model."""
-
-    origin: int
-
-
-@dataclass(frozen=True)
-class Substitute:
-    """What answers in the place of a routed expert: ``constant + second @ first @ x``.
-
-    It stays routable, and its output is multiplied with its gate weight like an expert's (MoNE's
-    novices, https://arxiv.org/abs/2507.00390, are those without matrices).
-
-    Attributes:
-        origin: index in the source model of the expert.
-        constant: [hidden].
-        first: [rank, hidden]; None, like ``second``, where the constant is all.
-        second: [hidden, rank].
-    """
-
-    origin: int
-    constant: Weight
-    first: Weight | None = None
-    second: Weight | None = None
-
-    @property
-    def rank(self) -> int:
-        """Of the linear map; 0 for a constant."""
-        return 0 if self.first is None else self.first.shape[0]
-
-    def weights(self) -> Iterator[tuple[str, Weight]]:
-        """Its tensors by name."""
-        yield "constant", self.constant
-        if self.first is not None and self.second is not None:
-            yield "first", self.first
-            yield "second", self.second
-
-    def with_weights(self, new: Mapping[str, Weight]) -> Substitute:
-        """The substitute with all tensors replaced, by name."""
-        return Substitute(self.origin, new["constant"], new.get("first"), new.get("second"))
-
-    def check(self, hidden: int) -> None:
-        """Prove that the shapes fit.
-
-        Raises:
-            Moe2EdgeError: one differs.
-        """
-        rank = self.rank
-        expected = {"constant": (hidden,), "first": (rank, hidden), "second": (hidden, rank)}
-        for part, weight in self.weights():
-            if weight.shape != expected[part]:
-                raise Moe2EdgeError(
-                    f"{weight.name} has shape {list(weight.shape)}, expected {list(expected[part])}"
-                )
-
-
-PARTS = ("gate", "up", "down")
-
-
-@dataclass(frozen=True)
-class Factors:
-    """A matrix of low rank, ``second @ first``.
-
-    Attributes:
-        first: [rank, in].
-        second: [out, rank].
-    """
-
-    first: Weight
-    second: Weight
-
-
-@dataclass(frozen=True)
-class Member:
-    """A routed expert whose matrices are those of an expert of the layer, plus low ranks.
-
-    Experts that share a base (LightMoE, https://arxiv.org/abs/2603.12645) are members of it, and
-    so are experts that were merged while their router rows stay: those have no factors.
-
-    Attributes:
-        origin: index in the source model of the expert.
-        base: position in the layer of the expert whose matrices it has; None: it has none, and
-            the factors are all.
-        factors: by part (gate, up, down): of all three or of none.
-    """
-
-    origin: int
-    base: int | None
-    factors: Mapping[str, Factors] = field(default_factory=dict)
-
-    @property
-    def rank(self) -> int:
-        """Of its factors; 0 without."""
-        return self.factors["gate"].first.shape[0] if self.factors else 0
-
-    @property
-    def count(self) -> int:
-        """Number of parameters of its own."""
-        return sum(weight.count for _, weight in self.weights())
-
-    def weights(self) -> Iterator[tuple[str, Weight]]:
-        """Its tensors by name."""
-        for part, own in self.factors.items():
-            yield f"{part}.first", own.first
-            yield f"{part}.second", own.second
-
-    def with_weights(self, new: Mapping[str, Weight]) -> Member:
-        """The member with all tensors replaced, by name."""
-        factors = {p: Factors(new[f"{p}.first"], new[f"{p}.second"]) for p in self.factors}
-        return replace(self, factors=factors)
-
-    def check(self, experts: Sequence[Expert]) -> None:
-        """Prove that base and shapes fit.
-
-        Raises:
-            Moe2EdgeError: they do not.
-        """
-        if self.base is None and not self.factors:
-            raise Moe2EdgeError(f"member {self.origin} has neither a base nor factors")
-        if self.base is not None and not 0 <= self.base < len(experts):
-            raise Moe2EdgeError(f"member {self.origin} of base {self.base} of {len(experts)}")
-        if self.factors and set(self.factors) != set(PARTS):
-            raise Moe2EdgeError(f"member {self.origin} has factors of {sorted(self.factors)} only")
-        like = experts[self.base or 0]
-        for part, own in self.factors.items():
-            outs, ins = getattr(like, part).shape
-            if own.first.shape != (self.rank, ins) or own.second.shape != (outs, self.rank):
-                raise Moe2EdgeError(
-                    f"member {self.origin}: {part} is {list(own.second.shape)} times "
-                    f"{list(own.first.shape)}, expected [{outs}, {self.rank}] times "
-                    f"[{self.rank}, {ins}]"
-                )
 
 
 @dataclass(frozen=True)
@@ -225,13 +32,13 @@ class Shared:
 
 @dataclass(frozen=True)
 class Router:
-    """The linear scorer of an MoE layer, with everything that has one row per expert.
+    """The linear scorer of an MoE layer, with everything that has one entry per row.
 
     Attributes:
-        weight: [experts, hidden]; rows of substitutes stand behind those of experts or members.
-        top_k: experts chosen per token.
+        weight: [rows, hidden].
+        top_k: rows chosen per token.
         renormalize: whether the chosen weights are scaled to sum to one.
-        per_expert: further tensors with one entry per expert (bias, correction bias), by suffix.
+        per_expert: further tensors with one entry per row (bias, correction bias), by suffix.
         skip_below: dynamic skipping: of the chosen experts in the order of their weights, the
             second is left out where its weight is below ``skip_below[0]`` times the first's, the
             third by ``skip_below[1]``, and so on; empty: none is.
@@ -243,68 +50,117 @@ class Router:
     per_expert: Mapping[str, Weight] = field(default_factory=dict)
     skip_below: tuple[float, ...] = ()
 
+    def select(self, rows: tuple[int, ...], top_k: int | None = None) -> Router:
+        """Return the router with only some rows, in that order.
+
+        Args:
+            rows: their numbers.
+            top_k: rows chosen per token from now on; None: as many as before.
+        """
+        top_k = self.top_k if top_k is None else top_k
+        return replace(
+            self,
+            weight=_rows(self.weight, rows),
+            per_expert={k: _rows(w, rows) for k, w in self.per_expert.items()},
+            top_k=top_k,
+            skip_below=self.skip_below[: top_k - 1],
+        )
+
 
 @dataclass(frozen=True)
 class MoELayer:
     """Router and experts, kept in step by construction.
 
     Attributes:
-        router: scores experts, or members, and substitutes.
-        experts: the experts.
+        router: the scorer.
+        experts: the stored matrices of experts.
+        rows: what each row of the router runs, in any order.
         shared: the shared expert, if there is one.
-        substitutes: what answers in the place of experts that are gone.
-        members: what the router chooses from where several share the matrices of an expert; an
-            expert that shares nothing is a member of itself. Empty: each expert is chosen itself.
     """
 
     router: Router
     experts: tuple[Expert, ...]
+    rows: tuple[Row, ...]
     shared: Shared | None = None
-    substitutes: tuple[Substitute, ...] = ()
-    members: tuple[Member, ...] = ()
 
-    @property
-    def routed(self) -> int:
-        """Experts or members, as the router sees them."""
-        return len(self.members) or len(self.experts)
+    @classmethod
+    def make_plain(
+        cls, router: Router, experts: tuple[Expert, ...], shared: Shared | None = None
+    ) -> MoELayer:
+        """Return a layer with one row for each expert, in the order of the experts."""
+        return cls(router, experts, list_full_rows(experts), shared)
 
     @property
     def router_rows(self) -> int:
-        """Experts or members, and substitutes: rows of the router."""
-        return self.routed + len(self.substitutes)
+        """Number of rows of the router."""
+        return len(self.rows)
+
+    @property
+    def routed(self) -> tuple[int, ...]:
+        """Numbers of the rows that run full or tied experts."""
+        return tuple(n for n, row in enumerate(self.rows) if isinstance(row, Full | Tied))
+
+    @property
+    def replaced(self) -> tuple[int, ...]:
+        """Numbers of the rows that run replacements: linear maps and constants."""
+        return tuple(n for n, row in enumerate(self.rows) if isinstance(row, Replacement))
+
+    @property
+    def row_numbers(self) -> tuple[int, ...]:
+        """Place of each row among `routed`, or among `replaced`."""
+        places = {row: n for kind in (self.routed, self.replaced) for n, row in enumerate(kind)}
+        return tuple(places[row] for row in range(len(self.rows)))
+
+    @property
+    def row_roles(self) -> tuple[str, ...]:
+        """First part of the roles of each row's tensors: ``members.3``, ``substitutes.0``."""
+        kinds = ("substitutes" if isinstance(r, Replacement) else "members" for r in self.rows)
+        return tuple(f"{kind}.{n}" for kind, n in zip(kinds, self.row_numbers, strict=True))
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether routed rows are anything but all experts as they are, each once, in order."""
+        ran = [self.rows[n] for n in self.routed]
+        return [row.expert if isinstance(row, Full) else None for row in ran] != list(
+            range(len(self.experts))
+        )
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether row i runs expert i as it is, and there are no other rows."""
+        return not self.replaced and not self.is_tied
 
     @property
     def bases(self) -> tuple[int | None, ...]:
-        """Of each expert or member that the router sees, the expert whose matrices it has."""
-        return tuple(m.base for m in self.members) or tuple(range(len(self.experts)))
+        """Position of the stored expert whose matrices each row uses; None: it uses none."""
+        return tuple(map(_find_base, self.rows))
 
     @property
     def sharing(self) -> tuple[int, ...]:
-        """Rows of members that are not what they were: with factors, or a base that they share."""
+        """Rows whose expert is not what it was: with factors, or one that several rows run."""
+        bases = self.bases
         return tuple(
-            row
-            for row, member in enumerate(self.members)
-            if member.factors or self.bases.count(member.base) > 1
+            n
+            for n, row in enumerate(self.rows)
+            if isinstance(row, Tied) or (isinstance(row, Full) and bases.count(row.expert) > 1)
         )
 
     @property
     def inactive_parameters(self) -> int:
-        """Parameters of what the router chooses from that one token does not use.
+        """Parameters of experts and rows that one token does not use.
 
-        A token chooses the largest; what two members share counts for each.
+        A token chooses the largest; an expert that two rows share counts for each.
         """
-        own = [m.count for m in self.members] or [0] * len(self.experts)
-        rows = [
-            extra + (0 if base is None else self.experts[base].count)
-            for base, extra in zip(self.bases, own, strict=True)
+        parts = [row.count for row in self.rows]
+        sizes = [
+            own + (0 if base is None else self.experts[base].count)
+            for base, own in zip(self.bases, parts, strict=True)
         ]
-        rows += [sum(weight.count for _, weight in s.weights()) for s in self.substitutes]
-        used = sum(sorted(rows, reverse=True)[: self.router.top_k])
-        whole = sum(expert.count for expert in self.experts) + sum(own) + sum(rows[len(own) :])
-        return max(0, whole - used)
+        used = sum(sorted(sizes, reverse=True)[: self.router.top_k])
+        return max(0, sum(expert.count for expert in self.experts) + sum(parts) - used)
 
-    def chosen(self, expert: int, ids: Tensor) -> Tensor:
-        """Where the matrices of an expert are used: of which of the chosen rows, bool [tokens, k].
+    def find_uses(self, expert: int, ids: Tensor) -> Tensor:
+        """Find the choices that use the matrices of a stored expert, bool [tokens, k].
 
         Args:
             expert: its position in the layer.
@@ -315,31 +171,37 @@ class MoELayer:
         rows = [n for n, base in enumerate(self.bases) if base == expert]
         return torch.isin(ids, torch.tensor(rows, device=ids.device))
 
-    def check_members(self) -> None:
-        """Prove that members fit, and that every expert is the base of one.
+    def check_rows(self, hidden: int) -> None:
+        """Check that every row fits, and that every expert is run by one.
+
+        Args:
+            hidden: width of the hidden states.
 
         Raises:
-            Moe2EdgeError: something does not.
+            Moe2EdgeError: something does not fit.
         """
-        for member in self.members:
-            member.check(self.experts)
+        for row in self.rows:
+            row.check(self.experts, hidden)
         if unused := set(range(len(self.experts))) - set(self.bases):
-            raise Moe2EdgeError(f"experts {sorted(unused)} are chosen by nobody")
-        if len({member.rank for member in self.members if member.rank}) > 1:
-            raise Moe2EdgeError("members of one layer have factors of several ranks")
+            raise Moe2EdgeError(f"experts {sorted(unused)} are run by no row of the router")
+        if len({row.rank for row in self.rows if isinstance(row, Tied)}) > 1:
+            raise Moe2EdgeError("tied experts of one layer have factors of several ranks")
 
     def keep(self, ids: Sequence[int], *, clamp_top_k: bool = False) -> MoELayer:
-        """The layer with only the experts ``ids`` (positions in this layer), in that order.
+        """Return the layer with only the experts ``ids`` (positions in this layer), in that order.
 
-        Router rows and all other per-expert tensors are sliced with the experts.
+        Rows that run other experts go, and what has one entry per row is sliced with the rows.
+        Rows that run no stored expert stay, behind the others.
 
         Raises:
-            InputError: an id is unknown or repeated, or fewer experts stay than top-k chooses
+            InputError: an id is unknown or repeated, or fewer rows stay than top-k chooses
                 and ``clamp_top_k`` is not set.
         """
         if len(set(ids)) != len(ids) or not all(0 <= i < len(self.experts) for i in ids):
             raise InputError(f"cannot keep experts {list(ids)} of {len(self.experts)}")
-        top_k, count = self.router.top_k, len(ids) + len(self.substitutes)
+        found = self._rows_by_base()
+        kept = tuple(row for base in (*ids, None) for row in found.get(base, ()))
+        top_k, count = self.router.top_k, len(kept)
         if count < top_k:
             if not clamp_top_k or not ids:
                 raise InputError(
@@ -347,39 +209,74 @@ class MoELayer:
                     f"keep at least {top_k}, or set clamp_top_k: true"
                 )
             top_k = count
-        router = self._routing((*ids, *range(len(self.experts), self.router_rows)), top_k)
-        return replace(self, router=router, experts=tuple(self.experts[i] for i in ids))
+        places = {expert: place for place, expert in enumerate(ids)}
+        return replace(
+            self,
+            router=self.router.select(kept, top_k),
+            experts=tuple(self.experts[i] for i in ids),
+            rows=tuple(_renumber(self.rows[row], places) for row in kept),
+        )
 
-    def substitute(self, new: Mapping[int, Substitute]) -> MoELayer:
-        """The layer with other answers in the place of some experts; what is routed stays.
+    def replace_experts(self, new: Mapping[int, Replacement]) -> MoELayer:
+        """Return the layer with replacements for some experts; the scores of the rows stay.
+
+        Rows of new replacements stand behind those of experts, before those of older replacements.
 
         Args:
-            new: by position in this layer.
+            new: replacements by the position of the expert in this layer.
 
         Raises:
-            InputError: a position is unknown, or no expert would stay.
+            InputError: a position is unknown, no expert would stay, or an expert to replace is
+                not run by a single row as it is.
         """
         stay = [n for n in range(len(self.experts)) if n not in new]
         if len(stay) + len(new) != len(self.experts) or not stay:
             raise InputError(f"cannot replace experts {sorted(new)} of {len(self.experts)}")
-        gone = sorted(new)
-        rows = (*stay, *gone, *range(len(self.experts), self.router_rows))
+        found, gone = self._rows_by_base(), sorted(new)
+        if any([type(self.rows[row]) for row in found[n]] != [Full] for n in gone):
+            raise InputError(f"cannot replace experts {gone}, some of which are tied")
+        gone_rows = [found[n][0] for n in gone]
+        kept = [row for row in self.routed if row not in gone_rows]
+        places = {expert: place for place, expert in enumerate(stay)}
         return replace(
             self,
-            router=self._routing(rows, self.router.top_k),
+            router=self.router.select((*kept, *gone_rows, *self.replaced)),
             experts=tuple(self.experts[n] for n in stay),
-            substitutes=(*(new[n] for n in gone), *self.substitutes),
+            rows=(
+                *(_renumber(self.rows[row], places) for row in kept),
+                *(new[n] for n in gone),
+                *(self.rows[row] for row in self.replaced),
+            ),
         )
 
-    def _routing(self, rows: tuple[int, ...], top_k: int) -> Router:
-        """The router with only some rows, in that order."""
-        return replace(
-            self.router,
-            weight=_rows(self.router.weight, rows),
-            per_expert={k: _rows(w, rows) for k, w in self.router.per_expert.items()},
-            top_k=top_k,
-            skip_below=self.router.skip_below[: top_k - 1],
-        )
+    def _rows_by_base(self) -> dict[int | None, list[int]]:
+        """Return the numbers of rows by the stored expert that they use."""
+        found: dict[int | None, list[int]] = {}
+        for row, base in enumerate(self.bases):
+            found.setdefault(base, []).append(row)
+        return found
+
+
+def _renumber(row: Row, places: Mapping[int, int]) -> Row:
+    """Return ``row`` where its stored expert stands at another place of the layer."""
+    match row:
+        case Full():
+            return replace(row, expert=places[row.expert])
+        case Tied(base=int(base)):
+            return replace(row, base=places[base])
+        case _:
+            return row
+
+
+def _find_base(row: Row) -> int | None:
+    """Return the position of the stored expert whose matrices a row uses, if it uses one."""
+    match row:
+        case Full():
+            return row.expert
+        case Tied():
+            return row.base
+        case _:
+            return None
 
 
 def _rows(weight: Weight, rows: tuple[int, ...]) -> Weight:
@@ -402,29 +299,3 @@ class UnroutedMLP:
 
     shared: Shared
     expert: Dense | None = None
-
-
-def plan_weight_like(like: Weight, name: str, shape: tuple[int, ...]) -> Weight:
-    """A handle on new numbers in the dtype of another one, which are not there yet."""
-    plain = {"scheme": None, "load_quantized": None, "pattern": None}
-    return plan_weight(replace(like, name=name, shape=shape), **plain)
-
-
-def plan_weight(weight: Weight, **promised: Any) -> Weight:
-    """A handle with what slimming will give it, such as a scheme; its numbers are not there yet."""
-
-    def not_yet() -> Tensor:
-        raise AssertionError(f"{weight.name} is only planned")
-
-    return replace(weight, load=not_yet, **promised)
-
-
-# Floating-point dtypes as safetensors and as torch spell them.
-DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
-
-
-def cast_to_stored(tensor: Tensor, dtype: str) -> Tensor:
-    """``tensor`` in a dtype as safetensors spells it."""
-    import torch
-
-    return tensor.to(getattr(torch, DTYPES[dtype]))

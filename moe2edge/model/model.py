@@ -12,16 +12,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from moe2edge.errors import InputError, Moe2EdgeError
-from moe2edge.model.layers import (
-    Dense,
-    Expert,
-    Member,
-    MoELayer,
-    Shared,
-    Substitute,
-    UnroutedMLP,
-    Weight,
-)
+from moe2edge.model.experts import Dense, Expert, Replacement, RouterRow, Tied
+from moe2edge.model.layers import MoELayer, Shared, UnroutedMLP
+from moe2edge.model.weights import Weight
 from moe2edge.numerics.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -55,7 +48,7 @@ class Block:
     def expert_origins(self) -> tuple[int, ...]:
         """Indices in the source of what is routed to with matrices; a plain MLP's own included."""
         if isinstance(self.mlp, MoELayer):
-            return tuple(one.origin for one in self.mlp.members or self.mlp.experts)
+            return tuple(self.mlp.rows[row].origin for row in self.mlp.routed)
         only = self.mlp.expert if isinstance(self.mlp, UnroutedMLP) else self.mlp
         return (only.origin,) if isinstance(only, Expert) else ()
 
@@ -71,7 +64,7 @@ class Block:
         if not isinstance(self.mlp, MoELayer):
             raise InputError(f"block {self.index} has no MoE layer")
         shared = self.mlp.shared
-        if not ids and not self.mlp.substitutes:
+        if not ids and not self.mlp.replaced:
             return self.without_mlp() if shared is None else replace(self, mlp=UnroutedMLP(shared))
         layer = self.mlp.keep(ids, clamp_top_k=clamp_top_k)
         if layer.router_rows > 1:
@@ -124,15 +117,11 @@ class Block:
             )
             shared = mlp.shared and swap_shared(mlp.shared)
             experts = tuple(swap_mlp(f"experts.{n}", e) for n, e in enumerate(mlp.experts))
-            substitutes = tuple(
-                s.with_weights({p: new.get(f"substitutes.{n}.{p}", w) for p, w in s.weights()})
-                for n, s in enumerate(mlp.substitutes)
+            rows = tuple(
+                row.with_weights({p: new.get(f"{role}.{p}", w) for p, w in row.weights()})
+                for role, row in zip(mlp.row_roles, mlp.rows, strict=True)
             )
-            members = tuple(
-                m.with_weights({p: new.get(f"members.{n}.{p}", w) for p, w in m.weights()})
-                for n, m in enumerate(mlp.members)
-            )
-            mlp = MoELayer(router, experts, shared, substitutes, members)
+            mlp = MoELayer(router, experts, rows, shared)
         elif isinstance(mlp, UnroutedMLP):
             expert = mlp.expert and swap_mlp("dense", mlp.expert)
             mlp = UnroutedMLP(swap_shared(mlp.shared), expert)
@@ -162,17 +151,13 @@ def _body_weights(mlp: MoELayer | Dense | UnroutedMLP | None) -> Iterator[tuple[
             yield f"router.{suffix}", weight
         for n, expert in enumerate(mlp.experts):
             yield from _mlp_weights(f"experts.{n}", expert)
-        yield from _small_weights("members", mlp.members)
-        yield from _small_weights("substitutes", mlp.substitutes)
+        roles = mlp.row_roles
+        for row in (*mlp.routed, *mlp.replaced):
+            for part, weight in mlp.rows[row].weights():
+                yield f"{roles[row]}.{part}", weight
     if mlp.shared is not None:
         yield from _mlp_weights("shared", mlp.shared.mlp)
         yield "shared.router", mlp.shared.gate
-
-
-def _small_weights(kind: str, found: Sequence[Member | Substitute]) -> Iterator[tuple[str, Weight]]:
-    for n, one in enumerate(found):
-        for part, weight in one.weights():
-            yield f"{kind}.{n}.{part}", weight
 
 
 def _mlp_weights(prefix: str, mlp: Dense) -> Iterator[tuple[str, Weight]]:
@@ -299,16 +284,14 @@ class Model:
         return replace(self, blocks=tuple(kept))
 
     @property
-    def substitutes(self) -> int:
-        """How many experts something else answers for."""
-        return sum(len(layer.substitutes) for _, layer in self.moe_blocks)
+    def replaced_count(self) -> int:
+        """Number of experts with a replacement: a linear map or a constant."""
+        return sum(len(layer.replaced) for _, layer in self.moe_blocks)
 
     @property
-    def members(self) -> int:
-        """How many experts share the matrices of another."""
-        return sum(
-            len(layer.members) - len(layer.experts) for _, layer in self.moe_blocks if layer.members
-        )
+    def tied_count(self) -> int:
+        """Number of experts that are run without stored matrices of their own."""
+        return sum(len(layer.routed) - len(layer.experts) for _, layer in self.moe_blocks)
 
     @property
     def skips(self) -> bool:
@@ -380,18 +363,7 @@ def _describe(block: Block) -> str:
         )
         if origins != list(range(len(origins))):
             parts.append(f"from {origins}")
-        if layer.members:
-            ranks = sorted({m.rank for m in layer.members if m.rank}) or [0]
-            shown = [f"{m.origin}:{'-' if m.base is None else m.base}" for m in layer.members]
-            form = _low_rank_form(layer.members)
-            parts.append(
-                f"members of rank {_listed(ranks)}{form}, with their base {' '.join(shown)}"
-            )
-        if layer.substitutes:
-            ranks = sorted({s.rank for s in layer.substitutes})
-            gone = [s.origin for s in layer.substitutes]
-            form = _low_rank_form(layer.substitutes)
-            parts.append(f"{len(gone)} substitutes of rank {_listed(ranks)}{form} for {gone}")
+        parts += _describe_rows(layer)
         if layer.router.skip_below:
             parts.append(f"skips below {[round(b, 4) for b in layer.router.skip_below]}")
     dense = block.mlp.expert if isinstance(block.mlp, UnroutedMLP) else block.mlp
@@ -404,7 +376,24 @@ def _describe(block: Block) -> str:
     return "; ".join(parts)
 
 
-def _low_rank_form(found: Sequence[Member | Substitute]) -> str:
+def _describe_rows(layer: MoELayer) -> Iterator[str]:
+    """Describe the rows of a layer that are tied or replaced."""
+    bases = layer.bases
+    if layer.is_tied:
+        ran = [layer.rows[n] for n in layer.routed]
+        ranks = sorted({row.rank for row in ran if isinstance(row, Tied)}) or [0]
+        found = ((layer.rows[n].origin, bases[n]) for n in layer.routed)
+        shown = " ".join(f"{origin}:{'-' if base is None else base}" for origin, base in found)
+        form = _low_rank_form(ran)
+        yield f"tied experts of rank {_listed(ranks)}{form}, with their base {shown}"
+    if replaced := [row for row in layer.rows if isinstance(row, Replacement)]:
+        ranks = sorted({row.rank for row in replaced})
+        gone = [row.origin for row in replaced]
+        form = _low_rank_form(replaced)
+        yield f"{len(gone)} replacements of rank {_listed(ranks)}{form} for {gone}"
+
+
+def _low_rank_form(found: Sequence[RouterRow]) -> str:
     """The scheme of their matrices, if they have one."""
     weights = (weight for one in found for _, weight in one.weights())
     scheme = next((weight.scheme for weight in weights if weight.scheme), None)
@@ -430,7 +419,7 @@ def is_stock_form(model: Model, block: Block) -> bool:
     """Whether transformers' class of the family can hold a block, by the common config alone."""
     if isinstance(block.mlp, MoELayer):
         own = block.mlp
-        return not (own.router.skip_below or own.substitutes or own.members)
+        return own.is_plain and not own.router.skip_below
     if not isinstance(block.mlp, Dense) or not model.family.dense_layers:
         return False
     return block.mlp.gate.shape[0] == model.config.get("intermediate_size")
@@ -458,9 +447,7 @@ def check_shapes(model: Model) -> None:
         mlps: list[Dense] = [block.mlp] if isinstance(block.mlp, Dense) else []
         if isinstance(block.mlp, MoELayer):
             mlps += block.mlp.experts
-            for substitute in block.mlp.substitutes:
-                substitute.check(geometry.hidden)
-            block.mlp.check_members()
+            block.mlp.check_rows(geometry.hidden)
         if isinstance(block.mlp, UnroutedMLP) and block.mlp.expert is not None:
             mlps.append(block.mlp.expert)
         if isinstance(block.mlp, MoELayer | UnroutedMLP) and block.mlp.shared is not None:

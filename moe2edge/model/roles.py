@@ -7,8 +7,10 @@ from typing import (
     TYPE_CHECKING,
 )
 
-from moe2edge.model.layers import Dense, MoELayer, UnroutedMLP, Weight
+from moe2edge.model.experts import Dense
+from moe2edge.model.layers import MoELayer, UnroutedMLP
 from moe2edge.model.model import Block, is_quantizable
+from moe2edge.model.weights import Weight
 
 if TYPE_CHECKING:
     pass

@@ -1,4 +1,8 @@
-"""AWQ's scales: candidates, and the loss of rounding under each. Pure functions on tensors."""
+"""Scales of AWQ: candidates, and the rounding loss under each of them. Pure functions on tensors.
+
+AWQ multiplies each column of a matrix by a scale before rounding and divides the matching input by
+it, so that columns with large inputs are rounded more finely.
+"""
 
 from __future__ import annotations
 
@@ -16,19 +20,19 @@ if TYPE_CHECKING:
     from moe2edge.numerics.rounding import Range
     from moe2edge.numerics.scheme import Scheme
 
-# Magnitudes of inputs below the largest by more than this factor count as if they were not.
+# Magnitudes of inputs are raised to at least the largest divided by this factor.
 SPAN = 1e4
-# Numbers of scaled matrices that are rounded at once.
+# Numbers of scaled matrices that are rounded at once, to bound memory.
 NUMBERS = 1 << 20
-# Outputs of a matrix from which its loss is estimated; of fewer than twice as many, all are taken.
+# Outputs of a matrix from which its loss is estimated; of fewer than twice as many, all are used.
 OUTPUTS = 256
 
 
 def list_candidates(magnitudes: Tensor, steps: int) -> Tensor:
-    """Scales to choose from: ``m ** alpha`` for alpha in ``0, 1 / steps, .. 1 - 1 / steps``.
+    """List candidate scales: ``m ** alpha`` for alpha in ``0, 1 / steps, .. 1 - 1 / steps``.
 
-    They are divided by the root of the smallest times the largest (as in AutoAWQ), so that they
-    lie around one; with alpha 0 all are one.
+    They are divided by the root of the smallest times the largest (as in AutoAWQ), which centres
+    them on one; with alpha 0 all are one.
 
     Args:
         magnitudes: m, mean magnitude of each input, [channels].
@@ -46,32 +50,34 @@ def list_candidates(magnitudes: Tensor, steps: int) -> Tensor:
 
 
 def round_to_exact(scales: Tensor, stored: Tensor) -> Tensor:
-    """Scales by which a vector can be divided in the dtype that it is stored in.
+    """Adjust scales so that dividing a stored vector by them is exact in its dtype.
 
-    The quotient is rounded to that dtype; the scale becomes what it was really divided by. Where
-    the quotient would vanish or overflow, the scale is one; a zero is zero with any scale.
+    The quotient is rounded to that dtype, and the scale becomes the number divided by it. Where
+    the quotient would vanish or overflow, the scale is one; a zero may have any scale and keeps
+    its own.
 
     Args:
         scales: float32 [..., channels].
-        stored: the vector, [channels].
+        stored: the vector in its stored dtype, [channels].
     """
     numbers = stored.float()
     quotients = (numbers / scales).to(stored.dtype).float()
     usable = quotients.isfinite() & (quotients != 0)
-    found = torch.where(usable, numbers / quotients, torch.ones_like(scales))
-    return torch.where(numbers == 0, scales, found)
+    exact = torch.where(usable, numbers / quotients, torch.ones_like(scales))
+    return torch.where(numbers == 0, scales, exact)
 
 
 class Sample:
-    """Some of the inputs that were seen, evenly spaced, in bounded memory.
+    """Evenly spaced sample of the inputs seen, in bounded memory.
 
-    Every ``stride``-th token is kept; when more than ``limit`` are, every other one is forgotten.
+    Every ``stride``-th token is kept. When there are more than ``limit``, every other one is
+    dropped.
 
     Attributes:
-        seen: number of tokens.
-        stride: tokens that each kept one stands for.
-        inputs: of the kept tokens, float32 [n, width].
-        weights: of the kept tokens in what they are used for, [n].
+        seen: number of tokens seen.
+        stride: number of tokens that each kept one stands for.
+        inputs: inputs of the kept tokens, float32 [n, width].
+        weights: weights of the kept tokens where their outputs are used, [n].
     """
 
     def __init__(self, limit: int, width: int) -> None:
@@ -79,7 +85,7 @@ class Sample:
         self.inputs, self.weights = torch.empty(0, width), torch.empty(0)
 
     def add(self, inputs: Tensor, tokens: Tensor, weights: Tensor) -> None:
-        """Take in the rows ``tokens`` int64 [n] of ``inputs`` [N, width], with weights [n]."""
+        """Add the rows ``tokens`` int64 [n] of ``inputs`` [N, width], with weights [n]."""
         every = slice(-self.seen % self.stride, None, self.stride)
         self.seen += len(tokens)
         self.inputs = torch.cat([self.inputs, inputs[tokens[every]]])
@@ -94,11 +100,11 @@ class AwqInputs:
     """Inputs of a matrix, by which its rounding is judged.
 
     Attributes:
-        x: float32 [n, in].
-        weights: what outputs are multiplied with later on, [n].
-        importance: mean square of each input, so weighted, [in].
-        magnitudes: mean magnitude of each input, of all that compute with the same inputs, [in].
-        share: tokens that each of ``x`` stands for.
+        x: inputs of the sampled tokens, float32 [n, in].
+        weights: weights that the outputs are multiplied with later, [n].
+        importance: mean square of each input with these weights, [in].
+        magnitudes: mean magnitude of each input over all uses of the same inputs, [in].
+        share: number of tokens that each row of ``x`` stands for.
     """
 
     x: Tensor
@@ -108,13 +114,15 @@ class AwqInputs:
     share: int = 1
 
     @classmethod
-    def of(cls, x: Tensor, weights: Tensor, magnitudes: Tensor, share: int = 1) -> AwqInputs:
-        """Of the importance that they have themselves."""
+    def from_sample(
+        cls, x: Tensor, weights: Tensor, magnitudes: Tensor, share: int = 1
+    ) -> AwqInputs:
+        """Make inputs whose importance is that of the sample itself."""
         importance = (x * weights.unsqueeze(1)).square().mean(0)
         return cls(x, weights, importance, magnitudes, share)
 
-    def squares(self, errors: Tensor) -> Tensor:
-        """Squared size of the outputs for matrices [..., out, in], each [...]."""
+    def compute_output_squares(self, errors: Tensor) -> Tensor:
+        """Compute the squared size of the outputs of matrices [..., out, in], each [...]."""
         outputs = (self.x @ errors.mT) * self.weights.unsqueeze(1)
         return outputs.square().sum((-2, -1)) * self.share
 
@@ -122,41 +130,44 @@ class AwqInputs:
 def compute_losses(
     weight: Tensor, scales: Tensor, inputs: AwqInputs, scheme: Scheme, how: Range
 ) -> Tensor:
-    """``|| X (W - Q(W s) / s)^T ||^2`` for each of some scales, float32 [k].
+    """Compute ``|| X (W - Q(W s) / s)^T ||^2`` for each of several scales, float32 [k].
 
-    Of large matrices it is estimated from some of the outputs, evenly spaced.
+    For large matrices it is estimated from some of the outputs, evenly spaced.
 
     Args:
         weight: W, [out, in].
         scales: s, [k, in].
         inputs: X.
-        scheme: what Q rounds to.
-        how: as of `moe2edge.numerics.rounding.choose_grid`; inputs count by their mean square.
+        scheme: scheme that Q rounds to.
+        how: as in `moe2edge.numerics.rounding.choose_grid`; inputs count by their mean square.
     """
-    weight, share = _some(weight)
-    found = []
+    weight, share = _sample_rows(weight)
+    losses = []
     step = max(1, NUMBERS // weight.numel())
     for at in range(0, len(scales), step):
         part = scales[at : at + step]
         scaled = weight * part.unsqueeze(1)
         grid = choose_grid(scaled, scheme, how, inputs.importance / part.square())
         rounded = dequantize(round_to(scaled, grid), grid.scales, scheme, grid.zeros)
-        found.append(inputs.squares(weight - rounded / part.unsqueeze(1)))
-    return torch.cat(found) * share
+        losses.append(inputs.compute_output_squares(weight - rounded / part.unsqueeze(1)))
+    return torch.cat(losses) * share
 
 
 def measure_output_size(weight: Tensor, inputs: AwqInputs) -> float:
-    """``|| X W^T ||^2``, which `compute_losses` are to be held against, from as many of the outputs."""
-    weight, share = _some(weight)
-    return float(inputs.squares(weight)) * share
+    """Measure ``|| X W^T ||^2``, the reference for `compute_losses`, from the same outputs."""
+    weight, share = _sample_rows(weight)
+    return float(inputs.compute_output_squares(weight)) * share
 
 
-def _some(weight: Tensor) -> tuple[Tensor, float]:
-    """Some rows of a matrix, float32, and how many each stands for."""
-    some = weight[:: max(1, len(weight) // OUTPUTS)].float()
-    return some, len(weight) / len(some)
+def _sample_rows(weight: Tensor) -> tuple[Tensor, float]:
+    """Return evenly spaced rows of a matrix, float32, and how many rows each stands for."""
+    rows = weight[:: max(1, len(weight) // OUTPUTS)].float()
+    return rows, len(weight) / len(rows)
 
 
 def compute_intermediate(gate: Tensor, up: Tensor, x: Tensor) -> Tensor:
-    """Inputs [n, width] of ``down`` of a gated MLP for its inputs [n, hidden]."""
+    """Compute the intermediate activations [n, width] of a gated MLP for inputs [n, hidden].
+
+    They are the inputs of its ``down`` matrix.
+    """
     return torch.nn.functional.silu(x @ gate.float().T) * (x @ up.float().T)

@@ -5,52 +5,50 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from moe2edge.errors import InputError
 from moe2edge.numerics.metrics import SampleSums
 
-if TYPE_CHECKING:
-    pass
-
+# The golden ratio, less one.
 GOLDEN = (math.sqrt(5) - 1) / 2
-# Resamples of a bootstrap interval, and what it covers.
+# Resamples of a bootstrap interval, and its coverage.
 DRAWS, COVERED = 2000, 0.95
 
 
-# ---- samples -----------------------------------------------------------------------------------
-
-
 def split_samples(samples: int, held_out: float) -> tuple[list[int], list[int]]:
-    """Places of the samples to choose by, and of those held out.
+    """Split samples into those to choose by and those held out; return the positions of both.
 
-    Multiples of the golden ratio decide, so that both parts, and every run from the front of one,
-    are spread evenly over the samples, whether the parts of a mix take turns in them or follow one
-    another. At least two samples are held out, or there would be no interval.
+    Multiples of the golden ratio decide. So both parts, and any number of samples from the front
+    of either, are spread evenly over the samples, whether the parts of a mix alternate or follow
+    one another. At least two samples are held out, since a single one gives no interval.
+
+    Args:
+        samples: number of samples.
+        held_out: the fraction to hold out.
 
     Raises:
         InputError: there are fewer than four samples, or none is left to choose by.
     """
-    held = max(2, round(held_out * samples))
-    if samples < 4 or held >= samples:
+    count = max(2, round(held_out * samples))
+    if samples < 4 or count >= samples:
         raise InputError(
-            f"{samples} calibration samples do not suffice to choose by some and hold out "
-            f"{held_out:g} of them; use 4 or more, such as --set calibration.samples=64, and hold "
-            "out fewer"
+            f"{samples} calibration samples do not suffice to choose by some and hold out a "
+            f"fraction of {held_out:g}; use 4 or more, such as --set calibration.samples=64, and "
+            "hold out fewer"
         )
     order = sorted(range(samples), key=lambda n: ((n + 1) * GOLDEN % 1, n))
-    return order[held:], order[:held]
+    return order[count:], order[:count]
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over samples and where it may lie.
+    """Mean over samples with its bootstrap interval.
 
     Attributes:
-        mean: of the samples.
-        low, high: ends of the bootstrap interval that covers 95 %.
+        mean: mean over the samples.
+        low, high: ends of the bootstrap interval, which covers 95 %.
         samples: number of samples.
     """
 
@@ -60,12 +58,12 @@ class Interval:
     samples: int
 
     def __str__(self) -> str:
-        """Such as ``-0.0120 (95 % -0.0201 to -0.0043)``."""
+        """Format such as ``-0.0120 (95 % -0.0201 to -0.0043)``."""
         return f"{self.mean:+.4f} (95 % {self.low:+.4f} to {self.high:+.4f})"
 
 
 def compute_interval(differences: Sequence[float], seed: int) -> Interval:
-    """Percentile bootstrap over samples of the mean of paired differences.
+    """Compute the percentile bootstrap interval of the mean of paired differences, over samples.
 
     Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
     """
@@ -80,17 +78,20 @@ def compute_interval(differences: Sequence[float], seed: int) -> Interval:
 def compare_paired(
     mine: Sequence[SampleSums], theirs: Sequence[SampleSums], seed: int
 ) -> tuple[Interval, Interval]:
-    """Loss and KL of ``mine`` less those of ``theirs``, paired by sample, nats per token."""
+    """Return the differences in loss and in KL, ``mine`` minus ``theirs``, in nats per token.
+
+    They are paired by sample.
+    """
     pairs = list(zip(mine, theirs, strict=True))
     loss = compute_interval([(a.nll - b.nll) / a.tokens for a, b in pairs], seed)
     return loss, compute_interval([(a.kl - b.kl) / a.tokens for a, b in pairs], seed)
 
 
 def compute_mean_kl(sums: Sequence[SampleSums]) -> float:
-    """``KL(source || model)`` in nats per token."""
+    """Compute the mean ``KL(source || model)`` in nats per token."""
     return sum(one.kl for one in sums) / sum(one.tokens for one in sums)
 
 
 def compute_mean_loss(sums: Sequence[SampleSums]) -> float:
-    """Negative log-likelihood in nats per token."""
+    """Compute the mean negative log-likelihood in nats per token."""
     return sum(one.nll for one in sums) / sum(one.tokens for one in sums)

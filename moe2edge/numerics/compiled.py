@@ -1,8 +1,8 @@
-"""The innermost loops of GPTQ, compiled, where they were built; without them torch does the same.
+"""Compiled innermost loops of GPTQ and of the search for grids; torch does the same without them.
 
-``_columns.c`` is built when the package is installed, if there is a C compiler. Its sums are in
-another order than torch's, so that a number near the middle of two grid points may fall to the
-other one.
+``_columns.c`` is built when the package is installed, if there is a C compiler. It adds in another
+order than torch, so a number near the middle between two grid points may be rounded to the other
+one.
 """
 
 from __future__ import annotations
@@ -26,153 +26,158 @@ try:
 except ModuleNotFoundError:  # it was not built
     _columns = None
 
-# Multiplications from which on it pays to share the work out.
+# With more multiplications than this, splitting the work between threads pays.
 MANY = 1 << 20
-# Of `_columns.c`; one that was built from an older one is not used.
+# Version of `_columns.c`; a build of another version is not used.
 VERSION = 1
 
 
 def is_built() -> bool:
-    """Whether the compiled loops are there, as this version wants them."""
+    """Return whether the compiled loops are present in the version needed."""
     return _columns is not None and _columns.VERSION == VERSION
 
 
 def supports(numbers: Tensor) -> bool:
-    """Whether the compiled loops can take numbers that lie where these do."""
+    """Return whether the compiled loops can process numbers on the device of ``numbers``."""
     return is_built() and numbers.device.type == "cpu"
 
 
 def describe_kernel() -> str:
-    """Which loops run, for who compares numbers."""
+    """Return the name of the active kernel, recorded for reproducibility."""
     if not is_built():
         return "torch"
     return f"compiled, version {VERSION}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def round_panel(
-    wanted: Tensor,
+    target: Tensor,
     errors: Tensor,
     lower: Tensor,
     weight: Tensor,
     grid: Grid,
-    of_column: Tensor,
+    column_groups: Tensor,
     q: Tensor,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Round the columns of a panel from the last to the first, each with the errors behind it.
+    """Round the columns of a panel from last to first, each with the errors of those after it.
 
     Args:
-        wanted: float32 [batch, columns, out], with the feedback from behind the panel.
-        errors: the weights, float32 of the same shape; overwritten with weights less numbers. It
-            is a part of [batch, in, out], and so are ``q`` and ``mask``.
+        target: float32 [batch, columns, out], with the feedback from columns after the panel.
+        errors: the weights, float32 of the same shape; overwritten with weights minus rounded
+            numbers. It is a slice of [batch, in, out], and so are ``q`` and ``mask``.
         lower: unit lower triangular, [batch, columns, columns].
-        weight: what the square of what is missed counts, [batch, columns].
-        grid: with a row for each group: scales and zeros [batch, groups, out].
-        of_column: the group of each column, int64 [batch, columns].
-        q: int16, for the integers less their zero points.
+        weight: weight of the squared error of each column, [batch, columns].
+        grid: with one row per group: scales and zeros [batch, groups, out].
+        column_groups: the group of each column, int64 [batch, columns].
+        q: int16, overwritten with the integers minus their zero points.
         mask: bool, False where a number is zero.
 
     Returns:
         The loss of each matrix, float32 [batch].
 
     Raises:
-        ValueError: a tensor has another shape, dtype, layout or place.
+        ValueError: a tensor has the wrong shape, dtype, layout or device.
     """
-    batch, columns, outs = wanted.shape
+    batch, columns, outs = target.shape
     parts = -(-outs // _columns.ROWS)
     loss = torch.empty(batch, parts, dtype=torch.float64)
-    near = [t.contiguous() for t in (wanted, lower, weight, grid.scales, of_column)]
+    inputs = [t.contiguous() for t in (target, lower, weight, grid.scales, column_groups)]
     zeros = None if grid.scheme.symmetric else grid.zeros.contiguous()
     groups = (batch, grid.scales.shape[1], outs)
-    _expect("wanted", near[0], (batch, columns, outs), torch.float32)
-    _expect("lower", near[1], (batch, columns, columns), torch.float32)
-    _expect("weight", near[2], (batch, columns), torch.float32)
-    _expect("scales", near[3], groups, torch.float32)
-    _expect("of_column", near[4], (batch, columns), torch.int64)
-    if int(of_column.min()) < 0 or int(of_column.max()) >= groups[1]:
-        raise ValueError(f"of_column: expected groups 0 to {groups[1] - 1}")
+    _check_tensor("target", inputs[0], (batch, columns, outs), torch.float32)
+    _check_tensor("lower", inputs[1], (batch, columns, columns), torch.float32)
+    _check_tensor("weight", inputs[2], (batch, columns), torch.float32)
+    _check_tensor("scales", inputs[3], groups, torch.float32)
+    _check_tensor("column_groups", inputs[4], (batch, columns), torch.int64)
+    if int(column_groups.min()) < 0 or int(column_groups.max()) >= groups[1]:
+        raise ValueError(f"column_groups: expected groups 0 to {groups[1] - 1}")
     if zeros is not None:
-        _expect("zeros", zeros, groups, torch.float32)
+        _check_tensor("zeros", zeros, groups, torch.float32)
     for name, part, dtype in (
         ("errors", errors, torch.float32),
         ("q", q, torch.int16),
         *([] if mask is None else [("mask", mask, torch.bool)]),
     ):
-        _expect(name, part, (batch, columns, outs), dtype)
+        _check_tensor(name, part, (batch, columns, outs), dtype)
         layout = part.stride()[1:], part.stride(0) if batch > 1 else 0
         if layout != ((outs, 1), errors.stride(0) if batch > 1 else 0):
-            raise ValueError(f"{name}: columns must lie in one piece below one another")
+            raise ValueError(f"{name}: columns must be contiguous, one directly after another")
     sizes = (batch, columns, outs, groups[1], grid.scheme.largest, errors.stride(0))
     places = tuple(
         0 if t is None else t.data_ptr()
-        for t in (near[0], errors, *near[1:4], zeros, near[4], mask, q, loss)
+        for t in (inputs[0], errors, *inputs[1:4], zeros, inputs[4], mask, q, loss)
     )
     middle = float(grid.scheme.zero_point)
     threads = torch.get_num_threads() if batch * columns * columns * outs > MANY else 1
-    _share_out(partial(_columns.round_panel, sizes, places, middle), batch * parts, threads)
+    _split_between_threads(
+        partial(_columns.round_panel, sizes, places, middle), batch * parts, threads
+    )
     return loss.sum(1).float()
 
 
 def choose_best_grids(
     numbers: Tensor, importance: Tensor, scales: Tensor, zeros: Tensor, scheme: Scheme
 ) -> Tensor:
-    """Which of several grids rounds each group with the least error.
+    """Choose the one of several grids that rounds each group with the least error.
 
     Args:
         numbers: float32 [batch, out, groups, width].
-        importance: of the squared error of each, [batch, groups, width].
-        scales: of the grids, [candidates, batch, out, groups].
-        zeros: likewise; not looked at if the scheme is symmetric.
+        importance: weight of the squared error of each number, [batch, groups, width].
+        scales: scales of the grids, [candidates, batch, out, groups].
+        zeros: zero points of the same shape; ignored if the scheme is symmetric.
         scheme: bits.
 
     Returns:
-        Index of the first best, uint8 [batch, out, groups].
+        Index of the first best grid, uint8 [batch, out, groups].
 
     Raises:
-        ValueError: a tensor has another shape, dtype or place.
+        ValueError: a tensor has the wrong shape, dtype or device.
     """
     batch, outs, groups, width = numbers.shape
     count = batch * outs * groups
     best = torch.empty(batch, outs, groups, dtype=torch.uint8)
-    given = [t.contiguous() for t in (numbers, importance, scales, zeros)]
-    _expect("numbers", numbers, (batch, outs, groups, width), torch.float32)
-    _expect("importance", importance, (batch, groups, width), torch.float32)
+    inputs = [t.contiguous() for t in (numbers, importance, scales, zeros)]
+    _check_tensor("numbers", numbers, (batch, outs, groups, width), torch.float32)
+    _check_tensor("importance", importance, (batch, groups, width), torch.float32)
     for name, grids in (("scales", scales), ("zeros", zeros)):
-        _expect(name, grids, (len(scales), batch, outs, groups), torch.float32)
+        _check_tensor(name, grids, (len(scales), batch, outs, groups), torch.float32)
     sizes = (count, width, groups, outs * groups, len(scales), scheme.largest)
-    addresses = [t.data_ptr() for t in (*given, best)]
+    addresses = [t.data_ptr() for t in (*inputs, best)]
     if scheme.symmetric:
         addresses[3] = 0
     threads = torch.get_num_threads() if len(scales) * numbers.numel() > MANY else 1
     middle = float(scheme.zero_point)
-    _share_out(partial(_columns.search, sizes, tuple(addresses), middle), count, threads)
+    _split_between_threads(
+        partial(_columns.search, sizes, tuple(addresses), middle), count, threads
+    )
     return best
 
 
-def _share_out(work: Callable[[int, int], None], count: int, threads: int) -> None:
-    """Do parts of ``count`` pieces of work in some threads."""
+def _split_between_threads(work: Callable[[int, int], None], count: int, threads: int) -> None:
+    """Do ``count`` pieces of work in several threads."""
     step = -(-count // threads)
     starts = range(0, count, step)
     if len(starts) == 1:
         work(0, count)
     else:
-        futures = [_pool(threads).submit(work, at, min(at + step, count)) for at in starts]
+        futures = [_get_pool(threads).submit(work, at, min(at + step, count)) for at in starts]
         try:
             for future in futures:
                 future.result()
-        finally:  # an interrupt must not free what they work on
+        finally:  # an interrupt must not free tensors that threads still write to
             wait(futures)
 
 
-def _expect(name: str, given: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Refuse what the compiled loops would read as something else."""
-    if tuple(given.shape) != shape or given.dtype != dtype or given.device.type != "cpu":
+def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Refuse a tensor whose memory the compiled loops would misread."""
+    if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device.type != "cpu":
         raise ValueError(
-            f"{name}: found {given.dtype} {list(given.shape)} on {given.device}, expected "
+            f"{name}: found {tensor.dtype} {list(tensor.shape)} on {tensor.device}, expected "
             f"{dtype} {list(shape)} on cpu"
         )
 
 
 @lru_cache(maxsize=1)
-def _pool(threads: int) -> ThreadPoolExecutor:
+def _get_pool(threads: int) -> ThreadPoolExecutor:
+    """Return the thread pool, which is kept between calls."""
     return ThreadPoolExecutor(threads, thread_name_prefix="columns")

@@ -1,15 +1,15 @@
-"""Rounding column by column with feedback: the core of GPTQ and of SparseGPT. Pure functions.
+"""Column-by-column rounding with error feedback, the core of GPTQ and SparseGPT. Pure functions.
 
 For inputs X [n, in] the loss of replacing W [out, in] by Q is ``|| (W - Q) X^T ||^2``, which is
 ``trace(E H E^T)`` with ``E = W - Q`` and the Hessian ``H = X^T X``. With ``H = L D L^T``, L unit
-lower triangular, it is ``sum_i D_i || (E L)_i ||^2``, and ``(E L)_i`` holds no column of E before
-the i-th. So columns are rounded from the last to the first, each to the grid point nearest to
-``w_i + sum_{j > i} e_j L_ji``. It is the same result as that of the loop in GPTQ (Frantar et al.,
-2022, https://arxiv.org/abs/2210.17323) over the columns in that order, with one Cholesky
-factorization and no inverse (LDLQ: Chee et al., 2023, https://arxiv.org/abs/2307.13304).
+lower triangular, it is ``sum_i D_i || (E L)_i ||^2``, and ``(E L)_i`` contains no column of E
+before the i-th. So columns are rounded from last to first, each to the grid point nearest to
+``w_i + sum_{j > i} e_j L_ji``. The result is that of GPTQ's loop over the columns in this order
+(Frantar et al., 2022, https://arxiv.org/abs/2210.17323), with one Cholesky factorization and no
+inverse (LDLQ: Chee et al., 2023, https://arxiv.org/abs/2307.13304).
 
-Several matrices of one shape are solved at once: with hundreds of small experts, the time of a
-loop over columns is that of starting operations on few numbers.
+Several matrices of one shape are solved at once: with hundreds of small experts, a loop over
+columns spends its time on launching operations on few numbers.
 """
 
 from __future__ import annotations
@@ -28,35 +28,35 @@ from moe2edge.numerics.scheme import WHOLE_ROW
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Columns whose feedback is computed by one product of matrices: from all columns behind them, then
-# from those inside.
+# Columns whose feedback is computed by one matrix product: for a panel from all columns after it,
+# for a run within a panel from the runs after it.
 PANEL, INNER = 128, 32
-# Columns of a Hessian that are computed at once; what is above the diagonal is not.
+# Columns of a Hessian that are computed at once; the upper triangle is copied from the lower one.
 HESSIAN_COLUMNS = 512
-# Rows of a matrix, at least, from which the size of its outputs is estimated.
+# Least number of rows of a matrix from which the size of its outputs is estimated.
 SAMPLED_ROWS = 32
 
 
 def sum_hessian(
     hessian: Tensor, batches: Iterable[tuple[Tensor, Tensor | None]], *, weighted: bool = True
 ) -> None:
-    """Sum up ``X^T diag(w) X`` of inputs X [n, in] with weights w [n]: the Hessian [in, in].
+    """Sum the Hessian ``X^T diag(w) X`` [in, in] over batches of inputs X [n, in], weights w [n].
 
     Args:
-        hessian: where to; what was there is overwritten.
+        hessian: receives the sum; its previous content is overwritten.
         batches: X and w; None stands for weights of one.
         weighted: whether w counts.
     """
-    found = False
+    started = False
     for x, weights in batches:
         x = x.to(hessian.dtype)
         weighed = x if weights is None or not weighted else x * weights.unsqueeze(1)
         for start in range(0, len(hessian), HESSIAN_COLUMNS):
             end = start + HESSIAN_COLUMNS
             part = weighed[:, start:].T, x[:, start:end]
-            hessian[start:, start:end].addmm_(*part, beta=float(found))
-        found = True
-    if not found:
+            hessian[start:, start:end].addmm_(*part, beta=float(started))
+        started = True
+    if not started:
         hessian.zero_()
     for start in range(0, len(hessian), HESSIAN_COLUMNS):
         end = start + HESSIAN_COLUMNS
@@ -64,17 +64,17 @@ def sum_hessian(
 
 
 def estimate_output_size(weight: Tensor, hessian: Tensor) -> float:
-    """Estimate of the squared size of the outputs, ``trace(W H W^T)``, from some rows of W."""
+    """Estimate the squared size of the outputs, ``trace(W H W^T)``, from some rows of W."""
     rows = weight[:: max(1, len(weight) // SAMPLED_ROWS)].to(hessian)
     return float((rows @ hessian * rows).sum()) * len(weight) / len(rows)
 
 
 @dataclass(frozen=True)
 class HessianFactors:
-    """``H = L D L^T`` of one or more Hessians.
+    """Factors ``L`` and ``D`` of ``H = L D L^T``, for one or more Hessians.
 
     Attributes:
-        lower: unit lower triangular, float32 [batch, in, in].
+        lower: L, unit lower triangular, float32 [batch, in, in].
         weight: the diagonal of D, [batch, in].
     """
 
@@ -85,25 +85,26 @@ class HessianFactors:
 def factorize(
     hessians: Tensor, damping: float, space: Tensor | None = None
 ) -> tuple[HessianFactors, list[bool]]:
-    """Factors of damped Hessians [batch, in, in]; which of them have some.
+    """Factorize damped Hessians [batch, in, in]; return the factors and which Hessians have some.
 
-    Inputs that never occur get a diagonal of one, so that their weights are simply rounded. Where
-    the factorization fails, damping is raised tenfold while it is below one; where that fails,
-    too, the factors are those of the identity, with which columns are rounded without feedback.
+    Inputs that never occur get a diagonal of one, so that their weights are simply rounded. If the
+    factorization fails, damping is raised tenfold while it is at most one; if that fails, too, the
+    factors are those of the identity, with which columns are rounded without feedback.
 
     Args:
-        hessians: symmetric, only the lower triangles are read; their diagonals are overwritten.
-        damping: part of the mean diagonal that is added.
-        space: float32 of the shape of ``hessians``, for the factors; None: it is made.
+        hessians: symmetric; only the lower triangles are read, their diagonals are overwritten.
+        damping: fraction of the mean diagonal that is added to it.
+        space: float32 of the shape of ``hessians``, to hold the factors; None: it is allocated.
     """
-    # Upper triangular in memory: LAPACK wants columns in one piece, and so do later products.
+    # Upper triangular in memory: LAPACK needs contiguous columns, and so do later products.
     lower = (torch.empty_like(hessians) if space is None else space).mT
     weight = hessians.new_empty(hessians.shape[:2])
-    fine = [_factorize(h, lower[n], weight[n], damping) for n, h in enumerate(hessians)]
-    return HessianFactors(lower, weight), fine
+    succeeded = [_factorize_one(h, lower[n], weight[n], damping) for n, h in enumerate(hessians)]
+    return HessianFactors(lower, weight), succeeded
 
 
-def _factorize(hessian: Tensor, lower: Tensor, weight: Tensor, damping: float) -> bool:
+def _factorize_one(hessian: Tensor, lower: Tensor, weight: Tensor, damping: float) -> bool:
+    """Factorize one damped Hessian into ``lower`` and ``weight``; return whether it succeeded."""
     diagonal = hessian.diagonal()
     clean = diagonal.clone()
     dead = clean == 0
@@ -124,35 +125,36 @@ def _factorize(hessian: Tensor, lower: Tensor, weight: Tensor, damping: float) -
 
 
 class Rounder(Protocol):
-    """Decides to what the numbers of a column are rounded.
+    """Rule that rounds the numbers of a column.
 
     Attributes:
-        width: columns that it decides about together, before the last of them; None: none.
+        width: number of columns that are prepared together, before the last of them is rounded;
+            None: none are.
     """
 
     width: int | None
 
-    def panel(
-        self, first: int, wanted: Tensor, weights: Tensor, lower: Tensor, weight: Tensor
+    def round_panel(
+        self, first: int, target: Tensor, weights: Tensor, lower: Tensor, weight: Tensor
     ) -> Tensor | None:
-        """Do at once what `_panel` does, with the same arguments; None: column by column."""
+        """Do the same as `_round_panel`, with the same arguments; None: not supported."""
         ...
 
     def begin(self, first: int, completed: Tensor, weight: Tensor) -> None:
-        """Look at `width` columns before they are rounded.
+        """Prepare `width` columns before they are rounded.
 
         Args:
-            first: the first of them.
-            completed: [batch, width, out], what they would best be, were they free, after the
-                columns behind them are rounded.
+            first: index of the first of them.
+            completed: [batch, width, out], their best values if they were free, after all later
+                columns are rounded.
             weight: their part of D, [batch, width].
         """
         ...
 
-    def round(self, column: int, wanted: Tensor, original: Tensor, error: Tensor) -> None:
-        """Choose numbers [batch, out] near to ``wanted``; ``error`` becomes ``original`` less them.
+    def round(self, column: int, target: Tensor, original: Tensor, error: Tensor) -> None:
+        """Choose numbers [batch, out] near ``target``; set ``error`` to ``original`` minus them.
 
-        Columns of one panel are rounded from the last to the first.
+        Columns of one panel are rounded from last to first.
         """
         ...
 
@@ -160,14 +162,14 @@ class Rounder(Protocol):
 def round_columns(
     weights: Tensor, factors: HessianFactors, rounder: Rounder, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Round a batch of matrices with feedback.
+    """Round a batch of matrices with error feedback.
 
     Args:
-        weights: float32 [batch, in, out]: transposed, so that a column of W lies in one piece;
+        weights: float32 [batch, in, out]: transposed, so that a column of W is contiguous;
             overwritten with ``E = W - Q``.
-        factors: of their Hessians.
-        rounder: rounds the columns, from the last to the first.
-        dtype: in which errors are carried from columns far behind.
+        factors: factors of their Hessians.
+        rounder: rounds the columns, from last to first.
+        dtype: dtype in which errors are carried from columns of other panels.
 
     Returns:
         The loss of each matrix, ``trace(E H E^T)``, float32 [batch].
@@ -178,45 +180,45 @@ def round_columns(
     for start in range((columns - 1) // PANEL * PANEL, -1, -PANEL):
         end = min(start + PANEL, columns)
         part = slice(start, end)
-        wanted = weights[:, part].clone()
-        far = factors.lower[:, end:, part].mT
+        target = weights[:, part].clone()
+        factors_after = factors.lower[:, end:, part].mT
         if errors is weights:
-            wanted.baddbmm_(far, errors[:, end:])
+            target.baddbmm_(factors_after, errors[:, end:])
         else:
-            wanted += far.to(dtype) @ errors[:, end:]
-        inside = factors.lower[:, part, part].contiguous()
-        given = wanted, weights[:, part], inside, factors.weight[:, part]
-        lost = rounder.panel(start, *given)
-        loss += _panel(*given, start, rounder) if lost is None else lost
+            target += factors_after.to(dtype) @ errors[:, end:]
+        inner = factors.lower[:, part, part].contiguous()
+        arguments = target, weights[:, part], inner, factors.weight[:, part]
+        panel_loss = rounder.round_panel(start, *arguments)
+        loss += _round_panel(*arguments, start, rounder) if panel_loss is None else panel_loss
         if errors is not weights:
             errors[:, part] = weights[:, part]
     return loss
 
 
-def _panel(
-    wanted: Tensor,
+def _round_panel(
+    target: Tensor,
     weights: Tensor,
     lower: Tensor,
     weight: Tensor,
     first: int,
     rounder: Rounder,
 ) -> Tensor:
-    """Round some columns; the loss of each matrix, [batch].
+    """Round some columns; return the loss of each matrix, [batch].
 
     Args:
-        wanted: the numbers [batch, columns, out] with the feedback of all columns behind them;
+        target: the numbers [batch, columns, out] with the feedback of all columns after them;
             overwritten.
-        weights: without it; overwritten with their errors.
+        weights: the numbers without it; overwritten with their errors.
         lower: the part of L for these columns, [batch, columns, columns].
-        weight: of D, [batch, columns].
-        first: the first column.
-        rounder: rounds.
+        weight: their part of D, [batch, columns].
+        first: index of the first column.
+        rounder: rounds each column.
     """
-    columns, width = wanted.shape[1], rounder.width
+    columns, width = target.shape[1], rounder.width
     original = weights.clone()
-    # Taken apart at once, because a loop over columns spends its time on starting operations.
-    wants, originals, errors = (t.unbind(1) for t in (wanted, original, weights))
-    # Columns that the rounder looks at together end where a run of columns ends.
+    # Split into columns only once: a loop over columns spends its time on launching operations.
+    targets, originals, errors = (t.unbind(1) for t in (target, original, weights))
+    # Columns that the rounder prepares together must end where a run of columns ends.
     step = INNER if width is None or width >= INNER else width
     for end in range(columns, 0, -step):
         start = max(0, end - step)
@@ -224,61 +226,65 @@ def _panel(
             part = slice(end - width, end)
             free = torch.linalg.solve_triangular(
                 lower[:, part, part].mT,
-                wanted[:, part] - original[:, part],
+                target[:, part] - original[:, part],
                 upper=True,
                 unitriangular=True,
             )
             rounder.begin(first + end - width, original[:, part] + free, weight[:, part])
         for n in range(end - 1, start - 1, -1):
-            rounder.round(first + n, wants[n], originals[n], errors[n])
+            rounder.round(first + n, targets[n], originals[n], errors[n])
             if n > start:
                 feedback = lower[:, n, start:n].unsqueeze(-1)
-                wanted[:, start:n].addcmul_(feedback, errors[n].unsqueeze(1))
+                target[:, start:n].addcmul_(feedback, errors[n].unsqueeze(1))
         if start:
-            wanted[:, :start].baddbmm_(lower[:, start:end, :start].mT, weights[:, start:end])
-    missed = wanted.sub_(original).add_(weights).square_().sum(-1)
+            target[:, :start].baddbmm_(lower[:, start:end, :start].mT, weights[:, start:end])
+    missed = target.sub_(original).add_(weights).square_().sum(-1)
     return (missed * weight).sum(-1)
 
 
 class GridRounder:
-    """Rounds to the grid of each group of inputs, and keeps the integers.
+    """Rounder to the grid of each group of inputs; it keeps the integers.
 
-    Grids are given for all groups, or chosen when a group's turn comes, from its numbers as they
-    would then best be.
+    Grids are given for all groups, or chosen when the turn of a group comes, from the values that
+    would then be best.
+
+    Attributes:
+        width: columns of a group if grids are chosen on the way; None if they are given.
+        uses_compiled: whether the compiled loops do the rounding.
     """
 
     def __init__(
         self, groups: Tensor, chosen: Grid, how: Range | None = None, mask: Tensor | None = None
     ) -> None:
-        """Make one for a batch of matrices.
+        """Prepare for a batch of matrices.
 
         Args:
-            groups: of each column, int64 [batch, in].
+            groups: group of each column, int64 [batch, in].
             chosen: grids of all groups, [batch, out, groups]; overwritten if ``how`` is given.
-            how: choose them on the way; then groups are columns side by side.
-            mask: [batch, out, in], False where a number is zero and stays so; None: nowhere.
+            how: choose the grids on the way; then groups are adjacent columns.
+            mask: [batch, out, in], False where a number is zero and stays zero; None: nowhere.
         """
         batch, outs, count = chosen.scales.shape
         ins = groups.shape[1]
         self.width = ins // count if how else None
         self._how, self._scheme, self._groups = how, chosen.scheme, groups
-        # A row for each group or column, so that a column's numbers lie in one piece.
+        # One row for each group or column, so that a column's numbers are contiguous.
         self._scales, self._zeros = transpose(chosen.scales), transpose(chosen.zeros)
         self._mask = None if mask is None else transpose(mask)
-        # Integers without their zero points: up to 9 bits.
+        # Integers minus their zero points: up to 9 bits.
         self._q = groups.new_empty(batch, ins, outs, dtype=torch.int16)
         self._columns: _Columns | None = None
-        self.native = how is None and compiled.supports(chosen.scales)
+        self.uses_compiled = how is None and compiled.supports(chosen.scales)
 
-    def panel(
-        self, first: int, wanted: Tensor, weights: Tensor, lower: Tensor, weight: Tensor
+    def round_panel(
+        self, first: int, target: Tensor, weights: Tensor, lower: Tensor, weight: Tensor
     ) -> Tensor | None:
-        """Round to given grids by the compiled loop, where there is one."""
-        if not self.native:
+        """Round to given grids by the compiled loop, if it is present."""
+        if not self.uses_compiled:
             return None
-        part = slice(first, first + wanted.shape[1])
+        part = slice(first, first + target.shape[1])
         return compiled.round_panel(
-            wanted,
+            target,
             weights,
             lower,
             weight,
@@ -289,8 +295,8 @@ class GridRounder:
         )
 
     def integers(self, orders: Tensor | None = None) -> Tensor:
-        """Integers uint8 [batch, out, in]; column i goes to place ``orders[i]``, if given."""
-        self._keep()
+        """Return the integers uint8 [batch, out, in]; column i moves to ``orders[i]``, if given."""
+        self._store_integers()
         zeros: Tensor | int = self._scheme.zero_point
         if not self._scheme.symmetric:
             zeros = gather_rows(self._zeros, self._groups).to(torch.int16)
@@ -307,22 +313,22 @@ class GridRounder:
 
     def begin(self, first: int, completed: Tensor, weight: Tensor) -> None:
         """Choose the grid of a group."""
-        assert self._how is not None, "grids are given, so that no width is asked for"
-        one = replace(self._scheme, group_size=WHOLE_ROW)
-        chosen = choose_grid(completed.transpose(1, 2), one, self._how, weight)
+        assert self._how is not None, "grids are given: there is no width to prepare"
+        scheme = replace(self._scheme, group_size=WHOLE_ROW)
+        chosen = choose_grid(completed.transpose(1, 2), scheme, self._how, weight)
         group = int(self._groups[0, first])
         self._scales[:, group] = chosen.scales[..., 0]
         self._zeros[:, group] = chosen.zeros[..., 0]
-        self._turn_to(first, first + completed.shape[1])
+        self._load_columns(first, first + completed.shape[1])
 
-    def round(self, column: int, wanted: Tensor, original: Tensor, error: Tensor) -> None:
+    def round(self, column: int, target: Tensor, original: Tensor, error: Tensor) -> None:
         """Round to the nearest numbers on the grid."""
         if self._columns is None or column < self._columns.first:
-            self._turn_to(max(0, column + 1 - PANEL), column + 1)
+            self._load_columns(max(0, column + 1 - PANEL), column + 1)
         assert self._columns is not None
         n = column - self._columns.first
         q, scale = self._columns.q[n], self._columns.scales[n]
-        torch.div(wanted, scale, out=q).round_()
+        torch.div(target, scale, out=q).round_()
         if self._columns.zeros is None:
             middle = self._scheme.zero_point
             q.clamp_(-middle, self._scheme.largest - middle)
@@ -333,17 +339,17 @@ class GridRounder:
             q.mul_(self._mask[:, column])
         torch.addcmul(original, q, scale, value=-1, out=error)
 
-    def _turn_to(self, first: int, end: int) -> None:
-        """Spread the grids of groups over the columns from ``first`` to ``end``."""
-        self._keep()
+    def _load_columns(self, first: int, end: int) -> None:
+        """Expand the grids of groups to the columns from ``first`` to ``end``."""
+        self._store_integers()
         groups = self._groups[:, first:end]
         scales = gather_rows(self._scales, groups)
         zeros = None if self._scheme.symmetric else gather_rows(self._zeros, groups).unbind(1)
         q = torch.empty_like(scales)
         self._columns = _Columns(first, q, q.unbind(1), scales.unbind(1), zeros)
 
-    def _keep(self) -> None:
-        """Keep the integers of the columns at work."""
+    def _store_integers(self) -> None:
+        """Store the integers of the columns being rounded."""
         if self._columns is not None:
             first, whole = self._columns.first, self._columns.whole
             self._q[:, first : first + whole.shape[1]] = whole
@@ -351,13 +357,13 @@ class GridRounder:
 
 @dataclass(frozen=True)
 class _Columns:
-    """The columns at work.
+    """Columns being rounded.
 
     Attributes:
-        first: the first of them.
-        whole: their integers without zero points, float32 [batch, columns, out].
-        q: the same, of each column [batch, out].
-        scales, zeros: likewise; no zeros if the scheme is symmetric.
+        first: index of the first of them.
+        whole: their integers minus zero points, float32 [batch, columns, out].
+        q: views of ``whole``, one for each column, [batch, out].
+        scales, zeros: likewise for each column; no zeros if the scheme is symmetric.
     """
 
     first: int
@@ -368,19 +374,19 @@ class _Columns:
 
 
 def transpose(matrices: Tensor) -> Tensor:
-    """Matrices [batch, a, b] as [batch, b, a], in one piece each.
+    """Transpose matrices [batch, a, b] to contiguous ones [batch, b, a].
 
-    One at a time, as torch has a fast way for two dimensions alone.
+    One at a time, because torch is fast for two dimensions only.
     """
-    found = matrices.new_empty(len(matrices), matrices.shape[2], matrices.shape[1])
-    for matrix, turned in zip(matrices, found, strict=True):
-        turned.copy_(matrix.T)
-    return found
+    result = matrices.new_empty(len(matrices), matrices.shape[2], matrices.shape[1])
+    for matrix, transposed in zip(matrices, result, strict=True):
+        transposed.copy_(matrix.T)
+    return result
 
 
 def gather_rows(matrices: Tensor, places: Tensor) -> Tensor:
-    """Rows [batch, n, b] of matrices [batch, a, b] at the places of each, int64 [batch, n]."""
-    found = matrices.new_empty(*places.shape, matrices.shape[2])
-    for matrix, own, rows in zip(matrices, places, found, strict=True):
-        torch.index_select(matrix, 0, own, out=rows)
-    return found
+    """Gather rows [batch, n, b] of matrices [batch, a, b] at ``places``, int64 [batch, n]."""
+    result = matrices.new_empty(*places.shape, matrices.shape[2])
+    for matrix, indices, rows in zip(matrices, places, result, strict=True):
+        torch.index_select(matrix, 0, indices, out=rows)
+    return result

@@ -1,4 +1,4 @@
-"""Quantized numbers in their neutral form: integers, scales and zero points."""
+"""Quantized matrices in a neutral form: integers, scales and zero points. Pure functions."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from moe2edge.numerics.scheme import Scheme
 if TYPE_CHECKING:
     from torch import Tensor
 
+# Range of scales; both ends are exact in float16 and in bfloat16.
 SMALLEST_SCALE = 2.0**-24
 LARGEST_SCALE = 32768.0
 
@@ -25,7 +26,7 @@ class Quantized:
         q: uint8 [out, in], values ``0 .. 2**bits - 1``.
         scales: float32 [out, groups], each exact in bfloat16 and in float16.
         scheme: how to read them.
-        zeros: uint8 [out, groups], from 1; None if symmetric.
+        zeros: uint8 [out, groups], at least 1; None if symmetric.
     """
 
     q: Tensor
@@ -34,11 +35,11 @@ class Quantized:
     zeros: Tensor | None = None
 
     def dequantize(self) -> Tensor:
-        """The weights, float32 [out, in]: ``(q - zero_point) * scale``."""
+        """Compute the weights, float32 [out, in]: ``(q - zero_point) * scale``."""
         return dequantize(self.q, self.scales, self.scheme, self.zeros)
 
     def split(self, rows: Sequence[int]) -> list[Quantized]:
-        """Matrices of so many rows each, which stand below one another."""
+        """Split into matrices with these numbers of rows, from top to bottom."""
         counts = list(rows)
         zeros = [None] * len(counts) if self.zeros is None else torch.split(self.zeros, counts)
         parts = zip(
@@ -49,11 +50,11 @@ class Quantized:
 
 @dataclass(frozen=True)
 class Grid:
-    """The numbers that the weights of each group are rounded to.
+    """Grid of numbers that the weights of each group are rounded to.
 
     Attributes:
         scales: float32 [..., out, groups].
-        zeros: the integers that stand for zero, float32 of the same shape.
+        zeros: zero points, float32 of the same shape.
         scheme: bits and group size.
     """
 
@@ -61,39 +62,39 @@ class Grid:
     zeros: Tensor
     scheme: Scheme
 
-    def quantized(self, q: Tensor) -> Quantized:
-        """Integers uint8 [out, in] with the scales and zero points of this grid."""
+    def to_quantized(self, q: Tensor) -> Quantized:
+        """Join integers uint8 [out, in] with the scales and zero points of this grid."""
         zeros = None if self.scheme.symmetric else self.zeros.to(torch.uint8)
         return Quantized(q, self.scales, self.scheme, zeros)
 
     def cpu(self) -> Grid:
-        """The same in the memory of the processor."""
+        """Copy the grid to CPU memory."""
         return Grid(self.scales.cpu(), self.zeros.cpu(), self.scheme)
 
     def __getitem__(self, n: int) -> Grid:
-        """Of one matrix of a batch."""
+        """Return the grid of one matrix of a batch."""
         return Grid(self.scales[n], self.zeros[n], self.scheme)
 
 
 def dequantize(q: Tensor, scales: Tensor, scheme: Scheme, zeros: Tensor | None = None) -> Tensor:
-    """Weights float32 [..., out, in] of integers [..., out, in] and scales [..., out, groups]."""
+    """Compute weights float32 [..., out, in] from integers and scales [..., out, groups]."""
     grouped = split_groups(q.to(torch.float32, copy=True), scheme)
-    middle = scheme.zero_point if zeros is None else zeros.float().unsqueeze(-1)
-    return grouped.sub_(middle).mul_(scales.float().unsqueeze(-1)).flatten(-2)
+    zero_points = scheme.zero_point if zeros is None else zeros.float().unsqueeze(-1)
+    return grouped.sub_(zero_points).mul_(scales.float().unsqueeze(-1)).flatten(-2)
 
 
 def split_groups(weight: Tensor, scheme: Scheme) -> Tensor:
-    """[..., out, in] -> [..., out, groups, inputs of a group]."""
+    """Reshape [..., out, in] to [..., out, groups, inputs of a group]."""
     width = scheme.width(weight.shape[-1])
     return weight.reshape(*weight.shape[:-1], weight.shape[-1] // width, width)
 
 
 def round_scales(scales: Tensor) -> Tensor:
-    """Nearest scales that bfloat16 and float16 both hold exactly, float32, same shape.
+    """Round scales to numbers that bfloat16 and float16 both hold exactly, float32, same shape.
 
     Runtimes differ in the dtype in which they keep scales (float16 in GPTQ files, bfloat16 after
     loading into a bfloat16 model); a scale that both hold is the same number everywhere. Scales
-    are chosen so *before* weights are rounded to them, hence nothing is lost later.
+    are rounded *before* weights are rounded to them, so nothing is lost later.
     """
     bounded = scales.float().clamp(SMALLEST_SCALE, LARGEST_SCALE)
     return bounded.to(torch.float16).to(torch.bfloat16).float()

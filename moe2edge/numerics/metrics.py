@@ -1,4 +1,4 @@
-"""How good a model is on held-out text, and how far it is from its source."""
+"""Quality of a model on held-out text, and its distance from its source. Pure functions."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Positions at a time: of a large vocabulary, several copies of their logits are in memory.
+# Positions at a time: with a large vocabulary, several copies of their logits take much memory.
 CHUNK_POSITIONS = 64
 
 
 @dataclass(frozen=True)
 class Quality:
-    """Figures over held-out tokens.
+    """Metrics over held-out tokens.
 
     Attributes:
-        tokens: predicted tokens.
+        tokens: number of predicted tokens.
         perplexity: ``exp`` of the mean negative log-likelihood.
         kl: mean ``KL(source || model)`` in nats per token, None without a source.
-        top1: part of the tokens where both have the same most likely next token.
+        top1: fraction of the tokens where both have the same most likely next token, None without a
+            source.
     """
 
     tokens: int
@@ -36,10 +37,10 @@ class SampleSums:
     """Sums over the predicted tokens of one sample.
 
     Attributes:
-        tokens: predicted tokens.
+        tokens: number of predicted tokens.
         nll: negative log-likelihood, nats.
         kl: ``KL(source || model)``, nats; 0 without a source.
-        agree: tokens where both have the same most likely next token; 0 without a source.
+        agree: number of tokens where both have the same most likely next token; 0 without a source.
     """
 
     tokens: int
@@ -49,38 +50,38 @@ class SampleSums:
 
 
 def measure(ids: Tensor, logits: Iterable[Tensor], source: Iterable[Tensor] | None) -> Quality:
-    """Figures of a model, one sample in memory at a time.
+    """Measure the quality of a model, with one sample in memory at a time.
 
     Args:
         ids: int64 [samples, length].
-        logits: of each sample, float32 [length, vocabulary].
+        logits: logits for each sample, float32 [length, vocabulary].
         source: the same of the source model.
     """
-    found = list(measure_per_sample(ids, logits, source))
-    tokens = sum(one.tokens for one in found)
-    perplexity = math.exp(min(sum(one.nll for one in found) / tokens, 700.0))
+    samples = list(measure_per_sample(ids, logits, source))
+    tokens = sum(one.tokens for one in samples)
+    perplexity = math.exp(min(sum(one.nll for one in samples) / tokens, 700.0))
     if source is None:
         return Quality(tokens, perplexity)
-    kl = max(sum(one.kl for one in found) / tokens, 0.0)
-    return Quality(tokens, perplexity, kl, sum(one.agree for one in found) / tokens)
+    kl = max(sum(one.kl for one in samples) / tokens, 0.0)
+    return Quality(tokens, perplexity, kl, sum(one.agree for one in samples) / tokens)
 
 
 def measure_per_sample(
     ids: Tensor, logits: Iterable[Tensor], source: Iterable[Tensor] | None
 ) -> Iterator[SampleSums]:
-    """Sums over the tokens of each sample; arguments as of `measure`."""
+    """Yield the sums over the tokens of each sample; arguments as in `measure`."""
     reference = iter(source) if source is not None else None
     for row, mine in zip(ids, logits, strict=True):
         yield sum_sample(row, mine, None if reference is None else next(reference))
 
 
 def sum_sample(row: Tensor, mine: Tensor, theirs: Tensor | None) -> SampleSums:
-    """Sums over the tokens of one sample.
+    """Sum over the tokens of one sample.
 
     Args:
         row: int64 [length].
         mine: logits of a model, float32 [length, vocabulary].
-        theirs: the same of its source.
+        theirs: the same of its source; None: no source.
     """
     nll = kl = agree = 0.0
     for at in range(0, len(row) - 1, CHUNK_POSITIONS):

@@ -1,4 +1,7 @@
-"""Layouts of small integers. Pure functions, each with its inverse; no number changes here."""
+"""Packed layouts of small integers. Pure functions, each with its inverse.
+
+No value changes here.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,14 @@ from moe2edge.numerics.grid import Quantized
 if TYPE_CHECKING:
     from torch import Tensor
 
-# A type for so many bytes; the lowest is the first, as in safetensors.
+# Integer type of a word of this many bytes; the lowest byte comes first, as in safetensors.
 WORDS = {2: torch.int16, 4: torch.int32}
 
 
 def pack_bytes(q: Tensor, bits: int) -> Tensor:
-    """``8 // bits`` integers to a byte, the lowest index in the lowest bits; 3 bits take 4.
+    """Pack ``8 // bits`` integers into a byte, the lowest index in the lowest bits; 3 bits take 4.
 
-    The layout of ONNX Runtime's ``QMoE`` and ``MatMulNBits``. The last dimension is filled up with
+    The layout of ONNX Runtime's ``QMoE`` and ``MatMulNBits``. The last dimension is padded with
     zeros to whole bytes: uint8 [..., n] -> [..., ceil(n / (8 // bits))].
     """
     bits = 4 if bits == 3 else bits
@@ -27,8 +30,8 @@ def pack_bytes(q: Tensor, bits: int) -> Tensor:
         q = torch.nn.functional.pad(q, (0, short))
     if per_byte == 1:
         return q.clone(memory_format=torch.contiguous_format)
-    # The integers of one byte as one word, in which they move together: a third of the time that
-    # every other, or every fourth, of them takes by itself.
+    # View the integers of one byte as one word and shift them together: this takes a third of the
+    # time of slices with every second or every fourth integer.
     words = q.flatten().view(WORDS[per_byte])
     packed = words.clone()
     for n in range(1, per_byte):
@@ -37,13 +40,13 @@ def pack_bytes(q: Tensor, bits: int) -> Tensor:
 
 
 def compute_packed_shape(shape: tuple[int, ...], bits: int) -> tuple[int, ...]:
-    """Shape that `pack_bytes` makes of a shape."""
+    """Compute the shape that `pack_bytes` makes of a shape."""
     per_byte = 8 // (4 if bits == 3 else bits)
     return (*shape[:-1], -(-shape[-1] // per_byte))
 
 
 def unpack_bytes(packed: Tensor, bits: int, count: int | None = None) -> Tensor:
-    """Inverse of `pack_bytes`; ``count`` integers, all that there is room for if not given."""
+    """Unpack ``count`` integers, or all that there is room for: the inverse of `pack_bytes`."""
     bits = 4 if bits == 3 else bits
     mask, per_byte = (1 << bits) - 1, 8 // bits
     if per_byte == 1:
@@ -56,24 +59,24 @@ def unpack_bytes(packed: Tensor, bits: int, count: int | None = None) -> Tensor:
 
 
 def pack_int32(q: Tensor, dim: int, bits: int) -> Tensor:
-    """``32 // bits`` integers to an int32 along ``dim``, the lowest index in the lowest bits."""
+    """Pack ``32 // bits`` integers into an int32 along ``dim``, lowest index in the lowest bits."""
     moved = q.movedim(dim, -1).contiguous()
     # Little-endian, as safetensors is: the bytes of a word are those of `pack_bytes`.
     return pack_bytes(moved, bits).view(torch.int32).movedim(-1, dim).contiguous()
 
 
 def unpack_int32(packed: Tensor, dim: int, bits: int) -> Tensor:
-    """Inverse of `pack_int32`, uint8."""
-    # A clone, because strides of a dimension of one are left as they are otherwise.
+    """Unpack to uint8 along ``dim``: the inverse of `pack_int32`."""
+    # Clone, because contiguous() would leave the strides of a dimension of size one as they are.
     moved = packed.movedim(dim, -1).clone(memory_format=torch.contiguous_format)
     return unpack_bytes(moved.view(torch.uint8), bits).movedim(-1, dim).contiguous()
 
 
 def pack_gptq(numbers: Quantized) -> dict[str, Tensor]:
-    """The tensors of one matrix [out, in] in a GPTQ version 1 checkpoint, no act-order.
+    """Pack one matrix [out, in] as the tensors of a GPTQ version 1 checkpoint, no act-order.
 
     Args:
-        numbers: ``out`` and ``in`` are multiples of ``32 // bits``, which is 4, 8 or 16.
+        numbers: a matrix whose ``out`` and ``in`` are multiples of ``32 // bits``: 4, 8 or 16.
 
     Returns:
         ``qweight`` int32 [in / (32 // bits), out], ``qzeros`` int32 [groups, out / (32 // bits)],
@@ -93,14 +96,14 @@ def pack_gptq(numbers: Quantized) -> dict[str, Tensor]:
 
 
 def unpack_gptq(tensors: dict[str, Tensor], bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Integers [out, in], scales [out, groups] and zero points [out, groups] of `pack_gptq`."""
+    """Unpack `pack_gptq` to integers [out, in], scales and zero points [out, groups]."""
     q = unpack_int32(tensors["qweight"].T, 1, bits)
     zeros = unpack_int32(tensors["qzeros"], 1, bits).T.contiguous() + 1
     return q, tensors["scales"].T.float().contiguous(), zeros
 
 
 def interleave(gate: Tensor, up: Tensor) -> Tensor:
-    """Rows g0, u0, g1, u1, ... of two tensors [rows, ...] -> [2 * rows, ...].
+    """Interleave the rows of two tensors as g0, u0, g1, u1, ...: [rows, ...] -> [2 * rows, ...].
 
     The order of the first matrix of ``MoE`` and ``QMoE`` with ``swiglu_fusion=1``.
     """
@@ -108,5 +111,5 @@ def interleave(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def deinterleave(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Inverse of `interleave`."""
+    """Split interleaved rows into two tensors: the inverse of `interleave`."""
     return rows[0::2].contiguous(), rows[1::2].contiguous()

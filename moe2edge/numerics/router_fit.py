@@ -1,17 +1,17 @@
-"""Fitting a router to the experts that stayed. Pure functions on tensors.
+"""Fit of a router to the experts that were kept. Pure functions on tensors.
 
 Notation: T tokens, E experts, ``h_t`` the router's input, ``f_tj`` the output of expert j,
-``w_tj`` its weight (0 where it is not chosen), ``D_t`` what the stream after the block lacks to
-be the source's. With new rows W the weights move by ``a = w(W) - w``, and the loss is
+``w_tj`` its weight (0 where it is not chosen), ``D_t`` the source's residual stream after the block
+minus the model's. With new rows W the weights move by ``a = w(W) - w``, and the loss is
 
     sum_t c_t | D_t - sum_j a_tj f_tj |^2
         = sum_t c_t ( |D_t|^2 - 2 sum_j a_tj <D_t, f_tj> + sum_ij a_ti a_tj <f_ti, f_tj> )
 
-so that, as in `moe2edge.numerics.subset_loss`, products of expert outputs are all that is needed. A step is a
-least-squares fit: with the chosen experts fixed, weights are linear in the logits to first order,
-``dw_j / dz_l = w_j (1[j = l] - q_l)``, where q is w itself if the router renormalizes and the full
-softmax if it does not; what remains is ridge regression for all rows of W at once (Gauss-Newton),
-solved by conjugate gradients without its E H x E H matrix ever being formed.
+so that, as in `moe2edge.numerics.subset_loss`, only products of expert outputs are needed. A step
+is a least-squares fit: with the chosen experts fixed, weights are linear in the logits to first
+order, ``dw_j / dz_l = w_j (1[j = l] - q_l)``, where q is w itself if the router renormalizes and
+the full softmax if it does not; what remains is ridge regression for all rows of W at once
+(Gauss-Newton), solved by conjugate gradients without forming its E H x E H matrix.
 """
 
 from __future__ import annotations
@@ -27,22 +27,24 @@ from moe2edge.numerics.subset_loss import RoutingRule
 if TYPE_CHECKING:
     from torch import Tensor
 
+# Conjugate gradients stop after this many iterations, or when the preconditioned square of the
+# residual has fallen to this fraction.
 ITERATIONS, PRECISION = 30, 1e-4
-# Of a step that the linear fit proposes; the true loss decides between them.
+# Fractions of a proposed step that are tried; the true loss decides between them.
 FIT_STEPS = (1.0, 0.5, 0.25, 0.125)
 
 
 @dataclass(frozen=True)
 class RouterEvidence:
-    """What a layer did on some tokens.
+    """All that determines the loss of a layer's router, for some tokens.
 
     Attributes:
-        rule: of its router.
+        rule: rule of the router.
         inputs: ``h``, float32 [T, H].
         gram: ``<f_ti, f_tj>``, float32 [T, E, E].
         pull: ``<D_t, f_tj>``, float32 [T, E].
         missing: ``|D_t|^2``, float32 [T].
-        weights: ``w`` as it was, float32 [T, E].
+        weights: ``w`` before the fit, float32 [T, E].
         scale: ``c``, float32 [T].
     """
 
@@ -54,8 +56,8 @@ class RouterEvidence:
     weights: Tensor
     scale: Tensor
 
-    def part(self, rows: Tensor) -> RouterEvidence:
-        """Only the tokens where ``rows`` bool [T] is set."""
+    def select(self, rows: Tensor) -> RouterEvidence:
+        """Select the tokens where ``rows`` bool [T] is set."""
         return RouterEvidence(
             self.rule,
             self.inputs[rows],
@@ -68,7 +70,7 @@ class RouterEvidence:
 
 
 def join_evidence(parts: Sequence[RouterEvidence]) -> RouterEvidence:
-    """All tokens of parts that are in order."""
+    """Join the tokens of several parts, in order."""
     tensors = [f.name for f in fields(RouterEvidence) if f.name != "rule"]
     return RouterEvidence(
         parts[0].rule, *(torch.cat([getattr(p, t) for p in parts]) for t in tensors)
@@ -76,12 +78,12 @@ def join_evidence(parts: Sequence[RouterEvidence]) -> RouterEvidence:
 
 
 def estimate_router_evidence_bytes(tokens: int, experts: int, hidden: int) -> int:
-    """Bytes of an `RouterEvidence`, of its two parts, and of what a step makes of one of them."""
+    """Estimate the bytes of a `RouterEvidence`, of its two parts, and of a step on one of them."""
     return 4 * tokens * (4 * experts**2 + 8 * experts + 2 * hidden)
 
 
 def route(logits: Tensor, rule: RoutingRule) -> tuple[Tensor, Tensor]:
-    """Weights ``w`` and ``q`` of the module's text, both [T, E], for logits [T, E]."""
+    """Compute ``w`` and ``q`` of the module docstring, both [T, E], from logits [T, E]."""
     p = logits.softmax(-1)
     chosen = torch.zeros_like(p).scatter(1, logits.topk(rule.top_k, dim=1).indices, 1.0)
     weights = p * chosen
@@ -92,7 +94,7 @@ def route(logits: Tensor, rule: RoutingRule) -> tuple[Tensor, Tensor]:
 
 
 def compute_router_loss(evidence: RouterEvidence, router: Tensor) -> float:
-    """The loss with ``router`` [E, H] in place of the rows that were."""
+    """Compute the loss with the rows ``router`` [E, H]."""
     weights, _ = route(evidence.inputs @ router.T, evidence.rule)
     a = weights - evidence.weights
     inner = torch.einsum("ti,tij,tj->t", a, evidence.gram, a)
@@ -101,11 +103,11 @@ def compute_router_loss(evidence: RouterEvidence, router: Tensor) -> float:
 
 
 def take_step(evidence: RouterEvidence, router: Tensor, damping: float, ridge: float) -> Tensor:
-    """The change of ``router`` [E, H] that a linear least-squares fit proposes.
+    """Compute the change of ``router`` [E, H] that a linear least-squares fit proposes.
 
     Args:
-        evidence: the tokens to fit.
-        router: the rows as they are now.
+        evidence: tokens to fit.
+        router: the current rows.
         damping: weight of the change of logits, relative to the mean curvature.
         ridge: weight of the change of rows, relative to the mean square of inputs.
     """
@@ -113,8 +115,8 @@ def take_step(evidence: RouterEvidence, router: Tensor, damping: float, ridge: f
     weights, q = route(h @ router.T, evidence.rule)
     slopes = torch.diag_embed(weights) - q[:, :, None] * weights[:, None, :]  # [T, l, j]
     curved = (slopes @ evidence.gram @ slopes.mT) * scale[:, None, None]
-    lacks = evidence.pull - (evidence.gram @ (weights - evidence.weights)[:, :, None])[:, :, 0]
-    wanted = scale[:, None] * (slopes @ lacks[:, :, None])[:, :, 0]
+    residual = evidence.pull - (evidence.gram @ (weights - evidence.weights)[:, :, None])[:, :, 0]
+    descent = scale[:, None] * (slopes @ residual[:, :, None])[:, :, 0]
     products = (h.T @ h).double()
     mean = curved.diagonal(dim1=1, dim2=2).mean().double()
     size = curved.diagonal(dim1=1, dim2=2).mean(0).double() + damping * mean
@@ -128,18 +130,18 @@ def take_step(evidence: RouterEvidence, router: Tensor, damping: float, ridge: f
     def precondition(x: Tensor) -> Tensor:
         return torch.cholesky_solve((x / size[:, None]).T, factor).T
 
-    if mean <= 0:  # nothing that rows could change, such as one expert
+    if mean <= 0:  # no rows can change the loss, for example with one expert
         return torch.zeros_like(router)
-    return _conjugate_gradients(apply, (wanted.T @ h).double(), precondition).float()
+    return _solve_by_conjugate_gradients(apply, (descent.T @ h).double(), precondition).float()
 
 
-def _conjugate_gradients(
+def _solve_by_conjugate_gradients(
     apply: Callable[[Tensor], Tensor], right: Tensor, precondition: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """Solve ``apply(x) = right`` for a symmetric positive ``apply``; float64."""
-    x, rest = torch.zeros_like(right), right.clone()
-    shaped = precondition(rest)
-    direction, size = shaped, (rest * shaped).sum()
+    x, residual = torch.zeros_like(right), right.clone()
+    preconditioned = precondition(residual)
+    direction, size = preconditioned, (residual * preconditioned).sum()
     least = PRECISION * size
     for _ in range(ITERATIONS):
         if size <= least:
@@ -147,22 +149,22 @@ def _conjugate_gradients(
         applied = apply(direction)
         length = size / (direction * applied).sum()
         x = x + length * direction
-        rest = rest - length * applied
-        shaped = precondition(rest)
-        size, before = (rest * shaped).sum(), size
-        direction = shaped + size / before * direction
+        residual = residual - length * applied
+        preconditioned = precondition(residual)
+        size, previous = (residual * preconditioned).sum(), size
+        direction = preconditioned + size / previous * direction
     return x
 
 
 @dataclass(frozen=True)
 class RouterFit:
-    """A fitted router.
+    """Fitted router and its loss.
 
     Attributes:
         router: the new rows [E, H], in the precision that they will be stored in; None: no step
             lowered the loss on the held-out tokens.
         before, after: loss on the held-out tokens.
-        rounds: steps that were taken.
+        rounds: number of steps taken.
     """
 
     router: Tensor | None
@@ -182,27 +184,27 @@ def fit_router(
     rounds: int,
     margin: float,
 ) -> RouterFit:
-    """Fit rows on some tokens, as long as that lowers the loss on others.
+    """Fit rows on some tokens, as long as that lowers the loss on held-out ones.
 
     Args:
         evidence: all tokens.
-        held_out: bool [T], the tokens that decide.
-        router: the rows as they are, float32 [E, H].
-        dtype: that rows are stored in; losses are those of rounded rows.
-        damping: of `take_step`.
-        ridge: of `take_step`.
-        rounds: steps at most.
-        margin: by which part a step must lower the loss of the held-out tokens.
+        held_out: bool [T], the held-out tokens, whose loss decides.
+        router: the current rows, float32 [E, H].
+        dtype: dtype that rows are stored in; losses are those of rounded rows.
+        damping: as in `take_step`.
+        ridge: as in `take_step`.
+        rounds: most steps to take.
+        margin: fraction by which a step must lower the loss of the held-out tokens.
     """
-    fitted, judged = evidence.part(~held_out), evidence.part(held_out)
-    before = current = compute_router_loss(judged, router)
+    fit_part, held_part = evidence.select(~held_out), evidence.select(held_out)
+    before = current = compute_router_loss(held_part, router)
     best, taken = router, 0
     for _ in range(rounds):
-        change = take_step(fitted, best, damping, ridge)
-        tries = [(best + length * change).to(dtype).float() for length in FIT_STEPS]
-        losses = [compute_router_loss(judged, rows) for rows in tries]
+        change = take_step(fit_part, best, damping, ridge)
+        candidates = [(best + length * change).to(dtype).float() for length in FIT_STEPS]
+        losses = [compute_router_loss(held_part, rows) for rows in candidates]
         lowest = min(losses)
         if not lowest < current * (1 - margin):
             break
-        best, current, taken = tries[losses.index(lowest)], lowest, taken + 1
+        best, current, taken = candidates[losses.index(lowest)], lowest, taken + 1
     return RouterFit(best if taken else None, before, current, taken)

@@ -1,4 +1,4 @@
-"""How much an expert matters. Pure functions on what a walk has gathered.
+"""Criteria of expert saliency: how much an expert matters. Pure functions on gathered statistics.
 
 Notation: expert j of an MoE layer with E experts; ``R(t)`` are the k experts that token t was
 routed to, ``g_tj`` the weight its output is multiplied with, ``f_j`` the expert, ``p_t`` the
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RoutingStatistics:
-    """What routers did, per MoE block by its origin.
+    """Routing in each MoE block, by the block's origin.
 
     Attributes:
         experts: origins of the experts, in the order of the vectors.
-        tokens: tokens seen.
+        tokens: number of tokens seen.
         counts: int64 [E], tokens routed to each expert.
         probability: float64 [E], sum over tokens of the full softmax ``p_tj``.
         mass: float64 [E], sum of ``g_tj`` over the tokens routed to each expert.
@@ -39,7 +39,7 @@ class RoutingStatistics:
 
 @dataclass(frozen=True)
 class LayerOutputs:
-    """What the experts of one MoE layer put out, over the tokens routed to each.
+    """Outputs of the experts of one MoE layer, over the tokens routed to each.
 
     Attributes:
         experts: origins of the experts, in the order of the rows.
@@ -64,8 +64,8 @@ class LayerOutputs:
     scatter: Tensor
 
     @classmethod
-    def of(cls, experts: tuple[int, ...], hidden: int) -> LayerOutputs:
-        """Nothing seen yet."""
+    def empty(cls, experts: tuple[int, ...], hidden: int) -> LayerOutputs:
+        """Make statistics of no tokens."""
         count = len(experts)
 
         def zeros(*shape: int) -> Tensor:
@@ -84,7 +84,7 @@ class LayerOutputs:
         )
 
     def add(self, expert: int, outputs: Tensor, weights: Tensor) -> None:
-        """Take in outputs [n, hidden] of one expert and their gate weights [n], n at least 1.
+        """Add outputs [n, hidden] of one expert and their gate weights [n], n at least 1.
 
         Mean and scatter are merged as in Chan et al., 1979, which does not cancel.
         """
@@ -107,54 +107,66 @@ class LayerOutputs:
 
 @dataclass(frozen=True)
 class OutputStatistics:
-    """`LayerOutputs` of every MoE block, by its origin."""
+    """`LayerOutputs` of every MoE block, by the block's origin."""
 
     layers: Mapping[int, LayerOutputs]
 
 
-def routing_score(statistics: RoutingStatistics, block: int) -> Tensor:
-    """Mean over all tokens of the full softmax: ``S_j = mean_t p_tj``, float64 [E].
+def compute_routing_score(statistics: RoutingStatistics, block: int) -> Tensor:
+    """Compute the mean full softmax over all tokens: ``S_j = mean_t p_tj``, float64 [E].
 
     Unified-MoE-Compression (https://arxiv.org/abs/2406.02500), layer-wise Expert Drop.
     """
     return statistics.probability[block] / statistics.tokens
 
 
-def frequency(statistics: RoutingStatistics, block: int) -> Tensor:
-    """Number of tokens routed to each expert, float64 [E]."""
+def compute_frequency(statistics: RoutingStatistics, block: int) -> Tensor:
+    """Count the tokens routed to each expert, float64 [E]."""
     return statistics.counts[block].double()
 
 
-def soft_frequency(statistics: RoutingStatistics, block: int) -> Tensor:
-    """Sum of gate weights, ``sum g_tj``; float64 [E] (SEER in https://arxiv.org/abs/2606.15716)."""
+def compute_soft_frequency(statistics: RoutingStatistics, block: int) -> Tensor:
+    """Sum the gate weights of each expert, ``sum g_tj``; float64 [E].
+
+    SEER in https://arxiv.org/abs/2606.15716.
+    """
     return statistics.mass[block]
 
 
-def ean(layer: LayerOutputs) -> Tensor:
-    """Sum of output norms, ``sum ||f_j(h_t)||``; float64 [E] (https://arxiv.org/abs/2606.15716)."""
+def compute_ean(layer: LayerOutputs) -> Tensor:
+    """Sum the output norms of each expert, ``sum ||f_j(h_t)||``; float64 [E].
+
+    See https://arxiv.org/abs/2606.15716.
+    """
     return layer.norm
 
 
-def reap(layer: LayerOutputs) -> Tensor:
-    """Mean over the tokens routed to j of ``g_tj * ||f_j(h_t)||``; never routed: 0. float64 [E].
+def compute_reap(layer: LayerOutputs) -> Tensor:
+    """Average ``g_tj * ||f_j(h_t)||`` over the tokens routed to j; float64 [E].
 
-    REAP (https://arxiv.org/abs/2510.13999).
+    It is 0 where there are none. REAP (https://arxiv.org/abs/2510.13999).
     """
     return layer.gated_norm / layer.counts.clamp(min=1)
 
 
-def man(layer: LayerOutputs) -> Tensor:
-    """Mean output norm over routed tokens; float64 [E] (https://arxiv.org/abs/2606.15716)."""
+def compute_man(layer: LayerOutputs) -> Tensor:
+    """Average the output norm over routed tokens; float64 [E].
+
+    See https://arxiv.org/abs/2606.15716.
+    """
     return layer.norm / layer.counts.clamp(min=1)
 
 
-def msan(layer: LayerOutputs) -> Tensor:
-    """Mean squared output norm over routed tokens; float64 [E] (arXiv 2606.15716)."""
+def compute_msan(layer: LayerOutputs) -> Tensor:
+    """Average the squared output norm over routed tokens; float64 [E].
+
+    See https://arxiv.org/abs/2606.15716.
+    """
     return layer.squared_norm / layer.counts.clamp(min=1)
 
 
-def mone(layer: LayerOutputs) -> Tensor:
-    """Output fluctuation times routing mass: ``||std_t f_j(h_t)|| * sum g_tj``; float64 [E].
+def compute_mone(layer: LayerOutputs) -> Tensor:
+    """Multiply output fluctuation by routing mass: ``||std_t f_j(h_t)|| * sum g_tj``; float64 [E].
 
     The standard deviation is per output channel over routed tokens. MoNE
     (https://arxiv.org/abs/2507.00390); its factor 1 / samples does not change the order.
@@ -163,23 +175,24 @@ def mone(layer: LayerOutputs) -> Tensor:
     return variance.sum(-1).sqrt() * layer.mass
 
 
-def magnitude(matrices: Sequence[Tensor]) -> float:
-    """Root mean square of all weights of an expert."""
+def compute_magnitude(matrices: Sequence[Tensor]) -> float:
+    """Compute the root mean square of all weights of an expert."""
     count = sum(m.numel() for m in matrices)
     return math.sqrt(sum(float(m.double().square().sum()) for m in matrices) / count)
 
 
-def aimer(matrices: Sequence[Tensor]) -> float:
-    """``- mean|W| / rms(W)`` over all weights of an expert; the highest ratio is dropped first.
+def compute_aimer(matrices: Sequence[Tensor]) -> float:
+    """Compute ``- mean|W| / rms(W)`` over all weights of an expert.
 
-    AIMER, as in its code (ratio of absolute mean to root mean square; needs no data).
+    The expert with the highest ratio of absolute mean to root mean square is dropped first. AIMER,
+    as in its code; needs no data.
     """
     count = sum(m.numel() for m in matrices)
     mean = sum(float(m.double().abs().sum()) for m in matrices) / count
-    return -mean / max(magnitude(matrices), 1e-300)
+    return -mean / max(compute_magnitude(matrices), 1e-300)
 
 
 def draw_random_scores(experts: int, block: int, seed: int) -> Tensor:
-    """Scores that mean nothing, float64 [experts]; the baseline of every criterion."""
+    """Draw random scores, float64 [experts]: the baseline of every criterion."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + block)
     return torch.rand(experts, generator=generator, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Quantization schemes: how numbers are stored, without the numbers."""
+"""Quantization schemes and sparsity patterns: how numbers are stored, without the numbers."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Scheme:
     A weight is ``(q - zero_point) * scale``, with ``q`` in ``0 .. 2**bits - 1``.
 
     Attributes:
-        bits: per weight.
-        group_size: inputs that share a scale; -1: all of a row.
+        bits: bits per weight.
+        group_size: inputs that share a scale; -1: all of a row (per-channel).
         symmetric: the zero point is the middle of the integers; otherwise each group has its own.
 
     >>> Scheme(group_size=64)
@@ -41,16 +41,16 @@ class Scheme:
 
     @property
     def zero_point(self) -> int:
-        """The integer that stands for zero, if symmetric."""
+        """Integer that stands for zero, if symmetric."""
         return 1 << (self.bits - 1)
 
     @property
     def largest(self) -> int:
-        """The largest integer."""
+        """Largest integer."""
         return (1 << self.bits) - 1
 
     def width(self, inputs: int) -> int:
-        """Inputs that share a scale in a matrix of ``inputs`` columns.
+        """Return the number of inputs that share a scale in a matrix of ``inputs`` columns.
 
         >>> Scheme(group_size=64).width(256), Scheme(group_size=-1).width(256)
         (64, 256)
@@ -58,11 +58,11 @@ class Scheme:
         return inputs if self.group_size == WHOLE_ROW else self.group_size
 
     def groups(self, inputs: int) -> int:
-        """Groups in a row of ``inputs`` columns."""
+        """Return the number of groups in a row of ``inputs`` columns."""
         return inputs // self.width(inputs)
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
-        """Bytes of a matrix [out, in]: integers, 16-bit scales, zero points unless symmetric.
+        """Return the bytes of a matrix [out, in]: integers, 16-bit scales, zero points if any.
 
         >>> Scheme().nbytes((256, 128)), Scheme(symmetric=False).nbytes((256, 128))
         (16896, 17024)
@@ -72,22 +72,24 @@ class Scheme:
         return (outs * ins * self.bits + outs * self.groups(ins) * per_group + 7) // 8
 
     def __str__(self) -> str:
-        """As reports name it."""
-        groups = "whole rows" if self.group_size == WHOLE_ROW else f"groups of {self.group_size}"
+        """Format for reports, such as ``w4a16, groups of 128``."""
+        groups = "per channel" if self.group_size == WHOLE_ROW else f"groups of {self.group_size}"
         return f"{self.name}, {groups}"
 
 
-# Of factors and linear maps, where they are quantized. Their rows may be as short as their rank.
+# Scheme of factors and linear maps, where they are quantized: per-channel, since their rows may be
+# as short as their rank.
 LOW_RANK = Scheme(8, WHOLE_ROW)
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """Sparsity: how many weights are zero.
+    """Sparsity pattern: which fraction of the weights is zero, and how regularly.
 
     Attributes:
-        zeros: how many of each run of ``of`` inputs; or, with ``of`` None, which part of all.
-        of: length of a run; None: zeros are anywhere.
+        zeros: number of zeros in each run of ``of`` inputs; or, with ``of`` None, the fraction of
+            all weights.
+        of: length of a run; None: zeros may be anywhere.
 
     >>> str(Pattern(2, 4)), str(Pattern(0.5))
     ('2:4', '50 %')
@@ -97,14 +99,14 @@ class Pattern:
     of: int | None = None
 
     def __str__(self) -> str:
-        """As the field writes it: numbers that stay, of how many."""
+        """Format as the field does: weights kept per run, or zeros in percent."""
         if self.of is None:
             return f"{100 * self.zeros:.4g} %"
         return f"{self.of - round(self.zeros)}:{self.of}"
 
 
-def largest_group_size(in_features: Iterable[int]) -> Literal[32, 64, 128]:
-    """Largest group size of 128, 64, 32 that divides every one of ``in_features``.
+def find_largest_group_size(in_features: Iterable[int]) -> Literal[32, 64, 128]:
+    """Find the largest group size of 128, 64, 32 that divides each of ``in_features``.
 
     Raises:
         Unsupported: none of them does.

@@ -1,26 +1,22 @@
-"""Counts, fractions and rankings: how many stay, and who. No torch."""
+"""Counts, fractions and rankings: how many experts stay, and which. Needs no torch."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 
 
-def resolve_number(value: float, of: int) -> int:
-    """A count, or a fraction of ``of`` rounded down.
+def resolve_number(value: float, total: int) -> int:
+    """Resolve a count, or a fraction of ``total`` rounded down.
 
     >>> resolve_number(2, 32), resolve_number(0.25, 32), resolve_number(0.4, 6)
     (2, 8, 2)
     """
-    return value if isinstance(value, int) else int(value * of + 1e-9)
+    return value if isinstance(value, int) else int(value * total + 1e-9)
 
 
 def count_kept(keep: float, experts: int) -> int:
-    """How many of ``experts`` stay: a count, or a fraction of them rounded up.
+    """Return how many of ``experts`` stay: a count, or a fraction of them rounded up.
 
     >>> count_kept(4, 6), count_kept(0.75, 6)
     (4, 5)
@@ -29,7 +25,7 @@ def count_kept(keep: float, experts: int) -> int:
 
 
 def allocate_least_even(floors: Sequence[int], full: Sequence[int], total: int) -> list[int]:
-    """``total`` experts on layers: floors, and the first layers take what these leave.
+    """Allocate ``total`` experts: the floors, and all that is left to the first layers.
 
     >>> allocate_least_even([2, 2, 2], [6, 6, 6], 9)
     [5, 2, 2]
@@ -43,5 +39,5 @@ def allocate_least_even(floors: Sequence[int], full: Sequence[int], total: int) 
 
 
 def rank_by_score(scores: Sequence[float]) -> tuple[int, ...]:
-    """Positions by falling score; of equal scores the lower position first."""
+    """Rank positions by falling score; among equal scores the lower position first."""
     return tuple(sorted(range(len(scores)), key=lambda j: (-scores[j], j)))

@@ -1,4 +1,4 @@
-"""Dynamic skipping: thresholds, and the rule that is carried out. Pure functions."""
+"""Dynamic skipping: the thresholds, and the rule that applies them. Pure functions."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ if TYPE_CHECKING:
 
 
 def compute_thresholds(ratios: Tensor, quantile: float) -> tuple[float, ...]:
-    """A quantile of each column of ``ratios`` [tokens, k - 1]; 0.5 gives medians.
+    """Compute a quantile of each column of ``ratios`` [tokens, k - 1]; 0.5 gives medians.
 
-    It is laid in the middle between two neighbouring ratios: on one of them, rounding would decide
-    whether that token skips, and runtimes would differ. For an even number of tokens the quantile
-    0.5 is the median; for an odd one it lies between the median and the ratio below.
+    A threshold lies in the middle between two neighbouring ratios: on one of them, rounding would
+    decide whether that token skips, and runtimes would differ. For an even number of tokens the
+    quantile 0.5 is the median; for an odd one it lies between the median and the ratio below.
     """
-    found = []
+    thresholds = []
     for column in ratios.double().T:
         ordered = torch.sort(column).values
         values = torch.unique(ordered)
         place = ordered[min(len(ordered) - 1, int(quantile * len(ordered)))]
         above = int(torch.searchsorted(values, place))
         lower = values[above - 1] if above else torch.zeros(())
-        found.append(float((lower + values[above]) / 2))
-    return tuple(found)
+        thresholds.append(float((lower + values[above]) / 2))
+    return tuple(thresholds)
 
 
 def apply_skipping(
     weights: Tensor, skip_below: Sequence[float], *, renormalize: bool
 ) -> tuple[Tensor, Tensor]:
-    """Weights after dynamic skipping, and which places are skipped.
+    """Apply dynamic skipping; return the weights and which places are skipped.
 
     Efficient Expert Pruning and Skipping (https://arxiv.org/abs/2402.14800), whose rule for two
     experts, ``w2 < beta * w1``, is applied here to each place after the first.
@@ -40,7 +40,7 @@ def apply_skipping(
     Args:
         weights: [N, k], in falling order.
         skip_below: k - 1 thresholds.
-        renormalize: scale what stays to sum to one, as the router does.
+        renormalize: scale the remaining weights to sum to one, as the router does.
     """
     below = torch.tensor([0.0, *skip_below], dtype=weights.dtype, device=weights.device)
     skipped = weights < below * weights[:, :1]

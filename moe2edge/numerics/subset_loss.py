@@ -1,15 +1,15 @@
-"""What an MoE layer loses when it keeps only some of its experts. Pure functions on tensors.
+"""Loss of an MoE layer that keeps only some of its experts. Pure functions on tensors.
 
 Experts run once per token; subsets only re-weight. Notation: T tokens, E experts, ``f_tj`` the
 output of expert j for token t, ``w_tj`` its weight in the full layer, ``w'_tj`` its weight when
 the router chooses among the kept experts only, ``Y_t`` the output of the full layer, ``Z_t`` the
-output that is wanted. With ``a = w' - w`` and ``D = Z - Y`` the loss of a subset is
+target output. With ``a = w' - w`` and ``D = Z - Y`` the loss of a subset is
 
     || Z - Z' ||^2 = sum_t || D_t - sum_j a_tj f_tj ||^2
                    = sum_t |D_t|^2 - 2 sum_j a_tj <D_t, f_tj> + sum_ij a_ti a_tj <f_ti, f_tj>
 
-so that products of expert outputs are all that is needed, whatever the hidden size. A shared
-expert is part of Y and of Z' alike. Where the router is the same for a token, ``a`` is exactly 0.
+so that only products of expert outputs are needed, whatever the hidden size. A shared expert is
+part of Y and of Z' alike. Where the routing of a token does not change, ``a`` is exactly 0.
 """
 
 from __future__ import annotations
@@ -25,19 +25,20 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Tokens of a `EvidencePart` at most, which bounds the temporaries of a loss.
+# Most tokens of an `EvidencePart`; this bounds the temporaries of a loss.
 PART_TOKENS = 8192
 
+# Callback of a search: units done, and units in total.
 CountProgress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class RoutingRule:
-    """How a router turns logits into weights: softmax, the best few, perhaps scaled to one.
+    """Rule by which a router turns logits into weights: softmax, top k, perhaps scaled to one.
 
     Attributes:
-        top_k: experts per token; all, where fewer are kept.
-        renormalize: whether the weights of those chosen are scaled to sum to one.
+        top_k: experts per token; all of them if fewer are kept.
+        renormalize: whether the weights of the chosen experts are scaled to sum to one.
     """
 
     top_k: int
@@ -46,7 +47,7 @@ class RoutingRule:
 
 @dataclass(frozen=True)
 class EvidencePart:
-    """Some tokens of a layer.
+    """Routing of some tokens of a layer, with products of expert outputs.
 
     Attributes:
         gram: products of expert outputs ``<f_ti, f_tj>``, float32 [T, E, E].
@@ -54,7 +55,7 @@ class EvidencePart:
         p: softmax of the logits, float64 [T, E].
         rank: place of each expert in the falling order of logits, int64 [T, E].
         ids: experts that the full layer chooses, int64 [T, k].
-        weights: what it multiplies them with, float64 [T, k].
+        weights: weights of these experts, float64 [T, k].
     """
 
     gram: Tensor
@@ -67,37 +68,39 @@ class EvidencePart:
 
 @dataclass(frozen=True)
 class SubsetEvidence:
-    """All that tells the loss of any subset of a layer's experts.
+    """All that determines the loss of any subset of a layer's experts.
 
     Attributes:
-        rule: of its router.
+        rule: rule of the layer's router.
         experts: E.
-        parts: its tokens.
-        missing: ``sum_t |D_t|^2``, what would be lost with all experts.
-        wanted: ``sum_t |Z_t|^2``.
+        parts: tokens of the layer.
+        missing: ``sum_t |D_t|^2``, the loss with all experts.
+        target_square: ``sum_t |Z_t|^2``.
     """
 
     rule: RoutingRule
     experts: int
     parts: tuple[EvidencePart, ...]
     missing: float
-    wanted: float
+    target_square: float
 
-    def relative(self, loss: float) -> float:
-        """``||Z - Z'|| / ||Z||`` of a loss."""
-        return math.sqrt(max(loss, 0.0) / self.wanted) if self.wanted else 0.0
+    def compute_relative_error(self, loss: float) -> float:
+        """Return ``||Z - Z'|| / ||Z||`` for a loss."""
+        if not self.target_square:
+            return 0.0
+        return math.sqrt(max(loss, 0.0) / self.target_square)
 
 
 # ---- gathering ---------------------------------------------------------------------------------
 
 
 def estimate_subset_evidence_bytes(tokens: int, experts: int) -> int:
-    """Bytes of an `SubsetEvidence`: Gram matrices, and tables of one row per token."""
+    """Estimate the bytes of a `SubsetEvidence`: Gram matrices, and tables of one row per token."""
     return tokens * (4 * experts**2 + 8 * 3 * experts)
 
 
 def spread(tokens: int, most: int | None) -> Tensor:
-    """Places of at most ``most`` of ``tokens`` tokens, evenly spread; int64, rising.
+    """Spread at most ``most`` places evenly over ``tokens`` tokens; int64, rising.
 
     >>> spread(10, 4).tolist(), spread(3, None).tolist()
     ([0, 2, 5, 7], [0, 1, 2])
@@ -107,19 +110,19 @@ def spread(tokens: int, most: int | None) -> Tensor:
 
 
 def make_part(gram: Tensor, pull: Tensor | None, logits: Tensor, rule: RoutingRule) -> EvidencePart:
-    """Tokens with their routing among all experts.
+    """Make a part from tokens, with their routing among all experts.
 
     Args:
         gram: float32 [T, E, E].
         pull: float64 [T, E] or None.
-        logits: of the router, [T, E].
-        rule: of the router.
+        logits: logits of the router, [T, E].
+        rule: rule of the router.
     """
     order = logits.argsort(dim=1, descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1]).expand_as(order))
-    # In float64 nothing that a router could choose is zero, and the clamp keeps it so.
+    # In float64 no probability that a router could choose is zero; the clamp makes sure of it.
     p = logits.double().softmax(1).clamp(min=1e-300)
-    ids = order[:, : rule.top_k].clone()  # not a view that keeps the rest
+    ids = order[:, : rule.top_k].clone()  # a view would keep the rest in memory
     weights = p.gather(1, ids)
     total = weights.sum(1, keepdim=True) if rule.renormalize else p.sum(1, keepdim=True)
     return EvidencePart(gram, pull, p, rank, ids, weights / total)
@@ -129,70 +132,71 @@ def make_part(gram: Tensor, pull: Tensor | None, logits: Tensor, rule: RoutingRu
 
 
 def compute_subset_loss(evidence: SubsetEvidence, kept: Sequence[int]) -> float:
-    """``|| Z - Z' ||^2`` over all tokens when only the experts ``kept`` stay."""
+    """Compute ``|| Z - Z' ||^2`` over all tokens when only the experts ``kept`` stay."""
     total = evidence.missing
-    mask = _mask(evidence.experts, kept)
+    mask = _make_mask(evidence.experts, kept)
     for part in evidence.parts:
-        ids = _best(part, mask, min(evidence.rule.top_k, len(kept)))
+        ids = _choose_best(part, mask, min(evidence.rule.top_k, len(kept)))
         weights = part.p.gather(1, ids)
-        among = weights if evidence.rule.renormalize else part.p * mask
-        weights = weights / among.sum(1, keepdim=True)
-        near = _Near.of(part, ids)
-        total += float(near.losses(near.shift(weights[:, None])).sum())
+        eligible = weights if evidence.rule.renormalize else part.p * mask
+        weights = weights / eligible.sum(1, keepdim=True)
+        terms = _LossTerms.gather(part, ids)
+        total += float(terms.compute_losses(terms.compute_shift(weights[:, None])).sum())
     return total
 
 
 def compute_removal_losses(evidence: SubsetEvidence, kept: Sequence[int]) -> list[float]:
-    """The `compute_subset_loss` after removing each of two or more experts ``kept``, in their order, at one go.
+    """Compute the loss after removing each of two or more experts ``kept``, in order.
 
-    A token that did not choose the removed expert keeps its choice; one that did takes its next
-    best in its place. Without renormalization the weights of all tokens grow a little besides.
+    All at once: a token that did not choose the removed expert keeps its choice; one that did takes
+    its next best in its place. Without renormalization, the weights of all tokens also grow a
+    little.
     """
-    mask = _mask(evidence.experts, kept)
+    mask = _make_mask(evidence.experts, kept)
     base = evidence.missing
     change = torch.zeros(evidence.experts, dtype=torch.float64)
     for part in evidence.parts:
-        before, changed = _removals(part, mask, len(kept), evidence.rule)
+        before, changed = _compute_removals(part, mask, len(kept), evidence.rule)
         base += before
         change += changed
     return (base + change)[list(kept)].tolist()
 
 
-def _removals(
+def _compute_removals(
     part: EvidencePart, mask: Tensor, count: int, rule: RoutingRule
 ) -> tuple[float, Tensor]:
-    """Loss of a set less what is missing anyway, and its change by removing each expert [E]."""
+    """Return the loss of a set beyond ``missing``, and its change by removing each expert [E]."""
     chosen = min(rule.top_k, count)
-    ids = _best(part, mask, min(rule.top_k + 1, count))  # and the one that steps in
-    near = _Near.of(part, ids)
+    ids = _choose_best(part, mask, min(rule.top_k + 1, count))  # and the expert that steps in
+    terms = _LossTerms.gather(part, ids)
     p = part.p * mask
-    # Sums without each, by addition alone: subtracting would cancel.
-    rest = _sums_without_each(p)
-    mine = part.p.gather(1, ids)
-    # Rows: the set as it is, then without each of the chosen.
-    numbers = mine[:, None].repeat(1, chosen + 1, 1)
-    numbers[:, 0, chosen:] = 0
-    numbers[:, 1:, :chosen] *= 1 - torch.eye(chosen, dtype=torch.float64)
+    # Sums without each entry, by addition alone: subtraction would cancel.
+    rest = _sum_without_each(p)
+    chosen_p = part.p.gather(1, ids)
+    # Rows: the set as it is, then without each chosen expert.
+    unscaled = chosen_p[:, None].repeat(1, chosen + 1, 1)
+    unscaled[:, 0, chosen:] = 0
+    unscaled[:, 1:, :chosen] *= 1 - torch.eye(chosen, dtype=torch.float64)
     if rule.renormalize:
-        totals = numbers.sum(2)
+        totals = unscaled.sum(2)
     else:
         totals = torch.cat([p.sum(1, keepdim=True), rest.gather(1, ids[:, :chosen])], dim=1)
-    weights = numbers / totals[:, :, None]
-    a = near.shift(weights)
-    found = near.losses(a)
-    before, after = found[:, :1], found[:, 1:]
+    weights = unscaled / totals[:, :, None]
+    a = terms.compute_shift(weights)
+    losses = terms.compute_losses(a)
+    before, after = losses[:, :1], losses[:, 1:]
     change = torch.zeros(part.p.shape[1], dtype=torch.float64)
     change.index_add_(0, ids[:, :chosen].flatten(), (after - before).flatten())
     if not rule.renormalize:
         growth = (p / rest).scatter(1, ids[:, :chosen], 0.0)
-        slope, bend = near.growth(a[:, 0], weights[:, 0])
+        slope, bend = terms.measure_growth(a[:, 0], weights[:, 0])
         change += growth.T @ slope + growth.square().T @ bend
     return float(before.sum()), change
 
 
 @dataclass(frozen=True)
-class _Near:
-    """What a loss needs of tokens: the experts chosen now, then those of the full layer.
+class _LossTerms:
+    """Terms of the loss for each token's experts: those chosen now, then the full layer's.
 
     Attributes:
         gram: float64 [T, n, n], of these n experts.
@@ -207,8 +211,8 @@ class _Near:
     full: Tensor
 
     @classmethod
-    def of(cls, part: EvidencePart, ids: Tensor) -> _Near:
-        """For the experts ``ids`` [T, now] of each token."""
+    def gather(cls, part: EvidencePart, ids: Tensor) -> _LossTerms:
+        """Gather the terms for the experts ``ids`` [T, now] of each token."""
         both = torch.cat([ids, part.ids], dim=1)
         tokens, experts, n = len(both), part.p.shape[1], both.shape[1]
         pairs = (both[:, :, None] * experts + both[:, None, :]).view(tokens, n * n)
@@ -217,56 +221,56 @@ class _Near:
         same = (ids[:, :, None] == part.ids[:, None, :]).double()
         return cls(gram, pull, same, part.weights)
 
-    def shift(self, weights: Tensor) -> Tensor:
-        """``a`` [T, m, n] for weights [T, m, now] of the experts chosen now.
+    def compute_shift(self, weights: Tensor) -> Tensor:
+        """Compute ``a`` [T, m, n] for weights [T, m, now] of the experts chosen now.
 
-        An expert that stands in both halves gets its difference in the first and 0 in the second,
-        so that equal weights cancel exactly.
+        An expert in both halves gets its difference in the first and 0 in the second, so that equal
+        weights cancel exactly.
         """
-        # Products of matrices rather than sums over their short sides, which are slow.
-        mine = torch.bmm(self.same, self.full[:, :, None]).mT
+        # Matrix products instead of sums over their short sides, which are slow.
+        full_weights = torch.bmm(self.same, self.full[:, :, None]).mT
         ones = self.same.new_ones(len(self.same), 1, self.same.shape[1])
         matched = torch.bmm(ones, self.same)
         lost = (self.full[:, None] * (matched - 1)).expand(-1, weights.shape[1], -1)
-        return torch.cat([weights - mine, lost], dim=2)
+        return torch.cat([weights - full_weights, lost], dim=2)
 
-    def losses(self, a: Tensor) -> Tensor:
-        """``a G a - 2 a pull`` [T, m] for ``a`` [T, m, n]."""
-        found = (torch.bmm(a, self.gram) * a).sum(2)
+    def compute_losses(self, a: Tensor) -> Tensor:
+        """Compute ``a G a - 2 a pull`` [T, m] for ``a`` [T, m, n]."""
+        losses = (torch.bmm(a, self.gram) * a).sum(2)
         if self.pull is not None:
-            found = found - 2 * torch.bmm(a, self.pull[:, :, None])[..., 0]
-        return found
+            losses = losses - 2 * torch.bmm(a, self.pull[:, :, None])[..., 0]
+        return losses
 
-    def growth(self, a: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """How the loss at ``a`` [T, n] changes when weights [T, now] grow by the part e.
+    def measure_growth(self, a: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Return how the loss at ``a`` [T, n] changes when weights [T, now] grow by the fraction e.
 
-        It is ``slope * e + bend * e^2``; both [T].
+        The change is ``slope * e + bend * e^2``; returns slope and bend, both [T].
         """
         now = weights.shape[1]
         force = torch.bmm(self.gram[:, :now], a[:, :, None])[..., 0]
         if self.pull is not None:
             force = force - self.pull[:, :now]
-        own = torch.bmm(self.gram[:, :now, :now], weights[:, :, None])[..., 0]
-        return 2 * (force * weights).sum(1), (own * weights).sum(1)
+        product = torch.bmm(self.gram[:, :now, :now], weights[:, :, None])[..., 0]
+        return 2 * (force * weights).sum(1), (product * weights).sum(1)
 
 
-def _mask(experts: int, kept: Sequence[int]) -> Tensor:
+def _make_mask(experts: int, kept: Sequence[int]) -> Tensor:
     mask = torch.zeros(experts, dtype=torch.bool)
     mask[list(kept)] = True
     return mask
 
 
-def _best(part: EvidencePart, mask: Tensor, count: int) -> Tensor:
-    """The ``count`` best experts within ``mask``, int64 [T, count], the best first."""
+def _choose_best(part: EvidencePart, mask: Tensor, count: int) -> Tensor:
+    """Choose the ``count`` best experts within ``mask``, int64 [T, count], the best first."""
     rank = part.rank.masked_fill(~mask, len(mask))
     return rank.topk(count, dim=1, largest=False).indices
 
 
-def _sums_without_each(p: Tensor) -> Tensor:
-    """Sum of each row of ``p`` [T, E] without each of its entries."""
-    none = p.new_zeros(len(p), 1)
-    before = torch.cat([none, p[:, :-1].cumsum(1)], dim=1)
-    after = torch.cat([p[:, 1:].flip(1).cumsum(1).flip(1), none], dim=1)
+def _sum_without_each(p: Tensor) -> Tensor:
+    """Sum each row of ``p`` [T, E] without each of its entries in turn."""
+    zero = p.new_zeros(len(p), 1)
+    before = torch.cat([zero, p[:, :-1].cumsum(1)], dim=1)
+    after = torch.cat([p[:, 1:].flip(1).cumsum(1).flip(1), zero], dim=1)
     return before + after
 
 
@@ -274,8 +278,8 @@ def _sums_without_each(p: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a search chose.
+class SearchResult:
+    """Subset that a search chose.
 
     Attributes:
         kept: positions of the experts that stay, rising.
@@ -288,20 +292,27 @@ class Found:
     tried: int
 
 
-def search_exhaustively(evidence: SubsetEvidence, keep: int, advance: CountProgress) -> Found:
-    """The best of all subsets of ``keep`` experts; of equals the first in lexicographic order."""
+def search_exhaustively(
+    evidence: SubsetEvidence, keep: int, advance: CountProgress
+) -> SearchResult:
+    """Find the best of all subsets of ``keep`` experts.
+
+    Among equal ones it is the first in lexicographic order.
+    """
     count = math.comb(evidence.experts, keep)
     best: tuple[float, tuple[int, ...]] = (math.inf, ())
     for n, kept in enumerate(itertools.combinations(range(evidence.experts), keep)):
         advance(n, count)
         best = min(best, (compute_subset_loss(evidence, kept), kept))
-    return Found(best[1], best[0], count)
+    return SearchResult(best[1], best[0], count)
 
 
-def search_beam(evidence: SubsetEvidence, keep: int, width: int, advance: CountProgress) -> Found:
-    """Remove one expert after the other, going on from the ``width`` best sets of each size.
+def search_beam(
+    evidence: SubsetEvidence, keep: int, width: int, advance: CountProgress
+) -> SearchResult:
+    """Remove one expert after the other, continuing with the ``width`` best sets of each size.
 
-    Width 1 is greedy removal. Of equals, sets that come first in lexicographic order go first.
+    Width 1 is greedy removal. Among equal sets, the first in lexicographic order goes first.
     """
     sets: list[tuple[float, tuple[int, ...]]] = [(evidence.missing, tuple(range(evidence.experts)))]
     tried = 0
@@ -314,11 +325,11 @@ def search_beam(evidence: SubsetEvidence, keep: int, width: int, advance: CountP
             tried += size
         sets = sorted((value, kept) for kept, value in smaller.items())[:width]
     value, kept = sets[0]
-    return Found(kept, value, tried)
+    return SearchResult(kept, value, tried)
 
 
 def count_beam_tries(experts: int, keep: int, width: int) -> int:
-    """Losses that `search_beam` computes at most.
+    """Count the losses that `search_beam` computes at most.
 
     >>> count_beam_tries(8, 4, 1), count_beam_tries(8, 4, 2)
     (26, 44)
@@ -326,21 +337,22 @@ def count_beam_tries(experts: int, keep: int, width: int) -> int:
     return sum(size * min(width, math.comb(experts, size)) for size in range(experts, keep, -1))
 
 
-# ---- rankings and reconstruction errors --------------------------------------------------------
+# ---- reconstruction errors of a ranking --------------------------------------------------------
 
 
 def compute_prefix_errors(
     evidence: SubsetEvidence, streams: Tensor, order: Sequence[int], floor: int
 ) -> list[float]:
-    """What a layer does wrong with its ``floor`` best experts, with one more, ... with all.
+    """Compute the reconstruction error of a layer for each number of kept experts.
 
-    The mean over tokens of ``||Z_t - Z'_t||^2 / ||x_t||^2``, x being the residual stream behind the
-    layer: an error counts for as much as it turns what later blocks see. Token by token, because a
-    few have streams a thousand times as long as others (https://arxiv.org/abs/2402.17762).
+    From its ``floor`` best experts to all of them. The mean over tokens of
+    ``||Z_t - Z'_t||^2 / ||x_t||^2``, x being the residual stream after the layer: an error counts
+    for as much as it turns the input of later blocks. It is relative for each token, because a few
+    have hidden states a thousand times as long as others (https://arxiv.org/abs/2402.17762).
 
     Args:
-        evidence: of the layer; its Gram matrices are scaled in place.
-        streams: squared norms ``||x_t||^2`` of its tokens, float64 [T].
+        evidence: evidence of the layer; its Gram matrices are scaled in place.
+        streams: squared norms ``||x_t||^2`` of the residual stream, float64 [T].
         order: positions of the experts, the best first.
         floor: at least 1.
     """

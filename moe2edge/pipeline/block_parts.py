@@ -10,7 +10,7 @@ from torch import nn
 from moe2edge.calibration.walk import build_skeleton
 from moe2edge.model.model import Block, Model
 from moe2edge.runtime.decoder_blocks import Nothing, load_block_state
-from moe2edge.runtime.mixed_experts import Members, MixedExperts
+from moe2edge.runtime.mixed_experts import MixedExperts, TiedExperts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,27 +81,27 @@ class BlockParts:
         return weights.float().cpu(), ids.cpu()
 
     @property
-    def members(self) -> Members | None:
-        """Factors of the members of a layer that has some."""
+    def tied(self) -> TiedExperts | None:
+        """Tied experts of the layer; None if it has none."""
         experts = self._mlp.experts
-        return experts.members if isinstance(experts, MixedExperts) else None
+        return experts.tied if isinstance(experts, MixedExperts) else None
 
-    def member_of(self, rows: Tensor) -> Tensor:
-        """Which of `members` chosen rows of the router are, int64 like ``rows``; -1 for none."""
-        found: Tensor = self._mlp.experts.member_of.on(rows.device)[rows]
+    def find_tied(self, rows: Tensor) -> Tensor:
+        """Return which of `tied` each chosen row of the router runs, int64; -1 for none."""
+        found: Tensor = self._mlp.experts.tied_of.on(rows.device)[rows]
         return found
 
     @torch.no_grad()
-    def small(self, inputs: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
-        """What those without matrices add to the stream [tokens, hidden], in a mixed layer."""
+    def compute_unstored(self, inputs: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        """Return the part [tokens, hidden] of rows that use no stored expert, in a mixed layer."""
         mixed, shown = self._mlp.experts, inputs.to(self._device)
         out = torch.zeros_like(shown)
         ids, weights = ids.to(self._device), weights.to(self._device)
-        if mixed.substitutes is not None:
-            out += mixed.substitutes(shown, ids, weights)
-        if mixed.members is not None:
-            own = self.member_of(ids)
-            alone = torch.tensor([base is None for base in (*mixed.members.bases, 0)])
-            own = own.masked_fill(~alone.to(own.device)[own], -1)
-            out += mixed.members(None, shown, own, weights)
+        if mixed.replacements is not None:
+            out += mixed.replacements(shown, ids, weights)
+        if mixed.tied is not None:
+            tied = self.find_tied(ids)
+            alone = torch.tensor([base is None for base in (*mixed.tied.bases, 0)])
+            tied = tied.masked_fill(~alone.to(tied.device)[tied], -1)
+            out += mixed.tied(None, shown, tied, weights)
         return out

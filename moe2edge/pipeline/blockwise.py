@@ -15,9 +15,11 @@ import torch
 from torch import nn
 
 from moe2edge.calibration.walk import BATCH_TOKENS, BlockRunner, embed, split_batches
-from moe2edge.model.layers import Dense, MoELayer, UnroutedMLP, Weight
+from moe2edge.model.experts import Dense
+from moe2edge.model.layers import MoELayer, UnroutedMLP
 from moe2edge.model.model import SECOND_NORM, Block, Model
 from moe2edge.model.roles import OUT, QKV, list_gated_mlps, list_quantizable
+from moe2edge.model.weights import Weight
 from moe2edge.pipeline.block_parts import BlockParts
 from moe2edge.pipeline.blockwise_report import SolverProgress, describe_coverage
 from moe2edge.pipeline.solver import GroupSolver, MatrixGroup, Solved, Solver
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 
     from moe2edge.numerics.grid import Quantized
     from moe2edge.progress import Advance
-    from moe2edge.runtime.mixed_experts import Members
+    from moe2edge.runtime.mixed_experts import TiedExperts
 
 # Numbers that an expert has inside at once; and at most so many are kept for a second use, of all
 # experts that are solved together.
@@ -143,28 +145,28 @@ class _BlockWork:
 
         everything = torch.arange(len(flat), device=flat.device)
         self._mlps(
-            [_Member(kind, everything, weigh if scorer is not None else None)], parts, flat, out
+            [_GatedMlp(kind, everything, weigh if scorer is not None else None)], parts, flat, out
         )
 
     def _experts(self, parts: BlockParts, layer: MoELayer, flat: Tensor, out: Tensor) -> None:
         routed = [parts.route(parts.normed(x)) for x in torch.split(flat, BATCH_TOKENS)]
         weights, ids = (torch.cat(both) for both in zip(*routed, strict=True))
-        members = []
+        mlps = []
         for n in range(len(layer.experts)):
-            token, place = torch.where(layer.chosen(n, ids))
+            token, place = torch.where(layer.find_uses(n, ids))
             own = weights[token, place]
-            low = _Low(parts.members, parts.member_of(ids[token, place])) if parts.members else None
+            low = _Low(parts.tied, parts.find_tied(ids[token, place])) if parts.tied else None
             token = token.to(flat.device)
-            members.append(_Member(f"experts.{n}", token, own, everyone=True, low=low))
-        counts = [len(member.tokens) for member in members]
+            mlps.append(_GatedMlp(f"experts.{n}", token, own, everyone=True, low=low))
+        counts = [len(one.tokens) for one in mlps]
         self._tally.add(Solved({}, (describe_coverage(self._block, counts),)))
-        if layer.substitutes or None in layer.bases:
+        if None in layer.bases:
             parted = (torch.split(t, BATCH_TOKENS) for t in (flat, out, weights, ids))
             for x, place, *chosen in zip(*parted, strict=True):
-                place += parts.small(parts.normed(x), *chosen).to(out.device)
+                place += parts.compute_unstored(parts.normed(x), *chosen).to(out.device)
         size = self._together(layer.experts[0])
-        for at in range(0, len(members), size):
-            self._mlps(members[at : at + size], parts, flat, out)
+        for at in range(0, len(mlps), size):
+            self._mlps(mlps[at : at + size], parts, flat, out)
 
     def _together(self, expert: Dense) -> int:
         """Experts that are solved at once within the memory that there is."""
@@ -175,14 +177,14 @@ class _BlockWork:
         return max(1, room // _needs(self._solver, expert))
 
     def _mlps(
-        self, members: Sequence[_Member], parts: BlockParts, flat: Tensor, out: Tensor
+        self, mlps: Sequence[_GatedMlp], parts: BlockParts, flat: Tensor, out: Tensor
     ) -> None:
         """Solve gated MLPs of one shape, and add what they put out to ``out``."""
-        kinds = [member.kind for member in members]
+        kinds = [one.kind for one in mlps]
         what = kinds[0] if len(kinds) == 1 else f"{kinds[0]} to {kinds[-1].rpartition('.')[2]}"
 
-        def inputs(member: _Member, everyone: bool) -> Batches:
-            return lambda: member.inputs(parts.normed, flat, everyone)
+        def inputs(one: _GatedMlp, everyone: bool) -> Batches:
+            return lambda: one.inputs(parts.normed, flat, everyone)
 
         self._solve(
             f"{what}: gate, up",
@@ -193,17 +195,17 @@ class _BlockWork:
                     len(m.tokens),
                     everyone=inputs(m, True) if m.everyone else None,
                 )
-                for m in members
+                for m in mlps
             ],
         )
         insides = [
             _inside(*(self._matrix(f"{m.kind}.{part}", self._dtype) for part in ("gate", "up")))
-            for m in members
+            for m in mlps
         ]
         width = self._weights[f"{kinds[0]}.gate"].shape[0]
         own = [
-            _Kept(inside(inputs(m, False), m.low), len(m.tokens) * width * len(members))
-            for m, inside in zip(members, insides, strict=True)
+            _Kept(inside(inputs(m, False), m.low), len(m.tokens) * width * len(mlps))
+            for m, inside in zip(mlps, insides, strict=True)
         ]
         self._solve(
             f"{what}: down",
@@ -214,18 +216,18 @@ class _BlockWork:
                     len(m.tokens),
                     everyone=inside(inputs(m, True)) if m.everyone else None,
                 )
-                for m, inside, kept in zip(members, insides, own, strict=True)
+                for m, inside, kept in zip(mlps, insides, own, strict=True)
             ],
         )
-        for member, kept in zip(members, own, strict=True):
-            down = self._matrix(f"{member.kind}.down", self._dtype)
+        for one, kept in zip(mlps, own, strict=True):
+            down = self._matrix(f"{one.kind}.down", self._dtype)
             at = 0
             for hidden, weights in kept():
-                tokens = member.tokens[at : at + len(hidden)]
+                tokens = one.tokens[at : at + len(hidden)]
                 at += len(hidden)
                 y = (hidden @ down.T).float()
-                if member.low is not None:
-                    y += member.low("down", at - len(hidden), hidden)
+                if one.low is not None:
+                    y += one.low("down", at - len(hidden), hidden)
                 y = y if weights is None else y.mul_(weights[:, None])
                 out.index_add_(0, tokens, y.to(out.device))
 
@@ -235,25 +237,25 @@ class _Low:
     """Factors of those that use the matrices of an expert.
 
     Attributes:
-        members: of the layer.
+        experts: tied experts of the layer.
         own: of each token of the expert, which of them, int64 [n]; -1: it has no factors.
     """
 
-    members: Members
+    experts: TiedExperts
     own: Tensor
 
     def __call__(self, part: str, at: int, x: Tensor) -> Tensor:
         """What is added to the products of ``part`` for the tokens from ``at`` on, float32."""
         own = self.own[at : at + len(x)].to(x.device)
-        outs = getattr(self.members, f"{part}_second").shape[1]
+        outs = getattr(self.experts, f"{part}_second").shape[1]
         out = x.new_zeros(len(x), outs, dtype=torch.float32)
         has = own >= 0
-        out[has] = self.members.low(part, own[has], x[has].float())
+        out[has] = self.experts.apply_factors(part, own[has], x[has].float())
         return out
 
 
 @dataclass(frozen=True)
-class _Member:
+class _GatedMlp:
     """One MLP among those that are solved together.
 
     Attributes:

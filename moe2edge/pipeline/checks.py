@@ -20,7 +20,8 @@ def refuse_replaced(name: str, model: Model, remedy: str = "") -> None:
     Raises:
         InputError: it is one.
     """
-    if replaced := model.substitutes + model.members:
+    if any(not layer.is_plain for _, layer in model.moe_blocks):
+        replaced = model.replaced_count + model.tied_count
         raise InputError(
             f"{name}: {replaced} experts were replaced or merged, and it knows nothing of what "
             f"answers for them; {remedy or f'put expert_replace or expert_merge after {name}'}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import (
     TYPE_CHECKING,
@@ -15,9 +15,8 @@ from moe2edge.calibration.observation import Facts, ObserverFactory
 from moe2edge.model.model import Model
 from moe2edge.options import Options
 from moe2edge.pipeline.solver import GroupSolver, Solver
-from moe2edge.pipeline.work import Store
-from moe2edge.runtime import memory as memory_
-from moe2edge.runtime.memory import UNLIMITED, Memory, Need
+from moe2edge.pipeline.work import Store, estimate_most_new_bytes, estimate_new_bytes
+from moe2edge.runtime.memory import UNLIMITED, Estimate, Memory
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -50,7 +49,17 @@ class Outcome:
 
 
 class Pass(Options):
-    """One step of a recipe. Its fields are its options: recipe keys, validation, JSON Schema."""
+    """One step of a recipe. Its fields are its options: recipe keys, validation, JSON Schema.
+
+    Attributes:
+        name: the name of its file.
+    """
+
+    name: ClassVar[str]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.name = cls.__module__.rpartition(".")[2]
 
     def resolve(self, model: Model) -> Self:
         """The same pass with every choice made that it leaves to the source ``model``."""
@@ -77,6 +86,67 @@ class Pass(Options):
     def plan(self, model: Model) -> Model:
         """A model of the shape that the result will have; which parts stay is not known yet."""
         raise NotImplementedError
+
+    def check_text(self, text: TextSize) -> None:
+        """Refuse a training text that is too short for the options.
+
+        Raises:
+            InputError: it is.
+        """
+
+    def estimate(self, planned: PlannedStep, texts: TextSizes) -> Estimate:
+        """Estimate, from shapes alone, what it will take beside a walk over the model."""
+        return Estimate()
+
+    def describe(self, planned: PlannedStep) -> str:
+        """Describe in a line for the log what it will do; empty: nothing to say before."""
+        return ""
+
+
+@dataclass(frozen=True)
+class TextSize:
+    """Size of a text that was cut into samples.
+
+    Attributes:
+        samples: how many.
+        length: tokens of each.
+    """
+
+    samples: int
+    length: int
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens in all."""
+        return self.samples * self.length
+
+
+@dataclass(frozen=True)
+class TextSizes:
+    """Sizes of the texts that a recipe gives to its passes.
+
+    Attributes:
+        calibration: the text that passes look at.
+        training: the text that passes train on; None: there is none.
+    """
+
+    calibration: TextSize
+    training: TextSize | None = None
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """A pass of a recipe, with the shapes of models around it; no numbers are known yet.
+
+    Attributes:
+        step: the pass, which was checked on the model before.
+        before: the model that it will get.
+        after: the model that it will make of it.
+    """
+
+    step: Pass
+    before: Model
+    after: Model
 
 
 class Trim(Pass):
@@ -123,6 +193,12 @@ class PassContext:
     scratch: Path | None = None
     unshared: Model | None = None
 
+    @property
+    def texts(self) -> TextSizes:
+        """Sizes of its texts."""
+        training = None if self.training is None else TextSize(*self.training.shape)
+        return TextSizes(TextSize(*self.tokens.shape), training)
+
 
 class Search(Pass):
     """A pass that drives walks of its own, to try out what it decides.
@@ -135,9 +211,9 @@ class Search(Pass):
     may_change_nothing: ClassVar[bool] = False
     needs_tokens: ClassVar[bool] = True
 
-    def need(self, model: Model, tokens: int) -> Need | None:
-        """Memory that it takes for a text of so many tokens, by shapes; None: hardly any."""
-        return None
+    def estimate(self, planned: PlannedStep, texts: TextSizes) -> Estimate:
+        """Estimate what it will take: the numbers that it may compute."""
+        return Estimate(disk=estimate_most_new_bytes(planned.before, planned.after))
 
     def search(self, context: PassContext) -> Outcome:
         """The changed model."""
@@ -156,6 +232,17 @@ class Slim(Pass):
         """A fresh solver."""
         raise NotImplementedError
 
+    def estimate(self, planned: PlannedStep, texts: TextSizes) -> Estimate:
+        """Estimate what it will take: the largest part that is solved at once, and the numbers."""
+        from moe2edge.pipeline.blockwise import estimate_largest_part
+
+        return Estimate(
+            estimate_largest_part(planned.before, self.solver(planned.before)),
+            estimate_new_bytes(planned.before, planned.after),
+            purpose=f"{self.name} solves a part of a block at once",
+            remedy="allow more",
+        )
+
     def check_result(self, before: Model, after: Model) -> None:
         """Prove that every tensor that the options select was changed as they say.
 
@@ -164,64 +251,15 @@ class Slim(Pass):
         """
         raise NotImplementedError
 
-    def describe(self, model: Model) -> str:
-        """What it will do to ``model``, in a line for the log."""
+    def describe(self, planned: PlannedStep) -> str:
+        """Describe in a line for the log what it will do."""
         raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What training takes.
-
-    Attributes:
-        memory: bytes of memory of the machine.
-        disk: bytes of checkpoints and of what else is kept until the export ends.
-        gpu: bytes of memory of the GPU; 0 if it has no part in it.
-    """
-
-    memory: int
-    disk: int
-    gpu: int = 0
-
-    def check(self, name: str, within: int | None = None) -> None:
-        """Refuse to begin what memory could not hold.
-
-        Args:
-            name: of the pass.
-            within: bytes for the whole process; None: what the machine has.
-
-        Raises:
-            DoesNotFit: it has less.
-        """
-        purpose, remedy = f"{name} trains", "set batch to fewer samples, or train less: see train"
-        memory_.check_memory(self.memory, purpose, remedy, within)
-        if self.gpu:
-            memory_.check_gpu(self.gpu, purpose, f"{remedy}; or set device: cpu")
 
 
 class Train(Search):
     """A search that trains on the training text of the recipe, and looks at no other."""
 
     needs_tokens: ClassVar[bool] = False
-
-    def check_text(self, samples: int, length: int) -> None:
-        """Refuse a text of so many samples of so many tokens that is too short for the options.
-
-        Raises:
-            InputError: it is.
-        """
-
-    def cost(self, model: Model, samples: int, length: int) -> Cost:
-        """What it will take on ``model``, from shapes alone."""
-        raise NotImplementedError
-
-
-def list_training_passes(passes: Sequence[Pass], model: Model) -> Iterator[tuple[Train, Model]]:
-    """The passes that train, each with the shape of the model that it will get."""
-    for step in passes:
-        if isinstance(step, Train):
-            yield step, model
-        model = step.plan(model)
 
 
 def needs_training_text(passes: Sequence[Pass]) -> bool:

@@ -51,7 +51,7 @@ class Recipe:
             "calibration": self.calibration.model_dump(),
             "evaluation": self.evaluation.model_dump(),
             **({"training": self.training.model_dump()} if self.training else {}),
-            "passes": [{registry.get_name(p): p.model_dump(by_alias=True)} for p in self.passes],
+            "passes": [{p.name: p.model_dump(by_alias=True)} for p in self.passes],
         }
         text: str = yaml.safe_dump(data, sort_keys=False)
         return text

@@ -98,12 +98,6 @@ def list_choices(target: Target) -> dict[str, tuple[object, ...]]:
     return {name: get_args(hints[name]) for name in names if get_origin(hints[name]) is Literal}
 
 
-def get_name(thing: object) -> str:
-    """Name of a pass or target (instance or class): that of its file."""
-    kind = thing if isinstance(thing, type) else type(thing)
-    return kind.__module__.rpartition(".")[2]
-
-
 def _public(path: Iterable[str]) -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules(path) if not m.name.startswith("_"))
 

@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING
 
 from moe2edge.calibration.observation import Facts
 from moe2edge.model.model import Model
-from moe2edge.pipeline import registry
-from moe2edge.pipeline.contract import Outcome, Pass, PassContext, Search, Slim, Train, Trim
+from moe2edge.pipeline.contract import Outcome, PassContext, PlannedStep, Search, Slim, Train, Trim
 from moe2edge.pipeline.recipe import Recipe
 from moe2edge.pipeline.stages import Step, enforce, group_stages
 from moe2edge.pipeline.work import Work
 from moe2edge.progress import Reporter
-from moe2edge.runtime import memory
 from moe2edge.runtime.memory import UNLIMITED, Memory
 
 if TYPE_CHECKING:
@@ -47,12 +45,12 @@ def run_passes(
         begun = time.perf_counter()
         facts = Facts()
         if stage.observers and calibration is not None:
-            label = f"{', '.join(registry.get_name(p) for p in stage.passes)}: scoring"
+            label = f"{', '.join(p.name for p in stage.passes)}: scoring"
             facts = walk.gather(
                 model, calibration.ids, stage.observers, reporter.advance, label, budget
             )
         for step in stage.passes:
-            name = registry.get_name(step)
+            name = step.name
             if not any(layer.sharing for _, layer in model.moe_blocks):
                 context = replace(context, unshared=model)
             # Again: a threshold or a shared budget may have left another model than was planned.
@@ -67,7 +65,9 @@ def run_passes(
                 )
                 outcome = Outcome(solved, tuple(changed), notes=tuple(notes))
             elif isinstance(step, Search):
-                check_need(step, model, tokens.numel(), budget)
+                if not isinstance(step, Train):
+                    shapes = PlannedStep(step, model, model)
+                    step.estimate(shapes, context.texts).check(budget.limit)
                 folder = work.scratch(len(steps), name) if isinstance(step, Train) else None
                 outcome = step.search(replace(context, model=model, scratch=folder))
             else:
@@ -91,16 +91,3 @@ def run_passes(
             )
             begun = time.perf_counter()
     return model, steps
-
-
-def check_need(step: Pass, model: Model, tokens: int, budget: Memory) -> None:
-    """Refuse to begin a search whose sums do not fit beside a block.
-
-    Raises:
-        DoesNotFit: so.
-    """
-    need = step.need(model, tokens) if isinstance(step, Search) else None
-    if need is not None:
-        memory.check_memory(
-            need.nbytes + model.block_nbytes, need.purpose, need.remedy, budget.limit
-        )

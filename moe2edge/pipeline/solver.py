@@ -13,8 +13,8 @@ from typing import (
 
 from pydantic import Field
 
-from moe2edge.model.layers import Weight
 from moe2edge.model.model import Block
+from moe2edge.model.weights import Weight
 
 if TYPE_CHECKING:
     import torch

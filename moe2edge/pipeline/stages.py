@@ -4,31 +4,46 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import (
-    TYPE_CHECKING,
-    Any,
-)
+from typing import Any
 
 from moe2edge.calibration.observation import ObserverFactory
 from moe2edge.errors import Moe2EdgeError
 from moe2edge.model.model import Model
-from moe2edge.pipeline.contract import Outcome, Pass, Search, Slim, Trim
-
-if TYPE_CHECKING:
-    pass
+from moe2edge.pipeline.contract import Outcome, Pass, PlannedStep, Search, Slim, Trim
 
 
-def plan_passes(passes: Sequence[Pass], model: Model) -> Model:
-    """The shape of the result, after a check of every pass; nothing is read.
+@dataclass(frozen=True)
+class Plan:
+    """The passes of a recipe, with the shapes of the models between them.
+
+    Attributes:
+        source: the model before the first pass.
+        steps: the passes, in order.
+    """
+
+    source: Model
+    steps: tuple[PlannedStep, ...]
+
+    @property
+    def result(self) -> Model:
+        """The model after the last pass."""
+        return self.steps[-1].after if self.steps else self.source
+
+
+def plan_passes(passes: Sequence[Pass], model: Model) -> Plan:
+    """Check every pass on the shape of the model that it will get; no numbers are read.
 
     Raises:
         InputError, Unsupported: a pass cannot do its work on this model.
     """
+    source, steps = model, []
     for step in passes:
         step.check(model)
-        model = step.plan(model)
-        model.verify()
-    return model
+        after = step.plan(model)
+        after.verify()
+        steps.append(PlannedStep(step, model, after))
+        model = after
+    return Plan(source, tuple(steps))
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from moe2edge.model.model import Model
+from moe2edge.runtime.memory import Estimate
 from moe2edge.runtime.protocol import Runtime
 
 if TYPE_CHECKING:
@@ -44,15 +45,21 @@ class Target:
     """One kind of output. A subclass in a file of its own in ``targets/``; the file name names it.
 
     Attributes:
+        name: the name of its file.
         summary: one line for ``moe2edge targets``.
         streams: whether its folders can be read as models, see `streamed`.
         libraries: modules that its runtime imports; the profiler imports them before it times
             the loading of a folder.
     """
 
+    name: ClassVar[str]
     summary: ClassVar[str]
     streams: ClassVar[bool] = False
     libraries: ClassVar[tuple[str, ...]] = ("torch",)
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.name = cls.__module__.rpartition(".")[2]
 
     def accepts(self, model: Model) -> None:
         """Refuse, from shapes alone, a model that this target could not hold.
@@ -73,13 +80,9 @@ class Target:
         """
         return model
 
-    def nbytes(self, model: Model) -> int:
-        """Bytes that the weights will take on disk, for the check of free space."""
-        return model.nbytes
-
-    def runtime_nbytes(self, model: Model) -> int:
-        """Bytes of memory that the reopened model takes, as shipped."""
-        return self.nbytes(model)
+    def estimate(self, model: Model) -> Estimate:
+        """Estimate what the output takes: weight files, and memory once reopened, as shipped."""
+        return Estimate(model.nbytes, model.nbytes)
 
     def write(self, model: Model, folder: Path) -> None:
         """Write weights and config into a folder, tensor by tensor.

@@ -8,9 +8,10 @@ from typing import (
     Protocol,
 )
 
-from moe2edge.model.layers import Weight
-from moe2edge.model.model import Block
+from moe2edge.model.model import Block, Model
+from moe2edge.model.weights import Weight
 from moe2edge.storage.journal import BlockResult
+from moe2edge.storage.solved_blocks import estimate_saved_bytes
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,6 +19,29 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from moe2edge.numerics.grid import Quantized
+
+
+# Roles of experts, of what replaces them, and of the expert that may be left of a layer.
+EXPERT_ROLES = ("experts.", "members.", "substitutes.", "dense.")
+
+
+def estimate_new_bytes(before: Model, after: Model) -> int:
+    """Count the bytes of numbers that a pass keeps on the disk.
+
+    What was there before is read where it was.
+    """
+    return sum(estimate_saved_bytes(weight) for _, weight in after.new_beside(before))
+
+
+def estimate_most_new_bytes(before: Model, after: Model) -> int:
+    """Count the bytes of numbers that a pass keeps at most.
+
+    If experts are new, it is not known which of which layers will be: all of them may.
+    """
+    if any(role.startswith("experts.") for role, _ in after.new_beside(before)):
+        experts = [w for _, role, w in after.tensors() if role.startswith(EXPERT_ROLES)]
+        return sum(map(estimate_saved_bytes, experts))
+    return estimate_new_bytes(before, after)
 
 
 class Store(Protocol):

@@ -17,9 +17,11 @@ from torch import nn
 
 from moe2edge.errors import InputError
 from moe2edge.model import model as model_
+from moe2edge.model.experts import PARTS, Dense, Linear, Replacement, Tied
 from moe2edge.model.hf_config import build_transformers_config
-from moe2edge.model.layers import PARTS, Dense, MoELayer, UnroutedMLP, Weight
+from moe2edge.model.layers import MoELayer, UnroutedMLP
 from moe2edge.model.model import SECOND_NORM, Block, Model
+from moe2edge.model.weights import Weight
 from moe2edge.numerics.skipping import apply_skipping
 from moe2edge.runtime.mixed_experts import MixedExperts, find_experts_name
 
@@ -95,7 +97,7 @@ def _fitted(layer: Any, config: Any, model: Model, block: Block) -> Any:
         }
         if any(getattr(config, key) != size for key, size in sizes.items()):
             layer = _layer_like(layer, config, block.index, sizes)
-        if mlp.substitutes or mlp.members:
+        if not mlp.is_plain:
             layer.mlp.experts = MixedExperts(layer.mlp.experts, mlp)
             layer.mlp.gate.weight = nn.Parameter(torch.empty(mlp.router.weight.shape))
         if mlp.router.skip_below:
@@ -175,12 +177,12 @@ def load_block_state(
     if isinstance(block.mlp, MoELayer) and wanted("experts.0.gate"):
         fused, at = _fused_experts(block.mlp.experts), find_experts_name(block.mlp)
         state |= {f"{at}.{name}": numbers for name, numbers in fused.items()}
-    if isinstance(block.mlp, MoELayer) and block.mlp.substitutes and wanted("substitutes.0"):
-        fused = _fused_substitutes(block.mlp)
-        state |= {f"mlp.experts.substitutes.{name}": t for name, t in fused.items()}
+    if isinstance(block.mlp, MoELayer) and block.mlp.replaced and wanted("substitutes.0"):
+        fused = _fuse_replacements(block.mlp)
+        state |= {f"mlp.experts.replacements.{name}": t for name, t in fused.items()}
     if isinstance(block.mlp, MoELayer) and wanted("members.0"):
-        fused = _fused_factors(block.mlp)
-        state |= {f"mlp.experts.members.{name}": t for name, t in fused.items()}
+        fused = _fuse_factors(block.mlp)
+        state |= {f"mlp.experts.tied.{name}": t for name, t in fused.items()}
     return state
 
 
@@ -212,25 +214,26 @@ def _fused_experts(experts: Sequence[Dense]) -> dict[str, Tensor]:
     return {"gate_up_proj": gate_up, "down_proj": down}
 
 
-def _fused_substitutes(layer: MoELayer) -> dict[str, Tensor]:
-    """Parameters of `Substitutes`."""
-    linear = [(s.first, s.second) for s in layer.substitutes if s.first and s.second]
+def _fuse_replacements(layer: MoELayer) -> dict[str, Tensor]:
+    """Return the parameters of `Replacements`."""
+    found = [row for row in layer.rows if isinstance(row, Replacement)]
+    linear = [row for row in found if isinstance(row, Linear)]
     nothing = torch.empty(0, layer.router.weight.shape[1])
     return {
-        "constants": torch.stack([load_finite(s.constant) for s in layer.substitutes]),
-        "first": torch.cat([nothing, *(load_finite(first) for first, _ in linear)]),
-        "second": torch.cat([nothing.T, *(load_finite(second) for _, second in linear)], dim=1),
+        "constants": torch.stack([load_finite(row.constant) for row in found]),
+        "first": torch.cat([nothing, *(load_finite(row.first) for row in linear)]),
+        "second": torch.cat([nothing.T, *(load_finite(row.second) for row in linear)], dim=1),
     }
 
 
-def _fused_factors(layer: MoELayer) -> dict[str, Tensor]:
-    """Parameters of `Members`."""
-    own = [m.factors for m in layer.members if m.factors]
+def _fuse_factors(layer: MoELayer) -> dict[str, Tensor]:
+    """Return the parameters of `TiedExperts`."""
+    found = [row.factors for row in layer.rows if isinstance(row, Tied)]
     return {
-        f"{part}_{name}": torch.stack([load_finite(getattr(f[part], name)) for f in own])
+        f"{part}_{name}": torch.stack([load_finite(getattr(f[part], name)) for f in found])
         for part in PARTS
         for name in ("first", "second")
-        if own
+        if found
     }
 
 

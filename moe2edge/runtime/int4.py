@@ -17,9 +17,11 @@ import torch
 from torch import nn
 
 from moe2edge.errors import Unsupported
-from moe2edge.model.layers import Dense, MoELayer, Weight
+from moe2edge.model.experts import Dense
+from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Block, Model, is_low_rank
 from moe2edge.model.roles import list_gated_mlps
+from moe2edge.model.weights import Weight
 from moe2edge.numerics.grid import Quantized
 from moe2edge.runtime.decoder_blocks import load_finite
 from moe2edge.runtime.memory import give_back
@@ -37,7 +39,7 @@ KERNEL_ROWS = 16
 # The integer that stands for zero in it.
 KERNEL_ZERO = 8
 # From so many rows on, a processor is faster to dequantize a matrix and multiply in bfloat16:
-#     python benchmarks/slimming/packed.py --rows
+#     python -m benchmarks.slimming.packed --rows
 MANY_ROWS = 96
 # Inputs that are dequantized at once: few enough for float32 numbers to stay in the cache.
 SLAB = 128

@@ -18,8 +18,8 @@ from moe2edge.errors import InputError, Unsupported, VerificationFailed
 from moe2edge.model import hf_config
 from moe2edge.model import model as model_
 from moe2edge.model.hf_config import build_transformers_config
-from moe2edge.model.layers import DTYPES
 from moe2edge.model.model import Block, Model
+from moe2edge.model.weights import DTYPES
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.storage.manifest import is_artifact, open_artifact
 from moe2edge.storage.output import open_stored_model

@@ -114,18 +114,38 @@ UNLIMITED = Memory()
 
 
 @dataclass(frozen=True)
-class Need:
-    """Memory that a work takes beside the block that it looks at.
+class Estimate:
+    """Resources that a piece of work takes, from shapes alone.
 
     Attributes:
-        nbytes: bytes.
-        purpose: what needs them.
-        remedy: what to do where they are not there.
+        memory: bytes of memory, without those of imported libraries; 0: hardly any.
+        disk: bytes on the disk until the export ends.
+        time: seconds; None: not known.
+        gpu: bytes of memory of the GPU; 0: it is not used.
+        purpose: the work, as the beginning of a sentence.
+        remedy: how to need less.
     """
 
-    nbytes: int
-    purpose: str
-    remedy: str
+    memory: int = 0
+    disk: int = 0
+    time: float | None = None
+    gpu: int = 0
+    purpose: str = "verifying the output runs it"
+    remedy: str = "export on a larger one"
+
+    def check(self, within: int | None = None) -> None:
+        """Refuse to begin what memory, or that of the GPU, could not hold.
+
+        Args:
+            within: bytes for the whole process; None: see `find_limit`.
+
+        Raises:
+            DoesNotFit: there is less.
+        """
+        if self.memory:
+            check_memory(self.memory, self.purpose, self.remedy, within)
+        if self.gpu:
+            check_gpu(self.gpu, self.purpose, f"{self.remedy}; or set device: cpu")
 
 
 def give_back() -> None:
@@ -173,13 +193,8 @@ def check_gpu(needed: int, purpose: str, remedy: str) -> None:
         )
 
 
-def check_memory(
-    needed: int,
-    purpose: str = "verifying the output runs it",
-    remedy: str = "export on a larger one",
-    within: int | None = None,
-) -> None:
-    """Check that there is enough memory, before work that could not finish or be verified.
+def check_memory(needed: int, purpose: str, remedy: str, within: int | None = None) -> None:
+    """Check that there is enough memory, before work that could not finish.
 
     Args:
         needed: bytes, without those of the imported libraries.

@@ -1,8 +1,8 @@
-"""Open a Hugging Face checkpoint lazily, and write one shard by shard.
+"""Hugging Face checkpoints, opened lazily.
 
 Opening reads headers only. MODEL is a local folder, a hub id (``org/name`` or
-``org/name@revision``), or ``builtin:tiny-moe``. Only safetensors are read; nothing of a
-checkpoint is ever executed.
+``org/name@revision``), or ``builtin:tiny-moe``. Only safetensors are read; no code of a checkpoint
+is ever executed.
 """
 
 from __future__ import annotations
@@ -13,40 +13,38 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moe2edge.errors import InputError, Unsupported
 from moe2edge.model.build import build_model
 from moe2edge.model.family import find_family
-from moe2edge.model.layers import Weight
 from moe2edge.model.model import Model
+from moe2edge.model.weights import Weight
 from moe2edge.storage.safetensors_files import make_weight, open_file
 from moe2edge.storage.text_files import get_first_line, hash_file, read_json
 
-if TYPE_CHECKING:
-    pass
-
 BUILTIN = "builtin:tiny-moe"
 BUILTIN_FOLDER = Path(__file__).parents[1] / "builtin" / "tiny-moe"
-# What belongs to a checkpoint besides its weights, copied into every output.
+# Files of a checkpoint other than its weights, copied into every output.
 COMPANIONS = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
     "generation_config.json", "LICENSE", "LICENSE.txt",
 )  # fmt: skip
 
+# Names of weights that are pickles, which are refused.
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder with ``config.json`` and safetensors.
+    """Folder with ``config.json`` and safetensors.
 
     Attributes:
         source: MODEL as the user gave it.
-        folder: where its files are.
+        folder: folder with its files.
         revision: commit of a hub model, None for a folder.
-        config: ``config.json``.
+        config: content of ``config.json``.
     """
 
     source: str
@@ -71,8 +69,8 @@ class Checkpoint:
         elif single.exists():
             weight_map, shards = None, [single.name]
         else:
-            raise self._no_weights()
-        found: dict[str, Path] = {}
+            raise self._explain_missing_weights()
+        files: dict[str, Path] = {}
         for shard in shards:
             path = self.folder / shard
             if Path(shard).name != shard:
@@ -82,12 +80,13 @@ class Checkpoint:
                     f"shard {shard} is missing in {self.folder}; {index.name} names "
                     f"{len(shards)} shards: download the checkpoint again"
                 )
-            found.update(dict.fromkeys(open_file(path).keys(), path))
-        if weight_map is not None and (lost := set(weight_map) - set(found)):
-            raise InputError(f"{index.name} names {min(lost)}, which no shard has")
-        return found
+            files.update(dict.fromkeys(open_file(path).keys(), path))
+        if weight_map is not None and (absent := set(weight_map) - set(files)):
+            raise InputError(f"{index.name} names {min(absent)}, which no shard has")
+        return files
 
-    def _no_weights(self) -> InputError:
+    def _explain_missing_weights(self) -> InputError:
+        """Make the error for a checkpoint without safetensors."""
         pickles = sorted(p.name for pattern in PICKLES for p in self.folder.glob(pattern))
         if pickles:
             return InputError(
@@ -105,7 +104,7 @@ class Checkpoint:
 
     @cached_property
     def model(self) -> Model:
-        """The model, from headers only.
+        """Model of the checkpoint, from headers only.
 
         Raises:
             InputError: a tensor is missing or has the wrong shape, the model is quantized already.
@@ -121,12 +120,12 @@ class Checkpoint:
                 "(per_layer_config); start from the checkpoint that it was made from"
             )
         family, files = find_family(self.config), self.files
-        taken: set[str] = set()
+        used: set[str] = set()
 
-        def take(name: str, shape: tuple[int, ...]) -> Weight:
+        def get_weight(name: str, shape: tuple[int, ...]) -> Weight:
             if name not in files:
                 raise InputError(f"{self.source} has no tensor {name}")
-            taken.add(name)
+            used.add(name)
             weight = make_weight(files[name], name)
             if weight.shape != shape:
                 raise InputError(
@@ -134,15 +133,15 @@ class Checkpoint:
                 )
             return weight
 
-        model = build_model(family, self.config, take)
-        spare = set(files) - taken
-        # Tied heads and rotary tables are written by some tools; they repeat what is known.
-        spare -= {"lm_head.weight"} if self.config.get("tie_word_embeddings") else set()
-        spare = {name for name in spare if not name.endswith("rotary_emb.inv_freq")}
-        if spare:
+        model = build_model(family, self.config, get_weight)
+        unused = set(files) - used
+        # Some tools also write tied heads and rotary tables, which only repeat other values.
+        unused -= {"lm_head.weight"} if self.config.get("tie_word_embeddings") else set()
+        unused = {name for name in unused if not name.endswith("rotary_emb.inv_freq")}
+        if unused:
             raise InputError(
-                f"{self.source} has {len(spare)} tensors that {family.architecture} does not know, "
-                f"such as {min(spare)}"
+                f"{self.source} has {len(unused)} tensors that {family.architecture} does not "
+                f"know, such as {min(unused)}"
             )
         model.verify()
         return model
@@ -153,32 +152,47 @@ class Checkpoint:
         digest = hashlib.sha256()
         paths = sorted({*self.files.values(), self.folder / "config.json"})
         with ThreadPoolExecutor() as pool:
-            for path, own in zip(paths, pool.map(hash_file, paths), strict=True):
-                digest.update(f"{path.name}\0{own}\n".encode())
+            for path, file_digest in zip(paths, pool.map(hash_file, paths), strict=True):
+                digest.update(f"{path.name}\0{file_digest}\n".encode())
         return digest.hexdigest()
 
     @property
     def companions(self) -> list[Path]:
-        """Tokenizer, chat template and the like."""
+        """Files of the tokenizer, chat template and the like that exist."""
         return [self.folder / name for name in COMPANIONS if (self.folder / name).exists()]
 
 
 def open_checkpoint(
-    source: str, *, revision: str | None = None, cache_dir: Path | None = None
+    source: str | Path, *, revision: str | None = None, cache_dir: Path | None = None
 ) -> Checkpoint:
-    """Open MODEL: a folder, a hub id or ``builtin:tiny-moe``.
+    """Open MODEL: a folder, a hub id or ``builtin:tiny-moe``. Reads headers only.
+
+    Args:
+        source: MODEL.
+        revision: branch, tag or commit of a hub model.
+        cache_dir: cache of hub files; None: that of huggingface_hub.
+
+    Returns:
+        The checkpoint. Its ``model`` is read when it is first used.
 
     Raises:
-        InputError: there is no such model, or it is no checkpoint.
+        InputError: there is no such model, or it is not a checkpoint.
+
+    >>> open_checkpoint("builtin:tiny-moe").model.expert_counts
+    (16, 16, 16, 16, 16, 16)
     """
+    source = str(source)
     folder, commit = _locate(source, revision, cache_dir)
     config = folder / "config.json"
     if not config.exists():
-        raise InputError(f"{source} is no checkpoint: it has no config.json")
+        raise InputError(
+            f"{source} is not a checkpoint: it has no config.json; name the folder that has it"
+        )
     return Checkpoint(source, folder, commit, read_json(config))
 
 
 def _locate(source: str, revision: str | None, cache_dir: Path | None) -> tuple[Path, str | None]:
+    """Find the folder of MODEL, and its commit if it is a hub model."""
     if source.startswith("builtin:"):
         if source != BUILTIN:
             raise InputError(f"no built-in model {source!r}; there is {BUILTIN}")
@@ -187,7 +201,7 @@ def _locate(source: str, revision: str | None, cache_dir: Path | None) -> tuple[
         path = Path(source).expanduser()
         if path.is_dir():
             return path, None
-    except (OSError, RuntimeError) as error:  # no such user's home, a name that is too long
+    except (OSError, RuntimeError) as error:  # an unknown user's home, or a name that is too long
         raise InputError(f"{source[:100]} cannot be opened: {str(error)[:100]}") from error
     name, _, at = source.removeprefix("hf://").partition("@")
     if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
@@ -201,7 +215,7 @@ def _locate(source: str, revision: str | None, cache_dir: Path | None) -> tuple[
 
 
 def _download(name: str, revision: str | None, cache_dir: Path | None) -> tuple[Path, str]:
-    """Files of a hub model in the local cache; fetches what is missing unless offline."""
+    """Download what is missing of a hub model to the local cache; return folder and commit."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -216,7 +230,7 @@ def _download(name: str, revision: str | None, cache_dir: Path | None) -> tuple[
                 "*.safetensors.index.json",
                 *COMPANIONS,
             ],
-            # A star matches slashes, too; weights in other layouts would be fetched for nothing.
+            # A star matches slashes, too; weights in other layouts would be downloaded in vain.
             ignore_patterns=["*/*", "consolidated*"],
         )
     except LocalEntryNotFoundError as error:
@@ -225,5 +239,7 @@ def _download(name: str, revision: str | None, cache_dir: Path | None) -> tuple[
             "or give a local folder"
         ) from error
     except (HfHubHTTPError, HFValidationError) as error:
-        raise InputError(f"{name} cannot be had from the hub: {get_first_line(error)}") from error
+        raise InputError(
+            f"{name} cannot be downloaded from the hub: {get_first_line(error)}"
+        ) from error
     return Path(folder), Path(folder).name

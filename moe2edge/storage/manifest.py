@@ -1,4 +1,7 @@
-"""An output folder: the manifest that makes it ours, and the check that nothing in it changed."""
+"""Manifest of an output folder, and the check that no file of the folder has changed.
+
+The manifest marks a folder as written by moe2edge.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +17,17 @@ MANIFEST = "manifest.json"
 MANIFEST_VERSION = 1
 TOOL = "moe2edge"
 
-_OWN_KEYS = frozenset({"schema_version", "tool", "target", "files"})
+_RESERVED_KEYS = frozenset({"schema_version", "tool", "target", "files"})
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """A folder that moe2edge wrote.
+    """Folder that moe2edge wrote.
 
     Attributes:
-        folder: where it is.
+        folder: its path.
         target: name of the target that wrote it and can reopen it.
-        manifest: the content of ``manifest.json``.
+        manifest: content of ``manifest.json``.
     """
 
     folder: Path
@@ -33,7 +36,7 @@ class Artifact:
 
     @property
     def options(self) -> Mapping[str, Any]:
-        """Options of the target that the folder was written with; outputs of old have none."""
+        """Options of the target that the folder was written with; older outputs have none."""
         options: Mapping[str, Any] = self.manifest.get("target_options", {})
         return options
 
@@ -45,7 +48,9 @@ class Artifact:
 
 
 def open_artifact(folder: Path) -> Artifact:
-    """Open a folder that moe2edge wrote. Reads the manifest only; `check_manifest_files` reads the rest.
+    """Open a folder that moe2edge wrote.
+
+    This reads only the manifest; `check_manifest_files` reads the rest.
 
     Raises:
         InputError: there is no such folder, or its manifest is missing, damaged, of another
@@ -54,7 +59,7 @@ def open_artifact(folder: Path) -> Artifact:
     if not folder.is_dir():
         raise InputError(f"there is no folder {folder}; name a folder that moe2edge export wrote")
     if not (folder / MANIFEST).is_file():
-        raise InputError(f"{folder} has no {MANIFEST}: {_what_else(folder)}")
+        raise InputError(f"{folder} has no {MANIFEST}: {_suggest_folder(folder)}")
     manifest = read_json(folder / MANIFEST)
     version = manifest.get("schema_version")
     if manifest.get("tool") != TOOL or type(version) is not int:
@@ -66,19 +71,19 @@ def open_artifact(folder: Path) -> Artifact:
         )
     target = manifest.get("target")
     if not isinstance(target, str):
-        raise _damaged(folder / MANIFEST, f"target is {target!r}, not a name")
+        raise _make_damage_error(folder / MANIFEST, f"target is {target!r}, not a name")
     if not isinstance(manifest.get("target_options", {}), dict):
-        raise _damaged(folder / MANIFEST, "target_options is no mapping")
+        raise _make_damage_error(folder / MANIFEST, "target_options is not a mapping")
     files = manifest.get("files")
     if not isinstance(files, dict):
-        raise _damaged(folder / MANIFEST, "it has no list of files")
+        raise _make_damage_error(folder / MANIFEST, "it has no list of files")
     for name, entry in files.items():
         _check_entry(folder / MANIFEST, name, entry)
     return Artifact(folder, target, manifest)
 
 
 def is_artifact(folder: Path) -> bool:
-    """Whether moe2edge wrote this folder (of any version), so that it may be replaced."""
+    """Return whether moe2edge (of any version) wrote this folder, so that it may be replaced."""
     try:
         return read_json(folder / MANIFEST).get("tool") == TOOL
     except InputError:
@@ -86,7 +91,9 @@ def is_artifact(folder: Path) -> bool:
 
 
 def write_manifest(folder: Path, target: str, **sections: object) -> None:
-    """Hash every file of ``folder`` and write ``manifest.json``; no time stamps, sorted names.
+    """Hash every file of ``folder`` and write ``manifest.json``.
+
+    Names are sorted, and there are no time stamps.
 
     Args:
         folder: a finished output folder; an old manifest in it is replaced.
@@ -94,10 +101,10 @@ def write_manifest(folder: Path, target: str, **sections: object) -> None:
         sections: further top-level keys (``model``, ``source``, ``versions``), JSON values.
 
     Raises:
-        ValueError: a section has the name of one of the manifest's own keys.
+        ValueError: a section has the name of a key that the manifest always has.
     """
-    if taken := _OWN_KEYS & set(sections):
-        raise ValueError(f"a section cannot be called {min(taken)}")
+    if reserved := _RESERVED_KEYS & set(sections):
+        raise ValueError(f"a section cannot be called {min(reserved)}: every manifest has that key")
     files = {
         name: {"sha256": hash_file(path), "bytes": path.stat().st_size}
         for name, path in list_files(folder).items()
@@ -108,11 +115,11 @@ def write_manifest(folder: Path, target: str, **sections: object) -> None:
 
 
 def check_manifest_files(artifact: Artifact) -> list[str]:
-    """How the files differ from the manifest, in words; empty if they do not."""
+    """Compare the files with the manifest; return the differences in words."""
     differences = []
-    found = list_files(artifact.folder)
+    paths = list_files(artifact.folder)
     for name, entry in sorted(artifact.files.items()):
-        path = found.get(name)
+        path = paths.get(name)
         if path is None:
             differences.append(f"{name} is missing")
         elif (size := path.stat().st_size) != entry["bytes"]:
@@ -124,22 +131,22 @@ def check_manifest_files(artifact: Artifact) -> list[str]:
                 f"{name} has changed: sha256 {digest[:12]}..., "
                 f"the manifest says {entry['sha256'][:12]}..."
             )
-    unlisted = sorted(set(found) - set(artifact.files) - {MANIFEST})
+    unlisted = sorted(set(paths) - set(artifact.files) - {MANIFEST})
     return differences + [f"{name} is not listed in the manifest" for name in unlisted]
 
 
 def list_files(folder: Path) -> dict[str, Path]:
-    """Every file below ``folder`` by its relative name with forward slashes, sorted."""
-    found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}
-    return {name: found[name] for name in sorted(found) if found[name].is_file()}
+    """List every file below ``folder`` by its relative name with forward slashes, sorted."""
+    paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}
+    return {name: paths[name] for name in sorted(paths) if paths[name].is_file()}
 
 
-def _damaged(path: Path, why: str) -> InputError:
+def _make_damage_error(path: Path, why: str) -> InputError:
     return InputError(f"{path} is damaged ({why}); export or download it again")
 
 
 def _check_entry(manifest: Path, name: str, entry: object) -> None:
-    """Refuse a name that leaves the folder, on any system, or an entry without its facts."""
+    """Refuse a name that leaves the folder, on any system, or an entry that is incomplete."""
     posix, windows = PurePosixPath(name), PureWindowsPath(name)
     leaves = (
         not posix.parts
@@ -154,14 +161,14 @@ def _check_entry(manifest: Path, name: str, entry: object) -> None:
             "do not trust this folder, export again"
         )
     if not isinstance(entry, dict) or not isinstance(entry.get("sha256"), str):
-        raise _damaged(manifest, f"the entry of {name} has no sha256")
+        raise _make_damage_error(manifest, f"the entry of {name} has no sha256")
     if type(entry.get("bytes")) is not int:
-        raise _damaged(manifest, f"the entry of {name} has no bytes")
+        raise _make_damage_error(manifest, f"the entry of {name} has no bytes")
 
 
-def _what_else(folder: Path) -> str:
-    """What to do with a folder that is no output folder."""
-    inside = [child.name for child in sorted(folder.iterdir()) if is_artifact(child)]
-    if inside:
-        return f"it holds the outputs {', '.join(inside)}; name one of them"
-    return "it is no folder that moe2edge export wrote"
+def _suggest_folder(folder: Path) -> str:
+    """Say what to do with a folder that is not an output folder."""
+    outputs = [child.name for child in sorted(folder.iterdir()) if is_artifact(child)]
+    if outputs:
+        return f"it holds the outputs {', '.join(outputs)}; name one of them"
+    return "it is not a folder that moe2edge export wrote; name one that is"

@@ -1,6 +1,6 @@
-"""An output folder with safetensors as a `Model`, from headers only.
+"""Output folders with safetensors, opened as a `Model` from headers only.
 
-A tensor that is missing, left over or of another shape is an error.
+A tensor that is missing, unexpected or of another shape is an error.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from moe2edge.errors import Unsupported, VerificationFailed
 from moe2edge.model import hf_config
 from moe2edge.model.build import build_model
 from moe2edge.model.family import find_family
-from moe2edge.model.layers import DTYPE_BYTES, Weight
 from moe2edge.model.model import Model, is_low_rank, is_quantizable
+from moe2edge.model.weights import DTYPE_BYTES, Weight
 from moe2edge.numerics.scheme import GROUP_SIZES, WHOLE_ROW, Scheme
 from moe2edge.storage.checkpoint import Checkpoint
 from moe2edge.storage.safetensors_files import read_header, read_tensor
@@ -29,74 +29,78 @@ Header = tuple[tuple[int, ...], str]
 GPTQ_PARTS = ("qweight", "qzeros", "scales", "g_idx")
 GPTQ_BITS = (2, 4, 8)
 GPTQ_GROUPS = (*GROUP_SIZES, WHOLE_ROW)
-# What a GPTQ checkpoint must say of itself; anything else would be read as other numbers.
+# Settings that a GPTQ checkpoint must have: with any other its numbers would be misread.
 GPTQ_V1 = {"quant_method": "gptq", "desc_act": False, "lm_head": False, "pack_dtype": "int32"}
 GPTQ_SCHEME = ("bits", "group_size", "sym")
 
 
 def open_stored_model(checkpoint: Checkpoint) -> Model:
-    """The model in an output folder, quantized or not, from headers only.
+    """Open the model in an output folder, quantized or not, from headers only.
 
     Raises:
-        Unsupported: another quantization than ours, or a family that is not known.
+        Unsupported: a quantization that moe2edge does not write, or an unknown family.
         VerificationFailed: a tensor is missing, unexpected or of another shape.
     """
     config = dict(checkpoint.config)
-    found = config.pop("quantization_config", None)
-    settings = None if found is None else read_gptq_settings(found)
-    own = config.pop("per_layer_config", None) or {}
+    quantization = config.pop("quantization_config", None)
+    settings = None if quantization is None else read_gptq_settings(quantization)
+    layers = config.pop("per_layer_config", None) or {}
     family = find_family(config)
-    stored = _Stored(checkpoint, settings)
-    model = hf_config.decode_layers(build_model(family, config, stored.weight), own, stored.weight)
+    stored = _StoredTensors(checkpoint, settings)
+    model = hf_config.decode_layers(
+        build_model(family, config, stored.weight), layers, stored.weight
+    )
     stored.check(model)
     model.verify()
     return model
 
 
-# ---- what a checkpoint says of itself ------------------------------------------------------------
+# ---- quantization settings -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class GptqSettings:
-    """Which scheme the matrices of a GPTQ checkpoint have.
+    """Schemes of the matrices of a GPTQ checkpoint.
 
     Attributes:
-        main: the scheme of all that no pattern matches.
+        main: scheme of every matrix that no pattern matches.
         dynamic: patterns for the start of a module's name, each with the scheme of what it
-            matches, None for matrices that are not quantized; the first that matches holds.
+            matches, None for matrices that are not quantized; the first match counts.
     """
 
     main: Scheme
     dynamic: tuple[tuple[re.Pattern[str], Scheme | None], ...] = ()
 
-    def of(self, module: str) -> Scheme | None:
-        """Scheme of the matrix of a module, by its name on disk without ``.weight``."""
-        return self.named(module, self.main)
+    def find_scheme(self, module: str) -> Scheme | None:
+        """Return the scheme of a module's matrix, by its name on disk without ``.weight``."""
+        return self.find_override(module, self.main)
 
-    def named(self, module: str, usual: Scheme | None = None) -> Scheme | None:
-        """The same of a matrix that a pattern must name to be quantized."""
+    def find_override(self, module: str, usual: Scheme | None = None) -> Scheme | None:
+        """Return the scheme that a pattern gives to a module's matrix, else ``usual``."""
         matching = (scheme for pattern, scheme in self.dynamic if pattern.match(module))
         return next(matching, usual)
 
 
 def read_gptq_settings(settings: Mapping[str, Any]) -> GptqSettings:
-    """What a ``quantization_config`` says.
+    """Parse a ``quantization_config``.
 
     Raises:
-        Unsupported: something else than GPTQ version 1 as `moe2edge.targets.gptq` writes it.
+        Unsupported: it is not GPTQ version 1 as `moe2edge.targets.gptq` writes it.
     """
     found = {key: settings.get(key) for key in ("quant_method", "desc_act")}
     found |= {"lm_head": bool(settings.get("lm_head"))}
     found |= {"pack_dtype": settings.get("pack_dtype", "int32")}
     layout = settings.get("checkpoint_format", settings.get("format", "gptq"))
-    main = _scheme({key: settings.get(key) for key in GPTQ_SCHEME})
+    main = _parse_scheme({key: settings.get(key) for key in GPTQ_SCHEME})
     if found != GPTQ_V1 or layout != "gptq" or main is None:
         shown = {**found, **{key: settings.get(key) for key in GPTQ_SCHEME}}
         raise Unsupported(f"quantization {shown}, format {layout!r}; only {_LOADABLE}")
     dynamic = settings.get("dynamic") or {}
     if not isinstance(dynamic, Mapping):
         raise Unsupported(f"dynamic is {dynamic!r}; only patterns with settings can be loaded")
-    return GptqSettings(main, tuple(_override(key, own, main) for key, own in dynamic.items()))
+    return GptqSettings(
+        main, tuple(_parse_override(key, override, main) for key, override in dynamic.items())
+    )
 
 
 _LOADABLE = (
@@ -105,19 +109,19 @@ _LOADABLE = (
 )
 
 
-def _scheme(settings: Mapping[str, Any]) -> Scheme | None:
-    """The scheme of bits, group size and symmetry, None if it is none that can be loaded."""
+def _parse_scheme(settings: Mapping[str, Any]) -> Scheme | None:
+    """Return the scheme of bits, group size and symmetry; None if it cannot be loaded."""
     bits, group, symmetric = (settings[key] for key in GPTQ_SCHEME)
     if bits not in GPTQ_BITS or group not in GPTQ_GROUPS or not isinstance(symmetric, bool):
         return None
     return Scheme(bits, group, symmetric)
 
 
-def _override(key: str, own: Any, main: Scheme) -> tuple[re.Pattern[str], Scheme | None]:
-    """An entry of ``dynamic``: ``-:pattern`` is not quantized, all else has its own scheme.
+def _parse_override(key: str, settings: Any, main: Scheme) -> tuple[re.Pattern[str], Scheme | None]:
+    """Parse an entry of ``dynamic``: ``-:pattern`` is not quantized, any other has a scheme.
 
     Raises:
-        Unsupported: it has a setting that is not known, or no pattern.
+        Unsupported: it has an unknown setting, or its key is not a pattern.
     """
     try:
         pattern = re.compile(key.removeprefix("-:").removeprefix("+:"))
@@ -126,19 +130,19 @@ def _override(key: str, own: Any, main: Scheme) -> tuple[re.Pattern[str], Scheme
     if key.startswith("-:"):
         return pattern, None
     scheme = None
-    if isinstance(own, Mapping) and set(own) <= set(GPTQ_SCHEME):
+    if isinstance(settings, Mapping) and set(settings) <= set(GPTQ_SCHEME):
         usual = {"bits": main.bits, "group_size": main.group_size, "sym": main.symmetric}
-        scheme = _scheme({**usual, **own})
+        scheme = _parse_scheme({**usual, **settings})
     if scheme is None:
-        raise Unsupported(f"dynamic {key!r}: {own!r}; only {_LOADABLE}")
+        raise Unsupported(f"dynamic {key!r}: {settings!r}; only {_LOADABLE}")
     return pattern, scheme
 
 
-# ---- what it holds -------------------------------------------------------------------------------
+# ---- tensors -------------------------------------------------------------------------------------
 
 
-class _Stored:
-    """The tensors of a folder."""
+class _StoredTensors:
+    """Tensors of an output folder."""
 
     def __init__(self, checkpoint: Checkpoint, settings: GptqSettings | None) -> None:
         self._source = checkpoint.source
@@ -149,103 +153,104 @@ class _Stored:
         }
 
     def weight(self, name: str, shape: tuple[int, ...]) -> Weight:
-        """Handle on a tensor that a model of this config has; `check` tells if it is there."""
-        scheme = self._scheme(name)
-        if f"{_stem(name)}.qweight" in self._headers and scheme is not None:
+        """Make a handle on a tensor that a model of this config has; `check` finds missing ones."""
+        scheme = self._find_scheme(name)
+        if f"{_get_stem(name)}.qweight" in self._headers and scheme is not None:
             return Weight(
                 name,
                 shape,
                 self._headers.get("model.embed_tokens.weight", ((), "F32"))[1],
-                load=lambda: self._quantized(name, scheme).dequantize(),
+                load=lambda: self._read_quantized(name, scheme).dequantize(),
                 scheme=scheme,
-                load_quantized=lambda: self._quantized(name, scheme),
+                load_quantized=lambda: self._read_quantized(name, scheme),
             )
         dtype = self._headers.get(name, ((), "F32"))[1]
         return Weight(name, shape, dtype, load=lambda: self._read(name))
 
-    def _scheme(self, name: str) -> Scheme | None:
-        """What the settings say of a matrix, by its name on disk."""
-        return None if self._settings is None else self._settings.of(_stem(name))
+    def _find_scheme(self, name: str) -> Scheme | None:
+        """Return the scheme of a matrix by its name on disk."""
+        return None if self._settings is None else self._settings.find_scheme(_get_stem(name))
 
     def _read(self, name: str) -> Tensor:
         return read_tensor(self._files[name], name)
 
-    def _quantized(self, name: str, scheme: Scheme) -> Quantized:
-        """Integers and scales of a matrix.
+    def _read_quantized(self, name: str, scheme: Scheme) -> Quantized:
+        """Read integers and scales of a matrix.
 
         Raises:
-            VerificationFailed: zero points, the order of inputs or the scales are not ours.
+            VerificationFailed: zero points, input order or scales are not as moe2edge writes them.
         """
         import torch
 
         from moe2edge.numerics.grid import Quantized
         from moe2edge.numerics.packing import unpack_gptq
 
-        parts = {part: self._read(f"{_stem(name)}.{part}") for part in GPTQ_PARTS}
+        parts = {part: self._read(f"{_get_stem(name)}.{part}") for part in GPTQ_PARTS}
         q, scales, zeros = unpack_gptq(parts, scheme.bits)
-        # Stored minus one, so that one beyond the largest integer is what zero would be.
+        # Stored minus one: a zero point of 0 would read as one beyond the largest integer.
         low, high = (scheme.zero_point,) * 2 if scheme.symmetric else (1, scheme.largest)
         if ((zeros < low) | (zeros > high)).any():
             expected = f"{low} throughout" if scheme.symmetric else f"{low} to {high}"
             raise VerificationFailed(
-                f"{_stem(name)}.qzeros holds zero points from {int(zeros.min())} to "
+                f"{_get_stem(name)}.qzeros holds zero points from {int(zeros.min())} to "
                 f"{int(zeros.max())}, expected {expected}; the file was changed, export it again"
             )
         width = scheme.width(q.shape[1])
         order = torch.arange(q.shape[1], dtype=torch.int32) // width
         if not torch.equal(parts["g_idx"], order):
             raise VerificationFailed(
-                f"{_stem(name)}.g_idx reorders the inputs, expected input // {width}; the file "
+                f"{_get_stem(name)}.g_idx reorders the inputs, expected input // {width}; the file "
                 "was changed, export it again"
             )
         if not scales.isfinite().all():
             raise VerificationFailed(
-                f"{_stem(name)}.scales are not finite; the file was changed, export it again"
+                f"{_get_stem(name)}.scales are not finite; the file was changed, export it again"
             )
         return Quantized(q, scales, scheme, None if scheme.symmetric else zeros)
 
     def check(self, model: Model) -> None:
-        """Hold the headers against what ``model`` must have.
+        """Compare the headers with the tensors that ``model`` must have.
 
         Raises:
             VerificationFailed: a tensor is missing, unexpected or of another shape.
         """
-        wanted: dict[str, Header] = {}
+        expected: dict[str, Header] = {}
         for name, role, weight in model.tensors():
             scheme = None
             if self._settings is not None and is_quantizable(role):
-                scheme = self._settings.of(_stem(name))
+                scheme = self._settings.find_scheme(_get_stem(name))
             elif self._settings is not None and is_low_rank(role):
-                scheme = self._settings.named(_stem(name))
+                scheme = self._settings.find_override(_get_stem(name))
             if scheme is None:
-                wanted[name] = (weight.shape, weight.dtype)
+                expected[name] = (weight.shape, weight.dtype)
             else:
                 parts = plan_gptq_tensors(weight.shape, scheme)
-                wanted |= {f"{_stem(name)}.{part}": want for part, want in parts.items()}
-        for found, names in (
-            ("lacks", wanted.keys() - self._headers.keys()),
-            ("has unexpected", self._headers.keys() - wanted.keys()),
+                expected |= {f"{_get_stem(name)}.{part}": header for part, header in parts.items()}
+        for problem, names in (
+            ("lacks", expected.keys() - self._headers.keys()),
+            ("has unexpected", self._headers.keys() - expected.keys()),
         ):
             if names:
                 raise VerificationFailed(
-                    f"{self._source} {found} {len(names)} tensors, such as {min(names)}; the "
+                    f"{self._source} {problem} {len(names)} tensors, such as {min(names)}; the "
                     f"folder does not hold the {len(model.blocks)} blocks of its config.json: "
                     "export it again"
                 )
-        for name, want in wanted.items():
-            if self._headers[name] != want or want[1] not in {*DTYPE_BYTES, "I32"}:
+        for name, header in expected.items():
+            if self._headers[name] != header or header[1] not in {*DTYPE_BYTES, "I32"}:
                 raise VerificationFailed(
-                    f"{name} is {self._headers[name]}, but config.json asks for {want}; "
+                    f"{name} is {self._headers[name]}, but config.json asks for {header}; "
                     "export it again"
                 )
 
 
-def _stem(name: str) -> str:
+def _get_stem(name: str) -> str:
+    """Return the name of a module without ``.weight``."""
     return name.removesuffix(".weight")
 
 
 def plan_gptq_tensors(shape: tuple[int, ...], scheme: Scheme) -> dict[str, Header]:
-    """Shape and dtype of each tensor that stands for a matrix [out, in] in GPTQ version 1."""
+    """Return shape and dtype of each tensor of a matrix [out, in] in GPTQ version 1."""
     (outs, ins), per_word = shape, 32 // scheme.bits
     groups = scheme.groups(ins)
     headers: tuple[Header, ...] = (

@@ -1,4 +1,4 @@
-"""Safetensors: headers, one tensor at a time, and a streaming writer."""
+"""Safetensors files: headers, single tensors, and a streaming writer."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from moe2edge.errors import InputError, Unsupported
-from moe2edge.model.layers import DTYPE_BYTES, DTYPES, Weight
+from moe2edge.model.weights import DTYPE_BYTES, DTYPES, Weight
 from moe2edge.storage.text_files import get_first_line, sync_folder, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# All that we read and write.
+# Every dtype that is read or written.
 _TORCH_NAMES = DTYPES | {"I32": "int32", "U8": "uint8", "I64": "int64"}
 
 SHARD_BYTES = 4 << 30
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One tensor of a safetensors file.
+class TensorEntry:
+    """Place of one tensor in a safetensors file.
 
     Attributes:
         shape: its shape.
-        dtype: as the file spells it.
-        start: its first byte in the file.
-        nbytes: how many it has.
+        dtype: its dtype as the file spells it.
+        start: position of its first byte in the file.
+        nbytes: its size in bytes.
     """
 
     shape: tuple[int, ...]
@@ -43,15 +43,15 @@ class Entry:
     nbytes: int
 
 
-def open_file(path: Path) -> Mapping[str, Entry]:
-    """The header of a safetensors file, which is read once.
+def open_file(path: Path) -> Mapping[str, TensorEntry]:
+    """Read the header of a safetensors file; it is cached.
 
     Raises:
-        InputError: it is missing or damaged.
+        InputError: the file is missing or damaged.
     """
     try:
         state = path.stat()
-        return _entries(path, state.st_mtime_ns, state.st_size)
+        return _read_entries(path, state.st_mtime_ns, state.st_size)
     except (SafetensorError, OSError) as error:
         raise InputError(
             f"{path.name} is damaged or cut short ({get_first_line(error)}); download it again"
@@ -59,10 +59,10 @@ def open_file(path: Path) -> Mapping[str, Entry]:
 
 
 @lru_cache(maxsize=256)
-def _entries(path: Path, changed: int, size: int) -> Mapping[str, Entry]:
-    """Header of a file; one that was written anew has another key.
+def _read_entries(path: Path, changed: int, size: int) -> Mapping[str, TensorEntry]:
+    """Read the header of a file; a file that was written again has another cache key.
 
-    The library, which checks the whole of it, does not tell where tensors are.
+    The library checks all of it, but does not tell where tensors are.
     """
     with safe_open(path, framework="np"):
         pass
@@ -70,19 +70,19 @@ def _entries(path: Path, changed: int, size: int) -> Mapping[str, Entry]:
         (length,) = struct.unpack("<Q", file.read(8))
         header: dict[str, Any] = json.loads(file.read(length))
     header.pop("__metadata__", None)
-    found = {}
+    entries = {}
     for name, entry in header.items():
         start, end = entry["data_offsets"]
         shape = tuple(entry["shape"])
-        found[name] = Entry(shape, entry["dtype"], 8 + length + start, end - start)
-    return found
+        entries[name] = TensorEntry(shape, entry["dtype"], 8 + length + start, end - start)
+    return entries
 
 
 def make_weight(path: Path, name: str) -> Weight:
-    """Handle on one tensor of a safetensors file.
+    """Make a handle on one tensor of a safetensors file.
 
     Raises:
-        Unsupported: its dtype is not a floating-point one that we read.
+        Unsupported: its dtype is not a supported floating-point type.
     """
     shape, dtype = read_header(path, name)
     if dtype not in DTYPE_BYTES:
@@ -91,16 +91,16 @@ def make_weight(path: Path, name: str) -> Weight:
 
 
 def read_header(path: Path, name: str) -> tuple[tuple[int, ...], str]:
-    """Shape and dtype of one tensor of a safetensors file, as the file spells them."""
+    """Return shape and dtype of one tensor of a safetensors file, as the file spells them."""
     entry = open_file(path)[name]
     return entry.shape, entry.dtype
 
 
 def read_tensor(path: Path, name: str) -> Tensor:
-    """One tensor of a safetensors file, through a map of nothing else.
+    """Read one tensor of a safetensors file, through a memory map of nothing else.
 
     A map of the whole file would count as memory of the process, page by page as it is read; this
-    one is gone with the tensor. Writing to the tensor does not change the file.
+    one is released with the tensor. Writing to the tensor does not change the file.
     """
     import numpy as np
     import torch
@@ -114,7 +114,7 @@ def read_tensor(path: Path, name: str) -> Tensor:
 
 
 def read_all(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the safetensors files of a folder, one at a time, in file order."""
+    """Yield every tensor of the safetensors files of a folder, one at a time, in file order."""
     for path in sorted(folder.glob("*.safetensors")):
         for name in open_file(path).keys():  # noqa: SIM118
             yield name, read_tensor(path, name)
@@ -126,8 +126,8 @@ _SPELLING = {f"torch.{name}": spelling for spelling, name in _TORCH_NAMES.items(
 
 
 @dataclass(frozen=True)
-class Planned:
-    """A tensor that is to be written: shape and dtype now, numbers when its turn comes."""
+class PlannedTensor:
+    """Tensor that is to be written: shape and dtype now, numbers when its turn comes."""
 
     name: str
     shape: tuple[int, ...]
@@ -143,11 +143,11 @@ class Planned:
         return width
 
 
-def write_safetensors(path: Path, tensors: Iterable[Planned]) -> None:
+def write_safetensors(path: Path, tensors: Iterable[PlannedTensor]) -> None:
     """Write one safetensors file with a single tensor in memory at a time.
 
-    The library's own writer wants all tensors of a file at once. The format is a header of JSON
-    behind its length in 8 bytes, then the tensors without gaps
+    The library's own writer needs all tensors of a file at once. The format is the length of the
+    header in 8 bytes, the header as JSON, then the tensors without gaps
     (https://huggingface.co/docs/safetensors).
     """
     tensors = list(tensors)
@@ -171,22 +171,22 @@ def write_safetensors(path: Path, tensors: Iterable[Planned]) -> None:
         os.fsync(file.fileno())
 
 
-def encode_tensor(tensor: Tensor, planned: Planned) -> memoryview:
-    """Bytes of a tensor, after a check that it is the one that was planned."""
+def encode_tensor(tensor: Tensor, planned: PlannedTensor) -> memoryview:
+    """Return the bytes of a tensor, after a check that it is the one that was planned."""
     import torch
 
-    found = (tuple(tensor.shape), _SPELLING[str(tensor.dtype)])
-    if found != (planned.shape, planned.dtype):
+    header = (tuple(tensor.shape), _SPELLING[str(tensor.dtype)])
+    if header != (planned.shape, planned.dtype):
         raise AssertionError(
-            f"{planned.name}: made {found}, planned {(planned.shape, planned.dtype)}"
+            f"{planned.name}: made {header}, planned {(planned.shape, planned.dtype)}"
         )
-    # Flat first: a matrix of one column may have any stride there and count as contiguous.
+    # Flatten first: a matrix of one column may have any stride and still count as contiguous.
     return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
-def write_checkpoint(folder: Path, tensors: Iterable[Planned]) -> None:
+def write_checkpoint(folder: Path, tensors: Iterable[PlannedTensor]) -> None:
     """Write tensors as ``model.safetensors``, or as shards with an index beyond 4 GiB."""
-    shards: list[list[Planned]] = [[]]
+    shards: list[list[PlannedTensor]] = [[]]
     size = 0
     for t in tensors:
         if shards[-1] and size + t.nbytes > SHARD_BYTES:
@@ -209,12 +209,9 @@ def write_checkpoint(folder: Path, tensors: Iterable[Planned]) -> None:
     )
 
 
-# ---- numbers on disk -----------------------------------------------------------------------------
-
-
-def write_durably(path: Path, tensors: list[Planned]) -> None:
-    """Write a safetensors file that has its name only when it is whole and on the disk."""
-    beside = path.with_name(path.name + ".tmp")
-    write_safetensors(beside, tensors)
-    beside.replace(path)
+def write_durably(path: Path, tensors: list[PlannedTensor]) -> None:
+    """Write a safetensors file that gets its name only when it is complete and on the disk."""
+    temporary = path.with_name(path.name + ".tmp")
+    write_safetensors(temporary, tensors)
+    temporary.replace(path)
     sync_folder(path.parent)

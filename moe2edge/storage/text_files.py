@@ -1,4 +1,4 @@
-"""JSON and YAML files, digests, and files that are never half there."""
+"""JSON and YAML files, file digests, and atomic writes."""
 
 from __future__ import annotations
 
@@ -6,38 +6,35 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
 from moe2edge.errors import InputError
 
-if TYPE_CHECKING:
-    pass
-
 
 class _Loader(yaml.SafeLoader):
-    """Plain YAML in which a key stands once."""
+    """Loader of plain YAML that refuses duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """A mapping; YAML itself would let the last of equal keys win."""
+        """Build a mapping; YAML itself would let the last of equal keys win."""
         keys = [str(key.value) for key, _ in node.value]
-        if twice := {key for key in keys if keys.count(key) > 1}:
+        if duplicates := {key for key in keys if keys.count(key) > 1}:
             raise yaml.constructor.ConstructorError(
-                None, None, f"{min(twice)!r} stands there twice", node.start_mark
+                None, None, f"{min(duplicates)!r} is given twice", node.start_mark
             )
         return super().construct_mapping(node, deep)
 
 
 def read_yaml(text: str, what: str) -> Any:
-    """Plain YAML, such as the value of a setting.
+    """Parse plain YAML, such as the value of a setting.
 
     Raises:
-        InputError: it is not.
+        InputError: it is not plain YAML.
     """
     try:
         return yaml.load(text, _Loader)  # a SafeLoader
-    # A tag that does not fit its value, such as !!bool x, raises whatever PyYAML stumbles over.
+    # A tag that does not fit its value, such as !!bool x, raises any of these inside PyYAML.
     except (
         yaml.YAMLError,
         ArithmeticError,
@@ -48,18 +45,19 @@ def read_yaml(text: str, what: str) -> Any:
         ValueError,
     ) as error:
         reason = " ".join(str(error).split())
-        raise InputError(f"{what} is not YAML as expected: {reason[:300]}") from error
+        raise InputError(f"{what} is not valid YAML: {reason[:300]}") from error
 
 
 def get_first_line(error: Exception) -> str:
+    """Return the first line of an error's text."""
     return str(error).strip().partition("\n")[0]
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
+    """Read a JSON object.
 
     Raises:
-        InputError: the file cannot be read or holds something else.
+        InputError: the file cannot be read or does not hold a JSON object.
     """
     try:
         data = json.loads(path.read_text("utf-8"))
@@ -69,13 +67,13 @@ def read_json(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(data, dict):
         raise InputError(
-            f"{path} is damaged (it holds no JSON object); export or download it again"
+            f"{path} is damaged (it does not hold a JSON object); export or download it again"
         )
     return data
 
 
 def hash_file(path: Path) -> str:
-    """SHA-256 of a file."""
+    """Compute the SHA-256 digest of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -86,7 +84,7 @@ def write_json(path: Path, data: object) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make names in a folder durable, where the system can."""
+    """Make the names in a folder durable, where the system can."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -95,11 +93,11 @@ def sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is never half there; its name is durable after `sync_folder`."""
-    beside = path.with_name(path.name + ".tmp")
-    with beside.open("w", encoding="utf-8") as file:
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that it is never incomplete; its name is durable after `sync_folder`."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    beside.replace(path)
+    temporary.replace(path)

@@ -1,40 +1,37 @@
-"""The tokenizer of a folder, and its end tokens."""
+"""Tokenizer, end tokens and context length of a model in a folder."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moe2edge.errors import InputError
 from moe2edge.storage.text_files import read_json
-
-if TYPE_CHECKING:
-    pass
 
 CONFIG = "tokenizer_config.json"
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer in a folder, from its own files only; nothing of it is executed.
+    """Load the tokenizer of a folder, from its own files only; no code of it is executed.
 
     Raises:
         InputError: there is none, or it cannot be read.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    # Without a vocabulary transformers may make up an empty tokenizer, and say nothing.
+    # Without a vocabulary transformers may silently make an empty tokenizer.
     if not any((folder / name).is_file() for name in VOCABULARIES):
         raise InputError(
-            f"{folder} has no tokenizer (none of {', '.join(VOCABULARIES)}); copy the files of "
-            "the source's"
+            f"{folder} has no tokenizer (none of {', '.join(VOCABULARIES)}); copy the "
+            "tokenizer files of the source model"
         )
     for name in ("tokenizer.json", CONFIG, "vocab.json"):
         if (folder / name).is_file():
             read_json(folder / name)
-    # Without tokenizer_config.json it goes by the family's usual class, which may build another
-    # tokenizer than tokenizer.json says (seen with transformers 5.23).
+    # Without tokenizer_config.json transformers uses the family's default class, which may build
+    # another tokenizer than tokenizer.json describes (seen with transformers 5.23).
     bare = (folder / "tokenizer.json").is_file() and not (folder / CONFIG).is_file()
     kind: Any = PreTrainedTokenizerFast if bare else AutoTokenizer
     try:
@@ -45,11 +42,11 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def read_stop_ids(folder: Path, config: Mapping[str, Any] | None = None) -> frozenset[int]:
-    """End tokens: of ``generation_config.json`` in a folder, else of its config.
+    """Read the end tokens from ``generation_config.json`` in a folder, else from its config.
 
     Args:
         folder: an output folder or a checkpoint.
-        config: its ``config.json``; None reads it, if there is one.
+        config: its ``config.json``; None: read it, if there is one.
 
     Raises:
         InputError: ``eos_token_id`` is neither a token nor a list of tokens.
@@ -69,6 +66,6 @@ def read_stop_ids(folder: Path, config: Mapping[str, Any] | None = None) -> froz
 
 
 def read_context_length(config: Mapping[str, Any]) -> int | None:
-    """Tokens that the model can hold, by ``config.json``; None if that does not tell."""
+    """Read the number of tokens that a model can hold from its config; None if not given."""
     length = config.get("max_position_embeddings")
     return length if type(length) is int else None

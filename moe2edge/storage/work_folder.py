@@ -1,4 +1,4 @@
-"""Output folders: written beside their final name, renamed at the end, never half there."""
+"""Output folders: written beside their final name and renamed at the end, so never incomplete."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import psutil
 
 from moe2edge.errors import Diverged, DoesNotFit, InputError, Unsupported
-from moe2edge.model.layers import Weight
 from moe2edge.model.model import Block
+from moe2edge.model.weights import Weight
 from moe2edge.storage.journal import FileBlockJournal, Journal
 from moe2edge.storage.manifest import MANIFEST, is_artifact, list_files
 from moe2edge.storage.solved_blocks import open_handles, save
-from moe2edge.storage.text_files import read_json, sync_folder, write_whole
+from moe2edge.storage.text_files import read_json, sync_folder, write_atomically
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from moe2edge.numerics.grid import Quantized
 
 MARKER = ".moe2edge-partial"
-# What names of folders of passes begin with.
+# Prefix of the names of folders of passes.
 SCRATCH = "pass-"
 
 
@@ -36,11 +36,12 @@ def check_output(out: Path, *, force: bool) -> None:
     """Refuse an output name that is taken.
 
     Raises:
-        InputError: something that is not ours is there, or something of ours and not ``force``.
+        InputError: something is there that moe2edge did not write, or that it did and not
+            ``force``; or a file in it would be lost.
     """
     if not out.parent.is_dir():
         raise InputError(f"{out.parent} does not exist; make it first")
-    old = _partial(out) / "old"
+    old = _get_partial(out) / "old"
     if old.exists() and not out.exists():  # killed between the two renames at the end
         old.rename(out)
     if not os.path.lexists(out):
@@ -49,63 +50,64 @@ def check_output(out: Path, *, force: bool) -> None:
         raise InputError(f"{out} exists and was not written by moe2edge; choose another name")
     if not force:
         raise InputError(f"{out} exists; choose another name, or replace it with --force")
-    if strange := _strange_files(out):
+    if unknown := _list_unknown_files(out):
         raise InputError(
-            f"{out} holds files that moe2edge did not write, such as {strange[0]}, and --force "
+            f"{out} holds files that moe2edge did not write, such as {unknown[0]}, and --force "
             "would delete them; move them away"
         )
 
 
-def _partial(out: Path) -> Path:
-    """Where an export writes until it has finished."""
+def _get_partial(out: Path) -> Path:
+    """Return the folder that an export writes to until it has finished."""
     return out.with_name(out.name + ".partial")
 
 
 def _is_ours(folder: Path) -> bool:
-    """Whether a folder is an output, or holds nothing but outputs."""
+    """Return whether a folder is an output, or holds nothing but outputs."""
     children = list(folder.iterdir())
     return is_artifact(folder) or (bool(children) and all(map(is_artifact, children)))
 
 
-def _strange_files(out: Path) -> list[str]:
-    """Files in an output, or in a folder of outputs, that no manifest names."""
+def _list_unknown_files(out: Path) -> list[str]:
+    """List the files in an output, or in a folder of outputs, that no manifest names."""
     folders = [out] if is_artifact(out) else sorted(out.iterdir())
     return [
         str((folder / name).relative_to(out))
         for folder in folders
-        for name in sorted(list_files(folder).keys() - _listed(folder) - {MANIFEST})
+        for name in sorted(list_files(folder).keys() - _list_manifest_names(folder) - {MANIFEST})
     ]
 
 
-def _listed(folder: Path) -> set[str]:
-    """Files that a manifest names, whatever version wrote it."""
+def _list_manifest_names(folder: Path) -> set[str]:
+    """Return the files that a manifest names, whatever version wrote it."""
     files = read_json(folder / MANIFEST).get("files")
     return set(files) if isinstance(files, dict) else set()
 
 
 def check_space(out: Path, needed: int) -> None:
-    """Refuse to begin what the disk cannot hold.
+    """Refuse to begin an export that the disk cannot hold.
 
     Raises:
         DoesNotFit: less than ``needed`` bytes are free.
     """
     free = shutil.disk_usage(out.parent).free
-    # What an unfinished export has written already counts, as it is gone on with or removed.
-    free += sum(path.stat().st_size for path in _partial(out).rglob("*") if path.is_file())
+    # The files of an unfinished export count as free: they are reused or removed.
+    free += sum(path.stat().st_size for path in _get_partial(out).rglob("*") if path.is_file())
     if free < needed:
         raise DoesNotFit(
-            f"{out.parent} has {free / 1e9:.2f} GB free, the export needs {needed / 1e9:.2f} GB"
+            f"{out.parent} has {free / 1e9:.2f} GB free, the export needs {needed / 1e9:.2f} GB; "
+            "free some space, or write to another disk"
         )
 
 
-# What an unfinished export was begun with, and what differs is told of.
+# All that the numbers of an export depend on, by name; messages name what differs.
 RunInputs = Mapping[str, str]
 Resume = Literal["auto", "never", "require"]
 
 
 @dataclass
 class WorkFolder:
-    """Where an export keeps computed numbers until a target packs them."""
+    """Folder where an export keeps computed numbers until a target packs them."""
 
     folder: Path
     journal: Journal = field(init=False)
@@ -115,29 +117,29 @@ class WorkFolder:
         self.journal = Journal(self.folder)
 
     def ledger(self, step: int) -> FileBlockJournal:
-        """The finished blocks of the pass at position ``step``."""
+        """Return the journal of the pass at position ``step``."""
         return FileBlockJournal(self.journal, step)
 
     def scratch(self, step: int, name: str) -> Path:
-        """A folder for the pass ``name`` at position ``step``; what it holds is gone on with."""
+        """Return a folder for the pass ``name`` at position ``step``; its files outlive a kill."""
         folder = self.folder / f"{SCRATCH}{step}-{name}"
         folder.mkdir(exist_ok=True)
         return folder
 
     @property
     def kept(self) -> str:
-        """What there is to go on from, in words; empty if there is nothing."""
-        found = [f"{count} finished blocks"] if (count := len(self.journal.units)) else []
+        """Description of the work that can be resumed; empty if there is none."""
+        parts = [f"{count} finished blocks"] if (count := len(self.journal.units)) else []
         for folder in sorted(self.folder.glob(f"{SCRATCH}*")):
-            # What has not got its name yet is not whole.
+            # A file that does not have its final name yet is incomplete.
             if any(path.suffix != ".tmp" for path in folder.iterdir()):
-                found.append(f"the saved work of {folder.name.rpartition('-')[2]}")
-        return " and ".join(found)
+                parts.append(f"the saved work of {folder.name.rpartition('-')[2]}")
+        return " and ".join(parts)
 
     def put(self, block: Block, numbers: Mapping[str, Quantized | Tensor]) -> Block:
-        """Save numbers by role, that a pass will compute anew if the export is gone on with.
+        """Save numbers of a block by role; a pass computes them again if the export is resumed.
 
-        A tensor that is not quantized takes the dtype of what it replaces.
+        A tensor that is not quantized takes the dtype of the one that it replaces.
         """
         path = self.folder / f"put-{self._count:05}.safetensors"
         self._count += 1
@@ -147,7 +149,10 @@ class WorkFolder:
     def put_rest(
         self, rest: Mapping[str, Weight], numbers: Mapping[str, Tensor]
     ) -> dict[str, Weight]:
-        """Save numbers of tensors outside of blocks by name; all of them, with new handles."""
+        """Save numbers of tensors outside of blocks by name.
+
+        Return all of the tensors, those that were saved with new handles.
+        """
         path = self.folder / f"put-{self._count:05}.safetensors"
         self._count += 1
         return {**rest, **open_handles(rest, path, *save(path, rest, numbers))}
@@ -157,32 +162,34 @@ class WorkFolder:
 def open_partial_folder(
     out: Path, inputs: RunInputs | None = None, resume: Resume = "auto"
 ) -> Iterator[tuple[Path, WorkFolder]]:
-    """Folder to write into, and a work folder; both gone or renamed to ``out`` at the end.
+    """Yield a folder to write to and a work folder.
+
+    At the end the first is renamed to ``out`` or removed, and the second is removed or kept.
 
     An export that was interrupted, killed or failed leaves its work folder behind if it has
-    finished a block, and the next one with the same inputs goes on from there. A leftover without
-    a finished block is removed, one that is still being written is left alone, and so is one that
-    an error was found in.
+    finished a block, and the next one with the same inputs resumes from it. A leftover without
+    a finished block is removed; one that is still being written is left alone, and so is one in
+    which an error was found.
 
     Args:
         out: the name that the folder gets at the end.
-        inputs: what the numbers depend on, by name; None: nothing is resumed or kept.
-        resume: ``auto`` goes on with a leftover of the same inputs, ``never`` removes it, with
-            ``require`` there must be one.
+        inputs: all that the numbers depend on, by name; None: nothing is resumed or kept.
+        resume: ``auto`` resumes from a leftover of the same inputs, ``never`` removes it,
+            ``require`` refuses to start without one.
 
     Raises:
-        InputError: ``OUT.partial`` is not ours, another export is writing it, it was begun with
-            other inputs, or there is none and ``resume`` requires it.
+        InputError: ``OUT.partial`` was not written by moe2edge, another export is writing it, it
+            was begun with other inputs, or there is none and ``resume`` requires it.
     """
-    partial = _partial(out)
-    going_on = False
+    partial = _get_partial(out)
+    resuming = False
     if os.path.lexists(partial):
-        going_on = _examine(partial, inputs, resume)
-        if not going_on:
+        resuming = _examine(partial, inputs, resume)
+        if not resuming:
             shutil.rmtree(partial)
-    if resume == "require" and not going_on:
+    if resume == "require" and not resuming:
         raise InputError(
-            f"{partial} holds no finished block to go on from; leave out --resume require"
+            f"{partial} holds no finished block to resume from; leave out --resume require"
         )
     content, work = partial / "out", partial / "work"
     partial.mkdir(exist_ok=True)
@@ -192,21 +199,21 @@ def open_partial_folder(
     work.mkdir(exist_ok=True)
     keep = False
     try:
-        found = WorkFolder(work)
+        work_folder = WorkFolder(work)
         try:
-            yield content, found
+            yield content, work_folder
             _move_into_place(content, out, partial)
-        except InputError:  # what was asked for cannot be had, or what was kept is no good
-            keep = going_on
+        except InputError:  # the inputs are wrong, or the saved work cannot be used
+            keep = resuming
             raise
         except (Unsupported, Diverged):
             raise
         except BaseException as error:
-            keep = inputs is not None and bool(kept := found.kept)
+            keep = inputs is not None and bool(kept := work_folder.kept)
             if keep:
                 verb = "are" if " blocks" in kept or " and " in kept else "is"
                 error.add_note(
-                    f"{kept} {verb} kept in {partial}, and the same command goes on from there"
+                    f"{kept} {verb} kept in {partial}, and the same command resumes from there"
                 )
             raise
     finally:
@@ -218,45 +225,51 @@ def open_partial_folder(
 
 
 def _mark(partial: Path, inputs: RunInputs | None, writer: psutil.Process | None) -> None:
-    """Write down whose folder it is, and who is writing into it; the marker is never half there."""
+    """Write the marker atomically: the inputs of the export, and the process that writes to it."""
     marker: dict[str, Any] = {"inputs": dict(inputs or {})}
     if writer is not None:
         marker |= {"pid": writer.pid, "started": writer.create_time()}
-    write_whole(partial / MARKER, json.dumps(marker))
+    write_atomically(partial / MARKER, json.dumps(marker))
 
 
 def _examine(partial: Path, inputs: RunInputs | None, resume: Resume) -> bool:
-    """Whether a leftover can be gone on with; False: it is to be removed.
+    """Return whether a leftover can be resumed; False: it can be removed.
 
     Raises:
-        InputError: it is not ours, still being written, or was begun with other inputs.
+        InputError: moe2edge did not write it, it is still being written, or was begun with other
+            inputs.
     """
-    # Killed before it was marked.
+    # The export was killed before it wrote the marker.
     if partial.is_dir() and {path.name for path in partial.iterdir()} <= {MARKER + ".tmp"}:
         return False
     try:
         marker: dict[str, Any] = json.loads((partial / MARKER).read_text())
         pid, started = int(marker.get("pid", 0)), float(marker.get("started", 0))
     except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise InputError(f"{partial} exists and is not ours; move it away") from error
+        raise InputError(
+            f"{partial} exists and was not written by moe2edge; move it away"
+        ) from error
     with contextlib.suppress(psutil.NoSuchProcess):
         if abs(psutil.Process(pid).create_time() - started) < 1:
-            raise InputError(f"another export (process {pid}) is writing {partial}")
+            raise InputError(
+                f"another export (process {pid}) is writing {partial}; wait until it has ended, or "
+                "choose another name"
+            )
     work = partial / "work"
     if resume == "never" or not work.is_dir() or not WorkFolder(work).kept:
         return False
     before = marker.get("inputs") or {}
-    wanted = dict(inputs or {})
-    if changed := [key for key in {**before, **wanted} if before.get(key) != wanted.get(key)]:
+    now = dict(inputs or {})
+    if changed := [key for key in {**before, **now} if before.get(key) != now.get(key)]:
         raise InputError(
-            f"{partial} was begun with another {_told(changed[0], before, wanted)}; go on with "
-            "the same command, choose another name, or begin anew with --resume never"
+            f"{partial} was begun with another {_describe_difference(changed[0], before, now)}; "
+            "use the same command again, choose another name, or start over with --resume never"
         )
     return True
 
 
-def _told(key: str, before: RunInputs, now: RunInputs) -> str:
-    """What differs, by its first line that does."""
+def _describe_difference(key: str, before: RunInputs, now: RunInputs) -> str:
+    """Describe an input that differs, by its first line that does."""
     old, new = before.get(key, "none"), now.get(key, "none")
     pairs = zip_longest(old.splitlines(), new.splitlines(), fillvalue="nothing")
     a, b = next((a, b) for a, b in pairs if a != b)
@@ -264,7 +277,7 @@ def _told(key: str, before: RunInputs, now: RunInputs) -> str:
 
 
 def _move_into_place(content: Path, out: Path, partial: Path) -> None:
-    """Rename; what was there before stays until the new folder has its name."""
+    """Rename the finished folder; the old one stays until the new one has its name."""
     sync_folder(content)
     old = partial / "old"
     try:

@@ -1,7 +1,7 @@
-"""Measure the speed and the memory use of an output in fresh processes.
+"""The profiler: latency and memory of a model, measured in fresh processes.
 
-`moe2edge.evaluation.profile.measure` starts the processes, which run
-`moe2edge.evaluation.profile.child`; `moe2edge.evaluation.profile.result` holds the measurements,
-`moe2edge.evaluation.profile.table` shows them. This file imports nothing, because every import
-would count as time and memory of the process that is measured.
+A parent cuts prompts and asks children, each of which loads the model, runs it and reports times
+and memory by phase; then come the statistics, the JSON document and the table. The children are
+started from `child`. Imports like the rest of evaluation; commands and the command line may come
+in.
 """

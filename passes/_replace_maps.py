@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from moe2edge.model.layers import DTYPE_BYTES, MoELayer, Substitute, Weight, plan_weight_like
+from moe2edge.model.experts import Constant, Linear, Replacement
+from moe2edge.model.layers import MoELayer
+from moe2edge.model.weights import DTYPE_BYTES, Weight, plan_weight_like
 from moe2edge.numerics import reduced_rank, selection
 from moe2edge.numerics.reduced_rank import RegressionSums, Size
 from moe2edge.pipeline.work import Store
@@ -21,24 +23,30 @@ RANK_STEP = 4
 
 
 def plan_replacements(block: Block, layer: MoELayer, ranks: Mapping[int, int]) -> Block:
-    """The block with substitutes of some ranks, by position, whose numbers are not there yet."""
+    """Return the block with replacements of some ranks, whose numbers are not there yet.
+
+    Args:
+        block: the block.
+        layer: its layer.
+        ranks: by the position of the expert in the layer; 0 for a constant.
+    """
     hidden = layer.router.weight.shape[1]
 
     def weight(name: str, *shape: int) -> Weight:
         return plan_weight_like(layer.experts[0].down, name, shape)
 
-    new = {}
+    new: dict[int, Replacement] = {}
     for n, rank in ranks.items():
         origin = layer.experts[n].origin
-        name = f"substitute of expert {origin} in block {block.origin}"
+        name = f"replacement of expert {origin} in block {block.origin}"
         constant = weight(f"constant of the {name}", hidden)
         if rank:
             first = weight(f"first of the {name}", rank, hidden)
             second = weight(f"second of the {name}", hidden, rank)
-            new[n] = Substitute(origin, constant, first, second)
+            new[n] = Linear(origin, constant, first, second)
         else:
-            new[n] = Substitute(origin, constant)
-    return replace(block, mlp=layer.substitute(new))
+            new[n] = Constant(origin, constant)
+    return replace(block, mlp=layer.replace_experts(new))
 
 
 def estimate_size(layer: MoELayer) -> Size:
@@ -62,7 +70,7 @@ class Fitter:
         min_tokens: an expert with fewer gets a constant.
         store: keeps the numbers.
         scores: of experts by the index of their block, the lowest go; None: those whose
-            substitutes leave the smallest error do.
+            replacements leave the smallest error do.
         changed, notes: for the report.
     """
 
@@ -77,7 +85,7 @@ class Fitter:
     notes: list[str] = field(default_factory=list)
     _sums: dict[int, RegressionSums] = field(default_factory=dict)
 
-    def observe(self, trace: BlockTrace) -> None:
+    def observe(self, trace: BlockTrace, source: BlockTrace | None = None) -> None:
         """Add one batch."""
         import torch
 
@@ -88,10 +96,11 @@ class Fitter:
             if n not in self._sums:
                 maps = self.budget is not None or self.rank(layer) > 0
                 self._sums[n] = RegressionSums(routing.inputs.shape[1], maps=maps)
-            token, place = torch.where(routing.ids == n)
+            row = layer.bases.index(n)
+            token, place = torch.where(routing.ids == row)
             if len(token):
                 inputs = routing.inputs[token]
-                outputs = trace.expert_output(n, inputs)
+                outputs = trace.expert_output(row, inputs)
                 self._sums[n].add(inputs, outputs, routing.weights[token, place])
 
     def _candidates(self, block: Block, layer: MoELayer) -> list[int]:
@@ -104,7 +113,7 @@ class Fitter:
         return sorted(selection.rank_by_score(self.scores[block.index])[-count:])
 
     def change(self, block: Block) -> Block:
-        """The block with substitutes."""
+        """Return the block with replacements."""
         sums, self._sums = self._sums, {}
         layer = block.mlp
         if not isinstance(layer, MoELayer) or not sums:

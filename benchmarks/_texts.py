@@ -1,4 +1,4 @@
-"""Calibration and evaluation text by domain, disjoint, from the files in ``--data``."""
+"""Calibration and evaluation text by domain, disjoint, from the files in ``--data`` of a study."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DOMAINS = ("code", "math", "plays", "encyclopedia")
 
 
 def write_texts(data: Path, folder: Path) -> dict[str, dict[str, Path]]:
-    """Text files by purpose (``calibration``, ``evaluation``) and domain."""
+    """Write text files, and return them by purpose (``calibration``, ``evaluation``) and domain."""
     plays = (data / "tinyshakespeare.txt").read_text()
     cut = int(len(plays) * 0.92)
     contents = {
@@ -50,7 +50,7 @@ def _problems(path: Path) -> Iterator[str]:
 
 
 def _standard_library() -> Iterator[str]:
-    """Modules at the top of the running Python's library, about two megabytes."""
+    """Yield modules at the top of the running Python's library, about two megabytes."""
     size = 0
     for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
         if size < 2_000_000 and not any(name in path.stem for name in HELD_OUT):

@@ -1,0 +1,260 @@
+"""The Python API: the commands as functions that take strings, paths and mappings.
+
+Everything public is listed, and imported from here, in `moe2edge`.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from moe2edge.errors import InputError
+from moe2edge.model.model import Model
+from moe2edge.pipeline import recipe as recipes
+from moe2edge.pipeline.recipe import Recipe
+from moe2edge.pipeline.stages import Step
+from moe2edge.progress import Reporter
+from moe2edge.storage.checkpoint import Checkpoint, open_checkpoint
+
+if TYPE_CHECKING:
+    from moe2edge.commands.report import Report
+    from moe2edge.evaluation.profile.result import Profile
+
+QUIET = Reporter(lambda _: None, lambda *_: None)
+
+
+def parse_recipe(recipe: str | Path | Mapping[str, Any], settings: Sequence[str] = ()) -> Recipe:
+    """Parse a recipe; torch is not imported.
+
+    Args:
+        recipe: the name of a bundled recipe, the path of a YAML file, or what such a file holds.
+        settings: overrides, as ``--set`` takes them.
+
+    Returns:
+        The recipe, with every option checked. ``render()`` gives it as YAML.
+
+    Raises:
+        InputError: there is no such recipe, or an option is unknown or wrong.
+
+    >>> parse_recipe("w4", ["gptq.group_size=64"]).passes[0].group_size
+    64
+    >>> parse_recipe({"passes": [{"expert_drop": {"keep": 8}}]}).passes[0].keep
+    8
+    """
+    if isinstance(recipe, Mapping):
+        import yaml
+
+        try:
+            text = yaml.safe_dump(dict(recipe))
+        except yaml.YAMLError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"the recipe holds a value that YAML does not have: {reason}"
+            ) from error
+    else:
+        text = recipes.find(str(recipe))
+    return recipes.parse(text, settings)
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """A compressed model that is not written for a target.
+
+    Its numbers are on the disk until this value is garbage collected; keep it as long as `model` is
+    in use.
+
+    Attributes:
+        source: the checkpoint.
+        model: the result. ``print(model)`` shows every block.
+        steps: one entry for each pass: its options, notes, figures and seconds.
+    """
+
+    source: Checkpoint
+    model: Model
+    steps: tuple[Step, ...]
+
+
+def compress(
+    model: str | Path | Checkpoint,
+    recipe: str | Path | Mapping[str, Any] | Recipe,
+    *,
+    max_memory: int | None = None,
+    reporter: Reporter | None = None,
+) -> Compressed:
+    """Run the passes of a recipe, and write nothing.
+
+    Args:
+        model: a folder, a hub id, ``builtin:tiny-moe``, or an open checkpoint.
+        recipe: as `parse_recipe` takes it, or a parsed one.
+        max_memory: bytes for the whole process; None: what the machine has.
+        reporter: receives lines and progress; None: nothing is reported.
+
+    Returns:
+        The model, and what each pass did.
+
+    Raises:
+        InputError: the model, the recipe or a text is wrong.
+        Unsupported: a pass cannot do its work on this model.
+        DoesNotFit: there is too little memory.
+
+    >>> recipe = {"passes": [{"expert_drop": {"keep": 8, "criterion": "magnitude"}}]}
+    >>> result = compress("builtin:tiny-moe", recipe)
+    >>> result.model.expert_counts
+    (8, 8, 8, 8, 8, 8)
+    >>> [step.name for step in result.steps]
+    ['expert_drop']
+    """
+    from moe2edge.commands.preflight import check_sources
+    from moe2edge.commands.texts import load_calibration, load_training
+    from moe2edge.pipeline.runner import run_passes
+    from moe2edge.pipeline.stages import plan_passes
+    from moe2edge.runtime.memory import Memory, find_limit
+    from moe2edge.storage.work_folder import WorkFolder
+
+    checkpoint, reporter = _open(model), reporter or QUIET
+    source = checkpoint.model
+    parsed = _parse(recipe).resolve(source)
+    check_sources(parsed, checkpoint)
+    plan_passes(parsed.passes, source)
+    calibration = load_calibration(checkpoint, parsed, reporter)
+    training = load_training(checkpoint, parsed)
+    folder = Path(tempfile.mkdtemp(prefix="moe2edge-"))
+    budget = replace(Memory.from_limit(find_limit(max_memory)), folder=folder)
+    try:
+        found, steps = run_passes(
+            source, parsed, calibration, WorkFolder(folder), reporter, budget, training=training
+        )
+        result = Compressed(checkpoint, found, tuple(steps))
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    weakref.finalize(result, shutil.rmtree, folder, ignore_errors=True)
+    return result
+
+
+def export(
+    model: str | Path | Checkpoint,
+    recipe: str | Path | Mapping[str, Any] | Recipe,
+    targets: str | Sequence[str],
+    out: str | Path,
+    *,
+    force: bool = False,
+    resume: Literal["auto", "never", "require"] = "auto",
+    max_memory: int | None = None,
+    materialize: bool = False,
+    reporter: Reporter | None = None,
+) -> Report:
+    """Compress a model, write it for one or more targets, verify it there, and report.
+
+    With several targets ``out`` holds one folder for each, all packed from one computation. The
+    docstring of `moe2edge` has an example.
+
+    Args:
+        model: a folder, a hub id, ``builtin:tiny-moe``, or an open checkpoint.
+        recipe: as `parse_recipe` takes it, or a parsed one.
+        targets: as ``-t`` takes them: ``"onnx"``, ``"onnx,gptq"``, ``"hf:dequantize=true"``, or a
+            sequence of such.
+        out: folder to write; its parent has to exist.
+        force: replace a folder that moe2edge wrote.
+        resume: go on with an unfinished export to the same folder where there is one (``auto``),
+            not at all (``never``), or only if there is one (``require``).
+        max_memory: bytes for the whole process; None: what the machine has.
+        materialize: where a target cannot hold experts that share matrices, write each with its
+            own.
+        reporter: receives lines and progress; None: nothing is reported.
+
+    Returns:
+        Sizes, quality before and after, agreement of each output with PyTorch, and who loads it.
+
+    Raises:
+        InputError: the model, the recipe, a target or a text is wrong, or ``out`` is taken.
+        Unsupported: a pass or a target cannot hold this model.
+        DoesNotFit: there is too little memory or disk.
+        VerificationFailed: an output does not give the logits that it has to.
+    """
+    from moe2edge.commands.export import export as export_targets
+    from moe2edge.pipeline.registry import parse_targets
+
+    names = targets if isinstance(targets, str) else ",".join(targets)
+    return export_targets(
+        _open(model),
+        _parse(recipe),
+        parse_targets(names),
+        Path(out).absolute(),
+        reporter or QUIET,
+        force=force,
+        resume=resume,
+        most=max_memory,
+        materialize=materialize,
+    )
+
+
+def profile(
+    model: str | Path | Checkpoint,
+    *,
+    preset: Literal["quick", "ci", "full"] = "ci",
+    text: str | Path | None = None,
+    prompt_tokens: int | None = None,
+    gen_tokens: int | None = None,
+    repeats: int | None = None,
+    threads: int | None = None,
+    reporter: Reporter | None = None,
+) -> Profile:
+    """Measure latency and memory of an output folder, or of a source model, in fresh processes.
+
+    The docstring of `moe2edge` has an example.
+
+    Args:
+        model: an output folder, or a model as `open_checkpoint` takes it, which runs in
+            transformers.
+        preset: how much is measured.
+        text: file of natural text for the prompts; None: the built-in text.
+        prompt_tokens: tokens of a prompt, in place of the preset's.
+        gen_tokens: tokens generated after it, likewise.
+        repeats: fresh processes, likewise.
+        threads: processor threads; None: one per core.
+        reporter: receives progress; None: nothing is reported.
+
+    Returns:
+        Times in milliseconds, memory and sizes in bytes; ``to_json()`` gives it as plain data.
+
+    Raises:
+        InputError: the model, the text or a number is wrong.
+        Moe2EdgeError: a process failed or took too long.
+    """
+    from moe2edge.calibration.sources import TextSource
+    from moe2edge.calibration.tokens import list_parts, read_texts
+    from moe2edge.evaluation.profile import measure
+
+    if isinstance(model, Checkpoint) or not Path(model).is_dir():
+        model = _open(model).folder
+    sizes = {
+        "prompt_tokens": prompt_tokens,
+        "gen_tokens": gen_tokens,
+        "repeats": repeats,
+        "threads": threads,
+    }
+    given = {name: value for name, value in sizes.items() if value is not None}
+    source = TextSource(text=str(text)) if text else TextSource()
+    if len(list_parts(source, "evaluation")) > 1:
+        raise InputError(f"--text {text}: prompts are cut from one text; name one file")
+    return measure.profile(
+        Path(model),
+        text="\n".join(read_texts(source, "evaluation")),
+        settings=replace(measure.PRESETS[preset], **given),
+        fixed=given.keys(),
+        advance=(reporter or QUIET).advance,
+    )
+
+
+def _open(model: str | Path | Checkpoint) -> Checkpoint:
+    return model if isinstance(model, Checkpoint) else open_checkpoint(model)
+
+
+def _parse(recipe: str | Path | Mapping[str, Any] | Recipe) -> Recipe:
+    return recipe if isinstance(recipe, Recipe) else parse_recipe(recipe)

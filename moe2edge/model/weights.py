@@ -1,0 +1,87 @@
+"""Lazy handles on tensors: name, shape and dtype now, numbers when they are needed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from moe2edge.errors import Moe2EdgeError
+from moe2edge.numerics.scheme import Pattern, Scheme
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moe2edge.numerics.grid import Quantized
+
+DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}
+# Floating-point dtypes as safetensors and as torch spell them.
+DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A handle on one tensor: name, shape and dtype now, numbers when somebody asks.
+
+    Attributes:
+        name: name of the tensor in the source checkpoint.
+        shape: its shape.
+        dtype: its dtype as safetensors spells it (``BF16``); of the source, if quantized.
+        load: reads the numbers; a quantized weight comes back dequantized, float32.
+        scheme: how it is quantized, None if it is not.
+        load_quantized: reads integers and scales of a quantized weight.
+        pattern: which of its numbers are zero and stay so, None for no such promise.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    load: Callable[[], Tensor] = field(compare=False, repr=False)
+    scheme: Scheme | None = None
+    load_quantized: Callable[[], Quantized] | None = field(default=None, compare=False, repr=False)
+    pattern: Pattern | None = None
+
+    @property
+    def count(self) -> int:
+        """Number of parameters."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of storage: integers, 16-bit scales and zero points if quantized."""
+        if self.scheme is None:
+            return self.count * DTYPE_BYTES[self.dtype]
+        return self.scheme.nbytes(self.shape)
+
+    def quantized(self) -> Quantized:
+        """Integers and scales.
+
+        Raises:
+            Moe2EdgeError: the weight is not quantized.
+        """
+        if self.load_quantized is None:
+            raise Moe2EdgeError(f"{self.name} is not quantized")
+        return self.load_quantized()
+
+
+def plan_weight_like(like: Weight, name: str, shape: tuple[int, ...]) -> Weight:
+    """A handle on new numbers in the dtype of another one, which are not there yet."""
+    plain = {"scheme": None, "load_quantized": None, "pattern": None}
+    return plan_weight(replace(like, name=name, shape=shape), **plain)
+
+
+def plan_weight(weight: Weight, **promised: Any) -> Weight:
+    """A handle with what slimming will give it, such as a scheme; its numbers are not there yet."""
+
+    def not_yet() -> Tensor:
+        raise AssertionError(f"{weight.name} is only planned")
+
+    return replace(weight, load=not_yet, **promised)
+
+
+def cast_to_stored(tensor: Tensor, dtype: str) -> Tensor:
+    """``tensor`` in a dtype as safetensors spells it."""
+    import torch
+
+    return tensor.to(getattr(torch, DTYPES[dtype]))
