@@ -490,7 +490,7 @@ def test_output_of_libraries_stays_out_of_the_result() -> None:
     code = (
         "import os, sys; from moe2edge.evaluation.profile import child;"
         "child._serve = lambda request: (print('noise'), os.system('echo more'), {'got': request})"
-        "[-1]; sys.exit(child.main())"
+        "[-1]; sys.exit(child.serve_request())"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], input='{"a": 1}', capture_output=True, text=True, check=True
