@@ -290,7 +290,7 @@ def _weight_scores(layer: MoELayer) -> dict[str, list[float]]:
     for expert in layer.experts:
         matrices = [weight.load() for weight in (expert.gate, expert.up, expert.down)]
         for name, scores in found.items():
-            scores.append(getattr(saliency, name)(matrices))
+            scores.append(getattr(saliency, f"compute_{name}")(matrices))
     return {
         name: [min(scores) if base is None else scores[base] for base in layer.bases]
         for name, scores in found.items()
