@@ -14,7 +14,7 @@ import torch
 
 from moe2edge.calibration import criteria, walk
 from moe2edge.calibration.criteria import Criterion
-from moe2edge.calibration.evidence import Gatherer
+from moe2edge.calibration.evidence import EvidenceObserver
 from moe2edge.calibration.observation import Facts
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Block, Model
@@ -59,7 +59,7 @@ class Ranker:
         self.errors: dict[int, list[float]] = {}
         self._criterion, self._seed = criterion, seed
         self._floors, self._most = floors, most
-        self._gatherer = Gatherer(tokens, most) if floors else None
+        self._gatherer = EvidenceObserver(tokens, most) if floors else None
         self._observers = {kind: kind() for kind in criteria.list_observers(criterion)}
         self._streams: list[Tensor] = []
 

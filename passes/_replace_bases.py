@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
     from moe2edge.calibration.observation import BlockTrace
 
-# Of a matrix of every expert, that are looked at together.
+# Rows of a matrix of every expert that are in memory together.
 ROWS_PER_CHUNK = 256
 
 
 def count_expert_bytes(model: Model) -> int:
-    """Bytes of routed experts, and of what answers in their place."""
+    """Return the bytes of routed experts, and of the rows in their place."""
     return sum(
         weight.nbytes
         for block, _ in model.moe_blocks
@@ -38,7 +38,7 @@ def count_expert_bytes(model: Model) -> int:
 
 
 def check_budget(before: Model, after: Model, budget: int, notes: list[str]) -> None:
-    """Prove that a budget was kept, and note what experts and what replaced them take.
+    """Check that a budget was kept, and note the bytes of experts and their replacements.
 
     Raises:
         Moe2EdgeError: they take more.
@@ -52,7 +52,7 @@ def check_budget(before: Model, after: Model, budget: int, notes: list[str]) -> 
 
 
 def share_bases(block: Block, layer: MoELayer, groups: Sequence[Sequence[int]], rank: int) -> Block:
-    """The block whose groups of experts share a base each; of one, factors are all.
+    """Return the block whose groups of experts share a base each; a group of one has factors alone.
 
     Numbers of bases and factors are not there yet; experts that stay come before bases.
     """
@@ -97,24 +97,24 @@ def share_bases(block: Block, layer: MoELayer, groups: Sequence[Sequence[int]], 
 
 @dataclass(frozen=True)
 class Sharing:
-    """How much is shared: which experts of which layers go, in groups.
+    """Extent of the sharing: which experts of which layers go, in groups.
 
     Attributes:
         budget: bytes that experts may take, or a fraction of what they take.
-        rank: of the factors of a layer.
-        group: experts to a base; None: factors are all.
+        rank: gives the rank of the factors of a layer.
+        group: experts to a base; None: experts become factors alone.
     """
 
     budget: float
     rank: Callable[[MoELayer], int]
     group: int | None
 
-    def costs(self, model: Model) -> list[base_sharing.SharingCost]:
-        """By MoE layer."""
-        return self._costs(model, [self.rank(layer) for _, layer in model.moe_blocks])
+    def compute_costs(self, model: Model) -> list[base_sharing.SharingCost]:
+        """Return the costs of each MoE layer."""
+        return self._compute_costs(model, [self.rank(layer) for _, layer in model.moe_blocks])
 
-    def _costs(self, model: Model, ranks: Iterable[int]) -> list[base_sharing.SharingCost]:
-        """Of factors of these ranks, by MoE layer."""
+    def _compute_costs(self, model: Model, ranks: Iterable[int]) -> list[base_sharing.SharingCost]:
+        """Return the costs with factors of these ranks, by MoE layer."""
         found = []
         for (_, layer), rank in zip(model.moe_blocks, ranks, strict=False):
             expert = layer.experts[0]
@@ -124,11 +124,11 @@ class Sharing:
         return found
 
     def nbytes(self, model: Model) -> int:
-        """The budget in bytes."""
+        """Return the budget in bytes."""
         return selection.resolve_number(self.budget, count_expert_bytes(model))
 
     def check(self, model: Model) -> None:
-        """Refuse ranks and budgets that experts, and what replaces them, do not have.
+        """Refuse ranks and budgets that are not possible.
 
         Raises:
             InputError: with what is possible.
@@ -148,11 +148,11 @@ class Sharing:
                 )
         sizes = [len(layer.experts) - (self.group is None) for _, layer in model.moe_blocks]
         whole, budget = count_expert_bytes(model), self.nbytes(model)
-        least = whole - base_sharing.compute_most_saved(self.costs(model), sizes)
+        least = whole - base_sharing.compute_most_saved(self.compute_costs(model), sizes)
         if least == whole:
             raise InputError(
                 f"expert_replace: with rank {self.rank(model.moe_blocks[0][1])} what replaces "
-                f"experts is no smaller than they are; choose {self._useful(model, sizes)}"
+                f"experts is no smaller than they are; choose {self._suggest_rank(model, sizes)}"
             )
         if budget < least:
             how = f"group_size {self.group} and " if self.group else ""
@@ -167,30 +167,30 @@ class Sharing:
                 "nothing to do"
             )
 
-    def _useful(self, model: Model, sizes: Sequence[int]) -> str:
-        """Which ranks save something, for people."""
+    def _suggest_rank(self, model: Model, sizes: Sequence[int]) -> str:
+        """Return which ranks save something, as text."""
         highest = min(min(layer.experts[0].gate.shape) for _, layer in model.moe_blocks)
         for rank in range(highest, -1, -1):
-            if base_sharing.compute_most_saved(self._costs(model, repeat(rank)), sizes):
+            if base_sharing.compute_most_saved(self._compute_costs(model, repeat(rank)), sizes):
                 return f"a rank of at most {rank}"
         return "with: linear, as there are too few experts to share anything"
 
-    def groupings(
+    def choose_groups(
         self,
         model: Model,
         scores: Sequence[Sequence[float]],
         factors: Sequence[float],
         similar: Sequence[Tensor],
     ) -> list[list[list[int]]]:
-        """Groups of experts that are replaced, by MoE layer; without bases, of one each.
+        """Return the groups of experts that are replaced, by MoE layer; without bases, of one each.
 
         Args:
             model: the model.
             scores: importance of experts, by layer.
-            factors: of the threshold, by layer.
+            factors: factors of the threshold, by layer.
             similar: similarity of the experts of a layer, [E, E], by layer; without bases, nothing.
         """
-        costs, ordered = self.costs(model), base_sharing.order_candidates(scores, factors)
+        costs, ordered = self.compute_costs(model), base_sharing.order_candidates(scores, factors)
         if self.group is None:  # layers need one expert that stays
             best = [max(range(len(own)), key=lambda j: (own[j], j)) for own in scores]
             ordered = [(layer, expert) for layer, expert in ordered if expert != best[layer]]
@@ -204,16 +204,16 @@ class Sharing:
             groups = expert_groups.group_by_similarity(
                 own, importance, alike, cost.count_groups(len(own))
             )
-            # An expert that nobody joined stays what it is, which takes no more.
+            # An expert without others in its group stays as it is, which takes no more.
             found.append([group for group in groups if len(group) > 1])
         return found
 
     def plan(self, model: Model) -> Model:
-        """Shapes, where the last experts of each layer go, in turns: nobody knows yet which."""
+        """Return shapes, as if the last experts of each layer went in turns."""
         blocks = model.moe_blocks
         last = [[float(len(m.experts) - n) for n in range(len(m.experts))] for _, m in blocks]
         alike = [torch.zeros(len(own), len(own)) for own in last]
-        groupings = self.groupings(model, last, [1.0] * len(blocks), alike)
+        groupings = self.choose_groups(model, last, [1.0] * len(blocks), alike)
         for (block, layer), groups in zip(blocks, groupings, strict=True):
             if groups:
                 model = model.replace_block(share_bases(block, layer, groups, self.rank(layer)))
@@ -227,7 +227,7 @@ def compute_similarity(
     logits: Tensor,
     seed: int,
 ) -> Tensor:
-    """Similarity of the experts of a layer, float64 [E, E].
+    """Compute the similarity of the experts of a layer, float64 [E, E].
 
     Args:
         how: by cosines of router logits or of weights, or at random.
@@ -244,7 +244,7 @@ def compute_similarity(
         return torch.rand(count, count, generator=draw, dtype=torch.float64)
     gram = torch.zeros(count, count, dtype=torch.float64)
     for part in PARTS:
-        # By rows, as all experts may not fit into memory at once.
+        # A few rows at a time, as all experts may not fit into memory at once.
         weights = [getattr(expert, part) for expert in layer.experts]
         for at in range(0, weights[0].shape[0], ROWS_PER_CHUNK):
             some = [weight.load()[at : at + ROWS_PER_CHUNK].flatten() for weight in weights]
@@ -258,12 +258,12 @@ class Builder:
     """Builds bases and factors, block after block.
 
     Attributes:
-        sharing: how much is shared.
-        lab: what there is at hand.
+        sharing: extent of the sharing.
+        context: context of the pass.
         groups: experts that are replaced, by the index of their block.
         importance: of all experts, likewise.
-        fitted: factors begin as the nearest to what is lacking; otherwise as zero.
-        seed: of factors that begin as zero.
+        fitted: factors begin as the nearest to the difference from the base; otherwise as zero.
+        seed: seed of factors that begin as zero.
         changed, notes: for the report.
     """
 
@@ -278,7 +278,7 @@ class Builder:
     _grams: dict[tuple[int, str], Tensor] = field(default_factory=dict)
 
     def run(self) -> Outcome:
-        """The changed model."""
+        """Return the changed model."""
         context, model = self.context, self.context.model
         if self._whitens:
             model, _ = walk.walk(
@@ -303,7 +303,7 @@ class Builder:
         )
 
     def observe(self, trace: BlockTrace, source: BlockTrace | None = None) -> None:
-        """Sum up products of inputs of what will have factors, weighted by the gate."""
+        """Sum up products of inputs of experts that get factors, weighted by the gate."""
         routing = trace.routing
         if routing is None:
             return
@@ -318,14 +318,14 @@ class Builder:
                     self._grams[j, name] = found if gram is None else gram.add_(found)
 
     def change(self, block: Block) -> Block:
-        """The block with bases and factors."""
+        """Return the block with bases and factors."""
         layer, groups = block.mlp, self.groups.get(block.index)
         if not isinstance(layer, MoELayer) or not groups:
             self._grams.clear()
             return block
         numbers: dict[str, Tensor] = {}
         for part in PARTS:
-            self._part(block, layer, part, groups, numbers)
+            self._compute_part(block, layer, part, groups, numbers)
         self._grams.clear()
         origins = [[layer.experts[j].origin for j in own] for own in groups]
         shown = ", ".join("+".join(map(str, own)) for own in origins)
@@ -334,7 +334,7 @@ class Builder:
             share_bases(block, layer, groups, self.sharing.rank(layer)), numbers
         )
 
-    def _part(
+    def _compute_part(
         self,
         block: Block,
         layer: MoELayer,
@@ -342,7 +342,7 @@ class Builder:
         groups: Sequence[Sequence[int]],
         numbers: dict[str, Tensor],
     ) -> None:
-        """Bases and factors of one of the three matrices."""
+        """Compute bases and factors of one of the three matrices."""
         rank = self.sharing.rank(layer)
         position = len(layer.experts) - sum(map(len, groups))
         for own in groups:
@@ -354,10 +354,10 @@ class Builder:
                 numbers[f"experts.{position}.{part}"] = base
                 position += 1
             for j in own if rank else ():
-                found = self._factors(block, j, part, weights[j] - base, rank)
+                found = self._compute_factors(block, j, part, weights[j] - base, rank)
                 numbers[f"members.{j}.{part}.first"], numbers[f"members.{j}.{part}.second"] = found
 
-    def _factors(
+    def _compute_factors(
         self, block: Block, j: int, part: str, lacking: Tensor, rank: int
     ) -> tuple[Tensor, Tensor]:
         if not self.fitted:
@@ -371,10 +371,10 @@ class Builder:
 
 
 def estimate_product_bytes(layer: MoELayer) -> int:
-    """Bytes of the products of inputs of all experts of a layer, and of one `low_rank` besides."""
+    """Estimate the bytes of products of inputs of a layer's experts, and of one factorization."""
     width, hidden = layer.experts[0].gate.shape
-    # In float64: ridged products, their root, the matrix and what it is multiplied to; and the
-    # smaller Gram matrix with what LAPACK makes of it.
+    # In float64: ridged products, their root, the matrix and the product with it; and the smaller
+    # Gram matrix with the results of LAPACK.
     work = 2 * max(width, hidden) ** 2 + 3 * width * hidden + 3 * min(width, hidden) ** 2
     added = 4 * max(width, hidden) ** 2  # products of one batch
     return 4 * len(layer.experts) * (width**2 + hidden**2) + added + 8 * work

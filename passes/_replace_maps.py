@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from moe2edge.model.model import Block
     from moe2edge.numerics.reduced_rank import ReducedRankFit
 
-# Of ranks that a budget chooses: formats pack so many numbers of 8 bits together.
+# Ranks that a budget chooses are multiples of this: formats pack as many numbers of 8 bits.
 RANK_STEP = 4
 
 
@@ -50,7 +50,7 @@ def plan_replacements(block: Block, layer: MoELayer, ranks: Mapping[int, int]) -
 
 
 def estimate_size(layer: MoELayer) -> Size:
-    """Bytes of what an expert of a layer can become."""
+    """Return the bytes of an expert of a layer, and of its possible replacements."""
     expert = layer.experts[0]
     each, hidden = DTYPE_BYTES[expert.down.dtype], expert.down.shape[0]
     whole = sum(weight.nbytes for weight in (expert.gate, expert.up, expert.down))
@@ -64,9 +64,9 @@ class Fitter:
     Attributes:
         count: how many experts go, by the index of their block; None: see ``budget``.
         rank: of the maps of a layer; 0 for constants.
-        budget: bytes that experts of a layer and what replaces them may take: who goes, and which
+        budget: bytes that experts of a layer and their replacements may take: which go, and which
             rank each gets, is chosen by the error that is left.
-        ridge: see `substitution.fit`.
+        ridge: see `reduced_rank.fit_reduced_rank`.
         min_tokens: an expert with fewer gets a constant.
         store: keeps the numbers.
         scores: of experts by the index of their block, the lowest go; None: those whose
@@ -92,7 +92,7 @@ class Fitter:
         layer, routing = trace.block.mlp, trace.routing
         if not isinstance(layer, MoELayer) or routing is None:
             return
-        for n in self._candidates(trace.block, layer):
+        for n in self._list_candidates(trace.block, layer):
             if n not in self._sums:
                 maps = self.budget is not None or self.rank(layer) > 0
                 self._sums[n] = RegressionSums(routing.inputs.shape[1], maps=maps)
@@ -103,8 +103,8 @@ class Fitter:
                 outputs = trace.expert_output(row, inputs)
                 self._sums[n].add(inputs, outputs, routing.weights[token, place])
 
-    def _candidates(self, block: Block, layer: MoELayer) -> list[int]:
-        """Experts that may go."""
+    def _list_candidates(self, block: Block, layer: MoELayer) -> list[int]:
+        """Return the experts that may go, by position."""
         count = self.count[block.index] if self.count else len(layer.experts)
         if not count:
             return []
@@ -118,7 +118,7 @@ class Fitter:
         layer = block.mlp
         if not isinstance(layer, MoELayer) or not sums:
             return block
-        fits = self._fits(block.index, layer, sums)
+        fits = self._choose_fits(block.index, layer, sums)
         gone = sorted(fits)
         for n in gone:
             if sums[n].tokens < self.min_tokens:
@@ -144,22 +144,22 @@ class Fitter:
                 numbers[f"substitutes.{place}.second"] = found.second.float()
         return self.store.put(changed, numbers)
 
-    def _fits(
+    def _choose_fits(
         self, index: int, layer: MoELayer, sums: Mapping[int, RegressionSums]
     ) -> dict[int, ReducedRankFit]:
-        """What replaces those that go, by position."""
-        starved = {n for n, own in sums.items() if own.tokens < self.min_tokens}
+        """Return the fits of the experts that go, by position."""
+        too_few = {n for n, own in sums.items() if own.tokens < self.min_tokens}
         if self.count is not None:
             rank, count = self.rank(layer), self.count[index]
             fits = {
-                n: reduced_rank.fit_reduced_rank(own, 0 if n in starved else rank, self.ridge)
+                n: reduced_rank.fit_reduced_rank(own, 0 if n in too_few else rank, self.ridge)
                 for n, own in sums.items()
             }
             least = sorted(fits, key=lambda n: (fits[n].residual, -n))[:count]
             return {n: fits[n] for n in least}
         assert self.budget is not None
         found = {n: reduced_rank.compute_gains(own, self.ridge) for n, own in sums.items()}
-        falls = [fall[:0] if n in starved else fall for n, (_, fall) in found.items()]
+        falls = [fall[:0] if n in too_few else fall for n, (_, fall) in found.items()]
         spreads = [spread for spread, _ in found.values()]
         size, budget = estimate_size(layer), self.budget(layer)
         ranks = reduced_rank.allocate_ranks(spreads, falls, size, budget, RANK_STEP)

@@ -224,8 +224,8 @@ class ExpertReplace(Search):
             raise InputError("expert_replace: no layer has experts")
         if any(layer.is_tied for _, layer in model.moe_blocks):
             raise InputError(
-                f"expert_replace: {model.tied_count} experts share the matrices of others already, or "
-                "are factors; replace experts in one pass alone, and give expert_merge routing: "
+                f"expert_replace: {model.tied_count} experts share the matrices of others already, "
+                "or are factors; replace experts in one pass alone, and give expert_merge routing: "
                 "centroids, which leaves each its own"
             )
         refuse_slimmed("expert_replace", model)
@@ -434,7 +434,7 @@ class ExpertReplace(Search):
             for block, layer in blocks
             if sharing.group is not None
         ]
-        groupings = sharing.groupings(
+        groupings = sharing.choose_groups(
             context.model,
             scores,
             base_sharing.compute_depth_factors(norms, self.depth_correction),

@@ -17,7 +17,7 @@ from moe2edge.pipeline.checks import check_amount, refuse_replaced
 from moe2edge.pipeline.contract import Outcome, PassContext, Search
 
 if TYPE_CHECKING:
-    from moe2edge.calibration.evidence import Gatherer
+    from moe2edge.calibration.evidence import EvidenceObserver
     from moe2edge.calibration.observation import BlockTrace
     from moe2edge.numerics.subset_loss import SearchResult, SubsetEvidence
     from moe2edge.progress import Advance
@@ -152,13 +152,13 @@ class ExpertSearch(Search):
             DoesNotFit: the machine lacks the memory.
         """
         from moe2edge.calibration import walk
-        from moe2edge.calibration.evidence import Gatherer
+        from moe2edge.calibration.evidence import EvidenceObserver
 
         layers = self._layers(context.model)
         self._state_cost(context, layers)
         advance = context.reporter.advance
         decider = _Decider(
-            self, Gatherer(context.tokens.numel(), self.tokens), set(layers), advance
+            self, EvidenceObserver(context.tokens.numel(), self.tokens), set(layers), advance
         )
         if self.progressive:
             model, _ = walk.walk(
@@ -247,7 +247,7 @@ class _Decider:
     """
 
     step: ExpertSearch
-    gatherer: Gatherer
+    gatherer: EvidenceObserver
     blocks: set[int]
     advance: Advance
     found: dict[int, SearchResult] = field(default_factory=dict)

@@ -162,7 +162,7 @@ def check_early(
     """Do all that an export does before it begins to work: it reads headers alone."""
     checkpoint = open_checkpoint(str(folder))
     parsed = recipe.parse(json.dumps({"passes": steps}), settings).resolve(checkpoint.model)
-    wanted, memory = registry.parse_targets(targets), Memory.of(find_limit(None))
+    wanted, memory = registry.parse_targets(targets), Memory.from_limit(find_limit(None))
     refuse_early(checkpoint, parsed, wanted, out, memory, force=False, materialize=materialize)
 
 

@@ -504,7 +504,7 @@ def test_tied_experts_are_counted(tiny: Make, tmp_path: Path) -> None:
     assert manifest["members"] == [6, 6, 6]
     assert not manifest["materialized"]
     told = run("inspect", str(out))
-    assert "experts that share these per MoE layer: [6, 6, 6]" in told.output
+    assert "tied experts per MoE layer: [6, 6, 6]" in told.output
     again = run("export", str(out), "-t", "gptq", "-o", str(tmp_path / "o"))
     assert again.exit_code == 6, again.output
     assert "or replaced experts (per_layer_config)" in again.output

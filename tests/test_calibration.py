@@ -81,7 +81,7 @@ def test_each_line_of_jsonl_is_a_document(tmp_path: Path, tokenizer: Any) -> Non
         ("a.jsonl", b"{", {}, "line 1 is not JSON"),
         ("a.jsonl", b'{"body": "x"}', {}, "no text in field 'text' .it has body."),
         ("a.jsonl", b'{"text": 3}', {}, "no text in field 'text'"),
-        ("a.jsonl", b'["text"]', {}, "no object"),
+        ("a.jsonl", b'["text"]', {}, "not an object"),
         ("a.jsonl", b"[" * 100_000, {}, "line 1 is not JSON"),
         ("a.jsonl", b'{"text": "x\\ud800"}', {}, r"line 1 holds half a character, '.ud800'"),
     ],
@@ -247,7 +247,7 @@ BAD_MIXES: list[tuple[str, dict[str, Any], str]] = [
     ("a.txt:nan,b.txt:1", {}, "the weight of a.txt is 'nan'"),
     ("a.txt:inf,b.txt:1", {}, "the weight of a.txt is 'inf'"),
     ("a.txt:half,b.txt:1", {}, "the weight of a.txt is 'half'"),
-    ("a.txt:0.5,b.txt", {}, "b.txt has no weight and others have"),
+    ("a.txt:0.5,b.txt", {}, "b.txt has no weight, but other parts have"),
     ("a.txt:0.5,,b.txt:0.5", {}, "a part without a name"),
     ("a.txt,", {}, "a part without a name"),
     ("", {}, "a part without a name"),
@@ -284,7 +284,7 @@ def test_only_text_is_filled_into_a_template(texts: Path, value: object) -> None
     (texts / "b.jsonl").write_text("\n" + "\n".join(map(json.dumps, rows)))
     with pytest.raises(InputError, match="line 3 has no text in field 'a'") as caught:
         read_texts(mix("b.jsonl", template="{q} {a}"), "calibration")
-    assert "mend the template or the line" in str(caught.value)
+    assert "fix the template or the line" in str(caught.value)
 
 
 def test_a_mix_on_the_command_line_is_reported_in_full(

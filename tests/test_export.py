@@ -179,7 +179,7 @@ REFUSED: list[tuple[str, list[str], int, str]] = [
     ("part", ["--calib", "builtin:1,none.txt:1"], 2, "calibration text none.txt does not exist"),
     ("template", ["--set", "calibration.template='{a'"], 2, "expected: a text with plain fields"),
     ("recipe", ["-r", "w5"], 2, "unknown recipe"),
-    ("hf has no default recipe", ["-t", "hf"], 2, "needs a recipe that trims"),
+    ("hf has no default recipe", ["-t", "hf"], 2, "needs a recipe that prunes"),
     ("option", ["--set", "gptq.bit=4"], 2, "did you mean 'bits'"),
     ("hf of quantized numbers", ["-t", "hf", "-r", "w4"], 6, "unquantized weights only"),
     ("gptq of unquantized numbers", ["-t", "gptq", "-r", "trim"], 6, "is not quantized"),

@@ -227,7 +227,7 @@ def test_room_behind_a_prompt() -> None:
         count_remaining(5, 4, 8),
         count_remaining(5, 4, 6),
     ] == [4, 4, 3, 1]
-    with pytest.raises(InputError, match="has 5 tokens, but the model holds 5"):
+    with pytest.raises(InputError, match="has 5 tokens, but the context of the model is 5"):
         count_remaining(5, 4, 5)
 
 
@@ -280,7 +280,7 @@ def test_the_command_goes_on_up_to_the_last_position(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("abcdefgh",), "the prompt has 8 tokens, but the model holds 8"),
+        (("abcdefgh",), "the prompt has 8 tokens, but the context of the model is 8"),
         (("",), "the prompt has no tokens"),
         (("abc", "-n", "0"), "max_tokens is 0"),
         (("abc", "--top-p", "2"), "top_p is 2"),

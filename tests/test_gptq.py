@@ -244,7 +244,7 @@ def test_memory_does_not_change_numbers(tiny: Make, tmp_path: Path) -> None:
     ids = tokens(model)
     step = Gptq(group_size=32).resolve(model)
     found = []
-    for memory in (Memory(), Memory(together=1, stream=0, folder=tmp_path)):
+    for memory in (Memory(), Memory(group_bytes=1, hidden_bytes=0, folder=tmp_path)):
         ledger = InMemory()
         after, _, _ = blockwise.solve_blocks(
             model, ids, step.solver(model), ledger, ignore, "test", memory

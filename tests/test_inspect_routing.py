@@ -224,13 +224,13 @@ def test_uneven_quantized_output(
         assert_equal_figures(layer, slow_loop(router, theirs.model.layers[layer["block"]].mlp))
 
     drawn: list[Any] = []
-    draw = routing_view._draw
+    draw = routing_view._draw_figure
 
     def keep(*given: Any) -> Any:
         drawn.append(draw(*given))
         return drawn[-1]
 
-    monkeypatch.setattr(routing_view, "_draw", keep)
+    monkeypatch.setattr(routing_view, "_draw_figure", keep)
     result = inspect(out, "--routing", *text, "-o", tmp_path / "uneven.png", "-q")
     assert result.exit_code == 0, result.output
     image = drawn[0].axes[0].images[0].get_array()

@@ -21,7 +21,7 @@ from moe2edge.testing import Make
 
 
 def test_hidden_states_beyond_their_share_go_to_an_unnamed_file(tmp_path: Path) -> None:
-    small = Memory(stream=400, folder=tmp_path)
+    small = Memory(hidden_bytes=400, folder=tmp_path)
     inside, outside = small.empty((10, 10)), small.empty((10, 11))
     assert inside.dtype == outside.dtype == torch.float32
     numbers = torch.rand(10, 11)
@@ -36,8 +36,8 @@ def test_hidden_states_beyond_their_share_go_to_an_unnamed_file(tmp_path: Path) 
 
 
 def test_shares_of_a_limit(tmp_path: Path) -> None:
-    assert Memory.of(IMPORTED + 1600, tmp_path) == Memory(0, 100, tmp_path, IMPORTED + 1600)
-    assert Memory.of(64 << 30, tmp_path).together == SOLVED_TOGETHER_BYTES
+    assert Memory.from_limit(IMPORTED + 1600, tmp_path) == Memory(0, 100, tmp_path, IMPORTED + 1600)
+    assert Memory.from_limit(64 << 30, tmp_path).group_bytes == SOLVED_TOGETHER_BYTES
     Estimate(100).check(IMPORTED + 100)
     with pytest.raises(DoesNotFit, match=r"this, which needs 2.63 GB of memory; .* 1.00 GB"):
         Estimate(2 * 10**9, purpose="this").check(10**9)
@@ -56,13 +56,13 @@ def test_the_limit_is_the_least_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
 HOLE = """
 import sys, torch
 from pathlib import Path
-from moe2edge.runtime.memory import keep_no_holes
+from moe2edge.runtime.memory import avoid_fragmentation
 
 def data():
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmData"))
 
-keep_no_holes(int(sys.argv[1]) or None)
+avoid_fragmentation(int(sys.argv[1]) or None)
 torch.empty(30 << 20, dtype=torch.uint8)  # freed: from here on glibc would keep such blocks
 before = data()
 blocks = [torch.empty(8 << 20, dtype=torch.uint8) for _ in range(8)]

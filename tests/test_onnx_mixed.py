@@ -1,4 +1,4 @@
-"""Replacements and tied experts in the graph: logits against PyTorch's, and what is stored and run."""
+"""Replacements, tied experts in the graph: logits against PyTorch's, what is stored and run."""
 
 from __future__ import annotations
 

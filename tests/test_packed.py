@@ -85,7 +85,7 @@ def test_linear(outs: int, ins: int, group: int, rows: int) -> None:
     q = numbers(outs, ins, Scheme(group_size=group))
     bias = torch.randn(outs).to(BFLOAT16)
     linear = PackedLinear([q], nn.Parameter(bias))
-    assert torch.equal(linear.dequantized(FLOAT32).T, q.dequantize())
+    assert torch.equal(linear.dequantize(FLOAT32).T, q.dequantize())
     x = torch.randn(3, rows, ins).to(BFLOAT16)[::2]
     wanted = nn.functional.linear(x.float(), q.dequantize(), bias.float())
     assert linear(x).dtype == BFLOAT16
@@ -95,7 +95,7 @@ def test_linear(outs: int, ins: int, group: int, rows: int) -> None:
 
 def test_matrices_below_one_another() -> None:
     gate, up = numbers(24, 64, SCHEME), numbers(8, 64, SCHEME, 1)
-    both = PackedLinear([gate, up]).dequantized(FLOAT32).T
+    both = PackedLinear([gate, up]).dequantize(FLOAT32).T
     assert torch.equal(both, torch.cat([gate.dequantize(), up.dequantize()]))
 
 
@@ -105,7 +105,7 @@ def test_without_knowing_the_layout_all_rows_take_the_matmul(
     linear = PackedLinear([numbers(64, 64, SCHEME)]).float()
     x = torch.randn(MANY_ROWS, 64)
     wanted = linear(x).detach()
-    monkeypatch.setattr(packed, "_layout", lambda: None)
+    monkeypatch.setattr(packed, "_find_layout", lambda: None)
     assert distance(linear(x), wanted) < 1e-5
 
 

@@ -198,7 +198,7 @@ def test_without_linux_unknown_values_are_null_with_a_reason(
     found = meter.read()
     assert meter.method == "psutil resident set size at the end of the phase"
     assert meter.reason is not None
-    assert "cannot set back the peak" in meter.reason
+    assert "cannot reset the peak memory" in meter.reason
     assert (found.rss or 0) > 1 << 20
     assert (found.peak_rss, found.rss_anon, found.rss_file) == (None, None, None)
     phase = Phase("load", (found, found)).to_json()
@@ -347,7 +347,7 @@ from moe2edge.evaluation.profile import child
 def count():
     return set(sys.modules), len(os.listdir("/proc/self/task"))
 
-import_libraries, open_runtime = child._source(json.load(sys.stdin))
+import_libraries, open_runtime = child._make_loaders(json.load(sys.stdin))
 import_libraries()
 modules, threads = count()
 runtime = open_runtime()
@@ -452,7 +452,7 @@ REQUEST = {"folder": "out"}
     ("code", "kind", "message"),
     [
         ("import sys; sys.exit('one\\ntwo')", Moe2EdgeError, "process failed: two"),
-        ("import sys; sys.exit(1)", Moe2EdgeError, "process failed: it said nothing"),
+        ("import sys; sys.exit(1)", Moe2EdgeError, "process failed: it wrote no message"),
         ("import sys; print('no', file=sys.stderr); sys.exit(6)", Unsupported, "^no$"),
         ("import os; os.kill(os.getpid(), 9)", Moe2EdgeError, "SIGKILL; there may be too little"),
         ("import os; os.kill(os.getpid(), 15)", Moe2EdgeError, "SIGTERM$"),
@@ -463,7 +463,7 @@ def test_failures_of_the_child(
 ) -> None:
     fake_child(code)
     with pytest.raises(kind, match=message) as caught:
-        measure.ask_child(REQUEST, SMALL)
+        measure.run_child(REQUEST, SMALL)
     assert type(caught.value) is kind
 
 
@@ -476,21 +476,21 @@ def test_a_child_that_takes_too_long_is_stopped(
         )
     )
     with pytest.raises(Moe2EdgeError, match="took longer than 1 s and was stopped"):
-        measure.ask_child(REQUEST, ProfileSettings(timeout_s=1))
+        measure.run_child(REQUEST, ProfileSettings(timeout_s=1))
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), signal.SIGCONT)
 
 
 def test_threads_are_passed_on(fake_child: Callable[[str], None]) -> None:
     fake_child("import os; print('{\"threads\": \"' + os.environ['OMP_NUM_THREADS'] + '\"}')")
-    assert measure.ask_child(REQUEST, ProfileSettings(threads=3)) == {"threads": "3"}
+    assert measure.run_child(REQUEST, ProfileSettings(threads=3)) == {"threads": "3"}
 
 
 def test_output_of_libraries_stays_out_of_the_result() -> None:
     code = (
         "import os, sys; from moe2edge.evaluation.profile import child;"
         "child._serve = lambda request: (print('noise'), os.system('echo more'), {'got': request})"
-        "[-1]; sys.exit(child.main())"
+        "[-1]; sys.exit(child.serve_request())"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], input='{"a": 1}', capture_output=True, text=True, check=True
@@ -501,7 +501,7 @@ def test_output_of_libraries_stays_out_of_the_result() -> None:
 
 def test_different_tokens_are_a_warning(monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> None:
     answers: Iterator[dict[str, Any]] = iter(clocked_answer(n, range(10, 18)) for n in (2, 3))
-    monkeypatch.setattr(measure, "ask_child", lambda *_: next(answers))
+    monkeypatch.setattr(measure, "run_child", lambda *_: next(answers))
     idle = {"cpu": {"usable": 2, "logical": 2}, "load_avg": 0.1}
     monkeypatch.setattr(measure, "describe_environment", lambda: idle)
     result = profile(checkpoint, prompts=PROMPTS, settings=ProfileSettings(repeats=2))
@@ -509,7 +509,7 @@ def test_different_tokens_are_a_warning(monkeypatch: pytest.MonkeyPatch, checkpo
 
 
 def test_a_busy_machine_is_a_warning(monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> None:
-    monkeypatch.setattr(measure, "ask_child", lambda *_: clocked_answer(2, range(10, 18)))
+    monkeypatch.setattr(measure, "run_child", lambda *_: clocked_answer(2, range(10, 18)))
     busy = {"cpu": {"usable": None, "logical": 2}, "load_avg": 1.6}
     monkeypatch.setattr(measure, "describe_environment", lambda: busy)
     (warning,) = profile(checkpoint, prompts=PROMPTS).warnings
@@ -528,7 +528,7 @@ def test_input_that_is_refused_before_a_process_starts(checkpoint: Path, tmp_pat
     with pytest.raises(InputError, match="neither an output folder"):
         profile(tmp_path, text="")
     too_much = ProfileSettings(prompt_tokens=100, gen_tokens=29)
-    with pytest.raises(InputError, match="do not fit the 128 tokens that the model holds"):
+    with pytest.raises(InputError, match="do not fit the context of 128 tokens of the model"):
         profile(checkpoint, text="", settings=too_much)
     with pytest.raises(InputError, match="128 prompt tokens and 1 generated ones do not fit"):
         profile(checkpoint, prompts=[[1] * 128] * 2, settings=too_much, fixed=("threads",))
@@ -561,7 +561,7 @@ def test_a_preset_shrinks_to_the_context_and_the_users_own_sizes_do_not(
 ) -> None:
     full = PRESETS["full"]
     if expected is None:
-        with pytest.raises(InputError, match=f"do not fit the {context} tokens"):
+        with pytest.raises(InputError, match=f"do not fit the context of {context} tokens"):
             fit_context(full, context, fixed)
         return
     found, warnings = fit_context(full, context, fixed)
@@ -570,9 +570,9 @@ def test_a_preset_shrinks_to_the_context_and_the_users_own_sizes_do_not(
     if expected == (512, 128):
         assert warnings == ()
     else:
-        said = f"the model holds {context} tokens: {expected[0]} prompt tokens and {expected[1]} "
+        start = f"the context of the model is {context} tokens: measured with {expected[0]} prompt "
         assert len(warnings) == 1
-        assert warnings[0].startswith(said)
+        assert warnings[0].startswith(f"{start}tokens and {expected[1]} ")
         assert warnings[0].endswith("not 512 and 128")
 
 
@@ -582,7 +582,7 @@ def test_a_preset_shrinks_to_the_context_and_the_users_own_sizes_do_not(
 @pytest.fixture
 def commanded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
     """Runs the command with a clock in place of fresh processes."""
-    monkeypatch.setattr(measure, "ask_child", lambda *_: clocked_answer(2, range(10, 18)))
+    monkeypatch.setattr(measure, "run_child", lambda *_: clocked_answer(2, range(10, 18)))
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     yield lambda *arguments: run("profile", *map(str, arguments))
     logging.set_verbosity(verbosity)
@@ -597,14 +597,16 @@ def test_every_preset_fits_the_built_in_model(commanded: Any, preset: str) -> No
     found = json.loads(result.stdout)
     work = found["workload"]
     assert work["prompt_tokens"] + work["gen_tokens"] <= 512
-    shrunk = [w for w in found["warnings"] if w.startswith("the model holds 512 tokens")]
+    shrunk = [
+        w for w in found["warnings"] if w.startswith("the context of the model is 512 tokens")
+    ]
     assert len(shrunk) == (preset == "full")
 
 
 def test_a_size_that_the_user_gave_is_not_shrunk(commanded: Any, checkpoint: Path) -> None:
     result = commanded(checkpoint, "--prompt-tokens", 128)
     assert result.exit_code == 2
-    assert "128 prompt tokens and 1 generated ones do not fit the 128" in result.stderr
+    assert "128 prompt tokens and 1 generated ones do not fit the context of 128" in result.stderr
     found = json.loads(commanded(checkpoint, "--gen-tokens", 100, "--json").stdout)
     assert (found["workload"]["prompt_tokens"], found["workload"]["gen_tokens"]) == (28, 100)
 

@@ -46,5 +46,5 @@ def test_a_model_is_no_distance_from_itself() -> None:
 def test_another_vocabulary_is_refused(tiny: Make) -> None:
     model = open_checkpoint(str(tiny("olmoe"))).model
     verify.check_vocabulary(model, 96)
-    with pytest.raises(InputError, match="has 96 entries in its vocabulary, the folder 95"):
+    with pytest.raises(InputError, match="has 96 entries in its vocabulary, the folder has 95"):
         verify.check_vocabulary(model, 95)

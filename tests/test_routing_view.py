@@ -65,7 +65,7 @@ def test_picture_shows_layers_by_experts() -> None:
     from PIL import Image
 
     made = report([40, 50, 30, 40], [80, 0, 80], [10, 10])
-    figure = routing_view._draw(made, "mone")
+    figure = routing_view._draw_figure(made, "mone")
     maps, bars = figure.axes[:3], figure.axes[3:]
     assert [axes.get_title() for axes in maps] == ["Token share", "Gate mass", "Saliency: mone"]
     assert len(bars) == 3
@@ -90,7 +90,7 @@ def test_picture_shows_layers_by_experts() -> None:
 
 
 def test_picture_of_many_experts_and_of_negative_scores() -> None:
-    figure = routing_view._draw(report(*[list(range(64))] * 50), "mone")
+    figure = routing_view._draw_figure(report(*[list(range(64))] * 50), "mone")
     width, height = figure.get_size_inches()
     assert height > width  # one below the other
     assert not [said for said in figure.axes[0].texts if said.get_text() != "×"]
@@ -98,7 +98,7 @@ def test_picture_of_many_experts_and_of_negative_scores() -> None:
     below = report([1, 2, 3])
     for expert in below.layers[0].experts:
         expert.saliency["aimer"] = -0.1 * expert.tokens  # type: ignore[index]
-    scores = routing_view._draw(below, "aimer").axes[2].images[0].get_array()
+    scores = routing_view._draw_figure(below, "aimer").axes[2].images[0].get_array()
     assert scores[0].tolist() == pytest.approx([-0.1, -0.2, -0.3])
 
 

@@ -94,7 +94,7 @@ def test_an_expert_without_tokens_scores_nothing() -> None:
     nothing = saliency.RoutingStatistics({1: (0,)}, 5, {1: zeros.long()}, {1: zeros}, {1: zeros})
     assert saliency.compute_soft_frequency(nothing, 1).tolist() == [0.0]
     for criterion in ("ean", "reap", "man", "msan", "mone"):
-        assert getattr(saliency, criterion)(layer).tolist() == [0.0]
+        assert getattr(saliency, f"compute_{criterion}")(layer).tolist() == [0.0]
 
 
 def test_criteria_of_weights() -> None:

@@ -321,7 +321,7 @@ def test_numbers_that_the_dtype_rounds(dtype: str, tiny: Make, tmp_path: Path) -
     )
     hidden = walk.observe(model, IDS, (), lambda *_: None, "")
     of_model = verify.record(model, IDS, of_source, hidden)
-    reference = of_model.of_stored(model, stored)
+    reference = of_model.for_stored(model, stored)
     assert verify.audit(target, tmp_path, stored) == len(reference.digests)
     _, parity, _ = verify.check_folder(target, tmp_path, reference)
     assert parity.exact < TOLERANCE

@@ -205,7 +205,7 @@ def test_another_model_as_reference_is_refused(tiny: Make, folders: Path) -> Non
         other = tiny("olmoe", vocab_size=vocabulary)
         result = run("verify", str(folders / "gptq"), "--reference", str(other))
         assert result.exit_code == 2, result.output
-        assert f"{vocabulary} entries in its vocabulary, the folder 96" in result.stderr
+        assert f"{vocabulary} entries in its vocabulary, the folder has 96" in result.stderr
 
 
 def test_a_folder_of_links_is_verified_as_the_hub_keeps_it(folders: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 import onnxruntime_genai as og
 import torch
 
-from moe2edge.evaluation.verify import SHIPPED_TOLERANCE, Reference, verify_output
+from moe2edge.evaluation.verify import SHIPPED_TOLERANCE, Reference, run_recorded_tokens
 from moe2edge.pipeline import registry
 from moe2edge.runtime.generation import generate
 from moe2edge.storage.tokenizer import read_stop_ids
@@ -61,7 +61,7 @@ def compare(folder: Path) -> tuple[dict[str, str], bool]:
     model = og.Model(str(folder))
     found, want = compute_logits(model, reference), reference.logits
     runtime = registry.find_target("onnx").reopen(folder)
-    ours = verify_output(reference, runtime)
+    ours = run_recorded_tokens(reference, runtime)
     difference, error = (
         float(((found - other).norm(dim=-1) / other.norm(dim=-1)).median())
         for other in (ours, want)

@@ -193,7 +193,7 @@ class AtOnce(MixedWriter):
         self.__dict__["x"] = x
         return super().add(x)
 
-    def _constants(self, gates: str) -> str:
+    def _add_constants(self, gates: str) -> str:
         graph, at = self.graph, f"{self.at}/at_once"
         rows = self.columns.replaced
         rank, count = self.layer.rows[rows[0]].rank, len(rows)
@@ -208,7 +208,7 @@ class AtOnce(MixedWriter):
         inside = graph.node(f"{at}/gated", "Mul", [inside, each])
         inside = graph.node(f"{at}/joined", "Reshape", [inside, self._shape(-1, count * rank)])
         y = graph.node(f"{at}/y", "FusedMatMul", [inside, second], transB=1)
-        return graph.node(at, "Add", [y, super()._constants(gates)])
+        return graph.node(at, "Add", [y, super()._add_constants(gates)])
 
     def _matrices(self, name: str) -> list[str]:
         sources = [self.roles[f"{self.row_roles[row]}.{name}"] for row in self.columns.replaced]

@@ -1,4 +1,4 @@
-"""The criteria of Expert Drop by name: what each needs to see, and the scores that it gives."""
+"""Criteria of expert dropping by name: the observers that each needs, and its scores."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ Criterion = Literal[
     "routing-score", "frequency", "soft-frequency", "ean", "reap", "man", "msan", "mone",
     "magnitude", "aimer", "random",
 ]  # fmt: skip
+# Criteria that need only routing statistics, and criteria that need only weights.
 ROUTING = ("routing-score", "frequency", "soft-frequency")
 WEIGHTS = ("magnitude", "aimer")
 
 
 def list_observers(criterion: Criterion) -> tuple[ObserverFactory, ...]:
-    """Kinds of observers whose facts `score_experts` reads."""
+    """List the observers whose facts `score_experts` reads for a criterion."""
     from moe2edge.calibration.router_observers import OutputObserver, RoutingObserver
 
     if criterion in ROUTING:
@@ -33,13 +34,13 @@ def list_observers(criterion: Criterion) -> tuple[ObserverFactory, ...]:
 
 
 def score_experts(criterion: Criterion, block: Block, facts: Facts, seed: int = 0) -> list[float]:
-    """Scores of the experts of an MoE block, in their order; the lowest is dropped first.
+    """Score the experts of an MoE block, in their order; the lowest is dropped first.
 
     Args:
-        criterion: how they are scored; formulas are in `moe2edge.numerics.saliency`.
-        block: the block; facts may be those of a model that had more experts.
-        facts: what the observers of the criterion gathered.
-        seed: for ``random``.
+        criterion: name of the score; formulas are in `moe2edge.numerics.saliency`.
+        block: the block. The facts may come from a model in which it had more experts.
+        facts: results of the observers of the criterion.
+        seed: seed of the criterion ``random``.
 
     Raises:
         Moe2EdgeError: the block has no experts.
@@ -49,20 +50,24 @@ def score_experts(criterion: Criterion, block: Block, facts: Facts, seed: int = 
 
     layer, key = block.mlp, block.origin
     if not isinstance(layer, MoELayer):
-        raise Moe2EdgeError(f"block {block.index} has no experts to score")
+        raise Moe2EdgeError(
+            f"block {block.index} has no experts to score; {criterion} needs an MoE layer"
+        )
     if criterion == "random":
         return saliency.draw_random_scores(len(layer.experts), key, seed).tolist()
     if criterion in WEIGHTS:
-        of_weights = saliency.compute_aimer if criterion == "aimer" else saliency.compute_magnitude
-        return [of_weights([w.load() for w in (e.gate, e.up, e.down)]) for e in layer.experts]
+        weight_score = (
+            saliency.compute_aimer if criterion == "aimer" else saliency.compute_magnitude
+        )
+        return [weight_score([w.load() for w in (e.gate, e.up, e.down)]) for e in layer.experts]
     name = f"compute_{criterion.replace('-', '_')}"
     if criterion in ROUTING:
         statistics = facts[router_observers.RoutingObserver]
-        of_routing: Callable[[RoutingStatistics, int], Tensor] = getattr(saliency, name)
-        found, experts = of_routing(statistics, key), statistics.experts[key]
+        score_routing: Callable[[RoutingStatistics, int], Tensor] = getattr(saliency, name)
+        scores, experts = score_routing(statistics, key), statistics.experts[key]
     else:
         outputs = facts[router_observers.OutputObserver].layers[key]
-        of_outputs: Callable[[LayerOutputs], Tensor] = getattr(saliency, name)
-        found, experts = of_outputs(outputs), outputs.experts
-    by_origin = dict(zip(experts, found.tolist(), strict=True))
+        score_outputs: Callable[[LayerOutputs], Tensor] = getattr(saliency, name)
+        scores, experts = score_outputs(outputs), outputs.experts
+    by_origin = dict(zip(experts, scores.tolist(), strict=True))
     return [by_origin[origin] for origin in block.expert_origins]

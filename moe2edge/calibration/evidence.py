@@ -1,4 +1,4 @@
-"""Gathers products of expert outputs from the batches of a walk."""
+"""Gather products of expert outputs, from which the loss of any subset of experts follows."""
 
 from __future__ import annotations
 
@@ -22,67 +22,88 @@ if TYPE_CHECKING:
 
     from moe2edge.calibration.observation import BlockTrace
 
-# Bytes of expert outputs held at a time, but of no fewer tokens than make fast products.
+# Bytes of expert outputs in memory at a time, and the fewest tokens that make fast products.
 OUTPUT_BYTES, LEAST_ROWS = 8 << 20, 256
 
 
-class Gatherer:
-    """Gathers the `Evidence` of one layer after the other from the batches of a walk."""
+class EvidenceObserver:
+    """Gathers the `SubsetEvidence` of one layer after the other from the batches of a walk."""
 
     def __init__(self, tokens: int, most: int | None = None) -> None:
-        """For walks over ``tokens`` tokens, of which at most ``most`` are looked at."""
+        """Observe walks over ``tokens`` tokens.
+
+        Args:
+            tokens: number of tokens of the walk.
+            most: use at most this many of them, spread evenly; None: all.
+        """
         self._places = spread(tokens, most)
         self._tokens = tokens
-        self._forget()
+        self._reset()
 
-    def _forget(self) -> None:
-        self._seen, self._parts, self._missing, self._wanted = 0, list[EvidencePart](), 0.0, 0.0
+    def _reset(self) -> None:
+        # Sums over tokens of ``|Z - Y|^2`` and ``|Z|^2``, for outputs Y that should be Z.
+        self._seen, self._parts, self._gap_square, self._square = 0, list[EvidencePart](), 0.0, 0.0
 
     @property
     def complete(self) -> bool:
-        """Whether all tokens of a layer have been seen."""
+        """True if all tokens of a layer have been observed."""
         return self._seen == self._tokens
 
     def observe(self, trace: BlockTrace, target: Tensor | None = None) -> None:
         """Add one batch of a layer; batches come in the order of their tokens.
 
         Args:
-            trace: what it showed.
-            target: Z, [batch, length, hidden]; None: what the layer puts out itself.
+            trace: the trace of the batch.
+            target: the output Z that the layer should have, [batch, length, hidden]; None: the
+                output that it has.
+
+        Raises:
+            Moe2EdgeError: the block has no experts.
         """
         layer, routing = trace.block.mlp, trace.routing
         if not isinstance(layer, MoELayer) or routing is None:
-            raise Moe2EdgeError(f"block {trace.block.index} has no experts to search")
+            raise Moe2EdgeError(
+                f"block {trace.block.index} has no experts to search; it has no MoE layer"
+            )
         rule = RoutingRule(layer.router.top_k, layer.router.renormalize)
         end = self._seen + len(routing.inputs)
         places = self._places[(self._places >= self._seen) & (self._places < end)] - self._seen
         self._seen = end
         output = trace.mlp_outputs.flatten(0, -2)
-        wanted = output if target is None else target.flatten(0, -2)
+        expected = output if target is None else target.flatten(0, -2)
         for rows in torch.split(places, PART_TOKENS):
-            self._wanted += float(wanted[rows].double().square().sum())
+            self._square += float(expected[rows].double().square().sum())
             gap = None
             if target is not None:
-                gap = wanted[rows] - output[rows]
-                self._missing += float(gap.double().square().sum())
+                gap = expected[rows] - output[rows]
+                self._gap_square += float(gap.double().square().sum())
             gram, pull = compute_products(trace, routing.inputs[rows], len(layer.experts), gap)
             self._parts.append(make_part(gram, pull, routing.logits[rows], rule))
 
     def take(self, layer: MoELayer) -> SubsetEvidence:
-        """The evidence of the layer whose tokens have all been seen; then forget it."""
+        """Return the evidence of a completely observed layer, and reset for the next layer."""
         rule = RoutingRule(layer.router.top_k, layer.router.renormalize)
-        parts, missing, wanted = tuple(self._parts), self._missing, self._wanted
-        self._forget()
-        return SubsetEvidence(rule, len(layer.experts), parts, missing, wanted)
+        parts, gap_square, square = tuple(self._parts), self._gap_square, self._square
+        self._reset()
+        return SubsetEvidence(rule, len(layer.experts), parts, gap_square, square)
 
 
 def compute_products(
     trace: BlockTrace, inputs: Tensor, experts: int, gap: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Gram matrices of expert outputs for ``inputs`` [T, hidden], and products with ``gap``.
+    """Compute Gram matrices of expert outputs, and their products with ``gap``.
 
-    Each expert runs once on each token. A few tokens at a time: the outputs of all experts are
-    larger than their products.
+    Each expert runs once on each token, for a few tokens at a time, because the outputs of all
+    experts take more memory than their products.
+
+    Args:
+        trace: the trace that runs experts.
+        inputs: inputs of the layer, [T, hidden].
+        experts: number of experts E.
+        gap: vectors [T, hidden], or None.
+
+    Returns:
+        Gram matrices float32 [T, E, E], and products float64 [T, E]; None without ``gap``.
     """
     tokens, hidden = inputs.shape
     gram = torch.empty(tokens, experts, experts)

@@ -1,4 +1,4 @@
-"""What one batch of one block shows, and who looks at it."""
+"""Traces of one batch in one block, and the observers that read them."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RouterTrace:
-    """What the router of a block did with N tokens.
+    """Inputs and choices of a router for N tokens.
 
     Attributes:
         inputs: input of the MoE layer, [N, hidden].
         logits: router logits, [N, rows].
-        weights: what expert outputs are multiplied with, [N, k].
-        ids: the chosen rows of the router, int64 [N, k]; their number for what is skipped.
+        weights: gate weights, by which expert outputs are multiplied, [N, k].
+        ids: the chosen rows of the router, int64 [N, k]; the number of rows for a skipped choice.
     """
 
     inputs: Tensor
@@ -36,19 +36,20 @@ class RouterTrace:
 
 @dataclass(frozen=True)
 class BlockTrace:
-    """What one batch of one block showed.
+    """Activations of one batch in one block.
 
     Attributes:
         block: the block.
-        inputs, outputs: its residual stream, [batch, length, hidden].
-        attended: the stream between attention and what follows it.
-        mlp_inputs, mlp_outputs: of the MoE layer or MLP, [batch, length, hidden].
-        routing: what its router did, None for a dense block.
+        inputs, outputs: residual stream before and after the block, [batch, length, hidden].
+        attended: residual stream between attention and the MoE layer or MLP, same shape.
+        mlp_inputs, mlp_outputs: input and output of the MoE layer or MLP, same shape.
+        routing: trace of the router; None for a dense block.
         linear_inputs: inputs [N, in] of the matrices of attention, shared expert and dense MLP,
             by role.
-        expert_hidden: input [n, width] of ``down`` of the full or tied expert that a row of the
-            router runs, for its inputs [n, hidden].
-        expert_output: output [n, hidden] of one for its inputs [n, hidden].
+        expert_hidden: function from a row of the router that runs a full or tied expert, and
+            inputs [n, hidden], to its intermediate activations [n, width], the input of ``down``.
+        expert_output: function from such a row and inputs [n, hidden] to the output of its
+            expert, [n, hidden].
     """
 
     block: Block
@@ -71,20 +72,21 @@ class Observer(Protocol[Fact_co]):
     """A visitor of a walk that gathers one fact about the model."""
 
     def observe(self, trace: BlockTrace) -> None:
-        """Take in what one batch of one block showed."""
+        """Add the trace of one batch of one block."""
         ...
 
     def result(self) -> Fact_co:
-        """What was learned, after the walk."""
+        """Return the fact, after the walk."""
         ...
 
 
-# Makes a fresh observer: its class, or a value that compares equal if it would gather the same.
+# Makes a fresh observer: the class of the observer, or a value that compares equal to every other
+# that makes observers of the same fact.
 ObserverFactory = Callable[[], Observer[Any]]
 
 
 class Facts:
-    """What a walk learned, keyed by the kind of observer: ``facts[RoutingObserver]``."""
+    """Results of a walk by the factory of their observer, as in ``facts[RoutingObserver]``."""
 
     def __init__(self, facts: Mapping[ObserverFactory, object] | None = None) -> None:
         self._facts: dict[ObserverFactory, Any] = dict(facts or {})

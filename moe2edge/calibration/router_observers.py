@@ -28,7 +28,7 @@ class RoutingObserver:
         self._tokens = 0
 
     def observe(self, trace: BlockTrace) -> None:
-        """Add one batch."""
+        """Add one batch of one block."""
         layer = trace.block.mlp
         if trace.routing is None or not isinstance(layer, MoELayer):
             return
@@ -40,7 +40,7 @@ class RoutingObserver:
             self._counts[key] = torch.zeros(experts, dtype=torch.int64)
             self._probability[key] = torch.zeros(experts, dtype=torch.float64)
             self._mass[key] = torch.zeros(experts, dtype=torch.float64)
-        # Other rows run replacements; an id behind the last row is a place that was skipped.
+        # The other rows run replacements; an id after the last row is a skipped choice.
         ids, weights = routing.ids.flatten(), routing.weights.double().flatten()
         self._counts[key] += torch.bincount(ids, minlength=count)[rows]
         self._mass[key] += torch.bincount(ids, weights, minlength=count)[rows]
@@ -49,20 +49,20 @@ class RoutingObserver:
             self._tokens += len(routing.ids)
 
     def result(self) -> RoutingStatistics:
-        """The statistics."""
+        """Return the statistics."""
         return RoutingStatistics(
             self._experts, self._tokens, self._counts, self._probability, self._mass
         )
 
 
 class OutputObserver:
-    """Gathers `OutputStatistics`; runs every expert once more on the tokens routed to it."""
+    """Gathers `OutputStatistics`; to do so, runs every expert again on the tokens routed to it."""
 
     def __init__(self) -> None:
         self._layers: dict[int, LayerOutputs] = {}
 
     def observe(self, trace: BlockTrace) -> None:
-        """Add one batch."""
+        """Add one batch of one block."""
         layer = trace.block.mlp
         if trace.routing is None or not isinstance(layer, MoELayer):
             return
@@ -78,20 +78,20 @@ class OutputObserver:
                 self._layers[key].add(expert, outputs, routing.weights[token, place])
 
     def result(self) -> OutputStatistics:
-        """The statistics."""
+        """Return the statistics."""
         return OutputStatistics(self._layers)
 
 
-# ---- what a walk gathers -------------------------------------------------------------------------
+# ---- router logits and gate weights --------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class RouterOutputs:
-    """What routers put out, per MoE block by its origin.
+    """Statistics of router logits, by the origin of the MoE block.
 
     Attributes:
-        norm: mean over tokens of the norm of the logits.
-        gram: float64 [E, E], sum over tokens of products of logits.
+        norm: mean over tokens of the Euclidean norm of the logits.
+        gram: float64 [E, E], sum over tokens of the outer product of the logits with themselves.
     """
 
     norm: Mapping[int, float]
@@ -107,7 +107,7 @@ class RouterOutputObserver:
         self._tokens: dict[int, int] = {}
 
     def observe(self, trace: BlockTrace) -> None:
-        """Add one batch."""
+        """Add one batch of one block."""
         if trace.routing is None:
             return
         routing, key = trace.routing, trace.block.origin
@@ -117,43 +117,48 @@ class RouterOutputObserver:
         self._tokens[key] = self._tokens.get(key, 0) + len(logits)
 
     def result(self) -> RouterOutputs:
-        """The sums."""
+        """Return the mean norms and the sums of products."""
         norms = {key: total / self._tokens[key] for key, total in self._norm.items()}
         return RouterOutputs(norms, self._gram)
 
 
 @dataclass(frozen=True)
 class WeightRatios:
-    """``w_i / w_1`` of every token, float32 [tokens, k - 1], by the origin of the block."""
+    """Ratios of gate weights, for dynamic skipping.
+
+    Attributes:
+        ratios: ``w_i / w_1`` for ``i = 2 .. k`` of every token, float32 [tokens, k - 1], by the
+            origin of the block.
+    """
 
     ratios: Mapping[int, Tensor]
 
 
 class RatioObserver:
-    """Gathers `WeightRatios`; 4 (k - 1) bytes per token and layer."""
+    """Gathers `WeightRatios`; takes 4 (k - 1) bytes per token and layer."""
 
     def __init__(self) -> None:
         self._ratios: dict[int, list[Tensor]] = {}
 
     def observe(self, trace: BlockTrace) -> None:
-        """Add one batch."""
+        """Add one batch of one block."""
         if trace.routing is not None:
             weights = trace.routing.weights
             ratios = weights[:, 1:] / weights[:, :1]
             self._ratios.setdefault(trace.block.origin, []).append(ratios)
 
     def result(self) -> WeightRatios:
-        """The ratios."""
+        """Return the ratios."""
         return WeightRatios({key: torch.cat(parts) for key, parts in self._ratios.items()})
 
 
 @dataclass(frozen=True)
 class SkipRates:
-    """How often dynamic skipping left out a routed expert.
+    """Number of expert choices, and of those that dynamic skipping left out.
 
     Attributes:
-        routed: routed places seen, by the origin of the block.
-        skipped: those of them that were left out.
+        routed: number of choices (tokens * top_k), by the origin of the block.
+        skipped: number of choices that were left out, by the origin of the block.
     """
 
     routed: Mapping[int, int]
@@ -161,7 +166,7 @@ class SkipRates:
 
     @property
     def rate(self) -> float:
-        """Part of all routed places that was left out; of layers that skip."""
+        """Fraction of choices that was left out, over all layers that skip."""
         return sum(self.skipped.values()) / max(1, sum(self.routed.values()))
 
 
@@ -173,7 +178,7 @@ class SkipObserver:
         self._skipped: dict[int, int] = {}
 
     def observe(self, trace: BlockTrace) -> None:
-        """Add one batch."""
+        """Add one batch of one block."""
         layer, key = trace.block.mlp, trace.block.origin
         if not isinstance(layer, MoELayer) or not layer.router.skip_below or trace.routing is None:
             return
@@ -182,5 +187,5 @@ class SkipObserver:
         self._skipped[key] = self._skipped.get(key, 0) + left_out
 
     def result(self) -> SkipRates:
-        """The rates."""
+        """Return the counts."""
         return SkipRates(self._routed, self._skipped)

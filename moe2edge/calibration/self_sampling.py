@@ -1,9 +1,9 @@
-"""Calibration text that the model writes itself, for who has none.
+"""Calibration text that the model writes itself, for users without a text.
 
-Sequences are sampled from the source, and of several times as many as are wanted those are taken
-that together use the experts most evenly (expert-balanced self-sampling: MoEQuant, 2025,
-https://arxiv.org/abs/2505.03804, section 3.2, whose temperature and width are used here; there,
-candidates compete at every token, here as whole sequences).
+Several times as many sequences as needed are sampled from the source. Of these, the ones are kept
+that together use the experts most evenly. This is the expert-balanced self-sampling of MoEQuant
+(2025, https://arxiv.org/abs/2505.03804, section 3.2), with its temperature and width. There,
+candidates compete at every token; here, whole sequences compete.
 """
 
 from __future__ import annotations
@@ -31,23 +31,25 @@ if TYPE_CHECKING:
     from moe2edge.progress import Reporter
 
 TEMPERATURE = 1.2
-# Candidates for each sequence.
+# Candidates for each sequence that is kept.
 WIDTH = 4
-# Sequences that are sampled side by side.
+# Sequences that are sampled at the same time.
 BATCH = 64
 
 
 def sample_tokens(checkpoint: Checkpoint, source: TextSource, reporter: Reporter) -> Tokens:
-    """Calibration that the model writes; texts begin with the token that begins or ends them.
+    """Sample calibration tokens from the model.
+
+    Each sequence begins with the beginning-of-text token, or without one with the end token.
 
     Args:
-        checkpoint: the model.
-        source: how many samples, of what length, by which seed.
-        watcher: told about progress.
+        checkpoint: the source model.
+        source: number of samples, their length and the seed.
+        reporter: receives progress.
 
     Raises:
-        InputError: samples are too long for the model, or no token begins texts.
-        DoesNotFit: its parameters in bfloat16 are more than the memory, as it has to run.
+        InputError: samples are too long for the model, or the tokenizer has neither token.
+        DoesNotFit: the parameters in bfloat16, with which the model runs, do not fit in memory.
     """
     model, remedy = checkpoint.model, "give a text with --calib"
     memory.check_memory(2 * model.parameters, "calibration.text self runs the source", remedy)
@@ -56,7 +58,8 @@ def sample_tokens(checkpoint: Checkpoint, source: TextSource, reporter: Reporter
     start = tokenizer.eos_token_id if start is None else start
     if start is None:
         raise InputError(
-            f"calibration.text self: the tokenizer has no token to begin a text with; {remedy}"
+            "calibration.text self: the tokenizer has no token that begins or ends a text, so "
+            f"nothing can be sampled; {remedy}"
         )
     check_length(source, "calibration", model.family.geometry(checkpoint.config).max_positions)
     runtime = open_source(checkpoint.folder)
@@ -68,26 +71,29 @@ def sample_tokens(checkpoint: Checkpoint, source: TextSource, reporter: Reporter
 def write_text(
     runtime: Any, model: Model, start: int, shape: tuple[int, int], seed: int, reporter: Reporter
 ) -> Tensor:
-    """Tokens int64 ``shape`` [samples, length] that the model wrote, balanced over experts.
+    """Sample sequences from the model, and choose those that use the experts most evenly.
 
     Args:
         runtime: the source as a transformers model.
         model: the source.
-        start: token that all sequences begin with.
-        shape: samples and length.
-        seed: decides what is sampled.
-        watcher: told about progress.
+        start: first token of every sequence.
+        shape: number of samples and their length.
+        seed: seed of the sampling.
+        reporter: receives progress.
+
+    Returns:
+        Tokens int64 [samples, length].
     """
     samples, length = shape
     generator = torch.Generator().manual_seed(seed)
-    found = []
+    batches = []
     total = WIDTH * samples
     for at in range(0, total, BATCH):
         count = min(BATCH, total - at)
         reporter.advance("calibration: writing", at, total, "sequences")
-        found.append(sample_batch(runtime, start, (count, length), generator, reporter))
-    candidates = torch.cat(found)
-    use = _Use()
+        batches.append(sample_batch(runtime, start, (count, length), generator, reporter))
+    candidates = torch.cat(batches)
+    use = _ExpertUseObserver()
     walk.observe(model, candidates, [use], reporter.advance, "calibration: balancing")
     counts = use.result()
     return candidates[:samples] if counts is None else candidates[choose_balanced(counts, samples)]
@@ -97,7 +103,11 @@ def write_text(
 def sample_batch(
     runtime: Any, start: int, shape: tuple[int, int], generator: torch.Generator, reporter: Reporter
 ) -> Tensor:
-    """Sequences int64 ``shape`` [count, length], token by token with a cache."""
+    """Sample a batch of sequences, token by token with a cache.
+
+    Returns:
+        Tokens int64 [count, length], for ``shape`` (count, length).
+    """
     from transformers import DynamicCache
 
     count, length = shape
@@ -106,29 +116,32 @@ def sample_batch(
     for n in range(1, length):
         reporter.advance("calibration: writing", n, length, "tokens of a batch")
         logits = runtime(ids[:, n - 1 : n], past_key_values=cache).logits[:, -1].float()
-        chances = (logits / TEMPERATURE).softmax(-1)
-        ids[:, n] = torch.multinomial(chances, 1, generator=generator)[:, 0]
+        probabilities = (logits / TEMPERATURE).softmax(-1)
+        ids[:, n] = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
     return ids
 
 
-class _Use:
-    """How often each sequence uses each expert of each layer."""
+class _ExpertUseObserver:
+    """Counts how often each sequence uses each expert of each layer."""
 
     def __init__(self) -> None:
         self._counts: dict[int, list[Tensor]] = {}
 
     def observe(self, trace: BlockTrace) -> None:
-        """Add one batch."""
+        """Add one batch of one block."""
         if not isinstance(trace.block.mlp, MoELayer) or trace.routing is None:
             return
         experts = len(trace.block.mlp.experts)
         ids = trace.routing.ids.view(len(trace.inputs), -1)
-        counts = torch.zeros(len(ids), experts + 1)  # the last stands for skipped places
+        counts = torch.zeros(len(ids), experts + 1)  # the last column counts skipped choices
         counts.scatter_add_(1, ids, torch.ones_like(ids, dtype=counts.dtype))
         self._counts.setdefault(trace.block.index, []).append(counts[:, :experts])
 
     def result(self) -> Tensor | None:
-        """Counts [sequences, all experts], each layer's as parts of one; None without experts."""
+        """Return the shares [sequences, experts of all layers]; those of a layer sum to 1.
+
+        Returns None if the model has no experts.
+        """
         layers = [torch.cat(parts) for parts in self._counts.values()]
         if not layers:
             return None
@@ -136,10 +149,13 @@ class _Use:
 
 
 def choose_balanced(use: Tensor, count: int) -> Tensor:
-    """Positions of ``count`` rows of ``use`` [candidates, experts] with the evenest sum, in order.
+    """Choose rows of ``use`` [candidates, experts] whose sum is as even as possible.
 
-    One after the other the row is taken with which the sum of squares grows least; of equal ones
-    the first.
+    The choice is greedy: each step adds the row with which the sum of squares grows least, and of
+    equal rows the first.
+
+    Returns:
+        Positions of ``count`` rows, int64, ascending.
     """
     total = torch.zeros(use.shape[1])
     left = torch.ones(len(use), dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""How little a block, an MoE layer or a run of blocks changes what passes through it."""
+"""Cosine similarity of the input and the output of blocks, MoE layers and runs of blocks."""
 
 from __future__ import annotations
 
@@ -15,33 +15,37 @@ if TYPE_CHECKING:
     from moe2edge.calibration.observation import BlockTrace
 
 
-class _Means:
-    """Means over tokens by key. Cosines near one differ in late digits, hence float64."""
+class _MeanCosines:
+    """Means of cosines over tokens, by key.
+
+    Sums are float64, because cosines near one differ only in late digits.
+    """
 
     def __init__(self) -> None:
         self._sum: dict[tuple[int, ...], float] = {}
         self._tokens: dict[tuple[int, ...], int] = {}
 
     def add(self, key: tuple[int, ...], a: Tensor, b: Tensor) -> None:
-        """Cosines of the rows of two tensors [..., hidden]."""
+        """Add the cosines of the rows of two tensors [..., hidden]."""
         cosine = torch.cosine_similarity(a.double(), b.double(), dim=-1)
         self._sum[key] = self._sum.get(key, 0.0) + float(cosine.sum())
         self._tokens[key] = self._tokens.get(key, 0) + cosine.numel()
 
     def result(self) -> dict[tuple[int, ...], float]:
-        """Mean by key."""
+        """Return the mean of each key."""
         return {key: self._sum[key] / self._tokens[key] for key in self._sum}
 
 
 @dataclass(frozen=True)
 class BlockSimilarity:
-    """Mean cosine over tokens of the input and the output of every run of blocks.
+    """Mean cosine over tokens between the input and the output of every run of blocks.
 
-    Unified-MoE-Compression (https://arxiv.org/abs/2406.02500), Block Drop. Its code scores runs of
-    one block more than it drops; here a run of n blocks is scored by n blocks.
+    This is the score of Block Drop in Unified-MoE-Compression (https://arxiv.org/abs/2406.02500).
+    The code of its authors scores runs of one block more than it drops; here a run of n blocks is
+    scored by n blocks.
 
     Attributes:
-        cosine: by the origins of the blocks of the run.
+        cosine: mean cosine, by the origins of the blocks of the run.
     """
 
     cosine: Mapping[tuple[int, ...], float]
@@ -52,13 +56,14 @@ class BlockSimilarityFactory:
     """Makes observers that gather `BlockSimilarity`.
 
     Attributes:
-        longest: runs of up to so many blocks; the streams at one depth less are held in memory.
+        longest: largest number of blocks in a run; the inputs of ``longest - 1`` blocks stay in
+            memory.
     """
 
     longest: int = 1
 
     def __call__(self) -> BlockSimilarityObserver:
-        """A fresh observer."""
+        """Make a fresh observer."""
         return BlockSimilarityObserver(self.longest)
 
 
@@ -66,8 +71,8 @@ class BlockSimilarityObserver:
     """Gathers `BlockSimilarity`."""
 
     def __init__(self, longest: int) -> None:
-        self._means = _Means()
-        # Per batch: the origins and inputs of the latest blocks.
+        self._means = _MeanCosines()
+        # For each batch, the origins and inputs of the latest blocks.
         self._latest: list[deque[tuple[int, Tensor]]] = []
         self._longest = longest
         self._block, self._batch = -1, 0
@@ -84,24 +89,26 @@ class BlockSimilarityObserver:
             run = (origin, *run)
             self._means.add(run, inputs, trace.outputs)
         if self._longest > 1:
-            # A copy: the walk writes the output over its input.
+            # A copy, because the walk overwrites the input with the output.
             latest.append((trace.block.origin, trace.inputs.clone()))
 
     def result(self) -> BlockSimilarity:
-        """The similarities."""
+        """Return the similarities."""
         return BlockSimilarity(self._means.result())
 
 
 @dataclass(frozen=True)
 class LayerSimilarity:
-    """Mean cosine over tokens of every MoE layer, by (the origin of its block,).
+    """Mean cosines over tokens of every MoE layer, by the key (origin of its block,).
 
-    Unified-MoE-Compression (https://arxiv.org/abs/2406.02500), Layer Drop. ``x`` is the stream
-    between attention and the layer, ``n(x)`` its norm, ``m`` the layer.
+    This is the score of Layer Drop in Unified-MoE-Compression (https://arxiv.org/abs/2406.02500).
+    ``x`` is the residual stream between attention and the layer, ``n(x)`` the normalized ``x``,
+    ``m`` the layer.
 
     Attributes:
-        with_norm: of ``x`` and ``x + m(n(x))``; the norm goes with the layer.
-        without_norm: of ``n(x)`` and ``m(n(x))``; the norm stays, and stands in for the layer.
+        with_norm: cosine of ``x`` and ``x + m(n(x))``, for dropping the norm with the layer.
+        without_norm: cosine of ``n(x)`` and ``m(n(x))``, for keeping the norm in place of the
+            layer.
     """
 
     with_norm: Mapping[tuple[int, ...], float]
@@ -112,10 +119,10 @@ class LayerSimilarityObserver:
     """Gathers `LayerSimilarity`."""
 
     def __init__(self) -> None:
-        self._with, self._without = _Means(), _Means()
+        self._with, self._without = _MeanCosines(), _MeanCosines()
 
     def observe(self, trace: BlockTrace) -> None:
-        """Add one batch."""
+        """Add one batch of one block."""
         if trace.routing is None:
             return
         key = (trace.block.origin,)
@@ -123,5 +130,5 @@ class LayerSimilarityObserver:
         self._without.add(key, trace.mlp_inputs, trace.mlp_outputs)
 
     def result(self) -> LayerSimilarity:
-        """The similarities."""
+        """Return the similarities."""
         return LayerSimilarity(self._with.result(), self._without.result())

@@ -1,26 +1,25 @@
-"""Where text comes from: the sections of a recipe."""
+"""Options of text in a recipe: its source, and how it is cut into samples."""
 
 from __future__ import annotations
 
 from string import Formatter
-from typing import TYPE_CHECKING, Annotated, Self
+from typing import Annotated, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from moe2edge.options import Options
 
-if TYPE_CHECKING:
-    pass
-
 
 class NamedText(Options):
-    """A text of its own, as a part of mixes."""
+    """A text with a name, to be used as a part of mixes."""
 
-    text: Annotated[str, Field(description="builtin, or a file of text or JSONL")]
-    field: Annotated[str, Field(description="field of a JSONL line that holds the text")] = "text"
+    text: Annotated[str, Field(description="builtin, or a text or JSONL file")]
+    field: Annotated[str, Field(description="field of a JSONL line that contains the text")] = (
+        "text"
+    )
     template: Annotated[
         str | None,
-        Field(description="in place of field: a text with fields, such as '{question} {answer}'"),
+        Field(description="instead of field: a text with fields, such as '{question} {answer}'"),
     ] = None
 
     @field_validator("template")
@@ -38,23 +37,23 @@ class NamedText(Options):
 
 
 class TextSource(NamedText):
-    """Where text comes from and how it is cut into samples."""
+    """Source of a text, and how the text is cut into samples."""
 
     text: Annotated[
         str,
         Field(
-            description="builtin, a file of text or JSONL, a name of sources, or a mix of them "
-            "with weights: NAME:WEIGHT,NAME:WEIGHT; for calibration also self, what the model "
-            "writes, for evaluation none"
+            description="builtin, a text or JSONL file, a name defined in sources, or a mix of "
+            "them with weights: NAME:WEIGHT,NAME:WEIGHT. For calibration also self: text that the "
+            "model writes. For evaluation also none: measure no quality"
         ),
     ] = "builtin"
     samples: Annotated[int, Field(ge=1, description="number of samples")] = 128
     length: Annotated[int, Field(ge=2, description="tokens in a sample")] = 512
     seed: Annotated[
-        int, Field(ge=0, le=2**32 - 1, description="decides which samples are taken")
+        int, Field(ge=0, le=2**32 - 1, description="seed of the random choice of samples")
     ] = 0
     sources: Annotated[
-        dict[str, NamedText], Field(description="texts by the names that text may use")
+        dict[str, NamedText], Field(description="definitions of texts, by names for use in text")
     ] = {}  # noqa: RUF012  (pydantic copies it)
 
     @field_validator("sources")
@@ -70,10 +69,13 @@ class TextSource(NamedText):
 
 
 def split_template(template: str) -> list[tuple[str, str | None]]:
-    """Literal texts, each with the field that follows it; None after the last.
+    """Split a template into literal texts, each with the field that follows it.
+
+    After the last literal text the field is None.
 
     Raises:
-        ValueError: it has something else in braces than the plain name of a field, or no field.
+        ValueError: the template has no field, or braces that contain anything but the plain name
+            of a field.
 
     >>> split_template("Q: {question}{{}}")
     [('Q: ', 'question'), ('{', None), ('}', None)]
@@ -83,8 +85,8 @@ def split_template(template: str) -> list[tuple[str, str | None]]:
         pieces = list(Formatter().parse(template))
     except ValueError as error:
         raise ValueError(hint) from error
-    fields = [(field, spec, how) for _, field, spec, how in pieces if field is not None]
+    fields = [(field, spec, conv) for _, field, spec, conv in pieces if field is not None]
     plain = all(field and not set(field) & set(".[]{}") for field, _, _ in fields)
-    if not fields or not plain or any(spec or how for _, spec, how in fields):
+    if not fields or not plain or any(spec or conv for _, spec, conv in fields):
         raise ValueError(hint)
     return [(literal, field) for literal, field, _, _ in pieces]

@@ -1,4 +1,7 @@
-"""Text to tokens, for calibration and for evaluation: plain text, JSONL, and mixes of them."""
+"""Read text for calibration, evaluation and training, and cut it into samples of tokens.
+
+A text is plain text, JSONL, or a mix of several with weights.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ if TYPE_CHECKING:
     from moe2edge.calibration.sources import TextSource
 
 BUILTIN_TEXT = "builtin"
-# The built-in texts by purpose; what is trained on is no part of what the report is about.
+# The built-in texts by purpose. The report measures a text that was not trained on.
 BUILTIN_FILES = {
     "calibration": "calibration.txt",
     "evaluation": "evaluation.txt",
@@ -34,11 +37,11 @@ class TextPart:
     """One text of a mix.
 
     Attributes:
-        name: as the mix names it.
+        name: name of the part in the mix.
         text: ``builtin`` or a file.
-        field: of a JSONL line.
-        template: in place of the field, None for none.
-        weight: above 0, relative to the weights of the other parts.
+        field: field of a JSONL line that contains the text.
+        template: template that is filled in instead of the field, or None.
+        weight: weight above 0, relative to the weights of the other parts.
     """
 
     name: str
@@ -50,13 +53,13 @@ class TextPart:
 
 @dataclass(frozen=True)
 class PartTokens:
-    """What one part of a mix gave.
+    """Samples from one part of a mix.
 
     Attributes:
-        name: as the mix names it.
-        text: where it is from.
+        name: name of the part in the mix.
+        text: ``builtin`` or the file of the part.
         samples: number of samples.
-        sha256: digest of their ids.
+        sha256: digest of the ids of these samples.
     """
 
     name: str
@@ -70,11 +73,11 @@ class Tokens:
     """Samples of equal length, cut from a text or from a mix of texts.
 
     Attributes:
-        ids: int64 [samples, length]; the parts of a mix take turns, so that any run of samples
-            holds about as much of each as the whole.
-        name: where the text is from.
+        ids: int64 [samples, length]. The parts of a mix are interleaved, so that any run of
+            samples has about the same shares of each as the whole.
+        name: the text as the recipe names it.
         sha256: digest of the ids.
-        parts: what each part of the text gave.
+        parts: the samples from each part of the text.
     """
 
     ids: Tensor
@@ -84,7 +87,7 @@ class Tokens:
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """Where the tokens are from, as plain data for reports."""
+        """Origin of the tokens, as plain data for reports."""
         samples, length = self.ids.shape
         return {
             "text": self.name,
@@ -99,29 +102,32 @@ class Tokens:
 
 
 def list_parts(source: TextSource, purpose: str) -> tuple[TextPart, ...]:
-    """The parts of a text: one, or as many as ``NAME:WEIGHT,NAME:WEIGHT`` names.
+    """List the parts of a text: one, or several for ``NAME:WEIGHT,NAME:WEIGHT``.
 
-    What is a source or a file under its whole name is not taken apart.
+    A text that is the name of a source or a file as a whole is not split.
 
     Raises:
-        InputError: a part is unknown or stands there twice, or a weight is no number above 0.
+        InputError: a part is unknown or named twice, or a weight is not a number above 0.
     """
     if _is_known(source.text, source):
         entries: list[tuple[str, float | None]] = [(source.text, None)]
     else:
-        entries = [_weighed(entry.strip(), source, purpose) for entry in source.text.split(",")]
+        entries = [_parse_entry(entry.strip(), source, purpose) for entry in source.text.split(",")]
     names = [name for name, _ in entries]
     if twice := {name for name in names if names.count(name) > 1}:
-        raise InputError(f"{purpose} text {source.text} has {min(twice)} twice; add the weights up")
-    bare = [name for name, weight in entries if weight is None]
-    if 0 < len(bare) < len(entries):
         raise InputError(
-            f"{purpose} text {source.text}: {bare[0]} has no weight and others have; give each "
-            "part a weight, or none"
+            f"{purpose} text {source.text} has {min(twice)} twice; name it once, with the sum of "
+            "the weights"
         )
-    parts = tuple(_part(name, weight or 1.0, source, purpose) for name, weight in entries)
-    own = [part for part in parts if part.name not in source.sources]
-    if source.template is not None and not any(part.template for part in own):
+    unweighted = [name for name, weight in entries if weight is None]
+    if 0 < len(unweighted) < len(entries):
+        raise InputError(
+            f"{purpose} text {source.text}: {unweighted[0]} has no weight, but other parts have; "
+            "give every part a weight, or none"
+        )
+    parts = tuple(_make_part(name, weight or 1.0, source, purpose) for name, weight in entries)
+    unnamed = [part for part in parts if part.name not in source.sources]
+    if source.template is not None and not any(part.template for part in unnamed):
         raise InputError(
             f"{purpose}.template is for JSONL files that are not under sources, and {purpose} "
             f"text {source.text} has none; leave the template out"
@@ -134,15 +140,15 @@ def _is_known(name: str, source: TextSource) -> bool:
         return True
     try:
         return Path(name).expanduser().is_file()
-    except (OSError, RuntimeError):  # told where it is opened
+    except (OSError, RuntimeError):  # raised again, with a message, where the file is opened
         return False
 
 
-def _weighed(entry: str, source: TextSource, purpose: str) -> tuple[str, float | None]:
-    """Name and weight of one entry of a mix."""
+def _parse_entry(entry: str, source: TextSource, purpose: str) -> tuple[str, float | None]:
+    """Split one entry of a mix into name and weight; None for no weight."""
     if not entry:
         raise InputError(
-            f"{purpose} text {source.text!r} has a part without a name; write NAME:WEIGHT, with "
+            f"{purpose} text {source.text!r} has a part without a name; write NAME:WEIGHT, and "
             "commas between parts"
         )
     name, colon, number = entry.rpartition(":")
@@ -161,21 +167,22 @@ def _weighed(entry: str, source: TextSource, purpose: str) -> tuple[str, float |
     return name.strip(), weight
 
 
-def _part(name: str, weight: float, source: TextSource, purpose: str) -> TextPart:
+def _make_part(name: str, weight: float, source: TextSource, purpose: str) -> TextPart:
     if name in source.sources:
         named = source.sources[name]
         return TextPart(name, named.text, named.field, named.template, weight)
     if source.sources and not _is_known(name, source):
         raise InputError(suggest(f"file or source of {purpose}", name, source.sources))
-    # In a mix of JSONL and plain text the template is for the former.
+    # In a mix of JSONL and plain text, the template applies to JSONL only.
     template = source.template if Path(name).suffix == ".jsonl" else None
     return TextPart(name, name, source.field, template, weight)
 
 
 def share_out(total: int, weights: Sequence[float]) -> list[int]:
-    """``total`` in whole parts by weight: the largest remainders get what rounding down leaves.
+    """Divide ``total`` into whole numbers by weight.
 
-    Of equal remainders the earlier part's comes first.
+    Shares are rounded down, and the largest remainders get one more each, until the sum is
+    ``total``. Of equal remainders, the first is served first.
 
     >>> share_out(10, [0.5, 0.5]), share_out(10, [1, 1, 1]), share_out(4, [0.6, 0.9])
     ([5, 5], [4, 3, 3], [2, 2])
@@ -189,60 +196,65 @@ def share_out(total: int, weights: Sequence[float]) -> list[int]:
 
 
 def read_texts(source: TextSource, purpose: str) -> list[str]:
-    """Documents of a source, part after part, whatever the weights.
+    """Read the documents of a source, part after part, regardless of the weights.
 
-    A file of text is one document, each line of a JSONL file is one.
+    A text file is one document; each line of a JSONL file is one.
 
     Raises:
-        InputError: a file is missing, empty, not Unicode, or a line is not as announced.
+        InputError: a file is missing, empty or not UTF-8, or a line has no text in the field.
     """
     return [text for part in list_parts(source, purpose) for text in read_part(part, purpose)]
 
 
 def read_part(part: TextPart, purpose: str) -> list[str]:
-    """Documents of one part.
+    """Read the documents of one part.
 
     Raises:
-        InputError: as `read_texts`.
+        InputError: as for `read_texts`.
     """
-    path = _file_of(part, purpose)
+    path = _find_file(part, purpose)
     try:
         text = path.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(f"{purpose} text {path} is not UTF-8: {error.reason}") from error
+        raise InputError(
+            f"{purpose} text {path} is not UTF-8: {error.reason}; convert it to UTF-8"
+        ) from error
     except OSError as error:
         raise InputError(f"{purpose} text cannot be read: {error.strerror}: {path}") from error
     if path.suffix == ".jsonl":
-        texts = _jsonl(path, text, part)
+        texts = _parse_jsonl(path, text, part)
     elif part.template is None:
         texts = [text]
     else:
-        raise InputError(f"{purpose} text {part.name}: a template is for JSONL, not for {path}")
+        raise InputError(
+            f"{purpose} text {part.name}: a template is for JSONL, not for {path}; leave the "
+            "template out"
+        )
     if not any(t.strip() for t in texts):
-        raise InputError(f"{purpose} text {path} is empty")
+        raise InputError(f"{purpose} text {path} is empty; give another file")
     return texts
 
 
 def check_text_files(source: TextSource, purpose: str) -> None:
-    """Refuse a text whose files are not there, without reading them.
+    """Check that the files of a text exist, without reading them.
 
     Raises:
-        InputError: one is missing, or the mix is none.
+        InputError: a file is missing, or the text is not a valid mix.
     """
     for part in list_parts(source, purpose):
-        _file_of(part, purpose)
+        _find_file(part, purpose)
 
 
-def _file_of(part: TextPart, purpose: str) -> Path:
+def _find_file(part: TextPart, purpose: str) -> Path:
     try:
         builtin = part.text == BUILTIN_TEXT
         path = BUILTIN_FOLDER / BUILTIN_FILES[purpose] if builtin else Path(part.text).expanduser()
-        there = path.is_file()
+        exists = path.is_file()
     except OSError as error:
         raise InputError(f"{purpose} text cannot be read: {error.strerror}: {part.text}") from error
-    except RuntimeError as error:  # no such user's home
+    except RuntimeError as error:  # the home of a user that does not exist
         raise InputError(f"{purpose} text {part.text} cannot be read: {error}") from error
-    if not there:
+    if not exists:
         raise InputError(
             f"{purpose} text {part.text} does not exist; give a text or JSONL file, 'builtin', or "
             "a mix such as a.jsonl:0.5,b.txt:0.5"
@@ -250,32 +262,34 @@ def _file_of(part: TextPart, purpose: str) -> Path:
     return path
 
 
-def _jsonl(path: Path, text: str, part: TextPart) -> list[str]:
-    found = []
-    # Not splitlines(): a JSON string may hold U+2028 and other line breaks of Unicode.
+def _parse_jsonl(path: Path, text: str, part: TextPart) -> list[str]:
+    texts = []
+    # Not splitlines(), because a JSON string may contain U+2028 and other Unicode line breaks.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
             row: Any = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise InputError(f"{path.name}, line {number} is not JSON: {error}") from error
-        value = _document(row, part, f"{path.name}, line {number}")
+            raise InputError(
+                f"{path.name}, line {number} is not JSON: {error}; fix or remove the line"
+            ) from error
+        value = _build_document(row, part, f"{path.name}, line {number}")
         try:
             value.encode()
         except UnicodeEncodeError as error:
             raise InputError(
-                f"{path.name}, line {number} holds half a character, "
-                f"{value[error.start]!a}; mend or remove the line"
+                f"{path.name}, line {number} holds half a character, {value[error.start]!a} (an "
+                "unpaired surrogate); fix or remove the line"
             ) from error
-        found.append(value)
-    return found
+        texts.append(value)
+    return texts
 
 
-def _document(row: Any, part: TextPart, where: str) -> str:
-    """Text of one line: its field, or its template filled in."""
+def _build_document(row: Any, part: TextPart, where: str) -> str:
+    """Return the text of one JSONL line: its field, or the filled-in template."""
     pieces = split_template(part.template) if part.template else [("", part.field)]
-    # A number may stand inside of a text, but is no text.
+    # A template may insert a number, but a number alone is not a text.
     kinds: tuple[type, ...] = (str, int, float) if part.template else (str,)
     document = ""
     for literal, field in pieces:
@@ -284,9 +298,9 @@ def _document(row: Any, part: TextPart, where: str) -> str:
             continue
         value = row.get(field) if isinstance(row, dict) else None
         if isinstance(value, bool) or not isinstance(value, kinds):
-            has = f"it has {', '.join(sorted(row))}" if isinstance(row, dict) else "no object"
+            has = f"it has {', '.join(sorted(row))}" if isinstance(row, dict) else "not an object"
             remedy = (
-                "mend the template or the line"
+                "fix the template or the line"
                 if part.template
                 else "name the field with 'field' in the recipe, such as --set "
                 "calibration.field=answer"
@@ -300,34 +314,36 @@ def _document(row: Any, part: TextPart, where: str) -> str:
 
 
 def check_length(source: TextSource, purpose: str, longest: int) -> None:
-    """Refuse samples that are longer than the model takes.
+    """Check that samples are not longer than the ``longest`` sequence of the model.
 
     Raises:
-        InputError: they are.
+        InputError: they are longer.
     """
     if source.length > longest:
         raise InputError(
             f"{purpose}.length {source.length} is longer than the {longest} positions of the "
-            f"model; --set {purpose}.length={longest}"
+            f"model; give --set {purpose}.length={longest}"
         )
 
 
 def load_tokens(
     source: TextSource, tokenizer: Any, purpose: str, limits: tuple[int, int]
 ) -> Tokens:
-    """Cut the text of ``source`` into samples; which ones is decided by its seed alone.
+    """Cut the text of ``source`` into samples. Its seed alone decides which ones are chosen.
 
-    The samples of a mix are shared out by weight, and each part is cut on its own: it gives the
-    samples that it would give alone with the same seed and its number of samples.
+    The samples of a mix are divided among the parts by weight. Each part is cut separately: it
+    contributes the same samples as if it were the only text, with the same seed and its number of
+    samples.
 
     Args:
         source: section of the recipe.
-        tokenizer: of the model.
+        tokenizer: tokenizer of the model.
         purpose: ``calibration``, ``evaluation`` or ``training``.
         limits: longest sequence and size of the vocabulary of the model.
 
     Raises:
-        InputError: the text is missing, empty or too short, or samples are too long for the model.
+        InputError: the text is missing, empty or too short, samples are too long for the model, a
+            part of a mix gets no sample, or the tokenizer is that of another model.
     """
     import torch
 
@@ -338,77 +354,79 @@ def load_tokens(
     if 0 in counts:
         raise InputError(
             f"{purpose} text: part {parts[counts.index(0)].name} gets none of the "
-            f"{source.samples} samples; give it more weight, or --set {purpose}.samples=N"
+            f"{source.samples} samples; give it more weight, or more samples: --set "
+            f"{purpose}.samples=N"
         )
-    found = []
+    samples = []
     for part, count in zip(parts, counts, strict=True):
-        stream = _stream(part, tokenizer, purpose)
-        windows = len(stream) // source.length
+        tokens = _encode_part(part, tokenizer, purpose)
+        windows = len(tokens) // source.length
         if windows < count:
-            raise _too_short(source, purpose, part.name if len(parts) > 1 else None, count, stream)
-        found.append(_cut(stream, source, count))
-    ids = torch.cat(found)[_turns(counts)]
+            name = part.name if len(parts) > 1 else None
+            raise _make_length_error(source, purpose, name, count, tokens)
+        samples.append(_choose_windows(tokens, source, count))
+    ids = torch.cat(samples)[_interleave(counts)]
     if int(ids.max()) >= vocabulary:
         raise InputError(
-            f"the tokenizer makes id {int(ids.max())}, but the model has {vocabulary} entries; "
-            "it is not this model's tokenizer"
+            f"the tokenizer makes id {int(ids.max())}, but the vocabulary of the model has "
+            f"{vocabulary} entries; it is not this model's tokenizer"
         )
-    gave = tuple(
-        PartTokens(part.name, part.text, len(own), _digest(own))
-        for part, own in zip(parts, found, strict=True)
+    by_part = tuple(
+        PartTokens(part.name, part.text, len(part_ids), _hash_ids(part_ids))
+        for part, part_ids in zip(parts, samples, strict=True)
     )
-    return Tokens(ids, source.text, _digest(ids), gave)
+    return Tokens(ids, source.text, _hash_ids(ids), by_part)
 
 
 def wrap_tokens(ids: Tensor, name: str) -> Tokens:
-    """Samples int64 [samples, length] that come from no text, under a name of their own."""
-    digest = _digest(ids)
+    """Wrap samples int64 [samples, length] that do not come from a text, under ``name``."""
+    digest = _hash_ids(ids)
     return Tokens(ids, name, digest, (PartTokens(name, name, len(ids), digest),))
 
 
-def _stream(part: TextPart, tokenizer: Any, purpose: str) -> array[int]:
-    """Token ids of all documents, each after an end token."""
+def _encode_part(part: TextPart, tokenizer: Any, purpose: str) -> array[int]:
+    """Return the token ids of all documents, each after an end token."""
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    stream = array("q")
+    tokens = array("q")
     for text in read_part(part, purpose):
-        stream.extend(end)
-        stream.extend(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-    return stream
+        tokens.extend(end)
+        tokens.extend(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    return tokens
 
 
-def _too_short(
-    source: TextSource, purpose: str, part: str | None, count: int, stream: array[int]
+def _make_length_error(
+    source: TextSource, purpose: str, part: str | None, count: int, tokens: array[int]
 ) -> InputError:
-    windows, needed = len(stream) // source.length, count * source.length
+    windows, needed = len(tokens) // source.length, count * source.length
     if part is not None:
         return InputError(
-            f"{purpose} text: part {part} is too short: {len(stream):,} tokens, but its {count} "
+            f"{purpose} text: part {part} is too short: {len(tokens):,} tokens, but its {count} "
             f"of the {source.samples} samples of {source.length} need {needed:,}; give it more "
             "text or less weight"
         )
     remedy = f", fewer samples (--set {purpose}.samples={windows})" if windows else ""
     return InputError(
-        f"{purpose} text {source.text} is too short: {len(stream):,} tokens, but {source.samples} "
+        f"{purpose} text {source.text} is too short: {len(tokens):,} tokens, but {source.samples} "
         f"samples of {source.length} need {needed:,}; give more text{remedy}, or a smaller length"
     )
 
 
-def _cut(stream: array[int], source: TextSource, count: int) -> Tensor:
-    """``count`` windows without overlap, int64 [count, length], in the order of the text."""
+def _choose_windows(tokens: array[int], source: TextSource, count: int) -> Tensor:
+    """Choose ``count`` windows without overlap, int64 [count, length], in the order of the text."""
     import numpy as np
     import torch
 
-    windows = len(stream) // source.length
+    windows = len(tokens) // source.length
     chosen = np.random.default_rng(source.seed).permutation(windows)[:count]
-    rows = np.frombuffer(stream, np.int64)[: windows * source.length].reshape(windows, -1)
+    rows = np.frombuffer(tokens, np.int64)[: windows * source.length].reshape(windows, -1)
     return torch.from_numpy(rows[np.sort(chosen)])
 
 
-def _turns(counts: Sequence[int]) -> list[int]:
-    """Order in which parts that lie one after the other take turns, evenly."""
+def _interleave(counts: Sequence[int]) -> list[int]:
+    """Return the order that interleaves parts of these sizes, stored one after another, evenly."""
     places = [((n + 0.5) / count, part) for part, count in enumerate(counts) for n in range(count)]
     return sorted(range(len(places)), key=places.__getitem__)
 
 
-def _digest(ids: Tensor) -> str:
+def _hash_ids(ids: Tensor) -> str:
     return hashlib.sha256(ids.numpy().tobytes()).hexdigest()

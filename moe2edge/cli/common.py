@@ -1,4 +1,4 @@
-"""What the verbs of the command line share: options, and how results are printed."""
+"""Options that several commands share, and functions that print results."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ Command = Callable[..., Any]
 
 
 def emit(data: dict[str, Any]) -> None:
-    """The one JSON document on stdout."""
+    """Print the one JSON document of a successful command on stdout."""
     click.echo(json.dumps({"ok": True, **data}, indent=2, ensure_ascii=False))
 
 
 def print_table(table: Any) -> None:
-    """A table of rich, wide enough where nobody looks at it on a terminal."""
+    """Print a table of rich; outside a terminal it is 150 columns wide."""
     from rich.console import Console
 
     width = None if sys.stdout.isatty() else 150
@@ -33,7 +33,7 @@ def print_table(table: Any) -> None:
 
 
 def quiet_libraries() -> None:
-    """No bars and notices of libraries between our own lines."""
+    """Turn off progress bars and notices of transformers, which would mix with our output."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -41,24 +41,29 @@ def quiet_libraries() -> None:
 
 
 def open_model(model: str, revision: str | None, cache_dir: Path | None) -> Any:
-    """The checkpoint that MODEL means."""
+    """Open the checkpoint that the argument MODEL names."""
     from moe2edge.storage.checkpoint import open_checkpoint
 
     return open_checkpoint(model, revision=revision, cache_dir=cache_dir)
 
 
 def add_hub_options(command: Command) -> Command:
-    """Options that say which files of the hub MODEL means."""
-    command = click.option("--revision", help="Branch, tag or commit of a hub model.")(command)
-    return click.option("--cache-dir", type=click.Path(path_type=Path), help="Cache of hub files.")(
+    """Add the options that select files of a model on the Hugging Face Hub."""
+    command = click.option("--revision", help="Branch, tag or commit of a model on the Hub.")(
         command
     )
+    return click.option(
+        "--cache-dir", type=click.Path(path_type=Path), help="Folder for files from the Hub."
+    )(command)
 
 
-MIX = "A text or JSONL file, or a mix: a.jsonl:0.5,b.txt:0.5."
+MIX = "A text or JSONL file, or a weighted mix: a.jsonl:0.5,b.txt:0.5."
 
 SETTINGS = click.option(
-    "--set", "settings", multiple=True, help="Override, as in gptq.group_size=64."
+    "--set",
+    "settings",
+    multiple=True,
+    help="Override a recipe option, such as gptq.group_size=64. Can be given several times.",
 )
 CALIB = click.option("--calib", help=f"Calibration text. {MIX}")
 
@@ -66,7 +71,14 @@ CALIB = click.option("--calib", help=f"Calibration text. {MIX}")
 def parse_recipe(
     name: str, settings: tuple[str, ...], calib: str | None, evaluation: str | None = None
 ) -> Recipe:
-    """A bundled recipe or a file, with texts and settings given on the command line."""
+    """Parse a recipe, with the texts and settings of the command line.
+
+    Args:
+        name: a bundled recipe or a file.
+        settings: values of ``--set``.
+        calib: value of ``--calib``.
+        evaluation: value of ``--eval``.
+    """
     from moe2edge.pipeline import recipe
 
     texts = [f"calibration.text={json.dumps(calib)}"] if calib is not None else []
@@ -75,14 +87,20 @@ def parse_recipe(
 
 
 def add_text_options(samples: int) -> Callable[[Command], Command]:
-    """Options of a text and how it is cut into samples; `read_text_options` takes their values."""
+    """Add options of a text and its samples, whose values `read_text_options` takes."""
     options = (
         click.option("--text", default="builtin", show_default=True, help=MIX),
-        click.option("--field", help="Field of a JSONL line [default: text]."),
-        click.option("--template", help=r"Instead: '{question}\n{answer}'; \n is a line break."),
-        click.option("--samples", default=samples, show_default=True, help="Samples of the text."),
-        click.option("--length", default=512, show_default=True, help="Tokens in a sample."),
-        click.option("--seed", default=0, show_default=True, help="Decides which samples."),
+        click.option("--field", help="Field of each JSONL line [default: text]."),
+        click.option(
+            "--template",
+            help=r"Text with several fields of a JSONL line, instead of --field, such as "
+            r"'{question}\n{answer}'; \n is a line break.",
+        ),
+        click.option("--samples", default=samples, show_default=True, help="Number of samples."),
+        click.option("--length", default=512, show_default=True, help="Tokens per sample."),
+        click.option(
+            "--seed", default=0, show_default=True, help="Seed of the random choice of samples."
+        ),
     )
 
     def decorate(command: Command) -> Command:
@@ -94,7 +112,7 @@ def add_text_options(samples: int) -> Callable[[Command], Command]:
 
 
 def read_text_options(purpose: str, options: Mapping[str, Any]) -> TextSource:
-    """Section of a recipe from the values of `add_text_options`, with the same refusals."""
+    """Make the section of a recipe from the values of `add_text_options`, with the same checks."""
     from moe2edge.pipeline.recipe import parse_section
 
     given = {name: value for name, value in options.items() if value is not None}
@@ -111,28 +129,28 @@ def _set_threads(_: click.Context, __: click.Parameter, count: int | None) -> No
 
 
 def parse_bytes(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
-    """Bytes of a size such as 8GB, 512MiB or 2e9."""
+    """Parse a size such as 8GB, 512MiB or 2e9 into bytes."""
     if value is None:
         return None
-    found = re.fullmatch(r"\s*([\d.]+(?:e\d+)?)\s*([KMGT]?)(i?)B?\s*", value, re.IGNORECASE)
+    match = re.fullmatch(r"\s*([\d.]+(?:e\d+)?)\s*([KMGT]?)(i?)B?\s*", value, re.IGNORECASE)
     try:
-        number = float(found[1]) if found else math.nan
+        number = float(match[1]) if match else math.nan
     except ValueError:
         number = math.nan
-    if found is None or not 0 < number < math.inf:
-        raise click.BadParameter(f"{value!r} is no size; expected one such as 8GB or 512MiB")
-    base = 1024 if found[3] else 1000
-    return int(number * base ** " KMGT".index(found[2].upper() or " "))
+    if match is None or not 0 < number < math.inf:
+        raise click.BadParameter(f"{value!r} is not a size; expected one such as 8GB or 512MiB")
+    base = 1024 if match[3] else 1000
+    return int(number * base ** " KMGT".index(match[2].upper() or " "))
 
 
-# ONNX sessions take torch's number, so that one option rules both.
+# ONNX sessions use the number of threads of torch, so that one option sets both.
 THREADS = click.option(
     "--threads",
     type=click.IntRange(min=1),
     expose_value=False,
     callback=_set_threads,
-    help="Processor threads [default: one per core]. Lower it beside other work.",
+    help="Processor threads [default: one per core]. Use fewer while other programs run.",
 )
-JSON = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
-QUIET = click.option("-q", "--quiet", is_flag=True, help="No progress.")
+JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+QUIET = click.option("-q", "--quiet", is_flag=True, help="Do not show progress.")
 FOLDER = click.argument("folder", type=click.Path(path_type=Path))

@@ -1,4 +1,4 @@
-"""Verbs on decisions: make them, show them, compare them."""
+"""Commands for decisions: make them, show them, compare them."""
 
 from __future__ import annotations
 
@@ -33,18 +33,21 @@ Examples:
   moe2edge decide MODEL -r trim -o math.json --calib gsm8k.jsonl
       --set calibration.field=question
   moe2edge decide MODEL -r trim -o mix.json --calib gsm8k.jsonl:0.5,code.txt:0.5
-The pass apply_decisions carries them out later: {apply_decisions: {file: sets.json}}"""
+To carry out the decisions later, use the pass apply_decisions in a recipe:
+  {apply_decisions: {file: sets.json}}"""
 
 
 @click.command(epilog=DECIDE_EXAMPLES)
 @click.argument("model")
-@click.option("-r", "--recipe", required=True, help="Bundled recipe or file, of trimming passes.")
+@click.option(
+    "-r", "--recipe", required=True, help="Bundled recipe or recipe file; only pruning passes."
+)
 @click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path), help="JSON file to write."
 )
 @SETTINGS
 @CALIB
-@click.option("--force", is_flag=True, help="Replace a file of decisions.")
+@click.option("--force", is_flag=True, help="Replace an existing file of decisions.")
 @QUIET
 @THREADS
 @JSON
@@ -61,7 +64,10 @@ def decide_command(
     revision: str | None,
     cache_dir: Path | None,
 ) -> None:
-    """Choose what of MODEL stays, by a recipe that trims, and write down the choice alone."""
+    """Decide which parts of MODEL a pruning recipe keeps.
+
+    Writes only the decisions, not the model.
+    """
     from moe2edge.commands.decide import decide as run
     from moe2edge.pipeline import decisions
 
@@ -69,12 +75,12 @@ def decide_command(
     decisions.check_decisions_output(output, force=force)
     checkpoint = open_model(model, revision, cache_dir)
     quiet_libraries()
-    found, steps = run(checkpoint, parsed, make_reporter(quiet=quiet))
-    decisions.write_decisions(found, output)
+    decided, steps = run(checkpoint, parsed, make_reporter(quiet=quiet))
+    decisions.write_decisions(decided, output)
     if as_json:
-        emit({"output": str(output), "decisions": found.to_json()})
+        emit({"output": str(output), "decisions": decided.to_json()})
         return
-    _show(found)
+    _print_decisions(decided)
     for step in steps:
         for note in step.notes:
             click.echo(f"{step.name}: {note}")
@@ -83,27 +89,27 @@ def decide_command(
 
 @click.group(name="decisions")
 def decisions_group() -> None:
-    """Files of decisions, as decide writes them."""
+    """Show and compare files of decisions, as decide writes them."""
 
 
 @decisions_group.command(name="show", epilog="\b\nExample:\n  moe2edge decisions show sets.json")
 @click.argument("file", type=click.Path(path_type=Path))
 @JSON
 def show_decisions_command(file: Path, as_json: bool) -> None:
-    """Show what FILE decides for each block."""
+    """Show the decisions in FILE, block by block."""
     from moe2edge.pipeline.decisions import read_decisions
 
-    found = read_decisions(file)[0]
+    decisions = read_decisions(file)[0]
     if as_json:
-        emit({"decisions": found.to_json()})
+        emit({"decisions": decisions.to_json()})
         return
-    _show(found)
+    _print_decisions(decisions)
 
 
-def _show(found: Decisions) -> None:
+def _print_decisions(decisions: Decisions) -> None:
     from rich.table import Table
 
-    source, calibration = found.source, found.calibration
+    source, calibration = decisions.source, decisions.calibration
     click.echo(f"source: {source.model} ({source.family}, sha256 {source.sha256[:12]}...)")
     if calibration is not None:
         click.echo(
@@ -111,30 +117,30 @@ def _show(found: Decisions) -> None:
             f"{calibration.length} tokens"
         )
     table = Table()
-    for heading in ("block", "experts", "stays", "top-k", "skips below", "which"):
-        table.add_column(heading, justify="left" if heading == "which" else "right")
-    for own in found.blocks:
+    for heading in ("block", "experts", "kept", "top-k", "skips below", "kept experts"):
+        table.add_column(heading, justify="left" if heading == "kept experts" else "right")
+    for block in decisions.blocks:
         table.add_row(
-            str(own.origin),
-            str(own.experts_before),
-            "-" if own.dropped else str(len(own.experts)),
-            str(own.top_k or "-"),
-            ", ".join(f"{value:.4f}" for value in own.skip_below) or "-",
-            _which(own),
+            str(block.origin),
+            str(block.experts_before),
+            "-" if block.dropped else str(len(block.experts)),
+            str(block.top_k or "-"),
+            ", ".join(f"{value:.4f}" for value in block.skip_below) or "-",
+            _describe_kept(block),
         )
     print_table(table)
 
 
-def _which(own: BlockDecision) -> str:
-    """Experts that stay, and what the block is if it routes no more."""
-    if own.dropped:
+def _describe_kept(block: BlockDecision) -> str:
+    """Describe the experts that stay, or what remains of a block without a router."""
+    if block.dropped:
         return "block dropped"
-    if own.mlp == "moe":
-        whole = len(own.experts) == own.experts_before
-        return "all" if whole else " ".join(map(str, own.experts))
+    if block.mlp == "moe":
+        all_kept = len(block.experts) == block.experts_before
+        return "all" if all_kept else " ".join(map(str, block.experts))
     words = {"none": "nothing after attention", "norm": "the norm only"}
-    experts = f" {own.experts[0]}" if own.experts else ""
-    return words.get(str(own.mlp), f"{own.mlp}{experts}")
+    experts = f" {block.experts[0]}" if block.experts else ""
+    return words.get(str(block.mlp), f"{block.mlp}{experts}")
 
 
 COMPARE_EXAMPLE = "\b\nExample:\n  moe2edge decisions compare math.json code.json text.json"
@@ -144,31 +150,34 @@ COMPARE_EXAMPLE = "\b\nExample:\n  moe2edge decisions compare math.json code.jso
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
 @JSON
 def compare_decisions_command(files: tuple[Path, ...], as_json: bool) -> None:
-    """Show which experts every two of FILES have in common, layer by layer."""
+    """Compare the experts that every pair of FILES keeps.
+
+    Shows the overlap for each layer and over all layers.
+    """
     from moe2edge.evaluation.decision_overlap import compare
     from moe2edge.pipeline.decisions import read_decisions
 
-    found = {str(path): read_decisions(path)[0] for path in files}
-    overlaps = compare(found)
+    decisions = {str(path): read_decisions(path)[0] for path in files}
+    overlaps = compare(decisions)
     if as_json:
-        emit({"overlaps": [own.to_json() for own in overlaps]})
+        emit({"overlaps": [overlap.to_json() for overlap in overlaps]})
         return
-    if len({own.source.sha256 for own in found.values()}) > 1:
+    if len({each.source.sha256 for each in decisions.values()}) > 1:
         click.echo("note: the decisions are about different models of one shape", err=True)
-    for own in overlaps:
-        _print_overlap(own)
+    for overlap in overlaps:
+        _print_overlap(overlap)
     if len(overlaps) > 1:
         _print_overall(overlaps)
     click.echo("expected: mean overlap of random sets of the same sizes")
 
 
-def _print_overlap(own: Overlap) -> None:
+def _print_overlap(overlap: Overlap) -> None:
     from rich.table import Table
 
-    table = Table(title=f"A: {own.a_name}, B: {own.b_name}", title_justify="left")
+    table = Table(title=f"A: {overlap.a_name}, B: {overlap.b_name}", title_justify="left")
     for heading in ("block", "experts", "A", "B", "in both", "expected", "Jaccard", "same"):
         table.add_column(heading, justify="right")
-    for layer in own.layers:
+    for layer in overlap.layers:
         table.add_row(
             str(layer.origin),
             str(layer.experts),
@@ -180,7 +189,8 @@ def _print_overlap(own: Overlap) -> None:
             "yes" if layer.identical else "",
         )
     table.add_section()
-    table.add_row("all", str(sum(layer.experts for layer in own.layers)), *_overall(own))
+    experts = sum(layer.experts for layer in overlap.layers)
+    table.add_row("all", str(experts), *_format_totals(overlap))
     print_table(table)
 
 
@@ -190,17 +200,17 @@ def _print_overall(overlaps: Sequence[Overlap]) -> None:
     table = Table(title="all layers", title_justify="left")
     for heading in ("A", "B", "A keeps", "B keeps", "in both", "expected", "Jaccard", "same"):
         table.add_column(heading, justify="right")
-    for own in overlaps:
-        table.add_row(own.a_name, own.b_name, *_overall(own))
+    for overlap in overlaps:
+        table.add_row(overlap.a_name, overlap.b_name, *_format_totals(overlap))
     print_table(table)
 
 
-def _overall(own: Overlap) -> tuple[str, ...]:
+def _format_totals(overlap: Overlap) -> tuple[str, ...]:
     return (
-        str(own.a),
-        str(own.b),
-        str(own.both),
-        f"{own.expected:.1f}",
-        f"{own.jaccard:.2f}",
-        f"{len(own.identical)} of {len(own.layers)}",
+        str(overlap.a),
+        str(overlap.b),
+        str(overlap.both),
+        f"{overlap.expected:.1f}",
+        f"{overlap.jaccard:.2f}",
+        f"{len(overlap.identical)} of {len(overlap.layers)}",
     )

@@ -1,4 +1,4 @@
-"""``moe2edge inspect``: what a model is made of, and how its routers use it."""
+"""``moe2edge inspect``: show the structure of a model, and how its routers use the experts."""
 
 from __future__ import annotations
 
@@ -44,20 +44,20 @@ NEEDS_ROUTING = (
 @click.command(epilog=EXAMPLES)
 @click.argument("model")
 @click.option(
-    "--routing", is_flag=True, help="Run a text through MODEL; show what is routed where."
+    "--routing", is_flag=True, help="Run a text through MODEL, and show the use of its experts."
 )
 @add_text_options(samples=128)
 @click.option(
     "--criterion",
     default="mone",
     show_default=True,
-    help="Scores in table and picture, as in expert_drop; --json has all.",
+    help="Criterion of expert_drop whose scores the table and the picture show; --json has all.",
 )
 @click.option(
     "-o",
     "--output",
     type=click.Path(path_type=Path),
-    help="Heat maps as a picture: .png, .svg or .pdf; an old one is replaced.",
+    help="Write heat maps to this file: .png, .svg or .pdf. An existing file is replaced.",
 )
 @QUIET
 @THREADS
@@ -74,15 +74,15 @@ def inspect_command(
     cache_dir: Path | None,
     **text: Any,
 ) -> None:
-    """Show what MODEL, or a folder that moe2edge wrote, is made of; reads headers only.
+    """Show the structure of MODEL or of an output folder.
 
-    With --routing a text is run through it, to show per MoE layer and expert: tokens, gate
-    weights and the scores of every criterion of expert_drop.
+    Reads file headers only. With --routing, runs a text through the model, and shows for each MoE
+    layer and expert: tokens, gate weights and the scores of every criterion of expert_drop.
     """
     from moe2edge.storage.manifest import is_artifact
 
     if not routing:
-        _refuse_options_of_routing()
+        _refuse_routing_options()
         if is_artifact(Path(model)):
             _inspect_output(Path(model), as_json)
         else:
@@ -93,29 +93,31 @@ def inspect_command(
         from moe2edge.evaluation.routing_view import check_picture
 
         check_picture(output)
-    # Refused before anything is downloaded.
-    target = _target(Path(model)) if is_artifact(Path(model)) else None
+    # An unsupported target is refused before anything is downloaded.
+    target = _read_target(Path(model)) if is_artifact(Path(model)) else None
     checkpoint = open_model(model, revision, cache_dir)
-    report = _routing(checkpoint, target, read_text_options("calibration", text), quiet=quiet)
+    report = _measure_routing(
+        checkpoint, target, read_text_options("calibration", text), quiet=quiet
+    )
     _show_routing(report, criterion, output, as_json)
 
 
-def _inspect_source(found: Model, as_json: bool) -> None:
+def _inspect_source(model: Model, as_json: bool) -> None:
     if as_json:
         emit(
             {
-                "family": found.family.model_type,
-                "architecture": found.family.architecture,
-                "blocks": len(found.blocks),
-                "expert_counts": list(found.expert_counts),
-                "top_k": [layer.router.top_k for _, layer in found.moe_blocks],
-                "parameters": found.parameters,
-                "active_parameters": found.active_parameters,
-                "bytes": found.nbytes,
+                "family": model.family.model_type,
+                "architecture": model.family.architecture,
+                "blocks": len(model.blocks),
+                "expert_counts": list(model.expert_counts),
+                "top_k": [layer.router.top_k for _, layer in model.moe_blocks],
+                "parameters": model.parameters,
+                "active_parameters": model.active_parameters,
+                "bytes": model.nbytes,
             }
         )
         return
-    click.echo(str(found))
+    click.echo(str(model))
 
 
 def _inspect_output(folder: Path, as_json: bool) -> None:
@@ -129,10 +131,10 @@ def _inspect_output(folder: Path, as_json: bool) -> None:
     click.echo(f"{folder}: target {artifact.target}, made from {source['model']}")
     click.echo(f"parameters: {model['parameters']:,} ({model['active_parameters']:,} active)")
     click.echo(f"experts per MoE layer: {model['expert_counts']}; blocks: {model['origins']}")
-    # Folders of older versions do not tell.
-    for what, name in (("experts that share these", "members"), ("replacements", "substitutes")):
-        if any(model.get(name, ())):
-            click.echo(f"{what} per MoE layer: {model[name]}")
+    # Manifests of older versions lack these keys.
+    for words, key in (("tied experts", "members"), ("replacements", "substitutes")):
+        if any(model.get(key, ())):
+            click.echo(f"{words} per MoE layer: {model[key]}")
     for name, entry in artifact.manifest["files"].items():
         click.echo(f"{entry['bytes']:>12,}  {entry['sha256'][:12]}  {name}")
     total = sum(entry["bytes"] for entry in artifact.manifest["files"].values())
@@ -142,11 +144,11 @@ def _inspect_output(folder: Path, as_json: bool) -> None:
 # ---- routing -----------------------------------------------------------------------------------
 
 
-def _refuse_options_of_routing() -> None:
+def _refuse_routing_options() -> None:
     context = click.get_current_context()
     for name in NEEDS_ROUTING:
         if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
-            raise InputError(f"--{name} is about routing: add --routing, or leave it out")
+            raise InputError(f"--{name} is about routing: add --routing, or leave --{name} out")
 
 
 def _check_criterion(name: str) -> None:
@@ -156,8 +158,12 @@ def _check_criterion(name: str) -> None:
         raise InputError(suggest("criterion", name, REPORTED_CRITERIA))
 
 
-def _target(folder: Path) -> str:
-    """Target of an output folder whose numbers can be read back into a model."""
+def _read_target(folder: Path) -> str:
+    """Return the target of an output folder, if its numbers can be read back into a model.
+
+    Raises:
+        Unsupported: the folder has no safetensors.
+    """
     from moe2edge.storage.manifest import open_artifact
 
     target = open_artifact(folder).target
@@ -169,7 +175,7 @@ def _target(folder: Path) -> str:
     return target
 
 
-def _routing(
+def _measure_routing(
     checkpoint: Checkpoint, target: str | None, source: TextSource, *, quiet: bool
 ) -> RoutingReport:
     from moe2edge.calibration.tokens import load_tokens
@@ -185,22 +191,22 @@ def _routing(
     limits = (geometry.max_positions, geometry.vocab)
     try:
         tokens = load_tokens(source, load_tokenizer(checkpoint.folder), "calibration", limits)
-    except InputError as error:  # here the options of a recipe are options of the command
+    except InputError as error:  # this command has options where a recipe has settings
         raise InputError(str(error).replace("--set calibration.", "--")) from error
     text = tokens.provenance | {"seed": source.seed}
-    origins = None if target is None else _origins(checkpoint.folder, len(model.blocks))
+    origins = None if target is None else _read_origins(checkpoint.folder, len(model.blocks))
     advance = make_reporter(quiet=quiet).advance
     layers = routing_report.measure_routing(model, tokens.ids, advance, origins)
     family = model.family.architecture
     return routing_report.RoutingReport(checkpoint.source, family, target, text, layers)
 
 
-def _origins(folder: Path, blocks: int) -> list[int]:
-    """Index in the source of each block of an output folder."""
+def _read_origins(folder: Path, blocks: int) -> list[int]:
+    """Read the index in the source of each block of an output folder."""
     from moe2edge.storage.manifest import open_artifact
 
-    found = open_artifact(folder).manifest.get("model")
-    origins = found.get("origins") if isinstance(found, dict) else None
+    model = open_artifact(folder).manifest.get("model")
+    origins = model.get("origins") if isinstance(model, dict) else None
     if isinstance(origins, list) and [type(origin) for origin in origins] == [int] * blocks:
         return origins
     raise InputError(

@@ -1,4 +1,4 @@
-"""The command line: one verb each. Results on stdout, everything else on stderr."""
+"""The command line. Results go to stdout, everything else to stderr."""
 
 from __future__ import annotations
 
@@ -34,21 +34,22 @@ if TYPE_CHECKING:
     from moe2edge.pipeline.target import Target
 
 INTERRUPTED = 130
-# For torch, which reads it when it is first used. Large pages are fewer page faults, a twelfth off
-# the time of an export. Of code for each shape of a product oneDNN would keep 1024 pieces, of up to
-# half a megabyte, and experts see other numbers of tokens in every block.
+# Read by torch when it is first used. With large pages there are fewer page faults, which takes a
+# twelfth off the time of an export. oneDNN compiles code for each shape of a matrix product and
+# would keep 1024 such pieces of up to half a megabyte, although the number of tokens of an expert
+# is different in every block.
 ENVIRONMENT = {"THP_MEM_ALLOC_ENABLE": "1", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
 EXIT_CODES = """\b
-Exit codes: 0 done; 1 failed while running; 2 the command, recipe, model or
-text is wrong; 5 does not fit on the disk or in memory; 6 not supported;
-7 verification failed; 8 training diverged; 130 interrupted."""
+Exit codes: 0 success; 1 failed while running; 2 the command, recipe, model or
+text is wrong; 5 not enough disk or memory; 6 not supported; 7 verification
+failed; 8 training diverged; 130 interrupted."""
 
 
 class CommandGroup(click.Group):
-    """Commands with the project's exit codes."""
+    """Group of commands that exits with the exit codes of the project."""
 
     def main(self, *args: Any, **extra: Any) -> Any:
-        """Run; every error that is ours becomes one line and its exit code."""
+        """Run a command, and turn every error into one line and an exit code."""
         as_json = "--json" in sys.argv
         progress_bar.listen()
         try:
@@ -58,43 +59,44 @@ class CommandGroup(click.Group):
         except click.ClickException as error:
             _fail(error.format_message(), error.exit_code, as_json)
         except Moe2EdgeError as error:
-            _debug()
-            _fail(_told(str(error), error), error.exit_code, as_json)
+            _print_debug_traceback()
+            _fail(_append_notes(str(error), error), error.exit_code, as_json)
         except (click.Abort, KeyboardInterrupt) as error:
-            # Click raises an error of its own in place of an interrupt.
+            # Click replaces an interrupt by its own error; the notes are on the cause.
             first = error.__cause__ or error
-            _leave(_told("interrupted", first, "nothing was left behind"), as_json)
+            message = _append_notes("interrupted", first, "nothing was left behind")
+            _exit_interrupted(message, as_json)
         except BrokenPipeError:
             sys.stderr.close()
             sys.exit(1)
         except OSError as error:
-            _debug()
-            what = f"{error.strerror or error}: {error.filename or 'no file named'}"
-            _fail(_told(what, error), 1, as_json)
-        except Exception as error:  # the last resort: a fault of ours, told in one line as well
-            _debug()
-            what = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            _print_debug_traceback()
+            message = f"{error.strerror or error}: {error.filename or 'no file named'}"
+            _fail(_append_notes(message, error), 1, as_json)
+        except Exception as error:  # the last resort: a bug is reported in one line as well
+            _print_debug_traceback()
+            message = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             hint = "run again with MOE2EDGE_DEBUG=1 and report what it prints"
-            _fail(_told(f"{what} (a fault of moe2edge; {hint})", error), 1, as_json)
+            _fail(_append_notes(f"{message} (a bug in moe2edge; {hint})", error), 1, as_json)
 
 
-def _debug() -> None:
-    """Where an error came from, for those who ask."""
+def _print_debug_traceback() -> None:
+    """Print the traceback of the current error if MOE2EDGE_DEBUG is set."""
     if os.environ.get("MOE2EDGE_DEBUG"):
         traceback.print_exc()
 
 
-def _told(message: str, error: BaseException, otherwise: str = "") -> str:
-    """A message with what the error has on it, such as what an export has kept."""
+def _append_notes(message: str, error: BaseException, otherwise: str = "") -> str:
+    """Append the notes of an error, such as which finished work an export kept."""
     notes = getattr(error, "__notes__", ()) or ([otherwise] if otherwise else [])
     return "; ".join([message, *notes])
 
 
-def _leave(message: str, as_json: bool) -> NoReturn:
+def _exit_interrupted(message: str, as_json: bool) -> NoReturn:
     """Exit after an interrupt.
 
-    Python ends itself with the signal, whatever exit code it was given, if the interrupt passed
-    through an ``exec`` of text, as dataclasses do while a library is imported.
+    If the interrupt passed through an ``exec`` of text, as in dataclasses while a library is
+    imported, Python ends itself with the signal and ignores the exit code. Hence ``os._exit``.
     """
     try:
         _fail(message, INTERRUPTED, as_json)
@@ -118,7 +120,8 @@ def _fail(message: str, code: int, as_json: bool) -> NoReturn:
 def main() -> None:
     """Compress Mixture-of-Experts language models for one small machine.
 
-    MODEL is a local folder, a hub id (org/name or org/name@revision), or builtin:tiny-moe.
+    MODEL is a local folder, a model on the Hugging Face Hub (org/name or org/name@revision), or
+    builtin:tiny-moe.
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -141,41 +144,44 @@ Examples:
     "-t",
     "--target",
     required=True,
-    help="onnx, gptq, hf, or several with commas; options of a target follow it, as in "
-    "onnx:accuracy_level=0 (see moe2edge targets).",
+    help="onnx, gptq or hf; separate several by commas. Options follow a target, as in "
+    "onnx:accuracy_level=0 (see: moe2edge targets).",
 )
 @click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to write."
 )
-@click.option("-r", "--recipe", help="Bundled recipe or file [default: w4 for onnx and gptq].")
+@click.option(
+    "-r", "--recipe", help="Bundled recipe or recipe file [default: w4 for onnx and gptq]."
+)
 @SETTINGS
 @CALIB
 @click.option(
     "--eval",
     "evaluation",
-    help="Held-out text for the report, likewise; none: no perplexity, for a quick export.",
+    help="Held-out text for the report, in the form of --calib. none: skip perplexity, for a "
+    "quick export.",
 )
-@click.option("--force", is_flag=True, help="Replace an output folder of moe2edge.")
+@click.option("--force", is_flag=True, help="Replace an existing output folder of moe2edge.")
 @click.option(
     "--resume",
     type=click.Choice(["auto", "never", "require"]),
     default="auto",
     show_default=True,
-    help="Go on with an export to the same folder that was interrupted or killed: where there is "
-    "one, not at all, or only if there is one.",
+    help="Resume an interrupted or killed export to the same folder. auto: if there is one; "
+    "never: start again; require: fail if there is none.",
 )
 @click.option(
     "--max-memory",
     "most",
     callback=parse_bytes,
-    help="For the whole process, as in 8GB: hidden states beyond a share go to the disk, and "
-    "fewer experts are solved at once.",
+    help="Memory limit of the whole process, such as 8GB. Larger hidden states go to the disk, "
+    "and fewer experts are solved at the same time.",
 )
 @click.option(
     "--materialize",
     is_flag=True,
-    help="Where one of the targets cannot hold experts that share matrices, write each with its "
-    "own, for all of them.",
+    help="If one of the targets cannot hold tied experts, which share matrices, write every "
+    "expert with separate matrices, for all targets.",
 )
 @QUIET
 @THREADS
@@ -198,12 +204,12 @@ def export_command(
     revision: str | None,
     cache_dir: Path | None,
 ) -> None:
-    """Compress MODEL, write it for a runtime, verify it there, and report."""
+    """Compress MODEL, write it for a runtime, and verify it there."""
     from moe2edge.commands.export import export as run
     from moe2edge.pipeline.registry import parse_targets
 
     targets = parse_targets(target)
-    parsed = parse_recipe(recipe or _default_recipe(targets), settings, calib, evaluation)
+    parsed = parse_recipe(recipe or _choose_default_recipe(targets), settings, calib, evaluation)
     checkpoint = open_model(model, revision, cache_dir)
     quiet_libraries()
     report = run(
@@ -226,10 +232,11 @@ def export_command(
     click.echo(f"written: {output}")
 
 
-def _default_recipe(targets: Sequence[Target]) -> str:
+def _choose_default_recipe(targets: Sequence[Target]) -> str:
     if any(target.name == "hf" for target in targets):
         raise InputError(
-            "target hf needs a recipe that trims, such as -r trim: it cannot hold quantized numbers"
+            "target hf needs a recipe that prunes, such as -r trim, because it cannot hold "
+            "quantized numbers"
         )
     return "w4"
 

@@ -1,4 +1,4 @@
-"""Verbs on what was written: verify, generate, profile, evaluate."""
+"""Commands for outputs: verify, generate, profile, evaluate."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from moe2edge.errors import DoesNotFit, VerificationFailed
 
 @click.command(epilog="\b\nExample:\n  moe2edge verify out-onnx")
 @FOLDER
-@click.option("--reference", help="Also repeat the comparison with this source MODEL.")
+@click.option("--reference", help="Source MODEL, to repeat the comparison of the export with it.")
 @THREADS
 @JSON
 @add_hub_options
@@ -40,7 +40,10 @@ def verify_command(
     revision: str | None,
     cache_dir: Path | None,
 ) -> None:
-    """Prove that a folder holds what was exported: files, every tensor, logits in its runtime."""
+    """Verify that FOLDER holds what was exported.
+
+    Checks the files, every tensor, and the logits in the runtime of the target.
+    """
     from moe2edge.evaluation import verify
     from moe2edge.pipeline import registry
     from moe2edge.storage.manifest import check_manifest_files, open_artifact
@@ -55,7 +58,10 @@ def verify_command(
     result: dict[str, Any] = {"tensors": count, "parity": asdict(parity)}
     if reference:
         if runtime is None:
-            raise DoesNotFit(f"{folder} is too large for the memory of this machine to be run")
+            raise DoesNotFit(
+                f"{folder} needs more memory than this machine has, so it cannot be run and "
+                f"compared with {reference}; leave out --reference, or verify on a larger machine"
+            )
         source = open_model(reference, revision, cache_dir).model
         result["kl_at_export"] = recorded.source_kl
         result["kl_to_source"] = verify.check_source(recorded, runtime, source)
@@ -73,41 +79,60 @@ def verify_command(
             f"top-1 ({parity.positions} positions, cached)"
         )
     if reference:
-        than = "" if recorded.source_kl is not None else " (none was measured at export)"
-        click.echo(f"KL to {reference}: {result['kl_to_source']:.5f} nats per token{than}")
+        note = "" if recorded.source_kl is not None else " (none was measured at export)"
+        click.echo(f"KL to {reference}: {result['kl_to_source']:.5f} nats per token{note}")
     click.echo("verified")
 
 
 @click.command(epilog='\b\nExample:\n  moe2edge generate out-onnx "def read_json(path):"')
 @FOLDER
 @click.argument("prompt")
-@click.option("-n", "--max-tokens", default=64, show_default=True, help="At most so many tokens.")
-@click.option("--temperature", default=0.0, show_default=True, help="0 is greedy.")
-@click.option("--top-p", default=1.0, show_default=True, help="Sample from this much probability.")
-@click.option("--top-k", default=0, show_default=True, help="Sample from so many tokens; 0: all.")
-@click.option("--seed", default=0, show_default=True, help="For sampling.")
-@click.option("--chat/--no-chat", default=None, help="Use the chat template [default: if any].")
+@click.option(
+    "-n", "--max-tokens", default=64, show_default=True, help="Largest number of new tokens."
+)
+@click.option(
+    "--temperature", default=0.0, show_default=True, help="Sampling temperature; 0 is greedy."
+)
+@click.option(
+    "--top-p",
+    default=1.0,
+    show_default=True,
+    help="Sample from the most likely tokens that together have this probability.",
+)
+@click.option(
+    "--top-k",
+    default=0,
+    show_default=True,
+    help="Sample from this many of the most likely tokens; 0: all.",
+)
+@click.option("--seed", default=0, show_default=True, help="Seed of the sampling.")
+@click.option(
+    "--chat/--no-chat", default=None, help="Use the chat template [default: if there is one]."
+)
 @THREADS
 @JSON
 def generate_command(
-    folder: Path, prompt: str, max_tokens: int, chat: bool | None, as_json: bool, **how: Any
+    folder: Path, prompt: str, max_tokens: int, chat: bool | None, as_json: bool, **sampling: Any
 ) -> None:
-    """Continue PROMPT with the model in FOLDER, in the runtime it was made for."""
+    """Continue PROMPT with the model in FOLDER.
+
+    The model runs in the runtime of the target that wrote the folder.
+    """
     from moe2edge.commands import generate
     from moe2edge.runtime import generation
     from moe2edge.storage.manifest import open_artifact
     from moe2edge.storage.tokenizer import load_tokenizer
 
     artifact = open_artifact(folder)
-    generation.check_settings(max_tokens, **how)
+    generation.check_settings(max_tokens, **sampling)
     quiet_libraries()
     tokenizer = load_tokenizer(folder)
     ids = generation.encode_prompt(tokenizer, prompt, chat)
-    tell = partial(click.echo, err=True)
-    tokens = generate.continue_in(artifact, ids, tell, max_tokens=max_tokens, **how)
+    log = partial(click.echo, err=True)
+    tokens = generate.continue_in(artifact, ids, log, max_tokens=max_tokens, **sampling)
     if as_json:
-        made = list(progress_bar.iterate_until_interrupted(tokens))
-        emit({"prompt": prompt, "text": tokenizer.decode(made), "tokens": made})
+        generated = list(progress_bar.iterate_until_interrupted(tokens))
+        emit({"prompt": prompt, "text": tokenizer.decode(generated), "tokens": generated})
         return
     click.echo(prompt, nl=False)
     for piece in generation.stream_text(tokenizer, progress_bar.iterate_until_interrupted(tokens)):
@@ -129,13 +154,15 @@ Examples:
     type=click.Choice(["quick", "ci", "full"]),
     default="ci",
     show_default=True,
-    help="How much is measured.",
+    help="Amount of work to measure.",
 )
-@click.option("--text", type=click.Path(path_type=Path), help="Natural text for the prompts.")
-@click.option("--prompt-tokens", type=int, help="Tokens of a prompt.")
-@click.option("--gen-tokens", type=int, help="Tokens generated after it.")
-@click.option("--repeats", type=int, help="Fresh processes.")
-@click.option("--threads", type=int, help="Processor threads.")
+@click.option(
+    "--text", type=click.Path(path_type=Path), help="Text file that prompts are cut from."
+)
+@click.option("--prompt-tokens", type=int, help="Tokens per prompt [default: as in the preset].")
+@click.option("--gen-tokens", type=int, help="New tokens per prompt [default: as in the preset].")
+@click.option("--repeats", type=int, help="Number of fresh processes [default: as in the preset].")
+@click.option("--threads", type=int, help="Processor threads [default: one per core].")
 @JSON
 @add_hub_options
 def profile_command(
@@ -147,7 +174,10 @@ def profile_command(
     cache_dir: Path | None,
     **sizes: int | None,
 ) -> None:
-    """Measure latency and memory of MODEL, or of an output folder, in fresh processes."""
+    """Measure latency and memory of MODEL or an output folder.
+
+    Every measurement runs in a fresh process.
+    """
     from moe2edge.commands.api import profile
     from moe2edge.evaluation.profile.table import build_profile_table
 
@@ -174,7 +204,7 @@ Examples:
 
 @click.command(epilog=EVALUATE_EXAMPLES)
 @FOLDER
-@click.option("--reference", help="Source MODEL, for KL and top-1 agreement.")
+@click.option("--reference", help="Source MODEL, to measure KL and top-1 agreement with it.")
 @add_text_options(samples=32)
 @THREADS
 @JSON
@@ -187,17 +217,20 @@ def evaluate_command(
     cache_dir: Path | None,
     **text: Any,
 ) -> None:
-    """Perplexity of an output FOLDER on a text, and how far it is from its source."""
+    """Measure the perplexity of an output FOLDER on a text.
+
+    With --reference, also measures the agreement with the source.
+    """
     from moe2edge.evaluation.output_quality import evaluate_output as run
 
     source = read_text_options("evaluation", text)
     quiet_libraries()
     model = open_model(reference, revision, cache_dir).model if reference else None
-    found = run(folder, source, model, make_reporter(quiet=as_json).advance)
+    quality = run(folder, source, model, make_reporter(quiet=as_json).advance)
     if as_json:
-        emit(asdict(found))
+        emit(asdict(quality))
         return
-    click.echo(f"perplexity: {found.perplexity:.3f} ({found.tokens:,} tokens)")
-    if found.kl is not None and found.top1 is not None:
-        click.echo(f"KL to {reference}: {found.kl:.5f} nats per token")
-        click.echo(f"same most likely token: {found.top1:.1%}")
+    click.echo(f"perplexity: {quality.perplexity:.3f} ({quality.tokens:,} tokens)")
+    if quality.kl is not None and quality.top1 is not None:
+        click.echo(f"KL to {reference}: {quality.kl:.5f} nats per token")
+        click.echo(f"same most likely token: {quality.top1:.1%}")

@@ -1,7 +1,7 @@
-"""Progress of long work, told to whoever watches; on the command line that is stderr.
+"""Show the progress of long work on stderr, and stop the work after an interrupt.
 
-Where progress is told, an interrupt is looked for as well: Python drops an exception that a signal
-raises inside a destructor or a callback, and the work would go on.
+Every report of progress also checks for an interrupt, because Python drops an exception that a
+signal raises inside a destructor or a callback, and the work would continue.
 """
 
 from __future__ import annotations
@@ -36,58 +36,61 @@ def _interrupt(*_: object) -> NoReturn:
 
 
 def check_interrupted() -> None:
-    """Stop if a signal came.
+    """Stop the work if a signal arrived.
 
     Raises:
-        KeyboardInterrupt: it did.
+        KeyboardInterrupt: a signal arrived.
     """
     if _interrupted.is_set():
         raise KeyboardInterrupt
 
 
 def iterate_until_interrupted(items: Iterable[Item]) -> Iterator[Item]:
-    """The items, until a signal comes."""
+    """Yield the items; raises KeyboardInterrupt once a signal arrived."""
     for item in items:
         check_interrupted()
         yield item
 
 
 def make_reporter(*, quiet: bool) -> Reporter:
-    """Progress on stderr: a bar on a terminal, a line every few seconds elsewhere."""
+    """Make a reporter that writes to stderr: a bar on a terminal, else a line every 10 seconds.
+
+    A quiet reporter writes nothing, and only checks for interrupts.
+    """
     if quiet:
         return Reporter(lambda _: check_interrupted(), lambda *_: check_interrupted())
-    begun = time.perf_counter()
+    begin = time.perf_counter()
+    # When each label was last written, and when and where it was first reported.
     last: dict[str, float] = {}
+    started: dict[str, tuple[float, int]] = {}
 
     def log(line: str) -> None:
         check_interrupted()
         click.echo(line, err=True)
 
-    started: dict[str, tuple[float, int]] = {}
-
     def advance(label: str, done: int, total: int, detail: str = "", /) -> None:
         check_interrupted()
         now = time.perf_counter()
         since, before = started.setdefault(label, (now, done))
-        text = f"[{now - begun:6.1f} s] {label}: {done} of {total}"
+        text = f"[{now - begin:6.1f} s] {label}: {done} of {total}"
         if detail:
             text += f", {detail}"
         if before < done < total:
-            text += f", {_clock((now - since) * (total - done) / (done - before))} left"
+            text += f", {_format_duration((now - since) * (total - done) / (done - before))} left"
         if sys.stderr.isatty():
             bar = "=" * round(30 * done / max(total, 1))
             click.echo(f"\r{text} [{bar:<30}]\x1b[K", nl=done == total, err=True)
-        elif done == total or now - last.get(label, begun) > 10:
+        elif done == total or now - last.get(label, begin) > 10:
             last[label] = now
             click.echo(text, err=True)
 
     return Reporter(log, advance)
 
 
-def _clock(seconds: float) -> str:
-    """Time to go, as one says it.
+def _format_duration(seconds: float) -> str:
+    """Format a duration in seconds as minutes and seconds, with hours if needed.
 
-    >>> _clock(75), _clock(4000)
+    >>> _format_duration(75), _format_duration(4000)
     ('1:15', '1:06:40')
     """
     return f"{timedelta(seconds=round(seconds))}".removeprefix("0:").removeprefix("0")

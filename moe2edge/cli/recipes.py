@@ -1,4 +1,4 @@
-"""Verbs about what there is: recipes and targets."""
+"""Commands that list and print recipes and targets."""
 
 from __future__ import annotations
 
@@ -6,41 +6,47 @@ import json
 
 import click
 
-from moe2edge.cli.common import JSON, emit
+from moe2edge.cli.common import JSON, SETTINGS, emit
 
 
 @click.group(name="recipe")
 def recipe_group() -> None:
-    """Recipes that come with moe2edge."""
+    """Show the bundled recipes and the schema of recipes."""
 
 
-@recipe_group.command(name="list")
+@recipe_group.command(name="list", epilog="\b\nExample:\n  moe2edge recipe list")
 @JSON
 def list_recipes_command(as_json: bool) -> None:
     """List the bundled recipes."""
     from moe2edge.pipeline import recipe
 
-    found = {}
+    summaries = {}
     for name, path in recipe.list_bundled().items():
-        found[name] = path.read_text("utf-8").partition("\n")[0].lstrip("# ")
+        summaries[name] = path.read_text("utf-8").partition("\n")[0].lstrip("# ")
     if as_json:
-        emit({"recipes": found})
+        emit({"recipes": summaries})
         return
-    for name, summary in found.items():
+    for name, summary in summaries.items():
         click.echo(f"{name:12} {summary}")
 
 
 @recipe_group.command(name="show", epilog="\b\nExample:\n  moe2edge recipe show trim-w4")
 @click.argument("name")
-@click.option("--set", "settings", multiple=True, help="Override, as in gptq.group_size=64.")
+@SETTINGS
 def show_recipe_command(name: str, settings: tuple[str, ...]) -> None:
-    """Print a recipe with every default spelt out."""
+    """Print the recipe NAME with all default values.
+
+    NAME is a bundled recipe or a recipe file.
+    """
     from moe2edge.pipeline import recipe
 
     click.echo(recipe.parse(recipe.find(name), settings).render(), nl=False)
 
 
-@recipe_group.command(name="schema")
+SCHEMA_EXAMPLE = "\b\nExample:\n  moe2edge recipe schema > recipe.schema.json"
+
+
+@recipe_group.command(name="schema", epilog=SCHEMA_EXAMPLE)
 def print_schema_command() -> None:
     """Print the JSON Schema of recipes, for completion in editors."""
     from moe2edge.pipeline.recipe import build_json_schema
@@ -48,21 +54,21 @@ def print_schema_command() -> None:
     click.echo(json.dumps(build_json_schema(), indent=2))
 
 
-@click.command()
+@click.command(epilog="\b\nExample:\n  moe2edge targets")
 @JSON
 def targets_command(as_json: bool) -> None:
-    """List the targets, what each of them writes, and its options."""
+    """List the targets, their output formats and their options."""
     from moe2edge.pipeline import registry
 
-    found = {name: registry.find_target(name) for name in registry.list_targets()}
-    options = {name: registry.list_options(target) for name, target in found.items()}
+    targets = {name: registry.find_target(name) for name in registry.list_targets()}
+    options = {name: registry.list_options(target) for name, target in targets.items()}
     if as_json:
-        summaries = {name: target.summary for name, target in found.items()}
+        summaries = {name: target.summary for name, target in targets.items()}
         emit({"targets": summaries, "options": options})
         return
-    for name, target in found.items():
+    for name, target in targets.items():
         click.echo(f"{name:6} {target.summary}")
         choices = registry.list_choices(target)
         for option, default in options[name].items():
-            among = f" (of {', '.join(map(str, choices[option]))})" if option in choices else ""
-            click.echo(f"       {name}:{option}={default} is the default{among}")
+            values = f" (of {', '.join(map(str, choices[option]))})" if option in choices else ""
+            click.echo(f"       {name}:{option}={default} is the default{values}")

@@ -124,7 +124,7 @@ def compress(
     calibration = load_calibration(checkpoint, parsed, reporter)
     training = load_training(checkpoint, parsed)
     folder = Path(tempfile.mkdtemp(prefix="moe2edge-"))
-    budget = replace(Memory.of(find_limit(max_memory)), folder=folder)
+    budget = replace(Memory.from_limit(find_limit(max_memory)), folder=folder)
     try:
         found, steps = run_passes(
             source, parsed, calibration, WorkFolder(folder), reporter, budget, training=training

@@ -65,7 +65,7 @@ def export(
     begun = time.perf_counter()
     source = checkpoint.model
     recipe = recipe.resolve(source)
-    budget = memory.Memory.of(memory.find_limit(most))
+    budget = memory.Memory.from_limit(memory.find_limit(most))
     memory.avoid_fragmentation(most)
     plan = refuse_early(
         checkpoint, recipe, targets, out, budget, force=force, materialize=materialize
@@ -91,7 +91,7 @@ def export(
         elif materialize:
             reporter.log("--materialize changed nothing: the targets hold the model as it is")
         memory.give_back()
-        measured = Comparison.of(
+        measured = Comparison.measure(
             source,
             model,
             evaluation.ids,
@@ -110,8 +110,8 @@ def export(
             family=source.family.architecture,
             recipe=recipe.render(),
             steps=tuple(steps),
-            before=measured.before(),
-            after=measured.after(),
+            before=measured.measure_source(),
+            after=measured.measure_result(),
             results=tuple(results),
             skip_rate=measured.skip_rates.rate if model.skips else None,
             loaders={t.name: t.loaders(model) for t in targets},
@@ -149,7 +149,7 @@ def _inputs(
         "calibration": calibration.sha256 if calibration else "none",
         **({"training": training.sha256} if training else {}),
         "number of threads": f"{torch.get_num_threads()}",
-        "limit of memory": "one group at a time" if not budget.together else "several groups",
+        "limit of memory": "one group at a time" if not budget.group_bytes else "several groups",
         "innermost loops": compiled.describe_kernel(),
         "GPU": gpu,
         "version": ", ".join(

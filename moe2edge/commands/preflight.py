@@ -85,7 +85,7 @@ def estimate_hidden_bytes(plan: Plan, texts: TextSizes, budget: Memory) -> int:
         return 0
     hidden = plan.source.family.geometry(plan.source.config).hidden
     stream = 4 * texts.calibration.tokens * hidden
-    spilled = budget.stream is not None and stream > budget.stream
+    spilled = budget.hidden_bytes is not None and stream > budget.hidden_bytes
     # In front of a block and behind it; in memory, what enters a block and what it adds.
     return 4 * stream if spilled else 2 * stream
 

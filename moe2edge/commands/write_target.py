@@ -38,13 +38,13 @@ def write_target(
         shutil.copyfile(companion, folder / companion.name)
     target.write(model, folder)
     stored = target.stored(model)
-    reference = measured.reference.of_stored(model, stored)
+    reference = measured.reference.for_stored(model, stored)
     reference.save(folder)
     reporter.log(f"reading {name} back")
     verify.audit(target, folder, stored)
     give_back()
     size = sum(path.stat().st_size for path in folder.iterdir())
-    row = ResultRow.of(f"{name}, in its runtime", model, None, size)
+    row = ResultRow.from_model(f"{name}, in its runtime", model, None, size)
     reporter.log(f"running {name}")
     parity, shipped = verify.check_parity(reference, target, folder, measured.memory.limit)
     if shipped is None:
@@ -66,7 +66,7 @@ def write_target(
             yield shipped.logits(row[None])[0]
         reporter.advance(f"evaluation: {name}", len(measured.ids), len(measured.ids))
 
-    quality = measured.quality(logits())
+    quality = measured.measure_quality(logits())
     times = None
     if model.skips:
         reporter.log(f"timing {name} with and without skipping")

@@ -1,4 +1,4 @@
-"""Source and result on held-out text."""
+"""Compare the source and the compressed model on held-out text."""
 
 from __future__ import annotations
 
@@ -21,16 +21,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Source and result on some tokens, and the reference for outputs.
+    """Hidden states of the source and the result on the same tokens, and the output reference.
 
     Attributes:
-        source, model: the two.
+        source: the model before compression.
+        model: the result, as it will be written.
         ids: the tokens, int64 [samples, length].
-        source_hidden: the stream of the source after its last block; None if no figures are wanted.
-        hidden: that of the result.
-        reference: what outputs are held against.
-        skip_rates: what dynamic skipping left out.
-        memory: what it may take.
+        source_hidden: hidden states of the source after its last block, float32
+            [samples, length, hidden]; None if quality is not measured.
+        hidden: hidden states of the result after its last block, same shape.
+        reference: the record that written outputs are compared with.
+        skip_rates: how often dynamic skipping left out an expert.
+        memory: memory budget.
     """
 
     source: Model
@@ -43,7 +45,7 @@ class Comparison:
     memory: Memory
 
     @classmethod
-    def of(
+    def measure(
         cls,
         source: Model,
         model: Model,
@@ -53,16 +55,16 @@ class Comparison:
         *,
         figures: bool = True,
     ) -> Comparison:
-        """Walk over both models.
+        """Run the tokens through both models, block by block.
 
         Args:
             source: the model that the result is compared with.
             model: the result.
-            ids: the tokens.
-            watcher: told about progress.
-            memory: what it may take.
-            figures: whether perplexity and the like are wanted; otherwise the tokens serve for the
-                reference alone, and the source is left out.
+            ids: the tokens, int64 [samples, length].
+            reporter: receives progress.
+            memory: memory budget.
+            figures: measure perplexity, KL and top-1 agreement. If False, the tokens only make the
+                reference, and the source is not run.
         """
         from moe2edge.calibration import walk
         from moe2edge.calibration.router_observers import SkipObserver
@@ -70,15 +72,15 @@ class Comparison:
 
         length = min(ids.shape[1], verify.PREFILL + verify.PARITY_STEPS)
         skipped, margins = SkipObserver(), verify.MarginObserver(length)
-        seeing = (skipped, margins)
+        observers = (skipped, margins)
         before = None
         if figures and model is not source:
             label = "evaluation: source"
             before = walk.observe(source, ids, (), reporter.advance, label, memory)
-        after = walk.observe(model, ids, seeing, reporter.advance, "evaluation: result", memory)
+        after = walk.observe(model, ids, observers, reporter.advance, "evaluation: result", memory)
         if figures and before is None:
             before = after
-        reporter.log("recording what verify compares with")
+        reporter.log("recording the reference for verify")
         rows = verify.choose_reference_rows(margins.result(), len(ids))
         reference = verify.record(
             model,
@@ -89,26 +91,29 @@ class Comparison:
         skip_rates = skipped.result()
         return cls(source, model, ids, before, after, reference, skip_rates, memory)
 
-    def before(self) -> ResultRow:
-        """The line of the source."""
+    def measure_source(self) -> ResultRow:
+        """Return the table row of the source."""
         from moe2edge.calibration import walk
         from moe2edge.numerics import metrics
 
-        found = None
+        quality = None
         if self.source_hidden is not None:
             logits = walk.compute_logits(self.source, self.source_hidden)
-            found = metrics.measure(self.ids, logits, None)
-        return ResultRow.of("source", self.source, found)
+            quality = metrics.measure(self.ids, logits, None)
+        return ResultRow.from_model("source", self.source, quality)
 
-    def after(self) -> ResultRow:
-        """The line of the result in memory."""
+    def measure_result(self) -> ResultRow:
+        """Return the table row of the result in memory."""
         from moe2edge.calibration import walk
 
-        found = self.quality(walk.compute_logits(self.model, self.hidden))
-        return ResultRow.of("result, float32 activations", self.model, found)
+        quality = self.measure_quality(walk.compute_logits(self.model, self.hidden))
+        return ResultRow.from_model("result, float32 activations", self.model, quality)
 
-    def quality(self, logits: Iterable[Tensor]) -> Quality | None:
-        """Figures of logits [length, vocabulary] of each sample; None if they are not wanted."""
+    def measure_quality(self, logits: Iterable[Tensor]) -> Quality | None:
+        """Compare logits [length, vocabulary] of each sample with the source.
+
+        Returns None if quality is not measured.
+        """
         from moe2edge.calibration import walk
         from moe2edge.numerics import metrics
 
@@ -120,15 +125,16 @@ class Comparison:
 
 @dataclass(frozen=True)
 class ResultRow:
-    """A line of the table: one form of the model.
+    """A row of the result table: one form of the model.
 
     Attributes:
-        form: what it is: the source, the result in PyTorch, the result in a target's runtime.
-        nbytes: bytes of the weights, or of the whole folder where it is one.
-        parameters, active: all parameters, and those that one token uses.
-        quality: figures on the evaluation text; None if they were not asked for or not had.
+        form: name of the form: the source, the result in PyTorch, or the result in a runtime.
+        nbytes: bytes of the weights; for a written output, bytes of its folder.
+        parameters: number of parameters.
+        active: number of parameters that one token uses.
+        quality: figures on the evaluation text; None if they were not measured.
         parity: agreement of the runtime with PyTorch on the same packed numbers.
-        skip_times: what dynamic skipping saves in the runtime.
+        skip_times: time that dynamic skipping saves in the runtime.
     """
 
     form: str
@@ -140,7 +146,7 @@ class ResultRow:
     skip_times: SkipTimes | None = None
 
     @classmethod
-    def of(
+    def from_model(
         cls,
         form: str,
         model: Model,
@@ -149,13 +155,13 @@ class ResultRow:
         parity: Parity | None = None,
         skip_times: SkipTimes | None = None,
     ) -> ResultRow:
-        """The line of a model."""
+        """Make the row of a model; ``nbytes`` None counts the bytes of its weights."""
         size = model.nbytes if nbytes is None else nbytes
         counts = model.parameters, model.active_parameters
         return cls(form, size, *counts, quality, parity, skip_times)
 
     def cells(self) -> tuple[str, ...]:
-        """Text of each column."""
+        """Return the text of each column, in the order of `RESULT_HEADINGS`."""
         quality, parity = self.quality, self.parity
         kl = None if quality is None else quality.kl
         top1 = None if quality is None else quality.top1

@@ -1,4 +1,4 @@
-"""What two sets of decisions have in common, layer by layer."""
+"""Overlap of the experts that different decisions keep, layer by layer."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from moe2edge.pipeline.decisions import Decisions, describe_shape
 
 @dataclass(frozen=True)
 class LayerOverlap:
-    """What two decisions keep of one MoE layer of the source.
+    """Experts of one MoE layer that two decisions keep.
 
     Attributes:
-        origin: block of the source.
+        origin: index of the block in the source.
         experts: routed experts in the source.
-        a, b: how many either keeps; none where block or layer are gone.
-        both: how many both keep.
+        a, b: number of experts that each decision keeps; 0 where the block or layer is dropped.
+        both: number of experts that both keep.
     """
 
     origin: int
@@ -35,32 +35,32 @@ class LayerOverlap:
 
     @property
     def jaccard(self) -> float:
-        """Kept by both, of those kept by either; 1 where neither keeps any."""
-        return _jaccard(self.a, self.b, self.both)
+        """Jaccard index: experts that both keep / experts that either keeps; 1 if none."""
+        return _compute_jaccard(self.a, self.b, self.both)
 
     @property
     def identical(self) -> bool:
-        """Whether both keep the same experts."""
+        """True if both keep the same experts."""
         return self.a == self.b == self.both
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data."""
-        own = {key: getattr(self, key) for key in ("expected", "jaccard", "identical")}
-        return {**asdict(self), **own}
+        """Return the fields and the derived figures as plain data."""
+        derived = {key: getattr(self, key) for key in ("expected", "jaccard", "identical")}
+        return {**asdict(self), **derived}
 
 
-def _jaccard(a: int, b: int, both: int) -> float:
+def _compute_jaccard(a: int, b: int, both: int) -> float:
     either = a + b - both
     return both / either if either else 1.0
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """What two sets of decisions have in common.
+    """Overlap of two sets of decisions, over all layers.
 
     Attributes:
-        a_name, b_name: of the two.
-        layers: the MoE layers of the source, in order.
+        a_name, b_name: names of the two, as in a report.
+        layers: one entry per MoE layer of the source, in order.
     """
 
     a_name: str
@@ -69,57 +69,61 @@ class Overlap:
 
     @property
     def a(self) -> int:
-        """Experts that the first keeps, over all layers."""
-        return sum(own.a for own in self.layers)
+        """Number of experts that the first keeps, over all layers."""
+        return sum(layer.a for layer in self.layers)
 
     @property
     def b(self) -> int:
-        """Experts that the second keeps, over all layers."""
-        return sum(own.b for own in self.layers)
+        """Number of experts that the second keeps, over all layers."""
+        return sum(layer.b for layer in self.layers)
 
     @property
     def both(self) -> int:
-        """Experts that both keep, over all layers."""
-        return sum(own.both for own in self.layers)
+        """Number of experts that both keep, over all layers."""
+        return sum(layer.both for layer in self.layers)
 
     @property
     def expected(self) -> float:
         """Mean overlap of sets that are random within each layer."""
-        return math.fsum(own.expected for own in self.layers)
+        return math.fsum(layer.expected for layer in self.layers)
 
     @property
     def jaccard(self) -> float:
-        """As of a layer, over all layers."""
-        return _jaccard(self.a, self.b, self.both)
+        """Jaccard index over the experts of all layers."""
+        return _compute_jaccard(self.a, self.b, self.both)
 
     @property
     def identical(self) -> list[int]:
-        """Layers of which both keep the same experts, by the block of the source."""
-        return [own.origin for own in self.layers if own.identical]
+        """Source blocks of the layers in which both keep the same experts."""
+        return [layer.origin for layer in self.layers if layer.identical]
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data."""
+        """Return the names, every layer and the totals as plain data."""
         keys = ("a", "b", "both", "expected", "jaccard")
         overall = {key: getattr(self, key) for key in keys}
         return {
             "a": self.a_name,
             "b": self.b_name,
-            "layers": [own.to_json() for own in self.layers],
+            "layers": [layer.to_json() for layer in self.layers],
             "overall": {**overall, "identical_layers": self.identical},
         }
 
 
-def compare(found: Mapping[str, Decisions]) -> list[Overlap]:
-    """Overlap of every two of several decisions.
+def compare(decisions: Mapping[str, Decisions]) -> list[Overlap]:
+    """Compare every pair of several decisions.
+
+    Args:
+        decisions: by the name that the report gives them, such as their file.
 
     Raises:
-        InputError: fewer than two, or of models of different family or shape.
+        InputError: there are fewer than two, or their models differ in family or shape.
     """
-    names = list(found)
+    names = list(decisions)
     if len(names) < 2:
-        raise InputError("give two different files of decisions or more, to compare them")
+        raise InputError("there is only one file of decisions; give at least two different files")
     shapes = {
-        name: describe_shape(own.source.family, own.experts_before) for name, own in found.items()
+        name: describe_shape(each.source.family, each.experts_before)
+        for name, each in decisions.items()
     }
     for name in names[1:]:
         if shapes[name] != shapes[names[0]]:
@@ -128,21 +132,21 @@ def compare(found: Mapping[str, Decisions]) -> list[Overlap]:
                 "decisions about models of one shape can be compared"
             )
     return [
-        Overlap(a, b, tuple(_overlaps(found[a], found[b])))
+        Overlap(a, b, tuple(_compare_layers(decisions[a], decisions[b])))
         for n, a in enumerate(names)
         for b in names[n + 1 :]
     ]
 
 
-def _overlaps(a: Decisions, b: Decisions) -> list[LayerOverlap]:
+def _compare_layers(a: Decisions, b: Decisions) -> list[LayerOverlap]:
     return [
         LayerOverlap(
-            one.origin,
-            one.experts_before,
-            len(one.experts),
-            len(other.experts),
-            len(set(one.experts) & set(other.experts)),
+            in_a.origin,
+            in_a.experts_before,
+            len(in_a.experts),
+            len(in_b.experts),
+            len(set(in_a.experts) & set(in_b.experts)),
         )
-        for one, other in zip(a.blocks, b.blocks, strict=True)
-        if one.experts_before
+        for in_a, in_b in zip(a.blocks, b.blocks, strict=True)
+        if in_a.experts_before
     ]

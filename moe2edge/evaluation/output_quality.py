@@ -1,4 +1,4 @@
-"""Quality of an existing output folder on a text of the user's, in its own runtime."""
+"""Measure the quality of an output folder on a text, in the runtime of its target."""
 
 from __future__ import annotations
 
@@ -26,10 +26,17 @@ if TYPE_CHECKING:
 def evaluate_output(
     folder: Path, source: TextSource, reference: Model | None, advance: Advance
 ) -> metrics.Quality:
-    """Perplexity of a folder, and with a reference model KL and top-1 agreement.
+    """Measure perplexity, and with a reference model also KL and top-1 agreement.
+
+    Args:
+        folder: an output of moe2edge.
+        source: the text and how it is cut into samples.
+        reference: the source model; None measures perplexity only.
+        advance: receives progress.
 
     Raises:
-        InputError: the folder, the text or the reference does not fit.
+        InputError: the folder is no output, the text is too short or cannot be read, or the
+            reference has another vocabulary.
     """
     artifact = open_artifact(folder)
     config = read_json(folder / "config.json")

@@ -1,34 +1,35 @@
-"""How the routers of a model use its experts on a text: counts, gate weights, every score.
+"""Report how the routers of a model use its experts on a text: counts, gate weights, scores.
 
-One walk gathers everything. The document that `RoutingReport.to_json` gives has this form; lists
-and keys keep their order, and the same model, text and machine give the same document::
+One pass over the text gathers everything. `RoutingReport.to_json` returns a document of the form
+below. Lists and keys keep their order, and the same model, text and machine give the same
+document::
 
     schema_version    1
     kind              "moe2edge.routing"
     model             MODEL as the user gave it
-    family            its architecture
-    target            target that wrote the folder; null: it is no output of moe2edge
+    family            architecture of the model
+    target            target that wrote the folder; null if moe2edge did not write it
     text              text, samples, length, seed and sha256 of its tokens (and more for a mix)
-    tokens            tokens that each layer saw
-    criteria          names of the scores below; the lowest is dropped first, by every one of them
+    tokens            tokens that each layer processed
+    criteria          names of the scores below; for each, the lowest score is dropped first
     layers            one entry per MoE layer, in order:
       block, origin         index of its block in this model, and in the source of an output
       top_k                 experts chosen per token
       expert_count          experts in the layer
-      skipped               places that dynamic skipping left empty, of tokens * top_k
-      entropy_bits          of the shares below
-      entropy_limit_bits    log2(expert_count), that of an even load
-      coefficient_of_variation   of the loads: standard deviation / mean; 0 is even
-      max_min_ratio         largest load / smallest; null: an expert has none
+      skipped               of the tokens * top_k choices, those that dynamic skipping left out
+      entropy_bits          entropy of the shares below
+      entropy_limit_bits    log2(expert_count), the entropy of an even load
+      coefficient_of_variation   standard deviation / mean of the loads; 0 is even
+      max_min_ratio         largest load / smallest load; null if an expert has none
       unused                experts without a token
       experts               one entry per expert, in order:
         expert                position in the layer
         tokens                tokens routed to it
-        share                 of the layer's routed places, sums to 1
+        share                 share of the layer's routed tokens; the shares sum to 1
         gate_mass             sum of its gate weights over those tokens
-        mean_probability      mean over all tokens of the softmax of all router logits
-        largest_output        largest entry of any of its outputs, absolute
-        saliency              score by each of the criteria
+        mean_probability      mean over all tokens of its softmax probability, among all logits
+        largest_output        largest absolute entry of any of its outputs
+        saliency              its score by each of the criteria
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
 
 ROUTING_VERSION = 1
 ROUTING_KIND = "moe2edge.routing"
-# Every criterion that says something about an expert.
+# Every criterion but random, whose scores say nothing about an expert.
 REPORTED_CRITERIA: tuple[criteria.Criterion, ...] = tuple(
     name for name in get_args(criteria.Criterion) if name != "random"
 )
@@ -58,7 +59,7 @@ REPORTED_CRITERIA: tuple[criteria.Criterion, ...] = tuple(
 
 @dataclass(frozen=True)
 class ExpertUse:
-    """What one expert was used for; the module's docstring says what the figures are."""
+    """Use of one expert; the docstring of this module defines the figures."""
 
     expert: int
     tokens: int
@@ -69,7 +70,7 @@ class ExpertUse:
     saliency: Mapping[str, float]
 
     def to_json(self) -> dict[str, Any]:
-        """The entry of the document."""
+        """Return the expert's entry of the document."""
         return {
             "expert": self.expert,
             "tokens": self.tokens,
@@ -83,14 +84,14 @@ class ExpertUse:
 
 @dataclass(frozen=True)
 class LayerUse:
-    """How one MoE layer used its experts.
+    """Use of the experts of one MoE layer.
 
     Attributes:
-        block: index of its block.
-        origin: index of the block in the model that an output was made from.
+        block: index of the layer's block.
+        origin: index of that block in the source that an output was made from.
         top_k: experts chosen per token.
-        tokens: tokens seen.
-        experts: in the order of the layer.
+        tokens: tokens that the layer processed.
+        experts: one entry per expert, in the order of the layer.
     """
 
     block: int
@@ -106,7 +107,7 @@ class LayerUse:
 
     @property
     def skipped(self) -> int:
-        """Places that dynamic skipping left empty."""
+        """Number of expert choices that dynamic skipping left out."""
         return self.tokens * self.top_k - sum(e.tokens for e in self.experts)
 
     @property
@@ -121,21 +122,22 @@ class LayerUse:
 
     @property
     def variation(self) -> float:
-        """Standard deviation of the loads over their mean.
+        """Coefficient of variation of the loads: standard deviation / mean.
 
-        The square root of the importance loss of https://arxiv.org/abs/1701.06538, of loads.
+        This is the square root of the importance loss of https://arxiv.org/abs/1701.06538,
+        computed from loads.
         """
         count = len(self.experts)
         return math.sqrt(sum((e.share * count - 1) ** 2 for e in self.experts) / count)
 
     @property
     def ratio(self) -> float | None:
-        """Largest load over smallest; None where an expert has none."""
+        """Largest load / smallest load; None if an expert has no token."""
         loads = [e.tokens for e in self.experts]
         return max(loads) / min(loads) if min(loads) else None
 
     def to_json(self) -> dict[str, Any]:
-        """The entry of the document."""
+        """Return the layer's entry of the document."""
         return {
             "block": self.block,
             "origin": self.origin,
@@ -153,14 +155,14 @@ class LayerUse:
 
 @dataclass(frozen=True)
 class RoutingReport:
-    """Routing of a whole model on one text.
+    """Use of the experts of a whole model on one text.
 
     Attributes:
         model: MODEL as the user gave it.
-        family: its architecture.
-        target: target that wrote the folder, None for any other model.
-        text: where the text is from.
-        layers: the MoE layers, in order.
+        family: architecture of the model.
+        target: target that wrote the folder; None for any other model.
+        text: origin of the text, as in the document.
+        layers: one entry per MoE layer, in order.
     """
 
     model: str
@@ -171,23 +173,21 @@ class RoutingReport:
 
     @property
     def tokens(self) -> int:
-        """Tokens that each layer saw."""
+        """Number of tokens that each layer processed."""
         return self.layers[0].tokens
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What a user should know before trusting the figures."""
-        found = []
-        for layer in self.layers:
-            if layer.unused:
-                found.append(
-                    f"block {layer.block}: no token was routed to {_experts(layer.unused)}; "
-                    "scores that look at outputs say nothing about them"
-                )
-        return tuple(found)
+        """Reasons to distrust some of the figures, one sentence each."""
+        return tuple(
+            f"block {layer.block}: no token was routed to {_name_experts(layer.unused)}; "
+            "scores that look at outputs say nothing about them"
+            for layer in self.layers
+            if layer.unused
+        )
 
     def to_json(self) -> dict[str, Any]:
-        """The document."""
+        """Return the document that the docstring of this module describes."""
         return {
             "schema_version": ROUTING_VERSION,
             "kind": ROUTING_KIND,
@@ -201,10 +201,10 @@ class RoutingReport:
         }
 
 
-def _experts(ids: Sequence[int]) -> str:
-    """Experts in words.
+def _name_experts(ids: Sequence[int]) -> str:
+    """Name experts in words.
 
-    >>> _experts([3]), _experts([0, 2])
+    >>> _name_experts([3]), _name_experts([0, 2])
     ('expert 3', '2 experts: 0, 2')
     """
     if len(ids) == 1:
@@ -213,28 +213,31 @@ def _experts(ids: Sequence[int]) -> str:
 
 
 def check_routable(model: Model, name: str) -> None:
-    """Refuse a model without a router.
+    """Check that a model has a router whose choices can be reported.
 
     Raises:
-        InputError: no MoE layer is left.
+        InputError: the model has no MoE layer.
     """
     if not model.moe_blocks:
-        raise InputError(f"{name} has no MoE layer with a router, so there is no routing to show")
+        raise InputError(
+            f"{name} has no MoE layer with a router, so there is no routing to show; leave out "
+            "--routing"
+        )
 
 
 def measure_routing(
     model: Model, ids: Tensor, advance: Advance, origins: Sequence[int] | None = None
 ) -> tuple[LayerUse, ...]:
-    """Run a text through a model once, and account for every MoE layer.
+    """Run a text through a model once, and report the use of every MoE layer.
 
-    Memory: one block in float32 and the hidden states; all weights are read twice, one block, then
-    one expert at a time.
+    Memory: one block in float32 and the hidden states. All weights are read twice: block by block,
+    then expert by expert.
 
     Args:
-        model: the model, quantized or not; it has an MoE layer.
+        model: the model, quantized or not; it has at least one MoE layer.
         ids: tokens, int64 [samples, length].
-        advance: told about progress.
-        origins: index in its source of each block; None: this model is the source.
+        advance: receives progress.
+        origins: index in the source of each block; None if this model is the source.
     """
     from moe2edge.calibration import walk
     from moe2edge.calibration.router_observers import OutputObserver, RoutingObserver
@@ -242,28 +245,28 @@ def measure_routing(
     routing, outputs = RoutingObserver(), OutputObserver()
     walk.observe(model, ids, [routing, outputs], advance, "routing")
     facts = Facts({RoutingObserver: routing.result(), OutputObserver: outputs.result()})
-    found = []
+    layers = []
     for n, (block, layer) in enumerate(model.moe_blocks):
         advance("scores of weights", n, len(model.moe_blocks))
         origin = block.origin if origins is None else origins[block.index]
-        found.append(_layer(block, layer, facts, origin))
-    advance("scores of weights", len(found), len(found))
-    return tuple(found)
+        layers.append(_summarize_layer(block, layer, facts, origin))
+    advance("scores of weights", len(layers), len(layers))
+    return tuple(layers)
 
 
-def _layer(block: Block, layer: MoELayer, facts: Facts, origin: int) -> LayerUse:
+def _summarize_layer(block: Block, layer: MoELayer, facts: Facts, origin: int) -> LayerUse:
     from moe2edge.calibration.router_observers import OutputObserver, RoutingObserver
 
-    seen, outputs = facts[RoutingObserver], facts[OutputObserver].layers[block.origin]
-    counts = seen.counts[block.origin].tolist()
-    probability = (seen.probability[block.origin] / seen.tokens).tolist()
+    routing, outputs = facts[RoutingObserver], facts[OutputObserver].layers[block.origin]
+    counts = routing.counts[block.origin].tolist()
+    probability = (routing.probability[block.origin] / routing.tokens).tolist()
     mass, largest = outputs.mass.tolist(), outputs.largest.tolist()
     by_criterion: dict[str, list[float]] = {
         name: criteria.score_experts(name, block, facts)
         for name in REPORTED_CRITERIA
         if name not in criteria.WEIGHTS
     }
-    by_criterion |= _weight_scores(layer)
+    by_criterion |= _score_weights(layer)
     experts = tuple(
         ExpertUse(
             expert=n,
@@ -276,23 +279,24 @@ def _layer(block: Block, layer: MoELayer, facts: Facts, origin: int) -> LayerUse
         )
         for n in range(len(layer.routed))
     )
-    return LayerUse(block.index, origin, layer.router.top_k, seen.tokens, experts)
+    return LayerUse(block.index, origin, layer.router.top_k, routing.tokens, experts)
 
 
-def _weight_scores(layer: MoELayer) -> dict[str, list[float]]:
-    """Scores that look at weights only, by name; each expert is read once for all of them.
+def _score_weights(layer: MoELayer) -> dict[str, list[float]]:
+    """Score every expert by the criteria that only need weights.
 
-    Tied experts have that of their base, and those without one the worst.
+    Each expert is read once for all criteria. A tied expert gets the score of its base; one
+    without a base gets the lowest score of the layer.
     """
     from moe2edge.numerics import saliency
 
-    found: dict[str, list[float]] = {name: [] for name in criteria.WEIGHTS}
+    by_criterion: dict[str, list[float]] = {name: [] for name in criteria.WEIGHTS}
     for expert in layer.experts:
         matrices = [weight.load() for weight in (expert.gate, expert.up, expert.down)]
-        for name, scores in found.items():
-            scores.append(getattr(saliency, name)(matrices))
+        for name, scores in by_criterion.items():
+            scores.append(getattr(saliency, f"compute_{name}")(matrices))
     bases = [layer.bases[row] for row in layer.routed]
     return {
         name: [min(scores) if base is None else scores[base] for base in bases]
-        for name, scores in found.items()
+        for name, scores in by_criterion.items()
     }

@@ -1,4 +1,4 @@
-"""A routing report to look at: a table, a heat map in characters, a heat map as a picture."""
+"""Show a routing report as a table, a heat map in characters, or heat maps in a picture."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ LAYER_HEADINGS = (
     "block", "experts", "top-k", "entropy (bits)", "variation", "max / min", "unused",
     "most used", "least used",
 )  # fmt: skip
+# Levels of a heat map in characters, their replacement in ASCII, and an expert without a token.
 BLOCKS, PLAIN, EMPTY = "▁▂▃▄▅▆▇█", "12345678", "."
-# Cells with a number in them are legible in a picture up to so many experts and layers.
+# Up to this many experts and layers, a number inside each cell of a picture is legible.
 NUMBERED_EXPERTS, NUMBERED_LAYERS = 16, 40
 DOTS_PER_INCH = 150
 
@@ -31,36 +32,41 @@ DOTS_PER_INCH = 150
 
 
 def build_layer_table(report: RoutingReport, criterion: str) -> Table:
-    """Key figures, one row per MoE layer."""
+    """Build a table of key figures with one row per MoE layer.
+
+    Args:
+        report: the report to show.
+        criterion: criterion of the last column, the expert with the lowest score.
+    """
     from rich.table import Table
     from rich.text import Text
 
     title = f"{report.model}: {report.tokens:,} tokens of {report.text['text']}"
-    made = Table(
+    table = Table(
         title=Text(title),
         title_justify="left",
-        caption=Text(_caption(criterion)),
+        caption=Text(_make_caption(criterion)),
         caption_justify="left",
     )
     for heading in (*LAYER_HEADINGS, f"lowest {criterion}"):
-        made.add_column(heading, justify="right")
+        table.add_column(heading, justify="right")
     for layer in report.layers:
-        made.add_row(*_cells(layer, criterion))
-    return made
+        table.add_row(*_make_cells(layer, criterion))
+    return table
 
 
-def _caption(criterion: str) -> str:
+def _make_caption(criterion: str) -> str:
     return (
-        "entropy of the load, of that of an even one; variation: standard deviation of the loads "
-        "/ mean; most and least used: expert and its share of the routed tokens; "
+        "entropy: of the load, and its maximum, an even load; variation: standard deviation / mean "
+        "of the loads; most and least used: expert and its share of the routed tokens; "
         f"lowest {criterion}: the expert that expert_drop would remove first"
     )
 
 
-def _cells(layer: LayerUse, criterion: str) -> tuple[str, ...]:
+def _make_cells(layer: LayerUse, criterion: str) -> tuple[str, ...]:
     most = max(layer.experts, key=lambda e: e.tokens)
     least = min(layer.experts, key=lambda e: e.tokens)
-    # Of equals, expert_drop keeps the first.
+    # If several experts have the lowest score, expert_drop removes the last of them.
     lowest = min(layer.experts, key=lambda e: (e.saliency[criterion], -e.expert))
     was = "" if layer.origin == layer.block else f" (was {layer.origin})"
     return (
@@ -78,19 +84,19 @@ def _cells(layer: LayerUse, criterion: str) -> tuple[str, ...]:
 
 
 def draw_heat_map(report: RoutingReport, width: int, encoding: str) -> list[str]:
-    """Load of every expert as a character, one line per MoE layer, and a legend before them.
+    """Draw the load of every expert as a character: a legend, then one line per MoE layer.
 
     Loads are relative to an even share of the layer, so that layers of unequal size compare.
 
     Args:
-        report: what to show.
-        width: columns of the terminal; longer lines are continued.
-        encoding: of the terminal; digits stand in where it has no block elements.
+        report: the report to show.
+        width: columns of the terminal; longer lines are wrapped.
+        encoding: encoding of the terminal; without block elements, digits show the levels.
     """
-    levels = BLOCKS if _has(encoding, BLOCKS) else PLAIN
+    levels = BLOCKS if _can_encode(encoding, BLOCKS) else PLAIN
     loads = [[e.share * len(layer.experts) for e in layer.experts] for layer in report.layers]
     largest = max(max(row) for row in loads)
-    # One column per expert where there are many; few are easier to count with spaces between.
+    # Up to 32 experts are easier to count with spaces between them; more need the columns.
     gap = "" if max(map(len, loads)) > 32 else " "
     label = len(f"block {max(layer.block for layer in report.layers)}  ")
     per_line = max(8, (width - label) // (1 + len(gap)))
@@ -101,12 +107,12 @@ def draw_heat_map(report: RoutingReport, width: int, encoding: str) -> list[str]
     for layer, row in zip(report.layers, loads, strict=True):
         for at in range(0, len(row), per_line):
             head = "" if at else f"block {layer.block}"
-            cells = (_level(load / largest, levels) for load in row[at : at + per_line])
+            cells = (_choose_level(load / largest, levels) for load in row[at : at + per_line])
             lines.append(f"{head:<{label}}{gap.join(cells)}")
     return lines
 
 
-def _has(encoding: str, characters: str) -> bool:
+def _can_encode(encoding: str, characters: str) -> bool:
     try:
         characters.encode(encoding)
     except (UnicodeEncodeError, LookupError):
@@ -114,10 +120,10 @@ def _has(encoding: str, characters: str) -> bool:
     return True
 
 
-def _level(part: float, levels: str) -> str:
-    """Character for a part of the largest load.
+def _choose_level(part: float, levels: str) -> str:
+    """Choose the character for a fraction of the largest load.
 
-    >>> [_level(part, BLOCKS) for part in (0, 0.01, 0.5, 1)]
+    >>> [_choose_level(part, BLOCKS) for part in (0, 0.01, 0.5, 1)]
     ['.', '▁', '▄', '█']
     """
     return levels[math.ceil(part * len(levels)) - 1] if part else EMPTY
@@ -127,10 +133,10 @@ def _level(part: float, levels: str) -> str:
 
 
 def check_picture(path: Path) -> None:
-    """Refuse, before any work, a picture that could not be drawn or written.
+    """Check before any work that a picture can be drawn and written.
 
     Raises:
-        InputError: its format is not known, or there is no such folder.
+        InputError: the format is not known, the path is a folder, or its folder does not exist.
         Unsupported: matplotlib is not installed.
     """
     if path.suffix.lower() not in FORMATS:
@@ -148,19 +154,22 @@ def check_picture(path: Path) -> None:
 
 
 def draw_picture(report: RoutingReport, criterion: str, suffix: str) -> bytes:
-    """Heat maps, layers by experts: token share, gate weight and a criterion's scores.
+    """Draw three heat maps, layers by experts: token share, gate mass and scores of a criterion.
 
-    Cells of experts that a smaller layer does not have stay blank. The same report and the same
+    Cells beyond the last expert of a smaller layer stay blank. The same report and the same
     version of matplotlib give the same bytes.
 
     Args:
-        report: what to show.
-        criterion: of the third map.
+        report: the report to show.
+        criterion: criterion whose scores the third map shows.
         suffix: format, one of `FORMATS`.
+
+    Returns:
+        The content of the picture file.
     """
     import matplotlib
 
-    # What a file would say of the time it was made, or draw by chance.
+    # Metadata that would make the bytes depend on the time or on the version.
     undated: dict[str, dict[str, str | None]] = {
         ".png": {"Software": None},
         ".svg": {"Date": None},
@@ -168,75 +177,76 @@ def draw_picture(report: RoutingReport, criterion: str, suffix: str) -> bytes:
     }
     file = io.BytesIO()
     with matplotlib.rc_context(), warnings.catch_warnings():
-        matplotlib.rcdefaults()  # not what a user has set for pictures of other kinds
+        matplotlib.rcdefaults()  # the user's own settings would change the picture
         matplotlib.rcParams.update({"svg.hashsalt": "moe2edge", "text.parse_math": False})
-        # A name in a script that the font lacks is drawn as boxes.
+        # Characters that the font lacks are drawn as boxes, without a warning for each.
         warnings.filterwarnings("ignore", message="Glyph")
-        drawn = _draw(report, criterion)
-        drawn.savefig(
+        figure = _draw_figure(report, criterion)
+        figure.savefig(
             file, format=suffix.lower()[1:], dpi=DOTS_PER_INCH, metadata=undated[suffix.lower()]
         )
     return file.getvalue()
 
 
-def _draw(report: RoutingReport, criterion: str) -> Any:
-    """The figure. Without pyplot, whose figures are global state."""
+def _draw_figure(report: RoutingReport, criterion: str) -> Any:
+    """Draw the figure, without pyplot, whose figures are global state."""
     from matplotlib.figure import Figure
 
     layers, experts = len(report.layers), max(len(layer.experts) for layer in report.layers)
     numbered = experts <= NUMBERED_EXPERTS and layers <= NUMBERED_LAYERS
-    # Inches of a cell, and of a map with its labels and colour bar.
-    across, down = (0.42, 0.3) if numbered else (0.13, 0.15)
-    width = min(max(experts * across, 2.4), 14) + 1.4
-    height = min(max(layers * down, 1.2), 10) + 0.9
+    # Inches: a cell, then a map with its labels and color bar.
+    cell_width, cell_height = (0.42, 0.3) if numbered else (0.13, 0.15)
+    width = min(max(experts * cell_width, 2.4), 14) + 1.4
+    height = min(max(layers * cell_height, 1.2), 10) + 0.9
     rows, columns = (1, 3) if experts <= 10 else (3, 1)
     figure = Figure(figsize=(width * columns, height * rows + 0.7), layout="constrained")
     tokens, text = report.tokens, str(report.text["text"])
     note = "  (×: no token)" if any(layer.unused for layer in report.layers) else ""
     between = ", " if columns > 1 else "\n"
-    heading = f"{_short(report.model)}{between}{tokens:,} tokens of {_short(text)}{note}"
+    heading = f"{_shorten(report.model)}{between}{tokens:,} tokens of {_shorten(text)}{note}"
     figure.suptitle(heading, fontsize=11)
     relative = all(e.saliency[criterion] >= 0 for layer in report.layers for e in layer.experts)
     maps: tuple[tuple[str, str, Callable[[LayerUse, ExpertUse], float]], ...] = (
         ("Token share", "% of the layer's routed tokens", lambda _, e: 100 * e.share),
         ("Gate mass", "mean gate weight of all tokens, %", lambda _, e: 100 * e.gate_mass / tokens),
-        _scores(criterion, relative=relative),
+        _choose_score_map(criterion, relative=relative),
     )
     for axes, (title, unit, value) in zip(figure.subplots(rows, columns), maps, strict=True):
-        drawn = _heat(axes, report.layers, value, numbered=numbered)
+        image = _draw_map(axes, report.layers, value, numbered=numbered)
         axes.set_title(title, fontsize=10)
-        bar = figure.colorbar(drawn, ax=axes, pad=0.02)
+        bar = figure.colorbar(image, ax=axes, pad=0.02)
         bar.set_label(unit, fontsize=8)
         bar.ax.tick_params(labelsize=7)
     return figure
 
 
-def _scores(
+def _choose_score_map(
     criterion: str, *, relative: bool
 ) -> tuple[str, str, Callable[[LayerUse, ExpertUse], float]]:
-    """Title, unit and values of the map of scores.
+    """Return title, unit and values of the map of scores.
 
-    Scores of different layers differ by orders of magnitude, and experts compete within their
-    layer: they are shown relative to the layer's largest, unless some are negative.
+    Scores of different layers differ by orders of magnitude, and experts compete only within
+    their layer. So scores are shown relative to the largest of the layer, unless some are
+    negative.
     """
 
-    def part(layer: LayerUse, expert: ExpertUse) -> float:
+    def compute_percentage(layer: LayerUse, expert: ExpertUse) -> float:
         largest = max(e.saliency[criterion] for e in layer.experts)
         return 100 * expert.saliency[criterion] / largest if largest else 0.0
 
     if relative:
-        return f"Saliency: {criterion}", "% of the layer's largest", part
+        return f"Saliency: {criterion}", "% of the layer's largest", compute_percentage
     return f"Saliency: {criterion}", "score", lambda _, e: e.saliency[criterion]
 
 
-def _heat(
+def _draw_map(
     axes: Axes,
     layers: Sequence[LayerUse],
     value: Callable[[LayerUse, ExpertUse], float],
     *,
     numbered: bool,
 ) -> Any:
-    """Draw one map."""
+    """Draw one heat map, with a number in each cell if ``numbered``; returns the image."""
     import numpy as np
 
     experts = max(len(layer.experts) for layer in layers)
@@ -244,7 +254,7 @@ def _heat(
     for row, layer in enumerate(layers):
         values[row, : len(layer.experts)] = [value(layer, e) for e in layer.experts]
     low = min(float(np.nanmin(values)), 0.0) if np.nanmax(values) > 0 else None
-    drawn: Any = axes.imshow(
+    image: Any = axes.imshow(
         values, aspect="auto", cmap="viridis", vmin=low, interpolation="nearest"
     )
     axes.set_xlabel("expert", fontsize=8)
@@ -256,20 +266,20 @@ def _heat(
     for row, layer in enumerate(layers):
         for expert in layer.experts:
             at = float(values[row, expert.expert])
-            colour = "black" if drawn.norm(at) > 0.6 else "white"
-            nothing = not expert.tokens and not at
-            if numbered or nothing:
-                said = "×" if nothing else _number(at)
+            color = "black" if image.norm(at) > 0.6 else "white"
+            unused = not expert.tokens and not at
+            if numbered or unused:
+                text = "×" if unused else _format_number(at)
                 axes.text(
-                    expert.expert, row, said, ha="center", va="center", fontsize=7, color=colour
+                    expert.expert, row, text, ha="center", va="center", fontsize=7, color=color
                 )
-    return drawn
+    return image
 
 
-def _number(value: float) -> str:
-    """A number in a cell.
+def _format_number(value: float) -> str:
+    """Format the number in a cell.
 
-    >>> [_number(value) for value in (0.04, 3.14159, 9.97, 40.8, -0.71234)]
+    >>> [_format_number(value) for value in (0.04, 3.14159, 9.97, 40.8, -0.71234)]
     ['<0.1', '3.1', '10', '41', '-0.712']
     """
     if value < 0:
@@ -279,6 +289,6 @@ def _number(value: float) -> str:
     return f"{value:.1f}" if value < 9.95 else f"{value:.0f}"
 
 
-def _short(name: str) -> str:
-    """A name that fits a title; the end of a long one tells more."""
+def _shorten(name: str) -> str:
+    """Shorten a name to fit a title; keep its end, the more telling part."""
     return name if len(name) <= 48 else f"…{name[-47:]}"

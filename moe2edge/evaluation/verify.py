@@ -1,9 +1,10 @@
-"""Whether an output holds what it should: every tensor, and the numbers in the real runtime.
+"""Verify that an output holds what was exported: every tensor, and logits in its runtime.
 
-Hashes say only that files did not change since the manifest was written. `verify` reads every
-tensor back and runs the folder, and holds both against a reference that was recorded at export
-from the model in memory: logits of a PyTorch run on the same packed numbers, and a digest of the
-numbers of each tensor. With the source model at hand it also repeats the comparison with it.
+Hashes of files only prove that nothing changed since the manifest was written. `verify` reads
+every tensor back, runs the folder in its runtime, and compares both with a reference that was
+recorded at export from the model in memory: logits of a PyTorch run on the same packed numbers,
+and a digest of the numbers of each tensor. Given the source model, it also repeats the comparison
+of the output with the source.
 """
 
 from __future__ import annotations
@@ -35,32 +36,34 @@ if TYPE_CHECKING:
 
     from moe2edge.calibration.observation import BlockTrace
 
-# Not called *.safetensors: loaders of checkpoints read every such file of a folder.
+# Not named *.safetensors, because loaders of checkpoints read every such file of a folder.
 REFERENCE = "moe2edge.reference"
+# Recorded samples; tokens of the prefill, and tokens that are decoded after it.
 SAMPLES = 2
 PREFILL = 32
 PARITY_STEPS = 32
-# Logits of the exact runtime may differ from the reference by this much, absolute.
+# Largest absolute error of logits with float32 activations, for logits of up to 10; see
+# `measure_exact`.
 EXACT_TOLERANCE = 1e-4
-# With the activations of the shipped setting (int8 or bfloat16): median relative error. Rounding
-# moves near ties in routers, so a sound model may come near the first; a wrong kernel or layout
-# is beyond the second.
+# Median relative error with the activations as shipped (int8 or bfloat16). Rounding changes the
+# choices of routers at near ties, so a correct model may come close to the first; a wrong kernel
+# or layout is beyond the second.
 SHIPPED_USUAL = 0.05
 SHIPPED_TOLERANCE = 0.25
-# Part of the memory that a run with float32 weights may take: one in so many.
+# A run with float32 weights may take 1 / RUNS_EXACT of the memory.
 RUNS_EXACT = 8
 
 
 @dataclass(frozen=True)
 class Parity:
-    """How a runtime agrees with the reference on the recorded tokens.
+    """Agreement of a runtime with the reference on the recorded tokens.
 
     Attributes:
         exact: largest absolute difference of logits with float32 activations.
-        shipped: relative error of logits as shipped, ``||a - b|| / ||b||``, median of positions;
-            None if the machine cannot run the output.
-        top1: part of positions with the same most likely token, as shipped; None likewise.
-        positions: compared positions: the end of the prefill, then every cached step.
+        shipped: relative error of logits as shipped, ``||a - b|| / ||b||``, median over positions;
+            None if the machine has too little memory to run the output.
+        top1: fraction of positions with the same most likely token, as shipped; None as above.
+        positions: number of compared positions: the end of the prefill, then every cached step.
     """
 
     exact: float
@@ -71,15 +74,15 @@ class Parity:
 
 @dataclass(frozen=True)
 class Reference:
-    """What an output is held against.
+    """Tokens, logits and digests that an output is compared with.
 
     Attributes:
-        ids: int64 [samples, length].
-        prefill: tokens given at once; the others follow one by one.
+        ids: the recorded tokens, int64 [samples, length].
+        prefill: number of tokens of the prefill; the others follow one by one.
         logits: float32 [samples, length - prefill + 1, vocabulary], after the prefill and after
             each later token.
         digests: SHA-256 of the numbers of each tensor, by its name on disk.
-        source_kl: KL to the source on ``ids``, nats per token; None if it was not measured.
+        source_kl: KL to the source on ``ids``, in nats per token; None if it was not measured.
     """
 
     ids: Tensor
@@ -89,17 +92,24 @@ class Reference:
     source_kl: float | None
 
     def save(self, folder: Path) -> None:
-        """Write it beside an output; no time stamps, so equal references are equal files."""
+        """Write the reference into an output folder.
+
+        The file has no time stamps, so equal references are equal files.
+        """
         notes = {"prefill": self.prefill, "digests": self.digests, "source_kl": self.source_kl}
         metadata = {"reference": json.dumps(notes, sort_keys=True)}
         data = save({"ids": self.ids.contiguous(), "logits": self.logits.contiguous()}, metadata)
         (folder / REFERENCE).write_bytes(data)
 
-    def of_stored(self, model: Model, stored: Model) -> Reference:
-        """The reference of an output that holds the tensors of ``stored`` for ``model``.
+    def for_stored(self, model: Model, stored: Model) -> Reference:
+        """Return the reference of an output that stores ``model`` as the tensors of ``stored``.
 
         Only tensors that ``model`` does not have are read. Where quantized numbers are written
         dequantized, in a dtype that rounds them, the logits become those of the rounded numbers.
+
+        Args:
+            model: the model that this reference was recorded from.
+            stored: the same model, with the tensors that the target writes.
         """
         known = {id(weight): self.digests[name] for name, _, weight in model.tensors()}
         digests = {
@@ -115,39 +125,43 @@ class Reference:
 
     @classmethod
     def read(cls, folder: Path) -> Reference:
-        """Read what `save` wrote.
+        """Read the reference of an output folder, as `save` wrote it.
 
         Raises:
-            VerificationFailed: it is missing or damaged.
+            VerificationFailed: the file is missing or damaged.
         """
         path = folder / REFERENCE
         if not path.exists():
-            raise VerificationFailed(f"{folder} has no {REFERENCE}; it cannot be verified")
+            raise VerificationFailed(
+                f"{folder} has no {REFERENCE}; it cannot be verified: export it again"
+            )
         try:
             with safe_open(path, framework="pt") as file:
                 notes = json.loads(file.metadata()["reference"])
                 ids, logits = file.get_tensor("ids"), file.get_tensor("logits")
             return cls(ids, notes["prefill"], logits, notes["digests"], notes["source_kl"])
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise VerificationFailed(f"{path.name} cannot be read: {error}") from error
+            raise VerificationFailed(
+                f"{path.name} cannot be read: {error}; export {folder} again"
+            ) from error
 
 
 class MarginObserver:
-    """How far the routing of each sample is from another choice, over its first tokens.
+    """Finds the smallest routing margin of each sample, over its first tokens.
 
-    Two runtimes that agree but for rounding may choose differently at a near tie, which says
-    nothing about either; samples without one are the better reference. A margin is the gap between
-    the logits of the last expert that is chosen and the first that is not, and with dynamic
-    skipping the distance of a ratio of weights to its threshold.
+    A margin is the gap between the logits of the last expert that is chosen and the first that is
+    not; with dynamic skipping, also the distance of a ratio of gate weights to its threshold. Two
+    runtimes that differ only by rounding may choose different experts at a near tie, which says
+    nothing about either. So samples without a near tie make the better reference.
     """
 
     def __init__(self, length: int) -> None:
-        """For the first ``length`` tokens of each sample."""
+        """Look at the first ``length`` tokens of each sample."""
         self._length = length
         self._least: dict[int, list[Tensor]] = {}
 
     def observe(self, trace: BlockTrace) -> None:
-        """Add one batch."""
+        """Add one batch of one block."""
         layer, routing = trace.block.mlp, trace.routing
         if not isinstance(layer, MoELayer) or routing is None:
             return
@@ -163,13 +177,16 @@ class MarginObserver:
             self._least.setdefault(trace.block.index, []).append(least)
 
     def result(self) -> Tensor | None:
-        """Least margin of each sample, float32; None if nothing is ever chosen."""
+        """Return the smallest margin of each sample, float32 [samples].
+
+        Returns None if no router has a choice, because every expert runs on every token.
+        """
         blocks = [torch.cat(parts) for parts in self._least.values()]
         return torch.stack(blocks).min(0).values if blocks else None
 
 
 def choose_reference_rows(margins: Tensor | None, samples: int) -> list[int]:
-    """The samples that the reference is made of: those with the largest margins, in order."""
+    """Choose the samples of the reference: those with the largest margins, in order."""
     count = min(SAMPLES, samples)
     if margins is None:
         return list(range(count))
@@ -179,13 +196,15 @@ def choose_reference_rows(margins: Tensor | None, samples: int) -> list[int]:
 def record(
     model: Model, ids: Tensor, source_logits: Sequence[Tensor] | None, hidden: Tensor
 ) -> Reference:
-    """The reference of a model in memory.
+    """Record the reference of a model in memory.
 
     Args:
-        model: as it will be written.
-        ids: int64 [samples, length], at least `SAMPLES` samples.
-        source_logits: logits of the source on each row of ``ids``; None: it is not compared with.
-        hidden: hidden states of ``model`` after its last block on ``ids``.
+        model: the model as it will be written.
+        ids: the tokens, int64 [samples, length]; see `choose_reference_rows`.
+        source_logits: logits of the source [length, vocabulary] on each row of ``ids``; None does
+            not compare with the source.
+        hidden: hidden states of ``model`` after its last block on ``ids``, float32
+            [samples, length, hidden].
     """
     logits = torch.stack(list(walk.compute_logits(model, hidden)))
     prefill = min(PREFILL, ids.shape[1] - 1)
@@ -197,23 +216,23 @@ def record(
 
 
 def load_numbers(weight: Weight) -> Tensor | Quantized:
-    """Numbers of a weight: integers and scales if it is quantized."""
+    """Load the numbers of a weight: integers and scales if it is quantized."""
     return weight.quantized() if weight.scheme else weight.load()
 
 
 def compute_digest(value: Tensor | Quantized) -> str:
-    """SHA-256 over dtype, shape and numbers of a tensor; of integers and scales if quantized."""
-    found = hashlib.sha256()
+    """Compute the SHA-256 of dtype, shape and numbers; of integers and scales if quantized."""
+    digest = hashlib.sha256()
     if isinstance(value, Quantized):
-        found.update(f"{value.scheme.name} {value.scheme.group_size}\n".encode())
-    for part in _parts(value):
-        found.update(f"{part.dtype} {list(part.shape)}\n".encode())
-        found.update(part.contiguous().view(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
+        digest.update(f"{value.scheme.name} {value.scheme.group_size}\n".encode())
+    for part in _list_parts(value):
+        digest.update(f"{part.dtype} {list(part.shape)}\n".encode())
+        digest.update(part.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
-def _parts(value: Tensor | Quantized) -> Iterator[Tensor]:
-    """The tensors that make up a value."""
+def _list_parts(value: Tensor | Quantized) -> Iterator[Tensor]:
+    """Yield the tensors that make up a value."""
     if not isinstance(value, Quantized):
         yield value
         return
@@ -223,7 +242,15 @@ def _parts(value: Tensor | Quantized) -> Iterator[Tensor]:
 
 
 def audit(target: Target, folder: Path, model: Model) -> int:
-    """Hold every tensor that was written against the model in memory; returns their number.
+    """Compare every tensor that was written with the model in memory.
+
+    Args:
+        target: the target that wrote the folder.
+        folder: the output.
+        model: the model with the tensors that the target stores.
+
+    Returns:
+        The number of tensors.
 
     Raises:
         VerificationFailed: a tensor is missing, unknown, written twice, not quantized as it
@@ -239,16 +266,16 @@ def audit(target: Target, folder: Path, model: Model) -> int:
         if isinstance(value, Quantized) != (weight.scheme is not None):
             form = "unquantized" if weight.scheme else "quantized"
             raise VerificationFailed(f"{name} was written {form}")
-        if not _equal(value, load_numbers(weight)):
+        if not _are_equal(value, load_numbers(weight)):
             raise VerificationFailed(f"{name} was written with other numbers")
     if missing := set(expected) - seen:
         raise VerificationFailed(f"{len(missing)} tensors were not written: {min(missing)}")
     return len(seen)
 
 
-def _equal(a: Tensor | Quantized, b: Tensor | Quantized) -> bool:
+def _are_equal(a: Tensor | Quantized, b: Tensor | Quantized) -> bool:
     if isinstance(a, Quantized) and isinstance(b, Quantized):
-        same = (torch.equal(*pair) for pair in zip(_parts(a), _parts(b), strict=True))
+        same = (torch.equal(*pair) for pair in zip(_list_parts(a), _list_parts(b), strict=True))
         return a.scheme == b.scheme and all(same)
     if isinstance(a, Quantized) or isinstance(b, Quantized):
         return False
@@ -256,86 +283,98 @@ def _equal(a: Tensor | Quantized, b: Tensor | Quantized) -> bool:
 
 
 def check_tensors(reference: Reference, tensors: Iterable[tuple[str, Tensor | Quantized]]) -> int:
-    """Hold the tensors of a folder against the recorded digests; returns their number.
+    """Compare the tensors of a folder with the recorded digests.
+
+    Returns:
+        The number of tensors.
 
     Raises:
         VerificationFailed: a tensor is missing or unknown, or its numbers changed.
     """
-    left = dict(reference.digests)
+    missing = dict(reference.digests)
     for name, value in tensors:
-        if name not in left:
+        if name not in missing:
             raise VerificationFailed(f"{name} is in the folder, but was not exported")
-        if compute_digest(value) != left.pop(name):
+        if compute_digest(value) != missing.pop(name):
             raise VerificationFailed(f"{name} does not hold the numbers that were exported")
-    if left:
-        raise VerificationFailed(f"{len(left)} tensors are missing, such as {min(left)}")
+    if missing:
+        raise VerificationFailed(f"{len(missing)} tensors are missing, such as {min(missing)}")
     return len(reference.digests)
 
 
 def measure_exact(
     reference: Reference, target: Target, folder: Path, within: int | None = None
 ) -> float:
-    """Largest difference of logits with float32 activations.
+    """Measure the largest difference of logits with float32 activations.
 
-    The output is run in its runtime; where that would take more than a small part of the machine's
-    memory and the output can be read as a model, it is walked over block by block instead.
+    The output runs in its runtime. If that would take more than 1 / `RUNS_EXACT` of the memory and
+    the output can be read as a model, it runs block by block in PyTorch instead.
 
     Args:
-        reference: what was recorded.
-        target: that wrote the folder.
+        reference: the record to compare with.
+        target: the target that wrote the folder.
         folder: the output.
-        within: bytes for the whole process; None: see `moe2edge.runtime.memory.find_limit`.
+        within: memory of the whole process in bytes; None: see
+            `moe2edge.runtime.memory.find_limit`.
+
+    Returns:
+        The largest absolute difference.
 
     Raises:
-        VerificationFailed: it is too large.
+        VerificationFailed: the difference is larger than `EXACT_TOLERANCE`, which is scaled up
+            for logits larger than 10.
     """
     model = target.streamed(folder)
     if model is None or fits(RUNS_EXACT * 4 * model.parameters, within):
-        found = verify_output(reference, target.reopen(folder, exact=True))
+        logits = run_recorded_tokens(reference, target.reopen(folder, exact=True))
     else:
         hidden = walk.observe(model, reference.ids, (), lambda *_: None, "verify")
-        found = torch.stack(list(walk.compute_logits(model, hidden)))[:, reference.prefill - 1 :]
-    difference = float((found - reference.logits).abs().max())
+        logits = torch.stack(list(walk.compute_logits(model, hidden)))[:, reference.prefill - 1 :]
+    difference = float((logits - reference.logits).abs().max())
     tolerance = EXACT_TOLERANCE * max(1.0, float(reference.logits.abs().max()) / 10)
     if not difference <= tolerance:
         raise VerificationFailed(
-            f"logits of the output differ from the reference by {difference:.2e}; "
-            f"at most {tolerance:.1e} with float32 activations"
+            f"logits of the output differ from the reference by {difference:.2e}; expected at most "
+            f"{tolerance:.1e} with float32 activations"
         )
     return difference
 
 
 def measure_shipped(reference: Reference, runtime: Runtime, difference: float) -> Parity:
-    """Run the recorded tokens as shipped: prefill, then cached steps.
+    """Run the recorded tokens as shipped, and measure the error of logits.
 
     Args:
-        reference: what was recorded.
-        runtime: the folder as it is used.
-        difference: of `measure_exact`.
+        reference: the record to compare with.
+        runtime: the folder, opened as it is used.
+        difference: the result of `measure_exact`, for `Parity.exact`.
 
     Raises:
-        VerificationFailed: logits differ by more than the tolerance.
+        VerificationFailed: the median relative error is larger than `SHIPPED_TOLERANCE`.
     """
-    found = verify_output(reference, runtime)
-    # The median: with rounded activations a near tie in a router may fall to the other expert,
-    # which changes that position by far more than rounding does.
-    errors = (found - reference.logits).norm(dim=-1) / reference.logits.norm(dim=-1)
+    logits = run_recorded_tokens(reference, runtime)
+    # The median, because rounded activations may flip a near tie in a router, which changes that
+    # position by far more than rounding does.
+    errors = (logits - reference.logits).norm(dim=-1) / reference.logits.norm(dim=-1)
     relative = float(errors.median())
     if not relative <= SHIPPED_TOLERANCE:
         raise VerificationFailed(
-            f"logits as shipped differ from the reference by {relative:.1%}; "
-            f"at most {SHIPPED_TOLERANCE:.0%}"
+            f"logits as shipped differ from the reference by {relative:.1%} (median); expected at "
+            f"most {SHIPPED_TOLERANCE:.0%}"
         )
-    top1 = float((found.argmax(-1) == reference.logits.argmax(-1)).double().mean())
-    return Parity(difference, relative, top1, found.shape[0] * found.shape[1])
+    top1 = float((logits.argmax(-1) == reference.logits.argmax(-1)).double().mean())
+    return Parity(difference, relative, top1, logits.shape[0] * logits.shape[1])
 
 
 def check_parity(
     reference: Reference, target: Target, folder: Path, within: int | None = None
 ) -> tuple[Parity, Runtime | None]:
-    """Hold a folder against the reference, exactly and as shipped; and its runtime.
+    """Compare a folder with the reference: with float32 activations, then as shipped.
 
-    What ``within`` bytes cannot run, and can be read as a model, is not run; there is no runtime.
+    If the output needs more than ``within`` bytes to run and can be read as a model, it is not
+    run as shipped.
+
+    Returns:
+        The agreement, and the opened runtime; None for a runtime that was not run.
 
     Raises:
         VerificationFailed: logits differ by more than the tolerances.
@@ -352,9 +391,13 @@ def check_parity(
 def check_folder(
     target: Target, folder: Path, reference: Reference
 ) -> tuple[int, Parity, Runtime | None]:
-    """All checks that need nothing but the folder: number of tensors, parity, and the runtime.
+    """Run all checks that need only the folder.
 
-    What the machine has no memory to run is read block by block only, and there is no runtime.
+    An output that needs more memory than the machine has is read block by block, and not run.
+
+    Returns:
+        The number of tensors, the agreement, and the opened runtime; None for a runtime that was
+        not run.
 
     Raises:
         VerificationFailed: the folder cannot be read, or does not hold what was exported.
@@ -367,8 +410,12 @@ def check_folder(
         raise VerificationFailed(f"{folder} cannot be read: {error}") from error
 
 
-def verify_output(reference: Reference, runtime: Runtime) -> Tensor:
-    """Logits of the recorded tokens in a runtime, in the shape of ``reference.logits``."""
+def run_recorded_tokens(reference: Reference, runtime: Runtime) -> Tensor:
+    """Run the recorded tokens in a runtime: prefill, then cached steps.
+
+    Returns:
+        Logits in the shape of ``reference.logits``.
+    """
     rows = []
     for row in reference.ids.tolist():
         steps = [runtime.start(row[: reference.prefill])]
@@ -378,33 +425,36 @@ def verify_output(reference: Reference, runtime: Runtime) -> Tensor:
 
 
 def check_source(reference: Reference, runtime: Runtime, source: Model) -> float:
-    """KL of the runtime to the source on the recorded tokens, nats per token.
+    """Measure the KL of the runtime to the source on the recorded tokens.
+
+    Returns:
+        KL in nats per token.
 
     Raises:
         InputError: the source has another vocabulary.
-        VerificationFailed: it is clearly larger than at export, if it was measured then.
+        VerificationFailed: the KL is clearly larger than at export, if it was measured then.
     """
     check_vocabulary(source, reference.logits.shape[-1])
     ids = reference.ids
     hidden = walk.observe(source, ids, (), lambda *_: None, "source")
     logits = walk.compute_logits(source, hidden)
-    found = metrics.measure(ids, (runtime.logits(row[None])[0] for row in ids), logits).kl or 0.0
-    if reference.source_kl is not None and found > reference.source_kl * 1.2 + 1e-3:
+    kl = metrics.measure(ids, (runtime.logits(row[None])[0] for row in ids), logits).kl or 0.0
+    if reference.source_kl is not None and kl > reference.source_kl * 1.2 + 1e-3:
         raise VerificationFailed(
-            f"KL to the source is {found:.5f} nats per token; it was {reference.source_kl:.5f} "
-            "at export"
+            f"KL to the source is {kl:.5f} nats per token; it was {reference.source_kl:.5f} at "
+            "export. Check that --reference names the model that the folder was made from"
         )
-    return found
+    return kl
 
 
 def check_vocabulary(source: Model, size: int) -> None:
-    """Refuse to compare with a source whose logits have another size.
+    """Check that a source has a vocabulary of ``size`` entries, so that logits compare.
 
     Raises:
-        InputError: they have.
+        InputError: it has not.
     """
     if source.vocabulary != size:
         raise InputError(
             f"the reference model has {source.vocabulary} entries in its vocabulary, the folder "
-            f"{size}; name the model that it was made from"
+            f"has {size}; name the model that the folder was made from"
         )

@@ -1,9 +1,9 @@
-"""What single layers have of their own: written into ``config.json``, and read back.
+"""Settings of single layers: written into ``config.json``, and read back.
 
 Transformers knows the key ``per_layer_config``. Its classes carry out none of it for the families
-here, but they raise an error where a layer has a number of its own that they read from the common
-config, so that a stock reader refuses what it would misread. The config itself can be read, and so
-can the tokenizer beside it.
+here, but they raise an error where a layer has another number than the common config, from which
+they read it, so that a stock reader refuses what it would misread. The config itself can be read,
+and so can the tokenizer beside it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from moe2edge.model.layers import MoELayer, UnroutedMLP
 from moe2edge.model.model import Block, Model, get_form, is_stock_form
 from moe2edge.model.weights import Weight
 
-# Key of everything that is no number of experts; transformers lets it pass if every layer has it.
+# Key of all settings but numbers of experts; transformers accepts it if every layer has it.
 OWN = "moe2edge"
 TOP_K = "num_experts_per_tok"
 # Stands in the place of the base of a tied expert that has none.
@@ -42,9 +42,9 @@ Take = Callable[[str, tuple[int, ...]], Weight]
 
 
 def build_transformers_dict(model: Model) -> dict[str, Any]:
-    """`Family.config_of`, in which some number differs if anything does.
+    """Return `build_config`, with a number that stock readers refuse if any layer differs.
 
-    Where all that layers have of their own is unknown to transformers (dynamic skipping), the
+    Where layers differ only in settings that transformers does not know (dynamic skipping), the
     common top-k, which each layer overrides, is set to another one.
     """
     config = build_config(model)
@@ -57,11 +57,11 @@ def build_transformers_dict(model: Model) -> dict[str, Any]:
 
 
 def encode_layers(model: Model) -> dict[str, dict[str, Any]]:
-    """``per_layer_config`` of a model that is not uniform, by the indices of its blocks."""
+    """Return ``per_layer_config`` of a model that is not uniform, by the indices of its blocks."""
     key = model.family.experts_key[0]
     found: dict[str, dict[str, Any]] = {}
     for block in model.blocks:
-        form = {} if is_stock_form(model, block) else _form(block)
+        form = {} if is_stock_form(model, block) else _encode_form(block)
         sizes = {}
         if isinstance(block.mlp, MoELayer):
             sizes = {key: block.mlp.router_rows, TOP_K: block.mlp.router.top_k}
@@ -70,20 +70,21 @@ def encode_layers(model: Model) -> dict[str, dict[str, Any]]:
         found[str(block.index)] = {**sizes, OWN: form}
     if any(own[OWN] for own in found.values()):
         return found
-    return {index: sizes for index, own in found.items() if (sizes := _sizes(own))}
+    return {index: sizes for index, own in found.items() if (sizes := _drop_form(own))}
 
 
-def _sizes(own: Mapping[str, Any]) -> dict[str, int]:
+def _drop_form(own: Mapping[str, Any]) -> dict[str, int]:
     return {key: value for key, value in own.items() if key != OWN}
 
 
 def encode_sizes(model: Model) -> dict[str, dict[str, int]]:
-    """`encode_layers` without what transformers does not know."""
-    return {index: found for index, own in encode_layers(model).items() if (found := _sizes(own))}
+    """Return `encode_layers` without the settings that transformers does not know."""
+    found = {index: _drop_form(own) for index, own in encode_layers(model).items()}
+    return {index: sizes for index, sizes in found.items() if sizes}
 
 
-def _form(block: Block) -> dict[str, Any]:
-    """What transformers' class cannot hold of a block."""
+def _encode_form(block: Block) -> dict[str, Any]:
+    """Return the settings of a block that transformers' class does not know."""
     if isinstance(block.mlp, MoELayer):
         form: dict[str, Any] = {}
         layer, bases = block.mlp, block.mlp.bases
@@ -102,7 +103,7 @@ def _form(block: Block) -> dict[str, Any]:
 
 
 def decode_layers(model: Model, overrides: Mapping[str, Mapping[str, Any]], take: Take) -> Model:
-    """``model``, built from the common config, with what each layer has of its own.
+    """Return ``model``, built from the common config, with the settings of each layer.
 
     Args:
         model: all of whose layers are alike.
@@ -110,24 +111,24 @@ def decode_layers(model: Model, overrides: Mapping[str, Mapping[str, Any]], take
         take: gives the handle of a tensor by its name on disk and its shape.
 
     Raises:
-        Unsupported: something that `encode_layers` does not write.
+        Unsupported: a setting that `encode_layers` does not write.
     """
     left = {str(index).lstrip("0") or "0": dict(own) for index, own in overrides.items()}
     for block, layer in model.moe_blocks:
         own = left.pop(str(block.index), {})
         form = own.pop(OWN, {})
         if isinstance(form, Mapping) and set(form) == {"mlp"}:
-            changed = _without_routing(model, block, layer, form["mlp"], take)
+            changed = _read_unrouted(model, block, layer, form["mlp"], take)
         else:
-            changed = replace(block, mlp=_routed(model, block, layer, own, form, take))
+            changed = replace(block, mlp=_read_layer(model, block, layer, own, form, take))
         model = model.replace_block(changed)
     if wrong := sorted(index for index, own in left.items() if own != {OWN: {}}):
         raise Unsupported(f"per_layer_config of {wrong}, which are no MoE layers")
     return model
 
 
-def _without_routing(model: Model, block: Block, layer: MoELayer, form: str, take: Take) -> Block:
-    """A block with nothing to choose; an expert that stayed has a plain MLP's names on disk."""
+def _read_unrouted(model: Model, block: Block, layer: MoELayer, form: str, take: Take) -> Block:
+    """Return a block without a router; an expert that stayed has a plain MLP's names on disk."""
     if form in ("none", "norm"):
         return block.without_mlp(keep_norm=form == "norm")
     old, plain = layer.experts[0], None
@@ -144,11 +145,11 @@ def _without_routing(model: Model, block: Block, layer: MoELayer, form: str, tak
     raise Unsupported(f"layer {block.index} with {form!r} in place of its MoE layer")
 
 
-def _routed(
+def _read_layer(
     model: Model, block: Block, layer: MoELayer, own: Any, form: Any, take: Take
 ) -> MoELayer:
     """Return a layer with experts, rows and a router of its own size."""
-    found = _own(own, form, (*model.family.experts_key, TOP_K))
+    found = _parse_settings(own, form, (*model.family.experts_key, TOP_K))
     if found is not None:
         keys = model.family.experts_key
         count = next((own[key] for key in keys if key in own), len(layer.experts))
@@ -180,16 +181,22 @@ def _routed(
 
 
 @dataclass(frozen=True)
-class _Own:
-    """What `_form` writes of a layer with experts."""
+class _LayerSettings:
+    """Settings that `_encode_form` writes of a layer with experts.
+
+    Attributes:
+        skip: thresholds of dynamic skipping.
+        replaced: rank of each replacement, 0 for a constant.
+        tied: stored expert (or `NO_BASE`) and rank of each full or tied expert.
+    """
 
     skip: list[float]
     replaced: list[int]
     tied: list[tuple[int, int]]
 
 
-def _own(own: Any, form: Any, known: tuple[str, ...]) -> _Own | None:
-    """What a layer has of its own; None where it is not what `encode_layers` writes."""
+def _parse_settings(own: Any, form: Any, known: tuple[str, ...]) -> _LayerSettings | None:
+    """Return the settings of a layer; None where they are not as `encode_layers` writes them."""
     if not set(own) <= set(known) or not all(type(value) is int for value in own.values()):
         return None
     if not isinstance(form, Mapping) or not set(form) <= {"skip_below", "substitutes", "members"}:
@@ -202,11 +209,11 @@ def _own(own: Any, form: Any, known: tuple[str, ...]) -> _Own | None:
         and all(type(rank) is int and rank >= 0 for rank in ranks)
         and all(_is_routed(pair) for pair in pairs)
     )
-    return _Own(skip, ranks, [(base, rank) for base, rank in pairs]) if sound else None
+    return _LayerSettings(skip, ranks, [(base, rank) for base, rank in pairs]) if sound else None
 
 
 def _is_routed(pair: Any) -> bool:
-    """Whether it is a base, or none, with a rank that is not 0 then."""
+    """Return whether it is a stored expert and a rank, or no expert and a rank above 0."""
     if not isinstance(pair, list) or [type(n) for n in pair] != [int, int]:
         return False
     base, rank = int(pair[0]), int(pair[1])
@@ -249,9 +256,9 @@ def _read_replacement(
 
 
 def build_config(model: Model) -> dict[str, Any]:
-    """``config.json`` of ``model``: the source's, with everything that passes changed.
+    """Return ``config.json`` of ``model``: the source's, with everything that passes changed.
 
-    Blocks that are not as the config says of all are written as ``per_layer_config``, where
+    Blocks that differ from the common config are written as ``per_layer_config``, where
     stock transformers raises an error instead of misreading them.
     """
     config = dict(model.config)
@@ -283,10 +290,10 @@ def build_config(model: Model) -> dict[str, Any]:
 
 
 def build_transformers_config(model: Model, **changes: Any) -> Any:
-    """Transformers' config of ``model``, with dense numbers and ``changes``, to run it.
+    """Return transformers' config of ``model``, with dense numbers and ``changes``, to run it.
 
-    Router logits are not asked for: the loss that transformers would make of them wants
-    layers of one size.
+    Router logits are switched off: the loss that transformers computes from them needs layers of
+    one size.
 
     Raises:
         InputError: transformers refuses a value, such as one of a key that no row reads.

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Shared:
-    """A shared expert: always on, times the sigmoid of its own gate."""
+    """A shared expert: always on, times the sigmoid of its gate."""
 
     mlp: Dense
     gate: Weight  # [1, hidden]
@@ -60,8 +60,8 @@ class Router:
         top_k = self.top_k if top_k is None else top_k
         return replace(
             self,
-            weight=_rows(self.weight, rows),
-            per_expert={k: _rows(w, rows) for k, w in self.per_expert.items()},
+            weight=_select_rows(self.weight, rows),
+            per_expert={k: _select_rows(w, rows) for k, w in self.per_expert.items()},
             top_k=top_k,
             skip_below=self.skip_below[: top_k - 1],
         )
@@ -279,8 +279,8 @@ def _find_base(row: Row) -> int | None:
             return None
 
 
-def _rows(weight: Weight, rows: tuple[int, ...]) -> Weight:
-    """Handle on some rows of ``weight``."""
+def _select_rows(weight: Weight, rows: tuple[int, ...]) -> Weight:
+    """Return a handle on some rows of ``weight``."""
     return replace(
         weight,
         shape=(len(rows), *weight.shape[1:]),
@@ -290,7 +290,7 @@ def _rows(weight: Weight, rows: tuple[int, ...]) -> Weight:
 
 @dataclass(frozen=True)
 class UnroutedMLP:
-    """What is left of an MoE layer with nothing to choose, in families with shared experts.
+    """The rest of an MoE layer with nothing to choose, in families with shared experts.
 
     Attributes:
         shared: the shared expert.

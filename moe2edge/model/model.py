@@ -31,9 +31,9 @@ class Block:
         index: position in this model.
         origin: position in the source model.
         attention: its tensors by suffix (``q_proj.weight``, ``q_proj.bias``, ``q_norm.weight``).
-        norms: the two norms by suffix; without an MLP the second is missing, or what it puts out
-            is added to the stream in the MLP's place.
-        mlp: what follows attention; None: nothing does.
+        norms: the two norms by suffix; without an MLP the second is missing, or its output is
+            added to the residual stream in the MLP's place.
+        mlp: the part after attention; None: there is none.
         window: tokens that attention sees at most, None for all.
     """
 
@@ -46,14 +46,14 @@ class Block:
 
     @property
     def expert_origins(self) -> tuple[int, ...]:
-        """Indices in the source of what is routed to with matrices; a plain MLP's own included."""
+        """Indices in the source of full and tied experts, and of one that became a plain MLP."""
         if isinstance(self.mlp, MoELayer):
             return tuple(self.mlp.rows[row].origin for row in self.mlp.routed)
         only = self.mlp.expert if isinstance(self.mlp, UnroutedMLP) else self.mlp
         return (only.origin,) if isinstance(only, Expert) else ()
 
     def keep_experts(self, ids: Sequence[int], *, clamp_top_k: bool = False) -> Block:
-        """The block with only the experts ``ids``, and no more routing than they need.
+        """Return the block with only the experts ``ids``, and no more routing than they need.
 
         One expert that stays is always chosen, with weight one, so it becomes a plain MLP. When
         none stays, nothing follows attention but a shared expert, which is never removed.
@@ -73,22 +73,26 @@ class Block:
         return replace(self, mlp=only if shared is None else UnroutedMLP(shared, only))
 
     def without_mlp(self, *, keep_norm: bool = False) -> Block:
-        """The block with nothing after attention; or its norm's output added in the MLP's place."""
+        """Return the block without its MLP.
+
+        Args:
+            keep_norm: add the output of the norm to the residual stream in the MLP's place.
+        """
         norms = dict(self.norms)
         if not keep_norm:
             norms.pop(SECOND_NORM, None)
         return replace(self, norms=norms, mlp=None)
 
     def weights(self) -> Iterator[tuple[str, Weight]]:
-        """All tensors with their roles: ``experts.3.gate``, ``attention.q_proj.weight``, ..."""
+        """Yield all tensors with their roles: ``experts.3.gate``, ``attention.q_proj.weight``."""
         for suffix, weight in self.norms.items():
             yield f"norms.{suffix}", weight
         for suffix, weight in self.attention.items():
             yield f"attention.{suffix}", weight
-        yield from _body_weights(self.mlp)
+        yield from _list_body_weights(self.mlp)
 
     def with_weights(self, new: Mapping[str, Weight]) -> Block:
-        """The block with some tensors replaced, by role.
+        """Return the block with some tensors replaced, by role.
 
         Raises:
             Moe2EdgeError: a role is not one of this block's.
@@ -135,39 +139,39 @@ class Block:
         )
 
 
-def _body_weights(mlp: MoELayer | Dense | UnroutedMLP | None) -> Iterator[tuple[str, Weight]]:
-    """Tensors of what follows attention, with their roles."""
+def _list_body_weights(mlp: MoELayer | Dense | UnroutedMLP | None) -> Iterator[tuple[str, Weight]]:
+    """Yield the tensors after attention with their roles."""
     if isinstance(mlp, Dense):
-        yield from _mlp_weights("dense", mlp)
+        yield from _list_mlp_weights("dense", mlp)
         return
     if mlp is None:
         return
     if isinstance(mlp, UnroutedMLP):
         if mlp.expert is not None:
-            yield from _mlp_weights("dense", mlp.expert)
+            yield from _list_mlp_weights("dense", mlp.expert)
     else:
         yield "router.weight", mlp.router.weight
         for suffix, weight in mlp.router.per_expert.items():
             yield f"router.{suffix}", weight
         for n, expert in enumerate(mlp.experts):
-            yield from _mlp_weights(f"experts.{n}", expert)
+            yield from _list_mlp_weights(f"experts.{n}", expert)
         roles = mlp.row_roles
         for row in (*mlp.routed, *mlp.replaced):
             for part, weight in mlp.rows[row].weights():
                 yield f"{roles[row]}.{part}", weight
     if mlp.shared is not None:
-        yield from _mlp_weights("shared", mlp.shared.mlp)
+        yield from _list_mlp_weights("shared", mlp.shared.mlp)
         yield "shared.router", mlp.shared.gate
 
 
-def _mlp_weights(prefix: str, mlp: Dense) -> Iterator[tuple[str, Weight]]:
+def _list_mlp_weights(prefix: str, mlp: Dense) -> Iterator[tuple[str, Weight]]:
     yield f"{prefix}.gate", mlp.gate
     yield f"{prefix}.up", mlp.up
     yield f"{prefix}.down", mlp.down
 
 
 def is_quantizable(role: str) -> bool:
-    """Whether slimming selects a tensor: the matrices of attention, experts and MLPs.
+    """Return whether quantizing and pruning select a tensor: a matrix of attention or an MLP.
 
     Router, embeddings, head, norms, biases and the gate of a shared expert keep their precision.
 
@@ -181,9 +185,9 @@ def is_quantizable(role: str) -> bool:
 
 
 def is_low_rank(role: str) -> bool:
-    """Whether a tensor is a matrix of what answers for a replaced expert: a factor, a linear map.
+    """Return whether a tensor is a factor of a tied expert or a matrix of a linear map.
 
-    Slimming selects it only where its options say so.
+    Passes quantize it only where their options say so.
 
     >>> [is_low_rank(r) for r in ("members.2.up.first", "substitutes.0.second")]
     [True, True]
@@ -200,7 +204,7 @@ class Model:
 
     Attributes:
         family: the row of the family table.
-        config: ``config.json`` of the source, untouched; `Family.config_of` writes the new one.
+        config: ``config.json`` of the source, untouched; see `build_config` for the new one.
         blocks: the transformer blocks, in order.
         rest: tensors outside of blocks by their name on disk (embeddings, last norm, head).
     """
@@ -211,7 +215,7 @@ class Model:
     rest: Mapping[str, Weight]
 
     def tensors(self) -> Iterator[tuple[str, str, Weight]]:
-        """Every tensor once, as (name on disk, role, handle); blocks and experts renumbered."""
+        """Yield every tensor as (name on disk, role, handle); blocks and experts renumbered."""
         for name, weight in self.rest.items():
             yield name, "rest", weight
         for block in self.blocks:
@@ -230,7 +234,7 @@ class Model:
 
     @property
     def is_uniform(self) -> bool:
-        """Whether all MoE layers have one size and every block has a form of the family's own."""
+        """Whether all MoE layers have one size, and every block a form that the family knows."""
         sizes = {(m.router_rows, m.router.top_k) for _, m in self.moe_blocks}
         return len(sizes) <= 1 and all(is_stock_form(self, b) for b in self.blocks)
 
@@ -263,7 +267,7 @@ class Model:
         return sum(w.nbytes for _, _, w in self.tensors())
 
     def new_beside(self, before: Model) -> list[tuple[str, Weight]]:
-        """Tensors, by role, whose numbers are read from elsewhere than any of ``before``."""
+        """Return the tensors, with their roles, that read other numbers than any of ``before``."""
         known = {weight.load for _, _, weight in before.tensors()}
         return [(role, w) for _, role, w in self.tensors() if w.load not in known]
 
@@ -273,13 +277,13 @@ class Model:
         return max(4 * sum(w.count for _, w in block.weights()) for block in self.blocks)
 
     def replace_block(self, block: Block) -> Model:
-        """The model with the block at ``block.index`` replaced."""
+        """Return the model with the block at ``block.index`` replaced."""
         blocks = list(self.blocks)
         blocks[block.index] = block
         return replace(self, blocks=tuple(blocks))
 
     def keep_blocks(self, indices: Sequence[int]) -> Model:
-        """The model with only the blocks at ``indices``, renumbered."""
+        """Return the model with only the blocks at ``indices``, renumbered."""
         kept = (replace(self.blocks[i], index=n) for n, i in enumerate(indices))
         return replace(self, blocks=tuple(kept))
 
@@ -299,7 +303,7 @@ class Model:
         return any(layer.router.skip_below for _, layer in self.moe_blocks)
 
     def verify(self) -> None:
-        """Prove that the parts fit.
+        """Check that the parts fit.
 
         Raises:
             Moe2EdgeError: router rows differ from experts, top-k cannot be reached, blocks are
@@ -333,7 +337,7 @@ class Model:
         check_shapes(self)
 
     def __str__(self) -> str:
-        """Deterministic text, one line per block."""
+        """Return deterministic text, one line per block."""
         lines = [
             f"{self.family.architecture}: {len(self.blocks)} blocks, "
             f"{self.parameters:,} parameters ({self.active_parameters:,} active)"
@@ -347,11 +351,11 @@ class Model:
 
 
 def _describe(block: Block) -> str:
-    """What one block holds, in a line."""
+    """Describe one block in a line."""
     parts = []
     if block.window:
         parts.append(f"window {block.window}")
-    parts.append(f"attention {_form(block.attention['q_proj.weight'])}")
+    parts.append(f"attention {_describe_dtype(block.attention['q_proj.weight'])}")
     if isinstance(block.mlp, MoELayer):
         layer = block.mlp
         width = layer.experts[0].gate.shape[0]
@@ -359,7 +363,7 @@ def _describe(block: Block) -> str:
         rule = "renormalized" if layer.router.renormalize else "not renormalized"
         parts.append(
             f"{len(layer.experts)} experts of width {width}, top-{layer.router.top_k} {rule}, "
-            f"{_form(layer.experts[0].gate)}"
+            f"{_describe_dtype(layer.experts[0].gate)}"
         )
         if origins != list(range(len(origins))):
             parts.append(f"from {origins}")
@@ -368,7 +372,7 @@ def _describe(block: Block) -> str:
             parts.append(f"skips below {[round(b, 4) for b in layer.router.skip_below]}")
     dense = block.mlp.expert if isinstance(block.mlp, UnroutedMLP) else block.mlp
     if isinstance(dense, Dense):
-        parts.append(f"dense MLP of width {dense.gate.shape[0]}, {_form(dense.gate)}")
+        parts.append(f"dense MLP of width {dense.gate.shape[0]}, {_describe_dtype(dense.gate)}")
     if isinstance(block.mlp, MoELayer | UnroutedMLP) and block.mlp.shared is not None:
         parts.append(f"shared expert of width {block.mlp.shared.mlp.gate.shape[0]}")
     if block.mlp is None:
@@ -384,49 +388,48 @@ def _describe_rows(layer: MoELayer) -> Iterator[str]:
         ranks = sorted({row.rank for row in ran if isinstance(row, Tied)}) or [0]
         found = ((layer.rows[n].origin, bases[n]) for n in layer.routed)
         shown = " ".join(f"{origin}:{'-' if base is None else base}" for origin, base in found)
-        form = _low_rank_form(ran)
-        yield f"tied experts of rank {_listed(ranks)}{form}, with their base {shown}"
+        form = _describe_scheme(ran)
+        yield f"tied experts of rank {_describe_range(ranks)}{form}, with their base {shown}"
     if replaced := [row for row in layer.rows if isinstance(row, Replacement)]:
         ranks = sorted({row.rank for row in replaced})
         gone = [row.origin for row in replaced]
-        form = _low_rank_form(replaced)
-        yield f"{len(gone)} replacements of rank {_listed(ranks)}{form} for {gone}"
+        form = _describe_scheme(replaced)
+        yield f"{len(gone)} replacements of rank {_describe_range(ranks)}{form} for {gone}"
 
 
-def _low_rank_form(found: Sequence[RouterRow]) -> str:
-    """The scheme of their matrices, if they have one."""
+def _describe_scheme(found: Sequence[RouterRow]) -> str:
+    """Return the scheme of low-rank matrices in brackets; nothing if they have none."""
     weights = (weight for one in found for _, weight in one.weights())
     scheme = next((weight.scheme for weight in weights if weight.scheme), None)
     return "" if scheme is None else f" ({scheme})"
 
 
-def _listed(numbers: Sequence[int]) -> str:
-    """One number, or the ends of several."""
+def _describe_range(numbers: Sequence[int]) -> str:
+    """Return one number, or the ends of several."""
     return f"{numbers[0]}" if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
 
 
-def _form(weight: Weight) -> str:
+def _describe_dtype(weight: Weight) -> str:
     if weight.scheme is None:
         return weight.dtype
     return str(weight.scheme)
 
 
-# What follows attention; "norm" is the norm alone, whose output is added to the stream.
+# The part after attention; "norm" is the norm alone, whose output is added to the hidden states.
 Form = Literal["moe", "dense", "none", "norm", "shared", "dense+shared"]
 
 
 def is_stock_form(model: Model, block: Block) -> bool:
-    """Whether transformers' class of the family can hold a block, by the common config alone."""
+    """Return whether transformers' class of the family holds a block by the common config alone."""
     if isinstance(block.mlp, MoELayer):
-        own = block.mlp
-        return own.is_plain and not own.router.skip_below
+        return block.mlp.is_plain and not block.mlp.router.skip_below
     if not isinstance(block.mlp, Dense) or not model.family.dense_layers:
         return False
     return block.mlp.gate.shape[0] == model.config.get("intermediate_size")
 
 
 def get_form(block: Block) -> Form:
-    """What follows attention."""
+    """Return the form of the part after attention."""
     if isinstance(block.mlp, MoELayer):
         return "moe"
     if isinstance(block.mlp, Dense):
@@ -437,7 +440,7 @@ def get_form(block: Block) -> Form:
 
 
 def check_shapes(model: Model) -> None:
-    """Prove that every block has the tensors and shapes that its geometry asks for.
+    """Check that every block has the tensors and shapes of the geometry.
 
     Raises:
         Moe2EdgeError: a shape differs.

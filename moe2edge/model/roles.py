@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import (
-    TYPE_CHECKING,
-)
 
 from moe2edge.model.experts import Dense
 from moe2edge.model.layers import MoELayer, UnroutedMLP
 from moe2edge.model.model import Block, is_quantizable
 from moe2edge.model.weights import Weight
 
-if TYPE_CHECKING:
-    pass
-
 QKV = tuple(f"attention.{name}_proj.weight" for name in ("q", "k", "v"))
 OUT = "attention.o_proj.weight"
 
 
 def list_gated_mlps(block: Block) -> Iterator[tuple[str, Dense]]:
-    """The gated MLPs of a block with the first part of their roles: ``experts.3``, ``shared``."""
+    """Yield the gated MLPs of a block with the first part of their roles: ``experts.3``."""
     mlp = block.mlp
     if isinstance(mlp, MoELayer):
         yield from ((f"experts.{n}", expert) for n, expert in enumerate(mlp.experts))
@@ -32,5 +26,5 @@ def list_gated_mlps(block: Block) -> Iterator[tuple[str, Dense]]:
 
 
 def list_quantizable(block: Block) -> Iterator[tuple[str, Weight]]:
-    """The tensors of a block that slimming selects, with their roles."""
+    """Yield the tensors of a block that passes quantize or prune, with their roles."""
     return ((role, weight) for role, weight in block.weights() if is_quantizable(role))

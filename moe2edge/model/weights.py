@@ -22,16 +22,16 @@ DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float6
 
 @dataclass(frozen=True)
 class Weight:
-    """A handle on one tensor: name, shape and dtype now, numbers when somebody asks.
+    """A handle on one tensor: name, shape and dtype now, numbers when they are needed.
 
     Attributes:
         name: name of the tensor in the source checkpoint.
         shape: its shape.
         dtype: its dtype as safetensors spells it (``BF16``); of the source, if quantized.
-        load: reads the numbers; a quantized weight comes back dequantized, float32.
+        load: reads the numbers; those of a quantized weight dequantized, in float32.
         scheme: how it is quantized, None if it is not.
         load_quantized: reads integers and scales of a quantized weight.
-        pattern: which of its numbers are zero and stay so, None for no such promise.
+        pattern: the numbers that are zero and stay so; None for no such promise.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Weight:
         return self.scheme.nbytes(self.shape)
 
     def quantized(self) -> Quantized:
-        """Integers and scales.
+        """Return integers and scales.
 
         Raises:
             Moe2EdgeError: the weight is not quantized.
@@ -66,13 +66,13 @@ class Weight:
 
 
 def plan_weight_like(like: Weight, name: str, shape: tuple[int, ...]) -> Weight:
-    """A handle on new numbers in the dtype of another one, which are not there yet."""
+    """Return a handle on numbers that are not there yet, in the dtype of another one."""
     plain = {"scheme": None, "load_quantized": None, "pattern": None}
     return plan_weight(replace(like, name=name, shape=shape), **plain)
 
 
 def plan_weight(weight: Weight, **promised: Any) -> Weight:
-    """A handle with what slimming will give it, such as a scheme; its numbers are not there yet."""
+    """Return a handle with properties of numbers that are not there yet, such as a scheme."""
 
     def not_yet() -> Tensor:
         raise AssertionError(f"{weight.name} is only planned")
@@ -81,7 +81,7 @@ def plan_weight(weight: Weight, **promised: Any) -> Weight:
 
 
 def cast_to_stored(tensor: Tensor, dtype: str) -> Tensor:
-    """``tensor`` in a dtype as safetensors spells it."""
+    """Convert ``tensor`` to a dtype as safetensors spells it."""
     import torch
 
     return tensor.to(getattr(torch, DTYPES[dtype]))

@@ -111,7 +111,7 @@ def find_largest_group_size(in_features: Iterable[int]) -> Literal[32, 64, 128]:
     Raises:
         Unsupported: none of them does.
 
-    >>> largest_group_size([256, 192])
+    >>> find_largest_group_size([256, 192])
     64
     """
     widths = sorted(set(in_features))

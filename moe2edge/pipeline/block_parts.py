@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 CPU = torch.device("cpu")
 
+# First parts of the roles that are loaded.
 LOADED = ("norms", "attention", "router", "substitutes", "members")
 
 
@@ -24,7 +25,7 @@ class BlockParts:
     """A block without the matrices of its experts and MLPs: attention, norms and router."""
 
     def __init__(self, model: Model, block: Block, device: torch.device = CPU) -> None:
-        """Load it; streams may lie elsewhere than on ``device``, results lie there."""
+        """Load it; hidden states may be on another device than ``device``, results are on it."""
         self._base = build_skeleton(model, block)
         layer: Any = self._base.layers[0]
         state = load_block_state(block, lambda role: role.partition(".")[0] in LOADED)
@@ -36,14 +37,18 @@ class BlockParts:
         self._layer, self._device = layer, device
 
     @torch.no_grad()
-    def attention_inputs(self, hidden: Tensor) -> Tensor:
-        """Inputs [tokens, hidden] of q, k and v."""
+    def compute_attention_inputs(self, hidden: Tensor) -> Tensor:
+        """Return the inputs [tokens, hidden] of q, k and v."""
         out: Tensor = self._layer.input_layernorm(hidden.to(self._device))
         return out.flatten(0, -2)
 
     @torch.no_grad()
-    def output_inputs(self, hidden: Tensor) -> Tensor:
-        """Inputs [tokens, heads * head size] of the output projection, for the stream before."""
+    def compute_output_inputs(self, hidden: Tensor) -> Tensor:
+        """Return the inputs [tokens, heads * head size] of the output projection.
+
+        Args:
+            hidden: hidden states in front of the block.
+        """
         found: list[Tensor] = []
         hook = self._layer.self_attn.o_proj.register_forward_pre_hook(
             lambda _, args: found.append(args[0].flatten(0, -2))
@@ -55,8 +60,12 @@ class BlockParts:
         return found[0]
 
     @torch.no_grad()
-    def attended(self, inputs: Tensor) -> Tensor:
-        """What attention adds to the stream [tokens, hidden], from `output_inputs`."""
+    def project_attention(self, inputs: Tensor) -> Tensor:
+        """Return what attention adds to the hidden states, [tokens, hidden].
+
+        Args:
+            inputs: result of `compute_output_inputs`.
+        """
         out: Tensor = self._layer.self_attn.o_proj(inputs)
         return out
 
@@ -66,16 +75,16 @@ class BlockParts:
         getattr(self._layer.self_attn, name).weight = nn.Parameter(matrix, requires_grad=False)
 
     @torch.no_grad()
-    def normed(self, attended: Tensor) -> Tensor:
-        """Inputs of what follows attention."""
+    def normalize(self, attended: Tensor) -> Tensor:
+        """Return the inputs of the part after attention."""
         out: Tensor = self.norm(attended.to(self._device))
         return out
 
     @torch.no_grad()
     def route(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights and ids of the chosen experts, [N, k], on the CPU.
+        """Return weights and rows of the chosen experts, [N, k], on the CPU.
 
-        An id beyond the last is skipped.
+        A number beyond the last row stands for a skipped place.
         """
         _, weights, ids = self._mlp.gate(inputs)
         return weights.float().cpu(), ids.cpu()

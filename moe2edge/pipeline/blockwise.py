@@ -1,8 +1,9 @@
 """The walk of solvers: blocks one by one, and inside of a block its matrices in order.
 
 Attention and routing are transformers' own modules. Experts are taken a few at a time: their
-matrices are loaded, solved, and add what they put out to the stream, so that one forward pass does
-for the statistics and for what comes next, and a block is never in memory as a whole.
+matrices are loaded and solved, and their outputs are added to the hidden states. So one forward
+pass serves both for the statistics and for the inputs of the next matrices, and a block is never
+in memory as a whole.
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ if TYPE_CHECKING:
     from moe2edge.progress import Advance
     from moe2edge.runtime.mixed_experts import TiedExperts
 
-# Numbers that an expert has inside at once; and at most so many are kept for a second use, of all
-# experts that are solved together.
+# Intermediate activations of an expert that are computed at once; and the most that are kept for a
+# second use, for all experts that are solved together.
 CHUNK_NUMBERS, KEPT_NUMBERS = 1 << 24, 1 << 25
 
-# Streams that are alive at once.
+# Copies of the hidden states that are alive at once.
 STREAMS = 4
 
 Batches = Callable[[], Iterator[tuple["Tensor", "Tensor | None"]]]
@@ -52,7 +53,7 @@ class _BlockWork:
         self, model: Model, block: Block, solver: GroupSolver, tally: SolverProgress, memory: Memory
     ) -> None:
         self.numbers: dict[str, Quantized | Tensor] = {}
-        # Handles that are to carry a pattern from now on.
+        # Handles that carry a pattern from now on.
         self.patterned: dict[str, Weight] = {}
         self._model, self._block, self._solver = model, block, solver
         self._tally, self._memory = tally, memory
@@ -62,7 +63,7 @@ class _BlockWork:
     # ---- solving ---------------------------------------------------------------------------------
 
     def _solve(self, what: str, groups: Sequence[MatrixGroup]) -> None:
-        self._tally.tell(what)
+        self._tally.report(what)
         solved = self._solver.solve(self._block, groups)
         self.numbers.update(solved.numbers)
         if solved.pattern is not None:
@@ -70,86 +71,98 @@ class _BlockWork:
                 self.patterned[role] = replace(self._weights[role], pattern=solved.pattern)
         self._tally.add(solved)
 
-    def _group(
+    def _make_group(
         self, roles: Sequence[str], inputs: Batches, tokens: int, **more: Any
     ) -> MatrixGroup:
         return MatrixGroup({role: self._weights[role] for role in roles}, inputs, tokens, **more)
 
-    def _matrix(self, role: str, dtype: torch.dtype) -> Tensor:
-        """The matrix that what comes next is computed with."""
+    def _load_matrix(self, role: str, dtype: torch.dtype) -> Tensor:
+        """Return the matrix with which the next inputs are computed, solved or not."""
         if not self._solver.propagate or role not in self.numbers:
             return load_finite(self._weights[role]).to(self._device, dtype)
         numbers = self.numbers[role]
         found = numbers if isinstance(numbers, torch.Tensor) else numbers.dequantize()
         return found.to(self._device, dtype)
 
-    def without_tokens(self) -> Mapping[str, Quantized | Tensor]:
-        """Solve all matrices by themselves."""
+    def solve_without_tokens(self) -> Mapping[str, Quantized | Tensor]:
+        """Solve each matrix by itself."""
         for role in self._weights:
-            self._solve(role, [self._group([role], lambda: iter(()), 0)])
+            self._solve(role, [self._make_group([role], lambda: iter(()), 0)])
         return self.numbers
 
     @torch.no_grad()
     def run(self, hidden: Tensor) -> Mapping[str, Quantized | Tensor]:
-        """Solve the block for the stream ``hidden`` [samples, length, hidden], and move it on."""
+        """Solve the block for ``hidden`` [samples, length, hidden], which becomes its output."""
         parts = BlockParts(self._model, self._block, self._device)
-        self._attention(parts, hidden)
+        self._solve_attention(parts, hidden)
         mlp = self._block.mlp
         if mlp is None:
             if SECOND_NORM in self._block.norms:
                 for part in split_batches(hidden):
-                    hidden[part] += parts.normed(hidden[part]).to(hidden.device)
+                    hidden[part] += parts.normalize(hidden[part]).to(hidden.device)
             return self.numbers
-        added = _like(hidden, self._memory).zero_()
+        added = _make_like(hidden, self._memory).zero_()
         flat, out = hidden.flatten(0, 1), added.flatten(0, 1)
         if isinstance(mlp, MoELayer):
-            self._experts(parts, mlp, flat, out)
+            self._solve_experts(parts, mlp, flat, out)
         dense = (
             mlp if isinstance(mlp, Dense) else mlp.expert if isinstance(mlp, UnroutedMLP) else None
         )
         if dense is not None:
-            self._always_on("dense", parts, flat, out, None)
+            self._solve_always_on("dense", parts, flat, out, None)
         if isinstance(mlp, MoELayer | UnroutedMLP) and mlp.shared is not None:
             scorer = load_finite(mlp.shared.gate).to(self._device)
-            self._always_on("shared", parts, flat, out, scorer)
+            self._solve_always_on("shared", parts, flat, out, scorer)
         hidden += added
         return self.numbers
 
     # ---- attention -------------------------------------------------------------------------------
 
-    def _attention(self, parts: BlockParts, hidden: Tensor) -> None:
-        """Solve the matrices of attention; ``hidden`` becomes the stream after it."""
+    def _solve_attention(self, parts: BlockParts, hidden: Tensor) -> None:
+        """Solve the matrices of attention; ``hidden`` becomes the hidden states after it."""
         tokens = hidden.shape[0] * hidden.shape[1]
         width = self._weights[OUT].shape[1]
-        inside = _Kept(_each(hidden, parts.output_inputs), tokens * width)
+        inside = _KeptBatches(_batch_inputs(hidden, parts.compute_output_inputs), tokens * width)
         for roles, inputs in (
-            (tuple(r for r in QKV if r in self._weights), _each(hidden, parts.attention_inputs)),
+            (
+                tuple(r for r in QKV if r in self._weights),
+                _batch_inputs(hidden, parts.compute_attention_inputs),
+            ),
             ((OUT,), inside),
         ):
-            self._solve("attention", [self._group(roles, inputs, tokens)])
+            self._solve("attention", [self._make_group(roles, inputs, tokens)])
             for role in roles:
-                parts.put_attention(role, self._matrix(role, torch.float32))
+                parts.put_attention(role, self._load_matrix(role, torch.float32))
         for part, (x, _) in zip(split_batches(hidden), inside(), strict=True):
-            hidden[part] += parts.attended(x).view_as(hidden[part]).to(hidden.device)
+            hidden[part] += parts.project_attention(x).view_as(hidden[part]).to(hidden.device)
 
     # ---- experts and MLPs ------------------------------------------------------------------------
 
-    def _always_on(
+    def _solve_always_on(
         self, kind: str, parts: BlockParts, flat: Tensor, out: Tensor, scorer: Tensor | None
     ) -> None:
-        """An MLP that every token goes through; ``scorer`` [1, hidden] is a shared expert's."""
+        """Solve an MLP that runs for every token, and add its output to ``out``.
+
+        Args:
+            kind: first part of the roles of its matrices.
+            parts: the rest of the block.
+            flat: hidden states after attention, [tokens, hidden].
+            out: sum of outputs, [tokens, hidden].
+            scorer: gate [1, hidden] of a shared expert; None: there is none.
+        """
 
         def weigh(x: Tensor) -> Tensor:
             assert scorer is not None
             return torch.sigmoid(x @ scorer.T)[:, 0]
 
         everything = torch.arange(len(flat), device=flat.device)
-        self._mlps(
+        self._solve_mlps(
             [_GatedMlp(kind, everything, weigh if scorer is not None else None)], parts, flat, out
         )
 
-    def _experts(self, parts: BlockParts, layer: MoELayer, flat: Tensor, out: Tensor) -> None:
-        routed = [parts.route(parts.normed(x)) for x in torch.split(flat, BATCH_TOKENS)]
+    def _solve_experts(self, parts: BlockParts, layer: MoELayer, flat: Tensor, out: Tensor) -> None:
+        """Solve the stored experts of a layer, and add the outputs of all rows to ``out``."""
+        routed = [parts.route(parts.normalize(x)) for x in torch.split(flat, BATCH_TOKENS)]
         weights, ids = (torch.cat(both) for both in zip(*routed, strict=True))
         mlps = []
         for n in range(len(layer.experts)):
@@ -158,38 +171,38 @@ class _BlockWork:
             low = _Low(parts.tied, parts.find_tied(ids[token, place])) if parts.tied else None
             token = token.to(flat.device)
             mlps.append(_GatedMlp(f"experts.{n}", token, own, everyone=True, low=low))
-        counts = [len(one.tokens) for one in mlps]
+        counts = [len(mlp.tokens) for mlp in mlps]
         self._tally.add(Solved({}, (describe_coverage(self._block, counts),)))
         if None in layer.bases:
             parted = (torch.split(t, BATCH_TOKENS) for t in (flat, out, weights, ids))
             for x, place, *chosen in zip(*parted, strict=True):
-                place += parts.compute_unstored(parts.normed(x), *chosen).to(out.device)
-        size = self._together(layer.experts[0])
+                place += parts.compute_unstored(parts.normalize(x), *chosen).to(out.device)
+        size = self._count_together(layer.experts[0])
         for at in range(0, len(mlps), size):
-            self._mlps(mlps[at : at + size], parts, flat, out)
+            self._solve_mlps(mlps[at : at + size], parts, flat, out)
 
-    def _together(self, expert: Dense) -> int:
-        """Experts that are solved at once within the memory that there is."""
-        room = self._memory.together
+    def _count_together(self, expert: Dense) -> int:
+        """Return the number of experts that are solved at once within the memory."""
+        room = self._memory.group_bytes
         if self._device.type == "cuda":
-            # There a loop over columns takes as long for one expert as for many.
-            room = _gpu_memory(self._device) // 2
-        return max(1, room // _needs(self._solver, expert))
+            # On a GPU a loop over columns takes as long for one expert as for many.
+            room = _count_gpu_bytes(self._device) // 2
+        return max(1, room // _estimate_mlp_bytes(self._solver, expert))
 
-    def _mlps(
+    def _solve_mlps(
         self, mlps: Sequence[_GatedMlp], parts: BlockParts, flat: Tensor, out: Tensor
     ) -> None:
-        """Solve gated MLPs of one shape, and add what they put out to ``out``."""
-        kinds = [one.kind for one in mlps]
+        """Solve gated MLPs of one shape, and add their outputs to ``out``."""
+        kinds = [mlp.kind for mlp in mlps]
         what = kinds[0] if len(kinds) == 1 else f"{kinds[0]} to {kinds[-1].rpartition('.')[2]}"
 
-        def inputs(one: _GatedMlp, everyone: bool) -> Batches:
-            return lambda: one.inputs(parts.normed, flat, everyone)
+        def inputs(mlp: _GatedMlp, everyone: bool) -> Batches:
+            return lambda: mlp.inputs(parts.normalize, flat, everyone)
 
         self._solve(
             f"{what}: gate, up",
             [
-                self._group(
+                self._make_group(
                     (f"{m.kind}.gate", f"{m.kind}.up"),
                     inputs(m, False),
                     len(m.tokens),
@@ -199,18 +212,20 @@ class _BlockWork:
             ],
         )
         insides = [
-            _inside(*(self._matrix(f"{m.kind}.{part}", self._dtype) for part in ("gate", "up")))
+            _make_intermediate(
+                *(self._load_matrix(f"{m.kind}.{part}", self._dtype) for part in ("gate", "up"))
+            )
             for m in mlps
         ]
         width = self._weights[f"{kinds[0]}.gate"].shape[0]
         own = [
-            _Kept(inside(inputs(m, False), m.low), len(m.tokens) * width * len(mlps))
+            _KeptBatches(inside(inputs(m, False), m.low), len(m.tokens) * width * len(mlps))
             for m, inside in zip(mlps, insides, strict=True)
         ]
         self._solve(
             f"{what}: down",
             [
-                self._group(
+                self._make_group(
                     (f"{m.kind}.down",),
                     kept,
                     len(m.tokens),
@@ -219,38 +234,38 @@ class _BlockWork:
                 for m, inside, kept in zip(mlps, insides, own, strict=True)
             ],
         )
-        for one, kept in zip(mlps, own, strict=True):
-            down = self._matrix(f"{one.kind}.down", self._dtype)
+        for mlp, kept in zip(mlps, own, strict=True):
+            down = self._load_matrix(f"{mlp.kind}.down", self._dtype)
             at = 0
             for hidden, weights in kept():
-                tokens = one.tokens[at : at + len(hidden)]
+                tokens = mlp.tokens[at : at + len(hidden)]
                 at += len(hidden)
                 y = (hidden @ down.T).float()
-                if one.low is not None:
-                    y += one.low("down", at - len(hidden), hidden)
+                if mlp.low is not None:
+                    y += mlp.low("down", at - len(hidden), hidden)
                 y = y if weights is None else y.mul_(weights[:, None])
                 out.index_add_(0, tokens, y.to(out.device))
 
 
 @dataclass(frozen=True)
 class _Low:
-    """Factors of those that use the matrices of an expert.
+    """Factors of the rows that use a stored expert.
 
     Attributes:
         experts: tied experts of the layer.
-        own: of each token of the expert, which of them, int64 [n]; -1: it has no factors.
+        which: tied expert of each token of the stored expert, int64 [n]; -1: it has no factors.
     """
 
     experts: TiedExperts
-    own: Tensor
+    which: Tensor
 
     def __call__(self, part: str, at: int, x: Tensor) -> Tensor:
-        """What is added to the products of ``part`` for the tokens from ``at`` on, float32."""
-        own = self.own[at : at + len(x)].to(x.device)
+        """Return what factors add to products of ``part`` for tokens from ``at`` on, float32."""
+        which = self.which[at : at + len(x)].to(x.device)
         outs = getattr(self.experts, f"{part}_second").shape[1]
         out = x.new_zeros(len(x), outs, dtype=torch.float32)
-        has = own >= 0
-        out[has] = self.experts.apply_factors(part, own[has], x[has].float())
+        has = which >= 0
+        out[has] = self.experts.apply_factors(part, which[has], x[has].float())
         return out
 
 
@@ -260,11 +275,11 @@ class _GatedMlp:
 
     Attributes:
         kind: first part of the roles of its matrices.
-        tokens: the tokens that go through it, int64 [n], in rising order.
-        weights: what its output is multiplied with, [n], or how to compute that from its inputs;
-            None: nothing.
+        tokens: the tokens that it runs for, int64 [n], in rising order.
+        weights: gate weights of its output, [n], or how to compute them from its inputs; None: it
+            has none.
         everyone: whether it could be shown all tokens instead.
-        low: what factors add, where several use the matrices; None: nothing.
+        low: factors of tied experts that use its matrices; None: there are none.
     """
 
     kind: str
@@ -276,7 +291,7 @@ class _GatedMlp:
     def inputs(
         self, norm: Callable[[Tensor], Tensor], flat: Tensor, everyone: bool
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Inputs, from the stream after attention [tokens, hidden], and weights."""
+        """Yield inputs, from hidden states after attention [tokens, hidden], and weights."""
         if everyone:
             yield from ((norm(x), None) for x in torch.split(flat, BATCH_TOKENS))
             return
@@ -290,10 +305,14 @@ class _GatedMlp:
             yield x, own
 
 
-def _inside(gate: Tensor, up: Tensor) -> _Inside:
-    """What an MLP has between its matrices [width, hidden], ``silu(gate x) * up x``, of inputs.
+def _make_intermediate(gate: Tensor, up: Tensor) -> _IntermediateMaker:
+    """Return how to compute intermediate activations, ``silu(gate x) * up x``, from inputs.
 
-    It is computed for so many tokens at a time that the numbers are few.
+    They are computed for a few tokens at a time, so that they take little memory.
+
+    Args:
+        gate: [width, hidden].
+        up: [width, hidden].
     """
 
     def of(inputs: Batches, low: _Low | None = None) -> Batches:
@@ -315,24 +334,29 @@ def _inside(gate: Tensor, up: Tensor) -> _Inside:
     return of
 
 
-class _Inside(Protocol):
-    """Makes of inputs what is between the matrices of an MLP."""
+class _IntermediateMaker(Protocol):
+    """Computes the intermediate activations of an MLP from its inputs."""
 
     def __call__(self, inputs: Batches, low: _Low | None = None) -> Batches:
-        """With what factors add, for inputs in their order."""
+        """Return them, with factors added, for inputs in their order."""
         ...
 
 
-class _Kept:
+class _KeptBatches:
     """Batches that are computed once, if they are not too many numbers to keep."""
 
     def __init__(self, batches: Batches, numbers: int) -> None:
-        """Of so many numbers, with all that are kept at the same time."""
+        """Wrap batches.
+
+        Args:
+            batches: computes them.
+            numbers: how many numbers they and all that are kept at the same time have.
+        """
         self._batches, self._keep = batches, numbers <= KEPT_NUMBERS
         self._known: list[tuple[Tensor, Tensor | None]] | None = None
 
     def __call__(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """The batches."""
+        """Yield the batches."""
         if not self._keep:
             return self._batches()
         if self._known is None:
@@ -340,8 +364,8 @@ class _Kept:
         return iter(self._known)
 
 
-def _each(hidden: Tensor, inputs: Callable[[Tensor], Tensor]) -> Batches:
-    """Inputs of matrices of attention, from the stream."""
+def _batch_inputs(hidden: Tensor, inputs: Callable[[Tensor], Tensor]) -> Batches:
+    """Return batches of inputs of matrices of attention, from hidden states."""
     return lambda: ((inputs(hidden[part]), None) for part in split_batches(hidden))
 
 
@@ -356,16 +380,16 @@ def solve_blocks(
 ) -> tuple[Model, list[str], list[str]]:
     """Solve block after block; later blocks see the outputs of the blocks as solved.
 
-    What the ledger has is not solved again.
+    Blocks in the ledger are not solved again.
 
     Args:
-        model: what to solve.
+        model: the model to solve.
         tokens: int64 [samples, length]; None for a solver that looks at no activations.
         solver: computes new numbers.
         ledger: keeps them.
-        advance: told about progress.
+        advance: reports progress.
         label: name of the work in progress lines.
-        memory: what it may take.
+        memory: memory that it may take.
 
     Returns:
         The new model, the names of all tensors that were solved, and the solver's notes.
@@ -375,18 +399,18 @@ def solve_blocks(
     for block in model.blocks:
         if known := ledger.restore(block):
             model = model.replace_block(known[0])
-            tally.take(known[1])
+            tally.add_known(known[1])
             continue
         if tokens is not None and hidden is None:
-            hidden = _stream(model, tokens, block, ledger, memory)
+            hidden = _load_hidden(model, tokens, block, ledger, memory)
             if isinstance(solver, GroupSolver):
-                hidden = _near(hidden, solver.device)
+                hidden = _move_near(hidden, solver.device)
         tally.begin(block)
         if isinstance(solver, GroupSolver):
             alone = solver.alone(block)
             shown = attach_numbers(block, alone) if solver.propagate else block
             parts = _BlockWork(model, shown, solver, tally, memory)
-            numbers = parts.without_tokens() if hidden is None else parts.run(hidden)
+            numbers = parts.solve_without_tokens() if hidden is None else parts.run(hidden)
             numbers = {**numbers, **alone}
             block = block.with_weights(parts.patterned)
             del parts
@@ -397,12 +421,12 @@ def solve_blocks(
         model = model.replace_block(ledger.finish(block, numbers, done, ahead))
         del numbers
         give_back()
-    tally.finished()
+    tally.finish()
     return model, tally.changed, tally.notes
 
 
 def estimate_largest_part(model: Model, solver: Solver | GroupSolver) -> int:
-    """Bytes of the largest part of a model that is in memory at once while it is solved."""
+    """Estimate the bytes of the largest part of a model in memory while it is solved."""
     found = [0]
     for block in model.blocks:
         weights = dict(list_quantizable(block))
@@ -413,43 +437,43 @@ def estimate_largest_part(model: Model, solver: Solver | GroupSolver) -> int:
         for roles in (QKV, (OUT,)):
             shapes = tuple(weights[role].shape for role in roles)
             found.append(solver.nbytes(shapes) + attention)
-        found += [_needs(solver, mlp) for _, mlp in list_gated_mlps(block)]
+        found += [_estimate_mlp_bytes(solver, mlp) for _, mlp in list_gated_mlps(block)]
     return max(found)
 
 
-def _needs(solver: GroupSolver, mlp: Dense) -> int:
-    """Bytes of one MLP while it is solved."""
+def _estimate_mlp_bytes(solver: GroupSolver, mlp: Dense) -> int:
+    """Estimate the bytes of one MLP while it is solved."""
     solving = max(solver.nbytes((mlp.gate.shape, mlp.up.shape)), solver.nbytes((mlp.down.shape,)))
     return solving + 4 * mlp.count
 
 
-def _stream(
+def _load_hidden(
     model: Model, tokens: Tensor, block: Block, ledger: BlockJournal, memory: Memory
 ) -> Tensor:
-    """Hidden states in front of ``block``."""
+    """Return the hidden states in front of ``block``."""
     if block.index == 0:
         return embed(model, tokens, memory)
     before = ledger.stream()
-    assert before is not None, "a finished block has left no stream"
+    assert before is not None, "a finished block has left no hidden states"
     hidden = memory.empty(tuple(before.shape))
     hidden.copy_(before)
     return hidden
 
 
-def _gpu_memory(device: torch.device) -> int:
-    """Bytes of a GPU: all of them, as what is free differs from run to run and numbers may not."""
+def _count_gpu_bytes(device: torch.device) -> int:
+    """Return all bytes of a GPU: free memory differs from run to run, and results must not."""
     return torch.cuda.get_device_properties(device).total_memory
 
 
-def _near(hidden: Tensor, device: torch.device) -> Tensor:
-    """The stream on the device where the work is done, if all that are alive take little of it."""
-    if device.type == "cuda" and STREAMS * hidden.nbytes <= _gpu_memory(device) // 4:
+def _move_near(hidden: Tensor, device: torch.device) -> Tensor:
+    """Return the hidden states on ``device`` if all copies that are alive take little of it."""
+    if device.type == "cuda" and STREAMS * hidden.nbytes <= _count_gpu_bytes(device) // 4:
         return hidden.to(device)
     return hidden
 
 
-def _like(hidden: Tensor, memory: Memory) -> Tensor:
-    """A stream without numbers where ``hidden`` lies."""
+def _make_like(hidden: Tensor, memory: Memory) -> Tensor:
+    """Return a tensor without numbers in the shape and on the device of ``hidden``."""
     if hidden.device.type == "cpu":
         return memory.empty(tuple(hidden.shape))
     return torch.empty_like(hidden)
@@ -458,8 +482,8 @@ def _like(hidden: Tensor, memory: Memory) -> Tensor:
 def _solve_whole(
     model: Model, block: Block, solver: Solver, tally: SolverProgress, hidden: Tensor | None
 ) -> Mapping[str, Quantized | Tensor]:
-    """The work of a solver that wants to have seen all of a block; moves ``hidden`` on."""
-    tally.tell("the whole block")
+    """Solve a block with a solver that first sees all of it; ``hidden`` becomes its output."""
+    tally.report("the whole block")
     if hidden is not None:
         runner = BlockRunner(model, block)
         for part in split_batches(hidden):

@@ -231,8 +231,11 @@ def _carried_out(entry: BlockDecision, block: Block) -> Block:
         return block
     if entry.mlp in ("none", "norm"):
         return block.without_mlp(keep_norm=entry.mlp == "norm")
-    places = {origin: n for n, origin in enumerate(block.expert_origins)}
-    if not isinstance(block.mlp, MoELayer) or not set(entry.experts) <= set(places):
+    if not isinstance(block.mlp, MoELayer):
+        return block
+    layer, bases = block.mlp, block.mlp.bases
+    places = {layer.rows[n].origin: base for n in layer.routed if (base := bases[n]) is not None}
+    if not set(entry.experts) <= set(places):
         return block
     skipped = block.mlp.router.skip_below
     if entry.experts != block.expert_origins:

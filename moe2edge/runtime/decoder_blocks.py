@@ -1,8 +1,8 @@
 """Blocks as modules of transformers: its own decoder layers, in the form that each block has.
 
-A layer of another size is built by transformers' own class from a config that says so. What the
-class has no form for (nothing after attention, a plain MLP where experts were, dynamic skipping)
-is put in its place here, on the instance: no class of transformers is changed.
+A layer of another size is built by transformers' own class from a config that says so. Forms that
+the class does not know (nothing after attention, a plain MLP where experts were, dynamic skipping)
+are put in its place here, on the instance: no class of transformers is changed.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 
 
 class Nothing(nn.Module):
-    """In place of an MLP: adds nothing to the stream."""
+    """In place of an MLP: adds nothing to the residual stream."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Zeros like ``x``."""
+        """Return zeros like ``x``."""
         return torch.zeros_like(x)
 
 
@@ -48,12 +48,12 @@ class GatedMLP(nn.Module):
         self.down_proj = nn.Linear(width, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The MLP of ``x`` [..., hidden]."""
-        return _gated(self, x)
+        """Apply the MLP to ``x`` [..., hidden]."""
+        return _apply_gated_mlp(self, x)
 
 
-def _gated(mlp: Any, x: Tensor) -> Tensor:
-    """By the three matrices that a module holds."""
+def _apply_gated_mlp(mlp: Any, x: Tensor) -> Tensor:
+    """Apply a gated MLP with the three matrices of a module."""
     out: Tensor = mlp.down_proj(nn.functional.silu(mlp.gate_proj(x)) * mlp.up_proj(x))
     return out
 
@@ -74,10 +74,10 @@ class AlwaysOn(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        """The sum for ``x`` [..., hidden]."""
+        """Return the sum for ``x`` [..., hidden]."""
         out: Tensor = torch.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
         if hasattr(self, "gate_proj"):
-            out = out + _gated(self, x)
+            out = out + _apply_gated_mlp(self, x)
         return out
 
 
@@ -85,10 +85,10 @@ def fit_layers(layers: nn.ModuleList, model: Model) -> None:
     """Give each decoder layer the form of its block. Call it under the device "meta"."""
     config = build_transformers_config(model)
     for block in model.blocks:
-        layers[block.index] = _fitted(layers[block.index], config, model, block)
+        layers[block.index] = _fit_layer(layers[block.index], config, model, block)
 
 
-def _fitted(layer: Any, config: Any, model: Model, block: Block) -> Any:
+def _fit_layer(layer: Any, config: Any, model: Model, block: Block) -> Any:
     mlp = block.mlp
     if isinstance(mlp, MoELayer):
         sizes = {
@@ -96,7 +96,7 @@ def _fitted(layer: Any, config: Any, model: Model, block: Block) -> Any:
             "num_experts_per_tok": mlp.router.top_k,
         }
         if any(getattr(config, key) != size for key, size in sizes.items()):
-            layer = _layer_like(layer, config, block.index, sizes)
+            layer = _build_layer_like(layer, config, block.index, sizes)
         if not mlp.is_plain:
             layer.mlp.experts = MixedExperts(layer.mlp.experts, mlp)
             layer.mlp.gate.weight = nn.Parameter(torch.empty(mlp.router.weight.shape))
@@ -114,8 +114,8 @@ def _fitted(layer: Any, config: Any, model: Model, block: Block) -> Any:
     return layer
 
 
-def _layer_like(layer: Any, config: Any, index: int, own: dict[str, int]) -> Any:
-    """A decoder layer of the same class with settings of its own."""
+def _build_layer_like(layer: Any, config: Any, index: int, own: dict[str, int]) -> Any:
+    """Return a decoder layer of the same class with other settings."""
     changed = copy.copy(config)
     for key, value in own.items():
         setattr(changed, key, value)
@@ -129,20 +129,20 @@ def _layer_like(layer: Any, config: Any, index: int, own: dict[str, int]) -> Any
 
 
 def add_skipping(moe: Any, skip_below: Sequence[float], *, renormalize: bool) -> None:
-    """Let the router of a transformers MoE module leave out experts of low weight.
+    """Make the router of a transformers MoE module leave out experts of low weight.
 
-    A skipped place gets weight zero and the id behind the last expert, which transformers' expert
-    implementations take to be "computed elsewhere" (expert parallelism) and spend no time on.
+    A skipped place gets weight zero and the id behind the last expert. The expert implementations
+    of transformers take it for "computed elsewhere" (expert parallelism) and spend no time on it.
     """
     moe.experts._is_expert_parallel = True
-    hook = _Skip(moe.experts.num_experts, tuple(skip_below), renormalize)
-    # Kept, so that it can be taken off: see `disable_skipping`.
+    hook = _SkippingHook(moe.experts.num_experts, tuple(skip_below), renormalize)
+    # The handle is kept for `disable_skipping`.
     moe.gate.skipping = moe.gate.register_forward_hook(hook)
 
 
 @dataclass(frozen=True)
-class _Skip:
-    """Forward hook of a router; a value, so that models can be pickled."""
+class _SkippingHook:
+    """Forward hook of a router; a dataclass, so that models can be pickled."""
 
     experts: int
     skip_below: tuple[float, ...]
@@ -155,7 +155,7 @@ class _Skip:
 
 
 def disable_skipping(model: nn.Module) -> None:
-    """Take dynamic skipping off a loaded transformers model; every chosen expert runs then."""
+    """Remove dynamic skipping from a loaded transformers model; every chosen expert runs then."""
     for module in model.modules():
         if handle := getattr(module, "skipping", None):
             handle.remove()
@@ -164,18 +164,18 @@ def disable_skipping(model: nn.Module) -> None:
 def load_block_state(
     block: Block, wanted: Callable[[str], bool] = lambda _: True
 ) -> dict[str, Tensor]:
-    """The block's numbers in float32 under transformers' names in memory, experts fused.
+    """Load a block's numbers in float32 under transformers' names in memory, experts fused.
 
     Args:
         block: the block.
-        wanted: says by its role whether a tensor is; of experts, all or none.
+        wanted: says by its role whether to load a tensor; the same for all experts.
     """
     state: dict[str, Tensor] = {}
     for role, weight in block.weights():
         if wanted(role) and (name := find_module_name(role)):
             state[name] = load_finite(weight)
     if isinstance(block.mlp, MoELayer) and wanted("experts.0.gate"):
-        fused, at = _fused_experts(block.mlp.experts), find_experts_name(block.mlp)
+        fused, at = _fuse_experts(block.mlp.experts), find_experts_name(block.mlp)
         state |= {f"{at}.{name}": numbers for name, numbers in fused.items()}
     if isinstance(block.mlp, MoELayer) and block.mlp.replaced and wanted("substitutes.0"):
         fused = _fuse_replacements(block.mlp)
@@ -187,7 +187,7 @@ def load_block_state(
 
 
 def find_module_name(role: str) -> str | None:
-    """Transformers' name in memory of a tensor of a block; None where it has no name of its own."""
+    """Return transformers' name in memory for a role; None for a part of a fused tensor."""
     kind, _, rest = role.partition(".")
     names = {
         "norms": rest,
@@ -199,8 +199,8 @@ def find_module_name(role: str) -> str | None:
     return "mlp.shared_expert_gate.weight" if role == "shared.router" else names.get(kind)
 
 
-def _fused_experts(experts: Sequence[Dense]) -> dict[str, Tensor]:
-    """``gate_up_proj`` [experts, 2 width, hidden] and ``down_proj`` [experts, hidden, width]."""
+def _fuse_experts(experts: Sequence[Dense]) -> dict[str, Tensor]:
+    """Return ``gate_up_proj`` [experts, 2 width, hidden] and ``down_proj`` [.., hidden, width]."""
     width, hidden = experts[0].gate.shape
     gate_up = torch.empty(len(experts), 2 * width, hidden)
     down = torch.empty(len(experts), hidden, width)
@@ -238,7 +238,7 @@ def _fuse_factors(layer: MoELayer) -> dict[str, Tensor]:
 
 
 def load_finite(weight: Weight) -> Tensor:
-    """Numbers of a weight in float32.
+    """Load the numbers of a weight in float32.
 
     Raises:
         InputError: some are not finite.
@@ -247,7 +247,12 @@ def load_finite(weight: Weight) -> Tensor:
 
 
 def check_finite(name: str, numbers: Tensor) -> Tensor:
-    # NaN and infinity come through minimum and maximum.
+    """Return ``numbers`` of the tensor ``name``.
+
+    Raises:
+        InputError: some are not finite.
+    """
+    # Minimum and maximum are not finite if any number is not.
     if not all(bool(torch.isfinite(end)) for end in torch.aminmax(numbers)):
         raise InputError(
             f"{name} holds numbers that are not finite; the checkpoint is damaged, get it again"

@@ -1,8 +1,8 @@
 """Matrices that stay in 4 bits while a model runs, by the matmul that torch has for them.
 
 Bfloat16 activations are multiplied with symmetric 4-bit weights, for decoding straight from the
-integers: what a token costs is the reading of the weights, and these are a quarter as many bytes.
-Everything else (other widths, zero points of their own, other dtypes) is dequantized at load.
+integers: the time for a token is that of reading the weights, and these are a quarter as many
+bytes. Everything else (other bits, asymmetric weights, other dtypes) is dequantized at load.
 """
 
 from __future__ import annotations
@@ -30,27 +30,27 @@ from moe2edge.runtime.mixed_experts import find_experts_name
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Inputs that share a scale, as the matmul takes them; larger groups are given in pieces.
+# Numbers of inputs that share a scale in the matmul; larger groups are given in pieces.
 KERNEL_GROUPS = (256, 128, 64, 32)
-# Stands for the module of a decoder layer with the routed experts: see `experts_name`.
+# Stands for the module of a decoder layer with the stored experts: see `find_experts_name`.
 EXPERT_MATRICES = "mlp.experts"
-# Outputs that it works on at once.
+# Outputs that the matmul computes at once.
 KERNEL_ROWS = 16
-# The integer that stands for zero in it.
+# Integer that stands for zero in the matmul.
 KERNEL_ZERO = 8
-# From so many rows on, a processor is faster to dequantize a matrix and multiply in bfloat16:
+# From this number of rows on, a CPU is faster with dequantizing and a product in bfloat16:
 #     python -m benchmarks.slimming.packed --rows
 MANY_ROWS = 96
 # Inputs that are dequantized at once: few enough for float32 numbers to stay in the cache.
 SLAB = 128
 
 
-# ---- what runs packed --------------------------------------------------------------------------
+# ---- which matrices run packed -----------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Packed:
-    """How the quantized matrices of a loaded model run; models have it as ``moe2edge_packed``.
+    """Forms in which quantized matrices of a loaded model run: attribute ``moe2edge_packed``.
 
     Attributes:
         packed: names on disk of the matrices that stay in 4 bits.
@@ -63,7 +63,7 @@ class Packed:
     dtype: str = "bfloat16"
 
     def __str__(self) -> str:
-        """One line for people; empty if nothing is quantized.
+        """Return one line for people; empty if nothing is quantized.
 
         >>> print(Packed(("a", "b"), {"c": "8 bits"}))
         2 of 3 quantized matrices run in 4 bits, 1 dequantized to bfloat16 (8 bits: 1)
@@ -80,12 +80,12 @@ class Packed:
 
 
 def plan_packing(model: Model, dtype: torch.dtype, *, wanted: bool | None = None) -> Packed:
-    """What can run packed, from headers only.
+    """Plan which matrices run packed, from headers only.
 
     Args:
         model: the model.
         dtype: of the activations.
-        wanted: False: nothing shall; True: something must.
+        wanted: False: none; True: at least one, or it is an error; None: all that can.
 
     Raises:
         Unsupported: ``wanted``, and nothing can.
@@ -97,15 +97,15 @@ def plan_packing(model: Model, dtype: torch.dtype, *, wanted: bool | None = None
             if is_low_rank(role) and weight.scheme is not None:
                 name = model.family.disk_name(block.index, role)
                 dequantized[name] = f"factors of {weight.scheme.bits} bits"
-        for unit in _units(block):
-            obstacle = "packed=False" if wanted is False else unit.obstacle(dtype)
+        for unit in _list_units(block):
+            obstacle = "packed=False" if wanted is False else unit.find_obstacle(dtype)
             for role, weight in unit.weights.items():
                 name = model.family.disk_name(block.index, role)
                 if obstacle is None:
                     packed.append(name)
                 elif weight.scheme is not None:
                     dequantized[name] = obstacle
-    found = Packed(tuple(packed), dequantized, _name(dtype))
+    found = Packed(tuple(packed), dequantized, _name_dtype(dtype))
     if wanted and not packed:
         why = str(found) or "the model is not quantized"
         raise Unsupported(
@@ -117,12 +117,12 @@ def plan_packing(model: Model, dtype: torch.dtype, *, wanted: bool | None = None
 
 @dataclass(frozen=True)
 class _Unit:
-    """What one matmul serves: one matrix, or gate and up of an expert below one another.
+    """The weights of one matmul: one matrix, or gate and up of an expert below one another.
 
     Attributes:
-        module: its name in a decoder layer.
-        weights: by role.
-        part: of the experts' module, which of its matrices.
+        module: name of the module in a decoder layer.
+        weights: the weights by role.
+        part: matrix in the module of the experts, ``gate_up`` or ``down``; else empty.
     """
 
     module: str
@@ -134,8 +134,8 @@ class _Unit:
         """Integers and scales of each weight."""
         return [weight.quantized() for weight in self.weights.values()]
 
-    def obstacle(self, dtype: torch.dtype) -> str | None:
-        """Why it cannot run packed, None if it can."""
+    def find_obstacle(self, dtype: torch.dtype) -> str | None:
+        """Return why it cannot run packed; None if it can."""
         schemes = {weight.scheme for weight in self.weights.values()}
         scheme, *others = schemes
         if scheme is None or others:
@@ -143,7 +143,7 @@ class _Unit:
         outs = sum(weight.shape[0] for weight in self.weights.values())
         width = scheme.width(next(iter(self.weights.values())).shape[1])
         if dtype != torch.bfloat16:
-            return f"activations in {_name(dtype)}"
+            return f"activations in {_name_dtype(dtype)}"
         if scheme.bits != 4:
             return f"{scheme.bits} bits"
         if not scheme.symmetric:
@@ -153,12 +153,12 @@ class _Unit:
         return f"{outs} outputs, not a multiple of {KERNEL_ROWS}" if outs % KERNEL_ROWS else None
 
 
-def _name(dtype: torch.dtype) -> str:
+def _name_dtype(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _units(block: Block) -> Iterator[_Unit]:
-    """All that slimming selects in a block, by the matmuls of the loaded model."""
+def _list_units(block: Block) -> Iterator[_Unit]:
+    """Yield the quantizable weights of a block by the matmuls of the loaded model."""
     for suffix, weight in block.attention.items():
         if suffix.endswith("_proj.weight"):
             module = suffix.removesuffix(".weight")
@@ -170,10 +170,10 @@ def _units(block: Block) -> Iterator[_Unit]:
             yield _Unit(EXPERT_MATRICES, {f"{kind}.down": mlp.down}, "down")
         else:
             module = "mlp.shared_expert" if kind == "shared" else "mlp"
-            yield from _plain_units(kind, module, mlp)
+            yield from _list_plain_units(kind, module, mlp)
 
 
-def _plain_units(role: str, module: str, mlp: Dense) -> Iterator[_Unit]:
+def _list_plain_units(role: str, module: str, mlp: Dense) -> Iterator[_Unit]:
     for part, weight in (("gate", mlp.gate), ("up", mlp.up), ("down", mlp.down)):
         yield _Unit(f"{module}.{part}_proj", {f"{role}.{part}": weight})
 
@@ -181,25 +181,25 @@ def _plain_units(role: str, module: str, mlp: Dense) -> Iterator[_Unit]:
 def pack_layer(layer: nn.Module, block: Block, dtype: torch.dtype) -> frozenset[str]:
     """Put packed modules, filled, into a decoder layer that has no numbers yet.
 
-    One matrix is in memory in other forms at a time. Where any matrix of the experts can be
-    packed, all of them are taken over; those that cannot are dequantized.
+    Only one matrix at a time is in memory in another form. Where any matrix of the experts can be
+    packed, the module takes all of them; those that cannot be packed are dequantized.
 
     Args:
-        layer: of transformers, in the form of ``block``.
+        layer: decoder layer of transformers, in the form of ``block``.
         block: the block.
-        dtype: of the activations.
+        dtype: dtype of the activations.
 
     Returns:
         Roles of the weights that the layer holds now.
     """
-    units = list(_units(block))
-    fit = {unit.module for unit in units if unit.obstacle(dtype) is None}
+    units = list(_list_units(block))
+    fit = {unit.module for unit in units if unit.find_obstacle(dtype) is None}
     experts: dict[str, list[nn.Module]] = {"gate_up": [], "down": []}
     for unit in units:
         if unit.module not in fit:
             continue
         if unit.module == EXPERT_MATRICES:
-            experts[unit.part].append(_expert_matrix(unit, dtype))
+            experts[unit.part].append(_make_expert_matrix(unit, dtype))
         else:
             replaced: Any = layer.get_submodule(unit.module)
             layer.set_submodule(unit.module, PackedLinear(unit.numbers, replaced.bias))
@@ -213,9 +213,9 @@ def pack_layer(layer: nn.Module, block: Block, dtype: torch.dtype) -> frozenset[
     return frozenset(role for unit in units if unit.module in fit for role in unit.weights)
 
 
-def _expert_matrix(unit: _Unit, dtype: torch.dtype) -> nn.Module:
-    """A matrix of an expert, packed or else dequantized."""
-    if unit.obstacle(dtype) is None:
+def _make_expert_matrix(unit: _Unit, dtype: torch.dtype) -> nn.Module:
+    """Make the module of a matrix of an expert, packed or else dequantized."""
+    if unit.find_obstacle(dtype) is None:
         return PackedLinear(unit.numbers)
     weight = torch.cat([load_finite(weight).to(dtype) for weight in unit.weights.values()])
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
@@ -230,8 +230,8 @@ class PackedLinear(nn.Module):
     """``nn.Linear`` whose weight [out, in] stays in 4 bits; for inference.
 
     Its buffers are laid out for the device that they are on, so they are not part of a state dict.
-    On a processor it computes in bfloat16 and, after ``.float()``, in float32; on CUDA in bfloat16,
-    and any number of rows straight from the integers, which is slow from about a hundred on.
+    On a CPU it computes in bfloat16 and, after ``.float()``, in float32; on CUDA in bfloat16, and
+    any number of rows straight from the integers, which is slow from about a hundred on.
     """
 
     packed: Tensor
@@ -252,44 +252,44 @@ class PackedLinear(nn.Module):
         width = parts[0].scheme.width(self.in_features)
         self.group = next(size for size in KERNEL_GROUPS if width % size == 0)
         scales = scales.repeat_interleave(width // self.group, dim=1).to(torch.bfloat16).T
-        # Beside each scale, what is added to each weight: nothing.
+        # Beside each scale stands an offset of the weights: zero.
         pairs = torch.stack([scales, torch.zeros_like(scales)], dim=-1)
         self.register_buffer("packed", _pack(q), persistent=False)
         self.register_buffer("scales", pairs, persistent=False)
         self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` [..., in] -> [..., out]."""
+        """Multiply ``x`` [..., in] with the weight: [..., out]."""
         rows = x.reshape(-1, self.in_features)
-        if len(rows) >= MANY_ROWS and self.packed.device.type == "cpu" and _layout():
-            out = rows @ self.dequantized(x.dtype)
+        if len(rows) >= MANY_ROWS and self.packed.device.type == "cpu" and _find_layout():
+            out = rows @ self.dequantize(x.dtype)
         else:
             out = _multiply(rows.contiguous(), self.packed, self.group, self.scales)
         if self.bias is not None:
             out = out + self.bias
         return out.view(*x.shape[:-1], self.out_features)
 
-    def dequantized(self, dtype: torch.dtype) -> Tensor:
-        """The weight, transposed: [in, out]. On a processor only."""
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """Return the weight, transposed: [in, out]. On a CPU only."""
         out = torch.empty(self.in_features, self.out_features, dtype=dtype)
         scales = self.scales[..., 0].float().unsqueeze(1)
         step = max(1, SLAB // self.group)
         for at in range(0, len(scales), step):
             scale = scales[at : at + step]
             inputs = slice(at * self.group, (at + len(scale)) * self.group)
-            q = self._integers(inputs)
+            q = self._read_integers(inputs)
             q.sub_(KERNEL_ZERO).view(len(scale), self.group, -1).mul_(scale)
             out[inputs] = q
         return out
 
-    def _integers(self, inputs: slice) -> Tensor:
-        """The integers of some inputs, transposed and in float32: [inputs, out]."""
-        layout = _layout()
+    def _read_integers(self, inputs: slice) -> Tensor:
+        """Return the integers of some inputs, transposed and in float32: [inputs, out]."""
+        layout = _find_layout()
         assert layout is not None
-        return layout.integers(self.packed, inputs)
+        return layout.read_integers(self.packed, inputs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedLinear:
-        """What ``.to(device)`` calls: on another kind of device the integers lie differently.
+        """Move it, for ``.to(device)``; the layout of the integers depends on the kind of device.
 
         Raises:
             Unsupported: there is no matmul for them there.
@@ -299,17 +299,17 @@ class PackedLinear(nn.Module):
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
             return self
         _check_device(new)
-        if old.type != "cpu" or _layout() is None:
+        if old.type != "cpu" or _find_layout() is None:
             raise Unsupported(
                 f"packed matrices cannot be moved from {old} to {new}; load the folder again"
             )
-        q = self._integers(slice(0, self.in_features)).T.to(torch.uint8)
+        q = self._read_integers(slice(0, self.in_features)).T.to(torch.uint8)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.packed = _pack(q.to(new))
         return self
 
     def extra_repr(self) -> str:
-        """Shape and group size, for `repr`."""
+        """Return shape and group size, for `repr`."""
         return f"{self.in_features}, {self.out_features}, 4 bits in groups of {self.group}"
 
 
@@ -325,9 +325,9 @@ class PackedExperts(nn.Module):
         """Take the matrices of all experts.
 
         Args:
-            gate_up: of each expert, gate above up: [2 width, hidden].
-            down: of each expert: [hidden, width].
-            activation: between them.
+            gate_up: for each expert, gate above up: [2 width, hidden].
+            down: for each expert: [hidden, width].
+            activation: function applied to the output of gate.
         """
         super().__init__()
         self.num_experts = len(down)
@@ -336,7 +336,7 @@ class PackedExperts(nn.Module):
         self.act_fn = activation
 
     def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """The weighted sum of each token's experts.
+        """Return the weighted sum of each token's experts.
 
         Args:
             hidden: [tokens, hidden].
@@ -348,20 +348,20 @@ class PackedExperts(nn.Module):
         if len(hidden) == 1:
             for place, expert in enumerate(top_k_index[0].tolist()):
                 if expert < self.num_experts:
-                    total += self._expert(expert, hidden) * top_k_weights[:, place, None]
+                    total += self._run_expert(expert, hidden) * top_k_weights[:, place, None]
             return total.to(hidden.dtype)
         ids, weights = top_k_index.flatten(), top_k_weights.flatten()
         order = ids.argsort(stable=True)
         counts = ids.bincount(minlength=self.num_experts + 1).tolist()
-        # What stands behind the last expert's places is skipped.
+        # Places with the id behind the last expert are skipped.
         for expert, places in enumerate(torch.split(order, counts)[: self.num_experts]):
             if len(places):
                 tokens = places // top_k_index.shape[1]
-                out = self._expert(expert, hidden[tokens]) * weights[places, None]
+                out = self._run_expert(expert, hidden[tokens]) * weights[places, None]
                 total.index_add_(0, tokens, out.float())
         return total.to(hidden.dtype)
 
-    def _expert(self, n: int, x: Tensor) -> Tensor:
+    def _run_expert(self, n: int, x: Tensor) -> Tensor:
         gate, up = self.gate_up[n](x).chunk(2, dim=-1)
         out: Tensor = self.down[n](self.act_fn(gate) * up)
         return out
@@ -374,7 +374,7 @@ def _check_device(device: torch.device) -> None:
     """Refuse a device without a 4-bit matmul.
 
     Raises:
-        Unsupported: it is neither a processor nor CUDA of compute capability 8.0 or later.
+        Unsupported: it is neither a CPU nor CUDA of compute capability 8.0 or later.
     """
     if device.type == "cpu":
         return
@@ -387,7 +387,7 @@ def _check_device(device: torch.device) -> None:
 
 
 def _pack(q: Tensor) -> Tensor:
-    """Integers uint8 [out, in] as the matmul of their device reads them.
+    """Convert integers uint8 [out, in] to the layout that the matmul of their device reads.
 
     The form for CUDA follows torch's sources (``aten/src/ATen/native/cuda/int4mm.cu``).
     """
@@ -395,7 +395,7 @@ def _pack(q: Tensor) -> Tensor:
     if q.device.type == "cpu":
         packed: Tensor = aten._convert_weight_to_int4pack_for_cpu(q.int(), 1)
         return packed
-    # Tiles of 16 inputs that lie together: as many as there may be.
+    # Number of tiles of 16 inputs that lie together: the largest that fits.
     tiles = next(tiles for tiles in (8, 4, 2) if q.shape[1] % (16 * tiles) == 0)
     pairs = (q[:, ::2] << 4 | q[:, 1::2]).contiguous()
     packed = aten._convert_weight_to_int4pack(pairs, tiles)
@@ -403,13 +403,13 @@ def _pack(q: Tensor) -> Tensor:
 
 
 def _multiply(x: Tensor, packed: Tensor, group: int, scales: Tensor) -> Tensor:
-    """``x`` [rows, in] times a packed matrix: [rows, out].
+    """Multiply ``x`` [rows, in] with a packed matrix: [rows, out].
 
     Args:
-        x: bfloat16, contiguous; on a processor float32 as well, with scales in float32.
-        packed: of `_pack`.
+        x: bfloat16, contiguous; on a CPU float32 as well, with scales in float32.
+        packed: matrix from `_pack`.
         group: inputs that share a scale.
-        scales: [groups, out, 2], a scale and what is added.
+        scales: [groups, out, 2], a scale and an offset.
     """
     aten = torch.ops.aten
     cpu = x.device.type == "cpu"
@@ -420,10 +420,10 @@ def _multiply(x: Tensor, packed: Tensor, group: int, scales: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Layout:
-    """How a processor's matmul has a matrix in memory.
+    """Layout in memory of a matrix for the matmul of a CPU.
 
     Rows lie in blocks, the last of which may be smaller; in a block, inputs follow one another,
-    and of each input the rows, two to a byte.
+    and within each input the rows, two to a byte.
 
     Attributes:
         block: rows in a block.
@@ -434,25 +434,25 @@ class _Layout:
     block: int
     halves: bool
 
-    def integers(self, packed: Tensor, inputs: slice) -> Tensor:
-        """The integers of some inputs, transposed and in float32: [inputs, out].
+    def read_integers(self, packed: Tensor, inputs: slice) -> Tensor:
+        """Return the integers of some inputs, transposed and in float32: [inputs, out].
 
         Args:
-            packed: of `_pack`, uint8 [out, in / 2].
-            inputs: which; without a step.
+            packed: matrix from `_pack`, uint8 [out, in / 2].
+            inputs: range of inputs, without a step.
         """
         outs, ins = packed.shape[0], 2 * packed.shape[1]
         whole = outs // self.block * self.block
         q = torch.empty(len(range(ins)[inputs]), outs)
         if whole:
             found = packed[:whole].view(-1, ins, self.block // 2)[:, inputs].transpose(0, 1)
-            _spread(found, q[:, :whole].view(len(q), -1, self.block), halves=self.halves)
+            _unpack_bytes(found, q[:, :whole].view(len(q), -1, self.block), halves=self.halves)
         if whole < outs:
-            _spread(packed[whole:].view(ins, -1)[inputs], q[:, whole:], halves=False)
+            _unpack_bytes(packed[whole:].view(ins, -1)[inputs], q[:, whole:], halves=False)
         return q
 
 
-def _spread(found: Tensor, q: Tensor, *, halves: bool) -> None:
+def _unpack_bytes(found: Tensor, q: Tensor, *, halves: bool) -> None:
     """Write the integers of bytes [..., rows / 2] into ``q`` [..., rows]."""
     half = q.shape[-1] // 2
     low, high = (q[..., :half], q[..., half:]) if halves else (q[..., ::2], q[..., 1::2])
@@ -461,16 +461,16 @@ def _spread(found: Tensor, q: Tensor, *, halves: bool) -> None:
 
 
 @lru_cache(maxsize=1)
-def _layout() -> _Layout | None:
-    """How this processor's matmul has matrices in memory, None if in no way that we know.
+def _find_layout() -> _Layout | None:
+    """Find the layout of this CPU's matmul; None if it is not one that we know.
 
-    It depends on the instructions that torch uses, so it is found out by packing a matrix.
+    It depends on the instructions that torch uses, so a matrix is packed to find it.
     """
     q = torch.randint(0, 16, (176, 4), dtype=torch.uint8, generator=torch.Generator())
     packed = _pack(q)
     for block in (64, 32, 16):
         for halves in (True, False):
             layout = _Layout(block, halves)
-            if torch.equal(layout.integers(packed, slice(None)).T, q.float()):
+            if torch.equal(layout.read_integers(packed, slice(None)).T, q.float()):
                 return layout
     return None

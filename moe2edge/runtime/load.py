@@ -1,11 +1,11 @@
 """Load an output folder, ``hf`` or ``gptq``, into a transformers model.
 
-Stock transformers 5 keeps all experts of a layer in one parameter and its GPTQ support replaces
-linear layers only, so that the experts of a GPTQ checkpoint come up as random numbers with no more
-than a printed report. Here a model of transformers' own classes is built without numbers and
-filled block by block, where it can with matrices that stay in 4 bits; a tensor that is missing,
-left over or of another shape is an error. Nothing is registered with transformers, and none of
-its classes is changed.
+Stock transformers 5 stores all experts of a layer in one parameter, and its GPTQ support replaces
+linear layers only. So it loads the experts of a GPTQ checkpoint as random numbers, with no more
+than a printed report. This module builds a model of the stock classes of transformers on the meta
+device and fills it block by block, if possible with matrices that stay packed in 4 bits. A tensor
+that is missing, unexpected or of another shape is an error. Nothing is registered with
+transformers, and none of its classes is changed.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ def load(
 ) -> PreTrainedModel:
     """Load a folder that the target ``hf`` or ``gptq`` wrote, for inference with transformers.
 
-    In bfloat16, symmetric 4-bit matrices stay in 4 bits (see `moe2edge.runtime.int4`), and the model is
-    about as large in memory as its files are. Other quantized weights are dequantized to
-    ``dtype``; in float32 every weight equals ``Quantized.dequantize()`` to the bit. The model's
-    ``moe2edge_packed`` tells which is which; printed, it is one line.
-    Layers with unequal numbers of experts are honoured, and so is a tokenizer's generation config.
+    In bfloat16, symmetric 4-bit matrices stay packed (see `moe2edge.runtime.int4`), and the model
+    takes about as much memory as its files. Other quantized weights are dequantized to ``dtype``;
+    in float32 every weight equals ``Quantized.dequantize()`` to the bit. The attribute
+    ``moe2edge_packed`` of the model describes which matrices are packed; its text is one line.
+    Layers may have different numbers of experts. A generation config in the folder is loaded.
 
     Args:
-        folder: the folder; a hub id works as well.
-        dtype: of all parameters; None takes that of the stored embeddings.
-        packed: None: matrices stay in 4 bits where they can; False: none does; True: as None, but
+        folder: the folder, or a hub id.
+        dtype: dtype of all parameters; None takes that of the stored embeddings.
+        packed: None: matrices stay packed where possible; False: none does; True: like None, but
             it is an error if none can.
 
     Raises:
-        InputError: there is no such folder, or a file of it is damaged.
-        Unsupported: another quantization than ours, a family that is not known, or ``packed`` is
-            True and nothing can run packed.
+        InputError: there is no such folder, or one of its files is damaged.
+        Unsupported: the quantization is not one of moe2edge, the family is not known, or
+            ``packed`` is True and no matrix can run packed.
         VerificationFailed: a tensor is missing, unexpected, of another shape, or not what its
             format allows.
     """
@@ -73,34 +73,34 @@ def load(
     return loaded
 
 
-# ---- a model as transformers' own class --------------------------------------------------------
+# ---- a model as a stock class of transformers --------------------------------------------------
 
 
 def build_transformers_model(
     model: Model, dtype: torch.dtype, *, packed: bool | None = None
 ) -> PreTrainedModel:
-    """A transformers model with the numbers of ``model``, packed as `load` says.
+    """Build a transformers model with the numbers of ``model``, packed as in `load`.
 
-    Memory: the parameters in ``dtype``, and what is not packed of one block in float32 while it
-    is filled.
+    Memory: the parameters in ``dtype``, and the unpacked matrices of one block in float32 while
+    the block is filled.
 
     Raises:
-        Unsupported: ``packed`` is True and nothing can run packed.
-        VerificationFailed: transformers' classes have other parameters than ``model``.
+        Unsupported: ``packed`` is True and no matrix can run packed.
+        VerificationFailed: the class of transformers has other parameters than ``model``.
     """
     from moe2edge.runtime.int4 import plan_packing
 
-    how = plan_packing(model, dtype, wanted=packed)
-    loaded = _skeleton(model, dtype)
-    loaded.moe2edge_packed = how
-    if how.packed:
-        loaded.save_pretrained = partial(_refuse_to_save, PACKED)
+    plan = plan_packing(model, dtype, wanted=packed)
+    loaded = _build_skeleton(model, dtype)
+    loaded.moe2edge_packed = plan
+    if plan.packed:
+        loaded.save_pretrained = partial(_refuse_to_save, PACKED_REASON)
     for block in model.blocks:
-        _fill_layer(loaded.model.layers[block.index], block, dtype, pack=bool(how.packed))
+        _fill_layer(loaded.model.layers[block.index], block, dtype, pack=bool(plan.packed))
     rest = {name: weight.load().to(dtype, copy=True) for name, weight in model.rest.items()}
     _fill(loaded, rest, "the rest", strict=False)
     loaded.tie_weights()
-    # Built without numbers as well, and no checkpoint has its tables.
+    # The rotary tables are on the meta device too, and no checkpoint contains them.
     loaded.model.rotary_emb = type(loaded.model.rotary_emb)(config=loaded.config)
     empty = [n for n, t in (*loaded.named_parameters(), *loaded.named_buffers()) if t.is_meta]
     if empty:
@@ -111,8 +111,8 @@ def build_transformers_model(
     return loaded.eval()
 
 
-def _skeleton(model: Model, dtype: torch.dtype) -> Any:
-    """The transformers model without numbers, its layers in the form of the model's blocks."""
+def _build_skeleton(model: Model, dtype: torch.dtype) -> Any:
+    """Build the transformers model on the meta device, with layers in the form of the blocks."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -126,49 +126,59 @@ def _skeleton(model: Model, dtype: torch.dtype) -> Any:
     if not model.is_uniform:
         loaded.config.per_layer_config = hf_config.encode_sizes(model)
     if not all(model_.is_stock_form(model, block) for block in model.blocks):
-        loaded.save_pretrained = partial(_refuse_to_save, OWN_FORMS)
+        loaded.save_pretrained = partial(_refuse_to_save, FORM_REASON)
     return loaded
 
 
 def _fill_layer(layer: Any, block: Block, dtype: torch.dtype, *, pack: bool) -> None:
-    """Give a decoder layer without numbers those of its block."""
+    """Fill a decoder layer on the meta device with the numbers of its block."""
     from moe2edge.runtime.decoder_blocks import load_block_state
     from moe2edge.runtime.int4 import pack_layer
 
-    held = pack_layer(layer, block, dtype) if pack else frozenset()
-    state = load_block_state(block, lambda role: role not in held)
-    # Copied, so that no parameter stays a view into a file.
+    packed_roles = pack_layer(layer, block, dtype) if pack else frozenset()
+    state = load_block_state(block, lambda role: role not in packed_roles)
+    # Copied, so that no parameter remains a view into a file.
     state = {name: state.pop(name).to(dtype, copy=True) for name in list(state)}
     filled = {name: t for name, t in layer.state_dict().items() if not t.is_meta}
     _fill(layer, state | filled, f"block {block.index}", strict=True)
 
 
-# Why `save_pretrained` of transformers will not do.
-PACKED = (
+# Reasons why `save_pretrained` of transformers would write an incomplete checkpoint.
+PACKED_REASON = (
     "save_pretrained cannot write matrices that run in 4 bits; copy the folder that this model was "
     "loaded from, or load it with packed=False"
 )
-OWN_FORMS = (
+FORM_REASON = (
     "save_pretrained loses dynamic skipping, plain experts and layers that were dropped; copy the "
     "folder that this model was loaded from"
 )
 
 
 def _refuse_to_save(reason: str, *_: object, **__: object) -> None:
-    """In place of `save_pretrained`, bound to the reason."""
+    """Refuse to save; replaces `save_pretrained`, bound to the reason."""
     raise Unsupported(reason)
 
 
 def _fill(module: Any, state: dict[str, Tensor], what: str, *, strict: bool) -> None:
-    """Give a module without numbers its tensors.
+    """Fill a module on the meta device with its tensors.
+
+    Args:
+        module: the module.
+        state: tensors by name.
+        what: name of the module, for messages.
+        strict: refuse a state that lacks a tensor of the module.
 
     Raises:
-        VerificationFailed: names or shapes differ; with ``strict``, a name is missing.
+        VerificationFailed: names or shapes differ, or with ``strict`` a tensor is missing.
     """
     try:
         result = module.load_state_dict(state, strict=strict, assign=True)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
-        raise VerificationFailed(f"{what} does not fit transformers' class: {reason}") from error
+        raise VerificationFailed(
+            f"{what} does not fit the class of transformers: {reason}"
+        ) from error
     if result.unexpected_keys:
-        raise VerificationFailed(f"transformers' class has no {result.unexpected_keys[0]}")
+        raise VerificationFailed(
+            f"the class of transformers has no parameter {result.unexpected_keys[0]}"
+        )

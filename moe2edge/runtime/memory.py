@@ -1,4 +1,4 @@
-"""How much memory a walk may take, and hidden states that are on the disk beyond that."""
+"""Memory limits and checks, and hidden states that go to the disk beyond a limit."""
 
 from __future__ import annotations
 
@@ -17,26 +17,31 @@ from moe2edge.errors import DoesNotFit
 if TYPE_CHECKING:
     from torch import Tensor
 
-# What Python with torch and transformers takes before any work, measured.
+# Memory of Python with torch and transformers before any work, measured.
 IMPORTED = 600 << 20
+# Bytes of the matrices that are solved at the same time.
 SOLVED_TOGETHER_BYTES = 256 << 20
 
-# Blocks of at least so many bytes go back to the system when freed: see `avoid_fragmentation`.
+# Allocations of at least this size return to the system when freed: see `avoid_fragmentation`.
 LARGE = 4 << 20
-# Of <malloc.h>.
+# Parameter of mallopt, from <malloc.h>.
 M_MMAP_THRESHOLD = -3
 
 
 def find_limit(most: int | None = None) -> int:
-    """Bytes that this process may take: of the machine, its container, its limits and ``most``."""
-    found = [psutil.virtual_memory().total, *_process_limits()]
-    with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit
-        found.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return min(found if most is None else [*found, most])
+    """Return the bytes that this process may take.
+
+    This is the smallest of the memory of the machine, the limit of its container (cgroup v2), the
+    limits of the process (``ulimit -d``, ``-v``) and ``most``.
+    """
+    limits = [psutil.virtual_memory().total, *_list_process_limits()]
+    with contextlib.suppress(OSError, ValueError):  # the file says "max" if there is no limit
+        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(limits if most is None else [*limits, most])
 
 
-def _process_limits() -> list[int]:
-    """The soft limits of addresses that this process may take, in bytes (``ulimit -d``, ``-v``)."""
+def _list_process_limits() -> list[int]:
+    """List the soft limits of this process on addresses, in bytes (``ulimit -d``, ``-v``)."""
     import resource
 
     softs = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_DATA, resource.RLIMIT_AS))
@@ -44,32 +49,36 @@ def _process_limits() -> list[int]:
 
 
 def fits(needed: int, within: int | None) -> bool:
-    """Whether ``needed`` bytes and Python with torch are no more than ``within``, or `find_limit`."""
+    """Return whether ``needed`` bytes, and Python with torch, fit in ``within`` bytes.
+
+    ``within`` None stands for `find_limit`.
+    """
     return needed + IMPORTED <= (find_limit() if within is None else within)
 
 
 @dataclass(frozen=True)
 class Memory:
-    """A budget.
+    """A memory budget.
 
     Attributes:
-        together: bytes for matrices that are solved at once; at least one group is.
-        stream: bytes of one stream of hidden states that is kept in memory; None: no limit.
-        folder: where larger ones go.
+        group_bytes: bytes of the matrices that are solved at once; at least one group always is.
+        hidden_bytes: bytes of one set of hidden states that stays in memory; None: no limit.
+        folder: folder for larger hidden states; None: that of `tempfile`.
         limit: bytes for the whole process; None: see `find_limit`.
     """
 
-    together: int = SOLVED_TOGETHER_BYTES
-    stream: int | None = None
+    group_bytes: int = SOLVED_TOGETHER_BYTES
+    hidden_bytes: int | None = None
     folder: Path | None = None
     limit: int | None = None
 
     @classmethod
-    def of(cls, within: int, folder: Path | None = None) -> Memory:
-        """Shares of ``within`` bytes for the whole process."""
+    def from_limit(cls, within: int, folder: Path | None = None) -> Memory:
+        """Divide ``within`` bytes for the whole process into shares."""
         free = max(0, within - IMPORTED)
-        # One at a time, or as many as ever: how many are solved at once changes roundings. Up to
-        # four streams are alive at once, and half is for a block's own matrices.
+        # Either one group at a time or the usual number, nothing in between, because the number
+        # of groups that are solved at once changes roundings. Up to four sets of hidden states
+        # exist at once, and half of the memory is for the matrices of a block.
         return cls(
             SOLVED_TOGETHER_BYTES if free >= 4 * SOLVED_TOGETHER_BYTES else 0,
             free // 16,
@@ -78,9 +87,10 @@ class Memory:
         )
 
     def empty(self, shape: tuple[int, ...]) -> Tensor:
-        """A stream of hidden states, float32, without numbers.
+        """Return an uninitialized float32 tensor for hidden states.
 
-        Beyond the budget it is a map of a file that has no name and is gone with the stream.
+        Beyond the budget, the tensor is mapped from an unnamed file on the disk, which disappears
+        with the tensor.
         """
         import numpy as np
         import torch
@@ -88,7 +98,7 @@ class Memory:
         count = 1
         for size in shape:
             count *= size
-        if self.stream is None or 4 * count <= self.stream:
+        if self.hidden_bytes is None or 4 * count <= self.hidden_bytes:
             return torch.empty(shape)
         handle, name = tempfile.mkstemp(prefix="stream-", dir=self.folder)
         try:
@@ -99,7 +109,7 @@ class Memory:
             os.unlink(name)
 
 
-# In memory, whatever its size.
+# Hidden states of any size stay in memory.
 UNLIMITED = Memory()
 
 
@@ -139,63 +149,65 @@ class Estimate:
 
 
 def give_back() -> None:
-    """Have the C library return freed memory to the system, where it is one that can (glibc).
+    """Let the C library return freed memory to the system, if it can (glibc).
 
-    What stays lies between what was only needed on the way, and the holes count as used: after
-    loading a model they were as large as it is, and they grow with every block that is solved.
+    Memory that is still in use lies between memory that was freed, and the holes count as used:
+    after a model was loaded they were as large as the model, and they grow with every block that
+    is solved.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def avoid_fragmentation(most: int | None) -> None:
-    """Keep the addresses taken close to the memory used, where either is limited.
+    """Keep the address space close to the memory in use, if either is limited.
 
-    The C library (glibc) raises the size from which a block is a mapping of its own up to 32 MiB as
-    it sees such blocks freed. Matrices then lie on its heap between what stays, and every block of
-    the model leaves holes: no memory after `give_back`, but addresses, which ``ulimit`` counts. A
-    size that is set stays; asking the system for every matrix takes a tenth more time.
+    The C library (glibc) allocates large blocks as separate mappings. When such blocks are freed,
+    it raises the size from which it does so, up to 32 MiB. Matrices then lie on the heap between
+    data that stays, and every block of the model leaves holes. After `give_back` the holes take no
+    memory, but they take addresses, which ``ulimit`` counts. A size that is set explicitly does
+    not change. The cost: a system call for every matrix takes a tenth more time.
 
     Args:
-        most: bytes that the whole process was told to take; None: not told.
+        most: limit that the user set for the whole process, in bytes; None: no limit.
     """
-    if most is None and not _process_limits():
+    if most is None and not _list_process_limits():
         return
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE)
 
 
 def check_gpu(needed: int, purpose: str, remedy: str) -> None:
-    """Refuse to begin what a GPU could not hold; arguments as of `check_memory`.
+    """Check that the GPU has enough memory; arguments as in `check_memory`.
 
     Raises:
-        DoesNotFit: it has less memory.
+        DoesNotFit: it has less.
     """
     import torch
 
-    there: int = torch.cuda.get_device_properties(torch.device("cuda")).total_memory
-    if needed > there:
+    total: int = torch.cuda.get_device_properties(torch.device("cuda")).total_memory
+    if needed > total:
         raise DoesNotFit(
             f"{purpose}, which needs {needed / 1e9:.2f} GB of memory of the GPU; it has "
-            f"{there / 1e9:.2f} GB: {remedy}"
+            f"{total / 1e9:.2f} GB: {remedy}"
         )
 
 
 def check_memory(needed: int, purpose: str, remedy: str, within: int | None = None) -> None:
-    """Refuse to begin what memory could not hold.
+    """Check that there is enough memory, before work that could not finish.
 
     Args:
-        needed: bytes, without what is imported.
-        purpose: what needs them.
-        remedy: what to do.
+        needed: bytes, without those of the imported libraries.
+        purpose: clause that says what needs the memory, for the message.
+        remedy: what the user can do.
         within: bytes for the whole process; None: see `find_limit`.
 
     Raises:
-        DoesNotFit: there is less memory.
+        DoesNotFit: there is less.
     """
-    there = find_limit() if within is None else within
-    if not fits(needed, there):
+    available = find_limit() if within is None else within
+    if not fits(needed, available):
         raise DoesNotFit(
             f"{purpose}, which needs {(needed + IMPORTED) / 1e9:.2f} GB of memory; this machine "
-            f"has {there / 1e9:.2f} GB, or allows so much: {remedy}"
+            f"has or allows {available / 1e9:.2f} GB: {remedy}"
         )

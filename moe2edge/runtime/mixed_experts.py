@@ -266,7 +266,7 @@ class MixedExperts(nn.Module):
 
 
 def _multiply(experts: Any, part: str, n: int, x: Tensor) -> Tensor:
-    """Multiply ``x`` with a matrix of an expert, gate_up or down: fused in one tensor, or packed."""
+    """Multiply ``x`` with a matrix of an expert, gate_up or down: one of a tensor, or packed."""
     if hasattr(experts, f"{part}_proj"):
         matrix: Tensor = getattr(experts, f"{part}_proj")[n]
         return x @ matrix.T

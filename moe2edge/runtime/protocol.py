@@ -1,4 +1,4 @@
-"""What a runtime is: a model that runs, one sequence at a time."""
+"""Interface of a runtime: a model that runs one sequence at a time."""
 
 from __future__ import annotations
 
@@ -10,26 +10,34 @@ if TYPE_CHECKING:
 
 
 class Runtime(Protocol):
-    """An output folder, reopened in the runtime that it was made for. One sequence at a time."""
+    """An output folder, opened in the runtime of its target. Runs one sequence at a time."""
 
     @property
     def dtype(self) -> str:
-        """What it computes in, as torch names it: the dtype of activations between operators."""
+        """Dtype of activations between operators, by its name in torch."""
         ...
 
     @property
     def threads(self) -> int:
-        """Processor threads that it computes with."""
+        """Number of processor threads."""
         ...
 
     def logits(self, ids: Tensor) -> Tensor:
-        """Logits float32 [batch, length, vocabulary] of token ids int64 [batch, length]."""
+        """Return logits float32 [batch, length, vocabulary] of token ids int64 [batch, length]."""
         ...
 
     def start(self, ids: Sequence[int]) -> Tensor:
-        """Begin a sequence (prefill): logits float32 [vocabulary] after its last token."""
+        """Begin a sequence (prefill).
+
+        Returns:
+            Logits float32 [vocabulary] after its last token.
+        """
         ...
 
     def step(self, token: int) -> Tensor:
-        """Go on with one more token (decode, cached): logits float32 [vocabulary] after it."""
+        """Continue the sequence with one token (decode, cached).
+
+        Returns:
+            Logits float32 [vocabulary] after the token.
+        """
         ...

@@ -1,4 +1,4 @@
-"""Any causal language model of transformers as a `Runtime`."""
+"""Run a causal language model of transformers as a `Runtime`."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 class TorchRuntime:
-    """Runs a transformers model, in evaluation mode, on the device where it lies.
+    """Runs a transformers model in evaluation mode, on the device that it is on.
 
-    Logits come back as float32 on the CPU, whatever the model computes in.
+    Logits are returned as float32 on the CPU, in whatever dtype the model computes.
     """
 
     def __init__(self, model: Any) -> None:
@@ -26,27 +26,30 @@ class TorchRuntime:
 
     @property
     def dtype(self) -> str:
-        """What the model computes in, as torch names it."""
+        """Dtype of activations, by its name in torch."""
         return str(self.model.dtype).removeprefix("torch.")
 
     @property
     def note(self) -> str:
-        """How quantized matrices run, in one line; empty if there are none."""
+        """Description of how quantized matrices run, in one line; empty if there are none."""
         return str(getattr(self.model, "moe2edge_packed", ""))
 
     @property
     def threads(self) -> int:
-        """Processor threads of torch, at present."""
+        """Current number of processor threads of torch."""
         import torch
 
         return torch.get_num_threads()
 
     def logits(self, ids: Tensor) -> Tensor:
-        """Logits float32 [batch, length, vocabulary] of token ids int64 [batch, length]."""
+        """Return logits float32 [batch, length, vocabulary] of token ids int64 [batch, length]."""
         return self._run(ids, use_cache=False)
 
     def start(self, ids: Sequence[int]) -> Tensor:
-        """Begin a sequence (prefill): logits float32 [vocabulary] after its last token.
+        """Begin a sequence (prefill).
+
+        Returns:
+            Logits float32 [vocabulary] after its last token.
 
         Raises:
             InputError: there is no token.
@@ -56,14 +59,17 @@ class TorchRuntime:
 
         if not ids:
             raise InputError("a sequence needs at least one token")
-        # With the config, the cache knows which layers see a sliding window only.
+        # From the config, the cache knows which layers only attend to a sliding window.
         self._cache = DynamicCache(config=self.model.config)
-        whole = torch.tensor([list(ids)])
-        # Logits of every token would be the largest tensor by far.
-        return self._run(whole, past_key_values=self._cache, logits_to_keep=1)[0, -1]
+        prompt = torch.tensor([list(ids)])
+        # Only the last logits: those of all tokens would be the largest tensor by far.
+        return self._run(prompt, past_key_values=self._cache, logits_to_keep=1)[0, -1]
 
     def step(self, token: int) -> Tensor:
-        """Go on with one more token (decode, cached): logits float32 [vocabulary] after it.
+        """Continue the sequence with one token (decode, cached).
+
+        Returns:
+            Logits float32 [vocabulary] after the token.
 
         Raises:
             Moe2EdgeError: no sequence was begun.
@@ -84,7 +90,7 @@ class TorchRuntime:
 
 
 def run_all_experts(runtime: Runtime) -> Runtime:
-    """Take dynamic skipping off a runtime of this module."""
+    """Disable dynamic skipping in a `TorchRuntime`, in place, and return it."""
     from moe2edge.runtime.decoder_blocks import disable_skipping
 
     assert isinstance(runtime, TorchRuntime)
@@ -93,18 +99,18 @@ def run_all_experts(runtime: Runtime) -> Runtime:
 
 
 def open_source(folder: Path, *, dtype: str = "bfloat16", strict: bool = False) -> TorchRuntime:
-    """A checkpoint as stock transformers runs it; nothing of its code is executed.
+    """Open a checkpoint with stock transformers; code inside the checkpoint is not executed.
 
     Args:
-        folder: config and safetensors.
-        dtype: in which the model computes.
-        strict: refuse a checkpoint that does not hold exactly what its config asks for; without
-            it, transformers fills in what is missing and drops what it does not know.
+        folder: folder with config and safetensors.
+        dtype: dtype that the model computes in.
+        strict: refuse a checkpoint whose tensors are not exactly those of its config. Without
+            it, transformers initializes missing tensors and ignores unknown ones.
 
     Raises:
-        InputError: transformers cannot load it.
-        VerificationFailed: so with ``strict``, or it reports a tensor as missing, unexpected or
-            of another shape.
+        InputError: transformers cannot load the checkpoint.
+        VerificationFailed: with ``strict``, transformers cannot load the checkpoint, or reports a
+            tensor as missing, unexpected or of another shape.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -116,18 +122,18 @@ def open_source(folder: Path, *, dtype: str = "bfloat16", strict: bool = False) 
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
-            # Not raised but reported, so that the tensors can be named.
+            # Reported below instead of raised here, so that the message names the tensors.
             ignore_mismatched_sizes=strict,
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError) as error:
-        kind = VerificationFailed if strict else InputError
+        error_type = VerificationFailed if strict else InputError
         reason = " ".join(str(error).split())
-        raise kind(f"transformers cannot load {folder}: {reason}") from error
-    wrong = {what: sorted(map(str, names)) for what, names in info.items() if names}
+        raise error_type(f"transformers cannot load {folder}: {reason}") from error
+    wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
     if strict and wrong:
         raise VerificationFailed(
-            f"transformers loads {folder} with {wrong}; it does not hold what its "
-            "config.json asks for: export it again"
+            f"transformers loads {folder} with {wrong}; its tensors are not those of its "
+            "config.json: export it again"
         )
     return TorchRuntime(model)

@@ -1,7 +1,7 @@
-"""What runs in a fresh process: load an output, run prompts, and answer with times and memory.
+"""Load an output in a fresh process, run prompts, and return times and memory.
 
-``python -m moe2edge.evaluation.profile.child`` reads one JSON request on stdin and writes one JSON answer on
-stdout. Imports little at the top: all of it counts as memory of the process.
+``python -m moe2edge.evaluation.profile.child`` reads one JSON request on stdin and writes one JSON
+reply on stdout. It imports little at the top, because all of it counts as memory of the process.
 """
 
 from __future__ import annotations
@@ -30,28 +30,28 @@ PHASES = ("import", "load", "prefill", "decode")
 
 
 class Phases:
-    """Memory of each phase; a phase that comes several times keeps its largest values."""
+    """Records the memory of each phase; a phase that repeats keeps its largest values."""
 
     def __init__(self, meter: Meter) -> None:
         self._meter = meter
-        self._seen: dict[str, MemoryReading] = {}
+        self._readings: dict[str, MemoryReading] = {}
 
     def start(self) -> None:
         """Begin a phase."""
         self._meter.start()
 
     def end(self, name: str) -> None:
-        """End it."""
-        found = self._meter.read()
-        before = self._seen.get(name)
-        self._seen[name] = found if before is None else before.merge(found)
+        """End the phase and record it under a name."""
+        reading = self._meter.read()
+        before = self._readings.get(name)
+        self._readings[name] = reading if before is None else before.merge(reading)
 
     def to_json(self) -> dict[str, Any]:
-        """Method and values, by phase."""
+        """Return the method of measuring and the values of each phase."""
         return {
             "method": self._meter.method,
             "reason": self._meter.reason,
-            "phases": {name: asdict(memory) for name, memory in self._seen.items()},
+            "phases": {name: asdict(reading) for name, reading in self._readings.items()},
         }
 
 
@@ -67,14 +67,14 @@ def measure_once(
 
     Args:
         request: ``prompts`` (token ids; the first is the warm-up) and ``gen_tokens``.
-        import_libraries: imports what the runtime needs.
+        import_libraries: imports the libraries that the runtime needs.
         open_runtime: loads the output.
-        phases: takes the memory.
-        clock: seconds.
+        phases: records the memory.
+        clock: returns the time in seconds.
 
     Returns:
-        ``import_s``, ``load_s``, ``runs`` (``ttft_s``, ``gaps_s``, ``tokens``), ``memory``; of the
-        runtime ``dtype``, ``threads`` and ``note``.
+        ``import_s`` and ``load_s``; ``runs``, each with ``ttft_s``, ``gaps_s`` and ``tokens``;
+        ``memory``; and ``dtype``, ``threads`` and ``note`` of the runtime.
     """
     phases.start()
     begin = clock()
@@ -107,14 +107,18 @@ def run_prompt(
     phases: Phases,
     clock: Callable[[], float],
 ) -> dict[str, Any]:
-    """One prompt, greedily continued: seconds to the first token, then between tokens."""
+    """Continue one prompt greedily, and time it.
+
+    Returns:
+        ``ttft_s``, seconds to the first token; ``gaps_s``, seconds between tokens; ``tokens``.
+    """
     tokens = generate(runtime, prompt, max_tokens=gen_tokens)
     phases.start()
     begin = clock()
     chosen = [next(tokens)]
     ttft_s = clock() - begin
     phases.end("prefill")
-    # Memory is read between the phases, not between tokens: reading it costs time.
+    # Memory is read between phases, not between tokens, because reading it takes time.
     phases.start()
     marks = [clock()]
     for token in tokens:
@@ -126,8 +130,11 @@ def run_prompt(
 
 
 def serve_request() -> int:
-    """Serve one request; the exit code is that of the error, whose line goes to stderr."""
-    # Libraries may write to stdout; the answer must be alone there.
+    """Serve one request and return the exit code.
+
+    An error is written to stderr as one line, and its exit code returned.
+    """
+    # Libraries may write to stdout, where the reply must stand alone.
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as stdout:
         os.dup2(2, 1)
         try:
@@ -140,21 +147,21 @@ def serve_request() -> int:
 
 def _serve(request: dict[str, Any]) -> dict[str, Any]:
     phases = Phases(Meter())
-    import_libraries, open_runtime = _source(request)
+    import_libraries, open_runtime = _make_loaders(request)
     return measure_once(
         request, import_libraries=import_libraries, open_runtime=open_runtime, phases=phases
     )
 
 
-def _source(request: dict[str, Any]) -> tuple[Callable[[], None], Callable[[], Runtime]]:
-    """How to import and how to open what the request names."""
+def _make_loaders(request: dict[str, Any]) -> tuple[Callable[[], None], Callable[[], Runtime]]:
+    """Return two functions that import the libraries and open the folder of a request."""
     folder, name, threads = Path(request["folder"]), request["target"], request["threads"]
 
     def import_libraries() -> None:
         from moe2edge.pipeline.registry import find_target
 
-        # A source runs as an output of the target hf does.
-        _import(find_target(name or "hf").libraries, folder)
+        # A source checkpoint needs the same libraries as an output of the target hf.
+        _import_modules(find_target(name or "hf").libraries, folder)
         if threads is not None:
             import torch
 
@@ -172,10 +179,10 @@ def _source(request: dict[str, Any]) -> tuple[Callable[[], None], Callable[[], R
     return import_libraries, open_runtime
 
 
-def _import(names: Sequence[str], folder: Path) -> None:
-    """Import modules, and with transformers the code of the model in a folder."""
+def _import_modules(names: Sequence[str], folder: Path) -> None:
+    """Import modules; with transformers, also the code of the model in the folder."""
     for name in names:
-        # What is missing is reported, with a remedy, where it is needed.
+        # A missing module is reported, with a remedy, where it is used.
         with suppress(ImportError):
             importlib.import_module(name)
     config = folder / "config.json"
@@ -183,7 +190,7 @@ def _import(names: Sequence[str], folder: Path) -> None:
         return
     import transformers
 
-    # transformers imports the code of a model when its class is first asked for.
+    # transformers imports the code of a model on the first access to its class.
     for name in read_json(config).get("architectures") or ():
         getattr(transformers, name, None)
 

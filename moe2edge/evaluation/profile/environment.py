@@ -1,4 +1,4 @@
-"""The machine and the versions that a measurement was made with."""
+"""Describe the machine and the package versions of a measurement."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ PACKAGES = ("moe2edge", "torch", "transformers", "onnxruntime", "onnxruntime-gpu
 
 
 def describe_environment() -> dict[str, Any]:
-    """Machine and versions; null where unknown."""
+    """Return the machine and the package versions; None for what is unknown."""
     import psutil
 
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
     return {
         "cpu": {
-            "model": _cpu_model(),
+            "model": _read_cpu_model(),
             "cores": psutil.cpu_count(logical=False),
             "logical": psutil.cpu_count(),
             "usable": usable,
@@ -27,12 +27,12 @@ def describe_environment() -> dict[str, Any]:
         "load_avg": psutil.getloadavg()[0],
         "os": platform.platform(),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {name: _find_version(name) for name in PACKAGES},
     }
 
 
-def _cpu_model() -> str | None:
-    """Name of the processor, as the system tells it."""
+def _read_cpu_model() -> str | None:
+    """Return the name of the processor as the system reports it."""
     try:
         lines = Path("/proc/cpuinfo").read_text("utf-8", errors="replace").splitlines()
     except OSError:
@@ -45,8 +45,8 @@ def _cpu_model() -> str | None:
     return next(names, None) or platform.processor() or None
 
 
-def _version(package: str) -> str | None:
-    """Version of an installed package; None if it is not installed."""
+def _find_version(package: str) -> str | None:
+    """Return the version of a package; None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

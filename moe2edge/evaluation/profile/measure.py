@@ -32,15 +32,15 @@ _SIZES = ("prompt_tokens", "gen_tokens")
 
 @dataclass(frozen=True)
 class ProfileSettings:
-    """How much is measured.
+    """Amount of work that is measured.
 
     Attributes:
         prompt_tokens: length of each prompt.
-        gen_tokens: tokens chosen after it, greedily.
-        prompts: measured prompts per process; one more goes before them as a warm-up.
-        repeats: fresh processes.
-        threads: of torch and of ONNX sessions; None: one per core.
-        timeout_s: for one process.
+        gen_tokens: tokens generated after each prompt, greedily.
+        prompts: measured prompts per process; one more runs before them as a warm-up.
+        repeats: number of fresh processes.
+        threads: threads of torch and of ONNX sessions; None: one per core.
+        timeout_s: time limit of one process, in seconds.
     """
 
     prompt_tokens: int = 128
@@ -51,10 +51,10 @@ class ProfileSettings:
     timeout_s: float = 3600
 
     def check(self) -> None:
-        """Refuse settings out of range.
+        """Check that all settings are in range.
 
         Raises:
-            InputError: one is below 1.
+            InputError: a setting is below 1.
         """
         for name, value in asdict(self).items():
             if value is not None and value < 1:
@@ -77,17 +77,17 @@ def profile(
     fixed: Collection[str] | None = None,
     advance: Advance | None = None,
 ) -> Profile:
-    """Measure an output of moe2edge in its runtime, or else a checkpoint in transformers, bf16.
+    """Measure an output of moe2edge in its runtime, or a checkpoint in transformers in bfloat16.
 
     Args:
         folder: an output folder, or a checkpoint.
         text: natural text that prompts are cut from; random tokens would be routed unnaturally.
         prompts: token ids instead of text, all of one length; the first is the warm-up.
-        settings: how much; with ``prompts``, their number and length count instead.
-        fixed: names of the settings that the user chose. Of ``prompt_tokens`` and ``gen_tokens``
-            any other is made smaller, with a warning, where the model holds fewer tokens. None:
-            all, if ``settings`` are given.
-        advance: told after each process.
+        settings: amount of work; with ``prompts``, their number and length apply instead.
+        fixed: names of the settings that the user chose. ``prompt_tokens`` and ``gen_tokens`` that
+            are not among them are reduced, with a warning, to fit the context of the model. None:
+            both are fixed if ``settings`` are given.
+        advance: receives progress after each process.
 
     Raises:
         InputError: the folder, the text or a setting is wrong.
@@ -100,8 +100,8 @@ def profile(
         settings = _fit_prompts(settings, prompts)
         fixed = {*fixed, "prompt_tokens"}
     settings.check()
-    artifact, request = _subject(folder)
-    settings, shrunk = fit_context(settings, _context(folder), fixed)
+    artifact, request = _describe_subject(folder)
+    settings, shrunk = fit_context(settings, _read_context(folder), fixed)
     if prompts is None:
         prompts = cut_prompts(load_tokenizer(folder), text or "", settings)
     request |= {
@@ -111,28 +111,31 @@ def profile(
     }
     env = describe_environment()
     created = datetime.now(UTC).isoformat(timespec="seconds")
-    answers = []
+    replies = []
     for n in range(settings.repeats):
-        answers.append(ask_child(request, settings))
+        replies.append(run_child(request, settings))
         if advance is not None:
             advance("measure", n + 1, settings.repeats)
-    memory, threads = answers[0]["memory"], answers[0]["threads"]
+    memory, threads = replies[0]["memory"], replies[0]["threads"]
     return Profile(
-        artifact={**artifact, "dtype": answers[0]["dtype"], "note": answers[0]["note"]},
-        workload=_workload(settings),
+        artifact={**artifact, "dtype": replies[0]["dtype"], "note": replies[0]["note"]},
+        workload=_describe_workload(settings),
         env={**env, "threads": {"asked": settings.threads, "runtime": threads}},
-        metrics=collect_metrics(answers, settings.prompt_tokens),
-        phases=collect_phases(answers),
+        metrics=collect_metrics(replies, settings.prompt_tokens),
+        phases=collect_phases(replies),
         memory_method=memory["method"],
         memory_reason=memory["reason"],
         sizes=measure_sizes(folder),
         created=created,
-        warnings=(*shrunk, *_warnings(env, answers)),
+        warnings=(*shrunk, *_list_warnings(env, replies)),
     )
 
 
 def cut_prompts(tokenizer: Any, text: str, settings: ProfileSettings) -> list[list[int]]:
-    """Prompts from evenly spaced places of a text, no two of which overlap; warm-up first.
+    """Cut prompts without overlap from evenly spaced places of a text.
+
+    Returns:
+        Token ids of ``settings.prompts + 1`` prompts; the first is the warm-up.
 
     Raises:
         InputError: the text has too few tokens.
@@ -148,18 +151,21 @@ def cut_prompts(tokenizer: Any, text: str, settings: ProfileSettings) -> list[li
     return [ids[n * stride : n * stride + length] for n in range(number)]
 
 
-def ask_child(request: Mapping[str, Any], settings: ProfileSettings) -> dict[str, Any]:
-    """Have a fresh process measure once; its answer is that of `moe2edge.evaluation.profile.child`.
+def run_child(request: Mapping[str, Any], settings: ProfileSettings) -> dict[str, Any]:
+    """Measure once in a fresh process.
+
+    Returns:
+        The reply, as `moe2edge.evaluation.profile.child.measure_once` returns it.
 
     Raises:
-        Moe2EdgeError: it failed (the last line that it wrote; the same kind of error if it was
-            one of ours), was killed, or took too long.
+        Moe2EdgeError: the process failed, was killed, or took too long. The message ends in the
+            last line that the process wrote; one of our errors is raised again as the same class.
     """
     env = dict(os.environ)
     if settings.threads is not None:
         env["OMP_NUM_THREADS"] = str(settings.threads)
     try:
-        # -P: the working folder is the user's, and no place to import from.
+        # -P: import nothing from the working folder, which is the user's.
         done = subprocess.run(
             [sys.executable, "-P", "-m", "moe2edge.evaluation.profile.child"],
             input=json.dumps(request),
@@ -180,26 +186,26 @@ def ask_child(request: Mapping[str, Any], settings: ProfileSettings) -> dict[str
         hint = "; there may be too little memory" if name == "SIGKILL" else ""
         raise Moe2EdgeError(f"the measuring process was ended by {name}{hint}")
     if done.returncode:
-        lines = done.stderr.strip().splitlines() or ["it said nothing"]
+        lines = done.stderr.strip().splitlines() or ["it wrote no message"]
         if kind := _ERRORS.get(done.returncode):
             raise kind(lines[-1])
         raise Moe2EdgeError(f"the measuring process failed: {lines[-1]}")
-    answer: dict[str, Any] = json.loads(done.stdout)
-    return answer
+    reply: dict[str, Any] = json.loads(done.stdout)
+    return reply
 
 
 def measure_sizes(folder: Path) -> dict[str, int]:
-    """Bytes of the files of a folder, by class."""
-    found = list_files(folder)
+    """Return the bytes of the files of a folder by class, such as ``weights``."""
+    files = list_files(folder)
     sizes = dict.fromkeys(("weights", "graph", "tokenizer", "config", "other"), 0)
-    outside = any(name.endswith(".data") for name in found)
-    for name, path in found.items():
-        sizes[_file_class(name, outside)] += path.stat().st_size
+    outside = any(name.endswith(".data") for name in files)
+    for name, path in files.items():
+        sizes[_classify_file(name, outside)] += path.stat().st_size
     return sizes
 
 
-def _file_class(name: str, weights_outside_graph: bool) -> str:
-    """Class of a file. A graph without data beside it holds the weights itself."""
+def _classify_file(name: str, weights_outside_graph: bool) -> str:
+    """Return the class of a file. A graph without a data file contains the weights itself."""
     base = name.rpartition("/")[2]
     if base.endswith((".safetensors", ".data")):
         return "weights"
@@ -211,8 +217,8 @@ def _file_class(name: str, weights_outside_graph: bool) -> str:
     return "config" if base.endswith((".json", ".yaml")) else "other"
 
 
-def _subject(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What is measured: for the result, and for the child."""
+def _describe_subject(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Describe the measured folder: for the profile, and as a request to the child process."""
     if not folder.is_dir():
         raise InputError(f"there is no folder {folder}; name an output folder or a checkpoint")
     path = str(folder.resolve())
@@ -229,7 +235,7 @@ def _subject(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if not (folder / "config.json").is_file():
         raise InputError(
             f"{folder} is neither an output folder (no {MANIFEST}) nor a checkpoint "
-            "(no config.json)"
+            "(no config.json); name one of them"
         )
     about = {"path": str(folder), "target": None, "runtime": "transformers"}
     return about, {"folder": path, "target": None, "dtype": "bfloat16"}
@@ -245,8 +251,8 @@ def _fit_prompts(settings: ProfileSettings, prompts: Sequence[Sequence[int]]) ->
     return replace(settings, prompts=len(prompts) - 1, prompt_tokens=lengths.pop())
 
 
-def _context(folder: Path) -> int | None:
-    """Tokens that the model in a folder holds, where its config says so."""
+def _read_context(folder: Path) -> int | None:
+    """Return the context length of the model in a folder; None if its config has none."""
     path = folder / "config.json"
     return read_context_length(read_json(path)) if path.is_file() else None
 
@@ -254,37 +260,40 @@ def _context(folder: Path) -> int | None:
 def fit_context(
     settings: ProfileSettings, context: int | None, fixed: Collection[str]
 ) -> tuple[ProfileSettings, tuple[str, ...]]:
-    """Settings that fit the context of the model, and a warning if they had to be changed.
+    """Reduce the number of tokens to fit the context of the model.
 
     Args:
-        settings: as wanted.
-        context: tokens that the model holds; None if it is not known.
-        fixed: names of settings that are the user's own; they stay as they are.
+        settings: the requested settings.
+        context: context length of the model in tokens; None if it is not known.
+        fixed: names of the settings that the user chose; they do not change.
+
+    Returns:
+        The settings, and a warning if they changed.
 
     Raises:
-        InputError: what is fixed does not fit.
+        InputError: the fixed settings do not fit.
     """
-    prompt, made = settings.prompt_tokens, settings.gen_tokens
-    if context is None or prompt + made <= context:
+    prompt, new = settings.prompt_tokens, settings.gen_tokens
+    if context is None or prompt + new <= context:
         return settings, ()
     if "gen_tokens" not in fixed:
-        # Without a prompt of the user's own, both shrink alike.
-        made = context - prompt if "prompt_tokens" in fixed else made * context // (prompt + made)
-        made = max(made, 1)
+        # If the prompt is not fixed either, both shrink by the same factor.
+        new = context - prompt if "prompt_tokens" in fixed else new * context // (prompt + new)
+        new = max(new, 1)
     if "prompt_tokens" not in fixed:
-        prompt = max(context - made, 1)
-    if prompt + made > context:
+        prompt = max(context - new, 1)
+    if prompt + new > context:
         raise InputError(
-            f"{prompt} prompt tokens and {made} generated ones do not fit the {context} tokens "
-            "that the model holds; ask for fewer"
+            f"{prompt} prompt tokens and {new} generated ones do not fit the context of "
+            f"{context} tokens of the model; ask for fewer"
         )
-    return replace(settings, prompt_tokens=prompt, gen_tokens=made), (
-        f"the model holds {context} tokens: {prompt} prompt tokens and {made} generated ones, "
-        f"not {settings.prompt_tokens} and {settings.gen_tokens}",
+    return replace(settings, prompt_tokens=prompt, gen_tokens=new), (
+        f"the context of the model is {context} tokens: measured with {prompt} prompt tokens and "
+        f"{new} generated ones, not {settings.prompt_tokens} and {settings.gen_tokens}",
     )
 
 
-def _workload(settings: ProfileSettings) -> dict[str, Any]:
+def _describe_workload(settings: ProfileSettings) -> dict[str, Any]:
     return {
         "prompt_tokens": settings.prompt_tokens,
         "gen_tokens": settings.gen_tokens,
@@ -296,16 +305,16 @@ def _workload(settings: ProfileSettings) -> dict[str, Any]:
     }
 
 
-def _warnings(env: Mapping[str, Any], answers: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    """What makes the figures less trustworthy."""
-    found = []
+def _list_warnings(env: Mapping[str, Any], replies: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """List the reasons to distrust the figures."""
+    warnings = []
     cores = env["cpu"]["usable"] or env["cpu"]["logical"] or 1
     if env["load_avg"] > cores / 2:
-        found.append(
+        warnings.append(
             f"other programs kept the processors busy at the start (load {env['load_avg']:.1f} "
             f"on {cores} cores): times are too high and vary"
         )
-    tokens = [[run["tokens"] for run in answer["runs"]] for answer in answers]
+    tokens = [[run["tokens"] for run in reply["runs"]] for reply in replies]
     if any(other != tokens[0] for other in tokens):
-        found.append("greedy decoding gave different tokens in different processes")
-    return tuple(found)
+        warnings.append("greedy decoding gave different tokens in different processes")
+    return tuple(warnings)

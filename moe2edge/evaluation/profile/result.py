@@ -1,4 +1,4 @@
-"""What a profile holds, and its JSON form."""
+"""Results of a profile, and their JSON form."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ PROFILE_VERSION = 1
 PROFILE_KIND = "moe2edge.profile"
 DEFINITIONS: Mapping[str, str] = {
     "import_ms": "import of the libraries that the runtime needs, in a fresh process",
-    "load_ms": "opening the folder in its runtime; files as the system has them cached",
-    "ttft_ms": "time to first token: token ids given -> first token chosen; no tokenization",
+    "load_ms": "opening the folder in its runtime; files may be in the cache of the system",
+    "ttft_ms": "time to first token: from token ids to the first token; no tokenization",
     "prefill_tok_s": "prompt tokens / time to first token",
-    "ms_per_token": "from one token chosen to the next, tokens 2 to n",
+    "ms_per_token": "time from one token to the next, tokens 2 to n",
     "decode_tok_s": "per prompt: (n - 1) / time from the first token to the last",
     "peak_rss": "largest resident set of the process within the phase, libraries included",
     "rss": "resident set at the end of the phase",
-    "rss_anon": "of that, the process's own; what counts against a limit",
-    "rss_file": "of that, mapped from files; the system can drop and reread it",
-    "memory": "of each phase the largest over all processes",
+    "rss_anon": "anonymous part of rss, which counts against a memory limit",
+    "rss_file": "part of rss that is mapped from files; the system can drop and reread it",
+    "memory": "largest value of each phase over all processes",
     "weights": "bytes of the files that hold weights",
-    "dtype": "of activations between operators, as the runtime says",
+    "dtype": "dtype of activations between operators, as the runtime reports it",
     "note": "how quantized matrices run; empty if there are none, or it is not known",
-    "threads": "asked: null for one per core; runtime: of torch, or of the ONNX session",
-    "env": "null where the system does not tell, or the package is not installed",
+    "threads": "asked: null for one per core; runtime: threads of torch or of the ONNX session",
+    "env": "null where the system does not report it, or the package is not installed",
 }
 
 
 @dataclass(frozen=True)
 class Metric:
-    """Samples of one quantity.
+    """Samples of one measured quantity.
 
     Attributes:
-        unit: such as ``ms``.
+        unit: unit of the samples, such as ``ms``.
         better: ``lower`` or ``higher``.
-        samples: all of them, in the order of measuring.
-        reason: why there are none.
+        samples: all samples, in the order of measurement.
+        reason: reason why there are no samples.
 
     >>> Metric("ms", "lower", (4.0, 1.0, 2.0, 3.0)).percentile(50)
     2.5
@@ -51,7 +51,10 @@ class Metric:
     reason: str | None = None
 
     def percentile(self, p: float) -> float | None:
-        """The value that ``p`` percent of the samples do not exceed, linearly interpolated."""
+        """Return the value that ``p`` percent of the samples do not exceed, interpolated linearly.
+
+        Returns None if there are no samples.
+        """
         if not self.samples:
             return None
         import numpy as np
@@ -65,11 +68,11 @@ class Metric:
 
     @property
     def median(self) -> float | None:
-        """The middle of the samples."""
+        """Median of the samples; None if there are none."""
         return statistics.median(self.samples) if self.samples else None
 
     def to_json(self) -> dict[str, Any]:
-        """Summary and samples."""
+        """Return the summary and the samples as JSON values."""
         return {
             "unit": self.unit,
             "better": self.better,
@@ -86,21 +89,26 @@ class Metric:
 
 @dataclass(frozen=True)
 class Phase:
-    """Memory of one phase, once per process."""
+    """Memory of one phase.
+
+    Attributes:
+        name: name of the phase.
+        samples: one reading per process.
+    """
 
     name: str
     samples: tuple[MemoryReading, ...]
 
     @property
     def largest(self) -> MemoryReading:
-        """Largest values over the processes."""
+        """Largest value of each field over the processes."""
         first, *others = self.samples
         for other in others:
             first = first.merge(other)
         return first
 
     def to_json(self) -> dict[str, Any]:
-        """Largest values, and the peak of each process."""
+        """Return the largest values, and the peak of each process, as JSON values."""
         largest = self.largest
         return {
             "phase": self.name,
@@ -114,19 +122,19 @@ class Phase:
 
 @dataclass(frozen=True)
 class Profile:
-    """One output, measured.
+    """Measurements of one output or checkpoint.
 
     Attributes:
-        artifact: what was measured (path, target, hash of its manifest, model, dtype).
-        workload: how much work was given.
+        artifact: the measured folder: path, target, hash of its manifest, model, dtype.
+        workload: the work that was measured.
         env: machine and versions.
         metrics: by name, see `DEFINITIONS`.
-        phases: memory, in order.
-        memory_method: how memory was measured.
-        memory_reason: why some of its values are null, None if none is.
+        phases: memory of each phase, in order.
+        memory_method: method of measuring memory, in words.
+        memory_reason: reason why some memory values are null; None if none is.
         sizes: bytes of each class of files.
-        created: when, RFC 3339.
-        warnings: what makes these figures less trustworthy.
+        created: time of the measurement, RFC 3339.
+        warnings: reasons to distrust the figures.
     """
 
     artifact: Mapping[str, Any]
@@ -141,7 +149,7 @@ class Profile:
     warnings: tuple[str, ...] = field(default=())
 
     def to_json(self) -> dict[str, Any]:
-        """The profile as JSON values; unknown values are null, with a reason."""
+        """Return the profile as JSON values; unknown values are null, with a reason."""
         return {
             "schema_version": PROFILE_VERSION,
             "kind": PROFILE_KIND,
@@ -167,31 +175,36 @@ class Profile:
         }
 
 
-def collect_metrics(answers: Sequence[Mapping[str, Any]], prompt_tokens: int) -> dict[str, Metric]:
-    """Metrics of what the child processes answered (see `moe2edge.evaluation.profile.child.measure_once`)."""
-    runs = [run for a in answers for run in a["runs"]]
+def collect_metrics(replies: Sequence[Mapping[str, Any]], prompt_tokens: int) -> dict[str, Metric]:
+    """Collect the metrics from the replies of the child processes.
+
+    Args:
+        replies: as `moe2edge.evaluation.profile.child.measure_once` returns them, one per process.
+        prompt_tokens: length of each prompt.
+    """
+    runs = [run for reply in replies for run in reply["runs"]]
     ttft = [run["ttft_s"] for run in runs]
     gaps = [gap for run in runs for gap in run["gaps_s"]]
     rates = [len(run["gaps_s"]) / sum(run["gaps_s"]) for run in runs if run["gaps_s"]]
-    why = None if gaps else "one token per prompt was generated; it takes at least two"
+    reason = None if gaps else "one token per prompt was generated; it takes at least two"
     return {
-        "import_ms": _milliseconds([a["import_s"] for a in answers]),
-        "load_ms": _milliseconds([a["load_s"] for a in answers]),
-        "ttft_ms": _milliseconds(ttft),
+        "import_ms": _make_ms_metric([reply["import_s"] for reply in replies]),
+        "load_ms": _make_ms_metric([reply["load_s"] for reply in replies]),
+        "ttft_ms": _make_ms_metric(ttft),
         "prefill_tok_s": Metric("token/s", "higher", tuple(prompt_tokens / s for s in ttft)),
-        "ms_per_token": _milliseconds(gaps, why),
-        "decode_tok_s": Metric("token/s", "higher", tuple(rates), why),
+        "ms_per_token": _make_ms_metric(gaps, reason),
+        "decode_tok_s": Metric("token/s", "higher", tuple(rates), reason),
     }
 
 
-def collect_phases(answers: Sequence[Mapping[str, Any]]) -> tuple[Phase, ...]:
-    """Memory phases of what the child processes answered, in the order of the first."""
-    names = answers[0]["memory"]["phases"]
+def collect_phases(replies: Sequence[Mapping[str, Any]]) -> tuple[Phase, ...]:
+    """Collect the memory of each phase, in the order of the first reply."""
+    names = replies[0]["memory"]["phases"]
     return tuple(
-        Phase(name, tuple(MemoryReading(**a["memory"]["phases"][name]) for a in answers))
+        Phase(name, tuple(MemoryReading(**reply["memory"]["phases"][name]) for reply in replies))
         for name in names
     )
 
 
-def _milliseconds(seconds: Sequence[float], reason: str | None = None) -> Metric:
+def _make_ms_metric(seconds: Sequence[float], reason: str | None = None) -> Metric:
     return Metric("ms", "lower", tuple(s * 1000 for s in seconds), reason)
