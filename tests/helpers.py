@@ -42,7 +42,7 @@ SMALL = [
     "--set", "calibration.samples=8", "--set", "calibration.length=64",
     "--set", "evaluation.samples=3", "--set", "evaluation.length=64",
 ]  # fmt: skip
-# A recipe for every pass, with the passes that it wants before it.
+# A recipe for every pass, with the passes that it wants before it; new ones go to the end.
 RECIPES: dict[str, list[dict[str, Any]]] = {
     "apply_decisions": [],  # needs a file: see `list_steps`
     "awq": [{"awq": {"steps": 4}}],
@@ -63,8 +63,8 @@ RECIPES: dict[str, list[dict[str, Any]]] = {
     "rtn": [{"rtn": {}}],
     "sparsify": [{"sparsify": {"method": "sparsegpt", "pattern": "2:4"}}],
 }
-# Each pass with one family, so that all have their turn.
-FAMILY_OF = {name: sorted(FAMILIES)[n % len(FAMILIES)] for n, name in enumerate(sorted(RECIPES))}
+# Each pass with one family, so that all have their turn; a new pass changes no other one's.
+FAMILY_OF = {name: sorted(FAMILIES)[n % len(FAMILIES)] for n, name in enumerate(RECIPES)}
 
 
 # ---- what is slow --------------------------------------------------------------------------------
