@@ -1,7 +1,7 @@
-"""How many experts each MoE layer keeps when all layers share one budget.
+"""Trials of allocations of one budget of experts to all MoE layers, on the whole model.
 
-An *allocation* is a count for each MoE layer, in order. Which experts stay in a layer of n is not
-decided here: the n best of its ranking.
+An *allocation* is a number of experts for each MoE layer, in order. A layer keeps that many of the
+best experts of its ranking.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ if TYPE_CHECKING:
 
     from moe2edge.calibration.observation import BlockTrace
 
-# Bytes of hidden states held at a time, where several allocations share a walk.
+# Bytes of hidden states in memory at a time, where several allocations share a walk.
 STREAM_BYTES = 1 << 30
 
 
 class Ranker:
-    """Observer of a walk that ranks experts, and may tell what each layer's best n leave undone.
+    """Observer that ranks experts, and may measure the error of keeping each layer's n best.
 
     Attributes:
-        errors: `prefix_errors` by the index of the block.
+        errors: results of `compute_prefix_errors`, by the index of the block.
     """
 
     def __init__(
@@ -47,52 +47,52 @@ class Ranker:
         tokens: int,
         most: int | None,
     ) -> None:
-        """Nothing seen yet.
+        """Prepare for a walk.
 
         Args:
-            criterion: ranks the experts.
-            seed: for criterion ``random``.
-            floors: of the errors, by the index of the block; empty: no errors are wanted.
-            tokens: of the walk.
-            most: tokens that errors are measured on; None: all.
+            criterion: criterion that ranks the experts.
+            seed: seed of the criterion ``random``.
+            floors: fewest experts for which errors are measured, by the index of the block; empty:
+                no errors are measured.
+            tokens: number of tokens of the walk.
+            most: most tokens that errors are measured on; None: all.
         """
         self.errors: dict[int, list[float]] = {}
         self._criterion, self._seed = criterion, seed
         self._floors, self._most = floors, most
-        self._gatherer = EvidenceObserver(tokens, most) if floors else None
+        self._evidence = EvidenceObserver(tokens, most) if floors else None
         self._observers = {kind: kind() for kind in criteria.list_observers(criterion)}
-        self._streams: list[Tensor] = []
+        # Squared norms of the residual stream after the current block, by batch.
+        self._norms: list[Tensor] = []
 
     @property
     def needs_walk(self) -> bool:
-        """Whether there is anything to see."""
-        return bool(self._observers) or self._gatherer is not None
+        """True if it needs activations: some criteria score by weights alone."""
+        return bool(self._observers) or self._evidence is not None
 
     def observe(self, trace: BlockTrace) -> None:
-        """Take in one batch."""
+        """Add one batch of one block."""
         for observer in self._observers.values():
             observer.observe(trace)
         layer, index = trace.block.mlp, trace.block.index
-        if self._gatherer is None or not isinstance(layer, MoELayer):
+        if self._evidence is None or not isinstance(layer, MoELayer):
             return
-        self._gatherer.observe(trace)
-        self._streams.append(trace.outputs.flatten(0, -2).double().square().sum(-1))
-        if self._gatherer.complete:
-            streams, self._streams = torch.cat(self._streams), []
-            streams = streams[subset_loss.spread(len(streams), self._most)]
-            order, evidence = self.ranking(trace.block), self._gatherer.take(layer)
-            self.errors[index] = compute_prefix_errors(
-                evidence, streams, order, self._floors[index]
-            )
+        self._evidence.observe(trace)
+        self._norms.append(trace.outputs.flatten(0, -2).double().square().sum(-1))
+        if self._evidence.complete:
+            norms, self._norms = torch.cat(self._norms), []
+            norms = norms[subset_loss.spread(len(norms), self._most)]
+            order, evidence = self.ranking(trace.block), self._evidence.take(layer)
+            self.errors[index] = compute_prefix_errors(evidence, norms, order, self._floors[index])
 
     def ranking(self, block: Block) -> tuple[int, ...]:
-        """Positions of the experts of a block that was seen, the best first."""
+        """Return positions of the experts of an observed block, the best first."""
         facts = Facts({kind: observer.result() for kind, observer in self._observers.items()})
         scores = criteria.score_experts(self._criterion, block, facts, self._seed)
         return selection.rank_by_score(scores)
 
     def result(self) -> Mapping[int, list[float]]:
-        """The errors."""
+        """Return the errors."""
         return self.errors
 
 
@@ -101,12 +101,12 @@ class Ranker:
 
 @dataclass(frozen=True)
 class Trimmer:
-    """A model with experts ranked: makes its blocks and itself under any allocation.
+    """A model with ranked experts, which can be pruned to any allocation.
 
     Attributes:
-        model: with all of its experts.
-        rankings: of each MoE layer, positions of experts, the best first.
-        clamp_top_k: as of `Block.keep_experts`.
+        model: the model with all of its experts.
+        rankings: for each MoE layer, positions of its experts, the best first.
+        clamp_top_k: argument of `Block.keep_experts`.
     """
 
     model: Model
@@ -115,23 +115,23 @@ class Trimmer:
 
     @property
     def full(self) -> Counts:
-        """The allocation that keeps everything."""
+        """Allocation that keeps all experts."""
         return self.model.expert_counts
 
     @property
     def layers(self) -> dict[int, int]:
-        """Place among the MoE layers of each block that has one."""
+        """Position among the MoE layers, by the index of the block."""
         return {block.index: n for n, (block, _) in enumerate(self.model.moe_blocks)}
 
     def block(self, index: int, count: int) -> Block:
-        """An MoE block with its best experts, in their old order."""
+        """Return an MoE block with its ``count`` best experts, in their old order."""
         block, order = self.model.blocks[index], self.rankings[self.layers[index]]
         if count == len(order):
             return block
         return block.keep_experts(sorted(order[:count]), clamp_top_k=self.clamp_top_k)
 
     def trim(self, counts: Counts) -> Model:
-        """The model under an allocation."""
+        """Return the model pruned to an allocation."""
         model = self.model
         for index, n in self.layers.items():
             model = model.replace_block(self.block(index, counts[n]))
@@ -140,14 +140,14 @@ class Trimmer:
 
 @dataclass(frozen=True)
 class Trial:
-    """Tries allocations on text: what they predict, against what the source predicts.
+    """Comparison of allocations by their predictions on a text, against those of the source.
 
-    Allocations that agree in their first layers share the run through them.
+    Allocations that agree in their first layers share the run through these.
 
     Attributes:
-        trimmer: makes the models.
+        trimmer: prunes the model to allocations.
         source: the intact model.
-        source_hidden: what it makes of the tokens, after its last block.
+        source_hidden: its hidden states of the tokens after the last block.
         tokens: int64 [samples, length].
     """
 
@@ -157,82 +157,92 @@ class Trial:
     tokens: Tensor
 
     def first(self, samples: int) -> Trial:
-        """The same on the first samples only."""
+        """Return the same comparison on the first samples only."""
         return replace(
             self, source_hidden=self.source_hidden[:samples], tokens=self.tokens[:samples]
         )
 
     def judge(self, tried: Sequence[Counts], advance: CountProgress) -> list[list[SampleSums]]:
-        """What each allocation does on each sample."""
-        found: list[list[SampleSums]] = []
+        """Measure the predictions of each allocation on each sample."""
+        results: list[list[SampleSums]] = []
         done, total = 0, count_block_runs(self.trimmer.model, tried, self.at_once)
 
-        def tell(steps: int) -> None:
+        def count_runs(runs: int) -> None:
             nonlocal done
-            done += steps
+            done += runs
             advance(done, total)
 
-        tell(0)
-        for some in self._groups(tried):
-            found += self._compared(self._streams(some, tell))
-        return found
+        count_runs(0)
+        for group in self._split_into_groups(tried):
+            results += self._compare(self._compute_hidden(group, count_runs))
+        return results
 
     @property
     def at_once(self) -> int:
-        """Allocations that share a walk; a block's inputs and outputs are held for all of them."""
+        """Number of allocations that share a walk; hidden states of all of them are in memory."""
         return count_at_once(self.source_hidden.numel())
 
-    def _groups(self, tried: Sequence[Counts]) -> Iterator[Sequence[Counts]]:
+    def _split_into_groups(self, tried: Sequence[Counts]) -> Iterator[Sequence[Counts]]:
+        """Split allocations into groups that share a walk."""
         for at in range(0, len(tried), self.at_once):
             yield tried[at : at + self.at_once]
 
-    def _streams(self, tried: Sequence[Counts], tell: Callable[[int], None]) -> list[Tensor]:
-        """Hidden states after the last block under each allocation."""
+    def _compute_hidden(
+        self, tried: Sequence[Counts], count_runs: Callable[[int], None]
+    ) -> list[Tensor]:
+        """Compute the hidden states after the last block under each allocation."""
         model = self.trimmer.model
-        streams: dict[Counts, Tensor] = {(): walk.embed(model, self.tokens)}
+        # By the counts of the MoE layers so far.
+        hidden: dict[Counts, Tensor] = {(): walk.embed(model, self.tokens)}
         for block in model.blocks:
-            longer: dict[Counts, Tensor] = {}
-            for count, prefixes in _branches(model, block, tried).items():
+            outputs: dict[Counts, Tensor] = {}
+            for count, prefixes in _list_runs(model, block, tried).items():
                 shape = block if count is None else self.trimmer.block(block.index, count)
                 runner = walk.BlockRunner(model, shape)
                 for before, after in prefixes:
-                    longer[after] = _through(runner, streams[before], self.tokens)
-                    tell(1)
-            streams = longer
-        return [streams[counts] for counts in tried]
+                    outputs[after] = _run_block(runner, hidden[before], self.tokens)
+                    count_runs(1)
+            hidden = outputs
+        return [hidden[counts] for counts in tried]
 
-    def _compared(self, streams: Sequence[Tensor]) -> list[list[SampleSums]]:
-        """Figures per stream and sample; logits of two models for one sample are in memory."""
-        found: list[list[SampleSums]] = [[] for _ in streams]
-        # Sample by sample, so that the head is read once and the source's logits made once.
-        turns = (stream[n] for n in range(len(self.tokens)) for stream in streams)
-        mine = walk.compute_logits(self.trimmer.model, turns)
+    def _compare(self, hidden: Sequence[Tensor]) -> list[list[SampleSums]]:
+        """Compare each allocation with the source, sample by sample.
+
+        Logits of two models for one sample are in memory.
+
+        Args:
+            hidden: for each allocation, hidden states after the last block.
+        """
+        results: list[list[SampleSums]] = [[] for _ in hidden]
+        # Sample by sample, so that the head is read once and the source's logits computed once.
+        in_turn = (states[n] for n in range(len(self.tokens)) for states in hidden)
+        mine = walk.compute_logits(self.trimmer.model, in_turn)
         theirs = walk.compute_logits(self.source, self.source_hidden)
         for row, expected in zip(self.tokens, theirs, strict=True):
-            for sums in found:
+            for sums in results:
                 sums.append(metrics.sum_sample(row, next(mine), expected))
-        return found
+        return results
 
 
-def _branches(
+def _list_runs(
     model: Model, block: Block, tried: Sequence[Counts]
 ) -> dict[int | None, list[tuple[Counts, Counts]]]:
-    """Runs through one block, by the number of experts it then has (None: it has no MoE layer).
+    """List the runs through one block, by its number of experts (None: it has no MoE layer).
 
-    A run leads from what a group of allocations has in common before the block to what it has in
-    common after it.
+    A run is a pair of prefixes that a group of allocations has in common: the counts of the MoE
+    layers before the block, and those including it.
     """
     before = sum(index < block.index for index in (b.index for b, _ in model.moe_blocks))
     after = before + isinstance(block.mlp, MoELayer)
-    found: dict[int | None, list[tuple[Counts, Counts]]] = {}
+    runs: dict[int | None, list[tuple[Counts, Counts]]] = {}
     for prefix in dict.fromkeys(counts[:after] for counts in tried):
         count = prefix[before] if after > before else None
-        found.setdefault(count, []).append((prefix[:before], prefix))
-    return found
+        runs.setdefault(count, []).append((prefix[:before], prefix))
+    return runs
 
 
-def _through(runner: walk.BlockRunner, hidden: Tensor, tokens: Tensor) -> Tensor:
-    """What a block makes of the stream ``hidden`` [samples, length, hidden], which stays."""
+def _run_block(runner: walk.BlockRunner, hidden: Tensor, tokens: Tensor) -> Tensor:
+    """Return the outputs of a block for ``hidden`` [samples, length, hidden], which stays as is."""
     out = torch.empty_like(hidden)
     for part in walk.split_batches(tokens):
         out[part] = runner.run(hidden[part])
@@ -240,7 +250,7 @@ def _through(runner: walk.BlockRunner, hidden: Tensor, tokens: Tensor) -> Tensor
 
 
 def count_at_once(numbers: int) -> int:
-    """Allocations that share a walk where each holds ``numbers`` float32 before and after a block.
+    """Count the allocations that share a walk, with ``numbers`` float32 in and out of a block each.
 
     >>> count_at_once(64 * 512 * 2048), count_at_once(10**12)
     (2, 1)
@@ -249,10 +259,10 @@ def count_at_once(numbers: int) -> int:
 
 
 def count_block_runs(model: Model, tried: Sequence[Counts], together: int) -> int:
-    """Blocks that `Trial.judge` runs over its tokens, ``together`` allocations in a walk."""
+    """Count the runs of blocks in `Trial.judge`, with ``together`` allocations in a walk."""
     return sum(
         len(prefixes)
         for at in range(0, len(tried), together)
         for block in model.blocks
-        for prefixes in _branches(model, block, tried[at : at + together]).values()
+        for prefixes in _list_runs(model, block, tried[at : at + together]).values()
     )

@@ -1,10 +1,10 @@
-"""Scales that move between a matrix and what computes its inputs. Pure functions on tensors.
+"""Folding of AWQ's scales into matrices and the tensors that produce their inputs.
 
-AWQ (Lin et al., 2023, https://arxiv.org/abs/2306.00978): of ``y = W x``, the columns of W are
-multiplied by ``s`` and the inputs divided by it. The function stays the same, but rounding errs
-less on the columns of large inputs. What computes the inputs carries out the division: a norm
-before the matrix, the values before the output projection, or the half of a gated MLP that is
-linear, since ``silu(gate) * (up / s) = (silu(gate) * up) / s``.
+AWQ (Lin et al., 2023, https://arxiv.org/abs/2306.00978): in ``y = W x``, the columns of W are
+multiplied by ``s`` and the inputs divided by it. The function stays the same, but the columns of
+large inputs are rounded with a smaller error. The tensor that produces the inputs does the
+division: a norm before the matrix, the values before the output projection, or the linear half of a
+gated MLP, since ``silu(gate) * (up / s) = (silu(gate) * up) / s``.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FoldingPlace:
-    """Where scales fold: who divides, and who multiplies.
+    """Place where scales fold: tensors that are divided by them, and matrices multiplied by them.
 
     Attributes:
         producers: roles of the tensors whose rows are divided.
         consumers: roles of the matrices whose columns are multiplied.
-        heads: runs of channels that producers put out.
-        copies: how often the consumers read each run (query heads that share a key-value head).
+        heads: number of runs into which the channels of producers are split.
+        copies: number of times that consumers read each run (query heads per key-value head).
     """
 
     producers: tuple[str, ...]
@@ -41,19 +41,20 @@ class FoldingPlace:
     copies: int = 1
 
     def gather(self, magnitudes: Tensor) -> Tensor:
-        """Means over the copies: [inputs of consumers] -> [channels of producers]."""
+        """Average over the copies: [inputs of consumers] -> [channels of producers]."""
         return magnitudes.view(self.heads, self.copies, -1).mean(1).flatten()
 
     def spread(self, scales: Tensor) -> Tensor:
-        """Scales for each copy: [..., channels of producers] -> [..., inputs of consumers]."""
+        """Repeat scales for each copy: [..., channels of producers] -> [..., consumer inputs]."""
         runs = scales.reshape(*scales.shape[:-1], self.heads, -1)
         return runs.repeat_interleave(self.copies, -2).flatten(-2)
 
 
 def find_folding_places(block: Block, geometry: Geometry) -> Iterator[FoldingPlace]:
-    """All places of a block.
+    """Find all places of a block where scales fold.
 
-    A norm whose output is added to the stream is none, and values that are clipped are none.
+    Scales fold neither into a norm whose output is added to the residual stream nor into values
+    that are clipped.
     """
     roles = {role for role, _ in block.weights()}
     yield FoldingPlace(
@@ -70,7 +71,7 @@ def find_folding_places(block: Block, geometry: Geometry) -> Iterator[FoldingPla
     kinds = [kind for kind, _ in list_gated_mlps(block)]
     scorers = [role for role in ("router.weight", "shared.router") if role in roles]
     readers = [f"{kind}.{part}" for kind in kinds for part in ("gate", "up")]
-    yield FoldingPlace((f"norms.{SECOND_NORM}",), (*scorers, *readers, *_small_readers(roles)))
+    yield FoldingPlace((f"norms.{SECOND_NORM}",), (*scorers, *readers, *_find_first_factors(roles)))
     tied: list[tuple[str, Tied]] = []
     if isinstance(block.mlp, MoELayer):
         rows = zip(block.mlp.row_roles, block.mlp.rows, strict=True)
@@ -83,8 +84,8 @@ def find_folding_places(block: Block, geometry: Geometry) -> Iterator[FoldingPla
         )
 
 
-def _small_readers(roles: Collection[str]) -> list[str]:
-    """Return the first factors of tied experts and replacements, which read what experts read."""
+def _find_first_factors(roles: Collection[str]) -> list[str]:
+    """Find the first factors of tied experts and replacements, which read what experts read."""
     ends = {"members": (".gate.first", ".up.first"), "substitutes": (".first",)}
     return sorted(
         role
@@ -99,25 +100,25 @@ class Folding:
     """Scales of some places of a block, by the roles of the tensors that they change.
 
     Attributes:
-        columns: what columns are multiplied with, [in].
-        rows: what rows, or the entries of a vector, are divided by, [out].
+        columns: scales that the columns are multiplied by, [in].
+        rows: scales that the rows, or the entries of a vector, are divided by, [out].
     """
 
     columns: dict[str, Tensor] = field(default_factory=dict)
     rows: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, place: FoldingPlace, scales: Tensor) -> None:
-        """Fold ``scales`` [channels of producers] through a place; once per place."""
+        """Fold ``scales`` [channels of producers] at a place; call it once per place."""
         self.columns |= dict.fromkeys(place.consumers, place.spread(scales))
         self.rows |= dict.fromkeys(place.producers, scales)
 
     @property
     def roles(self) -> set[str]:
-        """Of all tensors that change."""
+        """Roles of all tensors that change."""
         return {*self.columns, *self.rows}
 
     def apply(self, role: str, numbers: Tensor) -> Tensor:
-        """The changed numbers of a tensor, float32."""
+        """Return the numbers of a tensor with its scales applied, float32."""
         numbers = numbers.float()
         if role in self.columns:
             numbers = numbers * self.columns[role]

@@ -14,27 +14,35 @@ from moe2edge.pipeline.contract import Outcome, Trim
 
 
 class DropAlike(Trim):
-    """What the passes share that drop whatever changes the stream least: how much of it.
+    """Base of passes that drop the most redundant layers or blocks: the options for their number.
 
     Attributes:
-        unit: what is dropped.
+        unit: name of a thing that is dropped.
     """
 
     unit: ClassVar[str]
 
     drop: Annotated[
         int | float | None,
-        Field(description="how many to drop: a count, or a fraction of the source's, rounded down"),
+        Field(
+            description="how many to drop: a count, or a fraction of those in the source, rounded "
+            "down"
+        ),
     ] = None
     threshold: Annotated[
         float | None,
-        Field(ge=-1, le=1, description="instead of drop: the cosine from which one is dropped"),
+        Field(
+            ge=-1,
+            le=1,
+            description="instead of drop: drop those whose input and output have at least this "
+            "cosine",
+        ),
     ] = None
     most: Annotated[
         int | float | None,
         Field(
-            description="with threshold, at most so many: a count or a fraction; none: a quarter, "
-            "and one at least"
+            description="with threshold: the most to drop, a count or a fraction; none: a quarter, "
+            "at least one"
         ),
     ] = None
 
@@ -44,22 +52,22 @@ class DropAlike(Trim):
         return check_amount(value)
 
     def whole(self, model: Model) -> int:
-        """How many there are."""
+        """Return how many there are in all."""
         raise NotImplementedError
 
     @property
     def option(self) -> str:
-        """The option that limits how many may go."""
+        """Name of the option that limits how many are dropped."""
         return "drop" if self.threshold is None else "most"
 
     @property
     def limit(self) -> float:
-        """As many as may go: a count, once it is `resolve`."""
+        """Most that are dropped: a count, after `resolve`."""
         limit = self.most if self.drop is None else self.drop
         return 1 if limit is None else limit
 
     def resolve(self, model: Model) -> Self:
-        """With counts in place of fractions of the source."""
+        """Return the pass with counts in place of fractions of the source."""
         whole = self.whole(model)
         if self.drop is not None:
             return self.model_copy(update={"drop": resolve_number(self.drop, whole)})
@@ -67,29 +75,29 @@ class DropAlike(Trim):
         return self.model_copy(update={"most": most})
 
     def check(self, model: Model) -> None:
-        """Refuse both or neither of a number and a threshold, and to drop nothing, or everything.
+        """Refuse both or neither of a number and a threshold, and dropping nothing or everything.
 
         Raises:
-            InputError: with the options of the pass.
+            InputError: the options contradict each other, or do not fit the model.
         """
         name = self.name
         if (self.drop is None) == (self.threshold is None):
             raise InputError(f"{name}: give drop (a count or a fraction) or threshold (a cosine)")
         if self.threshold is None and self.most is not None:
-            raise InputError(f"{name}: most goes with threshold")
+            raise InputError(f"{name}: most needs threshold; leave most out, or give threshold")
         whole, count = self.whole(model), self.limit
         if not 1 <= count < whole:
             raise InputError(
-                f"{name}: {self.option} is {count} of {whole} {self.unit}s; at least 1 and at most "
-                f"{whole - 1}"
+                f"{name}: {self.option} is {count} of {whole} {self.unit}s; choose at least 1 and "
+                f"at most {whole - 1}"
             )
 
     @property
     def planned(self) -> int:
-        """How many go for sure: by threshold, one at least."""
+        """Number that are dropped in any case; with a threshold at least one."""
         return int(self.limit) if self.threshold is None else 1
 
     def none_reaches(self, model: Model, highest: float) -> Outcome:
-        """Nothing was dropped: the highest cosine is below the threshold."""
+        """Return that nothing was dropped, as the highest cosine is below the threshold."""
         reason = f"the highest cosine is {highest:.4f}, below the threshold {self.threshold}"
         return Outcome(model, skipped={f"every {self.unit}": reason})

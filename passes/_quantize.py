@@ -1,4 +1,4 @@
-"""What quantizing passes share: which tensor gets which scheme, and the check that it has it."""
+"""Base of quantizing passes: schemes of tensors, and the proof that each tensor has its scheme."""
 
 from __future__ import annotations
 
@@ -22,31 +22,39 @@ if TYPE_CHECKING:
 
 Bits = Literal[2, 3, 4, 8]
 GroupSize = Literal[-1, 32, 64, 128]
-# How scales are chosen, as an option of passes.
+# Option of passes that chooses scales.
 Scales = Annotated[
     Literal["absmax", "mse"],
-    Field(description="of the whole range of a group, or of the range with the least error"),
+    Field(
+        description="range that a scale covers: the whole range of the group (absmax), or the "
+        "range with the least squared error (mse)"
+    ),
 ]
 
 
 class SchemeRule(Options):
-    """Another scheme for some tensors. Of several rules that match, the first holds."""
+    """Another scheme for some tensors. If several rules match a tensor, the first one applies."""
 
     match: Annotated[
         str,
-        Field(description="regular expression, looked for in names on disk; none: every name"),
+        Field(description="regular expression to search for in names on disk; none: every name"),
     ] = ""
     blocks: Annotated[
         tuple[int, ...] | None,
-        Field(min_length=1, description="blocks, counted from 0, or from the end from -1"),
+        Field(
+            min_length=1,
+            description="indices of blocks, from 0; negative ones count from the end; none: all",
+        ),
     ] = None
     bits: Annotated[
-        Literal[2, 3, 4, 8, 16], Field(description="per weight; 16 leaves the precision as it is")
+        Literal[2, 3, 4, 8, 16], Field(description="bits per weight; 16: do not quantize")
     ]
     group_size: Annotated[
-        GroupSize | None, Field(description="inputs per scale; none: as the pass")
+        GroupSize | None, Field(description="inputs per scale; none: as in the pass")
     ] = None
-    symmetric: Annotated[bool | None, Field(description="none: as the pass")] = None
+    symmetric: Annotated[
+        bool | None, Field(description="the middle integer is zero; none: as in the pass")
+    ] = None
 
     @field_validator("match")
     @classmethod
@@ -58,18 +66,18 @@ class SchemeRule(Options):
         return value
 
     def applies(self, name: str, block: int, count: int) -> bool:
-        """Whether it is about the tensor ``name`` of a block, of ``count`` blocks."""
-        inside = self.blocks is None or block in {n % count for n in self.blocks}
-        return inside and re.search(self.match, name) is not None
+        """Return whether it matches the tensor ``name`` of a block of a model of ``count``."""
+        in_blocks = self.blocks is None or block in {n % count for n in self.blocks}
+        return in_blocks and re.search(self.match, name) is not None
 
 
 class Quantize(Slim):
-    """A pass that rounds matrices to few bits.
+    """Base of passes that round matrices to few bits.
 
     Attributes:
-        bits: per weight.
-        group_size: inputs that share a scale.
-        symmetric: whether zero is the middle of the integers.
+        bits: bits per weight.
+        group_size: number of inputs that share a scale.
+        symmetric: whether the middle integer stands for zero.
         rules: other schemes for some tensors.
         factors: bits of factors and linear maps.
     """
@@ -78,8 +86,8 @@ class Quantize(Slim):
     group_size: Annotated[
         GroupSize | None,
         Field(
-            description="inputs per scale, -1: all of a row; none: the largest that divides every "
-            "width"
+            description="inputs per scale; -1: a whole row (per-channel); none: the largest that "
+            "divides every width"
         ),
     ] = None
     symmetric: Annotated[
@@ -87,40 +95,40 @@ class Quantize(Slim):
     ] = True
     rules: Annotated[
         tuple[SchemeRule, ...],
-        Field(description="other schemes for some tensors; the first that matches"),
+        Field(description="other schemes for some tensors; the first rule that matches applies"),
     ] = ()
     factors: Annotated[
         Literal[8, 16],
         Field(
-            description="bits of factors and linear maps of replaced experts, with a scale for "
-            "each row; 16 leaves them as they are"
+            description="bits of factors and linear maps of replaced experts, with one scale per "
+            "row; 16: do not quantize them"
         ),
     ] = 16
 
     def schemes(self, model: Model) -> dict[str, Scheme]:
-        """Scheme of each tensor that is to be quantized, by name on disk."""
-        group = self._group(model)
-        found = {}
-        for name, block, _ in _matrices(model):
-            rule = self._rule(name, block, model)
+        """Return the scheme of each tensor to quantize, by name on disk."""
+        group = self._resolve_group_size(model)
+        schemes = {}
+        for name, block, _ in _list_matrices(model):
+            rule = self._find_rule(name, block, model)
             if rule is None:
-                found[name] = Scheme(self.bits, group, self.symmetric)
+                schemes[name] = Scheme(self.bits, group, self.symmetric)
             elif rule.bits != 16:
                 symmetric = self.symmetric if rule.symmetric is None else rule.symmetric
-                found[name] = Scheme(rule.bits, rule.group_size or group, symmetric)
-        return found | dict.fromkeys(self._low_rank(model), LOW_RANK)
+                schemes[name] = Scheme(rule.bits, rule.group_size or group, symmetric)
+        return schemes | dict.fromkeys(self._list_low_rank(model), LOW_RANK)
 
-    def _low_rank(self, model: Model) -> Iterator[str]:
-        """Names on disk of the factors and linear maps that are quantized."""
+    def _list_low_rank(self, model: Model) -> Iterator[str]:
+        """List the names on disk of the factors and linear maps to quantize."""
         if self.factors != 16:
             yield from (name for name, role, _ in model.tensors() if is_low_rank(role))
 
     def alone(self, block: Block, how: Literal["absmax", "mse"]) -> dict[str, Quantized]:
-        """Factors and linear maps of a block, rounded to nearest, by role; none if they stay.
+        """Round factors and linear maps of a block to nearest, by role; none if they stay as is.
 
         Args:
             block: the block.
-            how: scales are chosen.
+            how: choice of scales.
         """
         from moe2edge.numerics.rounding import round_to_nearest
         from moe2edge.runtime.decoder_blocks import load_finite
@@ -130,31 +138,32 @@ class Quantize(Slim):
         low = {role: weight for role, weight in block.weights() if is_low_rank(role)}
         return {role: round_to_nearest(load_finite(w), LOW_RANK, how) for role, w in low.items()}
 
-    def _group(self, model: Model) -> GroupSize:
-        """Group size of tensors to which no rule gives another one."""
+    def _resolve_group_size(self, model: Model) -> GroupSize:
+        """Return the group size of tensors to which no rule gives another one."""
         if self.group_size is not None:
             return self.group_size
         widths = []
-        for name, block, weight in _matrices(model):
-            rule = self._rule(name, block, model)
+        for name, block, weight in _list_matrices(model):
+            rule = self._find_rule(name, block, model)
             if rule is None or (rule.bits != 16 and rule.group_size is None):
                 widths.append(weight.shape[1])
         return find_largest_group_size(widths) if widths else 128
 
-    def _rule(self, name: str, block: Block, model: Model) -> SchemeRule | None:
+    def _find_rule(self, name: str, block: Block, model: Model) -> SchemeRule | None:
+        """Return the first rule that matches a tensor; None: none does."""
         count = len(model.blocks)
         return next((r for r in self.rules if r.applies(name, block.index, count)), None)
 
     def resolve(self, model: Model) -> Self:
-        """With the group size of the whole source, whichever of its blocks stay."""
-        return self.model_copy(update={"group_size": self._group(model)})
+        """Return the pass with the group size of the whole source, whichever blocks stay."""
+        return self.model_copy(update={"group_size": self._resolve_group_size(model)})
 
     def check(self, model: Model) -> None:
-        """Refuse a model that is quantized already, widths and rules that do not fit it."""
+        """Refuse quantized models, and group sizes and rules that do not fit the model."""
         schemes = self.schemes(model)
         if any(weight.scheme is not None for _, _, weight in model.tensors()):
             raise InputError("the recipe quantizes twice; keep one of its quantizing passes")
-        for name, _, weight in _matrices(model):
+        for name, _, weight in _list_matrices(model):
             group = schemes[name].width(weight.shape[1]) if name in schemes else 1
             if weight.shape[1] % group:
                 raise InputError(
@@ -163,10 +172,10 @@ class Quantize(Slim):
                 )
         if not schemes:
             raise InputError("the rules leave nothing to quantize")
-        # Linear maps that were planned can all have become constants, for want of tokens or bytes.
-        if self.factors != 16 and not (model.replaced_count or any(self._low_rank(model))):
+        # Planned linear maps may all have become constants, for lack of tokens or bytes.
+        if self.factors != 16 and not (model.replaced_count or any(self._list_low_rank(model))):
             raise InputError(
-                f"factors: {self.factors} is about factors and linear maps of replaced experts, "
+                f"factors: {self.factors} applies to factors and linear maps of replaced experts, "
                 "and the model has none; put expert_replace before it, or leave factors out"
             )
         self._check_rules(model)
@@ -174,21 +183,23 @@ class Quantize(Slim):
             _check_layer(block, model, schemes)
 
     def _check_rules(self, model: Model) -> None:
-        """Refuse a rule that is about no tensor."""
+        """Refuse rules that apply to no tensor."""
         count = len(model.blocks)
         for rule in self.rules:
             outside = [n for n in rule.blocks or () if not -count <= n < count]
             if outside:
-                raise InputError(f"rule {_shown(rule)}: there is no block {outside[0]} of {count}")
-            if not any(self._rule(n, b, model) is rule for n, b, _ in _matrices(model)):
                 raise InputError(
-                    f"rule {_shown(rule)} is about no tensor, or rules before it take all that it "
-                    "is about; names are such as "
-                    f"{next(name for name, _, _ in _matrices(model))}"
+                    f"rule {_describe_rule(rule)}: there is no block {outside[0]} of {count}"
+                )
+            if not any(self._find_rule(n, b, model) is rule for n, b, _ in _list_matrices(model)):
+                raise InputError(
+                    f"rule {_describe_rule(rule)} applies to no tensor: it matches none, or only "
+                    "tensors that rules before it match; a name is, for example, "
+                    f"{next(name for name, _, _ in _list_matrices(model))}"
                 )
 
     def plan(self, model: Model) -> Model:
-        """The model with its scheme on every tensor that gets one."""
+        """Return the model with a scheme on every tensor to quantize."""
         schemes = self.schemes(model)
         for block in model.blocks:
             new = {
@@ -203,7 +214,7 @@ class Quantize(Slim):
         """Prove that every tensor has the scheme that the options give it.
 
         Raises:
-            Moe2EdgeError: one has not.
+            Moe2EdgeError: one does not.
         """
         schemes = self.schemes(before)
         for name, _, weight in after.tensors():
@@ -214,36 +225,37 @@ class Quantize(Slim):
                 )
 
     def describe(self, planned: PlannedStep) -> str:
-        """Describe the schemes, how many matrices get each, and the mean of bits per weight."""
+        """Describe the schemes, the number of matrices of each, and the mean bits per weight."""
         model = planned.before
         schemes = self.schemes(model)
         parts = [f"{scheme}: {n} matrices" for scheme, n in Counter(schemes.values()).items()]
-        alone = sum(name not in schemes for name, _, _ in _matrices(model))
-        if alone:
-            parts.append(f"left alone by rule: {alone}")
+        unquantized = sum(name not in schemes for name, _, _ in _list_matrices(model))
+        if unquantized:
+            parts.append(f"not quantized, by rule: {unquantized}")
         weights = [w for _, _, w in planned.after.tensors() if w.scheme]
         bits = 8 * sum(w.nbytes for w in weights) / sum(w.count for w in weights)
         return f"{'; '.join(parts)}; {bits:.3f} bits/weight"
 
 
-def _matrices(model: Model) -> Iterator[tuple[str, Block, Weight]]:
-    """The tensors that slimming selects, by name on disk."""
+def _list_matrices(model: Model) -> Iterator[tuple[str, Block, Weight]]:
+    """List the matrices that can be quantized, by name on disk, with their blocks."""
     for block in model.blocks:
         for role, weight in list_quantizable(block):
             yield model.family.disk_name(block.index, role), block, weight
 
 
-def _shown(rule: SchemeRule) -> str:
+def _describe_rule(rule: SchemeRule) -> str:
+    """Describe a rule by the options that a user gave it."""
     return str(rule.model_dump(exclude_defaults=True))
 
 
 def _check_layer(block: Block, model: Model, schemes: Mapping[str, Scheme]) -> None:
-    """Refuse several schemes in one MoE layer, which no runtime takes."""
+    """Refuse several schemes in one MoE layer, which no runtime supports."""
     roles = [role for role, _ in list_quantizable(block) if role.startswith("experts.")]
-    found = {schemes.get(model.family.disk_name(block.index, role)) for role in roles}
-    if len(found) > 1:
+    given = {schemes.get(model.family.disk_name(block.index, role)) for role in roles}
+    if len(given) > 1:
         raise InputError(
             f"the rules give the experts of block {block.index} several schemes "
-            f"({', '.join(sorted(str(s or 'none') for s in found))}); runtimes hold the experts "
-            "of a layer in one"
+            f"({', '.join(sorted(str(s or 'none') for s in given))}); runtimes need one scheme for "
+            "all experts of a layer: give them the same"
         )

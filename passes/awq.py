@@ -1,14 +1,15 @@
 """Quantize with AWQ: scale up the columns of large inputs, then round to nearest.
 
-AWQ (Lin et al., 2023, https://arxiv.org/abs/2306.00978). Where scales fold is said in
-`moe2edge.passes._awq_folding`: input norm to q, k and v; values to the output projection, shared by query
-heads that read the same values; second norm to everything that reads it, router included; and
-``up`` to ``down`` of each gated MLP. Of scales ``m ** alpha``, with m the mean magnitude of each
-input, the alpha is taken with the least squared error of the outputs of the place's matrices.
+AWQ (Lin et al., 2023, https://arxiv.org/abs/2306.00978). Scales fold at four kinds of places,
+which `moe2edge.passes._awq_folding` lists: from the input norm to q, k and v; from the values to
+the output projection, one scale for all query heads that read the same values; from the second norm
+to everything that reads it, the router included; and from ``up`` to ``down`` of each gated MLP.
+Candidates are ``m ** alpha``, with m the mean magnitude of each input; the alpha with the least
+squared error of the outputs of the place's matrices is chosen.
 
-In MoE layers an expert is judged by tokens that are routed to it, and they count by their weight
-in its output. AWQ's clipping of weights is the search for the range of each group (``scales:
-mse``), in which the columns count by the mean square of their scaled inputs.
+In an MoE layer, an expert is judged by the tokens that are routed to it, each counted by its weight
+in the expert's output. AWQ's weight clipping is the search for the range of each group (``scales:
+mse``), in which columns count by the mean square of their scaled inputs.
 """
 
 from __future__ import annotations
@@ -37,74 +38,78 @@ if TYPE_CHECKING:
 
 
 class Awq(Quantize):
-    """Activation-aware scales on attention, experts, shared experts and dense MLPs, then rounding.
+    """Quantize with AWQ: scale columns by the size of their inputs, then round to nearest.
 
-    The scales fold into norms and into the matrices before, so that nothing is added to the model;
-    norms, routers, shared gates and biases of values change with them. A norm changes by factors
-    that its dtype holds exactly, and so do biases; a router is rounded to its own dtype again.
-    Scales stop at values that are clipped and at a norm that is added to the stream.
+    AWQ (Lin et al., 2023, https://arxiv.org/abs/2306.00978) on attention, experts, shared experts
+    and dense MLPs. The scales fold into norms and preceding matrices, so nothing is added to the
+    model; norms, routers, shared gates and biases of values change with them. Norms and biases
+    change by factors that their dtype represents exactly; a router is rounded to its dtype again.
+    Scales do not fold through values that are clipped, nor through a norm whose output is added to
+    the residual stream.
     """
 
     scales: Scales = "mse"
     steps: Annotated[
-        int, Field(ge=1, description="exponents alpha that are tried, evenly spaced from 0 below 1")
+        int, Field(ge=1, description="number of exponents alpha to try, evenly spaced in [0, 1)")
     ] = 20
     samples: Annotated[
         int,
-        Field(ge=2, description="tokens by which alpha is chosen, at most, of a layer or expert"),
+        Field(ge=2, description="most tokens per layer or expert on which alpha is chosen"),
     ] = 512
     min_tokens: Annotated[
         int,
         Field(
             ge=1,
-            description="an expert with fewer routed tokens is judged by tokens of the whole layer",
+            description="an expert with fewer routed tokens is judged by all tokens of its layer",
         ),
     ] = 32
 
     def solver(self, model: Model) -> Solver:
-        """Gathers inputs, then scales and rounds block after block."""
+        """Create the solver, which gathers inputs, then scales and rounds block by block."""
         return _Solver(self, self.schemes(model), model)
 
 
 class _Solver:
-    """Samples of the inputs of one block, and its solution."""
+    """Solver of one block after another: samples its inputs, then scales and rounds it."""
 
     def __init__(self, options: Awq, schemes: Mapping[str, Scheme], model: Model) -> None:
         self._options, self._schemes, self._model = options, schemes, model
         self._samples: dict[str, Sample] = {}
         self._sums: dict[str, Tensor] = {}
-        # Squared size of what rounding costs in outputs, and of the outputs.
+        # Squared error of the outputs that rounding causes, and squared size of the outputs.
         self._loss = 0.0, 0.0
 
-    # ---- seeing ----------------------------------------------------------------------------------
+    # ---- observing -------------------------------------------------------------------------------
 
     def observe(self, trace: BlockTrace) -> None:
-        """Sample the inputs of attention, of what follows it, and of each expert."""
+        """Sample the inputs of attention, of the layer after it, and of each expert."""
         import torch
 
         from moe2edge.model.roles import OUT, QKV
 
-        self._take("qkv", trace.linear_inputs[QKV[0]])
-        self._take("out", trace.linear_inputs[OUT])
+        self._sample_all("qkv", trace.linear_inputs[QKV[0]])
+        self._sample_all("out", trace.linear_inputs[OUT])
         if trace.block.mlp is None:
             return
         inputs = trace.mlp_inputs.flatten(0, -2)
-        self._take("mlp", inputs)
+        self._sample_all("mlp", inputs)
         if isinstance(trace.block.mlp, MoELayer) and trace.routing is not None:
             for n in range(len(trace.block.mlp.experts)):
                 tokens, place = torch.where(trace.block.mlp.find_uses(n, trace.routing.ids))
                 weights = trace.routing.weights[tokens, place]
-                self._sample(f"experts.{n}", inputs).add(inputs, tokens, weights)
+                self._get_sample(f"experts.{n}", inputs).add(inputs, tokens, weights)
 
-    def _take(self, name: str, inputs: Tensor) -> None:
+    def _sample_all(self, name: str, inputs: Tensor) -> None:
+        """Sample from all tokens, with weights of one, and sum the magnitudes of their inputs."""
         import torch
 
-        everything = torch.arange(len(inputs))
-        self._sample(name, inputs).add(inputs, everything, torch.ones(len(inputs)))
+        tokens = torch.arange(len(inputs))
+        self._get_sample(name, inputs).add(inputs, tokens, torch.ones(len(inputs)))
         sums = inputs.abs().sum(0, dtype=torch.float64)
         self._sums[name] = self._sums[name] + sums if name in self._sums else sums
 
-    def _sample(self, name: str, inputs: Tensor) -> Sample:
+    def _get_sample(self, name: str, inputs: Tensor) -> Sample:
+        """Return the sample of a name; create it if there is none yet."""
         from moe2edge.numerics.awq_scales import Sample
 
         if name not in self._samples:
@@ -114,7 +119,7 @@ class _Solver:
     # ---- solving ---------------------------------------------------------------------------------
 
     def solve(self, block: Block) -> Solved:
-        """Fold scales through the places that lead to quantized matrices, then round."""
+        """Fold scales at the places that lead to quantized matrices, then round."""
         from moe2edge.numerics.rounding import round_to_nearest
         from moe2edge.passes._awq_folding import Folding, find_folding_places
         from moe2edge.pipeline.blockwise_report import describe_coverage
@@ -122,10 +127,14 @@ class _Solver:
         weights = dict(block.weights())
         names = {role: self._model.family.disk_name(block.index, role) for role in weights}
         schemes = {r: self._schemes[name] for r, name in names.items() if name in self._schemes}
-        inputs = self._inputs(block, weights)
+        inputs = self._gather_inputs(block, weights)
         counts = [s.seen for kind, s in self._samples.items() if kind.startswith("experts.")]
         notes = [describe_coverage(block, counts)] if counts else []
-        notes += [self._note(block, kind) for kind in self._samples if self._few(kind)]
+        notes += [
+            self._describe_under_calibrated(block, kind)
+            for kind in self._samples
+            if self._is_under_calibrated(kind)
+        ]
         self._loss = 0.0, 0.0
         folding = Folding()
         for place in find_folding_places(block, self._model.family.geometry(self._model.config)):
@@ -136,7 +145,7 @@ class _Solver:
         for role in weights:
             if role in schemes:
                 matrix = folding.apply(role, weights[role].load())
-                # Factors and linear maps are rounded as they are.
+                # The inputs of factors and linear maps are not observed: all columns count alike.
                 importance = inputs[role].importance if role in inputs else None
                 if importance is not None and role in folding.columns:
                     importance = importance / folding.columns[role].square()
@@ -155,14 +164,14 @@ class _Solver:
         weights: Mapping[str, Weight],
         inputs: Mapping[str, AwqInputs],
     ) -> None:
-        """Add the best scales of a place to ``folding``, unless that is none at all.
+        """Add the best scales of a place to ``folding``, unless no scaling is best.
 
         Args:
-            place: where they fold.
+            place: the place.
             quantized: schemes of the consumers that are quantized, by role.
-            folding: of the block.
-            weights: of the block.
-            inputs: of its matrices.
+            folding: scales of the block, which are extended.
+            weights: weights of the block, by role.
+            inputs: inputs of its matrices, by role.
         """
         import torch
 
@@ -191,53 +200,56 @@ class _Solver:
 
     # ---- inputs ----------------------------------------------------------------------------------
 
-    def _inputs(self, block: Block, weights: Mapping[str, Weight]) -> dict[str, AwqInputs]:
-        """Inputs of each matrix, by its role."""
+    def _gather_inputs(self, block: Block, weights: Mapping[str, Weight]) -> dict[str, AwqInputs]:
+        """Gather the inputs of each matrix, by its role."""
         from moe2edge.model.roles import OUT, QKV, list_gated_mlps
 
-        found = dict.fromkeys(QKV, self._of_all("qkv")) | {OUT: self._of_all("out")}
+        inputs = dict.fromkeys(QKV, self._gather_all("qkv")) | {OUT: self._gather_all("out")}
         for kind, mlp in list_gated_mlps(block):
-            outer, inner = self._of_mlp(kind, mlp, weights)
-            found |= {f"{kind}.gate": outer, f"{kind}.up": outer, f"{kind}.down": inner}
-        return found
+            outer, inner = self._gather_mlp(kind, mlp, weights)
+            inputs |= {f"{kind}.gate": outer, f"{kind}.up": outer, f"{kind}.down": inner}
+        return inputs
 
-    def _of_all(self, name: str) -> AwqInputs:
-        """What all tokens of the block show."""
+    def _gather_all(self, name: str) -> AwqInputs:
+        """Gather inputs that were sampled from all tokens of the block."""
         from moe2edge.numerics.awq_scales import AwqInputs
 
         sample = self._samples[name]
         magnitudes = (self._sums[name] / sample.seen).float()
         return AwqInputs.from_sample(sample.inputs, sample.weights, magnitudes, sample.stride)
 
-    def _of_mlp(
+    def _gather_mlp(
         self, kind: str, mlp: Dense, weights: Mapping[str, Weight]
     ) -> tuple[AwqInputs, AwqInputs]:
-        """Inputs of gate and up, and of down."""
+        """Gather the inputs of ``gate`` and ``up``, and compute those of ``down``."""
         from moe2edge.numerics.awq_scales import AwqInputs, compute_intermediate
 
-        shown = outer = self._of_all("mlp")
+        judged_on = outer = self._gather_all("mlp")
         if kind == "shared":
-            gate = (shown.x @ weights["shared.router"].load().float().T).sigmoid()[:, 0]
-            shown = outer = AwqInputs.from_sample(shown.x, gate, shown.magnitudes, shown.share)
+            x, magnitudes, share = judged_on.x, judged_on.magnitudes, judged_on.share
+            gate = (x @ weights["shared.router"].load().float().T).sigmoid()[:, 0]
+            judged_on = outer = AwqInputs.from_sample(x, gate, magnitudes, share)
         elif kind in self._samples:
-            own = self._samples[kind]
-            outer = AwqInputs.from_sample(own.inputs, own.weights, shown.magnitudes, own.stride)
-            if self._few(kind):
-                # Its few tokens still count in the loss that it shares with others.
-                outer = replace(outer, importance=shown.importance)
+            routed = self._samples[kind]
+            outer = AwqInputs.from_sample(
+                routed.inputs, routed.weights, judged_on.magnitudes, routed.stride
+            )
+            if self._is_under_calibrated(kind):
+                # Its few tokens still count in the loss of the scales that all experts share.
+                outer = replace(outer, importance=judged_on.importance)
             else:
-                shown = outer
-        hidden = compute_intermediate(mlp.gate.load(), mlp.up.load(), shown.x)
+                judged_on = outer
+        hidden = compute_intermediate(mlp.gate.load(), mlp.up.load(), judged_on.x)
         return outer, AwqInputs.from_sample(
-            hidden, shown.weights, hidden.abs().mean(0), shown.share
+            hidden, judged_on.weights, hidden.abs().mean(0), judged_on.share
         )
 
-    def _few(self, kind: str) -> bool:
-        """Whether it is an expert that few tokens were routed to."""
+    def _is_under_calibrated(self, kind: str) -> bool:
+        """Return whether it is an expert to which few tokens were routed."""
         few = self._samples[kind].seen < self._options.min_tokens
         return kind.startswith("experts.") and few
 
-    def _note(self, block: Block, kind: str) -> str:
+    def _describe_under_calibrated(self, block: Block, kind: str) -> str:
         return (
             f"block {block.index}: expert {kind.partition('.')[2]} saw {self._samples[kind].seen} "
             f"tokens, fewer than {self._options.min_tokens}: judged by all tokens of the layer"

@@ -1,10 +1,9 @@
 """Quantize with GPTQ: round column by column and let later columns make up for the error.
 
 GPTQ (Frantar et al., 2022, https://arxiv.org/abs/2210.17323). For a matrix W [out, in] with inputs
-X, GPTQ minimizes ``|| (W - Q) X ||`` with the Hessian ``H = X X^T``. Each expert has the Hessian of
-the tokens that are really routed to it, in which a token counts by its weight in the expert's
-output (MoEQuant, https://arxiv.org/abs/2505.03804). Matrices that share an input share the Hessian
-and its factor.
+X, GPTQ minimizes ``|| (W - Q) X ||`` with the Hessian ``H = X X^T``. The Hessian of an expert sums
+over the tokens that are routed to it, each counted by its weight in the expert's output (MoEQuant,
+https://arxiv.org/abs/2505.03804). Matrices that share an input share the Hessian and its factor.
 """
 
 from __future__ import annotations
@@ -30,24 +29,31 @@ if TYPE_CHECKING:
 
 
 class Gptq(Quantize):
-    """GPTQ on attention, experts, shared experts and dense MLPs.
+    """Quantize with GPTQ: round column by column and let later columns make up for the error.
 
-    The Hessians of a matrix are taken from what comes before it as quantized, in earlier blocks
-    and in its own. An expert that saw fewer than ``min_tokens`` tokens is listed, and treated as
-    ``starved`` says.
+    GPTQ (Frantar et al., 2022, https://arxiv.org/abs/2210.17323) on attention, experts, shared
+    experts and dense MLPs. Hessians are computed from the inputs that a matrix gets once all
+    matrices before it are quantized, in earlier blocks and in its own. An expert with fewer than
+    ``min_tokens`` routed tokens is under-calibrated: it is reported, and treated as ``starved``
+    says.
     """
 
     damping: Annotated[
-        float, Field(gt=0, lt=1, description="part of the mean diagonal added to the Hessian")
+        float,
+        Field(gt=0, lt=1, description="fraction of the mean diagonal that is added to the Hessian"),
     ] = 0.01
     scales: Scales = "mse"
     act_order: Annotated[
         bool,
-        Field(description="round columns of large inputs first; groups stay as they are (static)"),
+        Field(description="round the columns of large inputs first; groups stay in place (static)"),
     ] = True
     gate_weighted: GateWeighted = True
     propagate: Annotated[
-        bool, Field(description="false: inputs come from the unquantized model")
+        bool,
+        Field(
+            description="true: inputs come from the model as quantized so far; false: from the "
+            "unquantized model"
+        ),
     ] = True
     device: Annotated[
         Literal["auto", "cpu", "cuda"],
@@ -56,36 +62,39 @@ class Gptq(Quantize):
     compute: Annotated[
         Literal["auto", "float32", "bfloat16"],
         Field(
-            description="of outputs of experts and of errors carried far; auto: bfloat16 where the "
-            "processor multiplies it natively"
+            description="dtype of expert outputs, and of errors that are carried to distant "
+            "columns; auto: bfloat16 where the processor multiplies it natively"
         ),
     ] = "auto"
     min_tokens: MinTokens = 256
     starved: Annotated[
         Literal["borrow", "round"],
-        Field(description="a starved expert is shown all tokens of its layer, or just rounded"),
+        Field(
+            description="an under-calibrated expert falls back to all tokens of its layer "
+            "(borrow), or to rounding to nearest (round)"
+        ),
     ] = "borrow"
 
     def check(self, model: Model) -> None:
-        """Refuse what `Quantize` refuses, and a GPU where there is none."""
+        """Refuse models that `Quantize` refuses, and ``device: cuda`` where there is no GPU."""
         super().check(model)
         self.place()
 
     def place(self) -> torch.device:
-        """Where matrices are solved: the processor, or a GPU.
+        """Return the device on which matrices are solved: the CPU, or a GPU.
 
         Raises:
-            InputError: a GPU is asked for and there is none.
+            InputError: ``device`` is ``cuda``, and there is no GPU.
         """
         import torch
 
-        there = torch.cuda.is_available()
-        if self.device == "cuda" and not there:
+        has_gpu = torch.cuda.is_available()
+        if self.device == "cuda" and not has_gpu:
             raise InputError("gptq.device is cuda, and torch finds no GPU; leave it out")
-        return torch.device("cuda" if there and self.device != "cpu" else "cpu")
+        return torch.device("cuda" if has_gpu and self.device != "cpu" else "cpu")
 
     def dtype(self) -> torch.dtype:
-        """The dtype of what is not needed to the last bit. Hessians and factors are float32."""
+        """Return the dtype of expert outputs and distant errors; Hessians are always float32."""
         import torch
 
         if self.compute != "auto":
@@ -93,34 +102,36 @@ class Gptq(Quantize):
         if self.place().type == "cuda":
             native = torch.cuda.is_bf16_supported(including_emulation=False)
         else:
-            # Older versions of torch do not tell.
-            known: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+            # Older versions of torch have no such function.
+            capabilities: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
             mkldnn: Any = torch.backends.mkldnn  # has no types
-            native = mkldnn.is_available() and any(known.get(name) for name in NATIVE)
+            native = mkldnn.is_available() and any(capabilities.get(name) for name in NATIVE)
         return torch.bfloat16 if native else torch.float32
 
     def resolve(self, model: Model) -> Self:
-        """With the dtype that this machine computes in, on which the numbers depend."""
+        """Return the pass with the dtype that this machine computes in, which affects numbers."""
         chosen = str(self.dtype()).removeprefix("torch.")
         return super().resolve(model).model_copy(update={"compute": chosen})
 
     def describe(self, planned: PlannedStep) -> str:
-        """Describe the schemes, and what the work is done with."""
+        """Describe the schemes, the dtype of expert outputs, and missing compiled loops."""
         from moe2edge.numerics import compiled
 
         loops = (
-            "" if compiled.is_built() else "; loops in torch, slower: no compiled ones were built"
+            ""
+            if compiled.is_built()
+            else "; loops run in torch, slower: no compiled ones are built"
         )
         dtype = self.resolve(planned.before).compute
-        return f"{super().describe(planned)}; outputs of experts in {dtype}{loops}"
+        return f"{super().describe(planned)}; expert outputs in {dtype}{loops}"
 
     def solver(self, model: Model) -> GroupSolver:
-        """Gathers Hessians of matrices, then solves them."""
+        """Create the solver, which computes Hessians of matrices, then solves them."""
         return _Solver(self, self.schemes(model), model)
 
 
 class _Solver:
-    """Hessians of a few groups, and their solution."""
+    """Solver of a few groups of matrices at a time, by their Hessians."""
 
     def __init__(self, options: Gptq, schemes: Mapping[str, Scheme], model: Model) -> None:
         self._options, self._schemes, self._model = options, schemes, model
@@ -129,14 +140,14 @@ class _Solver:
         self._spaces: dict[int, Tensor] = {}
 
     def alone(self, block: Block) -> Mapping[str, Quantized]:
-        """Factors and linear maps, which 8 bits hold well without feedback."""
+        """Round factors and linear maps to nearest; in 8 bits they need no error feedback."""
         return self._options.alone(block, self._options.scales)
 
     def nbytes(self, shapes: Sequence[tuple[int, ...]]) -> int:
-        """Memory of solving one group."""
+        """Estimate the bytes of memory that solving one group takes."""
         rows, ins = sum(shape[0] for shape in shapes), shapes[0][1]
-        # The Hessian twice, as LAPACK wants it in another order; the weights and their errors in
-        # two dtypes, integers, and zero points on the way.
+        # The Hessian twice, as LAPACK needs it in another order; the weights and their errors in
+        # two dtypes, integers, and temporary zero points.
         return 8 * ins * ins + 12 * rows * ins
 
     def solve(self, block: Block, groups: Sequence[MatrixGroup]) -> Solved:
@@ -149,10 +160,10 @@ class _Solver:
 
         from moe2edge.numerics import error_feedback
 
-        places = self._places(block, groups[0])
+        places = self._sort_by_scheme(block, groups[0])
         if not places:
             return Solved({})
-        hessians, notes = self._hessians(block, groups)
+        hessians, notes = self._sum_hessians(block, groups)
         reference = sum(
             error_feedback.estimate_output_size(weight.load(), hessian)
             for group, hessian in zip(groups, hessians, strict=True)
@@ -160,11 +171,11 @@ class _Solver:
         )
         diagonals = hessians.diagonal(dim1=1, dim2=2).clone()
         orders = diagonals.argsort(dim=1, stable=True) if self._options.act_order else None
-        space = self._space(1, hessians.shape)
+        space = self._get_space(1, hessians.shape)
         if orders is not None:
             for hessian, rows, order in zip(hessians, space, orders, strict=True):
                 torch.index_select(hessian, 0, order, out=rows)
-                # Of what is above the diagonal nobody asks.
+                # The upper triangle is never read.
                 for start in range(0, len(order), error_feedback.HESSIAN_COLUMNS):
                     part = slice(start, start + error_feedback.HESSIAN_COLUMNS)
                     left = order[: part.stop]
@@ -183,7 +194,7 @@ class _Solver:
                 g.weights[r].pattern for g, p in zip(groups, parts, strict=True) for r in p
             )
             found, loss = self._round(
-                self._loaded(groups, parts), scheme, factors, orders, diagonals, sparse=sparse
+                self._load(groups, parts), scheme, factors, orders, diagonals, sparse=sparse
             )
             lost += float(loss.sum())
             for group, roles, whole in zip(groups, parts, found, strict=True):
@@ -191,44 +202,45 @@ class _Solver:
                 numbers |= dict(zip(roles, whole.split(sizes), strict=True))
         return Solved(numbers, tuple(notes), (lost, reference))
 
-    def _space(self, n: int, shape: torch.Size) -> Tensor:
-        """The n-th of two pieces of memory for Hessians, made once: the system clears new ones."""
+    def _get_space(self, n: int, shape: torch.Size) -> Tensor:
+        """Return the n-th of two buffers for Hessians; reuse it, as new memory must be cleared."""
         import torch
 
-        found = self._spaces.pop(n, None)
-        if found is None or found.shape != shape:
-            del found  # before another one is made
-            found = torch.empty(shape, device=self.device)
-        self._spaces[n] = found
-        return found
+        space = self._spaces.pop(n, None)
+        if space is None or space.shape != shape:
+            del space  # free it before another one is allocated
+            space = torch.empty(shape, device=self.device)
+        self._spaces[n] = space
+        return space
 
-    def _loaded(self, groups: Sequence[MatrixGroup], parts: Sequence[Sequence[str]]) -> Tensor:
-        """Matrices of each group below one another, float32 [batch, out, in]."""
+    def _load(self, groups: Sequence[MatrixGroup], parts: Sequence[Sequence[str]]) -> Tensor:
+        """Load the matrices of each group below one another, float32 [batch, out, in]."""
         import torch
 
         from moe2edge.runtime.decoder_blocks import load_finite
 
         rows = sum(groups[0].weights[role].shape[0] for role in parts[0])
-        found = torch.empty(len(groups), rows, groups[0].shapes[0][1], device=self.device)
-        for whole, group, roles in zip(found, groups, parts, strict=True):
+        matrices = torch.empty(len(groups), rows, groups[0].shapes[0][1], device=self.device)
+        for whole, group, roles in zip(matrices, groups, parts, strict=True):
             at = 0
             for role in roles:
                 weight = group.weights[role]
                 whole[at : at + weight.shape[0]] = load_finite(weight)
                 at += weight.shape[0]
-        return found
+        return matrices
 
-    def _places(self, block: Block, group: MatrixGroup) -> dict[Scheme, list[int]]:
-        """Which matrices of a group get which scheme, by their place; those without are left out.
+    def _sort_by_scheme(self, block: Block, group: MatrixGroup) -> dict[Scheme, list[int]]:
+        """Sort the positions of a group's matrices by scheme; leave out those without one.
 
-        It is the same for all groups that are solved together: the experts of a layer have one.
+        All groups that are solved together give the same, as the experts of a layer have one
+        scheme.
         """
-        found: dict[Scheme, list[int]] = {}
+        places: dict[Scheme, list[int]] = {}
         for place, role in enumerate(group.weights):
             scheme = self._schemes.get(self._model.family.disk_name(block.index, role))
             if scheme is not None:
-                found.setdefault(scheme, []).append(place)
-        return found
+                places.setdefault(scheme, []).append(place)
+        return places
 
     def _round(
         self,
@@ -240,7 +252,7 @@ class _Solver:
         *,
         sparse: bool,
     ) -> tuple[list[Quantized], Tensor]:
-        """Quantized ``weights`` [batch, out, in], and their losses."""
+        """Quantize ``weights`` [batch, out, in]; return the results and their losses [batch]."""
         import torch
 
         from moe2edge.numerics import error_feedback
@@ -254,7 +266,7 @@ class _Solver:
         fixed = orders is not None or scheme.groups(ins) == 1
         grid = choose_grid(weights, scheme, how if fixed else "absmax", diagonals)
         columns = error_feedback.transpose(weights)
-        del weights  # nobody else has it
+        del weights  # frees its memory: there is no other reference
         if orders is not None:
             groups = groups.gather(1, orders)
             columns = error_feedback.gather_rows(columns, orders)
@@ -264,14 +276,16 @@ class _Solver:
         q, grid = rounder.integers(orders).cpu(), rounder.grid.cpu()
         return [grid[n].to_quantized(q[n]) for n in range(batch)], loss
 
-    def _hessians(self, block: Block, groups: Sequence[MatrixGroup]) -> tuple[Tensor, list[str]]:
-        """Hessians [batch, in, in], and which experts saw few tokens."""
+    def _sum_hessians(
+        self, block: Block, groups: Sequence[MatrixGroup]
+    ) -> tuple[Tensor, list[str]]:
+        """Sum the Hessians [batch, in, in]; return them and notes on under-calibrated experts."""
         import torch
 
         from moe2edge.numerics import error_feedback
 
         ins = groups[0].shapes[0][1]
-        hessians = self._space(0, torch.Size((len(groups), ins, ins)))
+        hessians = self._get_space(0, torch.Size((len(groups), ins, ins)))
         notes: list[str] = []
         for group, hessian in zip(groups, hessians, strict=True):
             batches, least = group.batches, self._options.min_tokens
@@ -287,7 +301,7 @@ class _Solver:
         return hessians, notes
 
 
-# What processors with products of matrices in bfloat16 call them.
+# CPU capabilities, as torch names them, any of which means native bfloat16 matrix products.
 NATIVE = ("amx_bf16", "avx512_bf16", "bf16")
 
 GPTQ_FALLBACKS = {

@@ -1,4 +1,4 @@
-"""Quantize by rounding each weight to its nearest grid point; looks at no data."""
+"""Quantize by rounding each weight to its nearest grid point; needs no calibration data."""
 
 from __future__ import annotations
 
@@ -14,32 +14,37 @@ if TYPE_CHECKING:
 
 
 class Rtn(Quantize):
-    """Round to nearest, with one scale per group of inputs."""
+    """Quantize by rounding to nearest, with one scale per group of inputs.
+
+    Covers attention, experts, shared experts and dense MLPs. Needs no calibration data.
+    """
 
     scales: Scales = "absmax"
 
     @property
     def needs_tokens(self) -> bool:
-        """It does not."""
+        """False: rounding to nearest needs no calibration data."""
         return False
 
     def solver(self, model: Model) -> GroupSolver:
-        """Rounds one matrix after another."""
-        return _Rounding(self, model)
+        """Create the solver, which rounds one matrix after another."""
+        return _Solver(self, model)
 
 
-class _Rounding(GroupSolver):
+class _Solver(GroupSolver):
+    """Solver that rounds one matrix after another."""
+
     propagate = False
 
     def __init__(self, options: Rtn, model: Model) -> None:
         self._options, self._model, self._schemes = options, model, options.schemes(model)
 
     def alone(self, block: Block) -> Mapping[str, Quantized]:
-        """Factors and linear maps."""
+        """Round factors and linear maps to nearest."""
         return self._options.alone(block, self._options.scales)
 
     def nbytes(self, shapes: Sequence[tuple[int, ...]]) -> int:
-        """Memory of one matrix, its integers and what is computed on the way."""
+        """Estimate the bytes of one matrix, its integers and temporary results."""
         return max(16 * outs * ins for outs, ins in shapes)
 
     def solve(self, block: Block, groups: Sequence[MatrixGroup]) -> Solved:

@@ -1,19 +1,19 @@
-"""Set weights to zero, anywhere or in an n:m pattern, and let them stay zero in later passes.
+"""Set weights to zero, anywhere or in an n:m pattern; later passes keep the zeros.
 
-Which weights become zero, by ``method``:
+``method`` chooses the weights that become zero:
 
-- ``magnitude``: the smallest of a matrix.
-- ``wanda`` (Sun et al., 2023, https://arxiv.org/abs/2306.11695): of each row, those with the least
-  ``|W_ij| * ||x_j||``, with x_j the j-th input of all tokens. Weighted by gates, a token's inputs
-  count times its weight in the expert's output (MoE-Pruner: Xie et al., 2024,
+- ``magnitude``: the smallest of each matrix.
+- ``wanda`` (Sun et al., 2023, https://arxiv.org/abs/2306.11695): in each row, those with the least
+  ``|W_ij| * ||x_j||``, with x_j the j-th input over all tokens. Gate-weighted, a token's inputs are
+  multiplied by its weight in the expert's output (MoE-Pruner: Xie et al., 2024,
   https://arxiv.org/abs/2410.12013).
-- ``sparsegpt`` (Frantar and Alistarh, 2023, https://arxiv.org/abs/2301.00774): of each block of 128
+- ``sparsegpt`` (Frantar and Alistarh, 2023, https://arxiv.org/abs/2301.00774): in each block of 128
   columns, those with the least ``w^2 / [U]_jj^2``, with U the Cholesky factor of the inverse of the
-  Hessian; the weights that stay make up for them. Weighted by gates, a token counts in the Hessian
-  by its weight in the expert's output, as in GPTQ here.
+  Hessian; the remaining weights make up for them. Gate-weighted, a token counts in the Hessian by
+  its weight in the expert's output, as in GPTQ here.
 
-With n:m, numbers are compared inside each run of m inputs of a row instead. The count of zeros is
-exact: of equal scores the first are taken, in the order of the matrix.
+With n:m, scores are compared within each run of m inputs of a row instead. The number of zeros is
+exact: among equal scores the first are taken, in the order of the matrix.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 RUN_LENGTHS = {"2:4": Pattern(2, 4), "4:8": Pattern(4, 8)}
-# Columns that SparseGPT compares together, as in the paper.
+# Columns whose scores SparseGPT compares together, as in the paper.
 BLOCK = 128
 PARTS_BY_ROLE = {
     "experts": "experts",
@@ -53,41 +53,58 @@ SAVES_NOTHING = (
 
 
 class Sparsify(Slim):
-    """A part of the weights of experts, shared experts and dense MLPs becomes zero.
+    """Set a fraction of the weights of experts, shared experts and dense MLPs to zero.
 
-    Comes before a quantizing pass, which keeps the zeros. The inputs of a matrix are taken from
-    what comes before it as sparsified, in earlier blocks and in its own. An expert that saw fewer
-    than ``min_tokens`` tokens, or none, is listed, and treated as ``starved`` says.
+    By magnitude, Wanda (https://arxiv.org/abs/2306.11695) or SparseGPT
+    (https://arxiv.org/abs/2301.00774). Comes before a quantizing pass, which keeps the zeros. A
+    matrix is judged by the inputs that it gets once all matrices before it are sparse, in earlier
+    blocks and in its own. An expert with fewer than ``min_tokens`` routed tokens, or none, is
+    under-calibrated: it is reported, and treated as ``starved`` says.
     """
 
     method: Annotated[
         Literal["magnitude", "wanda", "sparsegpt"],
-        Field(description="by size; by size times input; with feedback to weights that stay"),
+        Field(
+            description="score of a weight: its size (magnitude), size times norm of the input "
+            "(wanda), or the error that remains after feedback to other weights (sparsegpt)"
+        ),
     ] = "wanda"
     pattern: Annotated[
         Literal["unstructured", "2:4", "4:8"],
-        Field(description="zeros anywhere, or n:m: n stay of each m inputs of a row"),
+        Field(description="zeros anywhere, or n:m: of each m inputs of a row, n stay"),
     ] = "unstructured"
     amount: Annotated[
         float,
-        Field(gt=0, lt=1, description="part of the weights that becomes zero; 0.5 in 2:4 and 4:8"),
+        Field(gt=0, lt=1, description="fraction of weights that become zero; 0.5 in 2:4 and 4:8"),
     ] = 0.5
     select: Annotated[
         Literal["experts", "all"],
-        Field(description="experts, shared experts and dense MLPs; or attention as well"),
+        Field(
+            description="experts: experts, shared experts and dense MLPs; all: attention as well"
+        ),
     ] = "experts"
     gate_weighted: GateWeighted = True
     damping: Annotated[
         float,
-        Field(gt=0, lt=1, description="sparsegpt: part of the mean diagonal added to the Hessian"),
+        Field(
+            gt=0,
+            lt=1,
+            description="sparsegpt: fraction of the mean diagonal that is added to the Hessian",
+        ),
     ] = 0.01
-    propagate: Annotated[bool, Field(description="false: inputs come from the dense model")] = True
+    propagate: Annotated[
+        bool,
+        Field(
+            description="true: inputs come from the model as sparsified so far; false: from the "
+            "dense model"
+        ),
+    ] = True
     min_tokens: MinTokens = 256
     starved: Annotated[
         Literal["borrow", "magnitude"],
         Field(
-            description="a starved expert is shown all tokens of its layer, or judged by its "
-            "weights alone"
+            description="an under-calibrated expert falls back to all tokens of its layer "
+            "(borrow), or to magnitude (magnitude)"
         ),
     ] = "borrow"
 
@@ -102,32 +119,36 @@ class Sparsify(Slim):
 
     @property
     def needs_tokens(self) -> bool:
-        """Whether it looks at activations: magnitudes do not depend on them."""
+        """True if it reads activations; magnitudes do not depend on them."""
         return self.method != "magnitude"
 
     @property
     def promise(self) -> Pattern:
-        """What the selected weights have afterwards."""
+        """Pattern that the selected weights get."""
         return RUN_LENGTHS.get(self.pattern) or Pattern(self.amount)
 
     def width(self, ins: int) -> int:
-        """Columns that SparseGPT chooses zeros in at once, in a matrix of ``ins`` columns.
+        """Return in how many of ``ins`` columns SparseGPT chooses zeros at once.
 
         >>> [Sparsify().width(n) for n in (1408, 96, 192)], Sparsify(pattern="2:4").width(96)
         ([128, 96, 64], 4)
         """
         if (run := self.promise.of) is not None:
             return run
-        # A divisor both of the matrix and of the columns that `feedback.solve` works on.
+        # A divisor both of the matrix and of a panel of columns of `error_feedback.round_columns`.
         return ins if ins <= BLOCK else math.gcd(ins, BLOCK)
 
-    def run(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        """How many numbers of a matrix [out, in] are compared together, and how many become zero.
+    def split_into_runs(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """Split a matrix [out, in] into runs of compared weights; return length and zeros of each.
 
-        >>> Sparsify(amount=0.3).run((4, 64)), Sparsify(pattern="4:8").run((4, 64))
-        ((64, 19), (8, 4))
-        >>> Sparsify(method="magnitude").run((4, 64)), Sparsify(method="sparsegpt").run((4, 256))
-        ((256, 128), (512, 256))
+        >>> Sparsify(amount=0.3).split_into_runs((4, 64))
+        (64, 19)
+        >>> Sparsify(pattern="4:8").split_into_runs((4, 64))
+        (8, 4)
+        >>> Sparsify(method="magnitude").split_into_runs((4, 64))
+        (256, 128)
+        >>> Sparsify(method="sparsegpt").split_into_runs((4, 256))
+        (512, 256)
         """
         outs, ins = shape
         if (run := self.promise.of) is not None:
@@ -137,30 +158,30 @@ class Sparsify(Slim):
         return length, round(self.amount * length)
 
     def zeros(self, shape: tuple[int, ...]) -> int:
-        """How many numbers of a matrix [out, in] become zero."""
-        length, count = self.run(shape)
+        """Count the weights of a matrix [out, in] that become zero."""
+        length, count = self.split_into_runs(shape)
         return math.prod(shape) // length * count
 
     def selected(self, block: Block) -> Iterator[tuple[str, Weight]]:
-        """The tensors of a block that it changes, with their roles."""
+        """Yield the matrices of a block that become sparse, with their roles."""
         return ((r, w) for r, w in list_quantizable(block) if self.selects(r))
 
     def selects(self, role: str) -> bool:
-        """Whether it changes a matrix of this role."""
-        return self.select == "all" or _part(role) != PARTS_BY_ROLE["attention"]
+        """Return whether matrices of this role become sparse."""
+        return self.select == "all" or _name_part(role) != PARTS_BY_ROLE["attention"]
 
     def check(self, model: Model) -> None:
-        """Refuse a model that is quantized or sparse already, and widths that do not fit."""
+        """Refuse quantized or sparse models, and widths that the pattern does not fit."""
         for _, _, weight in model.tensors():
             if weight.scheme is not None:
                 raise InputError("sparsify comes before the pass that quantizes; move it up")
             if weight.pattern is not None:
                 raise InputError("the recipe sparsifies twice; keep one of its sparsify passes")
-        found = [w for block in model.blocks for _, w in self.selected(block)]
-        if not found:
+        weights = [w for block in model.blocks for _, w in self.selected(block)]
+        if not weights:
             raise InputError("sparsify finds no experts and no MLP; give select: all")
-        for weight in found:
-            length, count = self.run(weight.shape)
+        for weight in weights:
+            length, count = self.split_into_runs(weight.shape)
             if weight.shape[1] % self.width(weight.shape[1]):
                 raise InputError(
                     f"pattern {self.pattern} does not fit the {weight.shape[1]} inputs of "
@@ -173,7 +194,7 @@ class Sparsify(Slim):
                 )
 
     def plan(self, model: Model) -> Model:
-        """The model with the pattern on every selected weight."""
+        """Return the model with the pattern on every selected weight."""
         for block in model.blocks:
             new = {
                 role: plan_weight(weight, pattern=self.promise)
@@ -183,14 +204,14 @@ class Sparsify(Slim):
         return model
 
     def solver(self, model: Model) -> GroupSolver:
-        """Chooses the zeros of a few matrices at a time."""
+        """Create the solver, which sparsifies a few matrices at a time."""
         return _Solver(self, model)
 
     def check_result(self, before: Model, after: Model) -> None:
         """Prove from the numbers that every selected weight has its zeros.
 
         Raises:
-            Moe2EdgeError: one has not, or another was marked.
+            Moe2EdgeError: one does not, or a weight that is not selected has a pattern.
         """
         for block in after.blocks:
             chosen = dict(self.selected(block))
@@ -202,7 +223,9 @@ class Sparsify(Slim):
                         f"{name}: zeros are {weight.pattern or 'anywhere'}, expected "
                         f"{expected or 'no pattern'}"
                     )
-                if expected is not None and not has_zeros(weight.load(), *self.run(weight.shape)):
+                if expected is not None and not has_zeros(
+                    weight.load(), *self.split_into_runs(weight.shape)
+                ):
                     raise Moe2EdgeError(f"{name} has fewer zeros than {expected}")
 
     def describe(self, planned: PlannedStep) -> str:
@@ -216,46 +239,49 @@ class Sparsify(Slim):
 
 
 class _Solver(GroupSolver):
-    """Zeros of a few matrices at a time."""
+    """Solver that sparsifies a few matrices at a time."""
 
     def __init__(self, options: Sparsify, model: Model) -> None:
         self._options = options
         blocks = [block for block in model.blocks if any(options.selected(block))]
-        # The block after which the account is given, and its matrices that are still to come.
+        # The block after which zeros are summed up, and its matrices that are still to be solved.
         self._last = blocks[-1].index if blocks else None
         self._left = sum(1 for _ in options.selected(blocks[-1])) if blocks else 0
         self._zeros: Counter[str] = Counter()
         self._weights: Counter[str] = Counter()
         for role, weight in (pair for block in blocks for pair in options.selected(block)):
-            self._zeros[_part(role)] += options.zeros(weight.shape)
-            self._weights[_part(role)] += weight.count
+            self._zeros[_name_part(role)] += options.zeros(weight.shape)
+            self._weights[_name_part(role)] += weight.count
         self.propagate = options.propagate
 
     def nbytes(self, shapes: Sequence[tuple[int, ...]]) -> int:
-        """Memory of solving one group: scores and masks; or weights, results and Hessian."""
+        """Estimate the bytes of one group: scores and masks, or weights, results and Hessian."""
         rows, ins = sum(shape[0] for shape in shapes), shapes[0][1]
         if self._options.method == "sparsegpt":
             return 8 * ins * ins + 16 * rows * ins
         return 12 * rows * ins
 
     def solve(self, block: Block, groups: Sequence[MatrixGroup]) -> Solved:
-        """Sparsify groups of equal shapes; those of attention only if it is selected."""
+        """Sparsify groups of equal shapes, unless they are of attention and it is not selected."""
         if not self._options.selects(next(iter(groups[0].weights))):
             return Solved({})
         notes: list[str] = []
-        shown = [self._shown(block, group, notes) for group in groups]
+        groups = [self._choose_tokens(block, group, notes) for group in groups]
         if self._options.method == "sparsegpt":
-            numbers, loss = self._with_feedback(block, shown, notes)
+            numbers, loss = self._solve_with_feedback(block, groups, notes)
         else:
             numbers, loss = {}, (0.0, 0.0)
-            for group in shown:
-                numbers |= self._by_score(group)
+            for group in groups:
+                numbers |= self._solve_by_score(group)
         return Solved(
-            numbers, (*notes, *self._account(block, len(numbers))), loss, self._options.promise
+            numbers, (*notes, *self._count_zeros(block, len(numbers))), loss, self._options.promise
         )
 
-    def _shown(self, block: Block, group: MatrixGroup, notes: list[str]) -> MatrixGroup:
-        """The group with the tokens by which it is judged; those of weight one, if all count so."""
+    def _choose_tokens(self, block: Block, group: MatrixGroup, notes: list[str]) -> MatrixGroup:
+        """Return the group with the tokens that judge it, without weights if all count alike.
+
+        Notes on under-calibrated experts are added to ``notes``.
+        """
         options = self._options
         least = max(1, options.min_tokens)
         if group.is_under_calibrated(least):
@@ -270,11 +296,11 @@ class _Solver(GroupSolver):
             return group
         return replace(group, batches=lambda: ((x, None) for x, _ in group.batches()))
 
-    def _account(self, block: Block, solved: int) -> list[str]:
-        """With the last matrix of the model, how many weights were set to zero in all of it.
+    def _count_zeros(self, block: Block, solved: int) -> list[str]:
+        """After the last matrix of the model, report how many of all weights were set to zero.
 
-        That follows from shapes, as the counts are exact; blocks may have been solved by an earlier
-        run that was cut off.
+        This follows from shapes, as the numbers of zeros are exact; some blocks may have been
+        solved by an earlier run that was interrupted.
         """
         self._left -= solved if block.index == self._last else 0
         if self._left or block.index != self._last:
@@ -286,8 +312,8 @@ class _Solver(GroupSolver):
             if part in self._weights
         ] + [SAVES_NOTHING]
 
-    def _by_score(self, group: MatrixGroup) -> dict[str, Tensor]:
-        """Magnitude and Wanda: the weights that stay do not change."""
+    def _solve_by_score(self, group: MatrixGroup) -> dict[str, Tensor]:
+        """Sparsify by magnitude or Wanda; the remaining weights do not change."""
         sizes = None
         if self._options.needs_tokens:
             sizes = measure_inputs(group, next(iter(group.weights.values())).shape[1])
@@ -297,19 +323,20 @@ class _Solver(GroupSolver):
             scores = matrix.float().abs()
             if sizes is not None:
                 scores.mul_(sizes)
-                # What is zero already comes first, also where inputs never occur.
+                # Weights that are zero already come first, also where inputs never occur.
                 scores.masked_fill_(matrix == 0, -1)
-            length, count = self._options.run(weight.shape)
-            gone = mask_smallest(scores.reshape(-1, length), count).view(matrix.shape)
-            numbers[role] = matrix.masked_fill(gone, 0)
+            length, count = self._options.split_into_runs(weight.shape)
+            zeros = mask_smallest(scores.reshape(-1, length), count).view(matrix.shape)
+            numbers[role] = matrix.masked_fill(zeros, 0)
         return numbers
 
-    def _with_feedback(
+    def _solve_with_feedback(
         self, block: Block, groups: Sequence[MatrixGroup], notes: list[str]
     ) -> tuple[dict[str, Tensor], tuple[float, float]]:
-        """SparseGPT on groups of equal shapes as one batch, and the loss with its reference.
+        """Sparsify groups of equal shapes as one batch by SparseGPT; return the loss as well.
 
-        Matrices that share their Hessian are solved as one with all their rows.
+        Matrices that share their Hessian are solved as one with all their rows. The loss comes with
+        the size of the outputs that it is relative to.
         """
         import torch
 
@@ -330,7 +357,7 @@ class _Solver(GroupSolver):
             for group, good in zip(groups, fine, strict=True)
             if not good
         ]
-        # Weights of inputs that never occur cost nothing, unless there is no other input.
+        # A zero for an input that never occurs costs nothing, unless no input occurs.
         factors.weight.masked_fill_(dead & ~dead.all(1, keepdim=True), 0)
         chooser = ZeroChooser(self._options, weights, [shape[0] for shape in shapes])
         lost = float(
@@ -351,59 +378,60 @@ SPARSIFY_FALLBACKS = {
 
 
 class ZeroChooser:
-    """Rounds for `feedback.solve`: some numbers of each run of columns to zero, others not at all.
+    """Rounder of `error_feedback.round_columns` that sets some weights to zero and keeps others.
 
     SparseGPT's choice: with D the reciprocal of the squared diagonal of the Cholesky factor of the
     inverse Hessian, ``w^2 D`` is the loss that a zero adds.
     """
 
     def __init__(self, options: Sparsify, weights: Tensor, sizes: Sequence[int]) -> None:
-        """Make one for a batch of matrices.
+        """Prepare for a batch of matrices.
 
         Args:
             options: pattern and amount.
             weights: float32 [batch, out, in].
-            sizes: rows of the matrices that stand below one another, each judged by itself.
+            sizes: rows of each of the matrices that are stacked along ``out``; zeros are chosen in
+                each by itself.
         """
         import torch
 
         batch, outs, ins = weights.shape
         self.width: int | None = options.width(ins)
         self._sizes = list(sizes)
-        self._runs = [options.run((size, ins)) for size in sizes]
-        # Transposed, so that a column lies in one piece.
-        self._gone = torch.zeros(batch, ins, outs, dtype=torch.bool)
+        self._runs = [options.split_into_runs((size, ins)) for size in sizes]
+        # Transposed, so that a column is contiguous.
+        self._zeros = torch.zeros(batch, ins, outs, dtype=torch.bool)
         self._result = weights.new_empty(batch, ins, outs)
 
     @property
     def result(self) -> Tensor:
-        """The numbers, [batch, out, in]."""
+        """Weights after all columns are rounded, [batch, out, in]."""
         return self._result.transpose(1, 2)
 
     def round_panel(self, *_: object) -> None:
-        """Column by column."""
+        """Return None: columns are rounded one by one."""
 
     def begin(self, first: int, completed: Tensor, weight: Tensor) -> None:
-        """Choose the zeros of `width` columns, by what they would best be [batch, width, out]."""
+        """Choose the zeros of `width` columns by their best values ``completed``."""
         scores = completed.square().mul_(weight.unsqueeze(-1)).transpose(1, 2)
-        at = 0
+        at, columns = 0, slice(first, first + completed.shape[1])
         for size, (length, count) in zip(self._sizes, self._runs, strict=True):
             part = scores[:, at : at + size]
-            gone = mask_smallest(part.reshape(len(part), -1, length), count).view(part.shape)
-            self._gone[:, first : first + completed.shape[1], at : at + size] = gone.transpose(1, 2)
+            zeros = mask_smallest(part.reshape(len(part), -1, length), count).view(part.shape)
+            self._zeros[:, columns, at : at + size] = zeros.transpose(1, 2)
             at += size
 
-    def round(self, column: int, wanted: Tensor, original: Tensor, error: Tensor) -> None:
-        """The numbers of a column [batch, out], with its zeros."""
+    def round(self, column: int, target: Tensor, original: Tensor, error: Tensor) -> None:
+        """Set the chosen zeros of a column [batch, out]; keep the other numbers of ``target``."""
         import torch
 
-        kept = wanted.masked_fill(self._gone[:, column], 0)
-        self._result[:, column] = kept
-        torch.sub(original, kept, out=error)
+        rounded = target.masked_fill(self._zeros[:, column], 0)
+        self._result[:, column] = rounded
+        torch.sub(original, rounded, out=error)
 
 
 def mask_smallest(scores: Tensor, count: int) -> Tensor:
-    """Mask of exactly ``count`` of the smallest of each row; of equal ones the first.
+    """Mask exactly ``count`` of the smallest scores of each row; among equal ones the first.
 
     Args:
         scores: [..., n], no NaN.
@@ -423,9 +451,9 @@ def mask_smallest(scores: Tensor, count: int) -> Tensor:
 
 
 def has_zeros(matrix: Tensor, length: int, count: int) -> bool:
-    """Whether each run of ``length`` numbers of a matrix [out, in] holds ``count`` zeros.
+    """Return whether each run of ``length`` weights of a matrix [out, in] has ``count`` zeros.
 
-    Runs that are longer than a row are whole columns side by side: what a block of SparseGPT is.
+    Runs that are longer than a row are adjacent whole columns, the blocks of SparseGPT.
     """
     outs, ins = matrix.shape
     if length > ins:
@@ -435,7 +463,10 @@ def has_zeros(matrix: Tensor, length: int, count: int) -> bool:
 
 
 def measure_inputs(group: MatrixGroup, ins: int) -> Tensor:
-    """Euclidean norm of each input [in] over the tokens of a group, weighted; ones without any."""
+    """Measure the Euclidean norm of each input [in] over the weighted tokens of a group.
+
+    All are one if the group has no tokens, or no input of theirs differs from zero.
+    """
     import torch
 
     total = torch.zeros(ins, dtype=torch.float64)
@@ -447,16 +478,16 @@ def measure_inputs(group: MatrixGroup, ins: int) -> Tensor:
 
 
 def _load(weight: Weight) -> Tensor:
-    """Numbers of a weight in its own dtype.
+    """Load a weight in its stored dtype.
 
     Raises:
-        InputError: some are not finite.
+        InputError: some numbers are not finite.
     """
     from moe2edge.runtime.decoder_blocks import check_finite
 
     return check_finite(weight.name, weight.load())
 
 
-def _part(role: str) -> str:
-    """The part of a block that a matrix belongs to, as notes call it."""
+def _name_part(role: str) -> str:
+    """Name the part of a block that a matrix belongs to, as in notes."""
     return PARTS_BY_ROLE[role.partition(".")[0]]

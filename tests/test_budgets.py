@@ -266,13 +266,13 @@ def test_shared_runs_equal_a_walk_for_each(
     numbers = trial.source_hidden.numel()
     monkeypatch.setattr(budgets, "STREAM_BYTES", 8 * numbers * together)
     ran: list[int] = []
-    run = _allocation_trials._through
+    run = _allocation_trials._run_block
 
     def counted(runner: walk.BlockRunner, hidden: Tensor, tokens: Tensor) -> Tensor:
         ran.append(runner.block.index)
         return run(runner, hidden, tokens)
 
-    monkeypatch.setattr(budgets, "_through", counted)
+    monkeypatch.setattr(budgets, "_run_block", counted)
     tried = [(3, 6), (3, 2), (6, 6), (6, 4), (3, 4)]
     told: list[tuple[int, int]] = []
     judged = trial.judge(tried, lambda done, total: told.append((done, total)))

@@ -81,7 +81,9 @@ def test_layers_that_are_dense_stay(tiny: Make) -> None:
     trimmed = outcome(LayerDrop(drop=1), model).model
     assert trimmed.blocks[1].mlp is not None
     assert sum(block.mlp is None for block in trimmed.blocks) == 1
-    with pytest.raises(InputError, match="drop is 2 of 2 MoE layers; at least 1 and at most 1"):
+    with pytest.raises(
+        InputError, match="drop is 2 of 2 MoE layers; choose at least 1 and at most 1"
+    ):
         LayerDrop(drop=2).check(model)
 
 
@@ -202,10 +204,10 @@ BAD = [
     (BlockDrop(), "give drop (a count or a fraction) or threshold"),
     (BlockDrop(drop=1, threshold=0.9), "give drop (a count or a fraction) or threshold"),
     (LayerDrop(), "give drop (a count or a fraction) or threshold"),
-    (BlockDrop(drop=0.1), "drop is 0 of 5 blocks; at least 1 and at most 4"),
-    (BlockDrop(drop=5), "drop is 5 of 5 blocks; at least 1 and at most 4"),
-    (LayerDrop(drop=5), "drop is 5 of 5 MoE layers; at least 1 and at most 4"),
-    (LayerDrop(drop=1, most=2), "most goes with threshold"),
+    (BlockDrop(drop=0.1), "drop is 0 of 5 blocks; choose at least 1 and at most 4"),
+    (BlockDrop(drop=5), "drop is 5 of 5 blocks; choose at least 1 and at most 4"),
+    (LayerDrop(drop=5), "drop is 5 of 5 MoE layers; choose at least 1 and at most 4"),
+    (LayerDrop(drop=1, most=2), "most needs threshold"),
     (LayerDrop(threshold=0.5, most=0.1), "most is 0 of 5 MoE layers"),
 ]
 

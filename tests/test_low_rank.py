@@ -179,7 +179,7 @@ def test_low_rank_matrices_alone_are_quantized(tiny: Make, tmp_path: Path) -> No
 
 def test_nothing_to_round_is_refused(tiny: Make) -> None:
     model = open_checkpoint(str(tiny("mixtral"))).model
-    with pytest.raises(InputError, match="factors: 8 is about factors and linear maps"):
+    with pytest.raises(InputError, match="factors: 8 applies to factors and linear maps"):
         Rtn(factors=8).check(model)
 
 

@@ -52,7 +52,7 @@ def test_the_first_rule_that_matches_holds(model: Model) -> None:
     told = step.describe(planned)
     assert "w8a16_asym, groups of 32: 9 matrices" in told
     assert "w8a16, per channel: 42 matrices" in told
-    assert "left alone by rule: 3" in told
+    assert "not quantized, by rule: 3" in told
 
 
 def test_the_group_size_of_the_source_holds_for_what_is_left(model: Model) -> None:
@@ -70,7 +70,7 @@ def test_the_group_size_of_the_source_holds_for_what_is_left(model: Model) -> No
     [
         ({"group_size": 128}, "group_size 128 does not divide the 64 inputs of model.layers.0"),
         ({"rules": [{"bits": 16}]}, "the rules leave nothing to quantize"),
-        ({"rules": [{"match": "mlp.gate.weight", "bits": 8}]}, "is about no tensor"),
+        ({"rules": [{"match": "mlp.gate.weight", "bits": 8}]}, "applies to no tensor"),
         ({"rules": [{"blocks": [0, 3], "bits": 8}]}, "there is no block 3 of 3"),
         (
             {"rules": [{"match": "up_proj", "bits": 8}, {"match": "experts.*up_proj", "bits": 4}]},
