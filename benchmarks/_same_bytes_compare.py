@@ -28,7 +28,7 @@ DIFFERING = {
     "files.report.json.sha256": "the report holds times",
     "files.report.json.bytes": "likewise",
 }
-# Of a profile, besides: what is measured.
+# Measured values of a profile, which differ besides.
 MEASURED = {
     "created": "a time",
     "warnings": "other work on the machine is warned of",

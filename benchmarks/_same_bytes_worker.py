@@ -1,7 +1,7 @@
 """Run commands of the moe2edge that this interpreter has, each in a fresh fork.
 
-`same_bytes.py` starts one in each environment. What is slow to import is imported once; every
-command then runs in a process of its own, which begins in the same state.
+`same_bytes.py` starts one in each environment. Slow imports are done once; every command then
+runs in a process of its own, which begins in the same state.
 
 On stdin, one JSON document a line: ``{"argv": [...], "cwd": "..."}``, or ``{"ask": "about"}`` or
 ``{"ask": "commands"}``. On stdout, one line for each: ``{"code", "stdout", "stderr", "seconds"}``,

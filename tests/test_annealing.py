@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers import NO_TOKENS, QUIET, each_family, make_context, search
+from helpers import NO_TOKENS, QUIET, each_family, make_context, search, slow_except
 from moe2edge.calibration.tokens import Tokens
 from moe2edge.errors import DoesNotFit, InputError
 from moe2edge.model.edits import materialize
@@ -139,7 +139,7 @@ def test_partly_annealed_weights_are_a_weighted_mean(tiny: Make) -> None:
         assert torch.allclose(mixed.answer(row, x), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("anneal", [None, 0.5])
+@pytest.mark.parametrize("anneal", slow_except([None, 0.5], 0.5))
 @pytest.mark.parametrize("rank", [0, 3])
 def test_tied_experts_are_trained_and_returned(tiny: Make, anneal: float | None, rank: int) -> None:
     """What is held-out perplexity in training is that of what is returned."""

@@ -486,7 +486,7 @@ def test_tied_experts_can_be_materialized(tiny: Make, tmp_path: Path, family: st
 
 
 def test_impossible_materializing_is_explained(tiny: Make, tmp_path: Path) -> None:
-    """One target holds tied experts, another none, and neither their matrices beside those of 4 bits."""
+    """One target holds tied experts, another none; neither holds whole ones beside 4 bits."""
     steps = [{"expert_replace": {"with": "base", "budget": 0.6, "rank": 3}}, "rtn"]
     targets = "onnx,gptq:layout=uniform"
     error = refuse(tiny("mixtral"), tmp_path / "out", steps, targets, materialize=True)

@@ -129,6 +129,7 @@ def test_inspect_knows_models_and_outputs(tiny: Make, pair: Path) -> None:
     assert json.loads(run("inspect", pair / "onnx", "--json").stdout)["ok"]
 
 
+@pytest.mark.slow
 def test_profile_measures_an_output(pair: Path) -> None:
     result = run(
         "profile", pair / "onnx", "--preset", "quick", "--text", pair.parent / "text.txt",
@@ -277,6 +278,7 @@ def test_no_space(tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", slow_except([signal.SIGINT, signal.SIGTERM], signal.SIGINT))
 def test_interrupted(tiny: Make, tmp_path: Path, number: signal.Signals) -> None:
     text = tmp_path / "text.txt"

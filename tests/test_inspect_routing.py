@@ -207,6 +207,7 @@ def export(source: Path, recipe: str, folder: Path) -> Path:
     return folder / "out"
 
 
+@pytest.mark.slow
 def test_uneven_quantized_output(
     tiny: Make, tmp_path: Path, text: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:

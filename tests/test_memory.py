@@ -72,6 +72,7 @@ print(data() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about the heap of glibc")
 def test_large_matrices_leave_no_holes_where_memory_is_limited() -> None:
     left = [

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers import each_family, run
+from helpers import each_family, run, slow_except
 from moe2edge.errors import Unsupported
 from moe2edge.evaluation import verify
 from moe2edge.model.experts import (
@@ -170,7 +170,7 @@ def with_eight_bits(model: Model) -> Model:
     return model
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", slow_except(["float32", "bfloat16"], "bfloat16"))
 @pytest.mark.parametrize(
     "form", [name for name, form in FORMS.items() if any(form.ranks + form.maps)]
 )
@@ -187,7 +187,7 @@ def test_factors_and_maps_of_eight_bits(form: str, dtype: str, tiny: Make, tmp_p
     assert len(found) == len(matrices) > 0
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", slow_except([2, 4, 8], 4))
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_every_scheme(bits: int, symmetric: bool, tiny: Make, tmp_path: Path) -> None:
     scheme = Scheme(bits=bits, group_size=32, symmetric=symmetric)
@@ -196,7 +196,7 @@ def test_every_scheme(bits: int, symmetric: bool, tiny: Make, tmp_path: Path) ->
     assert_runs(formed(model, FORMS["a map and a constant"]), tmp_path / "substitutes")
 
 
-@pytest.mark.parametrize("top_k", [1, 6])
+@pytest.mark.parametrize("top_k", slow_except([1, 6], 1))
 @pytest.mark.parametrize("form", ["maps of several ranks", "tied rows and replacements"])
 def test_one_choice_and_all(form: str, top_k: int, tiny: Make, tmp_path: Path) -> None:
     for norm_topk_prob in (False, True):
@@ -382,7 +382,9 @@ RECIPES: dict[str, list[Any]] = {
 
 
 @pytest.mark.parametrize(
-    ("recipe", "family"), list(zip(RECIPES, sorted(FAMILIES), strict=True)), ids=list(RECIPES)
+    ("recipe", "family"),
+    slow_except(zip(RECIPES, sorted(FAMILIES), strict=True), ("maps", "olmoe")),
+    ids=list(RECIPES),
 )
 def test_a_recipe_is_exported(recipe: str, family: str, tiny: Make, tmp_path: Path) -> None:
     steps, out = tmp_path / "recipe.json", tmp_path / "out"
@@ -419,8 +421,10 @@ print(process.memory_info().rss - before)
 """
 
 
-@pytest.mark.parametrize("bits", [16, 8])
-@pytest.mark.parametrize("kind", ["maps", "one map", "factors", "no bases"])
+@pytest.mark.parametrize("bits", slow_except([16, 8], 8))
+@pytest.mark.parametrize(
+    "kind", slow_except(["maps", "one map", "factors", "no bases"], "maps", "factors")
+)
 def test_low_rank_matrices_are_in_memory_as_they_are_stored(
     tiny: Make, tmp_path: Path, kind: str, bits: int
 ) -> None:

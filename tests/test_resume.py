@@ -148,11 +148,14 @@ def half(model: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [
-        ("recipe", "begun with another recipe: then pattern: '2:4', now pattern: '4:8'"),
+    slow_except(
+        [
+            ("recipe", "begun with another recipe: then pattern: '2:4', now pattern: '4:8'"),
+            ("text", "begun with another calibration: then "),
+            ("model", "begun with another model: then "),
+        ],
         ("text", "begun with another calibration: then "),
-        ("model", "begun with another model: then "),
-    ],
+    ),
 )
 def test_resuming_with_other_inputs_is_refused(
     tiny: Make, model: Path, half: Path, change: str, message: str
@@ -174,6 +177,7 @@ def test_resuming_with_other_inputs_is_refused(
     assert "going on" not in again.stderr
 
 
+@pytest.mark.slow
 def test_another_target_or_evaluation_does_not_matter(model: Path, half: Path) -> None:
     arguments = [a if a != "gptq" else "onnx" for a in command(model, half)]
     with contextlib.chdir(half):

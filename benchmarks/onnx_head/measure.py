@@ -1,4 +1,4 @@
-"""How to store a tied embedding in an ONNX graph: exactness and resident bytes of each form.
+"""Forms of a tied embedding in an ONNX graph: exactness and resident bytes of each.
 
 A graph of two operators around one matrix [vocabulary, width], as in a decoder with tied weights:
 rows are looked up, and the head multiplies by the transposed matrix. Every form runs in a process
@@ -68,7 +68,7 @@ FORMS = {
 
 
 def matrix() -> torch.Tensor:
-    """The weights: bfloat16 numbers; as in trained embeddings, some rows are very small."""
+    """Make the weights, bfloat16; as in trained embeddings, some rows are very small."""
     generator = torch.Generator().manual_seed(0)
     scale = 0.2 * 10 ** (-8 * torch.rand(VOCABULARY, 1, generator=generator) ** 4)
     return (torch.randn(VOCABULARY, WIDTH, generator=generator) * scale).to(torch.bfloat16)
@@ -139,7 +139,7 @@ def child(name: str, path: Path) -> dict[str, Any]:
 
 
 def error(path: Path) -> float:
-    """Largest difference between logits and a product in float64 of the bfloat16 numbers.
+    """Return the largest difference of logits to a float64 product of the bfloat16 numbers.
 
     The logits reach 22.
     """
@@ -150,7 +150,7 @@ def error(path: Path) -> float:
 
 
 def measure() -> dict[str, dict[str, Any]]:
-    """All forms, each in a fresh process."""
+    """Measure all forms, each in a fresh process."""
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, form in FORMS.items():
@@ -169,7 +169,7 @@ def measure() -> dict[str, dict[str, Any]]:
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """The results as Markdown."""
+    """Return the results as Markdown."""
     base = results.pop("none")
 
     def mib(number: int) -> str:
@@ -197,7 +197,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Measure, or be the child that is measured."""
+    """Measure, or run as the child that is measured."""
     if sys.argv[1:2] == ["--child"]:
         print(json.dumps(child(sys.argv[2], Path(sys.argv[3]))))
         return

@@ -1,8 +1,8 @@
-"""What an MoE layer costs in ONNX Runtime when half of its experts were replaced.
+"""Size and time of an MoE layer in ONNX Runtime when half of its experts are replaced.
 
 One layer of random numbers, router included, as the target `onnx` writes it; forms that it does
-not write stand beside those that it does. Every run feeds other tokens, so that other experts are
-chosen, and forms are run by turns.
+not write are measured as well. Every run feeds other tokens, so that other experts are chosen, and
+forms are run in turn.
 
     python benchmarks/onnx_mixed/measure.py > benchmarks/onnx_mixed/results.txt
 """
@@ -56,7 +56,7 @@ DRAW = torch.Generator().manual_seed(0)
 
 @dataclass(frozen=True)
 class Size:
-    """Of a layer."""
+    """The size of a layer."""
 
     hidden: int
     width: int
@@ -76,13 +76,13 @@ class Size:
 
 
 def dense(name: str, *shape: int) -> Weight:
-    """Random numbers in bfloat16, as replacements and factors are stored."""
+    """Make random numbers in bfloat16, as replacements and factors are stored."""
     numbers = (0.02 * torch.randn(shape, generator=DRAW)).bfloat16()
     return Weight(name, shape, "BF16", lambda: numbers)
 
 
 def matrix(name: str, size: Size, *shape: int) -> Weight:
-    """A random matrix of an expert, made when it is written."""
+    """Make a random matrix of an expert, drawn when it is written."""
     if size.scheme is None:
         return Weight(name, shape, "F32", lambda: 0.02 * torch.randn(shape, generator=DRAW))
     scheme = size.scheme
@@ -96,7 +96,7 @@ def matrix(name: str, size: Size, *shape: int) -> Weight:
 
 
 def plain(size: Size) -> MoELayer:
-    """All experts are real."""
+    """Make a layer without replaced experts."""
     router = Weight(
         "router",
         (size.experts, size.hidden),
@@ -114,7 +114,7 @@ def plain(size: Size) -> MoELayer:
 
 
 def replaced(size: Size, *ranks: int) -> MoELayer:
-    """Every second expert is replaced, by maps that have these ranks in turn; 0: by constants."""
+    """Replace every second expert by maps of these ranks in turn; 0: by constants."""
 
     def replacement(n: int, rank: int) -> Replacement:
         constant = dense(f"{n}.constant", size.hidden)
@@ -132,7 +132,7 @@ def replaced(size: Size, *ranks: int) -> MoELayer:
 
 
 def merged(size: Size, rank: int) -> MoELayer:
-    """About half of the experts, in groups of three, have one base with or without factors."""
+    """Give groups of three, about half of the experts, one base, with or without factors."""
     layer, groups = plain(size), max(1, round(size.experts / 6))
     rows: list[Row] = []
     bases: list[Expert] = []
@@ -149,7 +149,7 @@ def merged(size: Size, rank: int) -> MoELayer:
 
 
 def alone(size: Size, rank: int) -> MoELayer:
-    """Every second expert has factors alone."""
+    """Replace every second expert by factors alone."""
     layer = plain(size)
     rows = (
         Tied(n, None, factors(n, expert, rank)) if n % 2 else Full(n, n // 2)
@@ -219,7 +219,7 @@ class AtOnce(MixedWriter):
 
 
 class Apart(Columns):
-    """Every linear map is a stack of its own."""
+    """A writer with a stack for each linear map."""
 
     @property
     def stacks(self) -> tuple[tuple[int, ...], ...]:
@@ -227,7 +227,7 @@ class Apart(Columns):
 
 
 class Branches(MixedWriter):
-    """Every linear map is a branch, for one token as well."""
+    """A writer with a branch for each linear map, for one token as well."""
 
     @cached_property
     def columns(self) -> Columns:
@@ -235,7 +235,7 @@ class Branches(MixedWriter):
 
 
 class AllFused(Columns):
-    """``MoE`` holds unquantized experts as well."""
+    """A writer whose ``MoE`` operator holds unquantized experts as well."""
 
     def _fuses(self, group: ColumnGroup) -> bool:
         return True
@@ -261,7 +261,7 @@ class Masked(MixedWriter):
 
 @dataclass(frozen=True)
 class Form:
-    """A layer, and what writes it."""
+    """A layer, and its writer."""
 
     title: str
     make: Callable[[Size], MoELayer]
@@ -274,7 +274,7 @@ class Form:
 
 @dataclass(frozen=True)
 class EightBits(Form):
-    """Factors and linear maps are in 8 bits."""
+    """Quantize factors and linear maps to 8 bits."""
 
     def block(self, size: Size) -> Block:
         block = super().block(size)
@@ -324,7 +324,7 @@ SIZES = (
 
 
 def session(form: Form, size: Size, folder: Path) -> tuple[Any, int]:
-    """The layer in ONNX Runtime, and bytes of its weights."""
+    """Open the layer in ONNX Runtime, and return the session and the bytes of its weights."""
     block = form.block(size)
     layer = block.mlp
     assert isinstance(layer, MoELayer)
@@ -344,7 +344,7 @@ def session(form: Form, size: Size, folder: Path) -> tuple[Any, int]:
 
 
 def times(sessions: list[Any], hidden: int, tokens: int, runs: int) -> list[float]:
-    """Median milliseconds of each."""
+    """Return the median milliseconds of each session."""
     taken: list[list[float]] = [[] for _ in sessions]
     draw = np.random.default_rng(tokens)
     for run in range(runs + 2):

@@ -12,7 +12,7 @@ from moe2edge import Model
 SIZES = (0.5, 0.7)
 # LightMoE's end of annealing, as a part of the steps (0.1 to 0.5 in the paper).
 ANNEAL = 0.3
-# Of factors without a base: a part of the rank at which they are as large as an expert.
+# For factors without a base: a part of the rank at which they are as large as an expert.
 SVD_PART = 0.4
 DRAWS = 3
 

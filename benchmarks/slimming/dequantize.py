@@ -217,7 +217,7 @@ def dequantize(result: Path, out: Path, dtype: str) -> None:
     with ExitStack() as files:
         reads = open_tensors(result, files)
         parts = group_by_matrix(reads)
-        # What is tied is left out on disk, but GPTQModel may write it.
+        # A tied head is left out on disk, but GPTQModel may write it.
         if config["tie_word_embeddings"]:
             parts.pop("lm_head", None)
         stems = {find_disk_name(stem, config["model_type"]): stem for stem in parts}

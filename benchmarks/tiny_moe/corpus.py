@@ -33,7 +33,7 @@ ALWAYS_HELD_OUT_FILES = frozenset(
 
 @dataclass(frozen=True)
 class Module:
-    """One source file: its path below the standard library, its text, where it belongs."""
+    """A source file: its path below the standard library, its text, its split."""
 
     path: str
     text: str
@@ -41,7 +41,7 @@ class Module:
 
 
 def module_name(path: str) -> str:
-    """Name shared by a module and its tests: ``test/test_json/x.py`` and ``json/x.py`` -> json."""
+    """Return the name of a module and its tests: ``test/test_json/x.py``, ``json/x.py`` -> json."""
     parts = path.removesuffix(".py").split("/")
     if parts[0] == "test" and len(parts) > 1:
         parts = parts[1:]
@@ -49,7 +49,7 @@ def module_name(path: str) -> str:
 
 
 def split_of(path: str) -> Split:
-    """Split of a file: 4 % of the modules for calibration, 4 % for evaluation."""
+    """Return the split of a file: 4 % of the modules for calibration, 4 % for evaluation."""
     name = module_name(path)
     if name in ALWAYS_EVALUATION or path in ALWAYS_HELD_OUT_FILES:
         return "evaluation"
@@ -58,7 +58,7 @@ def split_of(path: str) -> Split:
 
 
 def modules(root: Path | None = None) -> list[Module]:
-    """All usable source files of the standard library below ``root``, sorted by path."""
+    """Return all usable source files of the standard library below ``root``, sorted by path."""
     root = root or Path(sysconfig.get_path("stdlib"))
     found, seen = [], set()
     for file in sorted(root.rglob("*.py")):

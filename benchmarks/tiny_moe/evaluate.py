@@ -1,4 +1,4 @@
-"""State what ``builtin:tiny-moe`` can do, beside an interpolated trigram model.
+"""Measure ``builtin:tiny-moe``, and an interpolated trigram model for comparison.
 
     python benchmarks/tiny_moe/evaluate.py            # about five minutes on two cores
 
@@ -28,7 +28,7 @@ LENGTH = 512
 
 
 class Trigram:
-    """Interpolated Kneser-Ney trigram model with one discount of 0.75.
+    """An interpolated Kneser-Ney trigram model with one discount of 0.75.
 
     Kneser and Ney, 1995; Chen and Goodman, 1998. Counts are kept as sorted keys.
     """
@@ -67,7 +67,7 @@ class Trigram:
         return np.where(total > 0, mixed, lower)
 
     def perplexity(self, ids: np.ndarray) -> float:
-        """Perplexity of all but the first two tokens."""
+        """Return the perplexity of all but the first two tokens."""
         w = ids.astype(np.int64)
         first = (self.uni[w[2:]] + self.d) / (self.uni.sum() + self.d * self.v)
         pair = w[1:-1] * self.v + w[2:]
@@ -82,7 +82,7 @@ def _lookup(key: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.ndarray
 
 
 def neural(model: torch.nn.Module, ids: np.ndarray) -> tuple[float, list[float]]:
-    """Perplexity in windows of 512 tokens, and the routing entropy of each layer in bits."""
+    """Return perplexity in windows of 512 tokens, and routing entropy of each layer in bits."""
     rows = torch.from_numpy(ids[: len(ids) // LENGTH * LENGTH].astype(np.int64)).view(-1, LENGTH)
     counts: list[torch.Tensor] = [torch.zeros(model.config.num_experts) for _ in model.model.layers]
     for n, layer in enumerate(model.model.layers):
@@ -108,7 +108,7 @@ def _counter(counts: torch.Tensor) -> Callable[..., None]:
 
 
 def beginnings(limit: int = 20) -> list[str]:
-    """The first four lines of the first function or class of held-out modules."""
+    """Return the first four lines of the first function or class of held-out modules."""
     found = []
     for module in modules():
         if module.split != "evaluation" or len(found) == limit:
@@ -124,7 +124,7 @@ def beginnings(limit: int = 20) -> list[str]:
 
 
 def parses(text: str) -> bool:
-    """Whether text, cut at its last whole line, is Python."""
+    """Tell if text, cut at its last whole line, is Python."""
     try:
         ast.parse(text[: text.rfind("\n") + 1])
     except (SyntaxError, ValueError):

@@ -1,4 +1,4 @@
-"""Put the trained model and its texts where ``builtin:tiny-moe`` lives.
+"""Put the trained model and its texts into the folder of ``builtin:tiny-moe``.
 
     python benchmarks/tiny_moe/pack.py --work /tmp/tiny-moe
 
@@ -24,7 +24,7 @@ SIZES = {"calibration": 420_000, "evaluation": 240_000}
 
 
 def excerpt(corpus: list[Module], split: str) -> list[Module]:
-    """Whole modules of a split, none longer than a tenth of the text, up to its size."""
+    """Choose whole modules of a split up to the text's size, none longer than a tenth of it."""
     size, taken, total = SIZES[split], [], 0
     order = sorted(corpus, key=lambda m: hashlib.sha256(m.path.encode()).digest())
     for module in order:

@@ -1,10 +1,10 @@
 """Train ``builtin:tiny-moe`` on the running Python's standard library.
 
     python benchmarks/tiny_moe/train.py --work /tmp/tiny-moe --tokens 15e6
-    python benchmarks/tiny_moe/train.py --work /tmp/tiny-moe --tokens 15e6   # goes on after a stop
+    python benchmarks/tiny_moe/train.py --work /tmp/tiny-moe --tokens 15e6   # resumes after a stop
 
 Two hours on two cores. A checkpoint is written every few minutes and the same command
-goes on from it. The learning rate is constant and falls linearly to zero over the last part of
+continues from it. The learning rate is constant and falls linearly to zero over the last part of
 the run, so ``--tokens`` may be changed between two starts. The result is ``WORK/model``.
 
 Optimizer: Muon (Jordan et al., 2024, https://kellerjordan.github.io/posts/muon) for matrices,
@@ -40,7 +40,7 @@ LENGTH = 512
 
 
 def make_config() -> OlmoeConfig:
-    """OLMoE in miniature: 6 blocks of 16 experts, 4 chosen, gate weights not renormalized."""
+    """Return a small OLMoE: 6 blocks of 16 experts, 4 chosen, gate weights not renormalized."""
     return OlmoeConfig(
         vocab_size=4096,
         hidden_size=256,
@@ -61,7 +61,7 @@ def make_config() -> OlmoeConfig:
 
 
 def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with 4,096 entries."""
+    """Train a byte-level BPE with 4,096 entries."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -81,13 +81,13 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def token_ids(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> np.ndarray:
-    """All texts as one row of ids, each text preceded by the end-of-text token."""
+    """Return all texts as one row of ids, each text preceded by the end-of-text token."""
     rows = tokenizer.backend_tokenizer.encode_batch(texts)
     return np.concatenate([np.array([0, *row.ids], dtype=np.uint16) for row in rows])
 
 
 def batches(ids: np.ndarray, rows: int, step: int, seed: int) -> torch.Tensor:
-    """Batch number ``step``: rows of LENGTH + 1 tokens, each window seen once per epoch."""
+    """Return batch number ``step``: rows of LENGTH + 1 tokens, each window seen once per epoch."""
     windows = (len(ids) - LENGTH - 1) // LENGTH
     picked = []
     for n in range(step * rows, (step + 1) * rows):
@@ -101,7 +101,7 @@ def batches(ids: np.ndarray, rows: int, step: int, seed: int) -> torch.Tensor:
 
 
 def orthogonalize(g: torch.Tensor) -> torch.Tensor:
-    """Nearest semi-orthogonal matrices of ``g`` [..., out, in], by five Newton-Schulz steps."""
+    """Orthogonalize matrices ``g`` [..., out, in] approximately, by five Newton-Schulz steps."""
     wide = g.shape[-2] <= g.shape[-1]
     x = g if wide else g.mT
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
@@ -112,7 +112,7 @@ def orthogonalize(g: torch.Tensor) -> torch.Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalized; a stack of matrices [..., out, in] is handled one by one.
+    """Orthogonalized momentum; a stack of matrices [..., out, in] is handled one by one.
 
     ``torch.optim.Muon`` takes only 2-D parameters, and transformers holds experts stacked.
     """
@@ -140,7 +140,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(model: OlmoeForCausalLM, lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of attention and experts, AdamW for everything else."""
+    """Return Muon for the matrices of attention and experts, AdamW for everything else."""
     matrices, rest = [], []
     for name, p in model.named_parameters():
         inner = p.ndim >= 2 and "embed" not in name and "mlp.gate." not in name
@@ -150,12 +150,12 @@ def make_optimizers(model: OlmoeForCausalLM, lr: float) -> list[torch.optim.Opti
 
 
 def schedule(tokens: float, total: float, falling: float) -> float:
-    """Factor on the learning rate: warm-up over 0.3M tokens, constant, linear to zero."""
+    """Return the factor of the learning rate: warm-up over 0.3M tokens, constant, linear to 0."""
     return min(1.0, tokens / 3e5, max(0.0, (total - tokens) / (falling * total)))
 
 
 def loss_of(model: OlmoeForCausalLM, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Language-model loss and load-balancing loss of rows [batch, LENGTH + 1]."""
+    """Compute language-model and load-balancing loss of rows [batch, LENGTH + 1]."""
     out = model(input_ids=rows[:, :-1], output_router_logits=True, use_cache=False)
     loss = cross_entropy(out.logits.flatten(0, 1), rows[:, 1:].flatten())
     config = model.config
@@ -181,7 +181,7 @@ def save(work: Path, run: Run) -> None:
 
 @dataclass
 class Run:
-    """A training run: what is trained, and how far it is."""
+    """The state of a training run."""
 
     model: OlmoeForCausalLM
     optimizers: list[torch.optim.Optimizer]
@@ -191,7 +191,7 @@ class Run:
 
     @classmethod
     def begin(cls, work: Path, lr: float) -> Run:
-        """A new run, or the one whose checkpoint is in ``work``."""
+        """Return a new run, or the one whose checkpoint is in ``work``."""
         model = OlmoeForCausalLM(make_config())
         optimizers = make_optimizers(model, lr)
         run = cls(model, optimizers, [[g["lr"] for g in o.param_groups] for o in optimizers])
@@ -205,7 +205,7 @@ class Run:
         return run
 
     def update(self, rows: torch.Tensor, factor: float, bf16: bool) -> tuple[float, float]:
-        """One optimizer step; language-model loss and balance loss of the last half."""
+        """Take one optimizer step; return language-model and balance loss of the last half."""
         for optimizer, rates in zip(self.optimizers, self.rates, strict=True):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
@@ -223,7 +223,7 @@ class Run:
 
     @torch.no_grad()
     def perplexity(self, rows: torch.Tensor) -> float:
-        """Perplexity of held-out rows."""
+        """Return the perplexity of held-out rows."""
         self.model.eval()
         losses = [loss_of(self.model, part)[0].item() for part in rows.chunk(4)]
         self.model.train()
@@ -231,7 +231,7 @@ class Run:
 
 
 def load_data(work: Path, seed: int) -> tuple[Any, np.ndarray, torch.Tensor]:
-    """Tokenizer, training ids, and 32 held-out rows."""
+    """Return tokenizer, training ids, and 32 held-out rows."""
     corpus = modules()
     texts = [m.text for m in corpus if m.split == "train"]
     if (work / "tokenizer").exists():
