@@ -121,12 +121,12 @@ class Sparsify(Slim):
         # A divisor both of the matrix and of the columns that `feedback.solve` works on.
         return ins if ins <= BLOCK else math.gcd(ins, BLOCK)
 
-    def run(self, shape: tuple[int, ...]) -> tuple[int, int]:
+    def split_into_runs(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """How many numbers of a matrix [out, in] are compared together, and how many become zero.
 
-        >>> Sparsify(amount=0.3).run((4, 64)), Sparsify(pattern="4:8").run((4, 64))
+        >>> Sparsify(amount=0.3).split_into_runs((4, 64)), Sparsify(pattern="4:8").split_into_runs((4, 64))
         ((64, 19), (8, 4))
-        >>> Sparsify(method="magnitude").run((4, 64)), Sparsify(method="sparsegpt").run((4, 256))
+        >>> Sparsify(method="magnitude").split_into_runs((4, 64)), Sparsify(method="sparsegpt").split_into_runs((4, 256))
         ((256, 128), (512, 256))
         """
         outs, ins = shape
@@ -138,7 +138,7 @@ class Sparsify(Slim):
 
     def zeros(self, shape: tuple[int, ...]) -> int:
         """How many numbers of a matrix [out, in] become zero."""
-        length, count = self.run(shape)
+        length, count = self.split_into_runs(shape)
         return math.prod(shape) // length * count
 
     def selected(self, block: Block) -> Iterator[tuple[str, Weight]]:
@@ -160,7 +160,7 @@ class Sparsify(Slim):
         if not found:
             raise InputError("sparsify finds no experts and no MLP; give select: all")
         for weight in found:
-            length, count = self.run(weight.shape)
+            length, count = self.split_into_runs(weight.shape)
             if weight.shape[1] % self.width(weight.shape[1]):
                 raise InputError(
                     f"pattern {self.pattern} does not fit the {weight.shape[1]} inputs of "
@@ -202,7 +202,9 @@ class Sparsify(Slim):
                         f"{name}: zeros are {weight.pattern or 'anywhere'}, expected "
                         f"{expected or 'no pattern'}"
                     )
-                if expected is not None and not has_zeros(weight.load(), *self.run(weight.shape)):
+                if expected is not None and not has_zeros(
+                    weight.load(), *self.split_into_runs(weight.shape)
+                ):
                     raise Moe2EdgeError(f"{name} has fewer zeros than {expected}")
 
     def describe(self, planned: PlannedStep) -> str:
@@ -299,7 +301,7 @@ class _Solver(GroupSolver):
                 scores.mul_(sizes)
                 # What is zero already comes first, also where inputs never occur.
                 scores.masked_fill_(matrix == 0, -1)
-            length, count = self._options.run(weight.shape)
+            length, count = self._options.split_into_runs(weight.shape)
             gone = mask_smallest(scores.reshape(-1, length), count).view(matrix.shape)
             numbers[role] = matrix.masked_fill(gone, 0)
         return numbers
@@ -370,7 +372,7 @@ class ZeroChooser:
         batch, outs, ins = weights.shape
         self.width: int | None = options.width(ins)
         self._sizes = list(sizes)
-        self._runs = [options.run((size, ins)) for size in sizes]
+        self._runs = [options.split_into_runs((size, ins)) for size in sizes]
         # Transposed, so that a column lies in one piece.
         self._gone = torch.zeros(batch, ins, outs, dtype=torch.bool)
         self._result = weights.new_empty(batch, ins, outs)

@@ -74,7 +74,7 @@ def apply(step: Slim, model: Model, ids: Tensor = IDS) -> tuple[Model, list[str]
     result, changed, notes = blockwise.solve_blocks(
         model, tokens, solver, Memory(), lambda *_: None, ""
     )
-    enforce(step, "a pass", model, Outcome(result, tuple(changed)))
+    enforce(step, model, Outcome(result, tuple(changed)))
     return result, notes
 
 
@@ -377,7 +377,7 @@ def test_only_selected_matrices_change(tiny: Make, method: str, pattern: str, se
         if not chosen:
             assert torch.equal(before, after)
             continue
-        assert has_zeros(after, *step.run(new.shape))
+        assert has_zeros(after, *step.split_into_runs(new.shape))
         if role.startswith("experts"):
             zeros, total = zeros + int((after == 0).sum()), total + new.count
         if method != "sparsegpt":
@@ -430,7 +430,7 @@ def test_zeros_survive_a_quantizing_pass(tiny: Make, after: Slim, pattern: str) 
             assert new.scheme is not None
             assert new.pattern == old.pattern
             assert (new.quantized().dequantize()[old.load() == 0] == 0).all()
-            assert has_zeros(new.load(), *step.run(new.shape))
+            assert has_zeros(new.load(), *step.split_into_runs(new.shape))
             count += 1
     assert count == 3 * (4 + 6 * 3 + 3)
 
