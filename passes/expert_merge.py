@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -19,6 +19,7 @@ from moe2edge.model.weights import plan_weight
 from moe2edge.pipeline import checks
 from moe2edge.pipeline.checks import refuse_replaced, refuse_slimmed
 from moe2edge.pipeline.contract import Outcome, PassContext, PlannedStep, Search, TextSizes
+from moe2edge.pipeline.facts import UntiedModel
 from moe2edge.runtime.memory import Estimate
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ class ExpertMerge(Search):
     router logits, REAM (https://arxiv.org/abs/2604.04356) lets the most salient experts absorb
     their neighbours. Formulas are in `moe2edge.numerics.expert_groups`.
     """
+
+    writes: ClassVar[tuple[type, ...]] = (UntiedModel,)
 
     method: Annotated[Method, Field(description="how experts are grouped, aligned and weighted")]
     keep: Annotated[
@@ -216,14 +219,14 @@ class ExpertMerge(Search):
             label="expert_merge",
             memory=context.memory,
         )
-        originals = context.model
+        untied = context.model
         for block in merger.originals:
-            originals = originals.replace_block(block)
+            untied = untied.replace_block(block)
         return Outcome(
             model,
             changed=tuple(merger.changed),
             notes=tuple(merger.notes),
-            originals=originals if merger.originals else None,
+            facts=(UntiedModel(untied),) if step.routing == "members" else (),
         )
 
 

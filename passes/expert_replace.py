@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
@@ -16,6 +16,7 @@ from moe2edge.numerics import selection
 from moe2edge.pipeline import checks
 from moe2edge.pipeline.checks import refuse_slimmed
 from moe2edge.pipeline.contract import Outcome, PassContext, PlannedStep, Search, TextSizes
+from moe2edge.pipeline.facts import UntiedModel
 from moe2edge.runtime.memory import Estimate
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class ExpertReplace(Search):
     """
 
     model_config = ConfigDict(validate_by_name=True)
+    writes: ClassVar[tuple[type, ...]] = (UntiedModel,)
 
     kind: Annotated[
         Literal["constant", "linear", "base", "svd"],
@@ -449,7 +451,7 @@ class ExpertReplace(Search):
             fitted=self.kind == "svd" or self.factors == "svd",
             seed=self.seed,
         )
-        return builder.run()
+        return replace(builder.run(), facts=(UntiedModel(context.model),))
 
 
 def _old_nbytes(layer: MoELayer) -> int:

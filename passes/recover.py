@@ -23,6 +23,7 @@ from moe2edge.pipeline.contract import (
     TextSizes,
     Train,
 )
+from moe2edge.pipeline.facts import UntiedModel
 from moe2edge.runtime.memory import Estimate
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ class Recover(Train):
     """
 
     may_change_nothing: ClassVar[bool] = True
+    reads: ClassVar[tuple[type, ...]] = (UntiedModel,)
 
     train: Annotated[
         Literal["full", "experts", "router", "lora"],
@@ -413,8 +415,9 @@ class Recover(Train):
         from moe2edge.runtime.mixed_experts import MixedExperts
 
         found: list[Anneals] = []
-        unshared = context.unshared or context.source
-        twins = {block.origin: layer for block, layer in unshared.moe_blocks}
+        left = context.facts.get(UntiedModel)
+        untied = left.model if left else context.source
+        twins = {block.origin: layer for block, layer in untied.moe_blocks}
         for block, layer in context.model.moe_blocks:
             if not layer.sharing:
                 continue

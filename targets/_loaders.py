@@ -138,7 +138,7 @@ class Finding:
         verdict: see `Loader`.
         note: condition or reason; may name properties of the `Output`, as ``{o.family}``.
         evidence: how it is known; empty where the verdict or the note says so.
-        case: applies to an output or not.
+        case: the condition under which it holds.
     """
 
     program: str

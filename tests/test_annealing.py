@@ -24,6 +24,7 @@ from moe2edge.passes.expert_replace import ExpertReplace
 from moe2edge.passes.recover import Recover
 from moe2edge.pipeline import recipe
 from moe2edge.pipeline.contract import PassContext
+from moe2edge.pipeline.facts import UntiedModel
 from moe2edge.pipeline.runner import run_passes
 from moe2edge.progress import Reporter
 from moe2edge.runtime.load import build_transformers_model
@@ -271,16 +272,45 @@ def test_annealing_begins_with_what_was_replaced(
     tokens = Tokens(text(), "text", "none")
     run_passes(model, parsed, tokens, WorkFolder(tmp_path), QUIET, training=tokens)
     ((context, shared),) = shown
-    assert context.unshared is not None
-    assert not context.unshared.tied_count
-    before, after = context.unshared.moe_blocks[0][1], model.moe_blocks[0][1]
+    left = context.facts.get(UntiedModel)
+    assert left is not None
+    assert not left.model.tied_count
+    before, after = left.model.moe_blocks[0][1], model.moe_blocks[0][1]
     assert not torch.equal(before.experts[0].up.load(), after.experts[0].up.load())
     loaded: Any = build_transformers_model(shared, torch.float32)
     with torch.no_grad():
         for part in begin(Recover(anneal=0.5), context, loaded):
             part.original_share = 1.0
-        expected = build_transformers_model(context.unshared, torch.float32)(text(2)).logits
+        expected = build_transformers_model(left.model, torch.float32)(text(2)).logits
         assert torch.allclose(loaded(text(2)).logits, expected, atol=1e-4)
+
+
+def test_annealing_begins_with_the_model_before_experts_were_tied(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not with the source, nor with what a pass made of the model after that."""
+    shown: list[UntiedModel | None] = []
+    begin = Recover._begin_annealing
+
+    def watched(step: Recover, context: PassContext, loaded: Any) -> Any:
+        shown.append(context.facts.get(UntiedModel))
+        return begin(step, context, loaded)
+
+    monkeypatch.setattr(Recover, "_begin_annealing", watched)
+    model = open_checkpoint(str(tiny("mixtral"))).model
+    passes = [
+        {"expert_drop": {"keep": 5}},
+        {"expert_merge": {"method": "m-smoe", "keep": 2, "align": False}},
+        {"block_drop": {"drop": 1}},
+        {"recover": {**QUICK_TRAINING, "steps": 2, "anneal": 0.5}},
+    ]
+    parsed = recipe.parse(json.dumps({"passes": passes})).resolve(model)
+    tokens = Tokens(text(), "text", "none")
+    run_passes(model, parsed, tokens, WorkFolder(tmp_path), QUIET, training=tokens)
+    (left,) = shown
+    assert left is not None
+    assert left.model.expert_counts == (5, 5, 5)
+    assert not left.model.tied_count
 
 
 @pytest.mark.parametrize("method", ["m-smoe", "ream", "hc-smoe"])

@@ -72,7 +72,7 @@ def run(step: Awq, model: Model, ids: torch.Tensor = IDS) -> tuple[Model, list[s
         solved = Memory().put(block, found.numbers)
         model = model.replace_block(solved)
         hidden = walk.BlockRunner(model, solved).run(hidden)
-    enforce(step, "awq", before, Outcome(model, ("all",), notes=tuple(notes)))
+    enforce(step, before, Outcome(model, ("all",), notes=tuple(notes)))
     assert [w.scheme for _, _, w in model.tensors()] == [w.scheme for _, _, w in planned.tensors()]
     return model, notes
 

@@ -29,7 +29,7 @@ from moe2edge.evaluation.profile.measure import (
     cut_prompts,
     fit_context,
     measure_sizes,
-    profile,
+    profile_folder,
 )
 from moe2edge.evaluation.profile.memory import MemoryReading, Meter
 from moe2edge.evaluation.profile.result import DEFINITIONS, Metric, Phase, collect_metrics
@@ -227,7 +227,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def measured(checkpoint: Path) -> Any:
     """A profile of two processes, and what was said on the way."""
     said: list[tuple[str, int, int]] = []
-    result = profile(
+    result = profile_folder(
         checkpoint,
         text="def f(x): return x * 2  # twice\n" * 4,
         settings=ProfileSettings(16, gen_tokens=5, prompts=2, repeats=2, threads=1, timeout_s=120),
@@ -331,7 +331,7 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_a_profile_reports_dtype_and_threads_of_the_runtime(
     name: str, dtype: str, outputs: dict[str, Path]
 ) -> None:
-    result = profile(outputs[name], prompts=PROMPTS, settings=replace(SMALL, threads=3))
+    result = profile_folder(outputs[name], prompts=PROMPTS, settings=replace(SMALL, threads=3))
     assert result.artifact["target"] == (None if name == "source" else name)
     assert result.artifact["dtype"] == dtype
     assert result.env["threads"] == {"asked": 3, "runtime": 3}
@@ -389,7 +389,7 @@ def test_a_library_that_is_missing_is_reported_with_a_remedy(
     (tmp_path / "onnxruntime.py").write_text("raise ImportError('none here')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(Unsupported, match=r"pip install 'moe2edge\[cpu\]'"):
-        profile(outputs["onnx"], prompts=PROMPTS, settings=SMALL)
+        profile_folder(outputs["onnx"], prompts=PROMPTS, settings=SMALL)
 
 
 class Spelling:
@@ -417,7 +417,7 @@ def test_an_unknown_target_is_the_users_error(checkpoint: Path, tmp_path: Path) 
     (out / "weights.data").write_bytes(b"0")
     write_manifest(out, "onyx")
     with pytest.raises(InputError, match="unknown target 'onyx'"):
-        profile(out, prompts=PROMPTS, settings=SMALL)
+        profile_folder(out, prompts=PROMPTS, settings=SMALL)
 
 
 @pytest.mark.slow
@@ -425,7 +425,7 @@ def test_a_child_that_crashes_is_reported_with_its_last_line(tmp_path: Path) -> 
     make_checkpoint(tmp_path / "m", "olmoe")
     beyond = [[95, 96], [95, 96]]  # the vocabulary ends at 95
     with pytest.raises(Moe2EdgeError, match="the measuring process failed: IndexError") as caught:
-        profile(tmp_path / "m", prompts=beyond, settings=SMALL)
+        profile_folder(tmp_path / "m", prompts=beyond, settings=SMALL)
     assert type(caught.value) is Moe2EdgeError
     assert "\n" not in str(caught.value)
 
@@ -504,7 +504,7 @@ def test_different_tokens_are_a_warning(monkeypatch: pytest.MonkeyPatch, checkpo
     monkeypatch.setattr(measure, "run_child", lambda *_: next(answers))
     idle = {"cpu": {"usable": 2, "logical": 2}, "load_avg": 0.1}
     monkeypatch.setattr(measure, "describe_environment", lambda: idle)
-    result = profile(checkpoint, prompts=PROMPTS, settings=ProfileSettings(repeats=2))
+    result = profile_folder(checkpoint, prompts=PROMPTS, settings=ProfileSettings(repeats=2))
     assert result.warnings == ("greedy decoding gave different tokens in different processes",)
 
 
@@ -512,32 +512,32 @@ def test_a_busy_machine_is_a_warning(monkeypatch: pytest.MonkeyPatch, checkpoint
     monkeypatch.setattr(measure, "run_child", lambda *_: clocked_answer(2, range(10, 18)))
     busy = {"cpu": {"usable": None, "logical": 2}, "load_avg": 1.6}
     monkeypatch.setattr(measure, "describe_environment", lambda: busy)
-    (warning,) = profile(checkpoint, prompts=PROMPTS).warnings
+    (warning,) = profile_folder(checkpoint, prompts=PROMPTS).warnings
     assert "load 1.6 on 2 cores" in warning
 
 
 @pytest.mark.parametrize("name", ["prompt_tokens", "gen_tokens", "prompts", "repeats", "threads"])
 def test_settings_out_of_range(checkpoint: Path, name: str) -> None:
     with pytest.raises(InputError, match=f"{name} is 0; give 1 or more"):
-        profile(checkpoint, text="", settings=ProfileSettings(**{name: 0}))
+        profile_folder(checkpoint, text="", settings=ProfileSettings(**{name: 0}))
 
 
 def test_input_that_is_refused_before_a_process_starts(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="there is no folder"):
-        profile(tmp_path / "none", text="")
+        profile_folder(tmp_path / "none", text="")
     with pytest.raises(InputError, match="neither an output folder"):
-        profile(tmp_path, text="")
+        profile_folder(tmp_path, text="")
     too_much = ProfileSettings(prompt_tokens=100, gen_tokens=29)
     with pytest.raises(InputError, match="do not fit the context of 128 tokens of the model"):
-        profile(checkpoint, text="", settings=too_much)
+        profile_folder(checkpoint, text="", settings=too_much)
     with pytest.raises(InputError, match="128 prompt tokens and 1 generated ones do not fit"):
-        profile(checkpoint, prompts=[[1] * 128] * 2, settings=too_much, fixed=("threads",))
+        profile_folder(checkpoint, prompts=[[1] * 128] * 2, settings=too_much, fixed=("threads",))
     with pytest.raises(InputError, match="the text has 0 tokens"):
-        profile(checkpoint, settings=ProfileSettings(prompt_tokens=8, gen_tokens=8))
+        profile_folder(checkpoint, settings=ProfileSettings(prompt_tokens=8, gen_tokens=8))
     with pytest.raises(InputError, match=r"2 prompts of lengths \[1, 2\]"):
-        profile(checkpoint, prompts=[[1], [1, 2]])
+        profile_folder(checkpoint, prompts=[[1], [1, 2]])
     with pytest.raises(InputError, match=r"1 prompts of lengths \[1\]; give at least two"):
-        profile(checkpoint, prompts=[[1]])
+        profile_folder(checkpoint, prompts=[[1]])
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def apply(step: Slim, model: Model, ids: Tensor = IDS) -> tuple[Model, list[str]
     result, changed, notes = blockwise.solve_blocks(
         model, tokens, solver, Memory(), lambda *_: None, ""
     )
-    enforce(step, "a pass", model, Outcome(result, tuple(changed)))
+    enforce(step, model, Outcome(result, tuple(changed)))
     return result, notes
 
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
-from helpers import SMALL, run
+from helpers import QUIET, SMALL, run
+from moe2edge.calibration.observation import Facts
 from moe2edge.commands.preflight import describe, refuse_early
 from moe2edge.model.model import Model
 from moe2edge.pipeline import recipe
-from moe2edge.pipeline.contract import Pass
+from moe2edge.pipeline.contract import Outcome, Pass, Trim
+from moe2edge.pipeline.facts import UntiedModel
 from moe2edge.pipeline.registry import find_target
-from moe2edge.progress import Reporter
+from moe2edge.pipeline.runner import run_passes
 from moe2edge.runtime.memory import Memory
 from moe2edge.storage.checkpoint import open_checkpoint
+from moe2edge.storage.work_folder import WorkFolder
 from moe2edge.testing import Make
 
 UNPLANNED = {
@@ -70,8 +75,63 @@ def test_each_pass_is_planned_once_before_an_export(
         count(type(step))
     out, targets = tmp_path / "out", [find_target("gptq")]
     plan = refuse_early(checkpoint, parsed, targets, out, Memory(), force=False, materialize=False)
-    describe(plan, Reporter(lambda _: None, lambda *_: None))
+    describe(plan, QUIET)
     assert planned == [step.name for step in parsed.passes]
+
+
+class Leaves(Trim):
+    """Drops a block, and leaves a fact."""
+
+    writes: ClassVar[tuple[type, ...]] = (UntiedModel,)
+
+    def apply(self, model: Model, facts: Facts) -> Outcome:
+        return Outcome(model.keep_blocks([0]), ("a block",), facts=(UntiedModel(model),))
+
+
+class LeavesInSecret(Leaves):
+    """Does so without a declaration."""
+
+    writes: ClassVar[tuple[type, ...]] = ()
+
+
+class Reads(Trim):
+    """Takes the fact, and the model that it holds."""
+
+    reads: ClassVar[tuple[type, ...]] = (UntiedModel,)
+
+    def apply(self, model: Model, facts: Facts) -> Outcome:
+        left = facts.get(UntiedModel)
+        return Outcome(left.model if left else model.keep_blocks([0, 1]), ("all",))
+
+
+class ReadsInSecret(Reads):
+    """Does so without a declaration."""
+
+    reads: ClassVar[tuple[type, ...]] = ()
+
+
+def run_steps(model: Model, folder: Path, *passes: Pass) -> Model:
+    parsed = replace(recipe.parse("passes: []"), passes=passes)
+    return run_passes(model, parsed, None, WorkFolder(folder), QUIET)[0]
+
+
+def test_what_a_pass_leaves_is_read_by_a_later_one(tiny: Make, tmp_path: Path) -> None:
+    model = open_checkpoint(str(tiny("mixtral"))).model
+    assert run_steps(model, tmp_path, Leaves(), Reads()) is model
+    assert len(run_steps(model, tmp_path, Reads()).blocks) == 2
+
+
+@pytest.mark.parametrize(
+    ("passes", "message"),
+    [
+        ([LeavesInSecret()], "leaves UntiedModel, which is not in its writes"),
+        ([Leaves(), ReadsInSecret()], "reads UntiedModel, which is not in its reads"),
+    ],
+)
+def test_facts_are_declared(tiny: Make, tmp_path: Path, passes: list[Pass], message: str) -> None:
+    model = open_checkpoint(str(tiny("mixtral"))).model
+    with pytest.raises(AssertionError, match=message):
+        run_steps(model, tmp_path, *passes)
 
 
 def test_a_missing_text_is_refused_even_if_it_is_unused(tiny: Make, tmp_path: Path) -> None:

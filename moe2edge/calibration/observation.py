@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import (
     TYPE_CHECKING,
@@ -65,6 +65,7 @@ class BlockTrace:
 
 
 Fact = TypeVar("Fact")
+Left = TypeVar("Left")
 Fact_co = TypeVar("Fact_co", covariant=True)
 
 
@@ -86,11 +87,44 @@ ObserverFactory = Callable[[], Observer[Any]]
 
 
 class Facts:
-    """Results of a walk by the factory of their observer, as in ``facts[RoutingObserver]``."""
+    """Facts for a pass: what a walk observed, and what earlier passes left.
 
-    def __init__(self, facts: Mapping[ObserverFactory, object] | None = None) -> None:
+    ``facts[RoutingObserver]`` is what the walk of its stage observed, by the kind of observer;
+    ``facts.get(UntiedModel)`` is what an earlier pass left, by type.
+    """
+
+    def __init__(
+        self,
+        facts: Mapping[ObserverFactory, object] | None = None,
+        left: Mapping[type, object] | None = None,
+        readable: Collection[type] | None = None,
+    ) -> None:
+        """Hold facts.
+
+        Args:
+            facts: those of the walk.
+            left: those of earlier passes, by their type.
+            readable: types that the pass may ask for; None: all.
+        """
         self._facts: dict[ObserverFactory, Any] = dict(facts or {})
+        self._left: dict[type, Any] = dict(left or {})
+        self._readable = readable
 
     def __getitem__(self, kind: Callable[[], Observer[Fact]]) -> Fact:
         value: Fact = self._facts[kind]
         return value
+
+    def get(self, kind: type[Left]) -> Left | None:
+        """Return the last fact of a type that an earlier pass left; None: none did.
+
+        Raises:
+            AssertionError: the pass does not declare that it reads this type.
+        """
+        if self._readable is not None and kind not in self._readable:
+            raise AssertionError(f"a pass reads {kind.__name__}, which is not in its reads")
+        value: Left | None = self._left.get(kind)
+        return value
+
+    def for_pass(self, left: Mapping[type, object], readable: Collection[type]) -> Facts:
+        """Return the facts of the walk with those that earlier passes left for a pass."""
+        return Facts(self._facts, left, readable)

@@ -57,18 +57,18 @@ def add_hub_options(command: Command) -> Command:
     )(command)
 
 
-MIX = "A text or JSONL file, or a weighted mix: a.jsonl:0.5,b.txt:0.5."
+MIX_HELP = "A text or JSONL file, or a weighted mix: a.jsonl:0.5,b.txt:0.5."
 
-SETTINGS = click.option(
+SETTINGS_OPTION = click.option(
     "--set",
     "settings",
     multiple=True,
     help="Override a recipe option, such as gptq.group_size=64. Can be given several times.",
 )
-CALIB = click.option("--calib", help=f"Calibration text. {MIX}")
+CALIB_OPTION = click.option("--calib", help=f"Calibration text. {MIX_HELP}")
 
 
-def parse_recipe(
+def read_recipe_options(
     name: str, settings: tuple[str, ...], calib: str | None, evaluation: str | None = None
 ) -> Recipe:
     """Parse a recipe, with the texts and settings of the command line.
@@ -89,7 +89,7 @@ def parse_recipe(
 def add_text_options(samples: int) -> Callable[[Command], Command]:
     """Add options of a text and its samples, whose values `read_text_options` takes."""
     options = (
-        click.option("--text", default="builtin", show_default=True, help=MIX),
+        click.option("--text", default="builtin", show_default=True, help=MIX_HELP),
         click.option("--field", help="Field of each JSONL line [default: text]."),
         click.option(
             "--template",
@@ -144,13 +144,15 @@ def parse_bytes(_: click.Context, __: click.Parameter, value: str | None) -> int
 
 
 # ONNX sessions use the number of threads of torch, so that one option sets both.
-THREADS = click.option(
+THREADS_OPTION = click.option(
     "--threads",
     type=click.IntRange(min=1),
     expose_value=False,
     callback=_set_threads,
     help="Processor threads [default: one per core]. Use fewer while other programs run.",
 )
-JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
-QUIET = click.option("-q", "--quiet", is_flag=True, help="Do not show progress.")
-FOLDER = click.argument("folder", type=click.Path(path_type=Path))
+JSON_OPTION = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON document on stdout."
+)
+QUIET_OPTION = click.option("-q", "--quiet", is_flag=True, help="Do not show progress.")
+FOLDER_ARGUMENT = click.argument("folder", type=click.Path(path_type=Path))

@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING
 import click
 
 from moe2edge.cli.common import (
-    CALIB,
-    JSON,
-    QUIET,
-    SETTINGS,
-    THREADS,
+    CALIB_OPTION,
+    JSON_OPTION,
+    QUIET_OPTION,
+    SETTINGS_OPTION,
+    THREADS_OPTION,
     add_hub_options,
     emit,
     open_model,
-    parse_recipe,
     print_table,
     quiet_libraries,
+    read_recipe_options,
 )
 from moe2edge.cli.progress_bar import make_reporter
 
@@ -45,12 +45,12 @@ To carry out the decisions later, use the pass apply_decisions in a recipe:
 @click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path), help="JSON file to write."
 )
-@SETTINGS
-@CALIB
+@SETTINGS_OPTION
+@CALIB_OPTION
 @click.option("--force", is_flag=True, help="Replace an existing file of decisions.")
-@QUIET
-@THREADS
-@JSON
+@QUIET_OPTION
+@THREADS_OPTION
+@JSON_OPTION
 @add_hub_options
 def decide_command(
     model: str,
@@ -71,7 +71,7 @@ def decide_command(
     from moe2edge.commands.decide import decide as run
     from moe2edge.pipeline import decisions
 
-    parsed = parse_recipe(recipe, settings, calib)
+    parsed = read_recipe_options(recipe, settings, calib)
     decisions.check_decisions_output(output, force=force)
     checkpoint = open_model(model, revision, cache_dir)
     quiet_libraries()
@@ -94,7 +94,7 @@ def decisions_group() -> None:
 
 @decisions_group.command(name="show", epilog="\b\nExample:\n  moe2edge decisions show sets.json")
 @click.argument("file", type=click.Path(path_type=Path))
-@JSON
+@JSON_OPTION
 def show_decisions_command(file: Path, as_json: bool) -> None:
     """Show the decisions in FILE, block by block."""
     from moe2edge.pipeline.decisions import read_decisions
@@ -148,7 +148,7 @@ COMPARE_EXAMPLE = "\b\nExample:\n  moe2edge decisions compare math.json code.jso
 
 @decisions_group.command(name="compare", epilog=COMPARE_EXAMPLE)
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
-@JSON
+@JSON_OPTION
 def compare_decisions_command(files: tuple[Path, ...], as_json: bool) -> None:
     """Compare the experts that every pair of FILES keeps.
 

@@ -11,9 +11,9 @@ import click
 from click.core import ParameterSource
 
 from moe2edge.cli.common import (
-    JSON,
-    QUIET,
-    THREADS,
+    JSON_OPTION,
+    QUIET_OPTION,
+    THREADS_OPTION,
     add_hub_options,
     add_text_options,
     emit,
@@ -59,9 +59,9 @@ NEEDS_ROUTING = (
     type=click.Path(path_type=Path),
     help="Write heat maps to this file: .png, .svg or .pdf. An existing file is replaced.",
 )
-@QUIET
-@THREADS
-@JSON
+@QUIET_OPTION
+@THREADS_OPTION
+@JSON_OPTION
 @add_hub_options
 def inspect_command(
     model: str,

@@ -14,18 +14,18 @@ import click
 
 from moe2edge.cli import decisions, inspect, outputs, progress_bar, recipes
 from moe2edge.cli.common import (
-    CALIB,
-    JSON,
-    QUIET,
-    SETTINGS,
-    THREADS,
+    CALIB_OPTION,
+    JSON_OPTION,
+    QUIET_OPTION,
+    SETTINGS_OPTION,
+    THREADS_OPTION,
     add_hub_options,
     emit,
     open_model,
     parse_bytes,
-    parse_recipe,
     print_table,
     quiet_libraries,
+    read_recipe_options,
 )
 from moe2edge.cli.progress_bar import make_reporter
 from moe2edge.errors import InputError, Moe2EdgeError
@@ -153,8 +153,8 @@ Examples:
 @click.option(
     "-r", "--recipe", help="Bundled recipe or recipe file [default: w4 for onnx and gptq]."
 )
-@SETTINGS
-@CALIB
+@SETTINGS_OPTION
+@CALIB_OPTION
 @click.option(
     "--eval",
     "evaluation",
@@ -183,9 +183,9 @@ Examples:
     help="If one of the targets cannot hold tied experts, which share matrices, write every "
     "expert with separate matrices, for all targets.",
 )
-@QUIET
-@THREADS
-@JSON
+@QUIET_OPTION
+@THREADS_OPTION
+@JSON_OPTION
 @add_hub_options
 def export_command(
     model: str,
@@ -205,11 +205,13 @@ def export_command(
     cache_dir: Path | None,
 ) -> None:
     """Compress MODEL, write it for a runtime, and verify it there."""
-    from moe2edge.commands.export import export as run
+    from moe2edge.commands.export import export_targets as run
     from moe2edge.pipeline.registry import parse_targets
 
     targets = parse_targets(target)
-    parsed = parse_recipe(recipe or _choose_default_recipe(targets), settings, calib, evaluation)
+    parsed = read_recipe_options(
+        recipe or _choose_default_recipe(targets), settings, calib, evaluation
+    )
     checkpoint = open_model(model, revision, cache_dir)
     quiet_libraries()
     report = run(

@@ -12,9 +12,9 @@ import click
 
 from moe2edge.cli import progress_bar
 from moe2edge.cli.common import (
-    FOLDER,
-    JSON,
-    THREADS,
+    FOLDER_ARGUMENT,
+    JSON_OPTION,
+    THREADS_OPTION,
     add_hub_options,
     add_text_options,
     emit,
@@ -28,10 +28,10 @@ from moe2edge.errors import DoesNotFit, VerificationFailed
 
 
 @click.command(epilog="\b\nExample:\n  moe2edge verify out-onnx")
-@FOLDER
+@FOLDER_ARGUMENT
 @click.option("--reference", help="Source MODEL, to repeat the comparison of the export with it.")
-@THREADS
-@JSON
+@THREADS_OPTION
+@JSON_OPTION
 @add_hub_options
 def verify_command(
     folder: Path,
@@ -85,7 +85,7 @@ def verify_command(
 
 
 @click.command(epilog='\b\nExample:\n  moe2edge generate out-onnx "def read_json(path):"')
-@FOLDER
+@FOLDER_ARGUMENT
 @click.argument("prompt")
 @click.option(
     "-n", "--max-tokens", default=64, show_default=True, help="Largest number of new tokens."
@@ -109,8 +109,8 @@ def verify_command(
 @click.option(
     "--chat/--no-chat", default=None, help="Use the chat template [default: if there is one]."
 )
-@THREADS
-@JSON
+@THREADS_OPTION
+@JSON_OPTION
 def generate_command(
     folder: Path, prompt: str, max_tokens: int, chat: bool | None, as_json: bool, **sampling: Any
 ) -> None:
@@ -163,7 +163,7 @@ Examples:
 @click.option("--gen-tokens", type=int, help="New tokens per prompt [default: as in the preset].")
 @click.option("--repeats", type=int, help="Number of fresh processes [default: as in the preset].")
 @click.option("--threads", type=int, help="Processor threads [default: one per core].")
-@JSON
+@JSON_OPTION
 @add_hub_options
 def profile_command(
     model: str,
@@ -203,11 +203,11 @@ Examples:
 
 
 @click.command(epilog=EVALUATE_EXAMPLES)
-@FOLDER
+@FOLDER_ARGUMENT
 @click.option("--reference", help="Source MODEL, to measure KL and top-1 agreement with it.")
 @add_text_options(samples=32)
-@THREADS
-@JSON
+@THREADS_OPTION
+@JSON_OPTION
 @add_hub_options
 def evaluate_command(
     folder: Path,

@@ -6,7 +6,7 @@ import json
 
 import click
 
-from moe2edge.cli.common import JSON, SETTINGS, emit
+from moe2edge.cli.common import JSON_OPTION, SETTINGS_OPTION, emit
 
 
 @click.group(name="recipe")
@@ -15,7 +15,7 @@ def recipe_group() -> None:
 
 
 @recipe_group.command(name="list", epilog="\b\nExample:\n  moe2edge recipe list")
-@JSON
+@JSON_OPTION
 def list_recipes_command(as_json: bool) -> None:
     """List the bundled recipes."""
     from moe2edge.pipeline import recipe
@@ -32,7 +32,7 @@ def list_recipes_command(as_json: bool) -> None:
 
 @recipe_group.command(name="show", epilog="\b\nExample:\n  moe2edge recipe show trim-w4")
 @click.argument("name")
-@SETTINGS
+@SETTINGS_OPTION
 def show_recipe_command(name: str, settings: tuple[str, ...]) -> None:
     """Print the recipe NAME with all default values.
 
@@ -55,7 +55,7 @@ def print_schema_command() -> None:
 
 
 @click.command(epilog="\b\nExample:\n  moe2edge targets")
-@JSON
+@JSON_OPTION
 def targets_command(as_json: bool) -> None:
     """List the targets, their output formats and their options."""
     from moe2edge.pipeline import registry

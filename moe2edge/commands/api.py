@@ -177,7 +177,7 @@ def export(
         DoesNotFit: there is too little memory or disk.
         VerificationFailed: an output does not give the logits that it has to.
     """
-    from moe2edge.commands.export import export as export_targets
+    from moe2edge.commands.export import export_targets
     from moe2edge.pipeline.registry import parse_targets
 
     names = targets if isinstance(targets, str) else ",".join(targets)
@@ -243,7 +243,7 @@ def profile(
     source = TextSource(text=str(text)) if text else TextSource()
     if len(list_parts(source, "evaluation")) > 1:
         raise InputError(f"--text {text}: prompts are cut from one text; name one file")
-    return measure.profile(
+    return measure.profile_folder(
         Path(model),
         text="\n".join(read_texts(source, "evaluation")),
         settings=replace(measure.PRESETS[preset], **given),

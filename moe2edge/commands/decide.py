@@ -11,7 +11,7 @@ from moe2edge.commands.preflight import check_sources
 from moe2edge.commands.texts import load_calibration
 from moe2edge.errors import InputError
 from moe2edge.model.model import Block, Model
-from moe2edge.pipeline.contract import Pass, Slim
+from moe2edge.pipeline.contract import Pass
 from moe2edge.pipeline.decisions import CalibrationText, Decisions, SourceModel, describe_blocks
 from moe2edge.pipeline.recipe import Recipe
 from moe2edge.pipeline.runner import run_passes
@@ -71,7 +71,7 @@ def check_decidable(passes: Sequence[Pass], source: Model) -> None:
     if not passes:
         raise InputError("the recipe has no passes; there is nothing to decide")
     for step in passes:
-        if isinstance(step, Slim):
+        if step.computes_numbers:
             raise _computes(step.name)
     for planned in plan_passes(passes, source).steps:
         before, after = planned.before, planned.after

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from moe2edge.calibration.tokens import Tokens
 
 
-def export(
+def export_targets(
     checkpoint: Checkpoint,
     recipe: Recipe,
     targets: Sequence[Target],
@@ -52,7 +52,7 @@ def export(
         recipe: what to do.
         targets: what to write.
         out: where to.
-        watcher: told about progress.
+        reporter: receives progress.
         force: replace an output of ours.
         resume: what to do about an unfinished export to the same folder.
         most: bytes of memory for the whole process; None: what the machine has.

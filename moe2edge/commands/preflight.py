@@ -7,7 +7,7 @@ from pathlib import Path
 
 from moe2edge.commands.write_target import fit_for_targets
 from moe2edge.model.model import Model
-from moe2edge.pipeline.contract import Slim, TextSize, TextSizes
+from moe2edge.pipeline.contract import TextSize, TextSizes
 from moe2edge.pipeline.recipe import Recipe
 from moe2edge.pipeline.stages import Plan, plan_passes
 from moe2edge.pipeline.target import Target
@@ -81,7 +81,7 @@ def _check_training(recipe: Recipe, texts: TextSizes, model: Model) -> None:
 
 def estimate_hidden_bytes(plan: Plan, texts: TextSizes, budget: Memory) -> int:
     """Count the bytes of hidden states that are on the disk at once."""
-    if not any(isinstance(p.step, Slim) and p.step.needs_tokens for p in plan.steps):
+    if not any(p.step.computes_numbers and p.step.needs_tokens for p in plan.steps):
         return 0
     hidden = plan.source.family.geometry(plan.source.config).hidden
     stream = 4 * texts.calibration.tokens * hidden

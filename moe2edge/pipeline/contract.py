@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import (
     TYPE_CHECKING,
@@ -15,7 +15,7 @@ from moe2edge.calibration.observation import Facts, ObserverFactory
 from moe2edge.model.model import Model
 from moe2edge.options import Options
 from moe2edge.pipeline.solver import GroupSolver, Solver
-from moe2edge.pipeline.work import Store, estimate_most_new_bytes, estimate_new_bytes
+from moe2edge.pipeline.work import BlockJournal, Store, estimate_most_new_bytes, estimate_new_bytes
 from moe2edge.runtime.memory import UNLIMITED, Estimate, Memory
 
 if TYPE_CHECKING:
@@ -36,8 +36,7 @@ class Outcome:
         skipped: what was selected but left alone, with the reason.
         notes: what a user should know besides, such as experts that fell back to rounding.
         figures: numbers for programs, as plain data.
-        originals: the model before, with neurons in the order of what experts became part of;
-            None: that order was theirs.
+        facts: what it leaves for later passes; of types that the pass declares in ``writes``.
     """
 
     model: Model
@@ -45,62 +44,7 @@ class Outcome:
     skipped: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     figures: Mapping[str, Any] = field(default_factory=dict)
-    originals: Model | None = None
-
-
-class Pass(Options):
-    """One step of a recipe. Its fields are its options: recipe keys, validation, JSON Schema.
-
-    Attributes:
-        name: the name of its file.
-    """
-
-    name: ClassVar[str]
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        cls.name = cls.__module__.rpartition(".")[2]
-
-    def resolve(self, model: Model) -> Self:
-        """The same pass with every choice made that it leaves to the source ``model``."""
-        return self
-
-    def check_source(self, sha256: Callable[[], str]) -> None:
-        """Refuse a source with other content than the options are about.
-
-        Args:
-            sha256: computes its digest, which reads all of it.
-
-        Raises:
-            InputError: it is another one.
-        """
-
-    def check(self, model: Model) -> None:
-        """Refuse, from shapes alone, a model on which this pass cannot do its work.
-
-        Raises:
-            InputError: an option does not fit this model.
-            Unsupported: the model has something that this pass does not handle.
-        """
-
-    def plan(self, model: Model) -> Model:
-        """A model of the shape that the result will have; which parts stay is not known yet."""
-        raise NotImplementedError
-
-    def check_text(self, text: TextSize) -> None:
-        """Refuse a training text that is too short for the options.
-
-        Raises:
-            InputError: it is.
-        """
-
-    def estimate(self, planned: PlannedStep, texts: TextSizes) -> Estimate:
-        """Estimate, from shapes alone, what it will take beside a walk over the model."""
-        return Estimate()
-
-    def describe(self, planned: PlannedStep) -> str:
-        """Describe in a line for the log what it will do; empty: nothing to say before."""
-        return ""
+    facts: tuple[object, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -149,24 +93,6 @@ class PlannedStep:
     after: Model
 
 
-class Trim(Pass):
-    """A pass that removes structure.
-
-    Attributes:
-        rescore: begin a new stage, so that this pass is scored on the already trimmed model.
-    """
-
-    rescore: bool = False
-
-    def observers(self) -> tuple[ObserverFactory, ...]:
-        """Kinds of observers whose facts `apply` reads."""
-        return ()
-
-    def apply(self, model: Model, facts: Facts) -> Outcome:
-        """The trimmed model."""
-        raise NotImplementedError
-
-
 @dataclass(frozen=True)
 class PassContext:
     """What a pass has at hand that decides by running text through models.
@@ -176,11 +102,12 @@ class PassContext:
         model: the model as it is now.
         tokens: calibration tokens, int64 [samples, length]; none where the pass needs none.
         store: keeps computed numbers.
-        watcher: told about progress and cost.
+        reporter: told about progress and cost.
         memory: what it may take.
         training: tokens to train on, int64 [samples, length], for passes that do.
-        scratch: folder of the pass that outlives a killed export; None: there is none.
-        unshared: the model as it was last while no experts shared matrices; None: the source.
+        scratch: folder of a pass that trains, which outlives a killed export; None: there is none.
+        journal: keeps finished blocks of a pass that computes numbers.
+        facts: what a walk observed for the pass, and what earlier passes left.
     """
 
     source: Model
@@ -191,7 +118,8 @@ class PassContext:
     memory: Memory = UNLIMITED
     training: Tensor | None = None
     scratch: Path | None = None
-    unshared: Model | None = None
+    journal: BlockJournal | None = None
+    facts: Facts = field(default_factory=Facts)
 
     @property
     def texts(self) -> TextSizes:
@@ -200,28 +128,162 @@ class PassContext:
         return TextSizes(TextSize(*self.tokens.shape), training)
 
 
-class Search(Pass):
-    """A pass that drives walks of its own, to try out what it decides.
+class Pass(Options):
+    """One step of a recipe. Its fields are its options: recipe keys, validation, JSON Schema.
+
+    The core asks a pass for what these attributes and methods say, never for its class.
 
     Attributes:
+        name: the name of its file.
+        reads: types of facts that it takes from earlier passes.
+        writes: types of facts that it may leave for later passes.
+        computes_numbers: whether it computes new numbers for tensors, block after block, and
+            leaves the structure as it is.
         may_change_nothing: whether leaving the model alone is a result, not a fault.
-        needs_tokens: whether it looks at the calibration text.
+        needs_training_text: whether it trains on the training text of the recipe.
+        shares_walk: whether passes behind it can join its stage.
     """
 
+    name: ClassVar[str]
+    reads: ClassVar[tuple[type, ...]] = ()
+    writes: ClassVar[tuple[type, ...]] = ()
+    computes_numbers: ClassVar[bool] = False
     may_change_nothing: ClassVar[bool] = False
-    needs_tokens: ClassVar[bool] = True
+    needs_training_text: ClassVar[bool] = False
+    shares_walk: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.name = cls.__module__.rpartition(".")[2]
+
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether it looks at the calibration text."""
+        return False
+
+    @property
+    def joins_stage(self) -> bool:
+        """Whether it is scored in the walk of the passes before it, if they share theirs."""
+        return False
+
+    def observers(self) -> tuple[ObserverFactory, ...]:
+        """Kinds of observers that the walk of its stage gathers facts with."""
+        return ()
+
+    def resolve(self, model: Model) -> Self:
+        """The same pass with every choice made that it leaves to the source ``model``."""
+        return self
+
+    def check_source(self, sha256: Callable[[], str]) -> None:
+        """Refuse a source with other content than the options are about.
+
+        Args:
+            sha256: computes its digest, which reads all of it.
+
+        Raises:
+            InputError: it is another one.
+        """
+
+    def check(self, model: Model) -> None:
+        """Refuse, from shapes alone, a model on which this pass cannot do its work.
+
+        Raises:
+            InputError: an option does not fit this model.
+            Unsupported: the model has something that this pass does not handle.
+        """
+
+    def plan(self, model: Model) -> Model:
+        """A model of the shape that the result will have; which parts stay is not known yet."""
+        raise NotImplementedError
+
+    def check_text(self, text: TextSize) -> None:
+        """Refuse a training text that is too short for the options.
+
+        Raises:
+            InputError: it is.
+        """
+
+    def estimate(self, planned: PlannedStep, texts: TextSizes) -> Estimate:
+        """Estimate, from shapes alone, what it will take beside a walk over the model."""
+        return Estimate()
+
+    def describe(self, planned: PlannedStep) -> str:
+        """Describe in a line for the log what it will do; empty: nothing to say before."""
+        return ""
+
+    def run(self, context: PassContext) -> Outcome:
+        """Do the work. Each kind of pass does so by the one method that its passes write."""
+        raise NotImplementedError
+
+    def check_result(self, before: Model, after: Model) -> None:
+        """Prove from the result that the options were followed.
+
+        Raises:
+            Moe2EdgeError: they were not.
+        """
+
+
+class Trim(Pass):
+    """A pass that removes structure.
+
+    Attributes:
+        rescore: begin a new stage, so that this pass is scored on the already trimmed model.
+    """
+
+    shares_walk: ClassVar[bool] = True
+    rescore: bool = False
+
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether it has observers, which look at the calibration text."""
+        return bool(self.observers())
+
+    @property
+    def joins_stage(self) -> bool:
+        """Whether it is scored on the model as it was before the trimming passes before it."""
+        return not self.rescore
+
+    def run(self, context: PassContext) -> Outcome:
+        """Trim the model by the facts that were observed."""
+        return self.apply(context.model, context.facts)
+
+    def apply(self, model: Model, facts: Facts) -> Outcome:
+        """Trim the model; ``facts`` has what its observers gathered."""
+        raise NotImplementedError
+
+
+class Search(Pass):
+    """A pass that drives walks of its own, to try out what it decides."""
+
+    @property
+    def needs_tokens(self) -> bool:
+        """It looks at the calibration text."""
+        return True
 
     def estimate(self, planned: PlannedStep, texts: TextSizes) -> Estimate:
         """Estimate what it will take: the numbers that it may compute."""
         return Estimate(disk=estimate_most_new_bytes(planned.before, planned.after))
 
+    def run(self, context: PassContext) -> Outcome:
+        """Search, if there is the memory: the model may be another one than was planned.
+
+        Raises:
+            DoesNotFit: there is less.
+        """
+        # The disk was looked at before the first pass, so shapes of the result are not needed.
+        shapes = PlannedStep(self, context.model, context.model)
+        self.estimate(shapes, context.texts).check(context.memory.limit)
+        return self.search(context)
+
     def search(self, context: PassContext) -> Outcome:
-        """The changed model."""
+        """Find the changed model."""
         raise NotImplementedError
 
 
 class Slim(Pass):
     """A pass that computes new numbers for tensors, one block after another."""
+
+    computes_numbers: ClassVar[bool] = True
 
     @property
     def needs_tokens(self) -> bool:
@@ -229,8 +291,26 @@ class Slim(Pass):
         return True
 
     def solver(self, model: Model) -> Solver | GroupSolver:
-        """A fresh solver."""
+        """Make a fresh solver."""
         raise NotImplementedError
+
+    def run(self, context: PassContext) -> Outcome:
+        """Solve block after block; those that the journal has are not solved again."""
+        from moe2edge.pipeline.blockwise import solve_blocks
+
+        if (journal := context.journal) is None:
+            raise AssertionError(f"{self.name} got no journal")
+        tokens = context.tokens if self.needs_tokens and context.tokens.numel() else None
+        model, changed, notes = solve_blocks(
+            context.model,
+            tokens,
+            self.solver(context.model),
+            journal,
+            context.reporter.advance,
+            self.name,
+            context.memory,
+        )
+        return Outcome(model, tuple(changed), notes=tuple(notes))
 
     def estimate(self, planned: PlannedStep, texts: TextSizes) -> Estimate:
         """Estimate what it will take: the largest part that is solved at once, and the numbers."""
@@ -259,9 +339,13 @@ class Slim(Pass):
 class Train(Search):
     """A search that trains on the training text of the recipe, and looks at no other."""
 
-    needs_tokens: ClassVar[bool] = False
+    needs_training_text: ClassVar[bool] = True
 
+    @property
+    def needs_tokens(self) -> bool:
+        """It looks at the training text alone."""
+        return False
 
-def needs_training_text(passes: Sequence[Pass]) -> bool:
-    """Whether a pass wants the training text."""
-    return any(isinstance(step, Train) for step in passes)
+    def run(self, context: PassContext) -> Outcome:
+        """Train; the pass says what that takes before it refuses to."""
+        return self.search(context)

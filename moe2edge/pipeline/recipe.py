@@ -15,7 +15,7 @@ from moe2edge.calibration.sources import NamedText, TextSource
 from moe2edge.errors import InputError, suggest
 from moe2edge.model.model import Model
 from moe2edge.pipeline import registry
-from moe2edge.pipeline.contract import Pass, needs_training_text
+from moe2edge.pipeline.contract import Pass
 from moe2edge.storage.text_files import read_yaml
 
 BUNDLED = Path(__file__).parents[1] / "recipes"
@@ -111,13 +111,14 @@ def parse(text: str, settings: Sequence[str] = ()) -> Recipe:
         _override(setting, sections, steps)
     texts = {name: parse_section(name, options) for name, options in sections.items()}
     passes = tuple(_build(registry.find_pass(name), name, options) for name, options in steps)
-    if not needs_training_text(passes) and sections["training"]:
+    trains = any(step.needs_training_text for step in passes)
+    if not trains and sections["training"]:
         raise InputError("training: no pass of the recipe trains; leave it out, or add one")
     return Recipe(
         texts["calibration"],
         texts["evaluation"],
         passes,
-        texts["training"] if needs_training_text(passes) else None,
+        texts["training"] if trains else None,
     )
 
 

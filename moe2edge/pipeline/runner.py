@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from moe2edge.calibration.observation import Facts
 from moe2edge.model.model import Model
-from moe2edge.pipeline.contract import Outcome, PassContext, PlannedStep, Search, Slim, Train, Trim
+from moe2edge.pipeline.contract import Outcome, Pass, PassContext
 from moe2edge.pipeline.recipe import Recipe
-from moe2edge.pipeline.stages import Step, enforce, group_stages
+from moe2edge.pipeline.stages import Stage, Step, enforce, group_stages
 from moe2edge.pipeline.work import Work
 from moe2edge.progress import Reporter
 from moe2edge.runtime.memory import UNLIMITED, Memory
@@ -29,65 +29,70 @@ def run_passes(
     *,
     training: Tokens | None = None,
 ) -> tuple[Model, list[Step]]:
-    """The model after all passes, and a line of the report for each of them."""
+    """Run all passes; return the last model, and a line of the report for each pass."""
     import torch
 
-    from moe2edge.calibration import walk
-    from moe2edge.pipeline import blockwise
-
-    model = source
+    tokens = calibration.ids if calibration else torch.empty(0, 0, dtype=torch.int64)
+    context = PassContext(source, source, tokens, work, reporter, budget)
+    context = replace(context, training=training.ids if training else None)
     steps: list[Step] = []
-    nothing = torch.empty(0, 0, dtype=torch.int64)
-    tokens = calibration.ids if calibration else nothing
-    ids_to_train = training.ids if training else None
-    context = PassContext(source, source, tokens, work, reporter, budget, training=ids_to_train)
+    left: dict[type, object] = {}
     for stage in group_stages(recipe.passes):
         begun = time.perf_counter()
-        facts = Facts()
-        if stage.observers and calibration is not None:
-            label = f"{', '.join(p.name for p in stage.passes)}: scoring"
-            facts = walk.gather(
-                model, calibration.ids, stage.observers, reporter.advance, label, budget
-            )
+        observed = _observe(stage, context)
         for step in stage.passes:
-            name = step.name
-            if not any(layer.sharing for _, layer in model.moe_blocks):
-                context = replace(context, unshared=model)
             # Again: a threshold or a shared budget may have left another model than was planned.
-            step.check(model)
-            if isinstance(step, Trim):
-                outcome = step.apply(model, facts)
-            elif isinstance(step, Slim):
-                ids = calibration.ids if step.needs_tokens and calibration is not None else None
-                kept, advance = work.ledger(len(steps)), reporter.advance
-                solved, changed, notes = blockwise.solve_blocks(
-                    model, ids, step.solver(model), kept, advance, name, budget
-                )
-                outcome = Outcome(solved, tuple(changed), notes=tuple(notes))
-            elif isinstance(step, Search):
-                if not isinstance(step, Train):
-                    shapes = PlannedStep(step, model, model)
-                    step.estimate(shapes, context.texts).check(budget.limit)
-                folder = work.scratch(len(steps), name) if isinstance(step, Train) else None
-                outcome = step.search(replace(context, model=model, scratch=folder))
-            else:
-                raise AssertionError(f"{name} is no kind of pass that is known")
-            enforce(step, name, model, outcome)
-            model = outcome.model
-            if outcome.originals is not None:
-                context = replace(context, unshared=outcome.originals)
-            steps.append(
-                Step(
-                    name,
-                    step.model_dump(by_alias=True),
-                    outcome.changed,
-                    outcome.skipped,
-                    outcome.notes,
-                    time.perf_counter() - begun,
-                    model.parameters,
-                    model.nbytes,
-                    outcome.figures,
-                )
-            )
-            begun = time.perf_counter()
-    return model, steps
+            step.check(context.model)
+            facts = observed.for_pass(left, step.reads)
+            outcome = step.run(_with_work(context, work, step, len(steps), facts))
+            enforce(step, context.model, outcome)
+            context = replace(context, model=outcome.model)
+            left |= {type(fact): fact for fact in outcome.facts}
+            ended = time.perf_counter()
+            steps.append(_report(step, outcome, ended - begun))
+            begun = ended
+    return context.model, steps
+
+
+def _observe(stage: Stage, context: PassContext) -> Facts:
+    """Gather what the passes of a stage want to know, in one walk over the calibration text."""
+    from moe2edge.calibration import walk
+
+    if not context.tokens.numel():
+        return Facts()
+    label = f"{', '.join(step.name for step in stage.passes)}: scoring"
+    return walk.gather(
+        context.model,
+        context.tokens,
+        stage.observers,
+        context.reporter.advance,
+        label,
+        context.memory,
+    )
+
+
+def _with_work(
+    context: PassContext, work: Work, step: Pass, position: int, facts: Facts
+) -> PassContext:
+    """Add the facts for a pass, and its part of the work folder."""
+    return replace(
+        context,
+        facts=facts,
+        journal=work.ledger(position) if step.computes_numbers else None,
+        scratch=work.scratch(position, step.name) if step.needs_training_text else None,
+    )
+
+
+def _report(step: Pass, outcome: Outcome, seconds: float) -> Step:
+    """Make the line of the report for a pass that was run."""
+    return Step(
+        step.name,
+        step.model_dump(by_alias=True),
+        outcome.changed,
+        outcome.skipped,
+        outcome.notes,
+        seconds,
+        outcome.model.parameters,
+        outcome.model.nbytes,
+        outcome.figures,
+    )

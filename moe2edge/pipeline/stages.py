@@ -9,7 +9,7 @@ from typing import Any
 from moe2edge.calibration.observation import ObserverFactory
 from moe2edge.errors import Moe2EdgeError
 from moe2edge.model.model import Model
-from moe2edge.pipeline.contract import Outcome, Pass, PlannedStep, Search, Slim, Trim
+from moe2edge.pipeline.contract import Outcome, Pass, PlannedStep
 
 
 @dataclass(frozen=True)
@@ -48,22 +48,19 @@ def plan_passes(passes: Sequence[Pass], model: Model) -> Plan:
 
 @dataclass(frozen=True)
 class Stage:
-    """Passes that share a walk: any number of trimming passes, or one of another kind."""
+    """Passes that share a walk: any number that trim, or one other."""
 
     passes: tuple[Pass, ...]
 
     @property
     def needs_tokens(self) -> bool:
         """Whether it looks at activations."""
-        last = self.passes[-1]
-        if isinstance(last, Slim | Search):
-            return last.needs_tokens
-        return bool(self.observers)
+        return any(step.needs_tokens for step in self.passes)
 
     @property
     def observers(self) -> tuple[ObserverFactory, ...]:
         """The kinds of observers that its passes need, each once."""
-        kinds = (kind for p in self.passes if isinstance(p, Trim) for kind in p.observers())
+        kinds = (kind for step in self.passes for kind in step.observers())
         return tuple(dict.fromkeys(kinds))
 
 
@@ -71,8 +68,7 @@ def group_stages(passes: Sequence[Pass]) -> list[Stage]:
     """Group passes into stages."""
     groups: list[list[Pass]] = []
     for step in passes:
-        joins = isinstance(step, Trim) and not step.rescore
-        if joins and groups and isinstance(groups[-1][-1], Trim):
+        if groups and groups[-1][-1].shares_walk and step.joins_stage:
             groups[-1].append(step)
         else:
             groups.append([step])
@@ -94,20 +90,23 @@ class Step:
     figures: Mapping[str, Any] = field(default_factory=dict)
 
 
-def enforce(step: Pass, name: str, before: Model, outcome: Outcome) -> None:
+def enforce(step: Pass, before: Model, outcome: Outcome) -> None:
     """Hold an outcome against the contract.
 
     Raises:
         Moe2EdgeError: the pass changed nothing, or left out something that it selected, or the
             result is not sound.
+        AssertionError: it leaves a fact that it does not declare.
     """
-    idle = isinstance(step, Search) and step.may_change_nothing
-    if not idle and (not outcome.changed or outcome.model is before):
+    name = step.name
+    for fact in outcome.facts:
+        if type(fact) not in step.writes:
+            raise AssertionError(f"{name} leaves {type(fact).__name__}, which is not in its writes")
+    if not step.may_change_nothing and (not outcome.changed or outcome.model is before):
         reasons = "; ".join(f"{k}: {v}" for k, v in outcome.skipped.items())
         raise Moe2EdgeError(f"{name} changed nothing ({reasons or 'nothing matched'})")
     if outcome.skipped:
         first, reason = next(iter(outcome.skipped.items()))
         raise Moe2EdgeError(f"{name} left {len(outcome.skipped)} parts alone: {first}: {reason}")
     outcome.model.verify()
-    if isinstance(step, Slim):
-        step.check_result(before, outcome.model)
+    step.check_result(before, outcome.model)

@@ -68,7 +68,7 @@ PRESETS: Mapping[str, ProfileSettings] = {
 }
 
 
-def profile(
+def profile_folder(
     folder: Path,
     *,
     text: str | None = None,
