@@ -83,7 +83,7 @@ def test_each_line_of_jsonl_is_a_document(tmp_path: Path, tokenizer: Any) -> Non
         ("a.jsonl", b'{"text": 3}', {}, "no text in field 'text'"),
         ("a.jsonl", b'["text"]', {}, "not an object"),
         ("a.jsonl", b"[" * 100_000, {}, "line 1 is not JSON"),
-        ("a.jsonl", b'{"text": "x\\ud800"}', {}, r"line 1 holds half a character, '.ud800'"),
+        ("a.jsonl", b'{"text": "x\\ud800"}', {}, r"line 1 holds '.ud800', an unpaired surrogate"),
     ],
 )
 def test_bad_text_is_refused(

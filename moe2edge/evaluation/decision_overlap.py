@@ -120,7 +120,7 @@ def compare(decisions: Mapping[str, Decisions]) -> list[Overlap]:
     """
     names = list(decisions)
     if len(names) < 2:
-        raise InputError("there is only one file of decisions; give at least two different files")
+        raise InputError("only one file of decisions was given; give at least two different files")
     shapes = {
         name: describe_shape(each.source.family, each.experts_before)
         for name, each in decisions.items()
