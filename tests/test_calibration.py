@@ -104,7 +104,7 @@ def test_missing_text_is_refused(tmp_path: Path) -> None:
 def test_a_foreign_tokenizer_is_refused(tmp_path: Path, tokenizer: Any) -> None:
     path = tmp_path / "a.txt"
     path.write_text("z" * 99)
-    with pytest.raises(InputError, match="not this model's tokenizer"):
+    with pytest.raises(InputError, match="put this model's tokenizer files into its folder"):
         load_tokens(source(path), tokenizer, "calibration", (128, 50))
 
 

@@ -209,7 +209,7 @@ def test_what_does_not_fit_is_told(tiny: Make) -> None:
             (first, *others[:3], Full(4, 3), others[4]),
             "row of expert 4 runs stored expert 3, but there are 3",
         ),
-        ((first, *others[:3], Full(4, 0), others[4]), r"\[2\] are"),
+        ((first, *others[:3], Full(4, 0), others[4]), r"\[2\] have no row"),
     ):
         wrong = model.replace_block(replace(block, mlp=replace(layer, rows=rows)))
         with pytest.raises(Moe2EdgeError, match=said):

@@ -128,7 +128,7 @@ def compare(decisions: Mapping[str, Decisions]) -> list[Overlap]:
     for name in names[1:]:
         if shapes[name] != shapes[names[0]]:
             raise InputError(
-                f"{names[0]} is about {shapes[names[0]]}, {name} about {shapes[name]}; only "
+                f"{names[0]} is for {shapes[names[0]]}, {name} for {shapes[name]}; only "
                 "decisions about models of one shape can be compared"
             )
     return [
