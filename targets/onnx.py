@@ -63,8 +63,8 @@ class Onnx(Target):
         head_dim = model.family.geometry(model.config).head_dim
         if head_dim % HEAD_MULTIPLE:
             raise Unsupported(
-                f"heads of size {head_dim} are not supported, because rotary embeddings of ONNX Runtime "
-                f"need a multiple of {HEAD_MULTIPLE}; export to gptq or hf"
+                f"heads of size {head_dim} are not supported, because ONNX Runtime's rotary "
+                f"embeddings need a multiple of {HEAD_MULTIPLE}; export to gptq or hf"
             )
         for name, role, weight in model.tensors():
             if weight.scheme is None:
@@ -207,8 +207,8 @@ def _accept_layer(block: Block, layer: MoELayer) -> None:
     forms = {(e.gate.shape, w.scheme or w.dtype) for e in experts for w in (e.gate, e.up, e.down)}
     if len(forms) > 1:
         raise Unsupported(
-            f"block {block.index}: experts differ in width, dtype or scheme, but one fused operator "
-            "holds them all; give the experts of a layer one scheme"
+            f"block {block.index}: experts differ in width, dtype or scheme, but one fused "
+            "operator holds them all; give the experts of a layer one scheme"
         )
 
 

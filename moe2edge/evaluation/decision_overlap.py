@@ -129,7 +129,7 @@ def compare(decisions: Mapping[str, Decisions]) -> list[Overlap]:
         if shapes[name] != shapes[names[0]]:
             raise InputError(
                 f"{names[0]} is for {shapes[names[0]]}, {name} for {shapes[name]}; only "
-                "decisions about models of one shape can be compared"
+                "decisions for models of the same shape can be compared"
             )
     return [
         Overlap(a, b, tuple(_compare_layers(decisions[a], decisions[b])))
