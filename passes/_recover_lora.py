@@ -1,4 +1,4 @@
-"""Low-rank adapters, by peft: put on, trained like other parameters, and merged."""
+"""Low-rank adapters (LoRA) by peft: add them, and merge them after training."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from moe2edge.errors import InputError
 if TYPE_CHECKING:
     from torch import nn
 
-# What the names of adapters have in them.
+# Part of the names of all adapters.
 ADAPTER = ".lora_"
-# Of MLPs without experts. As modules peft takes these names for those of experts, in some families,
-# and puts adapters on experts instead; as parameters it leaves them alone (peft 0.21).
+# Matrices of MLPs without experts. Given as modules, peft mistakes these names for those of experts
+# in some families and adapts experts instead; given as parameters, it does not (peft 0.21).
 MLP_MATRICES = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
 
 
 def check_installed() -> None:
-    """Refuse to go on without peft.
+    """Check that peft is installed.
 
     Raises:
-        InputError: it is not there.
+        InputError: it is not.
     """
     if importlib.util.find_spec("peft") is None:
         raise InputError(
@@ -35,17 +35,17 @@ def check_installed() -> None:
 def adapt(
     model: nn.Module, adapted: Sequence[str], whole: Sequence[str], rank: int, seed: int
 ) -> tuple[Any, dict[str, nn.Parameter]]:
-    """A model with adapters, and what is to be trained of it, by name.
+    """Add adapters to a model; return it with the parameters to train, by name.
 
     Args:
         model: a transformers model.
-        adapted: names of the parameters that get one.
-        whole: names of parameters that are trained as they are.
-        rank: of the adapters, which are scaled by 2.
-        seed: of their first numbers.
+        adapted: names of the parameters that get an adapter.
+        whole: names of parameters that are trained themselves.
+        rank: rank of the adapters, which are scaled by 2.
+        seed: seed of their initial values.
 
     Raises:
-        AssertionError: peft has put adapters elsewhere.
+        AssertionError: peft has adapted other parameters.
     """
     import torch
     from peft import LoraConfig, get_peft_model
@@ -60,32 +60,32 @@ def adapt(
         task_type="CAUSAL_LM",
     )
     without_adapter = set(whole)
-    kept = {name: p for name, p in model.named_parameters() if name in without_adapter}
-    # peft draws from torch's own generator, and asks transformers by a name that is going away.
+    trained = {name: p for name, p in model.named_parameters() if name in without_adapter}
+    # peft draws from torch's global generator, and uses a deprecated name of transformers.
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         torch.manual_seed(seed)
         wrapped = get_peft_model(model, config)
-    found = {name: p for name, p in wrapped.named_parameters() if ADAPTER in name}
-    _check(adapted, list(found))
-    return wrapped, {**found, **kept}
+    adapters = {name: p for name, p in wrapped.named_parameters() if ADAPTER in name}
+    _check_adapters(adapted, list(adapters))
+    return wrapped, {**adapters, **trained}
 
 
-def _check(adapted: Sequence[str], found: Sequence[str]) -> None:
-    """See that every matrix has its adapter, and nothing else has one."""
-    wanted = Counter(name.rpartition(".")[0] for name in adapted)
-    # Where a module has several parameters with adapters, these are wrapped in one another.
-    there = Counter(
+def _check_adapters(adapted: Sequence[str], adapters: Sequence[str]) -> None:
+    """Check that every matrix to adapt has its adapter, and no other one has."""
+    expected = Counter(name.rpartition(".")[0] for name in adapted)
+    # Where a module has several parameters with adapters, peft nests their wrappers.
+    present = Counter(
         name.removeprefix("base_model.model.").partition(ADAPTER)[0].replace(".base_layer", "")
-        for name in found
+        for name in adapters
         if f"{ADAPTER}A" in name
     )
-    if wanted != there:
-        odd = next(iter((wanted - there) + (there - wanted)))
-        raise AssertionError(f"{odd} has {there[odd]} adapters, expected {wanted[odd]}")
+    if expected != present:
+        odd = next(iter((expected - present) + (present - expected)))
+        raise AssertionError(f"{odd} has {present[odd]} adapters, expected {expected[odd]}")
 
 
 def merge(wrapped: Any) -> nn.Module:
-    """The model with its adapters added to what they adapt."""
+    """Merge the adapters into the matrices that they adapt; return the model."""
     merged: nn.Module = wrapped.merge_and_unload()
     return merged

@@ -1,4 +1,7 @@
-"""Numbers of a trained transformers model back by role: the inverse of `modules.block_state`."""
+"""Trained parameters of a transformers model as tensors by role.
+
+The inverse of building its state dict in `moe2edge.runtime.decoder_blocks`.
+"""
 
 from __future__ import annotations
 
@@ -25,12 +28,12 @@ REPLACEMENTS, TIED = "mlp.experts.replacements", "mlp.experts.tied"
 
 @dataclass(frozen=True)
 class ParameterPlace:
-    """What a parameter of a transformers model holds.
+    """Place of a parameter of a transformers model in our model.
 
     Attributes:
-        block: index of its block; None for what is outside of blocks.
-        name: in the decoder layer; outside of blocks that on disk.
-        roles: of the tensors that it holds; outside of blocks none.
+        block: index of its block; None: it is outside of blocks.
+        name: name in the decoder layer; outside of blocks, name on disk.
+        roles: roles of the tensors that it holds; none outside of blocks.
     """
 
     block: int | None
@@ -39,60 +42,59 @@ class ParameterPlace:
 
 
 def locate_parameters(model: Model) -> dict[str, ParameterPlace]:
-    """Every parameter of the transformers model that `loading.to_transformers` makes, by name."""
-    found = {name: ParameterPlace(None, name) for name in model.rest}
+    """Locate every parameter of the transformers model that is built from ``model``, by name."""
+    places = {name: ParameterPlace(None, name) for name in model.rest}
     for block in model.blocks:
         for name, roles in list_block_parameters(block).items():
-            found[f"model.layers.{block.index}.{name}"] = ParameterPlace(block.index, name, roles)
-    return found
+            places[f"model.layers.{block.index}.{name}"] = ParameterPlace(block.index, name, roles)
+    return places
 
 
 def check_parameters(model: Model, names: Collection[str]) -> None:
     """Prove that every parameter of the transformers model has its place.
 
     Raises:
-        Moe2EdgeError: one has none, and would be left out of whatever is done to all.
+        Moe2EdgeError: one has none, or one is missing; it would be left out of the training.
     """
-    if strange := sorted(set(names) ^ set(locate_parameters(model))):
-        raise Moe2EdgeError(f"{strange[0]} of the transformers model has no place in ours")
+    if unknown := sorted(set(names) ^ set(locate_parameters(model))):
+        raise Moe2EdgeError(f"{unknown[0]} of the transformers model has no place in ours")
 
 
 def list_block_parameters(block: Block) -> dict[str, tuple[str, ...]]:
-    """Parameters of a block's decoder layer by name, with the roles of what each holds."""
-    found: dict[str, tuple[str, ...]] = {}
+    """List the parameters of a block's decoder layer by name, with the roles that each holds."""
+    parameters: dict[str, tuple[str, ...]] = {}
     for role, _ in block.weights():
         if name := find_module_name(role):
-            found[name] = (role,)
+            parameters[name] = (role,)
     if isinstance(layer := block.mlp, MoELayer):
         at, count = find_experts_name(layer), range(len(layer.experts))
         both = tuple(f"experts.{n}.{part}" for n in count for part in ("gate", "up"))
-        found[f"{at}.gate_up_proj"] = both
-        found[f"{at}.down_proj"] = tuple(f"experts.{n}.down" for n in count)
+        parameters[f"{at}.gate_up_proj"] = both
+        parameters[f"{at}.down_proj"] = tuple(f"experts.{n}.down" for n in count)
         rows = list(zip(layer.row_roles, layer.rows, strict=True))
         if layer.replaced:
             roles = [role for role, row in rows if isinstance(row, Replacement)]
-            found[f"{REPLACEMENTS}.constants"] = tuple(f"{role}.constant" for role in roles)
+            parameters[f"{REPLACEMENTS}.constants"] = tuple(f"{role}.constant" for role in roles)
             linear = [role for role, row in rows if isinstance(row, Linear)]
             for part in ("first", "second"):
-                found[f"{REPLACEMENTS}.{part}"] = tuple(f"{role}.{part}" for role in linear)
+                parameters[f"{REPLACEMENTS}.{part}"] = tuple(f"{role}.{part}" for role in linear)
         tied = [role for role, row in rows if isinstance(row, Tied)]
         for part, name in itertools.product(PARTS, ("first", "second")) if tied else ():
-            found[f"{TIED}.{part}_{name}"] = tuple(f"{role}.{part}.{name}" for role in tied)
-    return found
+            parameters[f"{TIED}.{part}_{name}"] = tuple(f"{role}.{part}.{name}" for role in tied)
+    return parameters
 
 
 def split_by_role(block: Block, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Numbers by role of some parameters of the block's decoder layer, by name."""
+    """Split parameters of the block's decoder layer, given by name, into tensors by role."""
     roles = list_block_parameters(block)
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for name, numbers in state.items():
-        pieces = _pieces(block, name, numbers)
-        found |= dict(zip(roles[name], pieces, strict=True))
-    return found
+        tensors |= dict(zip(roles[name], _split(block, name, numbers), strict=True))
+    return tensors
 
 
-def _pieces(block: Block, name: str, numbers: Tensor) -> list[Tensor]:
-    """What a parameter holds, in the order of its roles."""
+def _split(block: Block, name: str, numbers: Tensor) -> list[Tensor]:
+    """Split a parameter into the tensors that it holds, in the order of its roles."""
     layer, part = block.mlp, name.rpartition(".")[2]
     if not isinstance(layer, MoELayer):
         return [numbers]
@@ -109,13 +111,13 @@ def _pieces(block: Block, name: str, numbers: Tensor) -> list[Tensor]:
 
 
 def select_parameters(model: Model, wanted: Callable[[Block | None, str], bool]) -> list[str]:
-    """Names of the parameters all of whose tensors are wanted; those without numbers left out.
+    """Return the names of the parameters all of whose tensors are wanted; none that are empty.
 
     Args:
         model: the model.
-        wanted: says so of a block and a role; outside of blocks of None and the name on disk.
+        wanted: predicate on a block and a role; outside of blocks, on None and the name on disk.
     """
-    found = []
+    names = []
     for name, place in locate_parameters(model).items():
         if place.block is None:
             take = wanted(None, place.name)
@@ -123,22 +125,22 @@ def select_parameters(model: Model, wanted: Callable[[Block | None, str], bool])
             block = model.blocks[place.block]
             take = bool(place.roles) and all(wanted(block, role) for role in place.roles)
         if take:
-            found.append(name)
-    return found
+            names.append(name)
+    return names
 
 
 def attach_trained(model: Model, state: Mapping[str, Tensor], store: Store) -> Model:
-    """The model with the numbers of some parameters of its transformers model, by their names.
+    """Return the model with trained parameters of its transformers model, given by name.
 
-    Each takes the dtype of what it replaces.
+    Each tensor gets the dtype of the one that it replaces.
     """
-    known = locate_parameters(model)
-    rest = {known[name].name: t for name, t in state.items() if known[name].block is None}
+    places = locate_parameters(model)
+    rest = {places[name].name: t for name, t in state.items() if places[name].block is None}
     blocks: dict[int, dict[str, Tensor]] = {}
     for name, numbers in state.items():
-        if (index := known[name].block) is not None:
-            blocks.setdefault(index, {})[known[name].name] = numbers
-    for index, own in sorted(blocks.items()):
+        if (index := places[name].block) is not None:
+            blocks.setdefault(index, {})[places[name].name] = numbers
+    for index, parameters in sorted(blocks.items()):
         block = model.blocks[index]
-        model = model.replace_block(store.put(block, split_by_role(block, own)))
+        model = model.replace_block(store.put(block, split_by_role(block, parameters)))
     return replace(model, rest=store.put_rest(model.rest, rest)) if rest else model

@@ -1,7 +1,7 @@
-"""What outlives a killed training: weights, moments of the optimizer, the best weights, history.
+"""Checkpoints of a training: weights, moments of the optimizer, the best weights, history.
 
 Tensors are in safetensors files, named by step; ``state.json``, written after them, names those
-that count. So whatever is there is whole, and of one step.
+that count. So a checkpoint is always complete, and of one step, even if the process is killed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,14 @@ Tensors = Mapping[str, "Tensor"]
 
 @dataclass(frozen=True)
 class Line:
-    """An evaluation: the mean loss of the steps before it, None before any; held-out perplexity."""
+    """An evaluation on held-out text.
+
+    Attributes:
+        step: number of steps before it.
+        loss: mean loss of the steps since the evaluation before, in nats; None: there were none.
+        perplexity: perplexity of the held-out text.
+        learning_rate: learning rate of the next step.
+    """
 
     step: int
     loss: float | None
@@ -37,15 +44,15 @@ class Line:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a training stands, but for its tensors.
+    """Progress of a training, without its tensors.
 
     Attributes:
-        step: steps that were made.
+        step: number of completed steps.
         best_step: the step with the lowest held-out perplexity so far.
-        since: evaluations after that one.
-        losses: losses of the steps after the last line of the history.
-        history: one line for each evaluation.
-        finished: whether it is over, and only the best weights matter.
+        since: number of evaluations after that one.
+        losses: losses of the steps after the last evaluation.
+        history: all evaluations.
+        finished: whether the training is over, and only the best weights matter.
     """
 
     step: int = 0
@@ -57,17 +64,17 @@ class Progress:
 
     @property
     def best(self) -> float:
-        """The lowest held-out perplexity so far; infinite before the first evaluation."""
+        """Lowest held-out perplexity so far; infinite before the first evaluation."""
         return min((line.perplexity for line in self.history), default=float("inf"))
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A training as it was saved.
+    """A checkpoint of a training.
 
     Attributes:
-        progress: where it stood.
-        best: the best weights by name; empty if those from before the first step are.
+        progress: progress at that time.
+        best: the best weights by name; empty if those before the first step are the best.
         now: weights by name, and moments by ``exp_avg.NAME`` and ``exp_avg_sq.NAME``; empty if the
             training is over.
     """
@@ -79,12 +86,12 @@ class Saved:
 
 @dataclass(frozen=True)
 class States:
-    """The folder of a training."""
+    """The folder with the checkpoint of a training."""
 
     folder: Path
 
     def progress(self) -> Progress | None:
-        """Where what was saved last stands; None if nothing was.
+        """Read the progress of the checkpoint; None: there is no checkpoint.
 
         Raises:
             InputError: the file is damaged.
@@ -102,14 +109,14 @@ class States:
             ) from error
 
     def load(self) -> Saved | None:
-        """What was saved last; None if nothing was. What a kill left besides is removed.
+        """Load the checkpoint; None: there is none. Remove files that an interruption left.
 
         Raises:
             InputError: a file is damaged.
         """
         progress = self.progress()
         names = [] if progress is None else _stems(progress)
-        self._keep([f"{name}.safetensors" for name in names])
+        self._remove_others([f"{name}.safetensors" for name in names])
         if progress is None:
             return None
         now = {} if progress.finished else self._read(f"now-{progress.step}")
@@ -117,7 +124,7 @@ class States:
         return Saved(progress, best, now)
 
     def save(self, saved: Saved) -> None:
-        """Write down; what was saved before is gone only then."""
+        """Write a checkpoint; remove the one before it only then."""
         progress = saved.progress
         names = [
             self._write(stem, saved.now if stem.startswith("now") else saved.best)
@@ -125,16 +132,16 @@ class States:
         ]
         write_atomically(self.folder / STATE, json.dumps(asdict(progress)))
         sync_folder(self.folder)
-        self._keep(names)
+        self._remove_others(names)
 
-    def _keep(self, names: Collection[str]) -> None:
-        """Remove all tensors but those in some files."""
+    def _remove_others(self, names: Collection[str]) -> None:
+        """Remove all files of tensors but those in ``names``."""
         for path in (*self.folder.glob("now-*"), *self.folder.glob("best-*")):
             if path.name not in names:
                 path.unlink()
 
     def _write(self, stem: str, tensors: Tensors) -> str:
-        """Write a file that is not there yet; its name."""
+        """Write a file of tensors unless it exists; return its name."""
         path = self.folder / f"{stem}.safetensors"
         if not path.exists():
             write_durably(
@@ -149,16 +156,16 @@ class States:
             entries = open_file(path)
         except InputError as error:
             raise describe_damage(path, str(error.__cause__).partition("\n")[0]) from error
-        # A copy, as the file goes before the tensor does.
+        # A copy, because the file is removed while the tensor is still in use.
         return {name: read_tensor(path, name).clone() for name in entries}
 
 
 def describe_damage(path: Path, what: str) -> InputError:
-    """What to say of a file that is not as it was written."""
-    return InputError(f"{path} is damaged: {what}; begin the training anew with --resume never")
+    """Make the error for a file whose content is not what was written."""
+    return InputError(f"{path} is damaged: {what}; restart the training with --resume never")
 
 
 def _stems(progress: Progress) -> list[str]:
-    """Of the files that hold the tensors of a training that stands there."""
+    """List the stems of the files that hold the tensors of a checkpoint."""
     best = [f"best-{progress.best_step}"] if progress.best_step else []
     return best if progress.finished else [*best, f"now-{progress.step}"]

@@ -1,7 +1,7 @@
-"""What the source says about a text: its most likely next tokens, kept on the disk.
+"""The source as teacher: its most likely next tokens of a text, saved on disk; and the losses.
 
-The source is walked over block by block, so that it is never in memory as a whole. Samples go in
-pieces; a piece that is there is not computed again.
+The text is walked through the source block by block, so the source is never in memory as a whole.
+Samples are processed in pieces; a piece that is on disk is not computed again.
 """
 
 from __future__ import annotations
@@ -24,26 +24,27 @@ from moe2edge.storage.safetensors_files import PlannedTensor, open_file, read_te
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Of a piece. Each reads all blocks of the source once; hidden states of all its tokens are kept.
+# Tokens of a piece. Each piece reads all blocks of the source once, with the hidden states of all
+# of its tokens in memory.
 PIECE_TOKENS = 1 << 15
-# Bytes of a kept token: its id as int32, its log-probability as float16.
+# Bytes of a saved token: its id as int32, its log-probability as float16.
 KEPT_NBYTES = 6
-# Probability that other tokens have together at least.
+# Least probability that all other tokens have together.
 LEAST_PROBABILITY = 1e-6
 
 
 def estimate_teacher_bytes(samples: int, length: int, top: int) -> int:
-    """Bytes on the disk of what is kept of a text."""
+    """Estimate the bytes on disk of the ``top`` most likely tokens of a text."""
     return samples * (length - 1) * top * KEPT_NBYTES
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """The most likely next tokens of every position but the last, by the source.
+    """The most likely next tokens at every position but the last, by the source.
 
     Attributes:
-        folder: where they are.
-        piece: samples in a file.
+        folder: folder of their files.
+        piece: number of samples in a file.
     """
 
     folder: Path
@@ -59,42 +60,44 @@ class Teacher:
         reporter: Reporter,
         memory: Memory,
     ) -> Teacher:
-        """Compute what is not there yet.
+        """Compute the most likely next tokens, as far as they are not on disk.
 
         Args:
-            source: the model that is asked.
+            source: the model.
             tokens: int64 [samples, length].
-            top: tokens that are kept of each position.
-            folder: where to; of this text, source and ``top`` alone.
-            watcher: told about progress.
-            memory: what the walk may take.
+            top: number of tokens to save for each position.
+            folder: folder of the files, for this text, source and ``top`` alone.
+            reporter: gets progress and the estimated time.
+            memory: limit of the walk.
         """
         piece = max(1, PIECE_TOKENS // tokens.shape[1])
-        made = cls(folder, piece)
-        told = False
+        teacher = cls(folder, piece)
+        reported = False
         for at in range(0, len(tokens), piece):
-            path, part = made._path(at), tokens[at : at + piece]
-            if _is_whole(path, (len(part), tokens.shape[1] - 1, top)):
+            path, part = teacher._get_path(at), tokens[at : at + piece]
+            if _is_complete(path, (len(part), tokens.shape[1] - 1, top)):
                 continue
             label = f"recover: the source on samples {at} to {at + len(part) - 1}"
             begun = time.perf_counter()
             hidden = walk.observe(source, part, (), reporter.advance, label, memory)
             _write(path, source, hidden, top)
             left = (len(tokens) - at) / len(part) - 1
-            if left > 0 and not told:
+            if left > 0 and not reported:
                 minutes = left * (time.perf_counter() - begun) / 60
-                reporter.log(f"recover: about {minutes:.1f} minutes to ask the source for the rest")
-                told = True
-        return made
+                reporter.log(
+                    f"recover: about {minutes:.1f} minutes to run the source on the other samples"
+                )
+                reported = True
+        return teacher
 
-    def _path(self, sample: int) -> Path:
+    def _get_path(self, sample: int) -> Path:
         return self.folder / f"source-{sample // self.piece:05}.safetensors"
 
     def read(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Ids int64 and log-probabilities float32 of some samples, [rows, length - 1, top]."""
+        """Read ids int64 and log-probabilities float32 of samples, both [rows, length - 1, top]."""
         ids, log_p = [], []
         for row in rows.tolist():
-            path, at = self._path(row), row % self.piece
+            path, at = self._get_path(row), row % self.piece
             ids.append(read_tensor(path, "ids")[at].long())
             log_p.append(read_tensor(path, "log_p")[at].float())
         return torch.stack(ids), torch.stack(log_p)
@@ -105,19 +108,19 @@ class Teacher:
             path.unlink()
 
 
-def _is_whole(path: Path, shape: tuple[int, ...]) -> bool:
-    """Whether a piece is there, with all that it should have."""
+def _is_complete(path: Path, shape: tuple[int, ...]) -> bool:
+    """Return whether the file of a piece exists, with tensors of this shape."""
     if not path.exists():
         return False
     try:
         entries = open_file(path)
-    except InputError:  # cut short: it is made again
+    except InputError:  # truncated: it is computed again
         return False
     return {name: entry.shape for name, entry in entries.items()} == {"ids": shape, "log_p": shape}
 
 
 def _write(path: Path, source: Model, hidden: Tensor, top: int) -> None:
-    """Keep the most likely tokens behind each position of some samples."""
+    """Save the most likely next tokens at each position of some samples."""
     samples, length, _ = hidden.shape
     shape = (samples, length - 1, top)
     ids = torch.empty(shape, dtype=torch.int32)
@@ -138,7 +141,7 @@ def _write(path: Path, source: Model, hidden: Tensor, top: int) -> None:
 
 
 def compute_text_loss(ids: Tensor, logits: Tensor) -> Tensor:
-    """Mean cross-entropy of the next tokens, nats.
+    """Compute the mean cross-entropy of the next tokens, in nats.
 
     Args:
         ids: int64 [samples, length].
@@ -148,42 +151,41 @@ def compute_text_loss(ids: Tensor, logits: Tensor) -> Tensor:
 
 
 def compute_distance(ids: Tensor, log_p: Tensor, logits: Tensor, *, bucket: bool = False) -> Tensor:
-    """Mean ``sum_v p(v) (log p(v) - log q(v))`` over positions, nats.
+    """Compute the mean of ``sum_v p(v) (log p(v) - log q(v))`` over positions, in nats.
 
-    v goes over the source's most likely tokens only; p is the source's distribution over these,
-    scaled to sum to one, and q the student's over the whole vocabulary. With ``bucket`` p is not
+    v runs over the source's most likely tokens only; p is the source's distribution over these,
+    scaled to sum to one, and q the student's over the whole vocabulary. With ``bucket``, p is not
     scaled, and all other tokens together are one more v, for both.
 
     Args:
-        ids: those tokens, int64 [samples, length - 1, top].
+        ids: the most likely tokens, int64 [samples, length - 1, top].
         log_p: their log-probabilities by the source.
-        logits: of the student, [samples, length, vocabulary].
-        bucket: see above.
+        logits: logits of the student, [samples, length, vocabulary].
+        bucket: whether all other tokens count as one.
     """
     log_q = logits[:, :-1].log_softmax(-1).gather(-1, ids)
     if bucket:
-        log_p, log_q = _with_others(log_p), _with_others(log_q)
+        log_p, log_q = _append_others(log_p), _append_others(log_q)
     else:
         log_p = log_p.log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
 
 
-def _with_others(logs: Tensor) -> Tensor:
-    """Log-probabilities of some tokens, and of all others together as one more."""
-    # In half precision those of a whole vocabulary may add up to more than one.
+def _append_others(logs: Tensor) -> Tensor:
+    """Append the log-probability of all other tokens together to those of some tokens."""
+    # In half precision, the probabilities of a whole vocabulary may add up to more than one.
     known = logs.exp().sum(-1, keepdim=True).clamp(max=1 - LEAST_PROBABILITY)
     return torch.cat([logs, torch.log1p(-known)], -1)
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimized: the text's cross-entropy, the distance from the source, or both.
+    """Loss of a training: cross-entropy of the text, distance from the source, or both.
 
     Attributes:
-        teacher: what the source says; None: nobody is asked.
-        text_share: weight of the text's loss, that of the distance is the rest; without a teacher
-            it is all.
-        bucket: see `compute_distance`.
+        teacher: predictions of the source; None: cross-entropy alone.
+        text_share: weight of the cross-entropy; the distance has the rest of one.
+        bucket: argument of `compute_distance`.
     """
 
     teacher: Teacher | None = None
@@ -191,17 +193,17 @@ class Objective:
     bucket: bool = False
 
     def __call__(self, rows: Tensor, ids: Tensor, logits: Tensor) -> Tensor:
-        """The loss of some samples.
+        """Compute the loss of some samples.
 
         Args:
-            rows: which they are, int64 [rows].
+            rows: their indices, int64 [rows].
             ids: the samples, int64 [rows, length].
-            logits: the student's, [rows, length, vocabulary].
+            logits: logits of the student, [rows, length, vocabulary].
         """
         if self.teacher is None:
             return compute_text_loss(ids, logits)
-        kept, log_p = (t.to(logits.device) for t in self.teacher.read(rows))
-        loss = compute_distance(kept, log_p, logits, bucket=self.bucket)
+        top, log_p = (t.to(logits.device) for t in self.teacher.read(rows))
+        loss = compute_distance(top, log_p, logits, bucket=self.bucket)
         if not self.text_share:
             return loss
         return self.text_share * compute_text_loss(ids, logits) + (1 - self.text_share) * loss

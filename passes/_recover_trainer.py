@@ -1,8 +1,7 @@
-"""Training a model: AdamW on a text, the best weights on held-out text stay.
+"""Training of a model: AdamW on a text, with the best weights on held-out text as result.
 
-Everything that happens in a step follows from its number and what was saved behind the one before,
-so that a training which is killed and gone on with ends with the same bits (on a processor with the
-same number of threads).
+A step depends only on its number and on what is saved after the step before it. So a training that
+is killed and resumed ends with the same bits (on a CPU, with the same number of threads).
 """
 
 from __future__ import annotations
@@ -26,28 +25,28 @@ if TYPE_CHECKING:
 
     from moe2edge.progress import Reporter
 
-# Tokens in a forward pass; a larger batch is gone through in parts, whose gradients add up.
+# Tokens in a forward pass; a larger batch is split into parts, whose gradients are summed.
 TOKENS_AT_ONCE = 4096
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
 class TrainerSettings:
-    """How to train.
+    """Settings of a training.
 
     Attributes:
-        steps: at most.
-        batch: samples in a step.
-        learning_rate: the highest.
-        warmup: part of the steps in which the learning rate rises; then it falls as a cosine.
-        weight_decay: of matrices.
-        clip: highest norm of all gradients together.
-        seed: of the order of samples.
+        steps: most steps.
+        batch: number of samples in a step.
+        learning_rate: highest learning rate.
+        warmup: fraction of the steps in which the learning rate rises; then it falls as a cosine.
+        weight_decay: weight decay of matrices.
+        clip: largest norm of all gradients together.
+        seed: seed of the order of samples.
         eval_every: steps between evaluations.
-        patience: evaluations without improvement after which it stops; 0: never.
+        patience: evaluations without improvement after which training stops; 0: never.
         save_every: steps between checkpoints.
-        anneal: part of the steps in which experts that share a base part from their originals;
-            None: they have none.
+        anneal: fraction of the steps in which tied experts fade from their original matrices to
+            base and factors; None: there is no annealing.
     """
 
     steps: int
@@ -64,42 +63,42 @@ class TrainerSettings:
 
 
 class Anneals(Protocol):
-    """Merged experts that answer as ``share * original + (1 - share) * merged``."""
+    """Tied experts whose output is ``share * original + (1 - share) * tied``."""
 
     original_share: float
 
     def forget_originals(self) -> None:
-        """Their share is 0 from now on."""
+        """Drop the original matrices; their share stays 0."""
         ...
 
 
 def compute_original_share(step: int, settings: TrainerSettings) -> float:
-    """The share of originals in the answers of those that share a base, from 1 down to 0."""
+    """Compute the share of the originals in the outputs of tied experts, from 1 down to 0."""
     if not settings.anneal:
         return 0.0
     return max(0.0, 1.0 - step / (settings.anneal * settings.steps))
 
 
 def choose_rows(step: int, batch: int, count: int, seed: int) -> list[int]:
-    """Which of ``count`` samples a step takes: all in turn, each time in another order.
+    """Choose the samples of a step, out of ``count``: all in turn, each epoch in another order.
 
     >>> sorted(choose_rows(0, 2, 4, 7) + choose_rows(1, 2, 4, 7))
     [0, 1, 2, 3]
     """
-    found = []
+    rows = []
     for place in range(step * batch, (step + 1) * batch):
         order = np.random.default_rng([seed, place // count]).permutation(count)
-        found.append(int(order[place % count]))
-    return found
+        rows.append(int(order[place % count]))
+    return rows
 
 
 @dataclass(frozen=True)
 class Recovered:
-    """What came of a training.
+    """Result of a training.
 
     Attributes:
-        best: weights by name; empty if those from before the first step are the best.
-        progress: where it ended.
+        best: the best weights by name; empty if those before the first step are the best.
+        progress: final progress.
     """
 
     best: Mapping[str, Tensor]
@@ -110,15 +109,15 @@ class Trainer:
     """Trains some parameters of a transformers model.
 
     Args:
-        model: called with ids int64 [samples, length], it gives ``logits``.
-        parameters: those that are trained, by name.
-        tokens: to train on, int64 [samples, length].
-        held_out: to evaluate on, int64 [samples, length].
-        loss: of samples: which they are, their ids, and the logits that the model gives them.
-        settings: how to train.
-        states: where checkpoints are; None: there are none.
-        watcher: told about progress.
-        annealed: experts that share bases, with originals.
+        model: model that returns ``logits`` for ids int64 [samples, length].
+        parameters: parameters to train, by name.
+        tokens: text to train on, int64 [samples, length].
+        held_out: text to evaluate on, int64 [samples, length].
+        loss: loss of samples, given their indices, their ids, and the model's logits.
+        settings: settings of the training.
+        states: folder of the checkpoint; None: no checkpoints are saved.
+        reporter: gets progress and log lines.
+        annealed: tied experts that still have their original matrices.
     """
 
     def __init__(
@@ -137,14 +136,14 @@ class Trainer:
 
         self._model, self._parameters, self._loss = model, parameters, loss
         self._tokens, self._held_out = tokens, held_out
-        self._settings, self._states, self._watcher = settings, states, reporter
+        self._settings, self._states, self._reporter = settings, states, reporter
         self._annealed = annealed
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         for parameter in parameters.values():
             parameter.requires_grad_(True)
         self._device = next(iter(parameters.values())).device
-        # What torch does on a GPU by itself takes another copy of all parameters.
+        # The default on a GPU, not fused, takes another copy of all parameters.
         self._fused = self._device.type == "cuda"
         decay = settings.weight_decay
         matrices = [p for p in parameters.values() if p.ndim > 1]
@@ -159,21 +158,21 @@ class Trainer:
         )
         warm = round(settings.warmup * settings.steps)
         schedule = get_cosine_schedule_with_warmup(self._optimizer, warm, settings.steps)
-        # Of the step alone, so that there is no state to keep.
+        # A function of the step alone, so the schedule has no state to save.
         self._factor = schedule.lr_lambdas[0]
         self._progress = Progress()
         self._best: Mapping[str, Tensor] = {}
 
     def run(self) -> Recovered:
-        """Train to the end, or from where a run before stood.
+        """Train to the end, from the last checkpoint if there is one.
 
         Raises:
-            Diverged: the loss is no number any more.
+            Diverged: the loss, gradient or perplexity is NaN or infinite.
         """
         settings = self._settings
         self._restore()
         if not self._is_over():
-            self._tell_time()
+            self._report_time()
         if not self._progress.history:
             self._evaluate()
         while not self._is_over():
@@ -190,14 +189,14 @@ class Trainer:
 
     def _is_over(self) -> bool:
         progress, patience = self._progress, self._settings.patience
-        tired = 0 < patience <= progress.since
-        return progress.finished or tired or progress.step >= self._settings.steps
+        stalled = 0 < patience <= progress.since
+        return progress.finished or stalled or progress.step >= self._settings.steps
 
     # ---- steps -------------------------------------------------------------------------------
 
     def _make_step(self) -> None:
         settings, step = self._settings, self._progress.step
-        self._share(share := compute_original_share(step, settings))
+        self._set_share(share := compute_original_share(step, settings))
         if not share:
             for experts in self._annealed:
                 experts.forget_originals()
@@ -206,36 +205,36 @@ class Trainer:
             group["lr"] = rate
         self._optimizer.zero_grad(set_to_none=True)
         loss = self._backward(choose_rows(step, settings.batch, len(self._tokens), settings.seed))
-        self._check("loss", loss)
+        self._check_finite("loss", loss)
         parameters = list(self._parameters.values())
         for parameter in parameters:
-            if parameter.grad is None:  # every one has moments of the same age
+            if parameter.grad is None:  # so that all moments have had the same number of steps
                 parameter.grad = torch.zeros_like(parameter)
-        self._check("gradient", float(nn.utils.clip_grad_norm_(parameters, settings.clip)))
+        self._check_finite("gradient", float(nn.utils.clip_grad_norm_(parameters, settings.clip)))
         self._optimizer.step()
         done, losses = step + 1, (*self._progress.losses, loss)
         self._progress = replace(self._progress, step=done, losses=losses)
-        self._watcher.advance("recover", done, settings.steps, f"loss {loss:.3f}")
+        self._reporter.advance("recover", done, settings.steps, f"loss {loss:.3f}")
 
     def _backward(self, rows: Sequence[int]) -> float:
-        """The loss of some samples; its gradient is added up in the parameters."""
+        """Return the loss of some samples; add its gradient to that of the parameters."""
         total = 0.0
-        for part in _parts(torch.tensor(rows), self._tokens.shape[1]):
+        for part in _split(torch.tensor(rows), self._tokens.shape[1]):
             ids = self._tokens[part].to(self._device)
-            loss = self._loss(part, ids, self._logits(ids)) * (len(part) / len(rows))
+            loss = self._loss(part, ids, self._compute_logits(ids)) * (len(part) / len(rows))
             torch.autograd.backward(loss)
             total += float(loss.detach())
         return total
 
-    def _logits(self, ids: Tensor) -> Tensor:
+    def _compute_logits(self, ids: Tensor) -> Tensor:
         logits: Tensor = self._model(input_ids=ids, use_cache=False).logits
         return logits
 
-    def _check(self, what: str, value: float) -> None:
-        """Stop a training that has become none.
+    def _check_finite(self, what: str, value: float) -> None:
+        """Stop the training if a value is not finite.
 
         Raises:
-            Diverged: it has.
+            Diverged: it is not.
         """
         if not math.isfinite(value):
             found = "NaN" if math.isnan(value) else "infinite"
@@ -244,21 +243,22 @@ class Trainer:
                 f"learning_rate (now {self._settings.learning_rate:g})"
             )
 
-    def _share(self, share: float) -> None:
-        """Set how much of their originals experts that share a base answer."""
+    def _set_share(self, share: float) -> None:
+        """Set the share of the originals in the outputs of tied experts."""
         for experts in self._annealed:
             experts.original_share = share
 
     # ---- evaluation --------------------------------------------------------------------------
 
     def _evaluate(self) -> None:
-        """Look at held-out text, and keep the weights if they are the best so far."""
+        """Measure perplexity on held-out text, and keep the weights if they are the best so far."""
         progress, settings = self._progress, self._settings
         if progress.step and compute_original_share(progress.step, settings):
-            return  # what is trained still leans on what will be gone
-        self._share(0.0)
-        perplexity = metrics.measure(self._held_out, self._held_out_logits(), None).perplexity
-        self._check("held-out perplexity", perplexity)
+            return  # the trained weights still rely on the originals
+        self._set_share(0.0)
+        logits = self._compute_held_out_logits()
+        perplexity = metrics.measure(self._held_out, logits, None).perplexity
+        self._check_finite("held-out perplexity", perplexity)
         better = perplexity < progress.best
         if better and progress.step:
             self._best = {n: p.detach().to("cpu", copy=True) for n, p in self._parameters.items()}
@@ -277,36 +277,37 @@ class Trainer:
             history=(*progress.history, line),
         )
         loss = "" if line.loss is None else f"loss {line.loss:.4f}, "
-        self._watcher.log(
+        self._reporter.log(
             f"recover: step {progress.step} of {settings.steps}: {loss}held-out perplexity "
             f"{perplexity:.4f}, learning rate {line.learning_rate:.2e}"
         )
 
     @torch.no_grad()
-    def _held_out_logits(self) -> Iterator[Tensor]:
-        for part in _parts(torch.arange(len(self._held_out)), self._held_out.shape[1]):
-            yield from self._logits(self._held_out[part].to(self._device)).detach().float().cpu()
+    def _compute_held_out_logits(self) -> Iterator[Tensor]:
+        for part in _split(torch.arange(len(self._held_out)), self._held_out.shape[1]):
+            ids = self._held_out[part].to(self._device)
+            yield from self._compute_logits(ids).detach().float().cpu()
 
-    def _tell_time(self) -> None:
-        """Say how long all will take, by a step that is thrown away.
+    def _report_time(self) -> None:
+        """Report the estimated time of the training, measured on a step that is discarded.
 
-        In an evaluation there is a forward pass alone, a third of a step for as many samples.
+        An evaluation is a forward pass only, a third of a step for as many samples.
         """
         settings, step = self._settings, self._progress.step
         rows = choose_rows(step, settings.batch, len(self._tokens), settings.seed)
-        self._share(compute_original_share(step, settings))
+        self._set_share(compute_original_share(step, settings))
         seconds = 0.0
-        for _ in range(2):  # in the first one memory is found
+        for _ in range(2):  # the first one is slower: it allocates memory
             begun = time.perf_counter()
             self._backward(rows)
             seconds = time.perf_counter() - begun
         self._optimizer.zero_grad(set_to_none=True)
         left = settings.steps - step
-        looks = left // settings.eval_every + 1
-        evaluations = looks * len(self._held_out) / (3 * settings.batch)
-        self._watcher.log(
-            f"recover: {seconds:.2f} s for a step, about {(left + evaluations) * seconds / 60:.1f} "
-            f"minutes for {left} more steps, held-out text {looks} times"
+        evaluations = left // settings.eval_every + 1
+        as_steps = evaluations * len(self._held_out) / (3 * settings.batch)
+        self._reporter.log(
+            f"recover: {seconds:.2f} s for a step, about {(left + as_steps) * seconds / 60:.1f} "
+            f"minutes for {left} more steps and {evaluations} evaluations on held-out text"
         )
 
     # ---- checkpoints -------------------------------------------------------------------------
@@ -323,7 +324,7 @@ class Trainer:
         self._states.save(Saved(self._progress, self._best, now))
 
     def _restore(self) -> None:
-        """Go on from the last checkpoint, if there is one."""
+        """Resume from the last checkpoint, if there is one."""
         saved = self._states.load() if self._states is not None else None
         if saved is None:
             return
@@ -331,45 +332,46 @@ class Trainer:
         self._progress, self._best = saved.progress, saved.best
         if saved.progress.finished:
             return
-        self._watcher.log(f"recover: going on behind step {saved.progress.step}")
+        self._reporter.log(f"recover: resuming after step {saved.progress.step}")
         for name, parameter in self._parameters.items():
             parameter.data.copy_(saved.now[name])
             state: dict[str, Any] = {
                 moment: saved.now[f"{moment}.{name}"].to(parameter.device) for moment in MOMENTS
             }
-            # Where the optimizer keeps it: on a GPU beside the parameter, as it is fused there.
-            where = parameter.device if self._fused else "cpu"
-            state["step"] = torch.tensor(float(saved.progress.step), device=where)
+            # A fused optimizer expects the step on the device of the parameter, others on the CPU.
+            device = parameter.device if self._fused else "cpu"
+            state["step"] = torch.tensor(float(saved.progress.step), device=device)
             self._optimizer.state[parameter] = state
 
     def _check_saved(self, saved: Saved) -> None:
-        """Hold what was saved against the parameters.
+        """Check that a checkpoint has the names and shapes of the parameters.
 
         Raises:
-            InputError: it is not of these.
+            InputError: it does not.
         """
         assert self._states is not None
         shapes = {name: parameter.shape for name, parameter in self._parameters.items()}
         moments = {f"{moment}.{name}": s for name, s in shapes.items() for moment in MOMENTS}
-        for stem, wanted in (("best", shapes), ("now", shapes | moments)):
+        for stem, expected in (("best", shapes), ("now", shapes | moments)):
             found = {name: tensor.shape for name, tensor in getattr(saved, stem).items()}
-            if found and found != wanted:
-                odd = next(n for n in {**wanted, **found} if wanted.get(n) != found.get(n))
+            if found and found != expected:
+                odd = next(n for n in {**expected, **found} if expected.get(n) != found.get(n))
                 raise describe_damage(
                     self._states.folder / f"{stem}-*.safetensors",
-                    f"it has {odd} as {_shape(found.get(odd))}, expected {_shape(wanted.get(odd))}",
+                    f"shape of {odd} is {_describe_shape(found.get(odd))}, expected "
+                    f"{_describe_shape(expected.get(odd))}",
                 )
 
 
-def _shape(shape: Sequence[int] | None) -> str:
-    return "nothing" if shape is None else str(list(shape))
+def _describe_shape(shape: Sequence[int] | None) -> str:
+    return "none: it is not there" if shape is None else str(list(shape))
 
 
-def _parts(rows: Tensor, length: int) -> tuple[Tensor, ...]:
-    """Rows in parts of about `TOKENS_AT_ONCE` tokens."""
+def _split(rows: Tensor, length: int) -> tuple[Tensor, ...]:
+    """Split rows into parts of about `TOKENS_AT_ONCE` tokens."""
     return torch.split(rows, count_samples_at_once(length))
 
 
 def count_samples_at_once(length: int) -> int:
-    """Samples of a length in one forward pass."""
+    """Count the samples of a length in one forward pass."""
     return max(1, TOKENS_AT_ONCE // length)

@@ -1,4 +1,4 @@
-"""Trim a model as was decided before, without calibration."""
+"""Prune a model by a file of decisions, without calibration."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from moe2edge.pipeline.contract import Outcome, Trim
 
 
 class ApplyDecisions(Trim):
-    """Keep the blocks and experts, and set the thresholds, that a file of decisions names.
+    """Prune by a file of decisions: keep its blocks and experts, and set its thresholds.
 
-    The file is written by ``moe2edge decide``. What comes out is the model that an export with
-    the recipe of the file would give.
+    ``moe2edge decide`` writes the file. The result is the model that an export with the recipe of
+    the file would give.
     """
 
-    file: Annotated[str, Field(description="decisions, as moe2edge decide writes them")]
+    file: Annotated[str, Field(description="file of decisions, written by moe2edge decide")]
     any_source: Annotated[
         bool,
         Field(
-            description="apply them to another model of the same family and shape, such as a "
-            "fine-tuned one"
+            description="apply the decisions to another model of the same family and shape, such "
+            "as a fine-tuned one"
         ),
     ] = False
     sha256: Annotated[
@@ -36,26 +36,26 @@ class ApplyDecisions(Trim):
     ] = None
 
     def resolve(self, model: Model) -> Self:
-        """With the digest of the file, so that the recipe says which one it was."""
+        """Return the pass with the digest of the file, so that the recipe identifies the file."""
         return self.model_copy(update={"sha256": self._read()[1]})
 
     def _read(self) -> tuple[decisions.Decisions, str]:
         return decisions.read_decisions(Path(self.file), self.sha256)
 
     def check_source(self, sha256: Callable[[], str]) -> None:
-        """Refuse another model than the one that the decisions are about, unless that is asked for.
+        """Refuse other models than the source of the decisions, unless ``any_source`` is set.
 
         Raises:
-            InputError: it is another one.
+            InputError: it is another model.
         """
         if self.any_source:
             return
-        source, found = self._read()[0].source, sha256()
-        if source.sha256 != found:
+        source, digest = self._read()[0].source, sha256()
+        if source.sha256 != digest:
             raise InputError(
                 f"apply_decisions: {self.file} is about {source.model} (sha256 "
-                f"{source.sha256[:12]}...), this model has {found[:12]}...; decide for this one, "
-                "or set any_source: true"
+                f"{source.sha256[:12]}...), but this model has {digest[:12]}...; run moe2edge "
+                "decide for this model, or set any_source: true"
             )
 
     def check(self, model: Model) -> None:
@@ -63,7 +63,7 @@ class ApplyDecisions(Trim):
         refuse_replaced("apply_decisions", model)
 
     def plan(self, model: Model) -> Model:
-        """Return the result itself, as all of it is known.
+        """Return the result itself, which the decisions determine.
 
         Raises:
             InputError: the model is of another shape, or the decisions change nothing.
@@ -74,7 +74,7 @@ class ApplyDecisions(Trim):
         return result
 
     def apply(self, model: Model, facts: Facts) -> Outcome:
-        """Carry out what the file says."""
+        """Carry out the decisions."""
         result = self.plan(model)
         pairs = zip(
             decisions.describe_blocks(model), decisions.describe_blocks(result), strict=True

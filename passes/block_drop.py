@@ -1,4 +1,4 @@
-"""Remove whole transformer blocks that change what passes through them least."""
+"""Drop the transformer blocks that change the hidden states least."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 class BlockDrop(DropAlike):
-    """Drop the blocks whose input and output are most alike (Block Drop).
+    """Drop the blocks whose input and output are most similar (Block Drop).
 
-    The score of a block, or of a run of blocks, is the mean cosine over calibration tokens of what
-    goes in and what comes out (https://arxiv.org/abs/2406.02500). Blocks are scored once, on the
-    model as it stood when the stage began, and those that stay are renumbered.
+    The score of a block, or of a run of blocks, is the mean cosine of its input and output over the
+    calibration tokens (https://arxiv.org/abs/2406.02500). Blocks are scored once, on the model as
+    it was when the stage began. The remaining blocks are renumbered.
     """
 
     unit: ClassVar[str] = "block"
@@ -29,26 +29,27 @@ class BlockDrop(DropAlike):
     consecutive: Annotated[
         bool,
         Field(
-            description="drop one run of neighbours, scored as a whole; with threshold the longest "
-            "that reaches it. Holds the streams at the depths of a run in memory"
+            description="drop one run of adjacent blocks, scored as a whole; with threshold, the "
+            "longest run that reaches it. Keeps the hidden states of as many blocks in memory as a "
+            "run has"
         ),
     ] = False
 
     def whole(self, model: Model) -> int:
-        """All blocks."""
+        """Return the number of blocks."""
         return len(model.blocks)
 
     def check(self, model: Model) -> None:
-        """Refuse to drop no block, all blocks, or all that have experts."""
+        """Refuse to drop no block, all blocks, or all blocks with an MoE layer."""
         super().check(model)
         if self.limit >= len(model.moe_blocks):
             raise InputError(
                 f"block_drop: {self.option} is {self.limit}, which could remove all "
-                f"{len(model.moe_blocks)} MoE layers"
+                f"{len(model.moe_blocks)} MoE layers; choose at most {len(model.moe_blocks) - 1}"
             )
 
     def plan(self, model: Model) -> Model:
-        """The model without its last blocks."""
+        """Return the model without its last blocks."""
         return model.keep_blocks(range(len(model.blocks) - self.planned))
 
     @property
@@ -58,38 +59,43 @@ class BlockDrop(DropAlike):
         return (BlockSimilarityFactory(int(self.limit) if self.consecutive else 1),)
 
     def observers(self) -> tuple[ObserverFactory, ...]:
-        """Similarities of block inputs and outputs."""
+        """Return the observer of the similarities of block inputs and outputs."""
         return self._kinds
 
     def apply(self, model: Model, facts: Facts) -> Outcome:
-        """Drop the most redundant blocks; ties go to the deeper ones."""
+        """Drop the most redundant blocks; among equal scores, the deeper ones."""
         (kind,) = self._kinds
         cosine = facts[kind].cosine
-        runs = [run for run in self._runs(model) if _origins(run) in cosine]
+        runs = [run for run in self._list_runs(model) if _list_origins(run) in cosine]
         if not runs:
             raise InputError(
-                "block_drop: the runs of neighbours were scored before other blocks were dropped; "
-                "set rescore: true"
+                "block_drop: the runs of adjacent blocks were scored before other blocks were "
+                "dropped; set rescore: true"
             )
-        order = sorted(runs, key=lambda run: (-len(run), -cosine[_origins(run)], -run[0].index))
+        order = sorted(
+            runs, key=lambda run: (-len(run), -cosine[_list_origins(run)], -run[0].index)
+        )
         if self.threshold is not None:
-            order = [run for run in order if cosine[_origins(run)] >= self.threshold]
+            order = [run for run in order if cosine[_list_origins(run)] >= self.threshold]
             if not order:
-                return self.none_reaches(model, max(cosine[_origins(run)] for run in runs))
-        gone = order[: 1 if self.consecutive else int(self.limit)]
-        gone.sort(key=lambda run: run[0].index)
-        dropped = {block.index for run in gone for block in run}
+                return self.none_reaches(model, max(cosine[_list_origins(run)] for run in runs))
+        dropped = order[: 1 if self.consecutive else int(self.limit)]
+        dropped.sort(key=lambda run: run[0].index)
+        indices = {block.index for run in dropped for block in run}
         return Outcome(
-            model.keep_blocks([b.index for b in model.blocks if b.index not in dropped]),
+            model.keep_blocks([b.index for b in model.blocks if b.index not in indices]),
             changed=tuple(
-                f"block {block.origin} (cosine {cosine[_origins(run)]:.4f})"
-                for run in gone
+                f"block {block.origin} (cosine {cosine[_list_origins(run)]:.4f})"
+                for run in dropped
                 for block in run
             ),
         )
 
-    def _runs(self, model: Model) -> list[tuple[Block, ...]]:
-        """What may go: single blocks, or runs of the wanted length; with threshold of any."""
+    def _list_runs(self, model: Model) -> list[tuple[Block, ...]]:
+        """List what may be dropped: runs of one block, or of up to the limit if consecutive.
+
+        With a number to drop, runs have exactly this length.
+        """
         blocks, count = model.blocks, len(model.blocks)
         longest = int(self.limit) if self.consecutive else 1
         shortest = 1 if self.drop is None else longest
@@ -100,5 +106,5 @@ class BlockDrop(DropAlike):
         ]
 
 
-def _origins(run: tuple[Block, ...]) -> tuple[int, ...]:
+def _list_origins(run: tuple[Block, ...]) -> tuple[int, ...]:
     return tuple(block.origin for block in run)

@@ -1,4 +1,4 @@
-"""Choose how many experts each MoE layer keeps, when all layers share one budget."""
+"""Choose the number of experts that each MoE layer keeps, out of one budget for all layers."""
 
 from __future__ import annotations
 
@@ -22,53 +22,52 @@ if TYPE_CHECKING:
     from moe2edge.numerics.metrics import SampleSums
     from moe2edge.passes._allocation_trials import Ranker, Trial
 
-# Parts of the way from uniform to what the sensitivities say; these are the candidates.
+# The candidates: fractions of the way from uniform to the allocation by sensitivities.
 WAY = {"uniform": 0.0, "a quarter of the way": 0.25, "half way": 0.5,
        "three quarters of the way": 0.75, "least sum of sensitivities": 1.0}  # fmt: skip
 
 
 class ExpertBudget(Search):
-    """Keep as many experts in all as `keep` per layer would, more in layers that need more.
+    """Spread one budget of experts over all MoE layers: more experts in more sensitive layers.
 
-    Layers are trimmed one at a time to find out how sensitive each is to every count; dynamic
-    programming gives the allocation with the least sum of sensitivities. Those of several layers
-    do not simply add up, so that allocation is only a suggestion: it, the uniform one and some on
-    the way between them are tried on the whole model, and the one with the least KL to the
-    source's predictions is taken, uniform where they are equal.
+    In all, as many experts stay as with `keep` in every layer. Layers are pruned one at a time to
+    measure how sensitive each is to every number of experts; dynamic programming finds the
+    allocation with the least sum of sensitivities. Sensitivities of several layers do not simply
+    add up, so this allocation, the uniform one and some between them are tried on the whole model.
+    The one with the least KL divergence from the source's predictions is chosen; among equals, the
+    uniform one. A layer of n experts keeps the n best by `criterion`.
 
-    A part of the calibration samples is held out of all of this. What the choice gains over
-    uniform there is reported with a bootstrap interval.
-
-    Which experts stay in a layer of n: the n best by `criterion`.
+    A part of the calibration samples is held out of the choice. The gain over the uniform
+    allocation on it is reported with a bootstrap interval.
     """
 
     keep: Annotated[
         int | float,
         Field(
-            description="experts kept per layer, on average: a count, or a fraction of each layer, "
-            "rounded up"
+            description="experts to keep per layer, on average: a count, or a fraction of each "
+            "layer, rounded up"
         ),
     ]
     criterion: Annotated[
-        Criterion, Field(description="how experts are scored: it decides which stay in a layer")
+        Criterion, Field(description="score that ranks the experts of a layer; the best stay")
     ] = "mone"
     sensitivity: Annotated[
         Literal["error", "kl"],
         Field(
-            description="error: what trimming one layer does to its own output, for every count in "
-            "one walk; kl: to the model's predictions, which says a little more and costs a run "
-            "from that layer on for each count"
+            description="effect of pruning one layer: on its own output (error), for every count "
+            "in one walk; or on the model's predictions (kl), slightly more accurate, at the cost "
+            "of a run through all later layers for each count"
         ),
     ] = "error"
     floor: Annotated[
         int | None,
-        Field(ge=1, description="experts that each layer keeps at least; none: its top-k"),
+        Field(ge=1, description="fewest experts that each layer keeps; none: its top-k"),
     ] = None
     tokens: Annotated[
         int | None,
         Field(
             ge=1,
-            description="calibration tokens that sensitivity is measured on, of kl whole samples; "
+            description="calibration tokens to measure sensitivity on, with kl in whole samples; "
             "none: all that are not held out",
         ),
     ] = 16384
@@ -76,26 +75,29 @@ class ExpertBudget(Search):
         int,
         Field(
             ge=2,
-            description="with sensitivity kl, counts tried per layer; others are interpolated",
+            description="with sensitivity kl: counts to try per layer; others are interpolated",
         ),
     ] = 8
     samples: Annotated[
         int | None,
         Field(
             ge=1,
-            description="calibration samples that candidates are compared on; none: all that are "
-            "not held out",
+            description="calibration samples to compare candidates on; none: all that are not "
+            "held out",
         ),
     ] = None
     held_out: Annotated[
         float,
-        Field(gt=0, lt=1, description="part of the calibration samples that only the report uses"),
+        Field(
+            gt=0, lt=1, description="fraction of the calibration samples that only the report uses"
+        ),
     ] = 0.25
     clamp_top_k: Annotated[
-        bool, Field(description="lower top-k where fewer experts stay than it chooses")
+        bool, Field(description="lower top-k where fewer experts than top-k stay")
     ] = False
     seed: Annotated[
-        int, Field(ge=0, le=2**32 - 1, description="of the bootstrap, and for criterion random")
+        int,
+        Field(ge=0, le=2**32 - 1, description="seed of the bootstrap and of the criterion random"),
     ] = 0
 
     @field_validator("keep", mode="before")
@@ -106,18 +108,18 @@ class ExpertBudget(Search):
     # ---- shapes --------------------------------------------------------------------------------
 
     def uniform(self, model: Model) -> Counts:
-        """Experts per MoE layer if each keeps the same part."""
+        """Return the number of experts per MoE layer if each keeps the same fraction."""
         return tuple(selection.count_kept(self.keep, experts) for experts in model.expert_counts)
 
     def floors(self, model: Model) -> Counts:
-        """Experts that each MoE layer keeps at least."""
+        """Return the fewest experts that each MoE layer keeps."""
         return tuple(
             self.floor or (1 if self.clamp_top_k else layer.router.top_k)
             for _, layer in model.moe_blocks
         )
 
     def check(self, model: Model) -> None:
-        """Refuse budgets that layers cannot hold, or that leave nothing to choose."""
+        """Refuse budgets that layers cannot keep, or that leave nothing to choose."""
         refuse_replaced("expert_budget", model)
         kept, floors, full = self.uniform(model), self.floors(model), model.expert_counts
         for (block, layer), count, floor in zip(model.moe_blocks, kept, floors, strict=True):
@@ -128,7 +130,10 @@ class ExpertBudget(Search):
                     "to the set it has; put expert_skip after expert_budget"
                 )
             if count > experts:
-                raise InputError(f"expert_budget: keep {count} of the {experts} in {where}")
+                raise InputError(
+                    f"expert_budget: keep {count} of the {experts} experts in {where}; keep at "
+                    f"most {experts}"
+                )
             if min(count, floor) < top_k and not self.clamp_top_k:
                 option = f"keep {self.keep}" if count <= floor else f"floor {floor}"
                 raise InputError(
@@ -151,7 +156,7 @@ class ExpertBudget(Search):
             )
 
     def plan(self, model: Model) -> Model:
-        """As uneven as it may become: floors, and the first layers take what they leave."""
+        """Return the most uneven result: floors, and all other experts in the first layers."""
         total = sum(self.uniform(model))
         counts = selection.allocate_least_even(self.floors(model), model.expert_counts, total)
         for (block, layer), count in zip(model.moe_blocks, counts, strict=True):
@@ -163,7 +168,7 @@ class ExpertBudget(Search):
     # ---- search --------------------------------------------------------------------------------
 
     def search(self, context: PassContext) -> Outcome:
-        """Measure sensitivities, try the candidates, and report on what was held out.
+        """Measure sensitivities, try the candidates, and report the gain on held-out samples.
 
         Raises:
             InputError: there are too few calibration samples.
@@ -174,36 +179,38 @@ class ExpertBudget(Search):
         from moe2edge.passes import _allocation_trials
 
         choosing, held_out = bootstrap.split_samples(len(context.tokens), self.held_out)
-        self._state_cost(context, len(choosing), len(held_out))
+        self._report_cost(context, len(choosing), len(held_out))
         advance = context.reporter.advance
-        trial, ranker = self._ranked(context, context.tokens[choosing])
-        costs = self._sensitivities(context, trial, ranker)
-        candidates = self._candidates(context.model, costs)
+        trial, ranker = self._rank(context, context.tokens[choosing])
+        costs = self._measure_sensitivities(context, trial, ranker)
+        candidates = self._list_candidates(context.model, costs)
         tried = list(dict.fromkeys(candidates.values()))
-        compared = trial.first(self._compared(len(choosing)))
-        judged = dict(zip(tried, compared.judge(tried, _told(context, "candidates")), strict=True))
+        compared = trial.first(self._count_compared(len(choosing)))
+        results = compared.judge(tried, _report_progress(context, "candidates"))
+        judged = dict(zip(tried, results, strict=True))
         chosen = min(tried, key=lambda counts: bootstrap.compute_mean_kl(judged[counts]))
-        notes = self._notes(candidates, judged, chosen)
+        notes = self._describe_candidates(candidates, judged, chosen)
         uniform = candidates["uniform"]
         if chosen != uniform:
             rest = context.tokens[held_out]
             hidden = walk.observe(context.source, rest, (), advance, "expert_budget: held-out text")
             last = _allocation_trials.Trial(trial.trimmer, context.source, hidden, rest)
-            mine, even = last.judge([chosen, uniform], _told(context, "held-out text"))
-            notes.append(self._gain(mine, even))
-        return _outcome(context.model, trial.trimmer.trim(chosen), notes)
+            progress = _report_progress(context, "held-out text")
+            mine, even = last.judge([chosen, uniform], progress)
+            notes.append(self._describe_gain(mine, even))
+        return _make_outcome(context.model, trial.trimmer.trim(chosen), notes)
 
-    def _compared(self, choosing: int) -> int:
-        """Number of samples that candidates are compared on."""
+    def _count_compared(self, choosing: int) -> int:
+        """Count the samples on which candidates are compared."""
         return min(choosing, self.samples or choosing)
 
-    def _measured(self, choosing: int, length: int) -> int:
-        """Number of samples that sensitivity kl is measured on."""
-        wanted = choosing if self.tokens is None else self.tokens // length
-        return min(choosing, max(1, wanted))
+    def _count_measured(self, choosing: int, length: int) -> int:
+        """Count the samples on which sensitivity kl is measured."""
+        samples = choosing if self.tokens is None else self.tokens // length
+        return min(choosing, max(1, samples))
 
-    def _tried(self, model: Model) -> list[Counts]:
-        """Allocations that sensitivity kl tries: nothing trimmed, then one layer at a time."""
+    def _list_tried(self, model: Model) -> list[Counts]:
+        """List the allocations that sensitivity kl tries: all experts, then one pruned layer."""
         from moe2edge.numerics import allocation
 
         full = model.expert_counts
@@ -213,8 +220,8 @@ class ExpertBudget(Search):
         ]
         return [full, *allocation.list_single_layer_allocations(full, counts)]
 
-    def _state_cost(self, context: PassContext, choosing: int, held_out: int) -> None:
-        """Say what the search will cost before it starts."""
+    def _report_cost(self, context: PassContext, choosing: int, held_out: int) -> None:
+        """Report the cost of the search before it starts, and check that it fits in memory."""
         from moe2edge.numerics import subset_loss
         from moe2edge.passes import _allocation_trials
         from moe2edge.runtime.memory import check_memory as check_memory
@@ -222,14 +229,14 @@ class ExpertBudget(Search):
         model, (samples, length) = context.model, context.tokens.shape
         blocks, kept, full = len(model.blocks), self.uniform(model), model.expert_counts
         hidden = model.rest["model.embed_tokens.weight"].shape[1]
-        compared, measured = self._compared(choosing), self._measured(choosing, length)
+        compared, measured = self._count_compared(choosing), self._count_measured(choosing, length)
         numbers = length * hidden
         if self.sensitivity == "kl":
-            tried = self._tried(model)
+            tried = self._list_tried(model)
             together = _allocation_trials.count_at_once(measured * numbers)
             runs = _allocation_trials.count_block_runs(model, tried, together)
             what = (
-                f"{len(tried)} allocations that trim one layer or none, {runs:,} block runs over "
+                f"{len(tried)} allocations that prune one layer or none, {runs:,} block runs over "
                 f"{measured} samples"
             )
             work = runs * measured
@@ -245,7 +252,8 @@ class ExpertBudget(Search):
             )
         together = min(len(WAY), _allocation_trials.count_at_once(compared * numbers))
         needed = max(needed, 8 * compared * numbers * together) + 4 * samples * numbers
-        # One walk over the choosing part ranks the experts, or shows what the source predicts.
+        # One walk over the choosing part ranks the experts; the model's last hidden states serve as
+        # those of the source if it is the same model.
         work += blocks * (choosing * (1 + (context.source is not model)) + 3 * held_out)
         work += len(WAY) * blocks * compared
         context.reporter.log(
@@ -262,8 +270,8 @@ class ExpertBudget(Search):
             within=context.memory.limit,
         )
 
-    def _ranked(self, context: PassContext, tokens: Tensor) -> tuple[Trial, Ranker]:
-        """Rank all experts, with sensitivity error measured on the way."""
+    def _rank(self, context: PassContext, tokens: Tensor) -> tuple[Trial, Ranker]:
+        """Rank all experts, and measure sensitivity error in the same walk."""
         from moe2edge.calibration import walk
         from moe2edge.passes import _allocation_trials
 
@@ -284,31 +292,33 @@ class ExpertBudget(Search):
         trimmer = _allocation_trials.Trimmer(model, rankings, self.clamp_top_k)
         return _allocation_trials.Trial(trimmer, context.source, hidden, tokens), ranker
 
-    def _sensitivities(
+    def _measure_sensitivities(
         self, context: PassContext, trial: Trial, ranker: Ranker
     ) -> list[list[float]]:
-        """Per MoE layer, the cost of keeping its floor, one more, ... all of its experts."""
+        """Measure, per MoE layer, the cost of keeping its floor, one more, ... all experts."""
         from moe2edge.numerics import allocation, bootstrap
 
         model = context.model
         if self.sensitivity == "error":
             return [ranker.errors[block.index] for block, _ in model.moe_blocks]
-        tried = self._tried(model)
-        measured = trial.first(self._measured(*trial.tokens.shape))
-        found = measured.judge(tried, _told(context, "sensitivity"))
+        tried = self._list_tried(model)
+        measured = trial.first(self._count_measured(*trial.tokens.shape))
+        results = measured.judge(tried, _report_progress(context, "sensitivity"))
         kl = {
             counts: bootstrap.compute_mean_kl(sums)
-            for counts, sums in zip(tried, found, strict=True)
+            for counts, sums in zip(tried, results, strict=True)
         }
         full = model.expert_counts
         rows = []
         for n, (floor, experts) in enumerate(zip(self.floors(model), full, strict=True)):
-            own = {counts[n]: kl[counts] for counts in tried if counts[n] < experts}
-            rows.append(allocation.interpolate_costs(own | {experts: kl[full]}, floor, experts))
+            known = {counts[n]: kl[counts] for counts in tried if counts[n] < experts}
+            rows.append(allocation.interpolate_costs(known | {experts: kl[full]}, floor, experts))
         return rows
 
-    def _candidates(self, model: Model, costs: Sequence[Sequence[float]]) -> Mapping[str, Counts]:
-        """Allocations to try, by what they are; uniform comes first."""
+    def _list_candidates(
+        self, model: Model, costs: Sequence[Sequence[float]]
+    ) -> Mapping[str, Counts]:
+        """List the allocations to try, by name; uniform comes first."""
         from moe2edge.numerics import allocation
 
         even = self.uniform(model)
@@ -317,47 +327,48 @@ class ExpertBudget(Search):
 
     # ---- report --------------------------------------------------------------------------------
 
-    def _notes(
+    def _describe_candidates(
         self,
         candidates: Mapping[str, Counts],
         judged: Mapping[Counts, list[SampleSums]],
         chosen: Counts,
     ) -> list[str]:
-        """What was tried, and how it did."""
+        """Describe each allocation that was tried, and its results."""
         from moe2edge.numerics import bootstrap
 
         notes = []
         for counts, sums in judged.items():
-            names = ", ".join(name for name, own in candidates.items() if own == counts)
+            names = ", ".join(name for name, these in candidates.items() if these == counts)
             taken = " (taken)" if counts == chosen else ""
+            kl, loss = bootstrap.compute_mean_kl(sums), bootstrap.compute_mean_loss(sums)
             notes.append(
                 f"{names}{taken}: experts per MoE layer {' '.join(map(str, counts))}; KL to the "
-                f"source {bootstrap.compute_mean_kl(sums):.4f}, loss {bootstrap.compute_mean_loss(sums):.4f} nats per "
-                f"token on {len(sums)} calibration samples"
+                f"source {kl:.4f}, loss {loss:.4f} nats per token on {len(sums)} calibration "
+                "samples"
             )
         return notes
 
-    def _gain(self, mine: Sequence[SampleSums], even: Sequence[SampleSums]) -> str:
-        """The difference to uniform on held-out samples, with intervals."""
+    def _describe_gain(self, mine: Sequence[SampleSums], even: Sequence[SampleSums]) -> str:
+        """Describe the difference to uniform on held-out samples, with bootstrap intervals."""
         from moe2edge.numerics import bootstrap
 
         loss, kl = bootstrap.compare_paired(mine, even, self.seed)
         return (
             f"held out: taken minus uniform, nats per token, over {loss.samples} calibration "
-            f"samples that nothing was chosen by: loss {loss}, KL {kl}"
+            f"samples that no choice was based on: loss {loss}, KL {kl}"
         )
 
 
-def _told(context: PassContext, what: str) -> Callable[[int, int], None]:
-    """Progress under a label, in block runs."""
+def _report_progress(context: PassContext, what: str) -> Callable[[int, int], None]:
+    """Return a callback that reports progress under a label, in block runs."""
     return lambda done, total: context.reporter.advance(f"expert_budget: {what}", done, total)
 
 
-def _outcome(before: Model, after: Model, notes: Sequence[str]) -> Outcome:
-    """An account by layers; experts by their place in the source."""
+def _make_outcome(before: Model, after: Model, notes: Sequence[str]) -> Outcome:
+    """Make the outcome, with the dropped experts of each layer by their index in the source."""
     changed = [
-        f"block {old.index}: experts {gone}"
+        f"block {old.index}: experts {dropped}"
         for old, new in zip(before.blocks, after.blocks, strict=True)
-        if (gone := sorted(set(old.expert_origins) - set(new.expert_origins)))
+        if (dropped := sorted(set(old.expert_origins) - set(new.expert_origins)))
     ]
     return Outcome(after, changed=tuple(changed), notes=tuple(notes))

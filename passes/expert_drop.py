@@ -1,4 +1,4 @@
-"""Remove the least useful experts of MoE layers, with their router rows."""
+"""Drop the experts of lowest saliency from MoE layers, with their router rows."""
 
 from __future__ import annotations
 
@@ -17,53 +17,58 @@ from moe2edge.numerics import selection
 from moe2edge.pipeline.checks import refuse_replaced
 from moe2edge.pipeline.contract import Outcome, Trim
 
-# Super experts are looked for in this part of the blocks, from the first (REAP's code).
+# Super experts, as in REAP's code: searched in this fraction of the blocks, from the first; their
+# largest output is above this quantile of all experts, and above this fraction of the maximum.
 GUARDED_PART, GUARDED_QUANTILE, GUARDED_RATIO = 0.75, 0.995, 0.1
 
 Ids = Mapping[int, list[int]]
 
 
 class ExpertDrop(Trim):
-    """Keep the experts of highest saliency, in their old order.
+    """Drop the experts of lowest saliency, with their router rows (Expert Drop).
 
-    Formulas of the criteria are in `moe2edge.numerics.saliency`. Experts and router rows go together; the
-    softmax over the rows that stay renormalizes by itself. A layer with one expert left becomes a
-    plain MLP, one with none left is gone (a shared expert stays).
+    The remaining experts stay in order, and the softmax over the remaining router rows renormalizes
+    by itself. A layer with one expert left becomes a plain MLP; a layer with none left is removed,
+    except for its shared expert. Expert Drop and its routing scores:
+    https://arxiv.org/abs/2406.02500; criterion reap: https://arxiv.org/abs/2510.13999.
     """
 
     keep: Annotated[
         int | float | list[int],
         Field(
-            description="experts kept: a count, a fraction of each layer, rounded up, or a list "
+            description="experts to keep: a count, a fraction of each layer, rounded up, or a list "
             "with a count for each MoE layer, where 0 removes the layer"
         ),
     ]
-    criterion: Annotated[Criterion, Field(description="how experts are scored")] = "reap"
+    criterion: Annotated[Criterion, Field(description="score by which experts are ranked")] = "reap"
     scope: Annotated[
         Literal["layer", "global"],
         Field(
-            description="layer: each keeps so many; global: the layers share one budget, and the "
-            "best of all stay"
+            description="layer: each layer keeps this many; global: the layers share one budget, "
+            "and the best experts of the model stay"
         ),
     ] = "layer"
     floor: Annotated[
         int | None,
         Field(
-            ge=1, description="with scope global, experts that each layer keeps; none: its top-k"
+            ge=1,
+            description="with scope global: fewest experts that each layer keeps; none: its top-k",
         ),
     ] = None
     protect_super_experts: Annotated[
         bool, Field(description="keep experts with extreme outputs, whatever their score")
     ] = False
-    reverse: Annotated[bool, Field(description="drop the best: an ablation")] = False
+    reverse: Annotated[bool, Field(description="drop the best experts instead, as an ablation")] = (
+        False
+    )
     clamp_top_k: Annotated[
-        bool, Field(description="lower top-k where fewer experts stay than it chooses")
+        bool, Field(description="lower top-k where fewer experts than top-k stay")
     ] = False
-    seed: Annotated[int, Field(ge=0, le=2**32 - 1, description="for criterion random")] = 0
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1, description="seed of the criterion random")] = 0
 
     @field_validator("keep", mode="before")
     @classmethod
-    def _keep_is_sensible(cls, value: object) -> object:
+    def _check_keep(cls, value: object) -> object:
         if isinstance(value, list):
             if not value or not all(type(count) is int and count >= 0 for count in value):
                 raise ValueError("a list of counts, one for each MoE layer")
@@ -77,7 +82,7 @@ class ExpertDrop(Trim):
         return value
 
     def count(self, experts: int, position: int = 0) -> int:
-        """How many of ``experts`` stay in the MoE layer at ``position``.
+        """Return how many of ``experts`` stay in the MoE layer at ``position``.
 
         >>> ExpertDrop(keep=0.75).count(6), ExpertDrop(keep=4).count(6)
         (5, 4)
@@ -86,15 +91,15 @@ class ExpertDrop(Trim):
             return self.keep[position]
         return selection.count_kept(self.keep, experts)
 
-    def _counts(self, model: Model) -> dict[int, int]:
-        """Experts that stay under scope layer, by block."""
+    def _count_kept(self, model: Model) -> dict[int, int]:
+        """Count the experts that stay with scope layer, by block."""
         return {
             block.index: self.count(len(layer.experts), n)
             for n, (block, layer) in enumerate(model.moe_blocks)
         }
 
-    def _floors(self, model: Model) -> dict[int, int]:
-        """Experts that a layer keeps at least under scope global, by block."""
+    def _list_floors(self, model: Model) -> dict[int, int]:
+        """List the fewest experts that each layer keeps with scope global, by block."""
         return {
             block.index: self.floor or (1 if self.clamp_top_k else layer.router.top_k)
             for block, layer in model.moe_blocks
@@ -109,16 +114,20 @@ class ExpertDrop(Trim):
                 "expert_drop: thresholds of expert_skip belong to the experts that were there; put "
                 "expert_skip after it"
             )
-        counts, floors = self._counts(model), self._floors(model)
+        counts, floors = self._count_kept(model), self._list_floors(model)
         for block, layer in model.moe_blocks:
             experts, kept, top_k = len(layer.experts), counts[block.index], layer.router.top_k
             if kept > experts:
                 raise InputError(
-                    f"expert_drop: keep {kept} of the {experts} in block {block.index}"
+                    f"expert_drop: keep {kept} of the {experts} experts in block {block.index}; "
+                    f"keep at most {experts}"
                 )
             least = floors[block.index] if self.scope == "global" else kept
             if least > experts:
-                raise InputError(f"expert_drop: floor {least} of the {experts} experts")
+                raise InputError(
+                    f"expert_drop: floor {least} of the {experts} experts in block {block.index}; "
+                    f"choose at most {experts}"
+                )
             if 0 < least < top_k and not self.clamp_top_k:
                 raise InputError(
                     f"expert_drop: keep {self.keep} leaves {least} experts in block {block.index} "
@@ -128,7 +137,7 @@ class ExpertDrop(Trim):
         if self.scope == "global" and sum(counts.values()) < sum(floors.values()):
             raise InputError(
                 f"expert_drop: keep {self.keep} is {sum(counts.values())} experts in all, but the "
-                f"floors of the layers add up to {sum(floors.values())}"
+                f"floors of the layers add up to {sum(floors.values())}; raise keep, or lower floor"
             )
         if sum(counts.values()) == sum(model.expert_counts):
             raise InputError(f"expert_drop: keep {self.keep} keeps every expert; nothing to do")
@@ -136,11 +145,11 @@ class ExpertDrop(Trim):
     def _check_options(self, model: Model) -> None:
         """Refuse options that contradict each other, or a list for another number of layers."""
         if self.floor is not None and self.scope == "layer":
-            raise InputError("expert_drop: floor goes with scope global")
+            raise InputError("expert_drop: floor needs scope: global; set it, or leave floor out")
         if not isinstance(self.keep, list):
             return
         if self.scope == "global":
-            raise InputError("expert_drop: keep lists a count per layer; scope is layer then")
+            raise InputError("expert_drop: keep lists a count per layer, which needs scope: layer")
         if len(self.keep) != len(model.moe_blocks):
             raise InputError(
                 f"expert_drop: keep lists {len(self.keep)} counts for "
@@ -148,16 +157,16 @@ class ExpertDrop(Trim):
             )
 
     def plan(self, model: Model) -> Model:
-        """Each layer with its first experts; with scope global, as uneven as it may become."""
-        counts = self._counts(model)
+        """Return each layer with its first experts; with scope global, the most uneven result."""
+        counts = self._count_kept(model)
         if self.scope == "global":
-            floors, full = list(self._floors(model).values()), model.expert_counts
+            floors, full = list(self._list_floors(model).values()), model.expert_counts
             planned = selection.allocate_least_even(floors, full, sum(counts.values()))
             counts = dict(zip(counts, planned, strict=True))
-        return self._kept(model, {index: list(range(n)) for index, n in counts.items()})
+        return self._keep_experts(model, {index: list(range(n)) for index, n in counts.items()})
 
     def observers(self) -> tuple[ObserverFactory, ...]:
-        """What the criterion and the guard need to know."""
+        """Return the observers that the criterion and the protection of super experts need."""
         from moe2edge.calibration.router_observers import OutputObserver
 
         kinds = criteria.list_observers(self.criterion)
@@ -166,7 +175,7 @@ class ExpertDrop(Trim):
         return kinds
 
     def apply(self, model: Model, facts: Facts) -> Outcome:
-        """Keep the best experts; ties go to the lower index, and to the earlier block."""
+        """Keep the best experts; among equal scores, the lower index and the earlier block."""
         sign = -1 if self.reverse else 1
         scores = {
             block.index: [
@@ -174,46 +183,47 @@ class ExpertDrop(Trim):
             ]
             for block, _ in model.moe_blocks
         }
-        guarded = _super_experts(model, facts) if self.protect_super_experts else []
-        for index, expert in guarded:
+        protected = _find_super_experts(model, facts) if self.protect_super_experts else []
+        for index, expert in protected:
             scores[index][expert] = math.inf
-        chosen = self._chosen(model, scores)
+        chosen = self._choose(model, scores)
         notes: list[str] = []
-        for index, expert in guarded:
+        for index, expert in protected:
             if expert not in chosen[index]:
                 raise InputError(
                     f"expert_drop: {len(chosen[index])} experts of block {index} would stay, and a "
                     "super expert would not; keep more of them there"
                 )
             origin = model.blocks[index].expert_origins[expert]
-            notes.append(f"block {index}: expert {origin} is protected")
-        kept = self._kept(model, chosen)
+            notes.append(f"block {index}: expert {origin} is a super expert, and stays")
+        pruned = self._keep_experts(model, chosen)
         dropped = []
-        for old, new in zip(model.blocks, kept.blocks, strict=True):
-            if gone := sorted(set(old.expert_origins) - set(new.expert_origins)):
-                dropped.append(f"block {old.index}: experts {gone}")
-        return Outcome(kept, changed=tuple(dropped), notes=tuple(notes))
+        for old, new in zip(model.blocks, pruned.blocks, strict=True):
+            if experts := sorted(set(old.expert_origins) - set(new.expert_origins)):
+                dropped.append(f"block {old.index}: experts {experts}")
+        return Outcome(pruned, changed=tuple(dropped), notes=tuple(notes))
 
-    def _chosen(self, model: Model, scores: Mapping[int, list[float]]) -> Ids:
-        """The best of each layer; with scope global each layer's floor, then the best of all."""
-        counts = self._counts(model)
-        sure = counts if self.scope == "layer" else self._floors(model)
+    def _choose(self, model: Model, scores: Mapping[int, list[float]]) -> Ids:
+        """Choose the best of each layer; with scope global, its floor, then the best of all."""
+        counts = self._count_kept(model)
+        minimum = counts if self.scope == "layer" else self._list_floors(model)
         ids = {
-            index: sorted(selection.rank_by_score(row)[: sure[index]])
+            index: sorted(selection.rank_by_score(row)[: minimum[index]])
             for index, row in scores.items()
         }
-        left = sum(counts.values()) - sum(sure.values())
+        remaining = sum(counts.values()) - sum(minimum.values())
         others = [
             (-score, index, expert)
             for index, row in scores.items()
             for expert, score in enumerate(row)
             if expert not in ids[index]
         ]
-        for _, index, expert in sorted(others)[:left]:
+        for _, index, expert in sorted(others)[:remaining]:
             ids[index] = sorted([*ids[index], expert])
         return ids
 
-    def _kept(self, model: Model, ids: Ids) -> Model:
+    def _keep_experts(self, model: Model, ids: Ids) -> Model:
+        """Return the model with the experts ``ids`` of each MoE layer."""
         for block, layer in model.moe_blocks:
             chosen = ids[block.index]
             if len(chosen) < len(layer.experts):
@@ -222,8 +232,8 @@ class ExpertDrop(Trim):
         return model
 
 
-def _super_experts(model: Model, facts: Facts) -> list[tuple[int, int]]:
-    """Block and position of experts whose largest output is beyond that of all others.
+def _find_super_experts(model: Model, facts: Facts) -> list[tuple[int, int]]:
+    """Find block and position of experts whose largest output far exceeds that of others.
 
     Removing a few of them ruins a model (https://arxiv.org/abs/2507.23279). The rule is that of
     REAP's code: in the first three quarters of the blocks, above the 99.5th percentile and above

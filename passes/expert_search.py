@@ -1,4 +1,4 @@
-"""Search the experts to keep: those that change what an MoE layer puts out least."""
+"""Search the set of experts to keep that changes the output of each MoE layer least."""
 
 from __future__ import annotations
 
@@ -24,47 +24,46 @@ if TYPE_CHECKING:
 
 
 class ExpertSearch(Search):
-    """In every MoE layer keep the set of experts with the least reconstruction loss.
+    """In every MoE layer, keep the set of experts with the least reconstruction loss.
 
-    The loss is ``||Z - Z'||_F``, of the layer's output and of its output with the kept experts
-    only, over all calibration tokens (NAEE, https://arxiv.org/abs/2402.14800). NAEE's code adds up
-    one norm per batch, so that its choice depends on the batch size; here it is one norm over all
-    tokens. Sets of equal loss: the first in lexicographic order of what is kept.
+    The loss is ``||Z - Z'||_F`` over all calibration tokens, with Z the output of the layer and Z'
+    its output with the kept experts only (NAEE, https://arxiv.org/abs/2402.14800). NAEE's code sums
+    one norm per batch, so its choice depends on the batch size; here, one norm covers all tokens.
+    Among sets of equal loss, the first in lexicographic order is kept.
 
-    Every expert runs once on every token, and sets only re-weight (`moe2edge.numerics.subset_loss`). Dynamic
-    skipping comes after this pass: its thresholds belong to the experts that stay.
+    Every expert runs once on every token; sets only re-weight the outputs. Dynamic skipping comes
+    after this pass, because its thresholds belong to the experts that stay.
     """
 
     keep: Annotated[
         int | float,
-        Field(description="experts kept per layer: a count, or a fraction, rounded up"),
+        Field(description="experts to keep per layer: a count, or a fraction, rounded up"),
     ]
     method: Annotated[
         Literal["auto", "exhaustive", "greedy", "beam"],
         Field(
-            description="exhaustive: every set; greedy: remove the expert that costs least, again "
-            "and again; beam: the same from several sets at once; auto: exhaustive within limit, "
-            "else beam"
+            description="exhaustive: try every set; greedy: remove the expert that costs least, "
+            "again and again; beam: the same from several sets at once; auto: exhaustive within "
+            "limit, else beam"
         ),
     ] = "auto"
     limit: Annotated[
         int, Field(ge=1, description="most sets per layer that an exhaustive search tries")
     ] = 2000
-    width: Annotated[int, Field(ge=1, description="sets that a beam goes on from")] = 4
+    width: Annotated[int, Field(ge=1, description="number of sets that a beam keeps")] = 4
     progressive: Annotated[
         bool,
         Field(
-            description="false: each layer is judged within the intact model; true: with the "
-            "inputs that it gets once earlier layers are trimmed, against the outputs of the "
-            "source"
+            description="false: judge each layer in the intact model; true: with the inputs that "
+            "it gets once earlier layers are pruned, against the outputs of the source"
         ),
     ] = False
     tokens: Annotated[
         int | None,
-        Field(ge=1, description="calibration tokens looked at, evenly spread; none: all"),
+        Field(ge=1, description="calibration tokens to use, spread evenly; none: all"),
     ] = None
     clamp_top_k: Annotated[
-        bool, Field(description="lower top-k where fewer experts stay than it chooses")
+        bool, Field(description="lower top-k where fewer experts than top-k stay")
     ] = False
 
     @field_validator("keep", mode="before")
@@ -73,7 +72,7 @@ class ExpertSearch(Search):
         return check_amount(value)
 
     def count(self, experts: int) -> int:
-        """How many of ``experts`` stay.
+        """Return how many of ``experts`` stay.
 
         >>> ExpertSearch(keep=0.75).count(6), ExpertSearch(keep=4).count(6)
         (5, 4)
@@ -81,17 +80,17 @@ class ExpertSearch(Search):
         return count_kept(self.keep, experts)
 
     def is_exhaustive(self, experts: int) -> bool:
-        """Whether every set of so many experts is tried; otherwise a beam goes through them."""
+        """Return whether every set is tried for a layer of so many experts, not only a beam."""
         few = math.comb(experts, self.count(experts)) <= self.limit
         return few and self.method in ("auto", "exhaustive")
 
     @property
     def beam_width(self) -> int:
-        """Sets that a beam goes on from."""
+        """Number of sets that a beam keeps; greedy search is a beam of one."""
         return 1 if self.method == "greedy" else self.width
 
     def tries(self, experts: int) -> int:
-        """Losses computed at most for a layer of so many experts."""
+        """Return the most losses that are computed for a layer of so many experts."""
         from moe2edge.numerics.subset_loss import count_beam_tries
 
         kept = self.count(experts)
@@ -100,13 +99,16 @@ class ExpertSearch(Search):
         return count_beam_tries(experts, kept, self.beam_width)
 
     def check(self, model: Model) -> None:
-        """Refuse counts that a layer cannot keep, and searches without end."""
+        """Refuse counts that a layer cannot keep, and exhaustive searches beyond the limit."""
         refuse_replaced("expert_search", model)
         for block, layer in model.moe_blocks:
             experts, top_k = len(layer.experts), layer.router.top_k
             kept, where = self.count(experts), f"block {block.index}"
             if kept > experts:
-                raise InputError(f"expert_search: keep {kept} of the {experts} in {where}")
+                raise InputError(
+                    f"expert_search: keep {kept} of the {experts} experts in {where}; keep at most "
+                    f"{experts}"
+                )
             if kept < top_k and not self.clamp_top_k:
                 raise InputError(
                     f"expert_search: keep {self.keep} leaves {kept} experts in {where} where the "
@@ -124,11 +126,11 @@ class ExpertSearch(Search):
                     f"{where} tries {sets:.3g} sets, more than limit {self.limit}; raise limit, "
                     "or set method: beam"
                 )
-        if not self._layers(model):
+        if not self._find_layers(model):
             raise InputError(f"expert_search: keep {self.keep} keeps every expert; nothing to do")
 
-    def _layers(self, model: Model) -> dict[int, MoELayer]:
-        """The layers that lose experts, by block."""
+    def _find_layers(self, model: Model) -> dict[int, MoELayer]:
+        """Find the layers that lose experts, by block."""
         return {
             block.index: layer
             for block, layer in model.moe_blocks
@@ -136,17 +138,17 @@ class ExpertSearch(Search):
         }
 
     def plan(self, model: Model) -> Model:
-        """Each layer with its first experts."""
-        for index, layer in self._layers(model).items():
+        """Return the model with the first experts of each layer."""
+        for index, layer in self._find_layers(model).items():
             first = range(self.count(len(layer.experts)))
-            model = model.replace_block(self._trimmed(model.blocks[index], tuple(first)))
+            model = model.replace_block(self._prune(model.blocks[index], tuple(first)))
         return model
 
-    def _trimmed(self, block: Block, kept: tuple[int, ...]) -> Block:
+    def _prune(self, block: Block, kept: tuple[int, ...]) -> Block:
         return block.keep_experts(kept, clamp_top_k=self.clamp_top_k)
 
     def search(self, context: PassContext) -> Outcome:
-        """Decide layer after layer; one layer's evidence is in memory at a time.
+        """Decide layer by layer; the evidence of one layer is in memory at a time.
 
         Raises:
             DoesNotFit: the machine lacks the memory.
@@ -154,8 +156,8 @@ class ExpertSearch(Search):
         from moe2edge.calibration import walk
         from moe2edge.calibration.evidence import EvidenceObserver
 
-        layers = self._layers(context.model)
-        self._state_cost(context, layers)
+        layers = self._find_layers(context.model)
+        self._report_cost(context, layers)
         advance = context.reporter.advance
         decider = _Decider(
             self, EvidenceObserver(context.tokens.numel(), self.tokens), set(layers), advance
@@ -171,16 +173,24 @@ class ExpertSearch(Search):
             )
         else:
             walk.observe(
-                context.model, context.tokens, [_LayerWise(decider)], advance, "expert_search"
+                context.model,
+                context.tokens,
+                [_DecidingObserver(decider)],
+                advance,
+                "expert_search",
             )
             model = context.model
             for index in layers:
                 block = model.blocks[index]
-                model = model.replace_block(self._trimmed(block, decider.found[index].kept))
-        return self._outcome(context.model, model, decider)
+                model = model.replace_block(self._prune(block, decider.decisions[index].kept))
+        return self._make_outcome(context.model, model, decider)
 
-    def _state_cost(self, context: PassContext, layers: Mapping[int, MoELayer]) -> None:
-        """Say what the search will cost before it starts."""
+    def _report_cost(self, context: PassContext, layers: Mapping[int, MoELayer]) -> None:
+        """Report the cost of the search before it starts, and check that it fits in memory.
+
+        Raises:
+            DoesNotFit: the machine lacks the memory.
+        """
         from moe2edge.numerics import subset_loss
         from moe2edge.runtime.memory import check_memory as check_memory
 
@@ -203,24 +213,24 @@ class ExpertSearch(Search):
             needed,
             f"expert_search keeps products of the outputs of {max(counts)} experts for {tokens:,} "
             "tokens",
-            "set tokens to fewer, or search on a larger one",
+            "set tokens to fewer, or search on a larger machine",
             context.memory.limit,
         )
 
-    def _outcome(self, before: Model, after: Model, decider: _Decider) -> Outcome:
-        """An account by layers; experts by their place in the source."""
+    def _make_outcome(self, before: Model, after: Model, decider: _Decider) -> Outcome:
+        """Make the outcome, with the dropped experts of each layer by their index in the source."""
         changed, notes = [], []
-        for index, found in decider.found.items():
+        for index, decision in decider.decisions.items():
             old, new = before.blocks[index].expert_origins, after.blocks[index].expert_origins
             changed.append(f"block {index}: experts {sorted(set(old) - set(new))}")
             notes.append(
                 f"block {index}: relative reconstruction error {decider.errors[index]:.4f}, "
-                f"{found.tried:,} sets tried"
+                f"{decision.tried:,} sets tried"
             )
         return Outcome(after, changed=tuple(changed), notes=tuple(notes))
 
     def choose(self, evidence: SubsetEvidence, advance: Advance, label: str) -> SearchResult:
-        """The set to keep in one layer."""
+        """Choose the set to keep in one layer."""
         from moe2edge.numerics import subset_loss
 
         keep = self.count(evidence.experts)
@@ -235,55 +245,55 @@ class ExpertSearch(Search):
 
 @dataclass(frozen=True)
 class _Decider:
-    """Decides a layer as soon as all of its tokens have been seen; changes blocks in a walk.
+    """Decides each layer once all of its tokens are observed; prunes blocks in a walk.
 
     Attributes:
         step: the pass.
-        gatherer: of the evidence.
-        blocks: those that lose experts.
-        advance: told about progress within layers.
-        found: decisions, by block.
+        evidence: gathers the evidence of one layer after another.
+        blocks: indices of the blocks that lose experts.
+        advance: reports progress within layers.
+        decisions: sets of experts to keep, by block.
         errors: relative reconstruction errors, by block.
     """
 
     step: ExpertSearch
-    gatherer: EvidenceObserver
+    evidence: EvidenceObserver
     blocks: set[int]
     advance: Advance
-    found: dict[int, SearchResult] = field(default_factory=dict)
+    decisions: dict[int, SearchResult] = field(default_factory=dict)
     errors: dict[int, float] = field(default_factory=dict)
 
     def observe(self, trace: BlockTrace, source: BlockTrace | None = None) -> None:
-        """Take in one batch of a block, and of its twin, whose output is the target if given."""
+        """Add one batch of a block, and of its twin, whose output is the target if given."""
         layer, index = trace.block.mlp, trace.block.index
         target = None if source is None else source.mlp_outputs
         if index not in self.blocks or not isinstance(layer, MoELayer):
             return
-        self.gatherer.observe(trace, target)
-        if self.gatherer.complete:
-            evidence = self.gatherer.take(layer)
+        self.evidence.observe(trace, target)
+        if self.evidence.complete:
+            evidence = self.evidence.take(layer)
             label = f"expert_search: block {index}, sets"
-            self.found[index] = self.step.choose(evidence, self.advance, label)
-            self.errors[index] = evidence.compute_relative_error(self.found[index].loss)
+            self.decisions[index] = self.step.choose(evidence, self.advance, label)
+            self.errors[index] = evidence.compute_relative_error(self.decisions[index].loss)
 
     def change(self, block: Block) -> Block:
-        """The block with the experts that were chosen."""
-        if block.index not in self.found:
+        """Return the block with the chosen experts."""
+        if block.index not in self.decisions:
             return block
-        kept = self.found[block.index].kept
+        kept = self.decisions[block.index].kept
         return block.keep_experts(kept, clamp_top_k=self.step.clamp_top_k)
 
 
 @dataclass(frozen=True)
-class _LayerWise:
-    """The same as an observer of a walk that changes nothing."""
+class _DecidingObserver:
+    """Observer that decides each layer in a walk that changes nothing."""
 
     decider: _Decider
 
     def observe(self, trace: BlockTrace) -> None:
-        """Take in one batch."""
+        """Add one batch of a block."""
         self.decider.observe(trace)
 
     def result(self) -> Mapping[int, SearchResult]:
-        """The decisions, by block."""
-        return self.decider.found
+        """Return the decisions, by block."""
+        return self.decider.decisions

@@ -16,29 +16,34 @@ from moe2edge.pipeline.contract import Outcome, Trim
 
 
 class ExpertSkip(Trim):
-    """Give every router thresholds below which a chosen expert is not run for a token.
+    """Skip chosen experts of low weight, token by token, at run time (dynamic skipping).
 
-    With two experts per token this is the rule of https://arxiv.org/abs/2402.14800: the second is
-    left out where its weight is below beta times the first's, beta being the median of that ratio
-    over calibration tokens; for more, see `moe2edge.calibration.router_observers`. The weights that stay are scaled to
-    sum to one where the router does so. All experts stay in the model.
-
-    Attributes:
-        rescore: other than elsewhere on from the start, because thresholds belong to the experts
-            that are left.
+    Every router gets thresholds. With two experts per token this is the rule of
+    https://arxiv.org/abs/2402.14800: the second expert is skipped where its weight is below beta
+    times that of the first, with beta the median of this ratio over the calibration tokens. With
+    more experts per token, each one after the first has a threshold of its own, by the same rule.
+    The remaining weights are scaled to sum to one if the router does so. All experts stay in the
+    model.
     """
 
-    rescore: bool = True
+    rescore: Annotated[
+        bool,
+        Field(
+            description="begin a new stage, so that thresholds are those of the experts that stay; "
+            "on by default here, unlike in other passes"
+        ),
+    ] = True
     quantile: Annotated[
         float,
         Field(
-            gt=0, lt=1, description="of the ratio of an expert's weight to the first's: about the "
-            "part of tokens that skip it; 0.5 is the paper's median"
+            gt=0, lt=1, description="quantile of the ratio of an expert's weight to the first "
+            "one's that is its threshold: about the fraction of tokens that skip it; 0.5 is the "
+            "paper's median"
         ),
     ] = 0.5  # fmt: skip
 
     def check(self, model: Model) -> None:
-        """Refuse a model without a second expert to skip, or one that skips already."""
+        """Refuse models without a second expert to skip, and models that skip already."""
         refuse_replaced("expert_skip", model)
         if all(layer.router.top_k < 2 for _, layer in model.moe_blocks):
             raise InputError("expert_skip: no layer chooses two experts or more; nothing to skip")
@@ -46,19 +51,19 @@ class ExpertSkip(Trim):
             raise InputError("expert_skip: the recipe has it twice; keep one")
 
     def plan(self, model: Model) -> Model:
-        """The model with thresholds that skip nothing."""
-        return self._with(
+        """Return the model with thresholds that skip nothing."""
+        return self._set_thresholds(
             model, {b.origin: (0.0,) * (m.router.top_k - 1) for b, m in model.moe_blocks}
         )
 
     def observers(self) -> tuple[ObserverFactory, ...]:
-        """Ratios of the weights of chosen experts."""
+        """Return the observer of the ratios of the weights of chosen experts."""
         from moe2edge.calibration.router_observers import RatioObserver
 
         return (RatioObserver,)
 
     def apply(self, model: Model, facts: Facts) -> Outcome:
-        """Thresholds from the routers as they were when the stage began."""
+        """Set thresholds, computed from the routers as they were when the stage began."""
         from moe2edge.calibration import router_observers
         from moe2edge.numerics import skipping
 
@@ -76,9 +81,11 @@ class ExpertSkip(Trim):
                 changed.append(f"block {block.index}: thresholds {shown}")
             else:
                 notes.append(f"block {block.index}: one expert per token, nothing to skip")
-        return Outcome(self._with(model, below), changed=tuple(changed), notes=tuple(notes))
+        pruned = self._set_thresholds(model, below)
+        return Outcome(pruned, changed=tuple(changed), notes=tuple(notes))
 
-    def _with(self, model: Model, below: dict[int, tuple[float, ...]]) -> Model:
+    def _set_thresholds(self, model: Model, below: dict[int, tuple[float, ...]]) -> Model:
+        """Return the model with thresholds ``below``, by the origin of the block."""
         for block, layer in model.moe_blocks:
             router = replace(layer.router, skip_below=below[block.origin])
             mlp: MoELayer = replace(layer, router=router)

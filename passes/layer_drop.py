@@ -1,4 +1,4 @@
-"""Remove MoE layers that change what passes through them least; attention stays."""
+"""Drop the MoE layers that change the hidden states least; attention stays."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ if TYPE_CHECKING:
 
 
 class LayerDrop(DropAlike):
-    """Drop the MoE layers whose input and output are most alike (Layer Drop).
+    """Drop the MoE layers whose input and output are most similar (Layer Drop).
 
-    Layers are scored once, on the model as it stood when the stage began
-    (https://arxiv.org/abs/2406.02500; formulas in `moe2edge.calibration.similarity.LayerSimilarity`). Dense
-    layers are never dropped, a shared expert goes with its layer, and one MoE layer stays.
+    The score of a layer is the mean cosine of its input and output over the calibration tokens
+    (https://arxiv.org/abs/2406.02500). Layers are scored once, on the model as it was when the
+    stage began. A shared expert is dropped with its layer; dense layers and at least one MoE layer
+    stay.
     """
 
     unit: ClassVar[str] = "MoE layer"
@@ -28,46 +29,47 @@ class LayerDrop(DropAlike):
     norm: Annotated[
         bool,
         Field(
-            description="true: the norm before the layer counts as part of it and goes with it; "
-            "false: it stays, and its output is added to the stream in the layer's place"
+            description="true: the norm before the layer is scored and dropped with it; false: the "
+            "norm stays, and its output is added to the residual stream in place of the layer's"
         ),
     ] = True
 
     def whole(self, model: Model) -> int:
-        """MoE layers, of which one stays."""
+        """Return the number of MoE layers."""
         return len(model.moe_blocks)
 
     def plan(self, model: Model) -> Model:
-        """The model without its last MoE layers."""
-        return self._without(model, [block for block, _ in model.moe_blocks[-self.planned :]])
+        """Return the model without its last MoE layers."""
+        return self._drop_layers(model, [block for block, _ in model.moe_blocks[-self.planned :]])
 
-    def _without(self, model: Model, blocks: list[Block]) -> Model:
+    def _drop_layers(self, model: Model, blocks: list[Block]) -> Model:
+        """Return the model without the MoE layers of some blocks."""
         for block in blocks:
             model = model.replace_block(block.without_mlp(keep_norm=not self.norm))
         return model
 
     def observers(self) -> tuple[ObserverFactory, ...]:
-        """Similarities of what goes into MoE layers and what comes out."""
+        """Return the observer of the similarities of inputs and outputs of MoE layers."""
         from moe2edge.calibration.similarity import LayerSimilarityObserver
 
         return (LayerSimilarityObserver,)
 
     def apply(self, model: Model, facts: Facts) -> Outcome:
-        """Drop the most redundant layers; ties go to the deeper one."""
+        """Drop the most redundant layers; among equal scores, the deeper ones."""
         from moe2edge.calibration.similarity import LayerSimilarityObserver
 
-        found = facts[LayerSimilarityObserver]
-        by_run = found.with_norm if self.norm else found.without_norm
+        similarity = facts[LayerSimilarityObserver]
+        by_run = similarity.with_norm if self.norm else similarity.without_norm
         cosine = {origin: value for (origin,), value in by_run.items()}
         layers = [block for block, _ in model.moe_blocks]
         order = sorted(layers, key=lambda b: (-cosine[b.origin], -b.index))
-        gone = order[: int(self.limit)]
+        dropped = order[: int(self.limit)]
         if self.threshold is not None:
-            gone = [block for block in gone if cosine[block.origin] >= self.threshold]
-            if not gone:
+            dropped = [block for block in dropped if cosine[block.origin] >= self.threshold]
+            if not dropped:
                 return self.none_reaches(model, cosine[order[0].origin])
-        gone.sort(key=lambda b: b.index)
+        dropped.sort(key=lambda b: b.index)
         return Outcome(
-            self._without(model, gone),
-            changed=tuple(f"block {b.index}: MoE layer ({cosine[b.origin]:.4f})" for b in gone),
+            self._drop_layers(model, dropped),
+            changed=tuple(f"block {b.index}: MoE layer ({cosine[b.origin]:.4f})" for b in dropped),
         )

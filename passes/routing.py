@@ -1,4 +1,4 @@
-"""Fit routers to the experts that stayed, where that lowers the loss on held-out text."""
+"""Fit routers to the remaining experts, if that lowers the loss on held-out text."""
 
 from __future__ import annotations
 
@@ -23,41 +23,49 @@ if TYPE_CHECKING:
 
 
 class Routing(Search):
-    """Adapt the rows of routers to the smaller set of experts, by least squares.
+    """Adapt the rows of routers to the remaining experts, by least squares.
 
-    A router was trained to choose among all experts. Block after block, its rows are fitted anew so
-    that the stream after the block comes closest to the source's (formulas in
-    `moe2edge.numerics.router_fit`); the blocks behind it see what the fitted one puts out. A part of the
-    calibration samples takes no part in the fit: a block's new rows stay only if they lower the
-    error there, and all of them only if the language-model loss falls there as well, by more than
-    the bootstrap interval over samples. Otherwise the
-    model is left alone, and the report says so. Layers with all experts of the source are fitted,
-    too, where blocks before them changed.
+    A router was trained to choose among all experts. Block by block, its rows are fitted so that
+    the residual stream after the block comes closest to that of the source (Gauss-Newton steps);
+    later blocks get the outputs of the fitted one. A part of the calibration samples is held out of
+    the fit. The new rows of a block are kept only if they lower the error there, and all of them
+    only if the language-model loss falls there as well, by more than the bootstrap interval over
+    samples. Otherwise the model does not change, and the report says so. Layers that still have all
+    experts of the source are fitted as well, if blocks before them changed.
     """
 
     may_change_nothing: ClassVar[bool] = True
 
     held_out: Annotated[
-        float, Field(gt=0, lt=1, description="part of the calibration samples that decides")
+        float,
+        Field(
+            gt=0,
+            lt=1,
+            description="fraction of the calibration samples that is held out, and decides",
+        ),
     ] = 0.25
-    rounds: Annotated[int, Field(ge=1, description="steps per layer, at most")] = 6
+    rounds: Annotated[int, Field(ge=1, description="most steps per layer")] = 6
     margin: Annotated[
         float,
-        Field(ge=0, lt=1, description="part by which a step must lower the held-out error"),
+        Field(ge=0, lt=1, description="fraction by which a step must lower the held-out error"),
     ] = 1e-3
     damping: Annotated[
-        float, Field(ge=0, description="holds logits back, relative to the mean curvature")
+        float,
+        Field(ge=0, description="penalty on changes of logits, relative to the mean curvature"),
     ] = 1.0
     ridge: Annotated[
-        float, Field(gt=0, description="holds rows back, relative to the mean square of inputs")
+        float,
+        Field(
+            gt=0, description="penalty on changes of rows, relative to the mean square of inputs"
+        ),
     ] = 0.01
 
     def check(self, model: Model) -> None:
-        """Refuse a model without routers, with biases in them, or one that skips.
+        """Refuse models without routers, with biases in them, or with dynamic skipping.
 
         Raises:
-            InputError: there is nothing to fit, or thresholds would fit no longer.
-            Unsupported: a router has more than its matrix.
+            InputError: there is nothing to fit, or thresholds would no longer be right.
+            Unsupported: a router has a bias per expert.
         """
         refuse_replaced("routing", model)
         layers = [layer for _, layer in model.moe_blocks]
@@ -65,18 +73,20 @@ class Routing(Search):
             raise InputError("routing: no layer has a router left; nothing to fit")
         if model.skips:
             raise InputError(
-                "routing: thresholds of expert_skip belong to the router as it was; put "
+                "routing: thresholds of expert_skip belong to the router before the fit; put "
                 "expert_skip after routing"
             )
         if any(layer.router.per_expert for layer in layers):
-            raise Unsupported("routing: a router with a bias per expert is not supported")
+            raise Unsupported(
+                "routing: routers with a bias per expert are not supported; leave routing out"
+            )
 
     def plan(self, model: Model) -> Model:
-        """The same shape."""
+        """Return the model itself: shapes do not change."""
         return model
 
     def search(self, context: PassContext) -> Outcome:
-        """Fit block after block, then decide by the loss of the whole.
+        """Fit block by block, then decide by the loss of the whole model.
 
         Raises:
             InputError: there are too few calibration samples to hold some out.
@@ -85,8 +95,8 @@ class Routing(Search):
         from moe2edge.calibration import walk
         from moe2edge.numerics import bootstrap
 
-        held_out = self._held_out(len(context.tokens))
-        self._state_cost(context)
+        held_out = self._hold_out(len(context.tokens))
+        self._report_cost(context)
         fitter = _Fitter(self, context.store, held_out)
         advance = context.reporter.advance
         fitted, _ = walk.walk(
@@ -99,30 +109,37 @@ class Routing(Search):
         )
         notes = tuple(fitter.notes)
         if not fitter.changed:
-            return Outcome(context.model, notes=(*notes, "no router was changed: none got better"))
+            return Outcome(
+                context.model, notes=(*notes, "no router was changed: no fit was better")
+            )
         before, after = self._compare(context, fitted, context.tokens[held_out])
         fall, _ = bootstrap.compare_paired(before, after, seed=0)
-        said = (
+        result = (
             f"{fall.samples} held-out calibration samples: loss {fall.mean:.4f} lower (95 % "
             f"{fall.low:.4f} to {fall.high:.4f}), KL {bootstrap.compute_mean_kl(before):.5f} to "
             f"{bootstrap.compute_mean_kl(after):.5f}"
         )
         if fall.low <= 0:
-            reason = f"left alone, the loss does not fall measurably: {said}"
+            reason = f"routers were not changed: the loss does not fall measurably: {result}"
             return Outcome(context.model, notes=(*notes, reason))
-        return Outcome(fitted, changed=tuple(fitter.changed), notes=(*notes, said))
+        return Outcome(fitted, changed=tuple(fitter.changed), notes=(*notes, result))
 
-    def _held_out(self, samples: int) -> Tensor:
-        """Samples that decide, bool [samples]."""
+    def _hold_out(self, samples: int) -> Tensor:
+        """Return the mask of the samples that are held out, bool [samples]."""
         import torch
 
         from moe2edge.numerics.bootstrap import split_samples
 
-        found = torch.zeros(samples, dtype=torch.bool)
-        found[split_samples(samples, self.held_out)[1]] = True
-        return found
+        mask = torch.zeros(samples, dtype=torch.bool)
+        mask[split_samples(samples, self.held_out)[1]] = True
+        return mask
 
-    def _state_cost(self, context: PassContext) -> None:
+    def _report_cost(self, context: PassContext) -> None:
+        """Report the cost of the fit before it starts, and check that it fits in memory.
+
+        Raises:
+            DoesNotFit: the machine lacks the memory.
+        """
         from moe2edge.numerics.router_fit import estimate_router_evidence_bytes
         from moe2edge.runtime.memory import check_memory as check_memory
 
@@ -137,33 +154,42 @@ class Routing(Search):
         check_memory(
             needed,
             f"routing keeps products of the outputs of {experts} experts for {tokens:,} tokens",
-            "give it fewer calibration samples, or fit on a larger one",
+            "give it fewer calibration samples, or fit on a larger machine",
             context.memory.limit,
         )
 
     def _compare(
         self, context: PassContext, fitted: Model, ids: Tensor
     ) -> tuple[list[SampleSums], list[SampleSums]]:
-        """Figures per sample of the model as it was and as fitted, against the source."""
+        """Compare the model before and after the fit with the source, sample by sample."""
         from moe2edge.calibration import walk
         from moe2edge.numerics import metrics
 
         advance = context.reporter.advance
         source = walk.observe(context.source, ids, (), advance, "routing: source")
-        found = []
+        results = []
         for model in (context.model, fitted):
             hidden = walk.observe(model, ids, (), advance, "routing: held-out text")
             mine, theirs = (
                 walk.compute_logits(model, hidden),
                 walk.compute_logits(context.source, source),
             )
-            found.append(list(metrics.measure_per_sample(ids, mine, theirs)))
-        return found[0], found[1]
+            results.append(list(metrics.measure_per_sample(ids, mine, theirs)))
+        return results[0], results[1]
 
 
 @dataclass
 class _Fitter:
-    """Gathers a layer's evidence and changes its router; one layer at a time."""
+    """Gathers the evidence of one layer after another and fits its router.
+
+    Attributes:
+        step: the pass.
+        store: saves the new rows.
+        held_out: samples that decide, bool [samples].
+        changed: routers that were changed, for the report.
+        notes: results of each layer, for the report.
+        parts: evidence of the current layer, by batch.
+    """
 
     step: Routing
     store: Store
@@ -176,10 +202,10 @@ class _Fitter:
         """Add one batch of a layer with a router."""
         assert source is not None, "the walk has a source"
         if isinstance(trace.block.mlp, MoELayer) and trace.routing is not None:
-            self.parts.append(_evidence(trace, trace.block.mlp, source))
+            self.parts.append(_gather_evidence(trace, trace.block.mlp, source))
 
     def change(self, block: Block) -> Block:
-        """The block with rows that lower the held-out error, or as it is."""
+        """Return the block with rows that lower the held-out error, or unchanged."""
         import torch
 
         from moe2edge.numerics import router_fit
@@ -192,7 +218,7 @@ class _Fitter:
         weight = block.mlp.router.weight
         stored = weight.load()
         length = len(evidence.inputs) // len(self.held_out)
-        found = router_fit.fit_router(
+        fit = router_fit.fit_router(
             evidence,
             self.held_out.repeat_interleave(length),
             stored.float(),
@@ -202,21 +228,21 @@ class _Fitter:
             rounds=self.step.rounds,
             margin=self.step.margin,
         )
-        if found.router is None:
-            self.notes.append(f"block {block.index}: router left alone, no fit was better")
+        if fit.router is None:
+            self.notes.append(f"block {block.index}: router not changed, no fit was better")
             return block
-        fall = 1 - (found.after / found.before if found.before else 1.0)
+        fall = 1 - (fit.after / fit.before if fit.before else 1.0)
         self.notes.append(
-            f"block {block.index}: held-out error of the stream {fall:.2%} lower, "
-            f"{found.rounds} steps"
+            f"block {block.index}: held-out error of the residual stream {fall:.2%} lower, "
+            f"{fit.rounds} steps"
         )
         self.changed.append(f"block {block.index}: router")
-        assert torch.equal(found.router.to(stored.dtype).float(), found.router)
-        return self.store.put(block, {"router.weight": found.router})
+        assert torch.equal(fit.router.to(stored.dtype).float(), fit.router)
+        return self.store.put(block, {"router.weight": fit.router})
 
 
-def _evidence(trace: BlockTrace, layer: MoELayer, source: BlockTrace) -> RouterEvidence:
-    """Evidence of one batch; errors count relative to the size of the source's stream."""
+def _gather_evidence(trace: BlockTrace, layer: MoELayer, source: BlockTrace) -> RouterEvidence:
+    """Gather the evidence of one batch; errors are relative to the source's hidden states."""
     import torch
 
     from moe2edge.calibration.evidence import compute_products
@@ -225,16 +251,16 @@ def _evidence(trace: BlockTrace, layer: MoELayer, source: BlockTrace) -> RouterE
 
     routing = trace.routing
     assert routing is not None
-    lacks = (source.outputs - trace.outputs).flatten(0, 1)
-    gram, pull = compute_products(trace, routing.inputs, len(layer.experts), lacks)
+    gap = (source.outputs - trace.outputs).flatten(0, 1)
+    gram, pull = compute_products(trace, routing.inputs, len(layer.experts), gap)
     assert pull is not None
-    weights = torch.zeros(len(lacks), len(layer.experts))
+    weights = torch.zeros(len(gap), len(layer.experts))
     return RouterEvidence(
         rule=RoutingRule(layer.router.top_k, layer.router.renormalize),
         inputs=routing.inputs.clone(),
         gram=gram,
         pull=pull.float(),
-        missing=lacks.square().sum(1),
+        missing=gap.square().sum(1),
         weights=weights.scatter(1, routing.ids, routing.weights),
         scale=1 / source.outputs.flatten(0, 1).square().sum(1),
     )

@@ -112,7 +112,7 @@ def test_a_layer_that_does_little_keeps_little(tiny: Make, idle: int, sensitivit
     uniform = trimmer.trim((4, 4, 4))
     mine, even = (kl_on(m, model, IDS[held_out]) for m in (outcome.model, uniform))
     found = bootstrap.compute_interval([a - b for a, b in zip(mine, even, strict=True)], 0)
-    assert "over 2 calibration samples that nothing was chosen by" in outcome.notes[-1]
+    assert "over 2 calibration samples that no choice was based on" in outcome.notes[-1]
     assert outcome.notes[-1].endswith(f"KL {found}")
     assert found.mean < 0
     (taken,) = (note for note in outcome.notes if "(taken)" in note)
@@ -156,7 +156,7 @@ def test_fewer_samples_and_counts_are_tried_on_request(tiny: Make) -> None:
     step = options(keep=4, sensitivity="kl", points=2, tokens=50, samples=3)
     outcome = search(step, model, reporter=reporter)
     # Each layer to 2 and to 5, and nothing: 7 allocations. Block 0 in 3 forms, 1 in 5, 2 in 7.
-    assert "7 allocations that trim one layer or none, 15 block runs over 2 samples" in lines[0]
+    assert "7 allocations that prune one layer or none, 15 block runs over 2 samples" in lines[0]
     assert "at most 5 candidates on 3 samples and 3 walks over 2 held-out" in lines[0]
     assert all("on 3 calibration samples" in note for note in outcome.notes[:1])
 
@@ -168,7 +168,7 @@ def test_cost_is_stated_before_any_work(tiny: Make) -> None:
     search(options(keep=4, sensitivity="kl"), model, reporter=reporter)
     assert events[0].startswith("expert_budget: 12 of 18 experts in 3 MoE layers")
     # Nothing trimmed, and each layer to 2, 3, 4 and 5.
-    assert "13 allocations that trim one layer or none, 27 block runs over 6 samples" in events[0]
+    assert "13 allocations that prune one layer or none, 27 block runs over 6 samples" in events[0]
     events.clear()
     search(options(keep=4, sensitivity="error", tokens=100), model, reporter=reporter)
     assert "1,800 expert evaluations (each expert once on 100 tokens)" in events[0]
@@ -214,7 +214,7 @@ def test_plan_is_as_uneven_as_it_may_become(tiny: Make) -> None:
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
-    ({"keep": 7}, "keep 7 of the 6 in block 0"),
+    ({"keep": 7}, "keep 7 of the 6 experts in block 0"),
     ({"keep": 6}, "keeps every expert"),
     ({"keep": 1}, "keep 1 may leave 1 experts in block 0 where the router chooses 2"),
     ({"keep": 4, "floor": 1}, "floor 1 may leave 1 experts in block 0"),

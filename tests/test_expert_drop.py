@@ -174,11 +174,14 @@ def test_thresholds_do_not_outlive_their_experts(tiny: Make) -> None:
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"keep": [4, 4]}, "keep lists 2 counts for 3 MoE layers"),
-    ({"keep": [4, 7, 4]}, "keep 7 of the 6 in block 1"),
+    ({"keep": [4, 7, 4]}, "keep 7 of the 6 experts in block 1"),
     ({"keep": [4, 1, 4]}, "leaves 1 experts in block 1"),
     ({"keep": [6, 6, 6]}, "keeps every expert"),
-    ({"keep": [4, 4, 4], "scope": "global"}, "scope is layer then"),
-    ({"keep": 4, "floor": 2}, "floor goes with scope global"),
+    (
+        {"keep": [4, 4, 4], "scope": "global"},
+        "keep lists a count per layer, which needs scope: layer",
+    ),
+    ({"keep": 4, "floor": 2}, "floor needs scope: global"),
     ({"keep": 4, "scope": "global", "floor": 1}, "leaves 1 experts in block 0"),
     ({"keep": 3, "scope": "global", "floor": 4}, "9 experts in all, but the floors"),
     ({"keep": 4, "scope": "global", "floor": 7}, "floor 7 of the 6 experts"),

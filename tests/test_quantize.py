@@ -74,7 +74,7 @@ def test_the_group_size_of_the_source_holds_for_what_is_left(model: Model) -> No
         ({"rules": [{"blocks": [0, 3], "bits": 8}]}, "there is no block 3 of 3"),
         (
             {"rules": [{"match": "up_proj", "bits": 8}, {"match": "experts.*up_proj", "bits": 4}]},
-            "or rules before it take all",
+            "or only tensors that rules before it match",
         ),
         (
             {"rules": [{"match": r"experts\.2\.", "bits": 8}]},

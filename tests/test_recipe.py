@@ -51,7 +51,7 @@ BAD = [
     ("passes: [{expert_drop: {keep: half}}]", "expert_drop.keep is 'half', expected: a count"),
     ("passes: [{expert_drop: {keep: true}}]", "expert_drop.keep is True, expected: a count"),
     ("passes: [{expert_drop: {keep: .nan}}]", "expert_drop.keep is nan, expected"),
-    ("passes: [expert_drop]", "expert_drop.keep is missing: experts kept"),
+    ("passes: [expert_drop]", "expert_drop.keep is missing: experts to keep"),
     (
         "passes: [{expert_drop: {keep: 2, criterion: reep}}]",
         "expert_drop.criterion is 'reep', expected: 'routing-score', 'frequency', 'soft",

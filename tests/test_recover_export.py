@@ -126,7 +126,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_rest_is_kept(
         assert told.exit_code == 2
         assert "now-" in told.stderr
         assert "is damaged: " in told.stderr
-        assert "begin the training anew with --resume never" in told.stderr
+        assert "restart the training with --resume never" in told.stderr
         assert sorted(path.name for path in work.iterdir()) == kept
     assert export(folder, out, more=[*HF, "--resume=never"]).exit_code == 0
 
@@ -142,7 +142,7 @@ def test_a_truncated_piece_of_the_source_is_computed_again(tiny: Make, tmp_path:
     cut(next((tmp_path / "out.partial" / "work" / "pass-1-recover").glob("source-*")))
     again = export(folder, out, steps=steps, more=HF)
     assert again.exit_code == 0, again.output
-    assert "recover: going on behind step" in again.stderr
+    assert "recover: resuming after step" in again.stderr
     assert_same(out, whole)
 
 

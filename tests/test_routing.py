@@ -238,7 +238,7 @@ def test_the_whole_is_judged_by_the_loss(
     outcome: Outcome = Routing(ridge=0.001, damping=0.1).search(context(source, model, tmp_path))
     assert outcome.model is model
     assert outcome.changed == ()
-    assert "left alone, the loss does not fall measurably" in outcome.notes[-1]
+    assert "routers were not changed: the loss does not fall measurably" in outcome.notes[-1]
 
 
 def test_rows_are_rounded_before_they_are_judged(tiny: Make, tmp_path: Path) -> None:
@@ -264,7 +264,7 @@ def test_the_same_twice(tiny: Make, tmp_path: Path) -> None:
 @pytest.mark.parametrize("parts", [2, 3, 4, 5, 8])
 def test_held_out_samples_are_of_every_part_of_a_mix(parts: int) -> None:
     """Samples of a mix take turns; a stride of four would hold out one part of four alone."""
-    held_out = Routing()._held_out(128)
+    held_out = Routing()._hold_out(128)
     assert int(held_out.sum()) == 32
     shares = [float(held_out[part::parts].float().mean()) for part in range(parts)]
     assert min(shares) > 0.1
