@@ -12,9 +12,18 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from moe2edge.errors import InputError
-from moe2edge.model.experts import Expert, Tied
-from moe2edge.model.layers import MoELayer, UnroutedMLP
-from moe2edge.model.model import Block, Model, is_quantizable
+from moe2edge.model.layers import MoELayer
+from moe2edge.model.model import Model
+from moe2edge.passes._recover_estimate import (
+    BEST_BYTES,
+    NUMBER_BYTES,
+    SAVED_BYTES,
+    TRAINED_BYTES,
+    TrainingSizes,
+    estimate_activations,
+    estimate_originals,
+)
+from moe2edge.passes._recover_selection import Selection, is_whole
 from moe2edge.pipeline.contract import (
     Outcome,
     PassContext,
@@ -34,14 +43,8 @@ if TYPE_CHECKING:
     from moe2edge.passes._recover_teacher import Objective
     from moe2edge.passes._recover_trainer import Anneals, Recovered, TrainerSettings
 
-# Bytes of a parameter in float32; of one that is trained besides: its gradient and the two moments
-# of AdamW, and the best weights so far.
-NUMBER, TRAINED, BEST = 4, 4 + 8, 4
-# Of a trained parameter in a checkpoint: the number and its moments, and the best one.
-SAVED = 4 + 8 + 4
 # Of a perplexity, between the two ways in which a model is run here.
 NOISE = 1e-5
-WHOLE = ("substitutes", "members")
 # Options that mean nothing without a choice.
 ONLY_WITH = {
     "lora_rank": ("train", "lora"),
@@ -150,7 +153,7 @@ class Recover(Train):
                 "model has none; leave it out"
             )
         roles = [(block, role) for block in model.blocks for role, _ in block.weights()]
-        if not any(self._selects(block, role) for block, role in roles):
+        if not any(self._selection.takes(block, role) for block, role in roles):
             raise InputError(
                 f"recover: train: {self.train} finds nothing to train here; set train: full"
             )
@@ -164,7 +167,7 @@ class Recover(Train):
         check_installed()
         for block in model.blocks:
             for role, weight in block.weights():
-                adapted = self._selects(block, role) and role.partition(".")[0] not in WHOLE
+                adapted = self._selection.takes(block, role) and not is_whole(role)
                 if adapted and self.lora_rank > min(weight.shape):
                     raise InputError(
                         f"recover: lora_rank {self.lora_rank}, but {weight.name} is "
@@ -205,51 +208,31 @@ class Recover(Train):
         if (text := texts.training) is None:
             return super().estimate(planned, texts)
         model = planned.before
-        trained, extra = self._sizes(model)
-        if self.anneal is not None:  # originals of the experts that share a base
-            extra += sum(
-                NUMBER * layer.experts[0].count * len(layer.sharing)
-                for _, layer in model.moe_blocks
-            )
+        sizes = TrainingSizes.of(model, self._selection, self.lora_rank)
         at_once = min(self.batch, _recover_trainer.count_samples_at_once(text.length))
-        numbers = NUMBER * model.parameters
         logits = 3 if self.loss == "text" else 5 if self.text_share else 4
-        training = (
-            TRAINED * trained + extra + estimate_activations(model, at_once * text.length, logits)
-        )
-        saved = 2 * SAVED * trained + sum(weight.nbytes for _, _, weight in model.tensors())
+        training = TRAINED_BYTES * sizes.trained + sizes.adapters
+        training += estimate_activations(model, at_once * text.length, logits)
+        training += estimate_originals(model) if self.anneal is not None else 0
+        numbers, best = NUMBER_BYTES * model.parameters, BEST_BYTES * sizes.trained
+        saved = 2 * SAVED_BYTES * sizes.trained
+        saved += sum(weight.nbytes for _, _, weight in model.tensors())
         if self.loss == "distill":
             saved += _recover_teacher.estimate_teacher_bytes(
                 text.samples - self.held_out, text.length, self.top_logits
             )
         on_gpu = self.place().type == "cuda"
         return Estimate(
-            numbers + BEST * trained + (0 if on_gpu else training),
+            numbers + best + (0 if on_gpu else training),
             saved,
             gpu=numbers + training if on_gpu else 0,
             purpose="recover trains",
             remedy="set batch to fewer samples, or train less: see train",
         )
 
-    def _sizes(self, model: Model) -> tuple[int, int]:
-        """Parameters that are trained, and bytes that adapters take in a forward pass besides."""
-        found = [
-            (role, weight)
-            for block in model.blocks
-            for role, weight in block.weights()
-            if self._selects(block, role)
-        ]
-        if self.train != "lora":
-            rest = sum(w.count for w in model.rest.values()) if self.train == "full" else 0
-            return sum(weight.count for _, weight in found) + rest, 0
-        adapted = [(role, weight) for role, weight in found if role.partition(".")[0] not in WHOLE]
-        whole = sum(weight.count for role, weight in found) - sum(w.count for _, w in adapted)
-        # Gate and up of an expert lie in one parameter, and so have one adapter: a bound.
-        adapters = sum(self.lora_rank * sum(weight.shape) for _, weight in adapted)
-        # Outside of attention peft makes the sums of matrices and adapters, and keeps them for the
-        # gradient.
-        fused = sum(w.count for role, w in adapted if not role.startswith("attention."))
-        return whole + adapters, 2 * NUMBER * fused
+    @property
+    def _selection(self) -> Selection:
+        return Selection(self.train, self.anneal is not None)
 
     # ---- doing it ----------------------------------------------------------------------------
 
@@ -303,7 +286,8 @@ class Recover(Train):
         Raises:
             DoesNotFit: there is less.
         """
-        model, (count, _) = context.model, self._sizes(context.model)
+        model = context.model
+        count = TrainingSizes.of(model, self._selection, self.lora_rank).trained
         cost = self.estimate(PlannedStep(self, model, model), context.texts)
         where = f"{cost.gpu / 1e9:.2f} GB of the GPU and " if cost.gpu else ""
         context.reporter.log(
@@ -329,17 +313,15 @@ class Recover(Train):
         saved = states.progress()
         over = saved is not None and saved.finished
         objective = self._objective(context, text, states.folder, over=over)
-        names = _recover_parameters.select_parameters(
-            context.model, lambda block, role: self._wants(block, role)
-        )
+        names = _recover_parameters.select_parameters(context.model, self._selection.takes_anywhere)
         loaded: Any = build_transformers_model(context.model, torch.float32, packed=False)
         _recover_parameters.check_parameters(context.model, dict(loaded.named_parameters()))
         loaded.to(self.place())
         annealed = self._begin_annealing(context, loaded)
         if self.train == "lora":
             known = _recover_parameters.locate_parameters(context.model)
-            whole = [name for name in names if _is_whole(known[name].roles)]
-            adapted = [name for name in names if not _is_whole(known[name].roles)]
+            whole = [name for name in names if is_whole(known[name].roles[0])]
+            adapted = [name for name in names if not is_whole(known[name].roles[0])]
             loaded, parameters = _recover_lora.adapt(
                 loaded, adapted, whole, self.lora_rank, self.seed
             )
@@ -363,26 +345,6 @@ class Recover(Train):
         if not recovered.best:
             return recovered, {}
         return recovered, self._numbers(loaded, parameters, recovered.best, names)
-
-    def _selects(self, block: Block, role: str) -> bool:
-        """Whether ``train`` selects a tensor of a block.
-
-        Tied experts, and all that anneal, read the matrices of experts themselves, where
-        an adapter of peft is not seen: those get none. Their factors are trained.
-        """
-        if (
-            self.train == "lora"
-            and role.startswith("experts.")
-            and isinstance(layer := block.mlp, MoELayer)
-        ):
-            tied = any(isinstance(row, Tied) for row in layer.rows)
-            if tied or (self.anneal is not None and layer.sharing):
-                return False
-        return _is_trained(self.train, block, role)
-
-    def _wants(self, block: Block | None, role: str) -> bool:
-        """Whether a tensor is trained; outside of blocks by the name on disk."""
-        return self.train == "full" if block is None else self._selects(block, role)
 
     def _objective(
         self, context: PassContext, text: Tensor, folder: Path, *, over: bool
@@ -491,47 +453,3 @@ def _folder(context: PassContext) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="recover-") as name:
         yield Path(name)
-
-
-def estimate_activations(model: Model, tokens: int, logits: int) -> int:
-    """Bytes of what a forward pass keeps for the gradient, float32: an estimate.
-
-    In every block a few copies of the stream and of what attention and experts make of it, and so
-    many copies of logits: themselves, their logarithms by each loss, and gradients.
-    """
-    geometry = model.family.geometry(model.config)
-    heads = (geometry.heads + 2 * geometry.kv_heads) * geometry.head_dim
-    numbers = logits * model.vocabulary
-    for block in model.blocks:
-        numbers += 12 * geometry.hidden + 4 * heads + _inside(block, geometry.hidden)
-    return NUMBER * tokens * numbers
-
-
-def _inside(block: Block, hidden: int) -> int:
-    """Numbers that the MLP or the chosen experts of a block keep of a token."""
-    from moe2edge.model.roles import list_gated_mlps
-
-    if isinstance(layer := block.mlp, MoELayer):
-        width = layer.experts[0].gate.shape[0]
-        shared = layer.shared.mlp.gate.shape[0] if layer.shared else 0
-        return layer.router.top_k * (4 * width + 3 * hidden) + 4 * shared
-    return sum(4 * mlp.gate.shape[0] for _, mlp in list_gated_mlps(block))
-
-
-def _is_trained(train: str, block: Block, role: str) -> bool:
-    """Whether an option of ``train`` selects a tensor of a block."""
-    kind = role.partition(".")[0]
-    if train == "full":
-        return True
-    if train == "router":
-        return kind == "router"
-    if train == "lora":
-        return is_quantizable(role) or kind in WHOLE
-    # The one expert that stayed in its layer is one, too.
-    only = kind == "dense" and isinstance(block.mlp, Expert | UnroutedMLP)
-    return kind in ("experts", "router", *WHOLE) or only
-
-
-def _is_whole(roles: Sequence[str]) -> bool:
-    """Whether a parameter that holds such tensors gets no adapter, but is trained itself."""
-    return bool(roles) and roles[0].partition(".")[0] in WHOLE

@@ -54,7 +54,9 @@ def convert_layout(model: Model, layout: Layout, target: str) -> Model:
     if converted is not None:
         return converted
     fitting = "natural (for moe2edge.load)"
-    others = "" if model.replaced_count or model.tied_count else ", or trim all layers alike"
+    others = (
+        "" if model.replaced_count or model.tied_count else ", or prune all layers to the same size"
+    )
     if _convert(model, "mlp-only") is not None:
         fitting = f"mlp-only or {fitting}"
     raise Unsupported(
@@ -79,7 +81,7 @@ def _describe_limits(model: Model, layout: Layout) -> str:
         )
     if not (model.family.dense_layers or model.family.model_type == REHOMED):
         return f"makes no difference for {model.family.model_type}, which has no mlp_only_layers"
-    return "holds MoE layers of one size, layers that were dropped whole, and single experts"
+    return "holds only MoE layers of one size, dropped MoE layers, and layers with a single expert"
 
 
 # ---- description of the layers -----------------------------------------------------------------
@@ -102,12 +104,13 @@ def _describe_layer(block: Block) -> str:
     if isinstance(mlp, MoELayer):
         skips = " with skipping" if mlp.router.skip_below else ""
         gone = f" and {len(mlp.replaced)} replacements" if mlp.replaced else ""
-        shared = f" for {len(mlp.routed)} tied ones" if mlp.is_tied else ""
-        return f"{len(mlp.experts)} experts{shared}{gone} top-{mlp.router.top_k}{skips}"
+        tied = f" tied to {len(mlp.experts)} stored ones" if mlp.is_tied else ""
+        count = len(mlp.routed) if mlp.is_tied else len(mlp.experts)
+        return f"{count} experts{tied}{gone} top-{mlp.router.top_k}{skips}"
     if isinstance(mlp, UnroutedMLP):
-        return "a shared expert" if mlp.expert is None else "a shared expert and a plain one"
+        return "a shared expert" if mlp.expert is None else "a shared expert and a plain MLP"
     if mlp is None:
-        return "a norm alone" if SECOND_NORM in block.norms else "no MLP"
+        return "only a norm" if SECOND_NORM in block.norms else "no MLP"
     return f"a plain MLP of width {mlp.gate.shape[0]}"
 
 

@@ -52,14 +52,14 @@ class Output:
         """Reason why a program that ignores ``per_layer_config`` cannot read the layers."""
         model = self.stored
         if model.replaced_count:
-            return "it has no replacement modules for experts"
+            return "it does not know replaced experts"
         if model.tied_count:
-            return "it has no tied experts, which share matrices"
+            return "it does not know tied experts, which share matrices"
         if model.skips:
-            return "it has no dynamic skipping"
+            return "it does not know dynamic skipping"
         if all(is_stock_form(model, block) for block in model.blocks):
             return "it takes MoE layers of one size only"
-        return "it has no form for layers without a router"
+        return "it does not know layers without a router"
 
 
 Case = Callable[[Output], bool]
@@ -156,7 +156,14 @@ class Finding:
 
 VLLM = (
     Finding("vLLM", "", "no", "{o.unknown_form}", case=_uneven),
-    Finding("vLLM", "", "no", "its Qwen2-MoE takes no head_dim", INSPECTED, _rehomed_with_head_dim),
+    Finding(
+        "vLLM",
+        "",
+        "no",
+        "its Qwen2-MoE does not support head_dim",
+        INSPECTED,
+        _rehomed_with_head_dim,
+    ),
     Finding("vLLM", "", "no", "it takes symmetric 4 and 8 bits only", INSPECTED, _unserved_scheme),
     Finding(
         "vLLM",
@@ -167,7 +174,7 @@ VLLM = (
         _split_fusion,
     ),
     Finding(
-        "vLLM", "", "not tried", "a sliding window in its Qwen2-MoE", case=_rehomed_with_window
+        "vLLM", "", "not tried", "its Qwen2-MoE with a sliding window", case=_rehomed_with_window
     ),
     Finding("vLLM", "0.33", "as read", "as {o.architecture}", case=_rehomed),
     Finding("vLLM", "0.33", "as read"),
@@ -197,7 +204,7 @@ SGLANG_REFUSALS = (
         "SGLang",
         "0.5.23",
         "no",
-        "it has one scheme for all experts, that of most matrices",
+        "it uses one scheme for all experts, that of most matrices",
         INSPECTED,
         _experts_not_in_main_scheme,
     ),
@@ -245,13 +252,15 @@ FINDINGS: Mapping[str, tuple[Finding, ...]] = {
         Finding("llama.cpp", "", "not tried", "with {o.family}"),
     ),
     "gptq": (
-        Finding("moe2edge", "", "yes", "moe2edge.load(folder); symmetric 4 bits run packed"),
+        Finding(
+            "moe2edge", "", "yes", "moe2edge.load(folder); symmetric 4-bit weights stay in 4 bits"
+        ),
         TRANSFORMERS_REFUSAL,
         Finding(
             "transformers",
             "",
             "no",
-            "on its own, it leaves experts at random values and only prints a report",
+            "it loads experts as random numbers and only prints a report; use moe2edge.load",
         ),
         Finding("GPTQModel", "", "no", "{o.unknown_form}", case=_uneven),
         Finding(
@@ -265,7 +274,7 @@ FINDINGS: Mapping[str, tuple[Finding, ...]] = {
             "GPTQModel",
             "7.7",
             "no",
-            "it leaves dense MLPs unfilled without a warning",
+            "it does not load dense MLPs, and gives no warning",
             case=_with_dense_blocks,
         ),
         Finding(
@@ -292,7 +301,7 @@ FINDINGS: Mapping[str, tuple[Finding, ...]] = {
         *SGLANG_REFUSALS,
         Finding("SGLang", "0.5.23", "as read", "needs --quantization gptq_marlin"),
         *LLAMA_CPP_REFUSALS,
-        Finding("llama.cpp", "", "not tried", "its converter; export to hf for it"),
+        Finding("llama.cpp", "", "not tried", "its converter on GPTQ; export to hf for it"),
     ),
     "onnx": (
         Finding("onnxruntime", "1.31 or newer", "yes", "CPU provider"),
@@ -309,7 +318,12 @@ FINDINGS: Mapping[str, tuple[Finding, ...]] = {
             "not tried",
             "it was run with symmetric 4 bits, not with this scheme",
         ),
-        Finding("onnxruntime, CUDA", "", "no", "QMoE takes 16-bit activations there"),
+        Finding(
+            "onnxruntime, CUDA",
+            "",
+            "no",
+            "its QMoE takes 16-bit activations, and the graph has float32 ones",
+        ),
     ),
 }
 

@@ -162,7 +162,7 @@ class OnnxRuntime:
             InputError: the model has no positions left, or `start` was not called.
         """
         if not self._length:
-            raise InputError("start a sequence before the first step")
+            raise InputError("step() came before start(); begin a sequence first")
         ids = np.asarray([[token]], np.int64)
         self._check(ids, self._length + 1)
         return self._extend(ids)
@@ -172,7 +172,7 @@ class OnnxRuntime:
         if ids.min() < 0 or ids.max() >= self._vocabulary:
             raise InputError(
                 f"token ids run from {ids.min()} to {ids.max()}, but the vocabulary has "
-                f"{self._vocabulary}"
+                f"{self._vocabulary} entries"
             )
         if length > self._max_positions:
             raise InputError(

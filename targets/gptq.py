@@ -74,9 +74,9 @@ class Gptq(Target):
                 raise Unsupported(
                     f"target gptq keeps {name} in the source's precision, but it is {weight.scheme}"
                 )
-            remedy = "give it more bits, or leave it out by a rule with bits: 16"
+            remedy = "give it more bits, or leave it unquantized with a rule with bits: 16"
             if is_low_rank(role):
-                remedy = "choose such a rank, or factors: 16"
+                remedy = f"choose a rank that {32 // weight.scheme.bits} divides, or factors: 16"
             _check_shape(name, weight.shape, weight.scheme, remedy)
         if stored.scheme is None:
             name = next(name for name, role, _ in stored.tensors() if is_quantizable(role))

@@ -63,8 +63,8 @@ class Onnx(Target):
         head_dim = model.family.geometry(model.config).head_dim
         if head_dim % HEAD_MULTIPLE:
             raise Unsupported(
-                f"heads of size {head_dim}, but ONNX Runtime rotates multiples of {HEAD_MULTIPLE}; "
-                "the targets gptq and hf hold this model"
+                f"heads of size {head_dim} are not supported, because ONNX Runtime's rotary "
+                f"embeddings need a multiple of {HEAD_MULTIPLE}; export to gptq or hf"
             )
         for name, role, weight in model.tensors():
             if weight.scheme is None:
@@ -73,8 +73,8 @@ class Onnx(Target):
                 continue
             if not is_quantizable(role):
                 raise Unsupported(
-                    f"{name} is {weight.scheme}; the graph holds it in full precision, or factors "
-                    f"as {LOW_RANK}"
+                    f"{name} is {weight.scheme}, but the graph holds this tensor in full precision "
+                    f"only, and factors also as {LOW_RANK}"
                 )
             _accept_scheme(name, weight.shape, weight.scheme)
         for block, layer in model.moe_blocks:
@@ -201,14 +201,14 @@ def _accept_layer(block: Block, layer: MoELayer) -> None:
     if layer.router.per_expert:
         raise Unsupported(
             f"block {block.index}: the router has {', '.join(sorted(layer.router.per_expert))} "
-            "per expert, which ONNX Runtime's expert operators have no input for"
+            "per expert, for which ONNX Runtime's expert operators have no input"
         )
     experts = [layer.experts[n] for n in _fused(layer)]
     forms = {(e.gate.shape, w.scheme or w.dtype) for e in experts for w in (e.gate, e.up, e.down)}
     if len(forms) > 1:
         raise Unsupported(
-            f"block {block.index}: experts differ in width, dtype or scheme; one fused operator "
-            "holds them all"
+            f"block {block.index}: experts differ in width, dtype or scheme, but one fused "
+            "operator holds them all; give the experts of a layer one scheme"
         )
 
 

@@ -63,6 +63,8 @@ RECIPES: dict[str, list[dict[str, Any]]] = {
     "rtn": [{"rtn": {}}],
     "sparsify": [{"sparsify": {"method": "sparsegpt", "pattern": "2:4"}}],
 }
+# A pass that needs no options here has no line; new ones stand behind those that have.
+RECIPES |= {name: [{name: {}}] for name in registry.list_passes() if name not in RECIPES}
 # Each pass with one family, so that all have their turn; a new pass changes no other one's.
 FAMILY_OF = {name: sorted(FAMILIES)[n % len(FAMILIES)] for n, name in enumerate(RECIPES)}
 

@@ -137,7 +137,7 @@ def test_partly_annealed_weights_are_a_weighted_mean(tiny: Make) -> None:
     )
     expected = (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
     with torch.no_grad():
-        assert torch.allclose(mixed.answer(row, x), expected, atol=1e-5)
+        assert torch.allclose(mixed.compute_output(row, x), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("anneal", slow_except([None, 0.5], 0.5))

@@ -107,7 +107,7 @@ def test_parts_of_a_mix_are_in_both_parts_of_the_split(order: str) -> None:
 def test_a_split_needs_samples() -> None:
     assert [len(part) for part in bootstrap.split_samples(4, 0.01)] == [2, 2]
     for samples, held_out in ((3, 0.25), (4, 0.9), (1, 0.5)):
-        with pytest.raises(InputError, match=f"{samples} calibration samples do not suffice"):
+        with pytest.raises(InputError, match=f"{samples} calibration samples are too few"):
             bootstrap.split_samples(samples, held_out)
 
 

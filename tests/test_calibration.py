@@ -83,7 +83,7 @@ def test_each_line_of_jsonl_is_a_document(tmp_path: Path, tokenizer: Any) -> Non
         ("a.jsonl", b'{"text": 3}', {}, "no text in field 'text'"),
         ("a.jsonl", b'["text"]', {}, "not an object"),
         ("a.jsonl", b"[" * 100_000, {}, "line 1 is not JSON"),
-        ("a.jsonl", b'{"text": "x\\ud800"}', {}, r"line 1 holds half a character, '.ud800'"),
+        ("a.jsonl", b'{"text": "x\\ud800"}', {}, r"line 1 holds '.ud800', an unpaired surrogate"),
     ],
 )
 def test_bad_text_is_refused(
@@ -104,7 +104,7 @@ def test_missing_text_is_refused(tmp_path: Path) -> None:
 def test_a_foreign_tokenizer_is_refused(tmp_path: Path, tokenizer: Any) -> None:
     path = tmp_path / "a.txt"
     path.write_text("z" * 99)
-    with pytest.raises(InputError, match="not this model's tokenizer"):
+    with pytest.raises(InputError, match="put this model's tokenizer files into its folder"):
         load_tokens(source(path), tokenizer, "calibration", (128, 50))
 
 

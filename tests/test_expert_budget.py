@@ -250,7 +250,7 @@ def test_invalid_amounts(keep: Any) -> None:
 def test_too_few_samples_are_refused(tiny: Make) -> None:
     model = open_checkpoint(str(tiny("mixtral"))).model
     context = make_context(model, IDS[:3])
-    with pytest.raises(InputError, match="3 calibration samples do not suffice"):
+    with pytest.raises(InputError, match="3 calibration samples are too few"):
         options(keep=4).search(context)
 
 

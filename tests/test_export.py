@@ -450,7 +450,7 @@ def test_an_output_that_the_machine_cannot_run(
     assert row["quality"] is None
     told = run("verify", out)
     assert told.exit_code == 0
-    assert "runtime: not run, this machine has too little memory" in told.stdout
+    assert "runtime: not run, because this machine has too little memory" in told.stdout
     assert run("verify", out, "--reference", tiny("olmoe")).exit_code == 5
 
 

@@ -380,9 +380,9 @@ def test_missing_matplotlib_is_reported_before_any_work(
         (["--routing", "--length", "4"], "fewer samples (--samples=15)"),
         (["--routing", "--length", "4", "--samples", "0"], "samples is 0"),
         (["--routing", "--length", "512"], "--length=128"),
-        (["--text", "text.txt"], "--text is about routing: add --routing"),
-        (["-o", "map.png"], "--output is about routing"),
-        (["--criterion", "reap"], "--criterion is about routing"),
+        (["--text", "text.txt"], "--text needs --routing: add --routing"),
+        (["-o", "map.png"], "--output needs --routing"),
+        (["--criterion", "reap"], "--criterion needs --routing"),
     ],
 )
 def test_wrong_input_is_one_line(
@@ -412,7 +412,7 @@ def test_damaged_manifest_is_reported(tiny: Make, tmp_path: Path, text: list[obj
         (folder / path.name).write_bytes(path.read_bytes())
     result = inspect(folder, "--routing", *text, "-q")
     assert result.exit_code == 2
-    assert "does not say where its 3 blocks are from" in result.stderr
+    assert "does not list the indices in the source of its 3 blocks" in result.stderr
 
 
 def test_help_has_an_example() -> None:

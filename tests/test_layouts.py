@@ -345,30 +345,35 @@ def cutting(experts: Mapping[int, Sequence[int]]) -> Callable[[Model], Model]:
     return lambda model: ours(model, Cut(experts))
 
 
-NATURAL = r"natural \(for moe2edge\.load\), or target onnx, or trim all layers alike"
+NATURAL = r"natural \(for moe2edge\.load\), or target onnx, or prune all layers to the same size"
 REFUSED: list[tuple[str, str, Callable[[Model], Model], str]] = [
     ("uniform", "olmoe", cutting({1: (0, 1, 2)}), "3 experts top-2 \\(block 1\\); choose layout "),
     ("uniform", "mixtral", skipping, "6 experts top-2 with skipping \\(block 1\\)"),
-    ("uniform", "mixtral", norm_only, "a norm alone \\(block 1\\)"),
+    ("uniform", "mixtral", norm_only, "only a norm \\(block 1\\)"),
     ("uniform", "mixtral", cutting({0: (), 1: ()}), "no MLP \\(blocks 0-1\\)"),
     ("uniform", "mixtral", cutting({0: (3,), 2: (4,)}), "MLP of width 32 \\(blocks 0, 2\\)"),
     ("uniform", "qwen2_moe", shared_only, "a shared expert \\(block 1\\)"),
-    ("uniform", "qwen2_moe", cutting({1: (2,)}), "a shared expert and a plain one \\(block 1\\)"),
+    ("uniform", "qwen2_moe", cutting({1: (2,)}), "a shared expert and a plain MLP \\(block 1\\)"),
     ("uniform", "qwen3_moe", cutting({1: ()}), "no MLP .*; choose layout mlp-only or "),
     ("uniform", "qwen3_moe", cutting({1: (4,)}), "plain MLP .*; choose layout mlp-only or "),
     ("mlp-only", "olmoe", cutting({1: ()}), "no difference for olmoe.*no MLP"),
-    ("mlp-only", "mixtral", cutting({0: (), 1: (0, 1, 2)}), "holds MoE layers of one size.*3 exp"),
+    (
+        "mlp-only",
+        "mixtral",
+        cutting({0: (), 1: (0, 1, 2)}),
+        "holds only MoE layers of one size, dropped.*3 exp",
+    ),
     ("mlp-only", "mixtral", skipping, "skipping"),
     (
         "mlp-only",
         "qwen3_moe",
         cutting({0: (), 1: (0, 1, 2)}),
-        "holds MoE layers of one size.*3 exp",
+        "holds only MoE layers of one size, dropped.*3 exp",
     ),
     ("mlp-only", "qwen3_moe", skipping, "skipping"),
-    ("mlp-only", "qwen3_moe", norm_only, "a norm alone"),
+    ("mlp-only", "qwen3_moe", norm_only, "only a norm"),
     ("mlp-only", "qwen2_moe", shared_only, "a shared expert"),
-    ("mlp-only", "qwen2_moe", cutting({1: (2,)}), "a shared expert and a plain one"),
+    ("mlp-only", "qwen2_moe", cutting({1: (2,)}), "a shared expert and a plain MLP"),
 ]
 
 

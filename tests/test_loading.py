@@ -376,8 +376,8 @@ def test_other_quantization_is_refused(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"bits": 8}, r"qweight is .* asks for"),
-        ({"group_size": -1}, r"qzeros is .* asks for"),
+        ({"bits": 8}, r"qweight has shape .* asks for"),
+        ({"group_size": -1}, r"qzeros has shape .* asks for"),
         ({"dynamic": {r"-:model\.layers\.1\.self_attn\.o_proj": {}}}, "lacks 1 tensors.*o_proj"),
         ({"dynamic": {r".*layers\.1\..*down": {"bits": 8}}}, r"down_proj\.q.* asks for"),
     ],

@@ -214,7 +214,9 @@ def test_a_rank_that_fills_no_words_is_refused(tiny: Make) -> None:
     new = Linear(0, zeros(64), zeros(3, 64), zeros(64, 3))
     model = model.replace_block(replace(block, mlp=layer.replace_experts({0: new})))
     model = quantized(model, Rtn(factors=8))
-    with pytest.raises(Unsupported, match="divisible by 4; choose such a rank, or factors: 16"):
+    with pytest.raises(
+        Unsupported, match="divisible by 4; choose a rank that 4 divides, or factors: 16"
+    ):
         GptqTarget(layout="natural").accepts(model)
 
 

@@ -202,11 +202,14 @@ def test_what_does_not_fit_is_told(tiny: Make) -> None:
     first, *others = layer.rows
     assert isinstance(first, Tied)
     for rows, said in (
-        ((replace(first, base=7), *others), "of base 7 of 3"),
+        ((replace(first, base=7), *others), "has base 7, but there are 3"),
         ((Tied(0, None, {}), *others), "neither a base nor factors"),
         ((Tied(0, 1, {}), *others), "a base but no factors"),
-        ((first, *others[:3], Full(4, 3), others[4]), "row of expert 4 runs 3 of 3"),
-        ((first, *others[:3], Full(4, 0), others[4]), r"\[2\] are"),
+        (
+            (first, *others[:3], Full(4, 3), others[4]),
+            "row of expert 4 runs stored expert 3, but there are 3",
+        ),
+        ((first, *others[:3], Full(4, 0), others[4]), r"\[2\] have no row"),
     ):
         wrong = model.replace_block(replace(block, mlp=replace(layer, rows=rows)))
         with pytest.raises(Moe2EdgeError, match=said):

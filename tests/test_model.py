@@ -149,7 +149,7 @@ def test_the_same_model_prints_the_same_text(model: Model) -> None:
         (lambda m: replace(m, blocks=()), "no block is left"),
         (lambda m: replace(m, blocks=m.blocks[1:]), "not numbered in order"),
         (lambda m: _router(m, shape=(5, 64)), "5 rows for 6 experts"),
-        (lambda m: _top_k(m, 7), "top-k 7 of 6 experts"),
+        (lambda m: _top_k(m, 7), "top-k is 7, but the router has 6 rows"),
     ],
 )
 def test_unsound_models_are_recognized(model: Model, damage: object, message: str) -> None:

@@ -101,7 +101,7 @@ def test_decisions_that_cannot_be_compared(tmp_path: Path) -> None:
     for second in (other, deep):
         result = run("decisions", "compare", one, second)
         assert result.exit_code == 2
-        assert "only decisions about models of one shape" in result.stderr
+        assert "only decisions for models of the same shape" in result.stderr
         assert len(result.stderr.splitlines()) == 1
     result = run("decisions", "compare", one, tmp_path / "none.json")
     assert result.exit_code == 2
@@ -113,4 +113,4 @@ def test_decisions_about_two_models_of_one_shape_are_noted(tmp_path: Path) -> No
     decisions.write_decisions(made([[0, 2], [2]], sha256="1"), tmp_path / "b.json")
     result = run("decisions", "compare", tmp_path / "a.json", tmp_path / "b.json")
     assert result.exit_code == 0
-    assert result.stderr == "note: the decisions are about different models of one shape\n"
+    assert result.stderr == "note: the files were made for different models of the same shape\n"

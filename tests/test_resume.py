@@ -213,7 +213,7 @@ def test_an_interrupt_keeps_finished_blocks(
         said.append(message)
         raise SystemExit(130)
 
-    monkeypatch.setattr("moe2edge.cli.main._leave", leave)
+    monkeypatch.setattr("moe2edge.cli.main._exit_interrupted", leave)
     assert export(model, folder).exit_code == 130
     assert said == [
         f"interrupted; 5 finished blocks are kept in {folder / 'out.partial'}, and the same "

@@ -53,8 +53,8 @@ def test_table_names_the_extremes() -> None:
         ("1", "4", "2", "1.000 of 2.000", "1.00", "-", "2", "0: 50.0%", "1: 0.0%", "3: 0"),
     ]
     assert made.warnings == (
-        "block 1: no token was routed to 2 experts: 1, 3; scores that look at outputs say nothing "
-        "about them",
+        "block 1: no token was routed to 2 experts: 1, 3; criteria that use expert outputs "
+        "cannot score them",
     )
 
 

@@ -326,7 +326,7 @@ def test_int8_activations_stay_near(family: str, pair: Pairs, tmp_path: Path) ->
 
 def test_sequences_that_cannot_be_run(pair: Pairs, tmp_path: Path) -> None:
     runtime = Onnx().reopen(written(pair("mixtral").model, tmp_path))
-    with pytest.raises(InputError, match="start a sequence"):
+    with pytest.raises(InputError, match="begin a sequence first"):
         runtime.step(0)
     with pytest.raises(InputError, match="at least one token"):
         runtime.start([])

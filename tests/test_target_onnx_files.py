@@ -338,7 +338,7 @@ def refused(model: Model) -> Iterator[tuple[str, Model]]:
     yield "groups of 48", with_scheme("attention.o_proj.weight", Scheme(group_size=48))
     yield "groups of 128 do not", with_scheme("attention.o_proj.weight", Scheme())
     yield (
-        "the graph holds it in full precision, or factors",
+        "the graph holds this tensor in full precision only, and factors",
         with_scheme("router.weight", GROUPS_OF_32),
     )
     yield "experts differ", with_scheme("experts.0.gate", GROUPS_OF_32)

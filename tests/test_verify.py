@@ -183,7 +183,7 @@ def test_tensors_that_come_or_go(folders: Path) -> None:
         verify.check_tensors(small, pairs[:1])
     with pytest.raises(VerificationFailed, match="was not exported"):
         verify.check_tensors(small, [*pairs, ("c", torch.ones(2))])
-    with pytest.raises(VerificationFailed, match="b does not hold the numbers"):
+    with pytest.raises(VerificationFailed, match="b does not hold the values"):
         verify.check_tensors(small, [pairs[0], ("b", torch.tensor([1.0, 1.0001]))])
 
 
@@ -234,7 +234,7 @@ def test_the_built_in_model_whole_and_with_one_flipped_bit(
         renew_manifest(folder)
     result = check(folder)
     assert result.exit_code == 7
-    assert ("does not hold the numbers" if renew else "has changed: sha256") in result.stderr
+    assert ("does not hold the values" if renew else "has changed: sha256") in result.stderr
 
 
 def test_the_reference_avoids_near_ties(tiny: Make) -> None:

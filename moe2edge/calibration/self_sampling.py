@@ -52,14 +52,14 @@ def sample_tokens(checkpoint: Checkpoint, source: TextSource, reporter: Reporter
         DoesNotFit: the parameters in bfloat16, with which the model runs, do not fit in memory.
     """
     model, remedy = checkpoint.model, "give a text with --calib"
-    memory.check_memory(2 * model.parameters, "calibration.text self runs the source", remedy)
+    memory.check_memory(2 * model.parameters, "calibration.text self runs the source model", remedy)
     tokenizer = load_tokenizer(checkpoint.folder)
     start = tokenizer.bos_token_id
     start = tokenizer.eos_token_id if start is None else start
     if start is None:
         raise InputError(
-            "calibration.text self: the tokenizer has no token that begins or ends a text, so "
-            f"nothing can be sampled; {remedy}"
+            "calibration.text self: the tokenizer has neither a BOS nor an EOS token, so the model "
+            f"cannot begin a text; {remedy}"
         )
     check_length(source, "calibration", model.family.geometry(checkpoint.config).max_positions)
     runtime = open_source(checkpoint.folder)

@@ -53,7 +53,11 @@ class TextSource(NamedText):
         int, Field(ge=0, le=2**32 - 1, description="seed of the random choice of samples")
     ] = 0
     sources: Annotated[
-        dict[str, NamedText], Field(description="definitions of texts, by names for use in text")
+        dict[str, NamedText],
+        Field(
+            description="texts by name, to be used in text, such as {math: {text: math.jsonl, "
+            "field: question}}"
+        ),
     ] = {}  # noqa: RUF012  (pydantic copies it)
 
     @field_validator("sources")

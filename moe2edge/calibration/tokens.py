@@ -279,8 +279,8 @@ def _parse_jsonl(path: Path, text: str, part: TextPart) -> list[str]:
             value.encode()
         except UnicodeEncodeError as error:
             raise InputError(
-                f"{path.name}, line {number} holds half a character, {value[error.start]!a} (an "
-                "unpaired surrogate); fix or remove the line"
+                f"{path.name}, line {number} holds {value[error.start]!a}, an unpaired surrogate, "
+                "which is no character; fix or remove the line"
             ) from error
         texts.append(value)
     return texts
@@ -368,8 +368,8 @@ def load_tokens(
     ids = torch.cat(samples)[_interleave(counts)]
     if int(ids.max()) >= vocabulary:
         raise InputError(
-            f"the tokenizer makes id {int(ids.max())}, but the vocabulary of the model has "
-            f"{vocabulary} entries; it is not this model's tokenizer"
+            f"the tokenizer gives token id {int(ids.max())}, but the vocabulary of the model has "
+            f"{vocabulary} entries; put this model's tokenizer files into its folder"
         )
     by_part = tuple(
         PartTokens(part.name, part.text, len(part_ids), _hash_ids(part_ids))

@@ -53,7 +53,7 @@ def add_hub_options(command: Command) -> Command:
         command
     )
     return click.option(
-        "--cache-dir", type=click.Path(path_type=Path), help="Folder for files from the Hub."
+        "--cache-dir", type=click.Path(path_type=Path), help="Cache folder for files from the Hub."
     )(command)
 
 
@@ -65,7 +65,11 @@ SETTINGS_OPTION = click.option(
     multiple=True,
     help="Override a recipe option, such as gptq.group_size=64. Can be given several times.",
 )
-CALIB_OPTION = click.option("--calib", help=f"Calibration text. {MIX_HELP}")
+CALIB_OPTION = click.option(
+    "--calib",
+    help=f"Calibration text [default: that of the recipe]. {MIX_HELP} self: text that the model "
+    "generates.",
+)
 
 
 def read_recipe_options(
@@ -94,7 +98,7 @@ def add_text_options(samples: int) -> Callable[[Command], Command]:
         click.option(
             "--template",
             help=r"Text with several fields of a JSONL line, instead of --field, such as "
-            r"'{question}\n{answer}'; \n is a line break.",
+            r"'{question}\n{answer}'; \n stands for a line break.",
         ),
         click.option("--samples", default=samples, show_default=True, help="Number of samples."),
         click.option("--length", default=512, show_default=True, help="Tokens per sample."),
@@ -149,10 +153,10 @@ THREADS_OPTION = click.option(
     type=click.IntRange(min=1),
     expose_value=False,
     callback=_set_threads,
-    help="Processor threads [default: one per core]. Use fewer while other programs run.",
+    help="CPU threads [default: one per core]. Use fewer while other programs run.",
 )
 JSON_OPTION = click.option(
-    "--json", "as_json", is_flag=True, help="Print one JSON document on stdout."
+    "--json", "as_json", is_flag=True, help="Print one JSON document on stdout instead of text."
 )
 QUIET_OPTION = click.option("-q", "--quiet", is_flag=True, help="Do not show progress.")
 FOLDER_ARGUMENT = click.argument("folder", type=click.Path(path_type=Path))

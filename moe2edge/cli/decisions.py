@@ -40,7 +40,10 @@ To carry out the decisions later, use the pass apply_decisions in a recipe:
 @click.command(epilog=DECIDE_EXAMPLES)
 @click.argument("model")
 @click.option(
-    "-r", "--recipe", required=True, help="Bundled recipe or recipe file; only pruning passes."
+    "-r",
+    "--recipe",
+    required=True,
+    help="Bundled recipe or recipe file. It may have pruning passes only.",
 )
 @click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path), help="JSON file to write."
@@ -87,7 +90,7 @@ def decide_command(
     click.echo(f"written: {output}")
 
 
-@click.group(name="decisions")
+@click.group(name="decisions", epilog="\b\nExample:\n  moe2edge decisions show sets.json")
 def decisions_group() -> None:
     """Show and compare files of decisions, as decide writes them."""
 
@@ -138,12 +141,12 @@ def _describe_kept(block: BlockDecision) -> str:
     if block.mlp == "moe":
         all_kept = len(block.experts) == block.experts_before
         return "all" if all_kept else " ".join(map(str, block.experts))
-    words = {"none": "nothing after attention", "norm": "the norm only"}
+    words = {"none": "nothing (attention only)", "norm": "only the norm"}
     experts = f" {block.experts[0]}" if block.experts else ""
     return words.get(str(block.mlp), f"{block.mlp}{experts}")
 
 
-COMPARE_EXAMPLE = "\b\nExample:\n  moe2edge decisions compare math.json code.json text.json"
+COMPARE_EXAMPLE = "\b\nExample:\n  moe2edge decisions compare math.json code.json"
 
 
 @decisions_group.command(name="compare", epilog=COMPARE_EXAMPLE)
@@ -163,12 +166,12 @@ def compare_decisions_command(files: tuple[Path, ...], as_json: bool) -> None:
         emit({"overlaps": [overlap.to_json() for overlap in overlaps]})
         return
     if len({each.source.sha256 for each in decisions.values()}) > 1:
-        click.echo("note: the decisions are about different models of one shape", err=True)
+        click.echo("note: the files were made for different models of the same shape", err=True)
     for overlap in overlaps:
         _print_overlap(overlap)
     if len(overlaps) > 1:
         _print_overall(overlaps)
-    click.echo("expected: mean overlap of random sets of the same sizes")
+    click.echo("expected: mean number in both if sets of the same sizes were drawn at random")
 
 
 def _print_overlap(overlap: Overlap) -> None:

@@ -44,14 +44,14 @@ NEEDS_ROUTING = (
 @click.command(epilog=EXAMPLES)
 @click.argument("model")
 @click.option(
-    "--routing", is_flag=True, help="Run a text through MODEL, and show the use of its experts."
+    "--routing", is_flag=True, help="Run a text through MODEL, and show how its experts are used."
 )
 @add_text_options(samples=128)
 @click.option(
     "--criterion",
     default="mone",
     show_default=True,
-    help="Criterion of expert_drop whose scores the table and the picture show; --json has all.",
+    help="Criterion of expert_drop whose scores are shown; --json has all criteria.",
 )
 @click.option(
     "-o",
@@ -130,7 +130,8 @@ def _inspect_output(folder: Path, as_json: bool) -> None:
     model, source = artifact.manifest["model"], artifact.manifest["source"]
     click.echo(f"{folder}: target {artifact.target}, made from {source['model']}")
     click.echo(f"parameters: {model['parameters']:,} ({model['active_parameters']:,} active)")
-    click.echo(f"experts per MoE layer: {model['expert_counts']}; blocks: {model['origins']}")
+    click.echo(f"experts per MoE layer: {model['expert_counts']}")
+    click.echo(f"blocks, by their index in the source: {model['origins']}")
     # Manifests of older versions lack these keys.
     for words, key in (("tied experts", "members"), ("replacements", "substitutes")):
         if any(model.get(key, ())):
@@ -138,7 +139,7 @@ def _inspect_output(folder: Path, as_json: bool) -> None:
     for name, entry in artifact.manifest["files"].items():
         click.echo(f"{entry['bytes']:>12,}  {entry['sha256'][:12]}  {name}")
     total = sum(entry["bytes"] for entry in artifact.manifest["files"].values())
-    click.echo(f"{total:>12,}  bytes in all")
+    click.echo(f"{total:>12,}  bytes in total")
 
 
 # ---- routing -----------------------------------------------------------------------------------
@@ -148,7 +149,7 @@ def _refuse_routing_options() -> None:
     context = click.get_current_context()
     for name in NEEDS_ROUTING:
         if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
-            raise InputError(f"--{name} is about routing: add --routing, or leave --{name} out")
+            raise InputError(f"--{name} needs --routing: add --routing, or leave --{name} out")
 
 
 def _check_criterion(name: str) -> None:
@@ -169,7 +170,7 @@ def _read_target(folder: Path) -> str:
     target = open_artifact(folder).target
     if not any(folder.glob("*.safetensors")):
         raise Unsupported(
-            f"{folder} is an output of target {target}, which does not show its routing; export "
+            f"the routing of an output of target {target} ({folder}) cannot be inspected; export "
             "the same recipe with -t hf or -t gptq and inspect that, or inspect the source"
         )
     return target
@@ -210,7 +211,8 @@ def _read_origins(folder: Path, blocks: int) -> list[int]:
     if isinstance(origins, list) and [type(origin) for origin in origins] == [int] * blocks:
         return origins
     raise InputError(
-        f"the manifest of {folder} does not say where its {blocks} blocks are from; export it again"
+        f"the manifest of {folder} does not list the indices in the source of its {blocks} "
+        "blocks; export it again"
     )
 
 

@@ -39,7 +39,11 @@ INTERRUPTED = 130
 # would keep 1024 such pieces of up to half a megabyte, although the number of tokens of an expert
 # is different in every block.
 ENVIRONMENT = {"THP_MEM_ALLOC_ENABLE": "1", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
-EXIT_CODES = """\b
+EPILOG = """\b
+Example:
+  moe2edge export builtin:tiny-moe -t onnx -o out-onnx
+
+\b
 Exit codes: 0 success; 1 failed while running; 2 the command, recipe, model or
 text is wrong; 5 not enough disk or memory; 6 not supported; 7 verification
 failed; 8 training diverged; 130 interrupted."""
@@ -114,7 +118,7 @@ def _fail(message: str, code: int, as_json: bool) -> NoReturn:
 
 
 @click.group(
-    cls=CommandGroup, epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]}
+    cls=CommandGroup, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]}
 )
 @click.version_option(package_name="moe2edge")
 def main() -> None:
@@ -148,18 +152,25 @@ Examples:
     "onnx:accuracy_level=0 (see: moe2edge targets).",
 )
 @click.option(
-    "-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to write."
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Folder to write. With several targets, it gets a subfolder for each.",
 )
 @click.option(
-    "-r", "--recipe", help="Bundled recipe or recipe file [default: w4 for onnx and gptq]."
+    "-r",
+    "--recipe",
+    help="Bundled recipe (see: moe2edge recipe list) or recipe file [default: w4 for onnx and "
+    "gptq; required for hf].",
 )
 @SETTINGS_OPTION
 @CALIB_OPTION
 @click.option(
     "--eval",
     "evaluation",
-    help="Held-out text for the report, in the form of --calib. none: skip perplexity, for a "
-    "quick export.",
+    help="Held-out text for the report, in the same forms as --calib, except self. none: do not "
+    "measure perplexity and KL, for a quick export.",
 )
 @click.option("--force", is_flag=True, help="Replace an existing output folder of moe2edge.")
 @click.option(
@@ -167,21 +178,21 @@ Examples:
     type=click.Choice(["auto", "never", "require"]),
     default="auto",
     show_default=True,
-    help="Resume an interrupted or killed export to the same folder. auto: if there is one; "
-    "never: start again; require: fail if there is none.",
+    help="Resume an interrupted or killed export to the same folder. auto: resume if there is "
+    "one; never: start over; require: fail if there is none.",
 )
 @click.option(
     "--max-memory",
     "most",
     callback=parse_bytes,
-    help="Memory limit of the whole process, such as 8GB. Larger hidden states go to the disk, "
-    "and fewer experts are solved at the same time.",
+    help="Memory limit of the whole process, such as 8GB. To stay below it, hidden states are "
+    "kept on disk and fewer experts are quantized at a time.",
 )
 @click.option(
     "--materialize",
     is_flag=True,
-    help="If one of the targets cannot hold tied experts, which share matrices, write every "
-    "expert with separate matrices, for all targets.",
+    help="If one of the targets cannot hold tied experts (experts that share matrices), write "
+    "each of them with its own copy, in all targets. The output becomes larger.",
 )
 @QUIET_OPTION
 @THREADS_OPTION

@@ -9,7 +9,7 @@ import click
 from moe2edge.cli.common import JSON_OPTION, SETTINGS_OPTION, emit
 
 
-@click.group(name="recipe")
+@click.group(name="recipe", epilog="\b\nExample:\n  moe2edge recipe show trim-w4")
 def recipe_group() -> None:
     """Show the bundled recipes and the schema of recipes."""
 

@@ -6,28 +6,26 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import yaml
 
 from moe2edge.commands.environment import NUMERIC_PACKAGES, list_versions, measure_peak_bytes
 from moe2edge.commands.preflight import describe, refuse_early
 from moe2edge.commands.report import Report
-from moe2edge.commands.texts import NO_TEXT, load_calibration, load_evaluation, load_training
+from moe2edge.commands.texts import NO_TEXT, Texts, load_texts
 from moe2edge.commands.write_target import describe_cost, fit_for_targets, write_target
 from moe2edge.evaluation.comparison import Comparison, ResultRow
+from moe2edge.model.model import Model
 from moe2edge.pipeline.recipe import Recipe
 from moe2edge.pipeline.registry import list_options
 from moe2edge.pipeline.runner import run_passes
+from moe2edge.pipeline.stages import Step
 from moe2edge.pipeline.target import Target
 from moe2edge.progress import Reporter
 from moe2edge.runtime import memory
 from moe2edge.runtime.memory import Memory
 from moe2edge.storage import work_folder
 from moe2edge.storage.checkpoint import Checkpoint
-
-if TYPE_CHECKING:
-    from moe2edge.calibration.tokens import Tokens
 
 
 def export_targets(
@@ -45,7 +43,8 @@ def export_targets(
     """Run ``recipe`` on ``checkpoint`` and write one folder per target.
 
     With several targets ``out`` holds one folder for each, all packed from one solve. Nothing is
-    left behind when anything fails, but what can be gone on with: see `workfolder.partial_folder`.
+    left behind when anything fails, but what can be resumed: see
+    `moe2edge.storage.work_folder.open_partial_folder`.
 
     Args:
         checkpoint: the source.
@@ -72,75 +71,90 @@ def export_targets(
     )
     reporter.log(f"recipe:\n{recipe.render()}")
     describe(plan, reporter)
-    calibration = load_calibration(checkpoint, recipe, reporter)
-    evaluation = load_evaluation(checkpoint, recipe)
-    training = load_training(checkpoint, recipe)
-    inputs = _inputs(checkpoint, recipe, calibration, training, budget)
+    texts = load_texts(checkpoint, recipe, reporter)
+    inputs = _list_inputs(checkpoint, recipe, texts, budget)
     with work_folder.open_partial_folder(out, inputs, resume) as (content, work):
         if work.kept:
             reporter.log(f"going on behind {work.kept} of an earlier run")
         budget = replace(budget, folder=work.folder)
         model, steps = run_passes(
-            source, recipe, calibration, work, reporter, budget, training=training
+            source, recipe, texts.calibration, work, reporter, budget, training=texts.training
         )
-        found = model
-        model = fit_for_targets(model, targets, materialize=materialize)
-        grown = None if model is found else describe_cost(found, model)
-        if grown:
-            reporter.log(f"tied experts have matrices of their own now: {grown}")
-        elif materialize:
-            reporter.log("--materialize changed nothing: the targets hold the model as it is")
+        model, grown = _fit(model, targets, reporter, materialize=materialize)
         memory.give_back()
-        measured = Comparison.measure(
-            source,
-            model,
-            evaluation.ids,
-            reporter,
-            budget,
-            figures=recipe.evaluation.text != NO_TEXT,
-        )
-        results: list[ResultRow] = []
-        for target in targets:
-            folder = content / target.name if len(targets) > 1 else content
-            folder.mkdir(exist_ok=True)
+        figures, ids = recipe.evaluation.text != NO_TEXT, texts.evaluation.ids
+        measured = Comparison.measure(source, model, ids, reporter, budget, figures=figures)
+        folders = _make_folders(targets, content)
+        results = []
+        for target, folder in folders:
             reporter.log(f"writing {target.name}")
             results.append(write_target(target, model, folder, checkpoint, measured, reporter))
-        report = Report(
-            source=checkpoint.source,
-            family=source.family.architecture,
-            recipe=recipe.render(),
-            steps=tuple(steps),
-            before=measured.measure_source(),
-            after=measured.measure_result(),
-            results=tuple(results),
-            skip_rate=measured.skip_rates.rate if model.skips else None,
-            loaders={t.name: t.loaders(model) for t in targets},
-            target_options={t.name: list_options(t) for t in targets},
-            calibration=calibration.provenance if calibration else None,
-            evaluation=evaluation.provenance,
-            training=training.provenance if training else None,
-            materialized=grown,
-            seconds=time.perf_counter() - begun,
-            peak_bytes=measure_peak_bytes(),
-        )
-        for target in targets:
-            folder = content / target.name if len(targets) > 1 else content
+        report = _build_report(checkpoint, recipe, targets, texts, steps, measured, results)
+        report = replace(report, materialized=grown, seconds=time.perf_counter() - begun)
+        for target, folder in folders:
             report.write(folder, target, checkpoint, model, list_versions())
     return report
 
 
-def _inputs(
+def _fit(
+    model: Model, targets: Sequence[Target], reporter: Reporter, *, materialize: bool
+) -> tuple[Model, str | None]:
+    """Return the model as all targets hold it, and what materializing costs; None: it was not."""
+    fitted = fit_for_targets(model, targets, materialize=materialize)
+    if fitted is not model:
+        grown = describe_cost(model, fitted)
+        reporter.log(f"members are experts of their own now: {grown}")
+        return fitted, grown
+    if materialize:
+        reporter.log("--materialize changed nothing: the targets hold the model as it is")
+    return model, None
+
+
+def _make_folders(targets: Sequence[Target], content: Path) -> list[tuple[Target, Path]]:
+    """Make a folder for each of several targets; one alone is written into ``content``."""
+    folders = [(t, content / t.name if len(targets) > 1 else content) for t in targets]
+    for _, folder in folders:
+        folder.mkdir(exist_ok=True)
+    return folders
+
+
+def _build_report(
     checkpoint: Checkpoint,
     recipe: Recipe,
-    calibration: Tokens | None,
-    training: Tokens | None,
-    budget: Memory,
+    targets: Sequence[Target],
+    texts: Texts,
+    steps: Sequence[Step],
+    measured: Comparison,
+    results: Sequence[ResultRow],
+) -> Report:
+    """Collect what an export did; the time that it took is still to come."""
+    model = measured.model
+    return Report(
+        source=checkpoint.source,
+        family=checkpoint.model.family.architecture,
+        recipe=recipe.render(),
+        steps=tuple(steps),
+        before=measured.measure_source(),
+        after=measured.measure_result(),
+        results=tuple(results),
+        skip_rate=measured.skip_rates.rate if model.skips else None,
+        loaders={target.name: target.loaders(model) for target in targets},
+        target_options={target.name: list_options(target) for target in targets},
+        **texts.describe(),
+        seconds=0.0,
+        peak_bytes=measure_peak_bytes(),
+    )
+
+
+def _list_inputs(
+    checkpoint: Checkpoint, recipe: Recipe, texts: Texts, budget: Memory
 ) -> dict[str, str]:
-    """What the numbers of an export depend on, to the last bit."""
+    """List what the numbers of an export depend on, to the last bit."""
     import torch
 
     from moe2edge.numerics import compiled
 
+    calibration, training = texts.calibration, texts.training
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     passes = yaml.safe_dump(yaml.safe_load(recipe.render())["passes"], sort_keys=False)
     return {

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from moe2edge.calibration.sources import TextSource
 from moe2edge.calibration.tokens import BUILTIN_TEXT
@@ -16,6 +17,38 @@ if TYPE_CHECKING:
 
 # As a text for calibration: what the model writes. As one for evaluation: no figures.
 SELF, NO_TEXT = "self", "none"
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The texts of an export, as tokens.
+
+    Attributes:
+        calibration: text that passes look at; None: none does.
+        evaluation: text that the report is about.
+        training: text that passes train on; None: none does.
+    """
+
+    calibration: Tokens | None
+    evaluation: Tokens
+    training: Tokens | None
+
+    def describe(self) -> dict[str, Any]:
+        """Return where the texts are from, as plain data for reports."""
+        texts = {key: getattr(self, key) for key in ("calibration", "evaluation", "training")}
+        return {key: tokens.provenance if tokens else None for key, tokens in texts.items()}
+
+
+def load_texts(checkpoint: Checkpoint, recipe: Recipe, reporter: Reporter) -> Texts:
+    """Load all texts of an export.
+
+    Raises:
+        InputError: a text does not serve.
+        DoesNotFit: the model is to write one and cannot be run.
+    """
+    calibration = load_calibration(checkpoint, recipe, reporter)
+    evaluation = load_evaluation(checkpoint, recipe)
+    return Texts(calibration, evaluation, load_training(checkpoint, recipe))
 
 
 def load_calibration(checkpoint: Checkpoint, recipe: Recipe, reporter: Reporter) -> Tokens | None:

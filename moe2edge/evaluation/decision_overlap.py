@@ -120,7 +120,7 @@ def compare(decisions: Mapping[str, Decisions]) -> list[Overlap]:
     """
     names = list(decisions)
     if len(names) < 2:
-        raise InputError("there is only one file of decisions; give at least two different files")
+        raise InputError("only one file of decisions was given; give at least two different files")
     shapes = {
         name: describe_shape(each.source.family, each.experts_before)
         for name, each in decisions.items()
@@ -128,8 +128,8 @@ def compare(decisions: Mapping[str, Decisions]) -> list[Overlap]:
     for name in names[1:]:
         if shapes[name] != shapes[names[0]]:
             raise InputError(
-                f"{names[0]} is about {shapes[names[0]]}, {name} about {shapes[name]}; only "
-                "decisions about models of one shape can be compared"
+                f"{names[0]} is for {shapes[names[0]]}, {name} for {shapes[name]}; only "
+                "decisions for models of the same shape can be compared"
             )
     return [
         Overlap(a, b, tuple(_compare_layers(decisions[a], decisions[b])))

@@ -181,7 +181,7 @@ class RoutingReport:
         """Reasons to distrust some of the figures, one sentence each."""
         return tuple(
             f"block {layer.block}: no token was routed to {_name_experts(layer.unused)}; "
-            "scores that look at outputs say nothing about them"
+            "criteria that use expert outputs cannot score them"
             for layer in self.layers
             if layer.unused
         )

@@ -260,14 +260,17 @@ def audit(target: Target, folder: Path, model: Model) -> int:
     seen: set[str] = set()
     for name, value in target.tensors(folder):
         if name not in expected or name in seen:
-            raise VerificationFailed(f"{name} was written and should not have been")
+            raise VerificationFailed(
+                f"{name} was written, but is not a tensor of the model, or was written twice"
+            )
         seen.add(name)
         weight = expected[name]
         if isinstance(value, Quantized) != (weight.scheme is not None):
-            form = "unquantized" if weight.scheme else "quantized"
-            raise VerificationFailed(f"{name} was written {form}")
+            forms = ("unquantized", "quantized")
+            found, planned = forms if weight.scheme else forms[::-1]
+            raise VerificationFailed(f"{name} was written {found}, expected {planned}")
         if not _are_equal(value, load_numbers(weight)):
-            raise VerificationFailed(f"{name} was written with other numbers")
+            raise VerificationFailed(f"{name} was written with other values than the model has")
     if missing := set(expected) - seen:
         raise VerificationFailed(f"{len(missing)} tensors were not written: {min(missing)}")
     return len(seen)
@@ -294,11 +297,17 @@ def check_tensors(reference: Reference, tensors: Iterable[tuple[str, Tensor | Qu
     missing = dict(reference.digests)
     for name, value in tensors:
         if name not in missing:
-            raise VerificationFailed(f"{name} is in the folder, but was not exported")
+            raise VerificationFailed(
+                f"{name} is in the folder, but was not exported; export it again"
+            )
         if compute_digest(value) != missing.pop(name):
-            raise VerificationFailed(f"{name} does not hold the numbers that were exported")
+            raise VerificationFailed(
+                f"{name} does not hold the values that were exported; export it again"
+            )
     if missing:
-        raise VerificationFailed(f"{len(missing)} tensors are missing, such as {min(missing)}")
+        raise VerificationFailed(
+            f"{len(missing)} tensors are missing, such as {min(missing)}; export it again"
+        )
     return len(reference.digests)
 
 

@@ -105,7 +105,7 @@ def check_rope(config: Mapping[str, Any]) -> None:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in STATIC_ROPE:
         raise Unsupported(
-            f"rope type {kind!r} depends on the length of the text; "
+            f"rope type {kind!r} is not supported, because it depends on the length of the text; "
             f"supported: {', '.join(STATIC_ROPE)}"
         )
     if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1)) != 1:

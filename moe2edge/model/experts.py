@@ -106,7 +106,10 @@ class Full(RouterRow):
     def check(self, experts: Sequence[Expert], hidden: int) -> None:
         """See `RouterRow.check`."""
         if not 0 <= self.expert < len(experts):
-            raise Moe2EdgeError(f"row of expert {self.origin} runs {self.expert} of {len(experts)}")
+            raise Moe2EdgeError(
+                f"router row of expert {self.origin} runs stored expert {self.expert}, "
+                f"but there are {len(experts)}"
+            )
 
 
 @dataclass(frozen=True)
@@ -147,9 +150,13 @@ class Tied(RouterRow):
             missing = "neither a base nor factors" if base is None else "a base but no factors"
             raise Moe2EdgeError(f"{name} has {missing}")
         if base is not None and not 0 <= base < len(experts):
-            raise Moe2EdgeError(f"{name} of base {base} of {len(experts)}")
+            raise Moe2EdgeError(
+                f"{name} has base {base}, but there are {len(experts)} stored experts"
+            )
         if set(self.factors) != set(PARTS):
-            raise Moe2EdgeError(f"{name} has factors of {sorted(self.factors)} only")
+            raise Moe2EdgeError(
+                f"{name} has factors of {sorted(self.factors)}, expected {sorted(PARTS)}"
+            )
         rank = self.rank
         for part, low in self.factors.items():
             outs, ins = getattr(experts[base or 0], part).shape

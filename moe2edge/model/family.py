@@ -121,7 +121,7 @@ class Family:
             return f"{at}.{self.moe}.shared_expert.{rest}_proj.weight"
         if kind == "dense":
             return f"{at}.mlp.{rest}_proj.weight"
-        raise Moe2EdgeError(f"no name for {role}")
+        raise Moe2EdgeError(f"family {self.model_type} has no tensor name for {role}")
 
     # ---- reading a config ------------------------------------------------------------------
 
@@ -163,7 +163,9 @@ class Family:
         if refused:
             raise Unsupported(f"{self.model_type} with {refused} is not supported")
         if config.get("hidden_act", "silu") != "silu":
-            raise Unsupported(f"hidden_act {config['hidden_act']!r}; only 'silu' is supported")
+            raise Unsupported(
+                f"hidden_act {config['hidden_act']!r}; is not supported; only 'silu' is"
+            )
         check_rope(config)
 
     def geometry(self, config: Config) -> Geometry:

@@ -123,7 +123,7 @@ def decode_layers(model: Model, overrides: Mapping[str, Mapping[str, Any]], take
             changed = replace(block, mlp=_read_layer(model, block, layer, own, form, take))
         model = model.replace_block(changed)
     if wrong := sorted(index for index, own in left.items() if own != {OWN: {}}):
-        raise Unsupported(f"per_layer_config of {wrong}, which are no MoE layers")
+        raise Unsupported(f"per_layer_config names layers {wrong}, which are not MoE layers")
     return model
 
 
@@ -142,7 +142,10 @@ def _read_unrouted(model: Model, block: Block, layer: MoELayer, form: str, take:
         return replace(block, mlp=plain)
     if form in ("shared", "dense+shared") and layer.shared is not None:
         return replace(block, mlp=UnroutedMLP(layer.shared, plain))
-    raise Unsupported(f"layer {block.index} with {form!r} in place of its MoE layer")
+    raise Unsupported(
+        f"layer {block.index}: per_layer_config has {form!r} in place of the MoE layer, which is "
+        "not supported"
+    )
 
 
 def _read_layer(
@@ -174,9 +177,9 @@ def _read_layer(
             return replace(layer, router=router, experts=stored, rows=(*ran, *replaced))
     shown = {**own, **({OWN: form} if form else {})}
     raise Unsupported(
-        f"layer {block.index} with per_layer_config {shown}; only fewer experts than the "
-        f"{len(layer.experts)} of config.json, a top-k within them, tied experts and replacements "
-        "for some of them and a threshold for each expert but the first are supported"
+        f"layer {block.index}: per_layer_config {shown} is not supported; supported are fewer "
+        f"experts than the {len(layer.experts)} of config.json, a top-k of at most their number, "
+        "tied experts, replacements, and a threshold for each expert of top-k but the first"
     )
 
 

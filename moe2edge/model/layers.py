@@ -183,9 +183,9 @@ class MoELayer:
         for row in self.rows:
             row.check(self.experts, hidden)
         if unused := set(range(len(self.experts))) - set(self.bases):
-            raise Moe2EdgeError(f"experts {sorted(unused)} are run by no row of the router")
+            raise Moe2EdgeError(f"experts {sorted(unused)} have no row of the router")
         if len({row.rank for row in self.rows if isinstance(row, Tied)}) > 1:
-            raise Moe2EdgeError("tied experts of one layer have factors of several ranks")
+            raise Moe2EdgeError("tied experts of one layer have factors of different ranks")
 
     def keep(self, ids: Sequence[int], *, clamp_top_k: bool = False) -> MoELayer:
         """Return the layer with only the experts ``ids`` (positions in this layer), in that order.
@@ -198,7 +198,7 @@ class MoELayer:
                 and ``clamp_top_k`` is not set.
         """
         if len(set(ids)) != len(ids) or not all(0 <= i < len(self.experts) for i in ids):
-            raise InputError(f"cannot keep experts {list(ids)} of {len(self.experts)}")
+            raise InputError(f"cannot keep experts {list(ids)}: the layer has {len(self.experts)}")
         found = self._rows_by_base()
         kept = tuple(row for base in (*ids, None) for row in found.get(base, ()))
         top_k, count = self.router.top_k, len(kept)
@@ -231,7 +231,9 @@ class MoELayer:
         """
         stay = [n for n in range(len(self.experts)) if n not in new]
         if len(stay) + len(new) != len(self.experts) or not stay:
-            raise InputError(f"cannot replace experts {sorted(new)} of {len(self.experts)}")
+            raise InputError(
+                f"cannot replace experts {sorted(new)}: the layer has {len(self.experts)}"
+            )
         found, gone = self._rows_by_base(), sorted(new)
         if any([type(self.rows[row]) for row in found[n]] != [Full] for n in gone):
             raise InputError(f"cannot replace experts {gone}, some of which are tied")

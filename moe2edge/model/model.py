@@ -98,7 +98,7 @@ class Block:
             Moe2EdgeError: a role is not one of this block's.
         """
         if unknown := set(new) - {role for role, _ in self.weights()}:
-            raise Moe2EdgeError(f"block {self.index} has no {sorted(unknown)}")
+            raise Moe2EdgeError(f"block {self.index} has no tensors {sorted(unknown)}")
 
         def swap_mlp(prefix: str, mlp: Any) -> Any:
             return replace(
@@ -326,7 +326,8 @@ class Model:
                     )
             if not 1 <= layer.router.top_k <= n:
                 raise Moe2EdgeError(
-                    f"block {block.index}: top-k {layer.router.top_k} of {n} experts"
+                    f"block {block.index}: top-k is {layer.router.top_k}, but the router has {n} "
+                    "rows"
                 )
             if len(layer.router.skip_below) not in (0, layer.router.top_k - 1):
                 raise Moe2EdgeError(

@@ -34,7 +34,7 @@ def split_samples(samples: int, held_out: float) -> tuple[list[int], list[int]]:
     count = max(2, round(held_out * samples))
     if samples < 4 or count >= samples:
         raise InputError(
-            f"{samples} calibration samples do not suffice to choose by some and hold out a "
+            f"{samples} calibration samples are too few to choose by some and hold out a "
             f"fraction of {held_out:g}; use 4 or more, such as --set calibration.samples=64, and "
             "hold out fewer"
         )

@@ -33,8 +33,8 @@ def list_passes() -> list[str]:
 def list_targets() -> list[str]:
     """Names of all targets.
 
-    >>> list_targets()
-    ['gptq', 'hf', 'onnx']
+    >>> "onnx" in list_targets()
+    True
     """
     return _public(moe2edge.targets.__path__)
 

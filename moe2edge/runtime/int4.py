@@ -109,8 +109,8 @@ def plan_packing(model: Model, dtype: torch.dtype, *, wanted: bool | None = None
     if wanted and not packed:
         why = str(found) or "the model is not quantized"
         raise Unsupported(
-            f"nothing can run packed: {why}; it takes symmetric 4-bit weights and bfloat16; leave "
-            "packed=True out"
+            f"no matrix can run in 4 bits: {why}; that needs symmetric 4-bit weights and bfloat16; "
+            "leave packed=True out"
         )
     return found
 

@@ -105,7 +105,7 @@ def build_transformers_model(
     empty = [n for n, t in (*loaded.named_parameters(), *loaded.named_buffers()) if t.is_meta]
     if empty:
         raise VerificationFailed(
-            f"{len(empty)} tensors of {type(loaded).__name__} were not filled, such as "
+            f"{len(empty)} tensors of {type(loaded).__name__} were not loaded, such as "
             f"{empty[0]}; this version of transformers is not supported"
         )
     return loaded.eval()

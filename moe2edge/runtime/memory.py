@@ -131,7 +131,7 @@ class Estimate:
     time: float | None = None
     gpu: int = 0
     purpose: str = "verifying the output runs it"
-    remedy: str = "export on a larger one"
+    remedy: str = "export on a larger machine"
 
     def check(self, within: int | None = None) -> None:
         """Refuse to begin what memory, or that of the GPU, could not hold.
@@ -188,7 +188,7 @@ def check_gpu(needed: int, purpose: str, remedy: str) -> None:
     total: int = torch.cuda.get_device_properties(torch.device("cuda")).total_memory
     if needed > total:
         raise DoesNotFit(
-            f"{purpose}, which needs {needed / 1e9:.2f} GB of memory of the GPU; it has "
+            f"{purpose}, which needs {needed / 1e9:.2f} GB of GPU memory; the GPU has "
             f"{total / 1e9:.2f} GB: {remedy}"
         )
 
@@ -208,6 +208,6 @@ def check_memory(needed: int, purpose: str, remedy: str, within: int | None = No
     available = find_limit() if within is None else within
     if not fits(needed, available):
         raise DoesNotFit(
-            f"{purpose}, which needs {(needed + IMPORTED) / 1e9:.2f} GB of memory; this machine "
-            f"has or allows {available / 1e9:.2f} GB: {remedy}"
+            f"{purpose}, which needs {(needed + IMPORTED) / 1e9:.2f} GB of memory; only "
+            f"{available / 1e9:.2f} GB are available (machine, container or limit): {remedy}"
         )

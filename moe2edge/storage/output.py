@@ -94,7 +94,9 @@ def read_gptq_settings(settings: Mapping[str, Any]) -> GptqSettings:
     main = _parse_scheme({key: settings.get(key) for key in GPTQ_SCHEME})
     if found != GPTQ_V1 or layout != "gptq" or main is None:
         shown = {**found, **{key: settings.get(key) for key in GPTQ_SCHEME}}
-        raise Unsupported(f"quantization {shown}, format {layout!r}; only {_LOADABLE}")
+        raise Unsupported(
+            f"quantization {shown}, format {layout!r} is not supported; only {_LOADABLE}"
+        )
     dynamic = settings.get("dynamic") or {}
     if not isinstance(dynamic, Mapping):
         raise Unsupported(f"dynamic is {dynamic!r}; only patterns with settings can be loaded")
@@ -239,7 +241,7 @@ class _StoredTensors:
         for name, header in expected.items():
             if self._headers[name] != header or header[1] not in {*DTYPE_BYTES, "I32"}:
                 raise VerificationFailed(
-                    f"{name} is {self._headers[name]}, but config.json asks for {header}; "
+                    f"{name} has shape and dtype {self._headers[name]}, but config.json asks for {header}; "
                     "export it again"
                 )
 

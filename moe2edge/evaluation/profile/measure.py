@@ -183,8 +183,8 @@ def run_child(request: Mapping[str, Any], settings: ProfileSettings) -> dict[str
         ) from error
     if done.returncode < 0:
         name = signal.Signals(-done.returncode).name
-        hint = "; there may be too little memory" if name == "SIGKILL" else ""
-        raise Moe2EdgeError(f"the measuring process was ended by {name}{hint}")
+        hint = "; this machine may have too little memory" if name == "SIGKILL" else ""
+        raise Moe2EdgeError(f"the measuring process was killed by {name}{hint}")
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["it wrote no message"]
         if kind := _ERRORS.get(done.returncode):
