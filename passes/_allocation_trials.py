@@ -1,4 +1,4 @@
-"""How many experts each MoE layer keeps when all layers share one budget.
+"""Trials of allocations: experts of each MoE layer when all layers share one budget.
 
 An *allocation* is a count for each MoE layer, in order. Which experts stay in a layer of n is not
 decided here: the n best of its ranking.
@@ -33,7 +33,7 @@ STREAM_BYTES = 1 << 30
 
 
 class Ranker:
-    """Observer of a walk that ranks experts, and may tell what each layer's best n leave undone.
+    """Observer that ranks experts, and may measure the error of keeping each layer's best n.
 
     Attributes:
         errors: `prefix_errors` by the index of the block.
@@ -47,7 +47,7 @@ class Ranker:
         tokens: int,
         most: int | None,
     ) -> None:
-        """Nothing seen yet.
+        """Start without observations.
 
         Args:
             criterion: ranks the experts.
@@ -65,7 +65,7 @@ class Ranker:
 
     @property
     def needs_walk(self) -> bool:
-        """Whether there is anything to see."""
+        """True if it needs a walk."""
         return bool(self._observers) or self._gatherer is not None
 
     def observe(self, trace: BlockTrace) -> None:
@@ -92,7 +92,7 @@ class Ranker:
         return selection.rank_by_score(scores)
 
     def result(self) -> Mapping[int, list[float]]:
-        """The errors."""
+        """Return the errors."""
         return self.errors
 
 
@@ -124,14 +124,14 @@ class Trimmer:
         return {block.index: n for n, (block, _) in enumerate(self.model.moe_blocks)}
 
     def block(self, index: int, count: int) -> Block:
-        """An MoE block with its best experts, in their old order."""
+        """Return an MoE block with its best experts, in their old order."""
         block, order = self.model.blocks[index], self.rankings[self.layers[index]]
         if count == len(order):
             return block
         return block.keep_experts(sorted(order[:count]), clamp_top_k=self.clamp_top_k)
 
     def trim(self, counts: Counts) -> Model:
-        """The model under an allocation."""
+        """Return the model under an allocation."""
         model = self.model
         for index, n in self.layers.items():
             model = model.replace_block(self.block(index, counts[n]))
@@ -157,13 +157,13 @@ class Trial:
     tokens: Tensor
 
     def first(self, samples: int) -> Trial:
-        """The same on the first samples only."""
+        """Return the trial on the first samples only."""
         return replace(
             self, source_hidden=self.source_hidden[:samples], tokens=self.tokens[:samples]
         )
 
     def judge(self, tried: Sequence[Counts], advance: CountProgress) -> list[list[SampleSums]]:
-        """What each allocation does on each sample."""
+        """Measure each allocation on each sample."""
         found: list[list[SampleSums]] = []
         done, total = 0, count_block_runs(self.trimmer.model, tried, self.at_once)
 
@@ -202,7 +202,7 @@ class Trial:
         return [streams[counts] for counts in tried]
 
     def _compared(self, streams: Sequence[Tensor]) -> list[list[SampleSums]]:
-        """Figures per stream and sample; logits of two models for one sample are in memory."""
+        """Measure each allocation and sample; logits of two models for one sample are in memory."""
         found: list[list[SampleSums]] = [[] for _ in streams]
         # Sample by sample, so that the head is read once and the source's logits made once.
         turns = (stream[n] for n in range(len(self.tokens)) for stream in streams)
@@ -217,7 +217,7 @@ class Trial:
 def _branches(
     model: Model, block: Block, tried: Sequence[Counts]
 ) -> dict[int | None, list[tuple[Counts, Counts]]]:
-    """Runs through one block, by the number of experts it then has (None: it has no MoE layer).
+    """List the runs through a block, by its number of experts (None: it has no MoE layer).
 
     A run leads from what a group of allocations has in common before the block to what it has in
     common after it.
@@ -232,7 +232,7 @@ def _branches(
 
 
 def _through(runner: walk.BlockRunner, hidden: Tensor, tokens: Tensor) -> Tensor:
-    """What a block makes of the stream ``hidden`` [samples, length, hidden], which stays."""
+    """Run a block on ``hidden`` [samples, length, hidden], which stays unchanged."""
     out = torch.empty_like(hidden)
     for part in walk.split_batches(tokens):
         out[part] = runner.run(hidden[part])
@@ -249,7 +249,7 @@ def count_at_once(numbers: int) -> int:
 
 
 def count_block_runs(model: Model, tried: Sequence[Counts], together: int) -> int:
-    """Blocks that `Trial.judge` runs over its tokens, ``together`` allocations in a walk."""
+    """Count the blocks that `Trial.judge` runs, with ``together`` allocations in a walk."""
     return sum(
         len(prefixes)
         for at in range(0, len(tried), together)

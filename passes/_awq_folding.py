@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FoldingPlace:
-    """Where scales fold: who divides, and who multiplies.
+    """A place where scales fold: tensors that are divided, and matrices that are multiplied.
 
     Attributes:
         producers: roles of the tensors whose rows are divided.
         consumers: roles of the matrices whose columns are multiplied.
-        heads: runs of channels that producers put out.
+        heads: runs of channels in the output of producers.
         copies: how often the consumers read each run (query heads that share a key-value head).
     """
 
@@ -50,9 +50,9 @@ class FoldingPlace:
 
 
 def find_folding_places(block: Block, geometry: Geometry) -> Iterator[FoldingPlace]:
-    """All places of a block.
+    """Find all folding places of a block.
 
-    A norm whose output is added to the stream is none, and values that are clipped are none.
+    A norm whose output is added to the residual stream is none, nor are clipped values.
     """
     roles = {role for role, _ in block.weights()}
     yield FoldingPlace(
@@ -80,7 +80,7 @@ def find_folding_places(block: Block, geometry: Geometry) -> Iterator[FoldingPla
 
 
 def _small_readers(roles: Collection[str]) -> list[str]:
-    """First factors of members and substitutes, which read what experts read."""
+    """Return first factors of tied experts and replacements, which have the experts' inputs."""
     ends = {"members": (".gate.first", ".up.first"), "substitutes": (".first",)}
     return sorted(
         role
@@ -109,11 +109,11 @@ class Folding:
 
     @property
     def roles(self) -> set[str]:
-        """Of all tensors that change."""
+        """Roles of all tensors that change."""
         return {*self.columns, *self.rows}
 
     def apply(self, role: str, numbers: Tensor) -> Tensor:
-        """The changed numbers of a tensor, float32."""
+        """Return the changed numbers of a tensor, float32."""
         numbers = numbers.float()
         if role in self.columns:
             numbers = numbers * self.columns[role]

@@ -14,7 +14,7 @@ from moe2edge.pipeline.contract import Outcome, Trim
 
 
 class DropAlike(Trim):
-    """What the passes share that drop whatever changes the stream least: how much of it.
+    """A pass that drops the parts that change the hidden states least.
 
     Attributes:
         unit: what is dropped.
@@ -33,8 +33,8 @@ class DropAlike(Trim):
     most: Annotated[
         int | float | None,
         Field(
-            description="with threshold, at most so many: a count or a fraction; none: a quarter, "
-            "and one at least"
+            description="with threshold, the most to drop: a count or a fraction; none: a quarter, "
+            "at least one"
         ),
     ] = None
 
@@ -44,7 +44,7 @@ class DropAlike(Trim):
         return check_amount(value)
 
     def whole(self, model: Model) -> int:
-        """How many there are."""
+        """Count the parts of the model."""
         raise NotImplementedError
 
     @property
@@ -54,7 +54,7 @@ class DropAlike(Trim):
 
     @property
     def limit(self) -> float:
-        """As many as may go: a count, once it is `resolve`."""
+        """The largest number to drop: a count, once it is resolved."""
         limit = self.most if self.drop is None else self.drop
         return 1 if limit is None else limit
 
@@ -86,10 +86,10 @@ class DropAlike(Trim):
 
     @property
     def planned(self) -> int:
-        """How many go for sure: by threshold, one at least."""
+        """The number that is certainly dropped: by threshold, at least one."""
         return int(self.limit) if self.threshold is None else 1
 
     def none_reaches(self, model: Model, highest: float) -> Outcome:
-        """Nothing was dropped: the highest cosine is below the threshold."""
+        """Report that nothing was dropped: the highest cosine is below the threshold."""
         reason = f"the highest cosine is {highest:.4f}, below the threshold {self.threshold}"
         return Outcome(model, skipped={f"every {self.unit}": reason})

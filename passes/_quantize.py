@@ -1,4 +1,4 @@
-"""What quantizing passes share: which tensor gets which scheme, and the check that it has it."""
+"""Base of quantizing passes: the scheme of each tensor, and the check of the result."""
 
 from __future__ import annotations
 
@@ -22,31 +22,34 @@ if TYPE_CHECKING:
 
 Bits = Literal[2, 3, 4, 8]
 GroupSize = Literal[-1, 32, 64, 128]
-# How scales are chosen, as an option of passes.
+# Option of passes: the choice of scales.
 Scales = Annotated[
     Literal["absmax", "mse"],
-    Field(description="of the whole range of a group, or of the range with the least error"),
+    Field(description="absmax: whole range of a group; mse: the range with the least error"),
 ]
 
 
-class SchemeRule(Options):
-    """Another scheme for some tensors. Of several rules that match, the first holds."""
+class Rule(Options):
+    """Another scheme for some tensors. If several rules match, the first one applies."""
 
     match: Annotated[
         str,
-        Field(description="regular expression, looked for in names on disk; none: every name"),
+        Field(description="regular expression, searched in tensor names; none: every name"),
     ] = ""
     blocks: Annotated[
         tuple[int, ...] | None,
-        Field(min_length=1, description="blocks, counted from 0, or from the end from -1"),
+        Field(min_length=1, description="indices of blocks, from 0; negative: from the end"),
     ] = None
     bits: Annotated[
-        Literal[2, 3, 4, 8, 16], Field(description="per weight; 16 leaves the precision as it is")
+        Literal[2, 3, 4, 8, 16],
+        Field(description="bits per weight; 16 keeps the precision of the source"),
     ]
     group_size: Annotated[
-        GroupSize | None, Field(description="inputs per scale; none: as the pass")
+        GroupSize | None, Field(description="inputs per scale; none: that of the pass")
     ] = None
-    symmetric: Annotated[bool | None, Field(description="none: as the pass")] = None
+    symmetric: Annotated[
+        bool | None, Field(description="the middle integer is zero; none: as in the pass")
+    ] = None
 
     @field_validator("match")
     @classmethod
@@ -58,7 +61,7 @@ class SchemeRule(Options):
         return value
 
     def applies(self, name: str, block: int, count: int) -> bool:
-        """Whether it is about the tensor ``name`` of a block, of ``count`` blocks."""
+        """Return whether it matches the tensor ``name`` of a block, of ``count`` blocks."""
         inside = self.blocks is None or block in {n % count for n in self.blocks}
         return inside and re.search(self.match, name) is not None
 
@@ -78,7 +81,7 @@ class Quantize(Slim):
     group_size: Annotated[
         GroupSize | None,
         Field(
-            description="inputs per scale, -1: all of a row; none: the largest that divides every "
+            description="inputs per scale; -1: a whole row; none: the largest that divides every "
             "width"
         ),
     ] = None
@@ -86,7 +89,7 @@ class Quantize(Slim):
         bool, Field(description="the middle integer is zero; false: each group has a zero point")
     ] = True
     rules: Annotated[
-        tuple[SchemeRule, ...],
+        tuple[Rule, ...],
         Field(description="other schemes for some tensors; the first that matches"),
     ] = ()
     factors: Annotated[
@@ -98,7 +101,7 @@ class Quantize(Slim):
     ] = 16
 
     def schemes(self, model: Model) -> dict[str, Scheme]:
-        """Scheme of each tensor that is to be quantized, by name on disk."""
+        """Return the scheme of each tensor that will be quantized, by name on disk."""
         group = self._group(model)
         found = {}
         for name, block, _ in _matrices(model):
@@ -111,16 +114,16 @@ class Quantize(Slim):
         return found | dict.fromkeys(self._low_rank(model), LOW_RANK)
 
     def _low_rank(self, model: Model) -> Iterator[str]:
-        """Names on disk of the factors and linear maps that are quantized."""
+        """Yield the names on disk of the factors and linear maps that are quantized."""
         if self.factors != 16:
             yield from (name for name, role, _ in model.tensors() if is_low_rank(role))
 
     def alone(self, block: Block, how: Literal["absmax", "mse"]) -> dict[str, Quantized]:
-        """Factors and linear maps of a block, rounded to nearest, by role; none if they stay.
+        """Round factors and linear maps of a block to nearest, by role; none if they stay.
 
         Args:
             block: the block.
-            how: scales are chosen.
+            how: the choice of scales.
         """
         from moe2edge.numerics.rounding import round_to_nearest
         from moe2edge.runtime.decoder_blocks import load_finite
@@ -131,7 +134,7 @@ class Quantize(Slim):
         return {role: round_to_nearest(load_finite(w), LOW_RANK, how) for role, w in low.items()}
 
     def _group(self, model: Model) -> GroupSize:
-        """Group size of tensors to which no rule gives another one."""
+        """Return the group size of tensors to which no rule gives another one."""
         if self.group_size is not None:
             return self.group_size
         widths = []
@@ -141,12 +144,12 @@ class Quantize(Slim):
                 widths.append(weight.shape[1])
         return largest_group_size(widths) if widths else 128
 
-    def _rule(self, name: str, block: Block, model: Model) -> SchemeRule | None:
+    def _rule(self, name: str, block: Block, model: Model) -> Rule | None:
         count = len(model.blocks)
         return next((r for r in self.rules if r.applies(name, block.index, count)), None)
 
     def resolve(self, model: Model) -> Self:
-        """With the group size of the whole source, whichever of its blocks stay."""
+        """Fill in the group size of the whole source, regardless of the blocks that stay."""
         return self.model_copy(update={"group_size": self._group(model)})
 
     def check(self, model: Model) -> None:
@@ -163,7 +166,7 @@ class Quantize(Slim):
                 )
         if not schemes:
             raise InputError("the rules leave nothing to quantize")
-        # Linear maps that were planned can all have become constants, for want of tokens or bytes.
+        # Planned linear maps can all have become constants, for lack of tokens or bytes.
         if self.factors != 16 and not (model.substitutes or any(self._low_rank(model))):
             raise InputError(
                 f"factors: {self.factors} is about factors and linear maps of replaced experts, "
@@ -174,7 +177,7 @@ class Quantize(Slim):
             _check_layer(block, model, schemes)
 
     def _check_rules(self, model: Model) -> None:
-        """Refuse a rule that is about no tensor."""
+        """Refuse a rule that matches no tensor."""
         count = len(model.blocks)
         for rule in self.rules:
             outside = [n for n in rule.blocks or () if not -count <= n < count]
@@ -188,7 +191,7 @@ class Quantize(Slim):
                 )
 
     def plan(self, model: Model) -> Model:
-        """The model with its scheme on every tensor that gets one."""
+        """Return the model with a scheme on every tensor that gets one."""
         schemes = self.schemes(model)
         for block in model.blocks:
             new = {
@@ -227,18 +230,18 @@ class Quantize(Slim):
 
 
 def _matrices(model: Model) -> Iterator[tuple[str, Block, Weight]]:
-    """The tensors that slimming selects, by name on disk."""
+    """Yield the tensors that can be quantized, by name on disk."""
     for block in model.blocks:
         for role, weight in list_quantizable(block):
             yield model.family.disk_name(block.index, role), block, weight
 
 
-def _shown(rule: SchemeRule) -> str:
+def _shown(rule: Rule) -> str:
     return str(rule.model_dump(exclude_defaults=True))
 
 
 def _check_layer(block: Block, model: Model, schemes: Mapping[str, Scheme]) -> None:
-    """Refuse several schemes in one MoE layer, which no runtime takes."""
+    """Refuse several schemes in one MoE layer, which no runtime supports."""
     roles = [role for role, _ in list_quantizable(block) if role.startswith("experts.")]
     found = {schemes.get(model.family.disk_name(block.index, role)) for role in roles}
     if len(found) > 1:

@@ -1,4 +1,4 @@
-"""Resources of a training, from shapes alone: the formulas of docs/recovery.md."""
+"""Resources for training, from shapes alone: the formulas of docs/recovery.md."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from moe2edge.model.layers import MoELayer, Weight
 from moe2edge.model.model import Block, Model
 from moe2edge.passes._recover_selection import Selection, is_whole
 
-# Bytes of a parameter in float32; of one that is trained besides: its gradient and the two moments
+# Bytes of a parameter in float32; in addition, for a trained one, its gradient and the two moments
 # of AdamW, and the best weights so far.
 NUMBER_BYTES, TRAINED_BYTES, BEST_BYTES = 4, 4 + 8, 4
 # Bytes of a trained parameter in a checkpoint: the number and its moments, and the best one.
@@ -18,11 +18,11 @@ SAVED_BYTES = 4 + 8 + 4
 
 @dataclass(frozen=True)
 class TrainingSizes:
-    """What a training takes of a model.
+    """Sizes that the cost of a training depends on.
 
     Attributes:
         trained: parameters that are trained.
-        adapters: bytes that adapters take in a forward pass besides.
+        adapters: bytes that adapters take in a forward pass in addition.
     """
 
     trained: int
@@ -43,7 +43,7 @@ class TrainingSizes:
             return cls(sum(weight.count for _, weight in found) + rest, 0)
         adapted = [(role, weight) for role, weight in found if not is_whole(role)]
         whole = sum(weight.count for role, weight in found if is_whole(role))
-        # Gate and up of an expert lie in one parameter, and so have one adapter: a bound.
+        # Gate and up of an expert are one parameter with one adapter, so this is a bound.
         adapters = sum(rank * sum(weight.shape) for _, weight in adapted)
         # Outside of attention peft makes the sums of matrices and adapters, and keeps them for the
         # gradient.
@@ -59,17 +59,17 @@ def _selected(model: Model, selection: Selection) -> Iterator[tuple[str, Weight]
 
 
 def estimate_originals(model: Model) -> int:
-    """Count the bytes of the experts that tied experts were, which annealing holds."""
+    """Count the bytes of the original experts of tied experts, which annealing keeps."""
     return sum(
         NUMBER_BYTES * layer.experts[0].count * len(layer.sharing) for _, layer in model.moe_blocks
     )
 
 
 def estimate_activations(model: Model, tokens: int, logits: int) -> int:
-    """Bytes of what a forward pass keeps for the gradient, float32: an estimate.
+    """Estimate the bytes that a forward pass keeps for the gradient, float32.
 
-    In every block a few copies of the stream and of what attention and experts make of it, and so
-    many copies of logits: themselves, their logarithms by each loss, and gradients.
+    In every block a few copies of the hidden states and of the activations of attention and
+    experts; and ``logits`` copies of logits: themselves, their logarithms by each loss, gradients.
     """
     geometry = model.family.geometry(model.config)
     heads = (geometry.heads + 2 * geometry.kv_heads) * geometry.head_dim
@@ -80,7 +80,7 @@ def estimate_activations(model: Model, tokens: int, logits: int) -> int:
 
 
 def _inside(block: Block, hidden: int) -> int:
-    """Numbers that the MLP or the chosen experts of a block keep of a token."""
+    """Count the numbers that the MLP or the chosen experts of a block keep per token."""
     from moe2edge.model.roles import list_gated_mlps
 
     if isinstance(layer := block.mlp, MoELayer):

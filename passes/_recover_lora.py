@@ -13,15 +13,15 @@ from moe2edge.errors import InputError
 if TYPE_CHECKING:
     from torch import nn
 
-# What the names of adapters have in them.
+# Part of the names of adapters.
 ADAPTER = ".lora_"
-# Of MLPs without experts. As modules peft takes these names for those of experts, in some families,
-# and puts adapters on experts instead; as parameters it leaves them alone (peft 0.21).
+# Matrices of MLPs without experts. As modules peft takes these names for those of experts, in some
+# families, and puts adapters on experts instead; as parameters it leaves them alone (peft 0.21).
 MLP_MATRICES = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
 
 
 def check_installed() -> None:
-    """Refuse to go on without peft.
+    """Refuse to continue without peft.
 
     Raises:
         InputError: it is not there.
@@ -35,7 +35,7 @@ def check_installed() -> None:
 def adapt(
     model: nn.Module, adapted: Sequence[str], whole: Sequence[str], rank: int, seed: int
 ) -> tuple[Any, dict[str, nn.Parameter]]:
-    """A model with adapters, and what is to be trained of it, by name.
+    """Add adapters to a model; return it with the parameters to train, by name.
 
     Args:
         model: a transformers model.
@@ -72,7 +72,7 @@ def adapt(
 
 
 def _check(adapted: Sequence[str], found: Sequence[str]) -> None:
-    """See that every matrix has its adapter, and nothing else has one."""
+    """Check that every matrix has its adapter, and nothing else has one."""
     wanted = Counter(name.rpartition(".")[0] for name in adapted)
     # Where a module has several parameters with adapters, these are wrapped in one another.
     there = Counter(
@@ -86,6 +86,6 @@ def _check(adapted: Sequence[str], found: Sequence[str]) -> None:
 
 
 def merge(wrapped: Any) -> nn.Module:
-    """The model with its adapters added to what they adapt."""
+    """Merge the adapters into the parameters that they adapt."""
     merged: nn.Module = wrapped.merge_and_unload()
     return merged

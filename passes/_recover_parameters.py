@@ -1,4 +1,4 @@
-"""Numbers of a trained transformers model back by role: the inverse of `modules.block_state`."""
+"""Numbers of a trained transformers model by role: the inverse of `load_block_state`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SUBSTITUTES, MEMBERS = "mlp.experts.substitutes", "mlp.experts.members"
 
 @dataclass(frozen=True)
 class ParameterPlace:
-    """What a parameter of a transformers model holds.
+    """Contents of a parameter of a transformers model.
 
     Attributes:
         block: index of its block; None for what is outside of blocks.
@@ -38,7 +38,7 @@ class ParameterPlace:
 
 
 def locate_parameters(model: Model) -> dict[str, ParameterPlace]:
-    """Every parameter of the transformers model that `loading.to_transformers` makes, by name."""
+    """Locate every parameter of the model of `build_transformers_model`, by name."""
     found = {name: ParameterPlace(None, name) for name in model.rest}
     for block in model.blocks:
         for name, roles in list_block_parameters(block).items():
@@ -57,7 +57,7 @@ def check_parameters(model: Model, names: Collection[str]) -> None:
 
 
 def list_block_parameters(block: Block) -> dict[str, tuple[str, ...]]:
-    """Parameters of a block's decoder layer by name, with the roles of what each holds."""
+    """List the parameters of a block's decoder layer by name, with the roles that each holds."""
     found: dict[str, tuple[str, ...]] = {}
     for role, _ in block.weights():
         if name := find_module_name(role):
@@ -81,7 +81,7 @@ def list_block_parameters(block: Block) -> dict[str, tuple[str, ...]]:
 
 
 def split_by_role(block: Block, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Numbers by role of some parameters of the block's decoder layer, by name."""
+    """Split some parameters of the block's decoder layer, by name, into numbers by role."""
     roles = list_block_parameters(block)
     found: dict[str, Tensor] = {}
     for name, numbers in state.items():
@@ -91,7 +91,7 @@ def split_by_role(block: Block, state: Mapping[str, Tensor]) -> dict[str, Tensor
 
 
 def _pieces(block: Block, name: str, numbers: Tensor) -> list[Tensor]:
-    """What a parameter holds, in the order of its roles."""
+    """Split a parameter into the numbers of its roles, in order."""
     layer, part = block.mlp, name.rpartition(".")[2]
     if not isinstance(layer, MoELayer):
         return [numbers]
@@ -108,11 +108,11 @@ def _pieces(block: Block, name: str, numbers: Tensor) -> list[Tensor]:
 
 
 def select_parameters(model: Model, wanted: Callable[[Block | None, str], bool]) -> list[str]:
-    """Names of the parameters all of whose tensors are wanted; those without numbers left out.
+    """List the parameters all of whose tensors are selected; those without numbers left out.
 
     Args:
         model: the model.
-        wanted: says so of a block and a role; outside of blocks of None and the name on disk.
+        wanted: selects by block and role; outside of blocks, by None and the name on disk.
     """
     found = []
     for name, place in locate_parameters(model).items():
@@ -127,7 +127,7 @@ def select_parameters(model: Model, wanted: Callable[[Block | None, str], bool])
 
 
 def attach_trained(model: Model, state: Mapping[str, Tensor], store: Store) -> Model:
-    """The model with the numbers of some parameters of its transformers model, by their names.
+    """Return the model with numbers of some parameters of its transformers model, by name.
 
     Each takes the dtype of what it replaces.
     """

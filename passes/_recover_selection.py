@@ -1,4 +1,4 @@
-"""Which tensors a training selects."""
+"""Selection of the tensors that are trained."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from moe2edge.model.layers import Expert, MoELayer, UnroutedMLP
 from moe2edge.model.model import Block, is_quantizable
 
-# Kinds of tensors that get no adapters: they are trained themselves.
+# Kinds of tensors that are trained directly, without adapters.
 WHOLE = ("substitutes", "members")
 
 
@@ -17,7 +17,7 @@ class Selection:
 
     Attributes:
         train: the option of `recover`.
-        anneals: whether tied experts begin as what they were.
+        anneals: whether tied experts start as their originals.
     """
 
     train: str

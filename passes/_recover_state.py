@@ -1,4 +1,4 @@
-"""What outlives a killed training: weights, moments of the optimizer, the best weights, history.
+"""Checkpoints of a training: weights, moments of the optimizer, the best weights, history.
 
 Tensors are in safetensors files, named by step; ``state.json``, written after them, names those
 that count. So whatever is there is whole, and of one step.
@@ -37,7 +37,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a training stands, but for its tensors.
+    """Progress of a training, without its tensors.
 
     Attributes:
         step: steps that were made.
@@ -84,7 +84,7 @@ class States:
     folder: Path
 
     def progress(self) -> Progress | None:
-        """Where what was saved last stands; None if nothing was.
+        """Read the progress that was saved last; None if none was.
 
         Raises:
             InputError: the file is damaged.
@@ -102,7 +102,7 @@ class States:
             ) from error
 
     def load(self) -> Saved | None:
-        """What was saved last; None if nothing was. What a kill left besides is removed.
+        """Read the last checkpoint; None if there is none. Leftovers of a kill are removed.
 
         Raises:
             InputError: a file is damaged.
@@ -154,11 +154,11 @@ class States:
 
 
 def describe_damage(path: Path, what: str) -> InputError:
-    """What to say of a file that is not as it was written."""
+    """Describe a file that is not as it was written."""
     return InputError(f"{path} is damaged: {what}; begin the training anew with --resume never")
 
 
 def _stems(progress: Progress) -> list[str]:
-    """Of the files that hold the tensors of a training that stands there."""
+    """Return the names of the tensor files of a training at this step."""
     best = [f"best-{progress.best_step}"] if progress.best_step else []
     return best if progress.finished else [*best, f"now-{progress.step}"]

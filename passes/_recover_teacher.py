@@ -1,4 +1,4 @@
-"""What the source says about a text: its most likely next tokens, kept on the disk.
+"""Predictions of the source for a text: its most likely next tokens, kept on the disk.
 
 The source is walked over block by block, so that it is never in memory as a whole. Samples go in
 pieces; a piece that is there is not computed again.
@@ -24,7 +24,7 @@ from moe2edge.storage.safetensors_files import Planned, open_file, read_tensor, 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Of a piece. Each reads all blocks of the source once; hidden states of all its tokens are kept.
+# Size of a piece. Each reads all blocks of the source once, and keeps its hidden states.
 PIECE_TOKENS = 1 << 15
 # Bytes of a kept token: its id as int32, its log-probability as float16.
 KEPT_NBYTES = 6
@@ -59,15 +59,15 @@ class Teacher:
         reporter: Reporter,
         memory: Memory,
     ) -> Teacher:
-        """Compute what is not there yet.
+        """Compute the pieces that are missing.
 
         Args:
-            source: the model that is asked.
+            source: the model that predicts.
             tokens: int64 [samples, length].
             top: tokens that are kept of each position.
             folder: where to; of this text, source and ``top`` alone.
-            watcher: told about progress.
-            memory: what the walk may take.
+            reporter: receives progress.
+            memory: the budget of the walk.
         """
         piece = max(1, PIECE_TOKENS // tokens.shape[1])
         made = cls(folder, piece)
@@ -106,7 +106,7 @@ class Teacher:
 
 
 def _is_whole(path: Path, shape: tuple[int, ...]) -> bool:
-    """Whether a piece is there, with all that it should have."""
+    """Return whether a piece is there and complete."""
     if not path.exists():
         return False
     try:
@@ -173,10 +173,10 @@ def _with_others(logs: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimized: the text's cross-entropy, the distance from the source, or both.
+    """The loss: the text's cross-entropy, the distance to the source, or both.
 
     Attributes:
-        teacher: what the source says; None: nobody is asked.
+        teacher: predictions of the source; None: they are not used.
         text_share: weight of the text's loss, that of the distance is the rest; without a teacher
             it is all.
         bucket: see `compute_distance`.
@@ -187,10 +187,10 @@ class Objective:
     bucket: bool = False
 
     def __call__(self, rows: Tensor, ids: Tensor, logits: Tensor) -> Tensor:
-        """The loss of some samples.
+        """Compute the loss of some samples.
 
         Args:
-            rows: which they are, int64 [rows].
+            rows: their indices, int64 [rows].
             ids: the samples, int64 [rows, length].
             logits: the student's, [rows, length, vocabulary].
         """

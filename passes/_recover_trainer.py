@@ -1,7 +1,7 @@
 """Training a model: AdamW on a text, the best weights on held-out text stay.
 
 Everything that happens in a step follows from its number and what was saved behind the one before,
-so that a training which is killed and gone on with ends with the same bits (on a processor with the
+so that a training that is killed and resumed ends with the same bits (on a processor with the
 same number of threads).
 """
 
@@ -33,7 +33,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class TrainerSettings:
-    """How to train.
+    """Settings of a training.
 
     Attributes:
         steps: at most.
@@ -46,7 +46,7 @@ class TrainerSettings:
         eval_every: steps between evaluations.
         patience: evaluations without improvement after which it stops; 0: never.
         save_every: steps between checkpoints.
-        anneal: part of the steps in which experts that share a base part from their originals;
+        anneal: fraction of the steps in which tied experts are blended from their originals;
             None: they have none.
     """
 
@@ -64,7 +64,7 @@ class TrainerSettings:
 
 
 class Anneals(Protocol):
-    """Merged experts that answer as ``share * original + (1 - share) * merged``."""
+    """Merged experts that compute ``share * original + (1 - share) * merged``."""
 
     original_share: float
 
@@ -74,14 +74,14 @@ class Anneals(Protocol):
 
 
 def compute_original_share(step: int, settings: TrainerSettings) -> float:
-    """The share of originals in the answers of those that share a base, from 1 down to 0."""
+    """Compute the share of originals in tied experts, from 1 down to 0."""
     if not settings.anneal:
         return 0.0
     return max(0.0, 1.0 - step / (settings.anneal * settings.steps))
 
 
 def choose_rows(step: int, batch: int, count: int, seed: int) -> list[int]:
-    """Which of ``count`` samples a step takes: all in turn, each time in another order.
+    """Choose the samples of a step out of ``count``: all in turn, each time in another order.
 
     >>> sorted(choose_rows(0, 2, 4, 7) + choose_rows(1, 2, 4, 7))
     [0, 1, 2, 3]
@@ -95,7 +95,7 @@ def choose_rows(step: int, batch: int, count: int, seed: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Recovered:
-    """What came of a training.
+    """Result of a training.
 
     Attributes:
         best: weights by name; empty if those from before the first step are the best.
@@ -117,7 +117,7 @@ class Trainer:
         loss: of samples: which they are, their ids, and the logits that the model gives them.
         settings: how to train.
         states: where checkpoints are; None: there are none.
-        watcher: told about progress.
+        reporter: receives progress.
         annealed: experts that share bases, with originals.
     """
 
@@ -144,7 +144,7 @@ class Trainer:
         for parameter in parameters.values():
             parameter.requires_grad_(True)
         self._device = next(iter(parameters.values())).device
-        # What torch does on a GPU by itself takes another copy of all parameters.
+        # The default of torch on a GPU takes another copy of all parameters.
         self._fused = self._device.type == "cuda"
         decay = settings.weight_decay
         matrices = [p for p in parameters.values() if p.ndim > 1]
@@ -159,7 +159,7 @@ class Trainer:
         )
         warm = round(settings.warmup * settings.steps)
         schedule = get_cosine_schedule_with_warmup(self._optimizer, warm, settings.steps)
-        # Of the step alone, so that there is no state to keep.
+        # A function of the step alone, so that there is no state to keep.
         self._factor = schedule.lr_lambdas[0]
         self._progress = Progress()
         self._best: Mapping[str, Tensor] = {}
@@ -218,7 +218,7 @@ class Trainer:
         self._watcher.advance("recover", done, settings.steps, f"loss {loss:.3f}")
 
     def _backward(self, rows: Sequence[int]) -> float:
-        """The loss of some samples; its gradient is added up in the parameters."""
+        """Compute the loss of some samples; its gradient is added up in the parameters."""
         total = 0.0
         for part in _parts(torch.tensor(rows), self._tokens.shape[1]):
             ids = self._tokens[part].to(self._device)
@@ -245,7 +245,7 @@ class Trainer:
             )
 
     def _share(self, share: float) -> None:
-        """Set how much of their originals experts that share a base answer."""
+        """Set the share of originals in tied experts."""
         for experts in self._annealed:
             experts.original_share = share
 
@@ -331,7 +331,7 @@ class Trainer:
         self._progress, self._best = saved.progress, saved.best
         if saved.progress.finished:
             return
-        self._watcher.log(f"recover: going on behind step {saved.progress.step}")
+        self._watcher.log(f"recover: resuming after step {saved.progress.step}")
         for name, parameter in self._parameters.items():
             parameter.data.copy_(saved.now[name])
             state: dict[str, Any] = {
@@ -371,5 +371,5 @@ def _parts(rows: Tensor, length: int) -> tuple[Tensor, ...]:
 
 
 def count_samples_at_once(length: int) -> int:
-    """Samples of a length in one forward pass."""
+    """Count the samples of a length in one forward pass."""
     return max(1, TOKENS_AT_ONCE // length)

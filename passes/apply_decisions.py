@@ -1,4 +1,4 @@
-"""Trim a model as was decided before, without calibration."""
+"""Trim a model by decisions that were made before, without calibration."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class ApplyDecisions(Trim):
     the recipe of the file would give.
     """
 
-    file: Annotated[str, Field(description="decisions, as moe2edge decide writes them")]
+    file: Annotated[str, Field(description="file of decisions, written by moe2edge decide")]
     any_source: Annotated[
         bool,
         Field(
@@ -36,7 +36,7 @@ class ApplyDecisions(Trim):
     ] = None
 
     def resolve(self, model: Model) -> Self:
-        """With the digest of the file, so that the recipe says which one it was."""
+        """Fill in the digest of the file, so that the recipe identifies it."""
         return self.model_copy(update={"sha256": self._read()[1]})
 
     def _read(self) -> tuple[decisions.Decisions, str]:

@@ -1,12 +1,12 @@
 """Quantize with AWQ: scale up the columns of large inputs, then round to nearest.
 
-AWQ (Lin et al., 2023, https://arxiv.org/abs/2306.00978). Where scales fold is said in
-`moe2edge.passes._awq_folding`: input norm to q, k and v; values to the output projection, shared by query
-heads that read the same values; second norm to everything that reads it, router included; and
-``up`` to ``down`` of each gated MLP. Of scales ``m ** alpha``, with m the mean magnitude of each
-input, the alpha is taken with the least squared error of the outputs of the place's matrices.
+AWQ (Lin et al., 2023, https://arxiv.org/abs/2306.00978). Scales fold as described in
+`moe2edge.passes._awq_folding`: input norm to q, k and v; values to the output projection, shared
+by query heads that read the same values; second norm to everything that reads it, router included;
+and ``up`` to ``down`` of each gated MLP. Of scales ``m ** alpha``, with m the mean magnitude of
+each input, the alpha is taken with the least squared error of the outputs of the place's matrices.
 
-In MoE layers an expert is judged by tokens that are routed to it, and they count by their weight
+In MoE layers the error of an expert is measured on tokens routed to it, weighted by their weight
 in its output. AWQ's clipping of weights is the search for the range of each group (``scales:
 mse``), in which the columns count by the mean square of their scaled inputs.
 """
@@ -35,32 +35,35 @@ if TYPE_CHECKING:
 
 
 class Awq(Quantize):
-    """Activation-aware scales on attention, experts, shared experts and dense MLPs, then rounding.
+    """Scale attention, experts, shared experts and dense MLPs by activations, then round.
 
     The scales fold into norms and into the matrices before, so that nothing is added to the model;
     norms, routers, shared gates and biases of values change with them. A norm changes by factors
     that its dtype holds exactly, and so do biases; a router is rounded to its own dtype again.
-    Scales stop at values that are clipped and at a norm that is added to the stream.
+    Scales stop at values that are clipped and at a norm that is added to the residual stream.
     """
 
     scales: Scales = "mse"
     steps: Annotated[
-        int, Field(ge=1, description="exponents alpha that are tried, evenly spaced from 0 below 1")
+        int,
+        Field(
+            ge=1, description="number of exponents alpha that are tried, evenly spaced in [0, 1)"
+        ),
     ] = 20
     samples: Annotated[
         int,
-        Field(ge=2, description="tokens by which alpha is chosen, at most, of a layer or expert"),
+        Field(ge=2, description="most tokens of a layer or expert that alpha is chosen by"),
     ] = 512
     min_tokens: Annotated[
         int,
         Field(
             ge=1,
-            description="an expert with fewer routed tokens is judged by tokens of the whole layer",
+            description="an expert with fewer routed tokens uses tokens of the whole layer",
         ),
     ] = 32
 
     def solver(self, model: Model) -> Solver:
-        """Gathers inputs, then scales and rounds block after block."""
+        """Make a solver that gathers inputs, then scales and rounds block after block."""
         return _Solver(self, self.schemes(model), model)
 
 
@@ -190,7 +193,7 @@ class _Solver:
     # ---- inputs ----------------------------------------------------------------------------------
 
     def _inputs(self, block: Block, weights: Mapping[str, Weight]) -> dict[str, AwqInputs]:
-        """Inputs of each matrix, by its role."""
+        """Return the inputs of each matrix, by role."""
         from moe2edge.model.roles import OUT, QKV, list_gated_mlps
 
         found = dict.fromkeys(QKV, self._of_all("qkv")) | {OUT: self._of_all("out")}
@@ -200,7 +203,7 @@ class _Solver:
         return found
 
     def _of_all(self, name: str) -> AwqInputs:
-        """What all tokens of the block show."""
+        """Return the inputs over all tokens of the block."""
         from moe2edge.numerics.awq_scales import AwqInputs
 
         sample = self._samples[name]
@@ -210,7 +213,7 @@ class _Solver:
     def _of_mlp(
         self, kind: str, mlp: Dense, weights: Mapping[str, Weight]
     ) -> tuple[AwqInputs, AwqInputs]:
-        """Inputs of gate and up, and of down."""
+        """Return the inputs of gate and up, and of down."""
         from moe2edge.numerics.awq_scales import AwqInputs, compute_intermediate
 
         shown = outer = self._of_all("mlp")
@@ -229,7 +232,7 @@ class _Solver:
         return outer, AwqInputs.of(hidden, shown.weights, hidden.abs().mean(0), shown.share)
 
     def _few(self, kind: str) -> bool:
-        """Whether it is an expert that few tokens were routed to."""
+        """Return whether it is an expert that few tokens were routed to."""
         few = self._samples[kind].seen < self._options.min_tokens
         return kind.startswith("experts.") and few
 

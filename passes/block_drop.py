@@ -1,4 +1,4 @@
-"""Remove whole transformer blocks that change what passes through them least."""
+"""Remove whole transformer blocks that change the hidden states least."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 class BlockDrop(DropAlike):
-    """Drop the blocks whose input and output are most alike (Block Drop).
+    """Drop the blocks whose input and output are most similar (Block Drop).
 
-    The score of a block, or of a run of blocks, is the mean cosine over calibration tokens of what
-    goes in and what comes out (https://arxiv.org/abs/2406.02500). Blocks are scored once, on the
+    The score of a block, or of a run of blocks, is the mean cosine over calibration tokens of
+    its input and its output (https://arxiv.org/abs/2406.02500). Blocks are scored once, on the
     model as it stood when the stage began, and those that stay are renumbered.
     """
 
@@ -30,7 +30,7 @@ class BlockDrop(DropAlike):
         bool,
         Field(
             description="drop one run of neighbours, scored as a whole; with threshold the longest "
-            "that reaches it. Holds the streams at the depths of a run in memory"
+            "that reaches it. Keeps the hidden states at all depths of a run in memory"
         ),
     ] = False
 
@@ -48,7 +48,7 @@ class BlockDrop(DropAlike):
             )
 
     def plan(self, model: Model) -> Model:
-        """The model without its last blocks."""
+        """Return the model without its last blocks."""
         return model.keep_blocks(range(len(model.blocks) - self.planned))
 
     @property
@@ -89,7 +89,7 @@ class BlockDrop(DropAlike):
         )
 
     def _runs(self, model: Model) -> list[tuple[Block, ...]]:
-        """What may go: single blocks, or runs of the wanted length; with threshold of any."""
+        """List the candidates: single blocks, or runs; with threshold, runs of any length."""
         blocks, count = model.blocks, len(model.blocks)
         longest = int(self.limit) if self.consecutive else 1
         shortest = 1 if self.drop is None else longest

@@ -55,9 +55,9 @@ class ExpertBudget(Search):
     sensitivity: Annotated[
         Literal["error", "kl"],
         Field(
-            description="error: what trimming one layer does to its own output, for every count in "
-            "one walk; kl: to the model's predictions, which says a little more and costs a run "
-            "from that layer on for each count"
+            description="error: change of a layer's own output when it is trimmed, for every count "
+            "in one walk; kl: change of the model's predictions, which is a little more accurate "
+            "and costs a run from that layer on for each count"
         ),
     ] = "error"
     floor: Annotated[
@@ -89,7 +89,9 @@ class ExpertBudget(Search):
     ] = None
     held_out: Annotated[
         float,
-        Field(gt=0, lt=1, description="part of the calibration samples that only the report uses"),
+        Field(
+            gt=0, lt=1, description="fraction of the calibration samples that only the report uses"
+        ),
     ] = 0.25
     clamp_top_k: Annotated[
         bool, Field(description="lower top-k where fewer experts stay than it chooses")
@@ -151,7 +153,7 @@ class ExpertBudget(Search):
             )
 
     def plan(self, model: Model) -> Model:
-        """As uneven as it may become: floors, and the first layers take what they leave."""
+        """Plan the least even allocation: floors, and the first layers take the rest."""
         total = sum(self.uniform(model))
         counts = selection.allocate_least_even(self.floors(model), model.expert_counts, total)
         for (block, layer), count in zip(model.moe_blocks, counts, strict=True):
@@ -194,16 +196,16 @@ class ExpertBudget(Search):
         return _outcome(context.model, trial.trimmer.trim(chosen), notes)
 
     def _compared(self, choosing: int) -> int:
-        """Number of samples that candidates are compared on."""
+        """Count the samples that candidates are compared on."""
         return min(choosing, self.samples or choosing)
 
     def _measured(self, choosing: int, length: int) -> int:
-        """Number of samples that sensitivity kl is measured on."""
+        """Count the samples that sensitivity kl is measured on."""
         wanted = choosing if self.tokens is None else self.tokens // length
         return min(choosing, max(1, wanted))
 
     def _tried(self, model: Model) -> list[Counts]:
-        """Allocations that sensitivity kl tries: nothing trimmed, then one layer at a time."""
+        """List the allocations of sensitivity kl: none trimmed, then one layer at a time."""
         from moe2edge.numerics import allocation
 
         full = model.expert_counts
@@ -214,7 +216,7 @@ class ExpertBudget(Search):
         return [full, *allocation.list_single_layer_allocations(full, counts)]
 
     def _state_cost(self, context: PassContext, choosing: int, held_out: int) -> None:
-        """Say what the search will cost before it starts."""
+        """Report the cost of the search before it starts."""
         from moe2edge.numerics import subset_loss
         from moe2edge.passes import _allocation_trials
         from moe2edge.runtime.memory import check_memory as check_memory
@@ -308,7 +310,7 @@ class ExpertBudget(Search):
         return rows
 
     def _candidates(self, model: Model, costs: Sequence[Sequence[float]]) -> Mapping[str, Counts]:
-        """Allocations to try, by what they are; uniform comes first."""
+        """List the allocations to try, by name; uniform comes first."""
         from moe2edge.numerics import allocation
 
         even = self.uniform(model)
@@ -323,7 +325,7 @@ class ExpertBudget(Search):
         judged: Mapping[Counts, list[SampleSums]],
         chosen: Counts,
     ) -> list[str]:
-        """What was tried, and how it did."""
+        """Describe the candidates and their results."""
         from moe2edge.numerics import bootstrap
 
         notes = []
@@ -332,13 +334,14 @@ class ExpertBudget(Search):
             taken = " (taken)" if counts == chosen else ""
             notes.append(
                 f"{names}{taken}: experts per MoE layer {' '.join(map(str, counts))}; KL to the "
-                f"source {bootstrap.compute_mean_kl(sums):.4f}, loss {bootstrap.compute_mean_loss(sums):.4f} nats per "
-                f"token on {len(sums)} calibration samples"
+                f"source {bootstrap.compute_mean_kl(sums):.4f}, loss "
+                f"{bootstrap.compute_mean_loss(sums):.4f} nats per token on {len(sums)} "
+                "calibration samples"
             )
         return notes
 
     def _gain(self, mine: Sequence[SampleSums], even: Sequence[SampleSums]) -> str:
-        """The difference to uniform on held-out samples, with intervals."""
+        """Describe the difference to uniform on held-out samples, with intervals."""
         from moe2edge.numerics import bootstrap
 
         loss, kl = bootstrap.compare_paired(mine, even, self.seed)
@@ -349,12 +352,12 @@ class ExpertBudget(Search):
 
 
 def _told(context: PassContext, what: str) -> Callable[[int, int], None]:
-    """Progress under a label, in block runs."""
+    """Report progress under a label, in block runs."""
     return lambda done, total: context.reporter.advance(f"expert_budget: {what}", done, total)
 
 
 def _outcome(before: Model, after: Model, notes: Sequence[str]) -> Outcome:
-    """An account by layers; experts by their place in the source."""
+    """Report by layers; experts by their position in the source."""
     changed = [
         f"block {old.index}: experts {gone}"
         for old, new in zip(before.blocks, after.blocks, strict=True)

@@ -1,4 +1,7 @@
-"""Remove the least useful experts of MoE layers, with their router rows."""
+"""Remove the least useful experts of MoE layers, with their router rows.
+
+Formulas of the criteria are in `moe2edge.numerics.saliency`.
+"""
 
 from __future__ import annotations
 
@@ -26,9 +29,9 @@ Ids = Mapping[int, list[int]]
 class ExpertDrop(Trim):
     """Keep the experts of highest saliency, in their old order.
 
-    Formulas of the criteria are in `moe2edge.numerics.saliency`. Experts and router rows go together; the
-    softmax over the rows that stay renormalizes by itself. A layer with one expert left becomes a
-    plain MLP, one with none left is gone (a shared expert stays).
+    Experts and router rows go together; the softmax over the rows that stay renormalizes by
+    itself. A layer with one expert left becomes a plain MLP, one with none left is gone (a shared
+    expert stays).
     """
 
     keep: Annotated[
@@ -42,8 +45,8 @@ class ExpertDrop(Trim):
     scope: Annotated[
         Literal["layer", "global"],
         Field(
-            description="layer: each keeps so many; global: the layers share one budget, and the "
-            "best of all stay"
+            description="layer: each layer keeps this many; global: the layers share one budget, "
+            "and the best experts of all layers stay"
         ),
     ] = "layer"
     floor: Annotated[
@@ -53,7 +56,7 @@ class ExpertDrop(Trim):
         ),
     ] = None
     protect_super_experts: Annotated[
-        bool, Field(description="keep experts with extreme outputs, whatever their score")
+        bool, Field(description="keep experts with extreme outputs, regardless of their score")
     ] = False
     reverse: Annotated[bool, Field(description="drop the best: an ablation")] = False
     clamp_top_k: Annotated[
@@ -77,7 +80,7 @@ class ExpertDrop(Trim):
         return value
 
     def count(self, experts: int, position: int = 0) -> int:
-        """How many of ``experts`` stay in the MoE layer at ``position``.
+        """Count how many of ``experts`` stay in the MoE layer at ``position``.
 
         >>> ExpertDrop(keep=0.75).count(6), ExpertDrop(keep=4).count(6)
         (5, 4)
@@ -157,7 +160,7 @@ class ExpertDrop(Trim):
         return self._kept(model, {index: list(range(n)) for index, n in counts.items()})
 
     def observers(self) -> tuple[ObserverFactory, ...]:
-        """What the criterion and the guard need to know."""
+        """Return the observers that the criterion and the guard need."""
         from moe2edge.calibration.router_observers import OutputObserver
 
         kinds = criteria.list_observers(self.criterion)
@@ -195,7 +198,7 @@ class ExpertDrop(Trim):
         return Outcome(kept, changed=tuple(dropped), notes=tuple(notes))
 
     def _chosen(self, model: Model, scores: Mapping[int, list[float]]) -> Ids:
-        """The best of each layer; with scope global each layer's floor, then the best of all."""
+        """Choose the best of each layer; with scope global the floors, then the best of all."""
         counts = self._counts(model)
         sure = counts if self.scope == "layer" else self._floors(model)
         ids = {

@@ -1,4 +1,7 @@
-"""Search the experts to keep: those that change what an MoE layer puts out least."""
+"""Search the experts to keep: those that change the output of an MoE layer least.
+
+Every expert runs once on every token, and sets only re-weight: `moe2edge.numerics.subset_loss`.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +36,8 @@ class ExpertSearch(Search):
     one norm per batch, so that its choice depends on the batch size; here it is one norm over all
     tokens. Sets of equal loss: the first in lexicographic order of what is kept.
 
-    Every expert runs once on every token, and sets only re-weight (`moe2edge.numerics.subset_loss`). Dynamic
-    skipping comes after this pass: its thresholds belong to the experts that stay.
+    Every expert runs once on every token, and sets only re-weight. Dynamic skipping comes after
+    this pass: its thresholds belong to the experts that stay.
     """
 
     keep: Annotated[
@@ -44,26 +47,26 @@ class ExpertSearch(Search):
     method: Annotated[
         Literal["auto", "exhaustive", "greedy", "beam"],
         Field(
-            description="exhaustive: every set; greedy: remove the expert that costs least, again "
-            "and again; beam: the same from several sets at once; auto: exhaustive within limit, "
+            description="exhaustive: every set; greedy: repeatedly remove the expert that costs "
+            "least; beam: the same from several sets at once; auto: exhaustive within limit, "
             "else beam"
         ),
     ] = "auto"
     limit: Annotated[
         int, Field(ge=1, description="most sets per layer that an exhaustive search tries")
     ] = 2000
-    width: Annotated[int, Field(ge=1, description="sets that a beam goes on from")] = 4
+    width: Annotated[int, Field(ge=1, description="sets that a beam search extends")] = 4
     progressive: Annotated[
         bool,
         Field(
-            description="false: each layer is judged within the intact model; true: with the "
+            description="false: each layer is evaluated within the intact model; true: with the "
             "inputs that it gets once earlier layers are trimmed, against the outputs of the "
             "source"
         ),
     ] = False
     tokens: Annotated[
         int | None,
-        Field(ge=1, description="calibration tokens looked at, evenly spread; none: all"),
+        Field(ge=1, description="calibration tokens that are used, evenly spread; none: all"),
     ] = None
     clamp_top_k: Annotated[
         bool, Field(description="lower top-k where fewer experts stay than it chooses")
@@ -75,7 +78,7 @@ class ExpertSearch(Search):
         return check_amount(value)
 
     def count(self, experts: int) -> int:
-        """How many of ``experts`` stay.
+        """Count how many of ``experts`` stay.
 
         >>> ExpertSearch(keep=0.75).count(6), ExpertSearch(keep=4).count(6)
         (5, 4)
@@ -83,17 +86,17 @@ class ExpertSearch(Search):
         return count_kept(self.keep, experts)
 
     def is_exhaustive(self, experts: int) -> bool:
-        """Whether every set of so many experts is tried; otherwise a beam goes through them."""
+        """Return whether every set of this many experts is tried; otherwise a beam search runs."""
         few = math.comb(experts, self.count(experts)) <= self.limit
         return few and self.method in ("auto", "exhaustive")
 
     @property
     def beam_width(self) -> int:
-        """Sets that a beam goes on from."""
+        """Number of sets that a beam search extends."""
         return 1 if self.method == "greedy" else self.width
 
     def tries(self, experts: int) -> int:
-        """Losses computed at most for a layer of so many experts."""
+        """Count the losses computed at most for a layer of this many experts."""
         from moe2edge.numerics.subset_loss import count_beam_tries
 
         kept = self.count(experts)
@@ -130,7 +133,7 @@ class ExpertSearch(Search):
             raise InputError(f"expert_search: keep {self.keep} keeps every expert; nothing to do")
 
     def _layers(self, model: Model) -> dict[int, MoELayer]:
-        """The layers that lose experts, by block."""
+        """Return the layers that lose experts, by block."""
         return {
             block.index: layer
             for block, layer in model.moe_blocks
@@ -177,7 +180,7 @@ class ExpertSearch(Search):
         return self._outcome(context.model, model, decider)
 
     def _state_cost(self, context: PassContext, layers: Mapping[int, MoELayer]) -> None:
-        """Say what the search will cost before it starts."""
+        """Report the cost of the search before it starts."""
         from moe2edge.numerics import subset_loss
         from moe2edge.runtime.memory import check_memory as check_memory
 
@@ -205,7 +208,7 @@ class ExpertSearch(Search):
         )
 
     def _outcome(self, before: Model, after: Model, decider: _Decider) -> Outcome:
-        """An account by layers; experts by their place in the source."""
+        """Report by layers; experts by their position in the source."""
         changed, notes = [], []
         for index, found in decider.found.items():
             old, new = before.blocks[index].expert_origins, after.blocks[index].expert_origins
@@ -217,7 +220,7 @@ class ExpertSearch(Search):
         return Outcome(after, changed=tuple(changed), notes=tuple(notes))
 
     def choose(self, evidence: SubsetEvidence, advance: Advance, label: str) -> Found:
-        """The set to keep in one layer."""
+        """Choose the set to keep in one layer."""
         from moe2edge.numerics import subset_loss
 
         keep = self.count(evidence.experts)
@@ -238,7 +241,7 @@ class _Decider:
         step: the pass.
         gatherer: of the evidence.
         blocks: those that lose experts.
-        advance: told about progress within layers.
+        advance: receives progress within layers.
         found: decisions, by block.
         errors: relative reconstruction errors, by block.
     """
@@ -267,7 +270,7 @@ class _Decider:
             self.errors[index] = evidence.relative(self.found[index].loss)
 
     def change(self, block: Block) -> Block:
-        """The block with the experts that were chosen."""
+        """Return the block with the experts that were chosen."""
         if block.index not in self.found:
             return block
         kept = self.found[block.index].kept
@@ -285,5 +288,5 @@ class _LayerWise:
         self.decider.take_in(trace, None)
 
     def result(self) -> Mapping[int, Found]:
-        """The decisions, by block."""
+        """Return the decisions, by block."""
         return self.decider.found

@@ -1,4 +1,7 @@
-"""Dynamic skipping: leave out routed experts of low weight, token by token, at run time."""
+"""Dynamic skipping: leave out routed experts of low weight, token by token, at run time.
+
+The rule for more than two experts per token is in `moe2edge.calibration.router_observers`.
+"""
 
 from __future__ import annotations
 
@@ -20,22 +23,26 @@ class ExpertSkip(Trim):
 
     With two experts per token this is the rule of https://arxiv.org/abs/2402.14800: the second is
     left out where its weight is below beta times the first's, beta being the median of that ratio
-    over calibration tokens; for more, see `moe2edge.calibration.router_observers`. The weights that stay are scaled to
-    sum to one where the router does so. All experts stay in the model.
-
-    Attributes:
-        rescore: other than elsewhere on from the start, because thresholds belong to the experts
-            that are left.
+    over calibration tokens; for more experts each has its own ratio. The weights that stay are
+    scaled to sum to one where the router does so. All experts stay in the model.
     """
 
-    rescore: bool = True
+    rescore: Annotated[
+        bool,
+        Field(
+            description="begin a new stage: score on the model as trimmed so far; on by default, "
+            "as thresholds belong to the experts that remain"
+        ),
+    ] = True
     quantile: Annotated[
         float,
         Field(
-            gt=0, lt=1, description="of the ratio of an expert's weight to the first's: about the "
-            "part of tokens that skip it; 0.5 is the paper's median"
+            gt=0,
+            lt=1,
+            description="quantile of the ratio of an expert's weight to the first's: about the "
+            "fraction of tokens that skip it; 0.5 is the median of the paper",
         ),
-    ] = 0.5  # fmt: skip
+    ] = 0.5
 
     def check(self, model: Model) -> None:
         """Refuse a model without a second expert to skip, or one that skips already."""
@@ -46,7 +53,7 @@ class ExpertSkip(Trim):
             raise InputError("expert_skip: the recipe has it twice; keep one")
 
     def plan(self, model: Model) -> Model:
-        """The model with thresholds that skip nothing."""
+        """Return the model with thresholds that skip nothing."""
         return self._with(
             model, {b.origin: (0.0,) * (m.router.top_k - 1) for b, m in model.moe_blocks}
         )

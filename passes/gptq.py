@@ -33,17 +33,17 @@ class Gptq(Quantize):
     """GPTQ on attention, experts, shared experts and dense MLPs.
 
     The Hessians of a matrix are taken from what comes before it as quantized, in earlier blocks
-    and in its own. An expert that saw fewer than ``min_tokens`` tokens is listed, and treated as
-    ``starved`` says.
+    and in its own. An expert that saw fewer than ``min_tokens`` tokens is reported, and the option
+    ``starved`` says how it is handled.
     """
 
     damping: Annotated[
-        float, Field(gt=0, lt=1, description="part of the mean diagonal added to the Hessian")
+        float, Field(gt=0, lt=1, description="fraction of the mean diagonal added to the Hessian")
     ] = 0.01
     scales: Scales = "mse"
     act_order: Annotated[
         bool,
-        Field(description="round columns of large inputs first; groups stay as they are (static)"),
+        Field(description="round columns of large inputs first; groups stay in place (static)"),
     ] = True
     gate_weighted: GateWeighted = True
     propagate: Annotated[
@@ -51,19 +51,22 @@ class Gptq(Quantize):
     ] = True
     device: Annotated[
         Literal["auto", "cpu", "cuda"],
-        Field(description="where matrices are solved; auto: on a GPU if there is one"),
+        Field(description="device for solving matrices; auto: a GPU if there is one"),
     ] = "auto"
     compute: Annotated[
         Literal["auto", "float32", "bfloat16"],
         Field(
-            description="of outputs of experts and of errors carried far; auto: bfloat16 where the "
-            "processor multiplies it natively"
+            description="dtype of expert outputs and of errors passed to later columns; auto: "
+            "bfloat16 where the processor multiplies it natively"
         ),
     ] = "auto"
     min_tokens: MinTokens = 256
     starved: Annotated[
         Literal["borrow", "round"],
-        Field(description="a starved expert is shown all tokens of its layer, or just rounded"),
+        Field(
+            description="an under-calibrated expert uses all tokens of its layer (borrow), or is "
+            "rounded to nearest (round)"
+        ),
     ] = "borrow"
 
     def check(self, model: Model) -> None:
@@ -72,7 +75,7 @@ class Gptq(Quantize):
         self.place()
 
     def place(self) -> torch.device:
-        """Where matrices are solved: the processor, or a GPU.
+        """Return the device on which matrices are solved: the CPU, or a GPU.
 
         Raises:
             InputError: a GPU is asked for and there is none.
@@ -85,7 +88,7 @@ class Gptq(Quantize):
         return torch.device("cuda" if there and self.device != "cpu" else "cpu")
 
     def dtype(self) -> torch.dtype:
-        """The dtype of what is not needed to the last bit. Hessians and factors are float32."""
+        """Return the dtype of less exact steps. Hessians and factors are float32."""
         import torch
 
         if self.compute != "auto":
@@ -93,14 +96,14 @@ class Gptq(Quantize):
         if self.place().type == "cuda":
             native = torch.cuda.is_bf16_supported(including_emulation=False)
         else:
-            # Older versions of torch do not tell.
+            # Older versions of torch cannot say.
             known: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
             mkldnn: Any = torch.backends.mkldnn  # has no types
             native = mkldnn.is_available() and any(known.get(name) for name in NATIVE)
         return torch.bfloat16 if native else torch.float32
 
     def resolve(self, model: Model) -> Self:
-        """With the dtype that this machine computes in, on which the numbers depend."""
+        """Fill in the dtype that this machine computes in, on which the numbers depend."""
         chosen = str(self.dtype()).removeprefix("torch.")
         return super().resolve(model).model_copy(update={"compute": chosen})
 
@@ -115,7 +118,7 @@ class Gptq(Quantize):
         return f"{super().describe(planned)}; outputs of experts in {dtype}{loops}"
 
     def solver(self, model: Model) -> GroupSolver:
-        """Gathers Hessians of matrices, then solves them."""
+        """Make a solver that gathers Hessians of matrices, then solves them."""
         return _Solver(self, self.schemes(model), model)
 
 
@@ -133,9 +136,9 @@ class _Solver:
         return self._options.alone(block, self._options.scales)
 
     def nbytes(self, shapes: Sequence[tuple[int, ...]]) -> int:
-        """Memory of solving one group."""
+        """Count the bytes of memory for solving one group."""
         rows, ins = sum(shape[0] for shape in shapes), shapes[0][1]
-        # The Hessian twice, as LAPACK wants it in another order; the weights and their errors in
+        # The Hessian twice, as LAPACK needs it in another order; the weights and their errors in
         # two dtypes, integers, and zero points on the way.
         return 8 * ins * ins + 12 * rows * ins
 
@@ -164,7 +167,7 @@ class _Solver:
         if orders is not None:
             for hessian, rows, order in zip(hessians, space, orders, strict=True):
                 torch.index_select(hessian, 0, order, out=rows)
-                # Of what is above the diagonal nobody asks.
+                # The part above the diagonal is not read.
                 for start in range(0, len(order), error_feedback.HESSIAN_COLUMNS):
                     part = slice(start, start + error_feedback.HESSIAN_COLUMNS)
                     left = order[: part.stop]
@@ -192,7 +195,7 @@ class _Solver:
         return Solved(numbers, tuple(notes), (lost, reference))
 
     def _space(self, n: int, shape: torch.Size) -> Tensor:
-        """The n-th of two pieces of memory for Hessians, made once: the system clears new ones."""
+        """Return one of two buffers for Hessians, made once: the system clears new ones."""
         import torch
 
         found = self._spaces.pop(n, None)
@@ -219,7 +222,7 @@ class _Solver:
         return found
 
     def _places(self, block: Block, group: MatrixGroup) -> dict[Scheme, list[int]]:
-        """Which matrices of a group get which scheme, by their place; those without are left out.
+        """Group the matrices of a group by scheme, by position; those without are left out.
 
         It is the same for all groups that are solved together: the experts of a layer have one.
         """
@@ -254,7 +257,7 @@ class _Solver:
         fixed = orders is not None or scheme.groups(ins) == 1
         grid = choose_grid(weights, scheme, how if fixed else "absmax", diagonals)
         columns = error_feedback.transpose(weights)
-        del weights  # nobody else has it
+        del weights  # no other reference is left
         if orders is not None:
             groups = groups.gather(1, orders)
             columns = error_feedback.gather_rows(columns, orders)
@@ -287,7 +290,7 @@ class _Solver:
         return hessians, notes
 
 
-# What processors with products of matrices in bfloat16 call them.
+# Names of processor features for matrix products in bfloat16.
 NATIVE = ("amx_bf16", "avx512_bf16", "bf16")
 
 GPTQ_FALLBACKS = {

@@ -1,4 +1,7 @@
-"""Remove MoE layers that change what passes through them least; attention stays."""
+"""Remove MoE layers that change the hidden states least; attention stays.
+
+Formulas are in `moe2edge.calibration.similarity.LayerSimilarity`.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,11 @@ if TYPE_CHECKING:
 
 
 class LayerDrop(DropAlike):
-    """Drop the MoE layers whose input and output are most alike (Layer Drop).
+    """Drop the MoE layers whose input and output are most similar (Layer Drop).
 
     Layers are scored once, on the model as it stood when the stage began
-    (https://arxiv.org/abs/2406.02500; formulas in `moe2edge.calibration.similarity.LayerSimilarity`). Dense
-    layers are never dropped, a shared expert goes with its layer, and one MoE layer stays.
+    (https://arxiv.org/abs/2406.02500). Dense layers are never dropped, a shared expert goes with
+    its layer, and one MoE layer stays.
     """
 
     unit: ClassVar[str] = "MoE layer"
@@ -29,7 +32,7 @@ class LayerDrop(DropAlike):
         bool,
         Field(
             description="true: the norm before the layer counts as part of it and goes with it; "
-            "false: it stays, and its output is added to the stream in the layer's place"
+            "false: it stays, and its output is added to the residual stream instead"
         ),
     ] = True
 
@@ -38,7 +41,7 @@ class LayerDrop(DropAlike):
         return len(model.moe_blocks)
 
     def plan(self, model: Model) -> Model:
-        """The model without its last MoE layers."""
+        """Return the model without its last MoE layers."""
         return self._without(model, [block for block, _ in model.moe_blocks[-self.planned :]])
 
     def _without(self, model: Model, blocks: list[Block]) -> Model:

@@ -1,4 +1,7 @@
-"""Fit routers to the experts that stayed, where that lowers the loss on held-out text."""
+"""Fit routers to the experts that stayed, where that lowers the loss on held-out text.
+
+Formulas are in `moe2edge.numerics.router_fit`.
+"""
 
 from __future__ import annotations
 
@@ -26,30 +29,33 @@ class Routing(Search):
     """Adapt the rows of routers to the smaller set of experts, by least squares.
 
     A router was trained to choose among all experts. Block after block, its rows are fitted anew so
-    that the stream after the block comes closest to the source's (formulas in
-    `moe2edge.numerics.router_fit`); the blocks behind it see what the fitted one puts out. A part of the
-    calibration samples takes no part in the fit: a block's new rows stay only if they lower the
-    error there, and all of them only if the language-model loss falls there as well, by more than
-    the bootstrap interval over samples. Otherwise the
-    model is left alone, and the report says so. Layers with all experts of the source are fitted,
-    too, where blocks before them changed.
+    that the hidden states after the block come closest to the source's; later blocks see the
+    output of the fitted one. A part of the calibration samples is held out of the fit: a block's
+    new rows stay only if they lower the error there, and all of them only if the language-model
+    loss falls there as well, by more than the bootstrap interval over samples. Otherwise the model
+    is unchanged, and the report says so. Layers with all experts of the source are fitted, too,
+    where blocks before them changed.
     """
 
     may_change_nothing: ClassVar[bool] = True
 
     held_out: Annotated[
-        float, Field(gt=0, lt=1, description="part of the calibration samples that decides")
+        float, Field(gt=0, lt=1, description="fraction of the calibration samples that decides")
     ] = 0.25
-    rounds: Annotated[int, Field(ge=1, description="steps per layer, at most")] = 6
+    rounds: Annotated[int, Field(ge=1, description="maximum number of steps per layer")] = 6
     margin: Annotated[
         float,
-        Field(ge=0, lt=1, description="part by which a step must lower the held-out error"),
+        Field(ge=0, lt=1, description="fraction by which a step must lower the held-out error"),
     ] = 1e-3
     damping: Annotated[
-        float, Field(ge=0, description="holds logits back, relative to the mean curvature")
+        float,
+        Field(ge=0, description="penalty on changes of logits, relative to the mean curvature"),
     ] = 1.0
     ridge: Annotated[
-        float, Field(gt=0, description="holds rows back, relative to the mean square of inputs")
+        float,
+        Field(
+            gt=0, description="penalty on changes of rows, relative to the mean square of inputs"
+        ),
     ] = 0.01
 
     def check(self, model: Model) -> None:
@@ -72,7 +78,7 @@ class Routing(Search):
             raise Unsupported("routing: a router with a bias per expert is not supported")
 
     def plan(self, model: Model) -> Model:
-        """The same shape."""
+        """Return the same shape."""
         return model
 
     def search(self, context: PassContext) -> Outcome:
@@ -108,7 +114,7 @@ class Routing(Search):
         return Outcome(fitted, changed=tuple(fitter.changed), notes=(*notes, said))
 
     def _held_out(self, samples: int) -> Tensor:
-        """Samples that decide, bool [samples]."""
+        """Return a mask of the held-out samples, bool [samples]."""
         import torch
 
         from moe2edge.numerics.bootstrap import split_samples
@@ -173,7 +179,7 @@ class _Fitter:
             self.parts.append(_evidence(trace, trace.block.mlp, source))
 
     def change(self, block: Block) -> Block:
-        """The block with rows that lower the held-out error, or as it is."""
+        """Return the block with rows that lower the held-out error, or unchanged."""
         import torch
 
         from moe2edge.numerics import router_fit
@@ -210,7 +216,7 @@ class _Fitter:
 
 
 def _evidence(trace: BlockTrace, layer: MoELayer, source: BlockTrace) -> RouterEvidence:
-    """Evidence of one batch; errors count relative to the size of the source's stream."""
+    """Evidence of one batch; errors are relative to the size of the source's hidden states."""
     import torch
 
     from moe2edge.calibration.evidence import compute_products

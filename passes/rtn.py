@@ -20,11 +20,11 @@ class Rtn(Quantize):
 
     @property
     def needs_tokens(self) -> bool:
-        """It does not."""
+        """False: rounding needs no activations."""
         return False
 
     def solver(self, model: Model) -> GroupSolver:
-        """Rounds one matrix after another."""
+        """Make a solver that rounds one matrix after another."""
         return _Rounding(self, model)
 
 
@@ -35,11 +35,11 @@ class _Rounding(GroupSolver):
         self._options, self._model, self._schemes = options, model, options.schemes(model)
 
     def alone(self, block: Block) -> Mapping[str, Quantized]:
-        """Factors and linear maps."""
+        """Round factors and linear maps."""
         return self._options.alone(block, self._options.scales)
 
     def nbytes(self, shapes: Sequence[tuple[int, ...]]) -> int:
-        """Memory of one matrix, its integers and what is computed on the way."""
+        """Count the bytes of one matrix, its integers and temporary numbers."""
         return max(16 * outs * ins for outs, ins in shapes)
 
     def solve(self, block: Block, groups: Sequence[MatrixGroup]) -> Solved:

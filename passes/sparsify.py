@@ -53,41 +53,50 @@ SAVES_NOTHING = (
 
 
 class Sparsify(Slim):
-    """A part of the weights of experts, shared experts and dense MLPs becomes zero.
+    """Set a part of the weights of experts, shared experts and dense MLPs to zero.
 
     Comes before a quantizing pass, which keeps the zeros. The inputs of a matrix are taken from
     what comes before it as sparsified, in earlier blocks and in its own. An expert that saw fewer
-    than ``min_tokens`` tokens, or none, is listed, and treated as ``starved`` says.
+    than ``min_tokens`` tokens, or none, is reported, and handled according to ``starved``.
     """
 
     method: Annotated[
         Literal["magnitude", "wanda", "sparsegpt"],
-        Field(description="by size; by size times input; with feedback to weights that stay"),
+        Field(
+            description="magnitude: by size; wanda: by size times input; sparsegpt: with feedback "
+            "to the weights that stay"
+        ),
     ] = "wanda"
     pattern: Annotated[
         Literal["unstructured", "2:4", "4:8"],
-        Field(description="zeros anywhere, or n:m: n stay of each m inputs of a row"),
+        Field(
+            description="unstructured: zeros anywhere; n:m: n of each m inputs of a row are kept"
+        ),
     ] = "unstructured"
     amount: Annotated[
         float,
-        Field(gt=0, lt=1, description="part of the weights that becomes zero; 0.5 in 2:4 and 4:8"),
+        Field(gt=0, lt=1, description="fraction of the weights set to zero; 0.5 in 2:4 and 4:8"),
     ] = 0.5
     select: Annotated[
         Literal["experts", "all"],
-        Field(description="experts, shared experts and dense MLPs; or attention as well"),
+        Field(
+            description="experts: experts, shared experts and dense MLPs; all: attention as well"
+        ),
     ] = "experts"
     gate_weighted: GateWeighted = True
     damping: Annotated[
         float,
-        Field(gt=0, lt=1, description="sparsegpt: part of the mean diagonal added to the Hessian"),
+        Field(
+            gt=0, lt=1, description="sparsegpt: fraction of the mean diagonal added to the Hessian"
+        ),
     ] = 0.01
     propagate: Annotated[bool, Field(description="false: inputs come from the dense model")] = True
     min_tokens: MinTokens = 256
     starved: Annotated[
         Literal["borrow", "magnitude"],
         Field(
-            description="a starved expert is shown all tokens of its layer, or judged by its "
-            "weights alone"
+            description="an under-calibrated expert uses all tokens of its layer (borrow), or its "
+            "weights alone (magnitude)"
         ),
     ] = "borrow"
 
@@ -102,12 +111,12 @@ class Sparsify(Slim):
 
     @property
     def needs_tokens(self) -> bool:
-        """Whether it looks at activations: magnitudes do not depend on them."""
+        """True if it needs activations: magnitudes do not."""
         return self.method != "magnitude"
 
     @property
     def promise(self) -> Pattern:
-        """What the selected weights have afterwards."""
+        """Pattern that the selected weights have afterwards."""
         return RUN_LENGTHS.get(self.pattern) or Pattern(self.amount)
 
     def width(self, ins: int) -> int:
@@ -122,12 +131,16 @@ class Sparsify(Slim):
         return ins if ins <= BLOCK else math.gcd(ins, BLOCK)
 
     def split_into_runs(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        """How many numbers of a matrix [out, in] are compared together, and how many become zero.
+        """Return how many numbers of a matrix [out, in] are compared together, and how many zeroed.
 
-        >>> Sparsify(amount=0.3).split_into_runs((4, 64)), Sparsify(pattern="4:8").split_into_runs((4, 64))
-        ((64, 19), (8, 4))
-        >>> Sparsify(method="magnitude").split_into_runs((4, 64)), Sparsify(method="sparsegpt").split_into_runs((4, 256))
-        ((256, 128), (512, 256))
+        >>> Sparsify(amount=0.3).split_into_runs((4, 64))
+        (64, 19)
+        >>> Sparsify(pattern="4:8").split_into_runs((4, 64))
+        (8, 4)
+        >>> Sparsify(method="magnitude").split_into_runs((4, 64))
+        (256, 128)
+        >>> Sparsify(method="sparsegpt").split_into_runs((4, 256))
+        (512, 256)
         """
         outs, ins = shape
         if (run := self.promise.of) is not None:
@@ -137,16 +150,16 @@ class Sparsify(Slim):
         return length, round(self.amount * length)
 
     def zeros(self, shape: tuple[int, ...]) -> int:
-        """How many numbers of a matrix [out, in] become zero."""
+        """Count the numbers of a matrix [out, in] that become zero."""
         length, count = self.split_into_runs(shape)
         return math.prod(shape) // length * count
 
     def selected(self, block: Block) -> Iterator[tuple[str, Weight]]:
-        """The tensors of a block that it changes, with their roles."""
+        """Return the tensors of a block that it changes, with their roles."""
         return ((r, w) for r, w in list_quantizable(block) if self.selects(r))
 
     def selects(self, role: str) -> bool:
-        """Whether it changes a matrix of this role."""
+        """Return whether it changes a matrix of this role."""
         return self.select == "all" or _part(role) != PARTS_BY_ROLE["attention"]
 
     def check(self, model: Model) -> None:
@@ -173,7 +186,7 @@ class Sparsify(Slim):
                 )
 
     def plan(self, model: Model) -> Model:
-        """The model with the pattern on every selected weight."""
+        """Return the model with the pattern on every selected weight."""
         for block in model.blocks:
             new = {
                 role: plan_weight(weight, pattern=self.promise)
@@ -183,7 +196,7 @@ class Sparsify(Slim):
         return model
 
     def solver(self, model: Model) -> GroupSolver:
-        """Chooses the zeros of a few matrices at a time."""
+        """Make a solver that chooses the zeros of a few matrices at a time."""
         return _Solver(self, model)
 
     def check_result(self, before: Model, after: Model) -> None:
@@ -257,7 +270,7 @@ class _Solver(GroupSolver):
         )
 
     def _shown(self, block: Block, group: MatrixGroup, notes: list[str]) -> MatrixGroup:
-        """The group with the tokens by which it is judged; those of weight one, if all count so."""
+        """Return the group with the tokens that are used; without weights if all are equal."""
         options = self._options
         least = max(1, options.min_tokens)
         if group.is_under_calibrated(least):
@@ -365,7 +378,7 @@ class ZeroChooser:
         Args:
             options: pattern and amount.
             weights: float32 [batch, out, in].
-            sizes: rows of the matrices that stand below one another, each judged by itself.
+            sizes: rows of the stacked matrices, each of which gets its own zeros.
         """
         import torch
 
@@ -373,7 +386,7 @@ class ZeroChooser:
         self.width: int | None = options.width(ins)
         self._sizes = list(sizes)
         self._runs = [options.split_into_runs((size, ins)) for size in sizes]
-        # Transposed, so that a column lies in one piece.
+        # Transposed, so that a column is contiguous.
         self._gone = torch.zeros(batch, ins, outs, dtype=torch.bool)
         self._result = weights.new_empty(batch, ins, outs)
 
@@ -396,7 +409,7 @@ class ZeroChooser:
             at += size
 
     def round(self, column: int, wanted: Tensor, original: Tensor, error: Tensor) -> None:
-        """The numbers of a column [batch, out], with its zeros."""
+        """Compute the numbers of a column [batch, out], with its zeros."""
         import torch
 
         kept = wanted.masked_fill(self._gone[:, column], 0)
@@ -425,9 +438,9 @@ def mask_smallest(scores: Tensor, count: int) -> Tensor:
 
 
 def has_zeros(matrix: Tensor, length: int, count: int) -> bool:
-    """Whether each run of ``length`` numbers of a matrix [out, in] holds ``count`` zeros.
+    """Return whether each run of ``length`` numbers of a matrix [out, in] has ``count`` zeros.
 
-    Runs that are longer than a row are whole columns side by side: what a block of SparseGPT is.
+    Runs that are longer than a row are whole columns side by side: a block of SparseGPT.
     """
     outs, ins = matrix.shape
     if length > ins:
@@ -449,7 +462,7 @@ def measure_inputs(group: MatrixGroup, ins: int) -> Tensor:
 
 
 def _load(weight: Weight) -> Tensor:
-    """Numbers of a weight in its own dtype.
+    """Load the numbers of a weight in its own dtype.
 
     Raises:
         InputError: some are not finite.
@@ -460,5 +473,5 @@ def _load(weight: Weight) -> Tensor:
 
 
 def _part(role: str) -> str:
-    """The part of a block that a matrix belongs to, as notes call it."""
+    """Return the part of a block that a matrix belongs to, as named in notes."""
     return PARTS_BY_ROLE[role.partition(".")[0]]

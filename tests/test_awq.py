@@ -18,7 +18,7 @@ from moe2edge.numerics.grid import Quantized
 from moe2edge.numerics.rounding import round_to_nearest
 from moe2edge.numerics.scheme import Scheme
 from moe2edge.passes import _awq_folding
-from moe2edge.passes._quantize import SchemeRule
+from moe2edge.passes._quantize import Rule
 from moe2edge.passes.awq import Awq
 from moe2edge.passes.rtn import Rtn
 from moe2edge.pipeline.contract import Outcome
@@ -300,7 +300,7 @@ def test_alpha_is_that_of_a_slow_search(tiny: Make, family: str) -> None:
 def test_alpha_of_values_that_stay_in_16_bits(tiny: Make) -> None:
     """They are divided; what nothing quantized reads is left alone."""
     model = model_of(tiny, "mixtral")
-    rules = (SchemeRule(match=r"(q|k|v)_proj", bits=16),)
+    rules = (Rule(match=r"(q|k|v)_proj", bits=16),)
     seen = walk.BlockRunner(model, model.blocks[0]).watch(walk.embed(model, IDS))
     after = dict(run(Awq(bits=3, rules=rules), model)[0].blocks[0].weights())
     before = dict(model.blocks[0].weights())
@@ -358,7 +358,7 @@ def test_large_channels_cost_less_than_with_rounding(tiny: Make) -> None:
 def test_what_is_stored_in_16_bits(tiny: Make, family: str) -> None:
     """Norms and biases are divided by what the columns are multiplied with; routers round."""
     model = uneven(model_of(tiny, family, dtype="bfloat16", num_hidden_layers=1))
-    rules = (SchemeRule(match="q_proj", bits=16),)
+    rules = (Rule(match="q_proj", bits=16),)
     after, _ = run(Awq(bits=4, rules=rules), model)
     for block in model.blocks:
         before, now = dict(block.weights()), dict(after.blocks[block.index].weights())
@@ -398,9 +398,9 @@ def test_other_forms(tiny: Make, form: str) -> None:
 def test_schemes_as_the_options_say(tiny: Make, family: str) -> None:
     model = model_of(tiny, family)
     rules = (
-        SchemeRule(match="o_proj", bits=2, group_size=-1),
-        SchemeRule(blocks=(-1,), bits=16),
-        SchemeRule(match="shared_expert|k_proj", bits=8),
+        Rule(match="o_proj", bits=2, group_size=-1),
+        Rule(blocks=(-1,), bits=16),
+        Rule(match="shared_expert|k_proj", bits=8),
     )
     usable = rules if family == "qwen2_moe" else rules[:2]
     after, _ = run(Awq(bits=3, symmetric=False, rules=usable, steps=3), model)

@@ -91,7 +91,7 @@ def test_killed_and_gone_on_with(
         assert not out.exists()
         again = export(folder, out, steps=steps, more=HF)
         assert again.exit_code == 0, again.output
-        assert "going on behind the saved work of recover of an earlier run" in again.stderr
+        assert "resuming after the saved work of recover of an earlier run" in again.stderr
         made = [f"recover: step {step} of 6:" in again.stderr for step in range(0, 7, 2)]
         assert made == [step > 2 * count for step in range(0, 7, 2)]
         assert_same(out, whole)
@@ -139,7 +139,7 @@ def test_a_piece_of_the_source_that_is_cut_is_made_again(tiny: Make, tmp_path: P
     cut(next((tmp_path / "out.partial" / "work" / "pass-1-recover").glob("source-*")))
     again = export(folder, out, steps=steps, more=HF)
     assert again.exit_code == 0, again.output
-    assert "recover: going on behind step" in again.stderr
+    assert "recover: resuming after step" in again.stderr
     assert_same(out, whole)
 
 

@@ -170,7 +170,7 @@ def test_other_inputs_are_told(
     assert len(finished(half)) == 3  # nothing was lost
     again = export(other, half, "--resume", "never")
     assert again.exit_code == 0, again.output
-    assert "going on" not in again.stderr
+    assert "resuming" not in again.stderr
 
 
 def test_another_target_or_evaluation_does_not_matter(model: Path, half: Path) -> None:
@@ -178,7 +178,7 @@ def test_another_target_or_evaluation_does_not_matter(model: Path, half: Path) -
     with contextlib.chdir(half):
         result = CliRunner().invoke(main, [*arguments, "--resume", "require"])
     assert result.exit_code == 0, result.output
-    assert "going on behind 3 finished blocks of an earlier run" in result.stderr
+    assert "resuming after 3 finished blocks of an earlier run" in result.stderr
 
 
 def test_require_wants_something_to_go_on_from(model: Path, tmp_path: Path) -> None:

@@ -48,10 +48,10 @@ def export(
 
     Args:
         checkpoint: the source.
-        recipe: what to do.
-        targets: what to write.
-        out: where to.
-        reporter: told about progress.
+        recipe: the passes and their texts.
+        targets: the formats to write.
+        out: the folder to write.
+        reporter: receives progress.
         force: replace an output of ours.
         resume: what to do about an unfinished export to the same folder.
         most: bytes of memory for the whole process; None: what the machine has.
@@ -59,7 +59,7 @@ def export(
 
     Raises:
         InputError, Unsupported, DoesNotFit: before any work.
-        VerificationFailed: what was written is not what was meant.
+        VerificationFailed: an output differs from the model in memory.
     """
     begun = time.perf_counter()
     source = checkpoint.model
@@ -75,7 +75,7 @@ def export(
     inputs = _list_inputs(checkpoint, recipe, texts, budget)
     with work_folder.open_partial_folder(out, inputs, resume) as (content, work):
         if work.kept:
-            reporter.log(f"going on behind {work.kept} of an earlier run")
+            reporter.log(f"resuming after {work.kept} of an earlier run")
         budget = replace(budget, folder=work.folder)
         model, steps = run_passes(
             source, recipe, texts.calibration, work, reporter, budget, training=texts.training
