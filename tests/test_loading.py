@@ -71,7 +71,7 @@ def cut_model(model: Model, cut: Cut) -> Model:
 
 
 def reference(folder: Path, cut: Cut, quantized: bool) -> Any:
-    """Return the source in transformers' own classes with modules cut and numbers rounded in place."""
+    """Return the source in transformers' classes, modules cut and numbers rounded in place."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     for index, ids in cut.experts.items():
         mlp = model.model.layers[index].mlp

@@ -54,7 +54,7 @@ def slow_loss(
     lacks: torch.Tensor,
     router: torch.Tensor,
 ) -> torch.Tensor:
-    """Return the loss, token by token, from outputs themselves; the chosen set is fixed by values."""
+    """Return the loss, token by token, from outputs; the chosen set is fixed by values."""
     total = torch.zeros((), dtype=router.dtype)
     for t in range(TOKENS):
         z = router @ evidence.inputs[t].to(router.dtype)
