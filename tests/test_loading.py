@@ -61,7 +61,7 @@ SWITCHES: list[tuple[str, dict[str, Any]]] = [
 
 
 def cut_model(model: Model, cut: Cut) -> Model:
-    """Return the product's way."""
+    """Compute logits as the product does."""
     for index, ids in cut.experts.items():
         block = model.blocks[index]
         if isinstance(block.mlp, MoELayer):

@@ -161,7 +161,7 @@ def test_tokens_without_any_expert_get_nothing() -> None:
 
 
 def check(folder: Path, ids: Tensor = IDS) -> Any:
-    """Return a folder packed: numbers as dequantized, as close in bfloat16 as that allows."""
+    """Check a folder packed: numbers as dequantized, as close in bfloat16 as that allows.
 
     Where routing is close, rounding decides it, so bfloat16 is judged by the middle token.
     """

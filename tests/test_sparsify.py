@@ -137,7 +137,7 @@ def slow_choice(scores: Tensor, length: int, count: int) -> Tensor:
 def slow_sparsegpt(
     weight: Tensor, hessian: Tensor, amount: float, run: tuple[int, int] | None, width: int
 ) -> Tensor:
-    """Return the loop of the paper's code, over columns in reversed order."""
+    """Run the loop of the paper's code, over columns in reversed order."""
     matrix = weight.double().flip(1)
     h = hessian.double().flip(0, 1)
     h = h + 0.01 * h.diagonal().mean() * torch.eye(len(h), dtype=torch.float64)

@@ -192,7 +192,7 @@ def pair(tiny: Make) -> Pairs:
 
 
 def check_steps(runtime: Runtime, expected: Tensor) -> None:
-    """Return a batch at once; then a row in a prefill and cached steps."""
+    """Compare a batch at once; then a row in a prefill and cached steps."""
     assert (runtime.logits(IDS) - expected).abs().max() < TOLERANCE
     found = [runtime.start(IDS[1, :9].tolist())]
     found += [runtime.step(token) for token in IDS[1, 9:].tolist()]

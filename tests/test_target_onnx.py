@@ -143,7 +143,7 @@ def written(model: Model, folder: Path) -> Path:
 
 
 def assert_logits(folder: Path, stock: Any, ids: Tensor) -> None:
-    """Return a batch at once, and the first row step by step, by transformers without a cache."""
+    """Compare a batch at once, and the first row step by step, with uncached transformers."""
     expected = stock_logits(stock, ids)
     runtime = Onnx().reopen(folder, exact=True)
     assert (runtime.logits(ids) - expected).abs().max() < TOLERANCE
