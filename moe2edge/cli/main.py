@@ -149,7 +149,7 @@ Examples:
     "--target",
     required=True,
     help="onnx, gptq or hf; separate several by commas. Options follow a target, as in "
-    "onnx:accuracy_level=0 (see: moe2edge targets).",
+    "onnx:accuracy_level=0, float32 activations (see: moe2edge targets).",
 )
 @click.option(
     "-o",
