@@ -85,7 +85,7 @@ def find_imports(code: str, root: Path) -> set[Path]:
 
 
 def list_items(text: str, heading: str) -> list[str]:
-    """The files that the list below a heading names."""
+    """Return the files that the list below a heading names."""
     _, _, rest = text.partition(f"**{heading}")
     block = rest.partition("\n\n")[2].partition("\n\n")[0]
     return re.findall(r"^- \[?`?([\w/.]+)", block, re.MULTILINE)

@@ -32,7 +32,7 @@ Scales = Annotated[
 ]
 
 
-class SchemeRule(Options):
+class Rule(Options):
     """Another scheme for some tensors. If several rules match a tensor, the first one applies."""
 
     match: Annotated[
@@ -95,7 +95,7 @@ class Quantize(Slim):
         Field(description="true: the middle integer is zero; false: each group has a zero point"),
     ] = True
     rules: Annotated[
-        tuple[SchemeRule, ...],
+        tuple[Rule, ...],
         Field(
             description="other schemes for some tensors; the first rule that matches a tensor "
             "applies"
@@ -153,7 +153,7 @@ class Quantize(Slim):
                 widths.append(weight.shape[1])
         return find_largest_group_size(widths) if widths else 128
 
-    def _find_rule(self, name: str, block: Block, model: Model) -> SchemeRule | None:
+    def _find_rule(self, name: str, block: Block, model: Model) -> Rule | None:
         """Return the first rule that matches a tensor; None: none does."""
         count = len(model.blocks)
         return next((r for r in self.rules if r.applies(name, block.index, count)), None)
@@ -249,7 +249,7 @@ def _list_matrices(model: Model) -> Iterator[tuple[str, Block, Weight]]:
             yield model.family.disk_name(block.index, role), block, weight
 
 
-def _describe_rule(rule: SchemeRule) -> str:
+def _describe_rule(rule: Rule) -> str:
     """Describe a rule by the options that a user gave it."""
     return str(rule.model_dump(exclude_defaults=True))
 

@@ -1,4 +1,4 @@
-"""Resources of a training, from shapes alone: the formulas of docs/recovery.md."""
+"""Resources for training, from shapes alone: the formulas of docs/recovery.md."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from moe2edge.model.model import Block, Model
 from moe2edge.model.weights import Weight
 from moe2edge.passes._recover_selection import Selection, is_whole
 
-# Bytes of a parameter in float32; of one that is trained besides: its gradient and the two moments
+# Bytes of a parameter in float32; in addition, for a trained one, its gradient and the two moments
 # of AdamW, and the best weights so far.
 NUMBER_BYTES, TRAINED_BYTES, BEST_BYTES = 4, 4 + 8, 4
 # Bytes of a trained parameter in a checkpoint: the number and its moments, and the best one.
@@ -19,11 +19,11 @@ SAVED_BYTES = 4 + 8 + 4
 
 @dataclass(frozen=True)
 class TrainingSizes:
-    """Sizes of a training of one model.
+    """Sizes that the cost of a training depends on.
 
     Attributes:
         trained: parameters that are trained.
-        adapters: bytes that adapters take in a forward pass besides.
+        adapters: bytes that adapters take in a forward pass in addition.
     """
 
     trained: int
@@ -44,7 +44,7 @@ class TrainingSizes:
             return cls(sum(weight.count for _, weight in found) + rest, 0)
         adapted = [(role, weight) for role, weight in found if not is_whole(role)]
         whole = sum(weight.count for role, weight in found if is_whole(role))
-        # Gate and up of an expert lie in one parameter, and so have one adapter: a bound.
+        # Gate and up of an expert are one parameter with one adapter, so this is a bound.
         adapters = sum(rank * sum(weight.shape) for _, weight in adapted)
         # Outside of attention peft makes the sums of matrices and adapters, and keeps them for the
         # gradient.
@@ -60,7 +60,7 @@ def _selected(model: Model, selection: Selection) -> Iterator[tuple[str, Weight]
 
 
 def estimate_originals(model: Model) -> int:
-    """Count the bytes of the experts that tied experts were, which annealing holds."""
+    """Count the bytes of the original experts of tied experts, which annealing keeps."""
     return sum(
         NUMBER_BYTES * layer.experts[0].count * len(layer.sharing) for _, layer in model.moe_blocks
     )

@@ -1,4 +1,4 @@
-"""The tensors that a training selects."""
+"""Selection of the tensors that are trained."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from moe2edge.model.experts import Expert, Tied
 from moe2edge.model.layers import MoELayer, UnroutedMLP
 from moe2edge.model.model import Block, is_quantizable
 
-# Kinds of tensors that get no adapters: they are trained themselves.
+# Kinds of tensors that are trained directly, without adapters.
 WHOLE = ("substitutes", "members")
 
 
@@ -18,7 +18,7 @@ class Selection:
 
     Attributes:
         train: the option of `recover`.
-        anneals: whether tied experts begin as what they were.
+        anneals: whether tied experts start as their originals.
     """
 
     train: str

@@ -364,7 +364,7 @@ class Trainer:
 
 
 def _describe_shape(shape: Sequence[int] | None) -> str:
-    return "none: it is not there" if shape is None else str(list(shape))
+    return "none" if shape is None else str(list(shape))
 
 
 def _split(rows: Tensor, length: int) -> tuple[Tensor, ...]:

@@ -1,4 +1,7 @@
-"""Merge experts that are alike: one takes the place of several."""
+"""Merge similar experts: one takes the place of several.
+
+Formulas are in `moe2edge.numerics.expert_groups`.
+"""
 
 from __future__ import annotations
 
@@ -32,14 +35,14 @@ if TYPE_CHECKING:
 
 Method = Literal["hc-smoe", "m-smoe", "ream"]
 
-# By which experts are weighted, and centroids chosen.
+# The criterion that weights experts and chooses centroids.
 WEIGHTED_BY: Mapping[Method, Criterion] = {
     "hc-smoe": "frequency",
     "m-smoe": "frequency",
     "ream": "reap",
 }
 GROUP_LIMIT = 16
-# Tokens on which activations are aligned, and the error of a layer is measured.
+# Number of tokens on which activations are aligned and the error of a layer is measured.
 SAMPLED = 2048
 
 
@@ -49,7 +52,7 @@ class ExpertMerge(Search):
     HC-SMoE (https://arxiv.org/abs/2410.08589) clusters mean outputs, M-SMoE
     (https://arxiv.org/abs/2310.01334) lets experts join the often used one with the most similar
     router logits, REAM (https://arxiv.org/abs/2604.04356) lets the most salient experts absorb
-    their neighbours. Formulas are in `moe2edge.numerics.expert_groups`.
+    their neighbours.
     """
 
     writes: ClassVar[tuple[type, ...]] = (UntiedModel,)
@@ -65,27 +68,28 @@ class ExpertMerge(Search):
     routing: Annotated[
         Literal["members", "centroids"] | None,
         Field(
-            description="members: every router row stays and leads to the merged expert; "
+            description="members: every router row stays and runs the merged expert; "
             "centroids: one row of each group stays; none: centroids for ream, else members"
         ),
     ] = None
     align: Annotated[
         bool | None,
         Field(
-            description="bring neurons in the centroid's order first: ream by activations and "
-            "weights, others by weights; none: not for hc-smoe"
+            description="first permute neurons into the centroid's order: ream by activations and "
+            "weights, others by weights; none: true, but false for hc-smoe"
         ),
     ] = None
     group_limit: Annotated[
         int | None,
-        Field(ge=1, description="for ream, experts that join a centroid at most; none: 16"),
+        Field(ge=1, description="for ream: most experts that join a centroid; none: 16"),
     ] = None
     fitted_on: Annotated[
         Literal["changed", "intact"],
-        Field(description="inputs of later layers: of the model as changed so far, or as it was"),
+        Field(description="inputs of later layers: from the model as changed so far, or as it was"),
     ] = "changed"
     seed: Annotated[
-        int, Field(ge=0, le=2**32 - 1, description="of the reduction of weights when ream aligns")
+        int,
+        Field(ge=0, le=2**32 - 1, description="seed of the reduction of weights when ream aligns"),
     ] = 0
 
     @field_validator("keep", mode="before")
@@ -102,7 +106,7 @@ class ExpertMerge(Search):
     # ---- what there will be ------------------------------------------------------------------
 
     def resolve(self, model: Model) -> Self:
-        """With the method's own choices where none was made."""
+        """Fill in the choices of the method where none was made."""
         ream = self.method == "ream"
         own = {
             "routing": "centroids" if ream else "members",
@@ -113,7 +117,7 @@ class ExpertMerge(Search):
         return self.model_copy(update=unset)
 
     def _left(self, model: Model) -> dict[int, int]:
-        """How many experts are left, by the index of their block."""
+        """Count the experts that are left, by the index of their block."""
         counts = checks.count_kept_per_layer(self.keep, model.expert_counts, "expert_merge")
         blocks = [block.index for block, _ in model.moe_blocks]
         return dict(zip(blocks, counts, strict=True))
@@ -158,13 +162,13 @@ class ExpertMerge(Search):
         for block, layer in model.moe_blocks:
             kept, count = left[block.index], len(layer.experts)
             if kept < count:
-                # As many as can be share an expert: recover takes memory for each.
+                # As many as possible are tied: recover needs memory for each.
                 groups = tuple((n, *range(kept + n, count, kept)) for n in range(kept))
                 model = model.replace_block(step._merged(block, layer, groups))
         return model
 
     def _merged(self, block: Block, layer: MoELayer, groups: Sequence[ExpertGroup]) -> Block:
-        """The block with merged experts, whose numbers are not there yet."""
+        """Return the block with merged experts, whose numbers are not computed yet."""
         centroids = [group[0] for group in groups]
         if self.routing == "centroids":
             new = block.keep_experts(centroids)
@@ -183,7 +187,7 @@ class ExpertMerge(Search):
         return new.with_weights({role: plan_weight(weights[role]) for role in roles})
 
     def estimate(self, planned: PlannedStep, texts: TextSizes) -> Estimate:
-        """Estimate sums over tokens, samples of tokens, hidden states, and a layer's new experts."""
+        """Estimate sums over tokens, sampled tokens, hidden states and a layer's new experts."""
         from moe2edge.calibration.walk import BATCH_TOKENS
         from moe2edge.numerics.expert_groups import estimate_merge_bytes
 
@@ -231,13 +235,13 @@ class ExpertMerge(Search):
 
 
 def _role(block: Block, place: int, part: str) -> str:
-    """Of a matrix of an expert, which alone in its layer is a plain MLP."""
+    """Return the role of a matrix of an expert, which alone in its layer is a plain MLP."""
     kind = f"experts.{place}" if isinstance(block.mlp, MoELayer) else "dense"
     return f"{kind}.{part}"
 
 
 def _numbers(layer: MoELayer, n: int) -> Matrices:
-    """Numbers of an expert, float32."""
+    """Load the numbers of an expert, float32."""
     from moe2edge.numerics.expert_groups import Matrices
     from moe2edge.runtime.decoder_blocks import load_finite
 
@@ -246,7 +250,7 @@ def _numbers(layer: MoELayer, n: int) -> Matrices:
 
 
 def _in_order(block: Block, layer: MoELayer, orders: Mapping[int, Tensor]) -> Block:
-    """The block with the neurons of some experts, by position, in another order."""
+    """Return the block with the neurons of some experts, by position, in another order."""
 
     def permuted(weight: Weight, order: Tensor, dim: int) -> Weight:
         return replace(weight, load=lambda: weight.load().index_select(dim, order))
@@ -265,10 +269,10 @@ def _in_order(block: Block, layer: MoELayer, orders: Mapping[int, Tensor]) -> Bl
 
 @dataclass
 class _Samples:
-    """Inputs and outputs of a layer for tokens that lie evenly between all.
+    """Inputs and outputs of a layer for evenly spread tokens.
 
     Attributes:
-        every: one of so many tokens is kept.
+        every: one in this many tokens is kept.
         inputs, outputs: [n, hidden] of each batch.
     """
 
@@ -278,7 +282,7 @@ class _Samples:
     _seen: int = 0
 
     def add(self, inputs: Tensor, outputs: Tensor) -> None:
-        """Take in a batch, [n, hidden] each."""
+        """Add a batch, [n, hidden] each."""
         first = -self._seen % self.every
         self.inputs.append(inputs[first :: self.every].clone())
         self.outputs.append(outputs[first :: self.every].clone())
@@ -287,10 +291,10 @@ class _Samples:
 
 @dataclass
 class _Merger:
-    """Sums up what experts do, and merges some; one layer at a time.
+    """Accumulates statistics of experts, and merges some; one layer at a time.
 
-    What it takes in is of the current layer, and forgotten when that is changed. ``originals``
-    has blocks as they were, with neurons in the order that they were merged in.
+    The statistics are those of the current layer, and dropped when it is changed. ``originals``
+    has blocks as they were, with neurons in the order in which they were merged.
     """
 
     step: ExpertMerge
@@ -324,7 +328,7 @@ class _Merger:
             self.sums.add_outputs(routing.inputs, trace.expert_output, cosines=method == "ream")
 
     def change(self, block: Block) -> Block:
-        """The block with merged experts."""
+        """Return the block with merged experts."""
         import torch
 
         layer, sums, samples = block.mlp, self.sums, self.samples
@@ -367,7 +371,7 @@ class _Merger:
     def _orders(
         self, layer: MoELayer, groups: Sequence[ExpertGroup], inputs: Tensor
     ) -> dict[int, torch.Tensor]:
-        """Of experts that are not centroids, the order of neurons of theirs; empty: as they are."""
+        """Order the neurons of experts that are not centroids; empty: the order stays."""
         from moe2edge.numerics import expert_groups
 
         if not self.step.align:
@@ -394,7 +398,7 @@ class _Merger:
         scores: Sequence[float],
         orders: Mapping[int, Tensor],
     ) -> Matrices:
-        """What takes the place of a group."""
+        """Compute the expert that takes the place of a group."""
         from moe2edge.numerics import expert_groups
 
         weights = expert_groups.normalize_shares([scores[n] for n in group])
@@ -420,7 +424,7 @@ class _Merger:
         inputs: Tensor,
         outputs: Tensor,
     ) -> None:
-        """Tell which were merged, and what it does to the output of the layer."""
+        """Report which experts were merged, and the error of the output of the layer."""
         from moe2edge.calibration.walk import BlockRunner
 
         origins = block.expert_origins

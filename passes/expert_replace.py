@@ -1,4 +1,8 @@
-"""Let something small answer in the place of the least useful experts; routing stays as it is."""
+"""Replace the least useful experts by something smaller; routing stays as it is.
+
+Formulas are in `moe2edge.numerics.reduced_rank` (``linear``, ``constant``) and
+`moe2edge.numerics.base_sharing` (``base``, ``svd``).
+"""
 
 from __future__ import annotations
 
@@ -22,11 +26,11 @@ from moe2edge.runtime.memory import Estimate
 if TYPE_CHECKING:
     from moe2edge.passes._replace_bases import Sharing
 
-# Rank that nobody chose: this part of an expert's narrower side.
+# Default rank: an expert's narrower side divided by this.
 RANK_PART = {"linear": 16, "base": 64, "svd": 4}
-# What fills in for an option that nobody gave, by what answers.
+# Default criterion by kind of replacement.
 REPLACE_CRITERIA = {"constant": "residual", "linear": "residual", "base": "soft-frequency"}
-# Options that an answer has, the one that it cannot do without first.
+# Options of each kind of replacement, the required one first.
 OWN_OPTIONS = {
     "constant": ("keep", "criterion", "fitted_on", "seed"),
     "linear": ("keep", "budget", "rank", "criterion", "fitted_on", "ridge", "min_tokens", "seed"),
@@ -36,19 +40,19 @@ OWN_OPTIONS = {
     ),
     "svd": ("budget", "rank", "criterion", "depth_correction", "seed"),
 }  # fmt: skip
-# Criteria whose scores cannot be weights of experts in a mean: errors, and numbers below 0.
+# Criteria whose scores cannot weight experts in a mean: errors, and negative numbers.
 NO_WEIGHTS = ("residual", "aimer")
 
 
 class ExpertReplace(Search):
     """Replace experts by something smaller; the router is untouched.
 
-    ``constant`` and ``linear`` answer in an expert's place, and their answer is multiplied with its
-    gate weight: MoNE's novice (https://arxiv.org/abs/2507.00390) with the gate-weighted mean, and
-    the gate-weighted reduced-rank ridge regression of the expert's output on its input; formulas
-    are in `moe2edge.numerics.reduced_rank`. ``base`` is LightMoE (https://arxiv.org/abs/2603.12645): groups
-    of experts share one expert's matrices, and each has factors of low rank of its own, see
-    `moe2edge.numerics.base_sharing`. ``svd`` is its control: each expert becomes factors of low rank by itself.
+    The output of ``constant`` and ``linear`` is multiplied with the expert's router weight:
+    MoNE's novice (https://arxiv.org/abs/2507.00390) with the mean weighted by it, and the
+    reduced-rank ridge regression of the expert's output on its input, weighted likewise. ``base``
+    is LightMoE (https://arxiv.org/abs/2603.12645): groups of experts share one expert's matrices,
+    and each has low-rank factors of its own. ``svd`` is its control: each expert becomes low-rank
+    factors by itself.
     """
 
     model_config = ConfigDict(validate_by_name=True)
@@ -58,53 +62,53 @@ class ExpertReplace(Search):
         Literal["constant", "linear", "base", "svd"],
         Field(
             alias="with",
-            description="what answers: a constant vector, a linear map, a base that is shared plus "
-            "factors of low rank, or factors of low rank alone",
+            description="the replacement: a constant vector, a linear map, a shared base plus "
+            "low-rank factors, or low-rank factors alone",
         ),
     ]
     keep: Annotated[
         int | float | list[int] | None,
         Field(
-            description="with constant, linear: experts that stay, a count, a fraction of each "
+            description="with constant, linear: experts that stay: a count, a fraction of each "
             "layer, rounded up, or a list with a count for each MoE layer"
         ),
     ] = None
     budget: Annotated[
         int | float | None,
         Field(
-            description="with base, svd: bytes that routed experts may take in all, a number of "
-            "bytes, or a fraction of what they take; with linear instead of keep: each layer may "
-            "take its share, and who is replaced by which rank is chosen by the error that is left"
+            description="with base, svd: bytes that all routed experts may take, a number or a "
+            "fraction of what they take; with linear instead of keep: each layer may take its "
+            "share, and experts and ranks are chosen by the error that is left"
         ),
     ] = None
     criterion: Annotated[
         Criterion | Literal["residual"] | None,
         Field(
-            description="how experts are scored, the lowest are replaced; residual: by the error "
-            "that a constant or linear map leaves; none: residual for these, soft-frequency else"
+            description="how experts are scored; the lowest are replaced; residual: by the error "
+            "that a constant or linear map leaves; none: residual for these, else soft-frequency"
         ),
     ] = None
     rank: Annotated[
         int | None,
         Field(
             ge=0,
-            description="of linear maps and factors; none: of an expert's narrower side a 16th for "
-            "linear, a 64th for base, a quarter for svd",
+            description="rank of linear maps and factors; none: the expert's narrower side "
+            "divided by 16 for linear, 64 for base, 4 for svd",
         ),
     ] = None
     fitted_on: Annotated[
         Literal["changed", "intact"],
         Field(
-            description="with constant, linear: inputs of later layers are those of the model as "
-            "changed so far, or as it was"
+            description="with constant, linear: inputs of later layers: from the model as changed "
+            "so far, or as it was"
         ),
     ] = "changed"
     ridge: Annotated[
         float,
         Field(
             ge=0,
-            description="with linear: part of the mean diagonal of the inputs' Gram matrix that is "
-            "added to it",
+            description="with linear: fraction of the mean diagonal of the inputs' Gram matrix "
+            "that is added to it",
         ),
     ] = 0.01
     min_tokens: Annotated[
@@ -116,20 +120,20 @@ class ExpertReplace(Search):
         ),
     ] = None
     group_size: Annotated[
-        int, Field(ge=2, description="with base: experts that share one, on average")
+        int, Field(ge=2, description="with base: experts that share a base, on average")
     ] = 3
     similarity: Annotated[
         Literal["router", "weights", "random"],
         Field(
-            description="with base: who shares one; by cosines of router logits or of weights, or "
-            "at random, as a control"
+            description="with base: similarity that forms groups: cosines of router logits or of "
+            "weights, or random, as a control"
         ),
     ] = "router"
     factors: Annotated[
         Literal["svd", "zero"],
         Field(
-            description="with base: factors begin as the nearest to what the base lacks, or as "
-            "zero, to be trained"
+            description="with base: factors start as the best approximation of the difference to "
+            "the base, or as zero, to be trained"
         ),
     ] = "svd"
     depth_correction: Annotated[
@@ -174,16 +178,16 @@ class ExpertReplace(Search):
 
     @property
     def allots(self) -> bool:
-        """Whether a budget decides who is replaced, and by which rank."""
+        """True if a budget decides which experts are replaced, and by which rank."""
         return self.kind == "linear" and self.budget is not None
 
     @property
     def shares(self) -> bool:
-        """Whether experts become tied."""
+        """True if experts become tied experts."""
         return self.kind in ("base", "svd")
 
     def resolve(self, model: Model) -> ExpertReplace:
-        """With the criterion that nobody chose."""
+        """Fill in the default criterion."""
         chosen = self.criterion or REPLACE_CRITERIA.get(self.kind, "soft-frequency")
         return self.model_copy(update={"criterion": chosen})
 
@@ -197,7 +201,7 @@ class ExpertReplace(Search):
         return max(1, min(layer.experts[0].gate.shape) // RANK_PART[self.kind])
 
     def _least(self, model: Model) -> int:
-        """Tokens that a map wants. With fewer, a constant does better on others than those."""
+        """Return the tokens that a map needs. With fewer, a constant generalizes better."""
         if self.kind == "constant":
             return 0
         if self.min_tokens is not None:
@@ -212,7 +216,7 @@ class ExpertReplace(Search):
         return Sharing(self.budget or 0, self._rank, group)
 
     def _replaced(self, model: Model) -> dict[int, int]:
-        """How many experts go, by the index of their block; where `keep` says so."""
+        """Count the experts that are replaced, by the index of their block, according to `keep`."""
         sizes = model.expert_counts
         counts = checks.count_kept_per_layer(self.keep or 0, sizes, "expert_replace")
         return {
@@ -250,7 +254,7 @@ class ExpertReplace(Search):
             size, count, old = estimate_size(layer), len(layer.experts), _old_nbytes(layer)
             needed = size.expert + (count - 1) * size.constant
             if self._share_of(model, layer) < needed:
-                # As a budget of all layers, of which each gets the same part.
+                # Convert to a budget of all layers, of which each gets the same fraction.
                 least = max(least, -(-(needed + old) * whole // (count * size.expert + old)))
         if least:
             raise InputError(
@@ -259,7 +263,7 @@ class ExpertReplace(Search):
             )
 
     def _share_of(self, model: Model, layer: MoELayer) -> int:
-        """Bytes of the experts of a layer, where each layer has the same part of the budget."""
+        """Return the bytes for the experts of a layer: its part of the budget."""
         from moe2edge.passes._replace_bases import count_expert_bytes
         from moe2edge.passes._replace_maps import estimate_size
 
@@ -291,7 +295,7 @@ class ExpertReplace(Search):
             raise InputError(f"expert_replace: keep {self.keep} keeps every expert; nothing to do")
 
     def _budget(self, model: Model) -> int:
-        """In bytes."""
+        """Return the budget in bytes."""
         from moe2edge.passes._replace_bases import count_expert_bytes
 
         return selection.resolve_number(self.budget or 0, count_expert_bytes(model))
@@ -314,7 +318,7 @@ class ExpertReplace(Search):
         return model
 
     def _plan_budget(self, model: Model) -> Model:
-        """Each layer with maps for half of its experts or more, and ranks that fill its budget."""
+        """Plan maps for half of the experts of a layer or more, with ranks that fill its budget."""
         from moe2edge.passes._replace_maps import RANK_STEP, estimate_size, plan_replacements
 
         before = model
@@ -455,5 +459,5 @@ class ExpertReplace(Search):
 
 
 def _old_nbytes(layer: MoELayer) -> int:
-    """Return the bytes of the replacements that a layer has already."""
+    """Count the bytes of the replacements that a layer has already."""
     return sum(w.nbytes for row in layer.replaced for _, w in layer.rows[row].weights())

@@ -1,4 +1,7 @@
-"""Train what trimming, replacing or merging left, on text or towards the source."""
+"""Train the model that trimming, replacing or merging left, on text or towards the source.
+
+The loss distill is in `moe2edge.passes._recover_teacher`.
+"""
 
 from __future__ import annotations
 
@@ -43,9 +46,9 @@ if TYPE_CHECKING:
     from moe2edge.passes._recover_teacher import Objective
     from moe2edge.passes._recover_trainer import Anneals, Recovered, TrainerSettings
 
-# Of a perplexity, between the two ways in which a model is run here.
+# Relative difference in perplexity between the two ways in which a model is run here.
 NOISE = 1e-5
-# Options that mean nothing without a choice.
+# Options that need a choice of another option.
 ONLY_WITH = {
     "lora_rank": ("train", "lora"),
     "top_logits": ("loss", "distill"),
@@ -58,9 +61,9 @@ class Recover(Train):
     """Train the model on the training text, as a whole or in part; the best weights stay.
 
     The loss is next-token cross-entropy (``text``), or the distance from the source's next-token
-    distribution (``distill``, see `moe2edge.passes._recover_teacher`), which is computed once and kept on the disk.
-    The learning rate rises, then falls as a cosine (AdamW). Which weights are best is decided by
-    perplexity on samples at the end of the training text, which are not trained on.
+    distribution (``distill``), which is computed once and kept on the disk. The learning rate
+    rises, then falls as a cosine (AdamW). The best weights are those of least perplexity on
+    samples at the end of the training text, which are not trained on.
     """
 
     may_change_nothing: ClassVar[bool] = True
@@ -69,41 +72,51 @@ class Recover(Train):
     train: Annotated[
         Literal["full", "experts", "router", "lora"],
         Field(
-            description="full: every parameter; experts: experts, replacements, routers; router: "
-            "routers alone; lora: low-rank adapters of matrices, and replacements"
+            description="full: every parameter; experts: experts, replacements and routers; "
+            "router: routers only; lora: low-rank adapters of matrices, and replacements"
         ),
     ] = "full"
     loss: Annotated[
         Literal["text", "distill"],
-        Field(description="text: cross-entropy of the text; distill: distance from the source"),
+        Field(description="text: cross-entropy of the text; distill: distance to the source"),
     ] = "text"
     top_logits: Annotated[
-        int, Field(ge=1, description="distill: most likely tokens of the source that are compared")
+        int,
+        Field(
+            ge=1, description="distill: number of the source's most likely tokens that are compared"
+        ),
     ] = 32
     tail: Annotated[
         Literal["bucket", "renormalize"],
         Field(
-            description="distill: what becomes of the source's other tokens; bucket: all others "
+            description="distill: treatment of the source's other tokens; bucket: all others "
             "count as one token; renormalize: the likeliest are scaled to sum to one"
         ),
     ] = "bucket"
     text_share: Annotated[
-        float, Field(ge=0, lt=1, description="distill: weight of the loss text in the sum of both")
+        float,
+        Field(ge=0, lt=1, description="distill: weight of the loss text in the sum of both losses"),
     ] = 0.0
     lora_rank: Annotated[int, Field(ge=1, description="lora: rank of adapters")] = 8
-    steps: Annotated[int, Field(ge=1, description="steps at most")] = 500
-    batch: Annotated[int, Field(ge=1, description="samples in a step")] = 8
+    steps: Annotated[int, Field(ge=1, description="maximum number of steps")] = 500
+    batch: Annotated[int, Field(ge=1, description="samples per step")] = 8
     learning_rate: Annotated[float, Field(gt=0, description="the highest learning rate")] = 1e-4
     warmup: Annotated[
-        float, Field(ge=0, le=1, description="part of the steps in which the learning rate rises")
+        float,
+        Field(ge=0, le=1, description="fraction of the steps in which the learning rate rises"),
     ] = 0.05
-    weight_decay: Annotated[float, Field(ge=0, description="of matrices, as AdamW has it")] = 0.01
-    clip: Annotated[float, Field(gt=0, description="highest norm of the gradient")] = 1.0
+    weight_decay: Annotated[
+        float, Field(ge=0, description="weight decay of matrices, as in AdamW")
+    ] = 0.01
+    clip: Annotated[float, Field(gt=0, description="maximum norm of the gradient")] = 1.0
     seed: Annotated[
-        int, Field(ge=0, le=2**32 - 1, description="order of samples, first numbers of adapters")
+        int,
+        Field(
+            ge=0, le=2**32 - 1, description="seed of the order of samples and the initial adapters"
+        ),
     ] = 0
     held_out: Annotated[
-        int, Field(ge=1, description="samples at the end of the text that decide what is best")
+        int, Field(ge=1, description="samples at the end of the text that choose the best weights")
     ] = 16
     eval_every: Annotated[int, Field(ge=1, description="steps between evaluations")] = 50
     patience: Annotated[
@@ -115,13 +128,13 @@ class Recover(Train):
         Field(
             gt=0,
             le=1,
-            description="part of the steps in which experts that share a base part from their "
-            "originals; none: they are without from the start",
+            description="fraction of the steps in which tied experts are blended from their "
+            "originals into what they share; none: no blending",
         ),
     ] = None
     device: Annotated[
         Literal["auto", "cpu", "cuda"],
-        Field(description="where it trains; auto: on the GPU where there is one"),
+        Field(description="device for training; auto: a GPU if there is one"),
     ] = "auto"
 
     @model_validator(mode="after")
@@ -135,7 +148,7 @@ class Recover(Train):
     # ---- what there will be ------------------------------------------------------------------
 
     def check(self, model: Model) -> None:
-        """Refuse a model that slimming has been at, and options that it has nothing for."""
+        """Refuse a quantized or sparse model, and options that do not apply to the model."""
         if any(weight.scheme or weight.pattern for _, _, weight in model.tensors()):
             raise InputError(
                 "recover: the model has quantized or sparse weights, which training would undo; "
@@ -161,7 +174,7 @@ class Recover(Train):
             self._check_lora(model)
 
     def _check_lora(self, model: Model) -> None:
-        """Refuse to go on without peft, and ranks that matrices do not have."""
+        """Refuse to continue without peft, and ranks above those of matrices."""
         from moe2edge.passes._recover_lora import check_installed
 
         check_installed()
@@ -185,14 +198,14 @@ class Recover(Train):
             )
 
     def plan(self, model: Model) -> Model:
-        """The same shapes."""
+        """Return the same shapes."""
         return model
 
     def place(self) -> torch.device:
-        """Where it trains.
+        """Return the device on which it trains.
 
         Raises:
-            InputError: there is no GPU, and one is wanted.
+            InputError: there is no GPU, and one is requested.
         """
         import torch
 
@@ -269,7 +282,7 @@ class Recover(Train):
         return Outcome(model, tuple(changed), notes=notes, figures=figures)
 
     def _as_stored(self, context: PassContext, model: Model, perplexity: float) -> float:
-        """Held-out perplexity of a model whose ``perplexity`` before rounding is known."""
+        """Measure the held-out perplexity as stored, given the ``perplexity`` before rounding."""
         from moe2edge.calibration import walk
         from moe2edge.numerics import metrics
 
@@ -281,7 +294,7 @@ class Recover(Train):
         return metrics.measure(ids, walk.compute_logits(model, hidden), None).perplexity
 
     def _state_cost(self, context: PassContext, text: TextSize) -> None:
-        """Report what it will take before it starts.
+        """Report the cost before it starts.
 
         Raises:
             DoesNotFit: there is less.
@@ -302,7 +315,7 @@ class Recover(Train):
     def _trained(
         self, context: PassContext, tokens: Tensor, states: States
     ) -> tuple[Recovered, dict[str, Tensor]]:
-        """What came of it, and the parameters that it changed by name; none if none got better."""
+        """Train; return the result and the changed parameters by name, none if none got better."""
         import torch
 
         from moe2edge.passes import _recover_lora, _recover_parameters
@@ -349,7 +362,7 @@ class Recover(Train):
     def _objective(
         self, context: PassContext, text: Tensor, folder: Path, *, over: bool
     ) -> Objective:
-        """The loss; of a training that is over none is computed any more."""
+        """Make the loss; a training that is over needs none."""
         from moe2edge.passes._recover_teacher import Objective, Teacher
 
         if self.loss == "text" or over:
@@ -370,7 +383,7 @@ class Recover(Train):
         )
 
     def _begin_annealing(self, context: PassContext, loaded: Any) -> list[Anneals]:
-        """Let experts that share a base begin as those that they were before they did."""
+        """Let tied experts begin as the experts that they were before."""
         if self.anneal is None:
             return []
         from moe2edge.runtime.decoder_blocks import load_finite
@@ -400,7 +413,7 @@ class Recover(Train):
         best: Mapping[str, Tensor],
         names: Sequence[str],
     ) -> dict[str, Tensor]:
-        """The best weights under the names of the transformers model, adapters merged."""
+        """Return the best weights by names of the transformers model, with adapters merged."""
         from moe2edge.passes import _recover_lora
 
         if self.train != "lora":
@@ -413,11 +426,11 @@ class Recover(Train):
     def _account(
         self, recovered: Recovered, after: float | None, *, better: bool
     ) -> tuple[tuple[str, ...], dict[str, Any]]:
-        """Notes and figures, where the model has a held-out perplexity of ``after`` as stored.
+        """Make notes and figures, given the held-out perplexity ``after`` of the model as stored.
 
         Args:
-            recovered: what came of training.
-            after: None if nothing beat the model from before.
+            recovered: the result of training.
+            after: None if no evaluation beat the model before training.
             better: whether the trained model stays.
         """
         progress = recovered.progress
@@ -447,7 +460,7 @@ class Recover(Train):
 
 @contextlib.contextmanager
 def _folder(context: PassContext) -> Iterator[Path]:
-    """Where checkpoints go; without a place that outlives the run, one that does not."""
+    """Open the folder for checkpoints; a temporary one if none outlives the run."""
     if context.scratch is not None:
         yield context.scratch
         return

@@ -91,7 +91,7 @@ class Columns:
         return tuple(found[row] for row in range(self.layer.router_rows))
 
     def has_factors(self, row: int) -> bool:
-        """Whether a row runs a tied expert."""
+        """Return whether a row runs a tied expert."""
         return isinstance(self.layer.rows[row], Tied)
 
     def _fuses(self, group: ColumnGroup) -> bool:

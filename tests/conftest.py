@@ -39,7 +39,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Make:
 
 @pytest.fixture(scope="session")
 def builtin_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built-in model exported to onnx and gptq. Do not write there."""
+    """Return the built-in model exported to onnx and gptq. Do not write there."""
     from helpers import run  # imports torch: not in the process that only hands out tests
 
     folder = tmp_path_factory.mktemp("builtin") / "out"

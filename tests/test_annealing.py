@@ -83,7 +83,7 @@ def test_annealing_without_shared_experts_is_refused(tiny: Make) -> None:
 
 
 def sharing(tiny: Make, family: str, **options: Any) -> tuple[Model, Model]:
-    """A source, and a model some of whose experts share bases."""
+    """Return a source, and a model some of whose experts share bases."""
     model = open_checkpoint(str(tiny(family))).model
     step = ExpertReplace.model_validate({"with": "base", "budget": 0.6, **options}).resolve(model)
     return model, search(step, model, text()).model

@@ -23,7 +23,7 @@ from moe2edge.testing import make_tokenizer
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """An output folder with two files, one of them in a folder of its own."""
+    """Return an output folder with two files, one of them in a folder of its own."""
     out = tmp_path / "out"
     (out / "part").mkdir(parents=True)
     (out / "model.bin").write_bytes(b"weights")

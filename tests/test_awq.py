@@ -20,7 +20,7 @@ from moe2edge.numerics.grid import Quantized
 from moe2edge.numerics.rounding import round_to_nearest
 from moe2edge.numerics.scheme import Scheme
 from moe2edge.passes import _awq_folding
-from moe2edge.passes._quantize import SchemeRule
+from moe2edge.passes._quantize import Rule
 from moe2edge.passes.awq import Awq
 from moe2edge.passes.rtn import Rtn
 from moe2edge.pipeline.contract import Outcome
@@ -57,7 +57,7 @@ def model_of(make: Make, family: str, **changes: Any) -> Model:
 
 
 def run(step: Awq, model: Model, ids: torch.Tensor = IDS) -> tuple[Model, list[str]]:
-    """The model after the pass, held against the contract, and the notes."""
+    """Return the model after the pass, held against the contract, and the notes."""
     planned, before = plan([step], model), model
     notes: list[str] = []
     solver, hidden = step.solver(model), walk.embed(model, ids)
@@ -119,7 +119,7 @@ def folded(model: Model) -> Model:
 
 
 def formed(make: Make, form: str) -> Model:
-    """A model in whose middle block something else follows attention."""
+    """Return a model in whose middle block something else follows attention."""
     shared = form.startswith("shared")
     dense_first = {"mlp_only_layers": [0]}
     model = model_of(make, "qwen2_moe", **dense_first) if shared else model_of(make, "mixtral")
@@ -245,7 +245,7 @@ def slow_search(
 
 
 def uneven(model: Model, seed: int = 5) -> Model:
-    """The same function with a few large channels behind the norms: exact in any dtype."""
+    """Return the same function with a few large channels behind the norms: exact in any dtype."""
     draw = torch.Generator().manual_seed(seed)
     for block in model.blocks:
         folding, weights = _awq_folding.Folding(), dict(block.weights())
@@ -301,7 +301,7 @@ def test_alpha_is_that_of_a_slow_search(tiny: Make, family: str) -> None:
 def test_alpha_of_values_that_stay_in_16_bits(tiny: Make) -> None:
     """They are divided; what nothing quantized reads is left alone."""
     model = model_of(tiny, "mixtral")
-    rules = (SchemeRule(match=r"(q|k|v)_proj", bits=16),)
+    rules = (Rule(match=r"(q|k|v)_proj", bits=16),)
     seen = walk.BlockRunner(model, model.blocks[0]).watch(walk.embed(model, IDS))
     after = dict(run(Awq(bits=3, rules=rules), model)[0].blocks[0].weights())
     before = dict(model.blocks[0].weights())
@@ -359,7 +359,7 @@ def test_large_channels_cost_less_than_with_rounding(tiny: Make) -> None:
 def test_tensors_stored_in_16_bits_are_rounded_consistently(tiny: Make, family: str) -> None:
     """Norms and biases are divided by what the columns are multiplied with; routers round."""
     model = uneven(model_of(tiny, family, dtype="bfloat16", num_hidden_layers=1))
-    rules = (SchemeRule(match="q_proj", bits=16),)
+    rules = (Rule(match="q_proj", bits=16),)
     after, _ = run(Awq(bits=4, rules=rules), model)
     for block in model.blocks:
         before, now = dict(block.weights()), dict(after.blocks[block.index].weights())
@@ -399,9 +399,9 @@ def test_other_forms(tiny: Make, form: str) -> None:
 def test_schemes_as_the_options_say(tiny: Make, family: str) -> None:
     model = model_of(tiny, family)
     rules = (
-        SchemeRule(match="o_proj", bits=2, group_size=-1),
-        SchemeRule(blocks=(-1,), bits=16),
-        SchemeRule(match="shared_expert|k_proj", bits=8),
+        Rule(match="o_proj", bits=2, group_size=-1),
+        Rule(blocks=(-1,), bits=16),
+        Rule(match="shared_expert|k_proj", bits=8),
     )
     usable = rules if family == "qwen2_moe" else rules[:2]
     after, _ = run(Awq(bits=3, symmetric=False, rules=usable, steps=3), model)

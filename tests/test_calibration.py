@@ -128,7 +128,7 @@ def test_an_impossible_file_name_gives_one_line() -> None:
 
 @pytest.fixture
 def texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with texts, which is the current one."""
+    """Return a folder with texts, which is the current one."""
     (tmp_path / "a.txt").write_text("".join(chr(33 + n * 7 % 90) for n in range(900)))
     (tmp_path / "b.txt").write_text("".join(chr(33 + n * n % 83) for n in range(700)))
     rows = [{"question": f"is {n}?", "answer": f"yes {n * n}", "n": n / 2} for n in range(60)]

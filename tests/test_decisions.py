@@ -56,7 +56,7 @@ def parse(passes: str, text: Path, *settings: str) -> recipe.Recipe:
 
 
 def original(folder: Path, parsed: recipe.Recipe, work: Path) -> Model:
-    """What an export with the recipe would write."""
+    """Return what an export with the recipe would write."""
     checkpoint = open_checkpoint(str(folder))
     parsed = parsed.resolve(checkpoint.model)
     tokens = load_calibration(checkpoint, parsed, QUIET)
@@ -64,7 +64,7 @@ def original(folder: Path, parsed: recipe.Recipe, work: Path) -> Model:
 
 
 def applied(folder: Path, file: Path, **options: object) -> Model:
-    """The model with a file applied, as an export does it."""
+    """Return the model with a file applied, as an export does it."""
     settings = {"file": str(file), **options}
     parsed = recipe.parse(f"passes: [{{apply_decisions: {json.dumps(settings)}}}]")
     model = open_checkpoint(str(folder)).model

@@ -39,14 +39,14 @@ class Fence:
 
 
 def fences(page: Path) -> Iterator[Fence]:
-    """The code blocks of a page in order."""
+    """Return the code blocks of a page in order."""
     for language, rest, text in FENCE.findall(page.read_text("utf-8")):
         options = dict(re.findall(r'([\w-]+)="(.*?)"', rest))
         yield Fence(language, {k: v.replace("\\n", "\n") for k, v in options.items()}, text)
 
 
 def prose(page: Path) -> str:
-    """A page without its code blocks."""
+    """Return a page without its code blocks."""
     return FENCE.sub("", page.read_text("utf-8"))
 
 
@@ -207,7 +207,7 @@ def test_messages_of_the_troubleshooting_page_are_those_of_the_code() -> None:
 
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
-    """A copy of what a contributor works on, where a test may write."""
+    """Return a copy of what a contributor works on, where a test may write."""
     folder = tmp_path / "clone"
     ignore = shutil.ignore_patterns("__pycache__", "builtin")
     for name in ("moe2edge", "passes", "targets", "tests"):

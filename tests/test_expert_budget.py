@@ -49,7 +49,7 @@ def counts_of(model: Model) -> Counts:
 
 
 def idle_in(model: Model, index: int) -> Model:
-    """The model with experts in one block that put out next to nothing."""
+    """Return the model with experts in one block that put out next to nothing."""
     block = model.blocks[index]
 
     def faint(weight: Weight) -> Weight:

@@ -250,7 +250,7 @@ def logits(model: Model, ids: Tensor = IDS) -> Tensor:
 def slow_groups(
     method: str, trace: observation.BlockTrace, keep: int
 ) -> tuple[set[frozenset[int]], list[float]]:
-    """Groups of a layer of six, and what experts are weighted by."""
+    """Return groups of a layer of six, and what experts are weighted by."""
     routing = trace.routing
     assert routing is not None
     outputs = [trace.expert_output(n, routing.inputs).double() for n in range(6)]

@@ -82,7 +82,7 @@ class Slow:
 
     @torch.no_grad()
     def seen(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Inputs and outputs [T, hidden] of an MoE layer."""
+        """Return inputs and outputs [T, hidden] of an MoE layer."""
         found: list[Tensor] = []
 
         def hook(_: Any, args: tuple[Tensor, ...], out: Tensor) -> None:

@@ -153,7 +153,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
 
 
 def changed(source: Path, tmp_path: Path, changes: dict[str, Any]) -> Path:
-    """A copy of a checkpoint with other values in its config."""
+    """Return a copy of a checkpoint with other values in its config."""
     folder = tmp_path / "model"
     shutil.copytree(source, folder)
     path = folder / "config.json"

@@ -15,7 +15,7 @@ from moe2edge.numerics.scheme import Scheme
 
 @pytest.fixture(params=["compiled", "torch"], autouse=True)
 def loop(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What runs over columns."""
+    """Return what runs over columns."""
     if request.param == "torch":
         monkeypatch.setattr(native, "is_built", lambda: False)
     elif not compiled.is_built():
@@ -68,7 +68,7 @@ def eliminate(
 def solved(
     weight: torch.Tensor, hessian: torch.Tensor, scheme: Scheme, how: Range, *, fixed: bool
 ) -> tuple[torch.Tensor, float, Grid]:
-    """The same by `feedback`: numbers, loss and grid."""
+    """Return the same by `feedback`: numbers, loss and grid."""
     ins = weight.shape[1]
     factors, fine = error_feedback.factorize(hessian[None].clone(), 0.01)
     assert fine == [True]

@@ -235,7 +235,7 @@ def test_room_behind_a_prompt() -> None:
 def opened(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[tuple[Path, list[Counting]]]:
-    """A folder of a target whose model holds 8 tokens and counts, and what was opened of it."""
+    """Return a folder whose model holds 8 tokens and counts, and what was opened of it."""
     make_tokenizer(tmp_path)
     (tmp_path / "config.json").write_text('{"max_position_embeddings": 8, "eos_token_id": 0}')
     write_manifest(tmp_path, request.param)
@@ -412,7 +412,7 @@ TEMPLATE = (
 
 @pytest.fixture
 def chatty() -> Any:
-    """A tokenizer with a first token, which it adds itself, and a chat template."""
+    """Return a tokenizer with a first token, which it adds itself, and a chat template."""
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = bytes_tokenizer()

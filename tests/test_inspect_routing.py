@@ -52,7 +52,7 @@ def document(*arguments: object) -> dict[str, Any]:
 
 
 def routed(model: Any) -> list[dict[str, torch.Tensor]]:
-    """Inputs, logits, weights and ids of every router, from a transformers model."""
+    """Return inputs, logits, weights and ids of every router, from a transformers model."""
     seen: list[dict[str, torch.Tensor]] = []
 
     def keep(_: Any, args: Any, out: Any) -> None:
@@ -193,7 +193,7 @@ passes:
 
 
 def export(source: Path, recipe: str, folder: Path) -> Path:
-    """A gptq output; ``folder`` is for it and the recipe."""
+    """Return a gptq output; ``folder`` is for it and the recipe."""
     path = folder / "recipe.yaml"
     path.write_text(recipe)
     cut = [

@@ -94,7 +94,7 @@ def assert_close(found: Tensor, expected: Tensor) -> None:
 
 
 def written(target: Hf | Gptq, model: Model, folder: Path) -> Path:
-    """What the pipeline does of a target, its checks included."""
+    """Do what the pipeline does with a target, its checks included."""
     folder.mkdir(exist_ok=True)
     target.accepts(model)
     target.write(model, folder)

@@ -61,7 +61,7 @@ SWITCHES: list[tuple[str, dict[str, Any]]] = [
 
 
 def cut_model(model: Model, cut: Cut) -> Model:
-    """The product's way."""
+    """Return the product's way."""
     for index, ids in cut.experts.items():
         block = model.blocks[index]
         if isinstance(block.mlp, MoELayer):
@@ -71,7 +71,7 @@ def cut_model(model: Model, cut: Cut) -> Model:
 
 
 def reference(folder: Path, cut: Cut, quantized: bool) -> Any:
-    """The source in transformers' own classes with modules cut and numbers rounded in place."""
+    """Return the source in transformers' classes, modules cut and numbers rounded in place."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     for index, ids in cut.experts.items():
         mlp = model.model.layers[index].mlp
@@ -92,7 +92,7 @@ def reference(folder: Path, cut: Cut, quantized: bool) -> Any:
 
 
 def export(name: str, model: Model, folder: Path) -> Path:
-    """What the pipeline does of a target; its default reopens whatever the layout is."""
+    """Do what the pipeline does with a target; its default reopens whatever the layout is."""
     folder.mkdir()
     natural = NATURAL[name]
     natural.accepts(model)

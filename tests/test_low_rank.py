@@ -49,7 +49,7 @@ def tokens(samples: int = 8) -> Tensor:
 
 
 def replaced(folder: Path, kind: str) -> Model:
-    """A model with such answers for some of its experts."""
+    """Return a model with such answers for some of its experts."""
     model = open_checkpoint(str(folder)).model
     step = ExpertReplace.model_validate(KINDS[kind]).resolve(model)
     return search(step, model, tokens()).model

@@ -67,7 +67,7 @@ def with_tied_rows(model: Model, dtype: str = "F32") -> Model:
 
 @pytest.fixture(params=sorted(FAMILIES))
 def models(request: pytest.FixtureRequest, tiny: Make) -> tuple[Model, Model]:
-    """A model with tied experts, and the same with every expert in full."""
+    """Return a model with tied experts, and the same with every expert in full."""
     found = with_tied_rows(open_checkpoint(str(tiny(request.param))).model)
     return found, materialize(found)
 

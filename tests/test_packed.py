@@ -50,7 +50,7 @@ def written(model: Model, folder: Path) -> Path:
 
 @pytest.fixture
 def folder(request: pytest.FixtureRequest, tiny: Make, tmp_path: Path) -> Path:
-    """A GPTQ folder of a family, olmoe unless another is asked for."""
+    """Return a GPTQ folder of a family, olmoe unless another is asked for."""
     family = getattr(request, "param", "olmoe")
     return written(quantize(source(tiny, family), SCHEME), tmp_path / "out")
 
@@ -161,7 +161,7 @@ def test_tokens_without_any_expert_get_nothing() -> None:
 
 
 def check(folder: Path, ids: Tensor = IDS) -> Any:
-    """A folder packed: the same numbers as dequantized, and as close in bfloat16 as that allows.
+    """Return a folder packed: numbers as dequantized, as close in bfloat16 as that allows."""
 
     Where routing is close, rounding decides it, so bfloat16 is judged by the middle token.
     """

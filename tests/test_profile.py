@@ -217,7 +217,7 @@ def test_a_value_unknown_once_is_unknown_for_the_phase() -> None:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random checkpoint, with a tokenizer."""
+    """Return a random checkpoint, with a tokenizer."""
     folder = make_checkpoint(tmp_path_factory.mktemp("profile") / "m", "olmoe")
     make_tokenizer(folder)
     return folder
@@ -225,7 +225,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def measured(checkpoint: Path) -> Any:
-    """A profile of two processes, and what was said on the way."""
+    """Return a profile of two processes, and what was said on the way."""
     said: list[tuple[str, int, int]] = []
     result = profile_folder(
         checkpoint,
@@ -308,7 +308,7 @@ def test_the_table_shows_every_metric_phase_and_size(measured: Any) -> None:
 
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A folder of each target, and the source of them, by name; float16 throughout."""
+    """Return a folder of each target, and the source of them, by name; float16 throughout."""
     root = tmp_path_factory.mktemp("outputs")
     source = make_checkpoint(root / "source", "olmoe", dtype="float16")
     whole = open_checkpoint(str(source)).model
@@ -432,7 +432,7 @@ def test_a_child_that_crashes_is_reported_with_its_last_line(tmp_path: Path) -> 
 
 @pytest.fixture
 def fake_child(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Runs some lines of Python in place of the child."""
+    """Run some lines of Python in place of the child."""
     real = subprocess.run
 
     def use(code: str) -> None:
@@ -585,7 +585,7 @@ def test_a_preset_shrinks_to_the_context_and_the_users_own_sizes_do_not(
 
 @pytest.fixture
 def commanded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
-    """Runs the command with a clock in place of fresh processes."""
+    """Run the command with a clock in place of fresh processes."""
     monkeypatch.setattr(measure, "run_child", lambda *_: clocked_answer(2, range(10, 18)))
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     yield lambda *arguments: run("profile", *map(str, arguments))

@@ -92,7 +92,7 @@ def test_a_killed_training_resumes_with_the_same_bytes(
         assert not out.exists()
         again = export(folder, out, steps=steps, more=HF)
         assert again.exit_code == 0, again.output
-        assert "going on behind the saved work of recover of an earlier run" in again.stderr
+        assert "resuming after the saved work of recover of an earlier run" in again.stderr
         made = [f"recover: step {step} of 6:" in again.stderr for step in range(0, 7, 2)]
         assert made == [step > 2 * count for step in range(0, 7, 2)]
         assert_same(out, whole)

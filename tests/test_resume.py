@@ -87,7 +87,7 @@ def model(tiny: Make) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An export that nothing interrupted."""
+    """Return an export that nothing interrupted."""
     folder = inputs(tmp_path_factory.mktemp("whole"))
     assert child(model, folder) == 0
     return folder / "out"
@@ -174,7 +174,7 @@ def test_resuming_with_other_inputs_is_refused(
     assert len(finished(half)) == 3  # nothing was lost
     again = export(other, half, "--resume", "never")
     assert again.exit_code == 0, again.output
-    assert "going on" not in again.stderr
+    assert "resuming" not in again.stderr
 
 
 @pytest.mark.slow
@@ -183,7 +183,7 @@ def test_another_target_or_evaluation_does_not_matter(model: Path, half: Path) -
     with contextlib.chdir(half):
         result = run(*arguments, "--resume", "require")
     assert result.exit_code == 0, result.output
-    assert "going on behind 3 finished blocks of an earlier run" in result.stderr
+    assert "resuming after 3 finished blocks of an earlier run" in result.stderr
 
 
 def test_require_fails_without_an_unfinished_export(model: Path, tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def slow_loss(
     lacks: torch.Tensor,
     router: torch.Tensor,
 ) -> torch.Tensor:
-    """The loss, token by token, from outputs themselves; the chosen set is fixed by values."""
+    """Return the loss, token by token, from outputs; the chosen set is fixed by values."""
     total = torch.zeros((), dtype=router.dtype)
     for t in range(TOKENS):
         z = router @ evidence.inputs[t].to(router.dtype)
@@ -161,7 +161,7 @@ def context(source: Model, model: Model, folder: Path, ids: torch.Tensor = IDS) 
 
 
 def own_text(folder: Path) -> torch.Tensor:
-    """Samples of the model itself, of which it is the best model."""
+    """Return samples of the model itself, of which it is the best model."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.random.fork_rng():
         torch.manual_seed(0)

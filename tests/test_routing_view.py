@@ -12,7 +12,7 @@ from moe2edge.evaluation.routing_report import REPORTED_CRITERIA, ExpertUse, Lay
 
 
 def report(*loads: list[int], top_k: int = 2) -> RoutingReport:
-    """A report of layers with the given loads; every score is the load."""
+    """Return a report of layers with the given loads; every score is the load."""
     layers = []
     for block, tokens in enumerate(loads):
         experts = tuple(

@@ -118,7 +118,7 @@ def logits(model: Model) -> Tensor:
 
 
 def files(target: Target, model: Model, folder: Path) -> dict[str, bytes]:
-    """What the target writes of the model."""
+    """Return what the target writes of the model."""
     folder.mkdir()
     target.accepts(model)
     target.write(model, folder)

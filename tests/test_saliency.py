@@ -20,7 +20,7 @@ IDS = torch.randint(1, 96, (3, 20), generator=torch.Generator().manual_seed(0))
 
 
 def hooked(folder: Path, block: int) -> dict[str, torch.Tensor]:
-    """Inputs and outputs of parts of a block, from transformers' own model."""
+    """Return inputs and outputs of parts of a block, from transformers' own model."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     layer = model.model.layers[block]
     seen: dict[str, torch.Tensor] = {}

@@ -29,7 +29,7 @@ from moe2edge.model.model import Model, is_quantizable
 from moe2edge.model.weights import Weight
 from moe2edge.numerics.rounding import round_to_nearest
 from moe2edge.numerics.scheme import Scheme
-from moe2edge.passes._quantize import SchemeRule
+from moe2edge.passes._quantize import Rule
 from moe2edge.passes.rtn import Rtn
 from moe2edge.pipeline.registry import make_target
 from moe2edge.pipeline.target import Target
@@ -188,7 +188,7 @@ def test_many_schemes_and_none(family: str, name: str, tiny: Make, tmp_path: Pat
 
 
 def test_rules_of_a_recipe_reach_the_targets(tiny: Make) -> None:
-    rules = (SchemeRule(blocks=(0,), bits=8), SchemeRule(match="self_attn", bits=8))
+    rules = (Rule(blocks=(0,), bits=8), Rule(match="self_attn", bits=8))
     model = opened(tiny("qwen2_moe", initializer_range=0.1))
     planned = Rtn(group_size=32, rules=rules).plan(model)
     for _, role, weight in planned.tensors():
@@ -212,7 +212,7 @@ def test_words_must_be_filled(tmp_path: Path, tiny: Make) -> None:
 
 
 def read_slowly(tensors: dict[str, Tensor], stem: str, bits: int) -> Tensor:
-    """A matrix [out, in] of a GPTQ version 1 checkpoint, one bit at a time."""
+    """Return a matrix [out, in] of a GPTQ version 1 checkpoint, one bit at a time."""
     words, points, scales, groups = (
         tensors[f"{stem}.{part}"].tolist() for part in ("qweight", "qzeros", "scales", "g_idx")
     )

@@ -66,7 +66,7 @@ class Memory:
 
 
 def apply(step: Slim, model: Model, ids: Tensor = IDS) -> tuple[Model, list[str]]:
-    """The model after a pass that obeys the contract, and notes."""
+    """Return the model after a pass that obeys the contract, and notes."""
     step.check(model)
     solver = step.solver(model)
     assert isinstance(solver, GroupSolver)
@@ -137,7 +137,7 @@ def slow_choice(scores: Tensor, length: int, count: int) -> Tensor:
 def slow_sparsegpt(
     weight: Tensor, hessian: Tensor, amount: float, run: tuple[int, int] | None, width: int
 ) -> Tensor:
-    """The loop of the paper's code, over columns in reversed order."""
+    """Return the loop of the paper's code, over columns in reversed order."""
     matrix = weight.double().flip(1)
     h = hessian.double().flip(0, 1)
     h = h + 0.01 * h.diagonal().mean() * torch.eye(len(h), dtype=torch.float64)
@@ -296,7 +296,7 @@ def test_zeros_are_recognized() -> None:
 
 
 def mlp_inputs(folder: Path, ids: Tensor) -> list[Tensor]:
-    """What goes into what follows attention, [tokens, hidden], from transformers."""
+    """Return what goes into what follows attention, [tokens, hidden], from transformers."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     found: list[Tensor] = []
     for layer in model.model.layers:
@@ -307,7 +307,7 @@ def mlp_inputs(folder: Path, ids: Tensor) -> list[Tensor]:
 
 
 def slow_squares(block: Block, inputs: Tensor) -> dict[str, Tensor]:
-    """Sums of squares of weighted inputs by role of the matrix, token by token."""
+    """Return sums of squares of weighted inputs by role of the matrix, token by token."""
     layer = block.mlp
     assert isinstance(layer, MoELayer)
     weights = {role: weight.load() for role, weight in block.weights()}

@@ -33,7 +33,7 @@ HIDDEN = 12
 
 
 def seen(tokens: int = 200) -> tuple[Tensor, Tensor, Tensor]:
-    """Inputs, outputs that depend on them and not only linearly, and gate weights."""
+    """Return inputs, outputs that depend on them and not only linearly, and gate weights."""
     draw = torch.Generator().manual_seed(tokens)
     x = torch.randn(tokens, HIDDEN, generator=draw, dtype=torch.float64) + 0.7
     matrix = torch.randn(HIDDEN, HIDDEN, generator=draw, dtype=torch.float64)
@@ -53,7 +53,7 @@ def replacements(layer: MoELayer) -> list[Replacement]:
 
 
 def missed(found: reduced_rank.ReducedRankFit, x: Tensor, y: Tensor, g: Tensor) -> float:
-    """The loss, token by token."""
+    """Return the loss, token by token."""
     total = 0.0
     for h, f, weight in zip(x, y, g, strict=True):
         answer = found.constant + found.second @ (found.first @ h)

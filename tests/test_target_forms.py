@@ -88,7 +88,7 @@ def shared_only(layer: Any) -> None:
 
 
 def skip(layer: Any) -> None:
-    """A router that goes through tokens and their experts one by one."""
+    """Return a router that goes through tokens and their experts one by one."""
     gate = layer.mlp.gate
     renormalize = getattr(gate, "norm_topk_prob", True)  # Mixtral has no such switch
     gate.skipped = gate.routed = 0
@@ -192,7 +192,7 @@ def pair(tiny: Make) -> Pairs:
 
 
 def check_steps(runtime: Runtime, expected: Tensor) -> None:
-    """A batch at once; then a row in a prefill and cached steps."""
+    """Return a batch at once; then a row in a prefill and cached steps."""
     assert (runtime.logits(IDS) - expected).abs().max() < TOLERANCE
     found = [runtime.start(IDS[1, :9].tolist())]
     found += [runtime.step(token) for token in IDS[1, 9:].tolist()]

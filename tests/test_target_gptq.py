@@ -32,7 +32,7 @@ Change = Callable[[Quantized], Quantized]
 
 
 def rounded(weight: Weight, scheme: Scheme, change: Change = lambda q: q) -> Weight:
-    """A handle on ``weight`` rounded to nearest."""
+    """Return a handle on ``weight`` rounded to nearest."""
 
     def make() -> Quantized:
         return change(round_to_nearest(weight.load(), scheme))

@@ -94,7 +94,7 @@ def stock_logits(stock: Any, ids: Tensor) -> Tensor:
 
 
 def dequantized_checkpoint(source: Path, model: Model, folder: Path) -> Path:
-    """A checkpoint for transformers with the numbers that the integers of ``model`` stand for."""
+    """Return a transformers checkpoint with the numbers that the integers of ``model`` mean."""
     folder.mkdir()
     (folder / "config.json").write_text((source / "config.json").read_text())
     tensors = {name: weight.load().float().contiguous() for name, _, weight in model.tensors()}
@@ -118,7 +118,7 @@ Pairs = Callable[..., Pair]
 
 @pytest.fixture(scope="session")
 def pair(tiny: Make, tmp_path_factory: pytest.TempPathFactory) -> Pairs:
-    """Makes pairs, each once."""
+    """Make pairs, each once."""
     made: dict[str, Pair] = {}
 
     def make(family: str, *, int4: bool = False, **changes: Any) -> Pair:
@@ -143,7 +143,7 @@ def written(model: Model, folder: Path) -> Path:
 
 
 def assert_logits(folder: Path, stock: Any, ids: Tensor) -> None:
-    """A batch at once, and the first row step by step, against transformers without a cache."""
+    """Return a batch at once, and the first row step by step, by transformers without a cache."""
     expected = stock_logits(stock, ids)
     runtime = Onnx().reopen(folder, exact=True)
     assert (runtime.logits(ids) - expected).abs().max() < TOLERANCE

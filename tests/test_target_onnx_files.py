@@ -38,7 +38,7 @@ Open = Callable[..., Model]
 
 @pytest.fixture(scope="session")
 def opened(tiny: Make) -> Open:
-    """Opens a tiny checkpoint, int4 if asked for."""
+    """Open a tiny checkpoint, int4 if asked for."""
 
     def one(weight: Weight) -> Weight:
         numbers = round_to_nearest(weight.load(), GROUPS_OF_32)

@@ -109,7 +109,7 @@ def test_gptq_damage_under_a_new_manifest(
 
 
 def onnx_array(folder: Path, name: str) -> Any:
-    """A writable view of an initializer in the data file."""
+    """Return a writable view of an initializer in the data file."""
     graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
     proto = next(p for p in graph.initializer if p.name == name)
     where = {e.key: e.value for e in proto.external_data}

@@ -268,7 +268,7 @@ class Form:
     writer: type[MoEWriter] = MixedWriter
 
     def block(self, size: Size) -> Block:
-        """A block with nothing but the layer."""
+        """Return a block with nothing but the layer."""
         return Block(0, 0, {}, {}, self.make(size))
 
 

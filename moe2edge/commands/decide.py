@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 def decide(
     checkpoint: Checkpoint, recipe: Recipe, reporter: Reporter
 ) -> tuple[Decisions, tuple[Step, ...]]:
-    """What ``recipe`` chooses for ``checkpoint``, and what its passes said.
+    """Run the choosing passes of ``recipe``; return the decisions, and the report of each pass.
 
     Raises:
         InputError: a pass of the recipe computes numbers, which decisions do not hold; or as in an
@@ -81,7 +81,7 @@ def check_decidable(passes: Sequence[Pass], source: Model) -> None:
 
 
 def _has_new_numbers(before: Model, after: Model) -> bool:
-    """Whether experts, or what answers for them, have numbers that are not there yet."""
+    """Return whether experts, or their replacements, have numbers that are not computed yet."""
     return any(role.startswith(EXPERT_ROLES) for role, _ in after.new_beside(before))
 
 
@@ -94,14 +94,14 @@ def _computes(name: str) -> InputError:
 
 @dataclass(frozen=True)
 class _NoNumbers:
-    """A work folder for passes that choose only."""
+    """A work folder for passes that compute no numbers."""
 
     def ledger(self, step: int) -> BlockJournal:
-        """None, as passes that solve are refused before."""
+        """Refuse, as passes that solve were refused before."""
         raise AssertionError(f"pass {step} solves")
 
     def scratch(self, step: int, name: str) -> Path:
-        """None likewise."""
+        """Refuse, as passes that train were refused before."""
         raise AssertionError(f"{name} computes numbers")
 
     def put(self, block: Block, numbers: Mapping[str, Quantized | Tensor]) -> Block:
@@ -118,7 +118,7 @@ class _NoNumbers:
     def put_rest(
         self, rest: Mapping[str, Weight], numbers: Mapping[str, Tensor]
     ) -> dict[str, Weight]:
-        """Refuse likewise."""
+        """Refuse, as `put` does."""
         raise InputError(
             f"decide: a pass computed numbers ({min(numbers)}), and decisions hold none; leave it "
             "out"

@@ -8,14 +8,14 @@ import resource
 import sys
 from pathlib import Path
 
-# Whose versions numbers depend on.
+# Packages whose versions numbers depend on.
 NUMERIC_PACKAGES = ("moe2edge", "torch", "transformers", "peft", "numpy", "scipy")
 
 
 def measure_peak_bytes() -> int:
-    """Peak resident set of this process."""
+    """Return the peak resident set of this process, in bytes."""
     with contextlib.suppress(OSError, StopIteration):
-        # What getrusage tells counts from the process that started this one.
+        # The maximum of getrusage includes the process that started this one.
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -23,7 +23,7 @@ def measure_peak_bytes() -> int:
 
 
 def list_versions() -> dict[str, str]:
-    """Versions of what numbers may depend on."""
+    """Return the versions of the libraries that numbers may depend on."""
     names = (
         "moe2edge", "torch", "transformers", "peft", "numpy", "scipy", "onnx", "onnxruntime",
         "onnxruntime-gpu",

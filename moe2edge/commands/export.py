@@ -48,9 +48,9 @@ def export_targets(
 
     Args:
         checkpoint: the source.
-        recipe: what to do.
-        targets: what to write.
-        out: where to.
+        recipe: the passes and their texts.
+        targets: the formats to write.
+        out: the folder to write.
         reporter: receives progress.
         force: replace an output of ours.
         resume: what to do about an unfinished export to the same folder.
@@ -59,7 +59,7 @@ def export_targets(
 
     Raises:
         InputError, Unsupported, DoesNotFit: before any work.
-        VerificationFailed: what was written is not what was meant.
+        VerificationFailed: an output differs from the model in memory.
     """
     begun = time.perf_counter()
     source = checkpoint.model
@@ -75,7 +75,7 @@ def export_targets(
     inputs = _list_inputs(checkpoint, recipe, texts, budget)
     with work_folder.open_partial_folder(out, inputs, resume) as (content, work):
         if work.kept:
-            reporter.log(f"going on behind {work.kept} of an earlier run")
+            reporter.log(f"resuming after {work.kept} of an earlier run")
         budget = replace(budget, folder=work.folder)
         model, steps = run_passes(
             source, recipe, texts.calibration, work, reporter, budget, training=texts.training

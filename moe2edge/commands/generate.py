@@ -21,15 +21,15 @@ def continue_in(
     max_tokens: int,
     **how: Any,
 ) -> Iterator[int]:
-    """`generate` in an output folder, up to its end tokens or the last position of its model.
+    """Generate tokens with an output folder, up to its end tokens or the last position.
 
     Args:
         artifact: the folder; its model is loaded when everything else is known to be right.
         prompt_ids: at least one token.
-        tell: is told in one line if the model holds fewer tokens than asked for, and in another
-            how quantized matrices run, if the runtime says so.
-        max_tokens: how many to yield at most.
-        how: temperature and the like.
+        tell: receives a line if the model holds fewer tokens than asked for, and another on how
+            quantized matrices run, if the runtime says so.
+        max_tokens: the largest number of tokens to yield.
+        how: temperature and other settings.
 
     Raises:
         InputError: a setting is out of its range, or the prompt leaves no room for a token.

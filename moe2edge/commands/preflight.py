@@ -1,4 +1,4 @@
-"""What an export finds out from headers and shapes before it starts: what it cannot do, or hold."""
+"""Checks before an export starts, from headers and shapes: what it cannot do, or hold."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def estimate_hidden_bytes(plan: Plan, texts: TextSizes, budget: Memory) -> int:
 
 
 def check_sources(recipe: Recipe, checkpoint: Checkpoint) -> None:
-    """Let passes that fit one source only see that it is theirs.
+    """Let passes that fit one source only check that it is the right one.
 
     Raises:
         InputError: it is not.

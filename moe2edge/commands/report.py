@@ -1,4 +1,4 @@
-"""What an export did: a table, JSON, and the model card beside the weights."""
+"""Report of an export: a table, JSON, and the model card beside the weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ REPORT_FILE = "report.json"
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that an export has to say."""
+    """All results of an export."""
 
     source: str
     family: str
@@ -48,12 +48,12 @@ class Report:
         return (self.before, self.after, *self.results)
 
     def to_json(self) -> dict[str, Any]:
-        """The report as plain data."""
+        """Return the report as plain data."""
         data = asdict(self)
         return {"schema_version": 1, "kind": "moe2edge.export", **data}
 
     def table(self) -> Table:
-        """The report as a table for the terminal."""
+        """Build a table for the terminal."""
         table = Table(title=f"{self.source} ({self.family})", title_justify="left")
         for n, heading in enumerate(RESULT_HEADINGS):
             table.add_column(heading, justify="right" if n else "left")
@@ -64,7 +64,7 @@ class Report:
         return table
 
     def caption(self) -> str:
-        """What the columns mean, and what the export itself took."""
+        """Explain the columns, and state the time and memory of the export."""
         figures = self.before.quality
         held_out = (
             "no held-out text"
@@ -79,7 +79,7 @@ class Report:
         )
 
     def lines(self) -> list[str]:
-        """What each pass did, and who can load the result."""
+        """Describe the work of each pass, and the programs that can load the result."""
         said = []
         for step in self.steps:
             said.append(
@@ -94,13 +94,13 @@ class Report:
         return said
 
     def _grown(self) -> str:
-        """What materializing took, as a paragraph; empty if nothing was."""
+        """Describe the cost of materializing in a paragraph; empty if nothing was materialized."""
         if self.materialized is None:
             return ""
         return f"Materialized: tied experts have matrices of their own, {self.materialized}.\n\n"
 
     def _skipping(self) -> list[str]:
-        """What dynamic skipping left out on the evaluation text, and the time that it saved."""
+        """Describe what dynamic skipping left out on the evaluation text, and the time it saved."""
         if self.skip_rate is None:
             return []
         said = [
@@ -159,7 +159,7 @@ class Report:
         )
 
     def _card(self, target: str, checkpoint: Checkpoint) -> str:
-        """README.md of an output, with the metadata that the hub reads."""
+        """Write the text of README.md, with the metadata that the hub reads."""
         from huggingface_hub import ModelCardData
 
         data = ModelCardData(
@@ -191,7 +191,7 @@ class Report:
 
 
 def _license(checkpoint: Checkpoint) -> str | None:
-    """License that the source's own card names."""
+    """Return the license that the model card of the source names."""
     from huggingface_hub import ModelCard
 
     path = checkpoint.folder / "README.md"

@@ -1,4 +1,4 @@
-"""Which text serves calibration, evaluation and training."""
+"""Texts for calibration, evaluation and training, as tokens."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moe2edge.storage.checkpoint import Checkpoint
 if TYPE_CHECKING:
     from moe2edge.calibration.tokens import Tokens
 
-# As a text for calibration: what the model writes. As one for evaluation: no figures.
+# Values of the option text: for calibration, text that the model writes; for evaluation, none.
 SELF, NO_TEXT = "self", "none"
 
 
@@ -24,9 +24,9 @@ class Texts:
     """The texts of an export, as tokens.
 
     Attributes:
-        calibration: text that passes look at; None: none does.
+        calibration: text that passes read for calibration; None: no pass needs it.
         evaluation: text that the report is about.
-        training: text that passes train on; None: none does.
+        training: text that passes train on; None: no pass trains.
     """
 
     calibration: Tokens | None
@@ -43,8 +43,8 @@ def load_texts(checkpoint: Checkpoint, recipe: Recipe, reporter: Reporter) -> Te
     """Load all texts of an export.
 
     Raises:
-        InputError: a text does not serve.
-        DoesNotFit: the model is to write one and cannot be run.
+        InputError: a text is missing or unsuitable.
+        DoesNotFit: the model should write one and cannot be run.
     """
     calibration = load_calibration(checkpoint, recipe, reporter)
     evaluation = load_evaluation(checkpoint, recipe)
@@ -52,11 +52,11 @@ def load_texts(checkpoint: Checkpoint, recipe: Recipe, reporter: Reporter) -> Te
 
 
 def load_calibration(checkpoint: Checkpoint, recipe: Recipe, reporter: Reporter) -> Tokens | None:
-    """Tokens for calibration, if a pass needs any.
+    """Load the tokens for calibration, if a pass needs any.
 
     Raises:
-        InputError: the text does not serve.
-        DoesNotFit: the model is to write it and cannot be run.
+        InputError: the text is missing or unsuitable.
+        DoesNotFit: the model should write it and cannot be run.
     """
     from moe2edge.calibration.tokens import check_text_files
 
@@ -73,10 +73,10 @@ def load_calibration(checkpoint: Checkpoint, recipe: Recipe, reporter: Reporter)
 
 
 def load_evaluation(checkpoint: Checkpoint, recipe: Recipe) -> Tokens:
-    """Tokens for the figures of the report; without any, a few to verify outputs with.
+    """Load the tokens for the figures of the report; without figures, a few for verification.
 
     Raises:
-        InputError: the text does not serve.
+        InputError: the text is missing or unsuitable.
     """
     from moe2edge.evaluation import verify
 
@@ -89,10 +89,10 @@ def load_evaluation(checkpoint: Checkpoint, recipe: Recipe) -> Tokens:
 
 
 def load_training(checkpoint: Checkpoint, recipe: Recipe) -> Tokens | None:
-    """Tokens to train on, if a pass does.
+    """Load the tokens to train on, if a pass does.
 
     Raises:
-        InputError: the text does not serve.
+        InputError: the text is missing or unsuitable.
     """
     return _tokens(checkpoint, recipe.training, "training") if recipe.training else None
 

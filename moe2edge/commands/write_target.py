@@ -1,4 +1,4 @@
-"""Write one target, reopen it, and hold it against the model in memory."""
+"""Write one target, reopen it, and compare it with the model in memory."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def write_target(
     measured: Comparison,
     reporter: Reporter,
 ) -> ResultRow:
-    """Write one target, reopen it in its runtime, and hold it against the model in memory."""
+    """Write one target, reopen it in its runtime, and compare it with the model in memory."""
     from moe2edge.evaluation import verify
     from moe2edge.evaluation.skip_times import measure_times
 
@@ -76,10 +76,10 @@ def write_target(
 
 
 def fit_for_targets(model: Model, targets: Sequence[Target], *, materialize: bool) -> Model:
-    """``model`` as all of some targets hold it: as it is, or materialized where that is wanted.
+    """Return ``model`` in a form that all targets hold: as it is, or materialized if requested.
 
     Raises:
-        Unsupported: a target holds neither, or no tied experts and ``materialize`` is not set.
+        Unsupported: a target holds neither form, or no tied experts without ``materialize``.
     """
     try:
         for target in targets:
@@ -106,7 +106,7 @@ def fit_for_targets(model: Model, targets: Sequence[Target], *, materialize: boo
 
 
 def describe_cost(model: Model, whole: Model) -> str:
-    """What materializing costs."""
+    """Describe the cost of materializing."""
     return f"{whole.nbytes / 1e6:.1f} MB in place of {model.nbytes / 1e6:.1f}"
 
 

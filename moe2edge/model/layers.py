@@ -119,7 +119,7 @@ class MoELayer:
 
     @property
     def is_tied(self) -> bool:
-        """Whether routed rows are anything but all experts as they are, each once, in order."""
+        """True if routed rows are anything but all experts as they are, each once, in order."""
         ran = [self.rows[n] for n in self.routed]
         return [row.expert if isinstance(row, Full) else None for row in ran] != list(
             range(len(self.experts))
@@ -127,7 +127,7 @@ class MoELayer:
 
     @property
     def is_plain(self) -> bool:
-        """Whether row i runs expert i as it is, and there are no other rows."""
+        """True if row i runs expert i as it is, and there are no other rows."""
         return not self.replaced and not self.is_tied
 
     @property

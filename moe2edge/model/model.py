@@ -234,7 +234,7 @@ class Model:
 
     @property
     def is_uniform(self) -> bool:
-        """Whether all MoE layers have one size, and every block a form that the family knows."""
+        """True if all MoE layers have one size, and every block a form that the family knows."""
         sizes = {(m.router_rows, m.router.top_k) for _, m in self.moe_blocks}
         return len(sizes) <= 1 and all(is_stock_form(self, b) for b in self.blocks)
 
@@ -299,7 +299,7 @@ class Model:
 
     @property
     def skips(self) -> bool:
-        """Whether some router skips dynamically."""
+        """True if some router skips dynamically."""
         return any(layer.router.skip_below for _, layer in self.moe_blocks)
 
     def verify(self) -> None:

@@ -1,4 +1,4 @@
-"""Amounts as users give them, and models that passes refuse alike."""
+"""Checks that several passes share: amounts in options, and models that are refused."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from moe2edge.numerics.selection import count_kept
 
 
 def refuse_replaced(name: str, model: Model, remedy: str = "") -> None:
-    """Refuse a model some of whose experts were replaced; for passes that weigh experts alone.
+    """Refuse a model with replaced or tied experts; for passes that handle full experts only.
 
     Args:
         name: of the pass.
@@ -74,10 +74,10 @@ def check_keep(value: object) -> object:
 
 
 def count_kept_per_layer(keep: float | list[int], sizes: Sequence[int], name: str) -> list[int]:
-    """How many experts stay in each MoE layer.
+    """Count the experts that stay in each MoE layer.
 
     Args:
-        keep: as `kept` has it, or one count for each layer.
+        keep: as `count_kept` takes it, or one count for each layer.
         sizes: experts of the layers.
         name: of the pass, for the message.
 

@@ -1,4 +1,4 @@
-"""Passes: what they declare, and what they return."""
+"""Contract of passes: declarations, work and results."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import (
     TYPE_CHECKING,
+    Annotated,
     Any,
     ClassVar,
     Self,
 )
+
+from pydantic import Field
 
 from moe2edge.calibration.observation import Facts, ObserverFactory
 from moe2edge.model.model import Model
@@ -32,9 +35,9 @@ class Outcome:
 
     Attributes:
         model: the new model.
-        changed: what was changed, in words of the user (``block 3``, a tensor's name).
-        skipped: what was selected but left alone, with the reason.
-        notes: what a user should know besides, such as experts that fell back to rounding.
+        changed: parts that were changed, as a user names them (``block 3``, a tensor's name).
+        skipped: parts that were selected but left unchanged, with the reason.
+        notes: further remarks for the user, such as experts that fell back to rounding.
         figures: numbers for programs, as plain data.
         facts: what it leaves for later passes; of types that the pass declares in ``writes``.
     """
@@ -70,7 +73,7 @@ class TextSizes:
     """Sizes of the texts that a recipe gives to its passes.
 
     Attributes:
-        calibration: the text that passes look at.
+        calibration: the text that passes read for calibration.
         training: the text that passes train on; None: there is none.
     """
 
@@ -95,15 +98,15 @@ class PlannedStep:
 
 @dataclass(frozen=True)
 class PassContext:
-    """What a pass has at hand that decides by running text through models.
+    """Everything that a pass can use while it runs.
 
     Attributes:
         source: the model as it was before the first pass.
         model: the model as it is now.
         tokens: calibration tokens, int64 [samples, length]; none where the pass needs none.
         store: keeps computed numbers.
-        reporter: told about progress and cost.
-        memory: what it may take.
+        reporter: receives progress and cost.
+        memory: the budget.
         training: tokens to train on, int64 [samples, length], for passes that do.
         scratch: folder of a pass that trains, which outlives a killed export; None: there is none.
         journal: keeps finished blocks of a pass that computes numbers.
@@ -158,12 +161,12 @@ class Pass(Options):
 
     @property
     def needs_tokens(self) -> bool:
-        """Whether it looks at the calibration text."""
+        """True if it reads the calibration text."""
         return False
 
     @property
     def joins_stage(self) -> bool:
-        """Whether it is scored in the walk of the passes before it, if they share theirs."""
+        """True if it is scored in the walk of the passes before it, if they share theirs."""
         return False
 
     def observers(self) -> tuple[ObserverFactory, ...]:
@@ -171,11 +174,11 @@ class Pass(Options):
         return ()
 
     def resolve(self, model: Model) -> Self:
-        """The same pass with every choice made that it leaves to the source ``model``."""
+        """Return the pass with every choice made that depends on the source ``model``."""
         return self
 
     def check_source(self, sha256: Callable[[], str]) -> None:
-        """Refuse a source with other content than the options are about.
+        """Refuse a source whose content is not the one that the options were made for.
 
         Args:
             sha256: computes its digest, which reads all of it.
@@ -193,7 +196,7 @@ class Pass(Options):
         """
 
     def plan(self, model: Model) -> Model:
-        """A model of the shape that the result will have; which parts stay is not known yet."""
+        """Return a model of the shape of the result; which parts stay is not known yet."""
         raise NotImplementedError
 
     def check_text(self, text: TextSize) -> None:
@@ -224,23 +227,21 @@ class Pass(Options):
 
 
 class Trim(Pass):
-    """A pass that removes structure.
-
-    Attributes:
-        rescore: begin a new stage, so that this pass is scored on the already trimmed model.
-    """
+    """A pass that removes structure."""
 
     shares_walk: ClassVar[bool] = True
-    rescore: bool = False
+    rescore: Annotated[
+        bool, Field(description="begin a new stage: score on the model as trimmed so far")
+    ] = False
 
     @property
     def needs_tokens(self) -> bool:
-        """Whether it has observers, which look at the calibration text."""
+        """True if it has observers, which read the calibration text."""
         return bool(self.observers())
 
     @property
     def joins_stage(self) -> bool:
-        """Whether it is scored on the model as it was before the trimming passes before it."""
+        """True if it is scored on the model before the trimming passes that precede it."""
         return not self.rescore
 
     def run(self, context: PassContext) -> Outcome:
@@ -253,11 +254,11 @@ class Trim(Pass):
 
 
 class Search(Pass):
-    """A pass that drives walks of its own, to try out what it decides."""
+    """A pass that decides by running text through models itself."""
 
     @property
     def needs_tokens(self) -> bool:
-        """It looks at the calibration text."""
+        """True: it reads the calibration text."""
         return True
 
     def estimate(self, planned: PlannedStep, texts: TextSizes) -> Estimate:
@@ -287,7 +288,7 @@ class Slim(Pass):
 
     @property
     def needs_tokens(self) -> bool:
-        """Whether it looks at activations."""
+        """True if it needs activations, and thus the calibration text."""
         return True
 
     def solver(self, model: Model) -> Solver | GroupSolver:
@@ -343,9 +344,9 @@ class Train(Search):
 
     @property
     def needs_tokens(self) -> bool:
-        """It looks at the training text alone."""
+        """False: it reads the training text only."""
         return False
 
     def run(self, context: PassContext) -> Outcome:
-        """Train; the pass says what that takes before it refuses to."""
+        """Train; the pass reports its cost before it checks the memory itself."""
         return self.search(context)

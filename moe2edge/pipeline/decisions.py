@@ -1,4 +1,4 @@
-"""What a recipe decided: which blocks, experts and thresholds; as data that outlives the run.
+"""Decisions of a recipe: the blocks, experts and thresholds that it chose, as a document.
 
 A file of decisions is written once, by ``moe2edge decide``; it can be read, compared with that of
 another calibration text, and applied later without calibration (pass ``apply_decisions``). It is
@@ -32,13 +32,13 @@ class _Data(BaseModel):
 
 
 class BlockDecision(_Data):
-    """What became of one block of the source.
+    """The decision about one block of the source.
 
     Attributes:
         origin: position in the source.
         experts_before: routed experts in the source; 0 for a dense block.
-        dropped: whether the block is gone; then the rest says nothing.
-        mlp: what follows attention.
+        dropped: whether the block is gone; then the other fields are empty.
+        mlp: the form of the layer after attention.
         experts: origins of the routed experts that stay, in order.
         top_k: experts chosen per token, of an MoE layer.
         skip_below: thresholds of dynamic skipping, of an MoE layer.
@@ -80,7 +80,7 @@ class BlockDecision(_Data):
 
     @property
     def text(self) -> str:
-        """In words."""
+        """The decision in words."""
         if self.dropped:
             return "dropped"
         rule = f" top-{self.top_k}" if self.top_k else ""
@@ -98,7 +98,7 @@ class SourceModel(_Data):
 
 
 class CalibrationText(BaseModel):
-    """Where the calibration text is from; as reports say it, with its parts."""
+    """The origin of the calibration text, as in reports, with its parts."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
@@ -136,11 +136,11 @@ class Decisions(_Data):
 
     @property
     def experts_before(self) -> tuple[int, ...]:
-        """Routed experts of each block of the source."""
+        """Number of routed experts of each block of the source."""
         return tuple(block.experts_before for block in self.blocks)
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data; a block's entry holds what it needs."""
+        """Return plain data, in which the entry of a dropped block has no other fields."""
         data = self.model_dump(mode="json")
         data["blocks"] = [
             {"origin": own.origin, "experts_before": own.experts_before, "dropped": True}
@@ -155,7 +155,7 @@ class Decisions(_Data):
 
 
 def count_experts_before(model: Model) -> tuple[int, ...]:
-    """Routed experts of each block of the source of ``model``, by its config; 0 where dense."""
+    """Count the routed experts of each block of the source, by its config; 0 where dense."""
     family, config = model.family, model.config
     count = family.num_experts(config)
     blocks = range(int(config["num_hidden_layers"]))
@@ -163,7 +163,7 @@ def count_experts_before(model: Model) -> tuple[int, ...]:
 
 
 def describe_blocks(model: Model) -> tuple[BlockDecision, ...]:
-    """What became of each block of the source in ``model``."""
+    """Describe each block of the source as it is in ``model``."""
     left = {block.origin: block for block in model.blocks}
     return tuple(
         _describe(left[origin], before)
@@ -186,7 +186,7 @@ def _describe(block: Block, before: int) -> BlockDecision:
 
 
 def carry_out_decisions(decisions: Decisions, model: Model) -> Model:
-    """``model`` with exactly what was decided; blocks and experts are found by their origins.
+    """Return ``model`` with exactly what was decided; blocks and experts are found by origin.
 
     Raises:
         InputError: the model is of another family or shape, or lacks what should stay.
@@ -195,8 +195,8 @@ def carry_out_decisions(decisions: Decisions, model: Model) -> Model:
     before = count_experts_before(model)
     if theirs != mine or before != decisions.experts_before:
         raise InputError(
-            f"the decisions are for {describe_shape(theirs, decisions.experts_before)}, but this model "
-            f"is {describe_shape(mine, before)}; decide for this model"
+            f"the decisions are for {describe_shape(theirs, decisions.experts_before)}, but this "
+            f"model is {describe_shape(mine, before)}; decide for this model"
         )
     kept = [entry for entry in decisions.blocks if not entry.dropped]
     places = {block.origin: block.index for block in model.blocks}
@@ -215,7 +215,7 @@ def carry_out_decisions(decisions: Decisions, model: Model) -> Model:
 
 
 def describe_shape(family: str, before: tuple[int, ...]) -> str:
-    """Family and routed experts of blocks, in runs: ``mixtral with 32 blocks of 8 experts``."""
+    """Describe family and routed experts in runs: ``mixtral with 32 blocks of 8 experts``."""
     runs: list[list[int]] = []
     for count in before:
         if runs and runs[-1][0] == count:
@@ -226,7 +226,7 @@ def describe_shape(family: str, before: tuple[int, ...]) -> str:
 
 
 def _carried_out(entry: BlockDecision, block: Block) -> Block:
-    """The block as decided, or as it comes nearest."""
+    """Return the block as decided, or as near to that as possible."""
     if entry == _describe(block, entry.experts_before):
         return block
     if entry.mlp in ("none", "norm"):
@@ -255,7 +255,7 @@ def _carried_out(entry: BlockDecision, block: Block) -> Block:
 
 
 def read_decisions(path: Path, sha256: str | None = None) -> tuple[Decisions, str]:
-    """Decisions in a file, and the digest of the file.
+    """Read the decisions in a file, and compute the digest of the file.
 
     Args:
         path: what `write_decisions` wrote.

@@ -1,4 +1,4 @@
-"""Facts that passes leave for later ones."""
+"""Facts that passes leave for later passes."""
 
 from __future__ import annotations
 

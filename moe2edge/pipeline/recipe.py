@@ -1,4 +1,4 @@
-"""Recipes: what to do with a model, parsed strictly and written back in full."""
+"""Recipes: the passes for a model and their texts, parsed strictly and rendered in full."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from moe2edge.pipeline.contract import Pass
 from moe2edge.storage.text_files import read_yaml
 
 BUNDLED = Path(__file__).parents[1] / "recipes"
-# Of a value in a message; a few lines of YAML with aliases can stand for gigabytes.
+# Shortens values in messages: a few lines of YAML with aliases can expand to gigabytes.
 SHOWN = Repr()
 SHOWN.maxlevel = 2
 SHOWN.maxstring = SHOWN.maxother = SHOWN.maxlong = 100
@@ -30,7 +30,7 @@ class Recipe:
     """A parsed recipe.
 
     Attributes:
-        calibration: text that passes look at.
+        calibration: text that passes read for calibration.
         evaluation: held-out text that the report is about.
         passes: the steps, in order.
         training: text that passes train on; None if none does.
@@ -42,11 +42,11 @@ class Recipe:
     training: TextSource | None = None
 
     def resolve(self, model: Model) -> Recipe:
-        """The recipe with every choice made that its passes leave to the source ``model``."""
+        """Return the recipe with every choice made that depends on the source ``model``."""
         return replace(self, passes=tuple(step.resolve(model) for step in self.passes))
 
     def render(self) -> str:
-        """The recipe as YAML with every default spelt out; parsing it gives the same recipe."""
+        """Render the recipe as YAML with every default; parsing it gives the same recipe."""
         data = {
             "calibration": self.calibration.model_dump(),
             "evaluation": self.evaluation.model_dump(),
@@ -61,12 +61,12 @@ DEFAULT_EVALUATION = {"samples": 32}
 
 
 def list_bundled() -> dict[str, Path]:
-    """The recipes that come with moe2edge."""
+    """Return the recipes that come with moe2edge, by name."""
     return {path.stem: path for path in sorted(BUNDLED.glob("*.yaml"))}
 
 
 def find(name_or_path: str) -> str:
-    """Text of a bundled recipe or of a file.
+    """Read the text of a bundled recipe or of a file.
 
     Raises:
         InputError: there is neither.
@@ -123,7 +123,7 @@ def parse(text: str, settings: Sequence[str] = ()) -> Recipe:
 
 
 def parse_section(name: str, options: Mapping[str, Any]) -> TextSource:
-    """A text section of a recipe, or of options given elsewhere.
+    """Parse a text section of a recipe, or options given elsewhere.
 
     Raises:
         InputError: an option is unknown or wrong.
@@ -153,7 +153,7 @@ def _mapping(name: str, value: object) -> Mapping[str, Any]:
 
 
 def _entry(entry: object) -> tuple[str, dict[str, Any]]:
-    """A pass as ``name`` or ``name: {option: value}``."""
+    """Parse a pass: ``name`` or ``name: {option: value}``."""
     if isinstance(entry, str):
         return entry, {}
     if isinstance(entry, dict) and len(entry) == 1:
@@ -191,7 +191,7 @@ def _build(kind: type[Any], name: str, options: Mapping[str, Any]) -> Any:
         return kind.model_validate(options)
     except ValidationError as error:
         first = error.errors()[0]
-        # Of an entry of a list the whole way to the option; elsewhere what follows are types.
+        # In an entry of a list, name the whole path to the option; elsewhere types follow.
         inside = len(first["loc"]) > 2 and isinstance(first["loc"][1], int)
         place = ".".join([name, *(str(part) for part in first["loc"][: 3 if inside else 1])])
         if first["type"] == "extra_forbidden":
@@ -207,7 +207,7 @@ def _build(kind: type[Any], name: str, options: Mapping[str, Any]) -> Any:
 
 
 def _options(kind: type[Any]) -> dict[str, Any]:
-    """Fields by the names that recipes have for them."""
+    """Return the fields by their names in recipes."""
     return {field.alias or key: field for key, field in kind.model_fields.items()}
 
 
@@ -217,7 +217,7 @@ def _describe(kind: type[Any], place: tuple[int | str, ...]) -> str:
 
 
 def build_json_schema() -> dict[str, Any]:
-    """JSON Schema of recipes, for editors: options, types and defaults of every pass."""
+    """Build the JSON Schema of recipes, for editors: options, types and defaults of every pass."""
     definitions: dict[str, Any] = {}
     choices: list[dict[str, Any]] = []
     for name in registry.list_passes():

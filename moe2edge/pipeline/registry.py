@@ -22,7 +22,7 @@ Base = TypeVar("Base")
 
 
 def list_passes() -> list[str]:
-    """Names of all passes.
+    """Return the names of all passes.
 
     >>> "gptq" in list_passes()
     True
@@ -31,7 +31,7 @@ def list_passes() -> list[str]:
 
 
 def list_targets() -> list[str]:
-    """Names of all targets.
+    """Return the names of all targets.
 
     >>> "onnx" in list_targets()
     True
@@ -40,7 +40,7 @@ def list_targets() -> list[str]:
 
 
 def find_pass(name: str) -> type[Pass]:
-    """The pass in the file ``name``.
+    """Return the pass in the file ``name``.
 
     Raises:
         InputError: there is none; names the nearest.
@@ -51,7 +51,7 @@ def find_pass(name: str) -> type[Pass]:
 
 
 def find_target(name: str) -> Target:
-    """The target in the file ``name``, with its default settings.
+    """Return the target in the file ``name``, with its default options.
 
     Raises:
         InputError: there is none; names the nearest.
@@ -60,7 +60,7 @@ def find_target(name: str) -> Target:
 
 
 def make_target(name: str, options: Mapping[str, object]) -> Target:
-    """The target in the file ``name`` with some of its options: the fields of its class.
+    """Make the target in the file ``name`` with some of its options: the fields of its class.
 
     Raises:
         InputError: there is no such target or option, or a value is not one of the option's.
@@ -87,12 +87,12 @@ def make_target(name: str, options: Mapping[str, object]) -> Target:
 
 
 def list_options(target: Target) -> dict[str, Any]:
-    """Every option of a target with its value, as plain data: `make_target` takes them again."""
+    """Return all options of a target with their values, as `make_target` takes them."""
     return dataclasses.asdict(target)
 
 
 def list_choices(target: Target) -> dict[str, tuple[object, ...]]:
-    """Values of those options of a target that take one of a few."""
+    """Return the possible values of those options of a target that are one of a few."""
     hints = get_type_hints(type(target))
     names = (field.name for field in dataclasses.fields(target))
     return {name: get_args(hints[name]) for name in names if get_origin(hints[name]) is Literal}
@@ -118,7 +118,7 @@ def _only(module_name: str, base: type[Base]) -> type[Base]:
 
 
 def parse_targets(names: str) -> list[Target]:
-    """Targets of ``-t``: names with commas between them, each with ``:option=value`` behind it.
+    """Parse the targets of ``-t``: names separated by commas, each with ``:option=value`` after it.
 
     Raises:
         InputError: a name or an option is unknown or given twice, or a value is not one of its.
@@ -134,7 +134,7 @@ def parse_targets(names: str) -> list[Target]:
 
 
 def _target_options(entry: str) -> dict[str, Any]:
-    """Options of one target, as in ``onnx:accuracy_level=0``."""
+    """Parse the options of one target, as in ``onnx:accuracy_level=0``."""
     found: dict[str, Any] = {}
     for setting in entry.split(":")[1:]:
         option, equals, value = (part.strip() for part in setting.partition("="))

@@ -55,7 +55,7 @@ def run_passes(
 
 
 def _observe(stage: Stage, context: PassContext) -> Facts:
-    """Gather what the passes of a stage want to know, in one walk over the calibration text."""
+    """Gather the facts that the passes of a stage need, in one walk over the calibration text."""
     from moe2edge.calibration import walk
 
     if not context.tokens.numel():

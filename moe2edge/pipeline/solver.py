@@ -29,11 +29,11 @@ class Solver(Protocol):
     """The work of a slimming pass during its walk."""
 
     def observe(self, trace: BlockTrace) -> None:
-        """Take in what one batch of the current block showed."""
+        """Add the trace of one batch of the current block."""
         ...
 
     def solve(self, block: Block) -> Solved:
-        """New numbers of the current block; then forget the block."""
+        """Compute new numbers of the current block; then forget the block."""
         ...
 
 
@@ -57,15 +57,15 @@ class MatrixGroup:
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Of the matrices."""
+        """Shapes of the matrices."""
         return tuple(weight.shape for weight in self.weights.values())
 
     def is_under_calibrated(self, least: int) -> bool:
-        """Whether it is an expert's, and saw fewer than ``least`` tokens."""
+        """Return whether it belongs to an expert that saw fewer than ``least`` tokens."""
         return self.everyone is not None and self.tokens < least
 
     def describe_under_calibrated(self, block: Block, least: int, what: str) -> list[str]:
-        """What is told of a starved expert, once: with the first of its groups."""
+        """Describe an under-calibrated expert, once: with the first of its groups."""
         kind, _, part = next(iter(self.weights)).rpartition(".")
         if part != "gate":
             return []
@@ -77,14 +77,14 @@ class MatrixGroup:
 
 @dataclass(frozen=True)
 class Solved:
-    """What a solver found for some groups.
+    """Results of a solver for some groups.
 
     Attributes:
         numbers: by role.
-        notes: what a user should know.
+        notes: remarks for the user.
         loss: squared error of the outputs on the tokens that were seen, or of the weights where
-            none are looked at, and what it is relative to; zeros if nothing is known.
-        pattern: which of the numbers are zero and stay so; None: what was promised before holds.
+            there are no tokens, and the squared size that it is relative to; zeros: not known.
+        pattern: which of the numbers are zero and stay so; None: the earlier pattern holds.
     """
 
     numbers: Mapping[str, Quantized | Tensor]
@@ -101,8 +101,8 @@ class GroupSolver(Protocol):
 
     Attributes:
         propagate: whether that is so; otherwise inputs come from the model as it was.
-        device: where inputs of groups lie, and the work is done; numbers are wanted on the CPU.
-        dtype: that of outputs of matrices of experts and MLPs, by which the walk goes on; those of
+        device: of the inputs of groups and of the work; numbers are returned on the CPU.
+        dtype: of the outputs of experts and MLPs that enter the next matrices; those of
             attention are float32.
     """
 
@@ -110,24 +110,24 @@ class GroupSolver(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """The processor, for those who say nothing else."""
+        """The CPU, unless a solver says otherwise."""
         import torch
 
         return torch.device("cpu")
 
     @property
     def dtype(self) -> torch.dtype:
-        """Full precision, for those who say nothing else."""
+        """Full precision, unless a solver says otherwise."""
         import torch
 
         return torch.float32
 
     def alone(self, block: Block) -> Mapping[str, Quantized]:
-        """Numbers, by role, of what is in no group and needs no inputs; computed before groups."""
+        """Compute numbers, by role, of matrices outside of groups, which need no inputs."""
         return {}
 
     def nbytes(self, shapes: Sequence[tuple[int, ...]]) -> int:
-        """Memory of solving one group of matrices of these shapes."""
+        """Count the bytes of memory that solving one group of these shapes takes."""
         ...
 
     def solve(self, block: Block, groups: Sequence[MatrixGroup]) -> Solved:
@@ -137,6 +137,8 @@ class GroupSolver(Protocol):
 
 # Options of passes that look at the tokens of each expert.
 GateWeighted = Annotated[
-    bool, Field(description="tokens count by their weight in the expert's output")
+    bool, Field(description="weight tokens by the router weight of the expert")
 ]
-MinTokens = Annotated[int, Field(ge=0, description="an expert with fewer routed tokens is starved")]
+MinTokens = Annotated[
+    int, Field(ge=0, description="an expert with fewer routed tokens is under-calibrated")
+]

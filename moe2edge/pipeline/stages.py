@@ -54,7 +54,7 @@ class Stage:
 
     @property
     def needs_tokens(self) -> bool:
-        """Whether it looks at activations."""
+        """True if it needs the calibration text."""
         return any(step.needs_tokens for step in self.passes)
 
     @property
@@ -91,7 +91,7 @@ class Step:
 
 
 def enforce(step: Pass, before: Model, outcome: Outcome) -> None:
-    """Hold an outcome against the contract.
+    """Check an outcome against the contract.
 
     Raises:
         Moe2EdgeError: the pass changed nothing, or left out something that it selected, or the

@@ -1,4 +1,4 @@
-"""What a target is: it says what it can hold, writes it, and reopens what it wrote."""
+"""Contract of targets: they say what they can hold, write it, and reopen it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Verdict = Literal["yes", "as read", "not tried", "no"]
 
 @dataclass(frozen=True)
 class Loader:
-    """Whether a program can load an output, and how that is known.
+    """A program that may load an output, with a verdict and its evidence.
 
     Attributes:
         program: its name.
@@ -42,7 +42,7 @@ class Loader:
 
 @dataclass(frozen=True)
 class Target:
-    """One kind of output. A subclass in a file of its own in ``targets/``; the file name names it.
+    """One kind of output: a subclass in its own file in ``targets/``, named after the file.
 
     Attributes:
         name: the name of its file.
@@ -70,10 +70,10 @@ class Target:
         raise NotImplementedError
 
     def stored(self, model: Model) -> Model:
-        """The model whose tensors are written for ``model``: it computes the same.
+        """Return the model whose tensors are written for ``model``: it computes the same.
 
-        Another one where a format has no form for a layer as it is, but for an equal one; or for
-        quantized numbers, but for what they stand for, which its dtype may round.
+        It differs where the format cannot hold a layer as it is, but can hold an equal one; or
+        where it holds dequantized numbers only, which its dtype may round.
 
         Raises:
             Unsupported: as `accepts`.
@@ -100,7 +100,7 @@ class Target:
         raise NotImplementedError
 
     def streamed(self, folder: Path) -> Model | None:
-        """The folder as a model that can be walked over; None if only its runtime reads it."""
+        """Return the folder as a model, block by block; None if only its runtime reads it."""
         return None
 
     def reopen(self, folder: Path, *, exact: bool = False) -> Runtime:
@@ -108,7 +108,7 @@ class Target:
         raise NotImplementedError
 
     def without_skipping(self, model: Model, folder: Path) -> Runtime:
-        """The folder as `reopen` gives it, but with every chosen expert run; to time it against.
+        """Open the folder as `reopen` does, but with every chosen expert run; for timing.
 
         Args:
             model: what was written, with dynamic skipping.
@@ -117,5 +117,5 @@ class Target:
         raise NotImplementedError
 
     def loaders(self, model: Model) -> tuple[Loader, ...]:
-        """Which programs can load what was written."""
+        """List the programs that may load the output, with verdicts."""
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""What passes keep on the disk while an export runs."""
+"""Files that passes keep on the disk while an export runs, and estimates of their size."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def estimate_most_new_bytes(before: Model, after: Model) -> int:
 
 
 class Store(Protocol):
-    """Where solved numbers go: the work folder of an export."""
+    """A place for computed numbers: the work folder of an export."""
 
     def put(self, block: Block, numbers: Mapping[str, Quantized | Tensor]) -> Block:
         """Save the numbers of a block by role; return the block with handles on them."""
@@ -59,14 +59,14 @@ class Store(Protocol):
 
 
 class BlockJournal(Protocol):
-    """The finished blocks of one slimming pass, kept so that a killed run can be gone on with."""
+    """The finished blocks of one slimming pass, kept so that a killed run can be resumed."""
 
     def restore(self, block: Block) -> tuple[Block, BlockResult] | None:
-        """A block as it was solved before, with what there is to tell; None if it was not."""
+        """Return a block as it was solved before, with its report; None if it was not."""
         ...
 
     def stream(self) -> Tensor | None:
-        """Hidden states behind the last block that was restored, float32."""
+        """Return the hidden states after the last block that was restored, float32."""
         ...
 
     def finish(
@@ -76,7 +76,7 @@ class BlockJournal(Protocol):
         done: BlockResult,
         hidden: Tensor | None,
     ) -> Block:
-        """Save a solved block and the stream behind it; the block with handles on its numbers."""
+        """Save a solved block and the hidden states after it; return it with handles."""
         ...
 
 
@@ -84,9 +84,9 @@ class Work(Store, Protocol):
     """The work folder of an export."""
 
     def ledger(self, step: int) -> BlockJournal:
-        """The finished blocks of the pass at position ``step``."""
+        """Return the finished blocks of the pass at position ``step``."""
         ...
 
     def scratch(self, step: int, name: str) -> Path:
-        """A folder for the pass ``name`` at position ``step``: see `Lab`."""
+        """Make a folder for the pass ``name`` at position ``step``: see `PassContext`."""
         ...

@@ -241,8 +241,8 @@ class _StoredTensors:
         for name, header in expected.items():
             if self._headers[name] != header or header[1] not in {*DTYPE_BYTES, "I32"}:
                 raise VerificationFailed(
-                    f"{name} has shape and dtype {self._headers[name]}, but config.json asks for {header}; "
-                    "export it again"
+                    f"{name} has shape and dtype {self._headers[name]}, but config.json asks for "
+                    f"{header}; export it again"
                 )
 
 
