@@ -41,8 +41,8 @@ class DropAlike(Trim):
     most: Annotated[
         int | float | None,
         Field(
-            description="with threshold: the most to drop, a count or a fraction; none: a quarter, "
-            "at least one"
+            description="with threshold: the most to drop, a count or a fraction; default: a "
+            "quarter, at least one"
         ),
     ] = None
 

@@ -37,23 +37,23 @@ class Rule(Options):
 
     match: Annotated[
         str,
-        Field(description="regular expression to search for in names on disk; none: every name"),
+        Field(description="regular expression to search for in names on disk; default: every name"),
     ] = ""
     blocks: Annotated[
         tuple[int, ...] | None,
         Field(
             min_length=1,
-            description="indices of blocks, from 0; negative ones count from the end; none: all",
+            description="indices of blocks, from 0; negative ones count from the end; default: all",
         ),
     ] = None
     bits: Annotated[
         Literal[2, 3, 4, 8, 16], Field(description="bits per weight; 16: do not quantize")
     ]
     group_size: Annotated[
-        GroupSize | None, Field(description="inputs per scale; none: as in the pass")
+        GroupSize | None, Field(description="inputs per scale; default: as in the pass")
     ] = None
     symmetric: Annotated[
-        bool | None, Field(description="the middle integer is zero; none: as in the pass")
+        bool | None, Field(description="true: the middle integer is zero; default: as in the pass")
     ] = None
 
     @field_validator("match")
@@ -62,7 +62,7 @@ class Rule(Options):
         try:
             re.compile(value)
         except re.error as error:
-            raise ValueError(f"a regular expression; {value!r} is none: {error}") from error
+            raise ValueError(f"a regular expression; {value!r} is not one: {error}") from error
         return value
 
     def applies(self, name: str, block: int, count: int) -> bool:
@@ -86,16 +86,20 @@ class Quantize(Slim):
     group_size: Annotated[
         GroupSize | None,
         Field(
-            description="inputs per scale; -1: a whole row (per-channel); none: the largest that "
-            "divides every width"
+            description="inputs that share a scale; -1: a whole row (per-channel); default: the "
+            "largest of 128, 64, 32 that divides every width"
         ),
     ] = None
     symmetric: Annotated[
-        bool, Field(description="the middle integer is zero; false: each group has a zero point")
+        bool,
+        Field(description="true: the middle integer is zero; false: each group has a zero point"),
     ] = True
     rules: Annotated[
         tuple[Rule, ...],
-        Field(description="other schemes for some tensors; the first rule that matches applies"),
+        Field(
+            description="other schemes for some tensors; the first rule that matches a tensor "
+            "applies"
+        ),
     ] = ()
     factors: Annotated[
         Literal[8, 16],
@@ -189,7 +193,8 @@ class Quantize(Slim):
             outside = [n for n in rule.blocks or () if not -count <= n < count]
             if outside:
                 raise InputError(
-                    f"rule {_describe_rule(rule)}: there is no block {outside[0]} of {count}"
+                    f"rule {_describe_rule(rule)}: there is no block {outside[0]}; the model has "
+                    f"{count} blocks"
                 )
             if not any(self._find_rule(n, b, model) is rule for n, b, _ in _list_matrices(model)):
                 raise InputError(

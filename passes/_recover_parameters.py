@@ -57,7 +57,9 @@ def check_parameters(model: Model, names: Collection[str]) -> None:
         Moe2EdgeError: one has none, or one is missing; it would be left out of the training.
     """
     if unknown := sorted(set(names) ^ set(locate_parameters(model))):
-        raise Moe2EdgeError(f"{unknown[0]} of the transformers model has no place in ours")
+        raise Moe2EdgeError(
+            f"{unknown[0]} of the transformers model has no counterpart in the model of moe2edge"
+        )
 
 
 def list_block_parameters(block: Block) -> dict[str, tuple[str, ...]]:

@@ -77,7 +77,7 @@ class Teacher:
             path, part = teacher._get_path(at), tokens[at : at + piece]
             if _is_complete(path, (len(part), tokens.shape[1] - 1, top)):
                 continue
-            label = f"recover: the source on samples {at} to {at + len(part) - 1}"
+            label = f"recover: predictions of the source, samples {at} to {at + len(part) - 1}"
             begun = time.perf_counter()
             hidden = walk.observe(source, part, (), reporter.advance, label, memory)
             _write(path, source, hidden, top)

@@ -306,7 +306,7 @@ class Trainer:
         evaluations = left // settings.eval_every + 1
         as_steps = evaluations * len(self._held_out) / (3 * settings.batch)
         self._reporter.log(
-            f"recover: {seconds:.2f} s for a step, about {(left + as_steps) * seconds / 60:.1f} "
+            f"recover: {seconds:.2f} s per step; about {(left + as_steps) * seconds / 60:.1f} "
             f"minutes for {left} more steps and {evaluations} evaluations on held-out text"
         )
 

@@ -47,7 +47,7 @@ def check_budget(before: Model, after: Model, budget: int, notes: list[str]) -> 
     if taken > budget:
         raise Moe2EdgeError(f"experts take {taken:,} bytes, more than the budget of {budget:,}")
     notes.append(
-        f"experts and what replaced them take {taken:,} bytes of {whole:,} ({taken / whole:.1%})"
+        f"experts and their replacements take {taken:,} bytes of {whole:,} ({taken / whole:.1%})"
     )
 
 
@@ -135,24 +135,25 @@ class Sharing:
         """
         if model.replaced_count:
             raise InputError(
-                f"expert_replace: {model.replaced_count} experts have replacements already, which "
-                "do not go with experts that share a base; use one kind in a recipe"
+                f"expert_replace: {model.replaced_count} experts are already replaced; constants "
+                "and linear maps cannot be combined with shared bases and factors in one recipe"
             )
         least_rank = 0 if self.group else 1
         for block, layer in model.moe_blocks:
             shape, rank = layer.experts[0].gate.shape, self.rank(layer)
             if not least_rank <= rank <= min(shape):
                 raise InputError(
-                    f"expert_replace: rank {rank}, but the matrices of experts in block "
-                    f"{block.index} are {list(shape)}: from {least_rank} to {min(shape)}"
+                    f"expert_replace: rank is {rank}; the matrices of experts in block "
+                    f"{block.index} are {list(shape)}: choose {least_rank} to {min(shape)}"
                 )
         sizes = [len(layer.experts) - (self.group is None) for _, layer in model.moe_blocks]
         whole, budget = count_expert_bytes(model), self.nbytes(model)
         least = whole - base_sharing.compute_most_saved(self.compute_costs(model), sizes)
         if least == whole:
             raise InputError(
-                f"expert_replace: with rank {self.rank(model.moe_blocks[0][1])} what replaces "
-                f"experts is no smaller than they are; choose {self._suggest_rank(model, sizes)}"
+                f"expert_replace: with rank {self.rank(model.moe_blocks[0][1])} the replacements "
+                "are no smaller than the experts; choose "
+                f"{self._suggest_rank(model, sizes)}"
             )
         if budget < least:
             how = f"group_size {self.group} and " if self.group else ""

@@ -124,7 +124,7 @@ class Fitter:
             if sums[n].tokens < self.min_tokens:
                 self.notes.append(
                     f"block {block.index}: expert {layer.experts[n].origin} saw {sums[n].tokens} "
-                    f"tokens, fewer than {self.min_tokens}: a constant"
+                    f"tokens, fewer than {self.min_tokens}: replaced by a constant"
                 )
         left = sum(fits[n].residual for n in gone)
         whole = sum(sums[n].squares for n in gone)
@@ -132,7 +132,8 @@ class Fitter:
         self.changed.append(f"block {block.index}: experts {origins}")
         share = left / whole if whole else 0.0
         self.notes.append(
-            f"block {block.index}: of what experts {origins} put out, {share:.1%} is missed"
+            f"block {block.index}: replacements miss {share:.1%} of the squared outputs of experts "
+            f"{origins}"
         )
         changed = plan_replacements(block, layer, {n: len(fits[n].first) for n in gone})
         numbers = {}

@@ -53,7 +53,7 @@ class ApplyDecisions(Trim):
         source, digest = self._read()[0].source, sha256()
         if source.sha256 != digest:
             raise InputError(
-                f"apply_decisions: {self.file} is about {source.model} (sha256 "
+                f"apply_decisions: {self.file} was made for {source.model} (sha256 "
                 f"{source.sha256[:12]}...), but this model has {digest[:12]}...; run moe2edge "
                 "decide for this model, or set any_source: true"
             )

@@ -70,7 +70,7 @@ class BlockDrop(DropAlike):
         if not runs:
             raise InputError(
                 "block_drop: the runs of adjacent blocks were scored before other blocks were "
-                "dropped; set rescore: true"
+                "dropped; set rescore: true to score them again"
             )
         order = sorted(
             runs, key=lambda run: (-len(run), -cosine[_list_origins(run)], -run[0].index)

@@ -54,21 +54,26 @@ class ExpertBudget(Search):
     sensitivity: Annotated[
         Literal["error", "kl"],
         Field(
-            description="effect of pruning one layer: on its own output (error), for every count "
-            "in one walk; or on the model's predictions (kl), slightly more accurate, at the cost "
-            "of a run through all later layers for each count"
+            description="how the sensitivity of a layer is measured; error: by the effect of "
+            "pruning it on its own output, for every count in one walk; kl: by the effect on the "
+            "model's predictions, slightly more accurate, but each count costs a run through all "
+            "later layers"
         ),
     ] = "error"
     floor: Annotated[
         int | None,
-        Field(ge=1, description="fewest experts that each layer keeps; none: its top-k"),
+        Field(
+            ge=1,
+            description="fewest experts that each layer keeps; default: its top-k, or 1 with "
+            "clamp_top_k",
+        ),
     ] = None
     tokens: Annotated[
         int | None,
         Field(
             ge=1,
             description="calibration tokens to measure sensitivity on, with kl in whole samples; "
-            "none: all that are not held out",
+            "null: all that are not held out",
         ),
     ] = 16384
     points: Annotated[
@@ -82,7 +87,7 @@ class ExpertBudget(Search):
         int | None,
         Field(
             ge=1,
-            description="calibration samples to compare candidates on; none: all that are not "
+            description="calibration samples to compare candidates on; default: all that are not "
             "held out",
         ),
     ] = None
@@ -93,7 +98,11 @@ class ExpertBudget(Search):
         ),
     ] = 0.25
     clamp_top_k: Annotated[
-        bool, Field(description="lower top-k where fewer experts than top-k stay")
+        bool,
+        Field(
+            description="lower top-k where fewer experts than top-k stay; otherwise that is an "
+            "error"
+        ),
     ] = False
     seed: Annotated[
         int,
@@ -126,12 +135,12 @@ class ExpertBudget(Search):
             experts, top_k, where = len(layer.experts), layer.router.top_k, f"block {block.index}"
             if layer.router.skip_below:
                 raise InputError(
-                    f"expert_budget: {where} skips experts dynamically, by thresholds that belong "
-                    "to the set it has; put expert_skip after expert_budget"
+                    f"expert_budget: {where} has thresholds of expert_skip, which would no longer "
+                    "fit its experts; put expert_skip after expert_budget"
                 )
             if count > experts:
                 raise InputError(
-                    f"expert_budget: keep {count} of the {experts} experts in {where}; keep at "
+                    f"expert_budget: keep is {count}, but {where} has {experts} experts; keep at "
                     f"most {experts}"
                 )
             if min(count, floor) < top_k and not self.clamp_top_k:
@@ -339,10 +348,10 @@ class ExpertBudget(Search):
         notes = []
         for counts, sums in judged.items():
             names = ", ".join(name for name, these in candidates.items() if these == counts)
-            taken = " (taken)" if counts == chosen else ""
+            mark = " (chosen)" if counts == chosen else ""
             kl, loss = bootstrap.compute_mean_kl(sums), bootstrap.compute_mean_loss(sums)
             notes.append(
-                f"{names}{taken}: experts per MoE layer {' '.join(map(str, counts))}; KL to the "
+                f"{names}{mark}: experts per MoE layer {' '.join(map(str, counts))}; KL to the "
                 f"source {kl:.4f}, loss {loss:.4f} nats per token on {len(sums)} calibration "
                 "samples"
             )
@@ -354,8 +363,8 @@ class ExpertBudget(Search):
 
         loss, kl = bootstrap.compare_paired(mine, even, self.seed)
         return (
-            f"held out: taken minus uniform, nats per token, over {loss.samples} calibration "
-            f"samples that no choice was based on: loss {loss}, KL {kl}"
+            f"held out: chosen allocation minus uniform, in nats per token, on {loss.samples} "
+            f"calibration samples that were not used to choose: loss {loss}, KL {kl}"
         )
 
 

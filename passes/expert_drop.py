@@ -40,7 +40,9 @@ class ExpertDrop(Trim):
             "with a count for each MoE layer, where 0 removes the layer"
         ),
     ]
-    criterion: Annotated[Criterion, Field(description="score by which experts are ranked")] = "reap"
+    criterion: Annotated[
+        Criterion, Field(description="score by which experts are ranked; see docs/trimming.md")
+    ] = "reap"
     scope: Annotated[
         Literal["layer", "global"],
         Field(
@@ -52,7 +54,8 @@ class ExpertDrop(Trim):
         int | None,
         Field(
             ge=1,
-            description="with scope global: fewest experts that each layer keeps; none: its top-k",
+            description="with scope global: fewest experts that each layer keeps; default: its "
+            "top-k, or 1 with clamp_top_k",
         ),
     ] = None
     protect_super_experts: Annotated[
@@ -62,7 +65,11 @@ class ExpertDrop(Trim):
         False
     )
     clamp_top_k: Annotated[
-        bool, Field(description="lower top-k where fewer experts than top-k stay")
+        bool,
+        Field(
+            description="lower top-k where fewer experts than top-k stay; otherwise that is an "
+            "error"
+        ),
     ] = False
     seed: Annotated[int, Field(ge=0, le=2**32 - 1, description="seed of the criterion random")] = 0
 
@@ -111,7 +118,7 @@ class ExpertDrop(Trim):
         self._check_options(model)
         if model.skips:
             raise InputError(
-                "expert_drop: thresholds of expert_skip belong to the experts that were there; put "
+                "expert_drop: the thresholds of expert_skip would no longer fit the experts; put "
                 "expert_skip after it"
             )
         counts, floors = self._count_kept(model), self._list_floors(model)
@@ -119,14 +126,14 @@ class ExpertDrop(Trim):
             experts, kept, top_k = len(layer.experts), counts[block.index], layer.router.top_k
             if kept > experts:
                 raise InputError(
-                    f"expert_drop: keep {kept} of the {experts} experts in block {block.index}; "
+                    f"expert_drop: keep is {kept}, but block {block.index} has {experts} experts; "
                     f"keep at most {experts}"
                 )
             least = floors[block.index] if self.scope == "global" else kept
             if least > experts:
                 raise InputError(
-                    f"expert_drop: floor {least} of the {experts} experts in block {block.index}; "
-                    f"choose at most {experts}"
+                    f"expert_drop: floor is {least}, but block {block.index} has {experts} "
+                    f"experts; choose at most {experts}"
                 )
             if 0 < least < top_k and not self.clamp_top_k:
                 raise InputError(
@@ -191,8 +198,9 @@ class ExpertDrop(Trim):
         for index, expert in protected:
             if expert not in chosen[index]:
                 raise InputError(
-                    f"expert_drop: {len(chosen[index])} experts of block {index} would stay, and a "
-                    "super expert would not; keep more of them there"
+                    f"expert_drop: keeping {len(chosen[index])} experts in block {index} would "
+                    "drop a protected super expert; keep more experts there, or set "
+                    "protect_super_experts: false"
                 )
             origin = model.blocks[index].expert_origins[expert]
             notes.append(f"block {index}: expert {origin} is a super expert, and stays")

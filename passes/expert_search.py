@@ -50,7 +50,7 @@ class ExpertSearch(Search):
     limit: Annotated[
         int, Field(ge=1, description="most sets per layer that an exhaustive search tries")
     ] = 2000
-    width: Annotated[int, Field(ge=1, description="number of sets that a beam keeps")] = 4
+    width: Annotated[int, Field(ge=1, description="beam width: number of sets that are kept")] = 4
     progressive: Annotated[
         bool,
         Field(
@@ -60,10 +60,14 @@ class ExpertSearch(Search):
     ] = False
     tokens: Annotated[
         int | None,
-        Field(ge=1, description="calibration tokens to use, spread evenly; none: all"),
+        Field(ge=1, description="calibration tokens to use, spread evenly; default: all"),
     ] = None
     clamp_top_k: Annotated[
-        bool, Field(description="lower top-k where fewer experts than top-k stay")
+        bool,
+        Field(
+            description="lower top-k where fewer experts than top-k stay; otherwise that is an "
+            "error"
+        ),
     ] = False
 
     @field_validator("keep", mode="before")
@@ -106,8 +110,8 @@ class ExpertSearch(Search):
             kept, where = self.count(experts), f"block {block.index}"
             if kept > experts:
                 raise InputError(
-                    f"expert_search: keep {kept} of the {experts} experts in {where}; keep at most "
-                    f"{experts}"
+                    f"expert_search: keep is {kept}, but {where} has {experts} experts; keep at "
+                    f"most {experts}"
                 )
             if kept < top_k and not self.clamp_top_k:
                 raise InputError(
@@ -117,8 +121,8 @@ class ExpertSearch(Search):
                 )
             if layer.router.skip_below:
                 raise InputError(
-                    f"expert_search: {where} skips experts dynamically, by thresholds that belong "
-                    "to the set it has; put expert_skip after expert_search"
+                    f"expert_search: {where} has thresholds of expert_skip, which would no longer "
+                    "fit its experts; put expert_skip after expert_search"
                 )
             if self.method == "exhaustive" and (sets := math.comb(experts, kept)) > self.limit:
                 raise InputError(

@@ -40,12 +40,19 @@ class Gptq(Quantize):
 
     damping: Annotated[
         float,
-        Field(gt=0, lt=1, description="fraction of the mean diagonal that is added to the Hessian"),
+        Field(
+            gt=0,
+            lt=1,
+            description="fraction of the Hessian's mean diagonal that is added to its diagonal",
+        ),
     ] = 0.01
     scales: Scales = "mse"
     act_order: Annotated[
         bool,
-        Field(description="round the columns of large inputs first; groups stay in place (static)"),
+        Field(
+            description="round columns in the order of decreasing input size; groups stay in place "
+            "(static)"
+        ),
     ] = True
     gate_weighted: GateWeighted = True
     propagate: Annotated[
@@ -120,7 +127,7 @@ class Gptq(Quantize):
         loops = (
             ""
             if compiled.is_built()
-            else "; loops run in torch, slower: no compiled ones are built"
+            else "; using torch loops (slower): the compiled ones were not built at installation"
         )
         dtype = self.resolve(planned.before).compute
         return f"{super().describe(planned)}; expert outputs in {dtype}{loops}"
@@ -182,7 +189,8 @@ class _Solver:
                     hessian[part, : len(left)] = rows[part].index_select(1, left)
         factors, fine = error_feedback.factorize(hessians, self._options.damping, space)
         notes += [
-            f"block {block.index}: {', '.join(group.weights)}: the Hessian is singular: rounded"
+            f"block {block.index}: {', '.join(group.weights)}: the Hessian is singular; fell back "
+            "to rounding to nearest"
             for group, good in zip(groups, fine, strict=True)
             if not good
         ]
@@ -305,6 +313,6 @@ class _Solver:
 NATIVE = ("amx_bf16", "avx512_bf16", "bf16")
 
 GPTQ_FALLBACKS = {
-    "borrow": "its Hessian is that of all tokens of the layer",
+    "borrow": "it uses the Hessian of all tokens of the layer",
     "round": "rounded to nearest",
 }

@@ -110,14 +110,15 @@ class Routing(Search):
         notes = tuple(fitter.notes)
         if not fitter.changed:
             return Outcome(
-                context.model, notes=(*notes, "no router was changed: no fit was better")
+                context.model,
+                notes=(*notes, "no router was changed: no fit lowered the held-out error"),
             )
         before, after = self._compare(context, fitted, context.tokens[held_out])
         fall, _ = bootstrap.compare_paired(before, after, seed=0)
         result = (
-            f"{fall.samples} held-out calibration samples: loss {fall.mean:.4f} lower (95 % "
-            f"{fall.low:.4f} to {fall.high:.4f}), KL {bootstrap.compute_mean_kl(before):.5f} to "
-            f"{bootstrap.compute_mean_kl(after):.5f}"
+            f"{fall.samples} held-out calibration samples: loss lower by {fall.mean:.4f} (95 % "
+            f"confidence interval {fall.low:.4f} to {fall.high:.4f}), KL from "
+            f"{bootstrap.compute_mean_kl(before):.5f} to {bootstrap.compute_mean_kl(after):.5f}"
         )
         if fall.low <= 0:
             reason = f"routers were not changed: the loss does not fall measurably: {result}"
@@ -229,7 +230,7 @@ class _Fitter:
             margin=self.step.margin,
         )
         if fit.router is None:
-            self.notes.append(f"block {block.index}: router not changed, no fit was better")
+            self.notes.append(f"block {block.index}: router not changed, no fit lowered the error")
             return block
         fall = 1 - (fit.after / fit.before if fit.before else 1.0)
         self.notes.append(

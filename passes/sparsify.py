@@ -89,7 +89,8 @@ class Sparsify(Slim):
         Field(
             gt=0,
             lt=1,
-            description="sparsegpt: fraction of the mean diagonal that is added to the Hessian",
+            description="sparsegpt: fraction of the Hessian's mean diagonal that is added to its "
+            "diagonal",
         ),
     ] = 0.01
     propagate: Annotated[
@@ -179,7 +180,10 @@ class Sparsify(Slim):
                 raise InputError("the recipe sparsifies twice; keep one of its sparsify passes")
         weights = [w for block in model.blocks for _, w in self.selected(block)]
         if not weights:
-            raise InputError("sparsify finds no experts and no MLP; give select: all")
+            raise InputError(
+                "sparsify: the model has no experts and no dense MLPs; set select: all to sparsify "
+                "attention"
+            )
         for weight in weights:
             length, count = self.split_into_runs(weight.shape)
             if weight.shape[1] % self.width(weight.shape[1]):
@@ -352,8 +356,8 @@ class _Solver(GroupSolver):
         dead = hessians.diagonal(dim1=1, dim2=2) == 0
         factors, fine = error_feedback.factorize(hessians, self._options.damping)
         notes += [
-            f"block {block.index}: {', '.join(group.weights)}: the Hessian is singular: by "
-            "magnitude"
+            f"block {block.index}: {', '.join(group.weights)}: the Hessian is singular; fell back "
+            "to magnitude"
             for group, good in zip(groups, fine, strict=True)
             if not good
         ]

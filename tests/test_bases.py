@@ -321,8 +321,8 @@ def test_bases_are_quantized_and_factors_are_not(
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"with": "base", "budget": 0.6, "rank": 33}, "rank 33, but the matrices of experts"),
-        ({"with": "svd", "budget": 0.6, "rank": 0}, "from 1 to 32"),
+        ({"with": "base", "budget": 0.6, "rank": 33}, "rank is 33; the matrices of experts"),
+        ({"with": "svd", "budget": 0.6, "rank": 0}, "choose 1 to 32"),
         ({"with": "base", "budget": 0.6, "group_size": 1}, "group_size is 1"),
         ({"with": "base", "budget": 0.2, "rank": 1}, "at least (38.0%)"),
         ({"with": "base", "budget": 10**9, "rank": 1}, "nothing to do"),

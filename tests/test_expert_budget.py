@@ -95,7 +95,7 @@ def test_never_worse_than_uniform_where_it_is_chosen(
     uniform = trimmer_of(model, tokens).trim((4, 4, 4))
     mine, even = (sum(kl_on(m, model, tokens)) for m in (outcome.model, uniform))
     assert mine <= even * (1 + 1e-6)
-    assert sum("(taken)" in note for note in outcome.notes) == 1
+    assert sum("(chosen)" in note for note in outcome.notes) == 1
     assert search(options(keep=4, sensitivity=sensitivity), model) == outcome
 
 
@@ -112,10 +112,10 @@ def test_a_layer_that_does_little_keeps_little(tiny: Make, idle: int, sensitivit
     uniform = trimmer.trim((4, 4, 4))
     mine, even = (kl_on(m, model, IDS[held_out]) for m in (outcome.model, uniform))
     found = bootstrap.compute_interval([a - b for a, b in zip(mine, even, strict=True)], 0)
-    assert "over 2 calibration samples that no choice was based on" in outcome.notes[-1]
+    assert "on 2 calibration samples that were not used to choose" in outcome.notes[-1]
     assert outcome.notes[-1].endswith(f"KL {found}")
     assert found.mean < 0
-    (taken,) = (note for note in outcome.notes if "(taken)" in note)
+    (taken,) = (note for note in outcome.notes if "(chosen)" in note)
     shown = " ".join(map(str, counts_of(outcome.model)))
     kl = sum(kl_on(outcome.model, model, IDS[choosing])) / 6
     assert f"per MoE layer {shown}; KL to the source {kl:.4f}" in taken
@@ -131,7 +131,7 @@ def test_uniform_is_taken_where_sensitivities_mislead(
     monkeypatch.setattr(allocation, "allocate", lambda *_: (2, 6, 2))
     outcome = search(options(keep=4, sensitivity="error", criterion="reap"), model)
     assert counts_of(outcome.model) == (4, 4, 4)
-    assert outcome.notes[0].startswith("uniform (taken): experts per MoE layer 4 4 4")
+    assert outcome.notes[0].startswith("uniform (chosen): experts per MoE layer 4 4 4")
     assert len(outcome.notes) > 1
     assert not any("held out" in note for note in outcome.notes)
 
@@ -143,7 +143,7 @@ def test_source_and_model_may_differ(tiny: Make) -> None:
     model = model.keep_blocks([0, 2])
     outcome = search(options(keep=3, sensitivity="kl"), model, source)
     choosing, _ = bootstrap.split_samples(8, 0.25)
-    (taken,) = (note for note in outcome.notes if "(taken)" in note)
+    (taken,) = (note for note in outcome.notes if "(chosen)" in note)
     kl = sum(kl_on(outcome.model, source, IDS[choosing])) / 6
     assert f"KL to the source {kl:.4f}" in taken
     assert sum(counts_of(outcome.model)) == 6
@@ -214,7 +214,7 @@ def test_plan_is_as_uneven_as_it_may_become(tiny: Make) -> None:
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
-    ({"keep": 7}, "keep 7 of the 6 experts in block 0"),
+    ({"keep": 7}, "keep is 7, but block 0 has 6 experts"),
     ({"keep": 6}, "keeps every expert"),
     ({"keep": 1}, "keep 1 may leave 1 experts in block 0 where the router chooses 2"),
     ({"keep": 4, "floor": 1}, "floor 1 may leave 1 experts in block 0"),
@@ -276,7 +276,7 @@ def test_gptq_and_onnx_hold_what_it_chooses(tiny: Make, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "expert_budget: 9 of 18 experts in 3 MoE layers" in result.output
     report = (out / "onnx" / "report.json").read_text()
-    assert "(taken)" in report
+    assert "(chosen)" in report
 
 
 def test_hf_refuses_before_calibration(tiny: Make, tmp_path: Path) -> None:

@@ -159,7 +159,7 @@ def test_a_super_expert_is_not_dropped_in_silence(tiny: Make) -> None:
     layers = observer.result().layers
     block = max(range(3), key=lambda n: float(layers[n].largest.max()))
     counts = [0 if n == block else 3 for n in range(3)]
-    with pytest.raises(InputError, match=f"0 experts of block {block} would stay"):
+    with pytest.raises(InputError, match=f"keeping 0 experts in block {block} would drop"):
         apply(options(keep=counts, protect_super_experts=True), model)
 
 
@@ -174,7 +174,7 @@ def test_thresholds_do_not_outlive_their_experts(tiny: Make) -> None:
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"keep": [4, 4]}, "keep lists 2 counts for 3 MoE layers"),
-    ({"keep": [4, 7, 4]}, "keep 7 of the 6 experts in block 1"),
+    ({"keep": [4, 7, 4]}, "keep is 7, but block 1 has 6 experts"),
     ({"keep": [4, 1, 4]}, "leaves 1 experts in block 1"),
     ({"keep": [6, 6, 6]}, "keeps every expert"),
     (
@@ -184,7 +184,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"keep": 4, "floor": 2}, "floor needs scope: global"),
     ({"keep": 4, "scope": "global", "floor": 1}, "leaves 1 experts in block 0"),
     ({"keep": 3, "scope": "global", "floor": 4}, "9 experts in all, but the floors"),
-    ({"keep": 4, "scope": "global", "floor": 7}, "floor 7 of the 6 experts"),
+    ({"keep": 4, "scope": "global", "floor": 7}, "floor is 7, but block 0 has 6 experts"),
 ]
 
 

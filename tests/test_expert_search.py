@@ -445,7 +445,7 @@ def test_export(tiny: Make, tmp_path: Path) -> None:
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
-    ({"keep": 7}, "keep 7 of the 6 experts in block 0"),
+    ({"keep": 7}, "keep is 7, but block 0 has 6 experts"),
     ({"keep": 1}, "keep 1 leaves 1 experts in block 0 where the router chooses 2"),
     ({"keep": 0.1}, "keep 0.1 leaves 1 experts in block 0"),
     ({"keep": 6}, "keeps every expert"),

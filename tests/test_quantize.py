@@ -71,7 +71,7 @@ def test_the_group_size_of_the_source_holds_for_what_is_left(model: Model) -> No
         ({"group_size": 128}, "group_size 128 does not divide the 64 inputs of model.layers.0"),
         ({"rules": [{"bits": 16}]}, "the rules leave nothing to quantize"),
         ({"rules": [{"match": "mlp.gate.weight", "bits": 8}]}, "applies to no tensor"),
-        ({"rules": [{"blocks": [0, 3], "bits": 8}]}, "there is no block 3 of 3"),
+        ({"rules": [{"blocks": [0, 3], "bits": 8}]}, "there is no block 3; the model has 3 blocks"),
         (
             {"rules": [{"match": "up_proj", "bits": 8}, {"match": "experts.*up_proj", "bits": 4}]},
             "or only tensors that rules before it match",

@@ -353,7 +353,7 @@ def test_few_tokens_get_a_constant(tiny: Make, tmp_path: Path) -> None:
     ranks = {row.rank for _, layer in model.moe_blocks for row in replacements(layer)}
     assert ranks == {0}
     notes = json.loads((tmp_path / "out" / "report.json").read_text())["steps"][0]["notes"]
-    assert sum("fewer than 1000000: a constant" in note for note in notes) == 6
+    assert sum("fewer than 1000000: replaced by a constant" in note for note in notes) == 6
 
 
 @pytest.mark.parametrize(
