@@ -69,19 +69,20 @@ class ExpertMerge(Search):
         Literal["members", "centroids"] | None,
         Field(
             description="members: every router row stays and runs the merged expert; "
-            "centroids: one row of each group stays; none: centroids for ream, else members"
+            "centroids: one row of each group stays; default: centroids for ream, otherwise "
+            "members"
         ),
     ] = None
     align: Annotated[
         bool | None,
         Field(
             description="first permute neurons into the centroid's order: ream by activations and "
-            "weights, others by weights; none: true, but false for hc-smoe"
+            "weights, others by weights; default: true, but false for hc-smoe"
         ),
     ] = None
     group_limit: Annotated[
         int | None,
-        Field(ge=1, description="for ream: most experts that join a centroid; none: 16"),
+        Field(ge=1, description="for ream: most experts that join a centroid; default: 16"),
     ] = None
     fitted_on: Annotated[
         Literal["changed", "intact"],
@@ -100,7 +101,7 @@ class ExpertMerge(Search):
     @model_validator(mode="after")
     def _limit_goes_with_ream(self) -> Self:
         if self.group_limit is not None and self.method != "ream":
-            raise ValueError("method: ream beside group_limit")
+            raise ValueError("group_limit is for method: ream; set that, or leave group_limit out")
         return self
 
     # ---- what there will be ------------------------------------------------------------------
@@ -124,15 +125,15 @@ class ExpertMerge(Search):
 
     def check(self, model: Model) -> None:
         """Refuse what leaves too few experts to choose, and numbers that a mean would not keep."""
-        refuse_replaced("expert_merge", model, "merge once, and before expert_replace")
+        refuse_replaced("expert_merge", model, "use expert_merge once, before expert_replace")
         if not model.moe_blocks:
             raise InputError("expert_merge: no layer has experts")
         refuse_slimmed("expert_merge", model)
         step = self.resolve(model)
         if step.routing == "centroids" and model.skips:
             raise InputError(
-                "expert_merge: thresholds of expert_skip belong to the experts that were there; "
-                "put expert_skip after it"
+                "expert_merge: the thresholds of expert_skip would no longer fit the experts; put "
+                "expert_skip after it"
             )
         left = self._left(model)
         for block, layer in model.moe_blocks:
@@ -202,8 +203,8 @@ class ExpertMerge(Search):
         return replace(
             super().estimate(planned, texts),
             memory=sums + sampled + means + inside + 4 * tokens * hidden + model.block_nbytes,
-            purpose=f"expert_merge sums up what {experts} experts do, and merges some",
-            remedy="give it fewer calibration samples, or do it on a larger one",
+            purpose=f"expert_merge keeps statistics of {experts} experts",
+            remedy="set calibration.samples to fewer, or use a larger machine",
         )
 
     # ---- doing it ----------------------------------------------------------------------------

@@ -47,7 +47,7 @@ NO_WEIGHTS = ("residual", "aimer")
 class ExpertReplace(Search):
     """Replace experts by something smaller; the router is untouched.
 
-    The output of ``constant`` and ``linear`` is multiplied with the expert's router weight:
+    The output of ``constant`` and ``linear`` is multiplied with the expert's gate weight:
     MoNE's novice (https://arxiv.org/abs/2507.00390) with the mean weighted by it, and the
     reduced-rank ridge regression of the expert's output on its input, weighted likewise. ``base``
     is LightMoE (https://arxiv.org/abs/2603.12645): groups of experts share one expert's matrices,
@@ -85,14 +85,15 @@ class ExpertReplace(Search):
         Criterion | Literal["residual"] | None,
         Field(
             description="how experts are scored; the lowest are replaced; residual: by the error "
-            "that a constant or linear map leaves; none: residual for these, else soft-frequency"
+            "that a constant or linear map leaves; default: residual for these, otherwise "
+            "soft-frequency"
         ),
     ] = None
     rank: Annotated[
         int | None,
         Field(
             ge=0,
-            description="rank of linear maps and factors; none: the expert's narrower side "
+            description="rank of linear maps and factors; default: the expert's narrower side "
             "divided by 16 for linear, 64 for base, 4 for svd",
         ),
     ] = None
@@ -115,8 +116,8 @@ class ExpertReplace(Search):
         int | None,
         Field(
             ge=0,
-            description="with linear: an expert with fewer routed tokens gets a constant; none: "
-            "half as many as an expert has inputs",
+            description="with linear: an expert with fewer routed tokens gets a constant; "
+            "default: half as many as an expert has inputs",
         ),
     ] = None
     group_size: Annotated[
@@ -140,12 +141,17 @@ class ExpertReplace(Search):
         float,
         Field(
             ge=0,
-            description="with base, svd: how much more shallow layers lose; 0: one threshold",
+            description="with base, svd: strength of the correction by depth, by which shallow "
+            "layers lose more experts; 0: one threshold for all layers",
         ),
     ] = 1.0
     seed: Annotated[
         int,
-        Field(ge=0, le=2**32 - 1, description="for criterion and similarity random, factors zero"),
+        Field(
+            ge=0,
+            le=2**32 - 1,
+            description="seed of criterion random, of similarity random, and of factors: zero",
+        ),
     ] = 0
 
     @field_validator("keep", mode="before")
@@ -164,16 +170,27 @@ class ExpertReplace(Search):
         needed = own[0]
         for name, field in type(self).model_fields.items():
             if name != "kind" and name not in own and getattr(self, name) != field.default:
-                raise ValueError(f"no {name} with: {self.kind} (options: {', '.join(own)})")
+                raise ValueError(
+                    f"{name} is not an option of with: {self.kind}, whose options are "
+                    f"{', '.join(own)}"
+                )
         if self.kind == "linear" and (self.keep is None) == (self.budget is None):
-            raise ValueError("keep or budget with: linear (experts that stay, or bytes)")
+            raise ValueError(
+                "with: linear needs either keep (experts that stay) or budget (bytes that experts "
+                "may take)"
+            )
         if self.kind != "linear" and getattr(self, needed) is None:
             what = "experts that stay" if needed == "keep" else "bytes that experts may take"
-            raise ValueError(f"{needed} with: {self.kind} ({what})")
+            raise ValueError(f"with: {self.kind} needs {needed} ({what})")
         if self.shares and self.criterion in NO_WEIGHTS:
-            raise ValueError(f"another criterion than {self.criterion} with: {self.kind}")
+            raise ValueError(
+                f"with: {self.kind} cannot use criterion {self.criterion}, whose scores are no "
+                "weights; choose another one"
+            )
         if self.allots and (self.rank, self.criterion) not in ((None, None), (None, "residual")):
-            raise ValueError("no rank and no criterion where a budget chooses them")
+            raise ValueError(
+                "a budget chooses experts and their ranks; leave rank and criterion out"
+            )
         return self
 
     @property
@@ -230,9 +247,9 @@ class ExpertReplace(Search):
             raise InputError("expert_replace: no layer has experts")
         if any(layer.is_tied for _, layer in model.moe_blocks):
             raise InputError(
-                f"expert_replace: {model.tied_count} experts share the matrices of others already, "
-                "or are factors; replace experts in one pass alone, and give expert_merge routing: "
-                "centroids, which leaves each its own"
+                f"expert_replace: {model.tied_count} experts are already tied, and cannot be "
+                "replaced; use one expert_replace in a recipe, and routing: centroids in "
+                "expert_merge, which ties none"
             )
         refuse_slimmed("expert_replace", model)
         if self.shares:
@@ -281,8 +298,8 @@ class ExpertReplace(Search):
             hidden = expert.gate.shape[1]
             if rank > hidden:
                 raise InputError(
-                    f"expert_replace: rank {rank}, but experts of block {block.index} map {hidden} "
-                    f"numbers to {hidden}: at most {hidden}"
+                    f"expert_replace: rank is {rank}; the hidden size is {hidden}: choose at most "
+                    f"{hidden}"
                 )
             count = expert.gate.count + expert.up.count + expert.down.count
             if hidden * (2 * rank + 1) >= count:
@@ -345,24 +362,24 @@ class ExpertReplace(Search):
         hidden = model.family.geometry(model.config).hidden
         every = self.shares or self.allots or self.criterion in (None, "residual")
         counts = model.expert_counts if every else tuple(self._replaced(model).values())
-        remedy = "replace fewer of them in one pass, or do it on a larger one"
+        remedy = "replace fewer experts in one pass, or use a larger machine"
         if not self.shares:
             if every:
-                remedy = "set keep, and a criterion other than residual, or do it on a larger one"
+                remedy = "set keep, and a criterion other than residual, or use a larger machine"
             sums = reduced_rank.estimate_regression_bytes(
                 hidden, max(counts), maps=self.kind == "linear"
             )
         elif self.kind == "base" and self.factors == "zero":
             sums = 0
         else:
-            remedy = "do it on a larger one" if self.kind == "svd" else "set factors to zero"
+            remedy = "use a larger machine" if self.kind == "svd" else "set factors: zero"
             sums = max(
                 _replace_bases.estimate_product_bytes(layer) for _, layer in model.moe_blocks
             )
         return replace(
             super().estimate(planned, texts),
             memory=sums + 4 * texts.calibration.tokens * hidden + model.block_nbytes,
-            purpose=f"expert_replace sums up what up to {max(counts)} experts of a layer do",
+            purpose=f"expert_replace keeps statistics of up to {max(counts)} experts of a layer",
             remedy=remedy,
         )
 

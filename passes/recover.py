@@ -129,7 +129,7 @@ class Recover(Train):
             gt=0,
             le=1,
             description="fraction of the steps in which tied experts are blended from their "
-            "originals into what they share; none: no blending",
+            "originals into what they share; default: no blending",
         ),
     ] = None
     device: Annotated[
@@ -142,7 +142,7 @@ class Recover(Train):
         for name, (choice, wanted) in ONLY_WITH.items():
             given = getattr(self, name) != type(self).model_fields[name].default
             if given and getattr(self, choice) != wanted:
-                raise ValueError(f"{choice}: {wanted} beside {name}")
+                raise ValueError(f"{name} is for {choice}: {wanted}; set that, or leave {name} out")
         return self
 
     # ---- what there will be ------------------------------------------------------------------
@@ -289,7 +289,7 @@ class Recover(Train):
         assert context.training is not None
         if all(weight.dtype == "F32" for _, _, weight in model.tensors()):
             return perplexity
-        ids, label = context.training[-self.held_out :], "recover: what is stored"
+        ids, label = context.training[-self.held_out :], "recover: weights as stored"
         hidden = walk.observe(model, ids, (), context.reporter.advance, label, context.memory)
         return metrics.measure(ids, walk.compute_logits(model, hidden), None).perplexity
 
@@ -302,12 +302,12 @@ class Recover(Train):
         model = context.model
         count = TrainingSizes.of(model, self._selection, self.lora_rank).trained
         cost = self.estimate(PlannedStep(self, model, model), context.texts)
-        where = f"{cost.gpu / 1e9:.2f} GB of the GPU and " if cost.gpu else ""
+        gpu = f"{cost.gpu / 1e9:.2f} GB of GPU memory, " if cost.gpu else ""
         context.reporter.log(
             f"recover: {count:,} of {model.parameters:,} parameters are trained ({self.train}) on "
             f"{text.samples - self.held_out} samples of {text.length} tokens, {self.held_out} are "
-            f"held out; about {where}{cost.memory / 1e9:.2f} GB of memory, {cost.disk / 1e9:.2f} "
-            "GB on the disk"
+            f"held out; needs about {gpu}{cost.memory / 1e9:.2f} GB of memory and "
+            f"{cost.disk / 1e9:.2f} GB of disk"
         )
         # Groups of experts that share a base can be others than planned.
         cost.check(context.memory.limit)

@@ -439,7 +439,9 @@ def test_a_larger_top_k_than_the_router_has_is_refused(
         if not block.get("dropped"):
             block.update(top_k=3, skip_below=[])
     (tmp_path / "s.json").write_text(json.dumps(data))
-    with pytest.raises(InputError, match=r"cannot become moe of experts \[.*top-3: it is moe"):
+    with pytest.raises(
+        InputError, match=r"is moe .* and cannot become moe of experts \[.*top-3; put"
+    ):
         applied(tiny("olmoe"), tmp_path / "s.json")
 
 
@@ -447,7 +449,10 @@ def test_a_larger_top_k_than_the_router_has_is_refused(
     ("before", "message"),
     [
         ({"keep": 2}, "cannot become moe of experts"),
-        ({"drop": 2}, r"keep blocks \[.*\], which are gone; apply them first"),
+        (
+            {"drop": 2},
+            r"keep blocks \[.*\], which an earlier pass dropped; put apply_decisions first",
+        ),
     ],
 )
 def test_experts_that_an_earlier_pass_removed_are_an_error(
@@ -485,7 +490,9 @@ def test_thresholds_of_an_earlier_pass_are_not_thrown_away(
     checkpoint = open_checkpoint(str(tiny("olmoe")))
     found, _ = decide(checkpoint, parse("[{expert_drop: {keep: 4}}]", text), QUIET)
     skipping = original(tiny("olmoe"), parse("[expert_skip]", text), tmp_path)
-    with pytest.raises(InputError, match="with skipping; apply the decisions first"):
+    with pytest.raises(
+        InputError, match=r"with skipping and cannot .*; put apply_decisions before"
+    ):
         decisions.carry_out_decisions(found, skipping)
 
 

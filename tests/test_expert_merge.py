@@ -388,7 +388,7 @@ def test_layers_that_are_small_enough_are_left_alone(tiny: Make) -> None:
 def test_too_little_memory_is_reported_before_any_work(tiny: Make, method: str) -> None:
     model = open_checkpoint(str(tiny("olmoe"))).model
     step, texts = options(method=method, keep=3), TextSizes(TextSize(*IDS.shape))
-    with pytest.raises(DoesNotFit, match="expert_merge sums up what 6 experts do"):
+    with pytest.raises(DoesNotFit, match="expert_merge keeps statistics of 6 experts"):
         step.estimate(PlannedStep(step, model, step.plan(model)), texts).check(700 << 20)
 
 

@@ -109,7 +109,7 @@ def test_decisions_hold_no_merged_experts(tiny: Make, tmp_path: Path, routing: s
     command = ["decide", str(tiny("olmoe")), "-r", str(recipe), "-o", str(sets), *TEXT]
     result = run(*command)
     assert result.exit_code == 2
-    assert "decisions hold none" in result.stderr
+    assert "a file of decisions holds choices only" in result.stderr
     assert not sets.exists()
 
 
@@ -118,12 +118,12 @@ WRONG: list[tuple[list[Any], str, str]] = [
     ([{"expert_merge": {"method": "average", "keep": 4}}], "hf", "'hc-smoe', 'm-smoe' or 'ream'"),
     ([{"expert_merge": {"method": "ream"}}], "hf", "expert_merge.keep is missing"),
     ([{"expert_merge": {**MERGE, "keep": 6}}], "hf", "keeps every expert; nothing to do"),
-    ([{"expert_merge": {**MERGE, "keep": 7}}], "hf", "keep 7 of the 6 experts"),
+    ([{"expert_merge": {**MERGE, "keep": 7}}], "hf", "keep is 7, but MoE layer 0 has 6 experts"),
     ([{"expert_merge": {**MERGE, "keep": 1.5}}], "hf", "between 0 and 1"),
     (
         [{"expert_merge": {**MERGE, "group_limit": 2}}],
         "hf",
-        "expected method: ream beside group_limit",
+        "expert_merge: group_limit is for method: ream; set that",
     ),
     ([{"expert_merge": {"method": "ream", "keep": 1}}], "hf", "leaves 1 experts in block 0"),
     (
@@ -132,7 +132,11 @@ WRONG: list[tuple[list[Any], str, str]] = [
         "absorb at most 2 of the 4 others; set group_limit to at least 2",
     ),
     ([{"expert_merge": MERGE}], "hf", "tied or replaced experts"),
-    ([{"gptq": {}}, {"expert_merge": MERGE}], "gptq", "before the pass that does it"),
+    (
+        [{"gptq": {}}, {"expert_merge": MERGE}],
+        "gptq",
+        "before the pass that quantizes or sparsifies",
+    ),
     ([{"expert_merge": MERGE}, {"expert_drop": {"keep": 3}}], "hf", "after expert_drop"),
     (
         [{"expert_merge": MERGE}, {"expert_replace": {"with": "constant", "keep": 3}}],

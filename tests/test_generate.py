@@ -263,8 +263,12 @@ def command(folder: Path, *arguments: str) -> Any:
     [
         (("-n", "3"), "def", ""),
         (("-n", "5"), "defgh", ""),
-        ((), "defgh", "note: at most 5 tokens instead of 64; the prompt has 3 of the 8 that the "),
-        (("-n", "6"), "defgh", "note: at most 5 tokens instead of 6; "),
+        (
+            (),
+            "defgh",
+            "note: generating at most 5 tokens instead of 64: the prompt takes 3 of the 8 ",
+        ),
+        (("-n", "6"), "defgh", "note: generating at most 5 tokens instead of 6: "),
     ],
 )
 def test_the_command_goes_on_up_to_the_last_position(

@@ -110,7 +110,7 @@ def test_limits_on_the_command_line(tiny: Make, tmp_path: Path) -> None:
     assert "expected one such as 8GB" in said
     code, said = export("10MB")
     assert code == 5
-    assert "a walk holds a block in float32, which needs" in said
+    assert "running the model block by block holds one block in float32, which needs" in said
     code, said = export("2GB")
     assert code == 0, said
 

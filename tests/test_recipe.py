@@ -81,7 +81,7 @@ BAD = [
     ("passes: []\nevaluation: {template: 'a{{b}}'}", "with plain fields"),
     (
         "passes: []\nevaluation: {template: '{a}', field: b}",
-        "evaluation: expected a field or a template, not both",
+        "evaluation: give field or template, not both",
     ),
 ]
 

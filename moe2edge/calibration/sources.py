@@ -32,7 +32,7 @@ class NamedText(Options):
     @model_validator(mode="after")
     def _field_or_template(self) -> Self:
         if self.template is not None and self.field != "text":
-            raise ValueError("a field or a template, not both")
+            raise ValueError("give field or template, not both")
         return self
 
 

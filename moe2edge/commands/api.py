@@ -54,7 +54,8 @@ def parse_recipe(recipe: str | Path | Mapping[str, Any], settings: Sequence[str]
         except yaml.YAMLError as error:
             reason = " ".join(str(error).split())[:200]
             raise InputError(
-                f"the recipe holds a value that YAML does not have: {reason}"
+                f"the recipe has a value that YAML cannot write: {reason}; use numbers, words, "
+                "lists and mappings"
             ) from error
     else:
         text = recipes.find(str(recipe))

@@ -87,8 +87,8 @@ def _has_new_numbers(before: Model, after: Model) -> bool:
 
 def _computes(name: str) -> InputError:
     return InputError(
-        f"decide: the recipe has {name}, which computes numbers, and decisions hold none; leave it "
-        "out here, and export with apply_decisions before it"
+        f"decide: the recipe has {name}, which computes numbers; a file of decisions holds choices "
+        f"only. Leave {name} out here, and put it after apply_decisions in the recipe of the export"
     )
 
 
@@ -111,8 +111,8 @@ class _NoNumbers:
             InputError: always.
         """
         raise InputError(
-            f"decide: a pass computed numbers ({min(numbers)} of block {block.origin}), and "
-            "decisions hold none; leave it out"
+            f"decide: a pass computed numbers ({min(numbers)} of block {block.origin}); a file of "
+            "decisions holds choices only; leave that pass out"
         )
 
     def put_rest(
@@ -120,6 +120,6 @@ class _NoNumbers:
     ) -> dict[str, Weight]:
         """Refuse, as `put` does."""
         raise InputError(
-            f"decide: a pass computed numbers ({min(numbers)}), and decisions hold none; leave it "
-            "out"
+            f"decide: a pass computed numbers ({min(numbers)}); a file of decisions holds choices "
+            "only; leave that pass out"
         )

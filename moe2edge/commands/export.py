@@ -103,10 +103,10 @@ def _fit(
     fitted = fit_for_targets(model, targets, materialize=materialize)
     if fitted is not model:
         grown = describe_cost(model, fitted)
-        reporter.log(f"members are experts of their own now: {grown}")
+        reporter.log(f"tied experts were materialized, as a target needs it: {grown}")
         return fitted, grown
     if materialize:
-        reporter.log("--materialize changed nothing: the targets hold the model as it is")
+        reporter.log("--materialize had no effect: the targets can hold the model as it is")
     return model, None
 
 

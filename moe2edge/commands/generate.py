@@ -41,8 +41,8 @@ def continue_in(
     stop = read_stop_ids(artifact.folder)
     if left < max_tokens:
         tell(
-            f"note: at most {left} tokens instead of {max_tokens}; the prompt has "
-            f"{len(prompt_ids)} of the {context} that the model holds"
+            f"note: generating at most {left} tokens instead of {max_tokens}: the prompt takes "
+            f"{len(prompt_ids)} of the {context} positions of the model"
         )
     target = registry.make_target(artifact.target, artifact.options)
     runtime = target.reopen(artifact.folder)

@@ -47,8 +47,9 @@ def refuse_early(
     for target, estimate in outputs:
         if not target.streams:
             estimate.check(budget.limit)
-    walk = "a walk holds a block in float32"
-    memory.check_memory(source.block_nbytes, walk, "allow more", budget.limit)
+    walk = "running the model block by block holds one block in float32"
+    remedy = "raise --max-memory, or use a larger machine"
+    memory.check_memory(source.block_nbytes, walk, remedy, budget.limit)
     for estimate in passes:
         estimate.check(budget.limit)
     return plan

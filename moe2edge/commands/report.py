@@ -83,21 +83,21 @@ class Report:
         said = []
         for step in self.steps:
             said.append(
-                f"{step.name}: {len(step.changed)} changed, {step.parameters / 1e6:.2f} M "
+                f"{step.name}: {len(step.changed)} changes, {step.parameters / 1e6:.2f} M "
                 f"parameters, {step.nbytes / 1e6:.2f} MB, {step.seconds:.1f} s"
             )
             said += [f"  {note}" for note in step.notes]
         said += [*self._skipping(), *self._grown().splitlines()[:1]]
         for target, loaders in self.loaders.items():
             for loader in loaders:
-                said.append(f"{target}: loads in {loader.program}: {loader.text}")
+                said.append(f"{target} in {loader.program}: {loader.text}")
         return said
 
     def _grown(self) -> str:
         """Describe the cost of materializing in a paragraph; empty if nothing was materialized."""
         if self.materialized is None:
             return ""
-        return f"Materialized: tied experts have matrices of their own, {self.materialized}.\n\n"
+        return f"Materialized: tied experts are stored with full matrices, {self.materialized}.\n\n"
 
     def _skipping(self) -> list[str]:
         """Describe what dynamic skipping left out on the evaluation text, and the time it saved."""
@@ -110,9 +110,9 @@ class Report:
             if row.skip_times is not None:
                 t = row.skip_times
                 said.append(
-                    f"  {row.form}: {t.decode:.3f} ms a token, {t.decode_without:.3f} without "
-                    f"skipping; {t.prefill:.2f} and {t.prefill_without:.2f} ms for a prompt of "
-                    f"{t.prompt} (median of {t.runs})"
+                    f"  {row.form}: {t.decode:.3f} ms per token ({t.decode_without:.3f} without "
+                    f"skipping); prompt of {t.prompt} tokens: {t.prefill:.2f} ms "
+                    f"({t.prefill_without:.2f} without); medians of {t.runs} runs"
                 )
         return said
 

@@ -40,24 +40,25 @@ def write_target(
     stored = target.stored(model)
     reference = measured.reference.for_stored(model, stored)
     reference.save(folder)
-    reporter.log(f"reading {name} back")
+    reporter.log(f"checking the tensors of {name}")
     verify.audit(target, folder, stored)
     give_back()
     size = sum(path.stat().st_size for path in folder.iterdir())
     row = ResultRow.from_model(f"{name}, in its runtime", model, None, size)
-    reporter.log(f"running {name}")
+    reporter.log(f"running {name} in its runtime")
     parity, shipped = verify.check_parity(reference, target, folder, measured.memory.limit)
     if shipped is None:
         reporter.log(
             f"warning: {name} was not run, because that needs "
-            f"{target.estimate(model).memory / 1e9:.1f} GB of memory; it was read back block by "
-            "block and computes what it should"
+            f"{target.estimate(model).memory / 1e9:.1f} GB of memory; its tensors were read back "
+            "and checked block by block"
         )
         return replace(row, form=f"{name}, not run", parity=parity)
     if parity.shipped is not None and parity.shipped > verify.SHIPPED_USUAL:
         reporter.log(
-            f"warning: {name} as shipped differs from PyTorch by {parity.shipped:.1%} (median); "
-            f"{verify.SHIPPED_USUAL:.0%} is usual. Its perplexity and KL say what that costs"
+            f"warning: logits of {name}, as shipped, differ from PyTorch by {parity.shipped:.1%} "
+            f"(median), which is more than the usual {verify.SHIPPED_USUAL:.0%}; perplexity and KL "
+            "show the cost"
         )
 
     def logits() -> Iterator[Tensor]:
@@ -91,14 +92,14 @@ def fit_for_targets(model: Model, targets: Sequence[Target], *, materialize: boo
         other = _refusal(whole, targets)
         if other is not None and materialize:
             raise Unsupported(
-                f"{error}; nor is it held with every tied expert as an expert of its own: {other}; "
-                "targets of which one needs that want an export each"
+                f"{error}; with tied experts materialized: {other}; if only some of the targets "
+                "need that, export to each separately"
             ) from error
         if other is not None:
             raise
         if not materialize:
             raise Unsupported(
-                f"{error}; or write every tied expert as one of its own with --materialize: "
+                f"{error}; or materialize the tied experts with --materialize: "
                 f"{describe_cost(model, whole)}"
             ) from error
         return whole

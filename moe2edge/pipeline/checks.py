@@ -23,8 +23,8 @@ def refuse_replaced(name: str, model: Model, remedy: str = "") -> None:
     if any(not layer.is_plain for _, layer in model.moe_blocks):
         replaced = model.replaced_count + model.tied_count
         raise InputError(
-            f"{name}: {replaced} experts were replaced or merged, and it knows nothing of what "
-            f"answers for them; {remedy or f'put expert_replace or expert_merge after {name}'}"
+            f"{name} cannot handle replaced or tied experts, and the model has {replaced}; "
+            f"{remedy or f'put expert_replace or expert_merge after {name}'}"
         )
 
 
@@ -38,8 +38,8 @@ def refuse_slimmed(name: str, model: Model) -> None:
         weights = [w for e in layer.experts for w in (e.gate, e.up, e.down)]
         if any(w.scheme or w.pattern for w in weights):
             raise InputError(
-                f"{name}: experts of block {block.index} are quantized or sparse, and what it "
-                f"computes of them is not; move {name} before the pass that does it"
+                f"{name}: experts of block {block.index} are already quantized or sparse; move "
+                f"{name} before the pass that quantizes or sparsifies"
             )
 
 
@@ -92,5 +92,8 @@ def count_kept_per_layer(keep: float | list[int], sizes: Sequence[int], name: st
     counts = keep if isinstance(keep, list) else [count_kept(keep, experts) for experts in sizes]
     for layer, (count, experts) in enumerate(zip(counts, sizes, strict=True)):
         if count > experts:
-            raise InputError(f"{name}: keep {count} of the {experts} experts in MoE layer {layer}")
+            raise InputError(
+                f"{name}: keep is {count}, but MoE layer {layer} has {experts} experts; keep at "
+                f"most {experts}"
+            )
     return counts

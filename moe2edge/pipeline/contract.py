@@ -320,8 +320,8 @@ class Slim(Pass):
         return Estimate(
             estimate_largest_part(planned.before, self.solver(planned.before)),
             estimate_new_bytes(planned.before, planned.after),
-            purpose=f"{self.name} solves a part of a block at once",
-            remedy="allow more",
+            purpose=f"{self.name} holds the largest group of matrices of a block at once",
+            remedy="raise --max-memory, or use a larger machine",
         )
 
     def check_result(self, before: Model, after: Model) -> None:

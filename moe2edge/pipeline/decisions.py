@@ -196,19 +196,23 @@ def carry_out_decisions(decisions: Decisions, model: Model) -> Model:
     if theirs != mine or before != decisions.experts_before:
         raise InputError(
             f"the decisions are for {describe_shape(theirs, decisions.experts_before)}, but this "
-            f"model is {describe_shape(mine, before)}; decide for this model"
+            f"model is {describe_shape(mine, before)}; run moe2edge decide for "
+            "this model"
         )
     kept = [entry for entry in decisions.blocks if not entry.dropped]
     places = {block.origin: block.index for block in model.blocks}
     if lost := [entry.origin for entry in kept if entry.origin not in places]:
-        raise InputError(f"the decisions keep blocks {lost}, which are gone; apply them first")
+        raise InputError(
+            f"the decisions keep blocks {lost}, which an earlier pass dropped; put apply_decisions "
+            "first"
+        )
     model = model.keep_blocks([places[entry.origin] for entry in kept])
     for entry, block in zip(kept, model.blocks, strict=True):
         new = _carried_out(entry, block)
         if (found := _describe(new, entry.experts_before)) != entry:
             raise InputError(
-                f"block {entry.origin} cannot become {entry.text}: it is {found.text}; "
-                "apply the decisions first"
+                f"block {entry.origin} is {found.text} and cannot become {entry.text}; put "
+                "apply_decisions before other pruning passes"
             )
         model = model.replace_block(new)
     return model

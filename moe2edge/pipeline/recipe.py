@@ -113,7 +113,10 @@ def parse(text: str, settings: Sequence[str] = ()) -> Recipe:
     passes = tuple(_build(registry.find_pass(name), name, options) for name, options in steps)
     trains = any(step.needs_training_text for step in passes)
     if not trains and sections["training"]:
-        raise InputError("training: no pass of the recipe trains; leave it out, or add one")
+        raise InputError(
+            "training is given, but no pass of the recipe trains; leave it out, or add a pass that "
+            "does, such as recover"
+        )
     return Recipe(
         texts["calibration"],
         texts["evaluation"],
@@ -138,7 +141,9 @@ def parse_section(name: str, options: Mapping[str, Any]) -> TextSource:
 
 def _list(value: object) -> list[Any]:
     if not isinstance(value, list):
-        raise InputError("the recipe needs 'passes', a list (an empty one exports as is)")
+        raise InputError(
+            "the recipe needs 'passes', a list of passes ([] exports the model unchanged)"
+        )
     return value
 
 
@@ -177,7 +182,9 @@ def _override(
         names = {*sections, *(step for step, _ in steps)}
         raise InputError(f"{shown}: {suggest('part of the recipe', name, names)}")
     if len(places) > 1:
-        raise InputError(f"{shown}: the recipe has {name} {len(places)} times; edit it")
+        raise InputError(
+            f"{shown} is ambiguous: the recipe has {name} {len(places)} times; edit the recipe file"
+        )
     places[0][option] = read_yaml(value, f"{shown}: the value")
 
 
@@ -195,13 +202,13 @@ def _build(kind: type[Any], name: str, options: Mapping[str, Any]) -> Any:
         inside = len(first["loc"]) > 2 and isinstance(first["loc"][1], int)
         place = ".".join([name, *(str(part) for part in first["loc"][: 3 if inside else 1])])
         if first["type"] == "extra_forbidden":
-            raise InputError(f"{place} is no option") from error
+            raise InputError(f"{place} is not an option") from error
         if first["type"] == "missing":
             raise InputError(f"{place} is missing: {_describe(kind, first['loc'])}") from error
         message = first["msg"].removeprefix("Value error, ")
         message = message.removeprefix("Input should be ").replace("Input should", "it should")
-        if not first["loc"]:  # of several options together
-            raise InputError(f"{name}: expected {message}") from error
+        if not first["loc"]:  # the fault of several options together
+            raise InputError(f"{name}: {message}") from error
         found = SHOWN.repr(first["input"])
         raise InputError(f"{place} is {found}, expected: {message}") from error
 

@@ -136,9 +136,8 @@ class GroupSolver(Protocol):
 
 
 # Options of passes that look at the tokens of each expert.
-GateWeighted = Annotated[
-    bool, Field(description="weight tokens by the router weight of the expert")
-]
+GateWeighted = Annotated[bool, Field(description="weight each token by its gate weight")]
 MinTokens = Annotated[
-    int, Field(ge=0, description="an expert with fewer routed tokens is under-calibrated")
+    int,
+    Field(ge=0, description="an expert with fewer routed tokens is under-calibrated; see starved"),
 ]

@@ -104,9 +104,15 @@ def enforce(step: Pass, before: Model, outcome: Outcome) -> None:
             raise AssertionError(f"{name} leaves {type(fact).__name__}, which is not in its writes")
     if not step.may_change_nothing and (not outcome.changed or outcome.model is before):
         reasons = "; ".join(f"{k}: {v}" for k, v in outcome.skipped.items())
-        raise Moe2EdgeError(f"{name} changed nothing ({reasons or 'nothing matched'})")
+        raise Moe2EdgeError(
+            f"{name} changed nothing ({reasons or 'nothing matched'}); check its options, or leave "
+            "it out"
+        )
     if outcome.skipped:
         first, reason = next(iter(outcome.skipped.items()))
-        raise Moe2EdgeError(f"{name} left {len(outcome.skipped)} parts alone: {first}: {reason}")
+        raise Moe2EdgeError(
+            f"{name} did not change {len(outcome.skipped)} parts that it had selected, such as "
+            f"{first}: {reason}"
+        )
     outcome.model.verify()
     step.check_result(before, outcome.model)

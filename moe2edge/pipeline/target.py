@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from moe2edge.numerics.grid import Quantized
 
 Verdict = Literal["yes", "as read", "not tried", "no"]
+# Words for verdicts in reports and cards, where they differ from those in files.
+VERDICT_WORDS: Mapping[Verdict, str] = {"as read": "by source inspection, not run"}
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,9 @@ class Loader:
     @property
     def text(self) -> str:
         """Verdict and note for the report and the card."""
-        return f"{self.verdict} ({self.note})"
+        # A note that begins with a version is that number alone, which would read like a score.
+        note = f"version {self.note}" if self.note[:1].isdigit() else self.note
+        return f"{VERDICT_WORDS.get(self.verdict, self.verdict)} ({note})"
 
 
 @dataclass(frozen=True)
