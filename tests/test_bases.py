@@ -417,7 +417,7 @@ def test_replacements_and_bases_do_not_mix(tiny: Make, tmp_path: Path) -> None:
     steps.append({"expert_replace": {"with": "base", "budget": 0.6}})
     code, said, _ = export(tiny("olmoe"), tmp_path / "out", steps, "hf:layout=natural")
     assert code == 2
-    assert "use one kind in a recipe" in said
+    assert "cannot be combined with shared bases and factors in one recipe" in said
 
 
 @pytest.mark.parametrize("family", each_family("olmoe"))

@@ -190,7 +190,7 @@ def test_under_calibrated_experts_fall_back_to_tokens_of_the_layer_or_rounding(t
     role = "experts.2.down"
     assert torch.equal(numbers(rounded, 0, role).q, numbers(plain, 0, role).q)
     borrowed, notes = solve(model, Gptq.model_validate({**options, "starved": "borrow"}), ids)
-    assert sum("is that of all tokens of the layer" in note for note in notes) == 3 * 6
+    assert sum("it uses the Hessian of all tokens of the layer" in note for note in notes) == 3 * 6
     assert not torch.equal(numbers(borrowed, 0, role).q, numbers(plain, 0, role).q)
     own, notes = solve(model, Gptq.model_validate({**options, "min_tokens": 0}), ids)
     assert notes[0] == coverage[0]

@@ -214,7 +214,7 @@ def test_parameters_go_back_to_where_they_are_from(tiny: Make, family: str, form
     loaded = build_transformers_model(model, torch.float32)
     state = dict(loaded.named_parameters())
     _recover_parameters.check_parameters(model, state)
-    with pytest.raises(Moe2EdgeError, match="more of the transformers model has no place"):
+    with pytest.raises(Moe2EdgeError, match="more of the transformers model has no counterpart"):
         _recover_parameters.check_parameters(model, [*state, "more"])
     for block in model.blocks:
         found = _recover_parameters.split_by_role(block, load_block_state(block))

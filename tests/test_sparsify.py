@@ -481,7 +481,7 @@ def test_models_that_do_not_fit(tiny: Make) -> None:
     with pytest.raises(InputError, match=r"4:8 does not fit the 36 inputs of .*, which 8 does not"):
         options(pattern="4:8").check(odd)
     bare = replace(model, blocks=tuple(block.without_mlp() for block in model.blocks))
-    with pytest.raises(InputError, match="give select: all"):
+    with pytest.raises(InputError, match="set select: all"):
         options().check(bare)
 
 

@@ -33,7 +33,7 @@ UNPLANNED = {
     ),
     "more than a shared budget left": (
         "[{expert_drop: {keep: 3, scope: global}}, {expert_drop: {keep: [6, 5, 5]}}]",
-        "of the",
+        "expert_drop: keep is 6, but block 0 has 5 experts",
     ),
 }
 

@@ -434,6 +434,6 @@ def test_unknown_forms_are_refused(
     config = json.loads((tmp_path / "config.json").read_text())
     config["per_layer_config"]["2"] |= changes
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(Unsupported, match="layer 2 with") as caught:
+    with pytest.raises(Unsupported, match="layer 2: per_layer_config ") as caught:
         load(tmp_path)
     assert "\n" not in str(caught.value)

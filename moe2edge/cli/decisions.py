@@ -171,7 +171,7 @@ def compare_decisions_command(files: tuple[Path, ...], as_json: bool) -> None:
         _print_overlap(overlap)
     if len(overlaps) > 1:
         _print_overall(overlaps)
-    click.echo("expected: mean number in both if sets of the same sizes were drawn at random")
+    click.echo("expected: mean number kept by both if sets of the same sizes were drawn at random")
 
 
 def _print_overlap(overlap: Overlap) -> None:
