@@ -48,12 +48,10 @@ MEASURED = {
 # Words for people: numbers in them are compared, wording is counted.
 WORDS = (
     "steps.*.notes.*",
-    "loaders.*.*.note",
     "materialized",
     "error.message",
     "recipes.*",
     "targets.*",
-    "**.description",
     "**.title",
     "definitions.*",
     "artifact.note",
@@ -61,6 +59,8 @@ WORDS = (
     "metrics.*.reason",
     "warnings.*",
 )
+# Words for people that hold no measured number: what is known of programs, and what options mean.
+PROSE = ("loaders.*.*.note", "**.description")
 
 NUMBER = re.compile(r"(?<![\w.])\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?")
 
@@ -106,14 +106,18 @@ class Comparison:
         elif any(match_pattern(pattern, at) for pattern in differing) and not isinstance(old, dict):
             return
         elif isinstance(old, dict) and isinstance(new, dict):
-            if list(old) != list(new):
-                self.fail(here, f"keys {list(old)} and {list(new)}")
+            keys = [[key for key in value if key != "description"] for value in (old, new)]
+            if keys[0] != keys[1]:
+                self.fail(here, f"keys {keys[0]} and {keys[1]}")
+            self.wordings += len(old) != len(new)
             self._compare_parts(place, old, new, differing, at)
         elif isinstance(old, list) and isinstance(new, list):
             if len(old) != len(new):
                 self.fail(here, f"{len(old)} and {len(new)} entries")
             parts = [dict(enumerate(entries)) for entries in (old, new)]
             self._compare_parts(place, *parts, differing, at)
+        elif isinstance(old, str) and any(match_pattern(pattern, at) for pattern in PROSE):
+            self.wordings += old != new
         elif isinstance(old, str) and any(match_pattern(pattern, at) for pattern in WORDS):
             self._compare_words(here, old, str(new))
         elif old != new:
@@ -144,16 +148,22 @@ class Comparison:
         self.wordings += re.sub(NUMBER, "0", old) != re.sub(NUMBER, "0", new)
 
     def _compare_cards(self, place: str, old: Path, new: Path) -> None:
-        """Compare model cards: front matter and recipe to the byte, numbers of the rest."""
+        """Compare model cards: front matter and recipe to the byte, numbers of the rest.
+
+        Lines on programs that load the folder are prose.
+        """
         parts = [split_card(path.read_text()) for path in (old, new)]
         for name in ("front matter", "recipe"):
             if parts[0][name] != parts[1][name]:
                 self.fail(f"{place}: {name}", "differs")
-        less = []
-        for path in (old, new):
+        less, texts = [], []
+        for path, part in zip((old, new), parts, strict=True):
             said = json.loads((path.parent / "report.json").read_text())
             less.append([f"{said['seconds']:.1f}", f"{said['peak_bytes'] / 1e6:.0f}"])
-        self._compare_words(place, parts[0]["text"], parts[1]["text"], less)
+            notes = [one["note"] for found in said["loaders"].values() for one in found]
+            lines = part["text"].splitlines()
+            texts.append("\n".join(row for row in lines if not any(n in row for n in notes)))
+        self._compare_words(place, texts[0], texts[1], less)
 
 
 def resolve(schema: Any, definitions: Mapping[str, Any] | None = None) -> Any:

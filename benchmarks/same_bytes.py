@@ -5,8 +5,9 @@
 Makes an environment of each checkout, exports every bundled recipe and at least one recipe for each
 pass to every target with one thread, and compares weights, graphs and configs byte for byte, JSON
 documents but for times and versions (`DIFFERING` lists each field with its reason). Words for
-people (`WORDS`) may be put differently; the numbers in them are compared. A refusal has to be a
-refusal in both, with the same exit code. Then NEW reads, verifies, runs and applies what OLD wrote.
+people (`WORDS`) may be put differently; the numbers in them are compared, but for prose (`PROSE`).
+A refusal has to be a refusal in both, with the same exit code. Then NEW reads, verifies, runs and
+applies what OLD wrote.
 
 Prints a table; exits with 1 if anything differs, and names the first difference. Samples are few
 and short, because the same arithmetic gives the same bytes with any number of them.
@@ -36,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 from _same_bytes_cases import CALIBRATION, EVALUATION, Case, Passes, make_cases
-from _same_bytes_compare import DIFFERING, MEASURED, NEW, OLD, WORDS, Comparison, resolve
+from _same_bytes_compare import DIFFERING, MEASURED, NEW, OLD, PROSE, WORDS, Comparison, resolve
 from _same_bytes_sides import Side, make_environment
 
 BUILTIN = "builtin:tiny-moe"
@@ -290,6 +291,7 @@ def print_end(found: Comparison) -> None:
     print("Names of definitions in the JSON Schema may differ, too: references are resolved.")
     print("Words for people, whose numbers are compared:")
     print("  model cards, " + ", ".join(WORDS))
+    print("  and wholly: " + ", ".join(PROSE))
     for difference in found.differences[:20]:
         print(f"DIFFERS: {difference}")
 
