@@ -163,6 +163,7 @@ def test_unsuitable_recipes_are_refused(
     assert expected in str(error)
 
 
+@pytest.mark.slow
 def test_thresholds_stay_with_their_rows(tiny: Make, tmp_path: Path) -> None:
     steps = [{"expert_skip": {}}, {"expert_merge": MERGE}]
     code, said, report = export(tiny("mixtral"), tmp_path / "out", steps, "hf:layout=natural")

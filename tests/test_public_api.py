@@ -80,6 +80,7 @@ def test_each_name_is_documented_and_typed(name: str) -> None:
         assert ">>> " in text or f"moe2edge.{name}(" in str(moe2edge.__doc__)
 
 
+@pytest.mark.slow
 def test_the_example_of_the_package_runs() -> None:
     # Those of functions are run with all other modules, in test_doctests.
     done = doctest.testmod(moe2edge)

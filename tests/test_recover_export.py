@@ -157,6 +157,7 @@ def test_resuming_with_another_training_text_is_refused(tiny: Make, tmp_path: Pa
     assert again.exit_code == 0
 
 
+@pytest.mark.slow
 def test_trim_train_quantize(tiny: Make, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = export(tiny("mixtral"), out, steps=[*STEPS, {"gptq": {}}], more=[*GPTQ, "--json"])

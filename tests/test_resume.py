@@ -114,7 +114,8 @@ def finished(folder: Path) -> list[tuple[int, int]]:
     return [(line["step"], line["block"]) for line in whole]
 
 
-@pytest.mark.parametrize("seed", slow_except(SEEDS, 0))
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", SEEDS)
 def test_a_killed_export_resumes_with_the_same_bytes(
     model: Path, whole: Path, tmp_path: Path, seed: int
 ) -> None:
