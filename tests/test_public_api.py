@@ -15,7 +15,7 @@ import pytest
 
 import moe2edge
 from moe2edge.commands import api
-from moe2edge.errors import InputError, Moe2EdgeError
+from moe2edge.errors import DoesNotFit, InputError, Moe2EdgeError
 from moe2edge.storage.manifest import open_artifact
 
 FUNCTIONS = ("compress", "export", "load", "open_checkpoint", "parse_recipe", "profile")
@@ -175,6 +175,18 @@ def test_numbers_of_a_compressed_model_are_there_as_long_as_it_is(
     assert list(tmp_path.rglob("*.safetensors"))
     del found, weight
     assert not list(tmp_path.iterdir())
+
+
+def test_the_model_alone_keeps_the_numbers() -> None:
+    recipe = {**SMALL, "passes": ["rtn"]}
+    model = moe2edge.compress("builtin:tiny-moe", recipe).model
+    weight = next(weight for _, _, weight in model.tensors() if weight.scheme)
+    assert weight.quantized().q.shape == weight.shape
+
+
+def test_compress_keeps_a_limit_of_memory() -> None:
+    with pytest.raises(DoesNotFit, match="holds one block in float32"):
+        moe2edge.compress("builtin:tiny-moe", {"passes": ["rtn"]}, max_memory=1)
 
 
 def test_compress_refuses_and_leaves_nothing(

@@ -66,8 +66,8 @@ def parse_recipe(recipe: str | Path | Mapping[str, Any], settings: Sequence[str]
 class Compressed:
     """A compressed model that is not written for a target.
 
-    Its numbers are on the disk until this value is garbage collected; keep it as long as `model` is
-    in use.
+    Its numbers are on the disk until `model` is garbage collected; keep that as long as models that
+    were made from it are in use.
 
     Attributes:
         source: the checkpoint.
@@ -110,7 +110,7 @@ def compress(
     >>> [step.name for step in result.steps]
     ['expert_drop']
     """
-    from moe2edge.commands.preflight import check_sources
+    from moe2edge.commands.preflight import check_pass_memory, check_sources, estimate_passes
     from moe2edge.commands.texts import load_calibration, load_training
     from moe2edge.pipeline.runner import run_passes
     from moe2edge.pipeline.stages import plan_passes
@@ -121,11 +121,12 @@ def compress(
     source = checkpoint.model
     parsed = _parse(recipe).resolve(source)
     check_sources(parsed, checkpoint)
-    plan_passes(parsed.passes, source)
+    plan, limit = plan_passes(parsed.passes, source), find_limit(max_memory)
+    check_pass_memory(source, estimate_passes(plan, parsed), limit)
     calibration = load_calibration(checkpoint, parsed, reporter)
     training = load_training(checkpoint, parsed)
     folder = Path(tempfile.mkdtemp(prefix="moe2edge-"))
-    budget = replace(Memory.from_limit(find_limit(max_memory)), folder=folder)
+    budget = replace(Memory.from_limit(limit), folder=folder)
     try:
         found, steps = run_passes(
             source, parsed, calibration, WorkFolder(folder), reporter, budget, training=training
@@ -134,7 +135,7 @@ def compress(
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    weakref.finalize(result, shutil.rmtree, folder, ignore_errors=True)
+    weakref.finalize(found, shutil.rmtree, folder, ignore_errors=True)
     return result
 
 
@@ -243,7 +244,7 @@ def profile(
     given = {name: value for name, value in sizes.items() if value is not None}
     source = TextSource(text=str(text)) if text else TextSource()
     if len(list_parts(source, "evaluation")) > 1:
-        raise InputError(f"--text {text}: prompts are cut from one text; name one file")
+        raise InputError(f"text {text}: prompts are cut from one text; name one file")
     return measure.profile_folder(
         Path(model),
         text="\n".join(read_texts(source, "evaluation")),

@@ -13,7 +13,7 @@ from moe2edge.pipeline.stages import Plan, plan_passes
 from moe2edge.pipeline.target import Target
 from moe2edge.progress import Reporter
 from moe2edge.runtime import memory
-from moe2edge.runtime.memory import Memory
+from moe2edge.runtime.memory import Estimate, Memory
 from moe2edge.storage import work_folder
 from moe2edge.storage.checkpoint import Checkpoint
 
@@ -39,7 +39,7 @@ def refuse_early(
     _check_training(recipe, texts, source)
     result = fit_for_targets(plan.result, targets, materialize=materialize)
     work_folder.check_output(out, force=force)
-    passes = [planned.step.estimate(planned, texts) for planned in plan.steps]
+    passes = estimate_passes(plan, recipe)
     outputs = [(target, target.estimate(result)) for target in targets]
     needed = sum(estimate.disk for estimate in (*passes, *(own for _, own in outputs)))
     needed += estimate_hidden_bytes(plan, texts, budget)
@@ -47,12 +47,32 @@ def refuse_early(
     for target, estimate in outputs:
         if not target.streams:
             estimate.check(budget.limit)
+    check_pass_memory(source, passes, budget.limit)
+    return plan
+
+
+def estimate_passes(plan: Plan, recipe: Recipe) -> list[Estimate]:
+    """Return what each pass will take with the texts of a recipe, from shapes alone."""
+    texts = _measure_texts(recipe)
+    return [planned.step.estimate(planned, texts) for planned in plan.steps]
+
+
+def check_pass_memory(source: Model, passes: Sequence[Estimate], within: int | None) -> None:
+    """Refuse a limit of memory that a walk over the source, or a pass, cannot keep.
+
+    Args:
+        source: the model before the first pass.
+        passes: the estimates of the passes, in order.
+        within: bytes for the whole process; None: what the machine has.
+
+    Raises:
+        DoesNotFit: the limit is too small.
+    """
     walk = "running the model block by block holds one block in float32"
     remedy = "raise --max-memory, or use a larger machine"
-    memory.check_memory(source.block_nbytes, walk, remedy, budget.limit)
+    memory.check_memory(source.block_nbytes, walk, remedy, within)
     for estimate in passes:
-        estimate.check(budget.limit)
-    return plan
+        estimate.check(within)
 
 
 def _measure_texts(recipe: Recipe) -> TextSizes:
