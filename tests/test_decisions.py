@@ -257,6 +257,9 @@ class ComputesToo(Search):
         ("[{expert_merge: {method: m-smoe, keep: 4}}]", "expert_merge, which computes numbers"),
         ("[]", "no passes"),
         ("[{expert_drop: {keep: 6}}]", "keeps every expert"),
+        # The first pass that does not fit is named, whatever stands behind it.
+        ("[{expert_drop: {keep: 6}}, rtn]", "keeps every expert"),
+        ("[{expert_merge: {method: ream, keep: 4}}, {expert_drop: {keep: 3}}]", "has expert_merge"),
     ],
 )
 def test_passes_that_compute_weights_are_refused(

@@ -70,14 +70,16 @@ def check_decidable(passes: Sequence[Pass], source: Model) -> None:
     """
     if not passes:
         raise InputError("the recipe has no passes; there is nothing to decide")
+    model = source
     for step in passes:
         if step.computes_numbers:
-            raise _computes(step.name)
-    for planned in plan_passes(passes, source).steps:
-        before, after = planned.before, planned.after
+            raise _make_refusal(step.name)
+        # One by one, so that the first pass that does not fit is the one that is named.
+        after = plan_passes([step], model).result
         # A pass that plans no other structure does its work on numbers.
-        if _has_new_numbers(before, after) or describe_blocks(after) == describe_blocks(before):
-            raise _computes(planned.step.name)
+        if _has_new_numbers(model, after) or describe_blocks(after) == describe_blocks(model):
+            raise _make_refusal(step.name)
+        model = after
 
 
 def _has_new_numbers(before: Model, after: Model) -> bool:
@@ -85,7 +87,7 @@ def _has_new_numbers(before: Model, after: Model) -> bool:
     return any(role.startswith(EXPERT_ROLES) for role, _ in after.new_beside(before))
 
 
-def _computes(name: str) -> InputError:
+def _make_refusal(name: str) -> InputError:
     return InputError(
         f"decide: the recipe has {name}, which computes numbers; a file of decisions holds choices "
         f"only. Leave {name} out here, and put it after apply_decisions in the recipe of the export"
