@@ -23,7 +23,7 @@ from moe2edge.runtime.mixed_experts import find_experts_name
 if TYPE_CHECKING:
     from torch import Tensor
 
-REPLACEMENTS, TIED = "mlp.experts.replacements", "mlp.experts.tied"
+REPLACEMENTS, TIED = "mlp.experts.substitutes", "mlp.experts.members"
 
 
 @dataclass(frozen=True)

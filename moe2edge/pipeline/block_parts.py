@@ -93,7 +93,7 @@ class BlockParts:
     def tied(self) -> TiedExperts | None:
         """Tied experts of the layer; None if it has none."""
         experts = self._mlp.experts
-        return experts.tied if isinstance(experts, MixedExperts) else None
+        return experts.members if isinstance(experts, MixedExperts) else None
 
     def find_tied(self, rows: Tensor) -> Tensor:
         """Return which of `tied` each chosen row of the router runs, int64; -1 for none."""
@@ -106,11 +106,11 @@ class BlockParts:
         mixed, shown = self._mlp.experts, inputs.to(self._device)
         out = torch.zeros_like(shown)
         ids, weights = ids.to(self._device), weights.to(self._device)
-        if mixed.replacements is not None:
-            out += mixed.replacements(shown, ids, weights)
-        if mixed.tied is not None:
+        if mixed.substitutes is not None:
+            out += mixed.substitutes(shown, ids, weights)
+        if mixed.members is not None:
             tied = self.find_tied(ids)
-            alone = torch.tensor([base is None for base in (*mixed.tied.bases, 0)])
+            alone = torch.tensor([base is None for base in (*mixed.members.bases, 0)])
             tied = tied.masked_fill(~alone.to(tied.device)[tied], -1)
-            out += mixed.tied(None, shown, tied, weights)
+            out += mixed.members(None, shown, tied, weights)
         return out

@@ -179,10 +179,10 @@ def load_block_state(
         state |= {f"{at}.{name}": numbers for name, numbers in fused.items()}
     if isinstance(block.mlp, MoELayer) and block.mlp.replaced and wanted("substitutes.0"):
         fused = _fuse_replacements(block.mlp)
-        state |= {f"mlp.experts.replacements.{name}": t for name, t in fused.items()}
+        state |= {f"mlp.experts.substitutes.{name}": t for name, t in fused.items()}
     if isinstance(block.mlp, MoELayer) and wanted("members.0"):
         fused = _fuse_factors(block.mlp)
-        state |= {f"mlp.experts.tied.{name}": t for name, t in fused.items()}
+        state |= {f"mlp.experts.members.{name}": t for name, t in fused.items()}
     return state
 
 

@@ -205,14 +205,15 @@ class MixedExperts(nn.Module):
         self.experts = experts
         # An id behind its last expert is then one that transformers leaves out.
         self.experts._is_expert_parallel = True  # type: ignore[assignment]
-        self.replacements = Replacements(layer) if layer.replaced else None
+        # The names of these two modules are in checkpoints of training and in state dicts.
+        self.substitutes = Replacements(layer) if layer.replaced else None
         self.num_experts, self._none = layer.router_rows, len(layer.experts)
-        self.tied: TiedExperts | None = None
+        self.members: TiedExperts | None = None
         self._set_tied(layer, [n for n, row in enumerate(layer.rows) if isinstance(row, Tied)])
 
     def _set_tied(self, layer: MoELayer, rows: Sequence[int]) -> None:
         """Run some rows as tied experts, and the others that use a stored expert as it is."""
-        self.tied = TiedExperts(layer, rows) if rows else None
+        self.members = TiedExperts(layer, rows) if rows else None
         # By row, and for an id behind the last row, which skips.
         bases = [
             self._none if row in rows or base is None else base
@@ -229,39 +230,39 @@ class MixedExperts(nn.Module):
             original: gives the three matrices, gate, up and down, that a row of the router had.
         """
         device = self.experts.get_parameter("gate_up_proj").device
-        if self.tied is None:
+        if self.members is None:
             with device:
                 self._set_tied(layer, layer.sharing)
-        assert self.tied is not None, "no two experts share a base"
-        found = [original(row) for row in self.tied.rows]
+        assert self.members is not None, "no two experts share a base"
+        found = [original(row) for row in self.members.rows]
         gate_up = torch.stack([torch.cat([gate, up]) for gate, up, _ in found])
         down = torch.stack([down for _, _, down in found])
-        self.tied.anneal(gate_up.to(device), down.to(device))
-        return self.tied
+        self.members.anneal(gate_up.to(device), down.to(device))
+        return self.members
 
     def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Return the weighted sum of the outputs of each token's rows."""
         ids = self.expert_of.on(hidden.device)[top_k_index]
         none = ids == self._none
         out: Tensor = self.experts(hidden, ids, top_k_weights.masked_fill(none, 0))
-        if self.tied is not None:
+        if self.members is not None:
             tied = self.tied_of.on(hidden.device)[top_k_index]
-            out = out + self.tied(self.experts, hidden, tied, top_k_weights).to(out.dtype)
-        if self.replacements is not None:
-            added: Tensor = self.replacements(hidden, top_k_index, top_k_weights)
+            out = out + self.members(self.experts, hidden, tied, top_k_weights).to(out.dtype)
+        if self.substitutes is not None:
+            added: Tensor = self.substitutes(hidden, top_k_index, top_k_weights)
             out = out + added.to(out.dtype)
         return out
 
     def compute_intermediate(self, row: int, x: Tensor) -> Tensor:
         """Return the input [n, width] of ``down`` of the expert that a row runs."""
-        if self.tied is not None and (which := self.tied_of[row]) >= 0:
-            return self.tied.compute_intermediate(self.experts, which, x)
+        if self.members is not None and (which := self.tied_of[row]) >= 0:
+            return self.members.compute_intermediate(self.experts, which, x)
         return _compute_intermediate(self.experts, self.expert_of[row], x)
 
     def compute_output(self, row: int, x: Tensor) -> Tensor:
         """Return the output for ``x`` [n, hidden] of the expert that a row runs."""
-        if self.tied is not None and (which := self.tied_of[row]) >= 0:
-            return self.tied.compute_output(self.experts, which, x)
+        if self.members is not None and (which := self.tied_of[row]) >= 0:
+            return self.members.compute_output(self.experts, which, x)
         return _compute_output(self.experts, self.expert_of[row], x)
 
 
