@@ -1,5 +1,5 @@
-/* The loop over the columns of a panel, of moe2edge.feedback, and the search for scales, of
- * moe2edge.rounding, which have the same in torch. moe2edge/native.py calls them.
+/* The loop over the columns of a panel, of numerics/error_feedback.py, and the search for scales, of
+ * numerics/rounding.py, which have the same in torch. numerics/compiled.py calls them.
  *
  * Rows of a matrix do not depend on each other, so a few of them go through all columns of the
  * panel while they stay in the cache of a processor.

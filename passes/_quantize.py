@@ -127,7 +127,7 @@ class Quantize(Slim):
         if self.factors != 16:
             yield from (name for name, role, _ in model.tensors() if is_low_rank(role))
 
-    def alone(self, block: Block, how: Literal["absmax", "mse"]) -> dict[str, Quantized]:
+    def solve_alone(self, block: Block, how: Literal["absmax", "mse"]) -> dict[str, Quantized]:
         """Round factors and linear maps of a block to nearest, by role; none if they stay as is.
 
         Args:

@@ -30,7 +30,7 @@ class TrainingSizes:
     adapters: int
 
     @classmethod
-    def of(cls, model: Model, selection: Selection, rank: int) -> TrainingSizes:
+    def measure(cls, model: Model, selection: Selection, rank: int) -> TrainingSizes:
         """Count them.
 
         Args:

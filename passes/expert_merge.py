@@ -117,7 +117,7 @@ class ExpertMerge(Search):
         unset = {key: value for key, value in own.items() if getattr(self, key) is None}
         return self.model_copy(update=unset)
 
-    def _left(self, model: Model) -> dict[int, int]:
+    def _count_left(self, model: Model) -> dict[int, int]:
         """Count the experts that are left, by the index of their block."""
         counts = checks.count_kept_per_layer(self.keep, model.expert_counts, "expert_merge")
         blocks = [block.index for block, _ in model.moe_blocks]
@@ -135,7 +135,7 @@ class ExpertMerge(Search):
                 "expert_merge: the thresholds of expert_skip would no longer fit the experts; put "
                 "expert_skip after it"
             )
-        left = self._left(model)
+        left = self._count_left(model)
         for block, layer in model.moe_blocks:
             step._check_count(block, layer, left[block.index])
         if tuple(left.values()) == model.expert_counts:
@@ -159,16 +159,16 @@ class ExpertMerge(Search):
 
     def plan(self, model: Model) -> Model:
         """Each layer with its first experts, with which those that go are merged in turn."""
-        step, left = self.resolve(model), self._left(model)
+        step, left = self.resolve(model), self._count_left(model)
         for block, layer in model.moe_blocks:
             kept, count = left[block.index], len(layer.experts)
             if kept < count:
                 # As many as possible are tied: recover needs memory for each.
                 groups = tuple((n, *range(kept + n, count, kept)) for n in range(kept))
-                model = model.replace_block(step._merged(block, layer, groups))
+                model = model.replace_block(step._plan_merged(block, layer, groups))
         return model
 
-    def _merged(self, block: Block, layer: MoELayer, groups: Sequence[ExpertGroup]) -> Block:
+    def _plan_merged(self, block: Block, layer: MoELayer, groups: Sequence[ExpertGroup]) -> Block:
         """Return the block with merged experts, whose numbers are not computed yet."""
         centroids = [group[0] for group in groups]
         if self.routing == "centroids":
@@ -180,7 +180,7 @@ class ExpertMerge(Search):
             new = replace(block, mlp=replace(layer, experts=experts, rows=rows))
         weights = dict(new.weights())
         roles = [
-            _role(new, place, part)
+            _get_role(new, place, part)
             for place, group in enumerate(groups)
             if len(group) > 1
             for part in PARTS
@@ -197,7 +197,7 @@ class ExpertMerge(Search):
         experts = max(model.expert_counts)
         width = max(layer.experts[0].gate.shape[0] for _, layer in model.moe_blocks)
         sampled = 4 * 2 * SAMPLED * (hidden + width)
-        means = 4 * 3 * hidden * width * max(step._left(model).values())
+        means = 4 * 3 * hidden * width * max(step._count_left(model).values())
         inside = 4 * 4 * min(tokens, BATCH_TOKENS) * width  # an expert on all tokens of a batch
         sums = estimate_merge_bytes(experts, hidden, width, align=bool(step.align))
         return replace(
@@ -214,7 +214,7 @@ class ExpertMerge(Search):
         from moe2edge.calibration import walk
 
         step = self.resolve(context.model)
-        merger = _Merger(step, context, self._left(context.model))
+        merger = _Merger(step, context, self._count_left(context.model))
         model, _ = walk.walk(
             context.model,
             context.tokens,
@@ -235,13 +235,13 @@ class ExpertMerge(Search):
         )
 
 
-def _role(block: Block, place: int, part: str) -> str:
+def _get_role(block: Block, place: int, part: str) -> str:
     """Return the role of a matrix of an expert, which alone in its layer is a plain MLP."""
     kind = f"experts.{place}" if isinstance(block.mlp, MoELayer) else "dense"
     return f"{kind}.{part}"
 
 
-def _numbers(layer: MoELayer, n: int) -> Matrices:
+def _load_numbers(layer: MoELayer, n: int) -> Matrices:
     """Load the numbers of an expert, float32."""
     from moe2edge.numerics.expert_groups import Matrices
     from moe2edge.runtime.decoder_blocks import load_finite
@@ -250,7 +250,7 @@ def _numbers(layer: MoELayer, n: int) -> Matrices:
     return Matrices(load_finite(expert.gate), load_finite(expert.up), load_finite(expert.down))
 
 
-def _in_order(block: Block, layer: MoELayer, orders: Mapping[int, Tensor]) -> Block:
+def _reorder(block: Block, layer: MoELayer, orders: Mapping[int, Tensor]) -> Block:
     """Return the block with the neurons of some experts, by position, in another order."""
 
     def permuted(weight: Weight, order: Tensor, dim: int) -> Weight:
@@ -338,23 +338,23 @@ class _Merger:
             return block
         facts = Facts({kind: observer.result() for kind, observer in self.observers.items()})
         scores = criteria.score_experts(WEIGHTED_BY[self.step.method], block, facts)
-        groups = self._groups(self.left[block.index], sums, scores)
-        merged = self.step._merged(block, layer, groups)
+        groups = self._find_groups(self.left[block.index], sums, scores)
+        merged = self.step._plan_merged(block, layer, groups)
         inputs = torch.cat(samples.inputs)
-        orders = self._orders(layer, groups, inputs)
+        orders = self._match_orders(layer, groups, inputs)
         if self.step.routing == "members" and orders:
-            self.originals.append(_in_order(block, layer, orders))
+            self.originals.append(_reorder(block, layer, orders))
         numbers: dict[str, Tensor] = {}
         for place, group in enumerate(groups):
             if len(group) > 1:
-                mean = self._mean(block, layer, group, scores, orders)
-                numbers |= {_role(merged, place, part): getattr(mean, part) for part in PARTS}
+                mean = self._average(block, layer, group, scores, orders)
+                numbers |= {_get_role(merged, place, part): getattr(mean, part) for part in PARTS}
         merged = self.context.store.put(merged, numbers)
         del numbers  # before the block is in memory again
         self._account(block, merged, groups, inputs, torch.cat(samples.outputs))
         return merged
 
-    def _groups(
+    def _find_groups(
         self, kept: int, sums: ExpertSums, scores: Sequence[float]
     ) -> tuple[ExpertGroup, ...]:
         from moe2edge.numerics import expert_groups
@@ -369,7 +369,7 @@ class _Merger:
             expert_groups.compute_ream_similarity(sums), kept, scores, limit
         )
 
-    def _orders(
+    def _match_orders(
         self, layer: MoELayer, groups: Sequence[ExpertGroup], inputs: Tensor
     ) -> dict[int, torch.Tensor]:
         """Order the neurons of experts that are not centroids; empty: the order stays."""
@@ -381,17 +381,19 @@ class _Merger:
         found = None
         if self.step.method == "ream":
             found = expert_groups.compute_layer_axes(
-                lambda: (_numbers(layer, n) for n in everyone), self.step.seed
+                lambda: (_load_numbers(layer, n) for n in everyone), self.step.seed
             )
         orders = {}
         for centroid, *others in groups:
-            first = _numbers(layer, centroid) if others else None
+            first = _load_numbers(layer, centroid) if others else None
             for n in others:
                 assert first is not None
-                orders[n] = expert_groups.align_neurons(first, _numbers(layer, n), inputs, found)
+                orders[n] = expert_groups.align_neurons(
+                    first, _load_numbers(layer, n), inputs, found
+                )
         return orders
 
-    def _mean(
+    def _average(
         self,
         block: Block,
         layer: MoELayer,
@@ -412,7 +414,7 @@ class _Merger:
 
         def experts() -> Iterator[tuple[float, Matrices]]:
             for n, weight in zip(group, weights, strict=True):
-                numbers = _numbers(layer, n)
+                numbers = _load_numbers(layer, n)
                 yield weight, numbers.permute(orders[n]) if n in orders else numbers
 
         return expert_groups.average_experts(experts())

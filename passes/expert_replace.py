@@ -217,7 +217,7 @@ class ExpertReplace(Search):
             return self.rank
         return max(1, min(layer.experts[0].gate.shape) // RANK_PART[self.kind])
 
-    def _least(self, model: Model) -> int:
+    def _count_least(self, model: Model) -> int:
         """Return the tokens that a map needs. With fewer, a constant generalizes better."""
         if self.kind == "constant":
             return 0
@@ -232,7 +232,7 @@ class ExpertReplace(Search):
         group = self.group_size if self.kind == "base" else None
         return Sharing(self.budget or 0, self._rank, group)
 
-    def _replaced(self, model: Model) -> dict[int, int]:
+    def _count_replaced(self, model: Model) -> dict[int, int]:
         """Count the experts that are replaced, by the index of their block, according to `keep`."""
         sizes = model.expert_counts
         counts = checks.count_kept_per_layer(self.keep or 0, sizes, "expert_replace")
@@ -262,13 +262,13 @@ class ExpertReplace(Search):
         from moe2edge.passes._replace_bases import count_expert_bytes
         from moe2edge.passes._replace_maps import estimate_size
 
-        whole, budget = count_expert_bytes(model), self._budget(model)
+        whole, budget = count_expert_bytes(model), self._get_budget(model)
         told = f"expert_replace: the budget is {budget:,} bytes of the {whole:,} that experts take"
         if budget >= whole:
             raise InputError(f"{told}; nothing to do, lower it")
         least = 0
         for _, layer in model.moe_blocks:
-            size, count, old = estimate_size(layer), len(layer.experts), _old_nbytes(layer)
+            size, count, old = estimate_size(layer), len(layer.experts), _count_old_bytes(layer)
             needed = size.expert + (count - 1) * size.constant
             if self._share_of(model, layer) < needed:
                 # Convert to a budget of all layers, of which each gets the same fraction.
@@ -284,15 +284,15 @@ class ExpertReplace(Search):
         from moe2edge.passes._replace_bases import count_expert_bytes
         from moe2edge.passes._replace_maps import estimate_size
 
-        old = _old_nbytes(layer)
+        old = _count_old_bytes(layer)
         whole = len(layer.experts) * estimate_size(layer).expert + old
-        return self._budget(model) * whole // count_expert_bytes(model) - old
+        return self._get_budget(model) * whole // count_expert_bytes(model) - old
 
     def _check_replacements(self, model: Model) -> None:
         if self.allots:
             self._check_budget(model)
             return
-        counts = self._replaced(model)
+        counts = self._count_replaced(model)
         for block, layer in model.moe_blocks:
             expert, rank = layer.experts[0], self._rank(layer)
             hidden = expert.gate.shape[1]
@@ -311,7 +311,7 @@ class ExpertReplace(Search):
         if not any(counts.values()):
             raise InputError(f"expert_replace: keep {self.keep} keeps every expert; nothing to do")
 
-    def _budget(self, model: Model) -> int:
+    def _get_budget(self, model: Model) -> int:
         """Return the budget in bytes."""
         from moe2edge.passes._replace_bases import count_expert_bytes
 
@@ -325,7 +325,7 @@ class ExpertReplace(Search):
             return self._sharing.plan(model)
         if self.allots:
             return self._plan_budget(model)
-        counts = self._replaced(model)
+        counts = self._count_replaced(model)
         for block, layer in model.moe_blocks:
             count = len(layer.experts)
             gone = range(count - counts[block.index], count)
@@ -361,7 +361,7 @@ class ExpertReplace(Search):
         model = planned.before
         hidden = model.family.geometry(model.config).hidden
         every = self.shares or self.allots or self.criterion in (None, "residual")
-        counts = model.expert_counts if every else tuple(self._replaced(model).values())
+        counts = model.expert_counts if every else tuple(self._count_replaced(model).values())
         remedy = "replace fewer experts in one pass, or use a larger machine"
         if not self.shares:
             if every:
@@ -411,10 +411,10 @@ class ExpertReplace(Search):
                 for block, _ in context.model.moe_blocks
             }
         fitter = Fitter(
-            None if self.allots else self._replaced(context.model),
+            None if self.allots else self._count_replaced(context.model),
             self._rank,
             self.ridge,
-            self._least(context.model),
+            self._count_least(context.model),
             context.store,
             scores,
             (lambda layer: self._share_of(context.model, layer)) if self.allots else None,
@@ -429,7 +429,7 @@ class ExpertReplace(Search):
             memory=context.memory,
         )
         if self.allots:
-            check_budget(context.model, model, self._budget(context.model), fitter.notes)
+            check_budget(context.model, model, self._get_budget(context.model), fitter.notes)
         return Outcome(model, changed=tuple(fitter.changed), notes=tuple(fitter.notes))
 
     def _share(self, context: PassContext) -> Outcome:
@@ -475,6 +475,6 @@ class ExpertReplace(Search):
         return replace(builder.run(), facts=(UntiedModel(context.model),))
 
 
-def _old_nbytes(layer: MoELayer) -> int:
+def _count_old_bytes(layer: MoELayer) -> int:
     """Count the bytes of the replacements that a layer has already."""
     return sum(w.nbytes for row in layer.replaced for _, w in layer.rows[row].weights())

@@ -146,9 +146,9 @@ class _Solver:
         self.device, self.dtype = options.place(), options.dtype()
         self._spaces: dict[int, Tensor] = {}
 
-    def alone(self, block: Block) -> Mapping[str, Quantized]:
+    def solve_alone(self, block: Block) -> Mapping[str, Quantized]:
         """Round factors and linear maps to nearest; in 8 bits they need no error feedback."""
-        return self._options.alone(block, self._options.scales)
+        return self._options.solve_alone(block, self._options.scales)
 
     def nbytes(self, shapes: Sequence[tuple[int, ...]]) -> int:
         """Estimate the bytes of memory that solving one group takes."""

@@ -221,7 +221,7 @@ class Recover(Train):
         if (text := texts.training) is None:
             return super().estimate(planned, texts)
         model = planned.before
-        sizes = TrainingSizes.of(model, self._selection, self.lora_rank)
+        sizes = TrainingSizes.measure(model, self._selection, self.lora_rank)
         at_once = min(self.batch, _recover_trainer.count_samples_at_once(text.length))
         logits = 3 if self.loss == "text" else 5 if self.text_share else 4
         training = TRAINED_BYTES * sizes.trained + sizes.adapters
@@ -263,12 +263,12 @@ class Recover(Train):
         text = TextSize(*context.training.shape)
         self.check_text(text)
         self._state_cost(context, text)
-        with _folder(context) as folder:
-            recovered, state = self._trained(context, context.training, States(folder))
+        with _open_folder(context) as folder:
+            recovered, state = self._train(context, context.training, States(folder))
         model, after = context.model, None
         if state:
             model = _recover_parameters.attach_trained(model, state, context.store)
-            after = self._as_stored(context, model, recovered.progress.best)
+            after = self._measure_stored(context, model, recovered.progress.best)
         before = recovered.progress.history[0].perplexity
         better = after is not None and after < (1 - NOISE) * before
         notes, figures = self._account(recovered, after, better=better)
@@ -281,7 +281,7 @@ class Recover(Train):
         )
         return Outcome(model, tuple(changed), notes=notes, figures=figures)
 
-    def _as_stored(self, context: PassContext, model: Model, perplexity: float) -> float:
+    def _measure_stored(self, context: PassContext, model: Model, perplexity: float) -> float:
         """Measure the held-out perplexity as stored, given the ``perplexity`` before rounding."""
         from moe2edge.calibration import walk
         from moe2edge.numerics import metrics
@@ -300,7 +300,7 @@ class Recover(Train):
             DoesNotFit: there is less.
         """
         model = context.model
-        count = TrainingSizes.of(model, self._selection, self.lora_rank).trained
+        count = TrainingSizes.measure(model, self._selection, self.lora_rank).trained
         cost = self.estimate(PlannedStep(self, model, model), context.texts)
         gpu = f"{cost.gpu / 1e9:.2f} GB of GPU memory, " if cost.gpu else ""
         context.reporter.log(
@@ -312,7 +312,7 @@ class Recover(Train):
         # Groups of experts that share a base can be others than planned.
         cost.check(context.memory.limit)
 
-    def _trained(
+    def _train(
         self, context: PassContext, tokens: Tensor, states: States
     ) -> tuple[Recovered, dict[str, Tensor]]:
         """Train; return the result and the changed parameters by name, none if none got better."""
@@ -325,7 +325,7 @@ class Recover(Train):
         text, held_out = tokens[: -self.held_out], tokens[-self.held_out :]
         saved = states.progress()
         over = saved is not None and saved.finished
-        objective = self._objective(context, text, states.folder, over=over)
+        objective = self._make_objective(context, text, states.folder, over=over)
         names = _recover_parameters.select_parameters(context.model, self._selection.takes_anywhere)
         loaded: Any = build_transformers_model(context.model, torch.float32, packed=False)
         _recover_parameters.check_parameters(context.model, dict(loaded.named_parameters()))
@@ -348,7 +348,7 @@ class Recover(Train):
             text,
             held_out,
             objective,
-            self._settings(),
+            self._make_settings(),
             states,
             context.reporter,
             annealed,
@@ -357,9 +357,9 @@ class Recover(Train):
             objective.teacher.forget()
         if not recovered.best:
             return recovered, {}
-        return recovered, self._numbers(loaded, parameters, recovered.best, names)
+        return recovered, self._collect_numbers(loaded, parameters, recovered.best, names)
 
-    def _objective(
+    def _make_objective(
         self, context: PassContext, text: Tensor, folder: Path, *, over: bool
     ) -> Objective:
         """Make the loss; a training that is over needs none."""
@@ -372,7 +372,7 @@ class Recover(Train):
         )
         return Objective(teacher, self.text_share, self.tail == "bucket")
 
-    def _settings(self) -> TrainerSettings:
+    def _make_settings(self) -> TrainerSettings:
         from moe2edge.passes._recover_trainer import TrainerSettings
 
         return TrainerSettings(
@@ -406,7 +406,7 @@ class Recover(Train):
             found.append(mixed.anneal(layer, original))
         return found
 
-    def _numbers(
+    def _collect_numbers(
         self,
         loaded: Any,
         parameters: Mapping[str, nn.Parameter],
@@ -459,7 +459,7 @@ class Recover(Train):
 
 
 @contextlib.contextmanager
-def _folder(context: PassContext) -> Iterator[Path]:
+def _open_folder(context: PassContext) -> Iterator[Path]:
     """Open the folder for checkpoints; a temporary one if none outlives the run."""
     if context.scratch is not None:
         yield context.scratch

@@ -39,9 +39,9 @@ class _Solver(GroupSolver):
     def __init__(self, options: Rtn, model: Model) -> None:
         self._options, self._model, self._schemes = options, model, options.schemes(model)
 
-    def alone(self, block: Block) -> Mapping[str, Quantized]:
+    def solve_alone(self, block: Block) -> Mapping[str, Quantized]:
         """Round factors and linear maps to nearest."""
-        return self._options.alone(block, self._options.scales)
+        return self._options.solve_alone(block, self._options.scales)
 
     def nbytes(self, shapes: Sequence[tuple[int, ...]]) -> int:
         """Estimate the bytes of one matrix, its integers and temporary results."""

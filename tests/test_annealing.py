@@ -55,7 +55,7 @@ class Leaning(torch.nn.Module):
 
 def settings(**changes: Any) -> TrainerSettings:
     step = Recover.model_validate({**QUICK_TRAINING, **changes})
-    return step._settings()
+    return step._make_settings()
 
 
 def test_original_weights_fade_out_step_by_step() -> None:

@@ -198,7 +198,7 @@ def test_maps_that_became_constants_are_nothing_to_round(tiny: Make) -> None:
 def test_quantizing_them_twice_is_refused(tiny: Make) -> None:
     model = replaced(tiny("mixtral"), "base")
     for block in model.blocks:
-        numbers = Rtn(factors=8).alone(block, "mse")
+        numbers = Rtn(factors=8).solve_alone(block, "mse")
         model = model.replace_block(attach_numbers(block, numbers))
     with pytest.raises(InputError, match="quantizes twice"):
         Rtn(factors=8).check(model)

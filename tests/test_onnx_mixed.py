@@ -166,7 +166,7 @@ def test_logits_are_those_of_pytorch(
 def with_eight_bits(model: Model) -> Model:
     """``model`` with factors and linear maps rounded to 8 bits."""
     for block in model.blocks:
-        model = model.replace_block(attach_numbers(block, Rtn(factors=8).alone(block, "mse")))
+        model = model.replace_block(attach_numbers(block, Rtn(factors=8).solve_alone(block, "mse")))
     return model
 
 

@@ -166,7 +166,7 @@ def test_a_map_needs_half_as_many_tokens_as_inputs(tiny: Make) -> None:
     model = open_checkpoint(str(tiny("olmoe"))).model
     for options, least in (({}, 32), ({"min_tokens": 3}, 3)):
         step = ExpertReplace.model_validate({"with": "linear", "keep": 3, **options})
-        assert step._least(model) == least
+        assert step._count_least(model) == least
 
 
 def test_ranks_in_steps() -> None:

@@ -87,19 +87,19 @@ class Report:
                 f"parameters, {step.nbytes / 1e6:.2f} MB, {step.seconds:.1f} s"
             )
             said += [f"  {note}" for note in step.notes]
-        said += [*self._skipping(), *self._grown().splitlines()[:1]]
+        said += [*self._describe_skipping(), *self._describe_materialized().splitlines()[:1]]
         for target, loaders in self.loaders.items():
             for loader in loaders:
                 said.append(f"{target} in {loader.program}: {loader.text}")
         return said
 
-    def _grown(self) -> str:
+    def _describe_materialized(self) -> str:
         """Describe the cost of materializing in a paragraph; empty if nothing was materialized."""
         if self.materialized is None:
             return ""
         return f"Materialized: tied experts are stored with full matrices, {self.materialized}.\n\n"
 
-    def _skipping(self) -> list[str]:
+    def _describe_skipping(self) -> list[str]:
         """Describe what dynamic skipping left out on the evaluation text, and the time it saved."""
         if self.skip_rate is None:
             return []
@@ -128,7 +128,7 @@ class Report:
         name = target.name
         (folder / RECIPE_FILE).write_text(self.recipe, "utf-8")
         write_json(folder / REPORT_FILE, self.to_json())
-        (folder / "README.md").write_text(self._card(name, checkpoint), "utf-8")
+        (folder / "README.md").write_text(self._render_card(name, checkpoint), "utf-8")
         write_manifest(
             folder,
             name,
@@ -158,13 +158,13 @@ class Report:
             versions=dict(versions),
         )
 
-    def _card(self, target: str, checkpoint: Checkpoint) -> str:
+    def _render_card(self, target: str, checkpoint: Checkpoint) -> str:
         """Write the text of README.md, with the metadata that the hub reads."""
         from huggingface_hub import ModelCardData
 
         data = ModelCardData(
             base_model=None if checkpoint.source.startswith("builtin:") else checkpoint.source,
-            license=_license(checkpoint),
+            license=_find_license(checkpoint),
             library_name="onnxruntime" if target == "onnx" else "transformers",
             pipeline_tag="text-generation",
             tags=["moe2edge", "mixture-of-experts", target],
@@ -183,14 +183,14 @@ class Report:
         return (
             f"---\n{data.to_yaml()}\n---\n\n# {checkpoint.source}, compressed with moe2edge\n\n"
             f"{self.family}, written for the target `{target}`{options}.\n\n"
-            f"{table}\n\n{self.caption()}.\n\n{self._grown()}"
+            f"{table}\n\n{self.caption()}.\n\n{self._describe_materialized()}"
             f"## Who can load it\n\n{loaders}\n\n## Run it\n\n"
             f'```sh\nmoe2edge generate . "Once upon a time"\nmoe2edge verify .\n```\n\n'
             f"## Recipe\n\n```yaml\n{self.recipe}```\n"
         )
 
 
-def _license(checkpoint: Checkpoint) -> str | None:
+def _find_license(checkpoint: Checkpoint) -> str | None:
     """Return the license that the model card of the source names."""
     from huggingface_hub import ModelCard
 

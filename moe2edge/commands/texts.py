@@ -69,7 +69,7 @@ def load_calibration(checkpoint: Checkpoint, recipe: Recipe, reporter: Reporter)
         from moe2edge.calibration import self_sampling
 
         return self_sampling.sample_tokens(checkpoint, source, reporter)
-    return _tokens(checkpoint, source, "calibration")
+    return _load_tokens(checkpoint, source, "calibration")
 
 
 def load_evaluation(checkpoint: Checkpoint, recipe: Recipe) -> Tokens:
@@ -85,7 +85,7 @@ def load_evaluation(checkpoint: Checkpoint, recipe: Recipe) -> Tokens:
         longest = checkpoint.model.family.geometry(checkpoint.config).max_positions
         length = min(longest, verify.PREFILL + verify.PARITY_STEPS)
         source = TextSource(text=BUILTIN_TEXT, samples=verify.SAMPLES, length=length)
-    return _tokens(checkpoint, source, "evaluation")
+    return _load_tokens(checkpoint, source, "evaluation")
 
 
 def load_training(checkpoint: Checkpoint, recipe: Recipe) -> Tokens | None:
@@ -94,10 +94,10 @@ def load_training(checkpoint: Checkpoint, recipe: Recipe) -> Tokens | None:
     Raises:
         InputError: the text is missing or unsuitable.
     """
-    return _tokens(checkpoint, recipe.training, "training") if recipe.training else None
+    return _load_tokens(checkpoint, recipe.training, "training") if recipe.training else None
 
 
-def _tokens(checkpoint: Checkpoint, source: TextSource, purpose: str) -> Tokens:
+def _load_tokens(checkpoint: Checkpoint, source: TextSource, purpose: str) -> Tokens:
     from moe2edge.calibration.tokens import load_tokens
     from moe2edge.storage.tokenizer import load_tokenizer
 

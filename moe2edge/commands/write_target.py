@@ -89,7 +89,7 @@ def fit_for_targets(model: Model, targets: Sequence[Target], *, materialize: boo
         if not model.tied_count:
             raise
         whole = edits.materialize(model)
-        other = _refusal(whole, targets)
+        other = _find_refusal(whole, targets)
         if other is not None and materialize:
             raise Unsupported(
                 f"{error}; with tied experts materialized: {other}; if only some of the targets "
@@ -111,7 +111,7 @@ def describe_cost(model: Model, whole: Model) -> str:
     return f"{whole.nbytes / 1e6:.1f} MB in place of {model.nbytes / 1e6:.1f}"
 
 
-def _refusal(model: Model, targets: Sequence[Target]) -> Unsupported | None:
+def _find_refusal(model: Model, targets: Sequence[Target]) -> Unsupported | None:
     try:
         for target in targets:
             target.accepts(model)

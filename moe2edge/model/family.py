@@ -164,7 +164,7 @@ class Family:
             raise Unsupported(f"{self.model_type} with {refused} is not supported")
         if config.get("hidden_act", "silu") != "silu":
             raise Unsupported(
-                f"hidden_act {config['hidden_act']!r}; is not supported; only 'silu' is"
+                f"hidden_act {config['hidden_act']!r} is not supported; only 'silu' is"
             )
         check_rope(config)
 

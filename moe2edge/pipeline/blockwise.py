@@ -407,7 +407,7 @@ def solve_blocks(
                 hidden = _move_near(hidden, solver.device)
         tally.begin(block)
         if isinstance(solver, GroupSolver):
-            alone = solver.alone(block)
+            alone = solver.solve_alone(block)
             shown = attach_numbers(block, alone) if solver.propagate else block
             parts = _BlockWork(model, shown, solver, tally, memory)
             numbers = parts.solve_without_tokens() if hidden is None else parts.run(hidden)

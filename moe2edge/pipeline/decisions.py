@@ -208,7 +208,7 @@ def carry_out_decisions(decisions: Decisions, model: Model) -> Model:
         )
     model = model.keep_blocks([places[entry.origin] for entry in kept])
     for entry, block in zip(kept, model.blocks, strict=True):
-        new = _carried_out(entry, block)
+        new = _carry_out(entry, block)
         if (found := _describe(new, entry.experts_before)) != entry:
             raise InputError(
                 f"block {entry.origin} is {found.text} and cannot become {entry.text}; put "
@@ -229,7 +229,7 @@ def describe_shape(family: str, before: tuple[int, ...]) -> str:
     return f"{family} with {', '.join(f'{n} blocks of {count} experts' for count, n in runs)}"
 
 
-def _carried_out(entry: BlockDecision, block: Block) -> Block:
+def _carry_out(entry: BlockDecision, block: Block) -> Block:
     """Return the block as decided, or as near to that as possible."""
     if entry == _describe(block, entry.experts_before):
         return block

@@ -122,7 +122,7 @@ class GroupSolver(Protocol):
 
         return torch.float32
 
-    def alone(self, block: Block) -> Mapping[str, Quantized]:
+    def solve_alone(self, block: Block) -> Mapping[str, Quantized]:
         """Compute numbers, by role, of matrices outside of groups, which need no inputs."""
         return {}
 
