@@ -1,6 +1,6 @@
 """Count the files and lines that a newcomer reads and touches to add something.
 
-For a pass, a target, a family and a verb, two counts of what is read:
+For a pass, a target, a family and a command, two counts of what is read:
 
 - *told*: the page, and the files that it tells to read. Pages name them in a list below
   ``**Read first**``; `BEFORE` has them for a checkout from before there were pages, where
@@ -33,7 +33,7 @@ PAGES = {
     "pass": "docs/add-a-pass.md",
     "target": "docs/add-a-target.md",
     "family": "docs/add-a-family.md",
-    "verb": "CONTRIBUTING.md",
+    "command": "CONTRIBUTING.md",
 }
 
 
@@ -54,12 +54,12 @@ class Old:
     generated: int = 0
 
 
-# Of f14e8d5. CONTRIBUTING said nothing of targets and verbs.
+# Of f14e8d5. CONTRIBUTING said nothing of targets and commands.
 BEFORE = {
     "pass": Old(("CONTRIBUTING.md", "moe2edge/pipeline.py"), "passes/layer_drop.py", 3, 1),
     "target": Old(("CONTRIBUTING.md", "moe2edge/target.py"), "targets/hf.py", 3),
     "family": Old(("CONTRIBUTING.md", "moe2edge/families.py"), "", 3),
-    "verb": Old(("CONTRIBUTING.md", "moe2edge/cli.py"), "moe2edge/cli_recipe.py", 4),
+    "command": Old(("CONTRIBUTING.md", "moe2edge/cli.py"), "moe2edge/cli_recipe.py", 4),
 }
 
 
@@ -134,7 +134,7 @@ def measure_after() -> list[str]:
                 lines += len(code.splitlines())
                 if title[1].startswith(("passes/", "targets/")):
                     imports |= find_imports(code, ROOT)
-        if kind == "verb":  # its page names a file as the example
+        if kind == "command":  # its page names a file as the example
             example = ROOT / list_items(text, "Read first")[-1]
             imports |= find_imports(example.read_text("utf-8"), ROOT)
         told = {path for path in told if path.is_file()}

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import pytest
 import torch
@@ -63,10 +64,10 @@ RECIPES: dict[str, list[dict[str, Any]]] = {
     "rtn": [{"rtn": {}}],
     "sparsify": [{"sparsify": {"method": "sparsegpt", "pattern": "2:4"}}],
 }
-# A pass that needs no options here has no line; new ones stand behind those that have.
+# A pass that needs no options here has no line.
 RECIPES |= {name: [{name: {}}] for name in registry.list_passes() if name not in RECIPES}
-# Each pass with one family, so that all have their turn; a new pass changes no other one's.
-FAMILY_OF = {name: sorted(FAMILIES)[n % len(FAMILIES)] for n, name in enumerate(RECIPES)}
+# Each pass with one family. Its name decides, so that a new pass changes no other one's.
+FAMILY_OF = {name: sorted(FAMILIES)[crc32(name.encode()) % len(FAMILIES)] for name in RECIPES}
 
 
 # ---- what is slow --------------------------------------------------------------------------------
@@ -120,6 +121,12 @@ def export(
 def list_steps(name: str, folder: Path, scratch: Path) -> list[dict[str, Any]]:
     """Return the recipe of a pass for a checkpoint, with a file of decisions if it reads one."""
     if name != "apply_decisions":
+        fields = registry.find_pass(name).model_fields
+        missing = [option for option, field in fields.items() if field.is_required()]
+        given = next((step[name] for step in RECIPES[name] if name in step), {})
+        assert given or not missing, (
+            f"{name} needs {missing}: add a line for it to RECIPES in tests/helpers.py"
+        )
         return list(RECIPES[name])
     file, sets = scratch / "decide.json", scratch / "sets.json"
     file.write_text(json.dumps({"passes": [{"expert_drop": {"keep": 5}}]}))
