@@ -277,14 +277,14 @@ def test_the_python_page_runs_in_order(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_adding_a_pass(clone: Path) -> None:
     follow("add-a-pass.md", clone)
-    report = (clone / "out" / "report.json").read_text("utf-8")
+    report = (clone / "out-half" / "report.json").read_text("utf-8")
     assert '"name": "expert_half"' in report
 
 
 @pytest.mark.slow
 def test_adding_a_target(clone: Path) -> None:
     follow("add-a-target.md", clone)
-    assert (clone / "out" / "weights.npz").is_file()
+    assert (clone / "out-npz" / "weights.npz").is_file()
 
 
 @pytest.mark.slow
