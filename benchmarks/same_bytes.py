@@ -98,7 +98,7 @@ class Study:
             work.append((f"{short(model)} decisions", self._decide, (model,)))
             chosen = [case for case in make_cases(bundled) if only in case.name]
             for case in chosen:
-                for targets in (case.held, *((target,) for target in case.solve_alone)):
+                for targets in (case.held, *((target,) for target in case.alone)):
                     name = f"{short(model)} {case.name} {','.join(targets)}"
                     work.append((name, self._export, (model, case, targets)))
             for case in chosen:
