@@ -146,7 +146,7 @@ def test_evaluate_takes_a_seed(pair: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--field", "q", "--template", "{a}"], "a field or a template, not both"),
+        (["--field", "q", "--template", "{a}"], "give field or template, not both"),
         (["--template", "{b}"], "qa.jsonl, line 1 has no text in field 'b'"),
         (["--template", "a"], "expected: a text with plain fields"),
         (["--text", "none.txt:1,builtin:1"], "evaluation text none.txt does not exist"),
