@@ -123,7 +123,7 @@ def list_steps(name: str, folder: Path, scratch: Path) -> list[dict[str, Any]]:
     if name != "apply_decisions":
         fields = registry.find_pass(name).model_fields
         missing = [option for option, field in fields.items() if field.is_required()]
-        given = next((step[name] for step in RECIPES[name] if name in step), {})
+        given: dict[str, Any] = next((step[name] for step in RECIPES[name] if name in step), {})
         assert given or not missing, (
             f"{name} needs {missing}: add a line for it to RECIPES in tests/helpers.py"
         )

@@ -298,6 +298,7 @@ def test_a_control_groups_at_random(tiny: Make) -> None:
 @pytest.mark.parametrize("family", each_family("qwen3_moe"))
 @pytest.mark.parametrize("slim", slow_except(["gptq", "awq"], "gptq"))
 @pytest.mark.parametrize("how", ["base", "svd"])
+@pytest.mark.slow
 def test_bases_are_quantized_and_factors_are_not(
     tiny: Make, tmp_path: Path, family: str, slim: str, how: str
 ) -> None:
@@ -429,6 +430,7 @@ def test_replacements_and_bases_do_not_mix(tiny: Make, tmp_path: Path) -> None:
         {"expert_merge": {"method": "m-smoe", "keep": 4}},
     ],
 )
+@pytest.mark.slow
 def test_one_expert_for_each_token(
     tiny: Make, tmp_path: Path, family: str, step: dict[str, Any]
 ) -> None:
@@ -465,6 +467,7 @@ def test_experts_that_share_cannot_be_dropped(tiny: Make, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("family", each_family("qwen2_moe"))
+@pytest.mark.slow
 def test_tied_experts_can_be_materialized(tiny: Make, tmp_path: Path, family: str) -> None:
     """For stock readers: refused without the flag, with what it costs; transformers loads it."""
     from transformers import AutoModelForCausalLM

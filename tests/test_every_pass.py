@@ -12,9 +12,15 @@ from moe2edge.pipeline import registry
 from moe2edge.testing import Make
 
 TRAINING = ["--set", "training.samples=12", "--set", "training.length=48"]
-# Each pass on one family; the others are slow.
+# A pass that drops, one that replaces and one that quantizes, on one family each; the others are
+# slow. Quicker tests of all passes: test_golden.py, and the files of their own.
+QUICK = ("expert_drop", "expert_replace", "gptq")
 CASES = [
-    pytest.param(name, family, marks=[] if FAMILY_OF[name] == family else pytest.mark.slow)
+    pytest.param(
+        name,
+        family,
+        marks=[] if name in QUICK and FAMILY_OF[name] == family else pytest.mark.slow,
+    )
     for name in sorted(RECIPES)
     for family in sorted(FAMILIES)
 ]

@@ -83,6 +83,7 @@ def kl_on(model: Model, source: Model, tokens: Tensor) -> list[float]:
 
 @pytest.mark.parametrize("sensitivity", ["kl", "error"])
 @pytest.mark.parametrize("family", each_family("olmoe"))
+@pytest.mark.slow
 def test_never_worse_than_uniform_where_it_is_chosen(
     tiny: Make, family: str, sensitivity: str
 ) -> None:

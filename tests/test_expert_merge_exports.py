@@ -53,6 +53,7 @@ def test_a_folder_computes_what_was_merged(
 
 @pytest.mark.parametrize("family", each_family("mixtral"))
 @pytest.mark.parametrize("method", slow_except(["m-smoe", "ream"], "ream"))
+@pytest.mark.slow
 def test_blocks_go_then_experts_merge_then_bits(
     tiny: Make, tmp_path: Path, family: str, method: str
 ) -> None:
@@ -82,6 +83,7 @@ def test_blocks_go_then_experts_merge_then_bits(
 
 @pytest.mark.parametrize("family", each_family("qwen2_moe"))
 @pytest.mark.parametrize("method", slow_except(METHODS, "hc-smoe"))
+@pytest.mark.slow
 def test_centroids_are_a_plain_smaller_model(
     tiny: Make, tmp_path: Path, family: str, method: str
 ) -> None:

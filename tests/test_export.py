@@ -141,6 +141,7 @@ def test_profile_measures_an_output(pair: Path) -> None:
 
 
 @pytest.mark.parametrize("family", each_family("qwen2_moe"))
+@pytest.mark.slow
 def test_two_runs_write_the_same_bytes(tiny: Make, tmp_path: Path, family: str) -> None:
     (tmp_path / "r.yaml").write_text(RECIPE)
     weights = []

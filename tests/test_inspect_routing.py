@@ -242,6 +242,7 @@ def test_uneven_quantized_output(
     assert "1 (was 2)" in result.stdout
 
 
+@pytest.mark.slow
 def test_layers_that_skip_and_layers_without_router(tiny: Make, tmp_path: Path) -> None:
     out = export(tiny("mixtral"), FORMS, tmp_path)
     model = output.open_stored_model(open_checkpoint(str(out)))

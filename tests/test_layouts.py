@@ -463,6 +463,7 @@ PIPELINES = [
 @pytest.mark.parametrize(
     ("family", "entry", "steps", "readable"), slow_except(PIPELINES, PIPELINES[2], PIPELINES[-1])
 )
+@pytest.mark.slow
 def test_export_verify_and_generate(
     family: str, entry: str, steps: str, readable: bool, tiny: Make, tmp_path: Path
 ) -> None:

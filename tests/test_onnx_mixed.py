@@ -425,6 +425,7 @@ print(process.memory_info().rss - before)
 @pytest.mark.parametrize(
     "kind", slow_except(["maps", "one map", "factors", "no bases"], "maps", "factors")
 )
+@pytest.mark.slow
 def test_low_rank_matrices_are_in_memory_as_they_are_stored(
     tiny: Make, tmp_path: Path, kind: str, bits: int
 ) -> None:

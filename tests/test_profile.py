@@ -358,7 +358,8 @@ print(json.dumps({"late": late, "new_threads": more - threads, "threads": runtim
 """
 
 
-@pytest.mark.parametrize("name", slow_except(["hf", "gptq", "onnx", "source"], "onnx"))
+@pytest.mark.parametrize("name", ["hf", "gptq", "onnx", "source"])
+@pytest.mark.slow
 def test_libraries_are_imported_before_the_folder_is_loaded(
     name: str, outputs: dict[str, Path]
 ) -> None:
@@ -383,6 +384,7 @@ def test_libraries_are_imported_before_the_folder_is_loaded(
         assert found["new_threads"] == 2
 
 
+@pytest.mark.slow
 def test_a_library_that_is_missing_is_reported_with_a_remedy(
     outputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -151,6 +151,7 @@ def reporter(lines: list[str]) -> moe2edge.Reporter:
     return moe2edge.Reporter(lines.append, lambda *_: None)
 
 
+@pytest.mark.slow
 def test_compress_gives_the_model_of_an_export(
     tmp_path: Path, reporter: moe2edge.Reporter, lines: list[str]
 ) -> None:
@@ -210,6 +211,7 @@ def test_compress_refuses_and_leaves_nothing(
         moe2edge.compress(tmp_path / "nowhere", SMALL)
 
 
+@pytest.mark.slow
 def test_export_takes_strings_paths_and_values(
     tmp_path: Path, reporter: moe2edge.Reporter, lines: list[str]
 ) -> None:

@@ -158,6 +158,7 @@ def half(model: Path, tmp_path: Path) -> Path:
         ("text", "begun with another calibration: then "),
     ),
 )
+@pytest.mark.slow
 def test_resuming_with_other_inputs_is_refused(
     tiny: Make, model: Path, half: Path, change: str, message: str
 ) -> None:
@@ -273,6 +274,7 @@ def test_other_experts_than_before_are_refused(model: Path, half: Path) -> None:
     assert "block 1 of the unfinished export had other experts" in result.stderr
 
 
+@pytest.mark.slow
 def test_lost_numbers_are_reported(model: Path, half: Path) -> None:
     work = half / "out.partial" / "work"
     for path in work.glob("block-*.safetensors"):

@@ -105,6 +105,7 @@ def test_picture_of_many_experts_and_of_negative_scores() -> None:
 @pytest.mark.parametrize(
     ("suffix", "magic"), [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".pdf", b"%PDF")]
 )
+@pytest.mark.slow
 def test_pictures_have_no_date_and_no_chance(suffix: str, magic: bytes) -> None:
     import matplotlib
 

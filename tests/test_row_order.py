@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers import each_family
 from moe2edge.calibration import walk
 from moe2edge.calibration.criteria import score_experts
 from moe2edge.calibration.observation import Facts
@@ -29,7 +30,6 @@ from moe2edge.model.experts import (
     Tied,
     list_full_rows,
 )
-from moe2edge.model.family import FAMILIES
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model
 from moe2edge.model.weights import Weight
@@ -127,7 +127,7 @@ def files(target: Target, model: Model, folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", each_family("mixtral"))
 def test_sorting_changes_nothing_that_is_computed(tiny: Make, family: str, kind: str) -> None:
     """In the walk, and as a transformers model; sorted rows are sorted already."""
     model = mix(open_checkpoint(str(tiny(family))).model, kind)
@@ -151,6 +151,7 @@ def test_sorting_changes_nothing_that_is_computed(tiny: Make, family: str, kind:
 
 
 @pytest.mark.parametrize("target", [Hf(layout="natural"), Gptq(layout="natural"), Onnx()])
+@pytest.mark.slow
 def test_folders_are_those_of_sorted_rows(
     tiny: Make, tmp_path: Path, kind: str, target: Target
 ) -> None:
@@ -197,6 +198,7 @@ def test_onnx_keeps_apart_what_is_quantized(tiny: Make, tmp_path: Path, kind: st
 
 
 @pytest.mark.parametrize("slim", ["gptq", "awq", "rtn"])
+@pytest.mark.slow
 def test_solvers_find_the_same(tiny: Make, kind: str, slim: str) -> None:
     model = mix(open_checkpoint(str(tiny("olmoe"))).model, kind)
     step: Any = find_pass(slim).model_validate({"bits": 8, "group_size": 32})

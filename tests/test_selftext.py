@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 
-from helpers import QUIET, run, slow_except
+from helpers import QUIET, run
 from moe2edge.calibration import self_sampling
 from moe2edge.runtime.memory import IMPORTED
 from moe2edge.runtime.torch_runtime import open_source
@@ -61,7 +61,8 @@ def test_the_choice_grows_by_the_least_squares_each_time() -> None:
     assert len(list(itertools.combinations(range(7), 3))) == 35
 
 
-@pytest.mark.parametrize("family", slow_except(["olmoe", "mixtral"], "olmoe"))
+@pytest.mark.parametrize("family", ["olmoe", "mixtral"])
+@pytest.mark.slow
 def test_export_without_a_text(tiny: Make, tmp_path: Path, family: str) -> None:
     out = tmp_path / "out"
     result = run(

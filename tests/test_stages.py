@@ -39,6 +39,7 @@ UNPLANNED = {
 
 
 @pytest.mark.parametrize("case", sorted(UNPLANNED))
+@pytest.mark.slow
 def test_passes_are_checked_on_the_model_that_they_get(
     tiny: Make, tmp_path: Path, case: str
 ) -> None:

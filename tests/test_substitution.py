@@ -251,6 +251,7 @@ def test_a_layer_adds_the_outputs_of_its_replacements(
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.slow
 def test_a_layer_adds_what_its_replacements_put_out(
     tiny: Make, tmp_path: Path, family: str
 ) -> None:
@@ -284,6 +285,7 @@ def test_a_layer_adds_what_its_replacements_put_out(
 
 
 @pytest.mark.parametrize("family", each_family("qwen3_moe"))
+@pytest.mark.slow
 def test_the_folder_generates(tiny: Make, tmp_path: Path, family: str) -> None:
     exported(tiny, family, tmp_path / "out", **{"with": "constant", "rank": None})
     loaded: Any = load(tmp_path / "out", dtype=torch.float32)
@@ -298,6 +300,7 @@ def test_the_folder_generates(tiny: Make, tmp_path: Path, family: str) -> None:
 
 @pytest.mark.parametrize("family", each_family("olmoe"))
 @pytest.mark.parametrize("slim", ["gptq", "awq", "rtn"])
+@pytest.mark.slow
 def test_experts_that_stay_are_quantized(
     tiny: Make, tmp_path: Path, family: str, slim: str
 ) -> None:

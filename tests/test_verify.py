@@ -59,6 +59,7 @@ def flip(path: Path, at: float) -> None:
 @pytest.mark.parametrize("at", slow_except([0.1, 0.5, 0.9], 0.5))
 @pytest.mark.parametrize("target", ["onnx", "gptq"])
 @pytest.mark.parametrize("renew", [False, True])
+@pytest.mark.slow
 def test_one_flipped_bit(
     folders: Path, tmp_path: Path, target: str, at: float, renew: bool
 ) -> None:
