@@ -14,7 +14,6 @@ from torch import Tensor
 from helpers import each_family, export, refuse, search
 from moe2edge.calibration import walk
 from moe2edge.model.experts import Linear, Replacement
-from moe2edge.model.family import FAMILIES
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model, is_quantizable
 from moe2edge.numerics import reduced_rank
@@ -245,14 +244,6 @@ def exported(tiny: Make, family: str, out: Path, **options: Any) -> tuple[Model,
 
 @pytest.mark.parametrize("family", each_family("qwen2_moe"))
 def test_a_layer_adds_the_outputs_of_its_replacements(
-    tiny: Make, tmp_path: Path, family: str
-) -> None:
-    """Token by token: the source's routing, and for experts that are gone their substitutes."""
-
-
-@pytest.mark.parametrize("family", sorted(FAMILIES))
-@pytest.mark.slow
-def test_a_layer_adds_what_its_replacements_put_out(
     tiny: Make, tmp_path: Path, family: str
 ) -> None:
     """Token by token: the source's routing, and for experts that are gone their replacements."""
