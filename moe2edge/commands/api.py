@@ -110,7 +110,12 @@ def compress(
     >>> [step.name for step in result.steps]
     ['expert_drop']
     """
-    from moe2edge.commands.preflight import check_pass_memory, check_sources, estimate_passes
+    from moe2edge.commands.preflight import (
+        check_pass_memory,
+        check_sources,
+        estimate_passes,
+        measure_texts,
+    )
     from moe2edge.commands.texts import load_calibration, load_training
     from moe2edge.pipeline.runner import run_passes
     from moe2edge.pipeline.stages import plan_passes
@@ -122,7 +127,7 @@ def compress(
     parsed = _parse(recipe).resolve(source)
     check_sources(parsed, checkpoint)
     plan, limit = plan_passes(parsed.passes, source), find_limit(max_memory)
-    check_pass_memory(source, estimate_passes(plan, parsed), limit)
+    check_pass_memory(source, estimate_passes(plan, measure_texts(parsed)), limit)
     calibration = load_calibration(checkpoint, parsed, reporter)
     training = load_training(checkpoint, parsed)
     folder = Path(tempfile.mkdtemp(prefix="moe2edge-"))

@@ -33,13 +33,13 @@ def refuse_early(
     Raises:
         InputError, Unsupported, DoesNotFit: so.
     """
-    source, texts = checkpoint.model, _measure_texts(recipe)
+    source, texts = checkpoint.model, measure_texts(recipe)
     check_sources(recipe, checkpoint)
     plan = plan_passes(recipe.passes, source)
     _check_training(recipe, texts, source)
     result = fit_for_targets(plan.result, targets, materialize=materialize)
     work_folder.check_output(out, force=force)
-    passes = estimate_passes(plan, recipe)
+    passes = estimate_passes(plan, texts)
     outputs = [(target, target.estimate(result)) for target in targets]
     needed = sum(estimate.disk for estimate in (*passes, *(own for _, own in outputs)))
     needed += estimate_hidden_bytes(plan, texts, budget)
@@ -51,9 +51,8 @@ def refuse_early(
     return plan
 
 
-def estimate_passes(plan: Plan, recipe: Recipe) -> list[Estimate]:
-    """Return what each pass will take with the texts of a recipe, from shapes alone."""
-    texts = _measure_texts(recipe)
+def estimate_passes(plan: Plan, texts: TextSizes) -> list[Estimate]:
+    """Return what each pass will take with texts of these sizes, from shapes alone."""
     return [planned.step.estimate(planned, texts) for planned in plan.steps]
 
 
@@ -75,7 +74,7 @@ def check_pass_memory(source: Model, passes: Sequence[Estimate], within: int | N
         estimate.check(within)
 
 
-def _measure_texts(recipe: Recipe) -> TextSizes:
+def measure_texts(recipe: Recipe) -> TextSizes:
     """Return the sizes of a recipe's texts, none of which is read."""
     calibration, training = recipe.calibration, recipe.training
     return TextSizes(
