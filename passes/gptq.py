@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field
 
-from moe2edge.errors import InputError
 from moe2edge.model.model import Block, Model
 from moe2edge.numerics.scheme import Scheme
 from moe2edge.passes._quantize import Quantize, Scales
@@ -93,12 +92,9 @@ class Gptq(Quantize):
         Raises:
             InputError: ``device`` is ``cuda``, and there is no GPU.
         """
-        import torch
+        from moe2edge.runtime.memory import choose_device
 
-        has_gpu = torch.cuda.is_available()
-        if self.device == "cuda" and not has_gpu:
-            raise InputError("gptq.device is cuda, and torch finds no GPU; leave it out")
-        return torch.device("cuda" if has_gpu and self.device != "cpu" else "cpu")
+        return choose_device(self.device, self.name)
 
     def dtype(self) -> torch.dtype:
         """Return the dtype of expert outputs and distant errors; Hessians are always float32."""

@@ -207,12 +207,9 @@ class Recover(Train):
         Raises:
             InputError: there is no GPU, and one is requested.
         """
-        import torch
+        from moe2edge.runtime.memory import choose_device
 
-        there = torch.cuda.is_available()
-        if self.device == "cuda" and not there:
-            raise InputError("recover.device is cuda, and torch finds no GPU; leave it out")
-        return torch.device("cuda" if there and self.device != "cpu" else "cpu")
+        return choose_device(self.device, self.name)
 
     def estimate(self, planned: PlannedStep, texts: TextSizes) -> Estimate:
         """Estimate what training takes, by the formulas of docs/recovery.md."""

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from moe2edge.errors import DoesNotFit
+from moe2edge.errors import DoesNotFit, InputError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 # Memory of Python with torch and transformers before any work, measured.
@@ -175,6 +176,24 @@ def avoid_fragmentation(most: int | None) -> None:
         return
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE)
+
+
+def choose_device(option: str, name: str) -> torch.device:
+    """Return the device that an option ``auto``, ``cpu`` or ``cuda`` of a pass means.
+
+    Args:
+        option: its value; auto: the GPU where there is one.
+        name: name of the pass, for the message.
+
+    Raises:
+        InputError: ``cuda``, and there is no GPU.
+    """
+    import torch
+
+    has_gpu = torch.cuda.is_available()
+    if option == "cuda" and not has_gpu:
+        raise InputError(f"{name}.device is cuda, and torch finds no GPU; leave it out")
+    return torch.device("cuda" if has_gpu and option != "cpu" else "cpu")
 
 
 def check_gpu(needed: int, purpose: str, remedy: str) -> None:
