@@ -218,6 +218,7 @@ class Mass:
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.slow
 def test_a_base_is_the_mean_of_its_experts_by_router_mass(tiny: Make, family: str) -> None:
     model = open_checkpoint(str(tiny(family))).model
     result = replace_experts(model, rank=0).model

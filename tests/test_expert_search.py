@@ -144,6 +144,7 @@ def least(losses: Mapping[Set, float]) -> Set:
 
 @pytest.mark.parametrize("keep", [5, 3, 2, 1])  # one less, some, top-k, fewer than top-k
 @pytest.mark.parametrize("family", each_family("qwen2_moe"))
+@pytest.mark.slow
 def test_exhaustive_search_equals_brute_force(tiny: Make, family: str, keep: int) -> None:
     folder = tiny(family)
     slow = Slow(folder)

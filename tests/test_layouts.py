@@ -263,6 +263,7 @@ def test_a_silent_mixtral_config_as_qwen2_moe(tiny: Make, tmp_path: Path) -> Non
 @pytest.mark.parametrize("target", [Hf(layout="natural"), Gptq()], ids=["hf", "gptq"])
 @pytest.mark.parametrize("cut", [*DROPPED, *ALONE])
 @pytest.mark.parametrize("family", each_family("qwen2_moe"))
+@pytest.mark.slow
 def test_moe2edge_reads_natural(
     family: str, cut: str, target: Hf | Gptq, tiny: Make, tmp_path: Path
 ) -> None:

@@ -138,6 +138,7 @@ def test_logits_equal_transformers(
 
 @pytest.mark.parametrize("name", slow_except(["hf", "gptq"], "gptq"))
 @pytest.mark.parametrize(("family", "switches"), SWITCHES, ids=str)
+@pytest.mark.slow
 def test_switches_of_configs(
     family: str, switches: dict[str, Any], name: str, tmp_path: Path
 ) -> None:

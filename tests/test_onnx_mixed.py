@@ -174,6 +174,7 @@ def with_eight_bits(model: Model) -> Model:
 @pytest.mark.parametrize(
     "form", [name for name, form in FORMS.items() if any(form.ranks + form.maps)]
 )
+@pytest.mark.slow
 def test_factors_and_maps_of_eight_bits(form: str, dtype: str, tiny: Make, tmp_path: Path) -> None:
     source = tiny("olmoe", num_experts_per_tok=3, dtype=dtype)
     whole = formed(quantize(open_checkpoint(str(source)).model, INT4), FORMS[form])

@@ -175,6 +175,7 @@ def check(folder: Path, ids: Tensor = IDS) -> Any:
 
 
 @pytest.mark.parametrize("folder", FAMILIES, indirect=True)
+@pytest.mark.slow
 def test_families(folder: Path) -> None:
     model = check(folder)
     how = model.moe2edge_packed

@@ -264,6 +264,7 @@ def test_a_kill_before_the_marker_or_between_the_last_renames(
     assert export(model, half, "--force").exit_code == 0
 
 
+@pytest.mark.slow
 def test_other_experts_than_before_are_refused(model: Path, half: Path) -> None:
     journal = half / "out.partial" / "work" / JOURNAL
     lines = [json.loads(line) for line in journal.read_text().splitlines()]

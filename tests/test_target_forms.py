@@ -265,6 +265,7 @@ SWITCHES: list[tuple[str, str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize("carrier", slow_except(CARRIERS, "hf"))
 @pytest.mark.parametrize(("family", "form", "switches"), SWITCHES, ids=str)
+@pytest.mark.slow
 def test_switches_of_configs(
     family: str, form: str, switches: dict[str, Any], carrier: str, pair: Pairs, tmp_path: Path
 ) -> None:

@@ -215,6 +215,7 @@ SWITCHES: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("int4", slow_except([False, True], True), ids=["plain", "int4"])
 @pytest.mark.parametrize("switch", SWITCHES)
+@pytest.mark.slow
 def test_switches_of_configs(switch: str, int4: bool, pair: Pairs, tmp_path: Path) -> None:
     family, changes = SWITCHES[switch]
     both = pair(family, int4=int4, **changes)
