@@ -24,7 +24,7 @@ from moe2edge.pipeline.target import Target
 from moe2edge.progress import Reporter
 from moe2edge.runtime import memory
 from moe2edge.runtime.memory import Memory
-from moe2edge.storage import work_folder
+from moe2edge.storage import export_folder
 from moe2edge.storage.checkpoint import Checkpoint
 
 
@@ -36,7 +36,7 @@ def export_targets(
     reporter: Reporter,
     *,
     force: bool = False,
-    resume: work_folder.Resume = "auto",
+    resume: export_folder.Resume = "auto",
     most: int | None = None,
     materialize: bool = False,
 ) -> Report:
@@ -44,7 +44,7 @@ def export_targets(
 
     With several targets ``out`` holds one folder for each, all packed from one solve. Nothing is
     left behind when anything fails, but what can be resumed: see
-    `moe2edge.storage.work_folder.open_partial_folder`.
+    `moe2edge.storage.export_folder.open_partial_folder`.
 
     Args:
         checkpoint: the source.
@@ -73,7 +73,7 @@ def export_targets(
     describe(plan, reporter)
     texts = load_texts(checkpoint, recipe, reporter)
     inputs = _list_inputs(checkpoint, recipe, texts, budget)
-    with work_folder.open_partial_folder(out, inputs, resume) as (content, work):
+    with export_folder.open_partial_folder(out, inputs, resume) as (content, work):
         if work.kept:
             reporter.log(f"resuming after {work.kept} of an earlier run")
         budget = replace(budget, folder=work.folder)
