@@ -1,6 +1,6 @@
 """Put the trained model and its texts into the folder of ``builtin:tiny-moe``.
 
-    python benchmarks/tiny_moe/pack.py --work /tmp/tiny-moe   # the weights, the tokenizer, the texts
+    python benchmarks/tiny_moe/pack.py --work /tmp/tiny-moe   # weights, tokenizer and texts
     python benchmarks/tiny_moe/pack.py                        # the texts alone
 
 The texts are code of this repository as it stood at one commit, whole files in an order given by a
@@ -37,10 +37,10 @@ def read_git(*arguments: str) -> str:
     ).stdout
 
 
-def list_files(folders: tuple[str, ...]) -> list[str]:
-    """List the Python files below some folders at the commit, in the order of their hashes."""
-    listed = read_git("ls-tree", "-r", "--name-only", COMMIT, "--", *folders).splitlines()
-    files = [path for path in listed if path.endswith(".py")]
+def list_files(places: tuple[str, ...], suffixes: tuple[str, ...] = (".py",)) -> list[str]:
+    """List the code below some folders at the commit, in the order of the hashes of the paths."""
+    listed = read_git("ls-tree", "-r", "--name-only", COMMIT, "--", *places).splitlines()
+    files = [path for path in listed if path.endswith(suffixes)]
     return sorted(files, key=lambda path: hashlib.sha256(path.encode()).digest())
 
 

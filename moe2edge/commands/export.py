@@ -12,7 +12,13 @@ import yaml
 from moe2edge.commands.environment import NUMERIC_PACKAGES, list_versions, measure_peak_bytes
 from moe2edge.commands.preflight import describe, refuse_early
 from moe2edge.commands.report import Report
-from moe2edge.commands.texts import NO_TEXT, Texts, load_texts
+from moe2edge.commands.texts import (
+    NO_TEXT,
+    Texts,
+    list_default_texts,
+    load_texts,
+    resolve_recipe,
+)
 from moe2edge.commands.write_target import describe_cost, fit_for_targets, write_target
 from moe2edge.evaluation.comparison import Comparison, ResultRow
 from moe2edge.model.model import Model
@@ -63,7 +69,8 @@ def export_targets(
     """
     begun = time.perf_counter()
     source = checkpoint.model
-    recipe = recipe.resolve(source)
+    defaults = list_default_texts(recipe)
+    recipe = resolve_recipe(checkpoint, recipe, reporter)
     budget = memory.Memory.from_limit(memory.find_limit(most))
     memory.avoid_fragmentation(most)
     plan = refuse_early(
@@ -90,7 +97,8 @@ def export_targets(
             reporter.log(f"writing {target.name}")
             results.append(write_target(target, model, folder, checkpoint, measured, reporter))
         report = _build_report(checkpoint, recipe, targets, texts, steps, measured, results)
-        report = replace(report, materialized=grown, seconds=time.perf_counter() - begun)
+        report = replace(report, materialized=grown, default_texts=defaults)
+        report = replace(report, seconds=time.perf_counter() - begun)
         for target, folder in folders:
             report.write(folder, target, checkpoint, model, list_versions())
     return report
