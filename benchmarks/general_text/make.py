@@ -116,14 +116,18 @@ def join_pages(purpose: str) -> str:
     return "\n\n".join(read_git("show", f"{COMMIT}:{path}") for path in chosen)
 
 
+def build_texts(purpose: str) -> dict[str, str]:
+    """Return the text of each kind for a purpose."""
+    texts = {"code": join_code(purpose), "docs": join_pages(purpose)}
+    kinds = {"problems": write_problem, "dialogues": write_dialogue, "articles": write_article}
+    return texts | {kind: generate(write, purpose) for kind, write in kinds.items()}
+
+
 def main() -> None:
     """Write all texts."""
     OUT.mkdir(parents=True, exist_ok=True)
-    kinds = {"problems": write_problem, "dialogues": write_dialogue, "articles": write_article}
     for purpose in SIZES:
-        texts = {"code": join_code(purpose), "docs": join_pages(purpose)}
-        texts |= {kind: generate(write, purpose) for kind, write in kinds.items()}
-        for kind, text in texts.items():
+        for kind, text in build_texts(purpose).items():
             path = OUT / f"{purpose}-{kind}.txt"
             path.write_text(text, "utf-8")
             print(f"{path.name}: {len(text.encode()):,} bytes")

@@ -363,7 +363,7 @@ def load_tokens(
     parts = list_parts(source, purpose)
     counts = share_out(source.samples, [part.weight for part in parts])
     for part, count in zip(parts, counts, strict=True):
-        # Of the general text, a few samples do not have every kind.
+        # A few samples of the general text do not have every kind.
         if not count and part.text not in name_general_parts():
             raise InputError(
                 f"{purpose} text: part {part.name} gets none of the {source.samples} samples; give "
