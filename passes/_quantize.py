@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from moe2edge.numerics.grid import Quantized
 
 Bits = Literal[2, 3, 4, 8]
-GroupSize = Literal[-1, 32, 64, 128]
+GroupSize = Literal[-1, 16, 32, 64, 128]
 # Option of passes that chooses scales.
 Scales = Annotated[
     Literal["absmax", "mse"],
