@@ -76,8 +76,7 @@ def export_targets(
     texts = load_texts(checkpoint, recipe, reporter)
     inputs = _list_inputs(checkpoint, recipe, texts, budget)
     with export_folder.open_partial_folder(out, inputs, resume) as (content, work):
-        if work.kept:
-            reporter.log(f"resuming after {work.kept} of an earlier run")
+        work.report(reporter)
         budget = replace(budget, folder=work.folder)
         model, steps = run_passes(
             source, recipe, texts.calibration, work, reporter, budget, training=texts.training
