@@ -1,12 +1,13 @@
 """Which text to calibrate on where none was given: half of the experts dropped, by domain.
 
-    python -m benchmarks.default_texts.run --models DIR --data DIR --work WORK [--only TEXT]
+    python -m benchmarks.default_texts.run --models DIR --data DIR --work WORK
+    python -m benchmarks.default_texts.run --models DIR --data DIR --work WORK --model tiny-moe
 
-Makes the rows that ``results.jsonl`` lacks, for mixtral-mini below ``--models``: for each text and
-seed the experts that every criterion of ``expert_drop``, and ``expert_search``, keep; for each such
-set its perplexity by domain; and the same after 4 bits, calibrated on that text. ``--only`` takes
-the rows whose key begins with one of some texts, parted by commas. Tokens are kept in ``WORK``. At
-the end it writes ``report.md``.
+Makes the rows that ``MODEL.jsonl`` lacks: for each text and seed the experts that every criterion
+of ``expert_drop``, and ``expert_search``, keep; for each such set its perplexity by domain; and the
+same after 4 bits, calibrated on that text. The model is mixtral-mini below ``--models``, or the
+built-in one, which knows code alone. Tokens are kept in ``WORK``. A run can be stopped and goes on;
+at the end it writes ``report.md`` from ``findings.md``, which was written by hand, and the rows.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import Tensor
 
 import moe2edge
 from benchmarks._study import QUIET, Job, Row, Study
+from benchmarks._texts import DOMAINS
 from benchmarks.default_texts import report
 from benchmarks.default_texts.texts import Texts
 from moe2edge import Model
@@ -38,10 +40,10 @@ from moe2edge.passes.expert_drop import ExpertDrop
 from moe2edge.passes.expert_search import ExpertSearch
 from moe2edge.pipeline import recipe as recipes
 from moe2edge.pipeline.runner import run_passes
+from moe2edge.storage.checkpoint import BUILTIN
 from moe2edge.testing import InMemory
 
 HERE = Path(__file__).parent
-MODEL = "mixtral-mini"
 SEEDS = range(5)
 CRITERIA = [c for c in get_args(criteria.Criterion) if c not in (*criteria.WEIGHTS, "random")]
 Sets = Sequence[Sequence[int]]
@@ -70,11 +72,13 @@ class SearchObserver:
 
 
 class Bench:
-    """The model with its texts."""
+    """A model with its texts."""
 
-    def __init__(self, models: Path, data: Path, work: Path) -> None:
-        self.checkpoint = moe2edge.open_checkpoint(models / MODEL)
-        self.texts = Texts(self.checkpoint, data, work)
+    def __init__(self, name: str, models: Path, data: Path, work: Path) -> None:
+        own = name in BUILTIN
+        self.checkpoint = moe2edge.open_checkpoint(BUILTIN if own else models / name)
+        domains = ("code",) if own else DOMAINS
+        self.texts = Texts(self.checkpoint, data, work / name, domains)
 
     @property
     def model(self) -> Model:
@@ -147,11 +151,6 @@ class KeepInMemory:
         return InMemory()
 
 
-def name_sets(kept: Sets) -> str:
-    """Return the name of a choice of experts: those of each layer."""
-    return "sets " + " ".join("".join(map(str, experts)) for experts in kept)
-
-
 def list_choices(bench: Bench, names: Sequence[str]) -> Iterator[Job]:
     """Yield the rows that say which experts stay."""
     for seed in SEEDS:
@@ -165,7 +164,7 @@ def list_measures(bench: Bench, rows: Sequence[Row], methods: Sequence[str]) -> 
     for row in rows:
         for method in methods:
             kept = row["kept"][method]
-            yield Job(None, name_sets(kept), partial(bench.measure_sets, kept))
+            yield Job(None, report.name_sets(kept), partial(bench.measure_sets, kept))
 
 
 def list_bits(bench: Bench, rows: Sequence[Row], methods: Sequence[str]) -> Iterator[Job]:
@@ -184,17 +183,17 @@ def main() -> None:
     parser.add_argument("--models", type=Path, required=True, help="folder of checkpoints")
     parser.add_argument("--data", type=Path, required=True, help="folder of texts")
     parser.add_argument("--work", type=Path, required=True, help="folder to keep tokens in")
+    parser.add_argument("--model", default="mixtral-mini", help="name [default: mixtral-mini]")
     parser.add_argument("--texts", default=",".join(report.TEXTS), help="texts, parted by commas")
     parser.add_argument("--methods", default=",".join(report.METHODS), help="likewise")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="how many")
     parser.add_argument("--stop-after", type=float, default=math.inf, help="seconds")
     parser.add_argument("--no-bits", action="store_true", help="leave out 4 bits")
-    parser.add_argument("--results", type=Path, default=HERE / "results.jsonl")
     given = parser.parse_args()
     torch.manual_seed(0)
-    study, names = Study(given.results), given.texts.split(",")
+    study, names = Study(HERE / f"{given.model}.jsonl"), given.texts.split(",")
     methods = given.methods.split(",")
-    bench = Bench(given.models, given.data, given.work)
+    bench = Bench(given.model, given.models, given.data, given.work)
     ends = time.perf_counter() + given.stop_after
 
     def run(jobs: Iterator[Job]) -> None:
@@ -210,7 +209,7 @@ def main() -> None:
     run(list_measures(bench, choices(), methods))
     if not given.no_bits:
         run(list_bits(bench, choices(), methods))
-    report.write(study.read(), HERE / "report.md")
+    report.write(HERE)
 
 
 if __name__ == "__main__":

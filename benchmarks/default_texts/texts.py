@@ -34,12 +34,15 @@ class Texts:
     Attributes:
         checkpoint: the model.
         folder: where tokens are kept once they were made.
+        domains: the kinds of text that the model knows.
         files: the domains' texts by purpose and domain.
     """
 
-    def __init__(self, checkpoint: Checkpoint, data: Path, folder: Path) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, data: Path, folder: Path, domains: tuple[str, ...]
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.checkpoint, self.folder = checkpoint, folder
+        self.checkpoint, self.folder, self.domains = checkpoint, folder, domains
         self.files = _texts.write_texts(data, folder)
         old = folder / "builtin-old.txt"
         if not old.exists():
@@ -61,7 +64,7 @@ class Texts:
         """Return held-out tokens by domain."""
         path = self.folder / "evaluation.pt"
         if not path.exists():
-            torch.save({d: self._cut((d,), EVALUATION) for d in _texts.DOMAINS}, path)
+            torch.save({d: self._cut((d,), EVALUATION) for d in self.domains}, path)
         ids: dict[str, Tensor] = torch.load(path)
         return ids
 
@@ -84,7 +87,7 @@ class Texts:
             return load_samples(self.checkpoint, "calibration", text).ids
         if name == "own":
             files = self.files["calibration"]
-            text = describe_text(files, _texts.DOMAINS, SAMPLES, LENGTH, seed)
+            text = describe_text(files, self.domains, SAMPLES, LENGTH, seed)
         else:
             place = str(self.folder / "builtin-old.txt") if name == "builtin-old" else name
             text = {"text": place, "samples": SAMPLES, "length": LENGTH, "seed": seed}
