@@ -13,6 +13,7 @@ from moe2edge.commands.environment import NUMERIC_PACKAGES, list_versions, measu
 from moe2edge.commands.preflight import describe, list_reads, refuse_early
 from moe2edge.commands.report import Report
 from moe2edge.commands.texts import NO_TEXT, Texts, load_texts
+from moe2edge.commands.trial import try_targets
 from moe2edge.commands.write_target import describe_cost, fit_for_targets, write_target
 from moe2edge.evaluation.comparison import Comparison, ResultRow
 from moe2edge.model.model import Model
@@ -74,6 +75,7 @@ def export_targets(
         reporter = claim.watch(reporter)
         reporter.log(f"recipe:\n{recipe.render()}")
         describe(plan, reporter)
+        try_targets(targets, fit_for_targets(plan.result, targets, materialize=materialize))
         texts = load_texts(checkpoint, recipe, reporter)
         inputs = _list_inputs(checkpoint, recipe, texts, budget)
         outcome = _list_outcome(checkpoint, recipe, targets, texts, materialize=materialize)
@@ -81,8 +83,7 @@ def export_targets(
             reporter.log(f"{out} had been finished by an earlier run, and has its name now")
             return Report.read(out if len(targets) == 1 else out / targets[0].name)
         with export_folder.open_partial_folder(claim, inputs, resume, outcome) as (content, work):
-            if work.kept:
-                reporter.log(f"resuming after {work.kept} of an earlier run")
+            work.report(reporter)
             budget = replace(budget, folder=work.folder)
             report = _make_output(
                 checkpoint, recipe, targets, texts, content, work, budget, reporter,

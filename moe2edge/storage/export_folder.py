@@ -11,7 +11,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Literal
 
-from moe2edge.errors import Diverged, DoesNotFit, InputError, Unsupported
+from moe2edge.errors import Diverged, DoesNotFit, InputError, WorkDamaged
 from moe2edge.progress import Log, Reporter
 from moe2edge.storage.durable import check_name, hold_signals, sync_tree
 from moe2edge.storage.locking import OutputLock
@@ -246,13 +246,15 @@ class Claim:
             except (InputError, OSError) as error:
                 self.log(f"warning: {self.out} is written, but {partial.path} stays: {error}")
 
-    def clean_up(self, error: BaseException, kept: str, *, keep: bool) -> None:
+    def clean_up(self, error: BaseException, kept: str) -> None:
         """Remove or keep what a run that failed leaves, and say in a note of the error which.
+
+        Whatever failed, what was computed is not wrong: a disk may be gone for a moment, and
+        another target can be packed from the same blocks.
 
         Args:
             error: what it failed with.
-            kept: the work that can be resumed, in words.
-            keep: keep it.
+            kept: the work that can be resumed, in words; empty if there is none.
         """
         partial = self.partial
         if not self.lock.is_held():
@@ -263,17 +265,14 @@ class Claim:
                 if not self.published and os.path.lexists(partial.content):
                     error.add_note(self.describe_finished())
                 return
-            if keep:
+            if kept:
                 partial.discard(partial.content)
             else:
                 partial.remove()
         except (InputError, OSError) as failure:
             error.add_note(f"not all of {partial.path} could be removed: {failure}")
-        if keep and kept:
-            verb = "are" if " blocks" in kept or " and " in kept else "is"
-            error.add_note(
-                f"{kept} {verb} kept in {partial.path}, and the same command resumes from there"
-            )
+        if kept and not isinstance(error, WorkDamaged):
+            error.add_note(_describe_kept(kept, partial.path, error))
 
     def describe_finished(self) -> str:
         """Say where a finished output is that did not get its name."""
@@ -281,6 +280,14 @@ class Claim:
             f"the finished output is kept as {self.partial.content}, and the same command only "
             f"moves it to {self.out} once that is free"
         )
+
+
+def _describe_kept(kept: str, partial: Path, error: BaseException) -> str:
+    """Say what a failed export leaves, and what it is good for."""
+    verb = "are" if " blocks" in kept or " and " in kept else "is"
+    if isinstance(error, Diverged):  # the same command would fail again
+        return f"{kept} {verb} kept in {partial}; with other settings, add --resume never"
+    return f"{kept} {verb} kept in {partial}, and the same command resumes from there"
 
 
 @contextlib.contextmanager
@@ -355,7 +362,7 @@ def publish_finished(
     try:
         claim.publish(wanted)
     except BaseException as error:
-        claim.clean_up(error, "", keep=True)
+        claim.clean_up(error, "")
         raise
     return True
 
@@ -371,7 +378,7 @@ def open_partial_folder(
 
     An export that was interrupted, killed or failed leaves its work folder behind if it has
     finished a block, and the next one with the same inputs resumes from it. A leftover without
-    a finished block is removed, and so is one in which an error was found.
+    a finished block is removed. What is damaged in it is forgotten, with what came after it.
 
     Args:
         claim: the right to write the output.
@@ -385,13 +392,15 @@ def open_partial_folder(
             there is none and ``resume`` requires it; or something has appeared at OUT.
     """
     partial = claim.partial
-    resuming = _examine(partial, inputs, resume)
+    resuming, damaged = _examine(partial, inputs, resume)
     marker = Marker(dict(inputs), dict(outcome or {}))
     if not resuming and partial.read_marker() is not None:
         partial.remove()
     if resume == "require" and not resuming:
+        lost = f" ({' and '.join(damaged)} is not what was written)" if damaged else ""
         raise InputError(
-            f"{partial.path} holds no finished block to resume from; leave out --resume require"
+            f"{partial.path} holds no finished block to resume from{lost}; leave out --resume "
+            "require"
         )
     work_folder = None
     try:
@@ -400,39 +409,38 @@ def open_partial_folder(
         if claim.form.is_folder:
             partial.content.mkdir()
         partial.work.mkdir(exist_ok=True)
-        work_folder = WorkFolder(partial.work)
+        work_folder = WorkFolder(partial.work, damaged)
         yield partial.content, work_folder
         claim.publish(marker)
     except BaseException as error:
         with hold_signals():
-            kept = work_folder.kept if work_folder is not None else ""
-            if isinstance(error, InputError):  # wrong inputs, or saved work that cannot be used
-                claim.clean_up(error, "", keep=resuming)
-            else:
-                keep = bool(kept) and not isinstance(error, (Unsupported, Diverged))
-                claim.clean_up(error, kept, keep=keep)
+            claim.clean_up(error, work_folder.kept if work_folder is not None else "")
         raise
 
 
-def _examine(partial: PartialFolder, inputs: RunInputs, resume: Resume) -> bool:
-    """Return whether a leftover can be resumed; False: there is none, or it can be removed.
+def _examine(partial: PartialFolder, inputs: RunInputs, resume: Resume) -> tuple[bool, list[str]]:
+    """Return whether a leftover can be resumed, and what is damaged.
+
+    False: there is none, or it can be removed.
 
     Raises:
         InputError: moe2edge did not write it, or it was begun with other inputs.
     """
     marker = partial.read_marker()
     if marker is None or resume == "never":
-        return False
-    kept = partial.work.is_dir() and WorkFolder(partial.work).kept
-    if not kept and not partial.is_finished:
-        return False
+        return False, []
+    work_folder = WorkFolder(partial.work)
+    has_work = bool(work_folder.kept or work_folder.journal.damaged)
+    if not has_work and not partial.is_finished:
+        return False, []
     before, now = marker.inputs, dict(inputs)
     if changed := [key for key in {**before, **now} if before.get(key) != now.get(key)]:
         raise InputError(
             f"{partial.path} was begun with another {_describe_difference(changed[0], before, now)}"
             "; use the same command again, choose another name, or start over with --resume never"
         )
-    return bool(kept)
+    work_folder.check()
+    return bool(work_folder.kept), work_folder.damaged
 
 
 def _describe_difference(key: str, before: RunInputs, now: RunInputs) -> str:
