@@ -12,6 +12,7 @@ import yaml
 from moe2edge.commands.environment import NUMERIC_PACKAGES, list_versions, measure_peak_bytes
 from moe2edge.commands.preflight import describe, refuse_early
 from moe2edge.commands.report import Report
+from moe2edge.commands.source_check import check_ids, report_notes
 from moe2edge.commands.texts import NO_TEXT, Texts, load_texts
 from moe2edge.commands.write_target import describe_cost, fit_for_targets, write_target
 from moe2edge.evaluation.comparison import Comparison, ResultRow
@@ -71,7 +72,9 @@ def export_targets(
     )
     reporter.log(f"recipe:\n{recipe.render()}")
     describe(plan, reporter)
+    report_notes(checkpoint, reporter)
     texts = load_texts(checkpoint, recipe, reporter)
+    check_ids(checkpoint, texts.by_purpose, reporter)
     inputs = _list_inputs(checkpoint, recipe, texts, budget)
     with export_folder.open_partial_folder(out, inputs, resume) as (content, work):
         if work.kept:
