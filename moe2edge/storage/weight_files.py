@@ -105,9 +105,9 @@ def find_weight_files(folder: Path, config: Mapping[str, Any], missing: str) -> 
         raise InputError(_explain_missing_weights(folder, missing))
     if (folder / ADAPTER_CONFIG).exists():
         raise InputError(
-            f"{folder} holds an adapter ({ADAPTER_CONFIG}) beside its weights, and transformers adds "
-            "it to them; merge it into the weights (merge_and_unload in peft), or move the files of "
-            "the adapter to another folder"
+            f"{folder} holds an adapter ({ADAPTER_CONFIG}) beside its weights, and transformers "
+            "adds it to them; merge it into the weights (merge_and_unload in peft), or move the "
+            "files of the adapter to another folder"
         )
     if not single.exists():
         return _note_unread(folder, _read_shards(folder, index))
