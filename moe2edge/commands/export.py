@@ -12,6 +12,7 @@ import yaml
 from moe2edge.commands.environment import NUMERIC_PACKAGES, list_versions, measure_peak_bytes
 from moe2edge.commands.preflight import describe, list_reads, refuse_early
 from moe2edge.commands.report import Report
+from moe2edge.commands.source_check import check_ids, report_notes
 from moe2edge.commands.texts import NO_TEXT, Texts, load_texts
 from moe2edge.commands.trial import try_targets
 from moe2edge.commands.write_target import describe_cost, fit_for_targets, write_target
@@ -75,8 +76,10 @@ def export_targets(
         reporter = claim.watch(reporter)
         reporter.log(f"recipe:\n{recipe.render()}")
         describe(plan, reporter)
+        report_notes(checkpoint, reporter)
         try_targets(targets, fit_for_targets(plan.result, targets, materialize=materialize))
         texts = load_texts(checkpoint, recipe, reporter)
+        check_ids(checkpoint, texts.by_purpose, reporter)
         inputs = _list_inputs(checkpoint, recipe, texts, budget)
         outcome = _list_outcome(checkpoint, recipe, targets, texts, materialize=materialize)
         if export_folder.publish_finished(claim, inputs, outcome, resume):

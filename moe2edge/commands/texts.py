@@ -33,10 +33,15 @@ class Texts:
     evaluation: Tokens
     training: Tokens | None
 
+    @property
+    def by_purpose(self) -> dict[str, Tokens | None]:
+        """The texts by the names of what they are for."""
+        return {key: getattr(self, key) for key in ("calibration", "evaluation", "training")}
+
     def describe(self) -> dict[str, Any]:
         """Return where the texts are from, as plain data for reports."""
-        texts = {key: getattr(self, key) for key in ("calibration", "evaluation", "training")}
-        return {key: tokens.provenance if tokens else None for key, tokens in texts.items()}
+        texts = self.by_purpose.items()
+        return {purpose: tokens.provenance if tokens else None for purpose, tokens in texts}
 
 
 def load_texts(checkpoint: Checkpoint, recipe: Recipe, reporter: Reporter) -> Texts:
@@ -68,6 +73,7 @@ def load_calibration(checkpoint: Checkpoint, recipe: Recipe, reporter: Reporter)
     if source.text == SELF:
         from moe2edge.calibration import self_sampling
 
+        _ = checkpoint.sha256  # it looks at every number, before the model runs
         return self_sampling.sample_tokens(checkpoint, source, reporter)
     return _load_tokens(checkpoint, source, "calibration")
 

@@ -30,6 +30,7 @@ from moe2edge.numerics.grid import Quantized
 from moe2edge.pipeline.target import Target
 from moe2edge.runtime.memory import fits, give_back
 from moe2edge.runtime.protocol import Runtime
+from moe2edge.runtime.torch_runtime import TorchRuntime
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -282,7 +283,10 @@ def _are_equal(a: Tensor | Quantized, b: Tensor | Quantized) -> bool:
         return a.scheme == b.scheme and all(same)
     if isinstance(a, Quantized) or isinstance(b, Quantized):
         return False
-    return a.dtype == b.dtype and torch.equal(a, b)
+    # Bytes, not numbers: rows of an embedding that no text reaches may hold what is not finite.
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    return torch.equal(*(part.contiguous().view(-1).view(torch.uint8) for part in (a, b)))
 
 
 def check_tensors(reference: Reference, tensors: Iterable[tuple[str, Tensor | Quantized]]) -> int:
@@ -365,6 +369,8 @@ def measure_shipped(reference: Reference, runtime: Runtime, difference: float) -
     # position by far more than rounding does.
     errors = (logits - reference.logits).norm(dim=-1) / reference.logits.norm(dim=-1)
     relative = float(errors.median())
+    if not logits.isfinite().all():
+        raise VerificationFailed(explain_overflow(runtime, reference.ids))
     if not relative <= SHIPPED_TOLERANCE:
         raise VerificationFailed(
             f"logits as shipped differ from the reference by {relative:.1%} (median); expected at "
@@ -372,6 +378,20 @@ def measure_shipped(reference: Reference, runtime: Runtime, difference: float) -
         )
     top1 = float((logits.argmax(-1) == reference.logits.argmax(-1)).double().mean())
     return Parity(difference, relative, top1, logits.shape[0] * logits.shape[1])
+
+
+def explain_overflow(runtime: Runtime, ids: Tensor) -> str:
+    """Say where logits became infinite or NaN, although those of the reference are finite."""
+    dtype, place = "", "the logits"
+    if isinstance(runtime, TorchRuntime):
+        dtype, place = runtime.dtype, runtime.find_overflow(ids) or place
+    if dtype != "float16":
+        return f"{place} as shipped are not finite, although the reference is; please report it"
+    return (
+        f"{place} overflow in float16, whose largest number is {torch.finfo(torch.float16).max:.0f}"
+        "; convert the source to bfloat16 (dtype=torch.bfloat16 in from_pretrained, then "
+        "save_pretrained), and export that"
+    )
 
 
 def check_parity(
