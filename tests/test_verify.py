@@ -19,6 +19,10 @@ from helpers import run, slow_except
 from moe2edge.calibration import observation, walk
 from moe2edge.errors import VerificationFailed
 from moe2edge.evaluation import verify
+from moe2edge.evaluation.folder_record import REFERENCE
+from moe2edge.evaluation.margins import MarginObserver, choose_reference_rows
+from moe2edge.evaluation.reference import Reference
+from moe2edge.evaluation.tensor_digests import compute_digest
 from moe2edge.numerics.grid import Quantized
 from moe2edge.numerics.scheme import Scheme
 from moe2edge.pipeline import registry
@@ -152,7 +156,7 @@ def test_logits_alone_find_swapped_experts(
     folder = tmp_path / "copy"
     shutil.copytree(request.getfixturevalue(made) / "onnx", folder)
     onnx_swap(folder)
-    target, recorded = registry.find_target("onnx"), verify.Reference.read(folder)
+    target, recorded = registry.find_target("onnx"), Reference.read(folder)
     with pytest.raises(VerificationFailed, match="logits of the output differ"):
         verify.measure_exact(recorded, target, folder)
 
@@ -160,15 +164,15 @@ def test_logits_alone_find_swapped_experts(
 def test_a_missing_or_damaged_reference(folders: Path, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(folders / "onnx", folder)
-    (folder / verify.REFERENCE).write_bytes(b"nothing")
+    (folder / REFERENCE).write_bytes(b"nothing")
     renew_manifest(folder)
     assert check(folder).exit_code == 7
     # One that an earlier version wrote, with other notes.
     old = {"ids": torch.zeros(1, 2), "logits": torch.zeros(1, 2, 2)}
-    save_file(old, folder / verify.REFERENCE, {"reference": '{"prefill": 1, "probes": {}}'})
+    save_file(old, folder / REFERENCE, {"reference": '{"prefill": 1, "probes": {}}'})
     renew_manifest(folder)
     assert check(folder).exit_code == 7
-    (folder / verify.REFERENCE).unlink()
+    (folder / REFERENCE).unlink()
     renew_manifest(folder)
     result = check(folder)
     assert result.exit_code == 7
@@ -176,9 +180,9 @@ def test_a_missing_or_damaged_reference(folders: Path, tmp_path: Path) -> None:
 
 
 def test_tensors_that_come_or_go(folders: Path) -> None:
-    recorded = verify.Reference.read(folders / "onnx")
+    recorded = Reference.read(folders / "onnx")
     pairs = [(name, torch.ones(2)) for name in ("a", "b")]
-    small = replace(recorded, digests={name: verify.compute_digest(value) for name, value in pairs})
+    small = replace(recorded, digests={name: compute_digest(value) for name, value in pairs})
     assert verify.check_tensors(small, pairs) == 2
     with pytest.raises(VerificationFailed, match="1 tensors are missing, such as b"):
         verify.check_tensors(small, pairs[:1])
@@ -197,8 +201,8 @@ def test_a_digest_depends_on_every_bit_and_on_the_form() -> None:
     packed = Quantized(q, torch.ones(4, 1), scheme)
     forms: list[torch.Tensor | Quantized] = [value, changed, value.view(6, 4), value.double(), q]
     forms += [packed, Quantized(q, torch.full((4, 1), 2.0), scheme)]
-    assert len({verify.compute_digest(form) for form in forms}) == len(forms)
-    assert verify.compute_digest(value) == verify.compute_digest(value.clone())
+    assert len({compute_digest(form) for form in forms}) == len(forms)
+    assert compute_digest(value) == compute_digest(value.clone())
 
 
 def test_another_model_as_reference_is_refused(tiny: Make, folders: Path) -> None:
@@ -245,7 +249,7 @@ def test_the_reference_avoids_near_ties(tiny: Make) -> None:
     for block, layer in model.moe_blocks:
         router = replace(layer.router, skip_below=(0.6,))
         model = model.replace_block(replace(block, mlp=replace(layer, router=router)))
-    observer, least = verify.MarginObserver(12), torch.full((5,), torch.inf)
+    observer, least = MarginObserver(12), torch.full((5,), torch.inf)
 
     class Loop:
         def observe(self, trace: observation.BlockTrace) -> None:
@@ -264,7 +268,7 @@ def test_the_reference_avoids_near_ties(tiny: Make) -> None:
     found = observer.result()
     assert found is not None
     assert torch.allclose(found, least, atol=1e-6)
-    rows = verify.choose_reference_rows(found, 5)
+    rows = choose_reference_rows(found, 5)
     assert rows == sorted(sorted(range(5), key=lambda n: -float(least[n]))[:2])
-    assert verify.choose_reference_rows(None, 5) == [0, 1]
-    assert verify.choose_reference_rows(None, 1) == [0]
+    assert choose_reference_rows(None, 5) == [0, 1]
+    assert choose_reference_rows(None, 1) == [0]
