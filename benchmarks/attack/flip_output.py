@@ -22,8 +22,9 @@ import struct
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -138,58 +139,57 @@ def change_value(value: Any) -> Any:
 
 
 def change_graph(folder: Path, name: str) -> Iterator[Change]:
-    """Change each attribute, input, output and constant of a graph, and one bit of each weight."""
+    """Change each operator, input and attribute of a graph, and one bit of each weight."""
     import onnx
 
     data = (folder / name).read_bytes()
-
-    def save(place: str, part: str, change: Any) -> Change:
-        model = onnx.load_from_string(data)
-        change(model)
-        return Change(name, place, part, model.SerializeToString(deterministic=True))
-
     model = onnx.load_from_string(data)
-    for n, node in enumerate(model.graph.node):
-        for m, attribute in enumerate(node.attribute):
-            place = f"{attribute.name} of {node.name}"
-
-            def change_attribute(model: Any, n: int = n, m: int = m) -> None:
-                found = model.graph.node[n].attribute[m]
-                if found.type == onnx.AttributeProto.INT:
-                    found.i += 1
-                elif found.type == onnx.AttributeProto.FLOAT:
-                    found.f *= 1.5
-                elif found.type == onnx.AttributeProto.STRING:
-                    found.s += b"x"
-                else:
-                    found.name += "x"
-
-            yield save(place, node.name, change_attribute)
-
-        def change_input(model: Any, n: int = n) -> None:
-            model.graph.node[n].input[0] += "x"
-
-        def change_operator(model: Any, n: int = n) -> None:
-            model.graph.node[n].op_type += "x"
-
-        yield save(f"input of {node.name}", node.name, change_input)
-        yield save(f"operator of {node.name}", node.name, change_operator)
-    weights: dict[str, bytes] = {}
+    for node in model.graph.node:
+        for place, edit in list_node_edits(node):
+            before = node.SerializeToString()
+            edit()
+            content = model.SerializeToString(deterministic=True)
+            node.ParseFromString(before)
+            yield Change(name, f"{place} of {node.name}", node.name, content)
     for n, tensor in enumerate(model.graph.initializer):
         where = {entry.key: entry.value for entry in tensor.external_data}
-        if not where:
-
-            def change_constant(model: Any, n: int = n) -> None:
-                raw = bytearray(model.graph.initializer[n].raw_data)
-                raw[len(raw) // 2] ^= 1
-                model.graph.initializer[n].raw_data = bytes(raw)
-
-            yield save(f"constant {tensor.name}", tensor.name, change_constant)
+        if where:
+            content = (folder / where["location"]).read_bytes()
+            at = int(where["offset"]) + int(where["length"]) // 2
+            yield flip(where["location"], content, at, n % 8, f"tensor {tensor.name}", tensor.name)
             continue
-        file = where["location"]
-        content = weights.setdefault(file, (folder / file).read_bytes())
-        at = int(where["offset"]) + int(where["length"]) // 2
-        yield flip(file, content, at, n % 8, f"tensor {tensor.name}", tensor.name)
+        before = tensor.raw_data
+        tensor.raw_data = flip(name, before, len(before) // 2, 0, "").content
+        content = model.SerializeToString(deterministic=True)
+        tensor.raw_data = before
+        yield Change(name, f"constant {tensor.name}", tensor.name, content)
+
+
+def list_node_edits(node: Any) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Yield edits of a node in place, with what they change."""
+
+    def change_input() -> None:
+        node.input[0] += "x"
+
+    def change_operator() -> None:
+        node.op_type += "x"
+
+    yield "input", change_input
+    yield "operator", change_operator
+    for attribute in node.attribute:
+        yield attribute.name, partial(change_attribute, attribute)
+
+
+def change_attribute(attribute: Any) -> None:
+    """Change the value of an attribute, or the name of one that holds no simple value."""
+    if attribute.HasField("i"):
+        attribute.i += 1
+    elif attribute.HasField("f"):
+        attribute.f = attribute.f * 1.5 + 1
+    elif attribute.HasField("s"):
+        attribute.s += b"x"
+    else:
+        attribute.name += "x"
 
 
 # ---- the verdict ---------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from moe2edge.cli.progress_bar import make_reporter
 from moe2edge.errors import DoesNotFit
 
 if TYPE_CHECKING:
-    from moe2edge.evaluation.verify import Verdict
+    from moe2edge.evaluation.verify import Verification
 
 
 @click.command(epilog="\b\nExample:\n  moe2edge verify out-onnx")
@@ -55,27 +55,27 @@ def verify_command(
     from moe2edge.evaluation import verify
 
     quiet_libraries()
-    verdict = verify.verify_output(folder)
-    recorded, parity = verdict.reference, verdict.parity
+    done = verify.verify_output(folder)
+    recorded, parity = done.reference, done.parity
     result: dict[str, Any] = {
-        "tensors": verdict.tensors,
+        "tensors": done.tensors,
         "parity": asdict(parity),
-        "notes": list(verdict.notes),
-        "not_checked": list(verdict.unchecked),
+        "notes": list(done.notes),
+        "not_checked": list(done.unchecked),
     }
     if reference:
-        if verdict.runtime is None:
+        if done.runtime is None:
             raise DoesNotFit(
                 f"{folder} needs more memory than this machine has, so it cannot be run and "
                 f"compared with {reference}; leave out --reference, or verify on a larger machine"
             )
         source = open_model(reference, revision, cache_dir).model
         result["kl_at_export"] = recorded.source_kl
-        result["kl_to_source"] = verify.check_source(recorded, verdict.runtime, source)
+        result["kl_to_source"] = verify.check_source(recorded, done.runtime, source)
     if as_json:
         emit(result)
         return
-    for line in _describe_verdict(verdict):
+    for line in _describe_verification(done):
         click.echo(line)
     if reference:
         note = (
@@ -84,19 +84,19 @@ def verify_command(
             else " (not compared: the export did not measure it)"
         )
         click.echo(f"KL to {reference}: {result['kl_to_source']:.5f} nats per token{note}")
-    for note in verdict.notes:
+    for note in done.notes:
         click.echo(f"note: {note}")
-    for missing in verdict.unchecked:
+    for missing in done.unchecked:
         click.echo(f"not checked: {missing}")
     click.echo("verified")
 
 
-def _describe_verdict(verdict: Verdict) -> Iterator[str]:
+def _describe_verification(done: Verification) -> Iterator[str]:
     """Yield the lines about what was compared."""
-    record, parity = verdict.reference.record, verdict.parity
+    record, parity = done.reference.record, done.parity
     extent = "the manifest" if record is None else "the manifest, and to what was exported"
-    yield f"files: {len(verdict.artifact.files)} equal to {extent}"
-    yield f"tensors: {verdict.tensors} equal to what was exported"
+    yield f"files: {len(done.artifact.files)} equal to {extent}"
+    yield f"tensors: {done.tensors} equal to what was exported"
     far = "" if parity.far is None else f", {parity.far:.1e} at the far end of the context"
     yield f"logits: largest error {parity.exact:.1e} with float32 activations{far}"
     if parity.shipped is None:

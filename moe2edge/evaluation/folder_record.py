@@ -1,4 +1,4 @@
-"""What an output folder holds beside its tensors: its files, the manifest's sections, tokens.
+"""Record of an output folder beside its tensors: files, sections of the manifest, tokens.
 
 The manifest lists the digest of each file, so whoever changes a file can change the manifest, too.
 The reference therefore repeats the digests, and adds those of the manifest's own sections, and the
