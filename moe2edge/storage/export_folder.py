@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import psutil
 
-from moe2edge.errors import Diverged, DoesNotFit, InputError, Unsupported
+from moe2edge.errors import Diverged, DoesNotFit, InputError, WorkDamaged
 from moe2edge.storage.manifest import MANIFEST, is_artifact, list_files
 from moe2edge.storage.text_files import read_json, sync_folder, write_atomically
 from moe2edge.storage.work_folder import WorkFolder
@@ -103,9 +103,9 @@ def open_partial_folder(
     At the end the first is renamed to ``out`` or removed, and the second is removed or kept.
 
     An export that was interrupted, killed or failed leaves its work folder behind if it has
-    finished a block, and the next one with the same inputs resumes from it. A leftover without
-    a finished block is removed; one that is still being written is left alone, and so is one in
-    which an error was found.
+    finished a block, and the next one with the same inputs resumes from it. What is damaged in it
+    is forgotten, with what came after it. A leftover without a finished block is removed; one that
+    is still being written is left alone.
 
     Args:
         out: the name that the folder gets at the end.
@@ -118,14 +118,15 @@ def open_partial_folder(
             was begun with other inputs, or there is none and ``resume`` requires it.
     """
     partial = _get_partial(out)
-    resuming = False
+    resuming, damaged = False, list[str]()
     if os.path.lexists(partial):
-        resuming = _examine(partial, inputs, resume)
+        resuming, damaged = _examine(partial, inputs, resume)
         if not resuming:
             shutil.rmtree(partial)
     if resume == "require" and not resuming:
+        lost = f" ({' and '.join(damaged)} is not what was written)" if damaged else ""
         raise InputError(
-            f"{partial} holds no finished block to resume from; leave out --resume require"
+            f"{partial} holds no finished block to resume from{lost}; leave out --resume require"
         )
     content, work = partial / "out", partial / "work"
     partial.mkdir(exist_ok=True)
@@ -135,22 +136,16 @@ def open_partial_folder(
     work.mkdir(exist_ok=True)
     keep = False
     try:
-        work_folder = WorkFolder(work)
+        work_folder = WorkFolder(work, damaged)
         try:
             yield content, work_folder
             _move_into_place(content, out, partial)
-        except InputError:  # the inputs are wrong, or the saved work cannot be used
-            keep = resuming
-            raise
-        except (Unsupported, Diverged):
-            raise
+        # Whatever failed, what was computed is not wrong: a disk may be gone for a moment, and
+        # another target can be packed from the same blocks.
         except BaseException as error:
             keep = inputs is not None and bool(kept := work_folder.kept)
-            if keep:
-                verb = "are" if " blocks" in kept or " and " in kept else "is"
-                error.add_note(
-                    f"{kept} {verb} kept in {partial}, and the same command resumes from there"
-                )
+            if keep and not isinstance(error, WorkDamaged):
+                error.add_note(_describe_kept(kept, partial, error))
             raise
     finally:
         if keep:
@@ -158,6 +153,14 @@ def open_partial_folder(
             _mark(partial, inputs, None)
         else:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def _describe_kept(kept: str, partial: Path, error: BaseException) -> str:
+    """Say what a failed export leaves, and what it is good for."""
+    verb = "are" if " blocks" in kept or " and " in kept else "is"
+    if isinstance(error, Diverged):  # the same command would fail again
+        return f"{kept} {verb} kept in {partial}; with other settings, add --resume never"
+    return f"{kept} {verb} kept in {partial}, and the same command resumes from there"
 
 
 def _mark(partial: Path, inputs: RunInputs | None, writer: psutil.Process | None) -> None:
@@ -168,8 +171,8 @@ def _mark(partial: Path, inputs: RunInputs | None, writer: psutil.Process | None
     write_atomically(partial / MARKER, json.dumps(marker))
 
 
-def _examine(partial: Path, inputs: RunInputs | None, resume: Resume) -> bool:
-    """Return whether a leftover can be resumed; False: it can be removed.
+def _examine(partial: Path, inputs: RunInputs | None, resume: Resume) -> tuple[bool, list[str]]:
+    """Return whether a leftover can be resumed, and what is damaged; False: it can be removed.
 
     Raises:
         InputError: moe2edge did not write it, it is still being written, or was begun with other
@@ -177,7 +180,7 @@ def _examine(partial: Path, inputs: RunInputs | None, resume: Resume) -> bool:
     """
     # The export was killed before it wrote the marker.
     if partial.is_dir() and {path.name for path in partial.iterdir()} <= {MARKER + ".tmp"}:
-        return False
+        return False, []
     try:
         marker: dict[str, Any] = json.loads((partial / MARKER).read_text())
         pid, started = int(marker.get("pid", 0)), float(marker.get("started", 0))
@@ -192,8 +195,11 @@ def _examine(partial: Path, inputs: RunInputs | None, resume: Resume) -> bool:
                 "choose another name"
             )
     work = partial / "work"
-    if resume == "never" or not work.is_dir() or not WorkFolder(work).kept:
-        return False
+    if resume == "never" or not work.is_dir():
+        return False, []
+    work_folder = WorkFolder(work)
+    if not work_folder.kept and not work_folder.journal.damaged:
+        return False, []
     before = marker.get("inputs") or {}
     now = dict(inputs or {})
     if changed := [key for key in {**before, **now} if before.get(key) != now.get(key)]:
@@ -201,7 +207,8 @@ def _examine(partial: Path, inputs: RunInputs | None, resume: Resume) -> bool:
             f"{partial} was begun with another {_describe_difference(changed[0], before, now)}; "
             "use the same command again, choose another name, or start over with --resume never"
         )
-    return True
+    work_folder.check()
+    return bool(work_folder.kept), work_folder.damaged
 
 
 def _describe_difference(key: str, before: RunInputs, now: RunInputs) -> str:

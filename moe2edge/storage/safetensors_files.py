@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -174,10 +176,11 @@ class PlannedTensor:
         return width
 
 
-def write_safetensors(path: Path, tensors: Iterable[PlannedTensor]) -> None:
-    """Write one safetensors file with a single tensor in memory at a time.
+def write_safetensors(path: Path, tensors: Iterable[PlannedTensor]) -> str:
+    """Write one safetensors file with a single tensor in memory at a time; return its SHA-256.
 
-    The library's own writer needs all tensors of a file at once. The format is the length of the
+    The digest is that of the bytes that were to be written, and is computed beside the writing. The
+    library's own writer needs all tensors of a file at once. The format is the length of the
     header in 8 bytes, the header as JSON, then the tensors without gaps
     (https://huggingface.co/docs/safetensors).
     """
@@ -193,13 +196,17 @@ def write_safetensors(path: Path, tensors: Iterable[PlannedTensor]) -> None:
         offset += t.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)))
-        file.write(text)
+    digest = hashlib.sha256(start := struct.pack("<Q", len(text)) + text)
+    with path.open("wb") as file, ThreadPoolExecutor(1) as beside:
+        file.write(start)
         for t in tensors:
-            file.write(encode_tensor(t.make(), t))
+            data = encode_tensor(t.make(), t)
+            hashed = beside.submit(digest.update, data)
+            file.write(data)
+            hashed.result()
         file.flush()
         os.fsync(file.fileno())
+    return digest.hexdigest()
 
 
 def encode_tensor(tensor: Tensor, planned: PlannedTensor) -> memoryview:
@@ -237,9 +244,13 @@ def write_checkpoint(folder: Path, tensors: Iterable[PlannedTensor]) -> None:
     write_json(folder / INDEX_FILE, _make_index(weight_map, total))
 
 
-def write_durably(path: Path, tensors: list[PlannedTensor]) -> None:
-    """Write a safetensors file that gets its name only when it is complete and on the disk."""
+def write_durably(path: Path, tensors: list[PlannedTensor]) -> str:
+    """Write a safetensors file that gets its name only when it is complete and on the disk.
+
+    Return its SHA-256.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    write_safetensors(temporary, tensors)
+    digest = write_safetensors(temporary, tensors)
     temporary.replace(path)
     sync_folder(path.parent)
+    return digest
