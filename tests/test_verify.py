@@ -17,12 +17,13 @@ import pytest
 import torch
 from click.testing import Result
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
 
 from helpers import ignore, run, slow_except
 from moe2edge.calibration import observation, walk
 from moe2edge.errors import VerificationFailed
 from moe2edge.evaluation import far_end, verify
-from moe2edge.evaluation.folder_record import REFERENCE
+from moe2edge.evaluation.folder_record import REFERENCE, FolderRecord
 from moe2edge.evaluation.margins import MarginObserver, choose_reference_rows
 from moe2edge.evaluation.reference import Reference
 from moe2edge.evaluation.tensor_digests import compute_digest
@@ -30,7 +31,7 @@ from moe2edge.numerics.grid import Quantized
 from moe2edge.numerics.scheme import Scheme
 from moe2edge.pipeline import registry
 from moe2edge.storage.checkpoint import open_checkpoint
-from moe2edge.storage.manifest import open_artifact, write_manifest
+from moe2edge.storage.manifest import build_manifest, open_artifact, write_manifest
 from moe2edge.testing import Make
 
 
@@ -464,6 +465,14 @@ def test_other_ids_of_the_tokenizer(folders: Path) -> None:
     with pytest.raises(VerificationFailed, match="has no tokenizer"):
         record.check_tokenizer(folders)
     assert not replace(record, tokens=None).check_tokenizer(folders)
+
+
+def test_a_tokenizer_of_a_few_words_is_not_recorded(tmp_path: Path) -> None:
+    """Its library raises an error of no type for whatever it has no token for."""
+    words = Tokenizer(models.WordLevel({"a": 0, "b": 1}))
+    words.save(str(tmp_path / "tokenizer.json"))
+    manifest = build_manifest(tmp_path, "hf")
+    assert FolderRecord.make(tmp_path, manifest).tokens is None
 
 
 def test_files_of_the_hub_and_an_edited_card_are_noted(copied: Callable[[str], Path]) -> None:

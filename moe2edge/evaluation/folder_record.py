@@ -16,6 +16,7 @@ from typing import Any
 
 from moe2edge.errors import InputError, VerificationFailed
 from moe2edge.storage.manifest import CARD, FILES, MANIFEST, Artifact
+from moe2edge.storage.text_files import get_first_line
 from moe2edge.storage.tokenizer import load_tokenizer
 
 # Not named *.safetensors, because loaders of checkpoints read every such file of a folder.
@@ -40,7 +41,7 @@ class FolderRecord:
         files: SHA-256 of each file by its relative name, but those in `UNRECORDED`.
         sections: SHA-256 of each value of the manifest but the list of files, by its key.
         text: a text for the tokenizer.
-        tokens: its ids; None if the folder has no tokenizer.
+        tokens: its ids; None if the folder has no tokenizer, or it cannot encode the text.
     """
 
     files: Mapping[str, str]
@@ -63,7 +64,7 @@ class FolderRecord:
         }
         try:
             tokens = encode_sample(folder, SAMPLE_TEXT)
-        except InputError:  # a model that was exported without a tokenizer
+        except InputError:  # there is no tokenizer, or it knows only a few words
             tokens = None
         return cls(files, _hash_sections(manifest), SAMPLE_TEXT, tokens)
 
@@ -139,9 +140,17 @@ def encode_sample(folder: Path, text: str) -> tuple[int, ...]:
     """Encode a text with the tokenizer of a folder.
 
     Raises:
-        InputError: it has none, or it cannot be read.
+        InputError: it has none, it cannot be read, or it has no token for a part of the text.
     """
-    return tuple(load_tokenizer(folder)(text)["input_ids"])
+    tokenizer = load_tokenizer(folder)
+    try:
+        return tuple(tokenizer(text)["input_ids"])
+    # The library raises this type itself, where a vocabulary without a token for the unknown
+    # meets something unknown.
+    except Exception as error:
+        raise InputError(
+            f"the tokenizer in {folder} cannot encode the recorded text: {get_first_line(error)}"
+        ) from error
 
 
 def _hash_sections(manifest: Mapping[str, Any]) -> dict[str, str]:

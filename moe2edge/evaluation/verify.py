@@ -360,7 +360,7 @@ def _list_unchecked(target: Target, reference: Reference, parity: Parity) -> Ite
         )
         yield "the far end of the context was not run: nothing was recorded there"
     elif record.tokens is None:
-        yield "the tokenizer was not run: there was none at export"
+        yield "the tokenizer was not run: at export it could not encode the text for that"
     if reference.far is not None and parity.far is None:
         yield f"the far end of the context was not run: target {target.name} cannot do that"
     if parity.shipped is None:
