@@ -125,6 +125,10 @@ class Reference:
                     f"{REFERENCE} does not hold what was recorded; export {folder} again"
                 )
             ids, logits = tensors["ids"], tensors["logits"]
+            samples, length = ids.shape
+            steps = length - notes["prefill"] + 1
+            if ids.dtype != torch.int64 or logits.shape[:-1] != (samples, steps):
+                raise ValueError(f"logits {list(logits.shape)} for tokens {list(ids.shape)}")
             names = ("far.ids", "far.positions", "far.logits")
             far = FarEnd(*(tensors[name] for name in names)) if names[0] in tensors else None
             record = FolderRecord.from_json(notes["record"]) if "record" in notes else None

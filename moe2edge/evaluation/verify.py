@@ -163,6 +163,11 @@ def measure_exact(
     else:
         logits, there = observe_far_end(model, reference.ids, far, "verify")
         logits = logits[:, reference.prefill - 1 :]
+    if logits.shape != reference.logits.shape:
+        raise VerificationFailed(
+            f"logits of the output have shape {list(logits.shape)}, the reference has "
+            f"{list(reference.logits.shape)}; export it again"
+        )
     difference = float((logits - reference.logits).abs().max())
     _check_difference(difference, reference.logits, "")
     if far is None or there is None:
