@@ -118,14 +118,15 @@ def _make_output(
     figures, ids = recipe.evaluation.text != NO_TEXT, texts.evaluation.ids
     measured = Comparison.measure(source, model, ids, reporter, budget, figures=figures)
     folders = _make_folders(targets, content)
-    results = []
+    written = []
     for target, folder in folders:
         reporter.log(f"writing {target.name}")
-        results.append(write_target(target, model, folder, checkpoint, measured, reporter))
+        written.append(write_target(target, model, folder, checkpoint, measured, reporter))
+    results = [row for row, _ in written]
     report = _build_report(checkpoint, recipe, targets, texts, steps, measured, results)
     report = replace(report, materialized=grown, seconds=time.perf_counter() - begun)
-    for target, folder in folders:
-        report.write(folder, target, checkpoint, model, list_versions())
+    for (target, folder), (_, reference) in zip(folders, written, strict=True):
+        report.write(folder, target, checkpoint, model, list_versions(), reference)
     return report
 
 

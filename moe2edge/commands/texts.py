@@ -84,13 +84,14 @@ def load_evaluation(checkpoint: Checkpoint, recipe: Recipe) -> Tokens:
     Raises:
         InputError: the text is missing or unsuitable.
     """
-    from moe2edge.evaluation import verify
+    from moe2edge.evaluation.margins import SAMPLES
+    from moe2edge.evaluation.reference import PARITY_STEPS, PREFILL
 
     source = recipe.evaluation
     if source.text == NO_TEXT:
         longest = checkpoint.model.family.geometry(checkpoint.config).max_positions
-        length = min(longest, verify.PREFILL + verify.PARITY_STEPS)
-        source = TextSource(text=BUILTIN_TEXT, samples=verify.SAMPLES, length=length)
+        length = min(longest, PREFILL + PARITY_STEPS)
+        source = TextSource(text=BUILTIN_TEXT, samples=SAMPLES, length=length)
     return _load_tokens(checkpoint, source, "evaluation")
 
 
