@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import collections
 import hashlib
-import importlib
 import json
 import os
 import random
@@ -33,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.attack import mutate
+from benchmarks.attack.children import preload
 
 CODES = (0, 2, 5, 6, 7, 8)
 CPU_SECONDS, MEMORY = 20, 2 * 10**9
@@ -47,23 +47,6 @@ RECIPES = (
     "passes:\n  - block_drop: {drop: 1}\n  - awq: {steps: 2}\n",
     "passes:\n  - expert_search: {keep: 4}\n  - sparsify: {method: magnitude, sparsity: 0.5}\n",
 )
-# Imported before a child is forked, which would otherwise spend most of its time on them.
-PRELOADED = (
-    "accelerate", "click.testing", "moe2edge.cli.main", "moe2edge.commands.api",
-    "moe2edge.passes.gptq", "moe2edge.runtime.torch_runtime", "moe2edge.testing",
-    "transformers.models.auto.tokenization_auto",
-    "transformers.models.encoder_decoder.configuration_encoder_decoder",
-    "moe2edge.commands.decide", "moe2edge.commands.export",
-    "moe2edge.commands.generate", "moe2edge.evaluation.verify", "moe2edge.runtime.load",
-    "onnxruntime",
-    "moe2edge.targets._onnx_decoder", "moe2edge.targets._onnx_runtime", "moe2edge.targets.gptq",
-    "moe2edge.targets.hf", "moe2edge.targets.onnx", "rich.console", "rich.table", "scipy.optimize",
-    "torch._dynamo", "transformers.generation", "transformers.models.auto.modeling_auto",
-    "transformers.models.mixtral.modeling_mixtral", "transformers.models.olmoe.modeling_olmoe",
-    "transformers.models.qwen2_moe.modeling_qwen2_moe",
-    "transformers.models.qwen3_moe.modeling_qwen3_moe",
-    "transformers.tokenization_utils_tokenizers",
-)  # fmt: skip
 FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
 
 
@@ -501,12 +484,9 @@ def choose_kind(number: int, only: str | None) -> str:
 
 def run_numbers(numbers: range, given: argparse.Namespace, base: Path, report: Path) -> None:
     """Run these cases, one after another, and append a line for each to ``report``."""
-    import torch
     from transformers.utils import logging
 
-    for name in PRELOADED:
-        importlib.import_module(name)
-    torch.set_num_threads(1)
+    preload()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     keys = list_config_keys()
