@@ -32,10 +32,15 @@ class Texts:
     evaluation: Tokens
     training: Tokens | None
 
+    @property
+    def by_purpose(self) -> dict[str, Tokens | None]:
+        """The texts by the names of what they are for."""
+        return {key: getattr(self, key) for key in ("calibration", "evaluation", "training")}
+
     def describe(self) -> dict[str, Any]:
         """Return where the texts are from, as plain data for reports."""
-        texts = {key: getattr(self, key) for key in ("calibration", "evaluation", "training")}
-        return {key: tokens.provenance if tokens else None for key, tokens in texts.items()}
+        texts = self.by_purpose.items()
+        return {purpose: tokens.provenance if tokens else None for purpose, tokens in texts}
 
 
 # ---- the default -------------------------------------------------------------------------------
@@ -123,6 +128,7 @@ def load_calibration(checkpoint: Checkpoint, recipe: Recipe, reporter: Reporter)
     if source.text == SELF:
         from moe2edge.calibration import self_sampling
 
+        _ = checkpoint.sha256  # it looks at every number, before the model runs
         return self_sampling.sample_tokens(checkpoint, source, reporter)
     return _load_tokens(checkpoint, source, "calibration")
 
@@ -133,13 +139,14 @@ def load_evaluation(checkpoint: Checkpoint, recipe: Recipe) -> Tokens:
     Raises:
         InputError: the text is missing or unsuitable.
     """
-    from moe2edge.evaluation import verify
+    from moe2edge.evaluation.margins import SAMPLES
+    from moe2edge.evaluation.reference import PARITY_STEPS, PREFILL
 
     source = recipe.evaluation
     if source.text == NO_TEXT:
         longest = checkpoint.model.family.geometry(checkpoint.config).max_positions
-        length = min(longest, verify.PREFILL + verify.PARITY_STEPS)
-        source = TextSource(text=BUILTIN_TEXT, samples=verify.SAMPLES, length=length)
+        length = min(longest, PREFILL + PARITY_STEPS)
+        source = TextSource(text=BUILTIN_TEXT, samples=SAMPLES, length=length)
     return _load_tokens(checkpoint, source, "evaluation")
 
 

@@ -35,7 +35,9 @@ RUNTIME_FILES = (
     "*.dylib", "*.reference",
 )  # fmt: skip
 
-_RESERVED_KEYS = frozenset({"schema_version", "tool", "target", "files"})
+# Key of the list of files.
+FILES = "files"
+_RESERVED_KEYS = frozenset({"schema_version", "tool", "target", FILES})
 
 
 @dataclass(frozen=True)
@@ -116,12 +118,17 @@ def is_artifact(folder: Path) -> bool:
 
 
 def write_manifest(folder: Path, target: str, **sections: object) -> None:
-    """Hash every file of ``folder`` and write ``manifest.json``.
+    """Hash every file of ``folder`` and write ``manifest.json``; see `build_manifest`."""
+    write_json(folder / MANIFEST, build_manifest(folder, target, **sections))
+
+
+def build_manifest(folder: Path, target: str, **sections: object) -> dict[str, Any]:
+    """Hash every file of ``folder`` and build the content of ``manifest.json``.
 
     Names are sorted, and there are no time stamps.
 
     Args:
-        folder: a finished output folder; an old manifest in it is replaced.
+        folder: a finished output folder; an old manifest in it does not count.
         target: name of the target that wrote it.
         sections: further top-level keys (``model``, ``source``, ``versions``), JSON values.
 
@@ -130,13 +137,15 @@ def write_manifest(folder: Path, target: str, **sections: object) -> None:
     """
     if reserved := _RESERVED_KEYS & set(sections):
         raise ValueError(f"a section cannot be called {min(reserved)}: every manifest has that key")
-    files = {
-        name: {"sha256": hash_file(path), "bytes": path.stat().st_size}
-        for name, path in list_files(folder).items()
-        if name != MANIFEST
-    }
+    paths = list_files(folder)
+    files = {name: describe_file(path) for name, path in paths.items() if name != MANIFEST}
     manifest = {"schema_version": MANIFEST_VERSION, "tool": TOOL, "target": target}
-    write_json(folder / MANIFEST, {**manifest, **sections, "files": files})
+    return {**manifest, **sections, FILES: files}
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """Return the entry of a file in the list of files."""
+    return {"sha256": hash_file(path), "bytes": path.stat().st_size}
 
 
 def check_manifest_files(artifact: Artifact) -> list[str]:
