@@ -258,7 +258,7 @@ def test_one_change_of_each_file_is_found_and_named(folders: Path, target: str) 
     folder, tried = folders / target, set()
     for change in attack.list_changes(folder, 1):
         kind = change.file, change.place.rpartition(" ")[2] in ("changed", "out")
-        if change.file in ("README.md", "report.json") or kind in tried:
+        if attack.is_free(change) or kind in tried:
             continue
         tried.add(kind)
         result = attack.try_change(folder, change)
@@ -274,7 +274,7 @@ def test_every_change_is_found(folders: Path, target: str) -> None:
     changes = list(attack.list_changes(folders / target, 4))
     assert len(changes) > 200
     for change in changes[::3]:
-        if change.file not in ("README.md", "report.json"):
+        if not attack.is_free(change):
             result = attack.try_change(folders / target, change)
             assert result.found, (change.file, change.place, result.message)
 
