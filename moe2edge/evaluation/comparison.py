@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -170,6 +170,17 @@ class ResultRow:
         size = model.nbytes if nbytes is None else nbytes
         counts = model.parameters, model.active_parameters
         return cls(form, size, *counts, quality, parity, skip_times)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ResultRow:
+        """Make the row that `dataclasses.asdict` gave."""
+        from moe2edge.evaluation.skip_times import SkipTimes
+        from moe2edge.evaluation.verify import Parity
+        from moe2edge.numerics.metrics import Quality
+
+        kinds = {"quality": Quality, "parity": Parity, "skip_times": SkipTimes}
+        parts = {key: kind(**data[key]) if data[key] else None for key, kind in kinds.items()}
+        return cls(**{**data, **parts})
 
     def cells(self) -> tuple[str, ...]:
         """Return the text of each column, in the order of `RESULT_HEADINGS`."""
