@@ -15,7 +15,7 @@ from onnx import TensorProto
 from torch import Tensor
 
 from moe2edge.model.family import Config, Family, Geometry
-from moe2edge.model.model import Model
+from moe2edge.model.model import EMBEDDING, FINAL_NORM, HEAD, Model
 from moe2edge.targets._onnx_block import BlockInputs, BlockWriter, ResidualStream, add_norm
 from moe2edge.targets._onnx_graph import Graph
 from moe2edge.targets._onnx_storage import (
@@ -25,8 +25,6 @@ from moe2edge.targets._onnx_storage import (
     Source,
     make_plain_initializer,
 )
-
-EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
 
 def build_decoder(model: Model, accuracy_level: int) -> Graph:

@@ -25,7 +25,7 @@ from moe2edge.calibration.observation import (
 )
 from moe2edge.model.hf_config import build_transformers_config
 from moe2edge.model.layers import MoELayer
-from moe2edge.model.model import Block, Model
+from moe2edge.model.model import EMBEDDING, FINAL_NORM, HEAD, Block, Model
 from moe2edge.progress import Advance
 from moe2edge.runtime.decoder_blocks import check_finite, fit_layers, load_block_state, load_finite
 from moe2edge.runtime.expert_kernels import set_expert_implementation
@@ -162,7 +162,7 @@ def build_skeleton(model: Model, block: Block) -> Any:
 
 def embed(model: Model, tokens: Tensor, memory: Memory = UNLIMITED) -> Tensor:
     """Look ``tokens`` up in the embedding table: float32 [samples, length, hidden]."""
-    handle = model.rest["model.embed_tokens.weight"]
+    handle = model.rest[EMBEDDING]
     table = handle.load()
     hidden = memory.empty((*tokens.shape, table.shape[1]))
     for part in split_batches(tokens):
@@ -344,8 +344,8 @@ def compute_logits(model: Model, hidden: Iterable[Tensor]) -> Iterator[Tensor]:
 
     All families end in an RMS norm and a linear head without bias.
     """
-    norm = load_finite(model.rest["model.norm.weight"])
-    head_name = "lm_head.weight" if "lm_head.weight" in model.rest else "model.embed_tokens.weight"
+    norm = load_finite(model.rest[FINAL_NORM])
+    head_name = HEAD if HEAD in model.rest else EMBEDDING
     head = load_finite(model.rest[head_name])
     eps = model.family.geometry(model.config).eps
     for sample in hidden:

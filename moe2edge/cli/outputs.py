@@ -251,9 +251,12 @@ def evaluate_command(
 
     With --reference, also measures KL and top-1 agreement with the source.
     """
+    from moe2edge.commands.texts import choose_text
     from moe2edge.evaluation.output_quality import evaluate_output as run
+    from moe2edge.storage.manifest import open_artifact
 
-    source = read_text_options("evaluation", text)
+    # An output is of the model that its manifest names, and is measured on that one's text.
+    source = choose_text(read_text_options("evaluation", text), open_artifact(folder).source)
     quiet_libraries()
     model = open_model(reference, revision, cache_dir).model if reference else None
     quality = run(folder, source, model, make_reporter(quiet=as_json).advance)

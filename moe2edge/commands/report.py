@@ -45,6 +45,7 @@ class Report:
     seconds: float
     peak_bytes: int
     training: Mapping[str, Any] | None = None
+    default_texts: tuple[str, ...] = ()
     materialized: str | None = None
 
     @property
@@ -119,11 +120,26 @@ class Report:
                 f"parameters, {step.nbytes / 1e6:.2f} MB, {step.seconds:.1f} s"
             )
             said += [f"  {note}" for note in step.notes]
+        said.append(self._describe_texts())
         said += [*self._describe_skipping(), *self._describe_materialized().splitlines()[:1]]
         for target, loaders in self.loaders.items():
             for loader in loaders:
                 said.append(f"{target} in {loader.program}: {loader.text}")
         return said
+
+    def _describe_texts(self) -> str:
+        """Describe the texts in a sentence each, by purpose."""
+        said = []
+        for purpose in ("calibration", "training", "evaluation"):
+            text = getattr(self, purpose)
+            measured = purpose != "evaluation" or self.before.quality is not None
+            if text is not None and measured:
+                default = ", the default" if purpose in self.default_texts else ""
+                said.append(
+                    f"{purpose.capitalize()} text: {text['text']}{default}, {text['samples']} "
+                    f"samples of {text['length']} tokens."
+                )
+        return " ".join(said)
 
     def _describe_materialized(self) -> str:
         """Describe the cost of materializing in a paragraph; empty if nothing was materialized."""
@@ -220,7 +236,7 @@ class Report:
         return (
             f"---\n{data.to_yaml()}\n---\n\n# {checkpoint.source}, compressed with moe2edge\n\n"
             f"{self.family}, written for the target `{target}`{options}.\n\n"
-            f"{table}\n\n{self.caption()}.\n\n{self._describe_materialized()}"
+            f"{table}\n\n{self.caption()}.\n\n{self._describe_texts()}\n\n{self._describe_materialized()}"
             f"## Who can load it\n\n{loaders}\n\n## Run it\n\n"
             f'```sh\nmoe2edge generate . "Once upon a time"\nmoe2edge verify .\n```\n\n'
             f"## Recipe\n\n```yaml\n{self.recipe}```\n"

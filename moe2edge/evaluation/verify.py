@@ -28,6 +28,7 @@ from moe2edge.pipeline import registry
 from moe2edge.pipeline.target import Target
 from moe2edge.runtime.memory import fits, give_back
 from moe2edge.runtime.protocol import Runtime
+from moe2edge.runtime.torch_runtime import TorchRuntime
 from moe2edge.storage.manifest import (
     MANIFEST,
     Artifact,
@@ -207,6 +208,8 @@ def measure_shipped(reference: Reference, runtime: Runtime, parity: Parity) -> P
     # position by far more than rounding does.
     errors = (logits - reference.logits).norm(dim=-1) / reference.logits.norm(dim=-1)
     relative = float(errors.median())
+    if not logits.isfinite().all():
+        raise VerificationFailed(explain_overflow(runtime, reference.ids))
     if not relative <= SHIPPED_TOLERANCE:
         raise VerificationFailed(
             f"logits as shipped differ from the reference by {relative:.1%} (median); expected at "
@@ -215,6 +218,20 @@ def measure_shipped(reference: Reference, runtime: Runtime, parity: Parity) -> P
     top1 = float((logits.argmax(-1) == reference.logits.argmax(-1)).double().mean())
     count = logits.shape[0] * logits.shape[1]
     return replace(parity, shipped=relative, top1=top1, positions=count)
+
+
+def explain_overflow(runtime: Runtime, ids: Tensor) -> str:
+    """Say where logits became infinite or NaN, although those of the reference are finite."""
+    dtype, place = "", "the logits"
+    if isinstance(runtime, TorchRuntime):
+        dtype, place = runtime.dtype, runtime.find_overflow(ids) or place
+    if dtype != "float16":
+        return f"{place} as shipped are not finite, although the reference is; please report it"
+    return (
+        f"{place} overflow in float16, whose largest number is {torch.finfo(torch.float16).max:.0f}"
+        "; convert the source to bfloat16 (dtype=torch.bfloat16 in from_pretrained, then "
+        "save_pretrained), and export that"
+    )
 
 
 def check_parity(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,6 +85,28 @@ class TorchRuntime:
         if self._cache is None:
             raise Moe2EdgeError("step() came before start(); begin a sequence first")
         return self._run(torch.tensor([[token]]), past_key_values=self._cache)[0, -1]
+
+    def find_overflow(self, ids: Tensor) -> str | None:
+        """Run ``ids`` int64 [batch, length]; name the first block whose output is not finite."""
+        found: list[int] = []
+
+        def look(index: int) -> Callable[..., None]:
+            def hook(_: Any, __: Any, out: Any) -> None:
+                hidden = out[0] if isinstance(out, tuple) else out
+                if not hidden.isfinite().all():
+                    found.append(index)
+
+            return hook
+
+        hooks = [
+            layer.register_forward_hook(look(n)) for n, layer in enumerate(self.model.model.layers)
+        ]
+        try:
+            self._run(ids, use_cache=False)
+        finally:
+            for handle in hooks:
+                handle.remove()
+        return f"the hidden states of block {found[0]}" if found else None
 
     def _run(self, ids: Tensor, **options: Any) -> Tensor:
         import torch

@@ -61,6 +61,13 @@ class Artifact:
         return options
 
     @property
+    def source(self) -> str:
+        """The model that it was made of, as the user named it; empty if it does not say."""
+        source = self.manifest.get("source")
+        name = source.get("model") if isinstance(source, dict) else None
+        return name if isinstance(name, str) else ""
+
+    @property
     def files(self) -> Mapping[str, Mapping[str, Any]]:
         """``sha256`` and ``bytes`` of each file, by its name relative to the folder."""
         files: Mapping[str, Mapping[str, Any]] = self.manifest["files"]

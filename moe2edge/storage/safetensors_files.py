@@ -89,7 +89,10 @@ def make_weight(path: Path, name: str) -> Weight:
     """
     shape, dtype = read_header(path, name)
     if dtype not in DTYPE_BYTES:
-        raise Unsupported(f"{name} has dtype {dtype}; supported: {', '.join(DTYPE_BYTES)}")
+        raise Unsupported(
+            f"{name} has dtype {dtype}; supported: {', '.join(DTYPE_BYTES)}; get the checkpoint "
+            "in one of these"
+        )
     return Weight(name, shape, dtype, load=lambda: read_tensor(path, name))
 
 
