@@ -19,8 +19,8 @@ TEXTS = {
     "self+general": "self+general: half of either",
 }
 METHODS = {
-    "reap": "expert_drop, criterion reap (the default)",
-    "mone": "expert_drop, criterion mone",
+    "mone": "expert_drop, criterion mone (the default)",
+    "reap": "expert_drop, criterion reap (the default up to commit 007197c)",
     "search": "expert_search",
 }
 # What a text may cost in any domain, against text of the domains.
