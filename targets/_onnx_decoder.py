@@ -7,6 +7,7 @@ have the names that onnxruntime-genai expects.
 
 from __future__ import annotations
 
+import copy
 import importlib
 from collections.abc import Iterator
 
@@ -100,7 +101,7 @@ def compute_rotary_tables(model: Model, positions: int) -> tuple[Tensor, Tensor]
 
     name = model.family.architecture
     architecture = getattr(transformers, name)
-    config = architecture.config_class.from_dict(dict(model.config))
+    config = architecture.config_class.from_dict(copy.deepcopy(dict(model.config)))
     source = importlib.import_module(architecture.__module__)
     rotary = getattr(source, name.removesuffix("ForCausalLM") + "RotaryEmbedding")(config)
     tables = rotary(torch.empty(0), torch.arange(positions)[None])

@@ -82,7 +82,7 @@ def load_evaluation(checkpoint: Checkpoint, recipe: Recipe) -> Tokens:
 
     source = recipe.evaluation
     if source.text == NO_TEXT:
-        longest = checkpoint.model.family.geometry(checkpoint.config).max_positions
+        longest = checkpoint.model.family.geometry(checkpoint.model.config).max_positions
         length = min(longest, verify.PREFILL + verify.PARITY_STEPS)
         source = TextSource(text=BUILTIN_TEXT, samples=verify.SAMPLES, length=length)
     return _load_tokens(checkpoint, source, "evaluation")
@@ -101,6 +101,6 @@ def _load_tokens(checkpoint: Checkpoint, source: TextSource, purpose: str) -> To
     from moe2edge.calibration.tokens import load_tokens
     from moe2edge.storage.tokenizer import load_tokenizer
 
-    geometry = checkpoint.model.family.geometry(checkpoint.config)
+    geometry = checkpoint.model.family.geometry(checkpoint.model.config)
     limits = (geometry.max_positions, geometry.vocab)
     return load_tokens(source, load_tokenizer(checkpoint.folder), purpose, limits)
