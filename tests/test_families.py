@@ -127,7 +127,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("mixtral", {"num_experts": 8}, "num_experts is 8 and num_local_experts is 6; both name"),
     ("qwen2_moe", {"router_aux_loss_coef": {"__float__": "Infinity"}}, "expected: a finite number"),
     ("olmoe", {"head_dim": 32}, "head_dim is 32, expected: hidden_size / num_attention_heads"),
-    ("qwen3_moe", {"head_dim": 31}, "head_dim is 31"),
+    ("qwen3_moe", {"head_dim": 31}, "an even rotary dimension"),
     ("qwen3_moe", {"num_key_value_heads": 3}, "num_key_value_heads is 3, expected: a divisor"),
     ("mixtral", {"rope_scaling": "linear"}, "rope_scaling is 'linear', expected"),
     ("mixtral", {"rope_parameters": [1]}, "rope_parameters is [1], expected"),
@@ -147,7 +147,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("olmoe", {"rope_parameters": YARN | {"factor": 0}}, "'yarn' rope needs factor > 0"),
     ("olmoe", {"rope_parameters": YARN | {"type": "linear"}}, "rope_parameters.type is 'linear'"),
     ("olmoe", {"rope_parameters": YARN | {"attention_factor": "x"}}, "cannot be computed"),
-    ("olmoe", {"rope_scaling": YARN}, "rope_scaling is {'rope_type': 'yarn'"),
+    ("olmoe", {"rope_scaling": YARN}, "'rope_type': 'default'}; both name the same"),
     (
         "qwen3_moe",
         {"rope_parameters": LLAMA3 | {"low_freq_factor": "x"}},

@@ -55,10 +55,16 @@ class Fixed:
     Attributes:
         values: the values with which it changes nothing.
         does: what it does with any other, for the message.
+        truth: transformers asks only if the value is true or false.
     """
 
     values: tuple[Any, ...]
     does: str
+    truth: bool = False
+
+    def allows(self, value: Any) -> bool:
+        """Return whether the key changes nothing with ``value``."""
+        return (bool(value) if self.truth else value) in self.values
 
 
 _NO_WEIGHTS = "which names other files to read"
@@ -71,8 +77,8 @@ FIXED: Mapping[str, Fixed] = {
     "configuration_files": Fixed(([],), _NO_WEIGHTS),
     "decoder": Fixed((None,), _NESTED),
     "generator": Fixed((None,), _NESTED),
-    "is_causal": Fixed((True,), "with which attention sees later tokens"),
-    "is_encoder_decoder": Fixed((None, False), "and this is no decoder-only model"),
+    "is_causal": Fixed((True,), "with which attention sees later tokens", truth=True),
+    "is_encoder_decoder": Fixed((False,), "and this is no decoder-only model", truth=True),
     "kv_sharing_modes": Fixed((None,), "with which layers share keys and values"),
     "per_layer_config": Fixed((None, {}), "with which layers differ"),
     "quantization_config": Fixed((None,), "and the model is already quantized"),

@@ -278,7 +278,7 @@ def _check_values(family: Family, config: Any, given: Config) -> None:
     norms = dict.fromkeys(QK_NORMS, Fixed((None, False), "and this family has no such norms"))
     rules = {**FIXED, **OTHER_FAMILIES, **scales, **(norms if family.qk_norm == "none" else {})}
     for key, rule in rules.items():
-        if key in given and key not in family.reads and given[key] not in rule.values:
+        if key in given and key not in family.reads and not rule.allows(given[key]):
             raise Unsupported(
                 f"{family.model_type} with {key} {given[key]!r:.100} is not supported: "
                 f"{rule.does}; supported: {', '.join(map(repr, rule.values))}"
