@@ -162,7 +162,7 @@ def load_evaluation(checkpoint: Checkpoint, recipe: Recipe, reporter: Reporter) 
 
     source = recipe.evaluation
     if source.text == NO_TEXT:
-        longest = checkpoint.model.family.geometry(checkpoint.config).max_positions
+        longest = checkpoint.model.family.geometry(checkpoint.model.config).max_positions
         length = min(longest, PREFILL + PARITY_STEPS)
         source = TextSource(text=BUILTIN_TEXT, samples=SAMPLES, length=length)
     return _load_tokens(checkpoint, source, "evaluation", reporter)
@@ -185,7 +185,7 @@ def _load_tokens(
     from moe2edge.calibration.tokens import load_tokens
     from moe2edge.storage.tokenizer import load_tokenizer
 
-    geometry = checkpoint.model.family.geometry(checkpoint.config)
+    geometry = checkpoint.model.family.geometry(checkpoint.model.config)
     limits = (geometry.max_positions, geometry.vocab)
     tokenizer = load_tokenizer(checkpoint.folder)
     return load_tokens(source, tokenizer, purpose, limits, reporter=reporter)

@@ -10,7 +10,9 @@ from moe2edge.calibration import walk
 from moe2edge.calibration.sources import AS_FLAGS, TextSource
 from moe2edge.calibration.tokens import load_tokens
 from moe2edge.evaluation import verify
+from moe2edge.model.config_parser import parse_config
 from moe2edge.model.family import find_family
+from moe2edge.model.hf_config import OUTPUT_KEYS
 from moe2edge.model.model import Model
 from moe2edge.numerics import metrics
 from moe2edge.pipeline import registry
@@ -42,7 +44,9 @@ def evaluate_output(
     artifact = open_artifact(folder)
     check_sizes(artifact)
     config = read_json(folder / "config.json")
-    geometry = find_family(config).geometry(config)
+    family = find_family(config)
+    own = {key: value for key, value in config.items() if key not in OUTPUT_KEYS}
+    geometry = family.geometry(parse_config(family, own))
     limits = (geometry.max_positions, geometry.vocab)
     tokenizer = load_tokenizer(folder)
     ids = load_tokens(
