@@ -145,14 +145,23 @@ def test_profile_measures_an_output(pair: Path) -> None:
 @pytest.mark.slow
 def test_two_runs_write_the_same_bytes(tiny: Make, tmp_path: Path, family: str) -> None:
     (tmp_path / "r.yaml").write_text(RECIPE)
-    weights = []
+    files: list[dict[str, Path]] = []
     for n in range(2):
         out = tmp_path / f"out{n}"
         result = export(tiny(family), out, "onnx,gptq", "-r", tmp_path / "r.yaml")
         assert result.exit_code == 0, result.output
-        names = ("onnx/model.onnx", "onnx/model.onnx.data", "gptq/model.safetensors")
-        weights.append([(out / name).read_bytes() for name in names])
-    assert weights[0] == weights[1]
+        files.append(
+            {str(path.relative_to(out)): path for path in out.rglob("*") if path.is_file()}
+        )
+    first, second = files
+    assert set(first) == set(second)
+    different = {name for name in first if first[name].read_bytes() != second[name].read_bytes()}
+    of_the_run = {f"{target}/report.json" for target in ("onnx", "gptq")}
+    assert different == of_the_run | {f"{target}/manifest.json" for target in ("onnx", "gptq")}
+    for name in sorted(different - of_the_run):
+        one, other = (json.loads(paths[name].read_text()) for paths in files)
+        del one["files"]["report.json"], other["files"]["report.json"]
+        assert one == other
 
 
 def test_plain_trimming_for_stock_transformers(tiny: Make, tmp_path: Path) -> None:

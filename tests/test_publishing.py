@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from moe2edge.errors import InputError
+from moe2edge.errors import DoesNotFit, InputError
 from moe2edge.storage import durable, export_folder
 from moe2edge.storage.export_folder import OutputForm, claim_output, open_partial_folder
 from moe2edge.storage.manifest import check_manifest_files, open_artifact, write_manifest
@@ -120,6 +120,7 @@ def count_operations(folder: Path, *, force: bool) -> list[str]:
     return kill.names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("force", [False, True])
 def test_a_kill_at_any_operation_leaves_a_whole_output_or_none(tmp_path: Path, force: bool) -> None:
     def begin(name: str) -> Path:
@@ -152,3 +153,327 @@ def test_a_kill_at_any_operation_leaves_a_whole_output_or_none(tmp_path: Path, f
             assert read(out) == "new"
             assert [path.name for path in folder.iterdir()] == ["out"], (at, behind)
             shutil.rmtree(folder)
+
+
+# ---- what appears under way ----------------------------------------------------------------------
+
+
+def test_what_appears_at_the_output_is_left_alone(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def appear() -> None:
+        out.mkdir()
+        (out / "thesis.txt").write_text("years of work")
+
+    for force in (False, True):
+        with pytest.raises(InputError, match="was not written by moe2edge") as caught:
+            export(out, "new", force=force, during=appear)
+        assert "the finished output is kept as" in caught.value.__notes__[0]
+        assert (out / "thesis.txt").read_text() == "years of work"
+        assert read(tmp_path / "out.partial" / "out") == "new"
+        # As long as it is there, the message names what is kept.
+        with pytest.raises(InputError, match="exists") as caught:
+            export(out, "new", force=force)
+        assert "the finished output is kept as" in caught.value.__notes__[0]
+        shutil.rmtree(out)
+        assert export(out, "new", force=force) == "finished"
+        assert read(out) == "new"
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+        shutil.rmtree(out)
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+def test_an_empty_folder_a_file_or_a_link_is_not_replaced_either(tmp_path: Path, kind: str) -> None:
+    out = tmp_path / "out"
+    make = {
+        "folder": out.mkdir,
+        "file": lambda: out.write_text("mine"),
+        "link": lambda: out.symlink_to("nowhere"),
+    }[kind]
+    with pytest.raises(InputError, match="exists"):
+        export(out, "new", during=make)
+    assert os.path.lexists(out)
+    # Likewise if it appears behind the last look: the rename itself replaces nothing.
+    (out.rmdir if kind == "folder" else out.unlink)()
+    look = export_folder.check_output
+
+    def looking(*args: Any, **more: Any) -> None:
+        look(*args, **more)
+        make()
+
+    with pytest.MonkeyPatch.context() as patch:
+        begin = lambda: patch.setattr(export_folder, "check_output", looking)  # noqa: E731
+        with pytest.raises(InputError, match="has appeared"):
+            export(out, "newer", during=begin)
+    assert os.path.lexists(out)
+    (out.rmdir if kind == "folder" else out.unlink)()
+    assert export(out, "newer") == "finished"
+
+
+def test_without_an_exclusive_rename_nothing_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(durable, "rename_exclusively", lambda *_: False)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(FileExistsError):
+        durable.rename_new(tmp_path / "a", tmp_path / "b")
+    export(tmp_path / "out", "old")
+    assert export(tmp_path / "out", "new", force=True) == "written"
+    assert read(tmp_path / "out") == "new"
+
+
+def test_a_finished_output_is_published_only_for_the_same_command(tmp_path: Path) -> None:
+    out, kept = tmp_path / "out", tmp_path / "out.partial" / "out"
+
+    def finish() -> None:
+        with pytest.raises(InputError, match="exists"):
+            export(out, "new", during=out.mkdir)
+        out.rmdir()
+        assert read(kept) == "new"
+
+    finish()
+    assert export(out, "other") == "written"  # from the same work: only the output differs
+    assert read(out) == "other"
+    shutil.rmtree(out)
+    finish()
+    with pytest.raises(InputError, match="begun with another model: then one, now two"):
+        export(out, "new", inputs={"model": "two"})
+    assert read(kept) == "new"
+    assert export(out, "new", resume="never") == "written"
+    shutil.rmtree(out)
+    finish()
+    (kept / "part" / "weights.bin").write_text("x")
+    assert export(out, "new") == "written"  # damaged: written again
+    assert read(out) == "new"
+
+
+@pytest.mark.parametrize("where", ["notes.txt", "work/notes.txt", "work/link.json", ".hidden"])
+def test_foreign_files_in_the_partial_folder_are_named_and_stay(tmp_path: Path, where: str) -> None:
+    out = tmp_path / "out"
+    path = tmp_path / "out.partial" / where
+
+    def put() -> None:
+        if "link" in where:
+            path.symlink_to("nowhere")
+        else:
+            path.write_text("mine")
+
+    with pytest.raises(OSError, match="failed"):
+        export(out, "new", during=lambda: _fail("failed"))
+    put()
+    for force in (False, True):
+        for resume in ("auto", "never"):
+            with pytest.raises(InputError, match="which moe2edge did not write; move it away"):
+                export(out, "new", force=force, resume=resume)  # type: ignore[arg-type]
+    assert os.path.lexists(path)
+    path.unlink()
+    # What appears there while an export runs stays as well, and the export is not lost.
+    assert export(out, "new", during=put) == "written"
+    assert read(out) == "new"
+    assert os.path.lexists(path)
+
+
+def _fail(message: str) -> None:
+    raise OSError(message)
+
+
+# ---- names and places ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("/", "exists and was not written by moe2edge"),
+        ("..", "exists and was not written by moe2edge"),
+        ("none/out", "does not exist; make it first"),
+        ("x" * 300, "choose a shorter one"),
+        ("x" * 250, "choose a shorter one"),
+        ("ö" * 125, "choose a shorter one"),
+        ("/" + "a/" * 3000 + "out", "choose a shorter one"),
+        ("a\0b", "has a zero byte"),
+        ("/proc/out", "nothing can be written to /proc"),
+        ("other.partial", "keeps its work in a folder of that name"),
+        ("begun.partial/x", "which an export removes"),
+        ("file/out", "does not exist; make it first"),
+    ],
+)
+def test_places_that_no_output_can_have(tmp_path: Path, name: str, message: str) -> None:
+    with pytest.raises(OSError, match="failed"):
+        export(tmp_path / "begun", "x", during=lambda: _fail("failed"))
+    (tmp_path / "file").write_text("x")
+    before = sorted(map(str, tmp_path.rglob("*")))
+    with pytest.raises(InputError, match=message) as caught:
+        export(tmp_path / name, "x")
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
+    assert sorted(map(str, tmp_path.rglob("*"))) == before
+
+
+def test_a_name_as_long_as_can_be(tmp_path: Path) -> None:
+    out = tmp_path / ("x" * (255 - len(".partial")))
+    assert export(out, "new") == "written"
+    assert read(out) == "new"
+    assert os.listdir(tmp_path) == [out.name]
+
+
+def test_a_full_disk_is_a_shortage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(DoesNotFit, match="No space left on device"):
+        export(tmp_path / "out", "x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_read_is_not_deleted(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    export(out, "old")
+    link = tmp_path / "link"
+    link.symlink_to(out / "part")
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "weights.bin").symlink_to(out / "part" / "weights.bin")
+    for read_path in (out, out / "config.json", link, *model.iterdir()):
+        with (
+            pytest.raises(InputError, match="is read and lies in"),
+            claim_output(out, force=True, reads=[read_path]),
+        ):
+            pass
+    with claim_output(out, force=True, reads=[tmp_path, tmp_path / "outside"]):
+        pass
+    assert read(out) == "old"
+
+
+def test_force_deletes_only_what_is_ours(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    export(out, "old")
+    for name in (".gitattributes", ".DS_Store", "part/.DS_Store", ".cache/huggingface/upload/x"):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("x")
+    assert export(out, "new", force=True) == "written"
+    for name in ("thesis.txt", "part/data.bin", ".git/HEAD", "link", "empty/"):
+        path = out / name
+        path.parent.mkdir(exist_ok=True)
+        if name == "link":
+            path.symlink_to("nowhere")
+        elif name.endswith("/"):
+            path.mkdir()
+        else:
+            path.write_text("mine")
+        with pytest.raises(InputError, match=f"such as {name.rstrip('/')}"):
+            export(out, "newer", force=True)
+        assert os.path.lexists(path)
+        (path.rmdir if name.endswith("/") else path.unlink)()
+        if name.startswith(".git"):
+            path.parent.rmdir()
+    # A folder of outputs is one as well.
+    (tmp_path / "several").mkdir()
+    out.rename(tmp_path / "several" / "fake")
+    (tmp_path / "several" / ".DS_Store").write_text("x")
+    assert export(tmp_path / "several", "new", force=True) == "written"
+
+
+def test_everything_is_synced_before_the_rename(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    rename = durable.rename_exclusively
+
+    def renaming(source: Path, target: Path) -> bool:
+        done.append(f"{source.relative_to(tmp_path)} -> {target.relative_to(tmp_path)}")
+        return rename(source, target)
+
+    def syncing(handle: int) -> None:
+        done.append(os.path.relpath(os.readlink(f"/proc/self/fd/{handle}"), tmp_path))
+
+    export(tmp_path / "out", "old")
+    monkeypatch.setattr(os, "fsync", syncing)
+    monkeypatch.setattr(durable, "rename_exclusively", renaming)
+    export(tmp_path / "out", "new", force=True)
+    moved, named = done.index("out -> out.partial/old"), done.index("out.partial/out -> out")
+    content = "out.partial/out"
+    files = [f"{content}/{name}" for name in ("config.json", "manifest.json", "part/weights.bin")]
+    for path in (*files, f"{content}/part", content):
+        assert path in done[:moved], path
+    assert done.index(f"{content}/part/weights.bin") < done.index(f"{content}/part")
+    assert done.index(f"{content}/part") < done.index(content)
+    # The name of what was moved aside is durable before the next rename, and that before it goes.
+    assert {".", "out.partial"} <= set(done[moved:named])
+    assert "." in done[named : named + 2]
+
+
+def test_what_appears_in_the_old_output_at_the_last_moment_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    export(out, "old")
+    rename = durable.rename_exclusively
+
+    def renaming(source: Path, target: Path) -> bool:
+        if source == out:
+            (out / "thesis.txt").write_text("years of work")
+        return rename(source, target)
+
+    monkeypatch.setattr(durable, "rename_exclusively", renaming)
+    with pytest.raises(InputError, match="holds files that moe2edge did not write"):
+        export(out, "new", force=True)
+    assert (out / "thesis.txt").exists()
+    assert read(tmp_path / "out.partial" / "out") == "new"
+
+
+# ---- single files --------------------------------------------------------------------------------
+
+
+def test_a_single_file_is_claimed_and_published_likewise(tmp_path: Path) -> None:
+    out = tmp_path / "sets.json"
+
+    def decide(text: str, *, force: bool = False, fails: bool = False) -> None:
+        with (
+            claim_output(out, force=force, form=FILE) as claim,
+            open_partial_folder(claim, INPUTS) as (content, work),
+        ):
+            assert content == tmp_path / "sets.json.partial" / "out"
+            (work.folder / "pass-0-x").mkdir(exist_ok=True)
+            (work.folder / "pass-0-x" / "state.json").write_text("{}")
+            content.write_text(text)
+            if fails:
+                raise OSError("failed")
+
+    with pytest.raises(OSError, match="failed"):
+        decide("{1}", fails=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["sets.json.partial"]
+    decide("{2}")
+    assert out.read_text() == "{2}"
+    with pytest.raises(InputError, match="exists; choose another name, or replace it"):
+        decide("{3}")
+    decide("{3}", force=True)
+    assert out.read_text() == "{3}"
+    out.write_text("mine")
+    with pytest.raises(InputError, match="exists and holds no decisions"):
+        decide("{4}", force=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["sets.json"]
+
+
+def test_a_file_is_written_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, link = tmp_path / "real.png", tmp_path / "link.png"
+    target.write_bytes(b"old")
+    link.symlink_to(target)
+    durable.write_file(link, b"new")
+    assert (link.is_symlink(), target.read_bytes()) == (True, b"new")
+    monkeypatch.setattr(os, "fsync", lambda _: _fail("failed"))
+    with pytest.raises(OSError, match="failed"):
+        durable.write_file(target, b"newer")
+    assert target.read_bytes() == b"new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link.png", "real.png"]
+
+
+@pytest.mark.parametrize("name", ["/proc/x.json", "none/x.json", "x" * 300, "."])
+def test_a_file_that_cannot_be_written_is_known_before(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InputError):
+        durable.check_writable(tmp_path / name)
+    durable.check_writable(tmp_path / "free.json")
+    assert list(tmp_path.iterdir()) == []

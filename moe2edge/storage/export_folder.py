@@ -131,18 +131,28 @@ def check_output(out: Path, *, force: bool, form: OutputForm = EXPORT) -> None:
     check_place(out)
     if not os.path.lexists(out):
         return
-    right_kind = out.is_dir() if form.is_folder else out.is_file()
-    if out.is_symlink() or not right_kind or not form.is_ours(out):
-        raise InputError(f"{out} exists and {form.foreign}; choose another name")
     if not force:
+        _check_ours(out, out, form)
         raise InputError(f"{out} exists; choose another name, or replace it with --force")
     if os.path.ismount(out):
         raise InputError(f"{out} is a mount point and cannot be replaced; choose a name inside")
-    if unknown := form.list_unknown(out):
+    _check_replaceable(out, out, form)
+
+
+def _check_replaceable(path: Path, out: Path, form: OutputForm) -> None:
+    """Refuse to replace what is at ``path``, called ``out``, unless all of it is ours."""
+    _check_ours(path, out, form)
+    if unknown := form.list_unknown(path):
         raise InputError(
             f"{out} holds files that moe2edge did not write, such as {unknown[0]}, and --force "
             "would delete them; move them away"
         )
+
+
+def _check_ours(path: Path, out: Path, form: OutputForm) -> None:
+    right_kind = path.is_dir() if form.is_folder else path.is_file()
+    if path.is_symlink() or not right_kind or not form.is_ours(path):
+        raise InputError(f"{out} exists and {form.foreign}; choose another name")
 
 
 def check_reads(out: Path, reads: Iterable[Path]) -> None:
@@ -233,9 +243,11 @@ class Claim:
         partial.mark(replace(marker, state="finished"))
         with hold_signals():
             self.lock.check()
+            replaces = os.path.lexists(self.out)
             check_output(self.out, force=self.force, form=self.form)
             try:
-                partial.publish()
+                # Somebody may have put something there since.
+                partial.publish(self._check_replaced if replaces else None)
             except FileExistsError as error:
                 raise InputError(
                     f"{self.out} has appeared while it was being written; choose another name"
@@ -245,6 +257,9 @@ class Claim:
                 partial.remove()
             except (InputError, OSError) as error:
                 self.log(f"warning: {self.out} is written, but {partial.path} stays: {error}")
+
+    def _check_replaced(self, old: Path) -> None:
+        _check_replaceable(old, self.out, self.form)
 
     def clean_up(self, error: BaseException, kept: str) -> None:
         """Remove or keep what a run that failed leaves, and say in a note of the error which.

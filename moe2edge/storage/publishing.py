@@ -20,7 +20,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -165,15 +165,20 @@ class PartialFolder:
                 f"{self.old}: move one of the two away"
             ) from error
 
-    def publish(self) -> None:
+    def publish(self, check_old: Callable[[Path], None] | None) -> None:
         """Rename the finished output to OUT; what is there stays until then as ``old``.
+
+        Args:
+            check_old: raises where what was moved aside must not be deleted; None: nothing is at
+                OUT, or must not be moved.
 
         Raises:
             FileExistsError: something has appeared at OUT.
         """
-        if os.path.lexists(self.out):
-            rename_new(self.out, self.old)
         try:
+            if check_old is not None:
+                rename_new(self.out, self.old)
+                check_old(self.old)
             rename_new(self.content, self.out)
         except BaseException:
             if os.path.lexists(self.old) and not os.path.lexists(self.out):
