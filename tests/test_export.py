@@ -18,7 +18,7 @@ import yaml
 from click.testing import Result
 from safetensors.torch import load_file, save_file
 
-from helpers import SMALL, each_family, run, slow_except, write_text
+from helpers import SMALL, each_family, run, write_text
 from moe2edge.errors import InputError
 from moe2edge.numerics.grid import Quantized
 from moe2edge.pipeline import recipe, registry
@@ -291,7 +291,7 @@ def test_no_space(tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", slow_except([signal.SIGINT, signal.SIGTERM], signal.SIGINT))
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupted(tiny: Make, tmp_path: Path, number: signal.Signals) -> None:
     text = tmp_path / "text.txt"
     text.write_text("abcdefgh" * 9000)
@@ -313,7 +313,7 @@ def test_interrupted(tiny: Make, tmp_path: Path, number: signal.Signals) -> None
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert b"interrupted" in err
+    assert b"interrupted; nothing was left behind" in err
     assert [p.name for p in tmp_path.iterdir()] == ["text.txt"]
 
 
@@ -385,6 +385,30 @@ def test_a_failing_rename_leaves_the_old_output(
     assert "gptq, in its runtime" in again.stdout
     assert run("verify", out).exit_code == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "text.txt"]
+
+
+def test_what_is_read_is_not_replaced(tiny: Make, pair: Path, tmp_path: Path) -> None:
+    """Decisions, texts and the model itself may not lie in what --force deletes."""
+    out = tmp_path / "out"
+    shutil.copytree(pair, out)
+    text, steps = out / "gptq" / "config.json", tmp_path / "steps.json"
+    steps.write_text(json.dumps({"passes": [{"apply_decisions": {"file": str(text)}}, "rtn"]}))
+    link = tmp_path / "link"
+    link.symlink_to(out / "gptq")
+    for model, more in (
+        (link, ["-r", "w4-rtn", "--eval", "none"]),
+        (tiny("olmoe"), ["-r", "w4", "--calib", text, "--eval", "none"]),
+        (tiny("olmoe"), ["-r", "w4-rtn", "--eval", f"{text}:1,builtin:1"]),
+        (tiny("olmoe"), ["-r", steps, "--eval", "none"]),
+    ):
+        result = run("export", model, "-t", "onnx", "-o", out, *SMALL, "--force", *more)
+        assert result.exit_code == 2, result.output
+        assert "is read and lies in" in result.stderr, result.stderr
+    # A recipe is read once, at the start.
+    recipe = out / "gptq" / "recipe.resolved.yaml"
+    result = run("export", tiny("olmoe"), "-t", "onnx", "-o", out, "-r", recipe, *SMALL, "--force",
+                 "--calib", pair.parent / "text.txt", "--eval", "none")  # fmt: skip
+    assert result.exit_code == 0, result.output
 
 
 def test_force_spares_files_of_the_user(pair: Path, tiny: Make, tmp_path: Path) -> None:

@@ -6,12 +6,14 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from moe2edge.cli import progress_bar
 from moe2edge.errors import DoesNotFit, InputError
 from moe2edge.storage import durable, export_folder
 from moe2edge.storage.export_folder import OutputForm, claim_output, open_partial_folder
@@ -477,3 +479,88 @@ def test_a_file_that_cannot_be_written_is_known_before(tmp_path: Path, name: str
         durable.check_writable(tmp_path / name)
     durable.check_writable(tmp_path / "free.json")
     assert list(tmp_path.iterdir()) == []
+
+
+# ---- signals -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_second_signal_waits_for_the_cleaning_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    number = getattr(signal, name)
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, number)}
+    monkeypatch.setattr("sys.argv", ["moe2edge"])
+    unlink = os.unlink
+    sent: list[str] = []
+
+    def unlinking(path: Any, *args: Any, **more: Any) -> None:
+        unlink(path, *args, **more)
+        sent.append(str(path))
+        os.kill(os.getpid(), number)
+
+    def interrupt() -> None:
+        shutil.rmtree(tmp_path / "out.partial" / "work")  # nothing is worth keeping
+        (tmp_path / "out.partial" / "work").mkdir()
+        monkeypatch.setattr(os, "unlink", unlinking)
+        os.kill(os.getpid(), number)
+
+    progress_bar.listen()
+    try:
+        with pytest.raises(KeyboardInterrupt) as caught:
+            export(tmp_path / "out", "x", during=interrupt)
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    assert len(sent) > 3
+    assert caught.value.__notes__ == ["nothing was left behind"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupt_behind_the_last_rename_says_that_the_output_is_finished(
+    tmp_path: Path,
+) -> None:
+    def finish_and_interrupt() -> None:
+        with claim_output(tmp_path / "out", force=False) as claim:
+            with open_partial_folder(claim, INPUTS) as (content, _):
+                write(content, "x")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        finish_and_interrupt()
+    assert caught.value.__notes__ == [f"{tmp_path / 'out'} is finished"]
+
+
+def test_nothing_left_is_said_only_where_that_is_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        export(tmp_path / "out", "x", during=interrupt)
+    assert "kept in" in caught.value.__notes__[0]
+    assert len(caught.value.__notes__) == 1
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise PermissionError("no")
+
+    monkeypatch.setattr(shutil, "rmtree", fail)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        export(tmp_path / "other", "x", during=interrupt)
+    assert not any("nothing was left" in note for note in caught.value.__notes__)
+    assert any("could be removed: no" in note for note in caught.value.__notes__)
+
+
+def test_a_signal_that_is_ignored_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+        progress_bar.listen()
+        with durable.hold_signals():
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
