@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -38,7 +39,7 @@ def without_flock() -> Any:
 def on_another_host(name: str = "beta", boot: str = "other") -> Any:
     """Let what is locked meanwhile look as if it was on another host without a common flock."""
     with pytest.MonkeyPatch.context() as patch, without_flock():
-        patch.setattr(locking.socket, "gethostname", lambda: name)
+        patch.setattr(socket, "gethostname", lambda: name)
         patch.setattr(locking, "read_boot", lambda: boot)
         patch.setattr(locking, "read_namespace", lambda: "theirs")
         yield

@@ -187,8 +187,8 @@ def test_what_appears_at_the_output_is_left_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["folder", "file", "link"])
 def test_an_empty_folder_a_file_or_a_link_is_not_replaced_either(tmp_path: Path, kind: str) -> None:
     out = tmp_path / "out"
-    make = {
-        "folder": out.mkdir,
+    make: Callable[[], object] = {
+        "folder": lambda: out.mkdir(),
         "file": lambda: out.write_text("mine"),
         "link": lambda: out.symlink_to("nowhere"),
     }[kind]
@@ -264,10 +264,11 @@ def test_foreign_files_in_the_partial_folder_are_named_and_stay(tmp_path: Path, 
     with pytest.raises(OSError, match="failed"):
         export(out, "new", during=lambda: _fail("failed"))
     put()
+    resumes: tuple[export_folder.Resume, ...] = ("auto", "never")
     for force in (False, True):
-        for resume in ("auto", "never"):
+        for resume in resumes:
             with pytest.raises(InputError, match="which moe2edge did not write; move it away"):
-                export(out, "new", force=force, resume=resume)  # type: ignore[arg-type]
+                export(out, "new", force=force, resume=resume)
     assert os.path.lexists(path)
     path.unlink()
     # What appears there while an export runs stays as well, and the export is not lost.

@@ -57,7 +57,10 @@ def list_reads(checkpoint: Checkpoint, recipe: Recipe) -> list[Path]:
 
     The recipe itself is read once.
     """
-    from moe2edge.calibration.tokens import BUILTIN_TEXT, list_parts
+    from moe2edge.calibration.builtin_texts import BUILTIN_TEXT, GENERAL_TEXT
+    from moe2edge.calibration.tokens import list_parts
+
+    ours = (SELF, NO_TEXT, BUILTIN_TEXT, GENERAL_TEXT)
 
     paths = [checkpoint.folder, *checkpoint.folder.iterdir()]
     texts = {
@@ -66,9 +69,9 @@ def list_reads(checkpoint: Checkpoint, recipe: Recipe) -> list[Path]:
         "training": recipe.training,
     }
     for purpose, source in texts.items():
-        if source is not None and source.text not in (SELF, NO_TEXT):
+        if source is not None and source.text not in ours:
             names = [part.text for part in list_parts(source, purpose)]
-            paths += [Path(name).expanduser() for name in names if name != BUILTIN_TEXT]
+            paths += [Path(name).expanduser() for name in names if name not in ours]
     # Decisions, and whatever other passes read.
     files = [value for step in recipe.passes for name, value in step if name == "file"]
     return paths + [Path(file) for file in files if isinstance(file, str)]
