@@ -18,6 +18,7 @@ from moe2edge.errors import DoesNotFit, InputError
 from moe2edge.storage import durable, export_folder
 from moe2edge.storage.export_folder import OutputForm, claim_output, open_partial_folder
 from moe2edge.storage.manifest import check_manifest_files, open_artifact, write_manifest
+from moe2edge.storage.publishing import PartialFolder
 
 INPUTS = {"model": "one"}
 
@@ -145,13 +146,20 @@ def test_a_kill_at_any_operation_leaves_a_whole_output_or_none(tmp_path: Path, f
                 export(out, "new", force=force)
             assert kill.dead
             # The same command again: it writes or finishes, or the output is there already.
-            if out.exists() and not force:
+            whole = out.exists() and read(out) == "new"
+            cleaned = not (folder / "out.partial" / ".moe2edge-partial").exists()
+            if whole and cleaned and not force:
                 with pytest.raises(InputError, match="exists"):
                     export(out, "new")
             else:
                 if out.exists():
                     assert read(out) in ("old", "new")
-                export(out, "new", force=force)
+                finished = (
+                    not cleaned
+                    and '"finished"' in (folder / "out.partial" / ".moe2edge-partial").read_text()
+                )
+                how = export(out, "new", force=force)
+                assert how == ("finished" if finished else "written"), (at, behind)
             assert read(out) == "new"
             assert [path.name for path in folder.iterdir()] == ["out"], (at, behind)
             shutil.rmtree(folder)
@@ -516,6 +524,59 @@ def test_a_second_signal_waits_for_the_cleaning_up(
     assert len(sent) > 3
     assert caught.value.__notes__ == ["nothing was left behind"]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_with_its_name_that_waits_for_the_cleaning_up(tmp_path: Path) -> None:
+    """Another command than the one that was killed sees it as any other output."""
+    out = tmp_path / "out"
+
+    def begin() -> None:
+        shutil.rmtree(out, ignore_errors=True)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(PartialFolder, "remove", lambda _: None)
+            export(out, "new")
+        assert (tmp_path / "out.partial" / "work").exists()
+
+    for force, inputs, how in ((False, {"model": "two"}, ""), (True, {"model": "two"}, "written")):
+        begin()
+        if how:
+            assert export(out, "new", inputs=inputs, force=force) == how
+        else:
+            with pytest.raises(InputError, match="exists; choose another name"):
+                export(out, "new", inputs=inputs)
+        assert read(out) == "new"
+        assert os.listdir(tmp_path) == ["out"]
+    begin()
+    with pytest.raises(InputError, match="exists"):
+        export(out, "new", resume="never")
+    begin()
+    (out / "config.json").write_text('{"text": "changed"}')
+    with pytest.raises(InputError, match="exists"):
+        export(out, "new")
+    begin()
+    with pytest.raises(OSError, match="early"), claim_output(out, force=False):
+        raise OSError("early")
+    assert os.listdir(tmp_path) == ["out"]
+    begin()
+    out.rename(tmp_path / "other")
+    assert export(out, "new") == "written"
+    shutil.rmtree(tmp_path / "other")
+    begin()
+    assert export(out, "new") == "finished"
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", '{"inputs": {"a": 1}}', '{"inputs": [1]}', '{"state": "x"}', "\xff", "[" * 9999],
+)
+def test_a_damaged_marker_is_not_ours(tmp_path: Path, text: str) -> None:
+    with pytest.raises(OSError, match="failed"):
+        export(tmp_path / "out", "x", during=lambda: _fail("failed"))
+    (tmp_path / "out.partial" / ".moe2edge-partial").write_text(text, "latin-1")
+    with pytest.raises(InputError, match="was not written by moe2edge; move it away"):
+        export(tmp_path / "out", "x")
+    assert (tmp_path / "out.partial" / "work" / "pass-1-fake" / "state.json").exists()
 
 
 def test_an_interrupt_behind_the_last_rename_says_that_the_output_is_finished(

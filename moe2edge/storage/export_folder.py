@@ -204,6 +204,8 @@ class Claim:
         lock: its lock.
         log: receives lines.
         published: the output has its name.
+        pending: marker of the output that is there, if the run that wrote it was killed when it had
+            its name and not all was cleaned up; else None.
     """
 
     out: Path
@@ -212,6 +214,7 @@ class Claim:
     lock: OutputLock
     log: Log
     published: bool = False
+    pending: Marker | None = None
 
     @property
     def partial(self) -> PartialFolder:
@@ -240,7 +243,8 @@ class Claim:
         """
         partial = self.partial
         sync_tree(partial.content)
-        partial.mark(replace(marker, state="finished"))
+        entry = os.lstat(partial.content).st_ino
+        partial.mark(replace(marker, state="finished", entry=entry))
         with hold_signals():
             self.lock.check()
             replaces = os.path.lexists(self.out)
@@ -257,6 +261,27 @@ class Claim:
                 partial.remove()
             except (InputError, OSError) as error:
                 self.log(f"warning: {self.out} is written, but {partial.path} stays: {error}")
+
+    def settle(self, wanted: Marker | None = None) -> bool:
+        """Finish the cleaning up that waited for the inputs to be known, if any did.
+
+        Return whether the output that is there is the one that is wanted.
+
+        Raises:
+            InputError: it is not, and is not to be replaced.
+        """
+        if self.pending is None:
+            return False
+        same = wanted is not None and self.pending.is_same(wanted)
+        if same and (damage := self.form.list_damage(self.out)):
+            self.log(f"{self.out}, which an earlier run wrote, has changed: {damage[0]}")
+            same = False
+        self.partial.remove()
+        self.pending = None
+        if not same:
+            check_output(self.out, force=self.force, form=self.form)
+        self.published = same
+        return same
 
     def _check_replaced(self, old: Path) -> None:
         _check_replaceable(old, self.out, self.form)
@@ -334,14 +359,20 @@ def claim_output(
     try:
         with lock.hold(log):
             check_reads(out, reads)
-            partial.recover()
+            claim.pending = partial.recover()
             try:
-                check_output(out, force=force, form=form)
+                if claim.pending is None:
+                    check_output(out, force=force, form=form)
             except InputError as error:
                 if partial.is_finished:
                     error.add_note(claim.describe_finished())
                 raise
-            yield claim
+            try:
+                yield claim
+            finally:
+                if claim.pending is not None:
+                    with hold_signals(), contextlib.suppress(OSError):
+                        partial.remove()
     except KeyboardInterrupt as interrupt:
         if claim.published:
             interrupt.add_note(f"{out} is finished")
@@ -359,15 +390,20 @@ def publish_finished(
 ) -> bool:
     """Publish the output that an earlier run with the same inputs finished; False: there is none.
 
-    Such a run was killed, or something had appeared at OUT. Its files are read and compared with
-    their digests first.
+    Such a run was killed, perhaps when OUT had its name already, or something had appeared at OUT.
+    Its files are read and compared with their digests first.
 
     Raises:
         InputError, Moe2EdgeError: as `Claim.publish` does.
     """
     partial = claim.partial
-    wanted = Marker(dict(inputs), dict(outcome), "finished")
-    if resume == "never" or not partial.is_finished or partial.read_marker() != wanted:
+    wanted = Marker(dict(inputs), dict(outcome))
+    if resume == "never":
+        return False
+    if claim.settle(wanted):
+        return True
+    marker = partial.read_marker()
+    if marker is None or not partial.is_finished or not marker.is_same(wanted):
         return False
     if damage := claim.form.list_damage(partial.content):
         claim.log(
@@ -407,6 +443,7 @@ def open_partial_folder(
             there is none and ``resume`` requires it; or something has appeared at OUT.
     """
     partial = claim.partial
+    claim.settle()
     resuming, damaged = _examine(partial, inputs, resume)
     marker = Marker(dict(inputs), dict(outcome or {}))
     if not resuming and partial.read_marker() is not None:
@@ -462,5 +499,5 @@ def _describe_difference(key: str, before: RunInputs, now: RunInputs) -> str:
     """Describe an input that differs, by its first line that does."""
     old, new = before.get(key, "none"), now.get(key, "none")
     pairs = zip_longest(old.splitlines(), new.splitlines(), fillvalue="nothing")
-    a, b = next((a, b) for a, b in pairs if a != b)
+    a, b = next(((a, b) for a, b in pairs if a != b), (repr(old), repr(new)))
     return f"{key}: then {a.strip()[:80]}, now {b.strip()[:80]}"
