@@ -283,7 +283,7 @@ def test_leftovers_of_a_killed_export(tiny: Make, tmp_path: Path) -> None:
 
 def test_no_space(tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("usage", (), {"free": 1000})
-    monkeypatch.setattr("moe2edge.storage.export_folder.shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr("moe2edge.storage.output_checks.shutil.disk_usage", lambda _: usage)
     result = export(tiny("mixtral"), tmp_path / "out", "onnx")
     assert result.exit_code == 5
     assert "0.00 GB free" in result.stderr
