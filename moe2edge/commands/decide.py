@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from moe2edge.model.weights import Weight
     from moe2edge.numerics.grid import Quantized
+    from moe2edge.storage.kept_walk import KeptWalk
 
 
 def decide(
@@ -101,6 +102,10 @@ class _NoNumbers:
     def ledger(self, step: int) -> BlockJournal:
         """Refuse, as passes that solve were refused before."""
         raise AssertionError(f"pass {step} solves")
+
+    def kept_walk(self, step: int, name: str) -> KeptWalk | None:
+        """Return None: walks are not kept."""
+        return None
 
     def scratch(self, step: int, name: str) -> Path:
         """Refuse, as passes that train were refused before."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -82,7 +83,15 @@ def export_targets(
         model, grown = _fit(model, targets, reporter, materialize=materialize)
         memory.give_back()
         figures, ids = recipe.evaluation.text != NO_TEXT, texts.evaluation.ids
-        measured = Comparison.measure(source, model, ids, reporter, budget, figures=figures)
+        measured = Comparison.measure(
+            source,
+            model,
+            ids,
+            reporter,
+            budget,
+            figures=figures,
+            keep_walk=partial(work.kept_walk, len(steps)),
+        )
         folders = _make_folders(targets, content)
         results = []
         for target, folder in folders:

@@ -14,16 +14,17 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from moe2edge.calibration import walk
+from moe2edge.calibration.observation import Resumable
 from moe2edge.errors import InputError, VerificationFailed
 from moe2edge.model.layers import MoELayer
-from moe2edge.model.model import Model
+from moe2edge.model.model import Block, Model
 from moe2edge.model.weights import Weight
 from moe2edge.numerics import metrics
 from moe2edge.numerics.grid import Quantized
@@ -146,7 +147,7 @@ class Reference:
             ) from error
 
 
-class MarginObserver:
+class MarginObserver(Resumable):
     """Finds the smallest routing margin of each sample, over its first tokens.
 
     A margin is the gap between the logits of the last expert that is chosen and the first that is
@@ -175,6 +176,15 @@ class MarginObserver:
         if margins.shape[-1]:
             least = margins.flatten(1).min(1).values
             self._least.setdefault(trace.block.index, []).append(least)
+
+    def save(self, block: Block) -> Any:
+        """Return the margins in a block."""
+        return self._least.get(block.index)
+
+    def restore(self, block: Block, saved: Any) -> None:
+        """Take the margins in a block."""
+        if saved is not None:
+            self._least[block.index] = saved
 
     def result(self) -> Tensor | None:
         """Return the smallest margin of each sample, float32 [samples].
