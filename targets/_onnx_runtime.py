@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +62,6 @@ def open_session(folder: Path, *, exact: bool = False, graph: bytes | None = Non
         VerificationFailed: onnxruntime refuses the graph.
     """
     ort = import_onnxruntime()
-    from onnxruntime.capi import onnxruntime_pybind11_state as state
-
     options = ort.SessionOptions()
     options.log_severity_level = LOG_NOTHING
     options.intra_op_num_threads = torch.get_num_threads()
@@ -74,16 +72,28 @@ def open_session(folder: Path, *, exact: bool = False, graph: bytes | None = Non
         data = (folder / DATA_FILE).resolve()
         source = graph or convert_to_float_activations(folder, data.name)
         options.add_session_config_entry(FOLDER_KEY, str(data.parent))
+    with _translate_errors("refuses"), use_float_experts() if exact else nullcontext():
+        return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+
+@contextmanager
+def _translate_errors(verb: str) -> Iterator[None]:
+    """Raise errors of onnxruntime as errors of the folder.
+
+    Raises:
+        VerificationFailed: so.
+    """
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
     refusals = (
-        state.Fail, state.InvalidArgument, state.InvalidGraph, state.InvalidProtobuf,
-        state.NoSuchFile, state.NotImplemented, state.RuntimeException,
+        state.EPFail, state.EngineError, state.Fail, state.InvalidArgument, state.InvalidGraph,
+        state.InvalidProtobuf, state.NoSuchFile, state.NotImplemented, state.RuntimeException,
     )  # fmt: skip
     try:
-        with use_float_experts() if exact else nullcontext():
-            return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        yield
     except refusals as error:
         reason = str(error).strip().partition("\n")[0]
-        raise VerificationFailed(f"onnxruntime refuses {GRAPH_FILE}: {reason}") from error
+        raise VerificationFailed(f"onnxruntime {verb} {GRAPH_FILE}: {reason}") from error
 
 
 def open_runtime(folder: Path, *, exact: bool = False, graph: bytes | None = None) -> OnnxRuntime:
@@ -135,7 +145,8 @@ class OnnxRuntime:
         }
         feeds["input_ids"] = ids.numpy().astype(np.int64)
         feeds["attention_mask"] = np.ones((batch, length), np.int64)
-        return torch.from_numpy(self._session.run(["logits"], feeds)[0])
+        with _translate_errors("cannot run"):
+            return torch.from_numpy(self._session.run(["logits"], feeds)[0])
 
     def start(self, ids: Sequence[int]) -> Tensor:
         """Start a sequence; return logits float32 [vocabulary] after its last token.
@@ -188,7 +199,8 @@ class OnnxRuntime:
         self._binding.bind_cpu_input("input_ids", ids)
         self._binding.bind_cpu_input("attention_mask", np.ones((1, total), np.int64))
         self._bind_output("logits", logits)
-        self._session.run_with_iobinding(self._binding)
+        with _translate_errors("cannot run"):
+            self._session.run_with_iobinding(self._binding)
         self._length = total
         # Copied, so that the buffer with the logits of all other tokens can be freed.
         return torch.from_numpy(logits[0, -1].copy())

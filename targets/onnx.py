@@ -66,9 +66,10 @@ class Onnx(Target):
                 f"heads of size {head_dim} are not supported, because ONNX Runtime's rotary "
                 f"embeddings need a multiple of {HEAD_MULTIPLE}; export to gptq or hf"
             )
-        for name, role, weight in model.tensors():
-            if weight.scheme is None:
-                continue
+        quantized = [(n, role, w) for n, role, w in model.tensors() if w.scheme is not None]
+        widths = {w.shape[1] for _, role, w in quantized if is_quantizable(role)}
+        for name, role, weight in quantized:
+            assert weight.scheme is not None
             if is_low_rank(role) and weight.scheme == LOW_RANK:
                 continue
             if not is_quantizable(role):
@@ -76,7 +77,7 @@ class Onnx(Target):
                     f"{name} is {weight.scheme}, but the graph holds this tensor in full precision "
                     f"only, and factors also as {LOW_RANK}"
                 )
-            _accept_scheme(name, weight.shape, weight.scheme)
+            _accept_scheme(name, weight.shape, weight.scheme, widths)
         for block, layer in model.moe_blocks:
             _accept_layer(block, layer)
 
@@ -162,8 +163,16 @@ def _metadata(model: Model) -> dict[str, str]:
     return {POSITIONS_KEY: str(model.family.geometry(model.config).max_positions)}
 
 
-def _accept_scheme(name: str, shape: tuple[int, ...], scheme: Scheme) -> None:
+def _accept_scheme(
+    name: str, shape: tuple[int, ...], scheme: Scheme, widths: Collection[int]
+) -> None:
     """Refuse a matrix whose scheme the operators do not take, or for which they are slow.
+
+    Args:
+        name: its name on disk.
+        shape: its shape.
+        scheme: its scheme.
+        widths: numbers of inputs of all quantized matrices, which one group size should divide.
 
     Raises:
         Unsupported: names the scheme, and the schemes or targets to choose instead.
@@ -175,9 +184,13 @@ def _accept_scheme(name: str, shape: tuple[int, ...], scheme: Scheme) -> None:
             "one of these, or export to hf:dequantize=true"
         )
     if group == WHOLE_ROW:
+        sizes = (128, 64, 32, SMALLEST_GROUP)
+        size = next((n for n in sizes if all(width % n == 0 for width in widths)), None)
+        remedy = f"set group_size to {size}, " if size else ""
         raise Unsupported(
             f"{name} is {scheme}, with which ONNX Runtime's experts are 10 to 25 times slower; "
-            "set group_size to 32, 64 or 128, or export to gptq or hf:dequantize=true"
+            f"{remedy}leave it in 16 bits with a rule with bits: 16, or export to gptq or "
+            "hf:dequantize=true"
         )
     if group < SMALLEST_GROUP or group & (group - 1):
         raise Unsupported(

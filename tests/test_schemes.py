@@ -248,6 +248,33 @@ def test_gptq_read_bit_by_bit(
         assert (tensors[f"{stem}.qzeros"] == middle).all() == symmetric
 
 
+# ---- experts whose width groups of 32 do not divide ---------------------------------------------
+
+
+@pytest.mark.parametrize("width", [48, 176])
+def test_remedies_for_odd_widths_work(width: int, tiny: Make, tmp_path: Path) -> None:
+    folder = tiny("qwen3_moe", moe_intermediate_size=width, initializer_range=0.1)
+    model = opened(folder)
+    with pytest.raises(Unsupported, match="group_size: 16 for onnx, group_size: -1, one scale"):
+        Rtn().plan(model)
+    with pytest.raises(Unsupported, match="set group_size to 16, leave it in 16 bits with a rule"):
+        TARGETS["onnx"].accepts(Rtn(group_size=-1).plan(model))
+    for symmetric in (True, False):
+        small = quantize(model, Scheme(4, 16, symmetric))
+        check(TARGETS["onnx"], small, tmp_path / f"onnx-{symmetric}")
+    check(TARGETS["gptq"], quantize(model, Scheme(4, -1)), tmp_path / "gptq")
+    unquantized = Rtn(rules=(Rule(match="experts", bits=16),)).plan(model)
+    TARGETS["onnx"].accepts(unquantized)
+
+
+def test_a_width_that_no_group_divides_is_left_in_16_bits(tiny: Make) -> None:
+    model = opened(tiny("qwen3_moe", moe_intermediate_size=40))
+    with pytest.raises(Unsupported, match=r"\(40, 64, 128\); set group_size: -1, one scale"):
+        Rtn().plan(model)
+    with pytest.raises(Unsupported, match="slower; leave it in 16 bits with a rule"):
+        TARGETS["onnx"].accepts(Rtn(group_size=-1).plan(model))
+
+
 # ---- ONNX Runtime's own ways -------------------------------------------------------------------
 
 

@@ -29,6 +29,7 @@ from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Block, Model
 from moe2edge.progress import Advance
 from moe2edge.runtime.decoder_blocks import check_finite, fit_layers, load_block_state, load_finite
+from moe2edge.runtime.expert_kernels import set_expert_implementation
 from moe2edge.runtime.memory import UNLIMITED, Memory
 from moe2edge.runtime.mixed_experts import compute_expert_intermediate, compute_expert_output
 
@@ -149,6 +150,7 @@ def build_skeleton(model: Model, block: Block) -> Any:
     with torch.device("meta"):
         base = AutoModel.from_config(config, dtype=torch.float32)
         fit_layers(base.layers, model)
+    set_expert_implementation(base)
     base.rotary_emb = type(base.rotary_emb)(config=config)
     base.norm = nn.Identity()
     base.embed_tokens = None

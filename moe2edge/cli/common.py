@@ -29,7 +29,8 @@ def print_table(table: Any) -> None:
     from rich.console import Console
 
     width = None if sys.stdout.isatty() else 150
-    Console(width=width).print(table)
+    # Names of files and models may hold what rich would take for markup.
+    Console(width=width, markup=False, emoji=False, highlight=False).print(table)
 
 
 def quiet_libraries() -> None:

@@ -129,10 +129,11 @@ def generate_command(
     """
     from moe2edge.commands import generate
     from moe2edge.runtime import generation
-    from moe2edge.storage.manifest import open_artifact
+    from moe2edge.storage.manifest import check_sizes, open_artifact
     from moe2edge.storage.tokenizer import load_tokenizer
 
     artifact = open_artifact(folder)
+    check_sizes(artifact)
     generation.check_settings(max_tokens, **sampling)
     quiet_libraries()
     tokenizer = load_tokenizer(folder)

@@ -14,6 +14,7 @@ from moe2edge.commands.environment import NUMERIC_PACKAGES, list_versions, measu
 from moe2edge.commands.preflight import describe, refuse_early
 from moe2edge.commands.report import Report
 from moe2edge.commands.texts import NO_TEXT, Texts, load_texts
+from moe2edge.commands.trial import try_targets
 from moe2edge.commands.write_target import describe_cost, fit_for_targets, write_target
 from moe2edge.evaluation.comparison import Comparison, ResultRow
 from moe2edge.model.model import Model
@@ -72,6 +73,7 @@ def export_targets(
     )
     reporter.log(f"recipe:\n{recipe.render()}")
     describe(plan, reporter)
+    try_targets(targets, fit_for_targets(plan.result, targets, materialize=materialize))
     texts = load_texts(checkpoint, recipe, reporter)
     inputs = _list_inputs(checkpoint, recipe, texts, budget)
     with export_folder.open_partial_folder(out, inputs, resume) as (content, work):

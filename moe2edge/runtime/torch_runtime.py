@@ -115,6 +115,8 @@ def open_source(folder: Path, *, dtype: str = "bfloat16", strict: bool = False) 
     import torch
     from transformers import AutoModelForCausalLM
 
+    from moe2edge.runtime.expert_kernels import set_expert_implementation
+
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -136,4 +138,5 @@ def open_source(folder: Path, *, dtype: str = "bfloat16", strict: bool = False) 
             f"transformers loads {folder} with {wrong}; its tensors are not those of its "
             "config.json: export it again"
         )
+    set_expert_implementation(model)
     return TorchRuntime(model)

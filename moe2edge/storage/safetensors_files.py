@@ -116,8 +116,11 @@ def read_tensor(path: Path, name: str) -> Tensor:
 
 
 def read_all(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor of the safetensors files of a folder, one at a time, in file order."""
-    for path in sorted(folder.glob("*.safetensors")):
+    """Yield every tensor of the safetensors files of a folder, one at a time, in file order.
+
+    Hidden files, such as the attributes that macOS keeps beside a file, hold no tensors.
+    """
+    for path in sorted(folder.glob("[!.]*.safetensors")):
         for name in open_file(path).keys():  # noqa: SIM118
             yield name, read_tensor(path, name)
 

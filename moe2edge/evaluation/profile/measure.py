@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from moe2edge.errors import DoesNotFit, InputError, Moe2EdgeError, Unsupported, VerificationFailed
 from moe2edge.evaluation.profile.environment import describe_environment
 from moe2edge.evaluation.profile.result import Profile, collect_metrics, collect_phases
-from moe2edge.storage.manifest import MANIFEST, is_artifact, list_files, open_artifact
+from moe2edge.storage.manifest import MANIFEST, check_sizes, is_artifact, list_files, open_artifact
 from moe2edge.storage.text_files import hash_file, read_json
 from moe2edge.storage.tokenizer import load_tokenizer, read_context_length
 
@@ -224,6 +224,7 @@ def _describe_subject(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     path = str(folder.resolve())
     if is_artifact(folder):
         artifact = open_artifact(folder)
+        check_sizes(artifact)
         about = {
             "path": str(folder),
             "target": artifact.target,
