@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -169,12 +170,13 @@ def test_a_search_resumes_with_the_same_decisions(
             if label == "expert_search":
                 advance(label, done, total)
 
-        import dataclasses
-
-        reporter = dataclasses.replace(QUIET, advance=blocks_only)
-        given = {"reporter": reporter, "keep_walk": lambda name: KeptWalk(folder / name)}
         folder.mkdir(exist_ok=True)
-        outcome = step.search(dataclasses.replace(context, **given))
+        resuming = replace(
+            context,
+            reporter=replace(QUIET, advance=blocks_only),
+            keep_walk=lambda name: KeptWalk(folder / name),
+        )
+        outcome = step.search(resuming)
         return str(outcome.model), (outcome.changed, outcome.notes), seen
 
     expected = search(None, tmp_path / "whole")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -17,6 +18,7 @@ from moe2edge.cli.common import (
     CALIB_OPTION,
     JSON_OPTION,
     QUIET_OPTION,
+    RESUME_OPTION,
     SETTINGS_OPTION,
     THREADS_OPTION,
     add_hub_options,
@@ -73,8 +75,7 @@ class CommandGroup(click.Group):
         except (click.Abort, KeyboardInterrupt) as error:
             # Click replaces an interrupt by its own error; the notes are on the cause.
             first = error.__cause__ or error
-            message = _append_notes("interrupted", first, "nothing was left behind")
-            _exit_interrupted(message, as_json)
+            _exit_interrupted(_append_notes("interrupted", first), as_json)
         except BrokenPipeError:
             sys.stderr.close()
             sys.exit(1)
@@ -102,10 +103,9 @@ def _print_debug_traceback() -> None:
         traceback.print_exc()
 
 
-def _append_notes(message: str, error: BaseException, otherwise: str = "") -> str:
+def _append_notes(message: str, error: BaseException) -> str:
     """Append the notes of an error, such as which finished work an export kept."""
-    notes = getattr(error, "__notes__", ()) or ([otherwise] if otherwise else [])
-    return "; ".join([message, *notes])
+    return "; ".join([message, *getattr(error, "__notes__", ())])
 
 
 def _exit_interrupted(message: str, as_json: bool) -> NoReturn:
@@ -117,16 +117,18 @@ def _exit_interrupted(message: str, as_json: bool) -> NoReturn:
     try:
         _fail(message, INTERRUPTED, as_json)
     except SystemExit:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(INTERRUPTED)
 
 
 def _fail(message: str, code: int, as_json: bool) -> NoReturn:
     message = shorten(message)
-    if as_json:
-        click.echo(json.dumps({"ok": False, "error": {"code": code, "message": message}}))
-    click.echo(f"error: {message}", err=True)
+    with contextlib.suppress(OSError):  # the terminal may be closed
+        if as_json:
+            click.echo(json.dumps({"ok": False, "error": {"code": code, "message": message}}))
+        click.echo(f"error: {message}", err=True)
     sys.exit(code)
 
 
@@ -191,14 +193,7 @@ Examples:
     "measure perplexity and KL, for a quick export.",
 )
 @click.option("--force", is_flag=True, help="Replace an existing output folder of moe2edge.")
-@click.option(
-    "--resume",
-    type=click.Choice(["auto", "never", "require"]),
-    default="auto",
-    show_default=True,
-    help="Resume an interrupted or killed export to the same folder. auto: resume if there is "
-    "one; never: start over; require: fail if there is none.",
-)
+@RESUME_OPTION
 @click.option(
     "--max-memory",
     "most",

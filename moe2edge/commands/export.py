@@ -8,11 +8,10 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import yaml
-
-from moe2edge.commands.environment import NUMERIC_PACKAGES, list_versions, measure_peak_bytes
-from moe2edge.commands.preflight import describe, refuse_early
+from moe2edge.commands.environment import list_versions, measure_peak_bytes
+from moe2edge.commands.preflight import describe, list_reads, refuse_early
 from moe2edge.commands.report import Report
+from moe2edge.commands.run_inputs import list_inputs, look_at_inputs
 from moe2edge.commands.texts import NO_TEXT, Texts, load_texts
 from moe2edge.commands.trial import try_targets
 from moe2edge.commands.write_target import describe_cost, fit_for_targets, write_target
@@ -28,6 +27,7 @@ from moe2edge.runtime import memory
 from moe2edge.runtime.memory import Memory
 from moe2edge.storage import export_folder
 from moe2edge.storage.checkpoint import Checkpoint
+from moe2edge.storage.work_folder import WorkFolder
 
 
 def export_targets(
@@ -64,45 +64,77 @@ def export_targets(
         VerificationFailed: an output differs from the model in memory.
     """
     begun = time.perf_counter()
+    recipe = recipe.resolve(checkpoint.model)
+    reads = list_reads(checkpoint, recipe)
+    with export_folder.claim_output(out, force=force, reads=reads, log=reporter.log) as claim:
+        budget = memory.Memory.from_limit(memory.find_limit(most))
+        memory.avoid_fragmentation(most)
+        plan = refuse_early(
+            checkpoint, recipe, targets, out, budget, force=force, materialize=materialize
+        )
+        reporter = claim.watch(reporter)
+        files = look_at_inputs(checkpoint, recipe)
+        reporter.log(f"recipe:\n{recipe.render()}")
+        describe(plan, reporter)
+        try_targets(targets, fit_for_targets(plan.result, targets, materialize=materialize))
+        texts = load_texts(checkpoint, recipe, reporter)
+        inputs = list_inputs(checkpoint, recipe, texts.calibration, texts.training, budget)
+        files.settle(checkpoint.sha256)
+        outcome = _list_outcome(checkpoint, recipe, targets, texts, materialize=materialize)
+        if export_folder.publish_finished(claim, inputs, outcome, resume):
+            reporter.log(f"{out} had been finished by an earlier run, and has its name now")
+            return Report.read(out if len(targets) == 1 else out / targets[0].name)
+        with export_folder.open_partial_folder(claim, inputs, resume, outcome) as (content, work):
+            work.watch(files.check)
+            work.report(reporter)
+            budget = replace(budget, folder=work.folder)
+            report = _make_output(
+                checkpoint, recipe, targets, texts, content, work, budget, reporter,
+                materialize=materialize, begun=begun,
+            )  # fmt: skip
+            files.check()
+    return report
+
+
+def _make_output(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    targets: Sequence[Target],
+    texts: Texts,
+    content: Path,
+    work: WorkFolder,
+    budget: Memory,
+    reporter: Reporter,
+    *,
+    materialize: bool,
+    begun: float,
+) -> Report:
+    """Run the passes, and write, check and describe an output in ``content``."""
     source = checkpoint.model
-    recipe = recipe.resolve(source)
-    budget = memory.Memory.from_limit(memory.find_limit(most))
-    memory.avoid_fragmentation(most)
-    plan = refuse_early(
-        checkpoint, recipe, targets, out, budget, force=force, materialize=materialize
+    model, steps = run_passes(
+        source, recipe, texts.calibration, work, reporter, budget, training=texts.training
     )
-    reporter.log(f"recipe:\n{recipe.render()}")
-    describe(plan, reporter)
-    try_targets(targets, fit_for_targets(plan.result, targets, materialize=materialize))
-    texts = load_texts(checkpoint, recipe, reporter)
-    inputs = _list_inputs(checkpoint, recipe, texts, budget)
-    with export_folder.open_partial_folder(out, inputs, resume) as (content, work):
-        work.report(reporter)
-        budget = replace(budget, folder=work.folder)
-        model, steps = run_passes(
-            source, recipe, texts.calibration, work, reporter, budget, training=texts.training
-        )
-        model, grown = _fit(model, targets, reporter, materialize=materialize)
-        memory.give_back()
-        figures, ids = recipe.evaluation.text != NO_TEXT, texts.evaluation.ids
-        measured = Comparison.measure(
-            source,
-            model,
-            ids,
-            reporter,
-            budget,
-            figures=figures,
-            keep_walk=partial(work.kept_walk, len(steps)),
-        )
-        folders = _make_folders(targets, content)
-        results = []
-        for target, folder in folders:
-            reporter.log(f"writing {target.name}")
-            results.append(write_target(target, model, folder, checkpoint, measured, reporter))
-        report = _build_report(checkpoint, recipe, targets, texts, steps, measured, results)
-        report = replace(report, materialized=grown, seconds=time.perf_counter() - begun)
-        for target, folder in folders:
-            report.write(folder, target, checkpoint, model, list_versions())
+    model, grown = _fit(model, targets, reporter, materialize=materialize)
+    memory.give_back()
+    figures, ids = recipe.evaluation.text != NO_TEXT, texts.evaluation.ids
+    measured = Comparison.measure(
+        source,
+        model,
+        ids,
+        reporter,
+        budget,
+        figures=figures,
+        keep_walk=partial(work.kept_walk, len(steps)),
+    )
+    folders = _make_folders(targets, content)
+    results = []
+    for target, folder in folders:
+        reporter.log(f"writing {target.name}")
+        results.append(write_target(target, model, folder, checkpoint, measured, reporter))
+    report = _build_report(checkpoint, recipe, targets, texts, steps, measured, results)
+    report = replace(report, materialized=grown, seconds=time.perf_counter() - begun)
+    for target, folder in folders:
+        report.write(folder, target, checkpoint, model, list_versions())
     return report
 
 
@@ -156,27 +188,20 @@ def _build_report(
     )
 
 
-def _list_inputs(
-    checkpoint: Checkpoint, recipe: Recipe, texts: Texts, budget: Memory
+def _list_outcome(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    targets: Sequence[Target],
+    texts: Texts,
+    *,
+    materialize: bool,
 ) -> dict[str, str]:
-    """List what the numbers of an export depend on, to the last bit."""
-    import torch
-
-    from moe2edge.numerics import compiled
-
-    calibration, training = texts.calibration, texts.training
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    passes = yaml.safe_dump(yaml.safe_load(recipe.render())["passes"], sort_keys=False)
+    """List what the files of an output depend on beside its numbers."""
     return {
-        "model": checkpoint.sha256,
-        "recipe": passes,
-        "calibration": calibration.sha256 if calibration else "none",
-        **({"training": training.sha256} if training else {}),
-        "number of threads": f"{torch.get_num_threads()}",
-        "limit of memory": "one group at a time" if not budget.group_bytes else "several groups",
-        "innermost loops": compiled.describe_kernel(),
-        "GPU": gpu,
-        "version": ", ".join(
-            f"{name} {v}" for name, v in list_versions().items() if name in NUMERIC_PACKAGES
-        ),
+        "source": f"{checkpoint.source} {checkpoint.revision}",
+        "recipe": recipe.render(),
+        "targets": ", ".join(f"{target.name} {list_options(target)}" for target in targets),
+        "evaluation": texts.evaluation.sha256,
+        "materialize": f"{materialize}",
+        "versions": f"{list_versions()}",
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from moe2edge.commands.texts import NO_TEXT, SELF
 from moe2edge.commands.write_target import fit_for_targets
 from moe2edge.model.model import Model
 from moe2edge.pipeline.contract import TextSize, TextSizes
@@ -42,13 +43,36 @@ def refuse_early(
     passes = estimate_passes(plan, texts)
     outputs = [(target, target.estimate(result)) for target in targets]
     needed = sum(estimate.disk for estimate in (*passes, *(own for _, own in outputs)))
-    needed += estimate_hidden_bytes(plan, texts, budget)
+    evaluated = recipe.evaluation.samples * recipe.evaluation.length
+    needed += estimate_hidden_bytes(plan, texts, evaluated, budget)
     export_folder.check_space(out, round(needed * 1.05) + (16 << 20))
     for target, estimate in outputs:
         if not target.streams:
             estimate.check(budget.limit)
     check_pass_memory(source, passes, budget.limit)
     return plan
+
+
+def list_reads(checkpoint: Checkpoint, recipe: Recipe) -> list[Path]:
+    """List the files and folders that an export reads while it runs, or reads again to resume.
+
+    The recipe itself is read once.
+    """
+    from moe2edge.calibration.tokens import BUILTIN_TEXT, list_parts
+
+    paths = [checkpoint.folder, *checkpoint.folder.iterdir()]
+    texts = {
+        "calibration": recipe.calibration,
+        "evaluation": recipe.evaluation,
+        "training": recipe.training,
+    }
+    for purpose, source in texts.items():
+        if source is not None and source.text not in (SELF, NO_TEXT):
+            names = [part.text for part in list_parts(source, purpose)]
+            paths += [Path(name).expanduser() for name in names if name != BUILTIN_TEXT]
+    # Decisions, and whatever other passes read.
+    files = [value for step in recipe.passes for name, value in step if name == "file"]
+    return paths + [Path(file) for file in files if isinstance(file, str)]
 
 
 def estimate_passes(plan: Plan, texts: TextSizes) -> list[Estimate]:
@@ -99,15 +123,28 @@ def _check_training(recipe: Recipe, texts: TextSizes, model: Model) -> None:
             step.check_text(texts.training)
 
 
-def estimate_hidden_bytes(plan: Plan, texts: TextSizes, budget: Memory) -> int:
-    """Count the bytes of hidden states that are on the disk at once."""
-    if not any(p.step.computes_numbers and p.step.needs_tokens for p in plan.steps):
-        return 0
+def estimate_hidden_bytes(plan: Plan, texts: TextSizes, evaluated: int, budget: Memory) -> int:
+    """Count the bytes of hidden states that are on the disk at once.
+
+    Args:
+        plan: the passes.
+        texts: the sizes of their texts.
+        evaluated: tokens of the evaluation.
+        budget: hidden states beyond it are on the disk, too.
+    """
     hidden = plan.source.family.geometry(plan.source.config).hidden
-    stream = 4 * texts.calibration.tokens * hidden
-    spilled = budget.hidden_bytes is not None and stream > budget.hidden_bytes
-    # In front of a block and behind it; in memory, what enters a block and what it adds.
-    return 4 * stream if spilled else 2 * stream
+
+    def count(tokens: int, kept: int, in_memory: int) -> int:
+        stream = 4 * tokens * hidden
+        spilled = budget.hidden_bytes is not None and stream > budget.hidden_bytes
+        return (kept + in_memory * spilled) * stream
+
+    steps = [planned.step for planned in plan.steps if planned.step.needs_tokens]
+    solving = any(step.computes_numbers for step in steps)
+    # In front of a block and behind it; in memory, what enters a block and what a solver adds.
+    calibrated = count(texts.calibration.tokens, 2, 1 + solving) if steps else 0
+    # The same, and those of the source, which stay.
+    return max(calibrated, count(evaluated, 3, 2))
 
 
 def check_sources(recipe: Recipe, checkpoint: Checkpoint) -> None:

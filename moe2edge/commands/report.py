@@ -9,13 +9,14 @@ from typing import Any
 
 from rich.table import Table
 
+from moe2edge.errors import InputError
 from moe2edge.evaluation.comparison import RESULT_HEADINGS, ResultRow
 from moe2edge.model.model import Model
 from moe2edge.pipeline.stages import Step
 from moe2edge.pipeline.target import Loader, Target
 from moe2edge.storage.checkpoint import Checkpoint
 from moe2edge.storage.manifest import write_manifest
-from moe2edge.storage.text_files import write_json
+from moe2edge.storage.text_files import read_json, write_json
 
 RECIPE_FILE = "recipe.resolved.yaml"
 REPORT_FILE = "report.json"
@@ -51,6 +52,33 @@ class Report:
         """Return the report as plain data."""
         data = asdict(self)
         return {"schema_version": 1, "kind": "moe2edge.export", **data}
+
+    @classmethod
+    def read(cls, folder: Path) -> Report:
+        """Read the report of an output.
+
+        Raises:
+            InputError: the file is damaged.
+        """
+        path = folder / REPORT_FILE
+        data = read_json(path)
+        try:
+            del data["schema_version"], data["kind"]
+            steps = [
+                Step(**{**step, "changed": tuple(step["changed"]), "notes": tuple(step["notes"])})
+                for step in data["steps"]
+            ]
+            rows = {key: ResultRow.from_json(data[key]) for key in ("before", "after")}
+            results = tuple(map(ResultRow.from_json, data["results"]))
+            loaders = {
+                target: tuple(Loader(**loader) for loader in found)
+                for target, found in data["loaders"].items()
+            }
+            return cls(
+                **{**data, **rows, "steps": tuple(steps), "results": results, "loaders": loaders}
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{path} is damaged ({error!r}); export again") from error
 
     def table(self) -> Table:
         """Build a table for the terminal."""

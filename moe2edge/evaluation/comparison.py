@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moe2edge.model.model import Model
 from moe2edge.progress import Reporter
@@ -164,6 +164,17 @@ class ResultRow:
         size = model.nbytes if nbytes is None else nbytes
         counts = model.parameters, model.active_parameters
         return cls(form, size, *counts, quality, parity, skip_times)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ResultRow:
+        """Make the row that `dataclasses.asdict` gave."""
+        from moe2edge.evaluation.skip_times import SkipTimes
+        from moe2edge.evaluation.verify import Parity
+        from moe2edge.numerics.metrics import Quality
+
+        kinds = {"quality": Quality, "parity": Parity, "skip_times": SkipTimes}
+        parts = {key: kind(**data[key]) if data[key] else None for key, kind in kinds.items()}
+        return cls(**{**data, **parts})
 
     def cells(self) -> tuple[str, ...]:
         """Return the text of each column, in the order of `RESULT_HEADINGS`."""

@@ -11,7 +11,7 @@ that was computed after it, and so it is computed again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,11 +65,13 @@ class Journal:
         folder: the work folder.
         units: entries by step and block, in the order in which they were finished.
         damaged: whether a line was damaged, which is forgotten with those after it.
+        guard: called before a block counts; raises if an input has changed under way.
     """
 
     def __init__(self, folder: Path) -> None:
         """Read the entries in the folder, and remove a last line that is cut short."""
         self.folder = folder
+        self.guard: Callable[[], None] = lambda: None
         self._path = folder / JOURNAL
         self.units: dict[tuple[int, int], JournalEntry] = {}
         records, self.damaged = recover_records(self._path)
@@ -89,6 +91,7 @@ class Journal:
 
     def add(self, entry: JournalEntry) -> None:
         """Record a block as finished."""
+        self.guard()
         append_record(self._path, asdict(entry))
         self.units[entry.step, entry.block] = entry
 

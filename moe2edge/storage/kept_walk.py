@@ -18,7 +18,7 @@ from moe2edge.storage.safetensors_files import PlannedTensor, read_tensor, write
 if TYPE_CHECKING:
     from torch import Tensor
 
-BLOCKS = "blocks.jsonl"
+WALKED = "blocks.jsonl"
 # Key of the place of a tensor in what is kept as JSON.
 _TENSOR = "tensor"
 
@@ -39,7 +39,7 @@ class KeptWalk:
     _key: str = field(default="", init=False)
 
     def __post_init__(self) -> None:
-        self._records, self._damaged = recover_records(self.folder / BLOCKS)
+        self._records, self._damaged = recover_records(self.folder / WALKED)
 
     @property
     def origins(self) -> list[list[int]]:
@@ -49,7 +49,7 @@ class KeptWalk:
     def find_damage(self) -> str | None:
         """Find a file that is not what was written."""
         if self._damaged:
-            return BLOCKS
+            return WALKED
         for record in self._records:
             if name := find_damaged(self.folder, record["files"]):
                 return name
@@ -104,7 +104,7 @@ class KeptWalk:
             "state": passing,
             "passing": passing_files,
         }
-        append_record(self.folder / BLOCKS, record, durable=False)
+        append_record(self.folder / WALKED, record, durable=False)
         for name in self._records[-1]["passing"] if self._records else ():
             (self.folder / name).unlink(missing_ok=True)
         self._records.append(record)

@@ -12,7 +12,7 @@ from moe2edge.model.model import Block
 from moe2edge.model.weights import Weight
 from moe2edge.progress import Reporter
 from moe2edge.storage.journal import JOURNAL, FileBlockJournal, Journal
-from moe2edge.storage.kept_walk import BLOCKS, KeptWalk
+from moe2edge.storage.kept_walk import WALKED, KeptWalk
 from moe2edge.storage.records import STATE, find_damaged, read_records
 from moe2edge.storage.solved_blocks import open_handles, save
 
@@ -41,17 +41,20 @@ class WorkFolder:
         folder: the folder.
         journal: its finished blocks.
         damaged: files that were found damaged, and with what came after them are computed again.
-        guard: called before anything counts as finished; raises if an input has changed under way.
     """
 
     folder: Path
     journal: Journal = field(init=False)
     damaged: list[str] = field(default_factory=list)
-    guard: Callable[[], None] = lambda: None
+    _guard: Callable[[], None] = field(default_factory=lambda: lambda: None, init=False)
     _count: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         self.journal = Journal(self.folder)
+
+    def watch(self, guard: Callable[[], None]) -> None:
+        """Call ``guard`` before anything counts as finished; it raises if an input has changed."""
+        self._guard = self.journal.guard = guard
 
     def check(self) -> None:
         """Compare all that is kept with its digests; forget what differs and what came after it."""
@@ -108,14 +111,14 @@ class WorkFolder:
             # A file that does not have its final name yet is incomplete.
             if any(path.suffix != ".tmp" for path in folder.iterdir()):
                 parts.append(f"the saved work of {folder.name.rpartition('-')[2]}")
-        if not parts and any(self.folder.glob(f"{WALK}*/{BLOCKS}")):
+        if not parts and any(self.folder.glob(f"{WALK}*/{WALKED}")):
             walks = [KeptWalk(path) for path in self.folder.glob(f"{WALK}*")]
             parts.append(f"{sum(len(walk.origins) for walk in walks)} observed blocks")
         return " and ".join(parts)
 
     def kept_walk(self, step: int, name: str) -> KeptWalk:
         """Return the folder of a walk of the pass at position ``step``, by a name for it."""
-        return KeptWalk(self.folder / f"{WALK}{step}-{name}", self.guard)
+        return KeptWalk(self.folder / f"{WALK}{step}-{name}", self._guard)
 
     def report(self, reporter: Reporter) -> None:
         """Report what an earlier run has left, and what of it is computed again."""
