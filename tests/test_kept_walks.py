@@ -23,7 +23,7 @@ from moe2edge.calibration.router_observers import (
     SkipObserver,
 )
 from moe2edge.calibration.similarity import BlockSimilarityFactory, LayerSimilarityObserver
-from moe2edge.evaluation.verify import MarginObserver
+from moe2edge.evaluation.margins import MarginObserver
 from moe2edge.model.model import Model
 from moe2edge.passes._allocation_trials import Ranker
 from moe2edge.passes.expert_search import ExpertSearch

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from moe2edge.commands.environment import list_versions
 from moe2edge.commands.preflight import check_sources, list_reads
 from moe2edge.commands.run_inputs import list_inputs, look_at_inputs
-from moe2edge.commands.texts import load_calibration
+from moe2edge.commands.source_check import check_ids, report_notes
+from moe2edge.commands.texts import load_calibration, resolve_recipe
 from moe2edge.errors import InputError
 from moe2edge.model.model import Block, Model
 from moe2edge.pipeline.contract import Pass
@@ -53,7 +54,7 @@ def decide(
         Unsupported: as in an export.
     """
     recipe = _prepare(checkpoint, recipe, reporter)
-    tokens = load_calibration(checkpoint, recipe, reporter)
+    tokens = _load(checkpoint, recipe, reporter)
     return _run(checkpoint, recipe, tokens, _NoNumbers(), reporter)
 
 
@@ -85,7 +86,7 @@ def decide_to_file(
     with claim_output(out, force=force, reads=reads, form=DECISIONS, log=reporter.log) as claim:
         reporter = claim.watch(reporter)
         files = look_at_inputs(checkpoint, recipe)
-        tokens = load_calibration(checkpoint, recipe, reporter)
+        tokens = _load(checkpoint, recipe, reporter)
         inputs = list_inputs(checkpoint, recipe, tokens, None, UNLIMITED)
         files.settle(checkpoint.sha256)
         with open_partial_folder(claim, inputs, resume) as (content, work):
@@ -99,11 +100,19 @@ def decide_to_file(
 
 def _prepare(checkpoint: Checkpoint, recipe: Recipe, reporter: Reporter) -> Recipe:
     """Resolve and check a recipe before any work."""
-    recipe = recipe.resolve(checkpoint.model)
+    recipe = resolve_recipe(checkpoint, recipe, reporter)
     check_sources(recipe, checkpoint)
     check_decidable(recipe.passes, checkpoint.model)
     reporter.log(f"recipe:\n{recipe.render()}")
+    report_notes(checkpoint, reporter)
     return recipe
+
+
+def _load(checkpoint: Checkpoint, recipe: Recipe, reporter: Reporter) -> Tokens | None:
+    """Load and check the calibration text."""
+    tokens = load_calibration(checkpoint, recipe, reporter)
+    check_ids(checkpoint, {"calibration": tokens}, reporter)
+    return tokens
 
 
 def _run(

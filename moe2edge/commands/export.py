@@ -12,7 +12,14 @@ from moe2edge.commands.environment import list_versions, measure_peak_bytes
 from moe2edge.commands.preflight import describe, list_reads, refuse_early
 from moe2edge.commands.report import Report
 from moe2edge.commands.run_inputs import list_inputs, look_at_inputs
-from moe2edge.commands.texts import NO_TEXT, Texts, load_texts
+from moe2edge.commands.source_check import check_ids, report_notes
+from moe2edge.commands.texts import (
+    NO_TEXT,
+    Texts,
+    list_default_texts,
+    load_texts,
+    resolve_recipe,
+)
 from moe2edge.commands.trial import try_targets
 from moe2edge.commands.write_target import describe_cost, fit_for_targets, write_target
 from moe2edge.evaluation.comparison import Comparison, ResultRow
@@ -64,7 +71,8 @@ def export_targets(
         VerificationFailed: an output differs from the model in memory.
     """
     begun = time.perf_counter()
-    recipe = recipe.resolve(checkpoint.model)
+    defaults = list_default_texts(recipe)
+    recipe = resolve_recipe(checkpoint, recipe, reporter)
     reads = list_reads(checkpoint, recipe)
     with export_folder.claim_output(out, force=force, reads=reads, log=reporter.log) as claim:
         budget = memory.Memory.from_limit(memory.find_limit(most))
@@ -76,8 +84,10 @@ def export_targets(
         files = look_at_inputs(checkpoint, recipe)
         reporter.log(f"recipe:\n{recipe.render()}")
         describe(plan, reporter)
+        report_notes(checkpoint, reporter)
         try_targets(targets, fit_for_targets(plan.result, targets, materialize=materialize))
         texts = load_texts(checkpoint, recipe, reporter)
+        check_ids(checkpoint, texts.by_purpose, reporter)
         inputs = list_inputs(checkpoint, recipe, texts.calibration, texts.training, budget)
         files.settle(checkpoint.sha256)
         outcome = _list_outcome(checkpoint, recipe, targets, texts, materialize=materialize)
@@ -90,7 +100,7 @@ def export_targets(
             budget = replace(budget, folder=work.folder)
             report = _make_output(
                 checkpoint, recipe, targets, texts, content, work, budget, reporter,
-                materialize=materialize, begun=begun,
+                materialize=materialize, defaults=defaults, begun=begun,
             )  # fmt: skip
             files.check()
     return report
@@ -107,6 +117,7 @@ def _make_output(
     reporter: Reporter,
     *,
     materialize: bool,
+    defaults: tuple[str, ...],
     begun: float,
 ) -> Report:
     """Run the passes, and write, check and describe an output in ``content``."""
@@ -127,14 +138,16 @@ def _make_output(
         keep_walk=partial(work.kept_walk, len(steps)),
     )
     folders = _make_folders(targets, content)
-    results = []
+    written = []
     for target, folder in folders:
         reporter.log(f"writing {target.name}")
-        results.append(write_target(target, model, folder, checkpoint, measured, reporter))
+        written.append(write_target(target, model, folder, checkpoint, measured, reporter))
+    results = [row for row, _ in written]
     report = _build_report(checkpoint, recipe, targets, texts, steps, measured, results)
-    report = replace(report, materialized=grown, seconds=time.perf_counter() - begun)
-    for target, folder in folders:
-        report.write(folder, target, checkpoint, model, list_versions())
+    report = replace(report, materialized=grown, default_texts=defaults)
+    report = replace(report, seconds=time.perf_counter() - begun)
+    for (target, folder), (_, reference) in zip(folders, written, strict=True):
+        report.write(folder, target, checkpoint, model, list_versions(), reference)
     return report
 
 

@@ -57,8 +57,11 @@ def list_reads(checkpoint: Checkpoint, recipe: Recipe) -> list[Path]:
     """List the files and folders that an export reads while it runs, or reads again to resume.
 
     The recipe itself is read once.
+
+    Raises:
+        InputError: a text is missing.
     """
-    from moe2edge.calibration.tokens import BUILTIN_TEXT, list_parts
+    from moe2edge.calibration.mixes import list_text_files
 
     paths = [checkpoint.folder, *checkpoint.folder.iterdir()]
     texts = {
@@ -68,8 +71,7 @@ def list_reads(checkpoint: Checkpoint, recipe: Recipe) -> list[Path]:
     }
     for purpose, source in texts.items():
         if source is not None and source.text not in (SELF, NO_TEXT):
-            names = [part.text for part in list_parts(source, purpose)]
-            paths += [Path(name).expanduser() for name in names if name != BUILTIN_TEXT]
+            paths += list_text_files(source, purpose)
     # Decisions, and whatever other passes read.
     files = [value for step in recipe.passes for name, value in step if name == "file"]
     return paths + [Path(file) for file in files if isinstance(file, str)]
@@ -113,7 +115,8 @@ def _check_training(recipe: Recipe, texts: TextSizes, model: Model) -> None:
     Raises:
         InputError: it is.
     """
-    from moe2edge.calibration.tokens import check_length, check_text_files
+    from moe2edge.calibration.mixes import check_text_files
+    from moe2edge.calibration.tokens import check_length
 
     if recipe.training is not None and texts.training is not None:
         check_text_files(recipe.training, "training")

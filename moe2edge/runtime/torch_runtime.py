@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe2edge.errors import InputError, Moe2EdgeError, VerificationFailed
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from moe2edge.runtime.protocol import Runtime
@@ -45,6 +46,11 @@ class TorchRuntime:
         """Return logits float32 [batch, length, vocabulary] of token ids int64 [batch, length]."""
         return self._run(ids, use_cache=False)
 
+    def logits_at(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """Return logits float32 [n, vocabulary] of ids int64 [n] at ascending positions [n]."""
+        placed = place_tokens(positions.to(self.model.device), self.model.dtype)
+        return self._run(ids[None], use_cache=False, **placed)[0]
+
     def start(self, ids: Sequence[int]) -> Tensor:
         """Begin a sequence (prefill).
 
@@ -80,6 +86,28 @@ class TorchRuntime:
             raise Moe2EdgeError("step() came before start(); begin a sequence first")
         return self._run(torch.tensor([[token]]), past_key_values=self._cache)[0, -1]
 
+    def find_overflow(self, ids: Tensor) -> str | None:
+        """Run ``ids`` int64 [batch, length]; name the first block whose output is not finite."""
+        found: list[int] = []
+
+        def look(index: int) -> Callable[..., None]:
+            def hook(_: Any, __: Any, out: Any) -> None:
+                hidden = out[0] if isinstance(out, tuple) else out
+                if not hidden.isfinite().all():
+                    found.append(index)
+
+            return hook
+
+        hooks = [
+            layer.register_forward_hook(look(n)) for n, layer in enumerate(self.model.model.layers)
+        ]
+        try:
+            self._run(ids, use_cache=False)
+        finally:
+            for handle in hooks:
+                handle.remove()
+        return f"the hidden states of block {found[0]}" if found else None
+
     def _run(self, ids: Tensor, **options: Any) -> Tensor:
         import torch
 
@@ -87,6 +115,22 @@ class TorchRuntime:
             output = self.model(ids.to(self.model.device), **options)
         logits: Tensor = output.logits
         return logits.float().cpu()
+
+
+def place_tokens(positions: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the arguments of a transformers model that place tokens at ``positions`` [n].
+
+    Each token sees all before it. The mask is given, because transformers takes a gap between
+    positions for the beginning of another text.
+    """
+    import torch
+
+    count = len(positions)
+    hidden = torch.full((count, count), torch.finfo(dtype).min, dtype=dtype).triu(1)
+    return {
+        "position_ids": positions[None],
+        "attention_mask": hidden[None, None].to(positions.device),
+    }
 
 
 def run_all_experts(runtime: Runtime) -> Runtime:
