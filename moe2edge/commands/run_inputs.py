@@ -1,4 +1,4 @@
-"""What a run reads, and what its numbers depend on."""
+"""Files that a run reads, and all that its numbers depend on."""
 
 from __future__ import annotations
 
