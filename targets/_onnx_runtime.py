@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,14 @@ from torch import Tensor
 
 from moe2edge.errors import InputError, Unsupported, VerificationFailed
 from moe2edge.targets._onnx_exact import convert_to_float_activations, use_float_experts
-from moe2edge.targets._onnx_storage import DATA_FILE, GRAPH_FILE, POSITIONS_KEY
+from moe2edge.targets._onnx_storage import (
+    DATA_FILE,
+    GRAPH_FILE,
+    POSITIONS_KEY,
+    ROTARY_TABLES,
+    load_graph,
+    read_values,
+)
 
 OLDEST = (1, 31)
 # Positions in the first cache of a sequence.
@@ -105,6 +112,8 @@ def open_runtime(folder: Path, *, exact: bool = False, graph: bytes | None = Non
             f"{GRAPH_FILE} does not record its number of positions as {POSITIONS_KEY}; export it "
             "again"
         )
+    if exact:
+        return ExactOnnxRuntime(session, int(positions), folder)
     return OnnxRuntime(session, int(positions))
 
 
@@ -137,16 +146,20 @@ class OnnxRuntime:
 
         The cache is not used.
         """
+        return self._run_once(ids, {})
+
+    def _run_once(self, ids: Tensor, replaced: Mapping[str, np.ndarray[Any, Any]]) -> Tensor:
+        """Run ``ids`` as `logits` does, with other values for some initializers."""
         batch, length = ids.shape
         self._check(ids.numpy(), length)
-        feeds = {
+        feeds: dict[str, np.ndarray[Any, Any]] = {
             name: np.zeros((batch, heads, 0, size), np.float32)
             for name, (_, heads, _, size) in self._past.items()
         }
         feeds["input_ids"] = ids.numpy().astype(np.int64)
         feeds["attention_mask"] = np.ones((batch, length), np.int64)
         with _translate_errors("cannot run"):
-            return torch.from_numpy(self._session.run(["logits"], feeds)[0])
+            return torch.from_numpy(self._session.run(["logits"], {**feeds, **replaced})[0])
 
     def start(self, ids: Sequence[int]) -> Tensor:
         """Start a sequence; return logits float32 [vocabulary] after its last token.
@@ -222,3 +235,30 @@ class OnnxRuntime:
 
     def _bind_output(self, name: str, array: np.ndarray[Any, Any]) -> None:
         self._binding.bind_output(name, "cpu", 0, np.float32, list(array.shape), array.ctypes.data)
+
+
+class ExactOnnxRuntime(OnnxRuntime):
+    """Runs a graph with float32 activations, whose rotary tables can be replaced."""
+
+    def __init__(self, session: Any, max_positions: int, folder: Path) -> None:
+        super().__init__(session, max_positions)
+        self._folder = folder
+
+    def logits_at(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """Return logits float32 [n, vocabulary] of ids int64 [n] at ascending positions [n].
+
+        Attention takes the first rows of the rotary tables, so it gets those of the positions.
+
+        Raises:
+            VerificationFailed: the graph lacks a table, or one is too short.
+        """
+        graph, rows = load_graph(self._folder), {}
+        for name in ROTARY_TABLES:
+            table = read_values(self._folder, graph, name)
+            if int(positions.max()) >= len(table):
+                raise VerificationFailed(
+                    f"table {name} has {len(table)} positions, but position "
+                    f"{int(positions.max())} was recorded; export it again"
+                )
+            rows[name] = table[positions].numpy()
+        return self._run_once(ids[None], rows)[0]

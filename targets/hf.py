@@ -23,6 +23,7 @@ from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.storage.output import open_stored_model
 from moe2edge.storage.safetensors_files import (
     PlannedTensor,
+    check_index,
     read_all,
     read_header,
     write_checkpoint,
@@ -105,6 +106,14 @@ class Hf(Target):
     def tensors(self, folder: Path) -> Iterator[tuple[str, Tensor | Quantized]]:
         """Yield every tensor of the folder by its name on disk."""
         yield from read_all(folder)
+
+    def check_derived(self, folder: Path) -> None:
+        """Compare the index with the shards.
+
+        Raises:
+            VerificationFailed: names the tensor.
+        """
+        check_index(folder)
 
     def streamed(self, folder: Path) -> Model:
         """Open the folder as a model."""

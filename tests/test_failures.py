@@ -120,7 +120,8 @@ def test_a_name_of_300_characters(tmp_path: Path) -> None:
     ):
         result = run(*command)
         assert result.exit_code == 2, result.stderr
-        assert len(result.stderr.strip().splitlines()) == 1
+        errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+        assert [result.stderr.strip().splitlines()[-1]] == errors
 
 
 # ---- limits of control groups -----------------------------------------------------------------

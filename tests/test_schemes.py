@@ -23,6 +23,8 @@ from helpers import compute_logits, each_family, slow_except
 from moe2edge.calibration import walk
 from moe2edge.errors import Unsupported, VerificationFailed
 from moe2edge.evaluation import verify
+from moe2edge.evaluation.reference import record
+from moe2edge.evaluation.tensor_digests import compute_digest
 from moe2edge.model.family import FAMILIES
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model, is_quantizable
@@ -347,7 +349,7 @@ def test_numbers_that_the_dtype_rounds(dtype: str, tiny: Make, tmp_path: Path) -
         walk.compute_logits(source, walk.observe(source, IDS, (), lambda *_: None, ""))
     )
     hidden = walk.observe(model, IDS, (), lambda *_: None, "")
-    of_model = verify.record(model, IDS, of_source, hidden)
+    of_model = record(model, IDS, of_source, hidden)
     reference = of_model.for_stored(model, stored)
     assert verify.audit(target, tmp_path, stored) == len(reference.digests)
     _, parity, _ = verify.check_folder(target, tmp_path, reference)
@@ -383,7 +385,7 @@ def test_a_changed_zero_point_is_found(tiny: Make, tmp_path: Path) -> None:
         TARGETS[name].write(model, folder)
         with pytest.raises(VerificationFailed, match=r"1\.self_attn\.q_proj.*other values"):
             verify.audit(TARGETS[name], folder, model.replace_block(block))
-    assert verify.compute_digest(numbers) != verify.compute_digest(other)
+    assert compute_digest(numbers) != compute_digest(other)
 
 
 @pytest.mark.parametrize(

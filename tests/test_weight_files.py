@@ -18,6 +18,7 @@ from moe2edge.calibration.tokens import Tokens
 from moe2edge.commands.source_check import check_ids
 from moe2edge.errors import InputError, Unsupported, VerificationFailed
 from moe2edge.evaluation import verify
+from moe2edge.evaluation.reference import Reference
 from moe2edge.model.hf_config import build_config
 from moe2edge.model.model import EMBEDDING, HEAD
 from moe2edge.progress import Reporter
@@ -304,9 +305,9 @@ def test_float16_that_overflows_is_told_as_that(tiny: Make, folder: Path) -> Non
     model = open_checkpoint(folder).model
     logits = compute_logits(model, IDS)
     assert logits.isfinite().all()
-    reference = verify.Reference(IDS, 39, logits[:, 38:], {}, None)
+    reference = Reference(IDS, 39, logits[:, 38:], {}, None)
     with pytest.raises(VerificationFailed, match=r"block 1 overflow in float16.*bfloat16"):
-        verify.measure_shipped(reference, runtime, 0.0)
+        verify.measure_shipped(reference, runtime, verify.Parity(0.0))
     converted = TorchRuntime(runtime.model.to(torch.bfloat16))  # as the message says
     assert converted.logits(IDS).isfinite().all()
 

@@ -31,6 +31,7 @@ from moe2edge.runtime.decoder_blocks import check_finite, fit_layers, load_block
 from moe2edge.runtime.expert_kernels import set_expert_implementation
 from moe2edge.runtime.memory import UNLIMITED, Memory
 from moe2edge.runtime.mixed_experts import compute_expert_intermediate, compute_expert_output
+from moe2edge.runtime.torch_runtime import place_tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,13 +51,17 @@ class BlockRunner:
         self._layer = self._base.layers[0]
 
     @torch.no_grad()
-    def run(self, hidden: Tensor) -> Tensor:
-        """Return the output of the block for ``hidden`` [batch, length, hidden]."""
-        out: Tensor = self._base(inputs_embeds=hidden, use_cache=False).last_hidden_state
+    def run(self, hidden: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Return the output of the block for ``hidden`` [batch, length, hidden].
+
+        With ``positions`` [length], ascending, the tokens stand there, and each sees all before it.
+        """
+        placed = {} if positions is None else place_tokens(positions, hidden.dtype)
+        out: Tensor = self._base(inputs_embeds=hidden, use_cache=False, **placed).last_hidden_state
         return out
 
     @torch.no_grad()
-    def watch(self, hidden: Tensor) -> BlockTrace:
+    def watch(self, hidden: Tensor, positions: Tensor | None = None) -> BlockTrace:
         """Run the block as `run` does, and return its intermediate activations as well."""
         linear_inputs: dict[str, Tensor] = {}
         recorded: dict[str, Any] = {}
@@ -89,7 +94,7 @@ class BlockRunner:
         if isinstance(self.block.mlp, MoELayer):
             hooks.append(self._layer.mlp.gate.register_forward_hook(record_routing))
         try:
-            outputs = self.run(hidden)
+            outputs = self.run(hidden, positions)
         finally:
             for handle in hooks:
                 handle.remove()
@@ -104,6 +109,7 @@ class BlockRunner:
             linear_inputs,
             self._expert_hidden,
             self._expert_output,
+            self.watch,
         )
 
     @torch.no_grad()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import sys
@@ -59,7 +61,9 @@ class CommandGroup(click.Group):
         """Run a command, and turn every error into one line and an exit code."""
         as_json = "--json" in sys.argv
         progress_bar.listen()
+        _take_any_character(sys.stdout)
         try:
+            _refuse_bytes(args[0] if args else extra.get("args"))
             super().main(*args, **{**extra, "standalone_mode": False})
         except click.exceptions.Exit as error:
             sys.exit(error.exit_code)
@@ -73,8 +77,7 @@ class CommandGroup(click.Group):
         except (click.Abort, KeyboardInterrupt) as error:
             # Click replaces an interrupt by its own error; the notes are on the cause.
             first = error.__cause__ or error
-            message = _append_notes("interrupted", first, "nothing was left behind")
-            _exit_interrupted(message, as_json)
+            _exit_interrupted(_append_notes("interrupted", first), as_json)
         except BrokenPipeError:
             sys.stderr.close()
             sys.exit(1)
@@ -96,16 +99,37 @@ def _explain(error: Exception) -> tuple[str, int]:
     return f"{message} (a bug in moe2edge; {hint})", Moe2EdgeError.exit_code
 
 
+def _refuse_bytes(arguments: Sequence[str] | None) -> None:
+    """Refuse arguments that are not in UTF-8, which could be neither tokenized nor written.
+
+    Raises:
+        InputError: there is one.
+    """
+    for argument in sys.argv[1:] if arguments is None else arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"the argument {argument[:60]!a} is not UTF-8 (from character {error.start + 1} "
+                "on); give it in UTF-8, and rename a file whose name is not"
+            ) from error
+
+
+def _take_any_character(stream: object) -> None:
+    """Let a stream escape what its encoding lacks, where it would fail otherwise."""
+    if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+        stream.reconfigure(errors="backslashreplace")
+
+
 def _print_debug_traceback() -> None:
     """Print the traceback of the current error if MOE2EDGE_DEBUG is set."""
     if os.environ.get("MOE2EDGE_DEBUG"):
         traceback.print_exc()
 
 
-def _append_notes(message: str, error: BaseException, otherwise: str = "") -> str:
+def _append_notes(message: str, error: BaseException) -> str:
     """Append the notes of an error, such as which finished work an export kept."""
-    notes = getattr(error, "__notes__", ()) or ([otherwise] if otherwise else [])
-    return "; ".join([message, *notes])
+    return "; ".join([message, *getattr(error, "__notes__", ())])
 
 
 def _exit_interrupted(message: str, as_json: bool) -> NoReturn:
@@ -117,16 +141,18 @@ def _exit_interrupted(message: str, as_json: bool) -> NoReturn:
     try:
         _fail(message, INTERRUPTED, as_json)
     except SystemExit:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(INTERRUPTED)
 
 
 def _fail(message: str, code: int, as_json: bool) -> NoReturn:
     message = shorten(message)
-    if as_json:
-        click.echo(json.dumps({"ok": False, "error": {"code": code, "message": message}}))
-    click.echo(f"error: {message}", err=True)
+    with contextlib.suppress(OSError):  # the terminal may be closed
+        if as_json:
+            click.echo(json.dumps({"ok": False, "error": {"code": code, "message": message}}))
+        click.echo(f"error: {message}", err=True)
     sys.exit(code)
 
 

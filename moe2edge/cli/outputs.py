@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from moe2edge.cli import progress_bar
 from moe2edge.cli.common import (
+    CHAT_TEMPLATE_OPTION,
     FOLDER_ARGUMENT,
     JSON_OPTION,
     THREADS_OPTION,
     add_hub_options,
+    add_row_options,
     add_text_options,
     emit,
     open_model,
@@ -24,7 +27,10 @@ from moe2edge.cli.common import (
     read_text_options,
 )
 from moe2edge.cli.progress_bar import make_reporter
-from moe2edge.errors import DoesNotFit, VerificationFailed
+from moe2edge.errors import DoesNotFit
+
+if TYPE_CHECKING:
+    from moe2edge.evaluation.verify import Verification
 
 
 @click.command(epilog="\b\nExample:\n  moe2edge verify out-onnx")
@@ -45,42 +51,34 @@ def verify_command(
 ) -> None:
     """Verify that FOLDER holds what was exported.
 
-    Checks the files, every tensor, and the logits in the runtime of the target.
+    Checks every file and tensor, tables and configs against what they derive from, the tokenizer,
+    and the logits in the runtime of the target.
     """
     from moe2edge.evaluation import verify
-    from moe2edge.pipeline import registry
-    from moe2edge.storage.manifest import check_manifest_files, open_artifact
 
-    artifact = open_artifact(folder)
-    target = registry.make_target(artifact.target, artifact.options)
-    if differences := check_manifest_files(artifact):
-        raise VerificationFailed(f"{folder}: {'; '.join(differences)}")
     quiet_libraries()
-    recorded = verify.Reference.read(folder)
-    count, parity, runtime = verify.check_folder(target, folder, recorded)
-    result: dict[str, Any] = {"tensors": count, "parity": asdict(parity)}
+    done = verify.verify_output(folder)
+    recorded, parity = done.reference, done.parity
+    result: dict[str, Any] = {
+        "tensors": done.tensors,
+        "parity": asdict(parity),
+        "notes": list(done.notes),
+        "not_checked": list(done.unchecked),
+    }
     if reference:
-        if runtime is None:
+        if done.runtime is None:
             raise DoesNotFit(
                 f"{folder} needs more memory than this machine has, so it cannot be run and "
                 f"compared with {reference}; leave out --reference, or verify on a larger machine"
             )
         source = open_model(reference, revision, cache_dir).model
         result["kl_at_export"] = recorded.source_kl
-        result["kl_to_source"] = verify.check_source(recorded, runtime, source)
+        result["kl_to_source"] = verify.check_source(recorded, done.runtime, source)
     if as_json:
         emit(result)
         return
-    click.echo(f"files: {len(artifact.manifest['files'])} equal to the manifest")
-    click.echo(f"tensors: {count} equal to what was exported")
-    click.echo(f"logits: largest error {parity.exact:.1e} with float32 activations")
-    if parity.shipped is None:
-        click.echo("runtime: not run, because this machine has too little memory")
-    else:
-        click.echo(
-            f"runtime: {parity.shipped:.2%} relative error of logits as shipped, {parity.top1:.1%} "
-            f"top-1 agreement ({parity.positions} positions, with KV cache)"
-        )
+    for line in _describe_verification(done):
+        click.echo(line)
     if reference:
         note = (
             ""
@@ -88,7 +86,28 @@ def verify_command(
             else " (not compared: the export did not measure it)"
         )
         click.echo(f"KL to {reference}: {result['kl_to_source']:.5f} nats per token{note}")
+    for note in done.notes:
+        click.echo(f"note: {note}")
+    for missing in done.unchecked:
+        click.echo(f"not checked: {missing}")
     click.echo("verified")
+
+
+def _describe_verification(done: Verification) -> Iterator[str]:
+    """Yield the lines about what was compared."""
+    record, parity = done.reference.record, done.parity
+    extent = "the manifest" if record is None else "the manifest, and to what was exported"
+    yield f"files: {len(done.artifact.files)} equal to {extent}"
+    yield f"tensors: {done.tensors} equal to what was exported"
+    far = "" if parity.far is None else f", {parity.far:.1e} at the far end of the context"
+    yield f"logits: largest error {parity.exact:.1e} with float32 activations{far}"
+    if parity.shipped is None:
+        yield "runtime: not run, because this machine has too little memory"
+    else:
+        yield (
+            f"runtime: {parity.shipped:.2%} relative error of logits as shipped, {parity.top1:.1%} "
+            f"top-1 agreement ({parity.positions} positions, with KV cache)"
+        )
 
 
 @click.command(epilog='\b\nExample:\n  moe2edge generate out-onnx "def read_json(path):"')
@@ -118,10 +137,17 @@ def verify_command(
     default=None,
     help="Apply the chat template to PROMPT [default: if the model has one].",
 )
+@CHAT_TEMPLATE_OPTION
 @THREADS_OPTION
 @JSON_OPTION
 def generate_command(
-    folder: Path, prompt: str, max_tokens: int, chat: bool | None, as_json: bool, **sampling: Any
+    folder: Path,
+    prompt: str,
+    max_tokens: int,
+    chat: bool | None,
+    chat_template: str | None,
+    as_json: bool,
+    **sampling: Any,
 ) -> None:
     """Continue PROMPT with the model in FOLDER.
 
@@ -137,7 +163,7 @@ def generate_command(
     generation.check_settings(max_tokens, **sampling)
     quiet_libraries()
     tokenizer = load_tokenizer(folder)
-    ids = generation.encode_prompt(tokenizer, prompt, chat)
+    ids = generation.encode_prompt(tokenizer, prompt, chat, chat_template)
     log = partial(click.echo, err=True)
     tokens = generate.continue_in(artifact, ids, log, max_tokens=max_tokens, **sampling)
     if as_json:
@@ -169,9 +195,11 @@ Examples:
 )
 @click.option(
     "--text",
-    type=click.Path(path_type=Path),
-    help="Text file to cut prompts from [default: built-in text].",
+    default="builtin",
+    show_default=True,
+    help="File to cut prompts from: text, JSON lines, parquet.",
 )
+@add_row_options
 @click.option("--prompt-tokens", type=int, help="Tokens per prompt [default: as in the preset].")
 @click.option("--gen-tokens", type=int, help="New tokens per prompt [default: as in the preset].")
 @click.option("--repeats", type=int, help="Number of fresh processes [default: as in the preset].")
@@ -181,7 +209,11 @@ Examples:
 def profile_command(
     model: str,
     preset: Literal["quick", "ci", "full"],
-    text: Path | None,
+    text: str,
+    field: str | None,
+    template: str | None,
+    chat: bool | None,
+    chat_template: str | None,
     as_json: bool,
     revision: str | None,
     cache_dir: Path | None,
@@ -197,7 +229,9 @@ def profile_command(
     place = model if Path(model).is_dir() else open_model(model, revision, cache_dir)
     quiet_libraries()
     reporter = make_reporter(quiet=as_json)
-    result = profile(place, preset=preset, text=text, reporter=reporter, **sizes)
+    rows = {"field": field, "template": template, "chat": chat, "chat_template": chat_template}
+    source = read_text_options("evaluation", {"text": text, **rows})
+    result = profile(place, preset=preset, text=source, reporter=reporter, **sizes)
     if as_json:
         emit(result.to_json())
         return
@@ -234,12 +268,15 @@ def evaluate_command(
 
     With --reference, also measures KL and top-1 agreement with the source.
     """
+    from moe2edge.commands.texts import choose_text
     from moe2edge.evaluation.output_quality import evaluate_output as run
+    from moe2edge.storage.manifest import open_artifact
 
-    source = read_text_options("evaluation", text)
+    # An output is of the model that its manifest names, and is measured on that one's text.
+    source = choose_text(read_text_options("evaluation", text), open_artifact(folder).source)
     quiet_libraries()
     model = open_model(reference, revision, cache_dir).model if reference else None
-    quality = run(folder, source, model, make_reporter(quiet=as_json).advance)
+    quality = run(folder, source, model, make_reporter(quiet=as_json))
     if as_json:
         emit(asdict(quality))
         return

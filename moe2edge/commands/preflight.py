@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from moe2edge.commands.texts import NO_TEXT, SELF
 from moe2edge.commands.write_target import fit_for_targets
 from moe2edge.model.model import Model
 from moe2edge.pipeline.contract import TextSize, TextSizes
@@ -51,6 +52,30 @@ def refuse_early(
     return plan
 
 
+def list_reads(checkpoint: Checkpoint, recipe: Recipe) -> list[Path]:
+    """List the files and folders that an export reads while it runs, or reads again to resume.
+
+    The recipe itself is read once.
+
+    Raises:
+        InputError: a text is missing.
+    """
+    from moe2edge.calibration.mixes import list_text_files
+
+    paths = [checkpoint.folder, *checkpoint.folder.iterdir()]
+    texts = {
+        "calibration": recipe.calibration,
+        "evaluation": recipe.evaluation,
+        "training": recipe.training,
+    }
+    for purpose, source in texts.items():
+        if source is not None and source.text not in (SELF, NO_TEXT):
+            paths += list_text_files(source, purpose)
+    # Decisions, and whatever other passes read.
+    files = [value for step in recipe.passes for name, value in step if name == "file"]
+    return paths + [Path(file) for file in files if isinstance(file, str)]
+
+
 def estimate_passes(plan: Plan, texts: TextSizes) -> list[Estimate]:
     """Return what each pass will take with texts of these sizes, from shapes alone."""
     return [planned.step.estimate(planned, texts) for planned in plan.steps]
@@ -89,7 +114,8 @@ def _check_training(recipe: Recipe, texts: TextSizes, model: Model) -> None:
     Raises:
         InputError: it is.
     """
-    from moe2edge.calibration.tokens import check_length, check_text_files
+    from moe2edge.calibration.mixes import check_text_files
+    from moe2edge.calibration.tokens import check_length
 
     if recipe.training is not None and texts.training is not None:
         check_text_files(recipe.training, "training")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from moe2edge.errors import InputError, Moe2EdgeError, VerificationFailed
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from moe2edge.runtime.protocol import Runtime
@@ -44,6 +45,11 @@ class TorchRuntime:
     def logits(self, ids: Tensor) -> Tensor:
         """Return logits float32 [batch, length, vocabulary] of token ids int64 [batch, length]."""
         return self._run(ids, use_cache=False)
+
+    def logits_at(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """Return logits float32 [n, vocabulary] of ids int64 [n] at ascending positions [n]."""
+        placed = place_tokens(positions.to(self.model.device), self.model.dtype)
+        return self._run(ids[None], use_cache=False, **placed)[0]
 
     def start(self, ids: Sequence[int]) -> Tensor:
         """Begin a sequence (prefill).
@@ -109,6 +115,22 @@ class TorchRuntime:
             output = self.model(ids.to(self.model.device), **options)
         logits: Tensor = output.logits
         return logits.float().cpu()
+
+
+def place_tokens(positions: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the arguments of a transformers model that place tokens at ``positions`` [n].
+
+    Each token sees all before it. The mask is given, because transformers takes a gap between
+    positions for the beginning of another text.
+    """
+    import torch
+
+    count = len(positions)
+    hidden = torch.full((count, count), torch.finfo(dtype).min, dtype=dtype).triu(1)
+    return {
+        "position_ids": positions[None],
+        "attention_mask": hidden[None, None].to(positions.device),
+    }
 
 
 def run_all_experts(runtime: Runtime) -> Runtime:

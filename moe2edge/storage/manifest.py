@@ -35,7 +35,9 @@ RUNTIME_FILES = (
     "*.dylib", "*.reference",
 )  # fmt: skip
 
-_RESERVED_KEYS = frozenset({"schema_version", "tool", "target", "files"})
+# Key of the list of files.
+FILES = "files"
+_RESERVED_KEYS = frozenset({"schema_version", "tool", "target", FILES})
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,13 @@ class Artifact:
         """Options of the target that the folder was written with; older outputs have none."""
         options: Mapping[str, Any] = self.manifest.get("target_options", {})
         return options
+
+    @property
+    def source(self) -> str:
+        """The model that it was made of, as the user named it; empty if it does not say."""
+        source = self.manifest.get("source")
+        name = source.get("model") if isinstance(source, dict) else None
+        return name if isinstance(name, str) else ""
 
     @property
     def files(self) -> Mapping[str, Mapping[str, Any]]:
@@ -109,12 +118,17 @@ def is_artifact(folder: Path) -> bool:
 
 
 def write_manifest(folder: Path, target: str, **sections: object) -> None:
-    """Hash every file of ``folder`` and write ``manifest.json``.
+    """Hash every file of ``folder`` and write ``manifest.json``; see `build_manifest`."""
+    write_json(folder / MANIFEST, build_manifest(folder, target, **sections))
+
+
+def build_manifest(folder: Path, target: str, **sections: object) -> dict[str, Any]:
+    """Hash every file of ``folder`` and build the content of ``manifest.json``.
 
     Names are sorted, and there are no time stamps.
 
     Args:
-        folder: a finished output folder; an old manifest in it is replaced.
+        folder: a finished output folder; an old manifest in it does not count.
         target: name of the target that wrote it.
         sections: further top-level keys (``model``, ``source``, ``versions``), JSON values.
 
@@ -123,13 +137,15 @@ def write_manifest(folder: Path, target: str, **sections: object) -> None:
     """
     if reserved := _RESERVED_KEYS & set(sections):
         raise ValueError(f"a section cannot be called {min(reserved)}: every manifest has that key")
-    files = {
-        name: {"sha256": hash_file(path), "bytes": path.stat().st_size}
-        for name, path in list_files(folder).items()
-        if name != MANIFEST
-    }
+    paths = list_files(folder)
+    files = {name: describe_file(path) for name, path in paths.items() if name != MANIFEST}
     manifest = {"schema_version": MANIFEST_VERSION, "tool": TOOL, "target": target}
-    write_json(folder / MANIFEST, {**manifest, **sections, "files": files})
+    return {**manifest, **sections, FILES: files}
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """Return the entry of a file in the list of files."""
+    return {"sha256": hash_file(path), "bytes": path.stat().st_size}
 
 
 def check_manifest_files(artifact: Artifact) -> list[str]:

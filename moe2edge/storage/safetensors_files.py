@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from moe2edge.errors import InputError, Unsupported
+from moe2edge.errors import InputError, Unsupported, VerificationFailed
 from moe2edge.model.weights import DTYPE_BYTES, DTYPES, Weight
-from moe2edge.storage.text_files import get_first_line, sync_folder, write_json
+from moe2edge.storage.text_files import get_first_line, read_json, sync_folder, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _TORCH_NAMES = DTYPES | {"I32": "int32", "U8": "uint8", "I64": "int64"}
 
 SHARD_BYTES = 4 << 30
+INDEX_FILE = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,33 @@ def read_all(folder: Path) -> Iterator[tuple[str, Tensor]]:
             yield name, read_tensor(path, name)
 
 
+def check_index(folder: Path) -> None:
+    """Compare the index of a checkpoint, if it has one, with the tensors of its shards.
+
+    Raises:
+        InputError: a file cannot be read.
+        VerificationFailed: the index says otherwise.
+    """
+    path = folder / INDEX_FILE
+    if not path.exists():
+        return
+    found: dict[str, str] = {}
+    index, total = read_json(path), 0
+    for shard in sorted(folder.glob("[!.]*.safetensors")):
+        entries = open_file(shard)
+        found |= dict.fromkeys(entries, shard.name)
+        total += sum(entry.nbytes for entry in entries.values())
+    if index != _make_index(found, total):
+        raise VerificationFailed(
+            f"{INDEX_FILE} does not say which tensor is in which file; export it again"
+        )
+
+
+def _make_index(files: Mapping[str, str], total: int) -> dict[str, Any]:
+    """Make the content of an index from the file of each tensor, and the bytes of all."""
+    return {"metadata": {"total_size": total}, "weight_map": dict(files)}
+
+
 # ---- writing ----------------------------------------------------------------------------------
 
 _SPELLING = {f"torch.{name}": spelling for spelling, name in _TORCH_NAMES.items()}
@@ -216,10 +244,7 @@ def write_checkpoint(folder: Path, tensors: Iterable[PlannedTensor]) -> None:
         write_safetensors(folder / name, shard)
         weight_map.update({t.name: name for t in shard})
     total = sum(t.nbytes for shard in shards for t in shard)
-    write_json(
-        folder / "model.safetensors.index.json",
-        {"metadata": {"total_size": total}, "weight_map": weight_map},
-    )
+    write_json(folder / INDEX_FILE, _make_index(weight_map, total))
 
 
 def write_durably(path: Path, tensors: list[PlannedTensor]) -> str:
