@@ -92,17 +92,9 @@ def test_every_name_that_transformers_reads_is_known(tmp_path: Path, family: str
 
 # ---- the sweep ---------------------------------------------------------------------------------
 
-SIZES = {
+SIZES: Config = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
     "head_dim": 8,
-}  # fmt: skip
-WIDTHS: dict[str, Config] = {
-    "mixtral": {"intermediate_size": 16, "num_local_experts": 4},
-    "olmoe": {"intermediate_size": 16, "num_experts": 4},
-    "qwen2_moe": {
-        "moe_intermediate_size": 16, "shared_expert_intermediate_size": 24, "num_experts": 4,
-    },
-    "qwen3_moe": {"moe_intermediate_size": 16, "num_local_experts": 4},
 }  # fmt: skip
 # A second start for each family, in which the switches that it has are on.
 SWITCHED: dict[str, Config] = {
@@ -251,7 +243,7 @@ class Sweep:
     """
 
     def __init__(self, folder: Path, family: str, changes: Config) -> None:
-        make_checkpoint(folder, family, **SIZES, **WIDTHS[family], **changes)
+        make_checkpoint(folder, family, **SIZES, **changes)
         tensors = load_file(folder / "model.safetensors")
         # With a head equal to its table of embeddings, a model is the same tied and untied.
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
@@ -344,7 +336,7 @@ def run_sweep(folder: Path, family: str, kinds: list[Any], further: list[str]) -
     """Set each key to each of its values, with the switches of the family off and on."""
     logging.set_verbosity(logging.CRITICAL)  # it reports each tensor that does not fit
     counts: Counter[str] = Counter()
-    for n, changes in enumerate(({}, SWITCHED[family])):
+    for n, changes in enumerate(({}, SWITCHED.get(family, {}))):
         sweep = Sweep(folder / str(n), family, changes)
         defaults = list_defaults(kinds) | {key: [] for key in further}
         for key, values in defaults.items():
