@@ -16,6 +16,7 @@ from moe2edge.errors import InputError, Unsupported
 from moe2edge.model.config_parser import parse_config
 from moe2edge.model.family import FAMILIES, find_family
 from moe2edge.model.hf_config import build_config
+from moe2edge.runtime.load import build_transformers_model
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.testing import Make
 
