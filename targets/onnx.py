@@ -46,6 +46,11 @@ class Onnx(Target):
 
     summary: ClassVar[str] = "decoder graph with KV cache for ONNX Runtime on a CPU"
     libraries: ClassVar[tuple[str, ...]] = ("torch", "onnx", "onnxruntime")
+    limits: ClassVar[str] = (
+        "Prompts of a batch are padded on the right: zeros in `attention_mask` behind a prompt, "
+        "whose next token is read from the logits at its last token. With padding on the left the "
+        "graph gives wrong logits, without an error."
+    )
     accuracy_level: int = 4
 
     def __post_init__(self) -> None:
@@ -233,7 +238,8 @@ def build_genai_config(
     ids: dict[str, Any] = {key: config.get(key) for key in ("bos_token_id", "pad_token_id")}
     if ends:
         ids["eos_token_id"] = min(ends) if len(ends) == 1 else sorted(ends)
-        if ids["pad_token_id"] is None:
+        pad = ids["pad_token_id"]
+        if pad is None or not 0 <= pad < geometry.vocab:
             ids["pad_token_id"] = min(ends)
     past, present = "past_key_values.%d", "present.%d"
     return {

@@ -158,5 +158,10 @@ THREADS_OPTION = click.option(
 JSON_OPTION = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON document on stdout instead of text."
 )
+PATHS_OPTION = click.option(
+    "--keep-paths",
+    is_flag=True,
+    help="Write the paths of MODEL and texts into what is written, not only their names.",
+)
 QUIET_OPTION = click.option("-q", "--quiet", is_flag=True, help="Do not show progress.")
 FOLDER_ARGUMENT = click.argument("folder", type=click.Path(path_type=Path))

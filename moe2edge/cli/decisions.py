@@ -11,6 +11,7 @@ import click
 from moe2edge.cli.common import (
     CALIB_OPTION,
     JSON_OPTION,
+    PATHS_OPTION,
     QUIET_OPTION,
     SETTINGS_OPTION,
     THREADS_OPTION,
@@ -51,6 +52,7 @@ To carry out the decisions later, use the pass apply_decisions in a recipe:
 @SETTINGS_OPTION
 @CALIB_OPTION
 @click.option("--force", is_flag=True, help="Replace an existing file of decisions.")
+@PATHS_OPTION
 @QUIET_OPTION
 @THREADS_OPTION
 @JSON_OPTION
@@ -62,6 +64,7 @@ def decide_command(
     settings: tuple[str, ...],
     calib: str | None,
     force: bool,
+    keep_paths: bool,
     quiet: bool,
     as_json: bool,
     revision: str | None,
@@ -78,7 +81,7 @@ def decide_command(
     decisions.check_decisions_output(output, force=force)
     checkpoint = open_model(model, revision, cache_dir)
     quiet_libraries()
-    decided, steps = run(checkpoint, parsed, make_reporter(quiet=quiet))
+    decided, steps = run(checkpoint, parsed, make_reporter(quiet=quiet), keep_paths=keep_paths)
     decisions.write_decisions(decided, output)
     if as_json:
         emit({"output": str(output), "decisions": decided.to_json()})

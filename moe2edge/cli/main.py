@@ -16,6 +16,7 @@ from moe2edge.cli import decisions, inspect, outputs, progress_bar, recipes
 from moe2edge.cli.common import (
     CALIB_OPTION,
     JSON_OPTION,
+    PATHS_OPTION,
     QUIET_OPTION,
     SETTINGS_OPTION,
     THREADS_OPTION,
@@ -194,6 +195,7 @@ Examples:
     help="If one of the targets cannot hold tied experts (experts that share matrices), write "
     "each of them with its own copy, in all targets. The output becomes larger.",
 )
+@PATHS_OPTION
 @QUIET_OPTION
 @THREADS_OPTION
 @JSON_OPTION
@@ -210,6 +212,7 @@ def export_command(
     resume: Literal["auto", "never", "require"],
     most: int | None,
     materialize: bool,
+    keep_paths: bool,
     quiet: bool,
     as_json: bool,
     revision: str | None,
@@ -235,6 +238,7 @@ def export_command(
         resume=resume,
         most=most,
         materialize=materialize,
+        keep_paths=keep_paths,
     )
     if as_json:
         emit({"output": str(output), **report.to_json()})

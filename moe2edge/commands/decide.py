@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from moe2edge.commands.environment import list_versions
 from moe2edge.commands.preflight import check_sources
+from moe2edge.commands.private_paths import PrivatePaths
 from moe2edge.commands.texts import load_calibration
 from moe2edge.errors import InputError
 from moe2edge.model.model import Block, Model
@@ -30,9 +31,11 @@ if TYPE_CHECKING:
 
 
 def decide(
-    checkpoint: Checkpoint, recipe: Recipe, reporter: Reporter
+    checkpoint: Checkpoint, recipe: Recipe, reporter: Reporter, *, keep_paths: bool = False
 ) -> tuple[Decisions, tuple[Step, ...]]:
     """Run the choosing passes of ``recipe``; return the decisions, and the report of each pass.
+
+    With ``keep_paths`` the decisions have the paths of source and texts, not only their names.
 
     Raises:
         InputError: a pass of the recipe computes numbers, which decisions do not hold; or as in an
@@ -46,15 +49,16 @@ def decide(
     reporter.log(f"recipe:\n{recipe.render()}")
     tokens = load_calibration(checkpoint, recipe, reporter)
     model, steps = run_passes(source, recipe, tokens, _NoNumbers(), reporter)
+    paths = PrivatePaths.collect(checkpoint, recipe, keep=keep_paths)
     found = Decisions(
         source=SourceModel(
-            model=checkpoint.source,
+            model=paths.source,
             revision=checkpoint.revision,
             sha256=checkpoint.sha256,
             family=source.family.model_type,
         ),
-        recipe=recipe.render(),
-        calibration=CalibrationText(**tokens.provenance) if tokens else None,
+        recipe=paths.hide_in(recipe).render(),
+        calibration=CalibrationText(**paths.hide(tokens.provenance)) if tokens else None,
         versions=list_versions(),
         blocks=describe_blocks(model),
     )

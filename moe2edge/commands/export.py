@@ -11,6 +11,7 @@ import yaml
 
 from moe2edge.commands.environment import NUMERIC_PACKAGES, list_versions, measure_peak_bytes
 from moe2edge.commands.preflight import describe, refuse_early
+from moe2edge.commands.private_paths import PrivatePaths
 from moe2edge.commands.report import Report
 from moe2edge.commands.texts import NO_TEXT, Texts, load_texts
 from moe2edge.commands.write_target import describe_cost, fit_for_targets, write_target
@@ -26,6 +27,7 @@ from moe2edge.runtime import memory
 from moe2edge.runtime.memory import Memory
 from moe2edge.storage import export_folder
 from moe2edge.storage.checkpoint import Checkpoint
+from moe2edge.storage.companions import Companions, read_companions
 
 
 def export_targets(
@@ -39,6 +41,7 @@ def export_targets(
     resume: export_folder.Resume = "auto",
     most: int | None = None,
     materialize: bool = False,
+    keep_paths: bool = False,
 ) -> Report:
     """Run ``recipe`` on ``checkpoint`` and write one folder per target.
 
@@ -56,6 +59,8 @@ def export_targets(
         resume: what to do about an unfinished export to the same folder.
         most: bytes of memory for the whole process; None: what the machine has.
         materialize: give tied experts matrices of their own where a target cannot hold them.
+        keep_paths: write paths of source and texts into the output as they were given, in place of
+            their names.
 
     Raises:
         InputError, Unsupported, DoesNotFit: before any work.
@@ -71,6 +76,8 @@ def export_targets(
     )
     reporter.log(f"recipe:\n{recipe.render()}")
     describe(plan, reporter)
+    paths = PrivatePaths.collect(checkpoint, recipe, keep=keep_paths)
+    companions = _read_companions(checkpoint, reporter)
     texts = load_texts(checkpoint, recipe, reporter)
     inputs = _list_inputs(checkpoint, recipe, texts, budget)
     with export_folder.open_partial_folder(out, inputs, resume) as (content, work):
@@ -88,12 +95,26 @@ def export_targets(
         results = []
         for target, folder in folders:
             reporter.log(f"writing {target.name}")
-            results.append(write_target(target, model, folder, checkpoint, measured, reporter))
-        report = _build_report(checkpoint, recipe, targets, texts, steps, measured, results)
-        report = replace(report, materialized=grown, seconds=time.perf_counter() - begun)
+            results.append(write_target(target, model, folder, companions, measured, reporter))
+        report = _build_report(paths, recipe, targets, texts, steps, measured, results)
+        report = replace(
+            report,
+            license=companions.license,
+            notes=paths.hide(companions.notes),
+            materialized=grown,
+            seconds=time.perf_counter() - begun,
+        )
         for target, folder in folders:
             report.write(folder, target, checkpoint, model, list_versions())
     return report
+
+
+def _read_companions(checkpoint: Checkpoint, reporter: Reporter) -> Companions:
+    """Read the files beside config and weights, and report what does not fit."""
+    companions = read_companions(checkpoint)
+    for note in companions.notes:
+        reporter.log(f"warning: {note}")
+    return companions
 
 
 def _fit(
@@ -119,7 +140,7 @@ def _make_folders(targets: Sequence[Target], content: Path) -> list[tuple[Target
 
 
 def _build_report(
-    checkpoint: Checkpoint,
+    paths: PrivatePaths,
     recipe: Recipe,
     targets: Sequence[Target],
     texts: Texts,
@@ -130,17 +151,20 @@ def _build_report(
     """Collect what an export did; the time that it took is still to come."""
     model = measured.model
     return Report(
-        source=checkpoint.source,
-        family=checkpoint.model.family.architecture,
-        recipe=recipe.render(),
-        steps=tuple(steps),
+        source=paths.source,
+        family=model.family.architecture,
+        recipe=paths.hide_in(recipe).render(),
+        steps=tuple(
+            replace(step, options=paths.hide(step.options), notes=paths.hide(step.notes))
+            for step in steps
+        ),
         before=measured.measure_source(),
         after=measured.measure_result(),
         results=tuple(results),
         skip_rate=measured.skip_rates.rate if model.skips else None,
         loaders={target.name: target.loaders(model) for target in targets},
         target_options={target.name: list_options(target) for target in targets},
-        **texts.describe(),
+        **paths.hide(texts.describe()),
         seconds=0.0,
         peak_bytes=measure_peak_bytes(),
     )
