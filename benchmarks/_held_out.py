@@ -13,6 +13,7 @@ from benchmarks._study import QUIET
 from moe2edge import Checkpoint, Model
 from moe2edge.calibration import tokens, walk
 from moe2edge.calibration.tokens import Tokens
+from moe2edge.commands.texts import choose_text
 from moe2edge.numerics import metrics
 from moe2edge.pipeline.recipe import parse_section
 from moe2edge.storage.tokenizer import load_tokenizer
@@ -39,7 +40,7 @@ def describe_text(
 
 def load_samples(checkpoint: Checkpoint, purpose: str, text: Mapping[str, Any]) -> Tokens:
     """Return the samples that a text section of a recipe means for a model."""
-    source = parse_section(purpose, text)
+    source = choose_text(parse_section(purpose, text), checkpoint.source)
     limits = (source.length, checkpoint.model.vocabulary)
     return tokens.load_tokens(source, load_tokenizer(checkpoint.folder), purpose, limits)
 

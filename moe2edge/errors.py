@@ -4,6 +4,7 @@
 
     Moe2EdgeError                 1   something went wrong while running
     ├── InputError                2   the command, the recipe, the model or a text is wrong
+    │   └── WorkDamaged           2   the saved work of an unfinished run cannot be used
     ├── DoesNotFit                5   not enough disk or memory
     ├── Unsupported               6   a model, a setting or a target that is not supported
     ├── VerificationFailed        7   an output does not hold what it should hold
@@ -28,6 +29,10 @@ class InputError(Moe2EdgeError):
     """The command, the recipe, the model or a text is wrong."""
 
     exit_code = 2
+
+
+class WorkDamaged(InputError):
+    """The saved work of an unfinished run cannot be used."""
 
 
 class DoesNotFit(Moe2EdgeError):

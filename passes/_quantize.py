@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Literal, Self
@@ -16,12 +15,13 @@ from moe2edge.model.weights import Weight, plan_weight
 from moe2edge.numerics.scheme import LOW_RANK, Scheme, find_largest_group_size
 from moe2edge.options import Options
 from moe2edge.pipeline.contract import PlannedStep, Slim
+from moe2edge.storage.patterns import compile_pattern
 
 if TYPE_CHECKING:
     from moe2edge.numerics.grid import Quantized
 
 Bits = Literal[2, 3, 4, 8]
-GroupSize = Literal[-1, 32, 64, 128]
+GroupSize = Literal[-1, 16, 32, 64, 128]
 # Option of passes that chooses scales.
 Scales = Annotated[
     Literal["absmax", "mse"],
@@ -60,15 +60,15 @@ class Rule(Options):
     @classmethod
     def _compiles(cls, value: str) -> str:
         try:
-            re.compile(value)
-        except re.error as error:
+            compile_pattern(value)
+        except ValueError as error:
             raise ValueError(f"a regular expression; {value!r} is not one: {error}") from error
         return value
 
     def applies(self, name: str, block: int, count: int) -> bool:
         """Return whether it matches the tensor ``name`` of a block of a model of ``count``."""
         in_blocks = self.blocks is None or block in {n % count for n in self.blocks}
-        return in_blocks and re.search(self.match, name) is not None
+        return in_blocks and compile_pattern(self.match).search(name) is not None
 
 
 class Quantize(Slim):

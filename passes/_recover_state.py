@@ -1,7 +1,9 @@
 """Checkpoints of a training: weights, moments of the optimizer, the best weights, history.
 
 Tensors are in safetensors files, named by step; ``state.json``, written after them, names those
-that count. So a checkpoint is always complete, and of one step, even if the process is killed.
+that count, with their digests. So a checkpoint is always complete, of one step, and what was
+written, even if the process is killed. Where it is not, the work folder forgets it at the start,
+and the training begins again.
 """
 
 from __future__ import annotations
@@ -14,14 +16,13 @@ from typing import TYPE_CHECKING
 
 from pydantic import TypeAdapter, ValidationError
 
-from moe2edge.errors import InputError
+from moe2edge.errors import WorkDamaged
+from moe2edge.storage.records import STATE, find_damaged, read_records, write_records
 from moe2edge.storage.safetensors_files import PlannedTensor, open_file, read_tensor, write_durably
-from moe2edge.storage.text_files import sync_folder, write_atomically
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-STATE = "state.json"
 Tensors = Mapping[str, "Tensor"]
 
 
@@ -84,23 +85,34 @@ class Saved:
     now: Tensors = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass
 class States:
-    """The folder with the checkpoint of a training."""
+    """The folder with the checkpoint of a training.
+
+    Attributes:
+        folder: the folder.
+        files: digests of the files of the checkpoint, by name.
+    """
 
     folder: Path
+    files: dict[str, str] = field(default_factory=dict)
 
     def progress(self) -> Progress | None:
         """Read the progress of the checkpoint; None: there is no checkpoint.
 
         Raises:
-            InputError: the file is damaged.
+            WorkDamaged: the file is damaged.
         """
         path = self.folder / STATE
         if not path.exists():
             return None
+        records, damaged = read_records(path)
+        if damaged or len(records) != 1:
+            raise describe_damage(path, "its digest differs")
+        (record,) = records
+        self.files = record.pop("files", {})
         try:
-            return TypeAdapter(Progress).validate_json(path.read_bytes(), strict=True)
+            return TypeAdapter(Progress).validate_json(json.dumps(record), strict=True)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
@@ -112,13 +124,15 @@ class States:
         """Load the checkpoint; None: there is none. Remove files that an interruption left.
 
         Raises:
-            InputError: a file is damaged.
+            WorkDamaged: a file is damaged.
         """
         progress = self.progress()
         names = [] if progress is None else _stems(progress)
         self._remove_others([f"{name}.safetensors" for name in names])
         if progress is None:
             return None
+        if name := find_damaged(self.folder, self.files):
+            raise describe_damage(self.folder / name, "its digest differs")
         now = {} if progress.finished else self._read(f"now-{progress.step}")
         best = self._read(f"best-{progress.best_step}") if progress.best_step else {}
         return Saved(progress, best, now)
@@ -126,13 +140,13 @@ class States:
     def save(self, saved: Saved) -> None:
         """Write a checkpoint; remove the one before it only then."""
         progress = saved.progress
-        names = [
+        files = dict(
             self._write(stem, saved.now if stem.startswith("now") else saved.best)
             for stem in _stems(progress)
-        ]
-        write_atomically(self.folder / STATE, json.dumps(asdict(progress)))
-        sync_folder(self.folder)
-        self._remove_others(names)
+        )
+        write_records(self.folder / STATE, [{**asdict(progress), "files": files}])
+        self.files = files
+        self._remove_others(files)
 
     def _remove_others(self, names: Collection[str]) -> None:
         """Remove all files of tensors but those in ``names``."""
@@ -140,29 +154,25 @@ class States:
             if path.name not in names:
                 path.unlink()
 
-    def _write(self, stem: str, tensors: Tensors) -> str:
-        """Write a file of tensors unless it exists; return its name."""
+    def _write(self, stem: str, tensors: Tensors) -> tuple[str, str]:
+        """Write a file of tensors unless the checkpoint has it; return its name and digest."""
         path = self.folder / f"{stem}.safetensors"
-        if not path.exists():
-            write_durably(
+        if path.name not in self.files:
+            self.files[path.name] = write_durably(
                 path,
                 [PlannedTensor(name, tuple(t.shape), "F32", t.cpu) for name, t in tensors.items()],
             )
-        return path.name
+        return path.name, self.files[path.name]
 
     def _read(self, stem: str) -> dict[str, Tensor]:
         path = self.folder / f"{stem}.safetensors"
-        try:
-            entries = open_file(path)
-        except InputError as error:
-            raise describe_damage(path, str(error.__cause__).partition("\n")[0]) from error
         # A copy, because the file is removed while the tensor is still in use.
-        return {name: read_tensor(path, name).clone() for name in entries}
+        return {name: read_tensor(path, name).clone() for name in open_file(path)}
 
 
-def describe_damage(path: Path, what: str) -> InputError:
+def describe_damage(path: Path, what: str) -> WorkDamaged:
     """Make the error for a file whose content is not what was written."""
-    return InputError(f"{path} is damaged: {what}; restart the training with --resume never")
+    return WorkDamaged(f"{path} is damaged: {what}; restart the training with --resume never")
 
 
 def _stems(progress: Progress) -> list[str]:

@@ -1,7 +1,8 @@
 """The source as teacher: its most likely next tokens of a text, saved on disk; and the losses.
 
 The text is walked through the source block by block, so the source is never in memory as a whole.
-Samples are processed in pieces; a piece that is on disk is not computed again.
+Samples are processed in pieces; a piece that is on disk, and is what was written, is not computed
+again.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ import torch
 from torch import nn
 
 from moe2edge.calibration import walk
-from moe2edge.errors import InputError
 from moe2edge.model.model import Model
 from moe2edge.progress import Reporter
 from moe2edge.runtime.memory import Memory
-from moe2edge.storage.safetensors_files import PlannedTensor, open_file, read_tensor, write_durably
+from moe2edge.storage.records import append_record, is_sound, read_records, write_records
+from moe2edge.storage.safetensors_files import PlannedTensor, read_tensor, write_durably
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,6 +32,8 @@ PIECE_TOKENS = 1 << 15
 KEPT_NBYTES = 6
 # Least probability that all other tokens have together.
 LEAST_PROBABILITY = 1e-6
+# File with a record of each piece.
+PIECES = "source-pieces.jsonl"
 
 
 def estimate_teacher_bytes(samples: int, length: int, top: int) -> int:
@@ -72,15 +75,19 @@ class Teacher:
         """
         piece = max(1, PIECE_TOKENS // tokens.shape[1])
         teacher = cls(folder, piece)
+        known = teacher._read_digests(reporter)
         reported = False
         for at in range(0, len(tokens), piece):
             path, part = teacher._get_path(at), tokens[at : at + piece]
-            if _is_complete(path, (len(part), tokens.shape[1] - 1, top)):
+            if path.name in known and is_sound(path, known[path.name]):
                 continue
+            if path.name in known:
+                reporter.log(f"recover: {path.name} is not what was written: it is computed again")
             label = f"recover: predictions of the source, samples {at} to {at + len(part) - 1}"
             begun = time.perf_counter()
             hidden = walk.observe(source, part, (), reporter.advance, label, memory)
-            _write(path, source, hidden, top)
+            digest = _write(path, source, hidden, top)
+            append_record(folder / PIECES, {"name": path.name, "sha256": digest})
             left = (len(tokens) - at) / len(part) - 1
             if left > 0 and not reported:
                 minutes = left * (time.perf_counter() - begun) / 60
@@ -89,6 +96,16 @@ class Teacher:
                 )
                 reported = True
         return teacher
+
+    def _read_digests(self, reporter: Reporter) -> dict[str, str]:
+        """Read the digests of the pieces that are on disk."""
+        path = self.folder / PIECES
+        records, damaged = read_records(path)
+        if damaged:
+            reporter.log(f"recover: {PIECES} is not what was written: pieces are computed again")
+        if path.exists():  # without what is damaged or cut short at its end
+            write_records(path, records)
+        return {record["name"]: record["sha256"] for record in records}
 
     def _get_path(self, sample: int) -> Path:
         return self.folder / f"source-{sample // self.piece:05}.safetensors"
@@ -108,19 +125,8 @@ class Teacher:
             path.unlink()
 
 
-def _is_complete(path: Path, shape: tuple[int, ...]) -> bool:
-    """Return whether the file of a piece exists, with tensors of this shape."""
-    if not path.exists():
-        return False
-    try:
-        entries = open_file(path)
-    except InputError:  # truncated: it is computed again
-        return False
-    return {name: entry.shape for name, entry in entries.items()} == {"ids": shape, "log_p": shape}
-
-
-def _write(path: Path, source: Model, hidden: Tensor, top: int) -> None:
-    """Save the most likely next tokens at each position of some samples."""
+def _write(path: Path, source: Model, hidden: Tensor, top: int) -> str:
+    """Save the most likely next tokens at each position of some samples; return the digest."""
     samples, length, _ = hidden.shape
     shape = (samples, length - 1, top)
     ids = torch.empty(shape, dtype=torch.int32)
@@ -128,7 +134,7 @@ def _write(path: Path, source: Model, hidden: Tensor, top: int) -> None:
     for n, logits in enumerate(walk.compute_logits(source, hidden)):
         best = logits[:-1].log_softmax(-1).topk(top)
         ids[n], log_p[n] = best.indices.int(), best.values.half()
-    write_durably(
+    return write_durably(
         path,
         [
             PlannedTensor("ids", shape, "I32", lambda: ids),

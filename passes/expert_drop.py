@@ -42,7 +42,7 @@ class ExpertDrop(Trim):
     ]
     criterion: Annotated[
         Criterion, Field(description="score by which experts are ranked; see docs/trimming.md")
-    ] = "reap"
+    ] = "mone"
     scope: Annotated[
         Literal["layer", "global"],
         Field(

@@ -10,8 +10,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from moe2edge.model.model import Model, is_stock_form
+from moe2edge.model.weights import DTYPES
 from moe2edge.numerics.scheme import WHOLE_ROW, Scheme
 from moe2edge.pipeline.target import Loader, Verdict
+from moe2edge.runtime.expert_kernels import takes_grouped_mm
 from moe2edge.targets._gptq_dynamic import build_dynamic, find_main_scheme, find_split_fusion
 from moe2edge.targets._tensors import has_dense_blocks
 
@@ -124,6 +126,16 @@ def _symmetric4(output: Output) -> bool:
     return all((s.bits, s.symmetric) == (4, True) for s in output.schemes)
 
 
+def _stock_needs_eager(output: Output) -> bool:
+    """Test for experts that transformers' default implementation does not take."""
+    layers = [layer for _, layer in output.stored.moe_blocks]
+    experts = [layer.experts[0] for layer in layers if layer.experts]
+    return _even(output) and any(
+        not takes_grouped_mm((e.gate.shape[1], e.gate.shape[0]), DTYPES[e.gate.dtype])
+        for e in experts
+    )
+
+
 def _family(*names: str) -> Case:
     return lambda output: output.family in names
 
@@ -228,6 +240,15 @@ TRANSFORMERS_REFUSAL = Finding(
 # By target. A report lists programs in the order of the findings that apply.
 FINDINGS: Mapping[str, tuple[Finding, ...]] = {
     "hf": (
+        Finding(
+            "transformers",
+            "",
+            "yes",
+            "{o.architecture}, with experts_implementation='eager' in from_pretrained: its default "
+            "takes float32, bfloat16 and float16, and rows of a multiple of 16 bytes",
+            "every export is reopened in it",
+            _stock_needs_eager,
+        ),
         Finding(
             "transformers",
             "",

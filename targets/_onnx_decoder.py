@@ -14,13 +14,17 @@ import torch
 from onnx import TensorProto
 from torch import Tensor
 
-from moe2edge.model.family import Geometry
-from moe2edge.model.model import Model
+from moe2edge.model.family import Config, Family, Geometry
+from moe2edge.model.model import EMBEDDING, FINAL_NORM, HEAD, Model
 from moe2edge.targets._onnx_block import BlockInputs, BlockWriter, ResidualStream, add_norm
 from moe2edge.targets._onnx_graph import Graph
-from moe2edge.targets._onnx_storage import Batch, Slot, Source, make_plain_initializer
-
-EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+from moe2edge.targets._onnx_storage import (
+    ROTARY_TABLES,
+    Batch,
+    Slot,
+    Source,
+    make_plain_initializer,
+)
 
 
 def build_decoder(model: Model, accuracy_level: int) -> Graph:
@@ -72,10 +76,11 @@ def _inputs(graph: Graph, model: Model, geometry: Geometry) -> BlockInputs:
     sizes = graph.node(total, "Shape", [mask])
     length = graph.node(total, "Gather", [sizes, graph.constant(1)], axis=0)
     shape = (geometry.max_positions, geometry.head_dim // 2)
-    slots = tuple(Slot(f"model.rotary_emb.{part}", "F32", shape) for part in ("cos", "sin"))
+    slots = tuple(Slot(name, "F32", shape) for name in ROTARY_TABLES)
 
     def make() -> Iterator[tuple[Slot, Tensor]]:
-        yield from zip(slots, compute_rotary_tables(model, geometry.max_positions), strict=True)
+        tables = compute_rotary_tables(model.family, model.config, geometry.max_positions)
+        yield from zip(slots, tables, strict=True)
 
     cos, sin = graph.store(Batch(slots, make))
     return BlockInputs(
@@ -91,18 +96,18 @@ def _cache(geometry: Geometry, length: str) -> list[int | str]:
     return ["batch_size", geometry.kv_heads, length, geometry.head_dim]
 
 
-def compute_rotary_tables(model: Model, positions: int) -> tuple[Tensor, Tensor]:
+def compute_rotary_tables(family: Family, config: Config, positions: int) -> tuple[Tensor, Tensor]:
     """Compute cosines and sines float32 [positions, head_dim / 2] by transformers' own module.
 
     They include the attention scaling of rotary embeddings such as yarn.
     """
     import transformers
 
-    name = model.family.architecture
+    name = family.architecture
     architecture = getattr(transformers, name)
-    config = architecture.config_class.from_dict(dict(model.config))
+    settings = architecture.config_class.from_dict(dict(config))
     source = importlib.import_module(architecture.__module__)
-    rotary = getattr(source, name.removesuffix("ForCausalLM") + "RotaryEmbedding")(config)
+    rotary = getattr(source, name.removesuffix("ForCausalLM") + "RotaryEmbedding")(settings)
     tables = rotary(torch.empty(0), torch.arange(positions)[None])
     cos, sin = (table[0, :, : table.shape[-1] // 2].contiguous() for table in tables)
     return cos, sin

@@ -21,7 +21,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from moe2edge.numerics.packing import pack_bytes, unpack_bytes
-from moe2edge.targets._onnx_storage import load_graph
+from moe2edge.targets._onnx_storage import ROTARY_TABLES, load_graph
 
 # Environment variable that selects the kernels of QMoE; it is read when a session opens.
 EXPERT_KERNELS = "ORT_QMOE_CPU_QNBIT_GEMM"
@@ -63,12 +63,21 @@ def convert_to_float_activations(folder: Path, data_file: str) -> bytes:
         if attribute.name == "accuracy_level":
             attribute.i = 0
     _split_groups(model.graph)
+    _expose_rotary_tables(model.graph)
     for tensor in model.graph.initializer:
         for entry in tensor.external_data:
             if entry.key == "location":
                 entry.value = data_file
     data: bytes = model.SerializeToString()
     return data
+
+
+def _expose_rotary_tables(graph: Any) -> None:
+    """Make the rotary tables inputs with a default, so that a run may replace them."""
+    for proto in graph.initializer:
+        if proto.name in ROTARY_TABLES:
+            shape = [None, proto.dims[1]]
+            graph.input.append(helper.make_tensor_value_info(proto.name, proto.data_type, shape))
 
 
 def _attributes(graph: Any) -> Iterator[Any]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,16 @@ import torch
 from torch import Tensor
 
 from moe2edge.errors import InputError, Unsupported, VerificationFailed
-from moe2edge.runtime.protocol import check_ids
+from moe2edge.runtime.protocol import check_vocabulary
 from moe2edge.targets._onnx_exact import convert_to_float_activations, use_float_experts
-from moe2edge.targets._onnx_storage import DATA_FILE, GRAPH_FILE, POSITIONS_KEY
+from moe2edge.targets._onnx_storage import (
+    DATA_FILE,
+    GRAPH_FILE,
+    POSITIONS_KEY,
+    ROTARY_TABLES,
+    load_graph,
+    read_values,
+)
 
 OLDEST = (1, 31)
 # Positions in the first cache of a sequence.
@@ -63,8 +70,6 @@ def open_session(folder: Path, *, exact: bool = False, graph: bytes | None = Non
         VerificationFailed: onnxruntime refuses the graph.
     """
     ort = import_onnxruntime()
-    from onnxruntime.capi import onnxruntime_pybind11_state as state
-
     options = ort.SessionOptions()
     options.log_severity_level = LOG_NOTHING
     options.intra_op_num_threads = torch.get_num_threads()
@@ -75,16 +80,28 @@ def open_session(folder: Path, *, exact: bool = False, graph: bytes | None = Non
         data = (folder / DATA_FILE).resolve()
         source = graph or convert_to_float_activations(folder, data.name)
         options.add_session_config_entry(FOLDER_KEY, str(data.parent))
+    with _translate_errors("refuses"), use_float_experts() if exact else nullcontext():
+        return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+
+@contextmanager
+def _translate_errors(verb: str) -> Iterator[None]:
+    """Raise errors of onnxruntime as errors of the folder.
+
+    Raises:
+        VerificationFailed: so.
+    """
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
     refusals = (
-        state.Fail, state.InvalidArgument, state.InvalidGraph, state.InvalidProtobuf,
-        state.NoSuchFile, state.NotImplemented, state.RuntimeException,
+        state.EPFail, state.EngineError, state.Fail, state.InvalidArgument, state.InvalidGraph,
+        state.InvalidProtobuf, state.NoSuchFile, state.NotImplemented, state.RuntimeException,
     )  # fmt: skip
     try:
-        with use_float_experts() if exact else nullcontext():
-            return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        yield
     except refusals as error:
         reason = str(error).strip().partition("\n")[0]
-        raise VerificationFailed(f"onnxruntime refuses {GRAPH_FILE}: {reason}") from error
+        raise VerificationFailed(f"onnxruntime {verb} {GRAPH_FILE}: {reason}") from error
 
 
 def open_runtime(folder: Path, *, exact: bool = False, graph: bytes | None = None) -> OnnxRuntime:
@@ -96,6 +113,8 @@ def open_runtime(folder: Path, *, exact: bool = False, graph: bytes | None = Non
             f"{GRAPH_FILE} does not record its number of positions as {POSITIONS_KEY}; export it "
             "again"
         )
+    if exact:
+        return ExactOnnxRuntime(session, int(positions), folder)
     return OnnxRuntime(session, int(positions))
 
 
@@ -128,15 +147,20 @@ class OnnxRuntime:
 
         The cache is not used.
         """
+        return self._run_once(ids, {})
+
+    def _run_once(self, ids: Tensor, replaced: Mapping[str, np.ndarray[Any, Any]]) -> Tensor:
+        """Run ``ids`` as `logits` does, with other values for some initializers."""
         batch, length = ids.shape
         self._check(ids.numpy(), length)
-        feeds = {
+        feeds: dict[str, np.ndarray[Any, Any]] = {
             name: np.zeros((batch, heads, 0, size), np.float32)
             for name, (_, heads, _, size) in self._past.items()
         }
         feeds["input_ids"] = ids.numpy().astype(np.int64)
         feeds["attention_mask"] = np.ones((batch, length), np.int64)
-        return torch.from_numpy(self._session.run(["logits"], feeds)[0])
+        with _translate_errors("cannot run"):
+            return torch.from_numpy(self._session.run(["logits"], {**feeds, **replaced})[0])
 
     def start(self, ids: Sequence[int]) -> Tensor:
         """Start a sequence; return logits float32 [vocabulary] after its last token.
@@ -170,7 +194,7 @@ class OnnxRuntime:
 
     def _check(self, ids: np.ndarray[Any, Any], length: int) -> None:
         """Check ids against the vocabulary, and a length against the positions of the model."""
-        check_ids(int(ids.min()), int(ids.max()), self._vocabulary)
+        check_vocabulary(int(ids.min()), int(ids.max()), self._vocabulary)
         if length > self._max_positions:
             raise InputError(
                 f"{length} tokens, but the model has {self._max_positions} positions; "
@@ -185,7 +209,8 @@ class OnnxRuntime:
         self._binding.bind_cpu_input("input_ids", ids)
         self._binding.bind_cpu_input("attention_mask", np.ones((1, total), np.int64))
         self._bind_output("logits", logits)
-        self._session.run_with_iobinding(self._binding)
+        with _translate_errors("cannot run"):
+            self._session.run_with_iobinding(self._binding)
         self._length = total
         # Copied, so that the buffer with the logits of all other tokens can be freed.
         return torch.from_numpy(logits[0, -1].copy())
@@ -207,3 +232,30 @@ class OnnxRuntime:
 
     def _bind_output(self, name: str, array: np.ndarray[Any, Any]) -> None:
         self._binding.bind_output(name, "cpu", 0, np.float32, list(array.shape), array.ctypes.data)
+
+
+class ExactOnnxRuntime(OnnxRuntime):
+    """Runs a graph with float32 activations, whose rotary tables can be replaced."""
+
+    def __init__(self, session: Any, max_positions: int, folder: Path) -> None:
+        super().__init__(session, max_positions)
+        self._folder = folder
+
+    def logits_at(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """Return logits float32 [n, vocabulary] of ids int64 [n] at ascending positions [n].
+
+        Attention takes the first rows of the rotary tables, so it gets those of the positions.
+
+        Raises:
+            VerificationFailed: the graph lacks a table, or one is too short.
+        """
+        graph, rows = load_graph(self._folder), {}
+        for name in ROTARY_TABLES:
+            table = read_values(self._folder, graph, name)
+            if int(positions.max()) >= len(table):
+                raise VerificationFailed(
+                    f"table {name} has {len(table)} positions, but position "
+                    f"{int(positions.max())} was recorded; export it again"
+                )
+            rows[name] = table[positions].numpy()
+        return self._run_once(ids[None], rows)[0]

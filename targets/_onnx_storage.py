@@ -31,6 +31,8 @@ from moe2edge.numerics.scheme import WHOLE_ROW, Scheme
 
 GRAPH_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
+# Initializers with the rotary embeddings of all positions, float32 [positions, head_dim / 2].
+ROTARY_TABLES = ("model.rotary_emb.cos", "model.rotary_emb.sin")
 # Metadata keys of moe2edge, of the graph (positions) and of its initializers.
 POSITIONS_KEY = "moe2edge.max_positions"
 PARTS_KEY = "moe2edge.parts"
@@ -373,6 +375,19 @@ def _read_raw(proto: Any, data: Bytes) -> tuple[Bytes, torch.dtype]:
             f"{GRAPH_FILE} or {DATA_FILE} is cut short: {proto.name} has {raw.size} bytes of {size}"
         )
     return raw, dtype
+
+
+def read_values(folder: Path, model: Any, name: str) -> Tensor:
+    """Read the initializer ``name`` of a graph, as `load_graph` returned it, in its own shape.
+
+    Raises:
+        VerificationFailed: the graph has no such initializer, or the files are damaged.
+    """
+    proto = next((proto for proto in model.graph.initializer if proto.name == name), None)
+    if proto is None:
+        raise VerificationFailed(f"{GRAPH_FILE} lacks {name}; export it again")
+    raw, dtype = _read_raw(proto, _map_file(folder / DATA_FILE))
+    return torch.from_numpy(np.array(raw)).view(dtype).view(tuple(proto.dims))
 
 
 def _map_file(path: Path) -> Bytes:

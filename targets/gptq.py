@@ -23,8 +23,8 @@ from moe2edge.runtime.memory import Estimate
 from moe2edge.runtime.protocol import Runtime
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.storage.output import GPTQ_BITS, GPTQ_GROUPS, open_stored_model, plan_gptq_tensors
-from moe2edge.storage.safetensors_files import PlannedTensor, write_checkpoint
-from moe2edge.storage.text_files import write_json
+from moe2edge.storage.safetensors_files import PlannedTensor, check_index, write_checkpoint
+from moe2edge.storage.text_files import read_json, write_json
 from moe2edge.targets import _layouts
 from moe2edge.targets._gptq_dynamic import build_dynamic, encode_scheme, find_main_scheme
 from moe2edge.targets._layouts import Layout
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
     from moe2edge.numerics.grid import Quantized
 
+# The same settings as in config.json, for programs that look here.
+SETTINGS_FILE = "quantize_config.json"
 UNQUANTIZED = "target gptq holds quantized weights; quantize with rtn or gptq, or export to hf"
 
 
@@ -114,7 +116,7 @@ class Gptq(Target):
         settings = build_quantization_config(model)
         config = {**hf_config.build_transformers_dict(model), "quantization_config": settings}
         write_json(folder / "config.json", config)
-        write_json(folder / "quantize_config.json", settings)
+        write_json(folder / SETTINGS_FILE, settings)
         write_checkpoint(folder, _plan(model))
 
     def tensors(self, folder: Path) -> Iterator[tuple[str, Tensor | Quantized]]:
@@ -126,6 +128,20 @@ class Gptq(Target):
         """
         for name, _, weight in self.streamed(folder).tensors():
             yield name, weight.load() if weight.scheme is None else weight.quantized()
+
+    def check_derived(self, folder: Path) -> None:
+        """Compare ``quantize_config.json`` with ``config.json``, and the index with the shards.
+
+        Raises:
+            VerificationFailed: names the file.
+        """
+        if read_json(folder / SETTINGS_FILE) != read_json(folder / "config.json").get(
+            "quantization_config"
+        ):
+            raise VerificationFailed(
+                f"{SETTINGS_FILE} is not the quantization_config of config.json; export it again"
+            )
+        check_index(folder)
 
     def streamed(self, folder: Path) -> Model:
         """Open the folder as a model."""

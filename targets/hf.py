@@ -6,14 +6,14 @@ quantized, and every program reads them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from moe2edge.errors import Unsupported, VerificationFailed
 from moe2edge.model import hf_config
-from moe2edge.model.model import Model
+from moe2edge.model.model import EMBEDDING, Model
 from moe2edge.model.weights import DTYPES, Weight, cast_to_stored
 from moe2edge.pipeline.target import Loader, Target
 from moe2edge.runtime.load import load
@@ -23,6 +23,7 @@ from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.storage.output import open_stored_model
 from moe2edge.storage.safetensors_files import (
     PlannedTensor,
+    check_index,
     read_all,
     read_header,
     write_checkpoint,
@@ -37,8 +38,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from moe2edge.numerics.grid import Quantized
-
-EMBEDDINGS = "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
@@ -81,6 +80,12 @@ class Hf(Target):
                 f"{quantized.scheme}; export to gptq or onnx, or to hf:dequantize=true, which "
                 "takes as many bytes as if nothing was quantized"
             )
+        if (dtype := _find_dtype(model.config, model.rest[EMBEDDING].dtype)) == "float64":
+            raise Unsupported(
+                f"target hf would be run in {dtype}, as its config.json says, which the experts of "
+                "transformers do not run in; convert the source to float32 (dtype=torch.float32 in "
+                "from_pretrained, then save_pretrained), or export to onnx or gptq"
+            )
         return _dequantize(_layouts.convert_layout(model, self.layout, "hf"))
 
     def estimate(self, model: Model) -> Estimate:
@@ -102,12 +107,20 @@ class Hf(Target):
         """Yield every tensor of the folder by its name on disk."""
         yield from read_all(folder)
 
+    def check_derived(self, folder: Path) -> None:
+        """Compare the index with the shards.
+
+        Raises:
+            VerificationFailed: names the tensor.
+        """
+        check_index(folder)
+
     def streamed(self, folder: Path) -> Model:
         """Open the folder as a model."""
         return open_stored_model(open_checkpoint(str(folder)))
 
     def reopen(self, folder: Path, *, exact: bool = False) -> Runtime:
-        """Open the folder in transformers: float32 if ``exact``, else the dtype of its embeddings.
+        """Open the folder in transformers: in float32 if ``exact``, else as transformers would.
 
         A folder with a ``per_layer_config`` is opened by ``moe2edge.load`` instead.
 
@@ -120,8 +133,9 @@ class Hf(Target):
 
         from moe2edge.runtime.torch_runtime import TorchRuntime, open_source
 
-        dtype = "float32" if exact else _stored_dtype(folder)
-        if "per_layer_config" in open_checkpoint(str(folder)).config:
+        config = open_checkpoint(str(folder)).config
+        dtype = "float32" if exact else _find_dtype(config, _read_stored_dtype(folder))
+        if "per_layer_config" in config:
             return TorchRuntime(load(folder, dtype=getattr(torch, dtype)))
         return open_source(folder, dtype=dtype, strict=True)
 
@@ -162,12 +176,23 @@ def _plan(model: Model) -> list[PlannedTensor]:
     return [plan_plain(name, weight) for name, _, weight in model.tensors()]
 
 
-def _stored_dtype(folder: Path) -> str:
-    """Return the dtype of the embeddings: that of most of a checkpoint, if not of its norms."""
-    path = open_checkpoint(str(folder)).files.get(EMBEDDINGS)
+def _find_dtype(config: Mapping[str, Any], stored: str) -> str:
+    """Return the dtype that transformers runs a folder in: that of its config, else the stored one.
+
+    Args:
+        config: content of ``config.json``.
+        stored: dtype of the embedding, as safetensors spells it.
+    """
+    named = config.get("dtype") or config.get("torch_dtype")
+    return str(named) if named in DTYPES.values() else DTYPES[stored]
+
+
+def _read_stored_dtype(folder: Path) -> str:
+    """Return the dtype of the embedding: that of most of a checkpoint, if not of its norms."""
+    path = open_checkpoint(str(folder)).files.get(EMBEDDING)
     if path is None:
-        raise VerificationFailed(f"{folder} has no {EMBEDDINGS}; export it again")
-    dtype = read_header(path, EMBEDDINGS)[1]
+        raise VerificationFailed(f"{folder} has no {EMBEDDING}; export it again")
+    dtype = read_header(path, EMBEDDING)[1]
     if dtype not in DTYPES:
-        raise VerificationFailed(f"{EMBEDDINGS} in {folder} is {dtype}; export it again")
-    return DTYPES[dtype]
+        raise VerificationFailed(f"{EMBEDDING} in {folder} is {dtype}; export it again")
+    return dtype

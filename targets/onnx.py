@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from moe2edge.errors import InputError, Unsupported
 from moe2edge.model.edits import remove_skipping, sort_rows
@@ -19,6 +19,7 @@ from moe2edge.runtime.protocol import Runtime
 from moe2edge.storage.text_files import write_json
 from moe2edge.storage.tokenizer import read_stop_ids
 from moe2edge.targets._loaders import judge_loaders
+from moe2edge.targets._onnx_genai import GENAI_CONFIG, build_genai_config
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,8 +31,6 @@ HEAD_MULTIPLE = 16
 # Limits of QMoE and MatMulNBits: bits, and inputs per scale, which are a power of two.
 GRAPH_BITS = (2, 4, 8)
 SMALLEST_GROUP = 16
-# onnxruntime-genai reserves a cache of this many tokens unless the user sets max_length.
-DEFAULT_LENGTH = 4096
 
 
 @dataclass(frozen=True)
@@ -71,9 +70,10 @@ class Onnx(Target):
                 f"heads of size {head_dim} are not supported, because ONNX Runtime's rotary "
                 f"embeddings need a multiple of {HEAD_MULTIPLE}; export to gptq or hf"
             )
-        for name, role, weight in model.tensors():
-            if weight.scheme is None:
-                continue
+        quantized = [(n, role, w) for n, role, w in model.tensors() if w.scheme is not None]
+        widths = {w.shape[1] for _, role, w in quantized if is_quantizable(role)}
+        for name, role, weight in quantized:
+            assert weight.scheme is not None
             if is_low_rank(role) and weight.scheme == LOW_RANK:
                 continue
             if not is_quantizable(role):
@@ -81,7 +81,7 @@ class Onnx(Target):
                     f"{name} is {weight.scheme}, but the graph holds this tensor in full precision "
                     f"only, and factors also as {LOW_RANK}"
                 )
-            _accept_scheme(name, weight.shape, weight.scheme)
+            _accept_scheme(name, weight.shape, weight.scheme, widths)
         for block, layer in model.moe_blocks:
             _accept_layer(block, layer)
 
@@ -117,10 +117,7 @@ class Onnx(Target):
         (folder / GRAPH_FILE).write_bytes(proto.SerializeToString(deterministic=True))
         config = build_config(model)
         write_json(folder / "config.json", config)
-        write_json(
-            folder / "genai_config.json",
-            build_genai_config(model, config, read_stop_ids(folder, config)),
-        )
+        write_json(folder / GENAI_CONFIG, build_genai_config(config, read_stop_ids(folder, config)))
 
     def tensors(self, folder: Path) -> Iterator[tuple[str, Tensor | Quantized]]:
         """Read every tensor back from the initializers of the graph, one by one.
@@ -131,6 +128,17 @@ class Onnx(Target):
         from moe2edge.targets._onnx_storage import read_tensors
 
         return read_tensors(folder)
+
+    def check_derived(self, folder: Path) -> None:
+        """Compare rotary tables, attention operators and ``genai_config.json`` with the config.
+
+        Raises:
+            VerificationFailed: names the table, the operator or the key.
+        """
+        from moe2edge.targets._onnx_checks import check_genai_config, check_graph
+
+        check_graph(folder)
+        check_genai_config(folder)
 
     def reopen(self, folder: Path, *, exact: bool = False) -> Runtime:
         """Open the folder in ONNX Runtime; ``exact`` makes all activations float32.
@@ -167,8 +175,16 @@ def _metadata(model: Model) -> dict[str, str]:
     return {POSITIONS_KEY: str(model.family.geometry(model.config).max_positions)}
 
 
-def _accept_scheme(name: str, shape: tuple[int, ...], scheme: Scheme) -> None:
+def _accept_scheme(
+    name: str, shape: tuple[int, ...], scheme: Scheme, widths: Collection[int]
+) -> None:
     """Refuse a matrix whose scheme the operators do not take, or for which they are slow.
+
+    Args:
+        name: its name on disk.
+        shape: its shape.
+        scheme: its scheme.
+        widths: numbers of inputs of all quantized matrices, which one group size should divide.
 
     Raises:
         Unsupported: names the scheme, and the schemes or targets to choose instead.
@@ -180,9 +196,13 @@ def _accept_scheme(name: str, shape: tuple[int, ...], scheme: Scheme) -> None:
             "one of these, or export to hf:dequantize=true"
         )
     if group == WHOLE_ROW:
+        sizes = (128, 64, 32, SMALLEST_GROUP)
+        size = next((n for n in sizes if all(width % n == 0 for width in widths)), None)
+        remedy = f"set group_size to {size}, " if size else ""
         raise Unsupported(
             f"{name} is {scheme}, with which ONNX Runtime's experts are 10 to 25 times slower; "
-            "set group_size to 32, 64 or 128, or export to gptq or hf:dequantize=true"
+            f"{remedy}leave it in 16 bits with a rule with bits: 16, or export to gptq or "
+            "hf:dequantize=true"
         )
     if group < SMALLEST_GROUP or group & (group - 1):
         raise Unsupported(
@@ -222,61 +242,3 @@ def _fused(layer: MoELayer) -> Sequence[int]:
     from moe2edge.targets._onnx_columns import Columns
 
     return range(len(layer.experts)) if layer.is_plain else Columns(layer).fused
-
-
-def build_genai_config(
-    model: Model, config: Mapping[str, Any], ends: Collection[int]
-) -> dict[str, Any]:
-    """Build ``genai_config.json`` for onnxruntime-genai, whose type "decoder" runs any such graph.
-
-    Args:
-        model: the model that was written.
-        config: its ``config.json``.
-        ends: ids of tokens, any of which ends a text.
-    """
-    geometry = model.family.geometry(config)
-    ids: dict[str, Any] = {key: config.get(key) for key in ("bos_token_id", "pad_token_id")}
-    if ends:
-        ids["eos_token_id"] = min(ends) if len(ends) == 1 else sorted(ends)
-        pad = ids["pad_token_id"]
-        if pad is None or not 0 <= pad < geometry.vocab:
-            ids["pad_token_id"] = min(ends)
-    past, present = "past_key_values.%d", "present.%d"
-    return {
-        "model": {
-            "type": "decoder",
-            "vocab_size": geometry.vocab,
-            "context_length": geometry.max_positions,
-            **{key: value for key, value in ids.items() if value is not None},
-            "decoder": {
-                "filename": "model.onnx",
-                "head_size": geometry.head_dim,
-                "hidden_size": geometry.hidden,
-                "num_attention_heads": geometry.heads,
-                "num_key_value_heads": geometry.kv_heads,
-                "num_hidden_layers": len(model.blocks),
-                # Not the number of threads, which depends on the machine that runs the graph.
-                "session_options": {
-                    "provider_options": [],
-                    "session.intra_op.allow_spinning": "1",
-                },
-                "inputs": {
-                    "input_ids": "input_ids",
-                    "attention_mask": "attention_mask",
-                    "past_key_names": f"{past}.key",
-                    "past_value_names": f"{past}.value",
-                },
-                "outputs": {
-                    "logits": "logits",
-                    "present_key_names": f"{present}.key",
-                    "present_value_names": f"{present}.value",
-                },
-            },
-        },
-        "search": {
-            "do_sample": False,
-            "num_beams": 1,
-            "max_length": min(geometry.max_positions, DEFAULT_LENGTH),
-            "past_present_share_buffer": True,
-        },
-    }

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from moe2edge.cli.main import main
-from moe2edge.storage import journal
+from moe2edge.storage import durable, journal
 
 
 def die() -> None:
@@ -74,7 +74,14 @@ def _before(over: Countdown, method: str) -> None:
 
 def before_the_end(over: Countdown) -> None:
     """Die when the output is whole and has not got its name."""
-    _before(over, "rename")
+    original = durable.rename_exclusively
+
+    def renaming(source: Path, target: Path) -> bool:
+        if over():
+            die()
+        return original(source, target)
+
+    setattr(durable, "rename_exclusively", renaming)  # noqa: B010
 
 
 def before_a_rename(over: Countdown) -> None:

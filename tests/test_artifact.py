@@ -9,11 +9,15 @@ from typing import Any
 
 import pytest
 
-from moe2edge.errors import InputError
+from moe2edge.errors import InputError, VerificationFailed
 from moe2edge.storage.manifest import (
     check_manifest_files,
+    check_sizes,
+    is_added_by_systems,
     is_artifact,
+    is_read_by_runtimes,
     list_files,
+    list_harmless_changes,
     open_artifact,
     write_manifest,
 )
@@ -74,12 +78,85 @@ def test_one_changed_byte_is_found(folder: Path, position: int) -> None:
 def test_differences_are_named(folder: Path) -> None:
     (folder / "part" / "b.txt").unlink()
     (folder / "model.bin").write_bytes(b"weight")
-    (folder / "extra").touch()
+    (folder / "adapter_config.json").touch()
     assert check_manifest_files(open_artifact(folder)) == [
         "model.bin has changed: 6 bytes, the manifest says 7",
         "part/b.txt is missing",
-        "extra is not listed in the manifest",
+        "adapter_config.json is not listed in the manifest, and programs that load this folder "
+        "may read it; move it away",
     ]
+
+
+# Files that make programs load something else than was exported.
+READ = (
+    "model.safetensors.index.json", "model-00002-of-00002.safetensors", "pytorch_model.bin",
+    "consolidated.safetensors", "adapter_model.safetensors", "adapter_config.json",
+    "chat_template.jinja", "additional_chat_templates/tool.jinja", "modeling_x.py",
+    "custom_generate/generate.py", "genai_config.json", "MODEL.ONNX", "model.onnx.data", "x.gguf",
+    "tokenizer.model.v3", "tekken.json", "vocab.txt", "sub/config.json",
+)  # fmt: skip
+HARMLESS = (
+    ".gitattributes", ".gitignore", ".DS_Store", "._model.safetensors", "._config.json",
+    "sub/.DS_Store", "Thumbs.db", "desktop.ini", "LICENSE", "NOTICE.txt", "plot.png", "notes.md",
+    ".cache/huggingface/.gitignore", ".cache/huggingface/download/config.json.metadata",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*READ, *HARMLESS])
+def test_an_added_file_matters_if_programs_read_it(folder: Path, name: str) -> None:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    artifact = open_artifact(folder)
+    found, notes = check_manifest_files(artifact), list_harmless_changes(artifact)
+    shown = ".cache/huggingface/" if name.startswith(".cache") else name
+    if name in READ:
+        assert [line.partition(" ")[0] for line in found] == [name]
+        assert notes == []
+    else:
+        assert found == []
+        assert notes == [f"{shown} is not part of the output"]
+    assert is_read_by_runtimes(name) == (name in READ)
+
+
+def test_files_of_the_hub_and_of_systems() -> None:
+    added = [name for name in HARMLESS if is_added_by_systems(name)]
+    assert added == [
+        ".gitattributes", ".DS_Store", "._model.safetensors", "._config.json", "sub/.DS_Store",
+        "Thumbs.db", "desktop.ini", ".cache/huggingface/.gitignore",
+        ".cache/huggingface/download/config.json.metadata",
+    ]  # fmt: skip
+    assert not any(is_added_by_systems(name) for name in (*READ, ".git/config", ".cache/x"))
+
+
+def test_a_clone_and_an_edited_card_are_notes(folder: Path) -> None:
+    (folder / "README.md").write_text("card")
+    write_manifest(folder, "onnx")
+    for name in (".git/HEAD", ".git/refs/config.json"):
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
+        (folder / name).touch()
+    (folder / "README.md").write_text("my words")
+    artifact = open_artifact(folder)
+    assert check_manifest_files(artifact) == []
+    assert list_harmless_changes(artifact) == [
+        "README.md was edited since the export",
+        ".git/ is not part of the output",
+    ]
+    (folder / "README.md").unlink()
+    assert check_manifest_files(artifact) == []
+    assert list_harmless_changes(artifact)[0] == "README.md was removed since the export"
+
+
+def test_sizes_are_compared_without_reading(folder: Path) -> None:
+    check_sizes(open_artifact(folder))
+    (folder / "part" / "b.txt").write_text("longer, but no program reads it")
+    check_sizes(open_artifact(folder))
+    (folder / "model.bin").write_bytes(b"weight")
+    with pytest.raises(VerificationFailed, match=r"model\.bin has changed: 6 bytes, the manifest"):
+        check_sizes(open_artifact(folder))
+    (folder / "model.bin").unlink()
+    with pytest.raises(VerificationFailed, match=r"model\.bin is missing; export or download"):
+        check_sizes(open_artifact(folder))
 
 
 def test_a_symbolic_link_to_the_same_bytes_is_the_same_file(folder: Path) -> None:

@@ -299,6 +299,10 @@ def test_equal_templates_stay_as_they_are(folder: Path, tmp_path: Path, end: str
 def test_a_template_with_a_fault_is_said(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m")
     assert "the chat template has a fault: " in judge(folder).notes[0]
+    (folder / "chat_template.jinja").write_text("{{ messages|nothing }}")
+    assert "there is no filter or test 'nothing'" in judge(folder).notes[0]
+    (folder / "chat_template.jinja").write_text("{{ 2 ** 4 ** 5 }}{{ 'x' | center(40) }}")
+    assert judge(folder).notes == ()
     good = (
         "{% for m in messages %}{% generation %}{{ m }}{% endgeneration %}{% break %}{% endfor %}"
     )
@@ -314,8 +318,8 @@ def test_tokens_that_the_model_has_not_are_named(folder: Path) -> None:
     tokenizer.add_special_tokens({"additional_special_tokens": [f"<t{n}>" for n in range(7)]})
     tokenizer.save_pretrained(folder)
     (note,) = judge(folder).notes
-    assert "the tokenizer has 7 tokens that the model has not (96 entries): <t0>" in note
-    assert "<t4> and 2 more" in note
+    assert "the tokenizer has 7 tokens that the model has not (96 entries): '<t0>'" in note
+    assert "'<t4>' and 2 more" in note
 
 
 def test_two_readers_of_the_tokenizer_are_compared(folder: Path) -> None:
@@ -385,7 +389,7 @@ def test_code_of_a_tokenizer_is_never_run(folder: Path, tmp_path: Path, code: An
     (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n")
     edit(folder / "tokenizer_config.json", auto_map=code, tokenizer_class="Own")
     notes = judge(folder).notes
-    assert "names code of its own (own.Own), which is never executed" in notes[0]
+    assert "names code of its own ('own.Own'), which is never executed" in notes[0]
     assert not (tmp_path / "ran").exists()
 
 

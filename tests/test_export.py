@@ -23,6 +23,7 @@ from moe2edge.errors import InputError
 from moe2edge.numerics.grid import Quantized
 from moe2edge.pipeline import recipe, registry
 from moe2edge.runtime.memory import Estimate
+from moe2edge.storage import durable
 from moe2edge.testing import Make
 
 # Small enough for the tiny models, whose vocabulary is one entry per character.
@@ -354,19 +355,27 @@ def test_a_failing_rename_leaves_the_old_output(
     out = tmp_path / "out"
     assert export(tiny("mixtral"), out, "onnx", "-r", "w4-rtn").exit_code == 0
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    rename = Path.rename
+    rename = durable.rename_exclusively
 
-    def failing(self: Path, to: Path) -> Path:
-        if self.name == "out" and self.parent.name == "out.partial":
-            raise OSError(5, "Input/output error", str(to))
-        return rename(self, to)
+    def failing(source: Path, target: Path) -> bool:
+        if source.name == "out" and source.parent.name == "out.partial":
+            raise OSError(5, "Input/output error", str(target))
+        return rename(source, target)
 
-    monkeypatch.setattr(Path, "rename", failing)
-    failed = export(tiny("mixtral"), out, "onnx", "-r", "w4-rtn", "--force")
+    with monkeypatch.context() as patch:
+        patch.setattr(durable, "rename_exclusively", failing)
+        failed = export(tiny("mixtral"), out, "gptq", "-r", "w4-rtn", "--force")
     assert failed.exit_code == 1
-    assert "3 finished blocks are kept" in failed.stderr
+    assert f"the finished output is kept as {tmp_path / 'out.partial' / 'out'}" in failed.stderr
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
-    assert not (tmp_path / "out.partial" / "out").exists()
+    # The same command only moves it there, and reports what the run that wrote it did.
+    again = export(tiny("mixtral"), out, "gptq", "-r", "w4-rtn", "--force")
+    assert again.exit_code == 0, again.output
+    assert "had been finished by an earlier run" in again.stderr
+    assert "solving" not in again.stderr
+    assert "gptq, in its runtime" in again.stdout
+    assert run("verify", out).exit_code == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "text.txt"]
 
 
 def test_force_spares_files_of_the_user(pair: Path, tiny: Make, tmp_path: Path) -> None:

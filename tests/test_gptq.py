@@ -149,7 +149,7 @@ def test_gptq_is_nearer_to_the_source_than_rounding(bits: int, symmetric: bool) 
     model, tokenizer = checkpoint.model, load_tokenizer(checkpoint.folder)
 
     def text(purpose: str, samples: int) -> torch.Tensor:
-        source = TextSource(samples=samples, length=256)
+        source = TextSource(text="builtin", samples=samples, length=256)
         return load_tokens(source, tokenizer, purpose, (512, model.vocabulary)).ids
 
     held_out = text("evaluation", 8)

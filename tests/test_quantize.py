@@ -95,7 +95,7 @@ def test_unsuitable_options_are_refused(
 
 def test_no_group_fits(tiny: Make) -> None:
     odd = open_checkpoint(str(tiny("mixtral", intermediate_size=40))).model
-    with pytest.raises(Unsupported, match="give group_size: -1 for one scale per row"):
+    with pytest.raises(Unsupported, match="set group_size: -1, one scale per row"):
         rtn().check(odd)
     rtn(group_size=-1).check(odd)
 

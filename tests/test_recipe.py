@@ -43,7 +43,10 @@ BAD = [
     ("passes: [gptqq]", "unknown pass 'gptqq': did you mean 'gptq'?"),
     ("pases: []", "unknown key in the recipe 'pases': did you mean 'passes'?"),
     ("passes: [{gptq: {group_sise: 64}}]", "unknown option of gptq 'group_sise': did you mean"),
-    ("passes: [{gptq: {group_size: 100}}]", "gptq.group_size is 100, expected: -1, 32, 64 or 128"),
+    (
+        "passes: [{gptq: {group_size: 100}}]",
+        "gptq.group_size is 100, expected: -1, 16, 32, 64 or 128",
+    ),
     ("passes: [{gptq: {bits: 5}}]", "gptq.bits is 5, expected: 2, 3, 4 or 8"),
     ("passes: [{gptq: 4}]", "gptq: expected options"),
     ("passes: [{expert_drop: {keep: 0}}]", "expert_drop.keep is 0, expected: a count"),

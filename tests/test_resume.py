@@ -17,6 +17,7 @@ import yaml
 
 from helpers import run, slow_except, write_text
 from moe2edge.storage.journal import JOURNAL
+from moe2edge.storage.records import read_records, write_records
 from moe2edge.testing import Make
 
 RECIPE: dict[str, Any] = {
@@ -267,19 +268,61 @@ def test_a_kill_before_the_marker_or_between_the_last_renames(
 @pytest.mark.slow
 def test_other_experts_than_before_are_refused(model: Path, half: Path) -> None:
     journal = half / "out.partial" / "work" / JOURNAL
-    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    lines = read_records(journal)[0]
     lines[1]["origins"][2] += 1
-    journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_records(journal, lines)
     result = export(model, half)
     assert result.exit_code == 2
     assert "block 1 of the unfinished export had other experts" in result.stderr
+    assert len(finished(half)) == 3
 
 
 @pytest.mark.slow
-def test_lost_numbers_are_reported(model: Path, half: Path) -> None:
-    work = half / "out.partial" / "work"
-    for path in work.glob("block-*.safetensors"):
-        path.unlink()
+@pytest.mark.parametrize("name", ["block-1-00001", "stream-1-00002", JOURNAL])
+def test_damaged_work_is_computed_again_and_said(
+    model: Path, whole: Path, half: Path, name: str
+) -> None:
+    path = next((half / "out.partial" / "work").glob(f"{name}*"))
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
     result = export(model, half)
+    assert result.exit_code == 0, result.output
+    assert f"{path.name} in {path.parent} is not what was written: it is computed" in result.stderr
+    assert_same(half / "out", whole)
+
+
+@pytest.mark.slow
+def test_nothing_is_left_to_resume_if_all_is_damaged(model: Path, whole: Path, half: Path) -> None:
+    for path in (half / "out.partial" / "work").glob("block-*.safetensors"):
+        path.unlink()
+    result = export(model, half, "--resume", "require")
     assert result.exit_code == 2
-    assert "block-" in result.stderr
+    assert "block-1-00000.safetensors is not what was written" in result.stderr
+    assert "no finished block to resume from" in result.stderr
+
+
+@pytest.mark.slow
+def test_a_source_that_is_away_for_a_moment_costs_no_block(
+    tiny: Make, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moe2edge.storage import journal
+
+    model = tmp_path / "model"
+    shutil.copytree(tiny("qwen3_moe", num_hidden_layers=4), model)
+    folder, added = inputs(tmp_path / "w"), journal.Journal.add
+
+    def adding(self: journal.Journal, unit: journal.JournalEntry) -> None:
+        added(self, unit)
+        if len(self.units) == 3:
+            model.rename(tmp_path / "away")
+
+    with monkeypatch.context() as inner:
+        inner.setattr(journal.Journal, "add", adding)
+        failed = export(model, folder)
+    assert failed.exit_code == 2
+    assert "3 finished blocks are kept in" in failed.stderr
+    (tmp_path / "away").rename(model)
+    again = export(model, folder, "--resume", "require")
+    assert again.exit_code == 0, again.output
+    assert_same(folder / "out", whole)

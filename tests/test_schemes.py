@@ -23,6 +23,8 @@ from helpers import compute_logits, each_family, slow_except
 from moe2edge.calibration import walk
 from moe2edge.errors import Unsupported, VerificationFailed
 from moe2edge.evaluation import verify
+from moe2edge.evaluation.reference import record
+from moe2edge.evaluation.tensor_digests import compute_digest
 from moe2edge.model.family import FAMILIES
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model, is_quantizable
@@ -248,6 +250,33 @@ def test_gptq_read_bit_by_bit(
         assert (tensors[f"{stem}.qzeros"] == middle).all() == symmetric
 
 
+# ---- experts whose width groups of 32 do not divide ---------------------------------------------
+
+
+@pytest.mark.parametrize("width", [48, 176])
+def test_remedies_for_odd_widths_work(width: int, tiny: Make, tmp_path: Path) -> None:
+    folder = tiny("qwen3_moe", moe_intermediate_size=width, initializer_range=0.1)
+    model = opened(folder)
+    with pytest.raises(Unsupported, match="group_size: 16 for onnx, group_size: -1, one scale"):
+        Rtn().plan(model)
+    with pytest.raises(Unsupported, match="set group_size to 16, leave it in 16 bits with a rule"):
+        TARGETS["onnx"].accepts(Rtn(group_size=-1).plan(model))
+    for symmetric in (True, False):
+        small = quantize(model, Scheme(4, 16, symmetric))
+        check(TARGETS["onnx"], small, tmp_path / f"onnx-{symmetric}")
+    check(TARGETS["gptq"], quantize(model, Scheme(4, -1)), tmp_path / "gptq")
+    unquantized = Rtn(rules=(Rule(match="experts", bits=16),)).plan(model)
+    TARGETS["onnx"].accepts(unquantized)
+
+
+def test_a_width_that_no_group_divides_is_left_in_16_bits(tiny: Make) -> None:
+    model = opened(tiny("qwen3_moe", moe_intermediate_size=40))
+    with pytest.raises(Unsupported, match=r"\(40, 64, 128\); set group_size: -1, one scale"):
+        Rtn().plan(model)
+    with pytest.raises(Unsupported, match="slower; leave it in 16 bits with a rule"):
+        TARGETS["onnx"].accepts(Rtn(group_size=-1).plan(model))
+
+
 # ---- ONNX Runtime's own ways -------------------------------------------------------------------
 
 
@@ -320,7 +349,7 @@ def test_numbers_that_the_dtype_rounds(dtype: str, tiny: Make, tmp_path: Path) -
         walk.compute_logits(source, walk.observe(source, IDS, (), lambda *_: None, ""))
     )
     hidden = walk.observe(model, IDS, (), lambda *_: None, "")
-    of_model = verify.record(model, IDS, of_source, hidden)
+    of_model = record(model, IDS, of_source, hidden)
     reference = of_model.for_stored(model, stored)
     assert verify.audit(target, tmp_path, stored) == len(reference.digests)
     _, parity, _ = verify.check_folder(target, tmp_path, reference)
@@ -356,7 +385,7 @@ def test_a_changed_zero_point_is_found(tiny: Make, tmp_path: Path) -> None:
         TARGETS[name].write(model, folder)
         with pytest.raises(VerificationFailed, match=r"1\.self_attn\.q_proj.*other values"):
             verify.audit(TARGETS[name], folder, model.replace_block(block))
-    assert verify.compute_digest(numbers) != verify.compute_digest(other)
+    assert compute_digest(numbers) != compute_digest(other)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 from helpers import QUIET, SMALL, run
 from moe2edge.calibration.observation import Facts
 from moe2edge.commands.preflight import describe, refuse_early
+from moe2edge.commands.texts import resolve_recipe
 from moe2edge.model.model import Model
 from moe2edge.pipeline import recipe
 from moe2edge.pipeline.contract import Outcome, Pass, Trim
@@ -60,7 +61,8 @@ def test_each_pass_is_planned_once_before_an_export(
     less = ["calibration.length=64", "evaluation.length=64"]
     more = ["training.length=64"] if name == "lightmoe" else []
     checkpoint = open_checkpoint(str(tiny("mixtral")))
-    parsed = recipe.parse(recipe.find(name), [*less, *more]).resolve(checkpoint.model)
+    parsed = recipe.parse(recipe.find(name), [*less, *more])
+    parsed = resolve_recipe(checkpoint, parsed, QUIET)
     planned: list[str] = []
 
     def count(kind: type[Pass]) -> None:

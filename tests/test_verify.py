@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,13 +19,12 @@ from click.testing import Result
 from safetensors.torch import load_file, save_file
 
 from helpers import run, slow_except
-from moe2edge.calibration import observation, walk
 from moe2edge.errors import VerificationFailed
 from moe2edge.evaluation import verify
-from moe2edge.numerics.grid import Quantized
-from moe2edge.numerics.scheme import Scheme
+from moe2edge.evaluation.folder_record import REFERENCE
+from moe2edge.evaluation.reference import Reference
+from moe2edge.evaluation.tensor_digests import compute_digest
 from moe2edge.pipeline import registry
-from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.storage.manifest import open_artifact, write_manifest
 from moe2edge.testing import Make
 
@@ -46,7 +48,7 @@ def check(folder: Path) -> Result:
 
 def renew_manifest(folder: Path) -> None:
     old = dict(open_artifact(folder).manifest)
-    kept = {k: v for k, v in old.items() if k in ("model", "source", "texts", "versions")}
+    kept = {k: v for k, v in old.items() if k not in ("schema_version", "tool", "target", "files")}
     write_manifest(folder, str(old["target"]), **kept)
 
 
@@ -152,7 +154,7 @@ def test_logits_alone_find_swapped_experts(
     folder = tmp_path / "copy"
     shutil.copytree(request.getfixturevalue(made) / "onnx", folder)
     onnx_swap(folder)
-    target, recorded = registry.find_target("onnx"), verify.Reference.read(folder)
+    target, recorded = registry.find_target("onnx"), Reference.read(folder)
     with pytest.raises(VerificationFailed, match="logits of the output differ"):
         verify.measure_exact(recorded, target, folder)
 
@@ -160,15 +162,15 @@ def test_logits_alone_find_swapped_experts(
 def test_a_missing_or_damaged_reference(folders: Path, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(folders / "onnx", folder)
-    (folder / verify.REFERENCE).write_bytes(b"nothing")
+    (folder / REFERENCE).write_bytes(b"nothing")
     renew_manifest(folder)
     assert check(folder).exit_code == 7
     # One that an earlier version wrote, with other notes.
     old = {"ids": torch.zeros(1, 2), "logits": torch.zeros(1, 2, 2)}
-    save_file(old, folder / verify.REFERENCE, {"reference": '{"prefill": 1, "probes": {}}'})
+    save_file(old, folder / REFERENCE, {"reference": '{"prefill": 1, "probes": {}}'})
     renew_manifest(folder)
     assert check(folder).exit_code == 7
-    (folder / verify.REFERENCE).unlink()
+    (folder / REFERENCE).unlink()
     renew_manifest(folder)
     result = check(folder)
     assert result.exit_code == 7
@@ -176,9 +178,9 @@ def test_a_missing_or_damaged_reference(folders: Path, tmp_path: Path) -> None:
 
 
 def test_tensors_that_come_or_go(folders: Path) -> None:
-    recorded = verify.Reference.read(folders / "onnx")
+    recorded = Reference.read(folders / "onnx")
     pairs = [(name, torch.ones(2)) for name in ("a", "b")]
-    small = replace(recorded, digests={name: verify.compute_digest(value) for name, value in pairs})
+    small = replace(recorded, digests={name: compute_digest(value) for name, value in pairs})
     assert verify.check_tensors(small, pairs) == 2
     with pytest.raises(VerificationFailed, match="1 tensors are missing, such as b"):
         verify.check_tensors(small, pairs[:1])
@@ -186,19 +188,6 @@ def test_tensors_that_come_or_go(folders: Path) -> None:
         verify.check_tensors(small, [*pairs, ("c", torch.ones(2))])
     with pytest.raises(VerificationFailed, match="b does not hold the values"):
         verify.check_tensors(small, [pairs[0], ("b", torch.tensor([1.0, 1.0001]))])
-
-
-def test_a_digest_depends_on_every_bit_and_on_the_form() -> None:
-    value = torch.randn(4, 6)
-    changed = value.clone()
-    changed.view(torch.int32)[3, 5] ^= 1
-    scheme = Scheme(group_size=32)
-    q = torch.zeros(4, 32, dtype=torch.uint8)
-    packed = Quantized(q, torch.ones(4, 1), scheme)
-    forms: list[torch.Tensor | Quantized] = [value, changed, value.view(6, 4), value.double(), q]
-    forms += [packed, Quantized(q, torch.full((4, 1), 2.0), scheme)]
-    assert len({verify.compute_digest(form) for form in forms}) == len(forms)
-    assert verify.compute_digest(value) == verify.compute_digest(value.clone())
 
 
 def test_another_model_as_reference_is_refused(tiny: Make, folders: Path) -> None:
@@ -238,33 +227,219 @@ def test_the_built_in_model_whole_and_with_one_flipped_bit(
     assert ("does not hold the values" if renew else "has changed: sha256") in result.stderr
 
 
-def test_the_reference_avoids_near_ties(tiny: Make) -> None:
-    """Margins equal a loop over tokens; the samples with the largest ones are taken."""
-    model = open_checkpoint(str(tiny("olmoe"))).model
-    ids = torch.randint(1, 96, (5, 20), generator=torch.Generator().manual_seed(0))
-    for block, layer in model.moe_blocks:
-        router = replace(layer.router, skip_below=(0.6,))
-        model = model.replace_block(replace(block, mlp=replace(layer, router=router)))
-    observer, least = verify.MarginObserver(12), torch.full((5,), torch.inf)
+# ---- the whole folder ----------------------------------------------------------------------------
 
-    class Loop:
-        def observe(self, trace: observation.BlockTrace) -> None:
-            assert trace.routing is not None
-            logits = trace.routing.logits.view(5, 20, 6)
-            for sample in range(5):
-                for z in logits[sample, :12]:
-                    p = z.softmax(0).sort(descending=True).values
-                    order = z.sort(descending=True).values
-                    both = torch.stack([order[1] - order[2], (p[1] / p[0] - 0.6).abs()])
-                    least[sample] = torch.minimum(least[sample], both.min())
 
-        def result(self) -> None: ...
+def load_attack() -> Any:
+    """Import the benchmark that changes every file of an output."""
+    path = Path(__file__).parents[1] / "benchmarks" / "attack" / "flip_output.py"
+    spec = importlib.util.spec_from_file_location("flip_output", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
 
-    walk.observe(model, ids, [observer, Loop()], lambda *_: None, "")
-    found = observer.result()
-    assert found is not None
-    assert torch.allclose(found, least, atol=1e-6)
-    rows = verify.choose_reference_rows(found, 5)
-    assert rows == sorted(sorted(range(5), key=lambda n: -float(least[n]))[:2])
-    assert verify.choose_reference_rows(None, 5) == [0, 1]
-    assert verify.choose_reference_rows(None, 1) == [0]
+
+attack = load_attack()
+
+
+@pytest.fixture
+def copied(folders: Path, tmp_path: Path) -> Callable[[str], Path]:
+    def copy(target: str) -> Path:
+        return Path(shutil.copytree(folders / target, tmp_path / target))
+
+    return copy
+
+
+@pytest.mark.parametrize("target", ["onnx", "gptq"])
+def test_one_change_of_each_file_is_found_and_named(folders: Path, target: str) -> None:
+    folder, tried = folders / target, set()
+    for change in attack.list_changes(folder, 1):
+        kind = change.file, change.place.rpartition(" ")[2] in ("changed", "out")
+        if attack.is_free(change) or kind in tried:
+            continue
+        tried.add(kind)
+        result = attack.try_change(folder, change)
+        assert (result.found, result.named) == (True, True), (change.place, result.message)
+    assert {file for file, _ in tried} == set(attack.list_files(folder)) - {
+        "README.md", "report.json",
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["onnx", "gptq"])
+def test_every_change_is_found(folders: Path, target: str) -> None:
+    changes = list(attack.list_changes(folders / target, 4))
+    assert len(changes) > 200
+    for change in changes[::3]:
+        if not attack.is_free(change):
+            result = attack.try_change(folders / target, change)
+            assert result.found, (change.file, change.place, result.message)
+
+
+def test_tables_behind_the_recorded_text(copied: Callable[[str], Path]) -> None:
+    folder = copied("onnx")
+    onnx_array(folder, "model.rotary_emb.sin")[64:100] = 0
+    renew_manifest(folder)
+    result = check(folder)
+    assert result.exit_code == 7
+    assert "model.rotary_emb.sin" in result.stderr
+    assert "at 36 positions, from 64 to 99" in result.stderr
+    # By the runtime alone, which sees the last positions.
+    whole = Reference.read(folder)
+    verify.measure_exact(whole, registry.find_target("onnx"), folder)
+    onnx_array(folder, "model.rotary_emb.sin")[112:] *= -1
+    with pytest.raises(VerificationFailed, match=r"from the reference by .* at position 127"):
+        verify.measure_exact(whole, registry.find_target("onnx"), folder)
+
+
+def test_the_far_end_is_run_where_it_was_recorded(folders: Path) -> None:
+    whole, target = Reference.read(folders / "gptq"), registry.find_target("gptq")
+    assert whole.far is not None
+    assert whole.far.positions.tolist() == [*range(16), *range(112, 128)]
+    found = verify.measure_exact(whole, target, folders / "gptq")
+    assert found.far is not None
+    assert found.far < verify.EXACT_TOLERANCE
+    moved = replace(whole, far=replace(whole.far, positions=whole.far.positions - torch.tensor(
+        [0] * 16 + [1] * 16)))  # fmt: skip
+    for within in (None, 1):  # in its runtime, and block by block
+        with pytest.raises(VerificationFailed, match="at position 126"):
+            verify.measure_exact(moved, target, folders / "gptq", within)
+
+
+def change_json(path: Path, *keys: str, to: object) -> None:
+    settings = parent = json.loads(path.read_bytes())
+    for key in keys[:-1]:
+        parent = parent[key]
+    parent[keys[-1]] = to
+    path.write_text(json.dumps(settings))
+
+
+@pytest.mark.parametrize(
+    ("target", "file", "keys", "value"),
+    [
+        ("onnx", "genai_config.json", ("model", "context_length"), 99),
+        ("onnx", "genai_config.json", ("model", "decoder", "num_hidden_layers"), 4),
+        ("gptq", "quantize_config.json", ("bits",), 8),
+    ],
+)
+def test_an_older_output_is_verified_for_what_it_holds(
+    copied: Callable[[str], Path], target: str, file: str, keys: tuple[str, ...], value: int
+) -> None:
+    folder = copied(target)
+    attack.forget_record(folder)
+    result = run("verify", folder, "--json")
+    assert result.exit_code == 0, result.output
+    said = json.loads(result.stdout)["not_checked"]
+    assert any("tokenizer" in line for line in said)
+    assert any("far end" in line for line in said)
+    assert "not checked: configs, tokenizer" in check(folder).stdout
+    change_json(folder / file, *keys, to=value)
+    renew_manifest(folder)
+    result = check(folder)
+    assert result.exit_code == 7
+    assert file in result.stderr
+
+
+def test_sections_of_the_manifest(copied: Callable[[str], Path]) -> None:
+    folder = copied("gptq")
+    change_json(folder / "manifest.json", "source", "sha256", to="0" * 64)
+    change_json(folder / "manifest.json", "target_options", "layout", to="uniform")
+    result = check(folder)
+    assert result.exit_code == 7
+    assert "source in manifest.json is not what was exported" in result.stderr
+    assert "target_options in manifest.json is not what was exported" in result.stderr
+    (folder / "manifest.json").write_text("{")
+    assert check(folder).exit_code == 7
+
+
+def test_every_part_of_the_reference_is_sealed(copied: Callable[[str], Path]) -> None:
+    folder = copied("gptq")
+    data = (folder / REFERENCE).read_bytes()
+    changes = list(attack.flip_tensors(REFERENCE, data))
+    assert {change.part for change in changes} == {
+        "ids", "logits", "far.ids", "far.positions", "far.logits",
+    }  # fmt: skip
+    for key in (b'\\"sha256\\"', b'\\"source_kl\\"', b'\\"record\\"'):
+        assert key in data
+        changes.append(attack.flip(REFERENCE, data, data.index(key) + 3, 0, "key"))
+    for change in changes:
+        (folder / REFERENCE).write_bytes(change.content)
+        with pytest.raises(VerificationFailed, match=r"moe2edge\.reference"):
+            Reference.read(folder)
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ("ids", "logits of the output differ"),
+        ("logits", "logits of the output differ"),
+        ("far", "differ from the reference by .* at position 127"),
+        ("digests", "does not hold the values that were exported"),
+        ("record", "config.json is not the file that was exported"),
+    ],
+)
+def test_a_reference_that_was_written_anew(
+    copied: Callable[[str], Path], part: str, message: str
+) -> None:
+    """Its own digest fits again, and so does the manifest, but not the model."""
+    folder = copied("gptq")
+    old = Reference.read(folder)
+    assert old.far is not None
+    assert old.record is not None
+    name = min(old.digests)
+    changes: dict[str, Any] = {
+        "ids": old.ids.roll(1, 1),
+        "logits": old.logits + 0.001,
+        "far": replace(old.far, logits=old.far.logits + 0.001),
+        "digests": {**old.digests, name: "0" * 64},
+        "record": replace(old.record, files={**old.record.files, "config.json": "0" * 64}),
+    }
+    replace(old, **{part: changes[part]}).save(folder)
+    renew_manifest(folder)
+    with pytest.raises(VerificationFailed, match=message):
+        verify.verify_output(folder)
+
+
+def test_other_ids_of_the_tokenizer(folders: Path) -> None:
+    record = Reference.read(folders / "gptq").record
+    assert record is not None
+    assert record.tokens is not None
+    assert record.check_tokenizer(folders / "gptq")
+    other = replace(record, tokens=(*record.tokens[:7], 1, *record.tokens[8:]))
+    with pytest.raises(VerificationFailed, match=r"other ids .* from token 7 on"):
+        other.check_tokenizer(folders / "gptq")
+    with pytest.raises(VerificationFailed, match="has no tokenizer"):
+        record.check_tokenizer(folders)
+    assert not replace(record, tokens=None).check_tokenizer(folders)
+
+
+def test_files_of_the_hub_and_an_edited_card_are_noted(copied: Callable[[str], Path]) -> None:
+    folder = copied("onnx")
+    (folder / ".gitattributes").write_text("*.onnx filter=lfs\n")
+    (folder / ".cache" / "huggingface").mkdir(parents=True)
+    (folder / ".cache" / "huggingface" / ".gitignore").write_text("*")
+    (folder / "README.md").write_text("my model")
+    result = run("verify", folder, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["notes"] == [
+        "README.md was edited since the export",
+        ".cache/huggingface/ is not part of the output",
+        ".gitattributes is not part of the output",
+    ]
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    result = check(folder)
+    assert result.exit_code == 7
+    assert "chat_template.jinja is not listed in the manifest" in result.stderr
+
+
+@pytest.mark.parametrize("command", [["generate", "x"], ["evaluate"], ["profile"]])
+def test_commands_look_at_sizes_first(copied: Callable[[str], Path], command: list[str]) -> None:
+    folder = copied("gptq")
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    result = run(command[0], folder, *command[1:])
+    assert result.exit_code == 7
+    assert "model.safetensors has changed:" in result.stderr

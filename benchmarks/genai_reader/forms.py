@@ -20,7 +20,7 @@ from read import compare
 
 import moe2edge
 from moe2edge.calibration import walk
-from moe2edge.evaluation.verify import record
+from moe2edge.evaluation.reference import record
 from moe2edge.model.experts import PARTS, Factors, Full, Tied
 from moe2edge.model.family import FAMILIES
 from moe2edge.model.weights import Weight

@@ -21,7 +21,8 @@ import numpy as np
 import onnxruntime_genai as og
 import torch
 
-from moe2edge.evaluation.verify import SHIPPED_TOLERANCE, Reference, run_recorded_tokens
+from moe2edge.evaluation.reference import Reference
+from moe2edge.evaluation.verify import SHIPPED_TOLERANCE, run_recorded_tokens
 from moe2edge.pipeline import registry
 from moe2edge.runtime.generation import generate
 from moe2edge.storage.tokenizer import read_stop_ids

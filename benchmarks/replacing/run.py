@@ -33,13 +33,14 @@ from benchmarks.replacing import report
 from benchmarks.replacing.methods import Method, list_methods
 from benchmarks.tiny_moe.corpus import modules
 from moe2edge import Model, Moe2EdgeError, Reporter
-from moe2edge.calibration.tokens import BUILTIN_FILES, Tokens
+from moe2edge.calibration.builtin_texts import BUILTIN_TEXT, find_builtin_file
+from moe2edge.calibration.tokens import Tokens
 from moe2edge.model.model import is_low_rank
 from moe2edge.passes._replace_bases import count_expert_bytes
 from moe2edge.passes.recover import Recover
 from moe2edge.pipeline.contract import PassContext
 from moe2edge.pipeline.runner import run_passes
-from moe2edge.storage.checkpoint import BUILTIN, BUILTIN_FOLDER
+from moe2edge.storage.checkpoint import BUILTIN
 from moe2edge.storage.work_folder import WorkFolder
 from moe2edge.testing import InMemory
 
@@ -67,7 +68,8 @@ def write_files(place: str | Path, data: Path, folder: Path) -> Files:
         if module.split == "train" and len(text) < OWN_TEXT:
             text += f"{module.text}\n"
     path.write_text(text)
-    own = BUILTIN_FOLDER / BUILTIN_FILES["evaluation"]
+    own = find_builtin_file(BUILTIN_TEXT, "evaluation")
+    assert own is not None
     return {"calibration": {"code": path}, "evaluation": {"code": own}}
 
 

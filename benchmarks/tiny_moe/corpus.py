@@ -75,3 +75,16 @@ def modules(root: Path | None = None) -> list[Module]:
         seen.add(digest)
         found.append(Module(path, text, split_of(path)))
     return found
+
+
+def choose_modules(corpus: list[Module], split: Split, size: int) -> list[Module]:
+    """Choose modules of a split, ``size`` characters in all, none longer than a tenth of it.
+
+    The order is given by a hash of their path.
+    """
+    taken: list[Module] = []
+    for module in sorted(corpus, key=lambda m: hashlib.sha256(m.path.encode()).digest()):
+        fits = module.split == split and len(module.text) <= size // 10
+        if fits and sum(len(m.text) for m in taken) < size:
+            taken.append(module)
+    return taken

@@ -2,10 +2,11 @@
 
     python benchmarks/tiny_moe/evaluate.py            # about five minutes on two cores
 
-Perplexity on the two committed texts, both of modules that were held out of training: evaluation,
-on which training may have been watched, and calibration, which training never looks at. Entropy
-of the routing on the evaluation text, and how many of 20 held-out beginnings are continued with
-text that parses as Python.
+Perplexity on the two texts beside the model, which are this project's code, and on modules of the
+running Python's standard library that were held out of training: `evaluation`, on which training
+may have been watched, and `calibration`, which training never looks at. Entropy of the routing on
+the evaluation text, and how many of 20 held-out beginnings are continued with text that parses as
+Python.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from corpus import modules
+from corpus import Split, choose_modules, modules
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 BUILTIN = Path(__file__).parents[2] / "moe2edge" / "builtin" / "tiny-moe"
 LENGTH = 512
+# Characters of held-out modules, by their split.
+HELD_OUT: dict[Split, int] = {"evaluation": 240_000, "calibration": 420_000}
 
 
 class Trigram:
@@ -144,14 +147,28 @@ def main() -> None:
         rows = tokenizer.backend_tokenizer.encode_batch(texts)
         return np.concatenate([np.array([0, *row.ids]) for row in rows])
 
-    evaluation, calibration = (
-        encode([(BUILTIN / f"{name}.txt").read_text("utf-8")])
+    corpus = modules()
+    texts = {
+        f"{name}.txt": (BUILTIN / f"{name}.txt").read_text("utf-8")
         for name in ("evaluation", "calibration")
+    }
+    texts |= {
+        f"library, {split}": "\n".join(m.text for m in choose_modules(corpus, split, size))
+        for split, size in HELD_OUT.items()
+    }
+    trigram = Trigram(
+        encode([m.text for m in corpus if m.split == "train"]), model.config.vocab_size
     )
-    training = encode([m.text for m in modules() if m.split == "train"])
-    trigram = Trigram(training, model.config.vocab_size)
-    perplexity, entropies = neural(model, evaluation)
-    unwatched, _ = neural(model, calibration)
+    measured = {}
+    entropies: dict[str, list[float]] = {}
+    for name, text in texts.items():
+        ids = encode([text])
+        perplexity, entropies[name] = neural(model, ids)
+        measured[name] = {
+            "tokens": len(ids),
+            "perplexity": round(perplexity, 2),
+            "trigram_perplexity": round(trigram.perplexity(ids), 2),
+        }
     good = 0
     starts = beginnings()
     for start in starts:
@@ -164,13 +181,8 @@ def main() -> None:
         if args.show:
             print(f"{'parses' if parses(text) else 'does not parse'}:\n{text}\n{'-' * 60}")
     result = {
-        "evaluation_tokens": len(evaluation),
-        "perplexity": round(perplexity, 2),
-        "trigram_perplexity": round(trigram.perplexity(evaluation), 2),
-        "calibration_tokens": len(calibration),
-        "calibration_perplexity": round(unwatched, 2),
-        "calibration_trigram_perplexity": round(trigram.perplexity(calibration), 2),
-        "routing_entropy_bits": [round(e, 2) for e in entropies],
+        "texts": measured,
+        "routing_entropy_bits": [round(e, 2) for e in entropies["evaluation.txt"]],
         "routing_entropy_max_bits": round(math.log2(model.config.num_experts), 2),
         "beginnings_that_parse": f"{good} of {len(starts)}",
     }

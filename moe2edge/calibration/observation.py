@@ -50,6 +50,8 @@ class BlockTrace:
             inputs [n, hidden], to its intermediate activations [n, width], the input of ``down``.
         expert_output: function from such a row and inputs [n, hidden] to the output of its
             expert, [n, hidden].
+        rerun: function from other hidden states [batch, length, hidden] and their positions
+            [length] to the trace of the block on them.
     """
 
     block: Block
@@ -62,6 +64,7 @@ class BlockTrace:
     linear_inputs: Mapping[str, Tensor]
     expert_hidden: Callable[[int, Tensor], Tensor]
     expert_output: Callable[[int, Tensor], Tensor]
+    rerun: Callable[[Tensor, Tensor], BlockTrace]
 
 
 Fact = TypeVar("Fact")

@@ -7,13 +7,14 @@ from typing import Annotated, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from moe2edge.calibration.builtin_texts import BUILTIN_TEXT, DEFAULT_TEXT, GENERAL_TEXT
 from moe2edge.options import Options
 
 
 class NamedText(Options):
     """A text with a name, to be used as a part of mixes."""
 
-    text: Annotated[str, Field(description="builtin, or a text or JSONL file")]
+    text: Annotated[str, Field(description="builtin, general, or a text or JSONL file")]
     field: Annotated[str, Field(description="field of a JSONL line that contains the text")] = (
         "text"
     )
@@ -42,11 +43,13 @@ class TextSource(NamedText):
     text: Annotated[
         str,
         Field(
-            description="builtin, a text or JSONL file, a name defined in sources, or a mix of "
-            "them with weights: NAME:WEIGHT,NAME:WEIGHT. For calibration also self: text that the "
-            "model writes. For evaluation also none: measure no quality"
+            description="builtin (code), general (code, docs, problems, dialogues and articles), "
+            "a text or JSONL file, a name defined in sources, or a mix of them with weights: "
+            "NAME:WEIGHT,NAME:WEIGHT. For calibration also self: text that the model writes. For "
+            "evaluation also none: measure no quality. default: builtin for builtin:tiny-moe, "
+            "general for other models"
         ),
-    ] = "builtin"
+    ] = DEFAULT_TEXT
     samples: Annotated[int, Field(ge=1, description="number of samples")] = 128
     length: Annotated[int, Field(ge=2, description="tokens in a sample")] = 512
     seed: Annotated[
@@ -64,8 +67,11 @@ class TextSource(NamedText):
     @classmethod
     def _names_are_plain(cls, value: dict[str, NamedText]) -> dict[str, NamedText]:
         for name in value:
-            if name == "builtin" or not name.strip() or set(name) & set(",:"):
-                raise ValueError("names other than builtin, without comma and colon")
+            reserved = name in (BUILTIN_TEXT, GENERAL_TEXT, DEFAULT_TEXT)
+            if reserved or not name.strip() or set(name) & set(",:"):
+                raise ValueError(
+                    "names other than builtin, general and default, without comma and colon"
+                )
         return value
 
 

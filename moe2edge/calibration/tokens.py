@@ -10,26 +10,24 @@ import json
 import math
 from array import array
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moe2edge.calibration.builtin_texts import (
+    BUILTIN_TEXT,
+    DEFAULT_TEXT,
+    GENERAL_TEXT,
+    find_builtin_file,
+    name_general_parts,
+)
 from moe2edge.calibration.sources import split_template
 from moe2edge.errors import InputError, suggest
-from moe2edge.storage.checkpoint import BUILTIN_FOLDER
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from moe2edge.calibration.sources import TextSource
-
-BUILTIN_TEXT = "builtin"
-# The built-in texts by purpose. The report measures a text that was not trained on.
-BUILTIN_FILES = {
-    "calibration": "calibration.txt",
-    "evaluation": "evaluation.txt",
-    "training": "calibration.txt",
-}
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class TextPart:
 
     Attributes:
         name: name of the part in the mix.
-        text: ``builtin`` or a file.
+        text: ``builtin``, a part of ``general``, or a file.
         field: field of a JSONL line that contains the text.
         template: template that is filled in instead of the field, or None.
         weight: weight above 0, relative to the weights of the other parts.
@@ -57,7 +55,7 @@ class PartTokens:
 
     Attributes:
         name: name of the part in the mix.
-        text: ``builtin`` or the file of the part.
+        text: ``builtin``, a part of ``general``, or the file of the part.
         samples: number of samples.
         sha256: digest of the ids of these samples.
     """
@@ -104,7 +102,8 @@ class Tokens:
 def list_parts(source: TextSource, purpose: str) -> tuple[TextPart, ...]:
     """List the parts of a text: one, or several for ``NAME:WEIGHT,NAME:WEIGHT``.
 
-    A text that is the name of a source or a file as a whole is not split.
+    A text that is the name of a source or a file as a whole is not split. The general text has
+    equal parts of its own.
 
     Raises:
         InputError: a part is unknown or named twice, or a weight is not a number above 0.
@@ -132,11 +131,24 @@ def list_parts(source: TextSource, purpose: str) -> tuple[TextPart, ...]:
             f"{purpose}.template is for JSONL files that are not under sources, and {purpose} "
             f"text {source.text} has none; leave the template out"
         )
-    return parts
+    return tuple(own for part in parts for own in _split_general(part))
+
+
+def _split_general(part: TextPart) -> list[TextPart]:
+    """Return the parts of the general text; another one as it is."""
+    if part.text == DEFAULT_TEXT:
+        raise InputError(
+            f"text {DEFAULT_TEXT} is no part of a mix and no source; name {BUILTIN_TEXT} or "
+            f"{GENERAL_TEXT}"
+        )
+    if part.text != GENERAL_TEXT:
+        return [part]
+    names = name_general_parts()
+    return [replace(part, name=n, text=n, weight=part.weight / len(names)) for n in names]
 
 
 def _is_known(name: str, source: TextSource) -> bool:
-    if name == BUILTIN_TEXT or name in source.sources:
+    if name in (BUILTIN_TEXT, GENERAL_TEXT, DEFAULT_TEXT) or name in source.sources:
         return True
     try:
         return Path(name).expanduser().is_file()
@@ -247,8 +259,7 @@ def check_text_files(source: TextSource, purpose: str) -> None:
 
 def _find_file(part: TextPart, purpose: str) -> Path:
     try:
-        builtin = part.text == BUILTIN_TEXT
-        path = BUILTIN_FOLDER / BUILTIN_FILES[purpose] if builtin else Path(part.text).expanduser()
+        path = find_builtin_file(part.text, purpose) or Path(part.text).expanduser()
         exists = path.is_file()
     except OSError as error:
         raise InputError(f"{purpose} text cannot be read: {error.strerror}: {part.text}") from error
@@ -256,8 +267,8 @@ def _find_file(part: TextPart, purpose: str) -> Path:
         raise InputError(f"{purpose} text {part.text} cannot be read: {error}") from error
     if not exists:
         raise InputError(
-            f"{purpose} text {part.text} does not exist; give a text or JSONL file, 'builtin', or "
-            "a mix such as a.jsonl:0.5,b.txt:0.5"
+            f"{purpose} text {part.text} does not exist; give a text or JSONL file, 'builtin', "
+            "'general', or a mix such as a.jsonl:0.5,b.txt:0.5"
         )
     return path
 
@@ -351,12 +362,15 @@ def load_tokens(
     check_length(source, purpose, longest)
     parts = list_parts(source, purpose)
     counts = share_out(source.samples, [part.weight for part in parts])
-    if 0 in counts:
-        raise InputError(
-            f"{purpose} text: part {parts[counts.index(0)].name} gets none of the "
-            f"{source.samples} samples; give it more weight, or more samples: --set "
-            f"{purpose}.samples=N"
-        )
+    for part, count in zip(parts, counts, strict=True):
+        # A few samples of the general text do not have every kind.
+        if not count and part.text not in name_general_parts():
+            raise InputError(
+                f"{purpose} text: part {part.name} gets none of the {source.samples} samples; give "
+                f"it more weight, or more samples: --set {purpose}.samples=N"
+            )
+    parts = tuple(part for part, count in zip(parts, counts, strict=True) if count)
+    counts = [count for count in counts if count]
     samples = []
     for part, count in zip(parts, counts, strict=True):
         tokens = _encode_part(part, tokenizer, purpose)

@@ -25,11 +25,13 @@ from moe2edge.calibration.observation import (
 )
 from moe2edge.model.hf_config import build_transformers_config
 from moe2edge.model.layers import MoELayer
-from moe2edge.model.model import Block, Model
+from moe2edge.model.model import EMBEDDING, FINAL_NORM, HEAD, Block, Model
 from moe2edge.progress import Advance
 from moe2edge.runtime.decoder_blocks import check_finite, fit_layers, load_block_state, load_finite
+from moe2edge.runtime.expert_kernels import set_expert_implementation
 from moe2edge.runtime.memory import UNLIMITED, Memory
 from moe2edge.runtime.mixed_experts import compute_expert_intermediate, compute_expert_output
+from moe2edge.runtime.torch_runtime import place_tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,13 +51,17 @@ class BlockRunner:
         self._layer = self._base.layers[0]
 
     @torch.no_grad()
-    def run(self, hidden: Tensor) -> Tensor:
-        """Return the output of the block for ``hidden`` [batch, length, hidden]."""
-        out: Tensor = self._base(inputs_embeds=hidden, use_cache=False).last_hidden_state
+    def run(self, hidden: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Return the output of the block for ``hidden`` [batch, length, hidden].
+
+        With ``positions`` [length], ascending, the tokens stand there, and each sees all before it.
+        """
+        placed = {} if positions is None else place_tokens(positions, hidden.dtype)
+        out: Tensor = self._base(inputs_embeds=hidden, use_cache=False, **placed).last_hidden_state
         return out
 
     @torch.no_grad()
-    def watch(self, hidden: Tensor) -> BlockTrace:
+    def watch(self, hidden: Tensor, positions: Tensor | None = None) -> BlockTrace:
         """Run the block as `run` does, and return its intermediate activations as well."""
         linear_inputs: dict[str, Tensor] = {}
         recorded: dict[str, Any] = {}
@@ -88,7 +94,7 @@ class BlockRunner:
         if isinstance(self.block.mlp, MoELayer):
             hooks.append(self._layer.mlp.gate.register_forward_hook(record_routing))
         try:
-            outputs = self.run(hidden)
+            outputs = self.run(hidden, positions)
         finally:
             for handle in hooks:
                 handle.remove()
@@ -103,6 +109,7 @@ class BlockRunner:
             linear_inputs,
             self._expert_hidden,
             self._expert_output,
+            self.watch,
         )
 
     @torch.no_grad()
@@ -146,6 +153,7 @@ def build_skeleton(model: Model, block: Block) -> Any:
     with torch.device("meta"):
         base = AutoModel.from_config(config, dtype=torch.float32)
         fit_layers(base.layers, model)
+    set_expert_implementation(base)
     base.rotary_emb = type(base.rotary_emb)(config=config)
     base.norm = nn.Identity()
     base.embed_tokens = None
@@ -154,7 +162,7 @@ def build_skeleton(model: Model, block: Block) -> Any:
 
 def embed(model: Model, tokens: Tensor, memory: Memory = UNLIMITED) -> Tensor:
     """Look ``tokens`` up in the embedding table: float32 [samples, length, hidden]."""
-    handle = model.rest["model.embed_tokens.weight"]
+    handle = model.rest[EMBEDDING]
     table = handle.load()
     hidden = memory.empty((*tokens.shape, table.shape[1]))
     for part in split_batches(tokens):
@@ -336,8 +344,8 @@ def compute_logits(model: Model, hidden: Iterable[Tensor]) -> Iterator[Tensor]:
 
     All families end in an RMS norm and a linear head without bias.
     """
-    norm = load_finite(model.rest["model.norm.weight"])
-    head_name = "lm_head.weight" if "lm_head.weight" in model.rest else "model.embed_tokens.weight"
+    norm = load_finite(model.rest[FINAL_NORM])
+    head_name = HEAD if HEAD in model.rest else EMBEDDING
     head = load_finite(model.rest[head_name])
     eps = model.family.geometry(model.config).eps
     for sample in hidden:

@@ -29,7 +29,8 @@ def print_table(table: Any) -> None:
     from rich.console import Console
 
     width = None if sys.stdout.isatty() else 150
-    Console(width=width).print(table)
+    # Names of files and models may hold what rich would take for markup.
+    Console(width=width, markup=False, emoji=False, highlight=False).print(table)
 
 
 def quiet_libraries() -> None:
@@ -93,7 +94,11 @@ def read_recipe_options(
 def add_text_options(samples: int) -> Callable[[Command], Command]:
     """Add options of a text and its samples, whose values `read_text_options` takes."""
     options = (
-        click.option("--text", default="builtin", show_default=True, help=MIX_HELP),
+        click.option(
+            "--text",
+            help="A text or JSONL file, builtin, general, or a weighted mix: a.jsonl:0.5,b.txt:0.5 "
+            "[default: builtin for builtin:tiny-moe, general for other models].",
+        ),
         click.option("--field", help="Field of each JSONL line [default: text]."),
         click.option(
             "--template",

@@ -180,7 +180,9 @@ def _measure_routing(
     checkpoint: Checkpoint, target: str | None, source: TextSource, *, quiet: bool
 ) -> RoutingReport:
     from moe2edge.calibration.tokens import load_tokens
+    from moe2edge.commands.texts import choose_text
     from moe2edge.evaluation import routing_report
+    from moe2edge.storage.manifest import open_artifact
     from moe2edge.storage.output import open_stored_model
     from moe2edge.storage.tokenizer import load_tokenizer
 
@@ -190,6 +192,9 @@ def _measure_routing(
     quiet_libraries()
     geometry = model.family.geometry(model.config)
     limits = (geometry.max_positions, geometry.vocab)
+    # An output is of the model that its manifest names.
+    name = open_artifact(checkpoint.folder).source if target else checkpoint.source
+    source = choose_text(source, name)
     try:
         tokens = load_tokens(source, load_tokenizer(checkpoint.folder), "calibration", limits)
     except InputError as error:  # this command has options where a recipe has settings

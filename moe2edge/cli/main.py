@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -28,8 +29,9 @@ from moe2edge.cli.common import (
     quiet_libraries,
     read_recipe_options,
 )
+from moe2edge.cli.failures import classify_os_error, explain_shortage, shorten
 from moe2edge.cli.progress_bar import make_reporter
-from moe2edge.errors import InputError, Moe2EdgeError
+from moe2edge.errors import DoesNotFit, InputError, Moe2EdgeError
 
 if TYPE_CHECKING:
     from moe2edge.pipeline.target import Target
@@ -40,6 +42,8 @@ INTERRUPTED = 130
 # would keep 1024 such pieces of up to half a megabyte, although the number of tokens of an expert
 # is different in every block.
 ENVIRONMENT = {"THP_MEM_ALLOC_ENABLE": "1", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
+# Commands that need no more memory than Python.
+WITHOUT_TORCH = ("recipe", "targets", "decisions")
 EPILOG = """\b
 Example:
   moe2edge export builtin:tiny-moe -t onnx -o out-onnx
@@ -65,24 +69,32 @@ class CommandGroup(click.Group):
             _fail(error.format_message(), error.exit_code, as_json)
         except Moe2EdgeError as error:
             _print_debug_traceback()
-            _fail(_append_notes(str(error), error), error.exit_code, as_json)
+            shortage = explain_shortage(error)
+            code = DoesNotFit.exit_code if shortage else error.exit_code
+            _fail(_append_notes(shortage or str(error), error), code, as_json)
         except (click.Abort, KeyboardInterrupt) as error:
             # Click replaces an interrupt by its own error; the notes are on the cause.
             first = error.__cause__ or error
-            message = _append_notes("interrupted", first, "nothing was left behind")
-            _exit_interrupted(message, as_json)
+            _exit_interrupted(_append_notes("interrupted", first), as_json)
         except BrokenPipeError:
             sys.stderr.close()
             sys.exit(1)
-        except OSError as error:
+        except Exception as error:
             _print_debug_traceback()
-            message = f"{error.strerror or error}: {error.filename or 'no file named'}"
-            _fail(_append_notes(message, error), 1, as_json)
-        except Exception as error:  # the last resort: a bug is reported in one line as well
-            _print_debug_traceback()
-            message = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            hint = "run again with MOE2EDGE_DEBUG=1 and report what it prints"
-            _fail(_append_notes(f"{message} (a bug in moe2edge; {hint})", error), 1, as_json)
+            message, code = _explain(error)
+            _fail(_append_notes(message, error), code, as_json)
+
+
+def _explain(error: Exception) -> tuple[str, int]:
+    """Return the message and the exit code of an error that is not one of the project."""
+    if shortage := explain_shortage(error):
+        return shortage, DoesNotFit.exit_code
+    if isinstance(error, OSError):
+        return classify_os_error(error)
+    # The last resort: a bug is reported in one line as well.
+    message = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    hint = "run again with MOE2EDGE_DEBUG=1 and report what it prints"
+    return f"{message} (a bug in moe2edge; {hint})", Moe2EdgeError.exit_code
 
 
 def _print_debug_traceback() -> None:
@@ -91,10 +103,9 @@ def _print_debug_traceback() -> None:
         traceback.print_exc()
 
 
-def _append_notes(message: str, error: BaseException, otherwise: str = "") -> str:
+def _append_notes(message: str, error: BaseException) -> str:
     """Append the notes of an error, such as which finished work an export kept."""
-    notes = getattr(error, "__notes__", ()) or ([otherwise] if otherwise else [])
-    return "; ".join([message, *notes])
+    return "; ".join([message, *getattr(error, "__notes__", ())])
 
 
 def _exit_interrupted(message: str, as_json: bool) -> NoReturn:
@@ -106,15 +117,18 @@ def _exit_interrupted(message: str, as_json: bool) -> NoReturn:
     try:
         _fail(message, INTERRUPTED, as_json)
     except SystemExit:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(INTERRUPTED)
 
 
 def _fail(message: str, code: int, as_json: bool) -> NoReturn:
-    if as_json:
-        click.echo(json.dumps({"ok": False, "error": {"code": code, "message": message}}))
-    click.echo(f"error: {message}", err=True)
+    message = shorten(message)
+    with contextlib.suppress(OSError):  # the terminal may be closed
+        if as_json:
+            click.echo(json.dumps({"ok": False, "error": {"code": code, "message": message}}))
+        click.echo(f"error: {message}", err=True)
     sys.exit(code)
 
 
@@ -122,7 +136,8 @@ def _fail(message: str, code: int, as_json: bool) -> NoReturn:
     cls=CommandGroup, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]}
 )
 @click.version_option(package_name="moe2edge")
-def main() -> None:
+@click.pass_context
+def main(context: click.Context) -> None:
     """Compress Mixture-of-Experts language models for one small machine.
 
     MODEL is a local folder, a model on the Hugging Face Hub (org/name or org/name@revision), or
@@ -130,6 +145,10 @@ def main() -> None:
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    if context.invoked_subcommand not in WITHOUT_TORCH and not {"-h", "--help"} & set(sys.argv):
+        from moe2edge.runtime.memory import check_imports_fit
+
+        check_imports_fit()
 
 
 EXPORT_EXAMPLES = """\b

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -24,7 +25,10 @@ from moe2edge.cli.common import (
     read_text_options,
 )
 from moe2edge.cli.progress_bar import make_reporter
-from moe2edge.errors import DoesNotFit, VerificationFailed
+from moe2edge.errors import DoesNotFit
+
+if TYPE_CHECKING:
+    from moe2edge.evaluation.verify import Verification
 
 
 @click.command(epilog="\b\nExample:\n  moe2edge verify out-onnx")
@@ -45,42 +49,34 @@ def verify_command(
 ) -> None:
     """Verify that FOLDER holds what was exported.
 
-    Checks the files, every tensor, and the logits in the runtime of the target.
+    Checks every file and tensor, tables and configs against what they derive from, the tokenizer,
+    and the logits in the runtime of the target.
     """
     from moe2edge.evaluation import verify
-    from moe2edge.pipeline import registry
-    from moe2edge.storage.manifest import check_manifest_files, open_artifact
 
-    artifact = open_artifact(folder)
-    target = registry.make_target(artifact.target, artifact.options)
-    if differences := check_manifest_files(artifact):
-        raise VerificationFailed(f"{folder}: {'; '.join(differences)}")
     quiet_libraries()
-    recorded = verify.Reference.read(folder)
-    count, parity, runtime = verify.check_folder(target, folder, recorded)
-    result: dict[str, Any] = {"tensors": count, "parity": asdict(parity)}
+    done = verify.verify_output(folder)
+    recorded, parity = done.reference, done.parity
+    result: dict[str, Any] = {
+        "tensors": done.tensors,
+        "parity": asdict(parity),
+        "notes": list(done.notes),
+        "not_checked": list(done.unchecked),
+    }
     if reference:
-        if runtime is None:
+        if done.runtime is None:
             raise DoesNotFit(
                 f"{folder} needs more memory than this machine has, so it cannot be run and "
                 f"compared with {reference}; leave out --reference, or verify on a larger machine"
             )
         source = open_model(reference, revision, cache_dir).model
         result["kl_at_export"] = recorded.source_kl
-        result["kl_to_source"] = verify.check_source(recorded, runtime, source)
+        result["kl_to_source"] = verify.check_source(recorded, done.runtime, source)
     if as_json:
         emit(result)
         return
-    click.echo(f"files: {len(artifact.manifest['files'])} equal to the manifest")
-    click.echo(f"tensors: {count} equal to what was exported")
-    click.echo(f"logits: largest error {parity.exact:.1e} with float32 activations")
-    if parity.shipped is None:
-        click.echo("runtime: not run, because this machine has too little memory")
-    else:
-        click.echo(
-            f"runtime: {parity.shipped:.2%} relative error of logits as shipped, {parity.top1:.1%} "
-            f"top-1 agreement ({parity.positions} positions, with KV cache)"
-        )
+    for line in _describe_verification(done):
+        click.echo(line)
     if reference:
         note = (
             ""
@@ -88,7 +84,28 @@ def verify_command(
             else " (not compared: the export did not measure it)"
         )
         click.echo(f"KL to {reference}: {result['kl_to_source']:.5f} nats per token{note}")
+    for note in done.notes:
+        click.echo(f"note: {note}")
+    for missing in done.unchecked:
+        click.echo(f"not checked: {missing}")
     click.echo("verified")
+
+
+def _describe_verification(done: Verification) -> Iterator[str]:
+    """Yield the lines about what was compared."""
+    record, parity = done.reference.record, done.parity
+    extent = "the manifest" if record is None else "the manifest, and to what was exported"
+    yield f"files: {len(done.artifact.files)} equal to {extent}"
+    yield f"tensors: {done.tensors} equal to what was exported"
+    far = "" if parity.far is None else f", {parity.far:.1e} at the far end of the context"
+    yield f"logits: largest error {parity.exact:.1e} with float32 activations{far}"
+    if parity.shipped is None:
+        yield "runtime: not run, because this machine has too little memory"
+    else:
+        yield (
+            f"runtime: {parity.shipped:.2%} relative error of logits as shipped, {parity.top1:.1%} "
+            f"top-1 agreement ({parity.positions} positions, with KV cache)"
+        )
 
 
 @click.command(epilog='\b\nExample:\n  moe2edge generate out-onnx "def read_json(path):"')
@@ -129,10 +146,11 @@ def generate_command(
     """
     from moe2edge.commands import generate
     from moe2edge.runtime import generation
-    from moe2edge.storage.manifest import open_artifact
+    from moe2edge.storage.manifest import check_sizes, open_artifact
     from moe2edge.storage.tokenizer import load_tokenizer
 
     artifact = open_artifact(folder)
+    check_sizes(artifact)
     generation.check_settings(max_tokens, **sampling)
     quiet_libraries()
     tokenizer = load_tokenizer(folder)
@@ -233,9 +251,12 @@ def evaluate_command(
 
     With --reference, also measures KL and top-1 agreement with the source.
     """
+    from moe2edge.commands.texts import choose_text
     from moe2edge.evaluation.output_quality import evaluate_output as run
+    from moe2edge.storage.manifest import open_artifact
 
-    source = read_text_options("evaluation", text)
+    # An output is of the model that its manifest names, and is measured on that one's text.
+    source = choose_text(read_text_options("evaluation", text), open_artifact(folder).source)
     quiet_libraries()
     model = open_model(reference, revision, cache_dir).model if reference else None
     quality = run(folder, source, model, make_reporter(quiet=as_json).advance)

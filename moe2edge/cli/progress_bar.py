@@ -24,10 +24,13 @@ _interrupted = threading.Event()
 
 
 def listen() -> None:
-    """Turn SIGINT and SIGTERM into ``KeyboardInterrupt``."""
+    """Turn SIGINT, SIGTERM and SIGHUP (a closed terminal) into ``KeyboardInterrupt``."""
     _interrupted.clear()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
+    # nohup lets a process ignore it.
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, _interrupt)
 
 
 def _interrupt(*_: object) -> NoReturn:

@@ -116,7 +116,7 @@ def compress(
         estimate_passes,
         measure_texts,
     )
-    from moe2edge.commands.texts import load_calibration, load_training
+    from moe2edge.commands.texts import load_calibration, load_training, resolve_recipe
     from moe2edge.pipeline.runner import run_passes
     from moe2edge.pipeline.stages import plan_passes
     from moe2edge.runtime.memory import Memory, find_limit
@@ -124,7 +124,7 @@ def compress(
 
     checkpoint, reporter = _open(model), reporter or QUIET
     source = checkpoint.model
-    parsed = _parse(recipe).resolve(source)
+    parsed = resolve_recipe(checkpoint, _parse(recipe), reporter)
     check_sources(parsed, checkpoint)
     plan, limit = plan_passes(parsed.passes, source), find_limit(max_memory)
     check_pass_memory(source, estimate_passes(plan, measure_texts(parsed)), limit)
@@ -237,6 +237,7 @@ def profile(
         InputError: the model, the text or a number is wrong.
         Moe2EdgeError: a process failed or took too long.
     """
+    from moe2edge.calibration.builtin_texts import BUILTIN_TEXT
     from moe2edge.calibration.sources import TextSource
     from moe2edge.calibration.tokens import list_parts, read_texts
     from moe2edge.evaluation.profile import measure
@@ -250,7 +251,7 @@ def profile(
         "threads": threads,
     }
     given = {name: value for name, value in sizes.items() if value is not None}
-    source = TextSource(text=str(text)) if text else TextSource()
+    source = TextSource(text=str(text) if text else BUILTIN_TEXT)
     if len(list_parts(source, "evaluation")) > 1:
         raise InputError(f"text {text}: prompts are cut from one text; name one file")
     return measure.profile_folder(

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from moe2edge.commands.environment import list_versions
 from moe2edge.commands.preflight import check_sources
 from moe2edge.commands.private_paths import PrivatePaths
-from moe2edge.commands.texts import load_calibration
+from moe2edge.commands.source_check import check_ids, report_notes
+from moe2edge.commands.texts import load_calibration, resolve_recipe
 from moe2edge.errors import InputError
 from moe2edge.model.model import Block, Model
 from moe2edge.pipeline.contract import Pass
@@ -43,11 +44,13 @@ def decide(
         Unsupported: as in an export.
     """
     source = checkpoint.model
-    recipe = recipe.resolve(source)
+    recipe = resolve_recipe(checkpoint, recipe, reporter)
     check_sources(recipe, checkpoint)
     check_decidable(recipe.passes, source)
     reporter.log(f"recipe:\n{recipe.render()}")
+    report_notes(checkpoint, reporter)
     tokens = load_calibration(checkpoint, recipe, reporter)
+    check_ids(checkpoint, {"calibration": tokens}, reporter)
     model, steps = run_passes(source, recipe, tokens, _NoNumbers(), reporter)
     paths = PrivatePaths.collect(checkpoint, recipe, keep=keep_paths)
     found = Decisions(

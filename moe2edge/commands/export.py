@@ -10,10 +10,18 @@ from pathlib import Path
 import yaml
 
 from moe2edge.commands.environment import NUMERIC_PACKAGES, list_versions, measure_peak_bytes
-from moe2edge.commands.preflight import describe, refuse_early
+from moe2edge.commands.preflight import describe, list_reads, refuse_early
 from moe2edge.commands.private_paths import PrivatePaths
 from moe2edge.commands.report import Report
-from moe2edge.commands.texts import NO_TEXT, Texts, load_texts
+from moe2edge.commands.source_check import check_ids, report_notes
+from moe2edge.commands.texts import (
+    NO_TEXT,
+    Texts,
+    list_default_texts,
+    load_texts,
+    resolve_recipe,
+)
+from moe2edge.commands.trial import try_targets
 from moe2edge.commands.write_target import describe_cost, fit_for_targets, write_target
 from moe2edge.evaluation.comparison import Comparison, ResultRow
 from moe2edge.model.model import Model
@@ -28,6 +36,7 @@ from moe2edge.runtime.memory import Memory
 from moe2edge.storage import export_folder
 from moe2edge.storage.checkpoint import Checkpoint
 from moe2edge.storage.companions import Companions, read_companions
+from moe2edge.storage.work_folder import WorkFolder
 
 
 def export_targets(
@@ -67,45 +76,79 @@ def export_targets(
         VerificationFailed: an output differs from the model in memory.
     """
     begun = time.perf_counter()
+    defaults = list_default_texts(recipe)
+    recipe = resolve_recipe(checkpoint, recipe, reporter)
+    reads = list_reads(checkpoint, recipe)
+    with export_folder.claim_output(out, force=force, reads=reads, log=reporter.log) as claim:
+        budget = memory.Memory.from_limit(memory.find_limit(most))
+        memory.avoid_fragmentation(most)
+        plan = refuse_early(
+            checkpoint, recipe, targets, out, budget, force=force, materialize=materialize
+        )
+        reporter = claim.watch(reporter)
+        reporter.log(f"recipe:\n{recipe.render()}")
+        describe(plan, reporter)
+        report_notes(checkpoint, reporter)
+        paths = PrivatePaths.collect(checkpoint, recipe, keep=keep_paths)
+        companions = _read_companions(checkpoint, reporter)
+        try_targets(targets, fit_for_targets(plan.result, targets, materialize=materialize))
+        texts = load_texts(checkpoint, recipe, reporter)
+        check_ids(checkpoint, texts.by_purpose, reporter)
+        inputs = _list_inputs(checkpoint, recipe, texts, budget)
+        outcome = _list_outcome(checkpoint, recipe, targets, texts, materialize=materialize)
+        outcome |= {"other files": companions.sha256, "paths": f"{keep_paths}"}
+        if export_folder.publish_finished(claim, inputs, outcome, resume):
+            reporter.log(f"{out} had been finished by an earlier run, and has its name now")
+            return Report.read(out if len(targets) == 1 else out / targets[0].name)
+        with export_folder.open_partial_folder(claim, inputs, resume, outcome) as (content, work):
+            work.report(reporter)
+            budget = replace(budget, folder=work.folder)
+            report = _make_output(
+                checkpoint, recipe, targets, texts, content, work, budget, reporter,
+                paths=paths, companions=companions, materialize=materialize, defaults=defaults,
+                begun=begun,
+            )  # fmt: skip
+    return report
+
+
+def _make_output(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    targets: Sequence[Target],
+    texts: Texts,
+    content: Path,
+    work: WorkFolder,
+    budget: Memory,
+    reporter: Reporter,
+    *,
+    paths: PrivatePaths,
+    companions: Companions,
+    materialize: bool,
+    defaults: tuple[str, ...],
+    begun: float,
+) -> Report:
+    """Run the passes, and write, check and describe an output in ``content``."""
     source = checkpoint.model
-    recipe = recipe.resolve(source)
-    budget = memory.Memory.from_limit(memory.find_limit(most))
-    memory.avoid_fragmentation(most)
-    plan = refuse_early(
-        checkpoint, recipe, targets, out, budget, force=force, materialize=materialize
+    model, steps = run_passes(
+        source, recipe, texts.calibration, work, reporter, budget, training=texts.training
     )
-    reporter.log(f"recipe:\n{recipe.render()}")
-    describe(plan, reporter)
-    paths = PrivatePaths.collect(checkpoint, recipe, keep=keep_paths)
-    companions = _read_companions(checkpoint, reporter)
-    texts = load_texts(checkpoint, recipe, reporter)
-    inputs = _list_inputs(checkpoint, recipe, texts, budget)
-    with export_folder.open_partial_folder(out, inputs, resume) as (content, work):
-        if work.kept:
-            reporter.log(f"resuming after {work.kept} of an earlier run")
-        budget = replace(budget, folder=work.folder)
-        model, steps = run_passes(
-            source, recipe, texts.calibration, work, reporter, budget, training=texts.training
-        )
-        model, grown = _fit(model, targets, reporter, materialize=materialize)
-        memory.give_back()
-        figures, ids = recipe.evaluation.text != NO_TEXT, texts.evaluation.ids
-        measured = Comparison.measure(source, model, ids, reporter, budget, figures=figures)
-        folders = _make_folders(targets, content)
-        results = []
-        for target, folder in folders:
-            reporter.log(f"writing {target.name}")
-            results.append(write_target(target, model, folder, companions, measured, reporter))
-        report = _build_report(paths, recipe, targets, texts, steps, measured, results)
-        report = replace(
-            report,
-            license=companions.license,
-            notes=paths.hide(companions.notes),
-            materialized=grown,
-            seconds=time.perf_counter() - begun,
-        )
-        for target, folder in folders:
-            report.write(folder, target, checkpoint, model, list_versions())
+    model, grown = _fit(model, targets, reporter, materialize=materialize)
+    memory.give_back()
+    figures, ids = recipe.evaluation.text != NO_TEXT, texts.evaluation.ids
+    measured = Comparison.measure(source, model, ids, reporter, budget, figures=figures)
+    folders = _make_folders(targets, content)
+    written = []
+    for target, folder in folders:
+        reporter.log(f"writing {target.name}")
+        written.append(write_target(target, model, folder, companions, measured, reporter))
+    results = [row for row, _ in written]
+    report = _build_report(paths, recipe, targets, texts, steps, measured, results)
+    notes = paths.hide((*checkpoint.notes, *companions.notes))
+    report = replace(report, license=companions.license, notes=notes)
+    report = replace(report, materialized=grown, default_texts=defaults)
+    report = replace(report, seconds=time.perf_counter() - begun)
+    for (target, folder), (_, reference) in zip(folders, written, strict=True):
+        report.write(folder, target, checkpoint, model, list_versions(), reference)
     return report
 
 
@@ -168,6 +211,25 @@ def _build_report(
         seconds=0.0,
         peak_bytes=measure_peak_bytes(),
     )
+
+
+def _list_outcome(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    targets: Sequence[Target],
+    texts: Texts,
+    *,
+    materialize: bool,
+) -> dict[str, str]:
+    """List what the files of an output depend on beside its numbers."""
+    return {
+        "source": f"{checkpoint.source} {checkpoint.revision}",
+        "recipe": recipe.render(),
+        "targets": ", ".join(f"{target.name} {list_options(target)}" for target in targets),
+        "evaluation": texts.evaluation.sha256,
+        "materialize": f"{materialize}",
+        "versions": f"{list_versions()}",
+    }
 
 
 def _list_inputs(

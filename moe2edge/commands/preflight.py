@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from moe2edge.commands.texts import NO_TEXT, SELF
 from moe2edge.commands.write_target import fit_for_targets
 from moe2edge.model.model import Model
 from moe2edge.pipeline.contract import TextSize, TextSizes
@@ -49,6 +50,31 @@ def refuse_early(
             estimate.check(budget.limit)
     check_pass_memory(source, passes, budget.limit)
     return plan
+
+
+def list_reads(checkpoint: Checkpoint, recipe: Recipe) -> list[Path]:
+    """List the files and folders that an export reads while it runs, or reads again to resume.
+
+    The recipe itself is read once.
+    """
+    from moe2edge.calibration.builtin_texts import BUILTIN_TEXT, GENERAL_TEXT
+    from moe2edge.calibration.tokens import list_parts
+
+    ours = (SELF, NO_TEXT, BUILTIN_TEXT, GENERAL_TEXT)
+
+    paths = [checkpoint.folder, *checkpoint.folder.iterdir()]
+    texts = {
+        "calibration": recipe.calibration,
+        "evaluation": recipe.evaluation,
+        "training": recipe.training,
+    }
+    for purpose, source in texts.items():
+        if source is not None and source.text not in ours:
+            names = [part.text for part in list_parts(source, purpose)]
+            paths += [Path(name).expanduser() for name in names if name not in ours]
+    # Decisions, and whatever other passes read.
+    files = [value for step in recipe.passes for name, value in step if name == "file"]
+    return paths + [Path(file) for file in files if isinstance(file, str)]
 
 
 def estimate_passes(plan: Plan, texts: TextSizes) -> list[Estimate]:

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 from rich.table import Table
 
+from moe2edge.errors import InputError
 from moe2edge.evaluation.comparison import RESULT_HEADINGS, ResultRow
+from moe2edge.evaluation.folder_record import REFERENCE, FolderRecord
 from moe2edge.model.model import Model
 from moe2edge.pipeline.stages import Step
 from moe2edge.pipeline.target import Loader, Target
 from moe2edge.storage.checkpoint import Checkpoint
-from moe2edge.storage.manifest import write_manifest
-from moe2edge.storage.text_files import write_json
+from moe2edge.storage.manifest import FILES, MANIFEST, build_manifest, describe_file
+from moe2edge.storage.text_files import read_json, write_json
+
+if TYPE_CHECKING:
+    from moe2edge.evaluation.reference import Reference
 
 RECIPE_FILE = "recipe.resolved.yaml"
 REPORT_FILE = "report.json"
@@ -29,7 +34,7 @@ class Report:
     Attributes:
         source: name of the source; its path only if that was asked for.
         license: license keys of the source's card.
-        notes: what there is to know about tokenizer, card and other files of the source.
+        notes: what there is to know about the files of the source.
     """
 
     source: str
@@ -47,6 +52,7 @@ class Report:
     seconds: float
     peak_bytes: int
     training: Mapping[str, Any] | None = None
+    default_texts: tuple[str, ...] = ()
     materialized: str | None = None
     license: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -60,6 +66,33 @@ class Report:
         """Return the report as plain data."""
         data = asdict(self)
         return {"schema_version": 1, "kind": "moe2edge.export", **data}
+
+    @classmethod
+    def read(cls, folder: Path) -> Report:
+        """Read the report of an output.
+
+        Raises:
+            InputError: the file is damaged.
+        """
+        path = folder / REPORT_FILE
+        data = read_json(path)
+        try:
+            del data["schema_version"], data["kind"]
+            steps = [
+                Step(**{**step, "changed": tuple(step["changed"]), "notes": tuple(step["notes"])})
+                for step in data["steps"]
+            ]
+            rows = {key: ResultRow.from_json(data[key]) for key in ("before", "after")}
+            results = tuple(map(ResultRow.from_json, data["results"]))
+            loaders = {
+                target: tuple(Loader(**loader) for loader in found)
+                for target, found in data["loaders"].items()
+            }
+            return cls(
+                **{**data, **rows, "steps": tuple(steps), "results": results, "loaders": loaders}
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{path} is damaged ({error!r}); export again") from error
 
     def table(self) -> Table:
         """Build a table for the terminal."""
@@ -96,11 +129,26 @@ class Report:
                 f"parameters, {step.nbytes / 1e6:.2f} MB, {step.seconds:.1f} s"
             )
             said += [f"  {note}" for note in step.notes]
+        said.append(self._describe_texts())
         said += [*self._describe_skipping(), *self._describe_materialized().splitlines()[:1]]
         for target, loaders in self.loaders.items():
             for loader in loaders:
                 said.append(f"{target} in {loader.program}: {loader.text}")
         return said
+
+    def _describe_texts(self) -> str:
+        """Describe the texts in a sentence each, by purpose."""
+        said = []
+        for purpose in ("calibration", "training", "evaluation"):
+            text = getattr(self, purpose)
+            measured = purpose != "evaluation" or self.before.quality is not None
+            if text is not None and measured:
+                default = ", the default" if purpose in self.default_texts else ""
+                said.append(
+                    f"{purpose.capitalize()} text: {text['text']}{default}, {text['samples']} "
+                    f"samples of {text['length']} tokens."
+                )
+        return " ".join(said)
 
     def _describe_materialized(self) -> str:
         """Describe the cost of materializing in a paragraph; empty if nothing was materialized."""
@@ -132,13 +180,14 @@ class Report:
         checkpoint: Checkpoint,
         model: Model,
         versions: Mapping[str, str],
+        reference: Reference,
     ) -> None:
-        """Write recipe, report, model card and manifest into a finished folder."""
+        """Write recipe, report, model card, reference and manifest into a finished folder."""
         name = target.name
         (folder / RECIPE_FILE).write_text(self.recipe, "utf-8")
         write_json(folder / REPORT_FILE, self.to_json())
         (folder / "README.md").write_text(self._render_card(target, checkpoint), "utf-8")
-        write_manifest(
+        manifest = build_manifest(
             folder,
             name,
             target_options=dict(self.target_options[name]),
@@ -166,6 +215,10 @@ class Report:
             },
             versions=dict(versions),
         )
+        # The reference holds the digests of the other files, and the manifest that of both.
+        replace(reference, record=FolderRecord.make(folder, manifest)).save(folder)
+        manifest[FILES][REFERENCE] = describe_file(folder / REFERENCE)
+        write_json(folder / MANIFEST, manifest)
 
     def _render_card(self, target: Target, checkpoint: Checkpoint) -> str:
         """Write the text of README.md, with the metadata that the hub reads."""
@@ -194,7 +247,8 @@ class Report:
         return (
             f"---\n{data.to_yaml()}\n---\n\n# {self.source}, compressed with moe2edge\n\n"
             f"{self.family}, written for the target `{name}`{options}.\n\n"
-            f"{table}\n\n{self.caption()}.\n\n{self._describe_materialized()}"
+            f"{table}\n\n{self.caption()}.\n\n{self._describe_texts()}\n\n"
+            f"{self._describe_materialized()}"
             f"## Who can load it\n\n{loaders}\n\n{limits}## Run it\n\n"
             f'```sh\nmoe2edge generate . "Once upon a time"\nmoe2edge verify .\n```\n\n'
             f"## Recipe\n\n```yaml\n{self.recipe}```\n"

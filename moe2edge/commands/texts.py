@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from moe2edge.calibration.builtin_texts import BUILTIN_TEXT, DEFAULT_TEXT, choose_default_text
 from moe2edge.calibration.sources import TextSource
-from moe2edge.calibration.tokens import BUILTIN_TEXT
 from moe2edge.pipeline.recipe import Recipe
-from moe2edge.pipeline.stages import group_stages
 from moe2edge.progress import Reporter
 from moe2edge.storage.checkpoint import Checkpoint
 
@@ -33,10 +32,71 @@ class Texts:
     evaluation: Tokens
     training: Tokens | None
 
+    @property
+    def by_purpose(self) -> dict[str, Tokens | None]:
+        """The texts by the names of what they are for."""
+        return {key: getattr(self, key) for key in ("calibration", "evaluation", "training")}
+
     def describe(self) -> dict[str, Any]:
         """Return where the texts are from, as plain data for reports."""
-        texts = {key: getattr(self, key) for key in ("calibration", "evaluation", "training")}
-        return {key: tokens.provenance if tokens else None for key, tokens in texts.items()}
+        texts = self.by_purpose.items()
+        return {purpose: tokens.provenance if tokens else None for purpose, tokens in texts}
+
+
+# ---- the default -------------------------------------------------------------------------------
+
+
+def list_default_texts(recipe: Recipe) -> tuple[str, ...]:
+    """Return the purposes for which a recipe names no text, and needs one."""
+    named = {
+        "calibration": recipe.calibration if recipe.needs_calibration else None,
+        "evaluation": recipe.evaluation,
+        "training": recipe.training,
+    }
+    return tuple(
+        purpose
+        for purpose, source in named.items()
+        if source is not None and source.text == DEFAULT_TEXT
+    )
+
+
+def choose_text(source: TextSource, model: str) -> TextSource:
+    """Return a text section that names a text: the default for a model where it named none.
+
+    Args:
+        source: the section.
+        model: the source, as the user names it.
+    """
+    if source.text != DEFAULT_TEXT:
+        return source
+    return source.model_copy(update={"text": choose_default_text(model)})
+
+
+def resolve_recipe(checkpoint: Checkpoint, recipe: Recipe, reporter: Reporter) -> Recipe:
+    """Return the recipe with every choice made that depends on the source, its texts included.
+
+    Says which texts are defaults, and warns where one decides what stays of the model.
+    """
+    defaults, model = list_default_texts(recipe), checkpoint.source
+    chosen = replace(
+        recipe.resolve(checkpoint.model),
+        calibration=choose_text(recipe.calibration, model),
+        evaluation=choose_text(recipe.evaluation, model),
+        training=choose_text(recipe.training, model) if recipe.training else None,
+    )
+    for purpose in defaults:
+        reporter.log(f"{purpose} text: {getattr(chosen, purpose).text} (the default)")
+    names = [step.name for step in chosen.passes if step.needs_tokens and not step.computes_numbers]
+    if "calibration" in defaults and names:
+        reporter.log(
+            f"warning: {' and '.join(dict.fromkeys(names))} choose{'s' * (len(names) == 1)} what "
+            "stays by the default calibration text; give text of the task that the model is for, "
+            "with --calib"
+        )
+    return chosen
+
+
+# ---- loading -----------------------------------------------------------------------------------
 
 
 def load_texts(checkpoint: Checkpoint, recipe: Recipe, reporter: Reporter) -> Texts:
@@ -61,13 +121,14 @@ def load_calibration(checkpoint: Checkpoint, recipe: Recipe, reporter: Reporter)
     from moe2edge.calibration.tokens import check_text_files
 
     source = recipe.calibration
-    if not any(stage.needs_tokens for stage in group_stages(recipe.passes)):
+    if not recipe.needs_calibration:
         if source.text != SELF:
             check_text_files(source, "calibration")
         return None
     if source.text == SELF:
         from moe2edge.calibration import self_sampling
 
+        _ = checkpoint.sha256  # it looks at every number, before the model runs
         return self_sampling.sample_tokens(checkpoint, source, reporter)
     return _load_tokens(checkpoint, source, "calibration")
 
@@ -78,13 +139,14 @@ def load_evaluation(checkpoint: Checkpoint, recipe: Recipe) -> Tokens:
     Raises:
         InputError: the text is missing or unsuitable.
     """
-    from moe2edge.evaluation import verify
+    from moe2edge.evaluation.margins import SAMPLES
+    from moe2edge.evaluation.reference import PARITY_STEPS, PREFILL
 
     source = recipe.evaluation
     if source.text == NO_TEXT:
         longest = checkpoint.model.family.geometry(checkpoint.config).max_positions
-        length = min(longest, verify.PREFILL + verify.PARITY_STEPS)
-        source = TextSource(text=BUILTIN_TEXT, samples=verify.SAMPLES, length=length)
+        length = min(longest, PREFILL + PARITY_STEPS)
+        source = TextSource(text=BUILTIN_TEXT, samples=SAMPLES, length=length)
     return _load_tokens(checkpoint, source, "evaluation")
 
 

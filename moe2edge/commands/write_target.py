@@ -20,6 +20,8 @@ from moe2edge.storage.manifest import list_files
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from moe2edge.evaluation.reference import Reference
+
 
 def write_target(
     target: Target,
@@ -28,8 +30,12 @@ def write_target(
     companions: Companions,
     measured: Comparison,
     reporter: Reporter,
-) -> ResultRow:
-    """Write one target, reopen it in its runtime, and compare it with the model in memory."""
+) -> tuple[ResultRow, Reference]:
+    """Write one target, reopen it in its runtime, and compare it with the model in memory.
+
+    Returns:
+        The row of the table, and the reference of the output, without a record of the folder.
+    """
     from moe2edge.evaluation import verify
     from moe2edge.evaluation.skip_times import measure_times
 
@@ -41,6 +47,7 @@ def write_target(
     reference.save(folder)
     reporter.log(f"checking the tensors of {name}")
     verify.audit(target, folder, stored)
+    target.check_derived(folder)
     give_back()
     size = sum(path.stat().st_size for path in list_files(folder).values())
     row = ResultRow.from_model(f"{name}, in its runtime", model, None, size)
@@ -52,7 +59,7 @@ def write_target(
             f"{target.estimate(model).memory / 1e9:.1f} GB of memory; its tensors were read back "
             "and checked block by block"
         )
-        return replace(row, form=f"{name}, not run", parity=parity)
+        return replace(row, form=f"{name}, not run", parity=parity), reference
     if parity.shipped is not None and parity.shipped > verify.SHIPPED_USUAL:
         reporter.log(
             f"warning: logits of {name}, as shipped, differ from PyTorch by {parity.shipped:.1%} "
@@ -72,7 +79,7 @@ def write_target(
         reporter.log(f"timing {name} with and without skipping")
         text = measured.ids[0].tolist()
         times = measure_times(shipped, target.without_skipping(model, folder), text)
-    return replace(row, quality=quality, parity=parity, skip_times=times)
+    return replace(row, quality=quality, parity=parity, skip_times=times), reference
 
 
 def fit_for_targets(model: Model, targets: Sequence[Target], *, materialize: bool) -> Model:

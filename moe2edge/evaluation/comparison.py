@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moe2edge.model.model import Model
 from moe2edge.progress import Reporter
@@ -13,9 +13,11 @@ from moe2edge.runtime.memory import Memory
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from moe2edge.calibration.observation import Observer
     from moe2edge.calibration.router_observers import SkipRates
+    from moe2edge.evaluation.reference import Reference
     from moe2edge.evaluation.skip_times import SkipTimes
-    from moe2edge.evaluation.verify import Parity, Reference
+    from moe2edge.evaluation.verify import Parity
     from moe2edge.numerics.metrics import Quality
 
 
@@ -68,11 +70,19 @@ class Comparison:
         """
         from moe2edge.calibration import walk
         from moe2edge.calibration.router_observers import SkipObserver
-        from moe2edge.evaluation import verify
+        from moe2edge.evaluation import far_end
+        from moe2edge.evaluation.margins import MarginObserver, choose_reference_rows
+        from moe2edge.evaluation.reference import PARITY_STEPS, PREFILL, record
 
-        length = min(ids.shape[1], verify.PREFILL + verify.PARITY_STEPS)
-        skipped, margins = SkipObserver(), verify.MarginObserver(length)
-        observers = (skipped, margins)
+        length = min(ids.shape[1], PREFILL + PARITY_STEPS)
+        skipped, margins = SkipObserver(), MarginObserver(length)
+        observers: list[Observer[Any]] = [skipped, margins]
+        far = None
+        positions = far_end.choose_positions(model, length)
+        if positions is not None:
+            texts = ids[: far_end.CANDIDATES].repeat(1, -(-len(positions) // ids.shape[1]))
+            far = far_end.FarEndObserver(model, texts[:, : len(positions)], positions)
+            observers.append(far)
         before = None
         if figures and model is not source:
             label = "evaluation: source"
@@ -81,12 +91,13 @@ class Comparison:
         if figures and before is None:
             before = after
         reporter.log("recording the reference for verify")
-        rows = verify.choose_reference_rows(margins.result(), len(ids))
-        reference = verify.record(
+        rows = choose_reference_rows(margins.result(), len(ids))
+        reference = record(
             model,
             ids[rows, :length],
             None if before is None else list(walk.compute_logits(source, before[rows, :length])),
             after[rows, :length],
+            None if far is None else far.result(),
         )
         skip_rates = skipped.result()
         return cls(source, model, ids, before, after, reference, skip_rates, memory)
@@ -159,6 +170,17 @@ class ResultRow:
         size = model.nbytes if nbytes is None else nbytes
         counts = model.parameters, model.active_parameters
         return cls(form, size, *counts, quality, parity, skip_times)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ResultRow:
+        """Make the row that `dataclasses.asdict` gave."""
+        from moe2edge.evaluation.skip_times import SkipTimes
+        from moe2edge.evaluation.verify import Parity
+        from moe2edge.numerics.metrics import Quality
+
+        kinds = {"quality": Quality, "parity": Parity, "skip_times": SkipTimes}
+        parts = {key: kind(**data[key]) if data[key] else None for key, kind in kinds.items()}
+        return cls(**{**data, **parts})
 
     def cells(self) -> tuple[str, ...]:
         """Return the text of each column, in the order of `RESULT_HEADINGS`."""

@@ -15,7 +15,7 @@ from moe2edge.model.model import Model
 from moe2edge.numerics import metrics
 from moe2edge.pipeline import registry
 from moe2edge.progress import Advance
-from moe2edge.storage.manifest import open_artifact
+from moe2edge.storage.manifest import check_sizes, open_artifact
 from moe2edge.storage.text_files import read_json
 from moe2edge.storage.tokenizer import load_tokenizer
 
@@ -37,8 +37,10 @@ def evaluate_output(
     Raises:
         InputError: the folder is no output, the text is too short or cannot be read, or the
             reference has another vocabulary.
+        VerificationFailed: a file has another size than the manifest says.
     """
     artifact = open_artifact(folder)
+    check_sizes(artifact)
     config = read_json(folder / "config.json")
     geometry = find_family(config).geometry(config)
     limits = (geometry.max_positions, geometry.vocab)

@@ -1,47 +1,45 @@
-"""Verify that an output holds what was exported: every tensor, and logits in its runtime.
+"""Verify that an output holds what was exported: every file, every tensor, logits in its runtime.
 
-Hashes of files only prove that nothing changed since the manifest was written. `verify` reads
-every tensor back, runs the folder in its runtime, and compares both with a reference that was
-recorded at export from the model in memory: logits of a PyTorch run on the same packed numbers,
-and a digest of the numbers of each tensor. Given the source model, it also repeats the comparison
-of the output with the source.
+Hashes of files only prove that nothing changed since the manifest was written. `verify_output`
+compares the manifest with the reference that was recorded at export from the model in memory,
+reads every tensor back, compares files with those that they derive from, and runs the folder in
+its runtime. Given the source model, it also repeats the comparison of the output with the source.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
 from moe2edge.calibration import walk
-from moe2edge.errors import InputError, VerificationFailed
-from moe2edge.model.layers import MoELayer
+from moe2edge.errors import InputError, Moe2EdgeError, VerificationFailed
+from moe2edge.evaluation.far_end import PlacedRuntime, observe_far_end
+from moe2edge.evaluation.folder_record import REFERENCE
+from moe2edge.evaluation.reference import Reference
+from moe2edge.evaluation.tensor_digests import are_equal, compute_digest, load_numbers
 from moe2edge.model.model import Model
-from moe2edge.model.weights import Weight
 from moe2edge.numerics import metrics
 from moe2edge.numerics.grid import Quantized
+from moe2edge.pipeline import registry
 from moe2edge.pipeline.target import Target
 from moe2edge.runtime.memory import fits, give_back
 from moe2edge.runtime.protocol import Runtime
+from moe2edge.runtime.torch_runtime import TorchRuntime
+from moe2edge.storage.manifest import (
+    MANIFEST,
+    Artifact,
+    check_manifest_files,
+    list_harmless_changes,
+    open_artifact,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moe2edge.calibration.observation import BlockTrace
-
-# Not named *.safetensors, because loaders of checkpoints read every such file of a folder.
-REFERENCE = "moe2edge.reference"
-# Recorded samples; tokens of the prefill, and tokens that are decoded after it.
-SAMPLES = 2
-PREFILL = 32
-PARITY_STEPS = 32
 # Largest absolute error of logits with float32 activations, for logits of up to 10; see
 # `measure_exact`.
 EXACT_TOLERANCE = 1e-4
@@ -64,181 +62,14 @@ class Parity:
             None if the machine has too little memory to run the output.
         top1: fraction of positions with the same most likely token, as shipped; None as above.
         positions: number of compared positions: the end of the prefill, then every cached step.
+        far: as ``exact``, at the far end of the context; None if it was not run there.
     """
 
     exact: float
     shipped: float | None = None
     top1: float | None = None
     positions: int = 0
-
-
-@dataclass(frozen=True)
-class Reference:
-    """Tokens, logits and digests that an output is compared with.
-
-    Attributes:
-        ids: the recorded tokens, int64 [samples, length].
-        prefill: number of tokens of the prefill; the others follow one by one.
-        logits: float32 [samples, length - prefill + 1, vocabulary], after the prefill and after
-            each later token.
-        digests: SHA-256 of the numbers of each tensor, by its name on disk.
-        source_kl: KL to the source on ``ids``, in nats per token; None if it was not measured.
-    """
-
-    ids: Tensor
-    prefill: int
-    logits: Tensor
-    digests: dict[str, str]
-    source_kl: float | None
-
-    def save(self, folder: Path) -> None:
-        """Write the reference into an output folder.
-
-        The file has no time stamps, so equal references are equal files.
-        """
-        notes = {"prefill": self.prefill, "digests": self.digests, "source_kl": self.source_kl}
-        metadata = {"reference": json.dumps(notes, sort_keys=True)}
-        data = save({"ids": self.ids.contiguous(), "logits": self.logits.contiguous()}, metadata)
-        (folder / REFERENCE).write_bytes(data)
-
-    def for_stored(self, model: Model, stored: Model) -> Reference:
-        """Return the reference of an output that stores ``model`` as the tensors of ``stored``.
-
-        Only tensors that ``model`` does not have are read. Where quantized numbers are written
-        dequantized, in a dtype that rounds them, the logits become those of the rounded numbers.
-
-        Args:
-            model: the model that this reference was recorded from.
-            stored: the same model, with the tensors that the target writes.
-        """
-        known = {id(weight): self.digests[name] for name, _, weight in model.tensors()}
-        digests = {
-            name: known.get(id(weight)) or compute_digest(load_numbers(weight))
-            for name, _, weight in stored.tensors()
-        }
-        logits = self.logits
-        if model.scheme is not None and stored.scheme is None:
-            hidden = walk.observe(stored, self.ids, (), lambda *_: None, "reference")
-            logits = torch.stack(list(walk.compute_logits(stored, hidden)))
-            logits = logits[:, self.prefill - 1 :].clone()
-        return replace(self, digests=digests, logits=logits)
-
-    @classmethod
-    def read(cls, folder: Path) -> Reference:
-        """Read the reference of an output folder, as `save` wrote it.
-
-        Raises:
-            VerificationFailed: the file is missing or damaged.
-        """
-        path = folder / REFERENCE
-        if not path.exists():
-            raise VerificationFailed(
-                f"{folder} has no {REFERENCE}; it cannot be verified: export it again"
-            )
-        try:
-            with safe_open(path, framework="pt") as file:
-                notes = json.loads(file.metadata()["reference"])
-                ids, logits = file.get_tensor("ids"), file.get_tensor("logits")
-            return cls(ids, notes["prefill"], logits, notes["digests"], notes["source_kl"])
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise VerificationFailed(
-                f"{path.name} cannot be read: {error}; export {folder} again"
-            ) from error
-
-
-class MarginObserver:
-    """Finds the smallest routing margin of each sample, over its first tokens.
-
-    A margin is the gap between the logits of the last expert that is chosen and the first that is
-    not; with dynamic skipping, also the distance of a ratio of gate weights to its threshold. Two
-    runtimes that differ only by rounding may choose different experts at a near tie, which says
-    nothing about either. So samples without a near tie make the better reference.
-    """
-
-    def __init__(self, length: int) -> None:
-        """Look at the first ``length`` tokens of each sample."""
-        self._length = length
-        self._least: dict[int, list[Tensor]] = {}
-
-    def observe(self, trace: BlockTrace) -> None:
-        """Add one batch of one block."""
-        layer, routing = trace.block.mlp, trace.routing
-        if not isinstance(layer, MoELayer) or routing is None:
-            return
-        top_k, below = layer.router.top_k, layer.router.skip_below
-        first = routing.logits.view(*trace.inputs.shape[:2], -1)[:, : self._length]
-        best = first.topk(min(top_k + 1, layer.router_rows)).values
-        margins = best[..., top_k - 1 : top_k] - best[..., top_k:]  # empty where all are chosen
-        if below:
-            ratios = (best[..., 1:top_k] - best[..., :1]).exp()
-            margins = torch.cat([margins, (ratios - torch.tensor(below)).abs()], dim=-1)
-        if margins.shape[-1]:
-            least = margins.flatten(1).min(1).values
-            self._least.setdefault(trace.block.index, []).append(least)
-
-    def result(self) -> Tensor | None:
-        """Return the smallest margin of each sample, float32 [samples].
-
-        Returns None if no router has a choice, because every expert runs on every token.
-        """
-        blocks = [torch.cat(parts) for parts in self._least.values()]
-        return torch.stack(blocks).min(0).values if blocks else None
-
-
-def choose_reference_rows(margins: Tensor | None, samples: int) -> list[int]:
-    """Choose the samples of the reference: those with the largest margins, in order."""
-    count = min(SAMPLES, samples)
-    if margins is None:
-        return list(range(count))
-    return sorted(margins.argsort(descending=True, stable=True)[:count].tolist())
-
-
-def record(
-    model: Model, ids: Tensor, source_logits: Sequence[Tensor] | None, hidden: Tensor
-) -> Reference:
-    """Record the reference of a model in memory.
-
-    Args:
-        model: the model as it will be written.
-        ids: the tokens, int64 [samples, length]; see `choose_reference_rows`.
-        source_logits: logits of the source [length, vocabulary] on each row of ``ids``; None does
-            not compare with the source.
-        hidden: hidden states of ``model`` after its last block on ``ids``, float32
-            [samples, length, hidden].
-    """
-    logits = torch.stack(list(walk.compute_logits(model, hidden)))
-    prefill = min(PREFILL, ids.shape[1] - 1)
-    digests = {name: compute_digest(load_numbers(weight)) for name, _, weight in model.tensors()}
-    kl = None
-    if source_logits is not None:
-        kl = metrics.measure(ids, logits, source_logits).kl or 0.0
-    return Reference(ids, prefill, logits[:, prefill - 1 :].clone(), digests, kl)
-
-
-def load_numbers(weight: Weight) -> Tensor | Quantized:
-    """Load the numbers of a weight: integers and scales if it is quantized."""
-    return weight.quantized() if weight.scheme else weight.load()
-
-
-def compute_digest(value: Tensor | Quantized) -> str:
-    """Compute the SHA-256 of dtype, shape and numbers; of integers and scales if quantized."""
-    digest = hashlib.sha256()
-    if isinstance(value, Quantized):
-        digest.update(f"{value.scheme.name} {value.scheme.group_size}\n".encode())
-    for part in _list_parts(value):
-        digest.update(f"{part.dtype} {list(part.shape)}\n".encode())
-        digest.update(part.contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _list_parts(value: Tensor | Quantized) -> Iterator[Tensor]:
-    """Yield the tensors that make up a value."""
-    if not isinstance(value, Quantized):
-        yield value
-        return
-    yield from (value.q, value.scales)
-    if value.zeros is not None:
-        yield value.zeros
+    far: float | None = None
 
 
 def audit(target: Target, folder: Path, model: Model) -> int:
@@ -269,20 +100,11 @@ def audit(target: Target, folder: Path, model: Model) -> int:
             forms = ("unquantized", "quantized")
             found, planned = forms if weight.scheme else forms[::-1]
             raise VerificationFailed(f"{name} was written {found}, expected {planned}")
-        if not _are_equal(value, load_numbers(weight)):
+        if not are_equal(value, load_numbers(weight)):
             raise VerificationFailed(f"{name} was written with other values than the model has")
     if missing := set(expected) - seen:
         raise VerificationFailed(f"{len(missing)} tensors were not written: {min(missing)}")
     return len(seen)
-
-
-def _are_equal(a: Tensor | Quantized, b: Tensor | Quantized) -> bool:
-    if isinstance(a, Quantized) and isinstance(b, Quantized):
-        same = (torch.equal(*pair) for pair in zip(_list_parts(a), _list_parts(b), strict=True))
-        return a.scheme == b.scheme and all(same)
-    if isinstance(a, Quantized) or isinstance(b, Quantized):
-        return False
-    return a.dtype == b.dtype and torch.equal(a, b)
 
 
 def check_tensors(reference: Reference, tensors: Iterable[tuple[str, Tensor | Quantized]]) -> int:
@@ -313,8 +135,8 @@ def check_tensors(reference: Reference, tensors: Iterable[tuple[str, Tensor | Qu
 
 def measure_exact(
     reference: Reference, target: Target, folder: Path, within: int | None = None
-) -> float:
-    """Measure the largest difference of logits with float32 activations.
+) -> Parity:
+    """Measure the largest differences of logits with float32 activations.
 
     The output runs in its runtime. If that would take more than 1 / `RUNS_EXACT` of the memory and
     the output can be read as a model, it runs block by block in PyTorch instead.
@@ -327,35 +149,56 @@ def measure_exact(
             `moe2edge.runtime.memory.find_limit`.
 
     Returns:
-        The largest absolute difference.
+        The agreement so far: nothing was run as shipped.
 
     Raises:
-        VerificationFailed: the difference is larger than `EXACT_TOLERANCE`, which is scaled up
+        VerificationFailed: a difference is larger than `EXACT_TOLERANCE`, which is scaled up
             for logits larger than 10.
     """
-    model = target.streamed(folder)
+    model, far, there = target.streamed(folder), reference.far, None
     if model is None or fits(RUNS_EXACT * 4 * model.parameters, within):
-        logits = run_recorded_tokens(reference, target.reopen(folder, exact=True))
+        runtime = target.reopen(folder, exact=True)
+        logits = run_recorded_tokens(reference, runtime)
+        if far is not None and isinstance(runtime, PlacedRuntime):
+            there = runtime.logits_at(far.ids, far.positions)
     else:
-        hidden = walk.observe(model, reference.ids, (), lambda *_: None, "verify")
-        logits = torch.stack(list(walk.compute_logits(model, hidden)))[:, reference.prefill - 1 :]
+        logits, there = observe_far_end(model, reference.ids, far, "verify")
+        logits = logits[:, reference.prefill - 1 :]
+    if logits.shape != reference.logits.shape:
+        raise VerificationFailed(
+            f"logits of the output have shape {list(logits.shape)}, the reference has "
+            f"{list(reference.logits.shape)}; export it again"
+        )
     difference = float((logits - reference.logits).abs().max())
-    tolerance = EXACT_TOLERANCE * max(1.0, float(reference.logits.abs().max()) / 10)
+    _check_difference(difference, reference.logits, "")
+    if far is None or there is None:
+        return Parity(difference)
+    distance = far.measure(there)
+    _check_difference(distance, far.logits, f" at position {int(far.positions[-1])}")
+    return Parity(difference, far=distance)
+
+
+def _check_difference(difference: float, expected: Tensor, place: str) -> None:
+    """Hold a difference of logits against `EXACT_TOLERANCE`.
+
+    Raises:
+        VerificationFailed: it is larger, or no number.
+    """
+    tolerance = EXACT_TOLERANCE * max(1.0, float(expected.abs().max()) / 10)
     if not difference <= tolerance:
         raise VerificationFailed(
-            f"logits of the output differ from the reference by {difference:.2e}; expected at most "
-            f"{tolerance:.1e} with float32 activations"
+            f"logits of the output differ from the reference by {difference:.2e}{place}; expected "
+            f"at most {tolerance:.1e} with float32 activations"
         )
-    return difference
 
 
-def measure_shipped(reference: Reference, runtime: Runtime, difference: float) -> Parity:
+def measure_shipped(reference: Reference, runtime: Runtime, parity: Parity) -> Parity:
     """Run the recorded tokens as shipped, and measure the error of logits.
 
     Args:
         reference: the record to compare with.
         runtime: the folder, opened as it is used.
-        difference: the result of `measure_exact`, for `Parity.exact`.
+        parity: the result of `measure_exact`.
 
     Raises:
         VerificationFailed: the median relative error is larger than `SHIPPED_TOLERANCE`.
@@ -365,13 +208,30 @@ def measure_shipped(reference: Reference, runtime: Runtime, difference: float) -
     # position by far more than rounding does.
     errors = (logits - reference.logits).norm(dim=-1) / reference.logits.norm(dim=-1)
     relative = float(errors.median())
+    if not logits.isfinite().all():
+        raise VerificationFailed(explain_overflow(runtime, reference.ids))
     if not relative <= SHIPPED_TOLERANCE:
         raise VerificationFailed(
             f"logits as shipped differ from the reference by {relative:.1%} (median); expected at "
             f"most {SHIPPED_TOLERANCE:.0%}"
         )
     top1 = float((logits.argmax(-1) == reference.logits.argmax(-1)).double().mean())
-    return Parity(difference, relative, top1, logits.shape[0] * logits.shape[1])
+    count = logits.shape[0] * logits.shape[1]
+    return replace(parity, shipped=relative, top1=top1, positions=count)
+
+
+def explain_overflow(runtime: Runtime, ids: Tensor) -> str:
+    """Say where logits became infinite or NaN, although those of the reference are finite."""
+    dtype, place = "", "the logits"
+    if isinstance(runtime, TorchRuntime):
+        dtype, place = runtime.dtype, runtime.find_overflow(ids) or place
+    if dtype != "float16":
+        return f"{place} as shipped are not finite, although the reference is; please report it"
+    return (
+        f"{place} overflow in float16, whose largest number is {torch.finfo(torch.float16).max:.0f}"
+        "; convert the source to bfloat16 (dtype=torch.bfloat16 in from_pretrained, then "
+        "save_pretrained), and export that"
+    )
 
 
 def check_parity(
@@ -389,20 +249,62 @@ def check_parity(
         VerificationFailed: logits differ by more than the tolerances.
     """
     model = target.streamed(folder)
-    difference = measure_exact(reference, target, folder, within)
+    parity = measure_exact(reference, target, folder, within)
     if model is not None and not fits(target.estimate(model).memory, within):
-        return Parity(difference), None
+        return parity, None
     give_back()
     runtime = target.reopen(folder)
-    return measure_shipped(reference, runtime, difference), runtime
+    return measure_shipped(reference, runtime, parity), runtime
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Result of `verify_output`.
+
+    Attributes:
+        artifact: the folder.
+        reference: what was recorded at export.
+        tensors: number of tensors, all of which are equal to what was exported.
+        parity: agreement of the runtime with the reference.
+        runtime: the opened runtime; None if it was not run.
+        notes: changes of the folder that do not change the model.
+        unchecked: what could not be looked at, with the reason.
+    """
+
+    artifact: Artifact
+    reference: Reference
+    tensors: int
+    parity: Parity
+    runtime: Runtime | None
+    notes: tuple[str, ...]
+    unchecked: tuple[str, ...]
+
+
+def verify_output(folder: Path) -> Verification:
+    """Run all checks that need only the folder.
+
+    An output that needs more memory than the machine has is read block by block, and not run.
+
+    Raises:
+        InputError: it is not an output folder.
+        VerificationFailed: the folder cannot be read, or does not hold what was exported.
+    """
+    artifact = open_output(folder)
+    if differences := check_manifest_files(artifact):
+        raise VerificationFailed(f"{folder}: {'; '.join(differences)}")
+    reference = Reference.read(folder)
+    check_record(artifact, reference)
+    target = registry.make_target(artifact.target, artifact.options)
+    count, parity, runtime = check_folder(target, folder, reference)
+    notes = tuple(list_harmless_changes(artifact))
+    unchecked = tuple(_list_unchecked(target, reference, parity))
+    return Verification(artifact, reference, count, parity, runtime, notes, unchecked)
 
 
 def check_folder(
     target: Target, folder: Path, reference: Reference
 ) -> tuple[int, Parity, Runtime | None]:
-    """Run all checks that need only the folder.
-
-    An output that needs more memory than the machine has is read block by block, and not run.
+    """Compare tensors, derived files, tokenizer and logits of a folder with a reference.
 
     Returns:
         The number of tensors, the agreement, and the opened runtime; None for a runtime that was
@@ -412,11 +314,79 @@ def check_folder(
         VerificationFailed: the folder cannot be read, or does not hold what was exported.
     """
     try:
-        return check_tensors(reference, target.tensors(folder)), *check_parity(
-            reference, target, folder
-        )
+        count = check_tensors(reference, target.tensors(folder))
+        target.check_derived(folder)
+        if reference.record is not None:
+            reference.record.check_tokenizer(folder)
+        return count, *check_parity(reference, target, folder)
     except InputError as error:
         raise VerificationFailed(f"{folder} cannot be read: {error}") from error
+
+
+def open_output(folder: Path) -> Artifact:
+    """Open a folder as `open_artifact` does, where damage is the folder's fault.
+
+    Raises:
+        InputError: it is not an output folder.
+        VerificationFailed: it is one, but its manifest is damaged.
+    """
+    try:
+        return open_artifact(folder)
+    except InputError as error:
+        if (folder / REFERENCE).is_file() and (folder / MANIFEST).is_file():
+            raise VerificationFailed(str(error)) from error
+        raise
+
+
+def check_record(artifact: Artifact, reference: Reference) -> None:
+    """Compare the manifest with what was recorded of the folder at export, if that was done.
+
+    Raises:
+        VerificationFailed: names the files and sections that differ, and where it can be told,
+            the tensor or table.
+    """
+    if reference.record is None:
+        return
+    found = reference.record.list_differences(artifact)
+    if not found:
+        return
+    remedy = "; export or download it again"
+    # With a changed config the tensors cannot be told apart.
+    if not any(name.endswith(".json") for name in found):
+        remedy = _describe_damage(artifact, reference) or remedy
+    raise VerificationFailed(f"{artifact.folder}: {'; '.join(found.values())}{remedy}")
+
+
+def _describe_damage(artifact: Artifact, reference: Reference) -> str:
+    """Describe the first tensor or table that differs; empty if none does."""
+    folder = artifact.folder
+    try:
+        target = registry.make_target(artifact.target, artifact.options)
+        check_tensors(reference, target.tensors(folder))
+        target.check_derived(folder)
+    except Moe2EdgeError as error:
+        return f": {error}"
+    # Changed bytes may make any library that reads them fail in any way; the verdict stands.
+    except Exception:
+        return ""
+    return ""
+
+
+def _list_unchecked(target: Target, reference: Reference, parity: Parity) -> Iterator[str]:
+    """Yield what could not be looked at, with the reason."""
+    record = reference.record
+    if record is None:
+        yield (
+            "configs, tokenizer, graph and sections of the manifest were compared with the "
+            "manifest and with each other only: the version that wrote this output recorded nothing"
+        )
+        yield "the far end of the context was not run: nothing was recorded there"
+    elif record.tokens is None:
+        yield "the tokenizer was not run: at export it could not encode the text for that"
+    if reference.far is not None and parity.far is None:
+        yield f"the far end of the context was not run: target {target.name} cannot do that"
+    if parity.shipped is None:
+        yield "the output was not run as shipped: this machine has too little memory"
 
 
 def run_recorded_tokens(reference: Reference, runtime: Runtime) -> Tensor:

@@ -9,7 +9,7 @@ from moe2edge.model.config_types import parse_whole_number
 from moe2edge.model.experts import Dense, Expert
 from moe2edge.model.family import Config, Family, Geometry
 from moe2edge.model.layers import MoELayer, Router, Shared
-from moe2edge.model.model import Block, Model
+from moe2edge.model.model import EMBEDDING, FINAL_NORM, HEAD, Block, Model
 from moe2edge.model.weights import Weight
 
 
@@ -41,11 +41,11 @@ def build_model(
     blocks = tuple(_build_block(family, config, geometry, index, take) for index in range(count))
     table = (geometry.vocab, geometry.hidden)
     rest = {
-        "model.embed_tokens.weight": take("model.embed_tokens.weight", table),
-        "model.norm.weight": take("model.norm.weight", (geometry.hidden,)),
+        EMBEDDING: take(EMBEDDING, table),
+        FINAL_NORM: take(FINAL_NORM, (geometry.hidden,)),
     }
     if not geometry.tied:
-        rest["lm_head.weight"] = take("lm_head.weight", table)
+        rest[HEAD] = take(HEAD, table)
     return Model(family, config, blocks, rest)
 
 

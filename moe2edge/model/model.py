@@ -20,6 +20,8 @@ from moe2edge.numerics.scheme import Scheme
 if TYPE_CHECKING:
     from moe2edge.model.family import Family
 
+# Tensors outside of blocks by their names on disk, which are those of all families.
+EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 SECOND_NORM = "post_attention_layernorm.weight"
 
 

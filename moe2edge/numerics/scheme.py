@@ -118,7 +118,9 @@ def find_largest_group_size(in_features: Iterable[int]) -> Literal[32, 64, 128]:
     for size in GROUP_SIZES:
         if all(width % size == 0 for width in widths):
             return size
+    small = "group_size: 16 for onnx, " if all(width % 16 == 0 for width in widths) else ""
     raise Unsupported(
         f"no group size of 128, 64, 32 divides every in_features of the selected weights "
-        f"({', '.join(map(str, widths))}); give group_size: -1 for one scale per row"
+        f"({', '.join(map(str, widths))}); set {small}group_size: -1, one scale per row, for gptq, "
+        "or a rule that leaves the others in 16 bits, such as {match: experts, bits: 16}"
     )

@@ -41,8 +41,13 @@ class Recipe:
     passes: tuple[Pass, ...]
     training: TextSource | None = None
 
+    @property
+    def needs_calibration(self) -> bool:
+        """True if a pass reads the calibration text."""
+        return any(step.needs_tokens for step in self.passes)
+
     def resolve(self, model: Model) -> Recipe:
-        """Return the recipe with every choice made that depends on the source ``model``."""
+        """Return the recipe with every choice of its passes that depends on ``model`` made."""
         return replace(self, passes=tuple(step.resolve(model) for step in self.passes))
 
     def render(self) -> str:

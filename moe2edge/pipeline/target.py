@@ -105,6 +105,15 @@ class Target:
         """
         raise NotImplementedError
 
+    def check_derived(self, folder: Path) -> None:
+        """Compare tables and configs of a folder with the files that they derive from.
+
+        `tensors` does not yield them, and a short text in the runtime does not need all of them.
+
+        Raises:
+            VerificationFailed: names the file, and the key or the table.
+        """
+
     def streamed(self, folder: Path) -> Model | None:
         """Return the folder as a model, block by block; None if only its runtime reads it."""
         return None

@@ -119,12 +119,14 @@ def _build_skeleton(model: Model, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
     from moe2edge.runtime import decoder_blocks
+    from moe2edge.runtime.expert_kernels import set_expert_implementation
 
     config = build_transformers_config(model)
     with torch.device("meta"):
         loaded = AutoModelForCausalLM.from_config(config, dtype=dtype)
         decoder_blocks.fit_layers(loaded.model.layers, model)
     loaded.to(dtype)
+    set_expert_implementation(loaded)
     if not model.is_uniform:
         loaded.config.per_layer_config = hf_config.encode_sizes(model)
     if not all(model_.is_stock_form(model, block) for block in model.blocks):

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
 # Memory of Python with torch and transformers before any work, measured.
 IMPORTED = 600 << 20
+# Addresses of the same, which ``ulimit -v`` counts: libraries are mapped, and every thread has a
+# stack and a heap of its own.
+IMPORTED_ADDRESSES = 1100 << 20
+THREAD_ADDRESSES = 80 << 20
 # Bytes of the matrices that are solved at the same time.
 SOLVED_TOGETHER_BYTES = 256 << 20
 
@@ -32,21 +36,68 @@ M_MMAP_THRESHOLD = -3
 def find_limit(most: int | None = None) -> int:
     """Return the bytes that this process may take.
 
-    This is the smallest of the memory of the machine, the limit of its container (cgroup v2), the
-    limits of the process (``ulimit -d``, ``-v``) and ``most``.
+    This is the smallest of the memory of the machine, the limits of its container or of a systemd
+    scope (cgroups), the limits of the process (``ulimit -d``, ``-v``) and ``most``.
     """
-    limits = [psutil.virtual_memory().total, *_list_process_limits()]
-    with contextlib.suppress(OSError, ValueError):  # the file says "max" if there is no limit
-        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    limits = [psutil.virtual_memory().total, *_list_process_limits(), *list_cgroup_limits()]
     return min(limits if most is None else [*limits, most])
 
 
+def list_cgroup_limits(root: Path = Path("/")) -> list[int]:
+    """List the limits of memory of the control groups of this process, in bytes.
+
+    Version 2 has one hierarchy, version 1 one for memory. A limit of a group holds for those
+    inside it. In a container its own group is at the top of what it sees.
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        lines = []
+    limits = []
+    mounts = {"": ("sys/fs/cgroup", "memory.max")}
+    mounts["memory"] = ("sys/fs/cgroup/memory", "memory.limit_in_bytes")
+    for controllers, (mount, name) in mounts.items():
+        groups = [line.split(":", 2) for line in lines if line.count(":") >= 2]
+        place = next((g[2] for g in groups if controllers in g[1].split(",")), "/")
+        folder = Path(place.lstrip("/"))
+        for group in (folder, *folder.parents):
+            with contextlib.suppress(OSError, ValueError):  # "max" if there is no limit
+                limits.append(int((root / mount / group / name).read_text()))
+    return limits
+
+
 def _list_process_limits() -> list[int]:
-    """List the soft limits of this process on addresses, in bytes (``ulimit -d``, ``-v``)."""
+    """List the soft limits of this process (``ulimit -d``, ``-v``), in bytes of memory.
+
+    What imported libraries take of addresses beyond their memory is subtracted.
+    """
     import resource
 
-    softs = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_DATA, resource.RLIMIT_AS))
-    return [soft for soft in softs if soft != resource.RLIM_INFINITY]
+    found = []
+    for kind, beyond in ((resource.RLIMIT_DATA, 0), (resource.RLIMIT_AS, _count_extra_addresses())):
+        soft = resource.getrlimit(kind)[0]
+        if soft != resource.RLIM_INFINITY:
+            found.append(max(0, soft - beyond))
+    return found
+
+
+def _count_extra_addresses() -> int:
+    """Return the bytes of addresses that imported libraries and threads take beyond their memory.
+
+    By default torch runs one thread per core; OMP_NUM_THREADS sets another number.
+    """
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    threads = int(wanted) if wanted.isdigit() else os.cpu_count() or 1
+    return IMPORTED_ADDRESSES - IMPORTED + threads * THREAD_ADDRESSES
+
+
+def check_imports_fit() -> None:
+    """Refuse a limit in which not even the libraries can be loaded; call it before they are.
+
+    Raises:
+        DoesNotFit: the limit is too small.
+    """
+    check_memory(0, "loading Python with torch", "raise the limit, such as that of ulimit -v")
 
 
 def fits(needed: int, within: int | None) -> bool:

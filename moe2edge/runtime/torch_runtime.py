@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe2edge.errors import InputError, Moe2EdgeError, VerificationFailed
 from moe2edge.model.hf_config import is_pad_token
-from moe2edge.runtime.protocol import check_ids
+from moe2edge.runtime.protocol import check_vocabulary
 from moe2edge.storage.text_files import read_json
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from moe2edge.runtime.protocol import Runtime
@@ -48,6 +49,11 @@ class TorchRuntime:
         """Return logits float32 [batch, length, vocabulary] of token ids int64 [batch, length]."""
         return self._run(ids, use_cache=False)
 
+    def logits_at(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """Return logits float32 [n, vocabulary] of ids int64 [n] at ascending positions [n]."""
+        placed = place_tokens(positions.to(self.model.device), self.model.dtype)
+        return self._run(ids[None], use_cache=False, **placed)[0]
+
     def start(self, ids: Sequence[int]) -> Tensor:
         """Begin a sequence (prefill).
 
@@ -83,15 +89,53 @@ class TorchRuntime:
             raise Moe2EdgeError("step() came before start(); begin a sequence first")
         return self._run(torch.tensor([[token]]), past_key_values=self._cache)[0, -1]
 
+    def find_overflow(self, ids: Tensor) -> str | None:
+        """Run ``ids`` int64 [batch, length]; name the first block whose output is not finite."""
+        found: list[int] = []
+
+        def look(index: int) -> Callable[..., None]:
+            def hook(_: Any, __: Any, out: Any) -> None:
+                hidden = out[0] if isinstance(out, tuple) else out
+                if not hidden.isfinite().all():
+                    found.append(index)
+
+            return hook
+
+        hooks = [
+            layer.register_forward_hook(look(n)) for n, layer in enumerate(self.model.model.layers)
+        ]
+        try:
+            self._run(ids, use_cache=False)
+        finally:
+            for handle in hooks:
+                handle.remove()
+        return f"the hidden states of block {found[0]}" if found else None
+
     def _run(self, ids: Tensor, **options: Any) -> Tensor:
         import torch
 
         table = self.model.get_input_embeddings().weight
-        check_ids(int(ids.min()), int(ids.max()), len(table))
+        check_vocabulary(int(ids.min()), int(ids.max()), len(table))
         with torch.inference_mode():
             output = self.model(ids.to(self.model.device), **options)
         logits: Tensor = output.logits
         return logits.float().cpu()
+
+
+def place_tokens(positions: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the arguments of a transformers model that place tokens at ``positions`` [n].
+
+    Each token sees all before it. The mask is given, because transformers takes a gap between
+    positions for the beginning of another text.
+    """
+    import torch
+
+    count = len(positions)
+    hidden = torch.full((count, count), torch.finfo(dtype).min, dtype=dtype).triu(1)
+    return {
+        "position_ids": positions[None],
+        "attention_mask": hidden[None, None].to(positions.device),
+    }
 
 
 def run_all_experts(runtime: Runtime) -> Runtime:
@@ -120,6 +164,8 @@ def open_source(folder: Path, *, dtype: str = "bfloat16", strict: bool = False) 
     import torch
     from transformers import AutoModelForCausalLM
 
+    from moe2edge.runtime.expert_kernels import set_expert_implementation
+
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     pad, vocabulary = config.get("pad_token_id"), config.get("vocab_size")
     changes = {}
@@ -147,4 +193,5 @@ def open_source(folder: Path, *, dtype: str = "bfloat16", strict: bool = False) 
             f"transformers loads {folder} with {wrong}; its tensors are not those of its "
             "config.json: export it again"
         )
+    set_expert_implementation(model)
     return TorchRuntime(model)

@@ -13,21 +13,23 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from moe2edge.errors import InputError, Unsupported
 from moe2edge.model.build import build_model
 from moe2edge.model.family import find_family
-from moe2edge.model.model import Model
+from moe2edge.model.model import EMBEDDING, HEAD, Model
 from moe2edge.model.weights import Weight
 from moe2edge.storage.hub import download, get_hub_id
-from moe2edge.storage.safetensors_files import make_weight, open_file
+from moe2edge.storage.safetensors_files import make_weight
+from moe2edge.storage.tensor_bytes import find_broken_rows, hash_tensors, have_same_numbers
 from moe2edge.storage.text_files import hash_file, read_json
+from moe2edge.storage.weight_files import CONVERT, INDEX, SINGLE, WeightFiles, find_weight_files
 
 BUILTIN = "builtin:tiny-moe"
 BUILTIN_FOLDER = Path(__file__).parents[1] / "builtin" / "tiny-moe"
-# Names of weights that are pickles, which are refused.
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+# Key of a config that says whether the embedding is the head.
+TIE_FLAG = "tie_word_embeddings"
 
 
 @dataclass(frozen=True)
@@ -48,55 +50,27 @@ class Checkpoint:
     config: Mapping[str, Any]
     lacking: tuple[str, ...] = ()
 
-    @cached_property
+    @property
     def files(self) -> Mapping[str, Path]:
-        """File of each tensor.
+        """File of each tensor."""
+        return self.weights.files
+
+    @cached_property
+    def weights(self) -> WeightFiles:
+        """The files of the weights, by the rules of transformers.
 
         Raises:
             InputError: a shard is missing or damaged, or the weights are pickles only.
+            Unsupported: ``config.json`` names files that are not read.
         """
-        index = self.folder / "model.safetensors.index.json"
-        single = self.folder / "model.safetensors"
-        if index.exists():
-            weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise InputError(f"{index.name} has no weight_map")
-            shards = sorted(set(map(str, weight_map.values())))
-        elif single.exists():
-            weight_map, shards = None, [single.name]
+        if self.revision is None:
+            missing = f"{self.folder} has no {SINGLE} and no shards of one"
         else:
-            raise self._explain_missing_weights()
-        files: dict[str, Path] = {}
-        for shard in shards:
-            path = self.folder / shard
-            if Path(shard).name != shard:
-                raise InputError(f"{index.name} names {shard!r}, which is not a plain file name")
-            if not path.exists():
-                raise InputError(
-                    f"shard {shard} is missing in {self.folder}; {index.name} names "
-                    f"{len(shards)} shards: download the checkpoint again"
-                )
-            files.update(dict.fromkeys(open_file(path).keys(), path))
-        if weight_map is not None and (absent := set(weight_map) - set(files)):
-            raise InputError(f"{index.name} names {min(absent)}, which no shard has")
-        return files
-
-    def _explain_missing_weights(self) -> InputError:
-        """Make the error for a checkpoint without safetensors."""
-        pickles = sorted(p.name for pattern in PICKLES for p in self.folder.glob(pattern))
-        if pickles:
-            return InputError(
-                f"{self.folder} has only pickled weights ({pickles[0]}), which can run code when "
-                "opened; convert them to safetensors first: "
-                "https://huggingface.co/docs/safetensors/convert-weights"
-            )
-        if self.revision is not None:
-            return InputError(
+            missing = (
                 f"{self.source} has no safetensors on the hub; pickled weights, which can run code "
-                "when opened, are not downloaded: convert them to safetensors first: "
-                "https://huggingface.co/docs/safetensors/convert-weights"
+                f"when opened, are not downloaded: convert them to safetensors first: {CONVERT}"
             )
-        return InputError(f"{self.folder} has no model.safetensors and no shards of one")
+        return find_weight_files(self.folder, self.config, missing)
 
     @cached_property
     def model(self) -> Model:
@@ -119,8 +93,10 @@ class Checkpoint:
         used: set[str] = set()
 
         def get_weight(name: str, shape: tuple[int, ...]) -> Weight:
+            if name == EMBEDDING and self.tying == "head only":
+                name = HEAD
             if name not in files:
-                raise InputError(f"{self.source} has no tensor {name}")
+                raise self._explain_missing_tensor(name)
             used.add(name)
             weight = make_weight(files[name], name)
             if weight.shape != shape:
@@ -129,10 +105,11 @@ class Checkpoint:
                 )
             return weight
 
-        model = build_model(family, self.config, get_weight)
+        config = {**self.config, TIE_FLAG: False} if self.tying == "contradicted" else self.config
+        model = build_model(family, config, get_weight)
         unused = set(files) - used
         # Some tools also write tied heads and rotary tables, which only repeat other values.
-        unused -= {"lm_head.weight"} if self.config.get("tie_word_embeddings") else set()
+        unused -= {HEAD} if self.tying == "tied" else set()
         unused = {name for name in unused if not name.endswith("rotary_emb.inv_freq")}
         if unused:
             raise InputError(
@@ -143,14 +120,87 @@ class Checkpoint:
         return model
 
     @cached_property
+    def tying(self) -> Literal["not tied", "tied", "head only", "contradicted"]:
+        """The form in which head and embedding are stored, by the rule of transformers.
+
+        ``tie_word_embeddings`` holds where one of the two is stored, or both and they are equal.
+        Where they differ, the head is one of its own, whatever the config says ("contradicted").
+        Only then numbers are read: those of the two, up to the first difference.
+        """
+        if not self.config.get(TIE_FLAG):
+            return "not tied"
+        if HEAD not in self.files or EMBEDDING not in self.files:
+            return "head only" if HEAD in self.files else "tied"
+        head, table = ((self.files[name], name) for name in (HEAD, EMBEDDING))
+        return "tied" if have_same_numbers(head, table) else "contradicted"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Lines on what was read, or not read, where that may surprise."""
+        said = list(self.weights.notes)
+        if self.tying == "contradicted":
+            said.append(
+                f"config.json says {TIE_FLAG}: true, but {HEAD} is stored and differs from "
+                f"{EMBEDDING}: the stored head is used, as in transformers, and outputs say false"
+            )
+        if self.tying == "head only":
+            said.append(f"{EMBEDDING} is not stored; {HEAD} is both, as {TIE_FLAG} says")
+        return tuple(said)
+
+    def _explain_missing_tensor(self, name: str) -> InputError:
+        """Make the error for a tensor that is not stored."""
+        if name in self.weights.absent:
+            return InputError(f"{INDEX} names {name}, which no shard has; download it again")
+        hint = ""
+        if name == HEAD:
+            hint = f"; if the head is {EMBEDDING}, config.json has to say {TIE_FLAG}: true"
+        return InputError(f"{self.source} has no tensor {name}{hint}")
+
+    @property
     def sha256(self) -> str:
-        """Digest over config and all weight files, by name and content."""
-        digest = hashlib.sha256()
-        paths = sorted({*self.files.values(), self.folder / "config.json"})
+        """Digest over config and all weight files, by name and content.
+
+        Every number is looked at on the way.
+
+        Raises:
+            InputError: a tensor holds numbers that are not finite, unless it is an embedding of
+                which only some ids read them; or copies of one tensor differ.
+        """
+        return self._contents[0]
+
+    @property
+    def broken_ids(self) -> tuple[int, ...]:
+        """Ids whose row of the embedding is not finite. Raises as `sha256` does."""
+        return self._contents[1]
+
+    @cached_property
+    def _contents(self) -> tuple[str, tuple[int, ...]]:
+        """The digest, and the ids whose row of the embedding is not finite."""
+        table = self.model.rest[EMBEDDING]
+        used = {weight.name for _, _, weight in self.model.tensors()}
+        config = self.folder / "config.json"
+        paths = sorted(set(self.files.values()))
+        digests, broken = {config: hash_file(config)}, set()
         with ThreadPoolExecutor() as pool:
-            for path, file_digest in zip(paths, pool.map(hash_file, paths), strict=True):
-                digest.update(f"{path.name}\0{file_digest}\n".encode())
-        return digest.hexdigest()
+            for path, (digest, names) in zip(paths, pool.map(hash_tensors, paths), strict=True):
+                digests[path] = digest
+                broken |= {name for name in names if self.files[name] == path and name in used}
+        for twin in self.weights.twins:
+            twin.check_bytes()
+        if not broken:
+            rows: tuple[int, ...] = ()
+        elif broken == {table.name} and HEAD in self.model.rest:
+            rows = find_broken_rows(table.load())
+        else:
+            more = f", and {len(broken) - 1} more tensors do" if len(broken) > 1 else ""
+            raise InputError(
+                f"{min(broken)} holds numbers that are not finite{more}; the checkpoint is "
+                "damaged, get it again"
+            )
+        whole = hashlib.sha256()
+        for path in sorted(digests):
+            whole.update(f"{path.name}\0{digests[path]}\n".encode())
+        return whole.hexdigest(), rows
 
     @property
     def hub_id(self) -> str | None:

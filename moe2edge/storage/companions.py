@@ -38,7 +38,7 @@ KEPT = 1 << 20
 LARGEST_FRONT_MATTER = 64 << 10
 LICENSE_KEYS = ("license", "license_name", "license_link")
 _FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
-VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt")
 
 
 @dataclass(frozen=True)
@@ -84,11 +84,20 @@ class Companions:
             content = file.content
             if content is None:
                 content = read_bytes(file.path, tokenizers.LARGEST_VOCABULARY)
-                if hashlib.sha256(content).hexdigest() != file.sha256:
+                if _hash(content) != file.sha256:
                     raise InputError(
                         f"{file.path} changed while the export ran; run the same command again"
                     )
             target.write_bytes(content)
+
+    @property
+    def sha256(self) -> str:
+        """Digest over all that outputs get of them."""
+        parts = [
+            f"{file.name} {file.sha256 if file.content is None else _hash(file.content)}"
+            for file in self.files
+        ]
+        return _hash(json.dumps([*parts, self.license, self.notes]).encode())
 
     def get(self, name: str) -> Companion | None:
         """Return a file by its name, if there is one."""
@@ -141,7 +150,8 @@ def _collect(folder: Path) -> tuple[tuple[Companion, ...], list[str]]:
     for name in names:
         if reason := find_fault(folder, folder / name):
             if name not in LICENSES:
-                raise InputError(f"{name} in {folder} {reason}")
+                shown = name if name.isprintable() else repr(name)
+                raise InputError(f"{shown} in {folder} {reason}")
             left_out.append(f"{name} {reason.partition(';')[0]}; outputs do without")
             continue
         try:
@@ -189,8 +199,11 @@ def _read(folder: Path, name: str) -> Companion:
             raise InputError(
                 f"{path} is damaged ({error}); it has to be UTF-8: download it again"
             ) from error
-    digest = hashlib.sha256(data).hexdigest()
-    return Companion(name, path, digest, data if len(data) <= KEPT else None)
+    return Companion(name, path, _hash(data), data if len(data) <= KEPT else None)
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 # ---- tokens and tokenizer ------------------------------------------------------------------------
@@ -214,22 +227,18 @@ def _judge_ids(settings: Mapping[str, Any], place: str, vocabulary: int) -> list
 
 
 def _judge_tokenizer(loaded: Any, folder: Path, vocabulary: int) -> list[str]:
-    """Say where a tokenizer does not fit its model or its own files.
-
-    Raises:
-        InputError: it cannot encode a usual text.
-    """
+    """Say where a tokenizer does not fit its model or its own files."""
     said = []
     settings = _read_settings(folder)
     if code := settings.get("auto_map"):
         names = code.values() if isinstance(code, dict) else code if isinstance(code, list) else ()
-        shown = next((str(name)[:80] for name in _flatten(names)), "auto_map")
+        shown = next((repr(str(name)[:80]) for name in _flatten(names)), "auto_map")
         said.append(
             f"{tokenizers.CONFIG} names code of its own ({shown}), which is never executed; ids "
             f"are those of {type(loaded).__name__}"
         )
     if foreign := tokenizers.find_foreign_tokens(loaded, vocabulary):
-        shown = ", ".join(token[:40] for token in foreign[:5])
+        shown = ", ".join(repr(token[:40]) for token in foreign[:5])
         shown += f" and {len(foreign) - 5} more" if len(foreign) > 5 else ""
         said.append(
             f"the tokenizer has {len(foreign)} tokens that the model has not ({vocabulary} "
@@ -260,7 +269,7 @@ def _settle_templates(found: Companions, loaded: Any) -> Companions:
     """
     used = _name_templates(loaded.chat_template)
     notes = [
-        f"the chat template{'' if name == 'default' else f' {name[:40]}'} has a fault: {reason}; "
+        f"the chat template{'' if name == 'default' else f' {name[:40]!r}'} has a fault: {reason}; "
         "prompts have to be given without it (--no-chat)"
         for name, template in used.items()
         if (reason := _find_template_fault(template))
@@ -305,7 +314,10 @@ def _name_templates(given: Any) -> dict[str, str]:
 
 
 def _find_template_fault(template: str) -> str:
-    """Return why a chat template cannot be compiled; empty if it can. Nothing of it is run."""
+    """Return why a chat template cannot be parsed; empty if it can.
+
+    It is not compiled: the compiler computes constants, which can take any time and memory.
+    """
     from jinja2 import Environment, TemplateError, nodes
     from jinja2.ext import Extension
     from jinja2.parser import Parser
@@ -324,9 +336,13 @@ def _find_template_fault(template: str) -> str:
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
     )
     try:
-        environment.compile(template)
-    except (TemplateError, RecursionError, SyntaxError, MemoryError, ValueError) as error:
+        parsed = environment.parse(template)
+        filters = {node.name for node in parsed.find_all(nodes.Filter)} - set(environment.filters)
+        tests = {node.name for node in parsed.find_all(nodes.Test)} - set(environment.tests)
+    except (TemplateError, RecursionError, MemoryError, ValueError) as error:
         return " ".join(get_first_line(error).split())[:200] or type(error).__name__
+    if unknown := filters | tests:
+        return f"there is no filter or test {min(unknown)[:40]!r}"
     return ""
 
 

@@ -4,19 +4,21 @@ A block counts as finished when its line is in the journal. Before that its numb
 states of all samples after it are in files of their own, each written under another name, made
 durable, and renamed; a line that is cut short does not count. So a later run resumes after the last
 finished block with exactly the numbers of the first run.
+
+A line has the digests of its files, and one of its own. What does not match is forgotten, with all
+that was computed after it, and so it is computed again.
 """
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe2edge.errors import InputError
+from moe2edge.errors import WorkDamaged
 from moe2edge.model.model import Block
+from moe2edge.storage.records import append_record, is_sound, read_records, seal, write_records
 from moe2edge.storage.safetensors_files import PlannedTensor, read_tensor, write_durably
 from moe2edge.storage.solved_blocks import open_handles, save
 
@@ -41,6 +43,7 @@ class JournalEntry:
         schemes: schemes of the quantized tensors by role: bits, group size, symmetric.
         patterns: patterns of the sparse tensors by role: zeros, length of a run.
         stream: file with the hidden states after the block; None if the pass needs none.
+        files: SHA-256 of these files by name.
         done: result to report.
     """
 
@@ -51,6 +54,7 @@ class JournalEntry:
     schemes: Mapping[str, tuple[int, int, bool]]
     patterns: Mapping[str, tuple[float, int | None]]
     stream: str | None
+    files: Mapping[str, str]
     done: BlockResult
 
 
@@ -59,7 +63,8 @@ class Journal:
 
     Attributes:
         folder: the work folder.
-        units: entries by step and block.
+        units: entries by step and block, in the order in which they were finished.
+        damaged: whether a line was damaged, which is forgotten with those after it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -67,29 +72,56 @@ class Journal:
         self.folder = folder
         self._path = folder / JOURNAL
         self.units: dict[tuple[int, int], JournalEntry] = {}
-        complete = 0
-        data = self._path.read_bytes() if self._path.exists() else b""
-        for line in data.splitlines(keepends=True):
-            if not line.endswith(b"\n"):
-                break
-            self._read_entry(json.loads(line))
-            complete += len(line)
-        if complete < len(data):
-            os.truncate(self._path, complete)
+        records, self.damaged = read_records(self._path)
+        try:
+            for record in records:
+                self._read_entry(record)
+        except (AttributeError, LookupError, TypeError):  # of another version
+            self.damaged = True
+        if self._path.exists():
+            self._rewrite()
 
     def _read_entry(self, raw: dict[str, Any]) -> None:
-        """Parse a line of the journal."""
+        """Parse a record of the journal."""
         done = BlockResult(**{k: _convert_to_tuple(v) for k, v in raw.pop("done").items()})
         entry = JournalEntry(**{k: _convert_to_tuple(v) for k, v in raw.items()}, done=done)
         self.units[entry.step, entry.block] = entry
 
     def add(self, entry: JournalEntry) -> None:
         """Record a block as finished."""
-        with self._path.open("ab") as file:
-            file.write(json.dumps(asdict(entry)).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_record(self._path, asdict(entry))
         self.units[entry.step, entry.block] = entry
+
+    def find_damage(self) -> tuple[tuple[int, int], str] | None:
+        """Find the step and block from which on nothing can be used, and the damaged file.
+
+        Blocks of a step follow from each other. Only the hidden states after the last one are kept,
+        so if they cannot be used, or do not follow the last sound block, the step begins again.
+        """
+        damage: tuple[tuple[int, int], str] | None = None
+        last: dict[int, JournalEntry] = {}
+        for key, entry in self.units.items():
+            if not is_sound(self.folder / entry.numbers, entry.files.get(entry.numbers)):
+                damage = key, entry.numbers
+                break
+            last[entry.step] = entry
+        for step, entry in last.items():
+            stream = entry.stream
+            if stream and not is_sound(self.folder / stream, entry.files.get(stream)):
+                return (step, 0), damage[1] if damage else stream
+        return damage
+
+    def forget_from(self, place: tuple[int, int]) -> None:
+        """Forget a block, by step and index, and those after it."""
+        self.units = {key: entry for key, entry in self.units.items() if key < place}
+        if self._path.exists():
+            self._rewrite()
+
+    def _rewrite(self) -> None:
+        """Write the file again if it holds anything but the entries."""
+        lines = [asdict(entry) for entry in self.units.values()]
+        if self._path.read_bytes() != b"".join(map(seal, lines)):
+            write_records(self._path, lines)
 
 
 def _convert_to_tuple(value: Any) -> Any:
@@ -115,14 +147,15 @@ class FileBlockJournal:
         if entry is None:
             return None
         if entry.origins != _list_origins(block):
-            raise InputError(
+            raise WorkDamaged(
                 f"block {block.index} of the unfinished export had other experts "
                 f"({entry.origins[1:]}) than are chosen now ({_list_origins(block)[1:]}); start "
                 "over with --resume never"
             )
         self._stream = entry.stream
         path = self.journal.folder / entry.numbers
-        handles = open_handles(dict(block.weights()), path, entry.schemes, entry.patterns)
+        sha256 = entry.files[entry.numbers]
+        handles = open_handles(dict(block.weights()), path, sha256, entry.schemes, entry.patterns)
         return block.with_weights(handles), entry.done
 
     def stream(self) -> Tensor | None:
@@ -145,20 +178,28 @@ class FileBlockJournal:
         stem = f"{self.step}-{block.index:05}"
         path = self.journal.folder / f"block-{stem}.safetensors"
         weights = dict(block.weights())
-        schemes, patterns = save(path, weights, numbers)
-        stream = None
+        sha256, schemes, patterns = save(path, weights, numbers)
+        stream, files = None, {path.name: sha256}
         if hidden is not None:
             stream = f"stream-{stem}.safetensors"
             planned = PlannedTensor(HIDDEN, tuple(hidden.shape), "F32", hidden.cpu)
-            write_durably(self.journal.folder / stream, [planned])
+            files[stream] = write_durably(self.journal.folder / stream, [planned])
         entry = JournalEntry(
-            self.step, block.index, _list_origins(block), path.name, schemes, patterns, stream, done
+            step=self.step,
+            block=block.index,
+            origins=_list_origins(block),
+            numbers=path.name,
+            schemes=schemes,
+            patterns=patterns,
+            stream=stream,
+            files=files,
+            done=done,
         )
         self.journal.add(entry)
         if self._stream is not None:
             (self.journal.folder / self._stream).unlink(missing_ok=True)
         self._stream = stream
-        return block.with_weights(open_handles(weights, path, schemes, patterns))
+        return block.with_weights(open_handles(weights, path, sha256, schemes, patterns))
 
 
 def _list_origins(block: Block) -> tuple[int, ...]:

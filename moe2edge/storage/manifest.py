@@ -7,17 +7,37 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from moe2edge.errors import InputError
+from moe2edge.errors import InputError, VerificationFailed
 from moe2edge.storage.text_files import hash_file, read_json, write_json
 
 MANIFEST = "manifest.json"
 MANIFEST_VERSION = 1
 TOOL = "moe2edge"
+# The model card; whoever publishes an output may edit it.
+CARD = "README.md"
+# Files and folders that the hub, its clients and operating systems add to a folder.
+SYSTEM_FILES = (
+    ".gitattributes", ".cache/huggingface/*", ".DS_Store", "._*", "Thumbs.db", "desktop.ini",
+)  # fmt: skip
+# Folders of which only the first is named where their files are listed.
+SYSTEM_FOLDERS = (".git/", ".cache/huggingface/")
+# Names that programs look for in the folder of a model: weights and their indexes, graphs,
+# adapters, configs, tokenizers, chat templates and code.
+RUNTIME_FILES = (
+    "*.safetensors", "*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt", "*.h5", "*.msgpack", "*.ot",
+    "*.npz", "*.npy", "*.gguf", "*.ggml", "*.onnx", "*.onnx.*", "*.onnx_data*", "*.data", "*.ort",
+    "*.json", "*.jinja", "*.jinja2", "*.model", "*.tiktoken", "*.bpe", "*.spm", "tokenizer*",
+    "tekken*", "vocab*", "merges*", "adapter*", "*.py", "*.pyc", "*.so", "*.dll", "*.pyd",
+    "*.dylib", "*.reference",
+)  # fmt: skip
 
-_RESERVED_KEYS = frozenset({"schema_version", "tool", "target", "files"})
+# Key of the list of files.
+FILES = "files"
+_RESERVED_KEYS = frozenset({"schema_version", "tool", "target", FILES})
 
 
 @dataclass(frozen=True)
@@ -39,6 +59,13 @@ class Artifact:
         """Options of the target that the folder was written with; older outputs have none."""
         options: Mapping[str, Any] = self.manifest.get("target_options", {})
         return options
+
+    @property
+    def source(self) -> str:
+        """The model that it was made of, as the user named it; empty if it does not say."""
+        source = self.manifest.get("source")
+        name = source.get("model") if isinstance(source, dict) else None
+        return name if isinstance(name, str) else ""
 
     @property
     def files(self) -> Mapping[str, Mapping[str, Any]]:
@@ -91,12 +118,17 @@ def is_artifact(folder: Path) -> bool:
 
 
 def write_manifest(folder: Path, target: str, **sections: object) -> None:
-    """Hash every file of ``folder`` and write ``manifest.json``.
+    """Hash every file of ``folder`` and write ``manifest.json``; see `build_manifest`."""
+    write_json(folder / MANIFEST, build_manifest(folder, target, **sections))
+
+
+def build_manifest(folder: Path, target: str, **sections: object) -> dict[str, Any]:
+    """Hash every file of ``folder`` and build the content of ``manifest.json``.
 
     Names are sorted, and there are no time stamps.
 
     Args:
-        folder: a finished output folder; an old manifest in it is replaced.
+        folder: a finished output folder; an old manifest in it does not count.
         target: name of the target that wrote it.
         sections: further top-level keys (``model``, ``source``, ``versions``), JSON values.
 
@@ -105,34 +137,104 @@ def write_manifest(folder: Path, target: str, **sections: object) -> None:
     """
     if reserved := _RESERVED_KEYS & set(sections):
         raise ValueError(f"a section cannot be called {min(reserved)}: every manifest has that key")
-    files = {
-        name: {"sha256": hash_file(path), "bytes": path.stat().st_size}
-        for name, path in list_files(folder).items()
-        if name != MANIFEST
-    }
+    paths = list_files(folder)
+    files = {name: describe_file(path) for name, path in paths.items() if name != MANIFEST}
     manifest = {"schema_version": MANIFEST_VERSION, "tool": TOOL, "target": target}
-    write_json(folder / MANIFEST, {**manifest, **sections, "files": files})
+    return {**manifest, **sections, FILES: files}
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """Return the entry of a file in the list of files."""
+    return {"sha256": hash_file(path), "bytes": path.stat().st_size}
 
 
 def check_manifest_files(artifact: Artifact) -> list[str]:
-    """Compare the files with the manifest; return the differences in words."""
+    """Compare the files with the manifest; return the differences in words.
+
+    An edited card is none, nor is a file that the manifest does not list and no program reads; see
+    `list_harmless_changes`.
+    """
     differences = []
     paths = list_files(artifact.folder)
     for name, entry in sorted(artifact.files.items()):
+        if name == CARD:
+            continue
         path = paths.get(name)
         if path is None:
             differences.append(f"{name} is missing")
-        elif (size := path.stat().st_size) != entry["bytes"]:
-            differences.append(
-                f"{name} has changed: {size} bytes, the manifest says {entry['bytes']}"
-            )
+        elif difference := _compare_size(name, path, entry):
+            differences.append(difference)
         elif (digest := hash_file(path)) != entry["sha256"]:
             differences.append(
                 f"{name} has changed: sha256 {digest[:12]}..., "
                 f"the manifest says {entry['sha256'][:12]}..."
             )
     unlisted = sorted(set(paths) - set(artifact.files) - {MANIFEST})
-    return differences + [f"{name} is not listed in the manifest" for name in unlisted]
+    return differences + [
+        f"{name} is not listed in the manifest, and programs that load this folder may read it; "
+        "move it away"
+        for name in unlisted
+        if is_read_by_runtimes(name)
+    ]
+
+
+def list_harmless_changes(artifact: Artifact) -> list[str]:
+    """List, in words, the changes of a folder that do not change the model."""
+    notes = []
+    paths = list_files(artifact.folder)
+    if CARD in artifact.files:
+        if CARD not in paths:
+            notes.append(f"{CARD} was removed since the export")
+        elif hash_file(paths[CARD]) != artifact.files[CARD]["sha256"]:
+            notes.append(f"{CARD} was edited since the export")
+    unlisted = {
+        next((folder for folder in SYSTEM_FOLDERS if name.startswith(folder)), name)
+        for name in set(paths) - set(artifact.files) - {MANIFEST}
+        if not is_read_by_runtimes(name)
+    }
+    return notes + [f"{name} is not part of the output" for name in sorted(unlisted)]
+
+
+def check_sizes(artifact: Artifact) -> None:
+    """Compare the sizes of the files that programs read with the manifest; nothing is read.
+
+    Raises:
+        VerificationFailed: a file is missing or has another size.
+    """
+    for name, entry in sorted(artifact.files.items()):
+        if not is_read_by_runtimes(name):
+            continue
+        path = artifact.folder / name
+        difference = f"{name} is missing"
+        if path.is_file():
+            difference = _compare_size(name, path, entry)
+        if difference:
+            raise VerificationFailed(
+                f"{artifact.folder}: {difference}; export or download it again"
+            )
+
+
+def is_read_by_runtimes(name: str) -> bool:
+    """Test if programs that load the folder of a model may read a file of this relative name."""
+    inside_system_folder = name.startswith(SYSTEM_FOLDERS)
+    return not (inside_system_folder or is_added_by_systems(name)) and any(
+        fnmatchcase(PurePosixPath(name).name.lower(), pattern) for pattern in RUNTIME_FILES
+    )
+
+
+def is_added_by_systems(name: str) -> bool:
+    """Test if the hub or an operating system adds a file of this relative name to folders."""
+    return any(
+        fnmatchcase(name if "/" in pattern else PurePosixPath(name).name, pattern)
+        for pattern in SYSTEM_FILES
+    )
+
+
+def _compare_size(name: str, path: Path, entry: Mapping[str, Any]) -> str:
+    """Compare the size of a file with its entry; return the difference in words, else nothing."""
+    if (size := path.stat().st_size) == entry["bytes"]:
+        return ""
+    return f"{name} has changed: {size} bytes, the manifest says {entry['bytes']}"
 
 
 def list_files(folder: Path) -> dict[str, Path]:

@@ -5,7 +5,6 @@ A tensor that is missing, unexpected or of another shape is an error.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from moe2edge.model.model import Model, is_low_rank, is_quantizable
 from moe2edge.model.weights import DTYPE_BYTES, Weight
 from moe2edge.numerics.scheme import GROUP_SIZES, WHOLE_ROW, Scheme
 from moe2edge.storage.checkpoint import Checkpoint
+from moe2edge.storage.patterns import compile_pattern
 from moe2edge.storage.safetensors_files import read_header, read_tensor
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class GptqSettings:
     """
 
     main: Scheme
-    dynamic: tuple[tuple[re.Pattern[str], Scheme | None], ...] = ()
+    dynamic: tuple[tuple[Any, Scheme | None], ...] = ()
 
     def find_scheme(self, module: str) -> Scheme | None:
         """Return the scheme of a module's matrix, by its name on disk without ``.weight``."""
@@ -119,15 +119,15 @@ def _parse_scheme(settings: Mapping[str, Any]) -> Scheme | None:
     return Scheme(bits, group, symmetric)
 
 
-def _parse_override(key: str, settings: Any, main: Scheme) -> tuple[re.Pattern[str], Scheme | None]:
+def _parse_override(key: str, settings: Any, main: Scheme) -> tuple[Any, Scheme | None]:
     """Parse an entry of ``dynamic``: ``-:pattern`` is not quantized, any other has a scheme.
 
     Raises:
         Unsupported: it has an unknown setting, or its key is not a pattern.
     """
     try:
-        pattern = re.compile(key.removeprefix("-:").removeprefix("+:"))
-    except re.error as error:
+        pattern = compile_pattern(key.removeprefix("-:").removeprefix("+:"))
+    except ValueError as error:
         raise Unsupported(f"dynamic {key!r}: {error}; only patterns can be loaded") from error
     if key.startswith("-:"):
         return pattern, None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -13,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from moe2edge.errors import InputError, Unsupported
+from moe2edge.errors import InputError, Unsupported, VerificationFailed
 from moe2edge.model.weights import DTYPE_BYTES, DTYPES, Weight
-from moe2edge.storage.text_files import get_first_line, sync_folder, write_json
+from moe2edge.storage.text_files import get_first_line, read_json, sync_folder, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 _TORCH_NAMES = DTYPES | {"I32": "int32", "U8": "uint8", "I64": "int64"}
 
 SHARD_BYTES = 4 << 30
+INDEX_FILE = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,10 @@ def make_weight(path: Path, name: str) -> Weight:
     """
     shape, dtype = read_header(path, name)
     if dtype not in DTYPE_BYTES:
-        raise Unsupported(f"{name} has dtype {dtype}; supported: {', '.join(DTYPE_BYTES)}")
+        raise Unsupported(
+            f"{name} has dtype {dtype}; supported: {', '.join(DTYPE_BYTES)}; get the checkpoint "
+            "in one of these"
+        )
     return Weight(name, shape, dtype, load=lambda: read_tensor(path, name))
 
 
@@ -114,10 +120,40 @@ def read_tensor(path: Path, name: str) -> Tensor:
 
 
 def read_all(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor of the safetensors files of a folder, one at a time, in file order."""
-    for path in sorted(folder.glob("*.safetensors")):
+    """Yield every tensor of the safetensors files of a folder, one at a time, in file order.
+
+    Hidden files, such as the attributes that macOS keeps beside a file, hold no tensors.
+    """
+    for path in sorted(folder.glob("[!.]*.safetensors")):
         for name in open_file(path).keys():  # noqa: SIM118
             yield name, read_tensor(path, name)
+
+
+def check_index(folder: Path) -> None:
+    """Compare the index of a checkpoint, if it has one, with the tensors of its shards.
+
+    Raises:
+        InputError: a file cannot be read.
+        VerificationFailed: the index says otherwise.
+    """
+    path = folder / INDEX_FILE
+    if not path.exists():
+        return
+    found: dict[str, str] = {}
+    index, total = read_json(path), 0
+    for shard in sorted(folder.glob("[!.]*.safetensors")):
+        entries = open_file(shard)
+        found |= dict.fromkeys(entries, shard.name)
+        total += sum(entry.nbytes for entry in entries.values())
+    if index != _make_index(found, total):
+        raise VerificationFailed(
+            f"{INDEX_FILE} does not say which tensor is in which file; export it again"
+        )
+
+
+def _make_index(files: Mapping[str, str], total: int) -> dict[str, Any]:
+    """Make the content of an index from the file of each tensor, and the bytes of all."""
+    return {"metadata": {"total_size": total}, "weight_map": dict(files)}
 
 
 # ---- writing ----------------------------------------------------------------------------------
@@ -143,10 +179,11 @@ class PlannedTensor:
         return width
 
 
-def write_safetensors(path: Path, tensors: Iterable[PlannedTensor]) -> None:
-    """Write one safetensors file with a single tensor in memory at a time.
+def write_safetensors(path: Path, tensors: Iterable[PlannedTensor]) -> str:
+    """Write one safetensors file with a single tensor in memory at a time; return its SHA-256.
 
-    The library's own writer needs all tensors of a file at once. The format is the length of the
+    The digest is that of the bytes that were to be written, and is computed beside the writing. The
+    library's own writer needs all tensors of a file at once. The format is the length of the
     header in 8 bytes, the header as JSON, then the tensors without gaps
     (https://huggingface.co/docs/safetensors).
     """
@@ -162,13 +199,17 @@ def write_safetensors(path: Path, tensors: Iterable[PlannedTensor]) -> None:
         offset += t.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)))
-        file.write(text)
+    digest = hashlib.sha256(start := struct.pack("<Q", len(text)) + text)
+    with path.open("wb") as file, ThreadPoolExecutor(1) as beside:
+        file.write(start)
         for t in tensors:
-            file.write(encode_tensor(t.make(), t))
+            data = encode_tensor(t.make(), t)
+            hashed = beside.submit(digest.update, data)
+            file.write(data)
+            hashed.result()
         file.flush()
         os.fsync(file.fileno())
+    return digest.hexdigest()
 
 
 def encode_tensor(tensor: Tensor, planned: PlannedTensor) -> memoryview:
@@ -203,15 +244,16 @@ def write_checkpoint(folder: Path, tensors: Iterable[PlannedTensor]) -> None:
         write_safetensors(folder / name, shard)
         weight_map.update({t.name: name for t in shard})
     total = sum(t.nbytes for shard in shards for t in shard)
-    write_json(
-        folder / "model.safetensors.index.json",
-        {"metadata": {"total_size": total}, "weight_map": weight_map},
-    )
+    write_json(folder / INDEX_FILE, _make_index(weight_map, total))
 
 
-def write_durably(path: Path, tensors: list[PlannedTensor]) -> None:
-    """Write a safetensors file that gets its name only when it is complete and on the disk."""
+def write_durably(path: Path, tensors: list[PlannedTensor]) -> str:
+    """Write a safetensors file that gets its name only when it is complete and on the disk.
+
+    Return its SHA-256.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    write_safetensors(temporary, tensors)
+    digest = write_safetensors(temporary, tensors)
     temporary.replace(path)
     sync_folder(path.parent)
+    return digest

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moe2edge.errors import WorkDamaged
 from moe2edge.model.model import Block
 from moe2edge.model.weights import Weight, cast_to_stored
 from moe2edge.numerics.scheme import Pattern, Scheme
+from moe2edge.storage.records import is_sound
 from moe2edge.storage.safetensors_files import PlannedTensor, open_file, read_tensor, write_durably
 
 if TYPE_CHECKING:
@@ -53,10 +55,11 @@ Patterns = dict[str, tuple[float, int | None]]
 
 def save(
     path: Path, weights: Mapping[str, Weight], numbers: Mapping[str, Quantized | Tensor]
-) -> tuple[Schemes, Patterns]:
-    """Save numbers of some weights by role or name; return schemes and patterns for `open_handles`.
+) -> tuple[str, Schemes, Patterns]:
+    """Save numbers of some weights by role or name.
 
-    A tensor that is not quantized takes the dtype of the one that it replaces.
+    Return digest, schemes and patterns, which `open_handles` takes. A tensor that is not quantized
+    takes the dtype of the one that it replaces.
     """
     import torch
 
@@ -70,8 +73,7 @@ def save(
             schemes[role] = (scheme.bits, scheme.group_size, scheme.symmetric)
         if (pattern := weights[role].pattern) is not None:
             patterns[role] = (pattern.zeros, pattern.of)
-    write_durably(path, planned)
-    return schemes, patterns
+    return write_durably(path, planned), schemes, patterns
 
 
 def estimate_saved_bytes(weight: Weight) -> int:
@@ -112,11 +114,16 @@ def _plan_tensors(role: str, value: Quantized | Tensor, weight: Weight) -> list[
 def open_handles(
     weights: Mapping[str, Weight],
     path: Path,
+    sha256: str,
     schemes: Mapping[str, tuple[int, int, bool]],
     patterns: Mapping[str, tuple[float, int | None]],
 ) -> dict[str, Weight]:
-    """Open handles on what `save` wrote for some of ``weights``; they keep no numbers in memory."""
+    """Open handles on what `save` wrote for some of ``weights``; they keep no numbers in memory.
+
+    The digest of the file is compared before the first number is read.
+    """
     handles: dict[str, Weight] = {}
+    numbers = _CheckedNumbers(path, sha256)
     for name in open_file(path).keys():  # noqa: SIM118
         role = name.removesuffix(".q")
         if role not in weights:  # scales and zero points
@@ -125,24 +132,55 @@ def open_handles(
         if role in patterns:
             weight = replace(weight, pattern=Pattern(*patterns[role]))
         if role in schemes:
-            handles[role] = _make_quantized_handle(weight, path, role, Scheme(*schemes[role]))
+            handles[role] = _make_quantized_handle(weight, numbers, role, Scheme(*schemes[role]))
         else:
-            handles[role] = _make_plain_handle(weight, path, role)
+            handles[role] = _make_plain_handle(weight, numbers, role)
     return handles
 
 
-def _make_plain_handle(weight: Weight, path: Path, role: str) -> Weight:
-    return replace(weight, load=lambda: read_tensor(path, role))
+@dataclass
+class _CheckedNumbers:
+    """File of numbers; days may pass between writing it and packing what it holds.
+
+    Attributes:
+        path: the file.
+        sha256: its digest.
+        checked: whether the digest was compared.
+    """
+
+    path: Path
+    sha256: str
+    checked: bool = False
+
+    def read(self, name: str) -> Tensor:
+        """Read a tensor.
+
+        Raises:
+            WorkDamaged: the file is not what was written.
+        """
+        if not self.checked and not is_sound(self.path, self.sha256):
+            raise WorkDamaged(
+                f"{self.path} is not what was written to it; check the disk, and run the same "
+                "command again, which computes it again"
+            )
+        self.checked = True
+        return read_tensor(self.path, name)
 
 
-def _make_quantized_handle(weight: Weight, path: Path, role: str, scheme: Scheme) -> Weight:
+def _make_plain_handle(weight: Weight, numbers: _CheckedNumbers, role: str) -> Weight:
+    return replace(weight, load=lambda: numbers.read(role))
+
+
+def _make_quantized_handle(
+    weight: Weight, numbers: _CheckedNumbers, role: str, scheme: Scheme
+) -> Weight:
     def load_quantized() -> Quantized:
         from moe2edge.numerics.grid import Quantized
         from moe2edge.numerics.packing import unpack_bytes
 
-        q = unpack_bytes(read_tensor(path, f"{role}.q"), scheme.bits, weight.shape[1])
-        zeros = None if scheme.symmetric else read_tensor(path, f"{role}.zeros")
-        return Quantized(q, read_tensor(path, f"{role}.scales"), scheme, zeros)
+        q = unpack_bytes(numbers.read(f"{role}.q"), scheme.bits, weight.shape[1])
+        zeros = None if scheme.symmetric else numbers.read(f"{role}.zeros")
+        return Quantized(q, numbers.read(f"{role}.scales"), scheme, zeros)
 
     def load() -> Tensor:
         return load_quantized().dequantize()

@@ -172,9 +172,6 @@ def compare_readers(tokenizer: Any, folder: Path) -> list[str]:
 
     Returns:
         The differences in words, none if both are the same.
-
-    Raises:
-        InputError: transformers' tokenizer cannot encode a usual text.
     """
     if not (folder / TOKENIZER).is_file():
         return []
@@ -195,14 +192,18 @@ def compare_readers(tokenizer: Any, folder: Path) -> list[str]:
     other.no_padding()
     added = sorted(tokenizer.get_added_vocab(), key=lambda token: (len(token), token))[:100]
     for text in (*RECORDED_TEXTS, *(f"a{token}b" for token in added)):
-        mine, theirs = encode_text(tokenizer, text), _encode(other, text, special=True)
+        try:
+            mine, plain = (encode_text(tokenizer, text, special=yes) for yes in (True, False))
+        except InputError:  # it knows only a few words
+            continue
+        theirs = _encode(other, text, special=True)
         if mine == theirs:
             continue
-        same = encode_text(tokenizer, text, special=False) == _encode(other, text, special=False)
+        same = plain == _encode(other, text, special=False)
         what = "adds other special tokens" if same else "gives other ids"
         said.append(
             f"{TOKENIZER} by itself, as runtimes without transformers read it, {what} than "
-            f"transformers with {CONFIG}: {text!r} is {_shorten_ids(theirs)}, not "
+            f"transformers with {CONFIG}: {text[:60]!r} is {_shorten_ids(theirs)}, not "
             f"{_shorten_ids(mine)}; this export uses the latter"
         )
         break

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +10,9 @@ from typing import TYPE_CHECKING
 
 from moe2edge.model.model import Block
 from moe2edge.model.weights import Weight
-from moe2edge.storage.journal import FileBlockJournal, Journal
+from moe2edge.progress import Reporter
+from moe2edge.storage.journal import JOURNAL, FileBlockJournal, Journal
+from moe2edge.storage.records import STATE, find_damaged, read_records
 from moe2edge.storage.solved_blocks import open_handles, save
 
 if TYPE_CHECKING:
@@ -21,16 +24,63 @@ if TYPE_CHECKING:
 SCRATCH = "pass-"
 
 
+def _find_damage(record: Path) -> str | None:
+    """Find the first damaged file of those that a record in a folder speaks of, itself included."""
+    records, damaged = read_records(record)
+    if damaged or len(records) != 1:
+        return record.name
+    return find_damaged(record.parent, records[0].get("files", {}))
+
+
 @dataclass
 class WorkFolder:
-    """Folder where an export keeps computed numbers until a target packs them."""
+    """Folder where an export keeps computed numbers until a target packs them.
+
+    Attributes:
+        folder: the folder.
+        journal: its finished blocks.
+        damaged: files that were found damaged, and with what came after them are computed again.
+    """
 
     folder: Path
     journal: Journal = field(init=False)
+    damaged: list[str] = field(default_factory=list)
     _count: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         self.journal = Journal(self.folder)
+
+    def check(self) -> None:
+        """Compare all that is kept with its digests; forget what differs and what came after it."""
+        if self.journal.damaged:
+            self.damaged.append(JOURNAL)
+            self._forget_after(max((step for step, _ in self.journal.units), default=-1))
+        if found := self.journal.find_damage():
+            self.damaged = self.damaged or [found[1]]
+            self._forget_after(found[0][0])
+            self.journal.forget_from(found[0])
+        for step, folder in self._list_scratch():
+            record = folder / STATE
+            if record.exists() and (name := _find_damage(record)):
+                self.damaged.append(f"{folder.name}/{name}")
+                self._forget_after(step)
+                record.unlink()
+                break
+
+    def _forget_after(self, step: int) -> None:
+        """Forget what was computed by the passes behind ``step``."""
+        self.journal.forget_from((step + 1, 0))
+        for position, folder in self._list_scratch():
+            if position > step:
+                shutil.rmtree(folder)
+
+    def _list_scratch(self) -> list[tuple[int, Path]]:
+        """List the folders of passes by position."""
+        found = [
+            (int(path.name.removeprefix(SCRATCH).partition("-")[0]), path)
+            for path in self.folder.glob(f"{SCRATCH}*")
+        ]
+        return sorted(found)
 
     def ledger(self, step: int) -> FileBlockJournal:
         """Return the journal of the pass at position ``step``."""
@@ -51,6 +101,16 @@ class WorkFolder:
             if any(path.suffix != ".tmp" for path in folder.iterdir()):
                 parts.append(f"the saved work of {folder.name.rpartition('-')[2]}")
         return " and ".join(parts)
+
+    def report(self, reporter: Reporter) -> None:
+        """Report what an earlier run has left, and what of it is computed again."""
+        if self.damaged:
+            reporter.log(
+                f"{' and '.join(self.damaged)} in {self.folder} is not what was written: it is "
+                "computed again, with what came after it"
+            )
+        if self.kept:
+            reporter.log(f"resuming after {self.kept} of an earlier run")
 
     def put(self, block: Block, numbers: Mapping[str, Quantized | Tensor]) -> Block:
         """Save numbers of a block by role; a pass computes them again if the export is resumed.

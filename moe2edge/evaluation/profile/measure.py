@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Any
 from moe2edge.errors import DoesNotFit, InputError, Moe2EdgeError, Unsupported, VerificationFailed
 from moe2edge.evaluation.profile.environment import describe_environment
 from moe2edge.evaluation.profile.result import Profile, collect_metrics, collect_phases
-from moe2edge.storage.manifest import MANIFEST, is_artifact, list_files, open_artifact
+from moe2edge.storage.manifest import (
+    MANIFEST,
+    SYSTEM_FOLDERS,
+    check_sizes,
+    is_artifact,
+    list_files,
+    open_artifact,
+)
 from moe2edge.storage.text_files import hash_file, read_json
 from moe2edge.storage.tokenizer import load_tokenizer, read_context_length
 
@@ -195,8 +202,11 @@ def run_child(request: Mapping[str, Any], settings: ProfileSettings) -> dict[str
 
 
 def measure_sizes(folder: Path) -> dict[str, int]:
-    """Return the bytes of the files of a folder by class, such as ``weights``."""
-    files = list_files(folder)
+    """Return the bytes of the files of a folder by class, such as ``weights``.
+
+    A clone keeps every file once more, in a folder of its own; that does not count.
+    """
+    files = {n: path for n, path in list_files(folder).items() if not n.startswith(SYSTEM_FOLDERS)}
     sizes = dict.fromkeys(("weights", "graph", "tokenizer", "config", "other"), 0)
     outside = any(name.endswith(".data") for name in files)
     for name, path in files.items():
@@ -224,6 +234,7 @@ def _describe_subject(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     path = str(folder.resolve())
     if is_artifact(folder):
         artifact = open_artifact(folder)
+        check_sizes(artifact)
         about = {
             "path": str(folder),
             "target": artifact.target,
