@@ -29,3 +29,6 @@ class Reporter:
 
     log: Log
     advance: Advance
+
+
+QUIET = Reporter(lambda _: None, lambda *_: None)

@@ -7,6 +7,7 @@ have the names that onnxruntime-genai expects.
 
 from __future__ import annotations
 
+import copy
 import importlib
 from collections.abc import Iterator
 
@@ -105,7 +106,7 @@ def compute_rotary_tables(family: Family, config: Config, positions: int) -> tup
 
     name = family.architecture
     architecture = getattr(transformers, name)
-    settings = architecture.config_class.from_dict(dict(config))
+    settings = architecture.config_class.from_dict(copy.deepcopy(dict(config)))
     source = importlib.import_module(architecture.__module__)
     rotary = getattr(source, name.removesuffix("ForCausalLM") + "RotaryEmbedding")(settings)
     tables = rotary(torch.empty(0), torch.arange(positions)[None])

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from moe2edge.model.config_parser import parse_config
 from moe2edge.model.experts import Dense
 from moe2edge.model.family import FAMILIES
 from moe2edge.model.layers import MoELayer, Shared
@@ -18,7 +19,7 @@ from moe2edge.targets._tensors import TILE, fit_scheme, make_zeros
 
 QWEN2_MOE = FAMILIES["qwen2_moe"]
 # Defaults of transformers' Mixtral for keys that a config lacks; those of Qwen2-MoE differ.
-MIXTRAL_THETA, MIXTRAL_IDS = 1e6, {"bos_token_id": 1, "eos_token_id": 2}
+MIXTRAL_IDS = {"bos_token_id": 1, "eos_token_id": 2}
 
 
 def convert_to_qwen2_moe(model: Model) -> Model:
@@ -53,9 +54,7 @@ def _convert_config(model: Model) -> dict[str, Any]:
     }
     if window is not None:
         config |= {"sliding_window": window, "max_window_layers": len(model.blocks)}
-    if "rope_theta" not in {*source, *(source.get("rope_parameters") or {})}:
-        config["rope_theta"] = MIXTRAL_THETA
-    return config
+    return parse_config(QWEN2_MOE, config)
 
 
 def _convert_block(block: Block) -> Block:

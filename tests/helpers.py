@@ -17,6 +17,7 @@ from moe2edge.calibration import walk
 from moe2edge.calibration.tokens import Tokens
 from moe2edge.cli.main import main
 from moe2edge.commands.preflight import refuse_early
+from moe2edge.commands.texts import resolve_recipe
 from moe2edge.errors import Moe2EdgeError
 from moe2edge.model.family import FAMILIES
 from moe2edge.model.model import Model
@@ -170,7 +171,8 @@ def check_early(
 ) -> None:
     """Do all that an export does before it begins to work: it reads headers alone."""
     checkpoint = open_checkpoint(str(folder))
-    parsed = recipe.parse(json.dumps({"passes": steps}), settings).resolve(checkpoint.model)
+    given = recipe.parse(json.dumps({"passes": steps}), settings)
+    parsed = resolve_recipe(checkpoint, given, QUIET)
     wanted, memory = registry.parse_targets(targets), Memory.from_limit(find_limit(None))
     refuse_early(checkpoint, parsed, wanted, out, memory, force=False, materialize=materialize)
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from helpers import run
+from moe2edge.calibration.mixes import list_parts, share_out
 from moe2edge.calibration.sources import TextSource
-from moe2edge.calibration.tokens import list_parts, load_tokens, read_texts, share_out
+from moe2edge.calibration.tokens import load_tokens, read_texts
 from moe2edge.errors import InputError
 from moe2edge.pipeline.recipe import parse_section
 from moe2edge.storage.tokenizer import load_tokenizer
@@ -151,7 +152,10 @@ def test_a_mix_gives_of_each_part_what_it_gives_alone(texts: Path, tokenizer: An
     counts = {"a.txt": 5, "b.txt": 3, "qa.jsonl": 2}
     alone = {
         name: load_tokens(
-            mix(name, samples=count, seed=3, field="answer"), tokenizer, "calibration", LIMITS
+            mix(name, samples=count, seed=3, **({"field": "answer"} if "qa" in name else {})),
+            tokenizer,
+            "calibration",
+            LIMITS,
         )
         for name, count in counts.items()
     }
@@ -261,9 +265,21 @@ BAD_MIXES: list[tuple[str, dict[str, Any], str]] = [
     ("a.txt:1,b.txt:99", {}, "part a.txt gets none of the 10 samples"),
     ("qa.jsonl", {"template": "{question} {reply}"}, "qa.jsonl, line 1 has no text in field 're"),
     ("qa.jsonl:1,a.txt:1", {"field": "reply"}, "qa.jsonl, line 1 has no text in field 'reply'"),
-    ("a.txt", {"template": "{question}"}, "calibration.template is for JSONL files"),
-    ("math", {"template": "{answer}", "sources": SOURCES}, "not under sources, and"),
-    ("x", {"sources": {"x": {"text": "a.txt", "template": "{q}"}}}, "a template is for JSONL"),
+    (
+        "a.txt",
+        {"template": "{question}"},
+        "calibration.template is for rows of JSON",
+    ),
+    (
+        "math",
+        {"template": "{answer}", "sources": SOURCES},
+        "calibration.template is for rows of JSON",
+    ),
+    (
+        "x",
+        {"sources": {"x": {"text": "a.txt", "template": "{q}"}}},
+        "calibration.sources.x.template is for rows of JSON",
+    ),
     ("x", {"sources": {"x": {"text": "none.txt"}}}, "calibration text none.txt does not exist"),
 ]
 
@@ -276,6 +292,15 @@ def test_bad_mixes_are_refused(
         load_tokens(mix(text, **options), tokenizer, "calibration", LIMITS)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_the_samples_that_a_mix_has_are_proposed(texts: Path, tokenizer: Any) -> None:
+    with pytest.raises(
+        InputError, match=r"or fewer samples \(--set calibration.samples=17"
+    ) as said:
+        load_tokens(mix("a.txt:1,b.txt:5", samples=500), tokenizer, "calibration", LIMITS)
+    most = int(str(said.value).rpartition("=")[2].rstrip(")"))
+    load_tokens(mix("a.txt:1,b.txt:5", samples=most), tokenizer, "calibration", LIMITS)
 
 
 @pytest.mark.parametrize("value", [[1], {"a": 1}, True, None])

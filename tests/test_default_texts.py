@@ -19,8 +19,9 @@ from moe2edge.calibration.builtin_texts import (
     find_builtin_file,
     name_general_parts,
 )
+from moe2edge.calibration.mixes import list_parts
 from moe2edge.calibration.sources import NamedText, TextSource
-from moe2edge.calibration.tokens import list_parts, load_tokens, read_texts
+from moe2edge.calibration.tokens import load_tokens, read_texts
 from moe2edge.commands.texts import list_default_texts, resolve_recipe
 from moe2edge.errors import InputError
 from moe2edge.pipeline import recipe as recipes

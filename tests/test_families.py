@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from helpers import compute_logits
-from moe2edge.calibration import walk
 from moe2edge.errors import InputError, Unsupported
+from moe2edge.model.config_parser import parse_config
 from moe2edge.model.family import FAMILIES, find_family
 from moe2edge.model.hf_config import build_config
-from moe2edge.runtime.load import build_transformers_model
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.testing import Make
 
@@ -65,18 +64,12 @@ def test_logits_equal_those_of_transformers(
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_every_key_of_transformers_config_is_accounted_for(family: str) -> None:
-    config = AutoConfig.for_model(family)
-    keys = {*config.to_dict(), *PreTrainedConfig().to_dict()}
-    assert not keys - FAMILIES[family].known_keys
-
-
-@pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_the_unchanged_model_gets_its_own_config_back(tiny: Make, family: str) -> None:
     checkpoint = open_checkpoint(str(tiny(family)))
     before = AutoConfig.for_model(**dict(checkpoint.config))
     after = AutoConfig.for_model(**build_config(checkpoint.model))
-    assert before.to_dict() == after.to_dict()
+    head_dim = checkpoint.model.config["head_dim"]  # written out where it was derived
+    assert before.to_dict() | {"head_dim": head_dim} == after.to_dict()
 
 
 @pytest.mark.parametrize(
@@ -85,9 +78,19 @@ def test_the_unchanged_model_gets_its_own_config_back(tiny: Make, family: str) -
         ("mixtral", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ("mixtral", {"rope_scaling": {"type": "dynamic", "factor": 2}}, "rope type 'dynamic'"),
         ("olmoe", {"rope_parameters": {"rope_type": "longrope"}}, "rope type 'longrope'"),
-        ("mixtral", {"attention_bias": True}, "attention_bias"),
         ("mixtral", {"clip_qkv": 8.0}, "clip_qkv"),
-        ("olmoe", {"use_sliding_window": True}, "use_sliding_window"),
+        ("mixtral", {"use_qk_norm": True}, "use_qk_norm"),
+        ("mixtral", {"is_causal": False}, "is_causal"),
+        ("mixtral", {"is_causal": None}, "is_causal"),  # not the default: false
+        ("mixtral", {"layer_types": ["sliding_attention"] * 32}, "layer_types"),
+        ("olmoe", {"sliding_window": 4}, "sliding_window"),
+        ("qwen2_moe", {"layer_types": ["chunked_attention"] * 24}, "layer type 'chunked"),
+        (
+            "qwen2_moe",
+            {"rope_parameters": {"full_attention": {}}},
+            "rotary embeddings in different",
+        ),
+        ("qwen2_moe", {"attribute_map": {"hidden_size": "vocab_size"}}, "name of a part of"),
         ("qwen3_moe", {"partial_rotary_factor": 0.5}, "partial rotary"),
         ("qwen3_moe", {"routed_scaling_factor": 2.5}, "routed_scaling_factor"),
     ],
@@ -96,13 +99,7 @@ def test_config_features_without_support_are_refused(
     family: str, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(Unsupported, match=message):
-        FAMILIES[family].check_config({"model_type": family, **changes})
-
-
-def test_unknown_layer_types_are_refused() -> None:
-    config = {"use_sliding_window": True, "sliding_window": 4, "layer_types": ["linear_attention"]}
-    with pytest.raises(Unsupported, match="linear_attention"):
-        FAMILIES["qwen2_moe"].window_of(config, 0)
+        parse_config(FAMILIES[family], changes)
 
 
 @pytest.mark.parametrize(
@@ -120,14 +117,26 @@ def test_other_models_are_refused(config: Any, error: type[Exception], message: 
 
 
 WRONG: list[tuple[str, dict[str, Any], str]] = [
-    ("mixtral", {"rms_norm_eps": "x"}, "rms_norm_eps is 'x', expected: a valid number"),
-    ("mixtral", {"rms_norm_eps": 0}, "rms_norm_eps is 0, expected: greater than 0"),
+    ("mixtral", {"rms_norm_eps": "x"}, "rms_norm_eps is 'x', expected: a number with a point"),
+    ("mixtral", {"rms_norm_eps": 0.0}, "rms_norm_eps is 0.0, expected: greater than 0"),
+    ("mixtral", {"rms_norm_eps": float("nan")}, "rms_norm_eps is nan, expected: a finite number"),
+    ("mixtral", {"hidden_size": 1e30}, "hidden_size is 1e+30, expected: a whole number"),
+    ("mixtral", {"hidden_size": 10**30}, "a number of at most 64 bits"),
+    ("mixtral", {"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, expected: at most"),
+    ("mixtral", {"hidden_size": True}, "hidden_size is True, expected: a whole number"),
+    ("mixtral", {"num_experts": 8}, "num_experts is 8 and num_local_experts is 6; both name"),
+    ("qwen2_moe", {"router_aux_loss_coef": {"__float__": "Infinity"}}, "expected: a finite number"),
+    ("olmoe", {"head_dim": 32}, "head_dim is 32, expected: hidden_size / num_attention_heads"),
+    ("qwen3_moe", {"head_dim": 31}, "an even rotary dimension"),
+    ("qwen3_moe", {"num_key_value_heads": 3}, "num_key_value_heads is 3, expected: a divisor"),
     ("mixtral", {"rope_scaling": "linear"}, "rope_scaling is 'linear', expected"),
     ("mixtral", {"rope_parameters": [1]}, "rope_parameters is [1], expected"),
-    ("mixtral", {"rope_theta": "x"}, "rope_theta is 'x', expected"),
-    ("mixtral", {"rope_parameters": {"rope_theta": "x"}}, "rope_parameters.rope_theta is 'x'"),
-    ("mixtral", {"sliding_window": "x"}, "sliding_window is 'x', expected: a valid integer"),
-    ("mixtral", {"sliding_window": -4}, "sliding_window is -4, expected: greater than"),
+    ("mixtral", {"rope_theta": "x"}, "rope_theta is 'x'; both name the same setting"),
+    ("mixtral", {"rope_theta": "x", "rope_parameters": None}, "needs rope_theta > 0, found 'x'"),
+    ("mixtral", {"rope_parameters": {"rope_theta": "x"}}, "needs rope_theta > 0, found 'x'"),
+    ("mixtral", {"sliding_window": "x"}, "sliding_window is 'x', expected: a whole number or null"),
+    ("mixtral", {"sliding_window": -4}, "sliding_window is -4, expected: at least 1"),
+    ("mixtral", {"sliding_window": 0}, "sliding_window is 0, expected: at least 1"),
     ("mixtral", {"eos_token_id": "<end>"}, "eos_token_id is '<end>', expected"),
     ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok is 9, but there are 6 experts"),
     (
@@ -135,19 +144,27 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
         {"rope_parameters": {"rope_type": "linear"}},
         "'linear' rope needs factor > 0, found None",
     ),
-    ("olmoe", {"rope_parameters": YARN | {"factor": None}}, "'yarn' rope needs factor > 0"),
+    ("olmoe", {"rope_parameters": YARN | {"factor": 0}}, "'yarn' rope needs factor > 0"),
+    ("olmoe", {"rope_parameters": YARN | {"type": "linear"}}, "rope_parameters.type is 'linear'"),
+    ("olmoe", {"rope_parameters": YARN | {"attention_factor": "x"}}, "cannot be computed"),
+    ("olmoe", {"rope_scaling": YARN}, "'rope_type': 'default'}; both name the same"),
     (
         "qwen3_moe",
         {"rope_parameters": LLAMA3 | {"low_freq_factor": "x"}},
         "'llama3' rope needs low_freq_factor > 0, found 'x'",
     ),
-    ("olmoe", {"clip_qkv": "x"}, "clip_qkv is 'x', expected"),
-    ("qwen2_moe", {"mlp_only_layers": 3}, "mlp_only_layers is 3, expected: a valid list"),
+    ("olmoe", {"clip_qkv": "x"}, "clip_qkv is 'x', expected: a number with a point or null"),
+    ("mixtral", {"dtype": "nope"}, "transformers refuses it"),
+    ("mixtral", {"use_cache": "x"}, "use_cache is 'x', expected: true or false"),
+    ("mixtral", {"initializer_range": "x"}, "initializer_range is 'x'"),
+    ("mixtral", {"id2label": 3}, "transformers refuses it"),
+    ("mixtral", {"rope_parameters": YARN | {"beta_fast": "x"}}, "transformers refuses it"),
+    ("qwen2_moe", {"mlp_only_layers": 3}, "mlp_only_layers is 3, expected: a list or null"),
     ("qwen2_moe", {"decoder_sparse_step": "a"}, "decoder_sparse_step is 'a', expected"),
     (
         "qwen2_moe",
         {"use_sliding_window": True, "layer_types": ["full_attention"]},
-        "layer_types names 1 blocks, but num_hidden_layers is 3",
+        "must be equal to the number of `layer_types` (1)",
     ),
 ]
 
@@ -170,28 +187,3 @@ def test_wrong_values_are_refused_in_one_line(
         _ = open_checkpoint(str(folder)).model
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"dtype": "nope"},
-        {"use_cache": "x"},
-        {"initializer_range": "x"},
-        {"id2label": 3},
-        {"rope_parameters": YARN | {"beta_fast": "x"}},
-    ],
-    ids=named,
-)
-def test_errors_of_transformers_become_one_line(
-    tiny: Make, tmp_path: Path, changes: dict[str, Any]
-) -> None:
-    folder = changed(tiny("mixtral"), tmp_path, changes)
-    model = open_checkpoint(str(folder)).model
-    for run in (
-        lambda: walk.BlockRunner(model, model.blocks[0]),
-        lambda: build_transformers_model(model, torch.float32),
-    ):
-        with pytest.raises(InputError, match="transformers refuses it") as caught:
-            run()
-        assert "\n" not in str(caught.value)

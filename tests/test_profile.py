@@ -19,7 +19,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers.utils import logging
 
-from helpers import run, slow_except
+from helpers import ignore, run, slow_except
 from moe2edge.errors import InputError, Moe2EdgeError, Unsupported
 from moe2edge.evaluation.profile import measure, memory
 from moe2edge.evaluation.profile.child import Phases, measure_once
@@ -36,6 +36,7 @@ from moe2edge.evaluation.profile.result import DEFINITIONS, Metric, Phase, colle
 from moe2edge.evaluation.profile.table import build_profile_table
 from moe2edge.numerics.scheme import Scheme
 from moe2edge.pipeline import registry
+from moe2edge.progress import Reporter
 from moe2edge.storage.checkpoint import BUILTIN, open_checkpoint
 from moe2edge.storage.manifest import write_manifest
 from moe2edge.testing import make_checkpoint, make_tokenizer, quantize
@@ -231,7 +232,7 @@ def measured(checkpoint: Path) -> Any:
         checkpoint,
         text="def f(x): return x * 2  # twice\n" * 4,
         settings=ProfileSettings(16, gen_tokens=5, prompts=2, repeats=2, threads=1, timeout_s=120),
-        advance=lambda *step: said.append(step),
+        reporter=Reporter(ignore, lambda *step: said.append(step)),
     )
     return result, said
 

@@ -197,6 +197,6 @@ def test_a_mix_with_sources_survives_a_round_trip() -> None:
         ["evaluation.template='{q}'"],
     )
     assert parsed.calibration.sources["math"].template == "{question}\n{answer}"
-    assert parsed.calibration.sources["code"].field == "text"
+    assert parsed.calibration.sources["code"].field is None
     assert parsed.evaluation.template == "{q}"
     assert recipe.parse(parsed.render()) == parsed

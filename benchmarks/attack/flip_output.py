@@ -150,6 +150,7 @@ def change_graph(folder: Path, name: str) -> Iterator[Change]:
             before = node.SerializeToString()
             edit()
             content = model.SerializeToString(deterministic=True)
+            assert content != data, f"{place} of {node.name} was not changed"
             node.ParseFromString(before)
             yield Change(name, f"{place} of {node.name}", node.name, content)
     for n, tensor in enumerate(model.graph.initializer):
@@ -177,12 +178,13 @@ def list_node_edits(node: Any) -> Iterator[tuple[str, Callable[[], None]]]:
 
     yield "input", change_input
     yield "operator", change_operator
-    for attribute in node.attribute:
-        yield attribute.name, partial(change_attribute, attribute)
+    for n, name in enumerate([attribute.name for attribute in node.attribute]):
+        yield name, partial(change_attribute, node, n)
 
 
-def change_attribute(attribute: Any) -> None:
+def change_attribute(node: Any, n: int) -> None:
     """Change the value of an attribute, or the name of one that holds no simple value."""
+    attribute = node.attribute[n]  # now, because restoring a node makes new ones
     if attribute.HasField("i"):
         attribute.i += 1
     elif attribute.HasField("f"):

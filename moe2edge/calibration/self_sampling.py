@@ -61,7 +61,7 @@ def sample_tokens(checkpoint: Checkpoint, source: TextSource, reporter: Reporter
             "calibration.text self: the tokenizer has neither a BOS nor an EOS token, so the model "
             f"cannot begin a text; {remedy}"
         )
-    check_length(source, "calibration", model.family.geometry(checkpoint.config).max_positions)
+    check_length(source, "calibration", model.family.geometry(model.config).max_positions)
     runtime = open_source(checkpoint.folder)
     shape = source.samples, source.length
     ids = write_text(runtime.model, model, start, shape, source.seed, reporter)

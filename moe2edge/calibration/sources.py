@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shlex
+from dataclasses import dataclass
 from string import Formatter
 from typing import Annotated, Self
 
@@ -14,13 +18,31 @@ from moe2edge.options import Options
 class NamedText(Options):
     """A text with a name, to be used as a part of mixes."""
 
-    text: Annotated[str, Field(description="builtin, general, or a text or JSONL file")]
-    field: Annotated[str, Field(description="field of a JSONL line that contains the text")] = (
-        "text"
-    )
+    text: Annotated[
+        str,
+        Field(description="builtin, general, or a file: text, JSON lines, JSON array, parquet"),
+    ]
+    field: Annotated[
+        str | None,
+        Field(
+            description="field of a JSON row that contains the text or the chat; by default text, "
+            "messages or conversations"
+        ),
+    ] = None
     template: Annotated[
         str | None,
         Field(description="instead of field: a text with fields, such as '{question} {answer}'"),
+    ] = None
+    chat: Annotated[
+        bool | None,
+        Field(
+            description="true: rows are chats (messages with role and content), and the model's "
+            "chat template makes them text; false: they are not; by default each row decides"
+        ),
+    ] = None
+    chat_template: Annotated[
+        str | None,
+        Field(description="name of the chat template, where the model has several"),
     ] = None
 
     @field_validator("template")
@@ -31,9 +53,14 @@ class NamedText(Options):
         return value
 
     @model_validator(mode="after")
-    def _field_or_template(self) -> Self:
-        if self.template is not None and self.field != "text":
+    def _options_agree(self) -> Self:
+        # Recipes that older versions wrote name the default field beside a template.
+        if self.template is not None and self.field not in (None, "text"):
             raise ValueError("give field or template, not both")
+        if self.template is not None and (self.chat or self.chat_template):
+            raise ValueError("give template, or chat with its chat_template, not both")
+        if self.chat is False and self.chat_template:
+            raise ValueError("chat_template needs chat; leave chat: false out")
         return self
 
 
@@ -44,10 +71,10 @@ class TextSource(NamedText):
         str,
         Field(
             description="builtin (code), general (code, docs, problems, dialogues and articles), "
-            "a text or JSONL file, a name defined in sources, or a mix of them with weights: "
-            "NAME:WEIGHT,NAME:WEIGHT. For calibration also self: text that the model writes. For "
-            "evaluation also none: measure no quality. default: builtin for builtin:tiny-moe, "
-            "general for other models"
+            "a file (text, JSON lines, JSON array, parquet), a name defined in sources, or a mix "
+            "of them with weights: NAME:WEIGHT,NAME:WEIGHT. For calibration also self: text that "
+            "the model writes. For evaluation also none: measure no quality. default: builtin for "
+            "builtin:tiny-moe, general for other models"
         ),
     ] = DEFAULT_TEXT
     samples: Annotated[int, Field(ge=1, description="number of samples")] = 128
@@ -73,6 +100,64 @@ class TextSource(NamedText):
                     "names other than builtin, general and default, without comma and colon"
                 )
         return value
+
+
+# ---- options in messages -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """Options of a text as the command at hand spells them, for messages.
+
+    Attributes:
+        flags: they are options of the command itself, not settings of a recipe.
+    """
+
+    flags: bool = False
+
+    def name(self, place: str, option: str) -> str:
+        """Return the name of an option of a text.
+
+        >>> Spelling().name("calibration", "chat_template")
+        'calibration.chat_template'
+        >>> Spelling(flags=True).name("evaluation", "chat_template")
+        '--chat-template'
+        """
+        return f"--{option.replace('_', '-')}" if self.flags else f"{place}.{option}"
+
+    def give(self, place: str, option: str, value: object) -> str:
+        r"""Return the words that give an option a value.
+
+        >>> Spelling().give("calibration", "length", 64)
+        '--set calibration.length=64'
+        >>> Spelling().give("calibration", "template", "{a} {b}")
+        '--set \'calibration.template="{a} {b}"\''
+        >>> Spelling().give("calibration.sources.math", "field", "a")
+        'field: a under calibration.sources.math in the recipe'
+        >>> Spelling(flags=True).give("evaluation", "field", "an answer")
+        "--field='an answer'"
+        """
+        if self.flags:
+            if option == "chat":
+                return "--chat" if value else "--no-chat"
+            return f"{self.name(place, option)}={shlex.quote(str(value))}"
+        # As YAML reads it: a word that could be something else is quoted.
+        plain = not isinstance(value, str) or re.fullmatch(
+            r"(?!(?i:yes|no|on|off|true|false|null|"
+            r"[yn])$)[A-Za-z_][\w-]*",
+            value,
+        )
+        shown = (
+            json.dumps(value, ensure_ascii=False)
+            if not plain
+            else (str(value).lower() if isinstance(value, bool) else str(value))
+        )
+        if "." in place:
+            return f"{option}: {shown} under {place} in the recipe"
+        return f"--set {shlex.quote(f'{place}.{option}={shown}')}"
+
+
+IN_RECIPE, AS_FLAGS = Spelling(), Spelling(flags=True)
 
 
 # ---- reading -----------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +58,7 @@ def add_hub_options(command: Command) -> Command:
     )(command)
 
 
-MIX_HELP = "A text or JSONL file, or a weighted mix: a.jsonl:0.5,b.txt:0.5."
+MIX_HELP = "A file (text, JSON lines, parquet), or a weighted mix: a.jsonl:0.5,b.txt:0.5."
 
 SETTINGS_OPTION = click.option(
     "--set",
@@ -91,20 +91,35 @@ def read_recipe_options(
     return recipe.parse(recipe.find(name), [*texts, *settings])
 
 
+CHAT_TEMPLATE_OPTION = click.option(
+    "--chat-template",
+    help="Name of the chat template, if the model has several.",
+)
+_ROW_OPTIONS = (
+    click.option("--field", help="Field of each row [default: text, messages or conversations]."),
+    click.option(
+        "--template",
+        help=r"Text with several fields of a row, instead of --field, such as "
+        r"'{question}\n{answer}'; \n stands for a line break.",
+    ),
+    click.option(
+        "--chat/--no-chat",
+        default=None,
+        help="Rows are chats, in the form of the model's chat template [default: if they have "
+        "messages].",
+    ),
+    CHAT_TEMPLATE_OPTION,
+)
+
+
 def add_text_options(samples: int) -> Callable[[Command], Command]:
     """Add options of a text and its samples, whose values `read_text_options` takes."""
     options = (
         click.option(
             "--text",
-            help="A text or JSONL file, builtin, general, or a weighted mix: a.jsonl:0.5,b.txt:0.5 "
-            "[default: builtin for builtin:tiny-moe, general for other models].",
+            help=f"{MIX_HELP} [default: builtin for builtin:tiny-moe, general for other models].",
         ),
-        click.option("--field", help="Field of each JSONL line [default: text]."),
-        click.option(
-            "--template",
-            help=r"Text with several fields of a JSONL line, instead of --field, such as "
-            r"'{question}\n{answer}'; \n stands for a line break.",
-        ),
+        *_ROW_OPTIONS,
         click.option("--samples", default=samples, show_default=True, help="Number of samples."),
         click.option("--length", default=512, show_default=True, help="Tokens per sample."),
         click.option(
@@ -112,12 +127,18 @@ def add_text_options(samples: int) -> Callable[[Command], Command]:
         ),
     )
 
-    def decorate(command: Command) -> Command:
-        for option in reversed(options):
-            command = option(command)
-        return command
+    return lambda command: _decorate(command, options)
 
-    return decorate
+
+def add_row_options(command: Command) -> Command:
+    """Add options that say how a row of a text becomes a document."""
+    return _decorate(command, _ROW_OPTIONS)
+
+
+def _decorate(command: Command, options: Sequence[Callable[[Command], Command]]) -> Command:
+    for option in reversed(options):
+        command = option(command)
+    return command
 
 
 def read_text_options(purpose: str, options: Mapping[str, Any]) -> TextSource:

@@ -37,7 +37,8 @@ Examples:
   moe2edge inspect builtin:tiny-moe --routing -o routing.png
   moe2edge inspect out-hf --routing --text math.jsonl --field question --json"""
 NEEDS_ROUTING = (
-    "text", "field", "template", "samples", "length", "seed", "criterion", "output",
+    "text", "field", "template", "chat", "chat_template", "samples", "length", "seed", "criterion",
+    "output",
 )  # fmt: skip
 
 
@@ -149,7 +150,8 @@ def _refuse_routing_options() -> None:
     context = click.get_current_context()
     for name in NEEDS_ROUTING:
         if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
-            raise InputError(f"--{name} needs --routing: add --routing, or leave --{name} out")
+            option = name.replace("_", "-")
+            raise InputError(f"--{option} needs --routing: add --routing, or leave it out")
 
 
 def _check_criterion(name: str) -> None:
@@ -179,6 +181,7 @@ def _read_target(folder: Path) -> str:
 def _measure_routing(
     checkpoint: Checkpoint, target: str | None, source: TextSource, *, quiet: bool
 ) -> RoutingReport:
+    from moe2edge.calibration.sources import AS_FLAGS
     from moe2edge.calibration.tokens import load_tokens
     from moe2edge.commands.texts import choose_text
     from moe2edge.evaluation import routing_report
@@ -195,14 +198,13 @@ def _measure_routing(
     # An output is of the model that its manifest names.
     name = open_artifact(checkpoint.folder).source if target else checkpoint.source
     source = choose_text(source, name)
-    try:
-        tokens = load_tokens(source, load_tokenizer(checkpoint.folder), "calibration", limits)
-    except InputError as error:  # this command has options where a recipe has settings
-        raise InputError(str(error).replace("--set calibration.", "--")) from error
+    reporter, tokenizer = make_reporter(quiet=quiet), load_tokenizer(checkpoint.folder)
+    tokens = load_tokens(
+        source, tokenizer, "calibration", limits, spelling=AS_FLAGS, reporter=reporter
+    )
     text = tokens.provenance | {"seed": source.seed}
     origins = None if target is None else _read_origins(checkpoint.folder, len(model.blocks))
-    advance = make_reporter(quiet=quiet).advance
-    layers = routing_report.measure_routing(model, tokens.ids, advance, origins)
+    layers = routing_report.measure_routing(model, tokens.ids, reporter.advance, origins)
     family = model.family.architecture
     return routing_report.RoutingReport(checkpoint.source, family, target, text, layers)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import sys
@@ -61,7 +62,9 @@ class CommandGroup(click.Group):
         """Run a command, and turn every error into one line and an exit code."""
         as_json = "--json" in sys.argv
         progress_bar.listen()
+        _take_any_character(sys.stdout)
         try:
+            _refuse_bytes(args[0] if args else extra.get("args"))
             super().main(*args, **{**extra, "standalone_mode": False})
         except click.exceptions.Exit as error:
             sys.exit(error.exit_code)
@@ -95,6 +98,28 @@ def _explain(error: Exception) -> tuple[str, int]:
     message = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     hint = "run again with MOE2EDGE_DEBUG=1 and report what it prints"
     return f"{message} (a bug in moe2edge; {hint})", Moe2EdgeError.exit_code
+
+
+def _refuse_bytes(arguments: Sequence[str] | None) -> None:
+    """Refuse arguments that are not in UTF-8, which could be neither tokenized nor written.
+
+    Raises:
+        InputError: there is one.
+    """
+    for argument in sys.argv[1:] if arguments is None else arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"the argument {argument[:60]!a} is not UTF-8 (from character {error.start + 1} "
+                "on); give it in UTF-8, and rename a file whose name is not"
+            ) from error
+
+
+def _take_any_character(stream: object) -> None:
+    """Let a stream escape what its encoding lacks, where it would fail otherwise."""
+    if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+        stream.reconfigure(errors="backslashreplace")
 
 
 def _print_debug_traceback() -> None:

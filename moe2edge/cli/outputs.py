@@ -13,10 +13,12 @@ import click
 
 from moe2edge.cli import progress_bar
 from moe2edge.cli.common import (
+    CHAT_TEMPLATE_OPTION,
     FOLDER_ARGUMENT,
     JSON_OPTION,
     THREADS_OPTION,
     add_hub_options,
+    add_row_options,
     add_text_options,
     emit,
     open_model,
@@ -135,10 +137,17 @@ def _describe_verification(done: Verification) -> Iterator[str]:
     default=None,
     help="Apply the chat template to PROMPT [default: if the model has one].",
 )
+@CHAT_TEMPLATE_OPTION
 @THREADS_OPTION
 @JSON_OPTION
 def generate_command(
-    folder: Path, prompt: str, max_tokens: int, chat: bool | None, as_json: bool, **sampling: Any
+    folder: Path,
+    prompt: str,
+    max_tokens: int,
+    chat: bool | None,
+    chat_template: str | None,
+    as_json: bool,
+    **sampling: Any,
 ) -> None:
     """Continue PROMPT with the model in FOLDER.
 
@@ -154,7 +163,7 @@ def generate_command(
     generation.check_settings(max_tokens, **sampling)
     quiet_libraries()
     tokenizer = load_tokenizer(folder)
-    ids = generation.encode_prompt(tokenizer, prompt, chat)
+    ids = generation.encode_prompt(tokenizer, prompt, chat, chat_template)
     log = partial(click.echo, err=True)
     tokens = generate.continue_in(artifact, ids, log, max_tokens=max_tokens, **sampling)
     if as_json:
@@ -186,9 +195,11 @@ Examples:
 )
 @click.option(
     "--text",
-    type=click.Path(path_type=Path),
-    help="Text file to cut prompts from [default: built-in text].",
+    default="builtin",
+    show_default=True,
+    help="File to cut prompts from: text, JSON lines, parquet.",
 )
+@add_row_options
 @click.option("--prompt-tokens", type=int, help="Tokens per prompt [default: as in the preset].")
 @click.option("--gen-tokens", type=int, help="New tokens per prompt [default: as in the preset].")
 @click.option("--repeats", type=int, help="Number of fresh processes [default: as in the preset].")
@@ -198,7 +209,11 @@ Examples:
 def profile_command(
     model: str,
     preset: Literal["quick", "ci", "full"],
-    text: Path | None,
+    text: str,
+    field: str | None,
+    template: str | None,
+    chat: bool | None,
+    chat_template: str | None,
     as_json: bool,
     revision: str | None,
     cache_dir: Path | None,
@@ -214,7 +229,9 @@ def profile_command(
     place = model if Path(model).is_dir() else open_model(model, revision, cache_dir)
     quiet_libraries()
     reporter = make_reporter(quiet=as_json)
-    result = profile(place, preset=preset, text=text, reporter=reporter, **sizes)
+    rows = {"field": field, "template": template, "chat": chat, "chat_template": chat_template}
+    source = read_text_options("evaluation", {"text": text, **rows})
+    result = profile(place, preset=preset, text=source, reporter=reporter, **sizes)
     if as_json:
         emit(result.to_json())
         return
@@ -259,7 +276,7 @@ def evaluate_command(
     source = choose_text(read_text_options("evaluation", text), open_artifact(folder).source)
     quiet_libraries()
     model = open_model(reference, revision, cache_dir).model if reference else None
-    quality = run(folder, source, model, make_reporter(quiet=as_json).advance)
+    quality = run(folder, source, model, make_reporter(quiet=as_json))
     if as_json:
         emit(asdict(quality))
         return

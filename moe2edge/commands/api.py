@@ -18,14 +18,13 @@ from moe2edge.model.model import Model
 from moe2edge.pipeline import recipe as recipes
 from moe2edge.pipeline.recipe import Recipe
 from moe2edge.pipeline.stages import Step
-from moe2edge.progress import Reporter
+from moe2edge.progress import QUIET, Reporter
 from moe2edge.storage.checkpoint import Checkpoint, open_checkpoint
 
 if TYPE_CHECKING:
+    from moe2edge.calibration.sources import TextSource
     from moe2edge.commands.report import Report
     from moe2edge.evaluation.profile.result import Profile
-
-QUIET = Reporter(lambda _: None, lambda *_: None)
 
 
 def parse_recipe(recipe: str | Path | Mapping[str, Any], settings: Sequence[str] = ()) -> Recipe:
@@ -129,7 +128,7 @@ def compress(
     plan, limit = plan_passes(parsed.passes, source), find_limit(max_memory)
     check_pass_memory(source, estimate_passes(plan, measure_texts(parsed)), limit)
     calibration = load_calibration(checkpoint, parsed, reporter)
-    training = load_training(checkpoint, parsed)
+    training = load_training(checkpoint, parsed, reporter)
     folder = Path(tempfile.mkdtemp(prefix="moe2edge-"))
     budget = replace(Memory.from_limit(limit), folder=folder)
     try:
@@ -208,7 +207,7 @@ def profile(
     model: str | Path | Checkpoint,
     *,
     preset: Literal["quick", "ci", "full"] = "ci",
-    text: str | Path | None = None,
+    text: str | Path | TextSource | None = None,
     prompt_tokens: int | None = None,
     gen_tokens: int | None = None,
     repeats: int | None = None,
@@ -223,7 +222,8 @@ def profile(
         model: an output folder, or a model as `open_checkpoint` takes it, which runs in
             transformers.
         preset: how much is measured.
-        text: file of natural text for the prompts; None: the built-in text.
+        text: file of natural text for the prompts, or a text with options, as recipes have it;
+            None: the built-in text.
         prompt_tokens: tokens of a prompt, in place of the preset's.
         gen_tokens: tokens generated after it, likewise.
         repeats: fresh processes, likewise.
@@ -239,7 +239,6 @@ def profile(
     """
     from moe2edge.calibration.builtin_texts import BUILTIN_TEXT
     from moe2edge.calibration.sources import TextSource
-    from moe2edge.calibration.tokens import list_parts, read_texts
     from moe2edge.evaluation.profile import measure
 
     if isinstance(model, Checkpoint) or not Path(model).is_dir():
@@ -251,15 +250,14 @@ def profile(
         "threads": threads,
     }
     given = {name: value for name, value in sizes.items() if value is not None}
-    source = TextSource(text=str(text) if text else BUILTIN_TEXT)
-    if len(list_parts(source, "evaluation")) > 1:
-        raise InputError(f"text {text}: prompts are cut from one text; name one file")
+    if not isinstance(text, TextSource):
+        text = TextSource(text=str(text) if text else BUILTIN_TEXT)
     return measure.profile_folder(
         Path(model),
-        text="\n".join(read_texts(source, "evaluation")),
+        text=text,
         settings=replace(measure.PRESETS[preset], **given),
         fixed=given.keys(),
-        advance=(reporter or QUIET).advance,
+        reporter=reporter or QUIET,
     )
 
 

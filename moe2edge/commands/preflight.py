@@ -56,11 +56,11 @@ def list_reads(checkpoint: Checkpoint, recipe: Recipe) -> list[Path]:
     """List the files and folders that an export reads while it runs, or reads again to resume.
 
     The recipe itself is read once.
-    """
-    from moe2edge.calibration.builtin_texts import BUILTIN_TEXT, GENERAL_TEXT
-    from moe2edge.calibration.tokens import list_parts
 
-    ours = (SELF, NO_TEXT, BUILTIN_TEXT, GENERAL_TEXT)
+    Raises:
+        InputError: a text is missing.
+    """
+    from moe2edge.calibration.mixes import list_text_files
 
     paths = [checkpoint.folder, *checkpoint.folder.iterdir()]
     texts = {
@@ -69,9 +69,8 @@ def list_reads(checkpoint: Checkpoint, recipe: Recipe) -> list[Path]:
         "training": recipe.training,
     }
     for purpose, source in texts.items():
-        if source is not None and source.text not in ours:
-            names = [part.text for part in list_parts(source, purpose)]
-            paths += [Path(name).expanduser() for name in names if name not in ours]
+        if source is not None and source.text not in (SELF, NO_TEXT):
+            paths += list_text_files(source, purpose)
     # Decisions, and whatever other passes read.
     files = [value for step in recipe.passes for name, value in step if name == "file"]
     return paths + [Path(file) for file in files if isinstance(file, str)]
@@ -115,7 +114,8 @@ def _check_training(recipe: Recipe, texts: TextSizes, model: Model) -> None:
     Raises:
         InputError: it is.
     """
-    from moe2edge.calibration.tokens import check_length, check_text_files
+    from moe2edge.calibration.mixes import check_text_files
+    from moe2edge.calibration.tokens import check_length
 
     if recipe.training is not None and texts.training is not None:
         check_text_files(recipe.training, "training")

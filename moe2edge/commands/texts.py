@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from moe2edge.calibration.builtin_texts import BUILTIN_TEXT, DEFAULT_TEXT, choose_default_text
+from moe2edge.calibration.mixes import check_text_files, refuse_row_options
 from moe2edge.calibration.sources import TextSource
 from moe2edge.pipeline.recipe import Recipe
 from moe2edge.progress import Reporter
@@ -106,9 +107,26 @@ def load_texts(checkpoint: Checkpoint, recipe: Recipe, reporter: Reporter) -> Te
         InputError: a text is missing or unsuitable.
         DoesNotFit: the model should write one and cannot be run.
     """
-    calibration = load_calibration(checkpoint, recipe, reporter)
-    evaluation = load_evaluation(checkpoint, recipe)
-    return Texts(calibration, evaluation, load_training(checkpoint, recipe))
+    # First all that is quick to find out: calibration may take long, where the model writes it.
+    _check_sections(recipe)
+    evaluation = load_evaluation(checkpoint, recipe, reporter)
+    training = load_training(checkpoint, recipe, reporter)
+    return Texts(load_calibration(checkpoint, recipe, reporter), evaluation, training)
+
+
+def _check_sections(recipe: Recipe) -> None:
+    """Check that the files of all texts exist and are texts, reading their beginnings alone.
+
+    Raises:
+        InputError: so.
+    """
+    sections = {"calibration": recipe.calibration, "evaluation": recipe.evaluation}
+    sections |= {"training": recipe.training} if recipe.training else {}
+    for purpose, source in sections.items():
+        if (purpose, source.text) in (("calibration", SELF), ("evaluation", NO_TEXT)):
+            refuse_row_options(source, purpose)
+        else:
+            check_text_files(source, purpose)
 
 
 def load_calibration(checkpoint: Checkpoint, recipe: Recipe, reporter: Reporter) -> Tokens | None:
@@ -118,22 +136,22 @@ def load_calibration(checkpoint: Checkpoint, recipe: Recipe, reporter: Reporter)
         InputError: the text is missing or unsuitable.
         DoesNotFit: the model should write it and cannot be run.
     """
-    from moe2edge.calibration.tokens import check_text_files
-
     source = recipe.calibration
+    if source.text == SELF:
+        refuse_row_options(source, "calibration")
+    else:
+        check_text_files(source, "calibration")
     if not recipe.needs_calibration:
-        if source.text != SELF:
-            check_text_files(source, "calibration")
         return None
     if source.text == SELF:
         from moe2edge.calibration import self_sampling
 
         _ = checkpoint.sha256  # it looks at every number, before the model runs
         return self_sampling.sample_tokens(checkpoint, source, reporter)
-    return _load_tokens(checkpoint, source, "calibration")
+    return _load_tokens(checkpoint, source, "calibration", reporter)
 
 
-def load_evaluation(checkpoint: Checkpoint, recipe: Recipe) -> Tokens:
+def load_evaluation(checkpoint: Checkpoint, recipe: Recipe, reporter: Reporter) -> Tokens:
     """Load the tokens for the figures of the report; without figures, a few for verification.
 
     Raises:
@@ -144,25 +162,30 @@ def load_evaluation(checkpoint: Checkpoint, recipe: Recipe) -> Tokens:
 
     source = recipe.evaluation
     if source.text == NO_TEXT:
-        longest = checkpoint.model.family.geometry(checkpoint.config).max_positions
+        longest = checkpoint.model.family.geometry(checkpoint.model.config).max_positions
         length = min(longest, PREFILL + PARITY_STEPS)
         source = TextSource(text=BUILTIN_TEXT, samples=SAMPLES, length=length)
-    return _load_tokens(checkpoint, source, "evaluation")
+    return _load_tokens(checkpoint, source, "evaluation", reporter)
 
 
-def load_training(checkpoint: Checkpoint, recipe: Recipe) -> Tokens | None:
+def load_training(checkpoint: Checkpoint, recipe: Recipe, reporter: Reporter) -> Tokens | None:
     """Load the tokens to train on, if a pass does.
 
     Raises:
         InputError: the text is missing or unsuitable.
     """
-    return _load_tokens(checkpoint, recipe.training, "training") if recipe.training else None
+    if recipe.training is None:
+        return None
+    return _load_tokens(checkpoint, recipe.training, "training", reporter)
 
 
-def _load_tokens(checkpoint: Checkpoint, source: TextSource, purpose: str) -> Tokens:
+def _load_tokens(
+    checkpoint: Checkpoint, source: TextSource, purpose: str, reporter: Reporter
+) -> Tokens:
     from moe2edge.calibration.tokens import load_tokens
     from moe2edge.storage.tokenizer import load_tokenizer
 
-    geometry = checkpoint.model.family.geometry(checkpoint.config)
+    geometry = checkpoint.model.family.geometry(checkpoint.model.config)
     limits = (geometry.max_positions, geometry.vocab)
-    return load_tokens(source, load_tokenizer(checkpoint.folder), purpose, limits)
+    tokenizer = load_tokenizer(checkpoint.folder)
+    return load_tokens(source, tokenizer, purpose, limits, reporter=reporter)

@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe2edge.calibration import walk
-from moe2edge.calibration.sources import TextSource
+from moe2edge.calibration.sources import AS_FLAGS, TextSource
 from moe2edge.calibration.tokens import load_tokens
 from moe2edge.evaluation import verify
+from moe2edge.model.config_parser import parse_config
 from moe2edge.model.family import find_family
+from moe2edge.model.hf_config import OUTPUT_KEYS
 from moe2edge.model.model import Model
 from moe2edge.numerics import metrics
 from moe2edge.pipeline import registry
-from moe2edge.progress import Advance
+from moe2edge.progress import Reporter
 from moe2edge.storage.manifest import check_sizes, open_artifact
 from moe2edge.storage.text_files import read_json
 from moe2edge.storage.tokenizer import load_tokenizer
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def evaluate_output(
-    folder: Path, source: TextSource, reference: Model | None, advance: Advance
+    folder: Path, source: TextSource, reference: Model | None, reporter: Reporter
 ) -> metrics.Quality:
     """Measure perplexity, and with a reference model also KL and top-1 agreement.
 
@@ -32,7 +34,7 @@ def evaluate_output(
         folder: an output of moe2edge.
         source: the text and how it is cut into samples.
         reference: the source model; None measures perplexity only.
-        advance: receives progress.
+        reporter: receives progress.
 
     Raises:
         InputError: the folder is no output, the text is too short or cannot be read, or the
@@ -42,9 +44,15 @@ def evaluate_output(
     artifact = open_artifact(folder)
     check_sizes(artifact)
     config = read_json(folder / "config.json")
-    geometry = find_family(config).geometry(config)
+    family = find_family(config)
+    own = {key: value for key, value in config.items() if key not in OUTPUT_KEYS}
+    geometry = family.geometry(parse_config(family, own))
     limits = (geometry.max_positions, geometry.vocab)
-    ids = load_tokens(source, load_tokenizer(folder), "evaluation", limits).ids
+    tokenizer = load_tokenizer(folder)
+    ids = load_tokens(
+        source, tokenizer, "evaluation", limits, spelling=AS_FLAGS, reporter=reporter
+    ).ids
+    advance = reporter.advance
     expected = None
     if reference is not None:
         verify.check_vocabulary(reference, geometry.vocab)

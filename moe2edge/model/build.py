@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from moe2edge.errors import InputError
-from moe2edge.model.config_types import parse_whole_number
+from moe2edge.model.config_parser import parse_config
 from moe2edge.model.experts import Dense, Expert
 from moe2edge.model.family import Config, Family, Geometry
 from moe2edge.model.layers import MoELayer, Router, Shared
@@ -24,21 +23,15 @@ def build_model(
         take: returns the handle of a tensor by its name on disk, and checks its shape.
 
     Raises:
-        InputError: values of the config contradict each other.
+        InputError: values of the config are wrong, or contradict each other.
+        Unsupported: a value changes what the model computes in a way that is not supported.
     """
-    family.check_config(config)
-    count, types = parse_whole_number(config, "num_hidden_layers"), config.get("layer_types")
-    if types is not None and len(types) != count:
-        raise InputError(
-            f"config.json: layer_types names {len(types)} blocks, but num_hidden_layers is {count}"
-        )
-    top_k, experts = parse_whole_number(config, "num_experts_per_tok"), family.num_experts(config)
-    if top_k > experts:
-        raise InputError(
-            f"config.json: num_experts_per_tok is {top_k}, but there are {experts} experts"
-        )
+    config = parse_config(family, config)
     geometry = family.geometry(config)
-    blocks = tuple(_build_block(family, config, geometry, index, take) for index in range(count))
+    blocks = tuple(
+        _build_block(family, config, geometry, index, take)
+        for index in range(config["num_hidden_layers"])
+    )
     table = (geometry.vocab, geometry.hidden)
     rest = {
         EMBEDDING: take(EMBEDDING, table),
@@ -78,7 +71,7 @@ def _build_block(
         "o_proj": (hidden, queries),
     }
     attention = {f"{k}.weight": weight(f"attention.{k}.weight", *s) for k, s in shapes.items()}
-    if family.bias_key and config.get(family.bias_key, family.bias_default):
+    if family.bias_key and config[family.bias_key]:
         for k in ("q_proj", "k_proj", "v_proj", *(("o_proj",) if family.bias_on_o else ())):
             attention[f"{k}.bias"] = weight(f"attention.{k}.bias", shapes[k][0])
     if family.qk_norm != "none":
@@ -93,12 +86,12 @@ def _build_block(
     body: MoELayer | Dense
     if family.is_moe(config, index):
         count = family.num_experts(config)
-        width = parse_whole_number(config, family.width_key)
+        width = config[family.width_key]
         router = Router(
             weight=weight("router.weight", count, hidden),
-            top_k=parse_whole_number(config, "num_experts_per_tok"),
+            top_k=config["num_experts_per_tok"],
             renormalize=bool(
-                config.get(family.renormalize, False)
+                config[family.renormalize]
                 if isinstance(family.renormalize, str)
                 else family.renormalize
             ),
@@ -106,12 +99,12 @@ def _build_block(
         experts = tuple(Expert(**mlp(f"experts.{n}", width), origin=n) for n in range(count))
         shared = None
         if family.shared:
-            shared_width = parse_whole_number(config, "shared_expert_intermediate_size")
+            shared_width = config["shared_expert_intermediate_size"]
             shared = Shared(
                 Dense(**mlp("shared", shared_width)), weight("shared.router", 1, hidden)
             )
         body = MoELayer.make_plain(router, experts, shared)
     else:
-        body = Dense(**mlp("dense", parse_whole_number(config, "intermediate_size")))
+        body = Dense(**mlp("dense", config["intermediate_size"]))
     window = family.window_of(config, index)
     return Block(index, index, attention, norms, body, window)

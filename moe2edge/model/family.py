@@ -1,10 +1,10 @@
 """The table of model families: one row per ``model_type``.
 
 A row gives the names of tensors on disk, the spellings of config keys, the rules of the router, and
-which other switches of a config are supported; the rest is refused. It describes the per-expert
-layout on disk, which is the stable one (transformers 5 fuses experts only in memory).
-``tests/test_families.py`` compares each row with transformers' logits and checks that every key of
-transformers' config class is accounted for.
+which other switches of a config are supported; `moe2edge.model.config_keys` says what becomes of
+all other keys. It describes the per-expert layout on disk, which is the stable one (transformers 5
+fuses experts only in memory). ``tests/test_families.py`` compares each row with transformers'
+logits, ``tests/test_config_keys.py`` with all keys of transformers' config class.
 """
 
 from __future__ import annotations
@@ -14,27 +14,20 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from moe2edge.errors import InputError, Moe2EdgeError, Unsupported, suggest
-from moe2edge.model.config_types import check_rope, check_types, parse_whole_number
+from moe2edge.model.config_keys import INERT, RUN_KEPT
 
-# Keys that do not affect inference, or whose values are read from the tensors.
-NEUTRAL = frozenset(
-    {
-        "architectures", "attention_dropout", "bos_token_id", "chunk_size_feed_forward", "dtype",
-        "eos_token_id", "id2label", "initializer_range", "is_encoder_decoder", "label2id",
-        "max_position_embeddings", "model_type", "output_attentions", "output_hidden_states",
-        "output_router_logits", "pad_token_id", "problem_type", "return_dict",
-        "router_aux_loss_coef", "router_jitter_noise", "torch_dtype", "transformers_version",
-        "use_cache", "_name_or_path", "vocab_size",
-    }
-)  # fmt: skip
 # Keys that every row reads.
 READ = frozenset(
     {
-        "head_dim", "hidden_act", "hidden_size", "num_attention_heads", "num_experts_per_tok",
-        "num_hidden_layers", "num_key_value_heads", "rms_norm_eps", "rope_parameters",
-        "rope_scaling", "rope_theta", "tie_word_embeddings",
+        "head_dim", "hidden_act", "hidden_size", "max_position_embeddings", "num_attention_heads",
+        "num_experts_per_tok", "num_hidden_layers", "num_key_value_heads", "rms_norm_eps",
+        "rope_parameters", "tie_word_embeddings", "vocab_size",
     }
 )  # fmt: skip
+# Older spellings of what `rope_parameters` holds.
+ROPE_KEYS = frozenset(
+    {"original_max_position_embeddings", "partial_rotary_factor", "rope_scaling", "rope_theta"}
+)
 
 Config = Mapping[str, Any]
 
@@ -63,12 +56,12 @@ class Family:
         architecture: class name in transformers.
         moe: name of the MoE module in a block.
         mlp_names: names of gate, up and down of an expert.
-        experts_key: spellings of the number of experts; transformers writes the first.
+        experts_key: spellings of the number of experts that transformers reads; it writes the
+            first.
         width_key: key of the width of an expert.
         renormalize: whether the router renormalizes; a string is the config key that decides.
         qk_norm: norm on queries and keys: none, per head, or over the full width.
         bias_key: config key that gives q, k, v (and o, if ``bias_on_o``) a bias.
-        bias_default: its value if the config lacks the key.
         bias_on_o: whether that bias includes o.
         shared: whether MoE layers have a shared expert.
         dense_layers: whether ``mlp_only_layers`` and ``decoder_sparse_step`` are supported.
@@ -81,12 +74,11 @@ class Family:
     architecture: str
     moe: str = "mlp"
     mlp_names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
-    experts_key: tuple[str, ...] = ("num_experts", "num_local_experts")
+    experts_key: tuple[str, ...] = ("num_experts",)
     width_key: str = "moe_intermediate_size"
     renormalize: bool | str = "norm_topk_prob"
     qk_norm: Literal["none", "head", "full"] = "none"
     bias_key: str | None = None
-    bias_default: bool = False
     bias_on_o: bool = False
     shared: bool = False
     dense_layers: bool = False
@@ -126,9 +118,9 @@ class Family:
     # ---- reading a config ------------------------------------------------------------------
 
     @property
-    def known_keys(self) -> frozenset[str]:
-        """All config keys that this row reads or knows to have no effect."""
-        keys = {*NEUTRAL, *READ, *self.experts_key, self.width_key, "intermediate_size"}
+    def reads(self) -> frozenset[str]:
+        """All config keys whose values this row reads, but for older spellings."""
+        keys = {*READ, self.experts_key[0], self.width_key}
         if isinstance(self.renormalize, str):
             keys.add(self.renormalize)
         if self.bias_key:
@@ -136,97 +128,57 @@ class Family:
         if self.shared:
             keys.add("shared_expert_intermediate_size")
         if self.dense_layers:
-            keys |= {"mlp_only_layers", "decoder_sparse_step"}
+            keys |= {"intermediate_size", "mlp_only_layers", "decoder_sparse_step"}
         if self.window != "none":
             keys.add("sliding_window")
         if self.window in ("switched", "layer_types"):
-            keys |= {"use_sliding_window", "max_window_layers"}
+            keys.add("use_sliding_window")
         if self.window == "layer_types":
-            keys.add("layer_types")
+            keys |= {"layer_types", "max_window_layers"}
         if self.clips:
             keys.add("clip_qkv")
         return frozenset(keys)
 
-    def check_config(self, config: Config) -> None:
-        """Refuse a config that this row does not support.
-
-        Raises:
-            InputError: a value is missing or has the wrong type.
-            Unsupported: a key is set that changes inference and is not supported for this family.
-        """
-        check_types(config)
-        refused = {
-            key: config[key]
-            for key in REFUSED - self.known_keys
-            if config.get(key) not in (None, False, 0, [], {})
-        }
-        if refused:
-            raise Unsupported(f"{self.model_type} with {refused} is not supported")
-        if config.get("hidden_act", "silu") != "silu":
-            raise Unsupported(
-                f"hidden_act {config['hidden_act']!r} is not supported; only 'silu' is"
-            )
-        check_rope(config)
+    @property
+    def known_keys(self) -> frozenset[str]:
+        """All config keys that this row reads, or that every family has and that do nothing."""
+        return self.reads | ROPE_KEYS | set(self.experts_key) | INERT | RUN_KEPT
 
     def geometry(self, config: Config) -> Geometry:
-        """Read the sizes that all blocks share.
-
-        Raises:
-            InputError: a size is missing or not a positive number.
-        """
-        heads = parse_whole_number(config, "num_attention_heads")
-        hidden = parse_whole_number(config, "hidden_size")
+        """Read the sizes that all blocks share from a config as `parse_config` returns it."""
         return Geometry(
-            hidden=hidden,
-            heads=heads,
-            kv_heads=parse_whole_number(config, "num_key_value_heads", heads),
-            head_dim=parse_whole_number(config, "head_dim", hidden // heads),
-            eps=float(config.get("rms_norm_eps", 1e-6 if "qwen" in self.model_type else 1e-5)),
+            hidden=config["hidden_size"],
+            heads=config["num_attention_heads"],
+            kv_heads=config["num_key_value_heads"],
+            head_dim=config["head_dim"],
+            eps=float(config["rms_norm_eps"]),
             clip_qkv=config.get("clip_qkv") if self.clips else None,
-            tied=bool(config.get("tie_word_embeddings", False)),
-            max_positions=parse_whole_number(config, "max_position_embeddings", 2048),
-            vocab=parse_whole_number(config, "vocab_size"),
+            tied=config["tie_word_embeddings"],
+            max_positions=config["max_position_embeddings"],
+            vocab=config["vocab_size"],
         )
 
     def num_experts(self, config: Config) -> int:
-        """Read the number of experts per MoE layer, whichever spelling the config uses.
-
-        Raises:
-            InputError: it is missing or not a positive number.
-        """
-        for key in self.experts_key:
-            if config.get(key) is not None:
-                return parse_whole_number(config, key)
-        raise InputError(f"config.json has no {' or '.join(self.experts_key)}")
+        """Read the number of experts per MoE layer, whichever spelling the config uses."""
+        return int(next(config[key] for key in self.experts_key if key in config))
 
     def is_moe(self, config: Config, index: int) -> bool:
         """Test if block ``index`` has an MoE layer."""
         if not self.dense_layers:
             return True
-        step = config.get("decoder_sparse_step") or 1
-        return index not in (config.get("mlp_only_layers") or ()) and (index + 1) % step == 0
+        step = config["decoder_sparse_step"]
+        return index not in config["mlp_only_layers"] and (index + 1) % step == 0
 
     def window_of(self, config: Config, index: int) -> int | None:
-        """Read the sliding window of block ``index``, None for full attention.
-
-        Raises:
-            Unsupported: ``layer_types`` names an unknown kind of attention.
-        """
-        size = config.get("sliding_window") or None
+        """Read the sliding window of block ``index``, None for full attention."""
         if self.window == "none":
             return None
-        if self.window == "all":
-            return size
-        if not config.get("use_sliding_window"):
+        if self.window != "all" and not config["use_sliding_window"]:
             return None
-        if self.window == "switched":
-            return size
-        types = config.get("layer_types")
-        if types is None:  # the default of transformers
-            return size if (index + 1) % 2 and index < config.get("max_window_layers", 28) else None
-        if types[index] not in ("full_attention", "sliding_attention"):
-            raise Unsupported(f"layer type {types[index]!r} is not supported")
-        return size if types[index] == "sliding_attention" else None
+        if self.window == "layer_types" and config["layer_types"][index] == "full_attention":
+            return None
+        size: int | None = config.get("sliding_window")
+        return size
 
 
 FAMILIES: Mapping[str, Family] = {
@@ -246,7 +198,6 @@ FAMILIES: Mapping[str, Family] = {
             "qwen2_moe",
             "Qwen2MoeForCausalLM",
             bias_key="qkv_bias",
-            bias_default=True,
             shared=True,
             dense_layers=True,
             window="layer_types",
@@ -264,6 +215,7 @@ FAMILIES: Mapping[str, Family] = {
         Family(
             "olmoe",
             "OlmoeForCausalLM",
+            experts_key=("num_experts", "num_local_experts"),
             width_key="intermediate_size",
             qk_norm="full",
             bias_key="attention_bias",
@@ -272,18 +224,6 @@ FAMILIES: Mapping[str, Family] = {
         ),
     )
 }
-
-# Switches of related families. A row that does not read one of them refuses a config that sets it.
-REFUSED = frozenset(
-    {
-        "attention_bias", "attn_logit_softcapping", "clip_qkv", "final_logit_softcapping",
-        "layer_types", "logits_scaling", "mlp_bias", "n_group", "n_shared_experts",
-        "num_shared_experts", "per_layer_config", "qk_layernorm", "qkv_bias",
-        "query_pre_attn_scalar", "residual_multiplier", "routed_scaling_factor", "scoring_func",
-        "shared_expert_intermediate_size", "topk_group", "use_qk_norm", "use_sliding_window",
-        "attention_multiplier", "embedding_multiplier",
-    }
-)  # fmt: skip
 
 
 def find_family(config: Config) -> Family:

@@ -8,12 +8,14 @@ and so can the tokenizer beside it.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from moe2edge.errors import InputError, Unsupported
 from moe2edge.model import model as model_
+from moe2edge.model.config_keys import RUN_KEPT
 from moe2edge.model.experts import (
     PARTS,
     Constant,
@@ -32,6 +34,8 @@ from moe2edge.model.weights import Weight
 # Key of all settings but numbers of experts; transformers accepts it if every layer has it.
 OWN = "moe2edge"
 TOP_K = "num_experts_per_tok"
+# Keys of outputs that the config of a source does not have.
+OUTPUT_KEYS = ("per_layer_config", "quantization_config")
 # Stands in the place of the base of a tied expert that has none.
 NO_BASE = -1
 
@@ -306,8 +310,8 @@ def is_pad_token(token: Any, vocabulary: int) -> bool:
 def build_transformers_config(model: Model, **changes: Any) -> Any:
     """Return transformers' config of ``model``, with dense numbers and ``changes``, to run it.
 
-    Router logits are switched off: the loss that transformers computes from them needs layers of
-    one size.
+    Settings of how to run it, such as whether router logits are returned, are transformers' own:
+    the loss that it computes from router logits needs layers of one size.
 
     Raises:
         InputError: transformers refuses a value, such as one of a key that no row reads.
@@ -315,10 +319,10 @@ def build_transformers_config(model: Model, **changes: Any) -> Any:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
-    settings = build_config(model)
-    for key in ("model_type", "quantization_config", "per_layer_config"):
+    settings = copy.deepcopy(build_config(model))  # transformers writes into what it is given
+    for key in ("model_type", "per_layer_config", *RUN_KEPT):
         settings.pop(key, None)
-    settings |= {"output_router_logits": False, **changes}
+    settings |= changes
     try:
         return AutoConfig.for_model(model.family.model_type, **settings)
     except (StrictDataclassError, AttributeError, KeyError, TypeError, ValueError) as error:

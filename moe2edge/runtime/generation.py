@@ -151,25 +151,38 @@ def choose_token(
     return int(tokens[drawn])
 
 
-def encode_prompt(tokenizer: Any, prompt: str, chat: bool | None = None) -> list[int]:
+def encode_prompt(
+    tokenizer: Any, prompt: str, chat: bool | None = None, chat_template: str | None = None
+) -> list[int]:
     """Encode a prompt as token ids, in the form that the model was trained on.
 
     Args:
         tokenizer: the tokenizer of transformers.
         prompt: the text; with a chat template, the message of the user.
         chat: use the chat template; None uses it if there is one.
+        chat_template: name of the chat template, where there are several; None: the default one.
 
     Raises:
-        InputError: ``chat`` is True and the tokenizer has no template, or the template cannot be
-            filled in.
+        InputError: the prompt is not Unicode, ``chat`` is True and the tokenizer has no template,
+            or the template cannot be filled in.
     """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"the prompt is not Unicode: character {error.start + 1} is "
+            f"{prompt[error.start]!a}; give text in UTF-8"
+        ) from error
     has_template = bool(tokenizer.chat_template)
-    if chat and not has_template:
-        raise InputError("the model has no chat template; leave the chat option out")
+    if (chat or chat_template) and not has_template:
+        raise InputError("the model has no chat template; leave --chat and --chat-template out")
+    if chat_template and chat is False:
+        raise InputError("--chat-template needs the chat template; leave --no-chat out")
     ids: list[int]
     if has_template and chat is not False:
         # The template adds the special tokens.
-        ids = tokenizer(_fill_template(tokenizer, prompt), add_special_tokens=False)["input_ids"]
+        text = _fill_template(tokenizer, prompt, chat_template)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     else:
         ids = tokenizer(prompt)["input_ids"]
     # Some templates, and some users, write a first token that the tokenizer adds as well.
@@ -178,20 +191,18 @@ def encode_prompt(tokenizer: Any, prompt: str, chat: bool | None = None) -> list
     return ids
 
 
-def _fill_template(tokenizer: Any, prompt: str) -> str:
-    from jinja2 import TemplateError
+def _fill_template(tokenizer: Any, prompt: str, name: str | None) -> str:
+    from moe2edge.runtime.chat_templates import ChatRenderer, TemplateFailedError
 
+    message = {"role": "user", "content": prompt}
     try:
-        text: str = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
-        )
-    except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
+        with ChatRenderer(tokenizer, name, today=True) as renderer:
+            return renderer.render([message], add_generation_prompt=True)
+    except TemplateFailedError as error:
         raise InputError(
-            f"the model's chat template cannot be filled in ({reason}); "
-            "give the prompt without the chat template"
+            f"the model's chat template cannot be filled in ({error}); "
+            "give the prompt without it (--no-chat)"
         ) from error
-    return text
 
 
 def stream_text(tokenizer: Any, ids: Iterable[int]) -> Iterator[str]:

@@ -13,9 +13,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moe2edge.calibration.sources import AS_FLAGS
+from moe2edge.calibration.tokens import encode_texts
 from moe2edge.errors import DoesNotFit, InputError, Moe2EdgeError, Unsupported, VerificationFailed
 from moe2edge.evaluation.profile.environment import describe_environment
 from moe2edge.evaluation.profile.result import Profile, collect_metrics, collect_phases
+from moe2edge.progress import QUIET, Reporter
 from moe2edge.storage.manifest import (
     MANIFEST,
     SYSTEM_FOLDERS,
@@ -28,7 +31,7 @@ from moe2edge.storage.text_files import hash_file, read_json
 from moe2edge.storage.tokenizer import load_tokenizer, read_context_length
 
 if TYPE_CHECKING:
-    from moe2edge.progress import Advance
+    from moe2edge.calibration.sources import TextSource
 
 _ERRORS = {
     kind.exit_code: kind for kind in (InputError, DoesNotFit, Unsupported, VerificationFailed)
@@ -78,23 +81,24 @@ PRESETS: Mapping[str, ProfileSettings] = {
 def profile_folder(
     folder: Path,
     *,
-    text: str | None = None,
+    text: str | TextSource = "",
     prompts: Sequence[Sequence[int]] | None = None,
     settings: ProfileSettings | None = None,
     fixed: Collection[str] | None = None,
-    advance: Advance | None = None,
+    reporter: Reporter = QUIET,
 ) -> Profile:
     """Measure an output of moe2edge in its runtime, or a checkpoint in transformers in bfloat16.
 
     Args:
         folder: an output folder, or a checkpoint.
-        text: natural text that prompts are cut from; random tokens would be routed unnaturally.
+        text: natural text that prompts are cut from, or where it is; random tokens would be routed
+            unnaturally.
         prompts: token ids instead of text, all of one length; the first is the warm-up.
         settings: amount of work; with ``prompts``, their number and length apply instead.
         fixed: names of the settings that the user chose. ``prompt_tokens`` and ``gen_tokens`` that
             are not among them are reduced, with a warning, to fit the context of the model. None:
             both are fixed if ``settings`` are given.
-        advance: receives progress after each process.
+        reporter: receives progress after each process.
 
     Raises:
         InputError: the folder, the text or a setting is wrong.
@@ -110,7 +114,7 @@ def profile_folder(
     artifact, request = _describe_subject(folder)
     settings, shrunk = fit_context(settings, _read_context(folder), fixed)
     if prompts is None:
-        prompts = cut_prompts(load_tokenizer(folder), text or "", settings)
+        prompts = cut_prompts(load_tokenizer(folder), text, settings, reporter)
     request |= {
         "prompts": [list(prompt) for prompt in prompts],
         "gen_tokens": settings.gen_tokens,
@@ -121,8 +125,7 @@ def profile_folder(
     replies = []
     for n in range(settings.repeats):
         replies.append(run_child(request, settings))
-        if advance is not None:
-            advance("measure", n + 1, settings.repeats)
+        reporter.advance("measure", n + 1, settings.repeats)
     memory, threads = replies[0]["memory"], replies[0]["threads"]
     return Profile(
         artifact={**artifact, "dtype": replies[0]["dtype"], "note": replies[0]["note"]},
@@ -138,8 +141,16 @@ def profile_folder(
     )
 
 
-def cut_prompts(tokenizer: Any, text: str, settings: ProfileSettings) -> list[list[int]]:
+def cut_prompts(
+    tokenizer: Any, text: str | TextSource, settings: ProfileSettings, reporter: Reporter = QUIET
+) -> list[list[int]]:
     """Cut prompts without overlap from evenly spaced places of a text.
+
+    Args:
+        tokenizer: tokenizer of the model.
+        text: the text, or where it is.
+        settings: number and length of the prompts.
+        reporter: receives progress.
 
     Returns:
         Token ids of ``settings.prompts + 1`` prompts; the first is the warm-up.
@@ -147,15 +158,19 @@ def cut_prompts(tokenizer: Any, text: str, settings: ProfileSettings) -> list[li
     Raises:
         InputError: the text has too few tokens.
     """
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids: Sequence[int]
+    if isinstance(text, str):
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    else:
+        ids = encode_texts(text, tokenizer, "evaluation", AS_FLAGS, reporter)
     number, length = settings.prompts + 1, settings.prompt_tokens
     if len(ids) < number * length:
         raise InputError(
             f"the text has {len(ids)} tokens; {number} prompts of {length} tokens need "
-            f"{number * length}: give a longer text, or ask for fewer or shorter prompts"
+            f"{number * length}: give a longer text, or shorter prompts (--prompt-tokens)"
         )
     stride = len(ids) // number
-    return [ids[n * stride : n * stride + length] for n in range(number)]
+    return [list(ids[n * stride : n * stride + length]) for n in range(number)]
 
 
 def run_child(request: Mapping[str, Any], settings: ProfileSettings) -> dict[str, Any]:
