@@ -146,16 +146,23 @@ def encode_text(tokenizer: Any, text: str, *, special: bool = True) -> list[int]
     Raises:
         InputError: the tokenizer cannot encode it, such as for want of an unknown token.
     """
-    found, reason = _run_foreign(
-        lambda: tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
-    )
+    ids: list[int] = call_tokenizer(tokenizer, text, add_special_tokens=special)["input_ids"]
+    return ids
+
+
+def call_tokenizer(tokenizer: Any, text: str, **options: Any) -> Any:
+    """Call a tokenizer of transformers.
+
+    Raises:
+        InputError: as for `encode_text`.
+    """
+    found, reason = _run_foreign(lambda: tokenizer(text, verbose=False, **options))
     if reason:
         raise InputError(
             f"the tokenizer cannot encode {text[:50]!r}: {reason}; download its files again, or "
             "give another text"
         )
-    ids: list[int] = found
-    return ids
+    return found
 
 
 # ---- two readers ---------------------------------------------------------------------------------
