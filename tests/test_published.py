@@ -11,12 +11,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from rich.console import Console
 
 from helpers import TEXT, run, write_text
 from moe2edge.commands.private_paths import PrivatePaths
-from moe2edge.commands.report import Report
-from moe2edge.evaluation.comparison import ResultRow
 from moe2edge.pipeline import recipe
 from moe2edge.storage.checkpoint import BUILTIN, open_checkpoint
 from moe2edge.storage.hub import get_hub_id
@@ -116,16 +113,6 @@ def test_names_on_the_hub_are_those_of_its_cache(tmp_path: Path, tiny: Make) -> 
     odd = tmp_path / "two\nlines"
     shutil.copytree(tiny("mixtral"), odd)
     assert open_checkpoint(odd).name == "two lines"
-
-
-def test_titles_are_no_markup() -> None:
-    row = ResultRow("source", 0, 0, 0)
-    report = Report(
-        "[/x] [red]", "F", "", (), row, row, (), None, {}, {}, None, None, 0.0, 0
-    )  # fmt: skip
-    console = Console(width=100, file=None, record=True, quiet=True)
-    console.print(report.table())
-    assert "[/x] [red] (F)" in console.export_text()
 
 
 # ---- padding -----------------------------------------------------------------------------------

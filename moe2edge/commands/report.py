@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.markup import escape
 from rich.table import Table
 
 from moe2edge.errors import InputError
@@ -96,7 +95,7 @@ class Report:
 
     def table(self) -> Table:
         """Build a table for the terminal."""
-        table = Table(title=escape(f"{self.source} ({self.family})"), title_justify="left")
+        table = Table(title=f"{self.source} ({self.family})", title_justify="left")
         for n, heading in enumerate(RESULT_HEADINGS):
             table.add_column(heading, justify="right" if n else "left")
         for row in self.rows:

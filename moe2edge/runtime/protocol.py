@@ -45,7 +45,7 @@ class Runtime(Protocol):
         ...
 
 
-def check_vocabulary(lowest: int, highest: int, vocabulary: int) -> None:
+def check_id_range(lowest: int, highest: int, vocabulary: int) -> None:
     """Check token ids against the entries of a vocabulary.
 
     Raises:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe2edge.errors import InputError, Moe2EdgeError, VerificationFailed
 from moe2edge.model.hf_config import is_pad_token
-from moe2edge.runtime.protocol import check_vocabulary
+from moe2edge.runtime.protocol import check_id_range
 from moe2edge.storage.text_files import read_json
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ class TorchRuntime:
         import torch
 
         table = self.model.get_input_embeddings().weight
-        check_vocabulary(int(ids.min()), int(ids.max()), len(table))
+        check_id_range(int(ids.min()), int(ids.max()), len(table))
         with torch.inference_mode():
             output = self.model(ids.to(self.model.device), **options)
         logits: Tensor = output.logits

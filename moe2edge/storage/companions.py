@@ -23,7 +23,8 @@ from moe2edge.storage.generation_config import (
     list_foreign_ids,
     read_generation_config,
 )
-from moe2edge.storage.hub import CARD, COMPANIONS, LICENSES, TEMPLATES
+from moe2edge.storage.hub import COMPANIONS, LICENSES, TEMPLATES
+from moe2edge.storage.manifest import CARD
 from moe2edge.storage.text_files import get_first_line, read_bytes, read_json, read_yaml
 
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -112,7 +113,8 @@ def read_companions(checkpoint: Checkpoint) -> Companions:
             leads out of the checkpoint.
     """
     folder = checkpoint.folder
-    vocabulary = checkpoint.model.family.geometry(checkpoint.config).vocab
+    model = checkpoint.model
+    vocabulary = model.family.geometry(model.config).vocab
     notes = []
     if checkpoint.lacking:
         notes.append(f"the local cache lacks {', '.join(checkpoint.lacking)}; outputs do without")

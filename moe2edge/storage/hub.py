@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from moe2edge.errors import InputError
+from moe2edge.storage.manifest import CARD
 from moe2edge.storage.text_files import get_first_line, read_json
 
 # Files of a checkpoint other than its weights, copied into every output.
@@ -18,8 +19,6 @@ COMPANIONS = (
 )  # fmt: skip
 # Folder of further chat templates, which are copied, too.
 TEMPLATES = "additional_chat_templates"
-# Only its license is read.
-CARD = "README.md"
 
 CONFIGS = ("config.json",)
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
