@@ -82,9 +82,7 @@ def export_targets(
     with export_folder.claim_output(out, force=force, reads=reads, log=reporter.log) as claim:
         budget = memory.Memory.from_limit(memory.find_limit(most))
         memory.avoid_fragmentation(most)
-        plan = refuse_early(
-            checkpoint, recipe, targets, out, budget, force=force, materialize=materialize
-        )
+        plan = refuse_early(checkpoint, recipe, targets, out, budget, materialize=materialize)
         reporter = claim.watch(reporter)
         reporter.log(f"recipe:\n{recipe.render()}")
         describe(plan, reporter)

@@ -15,8 +15,8 @@ from moe2edge.pipeline.target import Target
 from moe2edge.progress import Reporter
 from moe2edge.runtime import memory
 from moe2edge.runtime.memory import Estimate, Memory
-from moe2edge.storage import export_folder
 from moe2edge.storage.checkpoint import Checkpoint
+from moe2edge.storage.output_checks import check_space
 
 
 def refuse_early(
@@ -26,7 +26,6 @@ def refuse_early(
     out: Path,
     budget: Memory,
     *,
-    force: bool,
     materialize: bool,
 ) -> Plan:
     """Plan an export; refuse, from headers, what could not be done, written or verified later.
@@ -39,12 +38,11 @@ def refuse_early(
     plan = plan_passes(recipe.passes, source)
     _check_training(recipe, texts, source)
     result = fit_for_targets(plan.result, targets, materialize=materialize)
-    export_folder.check_output(out, force=force)
     passes = estimate_passes(plan, texts)
     outputs = [(target, target.estimate(result)) for target in targets]
     needed = sum(estimate.disk for estimate in (*passes, *(own for _, own in outputs)))
     needed += estimate_hidden_bytes(plan, texts, budget)
-    export_folder.check_space(out, round(needed * 1.05) + (16 << 20))
+    check_space(out, round(needed * 1.05) + (16 << 20))
     for target, estimate in outputs:
         if not target.streams:
             estimate.check(budget.limit)

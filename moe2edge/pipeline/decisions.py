@@ -8,6 +8,7 @@ made from models before and after, whatever passes lay between them.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from moe2edge.errors import InputError
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Block, Form, Model, get_form
-from moe2edge.storage.text_files import read_json, write_json
+from moe2edge.storage.durable import check_name, check_writable, write_file
+from moe2edge.storage.text_files import read_json
 
 DECISIONS_KIND: Final = "moe2edge.decisions"
 DECISIONS_VERSION: Final = 1
@@ -305,14 +307,15 @@ def check_decisions_output(path: Path, *, force: bool) -> None:
     Raises:
         InputError: something else is there, or decisions and not ``force``.
     """
-    if not path.parent.is_dir():
-        raise InputError(f"{path.parent} does not exist; make it first")
+    check_name(path)
     if not os.path.lexists(path):
+        check_writable(path)
         return
     if path.is_symlink() or not path.is_file() or not _is_ours(path):
         raise InputError(f"{path} exists and holds no decisions; choose another name")
     if not force:
         raise InputError(f"{path} exists; choose another name, or replace it with --force")
+    check_writable(path)
 
 
 def _is_ours(path: Path) -> bool:
@@ -324,10 +327,5 @@ def _is_ours(path: Path) -> bool:
 
 def write_decisions(decisions: Decisions, path: Path) -> None:
     """Write the document; what was there stays until the new one is complete."""
-    # A name of this process alone: a user's file beside it may be called anything else.
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write_json(partial, decisions.to_json())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    text = json.dumps(decisions.to_json(), indent=2, ensure_ascii=False) + "\n"
+    write_file(path, text.encode("utf-8"))
