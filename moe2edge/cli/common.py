@@ -189,5 +189,13 @@ PATHS_OPTION = click.option(
     is_flag=True,
     help="Write the paths of MODEL and texts into what is written, not only their names.",
 )
+RESUME_OPTION = click.option(
+    "--resume",
+    type=click.Choice(["auto", "never", "require"]),
+    default="auto",
+    show_default=True,
+    help="Resume an interrupted or killed run to the same output. auto: resume if there is one; "
+    "never: start over; require: fail if there is none.",
+)
 QUIET_OPTION = click.option("-q", "--quiet", is_flag=True, help="Do not show progress.")
 FOLDER_ARGUMENT = click.argument("folder", type=click.Path(path_type=Path))

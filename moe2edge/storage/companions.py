@@ -32,7 +32,7 @@ CHAT_TEMPLATE = "chat_template.jinja"
 OLD_TEMPLATE = "chat_template.json"
 # Other files than vocabularies, in bytes.
 LARGEST_TEXT = 16 << 20
-MOST_TEMPLATES = 100
+MOST_FILES = 100 + len(COMPANIONS)
 # Content of small files is kept in memory; of the others the digest.
 KEPT = 1 << 20
 # Front matter of a card; it is read by a slow parser.
@@ -134,20 +134,32 @@ def read_companions(checkpoint: Checkpoint) -> Companions:
 # ---- reading -----------------------------------------------------------------------------------
 
 
-def _collect(folder: Path) -> tuple[tuple[Companion, ...], list[str]]:
-    """Read the files; return them, and what is left out in words."""
+def list_companions(folder: Path) -> list[Path]:
+    """List the files of a checkpoint that outputs get, those that cannot be read left out."""
+    return [folder / name for name in _list_names(folder) if not find_fault(folder, folder / name)]
+
+
+def _list_names(folder: Path) -> list[str]:
+    """List what there is by the name of a companion, whether or not it can be read."""
     names = [name for name in COMPANIONS if os.path.lexists(folder / name)]
+    templates = sorted(path.name for path in (folder / TEMPLATES).glob("*.jinja"))
+    return names + [f"{TEMPLATES}/{name}" for name in templates]
+
+
+def _collect(folder: Path) -> tuple[tuple[Companion, ...], list[str]]:
+    """Read the files; return them, and what is left out in words.
+
+    Raises:
+        InputError: one that outputs need cannot be read.
+    """
     place = folder / TEMPLATES
-    if os.path.lexists(place):
-        if reason := find_fault(folder, place, folder_wanted=True):
-            raise InputError(f"{TEMPLATES} in {folder} {reason}")
-        more = sorted(path.name for path in place.glob("*.jinja"))
-        if len(more) > MOST_TEMPLATES:
-            raise InputError(
-                f"{place} has {len(more)} templates, expected: at most {MOST_TEMPLATES}; remove "
-                "some"
-            )
-        names += [f"{TEMPLATES}/{name}" for name in more]
+    if os.path.lexists(place) and (reason := find_fault(folder, place, folder_wanted=True)):
+        raise InputError(f"{TEMPLATES} in {folder} {reason}")
+    names = _list_names(folder)
+    if len(names) > MOST_FILES:
+        raise InputError(
+            f"{place} has more than {MOST_FILES - len(COMPANIONS)} templates; remove some"
+        )
     files, left_out = [], []
     for name in names:
         if reason := find_fault(folder, folder / name):
