@@ -184,6 +184,11 @@ THREADS_OPTION = click.option(
 JSON_OPTION = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON document on stdout instead of text."
 )
+PATHS_OPTION = click.option(
+    "--keep-paths",
+    is_flag=True,
+    help="Write the paths of MODEL and texts into what is written, not only their names.",
+)
 RESUME_OPTION = click.option(
     "--resume",
     type=click.Choice(["auto", "never", "require"]),

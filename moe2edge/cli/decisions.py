@@ -11,6 +11,7 @@ import click
 from moe2edge.cli.common import (
     CALIB_OPTION,
     JSON_OPTION,
+    PATHS_OPTION,
     QUIET_OPTION,
     RESUME_OPTION,
     SETTINGS_OPTION,
@@ -52,6 +53,7 @@ To carry out the decisions later, use the pass apply_decisions in a recipe:
 @SETTINGS_OPTION
 @CALIB_OPTION
 @click.option("--force", is_flag=True, help="Replace an existing file of decisions.")
+@PATHS_OPTION
 @RESUME_OPTION
 @QUIET_OPTION
 @THREADS_OPTION
@@ -64,6 +66,7 @@ def decide_command(
     settings: tuple[str, ...],
     calib: str | None,
     force: bool,
+    keep_paths: bool,
     resume: Literal["auto", "never", "require"],
     quiet: bool,
     as_json: bool,
@@ -83,7 +86,7 @@ def decide_command(
     quiet_libraries()
     reporter = make_reporter(quiet=quiet)
     decided, steps = decide_to_file(
-        checkpoint, parsed, output, reporter, force=force, resume=resume
+        checkpoint, parsed, output, reporter, force=force, resume=resume, keep_paths=keep_paths
     )
     if as_json:
         emit({"output": str(output), "decisions": decided.to_json()})

@@ -18,6 +18,7 @@ from moe2edge.cli import decisions, inspect, outputs, progress_bar, recipes
 from moe2edge.cli.common import (
     CALIB_OPTION,
     JSON_OPTION,
+    PATHS_OPTION,
     QUIET_OPTION,
     RESUME_OPTION,
     SETTINGS_OPTION,
@@ -232,6 +233,7 @@ Examples:
     help="If one of the targets cannot hold tied experts (experts that share matrices), write "
     "each of them with its own copy, in all targets. The output becomes larger.",
 )
+@PATHS_OPTION
 @QUIET_OPTION
 @THREADS_OPTION
 @JSON_OPTION
@@ -248,6 +250,7 @@ def export_command(
     resume: Literal["auto", "never", "require"],
     most: int | None,
     materialize: bool,
+    keep_paths: bool,
     quiet: bool,
     as_json: bool,
     revision: str | None,
@@ -273,6 +276,7 @@ def export_command(
         resume=resume,
         most=most,
         materialize=materialize,
+        keep_paths=keep_paths,
     )
     if as_json:
         emit({"output": str(output), **report.to_json()})

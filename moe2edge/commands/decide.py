@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from moe2edge.commands.environment import list_versions
 from moe2edge.commands.preflight import check_sources, list_reads
+from moe2edge.commands.private_paths import PrivatePaths
 from moe2edge.commands.run_inputs import list_inputs, look_at_inputs
 from moe2edge.commands.source_check import check_ids, report_notes
 from moe2edge.commands.texts import load_calibration, resolve_recipe
@@ -44,9 +45,11 @@ if TYPE_CHECKING:
 
 
 def decide(
-    checkpoint: Checkpoint, recipe: Recipe, reporter: Reporter
+    checkpoint: Checkpoint, recipe: Recipe, reporter: Reporter, *, keep_paths: bool = False
 ) -> tuple[Decisions, tuple[Step, ...]]:
     """Run the choosing passes of ``recipe``; return the decisions, and the report of each pass.
+
+    With ``keep_paths`` the decisions have the paths of source and texts, not only their names.
 
     Raises:
         InputError: a pass of the recipe computes numbers, which decisions do not hold; or as in an
@@ -55,7 +58,8 @@ def decide(
     """
     recipe = _prepare(checkpoint, recipe, reporter)
     tokens = _load(checkpoint, recipe, reporter)
-    return _run(checkpoint, recipe, tokens, _NoNumbers(), reporter)
+    paths = PrivatePaths.collect(checkpoint, recipe, keep=keep_paths)
+    return _run(checkpoint, recipe, tokens, _NoNumbers(), reporter, paths)
 
 
 def decide_to_file(
@@ -66,6 +70,7 @@ def decide_to_file(
     *,
     force: bool = False,
     resume: Resume = "auto",
+    keep_paths: bool = False,
 ) -> tuple[Decisions, tuple[Step, ...]]:
     """Write decisions to a file; what was observed outlives a kill or a failure, as in an export.
 
@@ -76,6 +81,7 @@ def decide_to_file(
         reporter: receives progress.
         force: replace a file of decisions.
         resume: what to do about unfinished work for the same file.
+        keep_paths: write paths of source and text as they were given, in place of their names.
 
     Raises:
         InputError, Unsupported: as `decide` does; the name is taken; or an input has changed under
@@ -92,7 +98,8 @@ def decide_to_file(
         with open_partial_folder(claim, inputs, resume) as (content, work):
             work.watch(files.check)
             work.report(reporter)
-            found, steps = _run(checkpoint, recipe, tokens, _NoNumbers(work), reporter)
+            paths = PrivatePaths.collect(checkpoint, recipe, keep=keep_paths)
+            found, steps = _run(checkpoint, recipe, tokens, _NoNumbers(work), reporter, paths)
             write_json(content, found.to_json())
             files.check()
     return found, steps
@@ -121,19 +128,20 @@ def _run(
     tokens: Tokens | None,
     work: _NoNumbers,
     reporter: Reporter,
+    paths: PrivatePaths,
 ) -> tuple[Decisions, tuple[Step, ...]]:
     """Run the passes, and describe what they chose."""
     source = checkpoint.model
     model, steps = run_passes(source, recipe, tokens, work, reporter)
     found = Decisions(
         source=SourceModel(
-            model=checkpoint.source,
+            model=paths.source,
             revision=checkpoint.revision,
             sha256=checkpoint.sha256,
             family=source.family.model_type,
         ),
-        recipe=recipe.render(),
-        calibration=CalibrationText(**tokens.provenance) if tokens else None,
+        recipe=paths.hide_in(recipe).render(),
+        calibration=CalibrationText(**paths.hide(tokens.provenance)) if tokens else None,
         versions=list_versions(),
         blocks=describe_blocks(model),
     )

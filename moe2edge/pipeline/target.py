@@ -54,12 +54,14 @@ class Target:
         streams: whether its folders can be read as models, see `streamed`.
         libraries: modules that its runtime imports; the profiler imports them before it times
             the loading of a folder.
+        limits: what its outputs cannot do, for their cards; empty if there is nothing to say.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     streams: ClassVar[bool] = False
     libraries: ClassVar[tuple[str, ...]] = ("torch",)
+    limits: ClassVar[str] = ""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
