@@ -13,6 +13,7 @@ from moe2edge.cli.common import (
     JSON_OPTION,
     QUIET_OPTION,
     SETTINGS_OPTION,
+    SOURCE_CHECK_OPTION,
     THREADS_OPTION,
     add_hub_options,
     emit,
@@ -51,6 +52,7 @@ To carry out the decisions later, use the pass apply_decisions in a recipe:
 @SETTINGS_OPTION
 @CALIB_OPTION
 @click.option("--force", is_flag=True, help="Replace an existing file of decisions.")
+@SOURCE_CHECK_OPTION
 @QUIET_OPTION
 @THREADS_OPTION
 @JSON_OPTION
@@ -62,6 +64,7 @@ def decide_command(
     settings: tuple[str, ...],
     calib: str | None,
     force: bool,
+    source_check: bool,
     quiet: bool,
     as_json: bool,
     revision: str | None,
@@ -78,7 +81,7 @@ def decide_command(
     decisions.check_decisions_output(output, force=force)
     checkpoint = open_model(model, revision, cache_dir)
     quiet_libraries()
-    decided, steps = run(checkpoint, parsed, make_reporter(quiet=quiet))
+    decided, steps = run(checkpoint, parsed, make_reporter(quiet=quiet), source_check=source_check)
     decisions.write_decisions(decided, output)
     if as_json:
         emit({"output": str(output), "decisions": decided.to_json()})

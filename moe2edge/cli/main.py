@@ -20,6 +20,7 @@ from moe2edge.cli.common import (
     JSON_OPTION,
     QUIET_OPTION,
     SETTINGS_OPTION,
+    SOURCE_CHECK_OPTION,
     THREADS_OPTION,
     add_hub_options,
     emit,
@@ -238,6 +239,7 @@ Examples:
     help="If one of the targets cannot hold tied experts (experts that share matrices), write "
     "each of them with its own copy, in all targets. The output becomes larger.",
 )
+@SOURCE_CHECK_OPTION
 @QUIET_OPTION
 @THREADS_OPTION
 @JSON_OPTION
@@ -254,6 +256,7 @@ def export_command(
     resume: Literal["auto", "never", "require"],
     most: int | None,
     materialize: bool,
+    source_check: bool,
     quiet: bool,
     as_json: bool,
     revision: str | None,
@@ -279,6 +282,7 @@ def export_command(
         resume=resume,
         most=most,
         materialize=materialize,
+        source_check=source_check,
     )
     if as_json:
         emit({"output": str(output), **report.to_json()})

@@ -153,6 +153,7 @@ def export(
     resume: Literal["auto", "never", "require"] = "auto",
     max_memory: int | None = None,
     materialize: bool = False,
+    source_check: bool = True,
     reporter: Reporter | None = None,
 ) -> Report:
     """Compress a model, write it for one or more targets, verify it there, and report.
@@ -172,6 +173,7 @@ def export(
         max_memory: bytes for the whole process; None: what the machine has.
         materialize: where a target cannot hold experts that share matrices, write each with its
             own.
+        source_check: first compare what is computed for the model with stock transformers.
         reporter: receives lines and progress; None: nothing is reported.
 
     Returns:
@@ -197,6 +199,7 @@ def export(
         resume=resume,
         most=max_memory,
         materialize=materialize,
+        source_check=source_check,
     )
 
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from moe2edge.commands.environment import list_versions
 from moe2edge.commands.preflight import check_sources
-from moe2edge.commands.source_check import check_ids, report_notes
-from moe2edge.commands.texts import load_calibration, resolve_recipe
+from moe2edge.commands.source_check import check_ids, prove_source, report_notes
+from moe2edge.commands.texts import SELF, load_calibration, resolve_recipe
 from moe2edge.errors import InputError
 from moe2edge.model.model import Block, Model
 from moe2edge.pipeline.contract import Pass
@@ -31,9 +31,15 @@ if TYPE_CHECKING:
 
 
 def decide(
-    checkpoint: Checkpoint, recipe: Recipe, reporter: Reporter
+    checkpoint: Checkpoint, recipe: Recipe, reporter: Reporter, *, source_check: bool = True
 ) -> tuple[Decisions, tuple[Step, ...]]:
     """Run the choosing passes of ``recipe``; return the decisions, and the report of each pass.
+
+    Args:
+        checkpoint: the source.
+        recipe: the passes and their texts.
+        reporter: receives progress.
+        source_check: first compare what is computed for the source with stock transformers.
 
     Raises:
         InputError: a pass of the recipe computes numbers, which decisions do not hold; or as in an
@@ -46,8 +52,12 @@ def decide(
     check_decidable(recipe.passes, source)
     reporter.log(f"recipe:\n{recipe.render()}")
     report_notes(checkpoint, reporter)
+    if recipe.calibration.text == SELF:
+        prove_source(checkpoint, reporter, wanted=source_check)
     tokens = load_calibration(checkpoint, recipe, reporter)
     check_ids(checkpoint, {"calibration": tokens}, reporter)
+    if recipe.calibration.text != SELF:
+        prove_source(checkpoint, reporter, wanted=source_check)
     model, steps = run_passes(source, recipe, tokens, _NoNumbers(), reporter)
     found = Decisions(
         source=SourceModel(

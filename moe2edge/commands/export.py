@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -12,9 +13,10 @@ import yaml
 from moe2edge.commands.environment import NUMERIC_PACKAGES, list_versions, measure_peak_bytes
 from moe2edge.commands.preflight import describe, list_reads, refuse_early
 from moe2edge.commands.report import Report
-from moe2edge.commands.source_check import check_ids, report_notes
+from moe2edge.commands.source_check import SourceProof, check_ids, prove_source, report_notes
 from moe2edge.commands.texts import (
     NO_TEXT,
+    SELF,
     Texts,
     list_default_texts,
     load_texts,
@@ -48,6 +50,7 @@ def export_targets(
     resume: export_folder.Resume = "auto",
     most: int | None = None,
     materialize: bool = False,
+    source_check: bool = True,
 ) -> Report:
     """Run ``recipe`` on ``checkpoint`` and write one folder per target.
 
@@ -65,10 +68,12 @@ def export_targets(
         resume: what to do about an unfinished export to the same folder.
         most: bytes of memory for the whole process; None: what the machine has.
         materialize: give tied experts matrices of their own where a target cannot hold them.
+        source_check: first compare what is computed for the source with stock transformers.
 
     Raises:
         InputError, Unsupported, DoesNotFit: before any work.
-        VerificationFailed: an output differs from the model in memory.
+        VerificationFailed: an output differs from the model in memory, or the source from what
+            stock transformers computes.
     """
     begun = time.perf_counter()
     defaults = list_default_texts(recipe)
@@ -85,19 +90,27 @@ def export_targets(
         describe(plan, reporter)
         report_notes(checkpoint, reporter)
         try_targets(targets, fit_for_targets(plan.result, targets, materialize=materialize))
+        prove = partial(
+            prove_source, checkpoint, reporter,
+            wanted=source_check, targets=targets, within=budget.limit,
+        )  # fmt: skip
+        # The model runs first where it writes the text; other texts are looked at before that.
+        proof = prove() if recipe.calibration.text == SELF else None
         texts = load_texts(checkpoint, recipe, reporter)
         check_ids(checkpoint, texts.by_purpose, reporter)
         inputs = _list_inputs(checkpoint, recipe, texts, budget)
         outcome = _list_outcome(checkpoint, recipe, targets, texts, materialize=materialize)
+        outcome["source check"] = f"{source_check}"
         if export_folder.publish_finished(claim, inputs, outcome, resume):
             reporter.log(f"{out} had been finished by an earlier run, and has its name now")
             return Report.read(out if len(targets) == 1 else out / targets[0].name)
+        proof = proof or prove()
         with export_folder.open_partial_folder(claim, inputs, resume, outcome) as (content, work):
             work.report(reporter)
             budget = replace(budget, folder=work.folder)
             report = _make_output(
                 checkpoint, recipe, targets, texts, content, work, budget, reporter,
-                materialize=materialize, defaults=defaults, begun=begun,
+                proof, materialize=materialize, defaults=defaults, begun=begun,
             )  # fmt: skip
     return report
 
@@ -111,6 +124,7 @@ def _make_output(
     work: WorkFolder,
     budget: Memory,
     reporter: Reporter,
+    proof: SourceProof,
     *,
     materialize: bool,
     defaults: tuple[str, ...],
@@ -132,7 +146,9 @@ def _make_output(
         written.append(write_target(target, model, folder, checkpoint, measured, reporter))
     results = [row for row, _ in written]
     report = _build_report(checkpoint, recipe, targets, texts, steps, measured, results)
-    report = replace(report, materialized=grown, default_texts=defaults)
+    report = replace(
+        report, materialized=grown, default_texts=defaults, source_check=proof.to_json()
+    )
     report = replace(report, seconds=time.perf_counter() - begun)
     for (target, folder), (_, reference) in zip(folders, written, strict=True):
         report.write(folder, target, checkpoint, model, list_versions(), reference)
