@@ -178,7 +178,7 @@ def check_early(
     given = recipe.parse(json.dumps({"passes": steps}), settings)
     parsed = resolve_recipe(checkpoint, given, QUIET)
     wanted, memory = registry.parse_targets(targets), Memory.from_limit(find_limit(None))
-    refuse_early(checkpoint, parsed, wanted, out, memory, force=False, materialize=materialize)
+    refuse_early(checkpoint, parsed, wanted, out, memory, materialize=materialize)
 
 
 def refuse(

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import yaml
-
-from moe2edge.commands.environment import NUMERIC_PACKAGES, list_versions, measure_peak_bytes
+from moe2edge.commands.environment import list_versions, measure_peak_bytes
 from moe2edge.commands.preflight import describe, list_reads, refuse_early
 from moe2edge.commands.report import Report
+from moe2edge.commands.run_inputs import list_inputs, look_at_inputs
 from moe2edge.commands.source_check import SourceProof, check_ids, prove_source, report_notes
 from moe2edge.commands.texts import (
     NO_TEXT,
@@ -82,10 +81,9 @@ def export_targets(
     with export_folder.claim_output(out, force=force, reads=reads, log=reporter.log) as claim:
         budget = memory.Memory.from_limit(memory.find_limit(most))
         memory.avoid_fragmentation(most)
-        plan = refuse_early(
-            checkpoint, recipe, targets, out, budget, force=force, materialize=materialize
-        )
+        plan = refuse_early(checkpoint, recipe, targets, out, budget, materialize=materialize)
         reporter = claim.watch(reporter)
+        files = look_at_inputs(checkpoint, recipe)
         reporter.log(f"recipe:\n{recipe.render()}")
         describe(plan, reporter)
         report_notes(checkpoint, reporter)
@@ -94,25 +92,36 @@ def export_targets(
             prove_source, checkpoint, reporter,
             wanted=source_check, targets=targets, within=budget.limit,
         )  # fmt: skip
-        # The model runs first where it writes the text; other texts are looked at before that.
-        proof = prove() if recipe.calibration.text == SELF else None
-        texts = load_texts(checkpoint, recipe, reporter)
-        check_ids(checkpoint, texts.by_purpose, reporter)
-        inputs = _list_inputs(checkpoint, recipe, texts, budget)
-        outcome = _list_outcome(checkpoint, recipe, targets, texts, materialize=materialize)
-        outcome["source check"] = f"{source_check}"
+        texts, proof = _load_texts(checkpoint, recipe, reporter, prove)
+        inputs = list_inputs(checkpoint, recipe, texts.calibration, texts.training, budget)
+        files.settle(checkpoint.sha256)
+        outcome = _list_outcome(checkpoint, recipe, targets, texts, proof, materialize=materialize)
         if export_folder.publish_finished(claim, inputs, outcome, resume):
             reporter.log(f"{out} had been finished by an earlier run, and has its name now")
             return Report.read(out if len(targets) == 1 else out / targets[0].name)
-        proof = proof or prove()
         with export_folder.open_partial_folder(claim, inputs, resume, outcome) as (content, work):
+            work.watch(files.check)
             work.report(reporter)
             budget = replace(budget, folder=work.folder)
             report = _make_output(
                 checkpoint, recipe, targets, texts, content, work, budget, reporter,
                 proof, materialize=materialize, defaults=defaults, begun=begun,
             )  # fmt: skip
+            files.check()
     return report
+
+
+def _load_texts(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    reporter: Reporter,
+    prove: Callable[[], SourceProof],
+) -> tuple[Texts, SourceProof]:
+    """Load the texts, and check the source: first where the model writes one, else after them."""
+    proof = prove() if recipe.calibration.text == SELF else None
+    texts = load_texts(checkpoint, recipe, reporter)
+    check_ids(checkpoint, texts.by_purpose, reporter)
+    return texts, proof or prove()
 
 
 def _make_output(
@@ -138,7 +147,15 @@ def _make_output(
     model, grown = _fit(model, targets, reporter, materialize=materialize)
     memory.give_back()
     figures, ids = recipe.evaluation.text != NO_TEXT, texts.evaluation.ids
-    measured = Comparison.measure(source, model, ids, reporter, budget, figures=figures)
+    measured = Comparison.measure(
+        source,
+        model,
+        ids,
+        reporter,
+        budget,
+        figures=figures,
+        keep_walk=partial(work.kept_walk, len(steps)),
+    )
     folders = _make_folders(targets, content)
     written = []
     for target, folder in folders:
@@ -210,6 +227,7 @@ def _list_outcome(
     recipe: Recipe,
     targets: Sequence[Target],
     texts: Texts,
+    proof: SourceProof,
     *,
     materialize: bool,
 ) -> dict[str, str]:
@@ -220,31 +238,6 @@ def _list_outcome(
         "targets": ", ".join(f"{target.name} {list_options(target)}" for target in targets),
         "evaluation": texts.evaluation.sha256,
         "materialize": f"{materialize}",
+        "source check": proof.status,
         "versions": f"{list_versions()}",
-    }
-
-
-def _list_inputs(
-    checkpoint: Checkpoint, recipe: Recipe, texts: Texts, budget: Memory
-) -> dict[str, str]:
-    """List what the numbers of an export depend on, to the last bit."""
-    import torch
-
-    from moe2edge.numerics import compiled
-
-    calibration, training = texts.calibration, texts.training
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    passes = yaml.safe_dump(yaml.safe_load(recipe.render())["passes"], sort_keys=False)
-    return {
-        "model": checkpoint.sha256,
-        "recipe": passes,
-        "calibration": calibration.sha256 if calibration else "none",
-        **({"training": training.sha256} if training else {}),
-        "number of threads": f"{torch.get_num_threads()}",
-        "limit of memory": "one group at a time" if not budget.group_bytes else "several groups",
-        "innermost loops": compiled.describe_kernel(),
-        "GPU": gpu,
-        "version": ", ".join(
-            f"{name} {v}" for name, v in list_versions().items() if name in NUMERIC_PACKAGES
-        ),
     }

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from moe2edge.evaluation.reference import Reference
 
 RECIPE_FILE = "recipe.resolved.yaml"
+# The only file of an output that holds times and peak memory, so that all others are equal if the
+# same export is run again.
 REPORT_FILE = "report.json"
 
 
@@ -93,12 +95,15 @@ class Report:
             table.add_column(heading, justify="right" if n else "left")
         for row in self.rows:
             table.add_row(*row.cells())
-        table.caption = self.caption()
+        table.caption = (
+            f"{self.caption()}. export: {self.seconds:.1f} s, "
+            f"peak memory {self.peak_bytes / 1e6:.0f} MB"
+        )
         table.caption_justify = "left"
         return table
 
     def caption(self) -> str:
-        """Explain the columns, and state the time and memory of the export."""
+        """Explain the columns of the table."""
         figures = self.before.quality
         held_out = (
             "no held-out text"
@@ -108,8 +113,7 @@ class Report:
         )
         return (
             f"{held_out}. logit error: largest difference to PyTorch with float32 activations; as "
-            f"shipped: median relative error. export: {self.seconds:.1f} s, "
-            f"peak memory {self.peak_bytes / 1e6:.0f} MB"
+            "shipped: median relative error"
         )
 
     def lines(self) -> list[str]:
