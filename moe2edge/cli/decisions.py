@@ -15,6 +15,7 @@ from moe2edge.cli.common import (
     QUIET_OPTION,
     RESUME_OPTION,
     SETTINGS_OPTION,
+    SOURCE_CHECK_OPTION,
     THREADS_OPTION,
     add_hub_options,
     emit,
@@ -54,6 +55,7 @@ To carry out the decisions later, use the pass apply_decisions in a recipe:
 @CALIB_OPTION
 @click.option("--force", is_flag=True, help="Replace an existing file of decisions.")
 @PATHS_OPTION
+@SOURCE_CHECK_OPTION
 @RESUME_OPTION
 @QUIET_OPTION
 @THREADS_OPTION
@@ -67,6 +69,7 @@ def decide_command(
     calib: str | None,
     force: bool,
     keep_paths: bool,
+    source_check: bool,
     resume: Literal["auto", "never", "require"],
     quiet: bool,
     as_json: bool,
@@ -86,7 +89,14 @@ def decide_command(
     quiet_libraries()
     reporter = make_reporter(quiet=quiet)
     decided, steps = decide_to_file(
-        checkpoint, parsed, output, reporter, force=force, resume=resume, keep_paths=keep_paths
+        checkpoint,
+        parsed,
+        output,
+        reporter,
+        force=force,
+        resume=resume,
+        keep_paths=keep_paths,
+        source_check=source_check,
     )
     if as_json:
         emit({"output": str(output), "decisions": decided.to_json()})

@@ -22,6 +22,7 @@ from moe2edge.cli.common import (
     QUIET_OPTION,
     RESUME_OPTION,
     SETTINGS_OPTION,
+    SOURCE_CHECK_OPTION,
     THREADS_OPTION,
     add_hub_options,
     emit,
@@ -234,6 +235,7 @@ Examples:
     "each of them with its own copy, in all targets. The output becomes larger.",
 )
 @PATHS_OPTION
+@SOURCE_CHECK_OPTION
 @QUIET_OPTION
 @THREADS_OPTION
 @JSON_OPTION
@@ -251,6 +253,7 @@ def export_command(
     most: int | None,
     materialize: bool,
     keep_paths: bool,
+    source_check: bool,
     quiet: bool,
     as_json: bool,
     revision: str | None,
@@ -277,6 +280,7 @@ def export_command(
         most=most,
         materialize=materialize,
         keep_paths=keep_paths,
+        source_check=source_check,
     )
     if as_json:
         emit({"output": str(output), **report.to_json()})

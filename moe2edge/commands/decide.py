@@ -12,8 +12,8 @@ from moe2edge.commands.environment import list_versions
 from moe2edge.commands.preflight import check_sources, list_reads
 from moe2edge.commands.private_paths import PrivatePaths
 from moe2edge.commands.run_inputs import list_inputs, look_at_inputs
-from moe2edge.commands.source_check import check_ids, report_notes
-from moe2edge.commands.texts import load_calibration, resolve_recipe
+from moe2edge.commands.source_check import check_ids, prove_source, report_notes
+from moe2edge.commands.texts import SELF, load_calibration, resolve_recipe
 from moe2edge.errors import InputError
 from moe2edge.model.model import Block, Model
 from moe2edge.pipeline.contract import Pass
@@ -45,11 +45,21 @@ if TYPE_CHECKING:
 
 
 def decide(
-    checkpoint: Checkpoint, recipe: Recipe, reporter: Reporter, *, keep_paths: bool = False
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    reporter: Reporter,
+    *,
+    keep_paths: bool = False,
+    source_check: bool = True,
 ) -> tuple[Decisions, tuple[Step, ...]]:
     """Run the choosing passes of ``recipe``; return the decisions, and the report of each pass.
 
-    With ``keep_paths`` the decisions have the paths of source and texts, not only their names.
+    Args:
+        checkpoint: the source.
+        recipe: passes that choose.
+        reporter: receives progress.
+        keep_paths: write paths of source and text as they were given, in place of their names.
+        source_check: first compare what is computed for the source with stock transformers.
 
     Raises:
         InputError: a pass of the recipe computes numbers, which decisions do not hold; or as in an
@@ -57,7 +67,7 @@ def decide(
         Unsupported: as in an export.
     """
     recipe = _prepare(checkpoint, recipe, reporter)
-    tokens = _load(checkpoint, recipe, reporter)
+    tokens = _load(checkpoint, recipe, reporter, source_check=source_check)
     paths = PrivatePaths.collect(checkpoint, recipe, keep=keep_paths)
     return _run(checkpoint, recipe, tokens, _NoNumbers(), reporter, paths)
 
@@ -71,6 +81,7 @@ def decide_to_file(
     force: bool = False,
     resume: Resume = "auto",
     keep_paths: bool = False,
+    source_check: bool = True,
 ) -> tuple[Decisions, tuple[Step, ...]]:
     """Write decisions to a file; what was observed outlives a kill or a failure, as in an export.
 
@@ -82,6 +93,7 @@ def decide_to_file(
         force: replace a file of decisions.
         resume: what to do about unfinished work for the same file.
         keep_paths: write paths of source and text as they were given, in place of their names.
+        source_check: first compare what is computed for the source with stock transformers.
 
     Raises:
         InputError, Unsupported: as `decide` does; the name is taken; or an input has changed under
@@ -92,7 +104,7 @@ def decide_to_file(
     with claim_output(out, force=force, reads=reads, form=DECISIONS, log=reporter.log) as claim:
         reporter = claim.watch(reporter)
         files = look_at_inputs(checkpoint, recipe)
-        tokens = _load(checkpoint, recipe, reporter)
+        tokens = _load(checkpoint, recipe, reporter, source_check=source_check)
         inputs = list_inputs(checkpoint, recipe, tokens, None, UNLIMITED)
         files.settle(checkpoint.sha256)
         with open_partial_folder(claim, inputs, resume) as (content, work):
@@ -115,10 +127,18 @@ def _prepare(checkpoint: Checkpoint, recipe: Recipe, reporter: Reporter) -> Reci
     return recipe
 
 
-def _load(checkpoint: Checkpoint, recipe: Recipe, reporter: Reporter) -> Tokens | None:
-    """Load and check the calibration text."""
+def _load(
+    checkpoint: Checkpoint, recipe: Recipe, reporter: Reporter, *, source_check: bool
+) -> Tokens | None:
+    """Load and check the calibration text, and check the source."""
+    # The model runs first where it writes the text; another text is looked at before that.
+    writes = recipe.calibration.text == SELF
+    if writes:
+        prove_source(checkpoint, reporter, wanted=source_check)
     tokens = load_calibration(checkpoint, recipe, reporter)
     check_ids(checkpoint, {"calibration": tokens}, reporter)
+    if not writes:
+        prove_source(checkpoint, reporter, wanted=source_check)
     return tokens
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,9 +13,10 @@ from moe2edge.commands.preflight import describe, list_reads, refuse_early
 from moe2edge.commands.private_paths import PrivatePaths
 from moe2edge.commands.report import Report
 from moe2edge.commands.run_inputs import list_inputs, look_at_inputs
-from moe2edge.commands.source_check import check_ids, report_notes
+from moe2edge.commands.source_check import SourceProof, check_ids, prove_source, report_notes
 from moe2edge.commands.texts import (
     NO_TEXT,
+    SELF,
     Texts,
     list_default_texts,
     load_texts,
@@ -51,6 +52,7 @@ def export_targets(
     most: int | None = None,
     materialize: bool = False,
     keep_paths: bool = False,
+    source_check: bool = True,
 ) -> Report:
     """Run ``recipe`` on ``checkpoint`` and write one folder per target.
 
@@ -70,10 +72,12 @@ def export_targets(
         materialize: give tied experts matrices of their own where a target cannot hold them.
         keep_paths: write paths of source and texts into the output as they were given, in place of
             their names.
+        source_check: first compare what is computed for the source with stock transformers.
 
     Raises:
         InputError, Unsupported, DoesNotFit: before any work.
-        VerificationFailed: an output differs from the model in memory.
+        VerificationFailed: an output differs from the model in memory, or the source from what
+            stock transformers computes.
     """
     begun = time.perf_counter()
     defaults = list_default_texts(recipe)
@@ -91,11 +95,14 @@ def export_targets(
         paths = PrivatePaths.collect(checkpoint, recipe, keep=keep_paths)
         companions = _read_companions(checkpoint, reporter)
         try_targets(targets, fit_for_targets(plan.result, targets, materialize=materialize))
-        texts = load_texts(checkpoint, recipe, reporter)
-        check_ids(checkpoint, texts.by_purpose, reporter)
+        prove = partial(
+            prove_source, checkpoint, reporter,
+            wanted=source_check, targets=targets, within=budget.limit,
+        )  # fmt: skip
+        texts, proof = _load_texts(checkpoint, recipe, reporter, prove)
         inputs = list_inputs(checkpoint, recipe, texts.calibration, texts.training, budget)
         files.settle(checkpoint.sha256)
-        outcome = _list_outcome(checkpoint, recipe, targets, texts, materialize=materialize)
+        outcome = _list_outcome(checkpoint, recipe, targets, texts, proof, materialize=materialize)
         outcome |= {"other files": companions.sha256, "paths": f"{keep_paths}"}
         if export_folder.publish_finished(claim, inputs, outcome, resume):
             reporter.log(f"{out} had been finished by an earlier run, and has its name now")
@@ -105,12 +112,25 @@ def export_targets(
             work.report(reporter)
             budget = replace(budget, folder=work.folder)
             report = _make_output(
-                checkpoint, recipe, targets, texts, content, work, budget, reporter,
+                checkpoint, recipe, targets, texts, content, work, budget, reporter, proof,
                 paths=paths, companions=companions, materialize=materialize, defaults=defaults,
                 begun=begun,
             )  # fmt: skip
             files.check()
     return report
+
+
+def _load_texts(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    reporter: Reporter,
+    prove: Callable[[], SourceProof],
+) -> tuple[Texts, SourceProof]:
+    """Load the texts, and check the source: first where the model writes one, else after them."""
+    proof = prove() if recipe.calibration.text == SELF else None
+    texts = load_texts(checkpoint, recipe, reporter)
+    check_ids(checkpoint, texts.by_purpose, reporter)
+    return texts, proof or prove()
 
 
 def _make_output(
@@ -122,6 +142,7 @@ def _make_output(
     work: WorkFolder,
     budget: Memory,
     reporter: Reporter,
+    proof: SourceProof,
     *,
     paths: PrivatePaths,
     companions: Companions,
@@ -155,7 +176,9 @@ def _make_output(
     report = _build_report(paths, recipe, targets, texts, steps, measured, results)
     notes = paths.hide((*checkpoint.notes, *companions.notes))
     report = replace(report, license=companions.license, notes=notes)
-    report = replace(report, materialized=grown, default_texts=defaults)
+    report = replace(
+        report, materialized=grown, default_texts=defaults, source_check=proof.to_json()
+    )
     report = replace(report, seconds=time.perf_counter() - begun)
     for (target, folder), (_, reference) in zip(folders, written, strict=True):
         report.write(folder, target, checkpoint, model, list_versions(), reference)
@@ -228,6 +251,7 @@ def _list_outcome(
     recipe: Recipe,
     targets: Sequence[Target],
     texts: Texts,
+    proof: SourceProof,
     *,
     materialize: bool,
 ) -> dict[str, str]:
@@ -238,5 +262,6 @@ def _list_outcome(
         "targets": ", ".join(f"{target.name} {list_options(target)}" for target in targets),
         "evaluation": texts.evaluation.sha256,
         "materialize": f"{materialize}",
+        "source check": proof.status,
         "versions": f"{list_versions()}",
     }

@@ -57,6 +57,7 @@ class Report:
     materialized: str | None = None
     license: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    source_check: Mapping[str, Any] | None = None
 
     @property
     def rows(self) -> tuple[ResultRow, ...]:
@@ -133,6 +134,9 @@ class Report:
             )
             said += [f"  {note}" for note in step.notes]
         said.append(self._describe_texts())
+        check = self.source_check
+        if check is not None and check["status"] != "passed":
+            said.append(f"source check {check['status']}: {check['reason']}")
         said += [*self._describe_skipping(), *self._describe_materialized().splitlines()[:1]]
         for target, loaders in self.loaders.items():
             for loader in loaders:
@@ -211,6 +215,7 @@ class Report:
                 "revision": checkpoint.revision,
                 "sha256": checkpoint.sha256,
             },
+            source_check=_shorten(self.source_check or {}),
             texts={
                 "calibration": self.calibration,
                 "evaluation": self.evaluation,
@@ -256,3 +261,8 @@ class Report:
             f'```sh\nmoe2edge generate . "Once upon a time"\nmoe2edge verify .\n```\n\n'
             f"## Recipe\n\n```yaml\n{self.recipe}```\n"
         )
+
+
+def _shorten(check: Mapping[str, Any]) -> dict[str, Any]:
+    """Return of the source check what does not differ between two equal runs."""
+    return {key: check[key] for key in ("status", "reason", "transformers") if check.get(key)}

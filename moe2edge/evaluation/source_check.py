@@ -258,7 +258,8 @@ def _open_stock(
     config = transformers.AutoConfig.from_pretrained(
         folder, local_files_only=True, trust_remote_code=False
     )
-    config.output_router_logits = False
+    # Neutral settings: what a config says about how to run changes no number.
+    config.update({"output_router_logits": False, "return_dict": True, "use_cache": False})
     kind = getattr(transformers, model.family.architecture)
     if len(group) < len(model.blocks) or not ends:
         kind = _make_part(kind, {own.block.index for own in group}, ends=ends)
@@ -335,7 +336,7 @@ def _run_hooked(
         hooks.append(layers[-1].register_forward_hook(finish))
     text = {"inputs_embeds": group[0].inputs} if ids is None else {"input_ids": ids}
     try:
-        out = stock(**text, use_cache=False, return_dict=True, logits_to_keep=LOGITS)
+        out = stock(**text, logits_to_keep=LOGITS)
     finally:
         for handle in hooks:
             handle.remove()

@@ -86,6 +86,10 @@ class Target:
         """
         return model
 
+    def find_dtype(self, model: Model) -> str:
+        """Return the dtype, as torch names it, that an output of ``model`` runs in as shipped."""
+        return "float32"
+
     def estimate(self, model: Model) -> Estimate:
         """Estimate what the output takes: weight files, and memory once reopened, as shipped."""
         return Estimate(model.nbytes, model.nbytes)
