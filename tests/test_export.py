@@ -78,7 +78,7 @@ def test_files_beside_the_weights(pair: Path) -> None:
         manifest = json.loads((folder / "manifest.json").read_text())
         assert manifest["model"]["expert_counts"] == [5, 5]
         card = (folder / "README.md").read_text().split("---")
-        assert yaml.safe_load(card[1])["base_model"] is not None
+        assert "base_model" not in yaml.safe_load(card[1])  # a folder has no name on the hub
         report = json.loads((folder / "report.json").read_text())
         forms = [row["form"] for row in (report["before"], report["after"], *report["results"])]
         assert forms[0] == "source"

@@ -11,9 +11,11 @@ import click
 from moe2edge.cli.common import (
     CALIB_OPTION,
     JSON_OPTION,
+    PATHS_OPTION,
     QUIET_OPTION,
     RESUME_OPTION,
     SETTINGS_OPTION,
+    SOURCE_CHECK_OPTION,
     THREADS_OPTION,
     add_hub_options,
     emit,
@@ -52,6 +54,8 @@ To carry out the decisions later, use the pass apply_decisions in a recipe:
 @SETTINGS_OPTION
 @CALIB_OPTION
 @click.option("--force", is_flag=True, help="Replace an existing file of decisions.")
+@PATHS_OPTION
+@SOURCE_CHECK_OPTION
 @RESUME_OPTION
 @QUIET_OPTION
 @THREADS_OPTION
@@ -64,6 +68,8 @@ def decide_command(
     settings: tuple[str, ...],
     calib: str | None,
     force: bool,
+    keep_paths: bool,
+    source_check: bool,
     resume: Literal["auto", "never", "require"],
     quiet: bool,
     as_json: bool,
@@ -83,7 +89,14 @@ def decide_command(
     quiet_libraries()
     reporter = make_reporter(quiet=quiet)
     decided, steps = decide_to_file(
-        checkpoint, parsed, output, reporter, force=force, resume=resume
+        checkpoint,
+        parsed,
+        output,
+        reporter,
+        force=force,
+        resume=resume,
+        keep_paths=keep_paths,
+        source_check=source_check,
     )
     if as_json:
         emit({"output": str(output), "decisions": decided.to_json()})

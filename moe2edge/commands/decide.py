@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 from moe2edge.commands.environment import list_versions
 from moe2edge.commands.preflight import check_sources, list_reads
+from moe2edge.commands.private_paths import PrivatePaths
 from moe2edge.commands.run_inputs import list_inputs, look_at_inputs
-from moe2edge.commands.source_check import check_ids, report_notes
-from moe2edge.commands.texts import load_calibration, resolve_recipe
+from moe2edge.commands.source_check import check_ids, prove_source, report_notes
+from moe2edge.commands.texts import SELF, load_calibration, resolve_recipe
 from moe2edge.errors import InputError
 from moe2edge.model.model import Block, Model
 from moe2edge.pipeline.contract import Pass
@@ -44,9 +45,21 @@ if TYPE_CHECKING:
 
 
 def decide(
-    checkpoint: Checkpoint, recipe: Recipe, reporter: Reporter
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    reporter: Reporter,
+    *,
+    keep_paths: bool = False,
+    source_check: bool = True,
 ) -> tuple[Decisions, tuple[Step, ...]]:
     """Run the choosing passes of ``recipe``; return the decisions, and the report of each pass.
+
+    Args:
+        checkpoint: the source.
+        recipe: passes that choose.
+        reporter: receives progress.
+        keep_paths: write paths of source and text as they were given, in place of their names.
+        source_check: first compare what is computed for the source with stock transformers.
 
     Raises:
         InputError: a pass of the recipe computes numbers, which decisions do not hold; or as in an
@@ -54,8 +67,9 @@ def decide(
         Unsupported: as in an export.
     """
     recipe = _prepare(checkpoint, recipe, reporter)
-    tokens = _load(checkpoint, recipe, reporter)
-    return _run(checkpoint, recipe, tokens, _NoNumbers(), reporter)
+    tokens = _load(checkpoint, recipe, reporter, source_check=source_check)
+    paths = PrivatePaths.collect(checkpoint, recipe, keep=keep_paths)
+    return _run(checkpoint, recipe, tokens, _NoNumbers(), reporter, paths)
 
 
 def decide_to_file(
@@ -66,6 +80,8 @@ def decide_to_file(
     *,
     force: bool = False,
     resume: Resume = "auto",
+    keep_paths: bool = False,
+    source_check: bool = True,
 ) -> tuple[Decisions, tuple[Step, ...]]:
     """Write decisions to a file; what was observed outlives a kill or a failure, as in an export.
 
@@ -76,6 +92,8 @@ def decide_to_file(
         reporter: receives progress.
         force: replace a file of decisions.
         resume: what to do about unfinished work for the same file.
+        keep_paths: write paths of source and text as they were given, in place of their names.
+        source_check: first compare what is computed for the source with stock transformers.
 
     Raises:
         InputError, Unsupported: as `decide` does; the name is taken; or an input has changed under
@@ -86,13 +104,14 @@ def decide_to_file(
     with claim_output(out, force=force, reads=reads, form=DECISIONS, log=reporter.log) as claim:
         reporter = claim.watch(reporter)
         files = look_at_inputs(checkpoint, recipe)
-        tokens = _load(checkpoint, recipe, reporter)
+        tokens = _load(checkpoint, recipe, reporter, source_check=source_check)
         inputs = list_inputs(checkpoint, recipe, tokens, None, UNLIMITED)
         files.settle(checkpoint.sha256)
         with open_partial_folder(claim, inputs, resume) as (content, work):
             work.watch(files.check)
             work.report(reporter)
-            found, steps = _run(checkpoint, recipe, tokens, _NoNumbers(work), reporter)
+            paths = PrivatePaths.collect(checkpoint, recipe, keep=keep_paths)
+            found, steps = _run(checkpoint, recipe, tokens, _NoNumbers(work), reporter, paths)
             write_json(content, found.to_json())
             files.check()
     return found, steps
@@ -108,10 +127,18 @@ def _prepare(checkpoint: Checkpoint, recipe: Recipe, reporter: Reporter) -> Reci
     return recipe
 
 
-def _load(checkpoint: Checkpoint, recipe: Recipe, reporter: Reporter) -> Tokens | None:
-    """Load and check the calibration text."""
+def _load(
+    checkpoint: Checkpoint, recipe: Recipe, reporter: Reporter, *, source_check: bool
+) -> Tokens | None:
+    """Load and check the calibration text, and check the source."""
+    # The model runs first where it writes the text; another text is looked at before that.
+    writes = recipe.calibration.text == SELF
+    if writes:
+        prove_source(checkpoint, reporter, wanted=source_check)
     tokens = load_calibration(checkpoint, recipe, reporter)
     check_ids(checkpoint, {"calibration": tokens}, reporter)
+    if not writes:
+        prove_source(checkpoint, reporter, wanted=source_check)
     return tokens
 
 
@@ -121,19 +148,20 @@ def _run(
     tokens: Tokens | None,
     work: _NoNumbers,
     reporter: Reporter,
+    paths: PrivatePaths,
 ) -> tuple[Decisions, tuple[Step, ...]]:
     """Run the passes, and describe what they chose."""
     source = checkpoint.model
     model, steps = run_passes(source, recipe, tokens, work, reporter)
     found = Decisions(
         source=SourceModel(
-            model=checkpoint.source,
+            model=paths.source,
             revision=checkpoint.revision,
             sha256=checkpoint.sha256,
             family=source.family.model_type,
         ),
-        recipe=recipe.render(),
-        calibration=CalibrationText(**tokens.provenance) if tokens else None,
+        recipe=paths.hide_in(recipe).render(),
+        calibration=CalibrationText(**paths.hide(tokens.provenance)) if tokens else None,
         versions=list_versions(),
         blocks=describe_blocks(model),
     )

@@ -13,6 +13,7 @@ from moe2edge.commands.preflight import list_reads
 from moe2edge.pipeline.recipe import Recipe
 from moe2edge.runtime.memory import Memory
 from moe2edge.storage.checkpoint import Checkpoint
+from moe2edge.storage.companions import list_companions
 from moe2edge.storage.input_files import InputFiles
 
 if TYPE_CHECKING:
@@ -22,8 +23,9 @@ if TYPE_CHECKING:
 def look_at_inputs(checkpoint: Checkpoint, recipe: Recipe) -> InputFiles:
     """Look at the files of the source, the texts and what passes read; the recipe is read once."""
     weights = {*checkpoint.files.values(), checkpoint.folder / "config.json"}
-    inside = {checkpoint.folder, *checkpoint.folder.iterdir()} - {*checkpoint.companions}
+    inside = {checkpoint.folder, *checkpoint.folder.iterdir()}
     files = {path for path in list_reads(checkpoint, recipe) if path not in inside}
+    files |= {*list_companions(checkpoint.folder)}
     files |= {Path(path) for path in checkpoint.folder.glob("*.index.json")}
     # A new checkpoint, because the old one keeps its digest.
     return InputFiles(sorted(files), weights, lambda: replace(checkpoint).sha256)

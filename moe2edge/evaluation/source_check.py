@@ -40,7 +40,7 @@ SHORTEST, LONGEST = 48, 512
 # Positions of which logits are compared: each is one row of the vocabulary.
 LOGITS = 64
 # Share of the memory, as its inverse, that transformers' blocks may take at once.
-SHARE = 4
+MEMORY_PARTS = 4
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class StockFailed(Unsupported):
 
 @dataclass(frozen=True)
 class _Own:
-    """What a walk computes for one block on the text.
+    """Values that a walk computes for one block on the text.
 
     Attributes:
         block: the block.
@@ -116,7 +116,7 @@ def compare_with_stock(
     """
     ids = _make_text(model, without)
     limit = find_limit() if within is None else within
-    room = max(0, limit - IMPORTED) // SHARE
+    room = max(0, limit - IMPORTED) // MEMORY_PARTS
     whole = 4 * model.parameters <= room
     size = len(model.blocks) if whole else max(1, room // max(1, model.block_nbytes))
     found = _Findings(model, folder)
@@ -193,7 +193,7 @@ class _PassThrough(nn.Module):
 
 @dataclass(frozen=True)
 class _Stock:
-    """What transformers computes.
+    """Values that transformers computes.
 
     Attributes:
         embedded: what enters the first block, float32 [1, length, hidden].
@@ -258,7 +258,8 @@ def _open_stock(
     config = transformers.AutoConfig.from_pretrained(
         folder, local_files_only=True, trust_remote_code=False
     )
-    config.output_router_logits = False
+    # Neutral settings: what a config says about how to run changes no number.
+    config.update({"output_router_logits": False, "return_dict": True, "use_cache": False})
     kind = getattr(transformers, model.family.architecture)
     if len(group) < len(model.blocks) or not ends:
         kind = _make_part(kind, {own.block.index for own in group}, ends=ends)
@@ -335,7 +336,7 @@ def _run_hooked(
         hooks.append(layers[-1].register_forward_hook(finish))
     text = {"inputs_embeds": group[0].inputs} if ids is None else {"input_ids": ids}
     try:
-        out = stock(**text, use_cache=False, return_dict=True, logits_to_keep=LOGITS)
+        out = stock(**text, logits_to_keep=LOGITS)
     finally:
         for handle in hooks:
             handle.remove()
