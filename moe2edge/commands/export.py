@@ -29,7 +29,7 @@ from moe2edge.model.model import Model
 from moe2edge.pipeline.recipe import Recipe
 from moe2edge.pipeline.registry import list_options
 from moe2edge.pipeline.runner import run_passes
-from moe2edge.pipeline.stages import Step
+from moe2edge.pipeline.stages import Plan, Step
 from moe2edge.pipeline.target import Target
 from moe2edge.progress import Reporter
 from moe2edge.runtime import memory
@@ -56,9 +56,8 @@ def export_targets(
 ) -> Report:
     """Run ``recipe`` on ``checkpoint`` and write one folder per target.
 
-    With several targets ``out`` holds one folder for each, all packed from one solve. Nothing is
-    left behind when anything fails, but what can be resumed: see
-    `moe2edge.storage.export_folder.open_partial_folder`.
+    With several targets ``out`` holds one folder for each, all packed from one solve. What is left
+    when anything fails can be resumed: see `moe2edge.storage.export_folder.open_partial_folder`.
 
     Args:
         checkpoint: the source.
@@ -82,24 +81,18 @@ def export_targets(
     begun = time.perf_counter()
     defaults = list_default_texts(recipe)
     recipe = resolve_recipe(checkpoint, recipe, reporter)
+    paths = PrivatePaths.collect(checkpoint, recipe, keep=keep_paths)
     reads = list_reads(checkpoint, recipe)
     with export_folder.claim_output(out, force=force, reads=reads, log=reporter.log) as claim:
         budget = memory.Memory.from_limit(memory.find_limit(most))
         memory.avoid_fragmentation(most)
         plan = refuse_early(checkpoint, recipe, targets, out, budget, materialize=materialize)
-        reporter = claim.watch(reporter)
-        files = look_at_inputs(checkpoint, recipe)
-        reporter.log(f"recipe:\n{recipe.render()}")
-        describe(plan, reporter)
-        report_notes(checkpoint, reporter)
-        paths = PrivatePaths.collect(checkpoint, recipe, keep=keep_paths)
+        reporter, files = claim.watch(reporter), look_at_inputs(checkpoint, recipe)
+        _report_plan(checkpoint, recipe, plan, reporter)
         companions = _read_companions(checkpoint, reporter)
         try_targets(targets, fit_for_targets(plan.result, targets, materialize=materialize))
-        prove = partial(
-            prove_source, checkpoint, reporter,
-            wanted=source_check, targets=targets, within=budget.limit,
-        )  # fmt: skip
-        texts, proof = _load_texts(checkpoint, recipe, reporter, prove)
+        prove = partial(prove_source, checkpoint, reporter, wanted=source_check, targets=targets)
+        texts, proof = _load_texts(checkpoint, recipe, reporter, prove, budget)
         inputs = list_inputs(checkpoint, recipe, texts.calibration, texts.training, budget)
         files.settle(checkpoint.sha256)
         outcome = _list_outcome(checkpoint, recipe, targets, texts, proof, materialize=materialize)
@@ -110,27 +103,33 @@ def export_targets(
         with export_folder.open_partial_folder(claim, inputs, resume, outcome) as (content, work):
             work.watch(files.check)
             work.report(reporter)
-            budget = replace(budget, folder=work.folder)
             report = _make_output(
-                checkpoint, recipe, targets, texts, content, work, budget, reporter, proof,
-                paths=paths, companions=companions, materialize=materialize, defaults=defaults,
-                begun=begun,
+                checkpoint, recipe, targets, texts, content, work, budget, reporter, proof, paths,
+                companions, materialize=materialize, defaults=defaults, begun=begun,
             )  # fmt: skip
             files.check()
     return report
+
+
+def _report_plan(checkpoint: Checkpoint, recipe: Recipe, plan: Plan, reporter: Reporter) -> None:
+    """Report what will be done, and what was found out about the source."""
+    reporter.log(f"recipe:\n{recipe.render()}")
+    describe(plan, reporter)
+    report_notes(checkpoint, reporter)
 
 
 def _load_texts(
     checkpoint: Checkpoint,
     recipe: Recipe,
     reporter: Reporter,
-    prove: Callable[[], SourceProof],
+    prove: Callable[..., SourceProof],
+    budget: Memory,
 ) -> tuple[Texts, SourceProof]:
     """Load the texts, and check the source: first where the model writes one, else after them."""
-    proof = prove() if recipe.calibration.text == SELF else None
+    proof = prove(within=budget.limit) if recipe.calibration.text == SELF else None
     texts = load_texts(checkpoint, recipe, reporter)
     check_ids(checkpoint, texts.by_purpose, reporter)
-    return texts, proof or prove()
+    return texts, proof or prove(within=budget.limit)
 
 
 def _make_output(
@@ -143,15 +142,15 @@ def _make_output(
     budget: Memory,
     reporter: Reporter,
     proof: SourceProof,
-    *,
     paths: PrivatePaths,
     companions: Companions,
+    *,
     materialize: bool,
     defaults: tuple[str, ...],
     begun: float,
 ) -> Report:
     """Run the passes, and write, check and describe an output in ``content``."""
-    source = checkpoint.model
+    source, budget = checkpoint.model, replace(budget, folder=work.folder)
     model, steps = run_passes(
         source, recipe, texts.calibration, work, reporter, budget, training=texts.training
     )
