@@ -1,4 +1,4 @@
-"""What may be at the place of an output, what --force may replace, and what it would delete."""
+"""Checks of the place of an output: what is there, and what --force would delete."""
 
 from __future__ import annotations
 
