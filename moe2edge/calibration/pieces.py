@@ -17,7 +17,7 @@ from typing import Any
 from moe2edge.errors import InputError
 
 # In characters. Tokenizing takes up to 300 bytes of memory for each.
-PIECE, SHARED, MOST_JOINED = 1 << 16, 1 << 12, 1 << 20
+PIECE_LENGTH, SHARED, MOST_JOINED = 1 << 16, 1 << 12, 1 << 20
 # Tokens that two pieces must have in common, and characters around a cut that must not be a run.
 LEAST, AROUND = 8, 64
 # Tokenizers without the places of their tokens get the text as a whole.
@@ -63,7 +63,7 @@ def encode_document(pieces: Iterable[str], tokenizer: Any, seams: Seams) -> Iter
     Raises:
         InputError: the text is long, and the tokenizer does not give the places of its tokens.
     """
-    parts = _regroup(pieces, PIECE)
+    parts = _regroup(pieces, PIECE_LENGTH)
     text, more = next(parts, ""), next(parts, "")
     if not getattr(tokenizer, "is_fast", False):
         text = _join(text, more, parts)

@@ -184,5 +184,13 @@ THREADS_OPTION = click.option(
 JSON_OPTION = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON document on stdout instead of text."
 )
+RESUME_OPTION = click.option(
+    "--resume",
+    type=click.Choice(["auto", "never", "require"]),
+    default="auto",
+    show_default=True,
+    help="Resume an interrupted or killed run to the same output. auto: resume if there is one; "
+    "never: start over; require: fail if there is none.",
+)
 QUIET_OPTION = click.option("-q", "--quiet", is_flag=True, help="Do not show progress.")
 FOLDER_ARGUMENT = click.argument("folder", type=click.Path(path_type=Path))

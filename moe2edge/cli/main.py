@@ -19,6 +19,7 @@ from moe2edge.cli.common import (
     CALIB_OPTION,
     JSON_OPTION,
     QUIET_OPTION,
+    RESUME_OPTION,
     SETTINGS_OPTION,
     THREADS_OPTION,
     add_hub_options,
@@ -217,14 +218,7 @@ Examples:
     "measure perplexity and KL, for a quick export.",
 )
 @click.option("--force", is_flag=True, help="Replace an existing output folder of moe2edge.")
-@click.option(
-    "--resume",
-    type=click.Choice(["auto", "never", "require"]),
-    default="auto",
-    show_default=True,
-    help="Resume an interrupted or killed export to the same folder. auto: resume if there is "
-    "one; never: start over; require: fail if there is none.",
-)
+@RESUME_OPTION
 @click.option(
     "--max-memory",
     "most",

@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-import yaml
-
-from moe2edge.commands.environment import NUMERIC_PACKAGES, list_versions, measure_peak_bytes
+from moe2edge.commands.environment import list_versions, measure_peak_bytes
 from moe2edge.commands.preflight import describe, list_reads, refuse_early
 from moe2edge.commands.report import Report
+from moe2edge.commands.run_inputs import list_inputs, look_at_inputs
 from moe2edge.commands.source_check import check_ids, report_notes
 from moe2edge.commands.texts import (
     NO_TEXT,
@@ -79,24 +79,28 @@ def export_targets(
         memory.avoid_fragmentation(most)
         plan = refuse_early(checkpoint, recipe, targets, out, budget, materialize=materialize)
         reporter = claim.watch(reporter)
+        files = look_at_inputs(checkpoint, recipe)
         reporter.log(f"recipe:\n{recipe.render()}")
         describe(plan, reporter)
         report_notes(checkpoint, reporter)
         try_targets(targets, fit_for_targets(plan.result, targets, materialize=materialize))
         texts = load_texts(checkpoint, recipe, reporter)
         check_ids(checkpoint, texts.by_purpose, reporter)
-        inputs = _list_inputs(checkpoint, recipe, texts, budget)
+        inputs = list_inputs(checkpoint, recipe, texts.calibration, texts.training, budget)
+        files.settle(checkpoint.sha256)
         outcome = _list_outcome(checkpoint, recipe, targets, texts, materialize=materialize)
         if export_folder.publish_finished(claim, inputs, outcome, resume):
             reporter.log(f"{out} had been finished by an earlier run, and has its name now")
             return Report.read(out if len(targets) == 1 else out / targets[0].name)
         with export_folder.open_partial_folder(claim, inputs, resume, outcome) as (content, work):
+            work.watch(files.check)
             work.report(reporter)
             budget = replace(budget, folder=work.folder)
             report = _make_output(
                 checkpoint, recipe, targets, texts, content, work, budget, reporter,
                 materialize=materialize, defaults=defaults, begun=begun,
             )  # fmt: skip
+            files.check()
     return report
 
 
@@ -122,7 +126,15 @@ def _make_output(
     model, grown = _fit(model, targets, reporter, materialize=materialize)
     memory.give_back()
     figures, ids = recipe.evaluation.text != NO_TEXT, texts.evaluation.ids
-    measured = Comparison.measure(source, model, ids, reporter, budget, figures=figures)
+    measured = Comparison.measure(
+        source,
+        model,
+        ids,
+        reporter,
+        budget,
+        figures=figures,
+        keep_walk=partial(work.kept_walk, len(steps)),
+    )
     folders = _make_folders(targets, content)
     written = []
     for target, folder in folders:
@@ -203,30 +215,4 @@ def _list_outcome(
         "evaluation": texts.evaluation.sha256,
         "materialize": f"{materialize}",
         "versions": f"{list_versions()}",
-    }
-
-
-def _list_inputs(
-    checkpoint: Checkpoint, recipe: Recipe, texts: Texts, budget: Memory
-) -> dict[str, str]:
-    """List what the numbers of an export depend on, to the last bit."""
-    import torch
-
-    from moe2edge.numerics import compiled
-
-    calibration, training = texts.calibration, texts.training
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    passes = yaml.safe_dump(yaml.safe_load(recipe.render())["passes"], sort_keys=False)
-    return {
-        "model": checkpoint.sha256,
-        "recipe": passes,
-        "calibration": calibration.sha256 if calibration else "none",
-        **({"training": training.sha256} if training else {}),
-        "number of threads": f"{torch.get_num_threads()}",
-        "limit of memory": "one group at a time" if not budget.group_bytes else "several groups",
-        "innermost loops": compiled.describe_kernel(),
-        "GPU": gpu,
-        "version": ", ".join(
-            f"{name} {v}" for name, v in list_versions().items() if name in NUMERIC_PACKAGES
-        ),
     }

@@ -41,7 +41,8 @@ def refuse_early(
     passes = estimate_passes(plan, texts)
     outputs = [(target, target.estimate(result)) for target in targets]
     needed = sum(estimate.disk for estimate in (*passes, *(own for _, own in outputs)))
-    needed += estimate_hidden_bytes(plan, texts, budget)
+    evaluated = recipe.evaluation.samples * recipe.evaluation.length
+    needed += estimate_hidden_bytes(plan, texts, evaluated, budget)
     check_space(out, round(needed * 1.05) + (16 << 20))
     for target, estimate in outputs:
         if not target.streams:
@@ -123,15 +124,28 @@ def _check_training(recipe: Recipe, texts: TextSizes, model: Model) -> None:
             step.check_text(texts.training)
 
 
-def estimate_hidden_bytes(plan: Plan, texts: TextSizes, budget: Memory) -> int:
-    """Count the bytes of hidden states that are on the disk at once."""
-    if not any(p.step.computes_numbers and p.step.needs_tokens for p in plan.steps):
-        return 0
+def estimate_hidden_bytes(plan: Plan, texts: TextSizes, evaluated: int, budget: Memory) -> int:
+    """Count the bytes of hidden states that are on the disk at once.
+
+    Args:
+        plan: the passes.
+        texts: the sizes of their texts.
+        evaluated: tokens of the evaluation.
+        budget: hidden states beyond it are on the disk, too.
+    """
     hidden = plan.source.family.geometry(plan.source.config).hidden
-    stream = 4 * texts.calibration.tokens * hidden
-    spilled = budget.hidden_bytes is not None and stream > budget.hidden_bytes
-    # In front of a block and behind it; in memory, what enters a block and what it adds.
-    return 4 * stream if spilled else 2 * stream
+
+    def count(tokens: int, kept: int, in_memory: int) -> int:
+        stream = 4 * tokens * hidden
+        spilled = budget.hidden_bytes is not None and stream > budget.hidden_bytes
+        return (kept + in_memory * spilled) * stream
+
+    steps = [planned.step for planned in plan.steps if planned.step.needs_tokens]
+    solving = any(step.computes_numbers for step in steps)
+    # In front of a block and behind it; in memory, what enters a block and what a solver adds.
+    calibrated = count(texts.calibration.tokens, 2, 1 + solving) if steps else 0
+    # The same, and those of the source, which stay.
+    return max(calibrated, count(evaluated, 3, 2))
 
 
 def check_sources(recipe: Recipe, checkpoint: Checkpoint) -> None:

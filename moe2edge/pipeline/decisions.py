@@ -19,7 +19,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from moe2edge.errors import InputError
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Block, Form, Model, get_form
-from moe2edge.storage.durable import check_name, check_writable, write_file
+from moe2edge.storage.durable import write_file
+from moe2edge.storage.output_checks import OutputForm, check_output
 from moe2edge.storage.text_files import read_json
 
 DECISIONS_KIND: Final = "moe2edge.decisions"
@@ -301,28 +302,31 @@ def read_decisions(path: Path, sha256: str | None = None) -> tuple[Decisions, st
         raise InputError(f"{path} is damaged ({place}: {reason}); decide again") from error
 
 
+def _is_ours(path: Path) -> bool:
+    try:
+        return read_json(path).get("kind") == DECISIONS_KIND
+    except InputError:
+        return False
+
+
+def _list_damage(path: Path) -> list[str]:
+    try:
+        read_decisions(path)
+    except InputError as error:
+        return [str(error)]
+    return []
+
+
+DECISIONS = OutputForm(False, _is_ours, "holds no decisions", lambda _: [], _list_damage)
+
+
 def check_decisions_output(path: Path, *, force: bool) -> None:
     """Refuse a file name that is taken.
 
     Raises:
         InputError: something else is there, or decisions and not ``force``.
     """
-    check_name(path)
-    if not os.path.lexists(path):
-        check_writable(path)
-        return
-    if path.is_symlink() or not path.is_file() or not _is_ours(path):
-        raise InputError(f"{path} exists and holds no decisions; choose another name")
-    if not force:
-        raise InputError(f"{path} exists; choose another name, or replace it with --force")
-    check_writable(path)
-
-
-def _is_ours(path: Path) -> bool:
-    try:
-        return read_json(path).get("kind") == DECISIONS_KIND
-    except InputError:
-        return False
+    check_output(Path(os.path.abspath(path)), force=force, form=DECISIONS)
 
 
 def write_decisions(decisions: Decisions, path: Path) -> None:

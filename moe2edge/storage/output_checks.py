@@ -1,4 +1,4 @@
-"""Checks of the place of an output: what is there, and what --force would delete."""
+"""Checks of the place of an output: what --force may replace there, and what it would delete."""
 
 from __future__ import annotations
 
