@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from moe2edge.commands.environment import list_versions, measure_peak_bytes
 from moe2edge.commands.preflight import describe, list_reads, refuse_early
@@ -29,7 +30,7 @@ from moe2edge.model.model import Model
 from moe2edge.pipeline.recipe import Recipe
 from moe2edge.pipeline.registry import list_options
 from moe2edge.pipeline.runner import run_passes
-from moe2edge.pipeline.stages import Step
+from moe2edge.pipeline.stages import Plan, Step
 from moe2edge.pipeline.target import Target
 from moe2edge.progress import Reporter
 from moe2edge.runtime import memory
@@ -56,9 +57,8 @@ def export_targets(
 ) -> Report:
     """Run ``recipe`` on ``checkpoint`` and write one folder per target.
 
-    With several targets ``out`` holds one folder for each, all packed from one solve. Nothing is
-    left behind when anything fails, but what can be resumed: see
-    `moe2edge.storage.export_folder.open_partial_folder`.
+    With several targets ``out`` holds one folder for each, all packed from one solve. When anything
+    fails, only what can be resumed is left: see `export_folder.open_partial_folder`.
 
     Args:
         checkpoint: the source.
@@ -70,14 +70,12 @@ def export_targets(
         resume: what to do about an unfinished export to the same folder.
         most: bytes of memory for the whole process; None: what the machine has.
         materialize: give tied experts matrices of their own where a target cannot hold them.
-        keep_paths: write paths of source and texts into the output as they were given, in place of
-            their names.
+        keep_paths: write paths of source and texts into the output, not only their names.
         source_check: first compare what is computed for the source with stock transformers.
 
     Raises:
         InputError, Unsupported, DoesNotFit: before any work.
-        VerificationFailed: an output differs from the model in memory, or the source from what
-            stock transformers computes.
+        VerificationFailed: an output differs from the model in memory, or the source from stock's.
     """
     begun = time.perf_counter()
     defaults = list_default_texts(recipe)
@@ -89,17 +87,12 @@ def export_targets(
         plan = refuse_early(checkpoint, recipe, targets, out, budget, materialize=materialize)
         reporter = claim.watch(reporter)
         files = look_at_inputs(checkpoint, recipe)
-        reporter.log(f"recipe:\n{recipe.render()}")
-        describe(plan, reporter)
-        report_notes(checkpoint, reporter)
+        _report_plan(checkpoint, recipe, plan, reporter)
         paths = PrivatePaths.collect(checkpoint, recipe, keep=keep_paths)
         companions = _read_companions(checkpoint, reporter)
         try_targets(targets, fit_for_targets(plan.result, targets, materialize=materialize))
-        prove = partial(
-            prove_source, checkpoint, reporter,
-            wanted=source_check, targets=targets, within=budget.limit,
-        )  # fmt: skip
-        texts, proof = _load_texts(checkpoint, recipe, reporter, prove)
+        how: dict[str, Any] = {"wanted": source_check, "targets": targets, "within": budget.limit}
+        texts, proof = _load_texts(checkpoint, recipe, reporter, **how)
         inputs = list_inputs(checkpoint, recipe, texts.calibration, texts.training, budget)
         files.settle(checkpoint.sha256)
         outcome = _list_outcome(checkpoint, recipe, targets, texts, proof, materialize=materialize)
@@ -113,8 +106,8 @@ def export_targets(
             budget = replace(budget, folder=work.folder)
             report = _make_output(
                 checkpoint, recipe, targets, texts, content, work, budget, reporter, proof,
-                paths=paths, companions=companions, materialize=materialize, defaults=defaults,
-                begun=begun,
+                paths=paths, companions=companions, materialize=materialize,
+                defaults=defaults, begun=begun,
             )  # fmt: skip
             files.check()
     return report
@@ -124,9 +117,13 @@ def _load_texts(
     checkpoint: Checkpoint,
     recipe: Recipe,
     reporter: Reporter,
-    prove: Callable[[], SourceProof],
+    **how: Any,
 ) -> tuple[Texts, SourceProof]:
-    """Load the texts, and check the source: first where the model writes one, else after them."""
+    """Load the texts, and check the source: first where the model writes one, else after them.
+
+    What follows the reporter goes to `prove_source`.
+    """
+    prove = partial(prove_source, checkpoint, reporter, **how)
     proof = prove() if recipe.calibration.text == SELF else None
     texts = load_texts(checkpoint, recipe, reporter)
     check_ids(checkpoint, texts.by_purpose, reporter)
@@ -183,6 +180,13 @@ def _make_output(
     for (target, folder), (_, reference) in zip(folders, written, strict=True):
         report.write(folder, target, checkpoint, model, list_versions(), reference)
     return report
+
+
+def _report_plan(checkpoint: Checkpoint, recipe: Recipe, plan: Plan, reporter: Reporter) -> None:
+    """Report what is known before anything is computed."""
+    reporter.log(f"recipe:\n{recipe.render()}")
+    describe(plan, reporter)
+    report_notes(checkpoint, reporter)
 
 
 def _read_companions(checkpoint: Checkpoint, reporter: Reporter) -> Companions:
