@@ -12,6 +12,7 @@ from moe2edge.commands.environment import list_versions, measure_peak_bytes
 from moe2edge.commands.preflight import describe, list_reads, refuse_early
 from moe2edge.commands.private_paths import PrivatePaths
 from moe2edge.commands.report import Report
+from moe2edge.commands.router_ties import TieJudge
 from moe2edge.commands.run_inputs import list_inputs, look_at_inputs
 from moe2edge.commands.source_check import SourceProof, check_ids, prove_source, report_notes
 from moe2edge.commands.texts import (
@@ -29,7 +30,7 @@ from moe2edge.model.model import Model
 from moe2edge.pipeline.recipe import Recipe
 from moe2edge.pipeline.registry import list_options
 from moe2edge.pipeline.runner import run_passes
-from moe2edge.pipeline.stages import Step
+from moe2edge.pipeline.stages import Plan, Step
 from moe2edge.pipeline.target import Target
 from moe2edge.progress import Reporter
 from moe2edge.runtime import memory
@@ -56,9 +57,8 @@ def export_targets(
 ) -> Report:
     """Run ``recipe`` on ``checkpoint`` and write one folder per target.
 
-    With several targets ``out`` holds one folder for each, all packed from one solve. Nothing is
-    left behind when anything fails, but what can be resumed: see
-    `moe2edge.storage.export_folder.open_partial_folder`.
+    With several targets ``out`` holds one folder for each, all packed from one solve. Only what can
+    be resumed is left behind when anything fails: see `moe2edge.storage.export_folder`.
 
     Args:
         checkpoint: the source.
@@ -70,35 +70,28 @@ def export_targets(
         resume: what to do about an unfinished export to the same folder.
         most: bytes of memory for the whole process; None: what the machine has.
         materialize: give tied experts matrices of their own where a target cannot hold them.
-        keep_paths: write paths of source and texts into the output as they were given, in place of
-            their names.
+        keep_paths: write paths of source and texts as they were given, in place of their names.
         source_check: first compare what is computed for the source with stock transformers.
 
     Raises:
         InputError, Unsupported, DoesNotFit: before any work.
-        VerificationFailed: an output differs from the model in memory, or the source from what
-            stock transformers computes.
+        VerificationFailed: an output differs from the model in memory, or the source from stock.
     """
     begun = time.perf_counter()
     defaults = list_default_texts(recipe)
     recipe = resolve_recipe(checkpoint, recipe, reporter)
-    reads = list_reads(checkpoint, recipe)
+    ties, reads = TieJudge(targets, reporter), list_reads(checkpoint, recipe)
     with export_folder.claim_output(out, force=force, reads=reads, log=reporter.log) as claim:
-        budget = memory.Memory.from_limit(memory.find_limit(most))
-        memory.avoid_fragmentation(most)
+        budget = _make_budget(most)
         plan = refuse_early(checkpoint, recipe, targets, out, budget, materialize=materialize)
         reporter = claim.watch(reporter)
         files = look_at_inputs(checkpoint, recipe)
-        reporter.log(f"recipe:\n{recipe.render()}")
-        describe(plan, reporter)
-        report_notes(checkpoint, reporter)
+        _announce(checkpoint, recipe, plan, reporter)
         paths = PrivatePaths.collect(checkpoint, recipe, keep=keep_paths)
         companions = _read_companions(checkpoint, reporter)
         try_targets(targets, fit_for_targets(plan.result, targets, materialize=materialize))
-        prove = partial(
-            prove_source, checkpoint, reporter,
-            wanted=source_check, targets=targets, within=budget.limit,
-        )  # fmt: skip
+        ties.look(checkpoint.model, recipe.passes)
+        prove = partial(prove_source, wanted=source_check, targets=targets, within=budget.limit)
         texts, proof = _load_texts(checkpoint, recipe, reporter, prove)
         inputs = list_inputs(checkpoint, recipe, texts.calibration, texts.training, budget)
         files.settle(checkpoint.sha256)
@@ -112,7 +105,7 @@ def export_targets(
             work.report(reporter)
             budget = replace(budget, folder=work.folder)
             report = _make_output(
-                checkpoint, recipe, targets, texts, content, work, budget, reporter, proof,
+                checkpoint, recipe, targets, texts, content, work, budget, reporter, proof, ties,
                 paths=paths, companions=companions, materialize=materialize, defaults=defaults,
                 begun=begun,
             )  # fmt: skip
@@ -120,17 +113,31 @@ def export_targets(
     return report
 
 
+def _make_budget(most: int | None) -> memory.Memory:
+    """Divide the memory of the process, of which the user allows ``most`` bytes."""
+    memory.avoid_fragmentation(most)
+    return memory.Memory.from_limit(memory.find_limit(most))
+
+
+def _announce(checkpoint: Checkpoint, recipe: Recipe, plan: Plan, reporter: Reporter) -> None:
+    """Report what will be done, and with which files of the source."""
+    reporter.log(f"recipe:\n{recipe.render()}")
+    describe(plan, reporter)
+    report_notes(checkpoint, reporter)
+
+
 def _load_texts(
     checkpoint: Checkpoint,
     recipe: Recipe,
     reporter: Reporter,
-    prove: Callable[[], SourceProof],
+    prove: Callable[[Checkpoint, Reporter], SourceProof],
 ) -> tuple[Texts, SourceProof]:
     """Load the texts, and check the source: first where the model writes one, else after them."""
-    proof = prove() if recipe.calibration.text == SELF else None
+    writes = recipe.calibration.text == SELF
+    proof = prove(checkpoint, reporter) if writes else None
     texts = load_texts(checkpoint, recipe, reporter)
     check_ids(checkpoint, texts.by_purpose, reporter)
-    return texts, proof or prove()
+    return texts, proof or prove(checkpoint, reporter)
 
 
 def _make_output(
@@ -143,6 +150,7 @@ def _make_output(
     budget: Memory,
     reporter: Reporter,
     proof: SourceProof,
+    ties: TieJudge,
     *,
     paths: PrivatePaths,
     companions: Companions,
@@ -153,8 +161,9 @@ def _make_output(
     """Run the passes, and write, check and describe an output in ``content``."""
     source = checkpoint.model
     model, steps = run_passes(
-        source, recipe, texts.calibration, work, reporter, budget, training=texts.training
-    )
+        source, recipe, texts.calibration, work, reporter, budget,
+        training=texts.training, look=ties.look,
+    )  # fmt: skip
     model, grown = _fit(model, targets, reporter, materialize=materialize)
     memory.give_back()
     figures, ids = recipe.evaluation.text != NO_TEXT, texts.evaluation.ids
