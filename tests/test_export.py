@@ -18,7 +18,7 @@ import yaml
 from click.testing import Result
 from safetensors.torch import load_file, save_file
 
-from helpers import SMALL, each_family, run, write_text
+from helpers import SMALL, each_family, list_steps, run, write_text
 from moe2edge.errors import InputError
 from moe2edge.numerics.grid import Quantized
 from moe2edge.pipeline import recipe, registry
@@ -392,19 +392,24 @@ def test_what_is_read_is_not_replaced(tiny: Make, pair: Path, tmp_path: Path) ->
     out = tmp_path / "out"
     shutil.copytree(pair, out)
     text, steps = out / "gptq" / "config.json", tmp_path / "steps.json"
-    steps.write_text(json.dumps({"passes": [{"apply_decisions": {"file": str(text)}}, "rtn"]}))
-    link = tmp_path / "link"
-    link.symlink_to(out / "gptq")
-    for model, more in (
-        (link, ["-r", "w4-rtn", "--eval", "none"]),
+    decided = list_steps("apply_decisions", tiny("olmoe"), tmp_path)
+    (tmp_path / "sets.json").replace(out / "gptq" / "sets.json")
+    (tmp_path / "sets.json").symlink_to(out / "gptq" / "sets.json")
+    steps.write_text(json.dumps({"passes": [*decided, "rtn"]}))
+    model = tmp_path / "model"
+    shutil.copytree(tiny("olmoe"), model)
+    (model / "notes.txt").symlink_to(text)
+    for source, more in (
+        (model, ["-r", "w4-rtn", "--eval", "none"]),
         (tiny("olmoe"), ["-r", "w4", "--calib", text, "--eval", "none"]),
         (tiny("olmoe"), ["-r", "w4-rtn", "--eval", f"{text}:1,builtin:1"]),
         (tiny("olmoe"), ["-r", steps, "--eval", "none"]),
     ):
-        result = run("export", model, "-t", "onnx", "-o", out, *SMALL, "--force", *more)
+        result = run("export", source, "-t", "onnx", "-o", out, *SMALL, "--force", *more)
         assert result.exit_code == 2, result.output
         assert "is read and lies in" in result.stderr, result.stderr
     # A recipe is read once, at the start.
+    (out / "gptq" / "sets.json").unlink()
     recipe = out / "gptq" / "recipe.resolved.yaml"
     result = run("export", tiny("olmoe"), "-t", "onnx", "-o", out, "-r", recipe, *SMALL, "--force",
                  "--calib", pair.parent / "text.txt", "--eval", "none")  # fmt: skip

@@ -37,7 +37,9 @@ def write(folder: Path) -> None:
     """Write the report: what was written by hand, and the tables of all rows behind it."""
     text = (folder / "findings.md").read_text("utf-8")
     for file in sorted(folder.glob("*.jsonl")):
-        text += f"\n# {file.stem}\n\n" + "\n".join(build_tables(Study(file).read())) + "\n"
+        rows = Study(file).read()
+        if any(row["key"] == "source" for row in rows):
+            text += f"\n# {file.stem}\n\n" + "\n".join(build_tables(rows)) + "\n"
     (folder / "report.md").write_text(text, "utf-8")
 
 

@@ -57,8 +57,8 @@ def export_targets(
 ) -> Report:
     """Run ``recipe`` on ``checkpoint`` and write one folder per target.
 
-    With several targets ``out`` holds one folder for each, all packed from one solve. Only what can
-    be resumed is left behind when anything fails: see `moe2edge.storage.export_folder`.
+    With several targets ``out`` holds one folder for each, all packed from one solve. What is left
+    when anything fails can be resumed: see `moe2edge.storage.export_folder.open_partial_folder`.
 
     Args:
         checkpoint: the source.
@@ -70,29 +70,31 @@ def export_targets(
         resume: what to do about an unfinished export to the same folder.
         most: bytes of memory for the whole process; None: what the machine has.
         materialize: give tied experts matrices of their own where a target cannot hold them.
-        keep_paths: write paths of source and texts as they were given, in place of their names.
+        keep_paths: write paths of source and texts into the output as they were given, in place of
+            their names.
         source_check: first compare what is computed for the source with stock transformers.
 
     Raises:
         InputError, Unsupported, DoesNotFit: before any work.
-        VerificationFailed: an output differs from the model in memory, or the source from stock.
+        VerificationFailed: an output differs from the model in memory, or the source from what
+            stock transformers computes.
     """
     begun = time.perf_counter()
     defaults = list_default_texts(recipe)
     recipe = resolve_recipe(checkpoint, recipe, reporter)
-    ties, reads = TieJudge(targets, reporter), list_reads(checkpoint, recipe)
+    paths = PrivatePaths.collect(checkpoint, recipe, keep=keep_paths)
+    reads, ties = list_reads(checkpoint, recipe), TieJudge(targets, reporter)
     with export_folder.claim_output(out, force=force, reads=reads, log=reporter.log) as claim:
-        budget = _make_budget(most)
+        budget = memory.Memory.from_limit(memory.find_limit(most))
+        memory.avoid_fragmentation(most)
         plan = refuse_early(checkpoint, recipe, targets, out, budget, materialize=materialize)
-        reporter = claim.watch(reporter)
-        files = look_at_inputs(checkpoint, recipe)
-        _announce(checkpoint, recipe, plan, reporter)
-        paths = PrivatePaths.collect(checkpoint, recipe, keep=keep_paths)
+        reporter, files = claim.watch(reporter), look_at_inputs(checkpoint, recipe)
+        _report_plan(checkpoint, recipe, plan, reporter)
         companions = _read_companions(checkpoint, reporter)
         try_targets(targets, fit_for_targets(plan.result, targets, materialize=materialize))
         ties.look(checkpoint.model, recipe.passes)
-        prove = partial(prove_source, wanted=source_check, targets=targets, within=budget.limit)
-        texts, proof = _load_texts(checkpoint, recipe, reporter, prove)
+        prove = partial(prove_source, checkpoint, reporter, wanted=source_check, targets=targets)
+        texts, proof = _load_texts(checkpoint, recipe, reporter, prove, budget)
         inputs = list_inputs(checkpoint, recipe, texts.calibration, texts.training, budget)
         files.settle(checkpoint.sha256)
         outcome = _list_outcome(checkpoint, recipe, targets, texts, proof, materialize=materialize)
@@ -103,24 +105,16 @@ def export_targets(
         with export_folder.open_partial_folder(claim, inputs, resume, outcome) as (content, work):
             work.watch(files.check)
             work.report(reporter)
-            budget = replace(budget, folder=work.folder)
             report = _make_output(
-                checkpoint, recipe, targets, texts, content, work, budget, reporter, proof, ties,
-                paths=paths, companions=companions, materialize=materialize, defaults=defaults,
-                begun=begun,
+                checkpoint, recipe, targets, texts, content, work, budget, reporter, proof, paths,
+                companions, ties, materialize=materialize, defaults=defaults, begun=begun,
             )  # fmt: skip
             files.check()
     return report
 
 
-def _make_budget(most: int | None) -> memory.Memory:
-    """Divide the memory of the process, of which the user allows ``most`` bytes."""
-    memory.avoid_fragmentation(most)
-    return memory.Memory.from_limit(memory.find_limit(most))
-
-
-def _announce(checkpoint: Checkpoint, recipe: Recipe, plan: Plan, reporter: Reporter) -> None:
-    """Report what will be done, and with which files of the source."""
+def _report_plan(checkpoint: Checkpoint, recipe: Recipe, plan: Plan, reporter: Reporter) -> None:
+    """Report what will be done, and what was found out about the source."""
     reporter.log(f"recipe:\n{recipe.render()}")
     describe(plan, reporter)
     report_notes(checkpoint, reporter)
@@ -130,14 +124,14 @@ def _load_texts(
     checkpoint: Checkpoint,
     recipe: Recipe,
     reporter: Reporter,
-    prove: Callable[[Checkpoint, Reporter], SourceProof],
+    prove: Callable[..., SourceProof],
+    budget: Memory,
 ) -> tuple[Texts, SourceProof]:
     """Load the texts, and check the source: first where the model writes one, else after them."""
-    writes = recipe.calibration.text == SELF
-    proof = prove(checkpoint, reporter) if writes else None
+    proof = prove(within=budget.limit) if recipe.calibration.text == SELF else None
     texts = load_texts(checkpoint, recipe, reporter)
     check_ids(checkpoint, texts.by_purpose, reporter)
-    return texts, proof or prove(checkpoint, reporter)
+    return texts, proof or prove(within=budget.limit)
 
 
 def _make_output(
@@ -150,16 +144,16 @@ def _make_output(
     budget: Memory,
     reporter: Reporter,
     proof: SourceProof,
-    ties: TieJudge,
-    *,
     paths: PrivatePaths,
     companions: Companions,
+    ties: TieJudge,
+    *,
     materialize: bool,
     defaults: tuple[str, ...],
     begun: float,
 ) -> Report:
     """Run the passes, and write, check and describe an output in ``content``."""
-    source = checkpoint.model
+    source, budget = checkpoint.model, replace(budget, folder=work.folder)
     model, steps = run_passes(
         source, recipe, texts.calibration, work, reporter, budget,
         training=texts.training, look=ties.look,
