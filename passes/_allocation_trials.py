@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from moe2edge.calibration import criteria, walk
 from moe2edge.calibration.criteria import Criterion
 from moe2edge.calibration.evidence import EvidenceObserver
-from moe2edge.calibration.observation import Facts
+from moe2edge.calibration.observation import Facts, Resumable
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Block, Model
 from moe2edge.numerics import metrics, selection, subset_loss
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 STREAM_BYTES = 1 << 30
 
 
-class Ranker:
+class Ranker(Resumable):
     """Observer that ranks experts, and may measure the error of keeping each layer's n best.
 
     Attributes:
@@ -84,6 +84,22 @@ class Ranker:
             norms = norms[subset_loss.spread(len(norms), self._most)]
             order, evidence = self.ranking(trace.block), self._evidence.take(layer)
             self.errors[index] = compute_prefix_errors(evidence, norms, order, self._floors[index])
+
+    def save(self, block: Block) -> Any:
+        """Return what was gathered in a block, and its errors."""
+        gathered = []
+        for observer in self._observers.values():
+            assert isinstance(observer, Resumable)
+            gathered.append(observer.save(block))
+        return {"gathered": gathered, "errors": self.errors.get(block.index)}
+
+    def restore(self, block: Block, saved: Any) -> None:
+        """Take the same."""
+        for observer, own in zip(self._observers.values(), saved["gathered"], strict=True):
+            assert isinstance(observer, Resumable)
+            observer.restore(block, own)
+        if saved["errors"] is not None:
+            self.errors[block.index] = saved["errors"]
 
     def ranking(self, block: Block) -> tuple[int, ...]:
         """Return positions of the experts of an observed block, the best first."""

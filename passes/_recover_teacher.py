@@ -19,7 +19,7 @@ from moe2edge.calibration import walk
 from moe2edge.model.model import Model
 from moe2edge.progress import Reporter
 from moe2edge.runtime.memory import Memory
-from moe2edge.storage.records import append_record, is_sound, read_records, write_records
+from moe2edge.storage.records import append_record, is_sound, recover_records
 from moe2edge.storage.safetensors_files import PlannedTensor, read_tensor, write_durably
 
 if TYPE_CHECKING:
@@ -99,12 +99,9 @@ class Teacher:
 
     def _read_digests(self, reporter: Reporter) -> dict[str, str]:
         """Read the digests of the pieces that are on disk."""
-        path = self.folder / PIECES
-        records, damaged = read_records(path)
+        records, damaged = recover_records(self.folder / PIECES)
         if damaged:
             reporter.log(f"recover: {PIECES} is not what was written: pieces are computed again")
-        if path.exists():  # without what is damaged or cut short at its end
-            write_records(path, records)
         return {record["name"]: record["sha256"] for record in records}
 
     def _get_path(self, sample: int) -> Path:

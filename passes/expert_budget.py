@@ -212,7 +212,9 @@ class ExpertBudget(Search):
         uniform = candidates["uniform"]
         if chosen != uniform:
             rest = context.tokens[held_out]
-            hidden = walk.observe(context.source, rest, (), advance, "expert_budget: held-out text")
+            kept = context.keep_walk("held-out")
+            label = "expert_budget: held-out text"
+            hidden = walk.observe(context.source, rest, (), advance, label, kept=kept)
             last = _allocation_trials.Trial(trial.trimmer, context.source, hidden, rest)
             progress = _report_progress(context, "held-out text")
             mine, even = last.judge([chosen, uniform], progress)
@@ -304,9 +306,13 @@ class ExpertBudget(Search):
         )
         hidden = None
         if ranker.needs_walk:
-            hidden = walk.observe(model, tokens, [ranker], advance, "expert_budget: scoring")
+            kept = context.keep_walk("scoring")
+            label = "expert_budget: scoring"
+            hidden = walk.observe(model, tokens, [ranker], advance, label, kept=kept)
         if hidden is None or context.source is not model:
-            hidden = walk.observe(context.source, tokens, (), advance, "expert_budget: source")
+            kept = context.keep_walk("source")
+            label = "expert_budget: source"
+            hidden = walk.observe(context.source, tokens, (), advance, label, kept=kept)
         rankings = tuple(ranker.ranking(block) for block, _ in model.moe_blocks)
         trimmer = _allocation_trials.Trimmer(model, rankings, self.clamp_top_k)
         return _allocation_trials.Trial(trimmer, context.source, hidden, tokens), ranker

@@ -406,6 +406,7 @@ class ExpertReplace(Search):
                 context.reporter.advance,
                 "scores",
                 context.memory,
+                context.keep_walk("scores"),
             )
             scores = {
                 block.index: criteria.score_experts(self.criterion, block, facts, self.seed)
@@ -442,7 +443,13 @@ class ExpertReplace(Search):
         criterion: Criterion = self.criterion or "soft-frequency"  # type: ignore[assignment]
         kinds = (router_observers.RouterOutputObserver, *criteria.list_observers(criterion))
         facts = walk.gather(
-            context.model, context.tokens, kinds, context.reporter.advance, "scores", context.memory
+            context.model,
+            context.tokens,
+            kinds,
+            context.reporter.advance,
+            "scores",
+            context.memory,
+            context.keep_walk("scores"),
         )
         seen, blocks = facts[router_observers.RouterOutputObserver], context.model.moe_blocks
         scores = [criteria.score_experts(criterion, b, facts, self.seed) for b, _ in blocks]

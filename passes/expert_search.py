@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
+from moe2edge.calibration.observation import Resumable
 from moe2edge.errors import InputError
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Block, Model
@@ -177,14 +179,18 @@ class ExpertSearch(Search):
                 source=context.source,
                 advance=advance,
                 label="expert_search",
+                kept=context.keep_walk("search"),
+                needs_hidden=False,
             )
         else:
-            walk.observe(
+            walk.walk(
                 context.model,
                 context.tokens,
                 [_DecidingObserver(decider)],
-                advance,
-                "expert_search",
+                advance=advance,
+                label="expert_search",
+                kept=context.keep_walk("search"),
+                needs_hidden=False,
             )
             model = context.model
             for index in layers:
@@ -251,7 +257,7 @@ class ExpertSearch(Search):
 
 
 @dataclass(frozen=True)
-class _Decider:
+class _Decider(Resumable):
     """Decides each layer once all of its tokens are observed; prunes blocks in a walk.
 
     Attributes:
@@ -283,6 +289,20 @@ class _Decider:
             self.decisions[index] = self.step.choose(evidence, self.advance, label)
             self.errors[index] = evidence.compute_relative_error(self.decisions[index].loss)
 
+    def save(self, block: Block) -> Any:
+        """Return the decision on a block."""
+        if (found := self.decisions.get(block.index)) is None:
+            return None
+        return {**dataclasses.asdict(found), "error": self.errors[block.index]}
+
+    def restore(self, block: Block, saved: Any) -> None:
+        """Take the decision on a block."""
+        from moe2edge.numerics.subset_loss import SearchResult
+
+        if saved is not None:
+            found = SearchResult(tuple(saved["kept"]), saved["loss"], saved["tried"])
+            self.decisions[block.index], self.errors[block.index] = found, saved["error"]
+
     def change(self, block: Block) -> Block:
         """Return the block with the chosen experts."""
         if block.index not in self.decisions:
@@ -292,7 +312,7 @@ class _Decider:
 
 
 @dataclass(frozen=True)
-class _DecidingObserver:
+class _DecidingObserver(Resumable):
     """Observer that decides each layer in a walk that changes nothing."""
 
     decider: _Decider
@@ -300,6 +320,14 @@ class _DecidingObserver:
     def observe(self, trace: BlockTrace) -> None:
         """Add one batch of a block."""
         self.decider.observe(trace)
+
+    def save(self, block: Block) -> Any:
+        """Return the decision on a block."""
+        return self.decider.save(block)
+
+    def restore(self, block: Block, saved: Any) -> None:
+        """Take the decision on a block."""
+        self.decider.restore(block, saved)
 
     def result(self) -> Mapping[int, SearchResult]:
         """Return the decisions, by block."""

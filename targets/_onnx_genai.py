@@ -23,7 +23,8 @@ def build_genai_config(config: Mapping[str, Any], ends: Collection[int]) -> dict
     ids: dict[str, Any] = {key: config.get(key) for key in ("bos_token_id", "pad_token_id")}
     if ends:
         ids["eos_token_id"] = min(ends) if len(ends) == 1 else sorted(ends)
-        if ids["pad_token_id"] is None:
+        pad = ids["pad_token_id"]
+        if pad is None or not 0 <= pad < geometry.vocab:
             ids["pad_token_id"] = min(ends)
     past, present = "past_key_values.%d", "present.%d"
     return {

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moe2edge.errors import InputError, Unsupported, VerificationFailed
+from moe2edge.runtime.protocol import check_id_range
 from moe2edge.targets._onnx_exact import convert_to_float_activations, use_float_experts
 from moe2edge.targets._onnx_storage import (
     DATA_FILE,
@@ -193,11 +194,7 @@ class OnnxRuntime:
 
     def _check(self, ids: np.ndarray[Any, Any], length: int) -> None:
         """Check ids against the vocabulary, and a length against the positions of the model."""
-        if ids.min() < 0 or ids.max() >= self._vocabulary:
-            raise InputError(
-                f"token ids run from {ids.min()} to {ids.max()}, but the vocabulary has "
-                f"{self._vocabulary} entries"
-            )
+        check_id_range(int(ids.min()), int(ids.max()), self._vocabulary)
         if length > self._max_positions:
             raise InputError(
                 f"{length} tokens, but the model has {self._max_positions} positions; "

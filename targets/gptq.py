@@ -92,6 +92,10 @@ class Gptq(Target):
         """
         return _layouts.convert_layout(model, self.layout, "gptq")
 
+    def find_dtype(self, model: Model) -> str:
+        """Return the dtype in which `reopen` runs a folder."""
+        return "bfloat16"
+
     def estimate(self, model: Model) -> Estimate:
         """Estimate the weight files, and in memory what runs in 4 bits, the rest in bfloat16."""
         import torch

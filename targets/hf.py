@@ -80,13 +80,17 @@ class Hf(Target):
                 f"{quantized.scheme}; export to gptq or onnx, or to hf:dequantize=true, which "
                 "takes as many bytes as if nothing was quantized"
             )
-        if (dtype := _find_dtype(model.config, model.rest[EMBEDDING].dtype)) == "float64":
+        if (dtype := self.find_dtype(model)) == "float64":
             raise Unsupported(
                 f"target hf would be run in {dtype}, as its config.json says, which the experts of "
                 "transformers do not run in; convert the source to float32 (dtype=torch.float32 in "
                 "from_pretrained, then save_pretrained), or export to onnx or gptq"
             )
         return _dequantize(_layouts.convert_layout(model, self.layout, "hf"))
+
+    def find_dtype(self, model: Model) -> str:
+        """Return the dtype in which transformers runs a folder, by its config or its weights."""
+        return _find_dtype(model.config, model.rest[EMBEDDING].dtype)
 
     def estimate(self, model: Model) -> Estimate:
         """Estimate the weight files, and all parameters in memory in the dtype of the source."""

@@ -45,6 +45,11 @@ class Onnx(Target):
 
     summary: ClassVar[str] = "decoder graph with KV cache for ONNX Runtime on a CPU"
     libraries: ClassVar[tuple[str, ...]] = ("torch", "onnx", "onnxruntime")
+    limits: ClassVar[str] = (
+        "Prompts of a batch are padded on the right: zeros in `attention_mask` behind a prompt, "
+        "whose next token is read from the logits at its last token. With padding on the left the "
+        "graph gives wrong logits, without an error."
+    )
     accuracy_level: int = 4
 
     def __post_init__(self) -> None:

@@ -296,7 +296,7 @@ def test_bad_mixes_are_refused(
 
 def test_the_samples_that_a_mix_has_are_proposed(texts: Path, tokenizer: Any) -> None:
     with pytest.raises(
-        InputError, match=r"or fewer samples \(--set calibration.samples=17"
+        InputError, match=r"or fewer samples \(--set calibration.samples=\d+"
     ) as said:
         load_tokens(mix("a.txt:1,b.txt:5", samples=500), tokenizer, "calibration", LIMITS)
     most = int(str(said.value).rpartition("=")[2].rstrip(")"))

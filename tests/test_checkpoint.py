@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import struct
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from moe2edge.errors import InputError, Moe2EdgeError, Unsupported
 from moe2edge.storage.checkpoint import open_checkpoint
+from moe2edge.storage.companions import read_companions
 from moe2edge.storage.safetensors_files import (
     PlannedTensor,
     read_all,
@@ -114,7 +116,7 @@ CASES: list[tuple[str, Damage, type[Moe2EdgeError], str]] = [
     ("quantized", edit_config(quantization_config={"bits": 4}), InputError, "already quantized"),
     ("dense", edit_config(model_type="llama", num_local_experts=None), Unsupported, "dense model"),
     ("unknown", edit_config(model_type="mixtrale"), Unsupported, "did you mean 'mixtral'"),
-    ("no experts", edit_config(num_local_experts=None), InputError, "has no num_local_experts"),
+    ("no experts", edit_config(num_local_experts=None), InputError, "num_local_experts is None"),
     ("bad size", edit_config(hidden_size=-1), InputError, "hidden_size must be a positive"),
     (
         "top-k",
@@ -265,3 +267,69 @@ def test_a_matrix_of_one_column_is_written_whatever_its_strides(tmp_path: Path) 
     assert odd.stride() == (1, 4)
     write_safetensors(tmp_path / "x.safetensors", [PlannedTensor("x", (4, 1), "F32", lambda: odd)])
     assert torch.equal(read_tensor(tmp_path / "x.safetensors", "x"), odd)
+
+
+# ---- the hub's cache where the hub cannot be reached -------------------------------------------
+
+
+def list_tree(cache: Path, *more: str) -> None:
+    """Write down what the commit has on the hub, as huggingface_hub does when it reaches it."""
+    from huggingface_hub._tree_cache import TreeCacheEntry, write_tree_cache
+
+    repo = cache / "models--some-org--some-moe"
+    names = [path.name for path in (repo / "snapshots" / COMMIT).iterdir()]
+    entry = TreeCacheEntry(size=1, blob_id="a" * 40, lfs_sha256=None, lfs_size=None, xet_hash=None)
+    write_tree_cache(str(repo), COMMIT, dict.fromkeys([*names, *more], entry))
+
+
+@pytest.fixture
+def cached(tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a cache with a whole model, where the hub cannot be reached."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    hub_cache(tiny("olmoe"), tmp_path)
+    return tmp_path
+
+
+def test_a_snapshot_without_files_that_are_not_needed_is_used(cached: Path) -> None:
+    lacking = ("LICENSE", "README.md", "merges.txt", "tokenizer.model", "vocab.json")
+    list_tree(cached, *lacking, "consolidated.safetensors", "pytorch_model.bin", "onnx/x.onnx")
+    found = open_checkpoint("some-org/some-moe", cache_dir=cached)
+    assert found.lacking == lacking
+    assert found.hub_id == "some-org/some-moe"
+    notes = read_companions(found).notes
+    assert "the local cache lacks LICENSE, README.md, merges.txt, tokenizer.model" in notes[0]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+        "chat_template.jinja", "additional_chat_templates/rag.jinja", "model.safetensors",
+    ],
+)  # fmt: skip
+def test_what_a_snapshot_lacks_is_named(cached: Path, name: str) -> None:
+    list_tree(cached, "LICENSE", name)
+    snapshot = cached / "models--some-org--some-moe" / "snapshots" / COMMIT
+    (snapshot / name).unlink(missing_ok=True)
+    expected = f"is in the local cache without {name}, and the hub cannot be reached; complete it"
+    with pytest.raises(InputError, match=re.escape(expected)):
+        open_checkpoint("some-org/some-moe", cache_dir=cached)
+
+
+def test_a_vocabulary_is_needed_where_it_is_the_only_one(cached: Path) -> None:
+    snapshot = cached / "models--some-org--some-moe" / "snapshots" / COMMIT
+    (snapshot / "tokenizer.json").unlink()
+    list_tree(cached, "vocab.json", "merges.txt")
+    with pytest.raises(InputError, match=r"without merges\.txt, vocab\.json, and"):
+        open_checkpoint("some-org/some-moe", cache_dir=cached)
+
+
+def test_shards_are_not_needed_beside_a_single_file(cached: Path) -> None:
+    list_tree(cached, "model-00001-of-00001.safetensors", "model.safetensors.index.json")
+    found = open_checkpoint("some-org/some-moe", cache_dir=cached)
+    assert "model-00001-of-00001.safetensors" in found.lacking
+
+
+def test_the_links_of_the_cache_are_followed(cached: Path, tmp_path: Path) -> None:
+    found = read_companions(open_checkpoint("some-org/some-moe", cache_dir=cached))
+    assert found.get("tokenizer.json") is not None

@@ -130,9 +130,10 @@ def test_evaluate_takes_a_mix(pair: Path, questions: Path) -> None:
     text = pair.parent / "text.txt"
     mixed = evaluate(pair / "onnx", "--text", f"{questions}:3,{text}:1", "--field", "both")
     alone = [
-        evaluate(pair / "onnx", "--text", path, "--field", "both", "--samples", samples)
-        for path, samples in ((questions, "3"), (text, "1"))
+        evaluate(pair / "onnx", "--text", path, *field, "--samples", samples)
+        for path, field, samples in ((questions, ["--field", "both"], "3"), (text, [], "1"))
     ]
+    assert mixed.exit_code == 0, mixed.stderr
     logs = [math.log(json.loads(result.stdout)["perplexity"]) for result in (mixed, *alone)]
     assert logs[0] == pytest.approx((3 * logs[1] + logs[2]) / 4, rel=1e-6)
 

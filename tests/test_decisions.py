@@ -201,8 +201,9 @@ def test_an_export_needs_no_calibration_then(tiny: Make, tmp_path: Path, text: P
     ]
     for name, source in (("out", "r.yaml"), ("again", "apply.yaml")):
         result = run(
-            "export", folder, "-t", "hf", "-o", tmp_path / name, "-r", tmp_path / source, *small
-        )
+            "export", folder, "-t", "hf", "-o", tmp_path / name, "-r", tmp_path / source, *small,
+            "--keep-paths",
+        )  # fmt: skip
         assert result.exit_code == 0, result.output
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()

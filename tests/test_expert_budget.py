@@ -281,9 +281,11 @@ def test_gptq_and_onnx_hold_what_it_chooses(tiny: Make, tmp_path: Path) -> None:
 
 
 def test_hf_refuses_before_calibration(tiny: Make, tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path, tmp_path / "missing.txt", quantized=False)
+    empty = tmp_path / "empty.txt"
+    empty.touch()
+    recipe = write_recipe(tmp_path, empty, quantized=False)
     given = ["export", str(tiny("mixtral")), "-t", "hf", "-r", str(recipe)]
     result = run(*given, "-o", str(tmp_path / "out"))
-    # Not 2, as it would be once the text is looked for.
+    # Not 2, as it would be once the text is read.
     assert result.exit_code == 6, result.output
     assert not (tmp_path / "out").exists()

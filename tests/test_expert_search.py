@@ -382,7 +382,7 @@ def test_cost_is_stated_before_the_search(tiny: Make, monkeypatch: pytest.Monkey
     def stop(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(walk, "observe", stop)
+    monkeypatch.setattr(walk, "walk", stop)
     context = make_context(model, IDS, reporter=Reporter(lines.append, ignore))
     with pytest.raises(KeyboardInterrupt):
         options(keep=3).search(context)

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from helpers import run
-from moe2edge.cli.failures import LONGEST, explain_shortage, shorten
+from moe2edge.cli.failures import LONGEST_MESSAGE, explain_shortage, shorten
 from moe2edge.cli.main import main
 from moe2edge.errors import InputError, VerificationFailed
 from moe2edge.runtime import memory
@@ -89,7 +89,7 @@ def test_other_errors_keep_theirs(
 
 def test_messages_fit_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     result = fail_with(InputError("begin" + "x" * 10**6 + "what to do"), monkeypatch)
-    assert len(result.stderr) < LONGEST + 20
+    assert len(result.stderr) < LONGEST_MESSAGE + 20
     assert result.stderr.startswith("error: begin")
     assert result.stderr.strip().endswith("what to do")
 

@@ -16,6 +16,7 @@ from moe2edge.errors import InputError, Unsupported
 from moe2edge.model.config_parser import parse_config
 from moe2edge.model.family import FAMILIES, find_family
 from moe2edge.model.hf_config import build_config
+from moe2edge.runtime.load import build_transformers_model
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.testing import Make
 
@@ -187,3 +188,46 @@ def test_wrong_values_are_refused_in_one_line(
         _ = open_checkpoint(str(folder)).model
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+# What is beside it in a config changes nothing: it is redundant, the default, or how to run.
+REDUNDANT: list[tuple[str, dict[str, Any]]] = [
+    ("qwen3_moe", {"use_qk_norm": True, "qkv_bias": False, "shared_expert_intermediate_size": 0}),
+    ("qwen3_moe", {"layer_types": ["full_attention"] * 3, "scoring_func": "softmax"}),
+    ("qwen3_moe", {"routed_scaling_factor": 1.0, "n_group": 1, "query_pre_attn_scalar": 32}),
+    ("mixtral", {"_attn_implementation": "flash_attention_2", "experts_implementation": "x"}),
+    ("mixtral", {"attn_implementation": "flex_attention", "return_dict": False}),
+    ("mixtral", {"torchscript": True, "use_cache": False, "output_attentions": True}),
+    ("mixtral", {"hidden_act": "swish", "num_experts": 6, "head_dim": None}),
+    ("mixtral", {"rope_theta": 1e6, "rope_scaling": None, "max_window_layers": 3}),
+    ("mixtral", {"auto_map": {"AutoModelForCausalLM": "modeling.Other"}, "temperature": 0.5}),
+    ("olmoe", {"head_dim": 16, "is_causal": True, "decoder": None}),
+    ("qwen2_moe", {"layer_types": ["attention"] * 3, "sliding_window": 0, "num_local_experts": 9}),
+]
+
+
+@pytest.mark.parametrize(("family", "changes"), REDUNDANT, ids=named)
+def test_what_changes_nothing_is_accepted(
+    tiny: Make, tmp_path: Path, family: str, changes: dict[str, Any]
+) -> None:
+    plain = open_checkpoint(str(tiny(family))).model
+    model = open_checkpoint(str(changed(tiny(family), tmp_path, changes))).model
+    assert torch.equal(compute_logits(model, IDS), compute_logits(plain, IDS))
+    build_transformers_model(model, torch.float32)
+
+
+@pytest.mark.parametrize("head_dim", [{}, {"head_dim": None}], ids=["absent", "null"])
+def test_yarn_gets_the_derived_size_of_heads(
+    tiny: Make, tmp_path: Path, head_dim: dict[str, Any]
+) -> None:
+    source = tiny("mixtral")
+    config = json.loads((source / "config.json").read_text()) | {"rope_parameters": YARN}
+    del config["head_dim"]
+    folder = changed(source, tmp_path, {})
+    (folder / "config.json").write_text(json.dumps(config | {"head_dim": 16}))
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    (folder / "config.json").write_text(json.dumps(config | head_dim))
+    model = open_checkpoint(str(folder)).model
+    with torch.no_grad():
+        assert (compute_logits(model, IDS) - theirs(IDS).logits).abs().max() < 1e-4
+    assert model.config["head_dim"] == 16

@@ -373,7 +373,7 @@ def test_missing_matplotlib_is_reported_before_any_work(
     ("arguments", "expected"),
     [
         (["--routing", "-o", "map.jpg"], ".png, .svg, .pdf"),
-        (["--routing", "-o", "nowhere/map.png"], "there is no folder nowhere"),
+        (["--routing", "-o", "nowhere/map.png"], "nowhere does not exist; make it first"),
         (["--routing", "-o", "folder.png"], "is a folder"),
         (["--routing", "--criterion", "rep"], "did you mean 'reap'"),
         (["--routing", "--criterion", "random"], "unknown criterion"),

@@ -209,7 +209,7 @@ def encode_whole(text: str, tokenizer: Any) -> list[int]:
 def test_pieces_give_the_ids_of_the_whole(
     make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in (("PIECE", 3000), ("SHARED", 600), ("MOST_JOINED", 48_000)):
+    for name, value in (("PIECE_LENGTH", 3000), ("SHARED", 600), ("MOST_JOINED", 48_000)):
         monkeypatch.setattr(pieces, name, value)
     tokenizer = wrap(make(), greedy=make is make_byte_level)
     for name, text in list_texts().items():
@@ -221,7 +221,7 @@ def test_pieces_give_the_ids_of_the_whole(
 def test_the_built_in_text_and_tokenizer() -> None:
     tokenizer = load_tokenizer(BUILTIN_FOLDER)
     text = (BUILTIN_FOLDER / "calibration.txt").read_text("utf-8")
-    assert len(text) > 4 * pieces.PIECE
+    assert len(text) > 4 * pieces.PIECE_LENGTH
     assert encode(text, tokenizer) == (encode_whole(text, tokenizer), Seams())
 
 
@@ -234,7 +234,7 @@ def test_pieces_of_any_length_are_one_text() -> None:
 
 
 def test_ids_that_may_differ_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("PIECE", 1000), ("SHARED", 200), ("MOST_JOINED", 4000)):
+    for name, value in (("PIECE_LENGTH", 1000), ("SHARED", 200), ("MOST_JOINED", 4000)):
         monkeypatch.setattr(pieces, name, value)
     found, seams = encode("ab" * 10_000, tokenizer := wrap(make_word_level()))
     # One unknown word, which no piece can know the end of.

@@ -30,14 +30,16 @@ Found = dict[str, dict[int, Mapping[str, float]]]
 
 def name_sets(kept: Sequence[Sequence[int]]) -> str:
     """Return the name of a choice of experts: those of each layer."""
-    return "sets " + " ".join("".join(map(str, experts)) for experts in kept)
+    return "sets " + " ".join("".join(f"{one:x}" for one in experts) for experts in kept)
 
 
 def write(folder: Path) -> None:
     """Write the report: what was written by hand, and the tables of all rows behind it."""
     text = (folder / "findings.md").read_text("utf-8")
     for file in sorted(folder.glob("*.jsonl")):
-        text += f"\n# {file.stem}\n\n" + "\n".join(build_tables(Study(file).read())) + "\n"
+        rows = Study(file).read()
+        if any(row["key"] == "source" for row in rows):
+            text += f"\n# {file.stem}\n\n" + "\n".join(build_tables(rows)) + "\n"
     (folder / "report.md").write_text(text, "utf-8")
 
 
@@ -65,7 +67,7 @@ def collect(by_key: Mapping[str, Row], method: str, bits: int) -> Found:
     """Return perplexity by text, seed and domain."""
     found: Found = {}
     for row in by_key.values():
-        if "kept" not in row:
+        if method not in row.get("kept", {}):
             continue
         text, seed = row["text"], row["seed"]
         key = name_sets(row["kept"][method]) if bits == 16 else f"bits {text} {seed} {method}"
@@ -108,7 +110,9 @@ def count_sets(rows: Sequence[Row]) -> str:
     for text in TEXTS:
         own = [row for row in chosen if row["text"] == text]
         if own:
-            counts = [str(len({name_sets(row["kept"][m]) for row in own})) for m in methods]
+            counts = [
+                str(len({name_sets(r["kept"][m]) for r in own if m in r["kept"]})) for m in methods
+            ]
             lines.append([text, str(len(own)), *counts])
     return make_table(lines, ["text", "seeds", *methods])
 

@@ -90,14 +90,15 @@ class Bench:
         """Held-out tokens by domain."""
         return self.texts.load_evaluation()
 
-    def choose(self, name: str, seed: int) -> Row:
-        """Return the experts that stay with a text, by method."""
+    def choose(self, name: str, seed: int, methods: Sequence[str]) -> Row:
+        """Return the experts that stay with a text, by method: all criteria, perhaps a search."""
         begun = time.perf_counter()
         ids = self.texts.load(name, seed)
         made = time.perf_counter() - begun
         search = SearchObserver(ids.numel())
         watchers = {RoutingObserver: RoutingObserver(), OutputObserver: OutputObserver()}
-        walk.observe(self.model, ids, [*watchers.values(), search], QUIET.advance, "")
+        searches = [search] if "search" in methods else []
+        walk.observe(self.model, ids, [*watchers.values(), *searches], QUIET.advance, "")
         facts = Facts({kind: watcher.result() for kind, watcher in watchers.items()})
         kept = {
             criterion: [list(block.expert_origins) for block in dropped.blocks]
@@ -109,7 +110,7 @@ class Bench:
         return {
             "text": name,
             "seed": seed,
-            "kept": {**kept, "search": search.result()},
+            "kept": {**kept, **({"search": search.result()} if searches else {})},
             "seconds_of_the_text": round(made, 1),
             "seconds": round(time.perf_counter() - begun, 1),
         }
@@ -151,11 +152,11 @@ class KeepInMemory:
         return InMemory()
 
 
-def list_choices(bench: Bench, names: Sequence[str]) -> Iterator[Job]:
+def list_choices(bench: Bench, names: Sequence[str], methods: Sequence[str]) -> Iterator[Job]:
     """Yield the rows that say which experts stay."""
     for seed in SEEDS:
         for name in names:
-            yield Job(None, f"choice {name} {seed}", partial(bench.choose, name, seed))
+            yield Job(None, f"choice {name} {seed}", partial(bench.choose, name, seed, methods))
 
 
 def list_measures(bench: Bench, rows: Sequence[Row], methods: Sequence[str]) -> Iterator[Job]:
@@ -205,7 +206,9 @@ def main() -> None:
         rows = [row for row in study.read() if "kept" in row]
         return [row for row in rows if row["text"] in names and row["seed"] < given.seeds]
 
-    run(job for job in list_choices(bench, names) if int(job.key.split()[-1]) < given.seeds)
+    run(
+        job for job in list_choices(bench, names, methods) if int(job.key.split()[-1]) < given.seeds
+    )
     run(list_measures(bench, choices(), methods))
     if not given.no_bits:
         run(list_bits(bench, choices(), methods))

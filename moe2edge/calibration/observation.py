@@ -84,6 +84,29 @@ class Observer(Protocol[Fact_co]):
         ...
 
 
+class Resumable:
+    """Observer, or other visitor of a walk, whose walk is kept block by block and can resume.
+
+    What it saves is plain data, as JSON has it, and tensors of float32, float64 and int64, in lists
+    and mappings with names as keys. Restored from that, it gives the same bits.
+    """
+
+    def save(self, block: Block) -> Any:
+        """Return what it gathered in a block, all of whose batches it has observed."""
+        raise NotImplementedError
+
+    def restore(self, block: Block, saved: Any) -> None:
+        """Take what `save` returned, in place of the batches of the block."""
+        raise NotImplementedError
+
+    def carry(self) -> Any:
+        """Return what it needs of earlier blocks to observe the next one, beside what it saved."""
+        return None
+
+    def take_up(self, carried: Any) -> None:
+        """Take what `carry` returned behind the last block that is restored."""
+
+
 # Makes a fresh observer: the class of the observer, or a value that compares equal to every other
 # that makes observers of the same fact.
 ObserverFactory = Callable[[], Observer[Any]]

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from moe2edge.errors import InputError
+from moe2edge.storage.tokenizer import call_tokenizer, encode_text
 
 # In characters. Tokenizing takes up to 300 bytes of memory for each.
-PIECE, SHARED, MOST_JOINED = 1 << 16, 1 << 12, 1 << 20
+PIECE_LENGTH, SHARED, MOST_JOINED = 1 << 16, 1 << 12, 1 << 20
 # Tokens that two pieces must have in common, and characters around a cut that must not be a run.
 LEAST, AROUND = 8, 64
 # Tokenizers without the places of their tokens get the text as a whole.
@@ -63,13 +64,13 @@ def encode_document(pieces: Iterable[str], tokenizer: Any, seams: Seams) -> Iter
     Raises:
         InputError: the text is long, and the tokenizer does not give the places of its tokens.
     """
-    parts = _regroup(pieces, PIECE)
+    parts = _regroup(pieces, PIECE_LENGTH)
     text, more = next(parts, ""), next(parts, "")
     if not getattr(tokenizer, "is_fast", False):
         text = _join(text, more, parts)
         more = ""
     if not more:
-        yield array("i", tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        yield array("i", encode_text(tokenizer, text, special=False))
         return
     left, first = _encode(text, tokenizer), 0
     while more:
@@ -119,7 +120,7 @@ def _regroup(pieces: Iterable[str], size: int) -> Iterator[str]:
 
 
 def _encode(text: str, tokenizer: Any) -> _Encoded:
-    found = tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
+    found = call_tokenizer(tokenizer, text, add_special_tokens=False, return_offsets_mapping=True)
     return _Encoded(text, found["input_ids"], [begin for begin, _ in found["offset_mapping"]])
 
 

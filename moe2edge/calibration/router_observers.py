@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from moe2edge.calibration.observation import Resumable
 from moe2edge.model.layers import MoELayer
+from moe2edge.model.model import Block
 from moe2edge.numerics.saliency import LayerOutputs, OutputStatistics, RoutingStatistics
 
 if TYPE_CHECKING:
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
     from moe2edge.calibration.observation import BlockTrace
 
 
-class RoutingObserver:
+class RoutingObserver(Resumable):
     """Gathers `RoutingStatistics`."""
 
     def __init__(self) -> None:
@@ -48,6 +50,21 @@ class RoutingObserver:
         if key == min(self._counts):
             self._tokens += len(routing.ids)
 
+    def save(self, block: Block) -> Any:
+        """Return the sums of a block."""
+        key = block.origin
+        if key not in self._counts:
+            return None
+        sums = self._counts[key], self._probability[key], self._mass[key]
+        return {"experts": self._experts[key], "tokens": self._tokens, "sums": sums}
+
+    def restore(self, block: Block, saved: Any) -> None:
+        """Take the sums of a block."""
+        if saved is not None:
+            key = block.origin
+            self._experts[key], self._tokens = tuple(saved["experts"]), saved["tokens"]
+            self._counts[key], self._probability[key], self._mass[key] = saved["sums"]
+
     def result(self) -> RoutingStatistics:
         """Return the statistics."""
         return RoutingStatistics(
@@ -55,7 +72,7 @@ class RoutingObserver:
         )
 
 
-class OutputObserver:
+class OutputObserver(Resumable):
     """Gathers `OutputStatistics`; to do so, runs every expert again on the tokens routed to it."""
 
     def __init__(self) -> None:
@@ -76,6 +93,17 @@ class OutputObserver:
             if len(token):
                 outputs = trace.expert_output(row, routing.inputs[token])
                 self._layers[key].add(expert, outputs, routing.weights[token, place])
+
+    def save(self, block: Block) -> Any:
+        """Return the statistics of a block."""
+        outputs = self._layers.get(block.origin)
+        return None if outputs is None else vars(outputs)
+
+    def restore(self, block: Block, saved: Any) -> None:
+        """Take the statistics of a block."""
+        if saved is not None:
+            saved = {**saved, "experts": tuple(saved["experts"])}
+            self._layers[block.origin] = LayerOutputs(**saved)
 
     def result(self) -> OutputStatistics:
         """Return the statistics."""
@@ -98,7 +126,7 @@ class RouterOutputs:
     gram: Mapping[int, Tensor]
 
 
-class RouterOutputObserver:
+class RouterOutputObserver(Resumable):
     """Gathers `RouterOutputs`."""
 
     def __init__(self) -> None:
@@ -115,6 +143,16 @@ class RouterOutputObserver:
         self._norm[key] = self._norm.get(key, 0.0) + float(logits.norm(dim=1).sum())
         self._gram[key] = self._gram.get(key, 0) + logits.T @ logits
         self._tokens[key] = self._tokens.get(key, 0) + len(logits)
+
+    def save(self, block: Block) -> Any:
+        """Return the sums of a block."""
+        key = block.origin
+        return [sums.get(key) for sums in (self._norm, self._gram, self._tokens)]
+
+    def restore(self, block: Block, saved: Any) -> None:
+        """Take the sums of a block."""
+        if saved[0] is not None:
+            self._norm[block.origin], self._gram[block.origin], self._tokens[block.origin] = saved
 
     def result(self) -> RouterOutputs:
         """Return the mean norms and the sums of products."""
@@ -134,7 +172,7 @@ class WeightRatios:
     ratios: Mapping[int, Tensor]
 
 
-class RatioObserver:
+class RatioObserver(Resumable):
     """Gathers `WeightRatios`; takes 4 (k - 1) bytes per token and layer."""
 
     def __init__(self) -> None:
@@ -146,6 +184,15 @@ class RatioObserver:
             weights = trace.routing.weights
             ratios = weights[:, 1:] / weights[:, :1]
             self._ratios.setdefault(trace.block.origin, []).append(ratios)
+
+    def save(self, block: Block) -> Any:
+        """Return the ratios of a block."""
+        return self._ratios.get(block.origin)
+
+    def restore(self, block: Block, saved: Any) -> None:
+        """Take the ratios of a block."""
+        if saved is not None:
+            self._ratios[block.origin] = saved
 
     def result(self) -> WeightRatios:
         """Return the ratios."""
@@ -170,7 +217,7 @@ class SkipRates:
         return sum(self.skipped.values()) / max(1, sum(self.routed.values()))
 
 
-class SkipObserver:
+class SkipObserver(Resumable):
     """Gathers `SkipRates` of layers that skip."""
 
     def __init__(self) -> None:
@@ -185,6 +232,15 @@ class SkipObserver:
         left_out = int((trace.routing.ids == layer.router_rows).sum())
         self._routed[key] = self._routed.get(key, 0) + trace.routing.ids.numel()
         self._skipped[key] = self._skipped.get(key, 0) + left_out
+
+    def save(self, block: Block) -> Any:
+        """Return the counts of a block."""
+        return [counts.get(block.origin) for counts in (self._routed, self._skipped)]
+
+    def restore(self, block: Block, saved: Any) -> None:
+        """Take the counts of a block."""
+        if saved[0] is not None:
+            self._routed[block.origin], self._skipped[block.origin] = saved
 
     def result(self) -> SkipRates:
         """Return the counts."""

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+from moe2edge.calibration.observation import Resumable
+from moe2edge.model.model import Block
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,6 +33,16 @@ class _MeanCosines:
         cosine = torch.cosine_similarity(a.double(), b.double(), dim=-1)
         self._sum[key] = self._sum.get(key, 0.0) + float(cosine.sum())
         self._tokens[key] = self._tokens.get(key, 0) + cosine.numel()
+
+    def save(self, block: Block) -> Any:
+        """Return the sums of runs that end with a block."""
+        keys = [key for key in self._sum if key[-1] == block.origin]
+        return [[key, self._sum[key], self._tokens[key]] for key in keys]
+
+    def restore(self, saved: Any) -> None:
+        """Take such sums."""
+        for key, total, tokens in saved:
+            self._sum[tuple(key)], self._tokens[tuple(key)] = total, tokens
 
     def result(self) -> dict[tuple[int, ...], float]:
         """Return the mean of each key."""
@@ -67,7 +80,7 @@ class BlockSimilarityFactory:
         return BlockSimilarityObserver(self.longest)
 
 
-class BlockSimilarityObserver:
+class BlockSimilarityObserver(Resumable):
     """Gathers `BlockSimilarity`."""
 
     def __init__(self, longest: int) -> None:
@@ -92,6 +105,25 @@ class BlockSimilarityObserver:
             # A copy, because the walk overwrites the input with the output.
             latest.append((trace.block.origin, trace.inputs.clone()))
 
+    def save(self, block: Block) -> Any:
+        """Return the sums of runs that end with a block."""
+        return self._means.save(block)
+
+    def restore(self, block: Block, saved: Any) -> None:
+        """Take such sums."""
+        self._means.restore(saved)
+
+    def carry(self) -> Any:
+        """Return the origins and inputs of the latest blocks, by batch."""
+        return [list(latest) for latest in self._latest]
+
+    def take_up(self, carried: Any) -> None:
+        """Take them, as copies: the file goes when the next block is kept."""
+        self._latest = [
+            deque(((origin, inputs.clone()) for origin, inputs in latest), self._longest - 1)
+            for latest in carried or ()
+        ]
+
     def result(self) -> BlockSimilarity:
         """Return the similarities."""
         return BlockSimilarity(self._means.result())
@@ -115,7 +147,7 @@ class LayerSimilarity:
     without_norm: Mapping[tuple[int, ...], float]
 
 
-class LayerSimilarityObserver:
+class LayerSimilarityObserver(Resumable):
     """Gathers `LayerSimilarity`."""
 
     def __init__(self) -> None:
@@ -128,6 +160,15 @@ class LayerSimilarityObserver:
         key = (trace.block.origin,)
         self._with.add(key, trace.attended, trace.outputs)
         self._without.add(key, trace.mlp_inputs, trace.mlp_outputs)
+
+    def save(self, block: Block) -> Any:
+        """Return the sums of a block."""
+        return [self._with.save(block), self._without.save(block)]
+
+    def restore(self, block: Block, saved: Any) -> None:
+        """Take the sums of a block."""
+        self._with.restore(saved[0])
+        self._without.restore(saved[1])
 
     def result(self) -> LayerSimilarity:
         """Return the similarities."""

@@ -23,6 +23,7 @@ from moe2edge.calibration.observation import (
     ObserverFactory,
     RouterTrace,
 )
+from moe2edge.calibration.walk_keeper import make_keeper
 from moe2edge.model.hf_config import build_transformers_config
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import EMBEDDING, FINAL_NORM, HEAD, Block, Model
@@ -35,6 +36,8 @@ from moe2edge.runtime.torch_runtime import place_tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from moe2edge.storage.kept_walk import KeptWalk
 
 # Tokens in a batch: enough for fast matrix products, few next to the hidden states of all samples.
 BATCH_TOKENS = 8192
@@ -202,6 +205,8 @@ def walk(
     advance: Advance,
     label: str,
     memory: Memory = UNLIMITED,
+    kept: KeptWalk | None = None,
+    needs_hidden: bool = True,
 ) -> tuple[Model, Tensor]:
     """Run ``tokens`` through ``model`` block by block, and change the blocks by ``transform``.
 
@@ -217,33 +222,51 @@ def walk(
         advance: receives progress.
         label: name of the work in progress lines.
         memory: budget for the hidden states.
+        kept: keeps what visitors and transform gather, block by block, if all are `Resumable`; the
+            walk resumes behind what it has.
+        needs_hidden: whether the hidden states that are returned are used, and kept at the end.
 
     Returns:
         The changed model, and hidden states float32 [samples, length, hidden] after the last
         block; if changes are propagated, before it, as no block follows that needs them.
     """
-    hidden, blocks = embed(model, tokens, memory), model.blocks
-    source_walk = None if source is None else _SourceWalk(source, tokens, memory)
-    rerun = transform is not None and propagate
+    blocks, changing = model.blocks, [] if transform is None else [transform]
+    models = [model] if source is None else [model, source]
+    keeper = make_keeper(kept, [*visitors, *changing], models, tokens)
+    done, state = keeper.resume(blocks) if keeper else (0, {})
+    hidden = _begin(model, tokens, memory, done, state.get("hidden"))
+    source_walk = None
+    if source is not None:
+        start = _begin(source, tokens, memory, done, state.get("source"))
+        source_walk = _SourceWalk(source, start, blocks[done - 1] if done else None)
     for block in blocks:
-        advance(label, block.index, len(blocks))
-        if transform is None and not visitors:
-            _run_block(model, block, hidden)
-            continue
-        if source_walk is not None:
-            source_walk.load_twin(block)
-        # The runner gets no name here, so it is freed before the next block is loaded.
-        _watch_block(
-            BlockRunner(model, block), hidden, visitors, transform, source_walk, store=not rerun
-        )
-        if transform is None:
-            continue
-        changed = transform.change(block)
-        model = model.replace_block(changed)
-        if propagate and block.index + 1 < len(blocks):
-            _run_block(model, changed, hidden)
+        last = block.index + 1 == len(blocks)
+        if block.index >= done:
+            advance(label, block.index, len(blocks))
+            # Where it is changed, the block runs once more, and that is what is stored.
+            store = transform is None or not propagate
+            _observe_block(model, block, hidden, visitors, transform, source_walk, store=store)
+        if transform is not None:
+            model = model.replace_block(changed := transform.change(block))
+            if propagate and not last and block.index >= done:
+                _run_block(model, changed, hidden)
+        if keeper is not None and block.index >= done:
+            streams = {"hidden": hidden} if needs_hidden or not last else {}
+            streams |= {"source": source_walk.hidden} if source_walk and not last else {}
+            keeper.keep(block, streams, last=last)
     advance(label, len(blocks), len(blocks))
     return model, hidden
+
+
+def _begin(model: Model, tokens: Tensor, memory: Memory, done: int, kept: Tensor | None) -> Tensor:
+    """Return the hidden states in front of the first block that is not done."""
+    if not done:
+        return embed(model, tokens, memory)
+    if kept is None:  # behind the last block, where nobody needs them
+        return torch.empty(0)
+    hidden = memory.empty(tuple(kept.shape))
+    hidden.copy_(kept)
+    return hidden
 
 
 class _SourceWalk:
@@ -253,10 +276,12 @@ class _SourceWalk:
         hidden: float32 [samples, length, hidden].
     """
 
-    def __init__(self, source: Model, tokens: Tensor, memory: Memory) -> None:
-        self.hidden = embed(source, tokens, memory)
+    def __init__(self, source: Model, hidden: Tensor, last: Block | None) -> None:
+        """Begin in front of the first block, or behind the twin of the ``last`` one walked."""
+        self.hidden = hidden
         self._source = source
-        self._upcoming = iter(source.blocks)
+        passed = next((b.index + 1 for b in source.blocks if last and b.origin == last.origin), 0)
+        self._upcoming = iter(source.blocks[passed:])
         self._runner: BlockRunner | None = None
 
     def load_twin(self, block: Block) -> None:
@@ -277,8 +302,9 @@ class _SourceWalk:
         return self._runner.watch(self.hidden[part])
 
 
-def _watch_block(
-    runner: BlockRunner,
+def _observe_block(
+    model: Model,
+    block: Block,
     hidden: Tensor,
     visitors: Sequence[Observer[Any]],
     transform: BlockTransform | None,
@@ -287,6 +313,12 @@ def _watch_block(
     store: bool,
 ) -> None:
     """Show visitors and transform each batch; ``store`` the outputs in ``hidden``."""
+    if transform is None and not visitors:
+        _run_block(model, block, hidden)
+        return
+    if source_walk is not None:
+        source_walk.load_twin(block)
+    runner = BlockRunner(model, block)
     for part in split_batches(hidden):
         twin = None if source_walk is None else source_walk.watch(part)
         trace = runner.watch(hidden[part])
@@ -318,9 +350,10 @@ def observe(
     advance: Advance,
     label: str,
     memory: Memory = UNLIMITED,
+    kept: KeptWalk | None = None,
 ) -> Tensor:
     """Walk over ``tokens`` int64 [samples, length]; return hidden states after the last block."""
-    return walk(model, tokens, observers, advance=advance, label=label, memory=memory)[1]
+    return walk(model, tokens, observers, advance=advance, label=label, memory=memory, kept=kept)[1]
 
 
 def gather(
@@ -330,11 +363,21 @@ def gather(
     advance: Advance,
     label: str,
     memory: Memory = UNLIMITED,
+    kept: KeptWalk | None = None,
 ) -> Facts:
     """Return the results of some kinds of observers after one walk; without any, run nothing."""
     observers = {kind: kind() for kind in kinds}
     if observers:
-        observe(model, tokens, list(observers.values()), advance, label, memory)
+        walk(
+            model,
+            tokens,
+            list(observers.values()),
+            advance=advance,
+            label=label,
+            memory=memory,
+            kept=kept,
+            needs_hidden=False,
+        )
     return Facts({kind: observer.result() for kind, observer in observers.items()})
 
 

@@ -58,6 +58,17 @@ def open_model(model: str, revision: str | None, cache_dir: Path | None) -> Any:
     return open_checkpoint(model, revision=revision, cache_dir=cache_dir)
 
 
+SOURCE_CHECK_OPTION = click.option(
+    "--no-source-check",
+    "source_check",
+    is_flag=True,
+    flag_value=False,
+    default=True,
+    help="Do not compare MODEL with stock transformers first, which runs a short text through it "
+    "twice.",
+)
+
+
 def add_hub_options(command: Command) -> Command:
     """Add the options that select files of a model on the Hugging Face Hub."""
     command = click.option("--revision", help="Branch, tag or commit of a model on the Hub.")(
@@ -193,6 +204,19 @@ THREADS_OPTION = click.option(
 )
 JSON_OPTION = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON document on stdout instead of text."
+)
+PATHS_OPTION = click.option(
+    "--keep-paths",
+    is_flag=True,
+    help="Write the paths of MODEL and texts into what is written, not only their names.",
+)
+RESUME_OPTION = click.option(
+    "--resume",
+    type=click.Choice(["auto", "never", "require"]),
+    default="auto",
+    show_default=True,
+    help="Resume an interrupted or killed run to the same output. auto: resume if there is one; "
+    "never: start over; require: fail if there is none.",
 )
 QUIET_OPTION = click.option("-q", "--quiet", is_flag=True, help="Do not show progress.")
 FOLDER_ARGUMENT = click.argument("folder", type=click.Path(path_type=Path))

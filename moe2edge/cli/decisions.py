@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
 from moe2edge.cli.common import (
     CALIB_OPTION,
     JSON_OPTION,
+    PATHS_OPTION,
     QUIET_OPTION,
+    RESUME_OPTION,
     SETTINGS_OPTION,
+    SOURCE_CHECK_OPTION,
     THREADS_OPTION,
     add_hub_options,
     emit,
@@ -52,6 +55,9 @@ To carry out the decisions later, use the pass apply_decisions in a recipe:
 @SETTINGS_OPTION
 @CALIB_OPTION
 @click.option("--force", is_flag=True, help="Replace an existing file of decisions.")
+@PATHS_OPTION
+@SOURCE_CHECK_OPTION
+@RESUME_OPTION
 @QUIET_OPTION
 @THREADS_OPTION
 @JSON_OPTION
@@ -63,6 +69,9 @@ def decide_command(
     settings: tuple[str, ...],
     calib: str | None,
     force: bool,
+    keep_paths: bool,
+    source_check: bool,
+    resume: Literal["auto", "never", "require"],
     quiet: bool,
     as_json: bool,
     revision: str | None,
@@ -72,15 +81,24 @@ def decide_command(
 
     Writes only the decisions, not the model.
     """
-    from moe2edge.commands.decide import decide as run
+    from moe2edge.commands.decide import decide_to_file
     from moe2edge.pipeline import decisions
 
     parsed = read_recipe_options(recipe, settings, calib)
     decisions.check_decisions_output(output, force=force)
     checkpoint = open_model(model, revision, cache_dir)
     quiet_libraries()
-    decided, steps = run(checkpoint, parsed, make_reporter(quiet=quiet))
-    decisions.write_decisions(decided, output)
+    reporter = make_reporter(quiet=quiet)
+    decided, steps = decide_to_file(
+        checkpoint,
+        parsed,
+        output,
+        reporter,
+        force=force,
+        resume=resume,
+        keep_paths=keep_paths,
+        source_check=source_check,
+    )
     if as_json:
         emit({"output": str(output), "decisions": decided.to_json()})
         return

@@ -21,7 +21,7 @@ MEMORY_WORDS = (
     "can't start new thread", "cannot allocate", "pthread_create failed", "mmap failed",
 )  # fmt: skip
 # Characters of a message that a terminal shows without hiding what came before.
-LONGEST = 1500
+LONGEST_MESSAGE = 1500
 
 
 def list_causes(error: BaseException) -> Iterator[BaseException]:
@@ -107,7 +107,7 @@ def escape(text: str, kept: str = "") -> str:
     )
 
 
-def shorten(text: str, longest: int = LONGEST) -> str:
+def shorten(text: str, longest: int = LONGEST_MESSAGE) -> str:
     r"""Cut a text in the middle, and escape characters that a terminal does not print.
 
     >>> shorten("abcdefghij", 8), shorten("a\x1b[31m")

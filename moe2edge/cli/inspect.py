@@ -228,9 +228,10 @@ def _show_routing(
     report: RoutingReport, criterion: str, output: Path | None, as_json: bool
 ) -> None:
     from moe2edge.evaluation import routing_view
+    from moe2edge.storage.durable import write_file
 
     if output is not None:
-        output.write_bytes(routing_view.draw_picture(report, criterion, output.suffix))
+        write_file(output, routing_view.draw_picture(report, criterion, output.suffix))
     if as_json:
         emit(report.to_json() | ({"picture": str(output)} if output else {}))
     else:

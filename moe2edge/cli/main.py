@@ -18,8 +18,11 @@ from moe2edge.cli import decisions, inspect, outputs, progress_bar, recipes
 from moe2edge.cli.common import (
     CALIB_OPTION,
     JSON_OPTION,
+    PATHS_OPTION,
     QUIET_OPTION,
+    RESUME_OPTION,
     SETTINGS_OPTION,
+    SOURCE_CHECK_OPTION,
     THREADS_OPTION,
     add_hub_options,
     emit,
@@ -218,14 +221,7 @@ Examples:
     "measure perplexity and KL, for a quick export.",
 )
 @click.option("--force", is_flag=True, help="Replace an existing output folder of moe2edge.")
-@click.option(
-    "--resume",
-    type=click.Choice(["auto", "never", "require"]),
-    default="auto",
-    show_default=True,
-    help="Resume an interrupted or killed export to the same folder. auto: resume if there is "
-    "one; never: start over; require: fail if there is none.",
-)
+@RESUME_OPTION
 @click.option(
     "--max-memory",
     "most",
@@ -239,6 +235,8 @@ Examples:
     help="If one of the targets cannot hold tied experts (experts that share matrices), write "
     "each of them with its own copy, in all targets. The output becomes larger.",
 )
+@PATHS_OPTION
+@SOURCE_CHECK_OPTION
 @QUIET_OPTION
 @THREADS_OPTION
 @JSON_OPTION
@@ -255,6 +253,8 @@ def export_command(
     resume: Literal["auto", "never", "require"],
     most: int | None,
     materialize: bool,
+    keep_paths: bool,
+    source_check: bool,
     quiet: bool,
     as_json: bool,
     revision: str | None,
@@ -280,6 +280,8 @@ def export_command(
         resume=resume,
         most=most,
         materialize=materialize,
+        keep_paths=keep_paths,
+        source_check=source_check,
     )
     if as_json:
         emit({"output": str(output), **report.to_json()})

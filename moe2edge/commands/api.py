@@ -153,6 +153,8 @@ def export(
     resume: Literal["auto", "never", "require"] = "auto",
     max_memory: int | None = None,
     materialize: bool = False,
+    keep_paths: bool = False,
+    source_check: bool = True,
     reporter: Reporter | None = None,
 ) -> Report:
     """Compress a model, write it for one or more targets, verify it there, and report.
@@ -172,6 +174,8 @@ def export(
         max_memory: bytes for the whole process; None: what the machine has.
         materialize: where a target cannot hold experts that share matrices, write each with its
             own.
+        keep_paths: write the paths of model and texts into the output, not only their names.
+        source_check: first compare what is computed for the model with stock transformers.
         reporter: receives lines and progress; None: nothing is reported.
 
     Returns:
@@ -197,6 +201,8 @@ def export(
         resume=resume,
         most=max_memory,
         materialize=materialize,
+        keep_paths=keep_paths,
+        source_check=source_check,
     )
 
 

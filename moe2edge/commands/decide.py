@@ -2,62 +2,166 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe2edge.commands.environment import list_versions
-from moe2edge.commands.preflight import check_sources
-from moe2edge.commands.source_check import check_ids, report_notes
-from moe2edge.commands.texts import load_calibration, resolve_recipe
+from moe2edge.commands.preflight import check_sources, list_reads
+from moe2edge.commands.private_paths import PrivatePaths
+from moe2edge.commands.run_inputs import list_inputs, look_at_inputs
+from moe2edge.commands.source_check import check_ids, prove_source, report_notes
+from moe2edge.commands.texts import SELF, load_calibration, resolve_recipe
 from moe2edge.errors import InputError
 from moe2edge.model.model import Block, Model
 from moe2edge.pipeline.contract import Pass
-from moe2edge.pipeline.decisions import CalibrationText, Decisions, SourceModel, describe_blocks
+from moe2edge.pipeline.decisions import (
+    DECISIONS,
+    CalibrationText,
+    Decisions,
+    SourceModel,
+    describe_blocks,
+)
 from moe2edge.pipeline.recipe import Recipe
 from moe2edge.pipeline.runner import run_passes
 from moe2edge.pipeline.stages import Step, plan_passes
 from moe2edge.pipeline.work import EXPERT_ROLES, BlockJournal
 from moe2edge.progress import Reporter
+from moe2edge.runtime.memory import UNLIMITED
 from moe2edge.storage.checkpoint import Checkpoint
+from moe2edge.storage.export_folder import Resume, claim_output, open_partial_folder
+from moe2edge.storage.text_files import write_json
+from moe2edge.storage.work_folder import WorkFolder
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from torch import Tensor
 
+    from moe2edge.calibration.tokens import Tokens
     from moe2edge.model.weights import Weight
     from moe2edge.numerics.grid import Quantized
+    from moe2edge.storage.kept_walk import KeptWalk
 
 
 def decide(
-    checkpoint: Checkpoint, recipe: Recipe, reporter: Reporter
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    reporter: Reporter,
+    *,
+    keep_paths: bool = False,
+    source_check: bool = True,
 ) -> tuple[Decisions, tuple[Step, ...]]:
     """Run the choosing passes of ``recipe``; return the decisions, and the report of each pass.
+
+    Args:
+        checkpoint: the source.
+        recipe: passes that choose.
+        reporter: receives progress.
+        keep_paths: write paths of source and text as they were given, in place of their names.
+        source_check: first compare what is computed for the source with stock transformers.
 
     Raises:
         InputError: a pass of the recipe computes numbers, which decisions do not hold; or as in an
             export.
         Unsupported: as in an export.
     """
-    source = checkpoint.model
+    recipe = _prepare(checkpoint, recipe, reporter)
+    tokens = _load(checkpoint, recipe, reporter, source_check=source_check)
+    paths = PrivatePaths.collect(checkpoint, recipe, keep=keep_paths)
+    return _run(checkpoint, recipe, tokens, _NoNumbers(), reporter, paths)
+
+
+def decide_to_file(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    out: Path,
+    reporter: Reporter,
+    *,
+    force: bool = False,
+    resume: Resume = "auto",
+    keep_paths: bool = False,
+    source_check: bool = True,
+) -> tuple[Decisions, tuple[Step, ...]]:
+    """Write decisions to a file; what was observed outlives a kill or a failure, as in an export.
+
+    Args:
+        checkpoint: the source.
+        recipe: passes that choose.
+        out: the file to write.
+        reporter: receives progress.
+        force: replace a file of decisions.
+        resume: what to do about unfinished work for the same file.
+        keep_paths: write paths of source and text as they were given, in place of their names.
+        source_check: first compare what is computed for the source with stock transformers.
+
+    Raises:
+        InputError, Unsupported: as `decide` does; the name is taken; or an input has changed under
+            way.
+    """
+    recipe = _prepare(checkpoint, recipe, reporter)
+    out, reads = Path(os.path.abspath(out)), list_reads(checkpoint, recipe)
+    with claim_output(out, force=force, reads=reads, form=DECISIONS, log=reporter.log) as claim:
+        reporter = claim.watch(reporter)
+        files = look_at_inputs(checkpoint, recipe)
+        tokens = _load(checkpoint, recipe, reporter, source_check=source_check)
+        inputs = list_inputs(checkpoint, recipe, tokens, None, UNLIMITED)
+        files.settle(checkpoint.sha256)
+        with open_partial_folder(claim, inputs, resume) as (content, work):
+            work.watch(files.check)
+            work.report(reporter)
+            paths = PrivatePaths.collect(checkpoint, recipe, keep=keep_paths)
+            found, steps = _run(checkpoint, recipe, tokens, _NoNumbers(work), reporter, paths)
+            write_json(content, found.to_json())
+            files.check()
+    return found, steps
+
+
+def _prepare(checkpoint: Checkpoint, recipe: Recipe, reporter: Reporter) -> Recipe:
+    """Resolve and check a recipe before any work."""
     recipe = resolve_recipe(checkpoint, recipe, reporter)
     check_sources(recipe, checkpoint)
-    check_decidable(recipe.passes, source)
+    check_decidable(recipe.passes, checkpoint.model)
     reporter.log(f"recipe:\n{recipe.render()}")
     report_notes(checkpoint, reporter)
+    return recipe
+
+
+def _load(
+    checkpoint: Checkpoint, recipe: Recipe, reporter: Reporter, *, source_check: bool
+) -> Tokens | None:
+    """Load and check the calibration text, and check the source."""
+    # The model runs first where it writes the text; another text is looked at before that.
+    writes = recipe.calibration.text == SELF
+    if writes:
+        prove_source(checkpoint, reporter, wanted=source_check)
     tokens = load_calibration(checkpoint, recipe, reporter)
     check_ids(checkpoint, {"calibration": tokens}, reporter)
-    model, steps = run_passes(source, recipe, tokens, _NoNumbers(), reporter)
+    if not writes:
+        prove_source(checkpoint, reporter, wanted=source_check)
+    return tokens
+
+
+def _run(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    tokens: Tokens | None,
+    work: _NoNumbers,
+    reporter: Reporter,
+    paths: PrivatePaths,
+) -> tuple[Decisions, tuple[Step, ...]]:
+    """Run the passes, and describe what they chose."""
+    source = checkpoint.model
+    model, steps = run_passes(source, recipe, tokens, work, reporter)
     found = Decisions(
         source=SourceModel(
-            model=checkpoint.source,
+            model=paths.source,
             revision=checkpoint.revision,
             sha256=checkpoint.sha256,
             family=source.family.model_type,
         ),
-        recipe=recipe.render(),
-        calibration=CalibrationText(**tokens.provenance) if tokens else None,
+        recipe=paths.hide_in(recipe).render(),
+        calibration=CalibrationText(**paths.hide(tokens.provenance)) if tokens else None,
         versions=list_versions(),
         blocks=describe_blocks(model),
     )
@@ -99,11 +203,21 @@ def _make_refusal(name: str) -> InputError:
 
 @dataclass(frozen=True)
 class _NoNumbers:
-    """A work folder for passes that compute no numbers."""
+    """A work folder for passes that compute no numbers.
+
+    Attributes:
+        work: keeps walks; None: nothing does.
+    """
+
+    work: WorkFolder | None = None
 
     def ledger(self, step: int) -> BlockJournal:
         """Refuse, as passes that solve were refused before."""
         raise AssertionError(f"pass {step} solves")
+
+    def kept_walk(self, step: int, name: str) -> KeptWalk | None:
+        """Return the folder of a walk; None: there is no work folder."""
+        return None if self.work is None else self.work.kept_walk(step, name)
 
     def scratch(self, step: int, name: str) -> Path:
         """Refuse, as passes that train were refused before."""

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-import yaml
-
-from moe2edge.commands.environment import NUMERIC_PACKAGES, list_versions, measure_peak_bytes
+from moe2edge.commands.environment import list_versions, measure_peak_bytes
 from moe2edge.commands.preflight import describe, list_reads, refuse_early
+from moe2edge.commands.private_paths import PrivatePaths
 from moe2edge.commands.report import Report
-from moe2edge.commands.source_check import check_ids, report_notes
+from moe2edge.commands.run_inputs import list_inputs, look_at_inputs
+from moe2edge.commands.source_check import SourceProof, check_ids, prove_source, report_notes
 from moe2edge.commands.texts import (
     NO_TEXT,
+    SELF,
     Texts,
     list_default_texts,
     load_texts,
@@ -27,13 +29,14 @@ from moe2edge.model.model import Model
 from moe2edge.pipeline.recipe import Recipe
 from moe2edge.pipeline.registry import list_options
 from moe2edge.pipeline.runner import run_passes
-from moe2edge.pipeline.stages import Step
+from moe2edge.pipeline.stages import Plan, Step
 from moe2edge.pipeline.target import Target
 from moe2edge.progress import Reporter
 from moe2edge.runtime import memory
 from moe2edge.runtime.memory import Memory
 from moe2edge.storage import export_folder
 from moe2edge.storage.checkpoint import Checkpoint
+from moe2edge.storage.companions import Companions, read_companions
 from moe2edge.storage.work_folder import WorkFolder
 
 
@@ -48,12 +51,13 @@ def export_targets(
     resume: export_folder.Resume = "auto",
     most: int | None = None,
     materialize: bool = False,
+    keep_paths: bool = False,
+    source_check: bool = True,
 ) -> Report:
     """Run ``recipe`` on ``checkpoint`` and write one folder per target.
 
-    With several targets ``out`` holds one folder for each, all packed from one solve. Nothing is
-    left behind when anything fails, but what can be resumed: see
-    `moe2edge.storage.export_folder.open_partial_folder`.
+    With several targets ``out`` holds one folder for each, all packed from one solve. What is left
+    when anything fails can be resumed: see `moe2edge.storage.export_folder.open_partial_folder`.
 
     Args:
         checkpoint: the source.
@@ -65,41 +69,67 @@ def export_targets(
         resume: what to do about an unfinished export to the same folder.
         most: bytes of memory for the whole process; None: what the machine has.
         materialize: give tied experts matrices of their own where a target cannot hold them.
+        keep_paths: write paths of source and texts into the output as they were given, in place of
+            their names.
+        source_check: first compare what is computed for the source with stock transformers.
 
     Raises:
         InputError, Unsupported, DoesNotFit: before any work.
-        VerificationFailed: an output differs from the model in memory.
+        VerificationFailed: an output differs from the model in memory, or the source from what
+            stock transformers computes.
     """
     begun = time.perf_counter()
     defaults = list_default_texts(recipe)
     recipe = resolve_recipe(checkpoint, recipe, reporter)
+    paths = PrivatePaths.collect(checkpoint, recipe, keep=keep_paths)
     reads = list_reads(checkpoint, recipe)
     with export_folder.claim_output(out, force=force, reads=reads, log=reporter.log) as claim:
         budget = memory.Memory.from_limit(memory.find_limit(most))
         memory.avoid_fragmentation(most)
-        plan = refuse_early(
-            checkpoint, recipe, targets, out, budget, force=force, materialize=materialize
-        )
-        reporter = claim.watch(reporter)
-        reporter.log(f"recipe:\n{recipe.render()}")
-        describe(plan, reporter)
-        report_notes(checkpoint, reporter)
+        plan = refuse_early(checkpoint, recipe, targets, out, budget, materialize=materialize)
+        reporter, files = claim.watch(reporter), look_at_inputs(checkpoint, recipe)
+        _report_plan(checkpoint, recipe, plan, reporter)
+        companions = _read_companions(checkpoint, reporter)
         try_targets(targets, fit_for_targets(plan.result, targets, materialize=materialize))
-        texts = load_texts(checkpoint, recipe, reporter)
-        check_ids(checkpoint, texts.by_purpose, reporter)
-        inputs = _list_inputs(checkpoint, recipe, texts, budget)
-        outcome = _list_outcome(checkpoint, recipe, targets, texts, materialize=materialize)
+        prove = partial(prove_source, checkpoint, reporter, wanted=source_check, targets=targets)
+        texts, proof = _load_texts(checkpoint, recipe, reporter, prove, budget)
+        inputs = list_inputs(checkpoint, recipe, texts.calibration, texts.training, budget)
+        files.settle(checkpoint.sha256)
+        outcome = _list_outcome(checkpoint, recipe, targets, texts, proof, materialize=materialize)
+        outcome |= {"other files": companions.sha256, "paths": f"{keep_paths}"}
         if export_folder.publish_finished(claim, inputs, outcome, resume):
             reporter.log(f"{out} had been finished by an earlier run, and has its name now")
             return Report.read(out if len(targets) == 1 else out / targets[0].name)
         with export_folder.open_partial_folder(claim, inputs, resume, outcome) as (content, work):
+            work.watch(files.check)
             work.report(reporter)
-            budget = replace(budget, folder=work.folder)
             report = _make_output(
-                checkpoint, recipe, targets, texts, content, work, budget, reporter,
-                materialize=materialize, defaults=defaults, begun=begun,
+                checkpoint, recipe, targets, texts, content, work, budget, reporter, proof, paths,
+                companions, materialize=materialize, defaults=defaults, begun=begun,
             )  # fmt: skip
+            files.check()
     return report
+
+
+def _report_plan(checkpoint: Checkpoint, recipe: Recipe, plan: Plan, reporter: Reporter) -> None:
+    """Report what will be done, and what was found out about the source."""
+    reporter.log(f"recipe:\n{recipe.render()}")
+    describe(plan, reporter)
+    report_notes(checkpoint, reporter)
+
+
+def _load_texts(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    reporter: Reporter,
+    prove: Callable[..., SourceProof],
+    budget: Memory,
+) -> tuple[Texts, SourceProof]:
+    """Load the texts, and check the source: first where the model writes one, else after them."""
+    proof = prove(within=budget.limit) if recipe.calibration.text == SELF else None
+    texts = load_texts(checkpoint, recipe, reporter)
+    check_ids(checkpoint, texts.by_purpose, reporter)
+    return texts, proof or prove(within=budget.limit)
 
 
 def _make_output(
@@ -111,32 +141,55 @@ def _make_output(
     work: WorkFolder,
     budget: Memory,
     reporter: Reporter,
+    proof: SourceProof,
+    paths: PrivatePaths,
+    companions: Companions,
     *,
     materialize: bool,
     defaults: tuple[str, ...],
     begun: float,
 ) -> Report:
     """Run the passes, and write, check and describe an output in ``content``."""
-    source = checkpoint.model
+    source, budget = checkpoint.model, replace(budget, folder=work.folder)
     model, steps = run_passes(
         source, recipe, texts.calibration, work, reporter, budget, training=texts.training
     )
     model, grown = _fit(model, targets, reporter, materialize=materialize)
     memory.give_back()
     figures, ids = recipe.evaluation.text != NO_TEXT, texts.evaluation.ids
-    measured = Comparison.measure(source, model, ids, reporter, budget, figures=figures)
+    measured = Comparison.measure(
+        source,
+        model,
+        ids,
+        reporter,
+        budget,
+        figures=figures,
+        keep_walk=partial(work.kept_walk, len(steps)),
+    )
     folders = _make_folders(targets, content)
     written = []
     for target, folder in folders:
         reporter.log(f"writing {target.name}")
-        written.append(write_target(target, model, folder, checkpoint, measured, reporter))
+        written.append(write_target(target, model, folder, companions, measured, reporter))
     results = [row for row, _ in written]
-    report = _build_report(checkpoint, recipe, targets, texts, steps, measured, results)
-    report = replace(report, materialized=grown, default_texts=defaults)
+    report = _build_report(paths, recipe, targets, texts, steps, measured, results)
+    notes = paths.hide((*checkpoint.notes, *companions.notes))
+    report = replace(report, license=companions.license, notes=notes)
+    report = replace(
+        report, materialized=grown, default_texts=defaults, source_check=proof.to_json()
+    )
     report = replace(report, seconds=time.perf_counter() - begun)
     for (target, folder), (_, reference) in zip(folders, written, strict=True):
         report.write(folder, target, checkpoint, model, list_versions(), reference)
     return report
+
+
+def _read_companions(checkpoint: Checkpoint, reporter: Reporter) -> Companions:
+    """Read the files beside config and weights, and report what does not fit."""
+    companions = read_companions(checkpoint)
+    for note in companions.notes:
+        reporter.log(f"warning: {note}")
+    return companions
 
 
 def _fit(
@@ -162,7 +215,7 @@ def _make_folders(targets: Sequence[Target], content: Path) -> list[tuple[Target
 
 
 def _build_report(
-    checkpoint: Checkpoint,
+    paths: PrivatePaths,
     recipe: Recipe,
     targets: Sequence[Target],
     texts: Texts,
@@ -173,17 +226,20 @@ def _build_report(
     """Collect what an export did; the time that it took is still to come."""
     model = measured.model
     return Report(
-        source=checkpoint.source,
-        family=checkpoint.model.family.architecture,
-        recipe=recipe.render(),
-        steps=tuple(steps),
+        source=paths.source,
+        family=model.family.architecture,
+        recipe=paths.hide_in(recipe).render(),
+        steps=tuple(
+            replace(step, options=paths.hide(step.options), notes=paths.hide(step.notes))
+            for step in steps
+        ),
         before=measured.measure_source(),
         after=measured.measure_result(),
         results=tuple(results),
         skip_rate=measured.skip_rates.rate if model.skips else None,
         loaders={target.name: target.loaders(model) for target in targets},
         target_options={target.name: list_options(target) for target in targets},
-        **texts.describe(),
+        **paths.hide(texts.describe()),
         seconds=0.0,
         peak_bytes=measure_peak_bytes(),
     )
@@ -194,6 +250,7 @@ def _list_outcome(
     recipe: Recipe,
     targets: Sequence[Target],
     texts: Texts,
+    proof: SourceProof,
     *,
     materialize: bool,
 ) -> dict[str, str]:
@@ -204,31 +261,6 @@ def _list_outcome(
         "targets": ", ".join(f"{target.name} {list_options(target)}" for target in targets),
         "evaluation": texts.evaluation.sha256,
         "materialize": f"{materialize}",
+        "source check": proof.status,
         "versions": f"{list_versions()}",
-    }
-
-
-def _list_inputs(
-    checkpoint: Checkpoint, recipe: Recipe, texts: Texts, budget: Memory
-) -> dict[str, str]:
-    """List what the numbers of an export depend on, to the last bit."""
-    import torch
-
-    from moe2edge.numerics import compiled
-
-    calibration, training = texts.calibration, texts.training
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    passes = yaml.safe_dump(yaml.safe_load(recipe.render())["passes"], sort_keys=False)
-    return {
-        "model": checkpoint.sha256,
-        "recipe": passes,
-        "calibration": calibration.sha256 if calibration else "none",
-        **({"training": training.sha256} if training else {}),
-        "number of threads": f"{torch.get_num_threads()}",
-        "limit of memory": "one group at a time" if not budget.group_bytes else "several groups",
-        "innermost loops": compiled.describe_kernel(),
-        "GPU": gpu,
-        "version": ", ".join(
-            f"{name} {v}" for name, v in list_versions().items() if name in NUMERIC_PACKAGES
-        ),
     }

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from moe2edge.runtime.generation import count_remaining, describe_runtime, generate
+from moe2edge.runtime.protocol import check_id_range
 from moe2edge.storage.text_files import read_json
 from moe2edge.storage.tokenizer import read_context_length, read_stop_ids
 
@@ -36,7 +37,10 @@ def continue_in(
     """
     from moe2edge.pipeline import registry
 
-    context = read_context_length(read_json(artifact.folder / "config.json"))
+    config = read_json(artifact.folder / "config.json")
+    vocabulary, context = config.get("vocab_size"), read_context_length(config)
+    if prompt_ids and type(vocabulary) is int:
+        check_id_range(min(prompt_ids), max(prompt_ids), vocabulary)
     left = count_remaining(len(prompt_ids), max_tokens, context)
     stop = read_stop_ids(artifact.folder)
     if left < max_tokens:

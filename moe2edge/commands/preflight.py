@@ -15,8 +15,8 @@ from moe2edge.pipeline.target import Target
 from moe2edge.progress import Reporter
 from moe2edge.runtime import memory
 from moe2edge.runtime.memory import Estimate, Memory
-from moe2edge.storage import export_folder
 from moe2edge.storage.checkpoint import Checkpoint
+from moe2edge.storage.output_checks import check_space
 
 
 def refuse_early(
@@ -26,7 +26,6 @@ def refuse_early(
     out: Path,
     budget: Memory,
     *,
-    force: bool,
     materialize: bool,
 ) -> Plan:
     """Plan an export; refuse, from headers, what could not be done, written or verified later.
@@ -39,12 +38,12 @@ def refuse_early(
     plan = plan_passes(recipe.passes, source)
     _check_training(recipe, texts, source)
     result = fit_for_targets(plan.result, targets, materialize=materialize)
-    export_folder.check_output(out, force=force)
     passes = estimate_passes(plan, texts)
     outputs = [(target, target.estimate(result)) for target in targets]
     needed = sum(estimate.disk for estimate in (*passes, *(own for _, own in outputs)))
-    needed += estimate_hidden_bytes(plan, texts, budget)
-    export_folder.check_space(out, round(needed * 1.05) + (16 << 20))
+    evaluated = recipe.evaluation.samples * recipe.evaluation.length
+    needed += estimate_hidden_bytes(plan, texts, evaluated, budget)
+    check_space(out, round(needed * 1.05) + (16 << 20))
     for target, estimate in outputs:
         if not target.streams:
             estimate.check(budget.limit)
@@ -125,15 +124,28 @@ def _check_training(recipe: Recipe, texts: TextSizes, model: Model) -> None:
             step.check_text(texts.training)
 
 
-def estimate_hidden_bytes(plan: Plan, texts: TextSizes, budget: Memory) -> int:
-    """Count the bytes of hidden states that are on the disk at once."""
-    if not any(p.step.computes_numbers and p.step.needs_tokens for p in plan.steps):
-        return 0
+def estimate_hidden_bytes(plan: Plan, texts: TextSizes, evaluated: int, budget: Memory) -> int:
+    """Count the bytes of hidden states that are on the disk at once.
+
+    Args:
+        plan: the passes.
+        texts: the sizes of their texts.
+        evaluated: tokens of the evaluation.
+        budget: hidden states beyond it are on the disk, too.
+    """
     hidden = plan.source.family.geometry(plan.source.config).hidden
-    stream = 4 * texts.calibration.tokens * hidden
-    spilled = budget.hidden_bytes is not None and stream > budget.hidden_bytes
-    # In front of a block and behind it; in memory, what enters a block and what it adds.
-    return 4 * stream if spilled else 2 * stream
+
+    def count(tokens: int, kept: int, in_memory: int) -> int:
+        stream = 4 * tokens * hidden
+        spilled = budget.hidden_bytes is not None and stream > budget.hidden_bytes
+        return (kept + in_memory * spilled) * stream
+
+    steps = [planned.step for planned in plan.steps if planned.step.needs_tokens]
+    solving = any(step.computes_numbers for step in steps)
+    # In front of a block and behind it; in memory, what enters a block and what a solver adds.
+    calibrated = count(texts.calibration.tokens, 2, 1 + solving) if steps else 0
+    # The same, and those of the source, which stay.
+    return max(calibrated, count(evaluated, 3, 2))
 
 
 def check_sources(recipe: Recipe, checkpoint: Checkpoint) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,12 +23,20 @@ if TYPE_CHECKING:
     from moe2edge.evaluation.reference import Reference
 
 RECIPE_FILE = "recipe.resolved.yaml"
+# The only file of an output that holds times and peak memory, so that all others are equal if the
+# same export is run again.
 REPORT_FILE = "report.json"
 
 
 @dataclass(frozen=True)
 class Report:
-    """All results of an export."""
+    """All results of an export.
+
+    Attributes:
+        source: name of the source; its path only if that was asked for.
+        license: license keys of the source's card.
+        notes: what there is to know about the files of the source.
+    """
 
     source: str
     family: str
@@ -47,6 +55,9 @@ class Report:
     training: Mapping[str, Any] | None = None
     default_texts: tuple[str, ...] = ()
     materialized: str | None = None
+    license: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    source_check: Mapping[str, Any] | None = None
 
     @property
     def rows(self) -> tuple[ResultRow, ...]:
@@ -92,12 +103,15 @@ class Report:
             table.add_column(heading, justify="right" if n else "left")
         for row in self.rows:
             table.add_row(*row.cells())
-        table.caption = self.caption()
+        table.caption = (
+            f"{self.caption()}. export: {self.seconds:.1f} s, "
+            f"peak memory {self.peak_bytes / 1e6:.0f} MB"
+        )
         table.caption_justify = "left"
         return table
 
     def caption(self) -> str:
-        """Explain the columns, and state the time and memory of the export."""
+        """Explain the columns of the table."""
         figures = self.before.quality
         held_out = (
             "no held-out text"
@@ -107,8 +121,7 @@ class Report:
         )
         return (
             f"{held_out}. logit error: largest difference to PyTorch with float32 activations; as "
-            f"shipped: median relative error. export: {self.seconds:.1f} s, "
-            f"peak memory {self.peak_bytes / 1e6:.0f} MB"
+            "shipped: median relative error"
         )
 
     def lines(self) -> list[str]:
@@ -121,6 +134,9 @@ class Report:
             )
             said += [f"  {note}" for note in step.notes]
         said.append(self._describe_texts())
+        check = self.source_check
+        if check is not None and check["status"] != "passed":
+            said.append(f"source check {check['status']}: {check['reason']}")
         said += [*self._describe_skipping(), *self._describe_materialized().splitlines()[:1]]
         for target, loaders in self.loaders.items():
             for loader in loaders:
@@ -177,7 +193,7 @@ class Report:
         name = target.name
         (folder / RECIPE_FILE).write_text(self.recipe, "utf-8")
         write_json(folder / REPORT_FILE, self.to_json())
-        (folder / "README.md").write_text(self._render_card(name, checkpoint), "utf-8")
+        (folder / "README.md").write_text(self._render_card(target, checkpoint), "utf-8")
         manifest = build_manifest(
             folder,
             name,
@@ -195,10 +211,11 @@ class Report:
                 "origins": [block.origin for block in model.blocks],
             },
             source={
-                "model": checkpoint.source,
+                "model": self.source,
                 "revision": checkpoint.revision,
                 "sha256": checkpoint.sha256,
             },
+            source_check=_shorten(self.source_check or {}),
             texts={
                 "calibration": self.calibration,
                 "evaluation": self.evaluation,
@@ -211,18 +228,19 @@ class Report:
         manifest[FILES][REFERENCE] = describe_file(folder / REFERENCE)
         write_json(folder / MANIFEST, manifest)
 
-    def _render_card(self, target: str, checkpoint: Checkpoint) -> str:
+    def _render_card(self, target: Target, checkpoint: Checkpoint) -> str:
         """Write the text of README.md, with the metadata that the hub reads."""
         from huggingface_hub import ModelCardData
 
+        name = target.name
         data = ModelCardData(
-            base_model=None if checkpoint.source.startswith("builtin:") else checkpoint.source,
-            license=_find_license(checkpoint),
-            library_name="onnxruntime" if target == "onnx" else "transformers",
+            base_model=checkpoint.hub_id,
+            **self.license,
+            library_name="onnxruntime" if name == "onnx" else "transformers",
             pipeline_tag="text-generation",
-            tags=["moe2edge", "mixture-of-experts", target],
+            tags=["moe2edge", "mixture-of-experts", name],
         )
-        mine = [r for r in self.rows if r.parity is None or r.form.startswith(f"{target},")]
+        mine = [r for r in self.rows if r.parity is None or r.form.startswith(f"{name},")]
         table = "\n".join(
             f"| {' | '.join(cells)} |"
             for cells in (
@@ -231,24 +249,20 @@ class Report:
                 *(row.cells() for row in mine),
             )
         )
-        options = "".join(f", {k} {v}" for k, v in self.target_options[target].items())
-        loaders = "\n".join(f"- {loader.program}: {loader.text}" for loader in self.loaders[target])
+        options = "".join(f", {k} {v}" for k, v in self.target_options[name].items())
+        loaders = "\n".join(f"- {loader.program}: {loader.text}" for loader in self.loaders[name])
+        limits = f"{target.limits}\n\n" if target.limits else ""
         return (
-            f"---\n{data.to_yaml()}\n---\n\n# {checkpoint.source}, compressed with moe2edge\n\n"
-            f"{self.family}, written for the target `{target}`{options}.\n\n"
-            f"{table}\n\n{self.caption()}.\n\n{self._describe_texts()}\n\n{self._describe_materialized()}"
-            f"## Who can load it\n\n{loaders}\n\n## Run it\n\n"
+            f"---\n{data.to_yaml()}\n---\n\n# {self.source}, compressed with moe2edge\n\n"
+            f"{self.family}, written for the target `{name}`{options}.\n\n"
+            f"{table}\n\n{self.caption()}.\n\n{self._describe_texts()}\n\n"
+            f"{self._describe_materialized()}"
+            f"## Who can load it\n\n{loaders}\n\n{limits}## Run it\n\n"
             f'```sh\nmoe2edge generate . "Once upon a time"\nmoe2edge verify .\n```\n\n'
             f"## Recipe\n\n```yaml\n{self.recipe}```\n"
         )
 
 
-def _find_license(checkpoint: Checkpoint) -> str | None:
-    """Return the license that the model card of the source names."""
-    from huggingface_hub import ModelCard
-
-    path = checkpoint.folder / "README.md"
-    if not path.exists():
-        return None
-    found: str | None = ModelCard.load(path, ignore_metadata_errors=True).data.license
-    return found
+def _shorten(check: Mapping[str, Any]) -> dict[str, Any]:
+    """Return of the source check what does not differ between two equal runs."""
+    return {key: check[key] for key in ("status", "reason", "transformers") if check.get(key)}

@@ -2,16 +2,120 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
-from moe2edge.errors import InputError
+from moe2edge.errors import InputError, Unsupported
 from moe2edge.model.model import EMBEDDING
+from moe2edge.pipeline.target import Target
 from moe2edge.progress import Reporter
 from moe2edge.storage.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from moe2edge.calibration.tokens import Tokens
+
+
+# Option that leaves the check out.
+LEFT_OUT = "--no-source-check"
+# Largest number of float16.
+LARGEST_FLOAT16 = 65504.0
+
+
+@dataclass(frozen=True)
+class SourceProof:
+    """Result of the source check.
+
+    Attributes:
+        status: whether the walk agrees with stock transformers, or was not compared with it.
+        reason: why it was not compared.
+        transformers: version that it was compared with; empty if it was not.
+        tokens: length of the text.
+        difference: largest relative difference.
+        called: experts that no token reached, and that were called directly.
+    """
+
+    status: Literal["passed", "not run", "left out"]
+    reason: str = ""
+    transformers: str = ""
+    tokens: int = 0
+    difference: float = 0.0
+    called: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all as plain data."""
+        return asdict(self)
+
+
+def prove_source(
+    checkpoint: Checkpoint,
+    reporter: Reporter,
+    *,
+    wanted: bool = True,
+    targets: Sequence[Target] = (),
+    within: int | None = None,
+) -> SourceProof:
+    """Compare what is computed for a source with stock transformers, and say so.
+
+    Args:
+        checkpoint: the source.
+        reporter: receives the result and the time that it took.
+        wanted: False leaves it out.
+        targets: the targets, some of which may run in float16.
+        within: bytes for the whole process; None: what the machine has.
+
+    Raises:
+        VerificationFailed: they differ; the first block that does is named.
+        InputError: the source holds numbers that are not finite.
+        Unsupported: hidden states are beyond float16, in which a target would run.
+    """
+    from moe2edge.evaluation.source_check import StockFailed, compare_with_stock
+
+    if not wanted:
+        reporter.log(f"warning: source check left out ({LEFT_OUT})")
+        return SourceProof("left out", LEFT_OUT)
+    import transformers
+
+    begun, source = time.perf_counter(), checkpoint.model
+    try:
+        found = compare_with_stock(
+            source,
+            checkpoint.folder,
+            without=checkpoint.broken_ids,
+            within=within,
+            advance=reporter.advance,
+        )
+    except StockFailed as error:
+        reporter.log(f"warning: source check not run: {error}")
+        return SourceProof("not run", str(error))
+    version = transformers.__version__
+    called = f"; {found.called} experts called directly" if found.called else ""
+    reporter.log(
+        f"source check: as transformers {version} computes it, on {found.tokens} tokens (largest "
+        f"relative difference {found.difference:.1e}{called}; {time.perf_counter() - begun:.1f} s)"
+    )
+    _check_float16(found.peaks, checkpoint, targets)
+    return SourceProof("passed", "", version, found.tokens, found.difference, found.called)
+
+
+def _check_float16(
+    peaks: Sequence[float], checkpoint: Checkpoint, targets: Sequence[Target]
+) -> None:
+    """Refuse hidden states beyond float16 where an output would run in it.
+
+    Raises:
+        Unsupported: so.
+    """
+    block = next((n for n, peak in enumerate(peaks) if peak > LARGEST_FLOAT16), None)
+    for target in targets:
+        if block is not None and target.find_dtype(checkpoint.model) == "float16":
+            raise Unsupported(
+                f"the hidden states of block {block} reach {peaks[block]:.0f} and overflow in "
+                f"float16, whose largest number is {LARGEST_FLOAT16:.0f}, in which target "
+                f"{target.name} would run; convert the source to bfloat16 (dtype=torch.bfloat16 in "
+                "from_pretrained, then save_pretrained), and export that"
+            )
 
 
 def report_notes(checkpoint: Checkpoint, reporter: Reporter) -> None:

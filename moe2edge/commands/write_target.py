@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,8 @@ from moe2edge.model.model import Model
 from moe2edge.pipeline.target import Target
 from moe2edge.progress import Reporter
 from moe2edge.runtime.memory import give_back
-from moe2edge.storage.checkpoint import Checkpoint
+from moe2edge.storage.companions import Companions
+from moe2edge.storage.manifest import list_files
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,7 +27,7 @@ def write_target(
     target: Target,
     model: Model,
     folder: Path,
-    checkpoint: Checkpoint,
+    companions: Companions,
     measured: Comparison,
     reporter: Reporter,
 ) -> tuple[ResultRow, Reference]:
@@ -40,8 +40,7 @@ def write_target(
     from moe2edge.evaluation.skip_times import measure_times
 
     name = target.name
-    for companion in checkpoint.companions:
-        shutil.copyfile(companion, folder / companion.name)
+    companions.write(folder)
     target.write(model, folder)
     stored = target.stored(model)
     reference = measured.reference.for_stored(model, stored)
@@ -50,7 +49,7 @@ def write_target(
     verify.audit(target, folder, stored)
     target.check_derived(folder)
     give_back()
-    size = sum(path.stat().st_size for path in folder.iterdir())
+    size = sum(path.stat().st_size for path in list_files(folder).values())
     row = ResultRow.from_model(f"{name}, in its runtime", model, None, size)
     reporter.log(f"running {name} in its runtime")
     parity, shipped = verify.check_parity(reference, target, folder, measured.memory.limit)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from moe2edge.evaluation.skip_times import SkipTimes
     from moe2edge.evaluation.verify import Parity
     from moe2edge.numerics.metrics import Quality
+    from moe2edge.storage.kept_walk import KeptWalk
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Comparison:
         memory: Memory,
         *,
         figures: bool = True,
+        keep_walk: Callable[[str], KeptWalk | None] = lambda _: None,
     ) -> Comparison:
         """Run the tokens through both models, block by block.
 
@@ -67,6 +69,7 @@ class Comparison:
             memory: memory budget.
             figures: measure perplexity, KL and top-1 agreement. If False, the tokens only make the
                 reference, and the source is not run.
+            keep_walk: returns the folder of a walk by a name for it; see `KeptWalk`.
         """
         from moe2edge.calibration import walk
         from moe2edge.calibration.router_observers import SkipObserver
@@ -86,8 +89,10 @@ class Comparison:
         before = None
         if figures and model is not source:
             label = "evaluation: source"
-            before = walk.observe(source, ids, (), reporter.advance, label, memory)
-        after = walk.observe(model, ids, observers, reporter.advance, "evaluation: result", memory)
+            kept = keep_walk("source")
+            before = walk.observe(source, ids, (), reporter.advance, label, memory, kept)
+        label, kept = "evaluation: result", keep_walk("result")
+        after = walk.observe(model, ids, observers, reporter.advance, label, memory, kept)
         if figures and before is None:
             before = after
         reporter.log("recording the reference for verify")

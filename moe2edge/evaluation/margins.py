@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from moe2edge.calibration.observation import Resumable
 from moe2edge.model.layers import MoELayer
+from moe2edge.model.model import Block
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 SAMPLES = 2
 
 
-class MarginObserver:
+class MarginObserver(Resumable):
     """Finds the smallest routing margin of each sample, over its first tokens.
 
     A margin is the gap between the logits of the last expert that is chosen and the first that is
@@ -46,6 +48,15 @@ class MarginObserver:
         if margins.shape[-1]:
             least = margins.flatten(1).min(1).values
             self._least.setdefault(trace.block.index, []).append(least)
+
+    def save(self, block: Block) -> Any:
+        """Return the margins in a block."""
+        return self._least.get(block.index)
+
+    def restore(self, block: Block, saved: Any) -> None:
+        """Take the margins in a block."""
+        if saved is not None:
+            self._least[block.index] = saved
 
     def result(self) -> Tensor | None:
         """Return the smallest margin of each sample, float32 [samples].

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe2edge.errors import InputError, Unsupported
 from moe2edge.evaluation.routing_report import ExpertUse, LayerUse, RoutingReport
+from moe2edge.storage.durable import check_writable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -136,15 +137,13 @@ def check_picture(path: Path) -> None:
     """Check before any work that a picture can be drawn and written.
 
     Raises:
-        InputError: the format is not known, the path is a folder, or its folder does not exist.
+        InputError: the format is not known, or no file can be written there.
+        DoesNotFit: the disk is full.
         Unsupported: matplotlib is not installed.
     """
     if path.suffix.lower() not in FORMATS:
         raise InputError(f"-o {path}: the name of a picture ends in {', '.join(FORMATS)}")
-    if path.is_dir():
-        raise InputError(f"-o {path} is a folder; name a file in it")
-    if not path.absolute().parent.is_dir():
-        raise InputError(f"-o {path}: there is no folder {path.parent}; make it first")
+    check_writable(path)
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""What transformers does with the keys of ``config.json``: the one place that knows.
+"""The table of the keys of ``config.json``: what transformers does with each.
 
 A key is judged by what it does in the installed transformers, not by its presence:
 
@@ -67,14 +67,14 @@ class Fixed:
         return (bool(value) if self.truth else value) in self.values
 
 
-_NO_WEIGHTS = "which names other files to read"
+_FILES = "which names other files to read"
 _NESTED = "which holds the settings of another model"
 _IN_CACHE = "which transformers follows in the cache but not in the mask"
 
 # Keys that transformers reads for every family.
 FIXED: Mapping[str, Fixed] = {
     "attention_chunk_size": Fixed((None,), _IN_CACHE),
-    "configuration_files": Fixed(([],), _NO_WEIGHTS),
+    "configuration_files": Fixed(([],), _FILES),
     "decoder": Fixed((None,), _NESTED),
     "generator": Fixed((None,), _NESTED),
     "is_causal": Fixed((True,), "with which attention sees later tokens", truth=True),
@@ -84,7 +84,8 @@ FIXED: Mapping[str, Fixed] = {
     "quantization_config": Fixed((None,), "and the model is already quantized"),
     "text_config": Fixed((None,), _NESTED),
     "text_encoder": Fixed((None,), _NESTED),
-    "transformers_weights": Fixed((None,), _NO_WEIGHTS),
+    "transformers_weights": Fixed((None,), _FILES),
+    "vision_feature_select_strategy": Fixed((None, "default", "full"), "which no text model has"),
 }
 
 _SCALES = "a scale that transformers' class of this family does not apply"

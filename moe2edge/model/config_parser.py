@@ -298,7 +298,7 @@ def _check_windows(family: Family, config: Any, given: Config) -> None:
             f"{family.model_type} with sliding_window {size!r:.100} is not supported, as some of "
             "transformers' implementations of attention follow it and some do not; supported: null"
         )
-    types = getattr(config, "layer_types", None)
+    types: Any = getattr(config, "layer_types", None)
     if family.window == "layer_types":
         usual = {"full_attention", "sliding_attention"}
         if odd := [kind for kind in types if kind not in usual]:

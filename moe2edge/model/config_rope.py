@@ -120,7 +120,7 @@ def check_rope_table(config: Any, given: Mapping[str, Any]) -> None:
 
 
 def _need(rope: Mapping[str, Any], kind: str, key: str) -> None:
-    value = rope.get(key)
+    value: Any = rope.get(key)
     if type(value) not in (int, float) or not value > 0:
         raise InputError(f"config.json: {kind!r} rope needs {key} > 0, found {value!r:.100}")
 

@@ -270,6 +270,8 @@ def build_config(model: Model) -> dict[str, Any]:
     """
     config = dict(model.config)
     config.pop("per_layer_config", None)
+    if not is_pad_token(config.get("pad_token_id"), model.family.geometry(config).vocab):
+        config["pad_token_id"] = None
     config["num_hidden_layers"] = len(model.blocks)
     if model.family.dense_layers:
         dense = [
@@ -294,6 +296,15 @@ def build_config(model: Model) -> dict[str, Any]:
     if not model.is_uniform:
         config["per_layer_config"] = encode_layers(model)
     return config
+
+
+def is_pad_token(token: Any, vocabulary: int) -> bool:
+    """Return whether an embedding table can have this padding row, None or counted from the end.
+
+    Tokenizers that got a pad token of their own have one behind the table. Padding rows only matter
+    in training.
+    """
+    return token is None or -vocabulary <= token < vocabulary
 
 
 def build_transformers_config(model: Model, **changes: Any) -> Any:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from moe2edge.progress import Reporter
+    from moe2edge.storage.kept_walk import KeptWalk
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,8 @@ class PassContext:
         reporter: receives progress and cost.
         memory: the budget.
         training: tokens to train on, int64 [samples, length], for passes that do.
+        keep_walk: returns the folder of a walk of the pass, by a name for it: see `KeptWalk`; None:
+            walks are not kept.
         scratch: folder of a pass that trains, which outlives a killed export; None: there is none.
         journal: keeps finished blocks of a pass that computes numbers.
         facts: what a walk observed for the pass, and what earlier passes left.
@@ -120,6 +123,7 @@ class PassContext:
     reporter: Reporter
     memory: Memory = UNLIMITED
     training: Tensor | None = None
+    keep_walk: Callable[[str], KeptWalk | None] = lambda _: None
     scratch: Path | None = None
     journal: BlockJournal | None = None
     facts: Facts = field(default_factory=Facts)

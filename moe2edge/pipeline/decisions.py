@@ -8,6 +8,7 @@ made from models before and after, whatever passes lay between them.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from moe2edge.errors import InputError
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Block, Form, Model, get_form
-from moe2edge.storage.text_files import read_json, write_json
+from moe2edge.storage.durable import write_file
+from moe2edge.storage.output_checks import OutputForm, check_output
+from moe2edge.storage.text_files import read_json
 
 DECISIONS_KIND: Final = "moe2edge.decisions"
 DECISIONS_VERSION: Final = 1
@@ -299,22 +302,6 @@ def read_decisions(path: Path, sha256: str | None = None) -> tuple[Decisions, st
         raise InputError(f"{path} is damaged ({place}: {reason}); decide again") from error
 
 
-def check_decisions_output(path: Path, *, force: bool) -> None:
-    """Refuse a file name that is taken.
-
-    Raises:
-        InputError: something else is there, or decisions and not ``force``.
-    """
-    if not path.parent.is_dir():
-        raise InputError(f"{path.parent} does not exist; make it first")
-    if not os.path.lexists(path):
-        return
-    if path.is_symlink() or not path.is_file() or not _is_ours(path):
-        raise InputError(f"{path} exists and holds no decisions; choose another name")
-    if not force:
-        raise InputError(f"{path} exists; choose another name, or replace it with --force")
-
-
 def _is_ours(path: Path) -> bool:
     try:
         return read_json(path).get("kind") == DECISIONS_KIND
@@ -322,12 +309,27 @@ def _is_ours(path: Path) -> bool:
         return False
 
 
+def _list_damage(path: Path) -> list[str]:
+    try:
+        read_decisions(path)
+    except InputError as error:
+        return [str(error)]
+    return []
+
+
+DECISIONS = OutputForm(False, _is_ours, "holds no decisions", lambda _: [], _list_damage)
+
+
+def check_decisions_output(path: Path, *, force: bool) -> None:
+    """Refuse a file name that is taken.
+
+    Raises:
+        InputError: something else is there, or decisions and not ``force``.
+    """
+    check_output(Path(os.path.abspath(path)), force=force, form=DECISIONS)
+
+
 def write_decisions(decisions: Decisions, path: Path) -> None:
     """Write the document; what was there stays until the new one is complete."""
-    # A name of this process alone: a user's file beside it may be called anything else.
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write_json(partial, decisions.to_json())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    text = json.dumps(decisions.to_json(), indent=2, ensure_ascii=False) + "\n"
+    write_file(path, text.encode("utf-8"))

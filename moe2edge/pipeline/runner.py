@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from moe2edge.calibration.observation import Facts
@@ -17,6 +18,7 @@ from moe2edge.runtime.memory import UNLIMITED, Memory
 
 if TYPE_CHECKING:
     from moe2edge.calibration.tokens import Tokens
+    from moe2edge.storage.kept_walk import KeptWalk
 
 
 def run_passes(
@@ -39,7 +41,7 @@ def run_passes(
     left: dict[type, object] = {}
     for stage in group_stages(recipe.passes):
         begun = time.perf_counter()
-        observed = _observe(stage, context)
+        observed = _observe(stage, context, work.kept_walk(len(steps), "scoring"))
         for step in stage.passes:
             # Again: a threshold or a shared budget may have left another model than was planned.
             step.check(context.model)
@@ -54,7 +56,7 @@ def run_passes(
     return context.model, steps
 
 
-def _observe(stage: Stage, context: PassContext) -> Facts:
+def _observe(stage: Stage, context: PassContext, kept: KeptWalk | None) -> Facts:
     """Gather the facts that the passes of a stage need, in one walk over the calibration text."""
     from moe2edge.calibration import walk
 
@@ -68,6 +70,7 @@ def _observe(stage: Stage, context: PassContext) -> Facts:
         context.reporter.advance,
         label,
         context.memory,
+        kept,
     )
 
 
@@ -78,6 +81,7 @@ def _with_work(
     return replace(
         context,
         facts=facts,
+        keep_walk=partial(work.kept_walk, position),
         journal=work.ledger(position) if step.computes_numbers else None,
         scratch=work.scratch(position, step.name) if step.needs_training_text else None,
     )

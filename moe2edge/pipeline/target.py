@@ -54,12 +54,14 @@ class Target:
         streams: whether its folders can be read as models, see `streamed`.
         libraries: modules that its runtime imports; the profiler imports them before it times
             the loading of a folder.
+        limits: what its outputs cannot do, for their cards; empty if there is nothing to say.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     streams: ClassVar[bool] = False
     libraries: ClassVar[tuple[str, ...]] = ("torch",)
+    limits: ClassVar[str] = ""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -83,6 +85,10 @@ class Target:
             Unsupported: as `accepts`.
         """
         return model
+
+    def find_dtype(self, model: Model) -> str:
+        """Return the dtype, as torch names it, that an output of ``model`` runs in as shipped."""
+        return "float32"
 
     def estimate(self, model: Model) -> Estimate:
         """Estimate what the output takes: weight files, and memory once reopened, as shipped."""

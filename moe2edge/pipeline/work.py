@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from moe2edge.numerics.grid import Quantized
+    from moe2edge.storage.kept_walk import KeptWalk
 
 
 # Roles of experts, of what replaces them, and of the expert that may be left of a layer.
@@ -85,6 +86,10 @@ class Work(Store, Protocol):
 
     def ledger(self, step: int) -> BlockJournal:
         """Return the finished blocks of the pass at position ``step``."""
+        ...
+
+    def kept_walk(self, step: int, name: str) -> KeptWalk | None:
+        """Return the folder of a walk of the pass at position ``step``, by a name for it."""
         ...
 
     def scratch(self, step: int, name: str) -> Path:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from moe2edge.errors import InputError, Moe2EdgeError
+from moe2edge.storage.tokenizer import encode_text
 
 if TYPE_CHECKING:
     import torch
@@ -182,9 +183,9 @@ def encode_prompt(
     if has_template and chat is not False:
         # The template adds the special tokens.
         text = _fill_template(tokenizer, prompt, chat_template)
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = encode_text(tokenizer, text, special=False)
     else:
-        ids = tokenizer(prompt)["input_ids"]
+        ids = encode_text(tokenizer, prompt)
     # Some templates, and some users, write a first token that the tokenizer adds as well.
     if tokenizer.bos_token_id is not None and ids[:2] == [tokenizer.bos_token_id] * 2:
         ids = ids[1:]

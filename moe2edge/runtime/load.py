@@ -21,6 +21,7 @@ from moe2edge.model.hf_config import build_transformers_config
 from moe2edge.model.model import Block, Model
 from moe2edge.model.weights import DTYPES
 from moe2edge.storage.checkpoint import open_checkpoint
+from moe2edge.storage.generation_config import GENERATION_CONFIG, read_generation_config
 from moe2edge.storage.manifest import is_artifact, open_artifact
 from moe2edge.storage.output import open_stored_model
 
@@ -68,7 +69,8 @@ def load(
     stored = DTYPES[model.rest["model.embed_tokens.weight"].dtype]
     loaded = build_transformers_model(model, dtype or getattr(torch, stored), packed=packed)
     loaded.config.name_or_path = checkpoint.source
-    if (checkpoint.folder / "generation_config.json").exists():
+    read_generation_config(checkpoint.folder)  # refuses a wrong one in a line
+    if (checkpoint.folder / GENERATION_CONFIG).exists():
         loaded.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
     return loaded
 

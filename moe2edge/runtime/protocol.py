@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from moe2edge.errors import InputError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -41,3 +43,15 @@ class Runtime(Protocol):
             Logits float32 [vocabulary] after the token.
         """
         ...
+
+
+def check_id_range(lowest: int, highest: int, vocabulary: int) -> None:
+    """Check token ids against the entries of a vocabulary.
+
+    Raises:
+        InputError: some are outside of it.
+    """
+    if lowest < 0 or highest >= vocabulary:
+        raise InputError(
+            f"token ids run from {lowest} to {highest}, but the vocabulary has {vocabulary} entries"
+        )

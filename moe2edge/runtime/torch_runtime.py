@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe2edge.errors import InputError, Moe2EdgeError, VerificationFailed
+from moe2edge.model.hf_config import is_pad_token
+from moe2edge.runtime.protocol import check_id_range
+from moe2edge.storage.text_files import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -111,6 +114,8 @@ class TorchRuntime:
     def _run(self, ids: Tensor, **options: Any) -> Tensor:
         import torch
 
+        table = self.model.get_input_embeddings().weight
+        check_id_range(int(ids.min()), int(ids.max()), len(table))
         with torch.inference_mode():
             output = self.model(ids.to(self.model.device), **options)
         logits: Tensor = output.logits
@@ -161,6 +166,11 @@ def open_source(folder: Path, *, dtype: str = "bfloat16", strict: bool = False) 
 
     from moe2edge.runtime.expert_kernels import set_expert_implementation
 
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    pad, vocabulary = config.get("pad_token_id"), config.get("vocab_size")
+    changes = {}
+    if type(pad) is int and type(vocabulary) is int and not is_pad_token(pad, vocabulary):
+        changes = {"pad_token_id": None}
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -171,6 +181,7 @@ def open_source(folder: Path, *, dtype: str = "bfloat16", strict: bool = False) 
             # Reported below instead of raised here, so that the message names the tensors.
             ignore_mismatched_sizes=strict,
             output_loading_info=True,
+            **changes,
         )
     except (OSError, ValueError, RuntimeError) as error:
         error_type = VerificationFailed if strict else InputError

@@ -20,20 +20,14 @@ from moe2edge.model.build import build_model
 from moe2edge.model.family import find_family
 from moe2edge.model.model import EMBEDDING, HEAD, Model
 from moe2edge.model.weights import Weight
+from moe2edge.storage.hub import download, get_hub_id
 from moe2edge.storage.safetensors_files import make_weight
 from moe2edge.storage.tensor_bytes import find_broken_rows, hash_tensors, have_same_numbers
-from moe2edge.storage.text_files import get_first_line, hash_file, read_json
+from moe2edge.storage.text_files import hash_file, read_json
 from moe2edge.storage.weight_files import CONVERT, INDEX, SINGLE, WeightFiles, find_weight_files
 
 BUILTIN = "builtin:tiny-moe"
 BUILTIN_FOLDER = Path(__file__).parents[1] / "builtin" / "tiny-moe"
-# Files of a checkpoint other than its weights, copied into every output.
-COMPANIONS = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
-    "generation_config.json", "LICENSE", "LICENSE.txt",
-)  # fmt: skip
-
 # Key of a config that says whether the embedding is the head.
 TIE_FLAG = "tie_word_embeddings"
 
@@ -47,12 +41,14 @@ class Checkpoint:
         folder: folder with its files.
         revision: commit of a hub model, None for a folder.
         config: content of ``config.json``.
+        lacking: files of a hub model that the local cache lacks, none of which is needed.
     """
 
     source: str
     folder: Path
     revision: str | None
     config: Mapping[str, Any]
+    lacking: tuple[str, ...] = ()
 
     @property
     def files(self) -> Mapping[str, Path]:
@@ -207,9 +203,16 @@ class Checkpoint:
         return whole.hexdigest(), rows
 
     @property
-    def companions(self) -> list[Path]:
-        """Files of the tokenizer, chat template and the like that exist."""
-        return [self.folder / name for name in COMPANIONS if (self.folder / name).exists()]
+    def hub_id(self) -> str | None:
+        """Name of the model on the hub, where it is certain; None for other folders."""
+        return get_hub_id(self.folder)
+
+    @property
+    def name(self) -> str:
+        """Name for reports, which may be published: never where a folder of the user lies."""
+        if self.source == BUILTIN or self.hub_id is not None:
+            return self.hub_id or BUILTIN
+        return " ".join(self.folder.resolve().name.split())[:100] or "model"
 
 
 def open_checkpoint(
@@ -232,25 +235,27 @@ def open_checkpoint(
     (16, 16, 16, 16, 16, 16)
     """
     source = str(source)
-    folder, commit = _locate(source, revision, cache_dir)
+    folder, commit, lacking = _locate(source, revision, cache_dir)
     config = folder / "config.json"
     if not config.exists():
         raise InputError(
             f"{source} is not a checkpoint: it has no config.json; name the folder that has it"
         )
-    return Checkpoint(source, folder, commit, read_json(config))
+    return Checkpoint(source, folder, commit, read_json(config), lacking)
 
 
-def _locate(source: str, revision: str | None, cache_dir: Path | None) -> tuple[Path, str | None]:
-    """Find the folder of MODEL, and its commit if it is a hub model."""
+def _locate(
+    source: str, revision: str | None, cache_dir: Path | None
+) -> tuple[Path, str | None, tuple[str, ...]]:
+    """Find the folder of MODEL; for a hub model also its commit, and what the cache lacks."""
     if source.startswith("builtin:"):
         if source != BUILTIN:
             raise InputError(f"no built-in model {source!r}; there is {BUILTIN}")
-        return BUILTIN_FOLDER, None
+        return BUILTIN_FOLDER, None, ()
     try:
         path = Path(source).expanduser()
         if path.is_dir():
-            return path, None
+            return path, None, ()
     except (OSError, RuntimeError) as error:  # an unknown user's home, or a name that is too long
         raise InputError(f"{source[:100]} cannot be opened: {str(error)[:100]}") from error
     name, _, at = source.removeprefix("hf://").partition("@")
@@ -261,35 +266,4 @@ def _locate(source: str, revision: str | None, cache_dir: Path | None) -> tuple[
         )
     if at and revision and at != revision:
         raise InputError(f"{source} names revision {at}, and --revision {revision}; give one")
-    return _download(name, at or revision, cache_dir)
-
-
-def _download(name: str, revision: str | None, cache_dir: Path | None) -> tuple[Path, str]:
-    """Download what is missing of a hub model to the local cache; return folder and commit."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        folder = snapshot_download(
-            name,
-            revision=revision,
-            cache_dir=cache_dir,
-            allow_patterns=[
-                "config.json",
-                "*.safetensors",
-                "*.safetensors.index.json",
-                *COMPANIONS,
-            ],
-            # A star matches slashes, too; weights in other layouts would be downloaded in vain.
-            ignore_patterns=["*/*", "consolidated*"],
-        )
-    except LocalEntryNotFoundError as error:
-        raise InputError(
-            f"{name} is not in the local cache and the hub cannot be reached; download it first, "
-            "or give a local folder"
-        ) from error
-    except (HfHubHTTPError, HFValidationError) as error:
-        raise InputError(
-            f"{name} cannot be downloaded from the hub: {get_first_line(error)}"
-        ) from error
-    return Path(folder), Path(folder).name
+    return download(name, at or revision, cache_dir)

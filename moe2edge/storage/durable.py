@@ -46,17 +46,16 @@ def check_name(path: Path, *, longer: int = 0) -> None:
     """
     if path.name in ("", ".."):
         raise InputError(f"{path} exists and was not written by moe2edge; choose another name")
+    if "\0" in str(path):
+        raise InputError(f"{str(path)!r} has a zero byte; choose another name")
+    limit = 255
     try:
         if not path.parent.is_dir():
             raise InputError(f"{path.parent} does not exist; make it first")
-        limit = os.pathconf(path.parent, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
-        os.lstat(path.with_name("x" * (len(os.fsencode(path.name)) + longer)))
-    except FileNotFoundError:
-        pass
+        if hasattr(os, "pathconf"):
+            limit = os.pathconf(path.parent, "PC_NAME_MAX")
     except OSError as error:
         raise make_place_error(path, error) from error
-    except ValueError as error:  # a zero byte
-        raise InputError(f"{str(path)!r} is no name ({error}); choose another one") from error
     if len(os.fsencode(path.name)) + longer > limit:
         raise InputError(
             f"the name {path.name[:50]}... is longer than the {limit - longer} bytes that there "
@@ -71,8 +70,8 @@ def check_writable(path: Path) -> None:
         InputError: it cannot.
         DoesNotFit: the disk is full.
     """
-    path = Path(os.path.realpath(path))
     check_name(path)
+    path = Path(os.path.realpath(path))
     if path.is_dir():
         raise InputError(f"{path} is a folder; name a file in it")
     try:

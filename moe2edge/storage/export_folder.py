@@ -4,183 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Literal
 
-from moe2edge.errors import Diverged, DoesNotFit, InputError, WorkDamaged
+from moe2edge.errors import Diverged, InputError, WorkDamaged
 from moe2edge.progress import Log, Reporter
-from moe2edge.storage.durable import check_name, hold_signals, sync_tree
+from moe2edge.storage import output_checks
+from moe2edge.storage.durable import hold_signals, sync_tree
 from moe2edge.storage.locking import OutputLock
-from moe2edge.storage.manifest import (
-    MANIFEST,
-    check_manifest_files,
-    is_added_by_systems,
-    is_artifact,
-    open_artifact,
+from moe2edge.storage.output_checks import (
+    EXPORT,
+    OutputForm,
+    check_place,
+    check_reads,
+    check_replaceable,
 )
-from moe2edge.storage.publishing import MARKER, PARTIAL, Marker, PartialFolder, RunInputs
-from moe2edge.storage.text_files import read_json
+from moe2edge.storage.publishing import Marker, PartialFolder, RunInputs
 from moe2edge.storage.work_folder import WorkFolder
 
 Resume = Literal["auto", "never", "require"]
-
-
-@dataclass(frozen=True)
-class OutputForm:
-    """Kind of an output: what may be replaced, and what is whole.
-
-    Attributes:
-        is_folder: it is a folder, not a single file.
-        is_ours: returns whether what is at a path was written by moe2edge, so that it may be
-            replaced.
-        foreign: what to say about anything else.
-        list_unknown: returns what is in it that moe2edge did not write.
-        list_damage: returns in words what is wrong with a finished output.
-    """
-
-    is_folder: bool
-    is_ours: Callable[[Path], bool]
-    foreign: str
-    list_unknown: Callable[[Path], list[str]]
-    list_damage: Callable[[Path], list[str]]
-
-
-def _is_ours(folder: Path) -> bool:
-    """Return whether a folder is an output, or holds nothing but outputs."""
-    children = [path for path in folder.iterdir() if not is_added_by_systems(path.name)]
-    return is_artifact(folder) or (bool(children) and all(map(is_artifact, children)))
-
-
-def _list_outputs(out: Path) -> list[Path]:
-    """List the outputs in a folder, or the folder itself if it is one."""
-    if is_artifact(out):
-        return [out]
-    return sorted(path for path in out.iterdir() if path.is_dir() and is_artifact(path))
-
-
-def _list_unknown(out: Path) -> list[str]:
-    """List what is in an output, or in a folder of outputs, that no manifest names."""
-    known: set[str] = set()
-    folders = [out]
-    for output in _list_outputs(out):
-        listed = read_json(output / MANIFEST).get("files")
-        names = [MANIFEST, *(listed if isinstance(listed, dict) else ())]
-        folders.append(output)
-        for path in (output / name for name in names):
-            known.add(str(path.relative_to(out)))
-            folders += path.parents
-    folders_known = {path for path in folders if path.is_relative_to(out)}
-    unknown = []
-    for folder, below, names in os.walk(out):
-        relative = Path(folder).relative_to(out)
-        links = [name for name in below if Path(folder, name).is_symlink()]
-        # A folder that is not in the way of a file of ours and has nothing in it.
-        empty = [""] if not (below or names) and Path(folder) not in folders_known else []
-        for name in (*names, *links, *empty):
-            found = (relative / name).as_posix()
-            if found not in known and not _is_of_a_system(found, out):
-                unknown.append(found)
-    return sorted(unknown)
-
-
-def _is_of_a_system(name: str, out: Path) -> bool:
-    """Return whether the hub or a system adds such a file to an output, or to one inside of it."""
-    first, _, rest = name.partition("/")
-    return is_added_by_systems(name) or bool(
-        rest and is_artifact(out / first) and is_added_by_systems(rest)
-    )
-
-
-def _list_damage(out: Path) -> list[str]:
-    """Compare a finished output, or each in a folder of outputs, with its manifest."""
-    outputs = _list_outputs(out)
-    found = [line for output in outputs for line in check_manifest_files(open_artifact(output))]
-    return found if outputs else ["it has no manifest"]
-
-
-EXPORT = OutputForm(True, _is_ours, "was not written by moe2edge", _list_unknown, _list_damage)
-
-
-def check_place(out: Path) -> None:
-    """Refuse a name that no output can have.
-
-    Raises:
-        InputError: it is one.
-    """
-    check_name(out, longer=len(PARTIAL))
-    if out.name.endswith(PARTIAL):
-        raise InputError(
-            f"{out}: an export to {out.name.removesuffix(PARTIAL)} keeps its work in a folder of "
-            "that name; choose another name"
-        )
-    if inside := next((path for path in out.absolute().parents if (path / MARKER).exists()), None):
-        raise InputError(f"{out} is inside of {inside}, which an export removes; choose another")
-
-
-def check_output(out: Path, *, force: bool, form: OutputForm = EXPORT) -> None:
-    """Refuse an output name that is taken, or that cannot be.
-
-    Raises:
-        InputError: something is there that moe2edge did not write, or that it did and not
-            ``force``; or a file in it would be lost.
-    """
-    check_place(out)
-    if not os.path.lexists(out):
-        return
-    right_kind = out.is_dir() if form.is_folder else out.is_file()
-    if out.is_symlink() or not right_kind or not form.is_ours(out):
-        raise InputError(f"{out} exists and {form.foreign}; choose another name")
-    if not force:
-        raise InputError(f"{out} exists; choose another name, or replace it with --force")
-    if os.path.ismount(out):
-        raise InputError(f"{out} is a mount point and cannot be replaced; choose a name inside")
-    if unknown := form.list_unknown(out):
-        raise InputError(
-            f"{out} holds files that moe2edge did not write, such as {unknown[0]}, and --force "
-            "would delete them; move them away"
-        )
-
-
-def check_reads(out: Path, reads: Iterable[Path]) -> None:
-    """Refuse an output that would delete what it is made from.
-
-    Args:
-        out: the output.
-        reads: files and folders that are read, and their files that may be links.
-
-    Raises:
-        InputError: one is inside of what is at OUT, or of its work.
-    """
-    partial = PartialFolder(out).path
-    for path in reads:
-        resolved = path.resolve()
-        for place, what in ((out, "replacing it"), (partial, "the work there is removed, which")):
-            if os.path.lexists(place) and resolved.is_relative_to(place.resolve()):
-                raise InputError(
-                    f"{path} is read and lies in {place}; {what} would delete it: choose another "
-                    "name for the output"
-                )
-
-
-def check_space(out: Path, needed: int) -> None:
-    """Refuse to begin an export that the disk cannot hold.
-
-    Raises:
-        DoesNotFit: less than ``needed`` bytes are free.
-    """
-    free = shutil.disk_usage(out.parent).free
-    # The files of an unfinished export count as free: they are reused or removed.
-    partial = PartialFolder(out).path
-    free += sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
-    if free < needed:
-        raise DoesNotFit(
-            f"{out.parent} has {free / 1e9:.2f} GB free, the export needs {needed / 1e9:.2f} GB; "
-            "free some space, or write to another disk"
-        )
 
 
 @dataclass
@@ -194,6 +39,8 @@ class Claim:
         lock: its lock.
         log: receives lines.
         published: the output has its name.
+        pending: marker of the output that is there, if the run that wrote it was killed when it had
+            its name and not all was cleaned up; else None.
     """
 
     out: Path
@@ -202,6 +49,7 @@ class Claim:
     lock: OutputLock
     log: Log
     published: bool = False
+    pending: Marker | None = None
 
     @property
     def partial(self) -> PartialFolder:
@@ -230,12 +78,15 @@ class Claim:
         """
         partial = self.partial
         sync_tree(partial.content)
-        partial.mark(replace(marker, state="finished"))
+        entry = os.lstat(partial.content).st_ino
+        partial.mark(replace(marker, state="finished", entry=entry))
         with hold_signals():
             self.lock.check()
-            check_output(self.out, force=self.force, form=self.form)
+            replaces = os.path.lexists(self.out)
+            output_checks.check_output(self.out, force=self.force, form=self.form)
             try:
-                partial.publish()
+                # Somebody may have put something there since.
+                partial.publish(self._check_replaced if replaces else None)
             except FileExistsError as error:
                 raise InputError(
                     f"{self.out} has appeared while it was being written; choose another name"
@@ -245,6 +96,30 @@ class Claim:
                 partial.remove()
             except (InputError, OSError) as error:
                 self.log(f"warning: {self.out} is written, but {partial.path} stays: {error}")
+
+    def settle(self, wanted: Marker | None = None) -> bool:
+        """Finish the cleaning up that waited for the inputs to be known, if any did.
+
+        Return whether the output that is there is the one that is wanted.
+
+        Raises:
+            InputError: it is not, and is not to be replaced.
+        """
+        if self.pending is None:
+            return False
+        same = wanted is not None and self.pending.is_same(wanted)
+        if same and (damage := self.form.list_damage(self.out)):
+            self.log(f"{self.out}, which an earlier run wrote, has changed: {damage[0]}")
+            same = False
+        self.partial.remove()
+        self.pending = None
+        if not same:
+            output_checks.check_output(self.out, force=self.force, form=self.form)
+        self.published = same
+        return same
+
+    def _check_replaced(self, old: Path) -> None:
+        check_replaceable(old, self.out, self.form)
 
     def clean_up(self, error: BaseException, kept: str) -> None:
         """Remove or keep what a run that failed leaves, and say in a note of the error which.
@@ -319,14 +194,20 @@ def claim_output(
     try:
         with lock.hold(log):
             check_reads(out, reads)
-            partial.recover()
+            claim.pending = partial.recover()
             try:
-                check_output(out, force=force, form=form)
+                if claim.pending is None:
+                    output_checks.check_output(out, force=force, form=form)
             except InputError as error:
                 if partial.is_finished:
                     error.add_note(claim.describe_finished())
                 raise
-            yield claim
+            try:
+                yield claim
+            finally:
+                if claim.pending is not None:
+                    with hold_signals(), contextlib.suppress(OSError):
+                        partial.remove()
     except KeyboardInterrupt as interrupt:
         if claim.published:
             interrupt.add_note(f"{out} is finished")
@@ -344,15 +225,20 @@ def publish_finished(
 ) -> bool:
     """Publish the output that an earlier run with the same inputs finished; False: there is none.
 
-    Such a run was killed, or something had appeared at OUT. Its files are read and compared with
-    their digests first.
+    Such a run was killed, perhaps when OUT had its name already, or something had appeared at OUT.
+    Its files are read and compared with their digests first.
 
     Raises:
         InputError, Moe2EdgeError: as `Claim.publish` does.
     """
     partial = claim.partial
-    wanted = Marker(dict(inputs), dict(outcome), "finished")
-    if resume == "never" or not partial.is_finished or partial.read_marker() != wanted:
+    wanted = Marker(dict(inputs), dict(outcome))
+    if resume == "never":
+        return False
+    if claim.settle(wanted):
+        return True
+    marker = partial.read_marker()
+    if marker is None or not partial.is_finished or not marker.is_same(wanted):
         return False
     if damage := claim.form.list_damage(partial.content):
         claim.log(
@@ -392,6 +278,7 @@ def open_partial_folder(
             there is none and ``resume`` requires it; or something has appeared at OUT.
     """
     partial = claim.partial
+    claim.settle()
     resuming, damaged = _examine(partial, inputs, resume)
     marker = Marker(dict(inputs), dict(outcome or {}))
     if not resuming and partial.read_marker() is not None:
@@ -447,5 +334,5 @@ def _describe_difference(key: str, before: RunInputs, now: RunInputs) -> str:
     """Describe an input that differs, by its first line that does."""
     old, new = before.get(key, "none"), now.get(key, "none")
     pairs = zip_longest(old.splitlines(), new.splitlines(), fillvalue="nothing")
-    a, b = next((a, b) for a, b in pairs if a != b)
+    a, b = next(((a, b) for a, b in pairs if a != b), (repr(old), repr(new)))
     return f"{key}: then {a.strip()[:80]}, now {b.strip()[:80]}"

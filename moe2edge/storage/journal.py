@@ -11,14 +11,14 @@ that was computed after it, and so it is computed again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe2edge.errors import WorkDamaged
 from moe2edge.model.model import Block
-from moe2edge.storage.records import append_record, is_sound, read_records, seal, write_records
+from moe2edge.storage.records import append_record, is_sound, recover_records, write_records
 from moe2edge.storage.safetensors_files import PlannedTensor, read_tensor, write_durably
 from moe2edge.storage.solved_blocks import open_handles, save
 
@@ -65,20 +65,22 @@ class Journal:
         folder: the work folder.
         units: entries by step and block, in the order in which they were finished.
         damaged: whether a line was damaged, which is forgotten with those after it.
+        guard: called before a block counts; raises if an input has changed under way.
     """
 
     def __init__(self, folder: Path) -> None:
         """Read the entries in the folder, and remove a last line that is cut short."""
         self.folder = folder
+        self.guard: Callable[[], None] = lambda: None
         self._path = folder / JOURNAL
         self.units: dict[tuple[int, int], JournalEntry] = {}
-        records, self.damaged = read_records(self._path)
+        records, self.damaged = recover_records(self._path)
         try:
             for record in records:
                 self._read_entry(record)
         except (AttributeError, LookupError, TypeError):  # of another version
             self.damaged = True
-        if self._path.exists():
+        if self.damaged:
             self._rewrite()
 
     def _read_entry(self, raw: dict[str, Any]) -> None:
@@ -89,6 +91,7 @@ class Journal:
 
     def add(self, entry: JournalEntry) -> None:
         """Record a block as finished."""
+        self.guard()
         append_record(self._path, asdict(entry))
         self.units[entry.step, entry.block] = entry
 
@@ -113,15 +116,14 @@ class Journal:
 
     def forget_from(self, place: tuple[int, int]) -> None:
         """Forget a block, by step and index, and those after it."""
-        self.units = {key: entry for key, entry in self.units.items() if key < place}
-        if self._path.exists():
+        kept = {key: entry for key, entry in self.units.items() if key < place}
+        if len(kept) < len(self.units):
+            self.units = kept
             self._rewrite()
 
     def _rewrite(self) -> None:
-        """Write the file again if it holds anything but the entries."""
-        lines = [asdict(entry) for entry in self.units.values()]
-        if self._path.read_bytes() != b"".join(map(seal, lines)):
-            write_records(self._path, lines)
+        """Write the file again, with the entries alone."""
+        write_records(self._path, [asdict(entry) for entry in self.units.values()])
 
 
 def _convert_to_tuple(value: Any) -> Any:

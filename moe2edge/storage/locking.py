@@ -67,6 +67,7 @@ class OutputLock:
         self.out, self.path = out, name_lock(out)
         self._handle, self._flocked = -1, False
         self._token = secrets.token_hex(16)
+        self._process = _describe_process()
         self._beats = 0
         self._beaten = (0.0, 0.0)
         self._lost = threading.Event()
@@ -186,7 +187,7 @@ class OutputLock:
 
     def _is_alive(self, owner: dict[str, Any], flocked: bool, log: Log) -> bool:
         """Return whether the writer of a line still writes; this may take `GONE` seconds."""
-        here = _describe_process()
+        here = self._process
         if owner.get("boot") == here["boot"]:
             if flocked:
                 return False  # the system releases the lock of a process that ended
@@ -213,7 +214,7 @@ class OutputLock:
             return os.fstat(file.fileno()).st_mtime - os.stat(self.path).st_mtime
 
     def _write_line(self) -> None:
-        line = {**_describe_process(), "token": self._token, "beat": self._beats}
+        line = {**self._process, "token": self._token, "beat": self._beats}
         self._beats += 1
         # One write of one length, so that nobody reads half of it.
         os.pwrite(self._handle, json.dumps(line).ljust(_LINE - 1).encode() + b"\n", 0)
@@ -302,21 +303,21 @@ def _describe_process() -> dict[str, Any]:
     """Describe this process so that other hosts and containers recognize it."""
     return {
         "host": socket.gethostname(),
-        "boot": _read_boot(),
-        "namespace": _read_namespace(),
+        "boot": read_boot(),
+        "namespace": read_namespace(),
         "pid": os.getpid(),
         "started": psutil.Process().create_time(),
     }
 
 
-def _read_boot() -> str:
+def read_boot() -> str:
     """Return what tells this run of this system's kernel from any other."""
     with contextlib.suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
     return f"{socket.gethostname()} {psutil.boot_time():.0f}"
 
 
-def _read_namespace() -> str:
+def read_namespace() -> str:
     """Return the namespace in which the numbers of processes count."""
     with contextlib.suppress(OSError):
         return os.readlink("/proc/self/ns/pid")

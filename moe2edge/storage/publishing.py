@@ -20,10 +20,10 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, get_args
 
 from moe2edge.errors import InputError
 from moe2edge.storage.durable import remove, rename_new
@@ -51,11 +51,37 @@ class Marker:
         inputs: all that the numbers depend on.
         outcome: all that the output depends on beside them, such as the targets.
         state: how far it is.
+        entry: number of the file system for ``out`` when it was finished; a rename keeps it.
     """
 
     inputs: RunInputs = field(default_factory=dict)
     outcome: RunInputs = field(default_factory=dict)
     state: State = "working"
+    entry: int = 0
+
+    def is_same(self, other: Marker) -> bool:
+        """Return whether both are of the same output."""
+        return (self.inputs, self.outcome) == (other.inputs, other.outcome)
+
+
+def _parse_marker(text: str) -> Marker:
+    """Parse a marker.
+
+    Raises:
+        ValueError: it is none.
+    """
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise ValueError("not a mapping")
+    inputs, outcome = found.get("inputs") or {}, found.get("outcome") or {}
+    for mapping in (inputs, outcome):
+        if not isinstance(mapping, dict) or not all(isinstance(v, str) for v in mapping.values()):
+            raise ValueError("not a mapping of texts")
+    # Older versions wrote neither state nor entry.
+    state, entry = found.get("state", "working"), found.get("entry", 0)
+    if state not in get_args(State) or not isinstance(entry, int):
+        raise ValueError("not a state")
+    return Marker(inputs, outcome, state, entry)
 
 
 class PartialFolder:
@@ -89,10 +115,8 @@ class PartialFolder:
         if names <= {f"{MARKER}.tmp"}:  # killed before it wrote the marker, or behind that
             return Marker(state="removing")
         try:
-            found: dict[str, Any] = json.loads((self.path / MARKER).read_text("utf-8"))
-            inputs, outcome = found.get("inputs") or {}, found.get("outcome") or {}
-            marker = Marker(dict(inputs), dict(outcome), found.get("state", "working"))
-        except (OSError, ValueError, AttributeError, TypeError) as error:
+            marker = _parse_marker((self.path / MARKER).read_text("utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
             raise foreign from error
         if strange := self._find_foreign():
             raise self._make_foreign_error(strange)
@@ -129,8 +153,10 @@ class PartialFolder:
         marker = self.read_marker() if os.path.lexists(self.content) else None
         return marker is not None and marker.state == "finished"
 
-    def recover(self) -> None:
+    def recover(self) -> Marker | None:
         """Finish or undo what a killed run was doing when it published or cleaned up.
+
+        Return the marker of an output that has its name, while nothing else is left of the run.
 
         Raises:
             InputError: the folder is not ours, or OUT has appeared since what was there was moved
@@ -138,15 +164,20 @@ class PartialFolder:
         """
         marker = self.read_marker()
         if marker is None:
-            return
+            return None
         self.empty_trash()
-        published = marker.state == "finished" and not os.path.lexists(self.content)
-        if published or marker.state == "removing":
+        if marker.state == "finished" and not os.path.lexists(self.content):
+            self.discard(self.old, self.work)
+            if os.path.lexists(self.out) and os.lstat(self.out).st_ino == marker.entry:
+                return marker
+            self.remove()
+        elif marker.state == "removing":
             self.remove()
         elif os.path.lexists(self.old):
             self.put_back()
         elif not os.path.lexists(self.content) and not self._has_work():
             self.remove()
+        return None
 
     def _has_work(self) -> bool:
         return self.work.is_dir() and any(self.work.iterdir())
@@ -165,15 +196,20 @@ class PartialFolder:
                 f"{self.old}: move one of the two away"
             ) from error
 
-    def publish(self) -> None:
+    def publish(self, check_old: Callable[[Path], None] | None) -> None:
         """Rename the finished output to OUT; what is there stays until then as ``old``.
+
+        Args:
+            check_old: raises where what was moved aside must not be deleted; None: nothing is at
+                OUT, or must not be moved.
 
         Raises:
             FileExistsError: something has appeared at OUT.
         """
-        if os.path.lexists(self.out):
-            rename_new(self.out, self.old)
         try:
+            if check_old is not None:
+                rename_new(self.out, self.old)
+                check_old(self.old)
             rename_new(self.content, self.out)
         except BaseException:
             if os.path.lexists(self.old) and not os.path.lexists(self.out):
@@ -208,9 +244,12 @@ class PartialFolder:
         if (self.path / MARKER).exists():
             if strange := self._find_foreign():
                 raise self._make_foreign_error(strange)
-            # On a full disk nothing can be marked, and it is most important to delete.
-            with contextlib.suppress(OSError):
-                self.mark(Marker(state="removing"))
+            marker = self.read_marker()
+            # That ``out`` has its name says as much. On a full disk nothing can be marked, and it
+            # is most important to delete.
+            if marker is not None and (marker.state != "finished" or self.content.exists()):
+                with contextlib.suppress(OSError):
+                    self.mark(Marker(state="removing"))
             self.discard(self.content, self.work, self.old)
             sync_folder(self.path)
         (self.path / f"{MARKER}.tmp").unlink(missing_ok=True)

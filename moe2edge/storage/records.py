@@ -59,14 +59,24 @@ def read_records(path: Path) -> tuple[list[dict[str, Any]], bool]:
     return records, b'"digest"' in last
 
 
-def append_record(path: Path, record: Mapping[str, Any]) -> None:
-    """Append a record and make it durable."""
+def recover_records(path: Path) -> tuple[list[dict[str, Any]], bool]:
+    """Read the sound records at the beginning of a file, as `read_records`; remove the rest."""
+    records, damaged = read_records(path)
+    sound = sum(len(seal(record)) for record in records)
+    if path.exists() and path.stat().st_size > sound:
+        os.truncate(path, sound)
+    return records, damaged
+
+
+def append_record(path: Path, record: Mapping[str, Any], *, durable: bool = True) -> None:
+    """Append a record, and make it durable unless a power loss may cost it."""
     new = not path.exists()
     with path.open("ab") as file:
         file.write(seal(record))
-        file.flush()
-        os.fsync(file.fileno())
-    if new:
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
+    if new and durable:
         sync_folder(path.parent)
 
 

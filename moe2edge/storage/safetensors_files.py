@@ -179,7 +179,7 @@ class PlannedTensor:
         return width
 
 
-def write_safetensors(path: Path, tensors: Iterable[PlannedTensor]) -> str:
+def write_safetensors(path: Path, tensors: Iterable[PlannedTensor], *, durable: bool = True) -> str:
     """Write one safetensors file with a single tensor in memory at a time; return its SHA-256.
 
     The digest is that of the bytes that were to be written, and is computed beside the writing. The
@@ -207,8 +207,9 @@ def write_safetensors(path: Path, tensors: Iterable[PlannedTensor]) -> str:
             hashed = beside.submit(digest.update, data)
             file.write(data)
             hashed.result()
-        file.flush()
-        os.fsync(file.fileno())
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
     return digest.hexdigest()
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # Bytes that are read at a time; a multiple of the width of every dtype.
-PIECE = 1 << 19
+PIECE_BYTES = 1 << 19
 # By dtype: unsigned integers of its width, the bits beside the sign, and the least value of these
 # bits that is not finite.
 _BITS = {
@@ -51,7 +51,7 @@ def hash_tensors(path: Path) -> tuple[str, tuple[str, ...]]:
                 finite = finite and _is_finite(piece, entry.dtype)
             if not finite:
                 found.append(name)
-        for rest in iter(lambda: file.read(PIECE), b""):
+        for rest in iter(lambda: file.read(PIECE_BYTES), b""):
             digest.update(rest)
     return digest.hexdigest(), tuple(found)
 
@@ -88,9 +88,9 @@ def _read(file: FileIO, count: int) -> Iterator[NDArray[np.uint8]]:
     """Yield the next ``count`` bytes in pieces; each is overwritten by the next."""
     import numpy as np
 
-    buffer = np.empty(min(count, PIECE), np.uint8)
+    buffer = np.empty(min(count, PIECE_BYTES), np.uint8)
     while count > 0:
-        piece = buffer[: min(count, PIECE)]
+        piece = buffer[: min(count, PIECE_BYTES)]
         view, filled = piece.data, 0
         while filled < len(piece):
             got = file.readinto(view[filled:])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +14,17 @@ import yaml
 
 from moe2edge.errors import InputError
 
+# Several times the largest tokenizers and indices; a larger file is something else.
+LARGEST_JSON = 128 << 20
+
 
 class _Loader(yaml.SafeLoader):
     """Loader of plain YAML that refuses duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Build a mapping; YAML itself would let the last of equal keys win."""
-        keys = [str(key.value) for key, _ in node.value]
-        if duplicates := {key for key in keys if keys.count(key) > 1}:
+        counts = Counter(str(key.value) for key, _ in node.value)
+        if duplicates := [key for key, count in counts.items() if count > 1]:
             raise yaml.constructor.ConstructorError(
                 None, None, f"{min(duplicates)!r} is given twice", node.start_mark
             )
@@ -53,15 +58,43 @@ def get_first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
 
+def read_bytes(path: Path, most: int) -> bytes:
+    """Read a regular file.
+
+    Raises:
+        InputError: it cannot be read, is no regular file, or has more than ``most`` bytes.
+    """
+    try:
+        with open(path, "rb", opener=_open_at_once) as file:
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode):
+                raise InputError(f"{path} is not a regular file; put a file in its place")
+            # Counted as it is read, because some files of the system say that they are empty.
+            data = file.read(most + 1)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+    if len(data) > most:
+        raise InputError(
+            f"{path} has {max(found.st_size, len(data)):,} bytes, expected: at most {most:,}; "
+            "export or download it again"
+        )
+    return data
+
+
+def _open_at_once(name: str, flags: int) -> int:
+    """Open a file without waiting, as for the other end of a pipe."""
+    return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
+
+
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
+    """Read a JSON object of at most `LARGEST_JSON` bytes.
 
     Raises:
         InputError: the file cannot be read or does not hold a JSON object.
     """
     try:
-        data = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        data = json.loads(read_bytes(path, LARGEST_JSON).decode())
+    except (ValueError, RecursionError) as error:
         raise InputError(
             f"{path} is damaged ({get_first_line(error)}); export or download it again"
         ) from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +12,7 @@ from moe2edge.model.model import Block
 from moe2edge.model.weights import Weight
 from moe2edge.progress import Reporter
 from moe2edge.storage.journal import JOURNAL, FileBlockJournal, Journal
+from moe2edge.storage.kept_walk import WALKED, KeptWalk
 from moe2edge.storage.records import STATE, find_damaged, read_records
 from moe2edge.storage.solved_blocks import open_handles, save
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from moe2edge.numerics.grid import Quantized
 
 # Prefix of the names of folders of passes.
-SCRATCH = "pass-"
+SCRATCH, WALK = "pass-", "walk-"
 
 
 def _find_damage(record: Path) -> str | None:
@@ -45,10 +46,15 @@ class WorkFolder:
     folder: Path
     journal: Journal = field(init=False)
     damaged: list[str] = field(default_factory=list)
+    _guard: Callable[[], None] = field(default_factory=lambda: lambda: None, init=False)
     _count: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         self.journal = Journal(self.folder)
+
+    def watch(self, guard: Callable[[], None]) -> None:
+        """Call ``guard`` before anything counts as finished; it raises if an input has changed."""
+        self._guard = self.journal.guard = guard
 
     def check(self) -> None:
         """Compare all that is kept with its digests; forget what differs and what came after it."""
@@ -66,6 +72,11 @@ class WorkFolder:
                 self._forget_after(step)
                 record.unlink()
                 break
+        # Only what it gathered itself depends on a walk that looks: again, it gives the same.
+        for folder in sorted(self.folder.glob(f"{WALK}*")):
+            if name := KeptWalk(folder).find_damage():
+                self.damaged.append(f"{folder.name}/{name}")
+                shutil.rmtree(folder)
 
     def _forget_after(self, step: int) -> None:
         """Forget what was computed by the passes behind ``step``."""
@@ -100,7 +111,14 @@ class WorkFolder:
             # A file that does not have its final name yet is incomplete.
             if any(path.suffix != ".tmp" for path in folder.iterdir()):
                 parts.append(f"the saved work of {folder.name.rpartition('-')[2]}")
+        if not parts and any(self.folder.glob(f"{WALK}*/{WALKED}")):
+            walks = [KeptWalk(path) for path in self.folder.glob(f"{WALK}*")]
+            parts.append(f"{sum(len(walk.origins) for walk in walks)} observed blocks")
         return " and ".join(parts)
+
+    def kept_walk(self, step: int, name: str) -> KeptWalk:
+        """Return the folder of a walk of the pass at position ``step``, by a name for it."""
+        return KeptWalk(self.folder / f"{WALK}{step}-{name}", self._guard)
 
     def report(self, reporter: Reporter) -> None:
         """Report what an earlier run has left, and what of it is computed again."""

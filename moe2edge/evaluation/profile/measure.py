@@ -28,7 +28,7 @@ from moe2edge.storage.manifest import (
     open_artifact,
 )
 from moe2edge.storage.text_files import hash_file, read_json
-from moe2edge.storage.tokenizer import load_tokenizer, read_context_length
+from moe2edge.storage.tokenizer import encode_text, load_tokenizer, read_context_length
 
 if TYPE_CHECKING:
     from moe2edge.calibration.sources import TextSource
@@ -160,7 +160,7 @@ def cut_prompts(
     """
     ids: Sequence[int]
     if isinstance(text, str):
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = encode_text(tokenizer, text, special=False)
     else:
         ids = encode_texts(text, tokenizer, "evaluation", AS_FLAGS, reporter)
     number, length = settings.prompts + 1, settings.prompt_tokens

@@ -1,0 +1,154 @@
+"""Inputs that change while they are used: an error that names the file, never a mixture."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers import run
+from moe2edge.errors import InputError
+from moe2edge.storage.input_files import InputFiles
+from moe2edge.storage.journal import Journal
+from moe2edge.storage.kept_walk import KeptWalk
+from moe2edge.testing import Make
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[Path]:
+    found = [tmp_path / name for name in ("text", "shard-1", "shard-2")]
+    for path in found:
+        path.write_text(path.name)
+    return found
+
+
+def look(files: list[Path]) -> InputFiles:
+    return InputFiles(files[:1], files[1:], lambda: "".join(p.read_text() for p in files[1:]))
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_changed_files_are_found(files: list[Path], which: int) -> None:
+    path, inputs = files[which], look(files)
+    inputs.settle("shard-1shard-2")
+    inputs.check()
+    os.utime(path)  # another time, the same content
+    inputs.check()
+    copy = path.with_name("copy")
+    shutil.copy(path, copy)
+    copy.replace(path)  # another file of the same content
+    inputs.check()
+    state = path.stat()
+    path.write_text(path.name[::-1])
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns + 1))
+    with pytest.raises(InputError, match=f"{path.name} has changed since this run began"):
+        inputs.check()
+    path.unlink()
+    with pytest.raises(InputError, match=f"{path.name} is gone or cannot be read since"):
+        inputs.check()
+    path.write_text(path.name)
+    inputs.check()
+
+
+def test_a_change_before_the_digest_is_known(files: list[Path]) -> None:
+    inputs = look(files)
+    files[1].write_text("longer than it was")
+    with pytest.raises(InputError, match=r"shard-1 has changed"):
+        inputs.settle("shard-1shard-2")
+
+
+EXPORT = [
+    "-t", "gptq", "-r", "w4", "--eval", "none", "--threads", "1", "--set", "gptq.group_size=32",
+    "--set", "calibration.samples=6", "--set", "calibration.length=32",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "text.txt"])
+def test_an_export_whose_input_changes_writes_nothing(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    folder = tmp_path / "m"
+    shutil.copytree(tiny("qwen3_moe"), folder)
+    (tmp_path / "text.txt").write_text("0123456789 abcdefgh " * 40)
+    changed = tmp_path / name if name == "text.txt" else folder / name
+    before, added = changed.read_bytes(), Journal.add
+
+    def adding(self: Journal, entry: Any) -> None:
+        added(self, entry)
+        if len(self.units) == 2:
+            changed.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+
+    command = ["export", str(folder), "-o", str(tmp_path / "out"), *EXPORT]
+    command += ["--calib", str(tmp_path / "text.txt")]
+    with monkeypatch.context() as inner:
+        inner.setattr(Journal, "add", adding)
+        failed = run(*command)
+    assert failed.exit_code == 2
+    assert f"{changed} has changed since this run began" in failed.stderr
+    assert "2 finished blocks are kept in" in failed.stderr
+    assert not (tmp_path / "out").exists()
+    changed.write_bytes(before)
+    again = run(*command, "--resume", "require")
+    assert again.exit_code == 0, again.output
+    assert run("verify", str(tmp_path / "out")).exit_code == 0
+
+
+DECIDE = ["-r", "search.yaml", "--threads", "1", "--set", "calibration.samples=6"]
+DECIDE += ["--set", "calibration.length=32"]
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_decide_resumes_what_was_killed(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, progressive: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    step = {"expert_search": {"keep": 4, "progressive": progressive}}
+    Path("search.yaml").write_text(json.dumps({"passes": [{"expert_drop": {"keep": 5}}, step]}))
+    command = ["decide", str(tiny("olmoe")), *DECIDE]
+    assert run(*command, "-o", "whole.json").exit_code == 0
+    whole, added, left = Path("whole.json").read_bytes(), KeptWalk.add, [5]
+    assert not list(tmp_path.glob("*.partial"))
+
+    def adding(self: KeptWalk, *more: Any) -> None:
+        added(self, *more)
+        left[0] -= 1
+        if not left[0]:  # in the middle of the search
+            raise RuntimeError("killed")
+
+    with monkeypatch.context() as inner:
+        inner.setattr(KeptWalk, "add", adding)
+        failed = run(*command, "-o", "sets.json")
+    assert failed.exit_code == 1
+    assert "5 observed blocks are kept in" in failed.stderr
+    assert not Path("sets.json").exists()
+    other = run(*command, "-o", "sets.json", "--set", "calibration.seed=1")
+    assert other.exit_code == 2
+    assert "was begun with another calibration" in other.stderr
+    again = run(*command, "-o", "sets.json", "--resume", "require")
+    assert again.exit_code == 0, again.output
+    assert "resuming after 5 observed blocks of an earlier run" in again.stderr
+    assert Path("sets.json").read_bytes() == whole
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_decide_does_not_mix_two_sources(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny("olmoe"), "m")
+    Path("search.yaml").write_text('{"passes": [{"expert_drop": {"keep": 5}}]}')
+    weights, added = Path("m/model.safetensors"), KeptWalk.add
+
+    def adding(self: KeptWalk, *more: Any) -> None:
+        added(self, *more)
+        weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+
+    monkeypatch.setattr(KeptWalk, "add", adding)
+    failed = run("decide", "m", *DECIDE, "-o", "sets.json")
+    assert failed.exit_code == 2
+    assert "m/model.safetensors has changed since this run began" in failed.stderr
+    assert not Path("sets.json").exists()
