@@ -84,13 +84,24 @@ class DropAlike(Trim):
         if (self.drop is None) == (self.threshold is None):
             raise InputError(f"{name}: give drop (a count or a fraction) or threshold (a cosine)")
         if self.threshold is None and self.most is not None:
-            raise InputError(f"{name}: most needs threshold; leave most out, or give threshold")
-        whole, count = self.whole(model), self.limit
-        if not 1 <= count < whole:
+            raise InputError(
+                f"{name}: most needs threshold; leave most out, or give threshold in place of drop"
+            )
+        whole, most, count = self.whole(model), self.count_droppable(model), self.limit
+        if most < 1:
+            raise InputError(
+                f"{name}: the model has {whole} {self.unit}s, and one with experts has to stay; "
+                f"leave {name} out"
+            )
+        if not 1 <= count <= most:
             raise InputError(
                 f"{name}: {self.option} is {count} of {whole} {self.unit}s; choose at least 1 and "
-                f"at most {whole - 1}"
+                f"at most {most}"
             )
+
+    def count_droppable(self, model: Model) -> int:
+        """Return how many may be dropped: one stays."""
+        return self.whole(model) - 1
 
     @property
     def planned(self) -> int:

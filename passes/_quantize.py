@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 Bits = Literal[2, 3, 4, 8]
 GroupSize = Literal[-1, 16, 32, 64, 128]
+# Those that have to divide the inputs.
+GROUPS = (128, 64, 32, 16)
 # Option of passes that chooses scales.
 Scales = Annotated[
     Literal["absmax", "mse"],
@@ -167,15 +169,18 @@ class Quantize(Slim):
         schemes = self.schemes(model)
         if any(weight.scheme is not None for _, _, weight in model.tensors()):
             raise InputError("the recipe quantizes twice; keep one of its quantizing passes")
-        for name, _, weight in _list_matrices(model):
-            group = schemes[name].width(weight.shape[1]) if name in schemes else 1
-            if weight.shape[1] % group:
+        widths = {n: w.shape[1] for n, _, w in _list_matrices(model) if n in schemes}
+        for name, width in widths.items():
+            if width % (group := schemes[name].width(width)):
+                fits = [str(n) for n in GROUPS if not any(each % n for each in widths.values())]
                 raise InputError(
-                    f"group_size {group} does not divide the {weight.shape[1]} inputs of {name}; "
-                    f"leave group_size out, or choose a divisor"
+                    f"group_size {group} does not divide the {width} inputs of {name}; choose "
+                    f"{' or '.join([*fits, '-1 (one scale per row)'])}"
                 )
         if not schemes:
-            raise InputError("the rules leave nothing to quantize")
+            raise InputError(
+                "the rules leave nothing to quantize; take out a rule with bits: 16, or this pass"
+            )
         # Planned linear maps may all have become constants, for lack of tokens or bytes.
         if self.factors != 16 and not (model.replaced_count or any(self._list_low_rank(model))):
             raise InputError(
@@ -194,7 +199,7 @@ class Quantize(Slim):
             if outside:
                 raise InputError(
                     f"rule {_describe_rule(rule)}: there is no block {outside[0]}; the model has "
-                    f"{count} blocks"
+                    f"{count} blocks: choose from {-count} to {count - 1}"
                 )
             if not any(self._find_rule(n, b, model) is rule for n, b, _ in _list_matrices(model)):
                 raise InputError(

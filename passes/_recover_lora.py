@@ -28,7 +28,7 @@ def check_installed() -> None:
     """
     if importlib.util.find_spec("peft") is None:
         raise InputError(
-            "recover: train: lora needs peft, which is not installed; pip install 'moe2edge[train]'"
+            "recover: train: lora needs peft, which is not installed: pip install 'peft>=0.17'"
         )
 
 

@@ -27,6 +27,15 @@ if TYPE_CHECKING:
 ROWS_PER_CHUNK = 256
 
 
+def round_up(part: int, whole: int) -> str:
+    """Format a part of a whole in percent, so that what is shown is not less.
+
+    >>> round_up(1, 3), round_up(38, 100)
+    ('33.4%', '38.0%')
+    """
+    return f"{-(-1000 * part // whole) / 10:.1f}%"
+
+
 def count_expert_bytes(model: Model) -> int:
     """Return the bytes of routed experts, and of the rows in their place."""
     return sum(
@@ -136,17 +145,18 @@ class Sharing:
         if model.replaced_count:
             raise InputError(
                 f"expert_replace: {model.replaced_count} experts are already replaced; constants "
-                "and linear maps cannot be combined with shared bases and factors in one recipe"
+                "and linear maps cannot be combined with shared bases and factors in one recipe; "
+                "leave one of the two out"
             )
+        sizes = [len(layer.experts) - (self.group is None) for _, layer in model.moe_blocks]
         least_rank = 0 if self.group else 1
         for block, layer in model.moe_blocks:
             shape, rank = layer.experts[0].gate.shape, self.rank(layer)
             if not least_rank <= rank <= min(shape):
                 raise InputError(
                     f"expert_replace: rank is {rank}; the matrices of experts in block "
-                    f"{block.index} are {list(shape)}: choose {least_rank} to {min(shape)}"
+                    f"{block.index} are {list(shape)}: choose {self._suggest_rank(model, sizes)}"
                 )
-        sizes = [len(layer.experts) - (self.group is None) for _, layer in model.moe_blocks]
         whole, budget = count_expert_bytes(model), self.nbytes(model)
         least = whole - base_sharing.compute_most_saved(self.compute_costs(model), sizes)
         if least == whole:
@@ -160,20 +170,21 @@ class Sharing:
             raise InputError(
                 f"expert_replace: the budget is {budget:,} bytes of the {whole:,} that experts "
                 f"take, but with {how}rank {self.rank(model.moe_blocks[0][1])} they take {least:,} "
-                f"at least ({least / whole:.1%}); raise the budget"
+                f"at least ({round_up(least, whole)}); raise the budget"
             )
         if budget >= whole:
             raise InputError(
                 f"expert_replace: the budget is {budget:,} bytes, and experts take {whole:,}; "
-                "nothing to do"
+                "nothing to do, lower the budget"
             )
 
     def _suggest_rank(self, model: Model, sizes: Sequence[int]) -> str:
         """Return which ranks save something, as text."""
         highest = min(min(layer.experts[0].gate.shape) for _, layer in model.moe_blocks)
-        for rank in range(highest, -1, -1):
+        least = 0 if self.group else 1
+        for rank in range(highest, least - 1, -1):
             if base_sharing.compute_most_saved(self._compute_costs(model, repeat(rank)), sizes):
-                return f"a rank of at most {rank}"
+                return f"a rank of at least {least} and at most {rank}"
         return "with: linear, as there are too few experts to share anything"
 
     def choose_groups(

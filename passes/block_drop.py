@@ -39,14 +39,9 @@ class BlockDrop(DropAlike):
         """Return the number of blocks."""
         return len(model.blocks)
 
-    def check(self, model: Model) -> None:
-        """Refuse to drop no block, all blocks, or all blocks with an MoE layer."""
-        super().check(model)
-        if self.limit >= len(model.moe_blocks):
-            raise InputError(
-                f"block_drop: {self.option} is {self.limit}, which could remove all "
-                f"{len(model.moe_blocks)} MoE layers; choose at most {len(model.moe_blocks) - 1}"
-            )
+    def count_droppable(self, model: Model) -> int:
+        """Return how many may be dropped: one with an MoE layer stays, whichever go."""
+        return len(model.moe_blocks) - 1
 
     def plan(self, model: Model) -> Model:
         """Return the model without its last blocks."""

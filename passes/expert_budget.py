@@ -13,7 +13,8 @@ from moe2edge.model.model import Model
 from moe2edge.numerics import selection
 from moe2edge.pipeline import checks
 from moe2edge.pipeline.checks import refuse_replaced
-from moe2edge.pipeline.contract import Outcome, PassContext, Search
+from moe2edge.pipeline.contract import Outcome, PassContext, PlannedStep, Search, TextSizes
+from moe2edge.runtime.memory import Estimate
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -114,6 +115,13 @@ class ExpertBudget(Search):
     def _amount(cls, value: object) -> object:
         return checks.check_amount(value)
 
+    def estimate(self, planned: PlannedStep, texts: TextSizes) -> Estimate:
+        """Refuse too few samples to hold some of them out, and estimate as others do."""
+        from moe2edge.numerics import bootstrap
+
+        bootstrap.split_samples(texts.calibration.samples, self.held_out)
+        return super().estimate(planned, texts)
+
     # ---- shapes --------------------------------------------------------------------------------
 
     def uniform(self, model: Model) -> Counts:
@@ -131,6 +139,8 @@ class ExpertBudget(Search):
         """Refuse budgets that layers cannot keep, or that leave nothing to choose."""
         refuse_replaced("expert_budget", model)
         kept, floors, full = self.uniform(model), self.floors(model), model.expert_counts
+        places = [f"block {block.index}" for block, _ in model.moe_blocks]
+        checks.refuse_too_many("expert_budget", self.keep, kept, full, places)
         for (block, layer), count, floor in zip(model.moe_blocks, kept, floors, strict=True):
             experts, top_k, where = len(layer.experts), layer.router.top_k, f"block {block.index}"
             if layer.router.skip_below:
@@ -138,17 +148,14 @@ class ExpertBudget(Search):
                     f"expert_budget: {where} has thresholds of expert_skip, which would no longer "
                     "fit its experts; put expert_skip after expert_budget"
                 )
-            if count > experts:
-                raise InputError(
-                    f"expert_budget: keep is {count}, but {where} has {experts} experts; keep at "
-                    f"most {experts}"
-                )
             if min(count, floor) < top_k and not self.clamp_top_k:
-                option = f"keep {self.keep}" if count <= floor else f"floor {floor}"
+                small = f"keep {self.keep}" if count <= floor else f"floor {floor}"
+                # To keep no more than the floors would leave no choice.
+                option, least = ("keep", top_k + 1) if count <= floor else ("set floor to", top_k)
+                advice = checks.advise_top_k(least, experts, "set clamp_top_k: true", option)
                 raise InputError(
-                    f"expert_budget: {option} may leave {min(count, floor)} experts in {where} "
-                    f"where the router chooses {top_k} per token; keep at least {top_k}, or set "
-                    "clamp_top_k: true"
+                    f"expert_budget: {small} may leave {min(count, floor)} experts in {where} "
+                    f"where the router chooses {top_k} per token; {advice}"
                 )
             if floor > count:
                 raise InputError(
@@ -159,9 +166,12 @@ class ExpertBudget(Search):
             raise InputError(f"expert_budget: keep {self.keep} keeps every expert; nothing to do")
         free = sum(floor < experts for floor, experts in zip(floors, full, strict=True))
         if kept == floors or free < 2:
+            tops = [layer.router.top_k for _, layer in model.moe_blocks]
+            lowest = 1 if self.clamp_top_k else max(tops)
+            lower = ", or lower floor" if len(tops) > 1 and (self.floor or 0) > lowest else ""
             raise InputError(
                 f"expert_budget: keep {self.keep} leaves no choice: {kept} is the only allocation "
-                f"of {sum(kept)} experts with floors {floors}; use expert_drop, or lower floor"
+                f"of {sum(kept)} experts with floors {floors}; use expert_drop{lower}"
             )
 
     def plan(self, model: Model) -> Model:

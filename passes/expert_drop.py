@@ -14,7 +14,7 @@ from moe2edge.calibration.observation import Facts, ObserverFactory
 from moe2edge.errors import InputError
 from moe2edge.model.model import Model
 from moe2edge.numerics import selection
-from moe2edge.pipeline.checks import refuse_replaced
+from moe2edge.pipeline.checks import advise_top_k, refuse_replaced, refuse_too_many
 from moe2edge.pipeline.contract import Outcome, Trim
 
 # Super experts, as in REAP's code: searched in this fraction of the blocks, from the first; their
@@ -122,31 +122,36 @@ class ExpertDrop(Trim):
                 "expert_skip after it"
             )
         counts, floors = self._count_kept(model), self._list_floors(model)
+        places = [f"block {index}" for index in counts]
+        kept, sizes = list(counts.values()), model.expert_counts
+        refuse_too_many("expert_drop", self.keep, kept, sizes, places)
         for block, layer in model.moe_blocks:
-            experts, kept, top_k = len(layer.experts), counts[block.index], layer.router.top_k
-            if kept > experts:
-                raise InputError(
-                    f"expert_drop: keep is {kept}, but block {block.index} has {experts} experts; "
-                    f"keep at most {experts}"
-                )
-            least = floors[block.index] if self.scope == "global" else kept
+            experts, top_k = len(layer.experts), layer.router.top_k
+            least = floors[block.index] if self.scope == "global" else counts[block.index]
             if least > experts:
                 raise InputError(
                     f"expert_drop: floor is {least}, but block {block.index} has {experts} "
-                    f"experts; choose at most {experts}"
+                    f"experts; choose at most {min(kept)}"
                 )
             if 0 < least < top_k and not self.clamp_top_k:
+                of_all = self.scope == "global"
+                what = f"floor {self.floor} may leave" if of_all else f"keep {self.keep} leaves"
+                option = "set floor to" if of_all else "keep"
                 raise InputError(
-                    f"expert_drop: keep {self.keep} leaves {least} experts in block {block.index} "
-                    f"where the router chooses {top_k} per token; keep at least {top_k}, "
-                    "or set clamp_top_k: true"
+                    f"expert_drop: {what} {least} experts in block {block.index} where the router "
+                    f"chooses {top_k} per token; "
+                    f"{advise_top_k(top_k, experts, 'set clamp_top_k: true', option)}"
                 )
-        if self.scope == "global" and sum(counts.values()) < sum(floors.values()):
+        if self.scope == "global" and sum(kept) < sum(floors.values()):
+            tops = [layer.router.top_k for _, layer in model.moe_blocks]
+            lower = "lower floor" if self.floor else "set clamp_top_k: true"
+            if self.floor and not self.clamp_top_k and self.floor <= max(tops):
+                lower = "lower floor with clamp_top_k: true"
             raise InputError(
-                f"expert_drop: keep {self.keep} is {sum(counts.values())} experts in all, but the "
-                f"floors of the layers add up to {sum(floors.values())}; raise keep, or lower floor"
+                f"expert_drop: keep {self.keep} is {sum(kept)} experts in all, but the floors of "
+                f"the layers add up to {sum(floors.values())}; raise keep, or {lower}"
             )
-        if sum(counts.values()) == sum(model.expert_counts):
+        if sum(kept) == sum(sizes):
             raise InputError(f"expert_drop: keep {self.keep} keeps every expert; nothing to do")
 
     def _check_options(self, model: Model) -> None:

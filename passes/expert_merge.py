@@ -147,8 +147,8 @@ class ExpertMerge(Search):
         if self.routing == "centroids" and kept < top_k:
             raise InputError(
                 f"expert_merge: keep {self.keep} leaves {kept} experts in block {block.index} "
-                f"where the router chooses {top_k} per token; keep at least {top_k}, or set "
-                "routing: members"
+                f"where the router chooses {top_k} per token; "
+                f"{checks.advise_top_k(top_k, experts, 'set routing: members')}"
             )
         if self.group_limit is not None and kept * self.group_limit < experts - kept:
             raise InputError(

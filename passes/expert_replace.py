@@ -259,13 +259,13 @@ class ExpertReplace(Search):
 
     def _check_budget(self, model: Model) -> None:
         """Refuse budgets below what each layer takes with one expert and constants, or all."""
-        from moe2edge.passes._replace_bases import count_expert_bytes
+        from moe2edge.passes._replace_bases import count_expert_bytes, round_up
         from moe2edge.passes._replace_maps import estimate_size
 
         whole, budget = count_expert_bytes(model), self._get_budget(model)
         told = f"expert_replace: the budget is {budget:,} bytes of the {whole:,} that experts take"
         if budget >= whole:
-            raise InputError(f"{told}; nothing to do, lower it")
+            raise InputError(f"{told}; nothing to do, lower the budget")
         least = 0
         for _, layer in model.moe_blocks:
             size, count, old = estimate_size(layer), len(layer.experts), _count_old_bytes(layer)
@@ -276,7 +276,7 @@ class ExpertReplace(Search):
         if least:
             raise InputError(
                 f"{told}, and one expert of each layer with constants for the others takes at "
-                f"least {least:,} ({least / whole:.1%}); raise the budget"
+                f"least {least:,} ({round_up(least, whole)}); raise the budget"
             )
 
     def _share_of(self, model: Model, layer: MoELayer) -> int:
@@ -296,17 +296,18 @@ class ExpertReplace(Search):
         for block, layer in model.moe_blocks:
             expert, rank = layer.experts[0], self._rank(layer)
             hidden = expert.gate.shape[1]
+            count = expert.gate.count + expert.up.count + expert.down.count
+            # A map of rank r has hidden * (2 r + 1) numbers.
+            most = min(hidden, (-(-count // hidden) - 2) // 2)
             if rank > hidden:
                 raise InputError(
-                    f"expert_replace: rank is {rank}; the hidden size is {hidden}: choose at most "
-                    f"{hidden}"
+                    f"expert_replace: rank is {rank}; the hidden size is {hidden}: choose a rank "
+                    f"of at most {most}"
                 )
-            count = expert.gate.count + expert.up.count + expert.down.count
-            if hidden * (2 * rank + 1) >= count:
+            if rank > most:
                 raise InputError(
                     f"expert_replace: maps of rank {rank} are no smaller than the experts of block "
-                    f"{block.index} ({count:,} numbers): choose a rank of at most "
-                    f"{(count // hidden - 2) // 2}"
+                    f"{block.index} ({count:,} numbers): choose a rank of at most {most}"
                 )
         if not any(counts.values()):
             raise InputError(f"expert_replace: keep {self.keep} keeps every expert; nothing to do")

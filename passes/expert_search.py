@@ -15,7 +15,12 @@ from moe2edge.errors import InputError
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Block, Model
 from moe2edge.numerics.selection import count_kept
-from moe2edge.pipeline.checks import check_amount, refuse_replaced
+from moe2edge.pipeline.checks import (
+    advise_top_k,
+    check_amount,
+    refuse_replaced,
+    refuse_too_many,
+)
 from moe2edge.pipeline.contract import Outcome, PassContext, Search
 
 if TYPE_CHECKING:
@@ -107,19 +112,17 @@ class ExpertSearch(Search):
     def check(self, model: Model) -> None:
         """Refuse counts that a layer cannot keep, and exhaustive searches beyond the limit."""
         refuse_replaced("expert_search", model)
+        places = [f"block {block.index}" for block, _ in model.moe_blocks]
+        sizes, counts = model.expert_counts, [self.count(n) for n in model.expert_counts]
+        refuse_too_many("expert_search", self.keep, counts, sizes, places)
         for block, layer in model.moe_blocks:
             experts, top_k = len(layer.experts), layer.router.top_k
             kept, where = self.count(experts), f"block {block.index}"
-            if kept > experts:
-                raise InputError(
-                    f"expert_search: keep is {kept}, but {where} has {experts} experts; keep at "
-                    f"most {experts}"
-                )
             if kept < top_k and not self.clamp_top_k:
                 raise InputError(
                     f"expert_search: keep {self.keep} leaves {kept} experts in {where} where the "
-                    f"router chooses {top_k} per token; keep at least {top_k}, or set "
-                    "clamp_top_k: true"
+                    f"router chooses {top_k} per token; "
+                    f"{advise_top_k(top_k, experts, 'set clamp_top_k: true')}"
                 )
             if layer.router.skip_below:
                 raise InputError(

@@ -158,7 +158,7 @@ class Recover(Train):
         if self.loss == "distill" and self.top_logits > model.vocabulary:
             raise InputError(
                 f"recover: top_logits {self.top_logits}, but the vocabulary has "
-                f"{model.vocabulary} entries"
+                f"{model.vocabulary} entries; choose at most {model.vocabulary}"
             )
         if self.anneal is not None and not any(layer.sharing for _, layer in model.moe_blocks):
             raise InputError(
@@ -179,14 +179,18 @@ class Recover(Train):
         from moe2edge.passes._recover_lora import check_installed
 
         check_installed()
-        for block in model.blocks:
-            for role, weight in block.weights():
-                adapted = self._selection.takes(block, role) and not is_whole(role)
-                if adapted and self.lora_rank > min(weight.shape):
-                    raise InputError(
-                        f"recover: lora_rank {self.lora_rank}, but {weight.name} is "
-                        f"{list(weight.shape)}: at most {min(weight.shape)}"
-                    )
+        adapted = [
+            weight
+            for block in model.blocks
+            for role, weight in block.weights()
+            if self._selection.takes(block, role) and not is_whole(role)
+        ]
+        smallest = min(adapted, key=lambda weight: min(weight.shape), default=None)
+        if smallest is not None and self.lora_rank > min(smallest.shape):
+            raise InputError(
+                f"recover: lora_rank {self.lora_rank}, but {smallest.name} is "
+                f"{list(smallest.shape)}; choose at most {min(smallest.shape)}"
+            )
 
     def check_text(self, text: TextSize) -> None:
         """Refuse fewer samples than are held out and in a step."""

@@ -11,8 +11,9 @@ from moe2edge.errors import InputError, Unsupported
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Block, Model
 from moe2edge.pipeline.checks import refuse_replaced
-from moe2edge.pipeline.contract import Outcome, PassContext, Search
+from moe2edge.pipeline.contract import Outcome, PassContext, PlannedStep, Search, TextSizes
 from moe2edge.pipeline.work import Store
+from moe2edge.runtime.memory import Estimate
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,6 +82,13 @@ class Routing(Search):
             raise Unsupported(
                 "routing: routers with a bias per expert are not supported; leave routing out"
             )
+
+    def estimate(self, planned: PlannedStep, texts: TextSizes) -> Estimate:
+        """Refuse too few samples to hold some of them out, and estimate as others do."""
+        from moe2edge.numerics.bootstrap import split_samples
+
+        split_samples(texts.calibration.samples, self.held_out)
+        return super().estimate(planned, texts)
 
     def plan(self, model: Model) -> Model:
         """Return the model itself: shapes do not change."""
@@ -156,7 +164,7 @@ class Routing(Search):
         check_memory(
             needed,
             f"routing keeps products of the outputs of {experts} experts for {tokens:,} tokens",
-            "give it fewer calibration samples, or fit on a larger machine",
+            "set calibration.samples to fewer, or fit on a larger machine",
             context.memory.limit,
         )
 

@@ -184,6 +184,7 @@ class Sparsify(Slim):
                 "sparsify: the model has no experts and no dense MLPs; set select: all to sparsify "
                 "attention"
             )
+        shortest = min(self.split_into_runs(weight.shape)[0] for weight in weights)
         for weight in weights:
             length, count = self.split_into_runs(weight.shape)
             if weight.shape[1] % self.width(weight.shape[1]):
@@ -194,7 +195,7 @@ class Sparsify(Slim):
             if not 0 < count < length:
                 raise InputError(
                     f"amount {self.amount} makes {count} of {length} weights of {weight.name} "
-                    f"zero; choose one between {1 / length:.3g} and {1 - 1 / length:.3g}"
+                    f"zero; choose one between {1 / shortest:.12g} and {1 - 1 / shortest:.12g}"
                 )
 
     def plan(self, model: Model) -> Model:

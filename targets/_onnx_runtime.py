@@ -29,7 +29,7 @@ OLDEST = (1, 31)
 SMALLEST_CACHE = 256
 # Tokens of a prompt that run at once. It bounds the buffer of logits, [tokens, vocabulary].
 CHUNK = 256
-INSTALL = "pip install 'moe2edge[cpu]'"
+INSTALL = "pip install 'onnxruntime>=1.31'"
 FOLDER_KEY = "session.model_external_initializers_file_folder_path"
 # The runtime raises every error that it logs, so its log would only repeat them.
 LOG_NOTHING = 4
@@ -52,7 +52,7 @@ def import_onnxruntime() -> Any:
         oldest = ".".join(map(str, OLDEST))
         raise Unsupported(
             f"onnxruntime {ort.__version__} lacks operators of this graph, which needs {oldest} or "
-            f"newer: {INSTALL}"
+            f"newer: {INSTALL}, or onnxruntime-gpu of that version if that is the one in use"
         )
     return ort
 

@@ -218,8 +218,8 @@ def _check_shape(name: str, shape: tuple[int, ...], scheme: Scheme, remedy: str)
         )
     if ins % scheme.width(ins):
         raise Unsupported(
-            f"{name} has {ins} inputs, which groups of {scheme.group_size} do not divide; choose "
-            "a smaller group_size, or -1 for whole rows"
+            f"{name} has {ins} inputs, which groups of {scheme.group_size} do not divide; set "
+            "group_size to a smaller number, or to -1 for whole rows"
         )
 
 

@@ -182,7 +182,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
         "keep lists a count per layer, which needs scope: layer",
     ),
     ({"keep": 4, "floor": 2}, "floor needs scope: global"),
-    ({"keep": 4, "scope": "global", "floor": 1}, "leaves 1 experts in block 0"),
+    ({"keep": 4, "scope": "global", "floor": 1}, "floor 1 may leave 1 experts in block 0"),
     ({"keep": 3, "scope": "global", "floor": 4}, "9 experts in all, but the floors"),
     ({"keep": 4, "scope": "global", "floor": 7}, "floor is 7, but block 0 has 6 experts"),
 ]

@@ -111,6 +111,32 @@ def test_names_are_no_markup(tmp_path: Path) -> None:
         assert b"[bold red]m[/]:smile:" in streams[0].getvalue()
 
 
+def test_no_line_on_a_terminal_holds_controls(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rich.table import Table
+
+    from moe2edge.cli.common import print_table, show
+    from moe2edge.cli.progress_bar import make_reporter
+
+    name = "m\x1b[31m\x9b2J"
+    table = Table("model", title=name)
+    table.add_row(name)
+    for on_terminal in (False, True):
+        with CliRunner().isolation() as streams:
+            monkeypatch.setattr("sys.stderr.isatty", lambda on=on_terminal: on)
+            print_table(table)
+            show(f"written: {name}\nand more")
+            reporter = make_reporter(quiet=False)
+            reporter.log(f"recipe:\n{name}")
+            reporter.advance(f"reading {name}{'n' * 300}", 1, 1)
+            out, err = (streams[n].getvalue().decode() for n in (0, 1))
+        assert out.count("m\\x1b[31m\\x9b2J") == 3
+        assert err.count("m\\x1b[31m\\x9b2J") == 2
+        assert "\x9b" not in out + err
+        assert set(err.replace("\x1b[K", "")) & {"\x1b"} == set()
+        assert out.endswith("\nand more\n")
+        assert max(map(len, err.splitlines())) < 200
+
+
 def test_a_name_of_300_characters(tmp_path: Path) -> None:
     for command in (
         ["inspect", tmp_path / ("n" * 300)],

@@ -391,7 +391,7 @@ def test_a_library_that_is_missing_is_reported_with_a_remedy(
 ) -> None:
     (tmp_path / "onnxruntime.py").write_text("raise ImportError('none here')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with pytest.raises(Unsupported, match=r"pip install 'moe2edge\[cpu\]'"):
+    with pytest.raises(Unsupported, match=r"pip install 'onnxruntime>="):
         profile_folder(outputs["onnx"], prompts=PROMPTS, settings=SMALL)
 
 

@@ -434,8 +434,8 @@ def _read_parquet(file: TextFile) -> Iterator[tuple[str, Any]]:
         from pyarrow import parquet
     except ImportError as error:
         raise InputError(
-            f"{file.label} is parquet, which needs pyarrow; pip install 'moe2edge[parquet]', or "
-            "give JSON lines"
+            f"{file.label} is parquet, which needs pyarrow: pip install 'pyarrow>=18.0', or give "
+            "JSON lines"
         ) from error
     number, size = 0, file.path.stat().st_size
     try:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from moe2edge.cli.failures import escape
+
 if TYPE_CHECKING:
     from moe2edge.calibration.sources import TextSource
     from moe2edge.pipeline.recipe import Recipe
@@ -27,10 +29,18 @@ def emit(data: dict[str, Any]) -> None:
 def print_table(table: Any) -> None:
     """Print a table of rich; outside a terminal it is 150 columns wide."""
     from rich.console import Console
+    from rich.segment import Segment, Segments
 
     width = None if sys.stdout.isatty() else 150
-    # Names of files and models may hold what rich would take for markup.
-    Console(width=width, markup=False, emoji=False, highlight=False).print(table)
+    # Names of files and models may hold what rich, or the terminal, would take for markup.
+    console = Console(width=width, markup=False, emoji=False, highlight=False)
+    parts = (Segment(escape(text, "\n"), style) for text, style, _ in console.render(table))
+    console.print(Segments(parts), end="")
+
+
+def show(line: str, *, err: bool = False) -> None:
+    """Print text that may hold names of files and models, on stdout or stderr."""
+    click.echo(escape(line, "\n"), err=err)
 
 
 def quiet_libraries() -> None:

@@ -23,6 +23,7 @@ from moe2edge.cli.common import (
     print_table,
     quiet_libraries,
     read_recipe_options,
+    show,
 )
 from moe2edge.cli.progress_bar import make_reporter
 
@@ -104,8 +105,8 @@ def decide_command(
     _print_decisions(decided)
     for step in steps:
         for note in step.notes:
-            click.echo(f"{step.name}: {note}")
-    click.echo(f"written: {output}")
+            show(f"{step.name}: {note}")
+    show(f"written: {output}")
 
 
 @click.group(name="decisions", epilog="\b\nExample:\n  moe2edge decisions show sets.json")
@@ -131,9 +132,9 @@ def _print_decisions(decisions: Decisions) -> None:
     from rich.table import Table
 
     source, calibration = decisions.source, decisions.calibration
-    click.echo(f"source: {source.model} ({source.family}, sha256 {source.sha256[:12]}...)")
+    show(f"source: {source.model} ({source.family}, sha256 {source.sha256[:12]}...)")
     if calibration is not None:
-        click.echo(
+        show(
             f"calibration: {calibration.text}, {calibration.samples} samples of "
             f"{calibration.length} tokens"
         )
@@ -184,12 +185,12 @@ def compare_decisions_command(files: tuple[Path, ...], as_json: bool) -> None:
         emit({"overlaps": [overlap.to_json() for overlap in overlaps]})
         return
     if len({each.source.sha256 for each in decisions.values()}) > 1:
-        click.echo("note: the files were made for different models of the same shape", err=True)
+        show("note: the files were made for different models of the same shape", err=True)
     for overlap in overlaps:
         _print_overlap(overlap)
     if len(overlaps) > 1:
         _print_overall(overlaps)
-    click.echo("expected: mean number kept by both if sets of the same sizes were drawn at random")
+    show("expected: mean number kept by both if sets of the same sizes were drawn at random")
 
 
 def _print_overlap(overlap: Overlap) -> None:

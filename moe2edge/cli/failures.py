@@ -96,13 +96,24 @@ def classify_os_error(error: OSError) -> tuple[str, int]:
     return f"{error.strerror or error}: {shorten(name, 200)}", code
 
 
+def escape(text: str, kept: str = "") -> str:
+    r"""Escape characters that a terminal does not print, but those in ``kept``.
+
+    >>> escape("a\x1b[31m\n", "\n") == "a\\x1b[31m\n"
+    True
+    """
+    return "".join(
+        c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text
+    )
+
+
 def shorten(text: str, longest: int = LONGEST_MESSAGE) -> str:
     r"""Cut a text in the middle, and escape characters that a terminal does not print.
 
     >>> shorten("abcdefghij", 8), shorten("a\x1b[31m")
     ('abc...ij', 'a\\x1b[31m')
     """
-    plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    plain = escape(text)
     if len(plain) <= longest:
         return plain
     kept = longest - 3

@@ -21,6 +21,7 @@ from moe2edge.cli.common import (
     print_table,
     quiet_libraries,
     read_text_options,
+    show,
 )
 from moe2edge.cli.progress_bar import make_reporter
 from moe2edge.errors import InputError, Unsupported, suggest
@@ -118,7 +119,7 @@ def _inspect_source(model: Model, as_json: bool) -> None:
             }
         )
         return
-    click.echo(str(model))
+    show(str(model))
 
 
 def _inspect_output(folder: Path, as_json: bool) -> None:
@@ -129,18 +130,18 @@ def _inspect_output(folder: Path, as_json: bool) -> None:
         emit({"manifest": dict(artifact.manifest)})
         return
     model, source = artifact.manifest["model"], artifact.manifest["source"]
-    click.echo(f"{folder}: target {artifact.target}, made from {source['model']}")
-    click.echo(f"parameters: {model['parameters']:,} ({model['active_parameters']:,} active)")
-    click.echo(f"experts per MoE layer: {model['expert_counts']}")
-    click.echo(f"blocks, by their index in the source: {model['origins']}")
+    show(f"{folder}: target {artifact.target}, made from {source['model']}")
+    show(f"parameters: {model['parameters']:,} ({model['active_parameters']:,} active)")
+    show(f"experts per MoE layer: {model['expert_counts']}")
+    show(f"blocks, by their index in the source: {model['origins']}")
     # Manifests of older versions lack these keys.
     for words, key in (("tied experts", "members"), ("replacements", "substitutes")):
         if any(model.get(key, ())):
-            click.echo(f"{words} per MoE layer: {model[key]}")
+            show(f"{words} per MoE layer: {model[key]}")
     for name, entry in artifact.manifest["files"].items():
-        click.echo(f"{entry['bytes']:>12,}  {entry['sha256'][:12]}  {name}")
+        show(f"{entry['bytes']:>12,}  {entry['sha256'][:12]}  {name}")
     total = sum(entry["bytes"] for entry in artifact.manifest["files"].values())
-    click.echo(f"{total:>12,}  bytes in total")
+    show(f"{total:>12,}  bytes in total")
 
 
 # ---- routing -----------------------------------------------------------------------------------
@@ -237,8 +238,8 @@ def _show_routing(
         print_table(routing_view.build_layer_table(report, criterion))
         width = shutil.get_terminal_size((150, 24)).columns if sys.stdout.isatty() else 150
         for line in routing_view.draw_heat_map(report, width, sys.stdout.encoding or "ascii"):
-            click.echo(line)
+            show(line)
         if output is not None:
-            click.echo(f"written: {output}")
+            show(f"written: {output}")
     for warning in report.warnings:
-        click.echo(f"warning: {warning}", err=True)
+        show(f"warning: {warning}", err=True)

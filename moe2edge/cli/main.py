@@ -31,6 +31,7 @@ from moe2edge.cli.common import (
     print_table,
     quiet_libraries,
     read_recipe_options,
+    show,
 )
 from moe2edge.cli.failures import classify_os_error, explain_shortage, shorten
 from moe2edge.cli.progress_bar import make_reporter
@@ -287,8 +288,8 @@ def export_command(
         return
     print_table(report.table())
     for line in report.lines():
-        click.echo(line)
-    click.echo(f"written: {output}")
+        show(line)
+    show(f"written: {output}")
 
 
 def _choose_default_recipe(targets: Sequence[Target]) -> str:

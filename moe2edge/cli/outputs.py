@@ -25,6 +25,7 @@ from moe2edge.cli.common import (
     print_table,
     quiet_libraries,
     read_text_options,
+    show,
 )
 from moe2edge.cli.progress_bar import make_reporter
 from moe2edge.errors import DoesNotFit
@@ -78,19 +79,19 @@ def verify_command(
         emit(result)
         return
     for line in _describe_verification(done):
-        click.echo(line)
+        show(line)
     if reference:
         note = (
             ""
             if recorded.source_kl is not None
             else " (not compared: the export did not measure it)"
         )
-        click.echo(f"KL to {reference}: {result['kl_to_source']:.5f} nats per token{note}")
+        show(f"KL to {reference}: {result['kl_to_source']:.5f} nats per token{note}")
     for note in done.notes:
-        click.echo(f"note: {note}")
+        show(f"note: {note}")
     for missing in done.unchecked:
-        click.echo(f"not checked: {missing}")
-    click.echo("verified")
+        show(f"not checked: {missing}")
+    show("verified")
 
 
 def _describe_verification(done: Verification) -> Iterator[str]:
@@ -164,7 +165,7 @@ def generate_command(
     quiet_libraries()
     tokenizer = load_tokenizer(folder)
     ids = generation.encode_prompt(tokenizer, prompt, chat, chat_template)
-    log = partial(click.echo, err=True)
+    log = partial(show, err=True)
     tokens = generate.continue_in(artifact, ids, log, max_tokens=max_tokens, **sampling)
     if as_json:
         generated = list(progress_bar.iterate_until_interrupted(tokens))
@@ -237,9 +238,9 @@ def profile_command(
         return
     print_table(build_profile_table(result))
     if note := result.artifact["note"]:
-        click.echo(f"note: {note}", err=True)
+        show(f"note: {note}", err=True)
     for warning in result.warnings:
-        click.echo(f"warning: {warning}", err=True)
+        show(f"warning: {warning}", err=True)
 
 
 EVALUATE_EXAMPLES = """\b
@@ -280,7 +281,7 @@ def evaluate_command(
     if as_json:
         emit(asdict(quality))
         return
-    click.echo(f"perplexity: {quality.perplexity:.3f} ({quality.tokens:,} tokens)")
+    show(f"perplexity: {quality.perplexity:.3f} ({quality.tokens:,} tokens)")
     if quality.kl is not None and quality.top1 is not None:
-        click.echo(f"KL to {reference}: {quality.kl:.5f} nats per token")
-        click.echo(f"top-1 agreement: {quality.top1:.1%}")
+        show(f"KL to {reference}: {quality.kl:.5f} nats per token")
+        show(f"top-1 agreement: {quality.top1:.1%}")

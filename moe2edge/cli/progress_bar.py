@@ -16,8 +16,11 @@ from typing import NoReturn, TypeVar
 
 import click
 
+from moe2edge.cli.failures import shorten
 from moe2edge.progress import Reporter
 
+# Characters of the name of a step of the work.
+LONGEST_LABEL = 100
 Item = TypeVar("Item")
 
 _interrupted = threading.Event()
@@ -69,13 +72,13 @@ def make_reporter(*, quiet: bool) -> Reporter:
 
     def log(line: str) -> None:
         check_interrupted()
-        click.echo(line, err=True)
+        click.echo("\n".join(map(shorten, line.split("\n"))), err=True)
 
     def advance(label: str, done: int, total: int, detail: str = "", /) -> None:
         check_interrupted()
         now = time.perf_counter()
         since, before = started.setdefault(label, (now, done))
-        text = f"[{now - begin:6.1f} s] {label}: {done} of {total}"
+        text = f"[{now - begin:6.1f} s] {shorten(label, LONGEST_LABEL)}: {done} of {total}"
         if detail:
             text += f", {detail}"
         if before < done < total:

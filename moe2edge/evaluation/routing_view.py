@@ -148,7 +148,7 @@ def check_picture(path: Path) -> None:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
         raise Unsupported(
-            "a picture needs matplotlib, which is not installed: pip install 'moe2edge[plot]'"
+            "a picture needs matplotlib, which is not installed: pip install 'matplotlib>=3.9'"
         ) from error
 
 

@@ -291,7 +291,9 @@ def verify_output(folder: Path) -> Verification:
     """
     artifact = open_output(folder)
     if differences := check_manifest_files(artifact):
-        raise VerificationFailed(f"{folder}: {'; '.join(differences)}")
+        unlisted = all(difference.endswith("move it away") for difference in differences)
+        remedy = "" if unlisted else "; export or download it again"
+        raise VerificationFailed(f"{folder}: {'; '.join(differences)}{remedy}")
     reference = Reference.read(folder)
     check_record(artifact, reference)
     target = registry.make_target(artifact.target, artifact.options)

@@ -33,10 +33,11 @@ def split_samples(samples: int, held_out: float) -> tuple[list[int], list[int]]:
     """
     count = max(2, round(held_out * samples))
     if samples < 4 or count >= samples:
+        fewer = "lower held_out, such as to 0.25"
+        more = "use 4 or more, such as --set calibration.samples=64"
         raise InputError(
             f"{samples} calibration samples are too few to choose by some and hold out a "
-            f"fraction of {held_out:g}; use 4 or more, such as --set calibration.samples=64, and "
-            "hold out fewer"
+            f"fraction of {held_out:g}; {more if samples < 4 else fewer}"
         )
     order = sorted(range(samples), key=lambda n: ((n + 1) * GOLDEN % 1, n))
     return order[count:], order[:count]

@@ -90,10 +90,52 @@ def count_kept_per_layer(keep: float | list[int], sizes: Sequence[int], name: st
     if isinstance(keep, list) and len(keep) != len(sizes):
         raise InputError(f"{name}: keep has {len(keep)} counts for {len(sizes)} MoE layers")
     counts = keep if isinstance(keep, list) else [count_kept(keep, experts) for experts in sizes]
-    for layer, (count, experts) in enumerate(zip(counts, sizes, strict=True)):
-        if count > experts:
-            raise InputError(
-                f"{name}: keep is {count}, but MoE layer {layer} has {experts} experts; keep at "
-                f"most {experts}"
-            )
+    refuse_too_many(name, keep, counts, sizes, [f"MoE layer {n}" for n in range(len(sizes))])
     return counts
+
+
+def refuse_too_many(
+    name: str,
+    keep: float | list[int],
+    counts: Sequence[int],
+    sizes: Sequence[int],
+    places: Sequence[str],
+) -> None:
+    """Refuse to keep more experts than a layer has; say how many would drop some.
+
+    Args:
+        name: of the pass.
+        keep: its option.
+        counts: the experts that stay, by MoE layer.
+        sizes: the experts that there are, by MoE layer.
+        places: the MoE layers as the message names them.
+
+    Raises:
+        InputError: a layer has fewer.
+    """
+    for n, (count, size) in enumerate(zip(counts, sizes, strict=True)):
+        if count <= size:
+            continue
+        if isinstance(keep, list):
+            others = [m for m in range(len(sizes)) if m != n]
+            most = size if any(counts[m] < sizes[m] for m in others) else size - 1
+        else:
+            most = min(sizes) if max(sizes) > min(sizes) else size - 1
+        raise InputError(
+            f"{name}: keep is {count}, but {places[n]} has {size} experts; keep at most {most}"
+        )
+
+
+def advise_top_k(top_k: int, experts: int, otherwise: str, option: str = "keep") -> str:
+    """Say what to do where fewer experts would stay than the router chooses per token.
+
+    Args:
+        top_k: experts that it chooses.
+        experts: experts that there are.
+        otherwise: what to do instead.
+        option: what is too small, as a verb.
+
+    >>> advise_top_k(2, 8, "set clamp_top_k: true"), advise_top_k(8, 8, "set clamp_top_k: true")
+    ('keep at least 2, or set clamp_top_k: true', 'set clamp_top_k: true')
+    """
+    return f"{option} at least {top_k}, or {otherwise}" if top_k < experts else otherwise

@@ -201,7 +201,7 @@ def run_child(request: Mapping[str, Any], settings: ProfileSettings) -> dict[str
     except subprocess.TimeoutExpired as error:
         raise Moe2EdgeError(
             f"measuring {request['folder']} took longer than {settings.timeout_s:g} s and was "
-            "stopped; ask for fewer tokens, or allow more time"
+            "stopped; ask for fewer tokens (--prompt-tokens, --gen-tokens)"
         ) from error
     if done.returncode < 0:
         name = signal.Signals(-done.returncode).name
@@ -311,7 +311,7 @@ def fit_context(
     if prompt + new > context:
         raise InputError(
             f"{prompt} prompt tokens and {new} generated ones do not fit the context of "
-            f"{context} tokens of the model; ask for fewer"
+            f"{context} tokens of the model; ask for fewer (--prompt-tokens, --gen-tokens)"
         )
     return replace(settings, prompt_tokens=prompt, gen_tokens=new), (
         f"the context of the model is {context} tokens: measured with {prompt} prompt tokens and "
