@@ -66,6 +66,7 @@ class Recover(Train):
     samples at the end of the training text, which are not trained on.
     """
 
+    changes_routers: ClassVar[bool] = True
     may_change_nothing: ClassVar[bool] = True
     reads: ClassVar[tuple[type, ...]] = (UntiedModel,)
 

@@ -35,6 +35,7 @@ class Routing(Search):
     experts of the source are fitted as well, if blocks before them changed.
     """
 
+    changes_routers: ClassVar[bool] = True
     may_change_nothing: ClassVar[bool] = True
 
     held_out: Annotated[

@@ -631,7 +631,8 @@ def test_a_model_of_the_hub(
     result = commanded("org/name", "--revision", "v2", "--cache-dir", tmp_path, "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["artifact"]["path"] == str(checkpoint)
-    assert asked == [("org/name", "v2", tmp_path)]
+    # What the commit has of further chat templates is asked for separately.
+    assert asked == [("org/name", "v2", tmp_path), ("org/name", checkpoint.name, tmp_path)]
     for name in ("no-such-folder", checkpoint / "config.json"):
         result = commanded(name)
         assert result.exit_code == 2

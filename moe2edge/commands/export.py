@@ -12,6 +12,7 @@ from moe2edge.commands.environment import list_versions, measure_peak_bytes
 from moe2edge.commands.preflight import describe, list_reads, refuse_early
 from moe2edge.commands.private_paths import PrivatePaths
 from moe2edge.commands.report import Report
+from moe2edge.commands.router_ties import TieJudge
 from moe2edge.commands.run_inputs import list_inputs, look_at_inputs
 from moe2edge.commands.source_check import SourceProof, check_ids, prove_source, report_notes
 from moe2edge.commands.texts import (
@@ -82,7 +83,7 @@ def export_targets(
     defaults = list_default_texts(recipe)
     recipe = resolve_recipe(checkpoint, recipe, reporter)
     paths = PrivatePaths.collect(checkpoint, recipe, keep=keep_paths)
-    reads = list_reads(checkpoint, recipe)
+    reads, ties = list_reads(checkpoint, recipe), TieJudge(targets, reporter)
     with export_folder.claim_output(out, force=force, reads=reads, log=reporter.log) as claim:
         budget = memory.Memory.from_limit(memory.find_limit(most))
         memory.avoid_fragmentation(most)
@@ -91,6 +92,7 @@ def export_targets(
         _report_plan(checkpoint, recipe, plan, reporter)
         companions = _read_companions(checkpoint, reporter)
         try_targets(targets, fit_for_targets(plan.result, targets, materialize=materialize))
+        ties.look(checkpoint.model, recipe.passes)
         prove = partial(prove_source, checkpoint, reporter, wanted=source_check, targets=targets)
         texts, proof = _load_texts(checkpoint, recipe, reporter, prove, budget)
         inputs = list_inputs(checkpoint, recipe, texts.calibration, texts.training, budget)
@@ -105,7 +107,7 @@ def export_targets(
             work.report(reporter)
             report = _make_output(
                 checkpoint, recipe, targets, texts, content, work, budget, reporter, proof, paths,
-                companions, materialize=materialize, defaults=defaults, begun=begun,
+                companions, ties, materialize=materialize, defaults=defaults, begun=begun,
             )  # fmt: skip
             files.check()
     return report
@@ -144,6 +146,7 @@ def _make_output(
     proof: SourceProof,
     paths: PrivatePaths,
     companions: Companions,
+    ties: TieJudge,
     *,
     materialize: bool,
     defaults: tuple[str, ...],
@@ -152,8 +155,9 @@ def _make_output(
     """Run the passes, and write, check and describe an output in ``content``."""
     source, budget = checkpoint.model, replace(budget, folder=work.folder)
     model, steps = run_passes(
-        source, recipe, texts.calibration, work, reporter, budget, training=texts.training
-    )
+        source, recipe, texts.calibration, work, reporter, budget,
+        training=texts.training, look=ties.look,
+    )  # fmt: skip
     model, grown = _fit(model, targets, reporter, materialize=materialize)
     memory.give_back()
     figures, ids = recipe.evaluation.text != NO_TEXT, texts.evaluation.ids

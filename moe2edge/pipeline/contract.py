@@ -146,6 +146,7 @@ class Pass(Options):
         writes: types of facts that it may leave for later passes.
         computes_numbers: whether it computes new numbers for tensors, block after block, and
             leaves the structure as it is.
+        changes_routers: whether it may change the numbers of routers, which its plan does not show.
         may_change_nothing: whether leaving the model alone is a result, not a fault.
         needs_training_text: whether it trains on the training text of the recipe.
         shares_walk: whether passes behind it can join its stage.
@@ -155,6 +156,7 @@ class Pass(Options):
     reads: ClassVar[tuple[type, ...]] = ()
     writes: ClassVar[tuple[type, ...]] = ()
     computes_numbers: ClassVar[bool] = False
+    changes_routers: ClassVar[bool] = False
     may_change_nothing: ClassVar[bool] = False
     needs_training_text: ClassVar[bool] = False
     shares_walk: ClassVar[bool] = False

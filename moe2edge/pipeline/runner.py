@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -30,8 +31,12 @@ def run_passes(
     budget: Memory = UNLIMITED,
     *,
     training: Tokens | None = None,
+    look: Callable[[Model, Sequence[Pass]], None] = lambda *_: None,
 ) -> tuple[Model, list[Step]]:
-    """Run all passes; return the last model, and a line of the report for each pass."""
+    """Run all passes; return the last model, and a line of the report for each pass.
+
+    After each pass, ``look`` gets the model and the passes that are still to come.
+    """
     import torch
 
     tokens = calibration.ids if calibration else torch.empty(0, 0, dtype=torch.int64)
@@ -52,6 +57,7 @@ def run_passes(
             left |= {type(fact): fact for fact in outcome.facts}
             ended = time.perf_counter()
             steps.append(_report(step, outcome, ended - begun))
+            look(context.model, recipe.passes[len(steps) :])
             begun = ended
     return context.model, steps
 

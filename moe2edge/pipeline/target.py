@@ -52,6 +52,7 @@ class Target:
         name: the name of its file.
         summary: one line for ``moe2edge targets``.
         streams: whether its folders can be read as models, see `streamed`.
+        chooses_as_torch: whether its runtime chooses the same of two experts with equal scores.
         libraries: modules that its runtime imports; the profiler imports them before it times
             the loading of a folder.
         limits: what its outputs cannot do, for their cards; empty if there is nothing to say.
@@ -61,6 +62,7 @@ class Target:
     summary: ClassVar[str]
     streams: ClassVar[bool] = False
     libraries: ClassVar[tuple[str, ...]] = ("torch",)
+    chooses_as_torch: ClassVar[bool] = True
     limits: ClassVar[str] = ""
 
     def __init_subclass__(cls) -> None:
