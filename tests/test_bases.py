@@ -324,12 +324,12 @@ def test_bases_are_quantized_and_factors_are_not(
     ("options", "expected"),
     [
         ({"with": "base", "budget": 0.6, "rank": 33}, "rank is 33; the matrices of experts"),
-        ({"with": "svd", "budget": 0.6, "rank": 0}, "choose 1 to 32"),
+        ({"with": "svd", "budget": 0.6, "rank": 0}, "at least 1 and at most 21"),
         ({"with": "base", "budget": 0.6, "group_size": 1}, "group_size is 1"),
-        ({"with": "base", "budget": 0.2, "rank": 1}, "at least (38.0%)"),
+        ({"with": "base", "budget": 0.2, "rank": 1}, "at least (38.1%)"),
         ({"with": "base", "budget": 10**9, "rank": 1}, "nothing to do"),
-        ({"with": "base", "budget": 0.9, "rank": 32}, "choose a rank of at most 14"),
-        ({"with": "svd", "budget": 0.9, "rank": 30}, "choose a rank of at most 21"),
+        ({"with": "base", "budget": 0.9, "rank": 32}, "rank of at least 0 and at most 14"),
+        ({"with": "svd", "budget": 0.9, "rank": 30}, "rank of at least 1 and at most 21"),
         ({"with": "base"}, "expert_replace: with: base needs budget"),
         ({"with": "base", "keep": 4}, "expert_replace: keep is not an option of with: base"),
         (

@@ -361,7 +361,7 @@ def test_missing_matplotlib_is_reported_before_any_work(
     assert result.exit_code == 6
     lines = result.stderr.splitlines()
     assert len(lines) == 1
-    assert "moe2edge[plot]" in lines[0]
+    assert "pip install 'matplotlib>=" in lines[0]
     assert not picture.exists()
     assert inspect(tiny("mixtral"), "--routing", *text, "-q").exit_code == 0
 

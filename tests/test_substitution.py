@@ -368,7 +368,7 @@ def test_few_tokens_get_a_constant(tiny: Make, tmp_path: Path) -> None:
             "either keep (experts that stay) or budget",
         ),
         ([{"expert_replace": {"with": "linear", "budget": 0.1}}], "hf", "raise the budget"),
-        ([{"expert_replace": {"with": "linear", "budget": 10**9}}], "hf", "lower it"),
+        ([{"expert_replace": {"with": "linear", "budget": 10**9}}], "hf", "lower the budget"),
         (
             [{"expert_replace": {"with": "linear", "budget": 0.5, "rank": 2}}],
             "hf",
