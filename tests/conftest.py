@@ -20,6 +20,7 @@ pytest.register_assert_rewrite("helpers")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--renew-goldens", action="store_true", help="write tests/golden anew")
+    parser.addoption("--full-sweep", action="store_true", help="try every value of config keys")
 
 
 @pytest.fixture(scope="session")
