@@ -245,7 +245,7 @@ def test_memory_is_checked_again_before_training(tiny: Make) -> None:
 
 
 def test_adapter_rank_above_that_of_the_matrices(tiny: Make) -> None:
-    with pytest.raises(InputError, match=r"lora_rank 100, but .* at most 64"):
+    with pytest.raises(InputError, match=r"lora_rank 100, but .* at most 32"):
         Recover(train="lora", lora_rank=100).check(open_checkpoint(str(tiny("olmoe"))).model)
 
 

@@ -423,16 +423,6 @@ def test_an_unknown_target_is_the_users_error(checkpoint: Path, tmp_path: Path) 
         profile_folder(out, prompts=PROMPTS, settings=SMALL)
 
 
-@pytest.mark.slow
-def test_a_child_that_crashes_is_reported_with_its_last_line(tmp_path: Path) -> None:
-    make_checkpoint(tmp_path / "m", "olmoe")
-    beyond = [[95, 96], [95, 96]]  # the vocabulary ends at 95
-    with pytest.raises(Moe2EdgeError, match="the measuring process failed: IndexError") as caught:
-        profile_folder(tmp_path / "m", prompts=beyond, settings=SMALL)
-    assert type(caught.value) is Moe2EdgeError
-    assert "\n" not in str(caught.value)
-
-
 @pytest.fixture
 def fake_child(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Run some lines of Python in place of the child."""
@@ -446,6 +436,23 @@ def fake_child(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
         monkeypatch.setattr(subprocess, "run", run)
 
     return use
+
+
+def test_a_child_that_crashes_is_reported_with_its_last_line(
+    tmp_path: Path, fake_child: Callable[[str], None]
+) -> None:
+    make_checkpoint(tmp_path / "m", "olmoe")
+    fake_child("raise IndexError('out of range')")
+    with pytest.raises(Moe2EdgeError, match="the measuring process failed: IndexError") as caught:
+        profile_folder(tmp_path / "m", prompts=[[1, 2], [1, 2]], settings=SMALL)
+    assert type(caught.value) is Moe2EdgeError
+    assert "\n" not in str(caught.value)
+
+
+def test_ids_beyond_the_vocabulary_are_an_error_of_the_input(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "m", "olmoe")
+    with pytest.raises(InputError, match="token ids run from 95 to 96"):
+        profile_folder(tmp_path / "m", prompts=[[95, 96], [95, 96]], settings=SMALL)
 
 
 REQUEST = {"folder": "out"}

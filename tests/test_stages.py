@@ -26,7 +26,7 @@ from moe2edge.testing import Make
 UNPLANNED = {
     "a layer too many": (
         "[{layer_drop: {threshold: -1, most: 2}}, {layer_drop: {drop: 1, rescore: true}}]",
-        "drop is 1 of 1 MoE layers",
+        "the model has 1 MoE layers, and one with experts has to stay",
     ),
     "a list for layers that are gone": (
         "[{block_drop: {threshold: -1, most: 2}}, {expert_drop: {keep: [2, 3]}}]",
