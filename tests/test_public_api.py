@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import doctest
+import importlib
 import inspect
 import json
 import pkgutil
@@ -168,6 +169,8 @@ def test_compress_gives_the_model_of_an_export(
 def test_numbers_of_a_compressed_model_are_there_as_long_as_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # When it is first imported, it makes the folder of its cache in the one for temporary files.
+    importlib.import_module("torch._dynamo")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     recipe = {**SMALL, "passes": [{"expert_merge": {"method": "hc-smoe", "keep": 8}}]}
     found = moe2edge.compress(Path("builtin:tiny-moe"), recipe)
