@@ -399,15 +399,7 @@ class ExpertReplace(Search):
         scores: dict[int, list[float]] | None = None
         if self.criterion is not None and self.criterion != "residual":
             kinds = criteria.list_observers(self.criterion)
-            facts = walk.gather(
-                context.model,
-                context.tokens,
-                kinds,
-                context.reporter.advance,
-                "scores",
-                context.memory,
-                context.keep_walk("scores"),
-            )
+            facts = context.gather(kinds, "scores", context.keep_walk("scores"))
             scores = {
                 block.index: criteria.score_experts(self.criterion, block, facts, self.seed)
                 for block, _ in context.model.moe_blocks
@@ -436,21 +428,13 @@ class ExpertReplace(Search):
 
     def _share(self, context: PassContext) -> Outcome:
         """Score all layers, choose, then build block after block."""
-        from moe2edge.calibration import router_observers, walk
+        from moe2edge.calibration import router_observers
         from moe2edge.numerics import base_sharing
         from moe2edge.passes._replace_bases import Builder, compute_similarity
 
         criterion: Criterion = self.criterion or "soft-frequency"  # type: ignore[assignment]
         kinds = (router_observers.RouterOutputObserver, *criteria.list_observers(criterion))
-        facts = walk.gather(
-            context.model,
-            context.tokens,
-            kinds,
-            context.reporter.advance,
-            "scores",
-            context.memory,
-            context.keep_walk("scores"),
-        )
+        facts = context.gather(kinds, "scores", context.keep_walk("scores"))
         seen, blocks = facts[router_observers.RouterOutputObserver], context.model.moe_blocks
         scores = [criteria.score_experts(criterion, b, facts, self.seed) for b, _ in blocks]
         if min(map(min, scores)) < 0:

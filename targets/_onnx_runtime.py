@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moe2edge.errors import InputError, Unsupported, VerificationFailed
 from moe2edge.runtime.protocol import check_id_range
+from moe2edge.storage.text_files import get_first_line
 from moe2edge.targets._onnx_exact import convert_to_float_activations, use_float_experts
 from moe2edge.targets._onnx_storage import (
     DATA_FILE,
@@ -100,8 +101,9 @@ def _translate_errors(verb: str) -> Iterator[None]:
     try:
         yield
     except refusals as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise VerificationFailed(f"onnxruntime {verb} {GRAPH_FILE}: {reason}") from error
+        raise VerificationFailed(
+            f"onnxruntime {verb} {GRAPH_FILE}: {get_first_line(error)}"
+        ) from error
 
 
 def open_runtime(folder: Path, *, exact: bool = False, graph: bytes | None = None) -> OnnxRuntime:

@@ -24,6 +24,7 @@ from moe2edge.model.model import Model
 from moe2edge.numerics.scheme import Scheme
 from moe2edge.pipeline import recipe, registry
 from moe2edge.pipeline.contract import Outcome, Pass, PassContext, Search
+from moe2edge.pipeline.decisions import Decisions
 from moe2edge.pipeline.recipe import Recipe
 from moe2edge.pipeline.runner import run_passes
 from moe2edge.pipeline.stages import plan_passes
@@ -31,6 +32,7 @@ from moe2edge.pipeline.work import Store
 from moe2edge.progress import Reporter
 from moe2edge.runtime.memory import Memory, find_limit
 from moe2edge.storage.checkpoint import open_checkpoint
+from moe2edge.storage.text_files import write_json
 from moe2edge.storage.work_folder import WorkFolder
 from moe2edge.testing import InMemory
 
@@ -102,6 +104,11 @@ def ignore(*_: object) -> None:
 def run(*arguments: object) -> Result:
     """Run a command of moe2edge in this process."""
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def save_decisions(found: Decisions, path: Path) -> None:
+    """Write decisions as `moe2edge decide` does."""
+    write_json(path, found.to_json())
 
 
 def write_text(path: Path) -> Path:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from helpers import QUIET, each_family, run, write_text
+from helpers import QUIET, each_family, run, save_decisions, write_text
 from moe2edge.commands.decide import check_decidable, decide
 from moe2edge.commands.texts import load_calibration
 from moe2edge.errors import InputError
@@ -102,7 +102,7 @@ def test_applying_gives_the_model_of_the_recipe(
     found, steps = decide(open_checkpoint(str(folder)), parsed, QUIET)
     assert len(steps) == len(parsed.passes)
     file = tmp_path / "sets.json"
-    decisions.write_decisions(found, file)
+    save_decisions(found, file)
     assert decisions.read_decisions(file)[0] == found
     assert_equal(applied(folder, file), original(folder, parsed, tmp_path))
 
@@ -115,7 +115,7 @@ def test_dense_blocks_of_the_source_stay_as_they_are(
     parsed = parse(f"[{{expert_drop: {{keep: 3}}}}, {{{drop}: {{drop: 1}}}}]", text)
     found, _ = decide(open_checkpoint(str(folder)), parsed, QUIET)
     assert found.experts_before == (6, 0, 6)
-    decisions.write_decisions(found, tmp_path / "sets.json")
+    save_decisions(found, tmp_path / "sets.json")
     result = applied(folder, tmp_path / "sets.json")
     assert_equal(result, original(folder, parsed, tmp_path))
     dense = [block for block in result.blocks if block.origin == 1]
@@ -188,7 +188,7 @@ def test_the_document_says_what_stays(tiny: Make, tmp_path: Path, text: Path) ->
 def test_an_export_needs_no_calibration_then(tiny: Make, tmp_path: Path, text: Path) -> None:
     folder, file = tiny("olmoe"), tmp_path / "sets.json"
     parsed = parse("[{expert_drop: {keep: 4}}, {block_drop: {drop: 1}}]", text)
-    decisions.write_decisions(decide(open_checkpoint(str(folder)), parsed, QUIET)[0], file)
+    save_decisions(decide(open_checkpoint(str(folder)), parsed, QUIET)[0], file)
     (tmp_path / "r.yaml").write_text(parsed.render())
     (tmp_path / "apply.yaml").write_text(f"passes: [{{apply_decisions: {{file: {file}}}}}]")
     small: list[str | Path] = [
@@ -294,9 +294,7 @@ def sets(tiny: Make, tmp_path_factory: pytest.TempPathFactory, text: Path) -> Pa
     """Four of six experts in two of three blocks of the tiny OLMoE, with skipping. Read only."""
     folder = tmp_path_factory.mktemp("sets")
     parsed = parse("[{expert_drop: {keep: 4}}, {block_drop: {drop: 1}}, expert_skip]", text)
-    decisions.write_decisions(
-        decide(open_checkpoint(str(tiny("olmoe"))), parsed, QUIET)[0], folder / "s.json"
-    )
+    save_decisions(decide(open_checkpoint(str(tiny("olmoe"))), parsed, QUIET)[0], folder / "s.json")
     return folder / "s.json"
 
 
@@ -505,6 +503,6 @@ def test_decisions_that_keep_everything_are_refused(tiny: Make, sets: Path, tmp_
     data = decisions.read_decisions(sets)[0].model_copy(
         update={"blocks": decisions.describe_blocks(model)}
     )
-    decisions.write_decisions(data, tmp_path / "s.json")
+    save_decisions(data, tmp_path / "s.json")
     with pytest.raises(InputError, match="keeps everything; nothing to do"):
         applied(tiny("olmoe"), tmp_path / "s.json")

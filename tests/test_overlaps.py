@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from helpers import run
+from helpers import run, save_decisions
 from moe2edge.evaluation.decision_overlap import compare
-from moe2edge.pipeline import decisions
 from moe2edge.pipeline.decisions import BlockDecision, Decisions, SourceModel
 
 
@@ -71,7 +70,7 @@ def test_compare_on_the_command_line(tmp_path: Path) -> None:
     ]
     for n, kept in enumerate(sets):
         files.append(tmp_path / f"{n}.json")
-        decisions.write_decisions(made(kept), files[-1])
+        save_decisions(made(kept), files[-1])
     result = run("decisions", "compare", *files[:2], "--json")
     assert result.exit_code == 0, result.output
     (own,) = json.loads(result.stdout)["overlaps"]
@@ -91,9 +90,9 @@ def test_compare_on_the_command_line(tmp_path: Path) -> None:
 
 def test_decisions_that_cannot_be_compared(tmp_path: Path) -> None:
     one, other, deep = tmp_path / "one.json", tmp_path / "other.json", tmp_path / "deep.json"
-    decisions.write_decisions(made([[0, 1], [2]]), one)
-    decisions.write_decisions(made([[0, 1], [2]], family="mixtral"), other)
-    decisions.write_decisions(made([[0, 1], [2], [3]]), deep)
+    save_decisions(made([[0, 1], [2]]), one)
+    save_decisions(made([[0, 1], [2]], family="mixtral"), other)
+    save_decisions(made([[0, 1], [2], [3]]), deep)
     for files in ([one], [one, one]):
         result = run("decisions", "compare", *files)
         assert result.exit_code == 2
@@ -109,8 +108,8 @@ def test_decisions_that_cannot_be_compared(tmp_path: Path) -> None:
 
 
 def test_decisions_about_two_models_of_one_shape_are_noted(tmp_path: Path) -> None:
-    decisions.write_decisions(made([[0, 1], [2]]), tmp_path / "a.json")
-    decisions.write_decisions(made([[0, 2], [2]], sha256="1"), tmp_path / "b.json")
+    save_decisions(made([[0, 1], [2]]), tmp_path / "a.json")
+    save_decisions(made([[0, 2], [2]], sha256="1"), tmp_path / "b.json")
     result = run("decisions", "compare", tmp_path / "a.json", tmp_path / "b.json")
     assert result.exit_code == 0
     assert result.stderr == "note: the files were made for different models of the same shape\n"

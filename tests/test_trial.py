@@ -39,6 +39,7 @@ def test_every_form_that_targets_hold_passes(family: str, tiny: Make) -> None:
         quantized = Rtn.model_validate(options).plan(model)
         targets = [make_target("gptq", {}), make_target("onnx", {})]
         trial.try_targets(targets, quantized)
+    assert len(trial._tried) == 2 + 2 * len(QUANTIZED)
 
 
 def test_one_block_of_each_kind_is_kept(tiny: Make) -> None:
@@ -61,6 +62,7 @@ def test_special_tokens_are_left_out(tiny: Make) -> None:
     model = open_model(tiny("mixtral"))
     model = Model(model.family, {**model.config, "pad_token_id": 90}, model.blocks, model.rest)
     trial.try_targets([make_target("hf", {})], model)
+    assert len(trial._tried) == 1
 
 
 def test_a_refusal_comes_before_any_work(

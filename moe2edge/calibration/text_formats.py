@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from moe2edge.errors import InputError
+from moe2edge.storage.text_files import get_first_line
 
 Format = Literal["text", "lines", "array", "object", "parquet"]
 
@@ -448,7 +449,7 @@ def _read_parquet(file: TextFile) -> Iterator[tuple[str, Any]]:
                 if file.advance is not None:
                     file.advance(size * number // total, size)
     except pyarrow.ArrowException as error:
-        reason = str(error).strip().partition("\n")[0][:300]
+        reason = get_first_line(error)[:300]
         raise InputError(f"{file.label} is damaged parquet: {reason}; write it again") from error
     if not number:
         raise InputError(f"{file.label} has no rows; give another file")

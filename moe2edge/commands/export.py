@@ -176,13 +176,15 @@ def _make_output(
         reporter.log(f"writing {target.name}")
         written.append(write_target(target, model, folder, companions, measured, reporter))
     results = [row for row, _ in written]
-    report = _build_report(paths, recipe, targets, texts, steps, measured, results)
-    notes = paths.hide((*checkpoint.notes, *companions.notes))
-    report = replace(report, license=companions.license, notes=notes)
     report = replace(
-        report, materialized=grown, default_texts=defaults, source_check=proof.to_json()
+        _build_report(paths, recipe, targets, texts, steps, measured, results),
+        license=companions.license,
+        notes=paths.hide((*checkpoint.notes, *companions.notes)),
+        materialized=grown,
+        default_texts=defaults,
+        source_check=proof.to_json(),
+        seconds=time.perf_counter() - begun,
     )
-    report = replace(report, seconds=time.perf_counter() - begun)
     for (target, folder), (_, reference) in zip(folders, written, strict=True):
         report.write(folder, target, checkpoint, model, list_versions(), reference)
     return report

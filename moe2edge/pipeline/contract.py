@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import (
     TYPE_CHECKING,
@@ -133,6 +133,21 @@ class PassContext:
         """Sizes of its texts."""
         training = None if self.training is None else TextSize(*self.training.shape)
         return TextSizes(TextSize(*self.tokens.shape), training)
+
+    def gather(
+        self, kinds: Sequence[ObserverFactory], label: str, kept: KeptWalk | None = None
+    ) -> Facts:
+        """Observe the model in one walk over the calibration text; see `walk.gather`.
+
+        Args:
+            kinds: kinds of observers.
+            label: name of the walk, for progress.
+            kept: folder where the walk is kept; None: it is not.
+        """
+        from moe2edge.calibration import walk
+
+        advance, memory = self.reporter.advance, self.memory
+        return walk.gather(self.model, self.tokens, kinds, advance, label, memory, kept)
 
 
 class Pass(Options):

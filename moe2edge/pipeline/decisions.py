@@ -8,7 +8,6 @@ made from models before and after, whatever passes lay between them.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from moe2edge.errors import InputError
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Block, Form, Model, get_form
-from moe2edge.storage.durable import write_file
 from moe2edge.storage.output_checks import OutputForm, check_output
 from moe2edge.storage.text_files import read_json
 
@@ -265,7 +263,7 @@ def read_decisions(path: Path, sha256: str | None = None) -> tuple[Decisions, st
     """Read the decisions in a file, and compute the digest of the file.
 
     Args:
-        path: what `write_decisions` wrote.
+        path: a file that `moe2edge decide` wrote.
         sha256: digest that the file must have, None for any.
 
     Raises:
@@ -327,9 +325,3 @@ def check_decisions_output(path: Path, *, force: bool) -> None:
         InputError: something else is there, or decisions and not ``force``.
     """
     check_output(Path(os.path.abspath(path)), force=force, form=DECISIONS)
-
-
-def write_decisions(decisions: Decisions, path: Path) -> None:
-    """Write the document; what was there stays until the new one is complete."""
-    text = json.dumps(decisions.to_json(), indent=2, ensure_ascii=False) + "\n"
-    write_file(path, text.encode("utf-8"))

@@ -64,20 +64,10 @@ def run_passes(
 
 def _observe(stage: Stage, context: PassContext, kept: KeptWalk | None) -> Facts:
     """Gather the facts that the passes of a stage need, in one walk over the calibration text."""
-    from moe2edge.calibration import walk
-
     if not context.tokens.numel():
         return Facts()
     label = f"{', '.join(step.name for step in stage.passes)}: scoring"
-    return walk.gather(
-        context.model,
-        context.tokens,
-        stage.observers,
-        context.reporter.advance,
-        label,
-        context.memory,
-        kept,
-    )
+    return context.gather(stage.observers, label, kept)
 
 
 def _with_work(
