@@ -22,8 +22,15 @@ from moe2edge.storage.text_files import get_first_line, read_json, sync_folder, 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Every dtype that is read or written.
-_TORCH_NAMES = DTYPES | {"I32": "int32", "U8": "uint8", "I64": "int64"}
+# Every dtype that is written, and those that only quantized sources have.
+_WRITTEN = DTYPES | {"I32": "int32", "U8": "uint8", "I64": "int64"}
+_TORCH_NAMES = _WRITTEN | {
+    "I8": "int8",
+    "I16": "int16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
+}
 
 SHARD_BYTES = 4 << 30
 INDEX_FILE = "model.safetensors.index.json"
@@ -102,21 +109,31 @@ def read_header(path: Path, name: str) -> tuple[tuple[int, ...], str]:
     return entry.shape, entry.dtype
 
 
-def read_tensor(path: Path, name: str) -> Tensor:
+def read_tensor(path: Path, name: str, rows: tuple[int, int] | None = None) -> Tensor:
     """Read one tensor of a safetensors file, through a memory map of nothing else.
 
     A map of the whole file would count as memory of the process, page by page as it is read; this
     one is released with the tensor. Writing to the tensor does not change the file.
+
+    Args:
+        path: the file.
+        name: the tensor.
+        rows: its first row to read, and the one after the last; None: all.
     """
     import numpy as np
     import torch
 
     entry = open_file(path)[name]
+    shape, start, nbytes = entry.shape, entry.start, entry.nbytes
+    if rows is not None:
+        width = nbytes // shape[0]
+        shape = (rows[1] - rows[0], *shape[1:])
+        start, nbytes = start + rows[0] * width, shape[0] * width
     dtype = getattr(torch, _TORCH_NAMES[entry.dtype])
-    if not entry.nbytes:
-        return torch.empty(entry.shape, dtype=dtype)
-    mapped = np.memmap(path, np.uint8, "c", entry.start, entry.nbytes)
-    return torch.from_numpy(mapped).view(dtype).view(entry.shape)
+    if not nbytes:
+        return torch.empty(shape, dtype=dtype)
+    mapped = np.memmap(path, np.uint8, "c", start, nbytes)
+    return torch.from_numpy(mapped).view(dtype).view(shape)
 
 
 def read_all(folder: Path) -> Iterator[tuple[str, Tensor]]:
@@ -158,7 +175,7 @@ def _make_index(files: Mapping[str, str], total: int) -> dict[str, Any]:
 
 # ---- writing ----------------------------------------------------------------------------------
 
-_SPELLING = {f"torch.{name}": spelling for spelling, name in _TORCH_NAMES.items()}
+_SPELLING = {f"torch.{name}": spelling for spelling, name in _WRITTEN.items()}
 
 
 @dataclass(frozen=True)

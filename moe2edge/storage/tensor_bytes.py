@@ -29,6 +29,10 @@ _BITS = {
     "F16": ("uint16", 0x7FFF, 0x7C00),
     "F32": ("uint32", 0x7FFF_FFFF, 0x7F80_0000),
     "F64": ("uint64", 0x7FFF_FFFF_FFFF_FFFF, 0x7FF0_0000_0000_0000),
+    # These two have no infinities, and one kind of NaN.
+    "F8_E4M3": ("uint8", 0x7F, 0x7F),
+    "F8_E8M0": ("uint8", 0xFF, 0xFF),
+    "F8_E5M2": ("uint8", 0x7F, 0x7C),
 }
 
 
