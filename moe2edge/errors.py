@@ -5,6 +5,7 @@
     Moe2EdgeError                 1   something went wrong while running
     ├── InputError                2   the command, the recipe, the model or a text is wrong
     │   └── WorkDamaged           2   the saved work of an unfinished run cannot be used
+    ├── DiskFailed                1   a file does not hold what was written to it
     ├── DoesNotFit                5   not enough disk or memory
     ├── Unsupported               6   a model, a setting or a target that is not supported
     ├── VerificationFailed        7   an output does not hold what it should hold
@@ -33,6 +34,10 @@ class InputError(Moe2EdgeError):
 
 class WorkDamaged(InputError):
     """The saved work of an unfinished run cannot be used."""
+
+
+class DiskFailed(Moe2EdgeError):
+    """A file does not hold what was written to it."""
 
 
 class DoesNotFit(Moe2EdgeError):

@@ -34,6 +34,7 @@ from moe2edge.storage.checkpoint import Checkpoint
 from moe2edge.storage.export_folder import Resume, claim_output, open_partial_folder
 from moe2edge.storage.text_files import write_json
 from moe2edge.storage.work_folder import WorkFolder
+from moe2edge.storage.written_files import hash_written
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -112,7 +113,7 @@ def decide_to_file(
             work.report(reporter)
             paths = PrivatePaths.collect(checkpoint, recipe, keep=keep_paths)
             found, steps = _run(checkpoint, recipe, tokens, _NoNumbers(work), reporter, paths)
-            write_json(content, found.to_json())
+            hash_written(content, write_json(content, found.to_json()))
             files.check()
     return found, steps
 

@@ -175,7 +175,7 @@ def _make_output(
     for target, folder in folders:
         reporter.log(f"writing {target.name}")
         written.append(write_target(target, model, folder, companions, measured, reporter))
-    results = [row for row, _ in written]
+    results = [one.row for one in written]
     report = replace(
         _build_report(paths, recipe, targets, texts, steps, measured, results),
         license=companions.license,
@@ -185,8 +185,8 @@ def _make_output(
         source_check=proof.to_json(),
         seconds=time.perf_counter() - begun,
     )
-    for (target, folder), (_, reference) in zip(folders, written, strict=True):
-        report.write(folder, target, checkpoint, model, list_versions(), reference)
+    for (target, folder), one in zip(folders, written, strict=True):
+        report.write(folder, target, checkpoint, model, list_versions(), one)
     return report
 
 

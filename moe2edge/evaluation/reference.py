@@ -25,6 +25,7 @@ from moe2edge.evaluation.folder_record import REFERENCE, FolderRecord
 from moe2edge.evaluation.tensor_digests import compute_digest, load_numbers
 from moe2edge.model.model import Model
 from moe2edge.numerics import metrics
+from moe2edge.storage.written_files import write_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,8 +59,8 @@ class Reference:
     far: FarEnd | None = None
     record: FolderRecord | None = None
 
-    def save(self, folder: Path) -> None:
-        """Write the reference into an output folder.
+    def save(self, folder: Path) -> str:
+        """Write the reference into an output folder; return the SHA-256 of the file.
 
         The file has no time stamps, so equal references are equal files.
         """
@@ -77,7 +78,7 @@ class Reference:
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         notes["sha256"] = _seal(notes, tensors)
         metadata = {"reference": json.dumps(notes, sort_keys=True)}
-        (folder / REFERENCE).write_bytes(save(tensors, metadata))
+        return write_bytes(folder / REFERENCE, save(tensors, metadata))
 
     def for_stored(self, model: Model, stored: Model) -> Reference:
         """Return the reference of an output that stores ``model`` as the tensors of ``stored``.

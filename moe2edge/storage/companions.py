@@ -26,6 +26,7 @@ from moe2edge.storage.generation_config import (
 from moe2edge.storage.hub import COMPANIONS, LICENSES, TEMPLATES
 from moe2edge.storage.manifest import CARD
 from moe2edge.storage.text_files import get_first_line, read_bytes, read_json, read_yaml
+from moe2edge.storage.written_files import write_bytes
 
 CHAT_TEMPLATE = "chat_template.jinja"
 # Processors read it; tokenizers do not.
@@ -73,12 +74,13 @@ class Companions:
     license: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
-    def write(self, folder: Path) -> None:
-        """Write all files into an output folder.
+    def write(self, folder: Path) -> dict[str, str]:
+        """Write all files into an output folder; return the SHA-256 of each, by name.
 
         Raises:
             InputError: a file of the source is gone, or is another than was judged.
         """
+        written = {}
         for file in self.files:
             target = folder / file.name
             target.parent.mkdir(exist_ok=True)
@@ -89,7 +91,8 @@ class Companions:
                     raise InputError(
                         f"{file.path} changed while the export ran; run the same command again"
                     )
-            target.write_bytes(content)
+            written[file.name] = write_bytes(target, content)
+        return written
 
     @property
     def sha256(self) -> str:

@@ -226,8 +226,11 @@ def encode_tensor(tensor: Tensor, planned: PlannedTensor) -> memoryview:
     return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
-def write_checkpoint(folder: Path, tensors: Iterable[PlannedTensor]) -> None:
-    """Write tensors as ``model.safetensors``, or as shards with an index beyond 4 GiB."""
+def write_checkpoint(folder: Path, tensors: Iterable[PlannedTensor]) -> dict[str, str]:
+    """Write tensors as ``model.safetensors``, or as shards with an index beyond 4 GiB.
+
+    Return the SHA-256 of each file, by name.
+    """
     shards: list[list[PlannedTensor]] = [[]]
     size = 0
     for t in tensors:
@@ -237,15 +240,15 @@ def write_checkpoint(folder: Path, tensors: Iterable[PlannedTensor]) -> None:
         shards[-1].append(t)
         size += t.nbytes
     if len(shards) == 1:
-        write_safetensors(folder / "model.safetensors", shards[0])
-        return
-    weight_map = {}
+        return {"model.safetensors": write_safetensors(folder / "model.safetensors", shards[0])}
+    weight_map, written = {}, {}
     for n, shard in enumerate(shards, start=1):
         name = f"model-{n:05}-of-{len(shards):05}.safetensors"
-        write_safetensors(folder / name, shard)
+        written[name] = write_safetensors(folder / name, shard)
         weight_map.update({t.name: name for t in shard})
     total = sum(t.nbytes for shard in shards for t in shard)
-    write_json(folder / INDEX_FILE, _make_index(weight_map, total))
+    written[INDEX_FILE] = write_json(folder / INDEX_FILE, _make_index(weight_map, total))
+    return written
 
 
 def write_durably(path: Path, tensors: list[PlannedTensor]) -> str:

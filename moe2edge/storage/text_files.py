@@ -111,9 +111,11 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_json(path: Path, data: object) -> None:
-    """Write ``data`` as indented JSON."""
-    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", "utf-8")
+def write_json(path: Path, data: object) -> str:
+    """Write ``data`` as indented JSON; return the SHA-256 of what was to be written."""
+    content = (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
+    path.write_bytes(content)
+    return hashlib.sha256(content).hexdigest()
 
 
 def sync_folder(folder: Path) -> None:
