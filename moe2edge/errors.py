@@ -4,6 +4,7 @@
 
     Moe2EdgeError                 1   something went wrong while running
     ├── InputError                2   the command, the recipe, the model or a text is wrong
+    │   ├── Unreadable            2   a file is there and cannot be read, perhaps for a moment
     │   └── WorkDamaged           2   the saved work of an unfinished run cannot be used
     ├── DiskFailed                1   a file does not hold what was written to it
     ├── DoesNotFit                5   not enough disk or memory
@@ -30,6 +31,10 @@ class InputError(Moe2EdgeError):
     """The command, the recipe, the model or a text is wrong."""
 
     exit_code = 2
+
+
+class Unreadable(InputError):
+    """A file is there and cannot be read, perhaps for a moment; what it holds may be right."""
 
 
 class WorkDamaged(InputError):

@@ -29,6 +29,7 @@ from moe2edge.model.weights import Weight
 from moe2edge.numerics.grid import Quantized
 from moe2edge.numerics.packing import deinterleave, interleave, pack_bytes, unpack_bytes
 from moe2edge.numerics.scheme import WHOLE_ROW, Scheme
+from moe2edge.storage.text_files import make_read_error
 from moe2edge.storage.written_files import FileDigest
 
 GRAPH_FILE = "model.onnx"
@@ -278,7 +279,9 @@ def load_graph(folder: Path) -> Any:
     """
     try:
         return onnx.load(folder / GRAPH_FILE, load_external_data=False)
-    except (OSError, DecodeError) as error:
+    except OSError as error:
+        raise VerificationFailed(str(make_read_error(folder / GRAPH_FILE, error))) from error
+    except DecodeError as error:
         raise VerificationFailed(f"{GRAPH_FILE} cannot be read: {error}") from error
 
 
@@ -411,5 +414,7 @@ def _map_file(path: Path) -> Bytes:
     """
     try:
         return np.memmap(path, np.uint8, mode="r")
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise VerificationFailed(str(make_read_error(path, error))) from error
+    except ValueError as error:
         raise VerificationFailed(f"{path.name} cannot be read: {error}") from error

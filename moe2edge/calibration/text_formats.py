@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from moe2edge.errors import InputError
-from moe2edge.storage.text_files import get_first_line
+from moe2edge.storage.text_files import find_read_remedy, get_first_line
 
 Format = Literal["text", "lines", "array", "object", "parquet"]
 
@@ -152,7 +152,8 @@ def _read_mode(file: TextFile) -> int:
         return file.path.stat().st_mode
     except OSError as error:
         raise InputError(
-            f"{file.purpose} text cannot be read: {error.strerror}: {file.path}"
+            f"{file.purpose} text cannot be read: {error.strerror}: {file.path}; "
+            f"{find_read_remedy(error, 'give one that is there')}"
         ) from error
 
 
@@ -221,7 +222,8 @@ def _naming_faults(file: TextFile) -> Iterator[None]:
         ) from error
     except OSError as error:
         raise InputError(
-            f"{file.purpose} text cannot be read: {error.strerror or error}: {file.path}"
+            f"{file.purpose} text cannot be read: {error.strerror or error}: {file.path}; "
+            f"{find_read_remedy(error, 'give one that is there')}"
         ) from error
 
 

@@ -6,6 +6,7 @@ a note where outputs can do without.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -25,7 +26,13 @@ from moe2edge.storage.generation_config import (
 )
 from moe2edge.storage.hub import COMPANIONS, LICENSES, TEMPLATES
 from moe2edge.storage.manifest import CARD
-from moe2edge.storage.text_files import get_first_line, read_bytes, read_json, read_yaml
+from moe2edge.storage.text_files import (
+    find_read_remedy,
+    get_first_line,
+    read_bytes,
+    read_json,
+    read_yaml,
+)
 from moe2edge.storage.written_files import write_bytes
 
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -188,8 +195,10 @@ def find_fault(folder: Path, path: Path, *, folder_wanted: bool = False) -> str:
     """
     try:
         inside, real = folder.resolve(), path.resolve(strict=True)
-    except (OSError, RuntimeError):
-        return "is a link that leads nowhere; download it again"
+    except (OSError, RuntimeError) as error:
+        if not isinstance(error, OSError) or error.errno in (errno.ENOENT, errno.ENOTDIR):
+            return "is a link that leads nowhere; download it again"
+        return f"cannot be read: {error.strerror or error}; {find_read_remedy(error)}"
     blobs = inside.parents[1] / "blobs" if inside.parent.name == "snapshots" else inside
     if not (real.is_relative_to(inside) or real.is_relative_to(blobs)):
         return "is a link that leads out of the folder; put the file itself in its place"

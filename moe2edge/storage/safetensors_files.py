@@ -17,7 +17,13 @@ from safetensors import SafetensorError, safe_open
 
 from moe2edge.errors import InputError, Unsupported, VerificationFailed
 from moe2edge.model.weights import DTYPE_BYTES, DTYPES, Weight
-from moe2edge.storage.text_files import get_first_line, read_json, sync_folder, write_json
+from moe2edge.storage.text_files import (
+    get_first_line,
+    make_read_error,
+    read_json,
+    sync_folder,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,12 +56,14 @@ def open_file(path: Path) -> Mapping[str, TensorEntry]:
     """Read the header of a safetensors file; it is cached.
 
     Raises:
-        InputError: the file is missing or damaged.
+        InputError: the file is missing or damaged, or cannot be read.
     """
     try:
         state = path.stat()
         return _read_entries(path, state.st_mtime_ns, state.st_size)
-    except (SafetensorError, OSError) as error:
+    except OSError as error:
+        raise make_read_error(path, error) from error
+    except SafetensorError as error:
         raise InputError(
             f"{path.name} is damaged or cut short ({get_first_line(error)}); download it again"
         ) from error
@@ -67,9 +75,8 @@ def _read_entries(path: Path, changed: int, size: int) -> Mapping[str, TensorEnt
 
     The library checks all of it, but does not tell where tensors are.
     """
-    with safe_open(path, framework="np"):
-        pass
-    with path.open("rb") as file:
+    # Opened here first: the library calls a file that must not be read one that does not exist.
+    with path.open("rb") as file, safe_open(path, framework="np"):
         (length,) = struct.unpack("<Q", file.read(8))
         header: dict[str, Any] = json.loads(file.read(length))
     header.pop("__metadata__", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -12,10 +13,23 @@ from typing import Any
 
 import yaml
 
-from moe2edge.errors import InputError
+from moe2edge.errors import InputError, Unreadable
 
 # Several times the largest tokenizers and indices; a larger file is something else.
 LARGEST_JSON = 128 << 20
+# What to do about a file that is there and cannot be read; its content may be right.
+_RIGHTS = "get the right to read it, and run the same command again"
+_OPEN_FILES = "raise the limit on open files (ulimit -n), and run the same command again"
+_READ_REMEDIES = {
+    errno.EACCES: _RIGHTS,
+    errno.EPERM: _RIGHTS,
+    errno.EMFILE: _OPEN_FILES,
+    errno.ENFILE: _OPEN_FILES,
+    errno.EISDIR: "put a file in its place",
+    errno.ELOOP: "put the file itself in its place",
+}
+_NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG}
+GET_AGAIN = "put it there, or download it again"
 
 
 class _Loader(yaml.SafeLoader):
@@ -58,6 +72,27 @@ def get_first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
 
+def find_read_remedy(error: Exception, missing: str = GET_AGAIN) -> str:
+    """Say what to do about a file that cannot be read.
+
+    Args:
+        error: what reading it failed with.
+        missing: what to do where it is not there.
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None or number in _NOT_THERE:
+        return missing
+    # It may be there again in a moment: another disk, another host.
+    usual = "check the disk or the connection to it, and run the same command again"
+    return _READ_REMEDIES.get(number, usual)
+
+
+def make_read_error(path: Path, error: OSError) -> InputError:
+    """Make the error for a file that cannot be read, with what to do about it."""
+    kind = InputError if error.errno in _NOT_THERE else Unreadable
+    return kind(f"{path} cannot be read: {error.strerror or error}; {find_read_remedy(error)}")
+
+
 def read_bytes(path: Path, most: int) -> bytes:
     """Read a regular file.
 
@@ -72,7 +107,7 @@ def read_bytes(path: Path, most: int) -> bytes:
             # Counted as it is read, because some files of the system say that they are empty.
             data = file.read(most + 1)
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise make_read_error(path, error) from error
     if len(data) > most:
         raise InputError(
             f"{path} has {max(found.st_size, len(data)):,} bytes, expected: at most {most:,}; "
