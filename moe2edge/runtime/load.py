@@ -22,13 +22,17 @@ from moe2edge.model.model import Block, Model
 from moe2edge.model.weights import DTYPES
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.storage.generation_config import GENERATION_CONFIG, read_generation_config
-from moe2edge.storage.manifest import is_artifact, open_artifact
+from moe2edge.storage.manifest import check_sizes, is_artifact, open_artifact
 from moe2edge.storage.output import open_stored_model
+from moe2edge.storage.safetensors_files import INDEX_FILE
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
     from transformers import PreTrainedModel
+
+# Files that `load` reads; others may be missing in a snapshot of the hub.
+READ_FILES = ("config.json", GENERATION_CONFIG, "*.safetensors", INDEX_FILE)
 
 
 def load(
@@ -52,8 +56,8 @@ def load(
         InputError: there is no such folder, or one of its files is damaged.
         Unsupported: the quantization is not one of moe2edge, the family is not known, or
             ``packed`` is True and no matrix can run packed.
-        VerificationFailed: a tensor is missing, unexpected, of another shape, or not what its
-            format allows.
+        VerificationFailed: a file has another size than the manifest says; or a tensor is missing,
+            unexpected, of another shape, or not what its format allows.
     """
     import torch
     from transformers import GenerationConfig
@@ -65,6 +69,8 @@ def load(
             "safetensors; run it with moe2edge generate"
         )
     checkpoint = open_checkpoint(str(folder))
+    if is_artifact(checkpoint.folder):
+        check_sizes(open_artifact(checkpoint.folder), READ_FILES)
     model = open_stored_model(checkpoint)
     stored = DTYPES[model.rest["model.embed_tokens.weight"].dtype]
     loaded = build_transformers_model(model, dtype or getattr(torch, stored), packed=packed)

@@ -5,7 +5,7 @@ The manifest marks a folder as written by moe2edge.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -201,14 +201,19 @@ def list_harmless_changes(artifact: Artifact) -> list[str]:
     return notes + [f"{name} is not part of the output" for name in sorted(unlisted)]
 
 
-def check_sizes(artifact: Artifact) -> None:
+def check_sizes(artifact: Artifact, only: Collection[str] = ("*",)) -> None:
     """Compare the sizes of the files that programs read with the manifest; nothing is read.
+
+    Args:
+        artifact: the folder.
+        only: patterns of the files to look at.
 
     Raises:
         VerificationFailed: a file is missing or has another size.
     """
     for name, entry in sorted(artifact.files.items()):
-        if not is_read_by_runtimes(name):
+        wanted = any(fnmatchcase(name, pattern) for pattern in only)
+        if not (wanted and is_read_by_runtimes(name)):
             continue
         path = artifact.folder / name
         difference = f"{name} is missing"
