@@ -262,19 +262,25 @@ def export_command(
 ) -> None:
     """Compress MODEL, write it for a runtime, and verify it there."""
     from moe2edge.commands.export import export_targets as run
+    from moe2edge.commands.texts import check_texts
     from moe2edge.pipeline.registry import parse_targets
+    from moe2edge.storage.output_checks import check_output_early
 
     targets = parse_targets(target)
     parsed = read_recipe_options(
         recipe or _choose_default_recipe(targets), settings, calib, evaluation
     )
+    output_folder = output.absolute()
+    # Before the model is downloaded.
+    check_output_early(output_folder, force=force)
+    check_texts(parsed)
     checkpoint = open_model(model, revision, cache_dir)
     quiet_libraries()
     report = run(
         checkpoint,
         parsed,
         targets,
-        output.absolute(),
+        output_folder,
         make_reporter(quiet=quiet),
         force=force,
         resume=resume,

@@ -188,14 +188,20 @@ def export(
         VerificationFailed: an output does not give the logits that it has to.
     """
     from moe2edge.commands.export import export_targets
+    from moe2edge.commands.texts import check_texts
     from moe2edge.pipeline.registry import parse_targets
+    from moe2edge.storage.output_checks import check_output_early
 
     names = targets if isinstance(targets, str) else ",".join(targets)
+    parsed, wanted, place = _parse(recipe), parse_targets(names), Path(out).absolute()
+    # Before the model is downloaded.
+    check_output_early(place, force=force)
+    check_texts(parsed)
     return export_targets(
         _open(model),
-        _parse(recipe),
-        parse_targets(names),
-        Path(out).absolute(),
+        parsed,
+        wanted,
+        place,
         reporter or QUIET,
         force=force,
         resume=resume,

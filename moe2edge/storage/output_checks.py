@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moe2edge.errors import DoesNotFit, InputError
-from moe2edge.storage.durable import check_name
+from moe2edge.storage.durable import check_name, check_writable
+from moe2edge.storage.locking import name_lock
 from moe2edge.storage.manifest import (
     MANIFEST,
     check_manifest_files,
@@ -111,6 +112,20 @@ def check_place(out: Path) -> None:
         )
     if inside := next((path for path in out.absolute().parents if (path / MARKER).exists()), None):
         raise InputError(f"{out} is inside of {inside}, which an export removes; choose another")
+
+
+def check_output_early(out: Path, *, force: bool, form: OutputForm = EXPORT) -> None:
+    """Refuse an output before its source is downloaded; only a claim of it is final.
+
+    Raises:
+        InputError: nothing can be written there, or the name is taken.
+        DoesNotFit: the disk is full.
+    """
+    check_place(out)
+    check_writable(name_lock(out))
+    # Where a run was killed at its end, a claim finishes what it left, and looks then.
+    if not os.path.lexists(PartialFolder(out).path):
+        check_output(out, force=force, form=form)
 
 
 def check_output(out: Path, *, force: bool, form: OutputForm = EXPORT) -> None:
