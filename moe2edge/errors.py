@@ -69,6 +69,24 @@ class Diverged(Moe2EdgeError):
     exit_code = 8
 
 
+def join_lines(error: BaseException, longest: int = 300) -> str:
+    r"""Return the text of an error in one line, cut to a length.
+
+    >>> join_lines(ValueError("one\n  two"), longest=6)
+    'one tw'
+    """
+    return " ".join(str(error).split())[:longest]
+
+
+def get_first_line(error: BaseException, longest: int = 300) -> str:
+    r"""Return the first line of the text of an error, cut to a length.
+
+    >>> get_first_line(ValueError("one\n  two"))
+    'one'
+    """
+    return str(error).strip().partition("\n")[0][:longest]
+
+
 def suggest(kind: str, name: str, known: Iterable[str]) -> str:
     """Return a message for an unknown name, with the closest known one.
 

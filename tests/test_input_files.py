@@ -23,7 +23,7 @@ from moe2edge.storage.journal import Journal
 from moe2edge.storage.kept_walk import KeptWalk
 from moe2edge.storage.safetensors_files import open_file
 from moe2edge.storage.text_files import read_json
-from moe2edge.storage.weight_files import find_weights
+from moe2edge.storage.weight_files import find_weight_files
 from moe2edge.testing import Make
 
 
@@ -237,4 +237,4 @@ def test_shards_that_cannot_be_read_are_not_taken_for_missing(
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     refuse(monkeypatch, "model-00001-of-00001.safetensors", errno.EIO)
     with pytest.raises(Unreadable, match="Input/output error; check the disk"):
-        find_weights(folder, {})
+        find_weight_files(folder, {}, "none")

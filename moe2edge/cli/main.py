@@ -35,7 +35,7 @@ from moe2edge.cli.common import (
 )
 from moe2edge.cli.failures import classify_os_error, explain_shortage, shorten
 from moe2edge.cli.progress_bar import make_reporter
-from moe2edge.errors import DoesNotFit, InputError, Moe2EdgeError
+from moe2edge.errors import DoesNotFit, InputError, Moe2EdgeError, join_lines
 
 if TYPE_CHECKING:
     from moe2edge.pipeline.target import Target
@@ -98,7 +98,7 @@ def _explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, OSError):
         return classify_os_error(error)
     # The last resort: a bug is reported in one line as well.
-    message = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    message = f"{type(error).__name__}: {join_lines(error)}"
     hint = "run again with MOE2EDGE_DEBUG=1 and report what it prints"
     return f"{message} (a bug in moe2edge; {hint})", Moe2EdgeError.exit_code
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe2edge.errors import DiskFailed, DoesNotFit, Moe2EdgeError, Unsupported
+from moe2edge.errors import DiskFailed, DoesNotFit, Moe2EdgeError, Unsupported, join_lines
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Block, Model
 from moe2edge.model.weights import DTYPES, Weight
@@ -64,11 +64,10 @@ def _try_target(target: Target, small: Model) -> None:
         except (MemoryError, OSError, DiskFailed, DoesNotFit):
             raise
         except Exception as error:
-            reason = " ".join(str(error).split())[:300]
             what = "" if isinstance(error, Moe2EdgeError) else f"{type(error).__name__}: "
             raise Unsupported(
                 f"the runtime of target {target.name} refuses blocks of this model, tried with "
-                f"zeros before any work: {what}{reason}; choose another target or recipe"
+                f"zeros before any work: {what}{join_lines(error)}; choose another target or recipe"
             ) from error
 
 

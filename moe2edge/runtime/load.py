@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe2edge.errors import InputError, Unsupported, VerificationFailed
+from moe2edge.errors import InputError, Unsupported, VerificationFailed, join_lines
 from moe2edge.model import hf_config
 from moe2edge.model import model as model_
 from moe2edge.model.hf_config import build_transformers_config
@@ -184,9 +184,8 @@ def _fill(module: Any, state: dict[str, Tensor], what: str, *, strict: bool) -> 
     try:
         result = module.load_state_dict(state, strict=strict, assign=True)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())
         raise VerificationFailed(
-            f"{what} does not fit the class of transformers: {reason}"
+            f"{what} does not fit the class of transformers: {join_lines(error, 1000)}"
         ) from error
     if result.unexpected_keys:
         raise VerificationFailed(

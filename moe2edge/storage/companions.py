@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from moe2edge.errors import InputError
+from moe2edge.errors import InputError, get_first_line
 from moe2edge.storage import tokenizer as tokenizers
 from moe2edge.storage.checkpoint import Checkpoint
 from moe2edge.storage.generation_config import (
@@ -26,13 +26,7 @@ from moe2edge.storage.generation_config import (
 )
 from moe2edge.storage.hub import COMPANIONS, LICENSES, TEMPLATES
 from moe2edge.storage.manifest import CARD
-from moe2edge.storage.text_files import (
-    find_read_remedy,
-    get_first_line,
-    read_bytes,
-    read_json,
-    read_yaml,
-)
+from moe2edge.storage.text_files import find_read_remedy, read_bytes, read_json, read_yaml
 from moe2edge.storage.written_files import write_bytes
 
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -366,7 +360,7 @@ def _find_template_fault(template: str) -> str:
         filters = {node.name for node in parsed.find_all(nodes.Filter)} - set(environment.filters)
         tests = {node.name for node in parsed.find_all(nodes.Test)} - set(environment.tests)
     except (TemplateError, RecursionError, MemoryError, ValueError) as error:
-        return " ".join(get_first_line(error).split())[:200] or type(error).__name__
+        return get_first_line(error, 200) or type(error).__name__
     if unknown := filters | tests:
         return f"there is no filter or test {min(unknown)[:40]!r}"
     return ""

@@ -15,15 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from moe2edge.errors import InputError, Unsupported, VerificationFailed
+from moe2edge.errors import InputError, Unsupported, VerificationFailed, get_first_line
 from moe2edge.model.weights import DTYPE_BYTES, DTYPES, Weight
-from moe2edge.storage.text_files import (
-    get_first_line,
-    make_read_error,
-    read_json,
-    sync_folder,
-    write_json,
-)
+from moe2edge.storage.text_files import make_read_error, read_json, sync_folder, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor

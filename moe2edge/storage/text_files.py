@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from moe2edge.errors import InputError, Unreadable
+from moe2edge.errors import InputError, Unreadable, get_first_line, join_lines
 
 # Several times the largest tokenizers and indices; a larger file is something else.
 LARGEST_JSON = 128 << 20
@@ -63,13 +63,7 @@ def read_yaml(text: str, what: str) -> Any:
         TypeError,
         ValueError,
     ) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{what} is not valid YAML: {reason[:300]}") from error
-
-
-def get_first_line(error: Exception) -> str:
-    """Return the first line of an error's text."""
-    return str(error).strip().partition("\n")[0]
+        raise InputError(f"{what} is not valid YAML: {join_lines(error)}") from error
 
 
 def find_read_remedy(error: Exception, missing: str = GET_AGAIN) -> str:
