@@ -24,16 +24,18 @@ class PrivatePaths:
     Attributes:
         names: the name for each path.
         source: name for the source.
+        are_kept: whether paths are written as they were given.
     """
 
     names: Mapping[str, str]
     source: str
+    are_kept: bool = False
 
     @classmethod
     def collect(cls, checkpoint: Checkpoint, recipe: Recipe, *, keep: bool) -> PrivatePaths:
         """Collect the paths of a run; with ``keep`` they are written as they were given."""
         if keep:
-            return cls({}, checkpoint.source)
+            return cls({}, checkpoint.source, True)
         names = {checkpoint.source: checkpoint.name, str(checkpoint.folder): checkpoint.name}
         for section in (recipe.calibration, recipe.evaluation, recipe.training):
             if section is not None:
