@@ -62,15 +62,10 @@ def load(
     import torch
     from transformers import GenerationConfig
 
-    place = Path(folder)
-    if is_artifact(place) and not any(place.glob("*.safetensors")):
-        raise InputError(
-            f"{folder} is an output of target {open_artifact(place).target}, which has no "
-            "safetensors; run it with moe2edge generate"
-        )
+    _check_output(Path(folder))
     checkpoint = open_checkpoint(str(folder))
-    if is_artifact(checkpoint.folder):
-        check_sizes(open_artifact(checkpoint.folder), READ_FILES)
+    if checkpoint.folder != Path(folder):  # a snapshot of the hub
+        _check_output(checkpoint.folder)
     model = open_stored_model(checkpoint)
     stored = DTYPES[model.rest["model.embed_tokens.weight"].dtype]
     loaded = build_transformers_model(model, dtype or getattr(torch, stored), packed=packed)
@@ -79,6 +74,24 @@ def load(
     if (checkpoint.folder / GENERATION_CONFIG).exists():
         loaded.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
     return loaded
+
+
+def _check_output(folder: Path) -> None:
+    """Compare the sizes of the files that are read with the manifest, if the folder has one.
+
+    Raises:
+        InputError: its target writes no safetensors.
+        VerificationFailed: a file is missing or has another size.
+    """
+    if not is_artifact(folder):
+        return
+    artifact = open_artifact(folder)
+    if not any(name.endswith(".safetensors") for name in artifact.files):
+        raise InputError(
+            f"{folder} is an output of target {artifact.target}, which has no safetensors; run it "
+            "with moe2edge generate"
+        )
+    check_sizes(artifact, READ_FILES)
 
 
 # ---- a model as a stock class of transformers --------------------------------------------------
