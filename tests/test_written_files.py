@@ -24,6 +24,7 @@ from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.storage.companions import read_companions
 from moe2edge.storage.manifest import build_manifest, list_files
 from moe2edge.storage.safetensors_files import PlannedTensor, write_checkpoint
+from moe2edge.storage.text_files import write_json
 from moe2edge.storage.written_files import FileDigest, blame_disk
 from moe2edge.targets.hf import Hf
 from moe2edge.testing import Make, quantize
@@ -125,7 +126,7 @@ def test_an_export_that_the_disk_changes_has_no_output(
 ) -> None:
     """Right after writing, where a check may stumble over it, or behind all checks."""
     write: Hook = Hf.write
-    build: Hook = report.build_manifest
+    build: Hook = build_manifest
 
     def write_badly(target: Hf, model: Model, folder: Path) -> Any:
         digests = write(target, model, folder)
@@ -166,7 +167,7 @@ def test_the_disk_of_temporary_files_is_named(tiny: Make, monkeypatch: pytest.Mo
 def test_decisions_that_the_disk_changes_are_not_kept(
     tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write: Hook = deciding.write_json
+    write: Hook = write_json
 
     def write_badly(path: Path, data: object) -> Any:
         digest = write(path, data)

@@ -25,10 +25,9 @@ _READ_REMEDIES = {
     errno.EPERM: _RIGHTS,
     errno.EMFILE: _OPEN_FILES,
     errno.ENFILE: _OPEN_FILES,
-    errno.EISDIR: "put a file in its place",
     errno.ELOOP: "put the file itself in its place",
 }
-_NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG}
+_NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
 GET_AGAIN = "put it there, or download it again"
 
 
