@@ -34,6 +34,7 @@ from moe2edge.targets._tensors import estimate_file_bytes, plan_plain
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from moe2edge.model.weights import Weight
     from moe2edge.numerics.grid import Quantized
 
 # The same settings as in config.json, for programs that look here.
@@ -232,7 +233,7 @@ def _plan(model: Model) -> list[PlannedTensor]:
 
     @lru_cache(maxsize=1)
     def packed(name: str) -> dict[str, Tensor]:
-        return _pack(name, weights[name].quantized())
+        return _pack(name, weights[name])
 
     def part_of(name: str, part: str) -> Callable[[], Tensor]:
         return lambda: packed(name)[part]
@@ -248,22 +249,29 @@ def _plan(model: Model) -> list[PlannedTensor]:
     return plan
 
 
-def _pack(name: str, quantized: Quantized) -> dict[str, Tensor]:
+def _pack(name: str, weight: Weight) -> dict[str, Tensor]:
     """Pack one matrix into the tensors that store it.
 
     Raises:
         VerificationFailed: a scale is not exact in float16 and in bfloat16, so that readers
-            would compute with different values.
+            would compute with different values; scales of a source are as they were, and only
+            have to be exact in float16.
     """
     import torch
 
     from moe2edge.numerics.packing import pack_gptq
 
+    quantized = weight.quantized()
     scales = quantized.scales
-    for dtype in (torch.float16, torch.bfloat16):
+    for dtype in (torch.float16,) if weight.kept else (torch.float16, torch.bfloat16):
         if not torch.equal(scales.to(dtype).to(scales.dtype), scales):
             raise VerificationFailed(
-                f"{name} has scales that {dtype} cannot represent exactly; the pass that "
-                "quantizes must round scales to such values first"
+                f"{name} has scales that {dtype} cannot represent exactly; "
+                + (
+                    "target gptq cannot hold these integers of the source: quantize it anew in "
+                    "the recipe, or export to hf"
+                    if weight.kept
+                    else "the pass that quantizes must round scales to such values first"
+                )
             )
     return pack_gptq(quantized)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from moe2edge.errors import Unsupported, VerificationFailed
 from moe2edge.model import hf_config
 from moe2edge.model.model import EMBEDDING, Model
-from moe2edge.model.weights import DTYPES, Weight, cast_to_stored
+from moe2edge.model.weights import DTYPES, dequantize_weight
 from moe2edge.pipeline.target import Loader, Target
 from moe2edge.runtime.load import load
 from moe2edge.runtime.memory import Estimate
@@ -62,6 +62,8 @@ class Hf(Target):
     def accepts(self, model: Model) -> None:
         """Refuse quantized weights unless `dequantize` is set, and layers that the layout lacks.
 
+        The integers of a quantized source are dequantized without being asked for.
+
         Raises:
             Unsupported: names the targets and layouts that hold such a model.
         """
@@ -73,7 +75,7 @@ class Hf(Target):
         Raises:
             Unsupported: the layout cannot hold it, or it is quantized and `dequantize` is not set.
         """
-        quantized = next((w for _, _, w in model.tensors() if w.scheme), None)
+        quantized = next((w for _, _, w in model.tensors() if w.scheme and not w.kept), None)
         if quantized is not None and not self.dequantize:
             raise Unsupported(
                 f"target hf holds unquantized weights only, but {quantized.name} is "
@@ -164,17 +166,10 @@ class Hf(Target):
 def _dequantize(model: Model) -> Model:
     """Return the model with its quantized weights dequantized, in the source's dtype."""
     for block in model.blocks:
-        new = {role: _dequantize_weight(w) for role, w in block.weights() if w.scheme}
+        new = {role: dequantize_weight(w) for role, w in block.weights() if w.scheme}
         if new:
             model = model.replace_block(block.with_weights(new))
     return model
-
-
-def _dequantize_weight(weight: Weight) -> Weight:
-    def load() -> Tensor:
-        return cast_to_stored(weight.load(), weight.dtype)
-
-    return replace(weight, load=load, scheme=None, load_quantized=None)
 
 
 def _plan(model: Model) -> list[PlannedTensor]:

@@ -21,6 +21,7 @@ from moe2edge.storage.safetensors_files import read_tensor
 from moe2edge.storage.source_formats.recognition import drop_settings, find_source_format
 from moe2edge.storage.source_formats.source_format import SourceFormat
 from moe2edge.storage.source_formats.stored_tensors import StoredTensors
+from source_files import mix_columns, stream
 
 X = "model.layers.0.mlp.experts.3.up_proj"
 E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]
@@ -53,23 +54,6 @@ def at(stem: str, **parts: Tensor) -> dict[str, Tensor]:
 def draw(*shape: int, high: int = 256, dtype: torch.dtype = torch.uint8, low: int = 0) -> Tensor:
     """Draw integers."""
     return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-
-
-def as_words(bits: list[int]) -> list[int]:
-    """Join bits, the lowest first, to signed words of 32."""
-    words = []
-    for start in range(0, len(bits), 32):
-        word = sum(bit << n for n, bit in enumerate(bits[start : start + 32]))
-        words.append(word - (1 << 32) if word >> 31 else word)
-    return words
-
-
-def stream(numbers: Tensor, bits: int) -> Tensor:
-    """Pack rows as streams of bits."""
-    rows = [
-        as_words([int(n) >> b & 1 for n in row for b in range(bits)]) for row in numbers.tolist()
-    ]
-    return torch.tensor(rows, dtype=torch.int32)
 
 
 def spell(q: Tensor, scales: Tensor, zeros: Tensor, groups: list[int]) -> Tensor:
@@ -248,7 +232,7 @@ def test_nvfp4_divides_or_multiplies_by_the_scale_of_the_whole(
     group = {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "float", "group_size": 16}}
     if method == "modelopt":
         tensors = at(X, weight=packed, weight_scale=scales, weight_scale_2=1 / whole)
-        settings = {"quant_method": method, "quant_algo": "NVFP4"}
+        settings: dict[str, Any] = {"quant_method": method, "quant_algo": "NVFP4"}
     else:
         tensors = at(X, weight_packed=packed, weight_scale=scales, weight_global_scale=whole)
         settings = {
@@ -360,12 +344,12 @@ def test_gptq_settings_of_single_modules(opened: Callable[..., SourceFormat]) ->
         )
     tensors |= at("model.layers.0.mlp.gate", weight=torch.ones(2, 2))
     settings = {"quant_method": "gptq", "bits": 4, "group_size": 32}
-    own = {r"+:.*down_proj": {"bits": 8, "group_size": 64}, "-:.*gate$": {}}
+    own = {r"+:.*down_proj": {"bits": 8, "group_size": 128}, "-:.*gate$": {}}
     found = opened(tensors, {**settings, "dynamic": own})
     schemes = [
         take(found, f"{X.replace('up', part)}.weight", 32, 64).scheme for part in ("up", "down")
     ]
-    # A group as wide as the row is the whole row.
+    # A group that is wider than the row is the whole row.
     assert schemes == [Scheme(4, 32), Scheme(8, -1)]
     assert found.weight("model.layers.0.mlp.gate.weight", (2, 2)) is None
     with pytest.raises(InputError, match="stored in 8 bits, but quantization_config says 4"):
@@ -383,9 +367,7 @@ def test_awq_keeps_integers(opened: Callable[..., SourceFormat], bits: int) -> N
     def pack(rows: Tensor) -> Tensor:
         if bits == 8:
             return stream(rows, 8)
-        # Of eight columns, the lowest bits of a word hold the first, then the third, ...
-        mixed = rows.reshape(len(rows), -1, 8)[:, :, [0, 2, 4, 6, 1, 3, 5, 7]].flatten(1)
-        return stream(mixed, 4)
+        return stream(mix_columns(rows), 4)
 
     tensors = at(X, qweight=pack(q.T), qzeros=pack(zeros.T), scales=scales.T)
     settings = {"quant_method": "awq", "bits": bits, "group_size": 32, "version": "gemm"}
@@ -464,7 +446,7 @@ def test_targets_decide_bits_names_before_patterns_before_classes(
         scale = torch.ones(16, 64 // (32 if bits == 4 else 64)).half()
         tensors |= at(stem, weight_packed=pack_signed(q, bits), weight_scale=scale)
     down = X.replace("up", "down")
-    settings = {
+    settings: dict[str, Any] = {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "config_groups": {

@@ -194,7 +194,7 @@ def _measure_routing(
     from moe2edge.storage.output import open_stored_model
     from moe2edge.storage.tokenizer import load_tokenizer
 
-    changed = target or {"quantization_config", "per_layer_config"} & set(checkpoint.config)
+    changed = target or "per_layer_config" in checkpoint.config
     model = open_stored_model(checkpoint) if changed else checkpoint.model
     routing_report.check_routable(model, checkpoint.source)
     quiet_libraries()

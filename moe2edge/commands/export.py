@@ -21,6 +21,7 @@ from moe2edge.commands.source_check import (
     prove_source,
     report_notes,
 )
+from moe2edge.commands.source_format import count_by_target, report_source_format
 from moe2edge.commands.texts import (
     NO_TEXT,
     Texts,
@@ -94,7 +95,7 @@ def export_targets(
         memory.avoid_fragmentation(most)
         plan, held = refuse_early(checkpoint, recipe, targets, out, budget, materialize=materialize)
         reporter, files = claim.watch(reporter), look_at_inputs(checkpoint, recipe)
-        _report_plan(checkpoint, recipe, plan, reporter)
+        _report_plan(checkpoint, recipe, plan, reporter, held, targets)
         companions = _read_companions(checkpoint, reporter)
         try_targets(targets, held)
         ties.look(checkpoint.model, recipe.passes)
@@ -166,11 +167,19 @@ class _Beginning:
         }
 
 
-def _report_plan(checkpoint: Checkpoint, recipe: Recipe, plan: Plan, reporter: Reporter) -> None:
+def _report_plan(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    plan: Plan,
+    reporter: Reporter,
+    held: Model,
+    targets: Sequence[Target],
+) -> None:
     """Report what will be done, and what was found out about the source."""
     reporter.log(f"recipe:\n{recipe.render()}")
     describe(plan, reporter)
     report_notes(checkpoint, reporter)
+    report_source_format(checkpoint, held, targets, reporter)
 
 
 def _prove_and_load(
@@ -280,4 +289,5 @@ def _build_report(
         license=begin.companions.license,
         notes=paths.hide(notes),
         source_check=begin.proof.to_json(),
+        source_format=count_by_target(begin.checkpoint, model, targets) or None,
     )

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
+from moe2edge.commands.source_format import list_format_lines
 from moe2edge.commands.write_target import WrittenTarget
 from moe2edge.errors import InputError
 from moe2edge.evaluation.comparison import RESULT_HEADINGS, ResultRow
@@ -35,6 +36,7 @@ class Report:
         source: name of the source; its path only if that was asked for.
         license: license keys of the source's card.
         notes: what there is to know about the files of the source.
+        source_format: what becomes of the numbers of a quantized source, by target.
     """
 
     source: str
@@ -57,6 +59,7 @@ class Report:
     license: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     source_check: Mapping[str, Any] | None = None
+    source_format: Mapping[str, Mapping[str, Any]] | None = None
 
     @property
     def rows(self) -> tuple[ResultRow, ...]:
@@ -136,6 +139,7 @@ class Report:
         check = self.source_check
         if check is not None and check["status"] != "passed":
             said.append(f"source check {check['status']}: {check['reason']}")
+        said += list_format_lines(self.source_format or {})
         said += [*self._describe_skipping(), *self._describe_materialized().splitlines()[:1]]
         for target, loaders in self.loaders.items():
             for loader in loaders:
@@ -161,6 +165,13 @@ class Report:
         if self.materialized is None:
             return ""
         return f"Materialized: tied experts are stored with full matrices, {self.materialized}.\n\n"
+
+    def _describe_source_format(self, target: str) -> str:
+        """Describe what became of the numbers of a quantized source; empty if it was not."""
+        found = (self.source_format or {}).get(target)
+        if found is None:
+            return ""
+        return "".join(f"{line}.\n\n" for line in list_format_lines({target: found}))
 
     def _describe_skipping(self) -> list[str]:
         """Describe what dynamic skipping left out on the evaluation text, and the time it saved."""
@@ -264,7 +275,7 @@ class Report:
             f"---\n{data.to_yaml()}\n---\n\n# {self.source}, compressed with moe2edge\n\n"
             f"{self.family}, written for the target `{name}`{options}.\n\n"
             f"{table}\n\n{self.caption()}.\n\n{self._describe_texts()}\n\n"
-            f"{self._describe_materialized()}"
+            f"{self._describe_materialized()}{self._describe_source_format(name)}"
             f"## Who can load it\n\n{loaders}\n\n{limits}## Run it\n\n"
             f'```sh\nmoe2edge generate . "Once upon a time"\nmoe2edge verify .\n```\n\n'
             f"## Recipe\n\n```yaml\n{self.recipe}```\n"

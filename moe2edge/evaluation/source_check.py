@@ -3,8 +3,9 @@
 The walk reads tensors and configs by the rules of this project, and everything that is checked
 later is checked against the walk. So its own reading is proved once, at the start: transformers
 opens the same folder by itself, with the full config, and each block has to give the same output
-for the same input. Transformers' model is loaded whole where it fits into memory, and otherwise a
-group of blocks at a time, by its own loading in both cases.
+for the same input. Of a quantized source it gets our dequantized tensors, since its own readers of
+some formats are wrong. Transformers' model is loaded whole where it fits into memory, and otherwise
+a group of blocks at a time, by its own loading in both cases.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Block, Model
 from moe2edge.progress import Advance
 from moe2edge.runtime.memory import IMPORTED, find_limit, give_back
+from moe2edge.runtime.plain_tensors import drop_quantization, load_plain_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -262,8 +264,13 @@ def _open_stock(
     kind = getattr(transformers, model.family.architecture)
     if len(group) < len(model.blocks) or not ends:
         kind = _make_part(kind, {own.block.index for own in group}, ends=ends)
+    source: dict[str, Any] = {"pretrained_model_name_or_path": folder}
+    if drop_quantization(config):
+        indices = {own.block.index for own in group}
+        source |= {"pretrained_model_name_or_path": None, "state_dict": {}}
+        source["state_dict"] = load_plain_tensors(model, indices, ends=ends)
     stock, info = kind.from_pretrained(
-        folder,
+        **source,
         config=config,
         dtype=torch.float32,
         attn_implementation="eager",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from moe2edge.model.experts import PARTS, Expert, Full, Tied, list_full_rows
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model
-from moe2edge.model.weights import Weight, cast_to_stored
+from moe2edge.model.weights import Weight, cast_to_stored, hide_integers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -87,4 +88,36 @@ def remove_skipping(model: Model) -> Model:
     for block, layer in model.moe_blocks:
         router = replace(layer.router, skip_below=())
         model = model.replace_block(replace(block, mlp=replace(layer, router=router)))
+    return model
+
+
+# ---- integers of a quantized source --------------------------------------------------------------
+
+
+def hide_source_integers(model: Model) -> Model:
+    """Return a model whose integers of the source are seen as plain numbers, as passes take them.
+
+    `restore_source_integers` is the inverse for all that no pass has changed.
+    """
+    return _exchange(model, {w.load: hide_integers(w) for _, _, w in model.tensors() if w.kept})
+
+
+def restore_source_integers(model: Model, source: Model) -> Model:
+    """Return a model in which unchanged weights have the integers again that they had in a source.
+
+    Args:
+        model: made from the source by passes.
+        source: the model before `hide_source_integers`.
+    """
+    return _exchange(model, {w.load: w for _, _, w in source.tensors() if w.kept})
+
+
+def _exchange(model: Model, handles: Mapping[Callable[[], Tensor], Weight]) -> Model:
+    """Return a model with other handles on the same numbers, found by what loads them."""
+    for block in model.blocks if handles else ():
+        new = {
+            role: handles[weight.load] for role, weight in block.weights() if weight.load in handles
+        }
+        if new:
+            model = model.replace_block(block.with_weights(new))
     return model

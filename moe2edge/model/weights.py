@@ -32,6 +32,7 @@ class Weight:
         scheme: how it is quantized, None if it is not.
         load_quantized: reads integers and scales of a quantized weight.
         pattern: the numbers that are zero and stay so; None for no such promise.
+        kept: its integers are those of a quantized source, which nothing has changed.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Weight:
     scheme: Scheme | None = None
     load_quantized: Callable[[], Quantized] | None = field(default=None, compare=False, repr=False)
     pattern: Pattern | None = None
+    kept: bool = False
 
     @property
     def count(self) -> int:
@@ -63,6 +65,20 @@ class Weight:
         if self.load_quantized is None:
             raise Moe2EdgeError(f"{self.name} is not quantized")
         return self.load_quantized()
+
+
+def hide_integers(weight: Weight) -> Weight:
+    """Return a quantized weight as a plain one, with the same numbers, in float32."""
+    return replace(weight, scheme=None, load_quantized=None, kept=False)
+
+
+def dequantize_weight(weight: Weight) -> Weight:
+    """Return a quantized weight as a plain one, rounded to its dtype."""
+
+    def load() -> Tensor:
+        return cast_to_stored(weight.load(), weight.dtype)
+
+    return replace(hide_integers(weight), load=load)
 
 
 def plan_weight_like(like: Weight, name: str, shape: tuple[int, ...]) -> Weight:

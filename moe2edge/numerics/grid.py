@@ -24,9 +24,10 @@ class Quantized:
 
     Attributes:
         q: uint8 [out, in], values ``0 .. 2**bits - 1``.
-        scales: float32 [out, groups], each exact in bfloat16 and in float16.
+        scales: float32 [out, groups], each exact in bfloat16 and in float16; those of a quantized
+            source in one of the two.
         scheme: how to read them.
-        zeros: uint8 [out, groups], at least 1; None if symmetric.
+        zeros: uint8 [out, groups], at least 1 but in a quantized source; None if symmetric.
     """
 
     q: Tensor

@@ -81,7 +81,7 @@ def pack_gptq(numbers: Quantized) -> dict[str, Tensor]:
     Returns:
         ``qweight`` int32 [in / (32 // bits), out], ``qzeros`` int32 [groups, out / (32 // bits)],
         ``scales`` float16 [groups, out], ``g_idx`` int32 [in]. Version 1 stores each zero point
-        minus one.
+        minus one, and 0 as the largest integer.
     """
     scheme, (outs, ins) = numbers.scheme, numbers.q.shape
     zeros = numbers.zeros
@@ -89,7 +89,7 @@ def pack_gptq(numbers: Quantized) -> dict[str, Tensor]:
         zeros = torch.full((outs, scheme.groups(ins)), scheme.zero_point, dtype=torch.uint8)
     return {
         "qweight": pack_int32(numbers.q.T, 0, scheme.bits),
-        "qzeros": pack_int32(zeros.T - 1, 1, scheme.bits),
+        "qzeros": pack_int32((zeros.T - 1) & scheme.largest, 1, scheme.bits),
         "scales": numbers.scales.T.to(torch.float16).contiguous(),
         "g_idx": torch.arange(ins, dtype=torch.int32) // scheme.width(ins),
     }
@@ -98,7 +98,7 @@ def pack_gptq(numbers: Quantized) -> dict[str, Tensor]:
 def unpack_gptq(tensors: dict[str, Tensor], bits: int) -> tuple[Tensor, Tensor, Tensor]:
     """Unpack `pack_gptq` to integers [out, in], scales and zero points [out, groups]."""
     q = unpack_int32(tensors["qweight"].T, 1, bits)
-    zeros = unpack_int32(tensors["qzeros"], 1, bits).T.contiguous() + 1
+    zeros = unpack_int32(tensors["qzeros"], 1, bits).T.contiguous() + 1 & ((1 << bits) - 1)
     return q, tensors["scales"].T.float().contiguous(), zeros
 
 

@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from moe2edge.calibration.observation import Facts
+from moe2edge.model.edits import hide_source_integers, restore_source_integers
 from moe2edge.model.model import Model
 from moe2edge.pipeline.contract import Outcome, Pass, PassContext
 from moe2edge.pipeline.recipe import Recipe
@@ -35,12 +36,15 @@ def run_passes(
 ) -> tuple[Model, list[Step]]:
     """Run all passes; return the last model, and a line of the report for each pass.
 
-    After each pass, ``look`` gets the model and the passes that are still to come.
+    Passes see the integers of a quantized source as plain numbers; those that no pass changed are
+    in the model that is returned. After each pass, ``look`` gets the model and the passes that are
+    still to come.
     """
     import torch
 
     tokens = calibration.ids if calibration else torch.empty(0, 0, dtype=torch.int64)
-    context = PassContext(source, source, tokens, work, reporter, budget)
+    plain = hide_source_integers(source)
+    context = PassContext(plain, plain, tokens, work, reporter, budget)
     context = replace(context, training=training.ids if training else None)
     steps: list[Step] = []
     left: dict[type, object] = {}
@@ -59,7 +63,7 @@ def run_passes(
             steps.append(_report(step, outcome, ended - begun))
             look(context.model, recipe.passes[len(steps) :])
             begun = ended
-    return context.model, steps
+    return restore_source_integers(context.model, source), steps
 
 
 def _observe(stage: Stage, context: PassContext, kept: KeptWalk | None) -> Facts:

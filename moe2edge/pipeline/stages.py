@@ -8,6 +8,7 @@ from typing import Any
 
 from moe2edge.calibration.observation import ObserverFactory
 from moe2edge.errors import Moe2EdgeError
+from moe2edge.model.edits import hide_source_integers, restore_source_integers
 from moe2edge.model.model import Model
 from moe2edge.pipeline.contract import Outcome, Pass, PlannedStep
 
@@ -18,7 +19,7 @@ class Plan:
 
     Attributes:
         source: the model before the first pass.
-        steps: the passes, in order.
+        steps: the passes, in order, which see integers of a quantized source as plain numbers.
     """
 
     source: Model
@@ -26,8 +27,10 @@ class Plan:
 
     @property
     def result(self) -> Model:
-        """The model after the last pass."""
-        return self.steps[-1].after if self.steps else self.source
+        """The model after the last pass, with the integers of the source that nothing changes."""
+        if not self.steps:
+            return self.source
+        return restore_source_integers(self.steps[-1].after, self.source)
 
 
 def plan_passes(passes: Sequence[Pass], model: Model) -> Plan:
@@ -37,6 +40,7 @@ def plan_passes(passes: Sequence[Pass], model: Model) -> Plan:
         InputError, Unsupported: a pass cannot do its work on this model.
     """
     source, steps = model, []
+    model = hide_source_integers(model)
     for step in passes:
         step.check(model)
         after = step.plan(model)

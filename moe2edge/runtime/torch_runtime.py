@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from moe2edge.errors import InputError, Moe2EdgeError, VerificationFailed, join_lines
 from moe2edge.model.hf_config import is_pad_token
+from moe2edge.runtime.plain_tensors import drop_quantization, load_plain_tensors
 from moe2edge.runtime.protocol import check_id_range
+from moe2edge.storage.checkpoint import open_checkpoint
+from moe2edge.storage.source_formats.recognition import find_settings
 from moe2edge.storage.text_files import read_json
 
 if TYPE_CHECKING:
@@ -150,6 +153,8 @@ def run_all_experts(runtime: Runtime) -> Runtime:
 def open_source(folder: Path, *, dtype: str = "bfloat16", strict: bool = False) -> TorchRuntime:
     """Open a checkpoint with stock transformers; code inside the checkpoint is not executed.
 
+    Of a quantized checkpoint, transformers gets the dequantized tensors.
+
     Args:
         folder: folder with config and safetensors.
         dtype: dtype that the model computes in.
@@ -162,7 +167,7 @@ def open_source(folder: Path, *, dtype: str = "bfloat16", strict: bool = False) 
             tensor as missing, unexpected or of another shape.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     from moe2edge.runtime.expert_kernels import set_expert_implementation
 
@@ -171,9 +176,15 @@ def open_source(folder: Path, *, dtype: str = "bfloat16", strict: bool = False) 
     changes = {}
     if type(pad) is int and type(vocabulary) is int and not is_pad_token(pad, vocabulary):
         changes = {"pad_token_id": None}
+    source: dict[str, Any] = {"pretrained_model_name_or_path": folder}
     try:
+        if find_settings(config):
+            plain = AutoConfig.from_pretrained(folder, local_files_only=True)
+            drop_quantization(plain)
+            tensors = load_plain_tensors(open_checkpoint(folder).model, dtype=getattr(torch, dtype))
+            source = {"pretrained_model_name_or_path": None, "config": plain, "state_dict": tensors}
         model, info = AutoModelForCausalLM.from_pretrained(
-            folder,
+            **source,
             dtype=getattr(torch, dtype),
             local_files_only=True,
             trust_remote_code=False,

@@ -21,7 +21,10 @@ from moe2edge.model.family import find_family
 from moe2edge.model.model import EMBEDDING, HEAD, Model
 from moe2edge.model.weights import Weight
 from moe2edge.storage.hub import download, get_hub_id
-from moe2edge.storage.safetensors_files import make_weight
+from moe2edge.storage.source_formats.reading import SourceTensors, dequantize_ends
+from moe2edge.storage.source_formats.recognition import drop_settings, find_source_format
+from moe2edge.storage.source_formats.source_format import SourceFormat
+from moe2edge.storage.source_formats.stored_tensors import StoredTensors
 from moe2edge.storage.tensor_bytes import find_broken_rows, hash_tensors, have_same_numbers
 from moe2edge.storage.text_files import hash_file, read_json
 from moe2edge.storage.weight_files import CONVERT, INDEX, SINGLE, WeightFiles, find_weight_files
@@ -77,37 +80,33 @@ class Checkpoint:
         """Model of the checkpoint, from headers only.
 
         Raises:
-            InputError: a tensor is missing or has the wrong shape, the model is quantized already.
-            Unsupported: the family or a setting of its config is not supported.
+            InputError: a tensor is missing or has the wrong shape.
+            Unsupported: the family, its quantization or a setting of its config is not supported.
         """
-        if self.config.get("quantization_config") or self.config.get("compression_config"):
-            raise InputError(
-                f"{self.source} is already quantized; start from the unquantized checkpoint"
-            )
         if self.config.get("per_layer_config"):
             raise Unsupported(
                 f"{self.source} has layers of unequal size, or replaced experts "
                 "(per_layer_config); start from the checkpoint that it was made from"
             )
-        family, files = find_family(self.config), self.files
-        used: set[str] = set()
+        family, tensors = find_family(self.config), self.tensors
 
         def get_weight(name: str, shape: tuple[int, ...]) -> Weight:
             if name == EMBEDDING and self.tying == "head only":
                 name = HEAD
-            if name not in files:
+            weight = tensors.take(name, shape)
+            if weight is None:
                 raise self._explain_missing_tensor(name)
-            used.add(name)
-            weight = make_weight(files[name], name)
             if weight.shape != shape:
                 raise InputError(
                     f"{name} has shape {list(weight.shape)}, but config.json asks for {list(shape)}"
                 )
             return weight
 
-        config = {**self.config, TIE_FLAG: False} if self.tying == "contradicted" else self.config
-        model = build_model(family, config, get_weight)
-        unused = set(files) - used
+        config = drop_settings(self.config)
+        if self.tying == "contradicted":
+            config[TIE_FLAG] = False
+        model = dequantize_ends(build_model(family, config, get_weight))
+        unused = tensors.list_spare()
         # Some tools also write tied heads and rotary tables, which only repeat other values.
         unused -= {HEAD} if self.tying == "tied" else set()
         unused = {name for name in unused if not name.endswith("rotary_emb.inv_freq")}
@@ -118,6 +117,21 @@ class Checkpoint:
             )
         model.verify()
         return model
+
+    @cached_property
+    def source_format(self) -> SourceFormat | None:
+        """The format of quantized tensors; None if the checkpoint is not quantized.
+
+        Raises:
+            InputError: config and tensors contradict each other.
+            Unsupported: the format is not read.
+        """
+        return find_source_format(self.config, StoredTensors(self.files))
+
+    @cached_property
+    def tensors(self) -> SourceTensors:
+        """Handles on the tensors; once `model` was read, what they were made of."""
+        return SourceTensors(self.files, self.source_format)
 
     @cached_property
     def tying(self) -> Literal["not tied", "tied", "head only", "contradicted"]:
@@ -177,7 +191,7 @@ class Checkpoint:
     def _contents(self) -> tuple[str, tuple[int, ...]]:
         """The digest, and the ids whose row of the embedding is not finite."""
         table = self.model.rest[EMBEDDING]
-        used = {weight.name for _, _, weight in self.model.tensors()}
+        used = {weight.name for _, _, weight in self.model.tensors()} | self.tensors.used
         config = self.folder / "config.json"
         paths = sorted(set(self.files.values()))
         digests, broken = {config: hash_file(config)}, set()

@@ -189,8 +189,8 @@ class _StoredTensors:
 
         parts = {part: self._read(f"{_get_stem(name)}.{part}") for part in GPTQ_PARTS}
         q, scales, zeros = unpack_gptq(parts, scheme.bits)
-        # Stored minus one: a zero point of 0 would read as one beyond the largest integer.
-        low, high = (scheme.zero_point,) * 2 if scheme.symmetric else (1, scheme.largest)
+        # Stored minus one; 0, which only sources have, as the largest integer.
+        low, high = (scheme.zero_point,) * 2 if scheme.symmetric else (0, scheme.largest)
         if ((zeros < low) | (zeros > high)).any():
             expected = f"{low} throughout" if scheme.symmetric else f"{low} to {high}"
             raise VerificationFailed(

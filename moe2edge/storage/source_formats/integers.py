@@ -70,7 +70,7 @@ class Integers:
         """Make the source of the matrix; it keeps the integers where they can be."""
         if self.problem:
             return QuantizedTensor(self.shape, lambda _: self.dequantize(), problem=self.problem)
-        group = WHOLE_ROW if self.groups == 1 else self.group_size
+        group = WHOLE_ROW if self.group_size > self.shape[1] else self.group_size
         scheme = Scheme(self.bits, group, self.symmetric)
 
         def load_quantized() -> Quantized:

@@ -131,13 +131,24 @@ def _list_settings(config: Mapping[str, Any]) -> Iterator[Any]:
 
 
 def read_method(settings: Mapping[str, Any]) -> str:
-    """Read the method; some tools name it only by other keys."""
+    """Read the method; some tools name it only by other keys.
+
+    Raises:
+        InputError: it is not named.
+    """
+    if settings.get("load_in_4bit") or settings.get("load_in_8bit"):
+        return "bitsandbytes"
     method = settings.get("quant_method") or settings.get("method")
     if method is None and settings.get("config_groups"):
         method = "compressed-tensors"
     producer = settings.get("producer") or {}
     if method is None and isinstance(producer, Mapping) and producer.get("name") == "modelopt":
         method = "modelopt"
+    if method is None:
+        raise InputError(
+            "quantization_config in config.json names no quant_method; put it there, as it is in "
+            "the original checkpoint"
+        )
     return str(method).lower()
 
 
@@ -159,7 +170,7 @@ def _choose_reader(method: str, settings: Mapping[str, Any]) -> type[SourceForma
         if packing == AUTO_ROUND_COMPRESSED:
             return CompressedSource
         return AwqSource if packing in AUTO_ROUND_AWQ else GptqSource
-    if method.startswith("bitsandbytes") or settings.get("load_in_4bit"):
+    if method.startswith("bitsandbytes"):
         raise Unsupported(
             "quantization_config: bitsandbytes is not read; dequantize it with transformers "
             f"(model.dequantize(), then save_pretrained), or {DEQUANTIZE}"

@@ -1,0 +1,77 @@
+"""Handles on the tensors of a checkpoint, quantized or not, by their plain names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from moe2edge.model.model import Model, is_quantizable
+from moe2edge.model.weights import Weight, dequantize_weight
+from moe2edge.storage.safetensors_files import make_weight
+from moe2edge.storage.source_formats.aliases import list_aliases
+from moe2edge.storage.source_formats.source_format import SourceFormat
+
+
+class SourceTensors:
+    """Gives handles, and remembers what they were made of.
+
+    Attributes:
+        used: the tensors in the files of which handles were made.
+        quantized: bytes of each quantized tensor in the files, by its plain name.
+    """
+
+    def __init__(self, files: Mapping[str, Path], form: SourceFormat | None) -> None:
+        """Take the file of each tensor, and the format of those that are quantized."""
+        self._files, self._form = files, form
+        self.used: set[str] = set()
+        self.quantized: dict[str, int] = {}
+
+    def take(self, name: str, shape: tuple[int, ...]) -> Weight | None:
+        """Return the handle on a tensor; None: there is none under any name.
+
+        Raises:
+            InputError: parts of a quantized tensor are missing, or do not fit.
+            Unsupported: its dtype, or a setting of it, is not read.
+        """
+        if self._form is None:
+            return self._take_plain(name)
+        for each in list_aliases(name):
+            weight = self._form.weight(each, shape)
+            if weight is not None:
+                self.used.update(self._form.list_parts(each))
+                self.quantized[name] = self._form.count_bytes(each)
+                return replace(weight, name=name, kept=weight.scheme is not None)
+            if each in self._files:
+                return self._take_plain(each)
+        return None
+
+    def list_spare(self) -> set[str]:
+        """List the tensors that no handle was made of, and that no format explains."""
+        spare = set(self._files) - self.used
+        form = self._form
+        return spare if form is None else {name for name in spare if not form.explains(name)}
+
+    def _take_plain(self, name: str) -> Weight | None:
+        """Return the handle on a tensor that is stored as it is."""
+        if name not in self._files:
+            return None
+        self.used.add(name)
+        return make_weight(self._files[name], name)
+
+
+def dequantize_ends(model: Model) -> Model:
+    """Return a model in which only those weights keep integers that quantizing passes select.
+
+    Routers, embeddings and heads of some sources are quantized, but no target stores them so.
+    """
+    for block in model.blocks:
+        found = {
+            role: dequantize_weight(weight)
+            for role, weight in block.weights()
+            if weight.scheme is not None and not is_quantizable(role)
+        }
+        if found:
+            model = model.replace_block(block.with_weights(found))
+    rest = {n: dequantize_weight(w) if w.scheme else w for n, w in model.rest.items()}
+    return replace(model, rest=rest)

@@ -1,0 +1,138 @@
+"""Quantized checkpoints of others, opened, trimmed and written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from helpers import export
+from moe2edge.evaluation.source_check import compare_with_stock
+from moe2edge.model.edits import hide_source_integers, restore_source_integers
+from moe2edge.numerics.grid import Quantized
+from moe2edge.numerics.scheme import Scheme
+from moe2edge.storage.checkpoint import open_checkpoint
+from moe2edge.testing import Make, make_tokenizer
+from source_files import GROUP, quantize_folder
+
+FORMS = ("gptq", "awq", "compressed-tensors", "fp8")
+SIZES = {"dtype": "bfloat16", "num_hidden_layers": 2}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory, tiny: Make) -> dict[tuple[str, str], Path]:
+    """Return a folder of each family and format."""
+    made = {}
+    for family in ("mixtral", "qwen3_moe"):
+        source = tiny(family, **SIZES)
+        make_tokenizer(source)
+        for form in FORMS:
+            made[family, form] = tmp_path_factory.mktemp(family) / form
+            quantize_folder(source, made[family, form], form)
+    return made
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_a_quantized_source_is_what_transformers_computes_with_its_numbers(
+    family: str, form: str, folders: dict[tuple[str, str], Path]
+) -> None:
+    checkpoint = open_checkpoint(folders[family, form])
+    model = checkpoint.model
+    assert "quantization_config" not in model.config
+    kept = {w.scheme for _, _, w in model.tensors() if w.kept}
+    schemes = {"fp8": set(), "awq": {Scheme(4, GROUP, symmetric=False)}}
+    assert kept == schemes.get(form, {Scheme(4, GROUP)})
+    found = compare_with_stock(model, checkpoint.folder)
+    assert found.difference < 1e-5
+    assert len(checkpoint.sha256) == 64
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_integers_of_kept_experts_are_written_as_they_were(
+    form: str, folders: dict[tuple[str, str], Path], tmp_path: Path
+) -> None:
+    source = folders["mixtral", form]
+    steps: list[object] = [{"expert_drop": {"keep": 4}}]
+    if form == "fp8":
+        steps.append({"rtn": {"group_size": GROUP}})
+    code, said, report = export(source, tmp_path / "out", steps, "gptq")
+    assert code == 0, said
+    left, count = report["source_format"]["gptq"], 8 + 2 * 4 * 3
+    assert left["matrices"] == 8 + 2 * 6 * 3
+    assert (left["kept"], left["requantized"]) == ((0, count) if form == "fp8" else (count, 0))
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert settings["sym"] == (form != "awq")
+    assert "dynamic" not in settings
+    if form == "fp8":
+        card = (tmp_path / "out" / "README.md").read_text()
+        assert "32 are quantized anew, which is not lossless" in card
+        return
+    before, after = open_checkpoint(source), open_checkpoint(tmp_path / "out")
+    numbers = {(w.shape, digest(w.quantized())) for _, _, w in before.model.tensors() if w.kept}
+    written = [(w.shape, digest(w.quantized())) for _, _, w in after.model.tensors() if w.scheme]
+    assert len(written) == count
+    assert set(written) <= numbers
+
+
+def test_gptq_parts_of_a_trimmed_folder_are_those_of_its_source(
+    folders: dict[tuple[str, str], Path], tmp_path: Path
+) -> None:
+    source = folders["qwen3_moe", "gptq"]
+    code, said, _ = export(source, tmp_path / "out", [{"expert_drop": {"keep": 4}}], "gptq")
+    assert code == 0, said
+    old, new = (load_file(each / "model.safetensors") for each in (source, tmp_path / "out"))
+    by_bytes = {value.numpy().tobytes() for name, value in old.items() if ".experts." in name}
+    experts = {name: value for name, value in new.items() if ".experts." in name}
+    assert len(experts) == 2 * 4 * 3 * 4
+    assert all(value.contiguous().numpy().tobytes() in by_bytes for value in experts.values())
+    for name, value in new.items():
+        if "self_attn" in name:
+            assert torch.equal(value, old[name])
+
+
+@pytest.mark.parametrize("form", ["gptq", "fp8"])
+def test_target_hf_writes_a_quantized_source_dequantized(
+    form: str, folders: dict[tuple[str, str], Path], tmp_path: Path
+) -> None:
+    source = folders["qwen3_moe", form]
+    code, said, report = export(source, tmp_path / "out", [{"expert_drop": {"keep": 4}}], "hf")
+    assert code == 0, said
+    assert report["source_format"]["hf"]["dequantized"] == 8 + 2 * 4 * 3
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    weights = {name: weight for name, _, weight in open_checkpoint(source).model.tensors()}
+    name = "model.layers.1.self_attn.o_proj.weight"
+    assert torch.equal(written[name], weights[name].load().bfloat16())
+
+
+def test_a_pass_that_quantizes_quantizes_integers_of_a_source_anew(
+    folders: dict[tuple[str, str], Path], tmp_path: Path
+) -> None:
+    rules = [{"match": "self_attn", "bits": 16}]
+    steps = [{"rtn": {"bits": 8, "rules": rules, "group_size": GROUP}}]
+    code, said, report = export(folders["mixtral", "gptq"], tmp_path / "out", steps, "gptq")
+    assert code == 0, said
+    left = report["source_format"]["gptq"]
+    assert (left["kept"], left["requantized"], left["dequantized"]) == (8, 2 * 6 * 3, 0)
+
+
+def test_passes_see_plain_numbers_and_unchanged_integers_come_back(
+    folders: dict[tuple[str, str], Path],
+) -> None:
+    source = open_checkpoint(folders["mixtral", "awq"]).model
+    plain = hide_source_integers(source)
+    assert plain.scheme is None
+    assert not any(weight.kept for _, _, weight in plain.tensors())
+    cut = plain.keep_blocks([1])
+    back = restore_source_integers(cut, source)
+    assert back == source.keep_blocks([1])
+
+
+def digest(numbers: Quantized) -> bytes:
+    """Return the bytes of integers, scales and zero points."""
+    parts = (numbers.q, numbers.scales, *(() if numbers.zeros is None else (numbers.zeros,)))
+    return b"".join(part.contiguous().numpy().tobytes() for part in parts)
