@@ -5,14 +5,20 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe2edge.commands.environment import list_versions
 from moe2edge.commands.preflight import check_sources, list_reads
 from moe2edge.commands.private_paths import PrivatePaths
-from moe2edge.commands.run_inputs import list_inputs, look_at_inputs
-from moe2edge.commands.source_check import check_ids, prove_source, report_notes
+from moe2edge.commands.run_inputs import (
+    begin_work,
+    list_inputs,
+    look_at_inputs,
+    open_kept_results,
+)
+from moe2edge.commands.source_check import SourceProof, check_ids, prove_source, report_notes
 from moe2edge.commands.texts import SELF, load_calibration, resolve_recipe
 from moe2edge.errors import InputError
 from moe2edge.model.model import Block, Model
@@ -21,6 +27,7 @@ from moe2edge.pipeline.decisions import (
     DECISIONS,
     CalibrationText,
     Decisions,
+    SourceCheck,
     SourceModel,
     describe_blocks,
 )
@@ -32,6 +39,7 @@ from moe2edge.progress import Reporter
 from moe2edge.runtime.memory import UNLIMITED
 from moe2edge.storage.checkpoint import Checkpoint
 from moe2edge.storage.export_folder import Resume, claim_output, open_partial_folder
+from moe2edge.storage.kept_results import KeptResults
 from moe2edge.storage.text_files import write_json
 from moe2edge.storage.work_folder import WorkFolder
 
@@ -67,9 +75,9 @@ def decide(
         Unsupported: as in an export.
     """
     recipe = _prepare(checkpoint, recipe, reporter)
-    tokens = _load(checkpoint, recipe, reporter, source_check=source_check)
+    tokens, proof = _load(checkpoint, recipe, reporter, KeptResults(), source_check=source_check)
     paths = PrivatePaths.collect(checkpoint, recipe, keep=keep_paths)
-    return _run(checkpoint, recipe, tokens, _NoNumbers(), reporter, paths)
+    return _run(checkpoint, recipe, tokens, _NoNumbers(), reporter, paths, proof)
 
 
 def decide_to_file(
@@ -104,14 +112,16 @@ def decide_to_file(
     with claim_output(out, force=force, reads=reads, form=DECISIONS, log=reporter.log) as claim:
         reporter = claim.watch(reporter)
         files = look_at_inputs(checkpoint, recipe)
-        tokens = _load(checkpoint, recipe, reporter, source_check=source_check)
+        kept = open_kept_results(checkpoint, claim.partial.work, resume)
+        tokens, proof = _load(checkpoint, recipe, reporter, kept, source_check=source_check)
         inputs = list_inputs(checkpoint, recipe, tokens, None, UNLIMITED)
         files.settle(checkpoint.sha256)
         with open_partial_folder(claim, inputs, resume) as (content, work):
-            work.watch(files.check)
-            work.report(reporter)
+            begin_work(work, files, kept, reporter)
             paths = PrivatePaths.collect(checkpoint, recipe, keep=keep_paths)
-            found, steps = _run(checkpoint, recipe, tokens, _NoNumbers(work), reporter, paths)
+            found, steps = _run(
+                checkpoint, recipe, tokens, _NoNumbers(work), reporter, paths, proof
+            )
             write_json(content, found.to_json())
             files.check()
     return found, steps
@@ -128,18 +138,20 @@ def _prepare(checkpoint: Checkpoint, recipe: Recipe, reporter: Reporter) -> Reci
 
 
 def _load(
-    checkpoint: Checkpoint, recipe: Recipe, reporter: Reporter, *, source_check: bool
-) -> Tokens | None:
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    reporter: Reporter,
+    kept: KeptResults,
+    *,
+    source_check: bool,
+) -> tuple[Tokens | None, SourceProof]:
     """Load and check the calibration text, and check the source."""
     # The model runs first where it writes the text; another text is looked at before that.
-    writes = recipe.calibration.text == SELF
-    if writes:
-        prove_source(checkpoint, reporter, wanted=source_check)
-    tokens = load_calibration(checkpoint, recipe, reporter)
+    prove = partial(prove_source, checkpoint, reporter, wanted=source_check, kept=kept)
+    proof = prove() if recipe.calibration.text == SELF else None
+    tokens = load_calibration(checkpoint, recipe, reporter, kept)
     check_ids(checkpoint, {"calibration": tokens}, reporter)
-    if not writes:
-        prove_source(checkpoint, reporter, wanted=source_check)
-    return tokens
+    return tokens, proof or prove()
 
 
 def _run(
@@ -149,6 +161,7 @@ def _run(
     work: _NoNumbers,
     reporter: Reporter,
     paths: PrivatePaths,
+    proof: SourceProof,
 ) -> tuple[Decisions, tuple[Step, ...]]:
     """Run the passes, and describe what they chose."""
     source = checkpoint.model
@@ -160,6 +173,7 @@ def _run(
             sha256=checkpoint.sha256,
             family=source.family.model_type,
         ),
+        source_check=SourceCheck(**proof.to_record()),
         recipe=paths.hide_in(recipe).render(),
         calibration=CalibrationText(**paths.hide(tokens.provenance)) if tokens else None,
         versions=list_versions(),

@@ -13,7 +13,12 @@ from moe2edge.commands.preflight import describe, list_reads, refuse_early
 from moe2edge.commands.private_paths import PrivatePaths
 from moe2edge.commands.report import Report
 from moe2edge.commands.router_ties import TieJudge
-from moe2edge.commands.run_inputs import list_inputs, look_at_inputs
+from moe2edge.commands.run_inputs import (
+    begin_work,
+    list_inputs,
+    look_at_inputs,
+    open_kept_results,
+)
 from moe2edge.commands.source_check import SourceProof, check_ids, prove_source, report_notes
 from moe2edge.commands.texts import (
     NO_TEXT,
@@ -38,6 +43,7 @@ from moe2edge.runtime.memory import Memory
 from moe2edge.storage import export_folder
 from moe2edge.storage.checkpoint import Checkpoint
 from moe2edge.storage.companions import Companions, read_companions
+from moe2edge.storage.kept_results import KeptResults
 from moe2edge.storage.work_folder import WorkFolder
 
 
@@ -93,8 +99,9 @@ def export_targets(
         companions = _read_companions(checkpoint, reporter)
         try_targets(targets, fit_for_targets(plan.result, targets, materialize=materialize))
         ties.look(checkpoint.model, recipe.passes)
+        kept = open_kept_results(checkpoint, claim.partial.work, resume)
         prove = partial(prove_source, checkpoint, reporter, wanted=source_check, targets=targets)
-        texts, proof = _load_texts(checkpoint, recipe, reporter, prove, budget)
+        texts, proof = _load_texts(checkpoint, recipe, reporter, prove, budget, kept)
         inputs = list_inputs(checkpoint, recipe, texts.calibration, texts.training, budget)
         files.settle(checkpoint.sha256)
         outcome = _list_outcome(checkpoint, recipe, targets, texts, proof, materialize=materialize)
@@ -103,8 +110,7 @@ def export_targets(
             reporter.log(f"{out} had been finished by an earlier run, and has its name now")
             return Report.read(out if len(targets) == 1 else out / targets[0].name)
         with export_folder.open_partial_folder(claim, inputs, resume, outcome) as (content, work):
-            work.watch(files.check)
-            work.report(reporter)
+            begin_work(work, files, kept, reporter)
             report = _make_output(
                 checkpoint, recipe, targets, texts, content, work, budget, reporter, proof, paths,
                 companions, ties, materialize=materialize, defaults=defaults, begun=begun,
@@ -126,12 +132,14 @@ def _load_texts(
     reporter: Reporter,
     prove: Callable[..., SourceProof],
     budget: Memory,
+    kept: KeptResults,
 ) -> tuple[Texts, SourceProof]:
     """Load the texts, and check the source: first where the model writes one, else after them."""
-    proof = prove(within=budget.limit) if recipe.calibration.text == SELF else None
-    texts = load_texts(checkpoint, recipe, reporter)
+    prove = partial(prove, within=budget.limit, kept=kept)
+    proof = prove() if recipe.calibration.text == SELF else None
+    texts = load_texts(checkpoint, recipe, reporter, kept)
     check_ids(checkpoint, texts.by_purpose, reporter)
-    return texts, proof or prove(within=budget.limit)
+    return texts, proof or prove()
 
 
 def _make_output(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from moe2edge.commands.source_check import SourceProof, describe_window
 from moe2edge.errors import InputError
 from moe2edge.evaluation.comparison import RESULT_HEADINGS, ResultRow
 from moe2edge.evaluation.folder_record import REFERENCE, FolderRecord
@@ -137,6 +138,8 @@ class Report:
         check = self.source_check
         if check is not None and check["status"] != "passed":
             said.append(f"source check {check['status']}: {check['reason']}")
+        elif check is not None and check.get("window"):
+            said.append(f"source check: {describe_window(check['window'])}")
         said += [*self._describe_skipping(), *self._describe_materialized().splitlines()[:1]]
         for target, loaders in self.loaders.items():
             for loader in loaders:
@@ -215,7 +218,7 @@ class Report:
                 "revision": checkpoint.revision,
                 "sha256": checkpoint.sha256,
             },
-            source_check=_shorten(self.source_check or {}),
+            source_check=SourceProof(**self.source_check).to_record() if self.source_check else {},
             texts={
                 "calibration": self.calibration,
                 "evaluation": self.evaluation,
@@ -261,8 +264,3 @@ class Report:
             f'```sh\nmoe2edge generate . "Once upon a time"\nmoe2edge verify .\n```\n\n'
             f"## Recipe\n\n```yaml\n{self.recipe}```\n"
         )
-
-
-def _shorten(check: Mapping[str, Any]) -> dict[str, Any]:
-    """Return of the source check what does not differ between two equal runs."""
-    return {key: check[key] for key in ("status", "reason", "transformers") if check.get(key)}
