@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from moe2edge.numerics.allocation import Counts
     from moe2edge.numerics.metrics import SampleSums
     from moe2edge.passes._allocation_trials import Ranker, Trial
+    from moe2edge.storage.kept_walk import KeptWalk
 
 # The candidates: fractions of the way from uniform to the allocation by sensitivities.
 WAY = {"uniform": 0.0, "a quarter of the way": 0.25, "half way": 0.5,
@@ -205,7 +206,7 @@ class ExpertBudget(Search):
         candidates = self._list_candidates(context.model, costs)
         tried = list(dict.fromkeys(candidates.values()))
         compared = trial.first(self._count_compared(len(choosing)))
-        results = compared.judge(tried, _report_progress(context, "candidates"))
+        results = compared.judge(tried, *_follow(context, "candidates"))
         judged = dict(zip(tried, results, strict=True))
         chosen = min(tried, key=lambda counts: bootstrap.compute_mean_kl(judged[counts]))
         notes = self._describe_candidates(candidates, judged, chosen)
@@ -216,8 +217,7 @@ class ExpertBudget(Search):
             label = "expert_budget: held-out text"
             hidden = walk.observe(context.source, rest, (), advance, label, kept=kept)
             last = _allocation_trials.Trial(trial.trimmer, context.source, hidden, rest)
-            progress = _report_progress(context, "held-out text")
-            mine, even = last.judge([chosen, uniform], progress)
+            mine, even = last.judge([chosen, uniform], *_follow(context, "held-out text"))
             notes.append(self._describe_gain(mine, even))
         return _make_outcome(context.model, trial.trimmer.trim(chosen), notes)
 
@@ -328,7 +328,7 @@ class ExpertBudget(Search):
             return [ranker.errors[block.index] for block, _ in model.moe_blocks]
         tried = self._list_tried(model)
         measured = trial.first(self._count_measured(*trial.tokens.shape))
-        results = measured.judge(tried, _report_progress(context, "sensitivity"))
+        results = measured.judge(tried, *_follow(context, "sensitivity"))
         kl = {
             counts: bootstrap.compute_mean_kl(sums)
             for counts, sums in zip(tried, results, strict=True)
@@ -384,9 +384,16 @@ class ExpertBudget(Search):
         )
 
 
-def _report_progress(context: PassContext, what: str) -> Callable[[int, int], None]:
-    """Return a callback that reports progress under a label, in block runs."""
-    return lambda done, total: context.reporter.advance(f"expert_budget: {what}", done, total)
+def _follow(
+    context: PassContext, what: str
+) -> tuple[Callable[[int, int], None], Callable[[str], KeptWalk | None]]:
+    """Return what reports the block runs of a comparison, and what keeps its walks."""
+
+    def advance(done: int, total: int) -> None:
+        context.reporter.advance(f"expert_budget: {what}", done, total)
+
+    stem = what.replace(" ", "-")
+    return advance, lambda name: context.keep_walk(f"{stem}-{name}")
 
 
 def _make_outcome(before: Model, after: Model, notes: Sequence[str]) -> Outcome:

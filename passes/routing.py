@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
@@ -12,7 +12,7 @@ from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Block, Model
 from moe2edge.pipeline.checks import refuse_replaced
 from moe2edge.pipeline.contract import Outcome, PassContext, PlannedStep, Search, TextSizes
-from moe2edge.pipeline.work import Store
+from moe2edge.pipeline.kept_transform import KeptTransform
 from moe2edge.runtime.memory import Estimate
 
 if TYPE_CHECKING:
@@ -104,9 +104,9 @@ class Routing(Search):
         from moe2edge.calibration import walk
         from moe2edge.numerics import bootstrap
 
-        held_out = self._hold_out(len(context.tokens))
+        held_out, kept = self._hold_out(len(context.tokens)), context.keep_walk("fitting")
         self._report_cost(context)
-        fitter = _Fitter(self, context.store, held_out)
+        fitter = _Fitter(context.store, kept, self, held_out)
         advance = context.reporter.advance
         fitted, _ = walk.walk(
             context.model,
@@ -115,6 +115,8 @@ class Routing(Search):
             source=context.source,
             advance=advance,
             label="routing",
+            kept=kept,
+            needs_hidden=False,
         )
         notes = tuple(fitter.notes)
         if not fitter.changed:
@@ -176,10 +178,12 @@ class Routing(Search):
         from moe2edge.numerics import metrics
 
         advance = context.reporter.advance
-        source = walk.observe(context.source, ids, (), advance, "routing: source")
+        kept = context.keep_walk("source")
+        source = walk.observe(context.source, ids, (), advance, "routing: source", kept=kept)
         results = []
-        for model in (context.model, fitted):
-            hidden = walk.observe(model, ids, (), advance, "routing: held-out text")
+        for model, name in ((context.model, "before"), (fitted, "after")):
+            kept = context.keep_walk(name)
+            hidden = walk.observe(model, ids, (), advance, "routing: held-out text", kept=kept)
             mine, theirs = (
                 walk.compute_logits(model, hidden),
                 walk.compute_logits(context.source, source),
@@ -189,23 +193,17 @@ class Routing(Search):
 
 
 @dataclass
-class _Fitter:
+class _Fitter(KeptTransform):
     """Gathers the evidence of one layer after another and fits its router.
 
     Attributes:
         step: the pass.
-        store: saves the new rows.
         held_out: samples that decide, bool [samples].
-        changed: routers that were changed, for the report.
-        notes: results of each layer, for the report.
         parts: evidence of the current layer, by batch.
     """
 
     step: Routing
-    store: Store
     held_out: Tensor
-    changed: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
     parts: list[RouterEvidence] = field(default_factory=list)
 
     def observe(self, trace: BlockTrace, source: BlockTrace | None) -> None:
@@ -214,15 +212,15 @@ class _Fitter:
         if isinstance(trace.block.mlp, MoELayer) and trace.routing is not None:
             self.parts.append(_gather_evidence(trace, trace.block.mlp, source))
 
-    def change(self, block: Block) -> Block:
-        """Return the block with rows that lower the held-out error, or unchanged."""
+    def compute(self, block: Block) -> tuple[Block, Any] | None:
+        """Return the block with rows that lower the held-out error; None: there are none."""
         import torch
 
         from moe2edge.numerics import router_fit
 
         parts, self.parts = self.parts, []
         if not isinstance(block.mlp, MoELayer) or not parts:
-            return block
+            return None
         evidence = router_fit.join_evidence(parts)
         parts.clear()
         weight = block.mlp.router.weight
@@ -240,7 +238,7 @@ class _Fitter:
         )
         if fit.router is None:
             self.notes.append(f"block {block.index}: router not changed, no fit lowered the error")
-            return block
+            return None
         fall = 1 - (fit.after / fit.before if fit.before else 1.0)
         self.notes.append(
             f"block {block.index}: held-out error of the residual stream {fall:.2%} lower, "
@@ -248,7 +246,11 @@ class _Fitter:
         )
         self.changed.append(f"block {block.index}: router")
         assert torch.equal(fit.router.to(stored.dtype).float(), fit.router)
-        return self.store.put(block, {"router.weight": fit.router})
+        return self.put(block, {"router.weight": fit.router}), {}
+
+    def reshape(self, block: Block, shape: Any) -> Block:
+        """Return the block itself: only numbers of its router change."""
+        return block
 
 
 def _gather_evidence(trace: BlockTrace, layer: MoELayer, source: BlockTrace) -> RouterEvidence:
