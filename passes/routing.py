@@ -35,7 +35,6 @@ class Routing(Search):
     experts of the source are fitted as well, if blocks before them changed.
     """
 
-    changes_routers: ClassVar[bool] = True
     may_change_nothing: ClassVar[bool] = True
 
     held_out: Annotated[
@@ -82,6 +81,11 @@ class Routing(Search):
             raise Unsupported(
                 "routing: routers with a bias per expert are not supported; leave routing out"
             )
+
+    @property
+    def changes_routers(self) -> bool:
+        """True: that is what it does."""
+        return True
 
     def estimate(self, planned: PlannedStep, texts: TextSizes) -> Estimate:
         """Refuse too few samples to hold some of them out, and estimate as others do."""
