@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, field_validator
@@ -117,11 +118,43 @@ class ExpertBudget(Search):
         return checks.check_amount(value)
 
     def estimate(self, planned: PlannedStep, texts: TextSizes) -> Estimate:
-        """Refuse too few samples to hold some of them out, and estimate as others do."""
+        """Estimate hidden states of candidates, and what sensitivities are measured on.
+
+        Raises:
+            InputError: there are too few samples to hold some of them out.
+        """
         from moe2edge.numerics import bootstrap
 
-        bootstrap.split_samples(texts.calibration.samples, self.held_out)
-        return super().estimate(planned, texts)
+        model, size = planned.before, texts.calibration
+        choosing = len(bootstrap.split_samples(size.samples, self.held_out)[0])
+        hidden = 4 * size.tokens * model.family.geometry(model.config).hidden
+        needed = self._estimate_search_bytes(model, choosing, size.length) + hidden
+        return replace(
+            super().estimate(planned, texts),
+            memory=needed + model.block_nbytes,
+            purpose="expert_budget compares allocations of experts",
+            remedy="set tokens or calibration.samples to fewer",
+        )
+
+    def _estimate_search_bytes(self, model: Model, choosing: int, length: int) -> int:
+        """Estimate the bytes of what is measured at once, beside hidden states of the text."""
+        from moe2edge.numerics import subset_loss
+        from moe2edge.passes import _allocation_trials
+
+        numbers = length * model.family.geometry(model.config).hidden
+        compared, measured = self._count_compared(choosing), self._count_measured(choosing, length)
+        together = min(len(WAY), _allocation_trials.count_at_once(compared * numbers))
+        comparing = 8 * compared * numbers * together
+        if self.sensitivity == "kl":
+            together = _allocation_trials.count_at_once(measured * numbers)
+            return max(
+                comparing, 8 * measured * numbers * min(together, len(self._list_tried(model)))
+            )
+        tokens = subset_loss.count_spread(choosing * length, self.tokens)
+        evidence = [
+            subset_loss.estimate_subset_evidence_bytes(tokens, n) for n in model.expert_counts
+        ]
+        return max(comparing, *evidence)
 
     # ---- shapes --------------------------------------------------------------------------------
 
@@ -192,7 +225,6 @@ class ExpertBudget(Search):
 
         Raises:
             InputError: there are too few calibration samples.
-            DoesNotFit: the machine lacks the memory.
         """
         from moe2edge.calibration import walk
         from moe2edge.numerics import bootstrap
@@ -242,14 +274,13 @@ class ExpertBudget(Search):
         return [full, *allocation.list_single_layer_allocations(full, counts)]
 
     def _report_cost(self, context: PassContext, choosing: int, held_out: int) -> None:
-        """Report the cost of the search before it starts, and check that it fits in memory."""
+        """Report the cost of the search before it starts."""
         from moe2edge.numerics import subset_loss
         from moe2edge.passes import _allocation_trials
-        from moe2edge.runtime.memory import check_memory as check_memory
 
         model, (samples, length) = context.model, context.tokens.shape
         blocks, kept, full = len(model.blocks), self.uniform(model), model.expert_counts
-        hidden = model.rest["model.embed_tokens.weight"].shape[1]
+        hidden = model.family.geometry(model.config).hidden
         compared, measured = self._count_compared(choosing), self._count_measured(choosing, length)
         numbers = length * hidden
         if self.sensitivity == "kl":
@@ -261,18 +292,13 @@ class ExpertBudget(Search):
                 f"{measured} samples"
             )
             work = runs * measured
-            needed = 8 * measured * numbers * min(together, len(tried))
         else:
-            tokens = len(subset_loss.spread(choosing * length, self.tokens))
+            tokens = subset_loss.count_spread(choosing * length, self.tokens)
             what = (
                 f"{tokens * sum(full):,} expert evaluations (each expert once on {tokens:,} tokens)"
             )
-            work, needed = (
-                0,
-                max(subset_loss.estimate_subset_evidence_bytes(tokens, n) for n in full),
-            )
-        together = min(len(WAY), _allocation_trials.count_at_once(compared * numbers))
-        needed = max(needed, 8 * compared * numbers * together) + 4 * samples * numbers
+            work = 0
+        needed = self._estimate_search_bytes(model, choosing, length) + 4 * samples * numbers
         # One walk over the choosing part ranks the experts; the model's last hidden states serve as
         # those of the source if it is the same model.
         work += blocks * (choosing * (1 + (context.source is not model)) + 3 * held_out)
@@ -283,12 +309,6 @@ class ExpertBudget(Search):
             f"{len(WAY)} candidates on {compared} samples and 3 walks over {held_out} held-out "
             f"ones; in all as many block runs as {work / (blocks * samples):.1f} walks over the "
             f"calibration text, {needed / 1e6:,.0f} MB at most"
-        )
-        check_memory(
-            needed,
-            "expert_budget",
-            "set tokens or calibration.samples to fewer",
-            within=context.memory.limit,
         )
 
     def _rank(self, context: PassContext, tokens: Tensor) -> tuple[Trial, Ranker]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
@@ -88,11 +88,31 @@ class Routing(Search):
         return True
 
     def estimate(self, planned: PlannedStep, texts: TextSizes) -> Estimate:
-        """Refuse too few samples to hold some of them out, and estimate as others do."""
+        """Estimate the evidence of one layer, hidden states of both models, and their blocks.
+
+        Raises:
+            InputError: there are too few samples to hold some of them out.
+        """
         from moe2edge.numerics.bootstrap import split_samples
 
         split_samples(texts.calibration.samples, self.held_out)
-        return super().estimate(planned, texts)
+        model, tokens = planned.before, texts.calibration.tokens
+        experts = max(model.expert_counts)
+        hidden = 4 * tokens * model.family.geometry(model.config).hidden
+        return replace(
+            super().estimate(planned, texts),
+            memory=self._estimate_evidence(model, tokens) + 2 * (hidden + model.block_nbytes),
+            purpose=f"routing keeps products of the outputs of {experts} experts for {tokens:,} "
+            "tokens",
+            remedy="set calibration.samples to fewer, or fit on a larger machine",
+        )
+
+    def _estimate_evidence(self, model: Model, tokens: int) -> int:
+        """Estimate the bytes of what a layer is fitted on."""
+        from moe2edge.numerics.router_fit import estimate_router_evidence_bytes
+
+        hidden = model.family.geometry(model.config).hidden
+        return estimate_router_evidence_bytes(tokens, max(model.expert_counts), hidden)
 
     def plan(self, model: Model) -> Model:
         """Return the model itself: shapes do not change."""
@@ -103,7 +123,6 @@ class Routing(Search):
 
         Raises:
             InputError: there are too few calibration samples to hold some out.
-            DoesNotFit: the machine lacks the memory.
         """
         from moe2edge.calibration import walk
         from moe2edge.numerics import bootstrap
@@ -151,27 +170,12 @@ class Routing(Search):
         return mask
 
     def _report_cost(self, context: PassContext) -> None:
-        """Report the cost of the fit before it starts, and check that it fits in memory.
-
-        Raises:
-            DoesNotFit: the machine lacks the memory.
-        """
-        from moe2edge.numerics.router_fit import estimate_router_evidence_bytes
-        from moe2edge.runtime.memory import check_memory as check_memory
-
+        """Report the cost of the fit before it starts."""
         tokens = context.tokens.numel()
-        hidden = context.model.family.geometry(context.model.config).hidden
-        experts = max(context.model.expert_counts)
-        needed = estimate_router_evidence_bytes(tokens, experts, hidden)
+        needed = self._estimate_evidence(context.model, tokens)
         context.reporter.log(
             f"routing: {len(context.model.moe_blocks)} layers, {tokens:,} tokens, each expert once "
             f"per token, at most {self.rounds} steps; {needed / 1e6:,.0f} MB for a layer at a time"
-        )
-        check_memory(
-            needed,
-            f"routing keeps products of the outputs of {experts} experts for {tokens:,} tokens",
-            "set calibration.samples to fewer, or fit on a larger machine",
-            context.memory.limit,
         )
 
     def _compare(

@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe2edge.commands.environment import list_versions
-from moe2edge.commands.preflight import check_sources, list_reads
+from moe2edge.commands.preflight import (
+    check_pass_memory,
+    check_sources,
+    estimate_passes,
+    list_reads,
+    measure_texts,
+)
 from moe2edge.commands.private_paths import PrivatePaths
 from moe2edge.commands.run_inputs import (
     begin_work,
@@ -132,6 +138,8 @@ def _prepare(checkpoint: Checkpoint, recipe: Recipe, reporter: Reporter) -> Reci
     recipe = resolve_recipe(checkpoint, recipe, reporter)
     check_sources(recipe, checkpoint)
     check_decidable(recipe.passes, checkpoint.model)
+    plan = plan_passes(recipe.passes, checkpoint.model)
+    check_pass_memory(plan.source, estimate_passes(plan, measure_texts(recipe)), None)
     reporter.log(f"recipe:\n{recipe.render()}")
     report_notes(checkpoint, reporter)
     return recipe
