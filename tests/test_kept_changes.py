@@ -23,6 +23,7 @@ from moe2edge.passes.expert_replace import ExpertReplace
 from moe2edge.passes.routing import Routing
 from moe2edge.pipeline.contract import Outcome, PassContext, Search
 from moe2edge.pipeline.facts import UntiedModel
+from moe2edge.pipeline.kept_transform import KeptTransform
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.storage.kept_walk import KeptWalk
 from moe2edge.storage.work_folder import WorkFolder
@@ -135,6 +136,12 @@ def test_a_pass_resumes_behind_the_last_block_with_the_same_bits(
     assert loads == []
 
 
+def test_every_transform_is_here() -> None:
+    assert {kind.__name__ for kind in KeptTransform.__subclasses__()} == {
+        "Builder", "Fitter", "_Fitter", "_Merger"
+    }  # fmt: skip
+
+
 def test_damaged_numbers_are_computed_again(source: Model, tmp_path: Path) -> None:
     step = STEPS["linear"]
     expected = describe(run(step, source, tmp_path / "w"))
@@ -168,7 +175,8 @@ def export(model: Path, folder: Path, count: int = -1) -> int:
         "-r", "recipe.yaml", "--calib", "text.txt", "--eval", "none",
         "--set", "calibration.samples=6", "--set", "calibration.length=32",
     ]  # fmt: skip
-    given = {"KIND": "walk" if count >= 0 else "", "COUNT": count, "FOLDER": str(folder)}
+    kind = "walk" if count >= 0 else ""
+    given: dict[str, Any] = {"KIND": kind, "COUNT": count, "FOLDER": str(folder)}
     given |= {"SOLVED": "", "WALKED": str(folder / "walked"), "ARGUMENTS": arguments}
     process = SERVER.Process(
         target=runpy.run_path,
