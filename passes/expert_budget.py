@@ -129,9 +129,12 @@ class ExpertBudget(Search):
         choosing = len(bootstrap.split_samples(size.samples, self.held_out)[0])
         hidden = 4 * size.tokens * model.family.geometry(model.config).hidden
         needed = self._estimate_search_bytes(model, choosing, size.length) + hidden
+        own = super().estimate(planned, texts)
         return replace(
-            super().estimate(planned, texts),
+            own,
             memory=needed + model.block_nbytes,
+            # Hidden states are kept behind a block, and in front of it until then.
+            disk=own.disk + self._estimate_streams(model, choosing, size.length),
             purpose="expert_budget compares allocations of experts",
             remedy="set tokens or calibration.samples to fewer",
         )
@@ -139,22 +142,29 @@ class ExpertBudget(Search):
     def _estimate_search_bytes(self, model: Model, choosing: int, length: int) -> int:
         """Estimate the bytes of what is measured at once, beside hidden states of the text."""
         from moe2edge.numerics import subset_loss
-        from moe2edge.passes import _allocation_trials
 
-        numbers = length * model.family.geometry(model.config).hidden
-        compared, measured = self._count_compared(choosing), self._count_measured(choosing, length)
-        together = min(len(WAY), _allocation_trials.count_at_once(compared * numbers))
-        comparing = 8 * compared * numbers * together
+        streams = self._estimate_streams(model, choosing, length)
         if self.sensitivity == "kl":
-            together = _allocation_trials.count_at_once(measured * numbers)
-            return max(
-                comparing, 8 * measured * numbers * min(together, len(self._list_tried(model)))
-            )
+            return streams
         tokens = subset_loss.count_spread(choosing * length, self.tokens)
         evidence = [
             subset_loss.estimate_subset_evidence_bytes(tokens, n) for n in model.expert_counts
         ]
-        return max(comparing, *evidence)
+        return max(streams, *evidence)
+
+    def _estimate_streams(self, model: Model, choosing: int, length: int) -> int:
+        """Estimate the bytes of hidden states in and out of a block, of allocations at once."""
+        from moe2edge.passes import _allocation_trials
+
+        numbers = length * model.family.geometry(model.config).hidden
+        trials = [(self._count_compared(choosing), len(WAY))]
+        if self.sensitivity == "kl":
+            tried = len(self._list_tried(model))
+            trials.append((self._count_measured(choosing, length), tried))
+        return max(
+            8 * samples * numbers * min(count, _allocation_trials.count_at_once(samples * numbers))
+            for samples, count in trials
+        )
 
     # ---- shapes --------------------------------------------------------------------------------
 
