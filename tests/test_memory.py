@@ -222,7 +222,7 @@ def test_searches_are_judged_before_any_text_is_read(
     size = ["--set", "calibration.samples=512", "--set", "calibration.length=128"]
     small = psutil.virtual_memory()._replace(total=IMPORTED + (8 << 20))
     monkeypatch.setattr(psutil, "virtual_memory", lambda: small)
-    commands = [["export", "-t", "hf", "-o", tmp_path / "out"]]
+    commands = [["export", "-t", "hf:layout=natural", "-o", tmp_path / "out"]]
     commands += [["decide", "-o", tmp_path / "sets.json"]] if "routing" not in step else []
     for name, *more in commands:
         done = run(name, tiny("olmoe"), *more, "-r", recipe, *size)
