@@ -284,7 +284,7 @@ KEPT_OUT = (
         "attention_bias",
         lambda value: value is True,
         "tensors are missing; transformers makes them up, as zeros",
-        "olmoe qwen2_moe qwen3_moe",
+        "olmoe qwen3_moe",
     ),
 )
 
