@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from moe2edge.errors import InputError
+from moe2edge.errors import InputError, join_lines
 from moe2edge.model.model import Model
 from moe2edge.pipeline import recipe as recipes
 from moe2edge.pipeline.recipe import Recipe
@@ -24,6 +24,7 @@ from moe2edge.storage.checkpoint import Checkpoint, open_checkpoint
 
 if TYPE_CHECKING:
     from moe2edge.calibration.sources import TextSource
+    from moe2edge.calibration.tokens import Tokens
     from moe2edge.commands.report import Report
     from moe2edge.evaluation.profile.result import Profile
 
@@ -52,10 +53,9 @@ def parse_recipe(recipe: str | Path | Mapping[str, Any], settings: Sequence[str]
         try:
             text = yaml.safe_dump(dict(recipe))
         except yaml.YAMLError as error:
-            reason = " ".join(str(error).split())[:200]
             raise InputError(
-                f"the recipe has a value that YAML cannot write: {reason}; use numbers, words, "
-                "lists and mappings"
+                f"the recipe has a value that YAML cannot write: {join_lines(error, 200)}; use "
+                "numbers, words, lists and mappings"
             ) from error
     else:
         text = recipes.find(str(recipe))
@@ -122,8 +122,8 @@ def compress(
         estimate_passes,
         measure_texts,
     )
-    from moe2edge.commands.source_check import check_ids, prove_source, report_notes
-    from moe2edge.commands.texts import SELF, load_calibration, load_training, resolve_recipe
+    from moe2edge.commands.source_check import prove_and_load, prove_source, report_notes
+    from moe2edge.commands.texts import resolve_recipe
     from moe2edge.pipeline.runner import run_passes
     from moe2edge.pipeline.stages import plan_passes
     from moe2edge.runtime.memory import Memory, find_limit
@@ -136,11 +136,8 @@ def compress(
     check_pass_memory(source, estimate_passes(plan, measure_texts(parsed)), limit)
     report_notes(checkpoint, reporter)
     prove = partial(prove_source, checkpoint, reporter, wanted=source_check, within=limit)
-    proof = prove() if parsed.calibration.text == SELF else None
-    training = load_training(checkpoint, parsed, reporter)
-    calibration = load_calibration(checkpoint, parsed, reporter)
-    check_ids(checkpoint, {"calibration": calibration, "training": training}, reporter)
-    proof = proof or prove()
+    load = partial(_load_texts, checkpoint, parsed, reporter)
+    proof, (calibration, training) = prove_and_load(parsed, prove, load)
     folder = Path(tempfile.mkdtemp(prefix="moe2edge-"))
     budget = replace(Memory.from_limit(limit), folder=folder)
     try:
@@ -200,14 +197,20 @@ def export(
         VerificationFailed: an output does not give the logits that it has to.
     """
     from moe2edge.commands.export import export_targets
+    from moe2edge.commands.texts import check_texts
     from moe2edge.pipeline.registry import parse_targets
+    from moe2edge.storage.output_checks import check_output_early
 
     names = targets if isinstance(targets, str) else ",".join(targets)
+    parsed, wanted, place = _parse(recipe), parse_targets(names), Path(out).absolute()
+    # Before the model is downloaded.
+    check_output_early(place, force=force)
+    check_texts(parsed)
     return export_targets(
         _open(model),
-        _parse(recipe),
-        parse_targets(names),
-        Path(out).absolute(),
+        parsed,
+        wanted,
+        place,
         reporter or QUIET,
         force=force,
         resume=resume,
@@ -278,6 +281,19 @@ def profile(
 
 def _open(model: str | Path | Checkpoint) -> Checkpoint:
     return model if isinstance(model, Checkpoint) else open_checkpoint(model)
+
+
+def _load_texts(
+    checkpoint: Checkpoint, recipe: Recipe, reporter: Reporter
+) -> tuple[Tokens | None, Tokens | None]:
+    """Load the texts for calibration and training, and check their ids."""
+    from moe2edge.commands.source_check import check_ids
+    from moe2edge.commands.texts import load_calibration, load_training
+
+    training = load_training(checkpoint, recipe, reporter)
+    calibration = load_calibration(checkpoint, recipe, reporter)
+    check_ids(checkpoint, {"calibration": calibration, "training": training}, reporter)
+    return calibration, training
 
 
 def _parse(recipe: str | Path | Mapping[str, Any] | Recipe) -> Recipe:

@@ -24,8 +24,14 @@ from moe2edge.commands.run_inputs import (
     look_at_inputs,
     open_kept_results,
 )
-from moe2edge.commands.source_check import SourceProof, check_ids, prove_source, report_notes
-from moe2edge.commands.texts import SELF, load_calibration, resolve_recipe
+from moe2edge.commands.source_check import (
+    SourceProof,
+    check_ids,
+    prove_and_load,
+    prove_source,
+    report_notes,
+)
+from moe2edge.commands.texts import load_calibration, resolve_recipe
 from moe2edge.errors import InputError
 from moe2edge.model.model import Block, Model
 from moe2edge.pipeline.contract import Pass
@@ -48,6 +54,7 @@ from moe2edge.storage.export_folder import Resume, claim_output, open_partial_fo
 from moe2edge.storage.kept_results import KeptResults
 from moe2edge.storage.text_files import write_json
 from moe2edge.storage.work_folder import WorkFolder
+from moe2edge.storage.written_files import hash_written
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,7 +88,7 @@ def decide(
         Unsupported: as in an export.
     """
     recipe = _prepare(checkpoint, recipe, reporter)
-    tokens, proof = _load(checkpoint, recipe, reporter, KeptResults(), source_check=source_check)
+    proof, tokens = _load(checkpoint, recipe, reporter, KeptResults(), source_check=source_check)
     paths = PrivatePaths.collect(checkpoint, recipe, keep=keep_paths)
     return _run(checkpoint, recipe, tokens, _NoNumbers(), reporter, paths, proof)
 
@@ -119,7 +126,7 @@ def decide_to_file(
         reporter = claim.watch(reporter)
         files = look_at_inputs(checkpoint, recipe)
         kept = open_kept_results(checkpoint, claim.partial.work, resume)
-        tokens, proof = _load(checkpoint, recipe, reporter, kept, source_check=source_check)
+        proof, tokens = _load(checkpoint, recipe, reporter, kept, source_check=source_check)
         inputs = list_inputs(checkpoint, recipe, tokens, None, UNLIMITED)
         files.settle(checkpoint.sha256)
         with open_partial_folder(claim, inputs, resume) as (content, work):
@@ -128,7 +135,7 @@ def decide_to_file(
             found, steps = _run(
                 checkpoint, recipe, tokens, _NoNumbers(work), reporter, paths, proof
             )
-            write_json(content, found.to_json())
+            hash_written(content, write_json(content, found.to_json()))
             files.check()
     return found, steps
 
@@ -152,14 +159,16 @@ def _load(
     kept: KeptResults,
     *,
     source_check: bool,
-) -> tuple[Tokens | None, SourceProof]:
+) -> tuple[SourceProof, Tokens | None]:
     """Load and check the calibration text, and check the source."""
-    # The model runs first where it writes the text; another text is looked at before that.
+
+    def load() -> Tokens | None:
+        tokens = load_calibration(checkpoint, recipe, reporter, kept)
+        check_ids(checkpoint, {"calibration": tokens}, reporter)
+        return tokens
+
     prove = partial(prove_source, checkpoint, reporter, wanted=source_check, kept=kept)
-    proof = prove() if recipe.calibration.text == SELF else None
-    tokens = load_calibration(checkpoint, recipe, reporter, kept)
-    check_ids(checkpoint, {"calibration": tokens}, reporter)
-    return tokens, proof or prove()
+    return prove_and_load(recipe, prove, load)
 
 
 def _run(

@@ -8,7 +8,6 @@ made from models before and after, whatever passes lay between them.
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, Literal, Self
@@ -18,8 +17,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from moe2edge.errors import InputError
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Block, Form, Model, get_form
-from moe2edge.storage.output_checks import OutputForm, check_output
-from moe2edge.storage.text_files import read_json
+from moe2edge.storage.output_checks import OutputForm
+from moe2edge.storage.text_files import find_read_remedy, read_json
 
 DECISIONS_KIND: Final = "moe2edge.decisions"
 DECISIONS_VERSION: Final = 1
@@ -293,8 +292,8 @@ def read_decisions(path: Path, sha256: str | None = None) -> tuple[Decisions, st
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(
-            f"decisions {str(path)[:100]} cannot be read ({reason}); write them with "
-            "moe2edge decide"
+            f"decisions {str(path)[:100]} cannot be read ({reason}); "
+            f"{find_read_remedy(error, 'write them with moe2edge decide')}"
         ) from error
     digest = hashlib.sha256(content).hexdigest()
     if sha256 is not None and digest != sha256:
@@ -335,12 +334,3 @@ def _list_damage(path: Path) -> list[str]:
 
 
 DECISIONS = OutputForm(False, _is_ours, "holds no decisions", lambda _: [], _list_damage)
-
-
-def check_decisions_output(path: Path, *, force: bool) -> None:
-    """Refuse a file name that is taken.
-
-    Raises:
-        InputError: something else is there, or decisions and not ``force``.
-    """
-    check_output(Path(os.path.abspath(path)), force=force, form=DECISIONS)

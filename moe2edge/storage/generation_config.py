@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moe2edge.errors import InputError
-from moe2edge.storage.text_files import get_first_line, read_json
+from moe2edge.errors import InputError, get_first_line
+from moe2edge.storage.text_files import read_json
 
 GENERATION_CONFIG = "generation_config.json"
 # Keys of single tokens, in both configs. That a number is negative, as -1 for none, is common.
@@ -84,7 +84,7 @@ def _find_refusal(settings: Mapping[str, Any]) -> str:
             hash(GenerationConfig.from_dict(dict(settings)))  # a digest of what it would save
     # Values of the wrong kind raise whatever the first use of them raises.
     except Exception as error:
-        return get_first_line(error)[:200] or type(error).__name__
+        return get_first_line(error, 200) or type(error).__name__
     return ""
 
 
