@@ -7,7 +7,7 @@ best experts of its ranking.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +16,7 @@ from moe2edge.calibration import criteria, walk
 from moe2edge.calibration.criteria import Criterion
 from moe2edge.calibration.evidence import EvidenceObserver
 from moe2edge.calibration.observation import Facts, Resumable
+from moe2edge.calibration.walk_keeper import make_keeper
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Block, Model
 from moe2edge.numerics import metrics, selection, subset_loss
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from moe2edge.calibration.observation import BlockTrace
+    from moe2edge.storage.kept_walk import KeptWalk
 
 # Bytes of hidden states in memory at a time, where several allocations share a walk.
 STREAM_BYTES = 1 << 30
@@ -178,8 +180,19 @@ class Trial:
             self, source_hidden=self.source_hidden[:samples], tokens=self.tokens[:samples]
         )
 
-    def judge(self, tried: Sequence[Counts], advance: CountProgress) -> list[list[SampleSums]]:
-        """Measure the predictions of each allocation on each sample."""
+    def judge(
+        self,
+        tried: Sequence[Counts],
+        advance: CountProgress,
+        keep_walk: Callable[[str], KeptWalk | None] = lambda _: None,
+    ) -> list[list[SampleSums]]:
+        """Measure the predictions of each allocation on each sample.
+
+        Args:
+            tried: the allocations.
+            advance: receives progress, in runs of blocks.
+            keep_walk: returns the folder of a walk by a name for it; see `KeptWalk`.
+        """
         results: list[list[SampleSums]] = []
         done, total = 0, count_block_runs(self.trimmer.model, tried, self.at_once)
 
@@ -189,8 +202,8 @@ class Trial:
             advance(done, total)
 
         count_runs(0)
-        for group in self._split_into_groups(tried):
-            results += self._compare(self._compute_hidden(group, count_runs))
+        for n, group in enumerate(self._split_into_groups(tried)):
+            results += self._judge_group(group, count_runs, keep_walk(f"{n}"))
         return results
 
     @property
@@ -203,23 +216,54 @@ class Trial:
         for at in range(0, len(tried), self.at_once):
             yield tried[at : at + self.at_once]
 
-    def _compute_hidden(
-        self, tried: Sequence[Counts], count_runs: Callable[[int], None]
-    ) -> list[Tensor]:
-        """Compute the hidden states after the last block under each allocation."""
+    def _judge_group(
+        self, tried: Sequence[Counts], count_runs: Callable[[int], None], kept: KeptWalk | None
+    ) -> list[list[SampleSums]]:
+        """Measure allocations that share a walk, which is kept block by block."""
         model = self.trimmer.model
+        models = [] if kept is None else [self.source, *map(self.trimmer.trim, tried)]
+        keeper = make_keeper(kept, [], models, self.tokens)
+        done, state = keeper.resume(model.blocks) if keeper else (0, {})
+        if done == len(model.blocks):
+            count_runs(count_block_runs(model, tried, len(tried)))
+            return [[SampleSums(**own) for own in sums] for sums in state["results"]]
         # By the counts of the MoE layers so far.
-        hidden: dict[Counts, Tensor] = {(): walk.embed(model, self.tokens)}
+        hidden: dict[Counts, Tensor] = {} if done else {(): walk.embed(model, self.tokens)}
+        results: list[list[SampleSums]] = []
         for block in model.blocks:
-            outputs: dict[Counts, Tensor] = {}
-            for count, prefixes in _list_runs(model, block, tried).items():
-                shape = block if count is None else self.trimmer.block(block.index, count)
-                runner = walk.BlockRunner(model, shape)
-                for before, after in prefixes:
-                    outputs[after] = _run_block(runner, hidden[before], self.tokens)
-                    count_runs(1)
-            hidden = outputs
-        return [hidden[counts] for counts in tried]
+            runs = _list_runs(model, block, tried)
+            if block.index < done:
+                after = [pair[1] for prefixes in runs.values() for pair in prefixes]
+                count_runs(len(after))
+                if block.index + 1 == done:
+                    hidden = dict(zip(after, state["hidden"], strict=True))
+                continue
+            hidden = self._run_prefixes(block, runs, hidden, count_runs)
+            last = block.index + 1 == len(model.blocks)
+            if last:
+                results = self._compare([hidden[counts] for counts in tried])
+            if keeper is not None:
+                sums = [[asdict(own) for own in each] for each in results]
+                found = {"results": sums} if last else {"hidden": list(hidden.values())}
+                keeper.keep(block, found, last=last)
+        return results
+
+    def _run_prefixes(
+        self,
+        block: Block,
+        runs: Mapping[int | None, Sequence[tuple[Counts, Counts]]],
+        hidden: Mapping[Counts, Tensor],
+        count_runs: Callable[[int], None],
+    ) -> dict[Counts, Tensor]:
+        """Run one block for each prefix of allocations; return hidden states after it."""
+        outputs: dict[Counts, Tensor] = {}
+        for count, prefixes in runs.items():
+            shape = block if count is None else self.trimmer.block(block.index, count)
+            runner = walk.BlockRunner(self.trimmer.model, shape)
+            for before, after in prefixes:
+                outputs[after] = _run_block(runner, hidden[before], self.tokens)
+                count_runs(1)
+        return outputs
 
     def _compare(self, hidden: Sequence[Tensor]) -> list[list[SampleSums]]:
         """Compare each allocation with the source, sample by sample.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import repeat
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -17,6 +17,7 @@ from moe2edge.model.model import Block, Model
 from moe2edge.model.weights import DTYPE_BYTES, plan_weight_like
 from moe2edge.numerics import base_sharing, expert_groups, low_rank, selection
 from moe2edge.pipeline.contract import Outcome, PassContext
+from moe2edge.pipeline.kept_transform import KeptTransform
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -266,7 +267,7 @@ def compute_similarity(
 
 
 @dataclass
-class Builder:
+class Builder(KeptTransform):
     """Builds bases and factors, block after block.
 
     Attributes:
@@ -276,7 +277,6 @@ class Builder:
         importance: of all experts, likewise.
         fitted: factors begin as the nearest to the difference from the base; otherwise as zero.
         seed: seed of factors that begin as zero.
-        changed, notes: for the report.
     """
 
     sharing: Sharing
@@ -285,8 +285,6 @@ class Builder:
     importance: Mapping[int, list[float]]
     fitted: bool
     seed: int
-    changed: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
     _grams: dict[tuple[int, str], Tensor] = field(default_factory=dict)
 
     def run(self) -> Outcome:
@@ -301,6 +299,8 @@ class Builder:
                 advance=context.reporter.advance,
                 label="expert_replace",
                 memory=context.memory,
+                kept=self.kept,
+                needs_hidden=False,
             )
         else:
             for block, _ in model.moe_blocks:
@@ -329,12 +329,12 @@ class Builder:
                     found = weighted.T @ weighted
                     self._grams[j, name] = found if gram is None else gram.add_(found)
 
-    def change(self, block: Block) -> Block:
-        """Return the block with bases and factors."""
+    def compute(self, block: Block) -> tuple[Block, Any] | None:
+        """Return the block with bases and factors; its shape follows from its groups."""
         layer, groups = block.mlp, self.groups.get(block.index)
         if not isinstance(layer, MoELayer) or not groups:
             self._grams.clear()
-            return block
+            return None
         numbers: dict[str, Tensor] = {}
         for part in PARTS:
             self._compute_part(block, layer, part, groups, numbers)
@@ -342,9 +342,13 @@ class Builder:
         origins = [[layer.experts[j].origin for j in own] for own in groups]
         shown = ", ".join("+".join(map(str, own)) for own in origins)
         self.changed.append(f"block {block.index}: experts {shown}")
-        return self.context.store.put(
-            share_bases(block, layer, groups, self.sharing.rank(layer)), numbers
-        )
+        return self.put(self.reshape(block, {}), numbers), {}
+
+    def reshape(self, block: Block, shape: Any) -> Block:
+        """Return the block with bases and factors, without numbers."""
+        layer = block.mlp
+        assert isinstance(layer, MoELayer)
+        return share_bases(block, layer, self.groups[block.index], self.sharing.rank(layer))
 
     def _compute_part(
         self,

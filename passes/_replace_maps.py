@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moe2edge.model.experts import Constant, Linear, Replacement
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.weights import DTYPE_BYTES, Weight, plan_weight_like
 from moe2edge.numerics import reduced_rank, selection
 from moe2edge.numerics.reduced_rank import RegressionSums, Size
-from moe2edge.pipeline.work import Store
+from moe2edge.pipeline.kept_transform import KeptTransform
 
 if TYPE_CHECKING:
     from moe2edge.calibration.observation import BlockTrace
@@ -58,7 +58,7 @@ def estimate_size(layer: MoELayer) -> Size:
 
 
 @dataclass
-class Fitter:
+class Fitter(KeptTransform):
     """Sums up what experts do, and replaces some; one layer at a time.
 
     Attributes:
@@ -68,21 +68,16 @@ class Fitter:
             rank each gets, is chosen by the error that is left.
         ridge: see `reduced_rank.fit_reduced_rank`.
         min_tokens: an expert with fewer gets a constant.
-        store: keeps the numbers.
         scores: of experts by the index of their block, the lowest go; None: those whose
             replacements leave the smallest error do.
-        changed, notes: for the report.
     """
 
     count: Mapping[int, int] | None
     rank: Callable[[MoELayer], int]
     ridge: float
     min_tokens: int
-    store: Store
     scores: Mapping[int, list[float]] | None
     budget: Callable[[MoELayer], int] | None = None
-    changed: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
     _sums: dict[int, RegressionSums] = field(default_factory=dict)
 
     def observe(self, trace: BlockTrace, source: BlockTrace | None = None) -> None:
@@ -112,12 +107,12 @@ class Fitter:
             return list(range(len(layer.experts)))
         return sorted(selection.rank_by_score(self.scores[block.index])[-count:])
 
-    def change(self, block: Block) -> Block:
-        """Return the block with replacements."""
+    def compute(self, block: Block) -> tuple[Block, Any] | None:
+        """Return the block with replacements, and their ranks by the position of the expert."""
         sums, self._sums = self._sums, {}
         layer = block.mlp
         if not isinstance(layer, MoELayer) or not sums:
-            return block
+            return None
         fits = self._choose_fits(block.index, layer, sums)
         gone = sorted(fits)
         for n in gone:
@@ -135,7 +130,7 @@ class Fitter:
             f"block {block.index}: replacements miss {share:.1%} of the squared outputs of experts "
             f"{origins}"
         )
-        changed = plan_replacements(block, layer, {n: len(fits[n].first) for n in gone})
+        ranks = {str(n): len(fits[n].first) for n in gone}
         numbers = {}
         for place, n in enumerate(gone):
             found = fits[n]
@@ -143,7 +138,12 @@ class Fitter:
             if len(found.first):
                 numbers[f"substitutes.{place}.first"] = found.first.float()
                 numbers[f"substitutes.{place}.second"] = found.second.float()
-        return self.store.put(changed, numbers)
+        return self.put(self.reshape(block, ranks), numbers), ranks
+
+    def reshape(self, block: Block, shape: Any) -> Block:
+        """Return the block with replacements of these ranks, without numbers."""
+        assert isinstance(block.mlp, MoELayer)
+        return plan_replacements(block, block.mlp, {int(n): rank for n, rank in shape.items()})
 
     def _choose_fits(
         self, index: int, layer: MoELayer, sums: Mapping[int, RegressionSums]

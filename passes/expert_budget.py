@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, field_validator
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from moe2edge.numerics.allocation import Counts
     from moe2edge.numerics.metrics import SampleSums
     from moe2edge.passes._allocation_trials import Ranker, Trial
+    from moe2edge.storage.kept_walk import KeptWalk
 
 # The candidates: fractions of the way from uniform to the allocation by sensitivities.
 WAY = {"uniform": 0.0, "a quarter of the way": 0.25, "half way": 0.5,
@@ -116,11 +118,53 @@ class ExpertBudget(Search):
         return checks.check_amount(value)
 
     def estimate(self, planned: PlannedStep, texts: TextSizes) -> Estimate:
-        """Refuse too few samples to hold some of them out, and estimate as others do."""
+        """Estimate hidden states of candidates, and what sensitivities are measured on.
+
+        Raises:
+            InputError: there are too few samples to hold some of them out.
+        """
         from moe2edge.numerics import bootstrap
 
-        bootstrap.split_samples(texts.calibration.samples, self.held_out)
-        return super().estimate(planned, texts)
+        model, size = planned.before, texts.calibration
+        choosing = len(bootstrap.split_samples(size.samples, self.held_out)[0])
+        hidden = 4 * size.tokens * model.family.geometry(model.config).hidden
+        needed = self._estimate_search_bytes(model, choosing, size.length) + hidden
+        own = super().estimate(planned, texts)
+        return replace(
+            own,
+            memory=needed + model.block_nbytes,
+            # Hidden states are kept behind a block, and in front of it until then.
+            disk=own.disk + self._estimate_streams(model, choosing, size.length),
+            purpose="expert_budget compares allocations of experts",
+            remedy="set tokens or calibration.samples to fewer",
+        )
+
+    def _estimate_search_bytes(self, model: Model, choosing: int, length: int) -> int:
+        """Estimate the bytes of what is measured at once, beside hidden states of the text."""
+        from moe2edge.numerics import subset_loss
+
+        streams = self._estimate_streams(model, choosing, length)
+        if self.sensitivity == "kl":
+            return streams
+        tokens = subset_loss.count_spread(choosing * length, self.tokens)
+        evidence = [
+            subset_loss.estimate_subset_evidence_bytes(tokens, n) for n in model.expert_counts
+        ]
+        return max(streams, *evidence)
+
+    def _estimate_streams(self, model: Model, choosing: int, length: int) -> int:
+        """Estimate the bytes of hidden states in and out of a block, of allocations at once."""
+        from moe2edge.passes import _allocation_trials
+
+        numbers = length * model.family.geometry(model.config).hidden
+        trials = [(self._count_compared(choosing), len(WAY))]
+        if self.sensitivity == "kl":
+            tried = len(self._list_tried(model))
+            trials.append((self._count_measured(choosing, length), tried))
+        return max(
+            8 * samples * numbers * min(count, _allocation_trials.count_at_once(samples * numbers))
+            for samples, count in trials
+        )
 
     # ---- shapes --------------------------------------------------------------------------------
 
@@ -191,7 +235,6 @@ class ExpertBudget(Search):
 
         Raises:
             InputError: there are too few calibration samples.
-            DoesNotFit: the machine lacks the memory.
         """
         from moe2edge.calibration import walk
         from moe2edge.numerics import bootstrap
@@ -205,7 +248,7 @@ class ExpertBudget(Search):
         candidates = self._list_candidates(context.model, costs)
         tried = list(dict.fromkeys(candidates.values()))
         compared = trial.first(self._count_compared(len(choosing)))
-        results = compared.judge(tried, _report_progress(context, "candidates"))
+        results = compared.judge(tried, *_follow(context, "candidates"))
         judged = dict(zip(tried, results, strict=True))
         chosen = min(tried, key=lambda counts: bootstrap.compute_mean_kl(judged[counts]))
         notes = self._describe_candidates(candidates, judged, chosen)
@@ -216,8 +259,7 @@ class ExpertBudget(Search):
             label = "expert_budget: held-out text"
             hidden = walk.observe(context.source, rest, (), advance, label, kept=kept)
             last = _allocation_trials.Trial(trial.trimmer, context.source, hidden, rest)
-            progress = _report_progress(context, "held-out text")
-            mine, even = last.judge([chosen, uniform], progress)
+            mine, even = last.judge([chosen, uniform], *_follow(context, "held-out text"))
             notes.append(self._describe_gain(mine, even))
         return _make_outcome(context.model, trial.trimmer.trim(chosen), notes)
 
@@ -242,14 +284,13 @@ class ExpertBudget(Search):
         return [full, *allocation.list_single_layer_allocations(full, counts)]
 
     def _report_cost(self, context: PassContext, choosing: int, held_out: int) -> None:
-        """Report the cost of the search before it starts, and check that it fits in memory."""
+        """Report the cost of the search before it starts."""
         from moe2edge.numerics import subset_loss
         from moe2edge.passes import _allocation_trials
-        from moe2edge.runtime.memory import check_memory as check_memory
 
         model, (samples, length) = context.model, context.tokens.shape
         blocks, kept, full = len(model.blocks), self.uniform(model), model.expert_counts
-        hidden = model.rest["model.embed_tokens.weight"].shape[1]
+        hidden = model.family.geometry(model.config).hidden
         compared, measured = self._count_compared(choosing), self._count_measured(choosing, length)
         numbers = length * hidden
         if self.sensitivity == "kl":
@@ -261,18 +302,13 @@ class ExpertBudget(Search):
                 f"{measured} samples"
             )
             work = runs * measured
-            needed = 8 * measured * numbers * min(together, len(tried))
         else:
-            tokens = len(subset_loss.spread(choosing * length, self.tokens))
+            tokens = subset_loss.count_spread(choosing * length, self.tokens)
             what = (
                 f"{tokens * sum(full):,} expert evaluations (each expert once on {tokens:,} tokens)"
             )
-            work, needed = (
-                0,
-                max(subset_loss.estimate_subset_evidence_bytes(tokens, n) for n in full),
-            )
-        together = min(len(WAY), _allocation_trials.count_at_once(compared * numbers))
-        needed = max(needed, 8 * compared * numbers * together) + 4 * samples * numbers
+            work = 0
+        needed = self._estimate_search_bytes(model, choosing, length) + 4 * samples * numbers
         # One walk over the choosing part ranks the experts; the model's last hidden states serve as
         # those of the source if it is the same model.
         work += blocks * (choosing * (1 + (context.source is not model)) + 3 * held_out)
@@ -283,12 +319,6 @@ class ExpertBudget(Search):
             f"{len(WAY)} candidates on {compared} samples and 3 walks over {held_out} held-out "
             f"ones; in all as many block runs as {work / (blocks * samples):.1f} walks over the "
             f"calibration text, {needed / 1e6:,.0f} MB at most"
-        )
-        check_memory(
-            needed,
-            "expert_budget",
-            "set tokens or calibration.samples to fewer",
-            within=context.memory.limit,
         )
 
     def _rank(self, context: PassContext, tokens: Tensor) -> tuple[Trial, Ranker]:
@@ -328,7 +358,7 @@ class ExpertBudget(Search):
             return [ranker.errors[block.index] for block, _ in model.moe_blocks]
         tried = self._list_tried(model)
         measured = trial.first(self._count_measured(*trial.tokens.shape))
-        results = measured.judge(tried, _report_progress(context, "sensitivity"))
+        results = measured.judge(tried, *_follow(context, "sensitivity"))
         kl = {
             counts: bootstrap.compute_mean_kl(sums)
             for counts, sums in zip(tried, results, strict=True)
@@ -384,9 +414,16 @@ class ExpertBudget(Search):
         )
 
 
-def _report_progress(context: PassContext, what: str) -> Callable[[int, int], None]:
-    """Return a callback that reports progress under a label, in block runs."""
-    return lambda done, total: context.reporter.advance(f"expert_budget: {what}", done, total)
+def _follow(
+    context: PassContext, what: str
+) -> tuple[Callable[[int, int], None], Callable[[str], KeptWalk | None]]:
+    """Return what reports the block runs of a comparison, and what keeps its walks."""
+
+    def advance(done: int, total: int) -> None:
+        context.reporter.advance(f"expert_budget: {what}", done, total)
+
+    stem = what.replace(" ", "-")
+    return advance, lambda name: context.keep_walk(f"{stem}-{name}")
 
 
 def _make_outcome(before: Model, after: Model, notes: Sequence[str]) -> Outcome:

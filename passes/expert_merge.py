@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -23,6 +23,7 @@ from moe2edge.pipeline import checks
 from moe2edge.pipeline.checks import refuse_replaced, refuse_slimmed
 from moe2edge.pipeline.contract import Outcome, PassContext, PlannedStep, Search, TextSizes
 from moe2edge.pipeline.facts import UntiedModel
+from moe2edge.pipeline.kept_transform import KeptTransform
 from moe2edge.runtime.memory import Estimate
 
 if TYPE_CHECKING:
@@ -213,8 +214,9 @@ class ExpertMerge(Search):
         """Group and merge block after block."""
         from moe2edge.calibration import walk
 
-        step = self.resolve(context.model)
-        merger = _Merger(step, context, self._count_left(context.model))
+        step, kept = self.resolve(context.model), context.keep_walk("merging")
+        left = self._count_left(context.model)
+        merger = _Merger(context.store, kept, step, context.model, context.tokens.numel(), left)
         model, _ = walk.walk(
             context.model,
             context.tokens,
@@ -223,6 +225,8 @@ class ExpertMerge(Search):
             advance=context.reporter.advance,
             label="expert_merge",
             memory=context.memory,
+            kept=kept,
+            needs_hidden=False,
         )
         untied = context.model
         for block in merger.originals:
@@ -291,7 +295,7 @@ class _Samples:
 
 
 @dataclass
-class _Merger:
+class _Merger(KeptTransform):
     """Accumulates statistics of experts, and merges some; one layer at a time.
 
     The statistics are those of the current layer, and dropped when it is changed. ``originals``
@@ -299,10 +303,9 @@ class _Merger:
     """
 
     step: ExpertMerge
-    context: PassContext
+    model: Model
+    tokens: int
     left: Mapping[int, int]
-    changed: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
     sums: ExpertSums | None = None
     samples: _Samples | None = None
     observers: dict[ObserverFactory, Observer[object]] = field(default_factory=dict)
@@ -319,7 +322,7 @@ class _Merger:
             return
         if self.sums is None or self.samples is None:
             self.sums = ExpertSums(len(layer.experts), routing.inputs.shape[1])
-            self.samples = _Samples(-(-self.context.tokens.numel() // SAMPLED))
+            self.samples = _Samples(-(-self.tokens // SAMPLED))
             self.observers = {k: k() for k in criteria.list_observers(WEIGHTED_BY[method])}
         for observer in self.observers.values():
             observer.observe(trace)
@@ -328,31 +331,39 @@ class _Merger:
         if method != "m-smoe":
             self.sums.add_outputs(routing.inputs, trace.expert_output, cosines=method == "ream")
 
-    def change(self, block: Block) -> Block:
-        """Return the block with merged experts."""
+    def compute(self, block: Block) -> tuple[Block, Any] | None:
+        """Return the block with merged experts, their groups, and the orders of their neurons."""
         import torch
 
         layer, sums, samples = block.mlp, self.sums, self.samples
         self.sums = self.samples = None
         if not isinstance(layer, MoELayer) or sums is None or samples is None:
-            return block
+            return None
         facts = Facts({kind: observer.result() for kind, observer in self.observers.items()})
         scores = criteria.score_experts(WEIGHTED_BY[self.step.method], block, facts)
         groups = self._find_groups(self.left[block.index], sums, scores)
-        merged = self.step._plan_merged(block, layer, groups)
         inputs = torch.cat(samples.inputs)
         orders = self._match_orders(layer, groups, inputs)
-        if self.step.routing == "members" and orders:
-            self.originals.append(_reorder(block, layer, orders))
+        shape = {"groups": groups, "orders": {str(n): order for n, order in orders.items()}}
+        merged = self.reshape(block, shape)
         numbers: dict[str, Tensor] = {}
         for place, group in enumerate(groups):
             if len(group) > 1:
                 mean = self._average(block, layer, group, scores, orders)
                 numbers |= {_get_role(merged, place, part): getattr(mean, part) for part in PARTS}
-        merged = self.context.store.put(merged, numbers)
+        merged = self.put(merged, numbers)
         del numbers  # before the block is in memory again
         self._account(block, merged, groups, inputs, torch.cat(samples.outputs))
-        return merged
+        return merged, shape
+
+    def reshape(self, block: Block, shape: Any) -> Block:
+        """Return the block with experts merged in groups, without numbers; note the original."""
+        layer = block.mlp
+        assert isinstance(layer, MoELayer)
+        orders = {int(n): order for n, order in shape["orders"].items()}
+        if self.step.routing == "members" and orders:
+            self.originals.append(_reorder(block, layer, orders))
+        return self.step._plan_merged(block, layer, [tuple(group) for group in shape["groups"]])
 
     def _find_groups(
         self, kept: int, sums: ExpertSums, scores: Sequence[float]
@@ -437,7 +448,7 @@ class _Merger:
             if others
         ]
         self.changed.append(f"block {block.index}: experts {', '.join(told)}")
-        found = BlockRunner(self.context.model, merged).run_mlp(inputs)
+        found = BlockRunner(self.model, merged).run_mlp(inputs)
         error = float((found - outputs).norm() / outputs.norm())
         self.notes.append(
             f"block {block.index}: the layer's output on {len(inputs)} calibration tokens has a "

@@ -404,12 +404,14 @@ class ExpertReplace(Search):
                 block.index: criteria.score_experts(self.criterion, block, facts, self.seed)
                 for block, _ in context.model.moe_blocks
             }
+        kept = context.keep_walk("fitting")
         fitter = Fitter(
+            context.store,
+            kept,
             None if self.allots else self._count_replaced(context.model),
             self._rank,
             self.ridge,
             self._count_least(context.model),
-            context.store,
             scores,
             (lambda layer: self._share_of(context.model, layer)) if self.allots else None,
         )
@@ -421,6 +423,8 @@ class ExpertReplace(Search):
             advance=context.reporter.advance,
             label="expert_replace",
             memory=context.memory,
+            kept=kept,
+            needs_hidden=False,
         )
         if self.allots:
             check_budget(context.model, model, self._get_budget(context.model), fitter.notes)
@@ -457,6 +461,8 @@ class ExpertReplace(Search):
         )
         indices = [block.index for block, _ in blocks]
         builder = Builder(
+            context.store,
+            context.keep_walk("building"),
             sharing,
             context,
             dict(zip(indices, groupings, strict=True)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator
@@ -21,7 +21,8 @@ from moe2edge.pipeline.checks import (
     refuse_replaced,
     refuse_too_many,
 )
-from moe2edge.pipeline.contract import Outcome, PassContext, Search
+from moe2edge.pipeline.contract import Outcome, PassContext, PlannedStep, Search, TextSizes
+from moe2edge.runtime.memory import Estimate
 
 if TYPE_CHECKING:
     from moe2edge.calibration.evidence import EvidenceObserver
@@ -153,15 +154,29 @@ class ExpertSearch(Search):
             model = model.replace_block(self._prune(model.blocks[index], tuple(first)))
         return model
 
+    def estimate(self, planned: PlannedStep, texts: TextSizes) -> Estimate:
+        """Estimate the evidence of one layer, hidden states, and a block."""
+        from moe2edge.numerics import subset_loss
+
+        model, size = planned.before, texts.calibration
+        tokens = subset_loss.count_spread(size.tokens, self.tokens)
+        most = max((len(layer.experts) for layer in self._find_layers(model).values()), default=0)
+        streams = 2 if self.progressive else 1  # those of the source as well
+        hidden = 4 * size.tokens * model.family.geometry(model.config).hidden * streams
+        evidence = subset_loss.estimate_subset_evidence_bytes(tokens, most)
+        return replace(
+            super().estimate(planned, texts),
+            memory=evidence + hidden + streams * model.block_nbytes,
+            purpose=f"expert_search keeps products of the outputs of {most} experts for "
+            f"{tokens:,} tokens",
+            remedy="set tokens or calibration.samples to fewer, or search on a larger machine",
+        )
+
     def _prune(self, block: Block, kept: tuple[int, ...]) -> Block:
         return block.keep_experts(kept, clamp_top_k=self.clamp_top_k)
 
     def search(self, context: PassContext) -> Outcome:
-        """Decide layer by layer; the evidence of one layer is in memory at a time.
-
-        Raises:
-            DoesNotFit: the machine lacks the memory.
-        """
+        """Decide layer by layer; the evidence of one layer is in memory at a time."""
         from moe2edge.calibration import walk
         from moe2edge.calibration.evidence import EvidenceObserver
 
@@ -199,19 +214,11 @@ class ExpertSearch(Search):
         return self._make_outcome(context.model, model, decider)
 
     def _report_cost(self, context: PassContext, layers: Mapping[int, MoELayer]) -> None:
-        """Report the cost of the search before it starts, and check that it fits in memory.
-
-        Raises:
-            DoesNotFit: the machine lacks the memory.
-        """
+        """Report the cost of the search before it starts."""
         from moe2edge.numerics import subset_loss
-        from moe2edge.runtime.memory import check_memory as check_memory
 
-        tokens = len(subset_loss.spread(context.tokens.numel(), self.tokens))
+        tokens = subset_loss.count_spread(context.tokens.numel(), self.tokens)
         counts = [len(layer.experts) for layer in layers.values()]
-        needed = max(
-            subset_loss.estimate_subset_evidence_bytes(tokens, experts) for experts in counts
-        )
         tries = sorted({self.tries(experts) for experts in counts})
         other = "greedy" if self.method == "greedy" else f"beam of {self.width}"
         methods = sorted({"exhaustive" if self.is_exhaustive(n) else other for n in counts})
@@ -221,13 +228,6 @@ class ExpertSearch(Search):
             f"{' or '.join(f'{n:,}' for n in tries)} sets per layer; {tokens:,} tokens, "
             f"{tokens * sum(counts):,} expert evaluations in all (each expert once per token); "
             f"{gram / 1e6:,.0f} MB of Gram matrices at a time"
-        )
-        check_memory(
-            needed,
-            f"expert_search keeps products of the outputs of {max(counts)} experts for {tokens:,} "
-            "tokens",
-            "set tokens to fewer, or search on a larger machine",
-            context.memory.limit,
         )
 
     def _make_outcome(self, before: Model, after: Model, decider: _Decider) -> Outcome:

@@ -66,7 +66,6 @@ class Recover(Train):
     samples at the end of the training text, which are not trained on.
     """
 
-    changes_routers: ClassVar[bool] = True
     may_change_nothing: ClassVar[bool] = True
     reads: ClassVar[tuple[type, ...]] = (UntiedModel,)
 
@@ -147,6 +146,11 @@ class Recover(Train):
         return self
 
     # ---- what there will be ------------------------------------------------------------------
+
+    @property
+    def changes_routers(self) -> bool:
+        """True if it trains routers; adapters are for other matrices only."""
+        return self.train != "lora"
 
     def check(self, model: Model) -> None:
         """Refuse a quantized or sparse model, and options that do not apply to the model."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
@@ -12,7 +12,7 @@ from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Block, Model
 from moe2edge.pipeline.checks import refuse_replaced
 from moe2edge.pipeline.contract import Outcome, PassContext, PlannedStep, Search, TextSizes
-from moe2edge.pipeline.work import Store
+from moe2edge.pipeline.kept_transform import KeptTransform
 from moe2edge.runtime.memory import Estimate
 
 if TYPE_CHECKING:
@@ -35,7 +35,6 @@ class Routing(Search):
     experts of the source are fitted as well, if blocks before them changed.
     """
 
-    changes_routers: ClassVar[bool] = True
     may_change_nothing: ClassVar[bool] = True
 
     held_out: Annotated[
@@ -83,12 +82,37 @@ class Routing(Search):
                 "routing: routers with a bias per expert are not supported; leave routing out"
             )
 
+    @property
+    def changes_routers(self) -> bool:
+        """True: that is what it does."""
+        return True
+
     def estimate(self, planned: PlannedStep, texts: TextSizes) -> Estimate:
-        """Refuse too few samples to hold some of them out, and estimate as others do."""
+        """Estimate the evidence of one layer, hidden states of both models, and their blocks.
+
+        Raises:
+            InputError: there are too few samples to hold some of them out.
+        """
         from moe2edge.numerics.bootstrap import split_samples
 
         split_samples(texts.calibration.samples, self.held_out)
-        return super().estimate(planned, texts)
+        model, tokens = planned.before, texts.calibration.tokens
+        experts = max(model.expert_counts)
+        hidden = 4 * tokens * model.family.geometry(model.config).hidden
+        return replace(
+            super().estimate(planned, texts),
+            memory=self._estimate_evidence(model, tokens) + 2 * (hidden + model.block_nbytes),
+            purpose=f"routing keeps products of the outputs of {experts} experts for {tokens:,} "
+            "tokens",
+            remedy="set calibration.samples to fewer, or fit on a larger machine",
+        )
+
+    def _estimate_evidence(self, model: Model, tokens: int) -> int:
+        """Estimate the bytes of what a layer is fitted on."""
+        from moe2edge.numerics.router_fit import estimate_router_evidence_bytes
+
+        hidden = model.family.geometry(model.config).hidden
+        return estimate_router_evidence_bytes(tokens, max(model.expert_counts), hidden)
 
     def plan(self, model: Model) -> Model:
         """Return the model itself: shapes do not change."""
@@ -99,14 +123,13 @@ class Routing(Search):
 
         Raises:
             InputError: there are too few calibration samples to hold some out.
-            DoesNotFit: the machine lacks the memory.
         """
         from moe2edge.calibration import walk
         from moe2edge.numerics import bootstrap
 
-        held_out = self._hold_out(len(context.tokens))
+        held_out, kept = self._hold_out(len(context.tokens)), context.keep_walk("fitting")
         self._report_cost(context)
-        fitter = _Fitter(self, context.store, held_out)
+        fitter = _Fitter(context.store, kept, self, held_out)
         advance = context.reporter.advance
         fitted, _ = walk.walk(
             context.model,
@@ -115,6 +138,8 @@ class Routing(Search):
             source=context.source,
             advance=advance,
             label="routing",
+            kept=kept,
+            needs_hidden=False,
         )
         notes = tuple(fitter.notes)
         if not fitter.changed:
@@ -145,27 +170,12 @@ class Routing(Search):
         return mask
 
     def _report_cost(self, context: PassContext) -> None:
-        """Report the cost of the fit before it starts, and check that it fits in memory.
-
-        Raises:
-            DoesNotFit: the machine lacks the memory.
-        """
-        from moe2edge.numerics.router_fit import estimate_router_evidence_bytes
-        from moe2edge.runtime.memory import check_memory as check_memory
-
+        """Report the cost of the fit before it starts."""
         tokens = context.tokens.numel()
-        hidden = context.model.family.geometry(context.model.config).hidden
-        experts = max(context.model.expert_counts)
-        needed = estimate_router_evidence_bytes(tokens, experts, hidden)
+        needed = self._estimate_evidence(context.model, tokens)
         context.reporter.log(
             f"routing: {len(context.model.moe_blocks)} layers, {tokens:,} tokens, each expert once "
             f"per token, at most {self.rounds} steps; {needed / 1e6:,.0f} MB for a layer at a time"
-        )
-        check_memory(
-            needed,
-            f"routing keeps products of the outputs of {experts} experts for {tokens:,} tokens",
-            "set calibration.samples to fewer, or fit on a larger machine",
-            context.memory.limit,
         )
 
     def _compare(
@@ -176,10 +186,12 @@ class Routing(Search):
         from moe2edge.numerics import metrics
 
         advance = context.reporter.advance
-        source = walk.observe(context.source, ids, (), advance, "routing: source")
+        kept = context.keep_walk("source")
+        source = walk.observe(context.source, ids, (), advance, "routing: source", kept=kept)
         results = []
-        for model in (context.model, fitted):
-            hidden = walk.observe(model, ids, (), advance, "routing: held-out text")
+        for model, name in ((context.model, "before"), (fitted, "after")):
+            kept = context.keep_walk(name)
+            hidden = walk.observe(model, ids, (), advance, "routing: held-out text", kept=kept)
             mine, theirs = (
                 walk.compute_logits(model, hidden),
                 walk.compute_logits(context.source, source),
@@ -189,23 +201,17 @@ class Routing(Search):
 
 
 @dataclass
-class _Fitter:
+class _Fitter(KeptTransform):
     """Gathers the evidence of one layer after another and fits its router.
 
     Attributes:
         step: the pass.
-        store: saves the new rows.
         held_out: samples that decide, bool [samples].
-        changed: routers that were changed, for the report.
-        notes: results of each layer, for the report.
         parts: evidence of the current layer, by batch.
     """
 
     step: Routing
-    store: Store
     held_out: Tensor
-    changed: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
     parts: list[RouterEvidence] = field(default_factory=list)
 
     def observe(self, trace: BlockTrace, source: BlockTrace | None) -> None:
@@ -214,15 +220,15 @@ class _Fitter:
         if isinstance(trace.block.mlp, MoELayer) and trace.routing is not None:
             self.parts.append(_gather_evidence(trace, trace.block.mlp, source))
 
-    def change(self, block: Block) -> Block:
-        """Return the block with rows that lower the held-out error, or unchanged."""
+    def compute(self, block: Block) -> tuple[Block, Any] | None:
+        """Return the block with rows that lower the held-out error; None: there are none."""
         import torch
 
         from moe2edge.numerics import router_fit
 
         parts, self.parts = self.parts, []
         if not isinstance(block.mlp, MoELayer) or not parts:
-            return block
+            return None
         evidence = router_fit.join_evidence(parts)
         parts.clear()
         weight = block.mlp.router.weight
@@ -240,7 +246,7 @@ class _Fitter:
         )
         if fit.router is None:
             self.notes.append(f"block {block.index}: router not changed, no fit lowered the error")
-            return block
+            return None
         fall = 1 - (fit.after / fit.before if fit.before else 1.0)
         self.notes.append(
             f"block {block.index}: held-out error of the residual stream {fall:.2%} lower, "
@@ -248,7 +254,11 @@ class _Fitter:
         )
         self.changed.append(f"block {block.index}: router")
         assert torch.equal(fit.router.to(stored.dtype).float(), fit.router)
-        return self.store.put(block, {"router.weight": fit.router})
+        return self.put(block, {"router.weight": fit.router}), {}
+
+    def reshape(self, block: Block, shape: Any) -> Block:
+        """Return the block itself: only numbers of its router change."""
+        return block
 
 
 def _gather_evidence(trace: BlockTrace, layer: MoELayer, source: BlockTrace) -> RouterEvidence:

@@ -1,7 +1,7 @@
 """An export that kills itself, or lists what it solves: run by tests in a process of its own.
 
 It is run by ``runpy.run_path`` with ``KIND``, ``COUNT``, ``SOLVED``, ``FOLDER`` and ``ARGUMENTS``
-given.
+given, and ``WALKED`` if blocks of walks are to be listed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from moe2edge.cli.main import main
-from moe2edge.storage import durable, journal
+from moe2edge.storage import durable, journal, kept_walk
 
 
 def die() -> None:
@@ -115,6 +115,31 @@ def before_the_journal(over: Countdown) -> None:
     setattr(journal.Journal, "add", adding)  # noqa: B010
 
 
+def behind_a_walk(over: Countdown) -> None:
+    """Die when so many blocks of walks were kept."""
+    added = kept_walk.KeptWalk.add
+
+    def adding(self: kept_walk.KeptWalk, *more: Any) -> None:
+        if over():
+            die()
+        added(self, *more)
+
+    setattr(kept_walk.KeptWalk, "add", adding)  # noqa: B010
+
+
+def listing_walks(path: Path) -> None:
+    """Write down which blocks of which walks are kept."""
+    added = kept_walk.KeptWalk.add
+    path.touch()
+
+    def adding(self: kept_walk.KeptWalk, origins: Any, *more: Any) -> None:
+        added(self, origins, *more)
+        with path.open("a") as file:
+            file.writelines(f"{self.folder.name} {own[0]}\n" for own in origins)
+
+    setattr(kept_walk.KeptWalk, "add", adding)  # noqa: B010
+
+
 def listing(path: Path) -> None:
     """Write down which blocks are solved."""
     added = journal.Journal.add
@@ -135,6 +160,7 @@ KINDS = {
     "rename": before_a_rename,
     "journal": in_the_journal,
     "between": before_the_journal,
+    "walk": behind_a_walk,
 }
 
 if __name__ == "killed":
@@ -144,5 +170,7 @@ if __name__ == "killed":
         KINDS[given["KIND"]](Countdown(given["COUNT"]))
     if given["SOLVED"]:
         listing(Path(given["SOLVED"]))
+    if given.get("WALKED"):
+        listing_walks(Path(given["WALKED"]))
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
         main(given["ARGUMENTS"])

@@ -2,7 +2,8 @@
 
 The sweep sets keys of our families and of all other Mixture-of-Experts families, one after the
 other, to values made from the classes. Each config is either accepted, with the logits of stock
-transformers, or refused; a value that changes nothing there is refused only as `KEPT_OUT` says.
+transformers, or refused; a value that changes nothing there is refused only as `KEPT_OUT` says, by
+key and value.
 """
 
 from __future__ import annotations
@@ -153,13 +154,42 @@ ROPES: tuple[Config, ...] = (
 )  # fmt: skip
 
 
+Judge = Callable[[Any], bool]
+
+
 @dataclass(frozen=True)
 class KeptOut:
-    """Values that stock transformers takes without a change of its logits, and that we refuse."""
+    """Values that stock transformers takes without a change of its logits, and that we refuse.
+
+    Attributes:
+        keys: the keys; ``*`` for all.
+        holds: says which of their values; any other has to be accepted.
+        reason: why they are refused.
+        families: families in which they are; ``*`` for all.
+    """
 
     keys: str
+    holds: Judge
     reason: str
-    holds: Callable[[Any], bool] = lambda value: True
+    families: str = "*"
+
+    def covers(self, family: str, key: str, value: Any) -> bool:
+        """Return whether a value of a key is refused for this reason."""
+        names = ((family, self.families), (key, self.keys))
+        here = all(listed == "*" or name in listed.split() for name, listed in names)
+        return here and self.holds(value)
+
+
+def other_than(*values: Any) -> Judge:
+    """Return what holds for all values but some; None stands for a key that is not there."""
+    return lambda value: value is not None and value not in values
+
+
+def has_rope_types(*types: str) -> Judge:
+    """Return what holds for settings of a rope of some types."""
+    return lambda value: (
+        isinstance(value, dict) and value.get("rope_type", value.get("type")) in types
+    )
 
 
 def _is_no_number(value: Any) -> bool:
@@ -168,44 +198,122 @@ def _is_no_number(value: Any) -> bool:
     return large or any(word in text for word in ("NaN", "Infinity"))
 
 
+def _names_two_types(rope: Any) -> bool:
+    return isinstance(rope, dict) and {"type", "rope_type"} <= rope.keys()
+
+
+def _turns_a_part(rope: Any) -> bool:
+    return isinstance(rope, dict) and rope.get("partial_rotary_factor") not in (None, 1)
+
+
+NOT_APPLIED = "the config asks for a computation that transformers' class leaves out"
+TWICE = "spelled twice and not alike: programs disagree which one counts"
 KEPT_OUT = (
-    KeptOut("*", "not finite, or more than 64 bits: other readers of JSON fail", _is_no_number),
+    KeptOut("*", _is_no_number, "not finite, or more than 64 bits: other readers of JSON fail"),
     KeptOut(
-        "attribute_map default_theta to_dict validate _heterogeneity_spec __class__",
+        "default_theta validate",
+        lambda value: True,
         "a part of transformers' class: what a setting of that name replaces is not ours to know",
     ),
     KeptOut(
-        "attn_logit_softcapping final_logit_softcapping clip_qkv attention_multiplier n_group "
-        "embedding_multiplier logits_scaling residual_multiplier routed_scaling_factor topk_group "
-        "scoring_func query_pre_attn_scalar use_qk_norm qk_layernorm",
-        "the config asks for a computation that transformers' class leaves out",
+        "attribute_map",
+        other_than(),
+        "the same; this class has no names in it that could get lost",
+        "mixtral qwen2_moe",
     ),
     KeptOut(
-        "attention_chunk_size kv_sharing_modes layer_types sliding_window",
-        "followed by the cache or by flash attention, not by the mask: texts and steps differ",
+        "embedding_multiplier logits_scaling residual_multiplier routed_scaling_factor",
+        other_than(1),
+        NOT_APPLIED,
     ),
-    KeptOut("head_dim max_position_embeddings", "a size: must be positive"),
+    KeptOut("attention_multiplier", other_than(SIZES["head_dim"] ** -0.5), NOT_APPLIED),
+    KeptOut("query_pre_attn_scalar", other_than(SIZES["head_dim"]), NOT_APPLIED),
+    KeptOut("final_logit_softcapping", other_than(0), NOT_APPLIED),
+    KeptOut("clip_qkv", other_than(), NOT_APPLIED, "mixtral qwen2_moe qwen3_moe"),
+    KeptOut("n_group topk_group", other_than(0, 1), NOT_APPLIED),
+    KeptOut("scoring_func", other_than("softmax"), NOT_APPLIED),
+    KeptOut("use_qk_norm", other_than(False), NOT_APPLIED, "mixtral qwen2_moe"),
     KeptOut(
-        "num_experts num_local_experts rope_theta rope_scaling rope_parameters "
-        "original_max_position_embeddings",
-        "spelled twice and not alike: programs disagree which one counts",
+        "attention_chunk_size kv_sharing_modes",
+        other_than(),
+        "followed by the cache, not by the mask: texts and steps differ",
     ),
     KeptOut(
-        "partial_rotary_factor rope_parameters rope_scaling",
+        "layer_types",
+        lambda value: isinstance(value, list) and len(value) == SIZES["num_hidden_layers"],
+        "the same: this class masks all layers alike, whatever their types",
+        "mixtral qwen3_moe",
+    ),
+    KeptOut(
+        "sliding_window",
+        lambda value: isinstance(value, int) and value > 0,
+        "followed by flash attention and by the cache, not by the mask",
+        "olmoe",
+    ),
+    KeptOut("max_position_embeddings", lambda value: value <= 0, "a size: must be positive"),
+    KeptOut("head_dim", lambda value: value == 0, "a size: must be positive", "mixtral"),
+    KeptOut("num_experts", lambda value: type(value) is int and value != 6, TWICE, "qwen3_moe"),
+    KeptOut("rope_theta", other_than(1e4, 1e6), TWICE),
+    KeptOut("rope_scaling", other_than({}, {"type": "default"}, {"rope_type": "default"}), TWICE),
+    KeptOut("rope_parameters", _names_two_types, TWICE),
+    KeptOut(
+        "rope_parameters",
+        has_rope_types("dynamic", "longrope", "proportional"),
+        "a rope that no row of the table carries out, though on this text it is the default",
+    ),
+    KeptOut(
+        "rope_parameters",
+        lambda value: isinstance(value, dict) and "full_attention" in value,
+        "a rope for each kind of layer, of which this class ignores all",
+        "mixtral olmoe qwen3_moe",
+    ),
+    KeptOut(
+        "rope_parameters",
+        _turns_a_part,
         "a part of a head is to be rotated: transformers' default rope ignores it, the others fail",
     ),
-    KeptOut("is_encoder_decoder text_config decoder generator text_encoder", "another model"),
-    KeptOut("configuration_files", "other files may take the place of this one"),
-    KeptOut("attention_bias qkv_bias", "tensors are missing; transformers makes them up, as zeros"),
-    KeptOut("num_labels", "a list of labels that long takes all memory"),
+    KeptOut(
+        "partial_rotary_factor",
+        other_than(1),
+        "a part of a head is to be rotated: transformers' default rope ignores it, the others fail",
+    ),
+    KeptOut("is_encoder_decoder", bool, "another model"),
+    KeptOut("text_encoder", other_than(), "another model"),
+    KeptOut("configuration_files", other_than([]), "other files may take the place of this one"),
+    KeptOut(
+        "attention_bias",
+        lambda value: value is True,
+        "tensors are missing; transformers makes them up, as zeros",
+        "olmoe qwen3_moe",
+    ),
 )
 
 
-def is_kept_out(key: str, value: Any) -> bool:
-    """Return whether the list says why a value is refused."""
-    return any(
-        (key in one.keys.split() or one.keys == "*") and one.holds(value) for one in KEPT_OUT
-    )
+def find_reasons(family: str, key: str, value: Any) -> list[KeptOut]:
+    """Find what the list says on a value that is refused; nothing: it must not be."""
+    return [one for one in KEPT_OUT if one.covers(family, key, value)]
+
+
+@pytest.mark.parametrize(
+    ("family", "key", "refused", "judged"),
+    [
+        ("mixtral", "clip_qkv", 0, None),
+        ("mixtral", "embedding_multiplier", 0, 1),
+        ("mixtral", "final_logit_softcapping", 30.0, 0),
+        ("olmoe", "attention_bias", True, False),
+        ("olmoe", "sliding_window", 128, None),
+        ("qwen2_moe", "rope_parameters", {"partial_rotary_factor": 0.5}, {"rope_theta": 1e4}),
+        ("qwen2_moe", "is_encoder_decoder", 2, False),
+        ("qwen3_moe", "num_experts", 128, 6),
+        ("qwen3_moe", "head_dim", float("nan"), 0),
+        ("qwen3_moe", "unknown", 2**64, "x"),
+    ],
+)
+def test_the_list_says_which_values_of_a_key_are_refused(
+    family: str, key: str, refused: Any, judged: Any
+) -> None:
+    assert find_reasons(family, key, refused)
+    assert not find_reasons(family, key, judged)
 
 
 def make_values(key: str, defaults: list[Any]) -> list[Any]:
@@ -262,6 +370,7 @@ class Sweep:
         self.names = trace_names(folder) - {"name_or_path", "_name_or_path", "torch_dtype"}
         self.counts: Counter[str] = Counter()
         self.faults: list[str] = []
+        self.used: set[KeptOut] = set()
         self._theirs: dict[str, Tensor | Exception] = {}
         self._ours: dict[str, tuple[Tensor, Config]] = {}
         plain = self.run_stock(self.config)
@@ -337,8 +446,9 @@ class Sweep:
             self.counts["refused by both"] += 1
         elif not torch.equal(theirs, self.plain):
             self.counts["refused, with other logits in stock"] += 1
-        elif is_kept_out(key, value):
+        elif reasons := find_reasons(self.family.model_type, key, value):
             self.counts["refused with stock's logits the same: listed"] += 1
+            self.used.update(reasons)
         else:
             self.faults.append(f"{where} refused, though it changes nothing: {error}")
 
@@ -346,9 +456,13 @@ class Sweep:
 def run_sweep(
     folder: Path, family: str, kinds: list[Any], further: list[str], step: int = 1
 ) -> Counter[str]:
-    """Set each key to its values, or to each ``step``-th, with the family's switches off and on."""
+    """Set each key to its values, or to each ``step``-th, with the family's switches off and on.
+
+    With all values, each line of `KEPT_OUT` has to be of use.
+    """
     logging.set_verbosity(logging.CRITICAL)  # it reports each tensor that does not fit
     counts: Counter[str] = Counter()
+    unused = {one for one in KEPT_OUT if one.families == "*" or family in one.families.split()}
     for n, changes in enumerate(({}, SWITCHED.get(family, {}))):
         sweep = Sweep(folder / str(n), family, changes)
         defaults = list_defaults(kinds) | {key: [] for key in further}
@@ -364,6 +478,8 @@ def run_sweep(
                 sweep.compare(key, value)
         assert not sweep.faults, "\n".join(sweep.faults)
         counts += sweep.counts
+        unused -= sweep.used
+    assert step > 1 or not unused, unused
     sys.stdout.write(f"{family}: {sum(counts.values())} configs: {dict(counts)}\n")
     return counts
 

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from torch import Tensor
@@ -23,8 +22,9 @@ from moe2edge.numerics import allocation, bootstrap, metrics
 from moe2edge.numerics.allocation import Counts
 from moe2edge.passes._allocation_trials import Ranker, Trimmer
 from moe2edge.passes.expert_budget import ExpertBudget
-from moe2edge.pipeline.contract import Outcome
+from moe2edge.pipeline.contract import Outcome, PlannedStep, TextSize, TextSizes
 from moe2edge.progress import Reporter
+from moe2edge.runtime.memory import IMPORTED
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.testing import Make
 
@@ -193,13 +193,15 @@ def test_each_expert_is_evaluated_once_per_token(
     assert sum(rows) == 3 * 6 * (6 * 24)
 
 
-def test_too_little_memory_is_refused(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("sensitivity", ["kl", "error"])
+def test_too_little_memory_is_refused(tiny: Make, sensitivity: str) -> None:
     model = open_checkpoint(str(tiny("mixtral"))).model
-    small = psutil.virtual_memory()._replace(total=1000)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: small)
-    for sensitivity in ("kl", "error"):
-        with pytest.raises(DoesNotFit, match="expert_budget"):
-            search(options(keep=4, sensitivity=sensitivity), model)
+    step, texts = options(keep=4, sensitivity=sensitivity), TextSizes(TextSize(*IDS.shape))
+    found = step.estimate(PlannedStep(step, model, step.plan(model)), texts)
+    assert found.memory > model.block_nbytes + 4 * IDS.numel() * 64
+    with pytest.raises(DoesNotFit, match="expert_budget compares allocations of experts, which"):
+        found.check(found.memory - 1 + IMPORTED)
+    found.check(found.memory + IMPORTED)
 
 
 # ---- shapes and refusals -----------------------------------------------------------------------

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from torch import Tensor
@@ -26,9 +25,9 @@ from moe2edge.model.model import Model
 from moe2edge.numerics import subset_loss
 from moe2edge.numerics.subset_loss import RoutingRule, SubsetEvidence
 from moe2edge.passes.expert_search import ExpertSearch
-from moe2edge.pipeline.contract import Outcome
+from moe2edge.pipeline.contract import Outcome, PlannedStep, TextSize, TextSizes
 from moe2edge.progress import Reporter
-from moe2edge.runtime.memory import IMPORTED
+from moe2edge.runtime.memory import IMPORTED, Estimate
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.testing import Make
 
@@ -398,15 +397,22 @@ def test_cost_is_stated_before_the_search(tiny: Make, monkeypatch: pytest.Monkey
     assert "greedy, at most 15 sets per layer" in lines[2]
 
 
-def test_too_little_memory(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory(tiny: Make) -> None:
     model = open_checkpoint(str(tiny("mixtral"))).model
-    memory = psutil.virtual_memory()._replace(
-        total=subset_loss.estimate_subset_evidence_bytes(120, 6) - 1 + IMPORTED
-    )
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    texts = TextSizes(TextSize(*IDS.shape))
+
+    def estimate(**more: Any) -> Estimate:
+        step = options(keep=3, **more)
+        return step.estimate(PlannedStep(step, model, step.plan(model)), texts)
+
+    found = estimate()
     with pytest.raises(DoesNotFit, match=r"outputs of 6 experts for 120 tokens.*set tokens"):
-        search(options(keep=3), model)
-    search(options(keep=3, tokens=119), model)
+        found.check(found.memory - 1 + IMPORTED)
+    found.check(found.memory + IMPORTED)
+    row = subset_loss.estimate_subset_evidence_bytes(1, 6)
+    assert estimate(tokens=119).memory == found.memory - row
+    # The source is walked beside the model.
+    assert estimate(progressive=True).memory == found.memory + 4 * 120 * 64 + model.block_nbytes
 
 
 # ---- as a pass ---------------------------------------------------------------------------------

@@ -8,11 +8,14 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 import torch
 
 from helpers import run, write_text
+from moe2edge.calibration import tokens
 from moe2edge.cli.common import parse_bytes
 from moe2edge.errors import DoesNotFit
 from moe2edge.runtime import memory
@@ -195,3 +198,48 @@ def test_replaced_experts_save_memory_at_run_time(tiny: Make, tmp_path: Path, st
         assert ran.returncode == 0, ran.stderr
         peaks.append(int(ran.stdout))
     assert peaks[0] - peaks[1] > 0.9 * saved
+
+
+# ---- before any work -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        ({"expert_budget": {"keep": 4}}, "expert_budget compares allocations"),
+        ({"expert_search": {"keep": 4}}, "expert_search keeps products"),
+        ({"routing": {}}, "routing keeps products"),
+    ],
+    ids=["expert_budget", "expert_search", "routing"],
+)
+def test_searches_are_judged_before_any_text_is_read(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: Any, message: str
+) -> None:
+    """The limit holds a block and the first pass, which needs less."""
+    monkeypatch.setattr(tokens, "load_tokens", lambda *_, **__: pytest.fail("a text was read"))
+    recipe = tmp_path / "r.json"
+    recipe.write_text(json.dumps({"passes": [{"expert_drop": {"keep": 5}}, step]}))
+    size = ["--set", "calibration.samples=512", "--set", "calibration.length=128"]
+    small = psutil.virtual_memory()._replace(total=IMPORTED + (8 << 20))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: small)
+    commands = [["export", "-t", "hf:layout=natural", "-o", tmp_path / "out"]]
+    commands += [["decide", "-o", tmp_path / "sets.json"]] if "routing" not in step else []
+    for name, *more in commands:
+        done = run(name, tiny("olmoe"), *more, "-r", recipe, *size)
+        assert done.exit_code == 5, done.output
+        assert message in done.stderr
+        assert "which needs" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
+
+
+def test_inspecting_routing_is_judged_before_any_text_is_read(
+    tiny: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokens, "load_tokens", lambda *_, **__: pytest.fail("a text was read"))
+    small = psutil.virtual_memory()._replace(total=IMPORTED + (8 << 20))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: small)
+    size = ("--samples", "512", "--length", "128")
+    done = run("inspect", tiny("olmoe"), "--routing", *size)
+    assert done.exit_code == 5, done.output
+    assert "--routing holds one block in float32 and the hidden states" in done.stderr
+    assert "give fewer --samples" in done.stderr

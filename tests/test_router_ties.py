@@ -16,9 +16,11 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from helpers import SMALL, export, parse_passes, run
+from helpers import SMALL, each_family, export, parse_passes, run
 from moe2edge.commands.router_ties import Tie, TieJudge, find_ties
 from moe2edge.errors import Unsupported
+from moe2edge.passes._recover_selection import Selection
+from moe2edge.passes.recover import Recover
 from moe2edge.progress import Reporter
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.targets.gptq import Gptq
@@ -104,9 +106,43 @@ def test_ties_are_judged_by_target_at_the_start(tiny: Make, tmp_path: Path) -> N
         assert "which of them a token gets depends on the runtime" in judge(folder, target, [])[0]
     # What these passes leave is not known yet.
     drops = [{"expert_drop": {"keep": 4}}, {"block_drop": {"drop": 1}}]
-    unknown: list[object] = [*drops, {"routing": {}}]
+    unknown: list[object] = [*drops, {"routing": {}}, {"recover": {"train": "router"}}]
     for step in unknown:
         assert judge(folder, Onnx(), [step, "gptq"]) == []
+    # Adapters leave routers as they are.
+    with pytest.raises(Unsupported, match=message):
+        judge(folder, Onnx(), [{"recover": {"train": "lora"}}, "gptq"])
+
+
+@pytest.mark.parametrize("family", each_family("mixtral"))
+def test_adapters_train_no_router(tiny: Make, family: str) -> None:
+    model = open_checkpoint(tiny(family)).model
+    for train in ("full", "experts", "router", "lora"):
+        step = Recover.model_validate({"train": train, "steps": 1})
+        taken = {
+            role
+            for block in model.blocks
+            for role, _ in block.weights()
+            if Selection(train, anneals=False).takes(block, role)
+        }
+        assert step.changes_routers is ("router.weight" in taken)
+
+
+def test_equal_experts_that_are_parted_are_judged_again(tiny: Make, tmp_path: Path) -> None:
+    """Whatever trains or quantizes experts may make a tie of equal rows of equal experts."""
+    folder = make_ties(tiny("mixtral"), tmp_path / "m", (1, 4))
+    parted = open_checkpoint(folder).model
+    tensors = load_file(folder / "model.safetensors")
+    for part in ("w1", "w2", "w3"):
+        tensors[f"{EXPERT}.4.{part}.weight"] = tensors[f"{EXPERT}.1.{part}.weight"].clone()
+    (tmp_path / "equal").mkdir()
+    shutil.copy(folder / "config.json", tmp_path / "equal")
+    save_file(tensors, tmp_path / "equal" / "model.safetensors", {"format": "pt"})
+    equal = open_checkpoint(tmp_path / "equal").model
+    judge_all = TieJudge([Onnx()], Reporter(lambda _: None, lambda *_: None))
+    judge_all.look(equal, parse_passes(["gptq"], equal))
+    with pytest.raises(Unsupported, match="experts 1 and 4 are equal"):
+        judge_all.look(parted, [])
 
 
 def test_the_command_refuses_at_the_start(tiny: Make, tmp_path: Path) -> None:

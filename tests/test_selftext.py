@@ -13,9 +13,12 @@ import torch
 
 from helpers import QUIET, run
 from moe2edge.calibration import self_sampling
+from moe2edge.calibration.sources import TextSource
+from moe2edge.commands.run_inputs import open_kept_results
 from moe2edge.runtime.memory import IMPORTED
 from moe2edge.runtime.torch_runtime import open_source
 from moe2edge.storage.checkpoint import open_checkpoint
+from moe2edge.storage.export_folder import Resume
 from moe2edge.testing import Make
 
 
@@ -74,6 +77,37 @@ def test_export_without_a_text(tiny: Make, tmp_path: Path, family: str) -> None:
     assert report["calibration"]["text"] == "self"
     assert report["calibration"]["samples"] == 4
     assert report["before"]["quality"] is None
+
+
+def test_a_text_is_kept_for_the_same_source_and_options(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, written = open_checkpoint(str(tiny("olmoe"))), list[int]()
+    original = self_sampling.write_text
+
+    def write(*given: Any) -> torch.Tensor:
+        written.append(given[4])
+        return original(*given)
+
+    monkeypatch.setattr(self_sampling, "write_text", write)
+
+    def sample(seed: int, resume: Resume = "auto") -> torch.Tensor:
+        kept = open_kept_results(checkpoint, tmp_path, resume)
+        source = TextSource(text="self", samples=3, length=16, seed=seed)
+        ids = self_sampling.sample_tokens(checkpoint, source, QUIET, kept).ids
+        kept.save(tmp_path)
+        return ids
+
+    first = sample(1)
+    assert torch.equal(sample(1), first)
+    assert written == [1]
+    other = sample(2)
+    assert not torch.equal(other, first)
+    assert torch.equal(sample(2), other)
+    assert torch.equal(sample(1), first)
+    assert written == [1, 2]
+    sample(1, "never")
+    assert written == [1, 2, 1]
 
 
 def test_texts_that_cannot_be_sampled_are_refused(

@@ -13,9 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import moe2edge
 from helpers import QUIET, SMALL, each_family, run
 from moe2edge.calibration import walk
-from moe2edge.commands.source_check import prove_source
+from moe2edge.commands.run_inputs import open_kept_results
+from moe2edge.commands.source_check import PROOF, SourceProof, prove_source
 from moe2edge.errors import Unsupported, VerificationFailed
 from moe2edge.evaluation import source_check
 from moe2edge.evaluation.source_check import StockFailed, compare_with_stock
@@ -23,9 +25,12 @@ from moe2edge.model.experts import Expert
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model
 from moe2edge.model.weights import Weight
+from moe2edge.pipeline.decisions import read_decisions
 from moe2edge.progress import Reporter
 from moe2edge.runtime.memory import IMPORTED
 from moe2edge.storage.checkpoint import open_checkpoint
+from moe2edge.storage.export_folder import Resume
+from moe2edge.storage.kept_results import RESULTS, KeptResults
 from moe2edge.targets.hf import Hf
 from moe2edge.testing import Make, make_checkpoint
 
@@ -184,6 +189,40 @@ def double_expert(model: Model, index: int, expert: int) -> Model:
     return change_block(model, index, double)
 
 
+# ---- windows that are longer than the text ------------------------------------------------------
+
+
+def make_windowed(folder: Path, window: int) -> Path:
+    return make_checkpoint(
+        folder, "qwen2_moe", use_sliding_window=True, sliding_window=window, max_window_layers=3,
+        max_position_embeddings=4096,
+    )  # fmt: skip
+
+
+def test_a_long_window_makes_the_text_longer(tmp_path: Path) -> None:
+    folder = make_windowed(tmp_path / "model", 600)
+    model = open_checkpoint(folder).model
+    found = compare_with_stock(model, folder)
+    assert (found.tokens, found.window) == (648, 0)
+    with pytest.raises(VerificationFailed, match="block 0 does not give"):
+        compare_with_stock(lose_window(model), folder)
+
+
+def test_a_window_that_no_text_reaches_is_said(tmp_path: Path) -> None:
+    folder = make_windowed(tmp_path / "model", 2000)
+    said: list[str] = []
+    proof = prove_source(open_checkpoint(folder), Reporter(said.append, lambda *_: None))
+    assert (proof.status, proof.tokens <= 512, proof.window) == ("passed", True, 2000)
+    assert said[-1] == "source check: windows of 2000 tokens were not reached"
+    assert proof.to_record()["window"] == 2000
+    # Transformers says so too where it is ours that is lost; no model has text behind its end.
+    model = open_checkpoint(folder).model
+    blocks = tuple(replace(block, window=None) for block in model.blocks)
+    assert compare_with_stock(replace(model, blocks=blocks), folder).window == 2000
+    short = make_windowed(tmp_path / "short", 4096)
+    assert compare_with_stock(open_checkpoint(short).model, short).window == 0
+
+
 # ---- what is excepted, and what cannot be run ----------------------------------------------------
 
 
@@ -229,6 +268,57 @@ def test_hidden_states_beyond_float16_are_refused_early(tmp_path: Path) -> None:
     assert prove_source(open_checkpoint(folder), QUIET).status == "passed"
 
 
+# ---- results of earlier runs ---------------------------------------------------------------------
+
+
+def test_the_result_is_kept_for_the_same_source(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(tiny("mixtral"), tmp_path / "model"))
+    compared, said = list[Model](), list[str]()
+    original = source_check.compare_with_stock
+
+    def compare(model: Model, *more: Any, **named: Any) -> source_check.Agreement:
+        compared.append(model)
+        return original(model, *more, **named)
+
+    monkeypatch.setattr(source_check, "compare_with_stock", compare)
+
+    def prove(resume: Resume = "auto") -> tuple[SourceProof, int]:
+        checkpoint = open_checkpoint(folder)
+        kept = open_kept_results(checkpoint, tmp_path, resume)
+        before = len(compared)
+        proof = prove_source(checkpoint, Reporter(said.append, lambda *_: None), kept=kept)
+        kept.save(tmp_path)
+        return proof, len(compared) - before
+
+    proof, count = prove()
+    assert count == 1
+    assert prove() == (proof, 0)
+    assert said[-1].endswith("; of an earlier run)")
+    assert prove("never") == (proof, 1)
+    # A damaged line is none; another source is another one; the first one is found again.
+    kept = tmp_path / RESULTS
+    kept.write_bytes(kept.read_bytes().replace(b"difference", b"differenze"))
+    assert prove() == (proof, 1)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
+    assert prove()[1] == 1
+    (folder / "config.json").write_text(json.dumps(config))
+    assert [prove()[1] for _ in range(2)] == [1, 0]
+
+
+def test_float16_is_judged_by_a_kept_result_too(tiny: Make, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(make_checkpoint(tmp_path / "model", "mixtral", dtype="float16"))
+    kept = KeptResults()
+    prove_source(checkpoint, QUIET, kept=kept)
+    found = kept.get(PROOF, {})
+    assert found is not None
+    kept.put(PROOF, {}, {**found, "peaks": [1.0, 70000.0, 1.0]})
+    with pytest.raises(Unsupported, match=r"block 1 reach 70000 and overflow in float16"):
+        prove_source(checkpoint, QUIET, targets=[Hf()], kept=kept)
+
+
 # ---- the command line ----------------------------------------------------------------------------
 
 
@@ -270,3 +360,29 @@ def test_a_difference_ends_an_export_before_any_work(
         assert done.exit_code == 7, done.output
         assert "block 1 does not give what transformers" in done.stderr
     assert not list(tmp_path.iterdir())
+    recipe = {"passes": [{"expert_drop": {"keep": 4, "criterion": "magnitude"}}]}
+    with pytest.raises(VerificationFailed, match="block 1 does not give what transformers"):
+        moe2edge.compress(tiny("mixtral"), recipe)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_the_python_api_and_decisions_record_it(tiny: Make, tmp_path: Path, wanted: bool) -> None:
+    recipe = {"passes": [{"expert_drop": {"keep": 4, "criterion": "magnitude"}}]}
+    found = moe2edge.compress(tiny("mixtral"), recipe, source_check=wanted)
+    assert found.source_check["status"] == ("passed" if wanted else "left out")
+    out = tmp_path / "sets.json"
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    more = [] if wanted else ["--no-source-check"]
+    done = run("decide", tiny("mixtral"), "-o", out, "-r", tmp_path / "recipe.yaml", *more)
+    assert done.exit_code == 0, done.output
+    said = "source check left out: --no-source-check"
+    assert (said in done.stdout) is not wanted
+    assert (said in run("decisions", "show", out).stdout) is not wanted
+    recorded = json.loads(out.read_text())["source_check"]
+    assert recorded["status"] == ("passed" if wanted else "left out")
+    assert bool(recorded["transformers"]) is wanted
+    # Files of earlier versions say nothing of it.
+    data = json.loads(out.read_text())
+    del data["source_check"]
+    out.write_text(json.dumps(data))
+    assert read_decisions(out)[0].source_check is None

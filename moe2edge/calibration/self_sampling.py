@@ -29,15 +29,23 @@ if TYPE_CHECKING:
     from moe2edge.calibration.sources import TextSource
     from moe2edge.calibration.tokens import Tokens
     from moe2edge.progress import Reporter
+    from moe2edge.storage.kept_results import KeptResults
 
 TEMPERATURE = 1.2
 # Candidates for each sequence that is kept.
 WIDTH = 4
 # Sequences that are sampled at the same time.
 BATCH = 64
+# Name of the text among results that are kept.
+WRITTEN = "text that the model has written"
 
 
-def sample_tokens(checkpoint: Checkpoint, source: TextSource, reporter: Reporter) -> Tokens:
+def sample_tokens(
+    checkpoint: Checkpoint,
+    source: TextSource,
+    reporter: Reporter,
+    kept: KeptResults | None = None,
+) -> Tokens:
     """Sample calibration tokens from the model.
 
     Each sequence begins with the beginning-of-text token, or without one with the end token.
@@ -46,13 +54,13 @@ def sample_tokens(checkpoint: Checkpoint, source: TextSource, reporter: Reporter
         checkpoint: the source model.
         source: number of samples, their length and the seed.
         reporter: receives progress.
+        kept: may hold the text that an earlier run has sampled, and gets it.
 
     Raises:
         InputError: samples are too long for the model, or the tokenizer has neither token.
         DoesNotFit: the parameters in bfloat16, with which the model runs, do not fit in memory.
     """
     model, remedy = checkpoint.model, "give a text with --calib"
-    memory.check_memory(2 * model.parameters, "calibration.text self runs the source model", remedy)
     tokenizer = load_tokenizer(checkpoint.folder)
     start = tokenizer.bos_token_id
     start = tokenizer.eos_token_id if start is None else start
@@ -62,9 +70,17 @@ def sample_tokens(checkpoint: Checkpoint, source: TextSource, reporter: Reporter
             f"cannot begin a text; {remedy}"
         )
     check_length(source, "calibration", model.family.geometry(model.config).max_positions)
-    runtime = open_source(checkpoint.folder)
     shape = source.samples, source.length
+    basis = {"start": start, "shape": shape, "seed": source.seed}
+    found = None if kept is None else kept.get(WRITTEN, basis)
+    if found is not None:
+        reporter.log("calibration: the text that the model has written for an earlier run")
+        return wrap_tokens(torch.tensor(found), source.text)
+    memory.check_memory(2 * model.parameters, "calibration.text self runs the source model", remedy)
+    runtime = open_source(checkpoint.folder)
     ids = write_text(runtime.model, model, start, shape, source.seed, reporter)
+    if kept is not None:
+        kept.put(WRITTEN, basis, ids.tolist())
     return wrap_tokens(ids, source.text)
 
 

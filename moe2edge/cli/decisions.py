@@ -143,6 +143,8 @@ def _print_decisions(decisions: Decisions) -> None:
             f"calibration: {calibration.text}, {calibration.samples} samples of "
             f"{calibration.length} tokens"
         )
+    if (check := decisions.source_check) is not None and check.status != "passed":
+        show(f"source check {check.status}: {check.reason}")
     table = Table()
     for heading in ("block", "experts", "kept", "top-k", "skips below", "kept experts"):
         table.add_column(heading, justify="left" if heading == "kept experts" else "right")

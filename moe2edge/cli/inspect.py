@@ -197,6 +197,7 @@ def _measure_routing(
     changed = target or "per_layer_config" in checkpoint.config
     model = open_stored_model(checkpoint) if changed else checkpoint.model
     routing_report.check_routable(model, checkpoint.source)
+    routing_report.estimate_routing(model, source.samples, source.length).check()
     quiet_libraries()
     geometry = model.family.geometry(model.config)
     limits = (geometry.max_positions, geometry.vocab)

@@ -10,6 +10,7 @@ import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,6 +24,7 @@ from moe2edge.storage.checkpoint import Checkpoint, open_checkpoint
 
 if TYPE_CHECKING:
     from moe2edge.calibration.sources import TextSource
+    from moe2edge.calibration.tokens import Tokens
     from moe2edge.commands.report import Report
     from moe2edge.evaluation.profile.result import Profile
 
@@ -71,11 +73,14 @@ class Compressed:
         source: the checkpoint.
         model: the result. ``print(model)`` shows every block.
         steps: one entry for each pass: its options, notes, figures and seconds.
+        source_check: whether the numbers of the source were compared with stock transformers, and
+            the result.
     """
 
     source: Checkpoint
     model: Model
     steps: tuple[Step, ...]
+    source_check: Mapping[str, Any]
 
 
 def compress(
@@ -83,6 +88,7 @@ def compress(
     recipe: str | Path | Mapping[str, Any] | Recipe,
     *,
     max_memory: int | None = None,
+    source_check: bool = True,
     reporter: Reporter | None = None,
 ) -> Compressed:
     """Run the passes of a recipe, and write nothing.
@@ -91,6 +97,7 @@ def compress(
         model: a folder, a hub id, ``builtin:tiny-moe``, or an open checkpoint.
         recipe: as `parse_recipe` takes it, or a parsed one.
         max_memory: bytes for the whole process; None: what the machine has.
+        source_check: first compare what is computed for the model with stock transformers.
         reporter: receives lines and progress; None: nothing is reported.
 
     Returns:
@@ -100,6 +107,7 @@ def compress(
         InputError: the model, the recipe or a text is wrong.
         Unsupported: a pass cannot do its work on this model.
         DoesNotFit: there is too little memory.
+        VerificationFailed: what is computed for the model is not what stock transformers computes.
 
     >>> recipe = {"passes": [{"expert_drop": {"keep": 8, "criterion": "magnitude"}}]}
     >>> result = compress("builtin:tiny-moe", recipe)
@@ -114,27 +122,29 @@ def compress(
         estimate_passes,
         measure_texts,
     )
-    from moe2edge.commands.texts import load_calibration, load_training, resolve_recipe
+    from moe2edge.commands.source_check import prove_and_load, prove_source, report_notes
+    from moe2edge.commands.texts import resolve_recipe
     from moe2edge.pipeline.runner import run_passes
     from moe2edge.pipeline.stages import plan_passes
     from moe2edge.runtime.memory import Memory, find_limit
     from moe2edge.storage.work_folder import WorkFolder
 
     checkpoint, reporter = _open(model), reporter or QUIET
-    source = checkpoint.model
-    parsed = resolve_recipe(checkpoint, _parse(recipe), reporter)
+    source, parsed = checkpoint.model, resolve_recipe(checkpoint, _parse(recipe), reporter)
     check_sources(parsed, checkpoint)
     plan, limit = plan_passes(parsed.passes, source), find_limit(max_memory)
     check_pass_memory(source, estimate_passes(plan, measure_texts(parsed)), limit)
-    calibration = load_calibration(checkpoint, parsed, reporter)
-    training = load_training(checkpoint, parsed, reporter)
+    report_notes(checkpoint, reporter)
+    prove = partial(prove_source, checkpoint, reporter, wanted=source_check, within=limit)
+    load = partial(_load_texts, checkpoint, parsed, reporter)
+    proof, (calibration, training) = prove_and_load(parsed, prove, load)
     folder = Path(tempfile.mkdtemp(prefix="moe2edge-"))
     budget = replace(Memory.from_limit(limit), folder=folder)
     try:
         found, steps = run_passes(
             source, parsed, calibration, WorkFolder(folder), reporter, budget, training=training
         )
-        result = Compressed(checkpoint, found, tuple(steps))
+        result = Compressed(checkpoint, found, tuple(steps), proof.to_json())
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -271,6 +281,19 @@ def profile(
 
 def _open(model: str | Path | Checkpoint) -> Checkpoint:
     return model if isinstance(model, Checkpoint) else open_checkpoint(model)
+
+
+def _load_texts(
+    checkpoint: Checkpoint, recipe: Recipe, reporter: Reporter
+) -> tuple[Tokens | None, Tokens | None]:
+    """Load the texts for calibration and training, and check their ids."""
+    from moe2edge.commands.source_check import check_ids
+    from moe2edge.commands.texts import load_calibration, load_training
+
+    training = load_training(checkpoint, recipe, reporter)
+    calibration = load_calibration(checkpoint, recipe, reporter)
+    check_ids(checkpoint, {"calibration": calibration, "training": training}, reporter)
+    return calibration, training
 
 
 def _parse(recipe: str | Path | Mapping[str, Any] | Recipe) -> Recipe:

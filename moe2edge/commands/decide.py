@@ -10,10 +10,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe2edge.commands.environment import list_versions
-from moe2edge.commands.preflight import check_sources, list_reads
+from moe2edge.commands.preflight import (
+    check_pass_memory,
+    check_sources,
+    estimate_passes,
+    list_reads,
+    measure_texts,
+)
 from moe2edge.commands.private_paths import PrivatePaths
-from moe2edge.commands.run_inputs import list_inputs, look_at_inputs
+from moe2edge.commands.run_inputs import (
+    begin_work,
+    list_inputs,
+    look_at_inputs,
+    open_kept_results,
+)
 from moe2edge.commands.source_check import (
+    SourceProof,
     check_ids,
     prove_and_load,
     prove_source,
@@ -27,6 +39,7 @@ from moe2edge.pipeline.decisions import (
     DECISIONS,
     CalibrationText,
     Decisions,
+    SourceCheck,
     SourceModel,
     describe_blocks,
 )
@@ -38,6 +51,7 @@ from moe2edge.progress import Reporter
 from moe2edge.runtime.memory import UNLIMITED
 from moe2edge.storage.checkpoint import Checkpoint
 from moe2edge.storage.export_folder import Resume, claim_output, open_partial_folder
+from moe2edge.storage.kept_results import KeptResults
 from moe2edge.storage.text_files import write_json
 from moe2edge.storage.work_folder import WorkFolder
 from moe2edge.storage.written_files import hash_written
@@ -74,9 +88,9 @@ def decide(
         Unsupported: as in an export.
     """
     recipe = _prepare(checkpoint, recipe, reporter)
-    tokens = _load(checkpoint, recipe, reporter, source_check=source_check)
+    proof, tokens = _load(checkpoint, recipe, reporter, KeptResults(), source_check=source_check)
     paths = PrivatePaths.collect(checkpoint, recipe, keep=keep_paths)
-    return _run(checkpoint, recipe, tokens, _NoNumbers(), reporter, paths)
+    return _run(checkpoint, recipe, tokens, _NoNumbers(), reporter, paths, proof)
 
 
 def decide_to_file(
@@ -111,14 +125,16 @@ def decide_to_file(
     with claim_output(out, force=force, reads=reads, form=DECISIONS, log=reporter.log) as claim:
         reporter = claim.watch(reporter)
         files = look_at_inputs(checkpoint, recipe)
-        tokens = _load(checkpoint, recipe, reporter, source_check=source_check)
+        kept = open_kept_results(checkpoint, claim.partial.work, resume)
+        proof, tokens = _load(checkpoint, recipe, reporter, kept, source_check=source_check)
         inputs = list_inputs(checkpoint, recipe, tokens, None, UNLIMITED)
         files.settle(checkpoint.sha256)
         with open_partial_folder(claim, inputs, resume) as (content, work):
-            work.watch(files.check)
-            work.report(reporter)
+            begin_work(work, files, kept, reporter)
             paths = PrivatePaths.collect(checkpoint, recipe, keep=keep_paths)
-            found, steps = _run(checkpoint, recipe, tokens, _NoNumbers(work), reporter, paths)
+            found, steps = _run(
+                checkpoint, recipe, tokens, _NoNumbers(work), reporter, paths, proof
+            )
             hash_written(content, write_json(content, found.to_json()))
             files.check()
     return found, steps
@@ -129,23 +145,30 @@ def _prepare(checkpoint: Checkpoint, recipe: Recipe, reporter: Reporter) -> Reci
     recipe = resolve_recipe(checkpoint, recipe, reporter)
     check_sources(recipe, checkpoint)
     check_decidable(recipe.passes, checkpoint.model)
+    plan = plan_passes(recipe.passes, checkpoint.model)
+    check_pass_memory(plan.source, estimate_passes(plan, measure_texts(recipe)), None)
     reporter.log(f"recipe:\n{recipe.render()}")
     report_notes(checkpoint, reporter)
     return recipe
 
 
 def _load(
-    checkpoint: Checkpoint, recipe: Recipe, reporter: Reporter, *, source_check: bool
-) -> Tokens | None:
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    reporter: Reporter,
+    kept: KeptResults,
+    *,
+    source_check: bool,
+) -> tuple[SourceProof, Tokens | None]:
     """Load and check the calibration text, and check the source."""
 
     def load() -> Tokens | None:
-        tokens = load_calibration(checkpoint, recipe, reporter)
+        tokens = load_calibration(checkpoint, recipe, reporter, kept)
         check_ids(checkpoint, {"calibration": tokens}, reporter)
         return tokens
 
-    prove = partial(prove_source, checkpoint, reporter, wanted=source_check)
-    return prove_and_load(recipe, prove, load)[1]
+    prove = partial(prove_source, checkpoint, reporter, wanted=source_check, kept=kept)
+    return prove_and_load(recipe, prove, load)
 
 
 def _run(
@@ -155,6 +178,7 @@ def _run(
     work: _NoNumbers,
     reporter: Reporter,
     paths: PrivatePaths,
+    proof: SourceProof,
 ) -> tuple[Decisions, tuple[Step, ...]]:
     """Run the passes, and describe what they chose."""
     source = checkpoint.model
@@ -166,6 +190,7 @@ def _run(
             sha256=checkpoint.sha256,
             family=source.family.model_type,
         ),
+        source_check=SourceCheck(**proof.to_record()),
         recipe=paths.hide_in(recipe).render(),
         calibration=CalibrationText(**paths.hide(tokens.provenance)) if tokens else None,
         versions=list_versions(),

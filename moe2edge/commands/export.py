@@ -13,7 +13,12 @@ from moe2edge.commands.preflight import describe, list_reads, refuse_early
 from moe2edge.commands.private_paths import PrivatePaths
 from moe2edge.commands.report import Report
 from moe2edge.commands.router_ties import TieJudge
-from moe2edge.commands.run_inputs import list_inputs, look_at_inputs
+from moe2edge.commands.run_inputs import (
+    begin_work,
+    list_inputs,
+    look_at_inputs,
+    open_kept_results,
+)
 from moe2edge.commands.source_check import (
     SourceProof,
     check_ids,
@@ -44,6 +49,7 @@ from moe2edge.runtime.memory import Memory
 from moe2edge.storage import export_folder
 from moe2edge.storage.checkpoint import Checkpoint
 from moe2edge.storage.companions import Companions, read_companions
+from moe2edge.storage.kept_results import KeptResults
 from moe2edge.storage.work_folder import WorkFolder
 
 
@@ -85,8 +91,7 @@ def export_targets(
         VerificationFailed: an output differs from the model in memory, or the source from what
             stock transformers computes.
     """
-    begun = time.perf_counter()
-    defaults = list_default_texts(recipe)
+    begun, defaults = time.perf_counter(), list_default_texts(recipe)
     recipe = resolve_recipe(checkpoint, recipe, reporter)
     paths = PrivatePaths.collect(checkpoint, recipe, keep=keep_paths)
     reads, ties = list_reads(checkpoint, recipe), TieJudge(targets, reporter)
@@ -99,8 +104,10 @@ def export_targets(
         companions = _read_companions(checkpoint, reporter)
         try_targets(targets, held)
         ties.look(checkpoint.model, recipe.passes)
+        kept = open_kept_results(checkpoint, claim.partial.work, resume)
         prove = partial(prove_source, checkpoint, reporter, wanted=source_check, targets=targets)
-        proof, texts = _prove_and_load(checkpoint, recipe, reporter, prove, budget)
+        prove = partial(prove, within=budget.limit, kept=kept)
+        proof, texts = _prove_and_load(checkpoint, recipe, reporter, prove, kept)
         inputs = list_inputs(checkpoint, recipe, texts.calibration, texts.training, budget)
         files.settle(checkpoint.sha256)
         begin = _Beginning(
@@ -112,8 +119,7 @@ def export_targets(
             reporter.log(f"{out} had been finished by an earlier run, and has its name now")
             return Report.read(out if len(targets) == 1 else out / targets[0].name)
         with export_folder.open_partial_folder(claim, inputs, resume, outcome) as (content, work):
-            work.watch(files.check)
-            work.report(reporter)
+            begin_work(work, files, kept, reporter)
             report = _make_output(begin, content, work, reporter)
             files.check()
     return report
@@ -186,17 +192,17 @@ def _prove_and_load(
     checkpoint: Checkpoint,
     recipe: Recipe,
     reporter: Reporter,
-    prove: Callable[..., SourceProof],
-    budget: Memory,
+    prove: Callable[[], SourceProof],
+    kept: KeptResults,
 ) -> tuple[SourceProof, Texts]:
     """Prove the source, load the texts, and check their ids."""
 
     def load() -> Texts:
-        texts = load_texts(checkpoint, recipe, reporter)
+        texts = load_texts(checkpoint, recipe, reporter, kept)
         check_ids(checkpoint, texts.by_purpose, reporter)
         return texts
 
-    return prove_and_load(recipe, partial(prove, within=budget.limit), load)
+    return prove_and_load(recipe, prove, load)
 
 
 def _make_output(begin: _Beginning, content: Path, work: WorkFolder, reporter: Reporter) -> Report:

@@ -145,8 +145,10 @@ def estimate_hidden_bytes(plan: Plan, texts: TextSizes, evaluated: int, budget: 
 
     steps = [planned.step for planned in plan.steps if planned.step.needs_tokens]
     solving = any(step.computes_numbers for step in steps)
+    # Passes that search walk over the source as well, and compare several models.
+    searching = any(not (step.computes_numbers or step.observers()) for step in steps)
     # In front of a block and behind it; in memory, what enters a block and what a solver adds.
-    calibrated = count(texts.calibration.tokens, 2, 1 + solving) if steps else 0
+    calibrated = count(texts.calibration.tokens, 2 + 2 * searching, 1 + solving) if steps else 0
     # The same, and those of the source, which stay.
     return max(calibrated, count(evaluated, 3, 2))
 

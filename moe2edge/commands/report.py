@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
+from moe2edge.commands.source_check import SourceProof, describe_window
 from moe2edge.commands.source_format import list_format_lines
 from moe2edge.commands.write_target import WrittenTarget
 from moe2edge.errors import InputError
@@ -139,6 +140,8 @@ class Report:
         check = self.source_check
         if check is not None and check["status"] != "passed":
             said.append(f"source check {check['status']}: {check['reason']}")
+        elif check is not None and check.get("window"):
+            said.append(f"source check: {describe_window(check['window'])}")
         said += list_format_lines(self.source_format or {})
         said += [*self._describe_skipping(), *self._describe_materialized().splitlines()[:1]]
         for target, loaders in self.loaders.items():
@@ -234,7 +237,7 @@ class Report:
                 "revision": checkpoint.revision,
                 "sha256": checkpoint.sha256,
             },
-            source_check=_shorten(self.source_check or {}),
+            source_check=SourceProof(**self.source_check).to_record() if self.source_check else {},
             texts={
                 "calibration": self.calibration,
                 "evaluation": self.evaluation,
@@ -280,8 +283,3 @@ class Report:
             f'```sh\nmoe2edge generate . "Once upon a time"\nmoe2edge verify .\n```\n\n'
             f"## Recipe\n\n```yaml\n{self.recipe}```\n"
         )
-
-
-def _shorten(check: Mapping[str, Any]) -> dict[str, Any]:
-    """Return of the source check what does not differ between two equal runs."""
-    return {key: check[key] for key in ("status", "reason", "transformers") if check.get(key)}

@@ -6,14 +6,14 @@ Runtime and others take different ones. That is harmless if the experts are equa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from moe2edge.errors import Unsupported
 from moe2edge.model.experts import PARTS, Full
 from moe2edge.model.layers import MoELayer
-from moe2edge.model.model import Model
+from moe2edge.model.model import Block, Model
 from moe2edge.pipeline.contract import Pass
 from moe2edge.pipeline.stages import plan_passes
 from moe2edge.pipeline.target import Target
@@ -65,8 +65,10 @@ class TieJudge:
         """
         if self._done or not keep_routers(passes, model):
             return
-        self._done = True
-        if not (ties := find_ties(model)):
+        ties = find_ties(model)
+        # Experts that are equal need not stay so: training, or other calibration, parts them.
+        self._done = bool(ties) or not any(True for _ in _list_equal_rows(model))
+        if not ties:
             return
         more = f", and {len(ties) - 1} more such groups" if len(ties) > 1 else ""
         for target in self._targets:
@@ -97,16 +99,20 @@ def keep_routers(passes: Sequence[Pass], model: Model) -> bool:
 def find_ties(model: Model) -> list[Tie]:
     """Find the ties in the routers of a model; reads routers, and the experts of equal rows."""
     found = []
-    for block, layer in model.moe_blocks:
-        top_k = layer.router.top_k
-        if top_k == layer.router_rows:
-            continue
-        for rows in _group_equal(layer.router.weight.load().float()):
-            distinct = _list_distinct(layer, rows)
-            if len(distinct) > 1:
-                origins = tuple(layer.rows[row].origin for row in distinct)
-                found.append(Tie(block.index, origins, top_k))
+    for block, layer, rows in _list_equal_rows(model):
+        distinct = _list_distinct(layer, rows)
+        if len(distinct) > 1:
+            origins = tuple(layer.rows[row].origin for row in distinct)
+            found.append(Tie(block.index, origins, layer.router.top_k))
     return found
+
+
+def _list_equal_rows(model: Model) -> Iterator[tuple[Block, MoELayer, list[int]]]:
+    """Yield groups of equal rows of routers, where not all experts are chosen."""
+    for block, layer in model.moe_blocks:
+        if layer.router.top_k < layer.router_rows:
+            for rows in _group_equal(layer.router.weight.load().float()):
+                yield block, layer, rows
 
 
 def _group_equal(rows: Tensor) -> list[list[int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from moe2edge.commands.texts import SELF
@@ -14,13 +14,17 @@ from moe2edge.pipeline.recipe import Recipe
 from moe2edge.pipeline.target import Target
 from moe2edge.progress import Reporter
 from moe2edge.storage.checkpoint import Checkpoint
+from moe2edge.storage.kept_results import KeptResults
 
 if TYPE_CHECKING:
     from moe2edge.calibration.tokens import Tokens
+    from moe2edge.evaluation.source_check import Agreement
 
 Loaded = TypeVar("Loaded")
 # Option that leaves the check out.
 LEFT_OUT = "--no-source-check"
+# Name of its result among those that are kept.
+PROOF = "source check"
 # Largest number of float16.
 LARGEST_FLOAT16 = 65504.0
 
@@ -36,6 +40,7 @@ class SourceProof:
         tokens: length of the text.
         difference: largest relative difference.
         called: experts that no token reached, and that were called directly.
+        window: tokens of a window of attention that the text was too short for; 0: there is none.
     """
 
     status: Literal["passed", "not run", "left out"]
@@ -44,10 +49,16 @@ class SourceProof:
     tokens: int = 0
     difference: float = 0.0
     called: int = 0
+    window: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Return all as plain data."""
         return asdict(self)
+
+    def to_record(self) -> dict[str, Any]:
+        """Return what does not differ between two equal runs, as plain data."""
+        lasting = ("status", "reason", "transformers", "window")
+        return {key: value for key in lasting if (value := getattr(self, key))}
 
 
 def prove_source(
@@ -57,6 +68,7 @@ def prove_source(
     wanted: bool = True,
     targets: Sequence[Target] = (),
     within: int | None = None,
+    kept: KeptResults | None = None,
 ) -> SourceProof:
     """Compare what is computed for a source with stock transformers, and say so.
 
@@ -66,39 +78,70 @@ def prove_source(
         wanted: False leaves it out.
         targets: the targets, some of which may run in float16.
         within: bytes for the whole process; None: what the machine has.
+        kept: may hold the result of an earlier run, and gets that of this one.
 
     Raises:
         VerificationFailed: they differ; the first block that does is named.
         InputError: the source holds numbers that are not finite.
         Unsupported: hidden states are beyond float16, in which a target would run.
     """
-    from moe2edge.evaluation.source_check import StockFailed, compare_with_stock
-
     if not wanted:
         reporter.log(f"warning: source check left out ({LEFT_OUT})")
         return SourceProof("left out", LEFT_OUT)
     import transformers
 
-    begun, source = time.perf_counter(), checkpoint.model
+    from moe2edge.evaluation.source_check import StockFailed
+
+    begun, kept = time.perf_counter(), kept or KeptResults()
+    found = _recall(kept)
+    recalled = found is not None
     try:
-        found = compare_with_stock(
-            source,
-            checkpoint.folder,
-            without=checkpoint.broken_ids,
-            within=within,
-            advance=reporter.advance,
-        )
+        found = found or _compare(checkpoint, reporter, within)
     except StockFailed as error:
         reporter.log(f"warning: source check not run: {error}")
         return SourceProof("not run", str(error))
+    kept.put(PROOF, {}, asdict(found))
     version = transformers.__version__
     called = f"; {found.called} experts called directly" if found.called else ""
+    cost = "of an earlier run" if recalled else f"{time.perf_counter() - begun:.1f} s"
     reporter.log(
         f"source check: as transformers {version} computes it, on {found.tokens} tokens (largest "
-        f"relative difference {found.difference:.1e}{called}; {time.perf_counter() - begun:.1f} s)"
+        f"relative difference {found.difference:.1e}{called}; {cost})"
     )
+    if found.window:
+        reporter.log(f"source check: {describe_window(found.window)}")
     _check_float16(found.peaks, checkpoint, targets)
-    return SourceProof("passed", "", version, found.tokens, found.difference, found.called)
+    return SourceProof(
+        "passed", "", version, found.tokens, found.difference, found.called, found.window
+    )
+
+
+def _compare(checkpoint: Checkpoint, reporter: Reporter, within: int | None) -> Agreement:
+    """Compare, whatever an earlier run has found."""
+    from moe2edge.evaluation.source_check import compare_with_stock
+
+    return compare_with_stock(
+        checkpoint.model,
+        checkpoint.folder,
+        without=checkpoint.broken_ids,
+        within=within,
+        advance=reporter.advance,
+    )
+
+
+def _recall(kept: KeptResults) -> Agreement | None:
+    """Return what an earlier run has found for the same source; None: none has."""
+    from moe2edge.evaluation.source_check import Agreement
+
+    found = kept.get(PROOF, {})
+    if found is None or found.keys() != {each.name for each in fields(Agreement)}:
+        return None
+    return Agreement(**{**found, "peaks": tuple(found["peaks"])})
+
+
+def describe_window(window: int) -> str:
+    """Say that the text of the check was too short for a window of attention."""
+    return f"windows of {window} tokens were not reached"
 
 
 def _check_float16(

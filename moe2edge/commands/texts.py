@@ -14,6 +14,7 @@ from moe2edge.storage.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from moe2edge.calibration.tokens import Tokens
+    from moe2edge.storage.kept_results import KeptResults
 
 # Values of the option text: for calibration, text that the model writes; for evaluation, none.
 SELF, NO_TEXT = "self", "none"
@@ -100,8 +101,16 @@ def resolve_recipe(checkpoint: Checkpoint, recipe: Recipe, reporter: Reporter) -
 # ---- loading -----------------------------------------------------------------------------------
 
 
-def load_texts(checkpoint: Checkpoint, recipe: Recipe, reporter: Reporter) -> Texts:
+def load_texts(
+    checkpoint: Checkpoint, recipe: Recipe, reporter: Reporter, kept: KeptResults | None = None
+) -> Texts:
     """Load all texts of an export.
+
+    Args:
+        checkpoint: the source.
+        recipe: says which texts.
+        reporter: receives progress.
+        kept: may hold a text that the model has written, and gets it.
 
     Raises:
         InputError: a text is missing or unsuitable.
@@ -111,7 +120,7 @@ def load_texts(checkpoint: Checkpoint, recipe: Recipe, reporter: Reporter) -> Te
     check_texts(recipe)
     evaluation = load_evaluation(checkpoint, recipe, reporter)
     training = load_training(checkpoint, recipe, reporter)
-    return Texts(load_calibration(checkpoint, recipe, reporter), evaluation, training)
+    return Texts(load_calibration(checkpoint, recipe, reporter, kept), evaluation, training)
 
 
 def check_texts(recipe: Recipe) -> None:
@@ -131,8 +140,10 @@ def check_texts(recipe: Recipe) -> None:
             check_text_files(source, purpose)
 
 
-def load_calibration(checkpoint: Checkpoint, recipe: Recipe, reporter: Reporter) -> Tokens | None:
-    """Load the tokens for calibration, if a pass needs any.
+def load_calibration(
+    checkpoint: Checkpoint, recipe: Recipe, reporter: Reporter, kept: KeptResults | None = None
+) -> Tokens | None:
+    """Load the tokens for calibration, if a pass needs any; arguments as of `load_texts`.
 
     Raises:
         InputError: the text is missing or unsuitable.
@@ -149,7 +160,7 @@ def load_calibration(checkpoint: Checkpoint, recipe: Recipe, reporter: Reporter)
         from moe2edge.calibration import self_sampling
 
         _ = checkpoint.sha256  # it looks at every number, before the model runs
-        return self_sampling.sample_tokens(checkpoint, source, reporter)
+        return self_sampling.sample_tokens(checkpoint, source, reporter, kept)
     return _load_tokens(checkpoint, source, "calibration", reporter)
 
 

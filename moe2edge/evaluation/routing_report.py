@@ -45,6 +45,7 @@ from moe2edge.errors import InputError
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Block, Model
 from moe2edge.progress import Advance
+from moe2edge.runtime.memory import Estimate
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -223,6 +224,16 @@ def check_routable(model: Model, name: str) -> None:
             f"{name} has no MoE layer with a router, so there is no routing to show; leave out "
             "--routing"
         )
+
+
+def estimate_routing(model: Model, samples: int, length: int) -> Estimate:
+    """Estimate what `measure_routing` takes: a block, and the hidden states of the text."""
+    hidden = model.family.geometry(model.config).hidden
+    return Estimate(
+        memory=4 * samples * length * hidden + model.block_nbytes,
+        purpose="--routing holds one block in float32 and the hidden states of the text",
+        remedy="give fewer --samples, or a smaller --length, or use a larger machine",
+    )
 
 
 def measure_routing(

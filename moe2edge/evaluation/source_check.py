@@ -39,6 +39,8 @@ NEAR_TIE = 1e-4
 # Length of the text: tokens per expert that one token chooses, within bounds.
 TOKENS_PER_EXPERT = 8
 SHORTEST, LONGEST = 48, 512
+# A window of attention makes the text longer, up to this; attention takes its square.
+WIDEST = 1024
 # Positions of which logits are compared: each is one row of the vocabulary.
 LOGITS = 64
 # Share of the memory, as its inverse, that transformers' blocks may take at once.
@@ -55,6 +57,7 @@ class Agreement:
         excepted: tokens at near ties of routers that differed by more, of all blocks together.
         called: experts that no token reached, which were called directly.
         peaks: the largest absolute number of the hidden states of each block.
+        window: tokens of a window of attention that the text was too short for; 0: there is none.
     """
 
     tokens: int
@@ -62,6 +65,7 @@ class Agreement:
     excepted: int
     called: int
     peaks: tuple[float, ...]
+    window: int
 
 
 class StockFailed(Unsupported):
@@ -146,7 +150,10 @@ def _make_text(model: Model, without: Sequence[int]) -> Tensor:
     layers = [layer for _, layer in model.moe_blocks]
     wanted = max((TOKENS_PER_EXPERT * m.router_rows // m.router.top_k for m in layers), default=0)
     longest = model.family.geometry(model.config).max_positions
-    length = min(max(wanted, SHORTEST), LONGEST, longest)
+    length = min(max(wanted, SHORTEST), LONGEST)
+    # Whatever is read of the config here, the key is that of transformers as well.
+    behind = (model.config.get("sliding_window") or 0) + SHORTEST
+    length = min(max(length, behind if behind <= WIDEST else 0), longest)
     usable = torch.ones(model.vocabulary, dtype=torch.bool)
     usable[list(without)] = False
     ids = usable.nonzero().flatten()
@@ -203,6 +210,7 @@ class _Stock:
         direct: outputs of the experts that were called directly, by the index of the block.
         logits: float32 [1, last tokens, vocabulary]; no logits if the head was not loaded.
         rotary: cosines and sines at some positions.
+        window: tokens of the window of attention; 0: there is none.
     """
 
     embedded: Tensor
@@ -210,6 +218,7 @@ class _Stock:
     direct: Mapping[int, Tensor]
     logits: Tensor
     rotary: Tensor
+    window: int
 
 
 def _run_in_stock(
@@ -348,7 +357,8 @@ def _run_hooked(
             handle.remove()
     direct = {own.block.index: _call_experts(layers[own.block.index], own) for own in group}
     rotary = _compute_rotary(stock.model.rotary_emb, positions)
-    return _Stock(embedded[0], outputs, direct, out.logits, rotary)
+    window = getattr(stock.config, "sliding_window", None) or 0
+    return _Stock(embedded[0], outputs, direct, out.logits, rotary, window)
 
 
 def _call_experts(layer: Any, own: _Own) -> Tensor:
@@ -394,6 +404,7 @@ class _Findings:
         self._excepted = 0
         self._called = 0
         self._peaks: list[float] = []
+        self._windows = [block.window or 0 for block in model.blocks]
 
     def compare_blocks(self, stock: _Stock, group: Sequence[_Own]) -> None:
         """Compare blocks that were run.
@@ -403,6 +414,7 @@ class _Findings:
         """
         own = walk.build_skeleton(self._model, group[0].block).rotary_emb
         rotary = _compute_rotary(own, _list_positions(self._model))
+        self._windows.append(stock.window)
         self._compare("the rotary embedding", rotary, stock.rotary, rotary)
         for one in group:
             name = f"block {one.block.index}"
@@ -477,4 +489,7 @@ class _Findings:
 
     def summarize(self, tokens: int) -> Agreement:
         """Return the agreement of all that was compared."""
-        return Agreement(tokens, self._largest, self._excepted, self._called, tuple(self._peaks))
+        longest = self._model.family.geometry(self._model.config).max_positions
+        window = max((w for w in self._windows if tokens <= w < longest), default=0)
+        peaks = tuple(self._peaks)
+        return Agreement(tokens, self._largest, self._excepted, self._called, peaks, window)

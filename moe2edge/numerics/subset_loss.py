@@ -105,8 +105,13 @@ def spread(tokens: int, most: int | None) -> Tensor:
     >>> spread(10, 4).tolist(), spread(3, None).tolist()
     ([0, 2, 5, 7], [0, 1, 2])
     """
-    count = tokens if most is None else min(most, tokens)
+    count = count_spread(tokens, most)
     return torch.arange(count) * tokens // max(count, 1)
+
+
+def count_spread(tokens: int, most: int | None) -> int:
+    """Count the places of `spread`."""
+    return tokens if most is None else min(most, tokens)
 
 
 def make_part(gram: Tensor, pull: Tensor | None, logits: Tensor, rule: RoutingRule) -> EvidencePart:

@@ -161,7 +161,6 @@ class Pass(Options):
         writes: types of facts that it may leave for later passes.
         computes_numbers: whether it computes new numbers for tensors, block after block, and
             leaves the structure as it is.
-        changes_routers: whether it may change the numbers of routers, which its plan does not show.
         may_change_nothing: whether leaving the model alone is a result, not a fault.
         needs_training_text: whether it trains on the training text of the recipe.
         shares_walk: whether passes behind it can join its stage.
@@ -171,7 +170,6 @@ class Pass(Options):
     reads: ClassVar[tuple[type, ...]] = ()
     writes: ClassVar[tuple[type, ...]] = ()
     computes_numbers: ClassVar[bool] = False
-    changes_routers: ClassVar[bool] = False
     may_change_nothing: ClassVar[bool] = False
     needs_training_text: ClassVar[bool] = False
     shares_walk: ClassVar[bool] = False
@@ -183,6 +181,11 @@ class Pass(Options):
     @property
     def needs_tokens(self) -> bool:
         """True if it reads the calibration text."""
+        return False
+
+    @property
+    def changes_routers(self) -> bool:
+        """True if it may change the numbers of routers, which its plan does not show."""
         return False
 
     @property

@@ -97,6 +97,22 @@ class SourceModel(_Data):
     family: str
 
 
+class SourceCheck(_Data):
+    """The result of the source check, as in manifests.
+
+    Attributes:
+        status: passed, not run, or left out.
+        reason: why it was not run.
+        transformers: version that the source was compared with; empty if it was not.
+        window: tokens of a window of attention that its text was too short for; 0: there is none.
+    """
+
+    status: Literal["passed", "not run", "left out"]
+    reason: str = ""
+    transformers: str = ""
+    window: int = 0
+
+
 class CalibrationText(BaseModel):
     """The origin of the calibration text, as in reports, with its parts."""
 
@@ -112,6 +128,8 @@ class Decisions(_Data):
 
     Attributes:
         source: the model that was trimmed.
+        source_check: whether its numbers were compared with stock transformers first; None: the
+            file is older than that check.
         recipe: as it was carried out, YAML.
         calibration: where the calibration text is from; None if none was needed.
         versions: of the libraries that the numbers behind the decisions depend on.
@@ -124,6 +142,7 @@ class Decisions(_Data):
     recipe: str
     calibration: CalibrationText | None
     versions: dict[str, str]
+    source_check: SourceCheck | None = None
     blocks: tuple[BlockDecision, ...]
 
     @model_validator(mode="after")

@@ -1,5 +1,7 @@
 """Folder of a walk: what observers gathered, block by block, and the hidden states on the way.
 
+Blocks that the walk changes have their numbers there too.
+
 A killed run resumes behind the last block that was kept, with the same bits. A record names each
 file with its digest, so nothing is forced to the disk: what a power loss damages is not used.
 """
@@ -12,11 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moe2edge.model.model import Block
 from moe2edge.storage.records import append_record, find_damaged, recover_records
 from moe2edge.storage.safetensors_files import PlannedTensor, read_tensor, write_safetensors
+from moe2edge.storage.solved_blocks import open_handles, save
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from moe2edge.numerics.grid import Quantized
 
 WALKED = "blocks.jsonl"
 # Key of the place of a tensor in what is kept as JSON.
@@ -37,6 +43,8 @@ class KeptWalk:
     _records: list[dict[str, Any]] = field(init=False)
     _damaged: bool = field(init=False)
     _key: str = field(default="", init=False)
+    # Files of numbers that no record names yet, by the index of the block.
+    _put: dict[str, dict[str, Any]] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         self._records, self._damaged = recover_records(self.folder / WALKED)
@@ -83,6 +91,30 @@ class KeptWalk:
             self._records = []
         self._key = key
 
+    def put(self, block: Block, numbers: Mapping[str, Quantized | Tensor]) -> Block:
+        """Save numbers of a block that the walk has changed, by role; return it with handles.
+
+        They count once the block is kept.
+        """
+        self.folder.mkdir(exist_ok=True)
+        path, weights = self.folder / f"numbers-{block.index:05}.safetensors", dict(block.weights())
+        sha256, schemes, patterns = save(path, weights, numbers)
+        self._put[str(block.index)] = {
+            "file": path.name,
+            "sha256": sha256,
+            "schemes": schemes,
+            "patterns": patterns,
+        }
+        return block.with_weights(open_handles(weights, path, sha256, schemes, patterns))
+
+    def reopen(self, block: Block) -> Block:
+        """Return a kept block, in the shape that the walk gave it, with handles on its numbers."""
+        index = str(block.index)
+        found = next(r["numbers"][index] for r in self._records if index in r["numbers"])
+        path, parts = self.folder / found["file"], (found["schemes"], found["patterns"])
+        handles = open_handles(dict(block.weights()), path, found["sha256"], *parts)
+        return block.with_weights(handles)
+
     def add(self, origins: Sequence[Sequence[int]], gathered: Sequence[Any], state: Any) -> None:
         """Keep some more blocks.
 
@@ -100,7 +132,8 @@ class KeptWalk:
             "key": self._key,
             "origins": [list(each) for each in origins],
             "gathered": kept,
-            "files": files,
+            "files": files | {put["file"]: put["sha256"] for put in self._put.values()},
+            "numbers": self._put,
             "state": passing,
             "passing": passing_files,
         }
@@ -108,6 +141,7 @@ class KeptWalk:
         for name in self._records[-1]["passing"] if self._records else ():
             (self.folder / name).unlink(missing_ok=True)
         self._records.append(record)
+        self._put = {}
 
     def _write(self, stem: str, data: Any) -> tuple[Any, dict[str, str]]:
         """Write the tensors in plain data to a file; return the rest, and digests by name."""

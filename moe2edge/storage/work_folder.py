@@ -72,7 +72,7 @@ class WorkFolder:
                 self._forget_after(step)
                 record.unlink()
                 break
-        # Only what it gathered itself depends on a walk that looks: again, it gives the same.
+        # Whatever was computed from what is kept of a walk still holds: again, it gives the same.
         for folder in sorted(self.folder.glob(f"{WALK}*")):
             if name := KeptWalk(folder).find_damage():
                 self.damaged.append(f"{folder.name}/{name}")
