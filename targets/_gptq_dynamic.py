@@ -72,15 +72,22 @@ def build_dynamic(model: Model) -> dict[str, dict[str, Any]]:
             matched = {name for name in schemes if re.match(pattern, name)}
             scheme = schemes[module]
             if all(schemes[name] == scheme for name in matched):
-                entries |= _make_entry(pattern, scheme)
+                entries |= _make_entry(pattern, scheme, main)
                 unmatched = {name: None for name in unmatched if name not in matched}
     for module in unmatched:
-        entries |= _make_entry(re.escape(module), schemes[module])
+        entries |= _make_entry(re.escape(module), schemes[module], main)
     return entries
 
 
-def _make_entry(pattern: str, scheme: Scheme | None) -> dict[str, dict[str, Any]]:
-    return {f"-:{pattern}": {}} if scheme is None else {f"+:{pattern}": encode_scheme(scheme)}
+def _make_entry(
+    pattern: str, scheme: Scheme | None, main: Scheme | None
+) -> dict[str, dict[str, Any]]:
+    """Make an entry; it names ``desc_act`` only where some matrices have it."""
+    if scheme is None:
+        return {f"-:{pattern}": {}}
+    ordered = scheme.ordered or (main is not None and main.ordered)
+    order = {"desc_act": scheme.ordered} if ordered else {}
+    return {f"+:{pattern}": encode_scheme(scheme) | order}
 
 
 def _make_pattern(module: str, level: int) -> str:

@@ -102,6 +102,10 @@ def _unserved_scheme(output: Output) -> bool:
     return any(not s.symmetric or s.bits not in SERVED_BITS for s in output.schemes)
 
 
+def _ordered(output: Output) -> bool:
+    return any(s.ordered and s.group_size != WHOLE_ROW for s in output.schemes)
+
+
 def _split_fusion(output: Output) -> bool:
     return output.split_fusion is not None
 
@@ -177,6 +181,7 @@ VLLM = (
         _rehomed_with_head_dim,
     ),
     Finding("vLLM", "", "no", "it takes symmetric 4 and 8 bits only", INSPECTED, _unserved_scheme),
+    Finding("vLLM", "", "no", "it refuses desc_act with groups", INSPECTED, _ordered),
     Finding(
         "vLLM",
         "",

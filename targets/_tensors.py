@@ -108,7 +108,10 @@ def _make_quantized_zeros(shape: tuple[int, ...], scheme: Scheme) -> Quantized:
     zeros = None
     if not scheme.symmetric:
         zeros = torch.full((outs, scheme.groups(ins)), scheme.zero_point, dtype=torch.uint8)
-    return Quantized(q, scales, scheme, zeros)
+    order = None
+    if scheme.ordered:
+        order = torch.arange(ins, dtype=torch.int32) // scheme.width(ins)
+    return Quantized(q, scales, scheme, zeros, order)
 
 
 def _pad_quantized(original: Quantized, shape: tuple[int, ...]) -> Quantized:
@@ -122,4 +125,6 @@ def _pad_quantized(original: Quantized, shape: tuple[int, ...]) -> Quantized:
         # Per-channel groups become wider, so the added integers must be the row's own zero point.
         padded.q[:] = padded.zeros.repeat_interleave(scheme.width(shape[1]), dim=1)
     padded.q[:outs, :ins] = original.q
+    if original.order is not None and padded.order is not None:
+        padded.order[:ins] = original.order
     return padded

@@ -1,4 +1,6 @@
-"""GPTQ version 1 checkpoints: 2, 4 or 8 bits, no act-order; several schemes by ``dynamic``.
+"""GPTQ version 1 checkpoints: 2, 4 or 8 bits; several schemes by ``dynamic``.
+
+Act-order with ``g_idx`` is only kept from quantized sources.
 
 The layout is that of AutoGPTQ and its successor GPTQModel, with the tensor names that each family
 has on disk. This target only stores quantized weights; any pass that quantizes may choose them.
@@ -187,7 +189,7 @@ def build_quantization_config(model: Model) -> dict[str, Any]:
         "quant_method": "gptq",
         **encode_scheme(scheme),
         **({"dynamic": dynamic} if dynamic else {}),
-        "desc_act": False,
+        "desc_act": scheme.ordered,
         "checkpoint_format": "gptq",
         "pack_dtype": "int32",
         "lm_head": False,

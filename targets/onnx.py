@@ -197,6 +197,11 @@ def _accept_scheme(
         Unsupported: names the scheme, and the schemes or targets to choose instead.
     """
     group = scheme.group_size
+    if scheme.ordered:
+        raise Unsupported(
+            f"{name} is {scheme}, and the graph has groups of neighbouring inputs only; quantize "
+            "it anew in the recipe (rtn or gptq), or export to gptq, which keeps it, or to hf"
+        )
     if scheme.bits not in GRAPH_BITS:
         raise Unsupported(
             f"{name} is {scheme}; the graph holds {', '.join(map(str, GRAPH_BITS))} bits; choose "

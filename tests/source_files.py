@@ -59,6 +59,16 @@ def encode_gptq(weight: Tensor) -> dict[str, Tensor]:
     }
 
 
+def encode_ordered(weight: Tensor) -> dict[str, Tensor]:
+    """Encode a matrix as GPTQModel does with desc_act: inputs belong to groups in any order."""
+    count = weight.shape[1]
+    mixed = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    parts = encode_gptq(weight[:, mixed])
+    back = mixed.argsort()
+    numbers = round_to_nearest(weight[:, mixed], Scheme(4, GROUP))
+    return {**parts, "qweight": stream(numbers.q[:, back], 4).T, "g_idx": parts["g_idx"][back]}
+
+
 def encode_awq(weight: Tensor) -> dict[str, Tensor]:
     """Encode a matrix as AutoAWQ does."""
     numbers = round_to_nearest(weight, Scheme(4, GROUP, symmetric=False))
@@ -92,6 +102,7 @@ def encode_fp8(weight: Tensor) -> dict[str, Tensor]:
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "sym": True, "desc_act": False}
 SETTINGS: dict[str, dict[str, Any]] = {
     "gptq": {**GPTQ, "checkpoint_format": "gptq"},
+    "gptq, ordered": {**GPTQ, "desc_act": True},
     "awq": {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm"},
     "compressed-tensors": {
         "quant_method": "compressed-tensors",
@@ -108,6 +119,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 ENCODERS: dict[str, Callable[[Tensor], dict[str, Tensor]]] = {
     "gptq": encode_gptq,
+    "gptq, ordered": encode_ordered,
     "awq": encode_awq,
     "compressed-tensors": encode_packed,
     "fp8": encode_fp8,

@@ -18,7 +18,7 @@ from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.testing import Make, make_tokenizer
 from source_files import GROUP, quantize_folder
 
-FORMS = ("gptq", "awq", "compressed-tensors", "fp8")
+FORMS = ("gptq", "gptq, ordered", "awq", "compressed-tensors", "fp8")
 SIZES = {"dtype": "bfloat16", "num_hidden_layers": 2}
 
 
@@ -45,6 +45,7 @@ def test_a_quantized_source_is_what_transformers_computes_with_its_numbers(
     assert "quantization_config" not in model.config
     kept = {w.scheme for _, _, w in model.tensors() if w.kept}
     schemes = {"fp8": set(), "awq": {Scheme(4, GROUP, symmetric=False)}}
+    schemes["gptq, ordered"] = {Scheme(4, GROUP, ordered=True)}
     assert kept == schemes.get(form, {Scheme(4, GROUP)})
     found = compare_with_stock(model, checkpoint.folder)
     assert found.difference < 1e-5
@@ -66,6 +67,7 @@ def test_integers_of_kept_experts_are_written_as_they_were(
     assert (left["kept"], left["requantized"]) == ((0, count) if form == "fp8" else (count, 0))
     settings = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert settings["sym"] == (form != "awq")
+    assert settings["desc_act"] == (form == "gptq, ordered")
     assert "dynamic" not in settings
     if form == "fp8":
         card = (tmp_path / "out" / "README.md").read_text()
@@ -92,6 +94,18 @@ def test_gptq_parts_of_a_trimmed_folder_are_those_of_its_source(
     for name, value in new.items():
         if "self_attn" in name:
             assert torch.equal(value, old[name])
+
+
+def test_target_onnx_keeps_integers_but_not_those_in_another_order(
+    folders: dict[tuple[str, str], Path], tmp_path: Path
+) -> None:
+    steps = [{"expert_drop": {"keep": 4}}]
+    code, said, report = export(folders["mixtral", "awq"], tmp_path / "a", steps, "onnx")
+    assert code == 0, said
+    assert report["source_format"]["onnx"]["kept"] == 8 + 2 * 4 * 3
+    code, said, _ = export(folders["mixtral", "gptq, ordered"], tmp_path / "b", steps, "onnx")
+    assert code == 6
+    assert "quantize it anew in the recipe (rtn or gptq), or export to gptq, which keeps it" in said
 
 
 @pytest.mark.parametrize("form", ["gptq", "fp8"])
@@ -134,5 +148,5 @@ def test_passes_see_plain_numbers_and_unchanged_integers_come_back(
 
 def digest(numbers: Quantized) -> bytes:
     """Return the bytes of integers, scales and zero points."""
-    parts = (numbers.q, numbers.scales, *(() if numbers.zeros is None else (numbers.zeros,)))
-    return b"".join(part.contiguous().numpy().tobytes() for part in parts)
+    parts = (numbers.q, numbers.scales, numbers.zeros, numbers.order)
+    return b"".join(p.contiguous().numpy().tobytes() for p in parts if p is not None)

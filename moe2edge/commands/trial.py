@@ -132,6 +132,7 @@ def make_zero_weight(weight: Weight) -> Weight:
             torch.ones(outs, groups),
             weight.scheme,
             None if weight.scheme.symmetric else points,
+            torch.arange(ins) // weight.scheme.width(ins) if weight.scheme.ordered else None,
         )
 
     quantized = None if weight.scheme is None else load_quantized

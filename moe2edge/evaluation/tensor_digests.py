@@ -39,6 +39,8 @@ def _list_parts(value: Tensor | Quantized) -> Iterator[Tensor]:
     yield from (value.q, value.scales)
     if value.zeros is not None:
         yield value.zeros
+    if value.order is not None:
+        yield value.order
 
 
 def are_equal(a: Tensor | Quantized, b: Tensor | Quantized) -> bool:

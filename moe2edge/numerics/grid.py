@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from moe2edge.numerics.decoding import dequantize_in_order
 from moe2edge.numerics.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -28,15 +29,22 @@ class Quantized:
             source in one of the two.
         scheme: how to read them.
         zeros: uint8 [out, groups], at least 1 but in a quantized source; None if symmetric.
+        order: the group of each input, int32 [in]; None if the scheme is not ordered.
     """
 
     q: Tensor
     scales: Tensor
     scheme: Scheme
     zeros: Tensor | None = None
+    order: Tensor | None = None
 
     def dequantize(self) -> Tensor:
         """Compute the weights, float32 [out, in]: ``(q - zero_point) * scale``."""
+        if self.order is not None:
+            zeros = self.zeros
+            if zeros is None:
+                zeros = torch.full_like(self.scales, self.scheme.zero_point)
+            return dequantize_in_order(self.q, self.scales, zeros, self.order.long())
         return dequantize(self.q, self.scales, self.scheme, self.zeros)
 
     def split(self, rows: Sequence[int]) -> list[Quantized]:
@@ -46,7 +54,7 @@ class Quantized:
         parts = zip(
             torch.split(self.q, counts), torch.split(self.scales, counts), zeros, strict=True
         )
-        return [Quantized(q, scales, self.scheme, z) for q, scales, z in parts]
+        return [Quantized(q, scales, self.scheme, z, self.order) for q, scales, z in parts]
 
 
 @dataclass(frozen=True)

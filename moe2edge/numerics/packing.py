@@ -73,7 +73,7 @@ def unpack_int32(packed: Tensor, dim: int, bits: int) -> Tensor:
 
 
 def pack_gptq(numbers: Quantized) -> dict[str, Tensor]:
-    """Pack one matrix [out, in] as the tensors of a GPTQ version 1 checkpoint, no act-order.
+    """Pack one matrix [out, in] as the tensors of a GPTQ version 1 checkpoint.
 
     Args:
         numbers: a matrix whose ``out`` and ``in`` are multiples of ``32 // bits``: 4, 8 or 16.
@@ -87,11 +87,14 @@ def pack_gptq(numbers: Quantized) -> dict[str, Tensor]:
     zeros = numbers.zeros
     if zeros is None:
         zeros = torch.full((outs, scheme.groups(ins)), scheme.zero_point, dtype=torch.uint8)
+    order = numbers.order
+    if order is None:
+        order = torch.arange(ins, dtype=torch.int32) // scheme.width(ins)
     return {
         "qweight": pack_int32(numbers.q.T, 0, scheme.bits),
         "qzeros": pack_int32((zeros.T - 1) & scheme.largest, 1, scheme.bits),
         "scales": numbers.scales.T.to(torch.float16).contiguous(),
-        "g_idx": torch.arange(ins, dtype=torch.int32) // scheme.width(ins),
+        "g_idx": order.to(torch.int32),
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from moe2edge.errors import Unsupported
@@ -23,6 +23,8 @@ class Scheme:
         bits: bits per weight.
         group_size: inputs that share a scale; -1: all of a row (per-channel).
         symmetric: the zero point is the middle of the integers; otherwise each group has its own.
+        ordered: inputs belong to groups in the order of their activations (``desc_act``), which
+            each matrix stores; only quantized sources are so.
 
     >>> Scheme(group_size=64)
     Scheme(bits=4, group_size=64, symmetric=True)
@@ -33,6 +35,7 @@ class Scheme:
     bits: int = 4
     group_size: int = 128
     symmetric: bool = True
+    ordered: bool = field(default=False, repr=False)
 
     @property
     def name(self) -> str:
@@ -74,7 +77,7 @@ class Scheme:
     def __str__(self) -> str:
         """Format for reports, such as ``w4a16, groups of 128``."""
         groups = "per channel" if self.group_size == WHOLE_ROW else f"groups of {self.group_size}"
-        return f"{self.name}, {groups}"
+        return f"{self.name}, {groups}{', desc_act' if self.ordered else ''}"
 
 
 # Scheme of factors and linear maps, where they are quantized: per-channel, since their rows may be

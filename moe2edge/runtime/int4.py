@@ -148,6 +148,8 @@ class _Unit:
             return f"{scheme.bits} bits"
         if not scheme.symmetric:
             return "asymmetric"
+        if scheme.ordered:
+            return "desc_act"
         if width % KERNEL_GROUPS[-1]:
             return f"groups of {width}"
         return f"{outs} outputs, not a multiple of {KERNEL_ROWS}" if outs % KERNEL_ROWS else None

@@ -30,8 +30,8 @@ GPTQ_PARTS = ("qweight", "qzeros", "scales", "g_idx")
 GPTQ_BITS = (2, 4, 8)
 GPTQ_GROUPS = (*GROUP_SIZES, WHOLE_ROW)
 # Settings that a GPTQ checkpoint must have: with any other its numbers would be misread.
-GPTQ_V1 = {"quant_method": "gptq", "desc_act": False, "lm_head": False, "pack_dtype": "int32"}
-GPTQ_SCHEME = ("bits", "group_size", "sym")
+GPTQ_V1 = {"quant_method": "gptq", "lm_head": False, "pack_dtype": "int32"}
+GPTQ_SCHEME = ("bits", "group_size", "sym", "desc_act")
 
 
 def open_stored_model(checkpoint: Checkpoint) -> Model:
@@ -87,7 +87,7 @@ def read_gptq_settings(settings: Mapping[str, Any]) -> GptqSettings:
     Raises:
         Unsupported: it is not GPTQ version 1 as `moe2edge.targets.gptq` writes it.
     """
-    found = {key: settings.get(key) for key in ("quant_method", "desc_act")}
+    found = {"quant_method": settings.get("quant_method")}
     found |= {"lm_head": bool(settings.get("lm_head"))}
     found |= {"pack_dtype": settings.get("pack_dtype", "int32")}
     layout = settings.get("checkpoint_format", settings.get("format", "gptq"))
@@ -107,16 +107,19 @@ def read_gptq_settings(settings: Mapping[str, Any]) -> GptqSettings:
 
 _LOADABLE = (
     f"{GPTQ_V1}, bits {', '.join(map(str, GPTQ_BITS))}, group_size "
-    f"{', '.join(map(str, GPTQ_GROUPS))}, sym true or false, format 'gptq' can be loaded"
+    f"{', '.join(map(str, GPTQ_GROUPS))}, sym and desc_act true or false, format 'gptq' can be "
+    "loaded"
 )
 
 
 def _parse_scheme(settings: Mapping[str, Any]) -> Scheme | None:
     """Return the scheme of bits, group size and symmetry; None if it cannot be loaded."""
-    bits, group, symmetric = (settings[key] for key in GPTQ_SCHEME)
+    bits, group, symmetric, ordered = (settings[key] for key in GPTQ_SCHEME)
     if bits not in GPTQ_BITS or group not in GPTQ_GROUPS or not isinstance(symmetric, bool):
         return None
-    return Scheme(bits, group, symmetric)
+    if not isinstance(ordered, bool):
+        return None
+    return Scheme(bits, group, symmetric, ordered)
 
 
 def _parse_override(key: str, settings: Any, main: Scheme) -> tuple[Any, Scheme | None]:
@@ -134,6 +137,7 @@ def _parse_override(key: str, settings: Any, main: Scheme) -> tuple[Any, Scheme 
     scheme = None
     if isinstance(settings, Mapping) and set(settings) <= set(GPTQ_SCHEME):
         usual = {"bits": main.bits, "group_size": main.group_size, "sym": main.symmetric}
+        usual["desc_act"] = main.ordered
         scheme = _parse_scheme({**usual, **settings})
     if scheme is None:
         raise Unsupported(f"dynamic {key!r}: {settings!r}; only {_LOADABLE}")
@@ -198,8 +202,13 @@ class _StoredTensors:
                 f"{int(zeros.max())}, expected {expected}; the file was changed, export it again"
             )
         width = scheme.width(q.shape[1])
-        order = torch.arange(q.shape[1], dtype=torch.int32) // width
-        if not torch.equal(parts["g_idx"], order):
+        order, found = torch.arange(q.shape[1], dtype=torch.int32) // width, parts["g_idx"]
+        if scheme.ordered and ((found < 0) | (found >= scheme.groups(q.shape[1]))).any():
+            raise VerificationFailed(
+                f"{_get_stem(name)}.g_idx names groups that do not exist; the file was changed, "
+                "export it again"
+            )
+        if not scheme.ordered and not torch.equal(found, order):
             raise VerificationFailed(
                 f"{_get_stem(name)}.g_idx reorders the inputs, expected input // {width}; the file "
                 "was changed, export it again"
@@ -208,7 +217,8 @@ class _StoredTensors:
             raise VerificationFailed(
                 f"{_get_stem(name)}.scales are not finite; the file was changed, export it again"
             )
-        return Quantized(q, scales, scheme, None if scheme.symmetric else zeros)
+        kept = found if scheme.ordered else None
+        return Quantized(q, scales, scheme, None if scheme.symmetric else zeros, kept)
 
     def check(self, model: Model) -> None:
         """Compare the headers with the tensors that ``model`` must have.

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from moe2edge.errors import InputError, Unsupported
+from moe2edge.numerics.scheme import WHOLE_ROW
 from moe2edge.storage.source_formats.aliases import list_aliases
 from moe2edge.storage.source_formats.integers import (
     GROUP_RANGE,
@@ -174,7 +175,7 @@ class GptqSource(SourceFormat):
         )  # fmt: skip
         if order is not None:
             check_part(order, (ins,), ("I32", "I64"))
-            if module.desc_act and matrix.groups > 1:
+            if module.desc_act and module.group_size != WHOLE_ROW:
                 matrix = replace(matrix, read_order=order.read)
         check_part(words, (ins * module.bits // 32, outs), ("I32",))
         check_part(zeros, (matrix.groups, -(-outs * module.bits // 32)), ("I32",))

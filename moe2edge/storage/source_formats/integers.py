@@ -56,8 +56,6 @@ class Integers:
     @property
     def problem(self) -> str:
         """Say why the integers cannot be kept; empty if they can."""
-        if self.read_order is not None:
-            return "its inputs are in the order of their activations (desc_act)"
         if self.bits not in BITS:
             return f"it has {self.bits} bits"
         if self.groups > 1 and self.shape[1] % self.group_size:
@@ -71,14 +69,19 @@ class Integers:
         if self.problem:
             return QuantizedTensor(self.shape, lambda _: self.dequantize(), problem=self.problem)
         group = WHOLE_ROW if self.group_size > self.shape[1] else self.group_size
-        scheme = Scheme(self.bits, group, self.symmetric)
+        scheme = Scheme(self.bits, group, self.symmetric, self.read_order is not None)
 
         def load_quantized() -> Quantized:
+            import torch
+
             from moe2edge.numerics.grid import Quantized
 
             zeros = self._read_checked_zeros()
             scales = self.read_scales().float().contiguous()
-            return Quantized(self.read_q(), scales, scheme, None if self.symmetric else zeros)
+            order = None if self.read_order is None else self._read_groups().to(torch.int32)
+            return Quantized(
+                self.read_q(), scales, scheme, None if self.symmetric else zeros, order
+            )
 
         return QuantizedTensor(
             self.shape, lambda _: load_quantized().dequantize(), scheme, load_quantized
