@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from helpers import export
+from helpers import export, run
+from moe2edge.calibration import walk
+from moe2edge.errors import InputError
 from moe2edge.evaluation.source_check import compare_with_stock
 from moe2edge.model.edits import hide_source_integers, restore_source_integers
 from moe2edge.numerics.grid import Quantized
 from moe2edge.numerics.scheme import Scheme
+from moe2edge.runtime.torch_runtime import open_source
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.testing import Make, make_tokenizer
 from source_files import GROUP, quantize_folder
@@ -132,6 +136,51 @@ def test_a_pass_that_quantizes_quantizes_integers_of_a_source_anew(
     assert code == 0, said
     left = report["source_format"]["gptq"]
     assert (left["kept"], left["requantized"], left["dequantized"]) == (8, 2 * 6 * 3, 0)
+
+
+def test_transformers_runs_a_quantized_source_with_its_dequantized_tensors(
+    folders: dict[tuple[str, str], Path],
+) -> None:
+    folder = folders["mixtral", "fp8"]
+    ids, model = torch.arange(1, 20)[None], open_checkpoint(folder).model
+    stock = open_source(folder, dtype="float32").logits(ids)
+    hidden = walk.observe(model, ids, (), lambda *_: None, "source")
+    assert torch.allclose(stock[0], next(iter(walk.compute_logits(model, hidden))), atol=1e-4)
+
+
+def test_inspect_names_the_format(folders: dict[tuple[str, str], Path]) -> None:
+    found = json.loads(run("inspect", folders["mixtral", "awq"], "--json").stdout)
+    assert found["quantization"] == "AWQ, 4 bits in groups of 32"
+    assert "quantized: FP8 in blocks" in run("inspect", folders["mixtral", "fp8"]).stdout
+
+
+def test_spare_parts_are_refused_and_scales_of_activations_are_not(
+    folders: dict[tuple[str, str], Path], tmp_path: Path
+) -> None:
+    source, folder = folders["qwen3_moe", "fp8"], tmp_path / "more"
+    shutil.copytree(source, folder)
+    tensors = load_file(source / "model.safetensors")
+    more = {"model.layers.0.mlp.experts.0.up_proj.input_scale": torch.ones(1)}
+    more["model.layers.0.self_attn.k_scale"] = torch.ones(1)
+    save_file(tensors | more, folder / "model.safetensors")
+    assert open_checkpoint(folder).model == open_checkpoint(source).model
+    beyond = {"model.layers.0.mlp.experts.6.up_proj.weight_scale_inv": torch.ones(1, 1)}
+    save_file(tensors | beyond, folder / "model.safetensors")
+    with pytest.raises(InputError, match=r"1 tensors that .* does not know, such as .*experts\.6"):
+        _ = open_checkpoint(folder).model
+
+
+def test_broken_scales_are_found_before_the_first_block(
+    folders: dict[tuple[str, str], Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(folders["mixtral", "awq"], folder)
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.experts.2.gate_proj.scales"
+    tensors[name][0, 0] = torch.nan
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(InputError, match=f"{name} holds numbers that are not finite"):
+        _ = open_checkpoint(folder).sha256
 
 
 def test_passes_see_plain_numbers_and_unchanged_integers_come_back(

@@ -24,9 +24,15 @@ def main() -> None:
     from auto_round import AutoRound
 
     model = AutoRound(
-        given.model, scheme="W4A16", bits=4, group_size=32, sym=given.sym, iters=0, disable_opt_rtn=True, nsamples=8,
-        seqlen=32, device_map="cpu",
-    )  # fmt: skip
+        given.model,
+        scheme="W4A16",
+        bits=4,
+        group_size=32,
+        sym=given.sym,
+        iters=0,
+        disable_opt_rtn=True,
+        device_map="cpu",
+    )
     model.quantize_and_save(given.out, format=given.format)
 
 

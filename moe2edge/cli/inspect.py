@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from moe2edge.calibration.sources import TextSource
     from moe2edge.commands.private_paths import PrivatePaths
     from moe2edge.evaluation.routing_report import RoutingReport
-    from moe2edge.model.model import Model
     from moe2edge.storage.checkpoint import Checkpoint
 
 EXAMPLES = """\b
@@ -91,7 +90,7 @@ def inspect_command(
         if is_artifact(Path(model)):
             _inspect_output(Path(model), as_json)
         else:
-            _inspect_source(open_model(model, revision, cache_dir).model, as_json)
+            _inspect_source(open_model(model, revision, cache_dir), as_json)
         return
     _check_criterion(criterion)
     if output is not None:
@@ -108,7 +107,8 @@ def inspect_command(
     _show_routing(report, criterion, output, as_json)
 
 
-def _inspect_source(model: Model, as_json: bool) -> None:
+def _inspect_source(checkpoint: Checkpoint, as_json: bool) -> None:
+    model, form = checkpoint.model, checkpoint.source_format
     if as_json:
         emit(
             {
@@ -120,10 +120,13 @@ def _inspect_source(model: Model, as_json: bool) -> None:
                 "parameters": model.parameters,
                 "active_parameters": model.active_parameters,
                 "bytes": model.nbytes,
+                "quantization": None if form is None else form.name,
             }
         )
         return
     show(str(model))
+    if form is not None:
+        show(f"quantized: {form.name}")
 
 
 def _inspect_output(folder: Path, as_json: bool) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -167,7 +167,7 @@ def open_source(folder: Path, *, dtype: str = "bfloat16", strict: bool = False) 
             tensor as missing, unexpected or of another shape.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     from moe2edge.runtime.expert_kernels import set_expert_implementation
 
@@ -176,14 +176,12 @@ def open_source(folder: Path, *, dtype: str = "bfloat16", strict: bool = False) 
     changes = {}
     if type(pad) is int and type(vocabulary) is int and not is_pad_token(pad, vocabulary):
         changes = {"pad_token_id": None}
-    source: dict[str, Any] = {"pretrained_model_name_or_path": folder}
+    kind: Any = AutoModelForCausalLM
+    source: dict[str, Any] = {"pretrained_model_name_or_path": folder, **changes}
     try:
         if find_settings(config):
-            plain = AutoConfig.from_pretrained(folder, local_files_only=True)
-            drop_quantization(plain)
-            tensors = load_plain_tensors(open_checkpoint(folder).model, dtype=getattr(torch, dtype))
-            source = {"pretrained_model_name_or_path": None, "config": plain, "state_dict": tensors}
-        model, info = AutoModelForCausalLM.from_pretrained(
+            kind, source = _prepare_dequantized(folder, getattr(torch, dtype), changes)
+        model, info = kind.from_pretrained(
             **source,
             dtype=getattr(torch, dtype),
             local_files_only=True,
@@ -192,7 +190,6 @@ def open_source(folder: Path, *, dtype: str = "bfloat16", strict: bool = False) 
             # Reported below instead of raised here, so that the message names the tensors.
             ignore_mismatched_sizes=strict,
             output_loading_info=True,
-            **changes,
         )
     except (OSError, ValueError, RuntimeError) as error:
         error_type = VerificationFailed if strict else InputError
@@ -206,3 +203,25 @@ def open_source(folder: Path, *, dtype: str = "bfloat16", strict: bool = False) 
         )
     set_expert_implementation(model)
     return TorchRuntime(model)
+
+
+def _prepare_dequantized(
+    folder: Path, dtype: torch.dtype, changes: Mapping[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """Return the class of a quantized checkpoint, and what it is made of.
+
+    Args:
+        folder: the checkpoint.
+        dtype: dtype of its dequantized tensors.
+        changes: keys of its config to change.
+    """
+    import transformers
+
+    model = open_checkpoint(folder).model
+    config = transformers.AutoConfig.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False, **changes
+    )
+    drop_quantization(config)
+    tensors = load_plain_tensors(model, dtype=dtype)
+    source = {"pretrained_model_name_or_path": None, "config": config, "state_dict": tensors}
+    return getattr(transformers, model.family.architecture), source

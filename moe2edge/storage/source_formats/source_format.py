@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from moe2edge.errors import InputError
@@ -140,9 +141,16 @@ class SourceFormat(ABC):
     def list_parts(self, name: str) -> tuple[str, ...]:
         """List the tensors that a quantized tensor consists of, by its plain name."""
         stem = get_stem(name)
-        parts = [f"{stem}.{part}" for part in (*self.PARTS, *ACTIVATIONS)] if stem != name else []
+        kinds = (*self.PARTS, *self._activations)
+        parts = [f"{stem}.{part}" for part in kinds] if stem != name else []
         fused = [] if name.endswith(".weight") else [f"{name}{part}" for part in self.FUSED]
         return tuple(part for part in (*parts, *fused) if part in self.tensors)
+
+    @cached_property
+    def _activations(self) -> tuple[str, ...]:
+        """Those of `ACTIVATIONS` that the checkpoint has at all."""
+        found = {name[name.rfind(".") + 1 :] for name in self.tensors}
+        return tuple(part for part in ACTIVATIONS if part in found)
 
     def count_bytes(self, name: str) -> int:
         """Count the bytes that a quantized tensor takes in the checkpoint."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from moe2edge.storage.safetensors_files import open_file, read_tensor
+from moe2edge.storage.safetensors_files import TensorEntry, open_file, read_tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,12 +50,25 @@ class StoredTensors(Mapping[str, StoredTensor]):
     def __init__(self, files: Mapping[str, Path]) -> None:
         """Take the file of each tensor."""
         self._files = files
+        self._headers: dict[Path, Mapping[str, TensorEntry]] = {}
+        self._found: dict[str, StoredTensor] = {}
 
     def __getitem__(self, name: str) -> StoredTensor:
         """Return a tensor."""
+        if name in self._found:
+            return self._found[name]
         path = self._files[name]
-        entry = open_file(path)[name]
-        return StoredTensor(name, path, entry.shape, entry.dtype, entry.nbytes)
+        # Looked up once: `open_file` asks the file system each time.
+        if path not in self._headers:
+            self._headers[path] = open_file(path)
+        entry = self._headers[path][name]
+        tensor = StoredTensor(name, path, entry.shape, entry.dtype, entry.nbytes)
+        self._found[name] = tensor
+        return tensor
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return a tensor, ``default`` if there is none; without an exception, which is slow."""
+        return self[name] if name in self._files else default
 
     def __contains__(self, name: object) -> bool:
         """Return whether there is a tensor of this name."""
