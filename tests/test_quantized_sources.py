@@ -10,17 +10,22 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from helpers import export, run
+from helpers import export, ignore, run
 from moe2edge.calibration import walk
+from moe2edge.commands.source_format import report_source_format
 from moe2edge.errors import InputError
 from moe2edge.evaluation.source_check import compare_with_stock
 from moe2edge.model.edits import hide_source_integers, restore_source_integers
 from moe2edge.numerics.grid import Quantized
+from moe2edge.numerics.packing import unpack_int32
 from moe2edge.numerics.scheme import Scheme
+from moe2edge.pipeline.stages import plan_passes
+from moe2edge.progress import Reporter
 from moe2edge.runtime.torch_runtime import open_source
 from moe2edge.storage.checkpoint import open_checkpoint
+from moe2edge.targets.gptq import Gptq
 from moe2edge.testing import Make, make_tokenizer
-from source_files import GROUP, quantize_folder
+from source_files import GROUP, encode_packed, quantize_folder
 
 FORMS = ("gptq", "gptq, ordered", "awq", "compressed-tensors", "fp8")
 SIZES = {"dtype": "bfloat16", "num_hidden_layers": 2}
@@ -136,6 +141,42 @@ def test_a_pass_that_quantizes_quantizes_integers_of_a_source_anew(
     assert code == 0, said
     left = report["source_format"]["gptq"]
     assert (left["kept"], left["requantized"], left["dequantized"]) == (8, 2 * 6 * 3, 0)
+
+
+def test_a_recipe_that_quantizes_integers_anew_is_warned_of(
+    folders: dict[tuple[str, str], Path],
+) -> None:
+    said: list[str] = []
+    checkpoint = open_checkpoint(folders["mixtral", "gptq"])
+    recipe = parse(json.dumps({"passes": [{"rtn": {"group_size": GROUP}}]}))
+    result = plan_passes(recipe.passes, checkpoint.model).result
+    report_source_format(checkpoint, result, [Gptq()], Reporter(said.append, ignore))
+    assert said[0] == (
+        "gptq: of the 44 matrices of the source in GPTQ, 4 bits in groups of 32 (0.07 MB), 44 are "
+        "quantized anew, which is not lossless"
+    )
+    assert "a recipe without a quantizing pass keeps them" in said[1]
+
+
+def test_a_quantized_router_is_dequantized(
+    folders: dict[tuple[str, str], Path], tmp_path: Path
+) -> None:
+    source, folder = folders["qwen3_moe", "compressed-tensors"], tmp_path / "router"
+    shutil.copytree(source, folder)
+    tensors, name = load_file(source / "model.safetensors"), "model.layers.0.mlp.gate"
+    parts = encode_packed(tensors.pop(f"{name}.weight").float())
+    tensors |= {f"{name}.{part}": value for part, value in parts.items()}
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(InputError, match=f"{name} is quantized, but quantization_config ignores"):
+        _ = open_checkpoint(folder).model
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["ignore"] = ["lm_head"]
+    (folder / "config.json").write_text(json.dumps(config))
+    _, layer = open_checkpoint(folder).model.moe_blocks[0]
+    assert layer.router.weight.scheme is None
+    q = unpack_int32(parts["weight_packed"], 1, 4).float() - 8
+    scales = parts["weight_scale"].float().repeat_interleave(GROUP, 1)
+    assert torch.equal(layer.router.weight.load(), (q * scales).bfloat16())
 
 
 def test_transformers_runs_a_quantized_source_with_its_dequantized_tensors(

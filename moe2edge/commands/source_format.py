@@ -103,5 +103,12 @@ def report_source_format(
     checkpoint: Checkpoint, result: Model, targets: Sequence[Target], reporter: Reporter
 ) -> None:
     """Report, before any work, what becomes of the numbers of a quantized source."""
-    for line in list_format_lines(count_by_target(checkpoint, result, targets)):
+    found = count_by_target(checkpoint, result, targets)
+    for line in list_format_lines(found):
         reporter.log(line)
+    anew = any(counted["requantized"] for counted in found.values())
+    if anew and any(weight.kept for _, _, weight in checkpoint.model.tensors()):
+        reporter.log(
+            "warning: the recipe quantizes integers of the source anew; a recipe without a "
+            "quantizing pass keeps them, such as -r as-is or -r trim"
+        )
