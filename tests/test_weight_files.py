@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -247,6 +248,23 @@ def test_other_files_that_a_config_names_are_not_read(folder: Path) -> None:
     shutil.copy(folder / SINGLE, folder / "other.safetensors")
     edit_config(folder, transformers_weights="other.safetensors")
     with pytest.raises(Unsupported, match=r"transformers_weights names 'other.safetensors'"):
+        _ = open_checkpoint(folder).model
+
+
+@pytest.mark.parametrize("shards", [False, True])
+def test_weights_that_are_no_regular_file_are_not_opened(folder: Path, shards: bool) -> None:
+    """Whoever opens a pipe waits for its other end."""
+    shard(folder)
+    name = "model-00002-of-00002.safetensors" if shards else SINGLE
+    if shards:
+        (folder / SINGLE).unlink()
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(InputError, match=f"{name} is not a regular file; put a file"):
+        _ = open_checkpoint(folder).model
+    (folder / name).unlink()
+    (folder / name).symlink_to("/dev/zero")
+    with pytest.raises(InputError, match=f"{name} is not a regular file; put a file"):
         _ = open_checkpoint(folder).model
 
 
