@@ -19,7 +19,7 @@ from moe2edge.errors import InputError
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Block, Form, Model, get_form
 from moe2edge.storage.output_checks import OutputForm, check_output
-from moe2edge.storage.text_files import read_json
+from moe2edge.storage.text_files import LARGEST_JSON, read_bytes, read_json
 
 DECISIONS_KIND: Final = "moe2edge.decisions"
 DECISIONS_VERSION: Final = 1
@@ -270,11 +270,11 @@ def read_decisions(path: Path, sha256: str | None = None) -> tuple[Decisions, st
         InputError: there is no such file, it is damaged, of another kind or version, or another.
     """
     try:
-        content = path.expanduser().read_bytes()
-    except (OSError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or error
+        content = read_bytes(path.expanduser(), LARGEST_JSON)
+    except (InputError, RuntimeError) as error:  # the latter: there is no such user's home
+        reason = getattr(error.__cause__, "strerror", None) or error.__cause__ or error
         raise InputError(
-            f"decisions {str(path)[:100]} cannot be read ({reason}); write them with "
+            f"decisions {str(path)[:100]} cannot be read ({str(reason)[:200]}); write them with "
             "moe2edge decide"
         ) from error
     digest = hashlib.sha256(content).hexdigest()

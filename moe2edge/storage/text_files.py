@@ -71,8 +71,9 @@ def read_bytes(path: Path, most: int) -> bytes:
                 raise InputError(f"{path} is not a regular file; put a file in its place")
             # Counted as it is read, because some files of the system say that they are empty.
             data = file.read(most + 1)
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:  # the latter: a name with a zero byte
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path} cannot be read: {reason}") from error
     if len(data) > most:
         raise InputError(
             f"{path} has {max(found.st_size, len(data)):,} bytes, expected: at most {most:,}; "
@@ -106,8 +107,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def hash_file(path: Path) -> str:
-    """Compute the SHA-256 digest of a file."""
-    with path.open("rb") as file:
+    """Compute the SHA-256 digest of a regular file.
+
+    Raises:
+        InputError: it is none.
+    """
+    with open(path, "rb", opener=_open_at_once) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise InputError(f"{path} is not a regular file; put a file in its place")
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
