@@ -4,7 +4,9 @@
 
     Moe2EdgeError                 1   something went wrong while running
     ├── InputError                2   the command, the recipe, the model or a text is wrong
+    │   ├── Unreadable            2   a file is there and cannot be read, perhaps for a moment
     │   └── WorkDamaged           2   the saved work of an unfinished run cannot be used
+    ├── DiskFailed                1   a file does not hold what was written to it
     ├── DoesNotFit                5   not enough disk or memory
     ├── Unsupported               6   a model, a setting or a target that is not supported
     ├── VerificationFailed        7   an output does not hold what it should hold
@@ -31,8 +33,16 @@ class InputError(Moe2EdgeError):
     exit_code = 2
 
 
+class Unreadable(InputError):
+    """A file is there and cannot be read, perhaps for a moment; what it holds may be right."""
+
+
 class WorkDamaged(InputError):
     """The saved work of an unfinished run cannot be used."""
+
+
+class DiskFailed(Moe2EdgeError):
+    """A file does not hold what was written to it."""
 
 
 class DoesNotFit(Moe2EdgeError):
@@ -57,6 +67,24 @@ class Diverged(Moe2EdgeError):
     """The training loss is NaN or infinite."""
 
     exit_code = 8
+
+
+def join_lines(error: BaseException, longest: int = 300) -> str:
+    r"""Return the text of an error in one line, cut to a length.
+
+    >>> join_lines(ValueError("one\n  two"), longest=6)
+    'one tw'
+    """
+    return " ".join(str(error).split())[:longest]
+
+
+def get_first_line(error: BaseException, longest: int = 300) -> str:
+    r"""Return the first line of the text of an error, cut to a length.
+
+    >>> get_first_line(ValueError("one\n  two"))
+    'one'
+    """
+    return str(error).strip().partition("\n")[0][:longest]
 
 
 def suggest(kind: str, name: str, known: Iterable[str]) -> str:

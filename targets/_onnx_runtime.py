@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe2edge.errors import InputError, Unsupported, VerificationFailed
+from moe2edge.errors import InputError, Unsupported, VerificationFailed, get_first_line
 from moe2edge.runtime.protocol import check_id_range
-from moe2edge.storage.text_files import get_first_line
 from moe2edge.targets._onnx_exact import convert_to_float_activations, use_float_experts
 from moe2edge.targets._onnx_storage import (
     DATA_FILE,

@@ -11,6 +11,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain, repeat
 from pathlib import Path
@@ -28,6 +29,8 @@ from moe2edge.model.weights import Weight
 from moe2edge.numerics.grid import Quantized
 from moe2edge.numerics.packing import deinterleave, interleave, pack_bytes, unpack_bytes
 from moe2edge.numerics.scheme import WHOLE_ROW, Scheme
+from moe2edge.storage.text_files import make_read_error
+from moe2edge.storage.written_files import FileDigest
 
 GRAPH_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
@@ -202,22 +205,32 @@ def compute_offsets(batches: Sequence[Batch]) -> tuple[dict[str, int], int]:
 # ---- writing ------------------------------------------------------------------------------------
 
 
-def write_data(batches: Sequence[Batch], path: Path) -> list[Any]:
-    """Stream all weights into ``path``; return the initializers that refer to it (``TensorProto``).
+def write_data(batches: Sequence[Batch], path: Path) -> tuple[list[Any], str]:
+    """Stream all weights into ``path``.
 
-    At most one part (gate and up of an expert) is in memory.
+    At most one part (gate and up of an expert) is in memory, and the scales and zero points of one
+    batch, which are hashed behind its integers.
+
+    Returns:
+        The initializers that refer to the file (``TensorProto``), and the SHA-256 of what was to be
+        written to it.
     """
     starts, size = compute_offsets(batches)
     inline: dict[str, bytes] = {}
-    with path.open("wb") as file:
+    digest = FileDigest()
+    with path.open("wb") as file, ThreadPoolExecutor(1) as beside:
         file.truncate(size)
         for batch in batches:
+            digest.settle(next((starts[s.name] for s in batch.slots if s.name in starts), 0))
             written = dict.fromkeys((slot.name for slot in batch.slots), 0)
             for slot, tensor in batch.make():
                 data = _view_bytes(tensor, slot)
                 if slot.name in starts:
-                    file.seek(starts[slot.name] + written[slot.name])
+                    place = starts[slot.name] + written[slot.name]
+                    hashed = beside.submit(digest.add, place, data)
+                    file.seek(place)
                     file.write(data)
+                    hashed.result()
                 else:
                     inline[slot.name] = inline.get(slot.name, b"") + bytes(data)
                 written[slot.name] += len(data)
@@ -229,7 +242,8 @@ def write_data(batches: Sequence[Batch], path: Path) -> list[Any]:
         file.flush()
         os.fsync(file.fileno())
     slots = chain.from_iterable(batch.slots for batch in batches)
-    return [_make_proto(slot, path.name, starts.get(slot.name), inline) for slot in slots]
+    protos = [_make_proto(slot, path.name, starts.get(slot.name), inline) for slot in slots]
+    return protos, digest.finish(size)
 
 
 def _view_bytes(tensor: Tensor, slot: Slot) -> memoryview:
@@ -265,7 +279,9 @@ def load_graph(folder: Path) -> Any:
     """
     try:
         return onnx.load(folder / GRAPH_FILE, load_external_data=False)
-    except (OSError, DecodeError) as error:
+    except OSError as error:
+        raise VerificationFailed(str(make_read_error(folder / GRAPH_FILE, error))) from error
+    except DecodeError as error:
         raise VerificationFailed(f"{GRAPH_FILE} cannot be read: {error}") from error
 
 
@@ -398,5 +414,7 @@ def _map_file(path: Path) -> Bytes:
     """
     try:
         return np.memmap(path, np.uint8, mode="r")
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise VerificationFailed(str(make_read_error(path, error))) from error
+    except ValueError as error:
         raise VerificationFailed(f"{path.name} cannot be read: {error}") from error

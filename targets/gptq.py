@@ -107,7 +107,7 @@ class Gptq(Target):
         memory = sum(w.nbytes if n in packed else 2 * w.count for n, _, w in held.tensors())
         return Estimate(memory, estimate_file_bytes(_plan(held)))
 
-    def write(self, model: Model, folder: Path) -> None:
+    def write(self, model: Model, folder: Path) -> dict[str, str]:
         """Write the weights, ``config.json`` and ``quantize_config.json``.
 
         At most one matrix is in memory at a time.
@@ -119,9 +119,9 @@ class Gptq(Target):
         model = self.stored(model)
         settings = build_quantization_config(model)
         config = {**hf_config.build_transformers_dict(model), "quantization_config": settings}
-        write_json(folder / "config.json", config)
-        write_json(folder / SETTINGS_FILE, settings)
-        write_checkpoint(folder, _plan(model))
+        configs = {"config.json": config, SETTINGS_FILE: settings}
+        written = {name: write_json(folder / name, data) for name, data in configs.items()}
+        return written | write_checkpoint(folder, _plan(model))
 
     def tensors(self, folder: Path) -> Iterator[tuple[str, Tensor | Quantized]]:
         """Read everything back, quantized matrices as integers and scales.

@@ -97,15 +97,16 @@ class Hf(Target):
         held = self.stored(model)
         return Estimate(held.nbytes, estimate_file_bytes(_plan(held)))
 
-    def write(self, model: Model, folder: Path) -> None:
+    def write(self, model: Model, folder: Path) -> dict[str, str]:
         """Write ``config.json`` and the weights, one tensor in memory at a time.
 
         Raises:
             Unsupported: the layout cannot hold the model.
         """
         model = self.stored(model)
-        write_json(folder / "config.json", hf_config.build_transformers_dict(model))
-        write_checkpoint(folder, _plan(model))
+        config = hf_config.build_transformers_dict(model)
+        written = {"config.json": write_json(folder / "config.json", config)}
+        return written | write_checkpoint(folder, _plan(model))
 
     def tensors(self, folder: Path) -> Iterator[tuple[str, Tensor | Quantized]]:
         """Yield every tensor of the folder by its name on disk."""

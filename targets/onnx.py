@@ -18,6 +18,7 @@ from moe2edge.runtime.memory import Estimate
 from moe2edge.runtime.protocol import Runtime
 from moe2edge.storage.text_files import write_json
 from moe2edge.storage.tokenizer import read_stop_ids
+from moe2edge.storage.written_files import write_bytes
 from moe2edge.targets._loaders import judge_loaders
 from moe2edge.targets._onnx_genai import GENAI_CONFIG, build_genai_config
 
@@ -102,7 +103,7 @@ class Onnx(Target):
         data = compute_offsets(graph.batches)[1]
         return Estimate(data + graph.widened_nbytes, data)
 
-    def write(self, model: Model, folder: Path) -> None:
+    def write(self, model: Model, folder: Path) -> dict[str, str]:
         """Write ``model.onnx``, ``model.onnx.data`` and the two configs.
 
         Raises:
@@ -114,11 +115,16 @@ class Onnx(Target):
         self.accepts(model)
         model = self.stored(model)
         graph = build_decoder(model, self.accuracy_level)
-        proto = graph.proto(write_data(graph.batches, folder / DATA_FILE), _metadata(model))
-        (folder / GRAPH_FILE).write_bytes(proto.SerializeToString(deterministic=True))
+        initializers, data = write_data(graph.batches, folder / DATA_FILE)
+        content = graph.proto(initializers, _metadata(model)).SerializeToString(deterministic=True)
         config = build_config(model)
-        write_json(folder / "config.json", config)
-        write_json(folder / GENAI_CONFIG, build_genai_config(config, read_stop_ids(folder, config)))
+        genai = build_genai_config(config, read_stop_ids(folder, config))
+        return {
+            DATA_FILE: data,
+            GRAPH_FILE: write_bytes(folder / GRAPH_FILE, content),
+            "config.json": write_json(folder / "config.json", config),
+            GENAI_CONFIG: write_json(folder / GENAI_CONFIG, genai),
+        }
 
     def tensors(self, folder: Path) -> Iterator[tuple[str, Tensor | Quantized]]:
         """Read every tensor back from the initializers of the graph, one by one.

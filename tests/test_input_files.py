@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import shutil
@@ -12,16 +14,21 @@ import pytest
 
 from helpers import run
 from moe2edge.commands.run_inputs import look_at_inputs
-from moe2edge.errors import InputError
+from moe2edge.errors import InputError, Unreadable, VerificationFailed
+from moe2edge.evaluation.folder_record import REFERENCE
+from moe2edge.evaluation.reference import Reference
 from moe2edge.pipeline import recipe
 from moe2edge.pipeline.decisions import read_decisions
 from moe2edge.storage.checkpoint import open_checkpoint
+from moe2edge.storage.companions import find_fault
 from moe2edge.storage.input_files import InputFiles
 from moe2edge.storage.journal import Journal
 from moe2edge.storage.kept_walk import KeptWalk
 from moe2edge.storage.locking import OutputLock
 from moe2edge.storage.publishing import MARKER, Marker, PartialFolder
-from moe2edge.storage.text_files import hash_file
+from moe2edge.storage.safetensors_files import open_file
+from moe2edge.storage.text_files import hash_file, read_json
+from moe2edge.storage.weight_files import find_weight_files
 from moe2edge.testing import Make
 
 
@@ -78,7 +85,7 @@ def test_what_is_no_regular_file_is_not_read(tmp_path: Path, make: Any) -> None:
         recipe.find(str(tmp_path / "x"))
     make(tmp_path / ".out.moe2edge-lock")
     with (
-        pytest.raises(InputError, match="away|another place"),
+        pytest.raises(InputError, match=r"away|another place"),
         OutputLock(tmp_path / "out").hold(print),
     ):
         pass
@@ -217,3 +224,81 @@ def test_decide_does_not_mix_two_sources(
     assert failed.exit_code == 2
     assert "m/model.safetensors has changed since this run began" in failed.stderr
     assert not Path("sets.json").exists()
+
+
+# ---- files that cannot be read -------------------------------------------------------------------
+
+# What is to be done differs, and getting a sound file again does not help.
+REMEDIES = {
+    errno.EACCES: "get the right to read it",
+    errno.EPERM: "get the right to read it",
+    errno.EMFILE: "raise the limit on open files",
+    errno.EIO: "check the disk or the connection to it",
+    errno.ESTALE: "check the disk or the connection to it",
+    errno.ETIMEDOUT: "check the disk or the connection to it",
+    errno.ENOTCONN: "check the disk or the connection to it",
+}
+
+
+def refuse(monkeypatch: pytest.MonkeyPatch, name: str, number: int) -> None:
+    """Let opening, and looking behind links, of files of a name fail with an error."""
+    for place, key in ((io, "open"), (os, "open"), (os.path, "realpath")):
+        real = getattr(place, key)
+
+        def fail(path: Any, *given: Any, real: Any = real, **more: Any) -> Any:
+            if isinstance(path, (str, Path)) and Path(path).name == name:
+                raise OSError(number, os.strerror(number), str(path))
+            return real(path, *given, **more)
+
+        monkeypatch.setattr(place, key, fail)
+
+
+@pytest.mark.parametrize("number", REMEDIES)
+def test_what_to_do_about_a_file_is_that_of_the_error(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    source = tiny("olmoe")
+    name = "tokenizer.json"
+    (tmp_path / REFERENCE).write_bytes(b"x")
+    shutil.copy(source / "model.safetensors", tmp_path)  # headers are cached by place
+    with monkeypatch.context() as patch:
+        refuse(patch, "model.safetensors", number)
+        with pytest.raises(Unreadable) as weights:
+            open_file(tmp_path / "model.safetensors")
+    with monkeypatch.context() as patch:
+        refuse(patch, name, number)
+        with pytest.raises(Unreadable) as small:
+            read_json(source / name)
+        with pytest.raises(InputError) as decisions:
+            read_decisions(source / name)
+        fault = find_fault(source, source / name)
+    with monkeypatch.context() as patch:
+        refuse(patch, REFERENCE, number)
+        with pytest.raises(VerificationFailed) as reference:
+            Reference.read(tmp_path)
+    for said in (*(str(e.value) for e in (weights, small, decisions, reference)), fault):
+        assert os.strerror(number) in said
+        assert REMEDIES[number] in said
+        assert "download" not in said
+        assert "export" not in said
+
+
+def test_a_file_that_is_not_there_is_to_be_got(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="No such file or directory; put it there, or download"):
+        open_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    with pytest.raises(InputError, match=r"is damaged or cut short .*; download it again"):
+        open_file(tmp_path / "model.safetensors")
+
+
+def test_shards_that_cannot_be_read_are_not_taken_for_missing(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They may be a second checkpoint."""
+    folder = Path(shutil.copytree(tiny("olmoe"), tmp_path / "model"))
+    (folder / "model-00001-of-00001.safetensors").write_bytes(b"x")
+    index = {"weight_map": {"lm_head.weight": "model-00001-of-00001.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    refuse(monkeypatch, "model-00001-of-00001.safetensors", errno.EIO)
+    with pytest.raises(Unreadable, match="Input/output error; check the disk"):
+        find_weight_files(folder, {}, "none")

@@ -343,10 +343,16 @@ def test_terminal(tiny: Make, text: list[object]) -> None:
 
 
 def test_picture_beside_json(tiny: Make, tmp_path: Path, text: list[object]) -> None:
-    path = tmp_path / "map.svg"
-    found = document(tiny("mixtral"), *text, "-o", path, "--criterion", "reap")
+    path, model = tmp_path / "map.svg", tiny("mixtral")
+    found = document(model, *text, "-o", path, "--criterion", "reap")
     assert found["picture"] == str(path)
-    assert "Saliency: reap" in path.read_text()
+    picture = path.read_text()
+    assert "Saliency: reap" in picture
+    # It may be published; what is printed names the model as it was given.
+    assert "tokens of text.txt" in picture
+    assert model.name in picture
+    assert f"/{model.name}" not in picture
+    assert found["model"] == str(model)
     assert document(tiny("mixtral"), *text).keys() == found.keys() - {"picture"}
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from fake_export import INPUTS, export, fail, read
+from helpers import run
+from moe2edge.commands import api
 from moe2edge.errors import DoesNotFit, InputError
 from moe2edge.storage import durable
 from moe2edge.storage.export_folder import claim_output, open_partial_folder
@@ -180,3 +182,53 @@ def test_a_file_that_cannot_be_written_is_known_before(tmp_path: Path, name: str
         durable.check_writable(tmp_path / name)
     durable.check_writable(tmp_path / "free.json")
     assert list(tmp_path.iterdir()) == []
+
+
+# ---- before a model is downloaded ----------------------------------------------------------------
+
+Place = tuple[str, str]
+PLACES: list[Place] = [
+    ("taken", "exists"),
+    ("none/out", "does not exist; make it first"),
+    ("/", "exists and was not written by moe2edge"),
+    ("/proc/out", "nothing can be written to /proc"),
+    ("other.partial", "keeps its work in a folder of that name"),
+]
+
+
+@pytest.mark.parametrize(("name", "message"), PLACES)
+@pytest.mark.parametrize("command", ["export", "decide", "api"])
+def test_a_bad_place_is_refused_before_a_download(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, name: str, message: str
+) -> None:
+    """Likewise a text that is missing."""
+    asked = []
+
+    def download(*_: object, **__: object) -> str:
+        asked.append(name)
+        raise InputError("downloaded")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").touch()
+    before = sorted(tmp_path.rglob("*"))
+
+    def run_command(out: Path, *more: str) -> str:
+        if command == "api":
+            text = {"calibration": {"text": more[1]}} if more else {}
+            with pytest.raises(InputError) as caught:
+                api.export("org/name", {"passes": ["rtn"], **text}, "gptq", out)
+            return str(caught.value)
+        recipe = ["-t", "gptq", "-r", "w4-rtn"] if command == "export" else ["-r", "trim"]
+        result = run(command, "org/name", *recipe, "-o", out, *more)
+        assert result.exit_code == 2, result.output
+        return result.stderr
+
+    assert (message if command != "decide" or "was not" not in message else "exists") in (
+        run_command(tmp_path / name)
+    )
+    assert "nofile.txt does not exist" in run_command(tmp_path / "out", "--calib", "nofile.txt")
+    assert not asked
+    assert "downloaded" in run_command(tmp_path / "out")
+    assert asked
+    assert sorted(tmp_path.rglob("*")) == before

@@ -14,7 +14,7 @@ import pytest
 
 from fake_export import INPUTS, export, fail, read, write
 from moe2edge.cli import progress_bar
-from moe2edge.errors import InputError
+from moe2edge.errors import Diverged, InputError
 from moe2edge.storage import durable, export_folder, output_checks
 from moe2edge.storage.export_folder import claim_output, open_partial_folder
 from moe2edge.storage.publishing import PartialFolder
@@ -423,3 +423,22 @@ def test_a_signal_that_is_ignored_stays_ignored(monkeypatch: pytest.MonkeyPatch)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def test_what_a_diverged_training_leaves_is_of_use_with_resume_never_only(tmp_path: Path) -> None:
+    """The same command would diverge again, and with other settings it is not resumed."""
+
+    def diverge() -> None:
+        raise Diverged("recover: the loss became NaN; lower learning_rate")
+
+    out = tmp_path / "out"
+    with pytest.raises(Diverged) as caught:
+        export(out, "x", during=diverge)
+    (note,) = caught.value.__notes__
+    assert note == (
+        f"the saved work of fake is kept in {out}.partial; with other settings, add --resume never"
+    )
+    lower = INPUTS | {"recipe": "lower"}
+    with pytest.raises(InputError, match="start over with --resume never"):
+        export(out, "x", inputs=lower)
+    assert export(out, "x", inputs=lower, resume="never") == "written"

@@ -77,7 +77,7 @@ def test_each_pass_is_planned_once_before_an_export(
     for step in parsed.passes:
         count(type(step))
     out, targets = tmp_path / "out", [find_target("gptq")]
-    plan = refuse_early(checkpoint, parsed, targets, out, Memory(), materialize=False)
+    plan, _ = refuse_early(checkpoint, parsed, targets, out, Memory(), materialize=False)
     describe(plan, QUIET)
     assert planned == [step.name for step in parsed.passes]
 

@@ -18,13 +18,15 @@ import torch
 from click.testing import Result
 from safetensors.torch import load_file, save_file
 
-from helpers import run, slow_except
+from helpers import run, slow_except, write_text
 from moe2edge.errors import VerificationFailed
 from moe2edge.evaluation import verify
 from moe2edge.evaluation.folder_record import REFERENCE
 from moe2edge.evaluation.reference import Reference
 from moe2edge.evaluation.tensor_digests import compute_digest
+from moe2edge.numerics import metrics
 from moe2edge.pipeline import registry
+from moe2edge.runtime.load import load
 from moe2edge.storage.manifest import open_artifact, write_manifest
 from moe2edge.testing import Make
 
@@ -443,3 +445,49 @@ def test_commands_look_at_sizes_first(copied: Callable[[str], Path], command: li
     result = run(command[0], folder, *command[1:])
     assert result.exit_code == 7
     assert "model.safetensors has changed:" in result.stderr
+
+
+def test_load_looks_at_the_sizes_of_what_it_reads(copied: Callable[[str], Path]) -> None:
+    folder = copied("gptq")
+    for name in ("report.json", "moe2edge.reference", "tokenizer.json"):
+        (folder / name).unlink()  # as in a snapshot of the hub
+    load(folder)
+    for name, short in (("config.json", b"{}"), ("model.safetensors", b"")):
+        path = folder / name
+        content = path.read_bytes()
+        path.write_bytes(short)
+        with pytest.raises(VerificationFailed, match=rf"{name} has changed: {len(short)} bytes"):
+            load(folder)
+        path.unlink()
+        with pytest.raises(VerificationFailed, match=f"{name} is missing; export or download"):
+            load(folder)
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize("changed", ["text.txt", "model.safetensors", "touched", "reference"])
+def test_evaluate_compares_what_it_read_at_its_end(
+    copied: Callable[[str], Path], tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    changed: str,
+) -> None:  # fmt: skip
+    folder, text = copied("gptq"), write_text(tmp_path / "text.txt")
+    source = Path(shutil.copytree(tiny("olmoe"), tmp_path / "source"))
+    path = {"text.txt": text, "reference": source / "config.json"}.get(changed)
+    path = path or folder / "model.safetensors"
+    measure = metrics.measure
+
+    def change(*given: Any) -> Any:
+        found = measure(*given)
+        content = path.read_bytes()
+        path.unlink()
+        path.write_bytes(content if changed == "touched" else content[:-1] + b"?")
+        return found
+
+    monkeypatch.setattr(metrics, "measure", change)
+    sizes = ["--text", text, "--samples", "2", "--length", "32"]
+    result = run("evaluate", folder, "--reference", source, *sizes)
+    if changed == "touched":
+        assert result.exit_code == 0, result.output
+    else:
+        assert result.exit_code == 2, result.output
+        assert f"{path} has changed since this run began to use it" in result.stderr
+        assert "perplexity" not in result.stdout

@@ -334,7 +334,7 @@ def session(form: Form, size: Size, folder: Path) -> tuple[Any, int]:
     y = form.writer(graph, "/moe", roles, layer, 0, 4).add("x")
     graph.node("/y", "Identity", [y], [graph.output("y", [1, "tokens", hidden])])
     folder.mkdir()
-    proto = graph.proto(write_data(graph.batches, folder / "model.onnx.data"), {})
+    proto = graph.proto(write_data(graph.batches, folder / "model.onnx.data")[0], {})
     (folder / "model.onnx").write_bytes(proto.SerializeToString())
     options = ort.SessionOptions()
     options.log_severity_level = 3

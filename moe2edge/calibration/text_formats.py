@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from moe2edge.errors import InputError
-from moe2edge.storage.text_files import get_first_line
+from moe2edge.errors import InputError, get_first_line
+from moe2edge.storage.text_files import find_read_remedy
 
 Format = Literal["text", "lines", "array", "object", "parquet"]
 
@@ -154,7 +154,8 @@ def _read_mode(file: TextFile) -> int:
         return file.path.stat().st_mode
     except OSError as error:
         raise InputError(
-            f"{file.purpose} text cannot be read: {error.strerror}: {file.path}"
+            f"{file.purpose} text cannot be read: {error.strerror}: {file.path}; "
+            f"{find_read_remedy(error, 'give one that is there')}"
         ) from error
 
 
@@ -226,7 +227,8 @@ def _naming_faults(file: TextFile) -> Iterator[None]:
         ) from error
     except OSError as error:
         raise InputError(
-            f"{file.purpose} text cannot be read: {error.strerror or error}: {file.path}"
+            f"{file.purpose} text cannot be read: {error.strerror or error}: {file.path}; "
+            f"{find_read_remedy(error, 'give one that is there')}"
         ) from error
 
 
@@ -460,7 +462,7 @@ def _read_parquet(file: TextFile) -> Iterator[tuple[str, Any]]:
                 if file.advance is not None:
                     file.advance(size * number // total, size)
     except pyarrow.ArrowException as error:
-        reason = get_first_line(error)[:300]
+        reason = get_first_line(error)
         raise InputError(f"{file.label} is damaged parquet: {reason}; write it again") from error
     if not number:
         raise InputError(f"{file.label} has no rows; give another file")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -83,10 +84,14 @@ def decide_command(
     Writes only the decisions, not the model.
     """
     from moe2edge.commands.decide import decide_to_file
-    from moe2edge.pipeline import decisions
+    from moe2edge.commands.texts import check_texts
+    from moe2edge.pipeline.decisions import DECISIONS
+    from moe2edge.storage.output_checks import check_output_early
 
     parsed = read_recipe_options(recipe, settings, calib)
-    decisions.check_decisions_output(output, force=force)
+    # Before the model is downloaded.
+    check_output_early(Path(os.path.abspath(output)), force=force, form=DECISIONS)
+    check_texts(parsed)
     checkpoint = open_model(model, revision, cache_dir)
     quiet_libraries()
     reporter = make_reporter(quiet=quiet)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ from moe2edge.errors import InputError, Unsupported, suggest
 
 if TYPE_CHECKING:
     from moe2edge.calibration.sources import TextSource
+    from moe2edge.commands.private_paths import PrivatePaths
     from moe2edge.evaluation.routing_report import RoutingReport
     from moe2edge.model.model import Model
     from moe2edge.storage.checkpoint import Checkpoint
@@ -81,6 +83,7 @@ def inspect_command(
     Reads file headers only. With --routing, runs a text through the model, and shows for each MoE
     layer and expert: tokens, gate weights and the scores of every criterion of expert_drop.
     """
+    from moe2edge.commands.private_paths import PrivatePaths
     from moe2edge.storage.manifest import is_artifact
 
     if not routing:
@@ -98,9 +101,10 @@ def inspect_command(
     # An unsupported target is refused before anything is downloaded.
     target = _read_target(Path(model)) if is_artifact(Path(model)) else None
     checkpoint = open_model(model, revision, cache_dir)
-    report = _measure_routing(
-        checkpoint, target, read_text_options("calibration", text), quiet=quiet
-    )
+    source = read_text_options("calibration", text)
+    report = _measure_routing(checkpoint, target, source, quiet=quiet)
+    if output is not None:
+        _write_picture(report, criterion, output, PrivatePaths.collect_from(checkpoint, [source]))
     _show_routing(report, criterion, output, as_json)
 
 
@@ -224,14 +228,22 @@ def _read_origins(folder: Path, blocks: int) -> list[int]:
     )
 
 
+def _write_picture(
+    report: RoutingReport, criterion: str, output: Path, paths: PrivatePaths
+) -> None:
+    """Write the picture, which may be published: names stand in it, and no paths."""
+    from moe2edge.evaluation.routing_view import draw_picture
+    from moe2edge.storage.durable import write_file
+
+    shown = replace(report, model=paths.source, text=paths.hide(report.text))
+    write_file(output, draw_picture(shown, criterion, output.suffix))
+
+
 def _show_routing(
     report: RoutingReport, criterion: str, output: Path | None, as_json: bool
 ) -> None:
     from moe2edge.evaluation import routing_view
-    from moe2edge.storage.durable import write_file
 
-    if output is not None:
-        write_file(output, routing_view.draw_picture(report, criterion, output.suffix))
     if as_json:
         emit(report.to_json() | ({"picture": str(output)} if output else {}))
     else:

@@ -35,7 +35,7 @@ from moe2edge.cli.common import (
 )
 from moe2edge.cli.failures import classify_os_error, explain_shortage, naming_disk, shorten
 from moe2edge.cli.progress_bar import make_reporter
-from moe2edge.errors import DoesNotFit, InputError, Moe2EdgeError
+from moe2edge.errors import DoesNotFit, InputError, Moe2EdgeError, join_lines
 
 if TYPE_CHECKING:
     from moe2edge.pipeline.target import Target
@@ -98,7 +98,7 @@ def _explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, OSError):
         return classify_os_error(error)
     # The last resort: a bug is reported in one line as well.
-    message = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    message = f"{type(error).__name__}: {join_lines(error)}"
     hint = "run again with MOE2EDGE_DEBUG=1 and report what it prints"
     return f"{message} (a bug in moe2edge; {hint})", Moe2EdgeError.exit_code
 
@@ -262,12 +262,18 @@ def export_command(
 ) -> None:
     """Compress MODEL, write it for a runtime, and verify it there."""
     from moe2edge.commands.export import export_targets as run
+    from moe2edge.commands.texts import check_texts
     from moe2edge.pipeline.registry import parse_targets
+    from moe2edge.storage.output_checks import check_output_early
 
     targets = parse_targets(target)
     parsed = read_recipe_options(
         recipe or _choose_default_recipe(targets), settings, calib, evaluation
     )
+    output_folder = output.absolute()
+    # Before the model is downloaded.
+    check_output_early(output_folder, force=force)
+    check_texts(parsed)
     checkpoint = open_model(model, revision, cache_dir)
     quiet_libraries()
     with naming_disk(output):
@@ -275,7 +281,7 @@ def export_command(
             checkpoint,
             parsed,
             targets,
-            output.absolute(),
+            output_folder,
             make_reporter(quiet=quiet),
             force=force,
             resume=resume,

@@ -271,13 +271,15 @@ def evaluate_command(
     """
     from moe2edge.commands.texts import choose_text
     from moe2edge.evaluation.output_quality import evaluate_output as run
-    from moe2edge.storage.manifest import open_artifact
+    from moe2edge.storage.manifest import check_sizes, open_artifact
 
+    artifact = open_artifact(folder)
+    check_sizes(artifact)  # before anything is downloaded
     # An output is of the model that its manifest names, and is measured on that one's text.
-    source = choose_text(read_text_options("evaluation", text), open_artifact(folder).source)
+    source = choose_text(read_text_options("evaluation", text), artifact.source)
     quiet_libraries()
-    model = open_model(reference, revision, cache_dir).model if reference else None
-    quality = run(folder, source, model, make_reporter(quiet=as_json))
+    checkpoint = open_model(reference, revision, cache_dir) if reference else None
+    quality = run(folder, source, checkpoint, make_reporter(quiet=as_json))
     if as_json:
         emit(asdict(quality))
         return

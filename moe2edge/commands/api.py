@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from moe2edge.errors import InputError
+from moe2edge.errors import InputError, join_lines
 from moe2edge.model.model import Model
 from moe2edge.pipeline import recipe as recipes
 from moe2edge.pipeline.recipe import Recipe
@@ -51,10 +51,9 @@ def parse_recipe(recipe: str | Path | Mapping[str, Any], settings: Sequence[str]
         try:
             text = yaml.safe_dump(dict(recipe))
         except yaml.YAMLError as error:
-            reason = " ".join(str(error).split())[:200]
             raise InputError(
-                f"the recipe has a value that YAML cannot write: {reason}; use numbers, words, "
-                "lists and mappings"
+                f"the recipe has a value that YAML cannot write: {join_lines(error, 200)}; use "
+                "numbers, words, lists and mappings"
             ) from error
     else:
         text = recipes.find(str(recipe))
@@ -188,14 +187,20 @@ def export(
         VerificationFailed: an output does not give the logits that it has to.
     """
     from moe2edge.commands.export import export_targets
+    from moe2edge.commands.texts import check_texts
     from moe2edge.pipeline.registry import parse_targets
+    from moe2edge.storage.output_checks import check_output_early
 
     names = targets if isinstance(targets, str) else ",".join(targets)
+    parsed, wanted, place = _parse(recipe), parse_targets(names), Path(out).absolute()
+    # Before the model is downloaded.
+    check_output_early(place, force=force)
+    check_texts(parsed)
     return export_targets(
         _open(model),
-        _parse(recipe),
-        parse_targets(names),
-        Path(out).absolute(),
+        parsed,
+        wanted,
+        place,
         reporter or QUIET,
         force=force,
         resume=resume,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,8 +13,13 @@ from moe2edge.commands.environment import list_versions
 from moe2edge.commands.preflight import check_sources, list_reads
 from moe2edge.commands.private_paths import PrivatePaths
 from moe2edge.commands.run_inputs import list_inputs, look_at_inputs
-from moe2edge.commands.source_check import check_ids, prove_source, report_notes
-from moe2edge.commands.texts import SELF, load_calibration, resolve_recipe
+from moe2edge.commands.source_check import (
+    check_ids,
+    prove_and_load,
+    prove_source,
+    report_notes,
+)
+from moe2edge.commands.texts import load_calibration, resolve_recipe
 from moe2edge.errors import InputError
 from moe2edge.model.model import Block, Model
 from moe2edge.pipeline.contract import Pass
@@ -34,6 +40,7 @@ from moe2edge.storage.checkpoint import Checkpoint
 from moe2edge.storage.export_folder import Resume, claim_output, open_partial_folder
 from moe2edge.storage.text_files import write_json
 from moe2edge.storage.work_folder import WorkFolder
+from moe2edge.storage.written_files import hash_written
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -112,7 +119,7 @@ def decide_to_file(
             work.report(reporter)
             paths = PrivatePaths.collect(checkpoint, recipe, keep=keep_paths)
             found, steps = _run(checkpoint, recipe, tokens, _NoNumbers(work), reporter, paths)
-            write_json(content, found.to_json())
+            hash_written(content, write_json(content, found.to_json()))
             files.check()
     return found, steps
 
@@ -131,15 +138,14 @@ def _load(
     checkpoint: Checkpoint, recipe: Recipe, reporter: Reporter, *, source_check: bool
 ) -> Tokens | None:
     """Load and check the calibration text, and check the source."""
-    # The model runs first where it writes the text; another text is looked at before that.
-    writes = recipe.calibration.text == SELF
-    if writes:
-        prove_source(checkpoint, reporter, wanted=source_check)
-    tokens = load_calibration(checkpoint, recipe, reporter)
-    check_ids(checkpoint, {"calibration": tokens}, reporter)
-    if not writes:
-        prove_source(checkpoint, reporter, wanted=source_check)
-    return tokens
+
+    def load() -> Tokens | None:
+        tokens = load_calibration(checkpoint, recipe, reporter)
+        check_ids(checkpoint, {"calibration": tokens}, reporter)
+        return tokens
+
+    prove = partial(prove_source, checkpoint, reporter, wanted=source_check)
+    return prove_and_load(recipe, prove, load)[1]
 
 
 def _run(

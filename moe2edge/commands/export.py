@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -14,10 +14,15 @@ from moe2edge.commands.private_paths import PrivatePaths
 from moe2edge.commands.report import Report
 from moe2edge.commands.router_ties import TieJudge
 from moe2edge.commands.run_inputs import list_inputs, look_at_inputs
-from moe2edge.commands.source_check import SourceProof, check_ids, prove_source, report_notes
+from moe2edge.commands.source_check import (
+    SourceProof,
+    check_ids,
+    prove_and_load,
+    prove_source,
+    report_notes,
+)
 from moe2edge.commands.texts import (
     NO_TEXT,
-    SELF,
     Texts,
     list_default_texts,
     load_texts,
@@ -87,30 +92,78 @@ def export_targets(
     with export_folder.claim_output(out, force=force, reads=reads, log=reporter.log) as claim:
         budget = memory.Memory.from_limit(memory.find_limit(most))
         memory.avoid_fragmentation(most)
-        plan = refuse_early(checkpoint, recipe, targets, out, budget, materialize=materialize)
+        plan, held = refuse_early(checkpoint, recipe, targets, out, budget, materialize=materialize)
         reporter, files = claim.watch(reporter), look_at_inputs(checkpoint, recipe)
         _report_plan(checkpoint, recipe, plan, reporter)
         companions = _read_companions(checkpoint, reporter)
-        try_targets(targets, fit_for_targets(plan.result, targets, materialize=materialize))
+        try_targets(targets, held)
         ties.look(checkpoint.model, recipe.passes)
         prove = partial(prove_source, checkpoint, reporter, wanted=source_check, targets=targets)
-        texts, proof = _load_texts(checkpoint, recipe, reporter, prove, budget)
+        proof, texts = _prove_and_load(checkpoint, recipe, reporter, prove, budget)
         inputs = list_inputs(checkpoint, recipe, texts.calibration, texts.training, budget)
         files.settle(checkpoint.sha256)
-        outcome = _list_outcome(checkpoint, recipe, targets, texts, proof, materialize=materialize)
-        outcome |= {"other files": companions.sha256, "paths": f"{keep_paths}"}
+        begin = _Beginning(
+            checkpoint, recipe, targets, texts, budget, proof, paths, companions, ties,
+            materialize, defaults, begun,
+        )  # fmt: skip
+        outcome = begin.list_outcome()
         if export_folder.publish_finished(claim, inputs, outcome, resume):
             reporter.log(f"{out} had been finished by an earlier run, and has its name now")
             return Report.read(out if len(targets) == 1 else out / targets[0].name)
         with export_folder.open_partial_folder(claim, inputs, resume, outcome) as (content, work):
             work.watch(files.check)
             work.report(reporter)
-            report = _make_output(
-                checkpoint, recipe, targets, texts, content, work, budget, reporter, proof, paths,
-                companions, ties, materialize=materialize, defaults=defaults, begun=begun,
-            )  # fmt: skip
+            report = _make_output(begin, content, work, reporter)
             files.check()
     return report
+
+
+@dataclass(frozen=True)
+class _Beginning:
+    """All that is known before the first block.
+
+    Attributes:
+        checkpoint: the source.
+        recipe: the recipe with every choice made.
+        targets: the formats to write.
+        texts: the texts of the recipe.
+        budget: memory that may be used.
+        proof: result of the source check.
+        paths: what stands for the paths of the user.
+        companions: files beside config and weights.
+        ties: judges routers with equal rows.
+        materialize: whether tied experts may get matrices of their own.
+        defaults: purposes for which the recipe named no text.
+        begun: when the export began.
+    """
+
+    checkpoint: Checkpoint
+    recipe: Recipe
+    targets: Sequence[Target]
+    texts: Texts
+    budget: Memory
+    proof: SourceProof
+    paths: PrivatePaths
+    companions: Companions
+    ties: TieJudge
+    materialize: bool
+    defaults: tuple[str, ...]
+    begun: float
+
+    def list_outcome(self) -> dict[str, str]:
+        """List what the files of an output depend on beside its numbers."""
+        source = self.checkpoint
+        return {
+            "source": f"{source.source} {source.revision}",
+            "recipe": self.recipe.render(),
+            "targets": ", ".join(f"{one.name} {list_options(one)}" for one in self.targets),
+            "evaluation": self.texts.evaluation.sha256,
+            "materialize": f"{self.materialize}",
+            "source check": self.proof.status,
+            "versions": f"{list_versions()}",
+            "other files": self.companions.sha256,
+            "paths": f"{self.paths.are_kept}",
+        }
 
 
 def _report_plan(checkpoint: Checkpoint, recipe: Recipe, plan: Plan, reporter: Reporter) -> None:
@@ -120,73 +173,50 @@ def _report_plan(checkpoint: Checkpoint, recipe: Recipe, plan: Plan, reporter: R
     report_notes(checkpoint, reporter)
 
 
-def _load_texts(
+def _prove_and_load(
     checkpoint: Checkpoint,
     recipe: Recipe,
     reporter: Reporter,
     prove: Callable[..., SourceProof],
     budget: Memory,
-) -> tuple[Texts, SourceProof]:
-    """Load the texts, and check the source: first where the model writes one, else after them."""
-    proof = prove(within=budget.limit) if recipe.calibration.text == SELF else None
-    texts = load_texts(checkpoint, recipe, reporter)
-    check_ids(checkpoint, texts.by_purpose, reporter)
-    return texts, proof or prove(within=budget.limit)
+) -> tuple[SourceProof, Texts]:
+    """Prove the source, load the texts, and check their ids."""
+
+    def load() -> Texts:
+        texts = load_texts(checkpoint, recipe, reporter)
+        check_ids(checkpoint, texts.by_purpose, reporter)
+        return texts
+
+    return prove_and_load(recipe, partial(prove, within=budget.limit), load)
 
 
-def _make_output(
-    checkpoint: Checkpoint,
-    recipe: Recipe,
-    targets: Sequence[Target],
-    texts: Texts,
-    content: Path,
-    work: WorkFolder,
-    budget: Memory,
-    reporter: Reporter,
-    proof: SourceProof,
-    paths: PrivatePaths,
-    companions: Companions,
-    ties: TieJudge,
-    *,
-    materialize: bool,
-    defaults: tuple[str, ...],
-    begun: float,
-) -> Report:
+def _make_output(begin: _Beginning, content: Path, work: WorkFolder, reporter: Reporter) -> Report:
     """Run the passes, and write, check and describe an output in ``content``."""
-    source, budget = checkpoint.model, replace(budget, folder=work.folder)
+    checkpoint, recipe, targets, texts = begin.checkpoint, begin.recipe, begin.targets, begin.texts
+    source, budget = checkpoint.model, replace(begin.budget, folder=work.folder)
     model, steps = run_passes(
         source, recipe, texts.calibration, work, reporter, budget,
-        training=texts.training, look=ties.look,
+        training=texts.training, look=begin.ties.look,
     )  # fmt: skip
-    model, grown = _fit(model, targets, reporter, materialize=materialize)
+    model, grown = _fit(model, targets, reporter, materialize=begin.materialize)
     memory.give_back()
     figures, ids = recipe.evaluation.text != NO_TEXT, texts.evaluation.ids
+    keep_walk = partial(work.kept_walk, len(steps))
     measured = Comparison.measure(
-        source,
-        model,
-        ids,
-        reporter,
-        budget,
-        figures=figures,
-        keep_walk=partial(work.kept_walk, len(steps)),
+        source, model, ids, reporter, budget, figures=figures, keep_walk=keep_walk
     )
     folders = _make_folders(targets, content)
     written = []
     for target, folder in folders:
         reporter.log(f"writing {target.name}")
-        written.append(write_target(target, model, folder, companions, measured, reporter))
-    results = [row for row, _ in written]
+        written.append(write_target(target, model, folder, begin.companions, measured, reporter))
     report = replace(
-        _build_report(paths, recipe, targets, texts, steps, measured, results),
-        license=companions.license,
-        notes=paths.hide((*checkpoint.notes, *companions.notes)),
+        _build_report(begin, steps, measured, [one.row for one in written]),
         materialized=grown,
-        default_texts=defaults,
-        source_check=proof.to_json(),
-        seconds=time.perf_counter() - begun,
+        seconds=time.perf_counter() - begin.begun,
     )
-    for (target, folder), (_, reference) in zip(folders, written, strict=True):
-        report.write(folder, target, checkpoint, model, list_versions(), reference)
+    for (target, folder), one in zip(folders, written, strict=True):
+        report.write(folder, target, checkpoint, model, list_versions(), one)
     return report
 
 
@@ -221,20 +251,18 @@ def _make_folders(targets: Sequence[Target], content: Path) -> list[tuple[Target
 
 
 def _build_report(
-    paths: PrivatePaths,
-    recipe: Recipe,
-    targets: Sequence[Target],
-    texts: Texts,
+    begin: _Beginning,
     steps: Sequence[Step],
     measured: Comparison,
     results: Sequence[ResultRow],
 ) -> Report:
     """Collect what an export did; the time that it took is still to come."""
-    model = measured.model
+    model, targets, paths = measured.model, begin.targets, begin.paths
+    notes = (*begin.checkpoint.notes, *begin.companions.notes)
     return Report(
         source=paths.source,
         family=model.family.architecture,
-        recipe=paths.hide_in(recipe).render(),
+        recipe=paths.hide_in(begin.recipe).render(),
         steps=tuple(
             replace(step, options=paths.hide(step.options), notes=paths.hide(step.notes))
             for step in steps
@@ -245,28 +273,11 @@ def _build_report(
         skip_rate=measured.skip_rates.rate if model.skips else None,
         loaders={target.name: target.loaders(model) for target in targets},
         target_options={target.name: list_options(target) for target in targets},
-        **paths.hide(texts.describe()),
+        **paths.hide(begin.texts.describe()),
         seconds=0.0,
         peak_bytes=measure_peak_bytes(),
+        default_texts=begin.defaults,
+        license=begin.companions.license,
+        notes=paths.hide(notes),
+        source_check=begin.proof.to_json(),
     )
-
-
-def _list_outcome(
-    checkpoint: Checkpoint,
-    recipe: Recipe,
-    targets: Sequence[Target],
-    texts: Texts,
-    proof: SourceProof,
-    *,
-    materialize: bool,
-) -> dict[str, str]:
-    """List what the files of an output depend on beside its numbers."""
-    return {
-        "source": f"{checkpoint.source} {checkpoint.revision}",
-        "recipe": recipe.render(),
-        "targets": ", ".join(f"{target.name} {list_options(target)}" for target in targets),
-        "evaluation": texts.evaluation.sha256,
-        "materialize": f"{materialize}",
-        "source check": proof.status,
-        "versions": f"{list_versions()}",
-    }

@@ -27,8 +27,11 @@ def refuse_early(
     budget: Memory,
     *,
     materialize: bool,
-) -> Plan:
+) -> tuple[Plan, Model]:
     """Plan an export; refuse, from headers, what could not be done, written or verified later.
+
+    Returns:
+        The plan, and its result in the form that all targets hold.
 
     Raises:
         InputError, Unsupported, DoesNotFit: so.
@@ -48,7 +51,7 @@ def refuse_early(
         if not target.streams:
             estimate.check(budget.limit)
     check_pass_memory(source, passes, budget.limit)
-    return plan
+    return plan, result
 
 
 def list_reads(checkpoint: Checkpoint, recipe: Recipe) -> list[Path]:

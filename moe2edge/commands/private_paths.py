@@ -24,23 +24,35 @@ class PrivatePaths:
     Attributes:
         names: the name for each path.
         source: name for the source.
+        are_kept: whether paths are written as they were given.
     """
 
     names: Mapping[str, str]
     source: str
+    are_kept: bool = False
 
     @classmethod
     def collect(cls, checkpoint: Checkpoint, recipe: Recipe, *, keep: bool) -> PrivatePaths:
         """Collect the paths of a run; with ``keep`` they are written as they were given."""
         if keep:
-            return cls({}, checkpoint.source)
+            return cls({}, checkpoint.source, True)
+        sections = (recipe.calibration, recipe.evaluation, recipe.training)
+        options = [
+            value for step in recipe.passes for value in dict(step).values()
+            if isinstance(value, str)
+        ]  # fmt: skip
+        return cls.collect_from(checkpoint, [one for one in sections if one is not None], options)
+
+    @classmethod
+    def collect_from(
+        cls, checkpoint: Checkpoint, sections: Iterable[TextSource], options: Iterable[str] = ()
+    ) -> PrivatePaths:
+        """Collect the paths of a source, of texts, and of whatever options name files."""
         names = {checkpoint.source: checkpoint.name, str(checkpoint.folder): checkpoint.name}
-        for section in (recipe.calibration, recipe.evaluation, recipe.training):
-            if section is not None:
-                given = (section.text, *(named.text for named in section.sources.values()))
-                names |= _name_files(given)
-        for step in recipe.passes:
-            names |= _name_files(v for v in dict(step).values() if isinstance(v, str))
+        for section in sections:
+            given = (section.text, *(named.text for named in section.sources.values()))
+            names |= _name_files(given)
+        names |= _name_files(options)
         # A bare name tells no place.
         named = {path: name for path, name in names.items() if Path(path).parts[1:]}
         return cls(named, checkpoint.name)

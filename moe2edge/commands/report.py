@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.table import Table
 
+from moe2edge.commands.write_target import WrittenTarget
 from moe2edge.errors import InputError
 from moe2edge.evaluation.comparison import RESULT_HEADINGS, ResultRow
 from moe2edge.evaluation.folder_record import REFERENCE, FolderRecord
@@ -16,11 +17,9 @@ from moe2edge.model.model import Model
 from moe2edge.pipeline.stages import Step
 from moe2edge.pipeline.target import Loader, Target
 from moe2edge.storage.checkpoint import Checkpoint
-from moe2edge.storage.manifest import FILES, MANIFEST, build_manifest, describe_file
+from moe2edge.storage.manifest import CARD, FILES, MANIFEST, build_manifest, describe_file
 from moe2edge.storage.text_files import read_json, write_json
-
-if TYPE_CHECKING:
-    from moe2edge.evaluation.reference import Reference
+from moe2edge.storage.written_files import hash_written, write_bytes
 
 RECIPE_FILE = "recipe.resolved.yaml"
 # The only file of an output that holds times and peak memory, so that all others are equal if the
@@ -187,16 +186,25 @@ class Report:
         checkpoint: Checkpoint,
         model: Model,
         versions: Mapping[str, str],
-        reference: Reference,
+        written: WrittenTarget,
     ) -> None:
-        """Write recipe, report, model card, reference and manifest into a finished folder."""
+        """Write recipe, report, model card, reference and manifest into a finished folder.
+
+        Raises:
+            DiskFailed: the disk gives back something else than was written.
+        """
         name = target.name
-        (folder / RECIPE_FILE).write_text(self.recipe, "utf-8")
-        write_json(folder / REPORT_FILE, self.to_json())
-        (folder / "README.md").write_text(self._render_card(target, checkpoint), "utf-8")
+        card = self._render_card(target, checkpoint)
+        digests = {
+            **written.digests,
+            RECIPE_FILE: write_bytes(folder / RECIPE_FILE, self.recipe.encode()),
+            REPORT_FILE: write_json(folder / REPORT_FILE, self.to_json()),
+            CARD: write_bytes(folder / CARD, card.encode()),
+        }
         manifest = build_manifest(
             folder,
             name,
+            digests,
             target_options=dict(self.target_options[name]),
             model={
                 "family": model.family.model_type,
@@ -224,9 +232,9 @@ class Report:
             versions=dict(versions),
         )
         # The reference holds the digests of the other files, and the manifest that of both.
-        replace(reference, record=FolderRecord.make(folder, manifest)).save(folder)
-        manifest[FILES][REFERENCE] = describe_file(folder / REFERENCE)
-        write_json(folder / MANIFEST, manifest)
+        reference = replace(written.reference, record=FolderRecord.make(folder, manifest))
+        manifest[FILES][REFERENCE] = describe_file(folder / REFERENCE, reference.save(folder))
+        hash_written(folder / MANIFEST, write_json(folder / MANIFEST, manifest))
 
     def _render_card(self, target: Target, checkpoint: Checkpoint) -> str:
         """Write the text of README.md, with the metadata that the hub reads."""

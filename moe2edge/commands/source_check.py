@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from moe2edge.commands.texts import SELF
 from moe2edge.errors import InputError, Unsupported
 from moe2edge.model.model import EMBEDDING
+from moe2edge.pipeline.recipe import Recipe
 from moe2edge.pipeline.target import Target
 from moe2edge.progress import Reporter
 from moe2edge.storage.checkpoint import Checkpoint
@@ -16,7 +18,7 @@ from moe2edge.storage.checkpoint import Checkpoint
 if TYPE_CHECKING:
     from moe2edge.calibration.tokens import Tokens
 
-
+Loaded = TypeVar("Loaded")
 # Option that leaves the check out.
 LEFT_OUT = "--no-source-check"
 # Largest number of float16.
@@ -116,6 +118,19 @@ def _check_float16(
                 f"{target.name} would run; convert the source to bfloat16 (dtype=torch.bfloat16 in "
                 "from_pretrained, then save_pretrained), and export that"
             )
+
+
+def prove_and_load(
+    recipe: Recipe, prove: Callable[[], SourceProof], load: Callable[[], Loaded]
+) -> tuple[SourceProof, Loaded]:
+    """Prove the source and load the texts, in the order in which faults are found early.
+
+    The model runs first where it writes the text; any other text is looked at before that.
+    """
+    if recipe.calibration.text == SELF:
+        return prove(), load()
+    loaded = load()
+    return prove(), loaded
 
 
 def report_notes(checkpoint: Checkpoint, reporter: Reporter) -> None:

@@ -108,14 +108,16 @@ def load_texts(checkpoint: Checkpoint, recipe: Recipe, reporter: Reporter) -> Te
         DoesNotFit: the model should write one and cannot be run.
     """
     # First all that is quick to find out: calibration may take long, where the model writes it.
-    _check_sections(recipe)
+    check_texts(recipe)
     evaluation = load_evaluation(checkpoint, recipe, reporter)
     training = load_training(checkpoint, recipe, reporter)
     return Texts(load_calibration(checkpoint, recipe, reporter), evaluation, training)
 
 
-def _check_sections(recipe: Recipe) -> None:
+def check_texts(recipe: Recipe) -> None:
     """Check that the files of all texts exist and are texts, reading their beginnings alone.
+
+    A default that depends on the source, and is not chosen yet, is left out.
 
     Raises:
         InputError: so.
@@ -125,7 +127,7 @@ def _check_sections(recipe: Recipe) -> None:
     for purpose, source in sections.items():
         if (purpose, source.text) in (("calibration", SELF), ("evaluation", NO_TEXT)):
             refuse_row_options(source, purpose)
-        else:
+        elif source.text != DEFAULT_TEXT:
             check_text_files(source, purpose)
 
 

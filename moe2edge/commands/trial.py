@@ -12,12 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe2edge.errors import DoesNotFit, Moe2EdgeError, Unsupported
+from moe2edge.errors import DiskFailed, DoesNotFit, Moe2EdgeError, Unsupported, join_lines
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Block, Model
 from moe2edge.model.weights import DTYPES, Weight
 from moe2edge.pipeline.target import Target
 from moe2edge.runtime.memory import give_back
+from moe2edge.storage.written_files import blame_disk
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,22 +51,23 @@ def _try_target(target: Target, small: Model) -> None:
     """Write, reopen and run a model in one target.
 
     Raises:
+        DiskFailed: the disk gives back something else than was written.
         Unsupported: the runtime refuses it.
     """
-    with tempfile.TemporaryDirectory(prefix="moe2edge-") as folder:
+    with tempfile.TemporaryDirectory(prefix="moe2edge-") as name:
+        folder = Path(name)
         try:
-            target.write(small, Path(folder))
-            runtime = target.reopen(Path(folder))
-            runtime.start(PROMPT)
-            runtime.step(PROMPT[0])
-        except (MemoryError, OSError, DoesNotFit):
+            with blame_disk(folder, target.write(small, folder)):
+                runtime = target.reopen(folder)
+                runtime.start(PROMPT)
+                runtime.step(PROMPT[0])
+        except (MemoryError, OSError, DiskFailed, DoesNotFit):
             raise
         except Exception as error:
-            reason = " ".join(str(error).split())[:300]
             what = "" if isinstance(error, Moe2EdgeError) else f"{type(error).__name__}: "
             raise Unsupported(
                 f"the runtime of target {target.name} refuses blocks of this model, tried with "
-                f"zeros before any work: {what}{reason}; choose another target or recipe"
+                f"zeros before any work: {what}{join_lines(error)}; choose another target or recipe"
             ) from error
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe2edge.errors import Unsupported
 from moe2edge.evaluation.comparison import Comparison, ResultRow
+from moe2edge.evaluation.folder_record import REFERENCE
 from moe2edge.model import edits
 from moe2edge.model.model import Model
 from moe2edge.pipeline.target import Target
@@ -16,11 +17,27 @@ from moe2edge.progress import Reporter
 from moe2edge.runtime.memory import give_back
 from moe2edge.storage.companions import Companions
 from moe2edge.storage.manifest import list_files
+from moe2edge.storage.written_files import blame_disk
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from moe2edge.evaluation.reference import Reference
+
+
+@dataclass(frozen=True)
+class WrittenTarget:
+    """Folder of one target, complete but for what describes it.
+
+    Attributes:
+        row: the row of the table.
+        reference: the reference of the output, without a record of the folder.
+        digests: digests of what was to be written, by the names of files.
+    """
+
+    row: ResultRow
+    reference: Reference
+    digests: Mapping[str, str]
 
 
 def write_target(
@@ -30,23 +47,36 @@ def write_target(
     companions: Companions,
     measured: Comparison,
     reporter: Reporter,
-) -> tuple[ResultRow, Reference]:
+) -> WrittenTarget:
     """Write one target, reopen it in its runtime, and compare it with the model in memory.
 
-    Returns:
-        The row of the table, and the reference of the output, without a record of the folder.
+    Raises:
+        DiskFailed: the disk gives back something else than was written.
+        VerificationFailed: the output differs from the model in memory.
     """
+    digests = companions.write(folder) | target.write(model, folder)
+    reference = measured.reference.for_stored(model, target.stored(model))
+    digests |= {REFERENCE: reference.save(folder)}
+    with blame_disk(folder, digests):
+        row = _check_target(target, model, folder, reference, measured, reporter)
+    return WrittenTarget(row, reference, digests)
+
+
+def _check_target(
+    target: Target,
+    model: Model,
+    folder: Path,
+    reference: Reference,
+    measured: Comparison,
+    reporter: Reporter,
+) -> ResultRow:
+    """Compare a folder with the model in memory; return its row of the table."""
     from moe2edge.evaluation import verify
     from moe2edge.evaluation.skip_times import measure_times
 
     name = target.name
-    companions.write(folder)
-    target.write(model, folder)
-    stored = target.stored(model)
-    reference = measured.reference.for_stored(model, stored)
-    reference.save(folder)
     reporter.log(f"checking the tensors of {name}")
-    verify.audit(target, folder, stored)
+    verify.audit(target, folder, target.stored(model))
     target.check_derived(folder)
     give_back()
     size = sum(path.stat().st_size for path in list_files(folder).values())
@@ -59,7 +89,7 @@ def write_target(
             f"{target.estimate(model).memory / 1e9:.1f} GB of memory; its tensors were read back "
             "and checked block by block"
         )
-        return replace(row, form=f"{name}, not run", parity=parity), reference
+        return replace(row, form=f"{name}, not run", parity=parity)
     if parity.shipped is not None and parity.shipped > verify.SHIPPED_USUAL:
         reporter.log(
             f"warning: logits of {name}, as shipped, differ from PyTorch by {parity.shipped:.1%} "
@@ -79,7 +109,7 @@ def write_target(
         reporter.log(f"timing {name} with and without skipping")
         text = measured.ids[0].tolist()
         times = measure_times(shipped, target.without_skipping(model, folder), text)
-    return replace(row, quality=quality, parity=parity, skip_times=times), reference
+    return replace(row, quality=quality, parity=parity, skip_times=times)
 
 
 def fit_for_targets(model: Model, targets: Sequence[Target], *, materialize: bool) -> Model:

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe2edge.errors import InputError, VerificationFailed
+from moe2edge.errors import InputError, VerificationFailed, get_first_line
 from moe2edge.storage.manifest import CARD, FILES, MANIFEST, Artifact
-from moe2edge.storage.text_files import get_first_line
 from moe2edge.storage.tokenizer import load_tokenizer
 
 # Not named *.safetensors, because loaders of checkpoints read every such file of a folder.

@@ -7,17 +7,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe2edge.calibration import walk
+from moe2edge.calibration.mixes import list_text_files
 from moe2edge.calibration.sources import AS_FLAGS, TextSource
 from moe2edge.calibration.tokens import load_tokens
 from moe2edge.evaluation import verify
 from moe2edge.model.config_parser import parse_config
 from moe2edge.model.family import find_family
 from moe2edge.model.hf_config import OUTPUT_KEYS
-from moe2edge.model.model import Model
 from moe2edge.numerics import metrics
 from moe2edge.pipeline import registry
 from moe2edge.progress import Reporter
-from moe2edge.storage.manifest import check_sizes, open_artifact
+from moe2edge.storage.checkpoint import Checkpoint
+from moe2edge.storage.input_files import InputFiles
+from moe2edge.storage.manifest import (
+    MANIFEST,
+    Artifact,
+    check_sizes,
+    is_read_by_runtimes,
+    open_artifact,
+)
 from moe2edge.storage.text_files import read_json
 from moe2edge.storage.tokenizer import load_tokenizer
 
@@ -26,23 +34,24 @@ if TYPE_CHECKING:
 
 
 def evaluate_output(
-    folder: Path, source: TextSource, reference: Model | None, reporter: Reporter
+    folder: Path, source: TextSource, reference: Checkpoint | None, reporter: Reporter
 ) -> metrics.Quality:
     """Measure perplexity, and with a reference model also KL and top-1 agreement.
 
     Args:
         folder: an output of moe2edge.
         source: the text and how it is cut into samples.
-        reference: the source model; None measures perplexity only.
+        reference: the source; None measures perplexity only.
         reporter: receives progress.
 
     Raises:
         InputError: the folder is no output, the text is too short or cannot be read, or the
-            reference has another vocabulary.
+            reference has another vocabulary; or a file that was read has changed under way.
         VerificationFailed: a file has another size than the manifest says.
     """
     artifact = open_artifact(folder)
     check_sizes(artifact)
+    files = _look_at_inputs(artifact, source, reference)
     config = read_json(folder / "config.json")
     family = find_family(config)
     own = {key: value for key, value in config.items() if key not in OUTPUT_KEYS}
@@ -55,10 +64,9 @@ def evaluate_output(
     advance = reporter.advance
     expected = None
     if reference is not None:
-        verify.check_vocabulary(reference, geometry.vocab)
-        expected = walk.compute_logits(
-            reference, walk.observe(reference, ids, (), advance, "source")
-        )
+        model = reference.model
+        verify.check_vocabulary(model, geometry.vocab)
+        expected = walk.compute_logits(model, walk.observe(model, ids, (), advance, "source"))
     runtime = registry.make_target(artifact.target, artifact.options).reopen(folder)
 
     def logits() -> Iterator[Tensor]:
@@ -67,4 +75,21 @@ def evaluate_output(
             yield runtime.logits(row[None])[0]
         advance(artifact.target, len(ids), len(ids))
 
-    return metrics.measure(ids, logits(), expected)
+    quality = metrics.measure(ids, logits(), expected)
+    files.check()
+    return quality
+
+
+def _look_at_inputs(
+    artifact: Artifact, source: TextSource, reference: Checkpoint | None
+) -> InputFiles:
+    """Look at the files of the output, the text and the reference."""
+    known = {
+        artifact.folder / name: entry["sha256"]
+        for name, entry in artifact.files.items()
+        if is_read_by_runtimes(name)
+    }
+    files = {*known, artifact.folder / MANIFEST, *list_text_files(source, "evaluation")}
+    if reference is not None:
+        files |= {reference.folder / "config.json", *reference.files.values()}
+    return InputFiles(sorted(files), known=known)

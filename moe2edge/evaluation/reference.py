@@ -25,6 +25,8 @@ from moe2edge.evaluation.folder_record import REFERENCE, FolderRecord
 from moe2edge.evaluation.tensor_digests import compute_digest, load_numbers
 from moe2edge.model.model import Model
 from moe2edge.numerics import metrics
+from moe2edge.storage.text_files import make_read_error
+from moe2edge.storage.written_files import write_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,8 +60,8 @@ class Reference:
     far: FarEnd | None = None
     record: FolderRecord | None = None
 
-    def save(self, folder: Path) -> None:
-        """Write the reference into an output folder.
+    def save(self, folder: Path) -> str:
+        """Write the reference into an output folder; return the SHA-256 of the file.
 
         The file has no time stamps, so equal references are equal files.
         """
@@ -77,7 +79,7 @@ class Reference:
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         notes["sha256"] = _seal(notes, tensors)
         metadata = {"reference": json.dumps(notes, sort_keys=True)}
-        (folder / REFERENCE).write_bytes(save(tensors, metadata))
+        return write_bytes(folder / REFERENCE, save(tensors, metadata))
 
     def for_stored(self, model: Model, stored: Model) -> Reference:
         """Return the reference of an output that stores ``model`` as the tensors of ``stored``.
@@ -115,7 +117,8 @@ class Reference:
                 f"{folder} has no {REFERENCE}; it cannot be verified: export it again"
             )
         try:
-            with safe_open(path, framework="pt") as file:
+            # Opened twice: see `moe2edge.storage.safetensors_files.open_file`.
+            with path.open("rb"), safe_open(path, framework="pt") as file:
                 notes = json.loads(file.metadata()["reference"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             # References of earlier versions have neither a digest nor a record.
@@ -134,7 +137,9 @@ class Reference:
             record = FolderRecord.from_json(notes["record"]) if "record" in notes else None
             digests, kl = notes["digests"], notes["source_kl"]
             return cls(ids, notes["prefill"], logits, digests, kl, far, record)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        except OSError as error:
+            raise VerificationFailed(str(make_read_error(path, error))) from error
+        except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             raise VerificationFailed(
                 f"{path.name} cannot be read: {error}; export {folder} again"
             ) from error

@@ -18,7 +18,13 @@ import torch
 from torch import nn
 
 from moe2edge.calibration import walk
-from moe2edge.errors import InputError, Moe2EdgeError, Unsupported, VerificationFailed
+from moe2edge.errors import (
+    InputError,
+    Moe2EdgeError,
+    Unsupported,
+    VerificationFailed,
+    join_lines,
+)
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Block, Model
 from moe2edge.progress import Advance
@@ -241,10 +247,9 @@ def _run_in_stock(
     except Moe2EdgeError:
         raise
     except Exception as error:  # whatever a library may raise on a folder that it does not support
-        reason = " ".join(str(error).split())[:300]
         raise StockFailed(
             f"transformers {transformers.__version__} cannot run it ({type(error).__name__}: "
-            f"{reason})"
+            f"{join_lines(error)})"
         ) from error
     finally:
         give_back()

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from typing import Any, get_args
 
-from moe2edge.errors import InputError, Unsupported
+from moe2edge.errors import InputError, Unsupported, join_lines
 from moe2edge.model.config_keys import (
     ATTENTION_SCALES,
     FIXED,
@@ -127,8 +127,7 @@ def _build_transformers_config(family: Family, given: Config) -> Any:
 
 
 def _explain(error: Exception) -> InputError:
-    reason = " ".join(str(error).split())
-    return InputError(f"config.json: transformers refuses it: {reason[:300]}")
+    return InputError(f"config.json: transformers refuses it: {join_lines(error)}")
 
 
 def _describe_type(kind: Any) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from moe2edge.errors import InputError, Unsupported
+from moe2edge.errors import InputError, Unsupported, join_lines
 from moe2edge.model import model as model_
 from moe2edge.model.config_keys import RUN_KEPT
 from moe2edge.model.experts import (
@@ -326,5 +326,4 @@ def build_transformers_config(model: Model, **changes: Any) -> Any:
     try:
         return AutoConfig.for_model(model.family.model_type, **settings)
     except (StrictDataclassError, AttributeError, KeyError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"config.json: transformers refuses it: {reason[:300]}") from error
+        raise InputError(f"config.json: transformers refuses it: {join_lines(error)}") from error

@@ -8,18 +8,17 @@ made from models before and after, whatever passes lay between them.
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from moe2edge.errors import InputError
+from moe2edge.errors import InputError, join_lines
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Block, Form, Model, get_form
-from moe2edge.storage.output_checks import OutputForm, check_output
-from moe2edge.storage.text_files import LARGEST_JSON, read_bytes, read_json
+from moe2edge.storage.output_checks import OutputForm
+from moe2edge.storage.text_files import LARGEST_JSON, find_read_remedy, read_bytes, read_json
 
 DECISIONS_KIND: Final = "moe2edge.decisions"
 DECISIONS_VERSION: Final = 1
@@ -272,10 +271,11 @@ def read_decisions(path: Path, sha256: str | None = None) -> tuple[Decisions, st
     try:
         content = read_bytes(path.expanduser(), LARGEST_JSON)
     except (InputError, RuntimeError) as error:  # the latter: there is no such user's home
-        reason = getattr(error.__cause__, "strerror", None) or error.__cause__ or error
+        cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+        reason = getattr(cause, "strerror", None) or join_lines(cause, 200)
         raise InputError(
-            f"decisions {str(path)[:100]} cannot be read ({str(reason)[:200]}); write them with "
-            "moe2edge decide"
+            f"decisions {str(path)[:100]} cannot be read ({reason}); "
+            f"{find_read_remedy(cause, 'write them with moe2edge decide')}"
         ) from error
     digest = hashlib.sha256(content).hexdigest()
     if sha256 is not None and digest != sha256:
@@ -316,12 +316,3 @@ def _list_damage(path: Path) -> list[str]:
 
 
 DECISIONS = OutputForm(False, _is_ours, "holds no decisions", lambda _: [], _list_damage)
-
-
-def check_decisions_output(path: Path, *, force: bool) -> None:
-    """Refuse a file name that is taken.
-
-    Raises:
-        InputError: something else is there, or decisions and not ``force``.
-    """
-    check_output(Path(os.path.abspath(path)), force=force, form=DECISIONS)

@@ -96,10 +96,14 @@ class Target:
         """Estimate what the output takes: weight files, and memory once reopened, as shipped."""
         return Estimate(model.nbytes, model.nbytes)
 
-    def write(self, model: Model, folder: Path) -> None:
+    def write(self, model: Model, folder: Path) -> dict[str, str]:
         """Write weights and config into a folder, tensor by tensor.
 
         The folder holds nothing but the source's companions (tokenizer, generation config).
+
+        Returns:
+            By the name of each file, the SHA-256 of the bytes that were to be written, as the
+            functions in `storage` return it. A file that is left out is not held against it.
         """
         raise NotImplementedError
 

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe2edge.errors import InputError, Unsupported, VerificationFailed
+from moe2edge.errors import InputError, Unsupported, VerificationFailed, join_lines
 from moe2edge.model import hf_config
 from moe2edge.model import model as model_
 from moe2edge.model.hf_config import build_transformers_config
@@ -22,13 +22,17 @@ from moe2edge.model.model import Block, Model
 from moe2edge.model.weights import DTYPES
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.storage.generation_config import GENERATION_CONFIG, read_generation_config
-from moe2edge.storage.manifest import is_artifact, open_artifact
+from moe2edge.storage.manifest import check_sizes, is_artifact, open_artifact
 from moe2edge.storage.output import open_stored_model
+from moe2edge.storage.safetensors_files import INDEX_FILE
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
     from transformers import PreTrainedModel
+
+# Files that `load` reads; others may be missing in a snapshot of the hub.
+READ_FILES = ("config.json", GENERATION_CONFIG, "*.safetensors", INDEX_FILE)
 
 
 def load(
@@ -52,19 +56,16 @@ def load(
         InputError: there is no such folder, or one of its files is damaged.
         Unsupported: the quantization is not one of moe2edge, the family is not known, or
             ``packed`` is True and no matrix can run packed.
-        VerificationFailed: a tensor is missing, unexpected, of another shape, or not what its
-            format allows.
+        VerificationFailed: a file has another size than the manifest says; or a tensor is missing,
+            unexpected, of another shape, or not what its format allows.
     """
     import torch
     from transformers import GenerationConfig
 
-    place = Path(folder)
-    if is_artifact(place) and not any(place.glob("*.safetensors")):
-        raise InputError(
-            f"{folder} is an output of target {open_artifact(place).target}, which has no "
-            "safetensors; run it with moe2edge generate"
-        )
+    _check_output(Path(folder))
     checkpoint = open_checkpoint(str(folder))
+    if checkpoint.folder != Path(folder):  # a snapshot of the hub
+        _check_output(checkpoint.folder)
     model = open_stored_model(checkpoint)
     stored = DTYPES[model.rest["model.embed_tokens.weight"].dtype]
     loaded = build_transformers_model(model, dtype or getattr(torch, stored), packed=packed)
@@ -73,6 +74,24 @@ def load(
     if (checkpoint.folder / GENERATION_CONFIG).exists():
         loaded.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
     return loaded
+
+
+def _check_output(folder: Path) -> None:
+    """Compare the sizes of the files that are read with the manifest, if the folder has one.
+
+    Raises:
+        InputError: its target writes no safetensors.
+        VerificationFailed: a file is missing or has another size.
+    """
+    if not is_artifact(folder):
+        return
+    artifact = open_artifact(folder)
+    if not any(name.endswith(".safetensors") for name in artifact.files):
+        raise InputError(
+            f"{folder} is an output of target {artifact.target}, which has no safetensors; run it "
+            "with moe2edge generate"
+        )
+    check_sizes(artifact, READ_FILES)
 
 
 # ---- a model as a stock class of transformers --------------------------------------------------
@@ -178,9 +197,8 @@ def _fill(module: Any, state: dict[str, Tensor], what: str, *, strict: bool) -> 
     try:
         result = module.load_state_dict(state, strict=strict, assign=True)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())
         raise VerificationFailed(
-            f"{what} does not fit the class of transformers: {reason}"
+            f"{what} does not fit the class of transformers: {join_lines(error, 1000)}"
         ) from error
     if result.unexpected_keys:
         raise VerificationFailed(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe2edge.errors import InputError, Moe2EdgeError, VerificationFailed
+from moe2edge.errors import InputError, Moe2EdgeError, VerificationFailed, join_lines
 from moe2edge.model.hf_config import is_pad_token
 from moe2edge.runtime.protocol import check_id_range
 from moe2edge.storage.text_files import read_json
@@ -191,7 +191,7 @@ def open_source(folder: Path, *, dtype: str = "bfloat16", strict: bool = False) 
         )
     except (OSError, ValueError, RuntimeError) as error:
         error_type = VerificationFailed if strict else InputError
-        reason = " ".join(str(error).split())
+        reason = join_lines(error, 1000)
         raise error_type(f"transformers cannot load {folder}: {reason}") from error
     wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
     if strict and wrong:

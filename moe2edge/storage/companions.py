@@ -6,6 +6,7 @@ a note where outputs can do without.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from moe2edge.errors import InputError
+from moe2edge.errors import InputError, get_first_line
 from moe2edge.storage import tokenizer as tokenizers
 from moe2edge.storage.checkpoint import Checkpoint
 from moe2edge.storage.generation_config import (
@@ -25,7 +26,8 @@ from moe2edge.storage.generation_config import (
 )
 from moe2edge.storage.hub import COMPANIONS, LICENSES, TEMPLATES
 from moe2edge.storage.manifest import CARD
-from moe2edge.storage.text_files import get_first_line, read_bytes, read_json, read_yaml
+from moe2edge.storage.text_files import find_read_remedy, read_bytes, read_json, read_yaml
+from moe2edge.storage.written_files import write_bytes
 
 CHAT_TEMPLATE = "chat_template.jinja"
 # Processors read it; tokenizers do not.
@@ -73,12 +75,13 @@ class Companions:
     license: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
-    def write(self, folder: Path) -> None:
-        """Write all files into an output folder.
+    def write(self, folder: Path) -> dict[str, str]:
+        """Write all files into an output folder; return the SHA-256 of each, by name.
 
         Raises:
             InputError: a file of the source is gone, or is another than was judged.
         """
+        written = {}
         for file in self.files:
             target = folder / file.name
             target.parent.mkdir(exist_ok=True)
@@ -89,7 +92,8 @@ class Companions:
                     raise InputError(
                         f"{file.path} changed while the export ran; run the same command again"
                     )
-            target.write_bytes(content)
+            written[file.name] = write_bytes(target, content)
+        return written
 
     @property
     def sha256(self) -> str:
@@ -185,8 +189,10 @@ def find_fault(folder: Path, path: Path, *, folder_wanted: bool = False) -> str:
     """
     try:
         inside, real = folder.resolve(), path.resolve(strict=True)
-    except (OSError, RuntimeError):
-        return "is a link that leads nowhere; download it again"
+    except (OSError, RuntimeError) as error:
+        if not isinstance(error, OSError) or error.errno in (errno.ENOENT, errno.ENOTDIR):
+            return "is a link that leads nowhere; download it again"
+        return f"cannot be read: {error.strerror or error}; {find_read_remedy(error)}"
     blobs = inside.parents[1] / "blobs" if inside.parent.name == "snapshots" else inside
     if not (real.is_relative_to(inside) or real.is_relative_to(blobs)):
         return "is a link that leads out of the folder; put the file itself in its place"
@@ -354,7 +360,7 @@ def _find_template_fault(template: str) -> str:
         filters = {node.name for node in parsed.find_all(nodes.Filter)} - set(environment.filters)
         tests = {node.name for node in parsed.find_all(nodes.Test)} - set(environment.tests)
     except (TemplateError, RecursionError, MemoryError, ValueError) as error:
-        return " ".join(get_first_line(error).split())[:200] or type(error).__name__
+        return get_first_line(error, 200) or type(error).__name__
     if unknown := filters | tests:
         return f"there is no filter or test {min(unknown)[:40]!r}"
     return ""

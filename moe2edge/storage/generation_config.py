@@ -8,27 +8,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moe2edge.errors import InputError
-from moe2edge.storage.text_files import get_first_line, read_json
+from moe2edge.errors import InputError, get_first_line
+from moe2edge.storage.text_files import read_json
 
 GENERATION_CONFIG = "generation_config.json"
 # Keys of single tokens, in both configs. That a number is negative, as -1 for none, is common.
 TOKEN_KEYS = ("bos_token_id", "pad_token_id", "decoder_start_token_id")
 # Keys whose values transformers takes as they are, and fails on when it generates.
-WHOLE = frozenset(
+WHOLE_KEYS = frozenset(
     {
         "max_length", "max_new_tokens", "min_length", "min_new_tokens", "no_repeat_ngram_size",
         "num_beams", "num_return_sequences", "top_k",
     }
 )  # fmt: skip
-NUMBERS = frozenset(
+NUMBER_KEYS = frozenset(
     {
         "encoder_repetition_penalty", "epsilon_cutoff", "eta_cutoff", "guidance_scale",
         "length_penalty", "max_time", "min_p", "repetition_penalty", "temperature", "top_p",
         "typical_p",
     }
 )  # fmt: skip
-FLAGS = frozenset({"do_sample", "renormalize_logits", "use_cache"})
+FLAG_KEYS = frozenset({"do_sample", "renormalize_logits", "use_cache"})
 # Keys among which the one at fault is looked for; transformers knows about eighty.
 MOST_KEYS = 200
 
@@ -67,12 +67,12 @@ def read_generation_config(folder: Path) -> Mapping[str, Any]:
 
 def _find_expected(key: str, value: object) -> str:
     """Return what a value should be; empty if it may be what it is."""
-    if key in FLAGS and not isinstance(value, bool | int):
+    if key in FLAG_KEYS and not isinstance(value, bool | int):
         return "true or false"
-    if key in WHOLE and type(value) is not int:
+    if key in WHOLE_KEYS and type(value) is not int:
         return "a whole number"
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if key in NUMBERS and not (number and math.isfinite(value)):  # type: ignore[arg-type]
+    if key in NUMBER_KEYS and not (number and math.isfinite(value)):  # type: ignore[arg-type]
         return "a number"
     return ""
 
@@ -118,7 +118,7 @@ def _find_refusal(settings: Mapping[str, Any]) -> str:
             hash(GenerationConfig.from_dict(dict(settings)))  # a digest of what it would save
     # Values of the wrong kind raise whatever the first use of them raises.
     except Exception as error:
-        return get_first_line(error)[:200] or type(error).__name__
+        return get_first_line(error, 200) or type(error).__name__
     return ""
 
 

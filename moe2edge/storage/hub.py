@@ -6,9 +6,9 @@ from collections.abc import Collection
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from moe2edge.errors import InputError
+from moe2edge.errors import InputError, get_first_line
 from moe2edge.storage.manifest import CARD
-from moe2edge.storage.text_files import get_first_line, read_json
+from moe2edge.storage.text_files import read_json
 
 # Files of a checkpoint other than its weights, copied into every output.
 LICENSES = ("LICENSE", "LICENSE.txt", "LICENSE.md")

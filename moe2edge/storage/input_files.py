@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from moe2edge.errors import InputError
@@ -19,7 +19,11 @@ class InputFiles:
     """
 
     def __init__(
-        self, files: Iterable[Path], weights: Iterable[Path], hash_weights: Callable[[], str]
+        self,
+        files: Iterable[Path],
+        weights: Iterable[Path] = (),
+        hash_weights: Callable[[], str] = str,
+        known: Mapping[Path, str] | None = None,
     ) -> None:
         """Look at the files; nothing is read.
 
@@ -27,10 +31,11 @@ class InputFiles:
             files: small files, each with a digest of its own.
             weights: files that have one digest in common.
             hash_weights: computes that digest from what is there now.
+            known: digests of ``files`` that are known without reading them.
         """
         self._weights, self._hash_weights = frozenset(weights), hash_weights
         self._states = {path: _look_at(path) for path in (*files, *self._weights)}
-        self._digests: dict[Path, str] = {}
+        self._digests = dict(known or {})
 
     def settle(self, weights_sha256: str) -> None:
         """Note the digests, after the first reading.

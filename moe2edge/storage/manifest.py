@@ -5,7 +5,7 @@ The manifest marks a folder as written by moe2edge.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -13,6 +13,7 @@ from typing import Any
 
 from moe2edge.errors import InputError, VerificationFailed
 from moe2edge.storage.text_files import hash_file, read_json, write_json
+from moe2edge.storage.written_files import hash_written
 
 MANIFEST = "manifest.json"
 MANIFEST_VERSION = 1
@@ -122,7 +123,9 @@ def write_manifest(folder: Path, target: str, **sections: object) -> None:
     write_json(folder / MANIFEST, build_manifest(folder, target, **sections))
 
 
-def build_manifest(folder: Path, target: str, **sections: object) -> dict[str, Any]:
+def build_manifest(
+    folder: Path, target: str, written: Mapping[str, str] | None = None, /, **sections: object
+) -> dict[str, Any]:
     """Hash every file of ``folder`` and build the content of ``manifest.json``.
 
     Names are sorted, and there are no time stamps.
@@ -130,22 +133,25 @@ def build_manifest(folder: Path, target: str, **sections: object) -> dict[str, A
     Args:
         folder: a finished output folder; an old manifest in it does not count.
         target: name of the target that wrote it.
+        written: digests of what was to be written, by the names of files, as far as known.
         sections: further top-level keys (``model``, ``source``, ``versions``), JSON values.
 
     Raises:
+        DiskFailed: the disk gives back something else than was written.
         ValueError: a section has the name of a key that the manifest always has.
     """
     if reserved := _RESERVED_KEYS & set(sections):
         raise ValueError(f"a section cannot be called {min(reserved)}: every manifest has that key")
-    paths = list_files(folder)
-    files = {name: describe_file(path) for name, path in paths.items() if name != MANIFEST}
+    written = written or {}
+    names = sorted((list_files(folder).keys() | written.keys()) - {MANIFEST})
+    files = {name: describe_file(folder / name, written.get(name)) for name in names}
     manifest = {"schema_version": MANIFEST_VERSION, "tool": TOOL, "target": target}
     return {**manifest, **sections, FILES: files}
 
 
-def describe_file(path: Path) -> dict[str, Any]:
-    """Return the entry of a file in the list of files."""
-    return {"sha256": hash_file(path), "bytes": path.stat().st_size}
+def describe_file(path: Path, sha256: str | None = None) -> dict[str, Any]:
+    """Return the entry of a file in the list of files; see `hash_written`."""
+    return {"sha256": hash_written(path, sha256), "bytes": path.stat().st_size}
 
 
 def check_manifest_files(artifact: Artifact) -> list[str]:
@@ -195,14 +201,19 @@ def list_harmless_changes(artifact: Artifact) -> list[str]:
     return notes + [f"{name} is not part of the output" for name in sorted(unlisted)]
 
 
-def check_sizes(artifact: Artifact) -> None:
+def check_sizes(artifact: Artifact, only: Collection[str] = ("*",)) -> None:
     """Compare the sizes of the files that programs read with the manifest; nothing is read.
+
+    Args:
+        artifact: the folder.
+        only: patterns of the files to look at.
 
     Raises:
         VerificationFailed: a file is missing or has another size.
     """
     for name, entry in sorted(artifact.files.items()):
-        if not is_read_by_runtimes(name):
+        wanted = any(fnmatchcase(name, pattern) for pattern in only)
+        if not (wanted and is_read_by_runtimes(name)):
             continue
         path = artifact.folder / name
         difference = f"{name} is missing"

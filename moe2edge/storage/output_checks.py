@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moe2edge.errors import DoesNotFit, InputError
-from moe2edge.storage.durable import check_name
+from moe2edge.storage.durable import check_name, check_writable
+from moe2edge.storage.locking import name_lock
 from moe2edge.storage.manifest import (
     MANIFEST,
     check_manifest_files,
@@ -118,6 +119,20 @@ def check_place(out: Path) -> None:
         )
 
 
+def check_output_early(out: Path, *, force: bool, form: OutputForm = EXPORT) -> None:
+    """Refuse an output before its source is downloaded; only a claim of it is final.
+
+    Raises:
+        InputError: nothing can be written there, or the name is taken.
+        DoesNotFit: the disk is full.
+    """
+    check_place(out)
+    check_writable(name_lock(out))
+    # Where a run was killed at its end, a claim finishes what it left, and looks then.
+    if os.path.lexists(out) and not os.path.lexists(PartialFolder(out).path):
+        _check_taken(out, force=force, form=form)
+
+
 def check_output(out: Path, *, force: bool, form: OutputForm = EXPORT) -> None:
     """Refuse an output name that is taken, or that cannot be.
 
@@ -126,14 +141,22 @@ def check_output(out: Path, *, force: bool, form: OutputForm = EXPORT) -> None:
             ``force``; or a file in it would be lost.
     """
     check_place(out)
-    if not os.path.lexists(out):
-        return
-    if not force:
-        _check_ours(out, out, form)
-        raise InputError(f"{out} exists; choose another name, or replace it with --force")
-    if os.path.ismount(out):
+    if os.path.lexists(out):
+        _check_taken(out, force=force, form=form)
+        check_replaceable(out, out, form)
+
+
+def _check_taken(out: Path, *, force: bool, form: OutputForm) -> None:
+    """Refuse a name that is taken by anything that ``force`` does not replace, files in it aside.
+
+    Raises:
+        InputError: so.
+    """
+    if force and os.path.ismount(out):
         raise InputError(f"{out} is a mount point and cannot be replaced; choose a name inside")
-    check_replaceable(out, out, form)
+    _check_ours(out, out, form)
+    if not force:
+        raise InputError(f"{out} exists; choose another name, or replace it with --force")
 
 
 def check_replaceable(path: Path, out: Path, form: OutputForm) -> None:

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from moe2edge.errors import InputError, Unsupported, VerificationFailed
+from moe2edge.errors import InputError, Unsupported, VerificationFailed, get_first_line
 from moe2edge.model.weights import DTYPE_BYTES, DTYPES, Weight
-from moe2edge.storage.text_files import get_first_line, read_json, sync_folder, write_json
+from moe2edge.storage.text_files import make_read_error, read_json, sync_folder, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,14 +51,16 @@ def open_file(path: Path) -> Mapping[str, TensorEntry]:
     """Read the header of a safetensors file; it is cached.
 
     Raises:
-        InputError: the file is missing or damaged, or is no regular file.
+        InputError: the file is missing or damaged, no regular file, or cannot be read.
     """
     try:
         state = path.stat()
         if not stat.S_ISREG(state.st_mode):  # the library would wait for the other end of a pipe
             raise InputError(f"{path} is not a regular file; put a file in its place")
         return _read_entries(path, state.st_mtime_ns, state.st_size)
-    except (SafetensorError, OSError) as error:
+    except OSError as error:
+        raise make_read_error(path, error) from error
+    except SafetensorError as error:
         raise InputError(
             f"{path.name} is damaged or cut short ({get_first_line(error)}); download it again"
         ) from error
@@ -70,9 +72,8 @@ def _read_entries(path: Path, changed: int, size: int) -> Mapping[str, TensorEnt
 
     The library checks all of it, but does not tell where tensors are.
     """
-    with safe_open(path, framework="np"):
-        pass
-    with path.open("rb") as file:
+    # Opened here first: the library calls a file that must not be read one that does not exist.
+    with path.open("rb") as file, safe_open(path, framework="np"):
         (length,) = struct.unpack("<Q", file.read(8))
         header: dict[str, Any] = json.loads(file.read(length))
     header.pop("__metadata__", None)
@@ -229,8 +230,11 @@ def encode_tensor(tensor: Tensor, planned: PlannedTensor) -> memoryview:
     return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
-def write_checkpoint(folder: Path, tensors: Iterable[PlannedTensor]) -> None:
-    """Write tensors as ``model.safetensors``, or as shards with an index beyond 4 GiB."""
+def write_checkpoint(folder: Path, tensors: Iterable[PlannedTensor]) -> dict[str, str]:
+    """Write tensors as ``model.safetensors``, or as shards with an index beyond 4 GiB.
+
+    Return the SHA-256 of each file, by name.
+    """
     shards: list[list[PlannedTensor]] = [[]]
     size = 0
     for t in tensors:
@@ -240,15 +244,15 @@ def write_checkpoint(folder: Path, tensors: Iterable[PlannedTensor]) -> None:
         shards[-1].append(t)
         size += t.nbytes
     if len(shards) == 1:
-        write_safetensors(folder / "model.safetensors", shards[0])
-        return
-    weight_map = {}
+        return {"model.safetensors": write_safetensors(folder / "model.safetensors", shards[0])}
+    weight_map, written = {}, {}
     for n, shard in enumerate(shards, start=1):
         name = f"model-{n:05}-of-{len(shards):05}.safetensors"
-        write_safetensors(folder / name, shard)
+        written[name] = write_safetensors(folder / name, shard)
         weight_map.update({t.name: name for t in shard})
     total = sum(t.nbytes for shard in shards for t in shard)
-    write_json(folder / INDEX_FILE, _make_index(weight_map, total))
+    written[INDEX_FILE] = write_json(folder / INDEX_FILE, _make_index(weight_map, total))
+    return written
 
 
 def write_durably(path: Path, tensors: list[PlannedTensor]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -12,10 +13,22 @@ from typing import Any
 
 import yaml
 
-from moe2edge.errors import InputError
+from moe2edge.errors import InputError, Unreadable, get_first_line, join_lines
 
 # Several times the largest tokenizers and indices; a larger file is something else.
 LARGEST_JSON = 128 << 20
+# What to do about a file that is there and cannot be read; its content may be right.
+_RIGHTS = "get the right to read it, and run the same command again"
+_OPEN_FILES = "raise the limit on open files (ulimit -n), and run the same command again"
+_READ_REMEDIES = {
+    errno.EACCES: _RIGHTS,
+    errno.EPERM: _RIGHTS,
+    errno.EMFILE: _OPEN_FILES,
+    errno.ENFILE: _OPEN_FILES,
+    errno.ELOOP: "put the file itself in its place",
+}
+_NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
+GET_AGAIN = "put it there, or download it again"
 
 
 class _Loader(yaml.SafeLoader):
@@ -49,13 +62,28 @@ def read_yaml(text: str, what: str) -> Any:
         TypeError,
         ValueError,
     ) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{what} is not valid YAML: {reason[:300]}") from error
+        raise InputError(f"{what} is not valid YAML: {join_lines(error)}") from error
 
 
-def get_first_line(error: Exception) -> str:
-    """Return the first line of an error's text."""
-    return str(error).strip().partition("\n")[0]
+def find_read_remedy(error: Exception, missing: str = GET_AGAIN) -> str:
+    """Say what to do about a file that cannot be read.
+
+    Args:
+        error: what reading it failed with.
+        missing: what to do where it is not there.
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None or number in _NOT_THERE:
+        return missing
+    # It may be there again in a moment: another disk, another host.
+    usual = "check the disk or the connection to it, and run the same command again"
+    return _READ_REMEDIES.get(number, usual)
+
+
+def make_read_error(path: Path, error: OSError) -> InputError:
+    """Make the error for a file that cannot be read, with what to do about it."""
+    kind = InputError if error.errno in _NOT_THERE else Unreadable
+    return kind(f"{path} cannot be read: {error.strerror or error}; {find_read_remedy(error)}")
 
 
 def read_bytes(path: Path, most: int) -> bytes:
@@ -71,9 +99,10 @@ def read_bytes(path: Path, most: int) -> bytes:
                 raise InputError(f"{path} is not a regular file; put a file in its place")
             # Counted as it is read, because some files of the system say that they are empty.
             data = file.read(most + 1)
-    except (OSError, ValueError) as error:  # the latter: a name with a zero byte
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{path} cannot be read: {reason}") from error
+    except OSError as error:
+        raise make_read_error(path, error) from error
+    except ValueError as error:  # a name with a zero byte
+        raise InputError(f"{path} cannot be read: {error}; give another name") from error
     if len(data) > most:
         raise InputError(
             f"{path} has {max(found.st_size, len(data)):,} bytes, expected: at most {most:,}; "
@@ -118,9 +147,11 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_json(path: Path, data: object) -> None:
-    """Write ``data`` as indented JSON."""
-    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", "utf-8")
+def write_json(path: Path, data: object) -> str:
+    """Write ``data`` as indented JSON; return the SHA-256 of what was to be written."""
+    content = (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
+    path.write_bytes(content)
+    return hashlib.sha256(content).hexdigest()
 
 
 def sync_folder(folder: Path) -> None:

@@ -9,9 +9,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from moe2edge.errors import InputError
+from moe2edge.errors import InputError, get_first_line
 from moe2edge.storage.generation_config import parse_stop_ids, read_generation_config
-from moe2edge.storage.text_files import get_first_line, read_bytes, read_json
+from moe2edge.storage.text_files import read_bytes, read_json
 
 TOKENIZER, CONFIG, SENTENCEPIECE = "tokenizer.json", "tokenizer_config.json", "tokenizer.model"
 VOCABULARIES = (TOKENIZER, SENTENCEPIECE, "vocab.json", "vocab.txt")
@@ -115,7 +115,7 @@ def _run_foreign(run: Callable[[], Any]) -> tuple[Any, str]:
     try:
         return run(), ""
     except Exception as error:
-        reason = get_first_line(error)[:300]
+        reason = get_first_line(error)
         # The text of these is a key, or about the code of the library alone.
         if isinstance(error, KeyError | AttributeError | TypeError | IndexError):
             reason = f"{type(error).__name__}: {reason}"
@@ -123,7 +123,7 @@ def _run_foreign(run: Callable[[], Any]) -> tuple[Any, str]:
     except BaseException as error:
         if type(error).__name__ != "PanicException":
             raise
-        return None, get_first_line(Exception(*error.args))[:300] or "panic"
+        return None, get_first_line(Exception(*error.args)) or "panic"
 
 
 def _explain(folder: Path, reason: str) -> str:

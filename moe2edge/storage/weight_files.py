@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moe2edge.errors import InputError, Unsupported
+from moe2edge.errors import InputError, Unreadable, Unsupported
 from moe2edge.storage.safetensors_files import open_file
 from moe2edge.storage.tensor_bytes import have_same_bytes
 from moe2edge.storage.text_files import read_json
@@ -113,6 +113,8 @@ def find_weight_files(folder: Path, config: Mapping[str, Any], missing: str) -> 
         return _note_unread(folder, _read_shards(folder, index))
     try:
         found = WeightFiles(dict.fromkeys(open_file(single), single))
+    except Unreadable:
+        raise
     except InputError as error:
         other = f"; if it is moved away, the shards of {INDEX} are read" if index.exists() else ""
         raise InputError(f"{error}{other}") from error
@@ -120,6 +122,8 @@ def find_weight_files(folder: Path, config: Mapping[str, Any], missing: str) -> 
         return _note_unread(folder, found)
     try:
         shards = _read_shards(folder, index)
+    except Unreadable:  # whether there are two checkpoints is not known
+        raise
     except InputError as error:
         note = f"{SINGLE} is read; {INDEX} beside it is no checkpoint ({error})"
         return replace(found, notes=(note,))
