@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
@@ -30,7 +29,7 @@ def look_at_inputs(checkpoint: Checkpoint, recipe: Recipe) -> InputFiles:
     inside = {checkpoint.folder, *checkpoint.folder.iterdir()}
     files = {path for path in list_reads(checkpoint, recipe) if path not in inside}
     files |= {*list_companions(checkpoint.folder)}
-    files |= {Path(path) for path in checkpoint.folder.glob("*.index.json")}
+    files |= {path for path in checkpoint.folder.glob("*.index.json") if path.is_file()}
     # A new checkpoint, because the old one keeps its digest.
     return InputFiles(sorted(files), weights, lambda: replace(checkpoint).sha256)
 

@@ -18,7 +18,13 @@ import torch
 from torch import nn
 
 from moe2edge.calibration import walk
-from moe2edge.errors import Moe2EdgeError, Unsupported, VerificationFailed, join_lines
+from moe2edge.errors import (
+    InputError,
+    Moe2EdgeError,
+    Unsupported,
+    VerificationFailed,
+    join_lines,
+)
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Block, Model
 from moe2edge.progress import Advance
@@ -116,6 +122,7 @@ def compare_with_stock(
 
     Raises:
         VerificationFailed: something differs; the message names the first block where it does.
+        InputError: both give numbers that are not finite.
         StockFailed: transformers cannot run it, or not in this memory.
     """
     ids = _make_text(model, without)
@@ -453,9 +460,16 @@ class _Findings:
 
         Raises:
             VerificationFailed: they differ.
+            InputError: both hold numbers that are not finite.
         """
         if own.shape != other.shape:
             raise self._make_error(name, f"shape {list(own.shape)}, not {list(other.shape)}")
+        if (~own.isfinite().all(-1) & ~other.isfinite().all(-1)).any():
+            raise InputError(
+                f"{self._where}: {name} gives numbers that are not finite, in transformers as "
+                "well; weights are beyond what float32 can compute with: the checkpoint is "
+                "damaged, get it again"
+            )
         sizes = (scale.abs().amax(-1) + more).clamp_min(torch.finfo(torch.float32).tiny)
         differences = ((own - other).abs().amax(-1) / sizes).flatten()
         wrong = ~(differences <= TOLERANCE)  # NaN is wrong

@@ -17,6 +17,12 @@ if TYPE_CHECKING:
 
     from moe2edge.runtime.protocol import Runtime
 
+# Results that nobody reads here, whatever config.json asks for. Router logits would go into a loss
+# of training, which takes no mask of attention but one of tokens.
+NEUTRAL = dict.fromkeys(
+    ("output_attentions", "output_hidden_states", "output_router_logits"), False
+)
+
 
 class TorchRuntime:
     """Runs a transformers model in evaluation mode, on the device that it is on.
@@ -117,7 +123,7 @@ class TorchRuntime:
         table = self.model.get_input_embeddings().weight
         check_id_range(int(ids.min()), int(ids.max()), len(table))
         with torch.inference_mode():
-            output = self.model(ids.to(self.model.device), **options)
+            output = self.model(ids.to(self.model.device), **{**NEUTRAL, **options})
         logits: Tensor = output.logits
         return logits.float().cpu()
 

@@ -194,8 +194,8 @@ class Checkpoint:
         else:
             more = f", and {len(broken) - 1} more tensors do" if len(broken) > 1 else ""
             raise InputError(
-                f"{min(broken)} holds numbers that are not finite{more}; the checkpoint is "
-                "damaged, get it again"
+                f"{min(broken)} holds numbers that are not finite in float32{more}; the checkpoint "
+                "is damaged, get it again"
             )
         whole = hashlib.sha256()
         for path in sorted(digests):

@@ -112,6 +112,11 @@ def check_place(out: Path) -> None:
         )
     if inside := next((path for path in out.absolute().parents if (path / MARKER).exists()), None):
         raise InputError(f"{out} is inside of {inside}, which an export removes; choose another")
+    if outer := next(filter(is_artifact, out.absolute().parents), None):
+        raise InputError(
+            f"{out} is inside of the output {outer}, which would no longer be what was exported; "
+            "choose another place"
+        )
 
 
 def check_output_early(out: Path, *, force: bool, form: OutputForm = EXPORT) -> None:
