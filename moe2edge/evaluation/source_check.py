@@ -18,13 +18,7 @@ import torch
 from torch import nn
 
 from moe2edge.calibration import walk
-from moe2edge.errors import (
-    InputError,
-    Moe2EdgeError,
-    Unsupported,
-    VerificationFailed,
-    join_lines,
-)
+from moe2edge.errors import InputError, Moe2EdgeError, Unsupported, VerificationFailed, join_lines
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Block, Model
 from moe2edge.progress import Advance
