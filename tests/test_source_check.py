@@ -317,6 +317,8 @@ def test_float16_is_judged_by_a_kept_result_too(tiny: Make, tmp_path: Path) -> N
     kept.put(PROOF, {}, {**found, "peaks": [1.0, 70000.0, 1.0]})
     with pytest.raises(Unsupported, match=r"block 1 reach 70000 and overflow in float16"):
         prove_source(checkpoint, QUIET, targets=[Hf()], kept=kept)
+
+
 @pytest.mark.parametrize(
     ("name", "number", "dtype", "place"),
     [
