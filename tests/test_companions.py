@@ -199,6 +199,9 @@ def test_sizes_have_limits(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     (folder / "tokenizer_config.json").write_text("{}")
     found = judge(folder)
     assert "has 200 bytes, expected: at most 199; outputs do without" in found.notes[0]
+    listed = {path.name for path in companions.list_companions(folder)}
+    assert "tokenizer_config.json" in listed
+    assert "LICENSE" not in listed  # so that nobody computes its digest
 
 
 def test_a_file_that_may_not_be_read_is_named(

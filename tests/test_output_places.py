@@ -92,6 +92,19 @@ def test_what_is_read_is_not_deleted(tmp_path: Path) -> None:
     assert read(out) == "old"
 
 
+def test_a_link_that_leads_to_itself_is_read_by_nobody(tmp_path: Path) -> None:
+    export(tmp_path / "out", "x")
+    (tmp_path / "loop").symlink_to("loop")
+    with claim_output(tmp_path / "out", force=True, reads=[tmp_path / "loop"]):
+        pass
+    (tmp_path / "out" / "loop").symlink_to("loop")
+    with (
+        pytest.raises(InputError, match="is read and lies in"),
+        claim_output(tmp_path / "out", force=True, reads=[tmp_path / "out" / "loop"]),
+    ):
+        pass
+
+
 def test_force_deletes_only_what_is_ours(tmp_path: Path) -> None:
     out = tmp_path / "out"
     export(out, "old")

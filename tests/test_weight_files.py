@@ -251,6 +251,17 @@ def test_other_files_that_a_config_names_are_not_read(folder: Path) -> None:
         _ = open_checkpoint(folder).model
 
 
+@pytest.mark.parametrize("name", ["config.json", SINGLE, INDEX])
+@pytest.mark.parametrize("to_itself", [False, True])
+def test_links_that_lead_nowhere_are_named(folder: Path, name: str, to_itself: bool) -> None:
+    if name == INDEX:
+        (folder / SINGLE).unlink()
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(name if to_itself else "nowhere")
+    with pytest.raises(InputError, match=f"{name} is a link that leads nowhere; download the"):
+        _ = open_checkpoint(folder).model
+
+
 @pytest.mark.parametrize("shards", [False, True])
 def test_weights_that_are_no_regular_file_are_not_opened(folder: Path, shards: bool) -> None:
     """Whoever opens a pipe waits for its other end."""

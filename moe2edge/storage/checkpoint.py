@@ -237,6 +237,8 @@ def open_checkpoint(
     source = str(source)
     folder, commit, lacking = _locate(source, revision, cache_dir)
     config = folder / "config.json"
+    if config.is_symlink() and not config.exists():
+        raise InputError(f"{config} is a link that leads nowhere; download the checkpoint again")
     if not config.exists():
         raise InputError(
             f"{source} is not a checkpoint: it has no config.json; name the folder that has it"

@@ -191,7 +191,7 @@ def check_reads(out: Path, reads: Iterable[Path]) -> None:
     """
     partial = PartialFolder(out).path
     for path in reads:
-        resolved = path.resolve()
+        resolved = Path(os.path.realpath(path))  # a link that leads to itself stays as it is
         for place, what in ((out, "replacing it"), (partial, "the work there is removed, which")):
             if os.path.lexists(place) and resolved.is_relative_to(place.resolve()):
                 raise InputError(
