@@ -67,7 +67,15 @@ DAMAGE: list[tuple[str, str, str]] = [
     ("tokenizer.json", "[]", "does not hold a JSON object"),
     ("tokenizer.json", "{}", r"the tokenizer in .* cannot be read: tokenizers .* refuses"),
     ("tokenizer_config.json", "nonsense", r"tokenizer_config\.json is damaged"),
-    ("tokenizer_config.json", '{"tokenizer_class": 5}', "the tokenizer in .* cannot be read"),
+    ("tokenizer_config.json", '{"tokenizer_class": 5}', "'tokenizer_class' .* is 5, expected: the"),
+    (
+        "tokenizer_config.json",
+        '{"chat_template": 5}',
+        "'chat_template' in .* is 5, expected: a text",
+    ),
+    ("tokenizer_config.json", '{"chat_template": [{"name": "a"}]}', "expected: a text, or a list"),
+    ("tokenizer_config.json", '{"chat_template": {"a": 5}}', "expected: a text, or a list"),
+    ("added_tokens.json", '{"<a>": "x"}', "'<a>' in added_tokens.json is 'x', expected: an id"),
     ("tokenizer_config.json", '{"added_tokens_decoder": 5}', "the tokenizer in .* cannot be read"),
     ("special_tokens_map.json", "{", r"special_tokens_map\.json is damaged"),
     ("added_tokens.json", "[1]", r"added_tokens\.json is damaged"),
@@ -82,8 +90,12 @@ DAMAGE: list[tuple[str, str, str]] = [
     (
         "generation_config.json",
         '{"max_new_tokens": "a"}',
-        "transformers refuses max_new_tokens 'a'",
+        "max_new_tokens in .* is 'a', expected: a whole number; correct it, or take it out",
     ),
+    ("generation_config.json", '{"temperature": "hot"}', "temperature in .* is 'hot', expected: a"),
+    ("generation_config.json", '{"top_p": NaN}', "top_p in .* is nan, expected: a number"),
+    ("generation_config.json", '{"repetition_penalty": true}', "is True, expected: a number"),
+    ("generation_config.json", '{"do_sample": "no"}', "is 'no', expected: true or false"),
     ("generation_config.json", '{"num_return_sequences": 2}', "refuses num_return_sequences 2"),
     ("generation_config.json", '{"streamer": 1, "top_k": 5}', "refuses streamer 1 in"),
     ("generation_config.json", '{"validate": 1}', "refuses validate 1 in"),
@@ -106,7 +118,13 @@ def test_a_template_has_to_be_utf8(folder: Path) -> None:
         judge(folder)
 
 
-@pytest.mark.parametrize("content", ['{"foo": 1}', '{"eos_token_id": []}', '{"pad_token_id": -1}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"foo": 1}', '{"eos_token_id": []}', '{"pad_token_id": -1}',
+        '{"top_k": 5, "do_sample": 1, "temperature": 0.7, "max_time": 3, "use_cache": null}',
+    ],
+)  # fmt: skip
 def test_what_transformers_takes_passes_byte_for_byte(
     folder: Path, tmp_path: Path, content: str
 ) -> None:
@@ -181,6 +199,9 @@ def test_sizes_have_limits(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     (folder / "tokenizer_config.json").write_text("{}")
     found = judge(folder)
     assert "has 200 bytes, expected: at most 199; outputs do without" in found.notes[0]
+    listed = {path.name for path in companions.list_companions(folder)}
+    assert "tokenizer_config.json" in listed
+    assert "LICENSE" not in listed  # so that nobody computes its digest
 
 
 def test_a_file_that_may_not_be_read_is_named(

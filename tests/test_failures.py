@@ -66,6 +66,38 @@ def test_shortages_have_their_exit_code(
 
 
 @pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "the disk is full (in {})"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "the disk quota is used up (in {})"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), "is full (in {})"),
+        (chain(InputError("x cannot be read"), OSError(errno.ENOSPC, "No space")), "full (in {})"),
+        (FULL, "the disk is full while out/model.safetensors was written"),
+    ],
+)
+@pytest.mark.parametrize("command", ["export", "decide"])
+def test_a_full_disk_is_named_by_its_folder(
+    error: Exception, said: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Writing into a file that is open raises an error without a name."""
+
+    def raising(*_: object, **__: object) -> None:
+        raise error
+
+    for name in ("export.export_targets", "decide.decide_to_file"):
+        monkeypatch.setattr(f"moe2edge.commands.{name}", raising)
+    error.add_note("3 finished blocks are kept")
+    more = ["-t", "hf"] if command == "export" else []
+    result = run(command, "builtin:tiny-moe", "-r", "trim", "-o", tmp_path / "out", *more)
+    error.__notes__.clear()
+    assert result.exit_code == 5
+    assert said.format(tmp_path) in result.stderr
+    assert result.stderr.endswith(
+        "free some space, or write to another disk; 3 finished blocks are kept\n"
+    )
+
+
+@pytest.mark.parametrize(
     ("error", "code"),
     [
         (OSError(errno.ENAMETOOLONG, "File name too long", "n" * 300), 2),

@@ -13,16 +13,21 @@ from typing import Any
 import pytest
 
 from helpers import run
+from moe2edge.commands.run_inputs import look_at_inputs
 from moe2edge.errors import InputError, Unreadable, VerificationFailed
 from moe2edge.evaluation.folder_record import REFERENCE
 from moe2edge.evaluation.reference import Reference
+from moe2edge.pipeline import recipe
 from moe2edge.pipeline.decisions import read_decisions
+from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.storage.companions import find_fault
 from moe2edge.storage.input_files import InputFiles
 from moe2edge.storage.journal import Journal
 from moe2edge.storage.kept_walk import KeptWalk
+from moe2edge.storage.locking import OutputLock
+from moe2edge.storage.publishing import MARKER, Marker, PartialFolder
 from moe2edge.storage.safetensors_files import open_file
-from moe2edge.storage.text_files import read_json
+from moe2edge.storage.text_files import hash_file, read_json
 from moe2edge.storage.weight_files import find_weight_files
 from moe2edge.testing import Make
 
@@ -60,6 +65,64 @@ def test_changed_files_are_found(files: list[Path], which: int) -> None:
         inputs.check()
     path.write_text(path.name)
     inputs.check()
+
+
+# ---- pipes, devices and names that are none: nobody waits for them -------------------------------
+
+
+def put_pipe(path: Path) -> Path:
+    os.mkfifo(path)
+    return path
+
+
+@pytest.mark.parametrize("make", [put_pipe, lambda p: p.symlink_to("/dev/zero") or p, Path.mkdir])
+def test_what_is_no_regular_file_is_not_read(tmp_path: Path, make: Any) -> None:
+    make(tmp_path / "x")
+    for read in (hash_file, read_decisions):
+        with pytest.raises((InputError, IsADirectoryError)):
+            read(tmp_path / "x")
+    with pytest.raises(InputError, match="unknown recipe"):
+        recipe.find(str(tmp_path / "x"))
+    make(tmp_path / ".out.moe2edge-lock")
+    with (
+        pytest.raises(InputError, match=r"away|another place"),
+        OutputLock(tmp_path / "out").hold(print),
+    ):
+        pass
+    (tmp_path / "out.partial").mkdir()
+    make(tmp_path / "out.partial" / MARKER)
+    with pytest.raises(InputError, match="was not written by moe2edge"):
+        PartialFolder(tmp_path / "out").read_marker()
+
+
+def test_a_pipe_in_a_work_folder_is_foreign(tmp_path: Path) -> None:
+    partial = PartialFolder(tmp_path / "out")
+    partial.mark(Marker())
+    partial.work.mkdir()
+    assert partial.read_marker() is not None
+    put_pipe(partial.work / "journal.jsonl")
+    with pytest.raises(InputError, match=r"holds work/journal.jsonl, which moe2edge did not write"):
+        partial.read_marker()
+
+
+def test_names_with_a_zero_byte_and_files_without_end(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"cannot be read \(embedded null byte\)"):
+        read_decisions(Path("a\0b"))
+    with (tmp_path / "r.yaml").open("wb") as file:
+        file.truncate(1 << 40)  # a hole, which takes no space
+    with pytest.raises(InputError, match=r"recipe .*r.yaml cannot be read: "):
+        recipe.find(str(tmp_path / "r.yaml"))
+
+
+def test_a_pipe_beside_the_weights_does_not_stop_an_export(tiny: Make, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny("mixtral"), tmp_path / "model"))
+    put_pipe(folder / "model.safetensors.index.json")
+    found = look_at_inputs(
+        open_checkpoint(folder),
+        recipe.parse("passes: []", ["calibration.text=builtin", "evaluation.text=builtin"]),
+    )
+    found.settle("0" * 64)
+    found.check()
 
 
 def test_a_change_before_the_digest_is_known(files: list[Path]) -> None:

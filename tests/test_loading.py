@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from moe2edge.numerics.rounding import round_to_nearest
 from moe2edge.numerics.scheme import Scheme
 from moe2edge.pipeline.registry import find_target
 from moe2edge.runtime.load import load
+from moe2edge.runtime.torch_runtime import open_source
 from moe2edge.storage import safetensors_files
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.storage.output import open_stored_model
@@ -172,6 +174,23 @@ def test_uneven_model_generates_with_a_cache(
     source = tiny(family, output_router_logits=logits_too)
     model = load(export_cut("gptq", source, UNEVEN, tmp_path / "out"))
     assert_cache_changes_nothing(model, IDS)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_keys_about_running_change_no_logits(family: str, tiny: Make, tmp_path: Path) -> None:
+    """A loss of router logits takes no mask as the far end of a context needs one."""
+    folder, ids = Path(shutil.copytree(tiny(family), tmp_path / "model")), IDS[0]
+    found, positions = [], torch.arange(len(ids)) + 60
+    for asked in (False, True):
+        config = json.loads((folder / "config.json").read_text())
+        keys = ("output_attentions", "output_hidden_states", "output_router_logits", "use_cache")
+        (folder / "config.json").write_text(json.dumps(config | dict.fromkeys(keys, asked)))
+        runtime = open_source(folder, dtype="float32")
+        begun = runtime.start(ids[:-1].tolist())
+        after = [begun, runtime.step(int(ids[-1]))]
+        found.append([runtime.logits(IDS), runtime.logits_at(ids, positions), *after])
+    for without, with_keys in zip(*found, strict=True):
+        assert torch.equal(without, with_keys)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -33,7 +33,7 @@ from moe2edge.storage.output_checks import OutputForm
         ("/proc/out", "nothing can be written to /proc"),
         ("other.partial", "keeps its work in a folder of that name"),
         ("begun.partial/x", "which an export removes"),
-        ("file/out", "does not exist; make it first"),
+        ("file/out", "file is not a folder; choose another place"),
     ],
 )
 def test_places_that_no_output_can_have(tmp_path: Path, name: str, message: str) -> None:
@@ -46,6 +46,14 @@ def test_places_that_no_output_can_have(tmp_path: Path, name: str, message: str)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 400
     assert sorted(map(str, tmp_path.rglob("*"))) == before
+
+
+def test_an_output_is_no_place_for_another(tmp_path: Path) -> None:
+    export(tmp_path / "outer", "x")
+    for name in ("outer/inner", "outer/part/inner"):
+        with pytest.raises(InputError, match=r"is inside of the output .*outer, which would no"):
+            export(tmp_path / name, "x")
+    assert read(tmp_path / "outer") == "x"
 
 
 def test_a_name_as_long_as_can_be(tmp_path: Path) -> None:
@@ -82,6 +90,19 @@ def test_what_is_read_is_not_deleted(tmp_path: Path) -> None:
     with claim_output(out, force=True, reads=[tmp_path, tmp_path / "outside"]):
         pass
     assert read(out) == "old"
+
+
+def test_a_link_that_leads_to_itself_is_read_by_nobody(tmp_path: Path) -> None:
+    export(tmp_path / "out", "x")
+    (tmp_path / "loop").symlink_to("loop")
+    with claim_output(tmp_path / "out", force=True, reads=[tmp_path / "loop"]):
+        pass
+    (tmp_path / "out" / "loop").symlink_to("loop")
+    with (
+        pytest.raises(InputError, match="is read and lies in"),
+        claim_output(tmp_path / "out", force=True, reads=[tmp_path / "out" / "loop"]),
+    ):
+        pass
 
 
 def test_force_deletes_only_what_is_ours(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from moe2edge.model.edits import hide_source_integers, restore_source_integers
 from moe2edge.numerics.grid import Quantized
 from moe2edge.numerics.packing import unpack_int32
 from moe2edge.numerics.scheme import Scheme
+from moe2edge.pipeline.recipe import parse
 from moe2edge.pipeline.stages import plan_passes
 from moe2edge.progress import Reporter
 from moe2edge.runtime.torch_runtime import open_source

@@ -18,7 +18,7 @@ from helpers import QUIET, SMALL, each_family, run
 from moe2edge.calibration import walk
 from moe2edge.commands.run_inputs import open_kept_results
 from moe2edge.commands.source_check import PROOF, SourceProof, prove_source
-from moe2edge.errors import Unsupported, VerificationFailed
+from moe2edge.errors import InputError, Unsupported, VerificationFailed
 from moe2edge.evaluation import source_check
 from moe2edge.evaluation.source_check import StockFailed, compare_with_stock
 from moe2edge.model.experts import Expert
@@ -317,6 +317,38 @@ def test_float16_is_judged_by_a_kept_result_too(tiny: Make, tmp_path: Path) -> N
     kept.put(PROOF, {}, {**found, "peaks": [1.0, 70000.0, 1.0]})
     with pytest.raises(Unsupported, match=r"block 1 reach 70000 and overflow in float16"):
         prove_source(checkpoint, QUIET, targets=[Hf()], kept=kept)
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "dtype", "place"),
+    [
+        ("lm_head.weight", 3e38, torch.bfloat16, "the last norm or the head"),
+        ("model.layers.1.block_sparse_moe.experts.0.w2.weight", 3e38, torch.bfloat16, "block 1"),
+        ("model.layers.0.self_attn.v_proj.weight", 3e38, torch.float64, "block 0"),
+        ("model.layers.2.block_sparse_moe.gate.weight", 3e38, torch.float32, "block 2"),
+    ],
+)
+def test_weights_that_overflow_in_float32_are_a_fault_of_the_source(
+    tmp_path: Path, name: str, number: float, dtype: torch.dtype, place: str
+) -> None:
+    """They are finite where they are stored, and transformers gives no numbers either."""
+    folder = make_checkpoint(tmp_path / "model", "mixtral", dtype=str(dtype).removeprefix("torch."))
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name][:2] = number
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.sha256  # nothing in it is infinite
+    with pytest.raises(InputError, match=f"{place} gives numbers that are not finite, in trans"):
+        compare_with_stock(checkpoint.model, folder)
+
+
+def test_numbers_that_only_the_walk_loses_are_a_difference(tiny: Make) -> None:
+    folder = tiny("mixtral")
+    model = open_checkpoint(folder).model
+    name = "model.norm.weight"
+    lost = replace(model.rest[name], load=lambda: torch.full((64,), 3e38))
+    with pytest.raises(VerificationFailed, match="the last norm or the head does not give"):
+        compare_with_stock(replace(model, rest={**model.rest, name: lost}), folder)
 
 
 # ---- the command line ----------------------------------------------------------------------------

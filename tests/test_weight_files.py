@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from moe2edge.calibration.tokens import Tokens
 from moe2edge.commands.source_check import check_ids
 from moe2edge.errors import InputError, Unsupported, VerificationFailed
 from moe2edge.evaluation import verify
-from moe2edge.evaluation.reference import Reference
+from moe2edge.evaluation.reference import Reference, record
 from moe2edge.model.hf_config import build_config
 from moe2edge.model.model import EMBEDDING, HEAD
 from moe2edge.progress import Reporter
@@ -249,16 +251,52 @@ def test_other_files_that_a_config_names_are_not_read(folder: Path) -> None:
         _ = open_checkpoint(folder).model
 
 
+@pytest.mark.parametrize("name", ["config.json", SINGLE, INDEX])
+@pytest.mark.parametrize("to_itself", [False, True])
+def test_links_that_lead_nowhere_are_named(folder: Path, name: str, to_itself: bool) -> None:
+    if name == INDEX:
+        (folder / SINGLE).unlink()
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(name if to_itself else "nowhere")
+    with pytest.raises(InputError, match=f"{name} is a link that leads nowhere; download the"):
+        _ = open_checkpoint(folder).model
+
+
+@pytest.mark.parametrize("shards", [False, True])
+def test_weights_that_are_no_regular_file_are_not_opened(folder: Path, shards: bool) -> None:
+    """Whoever opens a pipe waits for its other end."""
+    shard(folder)
+    name = "model-00002-of-00002.safetensors" if shards else SINGLE
+    if shards:
+        (folder / SINGLE).unlink()
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(InputError, match=f"{name} is not a regular file; put a file"):
+        _ = open_checkpoint(folder).model
+    (folder / name).unlink()
+    (folder / name).symlink_to("/dev/zero")
+    with pytest.raises(InputError, match=f"{name} is not a regular file; put a file"):
+        _ = open_checkpoint(folder).model
+
+
 # ---- numbers -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("dtype", "value"),
+    [
+        (dtype, value)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+        for value in (float("nan"), float("inf"), float("-inf"))
+    ]
+    + [(torch.float64, 3.4028235677973366e38)],  # the least that float32 rounds to infinity
+)
 def test_numbers_that_are_not_finite_are_found_while_hashing(
     tmp_path: Path, dtype: torch.dtype, value: float
 ) -> None:
     file = tmp_path / "x.safetensors"
-    largest = torch.full((700_001,), torch.finfo(dtype).max, dtype=dtype)
+    most = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
+    largest = torch.full((700_001,), most, dtype=dtype)
     tensors = {"a": -largest, "b": largest, "c": torch.ones(3, dtype=dtype)}
     save_file(tensors, file)
     assert hash_tensors(file) == (hash_file(file), ())
@@ -274,7 +312,9 @@ def test_numbers_that_are_not_finite_are_found_while_hashing(
 )
 def test_a_source_with_numbers_that_are_not_finite_is_refused(folder: Path, name: str) -> None:
     edit(folder, lambda t: t[name].view(-1)[-1:].fill_(float("nan")))
-    with pytest.raises(InputError, match=f"{name} holds numbers that are not finite; the check"):
+    with pytest.raises(
+        InputError, match=f"{name} holds numbers that are not finite in float32; the"
+    ):
         _ = open_checkpoint(folder).sha256
 
 
@@ -310,6 +350,25 @@ def test_float16_that_overflows_is_told_as_that(tiny: Make, folder: Path) -> Non
         verify.measure_shipped(reference, runtime, verify.Parity(0.0))
     converted = TorchRuntime(runtime.model.to(torch.bfloat16))  # as the message says
     assert converted.logits(IDS).isfinite().all()
+
+
+def test_logits_that_are_all_zero_agree(folder: Path) -> None:
+    edit(folder, lambda t: t["model.norm.weight"].zero_())
+    runtime = open_source(folder)
+    reference = Reference(IDS, 39, torch.zeros(len(IDS), IDS.shape[1] - 38, 96), {}, None)
+    assert verify.measure_shipped(reference, runtime, verify.Parity(0.0)).shipped == 0
+    other = replace(reference, logits=torch.ones_like(reference.logits))
+    with pytest.raises(VerificationFailed, match=r"by 100\.0% \(median\)"):
+        verify.measure_shipped(other, runtime, verify.Parity(0.0))
+
+
+def test_a_reference_of_numbers_that_are_not_finite_is_refused(folder: Path) -> None:
+    edit(folder, lambda t: t["lm_head.weight"][7].fill_(3e38))
+    model = open_checkpoint(folder).model
+    hidden = torch.full((1, 4, 64), 3.0)
+    hidden[..., 0] = -90.0
+    with pytest.raises(InputError, match=r"logits that are not finite, in float32; weights of"):
+        record(model, IDS[:, :4], None, hidden)
 
 
 # ---- dtypes --------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import Any
 
 from moe2edge.calibration.mixes import TextPart
 from moe2edge.calibration.sources import Spelling, split_template
-from moe2edge.calibration.text_formats import TextFile, read_pieces, read_rows
+from moe2edge.calibration.text_formats import JSON_SUFFIXES, TextFile, read_pieces, read_rows
 from moe2edge.errors import InputError
 
 CHAT_FIELDS = ("messages", "conversations")
@@ -108,12 +108,14 @@ class _RowReader:
         return text
 
     def _fill(self, row: Any, where: str) -> str:
+        if not isinstance(row, dict):
+            raise self._make_kind_error(row, where)
         document = ""
         for literal, field in self._pieces or ():
             document += literal
             if field is None:
                 continue
-            value = row.get(field) if isinstance(row, dict) else None
+            value = row.get(field)
             # A template may insert a number, but a number alone is not a text.
             if isinstance(value, bool) or not isinstance(value, str | int | float):
                 raise InputError(
@@ -174,6 +176,13 @@ class _RowReader:
 
     def _make_field_error(self, row: Any, where: str, *, chats: bool) -> InputError:
         field = self._fields[0]
+        if not isinstance(row, dict):
+            return self._make_kind_error(row, where)
+        if broken := next((n for n in CHAT_FIELDS if n in row and n in self._fields), None):
+            return InputError(
+                f"{where}: {broken} is {_describe_chat(row[broken])}, expected: a list of messages "
+                "with role and content; fix or remove the line"
+            )
         if chats:
             return InputError(
                 f"{where} has no chat in field {' or '.join(map(repr, self._fields))} "
@@ -185,10 +194,17 @@ class _RowReader:
             f"{where} has no text in field {field!r} ({_describe(row, field)}); {proposal}"
         )
 
-    def _propose(self, row: Any, otherwise: str) -> str:
+    def _make_kind_error(self, row: Any, where: str) -> InputError:
+        if isinstance(row, list) and _are_messages(row):
+            remedy = 'give rows such as {"messages": [...]}'
+        else:
+            remedy = 'give rows such as {"text": "..."}'
+        if self._file.path.suffix.lower() not in JSON_SUFFIXES:
+            remedy += ", or, if it is plain text, begin it with a line of words"
+        return InputError(f"{where} is not an object but {str(row)[:30]!r}; {remedy}")
+
+    def _propose(self, row: Mapping[str, Any], otherwise: str) -> str:
         """Propose options with which this row has a text."""
-        if not isinstance(row, dict):
-            return otherwise
         texts = [key for key, value in row.items() if isinstance(value, str) and value.strip()]
         texts = [key for key in texts if key not in self._fields]
         chats = [k for k, v in row.items() if isinstance(v, list) and _are_messages(v)]
@@ -252,14 +268,22 @@ def _join_content(message: Mapping[str, Any], where: str) -> str | None:
     return content
 
 
-def _describe(row: Any, field: str) -> str:
+def _describe_chat(value: Any) -> str:
+    """Describe what stands in the place of a chat."""
+    if isinstance(value, list):
+        return "a list of something else" if value else "an empty list"
+    return _describe_kind(value)
+
+
+def _describe(row: Mapping[str, Any], field: str) -> str:
     """Describe the fields of a row, and what is in one of them."""
-    if not isinstance(row, dict):
-        return f"not an object but {str(row)[:30]!r}"
     names = ", ".join(sorted(map(str, row))[:20]) or "no field"
     if field not in row:
         return f"it has {names}"
-    value = row[field]
+    return f"it is {_describe_kind(row[field])}; the line has {names}"
+
+
+def _describe_kind(value: Any) -> str:
     kinds = {bool: "true or false", int: "a number", float: "a number", str: "a text"}
     kinds |= {dict: "an object", list: "a list", type(None): "null"}
-    return f"it is {kinds.get(type(value), type(value).__name__)}; the line has {names}"
+    return kinds.get(type(value), type(value).__name__)

@@ -44,6 +44,8 @@ UTF_16_AND_32 = (b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")
 # A line, an object, or an element of an array, in characters.
 MOST_CHARACTERS = 64 << 20
 READ_SIZE = 1 << 16
+# What some systems write before a text in UTF-8. Files that were joined have it in the middle.
+MARK = "\ufeff"
 LINE_SUFFIXES, JSON_SUFFIXES = (".jsonl", ".ndjson"), (".jsonl", ".ndjson", ".json")
 # An object with a name at its beginning, or an array of such or of strings: hardly anything else
 # than JSON.
@@ -176,30 +178,33 @@ def _recognize_json(file: TextFile) -> Format:
     with _open_text(file) as content:
         head = content.read(READ_SIZE)
     _refuse_nul(file, head)
+    head = head.lstrip(MARK)
     begin = head.lstrip()[:1]
     like = begin in ("[", "{") and _LIKE_JSON.match(head) is not None
     if not begin:
         return "lines" if suffix in LINE_SUFFIXES else "text"  # says that it is empty
+    rows = suffix in LINE_SUFFIXES
     if begin == "[" and (like or suffix == ".json"):
-        return "array"
-    if suffix in LINE_SUFFIXES:
+        # Lines of arrays are no array.
+        return "lines" if rows and _has_first_line(file, list) else "array"
+    if rows:
         return "lines"
     if begin == "{" and (like or suffix == ".json"):
-        return "lines" if _has_first_line(file) else "object"
+        return "lines" if _has_first_line(file, dict) else "object"
     return "object" if suffix in JSON_SUFFIXES else "text"
 
 
-def _has_first_line(file: TextFile) -> bool:
-    """Return whether the first line is an object, and more follows."""
+def _has_first_line(file: TextFile, kind: type) -> bool:
+    """Return whether the first line is an object, or an array, and more follows."""
     with _open_text(file) as content:
         lines = _read_lines(file, content)
         _, first = next(lines)
-        return _is_object(first) and next(lines, None) is not None
+        return _is_json(first, kind) and next(lines, None) is not None
 
 
-def _is_object(text: str) -> bool:
+def _is_json(text: str, kind: type) -> bool:
     try:
-        return isinstance(json.loads(text), dict)
+        return isinstance(json.loads(text), kind)
     except (ValueError, RecursionError):
         return False
 
@@ -288,6 +293,7 @@ def _read_lines(file: TextFile, content: io.TextIOWrapper) -> Iterator[tuple[int
     # Not splitlines(), because a JSON string may contain U+2028 and other Unicode line breaks.
     while line := content.readline(MOST_CHARACTERS + 1):
         number += 1
+        line = line.removeprefix(MARK)
         if len(line) > MOST_CHARACTERS:
             raise _make_size_error(file, f"line {number}")
         if line.strip():
@@ -305,8 +311,11 @@ def _parse_line(file: TextFile, number: int, line: str) -> Any:
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
+        # An object of several lines ends too early.
+        early = getattr(error, "pos", 0) >= len(line.rstrip())
+        more = ", or put each object on one line of its own (jq -c . FILE > NEW)" if early else ""
         raise InputError(
-            f"{file.path.name}, line {number} is not JSON: {error}; fix or remove the line"
+            f"{file.path.name}, line {number} is not JSON: {error}; fix or remove the line{more}"
         ) from error
 
 
@@ -323,11 +332,13 @@ def _read_object(file: TextFile) -> Any:
 
 
 def _make_json_error(file: TextFile, error: Exception) -> InputError:
-    extra = getattr(error, "msg", "") == "Extra data"
+    found = getattr(error, "doc", "")[getattr(error, "pos", 0) :][:1]
+    extra = getattr(error, "msg", "") == "Extra data" and found in ("{", "[")
     remedy = (
         "put each object on one line of its own (jq -c . FILE > NEW)"
         if extra
-        else "fix it; if it is plain text, give it the suffix .txt and a first line of words"
+        else "fix it; if it is plain text, give it the suffix .txt, and begin it with a line of "
+        "words"
     )
     return InputError(f"{file.label} looks like JSON, but is not: {error}; {remedy}")
 

@@ -26,6 +26,7 @@ from moe2edge.cli.common import (
     read_recipe_options,
     show,
 )
+from moe2edge.cli.failures import naming_disk
 from moe2edge.cli.progress_bar import make_reporter
 
 if TYPE_CHECKING:
@@ -94,16 +95,17 @@ def decide_command(
     checkpoint = open_model(model, revision, cache_dir)
     quiet_libraries()
     reporter = make_reporter(quiet=quiet)
-    decided, steps = decide_to_file(
-        checkpoint,
-        parsed,
-        output,
-        reporter,
-        force=force,
-        resume=resume,
-        keep_paths=keep_paths,
-        source_check=source_check,
-    )
+    with naming_disk(output):
+        decided, steps = decide_to_file(
+            checkpoint,
+            parsed,
+            output,
+            reporter,
+            force=force,
+            resume=resume,
+            keep_paths=keep_paths,
+            source_check=source_check,
+        )
     if as_json:
         emit({"output": str(output), "decisions": decided.to_json()})
         return

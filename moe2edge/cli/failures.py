@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 from moe2edge.errors import DoesNotFit, InputError, Moe2EdgeError
 
@@ -36,14 +38,38 @@ def list_causes(error: BaseException) -> Iterator[BaseException]:
         )
 
 
-def explain_shortage(error: BaseException) -> str | None:
-    """Return a message if a full disk or too little memory is behind an error; else None."""
+def explain_shortage(error: BaseException, writing: Path | None = None) -> str | None:
+    """Return a message if a full disk or too little memory is behind an error; else None.
+
+    Args:
+        error: the error.
+        writing: folder whose disk is named where the error names no file.
+    """
     if isinstance(error, DoesNotFit):
         return None
     for cause in list_causes(error):
-        if message := _explain_disk(cause) or _explain_memory(cause):
+        if message := _explain_disk(cause, writing) or _explain_memory(cause):
             return message
     return None
+
+
+@contextmanager
+def naming_disk(out: Path) -> Iterator[None]:
+    """Let errors of a full disk name the folder of ``out``, where all that is written lies.
+
+    Raises:
+        DoesNotFit: in place of such an error, with its notes.
+    """
+    try:
+        yield
+    except Exception as error:
+        shortage = explain_shortage(error, out.absolute().parent)
+        if shortage is None:
+            raise
+        refused = DoesNotFit(shortage)
+        for note in getattr(error, "__notes__", ()):
+            refused.add_note(note)
+        raise refused from error
 
 
 def _read_error(error: BaseException) -> tuple[int | None, str]:
@@ -53,13 +79,15 @@ def _read_error(error: BaseException) -> tuple[int | None, str]:
     return None, "" if isinstance(error, Moe2EdgeError) else str(error).lower()
 
 
-def _explain_disk(error: BaseException) -> str | None:
+def _explain_disk(error: BaseException, writing: Path | None) -> str | None:
     """Return a message if the disk, or the user's share of it, is full."""
     number, words = _read_error(error)
     if number not in DISK_FULL and not any(known in words for known in DISK_WORDS):
         return None
+    # Writing into a file that is open names none, nor do libraries.
     filename = error.filename if isinstance(error, OSError) else None
-    place = f" while {filename} was written" if filename else ""
+    place = f" (in {writing})" if writing is not None else ""
+    place = f" while {filename} was written" if filename else place
     reason = {
         errno.EDQUOT: "the disk quota is used up",
         errno.EFBIG: "the limit on the size of a file (ulimit -f) is reached",

@@ -33,7 +33,7 @@ from moe2edge.cli.common import (
     read_recipe_options,
     show,
 )
-from moe2edge.cli.failures import classify_os_error, explain_shortage, shorten
+from moe2edge.cli.failures import classify_os_error, explain_shortage, naming_disk, shorten
 from moe2edge.cli.progress_bar import make_reporter
 from moe2edge.errors import DoesNotFit, InputError, Moe2EdgeError, join_lines
 
@@ -276,19 +276,20 @@ def export_command(
     check_texts(parsed)
     checkpoint = open_model(model, revision, cache_dir)
     quiet_libraries()
-    report = run(
-        checkpoint,
-        parsed,
-        targets,
-        output_folder,
-        make_reporter(quiet=quiet),
-        force=force,
-        resume=resume,
-        most=most,
-        materialize=materialize,
-        keep_paths=keep_paths,
-        source_check=source_check,
-    )
+    with naming_disk(output):
+        report = run(
+            checkpoint,
+            parsed,
+            targets,
+            output_folder,
+            make_reporter(quiet=quiet),
+            force=force,
+            resume=resume,
+            most=most,
+            materialize=materialize,
+            keep_paths=keep_paths,
+            source_check=source_check,
+        )
     if as_json:
         emit({"output": str(output), **report.to_json()})
         return

@@ -30,7 +30,7 @@ def look_at_inputs(checkpoint: Checkpoint, recipe: Recipe) -> InputFiles:
     inside = {checkpoint.folder, *checkpoint.folder.iterdir()}
     files = {path for path in list_reads(checkpoint, recipe) if path not in inside}
     files |= {*list_companions(checkpoint.folder)}
-    files |= {Path(path) for path in checkpoint.folder.glob("*.index.json")}
+    files |= {path for path in checkpoint.folder.glob("*.index.json") if path.is_file()}
     # A new checkpoint, because the old one keeps its digest.
     return InputFiles(sorted(files), weights, lambda: replace(checkpoint).sha256)
 

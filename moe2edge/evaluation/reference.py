@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from moe2edge.calibration import walk
-from moe2edge.errors import VerificationFailed
+from moe2edge.errors import InputError, VerificationFailed
 from moe2edge.evaluation.far_end import FarEnd, FarEndHidden, observe_far_end
 from moe2edge.evaluation.folder_record import REFERENCE, FolderRecord
 from moe2edge.evaluation.tensor_digests import compute_digest, load_numbers
@@ -170,8 +170,16 @@ def record(
         hidden: hidden states of ``model`` after its last block on ``ids``, float32
             [samples, length, hidden].
         far: the same at the far end of the context; None records nothing there.
+
+    Raises:
+        InputError: logits are not finite.
     """
     logits = torch.stack(list(walk.compute_logits(model, hidden)))
+    if not logits.isfinite().all():
+        raise InputError(
+            "the model gives logits that are not finite, in float32; weights of the source are too "
+            "large, or a pass made them so: the source check finds the block where it is the source"
+        )
     prefill = min(PREFILL, ids.shape[1] - 1)
     digests = {name: compute_digest(load_numbers(weight)) for name, _, weight in model.tensors()}
     kl = None

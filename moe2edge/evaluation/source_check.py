@@ -19,12 +19,12 @@ import torch
 from torch import nn
 
 from moe2edge.calibration import walk
-from moe2edge.errors import Moe2EdgeError, Unsupported, VerificationFailed, join_lines
+from moe2edge.errors import InputError, Moe2EdgeError, Unsupported, VerificationFailed, join_lines
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Block, Model
 from moe2edge.progress import Advance
 from moe2edge.runtime.memory import IMPORTED, find_limit, give_back
-from moe2edge.runtime.plain_tensors import drop_quantization, load_plain_tensors
+from moe2edge.runtime.plain_tensors import find_plain_source
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -118,6 +118,7 @@ def compare_with_stock(
 
     Raises:
         VerificationFailed: something differs; the message names the first block where it does.
+        InputError: both give numbers that are not finite.
         StockFailed: transformers cannot run it, or not in this memory.
     """
     ids = _make_text(model, without)
@@ -271,15 +272,11 @@ def _open_stock(
     # Neutral settings: what a config says about how to run changes no number.
     config.update({"output_router_logits": False, "return_dict": True, "use_cache": False})
     kind = getattr(transformers, model.family.architecture)
+    indices = {own.block.index for own in group}
     if len(group) < len(model.blocks) or not ends:
-        kind = _make_part(kind, {own.block.index for own in group}, ends=ends)
-    source: dict[str, Any] = {"pretrained_model_name_or_path": folder}
-    if drop_quantization(config):
-        indices = {own.block.index for own in group}
-        source |= {"pretrained_model_name_or_path": None, "state_dict": {}}
-        source["state_dict"] = load_plain_tensors(model, indices, ends=ends)
+        kind = _make_part(kind, indices, ends=ends)
     stock, info = kind.from_pretrained(
-        **source,
+        **find_plain_source(model, folder, config, indices, ends=ends),
         config=config,
         dtype=torch.float32,
         attn_implementation="eager",
@@ -460,9 +457,16 @@ class _Findings:
 
         Raises:
             VerificationFailed: they differ.
+            InputError: both hold numbers that are not finite.
         """
         if own.shape != other.shape:
             raise self._make_error(name, f"shape {list(own.shape)}, not {list(other.shape)}")
+        if (~own.isfinite().all(-1) & ~other.isfinite().all(-1)).any():
+            raise InputError(
+                f"{self._where}: {name} gives numbers that are not finite, in transformers as "
+                "well; weights are beyond what float32 can compute with: the checkpoint is "
+                "damaged, get it again"
+            )
         sizes = (scale.abs().amax(-1) + more).clamp_min(torch.finfo(torch.float32).tiny)
         differences = ((own - other).abs().amax(-1) / sizes).flatten()
         wrong = ~(differences <= TOLERANCE)  # NaN is wrong

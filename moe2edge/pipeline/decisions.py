@@ -14,11 +14,11 @@ from typing import Any, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from moe2edge.errors import InputError
+from moe2edge.errors import InputError, join_lines
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Block, Form, Model, get_form
 from moe2edge.storage.output_checks import OutputForm
-from moe2edge.storage.text_files import find_read_remedy, read_json
+from moe2edge.storage.text_files import LARGEST_JSON, find_read_remedy, read_bytes, read_json
 
 DECISIONS_KIND: Final = "moe2edge.decisions"
 DECISIONS_VERSION: Final = 1
@@ -288,12 +288,13 @@ def read_decisions(path: Path, sha256: str | None = None) -> tuple[Decisions, st
         InputError: there is no such file, it is damaged, of another kind or version, or another.
     """
     try:
-        content = path.expanduser().read_bytes()
-    except (OSError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or error
+        content = read_bytes(path.expanduser(), LARGEST_JSON)
+    except (InputError, RuntimeError) as error:  # the latter: there is no such user's home
+        cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+        reason = getattr(cause, "strerror", None) or join_lines(cause, 200)
         raise InputError(
             f"decisions {str(path)[:100]} cannot be read ({reason}); "
-            f"{find_read_remedy(error, 'write them with moe2edge decide')}"
+            f"{find_read_remedy(cause, 'write them with moe2edge decide')}"
         ) from error
     digest = hashlib.sha256(content).hexdigest()
     if sha256 is not None and digest != sha256:

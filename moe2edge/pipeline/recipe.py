@@ -16,7 +16,7 @@ from moe2edge.errors import InputError, suggest
 from moe2edge.model.model import Model
 from moe2edge.pipeline import registry
 from moe2edge.pipeline.contract import Pass
-from moe2edge.storage.text_files import read_yaml
+from moe2edge.storage.text_files import read_bytes, read_yaml
 
 BUNDLED = Path(__file__).parents[1] / "recipes"
 # Shortens values in messages: a few lines of YAML with aliases can expand to gigabytes.
@@ -62,6 +62,8 @@ class Recipe:
         return text
 
 
+# In bytes; the largest have a rule for each tensor.
+LARGEST_RECIPE = 16 << 20
 DEFAULT_EVALUATION = {"samples": 32}
 
 
@@ -79,8 +81,9 @@ def find(name_or_path: str) -> str:
     try:
         path = list_bundled().get(name_or_path) or Path(name_or_path).expanduser()
         if path.is_file():
-            return path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError, RuntimeError) as error:  # the last: no such user's home
+            return read_bytes(path, LARGEST_RECIPE).decode()
+    # The last: there is no such user's home.
+    except (InputError, OSError, UnicodeDecodeError, RuntimeError) as error:
         reason = str(error)[:100]
         raise InputError(f"recipe {name_or_path[:100]} cannot be read: {reason}") from error
     raise InputError(suggest("recipe", name_or_path, list_bundled()) + ", or a file")

@@ -255,6 +255,7 @@ def check_finite(name: str, numbers: Tensor) -> Tensor:
     # Minimum and maximum are not finite if any number is not.
     if not all(bool(torch.isfinite(end)) for end in torch.aminmax(numbers)):
         raise InputError(
-            f"{name} holds numbers that are not finite; the checkpoint is damaged, get it again"
+            f"{name} holds numbers that are not finite in float32; the checkpoint is damaged, get "
+            "it again"
         )
     return numbers

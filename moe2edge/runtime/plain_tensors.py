@@ -7,6 +7,7 @@ for others, without an error.
 from __future__ import annotations
 
 from collections.abc import Collection
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe2edge.model.model import Model
@@ -51,3 +52,29 @@ def load_plain_tensors(
     ]
     wanted += list(model.rest.items()) if ends else []
     return {name: weight.load().to(dtype or torch.float32) for name, weight in wanted}
+
+
+def find_plain_source(
+    model: Model,
+    folder: Path,
+    config: Any,
+    blocks: Collection[int] | None = None,
+    *,
+    ends: bool = True,
+    dtype: torch.dtype | None = None,
+) -> dict[str, Any]:
+    """Find where transformers reads tensors: in a folder, or of a quantized one, from memory.
+
+    Args:
+        model: the source.
+        folder: its folder.
+        config: its config as transformers read it; what says that it is quantized is taken out.
+        blocks, ends, dtype: as in `load_plain_tensors`.
+
+    Returns:
+        Arguments of ``from_pretrained``.
+    """
+    if not drop_quantization(config):
+        return {"pretrained_model_name_or_path": folder}
+    tensors = load_plain_tensors(model, blocks, ends=ends, dtype=dtype)
+    return {"pretrained_model_name_or_path": None, "state_dict": tensors}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe2edge.errors import InputError, Moe2EdgeError, VerificationFailed, join_lines
 from moe2edge.model.hf_config import is_pad_token
-from moe2edge.runtime.plain_tensors import drop_quantization, load_plain_tensors
+from moe2edge.runtime.plain_tensors import find_plain_source
 from moe2edge.runtime.protocol import check_id_range
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.storage.source_formats.recognition import find_settings
@@ -19,6 +19,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from moe2edge.runtime.protocol import Runtime
+
+# Results that nobody reads here, whatever config.json asks for. Router logits would go into a loss
+# of training, which takes no mask of attention but one of tokens.
+NEUTRAL = dict.fromkeys(
+    ("output_attentions", "output_hidden_states", "output_router_logits"), False
+)
 
 
 class TorchRuntime:
@@ -120,7 +126,7 @@ class TorchRuntime:
         table = self.model.get_input_embeddings().weight
         check_id_range(int(ids.min()), int(ids.max()), len(table))
         with torch.inference_mode():
-            output = self.model(ids.to(self.model.device), **options)
+            output = self.model(ids.to(self.model.device), **{**NEUTRAL, **options})
         logits: Tensor = output.logits
         return logits.float().cpu()
 
@@ -221,7 +227,5 @@ def _prepare_dequantized(
     config = transformers.AutoConfig.from_pretrained(
         folder, local_files_only=True, trust_remote_code=False, **changes
     )
-    drop_quantization(config)
-    tensors = load_plain_tensors(model, dtype=dtype)
-    source = {"pretrained_model_name_or_path": None, "config": config, "state_dict": tensors}
-    return getattr(transformers, model.family.architecture), source
+    source = find_plain_source(model, folder, config, dtype=dtype)
+    return getattr(transformers, model.family.architecture), {**source, "config": config}

@@ -208,8 +208,8 @@ class Checkpoint:
         else:
             more = f", and {len(broken) - 1} more tensors do" if len(broken) > 1 else ""
             raise InputError(
-                f"{min(broken)} holds numbers that are not finite{more}; the checkpoint is "
-                "damaged, get it again"
+                f"{min(broken)} holds numbers that are not finite in float32{more}; the checkpoint "
+                "is damaged, get it again"
             )
         whole = hashlib.sha256()
         for path in sorted(digests):
@@ -251,6 +251,8 @@ def open_checkpoint(
     source = str(source)
     folder, commit, lacking = _locate(source, revision, cache_dir)
     config = folder / "config.json"
+    if config.is_symlink() and not config.exists():
+        raise InputError(f"{config} is a link that leads nowhere; download the checkpoint again")
     if not config.exists():
         raise InputError(
             f"{source} is not a checkpoint: it has no config.json; name the folder that has it"

@@ -139,8 +139,13 @@ def read_companions(checkpoint: Checkpoint) -> Companions:
 
 
 def list_companions(folder: Path) -> list[Path]:
-    """List the files of a checkpoint that outputs get, those that cannot be read left out."""
-    return [folder / name for name in _list_names(folder) if not find_fault(folder, folder / name)]
+    """List the files of a checkpoint that outputs get, those that are not read left out."""
+    return [
+        folder / name
+        for name in _list_names(folder)
+        if not find_fault(folder, folder / name)
+        and (folder / name).stat().st_size <= _find_limit(name)
+    ]
 
 
 def _list_names(folder: Path) -> list[str]:
@@ -201,6 +206,11 @@ def find_fault(folder: Path, path: Path, *, folder_wanted: bool = False) -> str:
     return "" if real.is_file() else "is not a regular file; put a file in its place"
 
 
+def _find_limit(name: str) -> int:
+    """Return the bytes that a file may have."""
+    return tokenizers.LARGEST_VOCABULARY if name in VOCABULARY_FILES else LARGEST_TEXT
+
+
 def _read(folder: Path, name: str) -> Companion:
     """Read one file, and parse what should be JSON or text.
 
@@ -208,8 +218,7 @@ def _read(folder: Path, name: str) -> Companion:
         InputError: it is damaged.
     """
     path = folder / name
-    large = name in VOCABULARY_FILES
-    data = read_bytes(path, tokenizers.LARGEST_VOCABULARY if large else LARGEST_TEXT)
+    data = read_bytes(path, _find_limit(name))
     if name.endswith(".json"):
         read_json(path)
     elif name.endswith(".jinja"):

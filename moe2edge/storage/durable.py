@@ -51,6 +51,8 @@ def check_name(path: Path, *, longer: int = 0) -> None:
     limit = 255
     try:
         if not path.parent.is_dir():
+            if os.path.lexists(path.parent):
+                raise InputError(f"{path.parent} is not a folder; choose another place")
             raise InputError(f"{path.parent} does not exist; make it first")
         if hasattr(os, "pathconf"):
             limit = os.pathconf(path.parent, "PC_NAME_MAX")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,21 @@ from moe2edge.storage.text_files import read_json
 GENERATION_CONFIG = "generation_config.json"
 # Keys of single tokens, in both configs. That a number is negative, as -1 for none, is common.
 TOKEN_KEYS = ("bos_token_id", "pad_token_id", "decoder_start_token_id")
+# Keys whose values transformers takes as they are, and fails on when it generates.
+WHOLE_KEYS = frozenset(
+    {
+        "max_length", "max_new_tokens", "min_length", "min_new_tokens", "no_repeat_ngram_size",
+        "num_beams", "num_return_sequences", "top_k",
+    }
+)  # fmt: skip
+NUMBER_KEYS = frozenset(
+    {
+        "encoder_repetition_penalty", "epsilon_cutoff", "eta_cutoff", "guidance_scale",
+        "length_penalty", "max_time", "min_p", "repetition_penalty", "temperature", "top_p",
+        "typical_p",
+    }
+)  # fmt: skip
+FLAG_KEYS = frozenset({"do_sample", "renormalize_logits", "use_cache"})
 # Keys among which the one at fault is looked for; transformers knows about eighty.
 MOST_KEYS = 200
 
@@ -36,11 +52,29 @@ def read_generation_config(folder: Path) -> Mapping[str, Any]:
                 "it out"
             )
     parse_stop_ids(found, path.name)
+    for key, value in found.items():
+        if value is not None and (expected := _find_expected(key, value)):
+            raise InputError(
+                f"{key} in {path.name} is {_shorten(value)}, expected: {expected}; correct it, or "
+                "take it out"
+            )
     if reason := _find_refusal(found):
         wrong = _find_refused_key(found)
         what = "" if wrong is None else f"{wrong[:60]} {_shorten(found[wrong])} in "
         raise InputError(f"transformers refuses {what}{path.name} ({reason}); correct it")
     return found
+
+
+def _find_expected(key: str, value: object) -> str:
+    """Return what a value should be; empty if it may be what it is."""
+    if key in FLAG_KEYS and not isinstance(value, bool | int):
+        return "true or false"
+    if key in WHOLE_KEYS and type(value) is not int:
+        return "a whole number"
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if key in NUMBER_KEYS and not (number and math.isfinite(value)):  # type: ignore[arg-type]
+        return "a number"
+    return ""
 
 
 def parse_stop_ids(settings: Mapping[str, Any], place: str) -> frozenset[int] | None:

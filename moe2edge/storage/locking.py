@@ -16,6 +16,7 @@ import json
 import os
 import secrets
 import socket
+import stat
 import tempfile
 import threading
 import time
@@ -283,8 +284,12 @@ def _read(path: Path) -> dict[str, Any]:
     Raises:
         InputError: moe2edge did not write it.
     """
+    foreign = InputError(f"{path} was not written by moe2edge; move it away")
     try:
-        data = path.read_bytes()[: 2 * _LINE]  # opened anew: what another host wrote is seen
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise foreign
+        with path.open("rb") as file:  # opened anew: what another host wrote is seen
+            data = file.read(2 * _LINE)
     except FileNotFoundError:
         return {}
     if not data.strip(b"\0 \n"):
@@ -296,7 +301,7 @@ def _read(path: Path) -> dict[str, Any]:
     except (ValueError, TypeError):
         if data.startswith(_START):  # half of it was written before a loss of power
             return {}
-    raise InputError(f"{path} was not written by moe2edge; move it away")
+    raise foreign
 
 
 def _describe_process() -> dict[str, Any]:

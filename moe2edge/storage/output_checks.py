@@ -112,6 +112,11 @@ def check_place(out: Path) -> None:
         )
     if inside := next((path for path in out.absolute().parents if (path / MARKER).exists()), None):
         raise InputError(f"{out} is inside of {inside}, which an export removes; choose another")
+    if outer := next(filter(is_artifact, out.absolute().parents), None):
+        raise InputError(
+            f"{out} is inside of the output {outer}, which would no longer be what was exported; "
+            "choose another place"
+        )
 
 
 def check_output_early(out: Path, *, force: bool, form: OutputForm = EXPORT) -> None:
@@ -186,7 +191,7 @@ def check_reads(out: Path, reads: Iterable[Path]) -> None:
     """
     partial = PartialFolder(out).path
     for path in reads:
-        resolved = path.resolve()
+        resolved = Path(os.path.realpath(path))  # a link that leads to itself stays as it is
         for place, what in ((out, "replacing it"), (partial, "the work there is removed, which")):
             if os.path.lexists(place) and resolved.is_relative_to(place.resolve()):
                 raise InputError(

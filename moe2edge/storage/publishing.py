@@ -27,7 +27,7 @@ from typing import Literal, get_args
 
 from moe2edge.errors import InputError
 from moe2edge.storage.durable import remove, rename_new
-from moe2edge.storage.text_files import sync_folder, write_atomically
+from moe2edge.storage.text_files import LARGEST_JSON, read_bytes, sync_folder, write_atomically
 
 MARKER = ".moe2edge-partial"
 PARTIAL = ".partial"
@@ -115,8 +115,8 @@ class PartialFolder:
         if names <= {f"{MARKER}.tmp"}:  # killed before it wrote the marker, or behind that
             return Marker(state="removing")
         try:
-            marker = _parse_marker((self.path / MARKER).read_text("utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
+            marker = _parse_marker(read_bytes(self.path / MARKER, LARGEST_JSON).decode())
+        except (InputError, ValueError, RecursionError) as error:
             raise foreign from error
         if strange := self._find_foreign():
             raise self._make_foreign_error(strange)
@@ -132,7 +132,7 @@ class PartialFolder:
                 return path.name
         for path in sorted(self.work.rglob("*")):
             own = path.suffix in _WORK_SUFFIXES or path.name.startswith("stream-")
-            if path.is_symlink() or not (path.is_dir() or own):
+            if path.is_symlink() or not (path.is_dir() or (own and path.is_file())):
                 return str(path.relative_to(self.path))
         return ""
 

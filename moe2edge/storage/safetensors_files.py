@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -57,10 +58,12 @@ def open_file(path: Path) -> Mapping[str, TensorEntry]:
     """Read the header of a safetensors file; it is cached.
 
     Raises:
-        InputError: the file is missing or damaged, or cannot be read.
+        InputError: the file is missing or damaged, no regular file, or cannot be read.
     """
     try:
         state = path.stat()
+        if not stat.S_ISREG(state.st_mode):  # the library would wait for the other end of a pipe
+            raise InputError(f"{path} is not a regular file; put a file in its place")
         return _read_entries(path, state.st_mtime_ns, state.st_size)
     except OSError as error:
         raise make_read_error(path, error) from error

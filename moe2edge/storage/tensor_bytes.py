@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 # Bytes that are read at a time; a multiple of the width of every dtype.
 PIECE_BYTES = 1 << 19
 # By dtype: unsigned integers of its width, the bits beside the sign, and the least value of these
-# bits that is not finite.
+# bits that is not finite in float32, in which models are computed.
 _BITS = {
     "BF16": ("uint16", 0x7FFF, 0x7F80),
     "F16": ("uint16", 0x7FFF, 0x7C00),
     "F32": ("uint32", 0x7FFF_FFFF, 0x7F80_0000),
-    "F64": ("uint64", 0x7FFF_FFFF_FFFF_FFFF, 0x7FF0_0000_0000_0000),
-    # These two have no infinities, and one kind of NaN.
+    "F64": ("uint64", 0x7FFF_FFFF_FFFF_FFFF, 0x47EF_FFFF_F000_0000),
+    # The first two have no infinities, and one kind of NaN.
     "F8_E4M3": ("uint8", 0x7F, 0x7F),
     "F8_E8M0": ("uint8", 0xFF, 0xFF),
     "F8_E5M2": ("uint8", 0x7F, 0x7C),
@@ -40,7 +40,8 @@ def hash_tensors(path: Path) -> tuple[str, tuple[str, ...]]:
     """Hash a safetensors file, and look at every number in it on the way.
 
     Returns:
-        The SHA-256 digest of the file, and the tensors that hold numbers that are not finite.
+        The SHA-256 digest of the file, and the tensors that hold numbers that are not finite in
+        float32.
     """
     digest = hashlib.sha256()
     found = []
@@ -84,8 +85,8 @@ def have_same_numbers(first: tuple[Path, str], second: tuple[Path, str]) -> bool
 
 
 def find_broken_rows(matrix: Tensor) -> tuple[int, ...]:
-    """Find the rows of a matrix that hold numbers that are not finite."""
-    return tuple(n for n, row in enumerate(matrix) if not row.isfinite().all())
+    """Find the rows of a matrix that hold numbers that are not finite in float32."""
+    return tuple(n for n, row in enumerate(matrix) if not row.float().isfinite().all())
 
 
 def _read(file: FileIO, count: int) -> Iterator[NDArray[np.uint8]]:
@@ -106,7 +107,7 @@ def _read(file: FileIO, count: int) -> Iterator[NDArray[np.uint8]]:
 
 
 def _is_finite(piece: NDArray[np.uint8], dtype: str) -> bool:
-    """Return whether all numbers of a piece are finite; integers are."""
+    """Return whether all numbers of a piece are finite in float32; integers are."""
     if dtype not in _BITS:
         return True
     kind, magnitude, infinity = _BITS[dtype]

@@ -101,6 +101,8 @@ def read_bytes(path: Path, most: int) -> bytes:
             data = file.read(most + 1)
     except OSError as error:
         raise make_read_error(path, error) from error
+    except ValueError as error:  # a name with a zero byte
+        raise InputError(f"{path} cannot be read: {error}; give another name") from error
     if len(data) > most:
         raise InputError(
             f"{path} has {max(found.st_size, len(data)):,} bytes, expected: at most {most:,}; "
@@ -134,8 +136,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def hash_file(path: Path) -> str:
-    """Compute the SHA-256 digest of a file."""
-    with path.open("rb") as file:
+    """Compute the SHA-256 digest of a regular file.
+
+    Raises:
+        InputError: it is none.
+    """
+    with open(path, "rb", opener=_open_at_once) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise InputError(f"{path} is not a regular file; put a file in its place")
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -16,7 +16,8 @@ from moe2edge.storage.text_files import read_bytes, read_json
 TOKENIZER, CONFIG, SENTENCEPIECE = "tokenizer.json", "tokenizer_config.json", "tokenizer.model"
 VOCABULARIES = (TOKENIZER, SENTENCEPIECE, "vocab.json", "vocab.txt")
 # What transformers may read of a tokenizer as JSON.
-JSON_FILES = (TOKENIZER, CONFIG, "vocab.json", "special_tokens_map.json", "added_tokens.json")
+ADDED = "added_tokens.json"
+JSON_FILES = (TOKENIZER, CONFIG, "vocab.json", "special_tokens_map.json", ADDED)
 # Several times the largest vocabularies.
 LARGEST_VOCABULARY = 128 << 20
 # A line of a vocabulary in tiktoken's format.
@@ -50,7 +51,7 @@ def load_tokenizer(folder: Path) -> Any:
         )
     for name in JSON_FILES:
         if (folder / name).exists():
-            read_json(folder / name)
+            _check_kinds(folder, name, read_json(folder / name))
     _check_sentencepiece(folder)
     # Without tokenizer_config.json transformers uses the family's default class, which may build
     # another tokenizer than tokenizer.json describes (seen with transformers 5.23).
@@ -64,6 +65,40 @@ def load_tokenizer(folder: Path) -> Any:
     if reason:
         raise InputError(f"the tokenizer in {folder} cannot be read: {_explain(folder, reason)}")
     return loaded
+
+
+def _check_kinds(folder: Path, name: str, found: Mapping[str, Any]) -> None:
+    """Refuse values of another kind than transformers expects, whose own errors do not name them.
+
+    Raises:
+        InputError: names file, key and value.
+    """
+    key, expected = "", ""
+    if name == ADDED:
+        key = next((key for key, value in found.items() if type(value) is not int), "")
+        expected = "an id"
+    elif name == CONFIG and not isinstance(found.get("tokenizer_class", ""), str | None):
+        key, expected = "tokenizer_class", "the name of a class"
+    elif name == CONFIG and not _are_templates(found.get("chat_template")):
+        key, expected = "chat_template", "a text, or a list of objects with name and template"
+    if expected and key:
+        raise InputError(
+            f"the tokenizer in {folder} cannot be read: {key[:60]!r} in {name} is "
+            f"{repr(found[key])[:60]}, expected: {expected}; correct it, or take it out"
+        )
+
+
+def _are_templates(value: Any) -> bool:
+    """Return whether a value is one chat template, several by name, or none."""
+    if isinstance(value, dict):
+        return all(isinstance(one, str) for one in value.values())
+    if isinstance(value, list):
+        keys = ("name", "template")
+        return all(
+            isinstance(one, dict) and all(isinstance(one.get(key), str) for key in keys)
+            for one in value
+        )
+    return value is None or isinstance(value, str)
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -80,7 +115,11 @@ def _run_foreign(run: Callable[[], Any]) -> tuple[Any, str]:
     try:
         return run(), ""
     except Exception as error:
-        return None, get_first_line(error) or type(error).__name__
+        reason = get_first_line(error)
+        # The text of these is a key, or about the code of the library alone.
+        if isinstance(error, KeyError | AttributeError | TypeError | IndexError):
+            reason = f"{type(error).__name__}: {reason}"
+        return None, reason or type(error).__name__
     except BaseException as error:
         if type(error).__name__ != "PanicException":
             raise

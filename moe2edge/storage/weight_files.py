@@ -196,6 +196,9 @@ def _note_unread(folder: Path, found: WeightFiles) -> WeightFiles:
 
 def _explain_missing_weights(folder: Path, missing: str) -> str:
     """Say what a folder without weights of the usual names holds in their place."""
+    for path in (folder / SINGLE, folder / INDEX):
+        if path.is_symlink():
+            return f"{path} is a link that leads nowhere; download the checkpoint again"
     others = sorted(path.name for path in folder.glob("*.safetensors"))
     if "adapter_model.safetensors" in others or (folder / ADAPTER_CONFIG).exists():
         return (
