@@ -69,7 +69,9 @@ def find_plain_source(
         model: the source.
         folder: its folder.
         config: its config as transformers read it; what says that it is quantized is taken out.
-        blocks, ends, dtype: as in `load_plain_tensors`.
+        blocks: as in `load_plain_tensors`.
+        ends: likewise.
+        dtype: likewise.
 
     Returns:
         Arguments of ``from_pretrained``.
