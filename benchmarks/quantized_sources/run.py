@@ -2,7 +2,7 @@
 
     sh benchmarks/slimming/install_peers.sh PEERS       # GPTQModel, llm-compressor
     python3 -m venv PEERS/autoround && PEERS/autoround/bin/pip install torch==2.13.0 \
-        auto-round==0.16.1 transformers==5.23.0
+        auto-round==0.16.1 transformers==5.23.0 compressed-tensors==0.20.1
     python -m benchmarks.quantized_sources.run PEERS WORK > benchmarks/quantized_sources/results.md
 
 Tiny random Mixtral and Qwen3-MoE models are quantized by each program in its own environment.
