@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 
+from fake_export import export
 from moe2edge.errors import InputError, Moe2EdgeError
 from moe2edge.storage import locking
 from moe2edge.storage.locking import OutputLock
+from moe2edge.storage.output_checks import check_output_early
 
 QUIET: Callable[[str], None] = lambda _: None  # noqa: E731
 FORK = multiprocessing.get_context("fork")
@@ -76,6 +78,26 @@ def test_a_killed_holder_is_followed_at_once(tmp_path: Path) -> None:
     with OutputLock(tmp_path / "out").hold(QUIET):
         assert time.monotonic() - begun < 5
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_holder_left_goes_with_the_refusal_of_its_output(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    export(out, "x")
+
+    def hold() -> None:
+        holding = OutputLock(out).hold(QUIET)
+        holding.__enter__()
+        os.kill(os.getpid(), 9)
+
+    process = FORK.Process(target=hold)
+    process.start()
+    process.join()
+    check_output_early(out, force=False)  # leaves it to the claim
+    with pytest.raises(InputError, match="exists; choose another name"):
+        export(out, "y")
+    assert list(tmp_path.iterdir()) == [out]
+    with pytest.raises(InputError, match="exists; choose another name"):
+        check_output_early(out, force=False)
 
 
 def test_of_ten_at_once_one_is_in_at_any_time(tmp_path: Path) -> None:

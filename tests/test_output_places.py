@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from fake_export import INPUTS, export, fail, read
 from helpers import run
 from moe2edge.commands import api
-from moe2edge.errors import DoesNotFit, InputError
+from moe2edge.errors import DiskFailed, DoesNotFit, InputError
 from moe2edge.storage import durable
 from moe2edge.storage.export_folder import claim_output, open_partial_folder
 from moe2edge.storage.output_checks import OutputForm
@@ -46,6 +47,30 @@ def test_places_that_no_output_can_have(tmp_path: Path, name: str, message: str)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 400
     assert sorted(map(str, tmp_path.rglob("*"))) == before
+
+
+def test_trying_a_place_leaves_nothing_whenever_it_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[str]] = []
+    monkeypatch.setattr(os, "fsync", lambda _: seen.append(os.listdir(tmp_path)))
+    durable.check_writable(tmp_path / "out")
+    assert seen == [[]]  # the file that is written has no name
+    monkeypatch.delattr(os, "O_TMPFILE")
+    durable.check_writable(tmp_path / "out")
+    assert len(seen[1]) == 1  # on other systems it has one
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_broken_disk_is_no_fault_of_the_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail_to_sync(_: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", fail_to_sync)
+    with pytest.raises(DiskFailed, match=r"\(Input/output error\); look after its disk"):
+        durable.check_writable(tmp_path / "out")
 
 
 def test_an_output_is_no_place_for_another(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from moe2edge.errors import DoesNotFit, InputError, Moe2EdgeError
+from moe2edge.errors import DiskFailed, DoesNotFit, InputError, Moe2EdgeError
 from moe2edge.storage.text_files import sync_folder
 
 # Linux has them in <fcntl.h> and <linux/fs.h>.
@@ -29,6 +29,8 @@ def make_place_error(path: Path, error: OSError) -> Moe2EdgeError:
     reason = error.strerror or str(error)
     if error.errno in FULL:
         return DoesNotFit(f"nothing can be written to {path} ({reason}); free some space")
+    if error.errno == errno.EIO:
+        return DiskFailed(f"nothing can be written to {path} ({reason}); look after its disk")
     if error.errno == errno.ENAMETOOLONG:
         return InputError(f"{str(path)[:100]}... ({reason}); choose a shorter one")
     return InputError(f"nothing can be written to {path} ({reason}); choose another place")
@@ -83,8 +85,8 @@ def check_writable(path: Path) -> None:
     except OSError as error:
         raise make_place_error(path, error) from error
     try:
-        temporary = _write_beside(path, b"\0")
-        temporary.unlink()
+        if not _write_unnamed(path.parent):
+            _write_beside(path, b"\0").unlink()
     except OSError as error:
         raise make_place_error(path.parent, error) from error
 
@@ -99,6 +101,31 @@ def write_file(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def _write_unnamed(folder: Path) -> bool:
+    """Write a file without a name in a folder, of which a kill leaves nothing.
+
+    Returns:
+        Whether system and file system have such files.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    try:
+        handle = os.open(folder, os.O_TMPFILE | os.O_WRONLY, 0o600)
+    except AttributeError:  # a system without them
+        return False
+    except OSError as error:
+        if error.errno in {*_NOT_SUPPORTED, errno.EISDIR}:
+            return False
+        raise
+    try:
+        os.write(handle, b"\0")
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+    return True
 
 
 def _write_beside(path: Path, data: bytes) -> Path:

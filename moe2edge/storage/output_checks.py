@@ -129,7 +129,8 @@ def check_output_early(out: Path, *, force: bool, form: OutputForm = EXPORT) -> 
     check_place(out)
     check_writable(name_lock(out))
     # Where a run was killed at its end, a claim finishes what it left, and looks then.
-    if os.path.lexists(out) and not os.path.lexists(PartialFolder(out).path):
+    left = (PartialFolder(out).path, name_lock(out))
+    if os.path.lexists(out) and not any(map(os.path.lexists, left)):
         _check_taken(out, force=force, form=form)
 
 
