@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from moe2edge.errors import Unsupported, VerificationFailed
 from moe2edge.model import hf_config
+from moe2edge.model.edits import change_weights
 from moe2edge.model.model import EMBEDDING, Model
 from moe2edge.model.weights import DTYPES, dequantize_weight
 from moe2edge.pipeline.target import Loader, Target
@@ -165,11 +166,7 @@ class Hf(Target):
 
 def _dequantize(model: Model) -> Model:
     """Return the model with its quantized weights dequantized, in the source's dtype."""
-    for block in model.blocks:
-        new = {role: dequantize_weight(w) for role, w in block.weights() if w.scheme}
-        if new:
-            model = model.replace_block(block.with_weights(new))
-    return model
+    return change_weights(model, lambda _, w: dequantize_weight(w) if w.scheme else None)
 
 
 def _plan(model: Model) -> list[PlannedTensor]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe2edge.errors import DiskFailed, DoesNotFit, Moe2EdgeError, Unsupported, join_lines
+from moe2edge.model.edits import change_weights
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Block, Model
 from moe2edge.model.weights import DTYPES, Weight
@@ -84,9 +85,7 @@ def reduce_model(model: Model) -> Model:
         if isinstance(block.mlp, MoELayer) and block.mlp.is_plain:
             count = min(block.mlp.router_rows, block.mlp.router.top_k + 1)
             model = model.replace_block(replace(block, mlp=block.mlp.keep(range(count))))
-    for block in model.blocks:
-        empty = {role: make_zero_weight(weight) for role, weight in block.weights()}
-        model = model.replace_block(block.with_weights(empty))
+    model = change_weights(model, lambda _, weight: make_zero_weight(weight))
     vocabulary = model.vocabulary
     rest = {
         name: make_zero_weight(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,20 @@ from moe2edge.model.weights import Weight, cast_to_stored, hide_integers
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+def change_weights(model: Model, change: Callable[[str, Weight], Weight | None]) -> Model:
+    """Return a model with other handles on tensors of its blocks.
+
+    Args:
+        model: the model.
+        change: returns the new handle for a role and its handle; None: it stays.
+    """
+    for block in model.blocks:
+        found = {role: change(role, weight) for role, weight in block.weights()}
+        if new := {role: weight for role, weight in found.items() if weight is not None}:
+            model = model.replace_block(block.with_weights(new))
+    return model
 
 
 def sort_rows(model: Model) -> Model:
@@ -99,7 +113,7 @@ def hide_source_integers(model: Model) -> Model:
 
     `restore_source_integers` is the inverse for all that no pass has changed.
     """
-    return _exchange(model, {w.load: hide_integers(w) for _, _, w in model.tensors() if w.kept})
+    return change_weights(model, lambda _, weight: hide_integers(weight) if weight.kept else None)
 
 
 def restore_source_integers(model: Model, source: Model) -> Model:
@@ -109,15 +123,5 @@ def restore_source_integers(model: Model, source: Model) -> Model:
         model: made from the source by passes.
         source: the model before `hide_source_integers`.
     """
-    return _exchange(model, {w.load: w for _, _, w in source.tensors() if w.kept})
-
-
-def _exchange(model: Model, handles: Mapping[Callable[[], Tensor], Weight]) -> Model:
-    """Return a model with other handles on the same numbers, found by what loads them."""
-    for block in model.blocks if handles else ():
-        new = {
-            role: handles[weight.load] for role, weight in block.weights() if weight.load in handles
-        }
-        if new:
-            model = model.replace_block(block.with_weights(new))
-    return model
+    kept = {weight.load: weight for _, _, weight in source.tensors() if weight.kept}
+    return change_weights(model, lambda _, weight: kept.get(weight.load)) if kept else model

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from moe2edge.model.edits import change_weights
 from moe2edge.model.model import Model, is_quantizable
 from moe2edge.model.weights import Weight, dequantize_weight
 from moe2edge.storage.safetensors_files import make_weight
@@ -65,13 +66,10 @@ def dequantize_ends(model: Model) -> Model:
 
     Routers, embeddings and heads of some sources are quantized, but no target stores them so.
     """
-    for block in model.blocks:
-        found = {
-            role: dequantize_weight(weight)
-            for role, weight in block.weights()
-            if weight.scheme is not None and not is_quantizable(role)
-        }
-        if found:
-            model = model.replace_block(block.with_weights(found))
+
+    def change(role: str, weight: Weight) -> Weight | None:
+        return dequantize_weight(weight) if weight.scheme and not is_quantizable(role) else None
+
+    model = change_weights(model, change)
     rest = {n: dequantize_weight(w) if w.scheme else w for n, w in model.rest.items()}
     return replace(model, rest=rest)
