@@ -16,9 +16,8 @@ from moe2edge.numerics.scheme import LOW_RANK, WHOLE_ROW, Scheme
 from moe2edge.pipeline.target import Loader, Target
 from moe2edge.runtime.memory import Estimate
 from moe2edge.runtime.protocol import Runtime
-from moe2edge.storage.text_files import write_json
+from moe2edge.storage.text_files import write_bytes, write_json
 from moe2edge.storage.tokenizer import read_stop_ids
-from moe2edge.storage.written_files import write_bytes
 from moe2edge.targets._loaders import judge_loaders
 from moe2edge.targets._onnx_genai import GENAI_CONFIG, build_genai_config
 

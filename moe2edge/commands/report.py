@@ -20,8 +20,8 @@ from moe2edge.pipeline.stages import Step
 from moe2edge.pipeline.target import Loader, Target
 from moe2edge.storage.checkpoint import Checkpoint
 from moe2edge.storage.manifest import CARD, FILES, MANIFEST, build_manifest, describe_file
-from moe2edge.storage.text_files import read_json, write_json
-from moe2edge.storage.written_files import hash_written, write_bytes
+from moe2edge.storage.text_files import read_json, write_bytes, write_json
+from moe2edge.storage.written_files import hash_written
 
 RECIPE_FILE = "recipe.resolved.yaml"
 # The only file of an output that holds times and peak memory, so that all others are equal if the

@@ -25,8 +25,7 @@ from moe2edge.evaluation.folder_record import REFERENCE, FolderRecord
 from moe2edge.evaluation.tensor_digests import compute_digest, load_numbers
 from moe2edge.model.model import Model
 from moe2edge.numerics import metrics
-from moe2edge.storage.text_files import make_read_error
-from moe2edge.storage.written_files import write_bytes
+from moe2edge.storage.text_files import make_read_error, write_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe2edge.model.model import Model
+from moe2edge.storage.source_formats.recognition import KEYS
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 def drop_quantization(config: Any) -> bool:
     """Take ``quantization_config`` out of a config of transformers; return whether it was there."""
     found = False
-    for key in ("quantization_config", "compression_config"):
+    for key in KEYS:
         if getattr(config, key, None) is not None:
             delattr(config, key)
             found = True

@@ -26,8 +26,13 @@ from moe2edge.storage.generation_config import (
 )
 from moe2edge.storage.hub import COMPANIONS, LICENSES, TEMPLATES
 from moe2edge.storage.manifest import CARD
-from moe2edge.storage.text_files import find_read_remedy, read_bytes, read_json, read_yaml
-from moe2edge.storage.written_files import write_bytes
+from moe2edge.storage.text_files import (
+    find_read_remedy,
+    read_bytes,
+    read_json,
+    read_yaml,
+    write_bytes,
+)
 
 CHAT_TEMPLATE = "chat_template.jinja"
 # Processors read it; tokenizers do not.

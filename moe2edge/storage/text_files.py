@@ -149,9 +149,13 @@ def hash_file(path: Path) -> str:
 
 def write_json(path: Path, data: object) -> str:
     """Write ``data`` as indented JSON; return the SHA-256 of what was to be written."""
-    content = (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
-    path.write_bytes(content)
-    return hashlib.sha256(content).hexdigest()
+    return write_bytes(path, (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def write_bytes(path: Path, data: bytes) -> str:
+    """Write a file of an output; return the SHA-256 of what was to be written."""
+    path.write_bytes(data)
+    return hashlib.sha256(data).hexdigest()
 
 
 def sync_folder(folder: Path) -> None:

@@ -56,12 +56,6 @@ class FileDigest:
         return self._digest.hexdigest()
 
 
-def write_bytes(path: Path, data: bytes) -> str:
-    """Write a file of an output; return the SHA-256 of what was to be written."""
-    path.write_bytes(data)
-    return hashlib.sha256(data).hexdigest()
-
-
 def hash_written(path: Path, sha256: str | None) -> str:
     """Compute the SHA-256 of a file that was written, and compare it.
 

@@ -12,6 +12,7 @@ from moe2edge.storage.source_formats.integers import (
     GROUP_RANGE,
     SCALE_DTYPES,
     Integers,
+    describe_groups,
     read_number,
 )
 from moe2edge.storage.source_formats.source_format import (
@@ -46,8 +47,7 @@ class AwqSource(SourceFormat):
     @property
     def name(self) -> str:
         """Name of the format for reports."""
-        groups = "whole rows" if self.group_size == -1 else f"groups of {self.group_size}"
-        return f"AWQ, {self.bits} bits in {groups}"
+        return f"AWQ, {self.bits} bits in {describe_groups(self.group_size)}"
 
     @cached_property
     def bits(self) -> int:

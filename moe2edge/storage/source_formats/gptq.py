@@ -14,6 +14,7 @@ from moe2edge.storage.source_formats.integers import (
     GROUP_RANGE,
     SCALE_DTYPES,
     Integers,
+    describe_groups,
     match_pattern,
     read_number,
 )
@@ -94,10 +95,9 @@ class GptqSource(SourceFormat):
     def name(self) -> str:
         """Name of the format for reports."""
         main = self.main
-        groups = "whole rows" if main.group_size == -1 else f"groups of {main.group_size}"
         kind = "" if main.sym else ", asymmetric"
         order = ", in the order of activations" if main.desc_act else ""
-        return f"GPTQ, {main.bits} bits in {groups}{kind}{order}"
+        return f"GPTQ, {main.bits} bits in {describe_groups(main.group_size)}{kind}{order}"
 
     @cached_property
     def layout(self) -> str:

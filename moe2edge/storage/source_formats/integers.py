@@ -156,6 +156,11 @@ def read_number(
 GROUP_RANGE = (WHOLE_ROW, *range(1, 65537))
 
 
+def describe_groups(size: int) -> str:
+    """Describe a group size for reports."""
+    return "whole rows" if size == WHOLE_ROW else f"groups of {size}"
+
+
 def match_pattern(pattern: str, names: tuple[str, ...], where: str) -> bool:
     """Return whether a regular expression matches the start of one of some names.
 
