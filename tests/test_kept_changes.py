@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
-import runpy
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +13,7 @@ import torch
 import yaml
 
 from helpers import QUIET, write_text
+from killing import run_child
 from moe2edge.calibration import walk
 from moe2edge.model.model import Block, Model
 from moe2edge.passes.expert_budget import ExpertBudget
@@ -158,12 +157,6 @@ def test_damaged_numbers_are_computed_again(source: Model, tmp_path: Path) -> No
 
 # ---- whole exports -------------------------------------------------------------------------------
 
-CHILD = Path(__file__).with_name("killed_export.py")
-# A child is forked from a process that has imported everything and computed nothing yet.
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(
-    ["moe2edge.commands.export", "transformers.models.qwen3_moe.modeling_qwen3_moe"]
-)
 RECIPES: dict[str, Any] = {
     "merge": {"expert_merge": {"method": "ream", "keep": 4}},
     "linear": {"expert_replace": {"with": "linear", "keep": 4, "rank": 2}},
@@ -182,15 +175,7 @@ def export(model: Path, folder: Path, count: int = -1) -> int:
     kind = "walk" if count >= 0 else ""
     given: dict[str, Any] = {"KIND": kind, "COUNT": count, "FOLDER": str(folder)}
     given |= {"SOLVED": "", "WALKED": str(folder / "walked"), "ARGUMENTS": arguments}
-    process = SERVER.Process(
-        target=runpy.run_path,
-        args=(str(CHILD),),
-        kwargs={"init_globals": given, "run_name": "killed"},
-    )
-    process.start()
-    process.join(120)
-    assert process.exitcode is not None
-    return process.exitcode
+    return run_child(given)
 
 
 def read_walked(folder: Path) -> list[str]:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import multiprocessing
 import random
-import runpy
 import shutil
 import signal
 from pathlib import Path
@@ -16,6 +14,7 @@ import pytest
 import yaml
 
 from helpers import run, slow_except, write_text
+from killing import run_child
 from moe2edge.storage.journal import JOURNAL
 from moe2edge.storage.records import read_records, write_records
 from moe2edge.testing import Make
@@ -33,16 +32,6 @@ SEEDS = range(30)
 # Where an export is killed, and how often it comes by there: 8 blocks are solved, with two renames
 # each but for the last of a pass.
 PLACES = {"write": 240, "rename": 14, "journal": 8, "between": 8, "shard": 300, "end": 1}
-CHILD = Path(__file__).with_name("killed_export.py")
-# A child is forked from a process that has imported everything and computed nothing yet.
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(
-    [
-        "moe2edge.commands.export",
-        "moe2edge.pipeline.blockwise",
-        "transformers.models.qwen3_moe.modeling_qwen3_moe",
-    ]
-)
 
 
 def command(model: Path, folder: Path, *more: str) -> list[str]:
@@ -70,15 +59,7 @@ def child(model: Path, folder: Path, kind: str = "", count: int = 0, solved: str
     """Run tests/killed_export.py; its exit code, or minus the signal that it died of."""
     given = {"KIND": kind, "COUNT": count, "SOLVED": solved, "FOLDER": str(folder)}
     given["ARGUMENTS"] = command(model, folder)
-    process = SERVER.Process(
-        target=runpy.run_path,
-        args=(str(CHILD),),
-        kwargs={"init_globals": given, "run_name": "killed"},
-    )
-    process.start()
-    process.join(120)
-    assert process.exitcode is not None
-    return process.exitcode
+    return run_child(given)
 
 
 @pytest.fixture(scope="module")
