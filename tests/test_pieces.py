@@ -258,3 +258,9 @@ def test_a_tokenizer_without_places_gets_the_whole(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(pieces, "MOST_WITHOUT_PLACES", 100_000)
     with pytest.raises(InputError, match="longer than 100,000 characters"):
         encode(text, _Slow())
+
+
+def test_ids_beyond_32_bits_are_a_fault_of_the_tokenizer() -> None:
+    assert list(pieces.pack_ids([0, 2**31 - 1])) == [0, 2**31 - 1]
+    with pytest.raises(InputError, match="gives token id 2147483648, which no model has"):
+        pieces.pack_ids([0, 2**31])

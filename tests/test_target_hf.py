@@ -169,6 +169,22 @@ def test_it_runs_as_stored_and_in_float32_where_that_is_asked(
     assert torch.equal(wanted[dtype], wanted["float32"]) == (dtype == "float32")
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"rope_parameters": {"rope_type": None}}, {"pad_token_id": "x"}, {"hidden_act": "x"},
+     {"num_attention_heads": 0}, {"vocab_size": None}],
+    ids=str,
+)  # fmt: skip
+def test_a_changed_config_is_told_as_such(
+    changes: dict[str, Any], tiny: Make, tmp_path: Path
+) -> None:
+    folder = written(open_model(tiny("mixtral")), tmp_path / "out")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(VerificationFailed, match="transformers cannot load"):
+        HF.reopen(folder)
+
+
 def test_a_folder_without_embeddings_has_no_dtype(tiny: Make, tmp_path: Path) -> None:
     folder = written(open_model(tiny("olmoe")), tmp_path / "out")
     tensors = load_file(folder / "model.safetensors")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,7 +70,7 @@ def encode_document(pieces: Iterable[str], tokenizer: Any, seams: Seams) -> Iter
         text = _join(text, more, parts)
         more = ""
     if not more:
-        yield array("i", encode_text(tokenizer, text, special=False))
+        yield pack_ids(encode_text(tokenizer, text, special=False))
         return
     left, first = _encode(text, tokenizer), 0
     while more:
@@ -82,13 +82,28 @@ def encode_document(pieces: Iterable[str], tokenizer: Any, seams: Seams) -> Iter
         elif seam is None:
             seams.cuts += 1
             seams.ids += _count_differing(left, right, start)
-            yield array("i", left.ids[first:])
+            yield pack_ids(left.ids[first:])
             left, first = _encode(more, tokenizer), 0
         else:
-            yield array("i", left.ids[first : seam[0]])
+            yield pack_ids(left.ids[first : seam[0]])
             left, first = right, seam[1]
         more = next(parts, "")
-    yield array("i", left.ids[first:])
+    yield pack_ids(left.ids[first:])
+
+
+def pack_ids(ids: Sequence[int]) -> array[int]:
+    """Return token ids as int32.
+
+    Raises:
+        InputError: an id does not fit, which a damaged tokenizer can give.
+    """
+    try:
+        return array("i", ids)
+    except OverflowError:
+        raise InputError(
+            f"the tokenizer gives token id {max(ids)}, which no model has; put this model's "
+            "tokenizer files into its folder"
+        ) from None
 
 
 def _join(text: str, more: str, rest: Iterator[str]) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from moe2edge.calibration.builtin_texts import name_general_parts
 from moe2edge.calibration.documents import read_documents
 from moe2edge.calibration.mixes import TextPart, open_parts, share_out
-from moe2edge.calibration.pieces import Seams, encode_document
+from moe2edge.calibration.pieces import Seams, encode_document, pack_ids
 from moe2edge.calibration.sources import IN_RECIPE, Spelling
 from moe2edge.calibration.text_formats import TextFile
 from moe2edge.errors import InputError
@@ -225,7 +225,7 @@ def _encode_part(
     tokens, seams, looked_at = array("i"), Seams(), MANY_TOKENS
     file = _watch(file, part, reporter)
     for document in read_documents(part, file, tokenizer, spelling):
-        tokens.extend(end)
+        tokens.extend(pack_ids(end))
         for found in encode_document(document, tokenizer, seams):
             tokens.extend(found)
             if len(tokens) > looked_at:

@@ -20,6 +20,7 @@ from torch import nn
 
 from moe2edge.calibration import walk
 from moe2edge.errors import InputError, Moe2EdgeError, Unsupported, VerificationFailed, join_lines
+from moe2edge.model.config_keys import RUN_KEPT
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Block, Model
 from moe2edge.progress import Advance
@@ -269,8 +270,9 @@ def _open_stock(
     config = transformers.AutoConfig.from_pretrained(
         folder, local_files_only=True, trust_remote_code=False
     )
-    # Neutral settings: what a config says about how to run changes no number.
-    config.update({"output_router_logits": False, "return_dict": True, "use_cache": False})
+    # Neutral settings: what a config says about how to run changes no number, nor does padding.
+    neutral = {"return_dict": True, **dict.fromkeys((*RUN_KEPT, "pad_token_id"))}
+    config.update(neutral | {"use_cache": False, "output_router_logits": False})
     kind = getattr(transformers, model.family.architecture)
     indices = {own.block.index for own in group}
     if len(group) < len(model.blocks) or not ends:

@@ -21,6 +21,7 @@ from moe2edge.model.config_keys import (
     QK_NORMS,
     RUN,
     RUN_DROPPED,
+    RUN_KEPT,
     Fixed,
 )
 from moe2edge.model.config_rope import check_given_rope, check_rope_table, check_same_rope
@@ -103,7 +104,10 @@ def _build_transformers_config(family: Family, given: Config) -> Any:
     from transformers import CONFIG_MAPPING
 
     kind = CONFIG_MAPPING[family.model_type]
-    for alias, name in kind.attribute_map.items():
+    given = dict(given)
+    if given.get("torch_dtype") is None:  # unlike other aliases, null is none
+        given.pop("torch_dtype", None)
+    for alias, name in (kind.attribute_map | {"torch_dtype": "dtype"}).items():
         if alias in given and name in given and given[alias] != given[name]:
             raise InputError(
                 f"config.json: {alias} is {given[alias]!r:.100} and {name} is {given[name]!r:.100}"
@@ -161,7 +165,7 @@ def refuse(key: str, value: Any, expected: str) -> InputError:
 
 
 def _check_numbers(given: Config) -> None:
-    """Refuse numbers that are not finite or need more than 64 bits, wherever they are.
+    """Refuse numbers that are not finite or too large, and switches that are none.
 
     Raises:
         InputError: names the key.
@@ -179,6 +183,9 @@ def _check_numbers(given: Config) -> None:
             raise refuse(key, value, "a finite number")
         if isinstance(value, int) and abs(value) >= LARGEST:
             raise refuse(key, value, "a number of at most 64 bits")
+    for key in sorted(RUN_KEPT & set(given)):
+        if isinstance(given[key], str | Mapping | float):  # the output could not be run with it
+            raise refuse(key, given[key], "true or false")
     for key, limit in LENGTHS.items():
         if isinstance(given.get(key), int) and given[key] > limit:
             raise refuse(key, given[key], f"at most {limit}")
@@ -248,6 +255,8 @@ def _check_sizes(family: Family, config: Any) -> None:
         raise InputError(
             f"config.json: num_experts_per_tok is {top_k}, but there are {experts} experts"
         )
+    if found["max_position_embeddings"] < 2:
+        raise refuse("max_position_embeddings", 1, "at least 2, as one token predicts the next")
     heads, groups, size = (found[key] for key in keys[1:4])
     if heads % groups:
         raise refuse("num_key_value_heads", groups, f"a divisor of the {heads} heads")

@@ -197,7 +197,9 @@ def open_source(folder: Path, *, dtype: str = "bfloat16", strict: bool = False) 
             ignore_mismatched_sizes=strict,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (Moe2EdgeError, MemoryError):
+        raise
+    except Exception as error:  # whatever a library may raise on a folder that was changed
         error_type = VerificationFailed if strict else InputError
         reason = join_lines(error, 1000)
         raise error_type(f"transformers cannot load {folder}: {reason}") from error
