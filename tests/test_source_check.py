@@ -251,8 +251,8 @@ def test_what_stock_cannot_run_is_said(tiny: Make, monkeypatch: pytest.MonkeyPat
 def test_a_config_for_another_way_to_run_does_not_matter(tiny: Make, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny("olmoe"), tmp_path / "model"))
     config = json.loads((folder / "config.json").read_text())
-    changes = {"return_dict": False, "output_router_logits": True, "use_cache": True}
-    changes |= {"output_hidden_states": True, "pad_token_id": 2**31}
+    changes: dict[str, Any] = {"return_dict": False, "use_cache": True, "pad_token_id": 2**31}
+    changes |= {"output_router_logits": True, "output_hidden_states": True}
     (folder / "config.json").write_text(json.dumps({**config, **changes}))
     assert compare_with_stock(open_checkpoint(folder).model, folder).difference < 1e-5
 

@@ -201,7 +201,8 @@ def open_source(folder: Path, *, dtype: str = "bfloat16", strict: bool = False) 
         raise
     except Exception as error:  # whatever a library may raise on a folder that was changed
         error_type = VerificationFailed if strict else InputError
-        reason = join_lines(error, 1000)
+        plain = isinstance(error, OSError | ValueError | RuntimeError)
+        reason = ("" if plain else f"{type(error).__name__}: ") + join_lines(error, 1000)
         raise error_type(f"transformers cannot load {folder}: {reason}") from error
     wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
     if strict and wrong:
