@@ -271,8 +271,7 @@ def _open_stock(
         folder, local_files_only=True, trust_remote_code=False
     )
     # Neutral settings: what a config says about how to run changes no number, nor does padding.
-    neutral = {"return_dict": True, **dict.fromkeys((*RUN_KEPT, "pad_token_id"))}
-    config.update(neutral | {"use_cache": False, "output_router_logits": False})
+    config.update(dict.fromkeys(RUN_KEPT, False) | {"return_dict": True, "pad_token_id": None})
     kind = getattr(transformers, model.family.architecture)
     indices = {own.block.index for own in group}
     if len(group) < len(model.blocks) or not ends:
