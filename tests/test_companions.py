@@ -253,6 +253,7 @@ CARDS: dict[str, tuple[bytes, dict[str, Any], bool]] = {
     "no license": (b"---\nlicense:\nlicense_name: x\n---\n", {}, False),
     "other": (f"---\n{yaml.safe_dump(OTHER)}\n---\n".encode(), OTHER, False),
     "no end": (b"---\nlicense: mit\n" + b"tags: a\n" * 10_000, {}, True),
+    "UTF-16": ("---\nlicense: mit\n---\n".encode("utf-16"), {}, True),
     "large body": (b"---\nlicense: mit\n---\n" + b"x" * 200_000, MIT, False),
 }
 

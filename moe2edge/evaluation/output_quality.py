@@ -26,7 +26,7 @@ from moe2edge.storage.manifest import (
     is_read_by_runtimes,
     open_artifact,
 )
-from moe2edge.storage.text_files import read_json
+from moe2edge.storage.text_files import hash_file, read_json
 from moe2edge.storage.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -89,7 +89,10 @@ def _look_at_inputs(
         for name, entry in artifact.files.items()
         if is_read_by_runtimes(name)
     }
-    files = {*known, artifact.folder / MANIFEST, *list_text_files(source, "evaluation")}
+    texts = list_text_files(source, "evaluation")
+    # A new date of these is no change. A reference is too large to be read twice.
+    known |= {path: hash_file(path) for path in (artifact.folder / MANIFEST, *texts)}
+    files = set(known)
     if reference is not None:
         files |= {reference.folder / "config.json", *reference.files.values()}
     return InputFiles(sorted(files), known=known)

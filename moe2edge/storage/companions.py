@@ -6,6 +6,7 @@ a note where outputs can do without.
 
 from __future__ import annotations
 
+import codecs
 import errno
 import hashlib
 import json
@@ -414,6 +415,8 @@ def _cut_front_matter(path: Path) -> str | None:
             head = file.read(LARGEST_FRONT_MATTER)
     except OSError as error:
         raise InputError(f"it cannot be read: {error.strerror or error}") from error
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise InputError("it is UTF-16; a card has to be UTF-8")
     # Keys are ASCII; a character that is not UTF-8 stays visible as such.
     text = head.decode("utf-8-sig", "replace")
     found = _FRONT_MATTER.match(text)
