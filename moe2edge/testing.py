@@ -7,9 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moe2edge.model.block import Block
 from moe2edge.model.experts import PARTS
 from moe2edge.model.family import FAMILIES
-from moe2edge.model.model import Block, Model
+from moe2edge.model.model import Model
 from moe2edge.model.weights import Weight
 from moe2edge.numerics.scheme import Scheme
 from moe2edge.storage.journal import BlockResult

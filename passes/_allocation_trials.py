@@ -17,8 +17,9 @@ from moe2edge.calibration.criteria import Criterion
 from moe2edge.calibration.evidence import EvidenceObserver
 from moe2edge.calibration.observation import Facts, Resumable
 from moe2edge.calibration.walk_keeper import make_keeper
+from moe2edge.model.block import Block
 from moe2edge.model.layers import MoELayer
-from moe2edge.model.model import Block, Model
+from moe2edge.model.model import Model
 from moe2edge.numerics import metrics, selection, subset_loss
 from moe2edge.numerics.allocation import Counts
 from moe2edge.numerics.metrics import SampleSums

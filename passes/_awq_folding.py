@@ -13,9 +13,9 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from moe2edge.model.block import SECOND_NORM, Block
 from moe2edge.model.experts import Tied
 from moe2edge.model.layers import MoELayer
-from moe2edge.model.model import SECOND_NORM, Block
 from moe2edge.model.roles import OUT, QKV, list_gated_mlps
 
 if TYPE_CHECKING:

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from moe2edge.errors import Moe2EdgeError
+from moe2edge.model.block import Block
 from moe2edge.model.experts import PARTS, Linear, Replacement, Tied
 from moe2edge.model.layers import MoELayer
-from moe2edge.model.model import Block, Model
+from moe2edge.model.model import Model
 from moe2edge.pipeline.work import Store
 from moe2edge.runtime.decoder_blocks import find_module_name
 from moe2edge.runtime.mixed_experts import find_experts_name
@@ -45,7 +46,7 @@ def locate_parameters(model: Model) -> dict[str, ParameterPlace]:
     """Locate every parameter of the transformers model that is built from ``model``, by name."""
     places = {name: ParameterPlace(None, name) for name in model.rest}
     for block in model.blocks:
-        for name, roles in list_block_parameters(block).items():
+        for name, roles in list_block_parameters(model, block).items():
             places[f"model.layers.{block.index}.{name}"] = ParameterPlace(block.index, name, roles)
     return places
 
@@ -62,11 +63,12 @@ def check_parameters(model: Model, names: Collection[str]) -> None:
         )
 
 
-def list_block_parameters(block: Block) -> dict[str, tuple[str, ...]]:
+def list_block_parameters(model: Model, block: Block) -> dict[str, tuple[str, ...]]:
     """List the parameters of a block's decoder layer by name, with the roles that each holds."""
     parameters: dict[str, tuple[str, ...]] = {}
+    anatomy = model.architecture.anatomy[block.origin]
     for role, _ in block.weights():
-        if name := find_module_name(role):
+        if name := find_module_name(anatomy, role):
             parameters[name] = (role,)
     if isinstance(layer := block.mlp, MoELayer):
         at, count = find_experts_name(layer), range(len(layer.experts))
@@ -86,9 +88,9 @@ def list_block_parameters(block: Block) -> dict[str, tuple[str, ...]]:
     return parameters
 
 
-def split_by_role(block: Block, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def split_by_role(model: Model, block: Block, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Split parameters of the block's decoder layer, given by name, into tensors by role."""
-    roles = list_block_parameters(block)
+    roles = list_block_parameters(model, block)
     tensors: dict[str, Tensor] = {}
     for name, numbers in state.items():
         tensors |= dict(zip(roles[name], _split(block, name, numbers), strict=True))
@@ -144,5 +146,5 @@ def attach_trained(model: Model, state: Mapping[str, Tensor], store: Store) -> M
             blocks.setdefault(index, {})[places[name].name] = numbers
     for index, parameters in sorted(blocks.items()):
         block = model.blocks[index]
-        model = model.replace_block(store.put(block, split_by_role(block, parameters)))
+        model = model.replace_block(store.put(block, split_by_role(model, block, parameters)))
     return replace(model, rest=store.put_rest(model.rest, rest)) if rest else model

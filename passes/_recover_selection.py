@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moe2edge.model.block import Block, is_quantizable
 from moe2edge.model.experts import Expert, Tied
 from moe2edge.model.layers import MoELayer, UnroutedMLP
-from moe2edge.model.model import Block, is_quantizable
 
 # Kinds of tensors that are trained directly, without adapters.
 WHOLE = ("substitutes", "members")

@@ -15,7 +15,7 @@ from moe2edge.pipeline.kept_transform import KeptTransform
 
 if TYPE_CHECKING:
     from moe2edge.calibration.observation import BlockTrace
-    from moe2edge.model.model import Block
+    from moe2edge.model.block import Block
     from moe2edge.numerics.reduced_rank import ReducedRankFit
 
 # Ranks that a budget chooses are multiples of this: formats pack as many numbers of 8 bits.

@@ -12,8 +12,9 @@ from pydantic import Field, field_validator
 
 from moe2edge.calibration.observation import Resumable
 from moe2edge.errors import InputError
+from moe2edge.model.block import Block
 from moe2edge.model.layers import MoELayer
-from moe2edge.model.model import Block, Model
+from moe2edge.model.model import Model
 from moe2edge.numerics.selection import count_kept
 from moe2edge.pipeline.checks import (
     advise_top_k,

@@ -12,7 +12,7 @@ from moe2edge.passes._drop_alike import DropAlike
 from moe2edge.pipeline.contract import Outcome
 
 if TYPE_CHECKING:
-    from moe2edge.model.model import Block
+    from moe2edge.model.block import Block
 
 
 class LayerDrop(DropAlike):

@@ -13,7 +13,8 @@ import re
 from collections import Counter
 from typing import Any
 
-from moe2edge.model.model import Model, is_low_rank, is_quantizable
+from moe2edge.model.block import is_low_rank, is_quantizable
+from moe2edge.model.model import Model
 from moe2edge.numerics.scheme import Scheme
 
 _BLOCK = re.compile(r"(.*\.layers)\.(\d+)\.(.+)\.([^.]+)")

@@ -15,10 +15,11 @@ from typing import Literal, get_args
 
 from moe2edge.errors import InputError, Unsupported, suggest
 from moe2edge.model import model as model_
+from moe2edge.model.block import SECOND_NORM, Block
 from moe2edge.model.edits import sort_rows
 from moe2edge.model.experts import Dense
 from moe2edge.model.layers import MoELayer, UnroutedMLP
-from moe2edge.model.model import SECOND_NORM, Block, Model
+from moe2edge.model.model import Model
 from moe2edge.targets._rehomed import convert_to_qwen2_moe
 from moe2edge.targets._tensors import TILE, fit_scheme, make_zeros, pad
 

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from moe2edge.errors import Unsupported, VerificationFailed
 from moe2edge.model import hf_config
-from moe2edge.model.model import Model, is_low_rank, is_quantizable
+from moe2edge.model.block import is_low_rank, is_quantizable
+from moe2edge.model.model import Model
 from moe2edge.numerics.scheme import Scheme
 from moe2edge.pipeline.target import Loader, Target
 from moe2edge.runtime.load import load

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from moe2edge.errors import InputError, Unsupported
+from moe2edge.model.block import Block, is_low_rank, is_quantizable
 from moe2edge.model.edits import remove_skipping, sort_rows
 from moe2edge.model.hf_config import build_config
 from moe2edge.model.layers import MoELayer
-from moe2edge.model.model import Block, Model, is_low_rank, is_quantizable
+from moe2edge.model.model import Model
 from moe2edge.numerics.scheme import LOW_RANK, WHOLE_ROW, Scheme
 from moe2edge.pipeline.target import Loader, Target
 from moe2edge.runtime.memory import Estimate

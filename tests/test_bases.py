@@ -15,10 +15,11 @@ from torch import Tensor
 
 from helpers import compute_logits, each_family, export, refuse, run, search, slow_except
 from moe2edge.calibration import observation, walk
+from moe2edge.model.block import is_quantizable
 from moe2edge.model.experts import PARTS, Full, Tied
 from moe2edge.model.family import FAMILIES
 from moe2edge.model.layers import MoELayer
-from moe2edge.model.model import Model, is_quantizable
+from moe2edge.model.model import Model
 from moe2edge.numerics import base_sharing, expert_groups, low_rank
 from moe2edge.numerics.base_sharing import SharingCost
 from moe2edge.passes._replace_bases import count_expert_bytes

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from helpers import run
-from moe2edge.model.model import is_quantizable
+from moe2edge.model.block import is_quantizable
 from moe2edge.numerics.grid import Quantized
 from moe2edge.pipeline import registry
 from moe2edge.storage.checkpoint import BUILTIN, BUILTIN_FOLDER, open_checkpoint

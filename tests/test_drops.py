@@ -16,8 +16,9 @@ from moe2edge.calibration import walk
 from moe2edge.calibration.observation import Facts
 from moe2edge.calibration.similarity import BlockSimilarityFactory, LayerSimilarityObserver
 from moe2edge.errors import InputError
+from moe2edge.model.block import SECOND_NORM
 from moe2edge.model.family import FAMILIES
-from moe2edge.model.model import SECOND_NORM, Model
+from moe2edge.model.model import Model
 from moe2edge.passes.block_drop import BlockDrop
 from moe2edge.passes.layer_drop import LayerDrop
 from moe2edge.pipeline.contract import Outcome, Trim

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from helpers import TEXT, compute_logits, each_family, export, refuse, run, search, slow_except
-from moe2edge.model.model import Model, is_quantizable
+from moe2edge.model.block import is_quantizable
+from moe2edge.model.model import Model
 from moe2edge.passes.expert_merge import ExpertMerge
 from moe2edge.pipeline.recipe import parse
 from moe2edge.runtime.load import load

@@ -12,9 +12,10 @@ import torch
 
 from helpers import ignore
 from moe2edge.calibration import walk
+from moe2edge.model.block import Block
 from moe2edge.model.family import FAMILIES
 from moe2edge.model.layers import MoELayer
-from moe2edge.model.model import Block, Model
+from moe2edge.model.model import Model
 from moe2edge.numerics import error_feedback, metrics
 from moe2edge.numerics.grid import Quantized
 from moe2edge.passes._quantize import Quantize

@@ -20,8 +20,9 @@ from helpers import run
 from moe2edge.calibration import walk
 from moe2edge.evaluation import routing_report, routing_view
 from moe2edge.evaluation.routing_report import REPORTED_CRITERIA
+from moe2edge.model.block import Block
 from moe2edge.model.family import FAMILIES
-from moe2edge.model.model import Block, Model
+from moe2edge.model.model import Model
 from moe2edge.model.weights import Weight
 from moe2edge.runtime import load
 from moe2edge.storage import output

@@ -15,7 +15,8 @@ import yaml
 from helpers import QUIET, write_text
 from killing import run_child
 from moe2edge.calibration import walk
-from moe2edge.model.model import Block, Model
+from moe2edge.model.block import Block
+from moe2edge.model.model import Model
 from moe2edge.passes.expert_budget import ExpertBudget
 from moe2edge.passes.expert_merge import ExpertMerge
 from moe2edge.passes.expert_replace import ExpertReplace

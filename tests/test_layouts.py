@@ -23,9 +23,10 @@ from helpers import SCHEME, each_family, run, run_module, slow_except
 from moe2edge.commands import export as exporting
 from moe2edge.errors import InputError, Unsupported
 from moe2edge.evaluation import verify
+from moe2edge.model.block import SECOND_NORM
 from moe2edge.model.experts import Dense
 from moe2edge.model.layers import MoELayer
-from moe2edge.model.model import SECOND_NORM, Model
+from moe2edge.model.model import Model
 from moe2edge.model.weights import Weight
 from moe2edge.numerics.grid import Quantized
 from moe2edge.numerics.rounding import round_to_nearest

@@ -14,9 +14,10 @@ from torch import Tensor
 from helpers import export, run, search, slow_except
 from moe2edge.errors import InputError, Unsupported, VerificationFailed
 from moe2edge.evaluation.verify import audit
+from moe2edge.model.block import is_low_rank
 from moe2edge.model.experts import Linear
 from moe2edge.model.family import FAMILIES
-from moe2edge.model.model import Model, is_low_rank
+from moe2edge.model.model import Model
 from moe2edge.numerics.rounding import round_to_nearest
 from moe2edge.numerics.scheme import LOW_RANK
 from moe2edge.passes._quantize import Quantize

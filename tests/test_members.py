@@ -14,11 +14,12 @@ from torch import Tensor
 from helpers import compute_logits, ignore
 from moe2edge.calibration import walk
 from moe2edge.errors import Moe2EdgeError
+from moe2edge.model.block import Block
 from moe2edge.model.edits import materialize
 from moe2edge.model.experts import PARTS, Expert, Factors, Full, Tied
 from moe2edge.model.family import FAMILIES
 from moe2edge.model.layers import MoELayer
-from moe2edge.model.model import Block, Model
+from moe2edge.model.model import Model
 from moe2edge.model.weights import Weight
 from moe2edge.passes._awq_folding import Folding, find_folding_places
 from moe2edge.passes.awq import Awq

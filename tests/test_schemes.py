@@ -25,9 +25,10 @@ from moe2edge.errors import Unsupported, VerificationFailed
 from moe2edge.evaluation import verify
 from moe2edge.evaluation.reference import record
 from moe2edge.evaluation.tensor_digests import compute_digest
+from moe2edge.model.block import is_quantizable
 from moe2edge.model.family import FAMILIES
 from moe2edge.model.layers import MoELayer
-from moe2edge.model.model import Model, is_quantizable
+from moe2edge.model.model import Model
 from moe2edge.model.weights import Weight
 from moe2edge.numerics.rounding import round_to_nearest
 from moe2edge.numerics.scheme import Scheme

@@ -20,7 +20,8 @@ from moe2edge.commands.run_inputs import open_kept_results
 from moe2edge.commands.source_check import PROOF, SourceProof, prove_source
 from moe2edge.errors import InputError, Unsupported, VerificationFailed
 from moe2edge.evaluation import source_check
-from moe2edge.evaluation.source_check import StockFailed, compare_with_stock
+from moe2edge.evaluation.source_check import compare_with_stock
+from moe2edge.evaluation.stock_blocks import StockFailed
 from moe2edge.model.experts import Expert
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model

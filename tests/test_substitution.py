@@ -13,9 +13,10 @@ from torch import Tensor
 
 from helpers import each_family, export, refuse, search
 from moe2edge.calibration import walk
+from moe2edge.model.block import is_quantizable
 from moe2edge.model.experts import Linear, Replacement
 from moe2edge.model.layers import MoELayer
-from moe2edge.model.model import Model, is_quantizable
+from moe2edge.model.model import Model
 from moe2edge.numerics import reduced_rank
 from moe2edge.numerics.reduced_rank import RegressionSums
 from moe2edge.passes._replace_bases import count_expert_bytes

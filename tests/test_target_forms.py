@@ -20,11 +20,12 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from helpers import SCHEME, compute_logits, each_family, run_module, slow_except
 from moe2edge.errors import Unsupported
+from moe2edge.model.block import Block
 from moe2edge.model.edits import remove_skipping
 from moe2edge.model.experts import Expert
 from moe2edge.model.family import FAMILIES
 from moe2edge.model.layers import MoELayer
-from moe2edge.model.model import Block, Model
+from moe2edge.model.model import Model
 from moe2edge.numerics.rounding import round_to_nearest
 from moe2edge.runtime.load import load
 from moe2edge.runtime.protocol import Runtime

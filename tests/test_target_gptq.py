@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 
 from moe2edge.errors import Unsupported, VerificationFailed
 from moe2edge.evaluation import verify
+from moe2edge.model.block import is_quantizable
 from moe2edge.model.family import FAMILIES
 from moe2edge.model.hf_config import build_config
-from moe2edge.model.model import Model, is_quantizable
+from moe2edge.model.model import Model
 from moe2edge.model.weights import Weight
 from moe2edge.numerics.grid import Quantized
 from moe2edge.numerics.rounding import round_to_nearest

@@ -24,6 +24,7 @@ import onnxruntime as ort
 import torch
 from onnx import TensorProto
 
+from moe2edge.model.block import Block, is_low_rank
 from moe2edge.model.experts import (
     PARTS,
     Constant,
@@ -36,7 +37,6 @@ from moe2edge.model.experts import (
     Tied,
 )
 from moe2edge.model.layers import MoELayer, Router
-from moe2edge.model.model import Block, is_low_rank
 from moe2edge.model.weights import Weight
 from moe2edge.numerics.grid import Quantized
 from moe2edge.numerics.rounding import round_to_nearest

@@ -20,8 +20,8 @@ from torch import Tensor
 from benchmarks._study import QUIET
 from benchmarks.replacing import before_recovery as setup
 from moe2edge.calibration import observation, walk
+from moe2edge.model.block import Block
 from moe2edge.model.layers import MoELayer
-from moe2edge.model.model import Block
 from moe2edge.numerics import reduced_rank
 from moe2edge.numerics.reduced_rank import ReducedRankFit, RegressionSums
 from moe2edge.passes._replace_maps import plan_replacements

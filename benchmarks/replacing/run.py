@@ -35,7 +35,7 @@ from benchmarks.tiny_moe.corpus import modules
 from moe2edge import Model, Moe2EdgeError, Reporter
 from moe2edge.calibration.builtin_texts import BUILTIN_TEXT, find_builtin_file
 from moe2edge.calibration.tokens import Tokens
-from moe2edge.model.model import is_low_rank
+from moe2edge.model.block import is_low_rank
 from moe2edge.passes._replace_bases import count_expert_bytes
 from moe2edge.passes.recover import Recover
 from moe2edge.pipeline.contract import PassContext

@@ -11,7 +11,7 @@ from typing import (
     TypeVar,
 )
 
-from moe2edge.model.model import Block
+from moe2edge.model.block import Block
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moe2edge.calibration.observation import Resumable
-from moe2edge.model.model import Block
+from moe2edge.model.block import Block
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -33,7 +33,8 @@ from moe2edge.commands.source_check import (
 )
 from moe2edge.commands.texts import load_calibration, resolve_recipe
 from moe2edge.errors import InputError
-from moe2edge.model.model import Block, Model
+from moe2edge.model.block import Block
+from moe2edge.model.model import Model
 from moe2edge.pipeline.contract import Pass
 from moe2edge.pipeline.decisions import (
     DECISIONS,

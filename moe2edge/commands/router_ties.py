@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from moe2edge.errors import Unsupported
+from moe2edge.model.block import Block
 from moe2edge.model.experts import PARTS, Full
 from moe2edge.model.layers import MoELayer
-from moe2edge.model.model import Block, Model
+from moe2edge.model.model import Model
 from moe2edge.pipeline.contract import Pass
 from moe2edge.pipeline.stages import plan_passes
 from moe2edge.pipeline.target import Target

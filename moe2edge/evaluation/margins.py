@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moe2edge.calibration.observation import Resumable
+from moe2edge.model.block import Block
 from moe2edge.model.layers import MoELayer
-from moe2edge.model.model import Block
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -42,8 +42,9 @@ from typing import TYPE_CHECKING, Any, get_args
 from moe2edge.calibration import criteria
 from moe2edge.calibration.observation import Facts
 from moe2edge.errors import InputError
+from moe2edge.model.block import Block
 from moe2edge.model.layers import MoELayer
-from moe2edge.model.model import Block, Model
+from moe2edge.model.model import Model
 from moe2edge.progress import Advance
 from moe2edge.runtime.memory import Estimate
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from moe2edge.model.block import Block, is_quantizable
 from moe2edge.model.experts import Dense
 from moe2edge.model.layers import MoELayer, UnroutedMLP
-from moe2edge.model.model import Block, is_quantizable
 from moe2edge.model.weights import Weight
 
 QKV = tuple(f"attention.{name}_proj.weight" for name in ("q", "k", "v"))

@@ -15,8 +15,9 @@ from typing import Any, Final, Literal, Self
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from moe2edge.errors import InputError, join_lines
+from moe2edge.model.block import Block, Form, get_form
 from moe2edge.model.layers import MoELayer
-from moe2edge.model.model import Block, Form, Model, get_form
+from moe2edge.model.model import Model
 from moe2edge.storage.output_checks import OutputForm
 from moe2edge.storage.text_files import LARGEST_JSON, find_read_remedy, read_bytes, read_json
 

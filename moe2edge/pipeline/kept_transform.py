@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from moe2edge.calibration.observation import Resumable
-from moe2edge.model.model import Block
+from moe2edge.model.block import Block
 from moe2edge.pipeline.work import Store
 
 if TYPE_CHECKING:

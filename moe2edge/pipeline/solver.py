@@ -13,7 +13,7 @@ from typing import (
 
 from pydantic import Field
 
-from moe2edge.model.model import Block
+from moe2edge.model.block import Block
 from moe2edge.model.weights import Weight
 
 if TYPE_CHECKING:

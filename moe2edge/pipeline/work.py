@@ -8,7 +8,8 @@ from typing import (
     Protocol,
 )
 
-from moe2edge.model.model import Block, Model
+from moe2edge.model.block import Block
+from moe2edge.model.model import Model
 from moe2edge.model.weights import Weight
 from moe2edge.storage.journal import BlockResult
 from moe2edge.storage.solved_blocks import estimate_saved_bytes

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe2edge.errors import WorkDamaged
-from moe2edge.model.model import Block
+from moe2edge.model.block import Block
 from moe2edge.storage.records import append_record, is_sound, recover_records, write_records
 from moe2edge.storage.safetensors_files import PlannedTensor, read_tensor, write_durably
 from moe2edge.storage.solved_blocks import open_handles, save

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe2edge.model.model import Block
+from moe2edge.model.block import Block
 from moe2edge.storage.records import append_record, find_damaged, recover_records
 from moe2edge.storage.safetensors_files import PlannedTensor, read_tensor, write_safetensors
 from moe2edge.storage.solved_blocks import open_handles, save

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe2edge.errors import WorkDamaged
-from moe2edge.model.model import Block
+from moe2edge.model.block import Block
 from moe2edge.model.weights import Weight, cast_to_stored
 from moe2edge.numerics.scheme import Pattern, Scheme
 from moe2edge.storage.records import is_sound

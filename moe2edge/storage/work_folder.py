@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe2edge.model.model import Block
+from moe2edge.model.block import Block
 from moe2edge.model.weights import Weight
 from moe2edge.progress import Reporter
 from moe2edge.storage.journal import JOURNAL, FileBlockJournal, Journal
