@@ -26,6 +26,7 @@ from moe2edge.model.config_keys import (
 )
 from moe2edge.model.config_rope import check_given_rope, check_rope_table, check_same_rope
 from moe2edge.model.family import Config, Family
+from moe2edge.model.transformers_config import read_text_config
 
 # The values of `hidden_act` that are the one function that the rows know.
 SILU = ("silu", "swish")
@@ -54,6 +55,8 @@ def parse_config(family: Family, given: Config) -> dict[str, Any]:
         InputError: transformers refuses the config, or a value is none that a model can have.
         Unsupported: a value changes what the model computes in a way that is not supported.
     """
+    if family.generic:
+        return _read_generic(given)
     _check_numbers(given)
     check_given_rope(given)
     given = {key: value for key, value in given.items() if key not in RUN_DROPPED} | {
@@ -73,6 +76,15 @@ def parse_config(family: Family, given: Config) -> dict[str, Any]:
     check_rope_table(config, given)
     _check_windows(family, config, given)
     return _fill(family, config, given)
+
+
+def _read_generic(given: Config) -> dict[str, Any]:
+    """Return all settings of the text model, as transformers reads them.
+
+    What each of them does is left to transformers, which runs the model.
+    """
+    settings: dict[str, Any] = read_text_config(given).to_dict()
+    return {key: value for key, value in settings.items() if key not in RUN_DROPPED}
 
 
 def _fill(family: Family, config: Any, given: Config) -> dict[str, Any]:

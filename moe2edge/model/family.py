@@ -13,8 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from moe2edge.errors import InputError, Moe2EdgeError, Unsupported, suggest
+from moe2edge.errors import InputError, Unsupported
 from moe2edge.model.config_keys import INERT, RUN_KEPT
+from moe2edge.model.transformers_config import find_class, read_text_config
 
 # Keys that every row reads.
 READ = frozenset(
@@ -30,6 +31,8 @@ ROPE_KEYS = frozenset(
 )
 
 Config = Mapping[str, Any]
+# Positions of a model whose config sets no limit.
+UNBOUNDED = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,8 @@ class Family:
         window: how sliding windows are switched on: not at all, for all blocks, by
             ``use_sliding_window``, or for each block by ``layer_types``.
         clips: whether ``clip_qkv`` is supported.
+        generic: nothing but the keys of the numbers of experts is known of the family; all else is
+            found in transformers' class, and transformers carries it out.
     """
 
     model_type: str
@@ -75,6 +80,7 @@ class Family:
     moe: str = "mlp"
     mlp_names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     experts_key: tuple[str, ...] = ("num_experts",)
+    top_k_key: str = "num_experts_per_tok"
     width_key: str = "moe_intermediate_size"
     renormalize: bool | str = "norm_topk_prob"
     qk_norm: Literal["none", "head", "full"] = "none"
@@ -84,36 +90,7 @@ class Family:
     dense_layers: bool = False
     window: Literal["none", "all", "switched", "layer_types"] = "none"
     clips: bool = False
-
-    # ---- names -----------------------------------------------------------------------------
-
-    def disk_name(self, index: int, role: str) -> str:
-        """Return the name on disk of the tensor with ``role`` in block ``index``.
-
-        >>> FAMILIES["mixtral"].disk_name(0, "experts.3.up")
-        'model.layers.0.block_sparse_moe.experts.3.w3.weight'
-        """
-        kind, _, rest = role.partition(".")
-        at = f"model.layers.{index}"
-        names = dict(zip(("gate", "up", "down"), self.mlp_names, strict=True))
-        if kind == "norms":
-            return f"{at}.{rest}"
-        if kind == "attention":
-            return f"{at}.self_attn.{rest}"
-        if kind == "router":
-            return f"{at}.{self.moe}.gate.{rest}"
-        if kind == "experts":
-            n, _, part = rest.partition(".")
-            return f"{at}.{self.moe}.experts.{n}.{names[part]}.weight"
-        if kind in ("substitutes", "members"):
-            return f"{at}.{self.moe}.{role}"
-        if role == "shared.router":
-            return f"{at}.{self.moe}.shared_expert_gate.weight"
-        if kind == "shared":
-            return f"{at}.{self.moe}.shared_expert.{rest}_proj.weight"
-        if kind == "dense":
-            return f"{at}.mlp.{rest}_proj.weight"
-        raise Moe2EdgeError(f"family {self.model_type} has no tensor name for {role}")
+    generic: bool = False
 
     # ---- reading a config ------------------------------------------------------------------
 
@@ -146,6 +123,18 @@ class Family:
 
     def geometry(self, config: Config) -> Geometry:
         """Read the sizes that all blocks share from a config as `parse_config` returns it."""
+        if self.generic:
+            return Geometry(
+                hidden=config["hidden_size"],
+                heads=0,
+                kv_heads=0,
+                head_dim=0,
+                eps=0.0,
+                clip_qkv=None,
+                tied=bool(config.get("tie_word_embeddings")),
+                max_positions=config.get("max_position_embeddings") or UNBOUNDED,
+                vocab=config["vocab_size"],
+            )
         return Geometry(
             hidden=config["hidden_size"],
             heads=config["num_attention_heads"],
@@ -161,6 +150,16 @@ class Family:
     def num_experts(self, config: Config) -> int:
         """Read the number of experts per MoE layer, whichever spelling the config uses."""
         return int(next(config[key] for key in self.experts_key if key in config))
+
+    def renormalizes(self, config: Config) -> bool:
+        """Read whether the router scales the chosen weights to sum to one."""
+        rule = self.renormalize
+        return bool(config[rule] if isinstance(rule, str) else rule)
+
+    def count_groups(self, config: Config) -> int:
+        """Read the number of groups of experts of which routers choose some first; 1: none."""
+        found = (config.get(key) for key in GROUP_KEYS) if self.generic else ()
+        return next((int(number) for number in found if number), 1)
 
     def is_moe(self, config: Config, index: int) -> bool:
         """Test if block ``index`` has an MoE layer."""
@@ -181,6 +180,28 @@ class Family:
         return size
 
 
+GROUP_KEYS = ("n_group", "num_expert_group")
+# Keys of the numbers of experts, and of chosen ones, in transformers' config classes.
+COUNT_KEYS = ("num_local_experts", "n_routed_experts", "num_experts", "moe_num_experts")
+TOP_K_KEYS = (
+    "num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts",
+)  # fmt: skip
+_OWN = "its experts are not of the interface that transformers' other families share"
+# Families whose experts or routers are none that passes could work on, with the reason.
+REFUSED: Mapping[str, str] = {
+    "dbrx": f"{_OWN}: one matrix holds all of them",
+    "doge": f"{_OWN}: they are rows of embeddings, found by product keys",
+    "jetmoe": f"{_OWN}, and its attention is a mixture as well",
+    "llama4_text": f"{_OWN}: the weight of the router multiplies their input",
+    "longcat_flash": f"{_OWN}: some of them are the identity",
+    "inkling_text": "its router has rows for the shared experts as well",
+    "inkling2_text": "its layers read the outputs of several layers before them",
+    "deepseek_v4": "its first routers look experts up by the ids of tokens",
+    "qwen4_exp_text": "its layers read the ids of tokens",
+    "glm_moe_dsa": "its layers hand on more than hidden states",
+    "hy_v4": "its layers hand on more than hidden states",
+    "zaya": "its router has a state of its own, and a row for no expert",
+}
 FAMILIES: Mapping[str, Family] = {
     row.model_type: row
     for row in (
@@ -227,21 +248,48 @@ FAMILIES: Mapping[str, Family] = {
 
 
 def find_family(config: Config) -> Family:
-    """Find the row of a config.
+    """Find the row of a config, or make one for a family that has none.
 
     Raises:
-        InputError: the config names no model type.
-        Unsupported: the family is unknown, or the model has no experts.
+        InputError: the config names no model type, or transformers refuses the config.
+        Unsupported: transformers does not know it, its experts are not of the interface that
+            transformers' families share, or the model has no experts.
     """
     kind = config.get("model_type")
     if not isinstance(kind, str):
         raise InputError("config.json has no model_type; this is not a transformers model")
     if kind in FAMILIES:
         return FAMILIES[kind]
-    spelled = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-    if not any(config.get(key) for key in spelled):
+    return make_generic_family(read_text_config(config))
+
+
+def make_generic_family(config: Any) -> Family:
+    """Make a row for transformers' config of a text model.
+
+    Raises:
+        Unsupported: its experts are not of the interface that transformers' families share, or it
+            has none.
+    """
+    kind = config.model_type
+    if kind in FAMILIES:
+        return FAMILIES[kind]
+    if kind in REFUSED:
+        raise Unsupported(f"{kind} is not supported: {REFUSED[kind]}")
+    names = config.to_dict()
+    counts = [key for key in COUNT_KEYS if key in names and getattr(config, key)]
+    choices = [key for key in TOP_K_KEYS if key in names and getattr(config, key)]
+    if not counts or not choices:
         raise Unsupported(
             f"{kind!r} is a dense model (its config names no experts); moe2edge works on "
-            f"Mixture-of-Experts models: {', '.join(FAMILIES)}"
+            "Mixture-of-Experts models"
         )
-    raise Unsupported(suggest("model family", kind, FAMILIES))
+    aliases = (key for key, name in config.attribute_map.items() if name == counts[0])
+    return Family(
+        kind,
+        find_class(config).__name__,
+        experts_key=(counts[0], *aliases),
+        top_k_key=choices[0],
+        width_key="",
+        renormalize=False,
+        generic=True,
+    )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe2edge.errors import InputError, Moe2EdgeError, VerificationFailed, join_lines
-from moe2edge.model.hf_config import is_pad_token
+from moe2edge.model.transformers_config import is_pad_token
 from moe2edge.runtime.plain_tensors import find_plain_source
 from moe2edge.runtime.protocol import check_id_range
 from moe2edge.storage.checkpoint import open_checkpoint
