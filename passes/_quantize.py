@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 from pydantic import Field, field_validator
 
 from moe2edge.errors import InputError, Moe2EdgeError
-from moe2edge.model.model import Block, Model, is_low_rank
+from moe2edge.model.block import Block, is_low_rank
+from moe2edge.model.model import Model
 from moe2edge.model.roles import list_quantizable
 from moe2edge.model.weights import Weight, plan_weight
 from moe2edge.numerics.scheme import LOW_RANK, Scheme, find_largest_group_size
@@ -215,7 +216,7 @@ class Quantize(Slim):
             new = {
                 role: plan_weight(weight, scheme=schemes[name])
                 for role, weight in block.weights()
-                if (name := model.family.disk_name(block.index, role)) in schemes
+                if (name := model.disk_name(block, role)) in schemes
             }
             model = model.replace_block(block.with_weights(new))
         return model
@@ -251,7 +252,7 @@ def _list_matrices(model: Model) -> Iterator[tuple[str, Block, Weight]]:
     """List the matrices that can be quantized, by name on disk, with their blocks."""
     for block in model.blocks:
         for role, weight in list_quantizable(block):
-            yield model.family.disk_name(block.index, role), block, weight
+            yield model.disk_name(block, role), block, weight
 
 
 def _describe_rule(rule: Rule) -> str:
@@ -262,7 +263,7 @@ def _describe_rule(rule: Rule) -> str:
 def _check_layer(block: Block, model: Model, schemes: Mapping[str, Scheme]) -> None:
     """Refuse several schemes in one MoE layer, which no runtime supports."""
     roles = [role for role, _ in list_quantizable(block) if role.startswith("experts.")]
-    given = {schemes.get(model.family.disk_name(block.index, role)) for role in roles}
+    given = {schemes.get(model.disk_name(block, role)) for role in roles}
     if len(given) > 1:
         raise InputError(
             f"the rules give the experts of block {block.index} several schemes "

@@ -11,9 +11,10 @@ import torch
 
 from moe2edge.calibration import walk
 from moe2edge.errors import InputError, Moe2EdgeError
+from moe2edge.model.block import Block
 from moe2edge.model.experts import PARTS, Expert, Factors, Full, Tied
 from moe2edge.model.layers import MoELayer
-from moe2edge.model.model import Block, Model
+from moe2edge.model.model import Model
 from moe2edge.model.weights import DTYPE_BYTES, plan_weight_like
 from moe2edge.numerics import base_sharing, expert_groups, low_rank, selection
 from moe2edge.pipeline.contract import Outcome, PassContext
@@ -80,7 +81,8 @@ def share_bases(block: Block, layer: MoELayer, groups: Sequence[Sequence[int]], 
             )
             for p in PARTS
         }
-        experts.append(Expert(**numbers, origin=like.origin))
+        gate, up, down = (numbers[part] for part in PARTS)
+        experts.append(Expert(gate, up, down, like.origin))
     rows: list[Full | Tied] = []
     for j, expert in enumerate(layer.experts):
         if j not in gone:

@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
+from moe2edge.model.block import Block
 from moe2edge.model.experts import Dense
 from moe2edge.model.layers import MoELayer
-from moe2edge.model.model import Block, Model
+from moe2edge.model.model import Model
 from moe2edge.model.weights import Weight
 from moe2edge.numerics.scheme import Scheme
 from moe2edge.passes._quantize import Quantize, Scales
@@ -125,7 +126,7 @@ class _Solver:
         from moe2edge.pipeline.blockwise_report import describe_coverage
 
         weights = dict(block.weights())
-        names = {role: self._model.family.disk_name(block.index, role) for role in weights}
+        names = {role: self._model.disk_name(block, role) for role in weights}
         schemes = {r: self._schemes[name] for r, name in names.items() if name in self._schemes}
         inputs = self._gather_inputs(block, weights)
         counts = [s.seen for kind, s in self._samples.items() if kind.startswith("experts.")]

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field
 
-from moe2edge.model.model import Block, Model
+from moe2edge.model.block import Block
+from moe2edge.model.model import Model
 from moe2edge.numerics.scheme import Scheme
 from moe2edge.passes._quantize import Quantize, Scales
 from moe2edge.pipeline.contract import PlannedStep
@@ -241,7 +242,7 @@ class _Solver:
         """
         places: dict[Scheme, list[int]] = {}
         for place, role in enumerate(group.weights):
-            scheme = self._schemes.get(self._model.family.disk_name(block.index, role))
+            scheme = self._schemes.get(self._model.disk_name(block, role))
             if scheme is not None:
                 places.setdefault(scheme, []).append(place)
         return places

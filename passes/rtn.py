@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from moe2edge.model.model import Block, Model
+from moe2edge.model.block import Block
+from moe2edge.model.model import Model
 from moe2edge.passes._quantize import Quantize, Scales
 from moe2edge.pipeline.solver import GroupSolver, MatrixGroup, Solved
 
@@ -56,7 +57,7 @@ class _Solver(GroupSolver):
         lost = size = 0.0
         for group in groups:
             for role, weight in group.weights.items():
-                scheme = self._schemes.get(self._model.family.disk_name(block.index, role))
+                scheme = self._schemes.get(self._model.disk_name(block, role))
                 if scheme is not None:
                     matrix = load_finite(weight)
                     numbers[role] = round_to_nearest(matrix, scheme, self._options.scales)

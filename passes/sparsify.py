@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from moe2edge.errors import InputError, Moe2EdgeError
-from moe2edge.model.model import Block, Model
+from moe2edge.model.block import Block
+from moe2edge.model.model import Model
 from moe2edge.model.roles import list_quantizable
 from moe2edge.model.weights import Weight, plan_weight
 from moe2edge.numerics.scheme import Pattern
@@ -221,7 +222,7 @@ class Sparsify(Slim):
         for block in after.blocks:
             chosen = dict(self.selected(block))
             for role, weight in block.weights():
-                name = after.family.disk_name(block.index, role)
+                name = after.disk_name(block, role)
                 expected = self.promise if role in chosen else None
                 if weight.pattern != expected:
                     raise Moe2EdgeError(

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from moe2edge.model.block import SECOND_NORM, Block
 from moe2edge.model.family import Geometry
 from moe2edge.model.layers import MoELayer, UnroutedMLP
-from moe2edge.model.model import SECOND_NORM, Block, Model
+from moe2edge.model.model import Model
 from moe2edge.targets._onnx_experts import MoEWriter, Roles
 from moe2edge.targets._onnx_graph import (
     Graph,
@@ -94,7 +95,7 @@ class BlockWriter:
     def add(self, stream: ResidualStream) -> ResidualStream:
         """Add the block; return the residual stream after it."""
         roles = {
-            role: Source(self.model.family.disk_name(self.block.index, role), weight)
+            role: Source(self.model.disk_name(self.block, role), weight)
             for role, weight in self.block.weights()
         }
         x, value = self._norm(roles, "input_layernorm", stream)

@@ -10,11 +10,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from moe2edge.model.architecture import find_architecture
+from moe2edge.model.block import Block
 from moe2edge.model.config_parser import parse_config
+from moe2edge.model.disk_names import DiskNames
 from moe2edge.model.experts import Dense
 from moe2edge.model.family import FAMILIES
 from moe2edge.model.layers import MoELayer, Shared
-from moe2edge.model.model import Block, Model
+from moe2edge.model.model import Model
 from moe2edge.targets._tensors import TILE, fit_scheme, make_zeros
 
 QWEN2_MOE = FAMILIES["qwen2_moe"]
@@ -26,7 +29,8 @@ def convert_to_qwen2_moe(model: Model) -> Model:
     """Convert a Mixtral model to the family Qwen2-MoE, in which it computes the same."""
     config = _convert_config(model)
     blocks = tuple(_convert_block(block) for block in model.blocks)
-    return Model(QWEN2_MOE, config, blocks, model.rest)
+    names = DiskNames(find_architecture(QWEN2_MOE, config), ())
+    return Model(QWEN2_MOE, config, blocks, model.rest, names)
 
 
 def _convert_config(model: Model) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 from moe2edge.errors import Moe2EdgeError
@@ -16,7 +16,7 @@ PARTS = ("gate", "up", "down")
 class Dense:
     """A gated MLP: ``down(silu(gate(x)) * up(x))``."""
 
-    gate: Weight  # [width, hidden]
+    gate: Weight  # [width, hidden]; [0, hidden] in families whose experts have none
     up: Weight  # [width, hidden]
     down: Weight  # [hidden, width]
 
@@ -28,9 +28,20 @@ class Dense:
 
 @dataclass(frozen=True)
 class Expert(Dense):
-    """A routed expert; ``origin`` is its index in the source model."""
+    """A routed expert.
+
+    Attributes:
+        origin: its index in the source model.
+        biases: by part; no biases in most families.
+    """
 
     origin: int
+    biases: Mapping[str, Weight] = field(default_factory=dict)
+
+    @property
+    def count(self) -> int:
+        """Number of parameters."""
+        return super().count + sum(bias.count for bias in self.biases.values())
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from moe2edge.errors import InputError, Unsupported, join_lines
+from moe2edge.errors import Unsupported
 from moe2edge.model import model as model_
-from moe2edge.model.config_keys import RUN_KEPT
+from moe2edge.model.block import Block, get_form
 from moe2edge.model.experts import (
     PARTS,
     Constant,
@@ -28,7 +28,8 @@ from moe2edge.model.experts import (
     list_full_rows,
 )
 from moe2edge.model.layers import MoELayer, UnroutedMLP
-from moe2edge.model.model import Block, Model, get_form, is_stock_form
+from moe2edge.model.model import Model, is_stock_form
+from moe2edge.model.transformers_config import ALIASES, is_pad_token, make_transformers_config
 from moe2edge.model.weights import Weight
 
 # Key of all settings but numbers of experts; transformers accepts it if every layer has it.
@@ -39,7 +40,7 @@ OUTPUT_KEYS = ("per_layer_config", "quantization_config")
 # Stands in the place of the base of a tied expert that has none.
 NO_BASE = -1
 
-Take = Callable[[str, tuple[int, ...]], Weight]
+Take = Callable[[str, tuple[int, ...] | None], Weight]
 
 
 # ---- writing -----------------------------------------------------------------------------------
@@ -51,6 +52,8 @@ def build_transformers_dict(model: Model) -> dict[str, Any]:
     Where layers differ only in settings that transformers does not know (dynamic skipping), the
     common top-k, which each layer overrides, is set to another one.
     """
+    if model.family.generic:
+        return _change_given_config(model)
     config = build_config(model)
     count, top_k = model.family.num_experts(config), config[TOP_K]
     layers = config.get("per_layer_config", {}).values()
@@ -138,7 +141,7 @@ def _read_unrouted(model: Model, block: Block, layer: MoELayer, form: str, take:
     old, plain = layer.experts[0], None
     if form in ("dense", "dense+shared"):
         gate, up, down = (
-            take(model.family.disk_name(block.index, f"dense.{part}"), weight.shape)
+            take(model.disk_name(block, f"dense.{part}"), weight.shape)
             for part, weight in (("gate", old.gate), ("up", old.up), ("down", old.down))
         )
         plain = Dense(gate, up, down)
@@ -238,7 +241,7 @@ def _read_routed(
     for part in PARTS:
         outs, ins = getattr(like, part).shape
         first, second = (
-            take(model.family.disk_name(block.index, f"members.{n}.{part}.{name}"), shape)
+            take(model.disk_name(block, f"members.{n}.{part}.{name}"), shape)
             for name, shape in (("first", (rank, ins)), ("second", (outs, rank)))
         )
         factors[part] = Factors(first, second)
@@ -253,7 +256,7 @@ def _read_replacement(
     hidden = model.family.geometry(model.config).hidden
 
     def weight(part: str, *shape: int) -> Weight:
-        return take(model.family.disk_name(block.index, f"substitutes.{n}.{part}"), shape)
+        return take(model.disk_name(block, f"substitutes.{n}.{part}"), shape)
 
     constant = weight("constant", hidden)
     if not rank:
@@ -268,6 +271,8 @@ def build_config(model: Model) -> dict[str, Any]:
     Blocks that differ from the common config are written as ``per_layer_config``, where
     stock transformers raises an error instead of misreading them.
     """
+    if model.family.generic:
+        return _build_generic_config(model)
     config = dict(model.config)
     config.pop("per_layer_config", None)
     if not is_pad_token(config.get("pad_token_id"), model.family.geometry(config).vocab):
@@ -298,32 +303,66 @@ def build_config(model: Model) -> dict[str, Any]:
     return config
 
 
-def is_pad_token(token: Any, vocabulary: int) -> bool:
-    """Return whether an embedding table can have this padding row, None or counted from the end.
+def _build_generic_config(model: Model) -> dict[str, Any]:
+    """Return the settings of the text model, with numbers of experts and blocks, and their lists.
 
-    Tokenizers that got a pad token of their own have one behind the table. Padding rows only matter
-    in training.
+    Raises:
+        Unsupported: layers have settings of their own in the source, and now differ in size.
     """
-    return token is None or -vocabulary <= token < vocabulary
+    config = dict(model.config)
+    origins = [block.origin for block in model.blocks]
+    count = len(model.architecture.anatomy)
+    if len(origins) != count:
+        config["num_hidden_layers"] = len(origins)
+        for key, value in model.config.items():
+            if isinstance(value, list) and len(value) == count:
+                config[key] = [value[n] for n in origins]
+        if layers := config.get("per_layer_config"):
+            kept = {str(n): layers[str(o)] for n, o in enumerate(origins) if str(o) in layers}
+            config["per_layer_config"] = kept
+    shapes = {(m.router_rows, m.router.top_k) for _, m in model.moe_blocks}
+    if shapes:
+        rows, top_k = max(shapes)
+        for key, value in ((model.family.experts_key[0], rows), (model.family.top_k_key, top_k)):
+            old = config[key]
+            config[key] = [value] * len(old) if isinstance(old, list) else value
+    if not model.is_uniform:
+        if config.get("per_layer_config"):
+            raise Unsupported(
+                f"{model.family.model_type} has settings of single layers, so its layers cannot "
+                "get different numbers of experts; keep the same number in all layers"
+            )
+        config["per_layer_config"] = encode_layers(model)
+    return config
+
+
+def _change_given_config(model: Model) -> dict[str, Any]:
+    """Return ``config.json`` of the source, with what passes changed at its place."""
+    new = _build_generic_config(model)
+    given: dict[str, Any] = copy.deepcopy(dict(model.given))
+    if given["model_type"] in ALIASES:  # so that transformers opens it without code of the source
+        given |= {
+            "architectures": [model.family.architecture],
+            "model_type": ALIASES[given["model_type"]],
+        }
+        given.pop("auto_map", None)
+    part = given["text_config"] if isinstance(given.get("text_config"), dict) else given
+    names = {name: name for name in new} | {
+        alias: model.family.experts_key[0] for alias in model.family.experts_key
+    }
+    for key, name in names.items():
+        if new[name] != model.config.get(name) and (key == name or key in part):
+            part[key] = new[name]
+    return given
 
 
 def build_transformers_config(model: Model, **changes: Any) -> Any:
     """Return transformers' config of ``model``, with dense numbers and ``changes``, to run it.
 
-    Settings of how to run it, such as whether router logits are returned, are transformers' own:
-    the loss that it computes from router logits needs layers of one size.
-
     Raises:
         InputError: transformers refuses a value, such as one of a key that no row reads.
     """
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
-
-    settings = copy.deepcopy(build_config(model))  # transformers writes into what it is given
-    for key in ("model_type", "per_layer_config", *RUN_KEPT):
-        settings.pop(key, None)
-    settings |= changes
-    try:
-        return AutoConfig.for_model(model.family.model_type, **settings)
-    except (StrictDataclassError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"config.json: transformers refuses it: {join_lines(error)}") from error
+    settings = build_config(model) | changes
+    if not model.family.generic or not model.is_uniform:
+        settings.pop("per_layer_config", None)
+    return make_transformers_config(model.family.model_type, settings)

@@ -22,12 +22,21 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+# Experts that a group of a router has at least.
+FEWEST_IN_GROUP = 2
+
+
 @dataclass(frozen=True)
 class Shared:
-    """A shared expert: always on, times the sigmoid of its gate."""
+    """A shared expert, always on.
+
+    Attributes:
+        mlp: its matrices.
+        gate: [1, hidden]; its output is multiplied with the sigmoid of it, if there is one.
+    """
 
     mlp: Dense
-    gate: Weight  # [1, hidden]
+    gate: Weight | None
 
 
 @dataclass(frozen=True)
@@ -39,6 +48,8 @@ class Router:
         top_k: rows chosen per token.
         renormalize: whether the chosen weights are scaled to sum to one.
         per_expert: further tensors with one entry per row (bias, correction bias), by suffix.
+        axes: axis of these tensors that has the entries, where it is not the first.
+        groups: groups of adjacent rows, all of one size, of which the router chooses some first.
         skip_below: dynamic skipping: of the chosen experts in the order of their weights, the
             second is left out where its weight is below ``skip_below[0]`` times the first's, the
             third by ``skip_below[1]``, and so on; empty: none is.
@@ -49,6 +60,8 @@ class Router:
     renormalize: bool
     per_expert: Mapping[str, Weight] = field(default_factory=dict)
     skip_below: tuple[float, ...] = ()
+    axes: Mapping[str, int] = field(default_factory=dict)
+    groups: int = 1
 
     def select(self, rows: tuple[int, ...], top_k: int | None = None) -> Router:
         """Return the router with only some rows, in that order.
@@ -61,7 +74,9 @@ class Router:
         return replace(
             self,
             weight=_select_rows(self.weight, rows),
-            per_expert={k: _select_rows(w, rows) for k, w in self.per_expert.items()},
+            per_expert={
+                k: _select_rows(w, rows, self.axes.get(k, 0)) for k, w in self.per_expert.items()
+            },
             top_k=top_k,
             skip_below=self.skip_below[: top_k - 1],
         )
@@ -199,6 +214,7 @@ class MoELayer:
         """
         if len(set(ids)) != len(ids) or not all(0 <= i < len(self.experts) for i in ids):
             raise InputError(f"cannot keep experts {list(ids)}: the layer has {len(self.experts)}")
+        self._check_groups(ids)
         found = self._rows_by_base()
         kept = tuple(row for base in (*ids, None) for row in found.get(base, ()))
         top_k, count = self.router.top_k, len(kept)
@@ -216,6 +232,24 @@ class MoELayer:
             experts=tuple(self.experts[i] for i in ids),
             rows=tuple(_renumber(self.rows[row], places) for row in kept),
         )
+
+    def _check_groups(self, ids: Sequence[int]) -> None:
+        """Refuse to keep other than the same number of experts of each group, two at least.
+
+        Raises:
+            InputError: names the numbers.
+        """
+        if self.router.groups == 1:
+            return
+        kept = [0] * self.router.groups
+        for n in ids:
+            kept[n * len(kept) // len(self.experts)] += 1
+        # A group is scored by its two best experts, so it has two.
+        if len(set(kept)) > 1 or kept[0] < FEWEST_IN_GROUP:
+            raise InputError(
+                f"the router chooses among {len(kept)} groups of experts, of which the same "
+                f"number has to stay, {FEWEST_IN_GROUP} at least; found {kept}"
+            )
 
     def replace_experts(self, new: Mapping[int, Replacement]) -> MoELayer:
         """Return the layer with replacements for some experts; the scores of the rows stay.
@@ -281,12 +315,13 @@ def _find_base(row: Row) -> int | None:
             return None
 
 
-def _select_rows(weight: Weight, rows: tuple[int, ...]) -> Weight:
-    """Return a handle on some rows of ``weight``."""
+def _select_rows(weight: Weight, rows: tuple[int, ...], axis: int = 0) -> Weight:
+    """Return a handle on some rows of ``weight``, or entries of another axis."""
+    index = (slice(None),) * axis + (list(rows),)
     return replace(
         weight,
-        shape=(len(rows), *weight.shape[1:]),
-        load=lambda: weight.load()[list(rows)],
+        shape=(*weight.shape[:axis], len(rows), *weight.shape[axis + 1 :]),
+        load=lambda: weight.load()[index],
     )
 
 

@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from moe2edge.numerics.grid import Quantized
 
 DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}
+# Those of tensors that are only carried along as well.
+BYTES = DTYPE_BYTES | {
+    "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I8": 1, "I16": 2, "I32": 4,
+    "I64": 8, "U8": 1,
+}  # fmt: skip
 # Floating-point dtypes as safetensors and as torch spell them.
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 
@@ -33,6 +38,7 @@ class Weight:
         load_quantized: reads integers and scales of a quantized weight.
         pattern: the numbers that are zero and stay so; None for no such promise.
         kept: its integers are those of a quantized source, which nothing has changed.
+        load_slice: reads one entry of the first axis alone, where that is less work.
     """
 
     name: str
@@ -43,6 +49,7 @@ class Weight:
     load_quantized: Callable[[], Quantized] | None = field(default=None, compare=False, repr=False)
     pattern: Pattern | None = None
     kept: bool = False
+    load_slice: Callable[[int], Tensor] | None = field(default=None, compare=False, repr=False)
 
     @property
     def count(self) -> int:
@@ -53,7 +60,7 @@ class Weight:
     def nbytes(self) -> int:
         """Bytes of storage: integers, 16-bit scales and zero points if quantized."""
         if self.scheme is None:
-            return self.count * DTYPE_BYTES[self.dtype]
+            return self.count * BYTES[self.dtype]
         return self.scheme.nbytes(self.shape)
 
     def quantized(self) -> Quantized:

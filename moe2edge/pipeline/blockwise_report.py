@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import TYPE_CHECKING
 
-from moe2edge.model.model import Block, Model
+from moe2edge.model.block import Block
+from moe2edge.model.model import Model
 from moe2edge.model.roles import list_quantizable
 from moe2edge.pipeline.solver import Solved
 from moe2edge.storage.journal import BlockResult
@@ -83,7 +84,7 @@ class SolverProgress:
         self._seconds += time.perf_counter() - self._begun
         self._blocks += 1
         done = BlockResult(
-            tuple(self._model.family.disk_name(block.index, role) for role in numbers),
+            tuple(self._model.disk_name(block, role) for role in numbers),
             tuple(note for solved in self._solved for note in solved.notes),
             (sum(s.loss[0] for s in self._solved), sum(s.loss[1] for s in self._solved)),
         )
