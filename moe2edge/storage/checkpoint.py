@@ -8,7 +8,7 @@ is ever executed.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,8 +17,10 @@ from typing import Any, Literal
 
 from moe2edge.errors import InputError, Unsupported
 from moe2edge.model.build import build_model
-from moe2edge.model.family import find_family
+from moe2edge.model.family import FAMILIES, find_family
+from moe2edge.model.hf_config import OWN
 from moe2edge.model.model import EMBEDDING, HEAD, Model
+from moe2edge.model.stored_layout import list_stored
 from moe2edge.model.weights import Weight
 from moe2edge.storage.hub import download, get_hub_id
 from moe2edge.storage.source_formats.reading import SourceTensors, dequantize_ends
@@ -83,20 +85,20 @@ class Checkpoint:
             InputError: a tensor is missing or has the wrong shape.
             Unsupported: the family, its quantization or a setting of its config is not supported.
         """
-        if self.config.get("per_layer_config"):
+        if has_own_layers(self.config):
             raise Unsupported(
                 f"{self.source} has layers of unequal size, or replaced experts "
                 "(per_layer_config); start from the checkpoint that it was made from"
             )
         family, tensors = find_family(self.config), self.tensors
 
-        def get_weight(name: str, shape: tuple[int, ...]) -> Weight:
+        def get_weight(name: str, shape: tuple[int, ...] | None) -> Weight:
             if name == EMBEDDING and self.tying == "head only":
                 name = HEAD
             weight = tensors.take(name, shape)
             if weight is None:
                 raise self._explain_missing_tensor(name)
-            if weight.shape != shape:
+            if shape is not None and weight.shape != shape:
                 raise InputError(
                     f"{name} has shape {list(weight.shape)}, but config.json asks for {list(shape)}"
                 )
@@ -105,7 +107,8 @@ class Checkpoint:
         config = drop_settings(self.config)
         if self.tying == "contradicted":
             config[TIE_FLAG] = False
-        model = dequantize_ends(build_model(family, config, get_weight))
+        names = tensors.list_names()
+        model = dequantize_ends(build_model(family, config, get_weight, names))
         unused = tensors.list_spare()
         # Some tools also write tied heads and rotary tables, which only repeat other values.
         unused -= {HEAD} if self.tying == "tied" else set()
@@ -151,7 +154,7 @@ class Checkpoint:
     @property
     def notes(self) -> tuple[str, ...]:
         """Lines on what was read, or not read, where that may surprise."""
-        said = list(self.weights.notes)
+        said = [*self.weights.notes, *self._describe_carried()]
         if self.tying == "contradicted":
             said.append(
                 f"config.json says {TIE_FLAG}: true, but {HEAD} is stored and differs from "
@@ -160,6 +163,23 @@ class Checkpoint:
         if self.tying == "head only":
             said.append(f"{EMBEDDING} is not stored; {HEAD} is both, as {TIE_FLAG} says")
         return tuple(said)
+
+    def _describe_carried(self) -> Iterator[str]:
+        """Yield lines on tensors of other parts of the model than the text model."""
+        model = self.model
+        ahead = [name for name in model.carried if model.names.is_prediction(name)]
+        if count := len(model.carried) - len(ahead):
+            yield (
+                f"{count} tensors of other parts than the text model, such as "
+                f"{min(set(model.carried) - set(ahead))}, are not looked at; target hf writes them "
+                "as they are, and others leave them out"
+            )
+        if ahead:
+            yield (
+                f"{len(ahead)} tensors of layers that predict further tokens, such as "
+                f"{min(ahead)}, are not looked at; target hf writes them as long as every block "
+                "and expert stays"
+            )
 
     def _explain_missing_tensor(self, name: str) -> InputError:
         """Make the error for a tensor that is not stored."""
@@ -190,8 +210,8 @@ class Checkpoint:
     @cached_property
     def _contents(self) -> tuple[str, tuple[int, ...]]:
         """The digest, and the ids whose row of the embedding is not finite."""
-        table = self.model.rest[EMBEDDING]
-        used = {weight.name for _, _, weight in self.model.tensors()} | self.tensors.used
+        table = self.model.embedding
+        used = {weight.name for _, weight in list_stored(self.model)} | self.tensors.used
         config = self.folder / "config.json"
         paths = sorted(set(self.files.values()))
         digests, broken = {config: hash_file(config)}, set()
@@ -227,6 +247,14 @@ class Checkpoint:
         if self.source == BUILTIN or self.hub_id is not None:
             return self.hub_id or BUILTIN
         return " ".join(self.folder.resolve().name.split())[:100] or "model"
+
+
+def has_own_layers(config: Mapping[str, Any]) -> bool:
+    """Return whether layers have settings that moe2edge wrote; transformers has such of its own."""
+    layers = config.get("per_layer_config")
+    if config.get("model_type") in FAMILIES or not isinstance(layers, Mapping):
+        return bool(layers)
+    return any(OWN in own for own in layers.values())
 
 
 def open_checkpoint(

@@ -5,18 +5,20 @@ A tensor that is missing, unexpected or of another shape is an error.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from moe2edge.errors import Unsupported, VerificationFailed
 from moe2edge.model import hf_config
+from moe2edge.model.block import is_low_rank, is_quantizable
 from moe2edge.model.build import build_model
 from moe2edge.model.family import find_family
-from moe2edge.model.model import Model, is_low_rank, is_quantizable
-from moe2edge.model.weights import DTYPE_BYTES, Weight
+from moe2edge.model.model import Model
+from moe2edge.model.stored_layout import list_stored
+from moe2edge.model.weights import BYTES, DTYPE_BYTES, Weight
 from moe2edge.numerics.scheme import GROUP_SIZES, WHOLE_ROW, Scheme
-from moe2edge.storage.checkpoint import Checkpoint
+from moe2edge.storage.checkpoint import Checkpoint, has_own_layers
 from moe2edge.storage.patterns import compile_pattern
 from moe2edge.storage.safetensors_files import read_header, read_tensor
 
@@ -44,11 +46,13 @@ def open_stored_model(checkpoint: Checkpoint) -> Model:
     config = dict(checkpoint.config)
     quantization = config.pop("quantization_config", None)
     settings = None if quantization is None else read_gptq_settings(quantization)
-    layers = config.pop("per_layer_config", None) or {}
     family = find_family(config)
+    layers = {}
+    if has_own_layers(config):
+        layers = config.pop("per_layer_config")
     stored = _StoredTensors(checkpoint, settings)
     model = hf_config.decode_layers(
-        build_model(family, config, stored.weight), layers, stored.weight
+        build_model(family, config, stored.weight, stored.names), layers, stored.weight
     )
     stored.check(model)
     model.verify()
@@ -158,8 +162,15 @@ class _StoredTensors:
             name: read_header(path, name) for name, path in self._files.items()
         }
 
-    def weight(self, name: str, shape: tuple[int, ...]) -> Weight:
+    @property
+    def names(self) -> Iterable[str]:
+        """Names of all tensors."""
+        return self._headers
+
+    def weight(self, name: str, shape: tuple[int, ...] | None) -> Weight:
         """Make a handle on a tensor that a model of this config has; `check` finds missing ones."""
+        if shape is None:
+            shape = self._headers.get(name, ((), ""))[0]
         scheme = self._find_scheme(name)
         if f"{_get_stem(name)}.qweight" in self._headers and scheme is not None:
             return Weight(
@@ -220,6 +231,12 @@ class _StoredTensors:
         kept = found if scheme.ordered else None
         return Quantized(q, scales, scheme, None if scheme.symmetric else zeros, kept)
 
+    def _list_expected(self, model: Model) -> Iterator[tuple[str, str, Weight]]:
+        """Yield the tensors as they have to be stored; GPTQ has a tensor for each matrix."""
+        if self._settings is not None:
+            return model.tensors()
+        return ((name, "", weight) for name, weight in list_stored(model))
+
     def check(self, model: Model) -> None:
         """Compare the headers with the tensors that ``model`` must have.
 
@@ -227,7 +244,8 @@ class _StoredTensors:
             VerificationFailed: a tensor is missing, unexpected or of another shape.
         """
         expected: dict[str, Header] = {}
-        for name, role, weight in model.tensors():
+        plain: set[str] = set()
+        for name, role, weight in self._list_expected(model):
             scheme = None
             if self._settings is not None and is_quantizable(role):
                 scheme = self._settings.find_scheme(_get_stem(name))
@@ -235,6 +253,7 @@ class _StoredTensors:
                 scheme = self._settings.find_override(_get_stem(name))
             if scheme is None:
                 expected[name] = (weight.shape, weight.dtype)
+                plain |= set() if name in model.carried else {name}
             else:
                 parts = plan_gptq_tensors(weight.shape, scheme)
                 expected |= {f"{_get_stem(name)}.{part}": header for part, header in parts.items()}
@@ -249,10 +268,14 @@ class _StoredTensors:
                     "export it again"
                 )
         for name, header in expected.items():
-            if self._headers[name] != header or header[1] not in {*DTYPE_BYTES, "I32"}:
+            if self._headers[name] != header or header[1] not in BYTES:
                 raise VerificationFailed(
                     f"{name} has shape and dtype {self._headers[name]}, but config.json asks for "
                     f"{header}; export it again"
+                )
+            if name in plain and header[1] not in DTYPE_BYTES:
+                raise VerificationFailed(
+                    f"{name} in {self._source} is {header[1]}; export it again"
                 )
 
 

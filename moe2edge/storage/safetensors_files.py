@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from moe2edge.errors import InputError, Unsupported, VerificationFailed, get_first_line
-from moe2edge.model.weights import DTYPE_BYTES, DTYPES, Weight
+from moe2edge.model.weights import BYTES, DTYPE_BYTES, DTYPES, Weight
 from moe2edge.storage.text_files import make_read_error, read_json, sync_folder, write_json
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 # Every dtype that is written, and those that only quantized sources have.
 _WRITTEN = DTYPES | {"I32": "int32", "U8": "uint8", "I64": "int64"}
 _TORCH_NAMES = _WRITTEN | {
+    "BOOL": "bool",
     "I8": "int8",
     "I16": "int16",
     "F8_E4M3": "float8_e4m3fn",
@@ -92,14 +93,19 @@ def _read_entries(path: Path, changed: int, size: int) -> Mapping[str, TensorEnt
     return entries
 
 
-def make_weight(path: Path, name: str) -> Weight:
+def make_weight(path: Path, name: str, *, any_dtype: bool = False) -> Weight:
     """Make a handle on one tensor of a safetensors file.
+
+    Args:
+        path: the file.
+        name: the tensor.
+        any_dtype: take every dtype that can be read, such as integers.
 
     Raises:
         Unsupported: its dtype is not a supported floating-point type.
     """
     shape, dtype = read_header(path, name)
-    if dtype not in DTYPE_BYTES:
+    if dtype not in DTYPE_BYTES and not (any_dtype and dtype in _TORCH_NAMES):
         raise Unsupported(
             f"{name} has dtype {dtype}; supported: {', '.join(DTYPE_BYTES)}; get the checkpoint "
             "in one of these"
@@ -194,7 +200,7 @@ class PlannedTensor:
     @property
     def nbytes(self) -> int:
         """Bytes on disk."""
-        width = {**DTYPE_BYTES, "I32": 4, "U8": 1, "I64": 8}[self.dtype]
+        width = BYTES[self.dtype]
         for size in self.shape:
             width *= size
         return width
