@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Literal
 
 from moe2edge.calibration.observation import Facts, ObserverFactory
 from moe2edge.errors import Moe2EdgeError
+from moe2edge.model.block import Block
 from moe2edge.model.layers import MoELayer
-from moe2edge.model.model import Block
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,7 +59,8 @@ def score_experts(criterion: Criterion, block: Block, facts: Facts, seed: int = 
         weight_score = (
             saliency.compute_aimer if criterion == "aimer" else saliency.compute_magnitude
         )
-        return [weight_score([w.load() for w in (e.gate, e.up, e.down)]) for e in layer.experts]
+        parts = [[w for w in (e.gate, e.up, e.down) if w.count] for e in layer.experts]
+        return [weight_score([w.load() for w in own]) for own in parts]
     name = f"compute_{criterion.replace('-', '_')}"
     if criterion in ROUTING:
         statistics = facts[router_observers.RoutingObserver]

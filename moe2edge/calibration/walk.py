@@ -10,7 +10,6 @@ that runtimes are compared with.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -24,12 +23,18 @@ from moe2edge.calibration.observation import (
     RouterTrace,
 )
 from moe2edge.calibration.walk_keeper import make_keeper
-from moe2edge.model.hf_config import build_transformers_config
+from moe2edge.model.block import Block, is_quantizable
 from moe2edge.model.layers import MoELayer
-from moe2edge.model.model import EMBEDDING, FINAL_NORM, HEAD, Block, Model
+from moe2edge.model.model import EMBEDDING, FINAL_NORM, HEAD, Model
 from moe2edge.progress import Advance
-from moe2edge.runtime.decoder_blocks import check_finite, fit_layers, load_block_state, load_finite
-from moe2edge.runtime.expert_kernels import set_expert_implementation
+from moe2edge.runtime.decoder_blocks import (
+    check_finite,
+    find_module_name,
+    load_block_state,
+    load_finite,
+)
+from moe2edge.runtime.ends import compute_logits_with_stock, embed_with_stock
+from moe2edge.runtime.layer_stage import LayerStage
 from moe2edge.runtime.memory import UNLIMITED, Memory
 from moe2edge.runtime.mixed_experts import compute_expert_intermediate, compute_expert_output
 from moe2edge.runtime.torch_runtime import place_tokens
@@ -48,10 +53,12 @@ class BlockRunner:
 
     def __init__(self, model: Model, block: Block) -> None:
         self.block = block
-        self._base = build_skeleton(model, block)
-        state = load_block_state(block)
-        self._base.layers[0].load_state_dict(state, strict=True, assign=True)
-        self._layer = self._base.layers[0]
+        self._anatomy = model.architecture.anatomy[block.origin]
+        self._stage = LayerStage(model, block)
+        self._layer = self._stage.layer
+        filled = {name: t for name, t in self._layer.state_dict().items() if not t.is_meta}
+        state = load_block_state(model, block) | filled
+        self._layer.load_state_dict(state, strict=True, assign=True)
 
     @torch.no_grad()
     def run(self, hidden: Tensor, positions: Tensor | None = None) -> Tensor:
@@ -60,8 +67,7 @@ class BlockRunner:
         With ``positions`` [length], ascending, the tokens stand there, and each sees all before it.
         """
         placed = {} if positions is None else place_tokens(positions, hidden.dtype)
-        out: Tensor = self._base(inputs_embeds=hidden, use_cache=False, **placed).last_hidden_state
-        return out
+        return self._stage.run(hidden, **placed)
 
     @torch.no_grad()
     def watch(self, hidden: Tensor, positions: Tensor | None = None) -> BlockTrace:
@@ -75,37 +81,35 @@ class BlockRunner:
 
             return hook
 
-        def record_routing(_: nn.Module, args: tuple[Tensor, ...], out: tuple[Tensor, ...]) -> None:
-            flat = args[0].flatten(0, -2)
-            recorded["routing"] = RouterTrace(flat, out[0].float(), out[1].float(), out[2])
-
         def record_attended(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             recorded["attended"] = args[0]
 
-        def record_mlp(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-            recorded.update(mlp_inputs=args[0], mlp_outputs=out)
+        def record_mlp(_: nn.Module, args: tuple[Tensor, ...], out: Any) -> None:
+            recorded.update(
+                mlp_inputs=args[0], mlp_outputs=out[0] if isinstance(out, tuple) else out
+            )
 
         hooks = [
             module.register_forward_pre_hook(record_input(role))
             for role, module in self._linear_modules()
         ]
-        norm, mlp = self._layer.post_attention_layernorm, self._layer.mlp
-        hooks += [
-            norm.register_forward_pre_hook(record_attended),
-            mlp.register_forward_hook(record_mlp),
-        ]
-        if isinstance(self.block.mlp, MoELayer):
-            hooks.append(self._layer.mlp.gate.register_forward_hook(record_routing))
+        hooks += self._watch_router(recorded)
+        if (norm := getattr(self._layer, "post_attention_layernorm", None)) is not None:
+            hooks.append(norm.register_forward_pre_hook(record_attended))
+        if (mlp := self._find_mlp()) is not None:
+            hooks.append(mlp.register_forward_hook(record_mlp))
         try:
             outputs = self.run(hidden, positions)
         finally:
             for handle in hooks:
                 handle.remove()
+        if recorded.get("mlp_inputs") is None:  # a layer without a part after attention
+            recorded |= {"mlp_inputs": hidden, "mlp_outputs": outputs}
         return BlockTrace(
             self.block,
             hidden,
             outputs,
-            recorded["attended"],
+            recorded.get("attended", hidden),
             recorded["mlp_inputs"],
             recorded["mlp_outputs"],
             recorded.get("routing"),
@@ -115,57 +119,70 @@ class BlockRunner:
             self.watch,
         )
 
+    def _watch_router(self, recorded: dict[str, Any]) -> list[Any]:
+        """Record what the router chose, as the experts get it, and its logits."""
+        if not isinstance(self.block.mlp, MoELayer):
+            return []
+        experts = self._layer.get_submodule(self._anatomy.experts)
+        scorer = self._layer.get_submodule(self._anatomy.roles["router.weight"].rpartition(".")[0])
+
+        def record_logits(_: nn.Module, __: Any, out: Any) -> None:
+            logits = out[0] if isinstance(out, tuple) else out
+            recorded["logits"] = logits.flatten(0, -2).float()
+
+        def record_routing(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            inputs, ids, weights = args
+            found = RouterTrace(inputs, recorded["logits"], weights.float(), ids)
+            recorded["routing"] = found
+
+        return [
+            scorer.register_forward_hook(record_logits),
+            experts.register_forward_pre_hook(record_routing),
+        ]
+
+    def _find_mlp(self) -> Any:
+        """Return the module of the MoE layer, or of the MLP; None: the layer has none."""
+        if self._anatomy.experts is not None:
+            path = self._anatomy.moe or self._anatomy.experts
+            return self._layer.get_submodule(path)
+        dense = self._anatomy.roles.get("dense.gate", "mlp.gate_proj.weight")
+        names = dict(self._layer.named_modules())
+        return names.get(dense.rpartition(".")[0].rpartition(".")[0])
+
     @torch.no_grad()
     def run_mlp(self, inputs: Tensor) -> Tensor:
         """Return the output [n, hidden] of the MoE layer or MLP for its inputs [n, hidden]."""
-        out: Tensor = self._layer.mlp(inputs[None])
-        return out[0]
+        out: Any = self._find_mlp()(inputs[None])
+        found: Tensor = out[0] if isinstance(out, tuple) else out
+        return found[0]
 
     def _linear_modules(self) -> Iterator[tuple[str, nn.Module]]:
-        """Yield the linear modules of attention, shared expert and dense MLP, by role."""
+        """Yield the linear modules outside of routed experts that passes may quantize, by role."""
         for role, _ in self.block.weights():
-            kind, _, rest = role.partition(".")
-            if kind == "attention" and rest.endswith("_proj.weight"):
-                yield role, getattr(self._layer.self_attn, rest.removesuffix(".weight"))
-            elif kind == "shared" and rest != "router":
-                yield role, getattr(self._layer.mlp.shared_expert, f"{rest}_proj")
-            elif kind == "dense":
-                yield role, getattr(self._layer.mlp, f"{rest}_proj")
+            if is_quantizable(role) and not role.startswith("experts."):
+                name = find_module_name(self._anatomy, role)
+                assert name is not None, "a matrix without a module"
+                yield role, self._layer.get_submodule(name.removesuffix(".weight"))
 
     @torch.no_grad()
     def _expert_hidden(self, expert: int, inputs: Tensor) -> Tensor:
-        return compute_expert_intermediate(self._layer.mlp, expert, inputs)
+        return compute_expert_intermediate(self._experts, expert, inputs)
 
     @torch.no_grad()
     def _expert_output(self, expert: int, inputs: Tensor) -> Tensor:
-        return compute_expert_output(self._layer.mlp, expert, inputs)
+        return compute_expert_output(self._experts, expert, inputs)
 
-
-def build_skeleton(model: Model, block: Block) -> Any:
-    """Build transformers' base model of ``block`` alone: no weights, embeddings or last norm.
-
-    Driving the base model rather than the decoder layer leaves masks, positions and sliding
-    windows to transformers.
-    """
-    from transformers import AutoModel
-
-    model = replace(model, blocks=(replace(block, index=0),))
-    # The skeleton has no embedding table, so ids of special tokens would point outside of it.
-    special = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
-    config = build_transformers_config(model, vocab_size=1, **special)
-    with torch.device("meta"):
-        base = AutoModel.from_config(config, dtype=torch.float32)
-        fit_layers(base.layers, model)
-    set_expert_implementation(base)
-    base.rotary_emb = type(base.rotary_emb)(config=config)
-    base.norm = nn.Identity()
-    base.embed_tokens = None
-    return base.eval()
+    @property
+    def _experts(self) -> Any:
+        """The module of the experts."""
+        return self._layer.get_submodule(self._anatomy.experts)
 
 
 def embed(model: Model, tokens: Tensor, memory: Memory = UNLIMITED) -> Tensor:
     """Look ``tokens`` up in the embedding table: float32 [samples, length, hidden]."""
-    handle = model.rest[EMBEDDING]
+    if model.family.generic:
+        return embed_with_stock(model, tokens, split_batches(tokens), memory.empty)
+    handle = model.embedding
     table = handle.load()
     hidden = memory.empty((*tokens.shape, table.shape[1]))
     for part in split_batches(tokens):
@@ -385,8 +402,11 @@ def gather(
 def compute_logits(model: Model, hidden: Iterable[Tensor]) -> Iterator[Tensor]:
     """Yield the logits float32 [length, vocabulary] of each sample [length, hidden].
 
-    All families end in an RMS norm and a linear head without bias.
+    The families of the table end in an RMS norm and a linear head without bias.
     """
+    if model.family.generic:
+        yield from compute_logits_with_stock(model, hidden)
+        return
     norm = load_finite(model.rest[FINAL_NORM])
     head_name = HEAD if HEAD in model.rest else EMBEDDING
     head = load_finite(model.rest[head_name])

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from moe2edge.calibration.walk import build_skeleton
-from moe2edge.model.model import Block, Model
+from moe2edge.model.block import Block
+from moe2edge.model.model import Model
 from moe2edge.runtime.decoder_blocks import Nothing, load_block_state
+from moe2edge.runtime.layer_stage import LayerStage
 from moe2edge.runtime.mixed_experts import MixedExperts, TiedExperts
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 CPU = torch.device("cpu")
 
 # First parts of the roles that are loaded.
-LOADED = ("norms", "attention", "router", "substitutes", "members")
+LOADED = ("norms", "attention", "linear", "other", "router", "substitutes", "members")
 
 
 class BlockParts:
@@ -26,14 +27,14 @@ class BlockParts:
 
     def __init__(self, model: Model, block: Block, device: torch.device = CPU) -> None:
         """Load it; hidden states may be on another device than ``device``, results are on it."""
-        self._base = build_skeleton(model, block)
-        layer: Any = self._base.layers[0]
-        state = load_block_state(block, lambda role: role.partition(".")[0] in LOADED)
+        self._stage = LayerStage(model, block)
+        layer: Any = self._stage.layer
+        state = load_block_state(model, block, lambda role: role.partition(".")[0] in LOADED)
         state = {name: tensor.to(device) for name, tensor in state.items()}
         layer.load_state_dict(state, strict=False, assign=True)
         self.norm, self._mlp = layer.post_attention_layernorm, layer.mlp
         layer.post_attention_layernorm, layer.mlp = nn.Identity(), Nothing()
-        self._base.rotary_emb.to(device)
+        self._stage.to(device)
         self._layer, self._device = layer, device
 
     @torch.no_grad()
@@ -54,7 +55,7 @@ class BlockParts:
             lambda _, args: found.append(args[0].flatten(0, -2))
         )
         try:
-            self._base(inputs_embeds=hidden.to(self._device), use_cache=False)
+            self._stage.run(hidden.to(self._device))
         finally:
             hook.remove()
         return found[0]

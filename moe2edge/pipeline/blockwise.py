@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 from moe2edge.calibration.walk import BATCH_TOKENS, BlockRunner, embed, split_batches
+from moe2edge.model.block import SECOND_NORM, Block
 from moe2edge.model.experts import Dense
 from moe2edge.model.layers import MoELayer, UnroutedMLP
-from moe2edge.model.model import SECOND_NORM, Block, Model
+from moe2edge.model.model import Model
 from moe2edge.model.roles import OUT, QKV, list_gated_mlps, list_quantizable
 from moe2edge.model.weights import Weight
 from moe2edge.pipeline.block_parts import BlockParts
@@ -111,7 +112,8 @@ class _BlockWork:
         if dense is not None:
             self._solve_always_on("dense", parts, flat, out, None)
         if isinstance(mlp, MoELayer | UnroutedMLP) and mlp.shared is not None:
-            scorer = load_finite(mlp.shared.gate).to(self._device)
+            gate = mlp.shared.gate
+            scorer = None if gate is None else load_finite(gate).to(self._device)
             self._solve_always_on("shared", parts, flat, out, scorer)
         hidden += added
         return self.numbers

@@ -7,7 +7,6 @@ are put in its place here, on the instance: no class of transformers is changed.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,13 +16,14 @@ from torch import nn
 
 from moe2edge.errors import InputError
 from moe2edge.model import model as model_
-from moe2edge.model.experts import PARTS, Dense, Linear, Replacement, Tied
-from moe2edge.model.hf_config import build_transformers_config
+from moe2edge.model.anatomy import Anatomy, ExpertsForm
+from moe2edge.model.block import SECOND_NORM, Block
+from moe2edge.model.experts import PARTS, Dense, Expert, Linear, Replacement, Tied
 from moe2edge.model.layers import MoELayer, UnroutedMLP
-from moe2edge.model.model import SECOND_NORM, Block, Model
+from moe2edge.model.model import Model
 from moe2edge.model.weights import Weight
 from moe2edge.numerics.skipping import apply_skipping
-from moe2edge.runtime.mixed_experts import MixedExperts, find_experts_name
+from moe2edge.runtime.mixed_experts import MixedExperts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,7 +64,8 @@ class AlwaysOn(nn.Module):
     def __init__(self, mlp: UnroutedMLP) -> None:
         super().__init__()
         self.shared_expert = GatedMLP(mlp.shared.mlp)
-        self.shared_expert_gate = nn.Linear(mlp.shared.gate.shape[1], 1, bias=False)
+        hidden = mlp.shared.mlp.gate.shape[1]
+        self.shared_expert_gate = nn.Linear(hidden, 1, bias=False) if mlp.shared.gate else None
         if mlp.expert is not None:
             own = GatedMLP(mlp.expert)
             self.gate_proj, self.up_proj, self.down_proj = (
@@ -75,7 +76,9 @@ class AlwaysOn(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the sum for ``x`` [..., hidden]."""
-        out: Tensor = torch.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
+        out: Tensor = self.shared_expert(x)
+        if self.shared_expert_gate is not None:
+            out = torch.sigmoid(self.shared_expert_gate(x)) * out
         if hasattr(self, "gate_proj"):
             out = out + _apply_gated_mlp(self, x)
         return out
@@ -83,26 +86,21 @@ class AlwaysOn(nn.Module):
 
 def fit_layers(layers: nn.ModuleList, model: Model) -> None:
     """Give each decoder layer the form of its block. Call it under the device "meta"."""
-    config = build_transformers_config(model)
     for block in model.blocks:
-        layers[block.index] = _fit_layer(layers[block.index], config, model, block)
+        layers[block.index] = fit_layer(layers[block.index], model, block)
 
 
-def _fit_layer(layer: Any, config: Any, model: Model, block: Block) -> Any:
+def fit_layer(layer: Any, model: Model, block: Block) -> Any:
+    """Give a decoder layer the form of its block. Call it under the device "meta"."""
     mlp = block.mlp
     if isinstance(mlp, MoELayer):
-        sizes = {
-            model.family.experts_key[0]: len(mlp.experts),
-            "num_experts_per_tok": mlp.router.top_k,
-        }
-        if any(getattr(config, key) != size for key, size in sizes.items()):
-            layer = _build_layer_like(layer, config, block.index, sizes)
+        _resize_experts(layer, model.architecture.anatomy[block.origin], mlp)
         if not mlp.is_plain:
-            layer.mlp.experts = MixedExperts(layer.mlp.experts, mlp)
-            layer.mlp.gate.weight = nn.Parameter(torch.empty(mlp.router.weight.shape))
+            path = str(model.architecture.anatomy[block.origin].experts)
+            layer.set_submodule(path, MixedExperts(layer.get_submodule(path), mlp))
         if mlp.router.skip_below:
             add_skipping(layer.mlp, mlp.router.skip_below, renormalize=mlp.router.renormalize)
-    elif not model_.is_stock_form(model, block):
+    elif not _is_as_built(layer, model, block):
         if isinstance(mlp, Dense):
             layer.mlp = GatedMLP(mlp)
         elif isinstance(mlp, UnroutedMLP):
@@ -114,18 +112,48 @@ def _fit_layer(layer: Any, config: Any, model: Model, block: Block) -> Any:
     return layer
 
 
-def _build_layer_like(layer: Any, config: Any, index: int, own: dict[str, int]) -> Any:
-    """Return a decoder layer of the same class with other settings."""
-    changed = copy.copy(config)
-    for key, value in own.items():
-        setattr(changed, key, value)
-    fresh = type(layer)(changed, index)
-    shared = next((m.config for m in layer.modules() if hasattr(m, "config")), config)
-    for module in fresh.modules():
-        # All modules share one config, through which transformers switches implementations.
-        if getattr(module, "config", None) is changed:
-            module.config = shared
-    return fresh
+def _is_as_built(layer: Any, model: Model, block: Block) -> bool:
+    """Return whether a layer, as transformers' class made it, is a block without experts.
+
+    It may be the layer of another config than the model's: a source has experts where an output
+    has a plain MLP.
+    """
+    if model.family.generic or not isinstance(block.mlp, Dense):
+        return model_.is_stock_form(model, block)
+    gate = getattr(layer.mlp, "gate_proj", None)
+    return gate is not None and bool(gate.out_features == block.mlp.gate.shape[0])
+
+
+def _resize_experts(layer: Any, anatomy: Anatomy, mlp: MoELayer) -> None:
+    """Give a layer the numbers of experts, of rows of its router and of chosen ones that it has.
+
+    Everything is changed on the instances; parameters that get another size lose their numbers.
+    """
+    assert anatomy.experts is not None, "a layer with experts has none in transformers' class"
+    experts = layer.get_submodule(anatomy.experts)
+    for path, name in anatomy.counts:
+        count = len(mlp.experts) if path == anatomy.experts else mlp.router_rows
+        setattr(layer.get_submodule(path), name, count)
+    for path, name in anatomy.choices:
+        setattr(layer.get_submodule(path), name, mlp.router.top_k)
+    for name, parameter in list(experts.named_parameters(recurse=False)):
+        _resize(experts, name, parameter, 0, len(mlp.experts))
+    for role, axis in anatomy.per_expert.items():
+        owner, _, name = anatomy.roles[role].rpartition(".")
+        module = layer.get_submodule(owner)
+        _resize(module, name, getattr(module, name), axis, mlp.router_rows)
+
+
+def _resize(module: Any, name: str, tensor: Tensor, axis: int, size: int) -> None:
+    """Replace a parameter or buffer by an empty one of another size."""
+    if tensor.shape[axis] == size:
+        return
+    shape = (*tensor.shape[:axis], size, *tensor.shape[axis + 1 :])
+    empty = torch.empty(shape, dtype=tensor.dtype, device="meta")
+    if name in module._parameters:
+        setattr(module, name, nn.Parameter(empty, requires_grad=False))
+    else:
+        module._buffers[name] = empty
 
 
 def add_skipping(moe: Any, skip_below: Sequence[float], *, renormalize: bool) -> None:
@@ -162,20 +190,27 @@ def disable_skipping(model: nn.Module) -> None:
 
 
 def load_block_state(
-    block: Block, wanted: Callable[[str], bool] = lambda _: True
+    model: Model, block: Block, wanted: Callable[[str], bool] = lambda _: True
 ) -> dict[str, Tensor]:
     """Load a block's numbers in float32 under transformers' names in memory, experts fused.
 
     Args:
-        block: the block.
+        model: the model.
+        block: one of its blocks.
         wanted: says by its role whether to load a tensor; the same for all experts.
     """
     state: dict[str, Tensor] = {}
+    anatomy = model.architecture.anatomy[block.origin]
+    parts: dict[str, list[Tensor]] = {}
     for role, weight in block.weights():
-        if wanted(role) and (name := find_module_name(role)):
-            state[name] = load_finite(weight)
+        if wanted(role) and (name := find_module_name(anatomy, role)):
+            parts.setdefault(name, []).append(load_finite(weight))
+    # A tensor that files have in parts is put together along its first axis.
+    state |= {n: found[0] if len(found) == 1 else torch.cat(found) for n, found in parts.items()}
     if isinstance(block.mlp, MoELayer) and wanted("experts.0.gate"):
-        fused, at = _fuse_experts(block.mlp.experts), find_experts_name(block.mlp)
+        assert anatomy.form is not None, "a layer with experts has none in transformers' class"
+        fused = _fuse_experts(block.mlp.experts, anatomy.form)
+        at = anatomy.experts if block.mlp.is_plain else f"{anatomy.experts}.experts"
         state |= {f"{at}.{name}": numbers for name, numbers in fused.items()}
     if isinstance(block.mlp, MoELayer) and block.mlp.replaced and wanted("substitutes.0"):
         fused = _fuse_replacements(block.mlp)
@@ -186,8 +221,11 @@ def load_block_state(
     return state
 
 
-def find_module_name(role: str) -> str | None:
+def find_module_name(anatomy: Anatomy, role: str) -> str | None:
     """Return transformers' name in memory for a role; None for a part of a fused tensor."""
+    if found := anatomy.roles.get(role.partition(".part")[0]):
+        return found
+    # Forms that transformers' class does not know: see `fit_layer`.
     kind, _, rest = role.partition(".")
     names = {
         "norms": rest,
@@ -199,19 +237,41 @@ def find_module_name(role: str) -> str | None:
     return "mlp.shared_expert_gate.weight" if role == "shared.router" else names.get(kind)
 
 
-def _fuse_experts(experts: Sequence[Dense]) -> dict[str, Tensor]:
-    """Return ``gate_up_proj`` [experts, 2 width, hidden] and ``down_proj`` [.., hidden, width]."""
-    width, hidden = experts[0].gate.shape
-    gate_up = torch.empty(len(experts), 2 * width, hidden)
+def _fuse_experts(experts: Sequence[Expert], form: ExpertsForm) -> dict[str, Tensor]:
+    """Return the parameters of transformers' module of experts.
+
+    ``gate_up_proj`` is [experts, 2 width, hidden], ``down_proj`` [experts, hidden, width], with the
+    last two axes exchanged if the form says so.
+    """
+    width, hidden = experts[0].up.shape
+    gates = experts[0].gate.shape[0]  # 0: there is no gate, and up stands alone
+    gate_up = torch.empty(len(experts), gates + width, hidden)
     down = torch.empty(len(experts), hidden, width)
     for n, expert in enumerate(experts):
         for place, weight in (
-            (gate_up[n, :width], expert.gate),
-            (gate_up[n, width:], expert.up),
+            (gate_up[n, :gates], expert.gate),
+            (gate_up[n, gates:], expert.up),
             (down[n], expert.down),
         ):
-            place.copy_(check_finite(weight.name, weight.load()))
-    return {"gate_up_proj": gate_up, "down_proj": down}
+            if weight.count:
+                place.copy_(check_finite(weight.name, weight.load()))
+    fused = {form.first: _arrange(gate_up, form), "down_proj": down}
+    if form.transposed:
+        fused = {name: matrices.transpose(1, 2) for name, matrices in fused.items()}
+    if form.biased:
+        biases = [{part: load_finite(w) for part, w in e.biases.items()} for e in experts]
+        parts = ("gate", "up") if form.gated else ("up",)
+        both = torch.stack([torch.cat([own[part] for part in parts]) for own in biases])
+        fused[f"{form.first}_bias"] = _arrange(both, form)
+        fused["down_proj_bias"] = torch.stack([own["down"] for own in biases])
+    return {name: numbers.contiguous() for name, numbers in fused.items()}
+
+
+def _arrange(both: Tensor, form: ExpertsForm) -> Tensor:
+    """Return gate above up [experts, 2 width, ...] in the order of a form."""
+    if form.concatenated or not form.gated:
+        return both
+    return torch.stack(both.chunk(2, dim=1), dim=2).flatten(1, 2)
 
 
 def _fuse_replacements(layer: MoELayer) -> dict[str, Tensor]:

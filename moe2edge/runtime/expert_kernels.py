@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from moe2edge.model.anatomy import is_experts
+
 # Bytes that a row of each operand of torch's grouped_mm must be a multiple of.
 ROW_BYTES = 16
 GROUPED_DTYPES = ("float32", "bfloat16", "float16")
@@ -32,9 +34,10 @@ def set_expert_implementation(model: Any) -> None:
     Call it once the model has its layers and dtype; parameters may be on the meta device.
     """
     for module in model.modules():
-        fused, down = (getattr(module, name, None) for name in ("gate_up_proj", "down_proj"))
-        if fused is None or down is None or down.ndim != 3:
+        if not is_experts(module):
             continue
+        down = module.down_proj
+        fused = module.gate_up_proj if module.has_gate else module.up_proj
         rows = (fused.shape[-1], down.shape[-1])
         if not takes_grouped_mm(rows, str(down.dtype).removeprefix("torch.")):
             model.set_experts_implementation("eager")

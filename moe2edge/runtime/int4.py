@@ -17,9 +17,10 @@ import torch
 from torch import nn
 
 from moe2edge.errors import Unsupported
+from moe2edge.model.block import Block, is_low_rank
 from moe2edge.model.experts import Dense
 from moe2edge.model.layers import MoELayer
-from moe2edge.model.model import Block, Model, is_low_rank
+from moe2edge.model.model import Model
 from moe2edge.model.roles import list_gated_mlps
 from moe2edge.model.weights import Weight
 from moe2edge.numerics.grid import Quantized
@@ -95,12 +96,12 @@ def plan_packing(model: Model, dtype: torch.dtype, *, wanted: bool | None = None
     for block in model.blocks:
         for role, weight in block.weights():
             if is_low_rank(role) and weight.scheme is not None:
-                name = model.family.disk_name(block.index, role)
+                name = model.disk_name(block, role)
                 dequantized[name] = f"factors of {weight.scheme.bits} bits"
         for unit in _list_units(block):
             obstacle = "packed=False" if wanted is False else unit.find_obstacle(dtype)
             for role, weight in unit.weights.items():
-                name = model.family.disk_name(block.index, role)
+                name = model.disk_name(block, role)
                 if obstacle is None:
                     packed.append(name)
                 elif weight.scheme is not None:

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 from moe2edge.errors import InputError, Unsupported, VerificationFailed, join_lines
 from moe2edge.model import hf_config
 from moe2edge.model import model as model_
+from moe2edge.model.block import Block
 from moe2edge.model.hf_config import build_transformers_config
-from moe2edge.model.model import Block, Model
+from moe2edge.model.model import Model
 from moe2edge.model.weights import DTYPES
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.storage.generation_config import GENERATION_CONFIG, read_generation_config
@@ -67,7 +68,7 @@ def load(
     if checkpoint.folder != Path(folder):  # a snapshot of the hub
         _check_output(checkpoint.folder)
     model = open_stored_model(checkpoint)
-    stored = DTYPES[model.rest["model.embed_tokens.weight"].dtype]
+    stored = DTYPES[model.embedding.dtype]
     loaded = build_transformers_model(model, dtype or getattr(torch, stored), packed=packed)
     loaded.config.name_or_path = checkpoint.source
     read_generation_config(checkpoint.folder)  # refuses a wrong one in a line
@@ -117,7 +118,8 @@ def build_transformers_model(
     if plan.packed:
         loaded.save_pretrained = partial(_refuse_to_save, PACKED_REASON)
     for block in model.blocks:
-        _fill_layer(loaded.model.layers[block.index], block, dtype, pack=bool(plan.packed))
+        layer = loaded.model.layers[block.index]
+        _fill_layer(layer, model, block, dtype, pack=bool(plan.packed))
     rest = {name: weight.load().to(dtype, copy=True) for name, weight in model.rest.items()}
     _fill(loaded, rest, "the rest", strict=False)
     loaded.tie_weights()
@@ -153,13 +155,13 @@ def _build_skeleton(model: Model, dtype: torch.dtype) -> Any:
     return loaded
 
 
-def _fill_layer(layer: Any, block: Block, dtype: torch.dtype, *, pack: bool) -> None:
+def _fill_layer(layer: Any, model: Model, block: Block, dtype: torch.dtype, *, pack: bool) -> None:
     """Fill a decoder layer on the meta device with the numbers of its block."""
     from moe2edge.runtime.decoder_blocks import load_block_state
     from moe2edge.runtime.int4 import pack_layer
 
     packed_roles = pack_layer(layer, block, dtype) if pack else frozenset()
-    state = load_block_state(block, lambda role: role not in packed_roles)
+    state = load_block_state(model, block, lambda role: role not in packed_roles)
     # Copied, so that no parameter remains a view into a file.
     state = {name: state.pop(name).to(dtype, copy=True) for name in list(state)}
     filled = {name: t for name, t in layer.state_dict().items() if not t.is_meta}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from moe2edge.model.anatomy import is_experts
 from moe2edge.model.experts import PARTS, Tied
 from moe2edge.model.layers import MoELayer
 
@@ -268,15 +269,24 @@ class MixedExperts(nn.Module):
 
 def _multiply(experts: Any, part: str, n: int, x: Tensor) -> Tensor:
     """Multiply ``x`` with a matrix of an expert, gate_up or down: one of a tensor, or packed."""
-    if hasattr(experts, f"{part}_proj"):
-        matrix: Tensor = getattr(experts, f"{part}_proj")[n]
-        return x @ matrix.T
-    out: Tensor = getattr(experts, part)[n](x)
-    return out
+    out: Tensor
+    if not hasattr(experts, f"{part}_proj"):
+        out = getattr(experts, part)[n](x)
+        return out
+    matrix: Tensor = getattr(experts, f"{part}_proj")[n]
+    out = x @ (matrix if experts.is_transposed else matrix.T)
+    return out + getattr(experts, f"{part}_proj_bias")[n] if experts.has_bias else out
 
 
 def _compute_intermediate(experts: Any, n: int, x: Tensor) -> Tensor:
-    gate, up = _multiply(experts, "gate_up", n, x).chunk(2, dim=-1)
+    if is_experts(experts) and not experts.has_gate:
+        inside: Tensor = experts.act_fn(_multiply(experts, "up", n, x))
+        return inside
+    both = _multiply(experts, "gate_up", n, x)
+    if is_experts(experts):  # transformers' own function between the matrices
+        out: Tensor = experts._apply_gate(both)
+        return out
+    gate, up = both.chunk(2, dim=-1)
     return nn.functional.silu(gate) * up
 
 
@@ -284,18 +294,24 @@ def _compute_output(experts: Any, n: int, x: Tensor) -> Tensor:
     return _multiply(experts, "down", n, _compute_intermediate(experts, n, x))
 
 
-def compute_expert_intermediate(moe: Any, row: int, x: Tensor) -> Tensor:
-    """Return the input [n, width] of ``down`` of the expert that a row of an MoE module runs."""
-    if isinstance(moe.experts, MixedExperts):
-        return moe.experts.compute_intermediate(row, x)
-    return _compute_intermediate(moe.experts, row, x)
+def compute_expert_intermediate(experts: Any, row: int, x: Tensor) -> Tensor:
+    """Return the input [n, width] of ``down`` of the expert that a row of a router runs.
+
+    Args:
+        experts: the module of the experts of a layer.
+        row: the row.
+        x: inputs, [n, hidden].
+    """
+    if isinstance(experts, MixedExperts):
+        return experts.compute_intermediate(row, x)
+    return _compute_intermediate(experts, row, x)
 
 
-def compute_expert_output(moe: Any, row: int, x: Tensor) -> Tensor:
-    """Return the output [n, hidden] of the expert that a row of an MoE module runs."""
-    if isinstance(moe.experts, MixedExperts):
-        return moe.experts.compute_output(row, x)
-    return _compute_output(moe.experts, row, x)
+def compute_expert_output(experts: Any, row: int, x: Tensor) -> Tensor:
+    """Return the output [n, hidden] of the expert that a row of a router runs."""
+    if isinstance(experts, MixedExperts):
+        return experts.compute_output(row, x)
+    return _compute_output(experts, row, x)
 
 
 def find_experts_name(layer: MoELayer) -> str:

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe2edge.model.model import Model
-from moe2edge.storage.source_formats.recognition import KEYS
+from moe2edge.model.stored_layout import list_stored_block
+from moe2edge.storage.source_formats.recognition import KEYS, find_settings
+from moe2edge.storage.text_files import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -46,12 +48,13 @@ def load_plain_tensors(
     import torch
 
     wanted = [
-        (model.family.disk_name(block.index, role), weight)
+        found
         for block in model.blocks
         if blocks is None or block.index in blocks
-        for role, weight in block.weights()
+        for found in list_stored_block(model, block)
     ]
-    wanted += list(model.rest.items()) if ends else []
+    rest = model.rest.items() if ends else ()
+    wanted += [(model.names.get_rest_name(name), weight) for name, weight in rest]
     return {name: weight.load().to(dtype or torch.float32) for name, weight in wanted}
 
 
@@ -77,7 +80,8 @@ def find_plain_source(
     Returns:
         Arguments of ``from_pretrained``.
     """
-    if not drop_quantization(config):
+    drop_quantization(config)
+    if find_settings(read_json(folder / "config.json")) is None:
         return {"pretrained_model_name_or_path": folder}
     tensors = load_plain_tensors(model, blocks, ends=ends, dtype=dtype)
     return {"pretrained_model_name_or_path": None, "state_dict": tensors}
