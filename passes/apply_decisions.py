@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, ClassVar, Self
 
 from pydantic import Field
 
@@ -23,6 +23,7 @@ class ApplyDecisions(Trim):
     the file would give.
     """
 
+    any_family: ClassVar[bool] = True
     file: Annotated[str, Field(description="file of decisions, written by moe2edge decide")]
     any_source: Annotated[
         bool,

@@ -8,7 +8,8 @@ from pydantic import Field
 
 from moe2edge.calibration.observation import Facts, ObserverFactory
 from moe2edge.errors import InputError
-from moe2edge.model.model import Block, Model
+from moe2edge.model.block import Block
+from moe2edge.model.model import Model
 from moe2edge.passes._drop_alike import DropAlike
 from moe2edge.pipeline.contract import Outcome
 
@@ -24,6 +25,7 @@ class BlockDrop(DropAlike):
     it was when the stage began. The remaining blocks are renumbered.
     """
 
+    any_family: ClassVar[bool] = True
     unit: ClassVar[str] = "block"
 
     consecutive: Annotated[

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
@@ -12,6 +12,8 @@ from moe2edge.calibration import criteria
 from moe2edge.calibration.criteria import Criterion
 from moe2edge.calibration.observation import Facts, ObserverFactory
 from moe2edge.errors import InputError
+from moe2edge.model.block import Block
+from moe2edge.model.layers import FEWEST_IN_GROUP, MoELayer
 from moe2edge.model.model import Model
 from moe2edge.numerics import selection
 from moe2edge.pipeline.checks import advise_top_k, refuse_replaced, refuse_too_many
@@ -33,6 +35,7 @@ class ExpertDrop(Trim):
     https://arxiv.org/abs/2406.02500; criterion reap: https://arxiv.org/abs/2510.13999.
     """
 
+    any_family: ClassVar[bool] = True
     keep: Annotated[
         int | float | list[int],
         Field(
@@ -121,6 +124,7 @@ class ExpertDrop(Trim):
                 "expert_drop: the thresholds of expert_skip would no longer fit the experts; put "
                 "expert_skip after it"
             )
+        self._check_groups(model)
         counts, floors = self._count_kept(model), self._list_floors(model)
         places = [f"block {index}" for index in counts]
         kept, sizes = list(counts.values()), model.expert_counts
@@ -154,6 +158,27 @@ class ExpertDrop(Trim):
         if sum(kept) == sum(sizes):
             raise InputError(f"expert_drop: keep {self.keep} keeps every expert; nothing to do")
 
+    def _check_groups(self, model: Model) -> None:
+        """Refuse numbers that leave groups of a router with different numbers of experts."""
+        counts = self._count_kept(model)
+        for block, layer in model.moe_blocks:
+            groups, experts = layer.router.groups, len(layer.experts)
+            if groups == 1:
+                continue
+            if self.scope == "global":
+                raise InputError(
+                    "expert_drop: scope global does not keep the same number of experts in each "
+                    f"of the {groups} groups of a router; choose scope: layer"
+                )
+            possible = selection.list_group_counts(experts, groups, FEWEST_IN_GROUP)
+            if (count := counts[block.index]) not in possible:
+                near = sorted(sorted(possible, key=lambda n: abs(n - count))[:2])
+                raise InputError(
+                    f"expert_drop: keep {self.keep} is {count} experts in block {block.index}, but "
+                    f"each of the {groups} groups of its router has to keep the same number, "
+                    f"{FEWEST_IN_GROUP} at least; the nearest are {' and '.join(map(str, near))}"
+                )
+
     def _check_options(self, model: Model) -> None:
         """Refuse options that contradict each other, or a list for another number of layers."""
         if self.floor is not None and self.scope == "layer":
@@ -175,7 +200,12 @@ class ExpertDrop(Trim):
             floors, full = list(self._list_floors(model).values()), model.expert_counts
             planned = selection.allocate_least_even(floors, full, sum(counts.values()))
             counts = dict(zip(counts, planned, strict=True))
-        return self._keep_experts(model, {index: list(range(n)) for index, n in counts.items()})
+        chosen = {}
+        for block, layer in model.moe_blocks:
+            falling = [-float(n) for n in range(len(layer.experts))]
+            groups = layer.router.groups
+            chosen[block.index] = selection.choose_best(falling, counts[block.index], groups)
+        return self._keep_experts(model, chosen)
 
     def observers(self) -> tuple[ObserverFactory, ...]:
         """Return the observers that the criterion and the protection of super experts need."""
@@ -221,7 +251,7 @@ class ExpertDrop(Trim):
         counts = self._count_kept(model)
         minimum = counts if self.scope == "layer" else self._list_floors(model)
         ids = {
-            index: sorted(selection.rank_by_score(row)[: minimum[index]])
+            index: selection.choose_best(row, minimum[index], _get_groups(model.blocks[index]))
             for index, row in scores.items()
         }
         remaining = sum(counts.values()) - sum(minimum.values())
@@ -243,6 +273,11 @@ class ExpertDrop(Trim):
                 kept = block.keep_experts(chosen, clamp_top_k=self.clamp_top_k)
                 model = model.replace_block(kept)
         return model
+
+
+def _get_groups(block: Block) -> int:
+    """Return the number of groups of a block's router."""
+    return block.mlp.router.groups if isinstance(block.mlp, MoELayer) else 1
 
 
 def _find_super_experts(model: Model, facts: Facts) -> list[tuple[int, int]]:

@@ -38,6 +38,30 @@ def allocate_least_even(floors: Sequence[int], full: Sequence[int], total: int) 
     return counts
 
 
+def choose_best(scores: Sequence[float], count: int, groups: int = 1) -> list[int]:
+    """Choose the best positions, in order; of each of some groups of neighbours the same number.
+
+    >>> choose_best([3, 1, 2, 0], 2), choose_best([3, 1, 2, 0], 2, groups=2)
+    ([0, 2], [0, 2])
+    >>> choose_best([3, 4, 2, 0], 2), choose_best([3, 4, 2, 0], 2, groups=2)
+    ([0, 1], [1, 2])
+    """
+    size, chosen = len(scores) // groups, []
+    for first in range(0, size * groups, size):
+        best = rank_by_score(scores[first : first + size])[: count // groups]
+        chosen += sorted(first + n for n in best)
+    return chosen
+
+
+def list_group_counts(experts: int, groups: int, smallest: int) -> list[int]:
+    """List how many experts may stay where each group keeps the same number.
+
+    >>> list_group_counts(16, 4, 2)
+    [8, 12, 16]
+    """
+    return [groups * n for n in range(smallest, experts // groups + 1)]
+
+
 def rank_by_score(scores: Sequence[float]) -> tuple[int, ...]:
     """Rank positions by falling score; among equal scores the lower position first."""
     return tuple(sorted(range(len(scores)), key=lambda j: (-scores[j], j)))

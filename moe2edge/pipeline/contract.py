@@ -164,6 +164,7 @@ class Pass(Options):
         may_change_nothing: whether leaving the model alone is a result, not a fault.
         needs_training_text: whether it trains on the training text of the recipe.
         shares_walk: whether passes behind it can join its stage.
+        any_family: whether it works on families of which only the numbers of experts are known.
     """
 
     name: ClassVar[str]
@@ -173,6 +174,7 @@ class Pass(Options):
     may_change_nothing: ClassVar[bool] = False
     needs_training_text: ClassVar[bool] = False
     shares_walk: ClassVar[bool] = False
+    any_family: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

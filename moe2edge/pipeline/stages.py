@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moe2edge.calibration.observation import ObserverFactory
-from moe2edge.errors import Moe2EdgeError
+from moe2edge.errors import Moe2EdgeError, Unsupported
 from moe2edge.model.edits import hide_source_integers, restore_source_integers
+from moe2edge.model.family import FAMILIES
 from moe2edge.model.model import Model
 from moe2edge.pipeline.contract import Outcome, Pass, PlannedStep
 
@@ -42,12 +43,26 @@ def plan_passes(passes: Sequence[Pass], model: Model) -> Plan:
     source, steps = model, []
     model = hide_source_integers(model)
     for step in passes:
+        _check_family(step, model)
         step.check(model)
         after = step.plan(model)
         after.verify()
         steps.append(PlannedStep(step, model, after))
         model = after
     return Plan(source, tuple(steps))
+
+
+def _check_family(step: Pass, model: Model) -> None:
+    """Refuse a pass that needs to know more of a family than is known.
+
+    Raises:
+        Unsupported: names the pass and the family.
+    """
+    if model.family.generic and not step.any_family:
+        raise Unsupported(
+            f"{step.name} does not work on {model.family.model_type}: it needs to know more of a "
+            f"block than where its experts are; it works on {', '.join(FAMILIES)}"
+        )
 
 
 @dataclass(frozen=True)
