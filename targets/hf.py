@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from moe2edge.errors import Unsupported, VerificationFailed
+from moe2edge.errors import Unsupported
 from moe2edge.model import hf_config
 from moe2edge.model.edits import change_weights
-from moe2edge.model.model import EMBEDDING, Model
+from moe2edge.model.model import Model
+from moe2edge.model.stored_layout import list_stored
 from moe2edge.model.weights import DTYPES, dequantize_weight
 from moe2edge.pipeline.target import Loader, Target
 from moe2edge.runtime.load import load
@@ -25,8 +26,6 @@ from moe2edge.storage.output import open_stored_model
 from moe2edge.storage.safetensors_files import (
     PlannedTensor,
     check_index,
-    read_all,
-    read_header,
     write_checkpoint,
 )
 from moe2edge.storage.text_files import write_json
@@ -53,6 +52,7 @@ class Hf(Target):
 
     summary: ClassVar[str] = "plain safetensors that stock transformers loads, unquantized"
     streams: ClassVar[bool] = True
+    any_family: ClassVar[bool] = True
     libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers.modeling_utils")
     layout: Layout = "uniform"
     dequantize: bool = False
@@ -93,7 +93,7 @@ class Hf(Target):
 
     def find_dtype(self, model: Model) -> str:
         """Return the dtype in which transformers runs a folder, by its config or its weights."""
-        return _find_dtype(model.config, model.rest[EMBEDDING].dtype)
+        return _find_dtype(model.config, model.embedding.dtype)
 
     def estimate(self, model: Model) -> Estimate:
         """Estimate the weight files, and all parameters in memory in the dtype of the source."""
@@ -113,7 +113,8 @@ class Hf(Target):
 
     def tensors(self, folder: Path) -> Iterator[tuple[str, Tensor | Quantized]]:
         """Yield every tensor of the folder by its name on disk."""
-        yield from read_all(folder)
+        for name, _, weight in self.streamed(folder).tensors():
+            yield name, weight.load()
 
     def check_derived(self, folder: Path) -> None:
         """Compare the index with the shards.
@@ -141,9 +142,9 @@ class Hf(Target):
 
         from moe2edge.runtime.torch_runtime import TorchRuntime, open_source
 
-        config = open_checkpoint(str(folder)).config
-        dtype = "float32" if exact else _find_dtype(config, _read_stored_dtype(folder))
-        if "per_layer_config" in config:
+        model = self.streamed(folder)
+        dtype = "float32" if exact else self.find_dtype(model)
+        if not model.is_uniform:
             return TorchRuntime(load(folder, dtype=getattr(torch, dtype)))
         return open_source(folder, dtype=dtype, strict=True)
 
@@ -170,7 +171,7 @@ def _dequantize(model: Model) -> Model:
 
 
 def _plan(model: Model) -> list[PlannedTensor]:
-    return [plan_plain(name, weight) for name, _, weight in model.tensors()]
+    return [plan_plain(name, weight) for name, weight in list_stored(model)]
 
 
 def _find_dtype(config: Mapping[str, Any], stored: str) -> str:
@@ -182,14 +183,3 @@ def _find_dtype(config: Mapping[str, Any], stored: str) -> str:
     """
     named = config.get("dtype") or config.get("torch_dtype")
     return str(named) if named in DTYPES.values() else DTYPES[stored]
-
-
-def _read_stored_dtype(folder: Path) -> str:
-    """Return the dtype of the embedding: that of most of a checkpoint, if not of its norms."""
-    path = open_checkpoint(str(folder)).files.get(EMBEDDING)
-    if path is None:
-        raise VerificationFailed(f"{folder} has no {EMBEDDING}; export it again")
-    dtype = read_header(path, EMBEDDING)[1]
-    if dtype not in DTYPES:
-        raise VerificationFailed(f"{EMBEDDING} in {folder} is {dtype}; export it again")
-    return dtype

@@ -47,11 +47,11 @@ class SourceQuantization:
         if form is None:
             return None
         sizes = checkpoint.tensors.quantized
-        loads = {weight.load for _, _, weight in source.tensors() if weight.name in sizes}
+        loads = {w.load for _, _, w in source.tensors() if _get_tensor(w.name) in sizes}
         kept = dequantized = requantized = 0
         for _, _, weight in result.tensors():
             kept += weight.kept
-            if weight.name not in sizes or weight.kept:
+            if _get_tensor(weight.name) not in sizes or weight.kept:
                 continue
             if weight.scheme is None:
                 dequantized += 1
@@ -75,6 +75,11 @@ class SourceQuantization:
     def to_json(self) -> dict[str, Any]:
         """Return all as plain data."""
         return asdict(self)
+
+
+def _get_tensor(name: str) -> str:
+    """Return the tensor in files of which a handle, by its name, may be a slice."""
+    return name.partition("[")[0]
 
 
 def count_by_target(

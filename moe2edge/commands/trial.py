@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe2edge.errors import DiskFailed, DoesNotFit, Moe2EdgeError, Unsupported, join_lines
+from moe2edge.model.block import Block
 from moe2edge.model.edits import change_weights
 from moe2edge.model.layers import MoELayer
-from moe2edge.model.model import Block, Model
+from moe2edge.model.model import Model
 from moe2edge.model.weights import DTYPES, Weight
 from moe2edge.pipeline.target import Target
 from moe2edge.runtime.memory import give_back
@@ -36,9 +37,14 @@ _tried: set[str] = set()
 def try_targets(targets: Sequence[Target], planned: Model) -> None:
     """Write, reopen and run one block of each kind of ``planned``, with zeros, in each target.
 
+    Families of which only the numbers of experts are known are not tried: which blocks a smaller
+    config would have is not known, and the runtime of the target that holds them is transformers.
+
     Raises:
         Unsupported: the runtime of a target refuses it; nothing was computed yet.
     """
+    if planned.family.generic:
+        return
     small = reduce_model(planned)
     for target in targets:
         key = f"{target} {small.blocks} {small.config}"

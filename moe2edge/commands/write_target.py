@@ -11,6 +11,7 @@ from moe2edge.errors import Unsupported
 from moe2edge.evaluation.comparison import Comparison, ResultRow
 from moe2edge.evaluation.folder_record import REFERENCE
 from moe2edge.model import edits
+from moe2edge.model.family import FAMILIES
 from moe2edge.model.model import Model
 from moe2edge.pipeline.target import Target
 from moe2edge.progress import Reporter
@@ -118,6 +119,8 @@ def fit_for_targets(model: Model, targets: Sequence[Target], *, materialize: boo
     Raises:
         Unsupported: a target holds neither form, or no tied experts without ``materialize``.
     """
+    for target in targets:
+        _check_family(target, model)
     try:
         for target in targets:
             target.accepts(model)
@@ -140,6 +143,19 @@ def fit_for_targets(model: Model, targets: Sequence[Target], *, materialize: boo
             ) from error
         return whole
     return model
+
+
+def _check_family(target: Target, model: Model) -> None:
+    """Refuse a target that needs to know more of a family than is known.
+
+    Raises:
+        Unsupported: names the target and the family.
+    """
+    if model.family.generic and not target.any_family:
+        raise Unsupported(
+            f"target {target.name} does not support {model.family.model_type} yet; it supports "
+            f"{', '.join(FAMILIES)}; target hf writes this model"
+        )
 
 
 def describe_cost(model: Model, whole: Model) -> str:

@@ -56,6 +56,7 @@ class Target:
         libraries: modules that its runtime imports; the profiler imports them before it times
             the loading of a folder.
         limits: what its outputs cannot do, for their cards; empty if there is nothing to say.
+        any_family: whether it holds families of which only the numbers of experts are known.
     """
 
     name: ClassVar[str]
@@ -64,6 +65,7 @@ class Target:
     libraries: ClassVar[tuple[str, ...]] = ("torch",)
     chooses_as_torch: ClassVar[bool] = True
     limits: ClassVar[str] = ""
+    any_family: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
