@@ -90,7 +90,7 @@ def prove_source(
         return SourceProof("left out", LEFT_OUT)
     import transformers
 
-    from moe2edge.evaluation.source_check import StockFailed
+    from moe2edge.evaluation.stock_blocks import StockFailed
 
     begun, kept = time.perf_counter(), kept or KeptResults()
     found = _recall(kept)

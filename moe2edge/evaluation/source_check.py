@@ -10,22 +10,30 @@ a group of blocks at a time, by its own loading in both cases.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from moe2edge.calibration import walk
-from moe2edge.errors import InputError, Moe2EdgeError, Unsupported, VerificationFailed, join_lines
-from moe2edge.model.config_keys import RUN_KEPT
+from moe2edge.errors import InputError, VerificationFailed
+from moe2edge.evaluation.stock_blocks import (
+    LOGITS,
+    SHORTEST,
+    BlockRun,
+    StockValues,
+    compute_rotary,
+    list_positions,
+    run_in_stock,
+)
+from moe2edge.model.block import Block
 from moe2edge.model.layers import MoELayer
-from moe2edge.model.model import Block, Model
+from moe2edge.model.model import Model
 from moe2edge.progress import Advance
+from moe2edge.runtime.layer_stage import LayerStage
 from moe2edge.runtime.memory import IMPORTED, find_limit, give_back
-from moe2edge.runtime.plain_tensors import find_plain_source
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,11 +47,9 @@ ROUNDING = 1e-6
 NEAR_TIE = 1e-4
 # Length of the text: tokens per expert that one token chooses, within bounds.
 TOKENS_PER_EXPERT = 8
-SHORTEST, LONGEST = 48, 512
+LONGEST = 512
 # A window of attention makes the text longer, up to this; attention takes its square.
 WIDEST = 1024
-# Positions of which logits are compared: each is one row of the vocabulary.
-LOGITS = 64
 # Share of the memory, as its inverse, that transformers' blocks may take at once.
 MEMORY_PARTS = 4
 
@@ -67,34 +73,6 @@ class Agreement:
     called: int
     peaks: tuple[float, ...]
     window: int
-
-
-class StockFailed(Unsupported):
-    """Stock transformers cannot run a source, so there is nothing to compare with."""
-
-
-@dataclass(frozen=True)
-class _Own:
-    """Values that a walk computes for one block on the text.
-
-    Attributes:
-        block: the block.
-        inputs, outputs: residual stream before and after it, float32 [1, length, hidden].
-        near_ties: whether the router was close to another choice, bool [length].
-        unreached: experts that no token reached.
-        vector: input of the experts, float32 [1, hidden].
-        direct: output of each unreached expert for it, float32 [unreached, hidden].
-        peak: largest absolute number of the hidden states.
-    """
-
-    block: Block
-    inputs: Tensor
-    outputs: Tensor
-    near_ties: Tensor
-    unreached: tuple[int, ...]
-    vector: Tensor
-    direct: Tensor
-    peak: float
 
 
 def compare_with_stock(
@@ -138,10 +116,10 @@ def compare_with_stock(
             hidden = group[-1].outputs
         give_back()
         ends = (ids, hidden) if whole else (None, None)
-        stock = _run_in_stock(model, folder, group, *ends)
+        stock = run_in_stock(model, folder, group, *ends)
         found.compare_blocks(stock, group)
     if not whole:
-        stock = _run_in_stock(model, folder, (), ids, hidden)
+        stock = run_in_stock(model, folder, (), ids, hidden)
     found.compare_ends(stock, embedded, hidden)
     advance(label, count, count)
     return found.summarize(ids.shape[1])
@@ -166,7 +144,7 @@ def _make_text(model: Model, without: Sequence[int]) -> Tensor:
 # ---- the walk ------------------------------------------------------------------------------------
 
 
-def _run_block(model: Model, block: Block, inputs: Tensor) -> _Own:
+def _run_block(model: Model, block: Block, inputs: Tensor) -> BlockRun:
     """Run one block of the walk."""
     trace = walk.BlockRunner(model, block).watch(inputs)
     vector = trace.mlp_inputs.flatten(0, -2)[:1].clone()
@@ -180,7 +158,7 @@ def _run_block(model: Model, block: Block, inputs: Tensor) -> _Own:
         direct = torch.cat([direct, *(trace.expert_output(n, vector) for n in unreached)])
     seen = (trace.outputs, trace.attended, trace.mlp_outputs)
     peak = max(float(hidden.abs().max()) for hidden in seen)
-    return _Own(block, inputs, trace.outputs, near_ties, unreached, vector, direct, peak)
+    return BlockRun(block, inputs, trace.outputs, near_ties, unreached, vector, direct, peak)
 
 
 def _find_near_ties(logits: Tensor, top_k: int) -> Tensor:
@@ -189,204 +167,6 @@ def _find_near_ties(logits: Tensor, top_k: int) -> Tensor:
     if best.shape[1] <= top_k:
         return torch.zeros(len(logits), dtype=torch.bool)
     return best[:, top_k - 1] - best[:, top_k] <= NEAR_TIE * logits.abs().amax(1)
-
-
-# ---- stock transformers --------------------------------------------------------------------------
-
-
-class _PassThrough(nn.Module):
-    """In place of a decoder layer whose weights are not loaded."""
-
-    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        """Return the hidden states."""
-        return hidden_states
-
-
-@dataclass(frozen=True)
-class _Stock:
-    """Values that transformers computes.
-
-    Attributes:
-        embedded: what enters the first block, float32 [1, length, hidden].
-        outputs: residual stream behind each loaded block, by index, same shape.
-        direct: outputs of the experts that were called directly, by the index of the block.
-        logits: float32 [1, last tokens, vocabulary]; no logits if the head was not loaded.
-        rotary: cosines and sines at some positions.
-        window: tokens of the window of attention; 0: there is none.
-    """
-
-    embedded: Tensor
-    outputs: Mapping[int, Tensor]
-    direct: Mapping[int, Tensor]
-    logits: Tensor
-    rotary: Tensor
-    window: int
-
-
-def _run_in_stock(
-    model: Model, folder: Path, group: Sequence[_Own], ids: Tensor | None, last: Tensor | None
-) -> _Stock:
-    """Run blocks of a folder in stock transformers, in float32 and with neutral settings.
-
-    Args:
-        model: the source.
-        folder: its folder.
-        group: the blocks whose weights are loaded.
-        ids: the text, int64 [1, length]; None: embedding, last norm and head are not loaded.
-        last: hidden states that go into the last norm.
-
-    Raises:
-        StockFailed: transformers cannot open or run it.
-        VerificationFailed: transformers does not find a tensor.
-    """
-    import transformers
-
-    try:
-        stock, missing = _open_stock(model, folder, group, ends=ids is not None)
-        if missing:
-            raise VerificationFailed(
-                f"source check: transformers finds no {missing[0]} in {folder}, and would run it "
-                "with random numbers in its place"
-            )
-        with torch.no_grad():
-            return _run_hooked(stock, group, ids, last, _list_positions(model))
-    except Moe2EdgeError:
-        raise
-    except Exception as error:  # whatever a library may raise on a folder that it does not support
-        raise StockFailed(
-            f"transformers {transformers.__version__} cannot run it ({type(error).__name__}: "
-            f"{join_lines(error)})"
-        ) from error
-    finally:
-        give_back()
-
-
-def _open_stock(
-    model: Model, folder: Path, group: Sequence[_Own], *, ends: bool
-) -> tuple[Any, list[str]]:
-    """Open a folder, whole or in part; return the model and the tensors that were not found."""
-    import transformers
-
-    config = transformers.AutoConfig.from_pretrained(
-        folder, local_files_only=True, trust_remote_code=False
-    )
-    # Neutral settings: what a config says about how to run changes no number, nor does padding.
-    config.update(dict.fromkeys(RUN_KEPT, False) | {"return_dict": True, "pad_token_id": None})
-    kind = getattr(transformers, model.family.architecture)
-    indices = {own.block.index for own in group}
-    if len(group) < len(model.blocks) or not ends:
-        kind = _make_part(kind, indices, ends=ends)
-    stock, info = kind.from_pretrained(
-        **find_plain_source(model, folder, config, indices, ends=ends),
-        config=config,
-        dtype=torch.float32,
-        attn_implementation="eager",
-        experts_implementation="eager",
-        local_files_only=True,
-        trust_remote_code=False,
-        use_safetensors=True,
-        output_loading_info=True,
-    )
-    return stock.eval(), sorted(map(str, info["missing_keys"]))
-
-
-def _make_part(stock: type, loaded: Collection[int], *, ends: bool) -> Any:
-    """Make a class of transformers of which only some blocks, or the ends, have weights.
-
-    It takes the name and module of the class, by which transformers finds its rules for names of
-    tensors; tensors of the parts that it lacks are not read.
-    """
-
-    def initialize(self: Any, config: Any) -> None:
-        stock.__init__(self, config)  # type: ignore[misc]
-        layers = self.model.layers
-        for n in range(len(layers)):
-            if n not in loaded:
-                layers[n] = _PassThrough()
-        if not ends:
-            self.model.embed_tokens = self.model.norm = self.lm_head = nn.Identity()
-            self.all_tied_weights_keys = {}
-
-    settings = {
-        "__init__": initialize,
-        "__module__": stock.__module__,
-        "_keys_to_ignore_on_load_unexpected": [".*"],
-        "can_generate": classmethod(lambda _: False),
-    }
-    return type(stock.__name__, (stock,), settings)
-
-
-def _run_hooked(
-    stock: Any,
-    group: Sequence[_Own],
-    ids: Tensor | None,
-    last: Tensor | None,
-    positions: Sequence[Tensor],
-) -> _Stock:
-    """Run transformers' model, each block with the input that it had in the walk."""
-    layers, outputs, embedded = stock.model.layers, {}, []
-
-    def take(_: nn.Module, args: tuple[Any, ...]) -> None:
-        embedded.append(args[0])
-
-    def give(own: _Own) -> Callable[..., Any]:
-        return lambda _, args: (own.inputs, *args[1:])
-
-    def keep(own: _Own) -> Callable[..., None]:
-        def hook(_: nn.Module, __: Any, out: Any) -> None:
-            outputs[own.block.index] = out[0] if isinstance(out, tuple) else out
-
-        return hook
-
-    def finish(_: nn.Module, __: Any, out: Any) -> Any:
-        return (last, *out[1:]) if isinstance(out, tuple) else last
-
-    hooks = [layers[0].register_forward_pre_hook(take)]
-    for own in group:
-        hooks.append(layers[own.block.index].register_forward_pre_hook(give(own)))
-        hooks.append(layers[own.block.index].register_forward_hook(keep(own)))
-    if last is not None:
-        hooks.append(layers[-1].register_forward_hook(finish))
-    text = {"inputs_embeds": group[0].inputs} if ids is None else {"input_ids": ids}
-    try:
-        out = stock(**text, logits_to_keep=LOGITS)
-    finally:
-        for handle in hooks:
-            handle.remove()
-    direct = {own.block.index: _call_experts(layers[own.block.index], own) for own in group}
-    rotary = _compute_rotary(stock.model.rotary_emb, positions)
-    window = getattr(stock.config, "sliding_window", None) or 0
-    return _Stock(embedded[0], outputs, direct, out.logits, rotary, window)
-
-
-def _call_experts(layer: Any, own: _Own) -> Tensor:
-    """Call the experts of a layer that no token reached: float32 [unreached, hidden]."""
-    if not own.unreached:
-        return own.direct
-    count = len(own.unreached)
-    out: Tensor = layer.mlp.experts(
-        own.vector.expand(count, -1), torch.tensor(own.unreached)[:, None], torch.ones(count, 1)
-    )
-    return out
-
-
-# ---- rotary embedding ----------------------------------------------------------------------------
-
-
-def _list_positions(model: Model) -> list[Tensor]:
-    """List positions at which rotary embeddings are compared: a few from both ends of the range.
-
-    Some kinds of rotary embedding depend on the last position of a text, so short ones are first.
-    """
-    longest = model.family.geometry(model.config).max_positions
-    ends = (min(SHORTEST, longest), longest)
-    return [torch.linspace(0, end - 1, SHORTEST).long()[None] for end in ends]
-
-
-def _compute_rotary(module: Any, positions: Sequence[Tensor]) -> Tensor:
-    """Return cosines and sines of positions, one after the other, float32 [2, positions, width]."""
-    found = [torch.stack(module(torch.empty(1, dtype=torch.float32), p)) for p in positions]
-    return torch.cat(found, dim=2)[:, 0]
 
 
 # ---- comparison ----------------------------------------------------------------------------------
@@ -404,16 +184,17 @@ class _Findings:
         self._peaks: list[float] = []
         self._windows = [block.window or 0 for block in model.blocks]
 
-    def compare_blocks(self, stock: _Stock, group: Sequence[_Own]) -> None:
+    def compare_blocks(self, stock: StockValues, group: Sequence[BlockRun]) -> None:
         """Compare blocks that were run.
 
         Raises:
             VerificationFailed: one differs; it is named.
         """
-        own = walk.build_skeleton(self._model, group[0].block).rotary_emb
-        rotary = _compute_rotary(own, _list_positions(self._model))
         self._windows.append(stock.window)
-        self._compare("the rotary embedding", rotary, stock.rotary, rotary)
+        if not self._model.family.generic:
+            own = LayerStage(self._model, group[0].block).rotary
+            rotary = compute_rotary(own, list_positions(self._model))
+            self._compare("the rotary embedding", rotary, stock.rotary, rotary)
         for one in group:
             name = f"block {one.block.index}"
             other = stock.outputs[one.block.index]
@@ -427,7 +208,7 @@ class _Findings:
             self._called += len(one.unreached)
             self._peaks.append(one.peak)
 
-    def compare_ends(self, stock: _Stock, embedded: Tensor, last: Tensor) -> None:
+    def compare_ends(self, stock: StockValues, embedded: Tensor, last: Tensor) -> None:
         """Compare embedding, last norm and head.
 
         Raises:
