@@ -11,9 +11,10 @@ import torch
 
 from helpers import compute_logits, plan
 from moe2edge.calibration import walk
+from moe2edge.model.block import SECOND_NORM, Block, is_quantizable
 from moe2edge.model.family import FAMILIES
 from moe2edge.model.layers import MoELayer
-from moe2edge.model.model import SECOND_NORM, Block, Model, is_quantizable
+from moe2edge.model.model import Model
 from moe2edge.model.weights import Weight
 from moe2edge.numerics import awq_scales
 from moe2edge.numerics.grid import Quantized
@@ -83,7 +84,7 @@ def rounded(step: Rtn, model: Model) -> Model:
         new = {
             role: round_to_nearest(weight.load(), schemes[name], step.scales)
             for role, weight in block.weights()
-            if (name := model.family.disk_name(block.index, role)) in schemes
+            if (name := model.disk_name(block, role)) in schemes
         }
         model = model.replace_block(Memory().put(block, new))
     return model

@@ -121,7 +121,12 @@ CASES: list[tuple[str, Damage, type[Moe2EdgeError], str]] = [
         "take quantization_config out of config.json",
     ),
     ("dense", edit_config(model_type="llama", num_local_experts=None), Unsupported, "dense model"),
-    ("unknown", edit_config(model_type="mixtrale"), Unsupported, "did you mean 'mixtral'"),
+    (
+        "unknown",
+        edit_config(model_type="mixtrale"),
+        Unsupported,
+        "'mixtrale' is not known",
+    ),
     ("no experts", edit_config(num_local_experts=None), InputError, "num_local_experts is None"),
     ("bad size", edit_config(hidden_size=-1), InputError, "hidden_size must be a positive"),
     (

@@ -15,8 +15,9 @@ from torch import Tensor
 from helpers import QUIET, compute_logits, each_family, search
 from moe2edge.calibration import walk
 from moe2edge.errors import InputError, Moe2EdgeError
+from moe2edge.model.block import is_quantizable
 from moe2edge.model.family import FAMILIES
-from moe2edge.model.model import Model, is_quantizable
+from moe2edge.model.model import Model
 from moe2edge.passes import _recover_lora, _recover_parameters, _recover_teacher
 from moe2edge.passes import _recover_lora as lora
 from moe2edge.passes import _recover_teacher as teacher
@@ -217,7 +218,7 @@ def test_parameters_go_back_to_where_they_are_from(tiny: Make, family: str, form
     with pytest.raises(Moe2EdgeError, match="more of the transformers model has no counterpart"):
         _recover_parameters.check_parameters(model, [*state, "more"])
     for block in model.blocks:
-        found = _recover_parameters.split_by_role(block, load_block_state(block))
+        found = _recover_parameters.split_by_role(model, block, load_block_state(model, block))
         expected = {role: weight.load() for role, weight in block.weights()}
         assert found.keys() == expected.keys()
         for role, own in expected.items():

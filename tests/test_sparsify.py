@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,9 +16,11 @@ from transformers import AutoModelForCausalLM
 
 from helpers import plan, run
 from moe2edge.errors import InputError, Moe2EdgeError
+from moe2edge.model.block import Block, is_quantizable
+from moe2edge.model.disk_names import DiskNames
 from moe2edge.model.family import FAMILIES
 from moe2edge.model.layers import MoELayer
-from moe2edge.model.model import Block, Model, is_quantizable
+from moe2edge.model.model import Model
 from moe2edge.model.weights import Weight
 from moe2edge.numerics.grid import Quantized
 from moe2edge.numerics.scheme import Pattern, Scheme
@@ -108,7 +110,7 @@ def block(tiny: Make) -> Block:
 
 def solve(step: Sparsify, block: Block, *groups: MatrixGroup) -> tuple[dict[str, Tensor], str]:
     """Matrices by role, and notes."""
-    solver = step.solver(Model(FAMILIES["olmoe"], {}, (), {}))
+    solver = step.solver(Model(FAMILIES["olmoe"], {}, (), {}, cast(DiskNames, None)))
     assert isinstance(solver, GroupSolver)
     solved = solver.solve(block, groups)
     numbers = {r: value for r, value in solved.numbers.items() if isinstance(value, Tensor)}

@@ -60,7 +60,7 @@ def test_one_block_of_each_kind_is_kept(tiny: Make) -> None:
 
 def test_special_tokens_are_left_out(tiny: Make) -> None:
     model = open_model(tiny("mixtral"))
-    model = Model(model.family, {**model.config, "pad_token_id": 90}, model.blocks, model.rest)
+    model = replace(model, config={**model.config, "pad_token_id": 90})
     trial.try_targets([make_target("hf", {})], model)
     assert len(trial._tried) == 1
 

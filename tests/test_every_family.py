@@ -1,0 +1,105 @@
+"""Every MoE family of transformers: read, walked over, trimmed, and read back by transformers."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor
+
+from every_family import GENERIC, TABLED, make_folder
+from moe2edge.calibration import walk
+from moe2edge.errors import Unsupported
+from moe2edge.model.family import REFUSED, find_family
+from moe2edge.model.model import Model
+from moe2edge.storage.checkpoint import open_checkpoint
+from moe2edge.targets.hf import Hf
+
+IDS = torch.randint(1, 96, (2, 24), generator=torch.Generator().manual_seed(5))
+KEPT = (0, 1, 3, 4, 6, 7)  # of eight, the same number of each half
+
+
+# Models with such experts of which transformers has no causal language model.
+WITHOUT_CLASS = {
+    "deepseek_ocr2", "diffusion_gemma", "ernie4_5_vl_moe", "glm4v_moe", "glm5_next",
+    "mistral_large4", "muse_spark", "openai_privacy_filter", "qwen3_omni_moe", "qwen3_vl_moe",
+    "unlimited_ocr",
+}  # fmt: skip
+
+
+def walk_over(model: Model) -> Tensor:
+    """Logits of a walk."""
+    hidden = walk.embed(model, IDS)
+    for block in model.blocks:
+        hidden = walk.BlockRunner(model, block).run(hidden)
+    return torch.stack(list(walk.compute_logits(model, hidden)))
+
+
+@torch.no_grad()
+def run_stock(model: Any) -> Tensor:
+    """Logits of transformers' model."""
+    logits: Tensor = model(IDS, use_cache=False).logits
+    return logits
+
+
+def keep_six(model: Model) -> Model:
+    for block, _ in model.moe_blocks:
+        model = model.replace_block(block.keep_experts(KEPT))
+    return model
+
+
+@pytest.mark.parametrize("family", [*TABLED, *GENERIC])
+def test_a_family_is_walked_trimmed_and_read_back(family: str, tmp_path: Path) -> None:
+    """The walk gives transformers' logits, and so does transformers from what was written."""
+    stock = make_folder(tmp_path / "source", family)
+    model = open_checkpoint(tmp_path / "source").model
+    assert (walk_over(model) - run_stock(stock)).abs().max() <= 1e-6
+    trimmed = keep_six(model)
+    out = tmp_path / "out"
+    out.mkdir()
+    target = Hf()
+    target.accepts(trimmed)
+    target.write(trimmed, out)
+    again, found = type(stock).from_pretrained(
+        out, output_loading_info=True, dtype=torch.float32, local_files_only=True
+    )
+    assert not any(found.values()), found
+    expected = walk_over(trimmed)
+    assert torch.equal(run_stock(again.eval()), expected)
+    assert torch.equal(walk_over(target.streamed(out)), expected)
+    written = dict(target.tensors(out))
+    tensors = {name: weight for name, _, weight in trimmed.tensors()}
+    assert written.keys() == tensors.keys()
+    for name, weight in tensors.items():
+        assert torch.equal(cast(Tensor, written[name]), weight.load())
+
+
+@pytest.mark.parametrize("family", sorted(REFUSED))
+def test_other_kinds_of_experts_are_refused_by_name(family: str) -> None:
+    with pytest.raises(Unsupported, match=f"{family} is not supported: it"):
+        find_family({"model_type": family})
+
+
+def test_every_family_of_transformers_has_its_place() -> None:
+    """A family that a new release of transformers brings has to be put into a list."""
+    import transformers
+    from transformers import CONFIG_MAPPING
+
+    folder = Path(transformers.__file__).parent / "models"
+    mark = "@use_experts_implementation"
+    found = {
+        path.parent.name for path in folder.glob("*/modeling_*.py") if mark in path.read_text()
+    }
+    placed = [CONFIG_MAPPING[kind].__module__ for kind in (*TABLED, *GENERIC, *REFUSED)]
+    assert found - {module.split(".")[2] for module in placed} == WITHOUT_CLASS
+
+
+def test_the_page_of_families_lists_them() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "families.md").read_text()
+    listed = page.partition("<!-- families: generic -->")[2].partition("<!-- end -->")[0]
+    assert re.findall(r"`(\w+)`", listed) == list(GENERIC)
+    refused = page.partition("## Refused by name")[2]
+    assert set(re.findall(r"`(\w+)`", refused)) == set(REFUSED)
