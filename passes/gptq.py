@@ -9,7 +9,7 @@ https://arxiv.org/abs/2505.03804). Matrices that share an input share the Hessia
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
@@ -37,6 +37,8 @@ class Gptq(Quantize):
     ``min_tokens`` routed tokens is under-calibrated: it is reported, and treated as ``starved``
     says.
     """
+
+    any_family: ClassVar[bool] = True
 
     damping: Annotated[
         float,

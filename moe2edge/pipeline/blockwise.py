@@ -9,8 +9,8 @@ in memory as a whole.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import nn
@@ -21,10 +21,19 @@ from moe2edge.model.experts import Dense
 from moe2edge.model.layers import MoELayer, UnroutedMLP
 from moe2edge.model.model import Model
 from moe2edge.model.roles import OUT, QKV, list_gated_mlps, list_quantizable
-from moe2edge.model.weights import Weight
 from moe2edge.pipeline.block_parts import BlockParts
+from moe2edge.pipeline.block_work import (
+    CHUNK_NUMBERS,
+    Batches,
+    BlockWork,
+    KeptBatches,
+    count_gpu_bytes,
+    estimate_mlp_bytes,
+    make_like,
+)
 from moe2edge.pipeline.blockwise_report import SolverProgress, describe_coverage
-from moe2edge.pipeline.solver import GroupSolver, MatrixGroup, Solved, Solver
+from moe2edge.pipeline.solver import GroupSolver, Solved, Solver
+from moe2edge.pipeline.staged_work import StagedWork
 from moe2edge.pipeline.work import BlockJournal
 from moe2edge.runtime.decoder_blocks import load_finite
 from moe2edge.runtime.memory import UNLIMITED, Memory, give_back
@@ -37,72 +46,25 @@ if TYPE_CHECKING:
     from moe2edge.progress import Advance
     from moe2edge.runtime.mixed_experts import TiedExperts
 
-# Intermediate activations of an expert that are computed at once; and the most that are kept for a
-# second use, for all experts that are solved together.
-CHUNK_NUMBERS, KEPT_NUMBERS = 1 << 24, 1 << 25
-
 # Copies of the hidden states that are alive at once.
 STREAMS = 4
 
-Batches = Callable[[], Iterator[tuple["Tensor", "Tensor | None"]]]
 
-
-class _BlockWork:
-    """The work on one block."""
-
-    def __init__(
-        self, model: Model, block: Block, solver: GroupSolver, tally: SolverProgress, memory: Memory
-    ) -> None:
-        self.numbers: dict[str, Quantized | Tensor] = {}
-        # Handles that carry a pattern from now on.
-        self.patterned: dict[str, Weight] = {}
-        self._model, self._block, self._solver = model, block, solver
-        self._tally, self._memory = tally, memory
-        self._device, self._dtype = solver.device, solver.dtype
-        self._weights = dict(list_quantizable(block))
-
-    # ---- solving ---------------------------------------------------------------------------------
-
-    def _solve(self, what: str, groups: Sequence[MatrixGroup]) -> None:
-        self._tally.report(what)
-        solved = self._solver.solve(self._block, groups)
-        self.numbers.update(solved.numbers)
-        if solved.pattern is not None:
-            for role in solved.numbers:
-                self.patterned[role] = replace(self._weights[role], pattern=solved.pattern)
-        self._tally.add(solved)
-
-    def _make_group(
-        self, roles: Sequence[str], inputs: Batches, tokens: int, **more: Any
-    ) -> MatrixGroup:
-        return MatrixGroup({role: self._weights[role] for role in roles}, inputs, tokens, **more)
-
-    def _load_matrix(self, role: str, dtype: torch.dtype) -> Tensor:
-        """Return the matrix with which the next inputs are computed, solved or not."""
-        if not self._solver.propagate or role not in self.numbers:
-            return load_finite(self._weights[role]).to(self._device, dtype)
-        numbers = self.numbers[role]
-        found = numbers if isinstance(numbers, torch.Tensor) else numbers.dequantize()
-        return found.to(self._device, dtype)
-
-    def solve_without_tokens(self) -> Mapping[str, Quantized | Tensor]:
-        """Solve each matrix by itself."""
-        for role in self._weights:
-            self._solve(role, [self._make_group([role], lambda: iter(()), 0)])
-        return self.numbers
+class _TabledWork(BlockWork):
+    """The work on one block of a family of the table."""
 
     @torch.no_grad()
     def run(self, hidden: Tensor) -> Mapping[str, Quantized | Tensor]:
         """Solve the block for ``hidden`` [samples, length, hidden], which becomes its output."""
-        parts = BlockParts(self._model, self._block, self._device)
+        parts = BlockParts(self.model, self.block, self.device)
         self._solve_attention(parts, hidden)
-        mlp = self._block.mlp
+        mlp = self.block.mlp
         if mlp is None:
-            if SECOND_NORM in self._block.norms:
+            if SECOND_NORM in self.block.norms:
                 for part in split_batches(hidden):
                     hidden[part] += parts.normalize(hidden[part]).to(hidden.device)
             return self.numbers
-        added = _make_like(hidden, self._memory).zero_()
+        added = make_like(hidden, self.memory).zero_()
         flat, out = hidden.flatten(0, 1), added.flatten(0, 1)
         if isinstance(mlp, MoELayer):
             self._solve_experts(parts, mlp, flat, out)
@@ -113,7 +75,7 @@ class _BlockWork:
             self._solve_always_on("dense", parts, flat, out, None)
         if isinstance(mlp, MoELayer | UnroutedMLP) and mlp.shared is not None:
             gate = mlp.shared.gate
-            scorer = None if gate is None else load_finite(gate).to(self._device)
+            scorer = None if gate is None else load_finite(gate).to(self.device)
             self._solve_always_on("shared", parts, flat, out, scorer)
         hidden += added
         return self.numbers
@@ -123,18 +85,18 @@ class _BlockWork:
     def _solve_attention(self, parts: BlockParts, hidden: Tensor) -> None:
         """Solve the matrices of attention; ``hidden`` becomes the hidden states after it."""
         tokens = hidden.shape[0] * hidden.shape[1]
-        width = self._weights[OUT].shape[1]
-        inside = _KeptBatches(_batch_inputs(hidden, parts.compute_output_inputs), tokens * width)
+        width = self.weights[OUT].shape[1]
+        inside = KeptBatches(_batch_inputs(hidden, parts.compute_output_inputs), tokens * width)
         for roles, inputs in (
             (
-                tuple(r for r in QKV if r in self._weights),
+                tuple(r for r in QKV if r in self.weights),
                 _batch_inputs(hidden, parts.compute_attention_inputs),
             ),
             ((OUT,), inside),
         ):
-            self._solve("attention", [self._make_group(roles, inputs, tokens)])
+            self.solve("attention", [self.make_group(roles, inputs, tokens)])
             for role in roles:
-                parts.put_attention(role, self._load_matrix(role, torch.float32))
+                parts.put_attention(role, self.load_matrix(role, torch.float32))
         for part, (x, _) in zip(split_batches(hidden), inside(), strict=True):
             hidden[part] += parts.project_attention(x).view_as(hidden[part]).to(hidden.device)
 
@@ -174,22 +136,14 @@ class _BlockWork:
             token = token.to(flat.device)
             mlps.append(_GatedMlp(f"experts.{n}", token, own, everyone=True, low=low))
         counts = [len(mlp.tokens) for mlp in mlps]
-        self._tally.add(Solved({}, (describe_coverage(self._block, counts),)))
+        self.tally.add(Solved({}, (describe_coverage(self.block, counts),)))
         if None in layer.bases:
             parted = (torch.split(t, BATCH_TOKENS) for t in (flat, out, weights, ids))
             for x, place, *chosen in zip(*parted, strict=True):
                 place += parts.compute_unstored(parts.normalize(x), *chosen).to(out.device)
-        size = self._count_together(layer.experts[0])
+        size = self.count_together(layer.experts[0])
         for at in range(0, len(mlps), size):
             self._solve_mlps(mlps[at : at + size], parts, flat, out)
-
-    def _count_together(self, expert: Dense) -> int:
-        """Return the number of experts that are solved at once within the memory."""
-        room = self._memory.group_bytes
-        if self._device.type == "cuda":
-            # On a GPU a loop over columns takes as long for one expert as for many.
-            room = _count_gpu_bytes(self._device) // 2
-        return max(1, room // _estimate_mlp_bytes(self._solver, expert))
 
     def _solve_mlps(
         self, mlps: Sequence[_GatedMlp], parts: BlockParts, flat: Tensor, out: Tensor
@@ -201,10 +155,10 @@ class _BlockWork:
         def inputs(mlp: _GatedMlp, everyone: bool) -> Batches:
             return lambda: mlp.inputs(parts.normalize, flat, everyone)
 
-        self._solve(
+        self.solve(
             f"{what}: gate, up",
             [
-                self._make_group(
+                self.make_group(
                     (f"{m.kind}.gate", f"{m.kind}.up"),
                     inputs(m, False),
                     len(m.tokens),
@@ -215,19 +169,19 @@ class _BlockWork:
         )
         insides = [
             _make_intermediate(
-                *(self._load_matrix(f"{m.kind}.{part}", self._dtype) for part in ("gate", "up"))
+                *(self.load_matrix(f"{m.kind}.{part}", self.dtype) for part in ("gate", "up"))
             )
             for m in mlps
         ]
-        width = self._weights[f"{kinds[0]}.gate"].shape[0]
+        width = self.weights[f"{kinds[0]}.gate"].shape[0]
         own = [
-            _KeptBatches(inside(inputs(m, False), m.low), len(m.tokens) * width * len(mlps))
+            KeptBatches(inside(inputs(m, False), m.low), len(m.tokens) * width * len(mlps))
             for m, inside in zip(mlps, insides, strict=True)
         ]
-        self._solve(
+        self.solve(
             f"{what}: down",
             [
-                self._make_group(
+                self.make_group(
                     (f"{m.kind}.down",),
                     kept,
                     len(m.tokens),
@@ -237,7 +191,7 @@ class _BlockWork:
             ],
         )
         for mlp, kept in zip(mlps, own, strict=True):
-            down = self._load_matrix(f"{mlp.kind}.down", self._dtype)
+            down = self.load_matrix(f"{mlp.kind}.down", self.dtype)
             at = 0
             for hidden, weights in kept():
                 tokens = mlp.tokens[at : at + len(hidden)]
@@ -344,28 +298,6 @@ class _IntermediateMaker(Protocol):
         ...
 
 
-class _KeptBatches:
-    """Batches that are computed once, if they are not too many numbers to keep."""
-
-    def __init__(self, batches: Batches, numbers: int) -> None:
-        """Wrap batches.
-
-        Args:
-            batches: computes them.
-            numbers: how many numbers they and all that are kept at the same time have.
-        """
-        self._batches, self._keep = batches, numbers <= KEPT_NUMBERS
-        self._known: list[tuple[Tensor, Tensor | None]] | None = None
-
-    def __call__(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Yield the batches."""
-        if not self._keep:
-            return self._batches()
-        if self._known is None:
-            self._known = list(self._batches())
-        return iter(self._known)
-
-
 def _batch_inputs(hidden: Tensor, inputs: Callable[[Tensor], Tensor]) -> Batches:
     """Return batches of inputs of matrices of attention, from hidden states."""
     return lambda: ((inputs(hidden[part]), None) for part in split_batches(hidden))
@@ -411,7 +343,8 @@ def solve_blocks(
         if isinstance(solver, GroupSolver):
             alone = solver.solve_alone(block)
             shown = attach_numbers(block, alone) if solver.propagate else block
-            parts = _BlockWork(model, shown, solver, tally, memory)
+            kind = StagedWork if model.family.generic else _TabledWork
+            parts = kind(model, shown, solver, tally, memory)
             numbers = parts.solve_without_tokens() if hidden is None else parts.run(hidden)
             numbers = {**numbers, **alone}
             block = block.with_weights(parts.patterned)
@@ -435,18 +368,17 @@ def estimate_largest_part(model: Model, solver: Solver | GroupSolver) -> int:
         if not isinstance(solver, GroupSolver):
             found.append(8 * sum(w.count for w in weights.values()))
             continue
-        attention = 4 * sum(weights[role].count for role in (*QKV, OUT))
-        for roles in (QKV, (OUT,)):
-            shapes = tuple(weights[role].shape for role in roles)
-            found.append(solver.nbytes(shapes) + attention)
-        found += [_estimate_mlp_bytes(solver, mlp) for _, mlp in list_gated_mlps(block)]
+        if model.family.generic:  # whatever shares an input is solved together, but experts
+            linear = [w for role, w in weights.items() if not role.startswith("experts.")]
+            loaded = 4 * sum(weight.count for weight in linear)
+            found += [solver.nbytes((weight.shape,)) + 2 * loaded for weight in linear]
+        else:
+            attention = 4 * sum(weights[role].count for role in (*QKV, OUT))
+            for roles in (QKV, (OUT,)):
+                shapes = tuple(weights[role].shape for role in roles)
+                found.append(solver.nbytes(shapes) + attention)
+        found += [estimate_mlp_bytes(solver, mlp) for _, mlp in list_gated_mlps(block)]
     return max(found)
-
-
-def _estimate_mlp_bytes(solver: GroupSolver, mlp: Dense) -> int:
-    """Estimate the bytes of one MLP while it is solved."""
-    solving = max(solver.nbytes((mlp.gate.shape, mlp.up.shape)), solver.nbytes((mlp.down.shape,)))
-    return solving + 4 * mlp.count
 
 
 def _load_hidden(
@@ -462,23 +394,11 @@ def _load_hidden(
     return hidden
 
 
-def _count_gpu_bytes(device: torch.device) -> int:
-    """Return all bytes of a GPU: free memory differs from run to run, and results must not."""
-    return torch.cuda.get_device_properties(device).total_memory
-
-
 def _move_near(hidden: Tensor, device: torch.device) -> Tensor:
     """Return the hidden states on ``device`` if all copies that are alive take little of it."""
-    if device.type == "cuda" and STREAMS * hidden.nbytes <= _count_gpu_bytes(device) // 4:
+    if device.type == "cuda" and STREAMS * hidden.nbytes <= count_gpu_bytes(device) // 4:
         return hidden.to(device)
     return hidden
-
-
-def _make_like(hidden: Tensor, memory: Memory) -> Tensor:
-    """Return a tensor without numbers in the shape and on the device of ``hidden``."""
-    if hidden.device.type == "cpu":
-        return memory.empty(tuple(hidden.shape))
-    return torch.empty_like(hidden)
 
 
 def _solve_whole(

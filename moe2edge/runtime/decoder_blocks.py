@@ -255,19 +255,19 @@ def _fuse_experts(experts: Sequence[Expert], form: ExpertsForm) -> dict[str, Ten
         ):
             if weight.count:
                 place.copy_(check_finite(weight.name, weight.load()))
-    fused = {form.first: _arrange(gate_up, form), "down_proj": down}
+    fused = {form.first: arrange_gate_up(gate_up, form), "down_proj": down}
     if form.transposed:
         fused = {name: matrices.transpose(1, 2) for name, matrices in fused.items()}
     if form.biased:
         biases = [{part: load_finite(w) for part, w in e.biases.items()} for e in experts]
         parts = ("gate", "up") if form.gated else ("up",)
         both = torch.stack([torch.cat([own[part] for part in parts]) for own in biases])
-        fused[f"{form.first}_bias"] = _arrange(both, form)
+        fused[f"{form.first}_bias"] = arrange_gate_up(both, form)
         fused["down_proj_bias"] = torch.stack([own["down"] for own in biases])
     return {name: numbers.contiguous() for name, numbers in fused.items()}
 
 
-def _arrange(both: Tensor, form: ExpertsForm) -> Tensor:
+def arrange_gate_up(both: Tensor, form: ExpertsForm) -> Tensor:
     """Return gate above up [experts, 2 width, ...] in the order of a form."""
     if form.concatenated or not form.gated:
         return both

@@ -1,0 +1,322 @@
+"""The work of a solver on one block of any family, inside of transformers' own layer.
+
+The layer says itself in which order its matrices are used, and what each gets: one run of it is
+watched. Then the matrices outside of the experts are solved one input after another, each with the
+layer run up to it, and what is solved takes its place. The experts are solved one after another
+from what the layer hands them; from then on the layer gets their summed outputs, so the numbers of
+all experts are never in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from moe2edge.calibration.walk import BATCH_TOKENS, split_batches
+from moe2edge.model.block import Block
+from moe2edge.model.experts import Expert
+from moe2edge.model.layers import MoELayer
+from moe2edge.model.model import Model
+from moe2edge.pipeline.block_work import CHUNK_NUMBERS, Batches, BlockWork, KeptBatches
+from moe2edge.pipeline.blockwise_report import SolverProgress, describe_coverage
+from moe2edge.pipeline.solver import GroupSolver, Solved
+from moe2edge.runtime.decoder_blocks import (
+    arrange_gate_up,
+    find_module_name,
+    load_block_state,
+    load_finite,
+)
+from moe2edge.runtime.layer_stage import LayerStage
+from moe2edge.runtime.memory import Memory
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moe2edge.numerics.grid import Quantized
+
+# In the order of use: paths of linear modules that share their input; none for the experts.
+Steps = list[tuple[str, ...]]
+
+
+class _Taken(Exception):
+    """Ends a run of the layer once what a module gets is known."""
+
+
+class StagedWork(BlockWork):
+    """The work on one block of any family."""
+
+    def __init__(
+        self, model: Model, block: Block, solver: GroupSolver, tally: SolverProgress, memory: Memory
+    ) -> None:
+        super().__init__(model, block, solver, tally, memory)
+        self._anatomy = model.architecture.anatomy[block.origin]
+        # Matrices of each linear module; a module whose matrix files have in parts has several.
+        self._roles: dict[str, list[str]] = {}
+        for role in self.weights:
+            if not role.startswith("experts."):
+                name = find_module_name(self._anatomy, role)
+                assert name is not None, "a matrix without a module"
+                self._roles.setdefault(name.removesuffix(".weight"), []).append(role)
+        # Sum of the outputs of all experts, [tokens, size]; None: they are not solved yet.
+        self._outputs: Tensor | None = None
+        self._at = 0
+
+    @torch.no_grad()
+    def run(self, hidden: Tensor) -> Mapping[str, Quantized | Tensor]:
+        """Solve the block for ``hidden`` [samples, length, hidden], which becomes its output."""
+        self._open()
+        steps = self._watch_steps(hidden)
+        for paths in steps:
+            if paths:
+                self._solve_linears(paths, hidden)
+            else:
+                self._solve_experts(hidden)
+        # A matrix that transformers does not call as a module: nobody can say what it gets.
+        for path in self._roles.keys() - {path for paths in steps for path in paths}:
+            for role in self._roles[path]:
+                self.solve(role, [self.make_group([role], lambda: iter(()), 0)])
+            self._put(path)
+        for part in split_batches(hidden):
+            hidden[part] = self._run_stage(hidden, part).to(hidden.device)
+        return self.numbers
+
+    # ---- the layer -------------------------------------------------------------------------------
+
+    def _open(self) -> None:
+        """Load the layer without the matrices of its experts."""
+        self._stage = LayerStage(self.model, self.block)
+        self._layer: Any = self._stage.layer
+        state = load_block_state(self.model, self.block, lambda r: not r.startswith("experts."))
+        state = {name: tensor.to(self.device) for name, tensor in state.items()}
+        self._layer.load_state_dict(state, strict=False, assign=True)
+        for module in self._layer.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and not buffer.is_meta:
+                    module._buffers[name] = buffer.to(self.device)
+        self._stage.to(self.device)
+        if self._anatomy.experts is not None:
+            self._experts: Any = self._layer.get_submodule(self._anatomy.experts)
+            self._experts.forward = self._give_outputs
+
+    def _run_stage(self, hidden: Tensor, part: slice) -> Tensor:
+        """Return the output of the layer for one batch of the hidden states."""
+        self._at = part.start * hidden.shape[1]
+        return self._stage.run(hidden[part].to(self.device))
+
+    def _give_outputs(self, inputs: Tensor, *_: Any, **__: Any) -> Tensor:
+        """Return the outputs of the experts for the batch that runs; zeros until they are known."""
+        if self._outputs is None:
+            return torch.zeros_like(inputs)
+        count = inputs.shape[:-1].numel()
+        found = self._outputs[self._at : self._at + count]
+        return found.view(*inputs.shape[:-1], -1).to(inputs.device, inputs.dtype)
+
+    def _watch_steps(self, hidden: Tensor) -> Steps:
+        """Run one sample, and return which modules are used, in their order."""
+        steps: Steps = []
+        seen: list[Tensor | None] = [None]
+
+        def note(path: str) -> Callable[..., None]:
+            def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+                if any(path in paths for paths in steps):
+                    return
+                before = seen[-1]
+                if path and before is not None and _is_same(before, args[0]):
+                    steps[-1] = (*steps[-1], path)
+                else:
+                    steps.append((path,) if path else ())
+                # Kept, so that its memory is not given to another tensor.
+                seen.append(args[0] if path else None)
+
+            return hook
+
+        modules = {path: self._layer.get_submodule(path) for path in self._roles}
+        if isinstance(self.block.mlp, MoELayer):
+            modules[""] = self._experts
+        hooks = [module.register_forward_pre_hook(note(path)) for path, module in modules.items()]
+        try:
+            self._run_stage(hidden, slice(0, 1))
+        finally:
+            for handle in hooks:
+                handle.remove()
+        return steps
+
+    def _take_inputs(self, module: nn.Module, hidden: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Yield what a module gets in each batch, with the layer run no further than that."""
+        taken: list[tuple[Tensor, ...]] = []
+
+        def take(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            taken.append(args)
+            raise _Taken
+
+        for part in split_batches(hidden):
+            handle = module.register_forward_pre_hook(take)
+            try:
+                self._run_stage(hidden, part)
+            except _Taken:
+                yield taken.pop()
+            finally:
+                handle.remove()
+
+    # ---- matrices outside of the experts ---------------------------------------------------------
+
+    def _solve_linears(self, paths: Sequence[str], hidden: Tensor) -> None:
+        """Solve linear modules that share their input, and put the results in their place."""
+        module = self._layer.get_submodule(paths[0])
+        roles = [role for path in paths for role in self._roles[path]]
+        tokens = hidden.shape[0] * hidden.shape[1]
+
+        def batches() -> Iterator[tuple[Tensor, None]]:
+            return ((x.flatten(0, -2), None) for x, *_ in self._take_inputs(module, hidden))
+
+        kept = KeptBatches(batches, tokens * module.in_features)
+        self.solve(", ".join(path.rpartition(".")[2] for path in paths), [
+            self.make_group(roles, kept, tokens)
+        ])  # fmt: skip
+        for path in paths:
+            self._put(path)
+
+    def _put(self, path: str) -> None:
+        """Give a linear module the matrix with which the next inputs are computed."""
+        parts = [self.load_matrix(role, torch.float32) for role in self._roles[path]]
+        matrix = parts[0] if len(parts) == 1 else torch.cat(parts)
+        self._layer.get_submodule(path).weight = nn.Parameter(matrix, requires_grad=False)
+
+    # ---- experts ---------------------------------------------------------------------------------
+
+    def _solve_experts(self, hidden: Tensor) -> None:
+        """Solve the experts, a few at a time, and sum their outputs."""
+        layer = self.block.mlp
+        assert isinstance(layer, MoELayer), "a layer without experts was asked for them"
+        taken = [
+            (x.flatten(0, -2).to(hidden.device), ids.cpu(), weights.float().cpu())
+            for x, ids, weights in self._take_inputs(self._experts, hidden)
+        ]
+        inputs, ids, weights = (torch.cat(parts) for parts in zip(*taken, strict=True))
+        outputs = torch.zeros(len(inputs), layer.experts[0].down.shape[0], device=hidden.device)
+        chosen = []
+        for n in range(len(layer.experts)):
+            token, place = torch.where(ids == n)
+            chosen.append(_Chosen(f"experts.{n}", inputs, token, weights[token, place]))
+        counts = [len(each.tokens) for each in chosen]
+        self.tally.add(Solved({}, (describe_coverage(self.block, counts),)))
+        size = self.count_together(layer.experts[0])
+        for at in range(0, len(chosen), size):
+            experts = layer.experts[at : at + size]
+            self._solve_some(chosen[at : at + size], experts, outputs)
+        self._outputs = outputs
+
+    def _solve_some(
+        self, chosen: Sequence[_Chosen], experts: Sequence[Expert], outputs: Tensor
+    ) -> None:
+        """Solve experts of one shape together, and add what they put out."""
+        parts = ("gate", "up") if experts[0].gate.count else ("up",)
+        kinds = [each.kind for each in chosen]
+        what = kinds[0] if len(kinds) == 1 else f"{kinds[0]} to {kinds[-1].rpartition('.')[2]}"
+        self.solve(f"{what}: {', '.join(parts)}", [
+            self.make_group(
+                [f"{each.kind}.{part}" for part in parts],
+                each.batches(self.device), len(each.tokens), everyone=each.everyone(self.device),
+            )
+            for each in chosen
+        ])  # fmt: skip
+        insides = [
+            self._make_inside(each.kind, expert, parts)
+            for each, expert in zip(chosen, experts, strict=True)
+        ]
+        width = experts[0].up.shape[0]
+        own = [
+            KeptBatches(inside(each.batches(self.device)), len(each.tokens) * width * len(chosen))
+            for each, inside in zip(chosen, insides, strict=True)
+        ]
+        self.solve(f"{what}: down", [
+            self.make_group(
+                (f"{each.kind}.down",), kept, len(each.tokens),
+                everyone=inside(each.everyone(self.device)),
+            )
+            for each, inside, kept in zip(chosen, insides, own, strict=True)
+        ])  # fmt: skip
+        for each, expert, kept in zip(chosen, experts, own, strict=True):
+            down = self.load_matrix(f"{each.kind}.down", self.dtype)
+            bias = self._load_bias(expert, ("down",))
+            at = 0
+            for x, weights in kept():
+                assert weights is not None, "routed tokens have weights"
+                y = nn.functional.linear(x, down, bias).float().mul_(weights[:, None])
+                tokens = each.tokens[at : at + len(x)].to(outputs.device)
+                outputs.index_add_(0, tokens, y.to(outputs.device))
+                at += len(x)
+
+    def _make_inside(self, kind: str, expert: Expert, parts: Sequence[str]) -> _Inside:
+        """Return how to compute what ``down`` of an expert gets, as transformers does."""
+        form = self._anatomy.form
+        assert form is not None, "a layer with experts has none in transformers' class"
+        both = torch.cat([self.load_matrix(f"{kind}.{part}", self.dtype) for part in parts])
+        matrix = arrange_gate_up(both[None], form)[0]
+        bias = self._load_bias(expert, parts)
+        bias = None if bias is None else arrange_gate_up(bias[None], form)[0]
+        act = self._experts._apply_gate if form.gated else self._experts.act_fn
+        step = max(1, CHUNK_NUMBERS // len(matrix))
+
+        def inside(inputs: Batches) -> Batches:
+            def each() -> Iterator[tuple[Tensor, Tensor | None]]:
+                for x, weights in inputs():
+                    for at in range(0, len(x), step):
+                        rows = x[at : at + step].to(matrix.dtype)
+                        y: Tensor = act(nn.functional.linear(rows, matrix, bias))
+                        yield y, None if weights is None else weights[at : at + step]
+
+            return each
+
+        return inside
+
+    def _load_bias(self, expert: Expert, parts: Sequence[str]) -> Tensor | None:
+        """Return the biases of some matrices of an expert, one after another; None: it has none."""
+        if not expert.biases:
+            return None
+        found = torch.cat([load_finite(expert.biases[part]) for part in parts])
+        return found.to(self.device, self.dtype)
+
+
+_Inside = Callable[[Batches], Batches]
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """An expert with the tokens that are routed to it.
+
+    Attributes:
+        kind: first part of the roles of its matrices.
+        inputs: what the layer hands its experts, [all tokens, size].
+        tokens: the tokens that it runs for, int64 [n], in rising order.
+        weights: weight of its output for each, [n].
+    """
+
+    kind: str
+    inputs: Tensor
+    tokens: Tensor
+    weights: Tensor
+
+    def batches(self, device: torch.device) -> Batches:
+        """Return its inputs with their weights."""
+
+        def each() -> Iterator[tuple[Tensor, Tensor | None]]:
+            for at in range(0, len(self.tokens), BATCH_TOKENS):
+                tokens = self.tokens[at : at + BATCH_TOKENS].to(self.inputs.device)
+                weights = self.weights[at : at + BATCH_TOKENS].to(device)
+                yield self.inputs[tokens].to(device), weights
+
+        return each
+
+    def everyone(self, device: torch.device) -> Batches:
+        """Return the inputs of all tokens, as if all were routed to it."""
+        return lambda: ((x.to(device), None) for x in torch.split(self.inputs, BATCH_TOKENS))
+
+
+def _is_same(first: Tensor, second: Tensor) -> bool:
+    """Return whether two tensors are the same numbers in memory, though of other shapes."""
+    return first.data_ptr() == second.data_ptr() and first.numel() == second.numel()
