@@ -17,12 +17,15 @@ from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model
 from moe2edge.numerics.rounding import round_to_nearest
 from moe2edge.numerics.scheme import Scheme
+from moe2edge.passes.gptq import Gptq
+from moe2edge.pipeline.blockwise import solve_blocks
 from moe2edge.pipeline.blockwise_report import SolverProgress
 from moe2edge.pipeline.solver import GroupSolver, MatrixGroup, Solved
 from moe2edge.pipeline.staged_work import StagedWork
 from moe2edge.runtime.memory import UNLIMITED, Memory
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.storage.solved_blocks import attach_numbers
+from moe2edge.testing import InMemory, Make
 
 IDS = torch.randint(1, 96, (3, 24), generator=torch.Generator().manual_seed(5))
 # One of each kind of experts and of mixers; all others are slow.
@@ -61,7 +64,7 @@ class Recorder(GroupSolver):
 
 
 def run_block(
-    model: Model, block: Block, solver: Recorder, hidden: Tensor, memory: Memory = UNLIMITED
+    model: Model, block: Block, solver: GroupSolver, hidden: Tensor, memory: Memory = UNLIMITED
 ) -> tuple[Mapping[str, Any], Tensor]:
     """Solve a block; return its numbers and outputs."""
     tally = SolverProgress("test", lambda *_: None, model, hidden.shape[0] * hidden.shape[1])
@@ -112,3 +115,20 @@ def test_every_matrix_gets_what_the_walk_says(family: str, tmp_path: Path) -> No
         check_block(model, block, Recorder(), hidden)
         check_block(model, block, Recorder(Scheme(4, -1, True)), hidden)
         hidden = walk.BlockRunner(model, block).run(hidden)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "olmoe"])
+def test_gptq_solves_a_block_as_the_work_of_the_table_does(family: str, tiny: Make) -> None:
+    """Both ways to go through a block give the same integers."""
+    model = open_checkpoint(tiny(family, num_hidden_layers=1)).model
+    step = Gptq(group_size=32, compute="float32", min_tokens=8)
+    solved, _, _ = solve_blocks(model, IDS, step.solver(model), InMemory(), lambda *_: None, "w")
+    expected = dict(solved.blocks[0].weights())
+    hidden = walk.embed(model, IDS)
+    numbers, _ = run_block(model, model.blocks[0], step.solver(model), hidden)
+    assert numbers.keys() == {role for role, weight in expected.items() if weight.scheme}
+    for role, found in numbers.items():
+        # The work of the table weighs the tokens of a shared expert by its gate.
+        if role.startswith("shared."):
+            continue
+        assert torch.equal(found.q, expected[role].quantized().q), role

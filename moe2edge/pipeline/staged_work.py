@@ -9,7 +9,7 @@ all experts are never in memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -70,16 +70,12 @@ class StagedWork(BlockWork):
         """Solve the block for ``hidden`` [samples, length, hidden], which becomes its output."""
         self._open()
         steps = self._watch_steps(hidden)
+        self._solve_uncalled(self._roles.keys() - {path for paths in steps for path in paths})
         for paths in steps:
             if paths:
                 self._solve_linears(paths, hidden)
             else:
                 self._solve_experts(hidden)
-        # A matrix that transformers does not call as a module: nobody can say what it gets.
-        for path in self._roles.keys() - {path for paths in steps for path in paths}:
-            for role in self._roles[path]:
-                self.solve(role, [self.make_group([role], lambda: iter(()), 0)])
-            self._put(path)
         for part in split_batches(hidden):
             hidden[part] = self._run_stage(hidden, part).to(hidden.device)
         return self.numbers
@@ -178,6 +174,15 @@ class StagedWork(BlockWork):
             self.make_group(roles, kept, tokens)
         ])  # fmt: skip
         for path in paths:
+            self._put(path)
+
+    def _solve_uncalled(self, paths: Collection[str]) -> None:
+        """Solve matrices that transformers does not call as modules: nobody sees what they get."""
+        for path in sorted(paths):
+            for role in self._roles[path]:
+                self.solve(role, [self.make_group([role], lambda: iter(()), 0)])
+            note = f"block {self.block.index}: {path} is solved without inputs: none are to be seen"
+            self.tally.add(Solved({}, (note,)))
             self._put(path)
 
     def _put(self, path: str) -> None:
