@@ -15,6 +15,7 @@ from every_family import make_model
 from helpers import run
 from moe2edge.calibration import walk
 from moe2edge.model.model import Model
+from moe2edge.runtime.torch_runtime import TorchRuntime
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.testing import make_tokenizer
 
@@ -257,3 +258,26 @@ def test_quantized_sources_of_other_families(make: Any, tmp_path: Path) -> None:
     assert "quantization_config" not in config
     assert config["model_type"] in ("gpt_oss", "deepseek_v3")
     assert "auto_map" not in config
+
+
+# ---- state-space and linear attention: other formulas for a step than for a text -----------------
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "nemotron_h"])
+def test_steps_may_differ_from_texts_as_they_do_in_transformers(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Texts are held against the reference as ever, steps against the same text in the runtime."""
+    model = make_model(family)
+    source = tmp_path / "source"
+    write_folder(source, model.state_dict(), model.config.to_dict())
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text("".join(chr(33 + (n * n + n // 7) % 90) for n in range(6000)))
+    given = ("--eval", str(text), "--set", "evaluation.samples=2", "--set", "evaluation.length=64")
+    found = run("export", str(source), "-t", "hf", "-o", str(out), "-r", "as-is", *given)
+    assert found.exit_code == 0, found.output
+    step = TorchRuntime.step
+    monkeypatch.setattr(TorchRuntime, "step", lambda self, token: step(self, (token + 1) % 96))
+    found = run("verify", str(out))
+    assert found.exit_code == 7
+    assert "when it runs token by token" in found.output

@@ -43,6 +43,11 @@ if TYPE_CHECKING:
 # Largest absolute error of logits with float32 activations, for logits of up to 10; see
 # `measure_exact`.
 EXACT_TOLERANCE = 1e-4
+# The same between steps and a run of the whole text, both in the runtime, in the median of tokens,
+# for families whose blocks are not all known: state-space and linear attention take other formulas
+# for a step than for a text. In transformers' nemotron_h and qwen3_next that makes 4e-4, and more
+# where a router comes to a near tie.
+STEPS_TOLERANCE = 1e-3
 # Median relative error with the activations as shipped (int8 or bfloat16). Rounding changes the
 # choices of routers at near ties, so a correct model may come close to the first; a wrong kernel
 # or layout is beyond the second.
@@ -153,12 +158,16 @@ def measure_exact(
 
     Raises:
         VerificationFailed: a difference is larger than `EXACT_TOLERANCE`, which is scaled up
-            for logits larger than 10.
+            for logits larger than 10; or steps differ by more than `STEPS_TOLERANCE`.
     """
     model, far, there = target.streamed(folder), reference.far, None
     if model is None or fits(RUNS_EXACT * 4 * model.parameters, within):
         runtime = target.reopen(folder, exact=True)
         logits = run_recorded_tokens(reference, runtime)
+        if model is not None and model.family.generic:
+            steps, logits = logits, runtime.logits(reference.ids)[:, reference.prefill - 1 :]
+            apart = float((steps - logits).abs().amax(-1).median())
+            _check_difference(apart, logits, " when it runs token by token", STEPS_TOLERANCE)
         if far is not None and isinstance(runtime, PlacedRuntime):
             there = runtime.logits_at(far.ids, far.positions)
     else:
@@ -178,13 +187,15 @@ def measure_exact(
     return Parity(difference, far=distance)
 
 
-def _check_difference(difference: float, expected: Tensor, place: str) -> None:
-    """Hold a difference of logits against `EXACT_TOLERANCE`.
+def _check_difference(
+    difference: float, expected: Tensor, place: str, most: float = EXACT_TOLERANCE
+) -> None:
+    """Hold a difference of logits against ``most``, for logits of up to 10.
 
     Raises:
         VerificationFailed: it is larger, or no number.
     """
-    tolerance = EXACT_TOLERANCE * max(1.0, float(expected.abs().max()) / 10)
+    tolerance = most * max(1.0, float(expected.abs().max()) / 10)
     if not difference <= tolerance:
         raise VerificationFailed(
             f"logits of the output differ from the reference by {difference:.2e}{place}; expected "
