@@ -10,7 +10,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models
 
-from helpers import ignore
+from helpers import ignore, run
 from moe2edge.calibration import observation, walk
 from moe2edge.errors import VerificationFailed
 from moe2edge.evaluation import far_end
@@ -80,8 +80,15 @@ def test_the_far_end_equals_a_text_at_the_first_positions(tiny: Make) -> None:
     windowed = open_checkpoint(str(tiny("mixtral", sliding_window=16))).model
     chosen = far_end.choose_positions(windowed, 64)
     assert chosen is not None
-    assert chosen.tolist() == list(range(96, 128))
-    assert far_end.choose_positions(windowed, 100) is None
+    assert chosen.tolist() == list(range(112, 128))
+    assert far_end.choose_positions(windowed, 113) is None
+
+
+def test_a_graph_with_a_small_window_is_right_at_the_far_end(tiny: Make, tmp_path: Path) -> None:
+    source, target = tiny("mixtral", sliding_window=3), ("-t", "onnx:accuracy_level=0")
+    given = ("-o", tmp_path / "out", "-r", "as-is", "--eval", "none", "--no-source-check")
+    found = run("export", source, *target, *given)
+    assert found.exit_code == 0, found.output
 
 
 def test_what_the_graph_derives_from_its_config(tiny: Make, tmp_path: Path) -> None:

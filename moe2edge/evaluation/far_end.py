@@ -62,17 +62,20 @@ def choose_positions(model: Model, recorded: int) -> Tensor | None:
     """Choose the positions [n] of the text.
 
     Args:
-        model: the model; where it has windows, the positions are consecutive.
+        model: the model; where it has windows, the positions are consecutive, and no more than
+            the smallest window, as every token sees all before it.
         recorded: number of the first positions that are compared anyway.
 
     Returns:
-        The positions; None if the model has hardly more than ``recorded``.
+        The positions; None if the model has hardly more than ``recorded``, or a window of one.
     """
+    windows = [block.window for block in model.blocks if block.window]
+    length = min(LENGTH, *windows) if windows else LENGTH
     end = model.family.geometry(model.config).max_positions
-    if end < recorded + LENGTH:
+    if end < recorded + length or length < 2:
         return None
-    first = 0 if any(block.window for block in model.blocks) else LENGTH // 2
-    return torch.cat([torch.arange(first), torch.arange(end - LENGTH + first, end)])
+    first = 0 if windows else length // 2
+    return torch.cat([torch.arange(first), torch.arange(end - length + first, end)])
 
 
 class FarEndObserver:
