@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from moe2edge.model.block import Block
 from moe2edge.model.model import Model
+from moe2edge.model.roles import list_quantizable
 from moe2edge.passes._quantize import Quantize, Scales
+from moe2edge.pipeline.contract import PlannedStep, TextSizes
 from moe2edge.pipeline.solver import GroupSolver, MatrixGroup, Solved
+from moe2edge.pipeline.work import estimate_new_bytes
+from moe2edge.runtime.memory import Estimate
 
 if TYPE_CHECKING:
     from moe2edge.numerics.grid import Quantized
@@ -20,12 +24,25 @@ class Rtn(Quantize):
     Covers attention, experts, shared experts and dense MLPs. Needs no calibration data.
     """
 
+    any_family: ClassVar[bool] = True
     scales: Scales = "absmax"
 
     @property
     def needs_tokens(self) -> bool:
         """False: rounding to nearest needs no calibration data."""
         return False
+
+    def estimate(self, planned: PlannedStep, texts: TextSizes) -> Estimate:
+        """Estimate what it will take: one matrix at a time, and the numbers."""
+        solver = self.solver(planned.before)
+        shapes = (w.shape for b in planned.before.blocks for _, w in list_quantizable(b))
+        outs_ins = [(shape[0], shape[1]) for shape in shapes]
+        return Estimate(
+            max(solver.nbytes([shape]) for shape in outs_ins),
+            estimate_new_bytes(planned.before, planned.after),
+            purpose=f"{self.name} holds the largest matrix at once",
+            remedy="raise --max-memory, or use a larger machine",
+        )
 
     def solver(self, model: Model) -> GroupSolver:
         """Create the solver, which rounds one matrix after another."""

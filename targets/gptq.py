@@ -19,6 +19,7 @@ from moe2edge.errors import Unsupported, VerificationFailed
 from moe2edge.model import hf_config
 from moe2edge.model.block import is_low_rank, is_quantizable
 from moe2edge.model.model import Model
+from moe2edge.model.stored_layout import list_stored_integers
 from moe2edge.numerics.scheme import Scheme
 from moe2edge.pipeline.target import Loader, Target
 from moe2edge.runtime.load import load
@@ -58,6 +59,7 @@ class Gptq(Target):
         "GPTQ checkpoint for moe2edge.load (vLLM, SGLang: by source inspection)"
     )
     streams: ClassVar[bool] = True
+    any_family: ClassVar[bool] = True
     libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers.modeling_utils")
     layout: Layout = "natural"
 
@@ -232,7 +234,7 @@ def _check_shape(name: str, shape: tuple[int, ...], scheme: Scheme, remedy: str)
 
 def _plan(model: Model) -> list[PlannedTensor]:
     """Plan all tensors of the checkpoint; a matrix is packed once, when its first part is read."""
-    weights = {name: weight for name, _, weight in model.tensors()}
+    weights = {name: weight for name, _, weight in list_stored_integers(model)}
 
     @lru_cache(maxsize=1)
     def packed(name: str) -> dict[str, Tensor]:

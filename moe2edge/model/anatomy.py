@@ -46,6 +46,12 @@ class ExpertsForm:
         """Name of the parameter with gate and up, or up alone."""
         return "gate_up_proj" if self.gated else "up_proj"
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the matrices of an expert, and of its biases."""
+        matrices = PARTS if self.gated else PARTS[1:]
+        return (*matrices, *(f"{part}_bias" for part in matrices if self.biased))
+
 
 @dataclass(frozen=True)
 class Anatomy:
@@ -187,6 +193,8 @@ def _find_roles(
             role = short[path]
         elif path in linears and not small and not _is_excluded(path, scoring):
             role = f"linear.{path}"
+        elif path in linears:  # one that keeps its precision
+            role = f"other.{path}"
         elif owner and "." not in owner and "norm" in owner and len(shape) == 1:
             role = f"norms.{path}"
         elif path.startswith("self_attn."):

@@ -151,10 +151,7 @@ class _Builder:
         if form.normed:
             raise Unsupported(f"{self.family.model_type} is not supported: a norm follows experts")
         parts = PARTS if form.gated else PARTS[1:]
-        names = [
-            f"{part}{kind}" for kind in ("", "_bias") for part in parts if form.biased or not kind
-        ]
-        columns = {name: self._list_part(name) for name in names}
+        columns = {name: self._list_part(name) for name in form.parts}
         for n in range(count):
             found = {name: column[n] for name, column in columns.items()}
             own = {part: found[part] for part in parts}
@@ -164,7 +161,6 @@ class _Builder:
 
     def _list_part(self, part: str) -> list[Weight]:
         """Return the handles of one part of all experts."""
-        layer = f"{self.architecture.layers_path}.{self.index}"
         form, count = self.anatomy.form, self.anatomy.count
         assert form is not None
         kind, bias = part.partition("_")[0], part.endswith("_bias")
@@ -173,8 +169,7 @@ class _Builder:
         shape = self.anatomy.shapes[f"{self.anatomy.experts}.{matrix}"]
         halves = form.gated and kind != "down"
         own = _get_part_shape(shape, transposed=form.transposed and not bias, halves=halves)
-        each = self.names.find_expert_part(layer, self.anatomy, part)
-        if not isinstance(each, str):
+        if self.names.has_single_experts(self.index, self.anatomy):
             return [self.take(self._get_expert_name(n, part), own) for n in range(count)]
         whole = self.take(self._find(f"{self.anatomy.experts}.{matrix}").name, shape)
         cut = _Cut(kind if halves else "", form.concatenated, form.transposed and not bias)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Any
 
 from moe2edge.model.anatomy import Anatomy, ExpertsForm
@@ -25,7 +25,29 @@ class DiskNames:
         plain = {get_plain_name(name): name for name in names}
         self.stored = map_names(architecture.model, plain)
         used = {name for one in self.stored.values() for part in one.names for name in part}
+        # Layers with tensors of single experts, where transformers knows of one for all.
+        self._single = frozenset(
+            n for n, anatomy in enumerate(architecture.anatomy) if self._has_single(n, anatomy, plain)
+        )
+        used |= {name for n in self._single for name in self._list_single(n)}
         self.unknown = frozenset(name for plain, name in plain.items() if plain not in used)
+
+    def _has_single(self, origin: int, anatomy: Anatomy, plain: Container[str]) -> bool:
+        """Return whether a layer has experts that only programs which quantize store one by one."""
+        if anatomy.experts is None or not self.is_fused(origin, anatomy):
+            return False
+        layer = f"{self._architecture.layers_path}.{origin}"
+        if f"{layer}.{anatomy.experts}.down_proj" in self.stored:
+            return False
+        return any(name in plain for name in self._list_single(origin, 1))
+
+    def _list_single(self, origin: int, count: int | None = None) -> Iterator[str]:
+        """Yield the names of all tensors of single experts of a layer, or of the first ones."""
+        anatomy = self._architecture.anatomy[origin]
+        layer = f"{self._architecture.layers_path}.{origin}"
+        for n in range(anatomy.count if count is None else count):
+            for part in _get_form(anatomy).parts:
+                yield self._get_expert_name(layer, anatomy, n, part)
 
     def list_carried(self, given: Mapping[str, Any]) -> list[str]:
         """List the tensors of other parts of a model than the text model.
@@ -94,39 +116,53 @@ class DiskNames:
         return replace_number(name, origin, index)
 
     def _get_expert_name(self, layer: str, anatomy: Anatomy, n: int, part: str) -> str:
-        first = self.find_expert_part(layer, anatomy, part)
-        if isinstance(first, str):
-            return f"{self._find_place(layer, anatomy)}.{anatomy.experts}.{n}.{first}"
-        return replace_number(first[0], 0, n, last=True)
+        """Return the name in files of a tensor of one expert.
 
-    def find_expert_part(self, layer: str, anatomy: Anatomy, part: str) -> tuple[str, ...] | str:
-        """Find the tensors of one part of all experts; its usual name if they are in one tensor."""
+        Where files have one tensor of all, it is the one that transformers reads as well, or else
+        that of programs which quantize: one module for each expert, below that of all.
+        """
         bias = part.endswith("_bias")
         matrix = "down_proj" if part.startswith("down") else _get_form(anatomy).first
-        stored = self.find(f"{layer}.{anatomy.experts}.{matrix}{'_bias' if bias else ''}")
-        if not stored.steps:
-            return f"{part.removesuffix('_bias')}_proj.{'bias' if bias else 'weight'}"
-        check_steps(matrix, stored)
-        return stored.names[1 if part.startswith("up") and len(stored.names) > 1 else 0]
+        parameter = f"{layer}.{anatomy.experts}.{matrix}{'_bias' if bias else ''}"
+        stored = self.find(parameter)
+        form = stored if stored.steps else self._architecture.usual_names[parameter]
+        if form.steps:
+            check_steps(matrix, form)
+            name = form.names[1 if part.startswith("up") and len(form.names) > 1 else 0][0]
+            name = name if form is stored else self._place(name, layer, anatomy)
+            return replace_number(name, 0, n, last=True)
+        end = f"{part.removesuffix('_bias')}_proj.{'bias' if bias else 'weight'}"
+        return f"{self._find_place(layer, anatomy)}.{anatomy.experts}.{n}.{end}"
+
+    def has_single_experts(self, origin: int, anatomy: Anatomy) -> bool:
+        """Return whether files have tensors of single experts in a layer."""
+        return origin in self._single or not self.is_fused(origin, anatomy)
 
     def _find_place(self, layer: str, anatomy: Anatomy) -> str:
         """Return the name of a layer in files."""
-        for path in anatomy.roles.values():
-            names = self.find(f"{layer}.{path}").names_in_order()
-            if names[0].endswith(f".{path}"):
-                return names[0].removesuffix(f".{path}")
-        return layer
+        return _find_layer_name(layer, anatomy, self.find)
+
+    def _place(self, usual: str, layer: str, anatomy: Anatomy) -> str:
+        """Return the usual name of a tensor of a layer with the name that the layer has here."""
+        known = self._architecture.usual_names
+        there = _find_layer_name(layer, anatomy, known.__getitem__)
+        here = self._find_place(layer, anatomy)
+        return here + usual.removeprefix(there) if usual.startswith(f"{there}.") else usual
 
     def is_fused(self, origin: int, anatomy: Anatomy) -> bool:
-        """Return whether files have one tensor of all experts of a layer."""
+        """Return whether transformers reads one tensor of all experts of a layer here."""
         layer = f"{self._architecture.layers_path}.{origin}"
-        return isinstance(self.find_expert_part(layer, anatomy, "down"), str)
+        return not self.find(f"{layer}.{anatomy.experts}.down_proj").steps
 
     def get_experts_name(self, index: int, origin: int, matrix: str) -> str:
         """Return the name in files of one tensor of all experts of block ``index``."""
-        architecture = self._architecture
-        path = f"{architecture.layers_path}.{origin}.{architecture.anatomy[origin].experts}"
-        return replace_number(self.find(f"{path}.{matrix}").name, origin, index)
+        anatomy = self._architecture.anatomy[origin]
+        layer = f"{self._architecture.layers_path}.{origin}"
+        parameter = f"{layer}.{anatomy.experts}.{matrix}"
+        name = self.find(parameter).name
+        if parameter not in self.stored:
+            name = self._place(name, layer, anatomy)
+        return replace_number(name, origin, index)
 
     def _get_moe_name(self, layer: str, anatomy: Anatomy) -> str:
         """Return the name in files of the module with experts and router."""
@@ -134,6 +170,15 @@ class DiskNames:
         here = anatomy.roles["router.weight"].removeprefix(f"{anatomy.moe}.")
         inside = "." + here if router.endswith("." + here) else "." + here.split(".", 1)[-1]
         return router.removesuffix(inside)
+
+
+def _find_layer_name(layer: str, anatomy: Anatomy, find: Callable[[str], Stored]) -> str:
+    """Return the name in files of a layer, by the names of its tensors."""
+    for path in anatomy.roles.values():
+        names = find(f"{layer}.{path}").names_in_order()
+        if names[0].endswith(f".{path}"):
+            return names[0].removesuffix(f".{path}")
+    return layer
 
 
 def _get_form(anatomy: Anatomy) -> ExpertsForm:

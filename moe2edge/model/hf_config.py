@@ -27,7 +27,7 @@ from moe2edge.model.experts import (
     Tied,
     list_full_rows,
 )
-from moe2edge.model.layers import MoELayer, UnroutedMLP
+from moe2edge.model.layers import MoELayer, Router, UnroutedMLP
 from moe2edge.model.model import Model, is_stock_form
 from moe2edge.model.transformers_config import ALIASES, is_pad_token, make_transformers_config
 from moe2edge.model.weights import Weight
@@ -75,7 +75,8 @@ def encode_layers(model: Model) -> dict[str, dict[str, Any]]:
         elif form:
             sizes = {key: 0, TOP_K: 0}
         found[str(block.index)] = {**sizes, OWN: form}
-    if any(own[OWN] for own in found.values()):
+    # Transformers has such settings of its own in some families without a row.
+    if model.family.generic or any(own[OWN] for own in found.values()):
         return found
     return {index: sizes for index, own in found.items() if (sizes := _drop_form(own))}
 
@@ -169,9 +170,8 @@ def _read_layer(
         experts = max(bases, default=-1) + 1
         fits = 1 <= top_k <= count <= len(layer.experts) and len(bases) == routed > 0
         if fits and experts and len(found.skip) in (0, top_k - 1):
-            weight = layer.router.weight
-            weight = replace(weight, shape=(count, *weight.shape[1:]))
-            router = replace(layer.router, weight=weight, top_k=top_k, skip_below=tuple(found.skip))
+            router = _resize_router(layer.router, count)
+            router = replace(router, top_k=top_k, skip_below=tuple(found.skip))
             stored = layer.experts[:experts]
             ran = [
                 _read_routed(model, block, n, pair, stored[0], take)
@@ -188,6 +188,19 @@ def _read_layer(
         f"experts than the {len(layer.experts)} of config.json, a top-k of at most their number, "
         "tied experts, replacements, and a threshold for each expert of top-k but the first"
     )
+
+
+def _resize_router(router: Router, count: int) -> Router:
+    """Return a router with handles of the shapes that they have for ``count`` rows."""
+
+    def resize(suffix: str, weight: Weight) -> Weight:
+        axis = router.axes.get(suffix, 0)
+        shape = (*weight.shape[:axis], count, *weight.shape[axis + 1 :])
+        return replace(weight, shape=shape)
+
+    per_expert = {suffix: resize(suffix, weight) for suffix, weight in router.per_expert.items()}
+    weight = resize("weight", router.weight)
+    return replace(router, weight=weight, per_expert=per_expert)
 
 
 @dataclass(frozen=True)
@@ -346,7 +359,7 @@ def _change_given_config(model: Model) -> dict[str, Any]:
             "model_type": ALIASES[given["model_type"]],
         }
         given.pop("auto_map", None)
-    part = given["text_config"] if isinstance(given.get("text_config"), dict) else given
+    part = find_text_part(given)
     names = {name: name for name in new} | {
         alias: model.family.experts_key[0] for alias in model.family.experts_key
     }
@@ -354,6 +367,12 @@ def _change_given_config(model: Model) -> dict[str, Any]:
         if new[name] != model.config.get(name) and (key == name or key in part):
             part[key] = new[name]
     return given
+
+
+def find_text_part(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the part of ``config.json`` on the text model: all of it, or ``text_config``."""
+    part = config.get("text_config")
+    return part if isinstance(part, dict) else config
 
 
 def build_transformers_config(model: Model, **changes: Any) -> Any:

@@ -21,19 +21,43 @@ def list_stored(model: Model) -> Iterator[tuple[str, Weight]]:
     """Yield all tensors by their names in files, experts fused where the source has them so."""
     for block in model.blocks:
         yield from list_stored_block(model, block)
-    for name, weight in model.rest.items():
-        yield model.names.get_rest_name(name), weight
-    yield from ((name, w) for name, w in model.carried.items() if is_carried(model, name))
+    yield from _list_outside(model)
+
+
+def list_stored_integers(model: Model) -> Iterator[tuple[str, str, Weight]]:
+    """Yield all tensors by their names in files with integers, with the roles of matrices.
+
+    Experts that are quantized are single ones, and all else is as `list_stored` has it.
+    """
+    for block in model.blocks:
+        roles = [(role, weight) for role, weight in block.weights()]
+        if any(weight.scheme for role, weight in roles if role.startswith("experts.")):
+            yield from ((model.disk_name(block, role), role, weight) for role, weight in roles)
+        else:
+            yield from _list_with_roles(model, block)
+    yield from ((name, "rest", weight) for name, weight in _list_outside(model))
 
 
 def list_stored_block(model: Model, block: Block) -> Iterator[tuple[str, Weight]]:
     """Yield the tensors of a block as `list_stored` does."""
+    return ((name, weight) for name, _, weight in _list_with_roles(model, block))
+
+
+def _list_with_roles(model: Model, block: Block) -> Iterator[tuple[str, str, Weight]]:
+    """Yield the tensors of a block with their roles; "fused" is that of all experts."""
     fused = isinstance(block.mlp, MoELayer) and _is_fused(model, block)
     for role, weight in block.weights():
         if not fused or not role.startswith("experts."):
-            yield model.disk_name(block, role), weight
+            yield model.disk_name(block, role), role, weight
     if fused:
-        yield from _list_fused(model, block)
+        yield from ((name, "fused", weight) for name, weight in _list_fused(model, block))
+
+
+def _list_outside(model: Model) -> Iterator[tuple[str, Weight]]:
+    """Yield the tensors outside of blocks."""
+    for name, weight in model.rest.items():
+        yield model.names.get_rest_name(name), weight
+    yield from ((name, w) for name, w in model.carried.items() if is_carried(model, name))
 
 
 def is_carried(model: Model, name: str) -> bool:

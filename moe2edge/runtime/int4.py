@@ -19,6 +19,7 @@ from torch import nn
 from moe2edge.errors import Unsupported
 from moe2edge.model.block import Block, is_low_rank
 from moe2edge.model.experts import Dense
+from moe2edge.model.family import FAMILIES
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model
 from moe2edge.model.roles import list_gated_mlps
@@ -93,7 +94,10 @@ def plan_packing(model: Model, dtype: torch.dtype, *, wanted: bool | None = None
     """
     packed: list[str] = []
     dequantized: dict[str, str] = {}
-    for block in model.blocks:
+    if model.family.generic:
+        obstacle = f"not for {model.family.model_type}"
+        dequantized = {name: obstacle for name, _, weight in model.tensors() if weight.scheme}
+    for block in () if model.family.generic else model.blocks:
         for role, weight in block.weights():
             if is_low_rank(role) and weight.scheme is not None:
                 name = model.disk_name(block, role)
@@ -107,6 +111,11 @@ def plan_packing(model: Model, dtype: torch.dtype, *, wanted: bool | None = None
                 elif weight.scheme is not None:
                     dequantized[name] = obstacle
     found = Packed(tuple(packed), dequantized, _name_dtype(dtype))
+    if wanted and model.family.generic:
+        raise Unsupported(
+            f"no matrix of {model.family.model_type} can run in 4 bits; those of "
+            f"{', '.join(FAMILIES)} can: leave packed=True out"
+        )
     if wanted and not packed:
         why = str(found) or "the model is not quantized"
         raise Unsupported(

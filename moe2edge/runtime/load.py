@@ -10,6 +10,9 @@ transformers, and none of its classes is changed.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +20,11 @@ from typing import TYPE_CHECKING, Any
 from moe2edge.errors import InputError, Unsupported, VerificationFailed, join_lines
 from moe2edge.model import hf_config
 from moe2edge.model import model as model_
+from moe2edge.model.architecture import find_layers
 from moe2edge.model.block import Block
 from moe2edge.model.hf_config import build_transformers_config
 from moe2edge.model.model import Model
+from moe2edge.model.transformers_config import find_class
 from moe2edge.model.weights import DTYPES
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.storage.generation_config import GENERATION_CONFIG, read_generation_config
@@ -41,15 +46,16 @@ def load(
 ) -> PreTrainedModel:
     """Load a folder that the target ``hf`` or ``gptq`` wrote, for inference with transformers.
 
-    In bfloat16, symmetric 4-bit matrices stay packed (see `moe2edge.runtime.int4`), and the model
-    takes about as much memory as its files. Other quantized weights are dequantized to ``dtype``;
-    in float32 every weight equals ``Quantized.dequantize()`` to the bit. The attribute
+    In bfloat16, symmetric 4-bit matrices of families with a row stay packed (see
+    `moe2edge.runtime.int4`), and the model takes about as much memory as its files. Other quantized
+    weights are dequantized to ``dtype``; in float32 every weight equals ``Quantized.dequantize()`` to the bit. The attribute
     ``moe2edge_packed`` of the model describes which matrices are packed; its text is one line.
     Layers may have different numbers of experts. A generation config in the folder is loaded.
 
     Args:
         folder: the folder, or a hub id.
-        dtype: dtype of all parameters; None takes that of the stored embeddings.
+        dtype: dtype of all parameters but those for which transformers' class names another; None
+            takes that of the stored embeddings.
         packed: None: matrices stay packed where possible; False: none does; True: like None, but
             it is an error if none can.
 
@@ -111,20 +117,22 @@ def build_transformers_model(
         VerificationFailed: the class of transformers has other parameters than ``model``.
     """
     from moe2edge.runtime.int4 import plan_packing
+    from moe2edge.runtime.layer_stage import compute_buffers
 
     plan = plan_packing(model, dtype, wanted=packed)
-    loaded = _build_skeleton(model, dtype)
+    loaded, dtypes = _build_skeleton(model, dtype)
     loaded.moe2edge_packed = plan
     if plan.packed:
         loaded.save_pretrained = partial(_refuse_to_save, PACKED_REASON)
+    path, layers = find_layers(loaded)
     for block in model.blocks:
-        layer = loaded.model.layers[block.index]
-        _fill_layer(layer, model, block, dtype, pack=bool(plan.packed))
-    rest = {name: weight.load().to(dtype, copy=True) for name, weight in model.rest.items()}
+        own = dtypes.below(f"{path}.{block.index}.")
+        _fill_layer(layers[block.index], model, block, own, pack=bool(plan.packed))
+    rest = {name: dtypes.cast(name, weight.load()) for name, weight in model.rest.items()}
     _fill(loaded, rest, "the rest", strict=False)
     loaded.tie_weights()
-    # The rotary tables are on the meta device too, and no checkpoint contains them.
-    loaded.model.rotary_emb = type(loaded.model.rotary_emb)(config=loaded.config)
+    # Tables of rotary embeddings and the like, which no checkpoint contains.
+    compute_buffers(loaded, loaded)
     empty = [n for n, t in (*loaded.named_parameters(), *loaded.named_buffers()) if t.is_meta]
     if empty:
         raise VerificationFailed(
@@ -134,36 +142,78 @@ def build_transformers_model(
     return loaded.eval()
 
 
-def _build_skeleton(model: Model, dtype: torch.dtype) -> Any:
+@dataclass(frozen=True)
+class _Dtypes:
+    """Dtype of each tensor of a model, by the rules of transformers.
+
+    Attributes:
+        usual: that of most tensors.
+        others: that of tensors whose dtype is written in the class of transformers, by name.
+        precise: patterns of names that stay in float32.
+        prefix: what stands before names that are asked for.
+    """
+
+    usual: torch.dtype
+    others: Mapping[str, torch.dtype]
+    precise: tuple[str, ...] = ()
+    prefix: str = ""
+
+    @classmethod
+    def of(cls, loaded: Any, dtype: torch.dtype) -> _Dtypes:
+        """Find the dtypes of a new model of transformers, built in ``dtype``."""
+        import torch
+
+        others = {name: t.dtype for name, t in loaded.state_dict().items() if t.dtype != dtype}
+        precise: set[str] = set()
+        if dtype in (torch.float16, torch.bfloat16):
+            precise |= set(loaded._keep_in_fp32_modules_strict or ())
+        if dtype == torch.float16:
+            precise |= set(loaded._keep_in_fp32_modules or ())
+        return cls(dtype, others, tuple(sorted(precise)))
+
+    def below(self, prefix: str) -> _Dtypes:
+        """Return the dtypes by the names in a module."""
+        return replace(self, prefix=prefix)
+
+    def cast(self, name: str, tensor: Tensor) -> Tensor:
+        """Return a copy of a tensor, no view into a file, in the dtype that its name asks for."""
+        import torch
+
+        full = self.prefix + name
+        dtype = self.others.get(full, self.usual)
+        if any(re.search(pattern.replace("*", ".*"), full) for pattern in self.precise):
+            dtype = torch.float32
+        return tensor.to(dtype, copy=True)
+
+
+def _build_skeleton(model: Model, dtype: torch.dtype) -> tuple[Any, _Dtypes]:
     """Build the transformers model on the meta device, with layers in the form of the blocks."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     from moe2edge.runtime import decoder_blocks
     from moe2edge.runtime.expert_kernels import set_expert_implementation
 
     config = build_transformers_config(model)
     with torch.device("meta"):
-        loaded = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        decoder_blocks.fit_layers(loaded.model.layers, model)
-    loaded.to(dtype)
+        loaded = find_class(config)._from_config(config, dtype=dtype)
+        dtypes = _Dtypes.of(loaded, dtype)
+        decoder_blocks.fit_layers(find_layers(loaded)[1], model)
     set_expert_implementation(loaded)
     if not model.is_uniform:
         loaded.config.per_layer_config = hf_config.encode_sizes(model)
     if not all(model_.is_stock_form(model, block) for block in model.blocks):
         loaded.save_pretrained = partial(_refuse_to_save, FORM_REASON)
-    return loaded
+    return loaded, dtypes
 
 
-def _fill_layer(layer: Any, model: Model, block: Block, dtype: torch.dtype, *, pack: bool) -> None:
+def _fill_layer(layer: Any, model: Model, block: Block, dtypes: _Dtypes, *, pack: bool) -> None:
     """Fill a decoder layer on the meta device with the numbers of its block."""
     from moe2edge.runtime.decoder_blocks import load_block_state
     from moe2edge.runtime.int4 import pack_layer
 
-    packed_roles = pack_layer(layer, block, dtype) if pack else frozenset()
+    packed_roles = pack_layer(layer, block, dtypes.usual) if pack else frozenset()
     state = load_block_state(model, block, lambda role: role not in packed_roles)
-    # Copied, so that no parameter remains a view into a file.
-    state = {name: state.pop(name).to(dtype, copy=True) for name in list(state)}
+    state = {name: dtypes.cast(name, state.pop(name)) for name in list(state)}
     filled = {name: t for name, t in layer.state_dict().items() if not t.is_meta}
     _fill(layer, state | filled, f"block {block.index}", strict=True)
 

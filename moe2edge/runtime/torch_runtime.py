@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe2edge.errors import InputError, Moe2EdgeError, VerificationFailed, join_lines
+from moe2edge.model.architecture import find_layers
 from moe2edge.model.transformers_config import is_pad_token
 from moe2edge.runtime.plain_tensors import find_plain_source
 from moe2edge.runtime.protocol import check_id_range
@@ -110,9 +111,8 @@ class TorchRuntime:
 
             return hook
 
-        hooks = [
-            layer.register_forward_hook(look(n)) for n, layer in enumerate(self.model.model.layers)
-        ]
+        layers = find_layers(self.model)[1]
+        hooks = [layer.register_forward_hook(look(n)) for n, layer in enumerate(layers)]
         try:
             self._run(ids, use_cache=False)
         finally:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from moe2edge.errors import InputError, Unsupported
 from moe2edge.model.build import build_model
 from moe2edge.model.family import FAMILIES, find_family
-from moe2edge.model.hf_config import OWN
+from moe2edge.model.hf_config import OWN, find_text_part
 from moe2edge.model.model import EMBEDDING, HEAD, Model
 from moe2edge.model.stored_layout import list_stored
 from moe2edge.model.weights import Weight
@@ -251,7 +251,7 @@ class Checkpoint:
 
 def has_own_layers(config: Mapping[str, Any]) -> bool:
     """Return whether layers have settings that moe2edge wrote; transformers has such of its own."""
-    layers = config.get("per_layer_config")
+    layers = find_text_part(dict(config)).get("per_layer_config")
     if config.get("model_type") in FAMILIES or not isinstance(layers, Mapping):
         return bool(layers)
     return any(OWN in own for own in layers.values())

@@ -5,8 +5,9 @@ A tensor that is missing, unexpected or of another shape is an error.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from moe2edge.errors import Unsupported, VerificationFailed
@@ -15,7 +16,8 @@ from moe2edge.model.block import is_low_rank, is_quantizable
 from moe2edge.model.build import build_model
 from moe2edge.model.family import find_family
 from moe2edge.model.model import Model
-from moe2edge.model.stored_layout import list_stored
+from moe2edge.model.edits import change_weights
+from moe2edge.model.stored_layout import list_stored, list_stored_integers
 from moe2edge.model.weights import BYTES, DTYPE_BYTES, Weight
 from moe2edge.numerics.scheme import GROUP_SIZES, WHOLE_ROW, Scheme
 from moe2edge.storage.checkpoint import Checkpoint, has_own_layers
@@ -43,20 +45,22 @@ def open_stored_model(checkpoint: Checkpoint) -> Model:
         Unsupported: a quantization that moe2edge does not write, or an unknown family.
         VerificationFailed: a tensor is missing, unexpected or of another shape.
     """
-    config = dict(checkpoint.config)
+    config = copy.deepcopy(dict(checkpoint.config))
     quantization = config.pop("quantization_config", None)
     settings = None if quantization is None else read_gptq_settings(quantization)
     family = find_family(config)
     layers = {}
     if has_own_layers(config):
-        layers = config.pop("per_layer_config")
+        layers = hf_config.find_text_part(config).pop("per_layer_config")
     stored = _StoredTensors(checkpoint, settings)
     model = hf_config.decode_layers(
         build_model(family, config, stored.weight, stored.names), layers, stored.weight
     )
     stored.check(model)
     model.verify()
-    return model
+    # Integers say nothing of the dtype that they were rounded from; it is that of the embedding.
+    dtype = model.embedding.dtype
+    return change_weights(model, lambda _, w: replace(w, dtype=dtype) if w.scheme else None)
 
 
 # ---- quantization settings -----------------------------------------------------------------------
@@ -176,7 +180,7 @@ class _StoredTensors:
             return Weight(
                 name,
                 shape,
-                self._headers.get("model.embed_tokens.weight", ((), "F32"))[1],
+                "F32",
                 load=lambda: self._read_quantized(name, scheme).dequantize(),
                 scheme=scheme,
                 load_quantized=lambda: self._read_quantized(name, scheme),
@@ -232,9 +236,9 @@ class _StoredTensors:
         return Quantized(q, scales, scheme, None if scheme.symmetric else zeros, kept)
 
     def _list_expected(self, model: Model) -> Iterator[tuple[str, str, Weight]]:
-        """Yield the tensors as they have to be stored; GPTQ has a tensor for each matrix."""
+        """Yield the tensors as they have to be stored, with roles where there are integers."""
         if self._settings is not None:
-            return model.tensors()
+            return list_stored_integers(model)
         return ((name, "", weight) for name, weight in list_stored(model))
 
     def check(self, model: Model) -> None:
