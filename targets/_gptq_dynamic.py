@@ -11,13 +11,16 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 from moe2edge.model.block import is_low_rank, is_quantizable
 from moe2edge.model.model import Model
+from moe2edge.model.stored_layout import is_carried
 from moe2edge.numerics.scheme import Scheme
 
-_BLOCK = re.compile(r"(.*\.layers)\.(\d+)\.(.+)\.([^.]+)")
+# The list of blocks, the index of one, a module in it, and a child of that.
+_BLOCK = re.compile(r"(.+?)\.(\d+)\.(.+)\.([^.]+)")
 # Experts, replacement modules, and matrices of tied experts.
 _EXPERT = re.compile(r"(.+)\.\d+(?:\.(?:gate|up|down))?")
 # Number of classes that `_make_pattern` distinguishes, from wide to narrow.
@@ -77,7 +80,49 @@ def build_dynamic(model: Model) -> dict[str, dict[str, Any]]:
                 unmatched = {name: None for name in unmatched if name not in matched}
     for module in unmatched:
         entries |= _make_entry(re.escape(module), schemes[module], main)
+    if model.family.generic:
+        entries |= {f"-:{pattern}": {} for pattern in _list_plain_patterns(model)}
     return entries
+
+
+def _list_plain_patterns(model: Model) -> Iterator[str]:
+    """Yield patterns for matrices that no pass quantizes: routers, small gates, other parts.
+
+    Programs that know a family by its class know them as well; for others they are named.
+    """
+    quantized, plain = set(), {}
+    for name, role, weight in model.tensors():
+        if weight.scheme:
+            quantized.add(name.removesuffix(".weight"))
+        elif len(weight.shape) == 2 and not is_quantizable(role) and _BLOCK.fullmatch(name):
+            plain[name.removesuffix(".weight")] = weight
+    seen: set[str] = set()
+    for module in plain:
+        match = _BLOCK.fullmatch(f"{module}.weight")
+        assert match is not None, module
+        pattern = rf"{re.escape(match[1])}\.\d+\.{re.escape(match[3])}$"
+        if any(re.match(pattern, name) for name in quantized):
+            pattern = f"{re.escape(module)}$"
+        if pattern not in seen:
+            seen.add(pattern)
+            yield pattern
+    yield from _list_other_parts(model)
+
+
+def _list_other_parts(model: Model) -> Iterator[str]:
+    """Yield patterns for the parts of a model beside the text model that are written."""
+    own = {part for name, _, _ in model.tensors() for part in _list_modules(name)}
+    found: dict[str, None] = {}  # an ordered set
+    for name in model.carried:
+        if is_carried(model, name):
+            apart = (part for part in _list_modules(name) if part not in own)
+            found[re.escape(next(apart, name))] = None
+    yield from found
+
+
+def _list_modules(name: str) -> Iterator[str]:
+    """Yield the names of all modules that a tensor is in, from the outermost, each with a point."""
+    return (name[: at.end()] for at in re.finditer(r"\.", name))
 
 
 def _make_entry(
@@ -98,7 +143,8 @@ def _make_pattern(module: str, level: int) -> str:
     name; each in all blocks (even levels) and in its block alone (odd levels).
     """
     match = _BLOCK.fullmatch(module)
-    assert match is not None, module
+    if match is None:  # a matrix of the block itself
+        return f"{re.escape(module)}$"
     stem, index, parent, name = match.groups()
     index = index if level % 2 else r"\d+"
     block = rf"{re.escape(stem)}\.{index}\."
@@ -121,7 +167,8 @@ def find_split_fusion(model: Model) -> str | None:
         if not is_quantizable(role):
             continue
         match = _BLOCK.fullmatch(name.removesuffix(".weight"))
-        assert match is not None, name
+        if match is None:  # a matrix of the block itself, which nothing is fused with
+            continue
         stem, index, parent, leaf = match.groups()
         expert = _EXPERT.fullmatch(parent)
         fused = expert[1] if expert else f"{parent}.{_FUSED.get(leaf, leaf)}"

@@ -112,7 +112,7 @@ def _split_fusion(output: Output) -> bool:
 
 def _experts_not_in_main_scheme(output: Output) -> bool:
     main = find_main_scheme(output.stored)
-    return any(layer.experts[0].gate.scheme != main for _, layer in output.stored.moe_blocks)
+    return any(layer.experts[0].up.scheme != main for _, layer in output.stored.moe_blocks)
 
 
 def _other_than_w4_throughout(output: Output) -> bool:
@@ -135,9 +135,12 @@ def _stock_needs_eager(output: Output) -> bool:
     layers = [layer for _, layer in output.stored.moe_blocks]
     experts = [layer.experts[0] for layer in layers if layer.experts]
     return _even(output) and any(
-        not takes_grouped_mm((e.gate.shape[1], e.gate.shape[0]), DTYPES[e.gate.dtype])
-        for e in experts
+        not takes_grouped_mm((e.up.shape[1], e.up.shape[0]), DTYPES[e.up.dtype]) for e in experts
     )
+
+
+def _generic(output: Output) -> bool:
+    return output.stored.family.generic
 
 
 def _family(*names: str) -> Case:
@@ -193,11 +196,13 @@ VLLM = (
     Finding(
         "vLLM", "", "not tried", "its Qwen2-MoE with a sliding window", case=_rehomed_with_window
     ),
+    Finding("vLLM", "", "not tried", "with {o.family}", case=_generic),
     Finding("vLLM", "0.33", "as read", "as {o.architecture}", case=_rehomed),
     Finding("vLLM", "0.33", "as read"),
 )
 SGLANG_REFUSALS = (
     Finding("SGLang", "", "no", "{o.unknown_form}", case=_uneven),
+    Finding("SGLang", "", "not tried", "with {o.family}", case=_generic),
     Finding(
         "SGLang",
         "0.5.23",
@@ -236,6 +241,7 @@ LLAMA_CPP_REFUSALS = (
         INSPECTED,
         _uneven,
     ),
+    Finding("llama.cpp", "", "not tried", "with {o.family}", case=_generic),
     Finding("llama.cpp", "", "no", "it needs a router in every block", case=_with_dense_blocks),
 )
 TRANSFORMERS_REFUSAL = Finding(
@@ -279,6 +285,9 @@ FINDINGS: Mapping[str, tuple[Finding, ...]] = {
     ),
     "gptq": (
         Finding(
+            "moe2edge", "", "yes", "moe2edge.load(folder); weights are dequantized", case=_generic
+        ),
+        Finding(
             "moe2edge", "", "yes", "moe2edge.load(folder); symmetric 4-bit weights stay in 4 bits"
         ),
         TRANSFORMERS_REFUSAL,
@@ -289,6 +298,7 @@ FINDINGS: Mapping[str, tuple[Finding, ...]] = {
             "it loads experts as random numbers and only prints a report; use moe2edge.load",
         ),
         Finding("GPTQModel", "", "no", "{o.unknown_form}", case=_uneven),
+        Finding("GPTQModel", "", "not tried", "with {o.family}", case=_generic),
         Finding(
             "GPTQModel",
             "7.7",

@@ -154,7 +154,7 @@ def _check_family(target: Target, model: Model) -> None:
     if model.family.generic and not target.any_family:
         raise Unsupported(
             f"target {target.name} does not support {model.family.model_type} yet; it supports "
-            f"{', '.join(FAMILIES)}; target hf writes this model"
+            f"{', '.join(FAMILIES)}; targets hf and gptq write this model"
         )
 
 

@@ -27,7 +27,9 @@ class DiskNames:
         used = {name for one in self.stored.values() for part in one.names for name in part}
         # Layers with tensors of single experts, where transformers knows of one for all.
         self._single = frozenset(
-            n for n, anatomy in enumerate(architecture.anatomy) if self._has_single(n, anatomy, plain)
+            n
+            for n, anatomy in enumerate(architecture.anatomy)
+            if self._has_single(n, anatomy, plain)
         )
         used |= {name for n in self._single for name in self._list_single(n)}
         self.unknown = frozenset(name for plain, name in plain.items() if plain not in used)

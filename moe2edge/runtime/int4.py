@@ -95,9 +95,8 @@ def plan_packing(model: Model, dtype: torch.dtype, *, wanted: bool | None = None
     packed: list[str] = []
     dequantized: dict[str, str] = {}
     if model.family.generic:
-        obstacle = f"not for {model.family.model_type}"
-        dequantized = {name: obstacle for name, _, weight in model.tensors() if weight.scheme}
-    for block in () if model.family.generic else model.blocks:
+        return _plan_generic(model, dtype, wanted=bool(wanted))
+    for block in model.blocks:
         for role, weight in block.weights():
             if is_low_rank(role) and weight.scheme is not None:
                 name = model.disk_name(block, role)
@@ -111,11 +110,6 @@ def plan_packing(model: Model, dtype: torch.dtype, *, wanted: bool | None = None
                 elif weight.scheme is not None:
                     dequantized[name] = obstacle
     found = Packed(tuple(packed), dequantized, _name_dtype(dtype))
-    if wanted and model.family.generic:
-        raise Unsupported(
-            f"no matrix of {model.family.model_type} can run in 4 bits; those of "
-            f"{', '.join(FAMILIES)} can: leave packed=True out"
-        )
     if wanted and not packed:
         why = str(found) or "the model is not quantized"
         raise Unsupported(
@@ -123,6 +117,22 @@ def plan_packing(model: Model, dtype: torch.dtype, *, wanted: bool | None = None
             "leave packed=True out"
         )
     return found
+
+
+def _plan_generic(model: Model, dtype: torch.dtype, *, wanted: bool) -> Packed:
+    """Return the plan for a family without a row: nothing runs packed.
+
+    Raises:
+        Unsupported: something should.
+    """
+    kind = model.family.model_type
+    if wanted:
+        raise Unsupported(
+            f"no matrix of {kind} can run in 4 bits; those of {', '.join(FAMILIES)} can: leave "
+            "packed=True out"
+        )
+    names = [name for name, _, weight in model.tensors() if weight.scheme]
+    return Packed((), dict.fromkeys(names, f"not for {kind}"), _name_dtype(dtype))
 
 
 @dataclass(frozen=True)

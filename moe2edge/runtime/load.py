@@ -48,9 +48,10 @@ def load(
 
     In bfloat16, symmetric 4-bit matrices of families with a row stay packed (see
     `moe2edge.runtime.int4`), and the model takes about as much memory as its files. Other quantized
-    weights are dequantized to ``dtype``; in float32 every weight equals ``Quantized.dequantize()`` to the bit. The attribute
-    ``moe2edge_packed`` of the model describes which matrices are packed; its text is one line.
-    Layers may have different numbers of experts. A generation config in the folder is loaded.
+    weights are dequantized to ``dtype``; in float32 every weight equals ``Quantized.dequantize()``
+    to the bit. The attribute ``moe2edge_packed`` of the model describes which matrices are packed;
+    its text is one line. Layers may have different numbers of experts. A generation config in the
+    folder is loaded.
 
     Args:
         folder: the folder, or a hub id.

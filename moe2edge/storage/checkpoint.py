@@ -171,14 +171,14 @@ class Checkpoint:
         if count := len(model.carried) - len(ahead):
             yield (
                 f"{count} tensors of other parts than the text model, such as "
-                f"{min(set(model.carried) - set(ahead))}, are not looked at; target hf writes them "
-                "as they are, and others leave them out"
+                f"{min(set(model.carried) - set(ahead))}, are not looked at; targets hf and gptq "
+                "write them as they are, and others leave them out"
             )
         if ahead:
             yield (
                 f"{len(ahead)} tensors of layers that predict further tokens, such as "
-                f"{min(ahead)}, are not looked at; target hf writes them as long as every block "
-                "and expert stays"
+                f"{min(ahead)}, are not looked at; targets hf and gptq write them as long as every "
+                "block and expert stays"
             )
 
     def _explain_missing_tensor(self, name: str) -> InputError:

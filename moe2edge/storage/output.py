@@ -14,9 +14,9 @@ from moe2edge.errors import Unsupported, VerificationFailed
 from moe2edge.model import hf_config
 from moe2edge.model.block import is_low_rank, is_quantizable
 from moe2edge.model.build import build_model
+from moe2edge.model.edits import change_weights
 from moe2edge.model.family import find_family
 from moe2edge.model.model import Model
-from moe2edge.model.edits import change_weights
 from moe2edge.model.stored_layout import list_stored, list_stored_integers
 from moe2edge.model.weights import BYTES, DTYPE_BYTES, Weight
 from moe2edge.numerics.scheme import GROUP_SIZES, WHOLE_ROW, Scheme
@@ -48,10 +48,10 @@ def open_stored_model(checkpoint: Checkpoint) -> Model:
     config = copy.deepcopy(dict(checkpoint.config))
     quantization = config.pop("quantization_config", None)
     settings = None if quantization is None else read_gptq_settings(quantization)
-    family = find_family(config)
     layers = {}
     if has_own_layers(config):
         layers = hf_config.find_text_part(config).pop("per_layer_config")
+    family = find_family(config)
     stored = _StoredTensors(checkpoint, settings)
     model = hf_config.decode_layers(
         build_model(family, config, stored.weight, stored.names), layers, stored.weight
