@@ -102,6 +102,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--fates", default="before,middle,after,full,broken")
     parser.add_argument("--step", type=int, default=1)
+    parser.add_argument("--first", type=int, default=0, help="the first operation that is tried")
     parser.add_argument("--target", default="gptq")
     parser.add_argument("--chains", type=int, default=50)
     given = parser.parse_args()
@@ -120,7 +121,7 @@ def main() -> None:
 def attack(target: Attack, name: str, given: argparse.Namespace) -> int:
     """Run all attacks on one command; return the number of faults."""
     total = 0
-    numbers = range(0, len(target.names), given.step)
+    numbers = range(given.first, len(target.names), given.step)
     print(f"{name}: {len(target.names)} file operations", flush=True)
     for fate in given.fates.split(","):
         faults: dict[str, list[int]] = collections.defaultdict(list)
