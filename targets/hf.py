@@ -21,7 +21,7 @@ from moe2edge.pipeline.target import Loader, Target
 from moe2edge.runtime.load import load
 from moe2edge.runtime.memory import Estimate
 from moe2edge.runtime.protocol import Runtime
-from moe2edge.storage.checkpoint import open_checkpoint
+from moe2edge.storage.checkpoint import has_own_layers, open_checkpoint
 from moe2edge.storage.output import open_stored_model
 from moe2edge.storage.safetensors_files import (
     PlannedTensor,
@@ -142,11 +142,15 @@ class Hf(Target):
 
         from moe2edge.runtime.torch_runtime import TorchRuntime, open_source
 
-        model = self.streamed(folder)
-        dtype = "float32" if exact else self.find_dtype(model)
-        if not model.is_uniform:
+        config = open_checkpoint(str(folder)).config
+        dtype = (
+            "float32" if exact else _read_dtype(config) or self.find_dtype(self.streamed(folder))
+        )
+        if has_own_layers(config):
             return TorchRuntime(load(folder, dtype=getattr(torch, dtype)))
-        return open_source(folder, dtype=dtype, strict=True)
+        runtime = open_source(folder, dtype=dtype, strict=True)
+        self.streamed(folder)  # sees also what transformers converts, or does not look at
+        return runtime
 
     def without_skipping(self, model: Model, folder: Path) -> Runtime:
         """Open the folder so that every chosen expert runs."""
@@ -181,5 +185,10 @@ def _find_dtype(config: Mapping[str, Any], stored: str) -> str:
         config: content of ``config.json``.
         stored: dtype of the embedding, as safetensors spells it.
     """
+    return _read_dtype(config) or DTYPES[stored]
+
+
+def _read_dtype(config: Mapping[str, Any]) -> str | None:
+    """Return the dtype that a config names; None: none that weights can have."""
     named = config.get("dtype") or config.get("torch_dtype")
-    return str(named) if named in DTYPES.values() else DTYPES[stored]
+    return str(named) if named in DTYPES.values() else None

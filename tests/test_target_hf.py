@@ -18,7 +18,6 @@ from moe2edge.model.model import Model
 from moe2edge.numerics.rounding import round_to_nearest
 from moe2edge.numerics.scheme import Scheme
 from moe2edge.pipeline.registry import find_target
-from moe2edge.runtime.torch_runtime import open_source
 from moe2edge.storage import safetensors_files
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.testing import Make, make_checkpoint
@@ -127,28 +126,19 @@ def test_size_is_predicted(
 
 
 @pytest.mark.parametrize(
-    ("change", "message", "reported"),
+    ("change", "message"),
     [
-        (
-            lambda tensors: tensors.pop("model.norm.weight"),
-            "lacks 1 tensors, such as model.norm.weight",
-            "missing_keys.*model.norm.weight",
-        ),
-        (
-            lambda tensors: tensors.update(odd=torch.zeros(2)),
-            "has unexpected 1 tensors, such as odd",
-            "unexpected_keys.*odd",
-        ),
+        (lambda tensors: tensors.pop("model.norm.weight"), "missing_keys.*model.norm.weight"),
+        (lambda tensors: tensors.update(odd=torch.zeros(2)), "unexpected_keys.*odd"),
         (
             lambda tensors: tensors.update({"model.norm.weight": torch.zeros(3)}),
             "model.norm.weight",
-            "mismatched_keys.*model.norm.weight",
         ),
     ],
     ids=["missing", "unexpected", "mismatched"],
 )
 def test_reopening_a_wrong_folder_fails(
-    change: Any, message: str, reported: str, tiny: Make, tmp_path: Path
+    change: Any, message: str, tiny: Make, tmp_path: Path
 ) -> None:
     folder = written(open_model(tiny("qwen3_moe")), tmp_path / "out")
     HF.reopen(folder)
@@ -159,8 +149,6 @@ def test_reopening_a_wrong_folder_fails(
         HF.reopen(folder)
     assert caught.value.exit_code == 7
     assert "\n" not in str(caught.value)
-    with pytest.raises(VerificationFailed, match=reported):  # transformers sees it as well
-        open_source(folder, strict=True)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
@@ -202,10 +190,13 @@ def test_a_folder_without_embeddings_has_no_dtype(tiny: Make, tmp_path: Path) ->
     tensors = load_file(folder / "model.safetensors")
     table = tensors.pop("model.embed_tokens.weight")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(
-        VerificationFailed, match=r"lacks 1 tensors, such as model\.embed_tokens\.weight"
-    ):
+    with pytest.raises(VerificationFailed, match=r"missing_keys.*model\.embed_tokens\.weight"):
         HF.reopen(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": None}))
+    with pytest.raises(VerificationFailed, match=r"lacks 1 .* as model\.embed_tokens\.weight"):
+        HF.reopen(folder)
+    (folder / "config.json").write_text(json.dumps(config))
     tensors["model.embed_tokens.weight"] = table.int()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(VerificationFailed, match=r"embed_tokens\.weight in .* is I32"):
