@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Literal, get_args
 
 from moe2edge.errors import InputError, Unsupported, suggest
+from moe2edge.model import hf_config
 from moe2edge.model import model as model_
 from moe2edge.model.block import SECOND_NORM, Block
 from moe2edge.model.edits import sort_rows
@@ -53,16 +54,18 @@ def convert_layout(model: Model, layout: Layout, target: str) -> Model:
     model = sort_rows(model)
     converted = _convert(model, layout)
     if converted is not None:
+        if not converted.is_uniform:
+            hf_config.build_config(converted)  # refuses layers that the config cannot hold
         return converted
     fitting = "natural (for moe2edge.load)"
-    others = (
-        "" if model.replaced_count or model.tied_count else ", or prune all layers to the same size"
-    )
+    others = "" if model.family.generic else ", or target onnx"
+    if not (model.replaced_count or model.tied_count):
+        others += ", or prune all layers to the same size"
     if _convert(model, "mlp-only") is not None:
         fitting = f"mlp-only or {fitting}"
     raise Unsupported(
         f"target {target} with layout {layout} {_describe_limits(model, layout)}, but the model "
-        f"has {_describe_layers(model)}; choose layout {fitting}, or target onnx{others}"
+        f"has {_describe_layers(model)}; choose layout {fitting}{others}"
     )
 
 

@@ -240,7 +240,7 @@ def test_a_quantized_folder_is_trimmed_with_its_integers(family: str, tmp_path: 
     assert torch.equal(run_stock(again.eval()), walk_over(trimmed))
 
 
-@pytest.mark.parametrize("family", ["gpt_oss", "qwen3_next", "qwen3_5_moe", "nemotron_h"])
+@pytest.mark.parametrize("family", ["qwen3_5_moe", *MARKED])
 def test_layers_of_several_sizes_are_loaded(family: str, tmp_path: Path) -> None:
     if family == "qwen3_5_moe":
         make_wrapped(tmp_path / "source")
