@@ -382,6 +382,8 @@ def build_transformers_config(model: Model, **changes: Any) -> Any:
         InputError: transformers refuses a value, such as one of a key that no row reads.
     """
     settings = build_config(model) | changes
-    if not model.family.generic or not model.is_uniform:
+    if not model.family.generic:
         settings.pop("per_layer_config", None)
+    elif not model.is_uniform:
+        settings["per_layer_config"] = {}
     return make_transformers_config(model.family.model_type, settings)

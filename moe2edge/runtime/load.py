@@ -200,7 +200,10 @@ def _build_skeleton(model: Model, dtype: torch.dtype) -> tuple[Any, _Dtypes]:
         dtypes = _Dtypes.of(loaded, dtype)
         decoder_blocks.fit_layers(find_layers(loaded)[1], model)
     set_expert_implementation(loaded)
-    if not model.is_uniform:
+    if not model.is_uniform and model.family.generic:
+        # The key means something of its own to some of these classes.
+        loaded.save_pretrained = partial(_refuse_to_save, UNEVEN_REASON)
+    elif not model.is_uniform:
         loaded.config.per_layer_config = hf_config.encode_sizes(model)
     if not all(model_.is_stock_form(model, block) for block in model.blocks):
         loaded.save_pretrained = partial(_refuse_to_save, FORM_REASON)
@@ -223,6 +226,10 @@ def _fill_layer(layer: Any, model: Model, block: Block, dtypes: _Dtypes, *, pack
 PACKED_REASON = (
     "save_pretrained cannot write matrices that run in 4 bits; copy the folder that this model was "
     "loaded from, or load it with packed=False"
+)
+UNEVEN_REASON = (
+    "save_pretrained loses numbers of experts that differ between layers; copy the folder that "
+    "this model was loaded from"
 )
 FORM_REASON = (
     "save_pretrained loses dynamic skipping, plain experts and layers that were dropped; copy the "

@@ -50,7 +50,9 @@ def open_stored_model(checkpoint: Checkpoint) -> Model:
     settings = None if quantization is None else read_gptq_settings(quantization)
     layers = {}
     if has_own_layers(config):
-        layers = hf_config.find_text_part(config).pop("per_layer_config")
+        # Some classes of transformers take a config without the key for an old one.
+        part = hf_config.find_text_part(config)
+        layers, part["per_layer_config"] = part["per_layer_config"], {}
     family = find_family(config)
     stored = _StoredTensors(checkpoint, settings)
     model = hf_config.decode_layers(
