@@ -30,7 +30,7 @@ from moe2edge.targets.gptq import Gptq, build_quantization_config
 from moe2edge.targets.hf import Hf
 from moe2edge.testing import InMemory, make_tokenizer
 from test_every_family import KEPT, keep_six, run_stock, walk_over
-from test_real_layouts import make_wrapped
+from test_real_layouts import make_kimi, make_wrapped
 
 # Each form once: fused, transposed, interleaved with biases, without gates, latent attention,
 # linear attention, other names, groups of experts.
@@ -260,6 +260,14 @@ def test_layers_of_several_sizes_are_loaded(family: str, tmp_path: Path) -> None
         assert (run_stock(loaded) - walk_over(made)).abs().max() <= 1e-5
         with pytest.raises(Unsupported, match="save_pretrained loses numbers of experts"):
             loaded.save_pretrained(tmp_path / "saved")
+
+
+def test_integers_of_kimi_k2_are_kept(tmp_path: Path) -> None:
+    make_kimi(tmp_path / "source")
+    model = open_checkpoint(tmp_path / "source").model
+    loaded = moe2edge.load(write(model, tmp_path / "out"), dtype=torch.float32)
+    check_numbers(loaded, model)
+    assert {weight.scheme for _, _, weight in model.tensors()} == {None, model.scheme}
 
 
 # ---- the commands --------------------------------------------------------------------------------
