@@ -18,7 +18,7 @@ from moe2edge.errors import InputError
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model
 from moe2edge.runtime import memory
-from moe2edge.runtime.torch_runtime import open_source
+from moe2edge.runtime.torch_runtime import name_cache, open_source
 from moe2edge.storage.checkpoint import Checkpoint
 from moe2edge.storage.tokenizer import load_tokenizer
 
@@ -128,10 +128,10 @@ def sample_batch(
 
     count, length = shape
     ids = torch.full((count, length), start)
-    cache = DynamicCache(config=runtime.config)
+    cache, name = DynamicCache(config=runtime.config), name_cache(runtime)
     for n in range(1, length):
         reporter.advance("calibration: writing", n, length, "tokens of a batch")
-        logits = runtime(ids[:, n - 1 : n], past_key_values=cache).logits[:, -1].float()
+        logits = runtime(ids[:, n - 1 : n], **{name: cache}).logits[:, -1].float()
         probabilities = (logits / TEMPERATURE).softmax(-1)
         ids[:, n] = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
     return ids

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,15 +75,15 @@ class TorchRuntime:
             InputError: there is no token.
         """
         import torch
-        from transformers import DynamicCache
 
         if not ids:
             raise InputError("a sequence needs at least one token")
-        # From the config, the cache knows which layers only attend to a sliding window.
-        self._cache = DynamicCache(config=self.model.config)
         prompt = torch.tensor([list(ids)])
+        # The cache is the one that the model makes: families have kinds of their own.
         # Only the last logits: those of all tokens would be the largest tensor by far.
-        return self._run(prompt, past_key_values=self._cache, logits_to_keep=1)[0, -1]
+        output = self._call(prompt, use_cache=True, logits_to_keep=1)
+        self._cache = getattr(output, name_cache(self.model))
+        return _take_logits(output)[0, -1]
 
     def step(self, token: int) -> Tensor:
         """Continue the sequence with one token (decode, cached).
@@ -97,7 +98,8 @@ class TorchRuntime:
 
         if self._cache is None:
             raise Moe2EdgeError("step() came before start(); begin a sequence first")
-        return self._run(torch.tensor([[token]]), past_key_values=self._cache)[0, -1]
+        given = {name_cache(self.model): self._cache}
+        return self._run(torch.tensor([[token]]), use_cache=True, **given)[0, -1]
 
     def find_overflow(self, ids: Tensor) -> str | None:
         """Run ``ids`` int64 [batch, length]; name the first block whose output is not finite."""
@@ -121,14 +123,29 @@ class TorchRuntime:
         return f"the hidden states of block {found[0]}" if found else None
 
     def _run(self, ids: Tensor, **options: Any) -> Tensor:
+        return _take_logits(self._call(ids, **options))
+
+    def _call(self, ids: Tensor, **options: Any) -> Any:
         import torch
 
         table = self.model.get_input_embeddings().weight
         check_id_range(int(ids.min()), int(ids.max()), len(table))
         with torch.inference_mode():
-            output = self.model(ids.to(self.model.device), **{**NEUTRAL, **options})
-        logits: Tensor = output.logits
-        return logits.float().cpu()
+            return self.model(ids.to(self.model.device), **{**NEUTRAL, **options})
+
+
+def _take_logits(output: Any) -> Tensor:
+    logits: Tensor = output.logits
+    return logits.float().cpu()
+
+
+def name_cache(model: Any) -> str:
+    """Return the name of the cache among the arguments and the results of a model.
+
+    Transformers 5.24 renamed it.
+    """
+    known = inspect.signature(type(model).forward).parameters
+    return "cache" if "cache" in known else "past_key_values"
 
 
 def place_tokens(positions: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
