@@ -177,6 +177,8 @@ class Decisions(_Data):
 def count_experts_before(model: Model) -> tuple[int, ...]:
     """Count the routed experts of each block of the source, by its config; 0 where dense."""
     family, config = model.family, model.config
+    if family.generic:
+        return tuple(layer.count for layer in model.architecture.anatomy)
     count = family.num_experts(config)
     blocks = range(int(config["num_hidden_layers"]))
     return tuple(count if family.is_moe(config, index) else 0 for index in blocks)

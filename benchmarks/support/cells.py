@@ -1,0 +1,112 @@
+"""The cells of the table of what works: a pass, or two, and the target that is written."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SIZES = (
+    "--set", "calibration.samples=8", "--set", "calibration.length=64",
+    "--set", "evaluation.samples=2", "--set", "evaluation.length=32",
+)  # fmt: skip
+DROP, BLOCK = "expert_drop: {keep: 4}", "block_drop: {drop: 1}"
+GPTQ, RTN = "gptq: {bits: 4, group_size: -1}", "rtn: {bits: 4, group_size: -1}"
+
+Run = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A column of the table.
+
+    Attributes:
+        title: its heading.
+        passes: lines of the recipe.
+        target: the target, as on the command line.
+    """
+
+    title: str
+    passes: tuple[str, ...]
+    target: str
+
+
+CELLS = (
+    Cell("`expert_drop` → `hf`", (DROP,), "hf"),
+    Cell("`block_drop` → `hf`", (BLOCK,), "hf"),
+    Cell("`apply_decisions` → `hf`", (DROP,), "hf"),
+    Cell("`gptq` → `gptq`", (GPTQ,), "gptq"),
+    Cell("`rtn` → `gptq`", (RTN,), "gptq"),
+    Cell("`gptq` → `hf`", (GPTQ,), "hf:dequantize=true"),
+    Cell("`expert_drop`, `gptq` → `gptq`", (DROP, GPTQ), "gptq"),
+    Cell("`block_drop`, `rtn` → `gptq`", (BLOCK, RTN), "gptq"),
+)
+
+
+def make_text(place: Path) -> Path:
+    """Write a text of the characters that the tokenizer of the tests has."""
+    draw = random.Random(0)
+    place.write_text("".join(chr(draw.randrange(33, 126)) for _ in range(8000)))
+    return place
+
+
+def try_cell(cell: Cell, source: Path, work: Path, run: Run) -> str:
+    """Export a model through a cell and verify the output.
+
+    Args:
+        cell: the cell.
+        source: a checkpoint with a tokenizer.
+        work: an empty folder.
+        run: runs a command of moe2edge and returns its exit code and output, as click's runner.
+
+    Returns:
+        "yes"; or why it is refused (exit code 6), in the words of the message.
+
+    Raises:
+        AssertionError: the export, or what verifies its output, ends otherwise.
+    """
+    text, recipe, out = make_text(work / "text.txt"), work / "recipe.yaml", work / "out"
+    recipe.write_text("passes:\n" + "".join(f"  - {line}\n" for line in cell.passes))
+    given = ["-r", recipe, "--calib", text, "--eval", text, *SIZES]
+    if "apply_decisions" in cell.title:
+        decisions = work / "decisions.json"
+        found = run("decide", source, "-r", recipe, "-o", decisions, "--calib", text, *SIZES[:4])
+        assert found.exit_code in (0, 6), found.output
+        if found.exit_code == 6:
+            return read_refusal(found.output)
+        recipe.write_text(f"passes:\n  - apply_decisions: {{file: {decisions}}}\n")
+        given = ["-r", recipe, "--eval", text, *SIZES[4:]]
+    found = run("export", source, "-t", cell.target, "-o", out, *given)
+    assert found.exit_code in (0, 6), found.output
+    if found.exit_code == 6:
+        return read_refusal(found.output)
+    found = run("verify", out)
+    assert found.exit_code == 0, found.output
+    return "yes"
+
+
+def read_refusal(output: str) -> str:
+    """Return the message of the line that refuses."""
+    (message,) = re.findall(r"^error: (.*)$", output, re.MULTILINE)[-1:]
+    return str(message)
+
+
+def render_table(results: dict[str, dict[str, str]]) -> str:
+    """Render the table of the page of families; refusals become notes below it."""
+    notes: dict[str, int] = {}
+    lines = [
+        "| family | " + " | ".join(cell.title for cell in CELLS) + " |",
+        "|---|" + ":-:|" * len(CELLS),
+    ]
+    for family, cells in sorted(results.items()):
+        marks = []
+        for cell in CELLS:
+            found = cells[cell.title].replace(family, "FAMILY")
+            number = notes.setdefault(found, len(notes) + 1) if found != "yes" else 0
+            marks.append(f"[{number}]" if number else "✓")
+        lines.append(f"| `{family}` | " + " | ".join(marks) + " |")
+    said = [f"[{number}] {message}" for message, number in notes.items()]
+    return "\n".join([*lines, *(["", *said] if said else [])])
