@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
@@ -76,7 +77,7 @@ class BlockDrop(DropAlike):
             order = [run for run in order if cosine[_list_origins(run)] >= self.threshold]
             if not order:
                 return self.none_reaches(model, max(cosine[_list_origins(run)] for run in runs))
-        dropped = order[: 1 if self.consecutive else int(self.limit)]
+        dropped, spared = self._take(model, order)
         dropped.sort(key=lambda run: run[0].index)
         indices = {block.index for run in dropped for block in run}
         return Outcome(
@@ -86,7 +87,39 @@ class BlockDrop(DropAlike):
                 for run in dropped
                 for block in run
             ),
+            notes=tuple(
+                f"block {n} stays: it is the last with attention, and transformers' caches need one"
+                for n in spared
+            ),
         )
+
+    def _take(
+        self, model: Model, order: Sequence[tuple[Block, ...]]
+    ) -> tuple[list[tuple[Block, ...]], list[int]]:
+        """Take the first runs, but leave a block with attention; return origins spared for that.
+
+        Raises:
+            InputError: the runs that may go are too few.
+        """
+        attending = set(_list_attending(model))
+        wanted = 1 if self.consecutive else int(self.limit)
+        taken: list[tuple[Block, ...]] = []
+        spared: list[int] = []
+        for run in order:
+            if len(taken) == wanted:
+                break
+            left = attending - {block.index for block in run}
+            if attending and not left:
+                spared += [block.origin for block in run if block.index in attending]
+            else:
+                taken.append(run)
+                attending = left
+        if len(taken) < wanted and self.threshold is None:
+            raise InputError(
+                f"block_drop: only {len(taken)} of {wanted} can go, as the last block with "
+                "attention has to stay; drop fewer"
+            )
+        return taken, sorted(set(spared))
 
     def _list_runs(self, model: Model) -> list[tuple[Block, ...]]:
         """List what may be dropped: runs of one block, or of up to the limit if consecutive.
@@ -101,6 +134,15 @@ class BlockDrop(DropAlike):
             for length in range(shortest, longest + 1)
             for at in range(count - length + 1)
         ]
+
+
+def _list_attending(model: Model) -> list[int]:
+    """List the blocks with attention over tokens, where a model mixes it with other kinds."""
+    if not model.family.generic:
+        return []
+    types = getattr(model.architecture.config, "layer_types", None) or ()
+    kinds = {kind for kind in types if kind.endswith("attention")} - {"linear_attention"}
+    return [block.index for block in model.blocks if types and types[block.origin] in kinds]
 
 
 def _list_origins(run: tuple[Block, ...]) -> tuple[int, ...]:

@@ -12,9 +12,12 @@ from torch import Tensor
 
 from every_family import GENERIC, TABLED, make_folder
 from moe2edge.calibration import walk
-from moe2edge.errors import Unsupported
+from moe2edge.calibration.observation import Facts
+from moe2edge.calibration.similarity import BlockSimilarity
+from moe2edge.errors import InputError, Unsupported
 from moe2edge.model.family import REFUSED, find_family
 from moe2edge.model.model import Model
+from moe2edge.passes.block_drop import BlockDrop
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.targets.hf import Hf
 
@@ -103,3 +106,19 @@ def test_the_page_of_families_lists_them() -> None:
     assert re.findall(r"`(\w+)`", listed) == list(GENERIC)
     refused = page.partition("## Refused by name")[2]
     assert set(re.findall(r"`(\w+)`", refused)) == set(REFUSED)
+
+
+def test_the_last_block_with_attention_is_never_dropped(tmp_path: Path) -> None:
+    """Transformers keeps its cache in such blocks: without one it cannot go on with a text."""
+    make_folder(tmp_path / "source", "nemotron_h")
+    model = open_checkpoint(tmp_path / "source").model
+    step = BlockDrop(drop=1)
+    (kind,) = step.observers()
+    cosines: dict[tuple[int, ...], float] = {(0,): 0.1, (1,): 0.5, (2,): 0.9, (3,): 0.2}
+    found = step.apply(model, Facts({kind: BlockSimilarity(cosines)}))
+    assert [block.origin for block in found.model.blocks] == [0, 2, 3]
+    assert found.notes == (
+        "block 2 stays: it is the last with attention, and transformers' caches need one",
+    )
+    with pytest.raises(InputError, match="only 3 of 4 can go"):
+        BlockDrop(drop=4).apply(model, Facts({kind: BlockSimilarity(cosines)}))

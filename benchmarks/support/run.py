@@ -2,8 +2,8 @@
 
     python -m benchmarks.support.run [--only FAMILY ...]
 
-Tiny random models (`tests/every_family.py`) go through the command line: exported, reopened in their
-runtime, and verified. Results are written to `results.json`, and into the page of families.
+Tiny random models (`tests/every_family.py`) go through the command line: exported, reopened in
+their runtime, verified. Results are written to `results.json`, and into the page of families.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ BEGIN, END = "<!-- support -->", "<!-- end of support -->"
 def main() -> None:
     """Run all cells that are asked for."""
     sys.path.insert(0, str(ROOT / "tests"))
-    from every_family import GENERIC, TABLED, make_folder
-    from helpers import run
     from transformers.utils import logging
 
     from benchmarks.support.cells import CELLS, render_table, try_cell
+    from every_family import GENERIC, TABLED, make_folder
+    from helpers import run
     from moe2edge.testing import make_tokenizer
 
     logging.set_verbosity_error()
