@@ -42,7 +42,7 @@ MIXED = ["linear_attention", "full_attention"] * 2
 OWN: dict[str, dict[str, Any]] = {
     "axk1": LATENT,
     "axk2": LATENT | {"n_group": None, "topk_group": None},
-    "bailing_hybrid": {},
+    "bailing_hybrid": {"layer_group_size": 2},
     "deepseek_v2": LATENT | {"topk_method": "group_limited_greedy"},
     "deepseek_v3": LATENT,
     "deepseek_v32": LATENT,

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from every_family import GENERIC, TABLED, make_folder
@@ -122,3 +123,28 @@ def test_the_last_block_with_attention_is_never_dropped(tmp_path: Path) -> None:
     )
     with pytest.raises(InputError, match="only 3 of 4 can go"):
         BlockDrop(drop=4).apply(model, Facts({kind: BlockSimilarity(cosines)}))
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss", "jamba"])
+def test_tensors_are_those_that_transformers_has_for_the_config(
+    family: str, tmp_path: Path
+) -> None:
+    """A missing, a spare and a differently shaped tensor is named, whichever it is."""
+    make_folder(tmp_path, family)
+    place = tmp_path / "model.safetensors"
+    tensors = load_file(place)
+
+    def refuse(changed: dict[str, Tensor], message: str) -> None:
+        save_file(changed, place, metadata={"format": "pt"})
+        with pytest.raises(InputError, match=message):
+            _ = open_checkpoint(tmp_path).model
+
+    for name in sorted(tensors)[::11]:
+        others = {key: tensor for key, tensor in tensors.items() if key != name}
+        refuse(others, f"has no tensor {re.escape(name)}")
+        wider = torch.zeros([size + 1 for size in tensors[name].shape])
+        refuse(others | {name: wider}, rf"{re.escape(name)} has shape .*, but config.json asks")
+    first = next(name for name in sorted(tensors) if re.search(r"layers\.3\..*experts", name))
+    refuse({key: t for key, t in tensors.items() if key != first}, f"no tensor {re.escape(first)}")
+    for spare in ("odd.weight", "model.layers.0.mlp.odd.weight", "lm_head.bias"):
+        refuse(tensors | {spare: torch.zeros(3)}, f"does not know, such as {re.escape(spare)}")

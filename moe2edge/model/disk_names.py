@@ -132,7 +132,8 @@ class DiskNames:
             check_steps(matrix, form)
             name = form.names[1 if part.startswith("up") and len(form.names) > 1 else 0][0]
             name = name if form is stored else self._place(name, layer, anatomy)
-            return replace_number(name, 0, n, last=True)
+            # The first that there is; a folder may lack that of expert 0.
+            return replace_number(name, None, n, last=True)
         end = f"{part.removesuffix('_bias')}_proj.{'bias' if bias else 'weight'}"
         return f"{self._find_place(layer, anatomy)}.{anatomy.experts}.{n}.{end}"
 
@@ -204,13 +205,13 @@ def get_plain_name(name: str) -> str:
     return name
 
 
-def replace_number(name: str, old: int, new: int, *, last: bool = False) -> str:
-    """Replace a number between points, the first or the last that is ``old``.
+def replace_number(name: str, old: int | None, new: int, *, last: bool = False) -> str:
+    """Replace a number between points, the first or the last that is ``old``; None: any.
 
     >>> replace_number("model.layers.0.mlp.experts.0.up_proj.weight", 0, 7, last=True)
     'model.layers.0.mlp.experts.7.up_proj.weight'
     """
-    places = [found for found in NUMBER.finditer(name) if int(found.group()) == old]
+    places = [found for found in NUMBER.finditer(name) if old in (None, int(found.group()))]
     if not places:
         raise ValueError(f"{name} has no number {old}")
     found = places[-1 if last else 0]
