@@ -6,10 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from moe2edge.calibration import walk
+from moe2edge.model.model import Model
 from moe2edge.model.transformers_config import find_class
 
 EXPERTS, CHOSEN = 8, 2
+KEPT = (0, 1, 3, 4, 6, 7)  # of eight, the same number of each half
+IDS = torch.randint(1, 96, (2, 24), generator=torch.Generator().manual_seed(5))
 # Settings by the names that families give them; each config takes those that its class has.
 COMMON: dict[str, Any] = {
     "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4,
@@ -115,4 +120,25 @@ def make_folder(folder: Path, family: str, **changes: Any) -> Any:
     """Write a tiny model as transformers does, and return it."""
     model = make_model(family, **changes)
     model.save_pretrained(folder)
+    return model
+
+
+def walk_over(model: Model) -> Tensor:
+    """Logits of a walk."""
+    hidden = walk.embed(model, IDS)
+    for block in model.blocks:
+        hidden = walk.BlockRunner(model, block).run(hidden)
+    return torch.stack(list(walk.compute_logits(model, hidden)))
+
+
+@torch.no_grad()
+def run_stock(model: Any) -> Tensor:
+    """Logits of transformers' model."""
+    logits: Tensor = model(IDS, use_cache=False).logits
+    return logits
+
+
+def keep_six(model: Model) -> Model:
+    for block, _ in model.moe_blocks:
+        model = model.replace_block(block.keep_experts(KEPT))
     return model

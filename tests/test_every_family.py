@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from every_family import GENERIC, TABLED, make_folder
-from moe2edge.calibration import walk
+from every_family import GENERIC, TABLED, keep_six, make_folder, run_stock, walk_over
 from moe2edge.calibration.observation import Facts
 from moe2edge.calibration.similarity import BlockSimilarity
 from moe2edge.errors import InputError, Unsupported
 from moe2edge.model.family import REFUSED, find_family
-from moe2edge.model.model import Model
 from moe2edge.passes.block_drop import BlockDrop
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.targets.hf import Hf
-
-IDS = torch.randint(1, 96, (2, 24), generator=torch.Generator().manual_seed(5))
-KEPT = (0, 1, 3, 4, 6, 7)  # of eight, the same number of each half
-
 
 # Models with such experts of which transformers has no causal language model.
 WITHOUT_CLASS = {
@@ -32,27 +26,6 @@ WITHOUT_CLASS = {
     "mistral_large4", "muse_spark", "openai_privacy_filter", "qwen3_omni_moe", "qwen3_vl_moe",
     "unlimited_ocr",
 }  # fmt: skip
-
-
-def walk_over(model: Model) -> Tensor:
-    """Logits of a walk."""
-    hidden = walk.embed(model, IDS)
-    for block in model.blocks:
-        hidden = walk.BlockRunner(model, block).run(hidden)
-    return torch.stack(list(walk.compute_logits(model, hidden)))
-
-
-@torch.no_grad()
-def run_stock(model: Any) -> Tensor:
-    """Logits of transformers' model."""
-    logits: Tensor = model(IDS, use_cache=False).logits
-    return logits
-
-
-def keep_six(model: Model) -> Model:
-    for block, _ in model.moe_blocks:
-        model = model.replace_block(block.keep_experts(KEPT))
-    return model
 
 
 @pytest.mark.parametrize("family", [*TABLED, *GENERIC])

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import moe2edge
-from every_family import GENERIC, make_folder, make_model
+from every_family import GENERIC, KEPT, keep_six, make_folder, make_model, run_stock, walk_over
 from helpers import run
 from moe2edge.errors import Unsupported
 from moe2edge.evaluation import verify
@@ -29,7 +29,6 @@ from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.targets.gptq import Gptq, build_quantization_config
 from moe2edge.targets.hf import Hf
 from moe2edge.testing import InMemory, make_tokenizer
-from test_every_family import KEPT, keep_six, run_stock, walk_over
 from test_real_layouts import make_kimi, make_wrapped
 
 # Each form once: fused, transposed, interleaved with biases, without gates, latent attention,

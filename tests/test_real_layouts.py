@@ -11,34 +11,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from every_family import make_model
+from every_family import make_model, run_stock, walk_over
 from helpers import run
-from moe2edge.calibration import walk
-from moe2edge.model.model import Model
 from moe2edge.runtime.torch_runtime import TorchRuntime
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.testing import make_tokenizer
 
-IDS = torch.randint(1, 96, (2, 24), generator=torch.Generator().manual_seed(5))
 SMALL = (
     "--set", "calibration.samples=4", "--set", "calibration.length=32",
     "--set", "evaluation.samples=2", "--set", "evaluation.length=32",
 )  # fmt: skip
-
-
-def walk_over(model: Model) -> Tensor:
-    """Logits of a walk."""
-    hidden = walk.embed(model, IDS)
-    for block in model.blocks:
-        hidden = walk.BlockRunner(model, block).run(hidden)
-    return torch.stack(list(walk.compute_logits(model, hidden)))
-
-
-@torch.no_grad()
-def run_stock(model: Any) -> Tensor:
-    """Logits of transformers' model."""
-    logits: Tensor = model(IDS, use_cache=False).logits
-    return logits
 
 
 def write_folder(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
