@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -121,3 +122,25 @@ def test_tensors_are_those_that_transformers_has_for_the_config(
     refuse({key: t for key, t in tensors.items() if key != first}, f"no tensor {re.escape(first)}")
     for spare in ("odd.weight", "model.layers.0.mlp.odd.weight", "lm_head.bias"):
         refuse(tensors | {spare: torch.zeros(3)}, f"does not know, such as {re.escape(spare)}")
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("deepseek_v3", {"initializer_range": "x"}, "initializer_range"),
+        ("nemotron_h", {"layers_block_type": []}, "no list of decoder layers"),
+        ("nemotron_h", {"model_type": ["nemotron_h"]}, "has no model_type"),
+        ("gpt_oss", {"use_cache": "x"}, "use_cache is 'x', expected: true or false"),
+        ("gpt_oss", {"num_local_experts": -3}, "."),
+        ("qwen3_next", {"hidden_size": None}, "."),
+    ],
+)
+def test_values_that_no_model_can_have_are_faults_of_the_config(
+    family: str, changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    make_folder(tmp_path, family)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises((InputError, Unsupported), match=message) as caught:
+        _ = open_checkpoint(tmp_path).model
+    assert "\n" not in str(caught.value)

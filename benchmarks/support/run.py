@@ -1,6 +1,6 @@
 """Export every family through every cell, and write what works.
 
-    python -m benchmarks.support.run [--only FAMILY ...]
+    python -m benchmarks.support.run [--only FAMILY ...] [--passes PASS] [--without PASS]
 
 Tiny random models (`tests/every_family.py`) go through the command line: exported, reopened in
 their runtime, verified. Results are written to `results.json`, and into the page of families.
@@ -34,7 +34,9 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--only", nargs="*")
+    parser.add_argument("--only", nargs="*", help="families")
+    parser.add_argument("--passes", help="only cells whose title has this")
+    parser.add_argument("--without", help="no cells whose title has this")
     given = parser.parse_args()
     place = HERE / "results.json"
     results = json.loads(place.read_text()) if place.exists() else {}
@@ -44,8 +46,10 @@ def main() -> None:
             source = Path(folder, "source")
             make_folder(source, family)
             make_tokenizer(source)
-            found = {}
+            found = results.setdefault(family, {})
             for n, cell in enumerate(CELLS):
+                if (given.passes or "") not in cell.title or (given.without or "-") in cell.title:
+                    continue
                 work = Path(folder, str(n))
                 work.mkdir()
                 try:
@@ -53,7 +57,6 @@ def main() -> None:
                 except AssertionError as error:
                     found[cell.title] = "wrong: " + str(error).strip().splitlines()[-1]
                 print(f"{family}: {cell.title}: {found[cell.title]}", flush=True)
-        results[family] = found
         place.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
     page = PAGE.read_text()
     head, _, rest = page.partition(BEGIN)

@@ -55,6 +55,7 @@ def parse_config(family: Family, given: Config) -> dict[str, Any]:
         InputError: transformers refuses the config, or a value is none that a model can have.
         Unsupported: a value changes what the model computes in a way that is not supported.
     """
+    _check_switches(given)
     if family.generic:
         return _read_generic(given)
     _check_numbers(given)
@@ -117,8 +118,9 @@ def _build_transformers_config(family: Family, given: Config) -> Any:
 
     kind = CONFIG_MAPPING[family.model_type]
     given = dict(given)
-    if given.get("torch_dtype") is None:  # unlike other aliases, null is none
-        given.pop("torch_dtype", None)
+    for key in ("dtype", "torch_dtype"):  # unlike other aliases, null is none
+        if given.get(key, "") is None:
+            given.pop(key)
     for alias, name in (kind.attribute_map | {"torch_dtype": "dtype"}).items():
         if alias in given and name in given and given[alias] != given[name]:
             raise InputError(
@@ -176,8 +178,19 @@ def refuse(key: str, value: Any, expected: str) -> InputError:
     return InputError(f"config.json: {key} is {value!r:.100}, expected: {expected}")
 
 
+def _check_switches(given: Config) -> None:
+    """Refuse values of switches with which the output could not be run.
+
+    Raises:
+        InputError: names the key.
+    """
+    for key in sorted(RUN_KEPT & set(given)):
+        if isinstance(given[key], str | Mapping | float):
+            raise refuse(key, given[key], "true or false")
+
+
 def _check_numbers(given: Config) -> None:
-    """Refuse numbers that are not finite or too large, and switches that are none.
+    """Refuse numbers that are not finite or need more than 64 bits, wherever they are.
 
     Raises:
         InputError: names the key.
@@ -195,9 +208,6 @@ def _check_numbers(given: Config) -> None:
             raise refuse(key, value, "a finite number")
         if isinstance(value, int) and abs(value) >= LARGEST:
             raise refuse(key, value, "a number of at most 64 bits")
-    for key in sorted(RUN_KEPT & set(given)):
-        if isinstance(given[key], str | Mapping | float):  # the output could not be run with it
-            raise refuse(key, given[key], "true or false")
     for key, limit in LENGTHS.items():
         if isinstance(given.get(key), int) and given[key] > limit:
             raise refuse(key, given[key], f"at most {limit}")

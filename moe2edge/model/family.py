@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from moe2edge.errors import InputError, Unsupported
+from moe2edge.errors import InputError, Unsupported, join_lines
 from moe2edge.model.config_keys import INERT, RUN_KEPT
 from moe2edge.model.transformers_config import find_class, read_text_config
 
@@ -159,7 +159,7 @@ class Family:
     def count_groups(self, config: Config) -> int:
         """Read the number of groups of experts of which routers choose some first; 1: none."""
         found = (config.get(key) for key in GROUP_KEYS) if self.generic else ()
-        return next((int(number) for number in found if number), 1)
+        return next((number for number in found if type(number) is int and number), 1)
 
     def is_moe(self, config: Config, index: int) -> bool:
         """Test if block ``index`` has an MoE layer."""
@@ -267,6 +267,7 @@ def make_generic_family(config: Any) -> Family:
     """Make a row for transformers' config of a text model.
 
     Raises:
+        InputError: a value is none that the family can have.
         Unsupported: its experts are not of the interface that transformers' families share, or it
             has none.
     """
@@ -275,9 +276,14 @@ def make_generic_family(config: Any) -> Family:
         return FAMILIES[kind]
     if kind in REFUSED:
         raise Unsupported(f"{kind} is not supported: {REFUSED[kind]}")
-    names = config.to_dict()
-    counts = [key for key in COUNT_KEYS if key in names and getattr(config, key)]
-    choices = [key for key in TOP_K_KEYS if key in names and getattr(config, key)]
+    try:
+        names = config.to_dict()
+        counts = [key for key in COUNT_KEYS if key in names and getattr(config, key)]
+        choices = [key for key in TOP_K_KEYS if key in names and getattr(config, key)]
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise InputError(
+            f"config.json: transformers cannot read it as {kind} ({join_lines(error)})"
+        ) from error
     if not counts or not choices:
         raise Unsupported(
             f"{kind!r} is a dense model (its config names no experts); moe2edge works on "

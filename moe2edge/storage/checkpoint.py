@@ -252,7 +252,7 @@ class Checkpoint:
 def has_own_layers(config: Mapping[str, Any]) -> bool:
     """Return whether layers have settings that moe2edge wrote; transformers has such of its own."""
     layers = find_text_part(dict(config)).get("per_layer_config")
-    if config.get("model_type") in FAMILIES or not isinstance(layers, Mapping):
+    if str(config.get("model_type")) in FAMILIES or not isinstance(layers, Mapping):
         return bool(layers)
     return any(OWN in own for own in layers.values())
 
