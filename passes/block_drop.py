@@ -10,6 +10,7 @@ from pydantic import Field
 from moe2edge.calibration.observation import Facts, ObserverFactory
 from moe2edge.errors import InputError
 from moe2edge.model.block import Block
+from moe2edge.model.hf_config import find_changed_layer
 from moe2edge.model.model import Model
 from moe2edge.passes._drop_alike import DropAlike
 from moe2edge.pipeline.contract import Outcome
@@ -46,6 +47,23 @@ class BlockDrop(DropAlike):
         """Return how many may be dropped: one with an MoE layer stays, whichever go."""
         return len(model.moe_blocks) - 1
 
+    def check(self, model: Model) -> None:
+        """Refuse, besides what `DropAlike` does, more blocks than a config can be without.
+
+        Raises:
+            InputError: names them.
+        """
+        super().check(model)
+        fixed = _list_fixed(model)
+        most = len(model.blocks) - len(fixed)
+        if self.limit > most:
+            raise InputError(
+                f"block_drop: {self.option} is {self.limit} of {len(model.blocks)} blocks, but "
+                f"{model.family.model_type} places kinds of layers by their number: without one "
+                f"of blocks {sorted(fixed)} others would change their kind; choose at most {most}, "
+                "or another pass"
+            )
+
     def plan(self, model: Model) -> Model:
         """Return the model without its last blocks."""
         return model.keep_blocks(range(len(model.blocks) - self.planned))
@@ -80,8 +98,14 @@ class BlockDrop(DropAlike):
         dropped, spared = self._take(model, order)
         dropped.sort(key=lambda run: run[0].index)
         indices = {block.index for run in dropped for block in run}
+        left = model.keep_blocks([b.index for b in model.blocks if b.index not in indices])
+        if model.family.generic and (other := find_changed_layer(left)) is not None:
+            raise InputError(
+                f"block_drop: without blocks {sorted(indices)} transformers would build another "
+                f"layer for block {other}; drop one at a time, or choose another pass"
+            )
         return Outcome(
-            model.keep_blocks([b.index for b in model.blocks if b.index not in indices]),
+            left,
             changed=tuple(
                 f"block {block.origin} (cosine {cosine[_list_origins(run)]:.4f})"
                 for run in dropped
@@ -98,10 +122,13 @@ class BlockDrop(DropAlike):
     ) -> tuple[list[tuple[Block, ...]], list[int]]:
         """Take the first runs, but leave a block with attention; return origins spared for that.
 
+        Blocks without which others would change their kind are not taken either.
+
         Raises:
             InputError: the runs that may go are too few.
         """
-        attending = set(_list_attending(model))
+        attending, fixed = set(_list_attending(model)), _list_fixed(model)
+        order = [run for run in order if not fixed & {block.index for block in run}]
         wanted = 1 if self.consecutive else int(self.limit)
         taken: list[tuple[Block, ...]] = []
         spared: list[int] = []
@@ -116,8 +143,8 @@ class BlockDrop(DropAlike):
                 attending = left
         if len(taken) < wanted and self.threshold is None:
             raise InputError(
-                f"block_drop: only {len(taken)} of {wanted} can go, as the last block with "
-                "attention has to stay; drop fewer"
+                f"block_drop: only {len(taken)} of {wanted} can go: the last block with attention "
+                "has to stay, and blocks without which others would change their kind; drop fewer"
             )
         return taken, sorted(set(spared))
 
@@ -143,6 +170,18 @@ def _list_attending(model: Model) -> list[int]:
     types = getattr(model.architecture.config, "layer_types", None) or ()
     kinds = {kind for kind in types if kind.endswith("attention")} - {"linear_attention"}
     return [block.index for block in model.blocks if types and types[block.origin] in kinds]
+
+
+def _list_fixed(model: Model) -> set[int]:
+    """List the blocks without any of which transformers would build other layers for the rest."""
+    if not model.family.generic:
+        return set()
+    every = range(len(model.blocks))
+    return {
+        n
+        for n in every
+        if find_changed_layer(model.keep_blocks([m for m in every if m != n])) is not None
+    }
 
 
 def _list_origins(run: tuple[Block, ...]) -> tuple[int, ...]:

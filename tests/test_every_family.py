@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,11 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from every_family import GENERIC, TABLED, keep_six, make_folder, run_stock, walk_over
+from every_family import GENERIC, IDS, TABLED, keep_six, make_folder, run_stock, walk_over
 from moe2edge.calibration.observation import Facts
 from moe2edge.calibration.similarity import BlockSimilarity
 from moe2edge.errors import InputError, Unsupported
 from moe2edge.model.family import REFUSED, find_family
+from moe2edge.model.hf_config import build_transformers_dict
 from moe2edge.passes.block_drop import BlockDrop
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.targets.hf import Hf
@@ -48,6 +50,8 @@ def test_a_family_is_walked_trimmed_and_read_back(family: str, tmp_path: Path) -
     expected = walk_over(trimmed)
     assert torch.equal(run_stock(again.eval()), expected)
     assert torch.equal(walk_over(target.streamed(out)), expected)
+    reopened = target.reopen(out, exact=True).logits(IDS)
+    assert (reopened - expected).abs().max() <= 1e-5
     written = dict(target.tensors(out))
     tensors = {name: weight for name, _, weight in trimmed.tensors()}
     assert written.keys() == tensors.keys()
@@ -95,7 +99,7 @@ def test_the_last_block_with_attention_is_never_dropped(tmp_path: Path) -> None:
     assert found.notes == (
         "block 2 stays: it is the last with attention, and transformers' caches need one",
     )
-    with pytest.raises(InputError, match="only 3 of 4 can go"):
+    with pytest.raises(InputError, match="only 3 of 4 can go: the last block with attention"):
         BlockDrop(drop=4).apply(model, Facts({kind: BlockSimilarity(cosines)}))
 
 
@@ -130,6 +134,12 @@ def test_tensors_are_those_that_transformers_has_for_the_config(
         ("deepseek_v3", {"initializer_range": "x"}, "initializer_range"),
         ("nemotron_h", {"layers_block_type": []}, "no list of decoder layers"),
         ("nemotron_h", {"model_type": ["nemotron_h"]}, "has no model_type"),
+        ("deepseek_v3", {"n_group": 3}, "n_group is 3, expected: a divisor of the 8 experts"),
+        ("deepseek_v3", {"n_group": 0}, "n_group is 0, expected: a divisor"),
+        ("deepseek_v3", {"topk_group": 9}, "topk_group is 9, expected: 1 to 2"),
+        ("jamba", {"attn_layer_period": 0}, "transformers refuses it"),
+        ("granitemoehybrid", {"mamba_n_heads": 0}, "transformers refuses it"),
+        ("deepseek_v3", {"dtype": []}, "transformers cannot read it as deepseek_v3"),
         ("gpt_oss", {"use_cache": "x"}, "use_cache is 'x', expected: true or false"),
         ("gpt_oss", {"num_local_experts": -3}, "."),
         ("qwen3_next", {"hidden_size": None}, "."),
@@ -144,3 +154,37 @@ def test_values_that_no_model_can_have_are_faults_of_the_config(
     with pytest.raises((InputError, Unsupported), match=message) as caught:
         _ = open_checkpoint(tmp_path).model
     assert "\n" not in str(caught.value)
+
+
+def test_blocks_are_not_dropped_where_a_config_places_layers_by_their_number(
+    tmp_path: Path,
+) -> None:
+    """Without the first block of DeepSeek the next one would be dense in transformers."""
+    make_folder(tmp_path, "deepseek_v3")
+    model = open_checkpoint(tmp_path).model
+    step = BlockDrop(drop=1)
+    (kind,) = step.observers()
+    cosines: dict[tuple[int, ...], float] = {(0,): 0.9, (1,): 0.5, (2,): 0.8, (3,): 0.2}
+    found = step.apply(model, Facts({kind: BlockSimilarity(cosines)}))
+    assert [block.origin for block in found.model.blocks] == [0, 1, 3]
+    make_folder(tmp_path, "jamba", num_hidden_layers=6)  # each second block has attention, experts
+    model = open_checkpoint(tmp_path).model
+    with pytest.raises(InputError, match=r"one of blocks \[0, 1, 2, 3, 4\] others would change"):
+        BlockDrop(drop=2).check(model)
+
+
+@pytest.mark.parametrize("family", ["ernie4_5_moe", "hunyuan_v1_moe"])
+def test_a_changed_top_k_replaces_each_name_that_the_source_gives_it(
+    family: str, tmp_path: Path
+) -> None:
+    stock = make_folder(tmp_path, family)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (name,) = [key for key in ("moe_k", "moe_topk") if key in config]
+    config["num_experts_per_tok"] = config.pop(name)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = open_checkpoint(tmp_path).model
+    for block, layer in model.moe_blocks:
+        router = replace(layer.router, top_k=1)
+        model = model.replace_block(replace(block, mlp=replace(layer, router=router)))
+    written = build_transformers_dict(model)
+    assert getattr(type(stock.config)(**written), name) == 1

@@ -48,6 +48,8 @@ EXACT_TOLERANCE = 1e-4
 # for a step than for a text. In transformers' nemotron_h and qwen3_next that makes 4e-4, and more
 # where a router comes to a near tie.
 STEPS_TOLERANCE = 1e-3
+# This share of the steps may be no further apart than ten times that.
+STEPS_WITHOUT_TIES = 0.8
 # Median relative error with the activations as shipped (int8 or bfloat16). Rounding changes the
 # choices of routers at near ties, so a correct model may come close to the first; a wrong kernel
 # or layout is beyond the second.
@@ -166,8 +168,11 @@ def measure_exact(
         logits = run_recorded_tokens(reference, runtime)
         if model is not None and model.family.generic:
             steps, logits = logits, runtime.logits(reference.ids)[:, reference.prefill - 1 :]
-            apart = float((steps - logits).abs().amax(-1).median())
-            _check_difference(apart, logits, " when it runs token by token", STEPS_TOLERANCE)
+            apart = (steps - logits).abs().amax(-1).flatten()
+            usual, most = apart.median(), apart.quantile(STEPS_WITHOUT_TIES)
+            for found, tolerance in ((usual, 1), (most, 10)):
+                place = " when it runs token by token"
+                _check_difference(float(found), logits, place, tolerance * STEPS_TOLERANCE)
         if far is not None and isinstance(runtime, PlacedRuntime):
             there = runtime.logits_at(far.ids, far.positions)
     else:

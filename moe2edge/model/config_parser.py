@@ -25,7 +25,7 @@ from moe2edge.model.config_keys import (
     Fixed,
 )
 from moe2edge.model.config_rope import check_given_rope, check_rope_table, check_same_rope
-from moe2edge.model.family import Config, Family
+from moe2edge.model.family import CHOSEN_GROUPS, GROUP_KEYS, Config, Family
 from moe2edge.model.transformers_config import read_text_config
 
 # The values of `hidden_act` that are the one function that the rows know.
@@ -57,7 +57,7 @@ def parse_config(family: Family, given: Config) -> dict[str, Any]:
     """
     _check_switches(given)
     if family.generic:
-        return _read_generic(given)
+        return _read_generic(family, given)
     _check_numbers(given)
     check_given_rope(given)
     given = {key: value for key, value in given.items() if key not in RUN_DROPPED} | {
@@ -79,13 +79,36 @@ def parse_config(family: Family, given: Config) -> dict[str, Any]:
     return _fill(family, config, given)
 
 
-def _read_generic(given: Config) -> dict[str, Any]:
+def _read_generic(family: Family, given: Config) -> dict[str, Any]:
     """Return all settings of the text model, as transformers reads them.
 
     What each of them does is left to transformers, which runs the model.
     """
-    settings: dict[str, Any] = read_text_config(given).to_dict()
+    config = read_text_config(given)
+    settings: dict[str, Any] = config.to_dict()
+    longest = "max_position_embeddings"
+    if longest in config.attribute_map:  # some call it otherwise
+        settings[longest] = getattr(config, longest)
+    _check_groups(family, settings)
     return {key: value for key, value in settings.items() if key not in RUN_DROPPED}
+
+
+def _check_groups(family: Family, settings: Config) -> None:
+    """Refuse groups of experts that do not divide them, or more chosen ones than there are.
+
+    Raises:
+        InputError: names key and value.
+    """
+    count = settings.get(family.experts_key[0])
+    chosen = settings.get(CHOSEN_GROUPS)
+    for key in GROUP_KEYS:
+        groups = settings.get(key)
+        if groups is None or not isinstance(count, int):
+            continue
+        if type(groups) is not int or groups < 1 or count % groups:
+            raise refuse(key, groups, f"a divisor of the {count} experts")
+        if chosen is not None and (type(chosen) is not int or not 1 <= chosen <= groups):
+            raise refuse(CHOSEN_GROUPS, chosen, f"1 to {groups}, the number of groups")
 
 
 def _fill(family: Family, config: Any, given: Config) -> dict[str, Any]:
@@ -118,9 +141,9 @@ def _build_transformers_config(family: Family, given: Config) -> Any:
 
     kind = CONFIG_MAPPING[family.model_type]
     given = dict(given)
-    for key in ("dtype", "torch_dtype"):  # unlike other aliases, null is none
-        if given.get(key, "") is None:
-            given.pop(key)
+    for spelling in ("dtype", "torch_dtype"):  # unlike other aliases, null is none
+        if given.get(spelling, "") is None:
+            given.pop(spelling)
     for alias, name in (kind.attribute_map | {"torch_dtype": "dtype"}).items():
         if alias in given and name in given and given[alias] != given[name]:
             raise InputError(

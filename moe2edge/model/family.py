@@ -181,6 +181,8 @@ class Family:
 
 
 GROUP_KEYS = ("n_group", "num_expert_group")
+# Key of the number of groups that are chosen first.
+CHOSEN_GROUPS = "topk_group"
 # Keys of the numbers of experts, and of chosen ones, in transformers' config classes.
 COUNT_KEYS = ("num_local_experts", "n_routed_experts", "num_experts", "moe_num_experts")
 TOP_K_KEYS = (

@@ -15,6 +15,7 @@ from typing import Any
 
 from moe2edge.errors import Unsupported
 from moe2edge.model import model as model_
+from moe2edge.model.architecture import build_meta_model, find_layers
 from moe2edge.model.block import Block, get_form
 from moe2edge.model.experts import (
     PARTS,
@@ -322,17 +323,7 @@ def _build_generic_config(model: Model) -> dict[str, Any]:
     Raises:
         Unsupported: layers have settings of their own in the source, and now differ in size.
     """
-    config = dict(model.config)
-    origins = [block.origin for block in model.blocks]
-    count = len(model.architecture.anatomy)
-    if len(origins) != count:
-        config["num_hidden_layers"] = len(origins)
-        for key, value in model.config.items():
-            if isinstance(value, list) and len(value) == count:
-                config[key] = [value[n] for n in origins]
-        if layers := config.get("per_layer_config"):
-            kept = {str(n): layers[str(o)] for n, o in enumerate(origins) if str(o) in layers}
-            config["per_layer_config"] = kept
+    config = _cut_blocks(model)
     shapes = {(m.router_rows, m.router.top_k) for _, m in model.moe_blocks}
     if shapes:
         rows, top_k = max(shapes)
@@ -349,6 +340,51 @@ def _build_generic_config(model: Model) -> dict[str, Any]:
     return config
 
 
+def _cut_blocks(model: Model) -> dict[str, Any]:
+    """Return the settings of the text model with the blocks that are left, and their lists."""
+    config = dict(model.config)
+    origins = [block.origin for block in model.blocks]
+    count = len(model.architecture.anatomy)
+    if len(origins) != count:
+        config["num_hidden_layers"] = len(origins)
+        for key, value in model.config.items():
+            if isinstance(value, list) and len(value) == count:
+                config[key] = [value[n] for n in origins]
+        if layers := config.get("per_layer_config"):
+            kept = {str(n): layers[str(o)] for n, o in enumerate(origins) if str(o) in layers}
+            config["per_layer_config"] = kept
+    return config
+
+
+def find_changed_layer(model: Model) -> int | None:
+    """Find a block for which transformers would build another layer, now that others are gone.
+
+    Configs of some families place kinds of layers by their number: the first ones are dense, or
+    each fourth one has attention. Returns its origin; None: all are as in the source.
+    """
+    parsed = make_transformers_config(model.family.model_type, _cut_blocks(model))
+    layers = find_layers(build_meta_model(parsed))[1]
+    source = find_layers(model.architecture.model)[1]
+    for block, layer in zip(model.blocks, layers, strict=True):
+        if _describe_layer(layer) != _describe_layer(source[block.origin]):
+            return block.origin
+    return None
+
+
+def _describe_layer(layer: Any) -> dict[tuple[str, str], Any]:
+    """Return shapes of tensors and numbers of modules, all that a layer is but its place."""
+    found: dict[tuple[str, str], Any] = {
+        (path, ""): tuple(tensor.shape) for path, tensor in layer.state_dict().items()
+    }
+    for path, module in layer.named_modules():
+        found |= {
+            (path, name): value
+            for name, value in vars(module).items()
+            if isinstance(value, int | float | str) and name != "layer_idx"
+        }
+    return found
+
+
 def _change_given_config(model: Model) -> dict[str, Any]:
     """Return ``config.json`` of the source, with what passes changed at its place."""
     new = _build_generic_config(model)
@@ -363,6 +399,9 @@ def _change_given_config(model: Model) -> dict[str, Any]:
     names = {name: name for name in new} | {
         alias: model.family.experts_key[0] for alias in model.family.experts_key
     }
+    # Where a key has two names, transformers reads the one that the source has.
+    aliases = model.architecture.config.attribute_map
+    names |= {alias: name for alias, name in aliases.items() if name in new}
     for key, name in names.items():
         if new[name] != model.config.get(name) and (key == name or key in part):
             part[key] = new[name]

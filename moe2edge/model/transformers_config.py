@@ -74,7 +74,9 @@ def make_transformers_config(kind: str, settings: Mapping[str, Any]) -> Any:
     kept = {key: _decode(copy.deepcopy(v)) for key, v in settings.items() if key not in left_out}
     try:
         return AutoConfig.for_model(kind, **kept)
-    except (StrictDataclassError, AttributeError, KeyError, TypeError, ValueError) as error:
+    except (
+        StrictDataclassError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError,
+    ) as error:  # fmt: skip
         raise InputError(f"config.json: transformers refuses it: {join_lines(error)}") from error
 
 

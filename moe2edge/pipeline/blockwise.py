@@ -368,10 +368,14 @@ def estimate_largest_part(model: Model, solver: Solver | GroupSolver) -> int:
         if not isinstance(solver, GroupSolver):
             found.append(8 * sum(w.count for w in weights.values()))
             continue
-        if model.family.generic:  # whatever shares an input is solved together, but experts
+        if (
+            model.family.generic
+        ):  # what shares an input is solved together: at most all of one width
             linear = [w for role, w in weights.items() if not role.startswith("experts.")]
             loaded = 4 * sum(weight.count for weight in linear)
-            found += [solver.nbytes((weight.shape,)) + 2 * loaded for weight in linear]
+            for width in {weight.shape[1] for weight in linear}:
+                shapes = tuple(weight.shape for weight in linear if weight.shape[1] == width)
+                found.append(solver.nbytes(shapes) + loaded)
         else:
             attention = 4 * sum(weights[role].count for role in (*QKV, OUT))
             for roles in (QKV, (OUT,)):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe2edge.errors import InputError, Moe2EdgeError, VerificationFailed, join_lines
 from moe2edge.model.architecture import find_layers
-from moe2edge.model.transformers_config import is_pad_token
+from moe2edge.model.transformers_config import find_class, is_pad_token
 from moe2edge.runtime.plain_tensors import find_plain_source
 from moe2edge.runtime.protocol import check_id_range
 from moe2edge.storage.checkpoint import open_checkpoint
@@ -204,6 +204,8 @@ def open_source(folder: Path, *, dtype: str = "bfloat16", strict: bool = False) 
     try:
         if find_settings(config):
             kind, source = _prepare_dequantized(folder, getattr(torch, dtype), changes)
+        else:
+            kind = _choose_class(folder)
         model, info = kind.from_pretrained(
             **source,
             dtype=getattr(torch, dtype),
@@ -229,6 +231,16 @@ def open_source(folder: Path, *, dtype: str = "bfloat16", strict: bool = False) 
         )
     set_expert_implementation(model)
     return TorchRuntime(model)
+
+
+def _choose_class(folder: Path) -> Any:
+    """Return the class that opens a folder: that of its text model where none is for the whole."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForCausalLM
+    return find_class(config)
 
 
 def _prepare_dequantized(
