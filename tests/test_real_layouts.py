@@ -13,6 +13,8 @@ from torch import Tensor
 
 from every_family import make_model, run_stock, walk_over
 from helpers import run
+from moe2edge.errors import VerificationFailed
+from moe2edge.evaluation.verify import audit
 from moe2edge.runtime.torch_runtime import TorchRuntime
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.testing import make_tokenizer
@@ -89,10 +91,17 @@ def test_all_that_stands_beside_the_text_model_is_kept_with_the_experts(tmp_path
     make_wrapped(tmp_path / "model")
     out = tmp_path / "out"
     out.mkdir()
-    Hf().write(open_checkpoint(tmp_path / "model").model, out)
+    model = open_checkpoint(tmp_path / "model").model
+    Hf().write(model, out)
     source, written = (load_file(f / "model.safetensors") for f in (tmp_path / "model", out))
     assert written.keys() == source.keys()
     assert all(torch.equal(written[name], source[name]) for name in source)
+    assert audit(Hf(), out, model) == len(list(model.tensors())) + 3
+    tensors = load_file(out / "model.safetensors")
+    tensors["model.visual.patch_embed.proj.weight"][0, 0] += 1
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(VerificationFailed, match=r"visual\.patch_embed.* was not written as is"):
+        audit(Hf(), out, model)
 
 
 # ---- gpt-oss: MXFP4 experts ----------------------------------------------------------------------

@@ -22,6 +22,7 @@ from moe2edge.evaluation.folder_record import REFERENCE
 from moe2edge.evaluation.reference import Reference
 from moe2edge.evaluation.tensor_digests import are_equal, compute_digest, load_numbers
 from moe2edge.model.model import Model
+from moe2edge.model.stored_layout import is_carried
 from moe2edge.numerics import metrics
 from moe2edge.numerics.grid import Quantized
 from moe2edge.pipeline import registry
@@ -92,7 +93,7 @@ def audit(target: Target, folder: Path, model: Model) -> int:
 
     Raises:
         VerificationFailed: a tensor is missing, unknown, written twice, not quantized as it
-            should be, or has other numbers.
+            should be, or has other numbers, in the model or in other parts of it.
     """
     expected = {name: weight for name, _, weight in model.tensors()}
     seen: set[str] = set()
@@ -111,7 +112,24 @@ def audit(target: Target, folder: Path, model: Model) -> int:
             raise VerificationFailed(f"{name} was written with other values than the model has")
     if missing := set(expected) - seen:
         raise VerificationFailed(f"{len(missing)} tensors were not written: {min(missing)}")
-    return len(seen)
+    return len(seen) + _audit_carried(target, folder, model)
+
+
+def _audit_carried(target: Target, folder: Path, model: Model) -> int:
+    """Compare the tensors of other parts of a model that are written as they are, byte by byte."""
+    carried = {name: w for name, w in model.carried.items() if is_carried(model, name)}
+    written = target.streamed(folder) if carried else None
+    if written is None:
+        return 0
+    for name, weight in carried.items():
+        again = written.carried.get(name)
+        if again is None or not torch.equal(*(_get_bytes(w.load()) for w in (again, weight))):
+            raise VerificationFailed(f"{name}, of another part of the model, was not written as is")
+    return len(carried)
+
+
+def _get_bytes(numbers: Tensor) -> Tensor:
+    return numbers.reshape(-1).contiguous().view(torch.uint8)
 
 
 def check_tensors(reference: Reference, tensors: Iterable[tuple[str, Tensor | Quantized]]) -> int:
