@@ -48,6 +48,7 @@ OWN: dict[str, dict[str, Any]] = {
     "axk1": LATENT,
     "axk2": LATENT | {"n_group": None, "topk_group": None},
     "bailing_hybrid": {"layer_group_size": 2, "num_key_value_heads": 4},
+    "beam": {"mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]},
     "deepseek_v2": LATENT | {"topk_method": "group_limited_greedy"},
     "deepseek_v3": LATENT,
     "deepseek_v32": LATENT,

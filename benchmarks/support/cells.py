@@ -13,6 +13,8 @@ SIZES = (
     "--set", "calibration.samples=8", "--set", "calibration.length=64",
     "--set", "evaluation.samples=2", "--set", "evaluation.length=32",
 )  # fmt: skip
+# What a cell begins with that is not right.
+WRONG = "wrong"
 DROP, BLOCK = "expert_drop: {keep: 4}", "block_drop: {drop: 1}"
 GPTQ, RTN = "gptq: {bits: 4, group_size: -1}", "rtn: {bits: 4, group_size: -1}"
 
@@ -104,7 +106,7 @@ def render_table(results: dict[str, dict[str, str]]) -> str:
     for family, cells in sorted(results.items()):
         marks = []
         for cell in CELLS:
-            found = cells[cell.title].replace(family, "FAMILY")
+            found = cells[cell.title].replace(family, "FAMILY").removesuffix(".")
             number = notes.setdefault(found, len(notes) + 1) if found != "yes" else 0
             marks.append(f"[{number}]" if number else "✓")
         lines.append(f"| `{family}` | " + " | ".join(marks) + " |")

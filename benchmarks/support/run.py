@@ -26,7 +26,7 @@ def main() -> None:
     sys.path.insert(0, str(ROOT / "tests"))
     from transformers.utils import logging
 
-    from benchmarks.support.cells import CELLS, render_table, try_cell
+    from benchmarks.support.cells import CELLS, WRONG, render_table, try_cell
     from every_family import GENERIC, TABLED, make_folder
     from helpers import run
     from moe2edge.testing import make_tokenizer
@@ -55,7 +55,10 @@ def main() -> None:
                 try:
                     found[cell.title] = try_cell(cell, source, work, run)
                 except AssertionError as error:
-                    found[cell.title] = "wrong: " + str(error).strip().splitlines()[-1]
+                    last = str(error).strip().splitlines()[-1]
+                    found[cell.title] = (
+                        f"{WRONG}: {last.removeprefix('error: ').partition('; ')[0]}"
+                    )
                 print(f"{family}: {cell.title}: {found[cell.title]}", flush=True)
         place.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
     page = PAGE.read_text()
