@@ -112,7 +112,8 @@ def test_every_matrix_gets_what_the_walk_says(family: str, tmp_path: Path) -> No
     model = open_checkpoint(tmp_path / "source").model
     hidden = walk.embed(model, IDS)
     for block in model.blocks:
-        check_block(model, block, Recorder(), hidden)
+        if family in SAMPLE:
+            check_block(model, block, Recorder(), hidden)
         check_block(model, block, Recorder(Scheme(4, -1, True)), hidden)
         hidden = walk.BlockRunner(model, block).run(hidden)
 
