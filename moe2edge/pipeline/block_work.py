@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from moe2edge.model.block import Block
 from moe2edge.model.experts import Dense
+from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model
 from moe2edge.model.roles import list_quantizable
 from moe2edge.model.weights import Weight
-from moe2edge.pipeline.blockwise_report import SolverProgress
-from moe2edge.pipeline.solver import GroupSolver, MatrixGroup
+from moe2edge.pipeline.blockwise_report import SolverProgress, describe_coverage
+from moe2edge.pipeline.solver import GroupSolver, MatrixGroup, Solved
 from moe2edge.runtime.decoder_blocks import load_finite
 from moe2edge.runtime.memory import Memory
 
@@ -76,20 +77,114 @@ class BlockWork(ABC):
     def solve_without_tokens(self) -> Mapping[str, Quantized | Tensor]:
         """Solve each matrix by itself."""
         for role in self.weights:
-            self.solve(role, [self.make_group([role], lambda: iter(()), 0)])
+            self.solve_unseen(role)
         return self.numbers
+
+    def solve_unseen(self, role: str) -> None:
+        """Solve a matrix of whose inputs nothing is known."""
+        self.solve(role, [self.make_group([role], lambda: iter(()), 0)])
+
+    def solve_experts(self, layer: MoELayer, mlps: Sequence[Mlp], out: Tensor) -> None:
+        """Solve the stored experts of a layer, a few at a time, and add what they put out."""
+        counts = [len(mlp.tokens) for mlp in mlps]
+        self.tally.add(Solved({}, (describe_coverage(self.block, counts),)))
+        size = self._count_together(layer.experts[0])
+        for at in range(0, len(mlps), size):
+            self.solve_mlps(mlps[at : at + size], out)
+
+    def solve_mlps(self, mlps: Sequence[Mlp], out: Tensor) -> None:
+        """Solve MLPs of one shape, and add their outputs to ``out`` [tokens, hidden]."""
+        kinds, parts = [mlp.kind for mlp in mlps], mlps[0].parts
+        what = kinds[0] if len(kinds) == 1 else f"{kinds[0]} to {kinds[-1].rpartition('.')[2]}"
+        self.solve(
+            f"{what}: {', '.join(parts)}",
+            [
+                self.make_group(
+                    [f"{m.kind}.{part}" for part in parts],
+                    m.inputs,
+                    len(m.tokens),
+                    everyone=m.everyone,
+                )
+                for m in mlps
+            ],
+        )
+        insides = [
+            m.make_inside([self.load_matrix(f"{m.kind}.{part}", self.dtype) for part in parts])
+            for m in mlps
+        ]
+        width = self.weights[f"{kinds[0]}.up"].shape[0]
+        own = [
+            KeptBatches(inside(m.inputs, routed=True), len(m.tokens) * width * len(mlps))
+            for m, inside in zip(mlps, insides, strict=True)
+        ]
+        self.solve(
+            f"{what}: down",
+            [
+                self.make_group(
+                    (f"{m.kind}.down",),
+                    kept,
+                    len(m.tokens),
+                    everyone=None if m.everyone is None else inside(m.everyone, routed=False),
+                )
+                for m, inside, kept in zip(mlps, insides, own, strict=True)
+            ],
+        )
+        for m, kept in zip(mlps, own, strict=True):
+            compute = m.make_outputs(self.load_matrix(f"{m.kind}.down", self.dtype))
+            at = 0
+            for x, weights in kept():
+                y = compute(x, at)
+                y = y if weights is None else y.mul_(weights[:, None])
+                tokens = m.tokens[at : at + len(x)].to(out.device)
+                out.index_add_(0, tokens, y.to(out.device))
+                at += len(x)
 
     @abstractmethod
     def run(self, hidden: Tensor) -> Mapping[str, Quantized | Tensor]:
         """Solve the block for ``hidden`` [samples, length, hidden], which becomes its output."""
 
-    def count_together(self, expert: Dense) -> int:
+    def _count_together(self, expert: Dense) -> int:
         """Return the number of experts that are solved at once within the memory."""
         room = self.memory.group_bytes
         if self.device.type == "cuda":
             # On a GPU a loop over columns takes as long for one expert as for many.
             room = count_gpu_bytes(self.device) // 2
         return max(1, room // estimate_mlp_bytes(self.solver, expert))
+
+
+class Inside(Protocol):
+    """Computes what ``down`` of an MLP gets from what the MLP gets."""
+
+    def __call__(self, inputs: Batches, *, routed: bool) -> Batches:
+        """Return it for inputs in their order: those of the tokens it runs for, or of others."""
+        ...
+
+
+@dataclass(frozen=True)
+class Mlp(ABC):
+    """One MLP among those that are solved together.
+
+    Attributes:
+        kind: first part of the roles of its matrices.
+        tokens: the tokens that it runs for, int64 [n], in rising order.
+        inputs: their inputs, with the weight of its output for each.
+        everyone: inputs of all tokens, as if it ran for all; None: it does.
+        parts: its matrices before ``down``.
+    """
+
+    kind: str
+    tokens: Tensor
+    inputs: Batches
+    everyone: Batches | None
+    parts: tuple[str, ...]
+
+    @abstractmethod
+    def make_inside(self, matrices: Sequence[Tensor]) -> Inside:
+        """Return how to compute what ``down`` gets, a few tokens at a time, with ``matrices``."""
+
+    @abstractmethod
+    def make_outputs(self, down: Tensor) -> Callable[[Tensor, int], Tensor]:
+        """Return how to compute outputs, float32, from what ``down`` gets from some token on."""
 
 
 class KeptBatches:

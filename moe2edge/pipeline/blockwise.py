@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -26,13 +26,15 @@ from moe2edge.pipeline.block_work import (
     CHUNK_NUMBERS,
     Batches,
     BlockWork,
+    Inside,
     KeptBatches,
+    Mlp,
     count_gpu_bytes,
     estimate_mlp_bytes,
     make_like,
 )
-from moe2edge.pipeline.blockwise_report import SolverProgress, describe_coverage
-from moe2edge.pipeline.solver import GroupSolver, Solved, Solver
+from moe2edge.pipeline.blockwise_report import SolverProgress
+from moe2edge.pipeline.solver import GroupSolver, Solver
 from moe2edge.pipeline.staged_work import StagedWork
 from moe2edge.pipeline.work import BlockJournal
 from moe2edge.runtime.decoder_blocks import load_finite
@@ -48,6 +50,9 @@ if TYPE_CHECKING:
 
 # Copies of the hidden states that are alive at once.
 STREAMS = 4
+
+# Matrices of the MLPs here before the last.
+GATED = ("gate", "up")
 
 
 class _TabledWork(BlockWork):
@@ -120,87 +125,31 @@ class _TabledWork(BlockWork):
             return torch.sigmoid(x @ scorer.T)[:, 0]
 
         everything = torch.arange(len(flat), device=flat.device)
-        self._solve_mlps(
-            [_GatedMlp(kind, everything, weigh if scorer is not None else None)], parts, flat, out
-        )
+        weights = weigh if scorer is not None else None
+        inputs = _list_routed(parts.normalize, flat, everything, weights)
+        self.solve_mlps([_GatedMlp(kind, everything, inputs, None, GATED)], out)
 
     def _solve_experts(self, parts: BlockParts, layer: MoELayer, flat: Tensor, out: Tensor) -> None:
         """Solve the stored experts of a layer, and add the outputs of all rows to ``out``."""
         routed = [parts.route(parts.normalize(x)) for x in torch.split(flat, BATCH_TOKENS)]
         weights, ids = (torch.cat(both) for both in zip(*routed, strict=True))
         mlps = []
+
+        def everyone() -> Iterator[tuple[Tensor, None]]:
+            return ((parts.normalize(x), None) for x in torch.split(flat, BATCH_TOKENS))
+
         for n in range(len(layer.experts)):
             token, place = torch.where(layer.find_uses(n, ids))
             own = weights[token, place]
             low = _Low(parts.tied, parts.find_tied(ids[token, place])) if parts.tied else None
             token = token.to(flat.device)
-            mlps.append(_GatedMlp(f"experts.{n}", token, own, everyone=True, low=low))
-        counts = [len(mlp.tokens) for mlp in mlps]
-        self.tally.add(Solved({}, (describe_coverage(self.block, counts),)))
+            inputs = _list_routed(parts.normalize, flat, token, own)
+            mlps.append(_GatedMlp(f"experts.{n}", token, inputs, everyone, GATED, low))
         if None in layer.bases:
             parted = (torch.split(t, BATCH_TOKENS) for t in (flat, out, weights, ids))
             for x, place, *chosen in zip(*parted, strict=True):
                 place += parts.compute_unstored(parts.normalize(x), *chosen).to(out.device)
-        size = self.count_together(layer.experts[0])
-        for at in range(0, len(mlps), size):
-            self._solve_mlps(mlps[at : at + size], parts, flat, out)
-
-    def _solve_mlps(
-        self, mlps: Sequence[_GatedMlp], parts: BlockParts, flat: Tensor, out: Tensor
-    ) -> None:
-        """Solve gated MLPs of one shape, and add their outputs to ``out``."""
-        kinds = [mlp.kind for mlp in mlps]
-        what = kinds[0] if len(kinds) == 1 else f"{kinds[0]} to {kinds[-1].rpartition('.')[2]}"
-
-        def inputs(mlp: _GatedMlp, everyone: bool) -> Batches:
-            return lambda: mlp.inputs(parts.normalize, flat, everyone)
-
-        self.solve(
-            f"{what}: gate, up",
-            [
-                self.make_group(
-                    (f"{m.kind}.gate", f"{m.kind}.up"),
-                    inputs(m, False),
-                    len(m.tokens),
-                    everyone=inputs(m, True) if m.everyone else None,
-                )
-                for m in mlps
-            ],
-        )
-        insides = [
-            _make_intermediate(
-                *(self.load_matrix(f"{m.kind}.{part}", self.dtype) for part in ("gate", "up"))
-            )
-            for m in mlps
-        ]
-        width = self.weights[f"{kinds[0]}.gate"].shape[0]
-        own = [
-            KeptBatches(inside(inputs(m, False), m.low), len(m.tokens) * width * len(mlps))
-            for m, inside in zip(mlps, insides, strict=True)
-        ]
-        self.solve(
-            f"{what}: down",
-            [
-                self.make_group(
-                    (f"{m.kind}.down",),
-                    kept,
-                    len(m.tokens),
-                    everyone=inside(inputs(m, True)) if m.everyone else None,
-                )
-                for m, inside, kept in zip(mlps, insides, own, strict=True)
-            ],
-        )
-        for mlp, kept in zip(mlps, own, strict=True):
-            down = self.load_matrix(f"{mlp.kind}.down", self.dtype)
-            at = 0
-            for hidden, weights in kept():
-                tokens = mlp.tokens[at : at + len(hidden)]
-                at += len(hidden)
-                y = (hidden @ down.T).float()
-                if mlp.low is not None:
-                    y += mlp.low("down", at - len(hidden), hidden)
-                y = y if weights is None else y.mul_(weights[:, None])
-                out.index_add_(0, tokens, y.to(out.device))
+        self.solve_experts(layer, mlps, out)
 
 
 @dataclass(frozen=True)
@@ -226,76 +175,77 @@ class _Low:
 
 
 @dataclass(frozen=True)
-class _GatedMlp:
-    """One MLP among those that are solved together.
+class _GatedMlp(Mlp):
+    """An MLP of the form ``down(silu(gate(x)) * up(x))``.
 
     Attributes:
-        kind: first part of the roles of its matrices.
-        tokens: the tokens that it runs for, int64 [n], in rising order.
-        weights: gate weights of its output, [n], or how to compute them from its inputs; None: it
-            has none.
-        everyone: whether it could be shown all tokens instead.
         low: factors of tied experts that use its matrices; None: there are none.
     """
 
-    kind: str
-    tokens: Tensor
-    weights: Tensor | Callable[[Tensor], Tensor] | None
-    everyone: bool = False
     low: _Low | None = None
 
-    def inputs(
-        self, norm: Callable[[Tensor], Tensor], flat: Tensor, everyone: bool
-    ) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Yield inputs, from hidden states after attention [tokens, hidden], and weights."""
-        if everyone:
-            yield from ((norm(x), None) for x in torch.split(flat, BATCH_TOKENS))
-            return
-        for at in range(0, len(self.tokens), BATCH_TOKENS):
-            x = norm(flat[self.tokens[at : at + BATCH_TOKENS]])
-            if self.weights is None or isinstance(self.weights, torch.Tensor):
-                own = None if self.weights is None else self.weights[at : at + BATCH_TOKENS]
-                own = None if own is None else own.to(x.device)
-            else:
-                own = self.weights(x)
-            yield x, own
+    def make_inside(self, matrices: Sequence[Tensor]) -> Inside:
+        """Return how to compute ``silu(gate x) * up x``, with factors for routed tokens."""
+        gate, up = matrices
+        step = max(1, CHUNK_NUMBERS // len(gate))
+
+        def inside(inputs: Batches, *, routed: bool) -> Batches:
+            low = self.low if routed else None
+
+            def each() -> Iterator[tuple[Tensor, Tensor | None]]:
+                behind = 0
+                for x, weights in inputs():
+                    for at in range(0, len(x), step):
+                        rows = x[at : at + step].to(gate.dtype)
+                        first, second = rows @ gate.T, rows @ up.T
+                        if low is not None:
+                            first = first + low("gate", behind, rows).to(first.dtype)
+                            second = second + low("up", behind, rows).to(second.dtype)
+                        behind += len(rows)
+                        y = nn.functional.silu(first).mul_(second)
+                        yield y, None if weights is None else weights[at : at + step]
+
+            return each
+
+        return inside
+
+    def make_outputs(self, down: Tensor) -> Callable[[Tensor, int], Tensor]:
+        """Return how to compute outputs, float32, from what ``down`` gets from some token on."""
+
+        def compute(x: Tensor, at: int) -> Tensor:
+            y = (x @ down.T).float()
+            if self.low is not None:
+                y += self.low("down", at, x)
+            return y
+
+        return compute
 
 
-def _make_intermediate(gate: Tensor, up: Tensor) -> _IntermediateMaker:
-    """Return how to compute intermediate activations, ``silu(gate x) * up x``, from inputs.
-
-    They are computed for a few tokens at a time, so that they take little memory.
+def _list_routed(
+    norm: Callable[[Tensor], Tensor],
+    flat: Tensor,
+    tokens: Tensor,
+    weights: Tensor | Callable[[Tensor], Tensor] | None,
+) -> Batches:
+    """Return the inputs of some tokens with the weights of the outputs.
 
     Args:
-        gate: [width, hidden].
-        up: [width, hidden].
+        norm: computes inputs from hidden states after attention.
+        flat: these, [all tokens, hidden].
+        tokens: int64 [n].
+        weights: [n], or how to compute them from inputs; None: outputs have none.
     """
 
-    def of(inputs: Batches, low: _Low | None = None) -> Batches:
-        def each() -> Iterator[tuple[Tensor, Tensor | None]]:
-            step, behind = max(1, CHUNK_NUMBERS // len(gate)), 0
-            for x, weights in inputs():
-                for at in range(0, len(x), step):
-                    rows = x[at : at + step].to(gate.dtype)
-                    first, second = rows @ gate.T, rows @ up.T
-                    if low is not None:
-                        first = first + low("gate", behind, rows).to(first.dtype)
-                        second = second + low("up", behind, rows).to(second.dtype)
-                    behind += len(rows)
-                    y = nn.functional.silu(first).mul_(second)
-                    yield y, None if weights is None else weights[at : at + step]
+    def each() -> Iterator[tuple[Tensor, Tensor | None]]:
+        for at in range(0, len(tokens), BATCH_TOKENS):
+            x = norm(flat[tokens[at : at + BATCH_TOKENS]])
+            if weights is None or isinstance(weights, torch.Tensor):
+                own = None if weights is None else weights[at : at + BATCH_TOKENS].to(x.device)
+            else:
+                own = weights(x)
+            yield x, own
 
-        return each
-
-    return of
-
-
-class _IntermediateMaker(Protocol):
-    """Computes the intermediate activations of an MLP from its inputs."""
-
-    def __call__(self, inputs: Batches, low: _Low | None = None) -> Batches:
-        """Return them, with factors added, for inputs in their order."""
-        ...
+    return each
 
 
 def _batch_inputs(hidden: Tensor, inputs: Callable[[Tensor], Tensor]) -> Batches:
@@ -368,9 +318,8 @@ def estimate_largest_part(model: Model, solver: Solver | GroupSolver) -> int:
         if not isinstance(solver, GroupSolver):
             found.append(8 * sum(w.count for w in weights.values()))
             continue
-        if (
-            model.family.generic
-        ):  # what shares an input is solved together: at most all of one width
+        if model.family.generic:
+            # What shares an input is solved together: at most all of one width.
             linear = [w for role, w in weights.items() if not role.startswith("experts.")]
             loaded = 4 * sum(weight.count for weight in linear)
             for width in {weight.shape[1] for weight in linear}:

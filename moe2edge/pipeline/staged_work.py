@@ -17,12 +17,20 @@ import torch
 from torch import nn
 
 from moe2edge.calibration.walk import BATCH_TOKENS, split_batches
+from moe2edge.model.anatomy import ExpertsForm
 from moe2edge.model.block import Block
 from moe2edge.model.experts import Expert
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model
-from moe2edge.pipeline.block_work import CHUNK_NUMBERS, Batches, BlockWork, KeptBatches
-from moe2edge.pipeline.blockwise_report import SolverProgress, describe_coverage
+from moe2edge.pipeline.block_work import (
+    CHUNK_NUMBERS,
+    Batches,
+    BlockWork,
+    Inside,
+    KeptBatches,
+    Mlp,
+)
+from moe2edge.pipeline.blockwise_report import SolverProgress
 from moe2edge.pipeline.solver import GroupSolver, Solved
 from moe2edge.runtime.decoder_blocks import (
     arrange_gate_up,
@@ -180,7 +188,7 @@ class StagedWork(BlockWork):
         """Solve matrices that transformers does not call as modules: nobody sees what they get."""
         for path in sorted(paths):
             for role in self._roles[path]:
-                self.solve(role, [self.make_group([role], lambda: iter(()), 0)])
+                self.solve_unseen(role)
             note = f"block {self.block.index}: {path} is solved without inputs: none are to be seen"
             self.tally.add(Solved({}, (note,)))
             self._put(path)
@@ -203,71 +211,61 @@ class StagedWork(BlockWork):
         ]
         inputs, ids, weights = (torch.cat(parts) for parts in zip(*taken, strict=True))
         outputs = torch.zeros(len(inputs), layer.experts[0].down.shape[0], device=hidden.device)
-        chosen = []
-        for n in range(len(layer.experts)):
+        mlps = []
+
+        def everyone() -> Iterator[tuple[Tensor, None]]:
+            return ((x.to(self.device), None) for x in torch.split(inputs, BATCH_TOKENS))
+
+        for n, expert in enumerate(layer.experts):
             token, place = torch.where(ids == n)
-            chosen.append(_Chosen(f"experts.{n}", inputs, token, weights[token, place]))
-        counts = [len(each.tokens) for each in chosen]
-        self.tally.add(Solved({}, (describe_coverage(self.block, counts),)))
-        size = self.count_together(layer.experts[0])
-        for at in range(0, len(chosen), size):
-            experts = layer.experts[at : at + size]
-            self._solve_some(chosen[at : at + size], experts, outputs)
+            own = self._list_routed(inputs, token, weights[token, place])
+            parts = ("gate", "up") if expert.gate.count else ("up",)
+            mlps.append(
+                _StagedExpert(
+                    f"experts.{n}", token, own, everyone, parts, expert, self._experts,
+                    self._anatomy.form,
+                )
+            )  # fmt: skip
+        self.solve_experts(layer, mlps, outputs)
         self._outputs = outputs
 
-    def _solve_some(
-        self, chosen: Sequence[_Chosen], experts: Sequence[Expert], outputs: Tensor
-    ) -> None:
-        """Solve experts of one shape together, and add what they put out."""
-        parts = ("gate", "up") if experts[0].gate.count else ("up",)
-        kinds = [each.kind for each in chosen]
-        what = kinds[0] if len(kinds) == 1 else f"{kinds[0]} to {kinds[-1].rpartition('.')[2]}"
-        self.solve(f"{what}: {', '.join(parts)}", [
-            self.make_group(
-                [f"{each.kind}.{part}" for part in parts],
-                each.batches(self.device), len(each.tokens), everyone=each.everyone(self.device),
-            )
-            for each in chosen
-        ])  # fmt: skip
-        insides = [
-            self._make_inside(each.kind, expert, parts)
-            for each, expert in zip(chosen, experts, strict=True)
-        ]
-        width = experts[0].up.shape[0]
-        own = [
-            KeptBatches(inside(each.batches(self.device)), len(each.tokens) * width * len(chosen))
-            for each, inside in zip(chosen, insides, strict=True)
-        ]
-        self.solve(f"{what}: down", [
-            self.make_group(
-                (f"{each.kind}.down",), kept, len(each.tokens),
-                everyone=inside(each.everyone(self.device)),
-            )
-            for each, inside, kept in zip(chosen, insides, own, strict=True)
-        ])  # fmt: skip
-        for each, expert, kept in zip(chosen, experts, own, strict=True):
-            down = self.load_matrix(f"{each.kind}.down", self.dtype)
-            bias = self._load_bias(expert, ("down",))
-            at = 0
-            for x, weights in kept():
-                assert weights is not None, "routed tokens have weights"
-                y = nn.functional.linear(x, down, bias).float().mul_(weights[:, None])
-                tokens = each.tokens[at : at + len(x)].to(outputs.device)
-                outputs.index_add_(0, tokens, y.to(outputs.device))
-                at += len(x)
+    def _list_routed(self, inputs: Tensor, tokens: Tensor, weights: Tensor) -> Batches:
+        """Return the inputs of some tokens, from those of all, with the weights of outputs."""
 
-    def _make_inside(self, kind: str, expert: Expert, parts: Sequence[str]) -> _Inside:
-        """Return how to compute what ``down`` of an expert gets, as transformers does."""
-        form = self._anatomy.form
+        def each() -> Iterator[tuple[Tensor, Tensor | None]]:
+            for at in range(0, len(tokens), BATCH_TOKENS):
+                some = tokens[at : at + BATCH_TOKENS].to(inputs.device)
+                own = weights[at : at + BATCH_TOKENS].to(self.device)
+                yield inputs[some].to(self.device), own
+
+        return each
+
+
+@dataclass(frozen=True)
+class _StagedExpert(Mlp):
+    """An expert in the form that transformers' module of experts has.
+
+    Attributes:
+        expert: its tensors.
+        module: the module of the experts, whose activation it has.
+        form: of the matrices of the module.
+    """
+
+    expert: Expert
+    module: Any
+    form: ExpertsForm | None
+
+    def make_inside(self, matrices: Sequence[Tensor]) -> Inside:
+        """Return how to compute what ``down`` gets, as transformers does."""
+        form = self.form
         assert form is not None, "a layer with experts has none in transformers' class"
-        both = torch.cat([self.load_matrix(f"{kind}.{part}", self.dtype) for part in parts])
-        matrix = arrange_gate_up(both[None], form)[0]
-        bias = self._load_bias(expert, parts)
+        matrix = arrange_gate_up(torch.cat(list(matrices))[None], form)[0]
+        bias = self._load_bias(self.parts, matrix)
         bias = None if bias is None else arrange_gate_up(bias[None], form)[0]
-        act = self._experts._apply_gate if form.gated else self._experts.act_fn
+        act = self.module._apply_gate if form.gated else self.module.act_fn
         step = max(1, CHUNK_NUMBERS // len(matrix))
 
-        def inside(inputs: Batches) -> Batches:
+        def inside(inputs: Batches, *, routed: bool) -> Batches:
             def each() -> Iterator[tuple[Tensor, Tensor | None]]:
                 for x, weights in inputs():
                     for at in range(0, len(x), step):
@@ -279,47 +277,17 @@ class StagedWork(BlockWork):
 
         return inside
 
-    def _load_bias(self, expert: Expert, parts: Sequence[str]) -> Tensor | None:
-        """Return the biases of some matrices of an expert, one after another; None: it has none."""
-        if not expert.biases:
+    def make_outputs(self, down: Tensor) -> Callable[[Tensor, int], Tensor]:
+        """Return how to compute outputs, float32, from what ``down`` gets from some token on."""
+        bias = self._load_bias(("down",), down)
+        return lambda x, _: nn.functional.linear(x, down, bias).float()
+
+    def _load_bias(self, parts: Sequence[str], matrix: Tensor) -> Tensor | None:
+        """Return the biases of some matrices, one after another, beside a matrix of them."""
+        if not self.expert.biases:
             return None
-        found = torch.cat([load_finite(expert.biases[part]) for part in parts])
-        return found.to(self.device, self.dtype)
-
-
-_Inside = Callable[[Batches], Batches]
-
-
-@dataclass(frozen=True)
-class _Chosen:
-    """An expert with the tokens that are routed to it.
-
-    Attributes:
-        kind: first part of the roles of its matrices.
-        inputs: what the layer hands its experts, [all tokens, size].
-        tokens: the tokens that it runs for, int64 [n], in rising order.
-        weights: weight of its output for each, [n].
-    """
-
-    kind: str
-    inputs: Tensor
-    tokens: Tensor
-    weights: Tensor
-
-    def batches(self, device: torch.device) -> Batches:
-        """Return its inputs with their weights."""
-
-        def each() -> Iterator[tuple[Tensor, Tensor | None]]:
-            for at in range(0, len(self.tokens), BATCH_TOKENS):
-                tokens = self.tokens[at : at + BATCH_TOKENS].to(self.inputs.device)
-                weights = self.weights[at : at + BATCH_TOKENS].to(device)
-                yield self.inputs[tokens].to(device), weights
-
-        return each
-
-    def everyone(self, device: torch.device) -> Batches:
-        """Return the inputs of all tokens, as if all were routed to it."""
-        return lambda: ((x.to(device), None) for x in torch.split(self.inputs, BATCH_TOKENS))
+        found = torch.cat([load_finite(self.expert.biases[part]) for part in parts])
+        return found.to(matrix.device, matrix.dtype)
 
 
 def _is_same(first: Tensor, second: Tensor) -> bool:
