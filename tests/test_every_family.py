@@ -161,6 +161,8 @@ def test_blocks_are_not_dropped_where_a_config_places_layers_by_their_number(
 ) -> None:
     """Without the first block of DeepSeek the next one would be dense in transformers."""
     make_folder(tmp_path, "deepseek_v3")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"pad_token_id": 96}))
     model = open_checkpoint(tmp_path).model
     step = BlockDrop(drop=1)
     (kind,) = step.observers()

@@ -29,17 +29,19 @@ class Cell:
         title: its heading.
         passes: lines of the recipe.
         target: the target, as on the command line.
+        decided: whether `decide` runs the passes, and `apply_decisions` carries them out.
     """
 
     title: str
     passes: tuple[str, ...]
     target: str
+    decided: bool = False
 
 
 CELLS = (
     Cell("`expert_drop` → `hf`", (DROP,), "hf"),
     Cell("`block_drop` → `hf`", (BLOCK,), "hf"),
-    Cell("`apply_decisions` → `hf`", (DROP,), "hf"),
+    Cell("`apply_decisions` → `hf`", (DROP,), "hf", decided=True),
     Cell("`gptq` → `gptq`", (GPTQ,), "gptq"),
     Cell("`rtn` → `gptq`", (RTN,), "gptq"),
     Cell("`gptq` → `hf`", (GPTQ,), "hf:dequantize=true"),
@@ -73,7 +75,7 @@ def try_cell(cell: Cell, source: Path, work: Path, run: Run) -> str:
     text, recipe, out = make_text(work / "text.txt"), work / "recipe.yaml", work / "out"
     recipe.write_text("passes:\n" + "".join(f"  - {line}\n" for line in cell.passes))
     given = ["-r", recipe, "--calib", text, "--eval", text, *SIZES]
-    if "apply_decisions" in cell.title:
+    if cell.decided:
         decisions = work / "decisions.json"
         found = run("decide", source, "-r", recipe, "-o", decisions, "--calib", text, *SIZES[:4])
         assert found.exit_code in (0, 2, 6), found.output

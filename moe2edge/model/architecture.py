@@ -132,8 +132,12 @@ def find_architecture(family: Family, config: Mapping[str, Any]) -> Architecture
 
 @lru_cache(maxsize=8)
 def _find_architecture(family: Family, config: str) -> Architecture:
-    settings = json.loads(config)
+    return make_architecture(family, json.loads(config))
+
+
+def make_architecture(family: Family, settings: Mapping[str, Any]) -> Architecture:
+    """Make transformers' model of a config anew, for one look at it."""
     if not is_pad_token(settings.get("pad_token_id"), settings["vocab_size"]):
-        settings["pad_token_id"] = None
+        settings = {**settings, "pad_token_id": None}
     parsed = make_transformers_config(family.model_type, settings)
     return Architecture(parsed, family.experts_key[0], family.top_k_key)

@@ -9,13 +9,15 @@ and so can the tokenizer beside it.
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 from moe2edge.errors import Unsupported
 from moe2edge.model import model as model_
-from moe2edge.model.architecture import build_meta_model, find_layers
+from moe2edge.model.architecture import Architecture, find_layers, make_architecture
 from moe2edge.model.block import Block, get_form
 from moe2edge.model.experts import (
     PARTS,
@@ -28,6 +30,7 @@ from moe2edge.model.experts import (
     Tied,
     list_full_rows,
 )
+from moe2edge.model.family import Family
 from moe2edge.model.layers import MoELayer, Router, UnroutedMLP
 from moe2edge.model.model import Model, is_stock_form
 from moe2edge.model.transformers_config import ALIASES, is_pad_token, make_transformers_config
@@ -362,13 +365,27 @@ def find_changed_layer(model: Model) -> int | None:
     Configs of some families place kinds of layers by their number: the first ones are dense, or
     each fourth one has attention. Returns its origin; None: all are as in the source.
     """
-    parsed = make_transformers_config(model.family.model_type, _cut_blocks(model))
-    layers = find_layers(build_meta_model(parsed))[1]
-    source = find_layers(model.architecture.model)[1]
-    for block, layer in zip(model.blocks, layers, strict=True):
-        if _describe_layer(layer) != _describe_layer(source[block.origin]):
-            return block.origin
+    origins = tuple(block.origin for block in model.blocks)
+    cut = json.dumps(_cut_blocks(model), sort_keys=True)
+    return _find_changed_layer(model.family, model.architecture, cut, origins)
+
+
+# A pass asks for every block, when it is checked and when it has chosen.
+@lru_cache(maxsize=1024)
+def _find_changed_layer(
+    family: Family, source: Architecture, cut: str, origins: tuple[int, ...]
+) -> int | None:
+    layers = find_layers(make_architecture(family, json.loads(cut)).model)[1]
+    before = _describe_layers(source)
+    for origin, layer in zip(origins, layers, strict=True):
+        if _describe_layer(layer) != before[origin]:
+            return origin
     return None
+
+
+@lru_cache(maxsize=2)
+def _describe_layers(source: Architecture) -> list[dict[tuple[str, str], Any]]:
+    return [_describe_layer(layer) for layer in find_layers(source.model)[1]]
 
 
 def _describe_layer(layer: Any) -> dict[tuple[str, str], Any]:
