@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -16,10 +18,12 @@ from torch import Tensor
 from every_family import GENERIC, IDS, TABLED, keep_six, make_folder, run_stock, walk_over
 from moe2edge.calibration.observation import Facts
 from moe2edge.calibration.similarity import BlockSimilarity
+from moe2edge.calibration.walk import BlockRunner, embed
 from moe2edge.errors import InputError, Unsupported
 from moe2edge.model.family import REFUSED, find_family
 from moe2edge.model.hf_config import build_transformers_dict
 from moe2edge.passes.block_drop import BlockDrop
+from moe2edge.runtime.memory import UNLIMITED
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.targets.hf import Hf
 
@@ -57,6 +61,24 @@ def test_a_family_is_walked_trimmed_and_read_back(family: str, tmp_path: Path) -
     assert written.keys() == tensors.keys()
     for name, weight in tensors.items():
         assert torch.equal(cast(Tensor, written[name]), weight.load())
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "qwen3_next", "gemma4_text"])
+def test_a_block_is_freed_without_a_collection(family: str, tmp_path: Path) -> None:
+    """Nothing around a layer points back at it, or several blocks would be in memory at once."""
+    make_folder(tmp_path, family)
+    model = open_checkpoint(tmp_path).model
+    gc.collect()
+    gc.disable()
+    try:
+        runner = BlockRunner(model, model.blocks[1])
+        numbers = [weakref.ref(p) for p in runner._layer.parameters()]
+        runner.watch(embed(model, IDS, UNLIMITED))
+        del runner
+        assert numbers
+        assert not any(reference() is not None for reference in numbers)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("family", sorted(REFUSED))

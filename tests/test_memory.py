@@ -120,7 +120,7 @@ def test_limits_on_the_command_line(tiny: Make, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_blocks(tiny: Make, tmp_path: Path) -> None:
-    """Less than half of what six more blocks take on the disk."""
+    """Less than a quarter of what six more blocks take on the disk."""
     text = tmp_path / "text.txt"
     write_text(text)
     peaks, sizes = [], []
@@ -144,7 +144,7 @@ def test_memory_does_not_grow_with_blocks(tiny: Make, tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         peaks.append(json.loads((out / "report.json").read_text())["peak_bytes"])
     assert sizes[1] - sizes[0] > 150e6
-    assert peaks[1] - peaks[0] < (sizes[1] - sizes[0]) / 2
+    assert peaks[1] - peaks[0] < (sizes[1] - sizes[0]) / 4
 
 
 RUN = """

@@ -34,6 +34,23 @@ class _Reached(Exception):
         self.output = output
 
 
+def _stop(_: nn.Module, __: Any, output: Any) -> None:
+    raise _Reached(output)
+
+
+class _Entry:
+    """What the layer is given. It knows no layer: a circle would keep the numbers in memory."""
+
+    def __init__(self) -> None:
+        self.hidden: Tensor | None = None
+
+    def place(self, _: nn.Module, given: tuple[Any, ...], more: dict[str, Any]) -> Any:
+        """Give the layer its hidden states as they are; some models scale what they are given."""
+        if given:
+            return (self.hidden, *given[1:]), more
+        return given, {**more, "hidden_states": self.hidden}
+
+
 class LayerStage:
     """One decoder layer, without numbers at first, and the model around it.
 
@@ -48,19 +65,9 @@ class LayerStage:
         with torch.device("meta"):
             self.layer = fit_layer(layer, model, block)
         self._base = scenery.copy_base(block.origin, self.layer)
-        self._hidden: Tensor | None = None
-        self.layer.register_forward_pre_hook(self._place, with_kwargs=True)
-        self.layer.register_forward_hook(self._stop)
-
-    def _place(self, _: nn.Module, given: tuple[Any, ...], more: dict[str, Any]) -> Any:
-        """Give the layer its hidden states as they are; some models scale what they are given."""
-        if given:
-            return (self._hidden, *given[1:]), more
-        return given, {**more, "hidden_states": self._hidden}
-
-    @staticmethod
-    def _stop(_: nn.Module, __: Any, output: Any) -> None:
-        raise _Reached(output)
+        self._entry = _Entry()
+        self.layer.register_forward_pre_hook(self._entry.place, with_kwargs=True)
+        self.layer.register_forward_hook(_stop)
 
     def run(self, hidden: Tensor, **more: Any) -> Tensor:
         """Return the output of the layer for ``hidden`` [batch, length, hidden].
@@ -69,7 +76,7 @@ class LayerStage:
             hidden: hidden states in front of it.
             more: further arguments of transformers' model, such as positions.
         """
-        self._hidden = hidden
+        self._entry.hidden = hidden
         try:
             self._base(inputs_embeds=hidden, use_cache=False, **more)
         except _Reached as reached:
