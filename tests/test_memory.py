@@ -120,12 +120,12 @@ def test_limits_on_the_command_line(tiny: Make, tmp_path: Path) -> None:
     assert code == 0, said
 
 
-def export_peak(model: Path, out: Path, text: Path, limit: str) -> int:
+def export_peak(model: Path, out: Path, text: Path, limit: str, *more: str) -> int:
     """Export to gptq in a process of its own, and return its peak memory."""
     command = [sys.executable, "-m", "moe2edge", "export", str(model), "-t", "gptq"]
     command += ["-o", str(out), "--max-memory", limit, "--eval", "none"]
     command += ["--calib", str(text), "--threads", "1"]
-    command += ["--set", "calibration.samples=4", "--set", "calibration.length=64"]
+    command += ["--set", "calibration.samples=4", "--set", "calibration.length=64", *more]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return int(json.loads((out / "report.json").read_text())["peak_bytes"])
@@ -156,16 +156,19 @@ def test_memory_does_not_grow_with_blocks(tiny: Make, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_memory_does_not_grow_where_one_tensor_holds_all_experts(tmp_path: Path) -> None:
     """Less than a tenth from 8 to 16 blocks, where the result is too large to be run whole."""
-    text = tmp_path / "text.txt"
+    text, recipe = tmp_path / "text.txt", tmp_path / "recipe.yaml"
     write_text(text)
+    recipe.write_text("passes:\n  - gptq: {bits: 4, group_size: -1}\n")
     peaks = []
     for blocks in (8, 16):
         model = tmp_path / f"source-{blocks}"
-        sizes = {"hidden_size": 512, "num_local_experts": 16, "num_hidden_layers": blocks}
-        sizes |= {"intermediate_size": 512, "vocab_size": 128, "num_attention_heads": 8}
-        make_folder(model, "gpt_oss", **sizes, head_dim=64, initializer_range=0.02)
+        sizes = {"hidden_size": 512, "moe_intermediate_size": 512, "num_experts": 16}
+        sizes |= {"num_attention_heads": 8, "head_dim": 64, "num_hidden_layers": blocks}
+        kinds = ["linear_attention", "full_attention"] * (blocks // 2)
+        make_folder(model, "qwen3_5_moe_text", **sizes, layer_types=kinds, initializer_range=0.02)
         make_tokenizer(model)
-        peaks.append(export_peak(model, tmp_path / f"out-{blocks}", text, "0.7GB"))
+        more = ("-r", str(recipe))
+        peaks.append(export_peak(model, tmp_path / f"out-{blocks}", text, "0.7GB", *more))
         shutil.rmtree(model)
     assert peaks[1] < 1.1 * peaks[0]
 
