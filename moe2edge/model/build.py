@@ -127,9 +127,10 @@ class _Builder:
     ) -> MoELayer:
         scorer = router.pop("weight")
         axes = self.anatomy.per_expert
+        top_k = self.config[self.family.top_k_key]
         found = Router(
             scorer,
-            self.config[self.family.top_k_key],
+            top_k[self.index] if isinstance(top_k, list) else top_k,
             self.family.renormalizes(self.config),
             router,
             axes={suffix: axes[f"router.{suffix}"] for suffix in router},
