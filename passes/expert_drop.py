@@ -173,7 +173,7 @@ class ExpertDrop(Trim):
                     f"of the {groups} groups of a router; choose scope: layer"
                 )
         counts = list(self._count_kept(model).values())
-        refuse_uneven_groups("expert_drop", self.keep, counts, model)
+        refuse_uneven_groups("expert_drop", "keep", self.keep, counts, model)
 
     def _check_options(self, model: Model) -> None:
         """Refuse options that contradict each other, or a list for another number of layers."""

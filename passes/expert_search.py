@@ -126,7 +126,7 @@ class ExpertSearch(Search):
         places = [f"block {block.index}" for block, _ in model.moe_blocks]
         sizes, counts = model.expert_counts, [self.count(n) for n in model.expert_counts]
         refuse_too_many("expert_search", self.keep, counts, sizes, places)
-        refuse_uneven_groups("expert_search", self.keep, counts, model)
+        refuse_uneven_groups("expert_search", "keep", self.keep, counts, model)
         for block, layer in model.moe_blocks:
             experts, top_k = len(layer.experts), layer.router.top_k
             kept, where = self.count(experts), f"block {block.index}"

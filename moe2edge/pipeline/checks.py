@@ -128,13 +128,14 @@ def refuse_too_many(
 
 
 def refuse_uneven_groups(
-    name: str, keep: float | list[int], counts: Sequence[int], model: Model
+    name: str, option: str, value: float | list[int], counts: Sequence[int], model: Model
 ) -> None:
     """Refuse numbers that leave groups of a router with different numbers of experts.
 
     Args:
         name: of the pass.
-        keep: its option.
+        option: its option.
+        value: of the option.
         counts: the experts that stay, by MoE layer.
         model: what it gets.
 
@@ -148,7 +149,7 @@ def refuse_uneven_groups(
             continue
         near = sorted(sorted(possible, key=lambda n: abs(n - count))[:2])
         raise InputError(
-            f"{name}: keep {keep} is {count} experts in block {block.index}, but "
+            f"{name}: {option} {value} is {count} experts in block {block.index}, but "
             f"each of the {groups} groups of its router has to keep the same number, "
             f"{FEWEST_IN_GROUP} at least; the nearest are {' and '.join(map(str, near))}"
         )
