@@ -16,6 +16,8 @@ SIZES = (
 # What a cell begins with that is not right.
 WRONG = "wrong"
 DROP, BLOCK = "expert_drop: {keep: 4}", "block_drop: {drop: 1}"
+SEARCH, BUDGET = "expert_search: {keep: 4}", "expert_budget: {keep: 6}"
+MERGE = "expert_merge: {method: ream, keep: 4}"
 GPTQ, RTN = "gptq: {bits: 4, group_size: -1}", "rtn: {bits: 4, group_size: -1}"
 
 Run = Callable[..., Any]
@@ -47,6 +49,13 @@ CELLS = (
     Cell("`gptq` → `hf`", (GPTQ,), "hf:dequantize=true"),
     Cell("`expert_drop`, `gptq` → `gptq`", (DROP, GPTQ), "gptq"),
     Cell("`block_drop`, `rtn` → `gptq`", (BLOCK, RTN), "gptq"),
+    Cell("`expert_search` → `hf`", (SEARCH,), "hf"),
+    Cell("`expert_search`, `rtn` → `gptq`", (SEARCH, RTN), "gptq"),
+    Cell("`expert_search`, decided → `hf`", (SEARCH,), "hf", decided=True),
+    Cell("`expert_budget` → `hf`", (BUDGET,), "hf"),
+    Cell("`expert_budget`, `rtn` → `gptq`", (BUDGET, RTN), "gptq"),
+    Cell("`expert_merge` → `hf`", (MERGE,), "hf"),
+    Cell("`expert_merge`, `rtn` → `gptq`", (MERGE, RTN), "gptq"),
 )
 
 

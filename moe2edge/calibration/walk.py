@@ -158,9 +158,20 @@ class BlockRunner:
         return StockRouter(self._layer, self._anatomy, self.block.mlp.router.top_k)
 
     @torch.no_grad()
-    def run_mlp(self, inputs: Tensor) -> Tensor:
-        """Return the output [n, hidden] of the MoE layer or MLP for its inputs [n, hidden]."""
-        out: Any = self._find_mlp()(inputs[None])
+    def run_mlp(self, inputs: Tensor, logits: Tensor) -> Tensor:
+        """Return the output [n, hidden] of the MoE layer or MLP for its inputs [n, hidden].
+
+        Args:
+            inputs: of the layer.
+            logits: of its router, [n, rows]; used where the router gets another input.
+        """
+        mlp = self._find_mlp()
+        if self._anatomy.experts is not None and not self._anatomy.moe:
+            rows = torch.ones(logits.shape[1], dtype=torch.bool)
+            ids, weights = self.make_router().choose(logits, rows)
+            beside: Tensor = mlp(inputs, ids, weights.float())
+            return beside
+        out: Any = mlp(inputs[None])
         found: Tensor = out[0] if isinstance(out, tuple) else out
         return found[0]
 

@@ -183,7 +183,7 @@ class StockRouter:
         draw, biases = torch.Generator().manual_seed(0), self._biases
         scores = torch.randn(len(SPREADS), TOKENS, self.experts, generator=draw)
         scores = (scores * torch.tensor(SPREADS)[:, None, None]).flatten(0, 1)
-        # Of the rule, not of this layer: biases that change many choices.
+        # The rule is tried, not this layer: with biases that change many choices.
         self._biases = [
             (t, axis, torch.randn(t.shape, generator=draw) / 4) for t, axis, _ in biases
         ]

@@ -415,7 +415,7 @@ def count_beam_tries(experts: int, keep: int, width: int, groups: int = 1) -> in
     """Count the losses that `search_beam` computes at most.
 
     >>> count_beam_tries(8, 4, 1), count_beam_tries(8, 4, 2), count_beam_tries(8, 4, 1, groups=2)
-    (26, 44, 22)
+    (26, 44, 21)
     """
     tries, full = 0, experts // groups
     for removed in range(experts - keep):
