@@ -58,6 +58,7 @@ CELLS = (
     Cell("`expert_budget`, `rtn` → `gptq`", (BUDGET, RTN), "gptq"),
     Cell("`expert_merge` → `hf`", (MERGE,), "hf"),
     Cell("`expert_merge`, `rtn` → `gptq`", (MERGE, RTN), "gptq"),
+    Cell("`expert_drop`, `routing` → `hf`", (DROP, "routing"), "hf"),
 )
 
 

@@ -17,6 +17,8 @@ from torch.overrides import TorchFunctionMode
 
 from moe2edge.errors import Unsupported
 from moe2edge.model.anatomy import Anatomy
+from moe2edge.numerics.router_fit import route
+from moe2edge.numerics.subset_loss import RoutingRule
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -208,6 +210,28 @@ class StockRouter:
         """Return the weight of each expert, [tokens, experts]."""
         ids, weights = self.choose(scores, kept)
         return weights.new_zeros(scores.shape).scatter_add(1, ids, weights)
+
+    @cached_property
+    def softmax(self) -> tuple[bool, float] | None:
+        """The rule, if it is the softmax of products with the layer's input, and the k best.
+
+        Whether their weights are scaled to sum to one, and a number that all weights are multiplied
+        with; None: the rule is another one.
+        """
+        draw = torch.Generator().manual_seed(0)
+        inputs = torch.randn(TOKENS, self._hidden, generator=draw)
+        if self._biases or self._stands_alone:
+            return None
+        if not torch.allclose(self.score(inputs), inputs @ self._matrix.T, rtol=1e-3, atol=1e-3):
+            return None
+        scores = torch.randn(TOKENS, self.experts, generator=draw)
+        found = self._spread(scores, torch.ones(self.experts, dtype=torch.bool))
+        for renormalize in (True, False):
+            plain, _ = route(scores.double(), RoutingRule(self.top_k, renormalize))
+            scale = float(found.sum() / plain.sum())
+            if torch.allclose(found, scale * plain, rtol=1e-4, atol=1e-6):
+                return renormalize, scale
+        return None
 
     @cached_property
     def factor(self) -> float | None:

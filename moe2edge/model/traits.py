@@ -31,6 +31,8 @@ class Trait(Enum):
         UNBIASED: the matrices of experts have no biases.
         ROUTER: experts are scored by a matrix, and chosen by these scores, so that the router can
             be asked what it does when some of them go: see `StockRouter`.
+        SOFTMAX: these scores are products with the input of the layer, of which the router takes
+            the softmax and the k best, with no bias and no groups.
     """
 
     TABLE = "a family of the table"
@@ -38,6 +40,7 @@ class Trait(Enum):
     SILU = "experts that compute silu(gate) * up"
     UNBIASED = "experts without biases"
     ROUTER = "experts that are chosen by the scores of one matrix"
+    SOFTMAX = "a router without biases and groups that takes the softmax of its scores"
 
 
 def find_missing(model: Model, needs: Sequence[Trait]) -> tuple[Trait, str] | None:
@@ -95,10 +98,12 @@ def _computes_silu(architecture: Architecture, index: int) -> bool:
     return torch.allclose(experts._apply_gate(both), silu(gate) * up, rtol=1e-4, atol=1e-4)
 
 
-def _make_router(architecture: Architecture, index: int, top_k: int) -> StockRouter:
-    """Return the router of a layer, with numbers that only tell its rule."""
+def make_bare_router(architecture: Architecture, index: int) -> StockRouter:
+    """Make the router of a layer of the source, with numbers that only tell its rule."""
     from moe2edge.model.stock_router import StockRouter
 
+    given = getattr(architecture.config, architecture.top_k_key)
+    top_k = int(given[index] if isinstance(given, list) else given)
     layer = find_layers(architecture.model)[1][index]
     return StockRouter(layer, architecture.anatomy[index], top_k)
 
@@ -108,17 +113,21 @@ def _chooses_by_scores(architecture: Architecture, index: int) -> bool:
     import torch
 
     count = architecture.anatomy[index].count
-    given = getattr(architecture.config, architecture.top_k_key)
-    top_k = int(given[index] if isinstance(given, list) else given)
     kept = torch.arange(count) % 4 < 3
     scores = torch.randn(TRIED[0], count, generator=torch.Generator().manual_seed(0))
     try:
-        router = _make_router(architecture, index, top_k)
+        router = make_bare_router(architecture, index)
         ids, weights = router.choose(scores, kept)
     except (AttributeError, LookupError, RuntimeError, StopIteration, TypeError, ValueError):
         return False
-    whole = ids.shape == weights.shape == (TRIED[0], min(top_k, int(kept.sum())))
+    whole = ids.shape == weights.shape == (TRIED[0], min(router.top_k, int(kept.sum())))
     return whole and bool(kept[ids].all())
+
+
+def _takes_softmax(architecture: Architecture, index: int) -> bool:
+    if not _chooses_by_scores(architecture, index):
+        return False
+    return make_bare_router(architecture, index).softmax is not None
 
 
 _FINDERS: Mapping[Trait, Callable[[Architecture, int], bool]] = {
@@ -126,4 +135,5 @@ _FINDERS: Mapping[Trait, Callable[[Architecture, int], bool]] = {
     Trait.SILU: _computes_silu,
     Trait.UNBIASED: _is_unbiased,
     Trait.ROUTER: _chooses_by_scores,
+    Trait.SOFTMAX: _takes_softmax,
 }
