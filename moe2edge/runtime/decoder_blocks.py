@@ -7,6 +7,7 @@ are put in its place here, on the instance: no class of transformers is changed.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -95,7 +96,10 @@ def fit_layer(layer: Any, model: Model, block: Block) -> Any:
     """Give a decoder layer the form of its block. Call it under the device "meta"."""
     mlp = block.mlp
     if isinstance(mlp, MoELayer):
-        _resize_experts(layer, model.architecture.anatomy[block.origin], mlp)
+        anatomy = model.architecture.anatomy[block.origin]
+        _resize_experts(layer, anatomy, mlp)
+        if not anatomy.choices:
+            _set_top_k(layer, model.family.top_k_key, mlp.router.top_k)
         if not mlp.is_plain:
             path = str(model.architecture.anatomy[block.origin].experts)
             layer.set_submodule(path, MixedExperts(layer.get_submodule(path), mlp))
@@ -143,6 +147,15 @@ def _resize_experts(layer: Any, anatomy: Anatomy, mlp: MoELayer) -> None:
         owner, _, name = anatomy.roles[role].rpartition(".")
         module = layer.get_submodule(owner)
         _resize(module, name, getattr(module, name), axis, mlp.router_rows)
+
+
+def _set_top_k(layer: Any, key: str, top_k: int) -> None:
+    """Give modules that read the number of chosen experts while they run a config of their own."""
+    for module in layer.modules():
+        config = getattr(module, "config", None)
+        if getattr(config, key, top_k) != top_k:
+            module.config = copy.copy(config)
+            setattr(module.config, key, top_k)
 
 
 def _resize(module: Any, name: str, tensor: Tensor, axis: int, size: int) -> None:
