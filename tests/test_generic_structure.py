@@ -25,6 +25,7 @@ from moe2edge.passes._allocation_trials import Ranker
 from moe2edge.passes._merge_experts import load_matrices
 from moe2edge.passes.expert_budget import ExpertBudget
 from moe2edge.passes.expert_merge import ExpertMerge
+from moe2edge.passes.expert_skip import ExpertSkip
 from moe2edge.passes.routing import Routing, find_rules, gather_evidence
 from moe2edge.runtime.decoder_blocks import find_activation
 from moe2edge.storage.checkpoint import open_checkpoint
@@ -313,3 +314,54 @@ def test_routers_of_other_rules_are_refused_by_name(
     model = open_family(tmp_path, family)
     with pytest.raises(Unsupported, match=f"routing does not work on {family}: .*{message}"):
         plan([Routing()], model)
+
+
+# ---- expert_skip ---------------------------------------------------------------------------------
+
+# Routers that do not scale the weights of chosen experts to one sum, by transformers' code.
+UNSCALED = ("deepseek_v2", "phimoe")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_chosen_experts_of_low_weight_are_left_out(family: str, tmp_path: Path) -> None:
+    """One token after another: the second expert goes where its weight is low."""
+    plain = open_family(tmp_path, family)
+    step = ExpertSkip(quantile=0.5)
+    plan([step], plain)
+    facts = walk.gather(plain, IDS, step.observers(), ignore, "")
+    model = step.apply(plain, facts).model
+    for (block, hidden, trace), (skipping, layer) in zip(
+        watch_layers(plain), model.moe_blocks, strict=True
+    ):
+        found = BlockRunner(model, skipping).watch(hidden)
+        assert trace.routing is not None
+        assert found.routing is not None
+        (below,) = layer.router.skip_below
+        weights = trace.routing.weights.double()
+        expected, gone = [], 0
+        for ids, own in zip(trace.routing.ids.tolist(), weights.tolist(), strict=True):
+            kept = [w for w in own if w >= below * max(own)]
+            gone += len(own) - len(kept)
+            scale = 1.0 if family in UNSCALED else sum(own) / sum(kept)
+            left = {n: w * scale for n, w in zip(ids, own, strict=True) if w in kept}
+            expected.append([left.get(n, 0.0) for n in range(8)])
+        # Most weights of Phi are equal, and none of them is below another.
+        assert family == "phimoe" or 0.3 < gone / len(weights) < 0.7
+        counted = torch.zeros(len(weights), 9).scatter_add(
+            1, found.routing.ids, found.routing.weights
+        )
+        assert torch.allclose(counted[:, :8].double(), torch.tensor(expected).double(), atol=1e-5)
+        assert int((found.routing.ids == 8).sum()) == gone
+        assert not counted[:, 8].any()
+        # What the layer adds is the sum of those that are left.
+        ones = torch.tensor(expected, dtype=torch.float64)
+        total = sum(
+            ones[:, n, None] * trace.expert_output(n, trace.routing.inputs).double()
+            for n in range(8)
+        )
+        router = found.router
+        assert router is not None
+        if (factor := router().factor) is not None:
+            change = (found.mlp_outputs - trace.mlp_outputs).flatten(0, -2).double() / factor
+            assert torch.allclose(change, total - sum_experts(trace), atol=2e-3)
+        assert block.index == skipping.index

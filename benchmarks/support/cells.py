@@ -19,7 +19,7 @@ COLUMNS = 8
 WRONG = "wrong"
 DROP, BLOCK = "expert_drop: {keep: 4}", "block_drop: {drop: 1}"
 SEARCH, BUDGET = "expert_search: {keep: 4}", "expert_budget: {keep: 6}"
-MERGE = "expert_merge: {method: ream, keep: 4}"
+MERGE, SKIP = "expert_merge: {method: ream, keep: 4}", "expert_skip: {quantile: 0.5}"
 GPTQ, RTN = "gptq: {bits: 4, group_size: -1}", "rtn: {bits: 4, group_size: -1}"
 
 Run = Callable[..., Any]
@@ -59,6 +59,8 @@ CELLS = (
     Cell("`expert_merge` → `hf`", (MERGE,), "hf"),
     Cell("`expert_merge`, `rtn` → `gptq`", (MERGE, RTN), "gptq"),
     Cell("`expert_drop`, `routing` → `hf`", (DROP, "routing"), "hf"),
+    Cell("`expert_skip` → `hf`", (SKIP,), "hf:layout=natural"),
+    Cell("`expert_skip`, `rtn` → `gptq`", (SKIP, RTN), "gptq"),
 )
 
 

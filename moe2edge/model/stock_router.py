@@ -183,8 +183,7 @@ class StockRouter:
     def is_local(self) -> bool:
         """True if an expert that is not chosen for a token has no say in what is."""
         draw, biases = torch.Generator().manual_seed(0), self._biases
-        scores = torch.randn(len(SPREADS), TOKENS, self.experts, generator=draw)
-        scores = (scores * torch.tensor(SPREADS)[:, None, None]).flatten(0, 1)
+        scores = self._draw_scores(draw)
         # The rule is tried, not this layer: with biases that change many choices.
         self._biases = [
             (t, axis, torch.randn(t.shape, generator=draw) / 4) for t, axis, _ in biases
@@ -193,6 +192,11 @@ class StockRouter:
             return self._is_local_on(scores)
         finally:
             self._biases = biases
+
+    def _draw_scores(self, draw: torch.Generator) -> Tensor:
+        """Draw scores of several spreads, [tokens, experts]."""
+        scores = torch.randn(len(SPREADS), TOKENS, self.experts, generator=draw)
+        return (scores * torch.tensor(SPREADS)[:, None, None]).flatten(0, 1)
 
     def _is_local_on(self, scores: Tensor) -> bool:
         everyone = torch.ones(self.experts, dtype=torch.bool)
@@ -232,6 +236,13 @@ class StockRouter:
             if torch.allclose(found, scale * plain, rtol=1e-4, atol=1e-6):
                 return renormalize, scale
         return None
+
+    @cached_property
+    def normalizes(self) -> bool:
+        """True if the weights of the chosen experts have the same sum for every token."""
+        scores = self._draw_scores(torch.Generator().manual_seed(0))
+        sums = self.choose(scores, torch.ones(self.experts, dtype=torch.bool))[1].sum(1)
+        return torch.allclose(sums, sums[:1], rtol=1e-4)
 
     @cached_property
     def factor(self) -> float | None:

@@ -98,6 +98,7 @@ def _computes_silu(architecture: Architecture, index: int) -> bool:
     return torch.allclose(experts._apply_gate(both), silu(gate) * up, rtol=1e-4, atol=1e-4)
 
 
+@lru_cache(maxsize=1024)
 def make_bare_router(architecture: Architecture, index: int) -> StockRouter:
     """Make the router of a layer of the source, with numbers that only tell its rule."""
     from moe2edge.model.stock_router import StockRouter

@@ -63,6 +63,7 @@ def _check_needs(step: Pass, model: Model) -> None:
     from moe2edge.pipeline.registry import find_pass, list_passes
 
     trait, where = found
+    where += f" ({step.because})" if step.because else ""
     others = [name for name in list_passes() if not find_missing(model, find_pass(name).needs)]
     raise Unsupported(
         f"{step.name} does not work on {model.family.model_type}: it needs {trait.value}, and "

@@ -23,8 +23,9 @@ from moe2edge.model.block import SECOND_NORM, Block
 from moe2edge.model.experts import PARTS, Dense, Expert, Linear, Replacement, Tied
 from moe2edge.model.layers import MoELayer, UnroutedMLP
 from moe2edge.model.model import Model
+from moe2edge.model.traits import make_bare_router
 from moe2edge.model.weights import Weight
-from moe2edge.numerics.skipping import apply_skipping
+from moe2edge.numerics.skipping import apply_skipping, skip_in_any_order
 from moe2edge.runtime.mixed_experts import MixedExperts
 
 if TYPE_CHECKING:
@@ -103,7 +104,14 @@ def fit_layer(layer: Any, model: Model, block: Block) -> Any:
         if not mlp.is_plain:
             path = str(model.architecture.anatomy[block.origin].experts)
             layer.set_submodule(path, MixedExperts(layer.get_submodule(path), mlp))
-        if mlp.router.skip_below:
+        if mlp.router.skip_below and model.family.generic:
+            with torch.device("cpu"):  # where its rule is tried
+                normalizes = make_bare_router(model.architecture, block.origin).normalizes
+            experts = layer.get_submodule(str(anatomy.experts))
+            hook = _SkippedChoices(mlp.router_rows, mlp.router.skip_below, normalizes)
+            experts._is_expert_parallel = True
+            experts.skipping = experts.register_forward_pre_hook(hook)
+        elif mlp.router.skip_below:
             add_skipping(layer.mlp, mlp.router.skip_below, renormalize=mlp.router.renormalize)
     elif not _is_as_built(layer, model, block):
         if isinstance(mlp, Dense):
@@ -194,6 +202,20 @@ class _SkippingHook:
         logits, weights, ids = out
         weights, skipped = apply_skipping(weights, self.skip_below, renormalize=self.renormalize)
         return logits, weights, ids.masked_fill(skipped, self.experts)
+
+
+@dataclass(frozen=True)
+class _SkippedChoices:
+    """Forward hook of the experts of families without a row; the same as `_SkippingHook`."""
+
+    experts: int
+    skip_below: tuple[float, ...]
+    renormalize: bool
+
+    def __call__(self, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x, ids, weights = args
+        weights, gone = skip_in_any_order(weights, self.skip_below, renormalize=self.renormalize)
+        return x, ids.masked_fill(gone, self.experts), weights
 
 
 def disable_skipping(model: nn.Module) -> None:
