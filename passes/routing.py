@@ -278,7 +278,7 @@ def find_rules(model: Model) -> dict[int, tuple[RoutingRule, float]]:
     Raises:
         Unsupported: more than that is done to them.
     """
-    from moe2edge.model.traits import make_bare_router
+    from moe2edge.model.traits import find_softmax
     from moe2edge.numerics.subset_loss import RoutingRule
     from moe2edge.runtime.layer_stage import measure_expert_scale
 
@@ -293,7 +293,7 @@ def find_rules(model: Model) -> dict[int, tuple[RoutingRule, float]]:
         kind = tuple(model.architecture.anatomy[block.origin].roles)
         if kind not in scales:
             scales[kind] = measure_expert_scale(model, block)
-        rule = make_bare_router(model.architecture, block.origin).softmax
+        rule = find_softmax(model.architecture, block.origin)
         if (scale := scales[kind]) is None or rule is None:
             raise Unsupported(
                 f"routing does not work on {model.family.model_type}: what its experts put out is "

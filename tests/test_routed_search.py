@@ -57,14 +57,13 @@ def spread(trace: BlockTrace, experts: Sequence[int], count: int) -> Tensor:
 
 
 def sum_experts(trace: BlockTrace) -> Tensor:
-    """Sum the outputs of a layer's experts, one expert of one token at a time."""
+    """Sum the outputs of a layer's experts, one expert after another."""
     routing = trace.routing
     assert routing is not None
     out = torch.zeros(routing.inputs.shape, dtype=torch.float64)
-    for token, (ids, weights) in enumerate(zip(routing.ids, routing.weights, strict=True)):
-        for n, weight in zip(ids.tolist(), weights.double(), strict=True):
-            y = trace.expert_output(n, routing.inputs[token, None])[0].double()
-            out[token] += weight * y
+    for n in sorted(set(routing.ids.flatten().tolist())):
+        weight = (routing.weights * (routing.ids == n)).sum(1, keepdim=True).double()
+        out += weight * trace.expert_output(n, routing.inputs).double()
     return out
 
 

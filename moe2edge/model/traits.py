@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from moe2edge.model.architecture import Architecture, find_layers
 
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
     from moe2edge.model.model import Model
     from moe2edge.model.stock_router import StockRouter
 
+Found = TypeVar("Found")
 # Tokens and inner size with which an activation is tried.
 TRIED = (4, 8)
 
@@ -64,9 +64,19 @@ def find_missing(model: Model, needs: Sequence[Trait]) -> tuple[Trait, str] | No
     return None
 
 
-@lru_cache(maxsize=1024)
 def _has(architecture: Architecture, index: int, trait: Trait) -> bool:
-    return _FINDERS[trait](architecture, index)
+    return _look(architecture, index, _FINDERS[trait])
+
+
+def _look(
+    architecture: Architecture, index: int, at: Callable[[Architecture, int], Found]
+) -> Found:
+    """Return what a look at a layer finds, which looks once."""
+    key = (at.__name__, index)
+    if key not in architecture.looks:
+        architecture.looks[key] = at(architecture, index)
+    found: Found = architecture.looks[key]
+    return found
 
 
 def _is_gated(architecture: Architecture, index: int) -> bool:
@@ -98,8 +108,7 @@ def _computes_silu(architecture: Architecture, index: int) -> bool:
     return torch.allclose(experts._apply_gate(both), silu(gate) * up, rtol=1e-4, atol=1e-4)
 
 
-@lru_cache(maxsize=1024)
-def make_bare_router(architecture: Architecture, index: int) -> StockRouter:
+def _make_bare_router(architecture: Architecture, index: int) -> StockRouter:
     """Make the router of a layer of the source, with numbers that only tell its rule."""
     from moe2edge.model.stock_router import StockRouter
 
@@ -117,7 +126,7 @@ def _chooses_by_scores(architecture: Architecture, index: int) -> bool:
     kept = torch.arange(count) % 4 < 3
     scores = torch.randn(TRIED[0], count, generator=torch.Generator().manual_seed(0))
     try:
-        router = make_bare_router(architecture, index)
+        router = _make_bare_router(architecture, index)
         ids, weights = router.choose(scores, kept)
     except (AttributeError, LookupError, RuntimeError, StopIteration, TypeError, ValueError):
         return False
@@ -126,9 +135,25 @@ def _chooses_by_scores(architecture: Architecture, index: int) -> bool:
 
 
 def _takes_softmax(architecture: Architecture, index: int) -> bool:
-    if not _chooses_by_scores(architecture, index):
-        return False
-    return make_bare_router(architecture, index).softmax is not None
+    return _chooses_by_scores(architecture, index) and bool(find_softmax(architecture, index))
+
+
+def find_softmax(architecture: Architecture, index: int) -> tuple[bool, float] | None:
+    """Find the rule of a router of the source that takes a softmax: see `StockRouter.softmax`."""
+    return _look(architecture, index, _read_softmax)
+
+
+def _read_softmax(architecture: Architecture, index: int) -> tuple[bool, float] | None:
+    return _make_bare_router(architecture, index).softmax
+
+
+def scales_to_one_sum(architecture: Architecture, index: int) -> bool:
+    """Return whether a router of the source gives all tokens weights of the same sum."""
+    return _look(architecture, index, _read_sum)
+
+
+def _read_sum(architecture: Architecture, index: int) -> bool:
+    return _make_bare_router(architecture, index).normalizes
 
 
 _FINDERS: Mapping[Trait, Callable[[Architecture, int], bool]] = {

@@ -23,7 +23,7 @@ from moe2edge.model.block import SECOND_NORM, Block
 from moe2edge.model.experts import PARTS, Dense, Expert, Linear, Replacement, Tied
 from moe2edge.model.layers import MoELayer, UnroutedMLP
 from moe2edge.model.model import Model
-from moe2edge.model.traits import make_bare_router
+from moe2edge.model.traits import scales_to_one_sum
 from moe2edge.model.weights import Weight
 from moe2edge.numerics.skipping import apply_skipping, skip_in_any_order
 from moe2edge.runtime.mixed_experts import MixedExperts
@@ -106,7 +106,7 @@ def fit_layer(layer: Any, model: Model, block: Block) -> Any:
             layer.set_submodule(path, MixedExperts(layer.get_submodule(path), mlp))
         if mlp.router.skip_below and model.family.generic:
             with torch.device("cpu"):  # where its rule is tried
-                normalizes = make_bare_router(model.architecture, block.origin).normalizes
+                normalizes = scales_to_one_sum(model.architecture, block.origin)
             experts = layer.get_submodule(str(anatomy.experts))
             hook = _SkippedChoices(mlp.router_rows, mlp.router.skip_below, normalizes)
             experts._is_expert_parallel = True

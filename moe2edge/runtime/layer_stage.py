@@ -105,14 +105,16 @@ def measure_expert_scale(model: Model, block: Block) -> float | None:
         The number; None: more is done to them, such as a norm.
     """
     stage = LayerStage(model, block)
+    experts = stage.layer.get_submodule(str(model.architecture.anatomy[block.origin].experts))
     for module in stage.layer.modules():
+        if module is experts:
+            continue
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
                 if tensor is not None and tensor.is_meta:
                     zeros = torch.zeros(tensor.shape, dtype=tensor.dtype)
                     made = isinstance(tensor, nn.Parameter)
                     tensors[name] = nn.Parameter(zeros, requires_grad=False) if made else zeros
-    experts = stage.layer.get_submodule(str(model.architecture.anatomy[block.origin].experts))
     hidden = torch.randn(1, 2, model.embedding.shape[1], generator=torch.Generator().manual_seed(0))
     found = []
     for value in (0.0, 1.0, -2.0):
