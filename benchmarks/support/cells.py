@@ -107,9 +107,9 @@ def try_cell(cell: Cell, source: Path, work: Path, run: Run) -> str:
 
 
 def read_refusal(output: str) -> str:
-    """Return the message of the line that refuses."""
+    """Return the message of the line that refuses, without what would work instead."""
     (message,) = re.findall(r"^error: (.*)$", output, re.MULTILINE)[-1:]
-    return str(message)
+    return str(message).partition("; passes that work on it")[0]
 
 
 def render_table(results: dict[str, dict[str, str]]) -> str:
@@ -133,6 +133,7 @@ def _render_columns(
         marks = []
         for cell in cells:
             found = own[cell.title].replace(family, "FAMILY").removesuffix(".")
+            found = re.sub(r"\bblock \d+", "block N", found)
             number = notes.setdefault(found, len(notes) + 1) if found != "yes" else 0
             marks.append(f"[{number}]" if number else "✓")
         yield f"| `{family}` | " + " | ".join(marks) + " |"

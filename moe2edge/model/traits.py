@@ -44,7 +44,7 @@ class Trait(Enum):
 
 
 def find_missing(model: Model, needs: Sequence[Trait]) -> tuple[Trait, str] | None:
-    """Find the first trait that a block of a model lacks, and where; None: none is missing.
+    """Find the first trait that a block of a model lacks, and say where; None: none is missing.
 
     Families of the table lack nothing. Other models are looked at block by block.
 
@@ -56,11 +56,11 @@ def find_missing(model: Model, needs: Sequence[Trait]) -> tuple[Trait, str] | No
     if not model.family.generic:
         return None
     if Trait.TABLE in needs:
-        return Trait.TABLE, f"{model.family.model_type} is none"
+        return Trait.TABLE, f"{model.family.model_type} is not"
     for need in needs:
         for block, _ in model.moe_blocks:
             if not _has(model.architecture, block.origin, need):
-                return need, f"those of block {block.index} are others"
+                return need, f"block {block.index} does not have"
     return None
 
 
