@@ -27,6 +27,7 @@ from moe2edge.passes.expert_budget import ExpertBudget
 from moe2edge.passes.expert_merge import ExpertMerge
 from moe2edge.passes.expert_skip import ExpertSkip
 from moe2edge.passes.routing import Routing, find_rules, gather_evidence
+from moe2edge.pipeline.registry import find_pass
 from moe2edge.runtime.decoder_blocks import find_activation
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.storage.work_folder import WorkFolder
@@ -106,6 +107,14 @@ def test_budgets_that_groups_cannot_share_are_refused(
     model = open_family(tmp_path, "deepseek_v3")
     with pytest.raises(InputError, match=message):
         plan([ExpertBudget.model_validate(options)], model)
+
+
+@pytest.mark.parametrize("name", ["expert_drop", "expert_search", "expert_budget"])
+def test_groups_that_can_lose_no_expert_are_said_so(name: str, tmp_path: Path) -> None:
+    model = open_family(tmp_path, "deepseek_v3", n_group=4)
+    step = find_pass(name).model_validate({"keep": 6})
+    with pytest.raises(InputError, match=f"there is no such number below 8, so leave {name} out"):
+        plan([step], model)
 
 
 # ---- expert_merge --------------------------------------------------------------------------------

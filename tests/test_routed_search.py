@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import helpers
-from every_family import GENERIC, IDS, KEPT, make_folder
+from every_family import GENERIC, IDS, KEPT, keep_six, make_folder
 from helpers import ignore, plan
 from moe2edge.calibration.evidence import EvidenceObserver
 from moe2edge.calibration.observation import BlockTrace
@@ -183,3 +183,17 @@ def test_numbers_that_groups_cannot_share_are_refused(keep: float, tmp_path: Pat
     model = open_family(tmp_path, "deepseek_v3")
     with pytest.raises(InputError, match=r"expert_search: keep .* the nearest are 4 and 6"):
         plan([ExpertSearch.model_validate({"keep": keep})], model)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "gemma4_text"])
+def test_a_layer_that_lost_experts_is_searched_as_it_is(family: str, tmp_path: Path) -> None:
+    model = keep_six(open_family(tmp_path, family))
+    found = helpers.search(ExpertSearch.model_validate({"keep": 4}), model, IDS).model
+    for block, hidden, trace, evidence in gather(model):
+        kept = found.blocks[block.index].expert_origins
+        assert set(kept) < set(KEPT)
+        places = [KEPT.index(n) for n in kept]
+        slow = measure_slowly(model, block, hidden, trace, places)
+        assert evidence.compute_loss(places) == pytest.approx(slow, rel=1e-3)
+        if evidence.groups > 1:
+            assert sum(n < 4 for n in kept) == 2

@@ -181,7 +181,7 @@ class StockRouter:
 
     @cached_property
     def is_local(self) -> bool:
-        """True if an expert that is not chosen for a token has no say in what is."""
+        """True if experts that a token does not choose have no influence on its choice and weights."""
         draw, biases = torch.Generator().manual_seed(0), self._biases
         scores = self._draw_scores(draw)
         # The rule is tried, not this layer: with biases that change many choices.
