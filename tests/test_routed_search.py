@@ -21,7 +21,13 @@ from moe2edge.errors import InputError
 from moe2edge.model.block import Block
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model
-from moe2edge.numerics.subset_loss import Evidence, search_beam, search_exhaustively
+from moe2edge.numerics.routed_loss import RoutedEvidence, RoutedPart
+from moe2edge.numerics.subset_loss import (
+    Evidence,
+    SubsetEvidence,
+    search_beam,
+    search_exhaustively,
+)
 from moe2edge.passes.expert_search import ExpertSearch
 from moe2edge.storage.checkpoint import open_checkpoint
 
@@ -197,3 +203,22 @@ def test_a_layer_that_lost_experts_is_searched_as_it_is(family: str, tmp_path: P
         assert evidence.compute_loss(places) == pytest.approx(slow, rel=1e-3)
         if evidence.groups > 1:
             assert sum(n < 4 for n in kept) == 2
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "jamba"])
+def test_a_softmax_is_found_and_agrees_with_the_router_asked(family: str, tmp_path: Path) -> None:
+    """The known rule measures all removals at once; only Qwen's scales weights to one."""
+    for _, _, trace, found in gather(open_family(tmp_path, family)):
+        assert isinstance(found, SubsetEvidence)
+        assert trace.router is not None
+        assert trace.routing is not None
+        router, scores = trace.router(), trace.routing.logits
+        assert router.is_local == (family == "qwen3_next")
+        ids, weights = router.choose(scores, torch.ones(8, dtype=torch.bool))
+        part = RoutedPart(found.parts[0].gram, None, ids, weights, scores)
+        asked = RoutedEvidence(
+            router.choose, router.is_local, 8, 1, (part,), 0.0, found.target_square
+        )
+        for kept in (range(8), (0, 2, 3, 4, 5, 7)):
+            known = found.compute_removals(tuple(kept), tuple(kept))
+            assert asked.compute_removals(kept, kept) == pytest.approx(known, rel=1e-5, abs=1e-6)

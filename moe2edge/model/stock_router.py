@@ -72,11 +72,14 @@ class _Scoring(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call ``func``, if it is none that multiplies with the matrix."""
         more = kwargs or {}
-        if func is not nn.functional.linear or args[1].data_ptr() != self._place:
+        if func is not nn.functional.linear:
+            return func(*args, **more)
+        given: list[Any] = [*args, *more.values()]
+        if given[1].data_ptr() != self._place:
             return func(*args, **more)
         if self._given:
             assert self.scores is not None
-            return self.scores.view(*args[0].shape[:-1], -1)
+            return self.scores.view(*given[0].shape[:-1], -1)
         found: Tensor = func(*args, **more)
         self.scores = found.flatten(0, -2)
         return found
@@ -181,7 +184,7 @@ class StockRouter:
 
     @cached_property
     def is_local(self) -> bool:
-        """True if experts that a token does not choose have no influence on its choice and weights."""
+        """True if experts that a token does not choose do not change its choice and weights."""
         draw, biases = torch.Generator().manual_seed(0), self._biases
         scores = self._draw_scores(draw)
         # The rule is tried, not this layer: with biases that change many choices.
