@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,13 @@ SIZES = (
     "--set", "calibration.samples=8", "--set", "calibration.length=64",
     "--set", "evaluation.samples=2", "--set", "evaluation.length=32",
 )  # fmt: skip
+# Columns of a table of the page.
+COLUMNS = 8
 # What a cell begins with that is not right.
 WRONG = "wrong"
 DROP, BLOCK = "expert_drop: {keep: 4}", "block_drop: {drop: 1}"
+SEARCH, BUDGET = "expert_search: {keep: 4}", "expert_budget: {keep: 6}"
+MERGE, SKIP = "expert_merge: {method: ream, keep: 4}", "expert_skip: {quantile: 0.5}"
 GPTQ, RTN = "gptq: {bits: 4, group_size: -1}", "rtn: {bits: 4, group_size: -1}"
 
 Run = Callable[..., Any]
@@ -47,6 +51,16 @@ CELLS = (
     Cell("`gptq` → `hf`", (GPTQ,), "hf:dequantize=true"),
     Cell("`expert_drop`, `gptq` → `gptq`", (DROP, GPTQ), "gptq"),
     Cell("`block_drop`, `rtn` → `gptq`", (BLOCK, RTN), "gptq"),
+    Cell("`expert_search` → `hf`", (SEARCH,), "hf"),
+    Cell("`expert_search`, `rtn` → `gptq`", (SEARCH, RTN), "gptq"),
+    Cell("`expert_search`, decided → `hf`", (SEARCH,), "hf", decided=True),
+    Cell("`expert_budget` → `hf`", (BUDGET,), "hf:layout=natural"),
+    Cell("`expert_budget`, `rtn` → `gptq`", (BUDGET, RTN), "gptq"),
+    Cell("`expert_merge` → `hf`", (MERGE,), "hf"),
+    Cell("`expert_merge`, `rtn` → `gptq`", (MERGE, RTN), "gptq"),
+    Cell("`expert_drop`, `routing` → `hf`", (DROP, "routing"), "hf"),
+    Cell("`expert_skip` → `hf`", (SKIP,), "hf:layout=natural"),
+    Cell("`expert_skip`, `rtn` → `gptq`", (SKIP, RTN), "gptq"),
 )
 
 
@@ -93,24 +107,33 @@ def try_cell(cell: Cell, source: Path, work: Path, run: Run) -> str:
 
 
 def read_refusal(output: str) -> str:
-    """Return the message of the line that refuses."""
+    """Return the message of the line that refuses, without what would work instead."""
     (message,) = re.findall(r"^error: (.*)$", output, re.MULTILINE)[-1:]
-    return str(message)
+    return str(message).partition("; passes that work on it")[0]
 
 
 def render_table(results: dict[str, dict[str, str]]) -> str:
-    """Render the table of the page of families; refusals become notes below it."""
+    """Render the tables of the page of families; refusals become notes below them."""
     notes: dict[str, int] = {}
-    lines = [
-        "| family | " + " | ".join(cell.title for cell in CELLS) + " |",
-        "|---|" + ":-:|" * len(CELLS),
-    ]
-    for family, cells in sorted(results.items()):
-        marks = []
-        for cell in CELLS:
-            found = cells[cell.title].replace(family, "FAMILY").removesuffix(".")
-            number = notes.setdefault(found, len(notes) + 1) if found != "yes" else 0
-            marks.append(f"[{number}]" if number else "✓")
-        lines.append(f"| `{family}` | " + " | ".join(marks) + " |")
+    lines: list[str] = []
+    for at in range(0, len(CELLS), COLUMNS):
+        lines += [""] if lines else []
+        lines += _render_columns(CELLS[at : at + COLUMNS], results, notes)
     said = [f"[{number}] {message}" for message, number in notes.items()]
     return "\n".join([*lines, *(["", *said] if said else [])])
+
+
+def _render_columns(
+    cells: Sequence[Cell], results: dict[str, dict[str, str]], notes: dict[str, int]
+) -> Iterator[str]:
+    """Yield the lines of a table of some cells; new notes are added."""
+    yield "| family | " + " | ".join(cell.title for cell in cells) + " |"
+    yield "|---|" + ":-:|" * len(cells)
+    for family, own in sorted(results.items()):
+        marks = []
+        for cell in cells:
+            found = own[cell.title].replace(family, "FAMILY").removesuffix(".")
+            found = re.sub(r"\bblock \d+", "block N", found)
+            number = notes.setdefault(found, len(notes) + 1) if found != "yes" else 0
+            marks.append(f"[{number}]" if number else "✓")
+        yield f"| `{family}` | " + " | ".join(marks) + " |"
