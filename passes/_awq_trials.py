@@ -8,10 +8,10 @@ the output must stay as it was. So nothing is assumed of a family, and what read
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -96,19 +96,19 @@ class _Layer:
         return hash(self._key)
 
 
-@lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=16)
 def _find_places(layer: _Layer) -> tuple[_Place, ...]:
     """Find the places of a layer."""
     trial = _Trial(layer, *TRIALS[0])
-    norms = [replace(p, offset=offset) for p in trial.list_norms() for offset in (0.0, 1.0)]
-    chains = list(trial.list_chains())
+    norms, chains = list(trial.list_norms()), list(trial.list_chains())
     form = layer.anatomy.form
     inner = form is not None and trial.experts is not None
     inner = inner and _is_linear_in_up(trial.experts, form)
-    for size, error in TRIALS:  # one layer in memory at a time
-        del trial
-        trial = _Trial(layer, size, error)
-        norms = [place for place in norms if trial.keeps_layer(place)]
+    for size, error in TRIALS:
+        if size != TRIALS[0][0]:  # one layer in memory at a time
+            del trial
+            trial = _Trial(layer, size, error)
+        norms = [fit for place in norms if (fit := trial.fit_norm(place))]
         chains = [place for place in chains if trial.keeps_module(place)]
     # A matrix has the scales of one producer.
     first = {place.consumers: place for place in reversed(chains)}
@@ -260,9 +260,14 @@ class _Trial:
 
     # ---- trying ----------------------------------------------------------------------------------
 
-    def keeps_layer(self, place: _Place) -> bool:
-        """Return whether the output of the layer stays when random scales fold at a place."""
-        return self._keeps(place, lambda: self._stage.run(self._hidden), self._output)
+    def fit_norm(self, place: _Place) -> _Place | None:
+        """Return the place with the offset with which the output of the layer stays, if one does.
+
+        Random scales are folded, and what some norms add to their weight is tried.
+        """
+        fits = (replace(place, offset=offset) for offset in (place.offset, 1.0 - place.offset))
+        run = functools.partial(self._stage.run, self._hidden)
+        return next((p for p in fits if self._keeps(p, run, self._output)), None)
 
     def keeps_module(self, place: _Place) -> bool:
         """Return whether the output of the module with a chain stays."""
