@@ -11,6 +11,7 @@ from pydantic import Field
 from moe2edge.calibration.observation import Facts
 from moe2edge.errors import InputError
 from moe2edge.model.model import Model
+from moe2edge.model.traits import Trait
 from moe2edge.pipeline import decisions
 from moe2edge.pipeline.checks import refuse_replaced
 from moe2edge.pipeline.contract import Outcome, Trim
@@ -23,7 +24,7 @@ class ApplyDecisions(Trim):
     the file would give.
     """
 
-    any_family: ClassVar[bool] = True
+    needs: ClassVar[tuple[Trait, ...]] = ()
     file: Annotated[str, Field(description="file of decisions, written by moe2edge decide")]
     any_source: Annotated[
         bool,

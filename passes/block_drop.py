@@ -12,6 +12,7 @@ from moe2edge.errors import InputError
 from moe2edge.model.block import Block
 from moe2edge.model.hf_config import find_changed_layer
 from moe2edge.model.model import Model
+from moe2edge.model.traits import Trait
 from moe2edge.passes._drop_alike import DropAlike
 from moe2edge.pipeline.contract import Outcome
 
@@ -27,7 +28,7 @@ class BlockDrop(DropAlike):
     it was when the stage began. The remaining blocks are renumbered.
     """
 
-    any_family: ClassVar[bool] = True
+    needs: ClassVar[tuple[Trait, ...]] = ()
     unit: ClassVar[str] = "block"
 
     consecutive: Annotated[

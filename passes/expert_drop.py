@@ -15,6 +15,7 @@ from moe2edge.errors import InputError
 from moe2edge.model.block import Block
 from moe2edge.model.layers import FEWEST_IN_GROUP, MoELayer
 from moe2edge.model.model import Model
+from moe2edge.model.traits import Trait
 from moe2edge.numerics import selection
 from moe2edge.pipeline.checks import advise_top_k, refuse_replaced, refuse_too_many
 from moe2edge.pipeline.contract import Outcome, Trim
@@ -35,7 +36,7 @@ class ExpertDrop(Trim):
     https://arxiv.org/abs/2406.02500; criterion reap: https://arxiv.org/abs/2510.13999.
     """
 
-    any_family: ClassVar[bool] = True
+    needs: ClassVar[tuple[Trait, ...]] = ()
     keep: Annotated[
         int | float | list[int],
         Field(

@@ -15,6 +15,7 @@ from pydantic import Field
 
 from moe2edge.model.block import Block
 from moe2edge.model.model import Model
+from moe2edge.model.traits import Trait
 from moe2edge.numerics.scheme import Scheme
 from moe2edge.passes._quantize import Quantize, Scales
 from moe2edge.pipeline.contract import PlannedStep
@@ -38,7 +39,7 @@ class Gptq(Quantize):
     says.
     """
 
-    any_family: ClassVar[bool] = True
+    needs: ClassVar[tuple[Trait, ...]] = ()
 
     damping: Annotated[
         float,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 from moe2edge.model.block import Block
 from moe2edge.model.model import Model
 from moe2edge.model.roles import list_quantizable
+from moe2edge.model.traits import Trait
 from moe2edge.passes._quantize import Quantize, Scales
 from moe2edge.pipeline.contract import PlannedStep, TextSizes
 from moe2edge.pipeline.solver import GroupSolver, MatrixGroup, Solved
@@ -24,7 +25,7 @@ class Rtn(Quantize):
     Covers attention, experts, shared experts and dense MLPs. Needs no calibration data.
     """
 
-    any_family: ClassVar[bool] = True
+    needs: ClassVar[tuple[Trait, ...]] = ()
     scales: Scales = "absmax"
 
     @property

@@ -16,6 +16,7 @@ from pydantic import Field
 
 from moe2edge.calibration.observation import Facts, ObserverFactory
 from moe2edge.model.model import Model
+from moe2edge.model.traits import Trait
 from moe2edge.options import Options
 from moe2edge.pipeline.solver import GroupSolver, Solver
 from moe2edge.pipeline.work import BlockJournal, Store, estimate_most_new_bytes, estimate_new_bytes
@@ -164,7 +165,8 @@ class Pass(Options):
         may_change_nothing: whether leaving the model alone is a result, not a fault.
         needs_training_text: whether it trains on the training text of the recipe.
         shares_walk: whether passes behind it can join its stage.
-        any_family: whether it works on families of which only the numbers of experts are known.
+        needs: traits that blocks with experts must have; those of a new pass are known for the
+            families of the table alone, until it says more.
     """
 
     name: ClassVar[str]
@@ -174,7 +176,7 @@ class Pass(Options):
     may_change_nothing: ClassVar[bool] = False
     needs_training_text: ClassVar[bool] = False
     shares_walk: ClassVar[bool] = False
-    any_family: ClassVar[bool] = False
+    needs: ClassVar[tuple[Trait, ...]] = (Trait.TABLE,)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

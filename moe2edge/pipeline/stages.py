@@ -9,8 +9,8 @@ from typing import Any
 from moe2edge.calibration.observation import ObserverFactory
 from moe2edge.errors import Moe2EdgeError, Unsupported
 from moe2edge.model.edits import hide_source_integers, restore_source_integers
-from moe2edge.model.family import FAMILIES
 from moe2edge.model.model import Model
+from moe2edge.model.traits import find_missing
 from moe2edge.pipeline.contract import Outcome, Pass, PlannedStep
 
 
@@ -43,7 +43,7 @@ def plan_passes(passes: Sequence[Pass], model: Model) -> Plan:
     source, steps = model, []
     model = hide_source_integers(model)
     for step in passes:
-        _check_family(step, model)
+        _check_needs(step, model)
         step.check(model)
         after = step.plan(model)
         after.verify()
@@ -52,17 +52,22 @@ def plan_passes(passes: Sequence[Pass], model: Model) -> Plan:
     return Plan(source, tuple(steps))
 
 
-def _check_family(step: Pass, model: Model) -> None:
-    """Refuse a pass that needs to know more of a family than is known.
+def _check_needs(step: Pass, model: Model) -> None:
+    """Refuse a pass that needs of blocks what they do not have.
 
     Raises:
-        Unsupported: names the pass and the family.
+        Unsupported: names the pass, the family, what is missing, and passes that need it not.
     """
-    if model.family.generic and not step.any_family:
-        raise Unsupported(
-            f"{step.name} does not work on {model.family.model_type}: it needs to know more of a "
-            f"block than where its experts are; it works on {', '.join(FAMILIES)}"
-        )
+    if (found := find_missing(model, step.needs)) is None:
+        return
+    from moe2edge.pipeline.registry import find_pass, list_passes
+
+    trait, where = found
+    others = [name for name in list_passes() if not find_missing(model, find_pass(name).needs)]
+    raise Unsupported(
+        f"{step.name} does not work on {model.family.model_type}: it needs {trait.value}, and "
+        f"{where}; passes that work on it: {', '.join(others)}"
+    )
 
 
 @dataclass(frozen=True)

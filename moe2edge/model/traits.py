@@ -1,0 +1,98 @@
+"""Traits of blocks: what a pass may need of the experts that it works on.
+
+Each is found by looking at transformers' own layer; a family of the table has what its row says.
+A trait that no pass needs costs nothing: it is looked for when it is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from enum import Enum
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from moe2edge.model.architecture import Architecture, find_layers
+
+if TYPE_CHECKING:
+    from moe2edge.model.model import Model
+
+# Tokens and inner size with which an activation is tried.
+TRIED = (4, 8)
+
+
+class Trait(Enum):
+    """A trait of a block with experts, in the words of messages.
+
+    Attributes:
+        TABLE: its family has a row in the table, from which everything about its blocks is known.
+        GATED: experts have a gate beside up.
+        SILU: between their matrices, experts compute ``silu(gate) * up`` and nothing else.
+        UNBIASED: the matrices of experts have no biases.
+    """
+
+    TABLE = "a family of the table"
+    GATED = "experts with a gate"
+    SILU = "experts that compute silu(gate) * up"
+    UNBIASED = "experts without biases"
+
+
+def find_missing(model: Model, needs: Sequence[Trait]) -> tuple[Trait, str] | None:
+    """Find the first trait that a block of a model lacks, and where; None: none is missing.
+
+    Families of the table lack nothing. Other models are looked at block by block.
+
+    >>> from types import SimpleNamespace
+    >>> model = SimpleNamespace(family=SimpleNamespace(generic=False))
+    >>> find_missing(model, [Trait.TABLE]) is None
+    True
+    """
+    if not model.family.generic:
+        return None
+    if Trait.TABLE in needs:
+        return Trait.TABLE, f"{model.family.model_type} is none"
+    for need in needs:
+        for block, _ in model.moe_blocks:
+            if not _has(model.architecture, block.origin, need):
+                return need, f"those of block {block.index} are others"
+    return None
+
+
+@lru_cache(maxsize=1024)
+def _has(architecture: Architecture, index: int, trait: Trait) -> bool:
+    return _FINDERS[trait](architecture, index)
+
+
+def _is_gated(architecture: Architecture, index: int) -> bool:
+    form = architecture.anatomy[index].form
+    return form is not None and form.gated
+
+
+def _is_unbiased(architecture: Architecture, index: int) -> bool:
+    form = architecture.anatomy[index].form
+    return form is not None and not form.biased
+
+
+def _computes_silu(architecture: Architecture, index: int) -> bool:
+    """Return whether the experts of a layer do to random numbers what silu and a product do."""
+    import torch
+    from torch.nn.functional import silu
+
+    anatomy = architecture.anatomy[index]
+    if anatomy.form is None or not anatomy.form.gated:
+        return False
+    experts: Any = find_layers(architecture.model)[1][index].get_submodule(str(anatomy.experts))
+    tokens, width = TRIED
+    draw = torch.Generator().manual_seed(0)
+    # Large numbers as well: some activations are silu until a limit.
+    both = torch.randn(tokens, 2 * width, generator=draw) * torch.tensor([[1.0], [1], [1e3], [1e3]])
+    gate, up = both.chunk(2, dim=1)
+    if not anatomy.form.concatenated:
+        both = torch.stack([gate, up], dim=2).flatten(1)
+    return torch.allclose(experts._apply_gate(both), silu(gate) * up, rtol=1e-4, atol=1e-4)
+
+
+_FINDERS: Mapping[Trait, Callable[[Architecture, int], bool]] = {
+    Trait.GATED: _is_gated,
+    Trait.SILU: _computes_silu,
+    Trait.UNBIASED: _is_unbiased,
+}
