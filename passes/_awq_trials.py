@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from moe2edge.model.anatomy import ExpertsForm
+from moe2edge.model.architecture import Architecture
 from moe2edge.model.block import Block
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model
@@ -62,7 +64,7 @@ def find_places_by_trial(model: Model, block: Block) -> Iterator[FoldingPlace]:
         if not role.startswith("experts.") and (name := find_module_name(anatomy, role)):
             roles.setdefault(name, []).append(role)
     experts = block.mlp.experts if isinstance(block.mlp, MoELayer) else ()
-    for place in _find_places(_Layer(model, block)):
+    for place in _find_places(model, block):
         if place.producer == EXPERTS:
             for n, expert in enumerate(experts):
                 biases = [f"experts.{n}.up_bias"] if "up" in expert.biases else []
@@ -79,35 +81,34 @@ def find_places_by_trial(model: Model, block: Block) -> Iterator[FoldingPlace]:
         yield FoldingPlace(producers, tuple(consumers), place.heads, place.copies, place.offset)
 
 
-class _Layer:
-    """The layer of a block; equal to others that transformers builds of the same modules."""
-
-    def __init__(self, model: Model, block: Block) -> None:
-        self.model, self.block = model, block
-        self.anatomy = model.architecture.anatomy[block.origin]
-        stage = LayerStage(model, block)
-        sizes = tuple((name, tuple(p.shape)) for name, p in stage.layer.named_parameters())
-        self._key = (id(model.architecture), repr(stage.layer), sizes)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Layer) and self._key == other._key
-
-    def __hash__(self) -> int:
-        return hash(self._key)
+# Places of layers by what identifies them, of models that are in use.
+_known: weakref.WeakKeyDictionary[Architecture, dict[object, tuple[_Place, ...]]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
-@functools.lru_cache(maxsize=16)
-def _find_places(layer: _Layer) -> tuple[_Place, ...]:
-    """Find the places of a layer."""
-    trial = _Trial(layer, *TRIALS[0])
+def _find_places(model: Model, block: Block) -> tuple[_Place, ...]:
+    """Find the places of the layer of a block; layers of the same modules have the same."""
+    layer = LayerStage(model, block).layer
+    sizes = tuple((name, tuple(p.shape)) for name, p in layer.named_parameters())
+    found = _known.setdefault(model.architecture, {})
+    key = repr(layer), sizes
+    if key not in found:
+        found[key] = _try_places(model, block)
+    return found[key]
+
+
+def _try_places(model: Model, block: Block) -> tuple[_Place, ...]:
+    """Find the places of a layer by trying them."""
+    trial = _Trial(model, block, *TRIALS[0])
     norms, chains = list(trial.list_norms()), list(trial.list_chains())
-    form = layer.anatomy.form
-    inner = form is not None and trial.experts is not None
-    inner = inner and _is_linear_in_up(trial.experts, form)
+    form = model.architecture.anatomy[block.origin].form
+    experts = trial.experts
+    inner = form is not None and experts is not None and _is_linear_in_up(experts, form)
     for size, error in TRIALS:
         if size != TRIALS[0][0]:  # one layer in memory at a time
             del trial
-            trial = _Trial(layer, size, error)
+            trial = _Trial(model, block, size, error)
         norms = [fit for place in norms if (fit := trial.fit_norm(place))]
         chains = [place for place in chains if trial.keeps_module(place)]
     # A matrix has the scales of one producer.
@@ -131,19 +132,20 @@ class _Trial:
         experts: the module of the experts; None: there is none.
     """
 
-    def __init__(self, layer: _Layer, size: float, error: float) -> None:
+    def __init__(self, model: Model, block: Block, size: float, error: float) -> None:
         """Fill the layer.
 
         Args:
-            layer: the layer.
+            model: the model.
+            block: one of its blocks.
             size: of the outputs of random matrices.
             error: relative error of outputs that rounding may cause.
         """
         self._error = error
         self._draw = torch.Generator().manual_seed(0)
-        anatomy = layer.anatomy
+        anatomy = model.architecture.anatomy[block.origin]
         self._mlps = anatomy.mlps
-        self._stage = LayerStage(layer.model, layer.block)
+        self._stage = LayerStage(model, block)
         self._layer: Any = self._stage.layer
         inside = f"{anatomy.experts}."
         routing = {path for role, path in anatomy.roles.items() if role.startswith("router.")}
@@ -154,14 +156,14 @@ class _Trial:
         }
         self._layer.load_state_dict(state, strict=False, assign=True)
         self.experts: Any = None
-        if anatomy.experts is not None and isinstance(layer.block.mlp, MoELayer):
+        if anatomy.experts is not None and isinstance(block.mlp, MoELayer):
             self.experts = self._layer.get_submodule(anatomy.experts)
-            outs, ins = layer.block.mlp.experts[0].down.shape[0], layer.block.mlp.experts[0].up.shape[1]
+            outs, ins = block.mlp.experts[0].down.shape[0], block.mlp.experts[0].up.shape[1]
             self._columns = torch.ones(ins)
             self._matrix = self._fill((outs, ins), size)
-            self._factors = torch.randn(layer.block.mlp.router_rows + 1, generator=self._draw)
+            self._factors = torch.randn(block.mlp.router_rows + 1, generator=self._draw)
             self.experts.forward = self._run_experts
-        hidden = layer.model.family.geometry(layer.model.config).hidden
+        hidden = model.family.geometry(model.config).hidden
         self._hidden = torch.randn(1, TOKENS, hidden, generator=self._draw)
         self._calls: dict[str, list[_Call]] = {}
         self._output = self._watch()

@@ -30,6 +30,7 @@ from moe2edge.errors import InputError, Moe2EdgeError
 from moe2edge.model.block import Block
 from moe2edge.model.model import Model
 from moe2edge.model.roles import list_quantizable
+from moe2edge.model.traits import Trait
 from moe2edge.model.weights import Weight, plan_weight
 from moe2edge.numerics.scheme import Pattern
 from moe2edge.pipeline.contract import PlannedStep, Slim
@@ -64,7 +65,7 @@ class Sparsify(Slim):
     under-calibrated: it is reported, and treated as ``starved`` says.
     """
 
-    any_family: ClassVar[bool] = True
+    needs: ClassVar[tuple[Trait, ...]] = ()
 
     method: Annotated[
         Literal["magnitude", "wanda", "sparsegpt"],

@@ -97,8 +97,7 @@ def test_zeros_stay_and_are_written(family: str, tmp_path: Path) -> None:
             path = model.architecture.anatomy[block.origin].roles.get(role.partition(".part")[0])
             mixes = path is not None and (
                 path.startswith(MIXERS)
-                or path.count(".") == 2
-                and path.startswith("mixer.")
+                or (path.count(".") == 2 and path.startswith("mixer."))
                 or "layernorm" in path
             )
             expected = is_quantizable(role) and not mixes
