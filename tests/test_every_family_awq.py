@@ -36,6 +36,8 @@ FAST = ("deepseek_v3", "gemma4_text", "gpt_oss", "minimax", "nemotron_h", "phimo
 MARKED = [
     family if family in FAST else pytest.param(family, marks=pytest.mark.slow) for family in GENERIC
 ]
+# Families whose experts have a gate that is clipped, or none.
+OTHERS = ("gpt_oss", "minimax_m3_vl_text", "nemotron_h")
 # So few tokens are attended to that it matters which.
 OWN: dict[str, dict[str, Any]] = {"deepseek_v32": {"index_topk": 4}}
 
@@ -135,26 +137,22 @@ def test_scales_are_what_a_norm_that_adds_one_is_divided_by() -> None:
     found = awq_scales.round_to_exact(scales, stored, 1.0)
     quotients = (stored.float() + 1) / found - 1
     torch.testing.assert_close(quotients, quotients.bfloat16().float(), rtol=0, atol=1e-6)
-    assert ((found / scales) - 1).abs().max() < 0.02
+    close = (quotients + 1).abs() > 0.25  # elsewhere the stored numbers are far apart
+    assert ((found / scales)[close] - 1).abs().max() < 0.02
 
 
 # ---- choosing ------------------------------------------------------------------------------------
 
 
 def list_uses(model: Model, block: Block, hidden: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """Inputs of the matrices of a block, with the weights of their outputs, by role."""
+    """List the inputs of the matrices of a block, with the weights of their outputs, by role."""
     trace = walk.BlockRunner(model, block).watch(hidden)
     uses = {role: (x, torch.ones(len(x))) for role, x in trace.linear_inputs.items()}
     routing = trace.routing
     assert routing is not None
     assert isinstance(block.mlp, MoELayer)
     for n in range(len(block.mlp.experts)):
-        rows = [
-            (t, k)
-            for t, row in enumerate(routing.ids.tolist())
-            for k, i in enumerate(row)
-            if i == n
-        ]
+        rows = torch.argwhere(routing.ids == n).tolist()
         x = torch.stack([routing.inputs[t] for t, _ in rows])
         weights = torch.stack([routing.weights[t, k] for t, k in rows])
         uses |= {f"experts.{n}.{part}": (x, weights) for part in ("gate", "up")}
@@ -202,9 +200,7 @@ def test_what_is_rounded_is_written_and_loaded(family: str, tmp_path: Path) -> N
     step = Awq.model_validate({"group_size": -1, "steps": 4, "min_tokens": 4, "rules": rules})
     result, notes = quantize(step, model)
     unscaled = [note.partition(":")[0] for note in notes if "no scales fold in" in note]
-    assert ("down of experts" in unscaled) == (
-        family in ("gpt_oss", "nemotron_h", "minimax_m3_vl_text")
-    )
+    assert ("down of experts" in unscaled) == (family in OTHERS)
     folder = tmp_path / "out"
     folder.mkdir()
     target = Gptq()
@@ -217,6 +213,6 @@ def test_what_is_rounded_is_written_and_loaded(family: str, tmp_path: Path) -> N
 
 def test_a_model_without_a_place_is_refused(tmp_path: Path) -> None:
     model = open_tiny(tmp_path / "source", "flex_olmo")
-    rules = [{"match": "o_proj|down_proj", "bits": 16}]
+    rules = [{"match": "o_proj|experts", "bits": 16}]
     with pytest.raises(Unsupported, match=r"awq does not work on flex_olmo: .* use gptq or rtn"):
         plan_passes([Awq.model_validate({"rules": rules})], model)
