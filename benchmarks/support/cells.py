@@ -13,9 +13,12 @@ SIZES = (
     "--set", "calibration.samples=8", "--set", "calibration.length=64",
     "--set", "evaluation.samples=2", "--set", "evaluation.length=32",
 )  # fmt: skip
+TRAINING = ("--set", "training.samples=6", "--set", "training.length=32")
 # What a cell begins with that is not right.
 WRONG = "wrong"
 DROP, BLOCK = "expert_drop: {keep: 4}", "block_drop: {drop: 1}"
+SPARSE, AWQ = "sparsify: {min_tokens: 8}", "awq: {bits: 4, group_size: -1, steps: 4, min_tokens: 8}"
+RECOVER = "recover: {steps: 2, batch: 2, held_out: 2, eval_every: 1, learning_rate: 0.001}"
 GPTQ, RTN = "gptq: {bits: 4, group_size: -1}", "rtn: {bits: 4, group_size: -1}"
 
 Run = Callable[..., Any]
@@ -47,6 +50,10 @@ CELLS = (
     Cell("`gptq` → `hf`", (GPTQ,), "hf:dequantize=true"),
     Cell("`expert_drop`, `gptq` → `gptq`", (DROP, GPTQ), "gptq"),
     Cell("`block_drop`, `rtn` → `gptq`", (BLOCK, RTN), "gptq"),
+    Cell("`sparsify` → `hf`", (SPARSE,), "hf"),
+    Cell("`awq` → `gptq`", (AWQ,), "gptq"),
+    Cell("`awq` → `hf`", (AWQ,), "hf:dequantize=true"),
+    Cell("`expert_drop`, `recover` → `hf`", (DROP, RECOVER), "hf"),
 )
 
 
@@ -83,6 +90,8 @@ def try_cell(cell: Cell, source: Path, work: Path, run: Run) -> str:
             return read_refusal(found.output)
         recipe.write_text(f"passes:\n  - apply_decisions: {{file: {decisions}}}\n")
         given = ["-r", recipe, "--eval", text, *SIZES[4:]]
+    if RECOVER in cell.passes:
+        given += [*TRAINING, "--set", f"training.text={text}"]
     found = run("export", source, "-t", cell.target, "-o", out, *given)
     assert found.exit_code in (0, 2, 6), found.output
     if found.exit_code:
