@@ -105,10 +105,14 @@ class Ranker(Resumable):
             self.errors[block.index] = saved["errors"]
 
     def ranking(self, block: Block) -> tuple[int, ...]:
-        """Return positions of the experts of an observed block, the best first."""
+        """Return positions of the experts of an observed block, the best first.
+
+        Groups of a router take turns, so that each prefix has the best of each.
+        """
         facts = Facts({kind: observer.result() for kind, observer in self._observers.items()})
         scores = criteria.score_experts(self._criterion, block, facts, self._seed)
-        return selection.rank_by_score(scores)
+        groups = block.mlp.router.groups if isinstance(block.mlp, MoELayer) else 1
+        return selection.rank_in_turns(scores, groups)
 
     def result(self) -> Mapping[int, list[float]]:
         """Return the errors."""

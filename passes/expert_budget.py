@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
 from moe2edge.calibration.criteria import Criterion
 from moe2edge.errors import InputError
+from moe2edge.model.layers import FEWEST_IN_GROUP
 from moe2edge.model.model import Model
+from moe2edge.model.traits import Trait
 from moe2edge.numerics import selection
 from moe2edge.pipeline import checks
 from moe2edge.pipeline.checks import refuse_replaced
@@ -38,11 +41,15 @@ class ExpertBudget(Search):
     allocation with the least sum of sensitivities. Sensitivities of several layers do not simply
     add up, so this allocation, the uniform one and some between them are tried on the whole model.
     The one with the least KL divergence from the source's predictions is chosen; among equals, the
-    uniform one. A layer of n experts keeps the n best by `criterion`.
+    uniform one. A layer of n experts keeps the n best by `criterion`. Where routers choose among
+    groups of experts, all counts are multiples of the number of groups, and each group keeps its
+    best.
 
     A part of the calibration samples is held out of the choice. The gain over the uniform
     allocation on it is reported with a bootstrap interval.
     """
+
+    needs: ClassVar[tuple[Trait, ...]] = (Trait.ROUTER,)
 
     keep: Annotated[
         int | float,
@@ -174,10 +181,17 @@ class ExpertBudget(Search):
 
     def floors(self, model: Model) -> Counts:
         """Return the fewest experts that each MoE layer keeps."""
-        return tuple(
-            self.floor or (1 if self.clamp_top_k else layer.router.top_k)
-            for _, layer in model.moe_blocks
-        )
+        unit, floors = _get_unit(model), []
+        for _, layer in model.moe_blocks:
+            least = 1 if self.clamp_top_k else layer.router.top_k
+            even = _round_up(max(least, FEWEST_IN_GROUP * unit), unit) if unit > 1 else least
+            floors.append(self.floor or even)
+        return tuple(floors)
+
+    def _in_units(self, model: Model, counts: Counts) -> Counts:
+        """Return counts in the units in which experts can go."""
+        unit = _get_unit(model)
+        return tuple(count // unit for count in counts)
 
     def check(self, model: Model) -> None:
         """Refuse budgets that layers cannot keep, or that leave nothing to choose."""
@@ -185,6 +199,9 @@ class ExpertBudget(Search):
         kept, floors, full = self.uniform(model), self.floors(model), model.expert_counts
         places = [f"block {block.index}" for block, _ in model.moe_blocks]
         checks.refuse_too_many("expert_budget", self.keep, kept, full, places)
+        checks.refuse_uneven_groups("expert_budget", "keep", self.keep, kept, model)
+        if self.floor:
+            checks.refuse_uneven_groups("expert_budget", "floor", self.floor, floors, model)
         for (block, layer), count, floor in zip(model.moe_blocks, kept, floors, strict=True):
             experts, top_k, where = len(layer.experts), layer.router.top_k, f"block {block.index}"
             if layer.router.skip_below:
@@ -196,6 +213,7 @@ class ExpertBudget(Search):
                 small = f"keep {self.keep}" if count <= floor else f"floor {floor}"
                 # To keep no more than the floors would leave no choice.
                 option, least = ("keep", top_k + 1) if count <= floor else ("set floor to", top_k)
+                least = _round_up(least, _get_unit(model))
                 advice = checks.advise_top_k(least, experts, "set clamp_top_k: true", option)
                 raise InputError(
                     f"expert_budget: {small} may leave {min(count, floor)} experts in {where} "
@@ -220,11 +238,16 @@ class ExpertBudget(Search):
 
     def plan(self, model: Model) -> Model:
         """Return the most uneven result: floors, and all other experts in the first layers."""
-        total = sum(self.uniform(model))
-        counts = selection.allocate_least_even(self.floors(model), model.expert_counts, total)
-        for (block, layer), count in zip(model.moe_blocks, counts, strict=True):
-            if count < len(layer.experts):
-                first = range(count)
+        unit, total = _get_unit(model), sum(self._in_units(model, self.uniform(model)))
+        floors, full = (
+            self._in_units(model, counts) for counts in (self.floors(model), model.expert_counts)
+        )
+        counts = selection.allocate_least_even(floors, full, total)
+        for (block, layer), units in zip(model.moe_blocks, counts, strict=True):
+            if (count := units * unit) < len(layer.experts):
+                first = selection.choose_best(
+                    [0.0] * len(layer.experts), count, layer.router.groups
+                )
                 model = model.replace_block(block.keep_experts(first, clamp_top_k=self.clamp_top_k))
         return model
 
@@ -276,10 +299,12 @@ class ExpertBudget(Search):
         """List the allocations that sensitivity kl tries: all experts, then one pruned layer."""
         from moe2edge.numerics import allocation
 
-        full = model.expert_counts
+        full, unit = model.expert_counts, _get_unit(model)
         counts = [
-            allocation.spread_counts(floor, experts, self.points)
-            for floor, experts in zip(self.floors(model), full, strict=True)
+            tuple(unit * n for n in allocation.spread_counts(floor, experts, self.points))
+            for floor, experts in zip(
+                self._in_units(model, self.floors(model)), self._in_units(model, full), strict=True
+            )
         ]
         return [full, *allocation.list_single_layer_allocations(full, counts)]
 
@@ -350,7 +375,7 @@ class ExpertBudget(Search):
     def _measure_sensitivities(
         self, context: PassContext, trial: Trial, ranker: Ranker
     ) -> list[list[float]]:
-        """Measure, per MoE layer, the cost of keeping its floor, one more, ... all experts."""
+        """Measure, per MoE layer, the cost of keeping its floor, a unit more, ... all experts."""
         from moe2edge.numerics import allocation, bootstrap
 
         model = context.model
@@ -363,11 +388,12 @@ class ExpertBudget(Search):
             counts: bootstrap.compute_mean_kl(sums)
             for counts, sums in zip(tried, results, strict=True)
         }
-        full = model.expert_counts
+        full, unit = model.expert_counts, _get_unit(model)
         rows = []
         for n, (floor, experts) in enumerate(zip(self.floors(model), full, strict=True)):
-            known = {counts[n]: kl[counts] for counts in tried if counts[n] < experts}
-            rows.append(allocation.interpolate_costs(known | {experts: kl[full]}, floor, experts))
+            known = {counts[n] // unit: kl[counts] for counts in tried if counts[n] < experts}
+            known |= {experts // unit: kl[full]}
+            rows.append(allocation.interpolate_costs(known, floor // unit, experts // unit))
         return rows
 
     def _list_candidates(
@@ -376,9 +402,10 @@ class ExpertBudget(Search):
         """List the allocations to try, by name; uniform comes first."""
         from moe2edge.numerics import allocation
 
-        even = self.uniform(model)
-        best = allocation.allocate(costs, self.floors(model), sum(even))
-        return {name: allocation.interpolate_counts(even, best, part) for name, part in WAY.items()}
+        even, unit = self._in_units(model, self.uniform(model)), _get_unit(model)
+        best = allocation.allocate(costs, self._in_units(model, self.floors(model)), sum(even))
+        found = {name: allocation.interpolate_counts(even, best, w) for name, w in WAY.items()}
+        return {name: tuple(unit * n for n in units) for name, units in found.items()}
 
     # ---- report --------------------------------------------------------------------------------
 
@@ -412,6 +439,15 @@ class ExpertBudget(Search):
             f"held out: chosen allocation minus uniform, in nats per token, on {loss.samples} "
             f"calibration samples that were not used to choose: loss {loss}, KL {kl}"
         )
+
+
+def _get_unit(model: Model) -> int:
+    """Return the number of experts that go at once: one of each group of a router."""
+    return math.lcm(*(layer.router.groups for _, layer in model.moe_blocks))
+
+
+def _round_up(count: int, unit: int) -> int:
+    return -(-count // unit) * unit
 
 
 def _follow(

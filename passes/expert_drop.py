@@ -13,11 +13,16 @@ from moe2edge.calibration.criteria import Criterion
 from moe2edge.calibration.observation import Facts, ObserverFactory
 from moe2edge.errors import InputError
 from moe2edge.model.block import Block
-from moe2edge.model.layers import FEWEST_IN_GROUP, MoELayer
+from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model
 from moe2edge.model.traits import Trait
 from moe2edge.numerics import selection
-from moe2edge.pipeline.checks import advise_top_k, refuse_replaced, refuse_too_many
+from moe2edge.pipeline.checks import (
+    advise_top_k,
+    refuse_replaced,
+    refuse_too_many,
+    refuse_uneven_groups,
+)
 from moe2edge.pipeline.contract import Outcome, Trim
 
 # Super experts, as in REAP's code: searched in this fraction of the blocks, from the first; their
@@ -161,24 +166,14 @@ class ExpertDrop(Trim):
 
     def _check_groups(self, model: Model) -> None:
         """Refuse numbers that leave groups of a router with different numbers of experts."""
-        counts = self._count_kept(model)
-        for block, layer in model.moe_blocks:
-            groups, experts = layer.router.groups, len(layer.experts)
-            if groups == 1:
-                continue
-            if self.scope == "global":
+        for _, layer in model.moe_blocks:
+            if self.scope == "global" and (groups := layer.router.groups) > 1:
                 raise InputError(
                     "expert_drop: scope global does not keep the same number of experts in each "
                     f"of the {groups} groups of a router; choose scope: layer"
                 )
-            possible = selection.list_group_counts(experts, groups, FEWEST_IN_GROUP)
-            if (count := counts[block.index]) not in possible:
-                near = sorted(sorted(possible, key=lambda n: abs(n - count))[:2])
-                raise InputError(
-                    f"expert_drop: keep {self.keep} is {count} experts in block {block.index}, but "
-                    f"each of the {groups} groups of its router has to keep the same number, "
-                    f"{FEWEST_IN_GROUP} at least; the nearest are {' and '.join(map(str, near))}"
-                )
+        counts = list(self._count_kept(model).values())
+        refuse_uneven_groups("expert_drop", "keep", self.keep, counts, model)
 
     def _check_options(self, model: Model) -> None:
         """Refuse options that contradict each other, or a list for another number of layers."""

@@ -14,12 +14,20 @@ from pydantic import Field, field_validator, model_validator
 from moe2edge.calibration import criteria
 from moe2edge.calibration.criteria import Criterion
 from moe2edge.calibration.observation import Facts, Observer, ObserverFactory
-from moe2edge.errors import InputError
+from moe2edge.errors import InputError, Unsupported
 from moe2edge.model.block import Block
-from moe2edge.model.experts import PARTS, Full
+from moe2edge.model.experts import Full
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model
+from moe2edge.model.traits import Trait
 from moe2edge.model.weights import plan_weight
+from moe2edge.passes._merge_experts import (
+    LayerSamples,
+    get_merged_role,
+    list_expert_parts,
+    load_matrices,
+    reorder_neurons,
+)
 from moe2edge.pipeline import checks
 from moe2edge.pipeline.checks import refuse_replaced, refuse_slimmed
 from moe2edge.pipeline.contract import Outcome, PassContext, PlannedStep, Search, TextSizes
@@ -32,7 +40,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from moe2edge.calibration.observation import BlockTrace
-    from moe2edge.model.weights import Weight
     from moe2edge.numerics.expert_groups import ExpertGroup, ExpertSums, Matrices
 
 Method = Literal["hc-smoe", "m-smoe", "ream"]
@@ -58,6 +65,7 @@ class ExpertMerge(Search):
     """
 
     writes: ClassVar[tuple[type, ...]] = (UntiedModel,)
+    needs: ClassVar[tuple[Trait, ...]] = ()
 
     method: Annotated[Method, Field(description="how experts are grouped, aligned and weighted")]
     keep: Annotated[
@@ -71,8 +79,8 @@ class ExpertMerge(Search):
         Literal["members", "centroids"] | None,
         Field(
             description="members: every router row stays and runs the merged expert; "
-            "centroids: one row of each group stays; default: centroids for ream, otherwise "
-            "members"
+            "centroids: one row of each group stays; default: centroids for ream and for families "
+            "without a row, otherwise members"
         ),
     ] = None
     align: Annotated[
@@ -112,7 +120,7 @@ class ExpertMerge(Search):
         """Fill in the choices of the method where none was made."""
         ream = self.method == "ream"
         own = {
-            "routing": "centroids" if ream else "members",
+            "routing": "centroids" if ream or model.family.generic else "members",
             "align": self.method != "hc-smoe",
             "group_limit": GROUP_LIMIT if ream else None,
         }
@@ -137,7 +145,15 @@ class ExpertMerge(Search):
                 "expert_merge: the thresholds of expert_skip would no longer fit the experts; put "
                 "expert_skip after it"
             )
+        if step.routing == "members" and model.family.generic:
+            raise Unsupported(
+                f"expert_merge: with routing members several router rows run one expert, which "
+                f"nothing holds for {model.family.model_type}; set routing: centroids"
+            )
         left = self._count_left(model)
+        if step.routing == "centroids":
+            counts = list(left.values())
+            checks.refuse_uneven_groups("expert_merge", "keep", self.keep, counts, model)
         for block, layer in model.moe_blocks:
             step._check_count(block, layer, left[block.index])
         if tuple(left.values()) == model.expert_counts:
@@ -166,9 +182,24 @@ class ExpertMerge(Search):
             kept, count = left[block.index], len(layer.experts)
             if kept < count:
                 # As many as possible are tied: recover needs memory for each.
-                groups = tuple((n, *range(kept + n, count, kept)) for n in range(kept))
+                parts = step._split(layer)
+                each, size = kept // len(parts), count // len(parts)
+                groups = [
+                    tuple(part[at] for at in (n, *range(each + n, size, each)))
+                    for part in parts
+                    for n in range(each)
+                ]
                 model = model.replace_block(step._plan_merged(block, layer, groups))
         return model
+
+    def _split(self, layer: MoELayer) -> list[range]:
+        """Split the experts of a layer into those that may be merged with each other.
+
+        A router that chooses among groups needs as many experts in each.
+        """
+        groups = layer.router.groups if self.routing == "centroids" else 1
+        size = len(layer.experts) // groups
+        return [range(first, first + size) for first in range(0, size * groups, size)]
 
     def _plan_merged(self, block: Block, layer: MoELayer, groups: Sequence[ExpertGroup]) -> Block:
         """Return the block with merged experts, whose numbers are not computed yet."""
@@ -182,10 +213,10 @@ class ExpertMerge(Search):
             new = replace(block, mlp=replace(layer, experts=experts, rows=rows))
         weights = dict(new.weights())
         roles = [
-            _get_role(new, place, part)
+            get_merged_role(new, place, part)
             for place, group in enumerate(groups)
             if len(group) > 1
-            for part in PARTS
+            for part in list_expert_parts(layer.experts[group[0]])
         ]
         return new.with_weights({role: plan_weight(weights[role]) for role in roles})
 
@@ -197,7 +228,7 @@ class ExpertMerge(Search):
         model, tokens = planned.before, texts.calibration.tokens
         step, hidden = self.resolve(model), model.family.geometry(model.config).hidden
         experts = max(model.expert_counts)
-        width = max(layer.experts[0].gate.shape[0] for _, layer in model.moe_blocks)
+        width = max(layer.experts[0].up.shape[0] for _, layer in model.moe_blocks)
         sampled = 4 * 2 * SAMPLED * (hidden + width)
         means = 4 * 3 * hidden * width * max(step._count_left(model).values())
         inside = 4 * 4 * min(tokens, BATCH_TOKENS) * width  # an expert on all tokens of a batch
@@ -240,61 +271,6 @@ class ExpertMerge(Search):
         )
 
 
-def _get_role(block: Block, place: int, part: str) -> str:
-    """Return the role of a matrix of an expert, which alone in its layer is a plain MLP."""
-    kind = f"experts.{place}" if isinstance(block.mlp, MoELayer) else "dense"
-    return f"{kind}.{part}"
-
-
-def _load_numbers(layer: MoELayer, n: int) -> Matrices:
-    """Load the numbers of an expert, float32."""
-    from moe2edge.numerics.expert_groups import Matrices
-    from moe2edge.runtime.decoder_blocks import load_finite
-
-    expert = layer.experts[n]
-    return Matrices(load_finite(expert.gate), load_finite(expert.up), load_finite(expert.down))
-
-
-def _reorder(block: Block, layer: MoELayer, orders: Mapping[int, Tensor]) -> Block:
-    """Return the block with the neurons of some experts, by position, in another order."""
-
-    def permuted(weight: Weight, order: Tensor, dim: int) -> Weight:
-        return replace(weight, load=lambda: weight.load().index_select(dim, order))
-
-    experts = list(layer.experts)
-    for n, order in orders.items():
-        gate, up, down = (getattr(experts[n], part) for part in PARTS)
-        experts[n] = replace(
-            experts[n],
-            gate=permuted(gate, order, 0),
-            up=permuted(up, order, 0),
-            down=permuted(down, order, 1),
-        )
-    return replace(block, mlp=replace(layer, experts=tuple(experts)))
-
-
-@dataclass
-class _Samples:
-    """Inputs and outputs of a layer for evenly spread tokens.
-
-    Attributes:
-        every: one in this many tokens is kept.
-        inputs, outputs: [n, hidden] of each batch.
-    """
-
-    every: int
-    inputs: list[Tensor] = field(default_factory=list)
-    outputs: list[Tensor] = field(default_factory=list)
-    _seen: int = 0
-
-    def add(self, inputs: Tensor, outputs: Tensor) -> None:
-        """Add a batch, [n, hidden] each."""
-        first = -self._seen % self.every
-        self.inputs.append(inputs[first :: self.every].clone())
-        self.outputs.append(outputs[first :: self.every].clone())
-        self._seen += len(inputs)
-
-
 @dataclass
 class _Merger(KeptTransform):
     """Accumulates statistics of experts, and merges some; one layer at a time.
@@ -308,7 +284,7 @@ class _Merger(KeptTransform):
     tokens: int
     left: Mapping[int, int]
     sums: ExpertSums | None = None
-    samples: _Samples | None = None
+    samples: LayerSamples | None = None
     observers: dict[ObserverFactory, Observer[object]] = field(default_factory=dict)
     originals: list[Block] = field(default_factory=list)
 
@@ -323,11 +299,11 @@ class _Merger(KeptTransform):
             return
         if self.sums is None or self.samples is None:
             self.sums = ExpertSums(len(layer.experts), routing.inputs.shape[1])
-            self.samples = _Samples(-(-self.tokens // SAMPLED))
+            self.samples = LayerSamples(-(-self.tokens // SAMPLED))
             self.observers = {k: k() for k in criteria.list_observers(WEIGHTED_BY[method])}
         for observer in self.observers.values():
             observer.observe(trace)
-        self.samples.add(routing.inputs, trace.mlp_outputs.flatten(0, -2))
+        self.samples.add(routing, trace.mlp_outputs.flatten(0, -2))
         self.sums.add_logits(routing.logits)
         if method != "m-smoe":
             self.sums.add_outputs(routing.inputs, trace.expert_output, cosines=method == "ream")
@@ -342,19 +318,19 @@ class _Merger(KeptTransform):
             return None
         facts = Facts({kind: observer.result() for kind, observer in self.observers.items()})
         scores = criteria.score_experts(WEIGHTED_BY[self.step.method], block, facts)
-        groups = self._find_groups(self.left[block.index], sums, scores)
+        groups = self._find_groups(layer, self.left[block.index], sums, scores)
         inputs = torch.cat(samples.inputs)
-        orders = self._match_orders(layer, groups, inputs)
+        orders = self._match_orders(block, layer, groups, inputs)
         shape = {"groups": groups, "orders": {str(n): order for n, order in orders.items()}}
         merged = self.reshape(block, shape)
         numbers: dict[str, Tensor] = {}
         for place, group in enumerate(groups):
             if len(group) > 1:
                 mean = self._average(block, layer, group, scores, orders)
-                numbers |= {_get_role(merged, place, part): getattr(mean, part) for part in PARTS}
+                numbers |= {get_merged_role(merged, place, part): own for part, own in mean.parts()}
         merged = self.put(merged, numbers)
         del numbers  # before the block is in memory again
-        self._account(block, merged, groups, inputs, torch.cat(samples.outputs))
+        self._account(block, merged, groups, samples)
         return merged, shape
 
     def reshape(self, block: Block, shape: Any) -> Block:
@@ -363,10 +339,22 @@ class _Merger(KeptTransform):
         assert isinstance(layer, MoELayer)
         orders = {int(n): order for n, order in shape["orders"].items()}
         if self.step.routing == "members" and orders:
-            self.originals.append(_reorder(block, layer, orders))
+            self.originals.append(reorder_neurons(block, layer, orders))
         return self.step._plan_merged(block, layer, [tuple(group) for group in shape["groups"]])
 
     def _find_groups(
+        self, layer: MoELayer, kept: int, sums: ExpertSums, scores: Sequence[float]
+    ) -> list[ExpertGroup]:
+        """Group the experts that may be merged with each other."""
+        parts = self.step._split(layer)
+        found: list[ExpertGroup] = []
+        for part in parts:
+            some = slice(part.start, part.stop)
+            own = self._group(kept // len(parts), sums.select(some), scores[some])
+            found += [tuple(part[n] for n in group) for group in own]
+        return found
+
+    def _group(
         self, kept: int, sums: ExpertSums, scores: Sequence[float]
     ) -> tuple[ExpertGroup, ...]:
         from moe2edge.numerics import expert_groups
@@ -382,26 +370,28 @@ class _Merger(KeptTransform):
         )
 
     def _match_orders(
-        self, layer: MoELayer, groups: Sequence[ExpertGroup], inputs: Tensor
+        self, block: Block, layer: MoELayer, groups: Sequence[ExpertGroup], inputs: Tensor
     ) -> dict[int, torch.Tensor]:
         """Order the neurons of experts that are not centroids; empty: the order stays."""
         from moe2edge.numerics import expert_groups
+        from moe2edge.runtime.decoder_blocks import find_activation
 
         if not self.step.align:
             return {}
+        activate = find_activation(self.model, block)
         everyone = range(len(layer.experts))
         found = None
         if self.step.method == "ream":
             found = expert_groups.compute_layer_axes(
-                lambda: (_load_numbers(layer, n) for n in everyone), self.step.seed
+                lambda: (load_matrices(layer, n) for n in everyone), self.step.seed
             )
         orders = {}
         for centroid, *others in groups:
-            first = _load_numbers(layer, centroid) if others else None
+            first = load_matrices(layer, centroid) if others else None
             for n in others:
                 assert first is not None
                 orders[n] = expert_groups.align_neurons(
-                    first, _load_numbers(layer, n), inputs, found
+                    first, load_matrices(layer, n), inputs, found, activate
                 )
         return orders
 
@@ -426,7 +416,7 @@ class _Merger(KeptTransform):
 
         def experts() -> Iterator[tuple[float, Matrices]]:
             for n, weight in zip(group, weights, strict=True):
-                numbers = _load_numbers(layer, n)
+                numbers = load_matrices(layer, n)
                 yield weight, numbers.permute(orders[n]) if n in orders else numbers
 
         return expert_groups.average_experts(experts())
@@ -436,10 +426,11 @@ class _Merger(KeptTransform):
         block: Block,
         merged: Block,
         groups: Sequence[ExpertGroup],
-        inputs: Tensor,
-        outputs: Tensor,
+        samples: LayerSamples,
     ) -> None:
         """Report which experts were merged, and the error of the output of the layer."""
+        import torch
+
         from moe2edge.calibration.walk import BlockRunner
 
         origins = block.expert_origins
@@ -449,7 +440,10 @@ class _Merger(KeptTransform):
             if others
         ]
         self.changed.append(f"block {block.index}: experts {', '.join(told)}")
-        found = BlockRunner(self.model, merged).run_mlp(inputs)
+        inputs, outputs, logits = map(torch.cat, (samples.inputs, samples.outputs, samples.logits))
+        if self.step.routing == "centroids":
+            logits = logits[:, [centroid for centroid, *_ in groups]]
+        found = BlockRunner(self.model, merged).run_mlp(inputs, logits)
         error = float((found - outputs).norm() / outputs.norm())
         self.notes.append(
             f"block {block.index}: the layer's output on {len(inputs)} calibration tokens has a "

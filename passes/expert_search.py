@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
@@ -15,12 +14,14 @@ from moe2edge.errors import InputError
 from moe2edge.model.block import Block
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model
-from moe2edge.numerics.selection import count_kept
+from moe2edge.model.traits import Trait
+from moe2edge.numerics.selection import choose_best, count_kept
 from moe2edge.pipeline.checks import (
     advise_top_k,
     check_amount,
     refuse_replaced,
     refuse_too_many,
+    refuse_uneven_groups,
 )
 from moe2edge.pipeline.contract import Outcome, PassContext, PlannedStep, Search, TextSizes
 from moe2edge.runtime.memory import Estimate
@@ -28,7 +29,7 @@ from moe2edge.runtime.memory import Estimate
 if TYPE_CHECKING:
     from moe2edge.calibration.evidence import EvidenceObserver
     from moe2edge.calibration.observation import BlockTrace
-    from moe2edge.numerics.subset_loss import SearchResult, SubsetEvidence
+    from moe2edge.numerics.subset_loss import Evidence, SearchResult
     from moe2edge.progress import Advance
 
 
@@ -40,9 +41,13 @@ class ExpertSearch(Search):
     one norm per batch, so its choice depends on the batch size; here, one norm covers all tokens.
     Among sets of equal loss, the first in lexicographic order is kept.
 
-    Every expert runs once on every token; sets only re-weight the outputs. Dynamic skipping comes
+    Every expert runs once on every token; sets only re-weight the outputs. In families without a
+    row, Z is the sum of the experts' outputs, and transformers' own router is asked for each set;
+    where it chooses among groups of experts, each keeps the same number. Dynamic skipping comes
     after this pass, because its thresholds belong to the experts that stay.
     """
+
+    needs: ClassVar[tuple[Trait, ...]] = (Trait.ROUTER,)
 
     keep: Annotated[
         int | float,
@@ -92,9 +97,11 @@ class ExpertSearch(Search):
         """
         return count_kept(self.keep, experts)
 
-    def is_exhaustive(self, experts: int) -> bool:
+    def is_exhaustive(self, experts: int, groups: int = 1) -> bool:
         """Return whether every set is tried for a layer of so many experts, not only a beam."""
-        few = math.comb(experts, self.count(experts)) <= self.limit
+        from moe2edge.numerics.subset_loss import count_sets
+
+        few = count_sets(experts, self.count(experts), groups) <= self.limit
         return few and self.method in ("auto", "exhaustive")
 
     @property
@@ -102,21 +109,24 @@ class ExpertSearch(Search):
         """Number of sets that a beam keeps; greedy search is a beam of one."""
         return 1 if self.method == "greedy" else self.width
 
-    def tries(self, experts: int) -> int:
+    def tries(self, experts: int, groups: int = 1) -> int:
         """Return the most losses that are computed for a layer of so many experts."""
-        from moe2edge.numerics.subset_loss import count_beam_tries
+        from moe2edge.numerics.subset_loss import count_beam_tries, count_sets
 
         kept = self.count(experts)
-        if self.is_exhaustive(experts):
-            return math.comb(experts, kept)
-        return count_beam_tries(experts, kept, self.beam_width)
+        if self.is_exhaustive(experts, groups):
+            return count_sets(experts, kept, groups)
+        return count_beam_tries(experts, kept, self.beam_width, groups)
 
     def check(self, model: Model) -> None:
         """Refuse counts that a layer cannot keep, and exhaustive searches beyond the limit."""
+        from moe2edge.numerics.subset_loss import count_sets
+
         refuse_replaced("expert_search", model)
         places = [f"block {block.index}" for block, _ in model.moe_blocks]
         sizes, counts = model.expert_counts, [self.count(n) for n in model.expert_counts]
         refuse_too_many("expert_search", self.keep, counts, sizes, places)
+        refuse_uneven_groups("expert_search", "keep", self.keep, counts, model)
         for block, layer in model.moe_blocks:
             experts, top_k = len(layer.experts), layer.router.top_k
             kept, where = self.count(experts), f"block {block.index}"
@@ -131,7 +141,8 @@ class ExpertSearch(Search):
                     f"expert_search: {where} has thresholds of expert_skip, which would no longer "
                     "fit its experts; put expert_skip after expert_search"
                 )
-            if self.method == "exhaustive" and (sets := math.comb(experts, kept)) > self.limit:
+            sets = count_sets(experts, kept, layer.router.groups)
+            if self.method == "exhaustive" and sets > self.limit:
                 raise InputError(
                     f"expert_search: an exhaustive search of {kept} of {experts} experts in "
                     f"{where} tries {sets:.3g} sets, more than limit {self.limit}; raise limit, "
@@ -151,7 +162,8 @@ class ExpertSearch(Search):
     def plan(self, model: Model) -> Model:
         """Return the model with the first experts of each layer."""
         for index, layer in self._find_layers(model).items():
-            first = range(self.count(len(layer.experts)))
+            count, groups = self.count(len(layer.experts)), layer.router.groups
+            first = choose_best([0.0] * len(layer.experts), count, groups)
             model = model.replace_block(self._prune(model.blocks[index], tuple(first)))
         return model
 
@@ -220,9 +232,10 @@ class ExpertSearch(Search):
 
         tokens = subset_loss.count_spread(context.tokens.numel(), self.tokens)
         counts = [len(layer.experts) for layer in layers.values()]
-        tries = sorted({self.tries(experts) for experts in counts})
+        shapes = {(len(layer.experts), layer.router.groups) for layer in layers.values()}
+        tries = sorted({self.tries(*shape) for shape in shapes})
         other = "greedy" if self.method == "greedy" else f"beam of {self.width}"
-        methods = sorted({"exhaustive" if self.is_exhaustive(n) else other for n in counts})
+        methods = sorted({"exhaustive" if self.is_exhaustive(*own) else other for own in shapes})
         gram = max(4 * tokens * experts**2 for experts in counts)
         context.reporter.log(
             f"expert_search: {len(layers)} MoE layers, {' and '.join(methods)}, at most "
@@ -243,7 +256,7 @@ class ExpertSearch(Search):
             )
         return Outcome(after, changed=tuple(changed), notes=tuple(notes))
 
-    def choose(self, evidence: SubsetEvidence, advance: Advance, label: str) -> SearchResult:
+    def choose(self, evidence: Evidence, advance: Advance, label: str) -> SearchResult:
         """Choose the set to keep in one layer."""
         from moe2edge.numerics import subset_loss
 
@@ -252,7 +265,7 @@ class ExpertSearch(Search):
         def progress(done: int, total: int) -> None:
             advance(label, done, total)
 
-        if self.is_exhaustive(evidence.experts):
+        if self.is_exhaustive(evidence.experts, evidence.groups):
             return subset_loss.search_exhaustively(evidence, keep, progress)
         return subset_loss.search_beam(evidence, keep, self.beam_width, progress)
 
@@ -280,10 +293,9 @@ class _Decider(Resumable):
     def observe(self, trace: BlockTrace, source: BlockTrace | None = None) -> None:
         """Add one batch of a block, and of its twin, whose output is the target if given."""
         layer, index = trace.block.mlp, trace.block.index
-        target = None if source is None else source.mlp_outputs
         if index not in self.blocks or not isinstance(layer, MoELayer):
             return
-        self.evidence.observe(trace, target)
+        self.evidence.observe(trace, source)
         if self.evidence.complete:
             evidence = self.evidence.take(layer)
             label = f"expert_search: block {index}, sets"

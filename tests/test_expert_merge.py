@@ -304,7 +304,9 @@ def test_a_layer_is_merged_as_in_a_loop(tiny: Make, family: str, method: str) ->
                 )
                 assert torch.allclose(getattr(own, part).load(), mean, atol=1e-5)
         assert seen.routing is not None
-        after = walk.BlockRunner(outcome.model, block).run_mlp(seen.routing.inputs)
+        after = walk.BlockRunner(outcome.model, block).run_mlp(
+            seen.routing.inputs, seen.routing.logits
+        )
         whole_layer = seen.mlp_outputs.flatten(0, 1)
         error = float((after - whole_layer).norm() / whole_layer.norm())
         assert abs(float(note.rpartition(" ")[2]) - error) < 1e-3

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,13 @@ SIZES = (
     "--set", "evaluation.samples=2", "--set", "evaluation.length=32",
 )  # fmt: skip
 TRAINING = ("--set", "training.samples=6", "--set", "training.length=32")
+# Columns of a table of the page.
+COLUMNS = 8
 # What a cell begins with that is not right.
 WRONG = "wrong"
 DROP, BLOCK = "expert_drop: {keep: 4}", "block_drop: {drop: 1}"
+SEARCH, BUDGET = "expert_search: {keep: 4}", "expert_budget: {keep: 6}"
+MERGE = "expert_merge: {method: ream, keep: 4}"
 SPARSE, AWQ = "sparsify: {min_tokens: 8}", "awq: {bits: 4, group_size: -1, steps: 4, min_tokens: 8}"
 RECOVER = "recover: {steps: 2, batch: 2, held_out: 2, eval_every: 1, learning_rate: 0.001}"
 GPTQ, RTN = "gptq: {bits: 4, group_size: -1}", "rtn: {bits: 4, group_size: -1}"
@@ -50,6 +54,13 @@ CELLS = (
     Cell("`gptq` → `hf`", (GPTQ,), "hf:dequantize=true"),
     Cell("`expert_drop`, `gptq` → `gptq`", (DROP, GPTQ), "gptq"),
     Cell("`block_drop`, `rtn` → `gptq`", (BLOCK, RTN), "gptq"),
+    Cell("`expert_search` → `hf`", (SEARCH,), "hf"),
+    Cell("`expert_search`, `rtn` → `gptq`", (SEARCH, RTN), "gptq"),
+    Cell("`expert_search`, decided → `hf`", (SEARCH,), "hf", decided=True),
+    Cell("`expert_budget` → `hf`", (BUDGET,), "hf:layout=natural"),
+    Cell("`expert_budget`, `rtn` → `gptq`", (BUDGET, RTN), "gptq"),
+    Cell("`expert_merge` → `hf`", (MERGE,), "hf"),
+    Cell("`expert_merge`, `rtn` → `gptq`", (MERGE, RTN), "gptq"),
     Cell("`sparsify` → `hf`", (SPARSE,), "hf"),
     Cell("`awq` → `gptq`", (AWQ,), "gptq"),
     Cell("`awq` → `hf`", (AWQ,), "hf:dequantize=true"),
@@ -108,18 +119,26 @@ def read_refusal(output: str) -> str:
 
 
 def render_table(results: dict[str, dict[str, str]]) -> str:
-    """Render the table of the page of families; refusals become notes below it."""
+    """Render the tables of the page of families; refusals become notes below them."""
     notes: dict[str, int] = {}
-    lines = [
-        "| family | " + " | ".join(cell.title for cell in CELLS) + " |",
-        "|---|" + ":-:|" * len(CELLS),
-    ]
-    for family, cells in sorted(results.items()):
-        marks = []
-        for cell in CELLS:
-            found = cells[cell.title].replace(family, "FAMILY").removesuffix(".")
-            number = notes.setdefault(found, len(notes) + 1) if found != "yes" else 0
-            marks.append(f"[{number}]" if number else "✓")
-        lines.append(f"| `{family}` | " + " | ".join(marks) + " |")
+    lines: list[str] = []
+    for at in range(0, len(CELLS), COLUMNS):
+        lines += [""] if lines else []
+        lines += _render_columns(CELLS[at : at + COLUMNS], results, notes)
     said = [f"[{number}] {message}" for message, number in notes.items()]
     return "\n".join([*lines, *(["", *said] if said else [])])
+
+
+def _render_columns(
+    cells: Sequence[Cell], results: dict[str, dict[str, str]], notes: dict[str, int]
+) -> Iterator[str]:
+    """Yield the lines of a table of some cells; new notes are added."""
+    yield "| family | " + " | ".join(cell.title for cell in cells) + " |"
+    yield "|---|" + ":-:|" * len(cells)
+    for family, own in sorted(results.items()):
+        marks = []
+        for cell in cells:
+            found = own[cell.title].replace(family, "FAMILY").removesuffix(".")
+            number = notes.setdefault(found, len(notes) + 1) if found != "yes" else 0
+            marks.append(f"[{number}]" if number else "✓")
+        yield f"| `{family}` | " + " | ".join(marks) + " |"

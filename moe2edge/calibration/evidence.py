@@ -8,8 +8,10 @@ import torch
 
 from moe2edge.errors import Moe2EdgeError
 from moe2edge.model.layers import MoELayer
+from moe2edge.numerics.routed_loss import RoutedEvidence, RoutedPart
 from moe2edge.numerics.subset_loss import (
     PART_TOKENS,
+    Evidence,
     EvidencePart,
     RoutingRule,
     SubsetEvidence,
@@ -21,13 +23,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from moe2edge.calibration.observation import BlockTrace
+    from moe2edge.model.stock_router import StockRouter
 
 # Bytes of expert outputs in memory at a time, and the fewest tokens that make fast products.
 OUTPUT_BYTES, LEAST_ROWS = 8 << 20, 256
 
 
 class EvidenceObserver:
-    """Gathers the `SubsetEvidence` of one layer after the other from the batches of a walk."""
+    """Gathers the evidence of one layer after the other from the batches of a walk.
+
+    For families of the table, outputs are those of the layer, and the rule of the router is known.
+    For all others, outputs are the weighted sums of the experts' outputs, in front of all that
+    follows in the layer, and transformers' router is asked.
+    """
 
     def __init__(self, tokens: int, most: int | None = None) -> None:
         """Observe walks over ``tokens`` tokens.
@@ -42,20 +50,21 @@ class EvidenceObserver:
 
     def _reset(self) -> None:
         # Sums over tokens of ``|Z - Y|^2`` and ``|Z|^2``, for outputs Y that should be Z.
-        self._seen, self._parts, self._gap_square, self._square = 0, list[EvidencePart](), 0.0, 0.0
+        self._seen, self._gap_square, self._square = 0, 0.0, 0.0
+        self._parts, self._routed = list[EvidencePart](), list[RoutedPart]()
+        self._router: StockRouter | None = None
 
     @property
     def complete(self) -> bool:
         """True if all tokens of a layer have been observed."""
         return self._seen == self._tokens
 
-    def observe(self, trace: BlockTrace, target: Tensor | None = None) -> None:
+    def observe(self, trace: BlockTrace, source: BlockTrace | None = None) -> None:
         """Add one batch of a layer; batches come in the order of their tokens.
 
         Args:
             trace: the trace of the batch.
-            target: the output Z that the layer should have, [batch, length, hidden]; None: the
-                output that it has.
+            source: the trace whose output the layer should have; None: its own.
 
         Raises:
             Moe2EdgeError: the block has no experts.
@@ -65,27 +74,83 @@ class EvidenceObserver:
             raise Moe2EdgeError(
                 f"block {trace.block.index} has no experts to search; it has no MoE layer"
             )
-        rule = RoutingRule(layer.router.top_k, layer.router.renormalize)
         end = self._seen + len(routing.inputs)
         places = self._places[(self._places >= self._seen) & (self._places < end)] - self._seen
         self._seen = end
-        output = trace.mlp_outputs.flatten(0, -2)
-        expected = output if target is None else target.flatten(0, -2)
+        if trace.router is not None and self._router is None:
+            self._router = trace.router()
+        gap = None if source is None else self._find_gap(trace, source)
         for rows in torch.split(places, PART_TOKENS):
-            self._square += float(expected[rows].double().square().sum())
-            gap = None
-            if target is not None:
-                gap = expected[rows] - output[rows]
-                self._gap_square += float(gap.double().square().sum())
-            gram, pull = compute_products(trace, routing.inputs[rows], len(layer.experts), gap)
-            self._parts.append(make_part(gram, pull, routing.logits[rows], rule))
+            own = None if gap is None else gap[rows]
+            if own is not None:
+                self._gap_square += float(own.double().square().sum())
+            if self._router is None:
+                expected = (trace if source is None else source).mlp_outputs.flatten(0, -2)[rows]
+                self._square += float(expected.double().square().sum())
+            gram, pull = compute_products(trace, routing.inputs[rows], len(layer.experts), own)
+            if self._router is None:
+                self._parts.append(make_part(gram, pull, routing.logits[rows], _get_rule(layer)))
+            else:
+                self._ask(self._router, gram, pull, routing.logits[rows], own)
 
-    def take(self, layer: MoELayer) -> SubsetEvidence:
+    def _ask(
+        self,
+        router: StockRouter,
+        gram: Tensor,
+        pull: Tensor | None,
+        scores: Tensor,
+        gap: Tensor | None,
+    ) -> None:
+        """Add a part whose choices the router itself makes."""
+        ids, weights = router.choose(scores, torch.ones(router.experts, dtype=torch.bool))
+        self._routed.append(RoutedPart(gram, pull, ids, weights, scores.clone()))
+        # ``|Y + D|^2``, of which Y is the weighted sum of outputs.
+        full = gram.new_zeros(scores.shape).scatter_add(1, ids, weights.float())
+        self._square += float((torch.bmm(gram, full[:, :, None])[..., 0] * full).sum())
+        if gap is not None and pull is not None:
+            self._square += float(gap.double().square().sum() + 2 * (full * pull).sum())
+
+    def _find_gap(self, trace: BlockTrace, source: BlockTrace) -> Tensor:
+        """Return what outputs lack of those that they should be, [N, hidden]."""
+        gap: Tensor = (source.mlp_outputs - trace.mlp_outputs).flatten(0, -2)
+        if self._router is None:
+            return gap
+        # What is added behind the experts, such as a shared expert, counts as in the others.
+        if self._router.factor is not None:
+            return gap / self._router.factor
+        return _sum_outputs(source) - _sum_outputs(trace)
+
+    def take(self, layer: MoELayer) -> Evidence:
         """Return the evidence of a completely observed layer, and reset for the next layer."""
-        rule = RoutingRule(layer.router.top_k, layer.router.renormalize)
-        parts, gap_square, square = tuple(self._parts), self._gap_square, self._square
+        experts, router = len(layer.experts), self._router
+        parts, routed, sums = tuple(self._parts), tuple(self._routed), self._sums
         self._reset()
-        return SubsetEvidence(rule, len(layer.experts), parts, gap_square, square)
+        if router is None:
+            return SubsetEvidence(_get_rule(layer), experts, parts, *sums)
+        groups = layer.router.groups
+        # In groups each expert has a say: it is a part of the score of its group.
+        local = groups == 1 and router.is_local
+        return RoutedEvidence(router.choose, local, experts, groups, routed, *sums)
+
+    @property
+    def _sums(self) -> tuple[float, float]:
+        return self._gap_square, self._square
+
+
+def _get_rule(layer: MoELayer) -> RoutingRule:
+    return RoutingRule(layer.router.top_k, layer.router.renormalize)
+
+
+def _sum_outputs(trace: BlockTrace) -> Tensor:
+    """Return the weighted sum of the outputs of the chosen experts, [N, hidden]."""
+    routing = trace.routing
+    assert routing is not None
+    out = torch.zeros_like(routing.inputs)
+    for n in sorted(set(routing.ids.flatten().tolist())):
+        token, place = torch.where(routing.ids == n)
+        y = trace.expert_output(n, routing.inputs[token])
+        out.index_add_(0, token, y * routing.weights[token, place, None])
+    return out
 
 
 def compute_products(

@@ -16,6 +16,8 @@ from moe2edge.model.block import Block
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from moe2edge.model.stock_router import StockRouter
+
 
 @dataclass(frozen=True)
 class RouterTrace:
@@ -52,6 +54,8 @@ class BlockTrace:
             expert, [n, hidden].
         rerun: function from other hidden states [batch, length, hidden] and their positions
             [length] to the trace of the block on them.
+        router: function that returns the router, as transformers runs it among any of its rows;
+            None: its rule is that of the table of families.
     """
 
     block: Block
@@ -65,6 +69,7 @@ class BlockTrace:
     expert_hidden: Callable[[int, Tensor], Tensor]
     expert_output: Callable[[int, Tensor], Tensor]
     rerun: Callable[[Tensor, Tensor], BlockTrace]
+    router: Callable[[], StockRouter] | None
 
 
 Fact = TypeVar("Fact")

@@ -26,6 +26,7 @@ from moe2edge.calibration.walk_keeper import make_keeper
 from moe2edge.model.block import Block, is_quantizable
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import EMBEDDING, FINAL_NORM, HEAD, Model
+from moe2edge.model.stock_router import StockRouter
 from moe2edge.progress import Advance
 from moe2edge.runtime.decoder_blocks import (
     check_finite,
@@ -54,6 +55,7 @@ class BlockRunner:
     def __init__(self, model: Model, block: Block) -> None:
         self.block = block
         self._anatomy = model.architecture.anatomy[block.origin]
+        self._generic = model.family.generic
         self._stage = LayerStage(model, block)
         self._layer = self._stage.layer
         filled = {name: t for name, t in self._layer.state_dict().items() if not t.is_meta}
@@ -117,6 +119,7 @@ class BlockRunner:
             self._expert_hidden,
             self._expert_output,
             self.watch,
+            self.make_router if self._generic else None,
         )
 
     def _watch_router(self, recorded: dict[str, Any]) -> list[Any]:
@@ -149,10 +152,26 @@ class BlockRunner:
         names = dict(self._layer.named_modules())
         return names.get(dense.rpartition(".")[0].rpartition(".")[0])
 
+    def make_router(self) -> StockRouter:
+        """Return the router, apart from the layer."""
+        assert isinstance(self.block.mlp, MoELayer), "a layer without experts has no router"
+        return StockRouter(self._layer, self._anatomy, self.block.mlp.router.top_k)
+
     @torch.no_grad()
-    def run_mlp(self, inputs: Tensor) -> Tensor:
-        """Return the output [n, hidden] of the MoE layer or MLP for its inputs [n, hidden]."""
-        out: Any = self._find_mlp()(inputs[None])
+    def run_mlp(self, inputs: Tensor, logits: Tensor) -> Tensor:
+        """Return the output [n, hidden] of the MoE layer or MLP for its inputs [n, hidden].
+
+        Args:
+            inputs: of the layer.
+            logits: of its router, [n, rows]; used where the router gets another input.
+        """
+        mlp = self._find_mlp()
+        if self._anatomy.experts is not None and not self._anatomy.moe:
+            rows = torch.ones(logits.shape[1], dtype=torch.bool)
+            ids, weights = self.make_router().choose(logits, rows)
+            beside: Tensor = mlp(inputs, ids, weights.float())
+            return beside
+        out: Any = mlp(inputs[None])
         found: Tensor = out[0] if isinstance(out, tuple) else out
         return found[0]
 

@@ -15,6 +15,7 @@ from moe2edge.model.architecture import Architecture, find_layers
 
 if TYPE_CHECKING:
     from moe2edge.model.model import Model
+    from moe2edge.model.stock_router import StockRouter
 
 # Tokens and inner size with which an activation is tried.
 TRIED = (4, 8)
@@ -28,12 +29,15 @@ class Trait(Enum):
         GATED: experts have a gate beside up.
         SILU: between their matrices, experts compute ``silu(gate) * up`` and nothing else.
         UNBIASED: the matrices of experts have no biases.
+        ROUTER: experts are scored by a matrix, and chosen by these scores, so that the router can
+            be asked what it does when some of them go: see `StockRouter`.
     """
 
     TABLE = "a family of the table"
     GATED = "experts with a gate"
     SILU = "experts that compute silu(gate) * up"
     UNBIASED = "experts without biases"
+    ROUTER = "experts that are chosen by the scores of one matrix"
 
 
 def find_missing(model: Model, needs: Sequence[Trait]) -> tuple[Trait, str] | None:
@@ -91,8 +95,35 @@ def _computes_silu(architecture: Architecture, index: int) -> bool:
     return torch.allclose(experts._apply_gate(both), silu(gate) * up, rtol=1e-4, atol=1e-4)
 
 
+def _make_router(architecture: Architecture, index: int, top_k: int) -> StockRouter:
+    """Return the router of a layer, with numbers that only tell its rule."""
+    from moe2edge.model.stock_router import StockRouter
+
+    layer = find_layers(architecture.model)[1][index]
+    return StockRouter(layer, architecture.anatomy[index], top_k)
+
+
+def _chooses_by_scores(architecture: Architecture, index: int) -> bool:
+    """Return whether a router chooses the right number of experts, and no absent one."""
+    import torch
+
+    count = architecture.anatomy[index].count
+    given = getattr(architecture.config, architecture.top_k_key)
+    top_k = int(given[index] if isinstance(given, list) else given)
+    kept = torch.arange(count) % 4 < 3
+    scores = torch.randn(TRIED[0], count, generator=torch.Generator().manual_seed(0))
+    try:
+        router = _make_router(architecture, index, top_k)
+        ids, weights = router.choose(scores, kept)
+    except (AttributeError, LookupError, RuntimeError, StopIteration, TypeError, ValueError):
+        return False
+    whole = ids.shape == weights.shape == (TRIED[0], min(top_k, int(kept.sum())))
+    return whole and bool(kept[ids].all())
+
+
 _FINDERS: Mapping[Trait, Callable[[Architecture, int], bool]] = {
     Trait.GATED: _is_gated,
     Trait.SILU: _computes_silu,
     Trait.UNBIASED: _is_unbiased,
+    Trait.ROUTER: _chooses_by_scores,
 }

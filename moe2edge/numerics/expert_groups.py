@@ -7,14 +7,14 @@ experts that share a base (https://arxiv.org/abs/2603.12645) are found by `group
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from scipy.cluster.hierarchy import linkage
 from scipy.optimize import linear_sum_assignment
-from torch.nn.functional import normalize, silu
+from torch.nn.functional import linear, normalize, silu
 
 from moe2edge.numerics.selection import rank_by_score
 
@@ -30,6 +30,8 @@ CHUNK_BYTES = 128 << 20
 REDUCED = 64
 # Rounds of subspace iteration, as many as in torch.pca_lowrank.
 ROUNDS = 2
+# Matrices with a row for each neuron.
+NEURON_ROWS = ("gate", "up")
 
 
 # ---- similarity ----------------------------------------------------------------------------------
@@ -78,6 +80,13 @@ class ExpertSums:
         self.tokens = 0
         self.outputs = torch.zeros(experts, hidden, dtype=torch.float64)
         self.cosines, self.logits = torch.zeros(2, experts, experts, dtype=torch.float64)
+
+    def select(self, some: slice) -> ExpertSums:
+        """Return the sums of some neighbours among the experts."""
+        found = ExpertSums(0, 0)
+        found.tokens, found.outputs = self.tokens, self.outputs[some]
+        found.cosines, found.logits = self.cosines[some, some], self.logits[some, some]
+        return found
 
     def add_logits(self, logits: Tensor) -> None:
         """Add router logits [n, experts]."""
@@ -200,30 +209,60 @@ def _sort_groups(groups: dict[int, list[int]]) -> tuple[ExpertGroup, ...]:
 # ---- neuron alignment --------------------------------------------------------------------------
 
 
+# From gate and up [n, width] to what ``down`` gets; gate is [n, 0] where experts have none.
+Activate = Callable[["Tensor", "Tensor"], "Tensor"]
+
+
+def apply_silu(gate: Tensor, up: Tensor) -> Tensor:
+    """Return ``silu(gate) * up``."""
+    return silu(gate) * up
+
+
 @dataclass(frozen=True)
 class Matrices:
     """Weights of an expert.
 
     Attributes:
-        gate, up: [width, hidden].
+        gate, up: [width, hidden]; gate is [0, hidden] where experts have none.
         down: [hidden, width].
+        biases: of these, by name; empty where experts have none.
     """
 
     gate: Tensor
     up: Tensor
     down: Tensor
+    biases: Mapping[str, Tensor] = field(default_factory=dict)
 
     def neurons(self) -> Tensor:
-        """Concatenate the rows of gate and up and the columns of down, [width, 3 hidden]."""
-        return torch.cat([self.gate, self.up, self.down.T], dim=1)
+        """Concatenate the rows of gate and up, their biases, and the columns of down.
 
-    def compute_intermediate(self, inputs: Tensor) -> Tensor:
+        [width, 3 hidden], where experts have a gate and no biases.
+        """
+        inner = [part for part in NEURON_ROWS if len(getattr(self, part))]
+        biases = [self.biases[part][:, None] for part in inner if part in self.biases]
+        return torch.cat([*(getattr(self, part) for part in inner), *biases, self.down.T], dim=1)
+
+    def compute_intermediate(self, inputs: Tensor, activate: Activate = apply_silu) -> Tensor:
         """Compute the intermediate activations [width, n] for inputs [n, hidden]."""
-        return (silu(inputs @ self.gate.T) * (inputs @ self.up.T)).T
+        gate, up = (
+            linear(inputs, getattr(self, part), self.biases.get(part)) for part in NEURON_ROWS
+        )
+        return activate(gate, up).T
 
     def permute(self, order: Tensor) -> Matrices:
         """Return the expert with its neurons in another order."""
-        return Matrices(self.gate[order], self.up[order], self.down[:, order])
+        biases = {p: b[order] if p in NEURON_ROWS else b for p, b in self.biases.items()}
+        gate = self.gate[order] if len(self.gate) else self.gate
+        return Matrices(gate, self.up[order], self.down[:, order], biases)
+
+    def parts(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield its tensors with the names that roles have for them."""
+        if len(self.gate):
+            yield "gate", self.gate
+        yield "up", self.up
+        yield "down", self.down
+        for part, bias in self.biases.items():
+            yield f"{part}_bias", bias
 
 
 def compute_weight_cost(centroid: Tensor, member: Tensor) -> Tensor:
@@ -314,7 +353,11 @@ def reduce_neurons(neurons: Tensor, principal: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def align_neurons(
-    centroid: Matrices, member: Matrices, inputs: Tensor, principal: tuple[Tensor, Tensor] | None
+    centroid: Matrices,
+    member: Matrices,
+    inputs: Tensor,
+    principal: tuple[Tensor, Tensor] | None,
+    activate: Activate = apply_silu,
 ) -> Tensor:
     """Match the neurons of another expert to those of a centroid; int64 [width].
 
@@ -324,11 +367,12 @@ def align_neurons(
         inputs: inputs of the layer, [n, hidden]; unused without ``principal``.
         principal: result of `compute_layer_axes`, to match by `compute_ream_cost`; None: match by
             `compute_weight_cost`.
+        activate: function between the matrices; unused without ``principal``.
     """
     if principal is None:
         return match_neurons(compute_weight_cost(centroid.neurons(), member.neurons()))
     one, other = (
-        (m.compute_intermediate(inputs), reduce_neurons(m.neurons(), principal))
+        (m.compute_intermediate(inputs, activate), reduce_neurons(m.neurons(), principal))
         for m in (centroid, member)
     )
     return match_neurons(compute_ream_cost(one, other))
@@ -346,9 +390,14 @@ def normalize_shares(scores: Sequence[float]) -> tuple[float, ...] | None:
 def average_experts(experts: Iterator[tuple[float, Matrices]]) -> Matrices:
     """Average matrices by their shares, float32; one expert is in memory at a time."""
     share, first = next(experts)
-    total = Matrices(first.gate * share, first.up * share, first.down * share)
+    total = Matrices(
+        first.gate * share,
+        first.up * share,
+        first.down * share,
+        {part: bias * share for part, bias in first.biases.items()},
+    )
+    sums = dict(total.parts())
     for share, one in experts:
-        total.gate.add_(one.gate, alpha=share)
-        total.up.add_(one.up, alpha=share)
-        total.down.add_(one.down, alpha=share)
+        for name, numbers in one.parts():
+            sums[name].add_(numbers, alpha=share)
     return total

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -60,6 +61,20 @@ def list_group_counts(experts: int, groups: int, smallest: int) -> list[int]:
     [8, 12, 16]
     """
     return [groups * n for n in range(smallest, experts // groups + 1)]
+
+
+def rank_in_turns(scores: Sequence[float], groups: int) -> tuple[int, ...]:
+    """Rank positions by falling score, where groups of neighbours take turns.
+
+    >>> rank_in_turns([3, 1, 2, 0], 1), rank_in_turns([3, 1, 2, 0], 2)
+    ((0, 2, 1, 3), (0, 2, 1, 3))
+    >>> rank_in_turns([3, 4, 2, 0], 1), rank_in_turns([3, 4, 2, 0], 2)
+    ((1, 0, 2, 3), (1, 2, 0, 3))
+    """
+    size = len(scores) // groups
+    places = range(0, size * groups, size)
+    ranked = [[at + n for n in rank_by_score(scores[at : at + size])] for at in places]
+    return tuple(itertools.chain(*zip(*ranked, strict=True)))
 
 
 def rank_by_score(scores: Sequence[float]) -> tuple[int, ...]:

@@ -10,13 +10,17 @@ target output. With ``a = w' - w`` and ``D = Z - Y`` the loss of a subset is
 
 so that only products of expert outputs are needed, whatever the hidden size. A shared expert is
 part of Y and of Z' alike. Where the routing of a token does not change, ``a`` is exactly 0.
+
+Here the router takes the softmax of its logits and the k best, so the removal of every expert is
+measured at once; `moe2edge.numerics.routed_loss` asks routers of any rule.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -46,36 +50,79 @@ class RoutingRule:
 
 
 @dataclass(frozen=True)
-class EvidencePart:
-    """Routing of some tokens of a layer, with products of expert outputs.
+class TokenPart:
+    """Choices of the full layer for some tokens, with products of expert outputs.
 
     Attributes:
         gram: products of expert outputs ``<f_ti, f_tj>``, float32 [T, E, E].
         pull: ``<D_t, f_tj>``, float64 [T, E]; None: D is zero.
-        p: softmax of the logits, float64 [T, E].
-        rank: place of each expert in the falling order of logits, int64 [T, E].
         ids: experts that the full layer chooses, int64 [T, k].
         weights: weights of these experts, float64 [T, k].
     """
 
     gram: Tensor
     pull: Tensor | None
-    p: Tensor
-    rank: Tensor
     ids: Tensor
     weights: Tensor
 
 
 @dataclass(frozen=True)
-class SubsetEvidence:
+class EvidencePart(TokenPart):
+    """Routing of some tokens by a softmax.
+
+    Attributes:
+        p: softmax of the logits, float64 [T, E].
+        rank: place of each expert in the falling order of logits, int64 [T, E].
+    """
+
+    p: Tensor
+    rank: Tensor
+
+
+class Evidence(ABC):
     """All that determines the loss of any subset of a layer's experts.
 
     Attributes:
-        rule: rule of the layer's router.
         experts: E.
+        groups: groups of adjacent experts, of which the same number stays; 1: there are none.
         parts: tokens of the layer.
         missing: ``sum_t |D_t|^2``, the loss with all experts.
         target_square: ``sum_t |Z_t|^2``.
+    """
+
+    experts: int
+    groups: int
+    parts: Sequence[TokenPart]
+    missing: float
+    target_square: float
+
+    @abstractmethod
+    def compute_loss(self, kept: Sequence[int]) -> float:
+        """Compute ``|| Z - Z' ||^2`` over all tokens when only the experts ``kept`` stay."""
+
+    @abstractmethod
+    def compute_removals(self, kept: Sequence[int], gone: Sequence[int]) -> list[float]:
+        """Compute the loss after removing each of the experts ``gone`` from ``kept``."""
+
+    def compute_relative_error(self, loss: float) -> float:
+        """Return ``||Z - Z'|| / ||Z||`` for a loss."""
+        if not self.target_square:
+            return 0.0
+        return math.sqrt(max(loss, 0.0) / self.target_square)
+
+    def list_removable(self, kept: Sequence[int]) -> list[int]:
+        """List the experts of which one may go next: those of the largest groups."""
+        group = [n * self.groups // self.experts for n in kept]
+        most = max(map(group.count, group))
+        return [n for n, own in zip(kept, group, strict=True) if group.count(own) == most]
+
+
+@dataclass(frozen=True)
+class SubsetEvidence(Evidence):
+    """The evidence of a layer whose router takes a softmax and the k best.
+
+    Attributes:
+        rule: rule of the layer's router.
     """
 
     rule: RoutingRule
@@ -83,12 +130,16 @@ class SubsetEvidence:
     parts: tuple[EvidencePart, ...]
     missing: float
     target_square: float
+    groups: int = 1
 
-    def compute_relative_error(self, loss: float) -> float:
-        """Return ``||Z - Z'|| / ||Z||`` for a loss."""
-        if not self.target_square:
-            return 0.0
-        return math.sqrt(max(loss, 0.0) / self.target_square)
+    def compute_loss(self, kept: Sequence[int]) -> float:
+        """See `Evidence.compute_loss`."""
+        return compute_subset_loss(self, kept)
+
+    def compute_removals(self, kept: Sequence[int], gone: Sequence[int]) -> list[float]:
+        """See `Evidence.compute_removals`."""
+        found = dict(zip(kept, compute_removal_losses(self, kept), strict=True))
+        return [found[n] for n in gone]
 
 
 # ---- gathering ---------------------------------------------------------------------------------
@@ -130,7 +181,7 @@ def make_part(gram: Tensor, pull: Tensor | None, logits: Tensor, rule: RoutingRu
     ids = order[:, : rule.top_k].clone()  # a view would keep the rest in memory
     weights = p.gather(1, ids)
     total = weights.sum(1, keepdim=True) if rule.renormalize else p.sum(1, keepdim=True)
-    return EvidencePart(gram, pull, p, rank, ids, weights / total)
+    return EvidencePart(gram, pull, ids, weights / total, p, rank)
 
 
 # ---- losses ------------------------------------------------------------------------------------
@@ -139,13 +190,13 @@ def make_part(gram: Tensor, pull: Tensor | None, logits: Tensor, rule: RoutingRu
 def compute_subset_loss(evidence: SubsetEvidence, kept: Sequence[int]) -> float:
     """Compute ``|| Z - Z' ||^2`` over all tokens when only the experts ``kept`` stay."""
     total = evidence.missing
-    mask = _make_mask(evidence.experts, kept)
+    mask = make_mask(evidence.experts, kept)
     for part in evidence.parts:
         ids = _choose_best(part, mask, min(evidence.rule.top_k, len(kept)))
         weights = part.p.gather(1, ids)
         eligible = weights if evidence.rule.renormalize else part.p * mask
         weights = weights / eligible.sum(1, keepdim=True)
-        terms = _LossTerms.gather(part, ids)
+        terms = LossTerms.gather(part, ids)
         total += float(terms.compute_losses(terms.compute_shift(weights[:, None])).sum())
     return total
 
@@ -157,7 +208,7 @@ def compute_removal_losses(evidence: SubsetEvidence, kept: Sequence[int]) -> lis
     its next best in its place. Without renormalization, the weights of all tokens also grow a
     little.
     """
-    mask = _make_mask(evidence.experts, kept)
+    mask = make_mask(evidence.experts, kept)
     base = evidence.missing
     change = torch.zeros(evidence.experts, dtype=torch.float64)
     for part in evidence.parts:
@@ -173,7 +224,7 @@ def _compute_removals(
     """Return the loss of a set beyond ``missing``, and its change by removing each expert [E]."""
     chosen = min(rule.top_k, count)
     ids = _choose_best(part, mask, min(rule.top_k + 1, count))  # and the expert that steps in
-    terms = _LossTerms.gather(part, ids)
+    terms = LossTerms.gather(part, ids)
     p = part.p * mask
     # Sums without each entry, by addition alone: subtraction would cancel.
     rest = _sum_without_each(p)
@@ -200,7 +251,7 @@ def _compute_removals(
 
 
 @dataclass(frozen=True)
-class _LossTerms:
+class LossTerms:
     """Terms of the loss for each token's experts: those chosen now, then the full layer's.
 
     Attributes:
@@ -216,15 +267,25 @@ class _LossTerms:
     full: Tensor
 
     @classmethod
-    def gather(cls, part: EvidencePart, ids: Tensor) -> _LossTerms:
+    def gather(cls, part: TokenPart, ids: Tensor) -> LossTerms:
         """Gather the terms for the experts ``ids`` [T, now] of each token."""
         both = torch.cat([ids, part.ids], dim=1)
-        tokens, experts, n = len(both), part.p.shape[1], both.shape[1]
+        tokens, experts, n = len(both), part.gram.shape[1], both.shape[1]
         pairs = (both[:, :, None] * experts + both[:, None, :]).view(tokens, n * n)
         gram = part.gram.view(tokens, -1).gather(1, pairs).view(tokens, n, n).double()
         pull = None if part.pull is None else part.pull.gather(1, both)
         same = (ids[:, :, None] == part.ids[:, None, :]).double()
         return cls(gram, pull, same, part.weights)
+
+    @classmethod
+    def take(cls, part: TokenPart, ids: Tensor, rows: Tensor) -> LossTerms:
+        """Gather the terms of some tokens, int64 [n], for the experts ``ids`` [n, now] of each."""
+        full = part.ids[rows]
+        both = torch.cat([ids, full], dim=1)
+        gram = part.gram[rows[:, None, None], both[:, :, None], both[:, None, :]].double()
+        pull = None if part.pull is None else part.pull[rows[:, None], both]
+        same = (ids[:, :, None] == full[:, None, :]).double()
+        return cls(gram, pull, same, part.weights[rows])
 
     def compute_shift(self, weights: Tensor) -> Tensor:
         """Compute ``a`` [T, m, n] for weights [T, m, now] of the experts chosen now.
@@ -259,7 +320,7 @@ class _LossTerms:
         return 2 * (force * weights).sum(1), (product * weights).sum(1)
 
 
-def _make_mask(experts: int, kept: Sequence[int]) -> Tensor:
+def make_mask(experts: int, kept: Sequence[int]) -> Tensor:
     mask = torch.zeros(experts, dtype=torch.bool)
     mask[list(kept)] = True
     return mask
@@ -297,24 +358,40 @@ class SearchResult:
     tried: int
 
 
-def search_exhaustively(
-    evidence: SubsetEvidence, keep: int, advance: CountProgress
-) -> SearchResult:
+def search_exhaustively(evidence: Evidence, keep: int, advance: CountProgress) -> SearchResult:
     """Find the best of all subsets of ``keep`` experts.
 
     Among equal ones it is the first in lexicographic order.
     """
-    count = math.comb(evidence.experts, keep)
+    count = count_sets(evidence.experts, keep, evidence.groups)
     best: tuple[float, tuple[int, ...]] = (math.inf, ())
-    for n, kept in enumerate(itertools.combinations(range(evidence.experts), keep)):
+    for n, kept in enumerate(_list_sets(evidence.experts, keep, evidence.groups)):
         advance(n, count)
-        best = min(best, (compute_subset_loss(evidence, kept), kept))
+        best = min(best, (evidence.compute_loss(kept), kept))
     return SearchResult(best[1], best[0], count)
 
 
-def search_beam(
-    evidence: SubsetEvidence, keep: int, width: int, advance: CountProgress
-) -> SearchResult:
+def count_sets(experts: int, keep: int, groups: int = 1) -> int:
+    """Count the subsets of ``keep`` experts that have the same number of each group.
+
+    >>> count_sets(8, 4), count_sets(8, 4, groups=2)
+    (70, 36)
+    """
+    each: int = math.comb(experts // groups, keep // groups)
+    return math.prod([each] * groups)
+
+
+def _list_sets(experts: int, keep: int, groups: int) -> Iterator[tuple[int, ...]]:
+    """Yield these subsets in lexicographic order."""
+    size = experts // groups
+    each = [
+        itertools.combinations(range(first, first + size), keep // groups)
+        for first in range(0, size * groups, size)
+    ]
+    return (tuple(itertools.chain(*parts)) for parts in itertools.product(*each))
+
+
+def search_beam(evidence: Evidence, keep: int, width: int, advance: CountProgress) -> SearchResult:
     """Remove one expert after the other, continuing with the ``width`` best sets of each size.
 
     Width 1 is greedy removal. Among equal sets, the first in lexicographic order goes first.
@@ -325,44 +402,52 @@ def search_beam(
         advance(evidence.experts - size, evidence.experts - keep)
         smaller: dict[tuple[int, ...], float] = {}
         for _, kept in sets:
-            for n, value in enumerate(compute_removal_losses(evidence, kept)):
-                smaller.setdefault(kept[:n] + kept[n + 1 :], value)
-            tried += size
+            gone = evidence.list_removable(kept)
+            for one, value in zip(gone, evidence.compute_removals(kept, gone), strict=True):
+                smaller.setdefault(tuple(n for n in kept if n != one), value)
+            tried += len(gone)
         sets = sorted((value, kept) for kept, value in smaller.items())[:width]
     value, kept = sets[0]
     return SearchResult(kept, value, tried)
 
 
-def count_beam_tries(experts: int, keep: int, width: int) -> int:
+def count_beam_tries(experts: int, keep: int, width: int, groups: int = 1) -> int:
     """Count the losses that `search_beam` computes at most.
 
-    >>> count_beam_tries(8, 4, 1), count_beam_tries(8, 4, 2)
-    (26, 44)
+    >>> count_beam_tries(8, 4, 1), count_beam_tries(8, 4, 2), count_beam_tries(8, 4, 1, groups=2)
+    (26, 44, 21)
     """
-    return sum(size * min(width, math.comb(experts, size)) for size in range(experts, keep, -1))
+    tries, full = 0, experts // groups
+    for removed in range(experts - keep):
+        # So many groups have lost none yet in this round; the sets so far are at most so many.
+        rounds, begun = divmod(removed, groups)
+        removable = (groups - begun) * (full - rounds)
+        tries += removable * min(width, math.comb(experts, removed))
+    return tries
 
 
 # ---- reconstruction errors of a ranking --------------------------------------------------------
 
 
 def compute_prefix_errors(
-    evidence: SubsetEvidence, streams: Tensor, order: Sequence[int], floor: int
+    evidence: Evidence, streams: Tensor, order: Sequence[int], floor: int
 ) -> list[float]:
     """Compute the reconstruction error of a layer for each number of kept experts.
 
-    From its ``floor`` best experts to all of them. The mean over tokens of
-    ``||Z_t - Z'_t||^2 / ||x_t||^2``, x being the residual stream after the layer: an error counts
-    for as much as it turns the input of later blocks. It is relative for each token, because a few
-    have hidden states a thousand times as long as others (https://arxiv.org/abs/2402.17762).
+    From its ``floor`` best experts to all of them, in steps of the number of groups. The mean over
+    tokens of ``||Z_t - Z'_t||^2 / ||x_t||^2``, x being the residual stream after the layer: an
+    error counts for as much as it turns the input of later blocks. It is relative for each token,
+    because a few have hidden states a thousand times as long as others
+    (https://arxiv.org/abs/2402.17762).
 
     Args:
         evidence: evidence of the layer; its Gram matrices are scaled in place.
         streams: squared norms ``||x_t||^2`` of the residual stream, float64 [T].
-        order: positions of the experts, the best first.
-        floor: at least 1.
+        order: positions of the experts, the best first; groups take turns.
+        floor: at least 1, and a multiple of the groups.
     """
     sizes = [len(part.gram) for part in evidence.parts]
     for part, norms in zip(evidence.parts, torch.split(streams, sizes), strict=True):
         part.gram.div_(norms.clamp(min=1e-30)[:, None, None])
-    counts = range(floor, evidence.experts + 1)
-    return [compute_subset_loss(evidence, order[:count]) / sum(sizes) for count in counts]
+    counts = range(floor, evidence.experts + 1, evidence.groups)
+    return [evidence.compute_loss(order[:count]) / sum(sizes) for count in counts]

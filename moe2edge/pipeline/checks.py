@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moe2edge.errors import InputError
+from moe2edge.model.layers import FEWEST_IN_GROUP
 from moe2edge.model.model import Model
-from moe2edge.numerics.selection import count_kept
+from moe2edge.numerics.selection import count_kept, list_group_counts
 
 
 def refuse_replaced(name: str, model: Model, remedy: str = "") -> None:
@@ -123,6 +124,34 @@ def refuse_too_many(
             most = min(sizes) if max(sizes) > min(sizes) else size - 1
         raise InputError(
             f"{name}: keep is {count}, but {places[n]} has {size} experts; keep at most {most}"
+        )
+
+
+def refuse_uneven_groups(
+    name: str, option: str, value: float | list[int], counts: Sequence[int], model: Model
+) -> None:
+    """Refuse numbers that leave groups of a router with different numbers of experts.
+
+    Args:
+        name: of the pass.
+        option: its option.
+        value: of the option.
+        counts: the experts that stay, by MoE layer.
+        model: what it gets.
+
+    Raises:
+        InputError: names the nearest numbers that are possible.
+    """
+    for (block, layer), count in zip(model.moe_blocks, counts, strict=True):
+        groups = layer.router.groups
+        possible = list_group_counts(len(layer.experts), groups, FEWEST_IN_GROUP)
+        if groups == 1 or count in possible:
+            continue
+        near = sorted(sorted(possible, key=lambda n: abs(n - count))[:2])
+        raise InputError(
+            f"{name}: {option} {value} is {count} experts in block {block.index}, but "
+            f"each of the {groups} groups of its router has to keep the same number, "
+            f"{FEWEST_IN_GROUP} at least; the nearest are {' and '.join(map(str, near))}"
         )
 
 

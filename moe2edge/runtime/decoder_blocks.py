@@ -17,6 +17,7 @@ from torch import nn
 from moe2edge.errors import InputError
 from moe2edge.model import model as model_
 from moe2edge.model.anatomy import Anatomy, ExpertsForm
+from moe2edge.model.architecture import find_layers
 from moe2edge.model.block import SECOND_NORM, Block
 from moe2edge.model.experts import PARTS, Dense, Expert, Linear, Replacement, Tied
 from moe2edge.model.layers import MoELayer, UnroutedMLP
@@ -272,6 +273,20 @@ def arrange_gate_up(both: Tensor, form: ExpertsForm) -> Tensor:
     if form.concatenated or not form.gated:
         return both
     return torch.stack(both.chunk(2, dim=1), dim=2).flatten(1, 2)
+
+
+def find_activation(model: Model, block: Block) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return transformers' function from gate and up of a block's experts to what ``down`` gets.
+
+    Both are [n, width]; gate is [n, 0] where experts have none.
+    """
+    anatomy = model.architecture.anatomy[block.origin]
+    form = anatomy.form
+    assert form is not None, "a layer without experts has no activation"
+    layer = find_layers(model.architecture.model)[1][block.origin]
+    experts = layer.get_submodule(str(anatomy.experts))
+    act = experts._apply_gate if form.gated else experts.act_fn
+    return lambda gate, up: act(arrange_gate_up(torch.cat([gate, up], dim=1), form))
 
 
 def _fuse_replacements(layer: MoELayer) -> dict[str, Tensor]:

@@ -1,0 +1,238 @@
+"""Budgets and merging on families without a row, against slow loops over transformers' layers."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import helpers
+from every_family import IDS, make_folder, run_stock, walk_over
+from helpers import ignore, plan
+from moe2edge.calibration import walk
+from moe2edge.calibration.walk import BlockRunner, embed
+from moe2edge.errors import InputError, Unsupported
+from moe2edge.model.layers import MoELayer
+from moe2edge.model.model import Model
+from moe2edge.numerics import expert_groups
+from moe2edge.passes._allocation_trials import Ranker
+from moe2edge.passes._merge_experts import load_matrices
+from moe2edge.passes.expert_budget import ExpertBudget
+from moe2edge.passes.expert_merge import ExpertMerge
+from moe2edge.runtime.decoder_blocks import find_activation
+from moe2edge.storage.checkpoint import open_checkpoint
+from moe2edge.targets.hf import Hf
+from test_routed_search import FAMILIES, sum_experts, watch_layers
+
+TEXT = torch.randint(1, 96, (8, 12), generator=torch.Generator().manual_seed(3))
+
+
+def open_family(folder: Path, family: str, **changes: Any) -> Model:
+    make_folder(folder, family, **changes)
+    return open_checkpoint(folder).model
+
+
+# ---- expert_budget -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss", "gemma4_text", "nemotron_h"])
+def test_the_cost_of_a_count_is_the_error_of_the_layer_without_the_rest(
+    family: str, tmp_path: Path
+) -> None:
+    model = open_family(tmp_path, family)
+    groups = model.moe_blocks[0][1].router.groups
+    floors = {block.index: 4 for block, _ in model.moe_blocks}
+    ranker = Ranker("mone", 0, floors, IDS.numel(), None)
+    walk.observe(model, IDS, [ranker], ignore, "")
+    for block, hidden, trace in watch_layers(model):
+        order, norms = ranker.ranking(block), trace.outputs.flatten(0, 1).double().square().sum(1)
+        counts = range(4, 9, groups)
+        assert len(ranker.errors[block.index]) == len(counts)
+        for count, found in zip(counts, ranker.errors[block.index], strict=True):
+            small = BlockRunner(model, block.keep_experts(sorted(order[:count]))).watch(hidden)
+            each = (sum_experts(small) - sum_experts(trace)).square().sum(1) / norms
+            assert found == pytest.approx(float(each.mean()), rel=1e-3, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("family", "sensitivity"),
+    [
+        ("deepseek_v3", "error"),
+        ("gpt_oss", "kl"),
+        ("nemotron_h", "kl"),
+        ("gemma4_text", "error"),
+        ("phimoe", "error"),
+    ],
+)
+def test_one_budget_is_shared_by_all_layers(family: str, sensitivity: str, tmp_path: Path) -> None:
+    model = open_family(tmp_path, family)
+    options = {"keep": 6, "sensitivity": sensitivity, "points": 3}
+    step = ExpertBudget.model_validate(options)
+    plan([step], model)
+    found = helpers.search(step, model, TEXT).model
+    found.verify()
+    counts = found.expert_counts
+    assert sum(counts) == 6 * len(counts)
+    for (block, layer), (old, _) in zip(found.moe_blocks, model.moe_blocks, strict=True):
+        assert len(layer.experts) >= layer.router.top_k
+        if layer.router.groups > 1:
+            kept = block.expert_origins
+            assert sum(n < 4 for n in kept) == sum(n >= 4 for n in kept) >= 2
+        assert set(block.expert_origins) <= set(old.expert_origins)
+    assert helpers.search(step, model, TEXT).model.expert_counts == counts
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"keep": 5}, "expert_budget: keep 5 is 5 experts .* the nearest are 4 and 6"),
+        ({"keep": 6, "floor": 3}, "expert_budget: floor 3 is 3 .* the nearest are 4 and 6"),
+        ({"keep": 4}, r"keep 4 leaves no choice: \(4, 4, 4\) is the only allocation"),
+        ({"keep": 2}, "the nearest are 4 and 6"),
+    ],
+)
+def test_budgets_that_groups_cannot_share_are_refused(
+    options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    model = open_family(tmp_path, "deepseek_v3")
+    with pytest.raises(InputError, match=message):
+        plan([ExpertBudget.model_validate(options)], model)
+
+
+# ---- expert_merge --------------------------------------------------------------------------------
+
+
+def merge(model: Model, **options: Any) -> Any:
+    step = ExpertMerge.model_validate(options)
+    plan([step], model)
+    return helpers.search(step, model, TEXT)
+
+
+def run_expert(layer: MoELayer, n: int, x: Tensor, activate: Any) -> Tensor:
+    """Run one expert by the formula of all of them."""
+    own = load_matrices(layer, n)
+    down = own.down @ own.compute_intermediate(x, activate)
+    bias = own.biases.get("down")
+    return (down if bias is None else down + bias[:, None]).T
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_neurons_may_be_put_in_another_order(family: str, tmp_path: Path) -> None:
+    """What is merged is what transformers' experts compute, and its neurons are interchangeable."""
+    model = open_family(tmp_path, family)
+    block, _, trace = next(watch_layers(model))
+    layer = block.mlp
+    assert isinstance(layer, MoELayer)
+    assert trace.routing is not None
+    x, activate = trace.routing.inputs, find_activation(model, block)
+    expected = trace.expert_output(3, x)
+    assert torch.allclose(run_expert(layer, 3, x, activate), expected, atol=1e-4, rtol=1e-4)
+    own = load_matrices(layer, 3)
+    order = torch.randperm(len(own.up), generator=torch.Generator().manual_seed(0))
+    other = own.permute(order)
+    inside = own.compute_intermediate(x, activate)
+    assert torch.allclose(other.compute_intermediate(x, activate), inside[order], atol=1e-4)
+    assert torch.equal(
+        expert_groups.match_neurons(-own.neurons() @ other.neurons().T), order.argsort()
+    )
+
+
+@pytest.mark.parametrize("method", ["hc-smoe", "m-smoe", "ream"])
+@pytest.mark.parametrize("family", ["gpt_oss", "nemotron_h", "deepseek_v3", "gemma4_text"])
+def test_equal_experts_are_merged_into_themselves(family: str, method: str, tmp_path: Path) -> None:
+    """A mean of equal experts is that expert, biases included; others are left alone."""
+    model = open_family(tmp_path, family)
+    for block, _ in model.moe_blocks:
+        roles = {role for role, _ in block.weights() if role.startswith("experts.1.")}
+        weights = dict(block.weights())
+        model = model.replace_block(
+            block.with_weights({r: weights[r.replace("1.", "0.", 1)] for r in roles})
+        )
+    keep = 6 if model.moe_blocks[0][1].router.groups > 1 else 7
+    found = merge(model, method=method, keep=keep, fitted_on="intact", group_limit=None)
+    for (old, before), (new, after) in zip(model.moe_blocks, found.model.moe_blocks, strict=True):
+        assert after.is_plain
+        assert len(after.experts) == after.router_rows == keep
+        kept = set(new.expert_origins)
+        if method == "hc-smoe":  # by outputs, and theirs are equal
+            assert len(kept & {0, 1}) == 1
+            place = new.expert_origins.index(min(kept & {0, 1}))
+            one, other = load_matrices(before, 0), load_matrices(after, place)
+            for (name, mine), (same, theirs) in zip(one.parts(), other.parts(), strict=True):
+                assert name == same
+                assert torch.allclose(mine, theirs, atol=1e-6)
+        if before.router.groups > 1:
+            assert sum(n < 4 for n in kept) == 3
+        assert f"block {old.index}" in " ".join(found.changed)
+
+
+@pytest.mark.parametrize("method", ["hc-smoe", "ream"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_merged_model_is_a_smaller_one_of_its_family(
+    family: str, method: str, tmp_path: Path
+) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    stock = make_folder(source, family)
+    model = open_checkpoint(source).model
+    merged = merge(model, method=method, keep=4).model
+    out.mkdir()
+    target = Hf()
+    target.accepts(merged)
+    target.write(merged, out)
+    again, found = type(stock).from_pretrained(
+        out, output_loading_info=True, dtype=torch.float32, local_files_only=True
+    )
+    assert not any(found.values()), found
+    assert torch.equal(run_stock(again.eval()), walk_over(merged))
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3"])
+def test_a_merged_expert_is_the_mean_of_its_group(family: str, tmp_path: Path) -> None:
+    model = open_family(tmp_path, family)
+    found = merge(model, method="hc-smoe", keep=4)
+    block, layer = model.moe_blocks[0]
+    new, after = found.model.moe_blocks[0]
+    counts = torch.zeros(8)
+    trace = BlockRunner(model, block).watch(_enter(model, block.index))
+    assert trace.routing is not None
+    counts.index_add_(0, trace.routing.ids.flatten(), torch.ones(trace.routing.ids.numel()))
+    told = found.changed[0]
+    for place, centroid in enumerate(new.expert_origins):
+        others = [
+            [int(n) for n in part.strip("[]").split(",")]
+            for part, into in _read_groups(told)
+            if into == centroid
+        ]
+        group = [centroid, *(others[0] if others else [])]
+        shares = counts[group] / counts[group].sum() if counts[group].sum() else None
+        if shares is None:
+            shares = torch.full((len(group),), 1 / len(group))
+        for name, numbers in load_matrices(after, place).parts():
+            mean = sum(
+                share * dict(load_matrices(layer, n).parts())[name]
+                for n, share in zip(group, shares, strict=True)
+            )
+            assert torch.allclose(numbers, torch.as_tensor(mean), atol=1e-5)
+
+
+def _enter(model: Model, index: int) -> Tensor:
+    hidden = embed(model, TEXT)
+    for block in model.blocks[:index]:
+        hidden = BlockRunner(model, block).run(hidden)
+    return hidden
+
+
+def _read_groups(told: str) -> list[tuple[str, int]]:
+    return [(part, int(into)) for part, into in re.findall(r"(\[[\d, ]+\]) into (\d+)", told)]
+
+
+def test_what_cannot_be_merged_is_refused_by_name(tmp_path: Path) -> None:
+    model = open_family(tmp_path, "deepseek_v3")
+    with pytest.raises(Unsupported, match=r"with routing members .* holds for deepseek_v3"):
+        merge(model, method="ream", keep=4, routing="members")
+    with pytest.raises(InputError, match=r"keep 5 is 5 experts .* the nearest are 4 and 6"):
+        merge(model, method="ream", keep=5)
