@@ -28,7 +28,7 @@ from moe2edge.runtime.decoder_blocks import arrange_gate_up, find_module_name
 from moe2edge.runtime.layer_stage import LayerStage
 
 # Tokens that a layer is tried on.
-TOKENS = 16
+TRIED_TOKENS = 16
 # Size of the outputs of random matrices, and the relative error that rounding may cause. Small ones
 # saturate nothing, so every reader shows; large ones reach the limits of what is clipped.
 TRIALS = ((2.0, 1e-4), (40.0, 1e-2))
@@ -109,11 +109,8 @@ def _try_places(model: Model, block: Block) -> tuple[_Place, ...]:
         if size != TRIALS[0][0]:  # one layer in memory at a time
             del trial
             trial = _Trial(model, block, size, error)
-        norms = [fit for place in norms if (fit := trial.fit_norm(place))]
-        chains = [place for place in chains if trial.keeps_module(place)]
-    # A matrix has the scales of one producer.
-    first = {place.consumers: place for place in reversed(chains)}
-    return (*norms, *first.values(), *([_Place(EXPERTS, (EXPERTS,))] if inner else []))
+        norms, chains = trial.fit_norms(norms), trial.fit_chains(chains)
+    return (*norms, *chains, *([_Place(EXPERTS, (EXPERTS,))] if inner else []))
 
 
 @dataclass(frozen=True)
@@ -164,7 +161,7 @@ class _Trial:
             self._factors = torch.randn(block.mlp.router_rows + 1, generator=self._draw)
             self.experts.forward = self._run_experts
         hidden = model.family.geometry(model.config).hidden
-        self._hidden = torch.randn(1, TOKENS, hidden, generator=self._draw)
+        self._hidden = torch.randn(1, TRIED_TOKENS, hidden, generator=self._draw)
         self._calls: dict[str, list[_Call]] = {}
         self._output = self._watch()
 
@@ -250,7 +247,8 @@ class _Trial:
                 if isinstance(child, nn.Linear) and len(self._calls.get(f"{prefix}{name}", ())) == 1
             }
             mixes = parent.partition(".")[0] not in self._mlps
-            for first, one in linears.items():
+            # The linear half of a gated MLP comes behind the other one.
+            for first, one in reversed(linears.items()):
                 if not parent or (mixes and not first.endswith(VALUES)):
                     continue
                 for second, other in linears.items():
@@ -262,43 +260,54 @@ class _Trial:
 
     # ---- trying ----------------------------------------------------------------------------------
 
-    def fit_norm(self, place: _Place) -> _Place | None:
-        """Return the place with the offset with which the output of the layer stays, if one does.
+    def fit_norms(self, places: Sequence[_Place]) -> list[_Place]:
+        """Return the places with whose scales the output of the layer stays.
 
-        Random scales are folded, and what some norms add to their weight is tried.
+        What some norms add to their weight is tried, too.
         """
-        fits = (replace(place, offset=offset) for offset in (place.offset, 1.0 - place.offset))
         run = functools.partial(self._stage.run, self._hidden)
-        return next((p for p in fits if self._keeps(p, run, self._output)), None)
+        if self._keeps(places, run, self._output):  # usual, and a layer may be large
+            return list(places)
+        found = []
+        for place in places:
+            both = (replace(place, offset=offset) for offset in (place.offset, 1.0 - place.offset))
+            found += [fit for fit in both if self._keeps([fit], run, self._output)][:1]
+        return found
 
-    def keeps_module(self, place: _Place) -> bool:
-        """Return whether the output of the module with a chain stays."""
-        parent = place.producer.rpartition(".")[0]
-        (call,) = self._calls[parent][:1]
-        module = self._layer.get_submodule(parent)
-        return self._keeps(place, lambda: module(*call.args, **call.more), call.output)
+    def fit_chains(self, places: Sequence[_Place]) -> list[_Place]:
+        """Return the first place for each last layer with which the output of its module stays."""
+        found: dict[tuple[str, ...], _Place] = {}
+        for place in places:
+            parent = place.producer.rpartition(".")[0]
+            call, module = self._calls[parent][0], self._layer.get_submodule(parent)
+            run = functools.partial(module, *call.args, **call.more)
+            if place.consumers not in found and self._keeps([place], run, call.output):
+                found[place.consumers] = place
+        return list(found.values())
 
     @torch.no_grad()
-    def _keeps(self, place: _Place, run: Callable[[], Any], expected: Any) -> bool:
-        producer = self._layer.get_submodule(place.producer)
-        scales = torch.randn(len(producer.weight), generator=self._draw).mul(0.7).exp()
-        spread = FoldingPlace((), (), place.heads, place.copies).spread(scales)
+    def _keeps(self, places: Sequence[_Place], run: Callable[[], Any], expected: Any) -> bool:
+        """Return whether an output stays when random scales fold at some places."""
         changed: list[tuple[nn.Parameter, Tensor]] = []
 
         def put(parameter: nn.Parameter, numbers: Tensor) -> None:
             changed.append((parameter, parameter.data))
             parameter.data = numbers
 
-        for parameter in producer.parameters(recurse=False):
-            rows = scales.reshape(-1, *(1,) * (parameter.ndim - 1))
-            offset = place.offset if parameter is producer.weight else 0.0
-            put(parameter, (parameter.data + offset) / rows - offset)
-        for name in place.consumers:
-            if name == EXPERTS:
-                self._columns = spread
-            else:
-                parameter = self._layer.get_parameter(name)
-                put(parameter, parameter.data * spread)
+        for place in places:
+            producer = self._layer.get_submodule(place.producer)
+            scales = torch.randn(len(producer.weight), generator=self._draw).mul(0.7).exp()
+            spread = FoldingPlace((), (), place.heads, place.copies).spread(scales)
+            for parameter in producer.parameters(recurse=False):
+                rows = scales.reshape(-1, *(1,) * (parameter.ndim - 1))
+                offset = place.offset if parameter is producer.weight else 0.0
+                put(parameter, (parameter.data + offset) / rows - offset)
+            for name in place.consumers:
+                if name == EXPERTS:
+                    self._columns = self._columns * spread
+                else:
+                    parameter = self._layer.get_parameter(name)
+                    put(parameter, parameter.data * spread)
         try:
             found = _take_first(run())
         finally:
