@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,14 @@ import torch
 from torch import Tensor
 
 import moe2edge
+from benchmarks.support.cells import CELLS, try_cell
 from every_family import GENERIC, make_folder, run_stock, walk_over
+from helpers import run
 from moe2edge.calibration import walk
 from moe2edge.errors import Unsupported
 from moe2edge.evaluation import verify
 from moe2edge.model.block import Block
+from moe2edge.model.edits import restore_source_integers
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model
 from moe2edge.numerics import awq_scales
@@ -28,7 +32,8 @@ from moe2edge.pipeline.stages import enforce, plan_passes
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.storage.solved_blocks import attach_numbers
 from moe2edge.targets.gptq import Gptq
-from moe2edge.testing import InMemory
+from moe2edge.testing import InMemory, make_tokenizer
+from test_real_layouts import make_fp8, make_gpt_oss, make_kimi, make_wrapped
 
 IDS = torch.randint(1, 96, (3, 24), generator=torch.Generator().manual_seed(5))
 # Kinds of norms, of experts and of attention, each once.
@@ -222,3 +227,42 @@ def test_a_model_without_a_place_is_refused(tmp_path: Path) -> None:
     rules = [{"match": "o_proj|experts", "bits": 16}]
     with pytest.raises(Unsupported, match=r"awq does not work on flex_olmo: .* use gptq or rtn"):
         plan_passes([Awq.model_validate({"rules": rules})], model)
+
+
+def test_matrices_of_a_quantized_source_are_scaled_with_the_others(tmp_path: Path) -> None:
+    """One that a rule keeps is a plain matrix then, not the source's integers."""
+    make_kimi(tmp_path / "source")
+    source = open_checkpoint(tmp_path / "source").model
+    rules = [{"match": r"experts\.\d", "bits": 16}]
+    step = Awq.model_validate({"group_size": -1, "min_tokens": 1, "steps": 8, "rules": rules})
+    planned = plan_passes([step], source).steps[0]
+    found, _, _ = solve_blocks(
+        planned.before, IDS, step.solver(planned.before), InMemory(), lambda *_: None, "awq"
+    )
+    result = restore_source_integers(found, source)
+    changed = 0
+    norm = "norms.post_attention_layernorm.weight"
+    for block, layer in source.moe_blocks:
+        before, after = dict(block.weights()), dict(result.blocks[block.index].weights())
+        scales = before[norm].load().float() / after[norm].load().float()
+        if torch.equal(scales, torch.ones_like(scales)):
+            continue
+        changed += 1
+        for n in range(len(layer.experts)):
+            assert before[f"experts.{n}.gate"].scheme is not None
+            assert after[f"experts.{n}.gate"].scheme is None
+            expected = before[f"experts.{n}.gate"].load().float() * scales
+            found_there = after[f"experts.{n}.gate"].load().float()
+            torch.testing.assert_close(found_there, expected, rtol=0.01, atol=1e-3)
+    assert changed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [make_gpt_oss, make_fp8, make_kimi, make_wrapped])
+@pytest.mark.parametrize("title", ["`awq` → `gptq`", "`expert_drop`, `recover` → `hf`"])
+def test_real_layouts_are_exported(title: str, make: Callable[[Path], Any], tmp_path: Path) -> None:
+    make(tmp_path / "source")
+    make_tokenizer(tmp_path / "source")
+    (tmp_path / "work").mkdir()
+    (cell,) = (cell for cell in CELLS if cell.title == title)
+    assert try_cell(cell, tmp_path / "source", tmp_path / "work", run) == "yes"
