@@ -33,12 +33,14 @@ class FoldingPlace:
         consumers: roles of the matrices whose columns are multiplied.
         heads: number of runs into which the channels of producers are split.
         copies: number of times that consumers read each run (query heads per key-value head).
+        offset: what transformers adds to a norm before it multiplies by it.
     """
 
     producers: tuple[str, ...]
     consumers: tuple[str, ...]
     heads: int = 1
     copies: int = 1
+    offset: float = 0.0
 
     def gather(self, magnitudes: Tensor) -> Tensor:
         """Average over the copies: [inputs of consumers] -> [channels of producers]."""
@@ -102,15 +104,20 @@ class Folding:
     Attributes:
         columns: scales that the columns are multiplied by, [in].
         rows: scales that the rows, or the entries of a vector, are divided by, [out].
+        offsets: what is added before, and taken off after that, where it is not zero.
     """
 
     columns: dict[str, Tensor] = field(default_factory=dict)
     rows: dict[str, Tensor] = field(default_factory=dict)
+    offsets: dict[str, float] = field(default_factory=dict)
 
     def add(self, place: FoldingPlace, scales: Tensor) -> None:
         """Fold ``scales`` [channels of producers] at a place; call it once per place."""
         self.columns |= dict.fromkeys(place.consumers, place.spread(scales))
         self.rows |= dict.fromkeys(place.producers, scales)
+        if place.offset:
+            norms = (role for role in place.producers if not role.endswith("bias"))
+            self.offsets |= dict.fromkeys(norms, place.offset)
 
     @property
     def roles(self) -> set[str]:
@@ -124,5 +131,7 @@ class Folding:
             numbers = numbers * self.columns[role]
         if role in self.rows:
             rows = self.rows[role]
-            numbers = numbers / (rows if numbers.ndim == 1 else rows.unsqueeze(1))
+            offset = self.offsets.get(role, 0.0)
+            numbers = (numbers + offset) / (rows if numbers.ndim == 1 else rows.unsqueeze(1))
+            numbers = numbers - offset
         return numbers

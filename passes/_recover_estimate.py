@@ -77,8 +77,16 @@ def estimate_activations(model: Model, tokens: int, logits: int) -> int:
     heads = (geometry.heads + 2 * geometry.kv_heads) * geometry.head_dim
     numbers = logits * model.vocabulary
     for block in model.blocks:
+        if model.family.generic:
+            heads = sum(w.shape[0] for role, w in block.weights() if _is_alone(role, w))
         numbers += 12 * geometry.hidden + 4 * heads + _count_intermediate(block, geometry.hidden)
     return NUMBER_BYTES * tokens * numbers
+
+
+def _is_alone(role: str, weight: Weight) -> bool:
+    """Return whether a tensor is a matrix outside of experts and gated MLPs."""
+    kind = role.partition(".")[0]
+    return len(weight.shape) == 2 and kind in ("attention", "linear", "other")
 
 
 def _count_intermediate(block: Block, hidden: int) -> int:
@@ -86,7 +94,7 @@ def _count_intermediate(block: Block, hidden: int) -> int:
     from moe2edge.model.roles import list_gated_mlps
 
     if isinstance(layer := block.mlp, MoELayer):
-        width = layer.experts[0].gate.shape[0]
-        shared = layer.shared.mlp.gate.shape[0] if layer.shared else 0
+        width = layer.experts[0].up.shape[0]
+        shared = layer.shared.mlp.up.shape[0] if layer.shared else 0
         return layer.router.top_k * (4 * width + 3 * hidden) + 4 * shared
-    return sum(4 * mlp.gate.shape[0] for _, mlp in list_gated_mlps(block))
+    return sum(4 * mlp.up.shape[0] for _, mlp in list_gated_mlps(block))

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 ADAPTER = ".lora_"
 # Matrices of MLPs without experts. Given as modules, peft mistakes these names for those of experts
 # in some families and adapts experts instead; given as parameters, it does not (peft 0.21).
-MLP_MATRICES = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
+# It refuses these modules of some state-space models, whose kernels read the matrix itself.
+AS_PARAMETERS = ("gate_proj.weight", "up_proj.weight", "down_proj.weight", "out_proj.weight")
 
 
 def check_installed() -> None:
@@ -50,7 +51,7 @@ def adapt(
     import torch
     from peft import LoraConfig, get_peft_model
 
-    modules = {n for n in adapted if n.endswith(".weight") and not n.endswith(MLP_MATRICES)}
+    modules = {n for n in adapted if n.endswith(".weight") and not n.endswith(AS_PARAMETERS)}
     fused = [name for name in adapted if name not in modules]
     config = LoraConfig(
         r=rank,

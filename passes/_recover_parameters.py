@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from moe2edge.errors import Moe2EdgeError
+from moe2edge.model.anatomy import Anatomy, ExpertsForm
+from moe2edge.model.architecture import find_layers
 from moe2edge.model.block import Block
 from moe2edge.model.experts import PARTS, Linear, Replacement, Tied
 from moe2edge.model.layers import MoELayer
@@ -45,9 +47,10 @@ class ParameterPlace:
 def locate_parameters(model: Model) -> dict[str, ParameterPlace]:
     """Locate every parameter of the transformers model that is built from ``model``, by name."""
     places = {name: ParameterPlace(None, name) for name in model.rest}
+    layers = model.architecture.layers_path
     for block in model.blocks:
         for name, roles in list_block_parameters(model, block).items():
-            places[f"model.layers.{block.index}.{name}"] = ParameterPlace(block.index, name, roles)
+            places[f"{layers}.{block.index}.{name}"] = ParameterPlace(block.index, name, roles)
     return places
 
 
@@ -64,17 +67,19 @@ def check_parameters(model: Model, names: Collection[str]) -> None:
 
 
 def list_block_parameters(model: Model, block: Block) -> dict[str, tuple[str, ...]]:
-    """List the parameters of a block's decoder layer by name, with the roles that each holds."""
+    """List the parameters of a block's decoder layer by name, with the roles that each holds.
+
+    Buffers of transformers' layer, such as biases that balance experts, are none.
+    """
     parameters: dict[str, tuple[str, ...]] = {}
     anatomy = model.architecture.anatomy[block.origin]
+    layers = find_layers(model.architecture.model)[1]
+    buffers = {name for name, _ in layers[block.origin].named_buffers()}
     for role, _ in block.weights():
-        if name := find_module_name(anatomy, role):
-            parameters[name] = (role,)
+        if (name := find_module_name(anatomy, role)) and name not in buffers:
+            parameters[name] = (*parameters.get(name, ()), role)
     if isinstance(layer := block.mlp, MoELayer):
-        at, count = find_experts_name(layer), range(len(layer.experts))
-        both = tuple(f"experts.{n}.{part}" for n in count for part in ("gate", "up"))
-        parameters[f"{at}.gate_up_proj"] = both
-        parameters[f"{at}.down_proj"] = tuple(f"experts.{n}.down" for n in count)
+        parameters |= _list_expert_parameters(anatomy, layer)
         rows = list(zip(layer.row_roles, layer.rows, strict=True))
         if layer.replaced:
             roles = [role for role, row in rows if isinstance(row, Replacement)]
@@ -88,30 +93,71 @@ def list_block_parameters(model: Model, block: Block) -> dict[str, tuple[str, ..
     return parameters
 
 
+def _list_expert_parameters(anatomy: Anatomy, layer: MoELayer) -> dict[str, tuple[str, ...]]:
+    """List the parameters of the module of the experts as `list_block_parameters` does."""
+    form, at = get_form_of_experts(anatomy), _find_experts(anatomy, layer)
+    first = ("gate", "up") if form.gated else ("up",)
+    kinds: dict[str, tuple[str, ...]] = {f"{at}.{form.first}": first, f"{at}.down_proj": ("down",)}
+    if form.biased:
+        kinds |= {f"{at}.{form.first}_bias": tuple(f"{part}_bias" for part in first)}
+        kinds |= {f"{at}.down_proj_bias": ("down_bias",)}
+    return {
+        name: tuple(f"experts.{n}.{part}" for n in range(len(layer.experts)) for part in parts)
+        for name, parts in kinds.items()
+    }
+
+
+def _find_experts(anatomy: Anatomy, layer: MoELayer) -> str:
+    """Return the path in a decoder layer of the module with the matrices of the experts."""
+    return str(anatomy.experts) if layer.is_plain else find_experts_name(layer)
+
+
+def get_form_of_experts(anatomy: Anatomy) -> ExpertsForm:
+    """Return the form of the experts of a layer that has some."""
+    assert anatomy.form is not None, "a layer with experts has none in transformers' class"
+    return anatomy.form
+
+
 def split_by_role(model: Model, block: Block, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Split parameters of the block's decoder layer, given by name, into tensors by role."""
     roles = list_block_parameters(model, block)
+    shapes = {role: weight.shape for role, weight in block.weights()}
+    anatomy = model.architecture.anatomy[block.origin]
     tensors: dict[str, Tensor] = {}
     for name, numbers in state.items():
-        tensors |= dict(zip(roles[name], _split(block, name, numbers), strict=True))
+        if len(roles[name]) > 1 and ".part" in roles[name][0]:
+            parts = list(torch.split(numbers, [shapes[role][0] for role in roles[name]]))
+        else:
+            parts = _split(anatomy, block, name, numbers)
+        tensors |= dict(zip(roles[name], parts, strict=True))
     return tensors
 
 
-def _split(block: Block, name: str, numbers: Tensor) -> list[Tensor]:
+def _split(anatomy: Anatomy, block: Block, name: str, numbers: Tensor) -> list[Tensor]:
     """Split a parameter into the tensors that it holds, in the order of its roles."""
     layer, part = block.mlp, name.rpartition(".")[2]
     if not isinstance(layer, MoELayer):
         return [numbers]
-    if name == f"{find_experts_name(layer)}.gate_up_proj":
-        return [piece for expert in numbers for piece in expert.chunk(2)]
-    if name in (f"{find_experts_name(layer)}.down_proj", f"{REPLACEMENTS}.constants"):
-        return list(numbers)
-    if name.startswith(TIED):
+    at = _find_experts(anatomy, layer)
+    if name.startswith(f"{at}.{(form := get_form_of_experts(anatomy)).first}"):
+        return [piece for expert in numbers for piece in _split_expert(expert, form)]
+    if name == f"{at}.down_proj":
+        return [expert.T if form.transposed else expert for expert in numbers]
+    if name in (f"{at}.down_proj_bias", f"{REPLACEMENTS}.constants") or name.startswith(TIED):
         return list(numbers)
     if name.startswith(REPLACEMENTS):
         ranks = [row.rank for row in layer.rows if isinstance(row, Linear)]
         return list(torch.split(numbers, ranks, dim=0 if part == "first" else 1)) if ranks else []
     return [numbers]
+
+
+def _split_expert(both: Tensor, form: ExpertsForm) -> list[Tensor]:
+    """Split gate and up of an expert, or their biases, which `arrange_gate_up` put together."""
+    if form.transposed and both.ndim > 1:
+        both = both.T
+    if not form.gated:
+        return [both]
+    return list(both.chunk(2)) if form.concatenated else [both[0::2], both[1::2]]
 
 
 def select_parameters(model: Model, wanted: Callable[[Block | None, str], bool]) -> list[str]:

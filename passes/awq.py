@@ -14,16 +14,16 @@ mse``), in which columns count by the mean square of their scaled inputs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
+from moe2edge.errors import Unsupported
 from moe2edge.model.block import Block
-from moe2edge.model.experts import Dense
-from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model
+from moe2edge.model.roles import list_quantizable
+from moe2edge.model.traits import Trait
 from moe2edge.model.weights import Weight
 from moe2edge.numerics.scheme import Scheme
 from moe2edge.passes._quantize import Quantize, Scales
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from moe2edge.calibration.observation import BlockTrace
-    from moe2edge.numerics.awq_scales import AwqInputs, Sample
+    from moe2edge.numerics.awq_scales import AwqInputs
     from moe2edge.numerics.grid import Quantized
     from moe2edge.passes._awq_folding import Folding, FoldingPlace
 
@@ -49,6 +49,7 @@ class Awq(Quantize):
     the residual stream.
     """
 
+    needs: ClassVar[tuple[Trait, ...]] = ()
     scales: Scales = "mse"
     steps: Annotated[
         int, Field(ge=1, description="number of exponents alpha to try, evenly spaced in [0, 1)")
@@ -65,6 +66,22 @@ class Awq(Quantize):
         ),
     ] = 32
 
+    def check(self, model: Model) -> None:
+        """Refuse models that `Quantize` refuses, and those without a place where scales fold."""
+        super().check(model)
+        schemes = self.schemes(model)
+        if not model.family.generic or any(
+            model.disk_name(block, role) in schemes
+            for block in model.blocks
+            for place in _list_places(model, block)
+            for role in place.consumers
+        ):
+            return
+        raise Unsupported(
+            f"awq does not work on {model.family.model_type}: scales fold nowhere, as none of the "
+            "matrices to quantize reads what a norm, values or up alone give; use gptq or rtn"
+        )
+
     def solver(self, model: Model) -> Solver:
         """Create the solver, which gathers inputs, then scales and rounds block by block."""
         return _Solver(self, self.schemes(model), model)
@@ -74,71 +91,34 @@ class _Solver:
     """Solver of one block after another: samples its inputs, then scales and rounds it."""
 
     def __init__(self, options: Awq, schemes: Mapping[str, Scheme], model: Model) -> None:
+        from moe2edge.passes._awq_inputs import StagedSampler, TabledSampler
+
         self._options, self._schemes, self._model = options, schemes, model
-        self._samples: dict[str, Sample] = {}
-        self._sums: dict[str, Tensor] = {}
+        limits = options.samples, options.min_tokens
+        generic = model.family.generic
+        self._sampler = StagedSampler(model, *limits) if generic else TabledSampler(*limits)
         # Squared error of the outputs that rounding causes, and squared size of the outputs.
         self._loss = 0.0, 0.0
 
-    # ---- observing -------------------------------------------------------------------------------
-
     def observe(self, trace: BlockTrace) -> None:
-        """Sample the inputs of attention, of the layer after it, and of each expert."""
-        import torch
-
-        from moe2edge.model.roles import OUT, QKV
-
-        self._sample_all("qkv", trace.linear_inputs[QKV[0]])
-        self._sample_all("out", trace.linear_inputs[OUT])
-        if trace.block.mlp is None:
-            return
-        inputs = trace.mlp_inputs.flatten(0, -2)
-        self._sample_all("mlp", inputs)
-        if isinstance(trace.block.mlp, MoELayer) and trace.routing is not None:
-            for n in range(len(trace.block.mlp.experts)):
-                tokens, place = torch.where(trace.block.mlp.find_uses(n, trace.routing.ids))
-                weights = trace.routing.weights[tokens, place]
-                self._get_sample(f"experts.{n}", inputs).add(inputs, tokens, weights)
-
-    def _sample_all(self, name: str, inputs: Tensor) -> None:
-        """Sample from all tokens, with weights of one, and sum the magnitudes of their inputs."""
-        import torch
-
-        tokens = torch.arange(len(inputs))
-        self._get_sample(name, inputs).add(inputs, tokens, torch.ones(len(inputs)))
-        sums = inputs.abs().sum(0, dtype=torch.float64)
-        self._sums[name] = self._sums[name] + sums if name in self._sums else sums
-
-    def _get_sample(self, name: str, inputs: Tensor) -> Sample:
-        """Return the sample of a name; create it if there is none yet."""
-        from moe2edge.numerics.awq_scales import Sample
-
-        if name not in self._samples:
-            self._samples[name] = Sample(self._options.samples, inputs.shape[1])
-        return self._samples[name]
-
-    # ---- solving ---------------------------------------------------------------------------------
+        """Sample the inputs of a batch."""
+        self._sampler.observe(trace)
 
     def solve(self, block: Block) -> Solved:
         """Fold scales at the places that lead to quantized matrices, then round."""
         from moe2edge.numerics.rounding import round_to_nearest
-        from moe2edge.passes._awq_folding import Folding, find_folding_places
-        from moe2edge.pipeline.blockwise_report import describe_coverage
+        from moe2edge.passes._awq_folding import Folding
 
         weights = dict(block.weights())
         names = {role: self._model.disk_name(block, role) for role in weights}
         schemes = {r: self._schemes[name] for r, name in names.items() if name in self._schemes}
-        inputs = self._gather_inputs(block, weights)
-        counts = [s.seen for kind, s in self._samples.items() if kind.startswith("experts.")]
-        notes = [describe_coverage(block, counts)] if counts else []
-        notes += [
-            self._describe_under_calibrated(block, kind)
-            for kind in self._samples
-            if self._is_under_calibrated(kind)
-        ]
+        inputs = self._sampler.gather(block, weights)
+        notes = self._sampler.describe(block)
+        if self._model.family.generic and block.index + 1 == len(self._model.blocks):
+            notes += _describe_unscaled(self._model, self._schemes)
         self._loss = 0.0, 0.0
         folding = Folding()
-        for place in find_folding_places(block, self._model.family.geometry(self._model.config)):
+        for place in _list_places(self._model, block):
             quantized = {r: schemes[r] for r in place.consumers if r in inputs and r in schemes}
             if quantized:
                 self._fold(place, quantized, folding, weights, inputs)
@@ -154,7 +134,7 @@ class _Solver:
                 numbers[role] = round_to_nearest(matrix, schemes[role], how, importance)
             elif role in folding.roles:
                 numbers[role] = folding.apply(role, weights[role].load())
-        self._samples, self._sums = {}, {}
+        self._sampler.forget()
         return Solved(numbers, tuple(notes), self._loss)
 
     def _fold(
@@ -187,7 +167,8 @@ class _Solver:
         scales = list_candidates(place.gather(magnitudes), self._options.steps)
         for role in place.producers:
             if len(weights[role].shape) == 1:
-                scales = round_to_exact(scales, weights[role].load())
+                offset = 0.0 if role.endswith("bias") else place.offset
+                scales = round_to_exact(scales, weights[role].load(), offset)
         spread, how = place.spread(scales), self._options.scales
         total = torch.zeros(len(scales), dtype=torch.float64)
         size = 0.0
@@ -199,59 +180,42 @@ class _Solver:
         if best := int(total.argmin()):
             folding.add(place, scales[best])
 
-    # ---- inputs ----------------------------------------------------------------------------------
 
-    def _gather_inputs(self, block: Block, weights: Mapping[str, Weight]) -> dict[str, AwqInputs]:
-        """Gather the inputs of each matrix, by its role."""
-        from moe2edge.model.roles import OUT, QKV, list_gated_mlps
+def _list_places(model: Model, block: Block) -> Sequence[FoldingPlace]:
+    """List the places of a block where scales fold."""
+    from moe2edge.passes._awq_folding import find_folding_places
 
-        inputs = dict.fromkeys(QKV, self._gather_all("qkv")) | {OUT: self._gather_all("out")}
-        for kind, mlp in list_gated_mlps(block):
-            outer, inner = self._gather_mlp(kind, mlp, weights)
-            inputs |= {f"{kind}.gate": outer, f"{kind}.up": outer, f"{kind}.down": inner}
-        return inputs
+    if not model.family.generic:
+        return list(find_folding_places(block, model.family.geometry(model.config)))
+    from moe2edge.passes._awq_trials import find_places_by_trial
 
-    def _gather_all(self, name: str) -> AwqInputs:
-        """Gather inputs that were sampled from all tokens of the block."""
-        from moe2edge.numerics.awq_scales import AwqInputs
+    return list(find_places_by_trial(model, block))
 
-        sample = self._samples[name]
-        magnitudes = (self._sums[name] / sample.seen).float()
-        return AwqInputs.from_sample(sample.inputs, sample.weights, magnitudes, sample.stride)
 
-    def _gather_mlp(
-        self, kind: str, mlp: Dense, weights: Mapping[str, Weight]
-    ) -> tuple[AwqInputs, AwqInputs]:
-        """Gather the inputs of ``gate`` and ``up``, and compute those of ``down``."""
-        from moe2edge.numerics.awq_scales import AwqInputs, compute_intermediate
+def _list_unscaled(model: Model, block: Block, schemes: Mapping[str, Scheme]) -> list[str]:
+    """List the roles of quantized matrices of a block that no place has as consumers."""
+    scaled = {role for place in _list_places(model, block) for role in place.consumers}
+    return [
+        role
+        for role, _ in list_quantizable(block)
+        if role not in scaled and model.disk_name(block, role) in schemes
+    ]
 
-        judged_on = outer = self._gather_all("mlp")
-        if kind == "shared":
-            x, magnitudes, share = judged_on.x, judged_on.magnitudes, judged_on.share
-            gate = (x @ weights["shared.router"].load().float().T).sigmoid()[:, 0]
-            judged_on = outer = AwqInputs.from_sample(x, gate, magnitudes, share)
-        elif kind in self._samples:
-            routed = self._samples[kind]
-            outer = AwqInputs.from_sample(
-                routed.inputs, routed.weights, judged_on.magnitudes, routed.stride
-            )
-            if self._is_under_calibrated(kind):
-                # Its few tokens still count in the loss of the scales that all experts share.
-                outer = replace(outer, importance=judged_on.importance)
-            else:
-                judged_on = outer
-        hidden = compute_intermediate(mlp.gate.load(), mlp.up.load(), judged_on.x)
-        return outer, AwqInputs.from_sample(
-            hidden, judged_on.weights, hidden.abs().mean(0), judged_on.share
-        )
 
-    def _is_under_calibrated(self, kind: str) -> bool:
-        """Return whether it is an expert to which few tokens were routed."""
-        few = self._samples[kind].seen < self._options.min_tokens
-        return kind.startswith("experts.") and few
-
-    def _describe_under_calibrated(self, block: Block, kind: str) -> str:
-        return (
-            f"block {block.index}: expert {kind.partition('.')[2]} saw {self._samples[kind].seen} "
-            f"tokens, fewer than {self._options.min_tokens}: judged by all tokens of the layer"
-        )
+def _describe_unscaled(model: Model, schemes: Mapping[str, Scheme]) -> list[str]:
+    """Name the matrices into which no scales fold, with their blocks."""
+    blocks: dict[str, list[int]] = {}
+    for block in model.blocks:
+        paths = model.architecture.anatomy[block.origin].roles
+        for role in _list_unscaled(model, block, schemes):
+            kind, _, part = role.rpartition(".")
+            known = paths.get(role.partition(".part")[0], "").removesuffix(".weight")
+            name = known or f"{part} of {kind.partition('.')[0]}"
+            found = blocks.setdefault(name, [])
+            if block.index not in found:
+                found.append(block.index)
+    return [
+        f"{name}: no scales fold in before it, so it is rounded as it is; blocks "
+        f"{', '.join(map(str, indices))}"
+        for name, indices in blocks.items()
+    ]

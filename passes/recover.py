@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 from moe2edge.errors import InputError
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model
+from moe2edge.model.traits import Trait
 from moe2edge.passes._recover_estimate import (
     BEST_BYTES,
     NUMBER_BYTES,
@@ -66,6 +67,7 @@ class Recover(Train):
     samples at the end of the training text, which are not trained on.
     """
 
+    needs: ClassVar[tuple[Trait, ...]] = ()
     may_change_nothing: ClassVar[bool] = True
     reads: ClassVar[tuple[type, ...]] = (UntiedModel,)
 

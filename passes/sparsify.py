@@ -22,7 +22,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -30,6 +30,7 @@ from moe2edge.errors import InputError, Moe2EdgeError
 from moe2edge.model.block import Block
 from moe2edge.model.model import Model
 from moe2edge.model.roles import list_quantizable
+from moe2edge.model.traits import Trait
 from moe2edge.model.weights import Weight, plan_weight
 from moe2edge.numerics.scheme import Pattern
 from moe2edge.pipeline.contract import PlannedStep, Slim
@@ -41,11 +42,12 @@ if TYPE_CHECKING:
 RUN_LENGTHS = {"2:4": Pattern(2, 4), "4:8": Pattern(4, 8)}
 # Columns whose scores SparseGPT compares together, as in the paper.
 BLOCK = 128
+ATTENTION = "attention"
 PARTS_BY_ROLE = {
     "experts": "experts",
     "shared": "shared experts",
     "dense": "dense MLPs",
-    "attention": "attention",
+    "attention": ATTENTION,
 }
 SAVES_NOTHING = (
     "zeros are stored like other numbers, so they make no file smaller, and no runtime of this "
@@ -62,6 +64,8 @@ class Sparsify(Slim):
     blocks and in its own. An expert with fewer than ``min_tokens`` routed tokens, or none, is
     under-calibrated: it is reported, and treated as ``starved`` says.
     """
+
+    needs: ClassVar[tuple[Trait, ...]] = ()
 
     method: Annotated[
         Literal["magnitude", "wanda", "sparsegpt"],
@@ -164,13 +168,13 @@ class Sparsify(Slim):
         length, count = self.split_into_runs(shape)
         return math.prod(shape) // length * count
 
-    def selected(self, block: Block) -> Iterator[tuple[str, Weight]]:
+    def selected(self, model: Model, block: Block) -> Iterator[tuple[str, Weight]]:
         """Yield the matrices of a block that become sparse, with their roles."""
-        return ((r, w) for r, w in list_quantizable(block) if self.selects(r))
+        return ((r, w) for r, w in list_quantizable(block) if self.selects(model, block, r))
 
-    def selects(self, role: str) -> bool:
+    def selects(self, model: Model, block: Block, role: str) -> bool:
         """Return whether matrices of this role become sparse."""
-        return self.select == "all" or _name_part(role) != PARTS_BY_ROLE["attention"]
+        return self.select == "all" or _name_part(model, block, role) != ATTENTION
 
     def check(self, model: Model) -> None:
         """Refuse quantized or sparse models, and widths that the pattern does not fit."""
@@ -179,7 +183,7 @@ class Sparsify(Slim):
                 raise InputError("sparsify comes before the pass that quantizes; move it up")
             if weight.pattern is not None:
                 raise InputError("the recipe sparsifies twice; keep one of its sparsify passes")
-        weights = [w for block in model.blocks for _, w in self.selected(block)]
+        weights = [w for block in model.blocks for _, w in self.selected(model, block)]
         if not weights:
             raise InputError(
                 "sparsify: the model has no experts and no dense MLPs; set select: all to sparsify "
@@ -204,7 +208,7 @@ class Sparsify(Slim):
         for block in model.blocks:
             new = {
                 role: plan_weight(weight, pattern=self.promise)
-                for role, weight in self.selected(block)
+                for role, weight in self.selected(model, block)
             }
             model = model.replace_block(block.with_weights(new))
         return model
@@ -219,8 +223,10 @@ class Sparsify(Slim):
         Raises:
             Moe2EdgeError: one does not, or a weight that is not selected has a pattern.
         """
+        from moe2edge.numerics.sparsity import has_zeros
+
         for block in after.blocks:
-            chosen = dict(self.selected(block))
+            chosen = dict(self.selected(after, block))
             for role, weight in block.weights():
                 name = after.disk_name(block, role)
                 expected = self.promise if role in chosen else None
@@ -236,7 +242,8 @@ class Sparsify(Slim):
 
     def describe(self, planned: PlannedStep) -> str:
         """Describe the pattern, the method, and how many weights become zero."""
-        weights = [w for block in planned.before.blocks for _, w in self.selected(block)]
+        model = planned.before
+        weights = [w for block in model.blocks for _, w in self.selected(model, block)]
         return (
             f"{self.promise} by {self.method}: {len(weights)} matrices, "
             f"{sum(self.zeros(w.shape) for w in weights):,} of "
@@ -248,16 +255,18 @@ class _Solver(GroupSolver):
     """Solver that sparsifies a few matrices at a time."""
 
     def __init__(self, options: Sparsify, model: Model) -> None:
-        self._options = options
-        blocks = [block for block in model.blocks if any(options.selected(block))]
+        self._options, self._model = options, model
+        blocks = [block for block in model.blocks if any(options.selected(model, block))]
         # The block after which zeros are summed up, and its matrices that are still to be solved.
         self._last = blocks[-1].index if blocks else None
-        self._left = sum(1 for _ in options.selected(blocks[-1])) if blocks else 0
+        self._left = sum(1 for _ in options.selected(model, blocks[-1])) if blocks else 0
         self._zeros: Counter[str] = Counter()
         self._weights: Counter[str] = Counter()
-        for role, weight in (pair for block in blocks for pair in options.selected(block)):
-            self._zeros[_name_part(role)] += options.zeros(weight.shape)
-            self._weights[_name_part(role)] += weight.count
+        for block in blocks:
+            for role, weight in options.selected(model, block):
+                part = _name_part(model, block, role)
+                self._zeros[part] += options.zeros(weight.shape)
+                self._weights[part] += weight.count
         self.propagate = options.propagate
 
     def nbytes(self, shapes: Sequence[tuple[int, ...]]) -> int:
@@ -268,8 +277,9 @@ class _Solver(GroupSolver):
         return 12 * rows * ins
 
     def solve(self, block: Block, groups: Sequence[MatrixGroup]) -> Solved:
-        """Sparsify groups of equal shapes, unless they are of attention and it is not selected."""
-        if not self._options.selects(next(iter(groups[0].weights))):
+        """Sparsify what is selected in groups of equal shapes."""
+        groups = [self._select(block, group) for group in groups]
+        if not groups[0].weights:
             return Solved({})
         notes: list[str] = []
         groups = [self._choose_tokens(block, group, notes) for group in groups]
@@ -282,6 +292,15 @@ class _Solver(GroupSolver):
         return Solved(
             numbers, (*notes, *self._count_zeros(block, len(numbers))), loss, self._options.promise
         )
+
+    def _select(self, block: Block, group: MatrixGroup) -> MatrixGroup:
+        """Return the group with the selected matrices: attention may share its input with MLPs."""
+        chosen = {
+            role: weight
+            for role, weight in group.weights.items()
+            if self._options.selects(self._model, block, role)
+        }
+        return replace(group, weights=chosen)
 
     def _choose_tokens(self, block: Block, group: MatrixGroup, notes: list[str]) -> MatrixGroup:
         """Return the group with the tokens that judge it, without weights if all count alike.
@@ -320,6 +339,8 @@ class _Solver(GroupSolver):
 
     def _solve_by_score(self, group: MatrixGroup) -> dict[str, Tensor]:
         """Sparsify by magnitude or Wanda; the remaining weights do not change."""
+        from moe2edge.numerics.sparsity import mask_smallest
+
         sizes = None
         if self._options.needs_tokens:
             sizes = measure_inputs(group, next(iter(group.weights.values())).shape[1])
@@ -419,6 +440,8 @@ class ZeroChooser:
 
     def begin(self, first: int, completed: Tensor, weight: Tensor) -> None:
         """Choose the zeros of `width` columns by their best values ``completed``."""
+        from moe2edge.numerics.sparsity import mask_smallest
+
         scores = completed.square().mul_(weight.unsqueeze(-1)).transpose(1, 2)
         at, columns = 0, slice(first, first + completed.shape[1])
         for size, (length, count) in zip(self._sizes, self._runs, strict=True):
@@ -434,38 +457,6 @@ class ZeroChooser:
         rounded = target.masked_fill(self._zeros[:, column], 0)
         self._result[:, column] = rounded
         torch.sub(original, rounded, out=error)
-
-
-def mask_smallest(scores: Tensor, count: int) -> Tensor:
-    """Mask exactly ``count`` of the smallest scores of each row; among equal ones the first.
-
-    Args:
-        scores: [..., n], no NaN.
-        count: from 0 to n.
-
-    Returns:
-        bool [..., n].
-    """
-    import torch
-
-    if not count:
-        return torch.zeros_like(scores, dtype=torch.bool)
-    last = scores.kthvalue(count, dim=-1, keepdim=True).values
-    below, equal = scores < last, scores == last
-    room = count - below.sum(-1, keepdim=True)
-    return below | (equal & (equal.cumsum(-1) <= room))
-
-
-def has_zeros(matrix: Tensor, length: int, count: int) -> bool:
-    """Return whether each run of ``length`` weights of a matrix [out, in] has ``count`` zeros.
-
-    Runs that are longer than a row are adjacent whole columns, the blocks of SparseGPT.
-    """
-    outs, ins = matrix.shape
-    if length > ins:
-        matrix = matrix.reshape(outs, -1, length // outs).transpose(0, 1)
-    zeros = (matrix == 0).reshape(-1, length).sum(-1)
-    return bool((zeros >= count).all())
 
 
 def measure_inputs(group: MatrixGroup, ins: int) -> Tensor:
@@ -494,6 +485,12 @@ def _load(weight: Weight) -> Tensor:
     return check_finite(weight.name, weight.load())
 
 
-def _name_part(role: str) -> str:
+def _name_part(model: Model, block: Block, role: str) -> str:
     """Name the part of a block that a matrix belongs to, as in notes."""
-    return PARTS_BY_ROLE[role.partition(".")[0]]
+    kind, _, path = role.partition(".")
+    if kind != "linear":
+        return PARTS_BY_ROLE[kind]
+    if not model.architecture.anatomy[block.origin].is_in_mlp(role):
+        return ATTENTION
+    shared = any(name.startswith("shared") for name in path.split("."))
+    return PARTS_BY_ROLE["shared" if shared else "dense"]

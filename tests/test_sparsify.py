@@ -24,9 +24,10 @@ from moe2edge.model.model import Model
 from moe2edge.model.weights import Weight
 from moe2edge.numerics.grid import Quantized
 from moe2edge.numerics.scheme import Pattern, Scheme
+from moe2edge.numerics.sparsity import has_zeros, mask_smallest
 from moe2edge.passes.gptq import Gptq
 from moe2edge.passes.rtn import Rtn
-from moe2edge.passes.sparsify import SAVES_NOTHING, Sparsify, has_zeros, mask_smallest
+from moe2edge.passes.sparsify import SAVES_NOTHING, Sparsify
 from moe2edge.pipeline import blockwise
 from moe2edge.pipeline.contract import Outcome, Slim
 from moe2edge.pipeline.solver import GroupSolver, MatrixGroup
@@ -348,7 +349,7 @@ def test_gates_weigh_tokens_as_a_loop_does(tiny: Make, family: str) -> None:
     for old, new, inputs in zip(model.blocks, result.blocks, mlp_inputs(folder, ids), strict=True):
         before, after = dict(old.weights()), dict(new.weights())
         sums = slow_squares(old, inputs)
-        assert set(sums) == {role for role, _ in step.selected(old)}
+        assert set(sums) == {role for role, _ in step.selected(model, old)}
         for role, squares in sums.items():
             weight, found = before[role].load(), after[role].load()
             scores = weight.double().abs() * squares.sqrt()

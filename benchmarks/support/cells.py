@@ -13,6 +13,7 @@ SIZES = (
     "--set", "calibration.samples=8", "--set", "calibration.length=64",
     "--set", "evaluation.samples=2", "--set", "evaluation.length=32",
 )  # fmt: skip
+TRAINING = ("--set", "training.samples=6", "--set", "training.length=32")
 # Columns of a table of the page.
 COLUMNS = 8
 # What a cell begins with that is not right.
@@ -20,6 +21,8 @@ WRONG = "wrong"
 DROP, BLOCK = "expert_drop: {keep: 4}", "block_drop: {drop: 1}"
 SEARCH, BUDGET = "expert_search: {keep: 4}", "expert_budget: {keep: 6}"
 MERGE, SKIP = "expert_merge: {method: ream, keep: 4}", "expert_skip: {quantile: 0.5}"
+SPARSE, AWQ = "sparsify: {min_tokens: 8}", "awq: {bits: 4, group_size: -1, steps: 4, min_tokens: 8}"
+RECOVER = "recover: {steps: 2, batch: 2, held_out: 2, eval_every: 1, learning_rate: 0.001}"
 GPTQ, RTN = "gptq: {bits: 4, group_size: -1}", "rtn: {bits: 4, group_size: -1}"
 
 Run = Callable[..., Any]
@@ -61,6 +64,10 @@ CELLS = (
     Cell("`expert_drop`, `routing` → `hf`", (DROP, "routing"), "hf"),
     Cell("`expert_skip` → `hf`", (SKIP,), "hf:layout=natural"),
     Cell("`expert_skip`, `rtn` → `gptq`", (SKIP, RTN), "gptq"),
+    Cell("`sparsify` → `hf`", (SPARSE,), "hf"),
+    Cell("`awq` → `gptq`", (AWQ,), "gptq"),
+    Cell("`awq` → `hf`", (AWQ,), "hf:dequantize=true"),
+    Cell("`expert_drop`, `recover` → `hf`", (DROP, RECOVER), "hf"),
 )
 
 
@@ -97,6 +104,8 @@ def try_cell(cell: Cell, source: Path, work: Path, run: Run) -> str:
             return read_refusal(found.output)
         recipe.write_text(f"passes:\n  - apply_decisions: {{file: {decisions}}}\n")
         given = ["-r", recipe, "--eval", text, *SIZES[4:]]
+    if RECOVER in cell.passes:
+        given += [*TRAINING, "--set", f"training.text={text}"]
     found = run("export", source, "-t", cell.target, "-o", out, *given)
     assert found.exit_code in (0, 2, 6), found.output
     if found.exit_code:

@@ -7,6 +7,7 @@ experts. Every tensor gets a *role*, the name by which passes ask for it.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -68,6 +69,7 @@ class Anatomy:
         counts: attributes of modules that hold the number of experts, as (path, name).
         choices: attributes of modules that hold the number of chosen experts.
         tables: roles of tensors that hold numbers of experts.
+        mlps: paths of the modules that treat each token by itself, and are no norms.
     """
 
     roles: Mapping[str, str]
@@ -79,11 +81,16 @@ class Anatomy:
     counts: tuple[tuple[str, str], ...] = ()
     choices: tuple[tuple[str, str], ...] = ()
     tables: tuple[str, ...] = ()
+    mlps: tuple[str, ...] = ()
 
     @property
     def count(self) -> int:
         """Number of experts; 0: the layer has none."""
         return 0 if self.experts is None else self.shapes[f"{self.experts}.down_proj"][0]
+
+    def is_in_mlp(self, role: str) -> bool:
+        """Return whether a tensor belongs to an MLP or a shared expert, not to attention."""
+        return self.roles[role.partition(".part")[0]].partition(".")[0] in self.mlps
 
 
 def is_experts(module: Any) -> bool:
@@ -105,7 +112,8 @@ def find_anatomy(layer: Any, more: Any, wider: Any) -> Anatomy:
     shapes = {path: tuple(tensor.shape) for path, tensor in layer.state_dict().items()}
     experts = next((path for path, module in layer.named_modules() if is_experts(module)), None)
     if experts is None:
-        return Anatomy(_find_roles(layer, shapes, None, {}, ""), shapes)
+        roles = _find_roles(layer, shapes, None, {}, "")
+        return Anatomy(roles, shapes, mlps=tuple(_find_mlps(layer)))
     inside = f"{experts}."
     grown = {p: axis for p, axis in _find_grown(shapes, more).items() if not p.startswith(inside)}
     moe = experts.rpartition(".")[0]
@@ -123,6 +131,7 @@ def find_anatomy(layer: Any, more: Any, wider: Any) -> Anatomy:
         counts=tuple(_find_attributes(layer, more)),
         choices=tuple(_find_attributes(layer, wider)),
         tables=tuple(paths[path] for path in _find_grown(shapes, wider)),
+        mlps=tuple(_find_mlps(layer)),
     )
 
 
@@ -237,6 +246,19 @@ def _is_gated_mlp(module: Any) -> bool:
     children = dict(module.named_children())
     linears = [children.get(name) for name in names]
     return all(isinstance(one, nn.Linear) and one.bias is None for one in linears)
+
+
+def _find_mlps(layer: Any) -> Iterator[str]:
+    """Find the children of a layer that get the hidden states and nothing else.
+
+    What mixes tokens gets a mask or a cache as well.
+    """
+    from torch import nn
+
+    for name, child in layer.named_children():
+        alone = len(inspect.signature(child.forward).parameters) == 1
+        if alone and not isinstance(child, nn.Linear) and "norm" not in name:
+            yield name
 
 
 def _list_linears(layer: Any) -> Iterator[str]:

@@ -49,7 +49,7 @@ def list_candidates(magnitudes: Tensor, steps: int) -> Tensor:
     return ((torch.arange(steps) / steps).unsqueeze(1) * centred).exp()
 
 
-def round_to_exact(scales: Tensor, stored: Tensor) -> Tensor:
+def round_to_exact(scales: Tensor, stored: Tensor, offset: float = 0.0) -> Tensor:
     """Adjust scales so that dividing a stored vector by them is exact in its dtype.
 
     The quotient is rounded to that dtype, and the scale becomes the number divided by it. Where
@@ -59,9 +59,14 @@ def round_to_exact(scales: Tensor, stored: Tensor) -> Tensor:
     Args:
         scales: float32 [..., channels].
         stored: the vector in its stored dtype, [channels].
+        offset: what is added to it before it is used, and taken off the quotient. Then what is
+            stored is close to its negative where the quotient is small, and few of its digits tell
+            them apart; so it is exact in bfloat16, in which most models run, whatever it is stored
+            in.
     """
-    numbers = stored.float()
-    quotients = (numbers / scales).to(stored.dtype).float()
+    dtype = torch.bfloat16 if offset else stored.dtype
+    numbers = stored.float() + offset
+    quotients = (numbers / scales - offset).to(dtype).float() + offset
     usable = quotients.isfinite() & (quotients != 0)
     exact = torch.where(usable, numbers / quotients, torch.ones_like(scales))
     return torch.where(numbers == 0, scales, exact)

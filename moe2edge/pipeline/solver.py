@@ -67,7 +67,7 @@ class MatrixGroup:
     def describe_under_calibrated(self, block: Block, least: int, what: str) -> list[str]:
         """Describe an under-calibrated expert, once: with the first of its groups."""
         kind, _, part = next(iter(self.weights)).rpartition(".")
-        if part != "gate":
+        if part == "down":
             return []
         return [
             f"block {block.index}: expert {kind.partition('.')[2]} saw {self.tokens} tokens, fewer "

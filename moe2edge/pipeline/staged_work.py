@@ -268,20 +268,16 @@ class _StagedExpert(Mlp):
 
     def make_inside(self, matrices: Sequence[Tensor]) -> Inside:
         """Return how to compute what ``down`` gets, as transformers does."""
-        form = self.form
-        assert form is not None, "a layer with experts has none in transformers' class"
-        matrix = arrange_gate_up(torch.cat(list(matrices))[None], form)[0]
-        bias = self._load_bias(self.parts, matrix)
-        bias = None if bias is None else arrange_gate_up(bias[None], form)[0]
-        act = self.module._apply_gate if form.gated else self.module.act_fn
-        step = max(1, CHUNK_NUMBERS // len(matrix))
+        assert self.form is not None, "a layer with experts has none in transformers' class"
+        compute = make_inside(self.expert, self.module, self.form, matrices)
+        dtype = matrices[0].dtype
+        step = max(1, CHUNK_NUMBERS // sum(len(matrix) for matrix in matrices))
 
         def inside(inputs: Batches, *, routed: bool) -> Batches:
             def each() -> Iterator[tuple[Tensor, Tensor | None]]:
                 for x, weights in inputs():
                     for at in range(0, len(x), step):
-                        rows = x[at : at + step].to(matrix.dtype)
-                        y: Tensor = act(nn.functional.linear(rows, matrix, bias))
+                        y = compute(x[at : at + step].to(dtype))
                         yield y, None if weights is None else weights[at : at + step]
 
             return each
@@ -290,15 +286,39 @@ class _StagedExpert(Mlp):
 
     def make_outputs(self, down: Tensor) -> Callable[[Tensor, int], Tensor]:
         """Return how to compute outputs, float32, from what ``down`` gets from some token on."""
-        bias = self._load_bias(("down",), down)
+        bias = _load_biases(self.expert, ("down",), down)
         return lambda x, _: nn.functional.linear(x, down, bias).float()
 
-    def _load_bias(self, parts: Sequence[str], matrix: Tensor) -> Tensor | None:
-        """Return the biases of some matrices, one after another, beside a matrix of them."""
-        if not self.expert.biases:
-            return None
-        found = torch.cat([load_finite(self.expert.biases[part]) for part in parts])
-        return found.to(matrix.device, matrix.dtype)
+
+def make_inside(
+    expert: Expert, module: Any, form: ExpertsForm, matrices: Sequence[Tensor]
+) -> Callable[[Tensor], Tensor]:
+    """Return how to compute what ``down`` of an expert gets from its inputs [n, hidden].
+
+    Args:
+        expert: the expert, for its biases.
+        module: transformers' module of experts, whose activation it has.
+        form: of the matrices of that module.
+        matrices: gate and up, or up alone.
+    """
+    matrix = arrange_gate_up(torch.cat(list(matrices))[None], form)[0]
+    bias = _load_biases(expert, ("gate", "up")[-len(matrices) :], matrix)
+    bias = None if bias is None else arrange_gate_up(bias[None], form)[0]
+    act = module._apply_gate if form.gated else module.act_fn
+
+    def inside(x: Tensor) -> Tensor:
+        y: Tensor = act(nn.functional.linear(x, matrix, bias))
+        return y
+
+    return inside
+
+
+def _load_biases(expert: Expert, parts: Sequence[str], matrix: Tensor) -> Tensor | None:
+    """Return the biases of some matrices, one after another, beside a matrix of them."""
+    if not expert.biases:
+        return None
+    found = torch.cat([load_finite(expert.biases[part]) for part in parts])
+    return found.to(matrix.device, matrix.dtype)
 
 
 def _is_same(first: Tensor, second: Tensor) -> bool:
