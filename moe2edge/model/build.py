@@ -129,7 +129,7 @@ class _Builder:
         axes = self.anatomy.per_expert
         found = Router(
             scorer,
-            self.config[self.family.top_k_key],
+            self.family.get_top_k(self.config, self.index),
             self.family.renormalizes(self.config),
             router,
             axes={suffix: axes[f"router.{suffix}"] for suffix in router},

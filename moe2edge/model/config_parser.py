@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import Any, get_args
 
-from moe2edge.errors import InputError, Unsupported, join_lines
+from moe2edge.errors import InputError, Unsupported
 from moe2edge.model.config_keys import (
     ATTENTION_SCALES,
     FIXED,
@@ -26,7 +24,11 @@ from moe2edge.model.config_keys import (
 )
 from moe2edge.model.config_rope import check_given_rope, check_rope_table, check_same_rope
 from moe2edge.model.family import CHOSEN_GROUPS, GROUP_KEYS, Config, Family
-from moe2edge.model.transformers_config import read_text_config
+from moe2edge.model.transformers_config import (
+    explain_refusal,
+    read_text_config,
+    silence_transformers,
+)
 
 # The values of `hidden_act` that are the one function that the rows know.
 SILU = ("silu", "swish")
@@ -152,7 +154,7 @@ def _build_transformers_config(family: Family, given: Config) -> Any:
             )
     types = {field.name: field.type for field in fields(kind)}
     try:
-        with _silent():
+        with silence_transformers():
             config = kind(**copy.deepcopy(dict(given)))
             str(config)  # transformers writes it to its log, which can fail
     except MemoryError:
@@ -160,15 +162,11 @@ def _build_transformers_config(family: Family, given: Config) -> Any:
     except StrictDataclassFieldValidationError as error:
         key = next((key for key in types if f"field '{key}'" in str(error)), None)
         if key is None:
-            raise _explain(error) from error
+            raise explain_refusal(error) from error
         raise refuse(key, given.get(key), _describe_type(types[key])) from error
     except Exception as error:  # a foreign class: any error of its own is one of the config
-        raise _explain(error) from error
+        raise explain_refusal(error) from error
     return config
-
-
-def _explain(error: Exception) -> InputError:
-    return InputError(f"config.json: transformers refuses it: {join_lines(error)}")
 
 
 def _describe_type(kind: Any) -> str:
@@ -176,21 +174,6 @@ def _describe_type(kind: Any) -> str:
     kinds = get_args(kind) if len(get_args(kind)) > 1 else (kind,)
     names = (TYPES.get(getattr(one, "__origin__", None) or one, "") for one in kinds)
     return " or ".join(dict.fromkeys(filter(None, names))) or "another type"
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Keep transformers from printing notices about single values."""
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(before)
 
 
 # ---- judging values --------------------------------------------------------------------------

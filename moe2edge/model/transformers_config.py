@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from moe2edge.errors import InputError, Unsupported, join_lines
@@ -47,11 +49,20 @@ def read_text_config(given: Mapping[str, Any]) -> Any:
     kind = str(given.get("model_type"))
     kind = ALIASES.get(kind, kind)
     if kind not in CONFIG_MAPPING:
+        code = "; the code that comes with it (auto_map) is never run"
         raise Unsupported(
             f"model type {kind!r:.100} is not known to transformers {transformers.__version__}"
+            + (code if given.get("auto_map") else "")
         )
     config = make_transformers_config(kind, given)
-    text = config.get_text_config(decoder=True)
+    try:
+        text = config.get_text_config(decoder=True)
+    except Exception as error:  # a foreign class
+        raise explain_refusal(error) from error
+    if text is not config and getattr(config, "is_encoder_decoder", False):
+        raise Unsupported(
+            f"{kind} is an encoder-decoder model; moe2edge works on decoder-only models"
+        )
     if text is not config and given.get("tie_word_embeddings") is not None:
         text.tie_word_embeddings = given["tie_word_embeddings"]
     return text
@@ -66,18 +77,38 @@ def make_transformers_config(kind: str, settings: Mapping[str, Any]) -> Any:
     Raises:
         InputError: transformers refuses a value, such as one of a key that no row reads.
     """
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     left_out = ("model_type", *RUN_KEPT)
     # Transformers writes into what it is given.
     kept = {key: _decode(copy.deepcopy(v)) for key, v in settings.items() if key not in left_out}
     try:
-        return AutoConfig.for_model(kind, **kept)
-    except (
-        StrictDataclassError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError,
-    ) as error:  # fmt: skip
-        raise InputError(f"config.json: transformers refuses it: {join_lines(error)}") from error
+        with silence_transformers():
+            return AutoConfig.for_model(kind, **kept)
+    except MemoryError:
+        raise
+    except Exception as error:  # a foreign class: any error of its own is one of the config
+        raise explain_refusal(error) from error
+
+
+def explain_refusal(error: Exception) -> InputError:
+    """Make the error for a config that transformers refuses."""
+    return InputError(f"config.json: transformers refuses it: {join_lines(error)}")
+
+
+@contextmanager
+def silence_transformers() -> Iterator[None]:
+    """Keep transformers from printing notices about single values."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _decode(value: Any) -> Any:
