@@ -17,6 +17,7 @@ from moe2edge.model.architecture import find_architecture
 from moe2edge.model.config_parser import parse_config
 from moe2edge.model.family import Family, find_counts, find_family, read_settings
 from moe2edge.model.transformers_config import read_text_config
+from moe2edge.model.trial_run import try_config
 
 # Names of the number of layers where transformers has no common one for a family.
 LAYER_KEYS = (
@@ -64,6 +65,8 @@ def outline_config(given: Mapping[str, Any]) -> Outline:
         settings = parse_config(family, given)
         architecture = find_architecture(family, settings)
         anatomy = architecture.anatomy
+        if family.generic:
+            try_config(architecture)
     except Unsupported as error:
         return _sketch(given, str(error))
     layers = [layer for layer in anatomy if layer.experts is not None]

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 from moe2edge.errors import InputError, Unsupported, join_lines
-from moe2edge.model.config_keys import RUN_KEPT
+from moe2edge.model.config_keys import FIXED, INERT, RUN, RUN_KEPT
 
+# Transformers makes lists of these lengths while it parses; no model comes near them.
+LENGTHS: Mapping[str, int] = {
+    "num_hidden_layers": 2_000, "num_labels": 1_000_000, "num_local_experts": 100_000,
+    "n_routed_experts": 100_000, "num_experts": 100_000, "moe_num_experts": 100_000,
+}  # fmt: skip
+LARGEST = 2**63
+# Not attributes of transformers' class, but of its objects.
+PRIVATE = frozenset({"_heterogeneity_spec", "_rope_type_labels"})
 # Model types that transformers does not know, of models that are ones of another that it knows.
 ALIASES: Mapping[str, str] = {"kimi_k2": "deepseek_v3"}
 
@@ -55,10 +64,16 @@ def read_text_config(given: Mapping[str, Any]) -> Any:
             + (code if given.get("auto_map") else "")
         )
     config = make_transformers_config(kind, given)
+    _check_own_parts(config, given)
     try:
         text = config.get_text_config(decoder=True)
     except Exception as error:  # a foreign class
         raise explain_refusal(error) from error
+    part = given.get("text_config")
+    if not isinstance(text, transformers.PreTrainedConfig):
+        raise InputError(f"config.json: text_config is {part!r:.100}, which {kind} does not have")
+    if isinstance(part, Mapping):
+        _check_own_parts(text, part)
     if text is not config and getattr(config, "is_encoder_decoder", False):
         raise Unsupported(
             f"{kind} is an encoder-decoder model; moe2edge works on decoder-only models"
@@ -79,6 +94,7 @@ def make_transformers_config(kind: str, settings: Mapping[str, Any]) -> Any:
     """
     from transformers import AutoConfig
 
+    check_lengths(settings)
     left_out = ("model_type", *RUN_KEPT)
     # Transformers writes into what it is given.
     kept = {key: _decode(copy.deepcopy(v)) for key, v in settings.items() if key not in left_out}
@@ -89,6 +105,46 @@ def make_transformers_config(kind: str, settings: Mapping[str, Any]) -> Any:
         raise
     except Exception as error:  # a foreign class: any error of its own is one of the config
         raise explain_refusal(error) from error
+
+
+def _check_own_parts(config: Any, given: Mapping[str, Any]) -> None:
+    kind = type(config)
+    known = {field.name for field in fields(kind)} | set(kind.attribute_map)
+    check_no_part(kind, given, known | INERT | RUN | set(FIXED))
+
+
+def check_no_part(kind: Any, given: Mapping[str, Any], known: Set[str]) -> None:
+    """Refuse names of methods and other parts of transformers' class, which they would replace.
+
+    Raises:
+        Unsupported: names the key.
+    """
+    for key in given:
+        if key not in known and (hasattr(kind, key) or key in PRIVATE):
+            raise Unsupported(
+                f"config.json: {key} is the name of a part of transformers' {kind.__name__}, "
+                "which a setting of that name would replace; leave it out"
+            )
+
+
+def check_lengths(settings: Mapping[str, Any]) -> None:
+    """Refuse numbers of more than 64 bits, and lengths that no model has, wherever they are.
+
+    Raises:
+        InputError: names the key.
+    """
+    left: list[tuple[str, Any]] = [(str(key), value) for key, value in settings.items()]
+    while left:
+        key, value = left.pop()
+        if isinstance(value, Mapping):
+            left += [(f"{key}.{name}", one) for name, one in value.items()]
+        elif isinstance(value, list):
+            left += [(key, one) for one in value]
+        elif isinstance(value, int):
+            limit = LENGTHS.get(key.rpartition(".")[2], LARGEST - 1)
+            if abs(value) > limit:
+                most = f"at most {limit}" if limit < LARGEST - 1 else "a number of at most 64 bits"
+                raise InputError(f"config.json: {key} is {value!r:.100}, expected: {most}")
 
 
 def explain_refusal(error: Exception) -> InputError:

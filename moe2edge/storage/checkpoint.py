@@ -263,7 +263,7 @@ def has_own_layers(config: Mapping[str, Any]) -> bool:
     layers = find_text_part(dict(config)).get("per_layer_config")
     if str(config.get("model_type")) in FAMILIES or not isinstance(layers, Mapping):
         return bool(layers)
-    return any(OWN in own for own in layers.values())
+    return any(isinstance(own, Mapping) and OWN in own for own in layers.values())
 
 
 def open_checkpoint(
