@@ -76,6 +76,33 @@ def test_values_are_refused_when_a_model_is_opened(
     assert "\n" not in str(caught.value)
 
 
+SOUND: list[tuple[str, dict[str, Any]]] = [
+    ("hunyuan_v1_moe", {"moe_topk": [2, 1, 2, 2]}),
+    ("deepseek_v3", {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": None}),
+    ("deepseek_v3", {"rope_scaling": None, "num_labels": 2, "name_or_path": "x", "head_dim": 8}),
+    ("deepseek_v3", {"torch_dtype": "float32", "auto_map": {"AutoConfig": "configuration.X"}}),
+    ("gpt_oss", {"is_causal": True, "use_cache": False, "output_attentions": False}),
+    ("gpt_oss", {"per_layer_config": {}}),
+]
+
+
+@pytest.mark.parametrize(("family", "changes"), SOUND, ids=[str(c) for _, c in SOUND])
+def test_what_models_have_is_computed_as_in_stock(
+    family: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    """Older names of settings are properties of transformers' classes, and no parts of them."""
+    source = make_source(tmp_path, family)
+    key, value = changes.popitem()
+    source.config.update(changes)
+    assert judge(source, key, value) == "equal"
+
+
+def test_the_pattern_of_older_files_of_nemotron_h_is_read(tmp_path: Path) -> None:
+    source = make_source(tmp_path, "nemotron_h")
+    source.config.pop("layers_block_type")
+    assert judge(source, "hybrid_override_pattern", "ME*E") == "equal"
+
+
 @pytest.mark.parametrize("family", slow_except(GENERIC, "lfm2_moe", "minimax_m2"))
 def test_each_value_is_refused_or_computed_as_in_stock(family: str, tmp_path: Path) -> None:
     """Each 29th case here, which are others in each family; all of them by the benchmark."""

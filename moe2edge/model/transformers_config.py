@@ -108,8 +108,20 @@ def make_transformers_config(kind: str, settings: Mapping[str, Any]) -> Any:
 
 
 def _check_own_parts(config: Any, given: Mapping[str, Any]) -> None:
+    """Refuse names of methods, and of what all of the classes of transformers consist of.
+
+    A property is an older or another name of a setting, and other attributes are settings.
+    """
+    from transformers import PreTrainedConfig
+
     kind = type(config)
-    known = {field.name for field in fields(kind)} | set(kind.attribute_map)
+    found = {key: getattr(kind, key, None) for key in given}
+    settings = {
+        key
+        for key, value in found.items()
+        if isinstance(value, property) or not (callable(value) or hasattr(PreTrainedConfig, key))
+    }
+    known = {field.name for field in fields(kind)} | set(kind.attribute_map) | settings
     check_no_part(kind, given, known | INERT | RUN | set(FIXED))
 
 

@@ -26,7 +26,7 @@ TOKENS = 8
 # Some families have a number of its own in each layer.
 MOST_KINDS = 6
 # Entries of one tensor, besides those that are stored: more for a few tokens is no model's.
-LARGEST = 1 << 34
+LARGEST_TENSOR = 1 << 34
 
 
 @lru_cache(maxsize=4)
@@ -90,7 +90,7 @@ def _make_meter() -> Any:
         ) -> Any:
             found = operator(*given, **(more or {}))
             for one in found if isinstance(found, tuple | list) else (found,):
-                if isinstance(one, torch.Tensor) and one.numel() > LARGEST:
+                if isinstance(one, torch.Tensor) and one.numel() > LARGEST_TENSOR:
                     raise InputError(
                         "config.json: transformers' model of it computes a tensor of shape "
                         f"{list(one.shape)} for {TOKENS} tokens; correct the size that is too large"
