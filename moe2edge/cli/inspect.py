@@ -79,8 +79,10 @@ def inspect_command(
 ) -> None:
     """Show the structure of MODEL or of an output folder.
 
-    Reads file headers only. With --routing, runs a text through the model, and shows for each MoE
-    layer and expert: tokens, gate weights and the scores of every criterion of expert_drop.
+    Reads config.json and file headers only, of any model that transformers knows, and says which
+    passes and targets work on it, or why none does. With --routing, runs a text through the model,
+    and shows for each MoE layer and expert: tokens, gate weights and the scores of every criterion
+    of expert_drop.
     """
     from moe2edge.commands.private_paths import PrivatePaths
     from moe2edge.storage.manifest import is_artifact
@@ -108,25 +110,15 @@ def inspect_command(
 
 
 def _inspect_source(checkpoint: Checkpoint, as_json: bool) -> None:
-    model, form = checkpoint.model, checkpoint.source_format
+    from moe2edge.commands.overview import make_overview
+
+    quiet_libraries()
+    overview = make_overview(checkpoint)
     if as_json:
-        emit(
-            {
-                "family": model.family.model_type,
-                "architecture": model.family.architecture,
-                "blocks": len(model.blocks),
-                "expert_counts": list(model.expert_counts),
-                "top_k": [layer.router.top_k for _, layer in model.moe_blocks],
-                "parameters": model.parameters,
-                "active_parameters": model.active_parameters,
-                "bytes": model.nbytes,
-                "quantization": None if form is None else form.name,
-            }
-        )
+        emit(overview.to_json())
         return
-    show(str(model))
-    if form is not None:
-        show(f"quantized: {form.name}")
+    for line in overview.lines():
+        show(line)
 
 
 def _inspect_output(folder: Path, as_json: bool) -> None:

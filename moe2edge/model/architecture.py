@@ -125,6 +125,20 @@ def _count_parameters(module: Any) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
+def describe_layer(layer: Any) -> dict[tuple[str, str], Any]:
+    """Return shapes of tensors and numbers of modules, all that a layer is but its place."""
+    found: dict[tuple[str, str], Any] = {
+        (path, ""): tuple(tensor.shape) for path, tensor in layer.state_dict().items()
+    }
+    for path, module in layer.named_modules():
+        found |= {
+            (path, name): value
+            for name, value in vars(module).items()
+            if isinstance(value, int | float | str) and name != "layer_idx"
+        }
+    return found
+
+
 # ---- configs -------------------------------------------------------------------------------------
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from math import prod
 from typing import TYPE_CHECKING, Any
 
-from moe2edge.errors import Unsupported
+from moe2edge.errors import InputError, Unsupported
 from moe2edge.model.anatomy import Anatomy
 from moe2edge.model.architecture import Architecture, find_architecture
 from moe2edge.model.block import Block
@@ -17,6 +18,7 @@ from moe2edge.model.family import Config, Family
 from moe2edge.model.layers import MoELayer, Router, Shared
 from moe2edge.model.model import EMBEDDING, FINAL_NORM, HEAD, Model
 from moe2edge.model.parameter_names import Stored
+from moe2edge.model.trial_run import try_config
 from moe2edge.model.weights import Weight
 
 if TYPE_CHECKING:
@@ -52,6 +54,7 @@ def build_model(
     if family.generic:
         rest = _take_rest(architecture, found, take)
         carried = {name: take(name, None) for name in found.list_carried(given)}
+        try_config(architecture)
         return Model(family, config, blocks, rest, found, given, carried)
     geometry = family.geometry(config)
     table = (geometry.vocab, geometry.hidden)
@@ -116,8 +119,13 @@ class _Builder:
         shape = self.anatomy.shapes[path]
         if not stored.steps:
             return {rest: self.take(stored.name, shape)}
-        names = stored.names_in_order()
-        return {f"{rest}.part{n}": self.take(name, None) for n, name in enumerate(names)}
+        parts = [self.take(name, None) for name in stored.names_in_order()]
+        if sum(part.count for part in parts) != prod(shape):
+            raise InputError(
+                f"{parts[0].name} and its further parts have shapes "
+                f"{[list(part.shape) for part in parts]}, but config.json asks for {list(shape)}"
+            )
+        return {f"{rest}.part{n}": part for n, part in enumerate(parts)}
 
     def _find(self, path: str) -> Stored:
         return self.names.find(f"{self.architecture.layers_path}.{self.index}.{path}")
@@ -127,10 +135,9 @@ class _Builder:
     ) -> MoELayer:
         scorer = router.pop("weight")
         axes = self.anatomy.per_expert
-        top_k = self.config[self.family.top_k_key]
         found = Router(
             scorer,
-            top_k[self.index] if isinstance(top_k, list) else top_k,
+            self.family.get_top_k(self.config, self.index),
             self.family.renormalizes(self.config),
             router,
             axes={suffix: axes[f"router.{suffix}"] for suffix in router},

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import Any, get_args
 
-from moe2edge.errors import InputError, Unsupported, join_lines
+from moe2edge.errors import InputError, Unsupported
 from moe2edge.model.config_keys import (
     ATTENTION_SCALES,
     FIXED,
@@ -25,21 +23,23 @@ from moe2edge.model.config_keys import (
     Fixed,
 )
 from moe2edge.model.config_rope import check_given_rope, check_rope_table, check_same_rope
-from moe2edge.model.family import CHOSEN_GROUPS, GROUP_KEYS, Config, Family
-from moe2edge.model.transformers_config import read_text_config
+from moe2edge.model.family import CHOSEN_GROUPS, GROUP_KEYS, Config, Family, read_settings
+from moe2edge.model.transformers_config import (
+    check_lengths,
+    check_no_part,
+    explain_refusal,
+    make_transformers_config,
+    read_text_config,
+    silence_transformers,
+)
 
 # The values of `hidden_act` that are the one function that the rows know.
 SILU = ("silu", "swish")
-# Transformers makes lists of these lengths while it parses; no model comes near them.
-LENGTHS: Mapping[str, int] = {"num_hidden_layers": 10_000, "num_labels": 1_000_000}
-LARGEST = 2**63
 # Types in the terms of JSON, for messages.
 TYPES: Mapping[Any, str] = {
     int: "a whole number", float: "a number with a point", str: "a text", bool: "true or false",
     list: "a list", dict: "an object", type(None): "null",
 }  # fmt: skip
-# Not attributes of transformers' class, but of its objects.
-PRIVATE = frozenset({"_heterogeneity_spec", "_rope_type_labels"})
 
 
 def parse_config(family: Family, given: Config) -> dict[str, Any]:
@@ -85,12 +85,81 @@ def _read_generic(family: Family, given: Config) -> dict[str, Any]:
     What each of them does is left to transformers, which runs the model.
     """
     config = read_text_config(given)
-    settings: dict[str, Any] = config.to_dict()
+    part = given.get("text_config")
+    _check_generic_switches(config, part if isinstance(part, Mapping) else given)
+    settings = _settle(config)
     longest = "max_position_embeddings"
     if longest in config.attribute_map:  # some call it otherwise
         settings[longest] = getattr(config, longest)
+    _check_counts(family, settings)
     _check_groups(family, settings)
     return {key: value for key, value in settings.items() if key not in RUN_DROPPED}
+
+
+def _settle(config: Any) -> dict[str, Any]:
+    """Return the settings of transformers' config, which it reads again as they are.
+
+    Raises:
+        Unsupported: it does not.
+    """
+    settings = read_settings(config)
+    odd: list[str] = []
+    nothing: dict[str, Any] = {}
+    # Where no layer differs, it writes nothing, and some classes have layers that differ then.
+    for more in (nothing, {"per_layer_config": nothing}):
+        given = settings | more
+        again = read_settings(make_transformers_config(config.model_type, given))
+        odd = sorted(key for key in again | given if again.get(key) != given.get(key))
+        if not odd:
+            return given
+    raise Unsupported(
+        f"config.json: transformers does not read {odd[0]} as it writes it, "
+        f"{settings.get(odd[0])!r:.100}; a {config.model_type} with it cannot be written"
+    )
+
+
+def _check_generic_switches(config: Any, given: Config) -> None:
+    """Refuse values of switches that transformers would not take.
+
+    Raises:
+        InputError: names the key.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+
+    tried = copy.copy(config)
+    for key in sorted(RUN_KEPT & set(given)):
+        try:
+            setattr(tried, key, given[key])
+        except StrictDataclassError as error:
+            raise refuse(key, given[key], "true or false") from error
+        except ValueError:  # attention that gives no weights is chosen by another key
+            continue
+    if not isinstance(given.get("is_causal"), bool | None):
+        raise refuse("is_causal", given["is_causal"], "true or false")
+
+
+def _check_counts(family: Family, settings: Config) -> None:
+    """Refuse numbers of experts, or of chosen ones, that no layer can have.
+
+    Raises:
+        InputError: names key and value.
+    """
+    blocks = settings.get("num_hidden_layers")
+    found = {}
+    for key in (family.experts_key[0], family.top_k_key):
+        value = settings[key]
+        numbers = value if isinstance(value, list) else [value]
+        if any(type(number) is not int or number < 1 for number in numbers):
+            raise refuse(key, value, "a positive whole number, or a list with one for each layer")
+        if isinstance(value, list) and len(value) != blocks:
+            raise refuse(key, value, f"a list of {blocks} numbers, one for each layer")
+        found[key] = numbers
+    experts, chosen = found.values()
+    if min(experts) < max(chosen):
+        raise InputError(
+            f"config.json: {family.top_k_key} is {max(chosen)}, but there are {min(experts)} "
+            "experts"
+        )
 
 
 def _check_groups(family: Family, settings: Config) -> None:
@@ -152,7 +221,7 @@ def _build_transformers_config(family: Family, given: Config) -> Any:
             )
     types = {field.name: field.type for field in fields(kind)}
     try:
-        with _silent():
+        with silence_transformers():
             config = kind(**copy.deepcopy(dict(given)))
             str(config)  # transformers writes it to its log, which can fail
     except MemoryError:
@@ -160,15 +229,11 @@ def _build_transformers_config(family: Family, given: Config) -> Any:
     except StrictDataclassFieldValidationError as error:
         key = next((key for key in types if f"field '{key}'" in str(error)), None)
         if key is None:
-            raise _explain(error) from error
+            raise explain_refusal(error) from error
         raise refuse(key, given.get(key), _describe_type(types[key])) from error
     except Exception as error:  # a foreign class: any error of its own is one of the config
-        raise _explain(error) from error
+        raise explain_refusal(error) from error
     return config
-
-
-def _explain(error: Exception) -> InputError:
-    return InputError(f"config.json: transformers refuses it: {join_lines(error)}")
 
 
 def _describe_type(kind: Any) -> str:
@@ -176,21 +241,6 @@ def _describe_type(kind: Any) -> str:
     kinds = get_args(kind) if len(get_args(kind)) > 1 else (kind,)
     names = (TYPES.get(getattr(one, "__origin__", None) or one, "") for one in kinds)
     return " or ".join(dict.fromkeys(filter(None, names))) or "another type"
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Keep transformers from printing notices about single values."""
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(before)
 
 
 # ---- judging values --------------------------------------------------------------------------
@@ -218,6 +268,7 @@ def _check_numbers(given: Config) -> None:
     Raises:
         InputError: names the key.
     """
+    check_lengths(given)
     left: list[tuple[str, Any]] = [(str(key), value) for key, value in given.items()]
     while left:
         key, value = left.pop()
@@ -229,11 +280,6 @@ def _check_numbers(given: Config) -> None:
             left += [(key, one) for one in value]
         if isinstance(value, float) and not math.isfinite(value):
             raise refuse(key, value, "a finite number")
-        if isinstance(value, int) and abs(value) >= LARGEST:
-            raise refuse(key, value, "a number of at most 64 bits")
-    for key, limit in LENGTHS.items():
-        if isinstance(given.get(key), int) and given[key] > limit:
-            raise refuse(key, given[key], f"at most {limit}")
 
 
 def _check_names(family: Family, config: Any, given: Config) -> None:
@@ -246,12 +292,7 @@ def _check_names(family: Family, config: Any, given: Config) -> None:
     known = family.known_keys | RUN | set(FIXED) | set(OTHER_FAMILIES) | {"layer_types"}
     known |= set(kind.attribute_map)
     own = {field.name: field for field in fields(kind)}
-    for key in given:
-        if key not in known | set(own) and (hasattr(kind, key) or key in PRIVATE):
-            raise Unsupported(
-                f"config.json: {key} is the name of a part of transformers' {kind.__name__}, "
-                "which a setting of that name would replace; leave it out"
-            )
+    check_no_part(kind, given, known | set(own))
     ignored = {"intermediate_size", "max_window_layers", "sliding_window", "use_sliding_window"}
     for key in sorted(set(own) - known - ignored):
         default = None if own[key].default is MISSING else own[key].default

@@ -151,6 +151,11 @@ class Family:
         """Read the number of experts per MoE layer, whichever spelling the config uses."""
         return int(next(config[key] for key in self.experts_key if key in config))
 
+    def get_top_k(self, config: Config, index: int) -> int:
+        """Read the number of experts that a token chooses in block ``index``."""
+        value = config[self.top_k_key]
+        return int(value[index] if isinstance(value, list) else value)
+
     def renormalizes(self, config: Config) -> bool:
         """Read whether the router scales the chosen weights to sum to one."""
         rule = self.renormalize
@@ -279,7 +284,9 @@ def find_family(config: Config) -> Family:
     """
     kind = config.get("model_type")
     if not isinstance(kind, str):
-        raise InputError("config.json has no model_type; this is not a transformers model")
+        part = config.get("_class_name")
+        other = f": it is one of {part!r:.100}, a part of a diffusers pipeline" if part else ""
+        raise InputError(f"config.json has no model_type; this is not a transformers model{other}")
     if kind in FAMILIES:
         return FAMILIES[kind]
     return make_generic_family(read_text_config(config))
@@ -298,26 +305,72 @@ def make_generic_family(config: Any) -> Family:
         return FAMILIES[kind]
     if kind in REFUSED:
         raise Unsupported(f"{kind} is not supported: {REFUSED[kind]}")
-    try:
-        names = config.to_dict()
-        counts = [key for key in COUNT_KEYS if key in names and getattr(config, key)]
-        choices = [key for key in TOP_K_KEYS if key in names and getattr(config, key)]
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise InputError(
-            f"config.json: transformers cannot read it as {kind} ({join_lines(error)})"
-        ) from error
-    if not counts or not choices:
+    settings = read_settings(config)
+    counts = [key for key in COUNT_KEYS if settings.get(key)]
+    if not counts:
+        raise Unsupported(_explain_no_experts(kind, settings))
+    if settings.get("is_encoder_decoder"):
         raise Unsupported(
-            f"{kind!r} is a dense model (its config names no experts); moe2edge works on "
-            "Mixture-of-Experts models"
+            f"{kind} is an encoder-decoder model; moe2edge works on decoder-only models"
+        )
+    architecture = find_class(config).__name__
+    choices = [key for key in TOP_K_KEYS if settings.get(key)]
+    if not choices:
+        named = next((key for key in TOP_K_KEYS if key in settings), TOP_K_KEYS[0])
+        if settings.get(named) is None:
+            raise Unsupported(
+                f"{kind} is not supported: its config does not say how many experts a token "
+                f"chooses ({named})"
+            )
+        raise InputError(
+            f"config.json: {named} is {settings[named]!r:.100}, expected: how many experts a token "
+            "chooses"
         )
     aliases = (key for key, name in config.attribute_map.items() if name == counts[0])
     return Family(
         kind,
-        find_class(config).__name__,
+        architecture,
         experts_key=(counts[0], *aliases),
         top_k_key=choices[0],
         width_key="",
         renormalize=False,
         generic=True,
+    )
+
+
+def read_settings(config: Any) -> dict[str, Any]:
+    """Return the settings of transformers' config as plain data.
+
+    Raises:
+        InputError: transformers cannot write them, because a value is none that they can have.
+    """
+    try:
+        return dict(config.to_dict())
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise InputError(
+            f"config.json: transformers cannot read it as {config.model_type} ({join_lines(error)})"
+        ) from error
+
+
+def find_counts(settings: Mapping[str, Any], place: str = "") -> tuple[str, Any] | None:
+    """Find the number of experts in settings, or in those of a part: its key, with all above it."""
+    for key in COUNT_KEYS:
+        value = settings.get(key)
+        if isinstance(value, list) or (type(value) is int and value > 1):
+            return f"{place}{key}", value
+    inner = ((key, value) for key, value in settings.items() if isinstance(value, Mapping))
+    found = (find_counts(value, f"{place}{key}.") for key, value in inner)
+    return next(filter(None, found), None)
+
+
+def _explain_no_experts(kind: str, settings: Mapping[str, Any]) -> str:
+    found = find_counts(settings)
+    if found is not None:
+        return (
+            f"{kind} is not supported: its experts ({found[0]}) are in a part that is no language "
+            "model of transformers"
+        )
+    return (
+        f"{kind!r} is a dense model (its config names no experts); moe2edge works on "
+        "Mixture-of-Experts models"
     )

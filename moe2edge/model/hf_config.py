@@ -17,7 +17,12 @@ from typing import Any
 
 from moe2edge.errors import Unsupported
 from moe2edge.model import model as model_
-from moe2edge.model.architecture import Architecture, find_layers, make_architecture
+from moe2edge.model.architecture import (
+    Architecture,
+    describe_layer,
+    find_layers,
+    make_architecture,
+)
 from moe2edge.model.block import Block, get_form
 from moe2edge.model.experts import (
     PARTS,
@@ -382,28 +387,14 @@ def _find_changed_layer(
     layers = find_layers(make_architecture(family, json.loads(cut)).model)[1]
     before = _describe_layers(source)
     for origin, layer in zip(origins, layers, strict=True):
-        if _describe_layer(layer) != before[origin]:
+        if describe_layer(layer) != before[origin]:
             return origin
     return None
 
 
 @lru_cache(maxsize=2)
 def _describe_layers(source: Architecture) -> list[dict[tuple[str, str], Any]]:
-    return [_describe_layer(layer) for layer in find_layers(source.model)[1]]
-
-
-def _describe_layer(layer: Any) -> dict[tuple[str, str], Any]:
-    """Return shapes of tensors and numbers of modules, all that a layer is but its place."""
-    found: dict[tuple[str, str], Any] = {
-        (path, ""): tuple(tensor.shape) for path, tensor in layer.state_dict().items()
-    }
-    for path, module in layer.named_modules():
-        found |= {
-            (path, name): value
-            for name, value in vars(module).items()
-            if isinstance(value, int | float | str) and name != "layer_idx"
-        }
-    return found
+    return [describe_layer(layer) for layer in find_layers(source.model)[1]]
 
 
 def _change_given_config(model: Model) -> dict[str, Any]:

@@ -29,10 +29,19 @@ from moe2edge.storage.source_formats.source_format import SourceFormat
 from moe2edge.storage.source_formats.stored_tensors import StoredTensors
 from moe2edge.storage.tensor_bytes import find_broken_rows, hash_tensors, have_same_numbers
 from moe2edge.storage.text_files import hash_file, read_json
-from moe2edge.storage.weight_files import CONVERT, INDEX, SINGLE, WeightFiles, find_weight_files
+from moe2edge.storage.weight_files import (
+    ADAPTER_CONFIG,
+    CONVERT,
+    INDEX,
+    SINGLE,
+    WeightFiles,
+    find_weight_files,
+)
 
 BUILTIN = "builtin:tiny-moe"
 BUILTIN_FOLDER = Path(__file__).parents[1] / "builtin" / "tiny-moe"
+# What diffusers has in the place of `config.json`.
+PIPELINE = "model_index.json"
 # Key of a config that says whether the embedding is the head.
 TIE_FLAG = "tie_word_embeddings"
 
@@ -254,7 +263,7 @@ def has_own_layers(config: Mapping[str, Any]) -> bool:
     layers = find_text_part(dict(config)).get("per_layer_config")
     if str(config.get("model_type")) in FAMILIES or not isinstance(layers, Mapping):
         return bool(layers)
-    return any(OWN in own for own in layers.values())
+    return any(isinstance(own, Mapping) and OWN in own for own in layers.values())
 
 
 def open_checkpoint(
@@ -282,10 +291,25 @@ def open_checkpoint(
     if config.is_symlink() and not config.exists():
         raise InputError(f"{config} is a link that leads nowhere; download the checkpoint again")
     if not config.exists():
-        raise InputError(
-            f"{source} is not a checkpoint: it has no config.json; name the folder that has it"
-        )
+        raise InputError(f"{source} is not a checkpoint: {_explain_missing_config(folder)}")
     return Checkpoint(source, folder, commit, read_json(config), lacking)
+
+
+def _explain_missing_config(folder: Path) -> str:
+    """Say what a folder without ``config.json`` holds, and what to name in its place."""
+    if (folder / ADAPTER_CONFIG).exists():
+        base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+        return (
+            f"it holds an adapter of {base or 'a base model'!r:.200}; merge it into its base model "
+            "(merge_and_unload in peft), and name the folder of the result"
+        )
+    inside = sorted(path.parent.name for path in folder.glob("*/config.json"))
+    if (folder / PIPELINE).exists():
+        part = f"such as {inside[0]}" if inside else "none of which is there"
+        return f"it holds a pipeline of diffusers ({PIPELINE}); name one of its parts, {part}"
+    if inside:
+        return f"it has no config.json; the folder {inside[0]} in it has: name that one"
+    return "it has no config.json; name the folder that has it"
 
 
 def _locate(

@@ -78,6 +78,12 @@ class WeightFiles:
     notes: tuple[str, ...] = ()
 
 
+def has_weights(folder: Path) -> bool:
+    """Return whether a folder holds weights of the names that are read, sound or not."""
+    places = (folder / SINGLE, folder / INDEX)
+    return any(place.exists() or place.is_symlink() for place in places)
+
+
 def find_weight_files(folder: Path, config: Mapping[str, Any], missing: str) -> WeightFiles:
     """Find the tensors of a checkpoint, from headers only.
 

@@ -75,7 +75,7 @@ def find_source_format(
             )
         return None
     method = read_method(settings)
-    kind = _choose_reader(method, settings)
+    kind = choose_reader(method, settings)
     if kind is CompressedSource and settings.get("format") == "dense" and not found:
         return None
     expected = MARKED[kind]
@@ -152,7 +152,7 @@ def read_method(settings: Mapping[str, Any]) -> str:
     return str(method).lower()
 
 
-def _choose_reader(method: str, settings: Mapping[str, Any]) -> type[SourceFormat]:
+def choose_reader(method: str, settings: Mapping[str, Any]) -> type[SourceFormat]:
     """Choose the reader of a method.
 
     Raises:
