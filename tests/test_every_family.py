@@ -21,6 +21,8 @@ from every_family import (
     TABLED,
     check_walk_and_trimming,
     make_folder,
+    run_stock,
+    walk_over,
 )
 from moe2edge.calibration.observation import Facts
 from moe2edge.calibration.similarity import BlockSimilarity
@@ -31,6 +33,7 @@ from moe2edge.model.hf_config import build_transformers_dict
 from moe2edge.passes.block_drop import BlockDrop
 from moe2edge.runtime.memory import UNLIMITED
 from moe2edge.storage.checkpoint import open_checkpoint
+from moe2edge.targets.hf import Hf
 
 # Models with such experts of which transformers has no causal language model.
 WITHOUT_CLASS = {

@@ -46,14 +46,18 @@ def test_traits_are_found_by_looking(family: str, tmp_path: Path) -> None:
     make_folder(tmp_path, family)
     model = open_checkpoint(tmp_path).model
     basic = (Trait.TABLE, Trait.GATED, Trait.SILU, Trait.UNBIASED)
-    assert {trait for trait in basic if not find_missing(model, [trait])} == FOUND[family]
+    assert {
+        trait for trait in basic if not find_missing(model.family, model.architecture, [trait])
+    } == FOUND[family]
 
 
 def test_a_pass_is_refused_by_the_first_trait_that_is_missing(tmp_path: Path) -> None:
     make_folder(tmp_path, "gpt_oss")
     model = open_checkpoint(tmp_path).model
     able = ", ".join(
-        name for name in list_passes() if not find_missing(model, find_pass(name).needs)
+        name
+        for name in list_passes()
+        if not find_missing(model.family, model.architecture, find_pass(name).needs)
     )
     assert "expert_drop" in able
     with pytest.raises(Unsupported) as caught:

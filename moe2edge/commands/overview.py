@@ -10,7 +10,9 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from moe2edge.errors import InputError, Unsupported
+from moe2edge.model.family import FAMILIES, FIRST_CLASS
 from moe2edge.model.outline import Outline, outline_config
+from moe2edge.model.traits import find_missing
 from moe2edge.pipeline import registry
 from moe2edge.storage.safetensors_files import open_file
 from moe2edge.storage.source_formats.recognition import (
@@ -22,7 +24,6 @@ from moe2edge.storage.source_formats.recognition import (
 from moe2edge.storage.weight_files import has_weights
 
 if TYPE_CHECKING:
-    from moe2edge.model.family import Family
     from moe2edge.model.model import Model
     from moe2edge.storage.checkpoint import Checkpoint
 
@@ -48,6 +49,12 @@ class Overview:
     targets: tuple[str, ...]
     notes: tuple[str, ...]
 
+    @property
+    def is_first_class(self) -> bool:
+        """True if tests try every pass on its family, in the forms in which its models exist."""
+        family = self.outline.family
+        return family is not None and family.model_type in {*FAMILIES, *FIRST_CLASS}
+
     def to_json(self) -> dict[str, Any]:
         """Return it as plain data; null is what is not known."""
         seen = self.outline
@@ -62,6 +69,7 @@ class Overview:
             "active_parameters": seen.active_parameters,
             "bytes": self.nbytes,
             "quantization": self.quantization,
+            "first_class": self.is_first_class,
             "passes": list(self.passes),
             "targets": list(self.targets),
             "reason": seen.reason or None,
@@ -80,6 +88,8 @@ class Overview:
         if self.outline.reason:
             yield f"nothing can be done with it: {self.outline.reason}"
             return
+        if self.is_first_class:
+            yield "family: first-class; tests try every pass on it"
         yield f"passes: {', '.join(self.passes)}"
         yield f"targets: {', '.join(self.targets)}"
 
@@ -114,7 +124,7 @@ def make_overview(checkpoint: Checkpoint) -> Overview:
     elif quantization is None:
         entries = (open_file(path)[name] for name, path in checkpoint.files.items())
         seen = replace(seen, parameters=sum(prod(entry.shape) for entry in entries))
-    passes, targets = _list_usable(seen.family)
+    passes, targets = _list_usable(seen)
     return Overview(seen, model, nbytes, quantization, passes, targets, tuple(notes))
 
 
@@ -139,16 +149,19 @@ def _explain_missing(checkpoint: Checkpoint) -> str:
     return "the weights are of no use without a reader"
 
 
-def _list_usable(family: Family | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the names of the passes and of the targets that work on a family."""
-    if family is None:
+def _list_usable(seen: Outline) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the names of the passes and of the targets that work on a model."""
+    family, source = seen.family, seen.source
+    if family is None or source is None:
         return (), ()
-    passes = {name: registry.find_pass(name).any_family for name in registry.list_passes()}
     targets = {name: registry.find_target(name).any_family for name in registry.list_targets()}
-    usable = not family.generic
     return (
-        tuple(name for name, all_families in passes.items() if all_families or usable),
-        tuple(name for name, all_families in targets.items() if all_families or usable),
+        tuple(
+            name
+            for name in registry.list_passes()
+            if find_missing(family, source, registry.find_pass(name).needs) is None
+        ),
+        tuple(name for name, general in targets.items() if general or not family.generic),
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from moe2edge.errors import Moe2EdgeError, Unsupported
 from moe2edge.model.anatomy import Anatomy
-from moe2edge.model.architecture import find_architecture
+from moe2edge.model.architecture import Architecture, find_architecture
 from moe2edge.model.config_parser import parse_config
 from moe2edge.model.family import Family, find_counts, find_family, read_settings
 from moe2edge.model.transformers_config import read_text_config
@@ -39,6 +39,7 @@ class Outline:
         parameters: number of parameters of the text model.
         active_parameters: those of which a token makes use.
         family: the row of the family, where it is supported.
+        source: transformers' model of it, where the family is supported.
         reason: why nothing can be done with it; empty where something can.
     """
 
@@ -51,6 +52,7 @@ class Outline:
     parameters: int | None = None
     active_parameters: int | None = None
     family: Family | None = None
+    source: Architecture | None = None
     reason: str = ""
 
 
@@ -87,6 +89,7 @@ def outline_config(given: Mapping[str, Any]) -> Outline:
         parameters,
         parameters - unused,
         family if layers else None,
+        architecture,
         reason,
     )
 

@@ -6,14 +6,14 @@ A trait that no pass needs costs nothing: it is looked for when it is asked for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from moe2edge.model.architecture import Architecture, find_layers
 
 if TYPE_CHECKING:
-    from moe2edge.model.model import Model
+    from moe2edge.model.family import Family
     from moe2edge.model.stock_router import StockRouter
 
 Found = TypeVar("Found")
@@ -43,24 +43,32 @@ class Trait(Enum):
     SOFTMAX = "a router without biases and groups that takes the softmax of its scores"
 
 
-def find_missing(model: Model, needs: Sequence[Trait]) -> tuple[Trait, str] | None:
+def find_missing(
+    family: Family, architecture: Architecture, needs: Sequence[Trait], blocks: Iterable[int] = ()
+) -> tuple[Trait, str] | None:
     """Find the first trait that a block of a model lacks, and say where; None: none is missing.
 
     Families of the table lack nothing. Other models are looked at block by block.
 
+    Args:
+        family: of the model.
+        architecture: of its source.
+        needs: the traits.
+        blocks: numbers in the source of the blocks to look at; none: all that have experts.
+
     >>> from types import SimpleNamespace
-    >>> model = SimpleNamespace(family=SimpleNamespace(generic=False))
-    >>> find_missing(model, [Trait.TABLE]) is None
+    >>> find_missing(SimpleNamespace(generic=False), None, [Trait.TABLE]) is None
     True
     """
-    if not model.family.generic:
+    if not family.generic:
         return None
     if Trait.TABLE in needs:
-        return Trait.TABLE, f"{model.family.model_type} is not"
+        return Trait.TABLE, f"{family.model_type} is not"
+    places = tuple(blocks) or [n for n, one in enumerate(architecture.anatomy) if one.experts]
     for need in needs:
-        for block, _ in model.moe_blocks:
-            if not _has(model.architecture, block.origin, need):
-                return need, f"block {block.index} does not have"
+        for index in places:
+            if not _has(architecture, index, need):
+                return need, f"block {index} does not have"
     return None
 
 

@@ -58,13 +58,16 @@ def _check_needs(step: Pass, model: Model) -> None:
     Raises:
         Unsupported: names the pass, the family, what is missing, and passes that need it not.
     """
-    if (found := find_missing(model, step.needs)) is None:
+    source = model.family, model.architecture
+    places = [block.origin for block, _ in model.moe_blocks]
+    if (found := find_missing(*source, step.needs, places)) is None:
         return
     from moe2edge.pipeline.registry import find_pass, list_passes
 
     trait, where = found
     where += f" ({step.because})" if step.because else ""
-    others = [name for name in list_passes() if not find_missing(model, find_pass(name).needs)]
+    needs = {name: find_pass(name).needs for name in list_passes()}
+    others = [name for name, need in needs.items() if not find_missing(*source, need, places)]
     raise Unsupported(
         f"{step.name} does not work on {model.family.model_type}: it needs {trait.value}, "
         f"which {where}; passes that work on it: {', '.join(others)}"
