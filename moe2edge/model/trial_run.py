@@ -22,7 +22,7 @@ from moe2edge.model.transformers_config import silence_transformers
 if TYPE_CHECKING:
     from torch import Tensor
 
-TRIED_TOKENS = 8
+TRIAL_TOKENS = 8
 # Some families have a number of its own in each layer.
 MOST_KINDS = 6
 # Entries of one tensor, besides those that are stored: more for a few tokens is no model's.
@@ -55,7 +55,7 @@ def try_config(architecture: Architecture) -> None:
     try:
         with _silence(), torch.no_grad(), FakeTensorMode(), _make_meter():
             _forget_numbers(model)
-            model(torch.zeros(1, TRIED_TOKENS, dtype=torch.int64), use_cache=False)
+            model(torch.zeros(1, TRIAL_TOKENS, dtype=torch.int64), use_cache=False)
     except InputError:
         raise
     except undecided:  # it depends on numbers
@@ -93,7 +93,7 @@ def _make_meter() -> Any:
                 if isinstance(one, torch.Tensor) and one.numel() > LARGEST_TENSOR:
                     raise InputError(
                         "config.json: transformers' model of it computes a tensor of shape "
-                        f"{list(one.shape)} for {TRIED_TOKENS} tokens; correct the size that is too large"
+                        f"{list(one.shape)} for {TRIAL_TOKENS} tokens; correct the size that is too large"
                     )
             return found
 
