@@ -37,12 +37,14 @@ class Cell:
         passes: lines of the recipe.
         target: the target, as on the command line.
         decided: whether `decide` runs the passes, and `apply_decisions` carries them out.
+        form: format in which the source is quantized, as in `source_files`; empty: it is not.
     """
 
     title: str
     passes: tuple[str, ...]
     target: str
     decided: bool = False
+    form: str = ""
 
 
 CELLS = (
@@ -68,6 +70,11 @@ CELLS = (
     Cell("`awq` → `gptq`", (AWQ,), "gptq"),
     Cell("`awq` → `hf`", (AWQ,), "hf:dequantize=true"),
     Cell("`expert_drop`, `recover` → `hf`", (DROP, RECOVER), "hf"),
+    Cell("from GPTQ: `expert_drop` → `gptq`", (DROP,), "gptq", form="gptq"),
+    Cell("from AWQ: `expert_drop` → `gptq`", (DROP,), "gptq", form="awq"),
+    Cell("from W4A16: `expert_drop` → `gptq`", (DROP,), "gptq", form="compressed-tensors"),
+    Cell("from FP8: `expert_drop` → `hf`", (DROP,), "hf", form="fp8"),
+    Cell("from FP8: `expert_drop`, `rtn` → `gptq`", (DROP, RTN), "gptq", form="fp8"),
 )
 
 
@@ -94,6 +101,11 @@ def try_cell(cell: Cell, source: Path, work: Path, run: Run) -> str:
         AssertionError: the export, or what verifies its output, ends otherwise.
     """
     text, recipe, out = make_text(work / "text.txt"), work / "recipe.yaml", work / "out"
+    if cell.form:
+        from source_files import quantize_folder
+
+        quantize_folder(source, work / "source", cell.form)
+        source = work / "source"
     recipe.write_text("passes:\n" + "".join(f"  - {line}\n" for line in cell.passes))
     given = ["-r", recipe, "--calib", text, "--eval", text, *SIZES]
     if cell.decided:
