@@ -57,6 +57,7 @@ class ExpertReplace(Search):
 
     model_config = ConfigDict(validate_by_name=True)
     writes: ClassVar[tuple[type, ...]] = (UntiedModel,)
+    because: ClassVar[str] = "files of others have no form for what takes the place of experts"
 
     kind: Annotated[
         Literal["constant", "linear", "base", "svd"],

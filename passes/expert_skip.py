@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
@@ -11,6 +11,7 @@ from moe2edge.calibration.observation import Facts, ObserverFactory
 from moe2edge.errors import InputError
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model
+from moe2edge.model.traits import Trait
 from moe2edge.pipeline.checks import refuse_replaced
 from moe2edge.pipeline.contract import Outcome, Trim
 
@@ -22,9 +23,11 @@ class ExpertSkip(Trim):
     https://arxiv.org/abs/2402.14800: the second expert is skipped where its weight is below beta
     times that of the first, with beta the median of this ratio over the calibration tokens. With
     more experts per token, each one after the first has a threshold of its own, by the same rule.
-    The remaining weights are scaled to sum to one if the router does so. All experts stay in the
-    model.
+    The remaining weights are scaled to the sum that the weights had, if the router scales them to
+    the same sum for each token. All experts stay in the model.
     """
+
+    needs: ClassVar[tuple[Trait, ...]] = (Trait.ROUTER,)
 
     rescore: Annotated[
         bool,

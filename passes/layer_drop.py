@@ -25,6 +25,7 @@ class LayerDrop(DropAlike):
     """
 
     unit: ClassVar[str] = "MoE layer"
+    because: ClassVar[str] = "which norm goes with a layer is known for those only"
 
     norm: Annotated[
         bool,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -11,6 +12,7 @@ from moe2edge.errors import InputError, Unsupported
 from moe2edge.model.block import Block
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model
+from moe2edge.model.traits import Trait
 from moe2edge.pipeline.checks import refuse_replaced
 from moe2edge.pipeline.contract import Outcome, PassContext, PlannedStep, Search, TextSizes
 from moe2edge.pipeline.kept_transform import KeptTransform
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from moe2edge.calibration.observation import BlockTrace
     from moe2edge.numerics.metrics import SampleSums
     from moe2edge.numerics.router_fit import RouterEvidence
+    from moe2edge.numerics.subset_loss import RoutingRule
 
 
 class Routing(Search):
@@ -33,10 +36,12 @@ class Routing(Search):
     the fit. The new rows of a block are kept only if they lower the error there, and all of them
     only if the language-model loss falls there as well, by more than the bootstrap interval over
     samples. Otherwise the model does not change, and the report says so. Layers that still have all
-    experts of the source are fitted as well, if blocks before them changed.
+    experts of the source are fitted as well, if blocks before them changed. In families without a
+    row, routers that take a softmax without biases or groups are fitted.
     """
 
     may_change_nothing: ClassVar[bool] = True
+    needs: ClassVar[tuple[Trait, ...]] = (Trait.SOFTMAX,)
 
     held_out: Annotated[
         float,
@@ -67,7 +72,7 @@ class Routing(Search):
 
         Raises:
             InputError: there is nothing to fit, or thresholds would no longer be right.
-            Unsupported: a router has a bias per expert.
+            Unsupported: a router has a bias per expert, or outputs of experts are not just added.
         """
         refuse_replaced("routing", model)
         layers = [layer for _, layer in model.moe_blocks]
@@ -82,6 +87,7 @@ class Routing(Search):
             raise Unsupported(
                 "routing: routers with a bias per expert are not supported; leave routing out"
             )
+        find_rules(model)
 
     @property
     def changes_routers(self) -> bool:
@@ -130,7 +136,7 @@ class Routing(Search):
 
         held_out, kept = self._hold_out(len(context.tokens)), context.keep_walk("fitting")
         self._report_cost(context)
-        fitter = _Fitter(context.store, kept, self, held_out)
+        fitter = _Fitter(context.store, kept, self, held_out, find_rules(context.model))
         advance = context.reporter.advance
         fitted, _ = walk.walk(
             context.model,
@@ -208,18 +214,22 @@ class _Fitter(KeptTransform):
     Attributes:
         step: the pass.
         held_out: samples that decide, bool [samples].
+        rules: rule of each router, and what multiplies the weighted outputs of its experts on their
+            way into the residual stream, by the index of the block.
         parts: evidence of the current layer, by batch.
     """
 
     step: Routing
     held_out: Tensor
+    rules: Mapping[int, tuple[RoutingRule, float]]
     parts: list[RouterEvidence] = field(default_factory=list)
 
     def observe(self, trace: BlockTrace, source: BlockTrace | None) -> None:
         """Add one batch of a layer with a router."""
         assert source is not None, "the walk has a source"
         if isinstance(trace.block.mlp, MoELayer) and trace.routing is not None:
-            self.parts.append(_gather_evidence(trace, trace.block.mlp, source))
+            rule, scale = self.rules[trace.block.index]
+            self.parts.append(gather_evidence(trace, trace.block.mlp, source, rule, scale))
 
     def compute(self, block: Block) -> tuple[Block, Any] | None:
         """Return the block with rows that lower the held-out error; None: there are none."""
@@ -262,26 +272,65 @@ class _Fitter(KeptTransform):
         return block
 
 
-def _gather_evidence(trace: BlockTrace, layer: MoELayer, source: BlockTrace) -> RouterEvidence:
+def find_rules(model: Model) -> dict[int, tuple[RoutingRule, float]]:
+    """Find the rule of each router, and what multiplies the experts' outputs, by block.
+
+    Raises:
+        Unsupported: more than that is done to them.
+    """
+    from moe2edge.model.traits import find_softmax
+    from moe2edge.numerics.subset_loss import RoutingRule
+    from moe2edge.runtime.layer_stage import measure_expert_scale
+
+    found: dict[int, tuple[RoutingRule, float]] = {}
+    scales: dict[tuple[str, ...], float | None] = {}
+    for block, layer in model.moe_blocks:
+        top_k = layer.router.top_k
+        if not model.family.generic:
+            found[block.index] = RoutingRule(top_k, layer.router.renormalize), 1.0
+            continue
+        # Layers with the same tensors are of the same code.
+        kind = tuple(model.architecture.anatomy[block.origin].roles)
+        if kind not in scales:
+            scales[kind] = measure_expert_scale(model, block)
+        rule = find_softmax(model.architecture, block.origin)
+        if (scale := scales[kind]) is None or rule is None:
+            raise Unsupported(
+                f"routing does not work on {model.family.model_type}: what its experts put out is "
+                f"not just scaled and added to the residual stream (block {block.index}); leave "
+                "routing out"
+            )
+        found[block.index] = RoutingRule(top_k, rule[0]), scale * rule[1]
+    return found
+
+
+def gather_evidence(
+    trace: BlockTrace, layer: MoELayer, source: BlockTrace, rule: RoutingRule, scale: float
+) -> RouterEvidence:
     """Gather the evidence of one batch; errors are relative to the source's hidden states."""
     import torch
 
     from moe2edge.calibration.evidence import compute_products
-    from moe2edge.numerics.router_fit import RouterEvidence
-    from moe2edge.numerics.subset_loss import RoutingRule
+    from moe2edge.numerics.router_fit import RouterEvidence, route
 
     routing = trace.routing
     assert routing is not None
     gap = (source.outputs - trace.outputs).flatten(0, 1)
     gram, pull = compute_products(trace, routing.inputs, len(layer.experts), gap)
     assert pull is not None
-    weights = torch.zeros(len(gap), len(layer.experts))
+    if trace.router is None:
+        weights = torch.zeros(len(gap), len(layer.experts))
+        weights = weights.scatter(1, routing.ids, routing.weights)
+    else:
+        weights, _ = route(routing.logits, rule)
+        gram.mul_(scale**2)
+        pull.mul_(scale)
     return RouterEvidence(
-        rule=RoutingRule(layer.router.top_k, layer.router.renormalize),
+        rule=rule,
         inputs=routing.inputs.clone(),
         gram=gram,
         pull=pull.float(),
         missing=gap.square().sum(1),
-        weights=weights.scatter(1, routing.ids, routing.weights),
+        weights=weights,
         scale=1 / source.outputs.flatten(0, 1).square().sum(1),
     )

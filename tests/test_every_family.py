@@ -212,3 +212,18 @@ def test_a_changed_top_k_replaces_each_name_that_the_source_gives_it(
         model = model.replace_block(replace(block, mlp=replace(layer, router=router)))
     written = build_transformers_dict(model)
     assert getattr(type(stock.config)(**written), name) == 1
+
+
+@pytest.mark.parametrize("family", ["gemma4_text", "gpt_oss"])
+def test_fewer_experts_than_are_chosen_lower_their_number(family: str, tmp_path: Path) -> None:
+    """The router of Gemma 4 reads the number from its config while it runs."""
+    key = "top_k_experts" if family == "gemma4_text" else "num_experts_per_tok"
+    stock = make_folder(tmp_path / "source", family, **{key: 4})
+    model = open_checkpoint(tmp_path / "source").model
+    for block, _ in model.moe_blocks:
+        model = model.replace_block(block.keep_experts((0, 2, 5), clamp_top_k=True))
+    out = tmp_path / "out"
+    out.mkdir()
+    Hf().write(model, out)
+    again = type(stock).from_pretrained(out, dtype=torch.float32, local_files_only=True)
+    assert torch.equal(run_stock(again.eval()), walk_over(model))

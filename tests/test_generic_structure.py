@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,17 @@ from moe2edge.errors import InputError, Unsupported
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model
 from moe2edge.numerics import expert_groups
+from moe2edge.numerics.router_fit import compute_router_loss
 from moe2edge.passes._allocation_trials import Ranker
 from moe2edge.passes._merge_experts import load_matrices
 from moe2edge.passes.expert_budget import ExpertBudget
 from moe2edge.passes.expert_merge import ExpertMerge
+from moe2edge.passes.expert_skip import ExpertSkip
+from moe2edge.passes.routing import Routing, find_rules, gather_evidence
+from moe2edge.pipeline.registry import find_pass
 from moe2edge.runtime.decoder_blocks import find_activation
 from moe2edge.storage.checkpoint import open_checkpoint
+from moe2edge.storage.work_folder import WorkFolder
 from moe2edge.targets.hf import Hf
 from test_routed_search import FAMILIES, sum_experts, watch_layers
 
@@ -101,6 +107,14 @@ def test_budgets_that_groups_cannot_share_are_refused(
     model = open_family(tmp_path, "deepseek_v3")
     with pytest.raises(InputError, match=message):
         plan([ExpertBudget.model_validate(options)], model)
+
+
+@pytest.mark.parametrize("name", ["expert_drop", "expert_search", "expert_budget"])
+def test_groups_that_can_lose_no_expert_are_said_so(name: str, tmp_path: Path) -> None:
+    model = open_family(tmp_path, "deepseek_v3", n_group=4)
+    step = find_pass(name).model_validate({"keep": 6})
+    with pytest.raises(InputError, match=f"there is no such number below 8, so leave {name} out"):
+        plan([step], model)
 
 
 # ---- expert_merge --------------------------------------------------------------------------------
@@ -236,3 +250,127 @@ def test_what_cannot_be_merged_is_refused_by_name(tmp_path: Path) -> None:
         merge(model, method="ream", keep=4, routing="members")
     with pytest.raises(InputError, match=r"keep 5 is 5 experts .* the nearest are 4 and 6"):
         merge(model, method="ream", keep=5)
+
+
+# ---- routing -------------------------------------------------------------------------------------
+
+
+def disturb(model: Model, size: float) -> Model:
+    """Return the model with noise in its routers: something to win."""
+    for block, layer in model.moe_blocks:
+        weight = layer.router.weight
+        noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(block.index))
+        numbers = weight.load() + size * noise
+
+        def load(numbers: Tensor = numbers) -> Tensor:
+            return numbers
+
+        new = replace(weight, load=load)
+        model = model.replace_block(block.with_weights({"router.weight": new}))
+    return model
+
+
+@pytest.mark.parametrize(
+    "family", ["aria_text", "cohere2_moe", "granitemoe", "hunyuan_v1_moe", "jamba", "qwen3_next"]
+)
+def test_the_loss_of_a_router_is_that_of_the_block_with_it(family: str, tmp_path: Path) -> None:
+    """Granite scales what a layer adds, Cohere takes a mean: both count as transformers does it."""
+    source = open_family(tmp_path, family)
+    model = disturb(source, 0.1)
+    rules = find_rules(model)
+    other = disturb(model, 0.05)
+    for (block, hidden, trace), changed in zip(watch_layers(model), other.moe_blocks, strict=True):
+        twin = BlockRunner(source, source.blocks[block.index]).watch(hidden)
+        assert isinstance(block.mlp, MoELayer)
+        evidence = gather_evidence(trace, block.mlp, twin, *rules[block.index])
+        for tried, own in ((model, block), (other, changed[0])):
+            out = BlockRunner(tried, own).run(hidden).double()
+            each = (twin.outputs - out).square().sum(-1) / twin.outputs.double().square().sum(-1)
+            rows = dict(own.weights())["router.weight"].load().float()
+            found = compute_router_loss(evidence, rows)
+            assert found == pytest.approx(float(each.sum()), rel=2e-3, abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["granitemoe", "qwen3_next"])
+def test_disturbed_routers_get_better(family: str, tmp_path: Path) -> None:
+    source = open_family(tmp_path / "source", family)
+    draw = torch.Generator().manual_seed(1)
+    model, text = disturb(source, 0.2), torch.randint(1, 96, (16, 24), generator=draw)
+    step = Routing(ridge=0.001, damping=0.1)
+    plan([step], model)
+    store = WorkFolder(tmp_path)
+    found = step.search(helpers.make_context(model, text, source, store=store))
+    notes = " ".join(found.notes)
+    assert re.search(r"held-out error of the residual stream [1-9][\d.]*% lower", notes)
+    if found.changed:
+        assert not torch.equal(walk_over(found.model), walk_over(model))
+
+
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [
+        ("flex_olmo", "what its experts put out is not just scaled and added"),
+        ("deepseek_v3", "needs a router without biases and groups that takes the softmax"),
+        ("gpt_oss", "needs a router without biases and groups"),
+        ("phimoe", "needs a router without biases and groups"),
+        ("gemma4_text", "needs a router without biases and groups"),
+    ],
+)
+def test_routers_of_other_rules_are_refused_by_name(
+    family: str, message: str, tmp_path: Path
+) -> None:
+    model = open_family(tmp_path, family)
+    with pytest.raises(Unsupported, match=f"routing does not work on {family}: .*{message}"):
+        plan([Routing()], model)
+
+
+# ---- expert_skip ---------------------------------------------------------------------------------
+
+# Routers that do not scale the weights of chosen experts to one sum, by transformers' code.
+UNSCALED = ("deepseek_v2", "phimoe")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_chosen_experts_of_low_weight_are_left_out(family: str, tmp_path: Path) -> None:
+    """One token after another: the second expert goes where its weight is low."""
+    plain = open_family(tmp_path, family)
+    step = ExpertSkip(quantile=0.5)
+    plan([step], plain)
+    facts = walk.gather(plain, IDS, step.observers(), ignore, "")
+    model = step.apply(plain, facts).model
+    for (block, hidden, trace), (skipping, layer) in zip(
+        watch_layers(plain), model.moe_blocks, strict=True
+    ):
+        found = BlockRunner(model, skipping).watch(hidden)
+        assert trace.routing is not None
+        assert found.routing is not None
+        (below,) = layer.router.skip_below
+        weights = trace.routing.weights.double()
+        expected, gone = [], 0
+        for ids, own in zip(trace.routing.ids.tolist(), weights.tolist(), strict=True):
+            kept = [w for w in own if w >= below * max(own)]
+            gone += len(own) - len(kept)
+            scale = 1.0 if family in UNSCALED else sum(own) / sum(kept)
+            left = {n: w * scale for n, w in zip(ids, own, strict=True) if w in kept}
+            expected.append([left.get(n, 0.0) for n in range(8)])
+        # Most weights of Phi are equal, and none of them is below another.
+        assert family == "phimoe" or 0.3 < gone / len(weights) < 0.7
+        counted = torch.zeros(len(weights), 9).scatter_add(
+            1, found.routing.ids, found.routing.weights
+        )
+        assert torch.allclose(counted[:, :8].double(), torch.tensor(expected).double(), atol=1e-5)
+        assert int((found.routing.ids == 8).sum()) == gone
+        assert not counted[:, 8].any()
+        # What the layer adds is the sum of those that are left.
+        ones = torch.tensor(expected, dtype=torch.float64)
+        total = sum(
+            ones[:, n, None] * trace.expert_output(n, trace.routing.inputs).double()
+            for n in range(8)
+        )
+        router = found.router
+        assert router is not None
+        if (factor := router().factor) is not None:
+            change = (found.mlp_outputs - trace.mlp_outputs).flatten(0, -2).double() / factor
+            assert torch.allclose(change, total - sum_experts(trace), atol=2e-3)
+        assert block.index == skipping.index

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import helpers
-from every_family import GENERIC, IDS, KEPT, make_folder
+from every_family import GENERIC, IDS, KEPT, keep_six, make_folder
 from helpers import ignore, plan
 from moe2edge.calibration.evidence import EvidenceObserver
 from moe2edge.calibration.observation import BlockTrace
@@ -21,7 +21,13 @@ from moe2edge.errors import InputError
 from moe2edge.model.block import Block
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model
-from moe2edge.numerics.subset_loss import Evidence, search_beam, search_exhaustively
+from moe2edge.numerics.routed_loss import RoutedEvidence, RoutedPart
+from moe2edge.numerics.subset_loss import (
+    Evidence,
+    SubsetEvidence,
+    search_beam,
+    search_exhaustively,
+)
 from moe2edge.passes.expert_search import ExpertSearch
 from moe2edge.storage.checkpoint import open_checkpoint
 
@@ -57,14 +63,13 @@ def spread(trace: BlockTrace, experts: Sequence[int], count: int) -> Tensor:
 
 
 def sum_experts(trace: BlockTrace) -> Tensor:
-    """Sum the outputs of a layer's experts, one expert of one token at a time."""
+    """Sum the outputs of a layer's experts, one expert after another."""
     routing = trace.routing
     assert routing is not None
     out = torch.zeros(routing.inputs.shape, dtype=torch.float64)
-    for token, (ids, weights) in enumerate(zip(routing.ids, routing.weights, strict=True)):
-        for n, weight in zip(ids.tolist(), weights.double(), strict=True):
-            y = trace.expert_output(n, routing.inputs[token, None])[0].double()
-            out[token] += weight * y
+    for n in sorted(set(routing.ids.flatten().tolist())):
+        weight = (routing.weights * (routing.ids == n)).sum(1, keepdim=True).double()
+        out += weight * trace.expert_output(n, routing.inputs).double()
     return out
 
 
@@ -184,3 +189,36 @@ def test_numbers_that_groups_cannot_share_are_refused(keep: float, tmp_path: Pat
     model = open_family(tmp_path, "deepseek_v3")
     with pytest.raises(InputError, match=r"expert_search: keep .* the nearest are 4 and 6"):
         plan([ExpertSearch.model_validate({"keep": keep})], model)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "gemma4_text"])
+def test_a_layer_that_lost_experts_is_searched_as_it_is(family: str, tmp_path: Path) -> None:
+    model = keep_six(open_family(tmp_path, family))
+    found = helpers.search(ExpertSearch.model_validate({"keep": 4}), model, IDS).model
+    for block, hidden, trace, evidence in gather(model):
+        kept = found.blocks[block.index].expert_origins
+        assert set(kept) < set(KEPT)
+        places = [KEPT.index(n) for n in kept]
+        slow = measure_slowly(model, block, hidden, trace, places)
+        assert evidence.compute_loss(places) == pytest.approx(slow, rel=1e-3)
+        if evidence.groups > 1:
+            assert sum(n < 4 for n in kept) == 2
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "jamba"])
+def test_a_softmax_is_found_and_agrees_with_the_router_asked(family: str, tmp_path: Path) -> None:
+    """The known rule measures all removals at once; only Qwen's scales weights to one."""
+    for _, _, trace, found in gather(open_family(tmp_path, family)):
+        assert isinstance(found, SubsetEvidence)
+        assert trace.router is not None
+        assert trace.routing is not None
+        router, scores = trace.router(), trace.routing.logits
+        assert router.is_local == (family == "qwen3_next")
+        ids, weights = router.choose(scores, torch.ones(8, dtype=torch.bool))
+        part = RoutedPart(found.parts[0].gram, None, ids, weights, scores)
+        asked = RoutedEvidence(
+            router.choose, router.is_local, 8, 1, (part,), 0.0, found.target_square
+        )
+        for kept in (range(8), (0, 2, 3, 4, 5, 7)):
+            known = found.compute_removals(tuple(kept), tuple(kept))
+            assert asked.compute_removals(kept, kept) == pytest.approx(known, rel=1e-5, abs=1e-6)

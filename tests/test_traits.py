@@ -60,9 +60,9 @@ def test_a_pass_is_refused_by_the_first_trait_that_is_missing(tmp_path: Path) ->
         plan_passes([NeedsSilu()], model)
     assert str(caught.value) == (
         f"{NeedsSilu.name} does not work on gpt_oss: it needs experts that compute "
-        f"silu(gate) * up, and those of block 0 are others; passes that work on it: {able}"
+        f"silu(gate) * up, which block 0 does not have; passes that work on it: {able}"
     )
-    with pytest.raises(Unsupported, match="it needs a family of the table, and gpt_oss is none"):
+    with pytest.raises(Unsupported, match="it needs a family of the table, which gpt_oss is not"):
         plan_passes([Undeclared()], model)
 
 

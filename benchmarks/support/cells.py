@@ -20,7 +20,7 @@ COLUMNS = 8
 WRONG = "wrong"
 DROP, BLOCK = "expert_drop: {keep: 4}", "block_drop: {drop: 1}"
 SEARCH, BUDGET = "expert_search: {keep: 4}", "expert_budget: {keep: 6}"
-MERGE = "expert_merge: {method: ream, keep: 4}"
+MERGE, SKIP = "expert_merge: {method: ream, keep: 4}", "expert_skip: {quantile: 0.5}"
 SPARSE, AWQ = "sparsify: {min_tokens: 8}", "awq: {bits: 4, group_size: -1, steps: 4, min_tokens: 8}"
 RECOVER = "recover: {steps: 2, batch: 2, held_out: 2, eval_every: 1, learning_rate: 0.001}"
 GPTQ, RTN = "gptq: {bits: 4, group_size: -1}", "rtn: {bits: 4, group_size: -1}"
@@ -61,6 +61,9 @@ CELLS = (
     Cell("`expert_budget`, `rtn` → `gptq`", (BUDGET, RTN), "gptq"),
     Cell("`expert_merge` → `hf`", (MERGE,), "hf"),
     Cell("`expert_merge`, `rtn` → `gptq`", (MERGE, RTN), "gptq"),
+    Cell("`expert_drop`, `routing` → `hf`", (DROP, "routing"), "hf"),
+    Cell("`expert_skip` → `hf`", (SKIP,), "hf:layout=natural"),
+    Cell("`expert_skip`, `rtn` → `gptq`", (SKIP, RTN), "gptq"),
     Cell("`sparsify` → `hf`", (SPARSE,), "hf"),
     Cell("`awq` → `gptq`", (AWQ,), "gptq"),
     Cell("`awq` → `hf`", (AWQ,), "hf:dequantize=true"),
@@ -113,9 +116,9 @@ def try_cell(cell: Cell, source: Path, work: Path, run: Run) -> str:
 
 
 def read_refusal(output: str) -> str:
-    """Return the message of the line that refuses."""
+    """Return the message of the line that refuses, without what would work instead."""
     (message,) = re.findall(r"^error: (.*)$", output, re.MULTILINE)[-1:]
-    return str(message)
+    return str(message).partition("; passes that work on it")[0]
 
 
 def render_table(results: dict[str, dict[str, str]]) -> str:
@@ -139,6 +142,7 @@ def _render_columns(
         marks = []
         for cell in cells:
             found = own[cell.title].replace(family, "FAMILY").removesuffix(".")
+            found = re.sub(r"\bblock \d+", "block N", found)
             number = notes.setdefault(found, len(notes) + 1) if found != "yes" else 0
             marks.append(f"[{number}]" if number else "✓")
         yield f"| `{family}` | " + " | ".join(marks) + " |"

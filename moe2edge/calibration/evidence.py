@@ -34,7 +34,7 @@ class EvidenceObserver:
 
     For families of the table, outputs are those of the layer, and the rule of the router is known.
     For all others, outputs are the weighted sums of the experts' outputs, in front of all that
-    follows in the layer, and transformers' router is asked.
+    follows in the layer, and transformers' router is asked, unless it is found to take a softmax.
     """
 
     def __init__(self, tokens: int, most: int | None = None) -> None:
@@ -91,24 +91,32 @@ class EvidenceObserver:
             if self._router is None:
                 self._parts.append(make_part(gram, pull, routing.logits[rows], _get_rule(layer)))
             else:
-                self._ask(self._router, gram, pull, routing.logits[rows], own)
+                self._ask(layer, self._router, (gram, pull), routing.logits[rows], own)
 
     def _ask(
         self,
+        layer: MoELayer,
         router: StockRouter,
-        gram: Tensor,
-        pull: Tensor | None,
+        products: tuple[Tensor, Tensor | None],
         scores: Tensor,
         gap: Tensor | None,
     ) -> None:
-        """Add a part whose choices the router itself makes."""
+        """Add a part whose choices the router itself makes, unless it takes a plain softmax."""
+        gram, pull = products
         ids, weights = router.choose(scores, torch.ones(router.experts, dtype=torch.bool))
-        self._routed.append(RoutedPart(gram, pull, ids, weights, scores.clone()))
         # ``|Y + D|^2``, of which Y is the weighted sum of outputs.
         full = gram.new_zeros(scores.shape).scatter_add(1, ids, weights.float())
         self._square += float((torch.bmm(gram, full[:, :, None])[..., 0] * full).sum())
         if gap is not None and pull is not None:
             self._square += float(gap.double().square().sum() + 2 * (full * pull).sum())
+        if router.softmax is None:
+            self._routed.append(RoutedPart(gram, pull, ids, weights, scores.clone()))
+            return
+        renormalize, scale = router.softmax
+        gram.mul_(scale**2)
+        pull = None if pull is None else pull * scale
+        rule = RoutingRule(layer.router.top_k, renormalize)
+        self._parts.append(make_part(gram, pull, scores, rule))
 
     def _find_gap(self, trace: BlockTrace, source: BlockTrace) -> Tensor:
         """Return what outputs lack of those that they should be, [N, hidden]."""
@@ -125,8 +133,11 @@ class EvidenceObserver:
         experts, router = len(layer.experts), self._router
         parts, routed, sums = tuple(self._parts), tuple(self._routed), self._sums
         self._reset()
-        if router is None:
-            return SubsetEvidence(_get_rule(layer), experts, parts, *sums)
+        if router is None or router.softmax is not None:
+            rule = _get_rule(layer)
+            if router is not None and router.softmax is not None:
+                rule = RoutingRule(layer.router.top_k, router.softmax[0])
+            return SubsetEvidence(rule, experts, parts, *sums)
         groups = layer.router.groups
         # In groups each expert has a say: it is a part of the score of its group.
         local = groups == 1 and router.is_local

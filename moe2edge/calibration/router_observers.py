@@ -181,7 +181,8 @@ class RatioObserver(Resumable):
     def observe(self, trace: BlockTrace) -> None:
         """Add one batch of one block."""
         if trace.routing is not None:
-            weights = trace.routing.weights
+            # Not every router gives them in falling order.
+            weights = trace.routing.weights.sort(dim=1, descending=True).values
             ratios = weights[:, 1:] / weights[:, :1]
             self._ratios.setdefault(trace.block.origin, []).append(ratios)
 

@@ -63,6 +63,11 @@ class Architecture:
         return list_usual_names(self.model)
 
     @cached_property
+    def looks(self) -> dict[Any, Any]:
+        """Results of further looks at its layers, kept by those who look: see `traits`."""
+        return {}
+
+    @cached_property
     def anatomy(self) -> tuple[Anatomy, ...]:
         """Parts of each layer."""
         layers = find_layers(self.model)[1]

@@ -17,6 +17,8 @@ from torch.overrides import TorchFunctionMode
 
 from moe2edge.errors import Unsupported
 from moe2edge.model.anatomy import Anatomy
+from moe2edge.numerics.router_fit import route
+from moe2edge.numerics.subset_loss import RoutingRule
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,11 +72,14 @@ class _Scoring(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call ``func``, if it is none that multiplies with the matrix."""
         more = kwargs or {}
-        if func is not nn.functional.linear or args[1].data_ptr() != self._place:
+        if func is not nn.functional.linear:
+            return func(*args, **more)
+        given: list[Any] = [*args, *more.values()]
+        if given[1].data_ptr() != self._place:
             return func(*args, **more)
         if self._given:
             assert self.scores is not None
-            return self.scores.view(*args[0].shape[:-1], -1)
+            return self.scores.view(*given[0].shape[:-1], -1)
         found: Tensor = func(*args, **more)
         self.scores = found.flatten(0, -2)
         return found
@@ -179,10 +184,9 @@ class StockRouter:
 
     @cached_property
     def is_local(self) -> bool:
-        """True if an expert that is not chosen for a token has no say in what is."""
+        """True if experts that a token does not choose do not change its choice and weights."""
         draw, biases = torch.Generator().manual_seed(0), self._biases
-        scores = torch.randn(len(SPREADS), TOKENS, self.experts, generator=draw)
-        scores = (scores * torch.tensor(SPREADS)[:, None, None]).flatten(0, 1)
+        scores = self._draw_scores(draw)
         # The rule is tried, not this layer: with biases that change many choices.
         self._biases = [
             (t, axis, torch.randn(t.shape, generator=draw) / 4) for t, axis, _ in biases
@@ -191,6 +195,11 @@ class StockRouter:
             return self._is_local_on(scores)
         finally:
             self._biases = biases
+
+    def _draw_scores(self, draw: torch.Generator) -> Tensor:
+        """Draw scores of several spreads, [tokens, experts]."""
+        scores = torch.randn(len(SPREADS), TOKENS, self.experts, generator=draw)
+        return (scores * torch.tensor(SPREADS)[:, None, None]).flatten(0, 1)
 
     def _is_local_on(self, scores: Tensor) -> bool:
         everyone = torch.ones(self.experts, dtype=torch.bool)
@@ -208,6 +217,35 @@ class StockRouter:
         """Return the weight of each expert, [tokens, experts]."""
         ids, weights = self.choose(scores, kept)
         return weights.new_zeros(scores.shape).scatter_add(1, ids, weights)
+
+    @cached_property
+    def softmax(self) -> tuple[bool, float] | None:
+        """The rule, if it is the softmax of products with the layer's input, and the k best.
+
+        Whether their weights are scaled to sum to one, and a number that all weights are multiplied
+        with; None: the rule is another one.
+        """
+        draw = torch.Generator().manual_seed(0)
+        inputs = torch.randn(TOKENS, self._hidden, generator=draw)
+        if self._biases or self._stands_alone:
+            return None
+        if not torch.allclose(self.score(inputs), inputs @ self._matrix.T, rtol=1e-3, atol=1e-3):
+            return None
+        scores = torch.randn(TOKENS, self.experts, generator=draw)
+        found = self._spread(scores, torch.ones(self.experts, dtype=torch.bool))
+        for renormalize in (True, False):
+            plain, _ = route(scores.double(), RoutingRule(self.top_k, renormalize))
+            scale = float(found.sum() / plain.sum())
+            if torch.allclose(found, scale * plain, rtol=1e-4, atol=1e-6):
+                return renormalize, scale
+        return None
+
+    @cached_property
+    def normalizes(self) -> bool:
+        """True if the weights of the chosen experts have the same sum for every token."""
+        scores = self._draw_scores(torch.Generator().manual_seed(0))
+        sums = self.choose(scores, torch.ones(self.experts, dtype=torch.bool))[1].sum(1)
+        return torch.allclose(sums, sums[:1], rtol=1e-4)
 
     @cached_property
     def factor(self) -> float | None:

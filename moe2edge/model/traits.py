@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from moe2edge.model.architecture import Architecture, find_layers
 
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
     from moe2edge.model.model import Model
     from moe2edge.model.stock_router import StockRouter
 
+Found = TypeVar("Found")
 # Tokens and inner size with which an activation is tried.
 TRIED = (4, 8)
 
@@ -31,6 +31,8 @@ class Trait(Enum):
         UNBIASED: the matrices of experts have no biases.
         ROUTER: experts are scored by a matrix, and chosen by these scores, so that the router can
             be asked what it does when some of them go: see `StockRouter`.
+        SOFTMAX: these scores are products with the input of the layer, of which the router takes
+            the softmax and the k best, with no bias and no groups.
     """
 
     TABLE = "a family of the table"
@@ -38,10 +40,11 @@ class Trait(Enum):
     SILU = "experts that compute silu(gate) * up"
     UNBIASED = "experts without biases"
     ROUTER = "experts that are chosen by the scores of one matrix"
+    SOFTMAX = "a router without biases and groups that takes the softmax of its scores"
 
 
 def find_missing(model: Model, needs: Sequence[Trait]) -> tuple[Trait, str] | None:
-    """Find the first trait that a block of a model lacks, and where; None: none is missing.
+    """Find the first trait that a block of a model lacks, and say where; None: none is missing.
 
     Families of the table lack nothing. Other models are looked at block by block.
 
@@ -53,17 +56,27 @@ def find_missing(model: Model, needs: Sequence[Trait]) -> tuple[Trait, str] | No
     if not model.family.generic:
         return None
     if Trait.TABLE in needs:
-        return Trait.TABLE, f"{model.family.model_type} is none"
+        return Trait.TABLE, f"{model.family.model_type} is not"
     for need in needs:
         for block, _ in model.moe_blocks:
             if not _has(model.architecture, block.origin, need):
-                return need, f"those of block {block.index} are others"
+                return need, f"block {block.index} does not have"
     return None
 
 
-@lru_cache(maxsize=1024)
 def _has(architecture: Architecture, index: int, trait: Trait) -> bool:
-    return _FINDERS[trait](architecture, index)
+    return _look(architecture, index, _FINDERS[trait])
+
+
+def _look(
+    architecture: Architecture, index: int, at: Callable[[Architecture, int], Found]
+) -> Found:
+    """Return what a look at a layer finds, which looks once."""
+    key = (at.__name__, index)
+    if key not in architecture.looks:
+        architecture.looks[key] = at(architecture, index)
+    found: Found = architecture.looks[key]
+    return found
 
 
 def _is_gated(architecture: Architecture, index: int) -> bool:
@@ -95,10 +108,12 @@ def _computes_silu(architecture: Architecture, index: int) -> bool:
     return torch.allclose(experts._apply_gate(both), silu(gate) * up, rtol=1e-4, atol=1e-4)
 
 
-def _make_router(architecture: Architecture, index: int, top_k: int) -> StockRouter:
-    """Return the router of a layer, with numbers that only tell its rule."""
+def _make_bare_router(architecture: Architecture, index: int) -> StockRouter:
+    """Make the router of a layer of the source, with numbers that only tell its rule."""
     from moe2edge.model.stock_router import StockRouter
 
+    given = getattr(architecture.config, architecture.top_k_key)
+    top_k = int(given[index] if isinstance(given, list) else given)
     layer = find_layers(architecture.model)[1][index]
     return StockRouter(layer, architecture.anatomy[index], top_k)
 
@@ -108,17 +123,37 @@ def _chooses_by_scores(architecture: Architecture, index: int) -> bool:
     import torch
 
     count = architecture.anatomy[index].count
-    given = getattr(architecture.config, architecture.top_k_key)
-    top_k = int(given[index] if isinstance(given, list) else given)
     kept = torch.arange(count) % 4 < 3
     scores = torch.randn(TRIED[0], count, generator=torch.Generator().manual_seed(0))
     try:
-        router = _make_router(architecture, index, top_k)
+        router = _make_bare_router(architecture, index)
         ids, weights = router.choose(scores, kept)
     except (AttributeError, LookupError, RuntimeError, StopIteration, TypeError, ValueError):
         return False
-    whole = ids.shape == weights.shape == (TRIED[0], min(top_k, int(kept.sum())))
+    whole = ids.shape == weights.shape == (TRIED[0], min(router.top_k, int(kept.sum())))
     return whole and bool(kept[ids].all())
+
+
+def _takes_softmax(architecture: Architecture, index: int) -> bool:
+    return _chooses_by_scores(architecture, index) and bool(find_softmax(architecture, index))
+
+
+def find_softmax(architecture: Architecture, index: int) -> tuple[bool, float] | None:
+    """Find the rule of a router of the source that takes a softmax: see `StockRouter.softmax`."""
+    return _look(architecture, index, _read_softmax)
+
+
+def _read_softmax(architecture: Architecture, index: int) -> tuple[bool, float] | None:
+    return _make_bare_router(architecture, index).softmax
+
+
+def scales_to_one_sum(architecture: Architecture, index: int) -> bool:
+    """Return whether a router of the source gives all tokens weights of the same sum."""
+    return _look(architecture, index, _read_sum)
+
+
+def _read_sum(architecture: Architecture, index: int) -> bool:
+    return _make_bare_router(architecture, index).normalizes
 
 
 _FINDERS: Mapping[Trait, Callable[[Architecture, int], bool]] = {
@@ -126,4 +161,5 @@ _FINDERS: Mapping[Trait, Callable[[Architecture, int], bool]] = {
     Trait.SILU: _computes_silu,
     Trait.UNBIASED: _is_unbiased,
     Trait.ROUTER: _chooses_by_scores,
+    Trait.SOFTMAX: _takes_softmax,
 }

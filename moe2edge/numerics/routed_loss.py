@@ -1,7 +1,7 @@
 """Loss of an MoE layer that keeps some of its experts, for routers of any rule.
 
 The notation is that of `moe2edge.numerics.subset_loss`. The rule is not known: a function chooses
-among the experts that there are. Where it says that an expert that is not chosen has no say, only
+among the experts that there are. Where experts that are not chosen have no influence, only
 the tokens of an expert that goes choose anew.
 """
 
@@ -40,7 +40,7 @@ class RoutedEvidence(Evidence):
 
     Attributes:
         choose: the router.
-        local: whether an expert that is not chosen for a token has no say in what is.
+        local: whether experts that a token does not choose have no influence on its choice.
     """
 
     choose: Choose

@@ -48,3 +48,22 @@ def apply_skipping(
     if renormalize:
         kept = kept / kept.sum(-1, keepdim=True)
     return kept, skipped
+
+
+def skip_in_any_order(
+    weights: Tensor, skip_below: Sequence[float], *, renormalize: bool
+) -> tuple[Tensor, Tensor]:
+    """Apply dynamic skipping to weights [N, k] in any order, of any sum.
+
+    Args:
+        weights: [N, k].
+        skip_below: k - 1 thresholds.
+        renormalize: scale the remaining weights to the sum that all of them had.
+    """
+    falling, order = weights.sort(dim=1, descending=True, stable=True)
+    _, gone = apply_skipping(falling, skip_below, renormalize=False)
+    skipped = torch.zeros_like(gone).scatter(1, order, gone)
+    kept = weights.masked_fill(skipped, 0)
+    if renormalize:
+        kept = kept * (weights.sum(1, keepdim=True) / kept.sum(1, keepdim=True))
+    return kept, skipped

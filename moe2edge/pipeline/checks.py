@@ -147,11 +147,15 @@ def refuse_uneven_groups(
         possible = list_group_counts(len(layer.experts), groups, FEWEST_IN_GROUP)
         if groups == 1 or count in possible:
             continue
-        near = sorted(sorted(possible, key=lambda n: abs(n - count))[:2])
+        smaller = [number for number in possible if number < len(layer.experts)]
+        near = sorted(sorted(smaller, key=lambda n: abs(n - count))[:2])
+        advice = f"the nearest are {' and '.join(map(str, near))}"
+        if not smaller:
+            advice = f"there is no such number below {len(layer.experts)}, so leave {name} out"
         raise InputError(
             f"{name}: {option} {value} is {count} experts in block {block.index}, but "
             f"each of the {groups} groups of its router has to keep the same number, "
-            f"{FEWEST_IN_GROUP} at least; the nearest are {' and '.join(map(str, near))}"
+            f"{FEWEST_IN_GROUP} at least; {advice}"
         )
 
 

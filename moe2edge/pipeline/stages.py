@@ -63,10 +63,11 @@ def _check_needs(step: Pass, model: Model) -> None:
     from moe2edge.pipeline.registry import find_pass, list_passes
 
     trait, where = found
+    where += f" ({step.because})" if step.because else ""
     others = [name for name in list_passes() if not find_missing(model, find_pass(name).needs)]
     raise Unsupported(
-        f"{step.name} does not work on {model.family.model_type}: it needs {trait.value}, and "
-        f"{where}; passes that work on it: {', '.join(others)}"
+        f"{step.name} does not work on {model.family.model_type}: it needs {trait.value}, "
+        f"which {where}; passes that work on it: {', '.join(others)}"
     )
 
 

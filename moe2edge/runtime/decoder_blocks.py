@@ -7,6 +7,7 @@ are put in its place here, on the instance: no class of transformers is changed.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,8 +23,9 @@ from moe2edge.model.block import SECOND_NORM, Block
 from moe2edge.model.experts import PARTS, Dense, Expert, Linear, Replacement, Tied
 from moe2edge.model.layers import MoELayer, UnroutedMLP
 from moe2edge.model.model import Model
+from moe2edge.model.traits import scales_to_one_sum
 from moe2edge.model.weights import Weight
-from moe2edge.numerics.skipping import apply_skipping
+from moe2edge.numerics.skipping import apply_skipping, skip_in_any_order
 from moe2edge.runtime.mixed_experts import MixedExperts
 
 if TYPE_CHECKING:
@@ -95,11 +97,21 @@ def fit_layer(layer: Any, model: Model, block: Block) -> Any:
     """Give a decoder layer the form of its block. Call it under the device "meta"."""
     mlp = block.mlp
     if isinstance(mlp, MoELayer):
-        _resize_experts(layer, model.architecture.anatomy[block.origin], mlp)
+        anatomy = model.architecture.anatomy[block.origin]
+        _resize_experts(layer, anatomy, mlp)
+        if not anatomy.choices:
+            _set_top_k(layer, model.family.top_k_key, mlp.router.top_k)
         if not mlp.is_plain:
             path = str(model.architecture.anatomy[block.origin].experts)
             layer.set_submodule(path, MixedExperts(layer.get_submodule(path), mlp))
-        if mlp.router.skip_below:
+        if mlp.router.skip_below and model.family.generic:
+            with torch.device("cpu"):  # where its rule is tried
+                normalizes = scales_to_one_sum(model.architecture, block.origin)
+            experts = layer.get_submodule(str(anatomy.experts))
+            hook = _SkippedChoices(mlp.router_rows, mlp.router.skip_below, normalizes)
+            experts._is_expert_parallel = True
+            experts.skipping = experts.register_forward_pre_hook(hook)
+        elif mlp.router.skip_below:
             add_skipping(layer.mlp, mlp.router.skip_below, renormalize=mlp.router.renormalize)
     elif not _is_as_built(layer, model, block):
         if isinstance(mlp, Dense):
@@ -145,6 +157,15 @@ def _resize_experts(layer: Any, anatomy: Anatomy, mlp: MoELayer) -> None:
         _resize(module, name, getattr(module, name), axis, mlp.router_rows)
 
 
+def _set_top_k(layer: Any, key: str, top_k: int) -> None:
+    """Give modules that read the number of chosen experts while they run a config of their own."""
+    for module in layer.modules():
+        config = getattr(module, "config", None)
+        if getattr(config, key, top_k) != top_k:
+            module.config = copy.copy(config)
+            setattr(module.config, key, top_k)
+
+
 def _resize(module: Any, name: str, tensor: Tensor, axis: int, size: int) -> None:
     """Replace a parameter or buffer by an empty one of another size."""
     if tensor.shape[axis] == size:
@@ -181,6 +202,20 @@ class _SkippingHook:
         logits, weights, ids = out
         weights, skipped = apply_skipping(weights, self.skip_below, renormalize=self.renormalize)
         return logits, weights, ids.masked_fill(skipped, self.experts)
+
+
+@dataclass(frozen=True)
+class _SkippedChoices:
+    """Forward hook of the experts of families without a row; the same as `_SkippingHook`."""
+
+    experts: int
+    skip_below: tuple[float, ...]
+    renormalize: bool
+
+    def __call__(self, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x, ids, weights = args
+        weights, gone = skip_in_any_order(weights, self.skip_below, renormalize=self.renormalize)
+        return x, ids.masked_fill(gone, self.experts), weights
 
 
 def disable_skipping(model: nn.Module) -> None:

@@ -8,7 +8,7 @@ transformers' own code, at the layer's true index.
 from __future__ import annotations
 
 import copy
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -94,6 +94,41 @@ class LayerStage:
         for name, module in self._base.named_children():
             if name != "layers" and not any(p.is_meta for p in module.parameters()):
                 module.to(device)
+
+
+def measure_expert_scale(model: Model, block: Block) -> float | None:
+    """Measure by how much the experts' summed outputs are multiplied in the output of a block.
+
+    The layer runs with zeros in place of its numbers; no memory is taken for them.
+
+    Returns:
+        The number; None: more is done to them, such as a norm.
+    """
+    stage = LayerStage(model, block)
+    experts = stage.layer.get_submodule(str(model.architecture.anatomy[block.origin].experts))
+    for module in stage.layer.modules():
+        if module is experts:
+            continue
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and tensor.is_meta:
+                    zeros = torch.zeros(tensor.shape, dtype=tensor.dtype)
+                    made = isinstance(tensor, nn.Parameter)
+                    tensors[name] = nn.Parameter(zeros, requires_grad=False) if made else zeros
+    hidden = torch.randn(1, 2, model.embedding.shape[1], generator=torch.Generator().manual_seed(0))
+    found = []
+    for value in (0.0, 1.0, -2.0):
+        experts.forward = partial(_give, value)
+        with torch.no_grad():
+            found.append(stage.run(hidden).double())
+    one, other = found[1] - found[0], found[2] - found[0]
+    scale = float(one.flatten()[0])
+    same = torch.allclose(one, one.new_full((), scale), atol=1e-5)
+    return scale if scale and same and torch.allclose(other, -2 * one, atol=1e-5) else None
+
+
+def _give(value: float, x: Tensor, *_: Any, **__: Any) -> Tensor:
+    return torch.full_like(x, value)
 
 
 class _Scenery:
