@@ -122,6 +122,27 @@ class _Call:
     output: Any
 
 
+class _StandIn:
+    """Takes the place of a layer's experts: a linear map, times numbers by what was chosen.
+
+    It knows no layer, which is freed when its trial ends.
+
+    Attributes:
+        columns: scales of the columns of the map, [in].
+    """
+
+    def __init__(self, matrix: Tensor, factors: Tensor) -> None:
+        """Make it of the map [out, in], and of a number for each row of the router and for none."""
+        self._matrix, self._factors = matrix, factors
+        self.columns = torch.ones(matrix.shape[1])
+
+    def run(self, inputs: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """Return the outputs, in the shape of the inputs."""
+        out = nn.functional.linear(inputs * self.columns, self._matrix)
+        factors = (self._factors[ids] * weights.float()).sum(-1)
+        return out * factors.reshape(*out.shape[:-1], 1)
+
+
 class _Trial:
     """A layer with random numbers, which is run with and without scales.
 
@@ -156,10 +177,9 @@ class _Trial:
         if anatomy.experts is not None and isinstance(block.mlp, MoELayer):
             self.experts = self._layer.get_submodule(anatomy.experts)
             outs, ins = block.mlp.experts[0].down.shape[0], block.mlp.experts[0].up.shape[1]
-            self._columns = torch.ones(ins)
-            self._matrix = self._fill((outs, ins), size)
-            self._factors = torch.randn(block.mlp.router_rows + 1, generator=self._draw)
-            self.experts.forward = self._run_experts
+            factors = torch.randn(block.mlp.router_rows + 1, generator=self._draw)
+            self._stand_in = _StandIn(self._fill((outs, ins), size), factors)
+            self.experts.forward = self._stand_in.run
         hidden = model.family.geometry(model.config).hidden
         self._hidden = torch.randn(1, TRIED_TOKENS, hidden, generator=self._draw)
         self._calls: dict[str, list[_Call]] = {}
@@ -171,12 +191,6 @@ class _Trial:
             return torch.rand(shape, generator=self._draw) + 0.5
         drawn = torch.randn(sum(shape), generator=self._draw) * (size / math.sqrt(shape[-1]))
         return drawn.as_strided(shape, (1,) * len(shape)).clone()
-
-    def _run_experts(self, inputs: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        """Stand in for experts: a linear map, times numbers that depend on what was chosen."""
-        out = nn.functional.linear(inputs * self._columns, self._matrix)
-        factors = (self._factors[ids] * weights.float()).sum(-1)
-        return out * factors.reshape(*out.shape[:-1], 1)
 
     @torch.no_grad()
     def _watch(self) -> Tensor:
@@ -304,7 +318,7 @@ class _Trial:
                 put(parameter, (parameter.data + offset) / rows - offset)
             for name in place.consumers:
                 if name == EXPERTS:
-                    self._columns = self._columns * spread
+                    self._stand_in.columns = self._stand_in.columns * spread
                 else:
                     parameter = self._layer.get_parameter(name)
                     put(parameter, parameter.data * spread)
@@ -314,7 +328,7 @@ class _Trial:
             for parameter, numbers in reversed(changed):
                 parameter.data = numbers
             if self.experts is not None:
-                self._columns = torch.ones_like(self._columns)
+                self._stand_in.columns = torch.ones_like(self._stand_in.columns)
         given = _take_first(expected)
         if not given.is_floating_point():  # choices, which do not show what they depend on
             return False

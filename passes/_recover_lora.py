@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from moe2edge.errors import InputError
+from moe2edge.errors import InputError, Unsupported, join_lines
 
 if TYPE_CHECKING:
     from torch import nn
@@ -17,8 +17,7 @@ if TYPE_CHECKING:
 ADAPTER = ".lora_"
 # Matrices of MLPs without experts. Given as modules, peft mistakes these names for those of experts
 # in some families and adapts experts instead; given as parameters, it does not (peft 0.21).
-# It refuses these modules of some state-space models, whose kernels read the matrix itself.
-AS_PARAMETERS = ("gate_proj.weight", "up_proj.weight", "down_proj.weight", "out_proj.weight")
+MLP_MATRICES = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
 
 
 def check_installed() -> None:
@@ -31,6 +30,21 @@ def check_installed() -> None:
         raise InputError(
             "recover: train: lora needs peft, which is not installed: pip install 'peft>=0.17'"
         )
+
+
+def check_adapts(model: Any, adapted: Sequence[str], rank: int) -> None:
+    """Check that peft takes a model; ``model``, on the meta device, is of no use afterwards.
+
+    Raises:
+        Unsupported: it does not, as with modules of some state-space models.
+    """
+    try:
+        adapt(model, adapted, (), rank, 0)
+    except (AssertionError, ValueError) as error:
+        raise Unsupported(
+            f"recover: train: lora does not work on {model.config.model_type}, as peft says: "
+            f"{join_lines(error)}; set train: experts, router or full"
+        ) from error
 
 
 def adapt(
@@ -51,7 +65,7 @@ def adapt(
     import torch
     from peft import LoraConfig, get_peft_model
 
-    modules = {n for n in adapted if n.endswith(".weight") and not n.endswith(AS_PARAMETERS)}
+    modules = {n for n in adapted if n.endswith(".weight") and not n.endswith(MLP_MATRICES)}
     fused = [name for name in adapted if name not in modules]
     config = LoraConfig(
         r=rank,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from moe2edge.errors import InputError
+from moe2edge.model.architecture import build_meta_model
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model
 from moe2edge.model.traits import Trait
@@ -181,8 +182,8 @@ class Recover(Train):
             self._check_lora(model)
 
     def _check_lora(self, model: Model) -> None:
-        """Refuse to continue without peft, and ranks above those of matrices."""
-        from moe2edge.passes._recover_lora import check_installed
+        """Refuse to continue without peft, ranks above those of matrices, and what peft refuses."""
+        from moe2edge.passes._recover_lora import check_adapts, check_installed
 
         check_installed()
         adapted = [
@@ -197,6 +198,11 @@ class Recover(Train):
                 f"recover: lora_rank {self.lora_rank}, but {smallest.name} is "
                 f"{list(smallest.shape)}; choose at most {min(smallest.shape)}"
             )
+        if model.family.generic:
+            from moe2edge.passes._recover_parameters import select_parameters
+
+            names = select_parameters(model, self._selection.takes_anywhere)
+            check_adapts(build_meta_model(model.architecture.config), names, self.lora_rank)
 
     def check_text(self, text: TextSize) -> None:
         """Refuse fewer samples than are held out and in a step."""

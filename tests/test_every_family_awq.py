@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from moe2edge.model.model import Model
 from moe2edge.numerics import awq_scales
 from moe2edge.numerics.rounding import round_to_nearest
 from moe2edge.passes import _awq_folding
-from moe2edge.passes._awq_trials import find_places_by_trial
+from moe2edge.passes._awq_trials import TRIALS, _Trial, find_places_by_trial
 from moe2edge.passes.awq import Awq
 from moe2edge.pipeline.blockwise import solve_blocks
 from moe2edge.pipeline.contract import Outcome
@@ -148,6 +150,20 @@ def test_scales_are_what_a_norm_that_adds_one_is_divided_by(dtype: torch.dtype) 
     torch.testing.assert_close(quotients[changed], exact[changed], rtol=0, atol=1e-6)
     close = (quotients + 1).abs() > 0.25  # elsewhere the stored numbers are far apart
     assert ((found / scales)[close] - 1).abs().max() < 0.02
+
+
+def test_a_layer_is_freed_when_its_trial_ends(tmp_path: Path) -> None:
+    """At once, not when garbage is collected: two layers may not fit."""
+    model = open_tiny(tmp_path / "source", "qwen3_next")
+    gc.disable()
+    try:
+        trial = _Trial(model, model.blocks[0], *TRIALS[0])
+        trial.fit_norms(list(trial.list_norms()))
+        layer = weakref.ref(trial._layer)
+        del trial
+        assert layer() is None
+    finally:
+        gc.enable()
 
 
 # ---- choosing ------------------------------------------------------------------------------------

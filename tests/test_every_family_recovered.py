@@ -10,6 +10,8 @@ import torch
 
 from every_family import GENERIC, keep_six, make_folder, run_stock, walk_over
 from helpers import search
+from moe2edge.errors import Unsupported
+from moe2edge.model.block import is_quantizable
 from moe2edge.model.model import Model
 from moe2edge.model.transformers_config import find_class
 from moe2edge.passes._recover_parameters import (
@@ -25,7 +27,7 @@ from moe2edge.passes.recover import Recover
 from moe2edge.pipeline.contract import Outcome
 from moe2edge.runtime.load import build_transformers_model
 from moe2edge.storage.checkpoint import open_checkpoint
-from moe2edge.testing import QUICK_TRAINING, InMemory
+from moe2edge.testing import QUICK_TRAINING, InMemory, read_all_numbers
 from moe2edge.testing import make_learnable_text as text
 
 # Kinds of experts, of routers and of mixers, each once.
@@ -78,6 +80,26 @@ def test_held_out_text_becomes_likelier(family: str, tmp_path: Path) -> None:
         perplexity["after"], rel=1e-4
     )
     assert (run_stock(loaded) - walk_over(outcome.model)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("family", MARKED)
+def test_adapters_are_trained_or_refused(family: str, tmp_path: Path) -> None:
+    make_folder(tmp_path / "source", family)
+    model = open_checkpoint(tmp_path / "source").model
+    options: dict[str, Any] = {"train": "lora", "lora_rank": 2}
+    if family == "nemotron_h":
+        with pytest.raises(Unsupported, match=r"lora does not work on nemotron_h.*set train: exp"):
+            recover(model, **options)
+        return
+    outcome = recover(model, steps=4, learning_rate=1e-2, **options)
+    if not outcome.figures["best_step"]:  # nothing beat the random model
+        assert family == "hy_v3"
+        return
+    before, after = read_all_numbers(model), read_all_numbers(outcome.model)
+    changed = {role for (n, role), old in before.items() if not torch.equal(old, after[n, role])}
+    assert changed
+    assert all(is_quantizable(role) for role in changed)
+    assert {"experts.0.up", "experts.0.down"} < changed
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "qwen3_next"])

@@ -360,7 +360,7 @@ def test_plain_mlps_get_adapters(tiny: Make, family: str) -> None:
 def test_adapters_elsewhere_are_seen(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     model = open_checkpoint(str(tiny("olmoe"))).model
     model = model.replace_block(model.blocks[1].keep_experts((4,), clamp_top_k=True))
-    monkeypatch.setattr(lora, "AS_PARAMETERS", ())
+    monkeypatch.setattr(lora, "MLP_MATRICES", ())
     with pytest.raises(AssertionError, match=r"adapters, expected"):
         recovered(model, train="lora")
 

@@ -93,7 +93,8 @@ def _make_meter() -> Any:
                 if isinstance(one, torch.Tensor) and one.numel() > LARGEST_TENSOR:
                     raise InputError(
                         "config.json: transformers' model of it computes a tensor of shape "
-                        f"{list(one.shape)} for {TRIAL_TOKENS} tokens; correct the size that is too large"
+                        f"{list(one.shape)} for {TRIAL_TOKENS} tokens; correct the size that is "
+                        "too large"
                     )
             return found
 
