@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -11,6 +11,8 @@ from torch import Tensor
 from moe2edge.calibration import walk
 from moe2edge.model.model import Model
 from moe2edge.model.transformers_config import find_class
+from moe2edge.storage.checkpoint import open_checkpoint
+from moe2edge.targets.hf import Hf
 
 EXPERTS, CHOSEN = 8, 2
 KEPT = (0, 1, 3, 4, 6, 7)  # of eight, the same number of each half
@@ -109,7 +111,7 @@ def make_model(family: str, **changes: Any) -> Any:
     model = find_class(config)._from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.numel() == 1 or parameter.std() == 0:  # biases and norms
+            if parameter.numel() < 2 or parameter.std() == 0:  # biases and norms
                 parameter.add_(torch.randn_like(parameter) * 0.05)
         for name, buffer in model.named_buffers():
             if "bias" in name and buffer.is_floating_point():
@@ -143,3 +145,32 @@ def keep_six(model: Model) -> Model:
     for block, _ in model.moe_blocks:
         model = model.replace_block(block.keep_experts(KEPT))
     return model
+
+
+def check_walk_and_trimming(stock: Any, folder: Path) -> None:
+    """Compare a walk over ``folder/source`` with transformers' model, whole and trimmed.
+
+    Transformers gives the logits of the walk, and so it does from what was written, to the bit.
+    """
+    model = open_checkpoint(folder / "source").model
+    assert (walk_over(model) - run_stock(stock)).abs().max() <= 1e-6
+    trimmed = keep_six(model)
+    out = folder / "out"
+    out.mkdir()
+    target = Hf()
+    target.accepts(trimmed)
+    target.write(trimmed, out)
+    again, found = type(stock).from_pretrained(
+        out, output_loading_info=True, dtype=torch.float32, local_files_only=True
+    )
+    assert not any(found.values()), found
+    expected = walk_over(trimmed)
+    assert torch.equal(run_stock(again.eval()), expected)
+    assert torch.equal(walk_over(target.streamed(out)), expected)
+    reopened = target.reopen(out, exact=True).logits(IDS)
+    assert (reopened - expected).abs().max() <= 1e-5
+    written = dict(target.tensors(out))
+    tensors = {name: weight for name, _, weight in trimmed.tensors()}
+    assert written.keys() == tensors.keys()
+    for name, weight in tensors.items():
+        assert torch.equal(cast(Tensor, written[name]), weight.load())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -136,14 +136,34 @@ def rename(stem: str, form: str) -> str:
     return re.sub(r"w[123]$", lambda found: parts[found[0]], stem)
 
 
+def split_experts(name: str, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield single experts of a tensor [experts, out, in] of all, or the tensor itself."""
+    tensor, (stem, _, kind) = tensors[name], name.rpartition(".")
+    if (
+        tensor.ndim != 3
+        or not stem.endswith("experts")
+        or kind not in ("gate_up_proj", "down_proj")
+    ):
+        yield name, tensor
+        return
+    parts = ("gate_proj", "up_proj") if kind == "gate_up_proj" else ("down_proj",)
+    for n, expert in enumerate(tensor):
+        for part, matrix in zip(parts, expert.chunk(len(parts)), strict=True):
+            yield f"{stem}.{n}.{part}.weight", matrix.contiguous()
+
+
 def quantize_folder(source: Path, out: Path, form: str) -> dict[str, dict[str, Tensor]]:
-    """Write a checkpoint in another format; return the parts of each matrix by its plain name."""
+    """Write a checkpoint in another format; return the parts of each matrix by its plain name.
+
+    Matrices whose rows are no whole groups stay as they are, as in the programs themselves.
+    """
     out.mkdir()
     written: dict[str, Tensor] = {}
     parts: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in load_file(source / "model.safetensors").items():
+    tensors = load_file(source / "model.safetensors")
+    for name, tensor in {k: v for old in tensors for k, v in split_experts(old, tensors)}.items():
         stem = rename(name.removesuffix(".weight"), form)
-        if not MATRIX.fullmatch(name):
+        if not MATRIX.fullmatch(name) or tensor.shape[1] % GROUP or len(tensor) % 8:
             written[f"{stem}.weight" if name.endswith(".weight") else stem] = tensor
             continue
         parts[name] = {k: v.contiguous() for k, v in ENCODERS[form](tensor.float()).items()}

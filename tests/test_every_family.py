@@ -8,7 +8,7 @@ import re
 import weakref
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +17,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CONFIG_MAPPING
 
-from every_family import GENERIC, IDS, TABLED, keep_six, make_folder, run_stock, walk_over
+from every_family import (
+    GENERIC,
+    IDS,
+    TABLED,
+    check_walk_and_trimming,
+    make_folder,
+)
 from moe2edge.calibration.observation import Facts
 from moe2edge.calibration.similarity import BlockSimilarity
 from moe2edge.calibration.walk import BlockRunner, embed
@@ -27,7 +33,6 @@ from moe2edge.model.hf_config import build_transformers_dict
 from moe2edge.passes.block_drop import BlockDrop
 from moe2edge.runtime.memory import UNLIMITED
 from moe2edge.storage.checkpoint import open_checkpoint
-from moe2edge.targets.hf import Hf
 
 # Models with such experts of which transformers has no causal language model.
 WITHOUT_CLASS = {
@@ -41,30 +46,7 @@ NEWER = {"hy_v4_vl"}
 
 @pytest.mark.parametrize("family", [*TABLED, *GENERIC])
 def test_a_family_is_walked_trimmed_and_read_back(family: str, tmp_path: Path) -> None:
-    """The walk gives transformers' logits, and so does transformers from what was written."""
-    stock = make_folder(tmp_path / "source", family)
-    model = open_checkpoint(tmp_path / "source").model
-    assert (walk_over(model) - run_stock(stock)).abs().max() <= 1e-6
-    trimmed = keep_six(model)
-    out = tmp_path / "out"
-    out.mkdir()
-    target = Hf()
-    target.accepts(trimmed)
-    target.write(trimmed, out)
-    again, found = type(stock).from_pretrained(
-        out, output_loading_info=True, dtype=torch.float32, local_files_only=True
-    )
-    assert not any(found.values()), found
-    expected = walk_over(trimmed)
-    assert torch.equal(run_stock(again.eval()), expected)
-    assert torch.equal(walk_over(target.streamed(out)), expected)
-    reopened = target.reopen(out, exact=True).logits(IDS)
-    assert (reopened - expected).abs().max() <= 1e-5
-    written = dict(target.tensors(out))
-    tensors = {name: weight for name, _, weight in trimmed.tensors()}
-    assert written.keys() == tensors.keys()
-    for name, weight in tensors.items():
-        assert torch.equal(cast(Tensor, written[name]), weight.load())
+    check_walk_and_trimming(make_folder(tmp_path / "source", family), tmp_path)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "qwen3_next", "gemma4_text"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,13 +15,14 @@ import psutil
 import pytest
 import torch
 
+from every_family import make_folder
 from helpers import run, write_text
 from moe2edge.calibration import tokens
 from moe2edge.cli.common import parse_bytes
 from moe2edge.errors import DoesNotFit
 from moe2edge.runtime import memory
 from moe2edge.runtime.memory import IMPORTED, SOLVED_TOGETHER_BYTES, Estimate, Memory
-from moe2edge.testing import Make
+from moe2edge.testing import Make, make_tokenizer
 
 
 def test_hidden_states_beyond_their_share_go_to_an_unnamed_file(tmp_path: Path) -> None:
@@ -118,6 +120,17 @@ def test_limits_on_the_command_line(tiny: Make, tmp_path: Path) -> None:
     assert code == 0, said
 
 
+def export_peak(model: Path, out: Path, text: Path, limit: str, *more: str) -> int:
+    """Export to gptq in a process of its own, and return its peak memory."""
+    command = [sys.executable, "-m", "moe2edge", "export", str(model), "-t", "gptq"]
+    command += ["-o", str(out), "--max-memory", limit, "--eval", "none"]
+    command += ["--calib", str(text), "--threads", "1"]
+    command += ["--set", "calibration.samples=4", "--set", "calibration.length=64", *more]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return int(json.loads((out / "report.json").read_text())["peak_bytes"])
+
+
 @pytest.mark.slow
 def test_memory_does_not_grow_with_blocks(tiny: Make, tmp_path: Path) -> None:
     """Less than a quarter of what six more blocks take on the disk."""
@@ -135,16 +148,29 @@ def test_memory_does_not_grow_with_blocks(tiny: Make, tmp_path: Path) -> None:
             initializer_range=0.02,
         )
         sizes.append(sum(path.stat().st_size for path in model.glob("*.safetensors")))
-        out = tmp_path / f"out-{blocks}"
-        command = [sys.executable, "-m", "moe2edge", "export", str(model), "-t", "gptq"]
-        command += ["-o", str(out), "--max-memory", "1.2GB", "--eval", "none"]
-        command += ["--calib", str(text), "--threads", "1"]
-        command += ["--set", "calibration.samples=4", "--set", "calibration.length=64"]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        peaks.append(json.loads((out / "report.json").read_text())["peak_bytes"])
+        peaks.append(export_peak(model, tmp_path / f"out-{blocks}", text, "1.2GB"))
     assert sizes[1] - sizes[0] > 150e6
     assert peaks[1] - peaks[0] < (sizes[1] - sizes[0]) / 4
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_where_one_tensor_holds_all_experts(tmp_path: Path) -> None:
+    """Less than a tenth from 8 to 16 blocks, where the result is too large to be run whole."""
+    text, recipe = tmp_path / "text.txt", tmp_path / "recipe.yaml"
+    write_text(text)
+    recipe.write_text("passes:\n  - gptq: {bits: 4, group_size: -1}\n")
+    peaks = []
+    for blocks in (8, 16):
+        model = tmp_path / f"source-{blocks}"
+        sizes = {"hidden_size": 512, "moe_intermediate_size": 512, "num_experts": 16}
+        sizes |= {"num_attention_heads": 8, "head_dim": 64, "num_hidden_layers": blocks}
+        kinds = ["linear_attention", "full_attention"] * (blocks // 2)
+        make_folder(model, "qwen3_5_moe_text", **sizes, layer_types=kinds, initializer_range=0.02)
+        make_tokenizer(model)
+        more = ("-r", str(recipe))
+        peaks.append(export_peak(model, tmp_path / f"out-{blocks}", text, "0.7GB", *more))
+        shutil.rmtree(model)
+    assert peaks[1] < 1.1 * peaks[0]
 
 
 RUN = """

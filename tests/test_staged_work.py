@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -133,3 +135,24 @@ def test_gptq_solves_a_block_as_the_work_of_the_table_does(family: str, tiny: Ma
         if role.startswith("shared."):
             continue
         assert torch.equal(found.q, expected[role].quantized().q), role
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss", "mixtral"])
+def test_the_work_on_a_block_is_freed_without_a_collection(family: str, tmp_path: Path) -> None:
+    """Nothing that is hooked into a layer points back at it."""
+    make_folder(tmp_path, family)
+    model = open_checkpoint(tmp_path).model
+    block = model.blocks[1]
+    tally = SolverProgress("test", lambda *_: None, model, IDS.numel())
+    tally.begin(block)
+    gc.collect()
+    gc.disable()
+    try:
+        work = StagedWork(model, block, Recorder(), tally, UNLIMITED)
+        work.run(walk.embed(model, IDS))
+        numbers = [weakref.ref(p) for p in work._layer.parameters() if not p.is_meta]
+        assert numbers
+        del work
+        assert not any(reference() is not None for reference in numbers)
+    finally:
+        gc.enable()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -89,7 +90,9 @@ def build_meta_model(config: Any) -> Any:
 
     kind = find_class(config)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), warnings.catch_warnings():
+            # A shared expert of width 0, of which torch says that there is nothing to initialize.
+            warnings.filterwarnings("ignore", "Initializing zero-element")
             return kind._from_config(copy.deepcopy(config), dtype=torch.float32).eval()
     except MemoryError:
         raise

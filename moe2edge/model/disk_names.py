@@ -22,6 +22,7 @@ class DiskNames:
     def __init__(self, architecture: Architecture, names: Iterable[str]) -> None:
         """Map the names of the tensors in files; integers count as the matrix that they are."""
         self._architecture = architecture
+        self._split_names: dict[tuple[int, int, str], tuple[str, str]] = {}
         plain = {get_plain_name(name): name for name in names}
         self.stored = map_names(architecture.model, plain)
         used = {name for one in self.stored.values() for part in one.names for name in part}
@@ -46,10 +47,10 @@ class DiskNames:
     def _list_single(self, origin: int, count: int | None = None) -> Iterator[str]:
         """Yield the names of all tensors of single experts of a layer, or of the first ones."""
         anatomy = self._architecture.anatomy[origin]
-        layer = f"{self._architecture.layers_path}.{origin}"
-        for n in range(anatomy.count if count is None else count):
-            for part in _get_form(anatomy).parts:
-                yield self._get_expert_name(layer, anatomy, n, part)
+        for part in _get_form(anatomy).parts:
+            before, behind = self._split_expert_name(origin, origin, part)
+            for n in range(anatomy.count if count is None else count):
+                yield f"{before}{n}{behind}"
 
     def list_carried(self, given: Mapping[str, Any]) -> list[str]:
         """List the tensors of other parts of a model than the text model.
@@ -110,15 +111,29 @@ class DiskNames:
             name = self.find(f"{layer}.{anatomy.roles[role]}").name
         elif kind == "experts":
             n, _, part = rest.partition(".")
-            name = self._get_expert_name(layer, anatomy, int(n), part)
+            before, behind = self._split_expert_name(index, origin, part)
+            return f"{before}{n}{behind}"
         elif kind == "dense":
             name = f"{self._find_place(layer, anatomy)}.{anatomy.moe}.{rest}_proj.weight"
         else:
             name = f"{self._get_moe_name(layer, anatomy)}.{role}"
         return replace_number(name, origin, index)
 
-    def _get_expert_name(self, layer: str, anatomy: Anatomy, n: int, part: str) -> str:
-        """Return the name in files of a tensor of one expert.
+    def _split_expert_name(self, index: int, origin: int, part: str) -> tuple[str, str]:
+        """Return what stands before and behind the number of an expert in a name in files.
+
+        Names are asked for by the ten thousand, so they are kept.
+        """
+        key = (index, origin, part)
+        if key not in self._split_names:
+            layer = f"{self._architecture.layers_path}.{origin}"
+            name = self._get_expert_name(layer, self._architecture.anatomy[origin], part)
+            place = list(NUMBER.finditer(replaced := replace_number(name, origin, index)))[-1]
+            self._split_names[key] = replaced[: place.start()], replaced[place.end() :]
+        return self._split_names[key]
+
+    def _get_expert_name(self, layer: str, anatomy: Anatomy, part: str) -> str:
+        """Return the name in files of a tensor of the first expert, whatever its number is.
 
         Where files have one tensor of all, it is the one that transformers reads as well, or else
         that of programs which quantize: one module for each expert, below that of all.
@@ -132,10 +147,9 @@ class DiskNames:
             check_steps(matrix, form)
             name = form.names[1 if part.startswith("up") and len(form.names) > 1 else 0][0]
             name = name if form is stored else self._place(name, layer, anatomy)
-            # The first that there is; a folder may lack that of expert 0.
-            return replace_number(name, None, n, last=True)
+            return name
         end = f"{part.removesuffix('_bias')}_proj.{'bias' if bias else 'weight'}"
-        return f"{self._find_place(layer, anatomy)}.{anatomy.experts}.{n}.{end}"
+        return f"{self._find_place(layer, anatomy)}.{anatomy.experts}.0.{end}"
 
     def has_single_experts(self, origin: int, anatomy: Anatomy) -> bool:
         """Return whether files have tensors of single experts in a layer."""
@@ -205,14 +219,16 @@ def get_plain_name(name: str) -> str:
     return name
 
 
-def replace_number(name: str, old: int | None, new: int, *, last: bool = False) -> str:
-    """Replace a number between points, the first or the last that is ``old``; None: any.
+def replace_number(name: str, old: int, new: int) -> str:
+    """Replace the first number between points that is ``old``.
 
-    >>> replace_number("model.layers.0.mlp.experts.0.up_proj.weight", 0, 7, last=True)
-    'model.layers.0.mlp.experts.7.up_proj.weight'
+    >>> replace_number("model.layers.0.mlp.experts.0.up_proj.weight", 0, 7)
+    'model.layers.7.mlp.experts.0.up_proj.weight'
+
+    Raises:
+        ValueError: there is none.
     """
-    places = [found for found in NUMBER.finditer(name) if old in (None, int(found.group()))]
-    if not places:
+    found = next((one for one in NUMBER.finditer(name) if int(one.group()) == old), None)
+    if found is None:
         raise ValueError(f"{name} has no number {old}")
-    found = places[-1 if last else 0]
     return f"{name[: found.start()]}{new}{name[found.end() :]}"

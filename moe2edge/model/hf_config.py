@@ -336,8 +336,12 @@ def _build_generic_config(model: Model) -> dict[str, Any]:
     if shapes:
         rows, top_k = max(shapes)
         for key, value in ((model.family.experts_key[0], rows), (model.family.top_k_key, top_k)):
-            old = config[key]
-            config[key] = [value] * len(old) if isinstance(old, list) else value
+            if isinstance(old := config[key], list):
+                found = {b.index: (m.router_rows, m.router.top_k) for b, m in model.moe_blocks}
+                place = 0 if key == model.family.experts_key[0] else 1
+                config[key] = [found[n][place] if n in found else own for n, own in enumerate(old)]
+            else:
+                config[key] = value
     if not model.is_uniform:
         if config.get("per_layer_config"):
             raise Unsupported(

@@ -78,8 +78,12 @@ class Model:
 
     @property
     def is_uniform(self) -> bool:
-        """True if all MoE layers have one size, and every block a form that the family knows."""
-        sizes = {(m.router_rows, m.router.top_k) for _, m in self.moe_blocks}
+        """True if all MoE layers have one size, and every block a form that the family knows.
+
+        Where the config lists top-k by layer, it may differ.
+        """
+        listed = isinstance(self.config.get(self.family.top_k_key), list)
+        sizes = {(m.router_rows, 0 if listed else m.router.top_k) for _, m in self.moe_blocks}
         return len(sizes) <= 1 and all(is_stock_form(self, b) for b in self.blocks)
 
     @property

@@ -54,6 +54,27 @@ class _Taken(Exception):
     """Ends a run of the layer once what a module gets is known."""
 
 
+class _KnownOutputs:
+    """Takes the place of a layer's experts. It knows no layer, which is freed with its block.
+
+    Attributes:
+        outputs: sum of the outputs of all experts, [tokens, size]; None: they are not solved yet.
+        at: the first token of the batch that runs.
+    """
+
+    def __init__(self) -> None:
+        self.outputs: Tensor | None = None
+        self.at = 0
+
+    def give(self, inputs: Tensor, *_: Any, **__: Any) -> Tensor:
+        """Return the outputs of the experts for the batch that runs; zeros until they are known."""
+        if self.outputs is None:
+            return torch.zeros_like(inputs)
+        count = inputs.shape[:-1].numel()
+        found = self.outputs[self.at : self.at + count]
+        return found.view(*inputs.shape[:-1], -1).to(inputs.device, inputs.dtype)
+
+
 class StagedWork(BlockWork):
     """The work on one block of any family."""
 
@@ -69,9 +90,7 @@ class StagedWork(BlockWork):
                 name = find_module_name(self._anatomy, role)
                 assert name is not None, "a matrix without a module"
                 self._roles.setdefault(name.removesuffix(".weight"), []).append(role)
-        # Sum of the outputs of all experts, [tokens, size]; None: they are not solved yet.
-        self._outputs: Tensor | None = None
-        self._at = 0
+        self._known = _KnownOutputs()
 
     @torch.no_grad()
     def run(self, hidden: Tensor) -> Mapping[str, Quantized | Tensor]:
@@ -104,20 +123,12 @@ class StagedWork(BlockWork):
         self._stage.to(self.device)
         if self._anatomy.experts is not None:
             self._experts: Any = self._layer.get_submodule(self._anatomy.experts)
-            self._experts.forward = self._give_outputs
+            self._experts.forward = self._known.give
 
     def _run_stage(self, hidden: Tensor, part: slice) -> Tensor:
         """Return the output of the layer for one batch of the hidden states."""
-        self._at = part.start * hidden.shape[1]
+        self._known.at = part.start * hidden.shape[1]
         return self._stage.run(hidden[part].to(self.device))
-
-    def _give_outputs(self, inputs: Tensor, *_: Any, **__: Any) -> Tensor:
-        """Return the outputs of the experts for the batch that runs; zeros until they are known."""
-        if self._outputs is None:
-            return torch.zeros_like(inputs)
-        count = inputs.shape[:-1].numel()
-        found = self._outputs[self._at : self._at + count]
-        return found.view(*inputs.shape[:-1], -1).to(inputs.device, inputs.dtype)
 
     def _watch_steps(self, hidden: Tensor) -> Steps:
         """Run one sample, and return which modules are used, in their order."""
@@ -227,7 +238,7 @@ class StagedWork(BlockWork):
                 )
             )  # fmt: skip
         self.solve_experts(layer, mlps, outputs)
-        self._outputs = outputs
+        self._known.outputs = outputs
 
     def _list_routed(self, inputs: Tensor, tokens: Tensor, weights: Tensor) -> Batches:
         """Return the inputs of some tokens, from those of all, with the weights of outputs."""

@@ -313,7 +313,8 @@ def check_finite(name: str, numbers: Tensor) -> Tensor:
         InputError: some are not finite.
     """
     # Minimum and maximum are not finite if any number is not.
-    if not all(bool(torch.isfinite(end)) for end in torch.aminmax(numbers)):
+    ends = torch.aminmax(numbers) if numbers.numel() else ()
+    if not all(bool(torch.isfinite(end)) for end in ends):
         raise InputError(
             f"{name} holds numbers that are not finite in float32; the checkpoint is damaged, get "
             "it again"

@@ -39,7 +39,7 @@ def _stop(_: nn.Module, __: Any, output: Any) -> None:
 
 
 class _Entry:
-    """What the layer is given. It knows no layer: a circle would keep the numbers in memory."""
+    """Inputs of the layer. It knows no layer: a circle would keep the numbers in memory."""
 
     def __init__(self) -> None:
         self.hidden: Tensor | None = None
