@@ -124,3 +124,21 @@ def test_a_late_fault_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     source: Source = make_source(tmp_path, "nemotron_h")
     assert "chunk_size" in list_keys(source, common=False)
     assert judge(source, "chunk_size", 0).startswith("late: ZeroDivisionError")
+
+
+def test_a_layer_that_runs_twice_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The walk would run it once."""
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssModel
+
+    make_folder(tmp_path, "gpt_oss")
+    once = GptOssModel.forward
+
+    def run_twice(self: Any, *given: Any, **more: Any) -> Any:
+        once(self, *given, **more)
+        return once(self, *given, **more)
+
+    monkeypatch.setattr(GptOssModel, "forward", run_twice)
+    with pytest.raises(Unsupported, match="it runs layer 0 2 times for one text"):
+        _ = open_checkpoint(tmp_path).model

@@ -110,7 +110,7 @@ def test_every_model_type_of_transformers_is_described(
     with capsys.disabled():
         sys.stdout.write(f"\n{dict(counts)}\n")
     refused = {kind for kind, how in found.items() if how == "refused by name"}
-    assert refused >= set(REFUSED)
+    assert refused >= set(REFUSED) & set(found)
     assert {kind for kind, how in found.items() if how == "supported"} >= {
         *TABLED, *GENERIC
     } - {"deepseek_v2", "dots1", "gemma4_text", "hunyuan_v1_moe", "lfm2_moe"}  # fmt: skip

@@ -203,6 +203,8 @@ REFUSED: Mapping[str, str] = {
     "longcat_flash": f"{_OWN}: some of them are the identity",
     "inkling_text": "its router has rows for the shared experts as well",
     "inkling2_text": "its layers read the outputs of several layers before them",
+    "inkling2_loop_text": "it runs some of its layers several times",
+    "lara_mini": "one tensor in files becomes several of its parameters",
     "deepseek_v4": "its first routers look experts up by the ids of tokens",
     "qwen4_exp_text": "its layers read the ids of tokens",
     "glm_moe_dsa": "its layers hand on more than hidden states",

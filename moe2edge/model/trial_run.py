@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
-from moe2edge.errors import InputError, join_lines
+from moe2edge.errors import InputError, Unsupported, join_lines
 from moe2edge.model.anatomy import is_experts
 from moe2edge.model.architecture import Architecture, describe_layer, find_layers
 from moe2edge.model.transformers_config import silence_transformers
@@ -37,6 +38,7 @@ def try_config(architecture: Architecture) -> None:
 
     Raises:
         InputError: transformers' code fails, or asks for tensors of absurd sizes.
+        Unsupported: a layer does not run once.
     """
     import torch
     from torch._subclasses.fake_tensor import (
@@ -51,7 +53,12 @@ def try_config(architecture: Architecture) -> None:
         DataDependentOutputException, DynamicOutputShapeException, NotImplementedError,
         UnsupportedFakeTensorException, UnsupportedOperatorException, MemoryError,
     )  # fmt: skip
-    model = _copy_kinds(architecture)
+    path, layers = find_layers(architecture.model)
+    copies = list(_copy_layers(layers))
+    runs = [0] * len(copies)
+    for n, layer in enumerate(copies):
+        _count_runs(layer, runs, n)
+    model = _copy_way(architecture.model, path, copies)
     try:
         with _silence(), torch.no_grad(), FakeTensorMode(), _make_meter():
             _forget_numbers(model)
@@ -65,6 +72,12 @@ def try_config(architecture: Architecture) -> None:
             f"config.json: transformers' {architecture.config.model_type} cannot run with it: "
             f"{type(error).__name__}: {join_lines(error)}"
         ) from error
+    odd = next((n for n, times in enumerate(runs) if times != 1), None)
+    if odd is not None:
+        raise Unsupported(
+            f"{architecture.config.model_type} is not supported: it runs layer {odd} "
+            f"{runs[odd]} times for one text"
+        )
 
 
 @contextmanager
@@ -101,10 +114,16 @@ def _make_meter() -> Any:
     return Meter()  # type: ignore[no-untyped-call]
 
 
-def _copy_kinds(architecture: Architecture) -> Any:
-    """Return a copy of the model, in which layers that are like an earlier one are passed by."""
-    path, layers = find_layers(architecture.model)
-    return _copy_way(architecture.model, path, list(_copy_layers(layers)))
+def _count_runs(layer: Any, runs: list[int], index: int) -> None:
+    """Let a layer count its runs."""
+
+    def count(*_: Any) -> None:
+        runs[index] += 1
+
+    # A copy of a layer shares those of the other.
+    layer._forward_pre_hooks = OrderedDict()
+    layer._forward_pre_hooks_with_kwargs = OrderedDict()
+    layer.register_forward_pre_hook(count)
 
 
 def _copy_layers(layers: Any) -> Iterator[Any]:
