@@ -74,7 +74,6 @@ CELLS = (
     Cell("from AWQ: `expert_drop` → `gptq`", (DROP,), "gptq", form="awq"),
     Cell("from W4A16: `expert_drop` → `gptq`", (DROP,), "gptq", form="compressed-tensors"),
     Cell("from FP8: `expert_drop` → `hf`", (DROP,), "hf", form="fp8"),
-    Cell("from FP8: `expert_drop`, `rtn` → `gptq`", (DROP, RTN), "gptq", form="fp8"),
 )
 
 
