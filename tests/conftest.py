@@ -21,6 +21,15 @@ pytest.register_assert_rewrite("helpers")
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--renew-goldens", action="store_true", help="write tests/golden anew")
     parser.addoption("--full-sweep", action="store_true", help="try every value of config keys")
+    parser.addoption("--all-cells", action="store_true", help="try every pass on every family")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is marked as the rest, unless it is asked for."""
+    if not config.getoption("--all-cells"):
+        rest = [item for item in items if item.get_closest_marker("rest")]
+        config.hook.pytest_deselected(items=rest)
+        items[:] = [item for item in items if not item.get_closest_marker("rest")]
 
 
 @pytest.fixture(scope="session")
