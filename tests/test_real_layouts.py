@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from every_family import make_model, run_stock, walk_over
+from every_family import keep_six, make_model, run_stock, walk_over
 from helpers import run
 from moe2edge.errors import VerificationFailed
 from moe2edge.evaluation.verify import audit
@@ -83,6 +83,47 @@ def test_a_text_model_inside_of_another_one(tmp_path: Path) -> None:
     assert after["text_config"].pop("num_experts") == 4
     assert before["text_config"].pop("num_experts") == 8
     assert before == after
+
+
+# As files name what the text model calls "model." and "lm_head.".
+PLACES = (
+    ("model.language_model.", "lm_head."),
+    ("language_model.model.", "language_model.lm_head."),
+)
+
+
+@pytest.mark.parametrize(("body", "head"), PLACES)
+@pytest.mark.parametrize(
+    ("kind", "family"),
+    [
+        ("gemma4", "gemma4_text"),
+        ("kimi_k25", "deepseek_v3"),
+        ("mistral3", "mistral4"),
+        ("internvl", "gpt_oss"),
+    ],
+)
+def test_a_text_model_is_found_in_its_place(
+    kind: str, family: str, body: str, head: str, tmp_path: Path
+) -> None:
+    """Transformers renames tensors of the whole model, and not for its text model alone."""
+    from moe2edge.targets.hf import Hf
+
+    stock = make_model(family)
+    tensors = {
+        name.replace("model.", body, 1) if name.startswith("model.") else head + name[8:]: tensor
+        for name, tensor in stock.state_dict().items()
+    }
+    tensors["vision_tower.layers.0.weight"] = torch.randn(4, 4)
+    config = {"model_type": kind, "text_config": stock.config.to_dict()}
+    write_folder(tmp_path / "model", tensors, config)
+    model = open_checkpoint(tmp_path / "model").model
+    assert (walk_over(model) - run_stock(stock)).abs().max() <= 1e-6
+    out = tmp_path / "out"
+    out.mkdir()
+    trimmed = keep_six(model)
+    Hf().write(trimmed, out)
+    assert load_file(out / "model.safetensors").keys() == tensors.keys()
+    assert torch.equal(walk_over(open_checkpoint(out).model), walk_over(trimmed))
 
 
 def test_all_that_stands_beside_the_text_model_is_kept_with_the_experts(tmp_path: Path) -> None:

@@ -14,6 +14,9 @@ from typing import Any
 from moe2edge.errors import Unsupported
 
 NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+# Beginnings of names in files of models of several parts, and of the text model alone, whose table
+# of transformers rarely knows the others.
+TEXT_PLACES = (("model.language_model.", "model."), ("language_model.", ""))
 
 
 @dataclass(frozen=True)
@@ -123,9 +126,14 @@ class _Renamer:
         from transformers.core_model_loading import rename_source_key
 
         target, pattern = rename_source_key(name, *self._asked, self._known)
+        if target in self._known:
+            return target, pattern
         # A rule for older names may also match one that is right already.
-        if target not in self._known and name in self._known:
+        if name in self._known:
             return name, None
+        for place, alone in TEXT_PLACES:
+            if name.startswith(place):
+                return self._ask(alone + name.removeprefix(place))
         return target, pattern
 
 
