@@ -174,6 +174,16 @@ BITSANDBYTES = {"quant_method": "bitsandbytes", "load_in_4bit": True}
             "bitsandbytes is not read",
         ),
         (
+            {"model_type": "gpt_oss", "quantization_config": {"group_size": 64, "bits": 4}},
+            {"quantization": "mlx", "expert_counts": [128] * 36},
+            "quant_method 'mlx' is not read",
+        ),
+        (  # one tensor of more numbers than any that is computed
+            {"model_type": "deepseek_v3", "n_routed_experts": 1024},
+            {"expert_counts": [1024] * 58},
+            None,
+        ),
+        (
             {"model_type": "deepseek_v3", "quantization_config": {"quant_method": "fp8"}},
             {"quantization": "fp8", "expert_counts": [256] * 58},
             None,

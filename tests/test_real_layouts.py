@@ -100,6 +100,7 @@ PLACES = (
         ("kimi_k25", "deepseek_v3"),
         ("mistral3", "mistral4"),
         ("internvl", "gpt_oss"),
+        ("internvl", "qwen3_moe"),
     ],
 )
 def test_a_text_model_is_found_in_its_place(

@@ -10,9 +10,10 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from moe2edge.errors import InputError, Unsupported
-from moe2edge.model.family import FAMILIES, FIRST_CLASS
+from moe2edge.model.family import FIRST_CLASS
 from moe2edge.model.outline import Outline, outline_config
 from moe2edge.model.traits import find_missing
+from moe2edge.model.transformers_config import ALIASES
 from moe2edge.pipeline import registry
 from moe2edge.storage.safetensors_files import open_file
 from moe2edge.storage.source_formats.recognition import (
@@ -53,7 +54,7 @@ class Overview:
     def is_first_class(self) -> bool:
         """True if tests try every pass on its family, in the forms in which its models exist."""
         family = self.outline.family
-        return family is not None and family.model_type in {*FAMILIES, *FIRST_CLASS}
+        return family is not None and (not family.generic or family.model_type in FIRST_CLASS)
 
     def to_json(self) -> dict[str, Any]:
         """Return it as plain data; null is what is not known."""
@@ -168,7 +169,9 @@ def _list_usable(seen: Outline) -> tuple[tuple[str, ...], tuple[str, ...]]:
 def _describe(seen: Outline) -> Iterator[str]:
     """Yield lines on a model of which only the config is known, or that nothing reads."""
     name = seen.text_type
-    if seen.model_type != seen.text_type:
+    if seen.model_type in ALIASES:
+        name += f", named {seen.model_type}"
+    elif seen.model_type != seen.text_type:
         name += f", a part of {seen.model_type}"
     parts = [f"{seen.architecture} ({name})" if seen.architecture else name]
     if seen.blocks is not None:

@@ -277,7 +277,7 @@ FAMILIES: Mapping[str, Family] = {
 
 
 def find_family(config: Config) -> Family:
-    """Find the row of a config, or make one for a family that has none.
+    """Find the row of a config, or make one for a family that has none, or is a part of a model.
 
     Raises:
         InputError: the config names no model type, or transformers refuses the config.
@@ -303,8 +303,6 @@ def make_generic_family(config: Any) -> Family:
             has none.
     """
     kind = config.model_type
-    if kind in FAMILIES:
-        return FAMILIES[kind]
     if kind in REFUSED:
         raise Unsupported(f"{kind} is not supported: {REFUSED[kind]}")
     settings = read_settings(config)

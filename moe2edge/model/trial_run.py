@@ -60,9 +60,10 @@ def try_config(architecture: Architecture) -> None:
         _count_runs(layer, runs, n)
     model = _copy_way(architecture.model, path, copies)
     try:
-        with _silence(), torch.no_grad(), FakeTensorMode(), _make_meter():
+        with _silence(), torch.no_grad(), FakeTensorMode():
             _forget_numbers(model)
-            model(torch.zeros(1, TRIAL_TOKENS, dtype=torch.int64), use_cache=False)
+            with _make_meter():
+                model(torch.zeros(1, TRIAL_TOKENS, dtype=torch.int64), use_cache=False)
     except InputError:
         raise
     except undecided:  # it depends on numbers

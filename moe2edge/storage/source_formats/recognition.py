@@ -144,6 +144,10 @@ def read_method(settings: Mapping[str, Any]) -> str:
     producer = settings.get("producer") or {}
     if method is None and isinstance(producer, Mapping) and producer.get("name") == "modelopt":
         method = "modelopt"
+    # MLX writes these and none of the settings of GPTQ and AWQ.
+    theirs = {"desc_act", "sym", "zero_point"}.intersection(settings)
+    if method is None and {"bits", "group_size"} <= set(settings) and not theirs:
+        return "mlx"
     if method is None:
         raise InputError(
             "quantization_config in config.json names no quant_method; put it there, as it is in "
