@@ -183,7 +183,9 @@ class ExpertBudget(Search):
         """Return the fewest experts that each MoE layer keeps."""
         unit, floors = _get_unit(model), []
         for _, layer in model.moe_blocks:
-            least = 1 if self.clamp_top_k else layer.router.top_k
+            # Only families of the table can make a plain MLP of a single expert.
+            fewest = 2 if model.family.generic else 1
+            least = fewest if self.clamp_top_k else layer.router.top_k
             even = _round_up(max(least, FEWEST_IN_GROUP * unit), unit) if unit > 1 else least
             floors.append(self.floor or even)
         return tuple(floors)

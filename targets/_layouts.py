@@ -95,7 +95,9 @@ def _describe_layers(model: Model) -> str:
     """Return the kinds of layers of a model, with the blocks that have them."""
     kinds: dict[str, list[int]] = {}
     for block in model.blocks:
-        kinds.setdefault(_describe_layer(block), []).append(block.index)
+        # What a layer without a router of a family without a row consists of is not known.
+        if isinstance(block.mlp, MoELayer) or not model.family.generic:
+            kinds.setdefault(_describe_layer(block), []).append(block.index)
     return ", ".join(
         f"{kind} (block{'s' * (len(indices) > 1)} {_format_ranges(indices)})"
         for kind, indices in kinds.items()

@@ -28,6 +28,7 @@ from moe2edge.passes.expert_merge import ExpertMerge
 from moe2edge.passes.expert_skip import ExpertSkip
 from moe2edge.passes.routing import Routing, find_rules, gather_evidence
 from moe2edge.pipeline.registry import find_pass
+from moe2edge.pipeline.stages import plan_passes
 from moe2edge.runtime.decoder_blocks import find_activation
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.storage.work_folder import WorkFolder
@@ -374,3 +375,24 @@ def test_chosen_experts_of_low_weight_are_left_out(family: str, tmp_path: Path) 
             change = (found.mlp_outputs - trace.mlp_outputs).flatten(0, -2).double() / factor
             assert torch.allclose(change, total - sum_experts(trace), atol=2e-3)
         assert block.index == skipping.index
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("expert_drop", {"keep": 1, "clamp_top_k": True}),
+        ("expert_drop", {"keep": [0, 8, 8]}),
+        ("expert_search", {"keep": 1, "clamp_top_k": True}),
+        ("expert_merge", {"keep": 1, "method": "ream"}),
+    ],
+)
+def test_a_router_keeps_a_choice(name: str, options: dict[str, Any], tmp_path: Path) -> None:
+    """A plain MLP is no form of transformers' layers, so it is refused before any work."""
+    model = open_family(tmp_path, "lfm2_moe", num_dense_layers=1, num_experts_per_tok=1)
+    with pytest.raises(InputError, match="keep at least 2 in each layer"):
+        plan_passes([find_pass(name).model_validate(options)], model)
+
+
+def test_a_budget_leaves_routers_a_choice(tmp_path: Path) -> None:
+    model = open_family(tmp_path, "lfm2_moe")
+    assert set(ExpertBudget(keep=4, clamp_top_k=True).floors(model)) == {2}

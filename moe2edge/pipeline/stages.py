@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moe2edge.calibration.observation import ObserverFactory
-from moe2edge.errors import Moe2EdgeError, Unsupported
+from moe2edge.errors import InputError, Moe2EdgeError, Unsupported
 from moe2edge.model.edits import hide_source_integers, restore_source_integers
+from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model
 from moe2edge.model.traits import find_missing
 from moe2edge.pipeline.contract import Outcome, Pass, PlannedStep
@@ -47,9 +48,32 @@ def plan_passes(passes: Sequence[Pass], model: Model) -> Plan:
         step.check(model)
         after = step.plan(model)
         after.verify()
+        _check_routers_stay(step, model, after)
         steps.append(PlannedStep(step, model, after))
         model = after
     return Plan(source, tuple(steps))
+
+
+def _check_routers_stay(step: Pass, before: Model, after: Model) -> None:
+    """Refuse to leave a router nothing to choose in layers that only transformers knows.
+
+    One expert that stays would be a plain MLP, and for none there would be nothing: forms that
+    transformers' layers of families without a row do not have.
+
+    Raises:
+        InputError: names the block.
+    """
+    if not before.family.generic:
+        return
+    found = {block.origin: block for block in after.blocks}
+    for block, _ in before.moe_blocks:
+        new = found.get(block.origin)
+        if new is not None and not isinstance(new.mlp, MoELayer):
+            raise InputError(
+                f"{step.name} may leave {len(new.expert_origins)} of {len(block.expert_origins)} "
+                f"experts in block {block.index}, and layers of {before.family.model_type} have a "
+                "router or none; keep at least 2 in each layer, or use block_drop"
+            )
 
 
 def _check_needs(step: Pass, model: Model) -> None:
