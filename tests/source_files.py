@@ -131,19 +131,19 @@ def rename(stem: str, form: str) -> str:
     parts = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
     if form == "fp8" or ".block_sparse_moe." not in stem:
         return stem
-    if form != "compressed-tensors":
+    if form != "compressed-tensors" and re.search(r"\.(w[123]|gate)$", stem):
         stem = stem.replace(".block_sparse_moe.", ".mlp.")
     return re.sub(r"w[123]$", lambda found: parts[found[0]], stem)
 
 
 def split_experts(name: str, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Yield single experts of a tensor [experts, out, in] of all, or the tensor itself."""
+    """Yield single experts of a tensor [experts, out, in] of all, or the tensor itself.
+
+    Experts that lie otherwise are left as they are.
+    """
     tensor, (stem, _, kind) = tensors[name], name.rpartition(".")
-    if (
-        tensor.ndim != 3
-        or not stem.endswith("experts")
-        or kind not in ("gate_up_proj", "down_proj")
-    ):
+    both, down = (tensors.get(f"{stem}.{part}") for part in ("gate_up_proj", "down_proj"))
+    if both is None or down is None or both.shape[1:] != (2 * down.shape[2], down.shape[1]):
         yield name, tensor
         return
     parts = ("gate_proj", "up_proj") if kind == "gate_up_proj" else ("down_proj",)

@@ -91,9 +91,9 @@ def test_adapters_are_trained_or_refused(family: str, tmp_path: Path) -> None:
         with pytest.raises(Unsupported, match=r"lora does not work on nemotron_h.*set train: exp"):
             recover(model, **options)
         return
-    outcome = recover(model, steps=4, learning_rate=1e-2, **options)
+    outcome = recover(model, steps=6, learning_rate=3e-3, **options)
     if not outcome.figures["best_step"]:  # nothing beat the random model
-        assert family == "hy_v3"
+        assert family in ("hy_v3",)
         return
     before, after = read_all_numbers(model), read_all_numbers(outcome.model)
     changed = {role for (n, role), old in before.items() if not torch.equal(old, after[n, role])}
