@@ -23,6 +23,10 @@ FORMS: dict[str, tuple[dict[str, Any], ...]] = {
         {**ONE_GROUP, "q_lora_rank": None, "n_shared_experts": 2},
         {"n_group": 2, "topk_group": 2, "rope_parameters": YARN},
     ),
+    "dots1": (
+        {**ONE_GROUP, "layer_types": WINDOWS, "n_shared_experts": 2},
+        {"norm_topk_prob": True, "tie_word_embeddings": True},
+    ),
     "ernie4_5_moe": (
         {"moe_num_shared_experts": 2},
         {"moe_num_shared_experts": 0, "use_bias": True},

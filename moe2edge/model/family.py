@@ -216,6 +216,7 @@ REFUSED: Mapping[str, str] = {
 FIRST_CLASS: Mapping[str, str] = {
     "deepseek_v2": "DeepSeek-V2, DeepSeek-V2-Lite",
     "deepseek_v3": "DeepSeek-V3, Moonlight, Kimi-K2",
+    "dots1": "dots.llm1",
     "ernie4_5_moe": "ERNIE-4.5-21B-A3B",
     "gemma4_text": "Gemma 4 26B-A4B",
     "glm4_moe": "GLM-4.5-Air",
