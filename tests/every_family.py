@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, cast
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -92,6 +93,20 @@ GENERIC = (
     "minimax_m2", "minimax_m3_vl_text", "mistral4", "nemotron_h", "phimoe", "qwen3_5_moe_text",
     "qwen3_next", "solar_open",
 )  # fmt: skip
+
+
+def spread_families(fast: tuple[str, ...], share: int) -> list[Any]:
+    """Return families as parameters of tests that take a while.
+
+    Those of ``fast`` are always run, and a third of all others, by ``share`` (0, 1, 2), where tests
+    are not only the quick ones. The rest is run by ``--all-cells``.
+    """
+    return [
+        family
+        if family in fast
+        else pytest.param(family, marks=[pytest.mark.slow] + [pytest.mark.rest] * (n % 3 != share))
+        for n, family in enumerate(GENERIC)
+    ]
 
 
 def make_config(family: str, **changes: Any) -> Any:

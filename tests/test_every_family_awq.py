@@ -14,7 +14,7 @@ from torch import Tensor
 
 import moe2edge
 from benchmarks.support.cells import CELLS, try_cell
-from every_family import GENERIC, make_folder, run_stock, walk_over
+from every_family import make_folder, run_stock, spread_families, walk_over
 from helpers import run
 from moe2edge.calibration import walk
 from moe2edge.errors import Unsupported
@@ -40,9 +40,7 @@ from test_real_layouts import make_fp8, make_gpt_oss, make_kimi, make_wrapped
 IDS = torch.randint(1, 96, (3, 24), generator=torch.Generator().manual_seed(5))
 # Kinds of norms, of experts and of attention, each once.
 FAST = ("deepseek_v3", "gemma4_text", "gpt_oss", "minimax", "nemotron_h", "phimoe", "qwen3_next")
-MARKED = [
-    family if family in FAST else pytest.param(family, marks=pytest.mark.slow) for family in GENERIC
-]
+MARKED = spread_families(FAST, 0)
 # Families whose experts have a gate that is clipped, or none.
 OTHERS = ("gpt_oss", "minimax_m3_vl_text", "nemotron_h")
 # So few tokens are attended to that it matters which.

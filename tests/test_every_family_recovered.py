@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from every_family import GENERIC, keep_six, make_folder, run_stock, walk_over
+from every_family import keep_six, make_folder, run_stock, spread_families, walk_over
 from helpers import search
 from moe2edge.errors import Unsupported
 from moe2edge.model.block import is_quantizable
@@ -32,9 +32,7 @@ from moe2edge.testing import make_learnable_text as text
 
 # Kinds of experts, of routers and of mixers, each once.
 FAST = ("deepseek_v3", "gpt_oss", "nemotron_h", "qwen3_next")
-MARKED = [
-    family if family in FAST else pytest.param(family, marks=pytest.mark.slow) for family in GENERIC
-]
+MARKED = spread_families(FAST, 1)
 
 
 def recover(model: Model, **options: Any) -> Outcome:

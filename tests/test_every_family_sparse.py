@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from every_family import GENERIC, make_folder, run_stock, walk_over
+from every_family import make_folder, run_stock, spread_families, walk_over
 from moe2edge.calibration import walk
 from moe2edge.model.block import Block, is_quantizable
 from moe2edge.model.layers import MoELayer
@@ -27,9 +27,7 @@ from moe2edge.testing import InMemory
 IDS = torch.randint(1, 96, (3, 24), generator=torch.Generator().manual_seed(5))
 # Kinds of experts, of attention and of what stands beside experts, each once.
 FAST = ("cohere2_moe", "deepseek_v3", "gpt_oss", "lfm2_moe", "nemotron_h", "qwen3_next")
-MARKED = [
-    family if family in FAST else pytest.param(family, marks=pytest.mark.slow) for family in GENERIC
-]
+MARKED = spread_families(FAST, 2)
 # Parts of a layer that mix tokens, by the first part of the path in it.
 MIXERS = ("self_attn", "linear_attn", "mamba", "conv", "attention")
 
