@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
 import helpers
@@ -396,3 +397,25 @@ def test_a_router_keeps_a_choice(name: str, options: dict[str, Any], tmp_path: P
 def test_a_budget_leaves_routers_a_choice(tmp_path: Path) -> None:
     model = open_family(tmp_path, "lfm2_moe")
     assert set(ExpertBudget(keep=4, clamp_top_k=True).floors(model)) == {2}
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss", "granitemoe", "lfm2_moe"])
+def test_transformers_refuses_layers_that_differ_in_skipping_alone(
+    family: str, tmp_path: Path
+) -> None:
+    """It would read them as if nothing was skipped."""
+    stock = make_folder(tmp_path / "source", family)
+    model = source = open_checkpoint(tmp_path / "source").model
+    for block, layer in model.moe_blocks:
+        router = replace(layer.router, skip_below=(0.9,) * (layer.router.top_k - 1))
+        model = model.replace_block(replace(block, mlp=replace(layer, router=router)))
+    (tmp_path / "out").mkdir()
+    target = Hf(layout="natural")
+    target.write(model, tmp_path / "out")
+    with pytest.raises(
+        (RuntimeError, StrictDataclassError), match=r"per-layer attr|not homogeneous"
+    ):
+        type(stock).from_pretrained(tmp_path / "out", local_files_only=True)
+    again = target.streamed(tmp_path / "out")
+    assert again.architecture.anatomy == source.architecture.anatomy
+    assert torch.equal(walk_over(again), walk_over(model))
