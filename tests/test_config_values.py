@@ -103,6 +103,8 @@ def test_the_pattern_of_older_files_of_nemotron_h_is_read(tmp_path: Path) -> Non
     assert judge(source, "hybrid_override_pattern", "ME*E") == "equal"
 
 
+# Of older spellings stock warns.
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("family", slow_except(GENERIC, "lfm2_moe", "minimax_m2"))
 def test_each_value_is_refused_or_computed_as_in_stock(family: str, tmp_path: Path) -> None:
     """Each 29th case here, which are others in each family; all of them by the benchmark."""

@@ -47,7 +47,7 @@ MORE: dict[str, tuple[Any, ...]] = {
 # the tokenizer's own, behind the table; how to run a model, which moe2edge says itself; nothing.
 MORE_THAN_STOCK = {
     "pad_token_id", "attn_implementation", "_attn_implementation", "experts_implementation",
-    "quantization_config", "text_config",
+    "quantization_config", "return_dict", "text_config",
 }  # fmt: skip
 TOLERANCE = 1e-4
 # Seconds after which opening is a fault.
