@@ -25,7 +25,7 @@ from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model
 from moe2edge.passes._awq_folding import FoldingPlace
 from moe2edge.runtime.decoder_blocks import arrange_gate_up, find_module_name
-from moe2edge.runtime.layer_stage import LayerStage
+from moe2edge.runtime.layer_stage import LayerStage, share_numbers
 
 # Tokens that a layer is tried on.
 TRIED_TOKENS = 16
@@ -343,8 +343,7 @@ def _take_first(output: Any) -> Tensor:
 
 def _is_same(first: Tensor, second: Tensor) -> bool:
     """Return whether two tensors are the same numbers in memory, in rows of one length."""
-    same = first.data_ptr() == second.data_ptr() and first.numel() == second.numel()
-    return same and first.shape[-1:] == second.shape[-1:]
+    return share_numbers(first, second) and first.shape[-1:] == second.shape[-1:]
 
 
 def _list_heads(module: Any, channels: int, copies: int) -> Sequence[int]:

@@ -162,6 +162,19 @@ def keep_six(model: Model) -> Model:
     return model
 
 
+def write_and_load(stock: Any, model: Model, out: Path) -> Any:
+    """Write target hf, and return what transformers' class reads there: all of it, and no more."""
+    out.mkdir()
+    target = Hf()
+    target.accepts(model)
+    target.write(model, out)
+    again, found = type(stock).from_pretrained(
+        out, output_loading_info=True, dtype=torch.float32, local_files_only=True
+    )
+    assert not any(found.values()), found
+    return again.eval()
+
+
 def check_walk_and_trimming(stock: Any, folder: Path) -> None:
     """Compare a walk over ``folder/source`` with transformers' model, whole and trimmed.
 
@@ -170,17 +183,10 @@ def check_walk_and_trimming(stock: Any, folder: Path) -> None:
     model = open_checkpoint(folder / "source").model
     assert (walk_over(model) - run_stock(stock)).abs().max() <= 1e-6
     trimmed = keep_six(model)
-    out = folder / "out"
-    out.mkdir()
-    target = Hf()
-    target.accepts(trimmed)
-    target.write(trimmed, out)
-    again, found = type(stock).from_pretrained(
-        out, output_loading_info=True, dtype=torch.float32, local_files_only=True
-    )
-    assert not any(found.values()), found
+    out, target = folder / "out", Hf()
+    again = write_and_load(stock, trimmed, out)
     expected = walk_over(trimmed)
-    assert torch.equal(run_stock(again.eval()), expected)
+    assert torch.equal(run_stock(again), expected)
     assert torch.equal(walk_over(target.streamed(out)), expected)
     reopened = target.reopen(out, exact=True).logits(IDS)
     assert (reopened - expected).abs().max() <= 1e-5

@@ -13,7 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
 import helpers
-from every_family import IDS, make_folder, run_stock, walk_over
+from every_family import IDS, make_folder, run_stock, walk_over, write_and_load
 from helpers import ignore, plan
 from moe2edge.calibration import walk
 from moe2edge.calibration.walk import BlockRunner, embed
@@ -195,15 +195,8 @@ def test_a_merged_model_is_a_smaller_one_of_its_family(
     stock = make_folder(source, family)
     model = open_checkpoint(source).model
     merged = merge(model, method=method, keep=4).model
-    out.mkdir()
-    target = Hf()
-    target.accepts(merged)
-    target.write(merged, out)
-    again, found = type(stock).from_pretrained(
-        out, output_loading_info=True, dtype=torch.float32, local_files_only=True
-    )
-    assert not any(found.values()), found
-    assert torch.equal(run_stock(again.eval()), walk_over(merged))
+    again = write_and_load(stock, merged, out)
+    assert torch.equal(run_stock(again), walk_over(merged))
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3"])

@@ -15,7 +15,8 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any
+from types import MethodType
+from typing import TYPE_CHECKING, Any
 
 from moe2edge.errors import Unsupported, join_lines
 from moe2edge.model.anatomy import Anatomy, find_anatomy
@@ -26,6 +27,9 @@ from moe2edge.model.transformers_config import (
     is_pad_token,
     make_transformers_config,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +80,11 @@ class Architecture:
         wider = self._build_beside(self.top_k_key, 2)
         return tuple(map(find_anatomy, layers, more, wider))
 
+    def get_top_k(self, index: int) -> int:
+        """Return the number of experts that a token chooses in layer ``index``."""
+        value = getattr(self.config, self.top_k_key)
+        return int(value[index] if isinstance(value, list) else value)
+
     def _build_beside(self, key: str, factor: int) -> Any:
         """Return the layers of a model with another number under a key of the config."""
         changed = copy.deepcopy(self.config)
@@ -123,6 +132,16 @@ def find_layers(model: Any) -> tuple[str, Any]:
 
 def _count_parameters(module: Any) -> int:
     return sum(p.numel() for p in module.parameters())
+
+
+def pass_by(module: Any) -> Any:
+    """Let a module hand on the hidden states that it gets, and return it."""
+    module.forward = MethodType(_pass_on, module)
+    return module
+
+
+def _pass_on(_: Any, hidden_states: Tensor, *__: Any, **___: Any) -> Tensor:
+    return hidden_states
 
 
 def describe_layer(layer: Any) -> dict[tuple[str, str], Any]:

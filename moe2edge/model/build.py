@@ -137,7 +137,7 @@ class _Builder:
         axes = self.anatomy.per_expert
         found = Router(
             scorer,
-            self.family.get_top_k(self.config, self.index),
+            self.architecture.get_top_k(self.index),
             self.family.renormalizes(self.config),
             router,
             axes={suffix: axes[f"router.{suffix}"] for suffix in router},

@@ -151,11 +151,6 @@ class Family:
         """Read the number of experts per MoE layer, whichever spelling the config uses."""
         return int(next(config[key] for key in self.experts_key if key in config))
 
-    def get_top_k(self, config: Config, index: int) -> int:
-        """Read the number of experts that a token chooses in block ``index``."""
-        value = config[self.top_k_key]
-        return int(value[index] if isinstance(value, list) else value)
-
     def renormalizes(self, config: Config) -> bool:
         """Read whether the router scales the chosen weights to sum to one."""
         rule = self.renormalize

@@ -73,7 +73,7 @@ def outline_config(given: Mapping[str, Any]) -> Outline:
         return _sketch(given, str(error))
     layers = [layer for layer in anatomy if layer.experts is not None]
     places = [n for n, layer in enumerate(anatomy) if layer.experts is not None]
-    top_k = [family.get_top_k(settings, n) for n in places]
+    top_k = [architecture.get_top_k(n) for n in places]
     # A tied head is there once; what routers keep beside their parameters is stored, too.
     tensors = {id(t): t.numel() for t in architecture.model.state_dict(keep_vars=True).values()}
     parameters = sum(tensors.values())

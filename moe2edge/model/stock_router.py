@@ -8,6 +8,7 @@ computed once, and the choice is asked for as often as one likes, among any of t
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -114,7 +115,7 @@ class StockRouter:
             elif anatomy.moe and name != below and any(True for _ in child.parameters()):
                 memo[id(child)] = _Nothing()
         self._root = copy.deepcopy(owner, memo)
-        _fill(self._root)
+        fill_meta(self._root, 1.0)  # which no rule divides by zero with
         self._stands_alone = not anatomy.moe
 
         def shorten(path: str) -> str | None:
@@ -253,17 +254,31 @@ class StockRouter:
         if self._stands_alone:
             return 1.0
         inputs = torch.zeros(1, 2, self._hidden)
-        found = []
-        for output in (0.0, 1.0, -2.0):
+
+        def run(output: float) -> Tensor:
             self._experts.output = output
-            with torch.no_grad():
-                out = self._root(inputs)
-            found.append((out[0] if isinstance(out, tuple) else out).double())
+            out = self._root(inputs)
+            found: Tensor = out[0] if isinstance(out, tuple) else out
+            return found
+
+        factor = find_factor(run)
         self._experts.output = None
-        one, other = found[1] - found[0], found[2] - found[0]
-        factor = float(one.flatten()[0])
-        simple = torch.allclose(one, one.new_full((), factor)) and torch.allclose(other, -2 * one)
-        return factor if factor and simple else None
+        return factor
+
+
+@torch.no_grad()
+def find_factor(run: Callable[[float], Tensor], atol: float = 1e-8) -> float | None:
+    """Find the number that multiplies what experts put out; None: more is done to it.
+
+    Args:
+        run: returns the output of a layer all of whose experts put out a number.
+        atol: absolute error that rounding may cause.
+    """
+    nothing, one, other = (run(value).double() for value in (0.0, 1.0, -2.0))
+    one, other = one - nothing, other - nothing
+    factor = float(one.flatten()[0])
+    same = torch.allclose(one, one.new_full((), factor), atol=atol)
+    return factor if factor and same and torch.allclose(other, -2 * one, atol=atol) else None
 
 
 def _has_config(module: Any) -> bool:
@@ -276,13 +291,20 @@ def _get(module: Any, path: str) -> Any:
     return getattr(module.get_submodule(owner), name)
 
 
-def _fill(root: Any) -> None:
-    """Give numbers to tensors that have none: ones, which no rule divides by zero with."""
+def fill_meta(root: Any, value: float, but: Any = None) -> None:
+    """Give one number to all entries of the tensors of a module that have none.
+
+    Args:
+        root: the module, with all below it.
+        value: the number.
+        but: a module whose own tensors stay as they are.
+    """
     for module in root.modules():
-        for name, tensor in list(module._parameters.items()):
-            if tensor is not None and tensor.is_meta:
-                ones = torch.ones(tensor.shape, dtype=tensor.dtype)
-                module._parameters[name] = nn.Parameter(ones, requires_grad=False)
-        for name, buffer in list(module._buffers.items()):
-            if buffer is not None and buffer.is_meta:
-                module._buffers[name] = torch.ones(buffer.shape, dtype=buffer.dtype)
+        if module is but:
+            continue
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and tensor.is_meta:
+                    numbers = torch.full(tensor.shape, value, dtype=tensor.dtype)
+                    made = isinstance(tensor, nn.Parameter)
+                    tensors[name] = nn.Parameter(numbers, requires_grad=False) if made else numbers

@@ -120,10 +120,8 @@ def _make_bare_router(architecture: Architecture, index: int) -> StockRouter:
     """Make the router of a layer of the source, with numbers that only tell its rule."""
     from moe2edge.model.stock_router import StockRouter
 
-    given = getattr(architecture.config, architecture.top_k_key)
-    top_k = int(given[index] if isinstance(given, list) else given)
     layer = find_layers(architecture.model)[1][index]
-    return StockRouter(layer, architecture.anatomy[index], top_k)
+    return StockRouter(layer, architecture.anatomy[index], architecture.get_top_k(index))
 
 
 def _chooses_by_scores(architecture: Architecture, index: int) -> bool:

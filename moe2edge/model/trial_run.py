@@ -12,16 +12,15 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from moe2edge.errors import InputError, Unsupported, join_lines
 from moe2edge.model.anatomy import is_experts
-from moe2edge.model.architecture import Architecture, describe_layer, find_layers
+from moe2edge.model.architecture import Architecture, describe_layer, find_layers, pass_by
 from moe2edge.model.transformers_config import silence_transformers
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    pass
 
 TRIAL_TOKENS = 8
 # Some families have a number of its own in each layer.
@@ -136,24 +135,14 @@ def _copy_layers(layers: Any) -> Iterator[Any]:
         if like is None and len(kinds) == MOST_KINDS:
             like = kinds[-1][1]
         if like is not None:
-            yield _pass_by(copy.copy(like))
+            yield pass_by(copy.copy(like))
             continue
         found = copy.deepcopy(layer)
         for module in found.modules():
             if is_experts(module):
-                _pass_by(module)
+                pass_by(module)
         kinds.append((kind, found))
         yield found
-
-
-def _pass_by(module: Any) -> Any:
-    """Let a module hand on what it gets."""
-    module.forward = MethodType(_pass_on, module)
-    return module
-
-
-def _pass_on(_: Any, hidden_states: Tensor, *__: Any, **___: Any) -> Tensor:
-    return hidden_states
 
 
 def _copy_way(module: Any, path: str, layers: list[Any]) -> Any:

@@ -38,7 +38,7 @@ from moe2edge.runtime.decoder_blocks import (
     load_block_state,
     load_finite,
 )
-from moe2edge.runtime.layer_stage import LayerStage
+from moe2edge.runtime.layer_stage import LayerStage, share_numbers
 from moe2edge.runtime.memory import Memory
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ class StagedWork(BlockWork):
                 if any(path in paths for paths in steps):
                     return
                 before = seen[-1]
-                if path and before is not None and _is_same(before, args[0]):
+                if path and before is not None and share_numbers(before, args[0]):
                     steps[-1] = (*steps[-1], path)
                 else:
                     steps.append((path,) if path else ())
@@ -319,8 +319,3 @@ def _load_biases(expert: Expert, parts: Sequence[str], matrix: Tensor) -> Tensor
         return None
     found = torch.cat([load_finite(expert.biases[part]) for part in parts])
     return found.to(matrix.device, matrix.dtype)
-
-
-def _is_same(first: Tensor, second: Tensor) -> bool:
-    """Return whether two tensors are the same numbers in memory, though of other shapes."""
-    return first.data_ptr() == second.data_ptr() and first.numel() == second.numel()

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import copy
 from functools import lru_cache, partial
-from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from moe2edge.model.architecture import Architecture, build_meta_model, find_layers
+from moe2edge.model.architecture import Architecture, build_meta_model, find_layers, pass_by
+from moe2edge.model.stock_router import fill_meta, find_factor
 from moe2edge.runtime.decoder_blocks import fit_layer
 from moe2edge.runtime.expert_kernels import set_expert_implementation
 
@@ -96,6 +96,11 @@ class LayerStage:
                 module.to(device)
 
 
+def share_numbers(first: Tensor, second: Tensor) -> bool:
+    """Return whether two tensors are the same numbers in memory, though of other shapes."""
+    return first.data_ptr() == second.data_ptr() and first.numel() == second.numel()
+
+
 def measure_expert_scale(model: Model, block: Block) -> float | None:
     """Measure by how much the experts' summed outputs are multiplied in the output of a block.
 
@@ -106,25 +111,14 @@ def measure_expert_scale(model: Model, block: Block) -> float | None:
     """
     stage = LayerStage(model, block)
     experts = stage.layer.get_submodule(str(model.architecture.anatomy[block.origin].experts))
-    for module in stage.layer.modules():
-        if module is experts:
-            continue
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                if tensor is not None and tensor.is_meta:
-                    zeros = torch.zeros(tensor.shape, dtype=tensor.dtype)
-                    made = isinstance(tensor, nn.Parameter)
-                    tensors[name] = nn.Parameter(zeros, requires_grad=False) if made else zeros
+    fill_meta(stage.layer, 0.0, but=experts)
     hidden = torch.randn(1, 2, model.embedding.shape[1], generator=torch.Generator().manual_seed(0))
-    found = []
-    for value in (0.0, 1.0, -2.0):
+
+    def run(value: float) -> Tensor:
         experts.forward = partial(_give, value)
-        with torch.no_grad():
-            found.append(stage.run(hidden).double())
-    one, other = found[1] - found[0], found[2] - found[0]
-    scale = float(one.flatten()[0])
-    same = torch.allclose(one, one.new_full((), scale), atol=1e-5)
-    return scale if scale and same and torch.allclose(other, -2 * one, atol=1e-5) else None
+        return stage.run(hidden)
+
+    return find_factor(run, atol=1e-5)
 
 
 def _give(value: float, x: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -141,7 +135,7 @@ class _Scenery:
         owner, _, self._name = path.rpartition(".")
         self._config = model.config
         self._layers = list(layers)
-        self._passing = [_make_passing(layer) for layer in layers]
+        self._passing = [pass_by(copy.copy(layer)) for layer in layers]
         self._base = model.get_submodule(owner)
         self._model = model
         setattr(self._base, self._name, nn.ModuleList())
@@ -164,17 +158,6 @@ class _Scenery:
         placed[index] = layer
         setattr(base, self._name, placed)
         return base
-
-
-def _make_passing(layer: Any) -> Any:
-    """Return a stand-in for a layer that hands on what it gets."""
-    found = copy.copy(layer)
-    found.forward = MethodType(_pass_on, found)
-    return found
-
-
-def _pass_on(_: Any, hidden_states: Tensor, *__: Any, **___: Any) -> Tensor:
-    return hidden_states
 
 
 @lru_cache(maxsize=4)
