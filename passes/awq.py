@@ -52,7 +52,10 @@ class Awq(Quantize):
     needs: ClassVar[tuple[Trait, ...]] = ()
     scales: Scales = "mse"
     steps: Annotated[
-        int, Field(ge=1, description="number of exponents alpha to try, evenly spaced in [0, 1)")
+        int,
+        Field(
+            ge=1, le=1000, description="number of exponents alpha to try, evenly spaced in [0, 1)"
+        ),
     ] = 20
     samples: Annotated[
         int,

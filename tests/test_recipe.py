@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -182,6 +183,29 @@ def test_seeds_have_a_bound() -> None:
     for place in ("calibration", "evaluation", "expert_drop"):
         with pytest.raises(InputError, match=f"{place}.seed is {2**32}, expected"):
             recipe.parse("passes: [{expert_drop: {keep: 2}}]", [f"{place}.seed={2**32}"])
+
+
+def test_no_option_takes_a_number_that_no_library_takes() -> None:
+    """Each option that may be a count, of every pass; found when the recipe is read."""
+    tried = 0
+    for name in registry.list_passes():
+        kind = registry.find_pass(name)
+        needed = {
+            field.alias or key: next(
+                (one for one in get_args(field.annotation) if isinstance(one, str)), 2
+            )
+            for key, field in kind.model_fields.items()
+            if field.is_required()
+        }
+        for key, field in kind.model_fields.items():
+            if int in (field.annotation, *get_args(field.annotation)):
+                options = json.dumps({**needed, key: 10**30})
+                with pytest.raises(InputError, match=rf"{name}\.{key}.*"):
+                    recipe.parse(f"passes:\n  - {name}: {options}\n")
+                tried += 1
+    assert tried > 30
+    with pytest.raises(InputError, match="a number below 4294967296"):
+        recipe.parse("passes:\n  - expert_drop: {keep: [3, 10000000000]}\n")
 
 
 def test_a_mix_with_sources_survives_a_round_trip() -> None:
