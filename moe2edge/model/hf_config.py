@@ -35,7 +35,7 @@ from moe2edge.model.experts import (
     Tied,
     list_full_rows,
 )
-from moe2edge.model.family import Family
+from moe2edge.model.family import COUNT_KEYS, TOP_K_KEYS, Family
 from moe2edge.model.layers import MoELayer, Router, UnroutedMLP
 from moe2edge.model.model import Model, is_stock_form
 from moe2edge.model.transformers_config import ALIASES, is_pad_token, make_transformers_config
@@ -43,13 +43,15 @@ from moe2edge.model.weights import Weight
 
 # Key of all settings but numbers of experts; transformers accepts it if every layer has it.
 OWN = "moe2edge"
-TOP_K = "num_experts_per_tok"
 # Keys of outputs that the config of a source does not have.
 OUTPUT_KEYS = ("per_layer_config", "quantization_config")
 # Stands in the place of the base of a tied expert that has none.
 NO_BASE = -1
 
+SIZE_KEYS = frozenset((*COUNT_KEYS, *TOP_K_KEYS, OWN))
+
 Take = Callable[[str, tuple[int, ...] | None], Weight]
+Layers = dict[str, dict[str, Any]]
 
 
 # ---- writing -----------------------------------------------------------------------------------
@@ -58,31 +60,33 @@ Take = Callable[[str, tuple[int, ...] | None], Weight]
 def build_transformers_dict(model: Model) -> dict[str, Any]:
     """Return `build_config`, with a number that stock readers refuse if any layer differs.
 
-    Where layers differ only in settings that transformers does not know (dynamic skipping), the
-    common top-k, which each layer overrides, is set to another one.
+    Where layers differ only in settings that transformers does not know (dynamic skipping), a
+    common number, which each layer overrides, is set to another one: the top-k, or in families
+    without a row, some of which read it late, that of experts.
     """
-    if model.family.generic:
-        return _change_given_config(model)
-    config = build_config(model)
-    count, top_k = model.family.num_experts(config), config[TOP_K]
-    layers = config.get("per_layer_config", {}).values()
-    sizes = {(own.get(model.family.experts_key[0], count), own.get(TOP_K, top_k)) for own in layers}
-    if sizes == {(count, top_k)}:
-        config[TOP_K] = top_k - 1 or 2  # 0 is no top-k
-    return config
+    config, family = build_config(model), model.family
+    keys = (family.experts_key[0], family.top_k_key)
+    layers = () if model.is_uniform else config["per_layer_config"].values()
+    numbers = [(config[key], own.get(key, config[key])) for own in layers for key in keys]
+    if numbers and all(common == own for common, own in numbers):
+        if family.generic:
+            config[keys[0]] *= 2
+        else:
+            config[keys[1]] = config[keys[1]] - 1 or 2  # 0 is no top-k
+    return _change_given_config(model, config) if family.generic else config
 
 
 def encode_layers(model: Model) -> dict[str, dict[str, Any]]:
     """Return ``per_layer_config`` of a model that is not uniform, by the indices of its blocks."""
-    key = model.family.experts_key[0]
+    key, top_k_key = model.family.experts_key[0], model.family.top_k_key
     found: dict[str, dict[str, Any]] = {}
     for block in model.blocks:
         form = {} if is_stock_form(model, block) else _encode_form(block)
         sizes = {}
         if isinstance(block.mlp, MoELayer):
-            sizes = {key: block.mlp.router_rows, TOP_K: block.mlp.router.top_k}
+            sizes = {key: block.mlp.router_rows, top_k_key: block.mlp.router.top_k}
         elif form:
-            sizes = {key: 0, TOP_K: 0}
+            sizes = {key: 0, top_k_key: 0}
         found[str(block.index)] = {**sizes, OWN: form}
     # Transformers has such settings of its own in some families without a row.
     if model.family.generic or any(own[OWN] for own in found.values()):
@@ -117,6 +121,35 @@ def _encode_form(block: Block) -> dict[str, Any]:
 
 
 # ---- reading -----------------------------------------------------------------------------------
+
+
+def split_layers(layers: Mapping[Any, Mapping[str, Any]]) -> tuple[Layers, Layers]:
+    """Split a ``per_layer_config`` into what transformers' class carries out, and what it does not.
+
+    Transformers has such settings of its own in some families without a row.
+    """
+    theirs, ours = Layers(), Layers()
+    for index, own in layers.items():
+        name = str(int(index))  # transformers writes 01
+        theirs[name] = {key: value for key, value in own.items() if key not in SIZE_KEYS}
+        ours[name] = {key: value for key, value in own.items() if key in SIZE_KEYS}
+    return {name: own for name, own in theirs.items() if own}, ours
+
+
+def restore_common_count(
+    config: dict[str, Any], family: Family, layers: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Undo what `build_transformers_dict` changes to keep stock readers away.
+
+    Args:
+        config: of a family without a row.
+        family: the family.
+        layers: the settings of layers, in which every layer with experts has their number.
+    """
+    part, keys = find_text_part(config), family.experts_key
+    most = max((own[keys[0]] for own in layers.values() if type(own.get(keys[0])) is int), default=0)
+    if most:
+        part |= {key: most for key in keys if type(part.get(key)) is int}
 
 
 def decode_layers(model: Model, overrides: Mapping[str, Mapping[str, Any]], take: Take) -> Model:
@@ -169,11 +202,12 @@ def _read_layer(
     model: Model, block: Block, layer: MoELayer, own: Any, form: Any, take: Take
 ) -> MoELayer:
     """Return a layer with experts, rows and a router of its own size."""
-    found = _parse_settings(own, form, (*model.family.experts_key, TOP_K))
+    top_k_key = model.family.top_k_key
+    found = _parse_settings(own, form, (*model.family.experts_key, top_k_key))
     if found is not None:
         keys = model.family.experts_key
         count = next((own[key] for key in keys if key in own), len(layer.experts))
-        top_k = own.get(TOP_K, layer.router.top_k)
+        top_k = own.get(top_k_key, layer.router.top_k)
         routed = count - len(found.replaced)
         bases = [base for base, _ in found.tied] or list(range(routed))
         experts = max(bases, default=-1) + 1
@@ -319,7 +353,7 @@ def build_config(model: Model) -> dict[str, Any]:
         for key in model.family.experts_key:
             if key in config:
                 config[key] = count
-        config["num_experts_per_tok"] = top_k
+        config[model.family.top_k_key] = top_k
     if not model.is_uniform:
         config["per_layer_config"] = encode_layers(model)
     return config
@@ -343,12 +377,14 @@ def _build_generic_config(model: Model) -> dict[str, Any]:
             else:
                 config[key] = value
     if not model.is_uniform:
-        if config.get("per_layer_config"):
+        theirs, sizes = split_layers(config.get("per_layer_config") or {})
+        if any(sizes.values()):
             raise Unsupported(
-                f"{model.family.model_type} has settings of single layers, so its layers cannot "
-                "get different numbers of experts; keep the same number in all layers"
+                f"{model.family.model_type} has numbers of experts of single layers, which cannot "
+                "be changed; keep the same number in all layers"
             )
-        config["per_layer_config"] = encode_layers(model)
+        layers = encode_layers(model)
+        config["per_layer_config"] = {n: theirs.get(n, {}) | own for n, own in layers.items()}
     return config
 
 
@@ -363,7 +399,8 @@ def _cut_blocks(model: Model) -> dict[str, Any]:
             if isinstance(value, list) and len(value) == count:
                 config[key] = [value[n] for n in origins]
         if layers := config.get("per_layer_config"):
-            kept = {str(n): layers[str(o)] for n, o in enumerate(origins) if str(o) in layers}
+            own = {int(n): settings for n, settings in layers.items()}  # transformers writes 01
+            kept = {str(n): own[o] for n, o in enumerate(origins) if o in own}
             config["per_layer_config"] = kept
     return config
 
@@ -397,9 +434,8 @@ def _describe_layers(source: Architecture) -> list[dict[tuple[str, str], Any]]:
     return [describe_layer(layer) for layer in find_layers(source.model)[1]]
 
 
-def _change_given_config(model: Model) -> dict[str, Any]:
-    """Return ``config.json`` of the source, with what passes changed at its place."""
-    new = _build_generic_config(model)
+def _change_given_config(model: Model, new: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``config.json`` of the source, with what differs in a new config at its place."""
     given: dict[str, Any] = copy.deepcopy(dict(model.given))
     if given["model_type"] in ALIASES:  # so that transformers opens it without code of the source
         given |= {
@@ -436,5 +472,5 @@ def build_transformers_config(model: Model, **changes: Any) -> Any:
     if not model.family.generic:
         settings.pop("per_layer_config", None)
     elif not model.is_uniform:
-        settings["per_layer_config"] = {}
+        settings["per_layer_config"] = split_layers(settings["per_layer_config"])[0]
     return make_transformers_config(model.family.model_type, settings)

@@ -15,7 +15,7 @@ from moe2edge.model import hf_config
 from moe2edge.model.block import is_low_rank, is_quantizable
 from moe2edge.model.build import build_model
 from moe2edge.model.edits import change_weights
-from moe2edge.model.family import find_family
+from moe2edge.model.family import FAMILIES, find_family
 from moe2edge.model.model import Model
 from moe2edge.model.stored_layout import list_stored, list_stored_integers
 from moe2edge.model.weights import BYTES, DTYPE_BYTES, Weight
@@ -53,7 +53,11 @@ def open_stored_model(checkpoint: Checkpoint) -> Model:
         # Some classes of transformers take a config without the key for an old one.
         part = hf_config.find_text_part(config)
         layers, part["per_layer_config"] = part["per_layer_config"], {}
+        if str(config.get("model_type")) not in FAMILIES:
+            part["per_layer_config"], layers = hf_config.split_layers(layers)
     family = find_family(config)
+    if family.generic:
+        hf_config.restore_common_count(config, family, layers)
     stored = _StoredTensors(checkpoint, settings)
     model = hf_config.decode_layers(
         build_model(family, config, stored.weight, stored.names), layers, stored.weight
