@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from moe2edge.errors import Unsupported
+from moe2edge.model.block import Block
+from moe2edge.model.body import find_body
 from moe2edge.model.experts import PARTS, Expert, Full, Tied, list_full_rows
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model
@@ -27,6 +30,45 @@ def change_weights(model: Model, change: Callable[[str, Weight], Weight | None])
         if new := {role: weight for role, weight in found.items() if weight is not None}:
             model = model.replace_block(block.with_weights(new))
     return model
+
+
+def drop_mlp(model: Model, block: Block, *, keep_norm: bool = False) -> Block:
+    """Return a block of a model without its MLP or MoE layer, and the norms that belong to it.
+
+    Args:
+        model: the model.
+        block: one of its blocks.
+        keep_norm: add the output of the norm before it to the residual stream in its place.
+
+    Raises:
+        Unsupported: no part of the layer was found that can go.
+    """
+    if not model.family.generic:
+        return block.without_mlp(keep_norm=keep_norm)
+    body = find_body(model.architecture, block.origin)
+    if body is None or (keep_norm and not body.can_pass_norm):
+        what = "norm that only its experts read" if body else "experts that can go by themselves"
+        raise Unsupported(
+            f"in block {block.index} of {model.family.model_type} there is no {what}; keep its layer"
+        )
+    paths = model.architecture.anatomy[block.origin].roles
+
+    def select(weights: Mapping[str, Weight], kind: str = "") -> dict[str, Weight]:
+        places = {name: paths[f"{kind}{name}".partition(".part")[0]] for name in weights}
+        return {
+            name: weight
+            for name, weight in weights.items()
+            if not body.contains(places[name], keep_norms=keep_norm)
+        }
+
+    return replace(
+        block,
+        mlp=None,
+        norms=select(block.norms, "norms."),
+        attention=select(block.attention, "attention."),
+        others=select(block.others),
+        passes_norm=keep_norm,
+    )
 
 
 def sort_rows(model: Model) -> Model:

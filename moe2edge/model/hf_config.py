@@ -24,6 +24,7 @@ from moe2edge.model.architecture import (
     make_architecture,
 )
 from moe2edge.model.block import Block, get_form
+from moe2edge.model.edits import drop_mlp
 from moe2edge.model.experts import (
     PARTS,
     Constant,
@@ -147,8 +148,8 @@ def restore_common_count(
         layers: the settings of layers, in which every layer with experts has their number.
     """
     part, keys = find_text_part(config), family.experts_key
-    most = max((own[keys[0]] for own in layers.values() if type(own.get(keys[0])) is int), default=0)
-    if most:
+    counts = [own.get(keys[0]) for own in layers.values()]
+    if most := max((count for count in counts if type(count) is int), default=0):
         part |= {key: most for key in keys if type(part.get(key)) is int}
 
 
@@ -180,7 +181,7 @@ def decode_layers(model: Model, overrides: Mapping[str, Mapping[str, Any]], take
 def _read_unrouted(model: Model, block: Block, layer: MoELayer, form: str, take: Take) -> Block:
     """Return a block without a router; an expert that stayed has a plain MLP's names on disk."""
     if form in ("none", "norm"):
-        return block.without_mlp(keep_norm=form == "norm")
+        return drop_mlp(model, block, keep_norm=form == "norm")
     old, plain = layer.experts[0], None
     if form in ("dense", "dense+shared"):
         gate, up, down = (

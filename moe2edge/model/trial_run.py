@@ -58,10 +58,10 @@ def try_config(architecture: Architecture) -> None:
     runs = [0] * len(copies)
     for n, layer in enumerate(copies):
         _count_runs(layer, runs, n)
-    model = _copy_way(architecture.model, path, copies)
+    model = copy_way(architecture.model, path, copies)
     try:
-        with _silence(), torch.no_grad(), FakeTensorMode(), _make_meter():
-            _forget_numbers(model)
+        with silence(), torch.no_grad(), FakeTensorMode(), _make_meter():
+            forget_numbers(model)
             model(torch.zeros(1, TRIAL_TOKENS, dtype=torch.int64), use_cache=False)
     except InputError:
         raise
@@ -81,7 +81,7 @@ def try_config(architecture: Architecture) -> None:
 
 
 @contextmanager
-def _silence() -> Iterator[None]:
+def silence() -> Iterator[None]:
     """Keep transformers and torch from printing what is raised anyway."""
     log = logging.getLogger("torch._subclasses.fake_tensor")
     before, log.disabled = log.disabled, True
@@ -135,17 +135,17 @@ def _copy_layers(layers: Any) -> Iterator[Any]:
         if like is None and len(kinds) == MOST_KINDS:
             like = kinds[-1][1]
         if like is not None:
-            yield _pass_by(copy.copy(like))
+            yield pass_by(copy.copy(like))
             continue
         found = copy.deepcopy(layer)
         for module in found.modules():
             if is_experts(module):
-                _pass_by(module)
+                pass_by(module)
         kinds.append((kind, found))
         yield found
 
 
-def _pass_by(module: Any) -> Any:
+def pass_by(module: Any) -> Any:
     """Let a module hand on what it gets."""
     module.forward = MethodType(_pass_on, module)
     return module
@@ -155,7 +155,7 @@ def _pass_on(_: Any, hidden_states: Tensor, *__: Any, **___: Any) -> Tensor:
     return hidden_states
 
 
-def _copy_way(module: Any, path: str, layers: list[Any]) -> Any:
+def copy_way(module: Any, path: str, layers: list[Any]) -> Any:
     """Return a copy of a module with other layers at ``path``."""
     from torch import nn
 
@@ -164,12 +164,12 @@ def _copy_way(module: Any, path: str, layers: list[Any]) -> Any:
     found.__dict__["_modules"] = {
         key: None if key == name else copy.deepcopy(child) for key, child in module.named_children()
     }
-    inner = _copy_way(getattr(module, name), rest, layers) if rest else nn.ModuleList(layers)
+    inner = copy_way(getattr(module, name), rest, layers) if rest else nn.ModuleList(layers)
     found._modules[name] = inner
     return found
 
 
-def _forget_numbers(model: Any) -> None:
+def forget_numbers(model: Any) -> None:
     """Put tensors of the current mode in the place of all parameters and buffers."""
     import torch
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from moe2edge.calibration.walk import BATCH_TOKENS, BlockRunner, embed, split_batches
-from moe2edge.model.block import SECOND_NORM, Block
+from moe2edge.model.block import Block
 from moe2edge.model.experts import Dense
 from moe2edge.model.layers import MoELayer, UnroutedMLP
 from moe2edge.model.model import Model
@@ -65,7 +65,7 @@ class _TabledWork(BlockWork):
         self._solve_attention(parts, hidden)
         mlp = self.block.mlp
         if mlp is None:
-            if SECOND_NORM in self.block.norms:
+            if self.block.passes_norm:
                 for part in split_batches(hidden):
                     hidden[part] += parts.normalize(hidden[part]).to(hidden.device)
             return self.numbers

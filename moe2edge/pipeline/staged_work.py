@@ -121,7 +121,8 @@ class StagedWork(BlockWork):
                 if buffer is not None and not buffer.is_meta:
                     module._buffers[name] = buffer.to(self.device)
         self._stage.to(self.device)
-        if self._anatomy.experts is not None:
+        if isinstance(self.block.mlp, MoELayer):
+            assert self._anatomy.experts is not None, "a layer has experts that were not found"
             self._experts: Any = self._layer.get_submodule(self._anatomy.experts)
             self._experts.forward = self._known.give
 

@@ -19,7 +19,8 @@ from moe2edge.errors import InputError
 from moe2edge.model import model as model_
 from moe2edge.model.anatomy import Anatomy, ExpertsForm
 from moe2edge.model.architecture import find_layers
-from moe2edge.model.block import SECOND_NORM, Block
+from moe2edge.model.block import Block
+from moe2edge.model.body import find_body, give_nothing
 from moe2edge.model.experts import PARTS, Dense, Expert, Linear, Replacement, Tied
 from moe2edge.model.layers import MoELayer, UnroutedMLP
 from moe2edge.model.model import Model
@@ -33,11 +34,27 @@ if TYPE_CHECKING:
 
 
 class Nothing(nn.Module):
-    """In place of an MLP: adds nothing to the residual stream."""
+    """In place of an MLP: adds nothing to the residual stream.
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return zeros like ``x``."""
-        return torch.zeros_like(x)
+    Attributes:
+        count: number of values that it returns.
+    """
+
+    def __init__(self, count: int = 1) -> None:
+        super().__init__()
+        self.count = count
+
+    def forward(self, x: Tensor, *_: Any, **__: Any) -> Any:
+        """Return zeros like ``x``, and nothing besides."""
+        return give_nothing(self.count, x)
+
+
+class Passing(Nothing):
+    """In place of an MLP: hands on its input."""
+
+    def forward(self, x: Tensor, *_: Any, **__: Any) -> Any:
+        """Return ``x``, and nothing besides."""
+        return x if self.count == 1 else (x, *(None,) * (self.count - 1))
 
 
 class GatedMLP(nn.Module):
@@ -113,16 +130,34 @@ def fit_layer(layer: Any, model: Model, block: Block) -> Any:
             experts.skipping = experts.register_forward_pre_hook(hook)
         elif mlp.router.skip_below:
             add_skipping(layer.mlp, mlp.router.skip_below, renormalize=mlp.router.renormalize)
+    elif model.family.generic:
+        if model.architecture.anatomy[block.origin].experts is not None:
+            _take_body_out(layer, model, block)
     elif not _is_as_built(layer, model, block):
-        if isinstance(mlp, Dense):
-            layer.mlp = GatedMLP(mlp)
-        elif isinstance(mlp, UnroutedMLP):
-            layer.mlp = AlwaysOn(mlp)
-        elif SECOND_NORM in block.norms:
-            layer.mlp = nn.Identity()
-        else:
-            layer.post_attention_layernorm, layer.mlp = nn.Identity(), Nothing()
+        _fit_unrouted(layer, block)
     return layer
+
+
+def _fit_unrouted(layer: Any, block: Block) -> None:
+    """Give a layer of a family with a row the form of a block without experts."""
+    if isinstance(block.mlp, Dense):
+        layer.mlp = GatedMLP(block.mlp)
+    elif isinstance(block.mlp, UnroutedMLP):
+        layer.mlp = AlwaysOn(block.mlp)
+    elif block.passes_norm:
+        layer.mlp = nn.Identity()
+    else:
+        layer.post_attention_layernorm, layer.mlp = nn.Identity(), Nothing()
+
+
+def _take_body_out(layer: Any, model: Model, block: Block) -> None:
+    """Take out of a layer what goes with its experts."""
+    body = find_body(model.architecture, block.origin)
+    assert body is not None, "a block lost its experts, which cannot go by themselves"
+    for name, count in body.modules.items():
+        setattr(layer, name, Passing(count) if block.passes_norm else Nothing(count))
+    for name in () if block.passes_norm else (*body.before, *body.behind):
+        setattr(layer, name, nn.Identity())
 
 
 def _is_as_built(layer: Any, model: Model, block: Block) -> bool:
@@ -131,7 +166,7 @@ def _is_as_built(layer: Any, model: Model, block: Block) -> bool:
     It may be the layer of another config than the model's: a source has experts where an output
     has a plain MLP.
     """
-    if model.family.generic or not isinstance(block.mlp, Dense):
+    if not isinstance(block.mlp, Dense):
         return model_.is_stock_form(model, block)
     gate = getattr(layer.mlp, "gate_proj", None)
     return gate is not None and bool(gate.out_features == block.mlp.gate.shape[0])

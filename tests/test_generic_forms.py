@@ -1,0 +1,189 @@
+"""Layers that are dropped and experts that are replaced, in families without a row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
+
+import moe2edge
+from every_family import GENERIC, IDS, make_folder, run_stock, walk_over
+from helpers import ignore, plan, slow_except
+from moe2edge.calibration import walk
+from moe2edge.errors import Unsupported
+from moe2edge.evaluation import verify
+from moe2edge.model.architecture import find_layers
+from moe2edge.model.model import Model
+from moe2edge.passes.layer_drop import LayerDrop
+from moe2edge.storage.checkpoint import open_checkpoint
+from moe2edge.targets.gptq import Gptq
+from moe2edge.targets.hf import Hf
+from test_every_family_quantized import RULES, check_numbers, quantize
+
+FAST = (
+    "gpt_oss", "deepseek_v3", "qwen3_next", "qwen3_5_moe_text", "glm4_moe", "granitemoe",
+    "nemotron_h", "lfm2_moe", "gemma4_text", "phimoe", "hunyuan_v1_moe", "minimax_m2",
+    "ernie4_5_moe",
+)  # fmt: skip
+MARKED = slow_except(GENERIC, *FAST)
+# Modules of a layer that go with its experts, where it is not the one that has them.
+BODIES = {
+    "gemma4_text": ("experts", "mlp"),
+    **dict.fromkeys(
+        ("granitemoehybrid", "granitemoeshared", "granitemoe_swa"),
+        ("block_sparse_moe", "shared_mlp"),
+    ),
+}
+# Norms of the layer that go, where it is not the usual one, and families where none does.
+NORMS = {
+    "afmoe": ("pre_mlp_layernorm", "post_mlp_layernorm"),
+    "beam": ("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    "cohere2_moe": (),
+    "flex_olmo": ("post_feedforward_layernorm",),
+    "gemma4_text": (
+        "pre_feedforward_layernorm", "post_feedforward_layernorm", "pre_feedforward_layernorm_2",
+        "post_feedforward_layernorm_1", "post_feedforward_layernorm_2",
+    ),
+    "jamba": ("pre_ff_layernorm",),
+    "kolibri1": ("post_attention_layernorm", "post_mlp_layernorm"),
+    "lfm2_moe": ("ffn_norm",),
+    "minimax": (),
+    "nemotron_h": ("norm",),
+}  # fmt: skip
+USUAL = ("post_attention_layernorm",)
+# Families without one norm in front of one module.
+NO_NORM = ("cohere2_moe", "flex_olmo", "minimax", *BODIES)
+
+
+def open_family(folder: Path, family: str, **changes: Any) -> tuple[Any, Model]:
+    stock = make_folder(folder / "source", family, **changes)
+    return stock, open_checkpoint(folder / "source").model
+
+
+def write(model: Model, folder: Path, target: Hf | Gptq) -> Path:
+    """Write a model, and prove what was written."""
+    folder.mkdir()
+    target.accepts(model)
+    target.write(model, folder)
+    verify.audit(target, folder, target.stored(model))
+    return folder
+
+
+def check_written(model: Model, folder: Path, family: str, expected: Tensor) -> None:
+    """Write to both targets, and compare what is loaded with logits, and with a walk."""
+    out = write(model, folder / "hf", Hf(layout="natural"))
+    again = Hf(layout="natural").streamed(out)
+    loaded = moe2edge.load(out, dtype=torch.float32)
+    check_numbers(loaded, model)
+    assert (run_stock(loaded) - expected).abs().max() <= 1e-5
+    assert (walk_over(again) - expected).abs().max() <= 1e-5
+    rounded = quantize(model, rules=RULES.get(family, []))
+    loaded = moe2edge.load(write(rounded, folder / "gptq", Gptq()), dtype=torch.float32)
+    check_numbers(loaded, rounded)
+    assert (run_stock(loaded) - walk_over(rounded)).abs().max() <= 1e-5
+
+
+def check_stock_refuses(stock: Any, folder: Path) -> None:
+    # One family asks for the settings of a kind of layers when the config is opened.
+    errors, words = (RuntimeError, StrictDataclassError), "per-layer attribute|not homogeneous"
+    with pytest.raises(errors, match=words):
+        type(stock).from_pretrained(folder, local_files_only=True)
+
+
+# ---- layer_drop ----------------------------------------------------------------------------------
+
+
+def give(value: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+    """Return a hook that puts a function of the input in the place of the output."""
+
+    def hook(_: Any, args: tuple[Tensor, ...], output: Any) -> Any:
+        found = value(args[0])
+        return (found, *output[1:]) if isinstance(output, tuple) else found
+
+    return hook
+
+
+def operate(stock: Any, family: str, index: int, value: Callable[[Tensor], Tensor]) -> list[Any]:
+    """Take the MoE layer of transformers' model out of a layer."""
+    layer = find_layers(stock)[1][index]
+    names = BODIES.get(family) or tuple(
+        name
+        for name, child in layer.named_children()
+        if any(hasattr(module, "has_gate") for module in child.modules())
+    )
+    return [layer.get_submodule(n).register_forward_hook(give(value)) for n in names]
+
+
+def list_outputs(stock: Any) -> Iterator[Tensor]:
+    """Yield the output of each layer."""
+    found: list[Tensor] = []
+    hooks = [
+        layer.register_forward_hook(
+            lambda _, __, out: found.append((out[0] if isinstance(out, tuple) else out).clone())
+        )
+        for layer in find_layers(stock)[1]
+    ]
+    run_stock(stock)
+    for handle in hooks:
+        handle.remove()
+    return iter(found)
+
+
+def drop(model: Model, **options: Any) -> Model:
+    step = LayerDrop.model_validate(options)
+    plan([step], model)
+    facts = walk.gather(model, IDS, step.observers(), ignore, "")
+    return step.apply(model, facts).model
+
+
+@pytest.mark.parametrize("family", MARKED)
+def test_a_dropped_layer_adds_what_is_left_without_its_experts(family: str, tmp_path: Path) -> None:
+    stock, model = open_family(tmp_path, family)
+    whole, cosines = list(list_outputs(stock)), {}
+    for block, _ in model.moe_blocks:
+        hooks = operate(stock, family, block.index, torch.zeros_like)
+        bare = list(list_outputs(stock))[block.index]
+        cosines[block.index] = float(torch.cosine_similarity(whole[block.index], bare, -1).mean())
+        for handle in hooks:
+            handle.remove()
+    index = max(cosines, key=lambda n: cosines[n])
+    found = drop(model, drop=1)
+    assert [block.index for block in found.blocks if block != model.blocks[block.index]] == [index]
+    operate(stock, family, index, torch.zeros_like)
+    expected = run_stock(stock)
+    check_written(found, tmp_path, family, expected)
+    check_stock_refuses(stock, tmp_path / "hf")
+    # What makes no difference is gone, and nothing else of what is not in the layer itself.
+    left = {role for role, _ in found.blocks[index].weights()}
+    layer = find_layers(stock)[1][index]
+    for name, child in layer.named_children():
+        if "norm" in name:
+            gone = name in NORMS.get(family, USUAL)
+            assert any(f".{name}." in f".{role}." for role in left) is not gone, name
+            with torch.no_grad():
+                for parameter in child.parameters():
+                    before = parameter.clone()
+                    parameter.copy_(torch.rand_like(parameter) + 1)
+                    assert torch.equal(run_stock(stock), expected) is gone, name
+                    parameter.copy_(before)
+
+
+@pytest.mark.parametrize("family", slow_except([f for f in GENERIC if f not in NO_NORM], *FAST))
+def test_a_norm_can_stay_in_the_place_of_a_layer(family: str, tmp_path: Path) -> None:
+    stock, model = open_family(tmp_path, family)
+    found = drop(model, drop=1, norm=False)
+    (block,) = (block for block in found.blocks if block != model.blocks[block.index])
+    operate(stock, family, block.index, lambda x: x)
+    check_written(found, tmp_path, family, run_stock(stock))
+
+
+@pytest.mark.parametrize("family", slow_except(NO_NORM, "gemma4_text"))
+def test_a_norm_that_stands_for_no_layer_is_refused(family: str, tmp_path: Path) -> None:
+    _, model = open_family(tmp_path, family)
+    with pytest.raises(Unsupported, match=f"norm: false does not work on {family}: block 0 has no"):
+        plan([LayerDrop(drop=1, norm=False)], model)
