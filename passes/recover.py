@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from moe2edge.errors import InputError
-from moe2edge.model.architecture import build_meta_model
+from moe2edge.model.architecture import build_meta_model, find_layers
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model
 from moe2edge.model.traits import Trait
@@ -416,7 +416,8 @@ class Recover(Train):
                 expert = before[layer.rows[row].origin]
                 return [load_finite(weight) for weight in (expert.gate, expert.up, expert.down)]
 
-            mixed: MixedExperts = loaded.model.layers[block.index].mlp.experts
+            path = context.model.architecture.anatomy[block.origin].experts
+            mixed: MixedExperts = find_layers(loaded)[1][block.index].get_submodule(str(path))
             found.append(mixed.anneal(layer, original))
         return found
 

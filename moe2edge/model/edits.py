@@ -49,7 +49,7 @@ def drop_mlp(model: Model, block: Block, *, keep_norm: bool = False) -> Block:
     if body is None or (keep_norm and not body.can_pass_norm):
         what = "norm that only its experts read" if body else "experts that can go by themselves"
         raise Unsupported(
-            f"in block {block.index} of {model.family.model_type} there is no {what}; keep its layer"
+            f"block {block.index} of {model.family.model_type} has no {what}; keep its layer"
         )
     paths = model.architecture.anatomy[block.origin].roles
 
@@ -74,7 +74,8 @@ def drop_mlp(model: Model, block: Block, *, keep_norm: bool = False) -> Block:
 def sort_rows(model: Model) -> Model:
     """Return ``model`` with the rows of each router in the order that formats on disk need.
 
-    Rows that run full or tied experts come before replacements. Where each expert is run by one
+    Rows that run full or tied experts come before replacements, but in groups, which are of rows
+    that stand together. Where each expert is run by one
     row as it is, experts stand in the order of their rows. The model computes the same.
     """
     for block, layer in model.moe_blocks:
@@ -86,6 +87,8 @@ def sort_rows(model: Model) -> Model:
 
 def _sort_layer(layer: MoELayer) -> MoELayer:
     order = (*layer.routed, *layer.replaced)
+    if layer.router.groups > 1 and layer.replaced:
+        return layer
     if order != tuple(range(layer.router_rows)):
         rows = tuple(layer.rows[row] for row in order)
         layer = replace(layer, router=layer.router.select(order), rows=rows)

@@ -28,6 +28,7 @@ from moe2edge.pipeline.block_work import (
     BlockWork,
     Inside,
     KeptBatches,
+    LowRank,
     Mlp,
     count_gpu_bytes,
     estimate_mlp_bytes,
@@ -46,7 +47,6 @@ if TYPE_CHECKING:
 
     from moe2edge.numerics.grid import Quantized
     from moe2edge.progress import Advance
-    from moe2edge.runtime.mixed_experts import TiedExperts
 
 # Copies of the hidden states that are alive at once.
 STREAMS = 4
@@ -141,7 +141,7 @@ class _TabledWork(BlockWork):
         for n in range(len(layer.experts)):
             token, place = torch.where(layer.find_uses(n, ids))
             own = weights[token, place]
-            low = _Low(parts.tied, parts.find_tied(ids[token, place])) if parts.tied else None
+            low = LowRank(parts.tied, parts.find_tied(ids[token, place])) if parts.tied else None
             token = token.to(flat.device)
             inputs = _list_routed(parts.normalize, flat, token, own)
             mlps.append(_GatedMlp(f"experts.{n}", token, inputs, everyone, GATED, low))
@@ -153,28 +153,6 @@ class _TabledWork(BlockWork):
 
 
 @dataclass(frozen=True)
-class _Low:
-    """Factors of the rows that use a stored expert.
-
-    Attributes:
-        experts: tied experts of the layer.
-        which: tied expert of each token of the stored expert, int64 [n]; -1: it has no factors.
-    """
-
-    experts: TiedExperts
-    which: Tensor
-
-    def __call__(self, part: str, at: int, x: Tensor) -> Tensor:
-        """Return what factors add to products of ``part`` for tokens from ``at`` on, float32."""
-        which = self.which[at : at + len(x)].to(x.device)
-        outs = getattr(self.experts, f"{part}_second").shape[1]
-        out = x.new_zeros(len(x), outs, dtype=torch.float32)
-        has = which >= 0
-        out[has] = self.experts.apply_factors(part, which[has], x[has].float())
-        return out
-
-
-@dataclass(frozen=True)
 class _GatedMlp(Mlp):
     """An MLP of the form ``down(silu(gate(x)) * up(x))``.
 
@@ -182,7 +160,7 @@ class _GatedMlp(Mlp):
         low: factors of tied experts that use its matrices; None: there are none.
     """
 
-    low: _Low | None = None
+    low: LowRank | None = None
 
     def make_inside(self, matrices: Sequence[Tensor]) -> Inside:
         """Return how to compute ``silu(gate x) * up x``, with factors for routed tokens."""

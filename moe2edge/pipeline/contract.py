@@ -184,6 +184,10 @@ class Pass(Options):
         super().__init_subclass__(**kwargs)
         cls.name = cls.__module__.rpartition(".")[2]
 
+    def list_needs(self) -> tuple[Trait, ...]:
+        """List the traits that blocks with experts must have for these options."""
+        return self.needs
+
     @property
     def needs_tokens(self) -> bool:
         """True if it reads the calibration text."""

@@ -60,7 +60,7 @@ def _check_needs(step: Pass, model: Model) -> None:
     """
     source = model.family, model.architecture
     places = [block.origin for block, _ in model.moe_blocks]
-    if (found := find_missing(*source, step.needs, places)) is None:
+    if (found := find_missing(*source, step.list_needs(), places)) is None:
         return
     from moe2edge.pipeline.registry import find_pass, list_passes
 

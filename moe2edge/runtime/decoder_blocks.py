@@ -27,7 +27,7 @@ from moe2edge.model.model import Model
 from moe2edge.model.traits import scales_to_one_sum
 from moe2edge.model.weights import Weight
 from moe2edge.numerics.skipping import apply_skipping, skip_in_any_order
-from moe2edge.runtime.mixed_experts import MixedExperts
+from moe2edge.runtime.mixed_experts import MixedExperts, find_experts_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,6 +55,16 @@ class Passing(Nothing):
     def forward(self, x: Tensor, *_: Any, **__: Any) -> Any:
         """Return ``x``, and nothing besides."""
         return x if self.count == 1 else (x, *(None,) * (self.count - 1))
+
+
+class NoNorm(nn.Identity):
+    """In place of a norm: hands on its input. Some layers ask for the dtype of the weight."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        dtype = next(norm.parameters()).dtype
+        nothing = torch.empty(0, dtype=dtype, device="cpu")
+        self.register_buffer("weight", nothing, persistent=False)
 
 
 class GatedMLP(nn.Module):
@@ -119,7 +129,7 @@ def fit_layer(layer: Any, model: Model, block: Block) -> Any:
         if not anatomy.choices:
             _set_top_k(layer, model.family.top_k_key, mlp.router.top_k)
         if not mlp.is_plain:
-            path = str(model.architecture.anatomy[block.origin].experts)
+            path = str(anatomy.experts)
             layer.set_submodule(path, MixedExperts(layer.get_submodule(path), mlp))
         if mlp.router.skip_below and model.family.generic:
             with torch.device("cpu"):  # where its rule is tried
@@ -157,7 +167,7 @@ def _take_body_out(layer: Any, model: Model, block: Block) -> None:
     for name, count in body.modules.items():
         setattr(layer, name, Passing(count) if block.passes_norm else Nothing(count))
     for name in () if block.passes_norm else (*body.before, *body.behind):
-        setattr(layer, name, nn.Identity())
+        setattr(layer, name, NoNorm(layer.get_submodule(name)))
 
 
 def _is_as_built(layer: Any, model: Model, block: Block) -> bool:
@@ -281,14 +291,14 @@ def load_block_state(
     if isinstance(block.mlp, MoELayer) and wanted("experts.0.gate"):
         assert anatomy.form is not None, "a layer with experts has none in transformers' class"
         fused = _fuse_experts(block.mlp.experts, anatomy.form)
-        at = anatomy.experts if block.mlp.is_plain else f"{anatomy.experts}.experts"
+        at = find_experts_name(block.mlp, str(anatomy.experts))
         state |= {f"{at}.{name}": numbers for name, numbers in fused.items()}
     if isinstance(block.mlp, MoELayer) and block.mlp.replaced and wanted("substitutes.0"):
         fused = _fuse_replacements(block.mlp)
-        state |= {f"mlp.experts.substitutes.{name}": t for name, t in fused.items()}
+        state |= {f"{anatomy.experts}.substitutes.{name}": t for name, t in fused.items()}
     if isinstance(block.mlp, MoELayer) and wanted("members.0"):
         fused = _fuse_factors(block.mlp)
-        state |= {f"mlp.experts.members.{name}": t for name, t in fused.items()}
+        state |= {f"{anatomy.experts}.members.{name}": t for name, t in fused.items()}
     return state
 
 
@@ -363,7 +373,7 @@ def _fuse_replacements(layer: MoELayer) -> dict[str, Tensor]:
     """Return the parameters of `Replacements`."""
     found = [row for row in layer.rows if isinstance(row, Replacement)]
     linear = [row for row in found if isinstance(row, Linear)]
-    nothing = torch.empty(0, layer.router.weight.shape[1])
+    nothing = torch.empty(0, layer.hidden)
     return {
         "constants": torch.stack([load_finite(row.constant) for row in found]),
         "first": torch.cat([nothing, *(load_finite(row.first) for row in linear)]),
