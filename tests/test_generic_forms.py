@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +21,20 @@ from moe2edge.calibration import walk
 from moe2edge.errors import Unsupported
 from moe2edge.evaluation import verify
 from moe2edge.model.architecture import find_layers
-from moe2edge.model.experts import Constant, Linear, Tied
+from moe2edge.model.experts import Constant, Full, Linear
+from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model
+from moe2edge.numerics.scheme import Scheme
+from moe2edge.passes._awq_folding import Folding
+from moe2edge.passes._awq_trials import find_places_by_trial
 from moe2edge.passes.expert_replace import ExpertReplace
 from moe2edge.passes.layer_drop import LayerDrop
 from moe2edge.storage.checkpoint import open_checkpoint
+from moe2edge.storage.solved_blocks import attach_numbers
 from moe2edge.targets.gptq import Gptq
 from moe2edge.targets.hf import Hf
 from test_every_family_quantized import RULES, check_numbers, quantize
+from test_staged_work import Recorder, check_block, run_block
 
 FAST = (
     "gpt_oss", "deepseek_v3", "qwen3_next", "qwen3_5_moe_text", "glm4_moe", "granitemoe",
@@ -207,62 +215,48 @@ KINDS: dict[str, dict[str, Any]] = {
 NO_FACTORS = {"nemotron_h": "experts with a gate", "gpt_oss": "experts without biases"}
 
 
-def run_expert(stock: Any, index: int, n: int) -> Callable[[Tensor], Tensor]:
-    """Return transformers' own expert of a layer, as a function of its inputs."""
-    module = next(m for m in find_layers(stock)[1][index].modules() if hasattr(m, "has_gate"))
-    return lambda x: run_module(module, x, n)
-
-
-def run_module(module: Any, x: Tensor, n: int) -> Tensor:
+def run_expert(module: Any, x: Tensor, n: int) -> Tensor:
+    """Run one expert of transformers' module."""
     ids = torch.full((len(x), 1), n)
     found: Tensor = type(module).forward(module, x, ids, torch.ones(len(x), 1))
     return found
 
 
-def make_rows(stock: Any, model: Model, index: int) -> list[Callable[[Tensor], Tensor]]:
-    """Return what each row of a router computes by the formulas, from the numbers of the model."""
-    layer = model.blocks[index].mlp
-    form = model.architecture.anatomy[model.blocks[index].origin].form
-    module: Any = next(m for m in find_layers(stock)[1][index].modules() if hasattr(m, "has_gate"))
-    found: list[Callable[[Tensor], Tensor]] = []
-    for row in layer.rows:
-        if isinstance(row, Constant):
-            found.append(lambda x, row=row: row.constant.load().expand(len(x), -1))
-        elif isinstance(row, Linear):
-            found.append(
-                lambda x, row=row: (
-                    row.constant.load() + x @ row.first.load().T @ row.second.load().T
-                )
-            )
-        elif isinstance(row, Tied):
-            assert form.concatenated
-            parts = {}
-            for part, low in row.factors.items():
-                parts[part] = low.second.load() @ low.first.load()
-                if row.base is not None:
-                    parts[part] = parts[part] + getattr(layer.experts[row.base], part).load()
-            found.append(
-                lambda x, p=parts: (
-                    module._apply_gate(torch.cat([x @ p["gate"].T, x @ p["up"].T], 1)) @ p["down"].T
-                )
-            )
-        else:
-            found.append(run_expert(stock, index, layer.experts[row.expert].origin))
-    return found
+def make_row(module: Any, layer: MoELayer, row: Any) -> Callable[[Tensor], Tensor]:
+    """Return what a row of a router computes by its formula, from the numbers of the model.
+
+    Args:
+        module: transformers' own module of the experts as they were.
+        layer: the layer.
+        row: the row.
+    """
+    if isinstance(row, Full):
+        return lambda x: run_expert(module, x, layer.experts[row.expert].origin)
+    if isinstance(row, Constant):
+        return lambda x: row.constant.load().expand(len(x), -1)
+    if isinstance(row, Linear):
+        first, second = row.first.load(), row.second.load()
+        return lambda x: row.constant.load() + x @ first.T @ second.T
+    assert module.is_concatenated
+    parts = {part: low.second.load() @ low.first.load() for part, low in row.factors.items()}
+    if row.base is not None:
+        base = layer.experts[row.base]
+        parts = {part: low + getattr(base, part).load() for part, low in parts.items()}
+    inner = torch.cat([parts["gate"], parts["up"]])
+    return lambda x: module._apply_gate(x @ inner.T) @ parts["down"].T
 
 
-def replace_experts(stock: Any, model: Model, index: int) -> None:
+def replace_experts(stock: Any, index: int, layer: MoELayer) -> None:
     """Have a layer of transformers' model run rows in a loop over tokens."""
-    layer = find_layers(stock)[1][index]
-    module: Any = next(m for m in layer.modules() if hasattr(m, "has_gate"))
-    rows = make_rows(stock, model, index)
-    origins = {row.origin: n for n, row in enumerate(model.blocks[index].mlp.rows)}
+    modules = find_layers(stock)[1][index].modules()
+    module: Any = next(m for m in modules if hasattr(m, "has_gate"))
+    rows = {row.origin: make_row(module, layer, row) for row in layer.rows}
 
     def forward(x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         out = torch.zeros_like(x)
         for token, (own, gates) in enumerate(zip(ids.tolist(), weights, strict=True)):
             for n, gate in zip(own, gates, strict=True):
-                out[token] += gate * rows[origins[n]](x[token][None])[0]
+                out[token] += gate * rows[n](x[token][None])[0]
         return out
 
     module.forward = forward
@@ -287,10 +281,84 @@ def test_replaced_experts_are_run_as_a_loop_over_tokens_does(
     for block, layer in model.moe_blocks:
         if not layer.is_plain:
             changed += 1
-            replace_experts(stock, model, block.index)
+            replace_experts(stock, block.index, layer)
             origins = [row.origin for row in layer.rows]
             assert sorted(origins) == list(range(8))
             assert layer.router.groups == 1 or origins == list(range(8))
     assert changed
     check_written(model, tmp_path, family, run_stock(stock))
     check_stock_refuses(make_folder(tmp_path / "again", family), tmp_path / "hf")
+
+
+# ---- passes behind it ----------------------------------------------------------------------------
+
+
+def replace_in(folder: Path, family: str, kind: str) -> Model:
+    _, source = open_family(folder, family)
+    step = ExpertReplace.model_validate({"with": kind, **KINDS[kind]})
+    return helpers.search(step, source, TEXT).model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss", "nemotron_h", "qwen3_next"])
+def test_solvers_see_what_the_walk_over_replaced_experts_says(
+    family: str, kind: str, tmp_path: Path
+) -> None:
+    if kind in ("base", "svd") and family in NO_FACTORS:
+        return
+    model = replace_in(tmp_path, family, kind)
+    hidden = walk.embed(model, IDS)
+    for block in model.blocks:
+        solver = Recorder(Scheme(4, -1, True))
+        numbers, outputs = run_block(model, block, solver, hidden)
+        trace = walk.BlockRunner(model, attach_numbers(block, numbers)).watch(hidden)
+        torch.testing.assert_close(outputs, trace.outputs, atol=2e-5, rtol=1e-5)
+        hidden, layer, routing = trace.outputs, block.mlp, trace.routing
+        if not isinstance(layer, MoELayer):
+            continue
+        assert routing is not None
+        for n in range(len(layer.experts)):
+            rows = [row for row, base in enumerate(layer.bases) if base == n]
+            token, place = torch.where(torch.isin(routing.ids, torch.tensor(rows)))
+            if not len(token):
+                continue
+            x, ran = routing.inputs[token], routing.ids[token, place]
+            torch.testing.assert_close(solver.inputs[f"experts.{n}.up"], x, atol=2e-5, rtol=1e-5)
+            inside = torch.cat(
+                [trace.expert_hidden(int(row), one[None]) for row, one in zip(ran, x, strict=True)]
+            )
+            found = solver.inputs[f"experts.{n}.down"]
+            torch.testing.assert_close(found, inside, atol=5e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scales_fold_into_all_that_takes_the_place_of_experts(kind: str, tmp_path: Path) -> None:
+    model = replace_in(tmp_path, "deepseek_v3", kind)
+    draw = torch.Generator().manual_seed(0)
+    found = model
+    for block in model.blocks:
+        folding = Folding()
+        weights = dict(block.weights())
+        for place in find_places_by_trial(model, block):
+            producer = weights[place.producers[-1]]
+            size = producer.shape[0] // place.copies if place.copies > 1 else producer.shape[0]
+            folding.add(place, torch.rand(size, generator=draw) + 0.5)
+        new = {
+            role: replace(
+                weights[role], load=partial(folding.apply, role, weights[role].load().float())
+            )
+            for role in folding.roles
+        }
+        assert not isinstance(block.mlp, MoELayer) or any("experts." in role for role in new)
+        found = found.replace_block(block.with_weights(new))
+    assert (walk_over(found) - walk_over(model)).abs().max() <= 1e-4
+
+
+def test_blocks_without_experts_are_solved(tmp_path: Path) -> None:
+    for family in ("nemotron_h", "gemma4_text"):
+        _, source = open_family(tmp_path / family, family)
+        model = drop(source, drop=1)
+        hidden = walk.embed(model, IDS)
+        for block in model.blocks:
+            check_block(model, block, Recorder(Scheme(4, -1, True)), hidden)
+            hidden = walk.BlockRunner(model, block).run(hidden)
