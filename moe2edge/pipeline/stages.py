@@ -65,7 +65,6 @@ def _check_needs(step: Pass, model: Model) -> None:
     from moe2edge.pipeline.registry import find_pass, list_passes
 
     trait, where = found
-    where += f" ({step.because})" if step.because else ""
     needs = {name: find_pass(name).needs for name in list_passes()}
     others = [name for name, need in needs.items() if not find_missing(*source, need, places)]
     raise Unsupported(
