@@ -18,9 +18,10 @@ import moe2edge
 from every_family import GENERIC, IDS, make_folder, run_stock, walk_over
 from helpers import ignore, plan, slow_except
 from moe2edge.calibration import walk
-from moe2edge.errors import Unsupported
+from moe2edge.errors import InputError, Unsupported
 from moe2edge.evaluation import verify
 from moe2edge.model.architecture import find_layers
+from moe2edge.model.edits import drop_mlp
 from moe2edge.model.experts import Constant, Full, Linear
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model
@@ -29,6 +30,7 @@ from moe2edge.passes._awq_folding import Folding
 from moe2edge.passes._awq_trials import find_places_by_trial
 from moe2edge.passes.expert_replace import ExpertReplace
 from moe2edge.passes.layer_drop import LayerDrop
+from moe2edge.pipeline.decisions import describe_blocks
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.storage.solved_blocks import attach_numbers
 from moe2edge.targets.gptq import Gptq
@@ -362,3 +364,93 @@ def test_blocks_without_experts_are_solved(tmp_path: Path) -> None:
         for block in model.blocks:
             check_block(model, block, Recorder(Scheme(4, -1, True)), hidden)
             hidden = walk.BlockRunner(model, block).run(hidden)
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+def skip(model: Model) -> Model:
+    for block, layer in model.moe_blocks:
+        router = replace(layer.router, skip_below=(0.9,) * (layer.router.top_k - 1))
+        model = model.replace_block(replace(block, mlp=replace(layer, router=router)))
+    return model
+
+
+@pytest.mark.parametrize("family", MARKED)
+def test_layers_that_differ_in_skipping_alone_are_refused_by_transformers(
+    family: str, tmp_path: Path
+) -> None:
+    stock, source = open_family(tmp_path, family)
+    model = skip(source)
+    out = write(model, tmp_path / "out", Hf(layout="natural"))
+    check_stock_refuses(stock, out)
+    again = Hf(layout="natural").streamed(out)
+    assert again.architecture.anatomy == source.architecture.anatomy
+    assert torch.equal(walk_over(again), walk_over(model))
+
+
+# Layers of Gemma 4 with a head size of their own; in more than ten, transformers writes 01.
+OWN_HEADS: dict[str, Any] = {
+    "global_head_dim": 32, "num_hidden_layers": 12,
+    "layer_types": ["sliding_attention", "full_attention"] * 6,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["drop", "skip", "linear", "experts"])
+def test_settings_of_single_layers_stay_beside_ours(form: str, tmp_path: Path) -> None:
+    stock, source = open_family(tmp_path, "gemma4_text", **OWN_HEADS)
+    if form == "drop":
+        model = drop(source, drop=2)
+    elif form == "skip":
+        model = skip(source)
+    elif form == "linear":
+        step = ExpertReplace.model_validate({"with": "linear", **KINDS["linear"]})
+        model = helpers.search(step, source, TEXT).model
+    else:
+        model = source.replace_block(source.blocks[3].keep_experts((0, 2, 5)))
+    out = write(model, tmp_path / "out", Hf(layout="natural"))
+    check_stock_refuses(stock, out)
+    logits = run_stock(moe2edge.load(out, dtype=torch.float32))
+    assert (logits - walk_over(model)).abs().max() <= 1e-5
+    assert not torch.allclose(logits, run_stock(stock), atol=1e-3)
+
+
+def test_settings_of_single_layers_are_found_again_when_blocks_go(tmp_path: Path) -> None:
+    stock, source = open_family(tmp_path, "gemma4_text", **OWN_HEADS)
+    model = source.keep_blocks([n for n in range(12) if n not in (4, 5)])
+    out = write(model, tmp_path / "out", Hf())
+    again = type(stock).from_pretrained(out, dtype=torch.float32, local_files_only=True).eval()
+    assert (run_stock(again) - walk_over(model)).abs().max() <= 1e-5
+
+
+def test_decisions_drop_the_same_layers(tmp_path: Path) -> None:
+    for family in ("deepseek_v3", "gemma4_text", "minimax", "nemotron_h"):
+        _, source = open_family(tmp_path / family, family)
+        for norm in (True, False) if family not in NO_NORM else (True,):
+            model = drop(source, drop=1, norm=norm)
+            again = source
+            for entry, block in zip(describe_blocks(model), source.blocks, strict=True):
+                if entry.mlp in ("none", "norm") and entry.experts_before:
+                    kept = entry.mlp == "norm"
+                    assert kept is not norm
+                    again = again.replace_block(drop_mlp(source, block, keep_norm=kept))
+            assert again.blocks == model.blocks
+
+
+def test_rows_of_replaced_experts_stay_in_their_groups(tmp_path: Path) -> None:
+    """Experts that go afterwards leave as many rows in each group."""
+    model = replace_in(tmp_path, "deepseek_v3", "constant")
+    block, layer = model.moe_blocks[0]
+    half = [[n for n in layer.routed if (n < 4) is first] for first in (True, False)]
+    kept = {row.expert for row in layer.rows if isinstance(row, Full)}
+    first = {layer.rows[n].expert for n in half[0][:1]}  # type: ignore[union-attr]
+    with pytest.raises(InputError, match="groups of experts, of which the same number"):
+        layer.keep(sorted(kept - first))
+    second = {layer.rows[n].expert for n in half[1][:1]}  # type: ignore[union-attr]
+    small = layer.keep(sorted(kept - first - second))
+    origins = [row.origin for row in small.rows]
+    assert origins == sorted(origins)
+    assert len(origins) == 6
+    found = model.replace_block(replace(block, mlp=small))
+    out = write(found, tmp_path / "out", Hf(layout="natural"))
+    assert torch.equal(walk_over(Hf(layout="natural").streamed(out)), walk_over(found))
