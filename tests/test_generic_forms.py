@@ -36,6 +36,7 @@ from moe2edge.storage.solved_blocks import attach_numbers
 from moe2edge.targets.gptq import Gptq
 from moe2edge.targets.hf import Hf
 from test_every_family_quantized import RULES, check_numbers, quantize
+from test_real_layouts import make_wrapped
 from test_staged_work import Recorder, check_block, run_block
 
 FAST = (
@@ -454,3 +455,24 @@ def test_rows_of_replaced_experts_stay_in_their_groups(tmp_path: Path) -> None:
     found = model.replace_block(replace(block, mlp=small))
     out = write(found, tmp_path / "out", Hf(layout="natural"))
     assert torch.equal(walk_over(Hf(layout="natural").streamed(out)), walk_over(found))
+
+
+@pytest.mark.parametrize("form", ["drop", "skip", "linear", "base"])
+def test_layers_of_a_text_model_in_a_larger_one_have_forms(form: str, tmp_path: Path) -> None:
+    stock = make_wrapped(tmp_path / "source")
+    source = open_checkpoint(tmp_path / "source").model
+    if form == "drop":
+        model = drop(source, drop=1)
+    elif form == "skip":
+        model = skip(source)
+    else:
+        step = ExpertReplace.model_validate({"with": form, **KINDS[form]})
+        model = helpers.search(step, source, TEXT).model
+    out = write(model, tmp_path / "out", Hf(layout="natural"))
+    check_stock_refuses(stock, out)
+    loaded = moe2edge.load(out, dtype=torch.float32)
+    check_numbers(loaded, model)
+    assert (run_stock(loaded) - walk_over(model)).abs().max() <= 1e-5
+    names = {name for name, _, _ in model.tensors()}
+    beside = ("model.language_model.", "lm_head.")
+    assert all(name.startswith(beside) for name in names)
