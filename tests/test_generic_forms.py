@@ -22,14 +22,16 @@ from moe2edge.errors import InputError, Unsupported
 from moe2edge.evaluation import verify
 from moe2edge.model.architecture import find_layers
 from moe2edge.model.edits import drop_mlp
-from moe2edge.model.experts import Constant, Full, Linear
+from moe2edge.model.experts import Constant, Expert, Full, Linear
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model
 from moe2edge.numerics.scheme import Scheme
 from moe2edge.passes._awq_folding import Folding
 from moe2edge.passes._awq_trials import find_places_by_trial
+from moe2edge.passes.expert_merge import ExpertMerge
 from moe2edge.passes.expert_replace import ExpertReplace
 from moe2edge.passes.layer_drop import LayerDrop
+from moe2edge.passes.recover import Recover
 from moe2edge.pipeline.decisions import describe_blocks
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.storage.solved_blocks import attach_numbers
@@ -225,6 +227,23 @@ def run_expert(module: Any, x: Tensor, n: int) -> Tensor:
     return found
 
 
+def run_stored(module: Any, expert: Expert, x: Tensor) -> Tensor:
+    """Run a stored expert by the formula of all, with the activation of transformers' module."""
+
+    def multiply(part: str, inputs: Tensor) -> Tensor:
+        out: Tensor = inputs @ getattr(expert, part).load().T
+        return out + expert.biases[part].load() if part in expert.biases else out
+
+    up = multiply("up", x)
+    if not module.has_gate:
+        inside = module.act_fn(up)
+    elif module.is_concatenated:
+        inside = module._apply_gate(torch.cat([multiply("gate", x), up], dim=1))
+    else:
+        inside = module._apply_gate(torch.stack([multiply("gate", x), up], dim=2).flatten(1))
+    return multiply("down", inside)
+
+
 def make_row(module: Any, layer: MoELayer, row: Any) -> Callable[[Tensor], Tensor]:
     """Return what a row of a router computes by its formula, from the numbers of the model.
 
@@ -233,6 +252,8 @@ def make_row(module: Any, layer: MoELayer, row: Any) -> Callable[[Tensor], Tenso
         layer: the layer.
         row: the row.
     """
+    if isinstance(row, Full) and len(layer.experts) < len(layer.routed):
+        return lambda x: run_stored(module, layer.experts[row.expert], x)
     if isinstance(row, Full):
         return lambda x: run_expert(module, x, layer.experts[row.expert].origin)
     if isinstance(row, Constant):
@@ -291,6 +312,22 @@ def test_replaced_experts_are_run_as_a_loop_over_tokens_does(
     assert changed
     check_written(model, tmp_path, family, run_stock(stock))
     check_stock_refuses(make_folder(tmp_path / "again", family), tmp_path / "hf")
+
+
+@pytest.mark.parametrize("method", ["ream", "m-smoe"])
+@pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss", "nemotron_h", "granitemoe"])
+def test_rows_that_share_a_merged_expert_are_run_as_a_loop_does(
+    family: str, method: str, tmp_path: Path
+) -> None:
+    stock, source = open_family(tmp_path, family)
+    step = ExpertMerge.model_validate({"method": method, "keep": 5, "routing": "members"})
+    plan([step], source)
+    model = helpers.search(step, source, TEXT).model
+    for block, layer in model.moe_blocks:
+        assert len(layer.experts) == 5
+        assert [row.origin for row in layer.rows] == list(range(8))
+        replace_experts(stock, block.index, layer)
+    check_written(model, tmp_path, family, run_stock(stock))
 
 
 # ---- passes behind it ----------------------------------------------------------------------------
@@ -355,6 +392,20 @@ def test_scales_fold_into_all_that_takes_the_place_of_experts(kind: str, tmp_pat
         assert not isinstance(block.mlp, MoELayer) or any("experts." in role for role in new)
         found = found.replace_block(block.with_weights(new))
     assert (walk_over(found) - walk_over(model)).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("kind", ["linear", "base"])
+def test_adapters_are_tried_on_layers_as_they_are(kind: str, tmp_path: Path) -> None:
+    """What peft is shown before any work are layers with what takes the place of experts."""
+    model = replace_in(tmp_path, "deepseek_v3", kind)
+    plan([Recover.model_validate({"train": "lora", "lora_rank": 2, "steps": 1})], model)
+
+
+def test_experts_with_biases_are_not_annealed(tmp_path: Path) -> None:
+    _, source = open_family(tmp_path, "gpt_oss")
+    merge = ExpertMerge.model_validate({"method": "ream", "keep": 5, "routing": "members"})
+    with pytest.raises(Unsupported, match="recover does not work on gpt_oss: it needs experts wit"):
+        plan([merge, Recover.model_validate({"steps": 1, "anneal": 0.5})], source)
 
 
 def test_blocks_without_experts_are_solved(tmp_path: Path) -> None:

@@ -120,6 +120,12 @@ def fit_layers(layers: nn.ModuleList, model: Model) -> None:
         layers[block.index] = fit_layer(layers[block.index], model, block)
 
 
+def fit_meta_layers(layers: nn.ModuleList, model: Model) -> None:
+    """Give layers without numbers the forms of the blocks, as `fit_layers` does."""
+    with torch.device("meta"):
+        fit_layers(layers, model)
+
+
 def fit_layer(layer: Any, model: Model, block: Block) -> Any:
     """Give a decoder layer the form of its block. Call it under the device "meta"."""
     mlp = block.mlp
