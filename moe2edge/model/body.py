@@ -50,11 +50,22 @@ class Body:
 
 def find_body(architecture: Architecture, index: int) -> Body | None:
     """Find what goes with the experts of a layer; None: it cannot be told."""
-    key = ("body", index)
+    key = ("body", _describe_kind(find_layers(architecture.model)[1][index]))
     if key not in architecture.looks:
         architecture.looks[key] = _find_body(architecture, index)
     found: Body | None = architecture.looks[key]
     return found
+
+
+def _describe_kind(layer: Any) -> object:
+    """Return what is the same for layers that run the same code: modules, and kinds by name."""
+    kinds = [
+        (path, name, value)
+        for path, module in layer.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, bool | str)
+    ]
+    return repr(layer), tuple(kinds)
 
 
 def _find_body(architecture: Architecture, index: int) -> Body | None:
