@@ -120,7 +120,7 @@ def make_plain_initializer(name: str, parts: Sequence[DataPart], shape: tuple[in
 def make_quantized_initializers(
     name: str, parts: Sequence[DataPart], shape: tuple[int, ...], *, blocked: bool
 ) -> Batch:
-    """Plan initializers for quantized ``parts``: integers, float32 scales, zero points if any.
+    """Plan initializers for quantized ``parts``: integers, scales, zero points if any.
 
     Args:
         name: name of the matrix; ``.weight`` becomes ``.qweight``, ``.scales`` and ``.zeros``.
@@ -128,7 +128,8 @@ def make_quantized_initializers(
         shape: shape of the dequantized matrices, [..., out, in].
         blocked: whether integers are [..., out, groups, bytes] as in ``MatMulNBits``, or
             [..., out, bytes] as in ``QMoE``; the bytes are the same. Zero points are packed along
-            groups, [..., out, bytes].
+            groups, [..., out, bytes]. Scales are float32 in the former, and in the latter float16,
+            unless those of a source may need more.
     """
     scheme = parts[0][0].weight.scheme
     assert scheme is not None
@@ -136,7 +137,8 @@ def make_quantized_initializers(
     groups, per_byte = scheme.groups(ins), 8 // scheme.bits
     last = (groups, scheme.group_size // per_byte) if blocked else (ins // per_byte,)
     stem = name.removesuffix(".weight")
-    scales = Slot(f"{stem}.scales", "F32", (*lead, groups))
+    dtype = "F16" if not blocked and all(_has_half_scales(s) for p in parts for s in p) else "F32"
+    scales = Slot(f"{stem}.scales", dtype, (*lead, groups))
     zeros = Slot(f"{stem}.zeros", "U8", (*lead, -(-groups // per_byte)))
     metadata = {PARTS_KEY: _describe(parts), SCALES_KEY: scales.name, BITS_KEY: str(scheme.bits)}
     if not scheme.symmetric:
@@ -147,13 +149,33 @@ def make_quantized_initializers(
         for part in parts:
             numbers = [source.weight.quantized() for source in part]
             yield integers, pack_bytes(_join([n.q for n in numbers]), scheme.bits)
-            yield scales, _join([n.scales for n in numbers])
+            yield scales, _cast_scales(name, _join([n.scales for n in numbers]), dtype)
             if not scheme.symmetric:
                 points = [n.zeros for n in numbers if n.zeros is not None]
                 yield zeros, pack_bytes(_join(points), scheme.bits)
 
     slots = (integers, scales) if scheme.symmetric else (integers, scales, zeros)
     return Batch(slots, make)
+
+
+def _has_half_scales(source: Source) -> bool:
+    """Return whether float16 holds the scales of a matrix: those of passes, or of such a source."""
+    return not source.weight.kept or source.weight.scale_dtype == "F16"
+
+
+def _cast_scales(name: str, scales: Tensor, dtype: str) -> Tensor:
+    """Convert scales to the dtype of their initializer, exactly.
+
+    Raises:
+        VerificationFailed: it cannot hold them.
+    """
+    cast = scales.to(ONNX_DTYPES[dtype][1])
+    if not torch.equal(cast.to(scales.dtype), scales):
+        raise VerificationFailed(
+            f"{name} has scales that {cast.dtype} cannot represent exactly; the pass that "
+            "quantizes must round scales to such values first"
+        )
+    return cast
 
 
 def make_per_channel_initializers(
@@ -329,7 +351,7 @@ def _read_quantized(
             q = packed.view(torch.uint8) ^ SIGN
             yield name, Quantized(q, scales.view(len(q), 1), Scheme(8, WHOLE_ROW))
             continue
-        q = unpack_bytes(packed, int(bits))
+        q, scales = unpack_bytes(packed, int(bits)), scales.float()
         scheme = Scheme(int(bits), q.shape[1] // scales.shape[1], symmetric)
         if zeros is not None:
             zeros = unpack_bytes(zeros, int(bits), scales.shape[1])

@@ -92,7 +92,7 @@ class Onnx(Target):
         return sort_rows(model)
 
     def estimate(self, model: Model) -> Estimate:
-        """Estimate ``model.onnx.data``, in which scales and rotary tables are float32.
+        """Estimate ``model.onnx.data``, in which rotary tables are float32, and scales in part.
 
         In memory, what is neither quantized nor of low rank is float32 as well.
         """
