@@ -24,10 +24,17 @@ SERVED_BITS = (4, 8)
 
 @dataclass(frozen=True)
 class Output:
-    """A model as it was given to a target, and as the target stores it."""
+    """A model as it was given to a target, and as the target stores it.
+
+    Attributes:
+        given: the model.
+        stored: what is written.
+        int8_cache: whether it runs with a cache of keys and values in int8.
+    """
 
     given: Model
     stored: Model
+    int8_cache: bool = False
 
     @property
     def family(self) -> str:
@@ -137,6 +144,10 @@ def _stock_needs_eager(output: Output) -> bool:
     return _even(output) and any(
         not takes_grouped_mm((e.up.shape[1], e.up.shape[0]), DTYPES[e.up.dtype]) for e in experts
     )
+
+
+def _int8_cache(output: Output) -> bool:
+    return output.int8_cache
 
 
 def _generic(output: Output) -> bool:
@@ -344,6 +355,13 @@ FINDINGS: Mapping[str, tuple[Finding, ...]] = {
         Finding(
             "onnxruntime-genai",
             "0.18",
+            "no",
+            "it does not run a cache in int8; export with onnx:kv_cache=float32 for it",
+            case=_int8_cache,
+        ),
+        Finding(
+            "onnxruntime-genai",
+            "0.18",
             "yes",
             evidence="run on a CPU: benchmarks/genai_reader",
             case=_symmetric4,
@@ -364,15 +382,18 @@ FINDINGS: Mapping[str, tuple[Finding, ...]] = {
 }
 
 
-def judge_loaders(target: str, given: Model, stored: Model) -> tuple[Loader, ...]:
+def judge_loaders(
+    target: str, given: Model, stored: Model, *, int8_cache: bool = False
+) -> tuple[Loader, ...]:
     """Return the verdict on each program that may load an output of a target.
 
     Args:
         target: its name.
         given: the model that was to be written.
         stored: the model as the target stores it.
+        int8_cache: whether its cache of keys and values is int8.
     """
-    output = Output(given, stored)
+    output = Output(given, stored, int8_cache)
     loaders: dict[str, Loader] = {}
     for finding in FINDINGS[target]:
         if finding.program not in loaders and finding.case(output):

@@ -1,4 +1,4 @@
-"""The graph of a folder, changed so that all activations are float32.
+"""The graph of a folder, changed so that its cache, or all that is rounded, is float32.
 
 For ``MatMulNBits`` and ``QMoE`` of 4 bits, accuracy level 0 does that. ``QMoE`` of 8 bits rounds
 activations to int8 unless an environment variable is set when the session opens. ``QMoE`` of 2 bits
@@ -21,6 +21,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from moe2edge.numerics.packing import pack_bytes, unpack_bytes
+from moe2edge.targets._onnx_block import INT8_CACHE
 from moe2edge.targets._onnx_storage import ROTARY_TABLES, load_graph
 
 # Environment variable that selects the kernels of QMoE; it is read when a session opens.
@@ -32,6 +33,8 @@ TABLE_GROUP = 32
 SMALL_GROUP = 16
 # Positions among the inputs of QMoE, for its first and its second matrix.
 QMOE_SCALES, QMOE_ZEROS = (3, 6), (11, 12)
+# Inputs of GroupQueryAttention without the scales of its cache, and the blanks before them.
+UNSCALED = 9
 
 
 @contextmanager
@@ -48,28 +51,44 @@ def use_float_experts() -> Iterator[None]:
             os.environ[EXPERT_KERNELS] = before
 
 
-def convert_to_float_activations(folder: Path, data_file: str) -> bytes:
-    """Return the graph of a folder, serialized, with float32 activations throughout.
+def convert_to_float(folder: Path, data_file: str, *, activations: bool = True) -> bytes:
+    """Return the graph of a folder, serialized, with a float32 cache.
 
     Args:
         folder: holds the graph.
         data_file: name of the file that the weights stay in.
+        activations: make all activations float32 as well.
 
     Raises:
         VerificationFailed: the files are damaged.
     """
     model = load_graph(folder)
-    for attribute in _attributes(model.graph):
-        if attribute.name == "accuracy_level":
-            attribute.i = 0
-    _split_groups(model.graph)
-    _expose_rotary_tables(model.graph)
+    _widen_cache(model.graph)
+    if activations:
+        for attribute in _attributes(model.graph):
+            if attribute.name == "accuracy_level":
+                attribute.i = 0
+        _split_groups(model.graph)
+        _expose_rotary_tables(model.graph)
     for tensor in model.graph.initializer:
         for entry in tensor.external_data:
             if entry.key == "location":
                 entry.value = data_file
     data: bytes = model.SerializeToString()
     return data
+
+
+def _widen_cache(graph: Any) -> None:
+    """Let attention cache keys and values in float32."""
+    for value in (*graph.input, *graph.output):
+        if value.type.tensor_type.elem_type == TensorProto.INT8:
+            value.type.tensor_type.elem_type = TensorProto.FLOAT
+    for node in graph.node:
+        if node.op_type == "GroupQueryAttention":
+            del node.input[UNSCALED:]
+            kept = [each for each in node.attribute if each.name not in INT8_CACHE]
+            del node.attribute[:]
+            node.attribute.extend(kept)
 
 
 def _expose_rotary_tables(graph: Any) -> None:

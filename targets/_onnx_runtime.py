@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moe2edge.errors import InputError, Unsupported, VerificationFailed, get_first_line
 from moe2edge.runtime.protocol import check_id_range
-from moe2edge.targets._onnx_exact import convert_to_float_activations, use_float_experts
+from moe2edge.targets._onnx_exact import convert_to_float, use_float_experts
 from moe2edge.targets._onnx_storage import (
     DATA_FILE,
     GRAPH_FILE,
@@ -57,12 +57,15 @@ def import_onnxruntime() -> Any:
     return ort
 
 
-def open_session(folder: Path, *, exact: bool = False, graph: bytes | None = None) -> Any:
+def open_session(
+    folder: Path, *, exact: bool = False, whole_cache: bool = False, graph: bytes | None = None
+) -> Any:
     """Open a session on ``model.onnx``, with as many threads as torch uses.
 
     Args:
         folder: folder of the graph.
-        exact: compute with float32 activations throughout, whatever the graph allows.
+        exact: compute with float32 activations and cache throughout, whatever the graph allows.
+        whole_cache: cache keys and values in float32, whatever the graph allows.
         graph: serialized graph to run instead of the folder's, with the folder's weights.
 
     Raises:
@@ -74,11 +77,11 @@ def open_session(folder: Path, *, exact: bool = False, graph: bytes | None = Non
     options.log_severity_level = LOG_NOTHING
     options.intra_op_num_threads = torch.get_num_threads()
     source: str | bytes = graph or str(folder / GRAPH_FILE)
-    if exact or graph:
+    if exact or whole_cache or graph:
         # The real file: in the hub's cache the folder holds links, which a session on a graph in
         # memory does not follow.
         data = (folder / DATA_FILE).resolve()
-        source = graph or convert_to_float_activations(folder, data.name)
+        source = graph or convert_to_float(folder, data.name, activations=exact)
         options.add_session_config_entry(FOLDER_KEY, str(data.parent))
     with _translate_errors("refuses"), use_float_experts() if exact else nullcontext():
         return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
@@ -105,9 +108,11 @@ def _translate_errors(verb: str) -> Iterator[None]:
         ) from error
 
 
-def open_runtime(folder: Path, *, exact: bool = False, graph: bytes | None = None) -> OnnxRuntime:
+def open_runtime(
+    folder: Path, *, exact: bool = False, whole_cache: bool = False, graph: bytes | None = None
+) -> OnnxRuntime:
     """Open the runtime of a folder; arguments and errors are those of `open_session`."""
-    session = open_session(folder, exact=exact, graph=graph)
+    session = open_session(folder, exact=exact, whole_cache=whole_cache, graph=graph)
     positions = session.get_modelmeta().custom_metadata_map.get(POSITIONS_KEY, "")
     if not positions.isdigit():
         raise VerificationFailed(
@@ -123,11 +128,13 @@ class OnnxRuntime:
     """Runs one sequence at a time, with a cache that the operators update in place."""
 
     def __init__(self, session: Any, max_positions: int) -> None:
-        shapes = {i.name: i.shape for i in session.get_inputs()}
+        inputs = session.get_inputs()
         self._session = session
         self._binding = session.io_binding()
         self._max_positions = max_positions
-        self._past = {name: s for name, s in shapes.items() if name.startswith("past_key_values.")}
+        self._past = {i.name: i.shape for i in inputs if i.name.startswith("past_key_values.")}
+        rounded = any(i.type == "tensor(int8)" for i in inputs)
+        self._cache_dtype = np.int8 if rounded else np.float32
         self._caches: dict[str, np.ndarray[Any, Any]] = {}
         self._vocabulary: int = session.get_outputs()[0].shape[-1]
         self._length = 0
@@ -155,7 +162,7 @@ class OnnxRuntime:
         batch, length = ids.shape
         self._check(ids.numpy(), length)
         feeds: dict[str, np.ndarray[Any, Any]] = {
-            name: np.zeros((batch, heads, 0, size), np.float32)
+            name: np.zeros((batch, heads, 0, size), self._cache_dtype)
             for name, (_, heads, _, size) in self._past.items()
         }
         feeds["input_ids"] = ids.numpy().astype(np.int64)
@@ -223,7 +230,7 @@ class OnnxRuntime:
             return
         room = min(max(2 * total, SMALLEST_CACHE), self._max_positions)
         for name, (_, heads, _, size) in self._past.items():
-            cache = np.zeros((1, heads, room, size), np.float32)
+            cache = np.zeros((1, heads, room, size), self._cache_dtype)
             if name in self._caches:
                 cache[:, :, : self._length] = self._caches[name][:, :, : self._length]
             self._caches[name] = cache
@@ -232,7 +239,13 @@ class OnnxRuntime:
             self._bind_output(name.replace("past_key_values", "present"), cache)
 
     def _bind_output(self, name: str, array: np.ndarray[Any, Any]) -> None:
-        self._binding.bind_output(name, "cpu", 0, np.float32, list(array.shape), array.ctypes.data)
+        where = list(array.shape), array.ctypes.data
+        self._binding.bind_output(name, "cpu", 0, array.dtype.type, *where)
+
+    @property
+    def cached(self) -> dict[str, np.ndarray[Any, Any]]:
+        """Keys and values of the sequence so far, [heads, tokens, size], by their inputs."""
+        return {name: cache[0, :, : self._length] for name, cache in self._caches.items()}
 
 
 class ExactOnnxRuntime(OnnxRuntime):

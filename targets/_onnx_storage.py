@@ -36,6 +36,8 @@ GRAPH_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
 # Initializers with the rotary embeddings of all positions, float32 [positions, head_dim / 2].
 ROTARY_TABLES = ("model.rotary_emb.cos", "model.rotary_emb.sin")
+# Initializers with the scales of a cache in int8, float32 [1, kv heads, 1, head_dim].
+CACHE_SCALES = "model.layers.{index}.attn.{part}_scale"
 # Metadata keys of moe2edge, of the graph (positions) and of its initializers.
 POSITIONS_KEY = "moe2edge.max_positions"
 PARTS_KEY = "moe2edge.parts"

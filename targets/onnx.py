@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from moe2edge.errors import InputError, Unsupported
 from moe2edge.model.block import Block, is_low_rank, is_quantizable
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from moe2edge.numerics.grid import Quantized
+    from moe2edge.targets._onnx_graph import Graph
 
 # GroupQueryAttention's rotary embedding takes head sizes that this divides, on the CPU.
 HEAD_MULTIPLE = 16
@@ -36,12 +37,14 @@ SMALLEST_GROUP = 16
 
 @dataclass(frozen=True)
 class Onnx(Target):
-    """ONNX graph with external data, and ``genai_config.json`` beside it.
+    """ONNX graph with external data, and ``genai_config.json`` beside it where genai runs it.
 
     Attributes:
         accuracy_level: precision of activations in quantized operators: 4 rounds them to int8,
             which is faster; 0 keeps float32, except for experts of 2 and 8 bits, whose
             activations the operator always rounds.
+        kv_cache: dtype of cached keys and values: int8 takes a quarter of the memory of float32,
+            with scales that are measured on the calibration text.
     """
 
     summary: ClassVar[str] = "decoder graph with KV cache for ONNX Runtime on a CPU"
@@ -53,12 +56,24 @@ class Onnx(Target):
         "graph gives wrong logits, without an error."
     )
     accuracy_level: int = 4
+    kv_cache: Literal["float32", "int8"] = "float32"
 
     def __post_init__(self) -> None:
         if self.accuracy_level not in (0, 4):
             raise InputError(
                 f"accuracy_level is 0 (float32 activations) or 4 (int8), not {self.accuracy_level}"
             )
+        if self.kv_cache not in ("float32", "int8"):
+            raise InputError(f"kv_cache is float32 or int8, not {self.kv_cache}")
+
+    @property
+    def _int8_cache(self) -> bool:
+        return self.kv_cache == "int8"
+
+    @property
+    def reads_calibration(self) -> bool:
+        """True if it measures the scales of a cache in int8."""
+        return self._int8_cache
 
     def accepts(self, model: Model) -> None:
         """Refuse a model whose heads, schemes or experts the operators do not take.
@@ -96,35 +111,58 @@ class Onnx(Target):
 
         In memory, what is neither quantized nor of low rank is float32 as well.
         """
-        from moe2edge.targets._onnx_decoder import build_decoder
         from moe2edge.targets._onnx_storage import compute_offsets
 
-        graph = build_decoder(self.stored(model), self.accuracy_level)
+        graph = self._build(self.stored(model))
         data = compute_offsets(graph.batches)[1]
         return Estimate(data + graph.widened_nbytes, data)
 
     def write(self, model: Model, folder: Path) -> dict[str, str]:
         """Write ``model.onnx``, ``model.onnx.data`` and the two configs.
 
+        A cache in int8 has scales of one until `calibrate` sets them, and no ``genai_config.json``:
+        onnxruntime-genai does not run it.
+
         Raises:
             Unsupported: see `accepts`.
         """
-        from moe2edge.targets._onnx_decoder import build_decoder
         from moe2edge.targets._onnx_storage import DATA_FILE, GRAPH_FILE, write_data
 
         self.accepts(model)
         model = self.stored(model)
-        graph = build_decoder(model, self.accuracy_level)
+        graph = self._build(model)
         initializers, data = write_data(graph.batches, folder / DATA_FILE)
         content = graph.proto(initializers, _metadata(model)).SerializeToString(deterministic=True)
         config = build_config(model)
-        genai = build_genai_config(config, read_stop_ids(folder, config))
-        return {
+        written = {
             DATA_FILE: data,
             GRAPH_FILE: write_bytes(folder / GRAPH_FILE, content),
             "config.json": write_json(folder / "config.json", config),
-            GENAI_CONFIG: write_json(folder / GENAI_CONFIG, genai),
         }
+        if not self._int8_cache:
+            genai = build_genai_config(config, read_stop_ids(folder, config))
+            written[GENAI_CONFIG] = write_json(folder / GENAI_CONFIG, genai)
+        return written
+
+    def _build(self, model: Model) -> Graph:
+        """Build the graph of a model that is stored."""
+        from moe2edge.targets._onnx_decoder import build_decoder
+
+        return build_decoder(model, self.accuracy_level, int8_cache=self._int8_cache)
+
+    def calibrate(self, folder: Path, texts: Iterable[list[int]]) -> dict[str, str]:
+        """Set the scales of a cache in int8 by the keys and values of texts.
+
+        They are measured in the graph itself, with a float32 cache: so they are what its attention
+        caches, behind norms and rotation, and no block runs in PyTorch again.
+
+        Raises:
+            VerificationFailed: onnxruntime refuses the graph, or a key or value is not finite.
+        """
+        from moe2edge.targets._onnx_cache import set_cache_scales
+        from moe2edge.targets._onnx_storage import GRAPH_FILE
+
+        return {GRAPH_FILE: set_cache_scales(folder, texts)} if self._int8_cache else {}
 
     def tensors(self, folder: Path) -> Iterator[tuple[str, Tensor | Quantized]]:
         """Read every tensor back from the initializers of the graph, one by one.
@@ -144,8 +182,9 @@ class Onnx(Target):
         """
         from moe2edge.targets._onnx_checks import check_genai_config, check_graph
 
-        check_graph(folder)
-        check_genai_config(folder)
+        check_graph(folder, int8_cache=self._int8_cache)
+        if not self._int8_cache:
+            check_genai_config(folder)
 
     def reopen(self, folder: Path, *, exact: bool = False) -> Runtime:
         """Open the folder in ONNX Runtime; ``exact`` makes all activations float32.
@@ -158,13 +197,18 @@ class Onnx(Target):
 
         return open_runtime(folder, exact=exact)
 
+    def with_whole_cache(self, folder: Path) -> Runtime | None:
+        """Open a graph with a cache in float32, if that of the folder is int8."""
+        from moe2edge.targets._onnx_runtime import open_runtime
+
+        return open_runtime(folder, whole_cache=True) if self._int8_cache else None
+
     def without_skipping(self, model: Model, folder: Path) -> Runtime:
         """Open a graph that runs every chosen expert, with the weights of the folder."""
-        from moe2edge.targets._onnx_decoder import build_decoder
         from moe2edge.targets._onnx_runtime import open_runtime
         from moe2edge.targets._onnx_storage import load_graph
 
-        graph = build_decoder(remove_skipping(self.stored(model)), self.accuracy_level)
+        graph = self._build(remove_skipping(self.stored(model)))
         protos = {proto.name: proto for proto in load_graph(folder).graph.initializer}
         stored = [protos[slot.name] for batch in graph.batches for slot in batch.slots]
         proto = graph.proto(stored, _metadata(model))
@@ -172,7 +216,7 @@ class Onnx(Target):
 
     def loaders(self, model: Model) -> tuple[Loader, ...]:
         """Return the verdict on each program that may load the graph."""
-        return judge_loaders("onnx", model, model)
+        return judge_loaders("onnx", model, model, int8_cache=self._int8_cache)
 
 
 def _metadata(model: Model) -> dict[str, str]:
