@@ -150,6 +150,10 @@ def _int8_cache(output: Output) -> bool:
     return output.int8_cache
 
 
+def _three_bits(output: Output) -> bool:
+    return any(scheme.bits == 3 for scheme in output.schemes)
+
+
 def _generic(output: Output) -> bool:
     return output.stored.family.generic
 
@@ -351,6 +355,13 @@ FINDINGS: Mapping[str, tuple[Finding, ...]] = {
         Finding("llama.cpp", "", "not tried", "its converter on GPTQ; export to hf for it"),
     ),
     "onnx": (
+        Finding(
+            "onnxruntime",
+            "1.32 or newer",
+            "yes",
+            "CPU provider; experts of 3 bits take about five times as long a token as those of 4",
+            case=_three_bits,
+        ),
         Finding("onnxruntime", "1.31 or newer", "yes", "CPU provider"),
         Finding(
             "onnxruntime-genai",

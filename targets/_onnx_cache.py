@@ -18,13 +18,11 @@ from onnx import numpy_helper
 from moe2edge.errors import VerificationFailed
 from moe2edge.storage.text_files import write_bytes
 from moe2edge.targets._onnx_runtime import OnnxRuntime, open_runtime
-from moe2edge.targets._onnx_storage import CACHE_SCALES, GRAPH_FILE, load_graph
+from moe2edge.targets._onnx_storage import CACHE_SCALES, GRAPH_FILE, Array, load_graph
 
 LARGEST_INT8 = 127
 # Range of a channel at least, as a part of that of its head: one that was zero may not stay so.
 SMALLEST_RANGE = 2.0**-8
-
-Array = np.ndarray[Any, Any]
 
 
 def set_cache_scales(folder: Path, texts: Iterable[list[int]]) -> str:

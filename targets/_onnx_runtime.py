@@ -18,6 +18,8 @@ from moe2edge.targets._onnx_exact import convert_to_float, use_float_experts
 from moe2edge.targets._onnx_storage import (
     DATA_FILE,
     GRAPH_FILE,
+    HALF_BITS,
+    HALF_KEY,
     POSITIONS_KEY,
     ROTARY_TABLES,
     load_graph,
@@ -25,6 +27,8 @@ from moe2edge.targets._onnx_storage import (
 )
 
 OLDEST = (1, 31)
+# The oldest version with experts of 3 bits.
+OLDEST_WITH_3_BITS = (1, 32)
 # Positions in the first cache of a sequence.
 SMALLEST_CACHE = 256
 # Tokens of a prompt that run at once. It bounds the buffer of logits, [tokens, vocabulary].
@@ -47,14 +51,33 @@ def import_onnxruntime() -> Any:
         raise Unsupported(
             f"an ONNX graph needs onnxruntime, which is not installed: {INSTALL}"
         ) from error
-    installed = tuple(int(number) for number in re.findall(r"\d+", ort.__version__)[:2])
-    if installed < OLDEST:
+    if _is_older(ort, OLDEST):
         oldest = ".".join(map(str, OLDEST))
         raise Unsupported(
             f"onnxruntime {ort.__version__} lacks operators of this graph, which needs {oldest} or "
             f"newer: {INSTALL}, or onnxruntime-gpu of that version if that is the one in use"
         )
     return ort
+
+
+def _is_older(ort: Any, version: tuple[int, int]) -> bool:
+    return tuple(int(number) for number in re.findall(r"\d+", ort.__version__)[:2]) < version
+
+
+def check_3_bits() -> None:
+    """Refuse experts of 3 bits if the installed onnxruntime does not run them.
+
+    Raises:
+        Unsupported: it is missing or too old.
+    """
+    ort = import_onnxruntime()
+    if _is_older(ort, OLDEST_WITH_3_BITS):
+        oldest = ".".join(map(str, OLDEST_WITH_3_BITS))
+        raise Unsupported(
+            f"experts of {HALF_BITS} bits need onnxruntime {oldest} or newer, and "
+            f"{ort.__version__} is installed: pip install 'onnxruntime>={oldest}', or choose 2, 4 "
+            "or 8 bits"
+        )
 
 
 def open_session(
@@ -77,14 +100,30 @@ def open_session(
     options.log_severity_level = LOG_NOTHING
     options.intra_op_num_threads = torch.get_num_threads()
     source: str | bytes = graph or str(folder / GRAPH_FILE)
+    numbers: dict[str, np.ndarray[Any, Any]] = {}
+    if _is_older(ort, OLDEST_WITH_3_BITS) and _has_3_bits(folder):
+        check_3_bits()
     if exact or whole_cache or graph:
         # The real file: in the hub's cache the folder holds links, which a session on a graph in
         # memory does not follow.
         data = (folder / DATA_FILE).resolve()
-        source = graph or convert_to_float(folder, data.name, activations=exact)
+        if not graph:
+            source, numbers = convert_to_float(folder, data.name, activations=exact)
         options.add_session_config_entry(FOLDER_KEY, str(data.parent))
+    values = [ort.OrtValue.ortvalue_from_numpy(value) for value in numbers.values()]
+    options.add_external_initializers(list(numbers), values)
     with _translate_errors("refuses"), use_float_experts() if exact else nullcontext():
-        return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    # It reads the memory of these as long as it lives.
+    session.numbers = numbers
+    return session
+
+
+def _has_3_bits(folder: Path) -> bool:
+    """Return whether a graph has experts of 3 bits."""
+    nodes = (node for node in load_graph(folder).graph.node if node.op_type == "QMoE")
+    bits = {a.i for node in nodes for a in node.attribute if a.name == "expert_weight_bits"}
+    return HALF_BITS in bits
 
 
 @contextmanager
@@ -113,7 +152,8 @@ def open_runtime(
 ) -> OnnxRuntime:
     """Open the runtime of a folder; arguments and errors are those of `open_session`."""
     session = open_session(folder, exact=exact, whole_cache=whole_cache, graph=graph)
-    positions = session.get_modelmeta().custom_metadata_map.get(POSITIONS_KEY, "")
+    metadata = session.get_modelmeta().custom_metadata_map
+    positions = metadata.get(POSITIONS_KEY, "")
     if not positions.isdigit():
         raise VerificationFailed(
             f"{GRAPH_FILE} does not record its number of positions as {POSITIONS_KEY}; export it "
@@ -121,13 +161,15 @@ def open_runtime(
         )
     if exact:
         return ExactOnnxRuntime(session, int(positions), folder)
-    return OnnxRuntime(session, int(positions))
+    return OnnxRuntime(session, int(positions), in_half=HALF_KEY in metadata)
 
 
 class OnnxRuntime:
     """Runs one sequence at a time, with a cache that the operators update in place."""
 
-    def __init__(self, session: Any, max_positions: int) -> None:
+    def __init__(self, session: Any, max_positions: int, *, in_half: bool = False) -> None:
+        """Take a session, and whether its experts compute in float16, which may overflow."""
+        self._in_half = in_half
         inputs = session.get_inputs()
         self._session = session
         self._binding = session.io_binding()
@@ -168,7 +210,21 @@ class OnnxRuntime:
         feeds["input_ids"] = ids.numpy().astype(np.int64)
         feeds["attention_mask"] = np.ones((batch, length), np.int64)
         with _translate_errors("cannot run"):
-            return torch.from_numpy(self._session.run(["logits"], {**feeds, **replaced})[0])
+            (logits,) = self._session.run(["logits"], {**feeds, **replaced})
+        self._check_finite(logits)
+        return torch.from_numpy(logits)
+
+    def _check_finite(self, logits: np.ndarray[Any, Any]) -> None:
+        """Refuse logits that float16 made infinite or NaN.
+
+        Raises:
+            Unsupported: so.
+        """
+        if self._in_half and not np.isfinite(logits).all():
+            raise Unsupported(
+                f"experts of {HALF_BITS} bits compute in float16, whose largest number is 65504, "
+                "and this model needs larger ones; choose 2, 4 or 8 bits for them"
+            )
 
     def start(self, ids: Sequence[int]) -> Tensor:
         """Start a sequence; return logits float32 [vocabulary] after its last token.
@@ -219,6 +275,7 @@ class OnnxRuntime:
         self._bind_output("logits", logits)
         with _translate_errors("cannot run"):
             self._session.run_with_iobinding(self._binding)
+        self._check_finite(logits[0, -1])
         self._length = total
         # Copied, so that the buffer with the logits of all other tokens can be freed.
         return torch.from_numpy(logits[0, -1].copy())

@@ -26,8 +26,15 @@ from torch import Tensor
 
 from moe2edge.errors import VerificationFailed
 from moe2edge.model.weights import Weight
+from moe2edge.numerics.decoding import unpack_words
 from moe2edge.numerics.grid import Quantized
-from moe2edge.numerics.packing import deinterleave, interleave, pack_bytes, unpack_bytes
+from moe2edge.numerics.packing import (
+    deinterleave,
+    interleave,
+    pack_bytes,
+    pack_words,
+    unpack_bytes,
+)
 from moe2edge.numerics.scheme import WHOLE_ROW, Scheme
 from moe2edge.storage.text_files import make_read_error
 from moe2edge.storage.written_files import FileDigest
@@ -38,8 +45,10 @@ DATA_FILE = "model.onnx.data"
 ROTARY_TABLES = ("model.rotary_emb.cos", "model.rotary_emb.sin")
 # Initializers with the scales of a cache in int8, float32 [1, kv heads, 1, head_dim].
 CACHE_SCALES = "model.layers.{index}.attn.{part}_scale"
-# Metadata keys of moe2edge, of the graph (positions) and of its initializers.
+# Metadata keys of moe2edge, of the graph (positions; what computes in float16, if anything does)
+# and of its initializers.
 POSITIONS_KEY = "moe2edge.max_positions"
+HALF_KEY = "moe2edge.float16"
 PARTS_KEY = "moe2edge.parts"
 SCALES_KEY = "moe2edge.scales"
 ZEROS_KEY = "moe2edge.zeros"
@@ -60,6 +69,8 @@ ONNX_DTYPES: Mapping[str, tuple[int, torch.dtype]] = {
     "U8": (TensorProto.UINT8, torch.uint8),
     "I8": (TensorProto.INT8, torch.int8),
 }
+# Experts of this many bits take activations in float16 only.
+HALF_BITS = 3
 # Exclusive or with this turns unsigned integers with zero point 128 into signed ones.
 SIGN = 0x80
 
@@ -72,6 +83,7 @@ class Source:
     weight: Weight
 
 
+Array = np.ndarray[Any, Any]
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 # One tensor, or two whose rows alternate. The parts of an initializer follow each other.
 DataPart = tuple[Source, ...]
@@ -137,7 +149,8 @@ def make_quantized_initializers(
     assert scheme is not None
     *lead, ins = shape
     groups, per_byte = scheme.groups(ins), 8 // scheme.bits
-    last = (groups, scheme.group_size // per_byte) if blocked else (ins // per_byte,)
+    row = ins * scheme.bits // 8
+    last = (groups, row // groups) if blocked else (row,)
     stem = name.removesuffix(".weight")
     dtype = "F16" if not blocked and all(_has_half_scales(s) for p in parts for s in p) else "F32"
     scales = Slot(f"{stem}.scales", dtype, (*lead, groups))
@@ -150,7 +163,7 @@ def make_quantized_initializers(
     def make() -> Iterator[tuple[Slot, Tensor]]:
         for part in parts:
             numbers = [source.weight.quantized() for source in part]
-            yield integers, pack_bytes(_join([n.q for n in numbers]), scheme.bits)
+            yield integers, pack_integers(_join([n.q for n in numbers]), scheme.bits)
             yield scales, _cast_scales(name, _join([n.scales for n in numbers]), dtype)
             if not scheme.symmetric:
                 points = [n.zeros for n in numbers if n.zeros is not None]
@@ -158,6 +171,18 @@ def make_quantized_initializers(
 
     slots = (integers, scales) if scheme.symmetric else (integers, scales, zeros)
     return Batch(slots, make)
+
+
+def pack_integers(q: Tensor, bits: int) -> Tensor:
+    """Pack rows into bytes; 3 bits, of which eight take three bytes, as a stream of bits."""
+    return pack_words(q, bits).view(torch.uint8) if bits == HALF_BITS else pack_bytes(q, bits)
+
+
+def unpack_integers(packed: Tensor, bits: int) -> Tensor:
+    """Unpack rows [n, bytes] to integers: the inverse of `pack_integers`."""
+    if bits != HALF_BITS:
+        return unpack_bytes(packed, bits)
+    return unpack_words(packed.view(torch.int32), bits, packed.shape[1] * 8 // bits)
 
 
 def _has_half_scales(source: Source) -> bool:
@@ -338,8 +363,8 @@ def _read_quantized(
 ) -> Iterator[tuple[str, Quantized]]:
     """Yield the matrices of the initializer ``owner``, whose packed ``integers`` are given."""
     parts, bits = _parse_parts(owner, metadata[PARTS_KEY]), metadata.get(BITS_KEY, USUAL_BITS)
-    if bits not in ("2", "4", "8"):
-        raise VerificationFailed(f"{GRAPH_FILE}: {owner} has {bits} bits, expected 2, 4 or 8")
+    if bits not in ("2", "3", "4", "8"):
+        raise VerificationFailed(f"{GRAPH_FILE}: {owner} has {bits} bits, expected 2, 3, 4 or 8")
 
     def read(key: str) -> Iterator[Tensor]:
         if metadata[key] not in protos:
@@ -353,7 +378,7 @@ def _read_quantized(
             q = packed.view(torch.uint8) ^ SIGN
             yield name, Quantized(q, scales.view(len(q), 1), Scheme(8, WHOLE_ROW))
             continue
-        q, scales = unpack_bytes(packed, int(bits)), scales.float()
+        q, scales = unpack_integers(packed, int(bits)), scales.float()
         scheme = Scheme(int(bits), q.shape[1] // scales.shape[1], symmetric)
         if zeros is not None:
             zeros = unpack_bytes(zeros, int(bits), scales.shape[1])

@@ -13,6 +13,7 @@ from moe2edge.model.edits import remove_skipping, sort_rows
 from moe2edge.model.hf_config import build_config
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model
+from moe2edge.model.weights import Weight
 from moe2edge.numerics.scheme import LOW_RANK, WHOLE_ROW, Scheme
 from moe2edge.pipeline.target import Loader, Target
 from moe2edge.runtime.memory import Estimate
@@ -33,6 +34,8 @@ HEAD_MULTIPLE = 16
 # Limits of QMoE and MatMulNBits: bits, and inputs per scale, which are a power of two.
 GRAPH_BITS = (2, 4, 8)
 SMALLEST_GROUP = 16
+# Bits that QMoE alone takes, and its groups then.
+EXPERT_BITS, EXPERT_GROUPS = 3, (32, 64, 128)
 
 
 @dataclass(frozen=True)
@@ -98,9 +101,16 @@ class Onnx(Target):
                     f"{name} is {weight.scheme}, but the graph holds this tensor in full precision "
                     f"only, and factors also as {LOW_RANK}"
                 )
-            _accept_scheme(name, weight.shape, weight.scheme, widths)
+            if weight.scheme.bits == EXPERT_BITS and role.startswith("experts."):
+                _accept_3_bits(name, weight)
+            else:
+                _accept_scheme(name, weight.shape, weight.scheme, widths)
         for block, layer in model.moe_blocks:
             _accept_layer(block, layer)
+        if _has_3_bits(model):
+            from moe2edge.targets._onnx_runtime import check_3_bits
+
+            check_3_bits()
 
     def stored(self, model: Model) -> Model:
         """Return the model with the rows of routers in the order that ``config.json`` tells."""
@@ -221,9 +231,14 @@ class Onnx(Target):
 
 def _metadata(model: Model) -> dict[str, str]:
     """Return the metadata of the graph file that `open_runtime` reads."""
-    from moe2edge.targets._onnx_storage import POSITIONS_KEY
+    from moe2edge.targets._onnx_storage import HALF_KEY, POSITIONS_KEY
 
-    return {POSITIONS_KEY: str(model.family.geometry(model.config).max_positions)}
+    half = {HALF_KEY: "experts"} if _has_3_bits(model) else {}
+    return {POSITIONS_KEY: str(model.family.geometry(model.config).max_positions), **half}
+
+
+def _has_3_bits(model: Model) -> bool:
+    return any(w.scheme and w.scheme.bits == EXPERT_BITS for _, _, w in model.tensors())
 
 
 def _accept_scheme(
@@ -248,8 +263,10 @@ def _accept_scheme(
         )
     if scheme.bits not in GRAPH_BITS:
         raise Unsupported(
-            f"{name} is {scheme}; the graph holds {', '.join(map(str, GRAPH_BITS))} bits; choose "
-            "one of these, or export to hf:dequantize=true"
+            f"{name} is {scheme}; the graph holds {', '.join(map(str, GRAPH_BITS))} bits, and "
+            f"{EXPERT_BITS} in routed experts alone; quantize it in 4 bits, with a rule "
+            rf"{{match: 'experts\.', bits: {EXPERT_BITS}}} for experts of {EXPERT_BITS}; or "
+            "export to hf:dequantize=true"
         )
     if group == WHOLE_ROW:
         sizes = (128, 64, 32, SMALLEST_GROUP)
@@ -272,6 +289,37 @@ def _accept_scheme(
         )
 
 
+def _accept_3_bits(name: str, weight: Weight) -> None:
+    """Refuse a matrix of an expert of 3 bits in a form that the operator does not take.
+
+    Args:
+        name: its name on disk.
+        weight: the matrix.
+
+    Raises:
+        Unsupported: names the form, and those to choose instead.
+    """
+    scheme, groups = weight.scheme, ", ".join(map(str, EXPERT_GROUPS))
+    assert scheme is not None
+    if scheme.ordered or not scheme.symmetric or scheme.group_size not in EXPERT_GROUPS:
+        raise Unsupported(
+            f"{name} is {scheme}; the graph holds {EXPERT_BITS} bits symmetric, in groups of "
+            f"{groups}; set symmetric: true and such a group_size, choose 4 bits, or export to "
+            "hf:dequantize=true"
+        )
+    if weight.shape[1] % scheme.group_size:
+        raise Unsupported(
+            f"{name} has {weight.shape[1]} inputs, which groups of {scheme.group_size} do not "
+            "divide; set group_size to a smaller number"
+        )
+    if weight.kept and weight.scale_dtype != "F16":
+        raise Unsupported(
+            f"{name} has integers of {EXPERT_BITS} bits of the source with scales that are "
+            f"{weight.scale_dtype}, and the graph holds such with float16 scales; quantize it anew "
+            "in the recipe (rtn or gptq), or export to hf:dequantize=true"
+        )
+
+
 def _accept_layer(block: Block, layer: MoELayer) -> None:
     """Refuse experts that one fused operator cannot hold.
 
@@ -284,7 +332,15 @@ def _accept_layer(block: Block, layer: MoELayer) -> None:
             f"block {block.index}: the router has {', '.join(sorted(layer.router.per_expert))} "
             "per expert, for which ONNX Runtime's expert operators have no input"
         )
-    experts = [layer.experts[n] for n in _fused(layer)]
+    fused = _fused(layer)
+    for n, expert in enumerate(layer.experts):
+        if n not in fused and expert.gate.scheme and expert.gate.scheme.bits == EXPERT_BITS:
+            raise Unsupported(
+                f"block {block.index}: expert {n} is {expert.gate.scheme}, and experts with "
+                "low-rank factors are not in the fused operator, which alone takes these; choose "
+                f"{', '.join(map(str, GRAPH_BITS))} bits"
+            )
+    experts = [layer.experts[n] for n in fused]
     forms = {(e.gate.shape, w.scheme or w.dtype) for e in experts for w in (e.gate, e.up, e.down)}
     if len(forms) > 1:
         raise Unsupported(

@@ -441,7 +441,7 @@ def test_a_changed_zero_point_is_found(tiny: Make, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        (_onnx_storage.BITS_KEY, "3", "has 3 bits, expected 2, 4 or 8"),
+        (_onnx_storage.BITS_KEY, "5", "has 5 bits, expected 2, 3, 4 or 8"),
         (_onnx_storage.ZEROS_KEY, "nothing", "lacks nothing, which .* needs"),
         (_onnx_storage.SCALES_KEY, "nothing", "lacks nothing, which .* needs"),
     ],
