@@ -359,7 +359,7 @@ FINDINGS: Mapping[str, tuple[Finding, ...]] = {
             "onnxruntime",
             "1.32 or newer",
             "yes",
-            "CPU provider; experts of 3 bits take about five times as long a token as those of 4",
+            "CPU provider; experts of 3 bits take about five times as long as those of 4",
             case=_three_bits,
         ),
         Finding("onnxruntime", "1.31 or newer", "yes", "CPU provider"),
@@ -367,7 +367,7 @@ FINDINGS: Mapping[str, tuple[Finding, ...]] = {
             "onnxruntime-genai",
             "0.18",
             "no",
-            "it does not run a cache in int8; export with onnx:kv_cache=float32 for it",
+            "there is no genai_config.json for a cache in int8; export with onnx:kv_cache=float32",
             case=_int8_cache,
         ),
         Finding(

@@ -40,7 +40,7 @@ EXPERT_BITS, EXPERT_GROUPS = 3, (32, 64, 128)
 
 @dataclass(frozen=True)
 class Onnx(Target):
-    """ONNX graph with external data, and ``genai_config.json`` beside it where genai runs it.
+    """ONNX graph with external data, and ``genai_config.json`` beside it unless its cache is int8.
 
     Attributes:
         accuracy_level: precision of activations in quantized operators: 4 rounds them to int8,
@@ -130,8 +130,7 @@ class Onnx(Target):
     def write(self, model: Model, folder: Path) -> dict[str, str]:
         """Write ``model.onnx``, ``model.onnx.data`` and the two configs.
 
-        A cache in int8 has scales of one until `calibrate` sets them, and no ``genai_config.json``:
-        onnxruntime-genai does not run it.
+        A cache in int8 has scales of one until `calibrate` sets them, and no ``genai_config.json``.
 
         Raises:
             Unsupported: see `accepts`.

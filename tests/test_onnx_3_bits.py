@@ -173,6 +173,6 @@ def test_what_the_refusal_of_attention_says_to_do_works(tiny: Make, tmp_path: Pa
     assert code == 0, said
     (first, *_) = report["loaders"]["onnx"]
     assert "1.32 or newer" in first["note"]
-    assert "five times as long" in first["note"]
+    assert "five times as long as those of 4" in first["note"]
     done = run("verify", tmp_path / "b")
     assert done.exit_code == 0, done.output
