@@ -262,10 +262,9 @@ def _accept_scheme(
         )
     if scheme.bits not in GRAPH_BITS:
         raise Unsupported(
-            f"{name} is {scheme}; the graph holds {', '.join(map(str, GRAPH_BITS))} bits, and "
-            f"{EXPERT_BITS} in routed experts alone; quantize it in 4 bits, with a rule "
-            rf"{{match: 'experts\.', bits: {EXPERT_BITS}}} for experts of {EXPERT_BITS}; or "
-            "export to hf:dequantize=true"
+            f"{name} is {scheme}; the graph holds {', '.join(map(str, GRAPH_BITS))} bits; choose "
+            rf"one of these, with {EXPERT_BITS} for experts alone (a rule {{match: 'experts\.', "
+            f"bits: {EXPERT_BITS}}}, onnxruntime 1.32 or newer), or export to hf:dequantize=true"
         )
     if group == WHOLE_ROW:
         sizes = (128, 64, 32, SMALLEST_GROUP)

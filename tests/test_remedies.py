@@ -538,7 +538,7 @@ QUANTIZING = [
     ),
     Case(
         one("rtn", bits=3),
-        r"the graph holds (\d), (\d), (\d) bits; choose one of these, or export to (\S+)$",
+        r"the graph holds (\d), (\d), (\d) bits; choose one of these.*, or export to (\S+)$",
         (
             *(lambda *said, n=n: one("rtn", bits=int(said[n])) for n in range(3)),
             lambda *said: one("rtn", said[3], bits=3),
