@@ -34,6 +34,7 @@ SMALLEST_CACHE = 256
 # Tokens of a prompt that run at once. It bounds the buffer of logits, [tokens, vocabulary].
 CHUNK = 256
 INSTALL = "pip install 'onnxruntime>=1.31'"
+INSTALL_WITH_3_BITS = "pip install 'onnxruntime>=1.32'"
 FOLDER_KEY = "session.model_external_initializers_file_folder_path"
 # The runtime raises every error that it logs, so its log would only repeat them.
 LOG_NOTHING = 4
@@ -75,8 +76,7 @@ def check_3_bits() -> None:
         oldest = ".".join(map(str, OLDEST_WITH_3_BITS))
         raise Unsupported(
             f"experts of {HALF_BITS} bits need onnxruntime {oldest} or newer, and "
-            f"{ort.__version__} is installed: pip install 'onnxruntime>={oldest}', or choose 2, 4 "
-            "or 8 bits"
+            f"{ort.__version__} is installed: {INSTALL_WITH_3_BITS}, or choose 2, 4 or 8 bits"
         )
 
 
