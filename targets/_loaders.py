@@ -139,6 +139,10 @@ def _stock_needs_eager(output: Output) -> bool:
     )
 
 
+def _three_bits(output: Output) -> bool:
+    return any(scheme.bits == 3 for scheme in output.schemes)
+
+
 def _generic(output: Output) -> bool:
     return output.stored.family.generic
 
@@ -340,6 +344,13 @@ FINDINGS: Mapping[str, tuple[Finding, ...]] = {
         Finding("llama.cpp", "", "not tried", "its converter on GPTQ; export to hf for it"),
     ),
     "onnx": (
+        Finding(
+            "onnxruntime",
+            "1.32 or newer",
+            "yes",
+            "CPU provider; experts of 3 bits take about five times as long as those of 4",
+            case=_three_bits,
+        ),
         Finding("onnxruntime", "1.31 or newer", "yes", "CPU provider"),
         Finding(
             "onnxruntime-genai",
