@@ -221,7 +221,7 @@ class InMemory:
         return attach_numbers(block, numbers)
 
     def put_rest(
-        self, rest: Mapping[str, Weight], numbers: Mapping[str, Tensor]
+        self, rest: Mapping[str, Weight], numbers: Mapping[str, Quantized | Tensor]
     ) -> dict[str, Weight]:
         """Return all tensors outside of blocks, with handles on the numbers that there are."""
         return {**rest, **attach_rest_numbers(rest, numbers)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field, field_validator
@@ -15,6 +16,14 @@ from moe2edge.model.roles import list_quantizable
 from moe2edge.model.weights import Weight, plan_weight
 from moe2edge.numerics.scheme import LOW_RANK, Scheme, find_largest_group_size
 from moe2edge.options import Options
+from moe2edge.passes._ends import (
+    END_SCHEME,
+    EndBits,
+    check_ends,
+    choose_end_bits,
+    describe_ends,
+    list_ends,
+)
 from moe2edge.pipeline.contract import PlannedStep, Slim
 from moe2edge.storage.patterns import compile_pattern
 
@@ -83,6 +92,8 @@ class Quantize(Slim):
         symmetric: whether the middle integer stands for zero.
         rules: other schemes for some tensors.
         factors: bits of factors and linear maps.
+        head: bits of the head.
+        embedding: bits of the embedding.
     """
 
     bits: Annotated[Bits, Field(description="bits per weight")] = 4
@@ -111,9 +122,29 @@ class Quantize(Slim):
             "row; 16: do not quantize them"
         ),
     ] = 16
+    head: Annotated[
+        EndBits | None,
+        Field(
+            description="bits of the head, symmetric in groups of 32; 16: do not quantize it; "
+            "default: 16. Where one tensor is head and embedding, one of the two is enough"
+        ),
+    ] = None
+    embedding: Annotated[
+        EndBits | None, Field(description="bits of the embedding, as those of the head")
+    ] = None
 
     def schemes(self, model: Model) -> dict[str, Scheme]:
         """Return the scheme of each tensor to quantize, by name on disk."""
+        ends = chain.from_iterable(self.list_ends(model))
+        names = (model.names.get_rest_name(name) for name in ends)
+        return self._list_schemes(model) | dict.fromkeys(names, END_SCHEME)
+
+    def list_ends(self, model: Model) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """List the tensors outside of blocks to quantize, as `moe2edge.passes._ends.list_ends`."""
+        return list_ends(model, self.head, self.embedding)
+
+    def _list_schemes(self, model: Model) -> dict[str, Scheme]:
+        """Return the scheme of each tensor of a block to quantize, by name on disk."""
         group = self._resolve_group_size(model)
         schemes = {}
         for name, block, _ in _list_matrices(model):
@@ -163,11 +194,14 @@ class Quantize(Slim):
 
     def resolve(self, model: Model) -> Self:
         """Return the pass with the group size of the whole source, whichever blocks stay."""
-        return self.model_copy(update={"group_size": self._resolve_group_size(model)})
+        head, embedding = choose_end_bits(model, self.head, self.embedding)
+        group = self._resolve_group_size(model)
+        return self.model_copy(update={"group_size": group, "head": head, "embedding": embedding})
 
     def check(self, model: Model) -> None:
         """Refuse quantized models, and group sizes and rules that do not fit the model."""
         schemes = self.schemes(model)
+        check_ends(model, list(chain.from_iterable(self.list_ends(model))))
         if any(weight.scheme is not None for _, _, weight in model.tensors()):
             raise InputError("the recipe quantizes twice; keep one of its quantizing passes")
         widths = {n: w.shape[1] for n, _, w in _list_matrices(model) if n in schemes}
@@ -219,7 +253,10 @@ class Quantize(Slim):
                 if (name := model.disk_name(block, role)) in schemes
             }
             model = model.replace_block(block.with_weights(new))
-        return model
+        ends = chain.from_iterable(self.list_ends(model))
+        return model.replace_rest(
+            {name: plan_weight(model.rest[name], scheme=END_SCHEME) for name in ends}
+        )
 
     def check_result(self, before: Model, after: Model) -> None:
         """Prove that every tensor has the scheme that the options give it.
@@ -238,11 +275,12 @@ class Quantize(Slim):
     def describe(self, planned: PlannedStep) -> str:
         """Describe the schemes, the number of matrices of each, and the mean bits per weight."""
         model = planned.before
-        schemes = self.schemes(model)
+        schemes = self._list_schemes(model)
         parts = [f"{scheme}: {n} matrices" for scheme, n in Counter(schemes.values()).items()]
         unquantized = sum(name not in schemes for name, _, _ in _list_matrices(model))
         if unquantized:
             parts.append(f"not quantized, by rule: {unquantized}")
+        parts += describe_ends(model, *self.list_ends(model))
         weights = [w for _, _, w in planned.after.tensors() if w.scheme]
         bits = 8 * sum(w.nbytes for w in weights) / sum(w.count for w in weights)
         return f"{'; '.join(parts)}; {bits:.3f} bits/weight"

@@ -26,8 +26,9 @@ from moe2edge.model.roles import list_quantizable
 from moe2edge.model.traits import Trait
 from moe2edge.model.weights import Weight
 from moe2edge.numerics.scheme import Scheme
+from moe2edge.passes._ends import RoundedEnds
 from moe2edge.passes._quantize import Quantize, Scales
-from moe2edge.pipeline.solver import Solved, Solver
+from moe2edge.pipeline.solver import EndSolver, Solved, Solver
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -88,6 +89,10 @@ class Awq(Quantize):
     def solver(self, model: Model) -> Solver:
         """Create the solver, which gathers inputs, then scales and rounds block by block."""
         return _Solver(self, self.schemes(model), model)
+
+    def end_solver(self, model: Model) -> EndSolver:
+        """Create the solver of head and embedding, into which no scales fold."""
+        return RoundedEnds(*self.list_ends(model), self.scales)
 
 
 class _Solver:

@@ -9,6 +9,7 @@ https://arxiv.org/abs/2505.03804). Matrices that share an input share the Hessia
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field
@@ -16,10 +17,19 @@ from pydantic import Field
 from moe2edge.model.block import Block
 from moe2edge.model.model import Model
 from moe2edge.model.traits import Trait
+from moe2edge.model.weights import Weight
 from moe2edge.numerics.scheme import Scheme
+from moe2edge.passes._ends import END_SCHEME, RoundedEnds, solve_by_rows
 from moe2edge.passes._quantize import Quantize, Scales
 from moe2edge.pipeline.contract import PlannedStep
-from moe2edge.pipeline.solver import GateWeighted, GroupSolver, MatrixGroup, MinTokens, Solved
+from moe2edge.pipeline.solver import (
+    Batches,
+    EndSolver,
+    GateWeighted,
+    MatrixGroup,
+    MinTokens,
+    Solved,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -132,9 +142,34 @@ class Gptq(Quantize):
         dtype = self.resolve(planned.before).compute
         return f"{super().describe(planned)}; expert outputs in {dtype}{loops}"
 
-    def solver(self, model: Model) -> GroupSolver:
+    def solver(self, model: Model) -> _Solver:
         """Create the solver, which computes Hessians of matrices, then solves them."""
         return _Solver(self, self.schemes(model), model)
+
+    def end_solver(self, model: Model) -> EndSolver:
+        """Create the solver of head and embedding."""
+        return _Ends(*self.list_ends(model), self.scales, self.solver(model))
+
+
+@dataclass(frozen=True)
+class _Ends(RoundedEnds):
+    """Solves a head by its inputs; the embedding, whose inputs are rows of one, is rounded.
+
+    Attributes:
+        solver: computes Hessians.
+    """
+
+    solver: _Solver | None = None
+
+    def nbytes(self, weight: Weight) -> int:
+        """Estimate the bytes of memory that solving one matrix takes."""
+        return super().nbytes(weight) + 12 * weight.shape[1] ** 2
+
+    def solve(self, name: str, weight: Weight, inputs: Batches | None) -> Solved:
+        """Solve the head where its inputs are known, and round anything else."""
+        if inputs is None or self.solver is None:
+            return super().solve(name, weight, inputs)
+        return self.solver.solve_head(name, weight, inputs)
 
 
 class _Solver:
@@ -163,31 +198,19 @@ class _Solver:
         The rows of a matrix do not depend on each other, so matrices of one scheme that share
         their Hessian are solved as one with all their rows.
         """
-        import torch
-
         from moe2edge.numerics import error_feedback
 
         places = self._sort_by_scheme(block, groups[0])
         if not places:
             return Solved({})
         hessians, notes = self._sum_hessians(block, groups)
+        # `_factorize` overwrites the Hessians.
         reference = sum(
             error_feedback.estimate_output_size(weight.load(), hessian)
             for group, hessian in zip(groups, hessians, strict=True)
             for weight in group.weights.values()
         )
-        diagonals = hessians.diagonal(dim1=1, dim2=2).clone()
-        orders = diagonals.argsort(dim=1, stable=True) if self._options.act_order else None
-        space = self._get_space(1, hessians.shape)
-        if orders is not None:
-            for hessian, rows, order in zip(hessians, space, orders, strict=True):
-                torch.index_select(hessian, 0, order, out=rows)
-                # The upper triangle is never read.
-                for start in range(0, len(order), error_feedback.HESSIAN_COLUMNS):
-                    part = slice(start, start + error_feedback.HESSIAN_COLUMNS)
-                    left = order[: part.stop]
-                    hessian[part, : len(left)] = rows[part].index_select(1, left)
-        factors, fine = error_feedback.factorize(hessians, self._options.damping, space)
+        diagonals, orders, factors, fine = self._factorize(hessians)
         notes += [
             f"block {block.index}: {', '.join(group.weights)}: the Hessian is singular; fell back "
             "to rounding to nearest"
@@ -209,6 +232,60 @@ class _Solver:
                 sizes = [group.weights[role].shape[0] for role in roles]
                 numbers |= dict(zip(roles, whole.split(sizes), strict=True))
         return Solved(numbers, tuple(notes), (lost, reference))
+
+    def solve_head(self, name: str, weight: Weight, inputs: Batches) -> Solved:
+        """Solve the head, of whose inputs all tokens count alike, a part of its rows at a time."""
+        import torch
+
+        from moe2edge.numerics import error_feedback
+
+        ins = weight.shape[1]
+        hessians = self._get_space(0, torch.Size((1, ins, ins)))
+        near = ((x.to(self.device), None) for x, _ in inputs())
+        error_feedback.sum_hessian(hessians[0], near, weighted=False)
+        whole = hessians[0].clone()
+        diagonals, orders, factors, fine = self._factorize(hessians)
+
+        def solve(rows: Tensor) -> tuple[Quantized, float]:
+            (found,), loss = self._round(
+                rows[None].to(self.device), END_SCHEME, factors, orders, diagonals, sparse=False
+            )
+            return found, float(loss.sum())
+
+        def measure(rows: Tensor) -> float:
+            return error_feedback.estimate_output_size(rows, whole)
+
+        solved = solve_by_rows(name, weight, solve, measure)
+        if fine[0]:
+            return solved
+        note = f"{weight.name}: the Hessian is singular; fell back to rounding to nearest"
+        return replace(solved, notes=(note,))
+
+    def _factorize(
+        self, hessians: Tensor
+    ) -> tuple[Tensor, Tensor | None, error_feedback.HessianFactors, list[bool]]:
+        """Factorize Hessians [batch, in, in], which are overwritten.
+
+        Returns:
+            Their diagonals [batch, in], the order of columns, the factors, and which there are.
+        """
+        import torch
+
+        from moe2edge.numerics import error_feedback
+
+        diagonals = hessians.diagonal(dim1=1, dim2=2).clone()
+        orders = diagonals.argsort(dim=1, stable=True) if self._options.act_order else None
+        space = self._get_space(1, hessians.shape)
+        if orders is not None:
+            for hessian, rows, order in zip(hessians, space, orders, strict=True):
+                torch.index_select(hessian, 0, order, out=rows)
+                # The upper triangle is never read.
+                for start in range(0, len(order), error_feedback.HESSIAN_COLUMNS):
+                    part = slice(start, start + error_feedback.HESSIAN_COLUMNS)
+                    left = order[: part.stop]
+                    hessian[part, : len(left)] = rows[part].index_select(1, left)
+        factors, fine = error_feedback.factorize(hessians, self._options.damping, space)
+        return diagonals, orders, factors, fine
 
     def _get_space(self, n: int, shape: torch.Size) -> Tensor:
         """Return the n-th of two buffers for Hessians; reuse it, as new memory must be cleared."""

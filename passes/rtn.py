@@ -9,9 +9,10 @@ from moe2edge.model.block import Block
 from moe2edge.model.model import Model
 from moe2edge.model.roles import list_quantizable
 from moe2edge.model.traits import Trait
+from moe2edge.passes._ends import RoundedEnds
 from moe2edge.passes._quantize import Quantize, Scales
 from moe2edge.pipeline.contract import PlannedStep, TextSizes
-from moe2edge.pipeline.solver import GroupSolver, MatrixGroup, Solved
+from moe2edge.pipeline.solver import EndSolver, GroupSolver, MatrixGroup, Solved
 from moe2edge.pipeline.work import estimate_new_bytes
 from moe2edge.runtime.memory import Estimate
 
@@ -39,7 +40,7 @@ class Rtn(Quantize):
         shapes = (w.shape for b in planned.before.blocks for _, w in list_quantizable(b))
         outs_ins = [(shape[0], shape[1]) for shape in shapes]
         return Estimate(
-            max(solver.nbytes([shape]) for shape in outs_ins),
+            max(self.estimate_ends(planned.before), *(solver.nbytes([s]) for s in outs_ins)),
             estimate_new_bytes(planned.before, planned.after),
             purpose=f"{self.name} holds the largest matrix at once",
             remedy="raise --max-memory, or use a larger machine",
@@ -48,6 +49,10 @@ class Rtn(Quantize):
     def solver(self, model: Model) -> GroupSolver:
         """Create the solver, which rounds one matrix after another."""
         return _Solver(self, model)
+
+    def end_solver(self, model: Model) -> EndSolver:
+        """Create the solver of head and embedding, which rounds them in the same way."""
+        return RoundedEnds(*self.list_ends(model), self.scales)
 
 
 class _Solver(GroupSolver):

@@ -28,6 +28,8 @@ Layout = Literal["natural", "uniform", "mlp-only"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 # This family has no dense layers, but can be written as one that has.
 REHOMED = "mixtral"
+# Targets that hold a quantized head or embedding, for messages of those that do not.
+END_TARGETS = "onnx"
 
 
 def check_layout(layout: str) -> None:

@@ -16,15 +16,15 @@ from onnx import TensorProto
 from torch import Tensor
 
 from moe2edge.model.family import Config, Family, Geometry
-from moe2edge.model.model import EMBEDDING, FINAL_NORM, HEAD, Model
+from moe2edge.model.model import FINAL_NORM, Model
 from moe2edge.targets._onnx_block import BlockInputs, BlockWriter, ResidualStream, add_norm
+from moe2edge.targets._onnx_ends import EndsWriter
 from moe2edge.targets._onnx_graph import Graph
 from moe2edge.targets._onnx_storage import (
     ROTARY_TABLES,
     Batch,
     Slot,
     Source,
-    make_plain_initializer,
 )
 
 
@@ -41,12 +41,8 @@ def build_decoder(model: Model, accuracy_level: int, *, int8_cache: bool = False
     geometry = model.family.geometry(model.config)
     cached = TensorProto.INT8 if int8_cache else TensorProto.FLOAT
     inputs = _inputs(graph, model, geometry, cached)
-    embedding = Source(EMBEDDING, model.rest[EMBEDDING])
-    shape = embedding.weight.shape
-    (table,) = graph.store(make_plain_initializer(EMBEDDING, [(embedding,)], shape))
-    rows = graph.node("/model/embed_tokens", "Gather", [table, "input_ids"], axis=0)
-    if embedding.weight.dtype != "F32":
-        rows = graph.node("/model/embed_tokens", "Cast", [rows], to=TensorProto.FLOAT)
+    ends = EndsWriter(graph, model, accuracy_level)
+    rows, table = ends.add_embedding("input_ids")
     stream = ResidualStream(rows)
     for block in model.blocks:
         stream = BlockWriter(graph, model, block, geometry, inputs, accuracy_level, int8_cache).add(
@@ -54,14 +50,8 @@ def build_decoder(model: Model, accuracy_level: int, *, int8_cache: bool = False
         )
     last = Source(FINAL_NORM, model.rest[FINAL_NORM])
     hidden, _ = add_norm(graph, "/model/norm", stream, last, geometry.eps)
-    # Tied weights are stored once: the head multiplies by the transposed embedding. The runtime
-    # folds the Cast of a 16-bit matrix when a session opens; benchmarks/onnx_head compares forms.
-    if HEAD in model.rest:
-        matrix = graph.stored(HEAD, [(Source(HEAD, model.rest[HEAD]),)], shape)
-    else:
-        matrix = graph.as_float(table, embedding.weight.dtype)
     logits = graph.output("logits", ["batch_size", "sequence_length", geometry.vocab])
-    graph.node("/lm_head", "FusedMatMul", [hidden, matrix], [logits], transB=1)
+    ends.add_head(hidden, table, logits)
     for index in range(len(model.blocks)):
         for part in ("key", "value"):
             graph.output(f"present.{index}.{part}", _cache(geometry, "total_length"), cached)

@@ -20,7 +20,7 @@ from moe2edge.targets._onnx_storage import (
 OPSET, IR_VERSION = 23, 11
 MICROSOFT = frozenset(
     {
-        "FusedMatMul", "GroupQueryAttention", "MatMulNBits", "MoE", "QMoE",
+        "FusedMatMul", "GatherBlockQuantized", "GroupQueryAttention", "MatMulNBits", "MoE", "QMoE",
         "SkipSimplifiedLayerNormalization",
     }
 )  # fmt: skip

@@ -31,7 +31,7 @@ from moe2edge.storage.safetensors_files import (
 )
 from moe2edge.storage.text_files import write_json
 from moe2edge.targets import _layouts
-from moe2edge.targets._layouts import Layout
+from moe2edge.targets._layouts import END_TARGETS, Layout
 from moe2edge.targets._loaders import judge_loaders
 from moe2edge.targets._tensors import estimate_file_bytes, plan_plain
 
@@ -77,12 +77,13 @@ class Hf(Target):
         Raises:
             Unsupported: the layout cannot hold it, or it is quantized and `dequantize` is not set.
         """
-        quantized = next((w for _, _, w in model.tensors() if w.scheme and not w.kept), None)
-        if quantized is not None and not self.dequantize:
+        quantized = [w for _, _, w in model.tensors() if w.scheme and not w.kept]
+        if quantized and not self.dequantize:
+            ends = any(weight.scheme for weight in model.rest.values())
             raise Unsupported(
-                f"target hf holds unquantized weights only, but {quantized.name} is "
-                f"{quantized.scheme}; export to gptq or onnx, or to hf:dequantize=true, which "
-                "takes as many bytes as if nothing was quantized"
+                f"target hf holds unquantized weights only, but {quantized[0].name} is "
+                f"{quantized[0].scheme}; export to {END_TARGETS if ends else 'gptq or onnx'}, or "
+                "to hf:dequantize=true, which takes as many bytes as if nothing was quantized"
             )
         if (dtype := self.find_dtype(model)) == "float64":
             raise Unsupported(
@@ -172,6 +173,8 @@ class Hf(Target):
 
 def _dequantize(model: Model) -> Model:
     """Return the model with its quantized weights dequantized, in the source's dtype."""
+    rest = {n: dequantize_weight(w) for n, w in model.rest.items() if w.scheme}
+    model = model.replace_rest(rest) if rest else model
     return change_weights(model, lambda _, w: dequantize_weight(w) if w.scheme else None)
 
 

@@ -12,7 +12,7 @@ from moe2edge.model.block import Block, is_low_rank, is_quantizable
 from moe2edge.model.edits import remove_skipping, sort_rows
 from moe2edge.model.hf_config import build_config
 from moe2edge.model.layers import MoELayer
-from moe2edge.model.model import Model
+from moe2edge.model.model import Model, list_end_names
 from moe2edge.model.older_spellings import add_older_spellings
 from moe2edge.model.weights import Weight
 from moe2edge.numerics.scheme import LOW_RANK, WHOLE_ROW, Scheme
@@ -37,6 +37,8 @@ GRAPH_BITS = (2, 4, 8)
 SMALLEST_GROUP = 16
 # Bits that QMoE alone takes, and its groups then.
 EXPERT_BITS, EXPERT_GROUPS = 3, (32, 64, 128)
+# Bits of a quantized head or embedding.
+END_BITS = 8
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,9 @@ class Onnx(Target):
         for name, role, weight in quantized:
             assert weight.scheme is not None
             if is_low_rank(role) and weight.scheme == LOW_RANK:
+                continue
+            if name in list_end_names(model):
+                _accept_end(name, weight)
                 continue
             if not is_quantizable(role):
                 raise Unsupported(
@@ -283,6 +288,26 @@ def _accept_scheme(
             f"{name} has {shape[1]} inputs, which groups of {group} do not divide; set group_size "
             "to a smaller number"
         )
+
+
+def _accept_end(name: str, weight: Weight) -> None:
+    """Refuse a quantized head or embedding in a form that their operators do not take.
+
+    Args:
+        name: its name on disk.
+        weight: the matrix.
+
+    Raises:
+        Unsupported: names the form, and those to choose instead.
+    """
+    scheme = weight.scheme
+    assert scheme is not None
+    if scheme.bits != END_BITS or not scheme.symmetric:
+        raise Unsupported(
+            f"{name} is {scheme}; the graph holds a head or an embedding in {END_BITS} bits, "
+            "symmetric, or unquantized: choose 8 or 16 bits for them"
+        )
+    _accept_scheme(name, weight.shape, scheme, {weight.shape[1]})
 
 
 def _accept_3_bits(name: str, weight: Weight) -> None:

@@ -36,7 +36,11 @@ from moe2edge.runtime.decoder_blocks import (
     load_block_state,
     load_finite,
 )
-from moe2edge.runtime.ends import compute_logits_with_stock, embed_with_stock
+from moe2edge.runtime.ends import (
+    compute_head_inputs_with_stock,
+    compute_logits_with_stock,
+    embed_with_stock,
+)
 from moe2edge.runtime.layer_stage import LayerStage
 from moe2edge.runtime.memory import UNLIMITED, Memory
 from moe2edge.runtime.mixed_experts import compute_expert_intermediate, compute_expert_output
@@ -450,3 +454,21 @@ def compute_logits(model: Model, hidden: Iterable[Tensor]) -> Iterator[Tensor]:
     eps = model.family.geometry(model.config).eps
     for sample in hidden:
         yield nn.functional.rms_norm(sample, norm.shape, norm, eps) @ head.T
+
+
+@torch.no_grad()
+def list_head_inputs(model: Model, hidden: Tensor) -> Iterator[Tensor]:
+    """Yield what the head gets, float32 [n, hidden], batch by batch.
+
+    Args:
+        model: the model.
+        hidden: hidden states after the last block, [samples, length, hidden].
+    """
+    parts = (hidden[part] for part in split_batches(hidden))
+    if model.family.generic:
+        yield from (x.flatten(0, -2) for x in compute_head_inputs_with_stock(model, parts))
+        return
+    norm = load_finite(model.rest[FINAL_NORM]).to(hidden.device)
+    eps = model.family.geometry(model.config).eps
+    for part in parts:
+        yield nn.functional.rms_norm(part, norm.shape, norm, eps).flatten(0, -2)

@@ -267,7 +267,7 @@ class _NoNumbers:
         )
 
     def put_rest(
-        self, rest: Mapping[str, Weight], numbers: Mapping[str, Tensor]
+        self, rest: Mapping[str, Weight], numbers: Mapping[str, Quantized | Tensor]
     ) -> dict[str, Weight]:
         """Refuse, as `put` does."""
         raise InputError(

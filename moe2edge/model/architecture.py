@@ -63,6 +63,14 @@ class Architecture:
         return f"{path}.weight"
 
     @cached_property
+    def head(self) -> str | None:
+        """Name of the matrix of the head; None: the class of transformers names none."""
+        head = self.model.get_output_embeddings()
+        found = (path for path, module in self.model.named_modules() if module is head)
+        path = None if head is None else next(found, None)
+        return None if path is None else f"{path}.weight"
+
+    @cached_property
     def usual_names(self) -> dict[str, Stored]:
         """Form in which transformers stores each parameter."""
         return list_usual_names(self.model)

@@ -102,6 +102,15 @@ class Model:
         return self.rest[self.architecture.embedding]
 
     @property
+    def head(self) -> str | None:
+        """Name in ``rest`` of the head: that of the embedding if one tensor is both.
+
+        None: the class of transformers names no head.
+        """
+        head, embedding = self.architecture.head, self.architecture.embedding
+        return head if head is None or head in self.rest else embedding
+
+    @property
     def parameters(self) -> int:
         """Number of parameters."""
         return sum(w.count for _, _, w in self.tensors())
@@ -134,6 +143,10 @@ class Model:
         blocks = list(self.blocks)
         blocks[block.index] = block
         return replace(self, blocks=tuple(blocks))
+
+    def replace_rest(self, weights: Mapping[str, Weight]) -> Model:
+        """Return the model with other handles on some tensors outside of blocks."""
+        return replace(self, rest={**self.rest, **weights})
 
     def keep_blocks(self, indices: Sequence[int]) -> Model:
         """Return the model with only the blocks at ``indices``, renumbered."""
@@ -202,8 +215,14 @@ class Model:
             source = "" if block.origin == block.index else f" (was {block.origin})"
             lines.append(f"block {block.index}{source}: {describe_block(block)}")
         for name, weight in self.rest.items():
-            lines.append(f"{name}: {weight.dtype} {list(weight.shape)}")
+            lines.append(f"{name}: {weight.scheme or weight.dtype} {list(weight.shape)}")
         return "\n".join(lines)
+
+
+def list_end_names(model: Model) -> tuple[str, ...]:
+    """List the names on disk of embedding and head, which passes quantize where asked to."""
+    found = dict.fromkeys((model.architecture.embedding, model.head))
+    return tuple(model.names.get_rest_name(name) for name in found if name is not None)
 
 
 def is_stock_form(model: Model, block: Block) -> bool:

@@ -16,7 +16,7 @@ from moe2edge.model.model import Model
 from moe2edge.model.roles import list_quantizable
 from moe2edge.model.weights import Weight
 from moe2edge.pipeline.blockwise_report import SolverProgress, describe_coverage
-from moe2edge.pipeline.solver import GroupSolver, MatrixGroup, Solved
+from moe2edge.pipeline.solver import Batches, GroupSolver, MatrixGroup, Solved
 from moe2edge.runtime.decoder_blocks import load_finite
 from moe2edge.runtime.memory import Memory
 
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 # Intermediate activations of an expert that are computed at once; and the most that are kept for a
 # second use, for all experts that are solved together.
 CHUNK_NUMBERS, KEPT_NUMBERS = 1 << 24, 1 << 25
-
-Batches = Callable[[], Iterator[tuple["Tensor", "Tensor | None"]]]
 
 
 class BlockWork(ABC):

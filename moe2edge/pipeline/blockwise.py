@@ -9,13 +9,19 @@ in memory as a whole.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from moe2edge.calibration.walk import BATCH_TOKENS, BlockRunner, embed, split_batches
+from moe2edge.calibration.walk import (
+    BATCH_TOKENS,
+    BlockRunner,
+    embed,
+    list_head_inputs,
+    split_batches,
+)
 from moe2edge.model.block import Block
 from moe2edge.model.experts import Dense
 from moe2edge.model.layers import MoELayer, UnroutedMLP
@@ -24,7 +30,6 @@ from moe2edge.model.roles import OUT, QKV, list_gated_mlps, list_quantizable
 from moe2edge.pipeline.block_parts import BlockParts
 from moe2edge.pipeline.block_work import (
     CHUNK_NUMBERS,
-    Batches,
     BlockWork,
     Inside,
     KeptBatches,
@@ -35,9 +40,9 @@ from moe2edge.pipeline.block_work import (
     make_like,
 )
 from moe2edge.pipeline.blockwise_report import SolverProgress
-from moe2edge.pipeline.solver import GroupSolver, Solver
+from moe2edge.pipeline.solver import Batches, EndSolver, GroupSolver, Solver
 from moe2edge.pipeline.staged_work import StagedWork
-from moe2edge.pipeline.work import BlockJournal
+from moe2edge.pipeline.work import BlockJournal, Store
 from moe2edge.runtime.decoder_blocks import load_finite
 from moe2edge.runtime.memory import UNLIMITED, Memory, give_back
 from moe2edge.storage.solved_blocks import attach_numbers
@@ -239,7 +244,9 @@ def solve_blocks(
     advance: Advance,
     label: str,
     memory: Memory = UNLIMITED,
-) -> tuple[Model, list[str], list[str]]:
+    *,
+    to_end: bool = False,
+) -> tuple[Model, list[str], list[str], Tensor | None]:
     """Solve block after block; later blocks see the outputs of the blocks as solved.
 
     Blocks in the ledger are not solved again.
@@ -252,9 +259,11 @@ def solve_blocks(
         advance: reports progress.
         label: name of the work in progress lines.
         memory: memory that it may take.
+        to_end: return the hidden states after the last block.
 
     Returns:
-        The new model, the names of all tensors that were solved, and the solver's notes.
+        The new model, the names of all tensors that were solved, the solver's notes, and the
+        hidden states [samples, length, hidden], if asked for.
     """
     tally = SolverProgress(label, advance, model, 0 if tokens is None else tokens.numel())
     hidden: Tensor | None = None
@@ -264,7 +273,7 @@ def solve_blocks(
             tally.add_known(known[1])
             continue
         if tokens is not None and hidden is None:
-            hidden = _load_hidden(model, tokens, block, ledger, memory)
+            hidden = _load_hidden(model, tokens, block.index, ledger, memory)
             if isinstance(solver, GroupSolver):
                 hidden = _move_near(hidden, solver.device)
         tally.begin(block)
@@ -280,12 +289,51 @@ def solve_blocks(
         else:
             numbers = _solve_whole(model, block, solver, tally, hidden)
         done = tally.end(block, numbers)
-        ahead = hidden if block.index + 1 < len(model.blocks) else None
+        ahead = hidden if to_end or block.index + 1 < len(model.blocks) else None
         model = model.replace_block(ledger.finish(block, numbers, done, ahead))
         del numbers
         give_back()
     tally.finish()
-    return model, tally.changed, tally.notes
+    if to_end and tokens is not None and hidden is None:
+        hidden = _load_hidden(model, tokens, len(model.blocks), ledger, memory)
+    return model, tally.changed, tally.notes, hidden
+
+
+def solve_ends(
+    model: Model,
+    names: Sequence[str],
+    solver: EndSolver,
+    store: Store,
+    hidden: Tensor | None = None,
+) -> tuple[Model, list[str], list[str]]:
+    """Solve matrices outside of blocks; killed, a run solves them again.
+
+    Args:
+        model: the model to solve.
+        names: of the matrices, in ``rest``.
+        solver: computes new numbers.
+        store: keeps them.
+        hidden: hidden states after the last block, if the solver looks at inputs of the head.
+
+    Returns:
+        As `solve_blocks`.
+    """
+    changed: list[str] = []
+    notes: list[str] = []
+
+    def list_inputs() -> Iterator[tuple[Tensor, None]]:
+        assert hidden is not None
+        return ((x, None) for x in list_head_inputs(model, hidden))
+
+    for name in names:
+        solved = solver.solve(name, model.rest[name], None if hidden is None else list_inputs)
+        model = replace(model, rest=store.put_rest(model.rest, solved.numbers))
+        lost, size = solved.loss
+        name = model.names.get_rest_name(name)
+        changed.append(name)
+        notes += [*solved.notes, f"{name}: error {(lost / size) ** 0.5 if size else 0:.2%}"]
+        give_back()
+    return model, changed, notes
 
 
 def estimate_largest_part(model: Model, solver: Solver | GroupSolver) -> int:
@@ -313,10 +361,10 @@ def estimate_largest_part(model: Model, solver: Solver | GroupSolver) -> int:
 
 
 def _load_hidden(
-    model: Model, tokens: Tensor, block: Block, ledger: BlockJournal, memory: Memory
+    model: Model, tokens: Tensor, index: int, ledger: BlockJournal, memory: Memory
 ) -> Tensor:
-    """Return the hidden states in front of ``block``."""
-    if block.index == 0:
+    """Return the hidden states in front of block ``index``, or behind the last one."""
+    if index == 0:
         return embed(model, tokens, memory)
     before = ledger.stream()
     assert before is not None, "a finished block has left no hidden states"

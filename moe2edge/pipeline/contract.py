@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import (
     TYPE_CHECKING,
     Annotated,
@@ -18,7 +18,7 @@ from moe2edge.calibration.observation import Facts, ObserverFactory
 from moe2edge.model.model import Model
 from moe2edge.model.traits import Trait
 from moe2edge.options import Options
-from moe2edge.pipeline.solver import GroupSolver, Solver
+from moe2edge.pipeline.solver import EndSolver, GroupSolver, Solver
 from moe2edge.pipeline.work import BlockJournal, Store, estimate_most_new_bytes, estimate_new_bytes
 from moe2edge.runtime.memory import UNLIMITED, Estimate, Memory
 
@@ -327,34 +327,54 @@ class Slim(Pass):
         """Make a fresh solver."""
         raise NotImplementedError
 
+    def end_solver(self, model: Model) -> EndSolver:
+        """Make a fresh solver of matrices outside of blocks; the usual one leaves them alone."""
+        return EndSolver()
+
     def run(self, context: PassContext) -> Outcome:
-        """Solve block after block; those that the journal has are not solved again."""
-        from moe2edge.pipeline.blockwise import solve_blocks
+        """Solve block after block; those that the journal has are not solved again.
+
+        Of what is outside of blocks, the embedding comes first, and the head last.
+        """
+        from moe2edge.pipeline.blockwise import solve_blocks, solve_ends
 
         if (journal := context.journal) is None:
             raise AssertionError(f"{self.name} got no journal")
         tokens = context.tokens if self.needs_tokens and context.tokens.numel() else None
-        model, changed, notes = solve_blocks(
-            context.model,
+        solver, ends = self.solver(context.model), self.end_solver(context.model)
+        begun, early, first = solve_ends(context.model, ends.early, ends, context.store)
+        propagates = not isinstance(solver, GroupSolver) or solver.propagate
+        model, changed, notes, hidden = solve_blocks(
+            begun if propagates else context.model,
             tokens,
-            self.solver(context.model),
+            solver,
             journal,
             context.reporter.advance,
             self.name,
             context.memory,
+            to_end=bool(ends.late),
         )
-        return Outcome(model, tuple(changed), notes=tuple(notes))
+        model = replace(model, rest=begun.rest)
+        model, late, last = solve_ends(model, ends.late, ends, context.store, hidden)
+        return Outcome(model, (*early, *changed, *late), notes=(*first, *notes, *last))
 
     def estimate(self, planned: PlannedStep, texts: TextSizes) -> Estimate:
         """Estimate what it will take: the largest part that is solved at once, and the numbers."""
         from moe2edge.pipeline.blockwise import estimate_largest_part
 
+        solver = self.solver(planned.before)
         return Estimate(
-            estimate_largest_part(planned.before, self.solver(planned.before)),
+            max(estimate_largest_part(planned.before, solver), self.estimate_ends(planned.before)),
             estimate_new_bytes(planned.before, planned.after),
             purpose=f"{self.name} holds the largest group of matrices of a block at once",
             remedy="raise --max-memory, or use a larger machine",
         )
+
+    def estimate_ends(self, model: Model) -> int:
+        """Estimate the bytes of memory that solving matrices outside of blocks takes."""
+        ends = self.end_solver(model)
+        sizes = (ends.nbytes(model.rest[name]) for name in (*ends.early, *ends.late))
+        return max(sizes, default=0)
 
     def check_result(self, before: Model, after: Model) -> None:
         """Prove that every tensor that the options select was changed as they say.

@@ -37,6 +37,10 @@ class Solver(Protocol):
         ...
 
 
+# Yields inputs [n, in] of matrices, with the weight of each token [n] or None.
+Batches = Callable[[], Iterator[tuple["Tensor", "Tensor | None"]]]
+
+
 @dataclass(frozen=True)
 class MatrixGroup:
     """Matrices of a block that share their input.
@@ -51,9 +55,9 @@ class MatrixGroup:
     """
 
     weights: Mapping[str, Weight]
-    batches: Callable[[], Iterator[tuple[Tensor, Tensor | None]]]
+    batches: Batches
     tokens: int
-    everyone: Callable[[], Iterator[tuple[Tensor, Tensor | None]]] | None = None
+    everyone: Batches | None = None
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -133,6 +137,34 @@ class GroupSolver(Protocol):
     def solve(self, block: Block, groups: Sequence[MatrixGroup]) -> Solved:
         """Solve groups of equal shapes, together if that is faster."""
         ...
+
+
+@dataclass(frozen=True)
+class EndSolver:
+    """Solver of matrices outside of blocks.
+
+    Attributes:
+        early: names in ``Model.rest`` of those that are solved before the walk, which sees them so.
+        late: names of those that are solved behind it.
+    """
+
+    early: tuple[str, ...] = ()
+    late: tuple[str, ...] = ()
+
+    def nbytes(self, weight: Weight) -> int:
+        """Estimate the bytes of memory that solving one matrix takes."""
+        raise NotImplementedError
+
+    def solve(self, name: str, weight: Weight, inputs: Batches | None) -> Solved:
+        """Solve one matrix; its numbers are those of ``name``.
+
+        Args:
+            name: its name in ``Model.rest``.
+            weight: the matrix.
+            inputs: yields its inputs, if it is the head; None: the walk has no tokens, or it is
+                not over.
+        """
+        raise NotImplementedError
 
 
 # Options of passes that look at the tokens of each expert.

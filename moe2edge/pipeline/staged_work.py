@@ -24,7 +24,6 @@ from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model
 from moe2edge.pipeline.block_work import (
     CHUNK_NUMBERS,
-    Batches,
     BlockWork,
     Inside,
     KeptBatches,
@@ -32,7 +31,7 @@ from moe2edge.pipeline.block_work import (
     Mlp,
 )
 from moe2edge.pipeline.blockwise_report import SolverProgress
-from moe2edge.pipeline.solver import GroupSolver, Solved
+from moe2edge.pipeline.solver import Batches, GroupSolver, Solved
 from moe2edge.runtime.decoder_blocks import (
     arrange_gate_up,
     find_module_name,

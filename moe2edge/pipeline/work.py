@@ -54,7 +54,7 @@ class Store(Protocol):
         ...
 
     def put_rest(
-        self, rest: Mapping[str, Weight], numbers: Mapping[str, Tensor]
+        self, rest: Mapping[str, Weight], numbers: Mapping[str, Quantized | Tensor]
     ) -> dict[str, Weight]:
         """Save numbers of tensors outside of blocks by name; all of them, with new handles."""
         ...

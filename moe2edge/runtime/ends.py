@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,13 +21,16 @@ if TYPE_CHECKING:
 class Ends:
     """Transformers' model without its layers: embedding, last norm and head."""
 
-    def __init__(self, model: Model, tokens: Tensor | None = None) -> None:
+    def __init__(
+        self, model: Model, tokens: Tensor | None = None, without: Collection[str] = ()
+    ) -> None:
         """Load it in float32.
 
         Args:
             model: the model.
             tokens: the only ids that will be looked up, of any shape; the rest of the embedding
                 table, and the head, are not read. None: hidden states are given instead of ids.
+            without: parameters that are not read, as nothing will be computed with them.
         """
         self._model = build_meta_model(model.architecture.config)
         path, layers = find_layers(self._model)
@@ -38,6 +41,8 @@ class Ends:
         compute_buffers(self._model, self._model)
         state = {}
         for parameter, weight in model.rest.items():
+            if parameter in without:
+                continue
             if parameter == model.architecture.embedding and tokens is not None:
                 state[parameter] = _load_rows(weight.name, weight.load(), tokens)
             elif parameter in self._model.state_dict():
@@ -62,9 +67,26 @@ class Ends:
         found: Tensor = self._model(inputs_embeds=hidden, use_cache=False).logits
         return found.float()
 
+    @torch.no_grad()
+    def compute_head_inputs(self, hidden: Tensor) -> Tensor:
+        """Return what the head gets, for what leaves the last layer; it does not run."""
+
+        def catch(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            raise _Caught(args[0])
+
+        self._passed = hidden
+        hook = self._model.get_output_embeddings().register_forward_pre_hook(catch)
+        try:
+            self._model(inputs_embeds=hidden, use_cache=False)
+        except _Caught as caught:
+            return caught.hidden
+        finally:
+            hook.remove()
+        raise AssertionError("the model runs no head")
+
 
 class _Caught(Exception):
-    """Ends a forward pass once the input of the first layer is known."""
+    """Ends a forward pass once the input of the first layer, or of the head, is known."""
 
     def __init__(self, hidden: Tensor) -> None:
         super().__init__()
@@ -116,3 +138,11 @@ def compute_logits_with_stock(model: Model, hidden: Iterable[Tensor]) -> Iterato
     ends = Ends(model)
     for sample in hidden:
         yield ends.compute_logits(sample[None])[0]
+
+
+def compute_head_inputs_with_stock(model: Model, hidden: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Yield what the head gets, float32 [batch, length, hidden], for each batch alike."""
+    table = model.architecture.embedding
+    ends = Ends(model, without={table} if model.head is None else {table, model.head})
+    for part in hidden:
+        yield ends.compute_head_inputs(part).float()

@@ -22,9 +22,14 @@ if TYPE_CHECKING:
 
 def attach_numbers(block: Block, numbers: Mapping[str, Quantized | Tensor]) -> Block:
     """Return the block with handles on numbers by role, as if they were read back from disk."""
-    import torch
+    return block.with_weights(attach_rest_numbers(dict(block.weights()), numbers))
 
-    weights = dict(block.weights())
+
+def attach_rest_numbers(
+    rest: Mapping[str, Weight], numbers: Mapping[str, Quantized | Tensor]
+) -> dict[str, Weight]:
+    """Return handles on numbers of some tensors, by the same names."""
+    import torch
 
     def make_handle(weight: Weight, value: Quantized | Tensor) -> Weight:
         if isinstance(value, torch.Tensor):
@@ -32,17 +37,6 @@ def attach_numbers(block: Block, numbers: Mapping[str, Quantized | Tensor]) -> B
         return replace(
             weight, load=value.dequantize, scheme=value.scheme, load_quantized=lambda: value
         )
-
-    return block.with_weights({r: make_handle(weights[r], value) for r, value in numbers.items()})
-
-
-def attach_rest_numbers(
-    rest: Mapping[str, Weight], numbers: Mapping[str, Tensor]
-) -> dict[str, Weight]:
-    """Return handles on numbers of tensors outside of blocks, by name."""
-
-    def make_handle(weight: Weight, value: Tensor) -> Weight:
-        return replace(weight, load=lambda: cast_to_stored(value, weight.dtype))
 
     return {name: make_handle(rest[name], value) for name, value in numbers.items()}
 

@@ -141,7 +141,7 @@ class WorkFolder:
         return block.with_weights(open_handles(weights, path, *save(path, weights, numbers)))
 
     def put_rest(
-        self, rest: Mapping[str, Weight], numbers: Mapping[str, Tensor]
+        self, rest: Mapping[str, Weight], numbers: Mapping[str, Quantized | Tensor]
     ) -> dict[str, Weight]:
         """Save numbers of tensors outside of blocks by name.
 
