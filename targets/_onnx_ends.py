@@ -42,13 +42,15 @@ class EndsWriter:
         # Integers are [rows, groups, inputs], as the operator of a head needs them; the one that
         # looks rows up takes scales of as many axes.
         scales = graph.node(at, "Unsqueeze", [stored[1], graph.constant([-1])])
-        attributes = {
-            "gather_axis": 0,
-            "quantize_axis": 2,
-            "block_size": weight.scheme.group_size,
-            "bits": weight.scheme.bits,
-        }
-        groups = graph.node(at, "GatherBlockQuantized", [stored[0], ids, scales], **attributes)
+        groups = graph.node(
+            at,
+            "GatherBlockQuantized",
+            [stored[0], ids, scales],
+            gather_axis=0,
+            quantize_axis=2,
+            block_size=weight.scheme.group_size,
+            bits=weight.scheme.bits,
+        )
         shape = graph.constant([0, 0, weight.shape[1]])
         return graph.node(at, "Reshape", [groups, shape]), stored
 

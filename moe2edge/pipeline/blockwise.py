@@ -245,8 +245,8 @@ def solve_blocks(
     label: str,
     memory: Memory = UNLIMITED,
     *,
-    to_end: bool = False,
-) -> tuple[Model, list[str], list[str], Tensor | None]:
+    behind: Callable[[Tensor], None] | None = None,
+) -> tuple[Model, list[str], list[str]]:
     """Solve block after block; later blocks see the outputs of the blocks as solved.
 
     Blocks in the ledger are not solved again.
@@ -259,11 +259,11 @@ def solve_blocks(
         advance: reports progress.
         label: name of the work in progress lines.
         memory: memory that it may take.
-        to_end: return the hidden states after the last block.
+        behind: gets the hidden states [samples, length, hidden] after the last block, as a solver
+            of groups leaves them; None: nobody needs them.
 
     Returns:
-        The new model, the names of all tensors that were solved, the solver's notes, and the
-        hidden states [samples, length, hidden], if asked for.
+        The new model, the names of all tensors that were solved, and the solver's notes.
     """
     tally = SolverProgress(label, advance, model, 0 if tokens is None else tokens.numel())
     hidden: Tensor | None = None
@@ -289,14 +289,16 @@ def solve_blocks(
         else:
             numbers = _solve_whole(model, block, solver, tally, hidden)
         done = tally.end(block, numbers)
-        ahead = hidden if to_end or block.index + 1 < len(model.blocks) else None
+        ahead = hidden if behind or block.index + 1 < len(model.blocks) else None
         model = model.replace_block(ledger.finish(block, numbers, done, ahead))
         del numbers
         give_back()
     tally.finish()
-    if to_end and tokens is not None and hidden is None:
-        hidden = _load_hidden(model, tokens, len(model.blocks), ledger, memory)
-    return model, tally.changed, tally.notes, hidden
+    if behind and tokens is not None:
+        if hidden is None:
+            hidden = _load_hidden(model, tokens, len(model.blocks), ledger, memory)
+        behind(hidden)
+    return model, tally.changed, tally.notes
 
 
 def solve_ends(

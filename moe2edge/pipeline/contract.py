@@ -344,7 +344,8 @@ class Slim(Pass):
         solver, ends = self.solver(context.model), self.end_solver(context.model)
         begun, early, first = solve_ends(context.model, ends.early, ends, context.store)
         propagates = not isinstance(solver, GroupSolver) or solver.propagate
-        model, changed, notes, hidden = solve_blocks(
+        hidden: list[Tensor] = []
+        model, changed, notes = solve_blocks(
             begun if propagates else context.model,
             tokens,
             solver,
@@ -352,10 +353,10 @@ class Slim(Pass):
             context.reporter.advance,
             self.name,
             context.memory,
-            to_end=bool(ends.late),
+            behind=hidden.append if ends.late and isinstance(solver, GroupSolver) else None,
         )
         model = replace(model, rest=begun.rest)
-        model, late, last = solve_ends(model, ends.late, ends, context.store, hidden)
+        model, late, last = solve_ends(model, ends.late, ends, context.store, *hidden)
         return Outcome(model, (*early, *changed, *late), notes=(*first, *notes, *last))
 
     def estimate(self, planned: PlannedStep, texts: TextSizes) -> Estimate:
