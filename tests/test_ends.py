@@ -1,0 +1,200 @@
+"""Head and embedding in 8 bits: solved by passes, held by targets, or refused before any work."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+
+from every_family import make_folder
+from helpers import compute_logits, make_context, refuse
+from moe2edge.calibration import walk
+from moe2edge.errors import InputError, Unsupported
+from moe2edge.evaluation import verify
+from moe2edge.model.model import EMBEDDING, HEAD, Model
+from moe2edge.model.weights import hide_integers
+from moe2edge.numerics.scheme import Scheme
+from moe2edge.passes._quantize import Quantize
+from moe2edge.passes.awq import Awq
+from moe2edge.passes.gptq import Gptq
+from moe2edge.passes.rtn import Rtn
+from moe2edge.pipeline.stages import enforce, plan_passes
+from moe2edge.runtime.ends import Ends
+from moe2edge.storage.checkpoint import open_checkpoint
+from moe2edge.storage.work_folder import WorkFolder
+from moe2edge.targets.onnx import Onnx
+from moe2edge.testing import InMemory, Make
+
+IDS = torch.randint(1, 96, (4, 48), generator=torch.Generator().manual_seed(7))
+END = Scheme(8, 32)
+BOTH = {"head": 8, "embedding": 8, "group_size": 32}
+
+
+@pytest.fixture(scope="module")
+def untied(tiny: Make) -> Model:
+    return open_checkpoint(str(tiny("qwen2_moe", initializer_range=0.1))).model
+
+
+@pytest.fixture(scope="module")
+def tied(tiny: Make) -> Model:
+    path = tiny("olmoe", initializer_range=0.1, tie_word_embeddings=True)
+    return open_checkpoint(str(path)).model
+
+
+def solve(model: Model, step: Quantize, work: Any = None) -> tuple[Model, tuple[str, ...]]:
+    """Run a pass as a recipe does."""
+    step = step.resolve(model)
+    (planned,) = plan_passes([step], model).steps
+    work = work or InMemory()
+    journal = work.ledger(0) if isinstance(work, WorkFolder) else work
+    ids = IDS if step.needs_tokens else IDS[:0]
+    outcome = step.run(make_context(model, ids, store=work, journal=journal))
+    enforce(step, model, outcome)
+    told = {name: str(w.scheme or w.dtype) for name, _, w in planned.after.tensors()}
+    assert told == {name: str(w.scheme or w.dtype) for name, _, w in outcome.model.tensors()}
+    assert {*outcome.changed} >= step.schemes(model).keys()
+    return outcome.model, outcome.notes
+
+
+def measure_head(model: Model, source: Model, inputs: torch.Tensor) -> float:
+    """Return the squared error that rounding the head makes in its outputs."""
+    error = model.rest[HEAD].load() - source.rest[HEAD].load().float()
+    return float((inputs @ error.T).square().sum())
+
+
+@pytest.mark.parametrize("kind", [Rtn, Awq, Gptq])
+def test_a_pass_solves_both(kind: type[Quantize], untied: Model) -> None:
+    after, notes = solve(untied, kind(**BOTH))
+    assert after.rest[HEAD].scheme == after.rest[EMBEDDING].scheme == END
+    assert {n.partition(":")[0] for n in notes} >= {HEAD, EMBEDDING}
+    for name in (HEAD, EMBEDDING):
+        whole = untied.rest[name].load().float()
+        assert 0 < (after.rest[name].load() - whole).norm() < 0.01 * whole.norm()
+    # What comes later sees them: the embedding at the beginning, the head in logits.
+    embedded = walk.embed(after, IDS)
+    assert torch.equal(embedded, after.rest[EMBEDDING].load()[IDS])
+    plain = after.replace_rest({HEAD: hide_integers(after.rest[HEAD])})
+    assert torch.equal(compute_logits(after, IDS), compute_logits(plain, IDS))
+
+
+def test_gptq_solves_the_head_by_its_inputs(untied: Model) -> None:
+    alone = {"head": 8, "rules": [{"bits": 16}], "group_size": 32}
+    after, _ = solve(untied, Gptq(**alone, damping=1e-4))
+    rounded = Rtn(**alone, scales="mse")
+    nearest, _ = solve(untied, rounded)
+    assert after.rest[EMBEDDING] == untied.rest[EMBEDDING]
+    hidden = walk.embed(after, IDS)
+    for block in after.blocks:
+        hidden = walk.BlockRunner(after, block).run(hidden)
+    inputs = torch.cat(list(walk.list_head_inputs(after, hidden)))
+    expected = torch.stack(list(walk.compute_logits(after, hidden))).flatten(0, 1)
+    assert torch.allclose(inputs @ after.rest[HEAD].load().T, expected, atol=1e-5)
+    errors = [measure_head(model, untied, inputs) for model in (after, nearest)]
+    assert errors[0] < 0.8 * errors[1]
+
+
+def test_parts_of_rows_give_the_same(untied: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = [solve(untied, kind(**BOTH))[0].rest[HEAD].quantized() for kind in (Rtn, Gptq)]
+    monkeypatch.setattr("moe2edge.passes._ends.PART_NUMBERS", 64 * 7)
+    parts = [solve(untied, kind(**BOTH))[0].rest[HEAD].quantized() for kind in (Rtn, Gptq)]
+    for a, b in zip(whole, parts, strict=True):
+        assert torch.equal(a.q, b.q) and torch.equal(a.scales, b.scales)
+
+
+def test_a_killed_run_ends_with_the_same_head(untied: Model, tmp_path: Path) -> None:
+    step = Gptq(**BOTH)
+    first, _ = solve(untied, step, WorkFolder(tmp_path))
+    expected = {name: w.load() for name, _, w in first.tensors()}
+    again, _ = solve(untied, step, WorkFolder(tmp_path))  # every block is restored
+    assert all(torch.equal(expected[name], w.load()) for name, _, w in again.tensors())
+
+
+def test_inputs_come_from_the_source_without_propagation(untied: Model) -> None:
+    walked: list[torch.Tensor] = []
+    embed = walk.embed
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "moe2edge.pipeline.blockwise.embed",
+            lambda *given: walked.append(found := embed(*given)) or found.clone(),
+        )
+        solve(untied, Gptq(**BOTH))
+        solve(untied, Gptq(**BOTH, propagate=False))
+    table = untied.rest[EMBEDDING].load().float()
+    assert not torch.equal(walked[0], table[IDS])
+    assert torch.equal(walked[1], table[IDS])
+
+
+@pytest.mark.parametrize("given", [{"head": 8}, {"embedding": 8}, {"head": 8, "embedding": 8}])
+def test_one_tensor_that_is_both_has_one_scheme(tied: Model, given: dict[str, Any]) -> None:
+    step = Gptq(**given).resolve(tied)
+    assert (step.head, step.embedding) == (8, 8)
+    (planned,) = plan_passes([step], tied).steps
+    assert planned.after.rest[EMBEDDING].scheme == END
+    assert "head and embedding, one tensor" in step.describe(planned)
+
+
+def test_what_does_not_fit_is_refused(tied: Model, untied: Model, tiny: Make) -> None:
+    with pytest.raises(InputError, match="head: 8 and embedding: 16 differ, but model.embed_to"):
+        plan_passes([Rtn(head=8, embedding=16)], tied)
+    assert Rtn(head=8, embedding=16).list_ends(untied) == ((), (HEAD,))
+    assert Rtn().resolve(untied).head == 16
+    narrow = open_checkpoint(
+        str(tiny("qwen3_moe", hidden_size=48, num_attention_heads=3, num_key_value_heads=3))
+    ).model
+    with pytest.raises(InputError, match="groups of 32, which do not divide the 48 inputs of lm_"):
+        plan_passes([Rtn(head=8, group_size=16)], narrow)
+
+
+@pytest.mark.parametrize("form", ["tied", "untied"])
+def test_the_onnx_graph_holds_them(form: str, tied: Model, untied: Model, tmp_path: Path) -> None:
+    model, _ = solve(tied if form == "tied" else untied, Rtn(**BOTH))
+    target = Onnx(accuracy_level=0)
+    target.accepts(model)
+    target.write(model, tmp_path)
+    assert verify.audit(target, tmp_path, target.stored(model)) > 10
+    expected = compute_logits(model, IDS)
+    assert (target.reopen(tmp_path, exact=True).logits(IDS) - expected).abs().max() < 1e-4
+    graph = onnx.load(tmp_path / "model.onnx", load_external_data=False).graph
+    nodes = {node.name: node for node in graph.node}
+    gather = nodes["/model/embed_tokens/GatherBlockQuantized"]
+    head = nodes["/lm_head/MatMulNBits"]
+    assert (gather.input[0] == head.input[1]) == (form == "tied")
+    names = {proto.name for proto in graph.initializer}
+    assert (HEAD.replace("weight", "qweight") in names) == (form == "untied")
+    assert target.estimate(model).disk >= (tmp_path / "model.onnx.data").stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("hf", "lm_head.weight is w8a16|embed_tokens.weight is w8a16"),
+        ("gptq", "leave head and embedding out of the pass that quantizes, or export to onnx"),
+    ],
+)
+def test_other_targets_refuse_before_calibration(
+    target: str, message: str, tiny: Make, tmp_path: Path
+) -> None:
+    steps = [{"gptq": {"head": 8, "group_size": 32}}]
+    error = refuse(tiny("qwen2_moe"), tmp_path / "out", steps, target)
+    assert isinstance(error, Unsupported)
+    assert re.search(message, str(error))
+    assert "onnx" in str(error)
+    assert "hf:dequantize=true" in str(error)
+
+
+def test_a_head_of_any_family_is_solved_by_what_it_gets(tmp_path: Path) -> None:
+    """Granite divides logits, and its class has an embedding multiplier."""
+    make_folder(tmp_path, "granitemoe")
+    model = open_checkpoint(str(tmp_path)).model
+    after, _ = solve(model, Gptq(head=8, embedding=8, group_size=32))
+    assert after.head is not None
+    assert after.rest[after.head].scheme == END
+    hidden = torch.randn(1, 24, 64, generator=torch.Generator().manual_seed(0))
+    inputs = torch.cat(list(walk.list_head_inputs(after, hidden)))
+    scaling = model.config["logits_scaling"]
+    found = inputs @ after.rest[after.head].load().T / scaling
+    assert torch.allclose(found, Ends(after).compute_logits(hidden)[0], atol=1e-5)
