@@ -31,7 +31,7 @@ from moe2edge.storage.safetensors_files import (
 )
 from moe2edge.storage.text_files import write_json
 from moe2edge.targets import _layouts
-from moe2edge.targets._layouts import END_TARGETS, Layout
+from moe2edge.targets._layouts import Layout
 from moe2edge.targets._loaders import judge_loaders
 from moe2edge.targets._tensors import estimate_file_bytes, plan_plain
 
@@ -79,11 +79,13 @@ class Hf(Target):
         """
         quantized = [w for _, _, w in model.tensors() if w.scheme and not w.kept]
         if quantized and not self.dequantize:
-            ends = any(weight.scheme for weight in model.rest.values())
+            others = "gptq or onnx, or to hf:dequantize=true"
+            if any(weight.scheme for weight in model.rest.values()):
+                others = _layouts.list_end_targets(model)
             raise Unsupported(
                 f"target hf holds unquantized weights only, but {quantized[0].name} is "
-                f"{quantized[0].scheme}; export to {END_TARGETS if ends else 'gptq or onnx'}, or "
-                "to hf:dequantize=true, which takes as many bytes as if nothing was quantized"
+                f"{quantized[0].scheme}; export to {others}, which takes as many bytes as if "
+                "nothing was quantized"
             )
         if (dtype := self.find_dtype(model)) == "float64":
             raise Unsupported(
