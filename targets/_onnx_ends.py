@@ -71,6 +71,8 @@ class EndsWriter:
             matrix = graph.as_float(stored[0], weight.dtype)
             graph.node("/lm_head", "FusedMatMul", [hidden, matrix], [logits], transB=1)
             return
+        if stored == table:
+            graph.double(stored[0])
         graph.node(
             "/lm_head",
             "MatMulNBits",

@@ -44,6 +44,7 @@ class Graph:
         self._inputs: list[Any] = []
         self._outputs: list[Any] = []
         self._floats: dict[str, str] = {}
+        self._doubled: list[str] = []
 
     def input(self, name: str, dtype: int, shape: Sequence[int | str]) -> str:
         """Declare an input of the graph and return its name."""
@@ -137,11 +138,19 @@ class Graph:
             self._outermost.append(_node(at, "Cast", [name], [f"{at}/output_0"], attributes))
         return self._floats[name]
 
+    def double(self, name: str) -> None:
+        """Note that one of several operators packs a weight anew, so that memory has it twice."""
+        self._doubled.append(name)
+
     @property
     def widened_nbytes(self) -> int:
-        """Bytes that stored weights take in memory beyond their file, as they become float32."""
-        slots = (slot for batch in self.batches for slot in batch.slots)
-        return sum(4 * math.prod(s.shape) - s.nbytes for s in slots if s.name in self._floats)
+        """Bytes that stored weights take in memory beyond their file.
+
+        They become float32, or are packed for one operator while another reads them as they are.
+        """
+        slots = [slot for batch in self.batches for slot in batch.slots]
+        wider = (4 * math.prod(s.shape) - s.nbytes for s in slots if s.name in self._floats)
+        return sum(wider) + sum(slot.nbytes for slot in slots if slot.name in self._doubled)
 
     def vector(self, source: Source) -> str:
         """Store a vector (norm, bias); return the value as float32."""

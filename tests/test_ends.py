@@ -30,7 +30,7 @@ from moe2edge.testing import InMemory, Make
 
 IDS = torch.randint(1, 96, (4, 48), generator=torch.Generator().manual_seed(7))
 END = Scheme(8, 32)
-BOTH = {"head": 8, "embedding": 8, "group_size": 32}
+BOTH: dict[str, Any] = {"head": 8, "embedding": 8, "group_size": 32}
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def test_a_pass_solves_both(kind: type[Quantize], untied: Model) -> None:
 
 
 def test_gptq_solves_the_head_by_its_inputs(untied: Model) -> None:
-    alone = {"head": 8, "rules": [{"bits": 16}], "group_size": 32}
+    alone: dict[str, Any] = {"head": 8, "rules": [{"bits": 16}], "group_size": 32}
     after, _ = solve(untied, Gptq(**alone, damping=1e-4))
     rounded = Rtn(**alone, scales="mse")
     nearest, _ = solve(untied, rounded)
@@ -123,12 +123,13 @@ def test_a_killed_run_ends_with_the_same_head(untied: Model, tmp_path: Path) -> 
 
 def test_inputs_come_from_the_source_without_propagation(untied: Model) -> None:
     walked: list[torch.Tensor] = []
-    embed = walk.embed
+
+    def embed(*given: Any) -> torch.Tensor:
+        walked.append(walk.embed(*given))
+        return walked[-1].clone()
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "moe2edge.pipeline.blockwise.embed",
-            lambda *given: walked.append(found := embed(*given)) or found.clone(),
-        )
+        patch.setattr("moe2edge.pipeline.blockwise.embed", embed)
         solve(untied, Gptq(**BOTH))
         solve(untied, Gptq(**BOTH, propagate=False))
     table = untied.rest[EMBEDDING].load().float()

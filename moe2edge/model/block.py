@@ -185,7 +185,8 @@ def _list_mlp_weights(prefix: str, mlp: Dense) -> Iterator[tuple[str, Weight]]:
 def is_quantizable(role: str) -> bool:
     """Return whether quantizing and pruning select a tensor: a matrix of attention or an MLP.
 
-    Router, embeddings, head, norms, biases and the gate of a shared expert keep their precision.
+    Router, norms, biases and the gate of a shared expert keep their precision. Embedding and head,
+    which are outside of blocks, are quantized where an option asks for it.
 
     >>> [is_quantizable(r) for r in ("experts.0.up", "router.weight", "attention.q_proj.bias")]
     [True, False, False]

@@ -97,7 +97,8 @@ class SourceTensors:
 def dequantize_ends(model: Model) -> Model:
     """Return a model in which only those weights keep integers that quantizing passes select.
 
-    Routers, embeddings and heads of some sources are quantized, but no target stores them so.
+    Routers, embeddings and heads of some sources are quantized; passes see them as plain numbers,
+    and targets write them so, unless a pass quantizes an embedding or a head anew.
     """
 
     def change(role: str, weight: Weight) -> Weight | None:
