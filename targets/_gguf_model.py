@@ -230,7 +230,7 @@ def list_remarks(model: Model, stored: Model, held: list[HeldTensor]) -> Iterato
     )
     if copied:
         yield (
-            f"llama.cpp keeps a copy in memory of {copied / 1e6:.0f} MB of the file, in an order "
+            f"in memory llama.cpp keeps a copy of {copied / 1e6:.0f} MB of the file, in an order "
             "that suits the processor (llama-server --no-repack: none)"
         )
     if model.carried:

@@ -208,11 +208,11 @@ def _build_metadata(
 def _list_tokenizer_remarks(folder: Path, left: list[int]) -> Iterator[str]:
     if has_loose_apostrophes(read_json(folder / TOKENIZER)):
         yield (
-            "llama.cpp cuts words behind an apostrophe ('tis) otherwise than this tokenizer does; "
-            "all else is the same"
+            "words behind an apostrophe ('tis) are cut by llama.cpp otherwise than by this "
+            "tokenizer; all else is the same"
         )
     if left:
-        yield f"llama.cpp does not stop at tokens {left}, which end a text: give them to it"
+        yield f"tokens {left} end a text, but llama.cpp does not stop at them: give them to it"
 
 
 def _are_same(found: Any, expected: Any) -> bool:
