@@ -343,6 +343,26 @@ FINDINGS: Mapping[str, tuple[Finding, ...]] = {
         *LLAMA_CPP_REFUSALS,
         Finding("llama.cpp", "", "not tried", "its converter on GPTQ; export to hf for it"),
     ),
+    "gguf": (
+        Finding(
+            "llama.cpp",
+            "as in xllamacpp 2026.10.11549",
+            "yes",
+            "llama-server -m model.gguf",
+            "every export is run in it",
+        ),
+        Finding("ollama", "", "not tried", "FROM ./model.gguf; it runs llama.cpp"),
+        Finding("LM Studio", "", "not tried", "it runs llama.cpp"),
+        Finding(
+            "mistralrs",
+            "0.9.5",
+            "not tried",
+            "it ran files of other programs, in F16; it reads the config beside the file first",
+            case=_family("mixtral", "qwen3_moe"),
+        ),
+        Finding("mistralrs", "0.9.5", "no", "it does not know {o.family} in GGUF", INSPECTED),
+        Finding("transformers", "", "not tried", "it dequantizes GGUF files of few families"),
+    ),
     "onnx": (
         Finding(
             "onnxruntime",

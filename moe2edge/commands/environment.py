@@ -26,7 +26,7 @@ def list_versions() -> dict[str, str]:
     """Return the versions of the libraries that numbers may depend on."""
     names = (
         "moe2edge", "torch", "transformers", "peft", "numpy", "scipy", "onnx", "onnxruntime",
-        "onnxruntime-gpu",
+        "onnxruntime-gpu", "gguf", "xllamacpp",
     )  # fmt: skip
     found = {"python": sys.version.split()[0]}
     for name in names:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -34,7 +34,7 @@ from moe2edge.commands.texts import (
     load_texts,
     resolve_recipe,
 )
-from moe2edge.commands.trial import try_targets
+from moe2edge.commands.trial import try_outputs
 from moe2edge.commands.write_target import describe_cost, fit_for_targets, write_target
 from moe2edge.evaluation.comparison import Comparison, ResultRow
 from moe2edge.model.model import Model
@@ -102,7 +102,7 @@ def export_targets(
         reporter, files = claim.watch(reporter), look_at_inputs(checkpoint, recipe)
         _report_plan(checkpoint, recipe, plan, reporter, held, targets)
         companions = _read_companions(checkpoint, reporter)
-        try_targets(targets, held)
+        remarks = try_outputs(targets, held, companions, reporter)
         ties.look(checkpoint.model, recipe.passes)
         kept = open_kept_results(checkpoint, claim.partial.work, resume)
         prove = partial(prove_source, checkpoint, reporter, wanted=source_check, targets=targets)
@@ -112,7 +112,7 @@ def export_targets(
         files.settle(checkpoint.sha256)
         begin = _Beginning(
             checkpoint, recipe, targets, texts, budget, proof, paths, companions, ties,
-            materialize, defaults, begun,
+            materialize, defaults, begun, remarks,
         )  # fmt: skip
         outcome = begin.list_outcome()
         if export_folder.publish_finished(claim, inputs, outcome, resume):
@@ -142,6 +142,7 @@ class _Beginning:
         materialize: whether tied experts may get matrices of their own.
         defaults: purposes for which the recipe named no text.
         begun: when the export began.
+        remarks: what a user should know of the outputs, by target.
     """
 
     checkpoint: Checkpoint
@@ -156,6 +157,7 @@ class _Beginning:
     materialize: bool
     defaults: tuple[str, ...]
     begun: float
+    remarks: Mapping[str, tuple[str, ...]]
 
     def list_outcome(self) -> dict[str, str]:
         """List what the files of an output depend on beside its numbers."""
@@ -221,6 +223,7 @@ def _make_output(begin: _Beginning, content: Path, work: WorkFolder, reporter: R
         source, model, ids, reporter, budget, figures=figures, keep_walk=keep_walk
     )
     folders = _make_folders(targets, content)
+    model = replace(model, about=_describe_origin(begin))
     written = []
     for target, folder in folders:
         reporter.log(f"writing {target.name}")
@@ -300,4 +303,12 @@ def _build_report(
         notes=paths.hide(notes),
         source_check=begin.proof.to_json(),
         source_format=count_by_target(begin.checkpoint, model, targets) or None,
+        remarks=begin.remarks,
     )
+
+
+def _describe_origin(begin: _Beginning) -> dict[str, str]:
+    """Return what files say of where the model comes from."""
+    found = {"name": begin.paths.source, "base_model": begin.checkpoint.hub_id or ""}
+    licenses = {key: str(value) for key, value in begin.companions.license.items()}
+    return {key: value for key, value in (found | licenses).items() if value}

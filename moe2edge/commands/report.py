@@ -38,6 +38,7 @@ class Report:
         license: license keys of the source's card.
         notes: what there is to know about the files of the source.
         source_format: what becomes of the numbers of a quantized source, by target.
+        remarks: what a user should know of the outputs, by target.
     """
 
     source: str
@@ -61,6 +62,7 @@ class Report:
     notes: tuple[str, ...] = ()
     source_check: Mapping[str, Any] | None = None
     source_format: Mapping[str, Mapping[str, Any]] | None = None
+    remarks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def rows(self) -> tuple[ResultRow, ...]:
@@ -275,7 +277,7 @@ class Report:
         data = ModelCardData(
             base_model=checkpoint.hub_id,
             **self.license,
-            library_name="onnxruntime" if name == "onnx" else "transformers",
+            library_name=target.library,
             pipeline_tag="text-generation",
             tags=["moe2edge", "mixture-of-experts", name],
         )
@@ -292,12 +294,16 @@ class Report:
         loaders = "\n".join(f"- {loader.program}: {loader.text}" for loader in self.loaders[name])
         cache = "".join(f"{s}.\n\n" for s in self._describe_cache() if s.startswith(f"{name},"))
         limits = f"{target.limits}\n\n" if target.limits else ""
+        limits += "".join(
+            f"{line[:1].upper()}{line[1:]}.\n\n" for line in self.remarks.get(name, ())
+        )
+        commands = "".join(f"{line}\n" for line in target.commands)
         return (
             f"---\n{data.to_yaml()}\n---\n\n# {self.source}, compressed with moe2edge\n\n"
             f"{self.family}, written for the target `{name}`{options}.\n\n"
             f"{table}\n\n{self.caption()}.\n\n{self._describe_texts()}\n\n{cache}"
             f"{self._describe_materialized()}{self._describe_source_format(name)}"
             f"## Who can load it\n\n{loaders}\n\n{limits}## Run it\n\n"
-            f'```sh\nmoe2edge generate . "Once upon a time"\nmoe2edge verify .\n```\n\n'
+            f'```sh\nmoe2edge generate . "Once upon a time"\nmoe2edge verify .\n{commands}```\n\n'
             f"## Recipe\n\n```yaml\n{self.recipe}```\n"
         )

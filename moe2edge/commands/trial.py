@@ -19,7 +19,9 @@ from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model
 from moe2edge.model.weights import DTYPES, Weight
 from moe2edge.pipeline.target import Target
+from moe2edge.progress import Reporter
 from moe2edge.runtime.memory import give_back
+from moe2edge.storage.companions import Companions
 from moe2edge.storage.written_files import blame_disk
 
 if TYPE_CHECKING:
@@ -52,6 +54,31 @@ def try_targets(targets: Sequence[Target], planned: Model) -> None:
             _try_target(target, small)
         _tried.add(key)
     give_back()
+
+
+def try_outputs(
+    targets: Sequence[Target], planned: Model, companions: Companions, reporter: Reporter
+) -> dict[str, tuple[str, ...]]:
+    """Try each target as `try_targets` does, and with the files beside the weights.
+
+    Returns:
+        What a user should know of the outputs, by target; it is reported as well.
+
+    Raises:
+        Unsupported: a runtime refuses the model, or a target cannot hold one of these files.
+    """
+    try_targets(targets, planned)
+    found = {target.name: target.remarks(planned) for target in targets}
+    holding = [target for target in targets if target.holds_tokenizer]
+    if holding:
+        with tempfile.TemporaryDirectory(prefix="moe2edge-") as name:
+            companions.write(Path(name))
+            for target in holding:
+                found[target.name] += target.check_companions(Path(name), planned)
+    for name, lines in found.items():
+        for line in lines:
+            reporter.log(f"{name}: {line}")
+    return {name: lines for name, lines in found.items() if lines}
 
 
 def _try_target(target: Target, small: Model) -> None:

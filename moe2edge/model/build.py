@@ -19,7 +19,7 @@ from moe2edge.model.layers import MoELayer, Router, Shared
 from moe2edge.model.model import EMBEDDING, FINAL_NORM, HEAD, Model
 from moe2edge.model.parameter_names import Stored
 from moe2edge.model.trial_run import try_config
-from moe2edge.model.weights import Weight
+from moe2edge.model.weights import SourceBlocks, Weight
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -238,9 +238,15 @@ def _cut_expert(whole: Weight, n: int, shape: tuple[int, ...], cut: _Cut) -> Wei
     """
     part = f" {cut.half}" if cut.half else ""
     load_slice = whole.load_slice or (lambda index: whole.load()[index])
+
+    def load() -> Tensor:
+        return cut.apply(load_slice(n))
+
+    # Blocks lie along the inputs, so each part of an expert has whole ones.
+    blocks = whole.load if isinstance(whole.load, SourceBlocks) else None
     return replace(
         whole,
         name=f"{whole.name}[{n}]{part}",
         shape=shape,
-        load=lambda: cut.apply(load_slice(n)),
+        load=load if blocks is None else replace(blocks, read=load),
     )

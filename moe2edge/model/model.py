@@ -37,6 +37,7 @@ class Model:
         rest: tensors outside of blocks by their name on disk (embeddings, last norm, head).
         names: names of the tensors in files.
         given: ``config.json`` of the source to the letter; the text model may be a part of it.
+        about: what cards say of the source: its name, hub id and license keys.
         carried: tensors in files that belong to other parts of a model (a vision tower, layers
             that predict several tokens), by name. They are written as they are, or left out.
     """
@@ -48,6 +49,7 @@ class Model:
     names: DiskNames = field(compare=False, repr=False)
     given: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
     carried: Mapping[str, Weight] = field(default_factory=dict)
+    about: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def architecture(self) -> Architecture:

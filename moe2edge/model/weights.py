@@ -76,6 +76,28 @@ class Weight:
         return self.load_quantized()
 
 
+@dataclass(frozen=True)
+class SourceBlocks:
+    """Reads numbers that a source holds as blocks of floats; a weight with others has no such.
+
+    Attributes:
+        read: reads them.
+        format: the format of the blocks (``MXFP4``).
+    """
+
+    read: Callable[[], Tensor]
+    format: str
+
+    def __call__(self) -> Tensor:
+        """Read the numbers."""
+        return self.read()
+
+
+def is_in_blocks(weight: Weight, name: str) -> bool:
+    """Return whether the numbers are those of a source that holds them in blocks of a format."""
+    return isinstance(weight.load, SourceBlocks) and weight.load.format == name
+
+
 def hide_integers(weight: Weight) -> Weight:
     """Return a quantized weight as a plain one, with the same numbers, in float32."""
     return replace(weight, scheme=None, load_quantized=None, kept=False)

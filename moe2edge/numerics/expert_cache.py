@@ -50,7 +50,7 @@ def count_fixed_hits(halves: Sequence[Sequence[int]], experts: int) -> list[int]
     Of equally used ones the first are held.
 
     >>> count_fixed_hits([[0, 0, 1], [0, 2, 2]], 3)
-    [0, 3, 4, 6]
+    [0, 1, 3, 6]
 
     Args:
         halves: experts used in one half of a text, and in the other.

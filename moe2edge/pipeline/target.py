@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from moe2edge.model.family import Family
 from moe2edge.model.model import Model
 from moe2edge.runtime.memory import Estimate
 from moe2edge.runtime.protocol import Runtime
@@ -57,6 +58,10 @@ class Target:
             the loading of a folder.
         limits: what its outputs cannot do, for their cards; empty if there is nothing to say.
         any_family: whether it holds families of which only the numbers of experts are known.
+        holds_tokenizer: whether its files hold the tokenizer in a form of their own, so that
+            `check_companions` has something to look at.
+        library: ``library_name`` of its cards: the program that loads its outputs.
+        commands: shell lines for cards, which run an output in other programs.
     """
 
     name: ClassVar[str]
@@ -66,10 +71,17 @@ class Target:
     chooses_as_torch: ClassVar[bool] = True
     limits: ClassVar[str] = ""
     any_family: ClassVar[bool] = False
+    holds_tokenizer: ClassVar[bool] = False
+    library: ClassVar[str] = "transformers"
+    commands: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         cls.name = cls.__module__.rpartition(".")[2]
+
+    def knows(self, family: Family) -> bool:
+        """Return whether it holds models of a family; which of them, `accepts` says."""
+        return self.any_family or not family.generic
 
     def accepts(self, model: Model) -> None:
         """Refuse, from shapes alone, a model that this target could not hold.
@@ -78,6 +90,25 @@ class Target:
             Unsupported: with what it cannot hold, and which target could.
         """
         raise NotImplementedError
+
+    def check_companions(self, folder: Path, model: Model) -> tuple[str, ...]:
+        """Refuse files beside the weights, above all a tokenizer, that the output could not hold.
+
+        Args:
+            folder: holds them as outputs get them.
+            model: the planned model.
+
+        Returns:
+            What a user should know of them.
+
+        Raises:
+            Unsupported: names what it cannot hold.
+        """
+        return ()
+
+    def remarks(self, model: Model) -> tuple[str, ...]:
+        """List what a user should know of an output of ``model``, for the log and the card."""
+        return ()
 
     def stored(self, model: Model) -> Model:
         """Return the model whose tensors are written for ``model``: it computes the same.

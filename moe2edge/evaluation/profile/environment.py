@@ -8,7 +8,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("moe2edge", "torch", "transformers", "onnxruntime", "onnxruntime-gpu", "numpy")
+PACKAGES = (
+    "moe2edge",
+    "torch",
+    "transformers",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "xllamacpp",
+    "numpy",
+)
 
 
 def describe_environment() -> dict[str, Any]:

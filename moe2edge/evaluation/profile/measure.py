@@ -232,7 +232,7 @@ def measure_sizes(folder: Path) -> dict[str, int]:
 def _classify_file(name: str, weights_outside_graph: bool) -> str:
     """Return the class of a file. A graph without a data file contains the weights itself."""
     base = name.rpartition("/")[2]
-    if base.endswith((".safetensors", ".data")):
+    if base.endswith((".safetensors", ".data", ".gguf")):
         return "weights"
     if base.endswith(".onnx"):
         return "graph" if weights_outside_graph else "weights"

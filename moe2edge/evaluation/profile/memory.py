@@ -1,13 +1,15 @@
-"""Read the memory of this process, phase by phase."""
+"""Read the memory of this process and of those that it started, phase by phase."""
 
 from __future__ import annotations
 
 import dataclasses
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 PROC = Path("/proc/self")
 LINUX_METHOD = "VmHWM after writing 5 to /proc/self/clear_refs"
+_FIELDS = ("VmHWM", "VmRSS", "RssAnon", "RssFile")
 OTHER_METHOD = "psutil resident set size at the end of the phase"
 
 
@@ -67,14 +69,33 @@ class Meter:
     def _reset_peak(self) -> None:
         # 5 resets VmHWM to the current resident set size (proc_pid_clear_refs(5)).
         (PROC / "clear_refs").write_text("5")
+        for place in _list_started():
+            with suppress(OSError):  # it may have ended
+                (place / "clear_refs").write_text("5")
 
     def _read_proc(self) -> MemoryReading:
-        lines = (PROC / "status").read_text().splitlines()
-        fields = {key: value for key, _, value in (line.partition(":") for line in lines)}
-        names = ("VmHWM", "VmRSS", "RssAnon", "RssFile")
-        return MemoryReading(*(int(fields[name].split()[0]) * 1024 for name in names))
+        found = _read_status(PROC)
+        for place in _list_started():
+            with suppress(OSError, KeyError):
+                found = [a + b for a, b in zip(found, _read_status(place), strict=True)]
+        return MemoryReading(*found)
 
     def _read_psutil(self) -> MemoryReading:
         import psutil
 
-        return MemoryReading(None, psutil.Process().memory_info().rss, None, None)
+        own = psutil.Process()
+        found = [one.memory_info().rss for one in (own, *own.children(recursive=True))]
+        return MemoryReading(None, sum(found), None, None)
+
+
+def _list_started() -> list[Path]:
+    """List the folders in /proc of the processes that this one started; a runtime may be one."""
+    lists = [path.read_text().split() for path in PROC.glob("task/*/children")]
+    return [PROC.parent / number for numbers in lists for number in numbers]
+
+
+def _read_status(place: Path) -> list[int]:
+    """Return the four values of a process, in bytes."""
+    lines = (place / "status").read_text().splitlines()
+    fields = {key: value for key, _, value in (line.partition(":") for line in lines)}
+    return [int(fields[name].split()[0]) * 1024 for name in _FIELDS]

@@ -23,6 +23,7 @@ class Mxfp4Source(SourceFormat):
 
     PARTS: ClassVar[tuple[str, ...]] = ()
     FUSED: ClassVar[tuple[str, ...]] = ("_blocks", "_scales")
+    BLOCKS: ClassVar[str] = "MXFP4"
 
     @property
     def name(self) -> str:

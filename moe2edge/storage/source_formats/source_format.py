@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from moe2edge.errors import InputError
-from moe2edge.model.weights import Weight, cast_to_stored
+from moe2edge.model.weights import SourceBlocks, Weight, cast_to_stored
 from moe2edge.numerics.scheme import Scheme
 from moe2edge.storage.source_formats.stored_tensors import StoredTensor
 
@@ -64,6 +64,8 @@ class SourceFormat(ABC):
     PARTS: ClassVar[tuple[str, ...]]
     # The same of a fused tensor: what follows its name.
     FUSED: ClassVar[tuple[str, ...]] = ()
+    # Name of blocks of floats that some target can hold as they are.
+    BLOCKS: ClassVar[str] = ""
 
     tensors: Mapping[str, StoredTensor] = field(repr=False)
     settings: Mapping[str, Any]
@@ -118,7 +120,12 @@ class SourceFormat(ABC):
                 load_quantized=source.load_quantized,
                 scale_dtype=source.scale_dtype,
             )
-        return Weight(name, shape, self.dtype, load=lambda: self._load(source))
+
+        def load() -> Tensor:
+            return self._load(source)
+
+        found = SourceBlocks(load, self.BLOCKS) if self.BLOCKS else load
+        return Weight(name, shape, self.dtype, load=found)
 
     def expert(self, name: str, shape: tuple[int, ...], index: int) -> Weight | None:
         """Make a handle on one entry of a fused tensor, of which nothing else is read.

@@ -1,0 +1,38 @@
+"""Targets that hold a model which another one refuses."""
+
+from __future__ import annotations
+
+from moe2edge.errors import Unsupported
+from moe2edge.model.model import Model
+from moe2edge.pipeline.registry import list_choices, list_targets, make_target
+
+
+def list_holders(model: Model, but: str) -> list[str]:
+    """List the targets that hold a model, with the option that each needs for it.
+
+    Args:
+        model: the model.
+        but: name of the target that asks.
+    """
+    return [found for name in list_targets() if name != but if (found := _find_form(name, model))]
+
+
+def _find_form(name: str, model: Model) -> str:
+    """Return a target with the first option with which it holds a model; empty: with none."""
+    target = make_target(name, {})
+    if model.family.generic and not target.any_family:
+        return ""
+    layouts: list[dict[str, object]] = [
+        {"layout": value} for value in list_choices(target).get("layout", ())
+    ]
+    plain: list[dict[str, object]] = []
+    if hasattr(target, "dequantize"):
+        plain = [one | {"dequantize": True} for one in ({}, *layouts)]
+    for options in ({}, *layouts, *plain):
+        try:
+            make_target(name, options).accepts(model)
+        except Unsupported:
+            continue
+        said = (f"{key}={str(value).lower()}" for key, value in options.items())
+        return ":".join((name, *said))
+    return ""
