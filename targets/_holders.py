@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from contextvars import ContextVar
+
 from moe2edge.errors import Unsupported
 from moe2edge.model.model import Model
 from moe2edge.pipeline.registry import list_choices, list_targets, make_target
+
+# Whether targets are being asked: one that refuses asks no others, as nobody reads its message.
+_asking: ContextVar[bool] = ContextVar("asking", default=False)
 
 
 def list_holders(model: Model, but: str) -> list[str]:
@@ -14,6 +19,16 @@ def list_holders(model: Model, but: str) -> list[str]:
         model: the model.
         but: name of the target that asks.
     """
+    if _asking.get():
+        return []
+    token = _asking.set(True)
+    try:
+        return _list_holders(model, but)
+    finally:
+        _asking.reset(token)
+
+
+def _list_holders(model: Model, but: str) -> list[str]:
     return [found for name in list_targets() if name != but if (found := _find_form(name, model))]
 
 

@@ -28,15 +28,6 @@ Layout = Literal["natural", "uniform", "mlp-only"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 # This family has no dense layers, but can be written as one that has.
 REHOMED = "mixtral"
-# Targets that hold a quantized head or embedding, and whether they hold any family.
-END_TARGETS = {"onnx": False, "hf:dequantize=true": True}
-
-
-def list_end_targets(model: Model) -> str:
-    """List the targets that hold a model with a quantized head or embedding, for messages."""
-    return " or ".join(
-        name for name, any_family in END_TARGETS.items() if any_family or not model.family.generic
-    )
 
 
 def check_layout(layout: str) -> None:

@@ -31,6 +31,7 @@ from moe2edge.storage.safetensors_files import (
 )
 from moe2edge.storage.text_files import write_json
 from moe2edge.targets import _layouts
+from moe2edge.targets._holders import list_holders
 from moe2edge.targets._layouts import Layout
 from moe2edge.targets._loaders import judge_loaders
 from moe2edge.targets._tensors import estimate_file_bytes, plan_plain
@@ -81,7 +82,7 @@ class Hf(Target):
         if quantized and not self.dequantize:
             others = "gptq or onnx, or to hf:dequantize=true"
             if any(weight.scheme for weight in model.rest.values()):
-                others = _layouts.list_end_targets(model)
+                others = " or ".join([*list_holders(model, "hf"), "hf:dequantize=true"])
             raise Unsupported(
                 f"target hf holds unquantized weights only, but {quantized[0].name} is "
                 f"{quantized[0].scheme}; export to {others}, which takes as many bytes as if "

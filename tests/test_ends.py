@@ -21,6 +21,7 @@ from moe2edge.passes._quantize import Quantize
 from moe2edge.passes.awq import Awq
 from moe2edge.passes.gptq import Gptq
 from moe2edge.passes.rtn import Rtn
+from moe2edge.pipeline.registry import parse_targets
 from moe2edge.pipeline.stages import enforce, plan_passes
 from moe2edge.runtime.ends import Ends
 from moe2edge.storage.checkpoint import open_checkpoint
@@ -177,17 +178,29 @@ def test_the_onnx_graph_holds_them(form: str, tied: Model, untied: Model, tmp_pa
     assert target.estimate(model).disk >= (tmp_path / "model.onnx.data").stat().st_size
 
 
+def find_remedies(error: Exception) -> list[str]:
+    """Return the targets that a message names."""
+    return str(error).rpartition("export to ")[2].partition(", which")[0].split(" or ")
+
+
 @pytest.mark.parametrize("target", ["hf", "gptq"])
 def test_other_targets_refuse_before_calibration(
     target: str, tiny: Make, granite: Path, tmp_path: Path
 ) -> None:
-    steps = [{"gptq": {"head": 8, "group_size": 32}}]
+    options: dict[str, Any] = {"head": 8, "group_size": 32}
+    steps = [{"gptq": options}]
     out = tmp_path / "out"
     error = refuse(tiny("qwen2_moe"), out, steps, target)
     assert isinstance(error, Unsupported)
     assert "lm_head.weight" in str(error)
-    assert "export to onnx or hf:dequantize=true" in str(error)
-    assert "export to hf:dequantize=true" in str(refuse(granite, out, steps, target))
+    assert {"onnx", "hf:dequantize=true"} <= {*find_remedies(error)}
+    others = find_remedies(refuse(granite, out, steps, target))
+    assert "hf:dequantize=true" in others
+    for source, names in ((tiny("qwen2_moe"), find_remedies(error)), (granite, others)):
+        model = open_checkpoint(str(source)).model
+        (planned,) = plan_passes([Gptq(**options)], model).steps
+        for named in parse_targets(",".join(names)):
+            named.accepts(planned.after)
 
 
 @pytest.mark.slow
