@@ -21,9 +21,11 @@ from moe2edge.errors import Unsupported, VerificationFailed
 from moe2edge.evaluation.verify import audit
 from moe2edge.model.block import is_quantizable
 from moe2edge.model.model import Model
+from moe2edge.numerics.rounding import round_to_nearest
 from moe2edge.numerics.scheme import WHOLE_ROW, Scheme
 from moe2edge.pipeline.registry import find_target, make_target
 from moe2edge.storage.checkpoint import open_checkpoint
+from moe2edge.storage.solved_blocks import attach_rest_numbers
 from moe2edge.targets import _gguf_library, _gguf_runtime
 from moe2edge.targets._gguf_file import read_gguf
 from moe2edge.targets._gguf_layouts import LAYOUTS_BY_FAMILY
@@ -106,6 +108,27 @@ def test_logits_of_families_without_a_row(family: str, tmp_path: Path) -> None:
     model = model.keep_blocks(FEWER.get(family, range(len(model.blocks))))
     model = quantize(model, Scheme(4, 32), lambda role: role.startswith("experts"))
     check_logits(model, written(model, tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("family", "tied"),
+    [("qwen2_moe", False), ("qwen2_moe", True), ("olmoe", True), ("granitemoe", False)],
+)
+def test_head_and_embedding_in_8_bits(family: str, tied: bool, tmp_path: Path) -> None:
+    changes = {"num_key_value_heads": 4} if family == "olmoe" else {}
+    settings = {"tie_word_embeddings": tied, **changes}
+    every_family.make_folder(tmp_path / "source", family, **settings)
+    model = open_checkpoint(str(tmp_path / "source")).model
+    ends = {model.architecture.embedding, model.head} - {None}
+    numbers = {
+        str(name): round_to_nearest(model.rest[str(name)].load(), Scheme(8, 32)) for name in ends
+    }
+    model = model.replace_rest(attach_rest_numbers(model.rest, numbers))
+    folder = written(model, tmp_path / "out")
+    check_logits(model, folder)
+    tensors = {one.name: one for one in library.GGUFReader(folder / "model.gguf").tensors}
+    held = {"token_embd.weight", "output.weight"} & tensors.keys()
+    assert {tensors[name].tensor_type.name for name in held} == {"Q8_0"}
 
 
 @pytest.mark.parametrize(
