@@ -23,6 +23,7 @@ from moe2edge.evaluation import verify
 from moe2edge.evaluation.reference import Reference, record
 from moe2edge.model.hf_config import build_config
 from moe2edge.model.model import EMBEDDING, HEAD
+from moe2edge.passes.rtn import Rtn
 from moe2edge.progress import Reporter
 from moe2edge.runtime.torch_runtime import TorchRuntime, open_source
 from moe2edge.storage.checkpoint import Checkpoint, open_checkpoint
@@ -329,6 +330,9 @@ def test_rows_of_the_embedding_matter_to_texts_that_reach_them(folder: Path) -> 
     assert "ids 5, 70" in said[0]
     with pytest.raises(InputError, match=r"row 70 of .* and the training text has its id"):
         check_ids(found, {"evaluation": harmless, "training": broken}, reporter)
+    check_ids(found, {}, reporter, [Rtn(head=8, group_size=32)])
+    with pytest.raises(InputError, match=r"row 5 of .*: leave embedding out of rtn"):
+        check_ids(found, {}, reporter, [Rtn(embedding=8, group_size=32)])
     edit_config(folder, tie_word_embeddings=True)
     edit(folder, lambda t: t.pop(HEAD))
     with pytest.raises(InputError, match="holds numbers that are not finite"):  # logits have it

@@ -466,7 +466,8 @@ def list_head_inputs(model: Model, hidden: Tensor) -> Iterator[Tensor]:
     """
     parts = (hidden[part] for part in split_batches(hidden))
     if model.family.generic:
-        yield from (x.flatten(0, -2) for x in compute_head_inputs_with_stock(model, parts))
+        near = (part.cpu() for part in parts)
+        yield from (x.flatten(0, -2) for x in compute_head_inputs_with_stock(model, near))
         return
     norm = load_finite(model.rest[FINAL_NORM]).to(hidden.device)
     eps = model.family.geometry(model.config).eps

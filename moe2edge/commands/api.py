@@ -292,7 +292,8 @@ def _load_texts(
 
     training = load_training(checkpoint, recipe, reporter)
     calibration = load_calibration(checkpoint, recipe, reporter)
-    check_ids(checkpoint, {"calibration": calibration, "training": training}, reporter)
+    texts = {"calibration": calibration, "training": training}
+    check_ids(checkpoint, texts, reporter, recipe.passes)
     return calibration, training
 
 

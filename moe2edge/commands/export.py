@@ -201,7 +201,7 @@ def _prove_and_load(
 
     def load() -> Texts:
         texts = load_texts(checkpoint, recipe, reporter, kept)
-        check_ids(checkpoint, texts.by_purpose, reporter)
+        check_ids(checkpoint, texts.by_purpose, reporter, recipe.passes)
         return texts
 
     return prove_and_load(recipe, prove, load)

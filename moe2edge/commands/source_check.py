@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from moe2edge.commands.texts import SELF
 from moe2edge.errors import InputError, Unsupported
 from moe2edge.model.model import EMBEDDING
+from moe2edge.pipeline.contract import Pass, Slim
 from moe2edge.pipeline.recipe import Recipe
 from moe2edge.pipeline.target import Target
 from moe2edge.progress import Reporter
@@ -183,7 +184,10 @@ def report_notes(checkpoint: Checkpoint, reporter: Reporter) -> None:
 
 
 def check_ids(
-    checkpoint: Checkpoint, texts: Mapping[str, Tokens | None], reporter: Reporter
+    checkpoint: Checkpoint,
+    texts: Mapping[str, Tokens | None],
+    reporter: Reporter,
+    passes: Sequence[Pass] = (),
 ) -> None:
     """Refuse texts that reach rows of the embedding that are not finite; name other such rows.
 
@@ -191,14 +195,23 @@ def check_ids(
         checkpoint: the source.
         texts: the texts by their purpose.
         reporter: receives a warning.
+        passes: what will be done with it.
 
     Raises:
-        InputError: a text has the id of such a row.
+        InputError: a text has the id of such a row, or a pass quantizes the embedding.
     """
     import torch
 
     if not checkpoint.broken_ids:
         return
+    model = checkpoint.model
+    for step in passes:
+        if isinstance(step, Slim) and model.architecture.embedding in step.end_solver(model).early:
+            raise InputError(
+                f"row {checkpoint.broken_ids[0]} of {EMBEDDING} holds numbers that are not finite, "
+                f"which have no scale: leave embedding out of {step.name}, or get the checkpoint "
+                "again, which is damaged"
+            )
     broken = torch.tensor(checkpoint.broken_ids)
     for purpose, tokens in texts.items():
         if tokens is None:
