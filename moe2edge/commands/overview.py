@@ -155,14 +155,14 @@ def _list_usable(seen: Outline) -> tuple[tuple[str, ...], tuple[str, ...]]:
     family, source = seen.family, seen.source
     if family is None or source is None:
         return (), ()
-    targets = {name: registry.find_target(name).any_family for name in registry.list_targets()}
+    targets = [registry.find_target(name) for name in registry.list_targets()]
     return (
         tuple(
             name
             for name in registry.list_passes()
             if find_missing(family, source, registry.find_pass(name).needs) is None
         ),
-        tuple(name for name, general in targets.items() if general or not family.generic),
+        tuple(target.name for target in targets if target.supports(family)),
     )
 
 

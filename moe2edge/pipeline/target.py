@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from moe2edge.model.family import Family
 from moe2edge.model.model import Model
 from moe2edge.runtime.memory import Estimate
 from moe2edge.runtime.protocol import Runtime
@@ -44,12 +45,21 @@ class Loader:
         return f"{VERDICT_WORDS.get(self.verdict, self.verdict)} ({note})"
 
 
+def get_target_name(file: str) -> str:
+    """Return the name of the target in a file, by the name of its module.
+
+    >>> get_target_name("compressed_tensors")
+    'compressed-tensors'
+    """
+    return file.replace("_", "-")
+
+
 @dataclass(frozen=True)
 class Target:
     """One kind of output: a subclass in its own file in ``targets/``, named after the file.
 
     Attributes:
-        name: the name of its file.
+        name: the name of its file, with hyphens for underscores.
         summary: one line for ``moe2edge targets``.
         streams: whether its folders can be read as models, see `streamed`.
         chooses_as_torch: whether its runtime chooses the same of two experts with equal scores.
@@ -69,7 +79,11 @@ class Target:
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        cls.name = cls.__module__.rpartition(".")[2]
+        cls.name = get_target_name(cls.__module__.rpartition(".")[2])
+
+    def supports(self, family: Family) -> bool:
+        """Return whether it holds models of a family."""
+        return self.any_family or not family.generic
 
     def accepts(self, model: Model) -> None:
         """Refuse, from shapes alone, a model that this target could not hold.
@@ -78,6 +92,13 @@ class Target:
             Unsupported: with what it cannot hold, and which target could.
         """
         raise NotImplementedError
+
+    def check_runtime(self) -> None:
+        """Refuse to begin where the runtime that verifies its outputs is not installed.
+
+        Raises:
+            Unsupported: with the command that installs it.
+        """
 
     def stored(self, model: Model) -> Model:
         """Return the model whose tensors are written for ``model``: it computes the same.
