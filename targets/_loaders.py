@@ -14,12 +14,15 @@ from moe2edge.model.weights import DTYPES
 from moe2edge.numerics.scheme import WHOLE_ROW, Scheme
 from moe2edge.pipeline.target import Loader, Verdict
 from moe2edge.runtime.expert_kernels import takes_grouped_mm
-from moe2edge.targets._gptq_dynamic import build_dynamic, find_main_scheme, find_split_fusion
+from moe2edge.targets._compressed_config import READ_BY_TRANSFORMERS, list_experts_schemes
+from moe2edge.targets._gptq_dynamic import build_dynamic
+from moe2edge.targets._module_patterns import find_main_scheme, find_split_fusion
 from moe2edge.targets._tensors import has_dense_blocks
 
 INSPECTED = "by source inspection"
-# Numbers of bits that the expert kernels of vLLM and SGLang take.
+# Numbers of bits, and inputs per scale, that the expert kernels of vLLM and SGLang take.
 SERVED_BITS = (4, 8)
+SERVED_GROUPS = (32, 64, 128, WHOLE_ROW)
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,24 @@ def _other_than_w4_throughout(output: Output) -> bool:
     main = find_main_scheme(output.stored)
     symmetric4 = main is not None and (main.bits, main.symmetric) == (4, True)
     return not symmetric4 or bool(build_dynamic(output.stored))
+
+
+def _asymmetric(output: Output) -> bool:
+    return any(not scheme.symmetric for scheme in output.schemes)
+
+
+def _unserved_group(output: Output) -> bool:
+    return any(scheme.group_size not in SERVED_GROUPS for scheme in output.schemes)
+
+
+def _experts_differ(output: Output) -> bool:
+    """Test for experts with several schemes, or without one, in a model that has experts."""
+    found = list_experts_schemes(output.stored)
+    return len(found) > 1 or found == {None}
+
+
+def _unread_by_transformers(output: Output) -> bool:
+    return output.family not in READ_BY_TRANSFORMERS
 
 
 def _per_channel(output: Output) -> bool:
@@ -338,6 +359,64 @@ FINDINGS: Mapping[str, tuple[Finding, ...]] = {
         Finding("SGLang", "0.5.23", "as read", "needs --quantization gptq_marlin"),
         *LLAMA_CPP_REFUSALS,
         Finding("llama.cpp", "", "not tried", "its converter on GPTQ; export to hf for it"),
+    ),
+    "compressed-tensors": (
+        Finding("moe2edge", "", "yes", "moe2edge.load(folder)"),
+        TRANSFORMERS_REFUSAL,
+        Finding(
+            "transformers",
+            "",
+            "no",
+            "it has no names for single experts of {o.family}",
+            case=_unread_by_transformers,
+        ),
+        Finding(
+            "transformers",
+            "",
+            "no",
+            "with compressed-tensors it raises an error on asymmetric integers",
+            case=_asymmetric,
+        ),
+        Finding(
+            "transformers",
+            "",
+            "no",
+            "it takes one scheme for the experts of all layers: it raises an error on others, or "
+            "reads them as noise",
+            case=_experts_differ,
+        ),
+        Finding(
+            "transformers",
+            "5.23",
+            "yes",
+            "{o.architecture}, with compressed-tensors installed; it dequantizes the experts",
+            "run for this family: benchmarks/readers",
+        ),
+        Finding(
+            "vLLM",
+            "",
+            "no",
+            "it takes groups of 32, 64 and 128, and whole rows",
+            INSPECTED,
+            _unserved_group,
+        ),
+        *VLLM,
+        Finding(
+            "SGLang",
+            "",
+            "no",
+            "it takes groups of 32, 64 and 128, and whole rows",
+            INSPECTED,
+            _unserved_group,
+        ),
+        *SGLANG_REFUSALS,
+        Finding("SGLang", "0.5.23", "as read"),
+        Finding(
+            "mlx-lm",
+            "0.32",
+            "no",
+            "it takes packed experts of a few families only, in groups of 32; export to mlx",
+        ),
     ),
     "onnx": (
         Finding("onnxruntime", "1.31 or newer", "yes", "CPU provider"),

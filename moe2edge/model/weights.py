@@ -39,6 +39,7 @@ class Weight:
         pattern: the numbers that are zero and stay so; None for no such promise.
         kept: its integers are those of a quantized source, which nothing has changed.
         load_slice: reads one entry of the first axis alone, where that is less work.
+        scale_dtype: dtype that holds the scales of kept integers exactly: that of the source.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Weight:
     pattern: Pattern | None = None
     kept: bool = False
     load_slice: Callable[[int], Tensor] | None = field(default=None, compare=False, repr=False)
+    scale_dtype: str = ""
 
     @property
     def count(self) -> int:

@@ -72,6 +72,58 @@ def unpack_int32(packed: Tensor, dim: int, bits: int) -> Tensor:
     return unpack_bytes(moved.view(torch.uint8), bits).movedim(-1, dim).contiguous()
 
 
+def pack_words(q: Tensor, bits: int) -> Tensor:
+    """Pack each row into a stream of bits, the lowest index in the lowest bits: whole words.
+
+    The layout of compressed-tensors and MLX. Words hold the bytes of `pack_bytes` where ``bits``
+    divides 8; otherwise integers lie across them. The inverse of `decoding.unpack_words`.
+
+    Args:
+        q: integers, uint8 [..., n].
+        bits: of each, 2 to 8.
+
+    Returns:
+        int32 [..., ceil(n * bits / 32)].
+    """
+    if 8 % bits == 0:
+        packed = pack_bytes(q, bits)
+    else:
+        # Eight integers take ``bits`` bytes.
+        padded = torch.nn.functional.pad(q, (0, -q.shape[-1] % 8))
+        eights = padded.view(*padded.shape[:-1], -1, 8)
+        stream = torch.zeros(eights.shape[:-1], dtype=torch.int64)
+        for n in range(8):
+            stream |= eights[..., n].to(torch.int64) << (n * bits)
+        packed = stream.unsqueeze(-1).view(torch.uint8)[..., :bits].flatten(-2)
+    count = -(-q.shape[-1] * bits // 32)
+    packed = packed[..., : 4 * count]
+    padded = torch.nn.functional.pad(packed, (0, 4 * count - packed.shape[-1]))
+    return padded.contiguous().view(torch.int32)
+
+
+def pack_compressed(numbers: Quantized, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Pack one matrix [out, in] as the tensors of compressed-tensors' ``pack-quantized``.
+
+    Args:
+        numbers: a matrix whose inputs are in order.
+        dtype: of the scales.
+
+    Returns:
+        ``weight_packed`` int32 [out, ceil(in * bits / 32)], ``weight_scale`` [out, groups],
+        ``weight_shape`` int64 [2]; if not symmetric, ``weight_zero_point`` int32
+        [ceil(out * bits / 32), groups], packed along the outputs.
+    """
+    bits = numbers.scheme.bits
+    packed = {
+        "weight_packed": pack_words(numbers.q, bits),
+        "weight_scale": numbers.scales.to(dtype).contiguous(),
+        "weight_shape": torch.tensor(numbers.q.shape),
+    }
+    if numbers.zeros is not None:
+        packed["weight_zero_point"] = pack_words(numbers.zeros.T, bits).T.contiguous()
+    return packed
+
+
 def pack_gptq(numbers: Quantized) -> dict[str, Tensor]:
     """Pack one matrix [out, in] as the tensors of a GPTQ version 1 checkpoint.
 

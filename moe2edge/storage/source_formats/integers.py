@@ -84,7 +84,11 @@ class Integers:
             )
 
         return QuantizedTensor(
-            self.shape, lambda _: load_quantized().dequantize(), scheme, load_quantized
+            self.shape,
+            lambda _: load_quantized().dequantize(),
+            scheme,
+            load_quantized,
+            scale_dtype=self.scale_dtype,
         )
 
     def dequantize(self) -> Tensor:

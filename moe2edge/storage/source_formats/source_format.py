@@ -38,6 +38,7 @@ class QuantizedTensor:
         scheme: how integers are kept; None: the tensor is not one of integers that can be.
         load_quantized: reads them.
         problem: why integers are not kept, where the tensor holds some.
+        scale_dtype: dtype of the scales of integers.
     """
 
     shape: tuple[int, ...]
@@ -45,6 +46,7 @@ class QuantizedTensor:
     scheme: Scheme | None = None
     load_quantized: Callable[[], Quantized] | None = field(default=None, repr=False)
     problem: str = ""
+    scale_dtype: str = ""
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,7 @@ class SourceFormat(ABC):
                 load=lambda: source.decode(None),
                 scheme=source.scheme,
                 load_quantized=source.load_quantized,
+                scale_dtype=source.scale_dtype,
             )
         return Weight(name, shape, self.dtype, load=lambda: self._load(source))
 
