@@ -65,7 +65,7 @@ def convert_layout(model: Model, layout: Layout, target: str) -> Model:
         fitting = f"mlp-only or {fitting}"
     raise Unsupported(
         f"target {target} with layout {layout} {_describe_limits(model, layout)}, but the model "
-        f"has {_describe_layers(model)}; choose layout {fitting}{others}"
+        f"has {describe_layers(model)}; choose layout {fitting}{others}"
     )
 
 
@@ -91,7 +91,7 @@ def _describe_limits(model: Model, layout: Layout) -> str:
 # ---- description of the layers -----------------------------------------------------------------
 
 
-def _describe_layers(model: Model) -> str:
+def describe_layers(model: Model) -> str:
     """Return the kinds of layers of a model, with the blocks that have them."""
     kinds: dict[str, list[int]] = {}
     for block in model.blocks:

@@ -138,6 +138,10 @@ def _experts_differ(output: Output) -> bool:
     return len(found) > 1 or found == {None}
 
 
+def _is_quantized(output: Output) -> bool:
+    return bool(output.schemes)
+
+
 def _unread_by_transformers(output: Output) -> bool:
     return output.family not in READ_BY_TRANSFORMERS
 
@@ -417,6 +421,16 @@ FINDINGS: Mapping[str, tuple[Finding, ...]] = {
             "no",
             "it takes packed experts of a few families only, in groups of 32; export to mlx",
         ),
+    ),
+    "mlx": (
+        Finding(
+            "mlx-lm",
+            "0.32",
+            "yes",
+            evidence="run on a CPU for this family: benchmarks/readers; not on a Mac",
+        ),
+        Finding("transformers", "", "no", "it refuses MLX's quantization", case=_is_quantized),
+        Finding("transformers", "", "no", "it has no tensors of all experts by these names"),
     ),
     "onnx": (
         Finding("onnxruntime", "1.31 or newer", "yes", "CPU provider"),

@@ -196,7 +196,7 @@ Examples:
     "-t",
     "--target",
     required=True,
-    help="onnx, gptq, compressed-tensors or hf; separate several by commas. Options follow a "
+    help="onnx, gptq, compressed-tensors, mlx or hf; separate several by commas. Options follow a "
     "target, as in onnx:accuracy_level=0, float32 activations (see: moe2edge targets).",
 )
 @click.option(

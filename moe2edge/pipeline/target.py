@@ -66,6 +66,7 @@ class Target:
         libraries: modules that its runtime imports; the profiler imports them before it times
             the loading of a folder.
         limits: what its outputs cannot do, for their cards; empty if there is nothing to say.
+        card_library: library of the hub that loads its outputs, for their cards.
         any_family: whether it holds families of which only the numbers of experts are known.
     """
 
@@ -75,6 +76,7 @@ class Target:
     libraries: ClassVar[tuple[str, ...]] = ("torch",)
     chooses_as_torch: ClassVar[bool] = True
     limits: ClassVar[str] = ""
+    card_library: ClassVar[str] = "transformers"
     any_family: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # Every dtype that is written, and those that only quantized sources have.
-_WRITTEN = DTYPES | {"I32": "int32", "U8": "uint8", "I64": "int64"}
+_WRITTEN = DTYPES | {"I32": "int32", "U32": "uint32", "U8": "uint8", "I64": "int64"}
 _TORCH_NAMES = _WRITTEN | {
     "BOOL": "bool",
     "I8": "int8",

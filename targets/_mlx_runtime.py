@@ -1,0 +1,132 @@
+"""An MLX folder, opened in mlx-lm: on a Mac's GPU, or on the CPU of Linux."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moe2edge.errors import InputError, Moe2EdgeError, Unsupported, VerificationFailed, join_lines
+from moe2edge.runtime.protocol import check_id_range
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Tokens of a prompt that run at once.
+CHUNK = 256
+
+
+def import_mlx() -> tuple[Any, Any]:
+    """Import MLX and mlx-lm.
+
+    Raises:
+        Unsupported: one of them is not installed.
+    """
+    try:
+        import mlx.core as mx
+        from mlx_lm import utils
+    except ImportError as error:
+        package = "mlx-lm" if sys.platform == "darwin" else "'mlx[cpu]' mlx-lm"
+        raise Unsupported(
+            f"an MLX folder needs mlx and mlx-lm, which are not installed: pip install {package}"
+        ) from error
+    return mx, utils
+
+
+def open_runtime(folder: Path, *, exact: bool) -> MlxRuntime:
+    """Open a folder; ``exact`` computes in float32.
+
+    So does MLX on a CPU where experts are not quantized, which it takes in float32 only.
+
+    Raises:
+        Unsupported: mlx-lm is not installed.
+        VerificationFailed: it refuses the folder.
+    """
+    mx, utils = import_mlx()
+    try:
+        model, config = utils.load_model(folder)
+    except Exception as error:  # whatever a library may raise on a folder that was changed
+        raise VerificationFailed(
+            f"mlx-lm cannot load {folder}: {type(error).__name__}: {join_lines(error, 500)}"
+        ) from error
+    if exact or (not mx.metal.is_available() and _has_plain_experts(model)):
+        model.set_dtype(mx.float32)
+        mx.eval(model.parameters())
+    return MlxRuntime(model, int(config["vocab_size"]))
+
+
+def _has_plain_experts(model: Any) -> bool:
+    kinds = {type(module).__name__ for module in model.modules()}
+    return "SwitchLinear" in kinds
+
+
+class MlxRuntime:
+    """Runs one sequence at a time, with the cache of mlx-lm."""
+
+    def __init__(self, model: Any, vocabulary: int) -> None:
+        self._model, self._vocabulary = model, vocabulary
+        self._cache: Any = None
+
+    @property
+    def dtype(self) -> str:
+        """Dtype of activations, which is that of the embedding."""
+        from mlx.utils import tree_flatten
+
+        mx, _ = import_mlx()
+        found: Any = tree_flatten(self._model.parameters())
+        floats = (mx.float32, mx.float16, mx.bfloat16)
+        names = (str(tensor.dtype) for _, tensor in found if tensor.dtype in floats)
+        return next(names).removeprefix("mlx.core.")
+
+    @property
+    def threads(self) -> int:
+        """Processor threads that MLX may use: those of the machine."""
+        return os.cpu_count() or 1
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """Return logits float32 [batch, length, vocabulary] of ids int64 [batch, length]."""
+        import torch
+
+        self._check(ids.flatten().tolist())
+        return torch.stack([self._run([row], None)[0] for row in ids.tolist()])
+
+    def start(self, ids: Sequence[int]) -> Tensor:
+        """Begin a sequence; return logits float32 [vocabulary] after its last token.
+
+        Raises:
+            InputError: there is no token.
+        """
+        from mlx_lm.models.cache import make_prompt_cache
+
+        if not ids:
+            raise InputError("a sequence needs at least one token")
+        self._check(ids)
+        self._cache = make_prompt_cache(self._model)
+        for first in range(0, len(ids), CHUNK):
+            logits = self._run([list(ids[first : first + CHUNK])], self._cache)
+        return logits[0, -1]
+
+    def step(self, token: int) -> Tensor:
+        """Continue the sequence by one token; return logits float32 [vocabulary] after it.
+
+        Raises:
+            Moe2EdgeError: no sequence was begun.
+        """
+        if self._cache is None:
+            raise Moe2EdgeError("step() came before start(); begin a sequence first")
+        self._check([token])
+        return self._run([[token]], self._cache)[0, -1]
+
+    def _check(self, ids: Sequence[int]) -> None:
+        check_id_range(min(ids), max(ids), self._vocabulary)
+
+    def _run(self, ids: list[list[int]], cache: Any) -> Tensor:
+        """Run one sequence of ids, with a cache or without; return all logits."""
+        import numpy as np
+        import torch
+
+        mx, _ = import_mlx()
+        logits = self._model(mx.array(ids), cache=cache).astype(mx.float32)
+        return torch.from_numpy(np.array(logits))
