@@ -26,7 +26,7 @@ UNREAD_ROPE = {"truncate": (None, True), "attention_factor": (None,)}
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor is in an MLX folder.
+    """Place of a tensor in an MLX folder.
 
     Attributes:
         module: the module that has it.

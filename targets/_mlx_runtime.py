@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # Tokens of a prompt that run at once.
-CHUNK = 256
+PROMPT_PART = 256
+NOTE = "on this CPU mlx-lm runs in float32; on a Mac it runs in {}"
 
 
 def import_mlx() -> tuple[Any, Any]:
@@ -35,10 +36,16 @@ def import_mlx() -> tuple[Any, Any]:
     return mx, utils
 
 
-def open_runtime(folder: Path, *, exact: bool) -> MlxRuntime:
+def open_mlx_runtime(folder: Path, *, exact: bool, native: bool = False) -> MlxRuntime:
     """Open a folder; ``exact`` computes in float32.
 
-    So does MLX on a CPU where experts are not quantized, which it takes in float32 only.
+    So does a CPU, where MLX takes experts that are not quantized in no other dtype, and quantized
+    ones ten times slower.
+
+    Args:
+        folder: the folder.
+        exact: compute in float32 on a GPU as well.
+        native: compute in the dtype of the folder on a CPU as well.
 
     Raises:
         Unsupported: mlx-lm is not installed.
@@ -51,21 +58,24 @@ def open_runtime(folder: Path, *, exact: bool) -> MlxRuntime:
         raise VerificationFailed(
             f"mlx-lm cannot load {folder}: {type(error).__name__}: {join_lines(error, 500)}"
         ) from error
-    if exact or (not mx.metal.is_available() and _has_plain_experts(model)):
+    runtime = MlxRuntime(model, int(config["vocab_size"]))
+    if exact or not (native or mx.metal.is_available()):
+        if not exact and runtime.dtype != "float32":
+            runtime.note = NOTE.format(runtime.dtype)
         model.set_dtype(mx.float32)
         mx.eval(model.parameters())
-    return MlxRuntime(model, int(config["vocab_size"]))
-
-
-def _has_plain_experts(model: Any) -> bool:
-    kinds = {type(module).__name__ for module in model.modules()}
-    return "SwitchLinear" in kinds
+    return runtime
 
 
 class MlxRuntime:
-    """Runs one sequence at a time, with the cache of mlx-lm."""
+    """Runs one sequence at a time, with the cache of mlx-lm.
+
+    Attributes:
+        note: description of how it runs, in one line; empty if there is nothing to say.
+    """
 
     def __init__(self, model: Any, vocabulary: int) -> None:
+        self.note = ""
         self._model, self._vocabulary = model, vocabulary
         self._cache: Any = None
 
@@ -104,8 +114,8 @@ class MlxRuntime:
             raise InputError("a sequence needs at least one token")
         self._check(ids)
         self._cache = make_prompt_cache(self._model)
-        for first in range(0, len(ids), CHUNK):
-            logits = self._run([list(ids[first : first + CHUNK])], self._cache)
+        for first in range(0, len(ids), PROMPT_PART):
+            logits = self._run([list(ids[first : first + PROMPT_PART])], self._cache)
         return logits[0, -1]
 
     def step(self, token: int) -> Tensor:

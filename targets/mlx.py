@@ -43,6 +43,10 @@ class Mlx(Target):
     libraries: ClassVar[tuple[str, ...]] = ("torch", "mlx.core", "mlx_lm")
     chooses_as_torch: ClassVar[bool] = False
     card_library: ClassVar[str] = "mlx"
+    limits: ClassVar[str] = (
+        "On a Mac mlx-lm runs the folder in the dtype that its config names. Without a Mac's GPU "
+        "it was verified in float32, which is much faster there."
+    )
 
     def supports(self, family: Family) -> bool:
         """Return whether mlx-lm was seen to compute models of a family rightly."""
@@ -154,15 +158,15 @@ class Mlx(Target):
         return MlxFolder(open_checkpoint(str(folder))).model
 
     def reopen(self, folder: Path, *, exact: bool = False) -> Runtime:
-        """Open the folder in mlx-lm; ``exact`` computes in float32.
+        """Open the folder in mlx-lm; ``exact`` computes in float32, and so does a CPU.
 
         Raises:
             Unsupported: mlx-lm is not installed.
             VerificationFailed: it refuses the folder.
         """
-        from moe2edge.targets._mlx_runtime import open_runtime
+        from moe2edge.targets._mlx_runtime import open_mlx_runtime
 
-        return open_runtime(folder, exact=exact)
+        return open_mlx_runtime(folder, exact=exact)
 
     def loaders(self, model: Model) -> tuple[Loader, ...]:
         """Return the verdict on each program that may load the folder."""

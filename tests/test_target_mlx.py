@@ -24,7 +24,7 @@ from moe2edge.model.model import Model
 from moe2edge.numerics.packing import pack_bytes
 from moe2edge.numerics.scheme import Scheme
 from moe2edge.pipeline.registry import find_target
-from moe2edge.runtime.load import build_transformers_model
+from moe2edge.runtime.load import build_transformers_model, load
 from moe2edge.runtime.torch_runtime import TorchRuntime
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.targets._mlx_rows import ROWS
@@ -61,8 +61,8 @@ def compare(model: Model, folder: Path) -> None:
     stock = TorchRuntime(build_transformers_model(model, torch.float32, packed=False))
     expected = stock.logits(IDS)
     torch.testing.assert_close(runtime.logits(IDS), expected, atol=3e-4, rtol=0)
-    first, *rest = IDS[0, : PREFILL + 4].split([PREFILL, 1, 1, 1, 1])
-    rows = [runtime.start(first.tolist()), *(runtime.step(int(token)) for token in rest)]
+    ids = IDS[0, : PREFILL + 4].tolist()
+    rows = [runtime.start(ids[:PREFILL]), *(runtime.step(token) for token in ids[PREFILL:])]
     torch.testing.assert_close(
         torch.stack(rows), expected[0, PREFILL - 1 : PREFILL + 4], atol=3e-4, rtol=0
     )
@@ -140,6 +140,8 @@ def test_layout(tiny: Make, tmp_path: Path) -> None:
         None, 6, 6
     )  # fmt: skip
     assert config["quantization"] == config["quantization_config"]
+    with pytest.raises(Unsupported, match="is a folder for mlx-lm; run it with mlx-lm, or with"):
+        load(folder)
 
 
 def test_damage_is_found(tiny: Make, tmp_path: Path) -> None:

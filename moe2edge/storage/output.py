@@ -24,6 +24,7 @@ from moe2edge.storage.checkpoint import Checkpoint, has_own_layers
 from moe2edge.storage.compressed_form import COMPRESSED, CompressedForm
 from moe2edge.storage.patterns import compile_pattern
 from moe2edge.storage.safetensors_files import read_header, read_tensor
+from moe2edge.storage.source_formats.recognition import read_method
 from moe2edge.storage.source_formats.stored_tensors import StoredTensors
 
 if TYPE_CHECKING:
@@ -79,7 +80,12 @@ def _read_settings(
     Raises:
         Unsupported: moe2edge does not write it.
     """
-    if quantization.get("quant_method") == COMPRESSED:
+    if (method := read_method(quantization)) == "mlx":
+        raise Unsupported(
+            f"{checkpoint.source} is a folder for mlx-lm; run it with mlx-lm, or with moe2edge "
+            "generate"
+        )
+    if method == COMPRESSED:
         return CompressedForm.make(StoredTensors(checkpoint.files), quantization)
     return read_gptq_settings(quantization)
 
