@@ -15,6 +15,7 @@ from moe2edge.errors import Unsupported
 from moe2edge.model.block import Block
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model
+from moe2edge.model.transformers_config import ALIASES
 
 _EXPERT = re.compile(r"(.+)\.experts\.(\d+)\.([^.]+)\.(weight|bias)")
 _W123 = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
@@ -163,12 +164,17 @@ def _list_ignored(model: Model, row: MlxRow) -> Iterator[str]:
 
 
 def accept_layers(model: Model, row: MlxRow) -> None:
-    """Refuse blocks that mlx-lm's class does not have.
+    """Refuse blocks that mlx-lm's class does not have, and models of several parts.
 
     Raises:
         Unsupported: so.
     """
-    name = model.family.model_type
+    name, whole = model.family.model_type, model.given.get("model_type")
+    if ALIASES.get(str(whole), whole) != name:
+        raise Unsupported(
+            f"the model is the {name} inside of {whole}, which target mlx does not write; export "
+            "to hf or gptq"
+        )
     for block in model.blocks:
         if not row.dense and not isinstance(block.mlp, MoELayer):
             raise Unsupported(

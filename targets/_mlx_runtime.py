@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe2edge.errors import InputError, Moe2EdgeError, Unsupported, VerificationFailed, join_lines
 from moe2edge.runtime.protocol import check_id_range
+from moe2edge.storage.safetensors_files import PlannedTensor, write_hollow_safetensors
+from moe2edge.storage.text_files import write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,6 +68,26 @@ def open_mlx_runtime(folder: Path, *, exact: bool, native: bool = False) -> MlxR
         model.set_dtype(mx.float32)
         mx.eval(model.parameters())
     return runtime
+
+
+def try_folder(config: Mapping[str, Any], tensors: Sequence[PlannedTensor]) -> None:
+    """Let mlx-lm open a folder that is only planned; it reads no number, as MLX is lazy.
+
+    Raises:
+        Unsupported: mlx-lm refuses it.
+    """
+    _, utils = import_mlx()
+    with tempfile.TemporaryDirectory(prefix="moe2edge-") as name:
+        folder = Path(name)
+        write_json(folder / "config.json", config)
+        write_hollow_safetensors(folder / "model.safetensors", tensors)
+        try:
+            utils.load_model(folder, lazy=True)
+        except Exception as error:  # whatever a library may raise on a config of any kind
+            raise Unsupported(
+                f"mlx-lm refuses this model, tried before any work: {type(error).__name__}: "
+                f"{join_lines(error, 300)}; choose another target or recipe"
+            ) from error
 
 
 class MlxRuntime:

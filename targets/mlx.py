@@ -52,15 +52,20 @@ class Mlx(Target):
         """Return whether mlx-lm was seen to compute models of a family rightly."""
         return family.model_type in ROWS
 
-    def check_runtime(self) -> None:
-        """Refuse to begin where mlx-lm is not installed.
+    def check_runtime(self, model: Model) -> None:
+        """Refuse to begin where mlx-lm is not installed, or does not take config and tensors.
+
+        Of families with a row, zeros are run as well before any work.
 
         Raises:
             Unsupported: so.
         """
-        from moe2edge.targets._mlx_runtime import import_mlx
+        from moe2edge.targets._mlx_runtime import import_mlx, try_folder
 
         import_mlx()
+        if model.family.generic:
+            stored = self.stored(model)
+            try_folder(build_mlx_config(stored), plan_tensors(stored))
 
     def accepts(self, model: Model) -> None:
         """Refuse what the format cannot express, and what mlx-lm ignores.
@@ -113,9 +118,11 @@ class Mlx(Target):
         return DTYPES[model.embedding.dtype]
 
     def estimate(self, model: Model) -> Estimate:
-        """Estimate the weight files, which are what is in memory as well."""
-        size = estimate_file_bytes(plan_tensors(self.stored(model)))
-        return Estimate(size, size)
+        """Estimate the weight files, and in memory what is not quantized in float32."""
+        stored = self.stored(model)
+        size = estimate_file_bytes(plan_tensors(stored))
+        plain = sum(w.nbytes for _, _, w in stored.tensors() if w.scheme is None)
+        return Estimate(size + plain, size)
 
     def write(self, model: Model, folder: Path) -> dict[str, str]:
         """Write ``config.json`` and the weights, those of the experts of a layer at a time.

@@ -21,6 +21,7 @@ from moe2edge.errors import Unsupported, VerificationFailed
 from moe2edge.evaluation import verify
 from moe2edge.model.edits import change_weights
 from moe2edge.model.model import Model
+from moe2edge.model.weights import plan_weight
 from moe2edge.numerics.packing import pack_bytes
 from moe2edge.numerics.scheme import Scheme
 from moe2edge.pipeline.registry import find_target
@@ -236,14 +237,31 @@ def test_layers_and_families_that_it_does_not_hold(tiny: Make, tmp_path: Path) -
     with pytest.raises(Unsupported, match="target mlx does not support jamba yet; targets "):
         fit_for_targets(other, [TARGET], materialize=False)
     make_folder(tmp_path / "latent", "deepseek_v3", num_hidden_layers=2, kv_lora_rank=32)
+    inside = open_checkpoint(str(tmp_path / "latent")).model
+    inside = replace(inside, given={"model_type": "kimi_k25"})
+    with pytest.raises(Unsupported, match="is the deepseek_v3 inside of kimi_k25"):
+        TARGET.accepts(inside)
     latent = open_checkpoint(str(tmp_path / "latent")).model
     latent = quantize(latent, W4, lambda role: "kv_b_proj" in role)
     with pytest.raises(Unsupported, match=r"rounds .*kv_b_proj\.weight once more"):
         TARGET.accepts(latent)
 
 
-def test_a_missing_runtime_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_mlx_lm_refuses_is_found_before_any_work(tmp_path: Path) -> None:
+    """A planned model has no numbers; mlx-lm asks for each tensor of its class."""
+    pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
+    make_folder(tmp_path / "source", "lfm2_moe", tie_word_embeddings=True)
+    model = open_quantized(tmp_path / "source")
+    planned = change_weights(model, lambda _, weight: plan_weight(weight))
+    TARGET.check_runtime(planned)
+    less = {name: w for name, w in planned.rest.items() if len(w.shape) > 1}  # no norm
+    with pytest.raises(Unsupported, match=r"mlx-lm refuses this model, .*ValueError: Missing 1"):
+        TARGET.check_runtime(replace(planned, rest=less))
+
+
+def test_a_missing_runtime_is_one_line(monkeypatch: pytest.MonkeyPatch, tiny: Make) -> None:
     monkeypatch.setitem(sys.modules, "mlx_lm", None)
+    model = open_checkpoint(str(tiny("olmoe"))).model
     with pytest.raises(Unsupported, match="which are not installed: pip install ") as caught:
-        TARGET.check_runtime()
+        TARGET.check_runtime(model)
     assert "mlx-lm" in str(caught.value)

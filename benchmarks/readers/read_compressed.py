@@ -4,8 +4,9 @@
 
 Tiny random models of every family, rounded to 4 bits in groups of 8, in layout natural, which holds
 all: of families that transformers does not read, the output says what it does. Then schemes that
-differ by module, on two families. Needs ``pip install -e '.[test]'``. The error is that of logits,
-relative, to those of ``moe2edge.load`` in float32.
+differ by module, on two families, and the built-in model over 2,044 tokens. Needs
+``pip install -e '.[test]'``. The error is that of logits, relative, to those of ``moe2edge.load``
+in float32.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
+import builtin
 import torch
 import transformers
 
@@ -28,6 +30,7 @@ from moe2edge.model.model import Model
 from moe2edge.model.transformers_config import find_class
 from moe2edge.numerics.scheme import Scheme
 from moe2edge.pipeline.registry import make_target
+from moe2edge.runtime.torch_runtime import TorchRuntime
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.testing import quantize
 
@@ -84,6 +87,26 @@ def compare(family: str, choose: Schemes) -> str:
     return f"{tensors} tensors equal, transformers {verdict} {error:.1e}"
 
 
+def run_builtin() -> None:
+    """Compare the built-in model in stock transformers and in moe2edge.load, as they run it."""
+    with tempfile.TemporaryDirectory() as name:
+        out = Path(name) / "out"
+        builtin.export("compressed-tensors", out)
+        exact, loaded = TARGET.reopen(out, exact=True), TARGET.reopen(out)
+        kinds = {}
+        for dtype in (torch.float32, torch.bfloat16):
+            stock = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=dtype)
+            with torch.inference_mode():
+                stock(IDS)  # decompresses attention
+            kinds[dtype] = TorchRuntime(torch.nn.Module.to(stock, dtype))
+        others = {"transformers in float32": kinds[torch.float32]}
+        shipped = {
+            "moe2edge.load in bfloat16": loaded,
+            "transformers in bfloat16": kinds[torch.bfloat16],
+        }
+        builtin.describe(out, exact, others, shipped)
+
+
 def main() -> None:
     """Print a line for each family, and for each way to mix schemes."""
     warnings.simplefilter("ignore")
@@ -95,6 +118,7 @@ def main() -> None:
     for family in ("mixtral", "glm4_moe"):
         for name, choose in MIXED.items():
             print(f"{family}, {name}: {compare(family, choose)}", flush=True)
+    run_builtin()
 
 
 if __name__ == "__main__":

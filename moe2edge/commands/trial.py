@@ -45,7 +45,7 @@ def try_targets(targets: Sequence[Target], planned: Model) -> None:
             yet.
     """
     for target in targets:
-        target.check_runtime()
+        target.check_runtime(planned)
     if planned.family.generic:
         return
     small = reduce_model(planned)

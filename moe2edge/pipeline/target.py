@@ -95,11 +95,14 @@ class Target:
         """
         raise NotImplementedError
 
-    def check_runtime(self) -> None:
-        """Refuse to begin where the runtime that verifies its outputs is not installed.
+    def check_runtime(self, model: Model) -> None:
+        """Refuse to begin where the runtime that verifies an output is missing, or refuses it.
+
+        Args:
+            model: what will be written, of which only shapes are known.
 
         Raises:
-            Unsupported: with the command that installs it.
+            Unsupported: with the command that installs it, or with what it refuses.
         """
 
     def stored(self, model: Model) -> Model:
