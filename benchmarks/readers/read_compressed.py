@@ -1,6 +1,6 @@
 """Read folders of target compressed-tensors by stock transformers with that library, and compare.
 
-    python benchmarks/readers/read_compressed.py > benchmarks/readers/compressed_tensors.txt
+    python benchmarks/readers/read_compressed.py > benchmarks/readers/read_compressed.txt
 
 Tiny random models of every family, rounded to 4 bits in groups of 8, in layout natural, which holds
 all: of families that transformers does not read, the output says what it does. Then schemes that

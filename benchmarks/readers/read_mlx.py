@@ -1,6 +1,6 @@
 """Run folders of target mlx in mlx-lm, and compare with transformers.
 
-    python benchmarks/readers/read_mlx.py > benchmarks/readers/mlx.txt
+    python benchmarks/readers/read_mlx.py > benchmarks/readers/read_mlx.txt
 
 Tiny random models of every family of the target, rounded to 4 bits in groups of 32, with several
 rotary embeddings; then the built-in model, with the dtype in which a Mac runs it, over 2,044 tokens
