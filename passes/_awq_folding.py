@@ -9,7 +9,7 @@ gated MLP, since ``silu(gate) * (up / s) = (silu(gate) * up) / s``.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -73,20 +73,31 @@ def find_folding_places(block: Block, geometry: Geometry) -> Iterator[FoldingPla
     kinds = [kind for kind, _ in list_gated_mlps(block)]
     scorers = [role for role in ("router.weight", "shared.router") if role in roles]
     readers = [f"{kind}.{part}" for kind in kinds for part in ("gate", "up")]
-    yield FoldingPlace((f"norms.{SECOND_NORM}",), (*scorers, *readers, *_find_first_factors(roles)))
-    tied: list[tuple[str, Tied]] = []
+    yield FoldingPlace((f"norms.{SECOND_NORM}",), (*scorers, *readers, *find_first_factors(roles)))
+    for kind in kinds:
+        yield make_inner_place(block, kind)
+
+
+def make_inner_place(block: Block, kind: str, biases: Sequence[str] = ()) -> FoldingPlace:
+    """Return the place between ``up`` and ``down`` of an MLP, with all factors that belong to them.
+
+    Args:
+        block: the block.
+        kind: first part of the roles of the MLP.
+        biases: roles of the biases of ``up``.
+    """
+    low: list[str] = []
     if isinstance(block.mlp, MoELayer):
         rows = zip(block.mlp.row_roles, block.mlp.rows, strict=True)
-        tied = [(role, row) for role, row in rows if isinstance(row, Tied)]
-    for kind in kinds:
+        tied = ((role, row) for role, row in rows if isinstance(row, Tied))
         low = [role for role, row in tied if kind == f"experts.{row.base}"]
-        yield FoldingPlace(
-            (f"{kind}.up", *(f"{role}.up.second" for role in low)),
-            (f"{kind}.down", *(f"{role}.down.first" for role in low)),
-        )
+    return FoldingPlace(
+        (*biases, f"{kind}.up", *(f"{role}.up.second" for role in low)),
+        (f"{kind}.down", *(f"{role}.down.first" for role in low)),
+    )
 
 
-def _find_first_factors(roles: Collection[str]) -> list[str]:
+def find_first_factors(roles: Collection[str]) -> list[str]:
     """Find the first factors of tied experts and replacements, which read what experts read."""
     ends = {"members": (".gate.first", ".up.first"), "substitutes": (".first",)}
     return sorted(

@@ -20,6 +20,7 @@ from moe2edge.pipeline.blockwise_report import describe_coverage
 from moe2edge.pipeline.staged_work import make_inside
 from moe2edge.runtime.decoder_blocks import load_finite
 from moe2edge.runtime.layer_stage import LayerStage
+from moe2edge.runtime.mixed_experts import find_experts_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -184,7 +185,8 @@ class StagedSampler(InputSampler):
             return inputs
         anatomy = self._model.architecture.anatomy[block.origin]
         assert anatomy.form is not None, "a layer with experts has none in transformers' class"
-        module: Any = LayerStage(self._model, block).layer.get_submodule(anatomy.experts)
+        path = find_experts_name(block.mlp, str(anatomy.experts))
+        module: Any = LayerStage(self._model, block).layer.get_submodule(path)
         for n, expert in enumerate(block.mlp.experts):
             outer, judged_on = self._gather_routed(f"experts.{n}")
             parts = ("gate", "up") if expert.gate.count else ("up",)

@@ -23,9 +23,10 @@ from moe2edge.model.architecture import Architecture
 from moe2edge.model.block import Block
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model
-from moe2edge.passes._awq_folding import FoldingPlace
+from moe2edge.passes._awq_folding import FoldingPlace, find_first_factors, make_inner_place
 from moe2edge.runtime.decoder_blocks import arrange_gate_up, find_module_name
 from moe2edge.runtime.layer_stage import LayerStage, share_numbers
+from moe2edge.runtime.mixed_experts import MixedExperts
 
 # Tokens that a layer is tried on.
 TRIED_TOKENS = 16
@@ -68,7 +69,7 @@ def find_places_by_trial(model: Model, block: Block) -> Iterator[FoldingPlace]:
         if place.producer == EXPERTS:
             for n, expert in enumerate(experts):
                 biases = [f"experts.{n}.up_bias"] if "up" in expert.biases else []
-                yield FoldingPlace((*biases, f"experts.{n}.up"), (f"experts.{n}.down",))
+                yield make_inner_place(block, f"experts.{n}", biases)
             continue
         owned = [roles.get(f"{place.producer}.{kind}", []) for kind in ("bias", "weight")]
         if any(len(found) > 1 for found in owned):  # its rows are in several tensors
@@ -77,6 +78,7 @@ def find_places_by_trial(model: Model, block: Block) -> Iterator[FoldingPlace]:
         if EXPERTS in place.consumers:
             parts = ("gate", "up") if experts[0].gate.count else ("up",)
             consumers += [f"experts.{n}.{part}" for n in range(len(experts)) for part in parts]
+            consumers += find_first_factors({role for role, _ in block.weights()})
         producers = tuple(role for found in owned for role in found)
         yield FoldingPlace(producers, tuple(consumers), place.heads, place.copies, place.offset)
 
@@ -104,6 +106,8 @@ def _try_places(model: Model, block: Block) -> tuple[_Place, ...]:
     norms, chains = list(trial.list_norms()), list(trial.list_chains())
     form = model.architecture.anatomy[block.origin].form
     experts = trial.experts
+    if isinstance(experts, MixedExperts):
+        experts = experts.experts
     inner = form is not None and experts is not None and _is_linear_in_up(experts, form)
     for size, error in TRIALS:
         if size != TRIALS[0][0]:  # one layer in memory at a time

@@ -57,9 +57,13 @@ def reorder_neurons(block: Block, layer: MoELayer, orders: Mapping[int, Tensor])
         gate, up, down = (getattr(experts[n], part) for part in PARTS)
         experts[n] = replace(
             experts[n],
-            gate=permuted(gate, order, 0),
+            gate=permuted(gate, order, 0) if gate.count else gate,
             up=permuted(up, order, 0),
             down=permuted(down, order, 1),
+            biases={
+                part: bias if part == "down" else permuted(bias, order, 0)
+                for part, bias in experts[n].biases.items()
+            },
         )
     return replace(block, mlp=replace(layer, experts=tuple(experts)))
 

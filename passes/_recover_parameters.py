@@ -26,7 +26,8 @@ from moe2edge.runtime.mixed_experts import find_experts_name
 if TYPE_CHECKING:
     from torch import Tensor
 
-REPLACEMENTS, TIED = "mlp.experts.substitutes", "mlp.experts.members"
+# Modules of `MixedExperts`.
+REPLACEMENTS, TIED = "substitutes", "members"
 
 
 @dataclass(frozen=True)
@@ -81,15 +82,16 @@ def list_block_parameters(model: Model, block: Block) -> dict[str, tuple[str, ..
     if isinstance(layer := block.mlp, MoELayer):
         parameters |= _list_expert_parameters(anatomy, layer)
         rows = list(zip(layer.row_roles, layer.rows, strict=True))
+        replacements, factors = f"{anatomy.experts}.{REPLACEMENTS}", f"{anatomy.experts}.{TIED}"
         if layer.replaced:
             roles = [role for role, row in rows if isinstance(row, Replacement)]
-            parameters[f"{REPLACEMENTS}.constants"] = tuple(f"{role}.constant" for role in roles)
+            parameters[f"{replacements}.constants"] = tuple(f"{role}.constant" for role in roles)
             linear = [role for role, row in rows if isinstance(row, Linear)]
             for part in ("first", "second"):
-                parameters[f"{REPLACEMENTS}.{part}"] = tuple(f"{role}.{part}" for role in linear)
+                parameters[f"{replacements}.{part}"] = tuple(f"{role}.{part}" for role in linear)
         tied = [role for role, row in rows if isinstance(row, Tied)]
         for part, name in itertools.product(PARTS, ("first", "second")) if tied else ():
-            parameters[f"{TIED}.{part}_{name}"] = tuple(f"{role}.{part}.{name}" for role in tied)
+            parameters[f"{factors}.{part}_{name}"] = tuple(f"{role}.{part}.{name}" for role in tied)
     return parameters
 
 
@@ -109,7 +111,7 @@ def _list_expert_parameters(anatomy: Anatomy, layer: MoELayer) -> dict[str, tupl
 
 def _find_experts(anatomy: Anatomy, layer: MoELayer) -> str:
     """Return the path in a decoder layer of the module with the matrices of the experts."""
-    return str(anatomy.experts) if layer.is_plain else find_experts_name(layer)
+    return find_experts_name(layer, str(anatomy.experts))
 
 
 def get_form_of_experts(anatomy: Anatomy) -> ExpertsForm:
@@ -143,9 +145,12 @@ def _split(anatomy: Anatomy, block: Block, name: str, numbers: Tensor) -> list[T
         return [piece for expert in numbers for piece in _split_expert(expert, form)]
     if name == f"{at}.down_proj":
         return [expert.T if form.transposed else expert for expert in numbers]
-    if name in (f"{at}.down_proj_bias", f"{REPLACEMENTS}.constants") or name.startswith(TIED):
+    inside = name.removeprefix(f"{anatomy.experts}.")
+    if name == f"{at}.down_proj_bias" or inside == f"{REPLACEMENTS}.constants":
         return list(numbers)
-    if name.startswith(REPLACEMENTS):
+    if inside.startswith(TIED):
+        return list(numbers)
+    if inside.startswith(REPLACEMENTS):
         ranks = [row.rank for row in layer.rows if isinstance(row, Linear)]
         return list(torch.split(numbers, ranks, dim=0 if part == "first" else 1)) if ranks else []
     return [numbers]

@@ -30,7 +30,7 @@ def plan_replacements(block: Block, layer: MoELayer, ranks: Mapping[int, int]) -
         layer: its layer.
         ranks: by the position of the expert in the layer; 0 for a constant.
     """
-    hidden = layer.router.weight.shape[1]
+    hidden = layer.hidden
 
     def weight(name: str, *shape: int) -> Weight:
         return plan_weight_like(layer.experts[0].down, name, shape)
@@ -52,8 +52,9 @@ def plan_replacements(block: Block, layer: MoELayer, ranks: Mapping[int, int]) -
 def estimate_size(layer: MoELayer) -> Size:
     """Return the bytes of an expert of a layer, and of its possible replacements."""
     expert = layer.experts[0]
-    each, hidden = DTYPE_BYTES[expert.down.dtype], expert.down.shape[0]
-    whole = sum(weight.nbytes for weight in (expert.gate, expert.up, expert.down))
+    each, hidden = DTYPE_BYTES[expert.down.dtype], layer.hidden
+    matrices = (expert.gate, expert.up, expert.down)
+    whole = sum(weight.nbytes for weight in (*matrices, *expert.biases.values()))
     return Size(whole, each * hidden, 2 * each * hidden)
 
 

@@ -14,7 +14,7 @@ from pydantic import Field, field_validator, model_validator
 from moe2edge.calibration import criteria
 from moe2edge.calibration.criteria import Criterion
 from moe2edge.calibration.observation import Facts, Observer, ObserverFactory
-from moe2edge.errors import InputError, Unsupported
+from moe2edge.errors import InputError
 from moe2edge.model.block import Block
 from moe2edge.model.experts import Full
 from moe2edge.model.layers import MoELayer
@@ -144,11 +144,6 @@ class ExpertMerge(Search):
             raise InputError(
                 "expert_merge: the thresholds of expert_skip would no longer fit the experts; put "
                 "expert_skip after it"
-            )
-        if step.routing == "members" and model.family.generic:
-            raise Unsupported(
-                f"expert_merge: with routing members several router rows run one expert, which "
-                f"nothing holds for {model.family.model_type}; set routing: centroids"
             )
         left = self._count_left(model)
         if step.routing == "centroids":

@@ -16,6 +16,7 @@ from moe2edge.calibration.criteria import Criterion
 from moe2edge.errors import InputError
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model
+from moe2edge.model.traits import Trait
 from moe2edge.numerics import selection
 from moe2edge.pipeline import checks
 from moe2edge.pipeline.checks import refuse_slimmed
@@ -57,7 +58,7 @@ class ExpertReplace(Search):
 
     model_config = ConfigDict(validate_by_name=True)
     writes: ClassVar[tuple[type, ...]] = (UntiedModel,)
-    because: ClassVar[str] = "files of others have no form for what takes the place of experts"
+    needs: ClassVar[tuple[Trait, ...]] = (Trait.ROUTER,)
 
     kind: Annotated[
         Literal["constant", "linear", "base", "svd"],
@@ -204,6 +205,10 @@ class ExpertReplace(Search):
         """True if experts become tied experts."""
         return self.kind in ("base", "svd")
 
+    def list_needs(self) -> tuple[Trait, ...]:
+        """List also what factors need: they stand for gate, up and down, and for no biases."""
+        return (*self.needs, Trait.GATED, Trait.UNBIASED) if self.shares else self.needs
+
     def resolve(self, model: Model) -> ExpertReplace:
         """Fill in the default criterion."""
         chosen = self.criterion or REPLACE_CRITERIA.get(self.kind, "soft-frequency")
@@ -216,7 +221,7 @@ class ExpertReplace(Search):
             return 0
         if self.rank is not None:
             return self.rank
-        return max(1, min(layer.experts[0].gate.shape) // RANK_PART[self.kind])
+        return max(1, min(layer.experts[0].up.shape) // RANK_PART[self.kind])
 
     def _count_least(self, model: Model) -> int:
         """Return the tokens that a map needs. With fewer, a constant generalizes better."""
@@ -224,7 +229,7 @@ class ExpertReplace(Search):
             return 0
         if self.min_tokens is not None:
             return self.min_tokens
-        return model.family.geometry(model.config).hidden // 2
+        return model.moe_blocks[0][1].hidden // 2
 
     @property
     def _sharing(self) -> Sharing:
@@ -296,7 +301,7 @@ class ExpertReplace(Search):
         counts = self._count_replaced(model)
         for block, layer in model.moe_blocks:
             expert, rank = layer.experts[0], self._rank(layer)
-            hidden = expert.gate.shape[1]
+            hidden = layer.hidden
             count = expert.gate.count + expert.up.count + expert.down.count
             # A map of rank r has hidden * (2 r + 1) numbers.
             most = min(hidden, (-(-count // hidden) - 2) // 2)
@@ -361,7 +366,7 @@ class ExpertReplace(Search):
         from moe2edge.passes import _replace_bases
 
         model = planned.before
-        hidden = model.family.geometry(model.config).hidden
+        hidden = max(layer.hidden for _, layer in model.moe_blocks)
         every = self.shares or self.allots or self.criterion in (None, "residual")
         counts = model.expert_counts if every else tuple(self._count_replaced(model).values())
         remedy = "replace fewer experts in one pass, or use a larger machine"

@@ -7,7 +7,11 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from pydantic import Field
 
 from moe2edge.calibration.observation import Facts, ObserverFactory
+from moe2edge.errors import Unsupported
+from moe2edge.model.body import find_body
+from moe2edge.model.edits import drop_mlp
 from moe2edge.model.model import Model
+from moe2edge.model.traits import Trait
 from moe2edge.passes._drop_alike import DropAlike
 from moe2edge.pipeline.contract import Outcome
 
@@ -21,11 +25,11 @@ class LayerDrop(DropAlike):
     The score of a layer is the mean cosine of its input and output over the calibration tokens
     (https://arxiv.org/abs/2406.02500). Layers are scored once, on the model as it was when the
     stage began. A shared expert is dropped with its layer; dense layers and at least one MoE layer
-    stay.
+    stay. In families without a row, norms go that make no difference without the layer.
     """
 
     unit: ClassVar[str] = "MoE layer"
-    because: ClassVar[str] = "which norm goes with a layer is known for those only"
+    needs: ClassVar[tuple[Trait, ...]] = (Trait.APART,)
 
     norm: Annotated[
         bool,
@@ -34,6 +38,24 @@ class LayerDrop(DropAlike):
             "norm stays, and its output is added to the residual stream in place of the layer's"
         ),
     ] = True
+
+    def check(self, model: Model) -> None:
+        """Refuse also norms that stay where none belongs to the layer alone.
+
+        Raises:
+            Unsupported: names the block.
+        """
+        super().check(model)
+        if self.norm or not model.family.generic:
+            return
+        for block, _ in model.moe_blocks:
+            body = find_body(model.architecture, block.origin)
+            if body is not None and not body.can_pass_norm:
+                raise Unsupported(
+                    f"layer_drop: norm: false does not work on {model.family.model_type}: block "
+                    f"{block.index} has no norm whose output could be added in place of one MoE "
+                    "layer; leave norm out"
+                )
 
     def whole(self, model: Model) -> int:
         """Return the number of MoE layers."""
@@ -46,7 +68,7 @@ class LayerDrop(DropAlike):
     def _drop_layers(self, model: Model, blocks: list[Block]) -> Model:
         """Return the model without the MoE layers of some blocks."""
         for block in blocks:
-            model = model.replace_block(block.without_mlp(keep_norm=not self.norm))
+            model = model.replace_block(drop_mlp(model, block, keep_norm=not self.norm))
         return model
 
     def observers(self) -> tuple[ObserverFactory, ...]:

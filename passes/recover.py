@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from moe2edge.errors import InputError
-from moe2edge.model.architecture import build_meta_model
+from moe2edge.model.architecture import build_meta_model, find_layers
+from moe2edge.model.hf_config import build_transformers_config
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model
 from moe2edge.model.traits import Trait
@@ -155,6 +156,10 @@ class Recover(Train):
         """True if it trains routers; adapters are for other matrices only."""
         return self.train != "lora"
 
+    def list_needs(self) -> tuple[Trait, ...]:
+        """List what annealing needs: experts become others of the same three matrices."""
+        return self.needs if self.anneal is None else (Trait.GATED, Trait.UNBIASED)
+
     def check(self, model: Model) -> None:
         """Refuse a quantized or sparse model, and options that do not apply to the model."""
         if any(weight.scheme or weight.pattern for _, _, weight in model.tensors()):
@@ -200,9 +205,12 @@ class Recover(Train):
             )
         if model.family.generic:
             from moe2edge.passes._recover_parameters import select_parameters
+            from moe2edge.runtime.decoder_blocks import fit_meta_layers
 
             names = select_parameters(model, self._selection.takes_anywhere)
-            check_adapts(build_meta_model(model.architecture.config), names, self.lora_rank)
+            built = build_meta_model(build_transformers_config(model))
+            fit_meta_layers(find_layers(built)[1], model)
+            check_adapts(built, names, self.lora_rank)
 
     def check_text(self, text: TextSize) -> None:
         """Refuse fewer samples than are held out and in a step."""
@@ -416,7 +424,8 @@ class Recover(Train):
                 expert = before[layer.rows[row].origin]
                 return [load_finite(weight) for weight in (expert.gate, expert.up, expert.down)]
 
-            mixed: MixedExperts = loaded.model.layers[block.index].mlp.experts
+            path = context.model.architecture.anatomy[block.origin].experts
+            mixed: MixedExperts = find_layers(loaded)[1][block.index].get_submodule(str(path))
             found.append(mixed.anneal(layer, original))
         return found
 

@@ -116,7 +116,7 @@ def _describe_layer(block: Block) -> str:
     if isinstance(mlp, UnroutedMLP):
         return "a shared expert" if mlp.expert is None else "a shared expert and a plain MLP"
     if mlp is None:
-        return "only a norm" if SECOND_NORM in block.norms else "no MLP"
+        return "only a norm" if block.passes_norm else "no MLP"
     return f"a plain MLP of width {mlp.gate.shape[0]}"
 
 
@@ -165,7 +165,7 @@ def _use_plain_mlps(model: Model) -> Model:
 
 
 def _is_dropped(block: Block) -> bool:
-    return block.mlp is None and SECOND_NORM not in block.norms
+    return block.mlp is None and not block.passes_norm
 
 
 def _set_width(block: Block, width: int) -> Block:

@@ -18,12 +18,13 @@ from moe2edge.model.edits import change_weights
 from moe2edge.model.family import find_family
 from moe2edge.model.hf_config import build_transformers_config, build_transformers_dict
 from moe2edge.model.model import Model
+from moe2edge.model.older_spellings import add_older_spellings
 from moe2edge.model.weights import DTYPES, Weight
 from moe2edge.numerics.scheme import BITS, Scheme
 from moe2edge.storage.checkpoint import Checkpoint
 from moe2edge.storage.safetensors_files import PlannedTensor
 from moe2edge.storage.source_formats.stored_tensors import StoredTensors
-from moe2edge.targets._mlx_rows import ROWS, MlxRow, Place, read_rope
+from moe2edge.targets._mlx_rows import ROWS, MlxRow, Place
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,24 +46,13 @@ def build_mlx_config(model: Model) -> dict[str, Any]:
     transformers leaves out what is as usual, and has one place for all of the rotary embedding.
     """
     whole = build_transformers_config(model)
-    config = {**whole.to_dict(), **build_transformers_dict(model)}
-    aliases = {**whole.attribute_map, **dict.fromkeys(model.family.experts_key)}
-    for alias, name in aliases.items():
-        value = config.get(name or model.family.experts_key[0])
-        if value is not None:
-            config.setdefault(alias, value)
-    for key in model.family.experts_key:
-        config[key] = config[model.family.experts_key[0]]
-    rope = read_rope(model)
-    if rope:
-        config["rope_theta"] = rope["rope_theta"]
-        kind = rope.get("rope_type", "default")
-        config["rope_scaling"] = None if kind == "default" else {**rope, "type": kind}
+    config = add_older_spellings({**whole.to_dict(), **build_transformers_dict(model)})
+    aliases = ((alias, name) for alias, name in whole.attribute_map.items() if name in config)
+    config = {alias: config[name] for alias, name in aliases} | config
     if config.get("head_dim") is None and config.get("num_attention_heads"):
         config["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
     if config.get("head_dim"):
-        part = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1
-        config["partial_rotary_factor"] = part
+        part = config["partial_rotary_factor"] = config.get("partial_rotary_factor") or 1
         config.setdefault("rotary_dim", int(config["head_dim"] * part))
     config = {**get_row(model).filled, **config}
     if settings := _build_settings(model):

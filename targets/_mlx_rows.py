@@ -114,7 +114,7 @@ ROWS: Mapping[str, MlxRow] = {
     "deepseek_v2": MlxRow(rope=("yarn",)),
     "deepseek_v3": MlxRow(rope=ANY_ROPE, plain=("kv_b_proj",)),
     "dots1": MlxRow(experts="experts", rope=ANY_ROPE),
-    "glm4_moe": MlxRow(),
+    "glm4_moe": MlxRow(filled={"rope_scaling": None}),
     "glm4_moe_lite": MlxRow(rope=ANY_ROPE, plain=("kv_b_proj",)),
     "gpt_oss": MlxRow(experts="experts", rope=ANY_ROPE, windows=True),
     "granitemoe": MlxRow(rope=ANY_ROPE),

@@ -17,6 +17,7 @@ from moe2edge.model import hf_config
 from moe2edge.model.block import is_low_rank, is_quantizable
 from moe2edge.model.family import Family
 from moe2edge.model.model import Model
+from moe2edge.model.older_spellings import add_older_spellings
 from moe2edge.model.stored_layout import list_stored_integers
 from moe2edge.model.weights import DTYPES
 from moe2edge.numerics.scheme import Scheme
@@ -115,7 +116,8 @@ class CompressedTensors(Target):
         """
         model = self.stored(model)
         settings = build_compressed_config(model)
-        config = {**hf_config.build_transformers_dict(model), "quantization_config": settings}
+        config = add_older_spellings(hf_config.build_transformers_dict(model))
+        config["quantization_config"] = settings
         written = {"config.json": write_json(folder / "config.json", config)}
         return written | write_checkpoint(folder, _plan(model))
 

@@ -19,6 +19,7 @@ from moe2edge.errors import Unsupported, VerificationFailed
 from moe2edge.model import hf_config
 from moe2edge.model.block import is_low_rank, is_quantizable
 from moe2edge.model.model import Model
+from moe2edge.model.older_spellings import add_older_spellings
 from moe2edge.model.stored_layout import list_stored_integers
 from moe2edge.numerics.scheme import Scheme
 from moe2edge.pipeline.target import Loader, Target
@@ -125,7 +126,8 @@ class Gptq(Target):
         """
         model = self.stored(model)
         settings = build_quantization_config(model)
-        config = {**hf_config.build_transformers_dict(model), "quantization_config": settings}
+        config = add_older_spellings(hf_config.build_transformers_dict(model))
+        config["quantization_config"] = settings
         configs = {"config.json": config, SETTINGS_FILE: settings}
         written = {name: write_json(folder / name, data) for name, data in configs.items()}
         return written | write_checkpoint(folder, _plan(model))

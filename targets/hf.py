@@ -15,6 +15,7 @@ from moe2edge.errors import Unsupported
 from moe2edge.model import hf_config
 from moe2edge.model.edits import change_weights
 from moe2edge.model.model import Model
+from moe2edge.model.older_spellings import add_older_spellings
 from moe2edge.model.stored_layout import list_stored
 from moe2edge.model.weights import DTYPES, dequantize_weight
 from moe2edge.pipeline.target import Loader, Target
@@ -107,7 +108,7 @@ class Hf(Target):
             Unsupported: the layout cannot hold the model.
         """
         model = self.stored(model)
-        config = hf_config.build_transformers_dict(model)
+        config = add_older_spellings(hf_config.build_transformers_dict(model))
         written = {"config.json": write_json(folder / "config.json", config)}
         return written | write_checkpoint(folder, _plan(model))
 

@@ -13,6 +13,7 @@ from moe2edge.model.edits import remove_skipping, sort_rows
 from moe2edge.model.hf_config import build_config
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model
+from moe2edge.model.older_spellings import add_older_spellings
 from moe2edge.numerics.scheme import LOW_RANK, WHOLE_ROW, Scheme
 from moe2edge.pipeline.target import Loader, Target
 from moe2edge.runtime.memory import Estimate
@@ -123,7 +124,7 @@ class Onnx(Target):
         return {
             DATA_FILE: data,
             GRAPH_FILE: write_bytes(folder / GRAPH_FILE, content),
-            "config.json": write_json(folder / "config.json", config),
+            "config.json": write_json(folder / "config.json", add_older_spellings(config)),
             GENAI_CONFIG: write_json(folder / GENAI_CONFIG, genai),
         }
 

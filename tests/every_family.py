@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -95,17 +96,19 @@ GENERIC = (
 )  # fmt: skip
 
 
-def spread_families(fast: tuple[str, ...], share: int) -> list[Any]:
+def spread_families(
+    fast: tuple[str, ...], share: int, families: Sequence[str] = GENERIC
+) -> list[Any]:
     """Return families as parameters of tests that take a while.
 
-    Those of ``fast`` are always run, and a third of all others, by ``share`` (0, 1, 2), where tests
+    Those of ``fast`` are always run, and a sixth of all others, by ``share`` (0 to 5), where tests
     are not only the quick ones. The rest is run by ``--all-cells``.
     """
     return [
         family
         if family in fast
-        else pytest.param(family, marks=[pytest.mark.slow] + [pytest.mark.rest] * (n % 3 != share))
-        for n, family in enumerate(GENERIC)
+        else pytest.param(family, marks=[pytest.mark.slow] + [pytest.mark.rest] * (n % 6 != share))
+        for n, family in enumerate(families)
     ]
 
 

@@ -12,7 +12,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import moe2edge
-from every_family import GENERIC, KEPT, keep_six, make_folder, make_model, run_stock, walk_over
+from every_family import (
+    KEPT,
+    keep_six,
+    make_folder,
+    make_model,
+    run_stock,
+    spread_families,
+    walk_over,
+)
 from helpers import run
 from moe2edge.errors import Unsupported
 from moe2edge.evaluation import verify
@@ -37,9 +45,7 @@ FAST = (
     "aria_text", "deepseek_v3", "gpt_oss", "granitemoe", "minimax_m2", "nemotron_h",
     "qwen3_5_moe_text", "qwen3_next",
 )  # fmt: skip
-MARKED = [
-    family if family in FAST else pytest.param(family, marks=pytest.mark.slow) for family in GENERIC
-]
+MARKED = spread_families(FAST, 3)
 # Matrices that 4 bits do not fill words of.
 RULES: dict[str, list[dict[str, Any]]] = {"granitemoehybrid": [{"match": "in_proj", "bits": 8}]}
 

@@ -8,7 +8,10 @@ import re
 import pytest
 
 from moe2edge.evaluation import routing_view
+from moe2edge.evaluation.cache_simulation import CacheSimulation
 from moe2edge.evaluation.routing_report import REPORTED_CRITERIA, ExpertUse, LayerUse, RoutingReport
+
+NO_CACHE = CacheSimulation(0, 0.0, ())
 
 
 def report(*loads: list[int], top_k: int = 2) -> RoutingReport:
@@ -28,7 +31,9 @@ def report(*loads: list[int], top_k: int = 2) -> RoutingReport:
             for n, t in enumerate(tokens)
         )
         layers.append(LayerUse(block, block, top_k, sum(tokens) // top_k, experts))
-    return RoutingReport("some/model", "Family", None, {"text": "some.txt"}, tuple(layers))
+    return RoutingReport(
+        "some/model", "Family", None, {"text": "some.txt"}, tuple(layers), NO_CACHE
+    )
 
 
 def test_heat_map_compares_with_an_even_share() -> None:
@@ -119,5 +124,7 @@ def test_pictures_have_no_date_and_no_chance(suffix: str, magic: bytes) -> None:
 
 
 def test_names_are_drawn_as_they_are() -> None:
-    made = RoutingReport("a/$x_1$^\u6f22", "F", None, {"text": "b$" * 40}, report([3, 1]).layers)
+    made = RoutingReport(
+        "a/$x_1$^\u6f22", "F", None, {"text": "b$" * 40}, report([3, 1]).layers, NO_CACHE
+    )
     assert routing_view.draw_picture(made, "mone", ".png").startswith(b"\x89PNG")

@@ -202,7 +202,7 @@ def test_refusals(tiny: Make, tmp_path: Path) -> None:
     other = quantize(open_checkpoint(str(tmp_path / "gpt_oss")).model, Scheme(4, 16))
     with pytest.raises(
         Unsupported,
-        match="target compressed-tensors does not support gpt_oss yet; targets gptq and hf",
+        match="target compressed-tensors does not support gpt_oss yet; targets gptq, hf and mlx",
     ):
         fit_for_targets(other, [TARGET], materialize=False)
     for_us = make_target("compressed-tensors", {"layout": "natural"})

@@ -75,8 +75,10 @@ def test_a_missing_trait_is_exit_code_6_before_any_work(tmp_path: Path) -> None:
     make_folder(source, "nemotron_h")
     make_tokenizer(source)
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("passes:\n  - layer_drop: {drop: 1}\n")
+    recipe.write_text("passes:\n  - expert_replace: {with: base, budget: 0.8}\n")
     found = run("export", source, "-t", "hf", "-o", tmp_path / "out", "-r", recipe)
     assert found.exit_code == 6, found.output
-    assert "layer_drop does not work on nemotron_h: it needs a family of the table" in found.output
+    assert (
+        "expert_replace does not work on nemotron_h: it needs experts with a gate" in found.output
+    )
     assert not (tmp_path / "out").exists()

@@ -21,6 +21,7 @@ WRONG = "wrong"
 DROP, BLOCK = "expert_drop: {keep: 4}", "block_drop: {drop: 1}"
 SEARCH, BUDGET = "expert_search: {keep: 4}", "expert_budget: {keep: 6}"
 MERGE, SKIP = "expert_merge: {method: ream, keep: 4}", "expert_skip: {quantile: 0.5}"
+LAYER, REPLACE = "layer_drop: {drop: 1}", "expert_replace: {with: linear, keep: 4, rank: 4}"
 SPARSE, AWQ = "sparsify: {min_tokens: 8}", "awq: {bits: 4, group_size: -1, steps: 4, min_tokens: 8}"
 RECOVER = "recover: {steps: 2, batch: 2, held_out: 2, eval_every: 1, learning_rate: 0.001}"
 GPTQ, RTN = "gptq: {bits: 4, group_size: -1}", "rtn: {bits: 4, group_size: -1}"
@@ -70,6 +71,9 @@ CELLS = (
     Cell("`awq` → `gptq`", (AWQ,), "gptq"),
     Cell("`awq` → `hf`", (AWQ,), "hf:dequantize=true"),
     Cell("`expert_drop`, `recover` → `hf`", (DROP, RECOVER), "hf"),
+    Cell("`layer_drop` → `hf`", (LAYER,), "hf:layout=natural"),
+    Cell("`layer_drop`, `rtn` → `gptq`", (LAYER, RTN), "gptq"),
+    Cell("`expert_replace` → `hf`", (REPLACE,), "hf:layout=natural"),
     Cell("from GPTQ: `expert_drop` → `gptq`", (DROP,), "gptq", form="gptq"),
     Cell("from AWQ: `expert_drop` → `gptq`", (DROP,), "gptq", form="awq"),
     Cell("from W4A16: `expert_drop` → `gptq`", (DROP,), "gptq", form="compressed-tensors"),

@@ -54,6 +54,8 @@ class BlockTrace:
             expert, [n, hidden].
         rerun: function from other hidden states [batch, length, hidden] and their positions
             [length] to the trace of the block on them.
+        run_bare: function that returns the output that the block would have without its MoE layer
+            and the norms that belong to it, [batch, length, hidden].
         router: function that returns the router, as transformers runs it among any of its rows;
             None: its rule is that of the table of families.
     """
@@ -69,6 +71,7 @@ class BlockTrace:
     expert_hidden: Callable[[int, Tensor], Tensor]
     expert_output: Callable[[int, Tensor], Tensor]
     rerun: Callable[[Tensor, Tensor], BlockTrace]
+    run_bare: Callable[[], Tensor]
     router: Callable[[], StockRouter] | None
 
 

@@ -158,7 +158,7 @@ class LayerSimilarityObserver(Resumable):
         if trace.routing is None:
             return
         key = (trace.block.origin,)
-        self._with.add(key, trace.attended, trace.outputs)
+        self._with.add(key, trace.run_bare(), trace.outputs)
         self._without.add(key, trace.mlp_inputs, trace.mlp_outputs)
 
     def save(self, block: Block) -> Any:

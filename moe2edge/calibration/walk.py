@@ -10,6 +10,7 @@ that runtimes are compared with.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -24,6 +25,7 @@ from moe2edge.calibration.observation import (
 )
 from moe2edge.calibration.walk_keeper import make_keeper
 from moe2edge.model.block import Block, is_quantizable
+from moe2edge.model.body import find_body, give_nothing
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import EMBEDDING, FINAL_NORM, HEAD, Model
 from moe2edge.model.stock_router import StockRouter
@@ -54,7 +56,8 @@ class BlockRunner:
 
     def __init__(self, model: Model, block: Block) -> None:
         self.block = block
-        self._anatomy = model.architecture.anatomy[block.origin]
+        self._architecture = model.architecture
+        self._anatomy = self._architecture.anatomy[block.origin]
         self._generic = model.family.generic
         self._stage = LayerStage(model, block)
         self._layer = self._stage.layer
@@ -107,11 +110,12 @@ class BlockRunner:
                 handle.remove()
         if recorded.get("mlp_inputs") is None:  # a layer without a part after attention
             recorded |= {"mlp_inputs": hidden, "mlp_outputs": outputs}
+        attended = recorded.get("attended", hidden)
         return BlockTrace(
             self.block,
             hidden,
             outputs,
-            recorded.get("attended", hidden),
+            attended,
             recorded["mlp_inputs"],
             recorded["mlp_outputs"],
             recorded.get("routing"),
@@ -119,8 +123,22 @@ class BlockRunner:
             self._expert_hidden,
             self._expert_output,
             self.watch,
+            partial(self._run_bare, hidden, positions) if self._generic else lambda: attended,
             self.make_router if self._generic else None,
         )
+
+    def _run_bare(self, hidden: Tensor, positions: Tensor | None) -> Tensor:
+        """Return the output of the block if what goes with its experts gave zeros."""
+        body = find_body(self._architecture, self.block.origin)
+        assert body is not None, "experts cannot go by themselves"
+        modules = {self._layer.get_submodule(name): n for name, n in body.modules.items()}
+        for module, count in modules.items():
+            module.forward = partial(give_nothing, count)
+        try:
+            return self.run(hidden, positions)
+        finally:
+            for module in modules:
+                del module.forward
 
     def _watch_router(self, recorded: dict[str, Any]) -> list[Any]:
         """Record what the router chose, as the experts get it, and its logits."""

@@ -82,7 +82,8 @@ def inspect_command(
     Reads config.json and file headers only, of any model that transformers knows, and says which
     passes and targets work on it, or why none does. With --routing, runs a text through the model,
     and shows for each MoE layer and expert: tokens, gate weights and the scores of every criterion
-    of expert_drop.
+    of expert_drop; and for caches of experts, by size, the part of uses that they serve and the
+    bytes that a token has to read, which says whether a model larger than memory is usable.
     """
     from moe2edge.commands.private_paths import PrivatePaths
     from moe2edge.storage.manifest import is_artifact
@@ -205,9 +206,9 @@ def _measure_routing(
     )
     text = tokens.provenance | {"seed": source.seed}
     origins = None if target is None else _read_origins(checkpoint.folder, len(model.blocks))
-    layers = routing_report.measure_routing(model, tokens.ids, reporter.advance, origins)
+    found = routing_report.measure_routing(model, tokens.ids, reporter.advance, origins)
     family = model.family.architecture
-    return routing_report.RoutingReport(checkpoint.source, family, target, text, layers)
+    return routing_report.RoutingReport(checkpoint.source, family, target, text, *found)
 
 
 def _read_origins(folder: Path, blocks: int) -> list[int]:
@@ -247,6 +248,7 @@ def _show_routing(
         width = shutil.get_terminal_size((150, 24)).columns if sys.stdout.isatty() else 150
         for line in routing_view.draw_heat_map(report, width, sys.stdout.encoding or "ascii"):
             show(line)
+        print_table(routing_view.build_cache_table(report.expert_cache))
         if output is not None:
             show(f"written: {output}")
     for warning in report.warnings:

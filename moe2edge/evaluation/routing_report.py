@@ -11,6 +11,17 @@ document::
     target            target that wrote the folder; null if moe2edge did not write it
     text              text, samples, length, seed and sha256 of its tokens (and more for a mix)
     tokens            tokens that each layer processed
+    expert_cache      a cache of experts, simulated on the text, one token after the other; each
+                      layer has one of its own, and experts are read as they are stored:
+      bytes                 of all experts
+      bytes_per_token       of those that a token uses, on average
+      caches                one entry per size, but the one that holds all experts:
+        part, experts, bytes  part of each layer's experts that are held (at least its top-k), their
+                              numbers by layer, and bytes in total
+        lru_hit_rate          part of the uses whose expert is held, if those used last are
+        lru_bytes_per_token   bytes of experts that a token has to read, on average
+        fixed_hit_rate        the same, if the experts held never change: those most used in one
+        fixed_bytes_per_token half of the text, tried on the other, and the other way round
     criteria          names of the scores below; for each, the lowest score is dropped first
     layers            one entry per MoE layer, in order:
       block, origin         index of its block in this model, and in the source of an output
@@ -42,6 +53,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from moe2edge.calibration import criteria
 from moe2edge.calibration.observation import Facts
 from moe2edge.errors import InputError
+from moe2edge.evaluation.cache_simulation import CacheSimulation, UseObserver, simulate_caches
 from moe2edge.model.block import Block
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model
@@ -165,6 +177,7 @@ class RoutingReport:
         target: target that wrote the folder; None for any other model.
         text: origin of the text, as in the document.
         layers: one entry per MoE layer, in order.
+        expert_cache: caches of experts, simulated on the text.
     """
 
     model: str
@@ -172,6 +185,7 @@ class RoutingReport:
     target: str | None
     text: Mapping[str, Any]
     layers: tuple[LayerUse, ...]
+    expert_cache: CacheSimulation
 
     @property
     def tokens(self) -> int:
@@ -198,6 +212,7 @@ class RoutingReport:
             "target": self.target,
             "text": dict(self.text),
             "tokens": self.tokens,
+            "expert_cache": self.expert_cache.to_json(),
             "criteria": list(REPORTED_CRITERIA),
             "layers": [layer.to_json() for layer in self.layers],
         }
@@ -239,7 +254,7 @@ def estimate_routing(model: Model, samples: int, length: int) -> Estimate:
 
 def measure_routing(
     model: Model, ids: Tensor, advance: Advance, origins: Sequence[int] | None = None
-) -> tuple[LayerUse, ...]:
+) -> tuple[tuple[LayerUse, ...], CacheSimulation]:
     """Run a text through a model once, and report the use of every MoE layer.
 
     Memory: one block in float32 and the hidden states. All weights are read twice: block by block,
@@ -254,8 +269,8 @@ def measure_routing(
     from moe2edge.calibration import walk
     from moe2edge.calibration.router_observers import OutputObserver, RoutingObserver
 
-    routing, outputs = RoutingObserver(), OutputObserver()
-    walk.observe(model, ids, [routing, outputs], advance, "routing")
+    routing, outputs, uses = RoutingObserver(), OutputObserver(), UseObserver()
+    walk.observe(model, ids, [routing, outputs, uses], advance, "routing")
     facts = Facts({RoutingObserver: routing.result(), OutputObserver: outputs.result()})
     layers = []
     for n, (block, layer) in enumerate(model.moe_blocks):
@@ -263,7 +278,7 @@ def measure_routing(
         origin = block.origin if origins is None else origins[block.index]
         layers.append(_summarize_layer(block, layer, facts, origin))
     advance("scores of weights", len(layers), len(layers))
-    return tuple(layers)
+    return tuple(layers), simulate_caches(model, uses.result(), ids.numel())
 
 
 def _summarize_layer(block: Block, layer: MoELayer, facts: Facts, origin: int) -> LayerUse:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe2edge.errors import InputError, Unsupported
+from moe2edge.evaluation.cache_simulation import CacheSimulation
 from moe2edge.evaluation.routing_report import ExpertUse, LayerUse, RoutingReport
 from moe2edge.storage.durable import check_writable
 
@@ -22,6 +23,14 @@ LAYER_HEADINGS = (
     "block", "experts", "top-k", "entropy (bits)", "variation", "max / min", "unused",
     "most used", "least used",
 )  # fmt: skip
+CACHE_HEADINGS = (
+    "experts held per layer", "MB held", "LRU hits", "MB read per token", "fixed set hits",
+    "MB read per token",
+)  # fmt: skip
+CACHE_CAPTION = (
+    "decoding token by token, with a cache in each layer; LRU: experts used last; fixed set: "
+    "experts most used in one half of the text, tried on the other"
+)
 # Levels of a heat map in characters, their replacement in ASCII, and an expert without a token.
 BLOCKS, PLAIN, EMPTY = "▁▂▃▄▅▆▇█", "12345678", "."
 # Up to this many experts and layers, a number inside each cell of a picture is legible.
@@ -53,6 +62,33 @@ def build_layer_table(report: RoutingReport, criterion: str) -> Table:
         table.add_column(heading, justify="right")
     for layer in report.layers:
         table.add_row(*_make_cells(layer, criterion))
+    return table
+
+
+def build_cache_table(found: CacheSimulation) -> Table:
+    """Build a table of caches of experts with one row per size."""
+    from rich.table import Table
+    from rich.text import Text
+
+    size, used = found.nbytes / 1e6, found.bytes_per_token / 1e6
+    table = Table(
+        title=Text(f"cache of experts: {size:,.2f} MB in all, a token uses {used:,.2f} MB"),
+        title_justify="left",
+        caption=Text(CACHE_CAPTION),
+        caption_justify="left",
+    )
+    for heading in CACHE_HEADINGS:
+        table.add_column(heading, justify="right")
+    for cache in found.caches:
+        fewest, most = min(cache.experts), max(cache.experts)
+        table.add_row(
+            str(most) if fewest == most else f"{fewest} to {most}",
+            f"{cache.held / 1e6:,.2f}",
+            f"{cache.recent:.1%}",
+            f"{cache.recent_bytes / 1e6:,.2f}",
+            f"{cache.fixed:.1%}",
+            f"{cache.fixed_bytes / 1e6:,.2f}",
+        )
     return table
 
 

@@ -22,12 +22,13 @@ class Block:
         index: position in this model.
         origin: position in the source model.
         attention: its tensors by suffix (``q_proj.weight``, ``q_proj.bias``, ``q_norm.weight``).
-        norms: the two norms by suffix; without an MLP the second is missing, or its output is
-            added to the residual stream in the MLP's place.
+        norms: the norms by suffix; without an MLP those are missing that belong to it, or see
+            ``passes_norm``.
         mlp: the part after attention; None: there is none.
         window: tokens that attention sees at most, None for all.
         others: all other tensors, by role: ``linear.`` and the path in transformers' layer for
             matrices that passes may quantize, ``other.`` and the path for the rest.
+        passes_norm: whether the output of the norm is added in the place of an MLP that is gone.
     """
 
     index: int
@@ -37,6 +38,7 @@ class Block:
     mlp: MoELayer | Dense | UnroutedMLP | None
     window: int | None = None
     others: Mapping[str, Weight] = field(default_factory=dict)
+    passes_norm: bool = False
 
     @property
     def expert_origins(self) -> tuple[int, ...]:
@@ -67,7 +69,7 @@ class Block:
         return replace(self, mlp=only if shared is None else UnroutedMLP(shared, only))
 
     def without_mlp(self, *, keep_norm: bool = False) -> Block:
-        """Return the block without its MLP.
+        """Return the block without its MLP, in families with a row; see `edits.drop_mlp`.
 
         Args:
             keep_norm: add the output of the norm to the residual stream in the MLP's place.
@@ -75,7 +77,7 @@ class Block:
         norms = dict(self.norms)
         if not keep_norm:
             norms.pop(SECOND_NORM, None)
-        return replace(self, norms=norms, mlp=None)
+        return replace(self, norms=norms, mlp=None, passes_norm=keep_norm)
 
     def weights(self) -> Iterator[tuple[str, Weight]]:
         """Yield all tensors with their roles: ``experts.3.gate``, ``attention.q_proj.weight``."""
@@ -222,4 +224,4 @@ def get_form(block: Block) -> Form:
         return "dense"
     if isinstance(block.mlp, UnroutedMLP):
         return "shared" if block.mlp.expert is None else "dense+shared"
-    return "norm" if SECOND_NORM in block.norms else "none"
+    return "norm" if block.passes_norm else "none"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from moe2edge.model.block import SECOND_NORM, Block
+from moe2edge.model.block import Block
 from moe2edge.model.experts import Dense, Replacement, RouterRow, Tied
 from moe2edge.model.layers import MoELayer, UnroutedMLP
 from moe2edge.model.weights import Weight
@@ -36,7 +36,7 @@ def describe_block(block: Block) -> str:
     if isinstance(block.mlp, MoELayer | UnroutedMLP) and block.mlp.shared is not None:
         parts.append(f"shared expert of width {block.mlp.shared.mlp.gate.shape[0]}")
     if block.mlp is None:
-        parts.append("norm only" if SECOND_NORM in block.norms else "no MLP")
+        parts.append("norm only" if block.passes_norm else "no MLP")
     return "; ".join(parts)
 
 

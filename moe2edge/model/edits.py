@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from moe2edge.errors import Unsupported
+from moe2edge.model.block import Block
+from moe2edge.model.body import find_body
 from moe2edge.model.experts import PARTS, Expert, Full, Tied, list_full_rows
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model
@@ -29,10 +32,50 @@ def change_weights(model: Model, change: Callable[[str, Weight], Weight | None])
     return model
 
 
+def drop_mlp(model: Model, block: Block, *, keep_norm: bool = False) -> Block:
+    """Return a block of a model without its MLP or MoE layer, and the norms that belong to it.
+
+    Args:
+        model: the model.
+        block: one of its blocks.
+        keep_norm: add the output of the norm before it to the residual stream in its place.
+
+    Raises:
+        Unsupported: no part of the layer was found that can go.
+    """
+    if not model.family.generic:
+        return block.without_mlp(keep_norm=keep_norm)
+    body = find_body(model.architecture, block.origin)
+    if body is None or (keep_norm and not body.can_pass_norm):
+        what = "norm that only its experts read" if body else "experts that can go by themselves"
+        raise Unsupported(
+            f"block {block.index} of {model.family.model_type} has no {what}; keep its layer"
+        )
+    paths = model.architecture.anatomy[block.origin].roles
+
+    def select(weights: Mapping[str, Weight], kind: str = "") -> dict[str, Weight]:
+        places = {name: paths[f"{kind}{name}".partition(".part")[0]] for name in weights}
+        return {
+            name: weight
+            for name, weight in weights.items()
+            if not body.contains(places[name], keep_norms=keep_norm)
+        }
+
+    return replace(
+        block,
+        mlp=None,
+        norms=select(block.norms, "norms."),
+        attention=select(block.attention, "attention."),
+        others=select(block.others),
+        passes_norm=keep_norm,
+    )
+
+
 def sort_rows(model: Model) -> Model:
     """Return ``model`` with the rows of each router in the order that formats on disk need.
 
-    Rows that run full or tied experts come before replacements. Where each expert is run by one
+    Rows that run full or tied experts come before replacements, but in groups, which are of rows
+    that stand together. Where each expert is run by one
     row as it is, experts stand in the order of their rows. The model computes the same.
     """
     for block, layer in model.moe_blocks:
@@ -44,6 +87,8 @@ def sort_rows(model: Model) -> Model:
 
 def _sort_layer(layer: MoELayer) -> MoELayer:
     order = (*layer.routed, *layer.replaced)
+    if layer.router.groups > 1 and layer.replaced:
+        return layer
     if order != tuple(range(layer.router_rows)):
         rows = tuple(layer.rows[row] for row in order)
         layer = replace(layer, router=layer.router.select(order), rows=rows)

@@ -24,6 +24,7 @@ from moe2edge.model.architecture import (
     make_architecture,
 )
 from moe2edge.model.block import Block, get_form
+from moe2edge.model.edits import drop_mlp
 from moe2edge.model.experts import (
     PARTS,
     Constant,
@@ -32,6 +33,7 @@ from moe2edge.model.experts import (
     Full,
     Linear,
     Replacement,
+    Row,
     Tied,
     list_full_rows,
 )
@@ -113,6 +115,8 @@ def _encode_form(block: Block) -> dict[str, Any]:
             form["skip_below"] = list(layer.router.skip_below)
         if layer.replaced:
             form["substitutes"] = [layer.rows[n].rank for n in layer.replaced]
+            if layer.replaced[0] != len(layer.routed):  # they do not stand behind the others
+                form["places"] = list(layer.replaced)
         if layer.is_tied:
             found = ((bases[n], layer.rows[n].rank) for n in layer.routed)
             form["members"] = [[NO_BASE if base is None else base, rank] for base, rank in found]
@@ -147,9 +151,8 @@ def restore_common_count(
         layers: the settings of layers, in which every layer with experts has their number.
     """
     part, keys = find_text_part(config), family.experts_key
-    counts = [own[keys[0]] for own in layers.values() if type(own.get(keys[0])) is int]
-    most = max(counts, default=0)
-    if most:
+    counts = [own.get(keys[0]) for own in layers.values()]
+    if most := max((count for count in counts if type(count) is int), default=0):
         part |= {key: most for key in keys if type(part.get(key)) is int}
 
 
@@ -181,7 +184,7 @@ def decode_layers(model: Model, overrides: Mapping[str, Mapping[str, Any]], take
 def _read_unrouted(model: Model, block: Block, layer: MoELayer, form: str, take: Take) -> Block:
     """Return a block without a router; an expert that stayed has a plain MLP's names on disk."""
     if form in ("none", "norm"):
-        return block.without_mlp(keep_norm=form == "norm")
+        return drop_mlp(model, block, keep_norm=form == "norm")
     old, plain = layer.experts[0], None
     if form in ("dense", "dense+shared"):
         gate, up, down = (
@@ -212,7 +215,9 @@ def _read_layer(
         routed = count - len(found.replaced)
         bases = [base for base, _ in found.tied] or list(range(routed))
         experts = max(bases, default=-1) + 1
+        places = found.places or list(range(routed, count))
         fits = 1 <= top_k <= count <= len(layer.experts) and len(bases) == routed > 0
+        fits = fits and len(places) == len(found.replaced) and all(n < count for n in places)
         if fits and experts and len(found.skip) in (0, top_k - 1):
             router = _resize_router(layer.router, count)
             router = replace(router, top_k=top_k, skip_below=tuple(found.skip))
@@ -221,11 +226,10 @@ def _read_layer(
                 _read_routed(model, block, n, pair, stored[0], take)
                 for n, pair in enumerate(found.tied)
             ] or list_full_rows(stored)
-            replaced = (
-                _read_replacement(model, block, (n, routed + n), rank, take)
-                for n, rank in enumerate(found.replaced)
-            )
-            return replace(layer, router=router, experts=stored, rows=(*ran, *replaced))
+            rows: list[Row] = list(ran)
+            for n, (place, rank) in enumerate(zip(places, found.replaced, strict=True)):
+                rows.insert(place, _read_replacement(model, block, layer, (n, place), rank, take))
+            return replace(layer, router=router, experts=stored, rows=tuple(rows))
     shown = {**own, **({OWN: form} if form else {})}
     raise Unsupported(
         f"layer {block.index}: per_layer_config {shown} is not supported; supported are fewer "
@@ -254,11 +258,13 @@ class _LayerSettings:
     Attributes:
         skip: thresholds of dynamic skipping.
         replaced: rank of each replacement, 0 for a constant.
+        places: number of the row of each replacement; empty: they stand behind the others.
         tied: stored expert (or `NO_BASE`) and rank of each full or tied expert.
     """
 
     skip: list[float]
     replaced: list[int]
+    places: list[int]
     tied: list[tuple[int, int]]
 
 
@@ -266,17 +272,22 @@ def _parse_settings(own: Any, form: Any, known: tuple[str, ...]) -> _LayerSettin
     """Return the settings of a layer; None where they are not as `encode_layers` writes them."""
     if not set(own) <= set(known) or not all(type(value) is int for value in own.values()):
         return None
-    if not isinstance(form, Mapping) or not set(form) <= {"skip_below", "substitutes", "members"}:
+    known_forms = ("skip_below", "substitutes", "places", "members")
+    if not isinstance(form, Mapping) or not set(form) <= set(known_forms):
         return None
-    skip, ranks, pairs = (form.get(key, []) for key in ("skip_below", "substitutes", "members"))
-    if not all(isinstance(value, list) for value in (skip, ranks, pairs)):
+    given = [form.get(key, []) for key in known_forms]
+    if not all(isinstance(value, list) for value in given):
         return None
+    skip, ranks, places, pairs = given
     sound = (
         all(type(below) is float and below >= 0 for below in skip)
         and all(type(rank) is int and rank >= 0 for rank in ranks)
+        and all(type(place) is int and place >= 0 for place in places)
+        and places == sorted(set(places))
         and all(_is_routed(pair) for pair in pairs)
     )
-    return _LayerSettings(skip, ranks, [(base, rank) for base, rank in pairs]) if sound else None
+    tied = [(base, rank) for base, rank in pairs] if sound else []
+    return _LayerSettings(skip, ranks, places, tied) if sound else None
 
 
 def _is_routed(pair: Any) -> bool:
@@ -306,11 +317,11 @@ def _read_routed(
 
 
 def _read_replacement(
-    model: Model, block: Block, place: tuple[int, int], rank: int, take: Take
+    model: Model, block: Block, layer: MoELayer, place: tuple[int, int], rank: int, take: Take
 ) -> Replacement:
     """Return a replacement by its place among those of the layer, and among all rows."""
     n, origin = place
-    hidden = model.family.geometry(model.config).hidden
+    hidden = layer.hidden
 
     def weight(part: str, *shape: int) -> Weight:
         return take(model.disk_name(block, f"substitutes.{n}.{part}"), shape)

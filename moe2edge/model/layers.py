@@ -111,6 +111,11 @@ class MoELayer:
         return len(self.rows)
 
     @property
+    def hidden(self) -> int:
+        """Width of what experts get and return: the hidden states, or a latent in their place."""
+        return self.experts[0].down.shape[0]
+
+    @property
     def routed(self) -> tuple[int, ...]:
         """Numbers of the rows that run full or tied experts."""
         return tuple(n for n, row in enumerate(self.rows) if isinstance(row, Full | Tied))
@@ -186,17 +191,14 @@ class MoELayer:
         rows = [n for n, base in enumerate(self.bases) if base == expert]
         return torch.isin(ids, torch.tensor(rows, device=ids.device))
 
-    def check_rows(self, hidden: int) -> None:
+    def check_rows(self) -> None:
         """Check that every row fits, and that every expert is run by one.
-
-        Args:
-            hidden: width of the hidden states.
 
         Raises:
             Moe2EdgeError: something does not fit.
         """
         for row in self.rows:
-            row.check(self.experts, hidden)
+            row.check(self.experts, self.hidden)
         if unused := set(range(len(self.experts))) - set(self.bases):
             raise Moe2EdgeError(f"experts {sorted(unused)} have no row of the router")
         if len({row.rank for row in self.rows if isinstance(row, Tied)}) > 1:
@@ -206,7 +208,7 @@ class MoELayer:
         """Return the layer with only the experts ``ids`` (positions in this layer), in that order.
 
         Rows that run other experts go, and what has one entry per row is sliced with the rows.
-        Rows that run no stored expert stay, behind the others.
+        Rows that run no stored expert stay, behind the others; in groups, where they were.
 
         Raises:
             InputError: an id is unknown or repeated, or fewer rows stay than top-k chooses
@@ -214,9 +216,11 @@ class MoELayer:
         """
         if len(set(ids)) != len(ids) or not all(0 <= i < len(self.experts) for i in ids):
             raise InputError(f"cannot keep experts {list(ids)}: the layer has {len(self.experts)}")
-        self._check_groups(ids)
         found = self._rows_by_base()
         kept = tuple(row for base in (*ids, None) for row in found.get(base, ()))
+        self._check_groups(kept)
+        if self.router.groups > 1 and self.replaced:
+            kept = tuple(sorted(kept))
         top_k, count = self.router.top_k, len(kept)
         if count < top_k:
             if not clamp_top_k or not ids:
@@ -233,8 +237,8 @@ class MoELayer:
             rows=tuple(_renumber(self.rows[row], places) for row in kept),
         )
 
-    def _check_groups(self, ids: Sequence[int]) -> None:
-        """Refuse to keep other than the same number of experts of each group, two at least.
+    def _check_groups(self, rows: Sequence[int]) -> None:
+        """Refuse to keep other than the same number of rows of each group, two at least.
 
         Raises:
             InputError: names the numbers.
@@ -242,8 +246,8 @@ class MoELayer:
         if self.router.groups == 1:
             return
         kept = [0] * self.router.groups
-        for n in ids:
-            kept[n * len(kept) // len(self.experts)] += 1
+        for n in rows:
+            kept[n * len(kept) // self.router_rows] += 1
         # A group is scored by its two best experts, so it has two.
         if len(set(kept)) > 1 or kept[0] < FEWEST_IN_GROUP:
             raise InputError(
@@ -255,6 +259,7 @@ class MoELayer:
         """Return the layer with replacements for some experts; the scores of the rows stay.
 
         Rows of new replacements stand behind those of experts, before those of older replacements.
+        In groups each row stays where it is.
 
         Args:
             new: replacements by the position of the expert in this layer.
@@ -274,15 +279,15 @@ class MoELayer:
         gone_rows = [found[n][0] for n in gone]
         kept = [row for row in self.routed if row not in gone_rows]
         places = {expert: place for place, expert in enumerate(stay)}
+        changed = dict(zip(gone_rows, (new[n] for n in gone), strict=True))
+        order = [*kept, *gone_rows, *self.replaced]
+        if self.router.groups > 1:
+            order.sort()
         return replace(
             self,
-            router=self.router.select((*kept, *gone_rows, *self.replaced)),
+            router=self.router.select(tuple(order)),
             experts=tuple(self.experts[n] for n in stay),
-            rows=(
-                *(_renumber(self.rows[row], places) for row in kept),
-                *(new[n] for n in gone),
-                *(self.rows[row] for row in self.replaced),
-            ),
+            rows=tuple(changed.get(n) or _renumber(self.rows[n], places) for n in order),
         )
 
     def _rows_by_base(self) -> dict[int | None, list[int]]:

@@ -228,7 +228,7 @@ def check_shapes(model: Model) -> None:
         mlps: list[Dense] = [block.mlp] if isinstance(block.mlp, Dense) else []
         if isinstance(block.mlp, MoELayer):
             mlps += block.mlp.experts
-            block.mlp.check_rows(geometry.hidden)
+            block.mlp.check_rows()
         if isinstance(block.mlp, UnroutedMLP) and block.mlp.expert is not None:
             mlps.append(block.mlp.expert)
         if isinstance(block.mlp, MoELayer | UnroutedMLP) and block.mlp.shared is not None:

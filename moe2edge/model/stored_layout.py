@@ -67,8 +67,9 @@ def is_carried(model: Model, name: str) -> bool:
     a model that has other ones.
     """
     anatomy = model.architecture.anatomy
+    counts = {block.origin: len(layer.experts) for block, layer in model.moe_blocks}
     whole = len(model.blocks) == len(anatomy) and all(
-        len(layer.experts) == anatomy[block.origin].count for block, layer in model.moe_blocks
+        counts.get(origin, 0) == one.count for origin, one in enumerate(anatomy)
     )
     return whole or not model.names.is_prediction(name)
 

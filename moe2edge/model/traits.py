@@ -11,6 +11,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from moe2edge.model.architecture import Architecture, find_layers
+from moe2edge.model.body import find_body
 
 if TYPE_CHECKING:
     from moe2edge.model.family import Family
@@ -31,6 +32,7 @@ class Trait(Enum):
         UNBIASED: the matrices of experts have no biases.
         ROUTER: experts are scored by a matrix, and chosen by these scores, so that the router can
             be asked what it does when some of them go: see `StockRouter`.
+        APART: without the experts, what a layer adds is known, and which norms go with them.
         SOFTMAX: these scores are products with the input of the layer, of which the router takes
             the softmax and the k best, with no bias and no groups.
     """
@@ -40,6 +42,7 @@ class Trait(Enum):
     SILU = "experts that compute silu(gate) * up"
     UNBIASED = "experts without biases"
     ROUTER = "experts that are chosen by the scores of one matrix"
+    APART = "experts that can go by themselves"
     SOFTMAX = "a router without biases and groups that takes the softmax of its scores"
 
 
@@ -140,6 +143,10 @@ def _chooses_by_scores(architecture: Architecture, index: int) -> bool:
     return whole and bool(kept[ids].all())
 
 
+def _stands_apart(architecture: Architecture, index: int) -> bool:
+    return find_body(architecture, index) is not None
+
+
 def _takes_softmax(architecture: Architecture, index: int) -> bool:
     return _chooses_by_scores(architecture, index) and bool(find_softmax(architecture, index))
 
@@ -167,5 +174,6 @@ _FINDERS: Mapping[Trait, Callable[[Architecture, int], bool]] = {
     Trait.SILU: _computes_silu,
     Trait.UNBIASED: _is_unbiased,
     Trait.ROUTER: _chooses_by_scores,
+    Trait.APART: _stands_apart,
     Trait.SOFTMAX: _takes_softmax,
 }

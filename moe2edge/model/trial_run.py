@@ -57,10 +57,10 @@ def try_config(architecture: Architecture) -> None:
     runs = [0] * len(copies)
     for n, layer in enumerate(copies):
         _count_runs(layer, runs, n)
-    model = _copy_way(architecture.model, path, copies)
+    model = copy_way(architecture.model, path, copies)
     try:
-        with _silence(), torch.no_grad(), FakeTensorMode():
-            _forget_numbers(model)
+        with silence(), torch.no_grad(), FakeTensorMode():
+            forget_numbers(model)
             with _make_meter():
                 model(torch.zeros(1, TRIAL_TOKENS, dtype=torch.int64), use_cache=False)
     except InputError:
@@ -81,7 +81,7 @@ def try_config(architecture: Architecture) -> None:
 
 
 @contextmanager
-def _silence() -> Iterator[None]:
+def silence() -> Iterator[None]:
     """Keep transformers and torch from printing what is raised anyway."""
     log = logging.getLogger("torch._subclasses.fake_tensor")
     before, log.disabled = log.disabled, True
@@ -145,7 +145,7 @@ def _copy_layers(layers: Any) -> Iterator[Any]:
         yield found
 
 
-def _copy_way(module: Any, path: str, layers: list[Any]) -> Any:
+def copy_way(module: Any, path: str, layers: list[Any]) -> Any:
     """Return a copy of a module with other layers at ``path``."""
     from torch import nn
 
@@ -154,12 +154,12 @@ def _copy_way(module: Any, path: str, layers: list[Any]) -> Any:
     found.__dict__["_modules"] = {
         key: None if key == name else copy.deepcopy(child) for key, child in module.named_children()
     }
-    inner = _copy_way(getattr(module, name), rest, layers) if rest else nn.ModuleList(layers)
+    inner = copy_way(getattr(module, name), rest, layers) if rest else nn.ModuleList(layers)
     found._modules[name] = inner
     return found
 
 
-def _forget_numbers(model: Any) -> None:
+def forget_numbers(model: Any) -> None:
     """Put tensors of the current mode in the place of all parameters and buffers."""
     import torch
 

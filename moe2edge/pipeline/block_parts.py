@@ -98,20 +98,14 @@ class BlockParts:
 
     def find_tied(self, rows: Tensor) -> Tensor:
         """Return which of `tied` each chosen row of the router runs, int64; -1 for none."""
-        found: Tensor = self._mlp.experts.tied_of.on(rows.device)[rows]
+        found: Tensor = self._mlp.experts.find_tied(rows)
         return found
 
     @torch.no_grad()
     def compute_unstored(self, inputs: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
         """Return the part [tokens, hidden] of rows that use no stored expert, in a mixed layer."""
-        mixed, shown = self._mlp.experts, inputs.to(self._device)
-        out = torch.zeros_like(shown)
-        ids, weights = ids.to(self._device), weights.to(self._device)
-        if mixed.substitutes is not None:
-            out += mixed.substitutes(shown, ids, weights)
-        if mixed.members is not None:
-            tied = self.find_tied(ids)
-            alone = torch.tensor([base is None for base in (*mixed.members.bases, 0)])
-            tied = tied.masked_fill(~alone.to(tied.device)[tied], -1)
-            out += mixed.members(None, shown, tied, weights)
-        return out
+        experts, shown = self._mlp.experts, inputs.to(self._device)
+        found: Tensor = experts.compute_unstored(
+            shown, ids.to(self._device), weights.to(self._device)
+        )
+        return found

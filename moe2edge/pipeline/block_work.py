@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from moe2edge.numerics.grid import Quantized
+    from moe2edge.runtime.mixed_experts import TiedExperts
 
 # Intermediate activations of an expert that are computed at once; and the most that are kept for a
 # second use, for all experts that are solved together.
@@ -185,6 +186,28 @@ class Mlp(ABC):
     @abstractmethod
     def make_outputs(self, down: Tensor) -> Callable[[Tensor, int], Tensor]:
         """Return how to compute outputs, float32, from what ``down`` gets from some token on."""
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """Factors of the rows that use a stored expert.
+
+    Attributes:
+        experts: tied experts of the layer.
+        which: tied expert of each token of the stored expert, int64 [n]; -1: it has no factors.
+    """
+
+    experts: TiedExperts
+    which: Tensor
+
+    def __call__(self, part: str, at: int, x: Tensor) -> Tensor:
+        """Return what factors add to products of ``part`` for tokens from ``at`` on, float32."""
+        which = self.which[at : at + len(x)].to(x.device)
+        outs = getattr(self.experts, f"{part}_second").shape[1]
+        out = x.new_zeros(len(x), outs, dtype=torch.float32)
+        has = which >= 0
+        out[has] = self.experts.apply_factors(part, which[has], x[has].float())
+        return out
 
 
 class KeptBatches:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from moe2edge.calibration.walk import BATCH_TOKENS, BlockRunner, embed, split_batches
-from moe2edge.model.block import SECOND_NORM, Block
+from moe2edge.model.block import Block
 from moe2edge.model.experts import Dense
 from moe2edge.model.layers import MoELayer, UnroutedMLP
 from moe2edge.model.model import Model
@@ -28,6 +28,7 @@ from moe2edge.pipeline.block_work import (
     BlockWork,
     Inside,
     KeptBatches,
+    LowRank,
     Mlp,
     count_gpu_bytes,
     estimate_mlp_bytes,
@@ -46,7 +47,6 @@ if TYPE_CHECKING:
 
     from moe2edge.numerics.grid import Quantized
     from moe2edge.progress import Advance
-    from moe2edge.runtime.mixed_experts import TiedExperts
 
 # Copies of the hidden states that are alive at once.
 STREAMS = 4
@@ -65,7 +65,7 @@ class _TabledWork(BlockWork):
         self._solve_attention(parts, hidden)
         mlp = self.block.mlp
         if mlp is None:
-            if SECOND_NORM in self.block.norms:
+            if self.block.passes_norm:
                 for part in split_batches(hidden):
                     hidden[part] += parts.normalize(hidden[part]).to(hidden.device)
             return self.numbers
@@ -141,7 +141,7 @@ class _TabledWork(BlockWork):
         for n in range(len(layer.experts)):
             token, place = torch.where(layer.find_uses(n, ids))
             own = weights[token, place]
-            low = _Low(parts.tied, parts.find_tied(ids[token, place])) if parts.tied else None
+            low = LowRank(parts.tied, parts.find_tied(ids[token, place])) if parts.tied else None
             token = token.to(flat.device)
             inputs = _list_routed(parts.normalize, flat, token, own)
             mlps.append(_GatedMlp(f"experts.{n}", token, inputs, everyone, GATED, low))
@@ -153,28 +153,6 @@ class _TabledWork(BlockWork):
 
 
 @dataclass(frozen=True)
-class _Low:
-    """Factors of the rows that use a stored expert.
-
-    Attributes:
-        experts: tied experts of the layer.
-        which: tied expert of each token of the stored expert, int64 [n]; -1: it has no factors.
-    """
-
-    experts: TiedExperts
-    which: Tensor
-
-    def __call__(self, part: str, at: int, x: Tensor) -> Tensor:
-        """Return what factors add to products of ``part`` for tokens from ``at`` on, float32."""
-        which = self.which[at : at + len(x)].to(x.device)
-        outs = getattr(self.experts, f"{part}_second").shape[1]
-        out = x.new_zeros(len(x), outs, dtype=torch.float32)
-        has = which >= 0
-        out[has] = self.experts.apply_factors(part, which[has], x[has].float())
-        return out
-
-
-@dataclass(frozen=True)
 class _GatedMlp(Mlp):
     """An MLP of the form ``down(silu(gate(x)) * up(x))``.
 
@@ -182,7 +160,7 @@ class _GatedMlp(Mlp):
         low: factors of tied experts that use its matrices; None: there are none.
     """
 
-    low: _Low | None = None
+    low: LowRank | None = None
 
     def make_inside(self, matrices: Sequence[Tensor]) -> Inside:
         """Return how to compute ``silu(gate x) * up x``, with factors for routed tokens."""

@@ -167,7 +167,6 @@ class Pass(Options):
         shares_walk: whether passes behind it can join its stage.
         needs: traits that blocks with experts must have; those of a new pass are known for the
             families of the table alone, until it says more.
-        because: why it needs them, for the message that refuses a model; empty: they say it.
     """
 
     name: ClassVar[str]
@@ -178,11 +177,14 @@ class Pass(Options):
     needs_training_text: ClassVar[bool] = False
     shares_walk: ClassVar[bool] = False
     needs: ClassVar[tuple[Trait, ...]] = (Trait.TABLE,)
-    because: ClassVar[str] = ""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.name = cls.__module__.rpartition(".")[2]
+
+    def list_needs(self) -> tuple[Trait, ...]:
+        """List the traits that blocks with experts must have for these options."""
+        return self.needs
 
     @property
     def needs_tokens(self) -> bool:

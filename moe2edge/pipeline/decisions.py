@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from moe2edge.errors import InputError, join_lines
 from moe2edge.model.block import Block, Form, get_form
+from moe2edge.model.edits import drop_mlp
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model
 from moe2edge.storage.output_checks import OutputForm
@@ -230,7 +231,7 @@ def carry_out_decisions(decisions: Decisions, model: Model) -> Model:
         )
     model = model.keep_blocks([places[entry.origin] for entry in kept])
     for entry, block in zip(kept, model.blocks, strict=True):
-        new = _carry_out(entry, block)
+        new = _carry_out(entry, model, block)
         if (found := _describe(new, entry.experts_before)) != entry:
             raise InputError(
                 f"block {entry.origin} is {found.text} and cannot become {entry.text}; put "
@@ -251,12 +252,12 @@ def describe_shape(family: str, before: tuple[int, ...]) -> str:
     return f"{family} with {', '.join(f'{n} blocks of {count} experts' for count, n in runs)}"
 
 
-def _carry_out(entry: BlockDecision, block: Block) -> Block:
+def _carry_out(entry: BlockDecision, model: Model, block: Block) -> Block:
     """Return the block as decided, or as near to that as possible."""
     if entry == _describe(block, entry.experts_before):
         return block
     if entry.mlp in ("none", "norm"):
-        return block.without_mlp(keep_norm=entry.mlp == "norm")
+        return drop_mlp(model, block, keep_norm=entry.mlp == "norm")
     if not isinstance(block.mlp, MoELayer):
         return block
     layer, bases = block.mlp, block.mlp.bases

@@ -28,6 +28,7 @@ from moe2edge.pipeline.block_work import (
     BlockWork,
     Inside,
     KeptBatches,
+    LowRank,
     Mlp,
 )
 from moe2edge.pipeline.blockwise_report import SolverProgress
@@ -40,6 +41,7 @@ from moe2edge.runtime.decoder_blocks import (
 )
 from moe2edge.runtime.layer_stage import LayerStage, share_numbers
 from moe2edge.runtime.memory import Memory
+from moe2edge.runtime.mixed_experts import MixedExperts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -121,7 +123,8 @@ class StagedWork(BlockWork):
                 if buffer is not None and not buffer.is_meta:
                     module._buffers[name] = buffer.to(self.device)
         self._stage.to(self.device)
-        if self._anatomy.experts is not None:
+        if isinstance(self.block.mlp, MoELayer):
+            assert self._anatomy.experts is not None, "a layer has experts that were not found"
             self._experts: Any = self._layer.get_submodule(self._anatomy.experts)
             self._experts.forward = self._known.give
 
@@ -221,20 +224,28 @@ class StagedWork(BlockWork):
             for x, ids, weights in self._take_inputs(self._experts, hidden)
         ]
         inputs, ids, weights = (torch.cat(parts) for parts in zip(*taken, strict=True))
-        outputs = torch.zeros(len(inputs), layer.experts[0].down.shape[0], device=hidden.device)
+        outputs = torch.zeros(len(inputs), layer.hidden, device=hidden.device)
+        mixed = self._experts if isinstance(self._experts, MixedExperts) else None
+        if mixed is not None:
+            for part in torch.split(torch.arange(len(inputs)), BATCH_TOKENS):
+                given = (t[part].to(self.device) for t in (inputs, ids, weights))
+                outputs[part] = mixed.compute_unstored(*given).to(outputs.device)
         mlps = []
 
         def everyone() -> Iterator[tuple[Tensor, None]]:
             return ((x.to(self.device), None) for x in torch.split(inputs, BATCH_TOKENS))
 
         for n, expert in enumerate(layer.experts):
-            token, place = torch.where(ids == n)
+            token, place = torch.where(layer.find_uses(n, ids))
+            low = None
+            if mixed is not None and mixed.members is not None:
+                low = LowRank(mixed.members, mixed.find_tied(ids[token, place]))
             own = self._list_routed(inputs, token, weights[token, place])
             parts = ("gate", "up") if expert.gate.count else ("up",)
             mlps.append(
                 _StagedExpert(
-                    f"experts.{n}", token, own, everyone, parts, expert, self._experts,
-                    self._anatomy.form,
+                    f"experts.{n}", token, own, everyone, parts, expert,
+                    self._experts if mixed is None else mixed.experts, self._anatomy.form, low,
                 )
             )  # fmt: skip
         self.solve_experts(layer, mlps, outputs)
@@ -260,24 +271,34 @@ class _StagedExpert(Mlp):
         expert: its tensors.
         module: the module of the experts, whose activation it has.
         form: of the matrices of the module.
+        low: factors of tied experts that use its matrices; None: there are none.
     """
 
     expert: Expert
     module: Any
     form: ExpertsForm | None
+    low: LowRank | None = None
 
     def make_inside(self, matrices: Sequence[Tensor]) -> Inside:
         """Return how to compute what ``down`` gets, as transformers does."""
         assert self.form is not None, "a layer with experts has none in transformers' class"
-        compute = make_inside(self.expert, self.module, self.form, matrices)
+        form, low = self.form, self.low
+        compute = make_inside(self.expert, self.module, form, matrices)
         dtype = matrices[0].dtype
         step = max(1, CHUNK_NUMBERS // sum(len(matrix) for matrix in matrices))
 
         def inside(inputs: Batches, *, routed: bool) -> Batches:
             def each() -> Iterator[tuple[Tensor, Tensor | None]]:
+                behind = 0
                 for x, weights in inputs():
                     for at in range(0, len(x), step):
-                        y = compute(x[at : at + step].to(dtype))
+                        rows = x[at : at + step].to(dtype)
+                        more = None
+                        if low is not None and routed:
+                            sides = [low(part, behind, rows) for part in ("gate", "up")]
+                            more = arrange_gate_up(torch.cat(sides, dim=1), form)
+                        behind += len(rows)
+                        y = compute(rows, more)
                         yield y, None if weights is None else weights[at : at + step]
 
             return each
@@ -287,13 +308,20 @@ class _StagedExpert(Mlp):
     def make_outputs(self, down: Tensor) -> Callable[[Tensor, int], Tensor]:
         """Return how to compute outputs, float32, from what ``down`` gets from some token on."""
         bias = _load_biases(self.expert, ("down",), down)
-        return lambda x, _: nn.functional.linear(x, down, bias).float()
+
+        def compute(x: Tensor, at: int) -> Tensor:
+            y = nn.functional.linear(x, down, bias).float()
+            return y if self.low is None else y + self.low("down", at, x)
+
+        return compute
 
 
 def make_inside(
     expert: Expert, module: Any, form: ExpertsForm, matrices: Sequence[Tensor]
-) -> Callable[[Tensor], Tensor]:
+) -> Callable[..., Tensor]:
     """Return how to compute what ``down`` of an expert gets from its inputs [n, hidden].
+
+    A second argument is added to their products with gate and up.
 
     Args:
         expert: the expert, for its biases.
@@ -306,8 +334,9 @@ def make_inside(
     bias = None if bias is None else arrange_gate_up(bias[None], form)[0]
     act = module._apply_gate if form.gated else module.act_fn
 
-    def inside(x: Tensor) -> Tensor:
-        y: Tensor = act(nn.functional.linear(x, matrix, bias))
+    def inside(x: Tensor, more: Tensor | None = None) -> Tensor:
+        both = nn.functional.linear(x, matrix, bias)
+        y: Tensor = act(both if more is None else both + more.to(both.dtype))
         return y
 
     return inside

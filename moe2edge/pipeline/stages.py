@@ -8,7 +8,7 @@ from typing import Any
 
 from moe2edge.calibration.observation import ObserverFactory
 from moe2edge.errors import InputError, Moe2EdgeError, Unsupported
-from moe2edge.model.edits import hide_source_integers, restore_source_integers
+from moe2edge.model.edits import drop_mlp, hide_source_integers, restore_source_integers
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model
 from moe2edge.model.traits import find_missing
@@ -57,8 +57,8 @@ def plan_passes(passes: Sequence[Pass], model: Model) -> Plan:
 def _check_routers_stay(step: Pass, before: Model, after: Model) -> None:
     """Refuse to leave a router nothing to choose in layers that only transformers knows.
 
-    One expert that stays would be a plain MLP, and for none there would be nothing: forms that
-    transformers' layers of families without a row do not have.
+    One expert that stays would be a plain MLP, and for none a shared expert would be alone: forms
+    that transformers' layers of families without a row do not have. A layer may be dropped.
 
     Raises:
         InputError: names the block.
@@ -68,7 +68,10 @@ def _check_routers_stay(step: Pass, before: Model, after: Model) -> None:
     found = {block.origin: block for block in after.blocks}
     for block, _ in before.moe_blocks:
         new = found.get(block.origin)
-        if new is not None and not isinstance(new.mlp, MoELayer):
+        if new is None or isinstance(new.mlp, MoELayer):
+            continue
+        dropped = drop_mlp(before, block, keep_norm=new.passes_norm)
+        if new.mlp is not None or new.norms.keys() != dropped.norms.keys():
             raise InputError(
                 f"{step.name} may leave {len(new.expert_origins)} of {len(block.expert_origins)} "
                 f"experts in block {block.index}, and layers of {before.family.model_type} have a "
@@ -84,12 +87,11 @@ def _check_needs(step: Pass, model: Model) -> None:
     """
     source = model.family, model.architecture
     places = [block.origin for block, _ in model.moe_blocks]
-    if (found := find_missing(*source, step.needs, places)) is None:
+    if (found := find_missing(*source, step.list_needs(), places)) is None:
         return
     from moe2edge.pipeline.registry import find_pass, list_passes
 
     trait, where = found
-    where += f" ({step.because})" if step.because else ""
     needs = {name: find_pass(name).needs for name in list_passes()}
     others = [name for name, need in needs.items() if not find_missing(*source, need, places)]
     raise Unsupported(

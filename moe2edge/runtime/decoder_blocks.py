@@ -19,25 +19,52 @@ from moe2edge.errors import InputError
 from moe2edge.model import model as model_
 from moe2edge.model.anatomy import Anatomy, ExpertsForm
 from moe2edge.model.architecture import find_layers
-from moe2edge.model.block import SECOND_NORM, Block
+from moe2edge.model.block import Block
+from moe2edge.model.body import find_body, give_nothing
 from moe2edge.model.experts import PARTS, Dense, Expert, Linear, Replacement, Tied
 from moe2edge.model.layers import MoELayer, UnroutedMLP
 from moe2edge.model.model import Model
 from moe2edge.model.traits import scales_to_one_sum
 from moe2edge.model.weights import Weight
 from moe2edge.numerics.skipping import apply_skipping, skip_in_any_order
-from moe2edge.runtime.mixed_experts import MixedExperts
+from moe2edge.runtime.mixed_experts import MixedExperts, find_experts_name
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 class Nothing(nn.Module):
-    """In place of an MLP: adds nothing to the residual stream."""
+    """In place of an MLP: adds nothing to the residual stream.
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return zeros like ``x``."""
-        return torch.zeros_like(x)
+    Attributes:
+        count: number of values that it returns.
+    """
+
+    def __init__(self, count: int = 1) -> None:
+        super().__init__()
+        self.count = count
+
+    def forward(self, x: Tensor, *_: Any, **__: Any) -> Any:
+        """Return zeros like ``x``, and nothing besides."""
+        return give_nothing(self.count, x)
+
+
+class Passing(Nothing):
+    """In place of an MLP: hands on its input."""
+
+    def forward(self, x: Tensor, *_: Any, **__: Any) -> Any:
+        """Return ``x``, and nothing besides."""
+        return x if self.count == 1 else (x, *(None,) * (self.count - 1))
+
+
+class NoNorm(nn.Identity):
+    """In place of a norm: hands on its input. Some layers ask for the dtype of the weight."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        dtype = next(norm.parameters()).dtype
+        nothing = torch.empty(0, dtype=dtype, device="cpu")
+        self.register_buffer("weight", nothing, persistent=False)
 
 
 class GatedMLP(nn.Module):
@@ -93,6 +120,12 @@ def fit_layers(layers: nn.ModuleList, model: Model) -> None:
         layers[block.index] = fit_layer(layers[block.index], model, block)
 
 
+def fit_meta_layers(layers: nn.ModuleList, model: Model) -> None:
+    """Give layers without numbers the forms of the blocks, as `fit_layers` does."""
+    with torch.device("meta"):
+        fit_layers(layers, model)
+
+
 def fit_layer(layer: Any, model: Model, block: Block) -> Any:
     """Give a decoder layer the form of its block. Call it under the device "meta"."""
     mlp = block.mlp
@@ -102,7 +135,7 @@ def fit_layer(layer: Any, model: Model, block: Block) -> Any:
         if not anatomy.choices:
             _set_top_k(layer, model.family.top_k_key, mlp.router.top_k)
         if not mlp.is_plain:
-            path = str(model.architecture.anatomy[block.origin].experts)
+            path = str(anatomy.experts)
             layer.set_submodule(path, MixedExperts(layer.get_submodule(path), mlp))
         if mlp.router.skip_below and model.family.generic:
             with torch.device("cpu"):  # where its rule is tried
@@ -113,16 +146,34 @@ def fit_layer(layer: Any, model: Model, block: Block) -> Any:
             experts.skipping = experts.register_forward_pre_hook(hook)
         elif mlp.router.skip_below:
             add_skipping(layer.mlp, mlp.router.skip_below, renormalize=mlp.router.renormalize)
+    elif model.family.generic:
+        if model.architecture.anatomy[block.origin].experts is not None:
+            _take_body_out(layer, model, block)
     elif not _is_as_built(layer, model, block):
-        if isinstance(mlp, Dense):
-            layer.mlp = GatedMLP(mlp)
-        elif isinstance(mlp, UnroutedMLP):
-            layer.mlp = AlwaysOn(mlp)
-        elif SECOND_NORM in block.norms:
-            layer.mlp = nn.Identity()
-        else:
-            layer.post_attention_layernorm, layer.mlp = nn.Identity(), Nothing()
+        _fit_unrouted(layer, block)
     return layer
+
+
+def _fit_unrouted(layer: Any, block: Block) -> None:
+    """Give a layer of a family with a row the form of a block without experts."""
+    if isinstance(block.mlp, Dense):
+        layer.mlp = GatedMLP(block.mlp)
+    elif isinstance(block.mlp, UnroutedMLP):
+        layer.mlp = AlwaysOn(block.mlp)
+    elif block.passes_norm:
+        layer.mlp = nn.Identity()
+    else:
+        layer.post_attention_layernorm, layer.mlp = nn.Identity(), Nothing()
+
+
+def _take_body_out(layer: Any, model: Model, block: Block) -> None:
+    """Take out of a layer what goes with its experts."""
+    body = find_body(model.architecture, block.origin)
+    assert body is not None, "a block lost its experts, which cannot go by themselves"
+    for name, count in body.modules.items():
+        setattr(layer, name, Passing(count) if block.passes_norm else Nothing(count))
+    for name in () if block.passes_norm else (*body.before, *body.behind):
+        setattr(layer, name, NoNorm(layer.get_submodule(name)))
 
 
 def _is_as_built(layer: Any, model: Model, block: Block) -> bool:
@@ -131,7 +182,7 @@ def _is_as_built(layer: Any, model: Model, block: Block) -> bool:
     It may be the layer of another config than the model's: a source has experts where an output
     has a plain MLP.
     """
-    if model.family.generic or not isinstance(block.mlp, Dense):
+    if not isinstance(block.mlp, Dense):
         return model_.is_stock_form(model, block)
     gate = getattr(layer.mlp, "gate_proj", None)
     return gate is not None and bool(gate.out_features == block.mlp.gate.shape[0])
@@ -246,14 +297,14 @@ def load_block_state(
     if isinstance(block.mlp, MoELayer) and wanted("experts.0.gate"):
         assert anatomy.form is not None, "a layer with experts has none in transformers' class"
         fused = _fuse_experts(block.mlp.experts, anatomy.form)
-        at = anatomy.experts if block.mlp.is_plain else f"{anatomy.experts}.experts"
+        at = find_experts_name(block.mlp, str(anatomy.experts))
         state |= {f"{at}.{name}": numbers for name, numbers in fused.items()}
     if isinstance(block.mlp, MoELayer) and block.mlp.replaced and wanted("substitutes.0"):
         fused = _fuse_replacements(block.mlp)
-        state |= {f"mlp.experts.substitutes.{name}": t for name, t in fused.items()}
+        state |= {f"{anatomy.experts}.substitutes.{name}": t for name, t in fused.items()}
     if isinstance(block.mlp, MoELayer) and wanted("members.0"):
         fused = _fuse_factors(block.mlp)
-        state |= {f"mlp.experts.members.{name}": t for name, t in fused.items()}
+        state |= {f"{anatomy.experts}.members.{name}": t for name, t in fused.items()}
     return state
 
 
@@ -328,7 +379,7 @@ def _fuse_replacements(layer: MoELayer) -> dict[str, Tensor]:
     """Return the parameters of `Replacements`."""
     found = [row for row in layer.rows if isinstance(row, Replacement)]
     linear = [row for row in found if isinstance(row, Linear)]
-    nothing = torch.empty(0, layer.router.weight.shape[1])
+    nothing = torch.empty(0, layer.hidden)
     return {
         "constants": torch.stack([load_finite(row.constant) for row in found]),
         "first": torch.cat([nothing, *(load_finite(row.first) for row in linear)]),

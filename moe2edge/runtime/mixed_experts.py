@@ -56,7 +56,7 @@ class Replacements(nn.Module):
         places = {row: n for n, row in enumerate(layer.replaced, 1)}
         columns = [places.get(row, 0) for row in range(layer.router_rows)]
         self.ranks, self.columns = Table(ranks), Table((*columns, len(ranks) + 1))
-        hidden, width = layer.router.weight.shape[1], sum(ranks)
+        hidden, width = layer.hidden, sum(ranks)
         self.constants = nn.Parameter(torch.empty(len(ranks), hidden), requires_grad=False)
         self.first = nn.Parameter(torch.empty(width, hidden), requires_grad=False)
         self.second = nn.Parameter(torch.empty(hidden, width), requires_grad=False)
@@ -167,11 +167,10 @@ class TiedExperts(nn.Module):
         gate, up = self.apply_factors("gate", which, x), self.apply_factors("up", which, x)
         both = torch.cat([gate, up], dim=1)
         if (base := self.bases[which]) is not None:
-            both = both + _multiply(experts, "gate_up", base, x)
+            both = both + _arrange(experts, _multiply(experts, "gate_up", base, x))
         if self._originals is not None and self.original_share:
             both = torch.lerp(both, x @ self._originals[0][which].T, self.original_share)
-        gate, up = both.chunk(2, dim=1)
-        return nn.functional.silu(gate) * up
+        return _activate(experts, both)
 
     def forward(self, experts: Any, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """Return their part in the output of the layer, [tokens, hidden].
@@ -254,6 +253,28 @@ class MixedExperts(nn.Module):
             out = out + added.to(out.dtype)
         return out
 
+    def find_tied(self, rows: Tensor) -> Tensor:
+        """Return which tied expert each chosen row of the router runs, int64; -1 for none."""
+        return self.tied_of.on(rows.device)[rows]
+
+    def compute_unstored(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """Return the part [tokens, hidden] of rows that use no stored expert.
+
+        Args:
+            x: inputs of the layer, [tokens, hidden].
+            ids: the chosen rows of the router, int64 [tokens, k].
+            weights: gate weights of the outputs, [tokens, k].
+        """
+        out = torch.zeros_like(x)
+        if self.substitutes is not None:
+            out += self.substitutes(x, ids, weights)
+        if self.members is not None:
+            tied = self.find_tied(ids)
+            alone = torch.tensor([base is None for base in (*self.members.bases, 0)])
+            tied = tied.masked_fill(~alone.to(tied.device)[tied], -1)
+            out += self.members(self.experts, x, tied, weights)
+        return out
+
     def compute_intermediate(self, row: int, x: Tensor) -> Tensor:
         """Return the input [n, width] of ``down`` of the expert that a row runs."""
         if self.members is not None and (which := self.tied_of[row]) >= 0:
@@ -282,12 +303,25 @@ def _compute_intermediate(experts: Any, n: int, x: Tensor) -> Tensor:
     if is_experts(experts) and not experts.has_gate:
         inside: Tensor = experts.act_fn(_multiply(experts, "up", n, x))
         return inside
-    both = _multiply(experts, "gate_up", n, x)
-    if is_experts(experts):  # transformers' own function between the matrices
-        out: Tensor = experts._apply_gate(both)
-        return out
+    return _activate(experts, _arrange(experts, _multiply(experts, "gate_up", n, x)))
+
+
+def _arrange(experts: Any, both: Tensor) -> Tensor:
+    """Return the products of gate before those of up, [n, 2 width], of a module's own order."""
+    if is_experts(experts) and not experts.is_concatenated:
+        return torch.cat([both[:, 0::2], both[:, 1::2]], dim=1)
+    return both
+
+
+def _activate(experts: Any, both: Tensor) -> Tensor:
+    """Return what ``down`` gets from the products of gate before those of up, [n, 2 width]."""
     gate, up = both.chunk(2, dim=-1)
-    return nn.functional.silu(gate) * up
+    if not is_experts(experts):
+        return nn.functional.silu(gate) * up
+    if not experts.is_concatenated:
+        both = torch.stack([gate, up], dim=2).flatten(1)
+    out: Tensor = experts._apply_gate(both)  # transformers' own function between the matrices
+    return out
 
 
 def _compute_output(experts: Any, n: int, x: Tensor) -> Tensor:
@@ -314,6 +348,11 @@ def compute_expert_output(experts: Any, row: int, x: Tensor) -> Tensor:
     return _compute_output(experts, row, x)
 
 
-def find_experts_name(layer: MoELayer) -> str:
-    """Return the name in a decoder layer of the module with the matrices of the experts."""
-    return "mlp.experts" if layer.is_plain else "mlp.experts.experts"
+def find_experts_name(layer: MoELayer, at: str = "mlp.experts") -> str:
+    """Return the name in a decoder layer of the module with the matrices of the experts.
+
+    Args:
+        layer: the layer with experts.
+        at: the name that transformers gives it.
+    """
+    return at if layer.is_plain else f"{at}.experts"

@@ -38,6 +38,8 @@ from moe2edge.storage.text_files import (
 CHAT_TEMPLATE = "chat_template.jinja"
 # Processors read it; tokenizers do not.
 OLD_TEMPLATE = "chat_template.json"
+# Two names of one class; transformers 5 writes the first, and release 4 does not know it.
+NEW_CLASS, OLD_CLASS = "TokenizersBackend", "PreTrainedTokenizerFast"
 # Other files than vocabularies, in bytes.
 LARGEST_TEXT = 16 << 20
 MOST_FILES = 100 + len(COMPANIONS)
@@ -135,7 +137,7 @@ def read_companions(checkpoint: Checkpoint) -> Companions:
     if tokenizers.has_tokenizer(folder):
         loaded = tokenizers.load_tokenizer(folder)
         notes += _judge_tokenizer(loaded, folder, vocabulary)
-        found = _settle_templates(found, loaded)
+        found = _settle_class(_settle_templates(found, loaded))
     licenses, reason = _read_license(folder)
     notes += [reason] if reason else []
     return replace(found, license=licenses, notes=(*found.notes, *notes))
@@ -332,6 +334,23 @@ def _settle_templates(found: Companions, loaded: Any) -> Companions:
                 "outputs have only the latter"
             )
     return replace(found, files=tuple(files), notes=(*found.notes, *notes))
+
+
+def _settle_class(found: Companions) -> Companions:
+    """Name a tokenizer's class as releases 4 and 5 of transformers both know it."""
+    config = found.get(tokenizers.CONFIG)
+    if config is None:
+        return found
+    settings = dict(
+        json.loads(config.path.read_bytes() if config.content is None else config.content)
+    )
+    if settings.get("tokenizer_class") != NEW_CLASS:
+        return found
+    text = (
+        json.dumps(settings | {"tokenizer_class": OLD_CLASS}, indent=2, ensure_ascii=False) + "\n"
+    )
+    files = [replace(f, content=text.encode()) if f is config else f for f in found.files]
+    return replace(found, files=tuple(files))
 
 
 def _name_templates(given: Any) -> dict[str, str]:
