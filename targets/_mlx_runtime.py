@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 
 # Tokens of a prompt that run at once.
 PROMPT_PART = 256
+# Class of mlx-lm's cache of keys and values of all tokens, whatever their positions.
+PLAIN_CACHE = "KVCache"
+# Positions up to which angles of rotary embeddings are those of PyTorch to 1e-4 in logits. Both
+# compute them in float32, from frequencies that differ in the last bit.
+MOST_PLACED = 4096
 NOTE = "on this CPU mlx-lm runs in float32; on a Mac it runs in {}"
 
 
@@ -55,13 +60,18 @@ def open_mlx_runtime(folder: Path, *, exact: bool, native: bool = False) -> MlxR
         VerificationFailed: it refuses the folder.
     """
     mx, utils = import_mlx()
+    from mlx_lm.models.cache import make_prompt_cache
+
     try:
         model, config = utils.load_model(folder)
     except Exception as error:  # whatever a library may raise on a folder that was changed
         raise VerificationFailed(
             f"mlx-lm cannot load {folder}: {type(error).__name__}: {join_lines(error, 500)}"
         ) from error
-    runtime = MlxRuntime(model, int(config["vocab_size"]))
+    plain = all(type(one).__name__ == PLAIN_CACHE for one in make_prompt_cache(model))
+    near = int(config.get("max_position_embeddings") or MOST_PLACED + 1) <= MOST_PLACED
+    kind = PlacedMlxRuntime if plain and near else MlxRuntime
+    runtime = kind(model, int(config["vocab_size"]))
     if exact or not (native or mx.metal.is_available()):
         if not exact and runtime.dtype != "float32":
             runtime.note = NOTE.format(runtime.dtype)
@@ -163,3 +173,45 @@ class MlxRuntime:
         mx, _ = import_mlx()
         logits = self._model(mx.array(ids), cache=cache).astype(mx.float32)
         return torch.from_numpy(np.array(logits))
+
+
+class PlacedMlxRuntime(MlxRuntime):
+    """Runs a model whose caches hold keys and values alone, so that tokens may be anywhere."""
+
+    def logits_at(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """Return logits float32 [n, vocabulary] of ids int64 [n] at ascending positions [n].
+
+        One by one, each token sees all before it.
+        """
+        import torch
+        from mlx_lm.models.cache import make_prompt_cache
+
+        self._check(ids.tolist())
+        caches = [PlacedCache() for _ in make_prompt_cache(self._model)]
+        rows = []
+        for token, position in zip(ids.tolist(), positions.tolist(), strict=True):
+            for cache in caches:
+                cache.offset = position
+            rows.append(self._run([[token]], caches)[0, 0])
+        return torch.stack(rows)
+
+
+class PlacedCache:
+    """Keys and values of the tokens so far.
+
+    Attributes:
+        offset: position of the next token.
+    """
+
+    def __init__(self) -> None:
+        self.offset = 0
+        self._held: tuple[Any, Any] | None = None
+
+    def update_and_fetch(self, keys: Any, values: Any) -> tuple[Any, Any]:
+        """Add keys and values [batch, heads, 1, size] of a token, and return all."""
+        mx, _ = import_mlx()
+        if self._held is not None:
+            pairs = zip(self._held, (keys, values), strict=True)
+            keys, values = (mx.concatenate(pair, axis=2) for pair in pairs)
+        self._held = keys, values
+        return keys, values

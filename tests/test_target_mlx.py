@@ -19,6 +19,7 @@ from every_family import make_folder
 from moe2edge.commands.write_target import fit_for_targets
 from moe2edge.errors import Unsupported, VerificationFailed
 from moe2edge.evaluation import verify
+from moe2edge.evaluation.far_end import PlacedRuntime
 from moe2edge.model.edits import change_weights
 from moe2edge.model.model import Model
 from moe2edge.model.weights import plan_weight
@@ -67,6 +68,12 @@ def compare(model: Model, folder: Path) -> None:
     torch.testing.assert_close(
         torch.stack(rows), expected[0, PREFILL - 1 : PREFILL + 4], atol=3e-4, rtol=0
     )
+    if isinstance(runtime, PlacedRuntime):
+        positions = torch.tensor([3, 50, 90, 127])
+        found = runtime.logits_at(IDS[0, :4], positions)
+        placed = stock.logits_at(IDS[0, :4], positions)
+        torch.testing.assert_close(found, placed, atol=3e-4, rtol=0)
+    assert isinstance(runtime, PlacedRuntime) or model.family.generic
 
 
 @pytest.mark.parametrize("family", ["mixtral", "olmoe", "qwen2_moe", "qwen3_moe"])
