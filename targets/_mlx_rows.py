@@ -136,7 +136,7 @@ def accept_settings(model: Model, row: MlxRow) -> None:
     for what in _list_ignored(model, row):
         raise Unsupported(
             f"mlx-lm ignores {what} in {model.family.model_type}, so that target mlx would hold "
-            "another model; export to hf, gptq or compressed-tensors"
+            "another model; export to hf or gptq"
         )
 
 
@@ -179,21 +179,19 @@ def accept_layers(model: Model, row: MlxRow) -> None:
         if not row.dense and not isinstance(block.mlp, MoELayer):
             raise Unsupported(
                 f"block {block.index} has a dense MLP, which mlx-lm does not know in {name}; "
-                "export to hf, gptq or compressed-tensors"
+                "export to hf or gptq"
             )
     biased = any(_has_bias(block) for block in model.blocks)
     if not model.family.generic and biased != (name == "qwen2_moe") and name != "olmoe":
         has = "a bias" if biased else "no bias"
         raise Unsupported(
-            f"attention has {has}, which mlx-lm does not know in {name}; export to hf, gptq or "
-            "compressed-tensors"
+            f"attention has {has}, which mlx-lm does not know in {name}; export to hf or gptq"
         )
     tied = bool(model.config.get("tie_word_embeddings"))
     if row.tied not in (None, tied):
         how = "the embedding is" if tied else "the embedding is not"
         raise Unsupported(
-            f"{how} the head, which mlx-lm does not know in {name}; export to hf, gptq or "
-            "compressed-tensors"
+            f"{how} the head, which mlx-lm does not know in {name}; export to hf or gptq"
         )
 
 

@@ -13,7 +13,7 @@ from moe2edge.model.edits import sort_rows
 from moe2edge.model.family import Family
 from moe2edge.model.model import Model
 from moe2edge.model.weights import DTYPES, Weight
-from moe2edge.numerics.scheme import GROUP_SIZES, Scheme
+from moe2edge.numerics.scheme import GROUP_SIZES, WHOLE_ROW, Scheme
 from moe2edge.pipeline.target import Loader, Target
 from moe2edge.runtime.memory import Estimate
 from moe2edge.runtime.protocol import Runtime
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from moe2edge.numerics.grid import Quantized
-
-OTHERS = "export to gptq, compressed-tensors or onnx"
 
 
 @dataclass(frozen=True)
@@ -86,8 +84,7 @@ class Mlx(Target):
             if not single and experts.setdefault(place.module, weight.scheme) != weight.scheme:
                 raise Unsupported(
                     f"{place.module} would hold experts of several schemes, such as "
-                    f"{weight.scheme}; give the experts of a layer one scheme, or export to gptq "
-                    "or compressed-tensors:layout=natural"
+                    f"{weight.scheme}; give the experts of a layer one scheme, or export to gptq"
                 )
             if weight.scheme is not None:
                 _accept(name, role, weight, weight.scheme, dtype)
@@ -188,7 +185,7 @@ def _accept(name: str, role: str, weight: Weight, scheme: Scheme, dtype: str) ->
     """
     if not is_quantizable(role):
         raise Unsupported(
-            f"target mlx keeps {name} in the source's precision, but it is {scheme}; {OTHERS}"
+            f"target mlx keeps {name} in the source's precision, but it is {scheme}; export to gptq"
         )
     if not scheme.symmetric or scheme.ordered:
         why = "MLX would round their zero points" if not scheme.symmetric else "MLX has no order"
@@ -198,9 +195,10 @@ def _accept(name: str, role: str, weight: Weight, scheme: Scheme, dtype: str) ->
         )
     sizes = sorted(GROUP_SIZES)
     if scheme.group_size not in sizes:
+        other = "gptq" if scheme.group_size == WHOLE_ROW else "hf:dequantize=true"
         raise Unsupported(
             f"{name} is {scheme}; target mlx takes groups of {', '.join(map(str, sizes))}; choose "
-            f"one of these that divides its {weight.shape[1]} inputs, or {OTHERS}"
+            f"one of these that divides its {weight.shape[1]} inputs, or export to {other}"
         )
     if weight.shape[1] % scheme.group_size:
         raise Unsupported(
@@ -210,6 +208,5 @@ def _accept(name: str, role: str, weight: Weight, scheme: Scheme, dtype: str) ->
     if weight.kept and weight.scale_dtype not in ("", dtype) and dtype != "F32":
         raise Unsupported(
             f"{name} has scales of {weight.scale_dtype} in the source, and the model is {dtype}, "
-            "but an MLX folder has one dtype; quantize it anew in the recipe, or export to gptq "
-            "or compressed-tensors"
+            "but an MLX folder has one dtype; quantize it anew in the recipe, or export to gptq"
         )
