@@ -17,7 +17,7 @@ from moe2edge.runtime.expert_kernels import takes_grouped_mm
 from moe2edge.targets._compressed_config import READ_BY_TRANSFORMERS, list_experts_schemes
 from moe2edge.targets._gptq_dynamic import build_dynamic
 from moe2edge.targets._module_patterns import find_main_scheme, find_split_fusion
-from moe2edge.targets._tensors import has_dense_blocks
+from moe2edge.targets._tensors import TILE, has_dense_blocks
 
 INSPECTED = "by source inspection"
 # Numbers of bits, and inputs per scale, that the expert kernels of vLLM and SGLang take.
@@ -130,6 +130,10 @@ def _asymmetric(output: Output) -> bool:
 
 def _unserved_group(output: Output) -> bool:
     return any(scheme.group_size not in SERVED_GROUPS for scheme in output.schemes)
+
+
+def _odd_hidden(output: Output) -> bool:
+    return output.stored.embedding.shape[-1] % TILE != 0
 
 
 def _experts_differ(output: Output) -> bool:
@@ -404,7 +408,15 @@ FINDINGS: Mapping[str, tuple[Finding, ...]] = {
             INSPECTED,
             _unserved_group,
         ),
-        *VLLM,
+        *VLLM[:-1],
+        Finding(
+            "vLLM",
+            "0.33",
+            "as read",
+            "on a GPU, in Triton: its faster kernels take hidden sizes that 128 divides",
+            case=_odd_hidden,
+        ),
+        Finding("vLLM", "0.33", "as read", "on a GPU; on a CPU its experts need AMX"),
         Finding(
             "SGLang",
             "",
