@@ -20,7 +20,14 @@ from moe2edge.targets._onnx_graph import (
     are_alike,
 )
 from moe2edge.targets._onnx_mixed import MixedWriter
-from moe2edge.targets._onnx_storage import Source
+from moe2edge.targets._onnx_storage import CACHE_SCALES, Source
+
+# Attributes of an attention operator whose cache is int8.
+INT8_CACHE = {
+    "k_quant_type": "PER_CHANNEL",
+    "v_quant_type": "PER_CHANNEL",
+    "kv_cache_bit_width": 8,
+}
 
 
 @dataclass(frozen=True)
@@ -78,6 +85,7 @@ class BlockWriter:
         geometry: sizes that all blocks share.
         inputs: values that all blocks read.
         accuracy_level: attribute of quantized operators.
+        int8_cache: whether keys and values are cached in int8.
     """
 
     graph: Graph
@@ -86,6 +94,7 @@ class BlockWriter:
     geometry: Geometry
     inputs: BlockInputs
     accuracy_level: int
+    int8_cache: bool = False
 
     @property
     def at(self) -> str:
@@ -137,7 +146,9 @@ class BlockWriter:
         at, index, geometry = f"{self.at}/attn", self.block.index, self.geometry
         cache = [f"past_key_values.{index}.{part}" for part in ("key", "value")]
         present = [f"present.{index}.{part}" for part in ("key", "value")]
-        window = {} if self.block.window is None else {"local_window_size": self.block.window}
+        attributes = dict(INT8_CACHE) if self.int8_cache else {}
+        if self.block.window is not None:
+            attributes["local_window_size"] = self.block.window
         inputs = self.inputs
         y = self.graph.node(
             at,
@@ -149,16 +160,25 @@ class BlockWriter:
                 inputs.total_length,
                 inputs.cos,
                 inputs.sin,
+                *self._cache_scales(),
             ],
             [f"{at}/GroupQueryAttention/output_0", *present],
             num_heads=geometry.heads,
             kv_num_heads=geometry.kv_heads,
             do_rotary=1,
             scale=geometry.head_dim**-0.5,
-            **window,
+            **attributes,
         )
         biases = [roles[r] for r in ("attention.o_proj.bias",) if r in roles]
         return self._linear(f"{at}/o_proj", y, [roles["attention.o_proj.weight"]], biases)
+
+    def _cache_scales(self) -> list[str]:
+        """Add the scales of a cache in int8, ones until text was measured, behind three blanks."""
+        if not self.int8_cache:
+            return []
+        ones = np.ones((1, self.geometry.kv_heads, 1, self.geometry.head_dim), np.float32)
+        names = (CACHE_SCALES.format(index=self.block.index, part=part) for part in ("k", "v"))
+        return ["", "", "", *(self.graph.parameter(name, ones) for name in names)]
 
     def _queries_keys_values(self, roles: Roles, x: str) -> list[str]:
         """Add the inputs of the attention operator: three values, or one packed and two blanks."""

@@ -17,6 +17,8 @@ from moe2edge.errors import VerificationFailed
 from moe2edge.model.family import Family, find_family
 from moe2edge.storage.text_files import read_json
 from moe2edge.storage.tokenizer import read_stop_ids
+from moe2edge.targets._onnx_block import INT8_CACHE
+from moe2edge.targets._onnx_cache import check_cache_scales
 from moe2edge.targets._onnx_decoder import compute_rotary_tables
 from moe2edge.targets._onnx_genai import GENAI_CONFIG, build_genai_config
 from moe2edge.targets._onnx_storage import (
@@ -35,8 +37,12 @@ TABLE_ERROR, ERROR_PER_POSITION = 1e-6, 5e-7
 AGAIN = "export it again"
 
 
-def check_graph(folder: Path) -> None:
+def check_graph(folder: Path, *, int8_cache: bool = False) -> None:
     """Compare rotary tables and attention operators of a graph with ``config.json``.
+
+    Args:
+        folder: holds both.
+        int8_cache: whether attention is to cache keys and values in int8.
 
     Raises:
         VerificationFailed: names the table or the operator.
@@ -54,7 +60,10 @@ def check_graph(folder: Path) -> None:
     expected = compute_rotary_tables(family, config, positions)
     for name, table in zip(ROTARY_TABLES, expected, strict=True):
         _check_table(name, read_values(folder, graph, name), table)
-    _check_attention(graph.graph.node, family, config)
+    _check_attention(graph.graph.node, family, config, int8_cache=int8_cache)
+    if int8_cache:
+        initializers = {tensor.name: tensor for tensor in graph.graph.initializer}
+        check_cache_scales(initializers, config["num_hidden_layers"])
 
 
 def _check_table(name: str, found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -73,7 +82,9 @@ def _check_table(name: str, found: torch.Tensor, expected: torch.Tensor) -> None
         )
 
 
-def _check_attention(nodes: Collection[Any], family: Family, config: Mapping[str, Any]) -> None:
+def _check_attention(
+    nodes: Collection[Any], family: Family, config: Mapping[str, Any], *, int8_cache: bool
+) -> None:
     """Compare the attributes of all attention operators with the config."""
     geometry, count = family.geometry(config), config["num_hidden_layers"]
     found = [node for node in nodes if node.op_type == "GroupQueryAttention"]
@@ -90,14 +101,21 @@ def _check_attention(nodes: Collection[Any], family: Family, config: Mapping[str
             "do_rotary": 1,
             "scale": float(torch.tensor(geometry.head_dim**-0.5)),
             "local_window_size": window,
+            **(INT8_CACHE if int8_cache else dict.fromkeys(INT8_CACHE)),
         }
-        attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        attributes = {a.name: _get_value(a) for a in node.attribute}
         values = {key: attributes.get(key) for key in expected}
         if values != expected:
             raise VerificationFailed(
                 f"{node.name} in {GRAPH_FILE} has {values}, config.json asks for {expected}; "
                 f"{AGAIN}"
             )
+
+
+def _get_value(attribute: Any) -> Any:
+    """Return the value of an attribute, a text decoded."""
+    value = helper.get_attribute_value(attribute)
+    return value.decode() if isinstance(value, bytes) else value
 
 
 def check_genai_config(folder: Path) -> None:

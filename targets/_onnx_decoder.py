@@ -28,16 +28,19 @@ from moe2edge.targets._onnx_storage import (
 )
 
 
-def build_decoder(model: Model, accuracy_level: int) -> Graph:
+def build_decoder(model: Model, accuracy_level: int, *, int8_cache: bool = False) -> Graph:
     """Build the whole graph; no weight is loaded until the weights are written.
 
     Args:
         model: shapes, and handles on the weights.
         accuracy_level: attribute of all quantized operators: 0 for float32 activations, 4 for int8.
+        int8_cache: whether keys and values are cached in int8, with scales that are still to be
+            set; otherwise in float32.
     """
     graph = Graph()
     geometry = model.family.geometry(model.config)
-    inputs = _inputs(graph, model, geometry)
+    cached = TensorProto.INT8 if int8_cache else TensorProto.FLOAT
+    inputs = _inputs(graph, model, geometry, cached)
     embedding = Source(EMBEDDING, model.rest[EMBEDDING])
     shape = embedding.weight.shape
     (table,) = graph.store(make_plain_initializer(EMBEDDING, [(embedding,)], shape))
@@ -46,7 +49,9 @@ def build_decoder(model: Model, accuracy_level: int) -> Graph:
         rows = graph.node("/model/embed_tokens", "Cast", [rows], to=TensorProto.FLOAT)
     stream = ResidualStream(rows)
     for block in model.blocks:
-        stream = BlockWriter(graph, model, block, geometry, inputs, accuracy_level).add(stream)
+        stream = BlockWriter(graph, model, block, geometry, inputs, accuracy_level, int8_cache).add(
+            stream
+        )
     last = Source(FINAL_NORM, model.rest[FINAL_NORM])
     hidden, _ = add_norm(graph, "/model/norm", stream, last, geometry.eps)
     # Tied weights are stored once: the head multiplies by the transposed embedding. The runtime
@@ -59,18 +64,18 @@ def build_decoder(model: Model, accuracy_level: int) -> Graph:
     graph.node("/lm_head", "FusedMatMul", [hidden, matrix], [logits], transB=1)
     for index in range(len(model.blocks)):
         for part in ("key", "value"):
-            graph.output(f"present.{index}.{part}", _cache(geometry, "total_length"))
+            graph.output(f"present.{index}.{part}", _cache(geometry, "total_length"), cached)
     return graph
 
 
-def _inputs(graph: Graph, model: Model, geometry: Geometry) -> BlockInputs:
+def _inputs(graph: Graph, model: Model, geometry: Geometry, cached: int) -> BlockInputs:
     """Declare the inputs, and add the rotary tables and lengths, which the attention mask gives."""
     graph.input("input_ids", TensorProto.INT64, ["batch_size", "sequence_length"])
     mask = graph.input("attention_mask", TensorProto.INT64, ["batch_size", "total_length"])
     for index in range(len(model.blocks)):
         for part in ("key", "value"):
             name = f"past_key_values.{index}.{part}"
-            graph.input(name, TensorProto.FLOAT, _cache(geometry, "past_length"))
+            graph.input(name, cached, _cache(geometry, "past_length"))
     last, total = "/model/last_position", "/model/total_length"
     count = graph.node(last, "ReduceSum", [mask, graph.constant([1])], keepdims=0)
     position = graph.node(last, "Sub", [count, graph.constant(1)])

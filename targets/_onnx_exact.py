@@ -1,11 +1,12 @@
-"""The graph of a folder, changed so that all activations are float32.
+"""The graph of a folder, changed so that its cache, or all that is rounded, is float32.
 
 For ``MatMulNBits`` and ``QMoE`` of 4 bits, accuracy level 0 does that. ``QMoE`` of 8 bits rounds
 activations to int8 unless an environment variable is set when the session opens. ``QMoE`` of 2 bits
 uses lookup tables of int8 products if the group size is a multiple of 32
 (https://github.com/microsoft/onnxruntime, ``moe_quantization_cpu.cc``). So groups of 2 bits are
 split into groups of 16 here, each with the scale and the zero point of the group it is a part of:
-the weights are the same, but the operator takes its slower float32 path.
+the weights are the same, but the operator takes its slower float32 path. Experts of 3 bits take
+activations in float16 only; their integers become integers of 4 bits, in memory.
 """
 
 from __future__ import annotations
@@ -21,7 +22,15 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from moe2edge.numerics.packing import pack_bytes, unpack_bytes
-from moe2edge.targets._onnx_storage import ROTARY_TABLES, load_graph
+from moe2edge.targets._onnx_block import INT8_CACHE
+from moe2edge.targets._onnx_storage import (
+    HALF_BITS,
+    ROTARY_TABLES,
+    Array,
+    load_graph,
+    read_values,
+    unpack_integers,
+)
 
 # Environment variable that selects the kernels of QMoE; it is read when a session opens.
 EXPERT_KERNELS = "ORT_QMOE_CPU_QNBIT_GEMM"
@@ -30,8 +39,14 @@ REWRITTEN_BITS = 2
 # The lookup tables need group sizes that this divides; the operator takes sizes from half of it.
 TABLE_GROUP = 32
 SMALL_GROUP = 16
+# Bits that experts which take float16 only are computed with, and how far the zero points, which
+# are the middles, are apart.
+WIDE_BITS = 4
+ZERO_POINTS_APART = (1 << WIDE_BITS - 1) - (1 << HALF_BITS - 1)
 # Positions among the inputs of QMoE, for its first and its second matrix.
-QMOE_SCALES, QMOE_ZEROS = (3, 6), (11, 12)
+QMOE_INTEGERS, QMOE_SCALES, QMOE_ZEROS = (2, 5), (3, 6), (11, 12)
+# Inputs of GroupQueryAttention without the scales of its cache, and the blanks before them.
+UNSCALED = 9
 
 
 @contextmanager
@@ -48,28 +63,78 @@ def use_float_experts() -> Iterator[None]:
             os.environ[EXPERT_KERNELS] = before
 
 
-def convert_to_float_activations(folder: Path, data_file: str) -> bytes:
-    """Return the graph of a folder, serialized, with float32 activations throughout.
+def convert_to_float(
+    folder: Path, data_file: str, *, activations: bool = True
+) -> tuple[bytes, dict[str, Array]]:
+    """Return the graph of a folder, serialized, with a float32 cache, and tensors that are new.
 
     Args:
         folder: holds the graph.
         data_file: name of the file that the weights stay in.
+        activations: make all activations float32 as well.
+
+    Returns:
+        The graph, and numbers in place of those in the file, by the names of initializers.
 
     Raises:
         VerificationFailed: the files are damaged.
     """
-    model = load_graph(folder)
-    for attribute in _attributes(model.graph):
-        if attribute.name == "accuracy_level":
-            attribute.i = 0
-    _split_groups(model.graph)
-    _expose_rotary_tables(model.graph)
+    model, new = load_graph(folder), dict[str, Array]()
+    _widen_cache(model.graph)
+    if activations:
+        for attribute in _attributes(model.graph):
+            if attribute.name == "accuracy_level":
+                attribute.i = 0
+        _split_groups(model.graph)
+        _expose_rotary_tables(model.graph)
+        new = _widen_experts(folder, model)
     for tensor in model.graph.initializer:
         for entry in tensor.external_data:
             if entry.key == "location":
                 entry.value = data_file
-    data: bytes = model.SerializeToString()
-    return data
+    return model.SerializeToString(), new
+
+
+def _widen_cache(graph: Any) -> None:
+    """Let attention cache keys and values in float32."""
+    for value in (*graph.input, *graph.output):
+        if value.type.tensor_type.elem_type == TensorProto.INT8:
+            value.type.tensor_type.elem_type = TensorProto.FLOAT
+    for node in graph.node:
+        if node.op_type == "GroupQueryAttention":
+            del node.input[UNSCALED:]
+            kept = [each for each in node.attribute if each.name not in INT8_CACHE]
+            del node.attribute[:]
+            node.attribute.extend(kept)
+
+
+def _widen_experts(folder: Path, model: Any) -> dict[str, Array]:
+    """Turn experts of 3 bits with float16 activations into such of 4 bits with float32 ones.
+
+    Returns:
+        Their integers, but those that are small enough for the graph.
+    """
+    initializers = {proto.name: proto for proto in model.graph.initializer}
+    found: dict[str, Array] = {}
+    for node in model.graph.node:
+        attributes = {attribute.name: attribute for attribute in node.attribute}
+        if node.op_type == "Cast" and attributes["to"].i == TensorProto.FLOAT16:
+            attributes["to"].i = TensorProto.FLOAT
+        if node.op_type != "QMoE" or attributes["expert_weight_bits"].i != HALF_BITS:
+            continue
+        attributes["expert_weight_bits"].i = WIDE_BITS
+        for name in (node.input[place] for place in QMOE_INTEGERS):
+            proto, wide = initializers[name], []
+            for packed in read_values(folder, model, name):
+                q = unpack_integers(packed, HALF_BITS) + ZERO_POINTS_APART
+                wide.append(pack_bytes(q, WIDE_BITS))
+            numbers = torch.stack(wide).numpy()
+            proto.dims[:] = numbers.shape
+            if proto.external_data:
+                found[name] = numbers
+            else:
+                proto.raw_data = numbers.tobytes()
+    return found
 
 
 def _expose_rotary_tables(graph: Any) -> None:

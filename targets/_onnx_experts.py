@@ -7,10 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from onnx import TensorProto
 
 from moe2edge.model.layers import MoELayer
 from moe2edge.targets._onnx_graph import Graph, add_linear
-from moe2edge.targets._onnx_storage import DataPart, Source, make_quantized_initializers
+from moe2edge.targets._onnx_storage import (
+    HALF_BITS,
+    DataPart,
+    Source,
+    make_quantized_initializers,
+)
 
 Roles = Mapping[str, Source]
 
@@ -39,8 +45,8 @@ class MoEWriter:
         """Add the layer; return the weighted sum of expert outputs, in the shape of ``x``."""
         graph, router, count = self.graph, self.layer.router, len(self.layer.experts)
         scores, rows = self._scores(x)
-        if router.skip_below:
-            return self._add_skipping(x, rows)
+        if router.skip_below or self._takes_half:
+            return self._add_weighted(x, rows)
         y = self._fused(x, rows)
         # normalize_routing_weights=0 makes MoE output zeros (onnxruntime issue 33866) and is
         # ignored by QMoE. So weights are always normalized, and the output is multiplied by the
@@ -51,6 +57,12 @@ class MoEWriter:
             mass = self._sum(at, self._top(at, probabilities)[0])
             y = graph.node(at, "Mul", [y, mass])
         return y
+
+    @property
+    def _takes_half(self) -> bool:
+        """True if the operator takes activations in float16 only."""
+        scheme = self.layer.experts[0].gate.scheme
+        return scheme is not None and scheme.bits == HALF_BITS
 
     # ---- routing -------------------------------------------------------------------------------
 
@@ -85,17 +97,19 @@ class MoEWriter:
         zero = graph.constant(0.0, np.float32)
         return graph.node(f"{at}/kept", "Where", [runs, best, zero]), runs
 
-    def _add_skipping(self, x: str, rows: str) -> str:
-        """Add experts with dynamic skipping.
+    def _add_weighted(self, x: str, rows: str) -> str:
+        """Add experts whose weights are computed before the operator: with dynamic skipping.
 
         ``QMoE`` takes weights as an input and spends no time on experts whose weight is zero.
         ``MoE`` has no such input, so the logits of skipped experts are lowered until their weights
-        are zero.
+        are zero. In float16 logits would choose other experts at near ties; weights do not, and are
+        zero for all that were not chosen.
         """
-        at, graph, router = f"{self.at}/skip", self.graph, self.layer.router
+        graph, router = self.graph, self.layer.router
+        at = f"{self.at}/{'skip' if router.skip_below else 'gates'}"
         probabilities = graph.node(at, "Softmax", [rows], axis=-1)
         best, ids = self._top(at, probabilities)
-        kept, runs = self._kept(at, best)
+        kept, runs = self._kept(at, best) if router.skip_below else (best, "")
         zero = graph.constant(0.0, np.float32)
         zeros = graph.node(f"{at}/nothing", "Mul", [probabilities, zero])
         if self.layer.experts[0].gate.scheme is None:
@@ -103,7 +117,7 @@ class MoEWriter:
         if router.renormalize:
             kept = graph.node(at, "Div", [kept, self._sum(at, kept)])
         weights = graph.node(at, "ScatterElements", [zeros, ids, kept], axis=1)
-        return self._fused(x, rows, weights)
+        return self._fused(x, weights if self._takes_half else rows, weights)
 
     def _add_lowered(self, x: str, rows: str, routing: tuple[str, str, str, str]) -> str:
         """Add skipping for ``MoE``, by lowered logits."""
@@ -187,12 +201,16 @@ class MoEWriter:
             graph.store(make_quantized_initializers(name, parts, shape, blocked=False))
             for name, parts, shape in zip(names, (first, second), shapes, strict=True)
         ]
+        half = like.scheme.bits == HALF_BITS
+        if half:
+            x, weights = (self._cast_half(*each) for each in (("x", x), ("weights", weights)))
+            scores = weights
         inputs = [x, scores, *stored[0][:2], "", *stored[1][:2]]
         if weights or not like.scheme.symmetric:
             points = ["", ""] if like.scheme.symmetric else [stored[0][2], stored[1][2]]
             inputs += ["", "", "", "", *points, *(["", weights] if weights else [])]
         # weights_prepacked is explicit, because its default means another layout in later versions.
-        return graph.node(
+        y = graph.node(
             self.at,
             "QMoE",
             inputs,
@@ -202,3 +220,8 @@ class MoEWriter:
             accuracy_level=self.accuracy_level,
             weights_prepacked=0,
         )
+        return graph.node(f"{self.at}/half/y", "Cast", [y], to=TensorProto.FLOAT) if half else y
+
+    def _cast_half(self, name: str, value: str) -> str:
+        """Add an input of the operator in float16."""
+        return self.graph.node(f"{self.at}/half/{name}", "Cast", [value], to=TensorProto.FLOAT16)

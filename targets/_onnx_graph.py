@@ -50,9 +50,9 @@ class Graph:
         self._inputs.append(helper.make_tensor_value_info(name, dtype, shape))
         return name
 
-    def output(self, name: str, shape: Sequence[int | str]) -> str:
-        """Declare a float32 output of the graph and return its name."""
-        self._outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
+    def output(self, name: str, shape: Sequence[int | str], dtype: int = TensorProto.FLOAT) -> str:
+        """Declare an output of the graph and return its name."""
+        self._outputs.append(helper.make_tensor_value_info(name, dtype, shape))
         return name
 
     def node(
@@ -108,6 +108,11 @@ class Graph:
         text = "_".join(map(str, array.reshape(-1).tolist()))
         name = f"/constants/{array.dtype}{list(array.shape)}/{text}"
         self._constants[name] = numpy_helper.from_array(array, name)
+        return name
+
+    def parameter(self, name: str, value: np.ndarray[Any, Any]) -> str:
+        """Add a small tensor to the graph file, whatever its size, under a name of its own."""
+        self._constants[name] = numpy_helper.from_array(value, name)
         return name
 
     def store(self, batch: Batch) -> tuple[str, ...]:

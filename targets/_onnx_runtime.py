@@ -14,10 +14,12 @@ from torch import Tensor
 
 from moe2edge.errors import InputError, Unsupported, VerificationFailed, get_first_line
 from moe2edge.runtime.protocol import check_id_range
-from moe2edge.targets._onnx_exact import convert_to_float_activations, use_float_experts
+from moe2edge.targets._onnx_exact import convert_to_float, use_float_experts
 from moe2edge.targets._onnx_storage import (
     DATA_FILE,
     GRAPH_FILE,
+    HALF_BITS,
+    HALF_KEY,
     POSITIONS_KEY,
     ROTARY_TABLES,
     load_graph,
@@ -25,11 +27,14 @@ from moe2edge.targets._onnx_storage import (
 )
 
 OLDEST = (1, 31)
+# The oldest version with experts of 3 bits.
+OLDEST_WITH_3_BITS = (1, 32)
 # Positions in the first cache of a sequence.
 SMALLEST_CACHE = 256
 # Tokens of a prompt that run at once. It bounds the buffer of logits, [tokens, vocabulary].
 CHUNK = 256
 INSTALL = "pip install 'onnxruntime>=1.31'"
+INSTALL_WITH_3_BITS = "pip install 'onnxruntime>=1.32'"
 FOLDER_KEY = "session.model_external_initializers_file_folder_path"
 # The runtime raises every error that it logs, so its log would only repeat them.
 LOG_NOTHING = 4
@@ -47,8 +52,7 @@ def import_onnxruntime() -> Any:
         raise Unsupported(
             f"an ONNX graph needs onnxruntime, which is not installed: {INSTALL}"
         ) from error
-    installed = tuple(int(number) for number in re.findall(r"\d+", ort.__version__)[:2])
-    if installed < OLDEST:
+    if _is_older(ort, OLDEST):
         oldest = ".".join(map(str, OLDEST))
         raise Unsupported(
             f"onnxruntime {ort.__version__} lacks operators of this graph, which needs {oldest} or "
@@ -57,12 +61,34 @@ def import_onnxruntime() -> Any:
     return ort
 
 
-def open_session(folder: Path, *, exact: bool = False, graph: bytes | None = None) -> Any:
+def _is_older(ort: Any, version: tuple[int, int]) -> bool:
+    return tuple(int(number) for number in re.findall(r"\d+", ort.__version__)[:2]) < version
+
+
+def check_3_bits() -> None:
+    """Refuse experts of 3 bits if the installed onnxruntime does not run them.
+
+    Raises:
+        Unsupported: it is missing or too old.
+    """
+    ort = import_onnxruntime()
+    if _is_older(ort, OLDEST_WITH_3_BITS):
+        oldest = ".".join(map(str, OLDEST_WITH_3_BITS))
+        raise Unsupported(
+            f"experts of {HALF_BITS} bits need onnxruntime {oldest} or newer, and "
+            f"{ort.__version__} is installed: {INSTALL_WITH_3_BITS}, or choose 2, 4 or 8 bits"
+        )
+
+
+def open_session(
+    folder: Path, *, exact: bool = False, whole_cache: bool = False, graph: bytes | None = None
+) -> Any:
     """Open a session on ``model.onnx``, with as many threads as torch uses.
 
     Args:
         folder: folder of the graph.
-        exact: compute with float32 activations throughout, whatever the graph allows.
+        exact: compute with float32 activations and cache throughout, whatever the graph allows.
+        whole_cache: cache keys and values in float32, whatever the graph allows.
         graph: serialized graph to run instead of the folder's, with the folder's weights.
 
     Raises:
@@ -74,14 +100,30 @@ def open_session(folder: Path, *, exact: bool = False, graph: bytes | None = Non
     options.log_severity_level = LOG_NOTHING
     options.intra_op_num_threads = torch.get_num_threads()
     source: str | bytes = graph or str(folder / GRAPH_FILE)
-    if exact or graph:
+    numbers: dict[str, np.ndarray[Any, Any]] = {}
+    if _is_older(ort, OLDEST_WITH_3_BITS) and _has_3_bits(folder):
+        check_3_bits()
+    if exact or whole_cache or graph:
         # The real file: in the hub's cache the folder holds links, which a session on a graph in
         # memory does not follow.
         data = (folder / DATA_FILE).resolve()
-        source = graph or convert_to_float_activations(folder, data.name)
+        if not graph:
+            source, numbers = convert_to_float(folder, data.name, activations=exact)
         options.add_session_config_entry(FOLDER_KEY, str(data.parent))
+    values = [ort.OrtValue.ortvalue_from_numpy(value) for value in numbers.values()]
+    options.add_external_initializers(list(numbers), values)
     with _translate_errors("refuses"), use_float_experts() if exact else nullcontext():
-        return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    # It reads the memory of these as long as it lives.
+    session.numbers = numbers
+    return session
+
+
+def _has_3_bits(folder: Path) -> bool:
+    """Return whether a graph has experts of 3 bits."""
+    nodes = (node for node in load_graph(folder).graph.node if node.op_type == "QMoE")
+    bits = {a.i for node in nodes for a in node.attribute if a.name == "expert_weight_bits"}
+    return HALF_BITS in bits
 
 
 @contextmanager
@@ -105,10 +147,13 @@ def _translate_errors(verb: str) -> Iterator[None]:
         ) from error
 
 
-def open_runtime(folder: Path, *, exact: bool = False, graph: bytes | None = None) -> OnnxRuntime:
+def open_runtime(
+    folder: Path, *, exact: bool = False, whole_cache: bool = False, graph: bytes | None = None
+) -> OnnxRuntime:
     """Open the runtime of a folder; arguments and errors are those of `open_session`."""
-    session = open_session(folder, exact=exact, graph=graph)
-    positions = session.get_modelmeta().custom_metadata_map.get(POSITIONS_KEY, "")
+    session = open_session(folder, exact=exact, whole_cache=whole_cache, graph=graph)
+    metadata = session.get_modelmeta().custom_metadata_map
+    positions = metadata.get(POSITIONS_KEY, "")
     if not positions.isdigit():
         raise VerificationFailed(
             f"{GRAPH_FILE} does not record its number of positions as {POSITIONS_KEY}; export it "
@@ -116,18 +161,22 @@ def open_runtime(folder: Path, *, exact: bool = False, graph: bytes | None = Non
         )
     if exact:
         return ExactOnnxRuntime(session, int(positions), folder)
-    return OnnxRuntime(session, int(positions))
+    return OnnxRuntime(session, int(positions), in_half=HALF_KEY in metadata)
 
 
 class OnnxRuntime:
     """Runs one sequence at a time, with a cache that the operators update in place."""
 
-    def __init__(self, session: Any, max_positions: int) -> None:
-        shapes = {i.name: i.shape for i in session.get_inputs()}
+    def __init__(self, session: Any, max_positions: int, *, in_half: bool = False) -> None:
+        """Take a session, and whether its experts compute in float16, which may overflow."""
+        self._in_half = in_half
+        inputs = session.get_inputs()
         self._session = session
         self._binding = session.io_binding()
         self._max_positions = max_positions
-        self._past = {name: s for name, s in shapes.items() if name.startswith("past_key_values.")}
+        self._past = {i.name: i.shape for i in inputs if i.name.startswith("past_key_values.")}
+        rounded = any(i.type == "tensor(int8)" for i in inputs)
+        self._cache_dtype = np.int8 if rounded else np.float32
         self._caches: dict[str, np.ndarray[Any, Any]] = {}
         self._vocabulary: int = session.get_outputs()[0].shape[-1]
         self._length = 0
@@ -155,13 +204,27 @@ class OnnxRuntime:
         batch, length = ids.shape
         self._check(ids.numpy(), length)
         feeds: dict[str, np.ndarray[Any, Any]] = {
-            name: np.zeros((batch, heads, 0, size), np.float32)
+            name: np.zeros((batch, heads, 0, size), self._cache_dtype)
             for name, (_, heads, _, size) in self._past.items()
         }
         feeds["input_ids"] = ids.numpy().astype(np.int64)
         feeds["attention_mask"] = np.ones((batch, length), np.int64)
         with _translate_errors("cannot run"):
-            return torch.from_numpy(self._session.run(["logits"], {**feeds, **replaced})[0])
+            (logits,) = self._session.run(["logits"], {**feeds, **replaced})
+        self._check_finite(logits)
+        return torch.from_numpy(logits)
+
+    def _check_finite(self, logits: np.ndarray[Any, Any]) -> None:
+        """Refuse logits that float16 made infinite or NaN.
+
+        Raises:
+            Unsupported: so.
+        """
+        if self._in_half and not np.isfinite(logits).all():
+            raise Unsupported(
+                f"experts of {HALF_BITS} bits compute in float16, whose largest number is 65504, "
+                "and this model needs larger ones; choose 2, 4 or 8 bits for them"
+            )
 
     def start(self, ids: Sequence[int]) -> Tensor:
         """Start a sequence; return logits float32 [vocabulary] after its last token.
@@ -212,6 +275,7 @@ class OnnxRuntime:
         self._bind_output("logits", logits)
         with _translate_errors("cannot run"):
             self._session.run_with_iobinding(self._binding)
+        self._check_finite(logits[0, -1])
         self._length = total
         # Copied, so that the buffer with the logits of all other tokens can be freed.
         return torch.from_numpy(logits[0, -1].copy())
@@ -223,7 +287,7 @@ class OnnxRuntime:
             return
         room = min(max(2 * total, SMALLEST_CACHE), self._max_positions)
         for name, (_, heads, _, size) in self._past.items():
-            cache = np.zeros((1, heads, room, size), np.float32)
+            cache = np.zeros((1, heads, room, size), self._cache_dtype)
             if name in self._caches:
                 cache[:, :, : self._length] = self._caches[name][:, :, : self._length]
             self._caches[name] = cache
@@ -232,7 +296,13 @@ class OnnxRuntime:
             self._bind_output(name.replace("past_key_values", "present"), cache)
 
     def _bind_output(self, name: str, array: np.ndarray[Any, Any]) -> None:
-        self._binding.bind_output(name, "cpu", 0, np.float32, list(array.shape), array.ctypes.data)
+        where = list(array.shape), array.ctypes.data
+        self._binding.bind_output(name, "cpu", 0, array.dtype.type, *where)
+
+    @property
+    def cached(self) -> dict[str, np.ndarray[Any, Any]]:
+        """Keys and values of the sequence so far, [heads, tokens, size], by their inputs."""
+        return {name: cache[0, :, : self._length] for name, cache in self._caches.items()}
 
 
 class ExactOnnxRuntime(OnnxRuntime):

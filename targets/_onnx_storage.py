@@ -26,8 +26,15 @@ from torch import Tensor
 
 from moe2edge.errors import VerificationFailed
 from moe2edge.model.weights import Weight
+from moe2edge.numerics.decoding import unpack_words
 from moe2edge.numerics.grid import Quantized
-from moe2edge.numerics.packing import deinterleave, interleave, pack_bytes, unpack_bytes
+from moe2edge.numerics.packing import (
+    deinterleave,
+    interleave,
+    pack_bytes,
+    pack_words,
+    unpack_bytes,
+)
 from moe2edge.numerics.scheme import WHOLE_ROW, Scheme
 from moe2edge.storage.text_files import make_read_error
 from moe2edge.storage.written_files import FileDigest
@@ -36,8 +43,12 @@ GRAPH_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
 # Initializers with the rotary embeddings of all positions, float32 [positions, head_dim / 2].
 ROTARY_TABLES = ("model.rotary_emb.cos", "model.rotary_emb.sin")
-# Metadata keys of moe2edge, of the graph (positions) and of its initializers.
+# Initializers with the scales of a cache in int8, float32 [1, kv heads, 1, head_dim].
+CACHE_SCALES = "model.layers.{index}.attn.{part}_scale"
+# Metadata keys of moe2edge, of the graph (positions; what computes in float16, if anything does)
+# and of its initializers.
 POSITIONS_KEY = "moe2edge.max_positions"
+HALF_KEY = "moe2edge.float16"
 PARTS_KEY = "moe2edge.parts"
 SCALES_KEY = "moe2edge.scales"
 ZEROS_KEY = "moe2edge.zeros"
@@ -58,6 +69,8 @@ ONNX_DTYPES: Mapping[str, tuple[int, torch.dtype]] = {
     "U8": (TensorProto.UINT8, torch.uint8),
     "I8": (TensorProto.INT8, torch.int8),
 }
+# Experts of this many bits take activations in float16 only.
+HALF_BITS = 3
 # Exclusive or with this turns unsigned integers with zero point 128 into signed ones.
 SIGN = 0x80
 
@@ -70,6 +83,7 @@ class Source:
     weight: Weight
 
 
+Array = np.ndarray[Any, Any]
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 # One tensor, or two whose rows alternate. The parts of an initializer follow each other.
 DataPart = tuple[Source, ...]
@@ -120,7 +134,7 @@ def make_plain_initializer(name: str, parts: Sequence[DataPart], shape: tuple[in
 def make_quantized_initializers(
     name: str, parts: Sequence[DataPart], shape: tuple[int, ...], *, blocked: bool
 ) -> Batch:
-    """Plan initializers for quantized ``parts``: integers, float32 scales, zero points if any.
+    """Plan initializers for quantized ``parts``: integers, scales, zero points if any.
 
     Args:
         name: name of the matrix; ``.weight`` becomes ``.qweight``, ``.scales`` and ``.zeros``.
@@ -128,15 +142,18 @@ def make_quantized_initializers(
         shape: shape of the dequantized matrices, [..., out, in].
         blocked: whether integers are [..., out, groups, bytes] as in ``MatMulNBits``, or
             [..., out, bytes] as in ``QMoE``; the bytes are the same. Zero points are packed along
-            groups, [..., out, bytes].
+            groups, [..., out, bytes]. Scales are float32 in the former, and in the latter float16,
+            unless those of a source may need more.
     """
     scheme = parts[0][0].weight.scheme
     assert scheme is not None
     *lead, ins = shape
     groups, per_byte = scheme.groups(ins), 8 // scheme.bits
-    last = (groups, scheme.group_size // per_byte) if blocked else (ins // per_byte,)
+    row = ins * scheme.bits // 8
+    last = (groups, row // groups) if blocked else (row,)
     stem = name.removesuffix(".weight")
-    scales = Slot(f"{stem}.scales", "F32", (*lead, groups))
+    dtype = "F16" if not blocked and all(_has_half_scales(s) for p in parts for s in p) else "F32"
+    scales = Slot(f"{stem}.scales", dtype, (*lead, groups))
     zeros = Slot(f"{stem}.zeros", "U8", (*lead, -(-groups // per_byte)))
     metadata = {PARTS_KEY: _describe(parts), SCALES_KEY: scales.name, BITS_KEY: str(scheme.bits)}
     if not scheme.symmetric:
@@ -146,14 +163,46 @@ def make_quantized_initializers(
     def make() -> Iterator[tuple[Slot, Tensor]]:
         for part in parts:
             numbers = [source.weight.quantized() for source in part]
-            yield integers, pack_bytes(_join([n.q for n in numbers]), scheme.bits)
-            yield scales, _join([n.scales for n in numbers])
+            yield integers, pack_integers(_join([n.q for n in numbers]), scheme.bits)
+            yield scales, _cast_scales(name, _join([n.scales for n in numbers]), dtype)
             if not scheme.symmetric:
                 points = [n.zeros for n in numbers if n.zeros is not None]
                 yield zeros, pack_bytes(_join(points), scheme.bits)
 
     slots = (integers, scales) if scheme.symmetric else (integers, scales, zeros)
     return Batch(slots, make)
+
+
+def pack_integers(q: Tensor, bits: int) -> Tensor:
+    """Pack rows into bytes; 3 bits, of which eight take three bytes, as a stream of bits."""
+    return pack_words(q, bits).view(torch.uint8) if bits == HALF_BITS else pack_bytes(q, bits)
+
+
+def unpack_integers(packed: Tensor, bits: int) -> Tensor:
+    """Unpack rows [n, bytes] to integers: the inverse of `pack_integers`."""
+    if bits != HALF_BITS:
+        return unpack_bytes(packed, bits)
+    return unpack_words(packed.view(torch.int32), bits, packed.shape[1] * 8 // bits)
+
+
+def _has_half_scales(source: Source) -> bool:
+    """Return whether float16 holds the scales of a matrix: those of passes, or of such a source."""
+    return not source.weight.kept or source.weight.scale_dtype == "F16"
+
+
+def _cast_scales(name: str, scales: Tensor, dtype: str) -> Tensor:
+    """Convert scales to the dtype of their initializer, exactly.
+
+    Raises:
+        VerificationFailed: it cannot hold them.
+    """
+    cast = scales.to(ONNX_DTYPES[dtype][1])
+    if not torch.equal(cast.to(scales.dtype), scales):
+        raise VerificationFailed(
+            f"{name} has scales that {cast.dtype} cannot represent exactly; the pass that "
+            "quantizes must round scales to such values first"
+        )
+    return cast
 
 
 def make_per_channel_initializers(
@@ -314,8 +363,8 @@ def _read_quantized(
 ) -> Iterator[tuple[str, Quantized]]:
     """Yield the matrices of the initializer ``owner``, whose packed ``integers`` are given."""
     parts, bits = _parse_parts(owner, metadata[PARTS_KEY]), metadata.get(BITS_KEY, USUAL_BITS)
-    if bits not in ("2", "4", "8"):
-        raise VerificationFailed(f"{GRAPH_FILE}: {owner} has {bits} bits, expected 2, 4 or 8")
+    if bits not in ("2", "3", "4", "8"):
+        raise VerificationFailed(f"{GRAPH_FILE}: {owner} has {bits} bits, expected 2, 3, 4 or 8")
 
     def read(key: str) -> Iterator[Tensor]:
         if metadata[key] not in protos:
@@ -329,7 +378,7 @@ def _read_quantized(
             q = packed.view(torch.uint8) ^ SIGN
             yield name, Quantized(q, scales.view(len(q), 1), Scheme(8, WHOLE_ROW))
             continue
-        q = unpack_bytes(packed, int(bits))
+        q, scales = unpack_integers(packed, int(bits)), scales.float()
         scheme = Scheme(int(bits), q.shape[1] // scales.shape[1], symmetric)
         if zeros is not None:
             zeros = unpack_bytes(zeros, int(bits), scales.shape[1])

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from moe2edge.errors import InputError, Unsupported
 from moe2edge.model.block import Block, is_low_rank, is_quantizable
@@ -14,6 +14,7 @@ from moe2edge.model.hf_config import build_config
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model
 from moe2edge.model.older_spellings import add_older_spellings
+from moe2edge.model.weights import Weight
 from moe2edge.numerics.scheme import LOW_RANK, WHOLE_ROW, Scheme
 from moe2edge.pipeline.target import Loader, Target
 from moe2edge.runtime.memory import Estimate
@@ -27,22 +28,27 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from moe2edge.numerics.grid import Quantized
+    from moe2edge.targets._onnx_graph import Graph
 
 # GroupQueryAttention's rotary embedding takes head sizes that this divides, on the CPU.
 HEAD_MULTIPLE = 16
 # Limits of QMoE and MatMulNBits: bits, and inputs per scale, which are a power of two.
 GRAPH_BITS = (2, 4, 8)
 SMALLEST_GROUP = 16
+# Bits that QMoE alone takes, and its groups then.
+EXPERT_BITS, EXPERT_GROUPS = 3, (32, 64, 128)
 
 
 @dataclass(frozen=True)
 class Onnx(Target):
-    """ONNX graph with external data, and ``genai_config.json`` beside it.
+    """ONNX graph with external data, and ``genai_config.json`` beside it unless its cache is int8.
 
     Attributes:
         accuracy_level: precision of activations in quantized operators: 4 rounds them to int8,
             which is faster; 0 keeps float32, except for experts of 2 and 8 bits, whose
             activations the operator always rounds.
+        kv_cache: dtype of cached keys and values: int8 takes a quarter of the memory of float32,
+            with scales that are measured on the calibration text.
     """
 
     summary: ClassVar[str] = "decoder graph with KV cache for ONNX Runtime on a CPU"
@@ -55,12 +61,24 @@ class Onnx(Target):
         "graph gives wrong logits, without an error."
     )
     accuracy_level: int = 4
+    kv_cache: Literal["float32", "int8"] = "float32"
 
     def __post_init__(self) -> None:
         if self.accuracy_level not in (0, 4):
             raise InputError(
                 f"accuracy_level is 0 (float32 activations) or 4 (int8), not {self.accuracy_level}"
             )
+        if self.kv_cache not in ("float32", "int8"):
+            raise InputError(f"kv_cache is float32 or int8, not {self.kv_cache}")
+
+    @property
+    def _int8_cache(self) -> bool:
+        return self.kv_cache == "int8"
+
+    @property
+    def reads_calibration(self) -> bool:
+        """True if it measures the scales of a cache in int8."""
+        return self._int8_cache
 
     def accepts(self, model: Model) -> None:
         """Refuse a model whose heads, schemes or experts the operators do not take.
@@ -85,38 +103,45 @@ class Onnx(Target):
                     f"{name} is {weight.scheme}, but the graph holds this tensor in full precision "
                     f"only, and factors also as {LOW_RANK}"
                 )
-            _accept_scheme(name, weight.shape, weight.scheme, widths)
+            if weight.scheme.bits == EXPERT_BITS and role.startswith("experts."):
+                _accept_3_bits(name, weight)
+            else:
+                _accept_scheme(name, weight.shape, weight.scheme, widths)
         for block, layer in model.moe_blocks:
             _accept_layer(block, layer)
+        if _has_3_bits(model):
+            from moe2edge.targets._onnx_runtime import check_3_bits
+
+            check_3_bits()
 
     def stored(self, model: Model) -> Model:
         """Return the model with the rows of routers in the order that ``config.json`` tells."""
         return sort_rows(model)
 
     def estimate(self, model: Model) -> Estimate:
-        """Estimate ``model.onnx.data``, in which scales and rotary tables are float32.
+        """Estimate ``model.onnx.data``, in which rotary tables are float32, and scales in part.
 
         In memory, what is neither quantized nor of low rank is float32 as well.
         """
-        from moe2edge.targets._onnx_decoder import build_decoder
         from moe2edge.targets._onnx_storage import compute_offsets
 
-        graph = build_decoder(self.stored(model), self.accuracy_level)
+        graph = self._build(self.stored(model))
         data = compute_offsets(graph.batches)[1]
         return Estimate(data + graph.widened_nbytes, data)
 
     def write(self, model: Model, folder: Path) -> dict[str, str]:
         """Write ``model.onnx``, ``model.onnx.data`` and the two configs.
 
+        A cache in int8 has scales of one until `calibrate` sets them.
+
         Raises:
             Unsupported: see `accepts`.
         """
-        from moe2edge.targets._onnx_decoder import build_decoder
         from moe2edge.targets._onnx_storage import DATA_FILE, GRAPH_FILE, write_data
 
         self.accepts(model)
         model = self.stored(model)
-        graph = build_decoder(model, self.accuracy_level)
+        graph = self._build(model)
         initializers, data = write_data(graph.batches, folder / DATA_FILE)
         content = graph.proto(initializers, _metadata(model)).SerializeToString(deterministic=True)
         config = build_config(model)
@@ -127,6 +152,26 @@ class Onnx(Target):
             "config.json": write_json(folder / "config.json", add_older_spellings(config)),
             GENAI_CONFIG: write_json(folder / GENAI_CONFIG, genai),
         }
+
+    def _build(self, model: Model) -> Graph:
+        """Build the graph of a model that is stored."""
+        from moe2edge.targets._onnx_decoder import build_decoder
+
+        return build_decoder(model, self.accuracy_level, int8_cache=self._int8_cache)
+
+    def calibrate(self, folder: Path, texts: Iterable[list[int]]) -> dict[str, str]:
+        """Set the scales of a cache in int8 by the keys and values of texts.
+
+        They are measured in the graph itself, with a float32 cache: so they are what its attention
+        caches, behind norms and rotation, and no block runs in PyTorch again.
+
+        Raises:
+            VerificationFailed: onnxruntime refuses the graph, or a key or value is not finite.
+        """
+        from moe2edge.targets._onnx_cache import set_cache_scales
+        from moe2edge.targets._onnx_storage import GRAPH_FILE
+
+        return {GRAPH_FILE: set_cache_scales(folder, texts)} if self._int8_cache else {}
 
     def tensors(self, folder: Path) -> Iterator[tuple[str, Tensor | Quantized]]:
         """Read every tensor back from the initializers of the graph, one by one.
@@ -146,7 +191,7 @@ class Onnx(Target):
         """
         from moe2edge.targets._onnx_checks import check_genai_config, check_graph
 
-        check_graph(folder)
+        check_graph(folder, int8_cache=self._int8_cache)
         check_genai_config(folder)
 
     def reopen(self, folder: Path, *, exact: bool = False) -> Runtime:
@@ -160,13 +205,18 @@ class Onnx(Target):
 
         return open_runtime(folder, exact=exact)
 
+    def with_whole_cache(self, folder: Path) -> Runtime | None:
+        """Open a graph with a cache in float32, if that of the folder is int8."""
+        from moe2edge.targets._onnx_runtime import open_runtime
+
+        return open_runtime(folder, whole_cache=True) if self._int8_cache else None
+
     def without_skipping(self, model: Model, folder: Path) -> Runtime:
         """Open a graph that runs every chosen expert, with the weights of the folder."""
-        from moe2edge.targets._onnx_decoder import build_decoder
         from moe2edge.targets._onnx_runtime import open_runtime
         from moe2edge.targets._onnx_storage import load_graph
 
-        graph = build_decoder(remove_skipping(self.stored(model)), self.accuracy_level)
+        graph = self._build(remove_skipping(self.stored(model)))
         protos = {proto.name: proto for proto in load_graph(folder).graph.initializer}
         stored = [protos[slot.name] for batch in graph.batches for slot in batch.slots]
         proto = graph.proto(stored, _metadata(model))
@@ -179,9 +229,14 @@ class Onnx(Target):
 
 def _metadata(model: Model) -> dict[str, str]:
     """Return the metadata of the graph file that `open_runtime` reads."""
-    from moe2edge.targets._onnx_storage import POSITIONS_KEY
+    from moe2edge.targets._onnx_storage import HALF_KEY, POSITIONS_KEY
 
-    return {POSITIONS_KEY: str(model.family.geometry(model.config).max_positions)}
+    half = {HALF_KEY: "experts"} if _has_3_bits(model) else {}
+    return {POSITIONS_KEY: str(model.family.geometry(model.config).max_positions), **half}
+
+
+def _has_3_bits(model: Model) -> bool:
+    return any(w.scheme and w.scheme.bits == EXPERT_BITS for _, _, w in model.tensors())
 
 
 def _accept_scheme(
@@ -207,7 +262,8 @@ def _accept_scheme(
     if scheme.bits not in GRAPH_BITS:
         raise Unsupported(
             f"{name} is {scheme}; the graph holds {', '.join(map(str, GRAPH_BITS))} bits; choose "
-            "one of these, or export to hf:dequantize=true"
+            rf"one of these, with {EXPERT_BITS} for experts alone (a rule {{match: 'experts\.', "
+            f"bits: {EXPERT_BITS}}}, onnxruntime 1.32 or newer), or export to hf:dequantize=true"
         )
     if group == WHOLE_ROW:
         sizes = (128, 64, 32, SMALLEST_GROUP)
@@ -230,6 +286,37 @@ def _accept_scheme(
         )
 
 
+def _accept_3_bits(name: str, weight: Weight) -> None:
+    """Refuse a matrix of an expert of 3 bits in a form that the operator does not take.
+
+    Args:
+        name: its name on disk.
+        weight: the matrix.
+
+    Raises:
+        Unsupported: names the form, and those to choose instead.
+    """
+    scheme, groups = weight.scheme, ", ".join(map(str, EXPERT_GROUPS))
+    assert scheme is not None
+    if scheme.ordered or not scheme.symmetric or scheme.group_size not in EXPERT_GROUPS:
+        raise Unsupported(
+            f"{name} is {scheme}; the graph holds {EXPERT_BITS} bits symmetric, in groups of "
+            f"{groups}; set symmetric: true and such a group_size, choose 4 bits, or export to "
+            "hf:dequantize=true"
+        )
+    if weight.shape[1] % scheme.group_size:
+        raise Unsupported(
+            f"{name} has {weight.shape[1]} inputs, which groups of {scheme.group_size} do not "
+            "divide; set group_size to a smaller number"
+        )
+    if weight.kept and weight.scale_dtype != "F16":
+        raise Unsupported(
+            f"{name} has integers of {EXPERT_BITS} bits of the source with scales that are "
+            f"{weight.scale_dtype}, and the graph holds such with float16 scales; quantize it anew "
+            "in the recipe (rtn or gptq), or export to hf:dequantize=true"
+        )
+
+
 def _accept_layer(block: Block, layer: MoELayer) -> None:
     """Refuse experts that one fused operator cannot hold.
 
@@ -242,7 +329,15 @@ def _accept_layer(block: Block, layer: MoELayer) -> None:
             f"block {block.index}: the router has {', '.join(sorted(layer.router.per_expert))} "
             "per expert, for which ONNX Runtime's expert operators have no input"
         )
-    experts = [layer.experts[n] for n in _fused(layer)]
+    fused = _fused(layer)
+    for n, expert in enumerate(layer.experts):
+        if n not in fused and expert.gate.scheme and expert.gate.scheme.bits == EXPERT_BITS:
+            raise Unsupported(
+                f"block {block.index}: expert {n} is {expert.gate.scheme}, and experts with "
+                "low-rank factors are not in the fused operator, which alone takes these; choose "
+                f"{', '.join(map(str, GRAPH_BITS))} bits"
+            )
+    experts = [layer.experts[n] for n in fused]
     forms = {(e.gate.shape, w.scheme or w.dtype) for e in experts for w in (e.gate, e.up, e.down)}
     if len(forms) > 1:
         raise Unsupported(

@@ -48,10 +48,12 @@ def test_options_of_a_target_are_recorded_and_reopened(
     }
     assert levels == {0}
     manifest = json.loads((out / "onnx" / "manifest.json").read_text())
-    assert manifest["target_options"] == {"accuracy_level": 0}
+    options = {"accuracy_level": 0, "kv_cache": "float32"}
+    assert manifest["target_options"] == options
     report = json.loads((out / "onnx" / "report.json").read_text())
-    assert report["target_options"]["onnx"] == {"accuracy_level": 0}
-    assert "for the target `onnx`, accuracy_level 0." in (out / "onnx" / "README.md").read_text()
+    assert report["target_options"]["onnx"] == options
+    said = "for the target `onnx`, accuracy_level 0, kv_cache float32."
+    assert said in (out / "onnx" / "README.md").read_text()
     seen = []
     kind = type(registry.find_target("onnx"))
     reopen = kind.reopen
@@ -74,7 +76,10 @@ def test_options_of_a_target_are_recorded_and_reopened(
     assert run("evaluate", out / "onnx", *text).exit_code == 0
     assert seen == [registry.make_target("onnx", {"accuracy_level": 0})] * 4
     # The request that the profiler sends to its process.
-    assert measure._describe_subject(out / "onnx")[1]["options"] == {"accuracy_level": 0}
+    assert measure._describe_subject(out / "onnx")[1]["options"] == {
+        "accuracy_level": 0,
+        "kv_cache": "float32",
+    }
 
 
 def test_folders_of_older_versions_have_no_options(pair: Path, tmp_path: Path) -> None:
@@ -100,7 +105,7 @@ def test_targets_lists_options() -> None:
     assert "onnx:accuracy_level=4 is the default" in run("targets").stdout
     found = json.loads(run("targets", "--json").stdout)
     assert set(found["targets"]) == set(found["options"]) == set(registry.list_targets())
-    assert found["options"]["onnx"] == {"accuracy_level": 4}
+    assert found["options"]["onnx"] == {"accuracy_level": 4, "kv_cache": "float32"}
 
 
 @pytest.fixture

@@ -100,6 +100,7 @@ def test_a_model_type_is_described(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.rest
 def test_every_model_type_of_transformers_is_described(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -40,7 +40,7 @@ from moe2edge.passes.rtn import Rtn
 from moe2edge.runtime.load import build_transformers_model
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.storage.solved_blocks import attach_numbers
-from moe2edge.targets._onnx_exact import convert_to_float_activations
+from moe2edge.targets._onnx_exact import convert_to_float
 from moe2edge.targets.onnx import Onnx
 from moe2edge.testing import Make, quantize
 
@@ -302,7 +302,7 @@ def test_accuracy_levels_reach_branches(tiny: Make, tmp_path: Path) -> None:
     model = open_checkpoint(str(tiny("mixtral"))).model
     model = formed(quantize(model, INT4), FORMS["every kind of tied row"])
     shipped = onnx.load(written(model, tmp_path) / "model.onnx", load_external_data=False)
-    exact = onnx.load_from_string(convert_to_float_activations(tmp_path, "model.onnx.data"))
+    exact = onnx.load_from_string(convert_to_float(tmp_path, "model.onnx.data")[0])
     for graph, level in ((shipped.graph, 4), (exact.graph, 0)):
         quantized = [n for n in nodes_of(graph) if n.op_type in ("QMoE", "MatMulNBits")]
         assert {attribute(node, "accuracy_level") for node in quantized} == {level}

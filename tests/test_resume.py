@@ -28,7 +28,8 @@ RECIPE: dict[str, Any] = {
 }
 # It tells of the run itself, such as how long it took; the manifest has its digest.
 OF_THE_RUN = {"report.json", "manifest.json"}
-SEEDS = range(30)
+# Ten of them, and all with --all-cells.
+SEEDS = [pytest.param(seed, marks=[pytest.mark.rest] * (seed >= 10)) for seed in range(30)]
 # Where an export is killed, and how often it comes by there: 8 blocks are solved, with two renames
 # each but for the last of a pass.
 PLACES = {"write": 240, "rename": 14, "journal": 8, "between": 8, "shard": 300, "end": 1}

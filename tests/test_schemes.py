@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from onnx import TensorProto
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -26,6 +27,7 @@ from moe2edge.evaluation import verify
 from moe2edge.evaluation.reference import record
 from moe2edge.evaluation.tensor_digests import compute_digest
 from moe2edge.model.block import is_quantizable
+from moe2edge.model.edits import change_weights
 from moe2edge.model.family import FAMILIES
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model
@@ -322,6 +324,53 @@ def test_the_environment_is_left_as_it_was(
     assert os.environ[name] == "int8"
 
 
+@pytest.mark.parametrize(("bits", "symmetric"), [(2, False), (4, True), (8, False)])
+def test_scales_of_experts_are_float16_and_folders_of_before_are_read(
+    bits: int, symmetric: bool, tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits are equal to the bit, so nothing is lost with the other half of the bytes."""
+    model = quantize(opened(tiny("olmoe", initializer_range=0.1)), Scheme(bits, 32, symmetric))
+    folders = [tmp_path / name for name in ("float32", "float16")]
+    for folder, half in zip(folders, (False, True), strict=True):
+        folder.mkdir()
+        with monkeypatch.context() as patch:
+            if not half:
+                patch.setattr(_onnx_storage, "_has_half_scales", lambda source: False)
+            Onnx().write(model, folder)
+        assert verify.audit(Onnx(), folder, model) > 10
+    dtypes = [
+        {p.data_type for p in protos if "experts" in p.name and p.name.endswith("scales")}
+        for protos in (_onnx_storage.load_graph(folder).graph.initializer for folder in folders)
+    ]
+    assert dtypes == [{TensorProto.FLOAT}, {TensorProto.FLOAT16}]
+    for exact in (False, True):
+        before, now = (Onnx().reopen(folder, exact=exact).logits(IDS) for folder in folders)
+        assert torch.equal(before, now)
+
+
+def test_scales_of_a_source_that_float16_cannot_hold_stay_float32(
+    tiny: Make, tmp_path: Path
+) -> None:
+    def small(weight: Weight) -> Weight:
+        if weight.scheme is None:
+            return weight
+        numbers = weight.quantized()
+        less = replace(numbers, scales=(numbers.scales * 2.0**-20).bfloat16().float())
+        assert not torch.equal(less.scales.half().float(), less.scales)
+        return replace(
+            weight, load=less.dequantize, load_quantized=lambda: less, kept=True, scale_dtype="BF16"
+        )
+
+    model = quantize(opened(tiny("olmoe")), Scheme(4, 32))
+    kept = change_weights(model, lambda _, weight: small(weight))
+    Onnx().write(kept, tmp_path)
+    assert verify.audit(Onnx(), tmp_path, kept) > 10
+    # The same numbers from a pass would break its promise.
+    broken = change_weights(kept, lambda _, weight: replace(weight, kept=False))
+    with pytest.raises(VerificationFailed, match=r"scales that torch\.float16 cannot represent"):
+        Onnx().write(broken, tmp_path)
+
+
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_skipping_with_zero_points(bits: int, tiny: Make, tmp_path: Path) -> None:
     """Weights of the router and zero points are inputs of one operator."""
@@ -394,7 +443,7 @@ def test_a_changed_zero_point_is_found(tiny: Make, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        (_onnx_storage.BITS_KEY, "3", "has 3 bits, expected 2, 4 or 8"),
+        (_onnx_storage.BITS_KEY, "5", "has 5 bits, expected 2, 3, 4 or 8"),
         (_onnx_storage.ZEROS_KEY, "nothing", "lacks nothing, which .* needs"),
         (_onnx_storage.SCALES_KEY, "nothing", "lacks nothing, which .* needs"),
     ],

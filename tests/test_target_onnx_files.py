@@ -64,7 +64,7 @@ def uneven(model: Model) -> Model:
     return model
 
 
-def written(model: Model, folder: Path, **options: int) -> Path:
+def written(model: Model, folder: Path, **options: Any) -> Path:
     folder.mkdir(exist_ok=True)
     Onnx(**options).write(model, folder)
     return folder

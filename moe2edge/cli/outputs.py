@@ -109,6 +109,8 @@ def _describe_verification(done: Verification) -> Iterator[str]:
             f"runtime: {parity.shipped:.2%} relative error of logits as shipped, {parity.top1:.1%} "
             f"top-1 agreement ({parity.positions} positions, with KV cache)"
         )
+    if parity.whole_cache is not None:
+        yield f"cache: {parity.whole_cache:.2%} relative error without rounding keys and values"
 
 
 @click.command(epilog='\b\nExample:\n  moe2edge generate out-onnx "def read_json(path):"')

@@ -82,8 +82,7 @@ def export_targets(
         resume: what to do about an unfinished export to the same folder.
         most: bytes of memory for the whole process; None: what the machine has.
         materialize: give tied experts matrices of their own where a target cannot hold them.
-        keep_paths: write paths of source and texts into the output as they were given, in place of
-            their names.
+        keep_paths: write paths of source and texts as they were given, in place of their names.
         source_check: first compare what is computed for the source with stock transformers.
 
     Raises:
@@ -91,6 +90,7 @@ def export_targets(
         VerificationFailed: an output differs from the model in memory, or the source from what
             stock transformers computes.
     """
+    recipe = replace(recipe, calibrates_targets=any(each.reads_calibration for each in targets))
     begun, defaults = time.perf_counter(), list_default_texts(recipe)
     recipe = resolve_recipe(checkpoint, recipe, reporter)
     paths = PrivatePaths.collect(checkpoint, recipe, keep=keep_paths)
@@ -224,7 +224,11 @@ def _make_output(begin: _Beginning, content: Path, work: WorkFolder, reporter: R
     written = []
     for target, folder in folders:
         reporter.log(f"writing {target.name}")
-        written.append(write_target(target, model, folder, begin.companions, measured, reporter))
+        written.append(
+            write_target(
+                target, model, folder, begin.companions, measured, reporter, texts.calibration
+            )
+        )
     report = replace(
         _build_report(begin, steps, measured, [one.row for one in written]),
         materialized=grown,

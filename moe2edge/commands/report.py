@@ -143,7 +143,11 @@ class Report:
         elif check is not None and check.get("window"):
             said.append(f"source check: {describe_window(check['window'])}")
         said += list_format_lines(self.source_format or {})
-        said += [*self._describe_skipping(), *self._describe_materialized().splitlines()[:1]]
+        said += [
+            *self._describe_skipping(),
+            *self._describe_cache(),
+            *self._describe_materialized().splitlines()[:1],
+        ]
         for target, loaders in self.loaders.items():
             for loader in loaders:
                 said.append(f"{target} in {loader.program}: {loader.text}")
@@ -190,6 +194,19 @@ class Report:
                     f"  {row.form}: {t.decode:.3f} ms per token ({t.decode_without:.3f} without "
                     f"skipping); prompt of {t.prompt} tokens: {t.prefill:.2f} ms "
                     f"({t.prefill_without:.2f} without); medians of {t.runs} runs"
+                )
+        return said
+
+    def _describe_cache(self) -> list[str]:
+        """Describe what rounding the cache of keys and values costs, where one is rounded."""
+        said = []
+        for row in self.results:
+            parity = row.parity
+            if parity is not None and parity.whole_cache is not None:
+                said.append(
+                    f"{row.form}: median relative error of logits {parity.shipped:.2%} as shipped, "
+                    f"with rounded keys and values in the cache; {parity.whole_cache:.2%} without "
+                    "rounding them"
                 )
         return said
 
@@ -278,11 +295,12 @@ class Report:
         )
         options = "".join(f", {k} {v}" for k, v in self.target_options[name].items())
         loaders = "\n".join(f"- {loader.program}: {loader.text}" for loader in self.loaders[name])
+        cache = "".join(f"{s}.\n\n" for s in self._describe_cache() if s.startswith(f"{name},"))
         limits = f"{target.limits}\n\n" if target.limits else ""
         return (
             f"---\n{data.to_yaml()}\n---\n\n# {self.source}, compressed with moe2edge\n\n"
             f"{self.family}, written for the target `{name}`{options}.\n\n"
-            f"{table}\n\n{self.caption()}.\n\n{self._describe_texts()}\n\n"
+            f"{table}\n\n{self.caption()}.\n\n{self._describe_texts()}\n\n{cache}"
             f"{self._describe_materialized()}{self._describe_source_format(name)}"
             f"## Who can load it\n\n{loaders}\n\n{limits}## Run it\n\n"
             f'```sh\nmoe2edge generate . "Once upon a time"\nmoe2edge verify .\n```\n\n'

@@ -23,6 +23,7 @@ from moe2edge.storage.written_files import blame_disk
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from moe2edge.calibration.tokens import Tokens
     from moe2edge.evaluation.reference import Reference
 
 
@@ -48,19 +49,39 @@ def write_target(
     companions: Companions,
     measured: Comparison,
     reporter: Reporter,
+    calibration: Tokens | None,
 ) -> WrittenTarget:
     """Write one target, reopen it in its runtime, and compare it with the model in memory.
+
+    Args:
+        target: the target.
+        model: what is written.
+        folder: where.
+        companions: files beside config and weights.
+        measured: what it is compared with.
+        reporter: receives progress.
+        calibration: the calibration text; None: neither a pass nor a target needs it.
 
     Raises:
         DiskFailed: the disk gives back something else than was written.
         VerificationFailed: the output differs from the model in memory.
     """
     digests = companions.write(folder) | target.write(model, folder)
+    if target.reads_calibration and calibration is not None:
+        digests |= target.calibrate(folder, _list_texts(target.name, calibration, reporter))
     reference = measured.reference.for_stored(model, target.stored(model))
     digests |= {REFERENCE: reference.save(folder)}
     with blame_disk(folder, digests):
         row = _check_target(target, model, folder, reference, measured, reporter)
     return WrittenTarget(row, reference, digests)
+
+
+def _list_texts(name: str, calibration: Tokens, reporter: Reporter) -> Iterator[list[int]]:
+    """Yield the tokens of each sample, and report how far it is."""
+    for n, row in enumerate(calibration.ids):
+        reporter.advance(f"calibration: {name}", n, len(calibration.ids))
+        yield row.tolist()
+    reporter.advance(f"calibration: {name}", len(calibration.ids), len(calibration.ids))
 
 
 def _check_target(

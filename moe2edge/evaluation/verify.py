@@ -71,6 +71,8 @@ class Parity:
         top1: fraction of positions with the same most likely token, as shipped; None as above.
         positions: number of compared positions: the end of the prefill, then every cached step.
         far: as ``exact``, at the far end of the context; None if it was not run there.
+        whole_cache: as ``shipped``, but with keys and values cached without rounding; None if they
+            are as shipped, or it was not run.
     """
 
     exact: float
@@ -78,6 +80,7 @@ class Parity:
     top1: float | None = None
     positions: int = 0
     far: float | None = None
+    whole_cache: float | None = None
 
 
 def audit(target: Target, folder: Path, model: Model) -> int:
@@ -238,13 +241,7 @@ def measure_shipped(reference: Reference, runtime: Runtime, parity: Parity) -> P
         VerificationFailed: the median relative error is larger than `SHIPPED_TOLERANCE`.
     """
     logits = run_recorded_tokens(reference, runtime)
-    # The median, because rounded activations may flip a near tie in a router, which changes that
-    # position by far more than rounding does.
-    differences = (logits - reference.logits).norm(dim=-1)
-    # The bound counts where all logits are zero, as those behind a norm of zeros.
-    sizes = reference.logits.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
-    errors = differences / sizes
-    relative = float(errors.median())
+    relative = _measure_median_error(logits, reference.logits)
     if not logits.isfinite().all():
         raise VerificationFailed(explain_overflow(runtime, reference.ids))
     if not relative <= SHIPPED_TOLERANCE:
@@ -255,6 +252,28 @@ def measure_shipped(reference: Reference, runtime: Runtime, parity: Parity) -> P
     top1 = float((logits.argmax(-1) == reference.logits.argmax(-1)).double().mean())
     count = logits.shape[0] * logits.shape[1]
     return replace(parity, shipped=relative, top1=top1, positions=count)
+
+
+def _measure_median_error(logits: Tensor, expected: Tensor) -> float:
+    """Measure the relative error of logits at each position, and return the median.
+
+    The median, because rounded activations may flip a near tie in a router, which changes that
+    position by far more than rounding does.
+    """
+    # The bound counts where all logits are zero, as those behind a norm of zeros.
+    sizes = expected.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
+    return float(((logits - expected).norm(dim=-1) / sizes).median())
+
+
+def measure_whole_cache(
+    reference: Reference, target: Target, folder: Path, parity: Parity
+) -> Parity:
+    """Measure the error without rounding of cached keys and values, if there is some."""
+    runtime = target.with_whole_cache(folder)
+    if runtime is None:
+        return parity
+    error = _measure_median_error(run_recorded_tokens(reference, runtime), reference.logits)
+    return replace(parity, whole_cache=error)
 
 
 def explain_overflow(runtime: Runtime, ids: Tensor) -> str:
@@ -291,7 +310,8 @@ def check_parity(
         return parity, None
     give_back()
     runtime = target.reopen(folder)
-    return measure_shipped(reference, runtime, parity), runtime
+    parity = measure_shipped(reference, runtime, parity)
+    return measure_whole_cache(reference, target, folder, parity), runtime
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-# Of some families, transformers 4 has one of them, and transformers 5 the other.
+# Transformers 4 has one of them for some families of which transformers 5 has the other.
 COUNT_SPELLINGS = ("num_experts", "num_local_experts")
 # Keys of ``rope_parameters`` that were keys of the config.
 OWN_KEYS = ("rope_theta", "partial_rotary_factor")

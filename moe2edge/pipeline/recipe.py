@@ -34,17 +34,19 @@ class Recipe:
         evaluation: held-out text that the report is about.
         passes: the steps, in order.
         training: text that passes train on; None if none does.
+        calibrates_targets: whether a target reads the calibration text, too.
     """
 
     calibration: TextSource
     evaluation: TextSource
     passes: tuple[Pass, ...]
     training: TextSource | None = None
+    calibrates_targets: bool = False
 
     @property
     def needs_calibration(self) -> bool:
-        """True if a pass reads the calibration text."""
-        return any(step.needs_tokens for step in self.passes)
+        """True if a pass or a target reads the calibration text."""
+        return self.calibrates_targets or any(step.needs_tokens for step in self.passes)
 
     def resolve(self, model: Model) -> Recipe:
         """Return the recipe with every choice of its passes that depends on ``model`` made."""

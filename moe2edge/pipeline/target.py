@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -135,6 +135,23 @@ class Target:
         """
         raise NotImplementedError
 
+    @property
+    def reads_calibration(self) -> bool:
+        """True if an output holds numbers that `calibrate` measures on the calibration text."""
+        return False
+
+    def calibrate(self, folder: Path, texts: Iterable[list[int]]) -> dict[str, str]:
+        """Set, in a folder that was written, the numbers that are measured on text.
+
+        Args:
+            folder: what `write` wrote, with other numbers in their place.
+            texts: the tokens of each sample of the calibration text.
+
+        Returns:
+            Digests of the files that it changed, as those of `write`.
+        """
+        return {}
+
     def tensors(self, folder: Path) -> Iterator[tuple[str, Tensor | Quantized]]:
         """Read everything back: each tensor by its name on disk, as integers where quantized.
 
@@ -159,6 +176,13 @@ class Target:
     def reopen(self, folder: Path, *, exact: bool = False) -> Runtime:
         """Open the folder in its runtime; ``exact`` asks for float32 activations throughout."""
         raise NotImplementedError
+
+    def with_whole_cache(self, folder: Path) -> Runtime | None:
+        """Open the folder as `reopen` does, but with keys and values cached without rounding.
+
+        None if `reopen` caches them so.
+        """
+        return None
 
     def without_skipping(self, model: Model, folder: Path) -> Runtime:
         """Open the folder as `reopen` does, but with every chosen expert run; for timing.
