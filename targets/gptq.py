@@ -31,9 +31,10 @@ from moe2edge.storage.output import GPTQ_BITS, GPTQ_GROUPS, open_stored_model, p
 from moe2edge.storage.safetensors_files import PlannedTensor, check_index, write_checkpoint
 from moe2edge.storage.text_files import read_json, write_json
 from moe2edge.targets import _layouts
-from moe2edge.targets._gptq_dynamic import build_dynamic, encode_scheme, find_main_scheme
+from moe2edge.targets._gptq_dynamic import build_dynamic, encode_scheme
 from moe2edge.targets._layouts import Layout
 from moe2edge.targets._loaders import judge_loaders
+from moe2edge.targets._module_patterns import find_main_scheme
 from moe2edge.targets._tensors import estimate_file_bytes, plan_plain
 
 if TYPE_CHECKING:
