@@ -54,14 +54,16 @@ def build_compressed_config(model: Model) -> dict[str, Any]:
             ignored.append(target)
         elif scheme != main or target in named:
             targets.setdefault(scheme, []).append(target)
+    # The library warns of patterns behind a class that matches all.
+    targets[main] = targets.pop(main)
+    groups = list(targets.items())
     schemes = list_experts_schemes(model)
     if len(schemes) == 1 and (routed := schemes.pop()) is not None:
-        others = [
-            target for scheme, found in targets.items() if scheme != routed for target in found
-        ]
-        if routed == main and any(EXPERTS_WORD in target for target in others):
-            targets[main] += [f"re:{pattern}" for pattern in list_experts_patterns(model)]
-        targets = {routed: targets[routed], **targets}
+        others = [target for scheme, found in groups if scheme != routed for target in found]
+        if routed != main:
+            groups.sort(key=lambda group: group[0] != routed)
+        elif any(EXPERTS_WORD in target for target in others):
+            groups.insert(0, (main, [f"re:{p}" for p in list_experts_patterns(model)]))
     return {
         "config_groups": {
             f"group_{n}": {
@@ -71,7 +73,7 @@ def build_compressed_config(model: Model) -> dict[str, Any]:
                 "output_activations": None,
                 "format": PACKED,
             }
-            for n, (scheme, found) in enumerate(targets.items())
+            for n, (scheme, found) in enumerate(groups)
         },
         "quant_method": COMPRESSED,
         "kv_cache_scheme": None,
