@@ -28,6 +28,25 @@ def list_holders(model: Model, but: str) -> list[str]:
         _asking.reset(token)
 
 
+def refuse_ends(model: Model, but: str) -> None:
+    """Refuse a quantized head or embedding, for targets that hold none.
+
+    Args:
+        model: the model.
+        but: name of the target.
+
+    Raises:
+        Unsupported: names the tensor, and the targets that hold it.
+    """
+    for name, weight in model.rest.items():
+        if weight.scheme is not None:
+            raise Unsupported(
+                f"target {but} keeps {model.names.get_rest_name(name)} in the source's precision, "
+                f"but it is {weight.scheme}; leave head and embedding out of the pass that "
+                f"quantizes, or export to {' or '.join(list_holders(model, but))}"
+            )
+
+
 def _list_holders(model: Model, but: str) -> list[str]:
     return [found for name in list_targets() if name != but if (found := _find_form(name, model))]
 
@@ -35,7 +54,7 @@ def _list_holders(model: Model, but: str) -> list[str]:
 def _find_form(name: str, model: Model) -> str:
     """Return a target with the first option with which it holds a model; empty: with none."""
     target = make_target(name, {})
-    if model.family.generic and not target.any_family:
+    if not target.supports(model.family):
         return ""
     layouts: list[dict[str, object]] = [
         {"layout": value} for value in list_choices(target).get("layout", ())

@@ -58,14 +58,14 @@ class Gguf(Target):
     chooses_as_torch: ClassVar[bool] = False
     libraries: ClassVar[tuple[str, ...]] = ("torch",)
     holds_tokenizer: ClassVar[bool] = True
-    library: ClassVar[str] = "gguf"
+    card_library: ClassVar[str] = "gguf"
     commands: ClassVar[tuple[str, ...]] = (
         f"llama-server -m {MODEL_FILE}",
         f"echo 'FROM ./{MODEL_FILE}' > Modelfile && ollama create my-model -f Modelfile",
     )
     dequantize: bool = False
 
-    def knows(self, family: Family) -> bool:
+    def supports(self, family: Family) -> bool:
         """Return whether the logits of llama.cpp were compared for a family."""
         return family.model_type in LAYOUTS_BY_FAMILY
 

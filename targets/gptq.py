@@ -31,10 +31,11 @@ from moe2edge.storage.output import GPTQ_BITS, GPTQ_GROUPS, open_stored_model, p
 from moe2edge.storage.safetensors_files import PlannedTensor, check_index, write_checkpoint
 from moe2edge.storage.text_files import read_json, write_json
 from moe2edge.targets import _layouts
-from moe2edge.targets._gptq_dynamic import build_dynamic, encode_scheme, find_main_scheme
-from moe2edge.targets._holders import list_holders
+from moe2edge.targets._gptq_dynamic import build_dynamic, encode_scheme
+from moe2edge.targets._holders import refuse_ends
 from moe2edge.targets._layouts import Layout
 from moe2edge.targets._loaders import judge_loaders
+from moe2edge.targets._module_patterns import find_main_scheme
 from moe2edge.targets._tensors import estimate_file_bytes, plan_plain
 
 if TYPE_CHECKING:
@@ -76,17 +77,11 @@ class Gptq(Target):
                 precision; a matrix does not fill words and groups; or the layout cannot hold the
                 layers.
         """
+        refuse_ends(model, self.name)
         stored = self.stored(model)
         for name, role, weight in stored.tensors():
             if weight.scheme is None:
                 continue
-            if role == "rest":
-                holders = " or ".join(list_holders(model, "gptq"))
-                raise Unsupported(
-                    f"target gptq keeps {name} in the source's precision, but it is "
-                    f"{weight.scheme}; leave head and embedding out of the pass that quantizes, or "
-                    f"export to {holders}"
-                )
             if not is_quantizable(role) and not is_low_rank(role):
                 raise Unsupported(
                     f"target gptq keeps {name} in the source's precision, but it is {weight.scheme}"

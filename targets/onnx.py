@@ -56,7 +56,7 @@ class Onnx(Target):
     summary: ClassVar[str] = "decoder graph with KV cache for ONNX Runtime on a CPU"
     libraries: ClassVar[tuple[str, ...]] = ("torch", "onnx", "onnxruntime")
     chooses_as_torch: ClassVar[bool] = False
-    library: ClassVar[str] = "onnxruntime"
+    card_library: ClassVar[str] = "onnxruntime"
     limits: ClassVar[str] = (
         "Prompts of a batch are padded on the right: zeros in `attention_mask` behind a prompt, "
         "whose next token is read from the logits at its last token. With padding on the left the "

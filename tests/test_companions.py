@@ -50,12 +50,17 @@ def load_templates(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder).chat_template
 
 
+def name_class(content: bytes) -> bytes:
+    """Name the class of tokenizers as transformers 4 knows it."""
+    return content.replace(b'"TokenizersBackend"', b'"PreTrainedTokenizerFast"')
+
+
 def test_usual_files_are_copied_without_a_word(folder: Path, tmp_path: Path) -> None:
     found = judge(folder)
     assert found.notes == ()
     out = write_out(folder, tmp_path / "out")
     for file in found.files:
-        assert (out / file.name).read_bytes() == (folder / file.name).read_bytes()
+        assert (out / file.name).read_bytes() == name_class((folder / file.name).read_bytes())
     assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= {
         file.name for file in found.files
     }
@@ -314,7 +319,7 @@ def test_equal_templates_stay_as_they_are(folder: Path, tmp_path: Path, end: str
     (folder / "chat_template.jinja").write_text(TEMPLATE + end)
     out = write_out(folder, tmp_path / "out")
     written = (out / "tokenizer_config.json").read_bytes()
-    assert written == (folder / "tokenizer_config.json").read_bytes()
+    assert written == name_class((folder / "tokenizer_config.json").read_bytes())
     assert judge(folder).notes == ()
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +39,16 @@ def export(model: Path, out: Path, target: str, *more: str | Path) -> Result:
     )
 
 
+# Those whose runtimes are installed.
+QUANTIZED = ["onnx", "gptq", "compressed-tensors"] + ["mlx"] * (find_spec("mlx_lm") is not None)
+
+
 @pytest.fixture(scope="module")
 def pair(tiny: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Both quantized targets of one trimmed and solved model."""
+    """All quantized targets of one trimmed and solved model."""
     out = tmp_path_factory.mktemp("pair") / "out"
     (out.parent / "r.yaml").write_text(RECIPE)
-    result = export(tiny("olmoe"), out, "onnx,gptq", "-r", out.parent / "r.yaml")
+    result = export(tiny("olmoe"), out, ",".join(QUANTIZED), "-r", out.parent / "r.yaml")
     assert result.exit_code == 0, result.output
     return out
 
@@ -52,25 +57,34 @@ def numbers(folder: Path, target: str) -> dict[str, Any]:
     return dict(registry.find_target(target).tensors(folder))
 
 
-def test_both_targets_hold_the_same_integers(pair: Path) -> None:
-    onnx, gptq = numbers(pair / "onnx", "onnx"), numbers(pair / "gptq", "gptq")
-    assert set(onnx) == set(gptq)
-    quantized = 0
-    for name, a in onnx.items():
-        b = gptq[name]
-        if isinstance(a, Quantized):
-            assert torch.equal(a.q, b.q), name
-            assert torch.equal(a.scales, b.scales), name
-            assert a.scheme == b.scheme
-            quantized += 1
-        else:
-            assert torch.equal(a, b), name
-    # 2 blocks of 5 experts with three matrices, and four of attention.
-    assert quantized == 2 * (5 * 3 + 4)
+def test_all_targets_hold_the_same_integers(pair: Path) -> None:
+    onnx = numbers(pair / "onnx", "onnx")
+    for target in QUANTIZED[1:]:
+        other = numbers(pair / target, target)
+        assert set(onnx) == set(other)
+        quantized = 0
+        for name, a in onnx.items():
+            b = other[name]
+            if isinstance(a, Quantized):
+                assert torch.equal(a.q, b.q), name
+                assert torch.equal(a.scales, b.scales), name
+                assert a.scheme == b.scheme
+                quantized += 1
+            else:
+                assert torch.equal(a, b), name
+        # 2 blocks of 5 experts with three matrices, and four of attention.
+        assert quantized == 2 * (5 * 3 + 4)
+
+
+@pytest.mark.parametrize("target", QUANTIZED[2:])
+def test_all_targets_generate_the_same(pair: Path, target: str) -> None:
+    text = json.loads(run("generate", pair / target, "def f", "-n", "2", "--json").stdout)
+    gptq = json.loads(run("generate", pair / "gptq", "def f", "-n", "2", "--json").stdout)
+    assert text["text"] == gptq["text"]
 
 
 def test_files_beside_the_weights(pair: Path) -> None:
-    for target in ("onnx", "gptq"):
+    for target in QUANTIZED:
         folder = pair / target
         resolved = recipe.parse((folder / "recipe.resolved.yaml").read_text())
         assert resolved.passes[0].model_dump()["keep"] == 0.75
@@ -78,18 +92,21 @@ def test_files_beside_the_weights(pair: Path) -> None:
         manifest = json.loads((folder / "manifest.json").read_text())
         assert manifest["model"]["expert_counts"] == [5, 5]
         card = (folder / "README.md").read_text().split("---")
+        # Stock transformers does not read a GPTQ folder.
+        library = {"onnx": "onnxruntime", "compressed-tensors": "transformers", "mlx": "mlx"}
+        assert yaml.safe_load(card[1]).get("library_name") == library.get(target)
         assert "base_model" not in yaml.safe_load(card[1])  # a folder has no name on the hub
         report = json.loads((folder / "report.json").read_text())
         forms = [row["form"] for row in (report["before"], report["after"], *report["results"])]
         assert forms[0] == "source"
-        assert forms[2:] == ["onnx, in its runtime", "gptq, in its runtime"]
+        assert forms[2:] == [f"{name}, in its runtime" for name in QUANTIZED]
         assert report["results"][0]["parity"]["exact"] < 1e-4
         assert [step["name"] for step in report["steps"]] == ["expert_drop", "block_drop", "gptq"]
     assert not list(pair.parent.glob("*.partial"))
 
 
 def test_verify_passes_and_prints(pair: Path) -> None:
-    for target in ("onnx", "gptq"):
+    for target in QUANTIZED:
         result = run("verify", pair / target)
         assert result.exit_code == 0, result.output
         assert result.stdout.endswith("verified\n")

@@ -140,9 +140,9 @@ def test_passes_and_targets_are_those_that_do_not_refuse_the_family(tmp_path: Pa
     assert (row["passes"], row["targets"]) == everything
     other = inspect(write_config(tmp_path, {"model_type": "gpt_oss"}))
     assert set(other["passes"]) < set(everything[0])
-    assert other["targets"] == ["gguf", "gptq", "hf"]
+    assert other["targets"] == ["gguf", "gptq", "hf", "mlx"]
     other = inspect(write_config(tmp_path, {"model_type": "phimoe"}))
-    assert other["targets"] == ["gptq", "hf"]
+    assert other["targets"] == ["compressed-tensors", "gptq", "hf"]
 
 
 def test_weights_of_a_dense_model_are_counted(tmp_path: Path) -> None:

@@ -49,6 +49,7 @@ from moe2edge.testing import Make, quantize
 
 TARGETS: dict[str, Target] = {
     "gptq": make_target("gptq", {}),
+    "compressed-tensors": make_target("compressed-tensors", {}),
     "onnx": make_target("onnx", {}),
     "hf": make_target("hf", {"dequantize": True}),
 }
@@ -61,6 +62,7 @@ SCHEMES = [
 # What is refused, as (bits, group size), whether symmetric or not; nothing else is.
 REFUSED = {
     "gptq": {(3, 32), (3, -1)},
+    "compressed-tensors": set[tuple[int, int]](),
     "onnx": {(3, 32), (3, -1), (2, -1), (4, -1), (8, -1)},
     "hf": set[tuple[int, int]](),
 }

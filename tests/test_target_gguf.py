@@ -199,7 +199,11 @@ def test_float_blocks_of_a_source_stay(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "changes", "match"),
     [
-        ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob false.*export to hf or onnx"),
+        (
+            "qwen3_moe",
+            {"norm_topk_prob": False},
+            "norm_topk_prob false.*hf or mlx or onnx",
+        ),
         ("olmoe", {"num_key_value_heads": 4, "norm_topk_prob": True}, "norm_topk_prob true"),
         ("olmoe", {}, "fewer heads of keys"),
         ("mixtral", {"sliding_window": 16}, "sliding window of 16 tokens; export to hf or onnx"),

@@ -18,6 +18,7 @@ from moe2edge.model.block import is_quantizable
 from moe2edge.model.family import FAMILIES
 from moe2edge.model.hf_config import build_config
 from moe2edge.model.model import Model
+from moe2edge.model.older_spellings import add_older_spellings
 from moe2edge.model.weights import Weight
 from moe2edge.numerics.grid import Quantized
 from moe2edge.numerics.rounding import round_to_nearest
@@ -117,7 +118,7 @@ def test_config(group_size: int, tmp_path: Path) -> None:
         "pack_dtype": "int32",
         "lm_head": False,
     }
-    assert config == build_config(model)
+    assert config == add_older_spellings(build_config(model))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -66,9 +66,10 @@ def targets_command(as_json: bool) -> None:
         summaries = {name: target.summary for name, target in targets.items()}
         emit({"targets": summaries, "options": options})
         return
+    width = max(map(len, targets))
     for name, target in targets.items():
-        click.echo(f"{name:6} {target.summary}")
+        click.echo(f"{name:{width}} {target.summary}")
         choices = registry.list_choices(target)
         for option, default in options[name].items():
             values = f" (of {', '.join(map(str, choices[option]))})" if option in choices else ""
-            click.echo(f"       {name}:{option}={default} is the default{values}")
+            click.echo(f"{'':{width}} {name}:{option}={default} is the default{values}")

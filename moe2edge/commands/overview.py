@@ -155,14 +155,14 @@ def _list_usable(seen: Outline) -> tuple[tuple[str, ...], tuple[str, ...]]:
     family, source = seen.family, seen.source
     if family is None or source is None:
         return (), ()
-    targets = (name for name in registry.list_targets() if registry.find_target(name).knows(family))
+    targets = [registry.find_target(name) for name in registry.list_targets()]
     return (
         tuple(
             name
             for name in registry.list_passes()
             if find_missing(family, source, registry.find_pass(name).needs) is None
         ),
-        tuple(targets),
+        tuple(target.name for target in targets if target.supports(family)),
     )
 
 

@@ -269,6 +269,11 @@ class Report:
         manifest[FILES][REFERENCE] = describe_file(folder / REFERENCE, reference.save(folder))
         hash_written(folder / MANIFEST, write_json(folder / MANIFEST, manifest))
 
+    def _name_library(self, target: Target) -> str | None:
+        """Return the library of a target's card; None if the verdicts say that it is none."""
+        denied = {one.program for one in self.loaders[target.name] if one.verdict == "no"}
+        return None if target.card_library in denied else target.card_library
+
     def _render_card(self, target: Target, checkpoint: Checkpoint) -> str:
         """Write the text of README.md, with the metadata that the hub reads."""
         from huggingface_hub import ModelCardData
@@ -277,7 +282,7 @@ class Report:
         data = ModelCardData(
             base_model=checkpoint.hub_id,
             **self.license,
-            library_name=target.library,
+            library_name=self._name_library(target),
             pipeline_tag="text-generation",
             tags=["moe2edge", "mixture-of-experts", name],
         )

@@ -43,8 +43,11 @@ def try_targets(targets: Sequence[Target], planned: Model) -> None:
     config would have is not known, and the runtime of the target that holds them is transformers.
 
     Raises:
-        Unsupported: the runtime of a target refuses it; nothing was computed yet.
+        Unsupported: the runtime of a target refuses it, or is not installed; nothing was computed
+            yet.
     """
+    for target in targets:
+        target.check_runtime(planned)
     if planned.family.generic:
         return
     small = reduce_model(planned)

@@ -11,8 +11,8 @@ from moe2edge.errors import Unsupported
 from moe2edge.evaluation.comparison import Comparison, ResultRow
 from moe2edge.evaluation.folder_record import REFERENCE
 from moe2edge.model import edits
-from moe2edge.model.family import FAMILIES
 from moe2edge.model.model import Model
+from moe2edge.pipeline.registry import find_target, list_targets
 from moe2edge.pipeline.target import Target
 from moe2edge.progress import Reporter
 from moe2edge.runtime.memory import give_back
@@ -172,10 +172,12 @@ def _check_family(target: Target, model: Model) -> None:
     Raises:
         Unsupported: names the target and the family.
     """
-    if model.family.generic and not target.any_family:
+    if not target.supports(model.family):
+        every = (find_target(name) for name in list_targets())
+        *others, last = [one.name for one in every if one.supports(model.family)]
         raise Unsupported(
-            f"target {target.name} does not support {model.family.model_type} yet; it supports "
-            f"{', '.join(FAMILIES)}; targets hf and gptq write this model"
+            f"target {target.name} does not support {model.family.model_type} yet; targets "
+            f"{', '.join(others)} and {last} write this model"
         )
 
 

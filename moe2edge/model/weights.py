@@ -19,7 +19,7 @@ DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}
 # Those of tensors that are only carried along as well.
 BYTES = DTYPE_BYTES | {
     "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I8": 1, "I16": 2, "I32": 4,
-    "I64": 8, "U8": 1,
+    "I64": 8, "U8": 1, "U32": 4,
 }  # fmt: skip
 # Floating-point dtypes as safetensors and as torch spell them.
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}

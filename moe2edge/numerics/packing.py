@@ -101,6 +101,29 @@ def pack_words(q: Tensor, bits: int) -> Tensor:
     return padded.contiguous().view(torch.int32)
 
 
+def pack_compressed(numbers: Quantized, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Pack one matrix [out, in] as the tensors of compressed-tensors' ``pack-quantized``.
+
+    Args:
+        numbers: a matrix whose inputs are in order.
+        dtype: of the scales.
+
+    Returns:
+        ``weight_packed`` int32 [out, ceil(in * bits / 32)], ``weight_scale`` [out, groups],
+        ``weight_shape`` int64 [2]; if not symmetric, ``weight_zero_point`` int32
+        [ceil(out * bits / 32), groups], packed along the outputs.
+    """
+    bits = numbers.scheme.bits
+    packed = {
+        "weight_packed": pack_words(numbers.q, bits),
+        "weight_scale": numbers.scales.to(dtype).contiguous(),
+        "weight_shape": torch.tensor(numbers.q.shape),
+    }
+    if numbers.zeros is not None:
+        packed["weight_zero_point"] = pack_words(numbers.zeros.T, bits).T.contiguous()
+    return packed
+
+
 def pack_gptq(numbers: Quantized) -> dict[str, Tensor]:
     """Pack one matrix [out, in] as the tensors of a GPTQ version 1 checkpoint.
 

@@ -1,4 +1,7 @@
-"""Find a pass or a target by name: the file name is the name, so there is nothing to register."""
+"""Find a pass or a target by name: the file name is the name, so there is nothing to register.
+
+Names of targets have hyphens where those of their files have underscores.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ import moe2edge.passes
 import moe2edge.targets
 from moe2edge.errors import InputError, suggest
 from moe2edge.pipeline.contract import Pass
-from moe2edge.pipeline.target import Target
+from moe2edge.pipeline.target import Target, get_target_name
 from moe2edge.storage.text_files import read_yaml
 
 Base = TypeVar("Base")
@@ -33,10 +36,10 @@ def list_passes() -> list[str]:
 def list_targets() -> list[str]:
     """Return the names of all targets.
 
-    >>> "onnx" in list_targets()
+    >>> "compressed-tensors" in list_targets()
     True
     """
-    return _public(moe2edge.targets.__path__)
+    return [get_target_name(file) for file in _public(moe2edge.targets.__path__)]
 
 
 def find_pass(name: str) -> type[Pass]:
@@ -70,7 +73,7 @@ def make_target(name: str, options: Mapping[str, object]) -> Target:
     """
     if name not in list_targets():
         raise InputError(suggest("target", name, list_targets()))
-    kind = _only(f"moe2edge.targets.{name}", Target)
+    kind = _only(f"moe2edge.targets.{name.replace('-', '_')}", Target)
     known = {field.name for field in dataclasses.fields(kind)}
     hints = get_type_hints(kind) if options else {}
     for option, value in options.items():

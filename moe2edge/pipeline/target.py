@@ -45,22 +45,31 @@ class Loader:
         return f"{VERDICT_WORDS.get(self.verdict, self.verdict)} ({note})"
 
 
+def get_target_name(file: str) -> str:
+    """Return the name of the target in a file, by the name of its module.
+
+    >>> get_target_name("compressed_tensors")
+    'compressed-tensors'
+    """
+    return file.replace("_", "-")
+
+
 @dataclass(frozen=True)
 class Target:
     """One kind of output: a subclass in its own file in ``targets/``, named after the file.
 
     Attributes:
-        name: the name of its file.
+        name: the name of its file, with hyphens for underscores.
         summary: one line for ``moe2edge targets``.
         streams: whether its folders can be read as models, see `streamed`.
         chooses_as_torch: whether its runtime chooses the same of two experts with equal scores.
         libraries: modules that its runtime imports; the profiler imports them before it times
             the loading of a folder.
         limits: what its outputs cannot do, for their cards; empty if there is nothing to say.
+        card_library: library of the hub that loads its outputs, for their cards.
         any_family: whether it holds families of which only the numbers of experts are known.
         holds_tokenizer: whether its files hold the tokenizer in a form of their own, so that
             `check_companions` has something to look at.
-        library: ``library_name`` of its cards: the program that loads its outputs.
         commands: shell lines for cards, which run an output in other programs.
     """
 
@@ -70,16 +79,16 @@ class Target:
     libraries: ClassVar[tuple[str, ...]] = ("torch",)
     chooses_as_torch: ClassVar[bool] = True
     limits: ClassVar[str] = ""
+    card_library: ClassVar[str] = "transformers"
     any_family: ClassVar[bool] = False
     holds_tokenizer: ClassVar[bool] = False
-    library: ClassVar[str] = "transformers"
     commands: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        cls.name = cls.__module__.rpartition(".")[2]
+        cls.name = get_target_name(cls.__module__.rpartition(".")[2])
 
-    def knows(self, family: Family) -> bool:
+    def supports(self, family: Family) -> bool:
         """Return whether it holds models of a family; which of them, `accepts` says."""
         return self.any_family or not family.generic
 
@@ -109,6 +118,16 @@ class Target:
     def remarks(self, model: Model) -> tuple[str, ...]:
         """List what a user should know of an output of ``model``, for the log and the card."""
         return ()
+
+    def check_runtime(self, model: Model) -> None:
+        """Refuse to begin where the runtime that verifies an output is missing, or refuses it.
+
+        Args:
+            model: what will be written, of which only shapes are known.
+
+        Raises:
+            Unsupported: with the command that installs it, or with what it refuses.
+        """
 
     def stored(self, model: Model) -> Model:
         """Return the model whose tensors are written for ``model``: it computes the same.

@@ -1,4 +1,4 @@
-"""Load an output folder, ``hf`` or ``gptq``, into a transformers model.
+"""Load an output folder, ``hf``, ``gptq`` or ``compressed-tensors``, into a transformers model.
 
 Stock transformers 5 stores all experts of a layer in one parameter, and its GPTQ support replaces
 linear layers only. So it loads the experts of a GPTQ checkpoint as random numbers, with no more
@@ -44,7 +44,7 @@ READ_FILES = ("config.json", GENERATION_CONFIG, "*.safetensors", INDEX_FILE)
 def load(
     folder: str | Path, *, dtype: torch.dtype | None = None, packed: bool | None = None
 ) -> PreTrainedModel:
-    """Load a folder that the target ``hf`` or ``gptq`` wrote, for inference with transformers.
+    """Load a folder of target ``hf``, ``gptq`` or ``compressed-tensors``, for inference.
 
     In bfloat16, symmetric 4-bit matrices of families with a row stay packed (see
     `moe2edge.runtime.int4`), and the model takes about as much memory as its files. Other quantized

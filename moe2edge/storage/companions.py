@@ -40,6 +40,7 @@ CHAT_TEMPLATE = "chat_template.jinja"
 OLD_TEMPLATE = "chat_template.json"
 # Two names of one class; transformers 5 writes the first, and release 4 does not know it.
 NEW_CLASS, OLD_CLASS = "TokenizersBackend", "PreTrainedTokenizerFast"
+_NEW_CLASS = re.compile(rb'("tokenizer_class"\s*:\s*)"%s"' % NEW_CLASS.encode())
 # Other files than vocabularies, in bytes.
 LARGEST_TEXT = 16 << 20
 MOST_FILES = 100 + len(COMPANIONS)
@@ -341,15 +342,11 @@ def _settle_class(found: Companions) -> Companions:
     config = found.get(tokenizers.CONFIG)
     if config is None:
         return found
-    settings = dict(
-        json.loads(config.path.read_bytes() if config.content is None else config.content)
-    )
-    if settings.get("tokenizer_class") != NEW_CLASS:
+    content = config.path.read_bytes() if config.content is None else config.content
+    if json.loads(content).get("tokenizer_class") != NEW_CLASS:
         return found
-    text = (
-        json.dumps(settings | {"tokenizer_class": OLD_CLASS}, indent=2, ensure_ascii=False) + "\n"
-    )
-    files = [replace(f, content=text.encode()) if f is config else f for f in found.files]
+    changed = _NEW_CLASS.sub(rb'\1"%s"' % OLD_CLASS.encode(), content)
+    files = [replace(f, content=changed) if f is config else f for f in found.files]
     return replace(found, files=tuple(files))
 
 

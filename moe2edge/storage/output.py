@@ -21,8 +21,11 @@ from moe2edge.model.stored_layout import list_stored, list_stored_integers
 from moe2edge.model.weights import BYTES, DTYPE_BYTES, Weight
 from moe2edge.numerics.scheme import GROUP_SIZES, WHOLE_ROW, Scheme
 from moe2edge.storage.checkpoint import Checkpoint, has_own_layers
+from moe2edge.storage.compressed_form import COMPRESSED, CompressedForm
 from moe2edge.storage.patterns import compile_pattern
 from moe2edge.storage.safetensors_files import read_header, read_tensor
+from moe2edge.storage.source_formats.recognition import read_method
+from moe2edge.storage.source_formats.stored_tensors import StoredTensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,7 +50,7 @@ def open_stored_model(checkpoint: Checkpoint) -> Model:
     """
     config = copy.deepcopy(dict(checkpoint.config))
     quantization = config.pop("quantization_config", None)
-    settings = None if quantization is None else read_gptq_settings(quantization)
+    settings = None if quantization is None else _read_settings(checkpoint, quantization)
     layers = {}
     if has_own_layers(config):
         # Some classes of transformers take a config without the key for an old one.
@@ -67,6 +70,24 @@ def open_stored_model(checkpoint: Checkpoint) -> Model:
     # Integers say nothing of the dtype that they were rounded from; it is that of the embedding.
     dtype = model.embedding.dtype
     return change_weights(model, lambda _, w: replace(w, dtype=dtype) if w.scheme else None)
+
+
+def _read_settings(
+    checkpoint: Checkpoint, quantization: Mapping[str, Any]
+) -> GptqSettings | CompressedForm:
+    """Read a ``quantization_config``.
+
+    Raises:
+        Unsupported: moe2edge does not write it.
+    """
+    if (method := read_method(quantization)) == "mlx":
+        raise Unsupported(
+            f"{checkpoint.source} is a folder for mlx-lm; run it with mlx-lm, or with moe2edge "
+            "generate"
+        )
+    if method == COMPRESSED:
+        return CompressedForm.make(StoredTensors(checkpoint.files), quantization)
+    return read_gptq_settings(quantization)
 
 
 # ---- quantization settings -----------------------------------------------------------------------
@@ -93,6 +114,11 @@ class GptqSettings:
         """Return the scheme that a pattern gives to a module's matrix, else ``usual``."""
         matching = (scheme for pattern, scheme in self.dynamic if pattern.match(module))
         return next(matching, usual)
+
+    def plan(self, module: str, shape: tuple[int, ...], scheme: Scheme) -> dict[str, Header]:
+        """Return shape and dtype of each tensor that a matrix has to be stored in, by name."""
+        parts = plan_gptq_tensors(shape, scheme)
+        return {f"{module}.{part}": header for part, header in parts.items()}
 
 
 def read_gptq_settings(settings: Mapping[str, Any]) -> GptqSettings:
@@ -164,7 +190,9 @@ def _parse_override(key: str, settings: Any, main: Scheme) -> tuple[Any, Scheme 
 class _StoredTensors:
     """Tensors of an output folder."""
 
-    def __init__(self, checkpoint: Checkpoint, settings: GptqSettings | None) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, settings: GptqSettings | CompressedForm | None
+    ) -> None:
         self._source = checkpoint.source
         self._settings = settings
         self._files = checkpoint.files
@@ -181,6 +209,10 @@ class _StoredTensors:
         """Make a handle on a tensor that a model of this config has; `check` finds missing ones."""
         if shape is None:
             shape = self._headers.get(name, ((), ""))[0]
+        if isinstance(self._settings, CompressedForm):
+            if (found := self._settings.take(name, shape)) is not None:
+                return found
+            return self._make_plain(name, shape)
         scheme = self._find_scheme(name)
         if f"{_get_stem(name)}.qweight" in self._headers and scheme is not None:
             return Weight(
@@ -191,6 +223,10 @@ class _StoredTensors:
                 scheme=scheme,
                 load_quantized=lambda: self._read_quantized(name, scheme),
             )
+        return self._make_plain(name, shape)
+
+    def _make_plain(self, name: str, shape: tuple[int, ...]) -> Weight:
+        """Make a handle on a tensor that is stored as it is."""
         dtype = self._headers.get(name, ((), "F32"))[1]
         return Weight(name, shape, dtype, load=lambda: self._read(name))
 
@@ -265,8 +301,8 @@ class _StoredTensors:
                 expected[name] = (weight.shape, weight.dtype)
                 plain |= set() if name in model.carried else {name}
             else:
-                parts = plan_gptq_tensors(weight.shape, scheme)
-                expected |= {f"{_get_stem(name)}.{part}": header for part, header in parts.items()}
+                assert self._settings is not None
+                expected |= self._settings.plan(_get_stem(name), weight.shape, scheme)
         for problem, names in (
             ("lacks", expected.keys() - self._headers.keys()),
             ("has unexpected", self._headers.keys() - expected.keys()),

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # Every dtype that is written, and those that only quantized sources have.
-_WRITTEN = DTYPES | {"I32": "int32", "U8": "uint8", "I64": "int64"}
+_WRITTEN = DTYPES | {"I32": "int32", "U32": "uint32", "U8": "uint8", "I64": "int64"}
 _TORCH_NAMES = _WRITTEN | {
     "BOOL": "bool",
     "I8": "int8",
@@ -215,18 +215,7 @@ def write_safetensors(path: Path, tensors: Iterable[PlannedTensor], *, durable: 
     (https://huggingface.co/docs/safetensors).
     """
     tensors = list(tensors)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for t in tensors:
-        header[t.name] = {
-            "dtype": t.dtype,
-            "shape": list(t.shape),
-            "data_offsets": [offset, offset + t.nbytes],
-        }
-        offset += t.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256(start := struct.pack("<Q", len(text)) + text)
+    digest = hashlib.sha256(start := _encode_header(tensors))
     with path.open("wb") as file, ThreadPoolExecutor(1) as beside:
         file.write(start)
         for t in tensors:
@@ -238,6 +227,30 @@ def write_safetensors(path: Path, tensors: Iterable[PlannedTensor], *, durable: 
             file.flush()
             os.fsync(file.fileno())
     return digest.hexdigest()
+
+
+def write_hollow_safetensors(path: Path, tensors: Iterable[PlannedTensor]) -> None:
+    """Write a safetensors file of zeros, which take no room on disks that know holes in files."""
+    tensors = list(tensors)
+    with path.open("wb") as file:
+        file.write(start := _encode_header(tensors))
+        file.truncate(len(start) + sum(t.nbytes for t in tensors))
+
+
+def _encode_header(tensors: Iterable[PlannedTensor]) -> bytes:
+    """Return the first bytes of a file: the length of its header, and that."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for t in tensors:
+        header[t.name] = {
+            "dtype": t.dtype,
+            "shape": list(t.shape),
+            "data_offsets": [offset, offset + t.nbytes],
+        }
+        offset += t.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
 
 
 def encode_tensor(tensor: Tensor, planned: PlannedTensor) -> memoryview:

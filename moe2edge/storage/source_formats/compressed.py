@@ -45,6 +45,8 @@ CT_FORMATS = (
     "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized", "mixed-precision",
 )  # fmt: skip
 MX_GROUP = 32
+# How closely a target matches a module.
+BY_NAME, BY_PATTERN, BY_CLASS = 0, 1, 2
 PACKED_BITS = (1, 2, 3, 4, 5, 6, 7, 8)
 
 # Unpacks a number of integers from each row of words.
@@ -145,27 +147,37 @@ class CompressedSource(SourceFormat):
         Raises:
             InputError: no group has it, or it is ignored.
         """
-        names = tuple(list_aliases(stem))
-        if any(_is_target(target, names) for target in self.settings.get("ignore") or ()):
+        if self.is_ignored(stem):
             raise InputError(
                 f"{stem} is quantized, but quantization_config ignores it; config.json is not that "
                 "of these files: download it again"
             )
-        ranked = [
-            (_rank(target, names), group)
-            for group in self.groups.values()
-            for target in group.get("targets") or ()
-        ]
-        ranked = [(rank, group) for rank, group in ranked if rank is not None]
+        ranked = self.rank_groups(stem)
         if not ranked:
             raise InputError(
                 f"{stem} is quantized, but no target of config_groups in quantization_config "
                 "matches it; config.json is not that of these files: download it again"
             )
-        found = min(ranked, key=lambda each: each[0] or 0)[1].get("weights")
+        found = ranked[0][1].get("weights")
         if not isinstance(found, Mapping):
             raise InputError(f"{stem} is quantized, but its group in config_groups has no weights")
         return found
+
+    def is_ignored(self, stem: str) -> bool:
+        """Return whether a module is one of those that stay as they are."""
+        names = tuple(list_aliases(stem))
+        return any(_is_target(target, names) for target in self.settings.get("ignore") or ())
+
+    def rank_groups(self, stem: str) -> list[tuple[int, Mapping[str, Any]]]:
+        """List the groups whose targets match a module with the rank of the target, best first."""
+        names = tuple(list_aliases(stem))
+        ranked = [
+            (rank, group)
+            for group in self.groups.values()
+            for target in group.get("targets") or ()
+            if (rank := _rank(target, names)) is not None
+        ]
+        return sorted(ranked, key=lambda each: each[0])
 
     def _find_packed(
         self, name: str, packed: StoredTensor, shape: tuple[int, ...]
@@ -250,15 +262,15 @@ def _describe(weights: Mapping[str, Any]) -> str:
 
 
 def _rank(target: str, names: tuple[str, ...]) -> int | None:
-    """Return how closely a target matches a module, 0 by name; None: it does not.
+    """Return how closely a target matches a module: `BY_NAME`, pattern, class; None: it does not.
 
     Targets with a capital letter are classes, such as ``Linear``.
     """
     if target in names:
-        return 0
+        return BY_NAME
     if target.startswith("re:"):
-        return 1 if _is_target(target, names) else None
-    return 2 if target[:1].isupper() else None
+        return BY_PATTERN if _is_target(target, names) else None
+    return BY_CLASS if target[:1].isupper() else None
 
 
 def _is_target(target: str, names: tuple[str, ...]) -> bool:

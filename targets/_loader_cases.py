@@ -1,0 +1,202 @@
+"""Conditions on an output that verdicts on programs depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from moe2edge.model.model import Model, is_stock_form
+from moe2edge.model.weights import DTYPES
+from moe2edge.numerics.scheme import WHOLE_ROW, Scheme
+from moe2edge.pipeline.target import Loader, Verdict
+from moe2edge.runtime.expert_kernels import takes_grouped_mm
+from moe2edge.targets._compressed_config import READ_BY_TRANSFORMERS, list_experts_schemes
+from moe2edge.targets._gptq_dynamic import build_dynamic
+from moe2edge.targets._module_patterns import find_main_scheme, find_split_fusion
+from moe2edge.targets._tensors import TILE, has_dense_blocks
+
+INSPECTED = "by source inspection"
+# Numbers of bits, and inputs per scale, that the expert kernels of vLLM and SGLang take.
+SERVED_BITS = (4, 8)
+SERVED_GROUPS = (32, 64, 128, WHOLE_ROW)
+
+
+@dataclass(frozen=True)
+class Output:
+    """A model as it was given to a target, and as the target stores it."""
+
+    given: Model
+    stored: Model
+
+    @property
+    def family(self) -> str:
+        """``model_type`` of what is stored."""
+        return self.stored.family.model_type
+
+    @property
+    def architecture(self) -> str:
+        """Class name in transformers of what is stored."""
+        return self.stored.family.architecture
+
+    @property
+    def schemes(self) -> set[Scheme]:
+        """Schemes of all quantized matrices."""
+        return {weight.scheme for _, _, weight in self.stored.tensors() if weight.scheme}
+
+    @property
+    def split_fusion(self) -> str | None:
+        """Module that serving programs fuse, although its matrices differ in scheme."""
+        return find_split_fusion(self.stored)
+
+    @property
+    def unknown_form(self) -> str:
+        """Reason why a program that ignores ``per_layer_config`` cannot read the layers."""
+        model = self.stored
+        if model.replaced_count:
+            return "it does not know replaced experts"
+        if model.tied_count:
+            return "it does not know tied experts, which share matrices"
+        if model.skips:
+            return "it does not know dynamic skipping"
+        if all(is_stock_form(model, block) for block in model.blocks):
+            return "it takes MoE layers of one size only"
+        return "it does not know layers without a router"
+
+
+Case = Callable[[Output], bool]
+
+
+def is_any_output(output: Output) -> bool:
+    return True
+
+
+def is_uneven(output: Output) -> bool:
+    """Test for a ``per_layer_config``: layers differ, or have a form that stock classes lack."""
+    return not output.stored.is_uniform
+
+
+def is_even(output: Output) -> bool:
+    return output.stored.is_uniform
+
+
+def mixes_dense_blocks(output: Output) -> bool:
+    return has_dense_blocks(output.stored)
+
+
+def is_rehomed(output: Output) -> bool:
+    """Test for a model that is written as one of another family."""
+    return output.stored.family is not output.given.family
+
+
+def is_rehomed_with_head_dim(output: Output) -> bool:
+    geometry = output.stored.family.geometry(output.stored.config)
+    return is_rehomed(output) and geometry.heads * geometry.head_dim != geometry.hidden
+
+
+def is_rehomed_with_window(output: Output) -> bool:
+    return is_rehomed(output) and output.stored.blocks[0].window is not None
+
+
+def has_unserved_scheme(output: Output) -> bool:
+    return any(not s.symmetric or s.bits not in SERVED_BITS for s in output.schemes)
+
+
+def has_ordered_inputs(output: Output) -> bool:
+    return any(s.ordered and s.group_size != WHOLE_ROW for s in output.schemes)
+
+
+def splits_fusion(output: Output) -> bool:
+    return output.split_fusion is not None
+
+
+def has_experts_beside_main_scheme(output: Output) -> bool:
+    main = find_main_scheme(output.stored)
+    return any(layer.experts[0].up.scheme != main for _, layer in output.stored.moe_blocks)
+
+
+def is_other_than_w4_throughout(output: Output) -> bool:
+    main = find_main_scheme(output.stored)
+    symmetric4 = main is not None and (main.bits, main.symmetric) == (4, True)
+    return not symmetric4 or bool(build_dynamic(output.stored))
+
+
+def is_asymmetric(output: Output) -> bool:
+    return any(not scheme.symmetric for scheme in output.schemes)
+
+
+def has_unserved_group(output: Output) -> bool:
+    return any(scheme.group_size not in SERVED_GROUPS for scheme in output.schemes)
+
+
+def has_odd_hidden(output: Output) -> bool:
+    return output.stored.embedding.shape[-1] % TILE != 0
+
+
+def has_experts_that_differ(output: Output) -> bool:
+    """Test for experts with several schemes, or without one, in a model that has experts."""
+    found = list_experts_schemes(output.stored)
+    return len(found) > 1 or found == {None}
+
+
+def is_quantized_output(output: Output) -> bool:
+    return bool(output.schemes)
+
+
+def is_unread_by_transformers(output: Output) -> bool:
+    return output.family not in READ_BY_TRANSFORMERS
+
+
+def is_per_channel(output: Output) -> bool:
+    main = find_main_scheme(output.stored)
+    return main is not None and main.group_size == WHOLE_ROW
+
+
+def is_symmetric_in_4_bits(output: Output) -> bool:
+    return all((s.bits, s.symmetric) == (4, True) for s in output.schemes)
+
+
+def needs_eager_in_stock(output: Output) -> bool:
+    """Test for experts that transformers' default implementation does not take."""
+    layers = [layer for _, layer in output.stored.moe_blocks]
+    experts = [layer.experts[0] for layer in layers if layer.experts]
+    return is_even(output) and any(
+        not takes_grouped_mm((e.up.shape[1], e.up.shape[0]), DTYPES[e.up.dtype]) for e in experts
+    )
+
+
+def has_three_bits(output: Output) -> bool:
+    return any(scheme.bits == 3 for scheme in output.schemes)
+
+
+def is_generic(output: Output) -> bool:
+    return output.stored.family.generic
+
+
+def make_family_case(*names: str) -> Case:
+    return lambda output: output.family in names
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Verdict on a program in one case.
+
+    Attributes:
+        program: its name.
+        version: the version that was run or read; empty: not recorded, or of no importance.
+        verdict: see `Loader`.
+        note: condition or reason; may name properties of the `Output`, as ``{o.family}``.
+        evidence: how it is known; empty where the verdict or the note says so.
+        case: the condition under which it holds.
+    """
+
+    program: str
+    version: str
+    verdict: Verdict
+    note: str = ""
+    evidence: str = ""
+    case: Case = is_any_output
+
+    def judge(self, output: Output) -> Loader:
+        """Return the verdict on an output in this case."""
+        parts = (self.version, self.note.format(o=output), self.evidence)
+        return Loader(self.program, self.verdict, "; ".join(part for part in parts if part))

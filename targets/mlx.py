@@ -1,0 +1,219 @@
+"""Folders for mlx-lm on Macs: integers of all experts of a layer in one tensor, affine groups."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from moe2edge.errors import Unsupported, VerificationFailed
+from moe2edge.model.block import is_quantizable
+from moe2edge.model.edits import sort_rows
+from moe2edge.model.family import Family
+from moe2edge.model.model import Model, list_end_names
+from moe2edge.model.weights import DTYPES, Weight
+from moe2edge.numerics.scheme import GROUP_SIZES, WHOLE_ROW, Scheme
+from moe2edge.pipeline.target import Loader, Target
+from moe2edge.runtime.memory import Estimate
+from moe2edge.runtime.protocol import Runtime
+from moe2edge.storage.checkpoint import open_checkpoint
+from moe2edge.storage.safetensors_files import check_index, write_checkpoint
+from moe2edge.storage.text_files import read_json, write_json
+from moe2edge.targets._layouts import describe_layers
+from moe2edge.targets._loaders import judge_loaders
+from moe2edge.targets._mlx_files import (
+    MLX_KEYS,
+    MlxFolder,
+    build_mlx_config,
+    get_row,
+    plan_mlx_tensors,
+)
+from moe2edge.targets._mlx_rows import ROWS, accept_layers, accept_settings
+from moe2edge.targets._tensors import estimate_file_bytes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moe2edge.numerics.grid import Quantized
+
+
+@dataclass(frozen=True)
+class Mlx(Target):
+    """A folder for mlx-lm: experts, attention and dense MLPs in few bits, or all unquantized."""
+
+    summary: ClassVar[str] = "folder for mlx-lm on Macs; runs on Linux too, for tests"
+    streams: ClassVar[bool] = True
+    libraries: ClassVar[tuple[str, ...]] = ("torch", "mlx.core", "mlx_lm")
+    chooses_as_torch: ClassVar[bool] = False
+    card_library: ClassVar[str] = "mlx"
+    limits: ClassVar[str] = (
+        "On a Mac mlx-lm runs the folder in the dtype that its config names. Without a Mac's GPU "
+        "it was verified in float32, which is much faster there."
+    )
+
+    def supports(self, family: Family) -> bool:
+        """Return whether mlx-lm was seen to compute models of a family rightly."""
+        return family.model_type in ROWS
+
+    def check_runtime(self, model: Model) -> None:
+        """Refuse to begin where mlx-lm is not installed, or does not take config and tensors.
+
+        Of families with a row, zeros are run as well before any work.
+
+        Raises:
+            Unsupported: so.
+        """
+        from moe2edge.targets._mlx_runtime import import_mlx, try_folder
+
+        import_mlx()
+        if model.family.generic:
+            stored = self.stored(model)
+            try_folder(build_mlx_config(stored), plan_mlx_tensors(stored))
+
+    def accepts(self, model: Model) -> None:
+        """Refuse what the format cannot express, and what mlx-lm ignores.
+
+        Raises:
+            Unsupported: layers differ, a scheme is none of MLX's, experts of a layer have several,
+                or a setting of the model is one that mlx-lm does not know.
+        """
+        self.stored(model)
+        row = get_row(model)
+        accept_layers(model, row)
+        accept_settings(model, row)
+        dtype = model.embedding.dtype
+        experts: dict[str, Scheme | None] = {}
+        for name, role, weight in model.tensors():
+            place = row.place(name)
+            single = place.expert is None or place.kind != "weight"
+            if not single and experts.setdefault(place.module, weight.scheme) != weight.scheme:
+                raise Unsupported(
+                    f"{place.module} would hold experts of several schemes, such as "
+                    f"{weight.scheme}; give the experts of a layer one scheme, or export to gptq"
+                )
+            if weight.scheme is not None:
+                if not is_quantizable(role) and name not in list_end_names(model):
+                    raise Unsupported(
+                        f"target mlx keeps {name} in the source's precision, but it is "
+                        f"{weight.scheme}; export to gptq"
+                    )
+                _accept(name, weight, weight.scheme, dtype)
+                if any(f".{module}." in name for module in row.plain):
+                    raise Unsupported(
+                        f"mlx-lm rounds {name} once more when it loads a folder; leave it in 16 "
+                        f"bits with a rule such as {{match: {row.plain[0]}, bits: 16}}, or "
+                        "export to gptq or compressed-tensors"
+                    )
+
+    def stored(self, model: Model) -> Model:
+        """Return the model with rows in the order of files, and without other parts.
+
+        Raises:
+            Unsupported: layers differ in size or form.
+        """
+        model = sort_rows(model)
+        if not model.is_uniform:
+            raise Unsupported(
+                "target mlx holds only MoE layers of one size without dynamic skipping, tied or "
+                f"replaced experts, as mlx-lm does, but the model has {describe_layers(model)}; "
+                "prune all layers to the same size, or export to gptq or hf:layout=natural"
+            )
+        return replace(model, carried={})
+
+    def find_dtype(self, model: Model) -> str:
+        """Return the dtype in which mlx-lm runs a folder: that of the embedding."""
+        return DTYPES[model.embedding.dtype]
+
+    def estimate(self, model: Model) -> Estimate:
+        """Estimate the weight files, and in memory what is not quantized in float32."""
+        stored = self.stored(model)
+        size = estimate_file_bytes(plan_mlx_tensors(stored))
+        plain = sum(w.nbytes for _, _, w in stored.tensors() if w.scheme is None)
+        return Estimate(size + plain, size)
+
+    def write(self, model: Model, folder: Path) -> dict[str, str]:
+        """Write ``config.json`` and the weights, those of the experts of a layer at a time.
+
+        Raises:
+            Unsupported: see `stored`.
+            VerificationFailed: a scale is not exact in the dtype of the model.
+        """
+        model = self.stored(model)
+        config = build_mlx_config(model)
+        written = {"config.json": write_json(folder / "config.json", config)}
+        return written | write_checkpoint(folder, plan_mlx_tensors(model))
+
+    def tensors(self, folder: Path) -> Iterator[tuple[str, Tensor | Quantized]]:
+        """Read everything back, quantized matrices as integers and scales.
+
+        Raises:
+            VerificationFailed: a tensor is missing, unexpected or of another shape, or biases are
+                not those of symmetric integers.
+        """
+        for name, _, weight in self.streamed(folder).tensors():
+            yield name, weight.load() if weight.scheme is None else weight.quantized()
+
+    def check_derived(self, folder: Path) -> None:
+        """Compare the two places of the schemes, and the index with the shards.
+
+        Raises:
+            VerificationFailed: names the file.
+        """
+        config = read_json(folder / "config.json")
+        if config.get(MLX_KEYS[0]) != config.get(MLX_KEYS[1]):
+            raise VerificationFailed(
+                f"config.json has other schemes in {MLX_KEYS[1]} than in {MLX_KEYS[0]}; export it "
+                "again"
+            )
+        check_index(folder)
+
+    def streamed(self, folder: Path) -> Model:
+        """Open the folder as a model."""
+        return MlxFolder(open_checkpoint(str(folder))).model
+
+    def reopen(self, folder: Path, *, exact: bool = False) -> Runtime:
+        """Open the folder in mlx-lm; ``exact`` computes in float32, and so does a CPU.
+
+        Raises:
+            Unsupported: mlx-lm is not installed.
+            VerificationFailed: it refuses the folder.
+        """
+        from moe2edge.targets._mlx_runtime import open_mlx_runtime
+
+        return open_mlx_runtime(folder, exact=exact)
+
+    def loaders(self, model: Model) -> tuple[Loader, ...]:
+        """Return the verdict on each program that may load the folder."""
+        return judge_loaders(self.name, model, self.stored(model))
+
+
+def _accept(name: str, weight: Weight, scheme: Scheme, dtype: str) -> None:
+    """Refuse a matrix whose scheme MLX does not have.
+
+    Raises:
+        Unsupported: so, with what to choose instead.
+    """
+    if not scheme.symmetric or scheme.ordered:
+        why = "MLX would round their zero points" if not scheme.symmetric else "MLX has no order"
+        raise Unsupported(
+            f"{name} is {scheme}, and {why}; quantize it symmetrically, with symmetric: true, or "
+            "export to gptq"
+        )
+    sizes = sorted(GROUP_SIZES)
+    if scheme.group_size not in sizes:
+        other = "gptq" if scheme.group_size == WHOLE_ROW else "hf:dequantize=true"
+        raise Unsupported(
+            f"{name} is {scheme}; target mlx takes groups of {', '.join(map(str, sizes))}; choose "
+            f"one of these that divides its {weight.shape[1]} inputs, or export to {other}"
+        )
+    if weight.shape[1] % scheme.group_size:
+        raise Unsupported(
+            f"{name} has {weight.shape[1]} inputs, which groups of {scheme.group_size} do not "
+            "divide; set group_size to a smaller number"
+        )
+    if weight.kept and weight.scale_dtype not in ("", dtype) and dtype != "F32":
+        raise Unsupported(
+            f"{name} has scales of {weight.scale_dtype} in the source, and the model is {dtype}, "
+            "but an MLX folder has one dtype; quantize it anew in the recipe, or export to gptq"
+        )
