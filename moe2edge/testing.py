@@ -206,6 +206,15 @@ class TraceRecorder:
         return self.seen
 
 
+def quantize_ends(model: Model, scheme: Scheme) -> Model:
+    """Return the model with head and embedding rounded to nearest, or the tensor that is both."""
+    from moe2edge.numerics.rounding import round_to_nearest
+
+    names = {name for name in (model.architecture.embedding, model.head) if name is not None}
+    numbers = {name: round_to_nearest(model.rest[name].load(), scheme) for name in names}
+    return model.replace_rest(attach_rest_numbers(model.rest, numbers))
+
+
 class InMemory:
     """Block journal and store that keeps numbers in memory, as they would be read back from disk.
 

@@ -21,16 +21,14 @@ from moe2edge.errors import Unsupported, VerificationFailed
 from moe2edge.evaluation.verify import audit
 from moe2edge.model.block import is_quantizable
 from moe2edge.model.model import Model
-from moe2edge.numerics.rounding import round_to_nearest
 from moe2edge.numerics.scheme import WHOLE_ROW, Scheme
 from moe2edge.pipeline.registry import find_target, make_target
 from moe2edge.storage.checkpoint import open_checkpoint
-from moe2edge.storage.solved_blocks import attach_rest_numbers
 from moe2edge.targets import _gguf_library, _gguf_runtime
 from moe2edge.targets._gguf_file import read_gguf
 from moe2edge.targets._gguf_layouts import LAYOUTS_BY_FAMILY
 from moe2edge.targets._gguf_tokenizer import build_tokenizer, check_outline, find_pre
-from moe2edge.testing import Make, make_tokenizer, quantize
+from moe2edge.testing import Make, make_tokenizer, quantize, quantize_ends
 
 library = pytest.importorskip("gguf", reason="pip install 'moe2edge[gguf]'")
 pytest.importorskip("xllamacpp", reason="pip install 'moe2edge[gguf]'")
@@ -119,11 +117,7 @@ def test_head_and_embedding_in_8_bits(family: str, tied: bool, tmp_path: Path) -
     settings = {"tie_word_embeddings": tied, **changes}
     every_family.make_folder(tmp_path / "source", family, **settings)
     model = open_checkpoint(str(tmp_path / "source")).model
-    ends = {model.architecture.embedding, model.head} - {None}
-    numbers = {
-        str(name): round_to_nearest(model.rest[str(name)].load(), Scheme(8, 32)) for name in ends
-    }
-    model = model.replace_rest(attach_rest_numbers(model.rest, numbers))
+    model = quantize_ends(model, Scheme(8, 32))
     folder = written(model, tmp_path / "out")
     check_logits(model, folder)
     tensors = {one.name: one for one in library.GGUFReader(folder / "model.gguf").tensors}

@@ -30,7 +30,7 @@ from moe2edge.runtime.load import build_transformers_model, load
 from moe2edge.runtime.torch_runtime import TorchRuntime
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.targets._mlx_rows import ROWS
-from moe2edge.testing import Make, make_checkpoint, quantize
+from moe2edge.testing import Make, make_checkpoint, quantize, quantize_ends
 
 TARGET = find_target("mlx")
 W3, W4, W8 = Scheme(3, 32), Scheme(4, 32), Scheme(8, 32)
@@ -124,6 +124,18 @@ def test_scaled_rotary_embeddings_and_parts_in_other_schemes(tmp_path: Path) -> 
     assert settings["model.layers.0.self_attn.q_proj"] is False
     widths = {settings["bits"], 3, 8}
     assert widths == {3, 8}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_head_and_embedding_in_8_bits(tied: bool, tiny: Make, tmp_path: Path) -> None:
+    source = tiny("qwen3_moe", tie_word_embeddings=tied, dtype="bfloat16")
+    model = quantize_ends(open_quantized(source), W8)
+    folder = written(model, tmp_path / "out")
+    settings = json.loads((folder / "config.json").read_text("utf-8"))["quantization"]
+    assert settings["model.embed_tokens"] == {"group_size": 32, "bits": 8}
+    assert ("lm_head" in settings) != tied
+    source = tiny("qwen3_moe", tie_word_embeddings=tied)
+    compare(quantize_ends(open_quantized(source), W8), tmp_path / "float32")
 
 
 def test_layout(tiny: Make, tmp_path: Path) -> None:
