@@ -152,7 +152,10 @@ def is_per_channel(output: Output) -> bool:
 
 
 def is_symmetric_in_4_bits(output: Output) -> bool:
-    return all((s.bits, s.symmetric) == (4, True) for s in output.schemes)
+    """Test for blocks in no other scheme; head and embedding may be in 8 bits."""
+    weights = (weight for block in output.stored.blocks for _, weight in block.weights())
+    schemes = {weight.scheme for weight in weights if weight.scheme}
+    return all((s.bits, s.symmetric) == (4, True) for s in schemes)
 
 
 def needs_eager_in_stock(output: Output) -> bool:
