@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from moe2edge.errors import InputError, Unsupported
 from moe2edge.model.model import Model
@@ -84,6 +84,17 @@ def describe_ends(model: Model, early: Sequence[str], late: Sequence[str]) -> li
     both = "head and embedding, one tensor" if is_tied(model) else "embedding"
     names = [*(both for _ in early), *("head" for _ in late)]
     return [f"{END_SCHEME}: {name}" for name in names]
+
+
+def advise_on_ends(model: Model, pattern: Any) -> str:
+    """Return what to give for head or embedding where a rule names them; empty: it does not."""
+    options = [(model.architecture.embedding, "embedding"), (model.head, "head")]
+    named = [
+        f"{option}: {END_SCHEME.bits}"
+        for name, option in options
+        if name is not None and pattern.search(model.names.get_rest_name(name))
+    ]
+    return f"; for what is outside of blocks, give {' and '.join(named)}" if named else ""
 
 
 def check_ends(model: Model, names: Sequence[str]) -> None:

@@ -19,6 +19,7 @@ from moe2edge.options import Options
 from moe2edge.passes._ends import (
     END_SCHEME,
     EndBits,
+    advise_on_ends,
     check_ends,
     choose_end_bits,
     describe_ends,
@@ -241,7 +242,15 @@ class Quantize(Slim):
                     f"rule {_describe_rule(rule)} applies to no tensor: it matches none, or only "
                     "tensors that rules before it match; a name is, for example, "
                     f"{next(name for name, _, _ in _list_matrices(model))}"
+                    f"{self._advise(rule, model)}"
                 )
+
+    def _advise(self, rule: Rule, model: Model) -> str:
+        """Return what to give for head or embedding where a rule means them; empty: it does not."""
+        pattern = compile_pattern(rule.match)
+        if rule.bits == 16 or any(pattern.search(name) for name, _, _ in _list_matrices(model)):
+            return ""
+        return advise_on_ends(model, pattern)
 
     def plan(self, model: Model) -> Model:
         """Return the model with a scheme on every tensor to quantize."""

@@ -21,6 +21,7 @@ from moe2edge.passes._quantize import Quantize
 from moe2edge.passes.awq import Awq
 from moe2edge.passes.gptq import Gptq
 from moe2edge.passes.rtn import Rtn
+from moe2edge.pipeline.contract import TextSize, TextSizes
 from moe2edge.pipeline.registry import parse_targets
 from moe2edge.pipeline.stages import enforce, plan_passes
 from moe2edge.runtime.ends import Ends
@@ -151,6 +152,11 @@ def test_what_does_not_fit_is_refused(tied: Model, untied: Model, tiny: Make) ->
     with pytest.raises(InputError, match=r"head: 8 and embedding: 16 differ, but model\.embed_to"):
         plan_passes([Rtn(head=8, embedding=16)], tied)
     assert Rtn(head=8, embedding=16).list_ends(untied) == ((), (HEAD,))
+    with pytest.raises(InputError, match=r"applies to no tensor.*; for what is .* give head: 8$"):
+        plan_passes([parse_rtn(rules=[{"match": "lm_head", "bits": 8}])], untied)
+    plain, more = (plan_passes([step], untied).steps[0] for step in (Rtn(), Rtn(**BOTH)))
+    texts = TextSizes(TextSize(4, 48))
+    assert more.step.estimate(more, texts).disk > plain.step.estimate(plain, texts).disk
     assert Rtn().resolve(untied).head == 16
     narrow = open_checkpoint(
         str(tiny("qwen3_moe", hidden_size=48, num_attention_heads=3, num_key_value_heads=3))
@@ -176,6 +182,10 @@ def test_the_onnx_graph_holds_them(form: str, tied: Model, untied: Model, tmp_pa
     names = {proto.name for proto in graph.initializer}
     assert (HEAD.replace("weight", "qweight") in names) == (form == "untied")
     assert target.estimate(model).disk >= (tmp_path / "model.onnx.data").stat().st_size
+
+
+def parse_rtn(**options: Any) -> Rtn:
+    return Rtn.model_validate(options)
 
 
 def find_remedies(error: Exception) -> list[str]:
