@@ -6,9 +6,7 @@ with. This target only stores quantized weights; any pass that quantizes may cho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -18,34 +16,24 @@ from moe2edge.model.block import is_low_rank, is_quantizable
 from moe2edge.model.family import Family
 from moe2edge.model.model import Model
 from moe2edge.model.older_spellings import add_older_spellings
-from moe2edge.model.stored_layout import list_stored_integers
 from moe2edge.model.weights import DTYPES
 from moe2edge.numerics.scheme import Scheme
-from moe2edge.pipeline.target import Loader, Target
-from moe2edge.runtime.load import load
-from moe2edge.runtime.memory import Estimate
-from moe2edge.runtime.protocol import Runtime
-from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.storage.compressed_form import plan_compressed_tensors
-from moe2edge.storage.output import open_stored_model
-from moe2edge.storage.safetensors_files import PlannedTensor, check_index, write_checkpoint
+from moe2edge.storage.safetensors_files import write_checkpoint
 from moe2edge.storage.text_files import write_json
-from moe2edge.targets import _layouts
 from moe2edge.targets._compressed_config import READ_BY_TRANSFORMERS, build_compressed_config
 from moe2edge.targets._holders import refuse_ends
 from moe2edge.targets._layouts import Layout
-from moe2edge.targets._loaders import judge_loaders
-from moe2edge.targets._tensors import estimate_file_bytes, plan_plain
+from moe2edge.targets._packed_checkpoint import PackedCheckpoint, StoredParts
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from moe2edge.model.weights import Weight
-    from moe2edge.numerics.grid import Quantized
 
 
 @dataclass(frozen=True)
-class CompressedTensors(Target):
+class CompressedTensors(PackedCheckpoint):
     """A checkpoint of compressed-tensors: experts, attention and dense MLPs in few bits.
 
     Attributes:
@@ -56,13 +44,7 @@ class CompressedTensors(Target):
     summary: ClassVar[str] = (
         "compressed-tensors (pack-quantized) for transformers with that library and moe2edge.load"
     )
-    streams: ClassVar[bool] = True
-    any_family: ClassVar[bool] = True
-    libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers.modeling_utils")
     layout: Layout = "uniform"
-
-    def __post_init__(self) -> None:
-        _layouts.check_layout(self.layout)
 
     def supports(self, family: Family) -> bool:
         """Return whether transformers reads single experts of a family, or need not."""
@@ -87,29 +69,6 @@ class CompressedTensors(Target):
                 "quantized weights; quantize with rtn or gptq, or export to hf"
             )
 
-    def stored(self, model: Model) -> Model:
-        """Return the model as the layout holds it.
-
-        Raises:
-            Unsupported: the layout cannot hold it.
-        """
-        return _layouts.convert_layout(model, self.layout, self.name)
-
-    def find_dtype(self, model: Model) -> str:
-        """Return the dtype in which `reopen` runs a folder."""
-        return "bfloat16"
-
-    def estimate(self, model: Model) -> Estimate:
-        """Estimate the weight files, and in memory what runs in 4 bits, the rest in bfloat16."""
-        import torch
-
-        from moe2edge.runtime.int4 import plan_packing
-
-        held = self.stored(model)
-        packed = set(plan_packing(held, torch.bfloat16).packed)
-        memory = sum(w.nbytes if n in packed else 2 * w.count for n, _, w in held.tensors())
-        return Estimate(memory, estimate_file_bytes(_plan(held)))
-
     def write(self, model: Model, folder: Path) -> dict[str, str]:
         """Write the weights and ``config.json``, at most one matrix in memory at a time.
 
@@ -121,47 +80,20 @@ class CompressedTensors(Target):
         config = add_older_spellings(hf_config.build_transformers_dict(model))
         config["quantization_config"] = settings
         written = {"config.json": write_json(folder / "config.json", config)}
-        return written | write_checkpoint(folder, _plan(model))
+        return written | write_checkpoint(folder, self.plan_tensors_of(model))
 
-    def tensors(self, folder: Path) -> Iterator[tuple[str, Tensor | Quantized]]:
-        """Read everything back, quantized matrices as integers and scales.
+    def plan_parts(self, weight: Weight) -> StoredParts:
+        """Return the tensors that store a quantized matrix, by the end of their names."""
+        assert weight.scheme is not None, "the matrix is not quantized"
+        return plan_compressed_tensors(weight.shape, weight.scheme, find_scale_dtype(weight))
 
-        Raises:
-            InputError: parts of a matrix are missing or do not fit.
-            VerificationFailed: a tensor is missing, unexpected or of another shape.
-        """
-        for name, _, weight in self.streamed(folder).tensors():
-            yield name, weight.load() if weight.scheme is None else weight.quantized()
-
-    def check_derived(self, folder: Path) -> None:
-        """Compare the index with the shards.
-
-        Raises:
-            VerificationFailed: names the tensor.
-        """
-        check_index(folder)
-
-    def streamed(self, folder: Path) -> Model:
-        """Open the folder as a model."""
-        return open_stored_model(open_checkpoint(str(folder)))
-
-    def reopen(self, folder: Path, *, exact: bool = False) -> Runtime:
-        """Open the folder by ``moe2edge.load``: in float32 if ``exact``, else in bfloat16."""
+    def pack(self, name: str, weight: Weight) -> dict[str, Tensor]:
+        """Pack one matrix into the tensors that store it."""
         import torch
 
-        from moe2edge.runtime.torch_runtime import TorchRuntime
+        from moe2edge.numerics.packing import pack_compressed
 
-        return TorchRuntime(load(folder, dtype=torch.float32 if exact else torch.bfloat16))
-
-    def without_skipping(self, model: Model, folder: Path) -> Runtime:
-        """Open the folder so that every chosen expert runs."""
-        from moe2edge.runtime.torch_runtime import run_all_experts
-
-        return run_all_experts(self.reopen(folder))
-
-    def loaders(self, model: Model) -> tuple[Loader, ...]:
-        """Return the verdict on each program that may load the folder."""
-        return judge_loaders(self.name, model, self.stored(model))
+        return pack_compressed(weight.quantized(), getattr(torch, DTYPES[find_scale_dtype(weight)]))
 
 
 def _accept(name: str, role: str, shape: tuple[int, ...], scheme: Scheme) -> None:
@@ -198,31 +130,3 @@ def find_scale_dtype(weight: Weight) -> str:
     if weight.kept and weight.scale_dtype:
         return weight.scale_dtype
     return "BF16" if weight.dtype == "BF16" else "F16"
-
-
-def _plan(model: Model) -> list[PlannedTensor]:
-    """Plan all tensors of the checkpoint; a matrix is packed once, when its first part is read."""
-    weights = {name: weight for name, _, weight in list_stored_integers(model)}
-
-    @lru_cache(maxsize=1)
-    def packed(name: str) -> dict[str, Tensor]:
-        import torch
-
-        from moe2edge.numerics.packing import pack_compressed
-
-        weight = weights[name]
-        return pack_compressed(weight.quantized(), getattr(torch, DTYPES[find_scale_dtype(weight)]))
-
-    def part_of(name: str, part: str) -> Callable[[], Tensor]:
-        return lambda: packed(name)[part]
-
-    plan = []
-    for name, weight in weights.items():
-        if weight.scheme is None:
-            plan.append(plan_plain(name, weight))
-            continue
-        stem = name.removesuffix(".weight")
-        parts = plan_compressed_tensors(weight.shape, weight.scheme, find_scale_dtype(weight))
-        for part, (shape, dtype) in parts.items():
-            plan.append(PlannedTensor(f"{stem}.{part}", shape, dtype, part_of(name, part)))
-    return plan

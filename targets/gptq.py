@@ -8,9 +8,7 @@ has on disk. This target only stores quantized weights; any pass that quantizes 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -20,29 +18,19 @@ from moe2edge.model import hf_config
 from moe2edge.model.block import is_low_rank, is_quantizable
 from moe2edge.model.model import Model
 from moe2edge.model.older_spellings import add_older_spellings
-from moe2edge.model.stored_layout import list_stored_integers
 from moe2edge.numerics.scheme import Scheme
-from moe2edge.pipeline.target import Loader, Target
-from moe2edge.runtime.load import load
-from moe2edge.runtime.memory import Estimate
-from moe2edge.runtime.protocol import Runtime
-from moe2edge.storage.checkpoint import open_checkpoint
-from moe2edge.storage.output import GPTQ_BITS, GPTQ_GROUPS, open_stored_model, plan_gptq_tensors
-from moe2edge.storage.safetensors_files import PlannedTensor, check_index, write_checkpoint
+from moe2edge.storage.output import GPTQ_BITS, GPTQ_GROUPS, plan_gptq_tensors
+from moe2edge.storage.safetensors_files import write_checkpoint
 from moe2edge.storage.text_files import read_json, write_json
-from moe2edge.targets import _layouts
 from moe2edge.targets._gptq_dynamic import build_dynamic, encode_scheme
 from moe2edge.targets._holders import refuse_ends
-from moe2edge.targets._layouts import Layout
-from moe2edge.targets._loaders import judge_loaders
 from moe2edge.targets._module_patterns import find_main_scheme
-from moe2edge.targets._tensors import estimate_file_bytes, plan_plain
+from moe2edge.targets._packed_checkpoint import PackedCheckpoint, StoredParts
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from moe2edge.model.weights import Weight
-    from moe2edge.numerics.grid import Quantized
 
 # The same settings as in config.json, for programs that look here.
 SETTINGS_FILE = "quantize_config.json"
@@ -50,7 +38,7 @@ UNQUANTIZED = "target gptq holds quantized weights; quantize with rtn or gptq, o
 
 
 @dataclass(frozen=True)
-class Gptq(Target):
+class Gptq(PackedCheckpoint):
     """A GPTQ checkpoint: experts, shared experts, attention and dense MLPs in few bits.
 
     Attributes:
@@ -61,13 +49,6 @@ class Gptq(Target):
     summary: ClassVar[str] = (
         "GPTQ checkpoint for moe2edge.load (vLLM, SGLang: by source inspection)"
     )
-    streams: ClassVar[bool] = True
-    any_family: ClassVar[bool] = True
-    libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers.modeling_utils")
-    layout: Layout = "natural"
-
-    def __post_init__(self) -> None:
-        _layouts.check_layout(self.layout)
 
     def accepts(self, model: Model) -> None:
         """Refuse what the format cannot express.
@@ -94,29 +75,6 @@ class Gptq(Target):
             name = next(name for name, role, _ in stored.tensors() if is_quantizable(role))
             raise Unsupported(f"{name} is not quantized, nor is any other weight; {UNQUANTIZED}")
 
-    def stored(self, model: Model) -> Model:
-        """Return the model as the layout holds it.
-
-        Raises:
-            Unsupported: the layout cannot hold it.
-        """
-        return _layouts.convert_layout(model, self.layout, "gptq")
-
-    def find_dtype(self, model: Model) -> str:
-        """Return the dtype in which `reopen` runs a folder."""
-        return "bfloat16"
-
-    def estimate(self, model: Model) -> Estimate:
-        """Estimate the weight files, and in memory what runs in 4 bits, the rest in bfloat16."""
-        import torch
-
-        from moe2edge.runtime.int4 import plan_packing
-
-        held = self.stored(model)
-        packed = set(plan_packing(held, torch.bfloat16).packed)
-        memory = sum(w.nbytes if n in packed else 2 * w.count for n, _, w in held.tensors())
-        return Estimate(memory, estimate_file_bytes(_plan(held)))
-
     def write(self, model: Model, folder: Path) -> dict[str, str]:
         """Write the weights, ``config.json`` and ``quantize_config.json``.
 
@@ -132,17 +90,7 @@ class Gptq(Target):
         config["quantization_config"] = settings
         configs = {"config.json": config, SETTINGS_FILE: settings}
         written = {name: write_json(folder / name, data) for name, data in configs.items()}
-        return written | write_checkpoint(folder, _plan(model))
-
-    def tensors(self, folder: Path) -> Iterator[tuple[str, Tensor | Quantized]]:
-        """Read everything back, quantized matrices as integers and scales.
-
-        Raises:
-            VerificationFailed: a tensor is missing, unexpected or of another shape, or zero
-                points or ``g_idx`` are not what this target writes.
-        """
-        for name, _, weight in self.streamed(folder).tensors():
-            yield name, weight.load() if weight.scheme is None else weight.quantized()
+        return written | write_checkpoint(folder, self.plan_tensors_of(model))
 
     def check_derived(self, folder: Path) -> None:
         """Compare ``quantize_config.json`` with ``config.json``, and the index with the shards.
@@ -156,29 +104,39 @@ class Gptq(Target):
             raise VerificationFailed(
                 f"{SETTINGS_FILE} is not the quantization_config of config.json; export it again"
             )
-        check_index(folder)
+        super().check_derived(folder)
 
-    def streamed(self, folder: Path) -> Model:
-        """Open the folder as a model."""
-        return open_stored_model(open_checkpoint(str(folder)))
+    def plan_parts(self, weight: Weight) -> StoredParts:
+        """Return the tensors that store a quantized matrix, by the end of their names."""
+        assert weight.scheme is not None, "the matrix is not quantized"
+        return plan_gptq_tensors(weight.shape, weight.scheme)
 
-    def reopen(self, folder: Path, *, exact: bool = False) -> Runtime:
-        """Open the folder by ``moe2edge.load``: in float32 if ``exact``, else in bfloat16."""
+    def pack(self, name: str, weight: Weight) -> dict[str, Tensor]:
+        """Pack one matrix into the tensors that store it.
+
+        Raises:
+            VerificationFailed: a scale is not exact in float16 and in bfloat16, so that readers
+                would compute with different values; scales of a source are as they were, and only
+                have to be exact in float16.
+        """
         import torch
 
-        from moe2edge.runtime.torch_runtime import TorchRuntime
+        from moe2edge.numerics.packing import pack_gptq
 
-        return TorchRuntime(load(folder, dtype=torch.float32 if exact else torch.bfloat16))
-
-    def without_skipping(self, model: Model, folder: Path) -> Runtime:
-        """Open the folder so that every chosen expert runs."""
-        from moe2edge.runtime.torch_runtime import run_all_experts
-
-        return run_all_experts(self.reopen(folder))
-
-    def loaders(self, model: Model) -> tuple[Loader, ...]:
-        """Return the verdict on each program that may load the folder."""
-        return judge_loaders("gptq", model, self.stored(model))
+        quantized = weight.quantized()
+        scales = quantized.scales
+        for dtype in (torch.float16,) if weight.kept else (torch.float16, torch.bfloat16):
+            if not torch.equal(scales.to(dtype).to(scales.dtype), scales):
+                raise VerificationFailed(
+                    f"{name} has scales that {dtype} cannot represent exactly; "
+                    + (
+                        "target gptq cannot hold these integers of the source: quantize it anew in "
+                        "the recipe, or export to hf"
+                        if weight.kept
+                        else "the pass that quantizes must round scales to such values first"
+                    )
+                )
+        return pack_gptq(quantized)
 
 
 def build_quantization_config(model: Model) -> dict[str, Any]:
@@ -232,56 +190,3 @@ def _check_shape(name: str, shape: tuple[int, ...], scheme: Scheme, remedy: str)
             f"{name} has {ins} inputs, which groups of {scheme.group_size} do not divide; set "
             "group_size to a smaller number, or to -1 for whole rows"
         )
-
-
-# ---- writing -----------------------------------------------------------------------------------
-
-
-def _plan(model: Model) -> list[PlannedTensor]:
-    """Plan all tensors of the checkpoint; a matrix is packed once, when its first part is read."""
-    weights = {name: weight for name, _, weight in list_stored_integers(model)}
-
-    @lru_cache(maxsize=1)
-    def packed(name: str) -> dict[str, Tensor]:
-        return _pack(name, weights[name])
-
-    def part_of(name: str, part: str) -> Callable[[], Tensor]:
-        return lambda: packed(name)[part]
-
-    plan = []
-    for name, weight in weights.items():
-        if weight.scheme is None:
-            plan.append(plan_plain(name, weight))
-            continue
-        stem = name.removesuffix(".weight")
-        for part, (shape, dtype) in plan_gptq_tensors(weight.shape, weight.scheme).items():
-            plan.append(PlannedTensor(f"{stem}.{part}", shape, dtype, part_of(name, part)))
-    return plan
-
-
-def _pack(name: str, weight: Weight) -> dict[str, Tensor]:
-    """Pack one matrix into the tensors that store it.
-
-    Raises:
-        VerificationFailed: a scale is not exact in float16 and in bfloat16, so that readers
-            would compute with different values; scales of a source are as they were, and only
-            have to be exact in float16.
-    """
-    import torch
-
-    from moe2edge.numerics.packing import pack_gptq
-
-    quantized = weight.quantized()
-    scales = quantized.scales
-    for dtype in (torch.float16,) if weight.kept else (torch.float16, torch.bfloat16):
-        if not torch.equal(scales.to(dtype).to(scales.dtype), scales):
-            raise VerificationFailed(
-                f"{name} has scales that {dtype} cannot represent exactly; "
-                + (
-                    "target gptq cannot hold these integers of the source: quantize it anew in "
-                    "the recipe, or export to hf"
-                    if weight.kept
-                    else "the pass that quantizes must round scales to such values first"
-                )
-            )
-    return pack_gptq(quantized)
