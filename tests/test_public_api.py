@@ -224,7 +224,10 @@ def test_export_takes_strings_paths_and_values(
     )  # fmt: skip
     assert isinstance(report, moe2edge.Report)
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["gptq", "onnx"]
-    assert open_artifact(tmp_path / "a" / "onnx").options == {"accuracy_level": 0}
+    assert open_artifact(tmp_path / "a" / "onnx").options == {
+        "accuracy_level": 0,
+        "kv_cache": "float32",
+    }
     assert any(line.startswith("recipe:") for line in lines)
     parsed = moe2edge.parse_recipe(SMALL)
     with pytest.raises(InputError, match="exists"):
