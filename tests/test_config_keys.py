@@ -503,7 +503,7 @@ def test_every_config_computes_what_stock_does(
 ) -> None:
     """By hand with every value: ``pytest tests/test_config_keys.py -m slow --full-sweep -rP``."""
     kinds = [CONFIG_MAPPING[family], *list_moe_classes()]
-    step = 1 if request.config.getoption("--full-sweep") else 24
+    step = 1 if request.config.getoption("--full-sweep") else 48
     counts = run_sweep(tmp_path, family, kinds, FURTHER, step)
     assert sum(counts.values()) > 1000 / step
 

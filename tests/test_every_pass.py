@@ -13,16 +13,19 @@ from moe2edge.testing import Make
 
 TRAINING = ["--set", "training.samples=12", "--set", "training.length=48"]
 # A pass that drops, one that replaces and one that quantizes, on one family each; the others are
-# slow. Quicker tests of all passes: test_golden.py, and the files of their own.
+# slow. Each pass is tried on every second family, and with --all-cells on all of them. Quicker
+# tests of all passes: test_golden.py, and the files of their own.
 QUICK = ("expert_drop", "expert_replace", "gptq")
 CASES = [
     pytest.param(
         name,
         family,
-        marks=[] if name in QUICK and FAMILY_OF[name] == family else pytest.mark.slow,
+        marks=[]
+        if name in QUICK and FAMILY_OF[name] == family
+        else [pytest.mark.slow] + [pytest.mark.rest] * ((n + m) % 2),
     )
-    for name in sorted(RECIPES)
-    for family in sorted(FAMILIES)
+    for n, name in enumerate(sorted(RECIPES))
+    for m, family in enumerate(sorted(FAMILIES))
 ]
 
 
