@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from moe2edge.model.model import Model
 from moe2edge.model.stored_layout import list_stored_integers
-from moe2edge.pipeline.target import Loader, Target
+from moe2edge.pipeline.target import Loader
 from moe2edge.runtime.load import load
 from moe2edge.runtime.memory import Estimate
 from moe2edge.runtime.protocol import Runtime
-from moe2edge.storage.checkpoint import open_checkpoint
-from moe2edge.storage.output import open_stored_model
-from moe2edge.storage.safetensors_files import PlannedTensor, check_index
+from moe2edge.storage.safetensors_files import PlannedTensor
 from moe2edge.targets import _layouts
-from moe2edge.targets._layouts import Layout
+from moe2edge.targets._layout_checkpoint import LayoutCheckpoint
 from moe2edge.targets._loaders import judge_loaders
 from moe2edge.targets._tensors import estimate_file_bytes, plan_plain
 
@@ -26,27 +24,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from moe2edge.model.weights import Weight
-    from moe2edge.numerics.grid import Quantized
 
 # Shape and dtype, as safetensors spells it, of each tensor that stores a matrix.
 StoredParts = Mapping[str, tuple[tuple[int, ...], str]]
 
 
 @dataclass(frozen=True)
-class PackedCheckpoint(Target):
-    """Base of targets that `moe2edge.load` runs, and that store a matrix in parts of its name.
-
-    Attributes:
-        layout: how layers that differ are stored.
-    """
-
-    streams: ClassVar[bool] = True
-    any_family: ClassVar[bool] = True
-    libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers.modeling_utils")
-    layout: Layout = "natural"
-
-    def __post_init__(self) -> None:
-        _layouts.check_layout(self.layout)
+class PackedCheckpoint(LayoutCheckpoint):
+    """Base of targets that `moe2edge.load` runs, and that store a matrix in parts of its name."""
 
     def plan_parts(self, weight: Weight) -> StoredParts:
         """Return the tensors that store a quantized matrix, by the end of their names."""
@@ -104,29 +89,6 @@ class PackedCheckpoint(Target):
         memory = sum(w.nbytes if n in packed else 2 * w.count for n, _, w in held.tensors())
         return Estimate(memory, estimate_file_bytes(self.plan_tensors_of(held)))
 
-    def tensors(self, folder: Path) -> Iterator[tuple[str, Tensor | Quantized]]:
-        """Read everything back, quantized matrices as integers and scales.
-
-        Raises:
-            InputError: parts of a matrix are missing or do not fit.
-            VerificationFailed: a tensor is missing, unexpected or of another shape, or parts hold
-                what this target does not write.
-        """
-        for name, _, weight in self.streamed(folder).tensors():
-            yield name, weight.load() if weight.scheme is None else weight.quantized()
-
-    def check_derived(self, folder: Path) -> None:
-        """Compare the index with the shards.
-
-        Raises:
-            VerificationFailed: names the tensor.
-        """
-        check_index(folder)
-
-    def streamed(self, folder: Path) -> Model:
-        """Open the folder as a model."""
-        return open_stored_model(open_checkpoint(str(folder)))
-
     def reopen(self, folder: Path, *, exact: bool = False) -> Runtime:
         """Open the folder by ``moe2edge.load``: in float32 if ``exact``, else in bfloat16."""
         import torch
@@ -134,12 +96,6 @@ class PackedCheckpoint(Target):
         from moe2edge.runtime.torch_runtime import TorchRuntime
 
         return TorchRuntime(load(folder, dtype=torch.float32 if exact else torch.bfloat16))
-
-    def without_skipping(self, model: Model, folder: Path) -> Runtime:
-        """Open the folder so that every chosen expert runs."""
-        from moe2edge.runtime.torch_runtime import run_all_experts
-
-        return run_all_experts(self.reopen(folder))
 
     def loaders(self, model: Model) -> tuple[Loader, ...]:
         """Return the verdict on each program that may load the folder."""

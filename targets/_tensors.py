@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from moe2edge.errors import Unsupported
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model
 from moe2edge.model.weights import DTYPES, Weight
@@ -44,6 +45,26 @@ def estimate_file_bytes(tensors: Iterable[PlannedTensor]) -> int:
 def has_dense_blocks(model: Model) -> bool:
     """Test if some block has a dense MLP where others have an MoE layer."""
     return any(not isinstance(block.mlp, MoELayer) for block in model.blocks)
+
+
+def check_group_size(name: str, ins: int, scheme: Scheme, *, whole_rows: bool = False) -> None:
+    """Refuse a matrix whose inputs the groups of its scheme do not divide.
+
+    Args:
+        name: its name on disk.
+        ins: its number of inputs.
+        scheme: its scheme.
+        whole_rows: whether the target holds one scale per row.
+
+    Raises:
+        Unsupported: so.
+    """
+    if ins % scheme.width(ins):
+        other = ", or to -1 for whole rows" if whole_rows else ""
+        raise Unsupported(
+            f"{name} has {ins} inputs, which groups of {scheme.group_size} do not divide; set "
+            f"group_size to a smaller number{other}"
+        )
 
 
 # ---- zeros ---------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from moe2edge.targets._compressed_config import READ_BY_TRANSFORMERS, build_comp
 from moe2edge.targets._holders import refuse_ends
 from moe2edge.targets._layouts import Layout
 from moe2edge.targets._packed_checkpoint import PackedCheckpoint, StoredParts
+from moe2edge.targets._tensors import check_group_size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -112,11 +113,7 @@ def _accept(name: str, role: str, shape: tuple[int, ...], scheme: Scheme) -> Non
             "only; quantize it anew in the recipe (rtn or gptq), or export to gptq, which keeps "
             "it, or to hf:dequantize=true"
         )
-    if shape[1] % scheme.width(shape[1]):
-        raise Unsupported(
-            f"{name} has {shape[1]} inputs, which groups of {scheme.group_size} do not divide; set "
-            "group_size to a smaller number, or to -1 for whole rows"
-        )
+    check_group_size(name, shape[1], scheme, whole_rows=True)
 
 
 # ---- writing -------------------------------------------------------------------------------------

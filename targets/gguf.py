@@ -37,9 +37,7 @@ from moe2edge.targets._gguf_tokenizer import (
 from moe2edge.targets._loaders import judge_loaders
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from moe2edge.numerics.grid import Quantized
+    pass
 
 MODEL_FILE = "model.gguf"
 
@@ -143,20 +141,11 @@ class Gguf(Target):
                     f"{MODEL_FILE} has another {key} than its config and tokenizer; export it again"
                 )
 
-    def tensors(self, folder: Path) -> Iterator[tuple[str, Tensor | Quantized]]:
-        """Read every tensor back, as integers where it is quantized.
-
-        Raises:
-            VerificationFailed: the file is damaged, or its tensors are not those of the config.
-        """
-        for name, _, weight in self.streamed(folder).tensors():
-            yield name, weight.load() if weight.scheme is None else weight.quantized()
-
     def streamed(self, folder: Path) -> Model:
         """Open the folder as a model.
 
         Raises:
-            VerificationFailed: as `tensors`.
+            VerificationFailed: the file is damaged, or its tensors are not those of the config.
         """
         return _open_model(folder, read_gguf(folder / MODEL_FILE))
 

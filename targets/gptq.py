@@ -26,6 +26,7 @@ from moe2edge.targets._gptq_dynamic import build_dynamic, encode_scheme
 from moe2edge.targets._holders import refuse_ends
 from moe2edge.targets._module_patterns import find_main_scheme
 from moe2edge.targets._packed_checkpoint import PackedCheckpoint, StoredParts
+from moe2edge.targets._tensors import check_group_size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -185,8 +186,4 @@ def _check_shape(name: str, shape: tuple[int, ...], scheme: Scheme, remedy: str)
             f"{name} has shape {list(shape)}; target gptq packs {per_word} numbers of "
             f"{scheme.bits} bits to a word, so both sizes must be divisible by {per_word}; {remedy}"
         )
-    if ins % scheme.width(ins):
-        raise Unsupported(
-            f"{name} has {ins} inputs, which groups of {scheme.group_size} do not divide; set "
-            "group_size to a smaller number, or to -1 for whole rows"
-        )
+    check_group_size(name, ins, scheme, whole_rows=True)

@@ -6,7 +6,7 @@ quantized, and every program reads them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -18,32 +18,29 @@ from moe2edge.model.model import Model
 from moe2edge.model.older_spellings import add_older_spellings
 from moe2edge.model.stored_layout import list_stored
 from moe2edge.model.weights import DTYPES, dequantize_weight
-from moe2edge.pipeline.target import Loader, Target
+from moe2edge.pipeline.target import Loader
 from moe2edge.runtime.load import load
 from moe2edge.runtime.memory import Estimate
 from moe2edge.runtime.protocol import Runtime
 from moe2edge.storage.checkpoint import has_own_layers, open_checkpoint
-from moe2edge.storage.output import open_stored_model
 from moe2edge.storage.safetensors_files import (
     PlannedTensor,
-    check_index,
     write_checkpoint,
 )
 from moe2edge.storage.text_files import write_json
 from moe2edge.targets import _layouts
 from moe2edge.targets._holders import list_holders
+from moe2edge.targets._layout_checkpoint import LayoutCheckpoint
 from moe2edge.targets._layouts import Layout
 from moe2edge.targets._loaders import judge_loaders
 from moe2edge.targets._tensors import estimate_file_bytes, plan_plain
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from moe2edge.numerics.grid import Quantized
+    pass
 
 
 @dataclass(frozen=True)
-class Hf(Target):
+class Hf(LayoutCheckpoint):
     """A checkpoint in the source's format, with fewer experts or blocks.
 
     Attributes:
@@ -53,14 +50,8 @@ class Hf(Target):
     """
 
     summary: ClassVar[str] = "plain safetensors that stock transformers loads, unquantized"
-    streams: ClassVar[bool] = True
-    any_family: ClassVar[bool] = True
-    libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers.modeling_utils")
     layout: Layout = "uniform"
     dequantize: bool = False
-
-    def __post_init__(self) -> None:
-        _layouts.check_layout(self.layout)
 
     def accepts(self, model: Model) -> None:
         """Refuse quantized weights unless `dequantize` is set, and layers that the layout lacks.
@@ -116,23 +107,6 @@ class Hf(Target):
         written = {"config.json": write_json(folder / "config.json", config)}
         return written | write_checkpoint(folder, _plan(model))
 
-    def tensors(self, folder: Path) -> Iterator[tuple[str, Tensor | Quantized]]:
-        """Yield every tensor of the folder by its name on disk."""
-        for name, _, weight in self.streamed(folder).tensors():
-            yield name, weight.load()
-
-    def check_derived(self, folder: Path) -> None:
-        """Compare the index with the shards.
-
-        Raises:
-            VerificationFailed: names the tensor.
-        """
-        check_index(folder)
-
-    def streamed(self, folder: Path) -> Model:
-        """Open the folder as a model."""
-        return open_stored_model(open_checkpoint(str(folder)))
-
     def reopen(self, folder: Path, *, exact: bool = False) -> Runtime:
         """Open the folder in transformers: in float32 if ``exact``, else as transformers would.
 
@@ -156,12 +130,6 @@ class Hf(Target):
         runtime = open_source(folder, dtype=dtype, strict=True)
         self.streamed(folder)  # sees also what transformers converts, or does not look at
         return runtime
-
-    def without_skipping(self, model: Model, folder: Path) -> Runtime:
-        """Open the folder so that every chosen expert runs."""
-        from moe2edge.runtime.torch_runtime import run_all_experts
-
-        return run_all_experts(self.reopen(folder))
 
     def loaders(self, model: Model) -> tuple[Loader, ...]:
         """Return the verdict on each program that may load the folder."""

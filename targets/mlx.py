@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -30,12 +29,10 @@ from moe2edge.targets._mlx_files import (
     plan_mlx_tensors,
 )
 from moe2edge.targets._mlx_rows import ROWS, accept_layers, accept_settings
-from moe2edge.targets._tensors import estimate_file_bytes
+from moe2edge.targets._tensors import check_group_size, estimate_file_bytes
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from moe2edge.numerics.grid import Quantized
+    pass
 
 
 @dataclass(frozen=True)
@@ -144,16 +141,6 @@ class Mlx(Target):
         written = {"config.json": write_json(folder / "config.json", config)}
         return written | write_checkpoint(folder, plan_mlx_tensors(model))
 
-    def tensors(self, folder: Path) -> Iterator[tuple[str, Tensor | Quantized]]:
-        """Read everything back, quantized matrices as integers and scales.
-
-        Raises:
-            VerificationFailed: a tensor is missing, unexpected or of another shape, or biases are
-                not those of symmetric integers.
-        """
-        for name, _, weight in self.streamed(folder).tensors():
-            yield name, weight.load() if weight.scheme is None else weight.quantized()
-
     def check_derived(self, folder: Path) -> None:
         """Compare the two places of the schemes, and the index with the shards.
 
@@ -207,11 +194,7 @@ def _accept(name: str, weight: Weight, scheme: Scheme, dtype: str) -> None:
             f"{name} is {scheme}; target mlx takes groups of {', '.join(map(str, sizes))}; choose "
             f"one of these that divides its {weight.shape[1]} inputs, or export to {other}"
         )
-    if weight.shape[1] % scheme.group_size:
-        raise Unsupported(
-            f"{name} has {weight.shape[1]} inputs, which groups of {scheme.group_size} do not "
-            "divide; set group_size to a smaller number"
-        )
+    check_group_size(name, weight.shape[1], scheme)
     if weight.kept and weight.scale_dtype not in ("", dtype) and dtype != "F32":
         raise Unsupported(
             f"{name} has scales of {weight.scale_dtype} in the source, and the model is {dtype}, "

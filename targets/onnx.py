@@ -23,6 +23,7 @@ from moe2edge.storage.text_files import write_bytes, write_json
 from moe2edge.storage.tokenizer import read_stop_ids
 from moe2edge.targets._loaders import judge_loaders
 from moe2edge.targets._onnx_genai import GENAI_CONFIG, build_genai_config
+from moe2edge.targets._tensors import check_group_size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,7 +44,7 @@ END_BITS = 8
 
 @dataclass(frozen=True)
 class Onnx(Target):
-    """ONNX graph with external data, and ``genai_config.json`` beside it unless its cache is int8.
+    """ONNX graph with external data, and ``genai_config.json`` beside it.
 
     Attributes:
         accuracy_level: precision of activations in quantized operators: 4 rounds them to int8,
@@ -284,11 +285,7 @@ def _accept_scheme(
             f"{name} is {scheme}; the graph takes a group_size that is a power of two, at least "
             f"{SMALLEST_GROUP}"
         )
-    if shape[1] % group:
-        raise Unsupported(
-            f"{name} has {shape[1]} inputs, which groups of {group} do not divide; set group_size "
-            "to a smaller number"
-        )
+    check_group_size(name, shape[1], scheme)
 
 
 def _accept_end(name: str, weight: Weight) -> None:
@@ -329,11 +326,7 @@ def _accept_3_bits(name: str, weight: Weight) -> None:
             f"{groups}; set symmetric: true and such a group_size, choose 4 bits, or export to "
             "hf:dequantize=true"
         )
-    if weight.shape[1] % scheme.group_size:
-        raise Unsupported(
-            f"{name} has {weight.shape[1]} inputs, which groups of {scheme.group_size} do not "
-            "divide; set group_size to a smaller number"
-        )
+    check_group_size(name, weight.shape[1], scheme)
     if weight.kept and weight.scale_dtype != "F16":
         raise Unsupported(
             f"{name} has integers of {EXPERT_BITS} bits of the source with scales that are "

@@ -448,12 +448,18 @@ def compute_logits(model: Model, hidden: Iterable[Tensor]) -> Iterator[Tensor]:
     if model.family.generic:
         yield from compute_logits_with_stock(model, hidden)
         return
-    norm = load_finite(model.rest[FINAL_NORM])
+    normalize = _load_last_norm(model)
     head_name = HEAD if HEAD in model.rest else EMBEDDING
     head = load_finite(model.rest[head_name])
-    eps = model.family.geometry(model.config).eps
     for sample in hidden:
-        yield nn.functional.rms_norm(sample, norm.shape, norm, eps) @ head.T
+        yield normalize(sample) @ head.T
+
+
+def _load_last_norm(model: Model) -> Callable[[Tensor], Tensor]:
+    """Load the norm behind the last block of a family of the table."""
+    norm = load_finite(model.rest[FINAL_NORM])
+    eps = model.family.geometry(model.config).eps
+    return lambda x: nn.functional.rms_norm(x, norm.shape, norm.to(x.device), eps)
 
 
 @torch.no_grad()
@@ -469,7 +475,6 @@ def list_head_inputs(model: Model, hidden: Tensor) -> Iterator[Tensor]:
         near = (part.cpu() for part in parts)
         yield from (x.flatten(0, -2) for x in compute_head_inputs_with_stock(model, near))
         return
-    norm = load_finite(model.rest[FINAL_NORM]).to(hidden.device)
-    eps = model.family.geometry(model.config).eps
+    normalize = _load_last_norm(model)
     for part in parts:
-        yield nn.functional.rms_norm(part, norm.shape, norm, eps).flatten(0, -2)
+        yield normalize(part).flatten(0, -2)
