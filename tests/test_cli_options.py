@@ -105,6 +105,8 @@ def test_targets_lists_options() -> None:
     assert "onnx:accuracy_level=4 is the default" in run("targets").stdout
     found = json.loads(run("targets", "--json").stdout)
     assert set(found["targets"]) == set(found["options"]) == set(registry.list_targets())
+    said = run("export", "--help").stdout.partition("--target")[2].partition(";")[0]
+    assert all(name in said for name in registry.list_targets())
     assert found["options"]["onnx"] == {"accuracy_level": 4, "kv_cache": "float32"}
 
 

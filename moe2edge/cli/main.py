@@ -196,8 +196,8 @@ Examples:
     "-t",
     "--target",
     required=True,
-    help="onnx, gptq, compressed-tensors, mlx or hf; separate several by commas. Options follow a "
-    "target, as in onnx:accuracy_level=0, float32 activations (see: moe2edge targets).",
+    help="onnx, gguf, gptq, compressed-tensors, mlx or hf; separate several by commas. Options "
+    "follow a target, as in onnx:accuracy_level=0, float32 activations (see: moe2edge targets).",
 )
 @click.option(
     "-o",
