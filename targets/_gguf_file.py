@@ -23,7 +23,8 @@ from moe2edge.targets._gguf_types import BLOCK_TYPES, BlockType
 if TYPE_CHECKING:
     from torch import Tensor
 
-_INSTALL_GGUF = "pip install 'gguf>=0.19'"
+# One command for both libraries: every export is also run.
+_INSTALL_GGUF = "pip install 'gguf>=0.19' 'xllamacpp>=2026.10'"
 _MAGIC, GGUF_VERSION, GGUF_ALIGNMENT = b"GGUF", 3, 32
 # Kinds of values by their number in files: letter of `struct`, or what they are.
 _NUMBERS = {
