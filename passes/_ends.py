@@ -104,12 +104,18 @@ def check_ends(model: Model, names: Sequence[str]) -> None:
         InputError: names the matrix.
     """
     for name in names:
-        shape = model.rest[name].shape
-        if len(shape) != 2 or shape[1] % END_SCHEME.group_size:
+        if not fits_end(model, name):
+            shape = model.rest[name].shape
             raise InputError(
                 f"head and embedding are quantized in groups of {END_SCHEME.group_size}, which do "
                 f"not divide the {shape[-1]} inputs of {name}; leave head and embedding out"
             )
+
+
+def fits_end(model: Model, name: str) -> bool:
+    """Return whether a tensor outside of blocks is a matrix that groups fit."""
+    shape = model.rest[name].shape
+    return len(shape) == 2 and shape[1] % END_SCHEME.group_size == 0
 
 
 def _get_name(model: Model) -> str:

@@ -23,6 +23,7 @@ from moe2edge.passes._ends import (
     check_ends,
     choose_end_bits,
     describe_ends,
+    fits_end,
     list_ends,
 )
 from moe2edge.pipeline.contract import PlannedStep, Slim
@@ -127,11 +128,12 @@ class Quantize(Slim):
         EndBits | None,
         Field(
             description="bits of the head, symmetric in groups of 32; 16: do not quantize it; "
-            "default: 16. Where one tensor is head and embedding, one of the two is enough"
+            "default: 8 in an export of which every target holds such a head, otherwise 16. Where "
+            "one tensor is head and embedding, one of the two is enough"
         ),
     ] = None
     embedding: Annotated[
-        EndBits | None, Field(description="bits of the embedding, as those of the head")
+        EndBits | None, Field(description="bits of the embedding, likewise; default: 16")
     ] = None
 
     def schemes(self, model: Model) -> dict[str, Scheme]:
@@ -192,6 +194,15 @@ class Quantize(Slim):
         """Return the first rule that matches a tensor; None: none does."""
         count = len(model.blocks)
         return next((r for r in self.rules if r.applies(name, block.index, count)), None)
+
+    def narrow_head(self, model: Model) -> Self:
+        """Return the pass with a head of 8 bits, if its options leave it open and groups fit."""
+        name = model.head
+        if self.head or self.embedding or name is None or model.rest[name].scheme is not None:
+            return self
+        if not fits_end(model, name):
+            return self
+        return self.model_copy(update={"head": END_SCHEME.bits})
 
     def resolve(self, model: Model) -> Self:
         """Return the pass with the group size of the whole source, whichever blocks stay."""

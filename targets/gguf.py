@@ -67,6 +67,11 @@ class Gguf(Target):
         """Return whether the logits of llama.cpp were compared for a family."""
         return family.model_type in LAYOUTS_BY_FAMILY
 
+    @property
+    def narrow_head(self) -> bool:
+        """True if integers are written: a head in 8 bits is `Q8_0`."""
+        return not self.dequantize
+
     def accepts(self, model: Model) -> None:
         """Refuse what llama.cpp does not compute, or what no type holds.
 

@@ -68,6 +68,11 @@ class Mlx(Target):
             stored = self.stored(model)
             try_folder(build_mlx_config(stored), plan_mlx_tensors(stored))
 
+    @property
+    def narrow_head(self) -> bool:
+        """True: modules have bits of their own."""
+        return True
+
     def accepts(self, model: Model) -> None:
         """Refuse what the format cannot express, and what mlx-lm ignores.
 

@@ -79,6 +79,11 @@ class Onnx(Target):
         return self.kv_cache == "int8"
 
     @property
+    def narrow_head(self) -> bool:
+        """True: a head in bfloat16 is held as float32, and takes six times as long."""
+        return True
+
+    @property
     def reads_calibration(self) -> bool:
         """True if it measures the scales of a cache in int8."""
         return self._int8_cache

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from every_family import make_folder
 from helpers import SMALL, compute_logits, export, make_context, refuse, run, write_text
 from moe2edge.calibration import walk
+from moe2edge.commands.preflight import suit_targets
 from moe2edge.errors import InputError, Unsupported
 from moe2edge.evaluation import verify
 from moe2edge.model.model import EMBEDDING, HEAD, Model
@@ -22,6 +25,7 @@ from moe2edge.passes.awq import Awq
 from moe2edge.passes.gptq import Gptq
 from moe2edge.passes.rtn import Rtn
 from moe2edge.pipeline.contract import TextSize, TextSizes
+from moe2edge.pipeline.recipe import parse
 from moe2edge.pipeline.registry import parse_targets
 from moe2edge.pipeline.stages import enforce, plan_passes
 from moe2edge.runtime.ends import Ends
@@ -225,6 +229,35 @@ def test_an_export_verifies_in_the_targets_that_hold_them(tiny: Make, tmp_path: 
     for name in ("onnx", "hf"):
         result = run("verify", str(tmp_path / "out" / name))
         assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize(
+    ("target", "steps", "bits"),
+    [
+        ("onnx", [{"rtn": {}}], 8),
+        ("onnx", [{"rtn": {"head": 16}}], 16),
+        ("onnx", [{"rtn": {}}, {"expert_drop": {"keep": 4}}], 8),
+        ("onnx", [{"rtn": {}}, {"sparsify": {"pattern": "2:4"}}], 16),
+        ("onnx,gptq", [{"rtn": {}}], 16),
+        ("onnx,gguf", [{"rtn": {"group_size": 32}}], 8),
+        ("gguf:dequantize=true", [{"rtn": {"group_size": 32}}], 16),
+    ],
+)
+def test_the_default_head_is_what_all_targets_hold(
+    target: str, steps: list[Any], bits: int, untied: Model
+) -> None:
+    recipe = suit_targets(parse(json.dumps({"passes": steps})), parse_targets(target))
+    recipe = recipe.resolve(untied)
+    (quantized,) = (step for step in recipe.passes if isinstance(step, Quantize))
+    assert (quantized.head or 16) == bits
+
+
+def test_a_default_head_whose_groups_do_not_fit_stays(tied: Model) -> None:
+    step = Rtn().narrow_head(tied)
+    assert step.head == 8
+    assert Rtn(embedding=16).narrow_head(tied).head is None
+    odd = replace(tied.rest[EMBEDDING], shape=(96, 40))
+    assert Rtn().narrow_head(tied.replace_rest({EMBEDDING: odd})).head is None
 
 
 def test_a_head_of_any_family_is_solved_by_what_it_gets(granite: Path) -> None:

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from moe2edge.commands.environment import list_versions, measure_peak_bytes
-from moe2edge.commands.preflight import describe, list_reads, refuse_early
+from moe2edge.commands.preflight import describe, list_reads, refuse_early, suit_targets
 from moe2edge.commands.private_paths import PrivatePaths
 from moe2edge.commands.report import Report
 from moe2edge.commands.router_ties import TieJudge
@@ -90,7 +90,7 @@ def export_targets(
         VerificationFailed: an output differs from the model in memory, or the source from what
             stock transformers computes.
     """
-    recipe = replace(recipe, calibrates_targets=any(each.reads_calibration for each in targets))
+    recipe = suit_targets(recipe, targets)
     begun, defaults = time.perf_counter(), list_default_texts(recipe)
     recipe = resolve_recipe(checkpoint, recipe, reporter)
     paths = PrivatePaths.collect(checkpoint, recipe, keep=keep_paths)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from moe2edge.commands.texts import NO_TEXT, SELF
@@ -52,6 +53,15 @@ def refuse_early(
             estimate.check(budget.limit)
     check_pass_memory(source, passes, budget.limit)
     return plan, result
+
+
+def suit_targets(recipe: Recipe, targets: Sequence[Target]) -> Recipe:
+    """Return the recipe with what the targets of an export decide about it."""
+    return replace(
+        recipe,
+        calibrates_targets=any(each.reads_calibration for each in targets),
+        narrows_head=all(each.narrow_head for each in targets),
+    )
 
 
 def list_reads(checkpoint: Checkpoint, recipe: Recipe) -> list[Path]:

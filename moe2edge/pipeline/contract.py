@@ -205,6 +205,14 @@ class Pass(Options):
         """Kinds of observers that the walk of its stage gathers facts with."""
         return ()
 
+    def narrow_head(self, model: Model) -> Self:
+        """Return the pass with a head of 8 bits if it quantizes and its options leave it open.
+
+        Args:
+            model: the source.
+        """
+        return self
+
     def resolve(self, model: Model) -> Self:
         """Return the pass with every choice made that depends on the source ``model``."""
         return self

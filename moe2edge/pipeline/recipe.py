@@ -35,6 +35,7 @@ class Recipe:
         passes: the steps, in order.
         training: text that passes train on; None if none does.
         calibrates_targets: whether a target reads the calibration text, too.
+        narrows_head: whether all targets hold a head in 8 bits, so that this is the default.
     """
 
     calibration: TextSource
@@ -42,6 +43,7 @@ class Recipe:
     passes: tuple[Pass, ...]
     training: TextSource | None = None
     calibrates_targets: bool = False
+    narrows_head: bool = False
 
     @property
     def needs_calibration(self) -> bool:
@@ -50,7 +52,12 @@ class Recipe:
 
     def resolve(self, model: Model) -> Recipe:
         """Return the recipe with every choice of its passes that depends on ``model`` made."""
-        return replace(self, passes=tuple(step.resolve(model) for step in self.passes))
+        passes = list(self.passes)
+        # A head is quantized once, and nothing may train it afterwards.
+        last = max((n for n, step in enumerate(passes) if step.computes_numbers), default=None)
+        if self.narrows_head and last is not None:
+            passes[last] = passes[last].narrow_head(model)
+        return replace(self, passes=tuple(step.resolve(model) for step in passes))
 
     def render(self) -> str:
         """Render the recipe as YAML with every default; parsing it gives the same recipe."""

@@ -160,6 +160,11 @@ class Target:
         raise NotImplementedError
 
     @property
+    def narrow_head(self) -> bool:
+        """True if outputs hold a head in 8 bits, which is then what passes make of it."""
+        return False
+
+    @property
     def reads_calibration(self) -> bool:
         """True if an output holds numbers that `calibrate` measures on the calibration text."""
         return False
