@@ -43,7 +43,7 @@ def test_one_spike_changes_nothing() -> None:
         (0.9, "lower", "improved"),
         (0.9, "higher", "regressed"),
         (1.0, "lower", "equivalent"),
-        (1.025, "lower", "inconclusive"),
+        (1.028, "lower", "inconclusive"),
     ],
 )
 def test_a_round_is_judged_by_interval_and_tolerance(

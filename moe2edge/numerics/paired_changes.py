@@ -67,7 +67,8 @@ def estimate_change(base: Sequence[float], head: Sequence[float], seed: int = 0)
     Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
 
     Args:
-        base, head: the metric on both sides, pair by pair; positive.
+        base: the metric of the one side, pair by pair; positive.
+        head: that of the other side.
         seed: of the resamples.
 
     Raises:
@@ -92,7 +93,8 @@ def measure_floor(first: Sequence[float], second: Sequence[float], seed: int = 0
     """Measure the change that this machine shows between a side and itself.
 
     Args:
-        first, second: the metric of one side, in pairs of runs.
+        first: the metric of one side, run by run.
+        second: that of the runs that are paired with these.
         seed: of the resamples.
 
     Returns:
@@ -140,7 +142,8 @@ def judge_rounds(
 
     Args:
         rounds: base and head of each round, pair by pair.
-        tolerance, better: as in `judge_change`.
+        tolerance: as in `judge_change`.
+        better: likewise.
         seed: of the resamples.
 
     Raises:
