@@ -1,0 +1,160 @@
+"""Judge the change of a noisy metric between two sides that were measured in pairs.
+
+Drift of a machine hits both runs of a pair, so that their ratio is free of it; spikes meet one run
+of few pairs, so that the median is free of them. One round that says "changed" is confirmed by a
+second one. ``benchmarks/gate`` simulates how often that is wrong, and what it finds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from moe2edge.errors import InputError
+
+Side = Literal["lower", "higher"]
+Judgement = Literal["regressed", "improved", "equivalent", "inconclusive"]
+# Resamples of an interval, and its coverage.
+RESAMPLES, COVERAGE = 2000, 0.95
+# Normal quantiles of the coverage (two-sided) and of the power of the smallest effect.
+_Z_COVERAGE, _Z_POWER = 1.96, 0.84
+
+
+@dataclass(frozen=True)
+class Change:
+    """Relative change of a metric from base to head, as natural logarithms of the ratio.
+
+    Attributes:
+        median: median over the pairs.
+        low, high: ends of its bootstrap interval, which covers 95 %.
+        pairs: number of pairs.
+    """
+
+    median: float
+    low: float
+    high: float
+    pairs: int
+
+    @property
+    def percent(self) -> float:
+        """The median change in percent."""
+        return 100 * math.expm1(self.median)
+
+    def __str__(self) -> str:
+        """Format such as ``+5.1 % (95 % +3.0 to +7.2)``."""
+        low, high = (100 * math.expm1(end) for end in (self.low, self.high))
+        return f"{self.percent:+.1f} % (95 % {low:+.1f} to {high:+.1f})"
+
+    def find_smallest_effect(self, tolerance: float) -> float:
+        """Return the change that a round with this spread finds in four of five cases.
+
+        Args:
+            tolerance: as in `judge_change`.
+
+        Returns:
+            A fraction, such as 0.04.
+        """
+        half = (self.high - self.low) / 2
+        needed = max(math.log1p(tolerance), half)
+        return math.expm1(needed + _Z_POWER * half / _Z_COVERAGE)
+
+
+def estimate_change(base: Sequence[float], head: Sequence[float], seed: int = 0) -> Change:
+    """Estimate the median change over pairs with its percentile bootstrap interval.
+
+    Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
+
+    Args:
+        base: the metric of the one side, pair by pair; positive.
+        head: that of the other side.
+        seed: of the resamples.
+
+    Raises:
+        InputError: there is no pair, a side lacks one, or a number is not positive.
+    """
+    import numpy as np
+
+    sides = np.array([base, head], dtype=float) if len(base) == len(head) else np.zeros((2, 0))
+    if not sides.size or not (np.isfinite(sides).all() and (sides > 0).all()):
+        raise InputError(
+            f"{len(base)} and {len(head)} measurements cannot be compared in pairs; both sides "
+            "need as many, one or more, and all positive"
+        )
+    differences = np.log(sides[1]) - np.log(sides[0])
+    drawn = np.random.default_rng(seed).integers(0, differences.size, (RESAMPLES, differences.size))
+    medians = np.median(differences[drawn], axis=1)
+    low, high = np.quantile(medians, [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2])
+    return Change(float(np.median(differences)), float(low), float(high), differences.size)
+
+
+def measure_floor(first: Sequence[float], second: Sequence[float], seed: int = 0) -> float:
+    """Measure the change that this machine shows between a side and itself.
+
+    Args:
+        first: the metric of one side, run by run.
+        second: that of the runs that are paired with these.
+        seed: of the resamples.
+
+    Returns:
+        Half of the width of the interval, or the median if that is larger, as a fraction.
+
+    Raises:
+        InputError: see `estimate_change`.
+    """
+    found = estimate_change(first, second, seed)
+    return math.expm1(max(abs(found.median), (found.high - found.low) / 2))
+
+
+def judge_change(change: Change, tolerance: float, better: Side = "lower") -> Judgement:
+    """Judge one round.
+
+    It is a change if the interval is beyond zero and the median beyond the tolerance; equivalent
+    if the interval lies within the tolerance; otherwise nothing is known.
+
+    Args:
+        change: the estimate.
+        tolerance: fraction up to which a change does not count, the noise floor included.
+        better: direction of the metric.
+    """
+    sign = 1 if better == "lower" else -1
+    median = sign * change.median
+    low, high = sorted((sign * change.low, sign * change.high))
+    limit = math.log1p(tolerance)
+    if low > 0 and median > limit:
+        return "regressed"
+    if high < 0 and median < -limit:
+        return "improved"
+    return "equivalent" if -limit <= low and high <= limit else "inconclusive"
+
+
+def judge_rounds(
+    rounds: Sequence[tuple[Sequence[float], Sequence[float]]],
+    tolerance: float,
+    better: Side = "lower",
+    seed: int = 0,
+) -> Judgement:
+    """Judge all rounds: a change counts only if every one of them, two or more, found it.
+
+    A change that a later round does not confirm is inconclusive, or equivalent if the pairs of all
+    rounds say so.
+
+    Args:
+        rounds: base and head of each round, pair by pair.
+        tolerance: as in `judge_change`.
+        better: likewise.
+        seed: of the resamples.
+
+    Raises:
+        InputError: see `estimate_change`.
+    """
+    found = {
+        judge_change(estimate_change(base, head, seed + n), tolerance, better)
+        for n, (base, head) in enumerate(rounds)
+    }
+    if len(rounds) > 1 and len(found) == 1:
+        return found.pop()
+    base, head = ([value for one in rounds for value in one[side]] for side in (0, 1))
+    pooled = judge_change(estimate_change(base, head, seed), tolerance, better)
+    return pooled if pooled == "equivalent" else "inconclusive"
