@@ -128,6 +128,14 @@ class MlxRuntime:
         """Processor threads that MLX may use: those of the machine."""
         return os.cpu_count() or 1
 
+    @property
+    def cache_nbytes(self) -> int:
+        """Bytes of keys and values of the sequence so far."""
+        from mlx.utils import tree_flatten
+
+        found: Any = tree_flatten([cache.state for cache in self._cache or ()])
+        return sum(array.nbytes for _, array in found if hasattr(array, "nbytes"))
+
     def logits(self, ids: Tensor) -> Tensor:
         """Return logits float32 [batch, length, vocabulary] of ids int64 [batch, length]."""
         import torch

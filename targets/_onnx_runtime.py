@@ -80,6 +80,17 @@ def check_3_bits() -> None:
         )
 
 
+def check_onnxruntime(folder: Path) -> None:
+    """Refuse a folder that the installed onnxruntime does not run.
+
+    Raises:
+        Unsupported: it is missing or too old.
+    """
+    ort = import_onnxruntime()
+    if _is_older(ort, OLDEST_WITH_3_BITS) and _has_3_bits(folder):
+        check_3_bits()
+
+
 def open_session(
     folder: Path, *, exact: bool = False, whole_cache: bool = False, graph: bytes | None = None
 ) -> Any:
@@ -101,8 +112,7 @@ def open_session(
     options.intra_op_num_threads = torch.get_num_threads()
     source: str | bytes = graph or str(folder / GRAPH_FILE)
     numbers: dict[str, np.ndarray[Any, Any]] = {}
-    if _is_older(ort, OLDEST_WITH_3_BITS) and _has_3_bits(folder):
-        check_3_bits()
+    check_onnxruntime(folder)
     if exact or whole_cache or graph:
         # The real file: in the hub's cache the folder holds links, which a session on a graph in
         # memory does not follow.
@@ -298,6 +308,11 @@ class OnnxRuntime:
     def _bind_output(self, name: str, array: np.ndarray[Any, Any]) -> None:
         where = list(array.shape), array.ctypes.data
         self._binding.bind_output(name, "cpu", 0, array.dtype.type, *where)
+
+    @property
+    def cache_nbytes(self) -> int:
+        """Bytes of keys and values of the sequence so far."""
+        return sum(cache.nbytes for cache in self.cached.values())
 
     @property
     def cached(self) -> dict[str, np.ndarray[Any, Any]]:

@@ -68,6 +68,16 @@ class Mlx(Target):
             stored = self.stored(model)
             try_folder(build_mlx_config(stored), plan_mlx_tensors(stored))
 
+    def check_installed(self, folder: Path) -> None:
+        """Refuse to open a folder without mlx-lm.
+
+        Raises:
+            Unsupported: it is not installed.
+        """
+        from moe2edge.targets._mlx_runtime import import_mlx
+
+        import_mlx()
+
     def accepts(self, model: Model) -> None:
         """Refuse what the format cannot express, and what mlx-lm ignores.
 

@@ -200,6 +200,26 @@ class Onnx(Target):
         check_graph(folder, int8_cache=self._int8_cache)
         check_genai_config(folder)
 
+    def check_installed(self, folder: Path) -> None:
+        """Refuse a folder that the installed onnxruntime does not run.
+
+        Raises:
+            Unsupported: it is missing or too old.
+        """
+        from moe2edge.targets._onnx_runtime import check_onnxruntime
+
+        check_onnxruntime(folder)
+
+    def outline(self, folder: Path) -> Model:
+        """Return the model of a folder with the shapes and bytes that its graph has.
+
+        Raises:
+            VerificationFailed: the graph is damaged, or lacks a tensor of the config.
+        """
+        from moe2edge.targets._onnx_outline import outline_graph
+
+        return outline_graph(folder)
+
     def reopen(self, folder: Path, *, exact: bool = False) -> Runtime:
         """Open the folder in ONNX Runtime; ``exact`` makes all activations float32.
 

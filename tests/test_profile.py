@@ -21,18 +21,15 @@ from transformers.utils import logging
 
 from helpers import ignore, run, slow_except
 from moe2edge.errors import InputError, Moe2EdgeError, Unsupported
-from moe2edge.evaluation.profile import measure, memory
+from moe2edge.evaluation.profile import measure, memory, process
 from moe2edge.evaluation.profile.child import Phases, measure_once
-from moe2edge.evaluation.profile.measure import (
-    PRESETS,
-    ProfileSettings,
-    cut_prompts,
-    fit_context,
-    measure_sizes,
-    profile_folder,
-)
+from moe2edge.evaluation.profile.definitions import DEFINITIONS
+from moe2edge.evaluation.profile.environment import compute_host_fingerprint
+from moe2edge.evaluation.profile.measure import cut_prompts, profile_folder
 from moe2edge.evaluation.profile.memory import MemoryReading, Meter
-from moe2edge.evaluation.profile.result import DEFINITIONS, Metric, Phase, collect_metrics
+from moe2edge.evaluation.profile.metrics import Metric, Phase, collect_metrics
+from moe2edge.evaluation.profile.settings import PRESETS, ProfileSettings, fit_context
+from moe2edge.evaluation.profile.subject import measure_sizes
 from moe2edge.evaluation.profile.table import build_profile_table
 from moe2edge.numerics.scheme import Scheme
 from moe2edge.pipeline import registry
@@ -271,7 +268,7 @@ def test_json_has_the_promised_form(measured: Any) -> None:
     assert (found["schema_version"], found["kind"]) == (1, "moe2edge.profile")
     assert list(found) == [
         "schema_version", "kind", "created", "warnings", "artifact", "workload", "env",
-        "metrics", "memory", "sizes", "definitions",
+        "metrics", "memory", "sizes", "roofline", "definitions",
     ]  # fmt: skip
     assert found["workload"]["prompt_tokens"] == 16
     assert found["workload"]["gen_tokens"] == 5
@@ -286,6 +283,7 @@ def test_json_has_the_promised_form(measured: Any) -> None:
     assert found["sizes"]["total"] == sum(found["sizes"]["classes"].values())
     assert found["env"]["versions"]["torch"] == torch.__version__
     assert found["env"]["cpu"]["logical"] >= 1
+    assert found["env"]["host_fingerprint"] == compute_host_fingerprint()
 
 
 @pytest.mark.slow
@@ -477,7 +475,7 @@ def test_failures_of_the_child(
 ) -> None:
     fake_child(code)
     with pytest.raises(kind, match=message) as caught:
-        measure.run_child(REQUEST, SMALL)
+        process.run_child(REQUEST, SMALL)
     assert type(caught.value) is kind
 
 
@@ -490,14 +488,14 @@ def test_a_child_that_takes_too_long_is_stopped(
         )
     )
     with pytest.raises(Moe2EdgeError, match="took longer than 1 s and was stopped"):
-        measure.run_child(REQUEST, ProfileSettings(timeout_s=1))
+        process.run_child(REQUEST, ProfileSettings(timeout_s=1))
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), signal.SIGCONT)
 
 
 def test_threads_are_passed_on(fake_child: Callable[[str], None]) -> None:
     fake_child("import os; print('{\"threads\": \"' + os.environ['OMP_NUM_THREADS'] + '\"}')")
-    assert measure.run_child(REQUEST, ProfileSettings(threads=3)) == {"threads": "3"}
+    assert process.run_child(REQUEST, ProfileSettings(threads=3)) == {"threads": "3"}
 
 
 def test_output_of_libraries_stays_out_of_the_result() -> None:

@@ -47,10 +47,13 @@ def evaluate_output(
     Raises:
         InputError: the folder is no output, the text is too short or cannot be read, or the
             reference has another vocabulary; or a file that was read has changed under way.
+        Unsupported: the runtime of the output is not installed.
         VerificationFailed: a file has another size than the manifest says.
     """
     artifact = open_artifact(folder)
     check_sizes(artifact)
+    target = registry.make_target(artifact.target, artifact.options)
+    target.check_installed(folder)
     files = _look_at_inputs(artifact, source, reference)
     config = read_json(folder / "config.json")
     family = find_family(config)
@@ -67,7 +70,7 @@ def evaluate_output(
         model = reference.model
         verify.check_vocabulary(model, geometry.vocab)
         expected = walk.compute_logits(model, walk.observe(model, ids, (), advance, "source"))
-    runtime = registry.make_target(artifact.target, artifact.options).reopen(folder)
+    runtime = target.reopen(folder)
 
     def logits() -> Iterator[Tensor]:
         for n, row in enumerate(ids):

@@ -205,6 +205,23 @@ class Target:
         """Return the folder as a model, block by block; None if only its runtime reads it."""
         return None
 
+    def check_installed(self, folder: Path) -> None:
+        """Refuse, before any work, a folder whose runtime is not installed, or too old for it.
+
+        Raises:
+            Unsupported: with the command that installs it.
+        """
+
+    def outline(self, folder: Path) -> Model:
+        """Return the folder as a model of which shapes and bytes count; no number is read.
+
+        Raises:
+            VerificationFailed: the files are damaged, or not those of the config.
+        """
+        model = self.streamed(folder)
+        assert model is not None, f"target {self.name} reads no models and has no outline"
+        return model
+
     def reopen(self, folder: Path, *, exact: bool = False) -> Runtime:
         """Open the folder in its runtime; ``exact`` asks for float32 activations throughout."""
         raise NotImplementedError

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe2edge.errors import Moe2EdgeError
 from moe2edge.evaluation.profile.memory import MemoryReading, Meter
-from moe2edge.runtime.generation import describe_runtime, generate
+from moe2edge.runtime.generation import count_cache_bytes, describe_runtime, generate
 from moe2edge.storage.text_files import read_json
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ def measure_once(
     open_runtime: Callable[[], Runtime],
     phases: Phases,
     clock: Callable[[], float] = time.perf_counter,
+    look_after: Callable[[Runtime], dict[str, Any]] = lambda _: {},
 ) -> dict[str, Any]:
     """Measure once: import, load, a warm-up run, then each prompt.
 
@@ -71,6 +72,7 @@ def measure_once(
         open_runtime: loads the output.
         phases: records the memory.
         clock: returns the time in seconds.
+        look_after: measures more when all that is timed is over; part of the result.
 
     Returns:
         ``import_s`` and ``load_s``; ``runs``, each with ``ttft_s``, ``gaps_s`` and ``tokens``;
@@ -97,6 +99,7 @@ def measure_once(
         "dtype": runtime.dtype,
         "threads": runtime.threads,
         "note": describe_runtime(runtime),
+        **look_after(runtime),
     }
 
 
@@ -149,8 +152,20 @@ def _serve(request: dict[str, Any]) -> dict[str, Any]:
     phases = Phases(Meter())
     import_libraries, open_runtime = _make_loaders(request)
     return measure_once(
-        request, import_libraries=import_libraries, open_runtime=open_runtime, phases=phases
+        request,
+        import_libraries=import_libraries,
+        open_runtime=open_runtime,
+        phases=phases,
+        look_after=_look_after,
     )
+
+
+def _look_after(runtime: Runtime) -> dict[str, Any]:
+    """Return the bytes of the cache, and the bandwidth that the threads of the runtime have."""
+    from moe2edge.evaluation.profile.bandwidth import measure_bandwidth
+
+    cache = count_cache_bytes(runtime)
+    return {"cache_bytes": cache, "bandwidth": measure_bandwidth(runtime.threads).to_json()}
 
 
 def _make_loaders(request: dict[str, Any]) -> tuple[Callable[[], None], Callable[[], Runtime]]:
