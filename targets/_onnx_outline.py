@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe2edge.errors import VerificationFailed
 from moe2edge.model.model import Model
-from moe2edge.model.weights import Weight
+from moe2edge.model.weights import HeldWeight, Weight
 from moe2edge.storage.output import build_stored_model
 from moe2edge.storage.text_files import read_json
 from moe2edge.targets._onnx_storage import (
@@ -27,22 +26,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _ITEMS = {kind: dtype.itemsize for kind, dtype in ONNX_DTYPES.values()}
-
-
-@dataclass(frozen=True)
-class HeldWeight(Weight):
-    """A handle on a tensor of which only shape and bytes count.
-
-    Attributes:
-        held: its bytes in the files: integers, scales in whatever dtype, and zero points.
-    """
-
-    held: int = 0
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in the files."""
-        return self.held
 
 
 def outline_graph(folder: Path) -> Model:
