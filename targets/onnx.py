@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -18,6 +18,7 @@ from moe2edge.model.weights import Weight
 from moe2edge.numerics.scheme import LOW_RANK, WHOLE_ROW, Scheme
 from moe2edge.pipeline.target import Loader, Target
 from moe2edge.runtime.memory import Estimate
+from moe2edge.runtime.operator_times import PhaseTimes
 from moe2edge.runtime.protocol import Runtime
 from moe2edge.storage.text_files import write_bytes, write_json
 from moe2edge.storage.tokenizer import read_stop_ids
@@ -219,6 +220,20 @@ class Onnx(Target):
         from moe2edge.targets._onnx_outline import outline_graph
 
         return outline_graph(folder)
+
+    def profile_operators(
+        self, folder: Path, ids: Sequence[int], gen_tokens: int
+    ) -> tuple[PhaseTimes, ...] | None:
+        """Run a text with the profiler of ONNX Runtime."""
+        from moe2edge.targets._onnx_profiler import profile_graph
+
+        return profile_graph(folder, ids, gen_tokens)
+
+    def count_choices(self, folder: Path, ids: Sequence[int]) -> Mapping[int, list[int]] | None:
+        """Count the tokens that choose each row of a router, in the graph itself."""
+        from moe2edge.targets._onnx_profiler import count_choices
+
+        return count_choices(folder, ids)
 
     def reopen(self, folder: Path, *, exact: bool = False) -> Runtime:
         """Open the folder in ONNX Runtime; ``exact`` makes all activations float32.

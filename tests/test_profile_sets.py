@@ -139,7 +139,7 @@ def test_the_command_compares_folders(
         return make_reply(0.1 if request["folder"].endswith("a") else 0.125, 100 << 20)
 
     monkeypatch.setattr(measure, "run_child", reply)
-    options = ("--prompt-tokens", 16, "--gen-tokens", 3)
+    options = ("--prompt-tokens", 16, "--gen-tokens", 3, "--no-explain")
     result = run("profile", *pair, *options)
     assert result.exit_code == 0, result.output
     assert "125.0  x1.25" in result.stdout
@@ -297,3 +297,14 @@ def test_the_page_defines_every_name() -> None:
     page = (Path(__file__).parents[1] / "docs" / "profile.md").read_text("utf-8")
     for name, meaning in DEFINITIONS.items():
         assert f"| `{name}` | {meaning} |" in page
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_a_torch_cache_is_counted(family: str, tiny: Make) -> None:
+    from moe2edge.runtime.torch_runtime import open_source
+
+    runtime = open_source(tiny(family))
+    runtime.start(list(range(1, 9)))
+    runtime.step(3)
+    size = 32 if family == "qwen3_moe" else 16
+    assert runtime.cache_nbytes == 9 * 3 * 2 * 2 * size * 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +20,15 @@ from moe2edge.cli.common import (
     show,
 )
 from moe2edge.cli.progress_bar import make_reporter
+
+
+def _print_schema(context: click.Context, _: click.Parameter, asked: bool) -> None:
+    if asked:
+        from moe2edge.evaluation.profile.document import build_profile_schema
+
+        click.echo(json.dumps(build_profile_schema(), indent=2))
+        context.exit()
+
 
 PROFILE_EXAMPLES = """\b
 Examples:
@@ -48,6 +58,25 @@ Examples:
 @click.option("--gen-tokens", type=int, help="New tokens per prompt [default: as in the preset].")
 @click.option("--repeats", type=int, help="Number of fresh processes [default: as in the preset].")
 @click.option("--threads", type=int, help="CPU threads [default: one per core].")
+@click.option(
+    "--explain/--no-explain",
+    default=None,
+    help="Also measure a cold load, memory over time, operators and the use of experts, in one "
+    "more process [default: as in the preset; quick does not].",
+)
+@click.option(
+    "--quality",
+    help="Text to measure the perplexity of outputs on [default: take over what the export "
+    "measured].",
+)
+@click.option(
+    "--schema",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_schema,
+    help="Print the JSON Schema of the document, and exit.",
+)
 @JSON_OPTION
 @add_hub_options
 def profile_command(
@@ -58,10 +87,11 @@ def profile_command(
     template: str | None,
     chat: bool | None,
     chat_template: str | None,
+    quality: str | None,
     as_json: bool,
     revision: str | None,
     cache_dir: Path | None,
-    **sizes: int | None,
+    **sizes: int | bool | None,
 ) -> None:
     """Measure latency and memory of MODELs and output folders.
 
@@ -76,7 +106,10 @@ def profile_command(
     reporter = make_reporter(quiet=as_json)
     rows = {"field": field, "template": template, "chat": chat, "chat_template": chat_template}
     source = read_text_options("evaluation", {"text": text, **rows})
-    found = profile_models(places, preset=preset, text=source, sizes=sizes, reporter=reporter)
+    judged = read_text_options("evaluation", {"text": quality, **rows}) if quality else None
+    found = profile_models(
+        places, preset=preset, text=source, sizes=sizes, quality=judged, reporter=reporter
+    )
     several = len(places) > 1
     if as_json:
         emit(found.to_json() if several else found.profiles[0].to_json())

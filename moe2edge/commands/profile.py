@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from moe2edge.calibration.builtin_texts import BUILTIN_TEXT
 from moe2edge.calibration.sources import TextSource
@@ -21,7 +21,8 @@ def profile_models(
     *,
     preset: Literal["quick", "ci", "full"] = "ci",
     text: str | Path | TextSource | None = None,
-    sizes: Mapping[str, int | None] | None = None,
+    sizes: Mapping[str, int | bool | None] | None = None,
+    quality: TextSource | None = None,
     reporter: Reporter = QUIET,
 ) -> ProfileSet:
     """Measure models in turns, each time in a fresh process.
@@ -33,6 +34,7 @@ def profile_models(
             None: the built-in text.
         sizes: values in place of the preset's, by the names of `ProfileSettings`; None: the
             preset's own.
+        quality: text to measure the perplexity of outputs on; None: that of the report is taken.
         reporter: receives progress.
 
     Raises:
@@ -40,7 +42,9 @@ def profile_models(
         Unsupported: the runtime of an output is not installed.
         Moe2EdgeError: a process failed or took too long.
     """
-    given = {name: value for name, value in (sizes or {}).items() if value is not None}
+    given: dict[str, Any] = {
+        name: value for name, value in (sizes or {}).items() if value is not None
+    }
     if not isinstance(text, TextSource):
         text = TextSource(text=str(text) if text else BUILTIN_TEXT)
     return profile_folders(
@@ -48,6 +52,7 @@ def profile_models(
         text=text,
         settings=replace(PRESETS[preset], **given),
         fixed=given.keys(),
+        quality=quality,
         reporter=reporter,
     )
 

@@ -38,6 +38,16 @@ def evaluate_output(
 ) -> metrics.Quality:
     """Measure perplexity, and with a reference model also KL and top-1 agreement.
 
+    Arguments and errors are those of `evaluate_on_text`.
+    """
+    return evaluate_on_text(folder, source, reference, reporter)[0]
+
+
+def evaluate_on_text(
+    folder: Path, source: TextSource, reference: Checkpoint | None, reporter: Reporter
+) -> tuple[metrics.Quality, str]:
+    """Measure an output on a text; return also the digest of the text's token ids.
+
     Args:
         folder: an output of moe2edge.
         source: the text and how it is cut into samples.
@@ -61,9 +71,10 @@ def evaluate_output(
     geometry = family.geometry(parse_config(family, own))
     limits = (geometry.max_positions, geometry.vocab)
     tokenizer = load_tokenizer(folder)
-    ids = load_tokens(
+    tokens = load_tokens(
         source, tokenizer, "evaluation", limits, spelling=AS_FLAGS, reporter=reporter
-    ).ids
+    )
+    ids = tokens.ids
     advance = reporter.advance
     expected = None
     if reference is not None:
@@ -80,7 +91,7 @@ def evaluate_output(
 
     quality = metrics.measure(ids, logits(), expected)
     files.check()
-    return quality
+    return quality, tokens.sha256
 
 
 def _look_at_inputs(

@@ -15,7 +15,8 @@ from moe2edge.evaluation.profile.environment import describe_environment
 from moe2edge.evaluation.profile.interleave import Job, run_in_turns
 from moe2edge.evaluation.profile.metrics import collect_metrics, collect_phases
 from moe2edge.evaluation.profile.process import run_child
-from moe2edge.evaluation.profile.result import Profile, ProfileSet
+from moe2edge.evaluation.profile.quality import measure_quality, read_quality
+from moe2edge.evaluation.profile.result import Profile, ProfileSet, make_explanation
 from moe2edge.evaluation.profile.roofline import make_roofline
 from moe2edge.evaluation.profile.settings import (
     TOKEN_SIZES,
@@ -58,6 +59,7 @@ def profile_folders(
     prompts: Prompts | None = None,
     settings: ProfileSettings | None = None,
     fixed: Collection[str] | None = None,
+    quality: TextSource | None = None,
     reporter: Reporter = QUIET,
 ) -> ProfileSet:
     """Measure folders in turns: A B C, C B A, each time in a fresh process.
@@ -71,6 +73,8 @@ def profile_folders(
         fixed: names of the settings that the user chose. ``prompt_tokens`` and ``gen_tokens`` that
             are not among them are reduced, with a warning, to fit the shortest context of the
             models. None: both are fixed if ``settings`` are given.
+        quality: text to measure the perplexity of outputs on, after all that is timed; None: the
+            quality in the report of the export is taken over.
         reporter: receives progress after each process.
 
     Raises:
@@ -95,18 +99,48 @@ def profile_folders(
     env = describe_environment()
     created = datetime.now(UTC).isoformat(timespec="seconds")
     labels = _name_subjects(subjects)
-    jobs = []
-    for label, subject in zip(labels, subjects, strict=True):
-        given = prompts or cut_prompts(load_tokenizer(subject.folder), text, settings, reporter)
-        request = _make_request(subject, given, settings)
-        jobs.append(Job(label, partial(run_child, request, settings)))
-    rounds = run_in_turns(jobs, settings.repeats, reporter=reporter)
+    requests = {
+        label: _make_request(
+            subject,
+            prompts or cut_prompts(load_tokenizer(subject.folder), text, settings, reporter),
+            settings,
+        )
+        for label, subject in zip(labels, subjects, strict=True)
+    }
+    # First, because it loads from the disk what all others then find in the system's cache.
+    looks = _make_jobs({name: {**r, "explain": True} for name, r in requests.items()}, settings)
+    explained = run_in_turns(looks, 1, reporter=reporter, at="explain") if settings.explain else ()
+    rounds = run_in_turns(_make_jobs(requests, settings), settings.repeats, reporter=reporter)
     about = {"created": created, "workload": settings.describe(), "threads": settings.threads}
     profiles = [
-        _make_profile(subject, [done.found[label] for done in rounds], env, shrunk, about)
+        _make_profile(
+            subject,
+            [done.found[label] for done in rounds],
+            env,
+            shrunk,
+            {
+                **about,
+                "explained": explained[0].found[label] if explained else None,
+                "quality": _find_quality(subject, quality, reporter),
+            },
+        )
         for label, subject in zip(labels, subjects, strict=True)
     ]
     return ProfileSet(tuple(labels), tuple(profiles), tuple(done.order for done in rounds))
+
+
+def _make_jobs(
+    requests: Mapping[str, Mapping[str, Any]], settings: ProfileSettings
+) -> list[Job[dict[str, Any]]]:
+    """Make a job for each request, by its label."""
+    return [Job(label, partial(run_child, one, settings)) for label, one in requests.items()]
+
+
+def _find_quality(subject: Subject, text: TextSource | None, reporter: Reporter) -> dict[str, Any]:
+    target = subject.request["target"]
+    if text is None or target is None:
+        return read_quality(subject.folder, target)
+    return measure_quality(subject.folder, text, reporter)
 
 
 def _name_subjects(subjects: Sequence[Subject]) -> list[str]:
@@ -149,6 +183,9 @@ def _make_profile(
         memory_reason=memory["reason"],
         sizes=subject.sizes,
         created=about["created"],
+        explanation=make_explanation(about["explained"]),
+        quality=about["quality"],
+        sensors=[reply.get("sensors") for reply in replies],
         roofline=make_roofline(
             subject.count_reads(), replies, metrics["decode_tok_s"].median, work
         ),
@@ -197,6 +234,8 @@ def _list_warnings(env: Mapping[str, Any], replies: Sequence[Mapping[str, Any]])
             f"other programs kept the processors busy at the start (load {env['load_avg']:.1f} "
             f"on {cores} cores): times are too high and vary"
         )
+    if any((reply.get("sensors") or {}).get("throttled") for reply in replies):
+        warnings.append("the processors were throttled for their heat: times are too high and vary")
     tokens = [[run["tokens"] for run in reply["runs"]] for reply in replies]
     if any(other != tokens[0] for other in tokens):
         warnings.append("greedy decoding gave different tokens in different processes")

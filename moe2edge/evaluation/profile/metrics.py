@@ -70,6 +70,7 @@ class Metric:
             "median": self.median,
             "p50": self.percentile(50),
             "p90": self.percentile(90),
+            "p99": self.percentile(99),
             "min": min(self.samples, default=None),
             "max": max(self.samples, default=None),
             "samples": list(self.samples),
@@ -84,10 +85,12 @@ class Phase:
     Attributes:
         name: name of the phase.
         samples: one reading per process.
+        floor: the reading of the same process before it opened the folder; nothing: none.
     """
 
     name: str
     samples: tuple[MemoryReading, ...]
+    floor: tuple[MemoryReading, ...] = ()
 
     @property
     def largest(self) -> MemoryReading:
@@ -107,7 +110,27 @@ class Phase:
             "rss_anon": largest.rss_anon,
             "rss_file": largest.rss_file,
             "peak_rss_samples": [memory.peak_rss for memory in self.samples],
+            "above_floor": {
+                "peak_rss": self.subtract_floor("peak_rss"),
+                "rss_anon": self.subtract_floor("rss_anon"),
+                "rss_file": self.subtract_floor("rss_file"),
+            },
         }
+
+    def subtract_floor(self, name: str) -> int | None:
+        """Return the largest bytes above those of the same process without a model.
+
+        Args:
+            name: field of a reading; of the peak, the floor is the resident set.
+        """
+        floor = "rss" if name == "peak_rss" else name
+        found: list[int] = []
+        for one, bare in zip(self.samples, self.floor, strict=False):
+            value, without = getattr(one, name), getattr(bare, floor)
+            if value is None or without is None:
+                return None
+            found.append(value - without)
+        return max(found, default=None)
 
 
 def collect_metrics(replies: Sequence[Mapping[str, Any]], prompt_tokens: int) -> dict[str, Metric]:
@@ -129,16 +152,32 @@ def collect_metrics(replies: Sequence[Mapping[str, Any]], prompt_tokens: int) ->
         "prefill_tok_s": Metric("token/s", "higher", tuple(prompt_tokens / s for s in ttft)),
         "ms_per_token": _make_ms_metric(gaps, reason),
         "decode_tok_s": Metric("token/s", "higher", tuple(rates), reason),
+        "joules_per_token": _make_energy_metric(replies, reason),
     }
+
+
+def _make_energy_metric(replies: Sequence[Mapping[str, Any]], reason: str | None) -> Metric:
+    """Make the energy of a token of each prompt, if the system tells it and there are gaps."""
+    runs = [run for reply in replies for run in reply["runs"] if run["gaps_s"]]
+    joules = [run.get("joules") for run in runs]
+    known = tuple(
+        value / len(run["gaps_s"])
+        for value, run in zip(joules, runs, strict=True)
+        if value is not None
+    )
+    if len(known) == len(joules):
+        return Metric("J", "lower", known, reason)
+    return Metric("J", "lower", (), replies[0].get("energy_reason"))
 
 
 def collect_phases(replies: Sequence[Mapping[str, Any]]) -> tuple[Phase, ...]:
     """Collect the memory of each phase, in the order of the first reply."""
     names = replies[0]["memory"]["phases"]
-    return tuple(
-        Phase(name, tuple(MemoryReading(**reply["memory"]["phases"][name]) for reply in replies))
+    read = {
+        name: tuple(MemoryReading(**reply["memory"]["phases"][name]) for reply in replies)
         for name in names
-    )
+    }
+    return tuple(Phase(name, found, read.get("import", ())) for name, found in read.items())
 
 
 def _make_ms_metric(seconds: Sequence[float], reason: str | None = None) -> Metric:

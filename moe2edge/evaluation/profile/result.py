@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ from moe2edge.evaluation.profile.definitions import DEFINITIONS
 from moe2edge.evaluation.profile.metrics import Metric, Phase
 from moe2edge.evaluation.profile.roofline import Roofline
 
-PROFILE_VERSION = 1
+PROFILE_VERSION = 2
 PROFILE_KIND = "moe2edge.profile"
 SET_KIND = "moe2edge.profiles"
 
@@ -31,6 +31,10 @@ class Profile:
         sizes: bytes of each class of files.
         created: time of the measurement, RFC 3339.
         roofline: bytes that a token reads, and the rate that memory allows.
+        explanation: cold load, memory over time, use of experts, times of operators; see
+            `make_explanation`.
+        quality: perplexity, KL and top-1 agreement, and where they come from.
+        sensors: frequency and temperature of each process; None where they were not read.
         warnings: reasons to distrust the figures.
     """
 
@@ -44,6 +48,9 @@ class Profile:
     sizes: Mapping[str, int]
     created: str
     roofline: Roofline
+    explanation: Mapping[str, Any]
+    quality: Mapping[str, Any]
+    sensors: Sequence[Mapping[str, Any] | None] = ()
     warnings: tuple[str, ...] = field(default=())
 
     def to_json(self) -> dict[str, Any]:
@@ -62,7 +69,9 @@ class Profile:
                 "method": self.memory_method,
                 "reason": self.memory_reason,
                 "phases": [phase.to_json() for phase in self.phases],
+                "timeline": self.explanation["timeline"],
             },
+            "load": {"cold": self.explanation["cold_load"]},
             "sizes": {
                 "unit": "bytes",
                 "total": sum(self.sizes.values()),
@@ -70,8 +79,38 @@ class Profile:
                 "classes": dict(self.sizes),
             },
             "roofline": self.roofline.to_json(),
+            "experts": self.explanation["experts"],
+            "breakdown": self.explanation["breakdown"],
+            "quality": dict(self.quality),
+            "sensors": list(self.sensors),
             "definitions": dict(DEFINITIONS),
         }
+
+
+NOT_EXPLAINED = "it is measured in a process of its own, with --explain"
+
+
+def make_explanation(reply: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return what `moe2edge.evaluation.profile.explain.explain_once` found, or why nothing.
+
+    Args:
+        reply: its reply; None: it did not run.
+    """
+    if reply is None:
+        return {
+            name: {"reason": NOT_EXPLAINED}
+            for name in ("cold_load", "timeline", "experts", "breakdown")
+        }
+    cold = reply["cold_load"]
+    return {
+        "cold_load": {
+            "ms": cold["seconds"] * 1000,
+            "page_cache": cold["state"],
+            "resident": cold["resident"],
+            "reason": None,
+        },
+        **{name: reply[name] for name in ("timeline", "experts", "breakdown")},
+    }
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,8 @@ class ProfileSettings:
         repeats: number of fresh processes.
         threads: threads of torch and of ONNX sessions; None: one per core.
         timeout_s: time limit of one process, in seconds.
+        explain: measure a cold load, and sample memory, times of operators and choices of experts,
+            in one more process before those that are timed.
     """
 
     prompt_tokens: int = 128
@@ -30,6 +32,7 @@ class ProfileSettings:
     repeats: int = 3
     threads: int | None = None
     timeout_s: float = 3600
+    explain: bool = False
 
     def check(self) -> None:
         """Check that all settings are in range.
@@ -38,7 +41,7 @@ class ProfileSettings:
             InputError: a setting is below 1.
         """
         for name, value in asdict(self).items():
-            if value is not None and value < 1:
+            if name != "explain" and value is not None and value < 1:
                 raise InputError(f"{name} is {value}; give 1 or more")
 
     def describe(self) -> dict[str, Any]:
@@ -56,8 +59,8 @@ class ProfileSettings:
 
 PRESETS: Mapping[str, ProfileSettings] = {
     "quick": ProfileSettings(prompt_tokens=64, gen_tokens=16, prompts=1, repeats=1),
-    "ci": ProfileSettings(),
-    "full": ProfileSettings(prompt_tokens=512, gen_tokens=128, prompts=5, repeats=5),
+    "ci": ProfileSettings(explain=True),
+    "full": ProfileSettings(prompt_tokens=512, gen_tokens=128, prompts=5, repeats=5, explain=True),
 }
 
 

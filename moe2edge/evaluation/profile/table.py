@@ -18,6 +18,7 @@ _NAMES = {
     "prefill_tok_s": "prefill",
     "ms_per_token": "each further token",
     "decode_tok_s": "decode",
+    "joules_per_token": "energy of a token",
 }
 _MIB = 2**20
 
@@ -29,11 +30,16 @@ def build_profile_table(result: Profile) -> Table:
         title=escape(f"{subject['path']} ({subject['target'] or 'source in transformers'})"),
         caption=_describe_work(result),
     )
-    for heading in ("", "p50", "p90", "min", "max", "n"):
+    for heading in ("", "p50", "p90", "p99", "min", "max", "n"):
         table.add_column(heading, justify="right" if heading else "left")
     table.add_column("unit")
+    cold = result.explanation["cold_load"].get("ms")
     for name, metric in result.metrics.items():
+        if name == "joules_per_token" and not metric.samples:
+            continue  # few systems tell it
         _add_row(table, _NAMES.get(name, name), metric)
+        if name == "load_ms" and cold is not None:
+            _add_row(table, "load, cold", Metric("ms", "lower", (cold,)))
     table.add_section()
     for phase in result.phases:
         _add_row(
@@ -46,6 +52,11 @@ def build_profile_table(result: Profile) -> Table:
     mapped = [m.rss_file for m in last.samples]
     _add_row(table, f"after {last.name}, anonymous", _make_mib_metric(anonymous))
     _add_row(table, f"after {last.name}, mapped files", _make_mib_metric(mapped))
+    above = last.subtract_floor("peak_rss")
+    _add_row(table, "peak above that without a model", _make_mib_metric([above]))
+    table.add_section()
+    for name, share in list_shares(result).items():
+        _add_row(table, f"decode, {name}", Metric("%", "lower", (share,)))
     table.add_section()
     for name, (value, unit) in _list_roofline(result.roofline).items():
         _add_row(table, name, Metric(unit, "higher", () if value is None else (value,)))
@@ -72,6 +83,8 @@ def build_set_table(found: ProfileSet) -> Table:
     first = found.profiles[0]
     for name, metric in first.metrics.items():
         values = [profile.metrics[name].median for profile in found.profiles]
+        if name == "joules_per_token" and not any(values):
+            continue
         _add_compared(table, _NAMES.get(name, name), values, ratios, (name, metric.unit))
     table.add_section()
     for place, phase in enumerate(first.phases):
@@ -122,6 +135,15 @@ def _describe_order(found: ProfileSet) -> str:
     return ", ".join(" ".join(letters[label] for label in order) for order in found.rounds)
 
 
+def list_shares(result: Profile) -> dict[str, float]:
+    """Return the percentage of decoding that each kind of operator takes; nothing: not known."""
+    phases = result.explanation["breakdown"].get("phases") or ()
+    for phase in phases:
+        if phase["phase"] == "decode" and phase["ms"]:
+            return {k: 100 * ms / phase["ms"] for k, ms in phase["by_kind"].items() if ms}
+    return {}
+
+
 def _list_roofline(roofline: Roofline) -> dict[str, tuple[float | None, str]]:
     """Return the rows about memory bandwidth: value and unit."""
     read, rate = roofline.bytes_per_token, roofline.bandwidth
@@ -146,6 +168,7 @@ def _add_row(table: Table, name: str, metric: Metric) -> None:
     values = (
         metric.percentile(50),
         metric.percentile(90),
+        metric.percentile(99),
         min(metric.samples, default=None),
         max(metric.samples, default=None),
     )
