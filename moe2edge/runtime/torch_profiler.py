@@ -39,6 +39,7 @@ def profile_torch(
     Returns:
         The operators of prefill and decode; each serves the innermost module that called it.
     """
+    runtime.step(int(runtime.start(ids).argmax()))  # the first runs also prepare kernels
     with label_modules(runtime.model):
         logits, prefill = _profile(lambda: runtime.start(ids))
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from moe2edge.runtime.operator_times import OperatorCall, PhaseTimes
     from moe2edge.runtime.protocol import Runtime
 
+# Tokens that are generated in a profiler: it keeps each call, of which there are many.
+MOST_PROFILED = 9
 # Calls of the last token that a document holds.
 MOST_CALLS = 2000
 NO_PROFILER = "the runtime of target {} has no profiler of operators that can be read"
@@ -83,7 +85,8 @@ def _use_experts(request: Mapping[str, Any], ids: Sequence[int]) -> dict[str, An
 
 
 def _break_down(request: Mapping[str, Any], prompt: Sequence[int]) -> dict[str, Any]:
-    folder, name, tokens = Path(request["folder"]), request["target"], request["gen_tokens"]
+    folder, name = Path(request["folder"]), request["target"]
+    tokens = min(request["gen_tokens"], MOST_PROFILED)
     if tokens < 2:
         raise Moe2EdgeError("one token per prompt was generated; it takes at least two")
     if name is None:
