@@ -230,6 +230,7 @@ def profile(
     gen_tokens: int | None = None,
     repeats: int | None = None,
     threads: int | None = None,
+    explain: bool | None = None,
     reporter: Reporter | None = None,
 ) -> Profile:
     """Measure latency and memory of an output folder, or of a source model, in fresh processes.
@@ -246,6 +247,8 @@ def profile(
         gen_tokens: tokens generated after it, likewise.
         repeats: fresh processes, likewise.
         threads: processor threads; None: one per core.
+        explain: measure a cold load, memory over time, operators and the use of experts, too, in
+            one more process; None: as in the preset.
         reporter: receives progress; None: nothing is reported.
 
     Returns:
@@ -255,28 +258,19 @@ def profile(
         InputError: the model, the text or a number is wrong.
         Moe2EdgeError: a process failed or took too long.
     """
-    from moe2edge.calibration.builtin_texts import BUILTIN_TEXT
-    from moe2edge.calibration.sources import TextSource
-    from moe2edge.evaluation.profile import measure
+    from moe2edge.commands.profile import profile_models
 
-    if isinstance(model, Checkpoint) or not Path(model).is_dir():
-        model = _open(model).folder
     sizes = {
         "prompt_tokens": prompt_tokens,
         "gen_tokens": gen_tokens,
         "repeats": repeats,
         "threads": threads,
+        "explain": explain,
     }
-    given = {name: value for name, value in sizes.items() if value is not None}
-    if not isinstance(text, TextSource):
-        text = TextSource(text=str(text) if text else BUILTIN_TEXT)
-    return measure.profile_folder(
-        Path(model),
-        text=text,
-        settings=replace(measure.PRESETS[preset], **given),
-        fixed=given.keys(),
-        reporter=reporter or QUIET,
+    found = profile_models(
+        [model], preset=preset, text=text, sizes=sizes, reporter=reporter or QUIET
     )
+    return found.profiles[0]
 
 
 def _open(model: str | Path | Checkpoint) -> Checkpoint:
