@@ -90,6 +90,7 @@ _NAMES: dict[str, tuple[Any, list[Any]]] = {
     "llama_vocab_is_eog": (ctypes.c_bool, [ctypes.c_void_p, ctypes.c_int32]),
     "llama_get_memory": (ctypes.c_void_p, [ctypes.c_void_p]),
     "llama_memory_clear": (None, [ctypes.c_void_p, ctypes.c_bool]),
+    "llama_state_seq_get_size": (ctypes.c_size_t, [ctypes.c_void_p, ctypes.c_int32]),
     "llama_decode": (ctypes.c_int32, [ctypes.c_void_p, _Batch]),
     "llama_get_logits": (ctypes.POINTER(ctypes.c_float), [ctypes.c_void_p]),
     "llama_batch_init": (_Batch, [ctypes.c_int32] * 3),
@@ -246,6 +247,14 @@ class LoadedModel:
             self._library.call(
                 "memory_clear", self._library.call("get_memory", self._context), True
             )
+
+    @property
+    def cache_nbytes(self) -> int:
+        """Bytes of the state of the sequence: keys and values, or what stands in their place."""
+        if not self._context:
+            return 0
+        size: int = self._library.call("state_seq_get_size", self._context, 0)
+        return size
 
     def extend(self, ids: Sequence[int], *, everywhere: bool) -> list[Any]:
         """Continue the sequence; return logits as arrays of bytes, of all tokens or the last."""

@@ -28,6 +28,18 @@ if TYPE_CHECKING:
 _TELLING = re.compile("assert|error|what\\(\\)", re.IGNORECASE)
 
 
+def check_llama() -> None:
+    """Refuse to begin without llama.cpp.
+
+    Raises:
+        Unsupported: xllamacpp is not installed.
+    """
+    try:
+        find_version()
+    except LibraryError as error:
+        raise Unsupported(str(error)) from error
+
+
 class LlamaProcess:
     """A process that has a file open in llama.cpp; ends with this object."""
 
@@ -38,10 +50,7 @@ class LlamaProcess:
             Unsupported: xllamacpp is missing, or of a version that is not known.
             VerificationFailed: llama.cpp refuses the file.
         """
-        try:
-            find_version()
-        except LibraryError as error:
-            raise Unsupported(str(error)) from error
+        check_llama()
         self._path = path
         # Open as long as the process runs.
         self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
@@ -139,6 +148,12 @@ class GgufRuntime:
     def threads(self) -> int:
         """Number of processor threads."""
         return self._threads
+
+    @property
+    def cache_nbytes(self) -> int:
+        """Bytes of what llama.cpp remembers of the sequence so far."""
+        count: int = self._process.ask("cache")[0]["cache"]
+        return count
 
     def logits(self, ids: Tensor) -> Tensor:
         """Return logits float32 [batch, length, vocabulary] of ids int64 [batch, length]."""

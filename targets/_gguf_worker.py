@@ -51,6 +51,8 @@ def _answer(model: LoadedModel, request: Mapping[str, Any]) -> tuple[dict[str, A
             return {}, model.extend(request["ids"], everywhere=False)
         case "step":
             return {}, model.extend(request["ids"], everywhere=False)
+        case "cache":
+            return {"cache": model.cache_nbytes}, []
         case "encode":
             special = request["special"]
             return {"ids": [model.tokenize(t, special=special) for t in request["texts"]]}, []

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 from moe2edge.model.model import Model
 from moe2edge.pipeline.target import Target
+from moe2edge.runtime.operator_times import PhaseTimes
 from moe2edge.runtime.protocol import Runtime
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.storage.output import open_stored_model
@@ -42,6 +44,17 @@ class LayoutCheckpoint(Target):
     def streamed(self, folder: Path) -> Model:
         """Open the folder as a model."""
         return open_stored_model(open_checkpoint(str(folder)))
+
+    def profile_operators(
+        self, folder: Path, ids: Sequence[int], gen_tokens: int
+    ) -> tuple[PhaseTimes, ...] | None:
+        """Run a text in torch.profiler."""
+        from moe2edge.runtime.torch_profiler import profile_torch
+        from moe2edge.runtime.torch_runtime import TorchRuntime
+
+        runtime = self.reopen(folder)
+        assert isinstance(runtime, TorchRuntime)
+        return profile_torch(runtime, ids, gen_tokens)
 
     def without_skipping(self, model: Model, folder: Path) -> Runtime:
         """Open the folder so that every chosen expert runs."""

@@ -128,6 +128,20 @@ class MlxRuntime:
         """Processor threads that MLX may use: those of the machine."""
         return os.cpu_count() or 1
 
+    @property
+    def cache_nbytes(self) -> int:
+        """Bytes of keys and values of the sequence so far."""
+        from mlx.utils import tree_flatten
+
+        total = 0
+        for cache in self._cache or ():
+            found: Any = tree_flatten(cache.state)
+            nbytes = sum(array.nbytes for _, array in found if hasattr(array, "nbytes"))
+            # It makes room for many tokens at once.
+            plain = type(cache).__name__ == PLAIN_CACHE and cache.keys is not None
+            total += nbytes * cache.offset // cache.keys.shape[2] if plain else nbytes
+        return total
+
     def logits(self, ids: Tensor) -> Tensor:
         """Return logits float32 [batch, length, vocabulary] of ids int64 [batch, length]."""
         import torch

@@ -80,8 +80,24 @@ def check_3_bits() -> None:
         )
 
 
+def check_onnxruntime(folder: Path) -> None:
+    """Refuse a folder that the installed onnxruntime does not run.
+
+    Raises:
+        Unsupported: it is missing or too old.
+    """
+    ort = import_onnxruntime()
+    if _is_older(ort, OLDEST_WITH_3_BITS) and _has_3_bits(folder):
+        check_3_bits()
+
+
 def open_session(
-    folder: Path, *, exact: bool = False, whole_cache: bool = False, graph: bytes | None = None
+    folder: Path,
+    *,
+    exact: bool = False,
+    whole_cache: bool = False,
+    graph: bytes | None = None,
+    times: Path | None = None,
 ) -> Any:
     """Open a session on ``model.onnx``, with as many threads as torch uses.
 
@@ -90,6 +106,7 @@ def open_session(
         exact: compute with float32 activations and cache throughout, whatever the graph allows.
         whole_cache: cache keys and values in float32, whatever the graph allows.
         graph: serialized graph to run instead of the folder's, with the folder's weights.
+        times: begin of the name of the file that the runtime's profiler writes; None: it is off.
 
     Raises:
         Unsupported: onnxruntime is missing or too old.
@@ -99,10 +116,11 @@ def open_session(
     options = ort.SessionOptions()
     options.log_severity_level = LOG_NOTHING
     options.intra_op_num_threads = torch.get_num_threads()
+    if times is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(times)
     source: str | bytes = graph or str(folder / GRAPH_FILE)
     numbers: dict[str, np.ndarray[Any, Any]] = {}
-    if _is_older(ort, OLDEST_WITH_3_BITS) and _has_3_bits(folder):
-        check_3_bits()
+    check_onnxruntime(folder)
     if exact or whole_cache or graph:
         # The real file: in the hub's cache the folder holds links, which a session on a graph in
         # memory does not follow.
@@ -148,10 +166,15 @@ def _translate_errors(verb: str) -> Iterator[None]:
 
 
 def open_runtime(
-    folder: Path, *, exact: bool = False, whole_cache: bool = False, graph: bytes | None = None
+    folder: Path,
+    *,
+    exact: bool = False,
+    whole_cache: bool = False,
+    graph: bytes | None = None,
+    times: Path | None = None,
 ) -> OnnxRuntime:
     """Open the runtime of a folder; arguments and errors are those of `open_session`."""
-    session = open_session(folder, exact=exact, whole_cache=whole_cache, graph=graph)
+    session = open_session(folder, exact=exact, whole_cache=whole_cache, graph=graph, times=times)
     metadata = session.get_modelmeta().custom_metadata_map
     positions = metadata.get(POSITIONS_KEY, "")
     if not positions.isdigit():
@@ -298,6 +321,15 @@ class OnnxRuntime:
     def _bind_output(self, name: str, array: np.ndarray[Any, Any]) -> None:
         where = list(array.shape), array.ctypes.data
         self._binding.bind_output(name, "cpu", 0, array.dtype.type, *where)
+
+    def end_profiling(self) -> Path:
+        """End the profiler; return the file that it wrote."""
+        return Path(self._session.end_profiling())
+
+    @property
+    def cache_nbytes(self) -> int:
+        """Bytes of keys and values of the sequence so far."""
+        return sum(cache.nbytes for cache in self.cached.values())
 
     @property
     def cached(self) -> dict[str, np.ndarray[Any, Any]]:

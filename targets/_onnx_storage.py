@@ -229,7 +229,7 @@ def make_per_channel_initializers(
 
 
 def _describe(parts: Sequence[DataPart]) -> str:
-    """Encode parts for `_parse_parts`: the rows of one tensor, and the names, for each part."""
+    """Encode parts for `parse_parts`: the rows of one tensor, and the names, for each part."""
     return json.dumps([[part[0].weight.shape[0], *(s.name for s in part)] for part in parts])
 
 
@@ -346,7 +346,7 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor | Quantized]]:
         metadata = {p.key: p.value for p in proto.metadata_props}
         if PARTS_KEY not in metadata:
             continue
-        parts = _parse_parts(proto.name, metadata[PARTS_KEY])
+        parts = parse_parts(proto.name, metadata[PARTS_KEY])
         tensors = _split_tensors(proto, parts, data)
         if SCALES_KEY not in metadata:
             yield from tensors
@@ -362,7 +362,7 @@ def _read_quantized(
     data: Bytes,
 ) -> Iterator[tuple[str, Quantized]]:
     """Yield the matrices of the initializer ``owner``, whose packed ``integers`` are given."""
-    parts, bits = _parse_parts(owner, metadata[PARTS_KEY]), metadata.get(BITS_KEY, USUAL_BITS)
+    parts, bits = parse_parts(owner, metadata[PARTS_KEY]), metadata.get(BITS_KEY, USUAL_BITS)
     if bits not in ("2", "3", "4", "8"):
         raise VerificationFailed(f"{GRAPH_FILE}: {owner} has {bits} bits, expected 2, 3, 4 or 8")
 
@@ -389,7 +389,7 @@ def _read_quantized(
 Rows = list[tuple[int, list[str]]]
 
 
-def _parse_parts(owner: str, text: str) -> Rows:
+def parse_parts(owner: str, text: str) -> Rows:
     """Parse the parts of the initializer ``owner``, as `_describe` encodes them."""
     try:
         parts = [(int(rows), [str(name) for name in names]) for rows, *names in json.loads(text)]

@@ -149,6 +149,16 @@ class Gguf(Target):
         """
         return _open_model(folder, read_gguf(folder / MODEL_FILE))
 
+    def check_installed(self, folder: Path) -> None:
+        """Refuse to open a file without llama.cpp.
+
+        Raises:
+            Unsupported: xllamacpp is not installed.
+        """
+        from moe2edge.targets._gguf_runtime import check_llama
+
+        check_llama()
+
     def reopen(self, folder: Path, *, exact: bool = False) -> Runtime:
         """Run the file in llama.cpp; ``exact``: a file of the same numbers in float32.
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, ClassVar
 
 from moe2edge.errors import Unsupported, VerificationFailed
 from moe2edge.model.block import is_quantizable
-from moe2edge.model.edits import sort_rows
+from moe2edge.model.edits import change_weights, sort_rows
 from moe2edge.model.family import Family
 from moe2edge.model.model import Model, list_end_names
-from moe2edge.model.weights import DTYPES, Weight
+from moe2edge.model.weights import DTYPES, HeldWeight, Weight
 from moe2edge.numerics.scheme import GROUP_SIZES, WHOLE_ROW, Scheme
 from moe2edge.pipeline.target import Loader, Target
 from moe2edge.runtime.memory import Estimate
@@ -67,6 +67,16 @@ class Mlx(Target):
         if model.family.generic:
             stored = self.stored(model)
             try_folder(build_mlx_config(stored), plan_mlx_tensors(stored))
+
+    def check_installed(self, folder: Path) -> None:
+        """Refuse to open a folder without mlx-lm.
+
+        Raises:
+            Unsupported: it is not installed.
+        """
+        from moe2edge.targets._mlx_runtime import import_mlx
+
+        import_mlx()
 
     def accepts(self, model: Model) -> None:
         """Refuse what the format cannot express, and what mlx-lm ignores.
@@ -159,6 +169,11 @@ class Mlx(Target):
         """Open the folder as a model."""
         return MlxFolder(open_checkpoint(str(folder))).model
 
+    def outline(self, folder: Path) -> Model:
+        """Return the model of a folder, in which every group has a scale and a bias of 16 bits."""
+        model = change_weights(self.streamed(folder), lambda _, w: _outline_weight(w))
+        return model.replace_rest({name: _outline_weight(w) for name, w in model.rest.items()})
+
     def reopen(self, folder: Path, *, exact: bool = False) -> Runtime:
         """Open the folder in mlx-lm; ``exact`` computes in float32, and so does a CPU.
 
@@ -200,3 +215,12 @@ def _accept(name: str, weight: Weight, scheme: Scheme, dtype: str) -> None:
             f"{name} has scales of {weight.scale_dtype} in the source, and the model is {dtype}, "
             "but an MLX folder has one dtype; quantize it anew in the recipe, or export to gptq"
         )
+
+
+def _outline_weight(weight: Weight) -> Weight:
+    """Return a handle with the bytes of the folder."""
+    if weight.scheme is None:
+        return weight
+    outs, ins = weight.shape
+    held = outs * ins * weight.scheme.bits // 8 + outs * weight.scheme.groups(ins) * 4
+    return HeldWeight(weight.name, weight.shape, weight.dtype, weight.load, held=held)

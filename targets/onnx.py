@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -18,6 +18,7 @@ from moe2edge.model.weights import Weight
 from moe2edge.numerics.scheme import LOW_RANK, WHOLE_ROW, Scheme
 from moe2edge.pipeline.target import Loader, Target
 from moe2edge.runtime.memory import Estimate
+from moe2edge.runtime.operator_times import PhaseTimes
 from moe2edge.runtime.protocol import Runtime
 from moe2edge.storage.text_files import write_bytes, write_json
 from moe2edge.storage.tokenizer import read_stop_ids
@@ -199,6 +200,40 @@ class Onnx(Target):
 
         check_graph(folder, int8_cache=self._int8_cache)
         check_genai_config(folder)
+
+    def check_installed(self, folder: Path) -> None:
+        """Refuse a folder that the installed onnxruntime does not run.
+
+        Raises:
+            Unsupported: it is missing or too old.
+        """
+        from moe2edge.targets._onnx_runtime import check_onnxruntime
+
+        check_onnxruntime(folder)
+
+    def outline(self, folder: Path) -> Model:
+        """Return the model of a folder with the shapes and bytes that its graph has.
+
+        Raises:
+            VerificationFailed: the graph is damaged, or lacks a tensor of the config.
+        """
+        from moe2edge.targets._onnx_outline import outline_graph
+
+        return outline_graph(folder)
+
+    def profile_operators(
+        self, folder: Path, ids: Sequence[int], gen_tokens: int
+    ) -> tuple[PhaseTimes, ...] | None:
+        """Run a text with the profiler of ONNX Runtime."""
+        from moe2edge.targets._onnx_profiler import profile_graph
+
+        return profile_graph(folder, ids, gen_tokens)
+
+    def count_choices(self, folder: Path, ids: Sequence[int]) -> Mapping[int, list[int]] | None:
+        """Count the tokens that choose each row of a router, in the graph itself."""
+        from moe2edge.targets._onnx_profiler import count_choices
+
+        return count_choices(folder, ids)
 
     def reopen(self, folder: Path, *, exact: bool = False) -> Runtime:
         """Open the folder in ONNX Runtime; ``exact`` makes all activations float32.

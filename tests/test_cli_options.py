@@ -15,7 +15,7 @@ from click.testing import Result
 
 from helpers import run, write_text
 from moe2edge.errors import InputError
-from moe2edge.evaluation.profile import measure
+from moe2edge.evaluation.profile.subject import open_subject
 from moe2edge.pipeline import registry
 from moe2edge.pipeline.registry import parse_targets
 from moe2edge.pipeline.target import Target
@@ -76,7 +76,7 @@ def test_options_of_a_target_are_recorded_and_reopened(
     assert run("evaluate", out / "onnx", *text).exit_code == 0
     assert seen == [registry.make_target("onnx", {"accuracy_level": 0})] * 4
     # The request that the profiler sends to its process.
-    assert measure._describe_subject(out / "onnx")[1]["options"] == {
+    assert open_subject(out / "onnx").request["options"] == {
         "accuracy_level": 0,
         "kv_cache": "float32",
     }

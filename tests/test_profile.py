@@ -21,18 +21,15 @@ from transformers.utils import logging
 
 from helpers import ignore, run, slow_except
 from moe2edge.errors import InputError, Moe2EdgeError, Unsupported
-from moe2edge.evaluation.profile import measure, memory
+from moe2edge.evaluation.profile import measure, memory, process
 from moe2edge.evaluation.profile.child import Phases, measure_once
-from moe2edge.evaluation.profile.measure import (
-    PRESETS,
-    ProfileSettings,
-    cut_prompts,
-    fit_context,
-    measure_sizes,
-    profile_folder,
-)
+from moe2edge.evaluation.profile.definitions import DEFINITIONS
+from moe2edge.evaluation.profile.environment import compute_host_fingerprint
+from moe2edge.evaluation.profile.measure import cut_prompts, profile_folder
 from moe2edge.evaluation.profile.memory import MemoryReading, Meter
-from moe2edge.evaluation.profile.result import DEFINITIONS, Metric, Phase, collect_metrics
+from moe2edge.evaluation.profile.metrics import Metric, Phase, collect_metrics, collect_phases
+from moe2edge.evaluation.profile.settings import PRESETS, ProfileSettings, fit_context
+from moe2edge.evaluation.profile.subject import measure_sizes
 from moe2edge.evaluation.profile.table import build_profile_table
 from moe2edge.numerics.scheme import Scheme
 from moe2edge.pipeline import registry
@@ -43,6 +40,15 @@ from moe2edge.testing import make_checkpoint, make_tokenizer, quantize
 
 PROMPTS = [[1 + (7 * n + i) % 90 for i in range(16)] for n in range(3)]
 SMALL = ProfileSettings(gen_tokens=5, repeats=1, threads=1, timeout_s=120)
+
+
+# The reply of the process that explains.
+EXPLAINED: dict[str, Any] = {
+    "cold_load": {"seconds": 0.25, "state": "evicted", "resident": 0.0},
+    "timeline": {"reason": None, "method": "told", "interval_s": 1.0, "samples": []},
+    "experts": {"reason": "told"},
+    "breakdown": {"reason": "told"},
+}
 
 
 class Clocked:
@@ -109,8 +115,8 @@ def test_each_time_is_that_of_its_own_work_only() -> None:
     assert (found["import_s"], found["load_s"]) == (3, 7)
     assert (found["dtype"], found["threads"]) == ("float16", 1)
     assert found["runs"] == [  # without the warm-up
-        {"ttft_s": 5, "gaps_s": [0.5] * 3, "tokens": [6, 7, 8, 0]},
-        {"ttft_s": 4, "gaps_s": [0.5] * 3, "tokens": [4, 5, 6, 7]},
+        {"ttft_s": 5, "gaps_s": [0.5] * 3, "tokens": [6, 7, 8, 0], "joules": None},
+        {"ttft_s": 4, "gaps_s": [0.5] * 3, "tokens": [4, 5, 6, 7], "joules": None},
     ]
 
 
@@ -148,6 +154,24 @@ def test_one_generated_token_has_no_time_per_token() -> None:
         for key in ("median", "p50", "p90", "min", "max"):
             assert values[key] is None
     assert found["ttft_ms"].to_json()["reason"] is None
+
+
+def test_energy_is_that_of_the_tokens_behind_the_first() -> None:
+    reply = clocked_answer(4, range(10, 18))
+    for joules, run_ in zip((6.0, 9.0), reply["runs"], strict=True):
+        run_["joules"] = joules
+    assert collect_metrics([reply], 3)["joules_per_token"].samples == (2, 3)
+    reply["runs"][0]["joules"] = None
+    found = collect_metrics([reply | {"energy_reason": "none here"}], 3)["joules_per_token"]
+    assert (found.samples, found.reason) == ((), "none here")
+
+
+def test_memory_above_that_without_a_model_is_of_the_same_process() -> None:
+    answers = [clocked_answer(2, [n, n + 2, 30, 50, 31, 41, 29, 42]) for n in (1, 7)]
+    phases = {phase.name: phase.to_json()["above_floor"] for phase in collect_phases(answers)}
+    # The floor is the resident set, one less than the peak.
+    assert phases["load"] == {"peak_rss": 3, "rss_anon": 2, "rss_file": 0}
+    assert phases["decode"]["peak_rss"] == 50
 
 
 def test_percentiles_are_those_of_numpy() -> None:
@@ -250,6 +274,7 @@ def test_a_source_checkpoint_is_measured(measured: Any, checkpoint: Path) -> Non
         "prefill_tok_s": 4,
         "ms_per_token": 16,
         "decode_tok_s": 4,
+        "joules_per_token": result.metrics["joules_per_token"].n,
     }
     assert all(s > 0 for metric in result.metrics.values() for s in metric.samples)
     for phase in result.phases:
@@ -268,15 +293,18 @@ def test_a_source_checkpoint_is_measured(measured: Any, checkpoint: Path) -> Non
 def test_json_has_the_promised_form(measured: Any) -> None:
     result, _ = measured
     found = json.loads(json.dumps(result.to_json(), allow_nan=False))
-    assert (found["schema_version"], found["kind"]) == (1, "moe2edge.profile")
+    assert (found["schema_version"], found["kind"]) == (2, "moe2edge.profile")
     assert list(found) == [
         "schema_version", "kind", "created", "warnings", "artifact", "workload", "env",
-        "metrics", "memory", "sizes", "definitions",
+        "metrics", "memory", "load", "sizes", "roofline", "experts", "breakdown", "quality",
+        "sensors", "definitions",
     ]  # fmt: skip
     assert found["workload"]["prompt_tokens"] == 16
     assert found["workload"]["gen_tokens"] == 5
     assert (found["workload"]["prompts"], found["workload"]["processes"]) == (2, 2)
-    for metric in found["metrics"].values():
+    for name, metric in found["metrics"].items():
+        if name == "joules_per_token" and metric["reason"]:
+            continue
         assert metric["min"] <= metric["p50"] <= metric["p90"] <= metric["max"]
         assert metric["better"] in ("lower", "higher")
     assert found["memory"]["method"] == "VmHWM after writing 5 to /proc/self/clear_refs"
@@ -286,6 +314,7 @@ def test_json_has_the_promised_form(measured: Any) -> None:
     assert found["sizes"]["total"] == sum(found["sizes"]["classes"].values())
     assert found["env"]["versions"]["torch"] == torch.__version__
     assert found["env"]["cpu"]["logical"] >= 1
+    assert found["env"]["host_fingerprint"] == compute_host_fingerprint()
 
 
 @pytest.mark.slow
@@ -477,7 +506,7 @@ def test_failures_of_the_child(
 ) -> None:
     fake_child(code)
     with pytest.raises(kind, match=message) as caught:
-        measure.run_child(REQUEST, SMALL)
+        process.run_child(REQUEST, SMALL)
     assert type(caught.value) is kind
 
 
@@ -490,14 +519,14 @@ def test_a_child_that_takes_too_long_is_stopped(
         )
     )
     with pytest.raises(Moe2EdgeError, match="took longer than 1 s and was stopped"):
-        measure.run_child(REQUEST, ProfileSettings(timeout_s=1))
+        process.run_child(REQUEST, ProfileSettings(timeout_s=1))
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), signal.SIGCONT)
 
 
 def test_threads_are_passed_on(fake_child: Callable[[str], None]) -> None:
     fake_child("import os; print('{\"threads\": \"' + os.environ['OMP_NUM_THREADS'] + '\"}')")
-    assert measure.run_child(REQUEST, ProfileSettings(threads=3)) == {"threads": "3"}
+    assert process.run_child(REQUEST, ProfileSettings(threads=3)) == {"threads": "3"}
 
 
 def test_output_of_libraries_stays_out_of_the_result() -> None:
@@ -532,8 +561,9 @@ def test_a_busy_machine_is_a_warning(monkeypatch: pytest.MonkeyPatch, checkpoint
 
 @pytest.mark.parametrize("name", ["prompt_tokens", "gen_tokens", "prompts", "repeats", "threads"])
 def test_settings_out_of_range(checkpoint: Path, name: str) -> None:
+    wrong: dict[str, Any] = {name: 0}
     with pytest.raises(InputError, match=f"{name} is 0; give 1 or more"):
-        profile_folder(checkpoint, text="", settings=ProfileSettings(**{name: 0}))
+        profile_folder(checkpoint, text="", settings=ProfileSettings(**wrong))
 
 
 def test_input_that_is_refused_before_a_process_starts(checkpoint: Path, tmp_path: Path) -> None:
@@ -596,7 +626,11 @@ def test_a_preset_shrinks_to_the_context_and_the_users_own_sizes_do_not(
 @pytest.fixture
 def commanded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
     """Run the command with a clock in place of fresh processes."""
-    monkeypatch.setattr(measure, "run_child", lambda *_: clocked_answer(2, range(10, 18)))
+
+    def answer(request: dict[str, Any], _: ProfileSettings) -> dict[str, Any]:
+        return EXPLAINED if request.get("explain") else clocked_answer(2, range(10, 18))
+
+    monkeypatch.setattr(measure, "run_child", answer)
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     yield lambda *arguments: run("profile", *map(str, arguments))
     logging.set_verbosity(verbosity)

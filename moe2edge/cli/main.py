@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import click
 
-from moe2edge.cli import decisions, inspect, outputs, progress_bar, recipes
+from moe2edge.cli import decisions, inspect, outputs, profile, progress_bar, recipes
 from moe2edge.cli.common import (
     CALIB_OPTION,
     JSON_OPTION,
@@ -319,7 +319,7 @@ for command in (
     inspect.inspect_command,
     outputs.verify_command,
     outputs.generate_command,
-    outputs.profile_command,
+    profile.profile_command,
     outputs.evaluate_command,
     recipes.recipe_group,
     recipes.targets_command,

@@ -1,4 +1,4 @@
-"""Commands for outputs: verify, generate, profile, evaluate."""
+"""Commands for outputs: verify, generate, evaluate."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -18,11 +18,9 @@ from moe2edge.cli.common import (
     JSON_OPTION,
     THREADS_OPTION,
     add_hub_options,
-    add_row_options,
     add_text_options,
     emit,
     open_model,
-    print_table,
     quiet_libraries,
     read_text_options,
     show,
@@ -178,71 +176,6 @@ def generate_command(
         click.echo(piece, nl=False)
         sys.stdout.flush()
     click.echo()
-
-
-PROFILE_EXAMPLES = """\b
-Examples:
-  moe2edge profile out-onnx
-  moe2edge profile builtin:tiny-moe --preset quick --json"""
-
-
-@click.command(epilog=PROFILE_EXAMPLES)
-@click.argument("model")
-@click.option(
-    "--preset",
-    type=click.Choice(["quick", "ci", "full"]),
-    default="ci",
-    show_default=True,
-    help="Amount of work. quick: 1 prompt of 64 tokens, 16 generated, 1 process; ci: 3 of 128, "
-    "32 generated, 3 processes; full: 5 of 512, 128 generated, 5 processes.",
-)
-@click.option(
-    "--text",
-    default="builtin",
-    show_default=True,
-    help="File to cut prompts from: text, JSON lines, parquet.",
-)
-@add_row_options
-@click.option("--prompt-tokens", type=int, help="Tokens per prompt [default: as in the preset].")
-@click.option("--gen-tokens", type=int, help="New tokens per prompt [default: as in the preset].")
-@click.option("--repeats", type=int, help="Number of fresh processes [default: as in the preset].")
-@click.option("--threads", type=int, help="CPU threads [default: one per core].")
-@JSON_OPTION
-@add_hub_options
-def profile_command(
-    model: str,
-    preset: Literal["quick", "ci", "full"],
-    text: str,
-    field: str | None,
-    template: str | None,
-    chat: bool | None,
-    chat_template: str | None,
-    as_json: bool,
-    revision: str | None,
-    cache_dir: Path | None,
-    **sizes: int | None,
-) -> None:
-    """Measure latency and memory of MODEL or an output folder.
-
-    Every measurement runs in a fresh process.
-    """
-    from moe2edge.commands.api import profile
-    from moe2edge.evaluation.profile.table import build_profile_table
-
-    place = model if Path(model).is_dir() else open_model(model, revision, cache_dir)
-    quiet_libraries()
-    reporter = make_reporter(quiet=as_json)
-    rows = {"field": field, "template": template, "chat": chat, "chat_template": chat_template}
-    source = read_text_options("evaluation", {"text": text, **rows})
-    result = profile(place, preset=preset, text=source, reporter=reporter, **sizes)
-    if as_json:
-        emit(result.to_json())
-        return
-    print_table(build_profile_table(result))
-    if note := result.artifact["note"]:
-        show(f"note: {note}", err=True)
-    for warning in result.warnings:
-        show(f"warning: {warning}", err=True)
 
 
 EVALUATE_EXAMPLES = """\b

@@ -255,28 +255,18 @@ def profile(
         InputError: the model, the text or a number is wrong.
         Moe2EdgeError: a process failed or took too long.
     """
-    from moe2edge.calibration.builtin_texts import BUILTIN_TEXT
-    from moe2edge.calibration.sources import TextSource
-    from moe2edge.evaluation.profile import measure
+    from moe2edge.commands.profile import profile_models
 
-    if isinstance(model, Checkpoint) or not Path(model).is_dir():
-        model = _open(model).folder
     sizes = {
         "prompt_tokens": prompt_tokens,
         "gen_tokens": gen_tokens,
         "repeats": repeats,
         "threads": threads,
     }
-    given = {name: value for name, value in sizes.items() if value is not None}
-    if not isinstance(text, TextSource):
-        text = TextSource(text=str(text) if text else BUILTIN_TEXT)
-    return measure.profile_folder(
-        Path(model),
-        text=text,
-        settings=replace(measure.PRESETS[preset], **given),
-        fixed=given.keys(),
-        reporter=reporter or QUIET,
+    found = profile_models(
+        [model], preset=preset, text=text, sizes=sizes, reporter=reporter or QUIET
     )
+    return found.profiles[0]
 
 
 def _open(model: str | Path | Checkpoint) -> Checkpoint:

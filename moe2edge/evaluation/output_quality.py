@@ -38,6 +38,16 @@ def evaluate_output(
 ) -> metrics.Quality:
     """Measure perplexity, and with a reference model also KL and top-1 agreement.
 
+    Arguments and errors are those of `evaluate_on_text`.
+    """
+    return evaluate_on_text(folder, source, reference, reporter)[0]
+
+
+def evaluate_on_text(
+    folder: Path, source: TextSource, reference: Checkpoint | None, reporter: Reporter
+) -> tuple[metrics.Quality, str]:
+    """Measure an output on a text; return also the digest of the text's token ids.
+
     Args:
         folder: an output of moe2edge.
         source: the text and how it is cut into samples.
@@ -47,10 +57,13 @@ def evaluate_output(
     Raises:
         InputError: the folder is no output, the text is too short or cannot be read, or the
             reference has another vocabulary; or a file that was read has changed under way.
+        Unsupported: the runtime of the output is not installed.
         VerificationFailed: a file has another size than the manifest says.
     """
     artifact = open_artifact(folder)
     check_sizes(artifact)
+    target = registry.make_target(artifact.target, artifact.options)
+    target.check_installed(folder)
     files = _look_at_inputs(artifact, source, reference)
     config = read_json(folder / "config.json")
     family = find_family(config)
@@ -58,16 +71,17 @@ def evaluate_output(
     geometry = family.geometry(parse_config(family, own))
     limits = (geometry.max_positions, geometry.vocab)
     tokenizer = load_tokenizer(folder)
-    ids = load_tokens(
+    tokens = load_tokens(
         source, tokenizer, "evaluation", limits, spelling=AS_FLAGS, reporter=reporter
-    ).ids
+    )
+    ids = tokens.ids
     advance = reporter.advance
     expected = None
     if reference is not None:
         model = reference.model
         verify.check_vocabulary(model, geometry.vocab)
         expected = walk.compute_logits(model, walk.observe(model, ids, (), advance, "source"))
-    runtime = registry.make_target(artifact.target, artifact.options).reopen(folder)
+    runtime = target.reopen(folder)
 
     def logits() -> Iterator[Tensor]:
         for n, row in enumerate(ids):
@@ -77,7 +91,7 @@ def evaluate_output(
 
     quality = metrics.measure(ids, logits(), expected)
     files.check()
-    return quality
+    return quality, tokens.sha256
 
 
 def _look_at_inputs(

@@ -77,6 +77,22 @@ class Weight:
 
 
 @dataclass(frozen=True)
+class HeldWeight(Weight):
+    """A handle on a tensor in a folder of which only shape and bytes count.
+
+    Attributes:
+        held: its bytes in the files: integers, scales in whatever dtype, and zero points.
+    """
+
+    held: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the files."""
+        return self.held
+
+
+@dataclass(frozen=True)
 class SourceBlocks:
     """Reads numbers that a source holds as blocks of floats; a weight with others has no such.
 

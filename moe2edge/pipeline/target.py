@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from moe2edge.model.family import Family
 from moe2edge.model.model import Model
 from moe2edge.runtime.memory import Estimate
+from moe2edge.runtime.operator_times import PhaseTimes
 from moe2edge.runtime.protocol import Runtime
 
 if TYPE_CHECKING:
@@ -203,6 +204,45 @@ class Target:
 
     def streamed(self, folder: Path) -> Model | None:
         """Return the folder as a model, block by block; None if only its runtime reads it."""
+        return None
+
+    def check_installed(self, folder: Path) -> None:
+        """Refuse, before any work, a folder whose runtime is not installed, or too old for it.
+
+        Raises:
+            Unsupported: with the command that installs it.
+        """
+
+    def outline(self, folder: Path) -> Model:
+        """Return the folder as a model of which shapes and bytes count; no number is read.
+
+        Raises:
+            VerificationFailed: the files are damaged, or not those of the config.
+        """
+        model = self.streamed(folder)
+        assert model is not None, f"target {self.name} reads no models and has no outline"
+        return model
+
+    def profile_operators(
+        self, folder: Path, ids: Sequence[int], gen_tokens: int
+    ) -> tuple[PhaseTimes, ...] | None:
+        """Run a prompt and a greedy continuation with the profiler of the runtime.
+
+        Args:
+            folder: the output.
+            ids: the prompt.
+            gen_tokens: tokens to generate, at least two.
+
+        Returns:
+            The operators of prefill and decode; None: the runtime has no profiler of operators.
+        """
+        return None
+
+    def count_choices(self, folder: Path, ids: Sequence[int]) -> Mapping[int, list[int]] | None:
+        """Count the tokens of a text that choose each row of a router, by the block's index.
+
+        None: the folder is read as a model, which is walked over in PyTorch.
+        """
         return None
 
     def reopen(self, folder: Path, *, exact: bool = False) -> Runtime:

@@ -58,6 +58,12 @@ def describe_runtime(runtime: Runtime) -> str:
     return str(getattr(runtime, "note", ""))
 
 
+def count_cache_bytes(runtime: Runtime) -> int | None:
+    """Count the bytes that a runtime holds of the sequence so far; None if it does not say."""
+    count: int | None = getattr(runtime, "cache_nbytes", None)
+    return count
+
+
 def check_settings(
     max_tokens: int, temperature: float, top_p: float, top_k: int, seed: int
 ) -> None:

@@ -56,6 +56,11 @@ class TorchRuntime:
 
         return torch.get_num_threads()
 
+    @property
+    def cache_nbytes(self) -> int:
+        """Bytes of what the model remembers of the sequence so far."""
+        return sum(tensor.nbytes for tensor in _find_tensors(self._cache, {}).values())
+
     def logits(self, ids: Tensor) -> Tensor:
         """Return logits float32 [batch, length, vocabulary] of token ids int64 [batch, length]."""
         return self._run(ids, use_cache=False)
@@ -137,6 +142,28 @@ class TorchRuntime:
 def _take_logits(output: Any) -> Tensor:
     logits: Tensor = output.logits
     return logits.float().cpu()
+
+
+def _find_tensors(found: Any, seen: dict[int, Any]) -> dict[int, Tensor]:
+    """Find all tensors in a cache: families have kinds of their own, also for linear attention."""
+    import torch
+
+    tensors: dict[int, Tensor] = {}
+    if isinstance(found, torch.Tensor):
+        return {found.data_ptr(): found}
+    if id(found) in seen:
+        return {}
+    seen[id(found)] = found
+    inside: Any = ()
+    if isinstance(found, Mapping):
+        inside = found.values()
+    elif isinstance(found, list | tuple):
+        inside = found
+    elif type(found).__module__.startswith("transformers."):
+        inside = vars(found).values()
+    for one in inside:
+        tensors |= _find_tensors(one, seen)
+    return tensors
 
 
 def name_cache(model: Any) -> str:

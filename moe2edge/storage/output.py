@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from moe2edge.errors import Unsupported, VerificationFailed
 from moe2edge.model import hf_config
 from moe2edge.model.block import is_low_rank, is_quantizable
-from moe2edge.model.build import build_model
+from moe2edge.model.build import TakeTensor, build_model
 from moe2edge.model.edits import change_weights
 from moe2edge.model.family import FAMILIES, find_family
 from moe2edge.model.model import Model
@@ -48,28 +48,36 @@ def open_stored_model(checkpoint: Checkpoint) -> Model:
         Unsupported: a quantization that moe2edge does not write, or an unknown family.
         VerificationFailed: a tensor is missing, unexpected or of another shape.
     """
-    config = copy.deepcopy(dict(checkpoint.config))
+    config = dict(checkpoint.config)
     quantization = config.pop("quantization_config", None)
     settings = None if quantization is None else _read_settings(checkpoint, quantization)
-    layers = {}
-    if has_own_layers(config):
-        # Some classes of transformers take a config without the key for an old one.
-        part = hf_config.find_text_part(config)
-        layers, part["per_layer_config"] = part["per_layer_config"], {}
-        if str(config.get("model_type")) not in FAMILIES:
-            part["per_layer_config"], layers = hf_config.split_layers(layers)
-    family = find_family(config)
-    if family.generic:
-        hf_config.restore_common_count(config, family, layers)
     stored = _StoredTensors(checkpoint, settings)
-    model = hf_config.decode_layers(
-        build_model(family, config, stored.weight, stored.names), layers, stored.weight
-    )
+    model = build_stored_model(config, stored.weight, stored.names)
     stored.check(model)
     model.verify()
     # Integers say nothing of the dtype that they were rounded from; it is that of the embedding.
     dtype = model.embedding.dtype
     return change_weights(model, lambda _, w: replace(w, dtype=dtype) if w.scheme else None)
+
+
+def build_stored_model(
+    config: Mapping[str, Any], take: TakeTensor, names: Iterable[str] = ()
+) -> Model:
+    """Build the model of a config that moe2edge wrote, whose layers may differ.
+
+    Arguments and errors are those of `build_model`.
+    """
+    common, layers = copy.deepcopy(dict(config)), {}
+    if has_own_layers(common):
+        # Some classes of transformers take a config without the key for an old one.
+        part = hf_config.find_text_part(common)
+        layers, part["per_layer_config"] = part["per_layer_config"], {}
+        if str(common.get("model_type")) not in FAMILIES:
+            part["per_layer_config"], layers = hf_config.split_layers(layers)
+    family = find_family(common)
+    if family.generic:
+        hf_config.restore_common_count(common, family, layers)
+    return hf_config.decode_layers(build_model(family, common, take, names), layers, take)
 
 
 def _read_settings(

@@ -20,7 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 from moe2edge.errors import Moe2EdgeError
 from moe2edge.evaluation.profile.memory import MemoryReading, Meter
-from moe2edge.runtime.generation import describe_runtime, generate
+from moe2edge.evaluation.profile.sensors import (
+    NO_ENERGY,
+    EnergyMeter,
+    compare_sensors,
+    read_sensors,
+)
+from moe2edge.runtime.generation import count_cache_bytes, describe_runtime, generate
 from moe2edge.storage.text_files import read_json
 
 if TYPE_CHECKING:
@@ -62,6 +68,8 @@ def measure_once(
     open_runtime: Callable[[], Runtime],
     phases: Phases,
     clock: Callable[[], float] = time.perf_counter,
+    look_after: Callable[[Runtime], dict[str, Any]] = lambda _: {},
+    energy: EnergyMeter | None = None,
 ) -> dict[str, Any]:
     """Measure once: import, load, a warm-up run, then each prompt.
 
@@ -71,9 +79,11 @@ def measure_once(
         open_runtime: loads the output.
         phases: records the memory.
         clock: returns the time in seconds.
+        look_after: measures more when all that is timed is over; part of the result.
+        energy: measures the energy of each decoding; None: nothing does.
 
     Returns:
-        ``import_s`` and ``load_s``; ``runs``, each with ``ttft_s``, ``gaps_s`` and ``tokens``;
+        ``import_s`` and ``load_s``; ``runs``, each as `run_prompt` returns it;
         ``memory``; and ``dtype``, ``threads`` and ``note`` of the runtime.
     """
     phases.start()
@@ -86,9 +96,12 @@ def measure_once(
     runtime = open_runtime()
     load_s = clock() - begin
     phases.end("load")
+    sensors = [read_sensors()]
     runs = [
-        run_prompt(runtime, p, request["gen_tokens"], phases, clock) for p in request["prompts"]
+        run_prompt(runtime, p, request["gen_tokens"], phases, clock, energy)
+        for p in request["prompts"]
     ]
+    sensors.append(read_sensors())
     return {
         "import_s": import_s,
         "load_s": load_s,
@@ -97,6 +110,9 @@ def measure_once(
         "dtype": runtime.dtype,
         "threads": runtime.threads,
         "note": describe_runtime(runtime),
+        "sensors": compare_sensors(sensors),
+        "energy_reason": NO_ENERGY if energy is None else energy.reason,
+        **look_after(runtime),
     }
 
 
@@ -106,11 +122,13 @@ def run_prompt(
     gen_tokens: int,
     phases: Phases,
     clock: Callable[[], float],
+    energy: EnergyMeter | None = None,
 ) -> dict[str, Any]:
     """Continue one prompt greedily, and time it.
 
     Returns:
-        ``ttft_s``, seconds to the first token; ``gaps_s``, seconds between tokens; ``tokens``.
+        ``ttft_s``, seconds to the first token; ``gaps_s``, seconds between tokens; ``tokens``;
+        ``joules`` of all tokens but the first, None where they are not known.
     """
     tokens = generate(runtime, prompt, max_tokens=gen_tokens)
     phases.start()
@@ -120,13 +138,16 @@ def run_prompt(
     phases.end("prefill")
     # Memory is read between phases, not between tokens, because reading it takes time.
     phases.start()
+    if energy is not None:
+        energy.start()
     marks = [clock()]
     for token in tokens:
         chosen.append(token)
         marks.append(clock())
+    joules = None if energy is None else energy.read()
     phases.end("decode")
     gaps = [after - before for before, after in pairwise(marks)]
-    return {"ttft_s": ttft_s, "gaps_s": gaps, "tokens": chosen}
+    return {"ttft_s": ttft_s, "gaps_s": gaps, "tokens": chosen, "joules": joules}
 
 
 def serve_request() -> int:
@@ -146,11 +167,28 @@ def serve_request() -> int:
 
 
 def _serve(request: dict[str, Any]) -> dict[str, Any]:
-    phases = Phases(Meter())
     import_libraries, open_runtime = _make_loaders(request)
+    if request.get("explain"):
+        from moe2edge.evaluation.profile.explain import explain_once
+
+        return explain_once(request, import_libraries=import_libraries, open_runtime=open_runtime)
+    phases = Phases(Meter())
     return measure_once(
-        request, import_libraries=import_libraries, open_runtime=open_runtime, phases=phases
+        request,
+        import_libraries=import_libraries,
+        open_runtime=open_runtime,
+        phases=phases,
+        look_after=_look_after,
+        energy=EnergyMeter(),
     )
+
+
+def _look_after(runtime: Runtime) -> dict[str, Any]:
+    """Return the bytes of the cache, and the bandwidth that the threads of the runtime have."""
+    from moe2edge.evaluation.profile.bandwidth import measure_bandwidth
+
+    cache = count_cache_bytes(runtime)
+    return {"cache_bytes": cache, "bandwidth": measure_bandwidth(runtime.threads).to_json()}
 
 
 def _make_loaders(request: dict[str, Any]) -> tuple[Callable[[], None], Callable[[], Runtime]]:

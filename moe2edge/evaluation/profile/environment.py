@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import platform
 from importlib import metadata
@@ -25,6 +27,7 @@ def describe_environment() -> dict[str, Any]:
 
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
     return {
+        "host_fingerprint": compute_host_fingerprint(),
         "cpu": {
             "model": _read_cpu_model(),
             "cores": psutil.cpu_count(logical=False),
@@ -37,6 +40,21 @@ def describe_environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: _find_version(name) for name in PACKAGES},
     }
+
+
+def compute_host_fingerprint() -> str:
+    """Compute a digest of the kind of machine: timings are compared only where it is equal.
+
+    It is of processor, cores that may be used, memory in GiB, and system; of nothing that names
+    one machine among others of its kind.
+    """
+    import psutil
+
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+    memory = round(psutil.virtual_memory().total / 2**30)
+    cpu = (_read_cpu_model(), psutil.cpu_count(logical=False), psutil.cpu_count(), usable)
+    kind = [*cpu, memory, platform.machine(), platform.system()]
+    return hashlib.sha256(json.dumps(kind).encode()).hexdigest()[:16]
 
 
 def _read_cpu_model() -> str | None:

@@ -69,13 +69,13 @@ class Meter:
     def _reset_peak(self) -> None:
         # 5 resets VmHWM to the current resident set size (proc_pid_clear_refs(5)).
         (PROC / "clear_refs").write_text("5")
-        for place in _list_started():
+        for place in list_started():
             with suppress(OSError):  # it may have ended
                 (place / "clear_refs").write_text("5")
 
     def _read_proc(self) -> MemoryReading:
         found = _read_status(PROC)
-        for place in _list_started():
+        for place in list_started():
             with suppress(OSError, KeyError):
                 found = [a + b for a, b in zip(found, _read_status(place), strict=True)]
         return MemoryReading(*found)
@@ -88,7 +88,7 @@ class Meter:
         return MemoryReading(None, sum(found), None, None)
 
 
-def _list_started() -> list[Path]:
+def list_started() -> list[Path]:
     """List the folders in /proc of the processes that this one started; a runtime may be one."""
     lists = [path.read_text().split() for path in PROC.glob("task/*/children")]
     return [PROC.parent / number for numbers in lists for number in numbers]

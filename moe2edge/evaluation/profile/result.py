@@ -7,117 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from moe2edge.evaluation.profile.memory import MemoryReading
+from moe2edge.evaluation.profile.definitions import DEFINITIONS
+from moe2edge.evaluation.profile.metrics import Metric, Phase
+from moe2edge.evaluation.profile.roofline import Roofline
 
-PROFILE_VERSION = 1
+PROFILE_VERSION = 2
 PROFILE_KIND = "moe2edge.profile"
-DEFINITIONS: Mapping[str, str] = {
-    "import_ms": "import of the libraries that the runtime needs, in a fresh process",
-    "load_ms": "opening the folder in its runtime; files may be in the cache of the system",
-    "ttft_ms": "time to first token: from token ids to the first token; no tokenization",
-    "prefill_tok_s": "prompt tokens / time to first token",
-    "ms_per_token": "time from one token to the next, tokens 2 to n",
-    "decode_tok_s": "per prompt: (n - 1) / time from the first token to the last",
-    "peak_rss": "largest resident set of the process within the phase, libraries included",
-    "rss": "resident set at the end of the phase",
-    "rss_anon": "anonymous part of rss, which counts against a memory limit",
-    "rss_file": "part of rss that is mapped from files; the system can drop and reread it",
-    "memory": "largest value of each phase over all processes",
-    "weights": "bytes of the files that hold weights",
-    "dtype": "dtype of activations between operators, as the runtime reports it",
-    "note": "how quantized matrices run; empty if there are none, or it is not known",
-    "threads": "asked: null for one per core; runtime: threads of torch or of the ONNX session",
-    "env": "null where the system does not report it, or the package is not installed",
-}
-
-
-@dataclass(frozen=True)
-class Metric:
-    """Samples of one measured quantity.
-
-    Attributes:
-        unit: unit of the samples, such as ``ms``.
-        better: ``lower`` or ``higher``.
-        samples: all samples, in the order of measurement.
-        reason: reason why there are no samples.
-
-    >>> Metric("ms", "lower", (4.0, 1.0, 2.0, 3.0)).percentile(50)
-    2.5
-    """
-
-    unit: str
-    better: str
-    samples: tuple[float, ...]
-    reason: str | None = None
-
-    def percentile(self, p: float) -> float | None:
-        """Return the value that ``p`` percent of the samples do not exceed, interpolated linearly.
-
-        Returns None if there are no samples.
-        """
-        if not self.samples:
-            return None
-        import numpy as np
-
-        return float(np.percentile(self.samples, p))
-
-    @property
-    def n(self) -> int:
-        """Number of samples."""
-        return len(self.samples)
-
-    @property
-    def median(self) -> float | None:
-        """Median of the samples; None if there are none."""
-        return statistics.median(self.samples) if self.samples else None
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the summary and the samples as JSON values."""
-        return {
-            "unit": self.unit,
-            "better": self.better,
-            "n": self.n,
-            "median": self.median,
-            "p50": self.percentile(50),
-            "p90": self.percentile(90),
-            "min": min(self.samples, default=None),
-            "max": max(self.samples, default=None),
-            "samples": list(self.samples),
-            "reason": self.reason,
-        }
-
-
-@dataclass(frozen=True)
-class Phase:
-    """Memory of one phase.
-
-    Attributes:
-        name: name of the phase.
-        samples: one reading per process.
-    """
-
-    name: str
-    samples: tuple[MemoryReading, ...]
-
-    @property
-    def largest(self) -> MemoryReading:
-        """Largest value of each field over the processes."""
-        first, *others = self.samples
-        for other in others:
-            first = first.merge(other)
-        return first
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the largest values, and the peak of each process, as JSON values."""
-        largest = self.largest
-        return {
-            "phase": self.name,
-            "peak_rss": largest.peak_rss,
-            "rss": largest.rss,
-            "rss_anon": largest.rss_anon,
-            "rss_file": largest.rss_file,
-            "peak_rss_samples": [memory.peak_rss for memory in self.samples],
-        }
+SET_KIND = "moe2edge.profiles"
 
 
 @dataclass(frozen=True)
@@ -134,6 +30,11 @@ class Profile:
         memory_reason: reason why some memory values are null; None if none is.
         sizes: bytes of each class of files.
         created: time of the measurement, RFC 3339.
+        roofline: bytes that a token reads, and the rate that memory allows.
+        explanation: cold load, memory over time, use of experts, times of operators; see
+            `make_explanation`.
+        quality: perplexity, KL and top-1 agreement, and where they come from.
+        sensors: frequency and temperature of each process; None where they were not read.
         warnings: reasons to distrust the figures.
     """
 
@@ -146,6 +47,10 @@ class Profile:
     memory_reason: str | None
     sizes: Mapping[str, int]
     created: str
+    roofline: Roofline
+    explanation: Mapping[str, Any]
+    quality: Mapping[str, Any]
+    sensors: Sequence[Mapping[str, Any] | None] = ()
     warnings: tuple[str, ...] = field(default=())
 
     def to_json(self) -> dict[str, Any]:
@@ -164,47 +69,133 @@ class Profile:
                 "method": self.memory_method,
                 "reason": self.memory_reason,
                 "phases": [phase.to_json() for phase in self.phases],
+                "timeline": self.explanation["timeline"],
             },
+            "load": {"cold": self.explanation["cold_load"]},
             "sizes": {
                 "unit": "bytes",
                 "total": sum(self.sizes.values()),
                 "weights": self.sizes.get("weights", 0),
                 "classes": dict(self.sizes),
             },
+            "roofline": self.roofline.to_json(),
+            "experts": self.explanation["experts"],
+            "breakdown": self.explanation["breakdown"],
+            "quality": dict(self.quality),
+            "sensors": list(self.sensors),
             "definitions": dict(DEFINITIONS),
         }
 
 
-def collect_metrics(replies: Sequence[Mapping[str, Any]], prompt_tokens: int) -> dict[str, Metric]:
-    """Collect the metrics from the replies of the child processes.
+NOT_EXPLAINED = "it is measured in a process of its own, with --explain"
+
+
+def make_explanation(reply: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return what `moe2edge.evaluation.profile.explain.explain_once` found, or why nothing.
 
     Args:
-        replies: as `moe2edge.evaluation.profile.child.measure_once` returns them, one per process.
-        prompt_tokens: length of each prompt.
+        reply: its reply; None: it did not run.
     """
-    runs = [run for reply in replies for run in reply["runs"]]
-    ttft = [run["ttft_s"] for run in runs]
-    gaps = [gap for run in runs for gap in run["gaps_s"]]
-    rates = [len(run["gaps_s"]) / sum(run["gaps_s"]) for run in runs if run["gaps_s"]]
-    reason = None if gaps else "one token per prompt was generated; it takes at least two"
+    if reply is None:
+        return {
+            name: {"reason": NOT_EXPLAINED}
+            for name in ("cold_load", "timeline", "experts", "breakdown")
+        }
+    cold = reply["cold_load"]
     return {
-        "import_ms": _make_ms_metric([reply["import_s"] for reply in replies]),
-        "load_ms": _make_ms_metric([reply["load_s"] for reply in replies]),
-        "ttft_ms": _make_ms_metric(ttft),
-        "prefill_tok_s": Metric("token/s", "higher", tuple(prompt_tokens / s for s in ttft)),
-        "ms_per_token": _make_ms_metric(gaps, reason),
-        "decode_tok_s": Metric("token/s", "higher", tuple(rates), reason),
+        "cold_load": {
+            "ms": cold["seconds"] * 1000,
+            "page_cache": cold["state"],
+            "resident": cold["resident"],
+            "reason": None,
+        },
+        **{name: reply[name] for name in ("timeline", "experts", "breakdown")},
     }
 
 
-def collect_phases(replies: Sequence[Mapping[str, Any]]) -> tuple[Phase, ...]:
-    """Collect the memory of each phase, in the order of the first reply."""
-    names = replies[0]["memory"]["phases"]
-    return tuple(
-        Phase(name, tuple(MemoryReading(**reply["memory"]["phases"][name]) for reply in replies))
-        for name in names
-    )
+@dataclass(frozen=True)
+class Ratio:
+    """Ratios of a quantity of one folder to that of the first, round by round.
+
+    Attributes:
+        samples: one ratio of each round.
+
+    >>> Ratio((1.1, 1.3, 1.2)).median
+    1.2
+    """
+
+    samples: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """Median over the rounds."""
+        return statistics.median(self.samples)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return median, ends and samples as JSON values."""
+        return {
+            "median": self.median,
+            "min": min(self.samples),
+            "max": max(self.samples),
+            "samples": list(self.samples),
+        }
 
 
-def _make_ms_metric(seconds: Sequence[float], reason: str | None = None) -> Metric:
-    return Metric("ms", "lower", tuple(s * 1000 for s in seconds), reason)
+@dataclass(frozen=True)
+class ProfileSet:
+    """Profiles of folders that were measured in turns.
+
+    Attributes:
+        labels: a name for each folder.
+        profiles: the profile of each, in the same order.
+        rounds: names in the order of running, of each round.
+    """
+
+    labels: tuple[str, ...]
+    profiles: tuple[Profile, ...]
+    rounds: tuple[tuple[str, ...], ...]
+
+    def compute_ratios(self, number: int) -> dict[str, Ratio]:
+        """Compute the ratios of a folder to the first one, by the name of the quantity.
+
+        Args:
+            number: place of the folder.
+        """
+        first, other = (_list_by_round(self.profiles[n]) for n in (0, number))
+        return {
+            name: Ratio(tuple(b / a for a, b in zip(first[name], values, strict=True)))
+            for name, values in other.items()
+            if name in first and all(first[name])
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """Return profiles, order and ratios as JSON values."""
+        return {
+            "schema_version": PROFILE_VERSION,
+            "kind": SET_KIND,
+            "created": self.profiles[0].created,
+            "labels": list(self.labels),
+            "rounds": [list(order) for order in self.rounds],
+            "ratios": {
+                label: {name: ratio.to_json() for name, ratio in self.compute_ratios(n).items()}
+                for n, label in enumerate(self.labels)
+            },
+            "profiles": [profile.to_json() for profile in self.profiles],
+        }
+
+
+def _list_by_round(profile: Profile) -> dict[str, list[float]]:
+    """Return one number for each round of every quantity that has ratios."""
+    rounds = profile.workload["processes"]
+    found = {
+        name: metric.median_by_process(rounds)
+        for name, metric in profile.metrics.items()
+        if metric.samples
+    }
+    for phase in profile.phases:
+        peaks = [reading.peak_rss for reading in phase.samples]
+        found[f"peak_rss_{phase.name}"] = [float(peak) for peak in peaks if peak is not None]
+    total = profile.roofline.bytes_per_token
+    found["bytes_per_token"] = [] if total is None else [float(total)] * rounds
+    found["weights"] = [float(profile.sizes.get("weights", 0))] * rounds
+    return {name: values for name, values in found.items() if len(values) == rounds}

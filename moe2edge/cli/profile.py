@@ -1,0 +1,123 @@
+"""The command that profiles models and output folders."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
+
+import click
+
+from moe2edge.cli.common import (
+    JSON_OPTION,
+    add_hub_options,
+    add_row_options,
+    emit,
+    open_model,
+    print_table,
+    quiet_libraries,
+    read_text_options,
+    show,
+)
+from moe2edge.cli.progress_bar import make_reporter
+
+
+def _print_schema(context: click.Context, _: click.Parameter, asked: bool) -> None:
+    if asked:
+        from moe2edge.evaluation.profile.document import build_profile_schema
+
+        click.echo(json.dumps(build_profile_schema(), indent=2))
+        context.exit()
+
+
+PROFILE_EXAMPLES = """\b
+Examples:
+  moe2edge profile out-onnx
+  moe2edge profile out/onnx out/gptq out/gguf
+  moe2edge profile builtin:tiny-moe --preset quick --json"""
+
+
+@click.command(epilog=PROFILE_EXAMPLES)
+@click.argument("models", metavar="MODEL...", nargs=-1, required=True)
+@click.option(
+    "--preset",
+    type=click.Choice(["quick", "ci", "full"]),
+    default="ci",
+    show_default=True,
+    help="Amount of work. quick: 1 prompt of 64 tokens, 16 generated, 1 process; ci: 3 of 128, "
+    "32 generated, 3 processes; full: 5 of 512, 128 generated, 5 processes.",
+)
+@click.option(
+    "--text",
+    default="builtin",
+    show_default=True,
+    help="File to cut prompts from: text, JSON lines, parquet.",
+)
+@add_row_options
+@click.option("--prompt-tokens", type=int, help="Tokens per prompt [default: as in the preset].")
+@click.option("--gen-tokens", type=int, help="New tokens per prompt [default: as in the preset].")
+@click.option("--repeats", type=int, help="Number of fresh processes [default: as in the preset].")
+@click.option("--threads", type=int, help="CPU threads [default: one per core].")
+@click.option(
+    "--explain/--no-explain",
+    default=None,
+    help="Also measure a cold load, memory over time, operators and the use of experts, in one "
+    "more process [default: as in the preset; quick does not].",
+)
+@click.option(
+    "--quality",
+    help="Text to measure the perplexity of outputs on [default: take over what the export "
+    "measured].",
+)
+@click.option(
+    "--schema",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_schema,
+    help="Print the JSON Schema of the document, and exit.",
+)
+@JSON_OPTION
+@add_hub_options
+def profile_command(
+    models: tuple[str, ...],
+    preset: Literal["quick", "ci", "full"],
+    text: str,
+    field: str | None,
+    template: str | None,
+    chat: bool | None,
+    chat_template: str | None,
+    quality: str | None,
+    as_json: bool,
+    revision: str | None,
+    cache_dir: Path | None,
+    **sizes: int | bool | None,
+) -> None:
+    """Measure latency and memory of MODELs and output folders.
+
+    Every measurement runs in a fresh process. Several are measured in turns (A B C, C B A), and
+    compared with the first.
+    """
+    from moe2edge.commands.profile import profile_models
+    from moe2edge.evaluation.profile.table import build_profile_table, build_set_table
+
+    places = [m if Path(m).is_dir() else open_model(m, revision, cache_dir) for m in models]
+    quiet_libraries()
+    reporter = make_reporter(quiet=as_json)
+    rows = {"field": field, "template": template, "chat": chat, "chat_template": chat_template}
+    source = read_text_options("evaluation", {"text": text, **rows})
+    judged = read_text_options("evaluation", {"text": quality, **rows}) if quality else None
+    found = profile_models(
+        places, preset=preset, text=source, sizes=sizes, quality=judged, reporter=reporter
+    )
+    several = len(places) > 1
+    if as_json:
+        emit(found.to_json() if several else found.profiles[0].to_json())
+        return
+    print_table(build_set_table(found) if several else build_profile_table(found.profiles[0]))
+    for label, profile in zip(found.labels, found.profiles, strict=True):
+        name = f"{label}: " if several else ""
+        if note := profile.artifact["note"]:
+            show(f"note: {name}{note}", err=True)
+        for warning in profile.warnings:
+            show(f"warning: {name}{warning}", err=True)

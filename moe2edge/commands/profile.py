@@ -1,0 +1,63 @@
+"""Profile models and output folders, one or several in turns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from moe2edge.calibration.builtin_texts import BUILTIN_TEXT
+from moe2edge.calibration.sources import TextSource
+from moe2edge.evaluation.profile.measure import profile_folders
+from moe2edge.evaluation.profile.result import ProfileSet
+from moe2edge.evaluation.profile.settings import PRESETS
+from moe2edge.progress import QUIET, Reporter
+from moe2edge.storage.checkpoint import Checkpoint, open_checkpoint
+
+
+def profile_models(
+    models: Sequence[str | Path | Checkpoint],
+    *,
+    preset: Literal["quick", "ci", "full"] = "ci",
+    text: str | Path | TextSource | None = None,
+    sizes: Mapping[str, int | bool | None] | None = None,
+    quality: TextSource | None = None,
+    reporter: Reporter = QUIET,
+) -> ProfileSet:
+    """Measure models in turns, each time in a fresh process.
+
+    Args:
+        models: output folders, and models as `open_checkpoint` takes them.
+        preset: how much is measured.
+        text: file of natural text for the prompts, or a text with options, as recipes have it;
+            None: the built-in text.
+        sizes: values in place of the preset's, by the names of `ProfileSettings`; None: the
+            preset's own.
+        quality: text to measure the perplexity of outputs on; None: that of the report is taken.
+        reporter: receives progress.
+
+    Raises:
+        InputError: a model, the text or a number is wrong.
+        Unsupported: the runtime of an output is not installed.
+        Moe2EdgeError: a process failed or took too long.
+    """
+    given: dict[str, Any] = {
+        name: value for name, value in (sizes or {}).items() if value is not None
+    }
+    if not isinstance(text, TextSource):
+        text = TextSource(text=str(text) if text else BUILTIN_TEXT)
+    return profile_folders(
+        [_find_folder(model) for model in models],
+        text=text,
+        settings=replace(PRESETS[preset], **given),
+        fixed=given.keys(),
+        quality=quality,
+        reporter=reporter,
+    )
+
+
+def _find_folder(model: str | Path | Checkpoint) -> Path:
+    if isinstance(model, Checkpoint):
+        return model.folder
+    return Path(model) if Path(model).is_dir() else open_checkpoint(model).folder

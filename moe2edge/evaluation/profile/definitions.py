@@ -1,0 +1,64 @@
+"""Definitions of the names in a profile."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+DEFINITIONS: Mapping[str, str] = {
+    "import_ms": "import of the libraries that the runtime needs, in a fresh process",
+    "load_ms": "opening the folder in its runtime, warm: its files are in the cache of the system",
+    "cold": (
+        "opening the folder after its files were dropped from the cache of the system; page_cache "
+        "says if they left it (evicted, partly, unknown)"
+    ),
+    "ttft_ms": "time to first token: from token ids to the first token; no tokenization",
+    "prefill_tok_s": "prompt tokens / time to first token",
+    "ms_per_token": "time from one token to the next, tokens 2 to n",
+    "decode_tok_s": "per prompt: (n - 1) / time from the first token to the last",
+    "peak_rss": "largest resident set of the process within the phase, libraries included",
+    "rss": "resident set at the end of the phase",
+    "rss_anon": "anonymous part of rss, which counts against a memory limit",
+    "rss_file": "part of rss that is mapped from files; the system can drop and reread it",
+    "above_floor": (
+        "bytes above those of the same process just before it opened the folder, which has all "
+        "libraries and no model"
+    ),
+    "timeline": "resident memory over time, sampled in a process that is not timed",
+    "experts": (
+        "tokens of a prompt and its continuation that choose each expert, counted apart; "
+        "coverage_pct: experts that were chosen at all; load_imbalance: standard deviation / mean "
+        "of the tokens of an expert, mean over the layers"
+    ),
+    "breakdown": (
+        "times by the runtime's own profiler, in a process that is not timed; gap: what no "
+        "operator accounts for"
+    ),
+    "joules_per_token": "energy of the processors while decoding / tokens, other programs included",
+    "quality": (
+        "perplexity, KL to the source in nats per token and part of equal top-1 tokens, of the "
+        "export's report or measured (--quality); sha256 is of the token ids of the text"
+    ),
+    "sensors": "mean frequency and highest temperature at begin and end of each process",
+    "memory": "largest value of each phase over all processes",
+    "ratios": "of the medians of one round, to the first folder; median, and smallest and largest",
+    "bytes_per_token": (
+        "bytes of weights as the folder holds them that one token reads (every matrix once, the "
+        "head, the chosen experts, one row of the embedding), and the cache of keys and values at "
+        "the end of the text"
+    ),
+    "bandwidth": "rate at which the threads of the runtime read an array larger than all caches",
+    "ceiling_tok_s": "bandwidth / bytes_per_token: tokens per second if nothing else took time",
+    "reached_pct": (
+        "decode_tok_s as a percentage of ceiling_tok_s; over 100 where weights stay in a cache of "
+        "the processor, low where a runtime widens them"
+    ),
+    "host_fingerprint": (
+        "digest of processor, usable cores, memory in GiB and system; timings of two profiles are "
+        "compared only where it is equal"
+    ),
+    "weights": "bytes of the files that hold weights",
+    "dtype": "dtype of activations between operators, as the runtime reports it",
+    "note": "how quantized matrices run; empty if there are none, or it is not known",
+    "threads": "asked: null for one per core; runtime: threads of torch or of the ONNX session",
+    "env": "null where the system does not report it, or the package is not installed",
+}

@@ -1,0 +1,184 @@
+"""Measured quantities, and their collection from the replies of processes."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moe2edge.evaluation.profile.memory import MemoryReading
+
+
+@dataclass(frozen=True)
+class Metric:
+    """Samples of one measured quantity.
+
+    Attributes:
+        unit: unit of the samples, such as ``ms``.
+        better: ``lower`` or ``higher``.
+        samples: all samples, in the order of measurement.
+        reason: reason why there are no samples.
+
+    >>> Metric("ms", "lower", (4.0, 1.0, 2.0, 3.0)).percentile(50)
+    2.5
+    """
+
+    unit: str
+    better: str
+    samples: tuple[float, ...]
+    reason: str | None = None
+
+    def percentile(self, p: float) -> float | None:
+        """Return the value that ``p`` percent of the samples do not exceed, interpolated linearly.
+
+        Returns None if there are no samples.
+        """
+        if not self.samples:
+            return None
+        import numpy as np
+
+        return float(np.percentile(self.samples, p))
+
+    @property
+    def n(self) -> int:
+        """Number of samples."""
+        return len(self.samples)
+
+    @property
+    def median(self) -> float | None:
+        """Median of the samples; None if there are none."""
+        return statistics.median(self.samples) if self.samples else None
+
+    def median_by_process(self, processes: int) -> list[float]:
+        """Return the median of the samples of each process; all took as many.
+
+        >>> Metric("ms", "lower", (4.0, 1.0, 2.0, 3.0)).median_by_process(2)
+        [2.5, 2.5]
+        """
+        size = len(self.samples) // processes
+        return [
+            statistics.median(self.samples[n * size : (n + 1) * size]) for n in range(processes)
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the summary and the samples as JSON values."""
+        return {
+            "unit": self.unit,
+            "better": self.better,
+            "n": self.n,
+            "median": self.median,
+            "p50": self.percentile(50),
+            "p90": self.percentile(90),
+            "p99": self.percentile(99),
+            "min": min(self.samples, default=None),
+            "max": max(self.samples, default=None),
+            "samples": list(self.samples),
+            "reason": self.reason,
+        }
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Memory of one phase.
+
+    Attributes:
+        name: name of the phase.
+        samples: one reading per process.
+        floor: the reading of the same process before it opened the folder; nothing: none.
+    """
+
+    name: str
+    samples: tuple[MemoryReading, ...]
+    floor: tuple[MemoryReading, ...] = ()
+
+    @property
+    def largest(self) -> MemoryReading:
+        """Largest value of each field over the processes."""
+        first, *others = self.samples
+        for other in others:
+            first = first.merge(other)
+        return first
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the largest values, and the peak of each process, as JSON values."""
+        largest = self.largest
+        return {
+            "phase": self.name,
+            "peak_rss": largest.peak_rss,
+            "rss": largest.rss,
+            "rss_anon": largest.rss_anon,
+            "rss_file": largest.rss_file,
+            "peak_rss_samples": [memory.peak_rss for memory in self.samples],
+            "above_floor": {
+                "peak_rss": self.subtract_floor("peak_rss"),
+                "rss_anon": self.subtract_floor("rss_anon"),
+                "rss_file": self.subtract_floor("rss_file"),
+            },
+        }
+
+    def subtract_floor(self, name: str) -> int | None:
+        """Return the largest bytes above those of the same process without a model.
+
+        Args:
+            name: field of a reading; of the peak, the floor is the resident set.
+        """
+        floor = "rss" if name == "peak_rss" else name
+        found: list[int] = []
+        for one, bare in zip(self.samples, self.floor, strict=False):
+            value, without = getattr(one, name), getattr(bare, floor)
+            if value is None or without is None:
+                return None
+            found.append(value - without)
+        return max(found, default=None)
+
+
+def collect_metrics(replies: Sequence[Mapping[str, Any]], prompt_tokens: int) -> dict[str, Metric]:
+    """Collect the metrics from the replies of the child processes.
+
+    Args:
+        replies: as `moe2edge.evaluation.profile.child.measure_once` returns them, one per process.
+        prompt_tokens: length of each prompt.
+    """
+    runs = [run for reply in replies for run in reply["runs"]]
+    ttft = [run["ttft_s"] for run in runs]
+    gaps = [gap for run in runs for gap in run["gaps_s"]]
+    rates = [len(run["gaps_s"]) / sum(run["gaps_s"]) for run in runs if run["gaps_s"]]
+    reason = None if gaps else "one token per prompt was generated; it takes at least two"
+    return {
+        "import_ms": _make_ms_metric([reply["import_s"] for reply in replies]),
+        "load_ms": _make_ms_metric([reply["load_s"] for reply in replies]),
+        "ttft_ms": _make_ms_metric(ttft),
+        "prefill_tok_s": Metric("token/s", "higher", tuple(prompt_tokens / s for s in ttft)),
+        "ms_per_token": _make_ms_metric(gaps, reason),
+        "decode_tok_s": Metric("token/s", "higher", tuple(rates), reason),
+        "joules_per_token": _make_energy_metric(replies, reason),
+    }
+
+
+def _make_energy_metric(replies: Sequence[Mapping[str, Any]], reason: str | None) -> Metric:
+    """Make the energy of a token of each prompt, if the system tells it and there are gaps."""
+    runs = [run for reply in replies for run in reply["runs"] if run["gaps_s"]]
+    joules = [run.get("joules") for run in runs]
+    known = tuple(
+        value / len(run["gaps_s"])
+        for value, run in zip(joules, runs, strict=True)
+        if value is not None
+    )
+    if len(known) == len(joules):
+        return Metric("J", "lower", known, reason)
+    return Metric("J", "lower", (), replies[0].get("energy_reason"))
+
+
+def collect_phases(replies: Sequence[Mapping[str, Any]]) -> tuple[Phase, ...]:
+    """Collect the memory of each phase, in the order of the first reply."""
+    names = replies[0]["memory"]["phases"]
+    read = {
+        name: tuple(MemoryReading(**reply["memory"]["phases"][name]) for reply in replies)
+        for name in names
+    }
+    return tuple(Phase(name, found, read.get("import", ())) for name, found in read.items())
+
+
+def _make_ms_metric(seconds: Sequence[float], reason: str | None = None) -> Metric:
+    return Metric("ms", "lower", tuple(s * 1000 for s in seconds), reason)

@@ -1,0 +1,124 @@
+"""Times of operators and choices of routers of an ONNX graph, apart from all that is timed."""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+
+from moe2edge.model.layers import MoELayer
+from moe2edge.runtime.operator_times import (
+    OperatorTime,
+    PhaseTimes,
+    classify_place,
+    find_layer,
+    sum_operators,
+)
+from moe2edge.targets._onnx_outline import outline_graph
+from moe2edge.targets._onnx_runtime import CHUNK, open_runtime, open_session
+from moe2edge.targets._onnx_storage import load_graph
+
+_KERNEL = "_kernel_time"
+_ROUTER = re.compile(r"/layers\.(\d+)/moe/router/Reshape$")
+
+
+def profile_graph(folder: Path, ids: Sequence[int], gen_tokens: int) -> tuple[PhaseTimes, ...]:
+    """Run a prompt and a greedy continuation with the profiler of ONNX Runtime.
+
+    Args:
+        folder: folder of the graph.
+        ids: the prompt.
+        gen_tokens: tokens to generate, at least two.
+
+    Returns:
+        The operators of prefill and decode.
+    """
+    with tempfile.TemporaryDirectory(prefix="moe2edge-") as place:
+        runtime = open_runtime(folder, times=Path(place) / "times")
+        begin = time.perf_counter()
+        logits = runtime.start(ids)
+        middle = time.perf_counter()
+        for _ in range(gen_tokens - 1):
+            logits = runtime.step(int(logits.argmax()))
+        end = time.perf_counter()
+        events = json.loads(runtime.end_profiling().read_text("utf-8"))
+    runs = list(_split_runs(events))
+    first = -(-len(ids) // CHUNK)
+    phases = (
+        ("prefill", len(ids), middle - begin, runs[:first]),
+        ("decode", gen_tokens - 1, end - middle, runs[first:]),
+    )
+    return tuple(
+        PhaseTimes(name, tokens, seconds, _sum_runs(part)) for name, tokens, seconds, part in phases
+    )
+
+
+def _split_runs(events: Sequence[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any]]]:
+    """Yield the events of the operators of each run, in order."""
+    runs = sorted((e["ts"], e["ts"] + e["dur"]) for e in events if e.get("name") == "model_run")
+    nodes = [e for e in events if e.get("cat") == "Node" and e["name"].endswith(_KERNEL)]
+    for begin, end in runs:
+        yield [event for event in nodes if begin <= event["ts"] <= end]
+
+
+def _sum_runs(runs: Sequence[Sequence[Mapping[str, Any]]]) -> tuple[OperatorTime, ...]:
+    def list_calls() -> Iterator[tuple[str, str, int | None, float]]:
+        for event in (event for run in runs for event in run):
+            place, op = event["name"].removesuffix(_KERNEL), str(event["args"]["op_name"])
+            yield op, classify_place(place, op), find_layer(place), event["dur"] / 1e6
+
+    return sum_operators(list_calls())
+
+
+# ---- choices of routers -------------------------------------------------------------------------
+
+
+def count_choices(folder: Path, ids: Sequence[int]) -> dict[int, list[int]]:
+    """Count how many tokens of a text choose each row of a router, by layer.
+
+    The scores of the routers are further outputs of the graph.
+
+    Returns:
+        Tokens of each row of a layer's router, by the layer's index.
+    """
+    graph, model = load_graph(folder), outline_graph(folder)
+    scores = {
+        node.output[0]: int(found[1])
+        for node in graph.graph.node
+        if (found := _ROUTER.search(node.name))
+    }
+    for name in scores:
+        value = onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
+        graph.graph.output.append(value)
+    session = open_session(folder, graph=graph.SerializeToString())
+    feeds: dict[str, Any] = {
+        "input_ids": np.asarray([ids], np.int64),
+        "attention_mask": np.ones((1, len(ids)), np.int64),
+    }
+    for one in session.get_inputs():
+        if one.name.startswith("past_key_values."):
+            dtype = np.int8 if one.type == "tensor(int8)" else np.float32
+            feeds[one.name] = np.zeros((1, one.shape[1], 0, one.shape[3]), dtype)
+    found = session.run(list(scores), feeds)
+    layers = {block.index: layer for block, layer in model.moe_blocks}
+    return {
+        index: _count_rows(torch.from_numpy(values), layers[index])
+        for index, values in zip(scores.values(), found, strict=True)
+    }
+
+
+def _count_rows(scores: torch.Tensor, layer: MoELayer) -> list[int]:
+    """Count the tokens that choose each row, of scores [tokens, rows]."""
+    probability, ids = scores.float().softmax(-1).topk(layer.router.top_k)
+    below = torch.tensor([0.0, *layer.router.skip_below])
+    if layer.router.skip_below:
+        ids = ids[probability >= probability[:, :1] * below]
+    return torch.bincount(ids.flatten(), minlength=layer.router_rows).tolist()
