@@ -16,6 +16,7 @@ import torch
 
 from moe2edge.model.layers import MoELayer
 from moe2edge.runtime.operator_times import (
+    OperatorCall,
     OperatorTime,
     PhaseTimes,
     classify_place,
@@ -43,6 +44,7 @@ def profile_graph(folder: Path, ids: Sequence[int], gen_tokens: int) -> tuple[Ph
     """
     with tempfile.TemporaryDirectory(prefix="moe2edge-") as place:
         runtime = open_runtime(folder, times=Path(place) / "times")
+        runtime.step(int(runtime.start(ids).argmax()))  # the first runs also reserve memory
         begin = time.perf_counter()
         logits = runtime.start(ids)
         middle = time.perf_counter()
@@ -50,14 +52,15 @@ def profile_graph(folder: Path, ids: Sequence[int], gen_tokens: int) -> tuple[Ph
             logits = runtime.step(int(logits.argmax()))
         end = time.perf_counter()
         events = json.loads(runtime.end_profiling().read_text("utf-8"))
-    runs = list(_split_runs(events))
     first = -(-len(ids) // CHUNK)
+    runs = list(_split_runs(events))[first + 1 :]
     phases = (
         ("prefill", len(ids), middle - begin, runs[:first]),
         ("decode", gen_tokens - 1, end - middle, runs[first:]),
     )
     return tuple(
-        PhaseTimes(name, tokens, seconds, _sum_runs(part)) for name, tokens, seconds, part in phases
+        PhaseTimes(name, tokens, seconds, _sum_runs(part), _list_calls(part[-1]))
+        for name, tokens, seconds, part in phases
     )
 
 
@@ -67,6 +70,18 @@ def _split_runs(events: Sequence[Mapping[str, Any]]) -> Iterator[list[Mapping[st
     nodes = [e for e in events if e.get("cat") == "Node" and e["name"].endswith(_KERNEL)]
     for begin, end in runs:
         yield [event for event in nodes if begin <= event["ts"] <= end]
+
+
+def _list_calls(run: Sequence[Mapping[str, Any]]) -> tuple[OperatorCall, ...]:
+    """Return the calls of one run, in order."""
+    ordered = sorted(run, key=lambda event: event["ts"])
+    begin = ordered[0]["ts"] if ordered else 0
+    calls = []
+    for event in ordered:
+        place, op = event["name"].removesuffix(_KERNEL), str(event["args"]["op_name"])
+        times = ((event["ts"] - begin) / 1e6, event["dur"] / 1e6)
+        calls.append(OperatorCall(op, classify_place(place, op), find_layer(place), *times))
+    return tuple(calls)
 
 
 def _sum_runs(runs: Sequence[Sequence[Mapping[str, Any]]]) -> tuple[OperatorTime, ...]:

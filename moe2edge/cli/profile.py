@@ -21,6 +21,8 @@ from moe2edge.cli.common import (
 )
 from moe2edge.cli.progress_bar import make_reporter
 
+FILE = click.Path(path_type=Path)
+
 
 def _print_schema(context: click.Context, _: click.Parameter, asked: bool) -> None:
     if asked:
@@ -34,6 +36,7 @@ PROFILE_EXAMPLES = """\b
 Examples:
   moe2edge profile out-onnx
   moe2edge profile out/onnx out/gptq out/gguf
+  moe2edge profile out-onnx --preset quick --report profile.html --markdown profile.md
   moe2edge profile builtin:tiny-moe --preset quick --json"""
 
 
@@ -70,6 +73,15 @@ Examples:
     "measured].",
 )
 @click.option(
+    "-o", "--output", type=FILE, help="Write the JSON document to a file, for later comparison."
+)
+@click.option(
+    "--report", type=FILE, help="Write one HTML page with charts, which needs no network."
+)
+@click.option("--trace", type=FILE, help="Write a trace for Perfetto or chrome://tracing.")
+@click.option("--markdown", type=FILE, help="Write Markdown, for a comment on a pull request.")
+@click.option("--junit", type=FILE, help="Write JUnit XML, for CI.")
+@click.option(
     "--schema",
     is_flag=True,
     is_eager=True,
@@ -88,9 +100,15 @@ def profile_command(
     chat: bool | None,
     chat_template: str | None,
     quality: str | None,
+    explain: bool | None,
     as_json: bool,
     revision: str | None,
     cache_dir: Path | None,
+    output: Path | None,
+    report: Path | None,
+    trace: Path | None,
+    markdown: Path | None,
+    junit: Path | None,
     **sizes: int | bool | None,
 ) -> None:
     """Measure latency and memory of MODELs and output folders.
@@ -98,9 +116,20 @@ def profile_command(
     Every measurement runs in a fresh process. Several are measured in turns (A B C, C B A), and
     compared with the first.
     """
-    from moe2edge.commands.profile import profile_models
+    from moe2edge.commands.profile import (
+        EXPLAINED_VIEWS,
+        check_views,
+        profile_models,
+        write_views,
+    )
     from moe2edge.evaluation.profile.table import build_profile_table, build_set_table
 
+    asked = {"output": output, "report": report, "trace": trace, "markdown": markdown}
+    views = {name: path for name, path in {**asked, "junit": junit}.items() if path is not None}
+    check_views(views)
+    if explain is None and any(name in views for name in EXPLAINED_VIEWS):
+        explain = True
+    sizes["explain"] = explain
     places = [m if Path(m).is_dir() else open_model(m, revision, cache_dir) for m in models]
     quiet_libraries()
     reporter = make_reporter(quiet=as_json)
@@ -111,8 +140,10 @@ def profile_command(
         places, preset=preset, text=source, sizes=sizes, quality=judged, reporter=reporter
     )
     several = len(places) > 1
+    document = found.to_json() if several else found.profiles[0].to_json()
+    write_views(document, views)
     if as_json:
-        emit(found.to_json() if several else found.profiles[0].to_json())
+        emit(document)
         return
     print_table(build_set_table(found) if several else build_profile_table(found.profiles[0]))
     for label, profile in zip(found.labels, found.profiles, strict=True):
@@ -121,3 +152,5 @@ def profile_command(
             show(f"note: {name}{note}", err=True)
         for warning in profile.warnings:
             show(f"warning: {name}{warning}", err=True)
+    for path in views.values():
+        show(f"written: {path}", err=True)

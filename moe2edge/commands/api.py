@@ -230,6 +230,7 @@ def profile(
     gen_tokens: int | None = None,
     repeats: int | None = None,
     threads: int | None = None,
+    explain: bool | None = None,
     reporter: Reporter | None = None,
 ) -> Profile:
     """Measure latency and memory of an output folder, or of a source model, in fresh processes.
@@ -246,6 +247,8 @@ def profile(
         gen_tokens: tokens generated after it, likewise.
         repeats: fresh processes, likewise.
         threads: processor threads; None: one per core.
+        explain: measure a cold load, memory over time, operators and the use of experts, too, in
+            one more process; None: as in the preset.
         reporter: receives progress; None: nothing is reported.
 
     Returns:
@@ -262,6 +265,7 @@ def profile(
         "gen_tokens": gen_tokens,
         "repeats": repeats,
         "threads": threads,
+        "explain": explain,
     }
     found = profile_models(
         [model], preset=preset, text=text, sizes=sizes, reporter=reporter or QUIET

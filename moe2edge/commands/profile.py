@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,11 +10,17 @@ from typing import Any, Literal
 
 from moe2edge.calibration.builtin_texts import BUILTIN_TEXT
 from moe2edge.calibration.sources import TextSource
+from moe2edge.errors import InputError
 from moe2edge.evaluation.profile.measure import profile_folders
 from moe2edge.evaluation.profile.result import ProfileSet
 from moe2edge.evaluation.profile.settings import PRESETS
 from moe2edge.progress import QUIET, Reporter
 from moe2edge.storage.checkpoint import Checkpoint, open_checkpoint
+from moe2edge.storage.durable import check_writable, write_file
+
+# Views that show what only an explained profile has.
+EXPLAINED_VIEWS = ("report", "trace")
+VIEWS = ("output", *EXPLAINED_VIEWS, "markdown", "junit")
 
 
 def profile_models(
@@ -55,6 +62,53 @@ def profile_models(
         quality=quality,
         reporter=reporter,
     )
+
+
+def check_views(places: Mapping[str, Path]) -> None:
+    """Try, before anything is measured, whether the files can be written.
+
+    Args:
+        places: file of each view, by its name in `VIEWS`.
+
+    Raises:
+        InputError: one cannot, or two are the same.
+    """
+    if len({path.resolve() for path in places.values()}) < len(places):
+        names = ", ".join(str(path) for path in places.values())
+        raise InputError(f"two views have one file ({names}); give each a file of its own")
+    for path in places.values():
+        check_writable(path)
+
+
+def write_views(document: Mapping[str, Any], places: Mapping[str, Path]) -> None:
+    """Write views of the document of one folder or of several.
+
+    Args:
+        document: as `Profile.to_json` or `ProfileSet.to_json` returns it.
+        places: file of each view, by its name in `VIEWS`.
+    """
+    for name, path in places.items():
+        write_file(path, _build_view(name, document).encode("utf-8"))
+
+
+def _build_view(name: str, document: Mapping[str, Any]) -> str:
+    from moe2edge.evaluation.profile.views.junit import build_junit
+    from moe2edge.evaluation.profile.views.markdown import build_markdown
+    from moe2edge.evaluation.profile.views.page import build_page
+    from moe2edge.evaluation.profile.views.trace import build_trace
+
+    match name:
+        case "report":
+            return build_page(document)
+        case "markdown":
+            return build_markdown(document)
+        case "junit":
+            return build_junit(document)
+        case "trace":
+            return json.dumps(build_trace(document))
+        case "output":
+            return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+    raise AssertionError(f"unknown view {name}")
 
 
 def _find_folder(model: str | Path | Checkpoint) -> Path:

@@ -32,6 +32,25 @@ class OperatorTime:
 
 
 @dataclass(frozen=True)
+class OperatorCall:
+    """One call of an operator.
+
+    Attributes:
+        op: name of the operator.
+        kind: one of `KINDS`.
+        layer: index of the block; None outside of blocks.
+        begin: seconds from the begin of the token.
+        seconds: its time.
+    """
+
+    op: str
+    kind: str
+    layer: int | None
+    begin: float
+    seconds: float
+
+
+@dataclass(frozen=True)
 class PhaseTimes:
     """Operators of one phase.
 
@@ -40,12 +59,14 @@ class PhaseTimes:
         tokens: tokens of the phase.
         seconds: time from its begin to its end, with the profiler at work.
         operators: operators, the slowest first.
+        last: calls of the last token of decoding, in order.
     """
 
     phase: str
     tokens: int
     seconds: float
     operators: tuple[OperatorTime, ...]
+    last: tuple[OperatorCall, ...] = ()
 
 
 def classify_place(place: str, op: str = "") -> str:

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from moe2edge.runtime.operator_times import (
+    OperatorCall,
+    OperatorTime,
     PhaseTimes,
     classify_place,
     find_layer,
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
 
 # Begins the labels of modules among the events.
 _LABEL = "moe2edge:"
+
+Sums = tuple[OperatorTime, ...]
+Calls = tuple[OperatorCall, ...]
 
 
 def profile_torch(
@@ -34,6 +39,7 @@ def profile_torch(
     Returns:
         The operators of prefill and decode; each serves the innermost module that called it.
     """
+    runtime.step(int(runtime.start(ids).argmax()))  # the first runs also prepare kernels
     with label_modules(runtime.model):
         logits, prefill = _profile(lambda: runtime.start(ids))
 
@@ -44,8 +50,8 @@ def profile_torch(
 
         _, steps = _profile(decode)
     return (
-        PhaseTimes("prefill", len(ids), prefill[0], prefill[1]),
-        PhaseTimes("decode", gen_tokens - 1, steps[0], steps[1]),
+        PhaseTimes("prefill", len(ids), *prefill),
+        PhaseTimes("decode", gen_tokens - 1, *steps),
     )
 
 
@@ -77,8 +83,8 @@ def label_modules(model: Any) -> Iterator[None]:
             handle.remove()
 
 
-def _profile(run: Callable[[], Any]) -> tuple[Any, tuple[float, Any]]:
-    """Run something; return its result, the seconds that it took, and the operators."""
+def _profile(run: Callable[[], Any]) -> tuple[Any, tuple[float, Sums, Calls]]:
+    """Run something; return its result, the seconds that it took, operators, and last calls."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
@@ -86,19 +92,37 @@ def _profile(run: Callable[[], Any]) -> tuple[Any, tuple[float, Any]]:
         result = run()
         seconds = time.perf_counter() - begin
     events = list(profiler.events() or ())
-    return result, (seconds, sum_operators(_list_calls(events)))
+    placed = [(event, _find_module(event)) for event in events if not _is_label(event)]
+    sums = sum_operators(
+        (event.name, classify_place(place), find_layer(place), event.self_cpu_time_total / 1e6)
+        for event, place in placed
+    )
+    # The label of the whole model has no name; the last of them is of the last token.
+    starts = [event.time_range.start for event in events if event.name == _LABEL]
+    begin_us = max(starts, default=0)
+    calls = (
+        OperatorCall(
+            event.name,
+            classify_place(place),
+            find_layer(place),
+            (event.time_range.start - begin_us) / 1e6,
+            event.time_range.elapsed_us() / 1e6,
+        )
+        for event, place in placed
+        if event.time_range.start >= begin_us
+    )
+    return result, (seconds, sums, tuple(sorted(calls, key=lambda call: call.begin)))
 
 
-def _list_calls(events: Sequence[Any]) -> Iterator[tuple[str, str, int | None, float]]:
-    """Yield operator, kind, layer and own seconds of each event within a module."""
-    for event in events:
-        place, above = "", event.cpu_parent
-        if event.name.startswith(_LABEL):
-            continue
-        while above is not None:
-            if above.name.startswith(_LABEL):
-                place = above.name.removeprefix(_LABEL)
-                break
-            above = above.cpu_parent
-        seconds = event.self_cpu_time_total / 1e6
-        yield event.name, classify_place(place), find_layer(place), seconds
+def _is_label(event: Any) -> bool:
+    return str(event.name).startswith(_LABEL)
+
+
+def _find_module(event: Any) -> str:
+    """Return the name of the innermost module that an event is in."""
+    above = event.cpu_parent
+    while above is not None:
+        if _is_label(above):
+            return str(above.name).removeprefix(_LABEL)
+        above = above.cpu_parent
+    return ""

@@ -166,6 +166,16 @@ class OperatorPart(_Part):
     ms: float
 
 
+class CallPart(_Part):
+    """One call of an operator."""
+
+    op: str
+    kind: str
+    layer: int | None
+    begin_ms: float
+    ms: float
+
+
 class LayerTimePart(_Part):
     """Time of one block."""
 
@@ -182,6 +192,7 @@ class PhaseTimesPart(_Part):
     by_kind: dict[str, float]
     by_operator: list[OperatorPart]
     by_layer: list[LayerTimePart]
+    last_token: list[CallPart]
 
 
 class BreakdownPart(_Part):
@@ -288,7 +299,8 @@ def parse_profile(document: Any, name: str) -> ProfileDocument:
         raise InputError(f"{name} is not the profile of one folder; {MEASURE_AGAIN}")
     if (version := document.get("schema_version")) != PROFILE_VERSION:
         raise InputError(
-            f"{name} has schema_version {version!r}, this moe2edge reads {PROFILE_VERSION}; {MEASURE_AGAIN}"
+            f"{name} has schema_version {version!r}, this moe2edge reads {PROFILE_VERSION}; "
+            f"{MEASURE_AGAIN}"
         )
     try:
         # Through text, in which whole numbers are floats too.

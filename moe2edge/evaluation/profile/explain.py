@@ -20,9 +20,13 @@ from moe2edge.runtime.generation import generate
 from moe2edge.storage.manifest import list_files
 
 if TYPE_CHECKING:
-    from moe2edge.runtime.operator_times import PhaseTimes
+    from moe2edge.runtime.operator_times import OperatorCall, PhaseTimes
     from moe2edge.runtime.protocol import Runtime
 
+# Tokens that are generated in a profiler: it keeps each call, of which there are many.
+MOST_PROFILED = 9
+# Calls of the last token that a document holds.
+MOST_CALLS = 2000
 NO_PROFILER = "the runtime of target {} has no profiler of operators that can be read"
 
 
@@ -81,7 +85,8 @@ def _use_experts(request: Mapping[str, Any], ids: Sequence[int]) -> dict[str, An
 
 
 def _break_down(request: Mapping[str, Any], prompt: Sequence[int]) -> dict[str, Any]:
-    folder, name, tokens = Path(request["folder"]), request["target"], request["gen_tokens"]
+    folder, name = Path(request["folder"]), request["target"]
+    tokens = min(request["gen_tokens"], MOST_PROFILED)
     if tokens < 2:
         raise Moe2EdgeError("one token per prompt was generated; it takes at least two")
     if name is None:
@@ -98,6 +103,12 @@ def _break_down(request: Mapping[str, Any], prompt: Sequence[int]) -> dict[str, 
     if phases is None:
         raise Moe2EdgeError(NO_PROFILER.format(name))
     return {"phases": [_describe_phase(phase) for phase in phases]}
+
+
+def _choose_calls(calls: Sequence[OperatorCall]) -> list[OperatorCall]:
+    """Return the longest calls, in order, where there are very many."""
+    longest = sorted(calls, key=lambda call: -call.seconds)[:MOST_CALLS]
+    return sorted(longest, key=lambda call: call.begin)
 
 
 def _describe_phase(phase: PhaseTimes) -> dict[str, Any]:
@@ -123,6 +134,16 @@ def _describe_phase(phase: PhaseTimes) -> dict[str, Any]:
         "by_operator": [
             {"op": op, "calls": int(calls), "ms": seconds * 1000}
             for op, (calls, seconds) in by_time
+        ],
+        "last_token": [
+            {
+                "op": c.op,
+                "kind": c.kind,
+                "layer": c.layer,
+                "begin_ms": c.begin * 1000,
+                "ms": c.seconds * 1000,
+            }
+            for c in _choose_calls(phase.last)
         ],
         "by_layer": [{"layer": n, "ms": s * 1000} for n, s in sorted(layers.items())],
     }

@@ -82,8 +82,47 @@ def profile_folders(
         Unsupported: the runtime of a folder is not installed.
         Moe2EdgeError: a process failed or took too long.
     """
+    settings, fixed = _check_settings(settings, prompts, fixed)
     if not folders:
         raise InputError("there is nothing to measure; name an output folder or a checkpoint")
+    subjects = [open_subject(folder) for folder in folders]
+    for subject in subjects:
+        subject.check_installed()
+    contexts = [subject.context for subject in subjects if subject.context is not None]
+    settings, shrunk = fit_context(settings, min(contexts, default=None), fixed)
+    about = {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "env": describe_environment(),
+        "workload": settings.describe(),
+        "threads": settings.threads,
+        "shrunk": shrunk,
+    }
+    labels = _name_subjects(subjects)
+    requests = {}
+    for label, subject in zip(labels, subjects, strict=True):
+        given = prompts or cut_prompts(load_tokenizer(subject.folder), text, settings, reporter)
+        requests[label] = _make_request(subject, given, settings)
+    # First, because it loads from the disk what all others then find in the system's cache.
+    explained = None
+    if settings.explain:
+        looks = {label: {**request, "explain": True} for label, request in requests.items()}
+        explained = run_in_turns(_make_jobs(looks, settings), 1, reporter=reporter, at="explain")[0]
+    rounds = run_in_turns(_make_jobs(requests, settings), settings.repeats, reporter=reporter)
+    profiles = []
+    for label, subject in zip(labels, subjects, strict=True):
+        beside = {
+            "explained": explained.found[label] if explained else None,
+            "quality": _find_quality(subject, quality, reporter),
+        }
+        replies = [done.found[label] for done in rounds]
+        profiles.append(_make_profile(subject, replies, {**about, **beside}))
+    return ProfileSet(tuple(labels), tuple(profiles), tuple(done.order for done in rounds))
+
+
+def _check_settings(
+    settings: ProfileSettings | None, prompts: Prompts | None, fixed: Collection[str] | None
+) -> tuple[ProfileSettings, Collection[str]]:
+    """Return checked settings, with the sizes of given prompts, and the names of fixed ones."""
     if fixed is None:
         fixed = TOKEN_SIZES if settings else ()
     settings = settings or ProfileSettings()
@@ -91,42 +130,7 @@ def profile_folders(
         settings = fit_prompts(settings, prompts)
         fixed = {*fixed, "prompt_tokens"}
     settings.check()
-    subjects = [open_subject(folder) for folder in folders]
-    for subject in subjects:
-        subject.check_installed()
-    contexts = [subject.context for subject in subjects if subject.context is not None]
-    settings, shrunk = fit_context(settings, min(contexts, default=None), fixed)
-    env = describe_environment()
-    created = datetime.now(UTC).isoformat(timespec="seconds")
-    labels = _name_subjects(subjects)
-    requests = {
-        label: _make_request(
-            subject,
-            prompts or cut_prompts(load_tokenizer(subject.folder), text, settings, reporter),
-            settings,
-        )
-        for label, subject in zip(labels, subjects, strict=True)
-    }
-    # First, because it loads from the disk what all others then find in the system's cache.
-    looks = _make_jobs({name: {**r, "explain": True} for name, r in requests.items()}, settings)
-    explained = run_in_turns(looks, 1, reporter=reporter, at="explain") if settings.explain else ()
-    rounds = run_in_turns(_make_jobs(requests, settings), settings.repeats, reporter=reporter)
-    about = {"created": created, "workload": settings.describe(), "threads": settings.threads}
-    profiles = [
-        _make_profile(
-            subject,
-            [done.found[label] for done in rounds],
-            env,
-            shrunk,
-            {
-                **about,
-                "explained": explained[0].found[label] if explained else None,
-                "quality": _find_quality(subject, quality, reporter),
-            },
-        )
-        for label, subject in zip(labels, subjects, strict=True)
-    ]
-    return ProfileSet(tuple(labels), tuple(profiles), tuple(done.order for done in rounds))
+    return settings, fixed
 
 
 def _make_jobs(
@@ -165,13 +169,11 @@ def _make_request(subject: Subject, prompts: Prompts, settings: ProfileSettings)
 def _make_profile(
     subject: Subject,
     replies: Sequence[Mapping[str, Any]],
-    env: Mapping[str, Any],
-    warnings: Sequence[str],
     about: Mapping[str, Any],
 ) -> Profile:
     """Sum up the replies of the processes that measured one folder."""
     memory, threads = replies[0]["memory"], replies[0]["threads"]
-    work = about["workload"]
+    work, env = about["workload"], about["env"]
     metrics = collect_metrics(replies, work["prompt_tokens"])
     return Profile(
         artifact={**subject.about, "dtype": replies[0]["dtype"], "note": replies[0]["note"]},
@@ -189,7 +191,7 @@ def _make_profile(
         roofline=make_roofline(
             subject.count_reads(), replies, metrics["decode_tok_s"].median, work
         ),
-        warnings=(*warnings, *_list_warnings(env, replies)),
+        warnings=(*about["shrunk"], *_list_warnings(env, replies)),
     )
 
 

@@ -1,0 +1,1 @@
+"""Views of the JSON document of a profile: an HTML page, Markdown, JUnit, a Chrome trace."""
