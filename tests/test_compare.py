@@ -1,4 +1,4 @@
-"""Comparison of profiles and of folders: judgements, exit codes, and what is refused."""
+"""GateResult of profiles and of folders: judgements, exit codes, and what is refused."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_other_versions_and_other_work_are_refused(
 def test_a_wrong_gate_is_refused_by_the_place(text: str, said: str, tmp_path: Path) -> None:
     file = tmp_path / "gate.yaml"
     file.write_text(text)
-    with pytest.raises(InputError, match="gate.yaml") as caught:
+    with pytest.raises(InputError, match=r"gate\.yaml") as caught:
         read_gate(file)
     assert said in str(caught.value)
 

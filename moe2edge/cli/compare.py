@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
 from moe2edge.cli.common import (
+    FILE,
     JSON_OPTION,
     emit,
     print_table,
@@ -18,7 +20,6 @@ from moe2edge.cli.common import (
 from moe2edge.cli.progress_bar import make_reporter
 from moe2edge.errors import Inconclusive, Regressed
 
-FILE = click.Path(path_type=Path)
 COMPARE_EXAMPLES = """\b
 Examples:
   moe2edge profile out-onnx -o base.json
@@ -69,7 +70,7 @@ def compare_command(
     """
     from dataclasses import replace
 
-    from moe2edge.commands.compare import compare, write_comparison
+    from moe2edge.commands.compare import compare_outputs, write_comparison
     from moe2edge.commands.profile import check_views
     from moe2edge.evaluation.gate.views import build_comparison_table
     from moe2edge.evaluation.profile.settings import PRESETS
@@ -78,9 +79,9 @@ def compare_command(
     views = {name: path for name, path in asked.items() if path is not None}
     check_views(views)
     sizes = {"prompt_tokens": prompt_tokens, "gen_tokens": gen_tokens, "threads": threads}
-    given = {name: value for name, value in sizes.items() if value is not None}
+    given: dict[str, Any] = {name: value for name, value in sizes.items() if value is not None}
     quiet_libraries()
-    found = compare(
+    found = compare_outputs(
         base,
         head,
         gate=gate,

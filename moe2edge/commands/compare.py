@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from moe2edge.calibration.builtin_texts import BUILTIN_TEXT
 from moe2edge.calibration.sources import TextSource
 from moe2edge.errors import InputError
-from moe2edge.evaluation.gate.comparison import Comparison, compare_documents
+from moe2edge.evaluation.gate.comparison import GateResult, compare_documents
 from moe2edge.evaluation.gate.rules import DEFAULT_GATE, read_gate
 from moe2edge.evaluation.profile.document import parse_profile
 from moe2edge.progress import QUIET, Reporter
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 COMPARISON_VIEWS = ("output", "markdown", "junit")
 
 
-def compare(
+def compare_outputs(
     base: str | Path,
     head: str | Path,
     *,
@@ -32,7 +32,7 @@ def compare(
     settings: ProfileSettings | None = None,
     text: TextSource | None = None,
     reporter: Reporter = QUIET,
-) -> Comparison:
+) -> GateResult:
     """Compare two profile files, or two output folders that run in turns.
 
     Args:
@@ -91,7 +91,7 @@ def read_profile(path: Path) -> dict[str, Any]:
     return document
 
 
-def write_comparison(found: Comparison, places: Mapping[str, Path]) -> None:
+def write_comparison(found: GateResult, places: Mapping[str, Path]) -> None:
     """Write views of a comparison.
 
     Args:

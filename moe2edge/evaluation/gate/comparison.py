@@ -1,4 +1,4 @@
-"""Comparison of two profiles, metric by metric."""
+"""GateResult of two profiles, metric by metric."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moe2edge.errors import Inconclusive, InputError, Regressed
-from moe2edge.evaluation.gate.rules import HIGHER, QUALITY, TIMINGS, Gate, Rule
+from moe2edge.evaluation.gate.rules import HIGHER, QUALITY, TIMINGS, Gate, MetricRule
 from moe2edge.numerics.paired_changes import Judgement
 
 COMPARISON_VERSION = 1
@@ -15,7 +15,7 @@ COMPARISON_KIND = "moe2edge.comparison"
 
 
 @dataclass(frozen=True)
-class Row:
+class MetricResult:
     """One metric on both sides.
 
     Attributes:
@@ -59,7 +59,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class GateResult:
     """All metrics of two sides.
 
     Attributes:
@@ -71,7 +71,7 @@ class Comparison:
 
     base: str
     head: str
-    rows: tuple[Row, ...]
+    rows: tuple[MetricResult, ...]
     rounds: int = 0
 
     def list_names(self, judgement: Judgement, *, fails: bool = True) -> list[str]:
@@ -80,10 +80,10 @@ class Comparison:
 
     @property
     def judgement(self) -> Judgement:
-        """What is said of the whole, by the metrics that fail."""
+        """Judgement of the whole, by the metrics that fail."""
         for one in ("regressed", "inconclusive", "improved"):
-            if self.list_names(one):  # type: ignore[arg-type]
-                return one  # type: ignore[return-value]
+            if self.list_names(one):
+                return one
         return "equivalent"
 
     def to_json(self) -> dict[str, Any]:
@@ -120,7 +120,7 @@ class Comparison:
             )
 
 
-def _say_change(row: Row) -> str:
+def _say_change(row: MetricResult) -> str:
     return f"{row.change:+.1%}" if row.change is not None else f"{row.base} to {row.head}"
 
 
@@ -142,14 +142,18 @@ def list_values(document: Mapping[str, Any]) -> dict[str, float | None]:
     return found | {name: document["metrics"][name]["median"] for name in TIMINGS}
 
 
-def compare_value(name: str, base: float | None, head: float | None, rule: Rule) -> Row:
+def compare_value(
+    name: str, base: float | None, head: float | None, rule: MetricRule
+) -> MetricResult:
     """Compare one metric that has no noise beyond its tolerance."""
     fails = rule.gate == "fail"
     if base is None and head is None:
-        return Row(name, None, None, None, rule.tolerance, None, fails, note="neither side has it")
+        return MetricResult(
+            name, None, None, None, rule.tolerance, None, fails, note="neither side has it"
+        )
     if base is None or head is None:
         side = "base" if base is None else "head"
-        return Row(
+        return MetricResult(
             name, base, head, None, rule.tolerance, "inconclusive", fails, note=f"{side} lacks it"
         )
     worse = base - head if name in HIGHER else head - base
@@ -158,7 +162,7 @@ def compare_value(name: str, base: float | None, head: float | None, rule: Rule)
     if abs(worse) > allowed:
         judgement = "regressed" if worse > 0 else "improved"
     change = head / base - 1 if base else None
-    return Row(name, base, head, change, rule.tolerance, judgement, fails)
+    return MetricResult(name, base, head, change, rule.tolerance, judgement, fails)
 
 
 def check_comparable(base: Mapping[str, Any], head: Mapping[str, Any]) -> None:
@@ -178,7 +182,7 @@ def check_comparable(base: Mapping[str, Any], head: Mapping[str, Any]) -> None:
 
 def compare_documents(
     base: Mapping[str, Any], head: Mapping[str, Any], gate: Gate, names: Sequence[str]
-) -> Comparison:
+) -> GateResult:
     """Compare two profiles that were measured at two times; timings are advice alone.
 
     Args:
@@ -199,12 +203,16 @@ def compare_documents(
         row = compare_value(name, values[0][name], values[1][name], advice)
         if not same:
             note = "measured on different machines"
-            row = Row(name, row.base, row.head, None, row.tolerance, None, False, note=note)
+            row = MetricResult(
+                name, row.base, row.head, None, row.tolerance, None, False, note=note
+            )
         rows.append(row)
-    return Comparison(names[0], names[1], tuple(rows))
+    return GateResult(names[0], names[1], tuple(rows))
 
 
-def _compare_fixed(base: Mapping[str, Any], head: Mapping[str, Any], gate: Gate) -> Iterable[Row]:
+def _compare_fixed(
+    base: Mapping[str, Any], head: Mapping[str, Any], gate: Gate
+) -> Iterable[MetricResult]:
     """Compare all but timings."""
     mine, other = list_values(base), list_values(head)
     texts = [side["quality"].get("sha256") for side in (base, head)]
@@ -214,7 +222,7 @@ def _compare_fixed(base: Mapping[str, Any], head: Mapping[str, Any], gate: Gate)
         row = compare_value(name, mine.get(name), other.get(name), rule)
         if name in QUALITY and None not in texts and texts[0] != texts[1]:
             note = "measured on different texts"
-            row = Row(
+            row = MetricResult(
                 name, row.base, row.head, None, row.tolerance, "inconclusive", row.fails, note=note
             )
         yield row

@@ -1,4 +1,4 @@
-"""Comparison of two output folders, which run in turns on this machine."""
+"""GateResult of two output folders, which run in turns on this machine."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe2edge.evaluation.gate.comparison import Comparison, Row, compare_documents
+from moe2edge.evaluation.gate.comparison import GateResult, MetricResult, compare_documents
 from moe2edge.evaluation.gate.rules import TIMINGS, Gate
 from moe2edge.evaluation.profile.measure import profile_folders
 from moe2edge.evaluation.profile.result import ProfileSet, list_by_round
@@ -36,7 +36,7 @@ def compare_folders(
     text: str | TextSource = "",
     settings: ProfileSettings,
     reporter: Reporter = QUIET,
-) -> Comparison:
+) -> GateResult:
     """Run two folders in turns, in fresh processes, and compare them.
 
     Base runs twice in each turn of the first round, which gives the noise floor of this machine.
@@ -76,7 +76,7 @@ def compare_folders(
         _add_round(rounds, second)
     rows = [row for row in fixed.rows if row.name not in names]
     rows += [_make_row(name, rounds[name], limits[name], gate) for name in names]
-    return Comparison(fixed.base, fixed.head, tuple(rows), rounds=1 + bool(changed))
+    return GateResult(fixed.base, fixed.head, tuple(rows), rounds=1 + bool(changed))
 
 
 def _add_round(rounds: dict[str, list[Pairs]], found: ProfileSet) -> None:
@@ -85,7 +85,7 @@ def _add_round(rounds: dict[str, list[Pairs]], found: ProfileSet) -> None:
         pairs.append((mine[name], other[name]))
 
 
-def _make_row(name: str, rounds: Sequence[Pairs], limit: float, gate: Gate) -> Row:
+def _make_row(name: str, rounds: Sequence[Pairs], limit: float, gate: Gate) -> MetricResult:
     """Judge a timing by all of its rounds."""
     from statistics import median
 
@@ -94,7 +94,7 @@ def _make_row(name: str, rounds: Sequence[Pairs], limit: float, gate: Gate) -> R
     found: Change = estimate_change(base, head)
     rule = gate.metrics[name]
     floor = limit > rule.tolerance
-    return Row(
+    return MetricResult(
         name,
         median(base),
         median(head),

@@ -12,23 +12,22 @@ from moe2edge.errors import InputError, suggest
 from moe2edge.options import Options
 from moe2edge.storage.text_files import read_bytes, read_yaml
 
-GATE_VERSION = 1
 DEFAULT_GATE = Path(__file__).with_name("gate.yaml")
 LARGEST_GATE = 1 << 20
 
 # Names that a rule may have.
-SIZES = ("folder", "weights", "bytes_per_token")
+SIZE_METRICS = ("folder", "weights", "bytes_per_token")
 QUALITY = ("perplexity", "kl", "top1")
-PHASES = ("load", "prefill", "decode")
-MEMORY = tuple(f"{kind}_{phase}" for kind in ("peak_rss", "rss_anon") for phase in PHASES)
+WATCHED_PHASES = ("load", "prefill", "decode")
+MEMORY = tuple(f"{kind}_{phase}" for kind in ("peak_rss", "rss_anon") for phase in WATCHED_PHASES)
 TIMINGS = ("load_ms", "ttft_ms", "ms_per_token")
-METRICS = (*SIZES, *MEMORY, *QUALITY, *TIMINGS)
+METRICS = (*SIZE_METRICS, *MEMORY, *QUALITY, *TIMINGS)
 # Those of which more is better.
 HIGHER = ("top1",)
 
 
-class Rule(Options):
-    """How much worse one metric may get, and what happens then."""
+class MetricRule(Options):
+    """Tolerance of one metric, and the consequence of a regression."""
 
     tolerance: Annotated[
         float, Field(ge=0, le=10, description="fraction by which it may get worse")
@@ -50,8 +49,8 @@ class Gate(Options):
         pairs: pairs of runs in a round, where two folders are compared.
     """
 
-    schema_version: Literal[1] = GATE_VERSION
-    metrics: dict[str, Rule]
+    schema_version: Literal[1] = 1
+    metrics: dict[str, MetricRule]
     pairs: Annotated[int, Field(ge=5, le=1000, description="pairs of runs in a round")] = 10
 
 

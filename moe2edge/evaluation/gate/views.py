@@ -7,14 +7,14 @@ from xml.etree import ElementTree
 from rich.markup import escape
 from rich.table import Table
 
-from moe2edge.evaluation.gate.comparison import Comparison, Row
+from moe2edge.evaluation.gate.comparison import GateResult, MetricResult
 
 _MIB = 2**20
 _BYTES = ("folder", "weights", "bytes_per_token", "peak_rss", "rss_anon")
 COLUMNS = ("metric", "base", "head", "change", "interval (95 %)", "tolerance", "found", "gate")
 
 
-def list_cells(row: Row) -> tuple[str, ...]:
+def list_cells(row: MetricResult) -> tuple[str, ...]:
     """Return the cells of a metric, one for each of `COLUMNS`."""
     spread = f"{row.spread[0]:+.1%} to {row.spread[1]:+.1%}" if row.spread else "-"
     found = row.judgement or "not compared"
@@ -30,7 +30,7 @@ def list_cells(row: Row) -> tuple[str, ...]:
     )
 
 
-def build_comparison_table(found: Comparison) -> Table:
+def build_comparison_table(found: GateResult) -> Table:
     """Build a table of all metrics."""
     table = Table(title=escape(f"{found.head} against {found.base}"), caption=_describe(found))
     for name in COLUMNS:
@@ -40,7 +40,7 @@ def build_comparison_table(found: Comparison) -> Table:
     return table
 
 
-def build_comparison_markdown(found: Comparison) -> str:
+def build_comparison_markdown(found: GateResult) -> str:
     """Build Markdown for a comment on a pull request."""
     lines = [
         "<!-- moe2edge compare -->",
@@ -53,7 +53,7 @@ def build_comparison_markdown(found: Comparison) -> str:
     return "\n".join([*lines, "", _describe(found), ""])
 
 
-def build_comparison_junit(found: Comparison) -> str:
+def build_comparison_junit(found: GateResult) -> str:
     """Build JUnit XML with a test case for each metric."""
     failed, unknown = found.list_names("regressed"), found.list_names("inconclusive")
     suite = ElementTree.Element(
@@ -77,7 +77,7 @@ def build_comparison_junit(found: Comparison) -> str:
     return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True) + "\n"
 
 
-def _describe(found: Comparison) -> str:
+def _describe(found: GateResult) -> str:
     if not found.rounds:
         return "Two profiles, measured at two times: timings are advice alone."
     effects = [
