@@ -7,6 +7,8 @@
     │   ├── Unreadable            2   a file is there and cannot be read, perhaps for a moment
     │   └── WorkDamaged           2   the saved work of an unfinished run cannot be used
     ├── DiskFailed                1   a file does not hold what was written to it
+    ├── Regressed                 3   a comparison found a regression
+    ├── Inconclusive              4   a comparison can say nothing of a metric
     ├── DoesNotFit                5   not enough disk or memory
     ├── Unsupported               6   a model, a setting or a target that is not supported
     ├── VerificationFailed        7   an output does not hold what it should hold
@@ -43,6 +45,18 @@ class WorkDamaged(InputError):
 
 class DiskFailed(Moe2EdgeError):
     """A file does not hold what was written to it."""
+
+
+class Regressed(Moe2EdgeError):
+    """A comparison found that a metric got worse by more than its tolerance."""
+
+    exit_code = 3
+
+
+class Inconclusive(Moe2EdgeError):
+    """A comparison can say nothing of a metric that the gate watches."""
+
+    exit_code = 4
 
 
 class DoesNotFit(Moe2EdgeError):

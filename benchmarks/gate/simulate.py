@@ -55,12 +55,13 @@ class Machine:
 
     def run_pairs(
         self, random: np.random.Generator, pairs: int, effect: float
-    ) -> tuple[np.ndarray, np.ndarray]:
+    ) -> tuple[list[float], list[float]]:
         """Return the times of base and head, which takes ``1 + effect`` times as long."""
         times = self.run(random, 2 * pairs).reshape(pairs, 2)
         # The second pair runs head first, and so on.
         times[1::2] = times[1::2, ::-1]
-        return np.exp(times[:, 0]), np.exp(times[:, 1]) * (1 + effect)
+        base, head = np.exp(times[:, 0]), np.exp(times[:, 1]) * (1 + effect)
+        return base.tolist(), head.tolist()
 
 
 MACHINES = {

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from moe2edge.pipeline.recipe import Recipe
 
 Command = Callable[..., Any]
+FILE = click.Path(path_type=Path)
 
 
 def emit(data: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import click
 
-from moe2edge.cli import decisions, inspect, outputs, profile, progress_bar, recipes
+from moe2edge.cli import compare, decisions, inspect, outputs, profile, progress_bar, recipes
 from moe2edge.cli.common import (
     CALIB_OPTION,
     JSON_OPTION,
@@ -59,8 +59,9 @@ Example:
 
 \b
 Exit codes: 0 success; 1 failed while running; 2 the command, recipe, model or
-text is wrong; 5 not enough disk or memory; 6 not supported; 7 verification
-failed; 8 training diverged; 130 interrupted."""
+text is wrong; 3 a comparison found a regression; 4 it can say nothing; 5 not
+enough disk or memory; 6 not supported; 7 verification failed; 8 training
+diverged; 130 interrupted."""
 
 
 class CommandGroup(click.Group):
@@ -320,6 +321,7 @@ for command in (
     outputs.verify_command,
     outputs.generate_command,
     profile.profile_command,
+    compare.compare_command,
     outputs.evaluate_command,
     recipes.recipe_group,
     recipes.targets_command,

@@ -9,6 +9,7 @@ from typing import Literal
 import click
 
 from moe2edge.cli.common import (
+    FILE,
     JSON_OPTION,
     add_hub_options,
     add_row_options,
@@ -20,8 +21,6 @@ from moe2edge.cli.common import (
     show,
 )
 from moe2edge.cli.progress_bar import make_reporter
-
-FILE = click.Path(path_type=Path)
 
 
 def _print_schema(context: click.Context, _: click.Parameter, asked: bool) -> None:

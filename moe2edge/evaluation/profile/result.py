@@ -161,7 +161,7 @@ class ProfileSet:
         Args:
             number: place of the folder.
         """
-        first, other = (_list_by_round(self.profiles[n]) for n in (0, number))
+        first, other = (list_by_round(self.profiles[n]) for n in (0, number))
         return {
             name: Ratio(tuple(b / a for a, b in zip(first[name], values, strict=True)))
             for name, values in other.items()
@@ -184,7 +184,7 @@ class ProfileSet:
         }
 
 
-def _list_by_round(profile: Profile) -> dict[str, list[float]]:
+def list_by_round(profile: Profile) -> dict[str, list[float]]:
     """Return one number for each round of every quantity that has ratios."""
     rounds = profile.workload["processes"]
     found = {
