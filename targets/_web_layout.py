@@ -1,8 +1,8 @@
 """What a web folder holds: the layout of transformers.js, for onnxruntime-web.
 
-What npm has of onnxruntime is older than what PyPI has, and its builds differ: that for WebGPU, which
-transformers.js takes in browsers whatever the device, casts no bfloat16 on the processor. So the
-folder holds float32 in place of it.
+What npm has of onnxruntime is older than what PyPI has, and its builds differ: that for WebGPU,
+which transformers.js takes in browsers whatever the device, casts no bfloat16 on the processor. So
+the folder holds float32 in place of it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from moe2edge.errors import VerificationFailed
+from moe2edge.errors import Unsupported, VerificationFailed
 from moe2edge.model.model import Model
 from moe2edge.model.weights import Weight
 
@@ -43,6 +43,28 @@ def _is_narrow(weight: Weight) -> bool:
 
 def _widen(weight: Weight) -> Weight:
     return replace(weight, dtype="F32", load=lambda: weight.load().float())
+
+
+def accept_web_expert(name: str, weight: Weight) -> None:
+    """Refuse a matrix of an expert that onnxruntime on npm computes wrong, or refuses.
+
+    It takes zero points of less than a byte for such of another layout where a row has one alone.
+
+    Args:
+        name: its name on disk.
+        weight: the matrix.
+
+    Raises:
+        Unsupported: so, with what to choose instead.
+    """
+    scheme = weight.scheme
+    if scheme is None or scheme.symmetric or scheme.bits == 8:
+        return
+    if scheme.groups(weight.shape[1]) == 1:
+        raise Unsupported(
+            f"{name} is {scheme}, one group for each row, of which onnxruntime 1.30 on npm "
+            "computes noise; choose a smaller group_size, symmetric: true, or leave layout=web out"
+        )
 
 
 def list_web_remarks(model: Model) -> Iterator[str]:

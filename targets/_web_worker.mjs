@@ -29,9 +29,9 @@ async function open({ path, threads }) {
 function begin() {
   caches = {};
   length = 0;
-  for (const { name, shape } of session.inputMetadata)
+  for (const { name, type, shape } of session.inputMetadata)
     if (name.startsWith("past_key_values."))
-      caches[name] = new ort.Tensor("float32", new Float32Array(0), [1, shape[1], 0, shape[3]]);
+      caches[name] = new ort.Tensor(type, [], [1, shape[1], 0, shape[3]]); // float32 or int8
 }
 
 // Run tokens behind those in the caches; return all their logits.

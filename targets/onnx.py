@@ -28,6 +28,7 @@ from moe2edge.targets._tensors import check_group_size
 from moe2edge.targets._web_layout import (
     GRAPH_FOLDER,
     OMITTED,
+    accept_web_expert,
     build_web_config,
     check_web_config,
     describe_use,
@@ -157,6 +158,9 @@ class Onnx(Target):
             )
         from moe2edge.targets._onnx_web import accept_sizes, count_data_bytes
 
+        for name, role, weight in model.tensors():
+            if role.startswith("experts."):
+                accept_web_expert(name, weight)
         graph = self._build(self.stored(model))
         accept_sizes(graph.batches, count_data_bytes(graph.batches) + graph.widened_nbytes)
 
@@ -238,7 +242,11 @@ class Onnx(Target):
         from moe2edge.targets._onnx_cache import set_cache_scales
         from moe2edge.targets._onnx_storage import GRAPH_FILE
 
-        return {GRAPH_FILE: set_cache_scales(folder, texts)} if self._int8_cache else {}
+        if not self._int8_cache:
+            return {}
+        place = self._place(folder)
+        name = (place / GRAPH_FILE).relative_to(folder).as_posix()
+        return {name: set_cache_scales(place, texts)}
 
     def tensors(self, folder: Path) -> Iterator[tuple[str, Tensor | Quantized]]:
         """Read every tensor back from the initializers of the graph, one by one.
@@ -295,7 +303,8 @@ class Onnx(Target):
         """Open a graph with a cache in float32, if that of the folder is int8."""
         from moe2edge.targets._onnx_runtime import open_runtime
 
-        return open_runtime(folder, whole_cache=True) if self._int8_cache else None
+        place = self._place(folder)
+        return open_runtime(place, whole_cache=True) if self._int8_cache else None
 
     def without_skipping(self, model: Model, folder: Path) -> Runtime:
         """Open a graph that runs every chosen expert, with the weights of the folder."""
