@@ -2,8 +2,8 @@
 
 Tiny random models in the schemes and forms of the target: logits of onnxruntime-web (wasm, by Node)
 against those of onnxruntime for Python with float32 activations, of a whole text and in steps. Then
-greedy text of 24 tokens by each program, of tiny models and of the built-in one, and the median
-milliseconds a token, with one thread.
+greedy text of 24 tokens by each program, of tiny models and of the built-in one, and the
+milliseconds of the fastest token, with one thread, on two cores that others use as well.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def compare_text(said: str, folder: Path, prompt: list[int], target: Onnx = WEB)
             continue
         found = json.loads(run.stdout.splitlines()[-1])
         same = "equal" if found["ids"] == wanted else f"DIFFERS: {found['ids']}, {wanted}"
-        print(f"{said}, {found['version']}: greedy text {same}, {found['ms']:.1f} ms a token")
+        print(f"{said}, {found['version']}: greedy text {same}, {found['ms']:.1f} ms the fastest token")
 
 
 if __name__ == "__main__":
