@@ -41,7 +41,7 @@ def accept_sizes(batches: Sequence[Batch], memory: int) -> None:
         )
 
 
-def split_batches(batches: Sequence[Batch]) -> list[list[Batch]]:
+def split_web_data(batches: Sequence[Batch]) -> list[list[Batch]]:
     """Split weights into files that browsers read, in their order."""
     files: list[list[Batch]] = [[]]
     for batch in batches:
@@ -53,7 +53,7 @@ def split_batches(batches: Sequence[Batch]) -> list[list[Batch]]:
 
 def count_data_bytes(batches: Sequence[Batch]) -> int:
     """Count the bytes of all files of data."""
-    return sum(compute_offsets(part)[1] for part in split_batches(batches))
+    return sum(compute_offsets(part)[1] for part in split_web_data(batches))
 
 
 def write_web_data(batches: Sequence[Batch], folder: Path) -> tuple[list[Any], dict[str, str]]:
@@ -61,7 +61,7 @@ def write_web_data(batches: Sequence[Batch], folder: Path) -> tuple[list[Any], d
     (folder / GRAPH_FOLDER).mkdir()
     protos: list[Any] = []
     digests: dict[str, str] = {}
-    for n, part in enumerate(split_batches(batches)):
+    for n, part in enumerate(split_web_data(batches)):
         name = f"{GRAPH_FOLDER}/{name_web_data(n)}"
         made, digests[name] = write_data(part, folder / name)
         protos += made

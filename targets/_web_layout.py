@@ -1,4 +1,4 @@
-"""What a web folder holds: the layout of transformers.js, for onnxruntime-web.
+"""Layout of web folders: that of transformers.js, for onnxruntime-web.
 
 What npm has of onnxruntime is older than what PyPI has, and its builds differ: that for WebGPU,
 which transformers.js takes in browsers whatever the device, casts no bfloat16 on the processor. So
@@ -28,7 +28,7 @@ UNKNOWN_TYPES, SIMILAR_TYPE = ("mixtral", "olmoe"), "qwen3_moe"
 CONFIG_KEY = "transformers.js_config"
 
 
-def widen(model: Model) -> Model:
+def widen_bfloat16(model: Model) -> Model:
     """Return the model with float32 numbers in place of bfloat16 ones."""
     for block in model.blocks:
         new = {role: _widen(w) for role, w in block.weights() if _is_narrow(w)}

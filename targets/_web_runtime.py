@@ -21,7 +21,7 @@ from moe2edge.targets._onnx_storage import GRAPH_FILE
 MODULES = "MOE2EDGE_NODE_MODULES"
 PACKAGE = "onnxruntime-web"
 OLDEST_NODE, OLDEST_PACKAGE = 20, (1, 30)
-INSTALL = f"npm install --prefix ~/.moe2edge {PACKAGE}"
+INSTALL_WEB = f"npm install --prefix ~/.moe2edge {PACKAGE}"
 WORKER = Path(__file__).with_name("_web_worker.mjs")
 
 
@@ -42,7 +42,7 @@ def find_node() -> str:
     found = f"this one is {said or 'broken'}" if node else "it is not on the PATH"
     raise Unsupported(
         f"a web folder runs in {PACKAGE} by Node {OLDEST_NODE} or newer, and {found}: install Node "
-        f"(nodejs.org), then: {INSTALL}"
+        f"(nodejs.org), then: {INSTALL_WEB}"
     )
 
 
@@ -58,14 +58,14 @@ def find_modules() -> tuple[Path, str]:
         version = str(read_json(file)["version"])
     except (InputError, KeyError) as error:
         raise Unsupported(
-            f"{modules} has no {PACKAGE}, which runs a web folder: {INSTALL}, or name another "
+            f"{modules} has no {PACKAGE}, which runs a web folder: {INSTALL_WEB}, or name another "
             f"folder node_modules in {MODULES}"
         ) from error
     if tuple(int(number) for number in re.findall(r"\d+", version)[:2]) < OLDEST_PACKAGE:
         oldest = ".".join(map(str, OLDEST_PACKAGE))
         raise Unsupported(
             f"{PACKAGE} {version} in {modules} lacks operators of this graph, which needs {oldest} "
-            f"or newer: {INSTALL}"
+            f"or newer: {INSTALL_WEB}"
         )
     return modules, version
 

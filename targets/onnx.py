@@ -33,7 +33,7 @@ from moe2edge.targets._web_layout import (
     check_web_config,
     describe_use,
     list_web_remarks,
-    widen,
+    widen_bfloat16,
 )
 
 if TYPE_CHECKING:
@@ -173,7 +173,7 @@ class Onnx(Target):
 
         A web folder has float32 in place of bfloat16.
         """
-        return widen(sort_rows(model)) if self._web else sort_rows(model)
+        return widen_bfloat16(sort_rows(model)) if self._web else sort_rows(model)
 
     def estimate(self, model: Model) -> Estimate:
         """Estimate ``model.onnx.data``, in which rotary tables are float32, and scales in part.

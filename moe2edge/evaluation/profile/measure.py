@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -37,6 +38,8 @@ _ERRORS = {
     kind.exit_code: kind for kind in (InputError, DoesNotFit, Unsupported, VerificationFailed)
 }
 
+# Ends of the names of files with the weights of a graph.
+_DATA_NAME = re.compile(r"(\.data|\.onnx_data(_\d+)?)$")
 _SIZES = ("prompt_tokens", "gen_tokens")
 
 
@@ -223,7 +226,7 @@ def measure_sizes(folder: Path) -> dict[str, int]:
     """
     files = {n: path for n, path in list_files(folder).items() if not n.startswith(SYSTEM_FOLDERS)}
     sizes = dict.fromkeys(("weights", "graph", "tokenizer", "config", "other"), 0)
-    outside = any(name.endswith(".data") for name in files)
+    outside = any(_DATA_NAME.search(name) for name in files)
     for name, path in files.items():
         sizes[_classify_file(name, outside)] += path.stat().st_size
     return sizes
@@ -232,7 +235,7 @@ def measure_sizes(folder: Path) -> dict[str, int]:
 def _classify_file(name: str, weights_outside_graph: bool) -> str:
     """Return the class of a file. A graph without a data file contains the weights itself."""
     base = name.rpartition("/")[2]
-    if base.endswith((".safetensors", ".data", ".gguf")):
+    if base.endswith((".safetensors", ".gguf")) or _DATA_NAME.search(base):
         return "weights"
     if base.endswith(".onnx"):
         return "graph" if weights_outside_graph else "weights"
