@@ -48,7 +48,7 @@ def test_options_of_a_target_are_recorded_and_reopened(
     }
     assert levels == {0}
     manifest = json.loads((out / "onnx" / "manifest.json").read_text())
-    options = {"accuracy_level": 0, "kv_cache": "float32"}
+    options = {"accuracy_level": 0, "kv_cache": "float32", "layout": "plain"}
     assert manifest["target_options"] == options
     report = json.loads((out / "onnx" / "report.json").read_text())
     assert report["target_options"]["onnx"] == options
@@ -107,7 +107,8 @@ def test_targets_lists_options() -> None:
     assert set(found["targets"]) == set(found["options"]) == set(registry.list_targets())
     said = run("export", "--help").stdout.partition("--target")[2].partition(";")[0]
     assert all(name in said for name in registry.list_targets())
-    assert found["options"]["onnx"] == {"accuracy_level": 4, "kv_cache": "float32"}
+    defaults = {"accuracy_level": 4, "kv_cache": "float32", "layout": "plain"}
+    assert found["options"]["onnx"] == defaults
 
 
 @pytest.fixture

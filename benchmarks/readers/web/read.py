@@ -144,9 +144,8 @@ def compare_text(said: str, folder: Path, prompt: list[int], target: Onnx = WEB)
             continue
         found = json.loads(run.stdout.splitlines()[-1])
         same = "equal" if found["ids"] == wanted else f"DIFFERS: {found['ids']}, {wanted}"
-        print(
-            f"{said}, {found['version']}: greedy text {same}, {found['ms']:.1f} ms the fastest token"
-        )
+        speed = f"{found['ms']:.1f} ms the fastest token"
+        print(f"{said}, {found['version']}: greedy text {same}, {speed}")
 
 
 if __name__ == "__main__":
