@@ -52,7 +52,7 @@ def test_options_of_a_target_are_recorded_and_reopened(
     assert manifest["target_options"] == options
     report = json.loads((out / "onnx" / "report.json").read_text())
     assert report["target_options"]["onnx"] == options
-    said = "for the target `onnx`, accuracy_level 0, kv_cache float32."
+    said = "for the target `onnx`, accuracy_level 0, kv_cache float32, layout plain."
     assert said in (out / "onnx" / "README.md").read_text()
     seen = []
     kind = type(registry.find_target("onnx"))
