@@ -76,10 +76,7 @@ def test_options_of_a_target_are_recorded_and_reopened(
     assert run("evaluate", out / "onnx", *text).exit_code == 0
     assert seen == [registry.make_target("onnx", {"accuracy_level": 0})] * 4
     # The request that the profiler sends to its process.
-    assert measure._describe_subject(out / "onnx")[1]["options"] == {
-        "accuracy_level": 0,
-        "kv_cache": "float32",
-    }
+    assert measure._describe_subject(out / "onnx")[1]["options"] == options
 
 
 def test_folders_of_older_versions_have_no_options(pair: Path, tmp_path: Path) -> None:
