@@ -2,30 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import shutil
-import signal
-import subprocess
 import sys
-import tempfile
-import weakref
-from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import Any
 
-from moe2edge.errors import InputError, Unsupported, VerificationFailed
-from moe2edge.runtime.protocol import check_id_range
+from moe2edge.errors import Unsupported
+from moe2edge.targets._child_process import ModelProcess, ProcessRuntime
 from moe2edge.targets._gguf_library import LibraryError, find_version
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-
-# What a line of the process has that says why it ended.
-_TELLING = re.compile("assert|error|what\\(\\)", re.IGNORECASE)
 
 
 def check_llama() -> None:
@@ -40,7 +23,7 @@ def check_llama() -> None:
         raise Unsupported(str(error)) from error
 
 
-class LlamaProcess:
+class LlamaProcess(ModelProcess):
     """A process that has a file open in llama.cpp; ends with this object."""
 
     def __init__(self, path: Path, **how: Any) -> None:
@@ -51,72 +34,16 @@ class LlamaProcess:
             VerificationFailed: llama.cpp refuses the file.
         """
         check_llama()
-        self._path = path
-        # Open as long as the process runs.
-        self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
         # -P: import nothing from the working folder, which is the user's.
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "moe2edge.targets._gguf_worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            env={**os.environ, "GGML_NO_BACKTRACE": "1"},
-        )
-        self._end = weakref.finalize(self, _end, self._process, self._errors)
-        reply, _ = self.ask("open", **{"with": {"path": str(path), **how}})
-        self.vocabulary: int = reply["vocabulary"]
+        command = [sys.executable, "-P", "-m", "moe2edge.targets._gguf_worker"]
+        super().__init__("llama.cpp", command, path, {"GGML_NO_BACKTRACE": "1"}, **how)
 
-    def ask(self, do: str, **request: Any) -> tuple[dict[str, Any], bytes]:
-        """Send a request; return the reply, and the bytes with it.
-
-        Raises:
-            Unsupported: the version of xllamacpp is not known.
-            VerificationFailed: llama.cpp refuses what was asked, or ended.
-        """
-        source, sink = self._process.stdout, self._process.stdin
-        assert source is not None
-        assert sink is not None
-        try:
-            sink.write(json.dumps({"do": do, **request}).encode() + b"\n")
-            sink.flush()
-            line = source.readline()
-            reply = json.loads(line) if line.endswith(b"\n") else None
-        except (BrokenPipeError, OSError):
-            reply = None
-        if reply is None:
-            raise VerificationFailed(f"llama.cpp ended with {self._path.name}: {self._explain()}")
-        data = source.read(reply["bytes"])
-        if error := reply.get("error"):
-            if error.startswith("xllamacpp "):
-                raise Unsupported(error)
-            raise VerificationFailed(f"llama.cpp refuses {self._path.name}: {error}")
-        return reply, data
-
-    def _explain(self) -> str:
-        """Say how the process ended, with the last that it wrote."""
-        code = self._process.wait()
-        self._errors.seek(0)
-        lines = self._errors.read().decode("utf-8", "replace").strip().splitlines()
-        telling = [line for line in lines if _TELLING.search(line)] or lines[-1:]
-        said = f": {telling[-1].strip()[:200]}" if telling else ""
-        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        return f"{how}{said}; export or download it again"
-
-    def close(self) -> None:
-        """End the process."""
-        self._end()
+    def make_error(self, said: str) -> Exception:
+        """Make the error for what llama.cpp or xllamacpp says."""
+        return Unsupported(said) if said.startswith("xllamacpp ") else super().make_error(said)
 
 
-def _end(process: subprocess.Popen[bytes], errors: IO[bytes]) -> None:
-    process.kill()
-    process.wait()
-    for stream in (process.stdin, process.stdout, errors):
-        if stream is not None:
-            with suppress(OSError):  # what was not sent before it ended
-                stream.close()
-
-
-class GgufRuntime:
+class GgufRuntime(ProcessRuntime):
     """Runs one sequence at a time in llama.cpp."""
 
     def __init__(
@@ -132,77 +59,12 @@ class GgufRuntime:
         """
         import torch
 
-        if temporary is not None:
-            weakref.finalize(self, shutil.rmtree, temporary, ignore_errors=True)
-        self._threads = torch.get_num_threads()
-        how = {"exact": exact, "threads": self._threads, "part": "all"}
-        self._process = LlamaProcess(path, **how)
-        self._positions, self._length = positions, 0
-
-    @property
-    def dtype(self) -> str:
-        """Dtype of activations between operators; inside, they are rounded as the types ask for."""
-        return "float32"
-
-    @property
-    def threads(self) -> int:
-        """Number of processor threads."""
-        return self._threads
+        threads = torch.get_num_threads()
+        process = LlamaProcess(path, exact=exact, threads=threads, part="all")
+        super().__init__(process, positions, threads, temporary)
 
     @property
     def cache_nbytes(self) -> int:
         """Bytes of what llama.cpp remembers of the sequence so far."""
         count: int = self._process.ask("cache")[0]["cache"]
         return count
-
-    def logits(self, ids: Tensor) -> Tensor:
-        """Return logits float32 [batch, length, vocabulary] of ids int64 [batch, length]."""
-        import torch
-
-        self._length = 0
-        rows = []
-        for row in ids.tolist():
-            self._check(row, len(row))
-            rows.append(self._ask("logits", row))
-        return torch.stack(rows)
-
-    def start(self, ids: Sequence[int]) -> Tensor:
-        """Start a sequence; return logits float32 [vocabulary] after its last token.
-
-        Raises:
-            InputError: there are no tokens, or more than the model has positions.
-        """
-        if not ids:
-            raise InputError("a sequence needs at least one token")
-        self._check(ids, len(ids))
-        self._length = len(ids)
-        return self._ask("start", ids)[0]
-
-    def step(self, token: int) -> Tensor:
-        """Continue the sequence by one token; return logits float32 [vocabulary] after it.
-
-        Raises:
-            InputError: the model has no positions left, or `start` was not called.
-        """
-        if not self._length:
-            raise InputError("step() came before start(); begin a sequence first")
-        self._check([token], self._length + 1)
-        self._length += 1
-        return self._ask("step", [token])[0]
-
-    def _ask(self, do: str, ids: Sequence[int]) -> Tensor:
-        """Return logits float32 [tokens, vocabulary]."""
-        import torch
-
-        _, data = self._process.ask(do, ids=list(ids))
-        return torch.frombuffer(bytearray(data), dtype=torch.float32).view(
-            -1, self._process.vocabulary
-        )
-
-    def _check(self, ids: Sequence[int], length: int) -> None:
-        """Check ids against the vocabulary, and a length against the positions of the model."""
-        check_id_range(min(ids), max(ids), self._process.vocabulary)
-        if length > self._positions:
-            raise InputError(
-                f"{length} tokens, but the model has {self._positions} positions; shorten the text"
-            )

@@ -167,6 +167,11 @@ def needs_eager_in_stock(output: Output) -> bool:
     )
 
 
+def has_quantized_experts(output: Output) -> bool:
+    layers = (layer for _, layer in output.stored.moe_blocks)
+    return any(expert.up.scheme for layer in layers for expert in layer.experts)
+
+
 def has_three_bits(output: Output) -> bool:
     return any(scheme.bits == 3 for scheme in output.schemes)
 

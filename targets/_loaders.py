@@ -18,6 +18,7 @@ from moe2edge.targets._loader_cases import (
     has_experts_that_differ,
     has_odd_hidden,
     has_ordered_inputs,
+    has_quantized_experts,
     has_three_bits,
     has_unserved_group,
     has_unserved_scheme,
@@ -38,6 +39,7 @@ from moe2edge.targets._loader_cases import (
     needs_eager_in_stock,
     splits_fusion,
 )
+from moe2edge.targets._web_layout import UNKNOWN_TYPES
 
 VLLM = (
     Finding("vLLM", "", "no", "{o.unknown_form}", case=is_uneven),
@@ -116,7 +118,8 @@ TRANSFORMERS_REFUSAL = Finding(
     "transformers", "", "no", "stock classes raise an error on per_layer_config", case=is_uneven
 )
 
-# By target. A report lists programs in the order of the findings that apply.
+# By target, and layout where readers differ. A report lists programs in the order of the findings
+# that apply.
 FINDINGS: Mapping[str, tuple[Finding, ...]] = {
     "hf": (
         Finding(
@@ -333,6 +336,50 @@ FINDINGS: Mapping[str, tuple[Finding, ...]] = {
             "no",
             "its QMoE takes 16-bit activations, and the graph has float32 ones",
         ),
+        Finding(
+            "onnxruntime-web, onnxruntime-node, transformers.js",
+            "",
+            "no",
+            "npm has 1.30 and a build of 1.31, which know no accuracy_level of QMoE; export to "
+            "onnx:layout=web",
+            "run: benchmarks/readers/web",
+            has_quantized_experts,
+        ),
+    ),
+    "onnx:layout=web": (
+        Finding(
+            "onnxruntime-web",
+            "1.30, and the build of 1.31 in transformers.js 4.3.2",
+            "yes",
+            "in wasm",
+            "run in Node and Chromium: benchmarks/readers/web",
+        ),
+        Finding(
+            "transformers.js",
+            "4.3.2",
+            "yes",
+            "it does not know {o.family}: give it the config with model_type qwen3_moe, as in the "
+            "card",
+            "run in Node and Chromium: benchmarks/readers/web",
+            make_family_case(*UNKNOWN_TYPES),
+        ),
+        Finding(
+            "transformers.js",
+            "4.3.2",
+            "yes",
+            "{o.family}",
+            "run in Node: benchmarks/readers/web",
+        ),
+        Finding("onnxruntime-node", "1.30", "yes", evidence="run: benchmarks/readers/web"),
+        Finding(
+            "onnxruntime-web, WebGPU",
+            "1.31 build in transformers.js 4.3.2",
+            "not tried",
+            "it opens the graph; its QMoE asks for shader-f16, which the adapter in software that "
+            "was tried has not",
+        ),
+        Finding("onnxruntime", "1.31 or newer", "yes", "for Python, CPU provider"),
+        Finding("onnxruntime-genai", "", "no", "the folder has no genai_config.json"),
     ),
 }
 
@@ -341,7 +388,7 @@ def judge_loaders(target: str, given: Model, stored: Model) -> tuple[Loader, ...
     """Return the verdict on each program that may load an output of a target.
 
     Args:
-        target: its name.
+        target: its name, or another key of `FINDINGS`.
         given: the model that was to be written.
         stored: the model as the target stores it.
     """

@@ -37,18 +37,19 @@ TABLE_ERROR, ERROR_PER_POSITION = 1e-6, 5e-7
 AGAIN = "export it again"
 
 
-def check_graph(folder: Path, *, int8_cache: bool = False) -> None:
+def check_graph(folder: Path, place: Path, *, int8_cache: bool = False) -> None:
     """Compare rotary tables and attention operators of a graph with ``config.json``.
 
     Args:
-        folder: holds both.
+        folder: holds the config.
+        place: holds the graph.
         int8_cache: whether attention is to cache keys and values in int8.
 
     Raises:
         VerificationFailed: names the table or the operator.
     """
     config = read_json(folder / "config.json")
-    family, graph = find_family(config), load_graph(folder)
+    family, graph = find_family(config), load_graph(place)
     positions = family.geometry(config).max_positions
     recorded = {entry.key: entry.value for entry in graph.metadata_props}.get(POSITIONS_KEY)
     if recorded != str(positions):
@@ -59,7 +60,7 @@ def check_graph(folder: Path, *, int8_cache: bool = False) -> None:
     config.pop("per_layer_config", None)  # of which transformers would ask more than it needs
     expected = compute_rotary_tables(family, config, positions)
     for name, table in zip(ROTARY_TABLES, expected, strict=True):
-        _check_table(name, read_values(folder, graph, name), table)
+        _check_table(name, read_values(place, graph, name), table)
     _check_attention(graph.graph.node, family, config, int8_cache=int8_cache)
     if int8_cache:
         initializers = {tensor.name: tensor for tensor in graph.graph.initializer}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import importlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from onnx import TensorProto
@@ -28,7 +28,13 @@ from moe2edge.targets._onnx_storage import (
 )
 
 
-def build_decoder(model: Model, accuracy_level: int, *, int8_cache: bool = False) -> Graph:
+def build_decoder(
+    model: Model,
+    accuracy_level: int,
+    *,
+    int8_cache: bool = False,
+    omitted: Collection[tuple[str, str]] = (),
+) -> Graph:
     """Build the whole graph; no weight is loaded until the weights are written.
 
     Args:
@@ -36,8 +42,9 @@ def build_decoder(model: Model, accuracy_level: int, *, int8_cache: bool = False
         accuracy_level: attribute of all quantized operators: 0 for float32 activations, 4 for int8.
         int8_cache: whether keys and values are cached in int8, with scales that are still to be
             set; otherwise in float32.
+        omitted: operators and attributes that they go without.
     """
-    graph = Graph()
+    graph = Graph(omitted)
     geometry = model.family.geometry(model.config)
     cached = TensorProto.INT8 if int8_cache else TensorProto.FLOAT
     inputs = _inputs(graph, model, geometry, cached)

@@ -12,7 +12,7 @@ activations in float16 only; their integers become integers of 4 bits, in memory
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -64,13 +64,13 @@ def use_float_experts() -> Iterator[None]:
 
 
 def convert_to_float(
-    folder: Path, data_file: str, *, activations: bool = True
+    folder: Path, data_files: Mapping[str, str], *, activations: bool = True
 ) -> tuple[bytes, dict[str, Array]]:
     """Return the graph of a folder, serialized, with a float32 cache, and tensors that are new.
 
     Args:
         folder: holds the graph.
-        data_file: name of the file that the weights stay in.
+        data_files: names of the files that the weights stay in, by those in the graph.
         activations: make all activations float32 as well.
 
     Returns:
@@ -91,7 +91,7 @@ def convert_to_float(
     for tensor in model.graph.initializer:
         for entry in tensor.external_data:
             if entry.key == "location":
-                entry.value = data_file
+                entry.value = data_files.get(entry.value, entry.value)
     return model.SerializeToString(), new
 
 

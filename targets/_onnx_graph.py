@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,9 @@ class Graph:
         batches: the weights, in the order in which they will be written.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, omitted: Collection[tuple[str, str]] = ()) -> None:
+        """Begin a graph; ``omitted`` are operators and attributes that they go without."""
+        self._omitted = omitted
         self.batches: list[Batch] = []
         self._nodes: list[Any] = []
         # Nodes outside of branches; `_nodes` are those of the branch under construction.
@@ -69,6 +71,7 @@ class Graph:
         Without ``outputs`` it has one output, ``at/op/output_0``.
         """
         outputs = list(outputs) or [f"{at}/{op}/output_0"]
+        attributes = {k: v for k, v in attributes.items() if (op, k) not in self._omitted}
         self._nodes.append(_node(f"{at}/{op}", op, inputs, outputs, attributes))
         return outputs[0]
 

@@ -28,13 +28,17 @@ if TYPE_CHECKING:
 _ITEMS = {kind: dtype.itemsize for kind, dtype in ONNX_DTYPES.values()}
 
 
-def outline_graph(folder: Path) -> Model:
+def outline_graph(folder: Path, place: Path) -> Model:
     """Return the model of a folder, whose weights have the bytes of the initializers.
+
+    Args:
+        folder: folder of the config.
+        place: folder of the graph.
 
     Raises:
         VerificationFailed: the graph is damaged, or lacks a tensor of the config.
     """
-    protos = {proto.name: proto for proto in load_graph(folder).graph.initializer}
+    protos = {proto.name: proto for proto in load_graph(place).graph.initializer}
     held: dict[str, int] = {}
     for proto in protos.values():
         metadata = {p.key: p.value for p in proto.metadata_props}

@@ -96,15 +96,20 @@ def _sum_runs(runs: Sequence[Sequence[Mapping[str, Any]]]) -> tuple[OperatorTime
 # ---- choices of routers -------------------------------------------------------------------------
 
 
-def count_choices(folder: Path, ids: Sequence[int]) -> dict[int, list[int]]:
+def count_choices(folder: Path, place: Path, ids: Sequence[int]) -> dict[int, list[int]]:
     """Count how many tokens of a text choose each row of a router, by layer.
 
     The scores of the routers are further outputs of the graph.
 
+    Args:
+        folder: folder of the config.
+        place: folder of the graph.
+        ids: the text.
+
     Returns:
         Tokens of each row of a layer's router, by the layer's index.
     """
-    graph, model = load_graph(folder), outline_graph(folder)
+    graph, model = load_graph(place), outline_graph(folder, place)
     scores = {
         node.output[0]: int(found[1])
         for node in graph.graph.node
@@ -113,7 +118,7 @@ def count_choices(folder: Path, ids: Sequence[int]) -> dict[int, list[int]]:
     for name in scores:
         value = onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
         graph.graph.output.append(value)
-    session = open_session(folder, graph=graph.SerializeToString())
+    session = open_session(place, graph=graph.SerializeToString())
     feeds: dict[str, Any] = {
         "input_ids": np.asarray([ids], np.int64),
         "attention_mask": np.ones((1, len(ids)), np.int64),

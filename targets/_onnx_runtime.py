@@ -16,7 +16,7 @@ from moe2edge.errors import InputError, Unsupported, VerificationFailed, get_fir
 from moe2edge.runtime.protocol import check_id_range
 from moe2edge.targets._onnx_exact import convert_to_float, use_float_experts
 from moe2edge.targets._onnx_storage import (
-    DATA_FILE,
+    DATA_NAME,
     GRAPH_FILE,
     HALF_BITS,
     HALF_KEY,
@@ -122,12 +122,14 @@ def open_session(
     numbers: dict[str, np.ndarray[Any, Any]] = {}
     check_onnxruntime(folder)
     if exact or whole_cache or graph:
-        # The real file: in the hub's cache the folder holds links, which a session on a graph in
+        # The real files: in the hub's cache the folder holds links, which a session on a graph in
         # memory does not follow.
-        data = (folder / DATA_FILE).resolve()
+        data = {p.name: p.resolve() for p in folder.iterdir() if DATA_NAME.fullmatch(p.name)}
         if not graph:
-            source, numbers = convert_to_float(folder, data.name, activations=exact)
-        options.add_session_config_entry(FOLDER_KEY, str(data.parent))
+            names = {name: path.name for name, path in data.items()}
+            source, numbers = convert_to_float(folder, names, activations=exact)
+        place = next((path.parent for path in data.values()), folder)
+        options.add_session_config_entry(FOLDER_KEY, str(place))
     values = [ort.OrtValue.ortvalue_from_numpy(value) for value in numbers.values()]
     options.add_external_initializers(list(numbers), values)
     with _translate_errors("refuses"), use_float_experts() if exact else nullcontext():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -41,6 +42,8 @@ from moe2edge.storage.written_files import FileDigest
 
 GRAPH_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
+# Names of such files: the usual one, and those of a web folder.
+DATA_NAME = re.compile(r"model\.onnx(\.data|_data(_\d+)?)")
 # Initializers with the rotary embeddings of all positions, float32 [positions, head_dim / 2].
 ROTARY_TABLES = ("model.rotary_emb.cos", "model.rotary_emb.sin")
 # Initializers with the scales of a cache in int8, float32 [1, kv heads, 1, head_dim].
@@ -320,6 +323,26 @@ def _make_proto(slot: Slot, location: str, start: int | None, inline: Mapping[st
 # ---- reading back -------------------------------------------------------------------------------
 
 
+class DataFiles:
+    """Files of data beside a graph, mapped when they are first asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._mapped: dict[str, Bytes] = {}
+
+    def read(self, tensor: str, name: str) -> Bytes:
+        """Return the bytes of the file that a tensor says it is in.
+
+        Raises:
+            VerificationFailed: it is none that moe2edge writes, or cannot be read.
+        """
+        if not DATA_NAME.fullmatch(name):
+            raise VerificationFailed(f"{GRAPH_FILE}: {tensor} is not in {DATA_FILE}")
+        if name not in self._mapped:
+            self._mapped[name] = _map_file(self._folder / name)
+        return self._mapped[name]
+
+
 def load_graph(folder: Path) -> Any:
     """Read ``model.onnx`` of a folder as ``ModelProto``, without its external data.
 
@@ -341,7 +364,7 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor | Quantized]]:
         VerificationFailed: the files are damaged, or were not written by `write_data`.
     """
     protos = {proto.name: proto for proto in load_graph(folder).graph.initializer}
-    data = _map_file(folder / DATA_FILE)
+    data = DataFiles(folder)
     for proto in protos.values():
         metadata = {p.key: p.value for p in proto.metadata_props}
         if PARTS_KEY not in metadata:
@@ -359,7 +382,7 @@ def _read_quantized(
     metadata: Mapping[str, str],
     integers: Iterator[tuple[str, Tensor]],
     protos: Mapping[str, Any],
-    data: Bytes,
+    data: DataFiles,
 ) -> Iterator[tuple[str, Quantized]]:
     """Yield the matrices of the initializer ``owner``, whose packed ``integers`` are given."""
     parts, bits = parse_parts(owner, metadata[PARTS_KEY]), metadata.get(BITS_KEY, USUAL_BITS)
@@ -400,7 +423,7 @@ def parse_parts(owner: str, text: str) -> Rows:
     return parts
 
 
-def _split_tensors(proto: Any, parts: Rows, data: Bytes) -> Iterator[tuple[str, Tensor]]:
+def _split_tensors(proto: Any, parts: Rows, data: DataFiles) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of an initializer: vectors if it is a vector, matrices otherwise."""
     raw, dtype = _read_raw(proto, data)
     rows = sum(count * len(names) for count, names in parts)
@@ -418,7 +441,7 @@ def _split_tensors(proto: Any, parts: Rows, data: Bytes) -> Iterator[tuple[str, 
         start = end
 
 
-def _read_raw(proto: Any, data: Bytes) -> tuple[Bytes, torch.dtype]:
+def _read_raw(proto: Any, data: DataFiles) -> tuple[Bytes, torch.dtype]:
     """Return the bytes of an initializer, mapped from disk if external, and its dtype."""
     dtypes = dict(ONNX_DTYPES.values())
     if proto.data_type not in dtypes:
@@ -431,10 +454,10 @@ def _read_raw(proto: Any, data: Bytes) -> tuple[Bytes, torch.dtype]:
     raw = np.frombuffer(proto.raw_data, np.uint8)
     if proto.data_location == TensorProto.EXTERNAL:
         where = {entry.key: entry.value for entry in proto.external_data}
-        if where.get("location") != DATA_FILE or not where.get("offset", "0").isdecimal():
+        offset = where.get("offset", "0")
+        if not offset.isdecimal():
             raise VerificationFailed(f"{GRAPH_FILE}: {proto.name} is not in {DATA_FILE}")
-        start = int(where.get("offset", "0"))
-        raw = data[start : start + size]
+        raw = data.read(proto.name, where.get("location", ""))[int(offset) : int(offset) + size]
     if raw.size != size:
         raise VerificationFailed(
             f"{GRAPH_FILE} or {DATA_FILE} is cut short: {proto.name} has {raw.size} bytes of {size}"
@@ -451,7 +474,7 @@ def read_values(folder: Path, model: Any, name: str) -> Tensor:
     proto = next((proto for proto in model.graph.initializer if proto.name == name), None)
     if proto is None:
         raise VerificationFailed(f"{GRAPH_FILE} lacks {name}; export it again")
-    raw, dtype = _read_raw(proto, _map_file(folder / DATA_FILE))
+    raw, dtype = _read_raw(proto, DataFiles(folder))
     return torch.from_numpy(np.array(raw)).view(dtype).view(tuple(proto.dims))
 
 

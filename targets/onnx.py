@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from moe2edge.errors import InputError, Unsupported
 from moe2edge.model.block import Block, is_low_rank, is_quantizable
 from moe2edge.model.edits import remove_skipping, sort_rows
+from moe2edge.model.family import find_family
 from moe2edge.model.hf_config import build_config
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model, list_end_names
@@ -20,11 +21,21 @@ from moe2edge.pipeline.target import Loader, Target
 from moe2edge.runtime.memory import Estimate
 from moe2edge.runtime.operator_times import PhaseTimes
 from moe2edge.runtime.protocol import Runtime
-from moe2edge.storage.text_files import write_bytes, write_json
+from moe2edge.storage.text_files import read_json, write_bytes, write_json
 from moe2edge.storage.tokenizer import read_stop_ids
 from moe2edge.targets._loaders import judge_loaders
 from moe2edge.targets._onnx_genai import GENAI_CONFIG, build_genai_config
 from moe2edge.targets._tensors import check_group_size
+from moe2edge.targets._web_layout import (
+    GRAPH_FOLDER,
+    OMITTED,
+    accept_web_expert,
+    build_web_config,
+    check_web_config,
+    describe_use,
+    list_web_remarks,
+    widen_bfloat16,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,6 +64,7 @@ class Onnx(Target):
             activations the operator always rounds.
         kv_cache: dtype of cached keys and values: int8 takes a quarter of the memory of float32,
             with scales that are measured on the calibration text.
+        layout: web: as transformers.js and onnxruntime-web on npm read it.
     """
 
     summary: ClassVar[str] = "decoder graph with KV cache for ONNX Runtime on a CPU"
@@ -66,6 +78,7 @@ class Onnx(Target):
     )
     accuracy_level: int = 4
     kv_cache: Literal["float32", "int8"] = "float32"
+    layout: Literal["plain", "web"] = "plain"
 
     def __post_init__(self) -> None:
         if self.accuracy_level not in (0, 4):
@@ -74,6 +87,8 @@ class Onnx(Target):
             )
         if self.kv_cache not in ("float32", "int8"):
             raise InputError(f"kv_cache is float32 or int8, not {self.kv_cache}")
+        if self.layout not in ("plain", "web"):
+            raise InputError(f"layout is plain or web, not {self.layout}")
 
     @property
     def _int8_cache(self) -> bool:
@@ -83,6 +98,14 @@ class Onnx(Target):
     def narrow_head(self) -> bool:
         """True: a head in bfloat16 is held as float32, and takes six times as long."""
         return True
+
+    @property
+    def _web(self) -> bool:
+        return self.layout == "web"
+
+    def _place(self, folder: Path) -> Path:
+        """Return the folder of the graph."""
+        return folder / GRAPH_FOLDER if self._web else folder
 
     @property
     def reads_calibration(self) -> bool:
@@ -121,14 +144,42 @@ class Onnx(Target):
                 _accept_scheme(name, weight.shape, weight.scheme, widths)
         for block, layer in model.moe_blocks:
             _accept_layer(block, layer)
-        if _has_3_bits(model):
+        if self._web:
+            self._accept_web(model)
+        elif _has_3_bits(model):
             from moe2edge.targets._onnx_runtime import check_3_bits
 
             check_3_bits()
 
+    def _accept_web(self, model: Model) -> None:
+        """Refuse what onnxruntime on npm does not run.
+
+        Raises:
+            Unsupported: names it.
+        """
+        if _has_3_bits(model):
+            raise Unsupported(
+                f"experts of {EXPERT_BITS} bits need onnxruntime 1.32 or newer, and npm has 1.30; "
+                f"choose {', '.join(map(str, GRAPH_BITS))} bits, or leave layout=web out"
+            )
+        from moe2edge.targets._onnx_web import accept_sizes, count_data_bytes
+
+        for name, role, weight in model.tensors():
+            if role.startswith("experts."):
+                accept_web_expert(name, weight)
+        graph = self._build(self.stored(model))
+        accept_sizes(graph.batches, count_data_bytes(graph.batches) + graph.widened_nbytes)
+
+    def remarks(self, model: Model) -> tuple[str, ...]:
+        """Say what numbers of a web folder are, and what runs it."""
+        return tuple(list_web_remarks(model)) if self._web else ()
+
     def stored(self, model: Model) -> Model:
-        """Return the model with the rows of routers in the order that ``config.json`` tells."""
-        return sort_rows(model)
+        """Return the model with the rows of routers in the order that ``config.json`` tells.
+
+        A web folder has float32 in place of bfloat16.
+        """
+        return widen_bfloat16(sort_rows(model)) if self._web else sort_rows(model)
 
     def estimate(self, model: Model) -> Estimate:
         """Estimate ``model.onnx.data``, in which rotary tables are float32, and scales in part.
@@ -136,9 +187,11 @@ class Onnx(Target):
         In memory, what is neither quantized nor of low rank is float32 as well.
         """
         from moe2edge.targets._onnx_storage import compute_offsets
+        from moe2edge.targets._onnx_web import count_data_bytes
 
         graph = self._build(self.stored(model))
-        data = compute_offsets(graph.batches)[1]
+        count = count_data_bytes if self._web else lambda batches: compute_offsets(batches)[1]
+        data = count(graph.batches)
         return Estimate(data + graph.widened_nbytes, data)
 
     def write(self, model: Model, folder: Path) -> dict[str, str]:
@@ -150,26 +203,38 @@ class Onnx(Target):
             Unsupported: see `accepts`.
         """
         from moe2edge.targets._onnx_storage import DATA_FILE, GRAPH_FILE, write_data
+        from moe2edge.targets._onnx_web import write_web_data
 
         self.accepts(model)
         model = self.stored(model)
         graph = self._build(model)
-        initializers, data = write_data(graph.batches, folder / DATA_FILE)
+        if self._web:
+            initializers, digests = write_web_data(graph.batches, folder)
+        else:
+            initializers, data = write_data(graph.batches, folder / DATA_FILE)
+            digests = {DATA_FILE: data}
         content = graph.proto(initializers, _metadata(model)).SerializeToString(deterministic=True)
+        path = self._place(folder) / GRAPH_FILE
+        digests[path.relative_to(folder).as_posix()] = write_bytes(path, content)
         config = build_config(model)
-        genai = build_genai_config(config, read_stop_ids(folder, config))
-        return {
-            DATA_FILE: data,
-            GRAPH_FILE: write_bytes(folder / GRAPH_FILE, content),
-            "config.json": write_json(folder / "config.json", add_older_spellings(config)),
-            GENAI_CONFIG: write_json(folder / GENAI_CONFIG, genai),
-        }
+        named = add_older_spellings(config)
+        if self._web:
+            named = build_web_config(named, len(digests) - 1)
+        else:
+            genai = build_genai_config(config, read_stop_ids(folder, config))
+            digests[GENAI_CONFIG] = write_json(folder / GENAI_CONFIG, genai)
+        return digests | {"config.json": write_json(folder / "config.json", named)}
 
     def _build(self, model: Model) -> Graph:
         """Build the graph of a model that is stored."""
         from moe2edge.targets._onnx_decoder import build_decoder
 
-        return build_decoder(model, self.accuracy_level, int8_cache=self._int8_cache)
+        return build_decoder(
+            model,
+            self.accuracy_level,
+            int8_cache=self._int8_cache,
+            omitted=OMITTED if self._web else (),
+        )
 
     def calibrate(self, folder: Path, texts: Iterable[list[int]]) -> dict[str, str]:
         """Set the scales of a cache in int8 by the keys and values of texts.
@@ -183,7 +248,11 @@ class Onnx(Target):
         from moe2edge.targets._onnx_cache import set_cache_scales
         from moe2edge.targets._onnx_storage import GRAPH_FILE
 
-        return {GRAPH_FILE: set_cache_scales(folder, texts)} if self._int8_cache else {}
+        if not self._int8_cache:
+            return {}
+        place = self._place(folder)
+        name = (place / GRAPH_FILE).relative_to(folder).as_posix()
+        return {name: set_cache_scales(place, texts)}
 
     def tensors(self, folder: Path) -> Iterator[tuple[str, Tensor | Quantized]]:
         """Read every tensor back from the initializers of the graph, one by one.
@@ -193,7 +262,7 @@ class Onnx(Target):
         """
         from moe2edge.targets._onnx_storage import read_tensors
 
-        return read_tensors(folder)
+        return read_tensors(self._place(folder))
 
     def check_derived(self, folder: Path) -> None:
         """Compare rotary tables, attention operators and ``genai_config.json`` with the config.
@@ -203,8 +272,12 @@ class Onnx(Target):
         """
         from moe2edge.targets._onnx_checks import check_genai_config, check_graph
 
-        check_graph(folder, int8_cache=self._int8_cache)
-        check_genai_config(folder)
+        place = self._place(folder)
+        check_graph(folder, place, int8_cache=self._int8_cache)
+        if self._web:
+            check_web_config(read_json(folder / "config.json"), place)
+        else:
+            check_genai_config(folder)
 
     def check_installed(self, folder: Path) -> None:
         """Refuse a folder that the installed onnxruntime does not run.
@@ -214,7 +287,7 @@ class Onnx(Target):
         """
         from moe2edge.targets._onnx_runtime import check_onnxruntime
 
-        check_onnxruntime(folder)
+        check_onnxruntime(self._place(folder))
 
     def outline(self, folder: Path) -> Model:
         """Return the model of a folder with the shapes and bytes that its graph has.
@@ -224,7 +297,7 @@ class Onnx(Target):
         """
         from moe2edge.targets._onnx_outline import outline_graph
 
-        return outline_graph(folder)
+        return outline_graph(folder, self._place(folder))
 
     def profile_operators(
         self, folder: Path, ids: Sequence[int], gen_tokens: int
@@ -232,13 +305,13 @@ class Onnx(Target):
         """Run a text with the profiler of ONNX Runtime."""
         from moe2edge.targets._onnx_profiler import profile_graph
 
-        return profile_graph(folder, ids, gen_tokens)
+        return profile_graph(self._place(folder), ids, gen_tokens)
 
     def count_choices(self, folder: Path, ids: Sequence[int]) -> Mapping[int, list[int]] | None:
         """Count the tokens that choose each row of a router, in the graph itself."""
         from moe2edge.targets._onnx_profiler import count_choices
 
-        return count_choices(folder, ids)
+        return count_choices(folder, self._place(folder), ids)
 
     def reopen(self, folder: Path, *, exact: bool = False) -> Runtime:
         """Open the folder in ONNX Runtime; ``exact`` makes all activations float32.
@@ -249,13 +322,29 @@ class Onnx(Target):
         """
         from moe2edge.targets._onnx_runtime import open_runtime
 
-        return open_runtime(folder, exact=exact)
+        return open_runtime(self._place(folder), exact=exact)
+
+    def reopen_elsewhere(self, folder: Path) -> Runtime | None:
+        """Open a web folder in onnxruntime-web, by Node.
+
+        Raises:
+            Unsupported: Node or the package is missing or too old.
+            VerificationFailed: onnxruntime-web refuses the graph.
+        """
+        if not self._web:
+            return None
+        from moe2edge.targets._web_runtime import WebRuntime
+
+        config = read_json(folder / "config.json")
+        positions = find_family(config).geometry(config).max_positions
+        return WebRuntime(self._place(folder), positions)
 
     def with_whole_cache(self, folder: Path) -> Runtime | None:
         """Open a graph with a cache in float32, if that of the folder is int8."""
         from moe2edge.targets._onnx_runtime import open_runtime
 
-        return open_runtime(folder, whole_cache=True) if self._int8_cache else None
+        place = self._place(folder)
+        return open_runtime(place, whole_cache=True) if self._int8_cache else None
 
     def without_skipping(self, model: Model, folder: Path) -> Runtime:
         """Open a graph that runs every chosen expert, with the weights of the folder."""
@@ -263,14 +352,19 @@ class Onnx(Target):
         from moe2edge.targets._onnx_storage import load_graph
 
         graph = self._build(remove_skipping(self.stored(model)))
-        protos = {proto.name: proto for proto in load_graph(folder).graph.initializer}
+        place = self._place(folder)
+        protos = {proto.name: proto for proto in load_graph(place).graph.initializer}
         stored = [protos[slot.name] for batch in graph.batches for slot in batch.slots]
         proto = graph.proto(stored, _metadata(model))
-        return open_runtime(folder, graph=proto.SerializeToString())
+        return open_runtime(place, graph=proto.SerializeToString())
+
+    def describe_use(self, model: Model) -> str:
+        """Return JavaScript that runs a web folder."""
+        return describe_use(model.family.model_type) if self._web else ""
 
     def loaders(self, model: Model) -> tuple[Loader, ...]:
         """Return the verdict on each program that may load the graph."""
-        return judge_loaders("onnx", model, model)
+        return judge_loaders("onnx:layout=web" if self._web else "onnx", model, model)
 
 
 def _metadata(model: Model) -> dict[str, str]:

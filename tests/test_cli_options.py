@@ -48,11 +48,11 @@ def test_options_of_a_target_are_recorded_and_reopened(
     }
     assert levels == {0}
     manifest = json.loads((out / "onnx" / "manifest.json").read_text())
-    options = {"accuracy_level": 0, "kv_cache": "float32"}
+    options = {"accuracy_level": 0, "kv_cache": "float32", "layout": "plain"}
     assert manifest["target_options"] == options
     report = json.loads((out / "onnx" / "report.json").read_text())
     assert report["target_options"]["onnx"] == options
-    said = "for the target `onnx`, accuracy_level 0, kv_cache float32."
+    said = "for the target `onnx`, accuracy_level 0, kv_cache float32, layout plain."
     assert said in (out / "onnx" / "README.md").read_text()
     seen = []
     kind = type(registry.find_target("onnx"))
@@ -76,10 +76,7 @@ def test_options_of_a_target_are_recorded_and_reopened(
     assert run("evaluate", out / "onnx", *text).exit_code == 0
     assert seen == [registry.make_target("onnx", {"accuracy_level": 0})] * 4
     # The request that the profiler sends to its process.
-    assert open_subject(out / "onnx").request["options"] == {
-        "accuracy_level": 0,
-        "kv_cache": "float32",
-    }
+    assert open_subject(out / "onnx").request["options"] == options
 
 
 def test_folders_of_older_versions_have_no_options(pair: Path, tmp_path: Path) -> None:
@@ -107,7 +104,8 @@ def test_targets_lists_options() -> None:
     assert set(found["targets"]) == set(found["options"]) == set(registry.list_targets())
     said = run("export", "--help").stdout.partition("--target")[2].partition(";")[0]
     assert all(name in said for name in registry.list_targets())
-    assert found["options"]["onnx"] == {"accuracy_level": 4, "kv_cache": "float32"}
+    defaults = {"accuracy_level": 4, "kv_cache": "float32", "layout": "plain"}
+    assert found["options"]["onnx"] == defaults
 
 
 @pytest.fixture

@@ -700,6 +700,9 @@ def test_sizes_by_class(tmp_path: Path) -> None:
     # Without data beside it, the graph holds the weights itself.
     (tmp_path / "model.onnx.data").unlink()
     assert measure_sizes(tmp_path) == {**expected, "weights": 5, "graph": 0}
+    (tmp_path / "model.onnx_data_1").write_bytes(b"00")
+    assert measure_sizes(tmp_path) == expected
+    (tmp_path / "model.onnx_data_1").unlink()
     (tmp_path / ".git" / "lfs").mkdir(parents=True)
     (tmp_path / ".git" / "lfs" / "x.safetensors").write_bytes(b"again")
     assert measure_sizes(tmp_path) == {**expected, "weights": 5, "graph": 0}

@@ -755,8 +755,8 @@ def list_options(command: click.Command) -> Iterator[str]:
 
 
 def test_options_and_commands_in_messages_exist() -> None:
-    # Those of pip; of vLLM and llama-server, on cards.
-    others = {"--help", "--version", "--upgrade", "--quantization", "--no-repack"}
+    # Those of pip and npm; of vLLM and llama-server, on cards.
+    others = {"--help", "--version", "--upgrade", "--prefix", "--quantization", "--no-repack"}
     assert find_names(r"(?<![\w-])--[a-z][a-z-]+") <= {*list_options(main), *others}
     assert find_names(r"(?:run|with|use) moe2edge ([a-z]+)\b(?! \w+ed)") <= set(main.commands)
     assert find_names(r"(?<!\w)-r ([a-z][\w-]+)") <= set(recipe.list_bundled())
@@ -772,8 +772,8 @@ def test_settings_in_messages_exist() -> None:
         assert option in kinds[name].model_fields, setting
     known = {option for kind in kinds.values() for option in kind.model_fields}
     names = find_names(r"\bset ([a-z_]+): ") | find_names(r"\b([a-z]+_[a-z_]+): (?:true|false)\b")
-    # Keys of a rule, and of a chat of texts, are options of an inner level.
-    assert names - known <= {"device"}, names - known
+    # Keys of a rule, and of a chat of texts, are options of an inner level; one is JavaScript's.
+    assert names - known <= {"device", "skip_prompt"}, names - known
 
 
 def test_packages_in_messages_are_those_that_are_asked_for() -> None:

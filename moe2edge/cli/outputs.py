@@ -30,6 +30,7 @@ from moe2edge.errors import DoesNotFit
 
 if TYPE_CHECKING:
     from moe2edge.evaluation.verify import Verification
+    from moe2edge.evaluation.verify_elsewhere import Elsewhere
 
 
 @click.command(epilog="\b\nExample:\n  moe2edge verify out-onnx")
@@ -54,9 +55,11 @@ def verify_command(
     and the logits in the runtime of the target.
     """
     from moe2edge.evaluation import verify
+    from moe2edge.evaluation.verify_elsewhere import verify_elsewhere
 
     quiet_libraries()
     done = verify.verify_output(folder)
+    elsewhere = verify_elsewhere(done)
     recorded, parity = done.reference, done.parity
     result: dict[str, Any] = {
         "tensors": done.tensors,
@@ -64,6 +67,9 @@ def verify_command(
         "notes": list(done.notes),
         "not_checked": list(done.unchecked),
     }
+    if elsewhere is not None:
+        result["elsewhere"] = asdict(elsewhere)
+        result["not_checked"] += [elsewhere.unchecked] if elsewhere.unchecked else []
     if reference:
         if done.runtime is None:
             raise DoesNotFit(
@@ -76,7 +82,7 @@ def verify_command(
     if as_json:
         emit(result)
         return
-    for line in _describe_verification(done):
+    for line in (*_describe_verification(done), *_describe_elsewhere(elsewhere)):
         show(line)
     if reference:
         note = (
@@ -87,7 +93,7 @@ def verify_command(
         show(f"KL to {reference}: {result['kl_to_source']:.5f} nats per token{note}")
     for note in done.notes:
         show(f"note: {note}")
-    for missing in done.unchecked:
+    for missing in result["not_checked"]:
         show(f"not checked: {missing}")
     show("verified")
 
@@ -109,6 +115,15 @@ def _describe_verification(done: Verification) -> Iterator[str]:
         )
     if parity.whole_cache is not None:
         yield f"cache: {parity.whole_cache:.2%} relative error without rounding keys and values"
+
+
+def _describe_elsewhere(elsewhere: Elsewhere | None) -> Iterator[str]:
+    """Yield a line about the program that the folder is for, if that was run as well."""
+    if elsewhere is not None and (parity := elsewhere.parity) is not None:
+        yield (
+            f"elsewhere: {parity.shipped:.2%} relative error of logits, {parity.top1:.1%} top-1 "
+            f"agreement; {elsewhere.program}"
+        )
 
 
 @click.command(epilog='\b\nExample:\n  moe2edge generate out-onnx "def read_json(path):"')

@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from moe2edge.errors import Unsupported
 from moe2edge.runtime.generation import count_remaining, describe_runtime, generate
 from moe2edge.runtime.protocol import check_id_range
 from moe2edge.storage.text_files import read_json
 from moe2edge.storage.tokenizer import read_context_length, read_stop_ids
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from moe2edge.pipeline.target import Target
+    from moe2edge.runtime.protocol import Runtime
     from moe2edge.storage.manifest import Artifact
 
 
@@ -49,7 +54,17 @@ def continue_in(
             f"{len(prompt_ids)} of the {context} positions of the model"
         )
     target = registry.make_target(artifact.target, artifact.options)
-    runtime = target.reopen(artifact.folder)
+    runtime = _open_runtime(target, artifact.folder, tell)
     if note := describe_runtime(runtime):
         tell(f"note: {note}")
     return generate(runtime, prompt_ids, max_tokens=left, stop=stop, **how)
+
+
+def _open_runtime(target: Target, folder: Path, tell: Callable[[str], object]) -> Runtime:
+    """Open a folder in the program that it is for, or say why another one runs it."""
+    try:
+        elsewhere = target.reopen_elsewhere(folder)
+    except Unsupported as error:
+        tell(f"note: target {target.name} runs it in Python: {error}")
+        elsewhere = None
+    return elsewhere or target.reopen(folder)

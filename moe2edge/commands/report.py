@@ -227,7 +227,7 @@ class Report:
             DiskFailed: the disk gives back something else than was written.
         """
         name = target.name
-        card = self._render_card(target, checkpoint)
+        card = self._render_card(target, model, checkpoint)
         digests = {
             **written.digests,
             RECIPE_FILE: write_bytes(folder / RECIPE_FILE, self.recipe.encode()),
@@ -274,7 +274,7 @@ class Report:
         denied = {one.program for one in self.loaders[target.name] if one.verdict == "no"}
         return None if target.card_library in denied else target.card_library
 
-    def _render_card(self, target: Target, checkpoint: Checkpoint) -> str:
+    def _render_card(self, target: Target, model: Model, checkpoint: Checkpoint) -> str:
         """Write the text of README.md, with the metadata that the hub reads."""
         from huggingface_hub import ModelCardData
 
@@ -303,6 +303,8 @@ class Report:
             f"{line[:1].upper()}{line[1:]}.\n\n" for line in self.remarks.get(name, ())
         )
         commands = "".join(f"{line}\n" for line in target.commands)
+        script = target.describe_use(model)
+        script = f"```js\n{script}```\n\n" if script else ""
         return (
             f"---\n{data.to_yaml()}\n---\n\n# {self.source}, compressed with moe2edge\n\n"
             f"{self.family}, written for the target `{name}`{options}.\n\n"
@@ -310,5 +312,5 @@ class Report:
             f"{self._describe_materialized()}{self._describe_source_format(name)}"
             f"## Who can load it\n\n{loaders}\n\n{limits}## Run it\n\n"
             f'```sh\nmoe2edge generate . "Once upon a time"\nmoe2edge verify .\n{commands}```\n\n'
-            f"## Recipe\n\n```yaml\n{self.recipe}```\n"
+            f"{script}## Recipe\n\n```yaml\n{self.recipe}```\n"
         )

@@ -69,7 +69,7 @@ def make_target(name: str, options: Mapping[str, object]) -> Target:
         InputError: there is no such target or option, or a value is not one of the option's.
 
     >>> make_target("onnx", {"accuracy_level": 0})
-    Onnx(accuracy_level=0, kv_cache='float32')
+    Onnx(accuracy_level=0, kv_cache='float32', layout='plain')
     """
     if name not in list_targets():
         raise InputError(suggest("target", name, list_targets()))

@@ -261,6 +261,21 @@ class Target:
         """
         return None
 
+    def reopen_elsewhere(self, folder: Path) -> Runtime | None:
+        """Open the folder in the program that it is for, where `reopen` takes another one.
+
+        None if `reopen` takes that program.
+
+        Raises:
+            Unsupported: it is not installed; with the command that installs it.
+            VerificationFailed: it refuses the folder.
+        """
+        return None
+
+    def describe_use(self, model: Model) -> str:
+        """Return JavaScript that runs an output of ``model``, for its card, if there is some."""
+        return ""
+
     def without_skipping(self, model: Model, folder: Path) -> Runtime:
         """Open the folder as `reopen` does, but with every chosen expert run; for timing.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,9 @@ from moe2edge.storage.manifest import (
 )
 from moe2edge.storage.text_files import hash_file, read_json
 from moe2edge.storage.tokenizer import read_context_length
+
+# Ends of the names of files with the weights of a graph.
+_DATA_NAME = re.compile(r"(\.data|\.onnx_data(_\d+)?)$")
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,7 @@ def measure_sizes(folder: Path) -> dict[str, int]:
     """
     files = {n: path for n, path in list_files(folder).items() if not n.startswith(SYSTEM_FOLDERS)}
     sizes = dict.fromkeys(("weights", "graph", "tokenizer", "config", "other"), 0)
-    outside = any(name.endswith(".data") for name in files)
+    outside = any(_DATA_NAME.search(name) for name in files)
     for name, path in files.items():
         sizes[_classify_file(name, outside)] += path.stat().st_size
     return sizes
@@ -123,7 +127,7 @@ def measure_sizes(folder: Path) -> dict[str, int]:
 def _classify_file(name: str, weights_outside_graph: bool) -> str:
     """Return the class of a file. A graph without a data file contains the weights itself."""
     base = name.rpartition("/")[2]
-    if base.endswith((".safetensors", ".data", ".gguf")):
+    if base.endswith((".safetensors", ".gguf")) or _DATA_NAME.search(base):
         return "weights"
     if base.endswith(".onnx"):
         return "graph" if weights_outside_graph else "weights"
