@@ -224,7 +224,7 @@ def report(bench: Bench, ends: int, importance: Path) -> None:
         a, b = found[mine], found[theirs]
         print(
             f"- {mine} / {theirs}: {compare(a, b)} of its KL at {a.nbytes / b.nbytes:.1%} of its "
-            f"bytes; wanted: at most {most:.0%}"
+            f"bytes{'' if most is None else f'; wanted: at most {most:.0%}'}"
         )
     checked = {title: found[title].path for title in CHECKED}
     for title, said in bench.cross_check(checked).items():
