@@ -31,6 +31,7 @@ from moe2edge.storage.patterns import compile_pattern
 
 if TYPE_CHECKING:
     from moe2edge.numerics.grid import Quantized
+    from moe2edge.numerics.rounding import Range
 
 Bits = Literal[2, 3, 4, 8]
 GroupSize = Literal[-1, 16, 32, 64, 128]
@@ -38,10 +39,10 @@ GroupSize = Literal[-1, 16, 32, 64, 128]
 GROUPS = (128, 64, 32, 16)
 # Option of passes that chooses scales.
 Scales = Annotated[
-    Literal["absmax", "mse"],
+    Literal["absmax", "mse", "signed"],
     Field(
         description="range that a scale covers: the whole range of the group (absmax), or the "
-        "range with the least squared error (mse)"
+        "range with the least squared error (mse), where symmetric scales may be negative (signed)"
     ),
 ]
 
@@ -164,7 +165,7 @@ class Quantize(Slim):
         if self.factors != 16:
             yield from (name for name, role, _ in model.tensors() if is_low_rank(role))
 
-    def solve_alone(self, block: Block, how: Literal["absmax", "mse"]) -> dict[str, Quantized]:
+    def solve_alone(self, block: Block, how: Range) -> dict[str, Quantized]:
         """Round factors and linear maps of a block to nearest, by role; none if they stay as is.
 
         Args:

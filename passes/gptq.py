@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
+from moe2edge.errors import InputError
 from moe2edge.model.block import Block
 from moe2edge.model.model import Model
 from moe2edge.model.traits import Trait
@@ -67,6 +68,15 @@ class Gptq(Quantize):
             "(static)"
         ),
     ] = True
+    refit: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=8,
+            description="times that scales are fitted to the integers and the columns rounded "
+            "again; needs act_order",
+        ),
+    ] = 0
     gate_weighted: GateWeighted = True
     propagate: Annotated[
         bool,
@@ -98,6 +108,11 @@ class Gptq(Quantize):
     def check(self, model: Model) -> None:
         """Refuse models that `Quantize` refuses, and ``device: cuda`` where there is no GPU."""
         super().check(model)
+        if self.refit and not self.act_order:
+            raise InputError(
+                "refit needs act_order: true, as otherwise scales are chosen column by column; "
+                "leave one of the two out"
+            )
         self.place()
 
     def place(self) -> torch.device:
@@ -189,8 +204,8 @@ class _Solver:
         """Estimate the bytes of memory that solving one group takes."""
         rows, ins = sum(shape[0] for shape in shapes), shapes[0][1]
         # The Hessian twice, as LAPACK needs it in another order; the weights and their errors in
-        # two dtypes, integers, and temporary zero points.
-        return 8 * ins * ins + 12 * rows * ins
+        # two dtypes, integers, and temporary zero points. Fitting takes as much again.
+        return (8 * ins * ins + 12 * rows * ins) * (2 if self._options.refit else 1)
 
     def solve(self, block: Block, groups: Sequence[MatrixGroup]) -> Solved:
         """Solve groups of equal shapes and schemes as one batch.
@@ -341,7 +356,9 @@ class _Solver:
         import torch
 
         from moe2edge.numerics import error_feedback
+        from moe2edge.numerics.grid import Grid
         from moe2edge.numerics.rounding import choose_grid
+        from moe2edge.numerics.scale_fitting import fit_scales, measure_rows
 
         batch, _, ins = weights.shape
         how = self._options.scales
@@ -349,16 +366,36 @@ class _Solver:
         groups = torch.arange(ins, device=weights.device) // scheme.width(ins)
         groups = groups.expand(batch, ins)
         fixed = orders is not None or scheme.groups(ins) == 1
-        grid = choose_grid(weights, scheme, how if fixed else "absmax", diagonals)
+        costs = diagonals
+        if orders is not None and how == "signed":
+            # What is left of the Hessian once later columns make up for errors.
+            costs = torch.empty_like(diagonals).scatter_(1, orders, factors.weight)
+        grid = choose_grid(weights, scheme, how if fixed else "absmax", costs)
         columns = error_feedback.transpose(weights)
         del weights  # frees its memory: there is no other reference
         if orders is not None:
             groups = groups.gather(1, orders)
             columns = error_feedback.gather_rows(columns, orders)
             mask = None if mask is None else error_feedback.gather_rows(mask.mT, orders).mT
+        original = columns.clone() if self._options.refit else columns
         rounder = error_feedback.GridRounder(groups, grid, None if fixed else how, mask)
         loss = error_feedback.round_columns(columns, factors, rounder, self.dtype)
-        q, grid = rounder.integers(orders).cpu(), rounder.grid.cpu()
+        q, grid = rounder.integers(orders), rounder.grid
+        if self._options.refit:
+            rows = measure_rows(columns, factors)
+            for _ in range(self._options.refit):
+                fitted = fit_scales(original, rounder.numbers, rounder.grid.scales, groups, factors)
+                columns.copy_(original)
+                again = Grid(fitted, grid.zeros, scheme)
+                rounder = error_feedback.GridRounder(groups, again, None, mask)
+                error_feedback.round_columns(columns, factors, rounder, self.dtype)
+                found = measure_rows(columns, factors)
+                better = (found < rows)[..., None]
+                q = torch.where(better, rounder.integers(orders), q)
+                grid = Grid(torch.where(better, fitted, grid.scales), grid.zeros, scheme)
+                rows = torch.minimum(found, rows)
+            loss = rows.sum(1)
+        q, grid = q.cpu(), grid.cpu()
         return [grid[n].to_quantized(q[n]) for n in range(batch)], loss
 
     def _sum_hessians(

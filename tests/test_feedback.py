@@ -10,6 +10,7 @@ from moe2edge.numerics import compiled, error_feedback
 from moe2edge.numerics import compiled as native
 from moe2edge.numerics.grid import Grid, dequantize
 from moe2edge.numerics.rounding import Range, choose_grid, round_to_nearest
+from moe2edge.numerics.scale_fitting import fit_scales, measure_rows
 from moe2edge.numerics.scheme import Scheme
 
 
@@ -270,3 +271,41 @@ def test_distant_feedback_in_bfloat16_loses_nothing_significant() -> None:
         assert losses[-1] == pytest.approx(float((error @ damped(hessian) * error).sum()), rel=0.01)
     assert losses[1] == pytest.approx(losses[0], rel=0.01)
     assert not torch.equal(*found)
+
+
+@pytest.mark.parametrize("scheme", [Scheme(4, 32), Scheme(2, 64)], ids=str)
+def test_signed_scales_round_better_than_positive_ones(scheme: Scheme) -> None:
+    weight = problem()[0]
+    errors = {
+        how: float((round_to_nearest(weight, scheme, how).dequantize() - weight).square().sum())
+        for how in ("mse", "signed")
+    }
+    grid = choose_grid(weight, scheme, "signed")
+    assert (grid.scales < 0).any()
+    assert (grid.scales > 0).any()
+    assert errors["signed"] < 0.95 * errors["mse"]
+
+
+def test_scales_that_are_fitted_are_those_of_least_squares() -> None:
+    weight, hessian = problem(outs=5, ins=96)
+    scheme = Scheme(4, 32)
+    groups = (torch.arange(96) // 32)[None]
+    rounded = round_to_nearest(weight, scheme)
+    numbers = (rounded.q.float() - scheme.zero_point).T[None]
+    factors, _ = error_feedback.factorize(hessian[None].clone(), 0.01)
+    found = fit_scales(weight.T[None], numbers, rounded.scales[None], groups, factors)[0]
+    root = torch.linalg.cholesky(damped(hessian))
+    for row, own, scales in zip(weight, numbers[0].T, found, strict=True):
+        parts = torch.zeros(96, 3)
+        parts[torch.arange(96), groups[0]] = own
+        best = torch.linalg.lstsq(root.T @ parts.double(), root.T @ row.double()).solution
+        assert torch.allclose(scales.double(), best, rtol=2**-8)
+    lost = [
+        float(measure_rows((weight - rounded_to(own, s, groups[0])).T[None], factors).sum())
+        for own, s in ((numbers[0].T, rounded.scales), (numbers[0].T, found))
+    ]
+    assert lost[1] < lost[0]
+
+
+def rounded_to(numbers: torch.Tensor, scales: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+    return numbers * scales[:, groups]

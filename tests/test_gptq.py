@@ -12,6 +12,7 @@ import torch
 
 from helpers import ignore
 from moe2edge.calibration import walk
+from moe2edge.errors import InputError
 from moe2edge.model.block import Block
 from moe2edge.model.family import FAMILIES
 from moe2edge.model.layers import MoELayer
@@ -256,3 +257,24 @@ def test_memory_does_not_change_numbers(tiny: Make, tmp_path: Path) -> None:
         if a.scheme is not None:
             same = (a.quantized().q == b.quantized().q).double().mean()
             assert same > 0.99, name  # sums in another order round differently now and then
+
+
+def test_signed_scales_fitted_to_the_integers_lose_less(tiny: Make) -> None:
+    model = open_checkpoint(str(tiny("olmoe"))).model
+    ids = tokens(model)
+    source, kls = list(logits(model, ids)), []
+    for more in ({}, {"scales": "signed"}, {"scales": "signed", "refit": 1}):
+        step = Gptq.model_validate({"group_size": 32, "compute": "float32", **more})
+        after, _ = solve(model, step, ids)
+        kls.append(metrics.measure(ids, logits(after, ids), source).kl or 0)
+    assert kls[1] < kls[0]
+    assert kls[2] < kls[1]
+    scales = numbers(after, 0, "experts.1.gate").scales
+    assert torch.equal(scales, scales.to(torch.float16).float())
+    assert (scales < 0).any()
+
+
+def test_refit_is_refused_where_scales_are_chosen_on_the_way(tiny: Make) -> None:
+    model = open_checkpoint(str(tiny("olmoe"))).model
+    with pytest.raises(InputError, match="refit needs act_order: true"):
+        Gptq(group_size=32, refit=1, act_order=False).check(model)

@@ -306,6 +306,12 @@ class GridRounder:
         return transpose(q)
 
     @property
+    def numbers(self) -> Tensor:
+        """Integers minus zero points in the order of rounding, int16 [batch, in, out]."""
+        self._store_integers()
+        return self._q
+
+    @property
     def grid(self) -> Grid:
         """Grids of all groups, [batch, out, groups]."""
         scales, zeros = transpose(self._scales), transpose(self._zeros)

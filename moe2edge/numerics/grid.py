@@ -26,7 +26,7 @@ class Quantized:
     Attributes:
         q: uint8 [out, in], values ``0 .. 2**bits - 1``.
         scales: float32 [out, groups], each exact in bfloat16 and in float16; those of a quantized
-            source in one of the two.
+            source in one of the two. Some may be negative.
         scheme: how to read them.
         zeros: uint8 [out, groups], at least 1 but in a quantized source; None if symmetric.
         order: the group of each input, int32 [in]; None if the scheme is not ordered.

@@ -19,7 +19,9 @@ SHRINK = tuple(1 - step / 25 for step in range(6))
 # Numbers that the search works on at once: few enough to stay in the cache of a CPU. A GPU needs
 # more of them, because it spends its time on launching operations.
 SEARCH_NUMBERS, GPU_SEARCH_NUMBERS = 1 << 16, 1 << 26
-Range = Literal["absmax", "mse"]
+# Those where scales may be negative.
+SIGNED_SHRINK = tuple(1 - 3 * step / 100 for step in range(8))
+Range = Literal["absmax", "mse", "signed"]
 
 
 def choose_grid(
@@ -37,7 +39,9 @@ def choose_grid(
         weight: the numbers.
         scheme: bits, group size, symmetric or not.
         how: ``absmax`` takes the whole range; ``mse`` shrinks it by the factor in `SHRINK` with the
-            least squared error of rounding.
+            least squared error of rounding. ``signed``: symmetric scales are negative where the
+            larger end of the group is positive, so that it meets the end of the grid that has one
+            number more; factors are finer.
         importance: weight of each input in that error, [..., in] (leading dimensions as those of
             ``weight`` without ``out``); None: all are equal.
     """
@@ -45,6 +49,7 @@ def choose_grid(
     low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
     if how == "absmax":
         return _make_grid(low, high, 1.0, scheme)
+    shrinks, signed = (SIGNED_SHRINK, True) if how == "signed" else (SHRINK, False)
     outs, groups, width = grouped.shape[-3:]
     numbers = grouped.reshape(-1, outs, groups, width)
     if importance is None:
@@ -55,7 +60,7 @@ def choose_grid(
         costs = costs.masked_fill(costs.sum(-1, keepdim=True) == 0, 1)
     costs = costs.expand(len(numbers), -1, -1)
     low, high = (end.reshape(numbers.shape[:-1]) for end in (low, high))
-    grids = [_make_grid(low, high, shrink, scheme) for shrink in SHRINK]
+    grids = [_make_grid(low, high, shrink, scheme, signed=signed) for shrink in shrinks]
     scales = torch.stack([grid.scales for grid in grids])
     zeros = torch.stack([grid.zeros for grid in grids])
     search = compiled.choose_best_grids if compiled.supports(numbers) else _choose_best_grids
@@ -96,11 +101,15 @@ def _choose_best_grids(
     return best
 
 
-def _make_grid(low: Tensor, high: Tensor, shrink: float, scheme: Scheme) -> Grid:
+def _make_grid(
+    low: Tensor, high: Tensor, shrink: float, scheme: Scheme, *, signed: bool = False
+) -> Grid:
     """Make the grid over the shrunk range of each group."""
     if scheme.symmetric:
         ends = torch.maximum(-low, high) * shrink
         scales = round_scales(ends / (scheme.zero_point - 0.5))
+        if signed:
+            scales = torch.where(high > -low, -scales, scales)
         return Grid(scales, torch.full_like(scales, scheme.zero_point), scheme)
     low, high = low * shrink, high * shrink
     zeros = torch.round(-low / ((high - low) / scheme.largest).clamp(min=SMALLEST_SCALE))
