@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from moe2edge.errors import InputError, Unsupported, VerificationFailed
-from moe2edge.runtime.protocol import check_id_range
+from moe2edge.runtime.protocol import ROTARY_DRIFT, check_id_range
 from moe2edge.targets._gguf_library import LibraryError, find_version
 
 if TYPE_CHECKING:
@@ -175,11 +175,11 @@ class GgufRuntime:
         self._length += 1
         return self._ask("step", [token])[0]
 
-    def _ask(self, do: str, ids: Sequence[int]) -> Tensor:
+    def _ask(self, do: str, ids: Sequence[int], **more: Any) -> Tensor:
         """Return logits float32 [tokens, vocabulary]."""
         import torch
 
-        _, data = self._process.ask(do, ids=list(ids))
+        _, data = self._process.ask(do, ids=list(ids), **more)
         return torch.frombuffer(bytearray(data), dtype=torch.float32).view(
             -1, self._process.vocabulary
         )
@@ -191,3 +191,16 @@ class GgufRuntime:
             raise InputError(
                 f"{length} tokens, but the model has {self._positions} positions; shorten the text"
             )
+
+
+class PlacedGgufRuntime(GgufRuntime):
+    """Runs tokens at positions that are given, too."""
+
+    drift = ROTARY_DRIFT
+
+    def logits_at(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """Return logits float32 [n, vocabulary] of ids int64 [n] at ascending positions [n]."""
+        tokens: list[int] = ids.tolist()
+        self._check(tokens, int(positions.max()) + 1)
+        self._length = 0
+        return self._ask("placed", tokens, positions=positions.tolist())

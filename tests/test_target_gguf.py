@@ -18,11 +18,14 @@ from transformers import PreTrainedTokenizerFast
 import every_family
 from moe2edge.cli.main import main
 from moe2edge.errors import Unsupported, VerificationFailed
+from moe2edge.evaluation.far_end import PlacedRuntime, choose_positions
 from moe2edge.evaluation.verify import audit
 from moe2edge.model.block import is_quantizable
 from moe2edge.model.model import Model
 from moe2edge.numerics.scheme import WHOLE_ROW, Scheme
 from moe2edge.pipeline.registry import find_target, make_target
+from moe2edge.runtime.load import build_transformers_model
+from moe2edge.runtime.torch_runtime import TorchRuntime
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.targets import _gguf_library, _gguf_runtime
 from moe2edge.targets._gguf_file import read_gguf
@@ -81,6 +84,13 @@ def check_logits(model: Model, folder: Path) -> None:
     ids = IDS[0].tolist()
     steps = [exact.start(ids[:9]), *(exact.step(token) for token in ids[9:])]
     assert (torch.stack(steps) - expected[0, 8:]).abs().max() <= 1e-4
+    positions = choose_positions(model, 8)
+    assert isinstance(exact, PlacedRuntime)
+    assert positions is not None
+    wide = build_transformers_model(TARGET.stored(model), torch.float32, packed=False)
+    there = IDS[0].repeat(2)[: len(positions)]
+    placed = TorchRuntime(wide).logits_at(there, positions)
+    assert (exact.logits_at(there, positions) - placed).abs().max() <= 1e-4
     shipped = TARGET.reopen(folder).logits(IDS)
     errors = (shipped - expected).norm(dim=-1) / expected.norm(dim=-1)
     assert errors.median() <= 0.15  # activations of tiny models, in int8
