@@ -167,8 +167,8 @@ class Gguf(Target):
 
         path, temporary = folder / MODEL_FILE, None
         file = read_gguf(path)
-        given = read_json(folder / "config.json").get("max_position_embeddings")
-        positions = int(given or 1 << 20)
+        config = read_json(folder / "config.json")
+        positions = int(config.get("max_position_embeddings") or 1 << 20)
         if exact and _gguf_model.rounds_ramp(model := _open_model(folder, file)):
             return TorchRuntime(build_transformers_model(_gguf_model.widen(model), torch.float32))
         if exact:
@@ -176,7 +176,9 @@ class Gguf(Target):
             path = temporary / MODEL_FILE
             wide = _gguf_model.widen(model)
             write_gguf(path, file.metadata, plan_file(_gguf_model.plan(wide)))
-        kind = PlacedGgufRuntime if positions <= MOST_PLACED else GgufRuntime
+        windows = "sliding_attention" in (config.get("layer_types") or ())
+        placed = positions <= MOST_PLACED and not windows
+        kind = PlacedGgufRuntime if placed else GgufRuntime
         return kind(path, positions, exact=exact, temporary=temporary)
 
     def loaders(self, model: Model) -> tuple[Loader, ...]:

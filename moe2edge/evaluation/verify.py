@@ -181,7 +181,7 @@ def measure_exact(
 
     Raises:
         VerificationFailed: a difference is larger than `EXACT_TOLERANCE`, which is scaled up
-            for logits larger than 10, and at the far end by the runtime's ``drift``; or steps differ by more than `STEPS_TOLERANCE`.
+            for logits larger than 10, and by drift; or steps differ by more than `STEPS_TOLERANCE`.
     """
     model, far, there, drift = target.streamed(folder), reference.far, None, 0.0
     if model is None or fits(RUNS_EXACT * 4 * model.parameters, within):
@@ -444,10 +444,7 @@ def _list_unchecked(target: Target, reference: Reference, parity: Parity) -> Ite
     elif record.tokens is None:
         yield "the tokenizer was not run: at export it could not encode the text for that"
     if reference.far is not None and parity.far is None:
-        yield (
-            f"the far end of the context was not run: target {target.name} cannot do that for this "
-            "model"
-        )
+        yield f"the far end of the context was not run: target {target.name} cannot do that here"
     if parity.shipped is None:
         yield "the output was not run as shipped: this machine has too little memory"
 
