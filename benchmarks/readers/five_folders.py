@@ -155,11 +155,14 @@ def list_shipped(out: Path, *, on_cpu: bool) -> Iterator[tuple[str, Runtime, int
         yield f"mlx (mlx-lm in {native.dtype} on a CPU, which sums in it)", native, 1
 
 
-def check(model: str, recipe: str, out: Path, *, on_cpu: bool) -> Iterator[tuple[bool, str]]:
+def check(
+    model: str, recipe: str, out: Path, *, on_cpu: bool, dtype: str
+) -> Iterator[tuple[bool, str]]:
     """Export a model, and yield what was compared: whether it is as said, and a line."""
     if not out.exists():
         chosen: Any = MERGED if recipe == "merged" else recipe
-        moe2edge.export(model, moe2edge.parse_recipe(chosen, SETTINGS), ",".join(TARGETS), out)
+        targets = ",".join(TARGETS).replace("mlx", f"mlx:dtype={dtype}")
+        moe2edge.export(model, moe2edge.parse_recipe(chosen, SETTINGS), targets, out)
     count, wrong = compare_integers(out)
     said = f"differ: {wrong[:3]}" if wrong else "are equal in all five folders"
     yield not wrong, f"integers and scales of {count} matrices {said}"
@@ -198,6 +201,7 @@ def main() -> int:
         "--out", type=Path, help="keep the folders here, and take those that are there"
     )
     parser.add_argument("--on-cpu", action="store_true", help="run MLX as a CPU sums, too")
+    parser.add_argument("--mlx-dtype", default="auto", help="option dtype of target mlx")
     parser.add_argument("--name", help="of the model, in the output")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -211,7 +215,9 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:
             out = Path(given.out or folder) / recipe
             out.parent.mkdir(parents=True, exist_ok=True)
-            for right, line in check(given.model, recipe, out, on_cpu=given.on_cpu):
+            for right, line in check(
+                given.model, recipe, out, on_cpu=given.on_cpu, dtype=given.mlx_dtype
+            ):
                 failed += not right
                 print(f"  {'' if right else 'NOT AS SAID: '}{line}", flush=True)
         print(f"{recipe}: {time.time() - begun:.0f} s", file=sys.stderr)
