@@ -182,11 +182,11 @@ class ProcessRuntime:
         self._length += 1
         return self._ask("step", [token])[0]
 
-    def _ask(self, do: str, ids: Sequence[int]) -> Tensor:
+    def _ask(self, do: str, ids: Sequence[int], **more: Any) -> Tensor:
         """Return logits float32 [tokens, vocabulary]."""
         import torch
 
-        _, data = self._process.ask(do, ids=list(ids))
+        _, data = self._process.ask(do, ids=list(ids), **more)
         return torch.frombuffer(bytearray(data), dtype=torch.float32).view(
             -1, self._process.vocabulary
         )

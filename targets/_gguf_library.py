@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import glob
 import importlib.util
+import itertools
 import os
 import struct
 from collections.abc import Sequence
@@ -90,7 +91,15 @@ _NAMES: dict[str, tuple[Any, list[Any]]] = {
     "llama_vocab_is_eog": (ctypes.c_bool, [ctypes.c_void_p, ctypes.c_int32]),
     "llama_get_memory": (ctypes.c_void_p, [ctypes.c_void_p]),
     "llama_memory_clear": (None, [ctypes.c_void_p, ctypes.c_bool]),
+    "llama_memory_can_shift": (ctypes.c_bool, [ctypes.c_void_p]),
+    "llama_memory_seq_add": (None, [ctypes.c_void_p, *[ctypes.c_int32] * 4]),
     "llama_state_seq_get_size": (ctypes.c_size_t, [ctypes.c_void_p, ctypes.c_int32]),
+    "llama_state_seq_get_data": (
+        ctypes.c_size_t, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_int32],
+    ),
+    "llama_state_seq_set_data": (
+        ctypes.c_size_t, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_int32],
+    ),
     "llama_decode": (ctypes.c_int32, [ctypes.c_void_p, _Batch]),
     "llama_get_logits": (ctypes.POINTER(ctypes.c_float), [ctypes.c_void_p]),
     "llama_batch_init": (_Batch, [ctypes.c_int32] * 3),
@@ -289,12 +298,43 @@ class LoadedModel:
         found: list[Any] = []
         for first in range(0, len(ids), _BATCH):
             part = list(ids[first : first + _BATCH])
-            found += self._decode(part, everywhere=everywhere)
+            found += self._decode(part, len(self._tokens), everywhere=everywhere)
             self._tokens += part
         return found
 
-    def _decode(self, ids: list[int], *, everywhere: bool) -> list[Any]:
-        count, begin = len(ids), len(self._tokens)
+    def run_at(self, ids: Sequence[int], positions: Sequence[int]) -> list[Any]:
+        """Run tokens at ascending positions; return the logits of all as arrays of bytes."""
+        self.start()
+        if len(ids) > self._room:
+            self._open(max(len(ids), _BATCH))
+        gaps = [n for n in range(1, len(ids)) if positions[n] != positions[n - 1] + 1]
+        found: list[Any] = []
+        for first, end in itertools.pairwise([0, *gaps, len(ids)]):
+            if first:
+                self._move_last(positions[first - 1], positions[first] - 1)
+            found += self._decode(list(ids[first:end]), positions[first], everywhere=True)
+        return found
+
+    def _move_last(self, old: int, new: int) -> None:
+        """Let the last token stand at another position, with the key that it has.
+
+        llama.cpp takes no token but at the position behind the last one. It would turn the key
+        when it runs the next token; but what is saved before that has the key as it is.
+        """
+        call, memory = self._library.call, self._library.call("get_memory", self._context)
+        if not call("memory_can_shift", memory):
+            return  # with positions in several dimensions, it takes any that is larger
+        call("memory_seq_add", memory, 0, old, old + 1, new - old)
+        size = call("state_seq_get_size", self._context, 0)
+        saved = ctypes.create_string_buffer(size)
+        kept = call("state_seq_get_data", self._context, saved, size, 0)
+        call("memory_clear", memory, True)
+        if kept != size or call("state_seq_set_data", self._context, saved, size, 0) != size:
+            raise LibraryError("it cannot take up what attention remembers")
+
+    def _decode(self, ids: list[int], begin: int, *, everywhere: bool) -> list[Any]:
+        """Run tokens at the positions from ``begin`` on; return logits of all or the last."""
+        count = len(ids)
         numbers = ctypes.c_int32 * count
         sequence = (ctypes.c_int32 * 1)(0)
         pointer = ctypes.cast(sequence, ctypes.POINTER(ctypes.c_int32))

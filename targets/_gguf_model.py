@@ -16,6 +16,7 @@ from moe2edge.model.hf_config import build_config
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import EMBEDDING, HEAD, Model, is_stock_form
 from moe2edge.model.weights import Weight, dequantize_weight, hide_integers
+from moe2edge.pipeline.holders import list_holders
 from moe2edge.targets._gguf_forms import (
     Forms,
     GgufForm,
@@ -30,7 +31,6 @@ from moe2edge.targets._gguf_layouts import (
     get_head_dim,
 )
 from moe2edge.targets._gguf_types import Q2_0, Q4_0, Q4_1
-from moe2edge.targets._holders import list_holders
 from moe2edge.targets._layouts import describe_layers
 
 # Version of the types of blocks.

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moe2edge.errors import Unsupported
+from moe2edge.runtime.protocol import ROTARY_DRIFT
 from moe2edge.targets._child_process import ModelProcess, ProcessRuntime
 from moe2edge.targets._gguf_library import LibraryError, find_version
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def check_llama() -> None:
@@ -68,3 +72,16 @@ class GgufRuntime(ProcessRuntime):
         """Bytes of what llama.cpp remembers of the sequence so far."""
         count: int = self._process.ask("cache")[0]["cache"]
         return count
+
+
+class PlacedGgufRuntime(GgufRuntime):
+    """Runs tokens at positions that are given, too."""
+
+    drift = ROTARY_DRIFT
+
+    def logits_at(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """Return logits float32 [n, vocabulary] of ids int64 [n] at ascending positions [n]."""
+        tokens: list[int] = ids.tolist()
+        self._check(tokens, int(positions.max()) + 1)
+        self._length = 0
+        return self._ask("placed", tokens, positions=positions.tolist())

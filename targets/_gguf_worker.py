@@ -49,6 +49,8 @@ def _answer(model: LoadedModel, request: Mapping[str, Any]) -> tuple[dict[str, A
         case "start":
             model.start()
             return {}, model.extend(request["ids"], everywhere=False)
+        case "placed":
+            return {}, model.run_at(request["ids"], request["positions"])
         case "step":
             return {}, model.extend(request["ids"], everywhere=False)
         case "cache":

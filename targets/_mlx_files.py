@@ -54,6 +54,7 @@ def build_mlx_config(model: Model) -> dict[str, Any]:
         part = config["partial_rotary_factor"] = config.get("partial_rotary_factor") or 1
         config.setdefault("rotary_dim", int(config["head_dim"] * part))
     config = {**get_row(model).filled, **config}
+    config["dtype"] = DTYPES[model.embedding.dtype]
     if settings := _build_settings(model):
         config |= dict.fromkeys(MLX_KEYS, settings)
     return config

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe2edge.errors import InputError, Moe2EdgeError, Unsupported, VerificationFailed, join_lines
-from moe2edge.runtime.protocol import check_id_range
+from moe2edge.runtime.protocol import MOST_PLACED, ROTARY_DRIFT, check_id_range
 from moe2edge.storage.safetensors_files import PlannedTensor, write_hollow_safetensors
 from moe2edge.storage.text_files import write_json
 
@@ -21,9 +21,6 @@ if TYPE_CHECKING:
 PROMPT_PART = 256
 # Class of mlx-lm's cache of keys and values of all tokens, whatever their positions.
 PLAIN_CACHE = "KVCache"
-# Positions up to which angles of rotary embeddings are those of PyTorch to 1e-4 in logits. Both
-# compute them in float32, from frequencies that differ in the last bit.
-MOST_PLACED = 4096
 NOTE = "on this CPU mlx-lm runs in float32; on a Mac it runs in {}"
 
 
@@ -191,6 +188,8 @@ class MlxRuntime:
 
 class PlacedMlxRuntime(MlxRuntime):
     """Runs a model whose caches hold keys and values alone, so that tokens may be anywhere."""
+
+    drift = ROTARY_DRIFT
 
     def logits_at(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Return logits float32 [n, vocabulary] of ids int64 [n] at ascending positions [n].

@@ -342,6 +342,8 @@ class OnnxRuntime:
 class ExactOnnxRuntime(OnnxRuntime):
     """Runs a graph with float32 activations, whose rotary tables can be replaced."""
 
+    drift = 0.0
+
     def __init__(self, session: Any, max_positions: int, folder: Path) -> None:
         super().__init__(session, max_positions)
         self._folder = folder

@@ -18,11 +18,11 @@ from moe2edge.model.model import Model
 from moe2edge.model.older_spellings import add_older_spellings
 from moe2edge.model.weights import DTYPES
 from moe2edge.numerics.scheme import Scheme
+from moe2edge.pipeline.holders import refuse_ends
 from moe2edge.storage.compressed_form import plan_compressed_tensors
 from moe2edge.storage.safetensors_files import write_checkpoint
 from moe2edge.storage.text_files import write_json
 from moe2edge.targets._compressed_config import READ_BY_TRANSFORMERS, build_compressed_config
-from moe2edge.targets._holders import refuse_ends
 from moe2edge.targets._layouts import Layout
 from moe2edge.targets._packed_checkpoint import PackedCheckpoint, StoredParts
 from moe2edge.targets._tensors import check_group_size

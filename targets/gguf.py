@@ -22,7 +22,7 @@ from moe2edge.model.older_spellings import add_older_spellings
 from moe2edge.model.weights import Weight
 from moe2edge.pipeline.target import Loader, Target
 from moe2edge.runtime.memory import Estimate
-from moe2edge.runtime.protocol import Runtime
+from moe2edge.runtime.protocol import MOST_PLACED, Runtime
 from moe2edge.storage.text_files import read_json, write_json
 from moe2edge.storage.tokenizer import TOKENIZER, read_stop_ids
 from moe2edge.targets import _gguf_model
@@ -178,11 +178,12 @@ class Gguf(Target):
 
         from moe2edge.runtime.load import build_transformers_model
         from moe2edge.runtime.torch_runtime import TorchRuntime
-        from moe2edge.targets._gguf_runtime import GgufRuntime
+        from moe2edge.targets._gguf_runtime import GgufRuntime, PlacedGgufRuntime
 
         path, temporary = folder / MODEL_FILE, None
         file = read_gguf(path)
-        positions = read_json(folder / "config.json").get("max_position_embeddings")
+        config = read_json(folder / "config.json")
+        positions = int(config.get("max_position_embeddings") or 1 << 20)
         if exact and _gguf_model.rounds_ramp(model := _open_model(folder, file)):
             return TorchRuntime(build_transformers_model(_gguf_model.widen(model), torch.float32))
         if exact:
@@ -190,7 +191,10 @@ class Gguf(Target):
             path = temporary / MODEL_FILE
             wide = _gguf_model.widen(model)
             write_gguf(path, file.metadata, plan_file(_gguf_model.plan(wide)))
-        return GgufRuntime(path, positions or 1 << 20, exact=exact, temporary=temporary)
+        windows = "sliding_attention" in (config.get("layer_types") or ())
+        placed = positions <= MOST_PLACED and not windows
+        kind = PlacedGgufRuntime if placed else GgufRuntime
+        return kind(path, positions, exact=exact, temporary=temporary)
 
     def loaders(self, model: Model) -> tuple[Loader, ...]:
         """Return the verdict on each program that may load the file."""

@@ -19,11 +19,11 @@ from moe2edge.model.block import is_low_rank, is_quantizable
 from moe2edge.model.model import Model
 from moe2edge.model.older_spellings import add_older_spellings
 from moe2edge.numerics.scheme import Scheme
+from moe2edge.pipeline.holders import refuse_ends
 from moe2edge.storage.output import GPTQ_BITS, GPTQ_GROUPS, plan_gptq_tensors
 from moe2edge.storage.safetensors_files import write_checkpoint
 from moe2edge.storage.text_files import read_json, write_json
 from moe2edge.targets._gptq_dynamic import build_dynamic, encode_scheme
-from moe2edge.targets._holders import refuse_ends
 from moe2edge.targets._module_patterns import find_main_scheme
 from moe2edge.targets._packed_checkpoint import PackedCheckpoint, StoredParts
 from moe2edge.targets._tensors import check_group_size

@@ -18,6 +18,7 @@ from moe2edge.model.model import Model
 from moe2edge.model.older_spellings import add_older_spellings
 from moe2edge.model.stored_layout import list_stored
 from moe2edge.model.weights import DTYPES, dequantize_weight
+from moe2edge.pipeline.holders import list_holders
 from moe2edge.pipeline.target import Loader
 from moe2edge.runtime.load import load
 from moe2edge.runtime.memory import Estimate
@@ -29,7 +30,6 @@ from moe2edge.storage.safetensors_files import (
 )
 from moe2edge.storage.text_files import write_json
 from moe2edge.targets import _layouts
-from moe2edge.targets._holders import list_holders
 from moe2edge.targets._layout_checkpoint import LayoutCheckpoint
 from moe2edge.targets._layouts import Layout
 from moe2edge.targets._loaders import judge_loaders

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from moe2edge.errors import Unsupported, VerificationFailed
+from moe2edge.errors import InputError, Unsupported, VerificationFailed
 from moe2edge.model.block import is_quantizable
 from moe2edge.model.edits import change_weights, sort_rows
 from moe2edge.model.family import Family
@@ -32,12 +32,24 @@ from moe2edge.targets._mlx_rows import ROWS, accept_layers, accept_settings
 from moe2edge.targets._tensors import check_group_size, estimate_file_bytes
 
 if TYPE_CHECKING:
-    pass
+    from torch import Tensor
+
+# Activations up to which a model in bfloat16 is written in float16, which ends at 65504: texts of
+# users may have larger ones than that on which they are measured.
+SMALL = 4096.0
+# The smallest number from which on bfloat16 is too large for float16.
+TOO_LARGE = 65536.0
 
 
 @dataclass(frozen=True)
 class Mlx(Target):
-    """A folder for mlx-lm: experts, attention and dense MLPs in few bits, or all unquantized."""
+    """A folder for mlx-lm: experts, attention and dense MLPs in few bits, or all unquantized.
+
+    Attributes:
+        dtype: dtype of all that is not an integer, in which mlx-lm computes: that of the source;
+            float16, which has three more bits than bfloat16; or auto: float16 in place of bfloat16
+            where activations are small, else that of the source.
+    """
 
     summary: ClassVar[str] = "folder for mlx-lm on Macs; runs on Linux too, for tests"
     streams: ClassVar[bool] = True
@@ -48,6 +60,11 @@ class Mlx(Target):
         "On a Mac mlx-lm runs the folder in the dtype that its config names. Without a Mac's GPU "
         "it was verified in float32, which is much faster there."
     )
+    dtype: Literal["auto", "source", "float16"] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("auto", "source", "float16"):
+            raise InputError(f"dtype is auto, source or float16, not {self.dtype}")
 
     def supports(self, family: Family) -> bool:
         """Return whether mlx-lm was seen to compute models of a family rightly."""
@@ -90,11 +107,15 @@ class Mlx(Target):
             Unsupported: layers differ, a scheme is none of MLX's, experts of a layer have several,
                 or a setting of the model is one that mlx-lm does not know.
         """
-        self.stored(model)
+        dtype = self.stored(model).embedding.dtype
+        if dtype == "F64":
+            raise Unsupported(
+                "the GPU of a Mac does not compute in float64; convert the source to float32 "
+                "(dtype=torch.float32 in from_pretrained, then save_pretrained), or export to onnx"
+            )
         row = get_row(model)
         accept_layers(model, row)
         accept_settings(model, row)
-        dtype = model.embedding.dtype
         experts: dict[str, Scheme | None] = {}
         for name, role, weight in model.tensors():
             place = row.place(name)
@@ -131,11 +152,29 @@ class Mlx(Target):
                 f"replaced experts, as mlx-lm does, but the model has {describe_layers(model)}; "
                 "prune all layers to the same size, or export to gptq or hf:layout=natural"
             )
-        return replace(model, carried={})
+        model = replace(model, carried={})
+        return _narrow(model) if self.dtype == "float16" else model
+
+    def settle(self, model: Model, largest: float) -> Mlx:
+        """Choose float16 in place of bfloat16 where activations, and kept scales, allow it.
+
+        Raises:
+            Unsupported: float16 was asked for, and does not hold the activations.
+        """
+        if self.dtype == "float16" and not largest < TOO_LARGE / 2:
+            raise Unsupported(
+                f"the largest activation on the evaluation text is {largest:.0f}, and float16 ends "
+                "at 65504; choose mlx:dtype=source"
+            )
+        if self.dtype != "auto":
+            return self
+        kept = {w.scale_dtype for _, _, w in model.tensors() if w.scheme is not None and w.kept}
+        small = largest <= SMALL and model.embedding.dtype == "BF16" and kept <= {"F16", ""}
+        return replace(self, dtype="float16" if small else "source")
 
     def find_dtype(self, model: Model) -> str:
         """Return the dtype in which mlx-lm runs a folder: that of the embedding."""
-        return DTYPES[model.embedding.dtype]
+        return DTYPES[self.stored(model).embedding.dtype]
 
     def estimate(self, model: Model) -> Estimate:
         """Estimate the weight files, and in memory what is not quantized in float32."""
@@ -195,6 +234,44 @@ class Mlx(Target):
         return judge_loaders(self.name, model, self.stored(model))
 
 
+def _narrow(model: Model) -> Model:
+    """Return a model with unquantized numbers in float16 that are in bfloat16.
+
+    Numbers from 2 ** -17 on keep all their bits. Integers stay; their scales are those of a grid
+    that both dtypes hold.
+    """
+    ends = list_end_names(model)
+
+    def change(name: str, weight: Weight) -> Weight | None:
+        if weight.dtype != "BF16" or (weight.scheme is not None and name not in ends):
+            return None
+        if weight.scheme is not None:
+            return replace(weight, dtype="F16")
+        return replace(weight, dtype="F16", load=lambda: _to_float16(weight))
+
+    rest = {
+        name: change(model.names.get_rest_name(name), weight) or weight
+        for name, weight in model.rest.items()
+    }
+    return replace(change_weights(model, change), rest=rest)
+
+
+def _to_float16(weight: Weight) -> Tensor:
+    """Load a weight in float16.
+
+    Raises:
+        Unsupported: it has numbers that are too large.
+    """
+    import torch
+
+    found = weight.load().to(torch.float16)
+    if not found.isfinite().all():
+        raise Unsupported(
+            f"{weight.name} has numbers beyond those of float16; choose mlx:dtype=source"
+        )
+    return found
+
+
 def _accept(name: str, weight: Weight, scheme: Scheme, dtype: str) -> None:
     """Refuse a matrix whose scheme MLX does not have.
 
@@ -218,7 +295,8 @@ def _accept(name: str, weight: Weight, scheme: Scheme, dtype: str) -> None:
     if weight.kept and weight.scale_dtype not in ("", dtype) and dtype != "F32":
         raise Unsupported(
             f"{name} has scales of {weight.scale_dtype} in the source, and the model is {dtype}, "
-            "but an MLX folder has one dtype; quantize it anew in the recipe, or export to gptq"
+            f"but an MLX folder has one dtype; {_say_dtype(weight.scale_dtype)}quantize it anew in "
+            "the recipe, or export to gptq"
         )
 
 
@@ -229,3 +307,7 @@ def _outline_weight(weight: Weight) -> Weight:
     outs, ins = weight.shape
     held = outs * ins * weight.scheme.bits // 8 + outs * weight.scheme.groups(ins) * 4
     return HeldWeight(weight.name, weight.shape, weight.dtype, weight.load, held=held)
+
+
+def _say_dtype(kept: str) -> str:
+    return "choose mlx:dtype=float16, " if kept == "F16" else ""

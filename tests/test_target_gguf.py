@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,17 +21,24 @@ from transformers import PreTrainedTokenizerFast
 import every_family
 from moe2edge.cli.main import main
 from moe2edge.errors import Unsupported, VerificationFailed
+from moe2edge.evaluation.far_end import choose_positions
 from moe2edge.evaluation.verify import audit
 from moe2edge.model.block import is_quantizable
 from moe2edge.model.model import Model
+from moe2edge.numerics.grid import Quantized
 from moe2edge.numerics.scheme import WHOLE_ROW, Scheme
 from moe2edge.pipeline.registry import find_target, make_target
+from moe2edge.runtime.generation import generate
+from moe2edge.runtime.load import build_transformers_model
+from moe2edge.runtime.torch_runtime import TorchRuntime
 from moe2edge.storage.checkpoint import open_checkpoint
+from moe2edge.storage.tokenizer import load_tokenizer
 from moe2edge.targets import _gguf_library, _gguf_runtime
 from moe2edge.targets._gguf_file import read_gguf
 from moe2edge.targets._gguf_layouts import LAYOUTS_BY_FAMILY
 from moe2edge.targets._gguf_tokenizer import build_tokenizer, check_outline, find_pre
 from moe2edge.testing import Make, make_tokenizer, quantize, quantize_ends
+from source_files import quantize_folder
 
 library = pytest.importorskip("gguf", reason="pip install 'moe2edge[gguf]'")
 pytest.importorskip("xllamacpp", reason="pip install 'moe2edge[gguf]'")
@@ -52,12 +62,15 @@ GENERIC: dict[str, dict[str, Any]] = {
     },
     "dots1": {"n_group": 1, "topk_group": 1, "num_key_value_heads": 4},
     "glm4_moe": {"n_group": 1, "topk_group": 1, "use_qk_norm": True, "attention_bias": True},
-    "gpt_oss": {},
+    # Not truncate: false, with which numbers are compared in PyTorch.
+    "gpt_oss": {"rope_parameters": {"rope_type": "default", "rope_theta": 1.5e5}},
     "granitemoe": {},
     "lfm2_moe": {"routed_scaling_factor": 1.0},
     "qwen3_5_moe_text": {"shared_expert_intermediate_size": 32},
     "qwen3_next": {"shared_expert_intermediate_size": 32},
 }  # fmt: skip
+# Targets of the same export, but for mlx, which is not everywhere.
+BESIDE = ("onnx", "gptq", "compressed-tensors")
 # Blocks that stay, in families whose files say which block is of which kind.
 FEWER = {"glm4_moe": [0, 2, 3], "lfm2_moe": [0, 1, 3], "qwen3_next": [2, 3]}
 IDS = every_family.IDS[:1]
@@ -81,6 +94,15 @@ def check_logits(model: Model, folder: Path) -> None:
     ids = IDS[0].tolist()
     steps = [exact.start(ids[:9]), *(exact.step(token) for token in ids[9:])]
     assert (torch.stack(steps) - expected[0, 8:]).abs().max() <= 1e-4
+    runs_anywhere = isinstance(exact, _gguf_runtime.PlacedGgufRuntime)
+    assert runs_anywhere == (model.family.model_type != "gpt_oss")  # which has windows
+    if isinstance(exact, _gguf_runtime.PlacedGgufRuntime):
+        positions = choose_positions(model, 8)
+        assert positions is not None
+        wide = build_transformers_model(TARGET.stored(model), torch.float32, packed=False)
+        there = IDS[0].repeat(2)[: len(positions)]
+        placed = TorchRuntime(wide).logits_at(there, positions)
+        assert (exact.logits_at(there, positions) - placed).abs().max() <= 1e-4
     shipped = TARGET.reopen(folder).logits(IDS)
     errors = (shipped - expected).norm(dim=-1) / expected.norm(dim=-1)
     assert errors.median() <= 0.15  # activations of tiny models, in int8
@@ -185,6 +207,19 @@ def test_float_blocks_of_a_source_stay(tmp_path: Path) -> None:
     expected = np.stack([expert.up.load().float().numpy() for expert in layer.experts])
     np.testing.assert_array_equal(numbers, expected)
     check_logits(model, folder)
+
+
+def test_integers_of_a_gptq_source_stay(tmp_path: Path, tiny: Make) -> None:
+    source = tiny("qwen3_moe", norm_topk_prob=True, num_hidden_layers=2)
+    quantize_folder(source, tmp_path / "gptq", "gptq")
+    model = open_checkpoint(str(tmp_path / "gptq")).model
+    found = dict(TARGET.tensors(written(model, tmp_path / "out")))
+    kept = [(name, weight.quantized()) for name, _, weight in model.tensors() if weight.kept]
+    assert len(kept) == 2 * (4 + 6 * 3)
+    for name, numbers in kept:
+        back: Any = found[name]
+        assert torch.equal(back.q, numbers.q)
+        assert torch.equal(back.scales, numbers.scales)
 
 
 # ---- refusals ------------------------------------------------------------------------------------
@@ -321,19 +356,67 @@ def test_tokenizers_of_sentencepiece(tmp_path: Path, prefix: bool) -> None:
     assert check_outline(tmp_path, metadata, {2, 5}, texts=[text]) == [5]
 
 
+CHAT_TEMPLATE = """\
+{%- if messages[0].role == 'system' %}
+    {{- '<|endoftext|>system\\n' + messages[0].content + '\\n' }}
+    {%- set messages = messages[1:] %}
+{%- endif %}
+{%- for message in messages %}
+    {%- if (message.role == 'user') != (loop.index0 % 2 == 0) %}
+        {{- raise_exception('roles alternate') }}
+    {%- endif %}
+    {{- message.role + ': ' + message.content | trim + ('<|endoftext|>' if not loop.last else '') }}
+{% endfor -%}
+{% if add_generation_prompt %}assistant: {% endif %}
+"""
+
+
+def test_chats_through_the_template_in_the_file(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(BUILTIN / name, folder)
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    model = open_checkpoint(str(BUILTIN)).model
+    TARGET.write(model.keep_blocks([0, 5]), folder)
+    command = [sys.executable, "-m", "benchmarks.readers.llama_cpp.chat", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert done.stdout.count("ids equal, answer equal") == 3
+
+
 # ---- the whole way -------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return an output of the built-in model."""
+    """Return an output of the built-in model, beside those of other targets."""
     folder = tmp_path_factory.mktemp("gguf") / "out"
     short = ["--set", "evaluation.samples=1", "--set", "evaluation.length=64", "--no-source-check"]
-    command = ["export", "builtin:tiny-moe", "-r", "w4-rtn", "-t", "gguf", "-o", str(folder)]
+    targets = ",".join(("gguf", *BESIDE))
+    command = ["export", "builtin:tiny-moe", "-r", "w4-rtn", "-t", targets, "-o", str(folder)]
     done = CliRunner().invoke(main, [*command, *short])
     assert done.exit_code == 0, done.output
     assert "groups of 128 take as many bytes" in done.output
-    return folder
+    return folder / "gguf"
+
+
+def test_folders_of_one_export_hold_one_model(exported: Path) -> None:
+    """Integers are equal, and greedy text without rounding of activations."""
+    prompt = load_tokenizer(exported)("def read_json(path):")["input_ids"]
+    expected = list(generate(TARGET.reopen(exported, exact=True), prompt, max_tokens=64))
+    assert len(expected) == 64
+    held = dict(TARGET.tensors(exported))
+    for name in BESIDE:
+        target, folder = find_target(name), exported.parent / name
+        found = {k: v for k, v in target.tensors(folder) if isinstance(v, Quantized)}
+        assert len(found) == 6 * (4 + 16 * 3)
+        for key, numbers in found.items():
+            own: Any = held[key]
+            assert torch.equal(own.q, numbers.q)
+            assert torch.equal(own.dequantize(), numbers.dequantize())
+        runtime = target.reopen(folder, exact=True)
+        assert list(generate(runtime, prompt, max_tokens=64)) == expected, name
 
 
 def test_an_export_is_run_and_verified(exported: Path) -> None:

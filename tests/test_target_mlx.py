@@ -25,7 +25,7 @@ from moe2edge.model.model import Model
 from moe2edge.model.weights import plan_weight
 from moe2edge.numerics.packing import pack_bytes
 from moe2edge.numerics.scheme import Scheme
-from moe2edge.pipeline.registry import find_target
+from moe2edge.pipeline.registry import find_target, make_target
 from moe2edge.runtime.load import build_transformers_model, load
 from moe2edge.runtime.torch_runtime import TorchRuntime
 from moe2edge.storage.checkpoint import open_checkpoint
@@ -162,6 +162,35 @@ def test_layout(tiny: Make, tmp_path: Path) -> None:
         load(folder)
 
 
+def test_float16_in_place_of_bfloat16_where_activations_are_small(
+    tiny: Make, tmp_path: Path
+) -> None:
+    bf16 = quantize_ends(open_quantized(tiny("mixtral", dtype="bfloat16")), W8)
+    assert TARGET.settle(bf16, 100.0) == make_target("mlx", {"dtype": "float16"})
+    assert TARGET.settle(bf16, 1e4) == make_target("mlx", {"dtype": "source"})
+    assert TARGET.settle(open_quantized(tiny("mixtral")), 1.0).find_dtype(bf16) == "bfloat16"
+    given = make_target("mlx", {"dtype": "float16"})
+    assert given.settle(bf16, 1e4) is given
+    with pytest.raises(Unsupported, match=r"activation .* is 70000, .*choose mlx:dtype=source"):
+        given.settle(bf16, 7e4)
+    folder = tmp_path / "out"
+    folder.mkdir()
+    given.accepts(bf16)
+    given.write(bf16, folder)
+    assert verify.audit(given, folder, given.stored(bf16)) > 20
+    assert {t.dtype for t in load_file(folder / "model.safetensors").values()} == {
+        torch.uint32, torch.float16
+    }  # fmt: skip
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "float16"
+    assert given.find_dtype(bf16) == "float16"
+    found = dict(given.tensors(folder))
+    for name, _, weight in bf16.tensors():
+        if weight.scheme is not None:
+            numbers: Any = found[name]
+            assert torch.equal(numbers.q, weight.quantized().q)
+            assert torch.equal(numbers.scales, weight.quantized().scales)
+
+
 def test_damage_is_found(tiny: Make, tmp_path: Path) -> None:
     folder = written(open_quantized(tiny("olmoe")), tmp_path / "out")
     tensors = load_file(folder / "model.safetensors")
@@ -213,6 +242,7 @@ def test_settings_that_mlx_lm_ignores(
         ("qwen2_moe", {"mlp_only_layers": [1]}, "block 1 has a dense MLP"),
         ("qwen3_moe", {"attention_bias": True}, "attention has a bias"),
         ("qwen2_moe", {"tie_word_embeddings": True}, "the embedding is the head"),
+        ("olmoe", {"dtype": "float64"}, "does not compute in float64; convert the source"),
     ],
 )
 def test_parts_that_mlx_lm_does_not_know(
@@ -240,8 +270,9 @@ def test_schemes_that_it_does_not_hold(tiny: Make) -> None:
     )
     TARGET.accepts(kept)  # float32 holds both
     rest = {name: replace(w, dtype="BF16") for name, w in kept.rest.items()}
-    with pytest.raises(Unsupported, match="an MLX folder has one dtype"):
+    with pytest.raises(Unsupported, match="one dtype; choose mlx:dtype=float16, quantize it anew"):
         TARGET.accepts(replace(kept, rest=rest))
+    make_target("mlx", {"dtype": "float16"}).accepts(replace(kept, rest=rest))
 
 
 def test_layers_and_families_that_it_does_not_hold(tiny: Make, tmp_path: Path) -> None:

@@ -3,11 +3,9 @@
     python benchmarks/readers/read_mlx.py > benchmarks/readers/read_mlx.txt
 
 Tiny random models of every family of the target, rounded to 4 bits in groups of 32, with several
-rotary embeddings; then the built-in model, with the dtype in which a Mac runs it, over 2,044 tokens
-of the evaluation text. MLX is slow in bfloat16 on a CPU (minutes), and its sums there are in
-bfloat16, so that a Mac is closer. Needs
-``pip install -e '.[mlx,test]'``. Errors are those of logits, relative, to float32 transformers with
-the same integers: a whole text, then in steps with the cache.
+rotary embeddings; trained models, and the dtype in which a Mac runs them, are in five_folders.py.
+Needs ``pip install -e '.[mlx,test]'``. Errors are those of logits, relative, to float32
+transformers with the same integers: a whole text, then in steps with the cache.
 """
 
 from __future__ import annotations
@@ -19,7 +17,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import builtin
 import torch
 import transformers
 
@@ -33,9 +30,7 @@ from moe2edge.pipeline.registry import find_target
 from moe2edge.runtime.load import build_transformers_model
 from moe2edge.runtime.torch_runtime import TorchRuntime
 from moe2edge.storage.checkpoint import open_checkpoint
-from moe2edge.targets._mlx_files import MlxFolder
 from moe2edge.targets._mlx_rows import ROWS
-from moe2edge.targets._mlx_runtime import open_mlx_runtime
 from moe2edge.testing import quantize
 
 TARGET = find_target("mlx")
@@ -91,20 +86,8 @@ def compare(family: str, rope: dict[str, Any] | None) -> str:
     return f"{tensors} tensors equal, errors {errors[0]:.1e}, {errors[1]:.1e}"
 
 
-def run_builtin() -> None:
-    """Compare the built-in model in MLX with PyTorch on the same integers, and with itself."""
-    with tempfile.TemporaryDirectory() as name:
-        out = Path(name) / "out"
-        builtin.export("mlx", out)
-        stock = build_transformers_model(MlxFolder(open_checkpoint(out)).model, torch.float32)
-        native = open_mlx_runtime(out, exact=False, native=True)
-        shipped = {f"mlx-lm in {native.dtype} on a CPU, which sums in it": native}
-        exact = {"mlx-lm in float32": TARGET.reopen(out, exact=True)}
-        builtin.describe(out, TorchRuntime(stock), exact, shipped)
-
-
 def main() -> None:
-    """Print a line for each family and rotary embedding, and one for the built-in model."""
+    """Print a line for each family and rotary embedding."""
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     names = ("mlx", "mlx-lm", "transformers", "torch")
@@ -113,7 +96,6 @@ def main() -> None:
         own = family == "mellum"  # it has settings by the kind of layer
         for name, rope in {"its own": None}.items() if own else ROPES.items():
             print(f"{family}, rope {name}: {compare(family, rope)}", flush=True)
-    run_builtin()
 
 
 if __name__ == "__main__":

@@ -222,6 +222,8 @@ def _make_output(begin: _Beginning, content: Path, work: WorkFolder, reporter: R
     measured = Comparison.measure(
         source, model, ids, reporter, budget, figures=figures, keep_walk=keep_walk
     )
+    targets = _settle(targets, model, measured.largest, reporter)
+    begin = replace(begin, targets=targets)
     folders = _make_folders(targets, content)
     model = replace(model, about=_describe_origin(begin))
     written = []
@@ -240,6 +242,20 @@ def _make_output(begin: _Beginning, content: Path, work: WorkFolder, reporter: R
     for (target, folder), one in zip(folders, written, strict=True):
         report.write(folder, target, checkpoint, model, list_versions(), one)
     return report
+
+
+def _settle(
+    targets: Sequence[Target], model: Model, largest: float, reporter: Reporter
+) -> list[Target]:
+    """Settle the options that depend on how large activations are, and report them."""
+    settled = [target.settle(model, largest) for target in targets]
+    for before, after in zip(targets, settled, strict=True):
+        chosen = list_options(after).items() - list_options(before).items()
+        for key, value in sorted(chosen):
+            reporter.log(
+                f"{after.name}: {key} {value} is chosen, as the largest activation is {largest:.0f}"
+            )
+    return settled
 
 
 def _read_companions(checkpoint: Checkpoint, reporter: Reporter) -> Companions:

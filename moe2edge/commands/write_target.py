@@ -12,6 +12,7 @@ from moe2edge.evaluation.comparison import Comparison, ResultRow
 from moe2edge.evaluation.folder_record import REFERENCE
 from moe2edge.model import edits
 from moe2edge.model.model import Model
+from moe2edge.pipeline.holders import list_holders
 from moe2edge.pipeline.registry import find_target, list_targets
 from moe2edge.pipeline.target import Target
 from moe2edge.progress import Reporter
@@ -142,28 +143,26 @@ def fit_for_targets(model: Model, targets: Sequence[Target], *, materialize: boo
     """
     for target in targets:
         _check_family(target, model)
-    try:
-        for target in targets:
-            target.accepts(model)
-    except Unsupported as error:
-        if not model.tied_count:
-            raise
-        whole = edits.materialize(model)
-        other = _find_refusal(whole, targets)
-        if other is not None and materialize:
-            raise Unsupported(
-                f"{error}; with tied experts materialized: {other}; if only some of the targets "
-                "need that, export to each separately"
-            ) from error
-        if other is not None:
-            raise
-        if not materialize:
-            raise Unsupported(
-                f"{error}; or materialize the tied experts with --materialize: "
-                f"{describe_cost(model, whole)}"
-            ) from error
-        return whole
-    return model
+    refusal = _find_refusal(model, targets)
+    if refusal is None:
+        return model
+    if not model.tied_count:
+        raise refusal
+    whole = edits.materialize(model)
+    other = _find_refusal(whole, targets)
+    if other is not None and materialize:
+        raise Unsupported(
+            f"{refusal}; with tied experts materialized: {other}; if only some of the targets "
+            "need that, export to each separately"
+        ) from refusal
+    if other is not None:
+        raise refusal
+    if not materialize:
+        raise Unsupported(
+            f"{refusal}; or materialize the tied experts with --materialize: "
+            f"{describe_cost(model, whole)}"
+        ) from refusal
+    return whole
 
 
 def _check_family(target: Target, model: Model) -> None:
@@ -187,9 +186,13 @@ def describe_cost(model: Model, whole: Model) -> str:
 
 
 def _find_refusal(model: Model, targets: Sequence[Target]) -> Unsupported | None:
-    try:
-        for target in targets:
+    """Return why a target refuses a model, with the targets that hold it; None: none refuses."""
+    for target in targets:
+        try:
             target.accepts(model)
-    except Unsupported as error:
-        return error
+        except Unsupported as error:
+            holders = list_holders(model, target.name)
+            if all(holder in str(error) for holder in holders):
+                return error
+            return Unsupported(f"{error}; targets that hold it: {', '.join(holders)}")
     return None

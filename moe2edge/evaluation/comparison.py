@@ -35,6 +35,7 @@ class Comparison:
         hidden: hidden states of the result after its last block, same shape.
         reference: the record that written outputs are compared with.
         skip_rates: how often dynamic skipping left out an expert.
+        largest: the largest absolute activation of the result on the tokens.
         memory: memory budget.
     """
 
@@ -45,6 +46,7 @@ class Comparison:
     hidden: Tensor
     reference: Reference
     skip_rates: SkipRates
+    largest: float
     memory: Memory
 
     @classmethod
@@ -75,11 +77,12 @@ class Comparison:
         from moe2edge.calibration.router_observers import SkipObserver
         from moe2edge.evaluation import far_end
         from moe2edge.evaluation.margins import MarginObserver, choose_reference_rows
+        from moe2edge.evaluation.ranges import RangeObserver
         from moe2edge.evaluation.reference import PARITY_STEPS, PREFILL, record
 
         length = min(ids.shape[1], PREFILL + PARITY_STEPS)
-        skipped, margins = SkipObserver(), MarginObserver(length)
-        observers: list[Observer[Any]] = [skipped, margins]
+        skipped, margins, ranges = SkipObserver(), MarginObserver(length), RangeObserver()
+        observers: list[Observer[Any]] = [skipped, margins, ranges]
         far = None
         positions = far_end.choose_positions(model, length)
         if positions is not None:
@@ -104,8 +107,8 @@ class Comparison:
             after[rows, :length],
             None if far is None else far.result(),
         )
-        skip_rates = skipped.result()
-        return cls(source, model, ids, before, after, reference, skip_rates, memory)
+        found = skipped.result(), ranges.result()
+        return cls(source, model, ids, before, after, reference, *found, memory)
 
     def measure_source(self) -> ResultRow:
         """Return the table row of the source."""

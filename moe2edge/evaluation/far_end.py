@@ -32,7 +32,14 @@ COMPARED = 4
 
 @runtime_checkable
 class PlacedRuntime(Protocol):
-    """A runtime that runs tokens at given positions; others cannot be tested at the far end."""
+    """A runtime that runs tokens at given positions; others cannot be tested at the far end.
+
+    Attributes:
+        drift: difference of logits by each position, from frequencies of rotary embeddings that
+            are not those of PyTorch in the last bits; 0: it has the same.
+    """
+
+    drift: float
 
     def logits_at(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Return logits float32 [n, vocabulary] of ids int64 [n] at ascending positions [n]."""

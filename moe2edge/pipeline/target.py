@@ -130,6 +130,18 @@ class Target:
             Unsupported: with the command that installs it, or with what it refuses.
         """
 
+    def settle(self, model: Model, largest: float) -> Target:
+        """Return the target with the options that depend on how large activations are.
+
+        Args:
+            model: what is written.
+            largest: its largest absolute activation on the evaluation text.
+
+        Raises:
+            Unsupported: an option that was given does not hold such activations.
+        """
+        return self
+
     def stored(self, model: Model) -> Model:
         """Return the model whose tensors are written for ``model``: it computes the same.
 

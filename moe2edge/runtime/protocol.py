@@ -10,6 +10,12 @@ from moe2edge.errors import InputError
 if TYPE_CHECKING:
     from torch import Tensor
 
+# What logits may differ by for each position: runtimes compute angles of rotary embeddings in
+# float32, from frequencies that differ from those of PyTorch in the last bits.
+ROTARY_DRIFT = 2.0**-22
+# Positions up to which that is little; beyond, it may change which experts are chosen.
+MOST_PLACED = 4096
+
 
 class Runtime(Protocol):
     """An output folder, opened in the runtime of its target. Runs one sequence at a time."""

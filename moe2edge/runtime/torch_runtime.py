@@ -35,6 +35,8 @@ class TorchRuntime:
     Logits are returned as float32 on the CPU, in whatever dtype the model computes.
     """
 
+    drift = 0.0
+
     def __init__(self, model: Any) -> None:
         self.model = model.eval()
         self._cache: Any = None
