@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -16,12 +16,12 @@ from moe2edge.model.model import Model, list_end_names
 from moe2edge.model.older_spellings import add_older_spellings
 from moe2edge.model.weights import Weight
 from moe2edge.numerics.scheme import LOW_RANK, WHOLE_ROW, Scheme
-from moe2edge.pipeline.target import Loader, Target
+from moe2edge.pipeline.target import Loader, LoaderRule, Target
 from moe2edge.runtime.memory import Estimate
 from moe2edge.runtime.protocol import Runtime
 from moe2edge.storage.text_files import write_bytes, write_json
 from moe2edge.storage.tokenizer import read_stop_ids
-from moe2edge.targets._loaders import judge_loaders
+from moe2edge.targets._loaders import judge_loaders, list_rules
 from moe2edge.targets._onnx_genai import GENAI_CONFIG, build_genai_config
 from moe2edge.targets._tensors import check_group_size
 
@@ -228,9 +228,13 @@ class Onnx(Target):
         proto = graph.proto(stored, _metadata(model))
         return open_runtime(folder, graph=proto.SerializeToString())
 
+    def rules(self) -> tuple[LoaderRule, ...]:
+        """List all verdicts on programs with their conditions."""
+        return list_rules("onnx")
+
     def loaders(self, model: Model) -> tuple[Loader, ...]:
         """Return the verdict on each program that may load the graph."""
-        return judge_loaders("onnx", model, model)
+        return judge_loaders("onnx", model, model, asdict(self))
 
 
 def _metadata(model: Model) -> dict[str, str]:
