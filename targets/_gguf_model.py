@@ -16,7 +16,7 @@ from moe2edge.model.hf_config import build_config
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import EMBEDDING, HEAD, Model, is_stock_form
 from moe2edge.model.weights import Weight, dequantize_weight, hide_integers
-from moe2edge.pipeline.holders import list_holders
+from moe2edge.pipeline.holders import name_holders
 from moe2edge.targets._gguf_forms import (
     Forms,
     GgufForm,
@@ -79,7 +79,7 @@ def store(model: Model, *, dequantized: bool) -> Model:
     layout = find_layout(model)
     _check_layers(model)
     model = _renumber(model)
-    if reason := layout.check(model) or _check_common(model, layout):
+    if reason := find_uncomputed(model, layout):
         raise _refuse(model, f"llama.cpp does not compute {model.family.model_type} with {reason}")
     rest_forms = get_rest_forms(layout, model)
 
@@ -281,6 +281,11 @@ def _check_layers(model: Model) -> None:
         )
 
 
+def find_uncomputed(model: Model, layout: GgufLayout) -> str:
+    """Return what llama.cpp computes as something else in a model; empty: nothing."""
+    return layout.check(model) or _check_common(model, layout)
+
+
 def _check_common(model: Model, layout: GgufLayout) -> str:
     """Return what llama.cpp does not compute of a config; empty: nothing."""
     config = model.config
@@ -326,6 +331,6 @@ def _check_rope(rope: Mapping[str, Any], layout: GgufLayout) -> str:
 
 
 def _refuse(model: Model, reason: str) -> Unsupported:
-    holders = list_holders(model, "gguf")
-    remedy = f"export to {' or '.join(holders)}" if holders else "no target holds it"
+    holders = name_holders(model, "gguf")
+    remedy = f"export to {holders}" if holders else "no target holds it"
     return Unsupported(f"{reason}; {remedy}")

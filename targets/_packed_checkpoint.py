@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe2edge.model.model import Model
 from moe2edge.model.stored_layout import list_stored_integers
-from moe2edge.pipeline.target import Loader
+from moe2edge.pipeline.target import Loader, LoaderRule
 from moe2edge.runtime.load import load
 from moe2edge.runtime.memory import Estimate
 from moe2edge.runtime.protocol import Runtime
 from moe2edge.storage.safetensors_files import PlannedTensor
 from moe2edge.targets import _layouts
 from moe2edge.targets._layout_checkpoint import LayoutCheckpoint
-from moe2edge.targets._loaders import judge_loaders
+from moe2edge.targets._loaders import judge_loaders, list_rules
 from moe2edge.targets._tensors import estimate_file_bytes, plan_plain
 
 if TYPE_CHECKING:
@@ -97,6 +97,10 @@ class PackedCheckpoint(LayoutCheckpoint):
 
         return TorchRuntime(load(folder, dtype=torch.float32 if exact else torch.bfloat16))
 
+    def rules(self) -> tuple[LoaderRule, ...]:
+        """List all verdicts on programs with their conditions."""
+        return list_rules(self.name)
+
     def loaders(self, model: Model) -> tuple[Loader, ...]:
         """Return the verdict on each program that may load the folder."""
-        return judge_loaders(self.name, model, self.stored(model))
+        return judge_loaders(self.name, model, self.stored(model), asdict(self))

@@ -20,7 +20,7 @@ from moe2edge.model.hf_config import build_transformers_dict
 from moe2edge.model.model import Model
 from moe2edge.model.older_spellings import add_older_spellings
 from moe2edge.model.weights import Weight
-from moe2edge.pipeline.target import Loader, Target
+from moe2edge.pipeline.target import Loader, LoaderRule, Target
 from moe2edge.runtime.memory import Estimate
 from moe2edge.runtime.protocol import MOST_PLACED, Runtime
 from moe2edge.storage.text_files import read_json, write_json
@@ -34,7 +34,7 @@ from moe2edge.targets._gguf_tokenizer import (
     check_outline,
     has_loose_apostrophes,
 )
-from moe2edge.targets._loaders import judge_loaders
+from moe2edge.targets._loaders import judge_loaders, list_rules
 
 if TYPE_CHECKING:
     pass
@@ -57,10 +57,7 @@ class Gguf(Target):
     libraries: ClassVar[tuple[str, ...]] = ("torch",)
     holds_tokenizer: ClassVar[bool] = True
     card_library: ClassVar[str] = "gguf"
-    commands: ClassVar[tuple[str, ...]] = (
-        f"llama-server -m {MODEL_FILE}",
-        f"echo 'FROM ./{MODEL_FILE}' > Modelfile && ollama create my-model -f Modelfile",
-    )
+    card_program: ClassVar[str] = "llama.cpp"
     dequantize: bool = False
 
     def supports(self, family: Family) -> bool:
@@ -195,6 +192,10 @@ class Gguf(Target):
         placed = positions <= MOST_PLACED and not windows
         kind = PlacedGgufRuntime if placed else GgufRuntime
         return kind(path, positions, exact=exact, temporary=temporary)
+
+    def rules(self) -> tuple[LoaderRule, ...]:
+        """List all verdicts on programs with their conditions."""
+        return list_rules("gguf")
 
     def loaders(self, model: Model) -> tuple[Loader, ...]:
         """Return the verdict on each program that may load the file."""

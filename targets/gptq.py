@@ -8,21 +8,33 @@ has on disk. This target only stores quantized weights; any pass that quantizes 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from moe2edge.errors import Unsupported, VerificationFailed
+from moe2edge.errors import InputError, Unsupported, VerificationFailed
 from moe2edge.model import hf_config
 from moe2edge.model.block import is_low_rank, is_quantizable
 from moe2edge.model.model import Model
 from moe2edge.model.older_spellings import add_older_spellings
 from moe2edge.numerics.scheme import Scheme
 from moe2edge.pipeline.holders import refuse_ends
-from moe2edge.storage.output import GPTQ_BITS, GPTQ_GROUPS, plan_gptq_tensors
-from moe2edge.storage.safetensors_files import write_checkpoint
+from moe2edge.storage.output import (
+    AUTO_ROUND,
+    GPTQ_BITS,
+    GPTQ_GROUPS,
+    ORDER_PART,
+    plan_gptq_tensors,
+)
+from moe2edge.storage.safetensors_files import PlannedTensor, write_checkpoint
+from moe2edge.storage.source_formats.aliases import name_by_class
 from moe2edge.storage.text_files import read_json, write_json
+from moe2edge.targets._auto_round import (
+    AUTO_ROUND_SETTINGS_FILE,
+    build_auto_round_config,
+    check_auto_round,
+)
 from moe2edge.targets._gptq_dynamic import build_dynamic, encode_scheme
 from moe2edge.targets._module_patterns import find_main_scheme
 from moe2edge.targets._packed_checkpoint import PackedCheckpoint, StoredParts
@@ -45,11 +57,19 @@ class Gptq(PackedCheckpoint):
     Attributes:
         layout: how layers that differ are stored: ``natural`` is for ``moe2edge.load``,
             ``uniform`` and ``mlp-only`` are for serving programs as well.
+        config: the library whose config is written: with that of auto-round, and auto-round
+            installed, transformers runs the folder packed.
     """
 
     summary: ClassVar[str] = (
         "GPTQ checkpoint for moe2edge.load (vLLM, SGLang: by source inspection)"
     )
+    config: Literal["gptq", "auto-round"] = "gptq"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.config not in ("gptq", AUTO_ROUND):
+            raise InputError(f"config is gptq or {AUTO_ROUND}, not {self.config}")
 
     def accepts(self, model: Model) -> None:
         """Refuse what the format cannot express.
@@ -75,9 +95,11 @@ class Gptq(PackedCheckpoint):
         if stored.scheme is None:
             name = next(name for name, role, _ in stored.tensors() if is_quantizable(role))
             raise Unsupported(f"{name} is not quantized, nor is any other weight; {UNQUANTIZED}")
+        if self.config == AUTO_ROUND:
+            check_auto_round(stored)
 
     def write(self, model: Model, folder: Path) -> dict[str, str]:
-        """Write the weights, ``config.json`` and ``quantize_config.json``.
+        """Write the weights, ``config.json``, and the settings in a file of their own.
 
         At most one matrix is in memory at a time.
 
@@ -86,31 +108,46 @@ class Gptq(PackedCheckpoint):
             Unsupported: nothing is quantized.
         """
         model = self.stored(model)
-        settings = build_quantization_config(model)
+        if auto_round := self.config == AUTO_ROUND:
+            settings = build_auto_round_config(model)
+        else:
+            settings = build_quantization_config(model)
         config = add_older_spellings(hf_config.build_transformers_dict(model))
         config["quantization_config"] = settings
-        configs = {"config.json": config, SETTINGS_FILE: settings}
+        own = AUTO_ROUND_SETTINGS_FILE if auto_round else SETTINGS_FILE
+        configs = {"config.json": config, own: settings}
         written = {name: write_json(folder / name, data) for name, data in configs.items()}
         return written | write_checkpoint(folder, self.plan_tensors_of(model))
 
     def check_derived(self, folder: Path) -> None:
-        """Compare ``quantize_config.json`` with ``config.json``, and the index with the shards.
+        """Compare the settings with ``config.json``, and the index with the shards.
 
         Raises:
             VerificationFailed: names the file.
         """
-        if read_json(folder / SETTINGS_FILE) != read_json(folder / "config.json").get(
-            "quantization_config"
-        ):
+        settings = read_json(folder / "config.json").get("quantization_config") or {}
+        auto_round = settings.get("quant_method") == AUTO_ROUND
+        own = AUTO_ROUND_SETTINGS_FILE if auto_round else SETTINGS_FILE
+        if read_json(folder / own) != settings:
             raise VerificationFailed(
-                f"{SETTINGS_FILE} is not the quantization_config of config.json; export it again"
+                f"{own} is not the quantization_config of config.json; export it again"
             )
         super().check_derived(folder)
 
     def plan_parts(self, weight: Weight) -> StoredParts:
         """Return the tensors that store a quantized matrix, by the end of their names."""
         assert weight.scheme is not None, "the matrix is not quantized"
-        return plan_gptq_tensors(weight.shape, weight.scheme)
+        parts = plan_gptq_tensors(weight.shape, weight.scheme)
+        if self.config == AUTO_ROUND:  # the library has no order of inputs
+            del parts[ORDER_PART]
+        return parts
+
+    def plan_tensors_of(self, model: Model) -> list[PlannedTensor]:
+        """Plan all tensors of a folder, by the names that the reader of the config asks for."""
+        planned = super().plan_tensors_of(model)
+        if self.config == AUTO_ROUND:
+            return [replace(one, name=name_by_class(one.name)) for one in planned]
+        return planned
 
     def pack(self, name: str, weight: Weight) -> dict[str, Tensor]:
         """Pack one matrix into the tensors that store it.

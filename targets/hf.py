@@ -18,8 +18,8 @@ from moe2edge.model.model import Model
 from moe2edge.model.older_spellings import add_older_spellings
 from moe2edge.model.stored_layout import list_stored
 from moe2edge.model.weights import DTYPES, dequantize_weight
-from moe2edge.pipeline.holders import list_holders
-from moe2edge.pipeline.target import Loader
+from moe2edge.pipeline.holders import name_holders
+from moe2edge.pipeline.target import Loader, LoaderRule
 from moe2edge.runtime.load import load
 from moe2edge.runtime.memory import Estimate
 from moe2edge.runtime.protocol import Runtime
@@ -32,7 +32,7 @@ from moe2edge.storage.text_files import write_json
 from moe2edge.targets import _layouts
 from moe2edge.targets._layout_checkpoint import LayoutCheckpoint
 from moe2edge.targets._layouts import Layout
-from moe2edge.targets._loaders import judge_loaders
+from moe2edge.targets._loaders import judge_loaders, list_rules
 from moe2edge.targets._tensors import estimate_file_bytes, plan_plain
 
 if TYPE_CHECKING:
@@ -71,9 +71,7 @@ class Hf(LayoutCheckpoint):
         """
         quantized = [w for _, _, w in model.tensors() if w.scheme and not w.kept]
         if quantized and not self.dequantize:
-            others = "gptq or onnx, or to hf:dequantize=true"
-            if any(weight.scheme for weight in model.rest.values()):
-                others = " or ".join([*list_holders(model, "hf"), "hf:dequantize=true"])
+            others = name_holders(model, "hf", "hf:dequantize=true")
             raise Unsupported(
                 f"target hf holds unquantized weights only, but {quantized[0].name} is "
                 f"{quantized[0].scheme}; export to {others}, which takes as many bytes as if "
@@ -83,7 +81,7 @@ class Hf(LayoutCheckpoint):
             raise Unsupported(
                 f"target hf would be run in {dtype}, as its config.json says, which the experts of "
                 "transformers do not run in; convert the source to float32 (dtype=torch.float32 in "
-                "from_pretrained, then save_pretrained), or export to onnx or gptq"
+                f"from_pretrained, then save_pretrained), or export to {name_holders(model, 'hf')}"
             )
         return _dequantize(_layouts.convert_layout(model, self.layout, "hf"))
 
@@ -130,6 +128,10 @@ class Hf(LayoutCheckpoint):
         runtime = open_source(folder, dtype=dtype, strict=True)
         self.streamed(folder)  # sees also what transformers converts, or does not look at
         return runtime
+
+    def rules(self) -> tuple[LoaderRule, ...]:
+        """List all verdicts on programs with their conditions."""
+        return list_rules("hf")
 
     def loaders(self, model: Model) -> tuple[Loader, ...]:
         """Return the verdict on each program that may load the folder."""

@@ -13,14 +13,14 @@ from moe2edge.model.family import Family
 from moe2edge.model.model import Model, list_end_names
 from moe2edge.model.weights import DTYPES, HeldWeight, Weight
 from moe2edge.numerics.scheme import GROUP_SIZES, WHOLE_ROW, Scheme
-from moe2edge.pipeline.target import Loader, Target
+from moe2edge.pipeline.target import Loader, LoaderRule, Target
 from moe2edge.runtime.memory import Estimate
 from moe2edge.runtime.protocol import Runtime
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.storage.safetensors_files import check_index, write_checkpoint
 from moe2edge.storage.text_files import read_json, write_json
 from moe2edge.targets._layouts import describe_layers
-from moe2edge.targets._loaders import judge_loaders
+from moe2edge.targets._loaders import judge_loaders, list_rules
 from moe2edge.targets._mlx_files import (
     MLX_KEYS,
     MlxFolder,
@@ -56,6 +56,7 @@ class Mlx(Target):
     libraries: ClassVar[tuple[str, ...]] = ("torch", "mlx.core", "mlx_lm")
     chooses_as_torch: ClassVar[bool] = False
     card_library: ClassVar[str] = "mlx"
+    card_program: ClassVar[str] = "mlx-lm"
     limits: ClassVar[str] = (
         "On a Mac mlx-lm runs the folder in the dtype that its config names. Without a Mac's GPU "
         "it was verified in float32, which is much faster there."
@@ -116,6 +117,12 @@ class Mlx(Target):
         row = get_row(model)
         accept_layers(model, row)
         accept_settings(model, row)
+        dtype = model.embedding.dtype
+        if dtype == "F64":
+            raise Unsupported(
+                "mlx-lm reads no float64; convert the source to float32 (dtype=torch.float32 in "
+                "from_pretrained, then save_pretrained), or export to onnx"
+            )
         experts: dict[str, Scheme | None] = {}
         for name, role, weight in model.tensors():
             place = row.place(name)
@@ -228,6 +235,10 @@ class Mlx(Target):
         from moe2edge.targets._mlx_runtime import open_mlx_runtime
 
         return open_mlx_runtime(folder, exact=exact)
+
+    def rules(self) -> tuple[LoaderRule, ...]:
+        """List all verdicts on programs with their conditions."""
+        return list_rules(self.name)
 
     def loaders(self, model: Model) -> tuple[Loader, ...]:
         """Return the verdict on each program that may load the folder."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -15,17 +15,22 @@ from moe2edge.model.hf_config import build_config
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model, list_end_names
 from moe2edge.model.older_spellings import add_older_spellings
-from moe2edge.model.weights import Weight
-from moe2edge.numerics.scheme import LOW_RANK, WHOLE_ROW, Scheme
-from moe2edge.pipeline.target import Loader, Target
+from moe2edge.numerics.scheme import LOW_RANK
+from moe2edge.pipeline.target import Loader, LoaderRule, Target
 from moe2edge.runtime.memory import Estimate
 from moe2edge.runtime.operator_times import PhaseTimes
 from moe2edge.runtime.protocol import Runtime
 from moe2edge.storage.text_files import read_json, write_bytes, write_json
 from moe2edge.storage.tokenizer import read_stop_ids
-from moe2edge.targets._loaders import judge_loaders
+from moe2edge.targets._loaders import judge_loaders, list_rules
 from moe2edge.targets._onnx_genai import GENAI_CONFIG, build_genai_config
-from moe2edge.targets._tensors import check_group_size
+from moe2edge.targets._onnx_schemes import (
+    EXPERT_BITS,
+    GRAPH_BITS,
+    accept_graph_3_bits,
+    accept_graph_end,
+    accept_graph_scheme,
+)
 from moe2edge.targets._web_layout import (
     GRAPH_FOLDER,
     OMITTED,
@@ -45,13 +50,6 @@ if TYPE_CHECKING:
 
 # GroupQueryAttention's rotary embedding takes head sizes that this divides, on the CPU.
 HEAD_MULTIPLE = 16
-# Limits of QMoE and MatMulNBits: bits, and inputs per scale, which are a power of two.
-GRAPH_BITS = (2, 4, 8)
-SMALLEST_GROUP = 16
-# Bits that QMoE alone takes, and its groups then.
-EXPERT_BITS, EXPERT_GROUPS = 3, (32, 64, 128)
-# Bits of a quantized head or embedding.
-END_BITS = 8
 
 
 @dataclass(frozen=True)
@@ -103,6 +101,11 @@ class Onnx(Target):
     def _web(self) -> bool:
         return self.layout == "web"
 
+    @property
+    def _verdicts(self) -> str:
+        """Key of the verdicts on its folders."""
+        return "onnx:layout=web" if self._web else "onnx"
+
     def _place(self, folder: Path) -> Path:
         """Return the folder of the graph."""
         return folder / GRAPH_FOLDER if self._web else folder
@@ -131,7 +134,7 @@ class Onnx(Target):
             if is_low_rank(role) and weight.scheme == LOW_RANK:
                 continue
             if name in list_end_names(model):
-                _accept_end(name, weight)
+                accept_graph_end(name, weight)
                 continue
             if not is_quantizable(role):
                 raise Unsupported(
@@ -139,9 +142,9 @@ class Onnx(Target):
                     f"only, and factors also as {LOW_RANK}"
                 )
             if weight.scheme.bits == EXPERT_BITS and role.startswith("experts."):
-                _accept_3_bits(name, weight)
+                accept_graph_3_bits(name, weight)
             else:
-                _accept_scheme(name, weight.shape, weight.scheme, widths)
+                accept_graph_scheme(name, weight.shape, weight.scheme, widths)
         for block, layer in model.moe_blocks:
             _accept_layer(block, layer)
         if self._web:
@@ -362,9 +365,13 @@ class Onnx(Target):
         """Return JavaScript that runs a web folder."""
         return describe_use(model.family.model_type) if self._web else ""
 
+    def rules(self) -> tuple[LoaderRule, ...]:
+        """List all verdicts on programs with their conditions."""
+        return list_rules("onnx:layout=web", "layout=web") + list_rules("onnx")
+
     def loaders(self, model: Model) -> tuple[Loader, ...]:
         """Return the verdict on each program that may load the graph."""
-        return judge_loaders("onnx:layout=web" if self._web else "onnx", model, model)
+        return judge_loaders(self._verdicts, model, model, asdict(self))
 
 
 def _metadata(model: Model) -> dict[str, str]:
@@ -377,96 +384,6 @@ def _metadata(model: Model) -> dict[str, str]:
 
 def _has_3_bits(model: Model) -> bool:
     return any(w.scheme and w.scheme.bits == EXPERT_BITS for _, _, w in model.tensors())
-
-
-def _accept_scheme(
-    name: str, shape: tuple[int, ...], scheme: Scheme, widths: Collection[int]
-) -> None:
-    """Refuse a matrix whose scheme the operators do not take, or for which they are slow.
-
-    Args:
-        name: its name on disk.
-        shape: its shape.
-        scheme: its scheme.
-        widths: numbers of inputs of all quantized matrices, which one group size should divide.
-
-    Raises:
-        Unsupported: names the scheme, and the schemes or targets to choose instead.
-    """
-    group = scheme.group_size
-    if scheme.ordered:
-        raise Unsupported(
-            f"{name} is {scheme}, and the graph has groups of neighbouring inputs only; quantize "
-            "it anew in the recipe (rtn or gptq), or export to gptq, which keeps it, or to hf"
-        )
-    if scheme.bits not in GRAPH_BITS:
-        raise Unsupported(
-            f"{name} is {scheme}; the graph holds {', '.join(map(str, GRAPH_BITS))} bits; choose "
-            rf"one of these, with {EXPERT_BITS} for experts alone (a rule {{match: 'experts\.', "
-            f"bits: {EXPERT_BITS}}}, onnxruntime 1.32 or newer), or export to hf:dequantize=true"
-        )
-    if group == WHOLE_ROW:
-        sizes = (128, 64, 32, SMALLEST_GROUP)
-        size = next((n for n in sizes if all(width % n == 0 for width in widths)), None)
-        remedy = f"set group_size to {size}, " if size else ""
-        raise Unsupported(
-            f"{name} is {scheme}, with which ONNX Runtime's experts are 10 to 25 times slower; "
-            f"{remedy}leave it in 16 bits with a rule with bits: 16, or export to gptq or "
-            "hf:dequantize=true"
-        )
-    if group < SMALLEST_GROUP or group & (group - 1):
-        raise Unsupported(
-            f"{name} is {scheme}; the graph takes a group_size that is a power of two, at least "
-            f"{SMALLEST_GROUP}"
-        )
-    check_group_size(name, shape[1], scheme)
-
-
-def _accept_end(name: str, weight: Weight) -> None:
-    """Refuse a quantized head or embedding in a form that their operators do not take.
-
-    Args:
-        name: its name on disk.
-        weight: the matrix.
-
-    Raises:
-        Unsupported: names the form, and those to choose instead.
-    """
-    scheme = weight.scheme
-    assert scheme is not None
-    if scheme.bits != END_BITS or not scheme.symmetric:
-        raise Unsupported(
-            f"{name} is {scheme}; the graph holds a head or an embedding in {END_BITS} bits, "
-            "symmetric, or unquantized: choose 8 or 16 bits for them"
-        )
-    _accept_scheme(name, weight.shape, scheme, {weight.shape[1]})
-
-
-def _accept_3_bits(name: str, weight: Weight) -> None:
-    """Refuse a matrix of an expert of 3 bits in a form that the operator does not take.
-
-    Args:
-        name: its name on disk.
-        weight: the matrix.
-
-    Raises:
-        Unsupported: names the form, and those to choose instead.
-    """
-    scheme, groups = weight.scheme, ", ".join(map(str, EXPERT_GROUPS))
-    assert scheme is not None
-    if scheme.ordered or not scheme.symmetric or scheme.group_size not in EXPERT_GROUPS:
-        raise Unsupported(
-            f"{name} is {scheme}; the graph holds {EXPERT_BITS} bits symmetric, in groups of "
-            f"{groups}; set symmetric: true and such a group_size, choose 4 bits, or export to "
-            "hf:dequantize=true"
-        )
-    check_group_size(name, weight.shape[1], scheme)
-    if weight.kept and weight.scale_dtype != "F16":
-        raise Unsupported(
-            f"{name} has integers of {EXPERT_BITS} bits of the source with scales that are "
-            f"{weight.scale_dtype}, and the graph holds such with float16 scales; quantize it anew "
-            "in the recipe (rtn or gptq), or export to hf:dequantize=true"
-        )
 
 
 def _accept_layer(block: Block, layer: MoELayer) -> None:

@@ -52,7 +52,9 @@ def load_templates(folder: Path) -> Any:
 
 def name_class(content: bytes) -> bytes:
     """Name the class of tokenizers as transformers 4 knows it."""
-    return content.replace(b'"TokenizersBackend"', b'"PreTrainedTokenizerFast"')
+    names = b'"model_input_names": ["input_ids", "attention_mask"]'
+    known = b'"PreTrainedTokenizerFast",\n  %s' % names
+    return content.replace(b'"TokenizersBackend"', known)
 
 
 def test_usual_files_are_copied_without_a_word(folder: Path, tmp_path: Path) -> None:

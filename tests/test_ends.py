@@ -194,7 +194,8 @@ def parse_rtn(**options: Any) -> Rtn:
 
 def find_remedies(error: Exception) -> list[str]:
     """Return the targets that a message names."""
-    return str(error).rpartition("export to ")[2].partition(", which")[0].split(" or ")
+    said = str(error).rpartition("export to ")[2].partition(", which")[0]
+    return said.replace(" or ", ", ").split(", ")
 
 
 @pytest.mark.parametrize("target", ["hf", "gptq"])

@@ -579,7 +579,7 @@ QUANTIZING = [
     )),
     Case(
         Try(["rtn"], "hf"),
-        r"export to (\w+) or (\w+), or to (hf:dequantize=true), which",
+        r"export to ([\w-]+), .*?(\w+) or (hf:dequantize=true), which",
         tuple(lambda *said, n=n: Try(["rtn"], said[n]) for n in range(3)),
     ),
     Case(
@@ -687,8 +687,8 @@ LAYOUTS = [
     ),
     Case(
         Try([], "hf"),
-        r"or export to (\w+) or (\w+)$",
-        (lambda target, _: Try([], target), lambda _, target: Try(["rtn"], target)),
+        r"or export to (\w+)$",
+        (lambda target: Try([], target),),
         "olmoe",
         {"dtype": "float64"},
     ),

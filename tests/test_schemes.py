@@ -140,6 +140,15 @@ def test_plain_hf_names_the_option(tiny: Make) -> None:
             Hf().accepts(model)
 
 
+def test_plain_hf_names_every_target_that_holds_a_model(tiny: Make) -> None:
+    model = quantize(opened(tiny("qwen3_moe")), Scheme(4, 32))
+    with pytest.raises(Unsupported, match="export to compressed-tensors, gguf, gptq, mlx, onnx or"):
+        Hf().accepts(model)
+    model = quantize(opened(tiny("qwen3_moe")), Scheme(3, 32))
+    with pytest.raises(Unsupported, match=r"export to compressed-tensors, .*mlx or hf:dequantize"):
+        Hf().accepts(model)
+
+
 # ---- several schemes ---------------------------------------------------------------------------
 
 

@@ -262,13 +262,16 @@ def test_programs_that_load_it(tiny: Make, tmp_path: Path) -> None:
         "GPTQModel": "yes",
         "vLLM": "as read",
         "SGLang": "as read",
-        "llama.cpp": "not tried",
+        "kt-kernel": "yes",
+        "llama.cpp": "no",
+        "mlx-lm": "no",
     }
     assert verdicts(quantized(tiny("olmoe"))) == usual
-    assert verdicts(quantized(tiny("mixtral"))) == usual | {"GPTQModel": "no"}
+    others = {"GPTQModel": "no", "kt-kernel": "not tried"}
+    assert verdicts(quantized(tiny("mixtral"))) == usual | others
     mixed: dict[str, Any] = {"mlp_only_layers": [1]}
     dense = make_checkpoint(tmp_path / "mixed", "qwen3_moe", **mixed)
-    others = dict.fromkeys(("GPTQModel", "SGLang", "llama.cpp"), "no")
+    others = dict.fromkeys(("GPTQModel", "SGLang"), "no")
     assert verdicts(quantized(dense)) == usual | others
 
 
@@ -319,4 +322,5 @@ def test_only_moe2edge_loads_layers_of_unequal_size(tiny: Make) -> None:
     GPTQ.accepts(model)
     found = verdicts(model)
     assert found.pop("moe2edge") == "yes"
+    assert found.pop("kt-kernel") == "not tried"
     assert set(found.values()) == {"no"}

@@ -207,10 +207,11 @@ def test_programs_that_load_it(tiny: Make, tmp_path: Path) -> None:
     def verdicts(folder: Path) -> dict[str, str]:
         return {loader.program: loader.verdict for loader in HF.loaders(open_model(folder))}
 
-    usual = dict.fromkeys(("transformers", "moe2edge"), "yes")
+    usual = dict.fromkeys(("transformers", "moe2edge", "transformers 4"), "yes")
     usual |= dict.fromkeys(("vLLM", "SGLang", "llama.cpp"), "as read")
     assert verdicts(tiny("mixtral")) == usual
-    assert verdicts(tiny("qwen3_moe")) == usual
-    assert verdicts(tiny("olmoe")) == usual | {"llama.cpp": "not tried"}
+    assert verdicts(tiny("qwen3_moe", norm_topk_prob=True)) == usual
+    whole = tiny("olmoe", num_key_value_heads=4)
+    assert verdicts(whole) == usual | {"llama.cpp": "not tried"}
     mixed = make_checkpoint(tmp_path / "mixed", "qwen3_moe", mlp_only_layers=[1])
     assert verdicts(mixed) == usual | {"SGLang": "no", "llama.cpp": "no"}

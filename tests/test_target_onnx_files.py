@@ -386,4 +386,6 @@ def test_loaders_are_named(opened: Open) -> None:
         "onnxruntime": "yes",
         "onnxruntime-genai": "yes",
         "onnxruntime, CUDA": "no",
+        "optimum-onnx": "yes",
+        "OpenVINO": "no",
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import click
 
@@ -54,22 +55,46 @@ def print_schema_command() -> None:
     click.echo(json.dumps(build_json_schema(), indent=2))
 
 
-@click.command(epilog="\b\nExample:\n  moe2edge targets")
+TARGETS_EXAMPLES = "\b\nExamples:\n  moe2edge targets\n  moe2edge targets gguf"
+
+
+@click.command(epilog=TARGETS_EXAMPLES)
+@click.argument("name", required=False)
 @JSON_OPTION
-def targets_command(as_json: bool) -> None:
-    """List the targets, their output formats and their options."""
+def targets_command(name: str | None, as_json: bool) -> None:
+    """List the targets, their output formats, their options, and the programs that run them.
+
+    With NAME, only that target, with the verdict on each program and its conditions; of several
+    that apply to an output, the first holds.
+    """
     from moe2edge.pipeline import registry
 
-    targets = {name: registry.find_target(name) for name in registry.list_targets()}
-    options = {name: registry.list_options(target) for name, target in targets.items()}
+    names = registry.list_targets() if name is None else [name]
+    targets = {each: registry.find_target(each) for each in names}
+    options = {each: registry.list_options(target) for each, target in targets.items()}
     if as_json:
-        summaries = {name: target.summary for name, target in targets.items()}
-        emit({"targets": summaries, "options": options})
+        summaries = {each: target.summary for each, target in targets.items()}
+        rules = {
+            each: [{**asdict(rule.loader), "when": rule.when} for rule in target.rules()]
+            for each, target in targets.items()
+        }
+        emit({"targets": summaries, "options": options, "programs": rules})
         return
     width = max(map(len, targets))
-    for name, target in targets.items():
-        click.echo(f"{name:{width}} {target.summary}")
+    for each, target in targets.items():
+        click.echo(f"{each:{width}} {target.summary}")
         choices = registry.list_choices(target)
-        for option, default in options[name].items():
+        for option, default in options[each].items():
             values = f" (of {', '.join(map(str, choices[option]))})" if option in choices else ""
-            click.echo(f"{'':{width}} {name}:{option}={default} is the default{values}")
+            click.echo(f"{'':{width}} {each}:{option}={default} is the default{values}")
+        found: dict[str, list[str]] = {}
+        for rule in target.rules():
+            verdicts = found.setdefault(rule.loader.program, [])
+            if rule.loader.verdict not in verdicts:
+                verdicts.append(rule.loader.verdict)
+            if name is not None:
+                when = f", with {rule.when}" if rule.when else ""
+                click.echo(f"{'':{width}} {rule.loader.program}{when}: {rule.loader.text}")
+        if name is None and found:
+            said = "; ".join(f"{program}: {' or '.join(v)}" for program, v in found.items())
+            click.echo(f"{'':{width}} {said}")

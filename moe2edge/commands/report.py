@@ -272,7 +272,8 @@ class Report:
     def _name_library(self, target: Target) -> str | None:
         """Return the library of a target's card; None if the verdicts say that it is none."""
         denied = {one.program for one in self.loaders[target.name] if one.verdict == "no"}
-        return None if target.card_library in denied else target.card_library
+        program = target.card_program or target.card_library
+        return None if program in denied else target.card_library
 
     def _render_card(self, target: Target, model: Model, checkpoint: Checkpoint) -> str:
         """Write the text of README.md, with the metadata that the hub reads."""
@@ -302,7 +303,11 @@ class Report:
         limits += "".join(
             f"{line[:1].upper()}{line[1:]}.\n\n" for line in self.remarks.get(name, ())
         )
-        commands = "".join(f"{line}\n" for line in target.commands)
+        run = [one for one in self.loaders[name] if one.verdict != "no"]
+        commands = "".join(f"{one.command}\n" for one in run if one.command)
+        python = "".join(
+            f"In {one.program}:\n\n```python\n{one.snippet}\n```\n\n" for one in run if one.snippet
+        )
         script = target.describe_use(model)
         script = f"```js\n{script}```\n\n" if script else ""
         return (
@@ -312,5 +317,5 @@ class Report:
             f"{self._describe_materialized()}{self._describe_source_format(name)}"
             f"## Who can load it\n\n{loaders}\n\n{limits}## Run it\n\n"
             f'```sh\nmoe2edge generate . "Once upon a time"\nmoe2edge verify .\n{commands}```\n\n'
-            f"{script}## Recipe\n\n```yaml\n{self.recipe}```\n"
+            f"{script}{python}## Recipe\n\n```yaml\n{self.recipe}```\n"
         )

@@ -28,6 +28,18 @@ def list_holders(model: Model, but: str) -> list[str]:
         _asking.reset(token)
 
 
+def name_holders(model: Model, but: str, *others: str) -> str:
+    """Name the targets that hold a model in a sentence, ``a, b or c``; empty: there is none.
+
+    Args:
+        model: the model.
+        but: name of the target that asks.
+        others: what to name behind them.
+    """
+    *first, last = [*list_holders(model, but), *others] or [""]
+    return f"{', '.join(first)} or {last}" if first else last
+
+
 def refuse_ends(model: Model, but: str) -> None:
     """Refuse a quantized head or embedding, for targets that hold none.
 
@@ -43,7 +55,7 @@ def refuse_ends(model: Model, but: str) -> None:
             raise Unsupported(
                 f"target {but} keeps {model.names.get_rest_name(name)} in the source's precision, "
                 f"but it is {weight.scheme}; leave head and embedding out of the pass that "
-                f"quantizes, or export to {' or '.join(list_holders(model, but))}"
+                f"quantizes, or export to {name_holders(model, but)}"
             )
 
 

@@ -31,12 +31,20 @@ class Loader:
         program: its name.
         verdict: ``yes``: it was run on such an output; ``as read``: its code takes it, but it was
             not run; ``not tried``; ``no``: it refuses such an output or misreads it.
-        note: version, condition or reason.
+        note: version, condition, reason and evidence, as a sentence.
+        version: version that was run or read; empty: not recorded, or of no importance.
+        script: what was run, whose output is beside it; empty: nothing was.
+        command: shell line that runs the output, in its folder; empty: there is none.
+        snippet: the same in Python.
     """
 
     program: str
     verdict: Verdict
     note: str
+    version: str = ""
+    script: str = ""
+    command: str = ""
+    snippet: str = ""
 
     @property
     def text(self) -> str:
@@ -44,6 +52,19 @@ class Loader:
         # A note that begins with a version is that number alone, which would read like a score.
         note = f"version {self.note}" if self.note[:1].isdigit() else self.note
         return f"{VERDICT_WORDS.get(self.verdict, self.verdict)} ({note})"
+
+
+@dataclass(frozen=True)
+class LoaderRule:
+    """A verdict with its condition; of several rules on a program the first that applies holds.
+
+    Attributes:
+        loader: the verdict; its note may speak of outputs in general.
+        when: which outputs it is for; empty: all others.
+    """
+
+    loader: Loader
+    when: str
 
 
 def get_target_name(file: str) -> str:
@@ -68,10 +89,10 @@ class Target:
             the loading of a folder.
         limits: what its outputs cannot do, for their cards; empty if there is nothing to say.
         card_library: library of the hub that loads its outputs, for their cards.
+        card_program: the program in the verdicts that stands for it; empty: of the same name.
         any_family: whether it holds families of which only the numbers of experts are known.
         holds_tokenizer: whether its files hold the tokenizer in a form of their own, so that
             `check_companions` has something to look at.
-        commands: shell lines for cards, which run an output in other programs.
     """
 
     name: ClassVar[str]
@@ -81,9 +102,9 @@ class Target:
     chooses_as_torch: ClassVar[bool] = True
     limits: ClassVar[str] = ""
     card_library: ClassVar[str] = "transformers"
+    card_program: ClassVar[str] = ""
     any_family: ClassVar[bool] = False
     holds_tokenizer: ClassVar[bool] = False
-    commands: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -300,3 +321,7 @@ class Target:
     def loaders(self, model: Model) -> tuple[Loader, ...]:
         """List the programs that may load the output, with verdicts."""
         raise NotImplementedError
+
+    def rules(self) -> tuple[LoaderRule, ...]:
+        """List all verdicts on programs with their conditions, for ``moe2edge targets NAME``."""
+        return ()

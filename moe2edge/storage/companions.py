@@ -40,6 +40,8 @@ CHAT_TEMPLATE = "chat_template.jinja"
 OLD_TEMPLATE = "chat_template.json"
 # Two names of one class; transformers 5 writes the first, and release 4 does not know it.
 NEW_CLASS, OLD_CLASS = "TokenizersBackend", "PreTrainedTokenizerFast"
+# What the class asks for in release 5. Release 4 adds token_type_ids, which models of text refuse.
+INPUT_NAMES = b'"model_input_names": ["input_ids", "attention_mask"]'
 _NEW_CLASS = re.compile(rb'("tokenizer_class"\s*:\s*)"%s"' % NEW_CLASS.encode())
 # Other files than vocabularies, in bytes.
 LARGEST_TEXT = 16 << 20
@@ -343,9 +345,11 @@ def _settle_class(found: Companions) -> Companions:
     if config is None:
         return found
     content = config.path.read_bytes() if config.content is None else config.content
-    if json.loads(content).get("tokenizer_class") != NEW_CLASS:
+    settings = json.loads(content)
+    if settings.get("tokenizer_class") != NEW_CLASS:
         return found
-    changed = _NEW_CLASS.sub(rb'\1"%s"' % OLD_CLASS.encode(), content)
+    names = b"" if "model_input_names" in settings else b",\n  " + INPUT_NAMES
+    changed = _NEW_CLASS.sub(rb'\1"%s"%s' % (OLD_CLASS.encode(), names), content)
     files = [replace(f, content=changed) if f is config else f for f in found.files]
     return replace(found, files=tuple(files))
 

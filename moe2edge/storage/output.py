@@ -6,6 +6,7 @@ A tensor that is missing, unexpected or of another shape is an error.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ from moe2edge.storage.checkpoint import Checkpoint, has_own_layers
 from moe2edge.storage.compressed_form import COMPRESSED, CompressedForm
 from moe2edge.storage.patterns import compile_pattern
 from moe2edge.storage.safetensors_files import read_header, read_tensor
+from moe2edge.storage.source_formats.aliases import NUMBERED, list_aliases, name_on_hub
 from moe2edge.storage.source_formats.recognition import read_method
 from moe2edge.storage.source_formats.stored_tensors import StoredTensors
 
@@ -33,11 +35,15 @@ if TYPE_CHECKING:
     from moe2edge.numerics.grid import Quantized
 
 Header = tuple[tuple[int, ...], str]
-GPTQ_PARTS = ("qweight", "qzeros", "scales", "g_idx")
+# The group of each input, which auto-round does not write.
+ORDER_PART = "g_idx"
+GPTQ_PARTS = ("qweight", "qzeros", "scales", ORDER_PART)
 GPTQ_BITS = (2, 4, 8)
 GPTQ_GROUPS = (*GROUP_SIZES, WHOLE_ROW)
 # Settings that a GPTQ checkpoint must have: with any other its numbers would be misread.
 GPTQ_V1 = {"quant_method": "gptq", "lm_head": False, "pack_dtype": "int32"}
+# The same numbers, by the config of another library; zero points are stored minus one as well.
+AUTO_ROUND, AUTO_ROUND_PACKING = "auto-round", "auto_round:auto_gptq"
 GPTQ_SCHEME = ("bits", "group_size", "sym", "desc_act")
 
 
@@ -93,6 +99,8 @@ def _read_settings(
             f"{checkpoint.source} is a folder for mlx-lm; run it with mlx-lm, or with moe2edge "
             "generate"
         )
+    if method == AUTO_ROUND:
+        return read_auto_round_settings(quantization)
     if method == COMPRESSED:
         return CompressedForm.make(StoredTensors(checkpoint.files), quantization)
     return read_gptq_settings(quantization)
@@ -109,10 +117,13 @@ class GptqSettings:
         main: scheme of every matrix that no pattern matches.
         dynamic: patterns for the start of a module's name, each with the scheme of what it
             matches, None for matrices that are not quantized; the first match counts.
+        by_class: whether parts of experts have the names of transformers' classes, and matrices
+            no tensor for the order of inputs.
     """
 
     main: Scheme
     dynamic: tuple[tuple[Any, Scheme | None], ...] = ()
+    by_class: bool = False
 
     def find_scheme(self, module: str) -> Scheme | None:
         """Return the scheme of a module's matrix, by its name on disk without ``.weight``."""
@@ -120,12 +131,15 @@ class GptqSettings:
 
     def find_override(self, module: str, usual: Scheme | None = None) -> Scheme | None:
         """Return the scheme that a pattern gives to a module's matrix, else ``usual``."""
-        matching = (scheme for pattern, scheme in self.dynamic if pattern.match(module))
+        names = tuple(list_aliases(module)) if self.by_class else (module,)
+        matching = (s for pattern, s in self.dynamic if any(map(pattern.match, names)))
         return next(matching, usual)
 
     def plan(self, module: str, shape: tuple[int, ...], scheme: Scheme) -> dict[str, Header]:
         """Return shape and dtype of each tensor that a matrix has to be stored in, by name."""
         parts = plan_gptq_tensors(shape, scheme)
+        if self.by_class:
+            del parts[ORDER_PART]
         return {f"{module}.{part}": header for part, header in parts.items()}
 
 
@@ -151,6 +165,28 @@ def read_gptq_settings(settings: Mapping[str, Any]) -> GptqSettings:
     return GptqSettings(
         main, tuple(_parse_override(key, override, main) for key, override in dynamic.items())
     )
+
+
+def read_auto_round_settings(settings: Mapping[str, Any]) -> GptqSettings:
+    """Parse a ``quantization_config`` of auto-round.
+
+    Raises:
+        Unsupported: it is not as `moe2edge.targets.gptq` writes it.
+    """
+    packing, extra = settings.get("packing_format"), settings.get("extra_config") or {}
+    main = _parse_scheme({"desc_act": False, **settings})
+    if packing != AUTO_ROUND_PACKING or main is None or not isinstance(extra, Mapping):
+        raise Unsupported(
+            f"quantization by auto-round with packing_format {packing!r} is not supported; only "
+            f"{AUTO_ROUND_PACKING!r} in bits and groups as of 'gptq' can be loaded"
+        )
+    found = []
+    for key, own in extra.items():
+        # A pattern has a backslash before each point; all other keys are names.
+        pattern = key if "\\" in key else f"{re.escape(key)}$"
+        unquantized = isinstance(own, Mapping) and own.get("bits") == 16
+        found.append(_parse_override(f"{'-' if unquantized else '+'}:{pattern}", own, main))
+    return GptqSettings(main, tuple(found), by_class=True)
 
 
 _LOADABLE = (
@@ -204,9 +240,17 @@ class _StoredTensors:
         self._source = checkpoint.source
         self._settings = settings
         self._files = checkpoint.files
+        # Names on disk, by those that the family has on the hub.
+        self._disk = dict(zip(self._files, self._files, strict=True))
+        if self._by_class and checkpoint.config.get("model_type") in NUMBERED:
+            self._disk = {name_on_hub(name): name for name in self._files}
         self._headers: dict[str, Header] = {
-            name: read_header(path, name) for name, path in self._files.items()
+            name: read_header(self._files[held], held) for name, held in self._disk.items()
         }
+
+    @property
+    def _by_class(self) -> bool:
+        return isinstance(self._settings, GptqSettings) and self._settings.by_class
 
     @property
     def names(self) -> Iterable[str]:
@@ -243,7 +287,8 @@ class _StoredTensors:
         return None if self._settings is None else self._settings.find_scheme(_get_stem(name))
 
     def _read(self, name: str) -> Tensor:
-        return read_tensor(self._files[name], name)
+        held = self._disk[name]
+        return read_tensor(self._files[held], held)
 
     def _read_quantized(self, name: str, scheme: Scheme) -> Quantized:
         """Read integers and scales of a matrix.
@@ -256,7 +301,8 @@ class _StoredTensors:
         from moe2edge.numerics.grid import Quantized
         from moe2edge.numerics.packing import unpack_gptq
 
-        parts = {part: self._read(f"{_get_stem(name)}.{part}") for part in GPTQ_PARTS}
+        held = GPTQ_PARTS[:-1] if self._by_class else GPTQ_PARTS
+        parts = {part: self._read(f"{_get_stem(name)}.{part}") for part in held}
         q, scales, zeros = unpack_gptq(parts, scheme.bits)
         # Stored minus one; 0, which only sources have, as the largest integer.
         low, high = (scheme.zero_point,) * 2 if scheme.symmetric else (0, scheme.largest)
@@ -267,7 +313,8 @@ class _StoredTensors:
                 f"{int(zeros.max())}, expected {expected}; the file was changed, export it again"
             )
         width = scheme.width(q.shape[1])
-        order, found = torch.arange(q.shape[1], dtype=torch.int32) // width, parts["g_idx"]
+        order, found = torch.arange(q.shape[1], dtype=torch.int32) // width, parts.get(ORDER_PART)
+        found = order if found is None else found
         if scheme.ordered and ((found < 0) | (found >= scheme.groups(q.shape[1]))).any():
             raise VerificationFailed(
                 f"{_get_stem(name)}.g_idx names groups that do not exist; the file was changed, "

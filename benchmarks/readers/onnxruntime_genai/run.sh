@@ -1,7 +1,7 @@
 #!/bin/sh
 # Run an ONNX folder in onnxruntime-genai, which reads genai_config.json, and compare.
 #
-#   benchmarks/genai_reader/run.sh ENVIRONMENT FOLDER
+#   benchmarks/readers/onnxruntime_genai/run.sh ENVIRONMENT FOLDER
 #
 # ENVIRONMENT is a folder for a virtual environment of its own; it is made if it is not there. Set
 # PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu where PyPI would bring the CUDA build of
@@ -15,7 +15,7 @@ fi
 environment=$1
 folder=$2
 here=$(cd "$(dirname "$0")" && pwd)
-root=$(cd "$here/../.." && pwd)
+root=$(cd "$here/../../.." && pwd)
 
 if [ ! -e "$environment/complete" ]; then
     "${PYTHON:-python3}" -m venv "$environment"

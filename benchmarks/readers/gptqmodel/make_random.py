@@ -1,6 +1,6 @@
 """Write a random OLMoE of the built-in model's shape as a GPTQ checkpoint, rounded to nearest.
 
-python benchmarks/gptq_reader/make_random.py FOLDER [FAMILY]
+python benchmarks/readers/gptqmodel/make_random.py FOLDER [FAMILY]
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Run in onnxruntime-genai: layers without router or MLP, with skipping, replaced, tied experts.
 
-    ENVIRONMENT/bin/python benchmarks/genai_reader/forms.py
+    ENVIRONMENT/bin/python benchmarks/readers/onnxruntime_genai/forms.py
 
 ENVIRONMENT is made by `run.sh`. One random model for each family and form, int4; exits
 with 1 if one disagrees with our own session on the same graph.

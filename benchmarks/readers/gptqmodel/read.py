@@ -1,6 +1,6 @@
 """Compare the tensors that GPTQModel reads from a GPTQ folder with those that moe2edge wrote.
 
-    benchmarks/gptq_reader/run.sh ENVIRONMENT FOLDER
+    benchmarks/readers/gptqmodel/run.sh ENVIRONMENT FOLDER
 
 Every matrix is dequantized by GPTQModel's own code and must equal ours to the bit, once in
 bfloat16, as it computes, and once with its scales in float32. Its logits, computed in bfloat16,

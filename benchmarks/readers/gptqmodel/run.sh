@@ -1,7 +1,7 @@
 #!/bin/sh
 # Read a GPTQ folder with GPTQModel, which moe2edge's authors did not write, and compare.
 #
-#   benchmarks/gptq_reader/run.sh ENVIRONMENT FOLDER
+#   benchmarks/readers/gptqmodel/run.sh ENVIRONMENT FOLDER
 #
 # ENVIRONMENT is a folder for a virtual environment of its own; it is made if it is not there.
 # GPTQModel 7.7.0 declares torch>=2.14.1, and runs on a CPU with 2.13.0 as well; hence --no-deps
@@ -16,7 +16,7 @@ fi
 environment=$1
 folder=$2
 here=$(cd "$(dirname "$0")" && pwd)
-root=$(cd "$here/../.." && pwd)
+root=$(cd "$here/../../.." && pwd)
 
 if [ ! -e "$environment/complete" ]; then
     "${PYTHON:-python3}" -m venv "$environment"

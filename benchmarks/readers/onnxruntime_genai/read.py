@@ -1,6 +1,6 @@
 """Run an ONNX folder in onnxruntime-genai and compare it with the logits that the export recorded.
 
-    ENVIRONMENT/bin/python benchmarks/genai_reader/read.py FOLDER
+    ENVIRONMENT/bin/python benchmarks/readers/onnxruntime_genai/read.py FOLDER
 
 The folder's recorded tokens go in, a prefill and then one by one. The logits must agree with those
 of our own session on the same graph within 2 % (median of positions; exactly, if both sum in the

@@ -1,6 +1,6 @@
 """Run one random model of every family in onnxruntime-genai; exits with 1 if one disagrees.
 
-    ENVIRONMENT/bin/python benchmarks/genai_reader/families.py
+    ENVIRONMENT/bin/python benchmarks/readers/onnxruntime_genai/families.py
 
 ENVIRONMENT is made by `run.sh`. Windows, biases and dense blocks are switched on where the family
 has them.
