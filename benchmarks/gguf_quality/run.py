@@ -138,7 +138,7 @@ class Bench:
         name = re.sub(r"\W+", "-", f"{form.title} {ends}").strip("-")
         if form.passes:
             # One tensor may be both: the same number for both is right in any case.
-            both = {} if ends == 16 else {"head": ends, "embedding": ends}
+            both = {"head": ends, "embedding": ends}
             return self._export(
                 name, [{key: {**how, **both} for key, how in one.items()} for one in form.passes]
             )

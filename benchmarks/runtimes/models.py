@@ -72,7 +72,7 @@ def export(source: str, name: str, place: Path) -> dict[tuple[str, int], Path]:
     found = {}
     for bits, targets in TARGETS.items():
         out = place / f"ends-{bits}"
-        ends = {} if bits == 16 else {"head": bits, "embedding": bits}
+        ends = {"head": bits, "embedding": bits}
         recipe = place / f"ends-{bits}.yaml"
         if not all((out / target / "manifest.json").exists() for target in targets):
             place.mkdir(parents=True, exist_ok=True)
