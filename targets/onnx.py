@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -16,7 +16,7 @@ from moe2edge.model.model import Model, list_end_names
 from moe2edge.model.older_spellings import add_older_spellings
 from moe2edge.model.weights import Weight
 from moe2edge.numerics.scheme import LOW_RANK, WHOLE_ROW, Scheme
-from moe2edge.pipeline.target import Loader, Target
+from moe2edge.pipeline.target import SMALL_FILES, Loader, Target
 from moe2edge.runtime.memory import Estimate
 from moe2edge.runtime.protocol import Runtime
 from moe2edge.storage.text_files import write_bytes, write_json
@@ -57,6 +57,9 @@ class Onnx(Target):
     summary: ClassVar[str] = "decoder graph with KV cache for ONNX Runtime on a CPU"
     libraries: ClassVar[tuple[str, ...]] = ("torch", "onnx", "onnxruntime")
     chooses_as_torch: ClassVar[bool] = False
+    cache_nbytes: ClassVar[int] = 4
+    forgets: ClassVar[bool] = False
+    logits_rows: ClassVar[int] = 256
     card_library: ClassVar[str] = "onnxruntime"
     limits: ClassVar[str] = (
         "Prompts of a batch are padded on the right: zeros in `attention_mask` behind a prompt, "
@@ -129,11 +132,26 @@ class Onnx(Target):
 
         In memory, what is neither quantized nor of low rank is float32 as well.
         """
-        from moe2edge.targets._onnx_storage import compute_offsets
+        return _measure(self._build(self.stored(model)))
 
-        graph = self._build(self.stored(model))
-        data = compute_offsets(graph.batches)[1]
-        return Estimate(data + graph.widened_nbytes, data)
+    def estimate_folder(self, model: Model, folder: Path) -> Estimate:
+        """Estimate as `estimate` does, with the graph."""
+        from moe2edge.targets._onnx_storage import make_hollow_initializers
+
+        stored = self.stored(model)
+        graph = self._build(stored)
+        own = _measure(graph)
+        initializers = make_hollow_initializers(graph.batches)
+        size = graph.proto(initializers, _metadata(stored)).ByteSize()
+        return replace(own, disk=own.disk + size + SMALL_FILES)
+
+    def count_held(self, stored: Model) -> Callable[[str, Weight], int]:
+        """Return a function that counts the bytes of a tensor in memory."""
+        return lambda _, weight: weight.nbytes if weight.scheme else 4 * weight.count
+
+    def count_cache(self, model: Model, tokens: int) -> int:
+        """Count the bytes of keys and values, float32 or int8."""
+        return super().count_cache(model, tokens) // (4 if self._int8_cache else 1)
 
     def write(self, model: Model, folder: Path) -> dict[str, str]:
         """Write ``model.onnx``, ``model.onnx.data`` and the two configs.
@@ -231,6 +249,14 @@ class Onnx(Target):
     def loaders(self, model: Model) -> tuple[Loader, ...]:
         """Return the verdict on each program that may load the graph."""
         return judge_loaders("onnx", model, model)
+
+
+def _measure(graph: Graph) -> Estimate:
+    """Return what the data of a graph takes, in its file and in memory."""
+    from moe2edge.targets._onnx_storage import compute_offsets
+
+    data = compute_offsets(graph.batches)[1]
+    return Estimate(data + graph.widened_nbytes, data)
 
 
 def _metadata(model: Model) -> dict[str, str]:

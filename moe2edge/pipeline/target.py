@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from moe2edge.model.cached_numbers import list_cached
 from moe2edge.model.family import Family
 from moe2edge.model.model import Model
-from moe2edge.runtime.memory import Estimate
+from moe2edge.model.weights import DTYPE_BYTES, DTYPES, Weight
+from moe2edge.runtime.memory import IMPORTED, Estimate
 from moe2edge.runtime.protocol import Runtime
 
 if TYPE_CHECKING:
@@ -17,6 +19,10 @@ if TYPE_CHECKING:
 
     from moe2edge.numerics.grid import Quantized
 
+# Bytes of configs beside the weights, about.
+SMALL_FILES = 1500
+# Bytes of a number, by its dtype as torch names it.
+WIDTHS = {DTYPES[spelled]: width for spelled, width in DTYPE_BYTES.items()}
 Verdict = Literal["yes", "as read", "not tried", "no"]
 # Words for verdicts in reports and cards, where they differ from those in files.
 VERDICT_WORDS: Mapping[Verdict, str] = {"as read": "by source inspection, not run"}
@@ -71,6 +77,10 @@ class Target:
         holds_tokenizer: whether its files hold the tokenizer in a form of their own, so that
             `check_companions` has something to look at.
         commands: shell lines for cards, which run an output in other programs.
+        runtime_nbytes: memory of a process with its runtime, and no model, measured.
+        cache_nbytes: bytes of a cached key or value; 0: as in `find_dtype`.
+        forgets: whether its runtime forgets tokens that no window of attention sees any more.
+        logits_rows: most tokens of a prompt whose logits are in memory at once.
     """
 
     name: ClassVar[str]
@@ -83,6 +93,10 @@ class Target:
     any_family: ClassVar[bool] = False
     holds_tokenizer: ClassVar[bool] = False
     commands: ClassVar[tuple[str, ...]] = ()
+    runtime_nbytes: ClassVar[int] = IMPORTED
+    cache_nbytes: ClassVar[int] = 0
+    forgets: ClassVar[bool] = True
+    logits_rows: ClassVar[int] = 1
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -147,6 +161,31 @@ class Target:
     def estimate(self, model: Model) -> Estimate:
         """Estimate what the output takes: weight files, and memory once reopened, as shipped."""
         return Estimate(model.nbytes, model.nbytes)
+
+    def estimate_folder(self, model: Model, folder: Path) -> Estimate:
+        """Estimate as `estimate` does, with all files that `write` writes.
+
+        Args:
+            model: the planned model.
+            folder: holds the source's companions, which metadata may be made of.
+        """
+        own = self.estimate(model)
+        return replace(own, disk=own.disk + SMALL_FILES)
+
+    def count_held(self, stored: Model) -> Callable[[str, Weight], int]:
+        """Return a function that counts the bytes that its runtime reads of a tensor.
+
+        Args:
+            stored: the model that is `stored`, whose tensors have the names on disk.
+        """
+        return lambda _, weight: weight.nbytes
+
+    def count_cache(self, model: Model, tokens: int) -> int:
+        """Count the bytes of what its runtime remembers of a text."""
+        width = self.cache_nbytes or WIDTHS[self.find_dtype(model)]
+        cached = list_cached(model)
+        numbers = sum(one.count(tokens, windows=self.forgets) for one in cached)
+        return width * numbers + 4 * sum(one.state for one in cached)
 
     def write(self, model: Model, folder: Path) -> dict[str, str]:
         """Write weights and config into a folder, tensor by tensor.
