@@ -10,11 +10,11 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
 import click
 
-from moe2edge.cli import decisions, inspect, outputs, progress_bar, recipes
+from moe2edge.cli import decisions, inspect, outputs, plan, progress_bar, recipes
 from moe2edge.cli.common import (
     CALIB_OPTION,
     JSON_OPTION,
@@ -36,9 +36,6 @@ from moe2edge.cli.common import (
 from moe2edge.cli.failures import classify_os_error, explain_shortage, naming_disk, shorten
 from moe2edge.cli.progress_bar import make_reporter
 from moe2edge.errors import DoesNotFit, InputError, Moe2EdgeError, join_lines
-
-if TYPE_CHECKING:
-    from moe2edge.pipeline.target import Target
 
 INTERRUPTED = 130
 # Read by torch when it is first used. With large pages there are fewer page faults, which takes a
@@ -262,13 +259,14 @@ def export_command(
 ) -> None:
     """Compress MODEL, write it for a runtime, and verify it there."""
     from moe2edge.commands.export import export_targets as run
+    from moe2edge.commands.plan import choose_default_recipe
     from moe2edge.commands.texts import check_texts
     from moe2edge.pipeline.registry import parse_targets
     from moe2edge.storage.output_checks import check_output_early
 
     targets = parse_targets(target)
     parsed = read_recipe_options(
-        recipe or _choose_default_recipe(targets), settings, calib, evaluation
+        recipe or choose_default_recipe(targets), settings, calib, evaluation
     )
     output_folder = output.absolute()
     # Before the model is downloaded.
@@ -299,19 +297,11 @@ def export_command(
     show(f"written: {output}")
 
 
-def _choose_default_recipe(targets: Sequence[Target]) -> str:
-    if any(target.name == "hf" for target in targets):
-        raise InputError(
-            "target hf needs a recipe that prunes, such as -r trim, because it cannot hold "
-            "quantized numbers"
-        )
-    return "w4"
-
-
 for command in (
     decisions.decide_command,
     decisions.decisions_group,
     inspect.inspect_command,
+    plan.plan_command,
     outputs.verify_command,
     outputs.generate_command,
     outputs.profile_command,
