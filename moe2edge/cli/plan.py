@@ -22,8 +22,10 @@ from moe2edge.cli.common import (
 
 if TYPE_CHECKING:
     from moe2edge.commands.forecast import Forecast
+    from moe2edge.commands.plan import Wish
     from moe2edge.commands.recipe_ladder import Choice
     from moe2edge.evaluation.machine_rates import MachineRates
+    from moe2edge.pipeline.recipe import Recipe
 
 EXAMPLES = """\b
 Examples:
@@ -217,7 +219,8 @@ def _show_choices(found: Sequence[Choice], as_json: bool) -> None:
         data: dict[str, Any] = {"schema_version": 1, "kind": "moe2edge.plan"}
         emit({**data, "recipes": [one.to_json() for one in found]})
         return
-    show("# Recipes that fit, best first:")
+    names = ",".join(one.target for one in found[0].forecast.targets)
+    show(f"# Recipes that fit in {names}, best first:")
     for one in found:
         sizes = "; ".join(
             f"{t.target} {_format_bytes(t.resident)} running, {_format_bytes(t.disk)} on the disk"
@@ -225,6 +228,21 @@ def _show_choices(found: Sequence[Choice], as_json: bool) -> None:
         )
         show(f"#   {one.passes}: {sizes}")
     show(found[0].text.rstrip())
+
+
+def choose_and_tell(wish: Wish, budget: int | None, disk: int | None) -> Recipe:
+    """Return the best recipe by which outputs fit, and say which it is.
+
+    Raises:
+        InputError, Unsupported, DoesNotFit: there is none.
+    """
+    from moe2edge.commands.plan import choose_for_limits
+    from moe2edge.evaluation.machine_rates import find_rates
+
+    quiet_libraries()
+    best = choose_for_limits(wish, find_rates(), budget, disk)[0]
+    show(f"recipe for the budget: passes: {best.passes}", err=True)
+    return best.recipe
 
 
 def _format_bytes(size: float) -> str:

@@ -19,11 +19,10 @@ from moe2edge.model.weights import Weight
 from moe2edge.pipeline.recipe import Recipe
 from moe2edge.pipeline.stages import Plan, group_stages
 from moe2edge.pipeline.target import Target
-from moe2edge.runtime.memory import IMPORTED, Estimate, Memory
+from moe2edge.runtime.memory import IMPORTED, Estimate, Memory, fits
 
-# What imported libraries take of memory beyond `IMPORTED` once they compute: their code, and
-# buffers of their threads.
-COMPUTING = 100 << 20
+# Memory of the process once libraries are imported, and what they allocate as they compute.
+IMPORTED_FOR_EXPORT, COMPUTING = 480 << 20, 30 << 20
 # Share of the memory, as its inverse, that transformers' blocks take at once in the source check.
 STOCK_SHARE = 4
 # Tokens of the source check, and of the exact comparison of an output, about.
@@ -113,13 +112,13 @@ def list_export_stages(
     stages += _list_passes(plan, recipe, texts, budget)
     stages += _list_evaluation(plan, texts, budget)
     for target, model, estimate in outputs:
-        stages += _list_output(target, model, estimate, texts)
+        stages += _list_output(target, model, estimate, texts, budget)
     return stages
 
 
 def measure_peak(stages: Sequence[ExportStage]) -> int:
     """Return the peak of memory of an export with these stages, libraries included."""
-    return IMPORTED + max(stage.memory for stage in stages)
+    return IMPORTED_FOR_EXPORT + max(stage.memory for stage in stages)
 
 
 # ---- stages --------------------------------------------------------------------------------------
@@ -128,17 +127,29 @@ def measure_peak(stages: Sequence[ExportStage]) -> int:
 def _plan_source_check(source: Model, budget: Memory) -> ExportStage:
     """Plan the comparison of the source with stock transformers, group of blocks by group."""
     room = max(0, (budget.limit or 0) - IMPORTED) // STOCK_SHARE
-    whole = 4 * source.parameters
-    largest = source.block_nbytes
-    if whole <= room:
-        held = whole
+    count, largest = len(source.blocks), source.block_nbytes
+    if 4 * source.parameters > room:
+        count = min(max(1, room // max(1, largest)), count)
+        parts = sorted((_measure_loading(block) for block in source.blocks), reverse=True)
+        held = max(sum(parts[:count]), 8 * source.embedding.count)
     else:
-        held = min(max(1, room // max(1, largest)), len(source.blocks)) * largest
-        held = max(held, 8 * source.embedding.count)
+        ends = sum(4 * w.count + w.nbytes for w in source.rest.values())
+        held = sum(map(_measure_loading, source.blocks)) + ends
     products = 2 * count_token_operations(source) * CHECKED_TOKENS
-    return ExportStage(
-        "source check", held + largest + COMPUTING, products, moved=2 * source.nbytes
-    )
+    return ExportStage("source check", held + COMPUTING, products, moved=2 * source.nbytes)
+
+
+def _measure_loading(block: Block) -> int:
+    """Return the bytes of a block while transformers loads it.
+
+    It is there in float32; the numbers of the file, which are mapped; and experts a second time,
+    until they have become one tensor.
+    """
+    found = 0
+    for role, weight in block.weights():
+        found += 4 * weight.count + weight.nbytes
+        found += 4 * weight.count if role.startswith("experts.") else 0
+    return found
 
 
 def _list_passes(
@@ -183,17 +194,23 @@ def _list_evaluation(plan: Plan, texts: ExportTexts, budget: Memory) -> Iterator
 
 
 def _list_output(
-    target: Target, model: Model, estimate: Estimate, texts: ExportTexts
+    target: Target, model: Model, estimate: Estimate, texts: ExportTexts, budget: Memory
 ) -> Iterator[ExportStage]:
     """Yield writing, reading back and running an output."""
-    name, largest = target.name, max(w.count for _, _, w in model.tensors())
-    table = 4 * model.vocabulary * model.embedding.shape[1]
-    yield ExportStage(f"writing {name}", 8 * largest, moved=estimate.disk)
-    yield ExportStage(f"checking {name}", 8 * largest + table, moved=2 * estimate.disk)
+    from moe2edge.evaluation.verify import RUNS_EXACT
+
+    name, largest = target.name, 4 * max(w.count for _, _, w in model.tensors())
+    yield ExportStage(f"writing {name}", largest, moved=estimate.disk)
+    # A file that cannot be read as a model is mapped whole.
+    mapped = 0 if target.streams else estimate.disk
+    yield ExportStage(f"checking {name}", largest + mapped, moved=2 * estimate.disk)
+    exact, wide = estimate.memory, 4 * model.parameters
+    if target.streams:
+        exact = wide if fits(RUNS_EXACT * wide, budget.limit) else model.block_nbytes
     tokens = COMPARED_TOKENS * 2 + texts.evaluation * texts.figures
     products = count_token_operations(model) * tokens
-    held = estimate.memory + COMPUTING + target.runtime_nbytes - IMPORTED
-    yield ExportStage(f"running {name}", held, products, moved=2 * estimate.disk)
+    held = max(exact, estimate.memory if fits(estimate.memory, budget.limit) else 0)
+    yield ExportStage(f"running {name}", held + 2 * COMPUTING, products, moved=2 * estimate.disk)
 
 
 # ---- operations and bytes ------------------------------------------------------------------------

@@ -180,22 +180,11 @@ def forecast_export(
     plan, recipe = _plan_what_can(recipe, source, refused)
     texts = measure_texts(recipe)
     refused.watch("training", lambda: check_training(recipe, texts, source))
-    result, found = plan.result, list[tuple[Target, Model, Estimate]]()
+    result = plan.result
     refused.watch("", lambda: fit_for_targets(result, targets, materialize=materialize))
-    for target in targets:
-        held = refused.watch(
-            target.name,
-            partial(fit_for_targets, result, [target], materialize=materialize),
-        )
-        if held is None:
-            continue
-        estimate = refused.watch(
-            target.name,
-            partial(target.estimate_folder, held, checkpoint.folder),
-        )
-        refused.watch(target.name, partial(target.check_runtime, held))
-        if estimate is not None:
-            found.append((target, held, estimate))
+    fit = partial(fit_for_targets, result, materialize=materialize)
+    looks = (_look_at_target(one, fit, checkpoint.folder, refused) for one in targets)
+    found = [look for look in looks if look is not None]
     if not notes and not has_tokenizer(checkpoint.folder):
         refused.watch("tokenizer", lambda: load_tokenizer(checkpoint.folder))
     companions = _measure_companions(checkpoint)
@@ -235,6 +224,25 @@ class _Refusals:
             if str(error) not in {one.message for one in self.found}:
                 self.found.append(Refusal(part, error.exit_code, str(error)))
             return None
+
+
+def _look_at_target(
+    target: Target, fit: Callable[[Sequence[Target]], Model], folder: Path, refused: _Refusals
+) -> tuple[Target, Model, Estimate] | None:
+    """Return what a target gets, and what that takes; None if it refuses.
+
+    Args:
+        target: the target.
+        fit: returns the result of the passes in a form that targets hold.
+        folder: the source's.
+        refused: gets the refusals.
+    """
+    model = refused.watch(target.name, lambda: fit([target]))
+    if model is None:
+        return None
+    estimate = refused.watch(target.name, lambda: target.estimate_folder(model, folder))
+    refused.watch(target.name, lambda: target.check_runtime(model))
+    return None if estimate is None else (target, model, estimate)
 
 
 def _plan_what_can(recipe: Recipe, source: Model, refused: _Refusals) -> tuple[Plan, Recipe]:

@@ -30,6 +30,8 @@ NEEDS_TRIMMING = (
 )
 # Recipe of each target where none is given, and of those that hold no quantized numbers.
 USUAL, UNQUANTIZED = "w4", "as-is"
+# Targets for which a recipe is looked for, the first that holds the family.
+PREFERRED = ("onnx", "gguf", "gptq")
 
 
 @dataclass(frozen=True)
@@ -121,12 +123,12 @@ def choose_for_limits(
         checkpoint,
         notes,
     ):
-        targets = asked if asked is not None else _list_usable(checkpoint)[:1]
+        targets = asked if asked is not None else _choose_one(_list_usable(checkpoint))
 
         def forecast(by: Recipe) -> Forecast:
             return _forecast(checkpoint, notes, wish, rates, by, targets)
 
-        return choose_recipes(limits, wish.settings, forecast)
+        return choose_recipes(limits, wish.settings, forecast, wish.recipe)
 
 
 def _forecast(
@@ -161,6 +163,12 @@ def _list_usable(checkpoint: Checkpoint) -> list[Target]:
         )
     every = (find_target(name) for name in list_targets())
     return [one for one in every if one.supports(checkpoint.model.family)]
+
+
+def _choose_one(usable: Sequence[Target]) -> list[Target]:
+    """Choose the target for which recipes are looked for where none is given."""
+    first = [one for name in PREFERRED for one in usable if one.name == name]
+    return [*first, *usable][:1]
 
 
 def choose_default_recipe(targets: Sequence[Target]) -> str:

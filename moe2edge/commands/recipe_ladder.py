@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moe2edge.commands.forecast import Forecast, TargetForecast
+import yaml
+
+from moe2edge.commands.forecast import Forecast, TargetForecast, refuse_like_export
 from moe2edge.errors import DoesNotFit
 from moe2edge.pipeline.recipe import Recipe, parse
 
@@ -93,7 +95,10 @@ def list_rungs() -> Iterator[str]:
 
 
 def choose_recipes(
-    limits: Limits, settings: Sequence[str], forecast: Callable[[Recipe], Forecast]
+    limits: Limits,
+    settings: Sequence[str],
+    forecast: Callable[[Recipe], Forecast],
+    given: Recipe | None = None,
 ) -> list[Choice]:
     """Choose the best recipes of the ladder whose outputs all fit, best first.
 
@@ -101,16 +106,15 @@ def choose_recipes(
         limits: what each output may take.
         settings: values of ``--set`` that every recipe has, such as those of texts.
         forecast: says what an export by a recipe gives and takes.
+        given: the only recipe to try; None: those of the ladder.
 
     Raises:
         DoesNotFit: none fits; names the smallest, and the target that it is too large for.
         InputError, Unsupported: no recipe can be exported to all targets.
     """
-    from moe2edge.commands.forecast import refuse_like_export
-
     able, fitting, last = list[Choice](), list[Choice](), None
-    for passes in list_rungs():
-        recipe = parse(f"passes: {passes}", settings)
+    rungs = ((passes, parse(f"passes: {passes}", settings)) for passes in list_rungs())
+    for passes, recipe in rungs if given is None else ((_write_passes(given), given),):
         last = Choice(passes, recipe, forecast(recipe))
         if last.forecast.refusals:
             continue
@@ -125,7 +129,19 @@ def choose_recipes(
         refuse_like_export(last.forecast)
     smallest = min(able, key=lambda one: limits.measure_excess(one.forecast))
     worst = next(filter(None, map(limits.find_excess, smallest.forecast.targets)))
+    if given is not None:
+        raise DoesNotFit(
+            f"the recipe does not fit {limits}: {worst}; raise the limit, or leave the recipe out, "
+            "and one that fits is chosen"
+        )
     raise DoesNotFit(
         f"nothing fits {limits}: by the smallest recipe, passes: {smallest.passes}, {worst}; raise "
         "the limit, lower --context, or take a smaller model"
     )
+
+
+def _write_passes(recipe: Recipe) -> str:
+    """Write the passes of a recipe as YAML in one line."""
+    passes = yaml.safe_load(recipe.render())["passes"]
+    text: str = yaml.safe_dump(passes, default_flow_style=True, width=1 << 20, sort_keys=False)
+    return text.strip()
