@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from moe2edge.commands.preflight import estimate_passes, measure_texts
 from moe2edge.evaluation.machine_rates import MachineRates, count_solve_operations
 from moe2edge.model.block import Block
 from moe2edge.model.layers import MoELayer
@@ -90,6 +89,7 @@ def measure_export_texts(recipe: Recipe) -> ExportTexts:
 
 def list_export_stages(
     plan: Plan,
+    costs: Sequence[Estimate],
     recipe: Recipe,
     outputs: Sequence[tuple[Target, Model, Estimate]],
     budget: Memory,
@@ -100,6 +100,7 @@ def list_export_stages(
 
     Args:
         plan: the passes.
+        costs: what each of them takes.
         recipe: the recipe, with every choice made.
         outputs: each target with what it gets, and what that takes.
         budget: memory that may be used.
@@ -109,7 +110,7 @@ def list_export_stages(
     stages = [ExportStage("reading the source", 0, moved=source.nbytes)]
     if source_check:
         stages.append(_plan_source_check(source, budget))
-    stages += _list_passes(plan, recipe, texts, budget)
+    stages += _list_passes(plan, costs, recipe, texts, budget)
     stages += _list_evaluation(plan, texts, budget)
     for target, model, estimate in outputs:
         stages += _list_output(target, model, estimate, texts, budget)
@@ -133,10 +134,15 @@ def _plan_source_check(source: Model, budget: Memory) -> ExportStage:
         parts = sorted((_measure_loading(block) for block in source.blocks), reverse=True)
         held = max(sum(parts[:count]), 8 * source.embedding.count)
     else:
-        ends = sum(4 * w.count + w.nbytes for w in source.rest.values())
-        held = sum(map(_measure_loading, source.blocks)) + ends
+        held = _measure_stock_loading(source)
     products = 2 * count_token_operations(source) * CHECKED_TOKENS
     return ExportStage("source check", held + COMPUTING, products, moved=2 * source.nbytes)
+
+
+def _measure_stock_loading(model: Model) -> int:
+    """Return the bytes of a whole model while transformers loads it in float32."""
+    ends = sum(4 * weight.count + weight.nbytes for weight in model.rest.values())
+    return ends + sum(map(_measure_loading, model.blocks))
 
 
 def _measure_loading(block: Block) -> int:
@@ -153,14 +159,14 @@ def _measure_loading(block: Block) -> int:
 
 
 def _list_passes(
-    plan: Plan, recipe: Recipe, texts: ExportTexts, budget: Memory
+    plan: Plan, costs: Sequence[Estimate], recipe: Recipe, texts: ExportTexts, budget: Memory
 ) -> Iterator[ExportStage]:
     """Yield a stage for each stage of the recipe: its walk, and what its passes compute."""
-    costs = iter(zip(plan.steps, estimate_passes(plan, measure_texts(recipe)), strict=True))
+    known = iter(zip(plan.steps, costs, strict=True))
     for stage in group_stages(recipe.passes):
         walk: float | None = None
         for step in stage.passes:
-            planned, cost = next(costs)
+            planned, cost = next(known)
             model = planned.before
             tokens = texts.calibration if stage.needs_tokens else 0
             # Passes of one stage share their walk.
@@ -205,8 +211,12 @@ def _list_output(
     mapped = 0 if target.streams else estimate.disk
     yield ExportStage(f"checking {name}", largest + mapped, moved=2 * estimate.disk)
     exact, wide = estimate.memory, 4 * model.parameters
-    if target.streams:
-        exact = wide if fits(RUNS_EXACT * wide, budget.limit) else model.block_nbytes
+    if target.streams and not fits(RUNS_EXACT * wide, budget.limit):
+        exact = model.block_nbytes
+    elif target.loads_by_transformers and model.is_uniform:
+        exact = _measure_stock_loading(model)
+    elif target.streams:
+        exact = wide
     tokens = COMPARED_TOKENS * 2 + texts.evaluation * texts.figures
     products = count_token_operations(model) * tokens
     held = max(exact, estimate.memory if fits(estimate.memory, budget.limit) else 0)

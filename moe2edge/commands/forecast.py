@@ -181,10 +181,13 @@ def forecast_export(
     texts = measure_texts(recipe)
     refused.watch("training", lambda: check_training(recipe, texts, source))
     result = plan.result
-    refused.watch("", lambda: fit_for_targets(result, targets, materialize=materialize))
-    fit = partial(fit_for_targets, result, materialize=materialize)
-    looks = (_look_at_target(one, fit, checkpoint.folder, refused) for one in targets)
+    fit, each = partial(fit_for_targets, result, materialize=materialize), _Refusals()
+    looks = [_look_at_target(one, fit, checkpoint.folder, each) for one in targets]
     found = [look for look in looks if look is not None]
+    if each.found and len(targets) > 1:
+        # What all targets together refuse with is the line of the export.
+        refused.watch("", lambda: fit(targets))
+    refused.add(each)
     if not notes and not has_tokenizer(checkpoint.folder):
         refused.watch("tokenizer", lambda: load_tokenizer(checkpoint.folder))
     companions = _measure_companions(checkpoint)
@@ -192,8 +195,9 @@ def forecast_export(
     outputs = tuple(
         _forecast_target(*one, source, companions, context, length, rates) for one in found
     )
-    export = _forecast_run(plan, recipe, found, outputs, budget, rates) if found else None
-    lacking = tuple(_list_lacking(plan, recipe, found, export, budget))
+    costs = estimate_passes(plan, texts)
+    export = _forecast_run(plan, costs, recipe, found, outputs, budget, rates) if found else None
+    lacking = tuple(_list_lacking(plan, costs, found, export, budget))
     return Forecast(
         checkpoint.source,
         source.family.model_type,
@@ -221,9 +225,17 @@ class _Refusals:
         try:
             return look()
         except (InputError, Unsupported) as error:
-            if str(error) not in {one.message for one in self.found}:
-                self.found.append(Refusal(part, error.exit_code, str(error)))
+            self._add(Refusal(part, error.exit_code, str(error)))
             return None
+
+    def add(self, others: _Refusals) -> None:
+        """Add those of another collection."""
+        for other in others.found:
+            self._add(other)
+
+    def _add(self, refusal: Refusal) -> None:
+        if refusal.message not in {one.message for one in self.found}:
+            self.found.append(refusal)
 
 
 def _look_at_target(
@@ -344,6 +356,7 @@ def _count_read(target: Target, stored: Model) -> int:
 
 def _forecast_run(
     plan: Plan,
+    costs: Sequence[Estimate],
     recipe: Recipe,
     found: Sequence[tuple[Target, Model, Estimate]],
     outputs: Sequence[TargetForecast],
@@ -351,11 +364,10 @@ def _forecast_run(
     rates: MachineRates,
 ) -> ExportForecast:
     """Say what the export to all outputs takes."""
-    stages = list_export_stages(plan, recipe, found, budget)
-    texts = measure_texts(recipe)
+    stages = list_export_stages(plan, costs, recipe, found, budget)
     evaluated = recipe.evaluation.samples * recipe.evaluation.length
-    disk = sum(cost.disk for cost in estimate_passes(plan, texts))
-    disk += estimate_hidden_bytes(plan, texts, evaluated, budget)
+    disk = sum(cost.disk for cost in costs)
+    disk += estimate_hidden_bytes(plan, measure_texts(recipe), evaluated, budget)
     told = [_tell(stage, rates) for stage in stages]
     return ExportForecast(
         measure_peak(stages),
@@ -371,7 +383,7 @@ def _tell(stage: ExportStage, rates: MachineRates) -> tuple[str, float, int]:
 
 def _list_lacking(
     plan: Plan,
-    recipe: Recipe,
+    costs: Sequence[Estimate],
     found: Sequence[tuple[Target, Model, Estimate]],
     export: ExportForecast | None,
     budget: Memory,
@@ -380,8 +392,7 @@ def _list_lacking(
     looks: list[Callable[[], None]] = [
         partial(estimate.check, budget.limit) for target, _, estimate in found if not target.streams
     ]
-    passes = estimate_passes(plan, measure_texts(recipe))
-    looks.append(lambda: check_pass_memory(plan.source, passes, budget.limit))
+    looks.append(lambda: check_pass_memory(plan.source, costs, budget.limit))
     for look in looks:
         try:
             look()

@@ -80,6 +80,7 @@ class Target:
         runtime_nbytes: memory of a process with its runtime, and no model, measured.
         cache_nbytes: bytes of a cached key or value; 0: as in `find_dtype`.
         forgets: whether its runtime forgets tokens that no window of attention sees any more.
+        loads_by_transformers: whether stock transformers loads layers of equal size.
         logits_rows: most tokens of a prompt whose logits are in memory at once.
     """
 
@@ -96,6 +97,7 @@ class Target:
     runtime_nbytes: ClassVar[int] = IMPORTED
     cache_nbytes: ClassVar[int] = 0
     forgets: ClassVar[bool] = True
+    loads_by_transformers: ClassVar[bool] = False
     logits_rows: ClassVar[int] = 1
 
     def __init_subclass__(cls) -> None:
