@@ -20,8 +20,9 @@ from moe2edge.pipeline.stages import Plan, group_stages
 from moe2edge.pipeline.target import Target
 from moe2edge.runtime.memory import IMPORTED, Estimate, Memory, fits
 
-# Memory of the process once libraries are imported, and what they allocate as they compute.
-IMPORTED_FOR_EXPORT, COMPUTING = 480 << 20, 30 << 20
+# Memory of the process once libraries are imported; and what they allocate as they compute, and
+# as a runtime generates in them, all measured.
+IMPORTED_FOR_EXPORT, COMPUTING, GENERATING = 460 << 20, 30 << 20, 100 << 20
 # Share of the memory, as its inverse, that transformers' blocks take at once in the source check.
 STOCK_SHARE = 4
 # Tokens of the source check, and of the exact comparison of an output, about.
@@ -220,7 +221,8 @@ def _list_output(
     tokens = COMPARED_TOKENS * 2 + texts.evaluation * texts.figures
     products = count_token_operations(model) * tokens
     held = max(exact, estimate.memory if fits(estimate.memory, budget.limit) else 0)
-    yield ExportStage(f"running {name}", held + 2 * COMPUTING, products, moved=2 * estimate.disk)
+    held += GENERATING + target.beside_nbytes
+    yield ExportStage(f"running {name}", held, products, moved=2 * estimate.disk)
 
 
 # ---- operations and bytes ------------------------------------------------------------------------

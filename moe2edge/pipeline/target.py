@@ -78,6 +78,8 @@ class Target:
             `check_companions` has something to look at.
         commands: shell lines for cards, which run an output in other programs.
         runtime_nbytes: memory of a process with its runtime, and no model, measured.
+        beside_nbytes: memory of a process that the runtime starts, without the model; part of
+            ``runtime_nbytes``.
         cache_nbytes: bytes of a cached key or value; 0: as in `find_dtype`.
         forgets: whether its runtime forgets tokens that no window of attention sees any more.
         loads_by_transformers: whether stock transformers loads layers of equal size.
@@ -95,6 +97,7 @@ class Target:
     holds_tokenizer: ClassVar[bool] = False
     commands: ClassVar[tuple[str, ...]] = ()
     runtime_nbytes: ClassVar[int] = IMPORTED
+    beside_nbytes: ClassVar[int] = 0
     cache_nbytes: ClassVar[int] = 0
     forgets: ClassVar[bool] = True
     loads_by_transformers: ClassVar[bool] = False
