@@ -57,6 +57,8 @@ class Gguf(Target):
     chooses_as_torch: ClassVar[bool] = False
     libraries: ClassVar[tuple[str, ...]] = ("torch",)
     holds_tokenizer: ClassVar[bool] = True
+    runtime_nbytes: ClassVar[int] = 292_000_000
+    beside_nbytes: ClassVar[int] = 55_000_000
     card_library: ClassVar[str] = "gguf"
     commands: ClassVar[tuple[str, ...]] = (
         f"llama-server -m {MODEL_FILE}",
@@ -99,6 +101,11 @@ class Gguf(Target):
         more = len(build_header(metadata, planned)) - bare
         own = self.estimate(model)
         return replace(own, disk=own.disk + more + SMALL_FILES)
+
+    def count_droppable(self, model: Model) -> int:
+        """Count what llama.cpp copies: it does not read the file there again."""
+        held = plan_file(_gguf_model.plan(self.stored(model)))
+        return sum(one.nbytes for one in held if one.kind.repacked)
 
     def count_cache(self, model: Model, tokens: int) -> int:
         """Count the bytes of keys and values, or of what latent attention makes them of."""

@@ -57,6 +57,7 @@ class Onnx(Target):
     summary: ClassVar[str] = "decoder graph with KV cache for ONNX Runtime on a CPU"
     libraries: ClassVar[tuple[str, ...]] = ("torch", "onnx", "onnxruntime")
     chooses_as_torch: ClassVar[bool] = False
+    runtime_nbytes: ClassVar[int] = 295_000_000
     cache_nbytes: ClassVar[int] = 4
     forgets: ClassVar[bool] = False
     logits_rows: ClassVar[int] = 256

@@ -56,9 +56,12 @@ def _watch(process: subprocess.Popen[bytes], stages: list[Stage]) -> None:
     while process.poll() is None:
         used = 0
         try:
+            own = Path(f"/proc/{top.pid}/cmdline").read_bytes()
             for each in (top, *top.children(recursive=True)):
-                lines = Path(f"/proc/{each.pid}/statm").read_text().split()
-                used += int(lines[1]) * 4096
+                place = Path(f"/proc/{each.pid}")
+                # A process that was just forked shares all memory with the one that forked it.
+                if each.pid == top.pid or (place / "cmdline").read_bytes() != own:
+                    used += int((place / "statm").read_text().split()[1]) * 4096
         except (psutil.Error, OSError, IndexError):
             continue
         stages[-1].peak = max(stages[-1].peak, used)

@@ -67,6 +67,8 @@ class TargetForecast:
         cache: what is remembered of the whole context.
         runtime: the process with the runtime, and no model.
         resident: memory while running: weights, cache, runtime, and logits of a part of a prompt.
+        droppable: part of it that the system takes back when memory runs short: pages of files of
+            which the runtime holds copies.
         read: bytes that are read for a token behind the context.
         ceiling: tokens per second at most, by the bandwidth of the memory.
         loaders: programs that load it, with verdicts.
@@ -80,6 +82,7 @@ class TargetForecast:
     cache: int
     runtime: int
     resident: int
+    droppable: int
     read: int
     ceiling: float
     loaders: tuple[Loader, ...]
@@ -322,6 +325,7 @@ def _forecast_target(
         cache,
         target.runtime_nbytes,
         target.runtime_nbytes + estimate.memory + cache + logits,
+        target.count_droppable(model),
         read,
         rates.bandwidth / read,
         target.loaders(model),

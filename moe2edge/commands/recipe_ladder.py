@@ -41,8 +41,9 @@ class Limits:
 
     def find_excess(self, one: TargetForecast) -> str:
         """Say what of an output is over the limits; empty if nothing is."""
-        if self.memory is not None and one.resident > self.memory:
-            return f"{one.target} takes {one.resident / 1e9:.2f} GB of memory while running"
+        needed = one.resident - one.droppable
+        if self.memory is not None and needed > self.memory:
+            return f"{one.target} takes {needed / 1e9:.2f} GB of memory while running"
         if self.disk is not None and one.disk > self.disk:
             return f"{one.target} takes {one.disk / 1e9:.2f} GB on the disk"
         return ""
@@ -51,7 +52,8 @@ class Limits:
         """Return the largest part of a limit that an output takes; above one it does not fit."""
         parts = [0.0]
         for one in forecast.targets:
-            parts += [one.resident / self.memory] if self.memory else []
+            needed = one.resident - one.droppable
+            parts += [needed / self.memory] if self.memory else []
             parts += [one.disk / self.disk] if self.disk else []
         return max(parts)
 

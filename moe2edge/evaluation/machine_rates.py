@@ -48,7 +48,7 @@ class MachineRates:
 
 
 # Two cores of an older laptop with a slow disk.
-DEFAULT_RATES = MachineRates(40e9, 4e9, 150e6, 8e9, "default")
+DEFAULT_RATES = MachineRates(50e9, 15e9, 150e6, 8e9, "default")
 
 
 def find_rates() -> MachineRates:

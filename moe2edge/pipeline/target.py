@@ -185,6 +185,13 @@ class Target:
         """
         return lambda _, weight: weight.nbytes
 
+    def count_droppable(self, model: Model) -> int:
+        """Count the bytes of `estimate` that the system takes back when memory runs short.
+
+        They are pages of files of which the runtime holds copies of its own.
+        """
+        return 0
+
     def count_cache(self, model: Model, tokens: int) -> int:
         """Count the bytes of what its runtime remembers of a text."""
         width = self.cache_nbytes or WIDTHS[self.find_dtype(model)]
