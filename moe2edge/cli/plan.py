@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from moe2edge.evaluation.machine_rates import MachineRates
     from moe2edge.pipeline.recipe import Recipe
 
-EXAMPLES = """\b
+PLAN_EXAMPLES = """\b
 Examples:
   moe2edge plan builtin:tiny-moe
   moe2edge plan builtin:tiny-moe -t onnx,gptq -r trim-w4 --json
@@ -56,7 +56,7 @@ CONTEXT_OPTION = click.option(
 )
 
 
-@click.command(epilog=EXAMPLES)
+@click.command(epilog=PLAN_EXAMPLES)
 @click.argument("model", required=False)
 @click.option(
     "-r",

@@ -263,7 +263,7 @@ def _list_matrices(model: Model) -> Iterator[tuple[Weight, float]]:
 
 def _count_hessians(model: Model, tokens: int) -> float:
     """Return the operations of summing Hessians; matrices with one input share theirs."""
-    # Of gate and up, and of query, key and value, only one counts: two of three, about.
+    # Gate and up share theirs, and so do query, key and value: two of three count, about.
     return sum(
         2.0 * tokens * part * weight.shape[1] ** 2 for weight, part in _list_matrices(model)
     ) * (2 / 3)

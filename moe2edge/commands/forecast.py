@@ -57,7 +57,7 @@ class Refusal:
 
 @dataclass(frozen=True)
 class TargetForecast:
-    """What an output takes, in bytes.
+    """Forecast of one output, in bytes.
 
     Attributes:
         target, options: the target.
@@ -90,7 +90,7 @@ class TargetForecast:
 
 @dataclass(frozen=True)
 class ExportForecast:
-    """What the export itself takes.
+    """Forecast of the export itself.
 
     Attributes:
         memory: peak resident set, in bytes.
@@ -107,7 +107,7 @@ class ExportForecast:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What an export would give and take.
+    """Forecast of an export, and of its outputs.
 
     Attributes:
         source: MODEL, as it was given.

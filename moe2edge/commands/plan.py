@@ -29,14 +29,14 @@ NEEDS_TRIMMING = (
     "quantized numbers"
 )
 # Recipe of each target where none is given, and of those that hold no quantized numbers.
-USUAL, UNQUANTIZED = "w4", "as-is"
+USUAL_RECIPE, PLAIN_RECIPE = "w4", "as-is"
 # Targets for which a recipe is looked for, the first that holds the family.
 PREFERRED = ("onnx", "gguf", "gptq")
 
 
 @dataclass(frozen=True)
 class Wish:
-    """What a user asks `plan` for.
+    """Wish of a user of `plan`.
 
     Attributes:
         model, revision, cache_dir: the source.
@@ -97,7 +97,7 @@ def forecast_wish(wish: Wish, rates: MachineRates) -> list[Forecast]:
         if recipe is None:
             plain = [one for one in targets if one.name == "hf"]
             others = [one for one in targets if one.name != "hf"]
-            groups = ((USUAL, others), (UNQUANTIZED, plain))
+            groups = ((USUAL_RECIPE, others), (PLAIN_RECIPE, plain))
             return [forecast(parse(find(name), wish.settings), own) for name, own in groups if own]
         return [forecast(recipe, targets)]
 
@@ -179,4 +179,4 @@ def choose_default_recipe(targets: Sequence[Target]) -> str:
     """
     if any(target.name == "hf" for target in targets):
         raise InputError(NEEDS_TRIMMING)
-    return USUAL
+    return USUAL_RECIPE

@@ -29,7 +29,7 @@ _KEPT = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25)
 
 @dataclass(frozen=True)
 class Limits:
-    """What an output may take, in bytes; None: anything.
+    """Limits of an output, in bytes; None: any number.
 
     Attributes:
         memory: while it runs.

@@ -25,7 +25,7 @@ from moe2edge.storage.durable import write_file
 RATES_FILE = "machine-rates.json"
 RATES_VERSION = 1
 # Sizes of what is timed, and the least time of each.
-PRODUCT, SOLVED, ROWS, DISK_BYTES, LEAST_SECONDS = 1024, 1024, 1024, 192 << 20, 1.0
+PRODUCT, SOLVED, SOLVED_ROWS, DISK_BYTES, LEAST_SECONDS = 1024, 1024, 1024, 192 << 20, 1.0
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def _measure_solve() -> float:
     x = torch.randn(2 * SOLVED, SOLVED, generator=draw)
     hessian = torch.empty(1, SOLVED, SOLVED)
     error_feedback.sum_hessian(hessian[0], [(x, None)], weighted=False)
-    weights = torch.randn(1, ROWS, SOLVED, generator=draw)
+    weights = torch.randn(1, SOLVED_ROWS, SOLVED, generator=draw)
     groups = (torch.arange(SOLVED) // scheme.group_size).expand(1, SOLVED)
 
     def solve() -> None:
@@ -140,7 +140,7 @@ def _measure_solve() -> float:
         rounder = error_feedback.GridRounder(groups, grid, "absmax", None)
         error_feedback.round_columns(error_feedback.transpose(weights), factors, rounder)
 
-    return count_solve_operations(ROWS, SOLVED) / _time(solve)
+    return count_solve_operations(SOLVED_ROWS, SOLVED) / _time(solve)
 
 
 def _measure_disk() -> float:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 # Bytes of configs beside the weights, about.
 SMALL_FILES = 1500
 # Bytes of a number, by its dtype as torch names it.
-WIDTHS = {DTYPES[spelled]: width for spelled, width in DTYPE_BYTES.items()}
+DTYPE_WIDTHS = {DTYPES[spelled]: width for spelled, width in DTYPE_BYTES.items()}
 Verdict = Literal["yes", "as read", "not tried", "no"]
 # Words for verdicts in reports and cards, where they differ from those in files.
 VERDICT_WORDS: Mapping[Verdict, str] = {"as read": "by source inspection, not run"}
@@ -194,7 +194,7 @@ class Target:
 
     def count_cache(self, model: Model, tokens: int) -> int:
         """Count the bytes of what its runtime remembers of a text."""
-        width = self.cache_nbytes or WIDTHS[self.find_dtype(model)]
+        width = self.cache_nbytes or DTYPE_WIDTHS[self.find_dtype(model)]
         cached = list_cached(model)
         numbers = sum(one.count(tokens, windows=self.forgets) for one in cached)
         return width * numbers + 4 * sum(one.state for one in cached)
