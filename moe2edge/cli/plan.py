@@ -206,6 +206,12 @@ def list_lines(one: Forecast) -> Iterator[str]:
         yield f"  most memory: {largest[0]}; most time: {slowest[0]}"
     yield _describe_rates(one.rates)
     for target in one.targets:
+        if target.droppable:
+            yield (
+                f"{target.target}: {_format_bytes(target.droppable)} of its memory are pages of a "
+                "file of which the runtime holds copies; the system takes them back, and --budget "
+                "leaves them out"
+            )
         for loader in target.loaders:
             yield f"{target.target} in {loader.program}: {loader.text}"
     yield from (f"note: {note}" for note in one.notes)

@@ -23,6 +23,8 @@ from moe2edge.runtime.memory import IMPORTED, Estimate, Memory, fits
 # Memory of the process once libraries are imported; and what they allocate as they compute, and
 # as a runtime generates in them, all measured.
 IMPORTED_FOR_EXPORT, COMPUTING, GENERATING = 460 << 20, 30 << 20, 100 << 20
+# Seconds of imports, of the trial of each runtime, and of small files.
+STARTING = 6.0
 # Share of the memory, as its inverse, that transformers' blocks take at once in the source check.
 STOCK_SHARE = 4
 # Tokens of the source check, and of the exact comparison of an output, about.
@@ -108,7 +110,8 @@ def list_export_stages(
         source_check: whether the source is compared with stock transformers first.
     """
     texts, source = measure_export_texts(recipe), plan.source
-    stages = [ExportStage("reading the source", 0, moved=source.nbytes)]
+    stages = [ExportStage("starting", 0, known=STARTING)]
+    stages.append(ExportStage("reading the source", 0, moved=source.nbytes))
     if source_check:
         stages.append(_plan_source_check(source, budget))
     stages += _list_passes(plan, costs, recipe, texts, budget)
