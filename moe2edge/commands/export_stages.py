@@ -21,8 +21,9 @@ from moe2edge.pipeline.target import Target
 from moe2edge.runtime.memory import IMPORTED, Estimate, Memory, fits
 
 # Memory of the process once libraries are imported; and what they allocate as they compute, and
-# as a runtime generates in them, all measured.
-IMPORTED_FOR_EXPORT, COMPUTING, GENERATING = 460 << 20, 30 << 20, 100 << 20
+# as a runtime generates, in PyTorch or beside it, all measured.
+IMPORTED_FOR_EXPORT, COMPUTING = 460 << 20, 30 << 20
+GENERATING_IN_TORCH, GENERATING = 140 << 20, 45 << 20
 # Seconds of imports, of the trial of each runtime, and of small files.
 STARTING = 6.0
 # Share of the memory, as its inverse, that transformers' blocks take at once in the source check.
@@ -224,7 +225,8 @@ def _list_output(
     tokens = COMPARED_TOKENS * 2 + texts.evaluation * texts.figures
     products = count_token_operations(model) * tokens
     held = max(exact, estimate.memory if fits(estimate.memory, budget.limit) else 0)
-    held += GENERATING + target.beside_nbytes
+    in_torch = any(library.startswith("transformers") for library in target.libraries)
+    held += (GENERATING_IN_TORCH if in_torch else GENERATING) + target.beside_nbytes
     yield ExportStage(f"running {name}", held, products, moved=2 * estimate.disk)
 
 
