@@ -28,6 +28,7 @@ class LayoutCheckpoint(Target):
     streams: ClassVar[bool] = True
     any_family: ClassVar[bool] = True
     libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers.modeling_utils")
+    runtime_nbytes: ClassVar[int] = 437_000_000
     layout: Layout = "natural"
 
     def __post_init__(self) -> None:

@@ -80,14 +80,19 @@ class PackedCheckpoint(LayoutCheckpoint):
 
     def estimate(self, model: Model) -> Estimate:
         """Estimate the weight files, and in memory what runs in 4 bits, the rest in bfloat16."""
+        held = self.stored(model)
+        count = self.count_held(held)
+        memory = sum(count(name, weight) for name, _, weight in held.tensors())
+        return Estimate(memory, estimate_file_bytes(self.plan_tensors_of(held)))
+
+    def count_held(self, stored: Model) -> Callable[[str, Weight], int]:
+        """Return a function that counts the bytes of a tensor in memory."""
         import torch
 
         from moe2edge.runtime.int4 import plan_packing
 
-        held = self.stored(model)
-        packed = set(plan_packing(held, torch.bfloat16).packed)
-        memory = sum(w.nbytes if n in packed else 2 * w.count for n, _, w in held.tensors())
-        return Estimate(memory, estimate_file_bytes(self.plan_tensors_of(held)))
+        packed = set(plan_packing(stored, torch.bfloat16).packed)
+        return lambda name, weight: weight.nbytes if name in packed else 2 * weight.count
 
     def reopen(self, folder: Path, *, exact: bool = False) -> Runtime:
         """Open the folder by ``moe2edge.load``: in float32 if ``exact``, else in bfloat16."""

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from moe2edge.errors import VerificationFailed
 from moe2edge.model.build import build_model
+from moe2edge.model.cached_numbers import list_cached
 from moe2edge.model.family import Family, find_family
 from moe2edge.model.hf_config import build_transformers_dict
 from moe2edge.model.model import Model
 from moe2edge.model.older_spellings import add_older_spellings
 from moe2edge.model.weights import Weight
-from moe2edge.pipeline.target import Loader, LoaderRule, Target
+from moe2edge.pipeline.target import SMALL_FILES, Loader, LoaderRule, Target
 from moe2edge.runtime.memory import Estimate
 from moe2edge.runtime.protocol import MOST_PLACED, Runtime
 from moe2edge.storage.text_files import read_json, write_json
@@ -56,6 +57,8 @@ class Gguf(Target):
     chooses_as_torch: ClassVar[bool] = False
     libraries: ClassVar[tuple[str, ...]] = ("torch",)
     holds_tokenizer: ClassVar[bool] = True
+    runtime_nbytes: ClassVar[int] = 292_000_000
+    beside_nbytes: ClassVar[int] = 55_000_000
     card_library: ClassVar[str] = "gguf"
     card_program: ClassVar[str] = "llama.cpp"
     dequantize: bool = False
@@ -89,6 +92,28 @@ class Gguf(Target):
         return Estimate(
             size + copied, size + len(build_header({"general.architecture": "x"}, held))
         )
+
+    def estimate_folder(self, model: Model, folder: Path) -> Estimate:
+        """Estimate as `estimate` does, with metadata and tokenizer in the header."""
+        stored = self.stored(model)
+        held = _gguf_model.plan(stored)
+        metadata = _build_metadata(stored, held, folder, _build_config(stored))
+        planned = plan_file(held)
+        bare = len(build_header({"general.architecture": "x"}, planned))
+        more = len(build_header(metadata, planned)) - bare
+        own = self.estimate(model)
+        return replace(own, disk=own.disk + more + SMALL_FILES)
+
+    def count_droppable(self, model: Model) -> int:
+        """Count what llama.cpp copies: it does not read the file there again."""
+        held = plan_file(_gguf_model.plan(self.stored(model)))
+        return sum(one.nbytes for one in held if one.kind.repacked)
+
+    def count_cache(self, model: Model, tokens: int) -> int:
+        """Count the bytes of keys and values, or of what latent attention makes them of."""
+        cached = list_cached(model)
+        numbers = sum(one.count(tokens, latent=True, windows=False) for one in cached)
+        return 2 * numbers + 4 * sum(one.state for one in cached)
 
     def write(self, model: Model, folder: Path) -> dict[str, str]:
         """Write ``model.gguf`` and a config that says the same, one matrix in memory at a time.

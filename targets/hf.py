@@ -50,6 +50,8 @@ class Hf(LayoutCheckpoint):
     """
 
     summary: ClassVar[str] = "plain safetensors that stock transformers loads, unquantized"
+    runtime_nbytes: ClassVar[int] = 500_000_000
+    loads_by_transformers: ClassVar[bool] = True
     layout: Layout = "uniform"
     dequantize: bool = False
 

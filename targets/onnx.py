@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -15,8 +15,9 @@ from moe2edge.model.hf_config import build_config
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model, list_end_names
 from moe2edge.model.older_spellings import add_older_spellings
+from moe2edge.model.weights import Weight
 from moe2edge.numerics.scheme import LOW_RANK
-from moe2edge.pipeline.target import Loader, LoaderRule, Target
+from moe2edge.pipeline.target import SMALL_FILES, Loader, LoaderRule, Target
 from moe2edge.runtime.memory import Estimate
 from moe2edge.runtime.operator_times import PhaseTimes
 from moe2edge.runtime.protocol import Runtime
@@ -68,6 +69,10 @@ class Onnx(Target):
     summary: ClassVar[str] = "decoder graph with KV cache for ONNX Runtime on a CPU"
     libraries: ClassVar[tuple[str, ...]] = ("torch", "onnx", "onnxruntime")
     chooses_as_torch: ClassVar[bool] = False
+    runtime_nbytes: ClassVar[int] = 295_000_000
+    cache_nbytes: ClassVar[int] = 4
+    forgets: ClassVar[bool] = False
+    logits_rows: ClassVar[int] = 256
     card_library: ClassVar[str] = "onnxruntime"
     limits: ClassVar[str] = (
         "Prompts of a batch are padded on the right: zeros in `attention_mask` behind a prompt, "
@@ -189,10 +194,32 @@ class Onnx(Target):
 
         In memory, what is neither quantized nor of low rank is float32 as well.
         """
+        return self._measure(self._build(self.stored(model)))
+
+    def estimate_folder(self, model: Model, folder: Path) -> Estimate:
+        """Estimate as `estimate` does, with the graph."""
+        from moe2edge.targets._onnx_storage import make_hollow_initializers
+
+        stored = self.stored(model)
+        graph = self._build(stored)
+        own = self._measure(graph)
+        initializers = make_hollow_initializers(graph.batches)
+        size = graph.proto(initializers, _metadata(stored)).ByteSize()
+        return replace(own, disk=own.disk + size + SMALL_FILES)
+
+    def count_held(self, stored: Model) -> Callable[[str, Weight], int]:
+        """Return a function that counts the bytes of a tensor in memory."""
+        return lambda _, weight: weight.nbytes if weight.scheme else 4 * weight.count
+
+    def count_cache(self, model: Model, tokens: int) -> int:
+        """Count the bytes of keys and values, float32 or int8."""
+        return super().count_cache(model, tokens) // (4 if self._int8_cache else 1)
+
+    def _measure(self, graph: Graph) -> Estimate:
+        """Return what the data of a graph takes, in its files and in memory."""
         from moe2edge.targets._onnx_storage import compute_offsets
         from moe2edge.targets._onnx_web import count_data_bytes
 
-        graph = self._build(self.stored(model))
         count = count_data_bytes if self._web else lambda batches: compute_offsets(batches)[1]
         data = count(graph.batches)
         return Estimate(data + graph.widened_nbytes, data)

@@ -108,9 +108,16 @@ def read_recipe_options(
     """
     from moe2edge.pipeline import recipe
 
+    return recipe.parse(recipe.find(name), list_settings(settings, calib, evaluation))
+
+
+def list_settings(
+    settings: tuple[str, ...], calib: str | None, evaluation: str | None
+) -> list[str]:
+    """List the settings of a recipe that the command line gives, its texts among them."""
     texts = [f"calibration.text={json.dumps(calib)}"] if calib is not None else []
     texts += [f"evaluation.text={json.dumps(evaluation)}"] if evaluation is not None else []
-    return recipe.parse(recipe.find(name), [*texts, *settings])
+    return [*texts, *settings]
 
 
 CHAT_TEMPLATE_OPTION = click.option(

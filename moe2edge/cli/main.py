@@ -10,11 +10,11 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
 import click
 
-from moe2edge.cli import compare, decisions, inspect, outputs, profile, progress_bar, recipes
+from moe2edge.cli import compare, decisions, inspect, outputs, plan, profile, progress_bar, recipes
 from moe2edge.cli.common import (
     CALIB_OPTION,
     JSON_OPTION,
@@ -26,19 +26,17 @@ from moe2edge.cli.common import (
     THREADS_OPTION,
     add_hub_options,
     emit,
+    list_settings,
     open_model,
     parse_bytes,
     print_table,
     quiet_libraries,
-    read_recipe_options,
     show,
 )
 from moe2edge.cli.failures import classify_os_error, explain_shortage, naming_disk, shorten
+from moe2edge.cli.plan import choose_and_tell
 from moe2edge.cli.progress_bar import make_reporter
 from moe2edge.errors import DoesNotFit, InputError, Moe2EdgeError, join_lines
-
-if TYPE_CHECKING:
-    from moe2edge.pipeline.target import Target
 
 INTERRUPTED = 130
 # Read by torch when it is first used. With large pages there are fewer page faults, which takes a
@@ -192,6 +190,7 @@ Examples:
   moe2edge export builtin:tiny-moe -t hf -o out-hf -r trim --set expert_drop.keep=8
   moe2edge export builtin:tiny-moe -t gptq -o out-g64 --set gptq.group_size=64
   moe2edge export builtin:tiny-moe -t onnx:accuracy_level=0,gptq -o out-float32
+  moe2edge export builtin:tiny-moe -t onnx -o out-8mb --disk 8.7MB
   moe2edge export MODEL -t gptq -o out --calib math.jsonl:0.5,code.txt:0.5
       --set calibration.field=question"""
 
@@ -226,6 +225,9 @@ Examples:
     help="Held-out text for the report, in the same forms as --calib, except self. none: do not "
     "measure perplexity and KL, for a quick export.",
 )
+@plan.BUDGET_OPTION
+@plan.DISK_OPTION
+@plan.CONTEXT_OPTION
 @click.option("--force", is_flag=True, help="Replace an existing output folder of moe2edge.")
 @RESUME_OPTION
 @click.option(
@@ -255,6 +257,9 @@ def export_command(
     settings: tuple[str, ...],
     calib: str | None,
     evaluation: str | None,
+    budget: int | None,
+    disk: int | None,
+    context: int,
     force: bool,
     resume: Literal["auto", "never", "require"],
     most: int | None,
@@ -268,14 +273,22 @@ def export_command(
 ) -> None:
     """Compress MODEL, write it for a runtime, and verify it there."""
     from moe2edge.commands.export import export_targets as run
+    from moe2edge.commands.plan import Wish, choose_default_recipe
     from moe2edge.commands.texts import check_texts
+    from moe2edge.pipeline.recipe import find, parse
     from moe2edge.pipeline.registry import parse_targets
     from moe2edge.storage.output_checks import check_output_early
 
     targets = parse_targets(target)
-    parsed = read_recipe_options(
-        recipe or _choose_default_recipe(targets), settings, calib, evaluation
-    )
+    given = list_settings(settings, calib, evaluation)
+    if budget is not None or disk is not None:
+        own = parse(find(recipe), given) if recipe else None
+        wish = Wish(
+            model, revision, cache_dir, own, tuple(given), target, context, most, materialize,
+        )  # fmt: skip
+        parsed = choose_and_tell(wish, budget, disk)
+    else:
+        parsed = parse(find(recipe or choose_default_recipe(targets)), given)
     output_folder = output.absolute()
     # Before the model is downloaded.
     check_output_early(output_folder, force=force)
@@ -305,19 +318,11 @@ def export_command(
     show(f"written: {output}")
 
 
-def _choose_default_recipe(targets: Sequence[Target]) -> str:
-    if any(target.name == "hf" for target in targets):
-        raise InputError(
-            "target hf needs a recipe that prunes, such as -r trim, because it cannot hold "
-            "quantized numbers"
-        )
-    return "w4"
-
-
 for command in (
     decisions.decide_command,
     decisions.decisions_group,
     inspect.inspect_command,
+    plan.plan_command,
     outputs.verify_command,
     outputs.generate_command,
     profile.profile_command,

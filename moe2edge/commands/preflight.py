@@ -40,7 +40,7 @@ def refuse_early(
     source, texts = checkpoint.model, measure_texts(recipe)
     check_sources(recipe, checkpoint)
     plan = plan_passes(recipe.passes, source)
-    _check_training(recipe, texts, source)
+    check_training(recipe, texts, source)
     result = fit_for_targets(plan.result, targets, materialize=materialize)
     passes = estimate_passes(plan, texts)
     outputs = [(target, target.estimate(result)) for target in targets]
@@ -120,7 +120,7 @@ def measure_texts(recipe: Recipe) -> TextSizes:
     )
 
 
-def _check_training(recipe: Recipe, texts: TextSizes, model: Model) -> None:
+def check_training(recipe: Recipe, texts: TextSizes, model: Model) -> None:
     """Refuse a training text that is not there, or that is too short or too long.
 
     Raises:

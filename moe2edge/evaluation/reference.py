@@ -20,8 +20,15 @@ from safetensors.torch import save
 
 from moe2edge.calibration import walk
 from moe2edge.errors import InputError, VerificationFailed
-from moe2edge.evaluation.far_end import FarEnd, FarEndHidden, observe_far_end
+from moe2edge.evaluation.far_end import (
+    COMPARED,
+    FarEnd,
+    FarEndHidden,
+    choose_positions,
+    observe_far_end,
+)
 from moe2edge.evaluation.folder_record import REFERENCE, FolderRecord
+from moe2edge.evaluation.margins import SAMPLES
 from moe2edge.evaluation.tensor_digests import compute_digest, load_numbers
 from moe2edge.model.model import Model
 from moe2edge.numerics import metrics
@@ -30,6 +37,8 @@ from moe2edge.storage.text_files import make_read_error, write_bytes
 if TYPE_CHECKING:
     from torch import Tensor
 
+# Bytes of the record of a folder and of headers in a reference, about.
+RECORD_BYTES = 4000
 # Tokens of the prefill, and tokens that are decoded after it.
 PREFILL = 32
 PARITY_STEPS = 32
@@ -142,6 +151,25 @@ class Reference:
             raise VerificationFailed(
                 f"{path.name} cannot be read: {error}; export {folder} again"
             ) from error
+
+
+def estimate_reference_bytes(model: Model, stored: Model, length: int) -> int:
+    """Estimate the bytes of the reference of an output.
+
+    Args:
+        model: the planned model.
+        stored: the same as a target stores it.
+        length: tokens of a sample of the evaluation text.
+    """
+    length = min(length, PREFILL + PARITY_STEPS)
+    steps = length - min(PREFILL, length - 1) + 1
+    rows, tokens = SAMPLES * steps, SAMPLES * length
+    far = choose_positions(model, length)
+    if far is not None:
+        rows, tokens = rows + COMPARED, tokens + 2 * len(far)
+    # A digest in hexadecimal digits, with the marks of JSON.
+    names = sum(len(name) + 70 for name, _, _ in stored.tensors())
+    return 4 * rows * model.vocabulary + 8 * tokens + names + RECORD_BYTES
 
 
 def _seal(notes: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

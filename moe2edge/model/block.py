@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 from moe2edge.errors import InputError, Moe2EdgeError
@@ -81,12 +82,17 @@ class Block:
 
     def weights(self) -> Iterator[tuple[str, Weight]]:
         """Yield all tensors with their roles: ``experts.3.gate``, ``attention.q_proj.weight``."""
-        for suffix, weight in self.norms.items():
-            yield f"norms.{suffix}", weight
-        for suffix, weight in self.attention.items():
-            yield f"attention.{suffix}", weight
-        yield from self.others.items()
-        yield from _list_body_weights(self.mlp)
+        yield from self._weights
+
+    @cached_property
+    def _weights(self) -> tuple[tuple[str, Weight], ...]:
+        """The tensors with their roles."""
+        return (
+            *((f"norms.{suffix}", weight) for suffix, weight in self.norms.items()),
+            *((f"attention.{suffix}", weight) for suffix, weight in self.attention.items()),
+            *self.others.items(),
+            *_list_body_weights(self.mlp),
+        )
 
     def with_weights(self, new: Mapping[str, Weight]) -> Block:
         """Return the block with some tensors replaced, by role.

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from moe2edge.errors import Moe2EdgeError
@@ -58,11 +59,18 @@ class Model:
 
     def tensors(self) -> Iterator[tuple[str, str, Weight]]:
         """Yield every tensor as (name on disk, role, handle); blocks and experts renumbered."""
-        for name, weight in self.rest.items():
-            yield self.names.get_rest_name(name), "rest", weight
-        for block in self.blocks:
-            for role, weight in block.weights():
-                yield self.disk_name(block, role), role, weight
+        yield from self._named_tensors
+
+    @cached_property
+    def _named_tensors(self) -> tuple[tuple[str, str, Weight], ...]:
+        """The tensors, which are asked for dozens of times: a large model has tens of thousands."""
+        rest = [(self.names.get_rest_name(n), "rest", weight) for n, weight in self.rest.items()]
+        blocks = (
+            (self.disk_name(block, role), role, weight)
+            for block in self.blocks
+            for role, weight in block.weights()
+        )
+        return (*rest, *blocks)
 
     def disk_name(self, block: Block, role: str) -> str:
         """Return the name in files of a tensor of a block."""

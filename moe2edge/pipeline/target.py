@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from moe2edge.model.cached_numbers import list_cached
 from moe2edge.model.family import Family
 from moe2edge.model.model import Model
-from moe2edge.runtime.memory import Estimate
+from moe2edge.model.weights import DTYPE_BYTES, DTYPES, Weight
+from moe2edge.runtime.memory import IMPORTED, Estimate
 from moe2edge.runtime.operator_times import PhaseTimes
 from moe2edge.runtime.protocol import Runtime
 
@@ -18,6 +20,10 @@ if TYPE_CHECKING:
 
     from moe2edge.numerics.grid import Quantized
 
+# Bytes of configs beside the weights, about.
+SMALL_FILES = 1500
+# Bytes of a number, by its dtype as torch names it.
+DTYPE_WIDTHS = {DTYPES[spelled]: width for spelled, width in DTYPE_BYTES.items()}
 Verdict = Literal["yes", "as read", "not tried", "no"]
 # Words for verdicts in reports and cards, where they differ from those in files.
 VERDICT_WORDS: Mapping[Verdict, str] = {"as read": "by source inspection, not run"}
@@ -93,6 +99,13 @@ class Target:
         any_family: whether it holds families of which only the numbers of experts are known.
         holds_tokenizer: whether its files hold the tokenizer in a form of their own, so that
             `check_companions` has something to look at.
+        runtime_nbytes: memory of a process with its runtime, and no model, measured.
+        beside_nbytes: memory of a process that the runtime starts, without the model; part of
+            ``runtime_nbytes``.
+        cache_nbytes: bytes of a cached key or value; 0: as in `find_dtype`.
+        forgets: whether its runtime forgets tokens that no window of attention sees any more.
+        loads_by_transformers: whether stock transformers loads layers of equal size.
+        logits_rows: most tokens of a prompt whose logits are in memory at once.
     """
 
     name: ClassVar[str]
@@ -105,6 +118,12 @@ class Target:
     card_program: ClassVar[str] = ""
     any_family: ClassVar[bool] = False
     holds_tokenizer: ClassVar[bool] = False
+    runtime_nbytes: ClassVar[int] = IMPORTED
+    beside_nbytes: ClassVar[int] = 0
+    cache_nbytes: ClassVar[int] = 0
+    forgets: ClassVar[bool] = True
+    loads_by_transformers: ClassVar[bool] = False
+    logits_rows: ClassVar[int] = 1
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -181,6 +200,38 @@ class Target:
     def estimate(self, model: Model) -> Estimate:
         """Estimate what the output takes: weight files, and memory once reopened, as shipped."""
         return Estimate(model.nbytes, model.nbytes)
+
+    def estimate_folder(self, model: Model, folder: Path) -> Estimate:
+        """Estimate as `estimate` does, with all files that `write` writes.
+
+        Args:
+            model: the planned model.
+            folder: holds the source's companions, which metadata may be made of.
+        """
+        own = self.estimate(model)
+        return replace(own, disk=own.disk + SMALL_FILES)
+
+    def count_held(self, stored: Model) -> Callable[[str, Weight], int]:
+        """Return a function that counts the bytes that its runtime reads of a tensor.
+
+        Args:
+            stored: the model that is `stored`, whose tensors have the names on disk.
+        """
+        return lambda _, weight: weight.nbytes
+
+    def count_droppable(self, model: Model) -> int:
+        """Count the bytes of `estimate` that the system takes back when memory runs short.
+
+        They are pages of files of which the runtime holds copies of its own.
+        """
+        return 0
+
+    def count_cache(self, model: Model, tokens: int) -> int:
+        """Count the bytes of what its runtime remembers of a text."""
+        width = self.cache_nbytes or DTYPE_WIDTHS[self.find_dtype(model)]
+        cached = list_cached(model)
+        numbers = sum(one.count(tokens, windows=self.forgets) for one in cached)
+        return width * numbers + 4 * sum(one.state for one in cached)
 
     def write(self, model: Model, folder: Path) -> dict[str, str]:
         """Write weights and config into a folder, tensor by tensor.

@@ -56,6 +56,9 @@ class Checkpoint:
         revision: commit of a hub model, None for a folder.
         config: content of ``config.json``.
         lacking: files of a hub model that the local cache lacks, none of which is needed.
+        reads_numbers: whether numbers may be read; else a stored head counts as equal to the
+            embedding where the config says so.
+        known: the model, where its config is all that is known of it.
     """
 
     source: str
@@ -63,6 +66,8 @@ class Checkpoint:
     revision: str | None
     config: Mapping[str, Any]
     lacking: tuple[str, ...] = ()
+    reads_numbers: bool = True
+    known: Model | None = None
 
     @property
     def files(self) -> Mapping[str, Path]:
@@ -94,6 +99,8 @@ class Checkpoint:
             InputError: a tensor is missing or has the wrong shape.
             Unsupported: the family, its quantization or a setting of its config is not supported.
         """
+        if self.known is not None:
+            return self.known
         if has_own_layers(self.config):
             raise Unsupported(
                 f"{self.source} has layers of unequal size, or replaced experts "
@@ -157,6 +164,8 @@ class Checkpoint:
             return "not tied"
         if HEAD not in self.files or EMBEDDING not in self.files:
             return "head only" if HEAD in self.files else "tied"
+        if not self.reads_numbers:
+            return "tied"
         head, table = ((self.files[name], name) for name in (HEAD, EMBEDDING))
         return "tied" if have_same_numbers(head, table) else "contradicted"
 
@@ -316,14 +325,25 @@ def _locate(
     source: str, revision: str | None, cache_dir: Path | None
 ) -> tuple[Path, str | None, tuple[str, ...]]:
     """Find the folder of MODEL; for a hub model also its commit, and what the cache lacks."""
+    if (hub := split_hub_id(source, revision)) is not None:
+        return download(*hub, cache_dir)
+    return (BUILTIN_FOLDER if source == BUILTIN else Path(source).expanduser()), None, ()
+
+
+def split_hub_id(source: str, revision: str | None) -> tuple[str, str | None] | None:
+    """Split MODEL into the name of a hub model and its revision; None: it is a local folder.
+
+    Raises:
+        InputError: there is no such folder, and it is no hub id.
+    """
     if source.startswith("builtin:"):
         if source != BUILTIN:
             raise InputError(f"no built-in model {source!r}; there is {BUILTIN}")
-        return BUILTIN_FOLDER, None, ()
+        return None
     try:
         path = Path(source).expanduser()
         if path.is_dir():
-            return path, None, ()
+            return None
     except (OSError, RuntimeError) as error:  # an unknown user's home, or a name that is too long
         raise InputError(f"{source[:100]} cannot be opened: {str(error)[:100]}") from error
     name, _, at = source.removeprefix("hf://").partition("@")
@@ -334,4 +354,4 @@ def _locate(
         )
     if at and revision and at != revision:
         raise InputError(f"{source} names revision {at}, and --revision {revision}; give one")
-    return download(name, at or revision, cache_dir)
+    return name, at or revision

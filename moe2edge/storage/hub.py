@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Collection
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from moe2edge.errors import InputError, get_first_line
 from moe2edge.storage.manifest import CARD
+from moe2edge.storage.safetensors_files import (
+    PlannedTensor,
+    refuse_numbers,
+    write_hollow_safetensors,
+)
 from moe2edge.storage.text_files import read_json
 
 # Files of a checkpoint other than its weights, copied into every output.
@@ -21,7 +28,8 @@ COMPANIONS = (
 TEMPLATES = "additional_chat_templates"
 
 CONFIGS = ("config.json",)
-WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
+INDEXES = "*.safetensors.index.json"
+WEIGHT_FILES = ("*.safetensors", INDEXES)
 # Weights in the layout of another program.
 OTHER_WEIGHTS = "consolidated"
 # Nothing that transformers reads if there is a tokenizer.json.
@@ -33,7 +41,7 @@ _SPARE = frozenset({*LICENSES, CARD, "chat_template.json"})
 
 
 def download(
-    name: str, revision: str | None, cache_dir: Path | None
+    name: str, revision: str | None, cache_dir: Path | None, *, offline: bool = False
 ) -> tuple[Path, str, tuple[str, ...]]:
     """Download what is missing of a hub model to the local cache.
 
@@ -41,6 +49,7 @@ def download(
         name: ``org/name``.
         revision: branch, tag or commit; None: the main branch.
         cache_dir: the cache; None: that of huggingface_hub.
+        offline: look into the cache alone.
 
     Returns:
         The folder, its commit, and files that the cache lacks while the hub cannot be reached, none
@@ -53,7 +62,7 @@ def download(
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        folder, lacking = _fetch(name, revision, cache_dir)
+        folder, lacking = _fetch(name, revision, cache_dir, offline=offline)
     except LocalEntryNotFoundError as error:
         raise InputError(
             f"{name} is not in the local cache and the hub cannot be reached; download it first, "
@@ -66,7 +75,72 @@ def download(
     return folder, folder.name, lacking
 
 
-def _fetch(name: str, revision: str | None, cache_dir: Path | None) -> tuple[Path, tuple[str, ...]]:
+def fetch_headers(
+    name: str, revision: str | None, cache_dir: Path | None, place: Path
+) -> tuple[Path, str]:
+    """Make a checkpoint without numbers of a hub model, of whose weights only headers are fetched.
+
+    Config, tokenizer and card go to the local cache, as `download` leaves them there. A model that
+    the hub cannot be asked for is looked for in the cache.
+
+    Args:
+        name: ``org/name``.
+        revision: branch, tag or commit; None: the main branch.
+        cache_dir: the cache; None: that of huggingface_hub.
+        place: empty folder for the checkpoint.
+
+    Returns:
+        The folder of the checkpoint, ``place`` or one of the cache, and its commit.
+
+    Raises:
+        InputError: there is no such model, it has no safetensors, or the hub cannot be reached and
+            the cache lacks a file that is needed.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        NotASafetensorsRepoError,
+        OfflineModeIsEnabled,
+        SafetensorsParsingError,
+    )
+
+    # Every error of the library's HTTP client, whichever that is in its version.
+    client_errors: Any = HfHubHTTPError.__bases__
+    try:
+        commit = str(HfApi().model_info(name, revision=revision).sha)
+        snapshot = snapshot_download(
+            name,
+            revision=commit,
+            cache_dir=cache_dir,
+            allow_patterns=[*CONFIGS, *COMPANIONS, CARD, INDEXES],
+            ignore_patterns=["*/*", f"{OTHER_WEIGHTS}*"],
+        )
+        _download_templates(name, Path(snapshot), cache_dir)
+        headers = HfApi().get_safetensors_metadata(name, revision=commit).files_metadata
+    except (NotASafetensorsRepoError, SafetensorsParsingError) as error:
+        raise InputError(f"{name} has no weights to look at: {get_first_line(error)}") from error
+    except (HfHubHTTPError, HFValidationError) as error:
+        raise InputError(
+            f"{name} cannot be looked at on the hub: {get_first_line(error)}"
+        ) from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, *client_errors):
+        return download(name, revision, cache_dir, offline=True)[:2]
+    shutil.copytree(snapshot, place, dirs_exist_ok=True)
+    for file, header in headers.items():
+        tensors = sorted(header.tensors.items(), key=lambda item: item[1].data_offsets)
+        planned = [
+            PlannedTensor(each, tuple(info.shape), info.dtype, refuse_numbers)
+            for each, info in tensors
+        ]
+        write_hollow_safetensors(place / Path(file).name, planned)
+    return place, commit
+
+
+def _fetch(
+    name: str, revision: str | None, cache_dir: Path | None, *, offline: bool
+) -> tuple[Path, tuple[str, ...]]:
     """Download a snapshot, or find it in the cache; return its folder and what it lacks."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -76,11 +150,13 @@ def _fetch(name: str, revision: str | None, cache_dir: Path | None) -> tuple[Pat
             name,
             revision=revision,
             cache_dir=cache_dir,
+            local_files_only=offline,
             allow_patterns=[*CONFIGS, *WEIGHT_FILES, *COMPANIONS, CARD],
             # A star matches slashes, too; weights in other layouts would be downloaded in vain.
             ignore_patterns=["*/*", f"{OTHER_WEIGHTS}*"],
         )
-        _download_templates(name, Path(folder), cache_dir)
+        if not offline:
+            _download_templates(name, Path(folder), cache_dir)
         return Path(folder), ()
     except LocalEntryNotFoundError as error:
         # Only newer versions know what a snapshot lacks, and then where it is.

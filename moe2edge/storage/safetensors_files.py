@@ -229,6 +229,11 @@ def write_safetensors(path: Path, tensors: Iterable[PlannedTensor], *, durable: 
     return digest.hexdigest()
 
 
+def refuse_numbers() -> Tensor:
+    """Stand for the numbers of a tensor of which only shape and dtype are known."""
+    raise AssertionError("a tensor without numbers has none to read")
+
+
 def write_hollow_safetensors(path: Path, tensors: Iterable[PlannedTensor]) -> None:
     """Write a safetensors file of zeros, which take no room on disks that know holes in files."""
     tensors = list(tensors)

@@ -55,3 +55,17 @@ class Mxfp4Source(SourceFormat):
             return numbers.flatten(-2).transpose(-1, -2).contiguous()
 
         return QuantizedTensor((experts, groups * MXFP4_BLOCK, outs), decode)
+
+
+def plan_mxfp4(name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors uint8 that store a tensor, by name; none if it is plain.
+
+    >>> plan_mxfp4("mlp.experts.down_proj", (2, 64, 8))
+    {'mlp.experts.down_proj_blocks': (2, 8, 2, 16), 'mlp.experts.down_proj_scales': (2, 8, 2)}
+    """
+    if not name.endswith("_proj") or len(shape) != 3 or shape[1] % MXFP4_BLOCK:
+        return {}
+    experts, ins, outs = shape
+    groups = (experts, outs, ins // MXFP4_BLOCK)
+    blocks, scales = (f"{name}{part}" for part in Mxfp4Source.FUSED)
+    return {blocks: (*groups, MXFP4_BLOCK // 2), scales: groups}

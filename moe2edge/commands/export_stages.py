@@ -1,0 +1,286 @@
+"""Stages of an export: what each computes, moves and holds, from shapes alone.
+
+The memory of a stage is what it holds beside the imported libraries; seconds follow from the rates
+of a machine. Stages are in the order in which an export goes through them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+
+from moe2edge.evaluation.machine_rates import MachineRates, count_solve_operations
+from moe2edge.model.block import Block
+from moe2edge.model.layers import MoELayer
+from moe2edge.model.model import Model
+from moe2edge.model.weights import Weight
+from moe2edge.pipeline.recipe import Recipe
+from moe2edge.pipeline.stages import Plan, group_stages
+from moe2edge.pipeline.target import Target
+from moe2edge.runtime.memory import IMPORTED, Estimate, Memory, fits
+
+# Memory of the process once libraries are imported; and what they allocate as they compute, and
+# as a runtime generates, in PyTorch or beside it, all measured.
+IMPORTED_FOR_EXPORT, COMPUTING = 460 << 20, 30 << 20
+GENERATING_IN_TORCH, GENERATING = 140 << 20, 45 << 20
+# Seconds of imports, of the trial of each runtime, and of small files.
+STARTING = 6.0
+# Share of the memory, as its inverse, that transformers' blocks take at once in the source check.
+STOCK_SHARE = 4
+# Tokens of the source check, and of the exact comparison of an output, about.
+CHECKED_TOKENS, COMPARED_TOKENS = 256, 200
+
+
+@dataclass(frozen=True)
+class ExportStage:
+    """A stage of an export.
+
+    Attributes:
+        name: its name, as progress lines begin.
+        memory: bytes that it holds beside libraries.
+        products: operations of matrix products.
+        solving: operations of solving matrices.
+        moved: bytes that are read from or written to the disk.
+        known: seconds that something else has estimated; None: nothing has.
+    """
+
+    name: str
+    memory: int
+    products: float = 0.0
+    solving: float = 0.0
+    moved: float = 0.0
+    known: float | None = None
+
+    def estimate_seconds(self, rates: MachineRates) -> float:
+        """Return the seconds that it takes at these rates."""
+        if self.known is not None:
+            return self.known
+        computing = self.products / rates.products + self.solving / rates.solve
+        return computing + self.moved / rates.disk
+
+
+@dataclass(frozen=True)
+class ExportTexts:
+    """Tokens of the texts of an export.
+
+    Attributes:
+        calibration: tokens of the calibration text; 0: none is needed.
+        evaluation: tokens of the evaluation text.
+        figures: whether quality is measured on it.
+    """
+
+    calibration: int
+    evaluation: int
+    figures: bool
+
+
+def measure_export_texts(recipe: Recipe) -> ExportTexts:
+    """Return the tokens of the texts of a recipe, none of which is read."""
+    from moe2edge.commands.texts import NO_TEXT
+    from moe2edge.evaluation.margins import SAMPLES
+    from moe2edge.evaluation.reference import PARITY_STEPS, PREFILL
+
+    figures = recipe.evaluation.text != NO_TEXT
+    evaluation = recipe.evaluation.samples * recipe.evaluation.length
+    calibration = recipe.calibration.samples * recipe.calibration.length
+    return ExportTexts(
+        calibration if recipe.needs_calibration else 0,
+        evaluation if figures else SAMPLES * (PREFILL + PARITY_STEPS),
+        figures,
+    )
+
+
+def list_export_stages(
+    plan: Plan,
+    costs: Sequence[Estimate],
+    recipe: Recipe,
+    outputs: Sequence[tuple[Target, Model, Estimate]],
+    budget: Memory,
+    *,
+    source_check: bool = True,
+) -> list[ExportStage]:
+    """List the stages of an export.
+
+    Args:
+        plan: the passes.
+        costs: what each of them takes.
+        recipe: the recipe, with every choice made.
+        outputs: each target with what it gets, and what that takes.
+        budget: memory that may be used.
+        source_check: whether the source is compared with stock transformers first.
+    """
+    texts, source = measure_export_texts(recipe), plan.source
+    stages = [ExportStage("starting", 0, known=STARTING)]
+    stages.append(ExportStage("reading the source", 0, moved=source.nbytes))
+    if source_check:
+        stages.append(_plan_source_check(source, budget))
+    stages += _list_passes(plan, costs, recipe, texts, budget)
+    stages += _list_evaluation(plan, texts, budget)
+    for target, model, estimate in outputs:
+        stages += _list_output(target, model, estimate, texts, budget)
+    return stages
+
+
+def measure_peak(stages: Sequence[ExportStage]) -> int:
+    """Return the peak of memory of an export with these stages, libraries included."""
+    return IMPORTED_FOR_EXPORT + max(stage.memory for stage in stages)
+
+
+# ---- stages --------------------------------------------------------------------------------------
+
+
+def _plan_source_check(source: Model, budget: Memory) -> ExportStage:
+    """Plan the comparison of the source with stock transformers, group of blocks by group."""
+    room = max(0, (budget.limit or 0) - IMPORTED) // STOCK_SHARE
+    count, largest = len(source.blocks), source.block_nbytes
+    if 4 * source.parameters > room:
+        count = min(max(1, room // max(1, largest)), count)
+        parts = sorted((_measure_loading(block) for block in source.blocks), reverse=True)
+        held = max(sum(parts[:count]), 8 * source.embedding.count)
+    else:
+        held = _measure_stock_loading(source)
+    products = 2 * count_token_operations(source) * CHECKED_TOKENS
+    return ExportStage("source check", held + COMPUTING, products, moved=2 * source.nbytes)
+
+
+def _measure_stock_loading(model: Model) -> int:
+    """Return the bytes of a whole model while transformers loads it in float32."""
+    ends = sum(4 * weight.count + weight.nbytes for weight in model.rest.values())
+    return ends + sum(map(_measure_loading, model.blocks))
+
+
+def _measure_loading(block: Block) -> int:
+    """Return the bytes of a block while transformers loads it.
+
+    It is there in float32; the numbers of the file, which are mapped; and experts a second time,
+    until they have become one tensor.
+    """
+    found = 0
+    for role, weight in block.weights():
+        found += 4 * weight.count + weight.nbytes
+        found += 4 * weight.count if role.startswith("experts.") else 0
+    return found
+
+
+def _list_passes(
+    plan: Plan, costs: Sequence[Estimate], recipe: Recipe, texts: ExportTexts, budget: Memory
+) -> Iterator[ExportStage]:
+    """Yield a stage for each stage of the recipe: its walk, and what its passes compute."""
+    known = iter(zip(plan.steps, costs, strict=True))
+    for stage in group_stages(recipe.passes):
+        walk: float | None = None
+        for step in stage.passes:
+            planned, cost = next(known)
+            model = planned.before
+            tokens = texts.calibration if stage.needs_tokens else 0
+            # Passes of one stage share their walk.
+            walk = count_token_operations(model) * tokens if walk is None else 0.0
+            held = max(cost.memory, model.block_nbytes if tokens else 0)
+            held += _count_hidden(model, tokens, budget, 2) + COMPUTING
+            if step.computes_numbers:
+                held += min(budget.group_bytes, cost.memory)
+                yield ExportStage(
+                    step.name,
+                    held,
+                    2 * walk + _count_hessians(model, tokens),
+                    _count_solving(model, planned.after) if step.needs_tokens else 0.0,
+                    model.nbytes + cost.disk,
+                    cost.time,
+                )
+            else:
+                yield ExportStage(
+                    step.name, held, walk, moved=model.nbytes * bool(tokens), known=cost.time
+                )
+
+
+def _list_evaluation(plan: Plan, texts: ExportTexts, budget: Memory) -> Iterator[ExportStage]:
+    """Yield the walks over source and result."""
+    source, result = plan.source, plan.result
+    models = [("source", source)] if texts.figures and plan.steps else []
+    for name, model in (*models, ("result", result)):
+        held = model.block_nbytes + _count_hidden(model, texts.evaluation, budget, 3) + COMPUTING
+        products = count_token_operations(model) * texts.evaluation
+        yield ExportStage(f"evaluation: {name}", held, products, moved=model.nbytes)
+
+
+def _list_output(
+    target: Target, model: Model, estimate: Estimate, texts: ExportTexts, budget: Memory
+) -> Iterator[ExportStage]:
+    """Yield writing, reading back and running an output."""
+    from moe2edge.evaluation.verify import RUNS_EXACT
+
+    name, largest = target.name, 4 * max(w.count for _, _, w in model.tensors())
+    yield ExportStage(f"writing {name}", largest, moved=estimate.disk)
+    # A file that cannot be read as a model is mapped whole.
+    mapped = 0 if target.streams else estimate.disk
+    yield ExportStage(f"checking {name}", largest + mapped, moved=2 * estimate.disk)
+    exact, wide = estimate.memory, 4 * model.parameters
+    if target.streams and not fits(RUNS_EXACT * wide, budget.limit):
+        exact = model.block_nbytes
+    elif target.loads_by_transformers and model.is_uniform:
+        exact = _measure_stock_loading(model)
+    elif target.streams:
+        exact = wide
+    tokens = COMPARED_TOKENS * 2 + texts.evaluation * texts.figures
+    products = count_token_operations(model) * tokens
+    held = max(exact, estimate.memory if fits(estimate.memory, budget.limit) else 0)
+    in_torch = any(library.startswith("transformers") for library in target.libraries)
+    held += (GENERATING_IN_TORCH if in_torch else GENERATING) + target.beside_nbytes
+    yield ExportStage(f"running {name}", held, products, moved=2 * estimate.disk)
+
+
+# ---- operations and bytes ------------------------------------------------------------------------
+
+
+def count_token_operations(model: Model) -> float:
+    """Return the operations of matrix products of one token, in blocks."""
+    return 2.0 * sum(_count_used(block) for block in model.blocks)
+
+
+def _count_used(block: Block) -> float:
+    """Return the parameters of the matrices of a block that one token uses."""
+    used = float(sum(w.count for _, w in block.weights() if len(w.shape) > 1))
+    if isinstance(block.mlp, MoELayer):
+        used -= block.mlp.inactive_parameters
+    return used
+
+
+def _count_hidden(model: Model, tokens: int, budget: Memory, streams: int) -> int:
+    """Return the bytes of hidden states that are in memory."""
+    hidden = 4 * tokens * model.embedding.shape[1]
+    if budget.hidden_bytes is not None and hidden > budget.hidden_bytes:
+        return 0
+    return streams * hidden
+
+
+def _list_matrices(model: Model) -> Iterator[tuple[Weight, float]]:
+    """Yield each matrix of a block, with the part of the tokens that reach it."""
+    for block in model.blocks:
+        layer = block.mlp
+        part = 1.0
+        if isinstance(layer, MoELayer) and layer.experts:
+            part = min(1.0, layer.router.top_k / len(layer.experts))
+        for role, weight in block.weights():
+            if len(weight.shape) == 2:
+                yield weight, part if role.startswith("experts.") else 1.0
+
+
+def _count_hessians(model: Model, tokens: int) -> float:
+    """Return the operations of summing Hessians; matrices with one input share theirs."""
+    # Gate and up share theirs, and so do query, key and value: two of three count, about.
+    return sum(
+        2.0 * tokens * part * weight.shape[1] ** 2 for weight, part in _list_matrices(model)
+    ) * (2 / 3)
+
+
+def _count_solving(before: Model, after: Model) -> float:
+    """Return the operations of solving the matrices that become quantized."""
+    new = (weight for _, weight in after.new_beside(before))
+    return float(
+        sum(
+            count_solve_operations(prod(w.shape[:-1]), w.shape[-1])
+            for w in new
+            if w.scheme is not None and len(w.shape) > 1
+        )
+    )
