@@ -16,6 +16,7 @@ from moe2edge.commands.preflight import (
     estimate_hidden_bytes,
     estimate_passes,
     measure_texts,
+    suit_targets,
 )
 from moe2edge.commands.texts import check_texts, resolve_recipe
 from moe2edge.commands.write_target import fit_for_targets
@@ -177,7 +178,7 @@ def forecast_export(
         InputError, Unsupported: the source is no model that anything can be done with.
     """
     source, refused = checkpoint.model, _Refusals()
-    recipe = replace(recipe, calibrates_targets=any(each.reads_calibration for each in targets))
+    recipe = suit_targets(recipe, targets)
     refused.watch("", lambda: check_texts(recipe))
     recipe = refused.watch("", lambda: resolve_recipe(checkpoint, recipe, QUIET)) or recipe
     plan, recipe = _plan_what_can(recipe, source, refused)

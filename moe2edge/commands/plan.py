@@ -102,7 +102,10 @@ def forecast_wish(wish: Wish, rates: MachineRates) -> list[Forecast]:
         if recipe is None:
             plain = [one for one in targets if one.name == "hf"]
             others = [one for one in targets if one.name != "hf"]
-            groups = ((USUAL_RECIPE, others), (PLAIN_RECIPE, plain))
+            # Exports of their own: what a head becomes depends on all targets of one.
+            narrow = [one for one in others if one.narrow_head]
+            wide = [one for one in others if not one.narrow_head]
+            groups = ((USUAL_RECIPE, narrow), (USUAL_RECIPE, wide), (PLAIN_RECIPE, plain))
             return [forecast(parse(find(name), wish.settings), own) for name, own in groups if own]
         return [forecast(recipe, targets)]
 
