@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # Added to the diagonal of A, as a part of its mean; and by what a scale may change at most.
-RIDGE, MOST_CHANGE = 1e-6, 2.0
+FIT_RIDGE, MOST_CHANGE = 1e-6, 2.0
 
 
 def fit_scales(
@@ -57,7 +57,7 @@ def _fit(
         left[group] = sum_groups(hessian[:, inside] @ numbers[inside] * numbers)
     right = sum_groups(hessian @ weights * numbers).T
     left = left.permute(2, 0, 1)
-    ridge = RIDGE * left.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30)
+    ridge = FIT_RIDGE * left.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30)
     left = left + ridge[:, None, None] * torch.eye(count, device=left.device)
     fitted, _ = torch.linalg.solve_ex(left, right[..., None])
     ratio = fitted[..., 0] / scales

@@ -73,14 +73,14 @@ def count_expert_choices(request: Mapping[str, Any], ids: Sequence[int]) -> dict
     return counter.result()
 
 
-def describe_use(counts: Mapping[int, Sequence[int]], tokens: int) -> dict[str, Any]:
+def describe_expert_use(counts: Mapping[int, Sequence[int]], tokens: int) -> dict[str, Any]:
     """Describe the use of experts: of each layer the load and how unevenly it is spread.
 
     Args:
         counts: tokens of each row of a router, by the block's index.
         tokens: tokens of the text.
 
-    >>> describe_use({0: [3, 1, 0, 0]}, 4)["layers"][0]["hit"]
+    >>> describe_expert_use({0: [3, 1, 0, 0]}, 4)["layers"][0]["hit"]
     2
     """
     layers = [_describe_layer(index, loads) for index, loads in sorted(counts.items())]
