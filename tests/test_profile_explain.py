@@ -17,7 +17,7 @@ from moe2edge.evaluation.profile.document import (
     build_profile_schema,
     parse_profile,
 )
-from moe2edge.evaluation.profile.expert_use import count_expert_choices, describe_use
+from moe2edge.evaluation.profile.expert_use import count_expert_choices, describe_expert_use
 from moe2edge.evaluation.profile.explain import explain_once
 from moe2edge.evaluation.profile.page_cache import count_resident_bytes, evict_files
 from moe2edge.evaluation.profile.quality import read_quality
@@ -113,7 +113,7 @@ def open_source_router(folder: Path) -> list[int]:
 
 
 def test_use_of_experts_by_hand() -> None:
-    found = describe_use({0: [2, 2, 0, 0], 3: [1, 1, 1, 1]}, 2)
+    found = describe_expert_use({0: [2, 2, 0, 0], 3: [1, 1, 1, 1]}, 2)
     assert found["coverage_pct"] == 75
     assert found["load_imbalance"] == pytest.approx(0.5)
     first = found["layers"][0]
