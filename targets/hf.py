@@ -96,6 +96,13 @@ class Hf(LayoutCheckpoint):
         held = self.stored(model)
         return Estimate(held.nbytes, estimate_file_bytes(_plan(held)))
 
+    def count_mapped(self, model: Model) -> int:
+        """Count the experts, of which transformers makes one tensor beside the map of the file."""
+        stored = self.stored(model)
+        if not stored.is_uniform:
+            return 0
+        return sum(w.nbytes for _, role, w in stored.tensors() if role.startswith("experts."))
+
     def write(self, model: Model, folder: Path) -> dict[str, str]:
         """Write ``config.json`` and the weights, one tensor in memory at a time.
 

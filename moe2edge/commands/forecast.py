@@ -315,6 +315,7 @@ def _forecast_target(
     disk = estimate.disk + companions + reference + documents
     each, cache = target.count_cache(model, 1), target.count_cache(model, context)
     state = target.count_cache(model, 0)
+    mapped = target.count_mapped(model)
     logits = 4 * model.vocabulary * min(context, target.logits_rows)
     read = _count_read(target, stored) + cache
     return TargetForecast(
@@ -325,8 +326,8 @@ def _forecast_target(
         each - state,
         cache,
         target.runtime_nbytes,
-        target.runtime_nbytes + estimate.memory + cache + logits,
-        target.count_droppable(model),
+        target.runtime_nbytes + estimate.memory + mapped + cache + logits,
+        target.count_droppable(model) + mapped,
         read,
         rates.bandwidth / read,
         target.loaders(model),

@@ -226,6 +226,10 @@ class Target:
         """
         return 0
 
+    def count_mapped(self, model: Model) -> int:
+        """Count the bytes of files that stay mapped beside `estimate`, and can be taken back."""
+        return 0
+
     def count_cache(self, model: Model, tokens: int) -> int:
         """Count the bytes of what its runtime remembers of a text."""
         width = self.cache_nbytes or DTYPE_WIDTHS[self.find_dtype(model)]
