@@ -57,6 +57,13 @@ def test_an_interval_beyond_the_tolerance_says_nothing() -> None:
     assert judge_change(Change(0.04, -0.01, 0.06, 10), 0.03) == "inconclusive"
 
 
+def test_what_the_noise_explains_is_no_change_and_not_the_same() -> None:
+    slow = estimate_change(BASE, scale(1.1))
+    assert judge_change(slow, 0.03, floor=0.05) == "regressed"
+    assert judge_change(slow, 0.03, floor=0.2) == "inconclusive"
+    assert judge_change(estimate_change(BASE, scale(1.0)), 0.03, floor=0.2) == "equivalent"
+
+
 def test_a_change_needs_a_second_round() -> None:
     slow, same = (BASE, scale(1.1)), (BASE, scale(1.0))
     assert judge_rounds([slow], 0.03) == "inconclusive"

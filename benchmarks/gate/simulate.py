@@ -76,11 +76,13 @@ def judge_once(
 ) -> Judgement:
     """Run the gate once, as ``moe2edge compare`` does with two folders."""
     floor = measure_floor(*machine.run_pairs(random, pairs, 0))
-    tolerance = max(TOLERANCE, floor)
     rounds = [machine.run_pairs(random, pairs, effect)]
-    if judge_change(estimate_change(*rounds[0]), tolerance) in ("regressed", "improved"):
+    if judge_change(estimate_change(*rounds[0]), TOLERANCE, floor=floor) in (
+        "regressed",
+        "improved",
+    ):
         rounds.append(machine.run_pairs(random, pairs, effect))
-    return judge_rounds(rounds, tolerance)
+    return judge_rounds(rounds, TOLERANCE, floor=floor)
 
 
 def count_judgements(

@@ -107,24 +107,27 @@ def measure_floor(first: Sequence[float], second: Sequence[float], seed: int = 0
     return math.expm1(max(abs(found.median), (found.high - found.low) / 2))
 
 
-def judge_change(change: Change, tolerance: float, better: Side = "lower") -> Judgement:
+def judge_change(
+    change: Change, tolerance: float, better: Side = "lower", floor: float = 0.0
+) -> Judgement:
     """Judge one round.
 
-    It is a change if the interval is beyond zero and the median beyond the tolerance; equivalent
-    if the interval lies within the tolerance; otherwise nothing is known.
+    It is a change if the interval is beyond zero and the median beyond tolerance and noise floor;
+    equivalent if the interval lies within the tolerance; otherwise nothing is known.
 
     Args:
         change: the estimate.
-        tolerance: fraction up to which a change does not count, the noise floor included.
+        tolerance: fraction up to which a change does not count.
         better: direction of the metric.
+        floor: noise of this machine, a fraction.
     """
     sign = 1 if better == "lower" else -1
     median = sign * change.median
     low, high = sorted((sign * change.low, sign * change.high))
-    limit = math.log1p(tolerance)
-    if low > 0 and median > limit:
+    limit, least = math.log1p(tolerance), math.log1p(max(tolerance, floor))
+    if low > 0 and median > least:
         return "regressed"
-    if high < 0 and median < -limit:
+    if high < 0 and median < -least:
         return "improved"
     return "equivalent" if -limit <= low and high <= limit else "inconclusive"
 
@@ -133,6 +136,7 @@ def judge_rounds(
     rounds: Sequence[tuple[Sequence[float], Sequence[float]]],
     tolerance: float,
     better: Side = "lower",
+    floor: float = 0.0,
     seed: int = 0,
 ) -> Judgement:
     """Judge all rounds: a change counts only if every one of them, two or more, found it.
@@ -144,17 +148,18 @@ def judge_rounds(
         rounds: base and head of each round, pair by pair.
         tolerance: as in `judge_change`.
         better: likewise.
+        floor: likewise.
         seed: of the resamples.
 
     Raises:
         InputError: see `estimate_change`.
     """
     found = {
-        judge_change(estimate_change(base, head, seed + n), tolerance, better)
+        judge_change(estimate_change(base, head, seed + n), tolerance, better, floor)
         for n, (base, head) in enumerate(rounds)
     }
     if len(rounds) > 1 and len(found) == 1:
         return found.pop()
     base, head = ([value for one in rounds for value in one[side]] for side in (0, 1))
-    pooled = judge_change(estimate_change(base, head, seed), tolerance, better)
+    pooled = judge_change(estimate_change(base, head, seed), tolerance, better, floor)
     return pooled if pooled == "equivalent" else "inconclusive"

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe2edge.evaluation.gate.comparison import GateResult, MetricResult, compare_documents
-from moe2edge.evaluation.gate.rules import TIMINGS, Gate
+from moe2edge.evaluation.gate.rules import TIMINGS, Gate, MetricRule
 from moe2edge.evaluation.profile.measure import profile_folders
 from moe2edge.evaluation.profile.result import ProfileSet, list_by_round
 from moe2edge.evaluation.profile.settings import ProfileSettings
 from moe2edge.numerics.paired_changes import (
-    Change,
-    Side,
     estimate_change,
     judge_change,
     judge_rounds,
@@ -59,15 +58,14 @@ def compare_folders(
     )
     again, mine, other = (list_by_round(profile) for profile in first.profiles)
     names = [name for name in TIMINGS if name in gate.metrics]
-    limits = {
-        name: max(gate.metrics[name].tolerance, measure_floor(again[name], mine[name]))
-        for name in names
-    }
+    floors = {name: measure_floor(again[name], mine[name]) for name in names}
     rounds: dict[str, list[Pairs]] = {name: [(mine[name], other[name])] for name in names}
     changed = [
         name
         for name in names
-        if judge_change(estimate_change(*rounds[name][0]), limits[name])
+        if judge_change(
+            estimate_change(*rounds[name][0]), gate.metrics[name].tolerance, floor=floors[name]
+        )
         in ("regressed", "improved")
     ]
     if changed:
@@ -75,7 +73,7 @@ def compare_folders(
         second = profile_folders([base, head], text=text, settings=settings, reporter=reporter)
         _add_round(rounds, second)
     rows = [row for row in fixed.rows if row.name not in names]
-    rows += [_make_row(name, rounds[name], limits[name], gate) for name in names]
+    rows += [_judge_timing(name, rounds[name], floors[name], gate.metrics[name]) for name in names]
     return GateResult(fixed.base, fixed.head, tuple(rows), rounds=1 + bool(changed))
 
 
@@ -85,24 +83,21 @@ def _add_round(rounds: dict[str, list[Pairs]], found: ProfileSet) -> None:
         pairs.append((mine[name], other[name]))
 
 
-def _make_row(name: str, rounds: Sequence[Pairs], limit: float, gate: Gate) -> MetricResult:
+def _judge_timing(
+    name: str, rounds: Sequence[Pairs], floor: float, rule: MetricRule
+) -> MetricResult:
     """Judge a timing by all of its rounds."""
-    from statistics import median
-
-    better: Side = "lower"
     base, head = ([value for one in rounds for value in one[side]] for side in (0, 1))
-    found: Change = estimate_change(base, head)
-    rule = gate.metrics[name]
-    floor = limit > rule.tolerance
+    found, noisy = estimate_change(base, head), floor > rule.tolerance
     return MetricResult(
         name,
-        median(base),
-        median(head),
+        statistics.median(base),
+        statistics.median(head),
         math.expm1(found.median),
-        limit,
-        judge_rounds(rounds, limit, better),
+        rule.tolerance,
+        judge_rounds(rounds, rule.tolerance, floor=floor),
         rule.gate == "fail",
         spread=(math.expm1(found.low), math.expm1(found.high)),
-        smallest_effect=found.find_smallest_effect(limit),
-        note="the tolerance is the noise of this machine" if floor else "",
+        smallest_effect=found.find_smallest_effect(max(rule.tolerance, floor)),
+        note=f"base differs from itself by {floor:.0%}" if noisy else "",
     )
