@@ -24,6 +24,7 @@ from moe2edge.passes._ends import (
     choose_end_bits,
     describe_ends,
     fits_end,
+    is_tied,
     list_ends,
 )
 from moe2edge.pipeline.contract import PlannedStep, Slim
@@ -199,7 +200,8 @@ class Quantize(Slim):
     def narrow_head(self, model: Model) -> Self:
         """Return the pass with a head of 8 bits, if its options leave it open and groups fit."""
         name = model.head
-        if self.head or self.embedding or name is None or model.rest[name].scheme is not None:
+        given = self.head or (self.embedding if is_tied(model) else None)
+        if given or name is None or model.rest[name].scheme is not None:
             return self
         if not fits_end(model, name):
             return self

@@ -45,7 +45,7 @@ def check_auto_round(stored: Model) -> None:
     Raises:
         Unsupported: so, with what to choose instead.
     """
-    family, remedy = stored.family.model_type, "leave config=gptq, for moe2edge.load"
+    family, remedy = stored.family.model_type, "choose config=gptq, for moe2edge.load"
     if family not in READ_BY_AUTO_ROUND:
         raise Unsupported(
             f"gptq:config=auto-round: {family} was not seen to be read right by transformers with "

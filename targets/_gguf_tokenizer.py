@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 # Kinds of tokens as files number them.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-SPACE = "\u2581"
 
 _CONTRACTIONS = (
     "(?i:'s|'t|'re|'ve|'m|'ll|'d)|",

@@ -117,12 +117,6 @@ class Mlx(Target):
         row = get_row(model)
         accept_layers(model, row)
         accept_settings(model, row)
-        dtype = model.embedding.dtype
-        if dtype == "F64":
-            raise Unsupported(
-                "mlx-lm reads no float64; convert the source to float32 (dtype=torch.float32 in "
-                "from_pretrained, then save_pretrained), or export to onnx"
-            )
         experts: dict[str, Scheme | None] = {}
         for name, role, weight in model.tensors():
             place = row.place(name)

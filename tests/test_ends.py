@@ -237,6 +237,7 @@ def test_an_export_verifies_in_the_targets_that_hold_them(tiny: Make, tmp_path: 
     [
         ("onnx", [{"rtn": {}}], 8),
         ("onnx", [{"rtn": {"head": 16}}], 16),
+        ("onnx", [{"rtn": {"embedding": 8}}], 8),
         ("onnx", [{"rtn": {}}, {"expert_drop": {"keep": 4}}], 8),
         ("onnx", [{"rtn": {}}, {"sparsify": {"pattern": "2:4"}}], 16),
         ("onnx,gptq", [{"rtn": {}}], 16),

@@ -13,7 +13,8 @@ from click.testing import Result
 from helpers import LESS, NO_CHECK, run
 from moe2edge.evaluation import machine_rates
 from moe2edge.evaluation.machine_rates import DEFAULT_RATES, MachineRates
-from moe2edge.storage.hollow import plan_checkpoint
+from moe2edge.model.token_reads import count_token_reads
+from moe2edge.storage.hollow import open_without_numbers, plan_checkpoint
 from moe2edge.storage.safetensors_files import write_hollow_safetensors
 from moe2edge.testing import Make
 
@@ -124,9 +125,20 @@ def test_recipes_for_a_budget_fit_and_can_be_exported() -> None:
     passes = yaml.safe_load(done.stdout)["passes"]
     # Its head is in 8 bits in any case, as this is the only target.
     assert passes[-1] == "gptq"
+    texts = ("--disk", "9MB", "--set", "calibration.samples=8")
+    done = invoke("plan", BUILTIN, "-t", "onnx", "-r", "w4-rtn", *texts)
+    assert yaml.safe_load(done.stdout)["calibration"]["samples"] == 8
     refused = invoke("plan", BUILTIN, "-t", "onnx,gptq", "--budget", "100MB", code=5)
     assert "nothing fits --budget 0.10 GB" in refused.stderr
     assert "onnx takes" in refused.stderr
+
+
+def test_a_token_reads_what_a_profile_counts() -> None:
+    found = plan(BUILTIN, "-t", "hf:dequantize=true", "-r", "as-is", "--context", "1")
+    with open_without_numbers(BUILTIN) as (checkpoint, _):
+        reads = count_token_reads(checkpoint.model)
+    (one,) = found["targets"]
+    assert one["read"] - one["cache"] == sum(reads.values())
 
 
 def test_rates_are_kept_for_this_machine(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,3 +150,12 @@ def test_rates_are_kept_for_this_machine(cache: Path, monkeypatch: pytest.Monkey
     assert machine_rates.find_rates() == mine
     monkeypatch.setattr(machine_rates, "fingerprint_host", lambda: "another machine")
     assert machine_rates.find_rates() == DEFAULT_RATES
+
+
+def test_a_working_folder_that_takes_no_file_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> MachineRates:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("moe2edge.commands.plan.measure_rates", refuse)
+    refused = invoke("plan", "--measure", code=2)
+    assert f"nothing can be written to {Path.cwd()} (Permission denied)" in refused.stderr

@@ -26,6 +26,7 @@ from moe2edge.errors import InputError
 from moe2edge.pipeline import recipe, registry
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.storage.text_files import read_yaml
+from moe2edge.targets._auto_round import AUTO_ROUND_VERSION
 from moe2edge.testing import Make
 
 # ---- recipes -----------------------------------------------------------------------------------
@@ -755,9 +756,12 @@ def list_options(command: click.Command) -> Iterator[str]:
 
 
 def test_options_and_commands_in_messages_exist() -> None:
-    # Those of pip and npm; of vLLM and llama-server, on cards.
+    # Those of pip and npm; of vLLM, llama-server and mlx-lm, on cards.
     others = {"--help", "--version", "--upgrade", "--prefix", "--quantization", "--no-repack"}
-    assert find_names(r"(?<![\w-])--[a-z][a-z-]+") <= {*list_options(main), *others}
+    others |= {"--model", "--prompt"}
+    # Names of colors in a style sheet look alike.
+    found = find_names(r"(?<![\w-])(?<!var\()--[a-z][a-z-]+(?![a-z-]*:#)")
+    assert found <= {*list_options(main), *others}
     assert find_names(r"(?:run|with|use) moe2edge ([a-z]+)\b(?! \w+ed)") <= set(main.commands)
     assert find_names(r"(?<!\w)-r ([a-z][\w-]+)") <= set(recipe.list_bundled())
     for entry in find_names(r"(?<!\w)-t ([a-z]+)\b") | find_names(r"\bhf:\w+=[\w-]+"):
@@ -782,8 +786,10 @@ def test_packages_in_messages_are_those_that_are_asked_for() -> None:
     advised = find_names(r"pip install (?:--upgrade )?'?([\w\[][^'\s;,)]*)")
     assert len(advised) > 4
     # Tokenizers of other kinds, and of later versions, need what nothing else here does, and so do
-    # experts of 3 bits. A runtime whose interface is no promise is asked for in a known version.
+    # experts of 3 bits. A runtime whose interface is no promise is asked for in a known version, and
+    # so is a library whose config is written.
     others = {"sentencepiece", "tokenizers", "onnxruntime>=1.32", "xllamacpp==\0"}
+    others |= {f"auto-round=={AUTO_ROUND_VERSION}"}
     assert advised - bounds <= others
 
 

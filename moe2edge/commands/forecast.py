@@ -23,8 +23,9 @@ from moe2edge.commands.write_target import fit_for_targets
 from moe2edge.errors import DoesNotFit, InputError, Moe2EdgeError, Unsupported
 from moe2edge.evaluation.machine_rates import MachineRates
 from moe2edge.model.edits import hide_source_integers
-from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model
+from moe2edge.model.token_reads import count_token_reads
+from moe2edge.model.weights import HeldWeight, Weight
 from moe2edge.pipeline.contract import Pass
 from moe2edge.pipeline.recipe import Recipe
 from moe2edge.pipeline.registry import list_options
@@ -36,7 +37,6 @@ from moe2edge.storage.checkpoint import Checkpoint
 from moe2edge.storage.companions import list_companions
 from moe2edge.storage.tokenizer import has_tokenizer, load_tokenizer
 
-FORECAST_VERSION = 1
 # Bytes of report, card, manifest and recipe, beside what the report says of each tensor.
 DOCUMENTS = 13_000
 
@@ -335,26 +335,18 @@ def _forecast_target(
 
 
 def _count_read(target: Target, stored: Model) -> int:
-    """Count the bytes of weights that a token reads.
+    """Count the bytes of weights that a token reads, as the runtime holds them."""
+    count, held = target.count_held(stored), stored
 
-    Of the embedding that is one row, unless it is the head as well, and of experts those that are
-    chosen.
-    """
-    count = target.count_held(stored)
-    read = 0.0
+    def hold(name: str, weight: Weight) -> Weight:
+        size = count(name, weight)
+        return HeldWeight(weight.name, weight.shape, weight.dtype, weight.load, held=size)
+
     for block in stored.blocks:
-        part = 1.0
-        if isinstance(block.mlp, MoELayer) and block.mlp.experts:
-            part = min(1.0, block.mlp.router.top_k / len(block.mlp.experts))
-        for role, weight in block.weights():
-            size = count(stored.disk_name(block, role), weight)
-            read += size * part if role.startswith("experts.") else size
-    for name, weight in stored.rest.items():
-        size = count(stored.names.get_rest_name(name), weight)
-        if name == stored.architecture.embedding and stored.head != name:
-            size //= weight.shape[0]
-        read += size
-    return round(read)
+        new = {role: hold(stored.disk_name(block, role), w) for role, w in block.weights()}
+        held = held.replace_block(block.with_weights(new))
+    rest = {name: hold(stored.names.get_rest_name(name), w) for name, w in stored.rest.items()}
+    return sum(count_token_reads(held.replace_rest(rest)).values())
 
 
 # ---- the export ----------------------------------------------------------------------------------

@@ -65,11 +65,14 @@ def get_rates(*, measure: bool) -> MachineRates:
     """Return the rates of this machine; with ``measure``, measured now, and kept.
 
     Raises:
-        InputError, DoesNotFit: they cannot be kept.
+        InputError, DoesNotFit: they cannot be kept, or the working folder takes no file.
     """
     if not measure:
         return find_rates()
-    rates = measure_rates()
+    try:
+        rates = measure_rates()
+    except OSError as error:
+        raise make_place_error(Path.cwd(), error) from error
     try:
         keep_rates(rates)
     except OSError as error:

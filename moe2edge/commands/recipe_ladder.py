@@ -79,8 +79,9 @@ class Choice:
 
     @property
     def text(self) -> str:
-        """The recipe as YAML, for ``export -r``."""
-        return f"passes: {self.passes}\n"
+        """The recipe as YAML, for ``export -r``; with its texts where they are not the default."""
+        short = f"passes: {self.passes}\n"
+        return short if parse(short) == self.recipe else self.recipe.render()
 
     def to_json(self) -> dict[str, Any]:
         """Return it as plain data."""

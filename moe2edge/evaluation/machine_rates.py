@@ -14,11 +14,11 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
+from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from moe2edge.evaluation.profile.bandwidth import measure_bandwidth
-from moe2edge.evaluation.profile.environment import describe_environment
+from moe2edge.evaluation.profile.environment import compute_host_fingerprint
 from moe2edge.runtime.memory import find_limit
 from moe2edge.storage.durable import write_file
 
@@ -88,19 +88,17 @@ def locate_rates() -> Path:
 
 
 def fingerprint_host() -> str:
-    """Return a digest of what rates depend on: processor, cores, limit of memory, system."""
-    found = describe_environment()
-    told: dict[str, Any] = {
-        "cpu": found["cpu"],
-        "memory": find_limit() >> 30,
-        "os": found["os"],
-        "torch": found["versions"]["torch"],
-    }
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+    """Return a digest of what rates depend on: kind of machine, limit of memory, torch."""
+    told = [compute_host_fingerprint(), find_limit() >> 30, metadata.version("torch")]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
 
 def measure_rates() -> MachineRates:
-    """Measure the rates of this machine, in under half a minute."""
+    """Measure the rates of this machine, in under half a minute.
+
+    Raises:
+        OSError: the working folder takes no file.
+    """
     import torch
 
     draw = torch.Generator().manual_seed(0)

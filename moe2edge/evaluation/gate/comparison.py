@@ -1,4 +1,4 @@
-"""GateResult of two profiles, metric by metric."""
+"""Compare two profiles, metric by metric."""
 
 from __future__ import annotations
 

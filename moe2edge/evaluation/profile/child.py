@@ -32,8 +32,6 @@ from moe2edge.storage.text_files import read_json
 if TYPE_CHECKING:
     from moe2edge.runtime.protocol import Runtime
 
-PHASES = ("import", "load", "prefill", "decode")
-
 
 class Phases:
     """Records the memory of each phase; a phase that repeats keeps its largest values."""

@@ -135,28 +135,3 @@ def _classify_file(name: str, weights_outside_graph: bool) -> str:
     if base.startswith(("tokenizer", "chat_template")) or base in vocabulary:
         return "tokenizer"
     return "config" if base.endswith((".json", ".yaml")) else "other"
-
-
-def _describe_subject(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Describe the measured folder: for the profile, and as a request to the child process."""
-    if not folder.is_dir():
-        raise InputError(f"there is no folder {folder}; name an output folder or a checkpoint")
-    path = str(folder.resolve())
-    if is_artifact(folder):
-        artifact = open_artifact(folder)
-        check_sizes(artifact)
-        about = {
-            "path": str(folder),
-            "target": artifact.target,
-            "manifest_sha256": hash_file(folder / MANIFEST),
-            "model": artifact.manifest.get("model"),
-        }
-        how = {"target": artifact.target, "options": dict(artifact.options)}
-        return about, {"folder": path, **how, "dtype": None}
-    if not (folder / "config.json").is_file():
-        raise InputError(
-            f"{folder} is neither an output folder (no {MANIFEST}) nor a checkpoint "
-            "(no config.json); name one of them"
-        )
-    about = {"path": str(folder), "target": None, "runtime": "transformers"}
-    return about, {"folder": path, "target": None, "dtype": "bfloat16"}

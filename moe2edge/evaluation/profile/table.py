@@ -10,6 +10,7 @@ from rich.table import Table
 from moe2edge.evaluation.profile.metrics import Metric
 from moe2edge.evaluation.profile.result import Profile, ProfileSet, Ratio
 from moe2edge.evaluation.profile.roofline import Roofline
+from moe2edge.evaluation.profile.views.charts import format_value
 
 _NAMES = {
     "import_ms": "import",
@@ -109,10 +110,10 @@ def _add_compared(
     key: tuple[str, str],
 ) -> None:
     """Add a row with the value of each folder, and its ratio under the name in ``key``."""
-    cells = [_format_number(values[0])]
+    cells = [format_value(values[0])]
     for value, own in zip(values[1:], ratios[1:], strict=True):
         ratio = own.get(key[0])
-        cells.append(_format_number(value) + ("" if ratio is None else f"  {_format_ratio(ratio)}"))
+        cells.append(format_value(value) + ("" if ratio is None else f"  {_format_ratio(ratio)}"))
     table.add_row(name, *cells, key[1])
 
 
@@ -172,11 +173,4 @@ def _add_row(table: Table, name: str, metric: Metric) -> None:
         min(metric.samples, default=None),
         max(metric.samples, default=None),
     )
-    table.add_row(name, *map(_format_number, values), str(metric.n), metric.unit)
-
-
-def _format_number(value: float | None) -> str:
-    """Format a number with at least three digits, or a dash for an unknown value."""
-    if value is None:
-        return "-"
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.{1 if value >= 10 else 2}f}"
+    table.add_row(name, *map(format_value, values), str(metric.n), metric.unit)
