@@ -786,8 +786,8 @@ def test_packages_in_messages_are_those_that_are_asked_for() -> None:
     advised = find_names(r"pip install (?:--upgrade )?'?([\w\[][^'\s;,)]*)")
     assert len(advised) > 4
     # Tokenizers of other kinds, and of later versions, need what nothing else here does, and so do
-    # experts of 3 bits. A runtime whose interface is no promise is asked for in a known version, and
-    # so is a library whose config is written.
+    # experts of 3 bits. A runtime whose interface is no promise is asked for in a known version, as
+    # is a library whose config is written.
     others = {"sentencepiece", "tokenizers", "onnxruntime>=1.32", "xllamacpp==\0"}
     others |= {f"auto-round=={AUTO_ROUND_VERSION}"}
     assert advised - bounds <= others

@@ -231,7 +231,7 @@ def test_integers_of_a_gptq_source_stay(tmp_path: Path, tiny: Make) -> None:
         (
             "qwen3_moe",
             {"norm_topk_prob": False},
-            "norm_topk_prob false.*hf or mlx or onnx",
+            "norm_topk_prob false.*hf, mlx or onnx",
         ),
         ("olmoe", {"num_key_value_heads": 4, "norm_topk_prob": True}, "norm_topk_prob true"),
         ("olmoe", {}, "fewer heads of keys"),
