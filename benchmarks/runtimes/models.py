@@ -23,7 +23,8 @@ from moe2edge.testing import make_checkpoint
 RANDOM: dict[str, Any] = {
     "vocab_size": 50304, "hidden_size": 1024, "intermediate_size": 1024, "num_hidden_layers": 8,
     "num_attention_heads": 16, "num_key_value_heads": 16, "num_experts": 32,
-    "num_experts_per_tok": 4, "max_position_embeddings": 4096, "tie_word_embeddings": False, "initializer_range": 0.02,
+    "num_experts_per_tok": 4, "max_position_embeddings": 4096, "tie_word_embeddings": False,
+    "initializer_range": 0.02,
 }  # fmt: skip
 # Targets by what is done to head and embedding; a GPTQ checkpoint holds them in 16 bits only.
 TARGETS = {16: ("onnx", "gptq", "gguf"), 8: ("onnx", "gguf")}
