@@ -24,6 +24,7 @@ from moe2edge.calibration.router_observers import (
 )
 from moe2edge.calibration.similarity import BlockSimilarityFactory, LayerSimilarityObserver
 from moe2edge.evaluation.margins import MarginObserver
+from moe2edge.evaluation.ranges import RangeObserver
 from moe2edge.model.model import Model
 from moe2edge.passes._allocation_trials import Ranker
 from moe2edge.passes.expert_search import ExpertSearch
@@ -45,6 +46,7 @@ OBSERVERS: dict[str, Callable[[], Observer[Any]]] = {
     "blocks": BlockSimilarityFactory(1),
     "layers": LayerSimilarityObserver,
     "margins": lambda: MarginObserver(9),
+    "ranges": RangeObserver,
     "ranker": lambda: Ranker("reap", 0, dict.fromkeys(range(BLOCKS), 2), IDS.numel(), 50),
 }
 

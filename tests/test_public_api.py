@@ -227,6 +227,7 @@ def test_export_takes_strings_paths_and_values(
     assert open_artifact(tmp_path / "a" / "onnx").options == {
         "accuracy_level": 0,
         "kv_cache": "float32",
+        "layout": "plain",
     }
     assert any(line.startswith("recipe:") for line in lines)
     parsed = moe2edge.parse_recipe(SMALL)

@@ -170,7 +170,7 @@ class Bench:
         """Return what ``llama-perplexity`` says about files."""
         text, base = self._write_text("evaluation", self.ids), self.work / "logits.bin"
         tool = [str(self._tools / "llama-perplexity"), "-c", str(LENGTH), "-f", str(text)]
-        tool += ["-b", str(LENGTH), "-t", str(torch.get_num_threads()), "--parse-special"]
+        tool += ["-b", str(LENGTH), "-t", str(torch.get_num_threads())]
         run([*tool, "-m", str(self.plain), "--kl-divergence-base", str(base)])
         found = {}
         for title, path in paths.items():

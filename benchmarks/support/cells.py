@@ -133,7 +133,7 @@ def try_cell(cell: Cell, source: Path, work: Path, run: Run) -> str:
 def read_refusal(output: str) -> str:
     """Return the message of the line that refuses, without what would work instead."""
     (message,) = re.findall(r"^error: (.*)$", output, re.MULTILINE)[-1:]
-    return str(message).partition("; passes that work on it")[0]
+    return re.split("; (?:passes that work on it|targets that hold it)", message)[0]
 
 
 def render_table(results: dict[str, dict[str, str]]) -> str:
