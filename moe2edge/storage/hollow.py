@@ -18,7 +18,7 @@ from moe2edge.errors import InputError
 from moe2edge.model.build import build_model
 from moe2edge.model.family import find_family
 from moe2edge.model.model import Model
-from moe2edge.model.weights import DTYPES, Weight
+from moe2edge.model.weights import Weight
 from moe2edge.storage.checkpoint import Checkpoint, open_checkpoint, split_hub_id
 from moe2edge.storage.hub import fetch_headers
 from moe2edge.storage.safetensors_files import (
@@ -28,8 +28,8 @@ from moe2edge.storage.safetensors_files import (
 )
 from moe2edge.storage.source_formats.mxfp4 import plan_mxfp4
 from moe2edge.storage.source_formats.recognition import (
-    INNER_CONFIGS,
     drop_settings,
+    find_config_dtype,
     find_settings,
     read_method,
 )
@@ -122,7 +122,7 @@ def _describe(config: Mapping[str, Any]) -> tuple[Model, list[PlannedTensor]]:
     Raises:
         InputError: the config does not tell the shape of a tensor.
     """
-    plain, dtype = drop_settings(config), _find_dtype(config)
+    plain, dtype = drop_settings(config), find_config_dtype(config)
     planned: dict[str, PlannedTensor] = {}
 
     def take(name: str, shape: tuple[int, ...] | None) -> Weight:
@@ -137,14 +137,3 @@ def _describe(config: Mapping[str, Any]) -> tuple[Model, list[PlannedTensor]]:
     model = build_model(find_family(plain), plain, take)
     model.verify()
     return model, list(planned.values())
-
-
-def _find_dtype(config: Mapping[str, Any]) -> str:
-    """Return the dtype that a config names, as safetensors spells it; bfloat16 if it names none."""
-    inner = [config.get(key) for key in INNER_CONFIGS]
-    for place in (config, *(each for each in inner if isinstance(each, Mapping))):
-        named = place.get("dtype") or place.get("torch_dtype")
-        for spelled, dtype in DTYPES.items():
-            if named == dtype:
-                return spelled
-    return "BF16"

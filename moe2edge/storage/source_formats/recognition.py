@@ -204,6 +204,11 @@ def _find_dtype(config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) 
     for name in tensors:
         if name.endswith("embed_tokens.weight") and tensors[name].dtype in DTYPES:
             return tensors[name].dtype
+    return find_config_dtype(config)
+
+
+def find_config_dtype(config: Mapping[str, Any]) -> str:
+    """Find the dtype that a config names, as safetensors spells it; BF16 if it names none."""
     inner = [config.get(key) for key in INNER_CONFIGS]
     for place in (config, *(each for each in inner if isinstance(each, Mapping))):
         named = place.get("dtype") or place.get("torch_dtype")
