@@ -42,6 +42,21 @@ AUTO_MODEL = (
     "from transformers import AutoModelForCausalLM\n"
     'model = AutoModelForCausalLM.from_pretrained(".", dtype="auto")'
 )
+OWN_LOAD = 'import moe2edge\nmodel = moe2edge.load(".")'
+
+
+def _refuse_scheme(program: str) -> Finding:
+    """Return the verdict on integers that the expert kernels of a program do not take."""
+    note = "it takes symmetric 4 and 8 bits only"
+    return Finding(program, "", "no", note, INSPECTED, has_unserved_scheme)
+
+
+def _refuse_fusion(program: str) -> Finding:
+    """Return the verdict on matrices that a program fuses, although their schemes differ."""
+    note = "it fuses the matrices of {o.split_fusion}, whose schemes differ"
+    return Finding(program, "", "no", note, INSPECTED, splits_fusion)
+
+
 VLLM = (
     Finding("vLLM", "", "no", "{o.unknown_form}", case=is_uneven),
     Finding(
@@ -52,18 +67,9 @@ VLLM = (
         INSPECTED,
         is_rehomed_with_head_dim,
     ),
-    Finding(
-        "vLLM", "", "no", "it takes symmetric 4 and 8 bits only", INSPECTED, has_unserved_scheme
-    ),
+    _refuse_scheme("vLLM"),
     Finding("vLLM", "", "no", "it refuses desc_act with groups", INSPECTED, has_ordered_inputs),
-    Finding(
-        "vLLM",
-        "",
-        "no",
-        "it fuses the matrices of {o.split_fusion}, whose schemes differ",
-        INSPECTED,
-        splits_fusion,
-    ),
+    _refuse_fusion("vLLM"),
     Finding(
         "vLLM", "", "not tried", "its Qwen2-MoE with a sliding window", case=is_rehomed_with_window
     ),
@@ -82,17 +88,8 @@ SGLANG_REFUSALS = (
         INSPECTED,
         mixes_dense_blocks,
     ),
-    Finding(
-        "SGLang", "", "no", "it takes symmetric 4 and 8 bits only", INSPECTED, has_unserved_scheme
-    ),
-    Finding(
-        "SGLang",
-        "",
-        "no",
-        "it fuses the matrices of {o.split_fusion}, whose schemes differ",
-        INSPECTED,
-        splits_fusion,
-    ),
+    _refuse_scheme("SGLang"),
+    _refuse_fusion("SGLang"),
     Finding(
         "SGLang",
         "0.5.23",
@@ -108,7 +105,7 @@ MOE2EDGE = Finding(
     "yes",
     "moe2edge.load(folder)",
     script="read_transformers.py",
-    snippet='import moe2edge\nmodel = moe2edge.load(".")',
+    snippet=OWN_LOAD,
 )
 LLAMA_CPP_REFUSALS = (
     Finding(
@@ -191,7 +188,7 @@ FINDINGS: Mapping[str, tuple[Finding, ...]] = {
             "moe2edge.load(folder); weights are dequantized",
             case=is_generic,
             script="read_transformers.py",
-            snippet='import moe2edge\nmodel = moe2edge.load(".")',
+            snippet=OWN_LOAD,
         ),
         Finding(
             "moe2edge",
@@ -199,7 +196,7 @@ FINDINGS: Mapping[str, tuple[Finding, ...]] = {
             "yes",
             "moe2edge.load(folder); symmetric 4-bit weights stay in 4 bits",
             script="read_transformers.py",
-            snippet='import moe2edge\nmodel = moe2edge.load(".")',
+            snippet=OWN_LOAD,
         ),
         TRANSFORMERS_REFUSAL,
         Finding(
