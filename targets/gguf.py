@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from moe2edge.errors import VerificationFailed
 from moe2edge.model.build import build_model
@@ -36,9 +36,6 @@ from moe2edge.targets._gguf_tokenizer import (
     has_loose_apostrophes,
 )
 from moe2edge.targets._loaders import judge_loaders, list_rules
-
-if TYPE_CHECKING:
-    pass
 
 MODEL_FILE = "model.gguf"
 

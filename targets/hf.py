@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from moe2edge.errors import Unsupported
 from moe2edge.model import hf_config
@@ -34,9 +34,6 @@ from moe2edge.targets._layout_checkpoint import LayoutCheckpoint
 from moe2edge.targets._layouts import Layout
 from moe2edge.targets._loaders import judge_loaders, list_rules
 from moe2edge.targets._tensors import estimate_file_bytes, plan_plain
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,12 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moe2edge.errors import InputError, Unsupported, join_lines
 from moe2edge.model.anatomy import is_experts
 from moe2edge.model.architecture import Architecture, describe_layer, find_layers, pass_by
 from moe2edge.model.transformers_config import silence_transformers
-
-if TYPE_CHECKING:
-    pass
 
 TRIAL_TOKENS = 8
 # Some families have a number of its own in each layer.
