@@ -39,6 +39,7 @@ from benchmarks.runtimes.models import (
 from moe2edge.evaluation.profile.environment import describe_environment
 
 HERE = Path(__file__).parent
+MODELS = {"builtin": prepare_builtin, "random": prepare_random}
 # The built-in model has 512 positions, one of them for the token behind the prompt.
 SHORT, LONG = 128, 511
 RATES = {f"prefill{n}": f"prefill {n}" for n in (SHORT, LONG)} | {"decode": "decode"}
@@ -242,7 +243,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="rounds [default: 6; 2 with --quick]")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="[default: all]")
     parser.add_argument("--quick", action="store_true", help="fewer rounds and tokens")
-    parser.add_argument("--only", default="", help="models whose name holds this")
+    parser.add_argument("--only", choices=MODELS, help="one model [default: both]")
     given = parser.parse_args()
     work = Work(16 if given.quick else 64, 1 if given.quick else 3, given.threads)
     rounds = given.rounds or (2 if given.quick else 6)
@@ -251,10 +252,9 @@ def main() -> None:
     cache = given.cache.resolve()
     print("# Runtimes\n")
     print(describe(work, rounds, genai, bench), flush=True)
-    for prepare in (prepare_builtin, prepare_random):
-        if given.only in prepare.__name__:
-            subject = prepare(cache)
-            report(subject, list_jobs(subject, work, genai, bench), rounds)
+    for name in [given.only] if given.only else MODELS:
+        subject = MODELS[name](cache)
+        report(subject, list_jobs(subject, work, genai, bench), rounds)
 
 
 if __name__ == "__main__":
