@@ -19,16 +19,52 @@ class Advance(Protocol):
 
 
 @dataclass(frozen=True)
+class TimeLeft:
+    """Estimate of the time that is left.
+
+    Attributes:
+        stage: name of the stage that runs.
+        seconds: of this stage.
+        whole: seconds of all that is still to come, this stage included.
+    """
+
+    stage: str
+    seconds: float
+    whole: float
+
+
+def _ignore(_: object) -> None:
+    """Take progress, and do nothing about it."""
+
+
+@dataclass(frozen=True)
 class Reporter:
     """Receiver of progress.
 
     Attributes:
         log: takes one line of text.
         advance: takes a count of work done.
+        begin: takes the name of a stage that begins.
+        left: takes the time that is left, before each stage and each count, where it is known.
     """
 
     log: Log
     advance: Advance
+    begin: Callable[[str], None] = _ignore
+    left: Callable[[TimeLeft], None] = _ignore
 
 
 QUIET = Reporter(lambda _: None, lambda *_: None)
+
+
+def format_time(seconds: float) -> str:
+    """Format a time roughly.
+
+    >>> format_time(0.2), format_time(48), format_time(500), format_time(9000)
+    ('1 s', '48 s', '8 min', '2.5 h')
+    """
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"

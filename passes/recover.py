@@ -212,6 +212,12 @@ class Recover(Train):
             fit_meta_layers(find_layers(built)[1], model)
             check_adapts(built, names, self.lora_rank)
 
+    def _count_samples(self, samples: int) -> int:
+        """Count the samples that are run, if no step is left out; a gradient counts as two more."""
+        evaluated = self.held_out * (2 + self.steps // self.eval_every)
+        taught = samples - self.held_out if self.loss == "distill" else 0
+        return 3 * self.steps * self.batch + evaluated + taught
+
     def check_text(self, text: TextSize) -> None:
         """Refuse fewer samples than are held out and in a step."""
         samples = text.samples
@@ -261,6 +267,7 @@ class Recover(Train):
             numbers + best + (0 if on_gpu else training),
             saved,
             gpu=numbers + training if on_gpu else 0,
+            runs=text.length * self._count_samples(text.samples),
             purpose="recover trains",
             remedy="set batch to fewer samples, or train less: see train",
         )

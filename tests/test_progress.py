@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from moe2edge.cli import progress_bar
+from moe2edge.progress import TimeLeft
 
 
 @pytest.fixture(autouse=True)
@@ -58,3 +59,31 @@ def test_lines_say_where_the_work_is_and_how_long_it_takes(
         "[ 201.0 s] gptq: 20 of 300, block 20, 46:40 left",
         "[ 301.0 s] gptq: 300 of 300, block 300",
     ]
+
+
+def test_lines_say_how_long_the_whole_takes(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([0.0, 5.0, 16.0, 40.0, 50.0, 61.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    reporter = progress_bar.make_reporter(quiet=False)
+    reporter.left(TimeLeft("gptq", 75.0, 4000.0))
+    reporter.left(TimeLeft("gptq", 70.0, 3995.0))
+    reporter.advance("gptq", 10, 300, "block 1")
+    reporter.left(TimeLeft("writing onnx", 9.0, 3000.0))  # short: it is not announced
+    reporter.advance("gptq", 300, 300)
+    reporter.left(TimeLeft("running onnx", 0.0, 20.0))  # over its time
+    reporter.advance("evaluation: onnx", 0, 9)
+    reporter.left(TimeLeft("finishing", 0.0, 0.0))
+    reporter.advance("evaluation: onnx", 3, 9)
+    assert capsys.readouterr().err.splitlines() == [
+        "[   5.0 s] gptq: 1:15 left of this stage, 1:06:40 of all",
+        "[  16.0 s] gptq: 10 of 300, block 1, 1:10 left of this stage, 1:06:35 of all",
+        "[  40.0 s] gptq: 300 of 300",
+        "[  50.0 s] evaluation: onnx: 0 of 9, 0:20 left of all",
+        "[  61.0 s] evaluation: onnx: 3 of 9, 0:22 left",
+    ]
+    quiet = progress_bar.make_reporter(quiet=True)
+    quiet.left(TimeLeft("gptq", 75.0, 4000.0))
+    quiet.begin("gptq")
+    assert capsys.readouterr().err == ""

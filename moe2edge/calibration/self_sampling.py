@@ -77,6 +77,7 @@ def sample_tokens(
         reporter.log("calibration: the text that the model has written for an earlier run")
         return wrap_tokens(torch.tensor(found), source.text)
     memory.check_memory(2 * model.parameters, "calibration.text self runs the source model", remedy)
+    reporter.begin("writing the text")
     runtime = open_source(checkpoint.folder)
     ids = write_text(runtime.model, model, start, shape, source.seed, reporter)
     if kept is not None:

@@ -226,5 +226,13 @@ RESUME_OPTION = click.option(
     help="Resume an interrupted or killed run to the same output. auto: resume if there is one; "
     "never: start over; require: fail if there is none.",
 )
+VERIFY_OPTION = click.option(
+    "--verify",
+    type=click.Choice(["full", "quick"]),
+    default="full",
+    show_default=True,
+    help="full: every file, every tensor, and logits and perplexity in the runtime; quick: every "
+    "file, and the logits of one prompt in the runtime.",
+)
 QUIET_OPTION = click.option("-q", "--quiet", is_flag=True, help="Do not show progress.")
 FOLDER_ARGUMENT = click.argument("folder", type=click.Path(path_type=Path))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from moe2edge.cli.common import (
     JSON_OPTION,
     SETTINGS_OPTION,
+    VERIFY_OPTION,
     add_hub_options,
     emit,
     parse_bytes,
@@ -19,6 +20,7 @@ from moe2edge.cli.common import (
     read_recipe_options,
     show,
 )
+from moe2edge.progress import format_time
 
 if TYPE_CHECKING:
     from moe2edge.commands.forecast import Forecast
@@ -76,6 +78,7 @@ CONTEXT_OPTION = click.option(
     "--max-memory", "most", callback=parse_bytes, help="Memory limit of the export, as of export."
 )
 @click.option("--materialize", is_flag=True, help="As of export.")
+@VERIFY_OPTION
 @click.option(
     "--measure",
     is_flag=True,
@@ -93,6 +96,7 @@ def plan_command(
     context: int,
     most: int | None,
     materialize: bool,
+    verify: Literal["full", "quick"],
     measure: bool,
     as_json: bool,
     revision: str | None,
@@ -132,6 +136,7 @@ def plan_command(
         context,
         most,
         materialize,
+        verify,
     )
     if budget is not None or disk is not None:
         _show_choices(choose_for_limits(wish, rates, budget, disk), as_json)
@@ -199,7 +204,7 @@ def list_lines(one: Forecast) -> Iterator[str]:
     if one.export is not None:
         yield (
             f"export: {_format_bytes(one.export.memory)} of memory, "
-            f"{_format_bytes(one.export.disk)} on the disk, {_format_time(one.export.seconds)}"
+            f"{_format_bytes(one.export.disk)} on the disk, about {format_time(one.export.seconds)}"
         )
         largest = max(one.export.stages, key=lambda stage: stage[2])
         slowest = max(one.export.stages, key=lambda stage: stage[1])
@@ -258,12 +263,3 @@ def _format_bytes(size: float) -> str:
             digits = max(0, 2 - len(str(int(size / width))) + 1)
             return f"{size / width:.{digits}f} {unit}"
     return f"{size:.0f} B"
-
-
-def _format_time(seconds: float) -> str:
-    """Format a time roughly."""
-    if seconds < 90:
-        return f"about {max(seconds, 1):.0f} s"
-    if seconds < 90 * 60:
-        return f"about {seconds / 60:.0f} min"
-    return f"about {seconds / 3600:.1f} h"

@@ -17,10 +17,12 @@ from typing import NoReturn, TypeVar
 import click
 
 from moe2edge.cli.failures import shorten
-from moe2edge.progress import Reporter
+from moe2edge.progress import Reporter, TimeLeft
 
 # Characters of the name of a step of the work.
 LONGEST_LABEL = 100
+# Seconds from which on a stage is announced.
+LONG_STAGE = 10
 Item = TypeVar("Item")
 
 _interrupted = threading.Event()
@@ -65,32 +67,63 @@ def make_reporter(*, quiet: bool) -> Reporter:
     """
     if quiet:
         return Reporter(lambda _: check_interrupted(), lambda *_: check_interrupted())
-    begin = time.perf_counter()
-    # When each label was last written, and when and where it was first reported.
-    last: dict[str, float] = {}
-    started: dict[str, tuple[float, int]] = {}
+    lines = _Lines()
+    return Reporter(lines.log, lines.advance, left=lines.take_left)
 
-    def log(line: str) -> None:
+
+class _Lines:
+    """Writes lines of progress to stderr."""
+
+    def __init__(self) -> None:
+        self._begun = time.perf_counter()
+        # When each label was last written, and when and where it was first reported.
+        self._last: dict[str, float] = {}
+        self._started: dict[str, tuple[float, int]] = {}
+        self._left: TimeLeft | None = None
+
+    def log(self, line: str) -> None:
         check_interrupted()
         click.echo("\n".join(map(shorten, line.split("\n"))), err=True)
 
-    def advance(label: str, done: int, total: int, detail: str = "", /) -> None:
+    def take_left(self, left: TimeLeft) -> None:
+        begins = self._left is None or self._left.stage != left.stage
+        self._left = left
+        if begins and left.seconds >= LONG_STAGE:
+            self.log(f"{self._stamp(time.perf_counter(), left.stage)}: {_describe_left(left)}")
+
+    def advance(self, label: str, done: int, total: int, detail: str = "", /) -> None:
         check_interrupted()
         now = time.perf_counter()
-        since, before = started.setdefault(label, (now, done))
-        text = f"[{now - begin:6.1f} s] {shorten(label, LONGEST_LABEL)}: {done} of {total}"
+        since, before = self._started.setdefault(label, (now, done))
+        text = f"{self._stamp(now, label)}: {done} of {total}"
         if detail:
             text += f", {detail}"
-        if before < done < total:
+        if done < total and self._left is not None and self._left.whole >= 1:
+            text += f", {_describe_left(self._left)}"
+        elif before < done < total:
             text += f", {_format_duration((now - since) * (total - done) / (done - before))} left"
         if sys.stderr.isatty():
             bar = "=" * round(30 * done / max(total, 1))
             click.echo(f"\r{text} [{bar:<30}]\x1b[K", nl=done == total, err=True)
-        elif done == total or now - last.get(label, begin) > 10:
-            last[label] = now
+        elif done == total or now - self._last.get(label, self._begun) > 10:
+            self._last[label] = now
             click.echo(text, err=True)
 
-    return Reporter(log, advance)
+    def _stamp(self, now: float, label: str) -> str:
+        """Return the beginning of a line: the time since the start, and a label."""
+        return f"[{now - self._begun:6.1f} s] {shorten(label, LONGEST_LABEL)}"
+
+
+def _describe_left(left: TimeLeft) -> str:
+    """Describe the time that is left of a stage, unless that is over its time, and of all.
+
+    >>> _describe_left(TimeLeft("gptq", 75, 4000)), _describe_left(TimeLeft("gptq", 0, 9))
+    ('1:15 left of this stage, 1:06:40 of all', '0:09 left of all')
+    """
+    whole = f"{_format_duration(left.whole)} of all"
+    if left.seconds < 1:
+        return whole.replace(" of", " left of")
+    return f"{_format_duration(left.seconds)} left of this stage, {whole}"
 
 
 def _format_duration(seconds: float) -> str:

@@ -164,6 +164,7 @@ def export(
     materialize: bool = False,
     keep_paths: bool = False,
     source_check: bool = True,
+    verify: Literal["full", "quick"] = "full",
     reporter: Reporter | None = None,
 ) -> Report:
     """Compress a model, write it for one or more targets, verify it there, and report.
@@ -185,6 +186,7 @@ def export(
             own.
         keep_paths: write the paths of model and texts into the output, not only their names.
         source_check: first compare what is computed for the model with stock transformers.
+        verify: ``full``, or ``quick``: read no tensor back, and run one prompt alone.
         reporter: receives lines and progress; None: nothing is reported.
 
     Returns:
@@ -218,6 +220,7 @@ def export(
         materialize=materialize,
         keep_paths=keep_paths,
         source_check=source_check,
+        verify=verify,
     )
 
 

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from moe2edge.commands.environment import list_versions, measure_peak_bytes
+from moe2edge.commands.export_stages import FINISHING, READING, Extent
 from moe2edge.commands.preflight import describe, list_reads, refuse_early, suit_targets
 from moe2edge.commands.private_paths import PrivatePaths
 from moe2edge.commands.report import Report
@@ -29,11 +30,13 @@ from moe2edge.commands.source_check import (
 from moe2edge.commands.source_format import count_by_target, report_source_format
 from moe2edge.commands.texts import (
     NO_TEXT,
+    SELF,
     Texts,
     list_default_texts,
     load_texts,
     resolve_recipe,
 )
+from moe2edge.commands.time_left import start_clock
 from moe2edge.commands.trial import try_outputs
 from moe2edge.commands.write_target import describe_cost, fit_for_targets, write_target
 from moe2edge.evaluation.comparison import Comparison, ResultRow
@@ -49,6 +52,7 @@ from moe2edge.runtime.memory import Memory
 from moe2edge.storage import export_folder
 from moe2edge.storage.checkpoint import Checkpoint
 from moe2edge.storage.companions import Companions, read_companions
+from moe2edge.storage.input_files import InputFiles
 from moe2edge.storage.kept_results import KeptResults
 from moe2edge.storage.work_folder import WorkFolder
 
@@ -66,6 +70,7 @@ def export_targets(
     materialize: bool = False,
     keep_paths: bool = False,
     source_check: bool = True,
+    verify: Extent = "full",
 ) -> Report:
     """Run ``recipe`` on ``checkpoint`` and write one folder per target.
 
@@ -84,11 +89,11 @@ def export_targets(
         materialize: give tied experts matrices of their own where a target cannot hold them.
         keep_paths: write paths of source and texts as they were given, in place of their names.
         source_check: first compare what is computed for the source with stock transformers.
+        verify: how much of each output is compared with the model in memory.
 
     Raises:
         InputError, Unsupported, DoesNotFit: before any work.
-        VerificationFailed: an output differs from the model in memory, or the source from what
-            stock transformers computes.
+        VerificationFailed: an output differs from the model in memory, or the source from stock.
     """
     recipe = suit_targets(recipe, targets)
     begun, defaults = time.perf_counter(), list_default_texts(recipe)
@@ -100,6 +105,11 @@ def export_targets(
         memory.avoid_fragmentation(most)
         plan, held = refuse_early(checkpoint, recipe, targets, out, budget, materialize=materialize)
         reporter, files = claim.watch(reporter), look_at_inputs(checkpoint, recipe)
+        clock = start_clock(
+            plan, recipe, targets, held, budget, reporter.log, source_check=source_check,
+            verify=verify, leftover=None if resume == "never" else claim.partial.work,
+        )  # fmt: skip
+        reporter = clock.watch(reporter)
         _report_plan(checkpoint, recipe, plan, reporter, held, targets)
         companions = _read_companions(checkpoint, reporter)
         remarks = try_outputs(targets, held, companions, reporter)
@@ -112,17 +122,9 @@ def export_targets(
         files.settle(checkpoint.sha256)
         begin = _Beginning(
             checkpoint, recipe, targets, texts, budget, proof, paths, companions, ties,
-            materialize, defaults, begun, remarks,
+            materialize, defaults, begun, remarks, verify,
         )  # fmt: skip
-        outcome = begin.list_outcome()
-        if export_folder.publish_finished(claim, inputs, outcome, resume):
-            reporter.log(f"{out} had been finished by an earlier run, and has its name now")
-            return Report.read(out if len(targets) == 1 else out / targets[0].name)
-        with export_folder.open_partial_folder(claim, inputs, resume, outcome) as (content, work):
-            begin_work(work, files, kept, reporter)
-            report = _make_output(begin, content, work, reporter)
-            files.check()
-    return report
+        return _publish(claim, begin, inputs, resume, files, kept, reporter)
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,7 @@ class _Beginning:
         defaults: purposes for which the recipe named no text.
         begun: when the export began.
         remarks: what a user should know of the outputs, by target.
+        verify: how much of each output is compared with the model in memory.
     """
 
     checkpoint: Checkpoint
@@ -158,6 +161,7 @@ class _Beginning:
     defaults: tuple[str, ...]
     begun: float
     remarks: Mapping[str, tuple[str, ...]]
+    verify: Extent
 
     def list_outcome(self) -> dict[str, str]:
         """List what the files of an output depend on beside its numbers."""
@@ -169,6 +173,7 @@ class _Beginning:
             "evaluation": self.texts.evaluation.sha256,
             "materialize": f"{self.materialize}",
             "source check": self.proof.status,
+            "verification": self.verify,
             "versions": f"{list_versions()}",
             "other files": self.companions.sha256,
             "paths": f"{self.paths.are_kept}",
@@ -201,10 +206,35 @@ def _prove_and_load(
 
     def load() -> Texts:
         texts = load_texts(checkpoint, recipe, reporter, kept)
+        if not checkpoint.was_read:
+            reporter.begin(READING)
         check_ids(checkpoint, texts.by_purpose, reporter, recipe.passes)
         return texts
 
+    if recipe.calibration.text == SELF and not checkpoint.was_read:
+        reporter.begin(READING)
     return prove_and_load(recipe, prove, load)
+
+
+def _publish(
+    claim: export_folder.Claim,
+    begin: _Beginning,
+    inputs: dict[str, str],
+    resume: export_folder.Resume,
+    files: InputFiles,
+    kept: KeptResults,
+    reporter: Reporter,
+) -> Report:
+    """Make and publish an output, or publish the one that an earlier run has finished."""
+    outcome, targets, out = begin.list_outcome(), begin.targets, claim.out
+    if export_folder.publish_finished(claim, inputs, outcome, resume):
+        reporter.log(f"{out} had been finished by an earlier run, and has its name now")
+        return Report.read(out if len(targets) == 1 else out / targets[0].name)
+    with export_folder.open_partial_folder(claim, inputs, resume, outcome) as (content, work):
+        begin_work(work, files, kept, reporter)
+        report = _make_output(begin, content, work, reporter)
+        files.check()
+    return report
 
 
 def _make_output(begin: _Beginning, content: Path, work: WorkFolder, reporter: Reporter) -> Report:
@@ -226,14 +256,14 @@ def _make_output(begin: _Beginning, content: Path, work: WorkFolder, reporter: R
     begin = replace(begin, targets=targets)
     folders = _make_folders(targets, content)
     model = replace(model, about=_describe_origin(begin))
-    written = []
-    for target, folder in folders:
-        reporter.log(f"writing {target.name}")
-        written.append(
-            write_target(
-                target, model, folder, begin.companions, measured, reporter, texts.calibration
-            )
+    written = [
+        write_target(
+            target, model, folder, begin.companions, measured, reporter, texts.calibration,
+            verify=begin.verify,
         )
+        for target, folder in folders
+    ]  # fmt: skip
+    reporter.begin(FINISHING)
     report = replace(
         _build_report(begin, steps, measured, [one.row for one in written]),
         materialized=grown,
@@ -320,6 +350,7 @@ def _build_report(
         source_check=begin.proof.to_json(),
         source_format=count_by_target(begin.checkpoint, model, targets) or None,
         remarks=begin.remarks,
+        verification=begin.verify,
     )
 
 

@@ -6,17 +6,19 @@ of a machine. Stages are in the order in which an export goes through them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Literal
 
+from moe2edge.commands.texts import NO_TEXT, SELF
 from moe2edge.evaluation.machine_rates import MachineRates, count_solve_operations
 from moe2edge.model.block import Block
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model
 from moe2edge.model.weights import Weight
 from moe2edge.pipeline.recipe import Recipe
-from moe2edge.pipeline.stages import Plan, group_stages
+from moe2edge.pipeline.stages import SCORING, Plan, group_stages
 from moe2edge.pipeline.target import Target
 from moe2edge.runtime.memory import IMPORTED, Estimate, Memory, fits
 
@@ -28,8 +30,12 @@ GENERATING_IN_TORCH, GENERATING = 140 << 20, 45 << 20
 STARTING = 6.0
 # Share of the memory, as its inverse, that transformers' blocks take at once in the source check.
 STOCK_SHARE = 4
-# Tokens of the source check, and of the exact comparison of an output, about.
-CHECKED_TOKENS, COMPARED_TOKENS = 256, 200
+# Tokens of the source check, and of the exact comparison of an output, about; and of one prompt.
+CHECKED_TOKENS, COMPARED_TOKENS, PROMPT_TOKENS = 256, 200, 64
+# Names of stages.
+READING, FINISHING = "reading the source", "finishing"
+# How much of an output is compared with the model in memory: see docs/reliability.md.
+Extent = Literal["full", "quick"]
 
 
 @dataclass(frozen=True)
@@ -37,27 +43,46 @@ class ExportStage:
     """A stage of an export.
 
     Attributes:
-        name: its name, as progress lines begin.
+        name: its name, as the export says it when the stage begins.
         memory: bytes that it holds beside libraries.
         products: operations of matrix products.
         solving: operations of solving matrices.
-        moved: bytes that are read from or written to the disk.
+        read: bytes that are read from the disk.
+        written: bytes that are written to it.
         known: seconds that something else has estimated; None: nothing has.
+        label: label of the progress lines that count all of it; empty: its name.
+        step: position of its pass in the recipe, behind the last for the evaluation; None: nothing
+            of it is kept by position.
+        walk: name of the walk that is kept of it; empty: none is, or blocks themselves are.
+        blocks: blocks that it goes through.
     """
 
     name: str
     memory: int
     products: float = 0.0
     solving: float = 0.0
-    moved: float = 0.0
+    read: float = 0.0
+    written: float = 0.0
     known: float | None = None
+    label: str = ""
+    step: int | None = None
+    walk: str = ""
+    blocks: int = 0
+
+    def list_seconds(self, rates: MachineRates) -> Mapping[str, float]:
+        """List the seconds that it takes at these rates, by the kind of work."""
+        if self.known is not None:
+            return {self.name: self.known}
+        return {
+            "products": self.products / rates.products,
+            "solving": self.solving / rates.solve,
+            "reading": self.read / rates.disk,
+            "writing": self.written / rates.disk,
+        }
 
     def estimate_seconds(self, rates: MachineRates) -> float:
         """Return the seconds that it takes at these rates."""
-        if self.known is not None:
-            return self.known
-        computing = self.products / rates.products + self.solving / rates.solve
-        return computing + self.moved / rates.disk
+        return sum(self.list_seconds(rates).values())
 
 
 @dataclass(frozen=True)
@@ -77,7 +102,6 @@ class ExportTexts:
 
 def measure_export_texts(recipe: Recipe) -> ExportTexts:
     """Return the tokens of the texts of a recipe, none of which is read."""
-    from moe2edge.commands.texts import NO_TEXT
     from moe2edge.evaluation.margins import SAMPLES
     from moe2edge.evaluation.reference import PARITY_STEPS, PREFILL
 
@@ -99,8 +123,9 @@ def list_export_stages(
     budget: Memory,
     *,
     source_check: bool = True,
+    verify: Extent = "full",
 ) -> list[ExportStage]:
-    """List the stages of an export.
+    """List the stages of an export, by the names with which it begins them, in that order.
 
     Args:
         plan: the passes.
@@ -109,16 +134,25 @@ def list_export_stages(
         outputs: each target with what it gets, and what that takes.
         budget: memory that may be used.
         source_check: whether the source is compared with stock transformers first.
+        verify: how much of each output is compared.
     """
     texts, source = measure_export_texts(recipe), plan.source
+    figures = texts.evaluation * texts.figures
     stages = [ExportStage("starting", 0, known=STARTING)]
-    stages.append(ExportStage("reading the source", 0, moved=source.nbytes))
+    stages.append(ExportStage(READING, 0, read=source.nbytes))
     if source_check:
         stages.append(_plan_source_check(source, budget))
+    if recipe.needs_calibration and recipe.calibration.text == SELF:
+        stages.append(_plan_writing(source, texts))
     stages += _list_passes(plan, costs, recipe, texts, budget)
-    stages += _list_evaluation(plan, texts, budget)
+    stages += _list_evaluation(plan, [model for _, model, _ in outputs], texts, budget)
     for target, model, estimate in outputs:
-        stages += _list_output(target, model, estimate, texts, budget)
+        stages += _list_output(target, model, estimate, texts, budget, verify)
+    # Logits of the source, once by themselves and once beside those of the result; digests of
+    # files; and the disk is waited for.
+    heads = 3 * _count_head(source) * figures
+    disk = sum(estimate.disk for _, _, estimate in outputs)
+    stages.append(ExportStage(FINISHING, COMPUTING, heads, read=disk))
     return stages
 
 
@@ -141,7 +175,18 @@ def _plan_source_check(source: Model, budget: Memory) -> ExportStage:
     else:
         held = _measure_stock_loading(source)
     products = 2 * count_token_operations(source) * CHECKED_TOKENS
-    return ExportStage("source check", held + COMPUTING, products, moved=2 * source.nbytes)
+    return ExportStage("source check", held + COMPUTING, products, read=2 * source.nbytes)
+
+
+def _plan_writing(source: Model, texts: ExportTexts) -> ExportStage:
+    """Plan the text that the model writes itself, of which the most even samples are kept."""
+    from moe2edge.calibration.self_sampling import WIDTH
+
+    tokens = WIDTH * texts.calibration
+    # Written, and walked over to see which experts it uses.
+    products = (2 * count_token_operations(source) + _count_head(source)) * tokens
+    held = 2 * source.parameters + COMPUTING
+    return ExportStage("writing the text", held, products, read=2 * source.nbytes)
 
 
 def _measure_stock_loading(model: Model) -> int:
@@ -166,18 +211,20 @@ def _measure_loading(block: Block) -> int:
 def _list_passes(
     plan: Plan, costs: Sequence[Estimate], recipe: Recipe, texts: ExportTexts, budget: Memory
 ) -> Iterator[ExportStage]:
-    """Yield a stage for each stage of the recipe: its walk, and what its passes compute."""
-    known = iter(zip(plan.steps, costs, strict=True))
+    """Yield a stage for each pass: its walk, and what it computes."""
+    known = iter(enumerate(zip(plan.steps, costs, strict=True)))
     for stage in group_stages(recipe.passes):
         walk: float | None = None
         for step in stage.passes:
-            planned, cost = next(known)
+            position, (planned, cost) = next(known)
             model = planned.before
             tokens = texts.calibration if stage.needs_tokens else 0
             # Passes of one stage share their walk.
-            walk = count_token_operations(model) * tokens if walk is None else 0.0
+            first = walk is None
+            walk = count_token_operations(model) * tokens if first else 0.0
             held = max(cost.memory, model.block_nbytes if tokens else 0)
             held += _count_hidden(model, tokens, budget, 2) + COMPUTING
+            count = len(model.blocks)
             if step.computes_numbers:
                 held += min(budget.group_bytes, cost.memory)
                 yield ExportStage(
@@ -185,36 +232,78 @@ def _list_passes(
                     held,
                     2 * walk + _count_hessians(model, tokens),
                     _count_solving(model, planned.after) if step.needs_tokens else 0.0,
-                    model.nbytes + cost.disk,
+                    model.nbytes,
+                    cost.disk,
                     cost.time,
+                    step=position,
+                    blocks=count,
                 )
             else:
+                scored = stage.observers and first
                 yield ExportStage(
-                    step.name, held, walk, moved=model.nbytes * bool(tokens), known=cost.time
+                    step.name,
+                    held,
+                    walk + cost.runs * (count_token_operations(model) + _count_head(model)),
+                    read=model.nbytes * bool(tokens) * first,
+                    known=cost.time,
+                    label=stage.label if scored else "",
+                    walk=SCORING if scored else "",
+                    step=position,
+                    blocks=count,
                 )
 
 
-def _list_evaluation(plan: Plan, texts: ExportTexts, budget: Memory) -> Iterator[ExportStage]:
-    """Yield the walks over source and result."""
-    source, result = plan.source, plan.result
-    models = [("source", source)] if texts.figures and plan.steps else []
+def _list_evaluation(
+    plan: Plan, results: Sequence[Model], texts: ExportTexts, budget: Memory
+) -> Iterator[ExportStage]:
+    """Yield the walks over source and result, and the record of what outputs have to hold."""
+    source, result, step = plan.source, plan.result, len(plan.steps)
+    apart = any(model is not source for model in results)
+    models = [("source", source)] if texts.figures and apart else []
     for name, model in (*models, ("result", result)):
         held = model.block_nbytes + _count_hidden(model, texts.evaluation, budget, 3) + COMPUTING
         products = count_token_operations(model) * texts.evaluation
-        yield ExportStage(f"evaluation: {name}", held, products, moved=model.nbytes)
+        yield ExportStage(
+            f"evaluation: {name}",
+            held,
+            products,
+            read=model.nbytes,
+            step=step,
+            walk=name,
+            blocks=len(model.blocks),
+        )
+    largest = 4 * max(w.count for _, _, w in result.tensors())
+    yield ExportStage("recording the reference", largest, read=result.nbytes)
 
 
 def _list_output(
-    target: Target, model: Model, estimate: Estimate, texts: ExportTexts, budget: Memory
+    target: Target,
+    model: Model,
+    estimate: Estimate,
+    texts: ExportTexts,
+    budget: Memory,
+    verify: Extent,
 ) -> Iterator[ExportStage]:
     """Yield writing, reading back and running an output."""
     from moe2edge.evaluation.verify import RUNS_EXACT
 
     name, largest = target.name, 4 * max(w.count for _, _, w in model.tensors())
-    yield ExportStage(f"writing {name}", largest, moved=estimate.disk)
-    # A file that cannot be read as a model is mapped whole.
-    mapped = 0 if target.streams else estimate.disk
-    yield ExportStage(f"checking {name}", largest + mapped, moved=2 * estimate.disk)
+    each = count_token_operations(model)
+    yield ExportStage(f"writing {name}", largest, written=estimate.disk)
+    in_torch = any(library.startswith("transformers") for library in target.libraries)
+    beside = (GENERATING_IN_TORCH if in_torch else GENERATING) + target.beside_nbytes
+    if target.reads_calibration:
+        yield ExportStage(
+            f"calibrating {name}",
+            estimate.memory + beside,
+            each * texts.calibration,
+            read=estimate.disk,
+            label=f"calibration: {name}",
+        )
+    if verify == "full":
+        # A file that cannot be read as a model is mapped whole.
+        mapped = 0 if target.streams else estimate.disk
+        yield ExportStage(f"checking {name}", largest + mapped, read=2 * estimate.disk)
     exact, wide = estimate.memory, 4 * model.parameters
     if target.streams and not fits(RUNS_EXACT * wide, budget.limit):
         exact = model.block_nbytes
@@ -222,12 +311,13 @@ def _list_output(
         exact = _measure_stock_loading(model)
     elif target.streams:
         exact = wide
-    tokens = COMPARED_TOKENS * 2 + texts.evaluation * texts.figures
-    products = count_token_operations(model) * tokens
+    products = each * PROMPT_TOKENS * 2
+    if verify == "full":
+        # With the logits of the source, which they are compared with.
+        evaluated = (each + 2 * _count_head(model)) * texts.evaluation * texts.figures
+        products = each * COMPARED_TOKENS * 2 + evaluated
     held = max(exact, estimate.memory if fits(estimate.memory, budget.limit) else 0)
-    in_torch = any(library.startswith("transformers") for library in target.libraries)
-    held += (GENERATING_IN_TORCH if in_torch else GENERATING) + target.beside_nbytes
-    yield ExportStage(f"running {name}", held, products, moved=2 * estimate.disk)
+    yield ExportStage(f"running {name}", held + beside, products, read=2 * estimate.disk)
 
 
 # ---- operations and bytes ------------------------------------------------------------------------
@@ -236,6 +326,11 @@ def _list_output(
 def count_token_operations(model: Model) -> float:
     """Return the operations of matrix products of one token, in blocks."""
     return 2.0 * sum(_count_used(block) for block in model.blocks)
+
+
+def _count_head(model: Model) -> float:
+    """Return the operations of the logits of one token."""
+    return 2.0 * prod(model.embedding.shape)
 
 
 def _count_used(block: Block) -> float:

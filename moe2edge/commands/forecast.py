@@ -9,7 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from moe2edge.commands.export_stages import ExportStage, list_export_stages, measure_peak
+from moe2edge.commands.export_stages import (
+    ExportStage,
+    Extent,
+    list_export_stages,
+    measure_peak,
+)
 from moe2edge.commands.preflight import (
     check_pass_memory,
     check_training,
@@ -161,6 +166,7 @@ def forecast_export(
     context: int,
     notes: Sequence[str] = (),
     materialize: bool = False,
+    verify: Extent = "full",
 ) -> Forecast:
     """Say what an export would give and take, from headers alone.
 
@@ -173,6 +179,7 @@ def forecast_export(
         context: tokens of a text.
         notes: what is not known of the source.
         materialize: give tied experts matrices of their own where a target cannot hold them.
+        verify: how much of each output the export compares with the model in memory.
 
     Raises:
         InputError, Unsupported: the source is no model that anything can be done with.
@@ -200,7 +207,10 @@ def forecast_export(
         _forecast_target(*one, source, companions, context, length, rates) for one in found
     )
     costs = estimate_passes(plan, texts)
-    export = _forecast_run(plan, costs, recipe, found, outputs, budget, rates) if found else None
+    export = None
+    if found:
+        stages = list_export_stages(plan, costs, recipe, found, budget, verify=verify)
+        export = _forecast_run(plan, costs, recipe, stages, outputs, budget, rates)
     lacking = tuple(_list_lacking(plan, costs, found, export, budget))
     return Forecast(
         checkpoint.source,
@@ -356,13 +366,12 @@ def _forecast_run(
     plan: Plan,
     costs: Sequence[Estimate],
     recipe: Recipe,
-    found: Sequence[tuple[Target, Model, Estimate]],
+    stages: Sequence[ExportStage],
     outputs: Sequence[TargetForecast],
     budget: Memory,
     rates: MachineRates,
 ) -> ExportForecast:
     """Say what the export to all outputs takes."""
-    stages = list_export_stages(plan, costs, recipe, found, budget)
     evaluated = recipe.evaluation.samples * recipe.evaluation.length
     disk = sum(cost.disk for cost in costs)
     disk += estimate_hidden_bytes(plan, measure_texts(recipe), evaluated, budget)

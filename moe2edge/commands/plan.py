@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from moe2edge.commands.export_stages import Extent
 from moe2edge.commands.forecast import Forecast, forecast_export
 from moe2edge.commands.recipe_ladder import Choice, Limits, choose_recipes
 from moe2edge.errors import InputError, Unsupported
@@ -48,6 +49,7 @@ class Wish:
         context: tokens of a text.
         most: bytes of memory for the export; None: what the machine has.
         materialize: give tied experts matrices of their own.
+        verify: how much of each output the export compares with the model in memory.
     """
 
     model: str
@@ -59,6 +61,7 @@ class Wish:
     context: int
     most: int | None
     materialize: bool
+    verify: Extent = "full"
 
 
 def get_rates(*, measure: bool) -> MachineRates:
@@ -171,6 +174,7 @@ def _forecast(
         context=wish.context,
         notes=notes,
         materialize=wish.materialize,
+        verify=wish.verify,
     )
 
 

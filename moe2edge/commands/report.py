@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
+from moe2edge.commands.export_stages import Extent
 from moe2edge.commands.source_check import SourceProof, describe_window
 from moe2edge.commands.source_format import list_format_lines
 from moe2edge.commands.write_target import WrittenTarget
@@ -39,6 +40,7 @@ class Report:
         notes: what there is to know about the files of the source.
         source_format: what becomes of the numbers of a quantized source, by target.
         remarks: what a user should know of the outputs, by target.
+        verification: how much of each output was compared with the model in memory.
     """
 
     source: str
@@ -63,6 +65,7 @@ class Report:
     source_check: Mapping[str, Any] | None = None
     source_format: Mapping[str, Mapping[str, Any]] | None = None
     remarks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    verification: Extent = "full"
 
     @property
     def rows(self) -> tuple[ResultRow, ...]:
@@ -145,6 +148,7 @@ class Report:
         elif check is not None and check.get("window"):
             said.append(f"source check: {describe_window(check['window'])}")
         said += list_format_lines(self.source_format or {})
+        said += [f"{name}: {line}" for name, line in self._describe_verification().items()]
         said += [
             *self._describe_skipping(),
             *self._describe_cache(),
@@ -168,6 +172,18 @@ class Report:
                     f"samples of {text['length']} tokens."
                 )
         return " ".join(said)
+
+    def _describe_verification(self) -> dict[str, str]:
+        """Describe by target what of an output was compared with the model in memory."""
+        said = {}
+        for row in self.results:
+            ran = row.parity is not None and row.parity.shipped is not None
+            how = "in its runtime" if ran else "block by block in PyTorch, as memory was too small"
+            what = f"every file, every tensor, and logits {how}"
+            if self.verification == "quick":
+                what = f"every file, and logits of one prompt {how}; for all: moe2edge verify"
+            said[row.form.partition(",")[0]] = f"{self.verification} verification ({what})"
+        return said
 
     def _describe_materialized(self) -> str:
         """Describe the cost of materializing in a paragraph; empty if nothing was materialized."""
@@ -298,6 +314,8 @@ class Report:
         )
         options = "".join(f", {k} {v}" for k, v in self.target_options[name].items())
         loaders = "\n".join(f"- {loader.program}: {loader.text}" for loader in self.loaders[name])
+        verified = self._describe_verification().get(name, "")
+        verified = f"{verified[:1].upper()}{verified[1:]}.\n\n" if verified else ""
         cache = "".join(f"{s}.\n\n" for s in self._describe_cache() if s.startswith(f"{name},"))
         limits = f"{target.limits}\n\n" if target.limits else ""
         limits += "".join(
@@ -313,7 +331,7 @@ class Report:
         return (
             f"---\n{data.to_yaml()}\n---\n\n# {self.source}, compressed with moe2edge\n\n"
             f"{self.family}, written for the target `{name}`{options}.\n\n"
-            f"{table}\n\n{self.caption()}.\n\n{self._describe_texts()}\n\n{cache}"
+            f"{table}\n\n{self.caption()}.\n\n{self._describe_texts()}\n\n{verified}{cache}"
             f"{self._describe_materialized()}{self._describe_source_format(name)}"
             f"## Who can load it\n\n{loaders}\n\n{limits}## Run it\n\n"
             f'```sh\nmoe2edge generate . "Once upon a time"\nmoe2edge verify .\n{commands}```\n\n'

@@ -121,6 +121,7 @@ def _compare(checkpoint: Checkpoint, reporter: Reporter, within: int | None) -> 
     """Compare, whatever an earlier run has found."""
     from moe2edge.evaluation.source_check import compare_with_stock
 
+    reporter.begin("source check")
     return compare_with_stock(
         checkpoint.model,
         checkpoint.folder,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moe2edge.commands.export_stages import Extent
 from moe2edge.errors import Unsupported
 from moe2edge.evaluation.comparison import Comparison, ResultRow
 from moe2edge.evaluation.folder_record import REFERENCE
@@ -51,6 +52,8 @@ def write_target(
     measured: Comparison,
     reporter: Reporter,
     calibration: Tokens | None,
+    *,
+    verify: Extent = "full",
 ) -> WrittenTarget:
     """Write one target, reopen it in its runtime, and compare it with the model in memory.
 
@@ -62,18 +65,22 @@ def write_target(
         measured: what it is compared with.
         reporter: receives progress.
         calibration: the calibration text; None: neither a pass nor a target needs it.
+        verify: how much is compared.
 
     Raises:
         DiskFailed: the disk gives back something else than was written.
         VerificationFailed: the output differs from the model in memory.
     """
+    reporter.begin(f"writing {target.name}")
+    reporter.log(f"writing {target.name}")
     digests = companions.write(folder) | target.write(model, folder)
     if target.reads_calibration and calibration is not None:
+        reporter.begin(f"calibrating {target.name}")
         digests |= target.calibrate(folder, _list_texts(target.name, calibration, reporter))
     reference = measured.reference.for_stored(model, target.stored(model))
     digests |= {REFERENCE: reference.save(folder)}
     with blame_disk(folder, digests):
-        row = _check_target(target, model, folder, reference, measured, reporter)
+        row = _check_target(target, model, folder, reference, measured, reporter, verify)
     return WrittenTarget(row, reference, digests)
 
 
@@ -92,25 +99,34 @@ def _check_target(
     reference: Reference,
     measured: Comparison,
     reporter: Reporter,
+    extent: Extent,
 ) -> ResultRow:
-    """Compare a folder with the model in memory; return its row of the table."""
+    """Compare a folder with the model in memory; return its row of the table.
+
+    A quick comparison reads no tensor back, and runs one prompt. All files are hashed later, for
+    the manifest.
+    """
     from moe2edge.evaluation import verify
     from moe2edge.evaluation.skip_times import measure_times
 
-    name = target.name
-    reporter.log(f"checking the tensors of {name}")
-    verify.audit(target, folder, target.stored(model))
+    name, whole = target.name, extent == "full"
+    if whole:
+        reporter.begin(f"checking {name}")
+        reporter.log(f"checking the tensors of {name}")
+        verify.audit(target, folder, target.stored(model), reporter.advance)
     target.check_derived(folder)
     give_back()
     size = sum(path.stat().st_size for path in list_files(folder).values())
     row = ResultRow.from_model(f"{name}, in its runtime", model, None, size)
+    reporter.begin(f"running {name}")
     reporter.log(f"running {name} in its runtime")
-    parity, shipped = verify.check_parity(reference, target, folder, measured.memory.limit)
+    recorded = reference if whole else reference.keep_first()
+    parity, shipped = verify.check_parity(recorded, target, folder, measured.memory.limit)
     if shipped is None:
+        tensors = "its tensors were read back and checked" if whole else "a prompt was run"
         reporter.log(
             f"warning: {name} was not run, because that needs "
-            f"{target.estimate(model).memory / 1e9:.1f} GB of memory; its tensors were read back "
-            "and checked block by block"
+            f"{target.estimate(model).memory / 1e9:.1f} GB of memory; {tensors} block by block"
         )
         return replace(row, form=f"{name}, not run", parity=parity)
     if parity.shipped is not None and parity.shipped > verify.SHIPPED_USUAL:
@@ -119,6 +135,9 @@ def _check_target(
             f"(median), which is more than the usual {verify.SHIPPED_USUAL:.0%}; perplexity and KL "
             "show the cost"
         )
+
+    if not whole:
+        return replace(row, parity=parity)
 
     def logits() -> Iterator[Tensor]:
         for n, row in enumerate(measured.ids):

@@ -92,12 +92,15 @@ class Comparison:
         before = None
         if figures and model is not source:
             label = "evaluation: source"
+            reporter.begin(label)
             kept = keep_walk("source")
             before = walk.observe(source, ids, (), reporter.advance, label, memory, kept)
         label, kept = "evaluation: result", keep_walk("result")
+        reporter.begin(label)
         after = walk.observe(model, ids, observers, reporter.advance, label, memory, kept)
         if figures and before is None:
             before = after
+        reporter.begin("recording the reference")
         reporter.log("recording the reference for verify")
         rows = choose_reference_rows(margins.result(), len(ids))
         reference = record(

@@ -89,6 +89,10 @@ class Reference:
         metadata = {"reference": json.dumps(notes, sort_keys=True)}
         return write_bytes(folder / REFERENCE, save(tensors, metadata))
 
+    def keep_first(self) -> Reference:
+        """Return the reference with one prompt, and nothing at the far end."""
+        return replace(self, ids=self.ids[:1], logits=self.logits[:1], far=None)
+
     def for_stored(self, model: Model, stored: Model) -> Reference:
         """Return the reference of an output that stores ``model`` as the tensors of ``stored``.
 

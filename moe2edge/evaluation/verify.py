@@ -41,6 +41,8 @@ from moe2edge.storage.manifest import (
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from moe2edge.progress import Advance
+
 # Largest absolute error of logits with float32 activations, for logits of up to 10; see
 # `measure_exact`.
 EXACT_TOLERANCE = 1e-4
@@ -83,13 +85,14 @@ class Parity:
     whole_cache: float | None = None
 
 
-def audit(target: Target, folder: Path, model: Model) -> int:
+def audit(target: Target, folder: Path, model: Model, advance: Advance = lambda *_: None) -> int:
     """Compare every tensor that was written with the model in memory.
 
     Args:
         target: the target that wrote the folder.
         folder: the output.
         model: the model with the tensors that the target stores.
+        advance: receives progress.
 
     Returns:
         The number of tensors.
@@ -101,6 +104,7 @@ def audit(target: Target, folder: Path, model: Model) -> int:
     expected = {name: weight for name, _, weight in model.tensors()}
     seen: set[str] = set()
     for name, value in target.tensors(folder):
+        advance(f"checking {target.name}", len(seen), len(expected))
         if name not in expected or name in seen:
             raise VerificationFailed(
                 f"{name} was written, but is not a tensor of the model, or was written twice"
@@ -115,6 +119,7 @@ def audit(target: Target, folder: Path, model: Model) -> int:
             raise VerificationFailed(f"{name} was written with other values than the model has")
     if missing := set(expected) - seen:
         raise VerificationFailed(f"{len(missing)} tensors were not written: {min(missing)}")
+    advance(f"checking {target.name}", len(seen), len(expected))
     return len(seen) + _audit_carried(target, folder, model)
 
 
@@ -126,13 +131,9 @@ def _audit_carried(target: Target, folder: Path, model: Model) -> int:
         return 0
     for name, weight in carried.items():
         again = written.carried.get(name)
-        if again is None or not torch.equal(*(_get_bytes(w.load()) for w in (again, weight))):
+        if again is None or not are_equal(again.load(), weight.load()):
             raise VerificationFailed(f"{name}, of another part of the model, was not written as is")
     return len(carried)
-
-
-def _get_bytes(numbers: Tensor) -> Tensor:
-    return numbers.reshape(-1).contiguous().view(torch.uint8)
 
 
 def check_tensors(reference: Reference, tensors: Iterable[tuple[str, Tensor | Quantized]]) -> int:

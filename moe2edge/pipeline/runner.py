@@ -13,7 +13,7 @@ from moe2edge.model.edits import hide_source_integers, restore_source_integers
 from moe2edge.model.model import Model
 from moe2edge.pipeline.contract import Outcome, Pass, PassContext
 from moe2edge.pipeline.recipe import Recipe
-from moe2edge.pipeline.stages import Stage, Step, enforce, group_stages
+from moe2edge.pipeline.stages import SCORING, Stage, Step, enforce, group_stages
 from moe2edge.pipeline.work import Work
 from moe2edge.progress import Reporter
 from moe2edge.runtime.memory import UNLIMITED, Memory
@@ -50,8 +50,11 @@ def run_passes(
     left: dict[type, object] = {}
     for stage in group_stages(recipe.passes):
         begun = time.perf_counter()
-        observed = _observe(stage, context, work.kept_walk(len(steps), "scoring"))
-        for step in stage.passes:
+        reporter.begin(stage.passes[0].name)
+        observed = _observe(stage, context, work.kept_walk(len(steps), SCORING))
+        for n, step in enumerate(stage.passes):
+            if n:
+                reporter.begin(step.name)
             # Again: a threshold or a shared budget may have left another model than was planned.
             step.check(context.model)
             facts = observed.for_pass(left, step.reads)
@@ -63,6 +66,8 @@ def run_passes(
             steps.append(_report(step, outcome, ended - begun))
             look(context.model, recipe.passes[len(steps) :])
             begun = ended
+    if context.model is plain:
+        return source, steps
     return restore_source_integers(context.model, source), steps
 
 
@@ -70,8 +75,7 @@ def _observe(stage: Stage, context: PassContext, kept: KeptWalk | None) -> Facts
     """Gather the facts that the passes of a stage need, in one walk over the calibration text."""
     if not context.tokens.numel():
         return Facts()
-    label = f"{', '.join(step.name for step in stage.passes)}: scoring"
-    return context.gather(stage.observers, label, kept)
+    return context.gather(stage.observers, stage.label, kept)
 
 
 def _with_work(

@@ -14,6 +14,9 @@ from moe2edge.model.model import Model
 from moe2edge.model.traits import find_missing
 from moe2edge.pipeline.contract import Outcome, Pass, PlannedStep
 
+# Name of the walk in which the passes of a stage are scored.
+SCORING = "scoring"
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -107,6 +110,11 @@ class Stage:
     """Passes that share a walk: any number that trim, or one other."""
 
     passes: tuple[Pass, ...]
+
+    @property
+    def label(self) -> str:
+        """Label of the progress of its walk."""
+        return f"{', '.join(step.name for step in self.passes)}: {SCORING}"
 
     @property
     def needs_tokens(self) -> bool:

@@ -174,6 +174,7 @@ class Estimate:
         disk: bytes on the disk until the export ends.
         time: seconds; None: not known.
         gpu: bytes of memory of the GPU; 0: it is not used.
+        runs: tokens that are run through the model; a gradient counts as two more runs.
         purpose: the work, as the beginning of a sentence.
         remedy: how to need less.
     """
@@ -182,6 +183,7 @@ class Estimate:
     disk: int = 0
     time: float | None = None
     gpu: int = 0
+    runs: int = 0
     purpose: str = "verifying the output runs it"
     remedy: str = "export on a larger machine"
 

@@ -221,6 +221,11 @@ class Checkpoint:
         return self._contents[0]
 
     @property
+    def was_read(self) -> bool:
+        """True once `sha256` is known, so that nothing has to be read for it."""
+        return "_contents" in self.__dict__
+
+    @property
     def broken_ids(self) -> tuple[int, ...]:
         """Ids whose row of the embedding is not finite. Raises as `sha256` does."""
         return self._contents[1]

@@ -67,7 +67,7 @@ class Claim:
             self.lock.check_quickly()
             reporter.advance(label, done, total, detail)
 
-        return Reporter(log, advance)
+        return replace(reporter, log=log, advance=advance)
 
     def publish(self, marker: Marker) -> None:
         """Give the finished output its name, and remove all that was kept beside it.

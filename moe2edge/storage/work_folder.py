@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from moe2edge.model.block import Block
 from moe2edge.model.weights import Weight
 from moe2edge.progress import Reporter
 from moe2edge.storage.journal import JOURNAL, FileBlockJournal, Journal
+from moe2edge.storage.kept_results import RESULTS
 from moe2edge.storage.kept_walk import WALKED, KeptWalk
 from moe2edge.storage.records import STATE, find_damaged, read_records
 from moe2edge.storage.solved_blocks import open_handles, save
@@ -31,6 +33,27 @@ def _find_damage(record: Path) -> str | None:
     if damaged or len(records) != 1:
         return record.name
     return find_damaged(record.parent, records[0].get("files", {}))
+
+
+def count_kept_blocks(folder: Path) -> dict[tuple[int, str], int]:
+    """Count the blocks in a work folder, of which nothing is changed or compared with digests.
+
+    Returns:
+        Blocks by the position of the pass and the name of the walk. The name is empty for finished
+        blocks, and for other saved work, which counts none.
+    """
+    found = Counter({(int(path.name.split("-")[1]), ""): 0 for path in folder.glob(f"{SCRATCH}*")})
+    found.update((record["step"], "") for record in read_records(folder / JOURNAL)[0])
+    for path in folder.glob(f"{WALK}*"):
+        step, _, name = path.name.removeprefix(WALK).partition("-")
+        records, _ = read_records(path / WALKED)
+        found[int(step), name] = sum(len(record["origins"]) for record in records)
+    return dict(found)
+
+
+def has_results(folder: Path) -> bool:
+    """Return whether a work folder holds results that a run had before it was opened."""
+    return (folder / RESULTS).is_file()
 
 
 @dataclass
