@@ -24,6 +24,7 @@ from moe2edge.cli.common import (
     SETTINGS_OPTION,
     SOURCE_CHECK_OPTION,
     THREADS_OPTION,
+    VERIFY_OPTION,
     add_hub_options,
     emit,
     list_settings,
@@ -245,6 +246,7 @@ Examples:
 )
 @PATHS_OPTION
 @SOURCE_CHECK_OPTION
+@VERIFY_OPTION
 @QUIET_OPTION
 @THREADS_OPTION
 @JSON_OPTION
@@ -266,6 +268,7 @@ def export_command(
     materialize: bool,
     keep_paths: bool,
     source_check: bool,
+    verify: Literal["full", "quick"],
     quiet: bool,
     as_json: bool,
     revision: str | None,
@@ -285,6 +288,7 @@ def export_command(
         own = parse(find(recipe), given) if recipe else None
         wish = Wish(
             model, revision, cache_dir, own, tuple(given), target, context, most, materialize,
+            verify,
         )  # fmt: skip
         parsed = choose_and_tell(wish, budget, disk)
     else:
@@ -308,6 +312,7 @@ def export_command(
             materialize=materialize,
             keep_paths=keep_paths,
             source_check=source_check,
+            verify=verify,
         )
     if as_json:
         emit({"output": str(output), **report.to_json()})

@@ -37,7 +37,8 @@ def read_quality(folder: Path, target: str | None) -> dict[str, Any]:
     own = [r for r in results if _is_of(r, target)] if isinstance(results, list) else []
     found = own[0].get("quality") if own else None
     if not isinstance(found, Mapping) or not isinstance(text, Mapping):
-        return {"reason": "the export measured none (--eval none); --quality TEXT measures it"}
+        how = "--eval none, --verify quick"
+        return {"reason": f"the export measured none ({how}); --quality TEXT measures it"}
     numbers = {name: found.get(name) for name in _NAMES}
     return _describe("report", text.get("text"), text.get("sha256"), numbers)
 
