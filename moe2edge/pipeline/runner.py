@@ -71,7 +71,7 @@ def _observe(stage: Stage, context: PassContext, kept: KeptWalk | None) -> Facts
     if not context.tokens.numel():
         return Facts()
     label = f"{', '.join(step.name for step in stage.passes)}: scoring"
-    return context.gather(stage.observers, label, kept)
+    return context.gather(stage.observers, label, kept, stage.compute)
 
 
 def _with_work(
