@@ -227,7 +227,7 @@ class Trial:
         """Measure allocations that share a walk, which is kept block by block."""
         model = self.trimmer.model
         models = [] if kept is None else [self.source, *map(self.trimmer.trim, tried)]
-        keeper = make_keeper(kept, [], models, self.tokens)
+        keeper = make_keeper(kept, [], models, self.tokens, torch.float32)
         done, state = keeper.resume(model.blocks) if keeper else (0, {})
         if done == len(model.blocks):
             count_runs(count_block_runs(model, tried, len(tried)))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import Field
 
@@ -129,15 +129,11 @@ class Gptq(Quantize):
         """Return the dtype of expert outputs and distant errors; Hessians are always float32."""
         import torch
 
+        from moe2edge.runtime.products import multiplies_bfloat16
+
         if self.compute != "auto":
             return torch.float32 if self.compute == "float32" else torch.bfloat16
-        if self.place().type == "cuda":
-            native = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            # Older versions of torch have no such function.
-            capabilities: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-            mkldnn: Any = torch.backends.mkldnn  # has no types
-            native = mkldnn.is_available() and any(capabilities.get(name) for name in NATIVE)
+        native = multiplies_bfloat16(self.place().type)
         return torch.bfloat16 if native else torch.float32
 
     def resolve(self, model: Model) -> Self:
@@ -422,9 +418,6 @@ class _Solver:
             error_feedback.sum_hessian(hessian, batches(), weighted=self._options.gate_weighted)
         return hessians, notes
 
-
-# CPU capabilities, as torch names them, any of which means native bfloat16 matrix products.
-NATIVE = ("amx_bf16", "avx512_bf16", "bf16")
 
 GPTQ_FALLBACKS = {
     "borrow": "it uses the Hessian of all tokens of the layer",

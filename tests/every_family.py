@@ -20,6 +20,9 @@ EXPERTS, CHOSEN = 8, 2
 KEPT = (0, 1, 3, 4, 6, 7)  # of eight, the same number of each half
 IDS = torch.randint(1, 96, (2, 24), generator=torch.Generator().manual_seed(5))
 # Settings by the names that families give them; each config takes those that its class has.
+# Of logits of about one: rounding in float32.
+ROUNDING = 1e-6
+
 COMMON: dict[str, Any] = {
     "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
@@ -181,15 +184,16 @@ def write_and_load(stock: Any, model: Model, out: Path) -> Any:
 def check_walk_and_trimming(stock: Any, folder: Path) -> None:
     """Compare a walk over ``folder/source`` with transformers' model, whole and trimmed.
 
-    Transformers gives the logits of the walk, and so it does from what was written, to the bit.
+    Transformers gives the logits of the walk, and so it does from what was written; only the order
+    in which the outputs of experts are summed differs.
     """
     model = open_checkpoint(folder / "source").model
-    assert (walk_over(model) - run_stock(stock)).abs().max() <= 1e-6
+    assert (walk_over(model) - run_stock(stock)).abs().max() <= ROUNDING
     trimmed = keep_six(model)
     out, target = folder / "out", Hf()
     again = write_and_load(stock, trimmed, out)
     expected = walk_over(trimmed)
-    assert torch.equal(run_stock(again), expected)
+    assert (run_stock(again) - expected).abs().max() <= ROUNDING
     assert torch.equal(walk_over(target.streamed(out)), expected)
     reopened = target.reopen(out, exact=True).logits(IDS)
     assert (reopened - expected).abs().max() <= 1e-5

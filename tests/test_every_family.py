@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING
 
 from every_family import (
+    ROUNDING,
     GENERIC,
     IDS,
     TABLED,
@@ -215,4 +216,4 @@ def test_fewer_experts_than_are_chosen_lower_their_number(family: str, tmp_path:
     out.mkdir()
     Hf().write(model, out)
     again = type(stock).from_pretrained(out, dtype=torch.float32, local_files_only=True)
-    assert torch.equal(run_stock(again.eval()), walk_over(model))
+    assert (run_stock(again.eval()) - walk_over(model)).abs().max() <= ROUNDING

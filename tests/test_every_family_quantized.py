@@ -13,6 +13,7 @@ from torch import Tensor
 
 import moe2edge
 from every_family import (
+    ROUNDING,
     KEPT,
     keep_six,
     make_folder,
@@ -244,7 +245,7 @@ def test_a_quantized_folder_is_trimmed_with_its_integers(family: str, tmp_path: 
         plain, output_loading_info=True, dtype=torch.float32, local_files_only=True
     )
     assert not any(found.values()), found
-    assert torch.equal(run_stock(again.eval()), walk_over(trimmed))
+    assert (run_stock(again.eval()) - walk_over(trimmed)).abs().max() <= ROUNDING
 
 
 @pytest.mark.parametrize("family", ["qwen3_5_moe", *MARKED])

@@ -19,7 +19,8 @@ from moe2edge.calibration import walk
 from moe2edge.commands.run_inputs import open_kept_results
 from moe2edge.commands.source_check import PROOF, SourceProof, prove_source
 from moe2edge.errors import InputError, Unsupported, VerificationFailed
-from moe2edge.evaluation import source_check
+from every_family import make_model
+from moe2edge.evaluation import source_check, stock_blocks
 from moe2edge.evaluation.source_check import compare_with_stock
 from moe2edge.evaluation.stock_blocks import StockFailed
 from moe2edge.model.experts import Expert
@@ -56,6 +57,28 @@ def test_each_family_agrees_whole_and_in_parts(tiny: Make, family: str) -> None:
     assert found[0].difference < 1e-5
     assert found[0].excepted == 0
     assert len(found[0].peaks) == 3
+
+
+@pytest.mark.parametrize(
+    ("family", "loaded"),
+    [("qwen3_next", ["bfloat16"] * 4), ("minimax_m2", ["bfloat16", "float32"] * 4)],
+    ids=["as files have it", "with buffers"],
+)
+def test_bfloat16_blocks_are_loaded_as_such(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, loaded: list[str]
+) -> None:
+    make_model(family).to(torch.bfloat16).save_pretrained(tmp_path / "source")
+    model, load = open_checkpoint(tmp_path / "source").model, stock_blocks._load_stock
+    seen = []
+
+    def note(*given: Any, **more: Any) -> Any:
+        seen.append(str(given[3]).removeprefix("torch."))
+        return load(*given, **more)
+
+    monkeypatch.setattr(stock_blocks, "_load_stock", note)
+    found = compare_with_stock(model, tmp_path / "source", within=IMPORTED)
+    assert found.difference < 1e-5
+    assert seen == [*loaded, "float32"]  # embedding and head come last
 
 
 # ---- planted faults ------------------------------------------------------------------------------

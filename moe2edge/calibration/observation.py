@@ -9,6 +9,7 @@ from typing import (
     Any,
     Protocol,
     TypeVar,
+    runtime_checkable,
 )
 
 from moe2edge.model.block import Block
@@ -89,6 +90,25 @@ class Observer(Protocol[Fact_co]):
 
     def result(self) -> Fact_co:
         """Return the fact, after the walk."""
+        ...
+
+
+@runtime_checkable
+class SeesOutputs(Protocol):
+    """An observer that sees the outputs of every expert, as they are computed.
+
+    It sees all of a batch before `Observer.observe` gets the trace.
+    """
+
+    def visit(self, block: Block, row: int, outputs: Tensor, weights: Tensor) -> None:
+        """Add outputs of an expert; they are overwritten afterwards.
+
+        Args:
+            block: the block.
+            row: the row of the router that runs the expert.
+            outputs: float32 [n, hidden], for the tokens that chose the row; n is at least 1.
+            weights: by which they are multiplied, float32 [n].
+        """
         ...
 
 

@@ -73,26 +73,26 @@ class RoutingObserver(Resumable):
 
 
 class OutputObserver(Resumable):
-    """Gathers `OutputStatistics`; to do so, runs every expert again on the tokens routed to it."""
+    """Gathers `OutputStatistics`."""
 
     def __init__(self) -> None:
         self._layers: dict[int, LayerOutputs] = {}
 
+    def visit(self, block: Block, row: int, outputs: Tensor, weights: Tensor) -> None:
+        """Add the outputs of an expert, as `SeesOutputs`."""
+        assert isinstance(block.mlp, MoELayer), "only experts have outputs to visit"
+        layer = self._find_layer(block, outputs.shape[-1])
+        layer.add(block.mlp.routed.index(row), outputs, weights)
+
     def observe(self, trace: BlockTrace) -> None:
-        """Add one batch of one block."""
-        layer = trace.block.mlp
-        if trace.routing is None or not isinstance(layer, MoELayer):
-            return
-        routing, key = trace.routing, trace.block.origin
-        if key not in self._layers:
-            self._layers[key] = LayerOutputs.empty(
-                trace.block.expert_origins, routing.inputs.shape[-1]
-            )
-        for expert, row in enumerate(layer.routed):
-            token, place = torch.where(routing.ids == row)
-            if len(token):
-                outputs = trace.expert_output(row, routing.inputs[token])
-                self._layers[key].add(expert, outputs, routing.weights[token, place])
+        """Add a layer with experts, even if no token chose one; outputs were seen already."""
+        if trace.routing is not None and isinstance(trace.block.mlp, MoELayer):
+            self._find_layer(trace.block, trace.routing.inputs.shape[-1])
+
+    def _find_layer(self, block: Block, hidden: int) -> LayerOutputs:
+        if block.origin not in self._layers:
+            self._layers[block.origin] = LayerOutputs.empty(block.expert_origins, hidden)
+        return self._layers[block.origin]
 
     def save(self, block: Block) -> Any:
         """Return the statistics of a block."""

@@ -3,13 +3,14 @@
 Each block is transformers' own decoder block, built for that block's actual shape, so that every
 family's numerics are transformers'. A block is loaded, the hidden states of all samples pass
 through it, visitors see its intermediate activations, and it is freed before the next one is
-loaded. Everything runs in float32: bfloat16 weights are exact in it, so the walk is the reference
-that runtimes are compared with.
+loaded. Everything runs in float32, in which bfloat16 weights are exact, so that the walk is the
+reference that runtimes are compared with; a walk that only scores may multiply in bfloat16.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -22,6 +23,7 @@ from moe2edge.calibration.observation import (
     Observer,
     ObserverFactory,
     RouterTrace,
+    SeesOutputs,
 )
 from moe2edge.calibration.walk_keeper import make_keeper
 from moe2edge.model.block import Block, is_quantizable
@@ -43,7 +45,14 @@ from moe2edge.runtime.ends import (
 )
 from moe2edge.runtime.layer_stage import LayerStage
 from moe2edge.runtime.memory import UNLIMITED, Memory
-from moe2edge.runtime.mixed_experts import compute_expert_intermediate, compute_expert_output
+from moe2edge.runtime.mixed_experts import (
+    OutputVisitor,
+    compute_expert_intermediate,
+    compute_expert_output,
+    run_row_by_row,
+    visit_outputs,
+)
+from moe2edge.runtime.products import is_exact_in, narrow_linear
 from moe2edge.runtime.torch_runtime import place_tokens
 
 if TYPE_CHECKING:
@@ -58,7 +67,15 @@ BATCH_TOKENS = 8192
 class BlockRunner:
     """One block of a model, loaded in float32 into transformers' own module."""
 
-    def __init__(self, model: Model, block: Block) -> None:
+    def __init__(self, model: Model, block: Block, dtype: torch.dtype = torch.float32) -> None:
+        """Load the block.
+
+        Args:
+            model: the model.
+            block: its block.
+            dtype: of products with matrices of attention, experts and MLPs; other than float32 only
+                for matrices that have it in files.
+        """
         self.block = block
         self._architecture = model.architecture
         self._anatomy = self._architecture.anatomy[block.origin]
@@ -66,8 +83,17 @@ class BlockRunner:
         self._stage = LayerStage(model, block)
         self._layer = self._stage.layer
         filled = {name: t for name, t in self._layer.state_dict().items() if not t.is_meta}
-        state = load_block_state(model, block) | filled
+        experts = [w for role, w in block.weights() if role.startswith("experts.")]
+        own = dtype if all(is_exact_in(weight, dtype) for weight in experts) else torch.float32
+        state = load_block_state(model, block, dtype=own) | filled
         self._layer.load_state_dict(state, strict=True, assign=True)
+        if dtype != torch.float32:
+            weights = dict(block.weights())
+            for role, module in self._linear_modules():
+                if type(module) is nn.Linear and is_exact_in(weights[role], dtype):
+                    narrow_linear(module, dtype)
+        if isinstance(block.mlp, MoELayer):
+            run_row_by_row(self._experts)
 
     @torch.no_grad()
     def run(self, hidden: Tensor, positions: Tensor | None = None) -> Tensor:
@@ -79,8 +105,16 @@ class BlockRunner:
         return self._stage.run(hidden, **placed)
 
     @torch.no_grad()
-    def watch(self, hidden: Tensor, positions: Tensor | None = None) -> BlockTrace:
-        """Run the block as `run` does, and return its intermediate activations as well."""
+    def watch(
+        self,
+        hidden: Tensor,
+        positions: Tensor | None = None,
+        visitors: Sequence[OutputVisitor] = (),
+    ) -> BlockTrace:
+        """Run the block as `run` does, and return its intermediate activations as well.
+
+        ``visitors`` see the outputs of each expert meanwhile.
+        """
         linear_inputs: dict[str, Tensor] = {}
         recorded: dict[str, Any] = {}
 
@@ -107,8 +141,10 @@ class BlockRunner:
             hooks.append(norm.register_forward_pre_hook(record_attended))
         if (mlp := self._find_mlp()) is not None:
             hooks.append(mlp.register_forward_hook(record_mlp))
+        shows = isinstance(self.block.mlp, MoELayer) and visitors
         try:
-            outputs = self.run(hidden, positions)
+            with visit_outputs(self._experts, visitors) if shows else nullcontext():
+                outputs = self.run(hidden, positions)
         finally:
             for handle in hooks:
                 handle.remove()
@@ -265,6 +301,7 @@ def walk(
     memory: Memory = UNLIMITED,
     kept: KeptWalk | None = None,
     needs_hidden: bool = True,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Model, Tensor]:
     """Run ``tokens`` through ``model`` block by block, and change the blocks by ``transform``.
 
@@ -283,6 +320,7 @@ def walk(
         kept: keeps what visitors and transform gather, block by block, if all are `Resumable`; the
             walk resumes behind what it has.
         needs_hidden: whether the hidden states that are returned are used, and kept at the end.
+        dtype: of products in the blocks that are observed; see `BlockRunner`.
 
     Returns:
         The changed model, and hidden states float32 [samples, length, hidden] after the last
@@ -290,7 +328,7 @@ def walk(
     """
     blocks, changing = model.blocks, [] if transform is None else [transform]
     models = [model] if source is None else [model, source]
-    keeper = make_keeper(kept, [*visitors, *changing], models, tokens)
+    keeper = make_keeper(kept, [*visitors, *changing], models, tokens, dtype)
     done, state = keeper.resume(blocks) if keeper else (0, {})
     hidden = _begin(model, tokens, memory, done, state.get("hidden"))
     source_walk = None
@@ -303,7 +341,9 @@ def walk(
             advance(label, block.index, len(blocks))
             # Where it is changed, the block runs once more, and that is what is stored.
             store = transform is None or not propagate
-            _observe_block(model, block, hidden, visitors, transform, source_walk, store=store)
+            _observe_block(
+                model, block, hidden, visitors, transform, source_walk, store=store, dtype=dtype
+            )
         if transform is not None:
             model = model.replace_block(changed := transform.change(block))
             if propagate and not last and block.index >= done:
@@ -369,6 +409,7 @@ def _observe_block(
     source_walk: _SourceWalk | None,
     *,
     store: bool,
+    dtype: torch.dtype,
 ) -> None:
     """Show visitors and transform each batch; ``store`` the outputs in ``hidden``."""
     if transform is None and not visitors:
@@ -376,10 +417,11 @@ def _observe_block(
         return
     if source_walk is not None:
         source_walk.load_twin(block)
-    runner = BlockRunner(model, block)
+    runner = BlockRunner(model, block, dtype)
+    see = [partial(v.visit, block) for v in visitors if isinstance(v, SeesOutputs)]
     for part in split_batches(hidden):
         twin = None if source_walk is None else source_walk.watch(part)
-        trace = runner.watch(hidden[part])
+        trace = runner.watch(hidden[part], visitors=see)
         for visitor in visitors:
             visitor.observe(trace)
         if transform is not None:
@@ -422,6 +464,7 @@ def gather(
     label: str,
     memory: Memory = UNLIMITED,
     kept: KeptWalk | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Facts:
     """Return the results of some kinds of observers after one walk; without any, run nothing."""
     observers = {kind: kind() for kind in kinds}
@@ -435,6 +478,7 @@ def gather(
             memory=memory,
             kept=kept,
             needs_hidden=False,
+            dtype=dtype,
         )
     return Facts({kind: observer.result() for kind, observer in observers.items()})
 

@@ -13,6 +13,7 @@ from moe2edge.model.block import Block
 from moe2edge.model.model import Model
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from moe2edge.storage.kept_walk import KeptWalk
@@ -81,7 +82,11 @@ class WalkKeeper:
 
 
 def make_keeper(
-    kept: KeptWalk | None, visitors: Sequence[object], models: Sequence[Model], tokens: Tensor
+    kept: KeptWalk | None,
+    visitors: Sequence[object],
+    models: Sequence[Model],
+    tokens: Tensor,
+    dtype: torch.dtype,
 ) -> WalkKeeper | None:
     """Make the keeper of a walk; None: it has no folder, or one of its visitors cannot resume.
 
@@ -90,12 +95,13 @@ def make_keeper(
         visitors: all that observe the walk.
         models: the models that are walked over.
         tokens: int64 [samples, length].
+        dtype: of products.
     """
     known = [visitor for visitor in visitors if isinstance(visitor, Resumable)]
     if kept is None or len(known) < len(visitors):
         return None
     key = hashlib.sha256(tokens.contiguous().numpy().tobytes())
-    for part in (tokens.shape, *models, *(type(visitor).__name__ for visitor in known)):
+    for part in (tokens.shape, dtype, *models, *(type(visitor).__name__ for visitor in known)):
         key.update(f"{part}\n".encode())
     kept.begin(key.hexdigest())
     return WalkKeeper(kept, known)

@@ -50,8 +50,9 @@ TOKENS_PER_EXPERT = 8
 LONGEST = 512
 # A window of attention makes the text longer, up to this; attention takes its square.
 WIDEST = 1024
-# Share of the memory, as its inverse, that transformers' blocks may take at once.
-MEMORY_PARTS = 4
+# Share of the memory, as its inverse, that transformers' blocks may take at once, and the most.
+# Opening a model anew for each block takes a second or two.
+MEMORY_PARTS, MOST_AT_ONCE = 4, 3 << 29
 
 
 @dataclass(frozen=True)
@@ -101,10 +102,7 @@ def compare_with_stock(
         StockFailed: transformers cannot run it, or not in this memory.
     """
     ids = _make_text(model, without)
-    limit = find_limit() if within is None else within
-    room = max(0, limit - IMPORTED) // MEMORY_PARTS
-    whole = 4 * model.parameters <= room
-    size = len(model.blocks) if whole else max(1, room // max(1, model.block_nbytes))
+    size, whole = count_at_once(model, find_limit() if within is None else within)
     found = _Findings(model, folder)
     embedded = hidden = walk.embed(model, ids)
     count, label = len(model.blocks), "source check"
@@ -123,6 +121,19 @@ def compare_with_stock(
     found.compare_ends(stock, embedded, hidden)
     advance(label, count, count)
     return found.summarize(ids.shape[1])
+
+
+def count_at_once(model: Model, limit: int) -> tuple[int, bool]:
+    """Return how many blocks transformers loads at once, and whether embedding and head with them.
+
+    Args:
+        model: the source.
+        limit: bytes for the whole process.
+    """
+    room = min(max(0, limit - IMPORTED) // MEMORY_PARTS, MOST_AT_ONCE)
+    if 4 * model.parameters <= room:
+        return len(model.blocks), True
+    return max(1, room // max(1, model.block_nbytes)), False
 
 
 def _make_text(model: Model, without: Sequence[int]) -> Tensor:

@@ -21,6 +21,7 @@ from moe2edge.model.model import Model
 from moe2edge.model.transformers_config import ALIASES, read_text_config
 from moe2edge.runtime.memory import give_back
 from moe2edge.runtime.plain_tensors import drop_quantization, find_plain_source
+from moe2edge.storage.source_formats.recognition import find_settings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -134,7 +135,26 @@ def run_in_stock(
 def _open_stock(
     model: Model, folder: Path, group: Sequence[BlockRun], *, ends: bool
 ) -> tuple[Any, list[str]]:
-    """Open a folder, whole or in part; return the model and the tensors that were not found."""
+    """Open a folder, whole or in part; return the model and the tensors that were not found.
+
+    All is float32 in the end. Transformers puts the matrices of experts together from copies in the
+    dtype that it loads, which takes three times the memory of the result: so bfloat16 is loaded as
+    such, unless there are buffers, which a model computes in that dtype and rounds.
+    """
+    if not ends and find_settings(model.given) is None and _are_narrow(group):
+        stock, missing = _load_stock(model, folder, group, torch.bfloat16, ends=ends)
+        if all(buffer.dtype != torch.bfloat16 for buffer in stock.buffers()):
+            for parameter in stock.parameters():
+                parameter.data = parameter.data.float()
+            return stock, missing
+        del stock
+    return _load_stock(model, folder, group, torch.float32, ends=ends)
+
+
+def _load_stock(
+    model: Model, folder: Path, group: Sequence[BlockRun], dtype: torch.dtype, *, ends: bool
+) -> tuple[Any, list[str]]:
+    """Open a folder as `_open_stock` does, in ``dtype``."""
     import transformers
 
     if model.given.get("model_type") in ALIASES:
@@ -156,7 +176,7 @@ def _open_stock(
     stock, info = kind.from_pretrained(
         **place,
         config=config,
-        dtype=torch.float32,
+        dtype=dtype,
         attn_implementation="eager",
         experts_implementation="eager",
         local_files_only=True,
@@ -165,6 +185,11 @@ def _open_stock(
         output_loading_info=True,
     )
     return stock.eval(), sorted(map(str, info["missing_keys"]))
+
+
+def _are_narrow(group: Sequence[BlockRun]) -> bool:
+    """Return whether all tensors of some blocks are bfloat16 in their files."""
+    return all(weight.dtype == "BF16" for own in group for _, weight in own.block.weights())
 
 
 def _make_part(stock: type, path: str, loaded: Collection[int], *, ends: bool) -> Any:

@@ -86,15 +86,17 @@ class LayerOutputs:
     def add(self, expert: int, outputs: Tensor, weights: Tensor) -> None:
         """Add outputs [n, hidden] of one expert and their gate weights [n], n at least 1.
 
-        Mean and scatter are merged as in Chan et al., 1979, which does not cancel.
+        Mean and scatter are merged as in Chan et al., 1979, which does not cancel, in float64; what
+        is summed within ``outputs`` is summed in their dtype.
         """
-        outputs, weights = outputs.double(), weights.double()
-        norms = outputs.norm(dim=-1)
+        weights = weights.double()
+        norms = torch.linalg.vector_norm(outputs, dim=-1).double()
         new = len(outputs)
         total = int(self.counts[expert]) + new
         mean = outputs.mean(0)
+        self.scatter[expert] += outputs.sub(mean).square_().sum(0)
+        mean = mean.double()
         shift = mean - self.mean[expert]
-        self.scatter[expert] += (outputs - mean).square().sum(0)
         self.scatter[expert] += shift.square() * (int(self.counts[expert]) * new / total)
         self.mean[expert] += shift * (new / total)
         self.counts[expert] = total
@@ -102,7 +104,8 @@ class LayerOutputs:
         self.norm[expert] += norms.sum()
         self.squared_norm[expert] += norms.square().sum()
         self.gated_norm[expert] += (weights * norms).sum()
-        self.largest[expert] = max(float(self.largest[expert]), float(outputs.abs().max()))
+        largest = torch.stack(torch.aminmax(outputs)).abs().max()
+        self.largest[expert] = max(float(self.largest[expert]), float(largest))
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import (
     Annotated,
     Any,
     ClassVar,
+    Literal,
     Self,
 )
 
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
 
     from moe2edge.progress import Reporter
     from moe2edge.storage.kept_walk import KeptWalk
+
+
+# Parameters of a model that takes long to score; smaller ones are scored in float32.
+LARGE = 10**9
 
 
 @dataclass(frozen=True)
@@ -136,7 +141,11 @@ class PassContext:
         return TextSizes(TextSize(*self.tokens.shape), training)
 
     def gather(
-        self, kinds: Sequence[ObserverFactory], label: str, kept: KeptWalk | None = None
+        self,
+        kinds: Sequence[ObserverFactory],
+        label: str,
+        kept: KeptWalk | None = None,
+        compute: str = "float32",
     ) -> Facts:
         """Observe the model in one walk over the calibration text; see `walk.gather`.
 
@@ -144,11 +153,14 @@ class PassContext:
             kinds: kinds of observers.
             label: name of the walk, for progress.
             kept: folder where the walk is kept; None: it is not.
+            compute: dtype of products with matrices that have it.
         """
+        import torch
+
         from moe2edge.calibration import walk
 
-        advance, memory = self.reporter.advance, self.memory
-        return walk.gather(self.model, self.tokens, kinds, advance, label, memory, kept)
+        advance, memory, dtype = self.reporter.advance, self.memory, getattr(torch, compute)
+        return walk.gather(self.model, self.tokens, kinds, advance, label, memory, kept, dtype)
 
 
 class Pass(Options):
@@ -273,6 +285,23 @@ class Trim(Pass):
     rescore: Annotated[
         bool, Field(description="begin a new stage: score on the model as trimmed so far")
     ] = False
+    compute: Annotated[
+        Literal["auto", "float32", "bfloat16"],
+        Field(
+            description="dtype of matrix products while scoring, where weights are bfloat16; auto: "
+            "bfloat16 for a billion parameters or more, where the processor multiplies it natively"
+        ),
+    ] = "auto"
+
+    def resolve(self, model: Model) -> Self:
+        """Return the pass with the dtype of products on this machine, which affects scores."""
+        from moe2edge.runtime.products import multiplies_bfloat16
+
+        chosen = self.compute
+        if chosen == "auto":
+            narrow = model.parameters >= LARGE and multiplies_bfloat16()
+            chosen = "bfloat16" if narrow else "float32"
+        return super().resolve(model).model_copy(update={"compute": chosen})
 
     @property
     def needs_tokens(self) -> bool:

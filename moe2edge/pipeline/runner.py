@@ -75,7 +75,7 @@ def _observe(stage: Stage, context: PassContext, kept: KeptWalk | None) -> Facts
     """Gather the facts that the passes of a stage need, in one walk over the calibration text."""
     if not context.tokens.numel():
         return Facts()
-    return context.gather(stage.observers, stage.label, kept)
+    return context.gather(stage.observers, stage.label, kept, stage.compute)
 
 
 def _with_work(

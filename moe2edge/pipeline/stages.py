@@ -127,6 +127,12 @@ class Stage:
         kinds = (kind for step in self.passes for kind in step.observers())
         return tuple(dict.fromkeys(kinds))
 
+    @property
+    def compute(self) -> str:
+        """Dtype of products while its passes are scored: the widest that one asks for."""
+        asked = {getattr(step, "compute", "float32") for step in self.passes if step.observers()}
+        return "bfloat16" if asked == {"bfloat16"} else "float32"
+
 
 def group_stages(passes: Sequence[Pass]) -> list[Stage]:
     """Group passes into stages."""

@@ -277,7 +277,10 @@ def disable_skipping(model: nn.Module) -> None:
 
 
 def load_block_state(
-    model: Model, block: Block, wanted: Callable[[str], bool] = lambda _: True
+    model: Model,
+    block: Block,
+    wanted: Callable[[str], bool] = lambda _: True,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, Tensor]:
     """Load a block's numbers in float32 under transformers' names in memory, experts fused.
 
@@ -285,6 +288,7 @@ def load_block_state(
         model: the model.
         block: one of its blocks.
         wanted: says by its role whether to load a tensor; the same for all experts.
+        dtype: of the matrices of experts, which hold it exactly.
     """
     state: dict[str, Tensor] = {}
     anatomy = model.architecture.anatomy[block.origin]
@@ -296,7 +300,7 @@ def load_block_state(
     state |= {n: found[0] if len(found) == 1 else torch.cat(found) for n, found in parts.items()}
     if isinstance(block.mlp, MoELayer) and wanted("experts.0.gate"):
         assert anatomy.form is not None, "a layer with experts has none in transformers' class"
-        fused = _fuse_experts(block.mlp.experts, anatomy.form)
+        fused = _fuse_experts(block.mlp.experts, anatomy.form, dtype)
         at = find_experts_name(block.mlp, str(anatomy.experts))
         state |= {f"{at}.{name}": numbers for name, numbers in fused.items()}
     if isinstance(block.mlp, MoELayer) and block.mlp.replaced and wanted("substitutes.0"):
@@ -324,7 +328,9 @@ def find_module_name(anatomy: Anatomy, role: str) -> str | None:
     return "mlp.shared_expert_gate.weight" if role == "shared.router" else names.get(kind)
 
 
-def _fuse_experts(experts: Sequence[Expert], form: ExpertsForm) -> dict[str, Tensor]:
+def _fuse_experts(
+    experts: Sequence[Expert], form: ExpertsForm, dtype: torch.dtype
+) -> dict[str, Tensor]:
     """Return the parameters of transformers' module of experts.
 
     ``gate_up_proj`` is [experts, 2 width, hidden], ``down_proj`` [experts, hidden, width], with the
@@ -332,8 +338,8 @@ def _fuse_experts(experts: Sequence[Expert], form: ExpertsForm) -> dict[str, Ten
     """
     width, hidden = experts[0].up.shape
     gates = experts[0].gate.shape[0]  # 0: there is no gate, and up stands alone
-    gate_up = torch.empty(len(experts), gates + width, hidden)
-    down = torch.empty(len(experts), hidden, width)
+    gate_up = torch.empty(len(experts), gates + width, hidden, dtype=dtype)
+    down = torch.empty(len(experts), hidden, width, dtype=dtype)
     for n, expert in enumerate(experts):
         for place, weight in (
             (gate_up[n, :gates], expert.gate),

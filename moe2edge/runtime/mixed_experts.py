@@ -5,7 +5,9 @@ They stand in the place of a transformers MoE module's experts, on the instance.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -253,6 +255,10 @@ class MixedExperts(nn.Module):
             out = out + added.to(out.dtype)
         return out
 
+    def runs_expert(self, row: int) -> bool:
+        """Return whether a row runs a stored expert or a tied one."""
+        return self.expert_of[row] != self._none or self.tied_of[row] >= 0
+
     def find_tied(self, rows: Tensor) -> Tensor:
         """Return which tied expert each chosen row of the router runs, int64; -1 for none."""
         return self.tied_of.on(rows.device)[rows]
@@ -289,13 +295,17 @@ class MixedExperts(nn.Module):
 
 
 def _multiply(experts: Any, part: str, n: int, x: Tensor) -> Tensor:
-    """Multiply ``x`` with a matrix of an expert, gate_up or down: one of a tensor, or packed."""
+    """Multiply ``x`` with a matrix of an expert, gate_up or down: one of a tensor, or packed.
+
+    The product is in the dtype of the matrix, and its result in the wider one of both.
+    """
     out: Tensor
     if not hasattr(experts, f"{part}_proj"):
         out = getattr(experts, part)[n](x)
         return out
     matrix: Tensor = getattr(experts, f"{part}_proj")[n]
-    out = x @ (matrix if experts.is_transposed else matrix.T)
+    wide = torch.promote_types(x.dtype, matrix.dtype)
+    out = (x.to(matrix.dtype) @ (matrix if experts.is_transposed else matrix.T)).to(wide)
     return out + getattr(experts, f"{part}_proj_bias")[n] if experts.has_bias else out
 
 
@@ -356,3 +366,60 @@ def find_experts_name(layer: MoELayer, at: str = "mlp.experts") -> str:
         at: the name that transformers gives it.
     """
     return at if layer.is_plain else f"{at}.experts"
+
+
+# ---- all rows of a layer -------------------------------------------------------------------------
+
+# Gets a row of the router, the outputs [n, hidden] of its expert for the tokens that chose it, in
+# their order, and the weights [n] of the outputs.
+OutputVisitor = Callable[[int, "Tensor", "Tensor"], None]
+
+
+def run_row_by_row(experts: Any) -> None:
+    """Let a module of experts run one row of the router after the other, in place.
+
+    So outputs can be seen on the way (`visit_outputs`), and only those of one expert take memory.
+    """
+    experts.__class__ = _find_row_by_row(experts.__class__)
+
+
+@contextmanager
+def visit_outputs(experts: Any, visitors: Sequence[OutputVisitor]) -> Iterator[None]:
+    """Show visitors the outputs of every expert that runs meanwhile."""
+    experts.output_visitors = tuple(visitors)
+    try:
+        yield
+    finally:
+        del experts.output_visitors
+
+
+@lru_cache
+def _find_row_by_row(kind: Any) -> type[Any]:
+    """Return a class of experts that runs them row by row."""
+    return type(kind.__name__, (kind,), {"forward": _run_rows, "__module__": kind.__module__})
+
+
+def _run_rows(experts: Any, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """Return the weighted sum of the outputs of each token's rows, [tokens, hidden].
+
+    Args:
+        experts: the module.
+        x: inputs of the layer, [tokens, hidden].
+        ids: the chosen rows of the router, int64 [tokens, k]; the number of rows stands for none.
+        weights: gate weights of the outputs, [tokens, k].
+    """
+    mixed = experts if isinstance(experts, MixedExperts) else None
+    order = ids.flatten().argsort(stable=True)
+    sizes = ids.flatten().bincount(minlength=experts.num_experts).tolist()
+    out, flat = torch.zeros_like(x, dtype=torch.float32), weights.flatten().float()
+    for row, chosen in enumerate(torch.split(order, sizes)[: experts.num_experts]):
+        if not len(chosen) or (mixed is not None and not mixed.runs_expert(row)):
+            continue
+        token = chosen.div(ids.shape[1], rounding_mode="floor")
+        y, own = compute_expert_output(experts, row, x[token]).float(), flat[chosen]
+        for visit in getattr(experts, "output_visitors", ()):
+            visit(row, y, own)
+        out.index_add_(0, token, y.mul_(own[:, None]))
+    if mixed is not None and mixed.substitutes is not None:
+        out += mixed.substitutes(x, ids, weights)
+    return out.to(x.dtype)
