@@ -18,9 +18,9 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING
 
 from every_family import (
-    ROUNDING,
     GENERIC,
     IDS,
+    ROUNDING,
     TABLED,
     check_walk_and_trimming,
     make_folder,

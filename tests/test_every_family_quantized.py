@@ -13,8 +13,8 @@ from torch import Tensor
 
 import moe2edge
 from every_family import (
-    ROUNDING,
     KEPT,
+    ROUNDING,
     keep_six,
     make_folder,
     make_model,

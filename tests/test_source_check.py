@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import moe2edge
+from every_family import make_model
 from helpers import QUIET, SMALL, each_family, run
 from moe2edge.calibration import walk
 from moe2edge.commands.run_inputs import open_kept_results
 from moe2edge.commands.source_check import PROOF, SourceProof, prove_source
 from moe2edge.errors import InputError, Unsupported, VerificationFailed
-from every_family import make_model
 from moe2edge.evaluation import source_check, stock_blocks
 from moe2edge.evaluation.source_check import compare_with_stock
 from moe2edge.evaluation.stock_blocks import StockFailed
