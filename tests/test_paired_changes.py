@@ -10,6 +10,9 @@ from benchmarks.gate.simulate import count_judgements
 from moe2edge.errors import InputError
 from moe2edge.numerics.paired_changes import (
     Change,
+    Judgement,
+    PairedRuns,
+    choose_step,
     estimate_change,
     judge_change,
     judge_rounds,
@@ -73,6 +76,36 @@ def test_a_change_needs_a_second_round() -> None:
     assert judge_rounds([same], 0.03) == "equivalent"
 
 
+@pytest.mark.parametrize(
+    ("judgements", "extended", "step"),
+    [
+        (["equivalent"], False, "stop"),
+        (["inconclusive", "regressed"], False, "extend"),
+        (["inconclusive", "regressed"], True, "confirm"),
+        (["improved", "equivalent"], False, "confirm"),
+        (["inconclusive"], True, "stop"),
+        ([], False, "stop"),
+    ],
+)
+def test_what_is_not_known_is_extended_and_what_changed_is_confirmed(
+    judgements: list[Judgement], extended: bool, step: str
+) -> None:
+    assert choose_step(judgements, extended=extended) == step
+
+
+def test_a_trial_is_judged_by_all_of_its_runs() -> None:
+    wild = [value * (0.7 if n % 2 else 1.3) for n, value in enumerate(BASE)]
+    trial = PairedRuns(0.03, BASE, (BASE, wild))
+    assert trial.judge_first() == trial.judge() == "inconclusive"
+    more = trial.extend(BASE * 3, BASE * 3, scale(1.1) * 3)
+    assert more.judge_first() == "regressed"
+    # It is none before a second round finds it.
+    assert more.judge() == "inconclusive"
+    assert more.confirm(BASE, scale(1.1)).judge() == "regressed"
+    assert more.confirm(BASE, scale(1.0)).judge() == "inconclusive"
+    assert len(more.confirm(BASE, BASE).pooled[0]) == 50
+
+
 def test_the_smallest_effect_grows_with_the_spread() -> None:
     narrow, wide = Change(0, -0.01, 0.01, 10), Change(0, -0.1, 0.1, 10)
     assert 0.03 < narrow.find_smallest_effect(0.03) < 0.04 < wide.find_smallest_effect(0.03)
@@ -93,5 +126,5 @@ def test_what_cannot_be_paired_is_refused(base: list[float], head: list[float]) 
 def test_false_alarms_are_rare_and_slow_downs_are_found() -> None:
     for machine in ("quiet", "hosted", "noisy"):
         assert count_judgements(machine, 100, 10, 0).get("regressed", 0) == 0
-    assert count_judgements("hosted", 100, 10, 0.05)["regressed"] >= 70
-    assert count_judgements("hosted", 100, 20, 0.05)["regressed"] >= 93
+    assert count_judgements("hosted", 100, 10, 0.05)["regressed"] >= 75
+    assert count_judgements("hosted", 100, 20, 0.05)["regressed"] >= 95

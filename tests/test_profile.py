@@ -478,6 +478,18 @@ def test_a_child_that_crashes_is_reported_with_its_last_line(
     assert "\n" not in str(caught.value)
 
 
+def test_a_thread_that_ends_meanwhile_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for thread in ("1", "2"):
+        (tmp_path / "self" / "task" / thread).mkdir(parents=True)
+    (tmp_path / "self" / "task" / "1" / "children").write_text("12 13")
+    # It is listed and cannot be read, as that of a thread that has ended.
+    (tmp_path / "self" / "task" / "2" / "children").mkdir()
+    monkeypatch.setattr(memory, "PROC", tmp_path / "self")
+    assert memory.list_started() == [tmp_path / "12", tmp_path / "13"]
+
+
 def test_ids_beyond_the_vocabulary_are_an_error_of_the_input(tmp_path: Path) -> None:
     make_checkpoint(tmp_path / "m", "olmoe")
     with pytest.raises(InputError, match="token ids run from 95 to 96"):

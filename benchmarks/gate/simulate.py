@@ -3,23 +3,23 @@
     python -m benchmarks.gate.simulate [RUNS] > benchmarks/gate/simulated.txt
 
 The logarithm of the time of a run is the offset of the host, a drift (autoregressive, 0.9), noise
-of the process, and now and then a spike. Base and head run in turns, A B and B A. Before, the noise
-floor is measured on as many pairs of base with itself; after a change comes a second round.
+of the process, and now and then a spike. In the first round base, base and head run in turns, A A B
+and B A A; it is extended once where it can say nothing. After a change comes a second round of as
+many turns, A B and B A.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from moe2edge.numerics.paired_changes import (
     Judgement,
-    estimate_change,
-    judge_change,
-    judge_rounds,
-    measure_floor,
+    PairedRuns,
+    choose_step,
 )
 
 TOLERANCE = 0.03
@@ -53,15 +53,20 @@ class Machine:
         spikes = (random.random(count) < self.spikes) * random.exponential(SPIKE, count)
         return np.asarray(drift + noise + spikes)
 
-    def run_pairs(
-        self, random: np.random.Generator, pairs: int, effect: float
-    ) -> tuple[list[float], list[float]]:
-        """Return the times of base and head, which takes ``1 + effect`` times as long."""
-        times = self.run(random, 2 * pairs).reshape(pairs, 2)
-        # The second pair runs head first, and so on.
+    def run_turns(
+        self, random: np.random.Generator, turns: int, effects: Sequence[float]
+    ) -> list[list[float]]:
+        """Return the times of sides that run in turns, A B C and C B A.
+
+        Args:
+            random: source of the noise.
+            turns: number of turns.
+            effects: fraction by which each side takes longer.
+        """
+        times = self.run(random, len(effects) * turns).reshape(turns, len(effects))
         times[1::2] = times[1::2, ::-1]
-        base, head = np.exp(times[:, 0]), np.exp(times[:, 1]) * (1 + effect)
-        return base.tolist(), head.tolist()
+        found: list[list[float]] = (np.exp(times) * (1 + np.array(effects))).T.tolist()
+        return found
 
 
 MACHINES = {
@@ -75,14 +80,14 @@ def judge_once(
     machine: Machine, random: np.random.Generator, pairs: int, effect: float
 ) -> Judgement:
     """Run the gate once, as ``moe2edge compare`` does with two folders."""
-    floor = measure_floor(*machine.run_pairs(random, pairs, 0))
-    rounds = [machine.run_pairs(random, pairs, effect)]
-    if judge_change(estimate_change(*rounds[0]), TOLERANCE, floor=floor) in (
-        "regressed",
-        "improved",
-    ):
-        rounds.append(machine.run_pairs(random, pairs, effect))
-    return judge_rounds(rounds, TOLERANCE, floor=floor)
+    again, base, head = machine.run_turns(random, pairs, (0, 0, effect))
+    trial = PairedRuns(TOLERANCE, again, (base, head))
+    if choose_step([trial.judge_first()], extended=False) == "extend":
+        trial = trial.extend(*machine.run_turns(random, pairs, (0, 0, effect)))
+    if choose_step([trial.judge_first()], extended=True) == "confirm":
+        turns = len(trial.again)
+        trial = trial.confirm(*machine.run_turns(random, turns, (0, effect)))
+    return trial.judge()
 
 
 def count_judgements(

@@ -7,8 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe2edge.calibration.builtin_texts import BUILTIN_TEXT
-from moe2edge.calibration.sources import TextSource
 from moe2edge.errors import InputError
 from moe2edge.evaluation.gate.comparison import GateResult, compare_documents
 from moe2edge.evaluation.gate.rules import DEFAULT_GATE, read_gate
@@ -18,6 +16,7 @@ from moe2edge.storage.durable import write_file
 from moe2edge.storage.text_files import read_json
 
 if TYPE_CHECKING:
+    from moe2edge.calibration.sources import TextSource
     from moe2edge.evaluation.profile.settings import ProfileSettings
 
 COMPARISON_VIEWS = ("output", "markdown", "junit")
@@ -59,6 +58,8 @@ def compare_outputs(
             )
     folders = [side.is_dir() for side in sides]
     if all(folders):
+        from moe2edge.calibration.builtin_texts import BUILTIN_TEXT
+        from moe2edge.calibration.sources import TextSource
         from moe2edge.evaluation.gate.folders import compare_folders
         from moe2edge.evaluation.profile.settings import PRESETS
 

@@ -6,17 +6,16 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from moe2edge.calibration.builtin_texts import BUILTIN_TEXT
-from moe2edge.calibration.sources import TextSource
 from moe2edge.errors import InputError
-from moe2edge.evaluation.profile.measure import profile_folders
-from moe2edge.evaluation.profile.result import ProfileSet
-from moe2edge.evaluation.profile.settings import PRESETS
 from moe2edge.progress import QUIET, Reporter
-from moe2edge.storage.checkpoint import Checkpoint, open_checkpoint
 from moe2edge.storage.durable import check_writable, write_file
+
+if TYPE_CHECKING:
+    from moe2edge.calibration.sources import TextSource
+    from moe2edge.evaluation.profile.result import ProfileSet
+    from moe2edge.storage.checkpoint import Checkpoint
 
 # Views that show what only an explained profile has.
 EXPLAINED_VIEWS = ("report", "trace")
@@ -49,6 +48,11 @@ def profile_models(
         Unsupported: the runtime of an output is not installed.
         Moe2EdgeError: a process failed or took too long.
     """
+    from moe2edge.calibration.builtin_texts import BUILTIN_TEXT
+    from moe2edge.calibration.sources import TextSource
+    from moe2edge.evaluation.profile.measure import profile_folders
+    from moe2edge.evaluation.profile.settings import PRESETS
+
     given: dict[str, Any] = {
         name: value for name, value in (sizes or {}).items() if value is not None
     }
@@ -112,6 +116,8 @@ def _build_view(name: str, document: Mapping[str, Any]) -> str:
 
 
 def _find_folder(model: str | Path | Checkpoint) -> Path:
+    from moe2edge.storage.checkpoint import Checkpoint, open_checkpoint
+
     if isinstance(model, Checkpoint):
         return model.folder
     return Path(model) if Path(model).is_dir() else open_checkpoint(model).folder

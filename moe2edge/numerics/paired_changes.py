@@ -1,15 +1,16 @@
 """Judge the change of a noisy metric between two sides that were measured in pairs.
 
 Drift of a machine hits both runs of a pair, so that their ratio is free of it; spikes meet one run
-of few pairs, so that the median is free of them. One round that says "changed" is confirmed by a
-second one. ``benchmarks/gate`` simulates how often that is wrong, and what it finds.
+of few pairs, so that the median is free of them. A first round that can say nothing is extended
+once; one that says "changed" is confirmed by a second one. ``benchmarks/gate`` simulates how often
+that is wrong, and what it finds.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from moe2edge.errors import InputError
@@ -130,6 +131,78 @@ def judge_change(
     if high < 0 and median < -least:
         return "improved"
     return "equivalent" if -limit <= low and high <= limit else "inconclusive"
+
+
+Pairs = tuple[Sequence[float], Sequence[float]]
+NextStep = Literal["stop", "extend", "confirm"]
+
+
+@dataclass(frozen=True)
+class PairedRuns:
+    """Runs of one metric of two sides, of which the first is base; lower is better.
+
+    Attributes:
+        tolerance: as in `judge_change`.
+        again: base, run a second time in each turn of the first round.
+        first: base and head of the first round, pair by pair.
+        second: of the round that has to confirm the first; None: there was none.
+    """
+
+    tolerance: float
+    again: Sequence[float]
+    first: Pairs
+    second: Pairs | None = None
+
+    def extend(
+        self, again: Sequence[float], base: Sequence[float], head: Sequence[float]
+    ) -> PairedRuns:
+        """Return them with more runs in the first round."""
+        first = [*self.first[0], *base], [*self.first[1], *head]
+        return replace(self, again=[*self.again, *again], first=first)
+
+    def confirm(self, base: Sequence[float], head: Sequence[float]) -> PairedRuns:
+        """Return them with a second round."""
+        return replace(self, second=(base, head))
+
+    @property
+    def floor(self) -> float:
+        """Change that this machine shows between base and itself, a fraction."""
+        return measure_floor(self.again, self.first[0])
+
+    @property
+    def pooled(self) -> Pairs:
+        """Base and head of both rounds."""
+        base, head = (
+            [value for one in (self.first, self.second) if one for value in one[side]]
+            for side in (0, 1)
+        )
+        return base, head
+
+    def judge_first(self) -> Judgement:
+        """Judge the first round alone, which decides what is run next."""
+        return judge_change(estimate_change(*self.first), self.tolerance, floor=self.floor)
+
+    def judge(self) -> Judgement:
+        """Judge all that was run, see `judge_rounds`."""
+        rounds = [one for one in (self.first, self.second) if one]
+        return judge_rounds(rounds, self.tolerance, floor=self.floor)
+
+
+def choose_step(judgements: Iterable[Judgement], *, extended: bool) -> NextStep:
+    """Choose what to run after the first round of pairs.
+
+    Args:
+        judgements: of the first round, of each metric that matters.
+        extended: whether the first round was extended already.
+
+    Returns:
+        ``extend``: as many pairs again, for the first round, because nothing can be said of a
+        metric; ``confirm``: a second round, because one has changed; ``stop``: nothing.
+    """
+    found = set(judgements)
+    if "inconclusive" in found and not extended:
+        return "extend"
+    return "confirm" if found & {"regressed", "improved"} else "stop"
 
 
 def judge_rounds(

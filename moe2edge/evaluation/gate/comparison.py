@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from moe2edge.errors import Inconclusive, InputError, Regressed
-from moe2edge.evaluation.gate.rules import HIGHER, QUALITY, TIMINGS, Gate, MetricRule
+from moe2edge.evaluation.gate.rules import (
+    HIGHER,
+    PROCESS_MEMORY,
+    QUALITY,
+    TIMINGS,
+    Gate,
+    MetricRule,
+)
 from moe2edge.numerics.paired_changes import Judgement
 
 COMPARISON_VERSION = 1
@@ -23,11 +30,12 @@ class MetricResult:
         base: its value there; None: not known.
         head: likewise.
         change: relative change from base to head; None: one of them is not known, or zero.
-        tolerance: fraction that does not count, the noise floor included.
+        tolerance: fraction of base that does not count.
         judgement: what is said of it; None: nothing, see `note`.
         fails: whether a regression ends the command with an error.
         spread: ends of the interval of the change; None: it is no estimate.
-        smallest_effect: change that would have been found in four of five cases; None: any.
+        smallest_effect: change that would have been found, where there is noise in four of five
+            cases; None: not known.
         note: why it was not compared, or what else there is to say.
     """
 
@@ -67,12 +75,14 @@ class GateResult:
         head: likewise.
         rows: the metrics.
         rounds: rounds of pairs that were run; 0: two files were compared.
+        pairs: pairs of all rounds.
     """
 
     base: str
     head: str
     rows: tuple[MetricResult, ...]
     rounds: int = 0
+    pairs: int = 0
 
     def list_names(self, judgement: Judgement, *, fails: bool = True) -> list[str]:
         """List the metrics with a judgement, of those that fail or those that only advise."""
@@ -94,6 +104,7 @@ class GateResult:
             "base": self.base,
             "head": self.head,
             "rounds": self.rounds,
+            "pairs": self.pairs,
             "judgement": self.judgement,
             "metrics": [row.to_json() for row in self.rows],
         }
@@ -111,12 +122,17 @@ class GateResult:
                 f"{r.name} {_say_change(r)} (tolerance {r.tolerance:.1%})" for r in worse
             )
             raise Regressed(f"{self.head} is worse than {self.base}: {said}")
-        if names := self.list_names("inconclusive"):
-            notes = {r.name: f" ({r.note})" if r.note else "" for r in self.rows}
-            said = ", ".join(f"{name}{notes[name]}" for name in names)
+        unknown = [r for r in self.rows if r.judgement == "inconclusive" and r.fails]
+        if unknown:
+            said = ", ".join(f"{r.name} ({r.note})" if r.note else r.name for r in unknown)
+            remedies = []
+            if any(row.spread for row in unknown):
+                remedies.append("measure on a quieter machine, or take more --pairs")
+            if not all(row.spread for row in unknown):
+                remedies.append("measure both sides alike (an export with --eval none has no KL)")
             raise Inconclusive(
-                f"nothing can be said of {said}; measure on a quieter machine, take more --pairs, "
-                "or let the gate only advise on it"
+                f"nothing can be said of {said}; {'; '.join(remedies)}; or let the gate only "
+                "advise on it"
             )
 
 
@@ -138,6 +154,7 @@ def list_values(document: Mapping[str, Any]) -> dict[str, float | None]:
     for phase in document["memory"]["phases"]:
         for kind in ("peak_rss", "rss_anon"):
             found[f"{kind}_{phase['phase']}"] = phase[kind]
+        found[f"above_floor_{phase['phase']}"] = phase["above_floor"]["peak_rss"]
     found |= {name: document["quality"].get(name) for name in QUALITY}
     return found | {name: document["metrics"][name]["median"] for name in TIMINGS}
 
@@ -161,8 +178,12 @@ def compare_value(
     judgement: Judgement = "equivalent"
     if abs(worse) > allowed:
         judgement = "regressed" if worse > 0 else "improved"
-    change = head / base - 1 if base else None
-    return MetricResult(name, base, head, change, rule.tolerance, judgement, fails)
+    if not base:
+        return MetricResult(name, base, head, None, rule.tolerance, judgement, fails)
+    part = allowed / abs(base)
+    return MetricResult(
+        name, base, head, head / base - 1, part, judgement, fails, smallest_effect=part
+    )
 
 
 def check_comparable(base: Mapping[str, Any], head: Mapping[str, Any]) -> None:
@@ -176,14 +197,17 @@ def check_comparable(base: Mapping[str, Any], head: Mapping[str, Any]) -> None:
         if mine != other:
             raise InputError(
                 f"base was measured with {name} {mine} and head with {other}; measure both with "
-                "the same options of moe2edge profile"
+                "the same options of moe2edge profile, or compare the two folders"
             )
 
 
 def compare_documents(
     base: Mapping[str, Any], head: Mapping[str, Any], gate: Gate, names: Sequence[str]
 ) -> GateResult:
-    """Compare two profiles that were measured at two times; timings are advice alone.
+    """Compare two profiles of the same work.
+
+    Timings are advice alone; and on another machine so is the memory of whole processes, of which
+    its libraries take another part.
 
     Args:
         base: the profile to compare with.
@@ -195,25 +219,41 @@ def compare_documents(
         InputError: they are of different work.
     """
     check_comparable(base, head)
-    rows = list(_compare_fixed(base, head, gate))
-    same = base["env"]["host_fingerprint"] == head["env"]["host_fingerprint"]
-    values = list_values(base), list_values(head)
+    values, elsewhere = (list_values(base), list_values(head)), _measured_elsewhere(base, head)
+    rows = []
+    for row in compare_fixed(base, head, gate):
+        bound = elsewhere and row.name in PROCESS_MEMORY
+        rows.append(replace(row, fails=False, note=elsewhere) if bound else row)
+    note = elsewhere or _find_threads(base, head)
     for name in (name for name in TIMINGS if name in gate.metrics):
-        advice = gate.metrics[name].model_copy(update={"gate": "advice"})
-        row = compare_value(name, values[0][name], values[1][name], advice)
-        if not same:
-            note = "measured on different machines"
-            row = MetricResult(
-                name, row.base, row.head, None, row.tolerance, None, False, note=note
-            )
-        rows.append(row)
+        rule = gate.metrics[name].model_copy(update={"gate": "advice"})
+        mine, other = values[0][name], values[1][name]
+        rows.append(
+            MetricResult(name, mine, other, None, rule.tolerance, None, False, note=note)
+            if note
+            else compare_value(name, mine, other, rule)
+        )
     return GateResult(names[0], names[1], tuple(rows))
 
 
-def _compare_fixed(
+def _measured_elsewhere(base: Mapping[str, Any], head: Mapping[str, Any]) -> str:
+    """Return a note if two profiles are of different machines; empty: they are of one."""
+    hosts = [side["env"].get("host_fingerprint") for side in (base, head)]
+    return "measured on different machines" if None in hosts or hosts[0] != hosts[1] else ""
+
+
+def _find_threads(base: Mapping[str, Any], head: Mapping[str, Any]) -> str:
+    """Return a note if two profiles are of different threads; empty: of as many."""
+    threads = [(side["env"].get("threads") or {}).get("runtime") for side in (base, head)]
+    if threads[0] == threads[1]:
+        return ""
+    return f"measured with {threads[0]} and {threads[1]} threads"
+
+
+def compare_fixed(
     base: Mapping[str, Any], head: Mapping[str, Any], gate: Gate
-) -> Iterable[MetricResult]:
-    """Compare all but timings."""
+) -> Iterator[MetricResult]:
+    """Compare all metrics of two profiles but timings."""
     mine, other = list_values(base), list_values(head)
     texts = [side["quality"].get("sha256") for side in (base, head)]
     for name, rule in gate.metrics.items():

@@ -10,8 +10,18 @@ from rich.table import Table
 from moe2edge.evaluation.gate.comparison import GateResult, MetricResult
 
 _MIB = 2**20
-_BYTES = ("folder", "weights", "bytes_per_token", "peak_rss", "rss_anon")
-COLUMNS = ("metric", "base", "head", "change", "interval (95 %)", "tolerance", "found", "gate")
+_BYTES = ("folder", "weights", "bytes_per_token", "peak_rss", "rss_anon", "above_floor")
+COLUMNS = (
+    "metric",
+    "base",
+    "head",
+    "change",
+    "interval (95 %)",
+    "tolerance",
+    "seen from",
+    "found",
+    "gate",
+)
 
 
 def list_cells(row: MetricResult) -> tuple[str, ...]:
@@ -24,7 +34,8 @@ def list_cells(row: MetricResult) -> tuple[str, ...]:
         _format_value(row.name, row.head),
         "-" if row.change is None else f"{row.change:+.2%}",
         spread,
-        f"{row.tolerance:.1%}",
+        f"{row.tolerance:.2%}",
+        "-" if row.smallest_effect is None else f"{row.smallest_effect:.2%}",
         f"{found} ({row.note})" if row.note else found,
         "fail" if row.fails else "advice",
     )
@@ -80,12 +91,11 @@ def build_comparison_junit(found: GateResult) -> str:
 def _describe(found: GateResult) -> str:
     if not found.rounds:
         return "Two profiles, measured at two times: timings are advice alone."
-    effects = [
-        f"{row.smallest_effect:.1%} of {row.name}" for row in found.rows if row.smallest_effect
-    ]
     rounds = "one round" if found.rounds == 1 else f"{found.rounds} rounds"
-    seen = f" Found in four of five cases: {', '.join(effects)}." if effects else ""
-    return f"Run in turns in fresh processes, {rounds}.{seen}"
+    return (
+        f"Run in turns in fresh processes, {found.pairs} pairs in {rounds}. Of timings, changes "
+        'from "seen from" on are found in four of five cases.'
+    )
 
 
 def _format_value(name: str, value: float | None) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
@@ -90,7 +92,7 @@ def profile_folders(
         subject.check_installed()
     contexts = [subject.context for subject in subjects if subject.context is not None]
     settings, shrunk = fit_context(settings, min(contexts, default=None), fixed)
-    about = {
+    about: dict[str, Any] = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "env": describe_environment(),
         "workload": settings.describe(),
@@ -113,6 +115,7 @@ def profile_folders(
         beside = {
             "explained": explained.found[label] if explained else None,
             "quality": _find_quality(subject, quality, reporter),
+            "workload": {**about["workload"], "prompts_sha256": _hash_prompts(requests[label])},
         }
         replies = [done.found[label] for done in rounds]
         profiles.append(_make_profile(subject, replies, {**about, **beside}))
@@ -138,6 +141,10 @@ def _make_jobs(
 ) -> list[Job[dict[str, Any]]]:
     """Make a job for each request, by its label."""
     return [Job(label, partial(run_child, one, settings)) for label, one in requests.items()]
+
+
+def _hash_prompts(request: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(request["prompts"]).encode()).hexdigest()
 
 
 def _find_quality(subject: Subject, text: TextSource | None, reporter: Reporter) -> dict[str, Any]:

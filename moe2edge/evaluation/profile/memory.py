@@ -90,8 +90,11 @@ class Meter:
 
 def list_started() -> list[Path]:
     """List the folders in /proc of the processes that this one started; a runtime may be one."""
-    lists = [path.read_text().split() for path in PROC.glob("task/*/children")]
-    return [PROC.parent / number for numbers in lists for number in numbers]
+    found: list[Path] = []
+    for path in PROC.glob("task/*/children"):
+        with suppress(OSError):  # a thread may have ended
+            found += [PROC.parent / number for number in path.read_text().split()]
+    return found
 
 
 def _read_status(place: Path) -> list[int]:
