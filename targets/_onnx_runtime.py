@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moe2edge.errors import InputError, Unsupported, VerificationFailed, get_first_line
 from moe2edge.runtime.protocol import check_id_range
+from moe2edge.runtime.waiting import ONNX_KEY, ONNX_MOMENT_US
 from moe2edge.targets._onnx_exact import convert_to_float, use_float_experts
 from moe2edge.targets._onnx_storage import (
     DATA_NAME,
@@ -116,6 +117,7 @@ def open_session(
     options = ort.SessionOptions()
     options.log_severity_level = LOG_NOTHING
     options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry(ONNX_KEY, ONNX_MOMENT_US)
     if times is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(times)
     source: str | bytes = graph or str(folder / GRAPH_FILE)

@@ -17,6 +17,7 @@ from moe2edge.errors import InputError, VerificationFailed
 from moe2edge.model.model import Model
 from moe2edge.numerics.scheme import Scheme
 from moe2edge.pipeline.registry import make_target
+from moe2edge.runtime.waiting import ONNX_KEY, ONNX_MOMENT_US
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.targets import _onnx_runtime
 from moe2edge.targets._onnx_cache import measure_pairs
@@ -77,6 +78,8 @@ def test_scales_are_those_of_the_longest_pairs_and_largest_values(
     model = quantize(opened(tiny, "qwen3_moe"), Scheme(group_size=32))
     Onnx().write(model, tmp_path)
     session = _onnx_runtime.open_session(tmp_path)
+    moment = session.get_session_options().get_session_config_entry(ONNX_KEY)
+    assert moment == ONNX_MOMENT_US  # threads that wait for each other soon sleep
     names = [output.name for output in session.get_outputs()]
     largest: dict[str, Any] = {}
     for text in TEXTS:

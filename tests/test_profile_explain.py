@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,17 +14,18 @@ import torch
 
 from helpers import run
 from moe2edge.errors import InputError
-from moe2edge.evaluation.profile import sensors, timeline
+from moe2edge.evaluation.profile import energy, sensors, timeline
 from moe2edge.evaluation.profile.document import (
     ProfileSetDocument,
     build_profile_schema,
     parse_profile,
 )
+from moe2edge.evaluation.profile.energy import EnergyMeter
 from moe2edge.evaluation.profile.expert_use import count_expert_choices, describe_expert_use
 from moe2edge.evaluation.profile.explain import explain_once
 from moe2edge.evaluation.profile.page_cache import count_resident_bytes, evict_files
-from moe2edge.evaluation.profile.quality import read_quality
-from moe2edge.evaluation.profile.sensors import EnergyMeter, compare_sensors, read_sensors
+from moe2edge.evaluation.profile.quality import NO_ERRORS, read_quality
+from moe2edge.evaluation.profile.sensors import compare_sensors, read_sensors
 from moe2edge.evaluation.profile.timeline import Timeline
 from moe2edge.numerics.scheme import Scheme
 from moe2edge.pipeline import registry
@@ -188,9 +192,10 @@ def test_without_smaps_a_timeline_says_why(monkeypatch: pytest.MonkeyPatch, tmp_
 
 @pytest.fixture
 def fake_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in ("CPUS", "THERMAL", "POWERCAP"):
+    for module, name in ((sensors, "CPUS"), (sensors, "THERMAL"), (energy, "POWERCAP")):
         (tmp_path / name).mkdir()
-        monkeypatch.setattr(sensors, name, tmp_path / name)
+        monkeypatch.setattr(module, name, tmp_path / name)
+    monkeypatch.setitem(sys.modules, "pynvml", None)
     return tmp_path
 
 
@@ -228,7 +233,57 @@ def test_sensors_where_there_are_none(fake_system: Path) -> None:
     assert "virtual machine" in found["celsius_reason"]
     meter = EnergyMeter()
     meter.start()
-    assert (meter.read(), "RAPL" in (meter.reason or "")) == (None, True)
+    assert meter.read() is None
+    assert "RAPL" in (meter.reason or "")
+    assert "pip install nvidia-ml-py" in (meter.reason or "")
+
+
+class Nvml:
+    """Two GPUs, of which a process uses the second, in place of the library."""
+
+    NVMLError = RuntimeError
+
+    def __init__(self, user: int) -> None:
+        self.user, self.taken = user, [5_000, 7_000]
+
+    def nvmlInit(self) -> None:
+        if self.user < 0:
+            raise self.NVMLError("Driver Not Loaded")
+
+    def nvmlDeviceGetCount(self) -> int:
+        return 2
+
+    def nvmlDeviceGetHandleByIndex(self, number: int) -> int:
+        return number
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle: int) -> int:
+        return self.taken[handle]
+
+    def nvmlDeviceGetComputeRunningProcesses(self, handle: int) -> list[SimpleNamespace]:
+        return [SimpleNamespace(pid=self.user)] if handle else []
+
+
+@pytest.mark.usefixtures("fake_system")
+def test_energy_of_the_gpu_that_the_process_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = Nvml(os.getpid())
+    monkeypatch.setitem(sys.modules, "pynvml", library)
+    meter = EnergyMeter()
+    assert meter.reason is not None
+    meter.look_for_gpus()
+    meter.start()
+    library.taken = [9_000, 9_500]
+    assert (meter.read(), meter.names, meter.reason) == (2.5, ["GPU 1 (NVML)"], None)
+
+
+@pytest.mark.usefixtures("fake_system")
+def test_without_a_gpu_in_use_there_is_no_energy(monkeypatch: pytest.MonkeyPatch) -> None:
+    for user, said in ((1, "no GPU was used"), (-1, "NVML tells no energy of a GPU (Driver")):
+        monkeypatch.setitem(sys.modules, "pynvml", Nvml(user))
+        meter = EnergyMeter()
+        meter.look_for_gpus()
+        meter.start()
+        assert meter.read() is None
+        assert said in (meter.reason or "")
 
 
 # ---- quality ------------------------------------------------------------------------------------
@@ -242,9 +297,14 @@ def test_quality_is_taken_over_from_the_report(tmp_path: Path) -> None:
     ]
     report: dict[str, Any] = {"results": results, "evaluation": {"text": "t", "sha256": "abc"}}
     (tmp_path / "report.json").write_text(json.dumps(report))
-    assert read_quality(tmp_path, "onnx") == {
-        "reason": None, "origin": "report", "text": "t", "sha256": "abc", **numbers,
-    }  # fmt: skip
+    none = {"perplexity_error": None, "kl_error": None, "top1_error": None}
+    about = {"reason": None, "origin": "report", "text": "t", "sha256": "abc", "kl_reason": None}
+    expected = {**about, **numbers}
+    assert read_quality(tmp_path, "onnx") == {**expected, **none, "error_reason": NO_ERRORS}
+    errors = {"perplexity_error": 0.5, "kl_error": 0.01, "top1_error": 0.02}
+    numbers.update(errors)
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    assert read_quality(tmp_path, "onnx") == {**expected, **errors, "error_reason": None}
     results[1]["quality"] = None
     (tmp_path / "report.json").write_text(json.dumps({**report, "evaluation": None}))
     assert "--eval none" in read_quality(tmp_path, "onnx")["reason"]

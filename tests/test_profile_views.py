@@ -223,8 +223,8 @@ CHROMIUM = next(
 )  # fmt: skip
 
 
-def show_in_chromium(page: Path) -> tuple[bytes, set[str], str]:
-    """Open a page in Chromium; return a picture, the URLs that it asked for, and console lines."""
+def show_in_chromium(page: Path) -> tuple[bytes, list[str], set[str], str]:
+    """Open a page in Chromium; return a picture, headings, URLs asked for, and console lines."""
     picture, log = page.with_suffix(".png"), page.with_suffix(".net")
     done = subprocess.run(
         [
@@ -232,13 +232,16 @@ def show_in_chromium(page: Path) -> tuple[bytes, set[str], str]:
             "--disable-background-networking", "--disable-component-update",
             f"--user-data-dir={page.with_suffix('.user')}", f"--screenshot={picture}",
             f"--log-net-log={log}", "--enable-logging=stderr", "--window-size=1000,3000",
+            "--dump-dom",
             page.as_uri(),
         ],
         capture_output=True, text=True, timeout=120, check=True,
     )  # fmt: skip
     asked = set(re.findall(r'"url":"([^"]*)"', log.read_text("utf-8", errors="replace")))
     lines = [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
-    return picture.read_bytes(), asked, "\n".join(lines)
+    shown = Page()
+    shown.feed(done.stdout)
+    return picture.read_bytes(), shown.headings, asked, "\n".join(lines)
 
 
 @pytest.mark.slow
@@ -248,11 +251,12 @@ def test_chromium_shows_the_page_without_network_or_errors(
 ) -> None:
     page, other = tmp_path / "page.html", tmp_path / "other.html"
     page.write_text(build_page(document), "utf-8")
-    picture, asked, console = show_in_chromium(page)
+    picture, headings, asked, console = show_in_chromium(page)
     assert len(picture) > 20_000
+    assert headings == [*SECTIONS, *SECTIONS]
     assert (asked, console) == (set(), "")
     # What this would have seen.
     other.write_text("<img src=http://127.0.0.1:9/x><script>console.log('hi')</script>", "utf-8")
-    _, asked, console = show_in_chromium(other)
+    _, _, asked, console = show_in_chromium(other)
     assert asked == {"http://127.0.0.1:9/x"}
     assert "hi" in console

@@ -33,7 +33,10 @@ def test_figures_equal_a_loop_over_positions(length: int) -> None:
     assert found.perplexity == pytest.approx(math.exp(nll / count), rel=1e-5)
     assert found.kl == pytest.approx(kl / count, rel=1e-4)
     assert found.top1 == agree / count
+    single = metrics.measure(ids[:1], mine[:1], theirs[:1])
+    assert (single.perplexity_error, single.kl_error, single.top1_error) == (None, None, None)
     alone = metrics.measure(ids, mine, None)
+    assert (alone.perplexity_error, alone.kl_error) == (found.perplexity_error, None)
     assert (alone.perplexity, alone.kl, alone.top1) == (found.perplexity, None, None)
 
 
@@ -48,3 +51,21 @@ def test_another_vocabulary_is_refused(tiny: Make) -> None:
     verify.check_vocabulary(model, 96)
     with pytest.raises(InputError, match="has 96 entries in its vocabulary, the folder has 95"):
         verify.check_vocabulary(model, 95)
+
+
+def test_errors_are_those_of_repeated_draws() -> None:
+    """Draw texts anew, many times: the error told is the spread of what is measured."""
+    generator = torch.Generator().manual_seed(0)
+    vocabulary, length, many = 7, 17, 300
+    found = []
+    for _ in range(many):
+        # Samples differ as wholes: some texts are harder than others.
+        hard = 0.5 + 2 * torch.rand(12, 1, 1, generator=generator)
+        mine = hard * torch.randn(12, length, vocabulary, generator=generator)
+        theirs = mine + 0.5 * hard * torch.randn(12, length, vocabulary, generator=generator)
+        ids = torch.randint(0, vocabulary, (12, length), generator=generator)
+        found.append(metrics.measure(ids, mine, theirs))
+    for name in ("perplexity", "kl", "top1"):
+        values = torch.tensor([getattr(one, name) for one in found])
+        told = torch.tensor([getattr(one, f"{name}_error") for one in found])
+        assert float(told.mean()) == pytest.approx(float(values.std()), rel=0.15), name

@@ -38,18 +38,16 @@ from moe2edge.cli.failures import classify_os_error, explain_shortage, naming_di
 from moe2edge.cli.plan import choose_and_tell
 from moe2edge.cli.progress_bar import make_reporter
 from moe2edge.errors import DoesNotFit, InputError, Moe2EdgeError, join_lines
+from moe2edge.runtime.waiting import choose_waiting
 
 INTERRUPTED = 130
 # Read by torch when it is first used. With large pages there are fewer page faults, which takes a
 # twelfth off the time of an export. oneDNN compiles code for each shape of a matrix product and
 # would keep 1024 such pieces of up to half a megabyte, although the number of tokens of an expert
-# is different in every block. Threads of OpenMP would spin while they wait, which takes the
-# processor from whatever else runs: an export beside four busy processes took five times as long.
-ENVIRONMENT = {
-    "THP_MEM_ALLOC_ENABLE": "1",
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
-    "OMP_WAIT_POLICY": "passive",
-}
+# is different in every block.
+ENVIRONMENT = {"THP_MEM_ALLOC_ENABLE": "1", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
+# Commands in which threads wait for each other hundreds of times a token.
+DECODING = ("generate", "profile", "compare")
 # Commands that need no more memory than Python.
 WITHOUT_TORCH = ("recipe", "targets", "decisions")
 EPILOG = """\b
@@ -178,6 +176,7 @@ def main(context: click.Context) -> None:
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    os.environ.update(choose_waiting(os.environ, spin=context.invoked_subcommand in DECODING))
     if context.invoked_subcommand not in WITHOUT_TORCH and not {"-h", "--help"} & set(sys.argv):
         from moe2edge.runtime.memory import check_imports_fit
 

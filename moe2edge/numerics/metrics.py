@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,12 +24,19 @@ class Quality:
         kl: mean ``KL(source || model)`` in nats per token, None without a source.
         top1: fraction of the tokens where both have the same most likely next token, None without a
             source.
+        perplexity_error: standard error of ``perplexity``, from the spread between samples; None
+            with a single sample.
+        kl_error: that of ``kl``, None without a source as well.
+        top1_error: that of ``top1``, None without a source as well.
     """
 
     tokens: int
     perplexity: float
     kl: float | None = None
     top1: float | None = None
+    perplexity_error: float | None = None
+    kl_error: float | None = None
+    top1_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -59,11 +66,48 @@ def measure(ids: Tensor, logits: Iterable[Tensor], source: Iterable[Tensor] | No
     """
     samples = list(measure_per_sample(ids, logits, source))
     tokens = sum(one.tokens for one in samples)
+    counts = [one.tokens for one in samples]
     perplexity = math.exp(min(sum(one.nll for one in samples) / tokens, 700.0))
+    spread = estimate_error([one.nll for one in samples], counts)
+    found = Quality(
+        tokens,
+        perplexity,
+        # exp(x) changes by exp(x) where x changes by 1.
+        perplexity_error=None if spread is None else perplexity * spread,
+    )
     if source is None:
-        return Quality(tokens, perplexity)
-    kl = max(sum(one.kl for one in samples) / tokens, 0.0)
-    return Quality(tokens, perplexity, kl, sum(one.agree for one in samples) / tokens)
+        return found
+    return replace(
+        found,
+        kl=max(sum(one.kl for one in samples) / tokens, 0.0),
+        top1=sum(one.agree for one in samples) / tokens,
+        kl_error=estimate_error([one.kl for one in samples], counts),
+        top1_error=estimate_error([one.agree for one in samples], counts),
+    )
+
+
+def estimate_error(sums: Sequence[float], counts: Sequence[int]) -> float | None:
+    """Estimate the standard error of a mean over all tokens, from how samples differ.
+
+    Tokens of one sample are not independent of each other; samples are. This is the error of a
+    ratio of sums (Cochran, Sampling Techniques, 1977, section 6.3).
+
+    Args:
+        sums: of each sample, the sum over its tokens.
+        counts: of each sample, the number of its tokens.
+
+    Returns:
+        The error; None with a single sample, or if a sum is not finite.
+
+    >>> estimate_error([1.0, 3.0], [1, 1])
+    1.0
+    """
+    many, total = len(sums), sum(counts)
+    if many < 2 or not all(map(math.isfinite, sums)):
+        return None
+    mean = sum(sums) / total
+    squares = sum((one - mean * count) ** 2 for one, count in zip(sums, counts, strict=True))
+    return math.sqrt(many / (many - 1) * squares) / total
 
 
 def measure_per_sample(

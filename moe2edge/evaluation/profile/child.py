@@ -19,13 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe2edge.errors import Moe2EdgeError
+from moe2edge.evaluation.profile.energy import NO_RAPL, EnergyMeter
 from moe2edge.evaluation.profile.memory import MemoryReading, Meter
-from moe2edge.evaluation.profile.sensors import (
-    NO_ENERGY,
-    EnergyMeter,
-    compare_sensors,
-    read_sensors,
-)
+from moe2edge.evaluation.profile.sensors import compare_sensors, read_sensors
 from moe2edge.runtime.generation import count_cache_bytes, describe_runtime, generate
 from moe2edge.storage.text_files import read_json
 
@@ -95,6 +91,8 @@ def measure_once(
     load_s = clock() - begin
     phases.end("load")
     sensors = [read_sensors()]
+    if energy is not None:
+        energy.look_for_gpus()
     runs = [
         run_prompt(runtime, p, request["gen_tokens"], phases, clock, energy)
         for p in request["prompts"]
@@ -108,8 +106,8 @@ def measure_once(
         "dtype": runtime.dtype,
         "threads": runtime.threads,
         "note": describe_runtime(runtime),
-        "sensors": compare_sensors(sensors),
-        "energy_reason": NO_ENERGY if energy is None else energy.reason,
+        "sensors": {**compare_sensors(sensors), "energy_of": energy.names if energy else []},
+        "energy_reason": NO_RAPL if energy is None else energy.reason,
         **look_after(runtime),
     }
 

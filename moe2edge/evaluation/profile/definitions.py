@@ -36,7 +36,8 @@ DEFINITIONS: Mapping[str, str] = {
     "joules_per_token": "energy of the processors while decoding / tokens, other programs included",
     "quality": (
         "perplexity, KL to the source in nats per token and part of equal top-1 tokens, of the "
-        "export's report or measured (--quality); sha256 is of the token ids of the text"
+        "export's report or measured (--quality); each with its standard error, from the spread "
+        "between the samples of the text; sha256 is of the token ids of the text"
     ),
     "sensors": "mean frequency and highest temperature at begin and end of each process",
     "memory": "largest value of each phase over all processes",

@@ -213,6 +213,11 @@ class QualityPart(_Part):
     perplexity: float | None = None
     kl: float | None = None
     top1: float | None = None
+    perplexity_error: float | None = None
+    kl_error: float | None = None
+    top1_error: float | None = None
+    error_reason: str | None = None
+    kl_reason: str | None = None
 
 
 class SensorsPart(_Part):
@@ -223,6 +228,7 @@ class SensorsPart(_Part):
     celsius: list[float | None]
     celsius_reason: str | None
     throttled: int | None
+    energy_of: list[str] = []
 
 
 class ProfileDocument(_Part):

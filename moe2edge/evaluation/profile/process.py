@@ -12,6 +12,7 @@ from typing import Any
 
 from moe2edge.errors import DoesNotFit, InputError, Moe2EdgeError, Unsupported, VerificationFailed
 from moe2edge.evaluation.profile.settings import ProfileSettings
+from moe2edge.runtime.waiting import choose_waiting
 
 _ERRORS = {
     kind.exit_code: kind for kind in (InputError, DoesNotFit, Unsupported, VerificationFailed)
@@ -28,7 +29,7 @@ def run_child(request: Mapping[str, Any], settings: ProfileSettings) -> dict[str
         Moe2EdgeError: the process failed, was killed, or took too long. The message ends in the
             last line that the process wrote; one of our errors is raised again as the same class.
     """
-    env = dict(os.environ)
+    env = {**os.environ, **choose_waiting(os.environ)}
     if settings.threads is not None:
         env["OMP_NUM_THREADS"] = str(settings.threads)
     try:

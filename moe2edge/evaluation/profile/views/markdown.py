@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from moe2edge.evaluation.profile.views.charts import format_value
-from moe2edge.evaluation.profile.views.parts import Document, list_profiles
+from moe2edge.evaluation.profile.views.parts import Document, format_quality, list_profiles
 
 # By it a bot finds its own comment, to edit it.
 COMMENT_MARKER = "<!-- moe2edge-profile -->"
@@ -26,8 +26,9 @@ def build_markdown(document: Document) -> str:
         lines += _build_table(["kind", "decode, %"], _list_kinds(profile))
         quality = profile["quality"]
         told = quality["reason"] or (
-            f"perplexity {format_value(quality['perplexity'])}, KL {quality['kl']}, top-1 "
-            f"{quality['top1']} on {quality['text']} ({quality['origin']})"
+            f"perplexity {format_quality(quality, 'perplexity')}, "
+            f"KL {format_quality(quality, 'kl')}, top-1 {format_quality(quality, 'top1')} "
+            f"on {quality['text']} ({quality['origin']})"
         )
         env = profile["env"]
         lines += ["", f"Quality: {_clean(told)}", "",

@@ -11,7 +11,7 @@ from moe2edge.evaluation.profile.views.charts import (
     draw_lines,
     format_value,
 )
-from moe2edge.evaluation.profile.views.parts import Document, list_profiles
+from moe2edge.evaluation.profile.views.parts import Document, format_quality, list_profiles
 
 # Headings of the sections that each folder has.
 SECTIONS = (
@@ -190,7 +190,11 @@ def _build_bound(profile: Document) -> str:
     found = profile["roofline"]
     read, rate = found["bytes_per_token"], found["bandwidth"]["median"]
     rows = [
-        ["read for a token", format_value((read["total"] or 0) / _MIB), "MiB"],
+        [
+            "read for a token",
+            format_value(None if read["total"] is None else read["total"] / _MIB),
+            "MiB",
+        ],
         ["memory bandwidth", format_value(None if rate is None else rate / 1e9), "GB/s"],
         ["ceiling", format_value(found["ceiling_tok_s"]), "token/s"],
         ["reached", format_value(found["reached_pct"]), "%"],
@@ -204,9 +208,10 @@ def _build_quality(profile: Document) -> str:
     found = profile["quality"]
     if found["reason"] is not None:
         return _say(found["reason"])
-    names = ("origin", "text", "sha256", "tokens", "perplexity", "kl", "top1")
-    rows = [[name, "-" if found[name] is None else str(found[name])] for name in names]
-    return _build_table(["", ""], rows)
+    rows = [[name, str(found[name])] for name in ("origin", "text", "sha256", "tokens")]
+    rows += [[name, format_quality(found, name)] for name in ("perplexity", "kl", "top1")]
+    said = [text for name in ("kl_reason", "error_reason") if (text := found.get(name))]
+    return _build_table(["", ""], rows) + "".join(_say(text) for text in said)
 
 
 def _build_environment(profile: Document) -> str:

@@ -1,0 +1,1 @@
+"""Speed beside busy processes, and what it costs on an idle machine."""

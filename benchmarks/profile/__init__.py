@@ -1,0 +1,1 @@
+"""Numbers of a profile beside those of other programs."""
