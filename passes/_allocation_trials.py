@@ -15,7 +15,7 @@ import torch
 from moe2edge.calibration import criteria, walk
 from moe2edge.calibration.criteria import Criterion
 from moe2edge.calibration.evidence import EvidenceObserver
-from moe2edge.calibration.observation import Facts, Resumable
+from moe2edge.calibration.observation import Facts, Resumable, SeesOutputs
 from moe2edge.calibration.walk_keeper import make_keeper
 from moe2edge.model.block import Block
 from moe2edge.model.layers import MoELayer
@@ -72,6 +72,12 @@ class Ranker(Resumable):
     def needs_walk(self) -> bool:
         """True if it needs activations: some criteria score by weights alone."""
         return bool(self._observers) or self._evidence is not None
+
+    def visit(self, block: Block, row: int, outputs: Tensor, weights: Tensor) -> None:
+        """Show outputs of an expert to the observers of the criterion."""
+        for observer in self._observers.values():
+            if isinstance(observer, SeesOutputs):
+                observer.visit(block, row, outputs, weights)
 
     def observe(self, trace: BlockTrace) -> None:
         """Add one batch of one block."""

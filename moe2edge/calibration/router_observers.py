@@ -73,21 +73,34 @@ class RoutingObserver(Resumable):
 
 
 class OutputObserver(Resumable):
-    """Gathers `OutputStatistics`."""
+    """Gathers `OutputStatistics`.
+
+    Where nobody shows it the outputs (`SeesOutputs`), it runs the experts again.
+    """
 
     def __init__(self) -> None:
         self._layers: dict[int, LayerOutputs] = {}
+        self._was_shown = False
 
     def visit(self, block: Block, row: int, outputs: Tensor, weights: Tensor) -> None:
         """Add the outputs of an expert, as `SeesOutputs`."""
         assert isinstance(block.mlp, MoELayer), "only experts have outputs to visit"
         layer = self._find_layer(block, outputs.shape[-1])
         layer.add(block.mlp.routed.index(row), outputs, weights)
+        self._was_shown = True
 
     def observe(self, trace: BlockTrace) -> None:
-        """Add a layer with experts, even if no token chose one; outputs were seen already."""
-        if trace.routing is not None and isinstance(trace.block.mlp, MoELayer):
-            self._find_layer(trace.block, trace.routing.inputs.shape[-1])
+        """Add one batch of one block, if its outputs were not shown."""
+        layer, routing = trace.block.mlp, trace.routing
+        if routing is None or not isinstance(layer, MoELayer):
+            return
+        self._find_layer(trace.block, routing.inputs.shape[-1])
+        for row in () if self._was_shown else layer.routed:
+            token, place = torch.where(routing.ids == row)
+            if len(token):
+                outputs = trace.expert_output(row, routing.inputs[token])
+                self.visit(trace.block, row, outputs, routing.weights[token, place])
+        self._was_shown = False
 
     def _find_layer(self, block: Block, hidden: int) -> LayerOutputs:
         if block.origin not in self._layers:
