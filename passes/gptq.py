@@ -92,8 +92,9 @@ class Gptq(Quantize):
     compute: Annotated[
         Literal["auto", "float32", "bfloat16"],
         Field(
-            description="dtype of expert outputs, and of errors that are carried to distant "
-            "columns; auto: bfloat16 where the processor multiplies it natively"
+            description="dtype of products: of attention and experts, of the inputs in Hessians, "
+            "and of errors that are carried to distant columns; auto: bfloat16 where the processor "
+            "multiplies it natively"
         ),
     ] = "auto"
     min_tokens: MinTokens = 256
@@ -126,7 +127,7 @@ class Gptq(Quantize):
         return choose_device(self.device, self.name)
 
     def dtype(self) -> torch.dtype:
-        """Return the dtype of expert outputs and distant errors; Hessians are always float32."""
+        """Return the dtype of products; Hessians and their factors are always float32."""
         import torch
 
         from moe2edge.runtime.products import multiplies_bfloat16
@@ -142,7 +143,7 @@ class Gptq(Quantize):
         return super().resolve(model).model_copy(update={"compute": chosen})
 
     def describe(self, planned: PlannedStep) -> str:
-        """Describe the schemes, the dtype of expert outputs, and missing compiled loops."""
+        """Describe the schemes, the dtype of products, and missing compiled loops."""
         from moe2edge.numerics import compiled
 
         loops = (
@@ -151,7 +152,7 @@ class Gptq(Quantize):
             else "; using torch loops (slower): the compiled ones were not built at installation"
         )
         dtype = self.resolve(planned.before).compute
-        return f"{super().describe(planned)}; expert outputs in {dtype}{loops}"
+        return f"{super().describe(planned)}; products in {dtype}{loops}"
 
     def solver(self, model: Model) -> _Solver:
         """Create the solver, which computes Hessians of matrices, then solves them."""
@@ -253,7 +254,7 @@ class _Solver:
         ins = weight.shape[1]
         hessians = self._get_space(0, torch.Size((1, ins, ins)))
         near = ((x.to(self.device), None) for x, _ in inputs())
-        error_feedback.sum_hessian(hessians[0], near, weighted=False)
+        error_feedback.sum_hessian(hessians[0], near, weighted=False, dtype=self.dtype)
         whole = hessians[0].clone()
         diagonals, orders, factors, fine = self._factorize(hessians)
 
@@ -313,7 +314,7 @@ class _Solver:
         """Load the matrices of each group below one another, float32 [batch, out, in]."""
         import torch
 
-        from moe2edge.runtime.decoder_blocks import load_finite
+        from moe2edge.runtime.decoder_blocks import check_finite
 
         rows = sum(groups[0].weights[role].shape[0] for role in parts[0])
         matrices = torch.empty(len(groups), rows, groups[0].shapes[0][1], device=self.device)
@@ -321,7 +322,8 @@ class _Solver:
             at = 0
             for role in roles:
                 weight = group.weights[role]
-                whole[at : at + weight.shape[0]] = load_finite(weight)
+                place = whole[at : at + weight.shape[0]]
+                check_finite(weight.name, place.copy_(weight.load()))
                 at += weight.shape[0]
         return matrices
 
@@ -351,14 +353,13 @@ class _Solver:
         """Quantize ``weights`` [batch, out, in]; return the results and their losses [batch]."""
         import torch
 
-        from moe2edge.numerics import error_feedback
+        from moe2edge.numerics import bfloat16, error_feedback
         from moe2edge.numerics.grid import Grid
         from moe2edge.numerics.rounding import choose_grid
         from moe2edge.numerics.scale_fitting import fit_scales, measure_rows
 
         batch, _, ins = weights.shape
         how = self._options.scales
-        mask = (weights != 0) if sparse else None
         groups = torch.arange(ins, device=weights.device) // scheme.width(ins)
         groups = groups.expand(batch, ins)
         fixed = orders is not None or scheme.groups(ins) == 1
@@ -367,6 +368,18 @@ class _Solver:
             # What is left of the Hessian once later columns make up for errors.
             costs = torch.empty_like(diagonals).scatter_(1, orders, factors.weight)
         grid = choose_grid(weights, scheme, how if fixed else "absmax", costs)
+        whole = self.dtype == torch.bfloat16 and fixed and not self._options.refit
+        if whole and bfloat16.can_round(weights):
+            q, loss = bfloat16.round_matrices(
+                weights,
+                grid,
+                torch.arange(ins).repeat(batch, 1) if orders is None else orders,
+                factors.lower.mT,
+                factors.weight,
+                sparse=sparse,
+            )
+            return [grid[n].to_quantized(q[n]) for n in range(batch)], loss
+        mask = (weights != 0) if sparse else None
         columns = error_feedback.transpose(weights)
         del weights  # frees its memory: there is no other reference
         if orders is not None:
@@ -415,7 +428,9 @@ class _Solver:
                     hessian.zero_()
                     continue
                 batches = group.everyone
-            error_feedback.sum_hessian(hessian, batches(), weighted=self._options.gate_weighted)
+            error_feedback.sum_hessian(
+                hessian, batches(), weighted=self._options.gate_weighted, dtype=self.dtype
+            )
         return hessians, notes
 
 

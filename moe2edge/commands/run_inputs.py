@@ -58,12 +58,12 @@ def _describe_machine() -> dict[str, str]:
     """Describe what computes, as far as the last bits of numbers depend on it."""
     import torch
 
-    from moe2edge.numerics import compiled
+    from moe2edge.numerics import bfloat16
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return {
         "number of threads": f"{torch.get_num_threads()}",
-        "innermost loops": compiled.describe_kernel(),
+        "innermost loops": bfloat16.describe_loops(),
         "GPU": gpu,
         "version": ", ".join(
             f"{name} {v}" for name, v in list_versions().items() if name in NUMERIC_PACKAGES

@@ -21,10 +21,16 @@ if TYPE_CHECKING:
     from moe2edge.numerics.grid import Grid
     from moe2edge.numerics.scheme import Scheme
 
-try:
-    _columns: Any = import_module("moe2edge._columns")
-except ModuleNotFoundError:  # it was not built
-    _columns = None
+
+def find_built(name: str) -> Any:
+    """Return a compiled module; None: it was not built."""
+    try:
+        return import_module(f"moe2edge.{name}")
+    except ModuleNotFoundError:
+        return None
+
+
+_columns = find_built("_columns")
 
 # With more multiplications than this, splitting the work between threads pays.
 MANY = 1 << 20
@@ -84,21 +90,21 @@ def round_panel(
     inputs = [t.contiguous() for t in (target, lower, weight, grid.scales, column_groups)]
     zeros = None if grid.scheme.symmetric else grid.zeros.contiguous()
     groups = (batch, grid.scales.shape[1], outs)
-    _check_tensor("target", inputs[0], (batch, columns, outs), torch.float32)
-    _check_tensor("lower", inputs[1], (batch, columns, columns), torch.float32)
-    _check_tensor("weight", inputs[2], (batch, columns), torch.float32)
-    _check_tensor("scales", inputs[3], groups, torch.float32)
-    _check_tensor("column_groups", inputs[4], (batch, columns), torch.int64)
+    check_tensor("target", inputs[0], (batch, columns, outs), torch.float32)
+    check_tensor("lower", inputs[1], (batch, columns, columns), torch.float32)
+    check_tensor("weight", inputs[2], (batch, columns), torch.float32)
+    check_tensor("scales", inputs[3], groups, torch.float32)
+    check_tensor("column_groups", inputs[4], (batch, columns), torch.int64)
     if int(column_groups.min()) < 0 or int(column_groups.max()) >= groups[1]:
         raise ValueError(f"column_groups: expected groups 0 to {groups[1] - 1}")
     if zeros is not None:
-        _check_tensor("zeros", zeros, groups, torch.float32)
+        check_tensor("zeros", zeros, groups, torch.float32)
     for name, part, dtype in (
         ("errors", errors, torch.float32),
         ("q", q, torch.int16),
         *([] if mask is None else [("mask", mask, torch.bool)]),
     ):
-        _check_tensor(name, part, (batch, columns, outs), dtype)
+        check_tensor(name, part, (batch, columns, outs), dtype)
         layout = part.stride()[1:], part.stride(0) if batch > 1 else 0
         if layout != ((outs, 1), errors.stride(0) if batch > 1 else 0):
             raise ValueError(f"{name}: columns must be contiguous, one directly after another")
@@ -109,7 +115,7 @@ def round_panel(
     )
     middle = float(grid.scheme.zero_point)
     threads = torch.get_num_threads() if batch * columns * columns * outs > MANY else 1
-    _split_between_threads(
+    split_between_threads(
         partial(_columns.round_panel, sizes, places, middle), batch * parts, threads
     )
     return loss.sum(1).float()
@@ -137,23 +143,21 @@ def choose_best_grids(
     count = batch * outs * groups
     best = torch.empty(batch, outs, groups, dtype=torch.uint8)
     inputs = [t.contiguous() for t in (numbers, importance, scales, zeros)]
-    _check_tensor("numbers", numbers, (batch, outs, groups, width), torch.float32)
-    _check_tensor("importance", importance, (batch, groups, width), torch.float32)
+    check_tensor("numbers", numbers, (batch, outs, groups, width), torch.float32)
+    check_tensor("importance", importance, (batch, groups, width), torch.float32)
     for name, grids in (("scales", scales), ("zeros", zeros)):
-        _check_tensor(name, grids, (len(scales), batch, outs, groups), torch.float32)
+        check_tensor(name, grids, (len(scales), batch, outs, groups), torch.float32)
     sizes = (count, width, groups, outs * groups, len(scales), scheme.largest)
     addresses = [t.data_ptr() for t in (*inputs, best)]
     if scheme.symmetric:
         addresses[3] = 0
     threads = torch.get_num_threads() if len(scales) * numbers.numel() > MANY else 1
     middle = float(scheme.zero_point)
-    _split_between_threads(
-        partial(_columns.search, sizes, tuple(addresses), middle), count, threads
-    )
+    split_between_threads(partial(_columns.search, sizes, tuple(addresses), middle), count, threads)
     return best
 
 
-def _split_between_threads(work: Callable[[int, int], None], count: int, threads: int) -> None:
+def split_between_threads(work: Callable[[int, int], None], count: int, threads: int) -> None:
     """Do ``count`` pieces of work in several threads."""
     step = -(-count // threads)
     starts = range(0, count, step)
@@ -168,7 +172,7 @@ def _split_between_threads(work: Callable[[int, int], None], count: int, threads
             wait(futures)
 
 
-def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """Refuse a tensor whose memory the compiled loops would misread."""
     if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device.type != "cpu":
         raise ValueError(

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from moe2edge.numerics import compiled
+from moe2edge.numerics import bfloat16, compiled
 from moe2edge.numerics.grid import Grid
 from moe2edge.numerics.rounding import Range, choose_grid
 from moe2edge.numerics.scheme import WHOLE_ROW
@@ -38,7 +38,11 @@ SAMPLED_ROWS = 32
 
 
 def sum_hessian(
-    hessian: Tensor, batches: Iterable[tuple[Tensor, Tensor | None]], *, weighted: bool = True
+    hessian: Tensor,
+    batches: Iterable[tuple[Tensor, Tensor | None]],
+    *,
+    weighted: bool = True,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """Sum the Hessian ``X^T diag(w) X`` [in, in] over batches of inputs X [n, in], weights w [n].
 
@@ -46,21 +50,42 @@ def sum_hessian(
         hessian: receives the sum; its previous content is overwritten.
         batches: X and w; None stands for weights of one.
         weighted: whether w counts.
+        dtype: of the factors of products; bfloat16 only where the processor sums them in float32.
     """
     started = False
+    fast = dtype == torch.bfloat16 and hessian.device.type == "cpu" and bfloat16.is_native()
+    space = bfloat16.make_packing_space(len(hessian)) if fast else None
     for x, weights in batches:
-        x = x.to(hessian.dtype)
-        weighed = x if weights is None or not weighted else x * weights.unsqueeze(1)
-        for start in range(0, len(hessian), HESSIAN_COLUMNS):
-            end = start + HESSIAN_COLUMNS
-            part = weighed[:, start:].T, x[:, start:end]
-            hessian[start:, start:end].addmm_(*part, beta=float(started))
+        if not len(x):
+            continue
+        weights = weights if weighted else None
+        # Weights of no router known are negative, and those have no roots.
+        if space is not None and (weights is None or bool((weights >= 0).all())):
+            bfloat16.add_products(hessian, x, weights, space, started=started)
+        else:
+            _add_products(hessian, x, weights, started=started)
         started = True
     if not started:
         hessian.zero_()
+    elif fast:
+        bfloat16.mirror(hessian)
+    else:
+        for start in range(0, len(hessian), HESSIAN_COLUMNS):
+            end = start + HESSIAN_COLUMNS
+            hessian[start:end, end:] = hessian[end:, start:end].T
+
+
+def _add_products(hessian: Tensor, x: Tensor, weights: Tensor | None, *, started: bool) -> None:
+    """Do the same as `moe2edge.numerics.bfloat16.add_products`, in torch and in float32.
+
+    Numbers above the diagonal are computed near it.
+    """
+    x = x.to(hessian.dtype)
+    weighed = x if weights is None else x * weights.unsqueeze(1)
     for start in range(0, len(hessian), HESSIAN_COLUMNS):
         end = start + HESSIAN_COLUMNS
-        hessian[start:end, end:] = hessian[end:, start:end].T
+        part = weighed[:, start:].T, x[:, start:end]
+        hessian[start:, start:end].addmm_(*part, beta=float(started))
 
 
 def estimate_output_size(weight: Tensor, hessian: Tensor) -> float:

@@ -241,8 +241,8 @@ def count_gpu_bytes(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).total_memory
 
 
-def make_like(hidden: Tensor, memory: Memory) -> Tensor:
+def make_like(hidden: Tensor, memory: Memory, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return a tensor without numbers in the shape and on the device of ``hidden``."""
     if hidden.device.type == "cpu":
-        return memory.empty(tuple(hidden.shape))
-    return torch.empty_like(hidden)
+        return memory.empty(tuple(hidden.shape), dtype)
+    return torch.empty_like(hidden, dtype=dtype)

@@ -27,7 +27,7 @@ from moe2edge.model.experts import Dense
 from moe2edge.model.layers import MoELayer, UnroutedMLP
 from moe2edge.model.model import Model
 from moe2edge.model.roles import OUT, QKV, list_gated_mlps, list_quantizable
-from moe2edge.pipeline.block_parts import BlockParts
+from moe2edge.pipeline.block_parts import RUN_TOKENS, BlockParts
 from moe2edge.pipeline.block_work import (
     CHUNK_NUMBERS,
     BlockWork,
@@ -66,7 +66,7 @@ class _TabledWork(BlockWork):
     @torch.no_grad()
     def run(self, hidden: Tensor) -> Mapping[str, Quantized | Tensor]:
         """Solve the block for ``hidden`` [samples, length, hidden], which becomes its output."""
-        parts = BlockParts(self.model, self.block, self.device)
+        parts = BlockParts(self.model, self.block, self.device, self.dtype)
         self._solve_attention(parts, hidden)
         mlp = self.block.mlp
         if mlp is None:
@@ -76,17 +76,16 @@ class _TabledWork(BlockWork):
             return self.numbers
         added = make_like(hidden, self.memory).zero_()
         flat, out = hidden.flatten(0, 1), added.flatten(0, 1)
+        given = self._normalize(parts, flat, make_like(hidden, self.memory, self.dtype))
         if isinstance(mlp, MoELayer):
-            self._solve_experts(parts, mlp, flat, out)
+            self._solve_experts(parts, mlp, flat, given, out)
         dense = (
             mlp if isinstance(mlp, Dense) else mlp.expert if isinstance(mlp, UnroutedMLP) else None
         )
         if dense is not None:
-            self._solve_always_on("dense", parts, flat, out, None)
+            self._solve_always_on("dense", given.inputs, None, out)
         if isinstance(mlp, MoELayer | UnroutedMLP) and mlp.shared is not None:
-            gate = mlp.shared.gate
-            scorer = None if gate is None else load_finite(gate).to(self.device)
-            self._solve_always_on("shared", parts, flat, out, scorer)
+            self._solve_always_on("shared", given.inputs, given.openings, out)
         hidden += added
         return self.numbers
 
@@ -106,55 +105,109 @@ class _TabledWork(BlockWork):
         ):
             self.solve("attention", [self.make_group(roles, inputs, tokens)])
             for role in roles:
-                parts.put_attention(role, self.load_matrix(role, torch.float32))
+                parts.put_attention(role, self.load_matrix(role, self.dtype))
         for part, (x, _) in zip(split_batches(hidden), inside(), strict=True):
-            hidden[part] += parts.project_attention(x).view_as(hidden[part]).to(hidden.device)
+            parts.add_attention(hidden[part], x)
 
     # ---- experts and MLPs ------------------------------------------------------------------------
 
+    def _normalize(self, parts: BlockParts, flat: Tensor, space: Tensor) -> _MlpInputs:
+        """Compute once what all MLPs get; experts are routed by inputs in float32.
+
+        Args:
+            parts: the rest of the block.
+            flat: hidden states after attention, [tokens, hidden].
+            space: receives the inputs, as they are multiplied; [samples, length, hidden].
+        """
+        mlp, inputs = self.block.mlp, space.flatten(0, 1)
+        shared = mlp.shared if isinstance(mlp, MoELayer | UnroutedMLP) else None
+        gate = None if shared is None or shared.gate is None else load_finite(shared.gate)
+        routed, openings = [], []
+        for place, x in zip(*(torch.split(t, RUN_TOKENS) for t in (inputs, flat)), strict=True):
+            x = parts.normalize(x)
+            place.copy_(x)
+            if isinstance(mlp, MoELayer):
+                routed.append(parts.route(x))
+            if gate is not None:
+                openings.append(torch.sigmoid(x @ gate.to(x.device).T)[:, 0])
+        weights, ids = (
+            (torch.cat(both) for both in zip(*routed, strict=True))
+            if routed
+            else (torch.empty(0), torch.empty(0))
+        )
+        return _MlpInputs(inputs, weights, ids, torch.cat(openings) if openings else None)
+
     def _solve_always_on(
-        self, kind: str, parts: BlockParts, flat: Tensor, out: Tensor, scorer: Tensor | None
+        self, kind: str, inputs: Tensor, weights: Tensor | None, out: Tensor
     ) -> None:
         """Solve an MLP that runs for every token, and add its output to ``out``.
 
         Args:
             kind: first part of the roles of its matrices.
-            parts: the rest of the block.
-            flat: hidden states after attention, [tokens, hidden].
+            inputs: of all tokens, [tokens, hidden].
+            weights: of the outputs, [tokens]; None: ones.
             out: sum of outputs, [tokens, hidden].
-            scorer: gate [1, hidden] of a shared expert; None: there is none.
         """
+        everything = torch.arange(len(inputs), device=inputs.device)
+        batches = self._list_batches(inputs, None, weights)
+        self.solve_mlps([_GatedMlp(kind, everything, batches, None, GATED)], out)
 
-        def weigh(x: Tensor) -> Tensor:
-            assert scorer is not None
-            return torch.sigmoid(x @ scorer.T)[:, 0]
-
-        everything = torch.arange(len(flat), device=flat.device)
-        weights = weigh if scorer is not None else None
-        inputs = _list_routed(parts.normalize, flat, everything, weights)
-        self.solve_mlps([_GatedMlp(kind, everything, inputs, None, GATED)], out)
-
-    def _solve_experts(self, parts: BlockParts, layer: MoELayer, flat: Tensor, out: Tensor) -> None:
+    def _solve_experts(
+        self, parts: BlockParts, layer: MoELayer, flat: Tensor, given: _MlpInputs, out: Tensor
+    ) -> None:
         """Solve the stored experts of a layer, and add the outputs of all rows to ``out``."""
-        routed = [parts.route(parts.normalize(x)) for x in torch.split(flat, BATCH_TOKENS)]
-        weights, ids = (torch.cat(both) for both in zip(*routed, strict=True))
+        weights, ids = given.weights, given.ids
+        everyone = self._list_batches(given.inputs, None, None)
         mlps = []
-
-        def everyone() -> Iterator[tuple[Tensor, None]]:
-            return ((parts.normalize(x), None) for x in torch.split(flat, BATCH_TOKENS))
-
         for n in range(len(layer.experts)):
             token, place = torch.where(layer.find_uses(n, ids))
             own = weights[token, place]
             low = LowRank(parts.tied, parts.find_tied(ids[token, place])) if parts.tied else None
             token = token.to(flat.device)
-            inputs = _list_routed(parts.normalize, flat, token, own)
-            mlps.append(_GatedMlp(f"experts.{n}", token, inputs, everyone, GATED, low))
+            batches = self._list_batches(given.inputs, token, own)
+            mlps.append(_GatedMlp(f"experts.{n}", token, batches, everyone, GATED, low))
         if None in layer.bases:
             parted = (torch.split(t, BATCH_TOKENS) for t in (flat, out, weights, ids))
             for x, place, *chosen in zip(*parted, strict=True):
                 place += parts.compute_unstored(parts.normalize(x), *chosen).to(out.device)
         self.solve_experts(layer, mlps, out)
+
+    def _list_batches(
+        self, inputs: Tensor, tokens: Tensor | None, weights: Tensor | None
+    ) -> Batches:
+        """Return inputs of some tokens in batches, with the weights of the outputs.
+
+        Args:
+            inputs: of all tokens, [all tokens, hidden].
+            tokens: int64 [n]; None: all.
+            weights: [n]; None: outputs have none.
+        """
+
+        def each() -> Iterator[tuple[Tensor, Tensor | None]]:
+            count = len(inputs) if tokens is None else len(tokens)
+            for at in range(0, count, BATCH_TOKENS):
+                part = slice(at, at + BATCH_TOKENS)
+                x = inputs[part] if tokens is None else inputs[tokens[part]]
+                own = None if weights is None else weights[part].to(self.device)
+                yield x.to(self.device), own
+
+        return each
+
+
+@dataclass(frozen=True)
+class _MlpInputs:
+    """Inputs of the MLPs of a block, computed once.
+
+    Attributes:
+        inputs: in the dtype in which they are multiplied, [tokens, hidden].
+        weights, ids: of the experts that are chosen, [tokens, k]; empty where there are none.
+        openings: how far the gate of a shared expert is open, [tokens]; None: it has no gate.
+    """
+
+    inputs: Tensor
+    weights: Tensor
+    ids: Tensor
+    openings: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -202,33 +255,6 @@ class _GatedMlp(Mlp):
             return y
 
         return compute
-
-
-def _list_routed(
-    norm: Callable[[Tensor], Tensor],
-    flat: Tensor,
-    tokens: Tensor,
-    weights: Tensor | Callable[[Tensor], Tensor] | None,
-) -> Batches:
-    """Return the inputs of some tokens with the weights of the outputs.
-
-    Args:
-        norm: computes inputs from hidden states after attention.
-        flat: these, [all tokens, hidden].
-        tokens: int64 [n].
-        weights: [n], or how to compute them from inputs; None: outputs have none.
-    """
-
-    def each() -> Iterator[tuple[Tensor, Tensor | None]]:
-        for at in range(0, len(tokens), BATCH_TOKENS):
-            x = norm(flat[tokens[at : at + BATCH_TOKENS]])
-            if weights is None or isinstance(weights, torch.Tensor):
-                own = None if weights is None else weights[at : at + BATCH_TOKENS].to(x.device)
-            else:
-                own = weights(x)
-            yield x, own
-
-    return each
 
 
 def _batch_inputs(hidden: Tensor, inputs: Callable[[Tensor], Tensor]) -> Batches:

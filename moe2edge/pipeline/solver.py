@@ -106,8 +106,7 @@ class GroupSolver(Protocol):
     Attributes:
         propagate: whether that is so; otherwise inputs come from the model as it was.
         device: of the inputs of groups and of the work; numbers are returned on the CPU.
-        dtype: of the outputs of experts and MLPs that enter the next matrices; those of
-            attention are float32.
+        dtype: in which inputs are multiplied with the matrices that are before the next one.
     """
 
     propagate: bool

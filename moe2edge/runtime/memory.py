@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import tempfile
 from dataclasses import dataclass
@@ -138,8 +139,8 @@ class Memory:
             within,
         )
 
-    def empty(self, shape: tuple[int, ...]) -> Tensor:
-        """Return an uninitialized float32 tensor for hidden states.
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+        """Return an uninitialized tensor for hidden states, float32 if no other dtype is asked for.
 
         Beyond the budget, the tensor is mapped from an unnamed file on the disk, which disappears
         with the tensor.
@@ -147,15 +148,15 @@ class Memory:
         import numpy as np
         import torch
 
-        count = 1
-        for size in shape:
-            count *= size
-        if self.hidden_bytes is None or 4 * count <= self.hidden_bytes:
-            return torch.empty(shape)
+        dtype = dtype or torch.float32
+        size = math.prod(shape) * dtype.itemsize
+        if self.hidden_bytes is None or size <= self.hidden_bytes:
+            return torch.empty(shape, dtype=dtype)
         handle, name = tempfile.mkstemp(prefix="stream-", dir=self.folder)
         try:
-            os.truncate(handle, 4 * count)
-            return torch.from_numpy(np.memmap(name, np.float32, "r+", shape=shape))
+            os.truncate(handle, size)
+            mapped = np.memmap(name, np.uint8, "r+", shape=(size,))
+            return torch.from_numpy(mapped).view(dtype).view(shape)
         finally:
             os.close(handle)
             os.unlink(name)
