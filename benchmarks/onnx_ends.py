@@ -23,6 +23,7 @@ from benchmarks._held_out import load_samples
 from benchmarks._study import QUIET
 from moe2edge import Model, open_checkpoint
 from moe2edge.calibration import walk
+from moe2edge.calibration.block_runner import BlockRunner
 from moe2edge.numerics import metrics
 from moe2edge.passes.rtn import Rtn
 from moe2edge.pipeline.contract import PassContext
@@ -55,7 +56,7 @@ def compute_all(model: Model, ids: torch.Tensor) -> list[torch.Tensor]:
     """Return the logits of each sample."""
     hidden = walk.embed(model, ids)
     for block in model.blocks:
-        hidden = walk.BlockRunner(model, block).run(hidden)
+        hidden = BlockRunner(model, block).run(hidden)
     return list(walk.compute_logits(model, hidden))
 
 

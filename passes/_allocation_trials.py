@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moe2edge.calibration import criteria, walk
+from moe2edge.calibration.block_runner import BlockRunner
 from moe2edge.calibration.criteria import Criterion
 from moe2edge.calibration.evidence import EvidenceObserver
 from moe2edge.calibration.observation import Facts, Resumable, SeesOutputs
@@ -270,7 +271,7 @@ class Trial:
         outputs: dict[Counts, Tensor] = {}
         for count, prefixes in runs.items():
             shape = block if count is None else self.trimmer.block(block.index, count)
-            runner = walk.BlockRunner(self.trimmer.model, shape)
+            runner = BlockRunner(self.trimmer.model, shape)
             for before, after in prefixes:
                 outputs[after] = _run_block(runner, hidden[before], self.tokens)
                 count_runs(1)
@@ -312,7 +313,7 @@ def _list_runs(
     return runs
 
 
-def _run_block(runner: walk.BlockRunner, hidden: Tensor, tokens: Tensor) -> Tensor:
+def _run_block(runner: BlockRunner, hidden: Tensor, tokens: Tensor) -> Tensor:
     """Return the outputs of a block for ``hidden`` [samples, length, hidden], which stays as is."""
     out = torch.empty_like(hidden)
     for part in walk.split_batches(tokens):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from moe2edge.calibration import criteria
+from moe2edge.calibration.block_runner import BlockRunner
 from moe2edge.calibration.criteria import Criterion
 from moe2edge.calibration.observation import Facts, Observer, ObserverFactory
 from moe2edge.errors import InputError
@@ -425,8 +426,6 @@ class _Merger(KeptTransform):
     ) -> None:
         """Report which experts were merged, and the error of the output of the layer."""
         import torch
-
-        from moe2edge.calibration.walk import BlockRunner
 
         origins = block.expert_origins
         told = [

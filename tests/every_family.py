@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moe2edge.calibration import walk
+from moe2edge.calibration.block_runner import BlockRunner
 from moe2edge.model.model import Model
 from moe2edge.model.transformers_config import find_class
 from moe2edge.storage.checkpoint import open_checkpoint
@@ -151,7 +152,7 @@ def walk_over(model: Model) -> Tensor:
     """Logits of a walk."""
     hidden = walk.embed(model, IDS)
     for block in model.blocks:
-        hidden = walk.BlockRunner(model, block).run(hidden)
+        hidden = BlockRunner(model, block).run(hidden)
     return torch.stack(list(walk.compute_logits(model, hidden)))
 
 

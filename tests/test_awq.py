@@ -11,6 +11,7 @@ import torch
 
 from helpers import compute_logits, plan
 from moe2edge.calibration import walk
+from moe2edge.calibration.block_runner import BlockRunner
 from moe2edge.model.block import SECOND_NORM, Block, is_quantizable
 from moe2edge.model.family import FAMILIES
 from moe2edge.model.layers import MoELayer
@@ -64,7 +65,7 @@ def run(step: Awq, model: Model, ids: torch.Tensor = IDS) -> tuple[Model, list[s
     solver, hidden = step.solver(model), walk.embed(model, ids)
     assert not isinstance(solver, GroupSolver)
     for block in before.blocks:
-        runner = walk.BlockRunner(model, block)
+        runner = BlockRunner(model, block)
         for at in range(0, len(hidden), 3):
             solver.observe(runner.watch(hidden[at : at + 3]))
         found = solver.solve(block)
@@ -72,7 +73,7 @@ def run(step: Awq, model: Model, ids: torch.Tensor = IDS) -> tuple[Model, list[s
         notes += found.notes
         solved = Memory().put(block, found.numbers)
         model = model.replace_block(solved)
-        hidden = walk.BlockRunner(model, solved).run(hidden)
+        hidden = BlockRunner(model, solved).run(hidden)
     enforce(step, before, Outcome(model, ("all",), notes=tuple(notes)))
     assert [w.scheme for _, _, w in model.tensors()] == [w.scheme for _, _, w in planned.tensors()]
     return model, notes
@@ -268,7 +269,7 @@ def powers(x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
 def test_alpha_is_that_of_a_slow_search(tiny: Make, family: str) -> None:
     model = uneven(model_of(tiny, family, num_hidden_layers=1))
-    seen = walk.BlockRunner(model, model.blocks[0]).watch(walk.embed(model, IDS))
+    seen = BlockRunner(model, model.blocks[0]).watch(walk.embed(model, IDS))
     after = dict(run(Awq(bits=3, min_tokens=1), model)[0].blocks[0].weights())
     before = {role: w.load().float() for role, w in model.blocks[0].weights()}
     scheme = next(w.scheme for w in after.values() if w.scheme)
@@ -303,7 +304,7 @@ def test_alpha_of_values_that_stay_in_16_bits(tiny: Make) -> None:
     """They are divided; what nothing quantized reads is left alone."""
     model = model_of(tiny, "mixtral")
     rules = (Rule(match=r"(q|k|v)_proj", bits=16),)
-    seen = walk.BlockRunner(model, model.blocks[0]).watch(walk.embed(model, IDS))
+    seen = BlockRunner(model, model.blocks[0]).watch(walk.embed(model, IDS))
     after = dict(run(Awq(bits=3, rules=rules), model)[0].blocks[0].weights())
     before = dict(model.blocks[0].weights())
     assert after[NORM] is before[NORM]
@@ -437,7 +438,7 @@ def test_experts_without_tokens(tiny: Make) -> None:
 
 def test_an_expert_with_few_tokens_uses_all_tokens_of_its_layer(tiny: Make) -> None:
     model = model_of(tiny, "mixtral", num_hidden_layers=1)
-    seen = walk.BlockRunner(model, model.blocks[0]).watch(walk.embed(model, IDS))
+    seen = BlockRunner(model, model.blocks[0]).watch(walk.embed(model, IDS))
     after = dict(run(Awq(bits=3, min_tokens=10**6), model)[0].blocks[0].weights())
     before = dict(model.blocks[0].weights())
     second = before[NEXT_NORM].load() / after[NEXT_NORM].load()

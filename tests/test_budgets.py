@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from helpers import each_family, ignore
 from moe2edge.calibration import walk
+from moe2edge.calibration.block_runner import BlockRunner
 from moe2edge.calibration.observation import Facts
 from moe2edge.errors import InputError
 from moe2edge.model.model import Model
@@ -268,7 +269,7 @@ def test_shared_runs_equal_a_walk_for_each(
     ran: list[int] = []
     run = _allocation_trials._run_block
 
-    def counted(runner: walk.BlockRunner, hidden: Tensor, tokens: Tensor) -> Tensor:
+    def counted(runner: BlockRunner, hidden: Tensor, tokens: Tensor) -> Tensor:
         ran.append(runner.block.index)
         return run(runner, hidden, tokens)
 

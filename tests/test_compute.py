@@ -11,6 +11,7 @@ import torch
 from every_family import make_model
 from helpers import ignore
 from moe2edge.calibration import walk
+from moe2edge.calibration.block_runner import BlockRunner
 from moe2edge.calibration.router_observers import OutputObserver, RoutingObserver
 from moe2edge.model.block import Block
 from moe2edge.passes.expert_drop import ExpertDrop
@@ -28,8 +29,8 @@ def test_only_matrices_that_are_bfloat16_are_multiplied_so(tmp_path: Path, famil
         stock.to(dtype).save_pretrained(tmp_path / f"{dtype}")
         model = open_checkpoint(tmp_path / f"{dtype}").model
         block, hidden = model.blocks[-1], walk.embed(model, IDS)
-        wide = walk.BlockRunner(model, block).run(hidden)
-        found = walk.BlockRunner(model, block, torch.bfloat16).run(hidden)
+        wide = BlockRunner(model, block).run(hidden)
+        found = BlockRunner(model, block, torch.bfloat16).run(hidden)
         assert torch.equal(found, wide) is not is_narrow
         assert found.dtype == torch.float32
         # A few tokens may be near a tie of the router.

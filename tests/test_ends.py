@@ -14,6 +14,7 @@ import torch
 from every_family import make_folder
 from helpers import SMALL, compute_logits, export, make_context, refuse, run, write_text
 from moe2edge.calibration import walk
+from moe2edge.calibration.block_runner import BlockRunner
 from moe2edge.commands.preflight import suit_targets
 from moe2edge.errors import InputError, Unsupported
 from moe2edge.evaluation import verify
@@ -102,7 +103,7 @@ def test_gptq_solves_the_head_by_its_inputs(untied: Model) -> None:
     assert after.rest[EMBEDDING] == untied.rest[EMBEDDING]
     hidden = walk.embed(after, IDS)
     for block in after.blocks:
-        hidden = walk.BlockRunner(after, block).run(hidden)
+        hidden = BlockRunner(after, block).run(hidden)
     inputs = torch.cat(list(walk.list_head_inputs(after, hidden)))
     expected = torch.stack(list(walk.compute_logits(after, hidden))).flatten(0, 1)
     assert torch.allclose(inputs @ after.rest[HEAD].load().T, expected, atol=1e-5)

@@ -27,9 +27,10 @@ from every_family import (
     run_stock,
     walk_over,
 )
+from moe2edge.calibration.block_runner import BlockRunner
 from moe2edge.calibration.observation import Facts
 from moe2edge.calibration.similarity import BlockSimilarity
-from moe2edge.calibration.walk import BlockRunner, embed
+from moe2edge.calibration.walk import embed
 from moe2edge.errors import InputError, Unsupported
 from moe2edge.model.family import REFUSED, find_family
 from moe2edge.model.hf_config import build_transformers_dict

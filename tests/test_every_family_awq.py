@@ -17,6 +17,7 @@ from benchmarks.support.cells import CELLS, try_cell
 from every_family import make_folder, run_stock, spread_families, walk_over
 from helpers import run
 from moe2edge.calibration import walk
+from moe2edge.calibration.block_runner import BlockRunner
 from moe2edge.errors import Unsupported
 from moe2edge.evaluation import verify
 from moe2edge.model.block import Block
@@ -169,7 +170,7 @@ def test_a_layer_is_freed_when_its_trial_ends(tmp_path: Path) -> None:
 
 def list_uses(model: Model, block: Block, hidden: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     """List the inputs of the matrices of a block, with the weights of their outputs, by role."""
-    trace = walk.BlockRunner(model, block).watch(hidden)
+    trace = BlockRunner(model, block).watch(hidden)
     uses = {role: (x, torch.ones(len(x))) for role, x in trace.linear_inputs.items()}
     routing = trace.routing
     assert routing is not None

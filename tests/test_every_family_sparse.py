@@ -11,6 +11,7 @@ from torch import Tensor
 
 from every_family import make_folder, run_stock, spread_families, walk_over
 from moe2edge.calibration import walk
+from moe2edge.calibration.block_runner import BlockRunner
 from moe2edge.model.block import Block, is_quantizable
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model
@@ -44,7 +45,7 @@ def slim(step: Slim, model: Model) -> tuple[Model, list[str]]:
 
 def list_squares(model: Model, block: Block, hidden: Tensor) -> Iterator[tuple[str, Tensor]]:
     """Yield the sum of squares of each input, by the role of a matrix, token by token."""
-    trace = walk.BlockRunner(model, block).watch(hidden)
+    trace = BlockRunner(model, block).watch(hidden)
     for role, inputs in trace.linear_inputs.items():
         yield role, inputs.double().square().sum(0)
     if (routing := trace.routing) is None:
@@ -80,7 +81,7 @@ def test_zeros_are_those_of_least_products(family: str, tmp_path: Path) -> None:
             assert ((found == 0) == expected).double().mean() > 0.995, role
             assert (found.eq(weight) | found.eq(0)).all()
             seen += 1
-        hidden = walk.BlockRunner(model, old).run(hidden)
+        hidden = BlockRunner(model, old).run(hidden)
     assert seen > 10
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 import helpers
 from helpers import QUIET, each_family, ignore, make_context, plan, run, slow_except
 from moe2edge.calibration import walk
+from moe2edge.calibration.block_runner import BlockRunner
 from moe2edge.errors import DoesNotFit, InputError
 from moe2edge.model.model import Model
 from moe2edge.model.weights import Weight
@@ -181,13 +182,13 @@ def test_each_expert_is_evaluated_once_per_token(
 ) -> None:
     model = open_checkpoint(str(tiny("mixtral"))).model
     rows: list[int] = []
-    inner = walk.BlockRunner._expert_output
+    inner = BlockRunner._expert_output
 
-    def counted(runner: walk.BlockRunner, expert: int, inputs: Tensor) -> Tensor:
+    def counted(runner: BlockRunner, expert: int, inputs: Tensor) -> Tensor:
         rows.append(len(inputs))
         return inner(runner, expert, inputs)
 
-    monkeypatch.setattr(walk.BlockRunner, "_expert_output", counted)
+    monkeypatch.setattr(BlockRunner, "_expert_output", counted)
     # A criterion that looks at no outputs: what is counted is the sensitivity's.
     search(options(keep=4, sensitivity="error", criterion="frequency"), model)
     assert sum(rows) == 3 * 6 * (6 * 24)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from helpers import compute_logits, each_family, plan, search
 from moe2edge.calibration import observation, walk
+from moe2edge.calibration.block_runner import BlockRunner
 from moe2edge.errors import DoesNotFit
 from moe2edge.model.experts import PARTS, Dense
 from moe2edge.model.layers import MoELayer
@@ -304,9 +305,7 @@ def test_a_layer_is_merged_as_in_a_loop(tiny: Make, family: str, method: str) ->
                 )
                 assert torch.allclose(getattr(own, part).load(), mean, atol=1e-5)
         assert seen.routing is not None
-        after = walk.BlockRunner(outcome.model, block).run_mlp(
-            seen.routing.inputs, seen.routing.logits
-        )
+        after = BlockRunner(outcome.model, block).run_mlp(seen.routing.inputs, seen.routing.logits)
         whole_layer = seen.mlp_outputs.flatten(0, 1)
         error = float((after - whole_layer).norm() / whole_layer.norm())
         assert abs(float(note.rpartition(" ")[2]) - error) < 1e-3

@@ -18,6 +18,7 @@ import helpers
 from helpers import each_family, ignore, make_context, plan, run
 from moe2edge.calibration import evidence as gathering
 from moe2edge.calibration import walk
+from moe2edge.calibration.block_runner import BlockRunner
 from moe2edge.errors import DoesNotFit, InputError
 from moe2edge.model.experts import Dense
 from moe2edge.model.layers import MoELayer, UnroutedMLP
@@ -354,13 +355,13 @@ def test_each_expert_runs_once_per_token(
     progressive: bool,
 ) -> None:
     rows: dict[tuple[int, int], list[Tensor]] = {}
-    inner: Callable[..., Tensor] = walk.BlockRunner._expert_output
+    inner: Callable[..., Tensor] = BlockRunner._expert_output
 
-    def count(runner: walk.BlockRunner, expert: int, inputs: Tensor) -> Tensor:
+    def count(runner: BlockRunner, expert: int, inputs: Tensor) -> Tensor:
         rows.setdefault((runner.block.index, expert), []).append(inputs)
         return inner(runner, expert, inputs)
 
-    monkeypatch.setattr(walk.BlockRunner, "_expert_output", count)
+    monkeypatch.setattr(BlockRunner, "_expert_output", count)
     monkeypatch.setattr(walk, "BATCH_TOKENS", 80)
     monkeypatch.setattr(gathering, "LEAST_ROWS", 7)
     monkeypatch.setattr(gathering, "OUTPUT_BYTES", 0)

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from helpers import plan, refuse, run
 from moe2edge.calibration import router_observers, walk
+from moe2edge.calibration.block_runner import BlockRunner
 from moe2edge.calibration.observation import Facts
 from moe2edge.errors import InputError
 from moe2edge.model.family import FAMILIES
@@ -134,7 +135,7 @@ def test_half_of_the_calibration_tokens_skip_the_second(tiny: Make, family: str)
 def test_skipped_experts_see_no_tokens(tiny: Make) -> None:
     """In the PyTorch path; the experts' implementation gets an id that it leaves out."""
     model = skipped(open_checkpoint(str(tiny("mixtral"))).model, quantile=0.999)
-    routed = walk.BlockRunner(model, model.blocks[0]).watch(walk.embed(model, IDS)).routing
+    routed = BlockRunner(model, model.blocks[0]).watch(walk.embed(model, IDS)).routing
     assert routed is not None
     assert int((routed.ids == 6).sum()) >= 89
     assert routed.weights[routed.ids == 6].eq(0).all()

@@ -18,6 +18,7 @@ import moe2edge
 from every_family import GENERIC, IDS, make_folder, run_stock, spread_families, walk_over
 from helpers import ignore, plan, slow_except
 from moe2edge.calibration import walk
+from moe2edge.calibration.block_runner import BlockRunner
 from moe2edge.errors import InputError, Unsupported
 from moe2edge.evaluation import verify
 from moe2edge.model.architecture import find_layers
@@ -348,7 +349,7 @@ def test_solvers_see_what_the_walk_over_replaced_experts_says(
     for block in model.blocks:
         solver = Recorder(Scheme(4, -1, True))
         numbers, outputs = run_block(model, block, solver, hidden)
-        trace = walk.BlockRunner(model, attach_numbers(block, numbers)).watch(hidden)
+        trace = BlockRunner(model, attach_numbers(block, numbers)).watch(hidden)
         torch.testing.assert_close(outputs, trace.outputs, atol=2e-5, rtol=1e-5)
         hidden, layer, routing = trace.outputs, block.mlp, trace.routing
         if not isinstance(layer, MoELayer):
@@ -412,7 +413,7 @@ def test_blocks_without_experts_are_solved(tmp_path: Path) -> None:
         hidden = walk.embed(model, IDS)
         for block in model.blocks:
             check_block(model, block, Recorder(Scheme(4, -1, True)), hidden)
-            hidden = walk.BlockRunner(model, block).run(hidden)
+            hidden = BlockRunner(model, block).run(hidden)
 
 
 # ---- files ---------------------------------------------------------------------------------------

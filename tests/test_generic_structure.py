@@ -16,7 +16,8 @@ import helpers
 from every_family import IDS, make_folder, run_stock, walk_over, write_and_load
 from helpers import ignore, plan
 from moe2edge.calibration import walk
-from moe2edge.calibration.walk import BlockRunner, embed
+from moe2edge.calibration.block_runner import BlockRunner
+from moe2edge.calibration.walk import embed
 from moe2edge.errors import InputError, Unsupported
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model

@@ -12,6 +12,7 @@ import torch
 
 from helpers import ignore
 from moe2edge.calibration import walk
+from moe2edge.calibration.block_runner import BlockRunner
 from moe2edge.errors import InputError
 from moe2edge.model.block import Block
 from moe2edge.model.family import FAMILIES
@@ -83,10 +84,10 @@ def slow_hessians(
     hidden = walk.embed(model, ids)
     for block, after in zip(model.blocks, solved.blocks, strict=True):
         attention = {r: w for r, w in after.weights() if r.startswith("attention")}
-        seen = walk.BlockRunner(model, block.with_weights(attention)).watch(hidden)
-        x = walk.BlockRunner(model, block).watch(hidden).linear_inputs["attention.q_proj.weight"]
+        seen = BlockRunner(model, block.with_weights(attention)).watch(hidden)
+        x = BlockRunner(model, block).watch(hidden).linear_inputs["attention.q_proj.weight"]
         yield (block.index, "attention.q_proj.weight"), x.T @ x
-        runner = walk.BlockRunner(model, after)
+        runner = BlockRunner(model, after)
         inside = runner.watch(hidden)
         if isinstance(block.mlp, MoELayer) and seen.routing is not None:
             for n in range(len(block.mlp.experts)):
@@ -132,7 +133,7 @@ def test_the_stream_is_that_of_the_whole_blocks(tiny: Make, family: str) -> None
         through = after if propagate else model
         hidden = walk.embed(model, ids)
         for block in through.blocks[:-1]:
-            hidden = walk.BlockRunner(through, block).run(hidden)
+            hidden = BlockRunner(through, block).run(hidden)
         found = ledger.last
         assert found is not None
         assert (found - hidden).abs().max() < 1e-4 * hidden.abs().max()

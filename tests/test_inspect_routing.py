@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from helpers import run
 from moe2edge.calibration import walk
+from moe2edge.calibration.block_runner import BlockRunner
 from moe2edge.evaluation import routing_report, routing_view
 from moe2edge.evaluation.routing_report import REPORTED_CRITERIA
 from moe2edge.model.block import Block
@@ -152,9 +153,9 @@ def test_one_walk_and_one_reading_of_the_experts(
 ) -> None:
     model = open_checkpoint(str(tiny("olmoe"))).model
     walked: list[int] = []
-    runner = walk.BlockRunner
+    runner = BlockRunner
 
-    def count(model: Model, block: Block) -> walk.BlockRunner:
+    def count(model: Model, block: Block) -> BlockRunner:
         walked.append(block.index)
         return runner(model, block)
 

@@ -14,7 +14,7 @@ import yaml
 
 from helpers import QUIET, write_text
 from killing import run_child
-from moe2edge.calibration import walk
+from moe2edge.calibration.block_runner import BlockRunner
 from moe2edge.model.block import Block
 from moe2edge.model.model import Model
 from moe2edge.passes.expert_budget import ExpertBudget
@@ -64,13 +64,13 @@ def source(tiny: Make) -> Model:
 def loads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """List the blocks that are loaded to be run."""
     seen: list[int] = []
-    original = walk.BlockRunner.__init__
+    original = BlockRunner.__init__
 
-    def load(self: walk.BlockRunner, model: Model, block: Block) -> None:
+    def load(self: BlockRunner, model: Model, block: Block) -> None:
         seen.append(block.index)
         original(self, model, block)
 
-    monkeypatch.setattr(walk.BlockRunner, "__init__", load)
+    monkeypatch.setattr(BlockRunner, "__init__", load)
     return seen
 
 

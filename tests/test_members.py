@@ -13,6 +13,7 @@ from torch import Tensor
 
 from helpers import compute_logits, ignore
 from moe2edge.calibration import walk
+from moe2edge.calibration.block_runner import BlockRunner
 from moe2edge.errors import Moe2EdgeError
 from moe2edge.model.block import Block
 from moe2edge.model.edits import materialize
@@ -99,7 +100,7 @@ def test_every_expert_of_a_walk_is_that_of_a_row(models: tuple[Model, Model]) ->
     """What an observer is offered belongs to rows of the router."""
     model, whole = models
     ids, x = tokens(), torch.randn(5, 64, generator=torch.Generator().manual_seed(2))
-    seen = [walk.BlockRunner(m, m.blocks[0]).watch(walk.embed(m, ids)) for m in (model, whole)]
+    seen = [BlockRunner(m, m.blocks[0]).watch(walk.embed(m, ids)) for m in (model, whole)]
     for row in range(6):
         for offered in ("expert_hidden", "expert_output"):
             one, other = (getattr(s, offered)(row, x) for s in seen)
@@ -135,7 +136,7 @@ def test_the_walk_of_solvers_moves_the_same_stream(models: tuple[Model, Model]) 
     expected = walk.observe(ahead, tokens(), [], ignore, "")
     assert ledger.last is not None
     assert torch.allclose(ledger.last, expected, atol=1e-4)
-    seen = walk.BlockRunner(whole, whole.blocks[0]).watch(walk.embed(whole, tokens()))
+    seen = BlockRunner(whole, whole.blocks[0]).watch(walk.embed(whole, tokens()))
     assert seen.routing is not None
     counts = torch.bincount(seen.routing.ids.flatten(), minlength=6).tolist()
     inputs = [solver.inputs[f"0 experts.{n}.down"] for n in range(3)]

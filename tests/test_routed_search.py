@@ -14,9 +14,10 @@ from torch import Tensor
 import helpers
 from every_family import GENERIC, IDS, KEPT, keep_six, make_folder
 from helpers import ignore, plan
+from moe2edge.calibration.block_runner import BlockRunner
 from moe2edge.calibration.evidence import EvidenceObserver
 from moe2edge.calibration.observation import BlockTrace
-from moe2edge.calibration.walk import BlockRunner, embed
+from moe2edge.calibration.walk import embed
 from moe2edge.errors import InputError
 from moe2edge.model.block import Block
 from moe2edge.model.layers import MoELayer

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import moe2edge
 from every_family import make_model
 from helpers import QUIET, SMALL, each_family, run
-from moe2edge.calibration import walk
+from moe2edge.calibration.block_runner import BlockRunner
 from moe2edge.commands.run_inputs import open_kept_results
 from moe2edge.commands.source_check import PROOF, SourceProof, prove_source
 from moe2edge.errors import InputError, Unsupported, VerificationFailed
@@ -403,12 +403,12 @@ def test_an_export_says_if_its_source_was_checked(
 def test_a_difference_ends_an_export_before_any_work(
     tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = walk.BlockRunner.__init__
+    original = BlockRunner.__init__
 
-    def misread(self: walk.BlockRunner, model: Model, block: Any) -> None:
+    def misread(self: BlockRunner, model: Model, block: Any) -> None:
         original(self, swap_experts(model), swap_experts(model).blocks[block.index])
 
-    monkeypatch.setattr(walk.BlockRunner, "__init__", misread)
+    monkeypatch.setattr(BlockRunner, "__init__", misread)
     for command in (
         ("export", tiny("mixtral"), "-t", "hf", "-o", tmp_path / "out", "-r", "as-is", *SMALL),
         ("decide", tiny("mixtral"), "-o", tmp_path / "sets.json", "-r", "trim", *SMALL[:4]),

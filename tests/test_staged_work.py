@@ -14,6 +14,7 @@ from torch import Tensor
 
 from every_family import GENERIC, make_folder
 from moe2edge.calibration import walk
+from moe2edge.calibration.block_runner import BlockRunner
 from moe2edge.model.block import Block, is_quantizable
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model
@@ -82,7 +83,7 @@ def check_block(model: Model, block: Block, solver: Recorder, hidden: Tensor) ->
     assert numbers.keys() == roles
     kept = isinstance(next(iter(numbers.values()), None), torch.Tensor)
     solved = block if kept else attach_numbers(block, numbers)
-    trace = walk.BlockRunner(model, solved).watch(hidden)
+    trace = BlockRunner(model, solved).watch(hidden)
     torch.testing.assert_close(outputs, trace.outputs, atol=2e-5, rtol=1e-5)
     for role, expected in trace.linear_inputs.items():
         torch.testing.assert_close(solver.inputs[role], expected, atol=2e-5, rtol=1e-5)
@@ -117,7 +118,7 @@ def test_every_matrix_gets_what_the_walk_says(family: str, tmp_path: Path) -> No
         if family in SAMPLE:
             check_block(model, block, Recorder(), hidden)
         check_block(model, block, Recorder(Scheme(4, -1, True)), hidden)
-        hidden = walk.BlockRunner(model, block).run(hidden)
+        hidden = BlockRunner(model, block).run(hidden)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "olmoe"])

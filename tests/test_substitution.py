@@ -13,6 +13,7 @@ from torch import Tensor
 
 from helpers import each_family, export, refuse, search
 from moe2edge.calibration import walk
+from moe2edge.calibration.block_runner import BlockRunner
 from moe2edge.model.block import is_quantizable
 from moe2edge.model.experts import Linear, Replacement
 from moe2edge.model.layers import MoELayer
@@ -260,8 +261,8 @@ def test_a_layer_adds_the_outputs_of_its_replacements(
         assert isinstance(layer, MoELayer)
         gone = json.loads(told.partition("experts ")[2])
         assert len(gone) == 2
-        before = walk.BlockRunner(source, block).watch(hidden)
-        found = walk.BlockRunner(model, after).watch(hidden)
+        before = BlockRunner(source, block).watch(hidden)
+        found = BlockRunner(model, after).watch(hidden)
         assert before.routing is not None
         answers = dict(zip(gone, replacements(layer), strict=True))
         expected = before.mlp_outputs.flatten(0, 1).clone()

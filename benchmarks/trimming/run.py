@@ -26,6 +26,7 @@ from benchmarks.trimming import report
 from benchmarks.trimming.cells import Cell, list_cells
 from moe2edge import Model
 from moe2edge.calibration import router_observers, walk
+from moe2edge.calibration.block_runner import BlockRunner
 from moe2edge.numerics import metrics
 from moe2edge.storage.checkpoint import BUILTIN
 
@@ -112,10 +113,10 @@ def measure_all_sets(bench: Bench) -> Row:
     block, layer = model.moe_blocks[len(model.moe_blocks) // 2]
     half = len(layer.experts) // 2
     before = {domain: _compute_input(model, part, block.index) for domain, part in ids.items()}
-    later = [walk.BlockRunner(model, b) for b in model.blocks[block.index + 1 :]]
+    later = [BlockRunner(model, b) for b in model.blocks[block.index + 1 :]]
     losses = {}
     for kept in itertools.combinations(range(len(layer.experts)), half):
-        runner = walk.BlockRunner(model, block.keep_experts(kept))
+        runner = BlockRunner(model, block.keep_experts(kept))
         total = 0.0
         for domain, part in ids.items():
             hidden = before[domain].clone()
@@ -131,11 +132,11 @@ def _compute_input(model: Model, ids: Tensor, block: int) -> Tensor:
     """Return the input of a block, float32 [samples, length, hidden]."""
     hidden = walk.embed(model, ids)
     for before in model.blocks[:block]:
-        _run_block(walk.BlockRunner(model, before), ids, hidden)
+        _run_block(BlockRunner(model, before), ids, hidden)
     return hidden
 
 
-def _run_block(runner: walk.BlockRunner, ids: Tensor, hidden: Tensor) -> None:
+def _run_block(runner: BlockRunner, ids: Tensor, hidden: Tensor) -> None:
     """Replace hidden states in front of a block by those behind it."""
     for part in walk.split_batches(ids):
         hidden[part] = runner.run(hidden[part])

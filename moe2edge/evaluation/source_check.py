@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from moe2edge.calibration import walk
+from moe2edge.calibration.block_runner import BlockRunner
 from moe2edge.errors import InputError, VerificationFailed
 from moe2edge.evaluation.stock_blocks import (
     LOGITS,
@@ -157,7 +158,7 @@ def _make_text(model: Model, without: Sequence[int]) -> Tensor:
 
 def _run_block(model: Model, block: Block, inputs: Tensor) -> BlockRun:
     """Run one block of the walk."""
-    trace = walk.BlockRunner(model, block).watch(inputs)
+    trace = BlockRunner(model, block).watch(inputs)
     vector = trace.mlp_inputs.flatten(0, -2)[:1].clone()
     near_ties = torch.zeros(inputs.shape[1], dtype=torch.bool)
     unreached: tuple[int, ...] = ()

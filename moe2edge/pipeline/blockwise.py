@@ -15,13 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from moe2edge.calibration.walk import (
-    BATCH_TOKENS,
-    BlockRunner,
-    embed,
-    list_head_inputs,
-    split_batches,
-)
+from moe2edge.calibration.block_runner import BlockRunner
+from moe2edge.calibration.walk import BATCH_TOKENS, embed, list_head_inputs, split_batches
 from moe2edge.model.block import Block
 from moe2edge.model.experts import Dense
 from moe2edge.model.layers import MoELayer, UnroutedMLP
