@@ -23,6 +23,7 @@ from moe2edge.runtime.operator_times import (
     find_layer,
     sum_operators,
 )
+from moe2edge.runtime.router_choices import RouterChoices
 from moe2edge.targets._onnx_outline import outline_graph
 from moe2edge.targets._onnx_runtime import CHUNK, open_runtime, open_session
 from moe2edge.targets._onnx_storage import load_graph
@@ -96,8 +97,8 @@ def _sum_runs(runs: Sequence[Sequence[Mapping[str, Any]]]) -> tuple[OperatorTime
 # ---- choices of routers -------------------------------------------------------------------------
 
 
-def count_choices(folder: Path, place: Path, ids: Sequence[int]) -> dict[int, list[int]]:
-    """Count how many tokens of a text choose each row of a router, by layer.
+def list_router_choices(folder: Path, place: Path, ids: Sequence[int]) -> dict[int, RouterChoices]:
+    """List the rows of routers that the tokens of a text choose, by layer.
 
     The scores of the routers are further outputs of the graph.
 
@@ -107,7 +108,7 @@ def count_choices(folder: Path, place: Path, ids: Sequence[int]) -> dict[int, li
         ids: the text.
 
     Returns:
-        Tokens of each row of a layer's router, by the layer's index.
+        Choices of a layer's router, by the layer's index.
     """
     graph, model = load_graph(place), outline_graph(folder, place)
     scores = {
@@ -130,15 +131,15 @@ def count_choices(folder: Path, place: Path, ids: Sequence[int]) -> dict[int, li
     found = session.run(list(scores), feeds)
     layers = {block.index: layer for block, layer in model.moe_blocks}
     return {
-        index: _count_rows(torch.from_numpy(values), layers[index])
+        index: _choose_rows(torch.from_numpy(values), layers[index])
         for index, values in zip(scores.values(), found, strict=True)
     }
 
 
-def _count_rows(scores: torch.Tensor, layer: MoELayer) -> list[int]:
-    """Count the tokens that choose each row, of scores [tokens, rows]."""
+def _choose_rows(scores: torch.Tensor, layer: MoELayer) -> RouterChoices:
+    """Choose the rows of each token, of scores [tokens, rows]."""
     probability, ids = scores.float().softmax(-1).topk(layer.router.top_k)
     below = torch.tensor([0.0, *layer.router.skip_below])
     if layer.router.skip_below:
-        ids = ids[probability >= probability[:, :1] * below]
-    return torch.bincount(ids.flatten(), minlength=layer.router_rows).tolist()
+        ids = ids.where(probability >= probability[:, :1] * below, layer.router_rows)
+    return RouterChoices.collect(layer.router_rows, ids.tolist())

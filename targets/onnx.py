@@ -21,6 +21,7 @@ from moe2edge.pipeline.target import SMALL_FILES, Loader, LoaderRule, Target
 from moe2edge.runtime.memory import Estimate
 from moe2edge.runtime.operator_times import PhaseTimes
 from moe2edge.runtime.protocol import Runtime
+from moe2edge.runtime.router_choices import RouterChoices
 from moe2edge.storage.text_files import read_json, write_bytes, write_json
 from moe2edge.storage.tokenizer import read_stop_ids
 from moe2edge.targets._loaders import judge_loaders, list_rules
@@ -337,11 +338,13 @@ class Onnx(Target):
 
         return profile_graph(self._place(folder), ids, gen_tokens)
 
-    def count_choices(self, folder: Path, ids: Sequence[int]) -> Mapping[int, list[int]] | None:
-        """Count the tokens that choose each row of a router, in the graph itself."""
-        from moe2edge.targets._onnx_profiler import count_choices
+    def list_router_choices(
+        self, folder: Path, ids: Sequence[int]
+    ) -> Mapping[int, RouterChoices] | None:
+        """List the rows of routers that the tokens of a text choose, in the graph itself."""
+        from moe2edge.targets._onnx_profiler import list_router_choices
 
-        return count_choices(folder, self._place(folder), ids)
+        return list_router_choices(folder, self._place(folder), ids)
 
     def reopen(self, folder: Path, *, exact: bool = False) -> Runtime:
         """Open the folder in ONNX Runtime; ``exact`` makes all activations float32.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -143,6 +144,11 @@ def test_metrics() -> None:
     assert found["prefill_tok_s"].samples == pytest.approx((3 / 5, 3 / 4) * 2)
     assert found["ms_per_token"].samples == (500,) * 12
     assert found["decode_tok_s"].samples == (2.0,) * 4
+    assert found["e2e_ms"].samples == (6500, 5500) * 2
+    assert found["first_token_ms"].samples == (5000, 5000)  # of the warm-up
+    shown = found["ttft_ms"].to_json()
+    assert (shown["mean"], shown["mad"]) == (4500, 500)
+    assert shown["sd"] == pytest.approx(math.sqrt(1e6 / 3))
 
 
 def test_one_generated_token_has_no_time_per_token() -> None:
@@ -270,6 +276,8 @@ def test_a_source_checkpoint_is_measured(measured: Any, checkpoint: Path) -> Non
     assert {name: metric.n for name, metric in result.metrics.items()} == {
         "import_ms": 2,
         "load_ms": 2,
+        "first_token_ms": 2,
+        "e2e_ms": 4,
         "ttft_ms": 4,
         "prefill_tok_s": 4,
         "ms_per_token": 16,
@@ -295,7 +303,7 @@ def test_json_has_the_promised_form(measured: Any) -> None:
     found = json.loads(json.dumps(result.to_json(), allow_nan=False))
     assert (found["schema_version"], found["kind"]) == (2, "moe2edge.profile")
     assert list(found) == [
-        "schema_version", "kind", "created", "warnings", "artifact", "workload", "env",
+        "schema_version", "kind", "created", "verdict", "warnings", "artifact", "workload", "env",
         "metrics", "memory", "load", "sizes", "roofline", "experts", "breakdown", "quality",
         "sensors", "definitions",
     ]  # fmt: skip
@@ -561,13 +569,16 @@ def test_different_tokens_are_a_warning(monkeypatch: pytest.MonkeyPatch, checkpo
     monkeypatch.setattr(measure, "describe_environment", lambda: idle)
     result = profile_folder(checkpoint, prompts=PROMPTS, settings=ProfileSettings(repeats=2))
     assert result.warnings == ("greedy decoding gave different tokens in different processes",)
+    assert result.verdict == "invalid"
 
 
 def test_a_busy_machine_is_a_warning(monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> None:
     monkeypatch.setattr(measure, "run_child", lambda *_: clocked_answer(2, range(10, 18)))
     busy = {"cpu": {"usable": None, "logical": 2}, "load_avg": 1.6}
     monkeypatch.setattr(measure, "describe_environment", lambda: busy)
-    (warning,) = profile_folder(checkpoint, prompts=PROMPTS).warnings
+    result = profile_folder(checkpoint, prompts=PROMPTS)
+    (warning,) = result.warnings
+    assert result.verdict == "noisy"
     assert "load 1.6 on 2 cores" in warning
 
 

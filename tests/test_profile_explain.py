@@ -13,23 +13,27 @@ import pytest
 import torch
 
 from helpers import run
+from moe2edge.calibration.sources import TextSource
 from moe2edge.errors import InputError
-from moe2edge.evaluation.profile import energy, sensors, timeline
+from moe2edge.evaluation.profile import energy, quality, sensors, timeline
 from moe2edge.evaluation.profile.document import (
     ProfileSetDocument,
     build_profile_schema,
     parse_profile,
 )
 from moe2edge.evaluation.profile.energy import EnergyMeter
-from moe2edge.evaluation.profile.expert_use import count_expert_choices, describe_expert_use
+from moe2edge.evaluation.profile.expert_use import describe_expert_use, list_expert_choices
 from moe2edge.evaluation.profile.explain import explain_once
-from moe2edge.evaluation.profile.page_cache import count_resident_bytes, evict_files
-from moe2edge.evaluation.profile.quality import NO_ERRORS, read_quality
+from moe2edge.evaluation.profile.page_cache import count_resident_bytes, evict_files, warm_files
+from moe2edge.evaluation.profile.quality import NO_ERRORS, find_source, read_quality
 from moe2edge.evaluation.profile.sensors import compare_sensors, read_sensors
 from moe2edge.evaluation.profile.timeline import Timeline
+from moe2edge.numerics.metrics import Quality
 from moe2edge.numerics.scheme import Scheme
 from moe2edge.pipeline import registry
+from moe2edge.progress import QUIET
 from moe2edge.runtime.operator_times import KINDS, classify_place
+from moe2edge.runtime.router_choices import RouterChoices
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.storage.manifest import write_manifest
 from moe2edge.testing import Make, quantize
@@ -93,12 +97,13 @@ def test_experts_are_those_that_the_routers_choose(
             assert sum(layer["counts"]) == 2 * use["tokens"] == 2 * (24 + 5 - 1)
     # The same router on the same text, once in the graph and once in PyTorch.
     graph, walked = (
-        count_expert_choices(make_explain_request(folder, name), IDS)
+        list_expert_choices(make_explain_request(folder, name), IDS)
         for name, folder in outputs.items()
     )
-    assert sum(abs(a - b) for n in graph for a, b in zip(graph[n], walked[n], strict=True)) <= 4
+    pairs = [zip(graph[n].counts, walked[n].counts, strict=True) for n in graph]
+    assert sum(abs(a - b) for pair in pairs for a, b in pair) <= 4
     module = open_source_router(outputs["gptq"])
-    assert walked[0] == module
+    assert walked[0].counts == module
 
 
 def open_source_router(folder: Path) -> list[int]:
@@ -117,11 +122,18 @@ def open_source_router(folder: Path) -> list[int]:
 
 
 def test_use_of_experts_by_hand() -> None:
-    found = describe_expert_use({0: [2, 2, 0, 0], 3: [1, 1, 1, 1]}, 2)
+    choices = {0: RouterChoices(4, ((0, 1), (1, 0))), 3: RouterChoices(4, ((0, 1), (2, 3)))}
+    found = describe_expert_use(choices)
+    assert found["tokens"] == 2
     assert found["coverage_pct"] == 75
     assert found["load_imbalance"] == pytest.approx(0.5)
     first = found["layers"][0]
     assert (first["hit"], first["max_over_mean"], first["coefficient_of_variation"]) == (2, 2, 1)
+    assert [layer["new_per_token"] for layer in found["layers"]] == [0, 2]
+    assert found["layers"][1]["last_tokens"] == [[0, 1], [2, 3]]
+    skipped = describe_expert_use({0: RouterChoices.collect(4, [[0, 1], [2, 4]])})["layers"][0]
+    assert (skipped["hit_per_token"], skipped["counts"]) == (1.5, [1, 1, 1, 0])
+    assert skipped["last_tokens"] == [[0, 1], [2]]
 
 
 def test_operators_are_told_by_the_profiler_of_the_runtime(
@@ -177,7 +189,7 @@ def test_files_leave_the_cache_and_come_back(tmp_path: Path) -> None:
     assert count_resident_bytes(path) == 4 << 20
     assert evict_files([path]).state == "evicted"
     assert count_resident_bytes(path) == 0
-    path.read_bytes()
+    warm_files([path])
     assert count_resident_bytes(path) == 4 << 20
 
 
@@ -272,7 +284,8 @@ def test_energy_of_the_gpu_that_the_process_uses(monkeypatch: pytest.MonkeyPatch
     meter.look_for_gpus()
     meter.start()
     library.taken = [9_000, 9_500]
-    assert (meter.read(), meter.names, meter.reason) == (2.5, ["GPU 1 (NVML)"], None)
+    assert (meter.read(), meter.names) == (2.5, ["GPU 1 (NVML)"])
+    assert meter.reason is None
 
 
 @pytest.mark.usefixtures("fake_system")
@@ -310,6 +323,45 @@ def test_quality_is_taken_over_from_the_report(tmp_path: Path) -> None:
     assert "--eval none" in read_quality(tmp_path, "onnx")["reason"]
     assert "no report.json" in read_quality(tmp_path / "none", "onnx")["reason"]
     assert "checkpoint" in read_quality(tmp_path, None)["reason"]
+
+
+def test_the_source_is_found_where_the_manifest_says(tiny: Make, tmp_path: Path) -> None:
+    source = tiny("olmoe", dtype="bfloat16")
+    digest = open_checkpoint(source).sha256
+    (tmp_path / "config.json").write_text("{}")
+    for name, told, said in (
+        (str(source), digest, None),
+        (str(source), "0" * 64, "is another model than the source of this output"),
+        ("org/model", digest, "org/model is no folder of this machine; moe2edge evaluate"),
+        (str(tmp_path), digest, "cannot be read"),
+        ("", digest, "names no source"),
+    ):
+        write_manifest(tmp_path, "onnx", source={"model": name, "sha256": told})
+        found, reason = find_source(tmp_path)
+        assert (found is None) == (said is not None)
+        assert (said or "") in (reason or "")
+
+
+def test_measured_quality_has_errors_and_its_reasons(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[Any] = []
+    answers = [Quality(9, 3.0, 0.1, 0.9, 0.2, 0.01, 0.02), Quality(9, 3.0)]
+
+    def evaluate(folder: Path, text: Any, reference: Any, reporter: Any) -> tuple[Quality, str]:
+        asked.append(reference)
+        return answers.pop(0), "abc"
+
+    monkeypatch.setattr(quality, "evaluate_on_text", evaluate)
+    monkeypatch.setattr(quality, "find_source", lambda _: ("the source", None))
+    found = quality.measure_quality(tmp_path, TextSource(text="t"), QUIET)
+    assert asked == ["the source"]
+    assert (found["kl"], found["kl_error"], found["top1_error"]) == (0.1, 0.01, 0.02)
+    assert (found["origin"], found["kl_reason"], found["error_reason"]) == ("measured", None, None)
+    monkeypatch.setattr(quality, "find_source", lambda _: (None, "no source"))
+    found = quality.measure_quality(tmp_path, TextSource(text="t"), QUIET)
+    assert (found["kl"], found["kl_reason"]) == (None, "no source")
+    assert found["error_reason"] == quality.ONE_SAMPLE
 
 
 # ---- the published form -------------------------------------------------------------------------

@@ -6,7 +6,8 @@
 On the 0.94 B model of benchmarks/runtimes (CACHE is that one's), in turns, forwards and backwards:
 
 - decoding: ``profile`` beside the loop of onnxruntime-genai and beside ``llama-bench``;
-- peak memory: ``profile`` beside ``/usr/bin/time -v`` of the very process that measures;
+- peak memory: ``profile`` beside ``/usr/bin/time -v`` of a process that does the same
+  (whole_peak.py says why it is another one);
 - bytes of the weights: ``profile`` beside the sizes of the files, counted by ``stat``.
 
 xllamacpp's library is built for AVX2. ``llama-bench`` of TOOLS (benchmarks/gguf_quality/
@@ -54,6 +55,7 @@ def ask(command: Sequence[str], folder: Path, target: str, subject: Subject) -> 
     request: dict[str, Any] = {
         "folder": str(folder), "target": target, "options": read_options(folder), "dtype": None,
         "prompts": cut_prompts(subject), "gen_tokens": GENERATED, "threads": threads,
+        "bandwidth": False,
     }  # fmt: skip
     done = subprocess.run(
         ["/usr/bin/time", "-v", *command],
@@ -105,7 +107,7 @@ def compare_rates(
 
 def compare_peaks(found: Sequence[Mapping[str, Mapping[str, float]]], name: str) -> list[str]:
     """Return a row: the peak of ``profile`` and that of ``/usr/bin/time -v``."""
-    pairs = [(one[name]["peak"], one[name]["time -v"]) for one in found]
+    pairs = [(one[name]["peak"], one[f"{name}, whole"]["time -v"]) for one in found]
     worst = max((a / b for a, b in pairs), key=lambda ratio: abs(ratio - 1))
     sides = [f"{statistics.median(side) / 2**20:,.1f}" for side in zip(*pairs, strict=True)]
     verdict = "within 3 %" if abs(worst - 1) <= 0.03 else "MORE THAN 3 % OFF"
@@ -127,6 +129,11 @@ def main() -> None:
     jobs = [
         Job(f"profile, {name}", partial(ask, [sys.executable, *CHILD], folder, name, subject))
         for name, folder in folders.items()
+    ]
+    whole = [sys.executable, "-m", "benchmarks.profile.whole_peak"]
+    jobs += [
+        Job(f"profile, {name}, whole", partial(ask, whole, folders[name], name, subject))
+        for name in ("onnx", "gptq")
     ]
     jobs += [
         Job("onnxruntime-genai", partial(ask, genai, folders["onnx"], "onnx", subject)),

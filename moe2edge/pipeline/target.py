@@ -14,6 +14,7 @@ from moe2edge.model.weights import DTYPE_BYTES, DTYPES, Weight
 from moe2edge.runtime.memory import IMPORTED, Estimate
 from moe2edge.runtime.operator_times import PhaseTimes
 from moe2edge.runtime.protocol import Runtime
+from moe2edge.runtime.router_choices import RouterChoices
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -331,8 +332,10 @@ class Target:
         """
         return None
 
-    def count_choices(self, folder: Path, ids: Sequence[int]) -> Mapping[int, list[int]] | None:
-        """Count the tokens of a text that choose each row of a router, by the block's index.
+    def list_router_choices(
+        self, folder: Path, ids: Sequence[int]
+    ) -> Mapping[int, RouterChoices] | None:
+        """List the rows of routers that the tokens of a text choose, by the block's index.
 
         None: the folder is read as a model, which is walked over in PyTorch.
         """

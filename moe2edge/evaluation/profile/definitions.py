@@ -11,10 +11,20 @@ DEFINITIONS: Mapping[str, str] = {
         "opening the folder after its files were dropped from the cache of the system; page_cache "
         "says if they left it (evicted, partly, unknown)"
     ),
+    "first_token_ms": (
+        "time to the first token of the first prompt behind the load, which also reads what the "
+        "load left on the disk"
+    ),
     "ttft_ms": "time to first token: from token ids to the first token; no tokenization",
     "prefill_tok_s": "prompt tokens / time to first token",
     "ms_per_token": "time from one token to the next, tokens 2 to n",
     "decode_tok_s": "per prompt: (n - 1) / time from the first token to the last",
+    "e2e_ms": "per prompt: from token ids to the last token",
+    "mad": "median of the distances of the samples from their median",
+    "verdict": (
+        "invalid: greedy decoding gave different tokens in different processes; throttled: the "
+        "processors were, for their heat; noisy: other programs kept them busy; stable: none of it"
+    ),
     "peak_rss": "largest resident set of the process within the phase, libraries included",
     "rss": "resident set at the end of the phase",
     "rss_anon": "anonymous part of rss, which counts against a memory limit",
@@ -27,13 +37,18 @@ DEFINITIONS: Mapping[str, str] = {
     "experts": (
         "tokens of a prompt and its continuation that choose each expert, counted apart; "
         "coverage_pct: experts that were chosen at all; load_imbalance: standard deviation / mean "
-        "of the tokens of an expert, mean over the layers"
+        "of the tokens of an expert, mean over the layers; hit_per_token: experts that a token "
+        "chooses, skipped ones left out; new_per_token: those of them that the token before did "
+        "not choose; last_tokens: the experts of each of the last tokens"
     ),
     "breakdown": (
         "times by the runtime's own profiler, in a process that is not timed; gap: what no "
         "operator accounts for"
     ),
-    "joules_per_token": "energy of the processors while decoding / tokens, other programs included",
+    "joules_per_token": (
+        "energy of the processors, and of GPUs in use, while decoding / tokens, other programs "
+        "included; sensors.energy_of names them"
+    ),
     "quality": (
         "perplexity, KL to the source in nats per token and part of equal top-1 tokens, of the "
         "export's report or measured (--quality); each with its standard error, from the spread "

@@ -30,6 +30,9 @@ class MetricPart(_Part):
     p99: float | None
     min: float | None
     max: float | None
+    mean: float | None = None
+    sd: float | None = None
+    mad: float | None = None
     samples: list[float]
     reason: str | None
 
@@ -146,6 +149,9 @@ class LayerUsePart(_Part):
     max_over_mean: float
     coefficient_of_variation: float
     counts: list[int]
+    hit_per_token: float | None = None
+    new_per_token: float | None = None
+    last_tokens: list[list[int]] = []
 
 
 class ExpertsPart(_Part):
@@ -238,6 +244,7 @@ class ProfileDocument(_Part):
     schema_version: Literal[2]
     kind: Literal["moe2edge.profile"]
     created: str
+    verdict: Literal["stable", "noisy", "throttled", "invalid"] | None = None
     warnings: list[str]
     artifact: dict[str, Any]
     workload: dict[str, Any]

@@ -4,45 +4,48 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe2edge.errors import Moe2EdgeError
 from moe2edge.model.layers import MoELayer
 from moe2edge.pipeline import registry
+from moe2edge.runtime.router_choices import RouterChoices
 from moe2edge.storage.checkpoint import open_checkpoint
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from moe2edge.calibration.observation import BlockTrace
 
+# Tokens at the end of the text whose experts a document holds.
+LAST_TOKENS = 32
 
-class ChoiceCounter:
-    """Counts the tokens that choose each row of a router, by the block's index."""
+
+class ChoiceLister:
+    """Lists the rows of routers that tokens choose, by the block's index."""
 
     def __init__(self) -> None:
-        self._counts: dict[int, Tensor] = {}
+        self._found: dict[int, RouterChoices] = {}
 
     def observe(self, trace: BlockTrace) -> None:
-        """Add one batch of one block."""
-        import torch
-
+        """Take the text of one block."""
         layer = trace.block.mlp
         if trace.routing is None or not isinstance(layer, MoELayer):
             return
+        ids = trace.routing.ids.flatten(0, -2).tolist()
         # An id after the last row is a skipped choice.
-        ids, rows = trace.routing.ids.flatten().cpu(), layer.router_rows
-        found = torch.bincount(ids, minlength=rows + 1)[:rows]
-        self._counts[trace.block.index] = self._counts.get(trace.block.index, 0) + found
+        mine = RouterChoices.collect(layer.router_rows, ids)
+        before = self._found.get(trace.block.index)
+        by_token = (*before.by_token, *mine.by_token) if before else mine.by_token
+        self._found[trace.block.index] = RouterChoices(mine.rows, by_token)
 
-    def result(self) -> dict[int, list[int]]:
-        """Return the counts."""
-        return {index: counts.tolist() for index, counts in self._counts.items()}
+    def result(self) -> dict[int, RouterChoices]:
+        """Return the choices."""
+        return self._found
 
 
-def count_expert_choices(request: Mapping[str, Any], ids: Sequence[int]) -> dict[int, list[int]]:
-    """Count the tokens of a text that choose each expert (row of a router), by the block's index.
+def list_expert_choices(request: Mapping[str, Any], ids: Sequence[int]) -> dict[int, RouterChoices]:
+    """List the experts (rows of routers) that the tokens of a text choose, by the block's index.
 
     In the runtime where it tells, otherwise in PyTorch with the weights of the folder.
 
@@ -62,46 +65,57 @@ def count_expert_choices(request: Mapping[str, Any], ids: Sequence[int]) -> dict
         model = open_checkpoint(folder).model
     else:
         target = registry.make_target(name, request.get("options", {}))
-        if (counts := target.count_choices(folder, ids)) is not None:
-            return dict(counts)
+        if (choices := target.list_router_choices(folder, ids)) is not None:
+            return dict(choices)
         found = target.streamed(folder)
         if found is None:
             raise Moe2EdgeError(f"target {name} is not read as a model")
         model = found
-    counter = ChoiceCounter()
-    walk.observe(model, torch.tensor([list(ids)]), [counter], lambda *_: None, "experts")
-    return counter.result()
+    lister = ChoiceLister()
+    walk.observe(model, torch.tensor([list(ids)]), [lister], lambda *_: None, "experts")
+    return lister.result()
 
 
-def describe_expert_use(counts: Mapping[int, Sequence[int]], tokens: int) -> dict[str, Any]:
-    """Describe the use of experts: of each layer the load and how unevenly it is spread.
+def describe_expert_use(choices: Mapping[int, RouterChoices]) -> dict[str, Any]:
+    """Describe the use of experts: of each layer the load, and how unevenly it is spread.
 
     Args:
-        counts: tokens of each row of a router, by the block's index.
-        tokens: tokens of the text.
+        choices: of the tokens of a text, by the block's index.
 
-    >>> describe_expert_use({0: [3, 1, 0, 0]}, 4)["layers"][0]["hit"]
+    >>> describe_expert_use({0: RouterChoices(4, ((0, 1), (0,), (0,)))})["layers"][0]["hit"]
     2
     """
-    layers = [_describe_layer(index, loads) for index, loads in sorted(counts.items())]
+    layers = [_describe_layer(index, found) for index, found in sorted(choices.items())]
     variations = [layer["coefficient_of_variation"] for layer in layers]
     experts = sum(layer["experts"] for layer in layers)
     return {
-        "tokens": tokens,
+        "tokens": max((len(found.by_token) for found in choices.values()), default=0),
         "coverage_pct": 100 * sum(layer["hit"] for layer in layers) / experts if experts else None,
         "load_imbalance": sum(variations) / len(variations) if variations else None,
         "layers": layers,
     }
 
 
-def _describe_layer(index: int, loads: Sequence[int]) -> dict[str, Any]:
+def _describe_layer(index: int, found: RouterChoices) -> dict[str, Any]:
+    loads = found.counts
     mean = sum(loads) / len(loads)
     square = sum((load - mean) ** 2 for load in loads) / len(loads)
     return {
         "block": index,
         "experts": len(loads),
         "hit": sum(load > 0 for load in loads),
+        "hit_per_token": sum(loads) / max(1, len(found.by_token)),
+        "new_per_token": _count_new(found.by_token),
         "max_over_mean": max(loads) / mean if mean else 0.0,
         "coefficient_of_variation": math.sqrt(square) / mean if mean else 0.0,
         "counts": list(loads),
+        "last_tokens": [list(chosen) for chosen in found.by_token[-LAST_TOKENS:]],
     }
+
+
+def _count_new(by_token: Sequence[Sequence[int]]) -> float | None:
+    """Return the experts of a token that the one before did not choose, in the mean."""
+    pairs = list(pairwise(by_token))
+    if not pairs:
+        return None
+    return sum(len({*after} - {*before}) for before, after in pairs) / len(pairs)

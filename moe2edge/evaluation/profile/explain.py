@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe2edge.errors import Moe2EdgeError, join_lines
-from moe2edge.evaluation.profile.expert_use import count_expert_choices, describe_expert_use
+from moe2edge.evaluation.profile.expert_use import describe_expert_use, list_expert_choices
 from moe2edge.evaluation.profile.page_cache import evict_files
 from moe2edge.evaluation.profile.timeline import Timeline
 from moe2edge.runtime.generation import generate
@@ -81,7 +81,7 @@ def _explain(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def _use_experts(request: Mapping[str, Any], ids: Sequence[int]) -> dict[str, Any]:
-    return describe_expert_use(count_expert_choices(request, ids), len(ids))
+    return describe_expert_use(list_expert_choices(request, ids))
 
 
 def _break_down(request: Mapping[str, Any], prompt: Sequence[int]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from moe2edge.errors import InputError
 from moe2edge.evaluation.profile.environment import describe_environment
 from moe2edge.evaluation.profile.interleave import Job, run_in_turns
 from moe2edge.evaluation.profile.metrics import collect_metrics, collect_phases
+from moe2edge.evaluation.profile.page_cache import warm_files
 from moe2edge.evaluation.profile.process import run_child
 from moe2edge.evaluation.profile.quality import measure_quality, read_quality
 from moe2edge.evaluation.profile.result import Profile, ProfileSet, make_explanation
@@ -28,6 +29,7 @@ from moe2edge.evaluation.profile.settings import (
 )
 from moe2edge.evaluation.profile.subject import Subject, open_subject
 from moe2edge.progress import QUIET, Reporter
+from moe2edge.storage.manifest import list_files
 from moe2edge.storage.tokenizer import encode_text, load_tokenizer
 
 if TYPE_CHECKING:
@@ -109,6 +111,8 @@ def profile_folders(
     if settings.explain:
         looks = {label: {**request, "explain": True} for label, request in requests.items()}
         explained = run_in_turns(_make_jobs(looks, settings), 1, reporter=reporter, at="explain")[0]
+    for subject in subjects:
+        warm_files(list_files(subject.folder).values())
     rounds = run_in_turns(_make_jobs(requests, settings), settings.repeats, reporter=reporter)
     profiles = []
     for label, subject in zip(labels, subjects, strict=True):
@@ -182,6 +186,7 @@ def _make_profile(
     memory, threads = replies[0]["memory"], replies[0]["threads"]
     work, env = about["workload"], about["env"]
     metrics = collect_metrics(replies, work["prompt_tokens"])
+    doubts = _list_warnings(env, replies)
     return Profile(
         artifact={**subject.about, "dtype": replies[0]["dtype"], "note": replies[0]["note"]},
         workload=work,
@@ -198,7 +203,8 @@ def _make_profile(
         roofline=make_roofline(
             subject.count_reads(), replies, metrics["decode_tok_s"].median, work
         ),
-        warnings=(*about["shrunk"], *_list_warnings(env, replies)),
+        warnings=(*about["shrunk"], *doubts.values()),
+        verdict=next(iter(doubts), "stable"),
     )
 
 
@@ -234,18 +240,20 @@ def cut_prompts(
     return [list(ids[n * stride : n * stride + length]) for n in range(number)]
 
 
-def _list_warnings(env: Mapping[str, Any], replies: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    """List the reasons to distrust the figures."""
-    warnings = []
+def _list_warnings(env: Mapping[str, Any], replies: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """List the reasons to distrust the figures, by the verdict that each leads to; worst first."""
+    warnings = {}
+    tokens = [[run["tokens"] for run in reply["runs"]] for reply in replies]
+    if any(other != tokens[0] for other in tokens):
+        warnings["invalid"] = "greedy decoding gave different tokens in different processes"
+    if any((reply.get("sensors") or {}).get("throttled") for reply in replies):
+        warnings["throttled"] = (
+            "the processors were throttled for their heat: times are too high and vary"
+        )
     cores = env["cpu"]["usable"] or env["cpu"]["logical"] or 1
     if env["load_avg"] > cores / 2:
-        warnings.append(
+        warnings["noisy"] = (
             f"other programs kept the processors busy at the start (load {env['load_avg']:.1f} "
             f"on {cores} cores): times are too high and vary"
         )
-    if any((reply.get("sensors") or {}).get("throttled") for reply in replies):
-        warnings.append("the processors were throttled for their heat: times are too high and vary")
-    tokens = [[run["tokens"] for run in reply["runs"]] for reply in replies]
-    if any(other != tokens[0] for other in tokens):
-        warnings.append("greedy decoding gave different tokens in different processes")
-    return tuple(warnings)
+    return warnings

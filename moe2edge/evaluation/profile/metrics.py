@@ -50,6 +50,18 @@ class Metric:
         """Median of the samples; None if there are none."""
         return statistics.median(self.samples) if self.samples else None
 
+    @property
+    def mad(self) -> float | None:
+        """Median of the distances from the median, which single outliers do not change.
+
+        >>> Metric("ms", "lower", (1.0, 2.0, 9.0)).mad
+        1.0
+        """
+        middle = self.median
+        if middle is None:
+            return None
+        return statistics.median(abs(sample - middle) for sample in self.samples)
+
     def median_by_process(self, processes: int) -> list[float]:
         """Return the median of the samples of each process; all took as many.
 
@@ -73,6 +85,9 @@ class Metric:
             "p99": self.percentile(99),
             "min": min(self.samples, default=None),
             "max": max(self.samples, default=None),
+            "mean": statistics.fmean(self.samples) if self.samples else None,
+            "sd": statistics.stdev(self.samples) if self.n > 1 else None,
+            "mad": self.mad,
             "samples": list(self.samples),
             "reason": self.reason,
         }
@@ -148,12 +163,20 @@ def collect_metrics(replies: Sequence[Mapping[str, Any]], prompt_tokens: int) ->
     return {
         "import_ms": _make_ms_metric([reply["import_s"] for reply in replies]),
         "load_ms": _make_ms_metric([reply["load_s"] for reply in replies]),
+        "first_token_ms": _make_first_metric(replies),
         "ttft_ms": _make_ms_metric(ttft),
         "prefill_tok_s": Metric("token/s", "higher", tuple(prompt_tokens / s for s in ttft)),
+        "e2e_ms": _make_ms_metric([run["ttft_s"] + sum(run["gaps_s"]) for run in runs]),
         "ms_per_token": _make_ms_metric(gaps, reason),
         "decode_tok_s": Metric("token/s", "higher", tuple(rates), reason),
         "joules_per_token": _make_energy_metric(replies, reason),
     }
+
+
+def _make_first_metric(replies: Sequence[Mapping[str, Any]]) -> Metric:
+    """Make the time to the first token of the first prompt, which reads what a load left out."""
+    known = [reply["first_s"] for reply in replies if reply.get("first_s") is not None]
+    return _make_ms_metric(known, None if known else "it was not measured")
 
 
 def _make_energy_metric(replies: Sequence[Mapping[str, Any]], reason: str | None) -> Metric:

@@ -1,4 +1,4 @@
-"""Drop files from the system's cache, so that the next reading comes from the disk."""
+"""Drop files from the system's cache, so that the next load is a cold one, and bring them in."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 
 # Part of the bytes that may stay in the cache where a load counts as cold.
 _MOST_LEFT = 0.02
+_PART = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,23 @@ def evict_files(paths: Iterable[Path]) -> Eviction:
         return Eviction("unknown", None)
     resident = sum(known) / total
     return Eviction("evicted" if resident <= _MOST_LEFT else "partly", resident)
+
+
+def warm_files(paths: Iterable[Path]) -> None:
+    """Read files that are not in the system's cache, so that the next load is a warm one.
+
+    Files that memory does not hold together are left, since the last would drop the first.
+    """
+    import psutil
+
+    paths = list(paths)
+    if sum(path.stat().st_size for path in paths) > psutil.virtual_memory().available:
+        return
+    for path in paths:
+        if count_resident_bytes(path) != path.stat().st_size:
+            with suppress(OSError), path.open("rb") as file:
+                while file.read(_PART):
+                    pass
 
 
 def count_resident_bytes(path: Path) -> int | None:

@@ -36,6 +36,7 @@ class Profile:
         quality: perplexity, KL and top-1 agreement, and where they come from.
         sensors: frequency and temperature of each process; None where they were not read.
         warnings: reasons to distrust the figures.
+        verdict: see `DEFINITIONS`.
     """
 
     artifact: Mapping[str, Any]
@@ -52,6 +53,7 @@ class Profile:
     quality: Mapping[str, Any]
     sensors: Sequence[Mapping[str, Any] | None] = ()
     warnings: tuple[str, ...] = field(default=())
+    verdict: str = "stable"
 
     def to_json(self) -> dict[str, Any]:
         """Return the profile as JSON values; unknown values are null, with a reason."""
@@ -59,6 +61,7 @@ class Profile:
             "schema_version": PROFILE_VERSION,
             "kind": PROFILE_KIND,
             "created": self.created,
+            "verdict": self.verdict,
             "warnings": list(self.warnings),
             "artifact": dict(self.artifact),
             "workload": dict(self.workload),

@@ -15,6 +15,8 @@ from moe2edge.evaluation.profile.views.charts import format_value
 _NAMES = {
     "import_ms": "import",
     "load_ms": "load",
+    "first_token_ms": "first token behind the load",
+    "e2e_ms": "a prompt and its tokens",
     "ttft_ms": "time to first token",
     "prefill_tok_s": "prefill",
     "ms_per_token": "each further token",

@@ -177,13 +177,20 @@ def _build_experts(profile: Document) -> str:
     if found["reason"] is not None:
         return _say(found["reason"])
     rows = {f"block {layer['block']}": layer["counts"] for layer in found["layers"]}
+    hits = [
+        [f"block {layer['block']}", f"{layer['hit']} of {layer['experts']}",
+         format_value(layer.get("hit_per_token")), format_value(layer.get("new_per_token"))]
+        for layer in found["layers"]
+    ]  # fmt: skip
+    heads = ["", "experts hit", "of one token", "of them new"]
     said = (
         f"{found['tokens']} tokens; {found['coverage_pct']:.0f} % of the experts were chosen; "
         f"load imbalance {found['load_imbalance']:.2f} (standard deviation / mean)"
         if found["layers"]
         else "no layer has experts"
     )
-    return f"<p>{escape(said)}</p>{draw_cells(rows, 'expert')}"
+    table = _build_table(heads, hits) if hits else ""
+    return f"<p>{escape(said)}</p>{draw_cells(rows, 'expert')}{table}"
 
 
 def _build_bound(profile: Document) -> str:
