@@ -89,7 +89,7 @@ def test_dtype_is_chosen_by_size_and_processor(
 ) -> None:
     monkeypatch.setattr(products, "multiplies_bfloat16", lambda *_: native)
     model = open_checkpoint(BUILTIN).model
-    monkeypatch.setattr(contract, "LARGE", 1 if large else model.parameters + 1)
+    monkeypatch.setattr(contract, "LONG_TO_SCORE", 1 if large else model.parameters + 1)
     step = ExpertDrop(keep=0.5).resolve(model)
     assert step.compute == chosen
     other = ExpertDrop(keep=0.75, compute="float32")

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 # Parameters of a model that takes long to score; smaller ones are scored in float32.
-LARGE = 10**9
+LONG_TO_SCORE = 10**9
 
 
 @dataclass(frozen=True)
@@ -299,7 +299,7 @@ class Trim(Pass):
 
         chosen = self.compute
         if chosen == "auto":
-            narrow = model.parameters >= LARGE and multiplies_bfloat16()
+            narrow = model.parameters >= LONG_TO_SCORE and multiplies_bfloat16()
             chosen = "bfloat16" if narrow else "float32"
         return super().resolve(model).model_copy(update={"compute": chosen})
 
