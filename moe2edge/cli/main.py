@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import gc
 import io
 import json
 import os
@@ -60,6 +62,11 @@ Exit codes: 0 success; 1 failed while running; 2 the command, recipe, model or
 text is wrong; 3 a comparison found a regression; 4 it can say nothing; 5 not
 enough disk or memory; 6 not supported; 7 verification failed; 8 training
 diverged; 130 interrupted."""
+
+
+# When Python ends, it looks for garbage among all objects of torch and transformers, which takes a
+# sixth of the time of importing them. The system gets the memory back in any case.
+atexit.register(gc.freeze)
 
 
 class CommandGroup(click.Group):

@@ -18,6 +18,7 @@ from moe2edge.cli.common import (
     quiet_libraries,
     read_recipe_options,
     show,
+    without_collection,
 )
 
 if TYPE_CHECKING:
@@ -105,23 +106,25 @@ def plan_command(
     it; memory, disk and time of the export; and all that would refuse it. With --budget or --disk,
     recipes that fit, best first; standard output is then the best as YAML, for export -r.
     """
-    from moe2edge.commands.forecast import refuse_like_export
-    from moe2edge.commands.plan import (
-        NEEDS_MODEL,
-        Wish,
-        choose_for_limits,
-        forecast_wish,
-        get_rates,
-    )
     from moe2edge.errors import InputError
 
+    with without_collection():
+        from moe2edge.commands.forecast import refuse_like_export
+        from moe2edge.commands.plan import (
+            NEEDS_MODEL,
+            Wish,
+            choose_for_limits,
+            forecast_wish,
+            get_rates,
+        )
+
+        quiet_libraries()
     rates = get_rates(measure=measure)
     if model is None:
         if not measure:
             raise InputError(NEEDS_MODEL)
         _show_rates(rates, as_json)
         return
-    quiet_libraries()
     wish = Wish(
         model,
         revision,
@@ -136,7 +139,8 @@ def plan_command(
     if budget is not None or disk is not None:
         _show_choices(choose_for_limits(wish, rates, budget, disk), as_json)
         return
-    found = forecast_wish(wish, rates)
+    with without_collection():
+        found = forecast_wish(wish, rates)
     # An export needs targets; without a choice of them, some may refuse.
     refusing = [one for one in found if target is not None or (recipe and not one.targets)]
     if as_json:

@@ -12,9 +12,9 @@ from math import prod
 
 from moe2edge.evaluation.machine_rates import MachineRates, count_solve_operations
 from moe2edge.model.block import Block
+from moe2edge.model.kinds import look_at_blocks, sum_weights
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model
-from moe2edge.model.weights import Weight
 from moe2edge.pipeline.recipe import Recipe
 from moe2edge.pipeline.stages import Plan, group_stages
 from moe2edge.pipeline.target import Target
@@ -136,7 +136,7 @@ def _plan_source_check(source: Model, budget: Memory) -> ExportStage:
     count, largest = len(source.blocks), source.block_nbytes
     if 4 * source.parameters > room:
         count = min(max(1, room // max(1, largest)), count)
-        parts = sorted((_measure_loading(block) for block in source.blocks), reverse=True)
+        parts = sorted(look_at_blocks(source.blocks, _measure_loading), reverse=True)
         held = max(sum(parts[:count]), 8 * source.embedding.count)
     else:
         held = _measure_stock_loading(source)
@@ -147,7 +147,7 @@ def _plan_source_check(source: Model, budget: Memory) -> ExportStage:
 def _measure_stock_loading(model: Model) -> int:
     """Return the bytes of a whole model while transformers loads it in float32."""
     ends = sum(4 * weight.count + weight.nbytes for weight in model.rest.values())
-    return ends + sum(map(_measure_loading, model.blocks))
+    return ends + sum(look_at_blocks(model.blocks, _measure_loading))
 
 
 def _measure_loading(block: Block) -> int:
@@ -235,12 +235,12 @@ def _list_output(
 
 def count_token_operations(model: Model) -> float:
     """Return the operations of matrix products of one token, in blocks."""
-    return 2.0 * sum(_count_used(block) for block in model.blocks)
+    return 2.0 * sum(look_at_blocks(model.blocks, _count_used))
 
 
 def _count_used(block: Block) -> float:
     """Return the parameters of the matrices of a block that one token uses."""
-    used = float(sum(w.count for _, w in block.weights() if len(w.shape) > 1))
+    used = float(block.parameters - sum(w.count for _, w in block.weights() if len(w.shape) < 2))
     if isinstance(block.mlp, MoELayer):
         used -= block.mlp.inactive_parameters
     return used
@@ -254,33 +254,27 @@ def _count_hidden(model: Model, tokens: int, budget: Memory, streams: int) -> in
     return streams * hidden
 
 
-def _list_matrices(model: Model) -> Iterator[tuple[Weight, float]]:
-    """Yield each matrix of a block, with the part of the tokens that reach it."""
-    for block in model.blocks:
-        layer = block.mlp
-        part = 1.0
-        if isinstance(layer, MoELayer) and layer.experts:
-            part = min(1.0, layer.router.top_k / len(layer.experts))
-        for role, weight in block.weights():
-            if len(weight.shape) == 2:
-                yield weight, part if role.startswith("experts.") else 1.0
-
-
 def _count_hessians(model: Model, tokens: int) -> float:
     """Return the operations of summing Hessians; matrices with one input share theirs."""
     # Gate and up share theirs, and so do query, key and value: two of three count, about.
+    return 2.0 * tokens * sum(look_at_blocks(model.blocks, _count_hessian)) * (2 / 3)
+
+
+def _count_hessian(block: Block) -> float:
+    """Return the products that one token adds to Hessians of a block, each matrix by itself."""
+    layer, part = block.mlp, 1.0
+    if isinstance(layer, MoELayer) and layer.experts:
+        part = min(1.0, layer.router.top_k / len(layer.experts))
     return sum(
-        2.0 * tokens * part * weight.shape[1] ** 2 for weight, part in _list_matrices(model)
-    ) * (2 / 3)
+        (part if role.startswith("experts.") else 1.0) * weight.shape[1] ** 2
+        for role, weight in block.weights()
+        if len(weight.shape) == 2
+    )
 
 
 def _count_solving(before: Model, after: Model) -> float:
     """Return the operations of solving the matrices that become quantized."""
-    new = (weight for _, weight in after.new_beside(before))
+    new = (w for _, w in after.new_beside(before) if w.scheme is not None and len(w.shape) > 1)
     return float(
-        sum(
-            count_solve_operations(prod(w.shape[:-1]), w.shape[-1])
-            for w in new
-            if w.scheme is not None and len(w.shape) > 1
-        )
+        sum_weights(new, lambda w: count_solve_operations(prod(w.shape[:-1]), w.shape[-1]))
     )

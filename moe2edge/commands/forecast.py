@@ -25,7 +25,6 @@ from moe2edge.evaluation.machine_rates import MachineRates
 from moe2edge.model.edits import hide_source_integers
 from moe2edge.model.model import Model
 from moe2edge.model.token_reads import count_token_reads
-from moe2edge.model.weights import HeldWeight, Weight
 from moe2edge.pipeline.contract import Pass
 from moe2edge.pipeline.recipe import Recipe
 from moe2edge.pipeline.registry import list_options
@@ -317,7 +316,7 @@ def _forecast_target(
     state = target.count_cache(model, 0)
     mapped = target.count_mapped(model)
     logits = 4 * model.vocabulary * min(context, target.logits_rows)
-    read = _count_read(target, stored) + cache
+    read = sum(count_token_reads(stored, target.count_held(stored)).values()) + cache
     return TargetForecast(
         target.name,
         list_options(target),
@@ -332,21 +331,6 @@ def _forecast_target(
         rates.bandwidth / read,
         target.loaders(model),
     )
-
-
-def _count_read(target: Target, stored: Model) -> int:
-    """Count the bytes of weights that a token reads, as the runtime holds them."""
-    count, held = target.count_held(stored), stored
-
-    def hold(name: str, weight: Weight) -> Weight:
-        size = count(name, weight)
-        return HeldWeight(weight.name, weight.shape, weight.dtype, weight.load, held=size)
-
-    for block in stored.blocks:
-        new = {role: hold(stored.disk_name(block, role), w) for role, w in block.weights()}
-        held = held.replace_block(block.with_weights(new))
-    rest = {name: hold(stored.names.get_rest_name(name), w) for name, w in stored.rest.items()}
-    return sum(count_token_reads(held.replace_rest(rest)).values())
 
 
 # ---- the export ----------------------------------------------------------------------------------
