@@ -22,6 +22,7 @@ from moe2edge.errors import InputError, Unsupported, VerificationFailed
 from moe2edge.evaluation import source_check
 from moe2edge.evaluation.source_check import compare_with_stock
 from moe2edge.evaluation.stock_blocks import StockFailed
+from moe2edge.evaluation.stock_memory import MEMORY_PARTS
 from moe2edge.model.experts import Expert
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model
@@ -41,7 +42,7 @@ WHOLE = None
 
 def count_pairs(model: Model) -> int:
     """Return a limit of memory within which two blocks are loaded at once."""
-    return IMPORTED + source_check.MEMORY_PARTS * (2 * model.block_nbytes + 1)
+    return IMPORTED + MEMORY_PARTS * (2 * model.block_nbytes + 1)
 
 
 @pytest.mark.parametrize("family", each_family("qwen2_moe"))

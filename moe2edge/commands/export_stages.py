@@ -18,7 +18,7 @@ from moe2edge.model.model import Model
 from moe2edge.pipeline.recipe import Recipe
 from moe2edge.pipeline.stages import Plan, group_stages
 from moe2edge.pipeline.target import Target
-from moe2edge.runtime.memory import IMPORTED, Estimate, Memory, fits
+from moe2edge.runtime.memory import Estimate, Memory, fits
 
 # Memory of the process once libraries are imported; and what they allocate as they compute, and
 # as a runtime generates, in PyTorch or beside it, all measured.
@@ -26,8 +26,6 @@ IMPORTED_FOR_EXPORT, COMPUTING = 460 << 20, 30 << 20
 GENERATING_IN_TORCH, GENERATING = 140 << 20, 45 << 20
 # Seconds of imports, of the trial of each runtime, and of small files.
 STARTING = 6.0
-# Share of the memory, as its inverse, that transformers' blocks take at once in the source check.
-STOCK_SHARE = 4
 # Tokens of the source check, and of the exact comparison of an output, about.
 CHECKED_TOKENS, COMPARED_TOKENS = 256, 200
 
@@ -132,14 +130,9 @@ def measure_peak(stages: Sequence[ExportStage]) -> int:
 
 def _plan_source_check(source: Model, budget: Memory) -> ExportStage:
     """Plan the comparison of the source with stock transformers, group of blocks by group."""
-    room = max(0, (budget.limit or 0) - IMPORTED) // STOCK_SHARE
-    count, largest = len(source.blocks), source.block_nbytes
-    if 4 * source.parameters > room:
-        count = min(max(1, room // max(1, largest)), count)
-        parts = sorted(look_at_blocks(source.blocks, _measure_loading), reverse=True)
-        held = max(sum(parts[:count]), 8 * source.embedding.count)
-    else:
-        held = _measure_stock_loading(source)
+    from moe2edge.evaluation.stock_memory import estimate_source_check
+
+    held = max(estimate_source_check(source, budget.limit or 0), source.block_nbytes)
     products = 2 * count_token_operations(source) * CHECKED_TOKENS
     return ExportStage("source check", held + COMPUTING, products, moved=2 * source.nbytes)
 

@@ -28,12 +28,13 @@ from moe2edge.evaluation.stock_blocks import (
     list_positions,
     run_in_stock,
 )
+from moe2edge.evaluation.stock_memory import choose_stock_group
 from moe2edge.model.block import Block
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model
 from moe2edge.progress import Advance
 from moe2edge.runtime.layer_stage import LayerStage
-from moe2edge.runtime.memory import IMPORTED, find_limit, give_back
+from moe2edge.runtime.memory import find_limit, give_back
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,8 +51,6 @@ TOKENS_PER_EXPERT = 8
 LONGEST = 512
 # A window of attention makes the text longer, up to this; attention takes its square.
 WIDEST = 1024
-# Share of the memory, as its inverse, that transformers' blocks may take at once.
-MEMORY_PARTS = 4
 
 
 @dataclass(frozen=True)
@@ -102,9 +101,7 @@ def compare_with_stock(
     """
     ids = _make_text(model, without)
     limit = find_limit() if within is None else within
-    room = max(0, limit - IMPORTED) // MEMORY_PARTS
-    whole = 4 * model.parameters <= room
-    size = len(model.blocks) if whole else max(1, room // max(1, model.block_nbytes))
+    size, whole = choose_stock_group(model, limit)
     found = _Findings(model, folder)
     embedded = hidden = walk.embed(model, ids)
     count, label = len(model.blocks), "source check"
