@@ -59,6 +59,17 @@ def test_each_family_agrees_whole_and_in_parts(tiny: Make, family: str) -> None:
     assert len(found[0].peaks) == 3
 
 
+def test_files_in_16_bits_are_loaded_so(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What transformers loads is converted to float32 afterwards, which changes no number."""
+    folder = tiny("qwen3_moe", dtype="bfloat16")
+    model = open_checkpoint(folder).model
+    found = [compare_with_stock(model, folder, within=within) for within in (WHOLE, IMPORTED)]
+    assert found[0].difference < 1e-5
+    monkeypatch.setattr("moe2edge.evaluation.stock_blocks.is_narrow", lambda _: False)
+    found.append(compare_with_stock(model, folder))
+    assert found[0] == found[1] == found[2]
+
+
 # ---- planted faults ------------------------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ from moe2edge.model.block import Block
 from moe2edge.model.kinds import look_at_blocks, sum_weights
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model
+from moe2edge.pipeline.contract import Pass
 from moe2edge.pipeline.recipe import Recipe
 from moe2edge.pipeline.stages import Plan, group_stages
 from moe2edge.pipeline.target import Target
@@ -37,7 +38,8 @@ class ExportStage:
     Attributes:
         name: its name, as progress lines begin.
         memory: bytes that it holds beside libraries.
-        products: operations of matrix products.
+        products: operations of matrix products in float32.
+        narrow: the same in bfloat16.
         solving: operations of solving matrices.
         moved: bytes that are read from or written to the disk.
         known: seconds that something else has estimated; None: nothing has.
@@ -46,6 +48,7 @@ class ExportStage:
     name: str
     memory: int
     products: float = 0.0
+    narrow: float = 0.0
     solving: float = 0.0
     moved: float = 0.0
     known: float | None = None
@@ -54,8 +57,8 @@ class ExportStage:
         """Return the seconds that it takes at these rates."""
         if self.known is not None:
             return self.known
-        computing = self.products / rates.products + self.solving / rates.solve
-        return computing + self.moved / rates.disk
+        products = self.products / rates.products + self.narrow / rates.narrow
+        return products + self.solving / rates.solve + self.moved / rates.disk
 
 
 @dataclass(frozen=True)
@@ -173,18 +176,31 @@ def _list_passes(
             held += _count_hidden(model, tokens, budget, 2) + COMPUTING
             if step.computes_numbers:
                 held += min(budget.group_bytes, cost.memory)
+                wide, narrow = _split_by_dtype(step, 2 * walk)
                 yield ExportStage(
                     step.name,
                     held,
-                    2 * walk + _count_hessians(model, tokens),
+                    wide + _count_hessians(model, tokens),
+                    narrow,
                     _count_solving(model, planned.after) if step.needs_tokens else 0.0,
                     model.nbytes + cost.disk,
                     cost.time,
                 )
             else:
+                moved = model.nbytes * bool(tokens)
                 yield ExportStage(
-                    step.name, held, walk, moved=model.nbytes * bool(tokens), known=cost.time
+                    step.name, held, *_split_by_dtype(step, walk), moved=moved, known=cost.time
                 )
+
+
+def _split_by_dtype(step: Pass, products: float) -> tuple[float, float]:
+    """Split the products of a pass on its walk into those in float32 and those in bfloat16.
+
+    Which they are is said by its option ``compute``, once the recipe is resolved; passes without
+    one compute in float32.
+    """
+    narrow = getattr(step, "compute", None) == "bfloat16"
+    return (0.0, products) if narrow else (products, 0.0)
 
 
 def _list_evaluation(plan: Plan, texts: ExportTexts, budget: Memory) -> Iterator[ExportStage]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,24 @@ class TargetForecast:
 
 
 @dataclass(frozen=True)
+class StageForecast:
+    """Forecast of a stage of an export: seconds, and the bytes that it holds beside libraries."""
+
+    name: str
+    seconds: float
+    memory: int
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Parameters of a model, those that one token uses, and the bytes of its tensors."""
+
+    parameters: int
+    active_parameters: int
+    bytes: int
+
+
+@dataclass(frozen=True)
 class ExportForecast:
     """Forecast of the export itself.
 
@@ -102,7 +120,7 @@ class ExportForecast:
     memory: int
     disk: int
     seconds: float
-    stages: tuple[tuple[str, float, int], ...]
+    stages: tuple[StageForecast, ...]
 
 
 @dataclass(frozen=True)
@@ -114,8 +132,8 @@ class Forecast:
         family: ``model_type`` of the text model.
         recipe: the recipe with every choice made, as YAML.
         context: tokens of a text that is remembered.
-        before: parameters, active parameters and bytes of the source.
-        after: parameters, active parameters and bytes of what passes leave of it.
+        before: size of the source.
+        after: size of what passes leave of it.
         targets: the outputs that nothing refuses.
         export: the export to all of these; None: there are none.
         refusals: all that would refuse the export, in the order in which it would.
@@ -128,26 +146,14 @@ class Forecast:
     family: str
     recipe: str
     context: int
-    before: tuple[int, int, int]
-    after: tuple[int, int, int]
+    before: ModelSize
+    after: ModelSize
     targets: tuple[TargetForecast, ...]
     export: ExportForecast | None
     refusals: tuple[Refusal, ...]
     lacking: tuple[str, ...]
     rates: MachineRates
     notes: tuple[str, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Return it as plain data."""
-        names = ("parameters", "active_parameters", "bytes")
-        data = asdict(self)
-        for key in ("before", "after"):
-            data[key] = dict(zip(names, data[key], strict=True))
-        if data["export"] is not None:
-            keys = ("name", "seconds", "memory")
-            stages = data["export"]["stages"]
-            data["export"]["stages"] = [dict(zip(keys, one, strict=True)) for one in stages]
-        return data
 
 
 def forecast_export(
@@ -206,8 +212,8 @@ def forecast_export(
         source.family.model_type,
         recipe.render(),
         context,
-        (source.parameters, source.active_parameters, _measure_source(checkpoint)),
-        (result.parameters, result.active_parameters, result.nbytes),
+        ModelSize(source.parameters, source.active_parameters, _measure_source(checkpoint)),
+        ModelSize(result.parameters, result.active_parameters, result.nbytes),
         outputs,
         export,
         tuple(refused.found),
@@ -354,13 +360,13 @@ def _forecast_run(
     return ExportForecast(
         measure_peak(stages),
         disk + sum(one.disk for one in outputs),
-        sum(seconds for _, seconds, _ in told),
+        sum(stage.seconds for stage in told),
         tuple(told),
     )
 
 
-def _tell(stage: ExportStage, rates: MachineRates) -> tuple[str, float, int]:
-    return stage.name, stage.estimate_seconds(rates), stage.memory
+def _tell(stage: ExportStage, rates: MachineRates) -> StageForecast:
+    return StageForecast(stage.name, stage.estimate_seconds(rates), stage.memory)
 
 
 def _list_lacking(

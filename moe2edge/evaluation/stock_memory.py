@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from moe2edge.model.block import Block
-from moe2edge.model.kinds import look_at_blocks
 from moe2edge.model.model import Model
 from moe2edge.model.weights import Weight
 from moe2edge.runtime.memory import IMPORTED
@@ -41,15 +40,8 @@ def estimate_source_check(model: Model, limit: int) -> int:
     size, whole = choose_stock_group(model, limit)
     if whole:
         return _estimate_loading(model.blocks, model.rest.values())
-    largest = max(look_at_blocks(model.blocks, lambda block: _estimate_loading([block])))
-    kinds = sorted(look_at_blocks(model.blocks, _count_held), reverse=True)
-    # All blocks of a group are there; one at a time is made of its experts.
-    group = largest + sum(kinds[1:size])
-    return max(group, _estimate_loading((), model.rest.values()))
-
-
-def _count_held(block: Block) -> int:
-    return 4 * block.parameters + block.nbytes
+    largest = sorted(model.blocks, key=lambda block: -block.parameters)[:size]
+    return max(_estimate_loading(largest), _estimate_loading((), model.rest.values()))
 
 
 def _estimate_loading(blocks: Iterable[Block], rest: Iterable[Weight] = ()) -> int:
