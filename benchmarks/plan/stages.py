@@ -7,6 +7,7 @@ Use it before any command of moe2edge::
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 import threading
@@ -17,6 +18,8 @@ from pathlib import Path
 import psutil
 
 POLL = 0.01
+# Turns after which new children are looked for.
+CHILDREN_EVERY = 10
 
 
 @dataclass
@@ -52,12 +55,17 @@ def run_in_stages(command: list[str]) -> tuple[list[Stage], int]:
 
 def _watch(process: subprocess.Popen[bytes], stages: list[Stage]) -> None:
     """Keep the largest resident set of the process and its children in the latest stage."""
-    top = psutil.Process(process.pid)
-    while process.poll() is None:
+    top, children = psutil.Process(process.pid), list[psutil.Process]()
+    for turn in itertools.count():
+        if process.poll() is not None:
+            return
         used = 0
         try:
             own = Path(f"/proc/{top.pid}/cmdline").read_bytes()
-            for each in (top, *top.children(recursive=True)):
+            # Looking through all processes takes longer than reading the memory of some.
+            if turn % CHILDREN_EVERY == 0:
+                children = top.children(recursive=True)
+            for each in (top, *children):
                 place = Path(f"/proc/{each.pid}")
                 # A process that was just forked shares all memory with the one that forked it.
                 if each.pid == top.pid or (place / "cmdline").read_bytes() != own:

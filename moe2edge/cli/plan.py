@@ -123,10 +123,9 @@ def plan_command(
     it; memory, disk and time of the export; and all that would refuse it. With --budget or --disk,
     recipes that fit, best first; standard output is then the best as YAML, for export -r.
     """
-    from moe2edge.errors import InputError, Moe2EdgeError
+    from moe2edge.errors import InputError
 
     with without_collection():
-        from moe2edge.commands.forecast import refuse_like_export
         from moe2edge.commands.plan import (
             NEEDS_MODEL,
             Wish,
@@ -134,7 +133,6 @@ def plan_command(
             forecast_wish,
             get_rates,
         )
-        from moe2edge.commands.plan_document import describe_plans
 
         quiet_libraries()
     rates = get_rates(measure=measure)
@@ -161,6 +159,19 @@ def plan_command(
         found = forecast_wish(wish, rates)
     # An export needs targets; without a choice of them, some may refuse.
     refusing = [one for one in found if target is not None or (recipe and not one.targets)]
+    _tell(found, refusing, as_json)
+
+
+def _tell(found: Sequence[Forecast], refusing: Sequence[Forecast], as_json: bool) -> None:
+    """Print forecasts, and raise what refuses the first of some of them, with all in its document.
+
+    Raises:
+        InputError, Unsupported: so, with the line of the export.
+    """
+    from moe2edge.commands.forecast import refuse_like_export
+    from moe2edge.commands.plan_document import describe_plans
+    from moe2edge.errors import Moe2EdgeError
+
     document = describe_plans(found)
     if not as_json:
         for one in found:

@@ -20,7 +20,7 @@ class _Document(BaseModel):
 
 
 class FailurePart(_Document):
-    """What refuses an export: the exit code and the line."""
+    """Exit code and line of an export that would refuse."""
 
     code: int
     message: str

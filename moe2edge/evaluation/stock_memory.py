@@ -11,7 +11,7 @@ from moe2edge.runtime.memory import IMPORTED
 
 # Share of the memory, as its inverse, that transformers' blocks may take at once in float32, and
 # their most: loading takes two thirds more, and larger groups save hardly any time.
-MEMORY_PARTS, MOST_BYTES = 4, 3 << 29
+MEMORY_PARTS, MOST_GROUP_BYTES = 4, 3 << 29
 # Dtypes that float32 holds in half of the bytes.
 NARROW = ("BF16", "F16")
 
@@ -23,7 +23,7 @@ def choose_stock_group(model: Model, limit: int) -> tuple[int, bool]:
         model: the source.
         limit: bytes for the whole process.
     """
-    room = min(max(0, limit - IMPORTED) // MEMORY_PARTS, MOST_BYTES)
+    room = min(max(0, limit - IMPORTED) // MEMORY_PARTS, MOST_GROUP_BYTES)
     whole = 4 * model.parameters <= room
     size = len(model.blocks) if whole else max(1, room // max(1, model.block_nbytes))
     return size, whole
