@@ -173,9 +173,12 @@ def _list_passes(
             # Passes of one stage share their walk.
             walk = count_token_operations(model) * tokens if walk is None else 0.0
             held = max(cost.memory, model.block_nbytes if tokens else 0)
+            if step.computes_numbers:
+                # Parts of a block, of which some wait, and the new numbers of the block.
+                held = cost.memory + min(budget.group_bytes, cost.memory)
+                held += max(look_at_blocks(planned.after.blocks, lambda block: block.nbytes))
             held += _count_hidden(model, tokens, budget, 2) + COMPUTING
             if step.computes_numbers:
-                held += min(budget.group_bytes, cost.memory)
                 wide, narrow = _split_by_dtype(step, 2 * walk)
                 yield ExportStage(
                     step.name,
