@@ -20,13 +20,16 @@ Each message is one line: what was found, what was expected, what to do.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 class Moe2EdgeError(Exception):
     """Base of all errors raised on purpose; the command line prints them without a traceback."""
 
     exit_code = 1
+    # Further keys of the document of a failed command with --json.
+    details: Mapping[str, Any] = {}
 
 
 class InputError(Moe2EdgeError):

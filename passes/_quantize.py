@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field, field_validator
 
 from moe2edge.errors import InputError, Moe2EdgeError
-from moe2edge.model.block import Block, is_low_rank
+from moe2edge.model.block import Block, is_low_rank, is_quantizable
 from moe2edge.model.model import Model
-from moe2edge.model.roles import list_quantizable
-from moe2edge.model.weights import Weight, plan_weight
+from moe2edge.model.weights import plan_weight
 from moe2edge.numerics.scheme import LOW_RANK, Scheme, find_largest_group_size
 from moe2edge.options import Options
 from moe2edge.passes._ends import (
@@ -151,11 +150,12 @@ class Quantize(Slim):
     def _list_schemes(self, model: Model) -> dict[str, Scheme]:
         """Return the scheme of each tensor of a block to quantize, by name on disk."""
         group = self._resolve_group_size(model)
+        usual = Scheme(self.bits, group, self.symmetric)
         schemes = {}
-        for name, block, _ in _list_matrices(model):
-            rule = self._find_rule(name, block, model)
+        for name, block, _ in model.matrices:
+            rule = self._find_rule(name, block, model) if self.rules else None
             if rule is None:
-                schemes[name] = Scheme(self.bits, group, self.symmetric)
+                schemes[name] = usual
             elif rule.bits != 16:
                 symmetric = self.symmetric if rule.symmetric is None else rule.symmetric
                 schemes[name] = Scheme(rule.bits, rule.group_size or group, symmetric)
@@ -186,7 +186,7 @@ class Quantize(Slim):
         if self.group_size is not None:
             return self.group_size
         widths = []
-        for name, block, weight in _list_matrices(model):
+        for name, block, weight in model.matrices:
             rule = self._find_rule(name, block, model)
             if rule is None or (rule.bits != 16 and rule.group_size is None):
                 widths.append(weight.shape[1])
@@ -219,7 +219,7 @@ class Quantize(Slim):
         check_ends(model, list(chain.from_iterable(self.list_ends(model))))
         if any(weight.scheme is not None for _, _, weight in model.tensors()):
             raise InputError("the recipe quantizes twice; keep one of its quantizing passes")
-        widths = {n: w.shape[1] for n, _, w in _list_matrices(model) if n in schemes}
+        widths = {n: w.shape[1] for n, _, w in model.matrices if n in schemes}
         for name, width in widths.items():
             if width % (group := schemes[name].width(width)):
                 fits = [str(n) for n in GROUPS if not any(each % n for each in widths.values())]
@@ -238,8 +238,11 @@ class Quantize(Slim):
                 "and the model has none; put expert_replace before it, or leave factors out"
             )
         self._check_rules(model)
-        for block in model.blocks:
-            _check_layer(block, model, schemes)
+        for block, tensors in zip(model.blocks, model.named_blocks, strict=True):
+            experts = (one for one in tensors if one[1].startswith("experts."))
+            _check_layer(
+                block, [name for name, role, _ in experts if is_quantizable(role)], schemes
+            )
 
     def _check_rules(self, model: Model) -> None:
         """Refuse rules that apply to no tensor."""
@@ -251,29 +254,29 @@ class Quantize(Slim):
                     f"rule {_describe_rule(rule)}: there is no block {outside[0]}; the model has "
                     f"{count} blocks: choose from {-count} to {count - 1}"
                 )
-            if not any(self._find_rule(n, b, model) is rule for n, b, _ in _list_matrices(model)):
+            if not any(self._find_rule(n, b, model) is rule for n, b, _ in model.matrices):
                 raise InputError(
                     f"rule {_describe_rule(rule)} applies to no tensor: it matches none, or only "
                     "tensors that rules before it match; a name is, for example, "
-                    f"{next(name for name, _, _ in _list_matrices(model))}"
+                    f"{next(name for name, _, _ in model.matrices)}"
                     f"{self._advise(rule, model)}"
                 )
 
     def _advise(self, rule: Rule, model: Model) -> str:
         """Return what to give for head or embedding where a rule means them; empty: it does not."""
         pattern = compile_pattern(rule.match)
-        if rule.bits == 16 or any(pattern.search(name) for name, _, _ in _list_matrices(model)):
+        if rule.bits == 16 or any(pattern.search(name) for name, _, _ in model.matrices):
             return ""
         return advise_on_ends(model, pattern)
 
     def plan(self, model: Model) -> Model:
         """Return the model with a scheme on every tensor to quantize."""
         schemes = self.schemes(model)
-        for block in model.blocks:
+        for block, tensors in zip(model.blocks, model.named_blocks, strict=True):
             new = {
                 role: plan_weight(weight, scheme=schemes[name])
-                for role, weight in block.weights()
-                if (name := model.disk_name(block, role)) in schemes
+                for name, role, weight in tensors
+                if name in schemes
             }
             model = model.replace_block(block.with_weights(new))
         ends = chain.from_iterable(self.list_ends(model))
@@ -300,7 +303,7 @@ class Quantize(Slim):
         model = planned.before
         schemes = self._list_schemes(model)
         parts = [f"{scheme}: {n} matrices" for scheme, n in Counter(schemes.values()).items()]
-        unquantized = sum(name not in schemes for name, _, _ in _list_matrices(model))
+        unquantized = sum(name not in schemes for name, _, _ in model.matrices)
         if unquantized:
             parts.append(f"not quantized, by rule: {unquantized}")
         parts += describe_ends(model, *self.list_ends(model))
@@ -309,22 +312,21 @@ class Quantize(Slim):
         return f"{'; '.join(parts)}; {bits:.3f} bits/weight"
 
 
-def _list_matrices(model: Model) -> Iterator[tuple[str, Block, Weight]]:
-    """List the matrices that can be quantized, by name on disk, with their blocks."""
-    for block in model.blocks:
-        for role, weight in list_quantizable(block):
-            yield model.disk_name(block, role), block, weight
-
-
 def _describe_rule(rule: Rule) -> str:
     """Describe a rule by the options that a user gave it."""
     return str(rule.model_dump(exclude_defaults=True))
 
 
-def _check_layer(block: Block, model: Model, schemes: Mapping[str, Scheme]) -> None:
-    """Refuse several schemes in one MoE layer, which no runtime supports."""
-    roles = [role for role, _ in list_quantizable(block) if role.startswith("experts.")]
-    given = {schemes.get(model.disk_name(block, role)) for role in roles}
+def _check_layer(block: Block, experts: Sequence[str], schemes: Mapping[str, Scheme]) -> None:
+    """Refuse several schemes in one MoE layer, which no runtime supports.
+
+    Args:
+        block: the block.
+        experts: names of the matrices of its experts.
+        schemes: schemes by name.
+    """
+    # Most are one object.
+    given = set({id(s): s for s in map(schemes.get, experts)}.values())
     if len(given) > 1:
         raise InputError(
             f"the rules give the experts of block {block.index} several schemes "

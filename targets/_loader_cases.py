@@ -45,9 +45,9 @@ class Output:
         return self.stored.family.architecture
 
     @property
-    def schemes(self) -> set[Scheme]:
+    def schemes(self) -> frozenset[Scheme]:
         """Schemes of all quantized matrices."""
-        return {weight.scheme for _, _, weight in self.stored.tensors() if weight.scheme}
+        return self.stored.schemes
 
     @property
     def split_fusion(self) -> str | None:

@@ -150,10 +150,10 @@ def _make_pattern(module: str, level: int) -> str:
 
 def find_split_fusion(model: Model) -> str | None:
     """Find the first fused module of serving programs whose matrices differ in scheme."""
+    if len({id(weight.scheme) for _, _, weight in model.matrices}) <= 1:
+        return None
     schemes: dict[str, Scheme | None] = {}
-    for name, role, weight in model.tensors():
-        if not is_quantizable(role):
-            continue
+    for name, _, weight in model.matrices:
         match = _BLOCK.fullmatch(name.removesuffix(".weight"))
         if match is None:  # a matrix of the block itself, which nothing is fused with
             continue

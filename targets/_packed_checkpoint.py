@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,7 +18,7 @@ from moe2edge.storage.safetensors_files import PlannedTensor
 from moe2edge.targets import _layouts
 from moe2edge.targets._layout_checkpoint import LayoutCheckpoint
 from moe2edge.targets._loaders import judge_loaders, list_rules
-from moe2edge.targets._tensors import estimate_file_bytes, plan_plain
+from moe2edge.targets._tensors import Entry, count_file_bytes, plan_plain
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,11 +59,12 @@ class PackedCheckpoint(LayoutCheckpoint):
         plan = []
         for name, weight in weights.items():
             if weight.scheme is None:
-                plan.append(plan_plain(name, weight))
+                plan.append(plan_plain(self.name_part(name), weight))
                 continue
             stem = name.removesuffix(".weight")
             for part, (shape, dtype) in self.plan_parts(weight).items():
-                plan.append(PlannedTensor(f"{stem}.{part}", shape, dtype, part_of(name, part)))
+                own = self.name_part(f"{stem}.{part}")
+                plan.append(PlannedTensor(own, shape, dtype, part_of(name, part)))
         return plan
 
     def stored(self, model: Model) -> Model:
@@ -83,7 +84,26 @@ class PackedCheckpoint(LayoutCheckpoint):
         held = self.stored(model)
         count = self.count_held(held)
         memory = sum(count(name, weight) for name, _, weight in held.tensors())
-        return Estimate(memory, estimate_file_bytes(self.plan_tensors_of(held)))
+        weights = ((name, weight) for name, _, weight in list_stored_integers(held))
+        return Estimate(memory, count_file_bytes(self._list_entries(weights)))
+
+    def _list_entries(self, weights: Iterable[tuple[str, Weight]]) -> Iterator[Entry]:
+        """Yield name, shape and dtype of each tensor of a folder, in the order of the file."""
+        known: dict[tuple[object, ...], StoredParts] = {}
+        for name, weight in weights:
+            if weight.scheme is None:
+                yield self.name_part(name), weight.shape, weight.dtype
+                continue
+            kind = weight.shape, id(weight.scheme), weight.dtype, weight.kept, weight.scale_dtype
+            if (parts := known.get(kind)) is None:
+                parts = known[kind] = self.plan_parts(weight)
+            stem = name.removesuffix(".weight") + "."
+            for part, (shape, dtype) in parts.items():
+                yield self.name_part(stem + part), shape, dtype
+
+    def name_part(self, name: str) -> str:
+        """Return the name that a tensor has in a folder of this target."""
+        return name
 
     def count_held(self, stored: Model) -> Callable[[str, Weight], int]:
         """Return a function that counts the bytes of a tensor in memory."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from math import prod
 from typing import TYPE_CHECKING
 
 from moe2edge.errors import Unsupported
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model
-from moe2edge.model.weights import DTYPES, Weight
+from moe2edge.model.weights import BYTES, DTYPES, Weight
 from moe2edge.numerics.scheme import WHOLE_ROW, Scheme
 from moe2edge.storage.safetensors_files import PlannedTensor
 
@@ -27,19 +28,34 @@ def plan_plain(name: str, weight: Weight) -> PlannedTensor:
     return PlannedTensor(name, weight.shape, weight.dtype, weight.load)
 
 
-def estimate_file_bytes(tensors: Iterable[PlannedTensor]) -> int:
-    """Compute the bytes of the safetensors file that will hold ``tensors``, with its header.
+# Name, shape and dtype of a tensor in a file.
+Entry = tuple[str, tuple[int, ...], str]
 
-    In small models the header matters: a GPTQ checkpoint has four tensors per matrix.
+
+def estimate_file_bytes(tensors: Iterable[PlannedTensor]) -> int:
+    """Compute the bytes of the safetensors file that will hold ``tensors``, with its header."""
+    return count_file_bytes((t.name, t.shape, t.dtype) for t in tensors)
+
+
+def count_file_bytes(entries: Iterable[Entry]) -> int:
+    """Compute the bytes of the safetensors file of these tensors, with its header.
+
+    In small models the header matters: a GPTQ checkpoint has four tensors per matrix. Its entries
+    are counted as JSON spells them, without blanks, since encoding them takes seconds.
     """
+    known: dict[tuple[tuple[int, ...], str], tuple[int, int]] = {}
     data = header = 0
-    for t in tensors:
-        end = data + t.nbytes
-        # As JSON spells it, without blanks; encoding tens of thousands of entries takes seconds.
-        shape = ",".join(map(str, t.shape))
-        place = f'"data_offsets":[{data},{end}]'
-        header += len(f'"{t.name}":{{"dtype":"{t.dtype}","shape":[{shape}],{place}}},')
-        data = end
+    digits = 1
+    for name, shape, dtype in entries:
+        kind = known.get((shape, dtype))
+        if kind is None:
+            numbers = ",".join(map(str, shape))
+            text = f'"":{{"dtype":"{dtype}","shape":[{numbers}],"data_offsets":[,]}},'
+            kind = known[shape, dtype] = prod(shape) * BYTES[dtype], len(text)
+        data += kind[0]
+        header += kind[1] + len(name) + digits
+        digits = len(str(data))
+        header += digits
     return data + header
 
 

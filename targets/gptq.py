@@ -8,7 +8,7 @@ has on disk. This target only stores quantized weights; any pass that quantizes 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -27,7 +27,7 @@ from moe2edge.storage.output import (
     ORDER_PART,
     plan_gptq_tensors,
 )
-from moe2edge.storage.safetensors_files import PlannedTensor, write_checkpoint
+from moe2edge.storage.safetensors_files import write_checkpoint
 from moe2edge.storage.source_formats.aliases import name_by_class
 from moe2edge.storage.text_files import read_json, write_json
 from moe2edge.targets._auto_round import (
@@ -80,10 +80,12 @@ class Gptq(PackedCheckpoint):
                 layers.
         """
         refuse_ends(model, self.name)
-        stored = self.stored(model)
+        stored, known = self.stored(model), set()
         for name, role, weight in stored.tensors():
-            if weight.scheme is None:
+            kind = weight.shape, id(weight.scheme), is_quantizable(role), is_low_rank(role)
+            if weight.scheme is None or kind in known:
                 continue
+            known.add(kind)
             if not is_quantizable(role) and not is_low_rank(role):
                 raise Unsupported(
                     f"target gptq keeps {name} in the source's precision, but it is {weight.scheme}"
@@ -142,12 +144,9 @@ class Gptq(PackedCheckpoint):
             del parts[ORDER_PART]
         return parts
 
-    def plan_tensors_of(self, model: Model) -> list[PlannedTensor]:
-        """Plan all tensors of a folder, by the names that the reader of the config asks for."""
-        planned = super().plan_tensors_of(model)
-        if self.config == AUTO_ROUND:
-            return [replace(one, name=name_by_class(one.name)) for one in planned]
-        return planned
+    def name_part(self, name: str) -> str:
+        """Return the name of a tensor by which the reader of the config asks for it."""
+        return name_by_class(name) if self.config == AUTO_ROUND else name
 
     def pack(self, name: str, weight: Weight) -> dict[str, Tensor]:
         """Pack one matrix into the tensors that store it.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,15 @@ import yaml
 from click.testing import Result
 
 from helpers import LESS, NO_CHECK, run
+from moe2edge.commands.plan_document import build_plan_schema, parse_plan
 from moe2edge.evaluation import machine_rates
 from moe2edge.evaluation.machine_rates import DEFAULT_RATES, MachineRates
+from moe2edge.evaluation.stock_memory import choose_stock_group, estimate_source_check
+from moe2edge.model.block import Block
+from moe2edge.model.edits import change_weights
+from moe2edge.model.kinds import look_at_blocks
 from moe2edge.model.token_reads import count_token_reads
+from moe2edge.storage.checkpoint import BUILTIN_FOLDER
 from moe2edge.storage.hollow import open_without_numbers, plan_checkpoint
 from moe2edge.storage.safetensors_files import write_hollow_safetensors
 from moe2edge.testing import Make
@@ -32,9 +40,16 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def plan(*arguments: str) -> dict[str, Any]:
     """Run a plan, and return what it says of the only recipe."""
-    done = invoke("plan", *arguments, "--json")
-    (found,) = json.loads(done.stdout)["plans"]
+    document = json.loads(invoke("plan", *arguments, "--json").stdout)
+    check_document(document)
+    (found,) = document["plans"]
     return dict(found)
+
+
+def check_document(document: dict[str, Any]) -> None:
+    """Check that a document has the published form, and nothing beside it."""
+    form = parse_plan(json.dumps(document))
+    assert {"error": None, **document} == {"error": None, **form.model_dump(mode="json")}
 
 
 def invoke(*arguments: object, code: int = 0) -> Result:
@@ -102,7 +117,7 @@ def test_refuses_with_the_line_of_export(tmp_path: Path, options: list[str], cod
     assert planned.stderr.splitlines()[-1] == refused.stderr.splitlines()[-1]
 
 
-def test_all_that_would_refuse_is_told(tmp_path: Path) -> None:
+def test_all_that_would_refuse_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each pass and each target is looked at, not only the first that refuses."""
     recipe = tmp_path / "recipe.yaml"
     passes: list[Any] = [{"expert_drop": {"keep": 99}}, {"block_drop": {"drop": 50}}, "gptq"]
@@ -112,10 +127,18 @@ def test_all_that_would_refuse_is_told(tmp_path: Path) -> None:
     assert len(told) == 3
     assert all(words in line for words, line in zip(("99", "50", "hf"), told, strict=True))
     assert done.stderr.splitlines()[-1] == f"error: {told[0].partition('): ')[2]}"
+    monkeypatch.setattr("sys.argv", ["moe2edge", "--json"])
+    done = invoke("plan", BUILTIN, "-r", str(recipe), "-t", "hf,gptq", "--json", code=2)
+    document = json.loads(done.stdout)
+    check_document(document)
+    refusals = document["plans"][0]["refusals"]
+    assert [one["message"] for one in refusals] == [line.partition("): ")[2] for line in told]
+    assert document["error"] == {"code": 2, "message": refusals[0]["message"]}
 
 
 def test_recipes_for_a_budget_fit_and_can_be_exported() -> None:
     every = invoke("plan", BUILTIN, "-t", "onnx,gptq", "--budget", "2GB", "--json")
+    check_document(json.loads(every.stdout))
     found = json.loads(every.stdout)["recipes"]
     assert [yaml.safe_load(one["recipe"])["passes"] for one in found[:2]] == [
         [{"gptq": {"bits": 8}}],
@@ -143,13 +166,79 @@ def test_a_token_reads_what_a_profile_counts() -> None:
 
 def test_rates_are_kept_for_this_machine(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert machine_rates.find_rates() == DEFAULT_RATES
-    mine = MachineRates(1e12, 1e10, 1e9, 5e10)
+    mine = MachineRates(1e12, 2e12, 1e10, 1e9, 5e10)
     monkeypatch.setattr("moe2edge.commands.plan.measure_rates", lambda: mine)
-    invoke("plan", "--measure")
+    check_document(json.loads(invoke("plan", "--measure", "--json").stdout))
     assert (cache / "moe2edge" / "machine-rates.json").is_file()
     assert machine_rates.find_rates() == mine
     monkeypatch.setattr(machine_rates, "fingerprint_host", lambda: "another machine")
     assert machine_rates.find_rates() == DEFAULT_RATES
+
+
+def test_rates_take_under_half_a_minute_on_a_slow_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each look at the clock is half a second later: whatever is timed is as slow."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("PRODUCT", "SOLVED", "SOLVED_ROWS"):
+        monkeypatch.setattr(machine_rates, name, 128)
+    monkeypatch.setattr("moe2edge.evaluation.profile.bandwidth._MOST", 1 << 20)
+    looks = itertools.count()
+    rates = machine_rates.measure_rates(lambda: next(looks) / 2)
+    assert next(looks) / 2 < 30
+    assert rates.disk < machine_rates.DISK_BYTES / machine_rates.DISK_SECONDS
+    assert rates.narrow == rates.products == 2 * 128**3 / 0.5
+
+
+def test_recipes_of_a_tied_model_are_told_once(tiny: Make) -> None:
+    """One tensor is head and embedding: 8 bits for one are 8 bits for the other."""
+    folder = str(tiny("qwen3_moe", tie_word_embeddings=True))
+    done = invoke("plan", folder, "-t", "onnx", "--budget", "2GB", "--json")
+    every = [one["forecast"]["recipe"] for one in json.loads(done.stdout)["recipes"]]
+    assert len(set(every)) == len(every) == 5
+
+
+def test_the_form_of_documents_is_published() -> None:
+    path = Path(__file__).parents[1] / "docs" / "plan.schema.json"
+    assert json.loads(path.read_text("utf-8")) == build_plan_schema(), (
+        "run: moe2edge plan --schema > docs/plan.schema.json"
+    )
+    assert json.loads(invoke("plan", "--schema").stdout) == build_plan_schema()
+
+
+def test_blocks_of_one_kind_are_looked_at_once() -> None:
+    with open_without_numbers(BUILTIN) as (checkpoint, _):
+        blocks = checkpoint.model.blocks
+    seen: list[int] = []
+
+    def look(block: Block) -> int:
+        seen.append(block.index)
+        return block.parameters
+
+    found = list(look_at_blocks((*blocks, blocks[0].keep_experts(range(4))), look))
+    assert seen == [0, 0]
+    assert found[:-1] == [blocks[0].parameters] * len(blocks) > [found[-1]]
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_memory_of_the_source_check_grows_with_blocks_at_once(mixed: bool) -> None:
+    """Files in 16 bits are loaded so, in groups that take 1.5 GiB at most in float32."""
+    config = json.loads((BUILTIN_FOLDER / "config.json").read_text())
+    config |= {"hidden_size": 2048, "intermediate_size": 1024, "torch_dtype": "bfloat16"}
+    with tempfile.TemporaryDirectory() as place:
+        (Path(place) / "config.json").write_text(json.dumps(config))
+        with open_without_numbers(place) as (checkpoint, _):
+            model = checkpoint.model
+    if mixed:
+        model = change_weights(
+            model, lambda role, weight: weight.change(dtype="F32") if "router" in role else None
+        )
+    size, whole = choose_stock_group(model, 24 << 30)
+    assert size * model.block_nbytes <= 3 << 29
+    assert not whole
+    assert choose_stock_group(model, 1 << 40) == (size, whole)
+    held = estimate_source_check(model, 24 << 30) / (size * model.block_nbytes)
+    assert (2.3 < held < 2.6) if mixed else (1.5 < held < 1.8)
 
 
 def test_a_working_folder_that_takes_no_file_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

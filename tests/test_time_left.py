@@ -23,7 +23,7 @@ from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.testing import Make
 
 # So that amounts of work are seconds.
-RATES = MachineRates(1.0, 1.0, 1.0, 1.0)
+RATES = MachineRates(1.0, 1.0, 1.0, 1.0, 1.0)
 STAGES = (
     ExportStage("trimming", 0, products=100.0, label="trimming: scoring", walk="scoring", step=0),
     ExportStage("solving", 0, products=50.0, solving=150.0, step=1, blocks=4),
@@ -153,7 +153,7 @@ def list_planned(folder: Path, recipe: Any, targets: str, verify: Extent) -> lis
         DEFAULT_RATES, Memory.from_limit(find_limit()), context=64, verify=verify,
     )  # fmt: skip
     assert found.export is not None
-    return [name for name, _, _ in found.export.stages]
+    return [stage.name for stage in found.export.stages]
 
 
 TEXTS = {"samples": 4, "length": 32}

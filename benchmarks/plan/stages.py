@@ -7,16 +7,20 @@ Use it before any command of moe2edge::
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
 POLL = 0.01
+# Turns after which new children are looked for.
+CHILDREN_EVERY = 10
 
 
 @dataclass
@@ -52,18 +56,22 @@ def run_in_stages(command: list[str]) -> tuple[list[Stage], int]:
 
 def _watch(process: subprocess.Popen[bytes], stages: list[Stage]) -> None:
     """Keep the largest resident set of the process and its children in the latest stage."""
-    top = psutil.Process(process.pid)
-    while process.poll() is None:
+    top, children = psutil.Process(process.pid), list[psutil.Process]()
+    own = Path(f"/proc/{top.pid}/cmdline")
+    for turn in itertools.count():
+        if process.poll() is not None:
+            return
+        # Looking through all processes takes longer than reading the memory of some.
+        if turn % CHILDREN_EVERY == 0:
+            with suppress(psutil.Error):
+                children = top.children(recursive=True)
         used = 0
-        try:
-            own = Path(f"/proc/{top.pid}/cmdline").read_bytes()
-            for each in (top, *top.children(recursive=True)):
-                place = Path(f"/proc/{each.pid}")
+        for each in (top, *children):
+            place = Path(f"/proc/{each.pid}")
+            with suppress(OSError, IndexError):  # it has ended
                 # A process that was just forked shares all memory with the one that forked it.
-                if each.pid == top.pid or (place / "cmdline").read_bytes() != own:
+                if each.pid == top.pid or (place / "cmdline").read_bytes() != own.read_bytes():
                     used += int((place / "statm").read_text().split()[1]) * 4096
-        except (psutil.Error, OSError, IndexError):
-            continue
         stages[-1].peak = max(stages[-1].peak, used)
         time.sleep(POLL)
 

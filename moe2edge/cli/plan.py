@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -19,11 +20,12 @@ from moe2edge.cli.common import (
     quiet_libraries,
     read_recipe_options,
     show,
+    without_collection,
 )
 from moe2edge.progress import format_time
 
 if TYPE_CHECKING:
-    from moe2edge.commands.forecast import Forecast
+    from moe2edge.commands.forecast import Forecast, ModelSize
     from moe2edge.commands.plan import Wish
     from moe2edge.commands.recipe_ladder import Choice
     from moe2edge.evaluation.machine_rates import MachineRates
@@ -58,6 +60,14 @@ CONTEXT_OPTION = click.option(
 )
 
 
+def _print_schema(context: click.Context, _: click.Parameter, asked: bool) -> None:
+    if asked:
+        from moe2edge.commands.plan_document import build_plan_schema
+
+        click.echo(json.dumps(build_plan_schema(), indent=2))
+        context.exit()
+
+
 @click.command(epilog=PLAN_EXAMPLES)
 @click.argument("model", required=False)
 @click.option(
@@ -85,6 +95,14 @@ CONTEXT_OPTION = click.option(
     help="Measure the rates of this machine first, in under 30 s, and keep them.",
 )
 @JSON_OPTION
+@click.option(
+    "--schema",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_schema,
+    help="Print the JSON Schema of what --json prints, and exit.",
+)
 @add_hub_options
 def plan_command(
     model: str | None,
@@ -109,23 +127,24 @@ def plan_command(
     it; memory, disk and time of the export; and all that would refuse it. With --budget or --disk,
     recipes that fit, best first; standard output is then the best as YAML, for export -r.
     """
-    from moe2edge.commands.forecast import refuse_like_export
-    from moe2edge.commands.plan import (
-        NEEDS_MODEL,
-        Wish,
-        choose_for_limits,
-        forecast_wish,
-        get_rates,
-    )
     from moe2edge.errors import InputError
 
+    with without_collection():
+        from moe2edge.commands.plan import (
+            NEEDS_MODEL,
+            Wish,
+            choose_for_limits,
+            forecast_wish,
+            get_rates,
+        )
+
+        quiet_libraries()
     rates = get_rates(measure=measure)
     if model is None:
         if not measure:
             raise InputError(NEEDS_MODEL)
         _show_rates(rates, as_json)
         return
-    quiet_libraries()
     wish = Wish(
         model,
         revision,
@@ -141,27 +160,43 @@ def plan_command(
     if budget is not None or disk is not None:
         _show_choices(choose_for_limits(wish, rates, budget, disk), as_json)
         return
-    found = forecast_wish(wish, rates)
+    with without_collection():
+        found = forecast_wish(wish, rates)
     # An export needs targets; without a choice of them, some may refuse.
     refusing = [one for one in found if target is not None or (recipe and not one.targets)]
-    if as_json:
+    _tell(found, refusing, as_json)
+
+
+def _tell(found: Sequence[Forecast], refusing: Sequence[Forecast], as_json: bool) -> None:
+    """Print forecasts, and raise what refuses the first of some of them, with all in its document.
+
+    Raises:
+        InputError, Unsupported: so, with the line of the export.
+    """
+    from moe2edge.commands.forecast import refuse_like_export
+    from moe2edge.commands.plan_document import describe_plans
+    from moe2edge.errors import Moe2EdgeError
+
+    document = describe_plans(found)
+    if not as_json:
+        for one in found:
+            _show(one)
+    try:
         for one in refusing:
             refuse_like_export(one)
-        emit({"schema_version": 1, "kind": "moe2edge.plan", "plans": [f.to_json() for f in found]})
-        return
-    for one in found:
-        _show(one)
-    for one in refusing:
-        refuse_like_export(one)
+    except Moe2EdgeError as error:
+        error.details = document
+        raise
+    if as_json:
+        emit(document)
 
 
 def _show_rates(rates: MachineRates, as_json: bool) -> None:
-    from dataclasses import asdict
-
+    from moe2edge.commands.plan_document import describe_kept_rates
     from moe2edge.evaluation.machine_rates import locate_rates
 
     if as_json:
-        emit({"rates": asdict(rates), "file": str(locate_rates())})
+        emit(describe_kept_rates(rates, str(locate_rates())))
         return
     show(f"{_describe_rates(rates)}; kept in {locate_rates()}")
 
@@ -169,7 +204,8 @@ def _show_rates(rates: MachineRates, as_json: bool) -> None:
 def _describe_rates(rates: MachineRates) -> str:
     how = "measured" if rates.source == "measured" else "assumed; measure them: plan --measure"
     return (
-        f"rates ({how}): products {rates.products / 1e9:.0f} GFLOP/s, solving "
+        f"rates ({how}): products {rates.products / 1e9:.0f} GFLOP/s ({rates.narrow / 1e9:.0f} in "
+        "bfloat16), solving "
         f"{rates.solve / 1e9:.1f} GFLOP/s, disk {rates.disk / 1e6:.0f} MB/s, memory "
         f"{rates.bandwidth / 1e9:.1f} GB/s"
     )
@@ -179,14 +215,9 @@ def _show(one: Forecast) -> None:
     """Print a forecast."""
     from rich.table import Table
 
-    total, active, size = one.before
-    show(
-        f"{one.source} ({one.family}): {total:,} parameters, {active:,} active, "
-        f"{_format_bytes(size)}"
-    )
-    left, used, nbytes = one.after
-    if (left, nbytes) != (total, size):
-        show(f"after the passes: {left:,} parameters, {used:,} active, {_format_bytes(nbytes)}")
+    show(f"{one.source} ({one.family}): {_format_size(one.before)}")
+    if one.after != one.before:
+        show(f"after the passes: {_format_size(one.after)}")
     if one.targets:
         table = Table(title=f"context of {one.context:,} tokens", title_justify="left")
         for n, heading in enumerate(HEADINGS):
@@ -206,9 +237,9 @@ def list_lines(one: Forecast) -> Iterator[str]:
             f"export: {_format_bytes(one.export.memory)} of memory, "
             f"{_format_bytes(one.export.disk)} on the disk, about {format_time(one.export.seconds)}"
         )
-        largest = max(one.export.stages, key=lambda stage: stage[2])
-        slowest = max(one.export.stages, key=lambda stage: stage[1])
-        yield f"  most memory: {largest[0]}; most time: {slowest[0]}"
+        largest = max(one.export.stages, key=lambda stage: stage.memory)
+        slowest = max(one.export.stages, key=lambda stage: stage.seconds)
+        yield f"  most memory: {largest.name}; most time: {slowest.name}"
     yield _describe_rates(one.rates)
     for target in one.targets:
         if target.droppable:
@@ -227,8 +258,9 @@ def list_lines(one: Forecast) -> Iterator[str]:
 def _show_choices(found: Sequence[Choice], as_json: bool) -> None:
     """Print recipes that fit: the best as YAML, all in comments."""
     if as_json:
-        data: dict[str, Any] = {"schema_version": 1, "kind": "moe2edge.plan"}
-        emit({**data, "recipes": [one.to_json() for one in found]})
+        from moe2edge.commands.plan_document import describe_choices
+
+        emit(describe_choices(found))
         return
     names = ",".join(one.target for one in found[0].forecast.targets)
     show(f"# Recipes that fit in {names}, best first:")
@@ -254,6 +286,14 @@ def choose_and_tell(wish: Wish, budget: int | None, disk: int | None) -> Recipe:
     best = choose_for_limits(wish, find_rates(), budget, disk)[0]
     show(f"recipe for the budget: passes: {best.passes}", err=True)
     return best.recipe
+
+
+def _format_size(size: ModelSize) -> str:
+    """Format the size of a model."""
+    return (
+        f"{size.parameters:,} parameters, {size.active_parameters:,} active, "
+        f"{_format_bytes(size.bytes)}"
+    )
 
 
 def _format_bytes(size: float) -> str:

@@ -14,13 +14,14 @@ from typing import Literal
 from moe2edge.commands.texts import NO_TEXT, SELF
 from moe2edge.evaluation.machine_rates import MachineRates, count_solve_operations
 from moe2edge.model.block import Block
+from moe2edge.model.kinds import look_at_blocks, sum_weights
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model
-from moe2edge.model.weights import Weight
+from moe2edge.pipeline.contract import Pass
 from moe2edge.pipeline.recipe import Recipe
 from moe2edge.pipeline.stages import SCORING, Plan, group_stages
 from moe2edge.pipeline.target import Target
-from moe2edge.runtime.memory import IMPORTED, Estimate, Memory, fits
+from moe2edge.runtime.memory import Estimate, Memory, fits
 
 # Memory of the process once libraries are imported; and what they allocate as they compute, and
 # as a runtime generates, in PyTorch or beside it, all measured.
@@ -28,8 +29,6 @@ IMPORTED_FOR_EXPORT, COMPUTING = 460 << 20, 30 << 20
 GENERATING_IN_TORCH, GENERATING = 140 << 20, 45 << 20
 # Seconds of imports, of the trial of each runtime, and of small files.
 STARTING = 6.0
-# Share of the memory, as its inverse, that transformers' blocks take at once in the source check.
-STOCK_SHARE = 4
 # Tokens of the source check, and of the exact comparison of an output, about; and of one prompt.
 CHECKED_TOKENS, COMPARED_TOKENS, PROMPT_TOKENS = 256, 200, 64
 # Names of stages.
@@ -45,7 +44,8 @@ class ExportStage:
     Attributes:
         name: its name, as the export says it when the stage begins.
         memory: bytes that it holds beside libraries.
-        products: operations of matrix products.
+        products: operations of matrix products in float32.
+        narrow: the same in bfloat16.
         solving: operations of solving matrices.
         read: bytes that are read from the disk.
         written: bytes that are written to it.
@@ -60,6 +60,7 @@ class ExportStage:
     name: str
     memory: int
     products: float = 0.0
+    narrow: float = 0.0
     solving: float = 0.0
     read: float = 0.0
     written: float = 0.0
@@ -74,7 +75,7 @@ class ExportStage:
         if self.known is not None:
             return {self.name: self.known}
         return {
-            "products": self.products / rates.products,
+            "products": self.products / rates.products + self.narrow / rates.narrow,
             "solving": self.solving / rates.solve,
             "reading": self.read / rates.disk,
             "writing": self.written / rates.disk,
@@ -166,14 +167,9 @@ def measure_peak(stages: Sequence[ExportStage]) -> int:
 
 def _plan_source_check(source: Model, budget: Memory) -> ExportStage:
     """Plan the comparison of the source with stock transformers, group of blocks by group."""
-    room = max(0, (budget.limit or 0) - IMPORTED) // STOCK_SHARE
-    count, largest = len(source.blocks), source.block_nbytes
-    if 4 * source.parameters > room:
-        count = min(max(1, room // max(1, largest)), count)
-        parts = sorted((_measure_loading(block) for block in source.blocks), reverse=True)
-        held = max(sum(parts[:count]), 8 * source.embedding.count)
-    else:
-        held = _measure_stock_loading(source)
+    from moe2edge.evaluation.stock_memory import estimate_source_check
+
+    held = max(estimate_source_check(source, budget.limit or 0), source.block_nbytes)
     products = 2 * count_token_operations(source) * CHECKED_TOKENS
     return ExportStage("source check", held + COMPUTING, products, read=2 * source.nbytes)
 
@@ -192,7 +188,7 @@ def _plan_writing(source: Model, texts: ExportTexts) -> ExportStage:
 def _measure_stock_loading(model: Model) -> int:
     """Return the bytes of a whole model while transformers loads it in float32."""
     ends = sum(4 * weight.count + weight.nbytes for weight in model.rest.values())
-    return ends + sum(map(_measure_loading, model.blocks))
+    return ends + sum(look_at_blocks(model.blocks, _measure_loading))
 
 
 def _measure_loading(block: Block) -> int:
@@ -223,14 +219,19 @@ def _list_passes(
             first = walk is None
             walk = count_token_operations(model) * tokens if first else 0.0
             held = max(cost.memory, model.block_nbytes if tokens else 0)
+            if step.computes_numbers:
+                # Parts of a block, of which some wait, and the new numbers of the block.
+                held = cost.memory + min(budget.group_bytes, cost.memory)
+                held += max(look_at_blocks(planned.after.blocks, lambda block: block.nbytes))
             held += _count_hidden(model, tokens, budget, 2) + COMPUTING
             count = len(model.blocks)
             if step.computes_numbers:
-                held += min(budget.group_bytes, cost.memory)
+                wide, narrow = _split_by_dtype(step, 2 * walk)
                 yield ExportStage(
                     step.name,
                     held,
-                    2 * walk + _count_hessians(model, tokens),
+                    wide + _count_hessians(model, tokens),
+                    narrow,
                     _count_solving(model, planned.after) if step.needs_tokens else 0.0,
                     model.nbytes,
                     cost.disk,
@@ -240,10 +241,13 @@ def _list_passes(
                 )
             else:
                 scored = stage.observers and first
+                wide, narrow = _split_by_dtype(step, walk)
+                runs = cost.runs * (count_token_operations(model) + _count_head(model))
                 yield ExportStage(
                     step.name,
                     held,
-                    walk + cost.runs * (count_token_operations(model) + _count_head(model)),
+                    wide + runs,
+                    narrow,
                     read=model.nbytes * bool(tokens) * first,
                     known=cost.time,
                     label=stage.label if scored else "",
@@ -251,6 +255,16 @@ def _list_passes(
                     step=position,
                     blocks=count,
                 )
+
+
+def _split_by_dtype(step: Pass, products: float) -> tuple[float, float]:
+    """Split the products of a pass on its walk into those in float32 and those in bfloat16.
+
+    Which they are is said by its option ``compute``, once the recipe is resolved; passes without
+    one compute in float32.
+    """
+    narrow = getattr(step, "compute", None) == "bfloat16"
+    return (0.0, products) if narrow else (products, 0.0)
 
 
 def _list_evaluation(
@@ -325,7 +339,7 @@ def _list_output(
 
 def count_token_operations(model: Model) -> float:
     """Return the operations of matrix products of one token, in blocks."""
-    return 2.0 * sum(_count_used(block) for block in model.blocks)
+    return 2.0 * sum(look_at_blocks(model.blocks, _count_used))
 
 
 def _count_head(model: Model) -> float:
@@ -335,7 +349,7 @@ def _count_head(model: Model) -> float:
 
 def _count_used(block: Block) -> float:
     """Return the parameters of the matrices of a block that one token uses."""
-    used = float(sum(w.count for _, w in block.weights() if len(w.shape) > 1))
+    used = float(block.parameters - sum(w.count for _, w in block.weights() if len(w.shape) < 2))
     if isinstance(block.mlp, MoELayer):
         used -= block.mlp.inactive_parameters
     return used
@@ -349,33 +363,27 @@ def _count_hidden(model: Model, tokens: int, budget: Memory, streams: int) -> in
     return streams * hidden
 
 
-def _list_matrices(model: Model) -> Iterator[tuple[Weight, float]]:
-    """Yield each matrix of a block, with the part of the tokens that reach it."""
-    for block in model.blocks:
-        layer = block.mlp
-        part = 1.0
-        if isinstance(layer, MoELayer) and layer.experts:
-            part = min(1.0, layer.router.top_k / len(layer.experts))
-        for role, weight in block.weights():
-            if len(weight.shape) == 2:
-                yield weight, part if role.startswith("experts.") else 1.0
-
-
 def _count_hessians(model: Model, tokens: int) -> float:
     """Return the operations of summing Hessians; matrices with one input share theirs."""
     # Gate and up share theirs, and so do query, key and value: two of three count, about.
+    return 2.0 * tokens * sum(look_at_blocks(model.blocks, _count_hessian)) * (2 / 3)
+
+
+def _count_hessian(block: Block) -> float:
+    """Return the products that one token adds to Hessians of a block, each matrix by itself."""
+    layer, part = block.mlp, 1.0
+    if isinstance(layer, MoELayer) and layer.experts:
+        part = min(1.0, layer.router.top_k / len(layer.experts))
     return sum(
-        2.0 * tokens * part * weight.shape[1] ** 2 for weight, part in _list_matrices(model)
-    ) * (2 / 3)
+        (part if role.startswith("experts.") else 1.0) * weight.shape[1] ** 2
+        for role, weight in block.weights()
+        if len(weight.shape) == 2
+    )
 
 
 def _count_solving(before: Model, after: Model) -> float:
     """Return the operations of solving the matrices that become quantized."""
-    new = (weight for _, weight in after.new_beside(before))
+    new = (w for _, w in after.new_beside(before) if w.scheme is not None and len(w.shape) > 1)
     return float(
-        sum(
-            count_solve_operations(prod(w.shape[:-1]), w.shape[-1])
-            for w in new
-            if w.scheme is not None and len(w.shape) > 1
-        )
+        sum_weights(new, lambda w: count_solve_operations(prod(w.shape[:-1]), w.shape[-1]))
     )

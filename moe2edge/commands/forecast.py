@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,6 @@ from moe2edge.evaluation.machine_rates import MachineRates
 from moe2edge.model.edits import hide_source_integers
 from moe2edge.model.model import Model
 from moe2edge.model.token_reads import count_token_reads
-from moe2edge.model.weights import HeldWeight, Weight
 from moe2edge.pipeline.contract import Pass
 from moe2edge.pipeline.recipe import Recipe
 from moe2edge.pipeline.registry import list_options
@@ -95,6 +94,24 @@ class TargetForecast:
 
 
 @dataclass(frozen=True)
+class StageForecast:
+    """Forecast of a stage of an export: seconds, and the bytes that it holds beside libraries."""
+
+    name: str
+    seconds: float
+    memory: int
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Parameters of a model, those that one token uses, and the bytes of its tensors."""
+
+    parameters: int
+    active_parameters: int
+    bytes: int
+
+
+@dataclass(frozen=True)
 class ExportForecast:
     """Forecast of the export itself.
 
@@ -108,7 +125,7 @@ class ExportForecast:
     memory: int
     disk: int
     seconds: float
-    stages: tuple[tuple[str, float, int], ...]
+    stages: tuple[StageForecast, ...]
 
 
 @dataclass(frozen=True)
@@ -120,8 +137,8 @@ class Forecast:
         family: ``model_type`` of the text model.
         recipe: the recipe with every choice made, as YAML.
         context: tokens of a text that is remembered.
-        before: parameters, active parameters and bytes of the source.
-        after: parameters, active parameters and bytes of what passes leave of it.
+        before: size of the source.
+        after: size of what passes leave of it.
         targets: the outputs that nothing refuses.
         export: the export to all of these; None: there are none.
         refusals: all that would refuse the export, in the order in which it would.
@@ -134,26 +151,14 @@ class Forecast:
     family: str
     recipe: str
     context: int
-    before: tuple[int, int, int]
-    after: tuple[int, int, int]
+    before: ModelSize
+    after: ModelSize
     targets: tuple[TargetForecast, ...]
     export: ExportForecast | None
     refusals: tuple[Refusal, ...]
     lacking: tuple[str, ...]
     rates: MachineRates
     notes: tuple[str, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Return it as plain data."""
-        names = ("parameters", "active_parameters", "bytes")
-        data = asdict(self)
-        for key in ("before", "after"):
-            data[key] = dict(zip(names, data[key], strict=True))
-        if data["export"] is not None:
-            keys = ("name", "seconds", "memory")
-            stages = data["export"]["stages"]
-            data["export"]["stages"] = [dict(zip(keys, one, strict=True)) for one in stages]
-        return data
 
 
 def forecast_export(
@@ -217,8 +222,8 @@ def forecast_export(
         source.family.model_type,
         recipe.render(),
         context,
-        (source.parameters, source.active_parameters, _measure_source(checkpoint)),
-        (result.parameters, result.active_parameters, result.nbytes),
+        ModelSize(source.parameters, source.active_parameters, _measure_source(checkpoint)),
+        ModelSize(result.parameters, result.active_parameters, result.nbytes),
         outputs,
         export,
         tuple(refused.found),
@@ -327,7 +332,7 @@ def _forecast_target(
     state = target.count_cache(model, 0)
     mapped = target.count_mapped(model)
     logits = 4 * model.vocabulary * min(context, target.logits_rows)
-    read = _count_read(target, stored) + cache
+    read = sum(count_token_reads(stored, target.count_held(stored)).values()) + cache
     return TargetForecast(
         target.name,
         list_options(target),
@@ -342,21 +347,6 @@ def _forecast_target(
         rates.bandwidth / read,
         target.loaders(model),
     )
-
-
-def _count_read(target: Target, stored: Model) -> int:
-    """Count the bytes of weights that a token reads, as the runtime holds them."""
-    count, held = target.count_held(stored), stored
-
-    def hold(name: str, weight: Weight) -> Weight:
-        size = count(name, weight)
-        return HeldWeight(weight.name, weight.shape, weight.dtype, weight.load, held=size)
-
-    for block in stored.blocks:
-        new = {role: hold(stored.disk_name(block, role), w) for role, w in block.weights()}
-        held = held.replace_block(block.with_weights(new))
-    rest = {name: hold(stored.names.get_rest_name(name), w) for name, w in stored.rest.items()}
-    return sum(count_token_reads(held.replace_rest(rest)).values())
 
 
 # ---- the export ----------------------------------------------------------------------------------
@@ -379,13 +369,13 @@ def _forecast_run(
     return ExportForecast(
         measure_peak(stages),
         disk + sum(one.disk for one in outputs),
-        sum(seconds for _, seconds, _ in told),
+        sum(stage.seconds for stage in told),
         tuple(told),
     )
 
 
-def _tell(stage: ExportStage, rates: MachineRates) -> tuple[str, float, int]:
-    return stage.name, stage.estimate_seconds(rates), stage.memory
+def _tell(stage: ExportStage, rates: MachineRates) -> StageForecast:
+    return StageForecast(stage.name, stage.estimate_seconds(rates), stage.memory)
 
 
 def _list_lacking(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,12 +91,9 @@ def forecast_wish(wish: Wish, rates: MachineRates) -> list[Forecast]:
     recipe = wish.recipe
     if recipe is None and asked is not None:
         recipe = parse(find(choose_default_recipe(asked)), wish.settings)
-    with (
-        _without_collection(),
-        open_without_numbers(wish.model, revision=wish.revision, cache_dir=wish.cache_dir) as (
-            checkpoint,
-            notes,
-        ),
+    with open_without_numbers(wish.model, revision=wish.revision, cache_dir=wish.cache_dir) as (
+        checkpoint,
+        notes,
     ):
         targets = asked if asked is not None else _list_usable(checkpoint)
 
@@ -114,18 +109,6 @@ def forecast_wish(wish: Wish, rates: MachineRates) -> list[Forecast]:
             groups = ((USUAL_RECIPE, narrow), (USUAL_RECIPE, wide), (PLAIN_RECIPE, plain))
             return [forecast(parse(find(name), wish.settings), own) for name, own in groups if own]
         return [forecast(recipe, targets)]
-
-
-@contextmanager
-def _without_collection() -> Iterator[None]:
-    """Let Python not look for garbage among hundreds of thousands of handles, which all stay."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def choose_for_limits(

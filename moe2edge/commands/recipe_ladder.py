@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import yaml
 
@@ -83,10 +82,6 @@ class Choice:
         short = f"passes: {self.passes}\n"
         return short if parse(short) == self.recipe else self.recipe.render()
 
-    def to_json(self) -> dict[str, Any]:
-        """Return it as plain data."""
-        return {"recipe": self.text, "forecast": self.forecast.to_json()}
-
 
 def list_rungs() -> Iterator[str]:
     """Yield the passes of each rung as YAML, best first."""
@@ -116,11 +111,15 @@ def choose_recipes(
         InputError, Unsupported: no recipe can be exported to all targets.
     """
     able, fitting, last = list[Choice](), list[Choice](), None
+    # By choices that depend on the model, such as one tensor that is head and embedding, two rungs
+    # may be one.
+    known: set[str] = set()
     rungs = ((passes, parse(f"passes: {passes}", settings)) for passes in list_rungs())
     for passes, recipe in rungs if given is None else ((_write_passes(given), given),):
         last = Choice(passes, recipe, forecast(recipe))
-        if last.forecast.refusals:
+        if last.forecast.refusals or last.forecast.recipe in known:
             continue
+        known.add(last.forecast.recipe)
         able.append(last)
         if limits.measure_excess(last.forecast) <= 1:
             fitting.append(last)

@@ -23,9 +23,11 @@ from moe2edge.runtime.memory import find_limit
 from moe2edge.storage.durable import write_file
 
 RATES_FILE = "machine-rates.json"
-RATES_VERSION = 1
+RATES_VERSION = 2
 # Sizes of what is timed, and the least time of each.
-PRODUCT, SOLVED, SOLVED_ROWS, DISK_BYTES, LEAST_SECONDS = 1024, 1024, 1024, 192 << 20, 1.0
+PRODUCT, SOLVED, SOLVED_ROWS, LEAST_SECONDS = 1024, 1024, 1024, 1.0
+# Bytes that are written, fewer where that takes longer; and how many at once.
+DISK_BYTES, DISK_SECONDS, DISK_SYNCED = 192 << 20, 8.0, 32 << 20
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class MachineRates:
 
     Attributes:
         products: floating-point operations per second of matrix products in float32.
+        narrow: the same in bfloat16.
         solve: the same of the rounding of columns with error feedback.
         disk: bytes per second that are written, synced and read back with a digest.
         bandwidth: bytes per second that threads read from memory.
@@ -41,6 +44,7 @@ class MachineRates:
     """
 
     products: float
+    narrow: float
     solve: float
     disk: float
     bandwidth: float
@@ -48,7 +52,7 @@ class MachineRates:
 
 
 # Two cores of an older laptop with a slow disk.
-DEFAULT_RATES = MachineRates(50e9, 15e9, 150e6, 8e9, "default")
+DEFAULT_RATES = MachineRates(50e9, 50e9, 15e9, 150e6, 8e9, "default")
 
 
 def find_rates() -> MachineRates:
@@ -93,8 +97,11 @@ def fingerprint_host() -> str:
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
 
-def measure_rates() -> MachineRates:
+def measure_rates(clock: Callable[[], float] = time.perf_counter) -> MachineRates:
     """Measure the rates of this machine, in under half a minute.
+
+    Args:
+        clock: returns the time in seconds.
 
     Raises:
         OSError: the working folder takes no file.
@@ -103,12 +110,15 @@ def measure_rates() -> MachineRates:
 
     draw = torch.Generator().manual_seed(0)
     a, b = (torch.randn(PRODUCT, PRODUCT, generator=draw) for _ in range(2))
-    products = _time(lambda: a @ b)
+    wide = _time(lambda: a @ b, clock)
+    a, b = a.bfloat16(), b.bfloat16()
+    narrow = _time(lambda: a @ b, clock)
     return MachineRates(
-        2 * PRODUCT**3 / products,
-        _measure_solve(),
-        _measure_disk(),
-        measure_bandwidth().bytes_per_s,
+        2 * PRODUCT**3 / wide,
+        2 * PRODUCT**3 / narrow,
+        _measure_solve(clock),
+        _measure_disk(clock),
+        measure_bandwidth(clock=clock).bytes_per_s,
     )
 
 
@@ -117,7 +127,7 @@ def count_solve_operations(outs: int, ins: int) -> int:
     return 2 * ins**3 // 3 + outs * ins**2
 
 
-def _measure_solve() -> float:
+def _measure_solve(clock: Callable[[], float]) -> float:
     """Return operations per second of solving one matrix."""
     import torch
 
@@ -138,33 +148,36 @@ def _measure_solve() -> float:
         rounder = error_feedback.GridRounder(groups, grid, "absmax", None)
         error_feedback.round_columns(error_feedback.transpose(weights), factors, rounder)
 
-    return count_solve_operations(SOLVED_ROWS, SOLVED) / _time(solve)
+    return count_solve_operations(SOLVED_ROWS, SOLVED) / _time(solve, clock)
 
 
-def _measure_disk() -> float:
+def _measure_disk(clock: Callable[[], float]) -> float:
     """Return bytes per second of writing, syncing and hashing a file in the working folder."""
-    data = os.urandom(1 << 20)
-    begun = time.perf_counter()
+    data, written = os.urandom(1 << 20), 0
+    begun = clock()
     with tempfile.NamedTemporaryFile(dir=Path.cwd(), prefix=".moe2edge-") as file:
-        for _ in range(DISK_BYTES >> 20):
-            file.write(data)
+        while written < DISK_BYTES and clock() < begun + DISK_SECONDS:
+            written += file.write(data)
+            if not written % DISK_SYNCED:
+                file.flush()
+                os.fsync(file.fileno())
         file.flush()
         os.fsync(file.fileno())
         file.seek(0)
         digest = hashlib.sha256()
         for piece in iter(lambda: file.read(1 << 20), b""):
             digest.update(piece)
-    return DISK_BYTES / (time.perf_counter() - begun)
+    return written / (clock() - begun)
 
 
-def _time(work: Callable[[], object]) -> float:
+def _time(work: Callable[[], object], clock: Callable[[], float]) -> float:
     """Return the seconds of one run, the fastest of those in a second, behind a first one."""
     work()
-    ends, best = time.perf_counter() + LEAST_SECONDS, float("inf")
+    ends, best = clock() + LEAST_SECONDS, float("inf")
     while True:
-        begun = time.perf_counter()
+        begun = clock()
         work()
-        now = time.perf_counter()
+        now = clock()
         best = min(best, now - begun)
         if now > ends:
             return best

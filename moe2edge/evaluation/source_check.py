@@ -29,12 +29,13 @@ from moe2edge.evaluation.stock_blocks import (
     list_positions,
     run_in_stock,
 )
+from moe2edge.evaluation.stock_memory import choose_stock_group
 from moe2edge.model.block import Block
 from moe2edge.model.layers import MoELayer
 from moe2edge.model.model import Model
 from moe2edge.progress import Advance
 from moe2edge.runtime.layer_stage import LayerStage
-from moe2edge.runtime.memory import IMPORTED, find_limit, give_back
+from moe2edge.runtime.memory import find_limit, give_back
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,9 +52,6 @@ TOKENS_PER_EXPERT = 8
 LONGEST = 512
 # A window of attention makes the text longer, up to this; attention takes its square.
 WIDEST = 1024
-# Share of the memory, as its inverse, that transformers' blocks may take at once, and the most.
-# Opening a model anew for each block takes a second or two.
-MEMORY_PARTS, MOST_AT_ONCE = 4, 3 << 29
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,8 @@ def compare_with_stock(
         StockFailed: transformers cannot run it, or not in this memory.
     """
     ids = _make_text(model, without)
-    size, whole = count_at_once(model, find_limit() if within is None else within)
+    limit = find_limit() if within is None else within
+    size, whole = choose_stock_group(model, limit)
     found = _Findings(model, folder)
     embedded = hidden = walk.embed(model, ids)
     count, label = len(model.blocks), "source check"
@@ -122,19 +121,6 @@ def compare_with_stock(
     found.compare_ends(stock, embedded, hidden)
     advance(label, count, count)
     return found.summarize(ids.shape[1])
-
-
-def count_at_once(model: Model, limit: int) -> tuple[int, bool]:
-    """Return how many blocks transformers loads at once, and whether embedding and head with them.
-
-    Args:
-        model: the source.
-        limit: bytes for the whole process.
-    """
-    room = min(max(0, limit - IMPORTED) // MEMORY_PARTS, MOST_AT_ONCE)
-    if 4 * model.parameters <= room:
-        return len(model.blocks), True
-    return max(1, room // max(1, model.block_nbytes)), False
 
 
 def _make_text(model: Model, without: Sequence[int]) -> Tensor:

@@ -15,13 +15,14 @@ import torch
 from torch import nn
 
 from moe2edge.errors import Moe2EdgeError, Unsupported, VerificationFailed, join_lines
+from moe2edge.evaluation.stock_memory import is_narrow
 from moe2edge.model.block import Block
 from moe2edge.model.config_keys import RUN_KEPT
 from moe2edge.model.model import Model
 from moe2edge.model.transformers_config import ALIASES, read_text_config
+from moe2edge.model.weights import DTYPES
 from moe2edge.runtime.memory import give_back
 from moe2edge.runtime.plain_tensors import drop_quantization, find_plain_source
-from moe2edge.storage.source_formats.recognition import find_settings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -135,26 +136,7 @@ def run_in_stock(
 def _open_stock(
     model: Model, folder: Path, group: Sequence[BlockRun], *, ends: bool
 ) -> tuple[Any, list[str]]:
-    """Open a folder, whole or in part; return the model and the tensors that were not found.
-
-    All is float32 in the end. Transformers puts the matrices of experts together from copies in the
-    dtype that it loads, which takes three times the memory of the result: so bfloat16 is loaded as
-    such, unless there are buffers, which a model computes in that dtype and rounds.
-    """
-    if not ends and find_settings(model.given) is None and _are_narrow(group):
-        stock, missing = _load_stock(model, folder, group, torch.bfloat16, ends=ends)
-        if all(buffer.dtype != torch.bfloat16 for buffer in stock.buffers()):
-            for parameter in stock.parameters():
-                parameter.data = parameter.data.float()
-            return stock, missing
-        del stock
-    return _load_stock(model, folder, group, torch.float32, ends=ends)
-
-
-def _load_stock(
-    model: Model, folder: Path, group: Sequence[BlockRun], dtype: torch.dtype, *, ends: bool
-) -> tuple[Any, list[str]]:
-    """Open a folder as `_open_stock` does, in ``dtype``."""
+    """Open a folder, whole or in part; return the model and the tensors that were not found."""
     import transformers
 
     if model.given.get("model_type") in ALIASES:
@@ -171,12 +153,12 @@ def _load_stock(
     config = config.get_text_config(decoder=True)
     drop_quantization(config)
     kind = getattr(transformers, model.family.architecture)
-    if len(group) < len(model.blocks) or not ends:
-        kind = _make_part(kind, model.architecture.layers_path, loaded, ends=ends)
+    stored = torch.float32 if "state_dict" in place else _find_stored_dtype(model, group, ends=ends)
+    kind = _make_part(kind, model.architecture.layers_path, loaded, stored, ends=ends)
     stock, info = kind.from_pretrained(
         **place,
         config=config,
-        dtype=dtype,
+        dtype=stored,
         attn_implementation="eager",
         experts_implementation="eager",
         local_files_only=True,
@@ -184,23 +166,42 @@ def _load_stock(
         use_safetensors=True,
         output_loading_info=True,
     )
-    return stock.eval(), sorted(map(str, info["missing_keys"]))
+    give_back()
+    stock = stock.eval().float()
+    give_back()
+    return stock, sorted(map(str, info["missing_keys"]))
 
 
-def _are_narrow(group: Sequence[BlockRun]) -> bool:
-    """Return whether all tensors of some blocks are bfloat16 in their files."""
-    return all(weight.dtype == "BF16" for own in group for _, weight in own.block.weights())
+def _find_stored_dtype(model: Model, group: Sequence[BlockRun], *, ends: bool) -> torch.dtype:
+    """Find the dtype of all loaded tensors in files, or else float32.
+
+    Transformers makes one tensor of all experts, and holds them two times over meanwhile.
+    """
+    weights = [weight for own in group for _, weight in own.block.weights()]
+    weights += list(model.rest.values()) if ends else []
+    stored: torch.dtype = getattr(torch, DTYPES[weights[0].dtype])
+    return stored if is_narrow(weights) else torch.float32
 
 
-def _make_part(stock: type, path: str, loaded: Collection[int], *, ends: bool) -> Any:
+def _make_part(
+    stock: type, path: str, loaded: Collection[int], stored: torch.dtype, *, ends: bool
+) -> Any:
     """Make a class of transformers of which only some blocks, or the ends, have weights.
 
     It takes the name and module of the class, by which transformers finds its rules for names of
-    tensors; tensors of the parts that it lacks are not read.
+    tensors; tensors of the parts that it lacks are not read. Parameters are loaded in the dtype of
+    the files, which holds their numbers; whatever else its code makes is in float32.
     """
 
     def initialize(self: Any, config: Any) -> None:
-        stock.__init__(self, config)  # type: ignore[misc]
+        usual = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)
+        try:
+            stock.__init__(self, config)  # type: ignore[misc]
+        finally:
+            torch.set_default_dtype(usual)
+        for parameter in self.parameters():
+            parameter.data = parameter.data.to(stored)
         layers = self.get_submodule(path)
         for n in range(len(layers)):
             if n not in loaded:

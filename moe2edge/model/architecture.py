@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+# Methods of tensors that do nothing but give them other numbers, of which meta tensors have none.
+_FILLING = frozenset({"uniform_", "normal_", "fill_", "zero_", "copy_"})
+
+
 @dataclass(frozen=True, eq=False)
 class Architecture:
     """Transformers' model of a config, on the meta device.
@@ -86,7 +90,16 @@ class Architecture:
         layers = find_layers(self.model)[1]
         more = self._build_beside(self.count_key, 2)
         wider = self._build_beside(self.top_k_key, 2)
-        return tuple(map(find_anatomy, layers, more, wider))
+        kinds: list[tuple[Any, Anatomy]] = []
+        found = []
+        # Layers of one kind have one anatomy, which is looked for once.
+        for trio in zip(layers, more, wider, strict=True):
+            kind = tuple(map(describe_layer, trio))
+            known = next((anatomy for other, anatomy in kinds if other == kind), None)
+            if known is None:
+                kinds.append((kind, known := find_anatomy(*trio)))
+            found.append(known)
+        return tuple(found)
 
     def get_top_k(self, index: int) -> int:
         """Return the number of experts that a token chooses in layer ``index``."""
@@ -112,7 +125,7 @@ def build_meta_model(config: Any) -> Any:
 
     kind = find_class(config)
     try:
-        with torch.device("meta"), warnings.catch_warnings():
+        with torch.device("meta"), _make_no_numbers(), warnings.catch_warnings():
             # A shared expert of width 0, of which torch says that there is nothing to initialize.
             warnings.filterwarnings("ignore", "Initializing zero-element")
             return kind._from_config(copy.deepcopy(config), dtype=torch.float32).eval()
@@ -121,6 +134,22 @@ def build_meta_model(config: Any) -> Any:
     except Exception as error:  # whatever the code of a family raises on values of no use to it
         reason = join_lines(error)
         raise Unsupported(f"transformers cannot build {config.model_type}: {reason}") from error
+
+
+def _make_no_numbers() -> Any:
+    """Return a context in which torch initializes no weights, which takes half of the time."""
+    from torch.overrides import TorchFunctionMode
+
+    class NoNumbers(TorchFunctionMode):
+        def __torch_function__(
+            self, function: Any, _: Any, given: tuple[Any, ...] = (), more: Any = None
+        ) -> Any:
+            fills = getattr(function, "__module__", "") == "torch.nn.init"
+            if fills or getattr(function, "__name__", "") in _FILLING:
+                return given[0] if given else more["tensor"]
+            return function(*given, **(more or {}))
+
+    return NoNumbers()
 
 
 def find_layers(model: Any) -> tuple[str, Any]:
@@ -153,16 +182,15 @@ def _pass_on(_: Any, hidden_states: Tensor, *__: Any, **___: Any) -> Tensor:
 
 
 def describe_layer(layer: Any) -> dict[tuple[str, str], Any]:
-    """Return shapes of tensors and numbers of modules, all that a layer is but its place."""
+    """Return shapes, classes of modules and their numbers: all that a layer is but its place."""
     found: dict[tuple[str, str], Any] = {
         (path, ""): tuple(tensor.shape) for path, tensor in layer.state_dict().items()
     }
     for path, module in layer.named_modules():
-        found |= {
-            (path, name): value
-            for name, value in vars(module).items()
-            if isinstance(value, int | float | str) and name != "layer_idx"
-        }
+        found[path, "class"] = type(module)
+        for name, value in vars(module).items():
+            if isinstance(value, int | float | str) and name != "layer_idx":
+                found[path, name] = value
     return found
 
 

@@ -4,15 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, Literal
+from weakref import WeakValueDictionary
 
 from moe2edge.errors import InputError, Moe2EdgeError
-from moe2edge.model.experts import Dense, Expert
+from moe2edge.model.experts import PARTS, Dense, Expert
 from moe2edge.model.layers import MoELayer, Shared, UnroutedMLP
 from moe2edge.model.weights import Weight
 
 SECOND_NORM = "post_attention_layernorm.weight"
+
+
+class BlockKind:
+    """Common parts of blocks that differ in place, names and numbers alone; a key of tables."""
+
+    def __init__(self, *parts: tuple[object, ...], alive: object = None) -> None:
+        """Take tuples that are equal for blocks of one kind, and what their identities are of."""
+        self._parts, self._hash, self._alive = parts, hash(parts), alive
+
+    def __hash__(self) -> int:
+        """Return a hash, which is computed once: there are thousands of parts."""
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        """Compare the parts."""
+        return isinstance(other, BlockKind) and self._parts == other._parts
+
+
+_KINDS: WeakValueDictionary[BlockKind, BlockKind] = WeakValueDictionary()
 
 
 @dataclass(frozen=True)
@@ -94,13 +114,46 @@ class Block:
             *_list_body_weights(self.mlp),
         )
 
+    @cached_property
+    def matrices(self) -> tuple[tuple[str, Weight], ...]:
+        """The tensors that passes quantize or prune, with their roles."""
+        return tuple(one for one in self._weights if is_quantizable(one[0]))
+
+    @cached_property
+    def kind(self) -> BlockKind:
+        """All of its tensors but their names and numbers, and its routing."""
+        weights = [weight for _, weight in self._weights]
+        schemes = tuple(weight.scheme for weight in weights)
+        routing = (self.mlp.router.top_k, self.mlp.bases) if isinstance(self.mlp, MoELayer) else ()
+        kind = BlockKind(
+            tuple(role for role, _ in self._weights),
+            tuple(weight.shape for weight in weights),
+            tuple(weight.dtype for weight in weights),
+            tuple(weight.held for weight in weights),
+            tuple(map(id, schemes)),
+            routing,
+            alive=schemes,
+        )
+        # One object for each, so that comparing them takes no time.
+        return _KINDS.setdefault(kind, kind)
+
+    @cached_property
+    def parameters(self) -> int:
+        """Number of parameters."""
+        return sum(weight.count for _, weight in self._weights)
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(weight.nbytes for _, weight in self._weights)
+
     def with_weights(self, new: Mapping[str, Weight]) -> Block:
         """Return the block with some tensors replaced, by role.
 
         Raises:
             Moe2EdgeError: a role is not one of this block's.
         """
-        if unknown := set(new) - {role for role, _ in self.weights()}:
+        if unknown := new.keys() - {role for role, _ in self.weights()}:
             raise Moe2EdgeError(f"block {self.index} has no tensors {sorted(unknown)}")
 
         def swap_mlp(prefix: str, mlp: Any) -> Any:
@@ -115,10 +168,12 @@ class Block:
             gate = new.get("shared.router", shared.gate) if shared.gate else None
             return Shared(swap_mlp("shared", shared.mlp), gate)
 
-        def swap_expert(prefix: str, expert: Expert) -> Any:
-            names = {part: f"{prefix}.{part}_bias" for part in expert.biases}
-            biases = {part: new.get(names[part], w) for part, w in expert.biases.items()}
-            return replace(swap_mlp(prefix, expert), biases=biases)
+        def swap_expert(prefix: str, expert: Expert) -> Expert:
+            biases = expert.biases
+            if biases:
+                biases = {p: new.get(f"{prefix}.{p}_bias", bias) for p, bias in biases.items()}
+            gate, up, down = (new.get(f"{prefix}.{p}", getattr(expert, p)) for p in PARTS)
+            return Expert(gate, up, down, expert.origin, biases)
 
         mlp: Any = self.mlp
         if isinstance(mlp, MoELayer):
@@ -188,6 +243,7 @@ def _list_mlp_weights(prefix: str, mlp: Dense) -> Iterator[tuple[str, Weight]]:
     yield f"{prefix}.down", mlp.down
 
 
+@cache
 def is_quantizable(role: str) -> bool:
     """Return whether quantizing and pruning select a tensor: a matrix of attention or an MLP.
 
@@ -205,6 +261,7 @@ def is_quantizable(role: str) -> bool:
     return kind in ("dense", "linear") or (kind == "shared" and rest != "router")
 
 
+@cache
 def is_low_rank(role: str) -> bool:
     """Return whether a tensor is a factor of a tied expert or a matrix of a linear map.
 

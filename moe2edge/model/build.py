@@ -189,8 +189,8 @@ class _Builder:
 
 def _make_nothing(up: Weight) -> Weight:
     """Return a handle on no rows, which is the gate of an expert without one."""
-    return replace(
-        up, name=f"no gate of {up.name}", shape=(0, *up.shape[1:]), load=lambda: up.load()[:0]
+    return up.change(
+        name=f"no gate of {up.name}", shape=(0, *up.shape[1:]), load=lambda: up.load()[:0]
     )
 
 
@@ -244,8 +244,7 @@ def _cut_expert(whole: Weight, n: int, shape: tuple[int, ...], cut: _Cut) -> Wei
 
     # Blocks lie along the inputs, so each part of an expert has whole ones.
     blocks = whole.load if isinstance(whole.load, SourceBlocks) else None
-    return replace(
-        whole,
+    return whole.change(
         name=f"{whole.name}[{n}]{part}",
         shape=shape,
         load=load if blocks is None else replace(blocks, read=load),

@@ -23,6 +23,7 @@ class DiskNames:
         """Map the names of the tensors in files; integers count as the matrix that they are."""
         self._architecture = architecture
         self._split_names: dict[tuple[int, int, str], tuple[str, str]] = {}
+        self._block_names: dict[tuple[int, int], dict[str, str]] = {}
         plain = {get_plain_name(name): name for name in names}
         self.stored = map_names(architecture.model, plain)
         used = {name for one in self.stored.values() for part in one.names for name in part}
@@ -97,22 +98,32 @@ class DiskNames:
     def get_block_name(self, index: int, origin: int, role: str) -> str:
         """Return the name in files of a tensor of block ``index``, which was ``origin``.
 
-        Each expert has names of its own, also where files have one tensor of all.
+        Each expert has names of its own, also where files have one tensor of all. Names are asked
+        for by the hundred thousand, so they are kept.
         """
+        known = self._block_names.get((index, origin))
+        if known is None:
+            known = self._block_names[index, origin] = {}
+        name = known.get(role)
+        if name is None:
+            name = known[role] = self._find_block_name(index, origin, role)
+        return name
+
+    def _find_block_name(self, index: int, origin: int, role: str) -> str:
         architecture = self._architecture
         anatomy = architecture.anatomy[origin]
         layer = f"{architecture.layers_path}.{origin}"
         kind, _, rest = role.partition(".")
+        if kind == "experts":
+            n, _, part = rest.partition(".")
+            before, behind = self._split_expert_name(index, origin, part)
+            return f"{before}{n}{behind}"
         whole, _, number = role.partition(".part")
         if number and whole in anatomy.roles:
             parts = self.find(f"{layer}.{anatomy.roles[whole]}").names_in_order()
             name = parts[int(number)]
         elif role in anatomy.roles:
             name = self.find(f"{layer}.{anatomy.roles[role]}").name
-        elif kind == "experts":
-            n, _, part = rest.partition(".")
-            before, behind = self._split_expert_name(index, origin, part)
-            return f"{before}{n}{behind}"
         elif kind == "dense":
             name = f"{self._find_place(layer, anatomy)}.{anatomy.moe}.{rest}_proj.weight"
         else:
@@ -120,10 +131,7 @@ class DiskNames:
         return replace_number(name, origin, index)
 
     def _split_expert_name(self, index: int, origin: int, part: str) -> tuple[str, str]:
-        """Return what stands before and behind the number of an expert in a name in files.
-
-        Names are asked for by the ten thousand, so they are kept.
-        """
+        """Return what stands before and behind the number of an expert in a name in files."""
         key = (index, origin, part)
         if key not in self._split_names:
             layer = f"{self._architecture.layers_path}.{origin}"

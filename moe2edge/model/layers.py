@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from moe2edge.errors import InputError, Moe2EdgeError
@@ -165,7 +166,7 @@ class MoELayer:
             if isinstance(row, Tied) or (isinstance(row, Full) and bases.count(row.expert) > 1)
         )
 
-    @property
+    @cached_property
     def inactive_parameters(self) -> int:
         """Parameters of experts and rows that one token does not use.
 

@@ -10,15 +10,17 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 from moe2edge.errors import Moe2EdgeError
 from moe2edge.model.architecture import Architecture, find_architecture
-from moe2edge.model.block import Block
+from moe2edge.model.block import Block, is_quantizable
 from moe2edge.model.description import describe_block
 from moe2edge.model.disk_names import DiskNames
 from moe2edge.model.experts import Dense
 from moe2edge.model.family import Family
+from moe2edge.model.kinds import look_at_blocks
 from moe2edge.model.layers import MoELayer, UnroutedMLP
 from moe2edge.model.weights import Weight
 from moe2edge.numerics.scheme import Scheme
@@ -65,12 +67,25 @@ class Model:
     def _named_tensors(self) -> tuple[tuple[str, str, Weight], ...]:
         """The tensors, which are asked for dozens of times: a large model has tens of thousands."""
         rest = [(self.names.get_rest_name(n), "rest", weight) for n, weight in self.rest.items()]
-        blocks = (
-            (self.disk_name(block, role), role, weight)
+        return (*rest, *chain.from_iterable(self.named_blocks))
+
+    @cached_property
+    def named_blocks(self) -> tuple[tuple[tuple[str, str, Weight], ...], ...]:
+        """The tensors of each block, as `tensors` yields them."""
+        return tuple(
+            tuple((self.disk_name(block, role), role, weight) for role, weight in block.weights())
             for block in self.blocks
-            for role, weight in block.weights()
         )
-        return (*rest, *blocks)
+
+    @cached_property
+    def matrices(self) -> tuple[tuple[str, Block, Weight], ...]:
+        """The tensors that passes quantize or prune, by name on disk, with their blocks."""
+        return tuple(
+            (name, block, weight)
+            for block, tensors in zip(self.blocks, self.named_blocks, strict=True)
+            for name, role, weight in tensors
+            if is_quantizable(role)
+        )
 
     def disk_name(self, block: Block, role: str) -> str:
         """Return the name in files of a tensor of a block."""
@@ -101,6 +116,13 @@ class Model:
         """The scheme of the quantized weights, None if nothing is quantized."""
         return next((w.scheme for _, _, w in self.tensors() if w.scheme), None)
 
+    @cached_property
+    def schemes(self) -> frozenset[Scheme]:
+        """The schemes of the quantized weights."""
+        # Most are one object, whose identity is found sooner than its hash.
+        found = {id(weight.scheme): weight.scheme for _, _, weight in self.tensors()}
+        return frozenset(scheme for scheme in found.values() if scheme is not None)
+
     @property
     def vocabulary(self) -> int:
         """Entries of the embedding table, and of the logits."""
@@ -123,7 +145,8 @@ class Model:
     @property
     def parameters(self) -> int:
         """Number of parameters."""
-        return sum(w.count for _, _, w in self.tensors())
+        rest = sum(weight.count for weight in self.rest.values())
+        return rest + sum(look_at_blocks(self.blocks, lambda block: block.parameters))
 
     @property
     def active_parameters(self) -> int:
@@ -131,12 +154,13 @@ class Model:
 
         Embedding rows that are not looked up count, as is usual.
         """
-        return self.parameters - sum(layer.inactive_parameters for _, layer in self.moe_blocks)
+        return self.parameters - sum(look_at_blocks(self.blocks, _count_inactive))
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(w.nbytes for _, _, w in self.tensors())
+        rest = sum(weight.nbytes for weight in self.rest.values())
+        return rest + sum(look_at_blocks(self.blocks, lambda block: block.nbytes))
 
     def new_beside(self, before: Model) -> list[tuple[str, Weight]]:
         """Return the tensors, with their roles, that read other numbers than any of ``before``."""
@@ -146,7 +170,7 @@ class Model:
     @property
     def block_nbytes(self) -> int:
         """Bytes of the largest block in float32."""
-        return max(4 * sum(w.count for _, w in block.weights()) for block in self.blocks)
+        return 4 * max(look_at_blocks(self.blocks, lambda block: block.parameters))
 
     def replace_block(self, block: Block) -> Model:
         """Return the model with the block at ``block.index`` replaced."""
@@ -185,8 +209,9 @@ class Model:
             Moe2EdgeError: router rows differ from experts, top-k cannot be reached, blocks are
                 not numbered in order, shapes disagree with the config, a tensor appears twice.
         """
-        names = Counter(name for name, _, _ in self.tensors())
-        if twice := [name for name, n in names.items() if n > 1]:
+        names = [name for name, _, _ in self.tensors()]
+        if len(set(names)) < len(names):
+            twice = [name for name, n in Counter(names).items() if n > 1]
             raise Moe2EdgeError(f"tensors appear twice: {twice[:3]}")
         if [b.index for b in self.blocks] != list(range(len(self.blocks))):
             raise Moe2EdgeError("blocks are not numbered in order")
@@ -227,6 +252,10 @@ class Model:
         for name, weight in self.rest.items():
             lines.append(f"{name}: {weight.scheme or weight.dtype} {list(weight.shape)}")
         return "\n".join(lines)
+
+
+def _count_inactive(block: Block) -> int:
+    return block.mlp.inactive_parameters if isinstance(block.mlp, MoELayer) else 0
 
 
 def list_end_names(model: Model) -> tuple[str, ...]:

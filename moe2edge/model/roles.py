@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moe2edge.model.block import Block, is_quantizable
+from moe2edge.model.block import Block
 from moe2edge.model.experts import Dense
 from moe2edge.model.layers import MoELayer, UnroutedMLP
 from moe2edge.model.weights import Weight
@@ -27,4 +27,4 @@ def list_gated_mlps(block: Block) -> Iterator[tuple[str, Dense]]:
 
 def list_quantizable(block: Block) -> Iterator[tuple[str, Weight]]:
     """Yield the tensors of a block that passes quantize or prune, with their roles."""
-    return ((role, weight) for role, weight in block.weights() if is_quantizable(role))
+    yield from block.matrices

@@ -29,10 +29,9 @@ def list_stored_integers(model: Model) -> Iterator[tuple[str, str, Weight]]:
 
     Experts that are quantized are single ones, and all else is as `list_stored` has it.
     """
-    for block in model.blocks:
-        roles = [(role, weight) for role, weight in block.weights()]
-        if any(weight.scheme for role, weight in roles if role.startswith("experts.")):
-            yield from ((model.disk_name(block, role), role, weight) for role, weight in roles)
+    for block, tensors in zip(model.blocks, model.named_blocks, strict=True):
+        if any(weight.scheme for _, role, weight in tensors if role.startswith("experts.")):
+            yield from tensors
         else:
             yield from _list_with_roles(model, block)
     yield from ((name, "rest", weight) for name, weight in _list_outside(model))

@@ -19,6 +19,7 @@ from moe2edge.calibration.block_runner import BlockRunner
 from moe2edge.calibration.walk import BATCH_TOKENS, embed, list_head_inputs, split_batches
 from moe2edge.model.block import Block
 from moe2edge.model.experts import Dense
+from moe2edge.model.kinds import look_at_blocks
 from moe2edge.model.layers import MoELayer, UnroutedMLP
 from moe2edge.model.model import Model
 from moe2edge.model.roles import OUT, QKV, list_gated_mlps, list_quantizable
@@ -361,12 +362,12 @@ def solve_ends(
 
 def estimate_largest_part(model: Model, solver: Solver | GroupSolver) -> int:
     """Estimate the bytes of the largest part of a model in memory while it is solved."""
-    found = [0]
-    for block in model.blocks:
+
+    def look(block: Block) -> int:
         weights = dict(list_quantizable(block))
         if not isinstance(solver, GroupSolver):
-            found.append(8 * sum(w.count for w in weights.values()))
-            continue
+            return 8 * sum(w.count for w in weights.values())
+        found = [0]
         if model.family.generic:
             # What shares an input is solved together: at most all of one width.
             linear = [w for role, w in weights.items() if not role.startswith("experts.")]
@@ -379,8 +380,9 @@ def estimate_largest_part(model: Model, solver: Solver | GroupSolver) -> int:
             for roles in (QKV, (OUT,)):
                 shapes = tuple(weights[role].shape for role in roles)
                 found.append(solver.nbytes(shapes) + attention)
-        found += [estimate_mlp_bytes(solver, mlp) for _, mlp in list_gated_mlps(block)]
-    return max(found)
+        return max(*found, *(estimate_mlp_bytes(solver, mlp) for _, mlp in list_gated_mlps(block)))
+
+    return max(look_at_blocks(model.blocks, look))
 
 
 def _load_hidden(

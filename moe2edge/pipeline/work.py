@@ -9,6 +9,7 @@ from typing import (
 )
 
 from moe2edge.model.block import Block
+from moe2edge.model.kinds import sum_weights
 from moe2edge.model.model import Model
 from moe2edge.model.weights import Weight
 from moe2edge.storage.journal import BlockResult
@@ -32,7 +33,7 @@ def estimate_new_bytes(before: Model, after: Model) -> int:
 
     What was there before is read where it was.
     """
-    return sum(estimate_saved_bytes(weight) for _, weight in after.new_beside(before))
+    return sum_weights((weight for _, weight in after.new_beside(before)), estimate_saved_bytes)
 
 
 def estimate_most_new_bytes(before: Model, after: Model) -> int:
@@ -42,7 +43,7 @@ def estimate_most_new_bytes(before: Model, after: Model) -> int:
     """
     if any(role.startswith("experts.") for role, _ in after.new_beside(before)):
         experts = [w for _, role, w in after.tensors() if role.startswith(EXPERT_ROLES)]
-        return sum(map(estimate_saved_bytes, experts))
+        return sum_weights(experts, estimate_saved_bytes)
     return estimate_new_bytes(before, after)
 
 

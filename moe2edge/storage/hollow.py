@@ -8,7 +8,7 @@ no difference.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -113,17 +113,18 @@ def _describe_config(folder: Path, source: str, place: Path) -> Checkpoint:
 
 def plan_checkpoint(config: Mapping[str, Any]) -> list[PlannedTensor]:
     """Plan the tensors that transformers would write for a config, without numbers."""
-    return _describe(config)[1]
+    return [PlannedTensor(w.name, w.shape, w.dtype, w.load) for w in _describe(config)[1]]
 
 
-def _describe(config: Mapping[str, Any]) -> tuple[Model, list[PlannedTensor]]:
-    """Build the model that a config describes, and plan its tensors.
+def _describe(config: Mapping[str, Any]) -> tuple[Model, Iterable[Weight]]:
+    """Build the model that a config describes, and list its tensors by their names in files.
 
     Raises:
         InputError: the config does not tell the shape of a tensor.
     """
     plain, dtype = drop_settings(config), find_config_dtype(config)
-    planned: dict[str, PlannedTensor] = {}
+    found: dict[str, Weight] = {}
+    like = Weight("", (), dtype, load=refuse_numbers)
 
     def take(name: str, shape: tuple[int, ...] | None) -> Weight:
         if shape is None:
@@ -131,9 +132,9 @@ def _describe(config: Mapping[str, Any]) -> tuple[Model, list[PlannedTensor]]:
                 f"config.json alone does not say which shape {name} has; give a folder with the "
                 "weights, or a hub id"
             )
-        planned[name] = PlannedTensor(name, shape, dtype, refuse_numbers)
-        return Weight(name, shape, dtype, load=refuse_numbers)
+        weight = found[name] = like.change(name=name, shape=shape)
+        return weight
 
     model = build_model(find_family(plain), plain, take)
     model.verify()
-    return model, list(planned.values())
+    return model, found.values()
