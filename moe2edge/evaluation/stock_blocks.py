@@ -167,6 +167,9 @@ def _open_stock(
         output_loading_info=True,
     )
     give_back()
+    # The smallest first: some are still parts of the file, which stays mapped as long.
+    for parameter in sorted(stock.parameters(), key=torch.numel):
+        parameter.data = parameter.data.float()
     stock = stock.eval().float()
     give_back()
     return stock, sorted(map(str, info["missing_keys"]))

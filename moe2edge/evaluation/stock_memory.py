@@ -39,24 +39,33 @@ def estimate_source_check(model: Model, limit: int) -> int:
     """Estimate the bytes that the source check holds at most, beside imported libraries."""
     size, whole = choose_stock_group(model, limit)
     if whole:
-        return _estimate_loading(model.blocks, model.rest.values())
+        return _estimate_loading(model, model.blocks, model.rest.values())
     largest = sorted(model.blocks, key=lambda block: -block.parameters)[:size]
-    return max(_estimate_loading(largest), _estimate_loading((), model.rest.values()))
+    ends = _estimate_loading(model, (), model.rest.values())
+    return max(_estimate_loading(model, largest), ends)
 
 
-def _estimate_loading(blocks: Iterable[Block], rest: Iterable[Weight] = ()) -> int:
+def _estimate_loading(model: Model, blocks: Iterable[Block], rest: Iterable[Weight] = ()) -> int:
     """Estimate the bytes of tensors while transformers loads them, and while they become float32.
 
-    The files are mapped. Experts are there a second time until they have become one tensor: in
-    float32, where that is what they are loaded in, those of all blocks, which threads load ahead.
+    A file is mapped while a tensor is a part of it. Experts that are single ones become one tensor,
+    which no longer is. Where they are loaded in float32, threads load those of all blocks ahead.
     """
-    experts, weights = [0], list(rest)
+    merged, plain, parameters = [0], [0], 0
+    weights = list(rest)
+    plain += [weight.nbytes for weight in weights]
     for block in blocks:
-        own = [(role, weight) for role, weight in block.weights()]
-        weights += [weight for _, weight in own]
-        experts.append(sum(w.nbytes for role, w in own if role.startswith("experts.")))
+        anatomy = model.architecture.anatomy[block.origin]
+        single = anatomy.experts and model.names.has_single_experts(block.origin, anatomy)
+        for role, weight in block.weights():
+            weights.append(weight)
+            if not role.startswith("experts."):
+                plain.append(weight.nbytes)
+        experts = [w for role, w in block.weights() if role.startswith("experts.")]
+        parameters += sum(w.count for w in experts)
+        # Gate and up are one tensor, two thirds of all.
+        (merged if single else plain).append(sum(w.nbytes for w in experts) * 2 // 3)
     stored, wide = sum(w.nbytes for w in weights), sum(4 * w.count for w in weights)
-    if is_narrow(weights):
-        return max(2 * stored + 4 * max(experts) // 3, stored + wide + max(experts) // 3)
-    parameters = sum(w.count for w in weights)
-    return stored + wide + 4 * parameters * sum(experts) // max(1, stored)
+    if not is_narrow(weights):
+        return stored + wide + 4 * parameters
+    return wide + (max(merged) if max(merged) > max(plain) else stored)
