@@ -287,12 +287,17 @@ class _Solver:
         """
         import torch
 
-        from moe2edge.numerics import error_feedback
+        from moe2edge.numerics import bfloat16, error_feedback
 
         diagonals = hessians.diagonal(dim1=1, dim2=2).clone()
         orders = diagonals.argsort(dim=1, stable=True) if self._options.act_order else None
         space = self._get_space(1, hessians.shape)
-        if orders is not None:
+        # Hessians of these loops are symmetric to the last bit, so that either half will do.
+        if orders is not None and self._sums_bfloat16():
+            for hessian, found, order in zip(hessians, space, orders, strict=True):
+                bfloat16.order_both(hessian, order, found)
+            hessians, space = space, hessians
+        elif orders is not None:
             for hessian, rows, order in zip(hessians, space, orders, strict=True):
                 torch.index_select(hessian, 0, order, out=rows)
                 # The upper triangle is never read.
@@ -302,6 +307,14 @@ class _Solver:
                     hessian[part, : len(left)] = rows[part].index_select(1, left)
         factors, fine = error_feedback.factorize(hessians, self._options.damping, space)
         return diagonals, orders, factors, fine
+
+    def _sums_bfloat16(self) -> bool:
+        """Return whether compiled loops sum Hessians of bfloat16 inputs."""
+        import torch
+
+        from moe2edge.numerics import bfloat16
+
+        return self.dtype == torch.bfloat16 and self.device.type == "cpu" and bfloat16.is_native()
 
     def _get_space(self, n: int, shape: torch.Size) -> Tensor:
         """Return the n-th of two buffers for Hessians; reuse it, as new memory must be cleared."""
