@@ -317,15 +317,15 @@ class _Solver:
         return self.dtype == torch.bfloat16 and self.device.type == "cpu" and bfloat16.is_native()
 
     def _get_space(self, n: int, shape: torch.Size) -> Tensor:
-        """Return the n-th of two buffers for Hessians; reuse it, as new memory must be cleared."""
+        """Return the n-th of some buffers; reuse it, as new memory must be cleared."""
         import torch
 
         space = self._spaces.pop(n, None)
-        if space is None or space.shape != shape:
+        if space is None or space.numel() < shape.numel():
             del space  # free it before another one is allocated
-            space = torch.empty(shape, device=self.device)
+            space = torch.empty(shape.numel(), device=self.device)
         self._spaces[n] = space
-        return space
+        return space[: shape.numel()].view(shape)
 
     def _load(self, groups: Sequence[MatrixGroup], parts: Sequence[Sequence[str]]) -> Tensor:
         """Load the matrices of each group below one another, float32 [batch, out, in]."""
@@ -334,7 +334,10 @@ class _Solver:
         from moe2edge.runtime.decoder_blocks import check_finite
 
         rows = sum(groups[0].weights[role].shape[0] for role in parts[0])
-        matrices = torch.empty(len(groups), rows, groups[0].shapes[0][1], device=self.device)
+        shape = torch.Size((len(groups), rows, groups[0].shapes[0][1]))
+        # Without compiled loops its memory is needed for other things soon.
+        keeps = self._sums_bfloat16()
+        matrices = self._get_space(2, shape) if keeps else torch.empty(shape, device=self.device)
         for whole, group, roles in zip(matrices, groups, parts, strict=True):
             at = 0
             for role in roles:
