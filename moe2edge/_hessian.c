@@ -181,6 +181,24 @@ mirror_blocks(const Square *s, int64_t begin, int64_t end)
         }
 }
 
+typedef struct {
+    Address columns, from, order, to;
+} Order;
+
+/* Brings rows and columns of a symmetric matrix into an order; only below the diagonal. */
+static void
+order_rows(const Order *o, int64_t begin, int64_t end)
+{
+    const int64_t columns = o->columns;
+    const int64_t *order = (const int64_t *)o->order;
+    for (int64_t i = begin; i < end; i++) {
+        const float *from = (const float *)o->from + order[i] * columns;
+        float *to = (float *)o->to + i * columns;
+        for (int64_t j = 0; j <= i; j++)
+            to[j] = from[order[j]];
+    }
+}
+
 static PyObject *
 pack(PyObject *self, PyObject *arguments)
 {
@@ -238,6 +256,28 @@ mirror(PyObject *self, PyObject *arguments)
     Py_RETURN_NONE;
 }
 
+static PyObject *
+order(PyObject *self, PyObject *arguments)
+{
+    Order o;
+    Address begin, end;
+    (void)self;
+    if (!PyArg_ParseTuple(arguments, "(LLLL)LL", &o.columns, &o.from, &o.order, &o.to, &begin,
+                          &end))
+        return NULL;
+    if (begin < 0 || end > (o.columns + 1) / 2) {
+        PyErr_SetString(PyExc_ValueError, "there are not so many rows");
+        return NULL;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    /* Rows are counted from both ends at once, as those at the end are longer. */
+    order_rows(&o, begin, end);
+    const int64_t middle = o.columns - end > end ? o.columns - end : end;
+    order_rows(&o, middle, o.columns - begin);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
 static int
 is_native(void)
 {
@@ -256,6 +296,7 @@ is_native(void)
 static PyMethodDef methods[] = {
 #ifdef HAS_KERNEL
     {"pack", pack, METH_VARARGS, "See moe2edge/numerics/bfloat16.py, which calls it."},
+    {"order", order, METH_VARARGS, "See moe2edge/numerics/bfloat16.py, which calls it."},
     {"mirror", mirror, METH_VARARGS, "See moe2edge/numerics/bfloat16.py, which calls it."},
     {"sum", sum, METH_VARARGS, "See moe2edge/numerics/bfloat16.py, which calls it."},
 #endif

@@ -283,12 +283,17 @@ class _Solver:
         """
         import torch
 
-        from moe2edge.numerics import error_feedback
+        from moe2edge.numerics import bfloat16, error_feedback
 
         diagonals = hessians.diagonal(dim1=1, dim2=2).clone()
         orders = diagonals.argsort(dim=1, stable=True) if self._options.act_order else None
         space = self._get_space(1, hessians.shape)
-        if orders is not None:
+        # Hessians of these loops are symmetric to the last bit, so that either half will do.
+        if orders is not None and self._sums_bfloat16():
+            for hessian, found, order in zip(hessians, space, orders, strict=True):
+                bfloat16.order_both(hessian, order, found)
+            hessians, space = space, hessians
+        elif orders is not None:
             for hessian, rows, order in zip(hessians, space, orders, strict=True):
                 torch.index_select(hessian, 0, order, out=rows)
                 # The upper triangle is never read.
@@ -299,16 +304,24 @@ class _Solver:
         factors, fine = error_feedback.factorize(hessians, self._options.damping, space)
         return diagonals, orders, factors, fine
 
+    def _sums_bfloat16(self) -> bool:
+        """Return whether compiled loops sum Hessians of bfloat16 inputs."""
+        import torch
+
+        from moe2edge.numerics import bfloat16
+
+        return self.dtype == torch.bfloat16 and self.device.type == "cpu" and bfloat16.is_native()
+
     def _get_space(self, n: int, shape: torch.Size) -> Tensor:
-        """Return the n-th of two buffers for Hessians; reuse it, as new memory must be cleared."""
+        """Return the n-th of some buffers; reuse it, as new memory must be cleared."""
         import torch
 
         space = self._spaces.pop(n, None)
-        if space is None or space.shape != shape:
+        if space is None or space.numel() < shape.numel():
             del space  # free it before another one is allocated
-            space = torch.empty(shape, device=self.device)
+            space = torch.empty(shape.numel(), device=self.device)
         self._spaces[n] = space
-        return space
+        return space[: shape.numel()].view(shape)
 
     def _load(self, groups: Sequence[MatrixGroup], parts: Sequence[Sequence[str]]) -> Tensor:
         """Load the matrices of each group below one another, float32 [batch, out, in]."""
@@ -317,7 +330,10 @@ class _Solver:
         from moe2edge.runtime.decoder_blocks import check_finite
 
         rows = sum(groups[0].weights[role].shape[0] for role in parts[0])
-        matrices = torch.empty(len(groups), rows, groups[0].shapes[0][1], device=self.device)
+        shape = torch.Size((len(groups), rows, groups[0].shapes[0][1]))
+        # Without compiled loops its memory is needed for other things soon.
+        keeps = self._sums_bfloat16()
+        matrices = self._get_space(2, shape) if keeps else torch.empty(shape, device=self.device)
         for whole, group, roles in zip(matrices, groups, parts, strict=True):
             at = 0
             for role in roles:

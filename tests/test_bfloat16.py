@@ -120,3 +120,19 @@ def test_tensors_that_the_loops_would_misread_are_refused() -> None:
     for wrong in (torch.arange(16)[None] + 1, torch.arange(8)[None]):
         with pytest.raises(ValueError, match="orders: "):
             bfloat16.round_matrices(weights, grid, wrong, upper, costs, sparse=False)
+
+
+@needs_processor
+@pytest.mark.parametrize("columns", [1, 2, 33])
+def test_a_symmetric_matrix_is_ordered_below_its_diagonal(
+    monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    monkeypatch.setattr(compiled, "MANY", 0)
+    half = draw(columns, columns)
+    matrix, order = half + half.T, draw(columns, seed=1).argsort()
+    for threads in (1, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        found = torch.full_like(matrix, float("nan"))
+        bfloat16.order_both(matrix, order, found)
+        assert torch.equal(found.tril(), matrix[order][:, order].tril())
+        assert found.triu(1).nan_to_num().eq(0).all()

@@ -97,6 +97,26 @@ def mirror(sums: Tensor) -> None:
     split_between_threads(partial(_hessian.mirror, place), blocks, threads)
 
 
+def order_both(matrix: Tensor, order: Tensor, found: Tensor) -> None:
+    """Bring rows and columns of a symmetric matrix into an order, below the diagonal only.
+
+    Args:
+        matrix: float32 [k, k].
+        order: int64 [k].
+        found: receives the numbers, float32 [k, k]; those above the diagonal are not written.
+    """
+    columns = len(order)
+    check_tensor("matrix", matrix, (columns, columns), torch.float32)
+    check_tensor("found", found, (columns, columns), torch.float32)
+    check_tensor("order", order, (columns,), torch.int64)
+    if int(order.min()) < 0 or int(order.max()) >= columns:
+        raise ValueError(f"order: expected columns 0 to {columns - 1}")
+    order = order.contiguous()
+    threads = torch.get_num_threads() if matrix.numel() > compiled.MANY else 1
+    place = columns, matrix.data_ptr(), order.data_ptr(), found.data_ptr()
+    split_between_threads(partial(_hessian.order, place), -(-columns // 2), threads)
+
+
 def can_round(weights: Tensor) -> bool:
     """Return whether `round_matrices` takes matrices [batch, out, in]."""
     return is_native() and weights.device.type == "cpu" and weights.shape[2] % _feedback.BLOCK == 0
