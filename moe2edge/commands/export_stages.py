@@ -226,11 +226,11 @@ def _list_passes(
             held += _count_hidden(model, tokens, budget, 2) + COMPUTING
             count = len(model.blocks)
             if step.computes_numbers:
-                wide, narrow = _split_by_dtype(step, 2 * walk)
+                wide, narrow = _split_by_dtype(step, 2 * walk + _count_hessians(model, tokens))
                 yield ExportStage(
                     step.name,
                     held,
-                    wide + _count_hessians(model, tokens),
+                    wide,
                     narrow,
                     _count_solving(model, planned.after) if step.needs_tokens else 0.0,
                     model.nbytes,

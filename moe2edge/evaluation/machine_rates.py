@@ -131,7 +131,7 @@ def _measure_solve(clock: Callable[[], float]) -> float:
     """Return operations per second of solving one matrix."""
     import torch
 
-    from moe2edge.numerics import error_feedback
+    from moe2edge.numerics import bfloat16, error_feedback
     from moe2edge.numerics.rounding import choose_grid
     from moe2edge.numerics.scheme import Scheme
 
@@ -140,11 +140,16 @@ def _measure_solve(clock: Callable[[], float]) -> float:
     hessian = torch.empty(1, SOLVED, SOLVED)
     error_feedback.sum_hessian(hessian[0], [(x, None)], weighted=False)
     weights = torch.randn(1, SOLVED_ROWS, SOLVED, generator=draw)
-    groups = (torch.arange(SOLVED) // scheme.group_size).expand(1, SOLVED)
+    order = torch.arange(SOLVED).expand(1, SOLVED)
+    groups = order // scheme.group_size
 
     def solve() -> None:
         factors, _ = error_feedback.factorize(hessian.clone(), 0.01)
         grid = choose_grid(weights, scheme, "absmax", hessian.diagonal(dim1=1, dim2=2))
+        if bfloat16.can_round(weights):
+            upper = factors.lower.mT
+            bfloat16.round_matrices(weights, grid, order, upper, factors.weight, sparse=False)
+            return
         rounder = error_feedback.GridRounder(groups, grid, "absmax", None)
         error_feedback.round_columns(error_feedback.transpose(weights), factors, rounder)
 
