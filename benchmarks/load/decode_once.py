@@ -12,7 +12,6 @@ import sys
 
 from moe2edge.evaluation.profile.child import serve_request
 
-
 # Begin of the entries that say how threads wait.
 ENTRIES = "session.intra_op."
 
