@@ -155,9 +155,9 @@ def test_one_walk_and_one_reading_of_the_experts(
     walked: list[int] = []
     runner = BlockRunner
 
-    def count(model: Model, block: Block) -> BlockRunner:
+    def count(model: Model, block: Block, *dtype: torch.dtype) -> BlockRunner:
         walked.append(block.index)
-        return runner(model, block)
+        return runner(model, block, *dtype)
 
     monkeypatch.setattr(walk, "BlockRunner", count)
     read: Counter[str] = Counter()

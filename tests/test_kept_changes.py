@@ -66,9 +66,9 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
     original = BlockRunner.__init__
 
-    def load(self: BlockRunner, model: Model, block: Block) -> None:
+    def load(self: BlockRunner, model: Model, block: Block, *dtype: torch.dtype) -> None:
         seen.append(block.index)
-        original(self, model, block)
+        original(self, model, block, *dtype)
 
     monkeypatch.setattr(BlockRunner, "__init__", load)
     return seen

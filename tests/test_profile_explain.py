@@ -247,7 +247,7 @@ def test_sensors_where_there_are_none(fake_system: Path) -> None:
     meter.start()
     assert meter.read() is None
     assert "RAPL" in (meter.reason or "")
-    assert "pip install nvidia-ml-py" in (meter.reason or "")
+    assert "pip install 'nvidia-ml-py" in (meter.reason or "")
 
 
 class Nvml:

@@ -12,7 +12,7 @@ from moe2edge.evaluation.profile.sensors import read_numbers
 
 POWERCAP = Path("/sys/class/powercap")
 NO_RAPL = "the system has no readable counter of energy (RAPL, intel-rapl in /sys/class/powercap)"
-NO_NVML = "that of a GPU takes NVML (pip install nvidia-ml-py)"
+NO_NVML = "that of a GPU takes NVML (pip install 'nvidia-ml-py>=13.595')"
 
 
 class RaplCounter:
