@@ -331,24 +331,27 @@ def _make_proto(slot: Slot, location: str, start: int | None, inline: Mapping[st
 # ---- reading back -------------------------------------------------------------------------------
 
 
-class DataFiles:
-    """Files of data beside a graph, mapped when they are first asked for."""
+def _read_data(folder: Path, tensor: str, name: str, start: int, size: int) -> Bytes:
+    """Map the bytes of a tensor from the file beside a graph that it says it is in.
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._mapped: dict[str, Bytes] = {}
+    Only these are mapped, so that what was read takes no memory afterwards. There are fewer if the
+    file ends before.
 
-    def read(self, tensor: str, name: str) -> Bytes:
-        """Return the bytes of the file that a tensor says it is in.
-
-        Raises:
-            VerificationFailed: it is none that moe2edge writes, or cannot be read.
-        """
-        if not DATA_NAME.fullmatch(name):
-            raise VerificationFailed(f"{GRAPH_FILE}: {tensor} is not in {DATA_FILE}")
-        if name not in self._mapped:
-            self._mapped[name] = _map_file(self._folder / name)
-        return self._mapped[name]
+    Raises:
+        VerificationFailed: it is none that moe2edge writes, or cannot be read.
+    """
+    if not DATA_NAME.fullmatch(name):
+        raise VerificationFailed(f"{GRAPH_FILE}: {tensor} is not in {DATA_FILE}")
+    path = folder / name
+    try:
+        there = min(size, path.stat().st_size - start)
+        if there <= 0:
+            return np.empty(0, np.uint8)
+        return np.memmap(path, np.uint8, "r", start, there)
+    except OSError as error:
+        raise VerificationFailed(str(make_read_error(path, error))) from error
+    except ValueError as error:
+        raise VerificationFailed(f"{path.name} cannot be read: {error}") from error
 
 
 def load_graph(folder: Path) -> Any:
@@ -372,17 +375,16 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor | Quantized]]:
         VerificationFailed: the files are damaged, or were not written by `write_data`.
     """
     protos = {proto.name: proto for proto in load_graph(folder).graph.initializer}
-    data = DataFiles(folder)
     for proto in protos.values():
         metadata = {p.key: p.value for p in proto.metadata_props}
         if PARTS_KEY not in metadata:
             continue
         parts = parse_parts(proto.name, metadata[PARTS_KEY])
-        tensors = _split_tensors(proto, parts, data)
+        tensors = _split_tensors(proto, parts, folder)
         if SCALES_KEY not in metadata:
             yield from tensors
         else:
-            yield from _read_quantized(proto.name, metadata, tensors, protos, data)
+            yield from _read_quantized(proto.name, metadata, tensors, protos, folder)
 
 
 def _read_quantized(
@@ -390,7 +392,7 @@ def _read_quantized(
     metadata: Mapping[str, str],
     integers: Iterator[tuple[str, Tensor]],
     protos: Mapping[str, Any],
-    data: DataFiles,
+    folder: Path,
 ) -> Iterator[tuple[str, Quantized]]:
     """Yield the matrices of the initializer ``owner``, whose packed ``integers`` are given."""
     parts, bits = parse_parts(owner, metadata[PARTS_KEY]), metadata.get(BITS_KEY, USUAL_BITS)
@@ -400,7 +402,7 @@ def _read_quantized(
     def read(key: str) -> Iterator[Tensor]:
         if metadata[key] not in protos:
             raise VerificationFailed(f"{GRAPH_FILE} lacks {metadata[key]}, which {owner} needs")
-        return (tensor for _, tensor in _split_tensors(protos[metadata[key]], parts, data))
+        return (tensor for _, tensor in _split_tensors(protos[metadata[key]], parts, folder))
 
     symmetric = ZEROS_KEY not in metadata
     points: Iterator[Tensor | None] = repeat(None) if symmetric else read(ZEROS_KEY)
@@ -431,9 +433,9 @@ def parse_parts(owner: str, text: str) -> Rows:
     return parts
 
 
-def _split_tensors(proto: Any, parts: Rows, data: DataFiles) -> Iterator[tuple[str, Tensor]]:
+def _split_tensors(proto: Any, parts: Rows, folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of an initializer: vectors if it is a vector, matrices otherwise."""
-    raw, dtype = _read_raw(proto, data)
+    raw, dtype = _read_raw(proto, folder)
     rows = sum(count * len(names) for count, names in parts)
     if raw.size % rows:
         raise VerificationFailed(
@@ -449,7 +451,7 @@ def _split_tensors(proto: Any, parts: Rows, data: DataFiles) -> Iterator[tuple[s
         start = end
 
 
-def _read_raw(proto: Any, data: DataFiles) -> tuple[Bytes, torch.dtype]:
+def _read_raw(proto: Any, folder: Path) -> tuple[Bytes, torch.dtype]:
     """Return the bytes of an initializer, mapped from disk if external, and its dtype."""
     dtypes = dict(ONNX_DTYPES.values())
     if proto.data_type not in dtypes:
@@ -465,7 +467,7 @@ def _read_raw(proto: Any, data: DataFiles) -> tuple[Bytes, torch.dtype]:
         offset = where.get("offset", "0")
         if not offset.isdecimal():
             raise VerificationFailed(f"{GRAPH_FILE}: {proto.name} is not in {DATA_FILE}")
-        raw = data.read(proto.name, where.get("location", ""))[int(offset) : int(offset) + size]
+        raw = _read_data(folder, proto.name, where.get("location", ""), int(offset), size)
     if raw.size != size:
         raise VerificationFailed(
             f"{GRAPH_FILE} or {DATA_FILE} is cut short: {proto.name} has {raw.size} bytes of {size}"
@@ -482,19 +484,5 @@ def read_values(folder: Path, model: Any, name: str) -> Tensor:
     proto = next((proto for proto in model.graph.initializer if proto.name == name), None)
     if proto is None:
         raise VerificationFailed(f"{GRAPH_FILE} lacks {name}; export it again")
-    raw, dtype = _read_raw(proto, DataFiles(folder))
+    raw, dtype = _read_raw(proto, folder)
     return torch.from_numpy(np.array(raw)).view(dtype).view(tuple(proto.dims))
-
-
-def _map_file(path: Path) -> Bytes:
-    """Map a file into memory for reading.
-
-    Raises:
-        VerificationFailed: it cannot be read.
-    """
-    try:
-        return np.memmap(path, np.uint8, mode="r")
-    except OSError as error:
-        raise VerificationFailed(str(make_read_error(path, error))) from error
-    except ValueError as error:
-        raise VerificationFailed(f"{path.name} cannot be read: {error}") from error

@@ -315,9 +315,7 @@ def _list_output(
             label=f"calibration: {name}",
         )
     if verify == "full":
-        # A file that cannot be read as a model is mapped whole.
-        mapped = 0 if target.streams else estimate.disk
-        yield ExportStage(f"checking {name}", largest + mapped, read=2 * estimate.disk)
+        yield ExportStage(f"checking {name}", largest, read=2 * estimate.disk)
     exact, wide = estimate.memory, 4 * model.parameters
     if target.streams and not fits(RUNS_EXACT * wide, budget.limit):
         exact = model.block_nbytes
