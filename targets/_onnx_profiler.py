@@ -16,6 +16,7 @@ import torch
 
 from moe2edge.model.layers import MoELayer
 from moe2edge.runtime.operator_times import (
+    FallbackNode,
     OperatorCall,
     OperatorTime,
     PhaseTimes,
@@ -53,6 +54,7 @@ def profile_graph(folder: Path, ids: Sequence[int], gen_tokens: int) -> tuple[Ph
             logits = runtime.step(int(logits.argmax()))
         end = time.perf_counter()
         events = json.loads(runtime.end_profiling().read_text("utf-8"))
+        asked = runtime.provider
     first = -(-len(ids) // CHUNK)
     runs = list(_split_runs(events))[first + 1 :]
     phases = (
@@ -60,7 +62,14 @@ def profile_graph(folder: Path, ids: Sequence[int], gen_tokens: int) -> tuple[Ph
         ("decode", gen_tokens - 1, end - middle, runs[first:]),
     )
     return tuple(
-        PhaseTimes(name, tokens, seconds, _sum_runs(part), _list_calls(part[-1]))
+        PhaseTimes(
+            name,
+            tokens,
+            seconds,
+            _sum_runs(part),
+            _list_calls(part[-1]),
+            find_fallbacks([event for run in part for event in run], asked),
+        )
         for name, tokens, seconds, part in phases
     )
 
@@ -92,6 +101,26 @@ def _sum_runs(runs: Sequence[Sequence[Mapping[str, Any]]]) -> tuple[OperatorTime
             yield op, classify_place(place, op), find_layer(place), event["dur"] / 1e6
 
     return sum_operators(list_calls())
+
+
+def find_fallbacks(events: Sequence[Mapping[str, Any]], asked: str) -> tuple[FallbackNode, ...]:
+    """Find the nodes that ran on another provider than the first that was asked for.
+
+    Args:
+        events: of operators, as the profiler of ONNX Runtime writes them.
+        asked: name of that provider.
+
+    Returns:
+        The nodes, the slowest first.
+    """
+    sums: dict[tuple[str, str, str], float] = {}
+    for event in events:
+        name, about = event["name"].removesuffix(_KERNEL), event["args"]
+        if (got := about["provider"]) != asked:
+            key = (name, str(about["op_name"]), str(got))
+            sums[key] = sums.get(key, 0.0) + event["dur"] / 1e6
+    found = [FallbackNode(node, op, asked, got, s) for (node, op, got), s in sums.items()]
+    return tuple(sorted(found, key=lambda one: -one.seconds))
 
 
 # ---- choices of routers -------------------------------------------------------------------------
@@ -142,4 +171,4 @@ def _choose_rows(scores: torch.Tensor, layer: MoELayer) -> RouterChoices:
     below = torch.tensor([0.0, *layer.router.skip_below])
     if layer.router.skip_below:
         ids = ids.where(probability >= probability[:, :1] * below, layer.router_rows)
-    return RouterChoices.collect(layer.router_rows, ids.tolist())
+    return RouterChoices.collect(layer.router_rows, ids, scores)

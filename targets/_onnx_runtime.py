@@ -331,6 +331,11 @@ class OnnxRuntime:
         return Path(self._session.end_profiling())
 
     @property
+    def provider(self) -> str:
+        """Name of the first provider that was asked for."""
+        return str(self._session.get_providers()[0])
+
+    @property
     def cache_nbytes(self) -> int:
         """Bytes of keys and values of the sequence so far."""
         return sum(cache.nbytes for cache in self.cached.values())

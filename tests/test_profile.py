@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,11 +23,15 @@ from transformers.utils import logging
 
 from helpers import ignore, run, slow_except
 from moe2edge.errors import InputError, Moe2EdgeError, Unsupported
-from moe2edge.evaluation.profile import measure, memory, process
+from moe2edge.evaluation.profile import environment, measure, memory, process
 from moe2edge.evaluation.profile.child import Phases, measure_once
 from moe2edge.evaluation.profile.definitions import DEFINITIONS
-from moe2edge.evaluation.profile.environment import compute_host_fingerprint
-from moe2edge.evaluation.profile.measure import cut_prompts, profile_folder
+from moe2edge.evaluation.profile.environment import (
+    compute_host_fingerprint,
+    describe_environment,
+    describe_limits,
+)
+from moe2edge.evaluation.profile.measure import cut_prompts, profile_folder, time_tokenizer
 from moe2edge.evaluation.profile.memory import MemoryReading, Meter
 from moe2edge.evaluation.profile.metrics import Metric, Phase, collect_metrics, collect_phases
 from moe2edge.evaluation.profile.settings import PRESETS, ProfileSettings, fit_context
@@ -83,7 +88,7 @@ class Gauge(Meter):
     """A meter that reads what it is told to, and takes a long time to do so."""
 
     def __init__(self, runtime: Clocked, peaks: Sequence[int]) -> None:
-        self.method, self.reason = "told", None
+        self.method, self.reason, self.shares_reason = "told", None, None
         self._runtime, self._peaks = runtime, iter(peaks)
 
     def start(self) -> None:
@@ -92,7 +97,11 @@ class Gauge(Meter):
     def read(self) -> MemoryReading:
         self._runtime.work(100)
         peak = next(self._peaks)
-        return MemoryReading(peak, peak - 1, peak - 2, 1)
+        return MemoryReading(peak, peak - 1, peak - 2, 1, major_faults=3)
+
+    def add_shares(self, reading: MemoryReading) -> MemoryReading:
+        self._runtime.work(100)
+        return replace(reading, pss=reading.peak_rss, private_dirty=5)
 
 
 def clocked_answer(gen_tokens: int, peaks: Sequence[int]) -> dict[str, Any]:
@@ -132,7 +141,10 @@ def test_memory_of_a_phase_is_the_largest_of_all_runs_also_of_the_warm_up() -> N
     }
     assert found["phases"]["prefill"] == {
         "peak_rss": 31, "rss": 30, "rss_anon": 29, "rss_file": 1,
+        "pss": 30, "private_dirty": 5, "major_faults": 3,
     }  # fmt: skip
+    # Read once, where nothing that is timed follows: behind the last token of all.
+    assert found["phases"]["decode"]["pss"] == 42
 
 
 def test_metrics() -> None:
@@ -180,10 +192,29 @@ def test_memory_above_that_without_a_model_is_of_the_same_process() -> None:
     assert phases["decode"]["peak_rss"] == 50
 
 
+def test_the_interval_of_a_median_is_that_of_other_processes() -> None:
+    drawn = np.random.default_rng(0)
+    hits = 0
+    for _ in range(40):
+        shifts = drawn.normal(size=(12, 1)).repeat(9, axis=1)
+        samples = (10 + shifts + drawn.normal(size=(12, 9)) / 10).flatten()
+        found = Metric("ms", "lower", tuple(samples.tolist()), processes=12).compute_interval()
+        assert found is not None
+        hits += found[0] <= 10 <= found[1]
+    # Samples drawn without regard to processes give intervals that hit in 24 or so.
+    assert 34 <= hits < 40
+    shown = Metric("ms", "lower", (1.0, 2.0, 3.0, 4.0), processes=2).to_json()
+    assert (shown["ci95"], shown["ci95_reason"], shown["processes"]) == ([1.0, 4.0], None, 2)
+    alone = Metric("ms", "lower", (1.0, 2.0)).to_json()
+    assert alone["ci95"] is None
+    assert "--repeats" in alone["ci95_reason"]
+    assert Metric("ms", "lower", (), "none here", 2).to_json()["ci95_reason"] == "none here"
+
+
 def test_percentiles_are_those_of_numpy() -> None:
     samples = tuple(np.random.default_rng(0).lognormal(size=37).tolist())
     found = Metric("ms", "lower", samples).to_json()
-    for p in (50, 90):
+    for p in (50, 90, 95):
         assert found[f"p{p}"] == pytest.approx(np.percentile(samples, p), rel=1e-12)
     assert found["median"] == sorted(samples)[18]
     assert (found["min"], found["max"], found["n"]) == (min(samples), max(samples), 37)
@@ -218,6 +249,35 @@ def test_the_peak_of_a_phase_is_its_own() -> None:
     assert (still.rss or 0) < (during.rss or 0) - grown
     assert (after.peak_rss or 0) < (during.peak_rss or 0) - grown
     assert (after.rss_file or 0) > 0
+    whole = meter.add_shares(after)
+    assert (after.rss or 0) * 1.1 > (whole.pss or 0) > (whole.private_dirty or 0) > 1 << 20
+    assert after.major_faults is not None
+    assert after.major_faults >= 0
+
+
+def test_major_faults_are_counted_from_the_begin_of_a_phase(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def write(own: int, started: int) -> None:
+        for number, faults in ((1, own), (2, started)):
+            place = tmp_path / str(number)
+            (place / "task/1").mkdir(parents=True, exist_ok=True)
+            (place / "clear_refs").touch()
+            (place / "task/1/children").write_text("2" if number == 1 else "")
+            (place / "stat").write_text(f"{number} (a ) b) S 1 1 1 0 -1 0 77 0 {faults} 0 8 9\n")
+            status = "".join(f"{name}:\t1 kB\n" for name in memory._FIELDS)
+            (place / "status").write_text(status)
+
+    write(own=5, started=7)
+    monkeypatch.setattr(memory, "PROC", tmp_path / "1")
+    meter = Meter()
+    meter.start()
+    write(own=6, started=10)
+    found = meter.read()
+    assert (found.major_faults, found.rss) == (4, 2048)
+    # These have no smaps_rollup.
+    assert meter.add_shares(found) == found
+    assert "no smaps_rollup" in (meter.shares_reason or "")
 
 
 def test_without_linux_unknown_values_are_null_with_a_reason(
@@ -283,6 +343,7 @@ def test_a_source_checkpoint_is_measured(measured: Any, checkpoint: Path) -> Non
         "ms_per_token": 16,
         "decode_tok_s": 4,
         "joules_per_token": result.metrics["joules_per_token"].n,
+        "tokenise_ms": 2,
     }
     assert all(s > 0 for metric in result.metrics.values() for s in metric.samples)
     for phase in result.phases:
@@ -292,6 +353,8 @@ def test_a_source_checkpoint_is_measured(measured: Any, checkpoint: Path) -> Non
             assert m.rss_anon > 0
             assert m.rss_file > 0
             assert m.rss_anon + m.rss_file <= m.peak_rss
+            assert 0 < m.private_dirty <= m.pss <= 1.1 * m.peak_rss
+            assert m.major_faults >= 0
     assert result.env["threads"] == {"asked": 1, "runtime": 1}
     assert result.sizes["weights"] == (checkpoint / "model.safetensors").stat().st_size
     assert not any("different tokens" in warning for warning in result.warnings)
@@ -303,8 +366,8 @@ def test_json_has_the_promised_form(measured: Any) -> None:
     found = json.loads(json.dumps(result.to_json(), allow_nan=False))
     assert (found["schema_version"], found["kind"]) == (2, "moe2edge.profile")
     assert list(found) == [
-        "schema_version", "kind", "created", "verdict", "warnings", "artifact", "workload", "env",
-        "metrics", "memory", "load", "sizes", "roofline", "experts", "breakdown", "quality",
+        "schema_version", "kind", "id", "created", "verdict", "warnings", "artifact", "workload",
+        "env", "metrics", "memory", "load", "sizes", "roofline", "experts", "breakdown", "quality",
         "sensors", "definitions",
     ]  # fmt: skip
     assert found["workload"]["prompt_tokens"] == 16
@@ -313,7 +376,9 @@ def test_json_has_the_promised_form(measured: Any) -> None:
     for name, metric in found["metrics"].items():
         if name == "joules_per_token" and metric["reason"]:
             continue
-        assert metric["min"] <= metric["p50"] <= metric["p90"] <= metric["max"]
+        assert metric["min"] <= metric["p50"] <= metric["p90"] <= metric["p95"] <= metric["max"]
+        if name != "tokenise_ms":  # it is measured in one process
+            assert metric["min"] <= metric["ci95"][0] <= metric["p50"] <= metric["ci95"][1]
         assert metric["better"] in ("lower", "higher")
     assert found["memory"]["method"] == "VmHWM after writing 5 to /proc/self/clear_refs"
     assert [p["phase"] for p in found["memory"]["phases"]] == [
@@ -435,6 +500,9 @@ def test_a_library_that_is_missing_is_reported_with_a_remedy(
 class Spelling:
     """One token per character."""
 
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(map(chr, ids))
+
     def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
         return {"input_ids": [ord(c) for c in text]}
 
@@ -446,6 +514,50 @@ def test_prompts_come_from_evenly_spaced_places() -> None:
     assert len(cut_prompts(Spelling(), "abcdef", settings)) == 3
     with pytest.raises(InputError, match="the text has 5 tokens; 3 prompts of 2 tokens need 6"):
         cut_prompts(Spelling(), "abcde", settings)
+
+
+def test_the_tokenizer_is_timed_on_the_text_of_each_prompt() -> None:
+    said: list[str] = []
+    spelling = Spelling()
+
+    class Slow(Spelling):
+        def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
+            said.append(text)
+            return spelling(text, **options)
+
+    found = time_tokenizer(Slow(), [[97], [98, 99]], clock=lambda: 2.0 ** len(said))
+    assert said == ["a", "bc"]
+    assert found.samples == (2000,)  # without the warm-up
+    assert found.median_by_process() == []  # no ratio between folders, round by round
+
+
+def test_limits_of_the_container_and_the_governor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(path: str, text: str) -> None:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(f"{text}\n")
+
+    assert describe_limits(tmp_path) == {"cpu_quota": None, "mem_limit": None}
+    write("proc/self/cgroup", "4:cpu,cpuacct:/x\n0::/a/b")
+    write("sys/fs/cgroup/a/b/cpu.max", "max 100000")
+    write("sys/fs/cgroup/memory/memory.limit_in_bytes", "9223372036854771712")
+    write("sys/fs/cgroup/cpu/x/cpu.cfs_quota_us", "-1")
+    write("sys/fs/cgroup/cpu/x/cpu.cfs_period_us", "100000")
+    assert describe_limits(tmp_path) == {"cpu_quota": None, "mem_limit": None}
+    write("sys/fs/cgroup/cpu/x/cpu.cfs_quota_us", "300000")
+    assert describe_limits(tmp_path)["cpu_quota"] == 3
+    write("sys/fs/cgroup/a/cpu.max", "150000 100000")
+    write("sys/fs/cgroup/a/memory.max", "4096")
+    assert describe_limits(tmp_path) == {"cpu_quota": 1.5, "mem_limit": 4096}
+    for number, name in enumerate(("performance", "powersave", "performance")):
+        write(f"cpu{number}/cpufreq/scaling_governor", name)
+    monkeypatch.setattr(environment, "CPUS", tmp_path)
+    assert describe_environment()["cpu"]["governor"] == "performance, powersave"
+    for battery, source in ((None, None), (True, "mains"), (False, "battery")):
+        told = None if battery is None else SimpleNamespace(power_plugged=battery)
+        monkeypatch.setattr("psutil.sensors_battery", lambda told=told: told)
+        assert describe_environment()["power_source"] == source
 
 
 # ---- failures -------------------------------------------------------------------------------

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +25,7 @@ from moe2edge.evaluation.profile.document import (
 )
 from moe2edge.evaluation.profile.energy import EnergyMeter
 from moe2edge.evaluation.profile.expert_use import describe_expert_use, list_expert_choices
-from moe2edge.evaluation.profile.explain import explain_once
+from moe2edge.evaluation.profile.explain import NO_PROVIDERS, describe_fallbacks, explain_once
 from moe2edge.evaluation.profile.page_cache import count_resident_bytes, evict_files, warm_files
 from moe2edge.evaluation.profile.quality import NO_ERRORS, find_source, read_quality
 from moe2edge.evaluation.profile.sensors import compare_sensors, read_sensors
@@ -32,10 +34,11 @@ from moe2edge.numerics.metrics import Quality
 from moe2edge.numerics.scheme import Scheme
 from moe2edge.pipeline import registry
 from moe2edge.progress import QUIET
-from moe2edge.runtime.operator_times import KINDS, classify_place
+from moe2edge.runtime.operator_times import KINDS, PhaseTimes, classify_place
 from moe2edge.runtime.router_choices import RouterChoices
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.storage.manifest import write_manifest
+from moe2edge.targets._onnx_profiler import find_fallbacks
 from moe2edge.testing import Make, quantize
 
 IDS = [1 + (7 * i) % 90 for i in range(24)]
@@ -75,6 +78,7 @@ def test_a_load_is_cold_and_memory_is_sampled_by_phase(
 ) -> None:
     for found in explained.values():
         assert found["cold_load"]["seconds"] > 0
+        assert found["cold_load"]["major_faults"] >= 0
         assert found["cold_load"]["state"] in ("evicted", "partly")
         samples = found["timeline"]["samples"]
         assert found["timeline"]["reason"] is None
@@ -103,11 +107,27 @@ def test_experts_are_those_that_the_routers_choose(
     pairs = [zip(graph[n].counts, walked[n].counts, strict=True) for n in graph]
     assert sum(abs(a - b) for pair in pairs for a, b in pair) <= 4
     module = open_source_router(outputs["gptq"])
-    assert walked[0].counts == module
+    assert walked[0].counts == module[0]
+    assert walked[0].entropies == pytest.approx(module[1], rel=1e-3)
+    assert graph[0].entropies == pytest.approx(module[1], rel=0.05)
+    for found in explained.values():
+        use = found["experts"]
+        assert 0 < use["load_entropy"] <= math.log(6)
+        for layer in use["layers"]:
+            assert layer["load_entropy"] == pytest.approx(entropy_of(layer["counts"]))
+            assert 0 < layer["router_entropy"] <= math.log(6)
 
 
-def open_source_router(folder: Path) -> list[int]:
-    """Count the choices of the first router in another way: by hooks on the loaded model."""
+def entropy_of(weights: Sequence[float]) -> float:
+    total = sum(weights)
+    return sum(weight / total * math.log(total / weight) for weight in weights if weight)
+
+
+def open_source_router(folder: Path) -> tuple[list[int], list[float]]:
+    """Count the choices of the first router in another way: by hooks on the loaded model.
+
+    The second are the entropies of its tokens.
+    """
     import moe2edge
 
     model: Any = moe2edge.load(folder, dtype=torch.float32)
@@ -118,7 +138,8 @@ def open_source_router(folder: Path) -> list[int]:
         model(torch.tensor([IDS]))
         scores = seen[0].reshape(-1, 64) @ gate.weight.T
     handle.remove()
-    return torch.bincount(scores.topk(2).indices.flatten(), minlength=6).tolist()
+    counts = torch.bincount(scores.topk(2).indices.flatten(), minlength=6).tolist()
+    return counts, [entropy_of(row) for row in scores.softmax(-1).tolist()]
 
 
 def test_use_of_experts_by_hand() -> None:
@@ -131,9 +152,18 @@ def test_use_of_experts_by_hand() -> None:
     assert (first["hit"], first["max_over_mean"], first["coefficient_of_variation"]) == (2, 2, 1)
     assert [layer["new_per_token"] for layer in found["layers"]] == [0, 2]
     assert found["layers"][1]["last_tokens"] == [[0, 1], [2, 3]]
-    skipped = describe_expert_use({0: RouterChoices.collect(4, [[0, 1], [2, 4]])})["layers"][0]
+    ids, logits = torch.tensor([[0, 1], [2, 4]]), torch.zeros(2, 4)
+    skipped = describe_expert_use({0: RouterChoices.collect(4, ids, logits)})["layers"][0]
     assert (skipped["hit_per_token"], skipped["counts"]) == (1.5, [1, 1, 1, 0])
     assert skipped["last_tokens"] == [[0, 1], [2]]
+    assert skipped["router_entropy"] == pytest.approx(math.log(4))  # it prefers none
+    assert skipped["load_entropy"] == pytest.approx(math.log(3))
+    sure = RouterChoices.collect(4, ids, torch.tensor([[0, -math.inf, -math.inf, -math.inf]] * 2))
+    assert sure.entropies == (0, 0)
+    # A mean over layers of which one is not known is not known.
+    mixed = describe_expert_use({0: sure, 1: RouterChoices(4, ((0, 1),))})
+    assert (mixed["router_entropy"], mixed["layers"][0]["router_entropy"]) == (None, 0)
+    assert sure.join(sure).entropies == (0,) * 4
 
 
 def test_operators_are_told_by_the_profiler_of_the_runtime(
@@ -154,6 +184,24 @@ def test_operators_are_told_by_the_profiler_of_the_runtime(
         calls = {one["op"]: one["calls"] for one in decode["by_operator"]}
         assert expected[0] in calls
         assert expected[1] in (None, calls[expected[0]])
+        nodes, reason = (found["breakdown"][f"fallback_{part}"] for part in ("nodes", "reason"))
+        assert (nodes, reason) == (([], None) if name == "onnx" else (None, NO_PROVIDERS))
+
+
+def test_nodes_that_fall_back_to_another_provider_are_named() -> None:
+    def run(node: str, provider: str, us: int) -> dict[str, Any]:
+        about = {"op_name": "Mul", "provider": provider}
+        return {"name": f"{node}_kernel_time", "dur": us, "args": about}
+
+    events = [run("/a", "Fast", 50), run("/b", "Slow", 10), run("/c", "Slow", 15)]
+    found = find_fallbacks([*events, events[1]], "Fast")
+    phases = [PhaseTimes("decode", 1, seconds, (), (), found) for seconds in (1e-4, 3e-4)]
+    one = {"op": "Mul", "wanted_ep": "Fast", "got_ep": "Slow"}
+    described = describe_fallbacks(phases)
+    assert described["fallback_nodes"] == [
+        {"node": "/b", **one, "pct": pytest.approx(10)},
+        {"node": "/c", **one, "pct": pytest.approx(7.5)},
+    ]
 
 
 def test_a_runtime_without_a_profiler_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -391,6 +439,11 @@ def test_a_real_document_fits_the_schema(outputs: dict[str, Path], tmp_path: Pat
     one = json.loads(text)["profiles"][0]
     parsed = parse_profile(one, "a.json")
     assert parsed == document.profiles[0]
+    assert parsed.memory.phases[-1].pss
+    assert parsed.breakdown.fallback_nodes == []
+    # Those that were written before there was any of it are read as they were.
+    old = Path(__file__).parents[1] / ".ci" / "profile.json"
+    assert parse_profile(json.loads(old.read_text("utf-8")), "old").sizes.total
     assert parsed.load.cold.page_cache in ("evicted", "partly")
     assert parsed.roofline.reached_pct is not None
     assert parsed.roofline.bytes_per_token.kinds is not None

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -133,7 +134,8 @@ def test_the_command_compares_folders(
     pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(measure, "cut_prompts", lambda *_: PROMPTS)
-    monkeypatch.setattr(measure, "load_tokenizer", lambda _: None)
+    tokenizer = Mock(return_value={"input_ids": [1]})
+    monkeypatch.setattr(measure, "load_tokenizer", lambda _: tokenizer)
 
     def reply(request: dict[str, Any], _: ProfileSettings) -> dict[str, Any]:
         return make_reply(0.1 if request["folder"].endswith("a") else 0.125, 100 << 20)

@@ -9,6 +9,7 @@ import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 from xml.etree import ElementTree
 
 import pytest
@@ -45,6 +46,8 @@ def answer(request: dict[str, Any], _: ProfileSettings) -> dict[str, Any]:
             "by_operator": [{"op": "QMoE", "calls": 2, "ms": 6.0}], "by_layer": [],
             "last_token": [call],
         }  # fmt: skip
+        fell = {"node": "/l/Mul", "op": "Mul", "wanted_ep": "Fast", "got_ep": "Slow", "pct": 1.5}
+        times = {"reason": None, "phases": [decode], "fallback_nodes": [fell]}
         layer = {"block": 0, "experts": 3, "hit": 2, "max_over_mean": 1.5,
                  "coefficient_of_variation": 0.8, "counts": [3, 1, 0]}  # fmt: skip
         use = {"reason": None, "tokens": 4, "coverage_pct": 66.7, "load_imbalance": 0.8,
@@ -53,15 +56,16 @@ def answer(request: dict[str, Any], _: ProfileSettings) -> dict[str, Any]:
             "cold_load": {"seconds": 0.25, "state": "evicted", "resident": 0.0},
             "timeline": {"reason": None, "method": "told", "interval_s": 0.1, "samples": samples},
             "experts": use if not slow else {"reason": ODD},
-            "breakdown": {"reason": None, "phases": [decode]} if not slow else {"reason": ODD},
+            "breakdown": times if not slow else {"reason": ODD},
         }
     step, peak = (0.125, 150 * MIB) if slow else (0.1, 100 * MIB)
-    reading = {"peak_rss": peak, "rss": peak, "rss_anon": peak - MIB, "rss_file": MIB}
+    reading = {"peak_rss": peak, "rss": peak, "rss_anon": peak - MIB, "rss_file": MIB,
+               "pss": 7 * MIB, "private_dirty": None, "major_faults": 12}  # fmt: skip
     return {
         "import_s": 1.0, "load_s": 2.0, "first_s": 0.6, "dtype": "float32", "threads": 1,
         "note": "",
         "runs": [{"ttft_s": 0.5, "gaps_s": [step] * 2, "tokens": [1, 2, 3], "joules": None}] * 2,
-        "memory": {"method": "told", "reason": None,
+        "memory": {"method": "told", "reason": None, "shares_reason": ODD,
                    "phases": {"import": reading, "decode": reading}},
         "cache_bytes": 1000, "energy_reason": ODD,
         "bandwidth": {"bytes_per_s": 1e9, "samples": [1e9], "threads": 1, "array_bytes": 1},
@@ -118,6 +122,8 @@ def test_the_page_has_every_section_and_needs_nothing(document: dict[str, Any]) 
     assert text.count("<circle") == 2 * 8
     assert text.count("<title>block 0, expert") == 3
     assert "60.0 %" in text
+    assert text.count("<td>7.0</td><td>-</td><td>12</td>") == 2 * 2
+    assert "<td>/l/Mul</td><td>Mul</td><td>Fast</td><td>Slow</td><td>1.5</td>" in text
     assert "a &lt;b&gt; | " in text
     assert "1.25 (1.25-1.25)" in text
 
@@ -161,7 +167,7 @@ def test_junit_has_a_case_for_each_quantity(document: dict[str, Any]) -> None:
         skipped = cases["joules_per_token"].find("skipped")
         assert skipped is not None
         assert (skipped.get("message") or "").startswith("a <b> | ")
-        assert (suite.get("tests"), suite.get("skipped")) == (str(len(cases)), "1")
+        assert (suite.get("tests"), suite.get("skipped")) == (str(len(cases)), "2")
     shown = {p.get("name"): p.get("value") for p in suites[1].iter("property")}
     assert shown["unit"] == "token/s"
 
@@ -186,7 +192,8 @@ def test_the_command_writes_views_and_refuses_places_early(
 ) -> None:
     folder = make_checkpoint(tmp_path / "a", "olmoe")
     monkeypatch.setattr(measure, "cut_prompts", lambda *_: PROMPTS)
-    monkeypatch.setattr(measure, "load_tokenizer", lambda _: None)
+    tokenizer = Mock(return_value={"input_ids": [1]})
+    monkeypatch.setattr(measure, "load_tokenizer", lambda _: tokenizer)
     asked: list[bool] = []
 
     def reply(request: dict[str, Any], settings: ProfileSettings) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from moe2edge.errors import DoesNotFit, InputError
+from moe2edge.runtime.control_groups import list_control_groups
 
 if TYPE_CHECKING:
     import torch
@@ -47,23 +48,14 @@ def find_limit(most: int | None = None) -> int:
 def list_cgroup_limits(root: Path = Path("/")) -> list[int]:
     """List the limits of memory of the control groups of this process, in bytes.
 
-    Version 2 has one hierarchy, version 1 one for memory. A limit of a group holds for those
-    inside it. In a container its own group is at the top of what it sees.
+    Args:
+        root: as in `moe2edge.runtime.control_groups.list_control_groups`.
     """
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        lines = []
     limits = []
-    mounts = {"": ("sys/fs/cgroup", "memory.max")}
-    mounts["memory"] = ("sys/fs/cgroup/memory", "memory.limit_in_bytes")
-    for controllers, (mount, name) in mounts.items():
-        groups = [line.split(":", 2) for line in lines if line.count(":") >= 2]
-        place = next((g[2] for g in groups if controllers in g[1].split(",")), "/")
-        folder = Path(place.lstrip("/"))
-        for group in (folder, *folder.parents):
+    for group in list_control_groups("memory", root):
+        for name in ("memory.max", "memory.limit_in_bytes"):  # of version 2, and of version 1
             with contextlib.suppress(OSError, ValueError):  # "max" if there is no limit
-                limits.append(int((root / mount / group / name).read_text()))
+                limits.append(int((group / name).read_text()))
     return limits
 
 

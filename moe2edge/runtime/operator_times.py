@@ -51,6 +51,24 @@ class OperatorCall:
 
 
 @dataclass(frozen=True)
+class FallbackNode:
+    """A node that ran on another provider of the runtime than the first that was asked for.
+
+    Attributes:
+        node: its name in the graph.
+        op: name of the operator.
+        wanted, got: names of the two providers.
+        seconds: time of all its calls.
+    """
+
+    node: str
+    op: str
+    wanted: str
+    got: str
+    seconds: float
+
+
+@dataclass(frozen=True)
 class PhaseTimes:
     """Operators of one phase.
 
@@ -60,6 +78,7 @@ class PhaseTimes:
         seconds: time from its begin to its end, with the profiler at work.
         operators: operators, the slowest first.
         last: calls of the last token of decoding, in order.
+        fallbacks: nodes that fell back to another provider; None: the runtime does not tell.
     """
 
     phase: str
@@ -67,6 +86,7 @@ class PhaseTimes:
     seconds: float
     operators: tuple[OperatorTime, ...]
     last: tuple[OperatorCall, ...] = ()
+    fallbacks: tuple[FallbackNode, ...] | None = None
 
 
 def classify_place(place: str, op: str = "") -> str:

@@ -11,9 +11,9 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,17 +40,29 @@ class Phases:
         """Begin a phase."""
         self._meter.start()
 
-    def end(self, name: str) -> None:
-        """End the phase and record it under a name."""
-        reading = self._meter.read()
-        before = self._readings.get(name)
-        self._readings[name] = reading if before is None else before.merge(reading)
+    def end(self, name: str, *, shares: bool = False) -> None:
+        """End the phase and record it under a name.
+
+        Args:
+            name: of the phase.
+            shares: read also what takes a walk over all pages, which leaves the caches of the
+                processor cold; what follows should not be timed. Once for a phase.
+        """
+        reading, before = self._meter.read(), self._readings.get(name)
+        if shares:
+            reading = self._meter.add_shares(reading)
+        if before is not None:
+            whole = reading if shares else before
+            known = {"pss": whole.pss, "private_dirty": whole.private_dirty}
+            reading = replace(before.merge(reading), **known)
+        self._readings[name] = reading
 
     def to_json(self) -> dict[str, Any]:
         """Return the method of measuring and the values of each phase."""
         return {
             "method": self._meter.method,
             "reason": self._meter.reason,
+            "shares_reason": self._meter.shares_reason,
             "phases": {name: asdict(reading) for name, reading in self._readings.items()},
         }
 
@@ -85,19 +97,25 @@ def measure_once(
     begin = clock()
     import_libraries()
     import_s = clock() - begin
-    phases.end("import")
+    phases.end("import", shares=True)
     phases.start()
     begin = clock()
     runtime = open_runtime()
     load_s = clock() - begin
-    phases.end("load")
+    phases.end("load", shares=True)
     sensors = [read_sensors()]
     if energy is not None:
         energy.look_for_gpus()
+    prompts = request["prompts"]
+    # Nothing that is timed follows the prefill of the warm-up, or the last token.
+    places = {"prefill": 0, "decode": len(prompts) - 1}
     runs = [
-        run_prompt(runtime, p, request["gen_tokens"], phases, clock, energy)
-        for p in request["prompts"]
-    ]
+        run_prompt(
+            runtime, prompt, request["gen_tokens"], phases, clock, energy,
+            [name for name, place in places.items() if place == n],
+        )
+        for n, prompt in enumerate(prompts)
+    ]  # fmt: skip
     sensors.append(read_sensors())
     return {
         "import_s": import_s,
@@ -121,8 +139,18 @@ def run_prompt(
     phases: Phases,
     clock: Callable[[], float],
     energy: EnergyMeter | None = None,
+    shares: Collection[str] = (),
 ) -> dict[str, Any]:
     """Continue one prompt greedily, and time it.
+
+    Args:
+        runtime: the model.
+        prompt: token ids.
+        gen_tokens: tokens to generate.
+        phases: records the memory of ``prefill`` and ``decode``.
+        clock: returns the time in seconds.
+        energy: measures the energy of decoding; None: nothing does.
+        shares: phases of which `Phases.end` reads shares.
 
     Returns:
         ``ttft_s``, seconds to the first token; ``gaps_s``, seconds between tokens; ``tokens``;
@@ -133,7 +161,7 @@ def run_prompt(
     begin = clock()
     chosen = [next(tokens)]
     ttft_s = clock() - begin
-    phases.end("prefill")
+    phases.end("prefill", shares="prefill" in shares)
     # Memory is read between phases, not between tokens, because reading it takes time.
     phases.start()
     if energy is not None:
@@ -143,7 +171,7 @@ def run_prompt(
         chosen.append(token)
         marks.append(clock())
     joules = None if energy is None else energy.read()
-    phases.end("decode")
+    phases.end("decode", shares="decode" in shares)
     gaps = [after - before for before, after in pairwise(marks)]
     return {"ttft_s": ttft_s, "gaps_s": gaps, "tokens": chosen, "joules": joules}
 

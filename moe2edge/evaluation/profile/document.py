@@ -27,12 +27,16 @@ class MetricPart(_Part):
     median: float | None
     p50: float | None
     p90: float | None
+    p95: float | None = None
     p99: float | None
     min: float | None
     max: float | None
     mean: float | None = None
     sd: float | None = None
     mad: float | None = None
+    ci95: list[float] | None = None
+    ci95_reason: str | None = None
+    processes: int | None = None
     samples: list[float]
     reason: str | None
 
@@ -46,13 +50,16 @@ class AboveFloorPart(_Part):
 
 
 class PhasePart(_Part):
-    """Memory of one phase, in bytes."""
+    """Memory of one phase, in bytes; ``major_faults`` is a count."""
 
     phase: str
     peak_rss: int | None
     rss: int | None
     rss_anon: int | None
     rss_file: int | None
+    pss: int | None = None
+    private_dirty: int | None = None
+    major_faults: int | None = None
     peak_rss_samples: list[int | None]
     above_floor: AboveFloorPart
 
@@ -82,6 +89,7 @@ class MemoryPart(_Part):
     unit: Literal["bytes"]
     method: str
     reason: str | None
+    shares_reason: str | None = None
     phases: list[PhasePart]
     timeline: TimelinePart
 
@@ -93,6 +101,7 @@ class ColdLoadPart(_Part):
     ms: float | None = None
     page_cache: Literal["evicted", "partly", "unknown"] | None = None
     resident: float | None = None
+    major_faults: int | None = None
 
 
 class LoadPart(_Part):
@@ -148,6 +157,8 @@ class LayerUsePart(_Part):
     hit: int
     max_over_mean: float
     coefficient_of_variation: float
+    router_entropy: float | None = None
+    load_entropy: float | None = None
     counts: list[int]
     hit_per_token: float | None = None
     new_per_token: float | None = None
@@ -161,6 +172,8 @@ class ExpertsPart(_Part):
     tokens: int | None = None
     coverage_pct: float | None = None
     load_imbalance: float | None = None
+    router_entropy: float | None = None
+    load_entropy: float | None = None
     layers: list[LayerUsePart] = []
 
 
@@ -201,11 +214,23 @@ class PhaseTimesPart(_Part):
     last_token: list[CallPart]
 
 
+class FallbackPart(_Part):
+    """A node that ran on another provider than the first that was asked for."""
+
+    node: str
+    op: str
+    wanted_ep: str
+    got_ep: str
+    pct: float
+
+
 class BreakdownPart(_Part):
     """Times of operators."""
 
     reason: str | None
     phases: list[PhaseTimesPart] = []
+    fallback_nodes: list[FallbackPart] | None = None
+    fallback_reason: str | None = None
 
 
 class QualityPart(_Part):
@@ -243,6 +268,7 @@ class ProfileDocument(_Part):
     ok: Literal[True] = True
     schema_version: Literal[2]
     kind: Literal["moe2edge.profile"]
+    id: str | None = None
     created: str
     verdict: Literal["stable", "noisy", "throttled", "invalid"] | None = None
     warnings: list[str]

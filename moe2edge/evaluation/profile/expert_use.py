@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -32,12 +33,9 @@ class ChoiceLister:
         layer = trace.block.mlp
         if trace.routing is None or not isinstance(layer, MoELayer):
             return
-        ids = trace.routing.ids.flatten(0, -2).tolist()
-        # An id after the last row is a skipped choice.
-        mine = RouterChoices.collect(layer.router_rows, ids)
+        mine = RouterChoices.collect(layer.router_rows, trace.routing.ids, trace.routing.logits)
         before = self._found.get(trace.block.index)
-        by_token = (*before.by_token, *mine.by_token) if before else mine.by_token
-        self._found[trace.block.index] = RouterChoices(mine.rows, by_token)
+        self._found[trace.block.index] = before.join(mine) if before else mine
 
     def result(self) -> dict[int, RouterChoices]:
         """Return the choices."""
@@ -91,7 +89,9 @@ def describe_expert_use(choices: Mapping[int, RouterChoices]) -> dict[str, Any]:
     return {
         "tokens": max((len(found.by_token) for found in choices.values()), default=0),
         "coverage_pct": 100 * sum(layer["hit"] for layer in layers) / experts if experts else None,
-        "load_imbalance": sum(variations) / len(variations) if variations else None,
+        "load_imbalance": statistics.fmean(variations) if variations else None,
+        "router_entropy": _average([layer["router_entropy"] for layer in layers]),
+        "load_entropy": _average([layer["load_entropy"] for layer in layers]),
         "layers": layers,
     }
 
@@ -108,9 +108,28 @@ def _describe_layer(index: int, found: RouterChoices) -> dict[str, Any]:
         "new_per_token": _count_new(found.by_token),
         "max_over_mean": max(loads) / mean if mean else 0.0,
         "coefficient_of_variation": math.sqrt(square) / mean if mean else 0.0,
+        "router_entropy": statistics.fmean(found.entropies) if found.entropies else None,
+        "load_entropy": compute_load_entropy(loads),
         "counts": list(loads),
         "last_tokens": [list(chosen) for chosen in found.by_token[-LAST_TOKENS:]],
     }
+
+
+def compute_load_entropy(loads: Sequence[int]) -> float | None:
+    """Compute the entropy of the load over experts, in nats; None: there is no load.
+
+    >>> compute_load_entropy([3, 3, 0]) == math.log(2)
+    True
+    """
+    total = sum(loads)
+    parts = [load / total for load in loads if load]
+    return math.fsum(-part * math.log(part) for part in parts) if parts else None
+
+
+def _average(values: Sequence[float | None]) -> float | None:
+    """Return the mean; None if one is not known, or there is none."""
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known and len(known) == len(values) else None
 
 
 def _count_new(by_token: Sequence[Sequence[int]]) -> float | None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe2edge.errors import Moe2EdgeError, join_lines
 from moe2edge.evaluation.profile.expert_use import describe_expert_use, list_expert_choices
+from moe2edge.evaluation.profile.memory import count_faults, subtract_faults
 from moe2edge.evaluation.profile.page_cache import evict_files
 from moe2edge.evaluation.profile.timeline import Timeline
 from moe2edge.runtime.generation import generate
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 MOST_PROFILED = 9
 # Calls of the last token that a document holds.
 MOST_CALLS = 2000
+NO_PROVIDERS = "the runtime has no providers that operators are divided among"
 NO_PROFILER = "the runtime of target {} has no profiler of operators that can be read"
 
 
@@ -44,28 +46,34 @@ def explain_once(
         open_runtime: loads the folder.
 
     Returns:
-        ``cold_load``: seconds, and what the system's cache still held; ``timeline`` of memory;
-        ``experts``: use of each; ``breakdown``: times of operators. Each has a ``reason`` that is
-        not null where it is not known.
+        ``cold_load``: seconds, page faults up to the first token, and what the system's cache
+        still held; ``timeline`` of memory; ``experts``: use of each; ``breakdown``: times of
+        operators. Each has a ``reason`` that is not null where it is not known.
     """
     prompt = request["prompts"][-1]
     with Timeline() as timeline:
         import_libraries()
         eviction = evict_files(list_files(Path(request["folder"])).values())
         timeline.begin("load")
-        begin = time.perf_counter()
+        before, begin = count_faults(), time.perf_counter()
         runtime = open_runtime()
         load_s = time.perf_counter() - begin
         timeline.begin("prefill")
         tokens: list[int] = []
+        after: dict[str, int] = {}
         for token in generate(runtime, prompt, max_tokens=request["gen_tokens"]):
             if not tokens:
+                after = count_faults()
                 timeline.begin("decode")
             tokens.append(token)
         timeline.begin("after")
     del runtime
     return {
-        "cold_load": {"seconds": load_s, **asdict(eviction)},
+        "cold_load": {
+            "seconds": load_s,
+            "major_faults": subtract_faults(after, before),
+            **asdict(eviction),
+        },
         "timeline": timeline.to_json(),
         "experts": _explain(lambda: _use_experts(request, [*prompt, *tokens[:-1]])),
         "breakdown": _explain(lambda: _break_down(request, prompt)),
@@ -102,7 +110,28 @@ def _break_down(request: Mapping[str, Any], prompt: Sequence[int]) -> dict[str, 
         phases = target.profile_operators(folder, prompt, tokens)
     if phases is None:
         raise Moe2EdgeError(NO_PROFILER.format(name))
-    return {"phases": [_describe_phase(phase) for phase in phases]}
+    return {"phases": [_describe_phase(phase) for phase in phases], **describe_fallbacks(phases)}
+
+
+def describe_fallbacks(phases: Sequence[PhaseTimes]) -> dict[str, Any]:
+    """Describe the nodes that ran on another provider than the first that was asked for.
+
+    Each with its percentage of the time of all phases; or the reason why they are not known.
+    """
+    sums: dict[tuple[str, str, str, str], float] = {}
+    for phase in phases:
+        if phase.fallbacks is None:
+            return {"fallback_nodes": None, "fallback_reason": NO_PROVIDERS}
+        for one in phase.fallbacks:
+            key = (one.node, one.op, one.wanted, one.got)
+            sums[key] = sums.get(key, 0.0) + one.seconds
+    whole = sum(phase.seconds for phase in phases)
+    names = ("node", "op", "wanted_ep", "got_ep")
+    found = [
+        {**dict(zip(names, key, strict=True)), "pct": 100 * seconds / whole}
+        for key, seconds in sorted(sums.items(), key=lambda item: -item[1])
+    ]
+    return {"fallback_nodes": found, "fallback_reason": None}
 
 
 def _choose_calls(calls: Sequence[OperatorCall]) -> list[OperatorCall]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -15,11 +16,11 @@ from moe2edge.calibration.tokens import encode_texts
 from moe2edge.errors import InputError
 from moe2edge.evaluation.profile.environment import describe_environment
 from moe2edge.evaluation.profile.interleave import Job, run_in_turns
-from moe2edge.evaluation.profile.metrics import collect_metrics, collect_phases
+from moe2edge.evaluation.profile.metrics import Metric, collect_metrics, collect_phases
 from moe2edge.evaluation.profile.page_cache import warm_files
 from moe2edge.evaluation.profile.process import run_child
 from moe2edge.evaluation.profile.quality import measure_quality, read_quality
-from moe2edge.evaluation.profile.result import Profile, ProfileSet, make_explanation
+from moe2edge.evaluation.profile.result import Profile, ProfileSet, make_explanation, make_id
 from moe2edge.evaluation.profile.roofline import make_roofline
 from moe2edge.evaluation.profile.settings import (
     TOKEN_SIZES,
@@ -35,6 +36,7 @@ from moe2edge.storage.tokenizer import encode_text, load_tokenizer
 if TYPE_CHECKING:
     from moe2edge.calibration.sources import TextSource
 
+GIVEN_IDS = "the prompts were given as token ids"
 Prompts = Sequence[Sequence[int]]
 
 
@@ -95,16 +97,16 @@ def profile_folders(
     contexts = [subject.context for subject in subjects if subject.context is not None]
     settings, shrunk = fit_context(settings, min(contexts, default=None), fixed)
     about: dict[str, Any] = {
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "now": datetime.now(UTC),
         "env": describe_environment(),
         "workload": settings.describe(),
         "threads": settings.threads,
         "shrunk": shrunk,
     }
     labels = _name_subjects(subjects)
-    requests = {}
+    requests, encoded = {}, {}
     for label, subject in zip(labels, subjects, strict=True):
-        given = prompts or cut_prompts(load_tokenizer(subject.folder), text, settings, reporter)
+        given, encoded[label] = _find_prompts(subject, prompts, text, settings, reporter)
         requests[label] = _make_request(subject, given, settings)
     # First, because it loads from the disk what all others then find in the system's cache.
     explained = None
@@ -118,6 +120,7 @@ def profile_folders(
     for label, subject in zip(labels, subjects, strict=True):
         beside = {
             "explained": explained.found[label] if explained else None,
+            "tokenise_ms": encoded[label],
             "quality": _find_quality(subject, quality, reporter),
             "workload": {**about["workload"], "prompts_sha256": _hash_prompts(requests[label])},
         }
@@ -138,6 +141,21 @@ def _check_settings(
         fixed = {*fixed, "prompt_tokens"}
     settings.check()
     return settings, fixed
+
+
+def _find_prompts(
+    subject: Subject,
+    prompts: Prompts | None,
+    text: str | TextSource,
+    settings: ProfileSettings,
+    reporter: Reporter,
+) -> tuple[Prompts, Metric]:
+    """Return the prompts, cut from the text if there are none, and the times of the tokenizer."""
+    if prompts:
+        return prompts, Metric("ms", "lower", (), GIVEN_IDS, processes=0)
+    tokenizer = load_tokenizer(subject.folder)
+    prompts = cut_prompts(tokenizer, text, settings, reporter)
+    return prompts, time_tokenizer(tokenizer, prompts)
 
 
 def _make_jobs(
@@ -186,6 +204,7 @@ def _make_profile(
     memory, threads = replies[0]["memory"], replies[0]["threads"]
     work, env = about["workload"], about["env"]
     metrics = collect_metrics(replies, work["prompt_tokens"])
+    metrics["tokenise_ms"] = about["tokenise_ms"]
     doubts = _list_warnings(env, replies)
     return Profile(
         artifact={**subject.about, "dtype": replies[0]["dtype"], "note": replies[0]["note"]},
@@ -195,8 +214,10 @@ def _make_profile(
         phases=collect_phases(replies),
         memory_method=memory["method"],
         memory_reason=memory["reason"],
+        shares_reason=memory.get("shares_reason"),
         sizes=subject.sizes,
-        created=about["created"],
+        created=about["now"].isoformat(timespec="seconds"),
+        id=make_id(about["now"].timestamp()),
         explanation=make_explanation(about["explained"]),
         quality=about["quality"],
         sensors=[reply.get("sensors") for reply in replies],
@@ -238,6 +259,25 @@ def cut_prompts(
         )
     stride = len(ids) // number
     return [list(ids[n * stride : n * stride + length]) for n in range(number)]
+
+
+def time_tokenizer(
+    tokenizer: Any, prompts: Prompts, *, clock: Callable[[], float] = time.perf_counter
+) -> Metric:
+    """Time the tokenizer on the text of each prompt but the first, which is the warm-up.
+
+    Args:
+        tokenizer: tokenizer of the model.
+        prompts: token ids of texts that it can encode.
+        clock: returns the time in seconds.
+    """
+    took = []
+    for prompt in prompts:
+        text = tokenizer.decode(prompt)
+        begin = clock()
+        encode_text(tokenizer, text, special=False)
+        took.append((clock() - begin) * 1000)
+    return Metric("ms", "lower", tuple(took[1:]), processes=0)
 
 
 def _list_warnings(env: Mapping[str, Any], replies: Sequence[Mapping[str, Any]]) -> dict[str, str]:

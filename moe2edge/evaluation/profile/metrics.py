@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from moe2edge.evaluation.profile.memory import MemoryReading
+
+NO_PROCESS = "it is measured once, in the process that starts the others"
+ONE_PROCESS = "an interval takes samples of two or more processes (--repeats)"
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,8 @@ class Metric:
         better: ``lower`` or ``higher``.
         samples: all samples, in the order of measurement.
         reason: reason why there are no samples.
+        processes: processes that took the samples, one after the other and as many each; 0: the
+            one that started the others.
 
     >>> Metric("ms", "lower", (4.0, 1.0, 2.0, 3.0)).percentile(50)
     2.5
@@ -28,6 +33,7 @@ class Metric:
     better: str
     samples: tuple[float, ...]
     reason: str | None = None
+    processes: int = 1
 
     def percentile(self, p: float) -> float | None:
         """Return the value that ``p`` percent of the samples do not exceed, interpolated linearly.
@@ -62,19 +68,41 @@ class Metric:
             return None
         return statistics.median(abs(sample - middle) for sample in self.samples)
 
-    def median_by_process(self, processes: int) -> list[float]:
-        """Return the median of the samples of each process; all took as many.
+    def list_by_process(self) -> list[tuple[float, ...]]:
+        """Return the samples of each process.
 
-        >>> Metric("ms", "lower", (4.0, 1.0, 2.0, 3.0)).median_by_process(2)
-        [2.5, 2.5]
+        >>> Metric("ms", "lower", (4.0, 1.0, 2.0, 3.0), processes=2).list_by_process()
+        [(4.0, 1.0), (2.0, 3.0)]
         """
-        size = len(self.samples) // processes
-        return [
-            statistics.median(self.samples[n * size : (n + 1) * size]) for n in range(processes)
-        ]
+        size = self.n // max(1, self.processes)
+        return [self.samples[n * size : (n + 1) * size] for n in range(self.processes)]
+
+    def median_by_process(self) -> list[float]:
+        """Return the median of the samples of each process."""
+        return [statistics.median(samples) for samples in self.list_by_process()]
+
+    def compute_interval(self) -> tuple[float, float] | None:
+        """Compute the 95 % interval of the median, see ``ci95`` of `DEFINITIONS`.
+
+        None where samples are of fewer than two processes.
+        """
+        if self.processes < 2 or not self.samples:
+            return None
+        from moe2edge.numerics.bootstrap import compute_median_interval
+
+        return compute_median_interval(self.list_by_process(), seed=0)
+
+    def _explain_interval(self) -> str | None:
+        """Return why there is no interval; None where there is one."""
+        if not self.samples:
+            return self.reason
+        if self.processes > 1:
+            return None
+        return ONE_PROCESS if self.processes else NO_PROCESS
 
     def to_json(self) -> dict[str, Any]:
         """Return the summary and the samples as JSON values."""
+        interval = self.compute_interval()
         return {
             "unit": self.unit,
             "better": self.better,
@@ -82,12 +110,16 @@ class Metric:
             "median": self.median,
             "p50": self.percentile(50),
             "p90": self.percentile(90),
+            "p95": self.percentile(95),
             "p99": self.percentile(99),
             "min": min(self.samples, default=None),
             "max": max(self.samples, default=None),
             "mean": statistics.fmean(self.samples) if self.samples else None,
             "sd": statistics.stdev(self.samples) if self.n > 1 else None,
             "mad": self.mad,
+            "ci95": None if interval is None else list(interval),
+            "ci95_reason": self._explain_interval(),
+            "processes": self.processes,
             "samples": list(self.samples),
             "reason": self.reason,
         }
@@ -124,6 +156,9 @@ class Phase:
             "rss": largest.rss,
             "rss_anon": largest.rss_anon,
             "rss_file": largest.rss_file,
+            "pss": largest.pss,
+            "private_dirty": largest.private_dirty,
+            "major_faults": largest.major_faults,
             "peak_rss_samples": [memory.peak_rss for memory in self.samples],
             "above_floor": {
                 "peak_rss": self.subtract_floor("peak_rss"),
@@ -160,7 +195,7 @@ def collect_metrics(replies: Sequence[Mapping[str, Any]], prompt_tokens: int) ->
     gaps = [gap for run in runs for gap in run["gaps_s"]]
     rates = [len(run["gaps_s"]) / sum(run["gaps_s"]) for run in runs if run["gaps_s"]]
     reason = None if gaps else "one token per prompt was generated; it takes at least two"
-    return {
+    found = {
         "import_ms": _make_ms_metric([reply["import_s"] for reply in replies]),
         "load_ms": _make_ms_metric([reply["load_s"] for reply in replies]),
         "first_token_ms": _make_first_metric(replies),
@@ -171,6 +206,7 @@ def collect_metrics(replies: Sequence[Mapping[str, Any]], prompt_tokens: int) ->
         "decode_tok_s": Metric("token/s", "higher", tuple(rates), reason),
         "joules_per_token": _make_energy_metric(replies, reason),
     }
+    return {name: replace(metric, processes=len(replies)) for name, metric in found.items()}
 
 
 def _make_first_metric(replies: Sequence[Mapping[str, Any]]) -> Metric:

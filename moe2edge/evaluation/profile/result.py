@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ from moe2edge.evaluation.profile.roofline import Roofline
 
 PROFILE_VERSION = 2
 PROFILE_KIND = "moe2edge.profile"
+# Base 32 by Douglas Crockford.
+_DIGITS = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 SET_KIND = "moe2edge.profiles"
 
 
@@ -28,8 +31,10 @@ class Profile:
         phases: memory of each phase, in order.
         memory_method: method of measuring memory, in words.
         memory_reason: reason why some memory values are null; None if none is.
+        shares_reason: reason why pss and private_dirty are null.
         sizes: bytes of each class of files.
         created: time of the measurement, RFC 3339.
+        id: name of the measurement, see `make_id`.
         roofline: bytes that a token reads, and the rate that memory allows.
         explanation: cold load, memory over time, use of experts, times of operators; see
             `make_explanation`.
@@ -46,8 +51,10 @@ class Profile:
     phases: tuple[Phase, ...]
     memory_method: str
     memory_reason: str | None
+    shares_reason: str | None
     sizes: Mapping[str, int]
     created: str
+    id: str
     roofline: Roofline
     explanation: Mapping[str, Any]
     quality: Mapping[str, Any]
@@ -60,6 +67,7 @@ class Profile:
         return {
             "schema_version": PROFILE_VERSION,
             "kind": PROFILE_KIND,
+            "id": self.id,
             "created": self.created,
             "verdict": self.verdict,
             "warnings": list(self.warnings),
@@ -71,6 +79,7 @@ class Profile:
                 "unit": "bytes",
                 "method": self.memory_method,
                 "reason": self.memory_reason,
+                "shares_reason": self.shares_reason,
                 "phases": [phase.to_json() for phase in self.phases],
                 "timeline": self.explanation["timeline"],
             },
@@ -88,6 +97,21 @@ class Profile:
             "sensors": list(self.sensors),
             "definitions": dict(DEFINITIONS),
         }
+
+
+def make_id(seconds: float) -> str:
+    """Make a name that no other measurement has; names sort by time.
+
+    Its form is that of a ULID (github.com/ulid/spec): milliseconds and 80 random bits.
+
+    Args:
+        seconds: since 1970, UTC.
+
+    >>> make_id(0.001)[:10], len(make_id(0.001))
+    ('0000000001', 26)
+    """
+    number = int(seconds * 1000) << 80 | secrets.randbits(80)
+    return "".join(_DIGITS[number >> shift & 31] for shift in range(125, -1, -5))
 
 
 NOT_EXPLAINED = "it is measured in a process of its own, with --explain"
@@ -110,6 +134,7 @@ def make_explanation(reply: Mapping[str, Any] | None) -> dict[str, Any]:
             "ms": cold["seconds"] * 1000,
             "page_cache": cold["state"],
             "resident": cold["resident"],
+            "major_faults": cold.get("major_faults"),
             "reason": None,
         },
         **{name: reply[name] for name in ("timeline", "experts", "breakdown")},
@@ -191,7 +216,7 @@ def list_by_round(profile: Profile) -> dict[str, list[float]]:
     """Return one number for each round of every quantity that has ratios."""
     rounds = profile.workload["processes"]
     found = {
-        name: metric.median_by_process(rounds)
+        name: metric.median_by_process()
         for name, metric in profile.metrics.items()
         if metric.samples
     }

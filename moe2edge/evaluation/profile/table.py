@@ -16,6 +16,7 @@ _NAMES = {
     "import_ms": "import",
     "load_ms": "load",
     "first_token_ms": "first token behind the load",
+    "tokenise_ms": "tokenizer on a prompt",
     "e2e_ms": "a prompt and its tokens",
     "ttft_ms": "time to first token",
     "prefill_tok_s": "prefill",
@@ -33,7 +34,7 @@ def build_profile_table(result: Profile) -> Table:
         title=escape(f"{subject['path']} ({subject['target'] or 'source in transformers'})"),
         caption=_describe_work(result),
     )
-    for heading in ("", "p50", "p90", "p99", "min", "max", "n"):
+    for heading in ("", "p50", "p90", "p95", "p99", "min", "max", "n"):
         table.add_column(heading, justify="right" if heading else "left")
     table.add_column("unit")
     cold = result.explanation["cold_load"].get("ms")
@@ -171,6 +172,7 @@ def _add_row(table: Table, name: str, metric: Metric) -> None:
     values = (
         metric.percentile(50),
         metric.percentile(90),
+        metric.percentile(95),
         metric.percentile(99),
         min(metric.samples, default=None),
         max(metric.samples, default=None),

@@ -5,10 +5,9 @@ from __future__ import annotations
 import threading
 import time
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
-from moe2edge.evaluation.profile.memory import PROC, list_started
+from moe2edge.evaluation.profile.memory import PROC, list_started, read_rollup
 
 METHOD = "smaps_rollup of /proc, sampled in a thread"
 _INTERVAL_S = 0.02
@@ -30,7 +29,7 @@ class Timeline:
 
     def __enter__(self) -> Timeline:
         try:
-            read_rollup(PROC)
+            read_rollup(PROC, _FIELDS)
         except (OSError, KeyError) as error:
             self.reason = f"this system has no smaps_rollup ({type(error).__name__}: {error})"
             return self
@@ -68,24 +67,12 @@ class Timeline:
 
     def _sample(self) -> None:
         phase, now = self._phase, time.perf_counter() - self._begin
-        rss, anonymous = read_rollup(PROC)
+        rss, anonymous = read_rollup(PROC, _FIELDS)
         for place in list_started():
             with suppress(OSError, KeyError):  # it may have ended
-                more = read_rollup(place)
+                more = read_rollup(place, _FIELDS)
                 rss, anonymous = rss + more[0], anonymous + more[1]
         self.samples.append(
             {"t_s": now, "phase": phase, "rss": rss, "rss_anon": anonymous,
              "rss_file": rss - anonymous}
         )  # fmt: skip
-
-
-def read_rollup(place: Path) -> tuple[int, int]:
-    """Return the bytes of a process that are resident, and of those the anonymous ones.
-
-    Args:
-        place: its folder in /proc.
-    """
-    lines = (place / "smaps_rollup").read_text().splitlines()[1:]
-    fields = {key: value for key, _, value in (line.partition(":") for line in lines)}
-    rss, anonymous = (int(fields[name].split()[0]) * 1024 for name in _FIELDS)
-    return rss, anonymous

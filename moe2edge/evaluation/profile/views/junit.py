@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from xml.etree import ElementTree
 
-from moe2edge.evaluation.profile.views.parts import Document, list_profiles
+from moe2edge.evaluation.profile.views.parts import Document, format_interval, list_profiles
 
 
 def build_junit(document: Document) -> str:
@@ -22,8 +22,10 @@ def build_junit(document: Document) -> str:
                 ElementTree.SubElement(case, "skipped", message=_clean(str(metric["reason"])))
                 continue
             values = ElementTree.SubElement(case, "properties")
-            for key in ("unit", "n", "median", "p90", "p99", "min", "max"):
+            for key in ("unit", "n", "median", "p90", "p95", "p99", "min", "max"):
                 ElementTree.SubElement(values, "property", name=key, value=str(metric[key]))
+            interval = format_interval(metric)
+            ElementTree.SubElement(values, "property", name="ci95", value=interval)
             text = f"{metric['median']} {metric['unit']} (median of {metric['n']})"
             ElementTree.SubElement(case, "system-out").text = text
         if profile["warnings"]:

@@ -11,7 +11,12 @@ from moe2edge.evaluation.profile.views.charts import (
     draw_lines,
     format_value,
 )
-from moe2edge.evaluation.profile.views.parts import Document, format_quality, list_profiles
+from moe2edge.evaluation.profile.views.parts import (
+    Document,
+    format_interval,
+    format_quality,
+    list_profiles,
+)
 
 # Headings of the sections that each folder has.
 SECTIONS = (
@@ -19,6 +24,7 @@ SECTIONS = (
     "Experts", "Bound by memory", "Quality", "Environment",
 )  # fmt: skip
 _MIB = 2**20
+_NO_BREAK = "\u00a0"
 _STYLE = """
 :root{color-scheme:light dark;--fg:#1b1f24;--bg:#fff;--line:#9aa4ae;--c0:#2563c9;--c1:#c2410c;
 --c2:#15803d;--c3:#7e22ce;--soft:#eef2f6}
@@ -93,18 +99,21 @@ def _build_folder(label: str, profile: Document) -> str:
 
 
 def _build_summary(profile: Document) -> str:
-    keys = ("p50", "p90", "p99", "min", "max")
-    rows = []
+    keys = ("p50", "p90", "p95", "p99", "min", "max")
+    rows: list[list[str]] = []
+    said: list[str] = []
     for name, metric in profile["metrics"].items():
         if metric["samples"]:
-            values = [format_value(metric[key]) for key in keys]
-            rows.append([name, *values, str(metric["n"]), metric["unit"]])
+            values = [format_value(metric.get(key)) for key in keys]
+            interval = format_interval(metric).replace(" ", _NO_BREAK)
+            rows.append([name, *values, interval, str(metric["n"]), metric["unit"]])
         else:
-            rows.append([f"{name}: {metric['reason']}", *["-"] * 5, "0", metric["unit"]])
+            rows.append([name, *["-"] * 7, "0", metric["unit"]])
+            said.append(_say(f"{name}: {metric['reason']}"))
     cold = profile["load"]["cold"]
     if cold["reason"] is None:
         rows.append([f"load, cold (cache: {cold['page_cache']})", format_value(cold["ms"]),
-                     *["-"] * 4, "1", "ms"])  # fmt: skip
+                     *["-"] * 6, "1", "ms"])  # fmt: skip
     work = profile["workload"]
     done = (
         f"{work['processes']} processes, {work['prompts']} prompts of {work['prompt_tokens']} "
@@ -114,8 +123,8 @@ def _build_summary(profile: Document) -> str:
         [name, f"{size / _MIB:,.2f}"] for name, size in profile["sizes"]["classes"].items() if size
     ]
     return (
-        f"<p>{escape(done)}</p>{_build_table(['', *keys, 'n', 'unit'], rows)}"
-        f"{_build_table(['on disk', 'MiB'], sizes)}"
+        f"<p>{escape(done)}</p>{_build_table(['', *keys, '95 % of p50', 'n', 'unit'], rows)}"
+        f"{''.join(said)}{_build_table(['on disk', 'MiB'], sizes)}"
     )
 
 
@@ -131,6 +140,11 @@ def _build_times(profile: Document) -> str:
         slow = phase["by_operator"][:8]
         rows = [[one["op"], str(one["calls"]), f"{one['ms']:.2f}"] for one in slow]
         parts.append(_build_table(["operator", "calls", "ms"], rows))
+    fell = found.get("fallback_nodes") or ()
+    if fell:
+        rows = [[one["node"], one["op"], one["wanted_ep"], one["got_ep"], f"{one['pct']:.1f}"]
+                for one in fell]  # fmt: skip
+        parts.append(_build_table(["ran elsewhere", "operator", "asked for", "ran on", "%"], rows))
     return "".join(parts)
 
 
@@ -153,10 +167,13 @@ def _build_memory(profile: Document) -> str:
     rows = []
     for phase in profile["memory"]["phases"]:
         above = phase["above_floor"]
-        sizes = [phase["peak_rss"], phase["rss_anon"], phase["rss_file"], above["peak_rss"]]
+        sizes = [phase["peak_rss"], phase["rss_anon"], phase["rss_file"], above["peak_rss"],
+                 phase.get("pss"), phase.get("private_dirty")]  # fmt: skip
         shown = ["-" if size is None else f"{size / _MIB:,.1f}" for size in sizes]
-        rows.append([phase["phase"], *shown])
-    heads = ["MiB", "peak", "anonymous", "mapped files", "peak above that without a model"]
+        faults = phase.get("major_faults")
+        rows.append([phase["phase"], *shown, "-" if faults is None else str(faults)])
+    heads = ["MiB", "peak", "anonymous", "mapped files", "peak above that without a model", "PSS",
+             "private dirty", "major faults (count)"]  # fmt: skip
     timeline = profile["memory"]["timeline"]
     if timeline["reason"] is not None:
         return _build_table(heads, rows) + _say(timeline["reason"])
@@ -179,10 +196,12 @@ def _build_experts(profile: Document) -> str:
     rows = {f"block {layer['block']}": layer["counts"] for layer in found["layers"]}
     hits = [
         [f"block {layer['block']}", f"{layer['hit']} of {layer['experts']}",
-         format_value(layer.get("hit_per_token")), format_value(layer.get("new_per_token"))]
+         format_value(layer.get("hit_per_token")), format_value(layer.get("new_per_token")),
+         format_value(layer.get("router_entropy")), format_value(layer.get("load_entropy"))]
         for layer in found["layers"]
     ]  # fmt: skip
-    heads = ["", "experts hit", "of one token", "of them new"]
+    heads = ["", "experts hit", "of one token", "of them new", "entropy of the router, nats",
+             "of the load"]  # fmt: skip
     said = (
         f"{found['tokens']} tokens; {found['coverage_pct']:.0f} % of the experts were chosen; "
         f"load imbalance {found['load_imbalance']:.2f} (standard deviation / mean)"

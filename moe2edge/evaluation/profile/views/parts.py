@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from moe2edge.evaluation.profile.views.charts import format_value
+
 Document = Mapping[str, Any]
 
 
@@ -13,6 +15,16 @@ def list_profiles(document: Document) -> list[tuple[str, Document]]:
     if "profiles" not in document:
         return [(document["artifact"]["path"], document)]
     return list(zip(document["labels"], document["profiles"], strict=True))
+
+
+def format_interval(metric: Document) -> str:
+    """Return the interval of a median as text; a dash where there is none.
+
+    >>> format_interval({"ci95": [1.25, 1310.0]})
+    '1.25 to 1,310'
+    """
+    ends = metric.get("ci95")
+    return "-" if ends is None else " to ".join(map(format_value, ends))
 
 
 def format_quality(quality: Document, name: str) -> str:
