@@ -74,8 +74,8 @@ def find_scope(limit: int) -> tuple[str, ...]:
     """Return the command that runs another one in a control group of ``limit`` bytes; or none."""
     if shutil.which("systemd-run") is None:
         return ()
-    command = ("systemd-run", "--scope", "--quiet", "-p", f"MemoryMax={limit}")
-    command = (*command, "-p", "MemorySwapMax=0")
+    limits = ("-p", f"MemoryMax={limit}", "-p", "MemorySwapMax=0")
+    command = ("systemd-run", "--scope", "--quiet", *limits)
     tried = subprocess.run([*command, "true"], capture_output=True)
     return command if tried.returncode == 0 else ()
 
