@@ -223,7 +223,7 @@ def _list_passes(
                 # Parts of a block, of which some wait, and the new numbers of the block.
                 held = cost.memory + min(budget.group_bytes, cost.memory)
                 held += max(look_at_blocks(planned.after.blocks, lambda block: block.nbytes))
-            held += _count_hidden(model, tokens, budget, 2) + COMPUTING
+            held += _count_hidden(model, tokens, budget, _count_streams(step, model)) + COMPUTING
             count = len(model.blocks)
             if step.computes_numbers:
                 wide, narrow = _split_by_dtype(step, 2 * walk + _count_hessians(model, tokens))
@@ -255,6 +255,14 @@ def _list_passes(
                     step=position,
                     blocks=count,
                 )
+
+
+def _count_streams(step: Pass, model: Model) -> float:
+    """Return the sets of hidden states that a pass holds at once, in float32."""
+    if not step.computes_numbers or model.family.generic:
+        return 2
+    # The inputs of all experts, too, in the dtype of products.
+    return 2.5 if getattr(step, "compute", None) == "bfloat16" else 3
 
 
 def _split_by_dtype(step: Pass, products: float) -> tuple[float, float]:
@@ -355,12 +363,12 @@ def _count_used(block: Block) -> float:
     return used
 
 
-def _count_hidden(model: Model, tokens: int, budget: Memory, streams: int) -> int:
+def _count_hidden(model: Model, tokens: int, budget: Memory, streams: float) -> int:
     """Return the bytes of hidden states that are in memory."""
     hidden = 4 * tokens * model.embedding.shape[1]
     if budget.hidden_bytes is not None and hidden > budget.hidden_bytes:
         return 0
-    return streams * hidden
+    return int(streams * hidden)
 
 
 def _count_hessians(model: Model, tokens: int) -> float:
