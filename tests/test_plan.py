@@ -157,7 +157,9 @@ def test_recipes_for_a_budget_fit_and_can_be_exported() -> None:
     assert "onnx takes" in refused.stderr
     refused = invoke("plan", BUILTIN, "-t", "onnx,gptq", "--disk", "5MB", code=5)
     # A shorter context makes no folder smaller.
-    pattern = r"fits --disk 5\.00 MB: .* onnx takes 5\.\d\d MB .*; raise the limit or take a smaller "
+    pattern = (
+        r"fits --disk 5\.00 MB: .* onnx takes 5\.\d\d MB .*; raise the limit or take a smaller "
+    )
     assert re.search(pattern, refused.stderr)
 
 

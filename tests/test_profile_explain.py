@@ -25,7 +25,12 @@ from moe2edge.evaluation.profile.energy import EnergyMeter
 from moe2edge.evaluation.profile.expert_use import describe_expert_use, list_expert_choices
 from moe2edge.evaluation.profile.explain import explain_once
 from moe2edge.evaluation.profile.page_cache import count_resident_bytes, evict_files, warm_files
-from moe2edge.evaluation.profile.quality import NO_ERRORS, find_source, read_quality
+from moe2edge.evaluation.profile.quality import (
+    NO_ERRORS,
+    ONE_SAMPLE,
+    find_source,
+    read_quality,
+)
 from moe2edge.evaluation.profile.sensors import compare_sensors, read_sensors
 from moe2edge.evaluation.profile.timeline import Timeline
 from moe2edge.numerics.metrics import Quality
@@ -314,8 +319,11 @@ def test_quality_is_taken_over_from_the_report(tmp_path: Path) -> None:
     about = {"reason": None, "origin": "report", "text": "t", "sha256": "abc", "kl_reason": None}
     expected = {**about, **numbers}
     assert read_quality(tmp_path, "onnx") == {**expected, **none, "error_reason": NO_ERRORS}
+    results[1]["quality"] = {**numbers, **none}
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    assert read_quality(tmp_path, "onnx") == {**expected, **none, "error_reason": ONE_SAMPLE}
     errors = {"perplexity_error": 0.5, "kl_error": 0.01, "top1_error": 0.02}
-    numbers.update(errors)
+    results[1]["quality"] = {**numbers, **errors}
     (tmp_path / "report.json").write_text(json.dumps(report))
     assert read_quality(tmp_path, "onnx") == {**expected, **errors, "error_reason": None}
     results[1]["quality"] = None
@@ -361,7 +369,7 @@ def test_measured_quality_has_errors_and_its_reasons(
     monkeypatch.setattr(quality, "find_source", lambda _: (None, "no source"))
     found = quality.measure_quality(tmp_path, TextSource(text="t"), QUIET)
     assert (found["kl"], found["kl_reason"]) == (None, "no source")
-    assert found["error_reason"] == quality.ONE_SAMPLE
+    assert found["error_reason"] == ONE_SAMPLE
 
 
 # ---- the published form -------------------------------------------------------------------------
