@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from helpers import run
+from helpers import run, write_text
 from moe2edge.calibration.sources import TextSource
 from moe2edge.errors import InputError
-from moe2edge.evaluation.profile import energy, quality, sensors, timeline
+from moe2edge.evaluation.profile import energy, measure, quality, sensors, timeline
 from moe2edge.evaluation.profile.document import (
     ProfileSetDocument,
     build_profile_schema,
@@ -41,7 +41,7 @@ from moe2edge.runtime.operator_times import KINDS, classify_place
 from moe2edge.runtime.router_choices import RouterChoices
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.storage.manifest import write_manifest
-from moe2edge.testing import Make, quantize
+from moe2edge.testing import Make, make_tokenizer, quantize
 
 IDS = [1 + (7 * i) % 90 for i in range(24)]
 
@@ -370,6 +370,28 @@ def test_measured_quality_has_errors_and_its_reasons(
     found = quality.measure_quality(tmp_path, TextSource(text="t"), QUIET)
     assert (found["kl"], found["kl_reason"]) == (None, "no source")
     assert found["error_reason"] == ONE_SAMPLE
+
+
+def test_a_text_for_quality_is_looked_at_before_anything_is_measured(
+    outputs: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def measure_nothing(*_: Any, **__: Any) -> Any:
+        raise InputError("it would be measured now")
+
+    monkeypatch.setattr(measure, "run_in_turns", measure_nothing)
+    make_tokenizer(outputs["onnx"])
+    text = write_text(tmp_path / "short.txt")
+    given = [*("profile", outputs["onnx"], "--preset", "quick", "--text", text)]
+    for more, expected in (
+        (["--quality", tmp_path / "none.txt", "--length", 64], "none.txt does not exist"),
+        (["--quality", text], "positions of the model; give --length=128"),
+        (["--quality", text, "--length", 128, "--samples", 32], "fewer samples (--samples=31)"),
+        (["--length", 128], "are those of --quality TEXT; give it too"),
+        # The remedies work.
+        (["--quality", text, "--length", 128, "--samples", 31], "it would be measured now"),
+    ):
+        done = run(*given, *more)
+        assert (done.exit_code, expected in done.stderr) == (2, True), done.stderr
 
 
 # ---- the published form -------------------------------------------------------------------------
