@@ -13,10 +13,13 @@ from helpers import ignore
 from moe2edge.calibration import walk
 from moe2edge.calibration.block_runner import BlockRunner
 from moe2edge.calibration.router_observers import OutputObserver, RoutingObserver
+from moe2edge.commands.export_stages import list_export_stages
 from moe2edge.model.block import Block
 from moe2edge.passes.expert_drop import ExpertDrop
 from moe2edge.pipeline import contract, stages
+from moe2edge.pipeline.recipe import parse
 from moe2edge.runtime import products
+from moe2edge.runtime.memory import UNLIMITED, Estimate
 from moe2edge.storage.checkpoint import BUILTIN, open_checkpoint
 
 IDS = torch.randint(4, 90, (2, 24), generator=torch.Generator().manual_seed(7))
@@ -97,3 +100,15 @@ def test_dtype_is_chosen_by_size_and_processor(
     (stage,) = stages.group_stages([step, other])
     assert stages.Stage((step,)).compute == chosen
     assert stage.compute == "float32"  # they share the walk, and one wants it exact
+
+
+@pytest.mark.parametrize(("other", "narrow"), [("float32", False), ("bfloat16", True)])
+def test_a_plan_knows_the_dtype_of_a_walk_that_passes_share(other: str, narrow: bool) -> None:
+    recipe = parse(
+        "passes: [expert_drop: {keep: 0.75, compute: bfloat16}, "
+        f"expert_drop: {{keep: 0.5, compute: {other}}}]"
+    )
+    plan = stages.plan_passes(recipe.passes, open_checkpoint(BUILTIN).model)
+    costs = [Estimate(0)] * 2
+    found = [s for s in list_export_stages(plan, costs, recipe, [], UNLIMITED) if s.step in (0, 1)]
+    assert [(s.narrow > 0, s.products > 0) for s in found] == [(narrow, not narrow), (False, False)]

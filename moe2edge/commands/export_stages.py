@@ -226,7 +226,8 @@ def _list_passes(
             held += _count_hidden(model, tokens, budget, _count_streams(step, model)) + COMPUTING
             count = len(model.blocks)
             if step.computes_numbers:
-                wide, narrow = _split_by_dtype(step, 2 * walk + _count_hessians(model, tokens))
+                products = 2 * walk + _count_hessians(model, tokens)
+                wide, narrow = _split_by_dtype(getattr(step, "compute", ""), products)
                 yield ExportStage(
                     step.name,
                     held,
@@ -241,7 +242,7 @@ def _list_passes(
                 )
             else:
                 scored = stage.observers and first
-                wide, narrow = _split_by_dtype(step, walk)
+                wide, narrow = _split_by_dtype(stage.compute, walk)
                 runs = cost.runs * (count_token_operations(model) + _count_head(model))
                 yield ExportStage(
                     step.name,
@@ -265,14 +266,13 @@ def _count_streams(step: Pass, model: Model) -> float:
     return 2.5 if getattr(step, "compute", None) == "bfloat16" else 3
 
 
-def _split_by_dtype(step: Pass, products: float) -> tuple[float, float]:
+def _split_by_dtype(compute: str, products: float) -> tuple[float, float]:
     """Split the products of a pass on its walk into those in float32 and those in bfloat16.
 
     Which they are is said by its option ``compute``, once the recipe is resolved; passes without
-    one compute in float32.
+    one compute in float32, and so do all that share their walk with one that does.
     """
-    narrow = getattr(step, "compute", None) == "bfloat16"
-    return (0.0, products) if narrow else (products, 0.0)
+    return (0.0, products) if compute == "bfloat16" else (products, 0.0)
 
 
 def _list_evaluation(
