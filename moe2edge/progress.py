@@ -68,3 +68,16 @@ def format_time(seconds: float) -> str:
     if seconds < 90 * 60:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h"
+
+
+def format_bytes(size: float) -> str:
+    """Format a size with three digits.
+
+    >>> format_bytes(4_999_999), format_bytes(0.3e9), format_bytes(68.86e9), format_bytes(12)
+    ('5.00 MB', '300 MB', '68.9 GB', '12 B')
+    """
+    for unit, width in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= width:
+            digits = max(0, 2 - len(str(int(size / width))) + 1)
+            return f"{size / width:.{digits}f} {unit}"
+    return f"{size:.0f} B"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -87,11 +89,12 @@ def test_matrices_are_rounded_as_by_the_loop_over_columns(
         rounder = error_feedback.GridRounder(groups, grid, None, kept)
         expected = error_feedback.round_columns(rows, factors, rounder)
         found = {}
-        for threads in (1, 3):
+        # In any layout of memory.
+        for threads, order in ((1, orders), (3, orders.mT.contiguous().mT)):
             monkeypatch.setattr(compiled, "MANY", 0)
             monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
             found[threads] = bfloat16.round_matrices(
-                weights, grid, orders, factors.lower.mT, factors.weight, sparse=sparse
+                weights, grid, order, factors.lower.mT, factors.weight, sparse=sparse
             )
         q, loss = found[1]
         assert all(torch.equal(a, b) for a, b in zip(found[1], found[3], strict=True))
@@ -114,6 +117,16 @@ def test_tensors_that_the_loops_would_misread_are_refused() -> None:
         bfloat16.add_products(sums, torch.zeros(4, 17), None, space, started=False)
     with pytest.raises(ValueError, match="weights: found"):
         bfloat16.add_products(sums, torch.zeros(4, 16), torch.ones(3), space, started=False)
+    wide, order = torch.empty(16, 32)[:, :16], torch.arange(16)
+    calls: list[Callable[[], None]] = [
+        lambda: bfloat16.add_products(wide, torch.zeros(4, 16), None, space, started=False),
+        lambda: bfloat16.mirror(wide),
+        lambda: bfloat16.order_both(wide, order, sums),
+        lambda: bfloat16.order_both(sums, order, wide),
+    ]
+    for misread in calls:
+        with pytest.raises(ValueError, match="rows must be contiguous"):
+            misread()
     weights, costs = torch.zeros(1, 4, 16), torch.ones(1, 16)
     grid, upper = choose_grid(weights, Scheme(4, 16)), torch.eye(16)[None]
     assert not bfloat16.can_round(torch.zeros(1, 4, 12))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from helpers import ignore
 from moe2edge.calibration import walk
 from moe2edge.calibration.block_runner import BlockRunner
+from moe2edge.commands.preflight import estimate_hidden_bytes
 from moe2edge.errors import InputError
 from moe2edge.model.block import Block
 from moe2edge.model.family import FAMILIES
@@ -24,6 +26,7 @@ from moe2edge.passes._quantize import Quantize
 from moe2edge.passes.gptq import Gptq
 from moe2edge.passes.rtn import Rtn
 from moe2edge.pipeline import blockwise
+from moe2edge.pipeline.contract import TextSize, TextSizes
 from moe2edge.pipeline.solver import GroupSolver, MatrixGroup, Solved
 from moe2edge.pipeline.stages import plan_passes
 from moe2edge.runtime.memory import SOLVED_TOGETHER_BYTES, Memory
@@ -241,12 +244,31 @@ def test_order_of_columns_leaves_groups_where_they_are(tiny: Make) -> None:
         assert not torch.equal(numbers(after, 0, role).q, numbers(plain, 0, role).q)
 
 
-def test_memory_does_not_change_numbers(tiny: Make, tmp_path: Path) -> None:
-    """Few experts at once, and the stream on the disk."""
+def test_memory_does_not_change_numbers(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few experts at once, and the stream on the disk, in no more bytes than were planned."""
+    mapped, most = 0, [0]
+    empty = Memory.empty
+
+    def count(memory: Memory, *form: Any) -> Any:
+        nonlocal mapped
+        found = empty(memory, *form)
+        mapped += found.nbytes
+        most.append(mapped)
+        weakref.finalize(found, release, found.nbytes)
+        return found
+
+    def release(size: int) -> None:
+        nonlocal mapped
+        mapped -= size
+
+    monkeypatch.setattr(Memory, "empty", count)
     model = open_checkpoint(str(tiny("qwen3_moe"))).model
     ids = tokens(model)
     step = Gptq(group_size=32).resolve(model)
     found = []
+    texts = TextSizes(TextSize(*ids.shape))
     for memory in (Memory(), Memory(group_bytes=1, hidden_bytes=0, folder=tmp_path)):
         ledger = InMemory()
         after, _, _ = blockwise.solve_blocks(
@@ -254,6 +276,9 @@ def test_memory_does_not_change_numbers(tiny: Make, tmp_path: Path) -> None:
         )
         found.append(after)
         assert not list(tmp_path.iterdir())
+    planned = estimate_hidden_bytes(plan_passes([step], model), texts, 0, memory)
+    on_disk = 2 * 4 * ids.numel() * model.embedding.shape[1]  # in front of a block and behind it
+    assert max(most) <= planned - on_disk <= 1.5 * max(most)
     for (name, _, a), (_, _, b) in zip(found[0].tensors(), found[1].tensors(), strict=True):
         if a.scheme is not None:
             same = (a.quantized().q == b.quantized().q).double().mean()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -152,8 +153,14 @@ def test_recipes_for_a_budget_fit_and_can_be_exported() -> None:
     done = invoke("plan", BUILTIN, "-t", "onnx", "-r", "w4-rtn", *texts)
     assert yaml.safe_load(done.stdout)["calibration"]["samples"] == 8
     refused = invoke("plan", BUILTIN, "-t", "onnx,gptq", "--budget", "100MB", code=5)
-    assert "nothing fits --budget 0.10 GB" in refused.stderr
+    assert "nothing fits --budget 100 MB" in refused.stderr
     assert "onnx takes" in refused.stderr
+    refused = invoke("plan", BUILTIN, "-t", "onnx,gptq", "--disk", "5MB", code=5)
+    # A shorter context makes no folder smaller.
+    pattern = (
+        r"fits --disk 5\.00 MB: .* onnx takes 5\.\d\d MB .*; raise the limit or take a smaller "
+    )
+    assert re.search(pattern, refused.stderr)
 
 
 def test_a_token_reads_what_a_profile_counts() -> None:

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from helpers import run
+from helpers import run, write_text
 from moe2edge.calibration.sources import TextSource
 from moe2edge.errors import InputError
-from moe2edge.evaluation.profile import energy, quality, sensors, timeline
+from moe2edge.evaluation.profile import energy, measure, quality, sensors, timeline
 from moe2edge.evaluation.profile.document import (
     ProfileSetDocument,
     build_profile_schema,
@@ -27,7 +27,12 @@ from moe2edge.evaluation.profile.energy import EnergyMeter
 from moe2edge.evaluation.profile.expert_use import describe_expert_use, list_expert_choices
 from moe2edge.evaluation.profile.explain import NO_PROVIDERS, describe_fallbacks, explain_once
 from moe2edge.evaluation.profile.page_cache import count_resident_bytes, evict_files, warm_files
-from moe2edge.evaluation.profile.quality import NO_ERRORS, find_source, read_quality
+from moe2edge.evaluation.profile.quality import (
+    NO_ERRORS,
+    ONE_SAMPLE,
+    find_source,
+    read_quality,
+)
 from moe2edge.evaluation.profile.sensors import compare_sensors, read_sensors
 from moe2edge.evaluation.profile.timeline import Timeline
 from moe2edge.numerics.metrics import Quality
@@ -39,7 +44,7 @@ from moe2edge.runtime.router_choices import RouterChoices
 from moe2edge.storage.checkpoint import open_checkpoint
 from moe2edge.storage.manifest import write_manifest
 from moe2edge.targets._onnx_profiler import find_fallbacks
-from moe2edge.testing import Make, quantize
+from moe2edge.testing import Make, make_tokenizer, quantize
 
 IDS = [1 + (7 * i) % 90 for i in range(24)]
 
@@ -362,8 +367,11 @@ def test_quality_is_taken_over_from_the_report(tmp_path: Path) -> None:
     about = {"reason": None, "origin": "report", "text": "t", "sha256": "abc", "kl_reason": None}
     expected = {**about, **numbers}
     assert read_quality(tmp_path, "onnx") == {**expected, **none, "error_reason": NO_ERRORS}
+    results[1]["quality"] = {**numbers, **none}
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    assert read_quality(tmp_path, "onnx") == {**expected, **none, "error_reason": ONE_SAMPLE}
     errors = {"perplexity_error": 0.5, "kl_error": 0.01, "top1_error": 0.02}
-    numbers.update(errors)
+    results[1]["quality"] = {**numbers, **errors}
     (tmp_path / "report.json").write_text(json.dumps(report))
     assert read_quality(tmp_path, "onnx") == {**expected, **errors, "error_reason": None}
     results[1]["quality"] = None
@@ -409,7 +417,29 @@ def test_measured_quality_has_errors_and_its_reasons(
     monkeypatch.setattr(quality, "find_source", lambda _: (None, "no source"))
     found = quality.measure_quality(tmp_path, TextSource(text="t"), QUIET)
     assert (found["kl"], found["kl_reason"]) == (None, "no source")
-    assert found["error_reason"] == quality.ONE_SAMPLE
+    assert found["error_reason"] == ONE_SAMPLE
+
+
+def test_a_text_for_quality_is_looked_at_before_anything_is_measured(
+    outputs: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def measure_nothing(*_: Any, **__: Any) -> Any:
+        raise InputError("it would be measured now")
+
+    monkeypatch.setattr(measure, "run_in_turns", measure_nothing)
+    make_tokenizer(outputs["onnx"])
+    text = write_text(tmp_path / "short.txt")
+    given = [*("profile", outputs["onnx"], "--preset", "quick", "--text", text)]
+    for more, expected in (
+        (["--quality", tmp_path / "none.txt", "--length", 64], "none.txt does not exist"),
+        (["--quality", text], "positions of the model; give --length=128"),
+        (["--quality", text, "--length", 128, "--samples", 32], "fewer samples (--samples=31)"),
+        (["--length", 128], "are those of --quality TEXT; give it too"),
+        # The remedies work.
+        (["--quality", text, "--length", 128, "--samples", 31], "it would be measured now"),
+    ):
+        done = run(*given, *more)
+        assert (done.exit_code, expected in done.stderr) == (2, True), done.stderr
 
 
 # ---- the published form -------------------------------------------------------------------------

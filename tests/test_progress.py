@@ -45,6 +45,21 @@ def test_lines_elsewhere_than_on_a_terminal(capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().out == ""
 
 
+def test_work_that_is_counted_again_begins_anew(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([0.0, 1.0, 1001.0, 1002.0, 1102.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    reporter = progress_bar.make_reporter(quiet=False)
+    for done in (0, 15, 1, 8):
+        reporter.advance("measure", done, 15)
+    # Seven took 100 s, whatever the fifteen before them took.
+    assert capsys.readouterr().err.splitlines() == [
+        "[1001.0 s] measure: 15 of 15",
+        "[1102.0 s] measure: 8 of 15, 1:40 left",
+    ]
+
+
 def test_lines_say_where_the_work_is_and_how_long_it_takes(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,7 +22,7 @@ from moe2edge.cli.common import (
     show,
     without_collection,
 )
-from moe2edge.progress import format_time
+from moe2edge.progress import format_bytes, format_time
 
 if TYPE_CHECKING:
     from moe2edge.commands.forecast import Forecast, ModelSize
@@ -224,7 +224,7 @@ def _show(one: Forecast) -> None:
             table.add_column(heading, justify="right" if n else "left")
         for t in one.targets:
             sizes = (t.disk, t.weights, t.cache, t.cache_per_token, t.resident, t.read)
-            table.add_row(t.target, *map(_format_bytes, sizes), f"{t.ceiling:.1f}")
+            table.add_row(t.target, *map(format_bytes, sizes), f"{t.ceiling:.1f}")
         print_table(table)
     for line in list_lines(one):
         show(line)
@@ -234,8 +234,8 @@ def list_lines(one: Forecast) -> Iterator[str]:
     """Yield what is to be said of a forecast beside its table."""
     if one.export is not None:
         yield (
-            f"export: {_format_bytes(one.export.memory)} of memory, "
-            f"{_format_bytes(one.export.disk)} on the disk, about {format_time(one.export.seconds)}"
+            f"export: {format_bytes(one.export.memory)} of memory, "
+            f"{format_bytes(one.export.disk)} on the disk, about {format_time(one.export.seconds)}"
         )
         largest = max(one.export.stages, key=lambda stage: stage.memory)
         slowest = max(one.export.stages, key=lambda stage: stage.seconds)
@@ -244,7 +244,7 @@ def list_lines(one: Forecast) -> Iterator[str]:
     for target in one.targets:
         if target.droppable:
             yield (
-                f"{target.target}: {_format_bytes(target.droppable)} of its memory are pages of a "
+                f"{target.target}: {format_bytes(target.droppable)} of its memory are pages of a "
                 "file of which the runtime holds copies; the system takes them back, and --budget "
                 "leaves them out"
             )
@@ -266,7 +266,7 @@ def _show_choices(found: Sequence[Choice], as_json: bool) -> None:
     show(f"# Recipes that fit in {names}, best first:")
     for one in found:
         sizes = "; ".join(
-            f"{t.target} {_format_bytes(t.resident)} running, {_format_bytes(t.disk)} on the disk"
+            f"{t.target} {format_bytes(t.resident)} running, {format_bytes(t.disk)} on the disk"
             for t in one.forecast.targets
         )
         show(f"#   {one.passes}: {sizes}")
@@ -292,14 +292,5 @@ def _format_size(size: ModelSize) -> str:
     """Format the size of a model."""
     return (
         f"{size.parameters:,} parameters, {size.active_parameters:,} active, "
-        f"{_format_bytes(size.bytes)}"
+        f"{format_bytes(size.bytes)}"
     )
-
-
-def _format_bytes(size: float) -> str:
-    """Format a size with three digits."""
-    for unit, width in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= width:
-            digits = max(0, 2 - len(str(int(size / width))) + 1)
-            return f"{size / width:.{digits}f} {unit}"
-    return f"{size:.0f} B"

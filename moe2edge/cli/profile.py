@@ -68,9 +68,11 @@ Examples:
 )
 @click.option(
     "--quality",
-    help="Text to measure the perplexity of outputs on [default: take over what the export "
-    "measured].",
+    help="Text to measure perplexity, KL and top-1 agreement of outputs on [default: take over "
+    "what the export measured].",
 )
+@click.option("--samples", type=int, help="Samples of that text [default: 32].")
+@click.option("--length", type=int, help="Tokens of each of them [default: 512].")
 @click.option(
     "-o", "--output", type=FILE, help="Write the JSON document to a file, for later comparison."
 )
@@ -99,6 +101,8 @@ def profile_command(
     chat: bool | None,
     chat_template: str | None,
     quality: str | None,
+    samples: int | None,
+    length: int | None,
     explain: bool | None,
     as_json: bool,
     revision: str | None,
@@ -123,6 +127,9 @@ def profile_command(
     )
     from moe2edge.evaluation.profile.table import build_profile_table, build_set_table
 
+    judged = {"text": quality, "samples": samples, "length": length}
+    if quality is None and (samples is not None or length is not None):
+        raise click.UsageError("--samples and --length are those of --quality TEXT; give it too")
     asked = {"output": output, "report": report, "trace": trace, "markdown": markdown}
     views = {name: path for name, path in {**asked, "junit": junit}.items() if path is not None}
     check_views(views)
@@ -134,9 +141,9 @@ def profile_command(
     reporter = make_reporter(quiet=as_json)
     rows = {"field": field, "template": template, "chat": chat, "chat_template": chat_template}
     source = read_text_options("evaluation", {"text": text, **rows})
-    judged = read_text_options("evaluation", {"text": quality, **rows}) if quality else None
+    held_out = read_text_options("evaluation", {**judged, **rows}) if quality else None
     found = profile_models(
-        places, preset=preset, text=source, sizes=sizes, quality=judged, reporter=reporter
+        places, preset=preset, text=source, sizes=sizes, quality=held_out, reporter=reporter
     )
     several = len(places) > 1
     document = found.to_json() if several else found.profiles[0].to_json()

@@ -76,9 +76,9 @@ class _Lines:
 
     def __init__(self) -> None:
         self._begun = time.perf_counter()
-        # When each label was last written, and when and where it was first reported.
+        # When each label was last written; when and where its count began, and where it is.
         self._last: dict[str, float] = {}
-        self._started: dict[str, tuple[float, int]] = {}
+        self._counts: dict[str, tuple[float, int, int]] = {}
         self._left: TimeLeft | None = None
 
     def log(self, line: str) -> None:
@@ -94,7 +94,10 @@ class _Lines:
     def advance(self, label: str, done: int, total: int, detail: str = "", /) -> None:
         check_interrupted()
         now = time.perf_counter()
-        since, before = self._started.setdefault(label, (now, done))
+        since, before, last = self._counts.get(label, (now, done, done))
+        if done < last:  # it is counted again
+            since, before = now, done
+        self._counts[label] = since, before, done
         text = f"{self._stamp(now, label)}: {done} of {total}"
         if detail:
             text += f", {detail}"

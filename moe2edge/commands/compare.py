@@ -73,7 +73,8 @@ def compare_outputs(
         )
     if any(folders):
         raise InputError(
-            f"{base} and {head} are a folder and a file; compare two folders, or two files"
+            f"one of {base} and {head} is a folder, the other a file; compare two folders, or two "
+            "files"
         )
     if pairs is not None:
         raise InputError("--pairs is for two folders; files hold what was measured")

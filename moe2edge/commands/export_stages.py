@@ -223,10 +223,11 @@ def _list_passes(
                 # Parts of a block, of which some wait, and the new numbers of the block.
                 held = cost.memory + min(budget.group_bytes, cost.memory)
                 held += max(look_at_blocks(planned.after.blocks, lambda block: block.nbytes))
-            held += _count_hidden(model, tokens, budget, 2) + COMPUTING
+            held += _count_hidden(model, tokens, budget, _count_streams(step, model)) + COMPUTING
             count = len(model.blocks)
             if step.computes_numbers:
-                wide, narrow = _split_by_dtype(step, 2 * walk + _count_hessians(model, tokens))
+                products = 2 * walk + _count_hessians(model, tokens)
+                wide, narrow = _split_by_dtype(getattr(step, "compute", ""), products)
                 yield ExportStage(
                     step.name,
                     held,
@@ -241,7 +242,7 @@ def _list_passes(
                 )
             else:
                 scored = stage.observers and first
-                wide, narrow = _split_by_dtype(step, walk)
+                wide, narrow = _split_by_dtype(stage.compute, walk)
                 runs = cost.runs * (count_token_operations(model) + _count_head(model))
                 yield ExportStage(
                     step.name,
@@ -257,14 +258,21 @@ def _list_passes(
                 )
 
 
-def _split_by_dtype(step: Pass, products: float) -> tuple[float, float]:
+def _count_streams(step: Pass, model: Model) -> float:
+    """Return the sets of hidden states that a pass holds at once, in float32."""
+    if not step.computes_numbers or model.family.generic:
+        return 2
+    # The inputs of all experts, too, in the dtype of products.
+    return 2.5 if getattr(step, "compute", None) == "bfloat16" else 3
+
+
+def _split_by_dtype(compute: str, products: float) -> tuple[float, float]:
     """Split the products of a pass on its walk into those in float32 and those in bfloat16.
 
     Which they are is said by its option ``compute``, once the recipe is resolved; passes without
-    one compute in float32.
+    one compute in float32, and so do all that share their walk with one that does.
     """
-    narrow = getattr(step, "compute", None) == "bfloat16"
-    return (0.0, products) if narrow else (products, 0.0)
+    return (0.0, products) if compute == "bfloat16" else (products, 0.0)
 
 
 def _list_evaluation(
@@ -353,12 +361,12 @@ def _count_used(block: Block) -> float:
     return used
 
 
-def _count_hidden(model: Model, tokens: int, budget: Memory, streams: int) -> int:
+def _count_hidden(model: Model, tokens: int, budget: Memory, streams: float) -> int:
     """Return the bytes of hidden states that are in memory."""
     hidden = 4 * tokens * model.embedding.shape[1]
     if budget.hidden_bytes is not None and hidden > budget.hidden_bytes:
         return 0
-    return streams * hidden
+    return int(streams * hidden)
 
 
 def _count_hessians(model: Model, tokens: int) -> float:

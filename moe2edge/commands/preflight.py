@@ -157,8 +157,10 @@ def estimate_hidden_bytes(plan: Plan, texts: TextSizes, evaluated: int, budget: 
     solving = any(step.computes_numbers for step in steps)
     # Passes that search walk over the source as well, and compare several models.
     searching = any(not (step.computes_numbers or step.observers()) for step in steps)
-    # In front of a block and behind it; in memory, what enters a block and what a solver adds.
-    calibrated = count(texts.calibration.tokens, 2 + 2 * searching, 1 + solving) if steps else 0
+    # In front of a block and behind it; in memory, what enters a block, and what a solver adds and
+    # computes once for all experts, in families whose blocks it knows.
+    more = (1 if plan.source.family.generic else 2) if solving else 0
+    calibrated = count(texts.calibration.tokens, 2 + 2 * searching, 1 + more) if steps else 0
     # The same, and those of the source, which stay.
     return max(calibrated, count(evaluated, 3, 2))
 

@@ -10,6 +10,7 @@ import yaml
 from moe2edge.commands.forecast import Forecast, TargetForecast, refuse_like_export
 from moe2edge.errors import DoesNotFit
 from moe2edge.pipeline.recipe import Recipe, parse
+from moe2edge.progress import format_bytes
 
 # Passes of each rung, best first. Quantization comes before trimming: 8 bits cost no quality and 4
 # bits little, while a quarter of the experts costs more (docs/results.md).
@@ -42,9 +43,9 @@ class Limits:
         """Say what of an output is over the limits; empty if nothing is."""
         needed = one.resident - one.droppable
         if self.memory is not None and needed > self.memory:
-            return f"{one.target} takes {needed / 1e9:.2f} GB of memory while running"
+            return f"{one.target} takes {format_bytes(needed)} of memory while running"
         if self.disk is not None and one.disk > self.disk:
-            return f"{one.target} takes {one.disk / 1e9:.2f} GB on the disk"
+            return f"{one.target} takes {format_bytes(one.disk)} on the disk"
         return ""
 
     def measure_excess(self, forecast: Forecast) -> float:
@@ -59,7 +60,7 @@ class Limits:
     def __str__(self) -> str:
         """Return the limits as options."""
         told = (("--budget", self.memory), ("--disk", self.disk))
-        return " and ".join(f"{name} {size / 1e9:.2f} GB" for name, size in told if size)
+        return " and ".join(f"{name} {format_bytes(size)}" for name, size in told if size)
 
 
 @dataclass(frozen=True)
@@ -136,9 +137,11 @@ def choose_recipes(
             f"the recipe does not fit {limits}: {worst}; raise the limit, or leave the recipe out, "
             "and one that fits is chosen"
         )
+    # A folder is as large for any context.
+    shorter = ", lower --context," if limits.memory is not None else ""
     raise DoesNotFit(
         f"nothing fits {limits}: by the smallest recipe, passes: {smallest.passes}, {worst}; raise "
-        "the limit, lower --context, or take a smaller model"
+        f"the limit{shorter} or take a smaller model"
     )
 
 

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 from moe2edge.calibration import walk
 from moe2edge.calibration.mixes import list_text_files
 from moe2edge.calibration.sources import AS_FLAGS, TextSource
-from moe2edge.calibration.tokens import load_tokens
+from moe2edge.calibration.tokens import Tokens, load_tokens
 from moe2edge.evaluation import verify
 from moe2edge.model.config_parser import parse_config
 from moe2edge.model.family import find_family
 from moe2edge.model.hf_config import OUTPUT_KEYS
 from moe2edge.numerics import metrics
 from moe2edge.pipeline import registry
-from moe2edge.progress import Reporter
+from moe2edge.progress import QUIET, Reporter
 from moe2edge.storage.checkpoint import Checkpoint
 from moe2edge.storage.input_files import InputFiles
 from moe2edge.storage.manifest import (
@@ -65,21 +65,13 @@ def evaluate_on_text(
     target = registry.make_target(artifact.target, artifact.options)
     target.check_installed(folder)
     files = _look_at_inputs(artifact, source, reference)
-    config = read_json(folder / "config.json")
-    family = find_family(config)
-    own = {key: value for key, value in config.items() if key not in OUTPUT_KEYS}
-    geometry = family.geometry(parse_config(family, own))
-    limits = (geometry.max_positions, geometry.vocab)
-    tokenizer = load_tokenizer(folder)
-    tokens = load_tokens(
-        source, tokenizer, "evaluation", limits, spelling=AS_FLAGS, reporter=reporter
-    )
+    tokens, vocabulary = load_own_text(folder, source, reporter)
     ids = tokens.ids
     advance = reporter.advance
     expected = None
     if reference is not None:
         model = reference.model
-        verify.check_vocabulary(model, geometry.vocab)
+        verify.check_vocabulary(model, vocabulary)
         expected = walk.compute_logits(model, walk.observe(model, ids, (), advance, "source"))
     runtime = target.reopen(folder)
 
@@ -92,6 +84,26 @@ def evaluate_on_text(
     quality = metrics.measure(ids, logits(), expected)
     files.check()
     return quality, tokens.sha256
+
+
+def load_own_text(
+    folder: Path, source: TextSource, reporter: Reporter = QUIET
+) -> tuple[Tokens, int]:
+    """Return a text as tokens of an output, and the size of its vocabulary.
+
+    Raises:
+        InputError: the text is too short or cannot be read.
+    """
+    config = read_json(folder / "config.json")
+    family = find_family(config)
+    own = {key: value for key, value in config.items() if key not in OUTPUT_KEYS}
+    geometry = family.geometry(parse_config(family, own))
+    limits = (geometry.max_positions, geometry.vocab)
+    tokenizer = load_tokenizer(folder)
+    tokens = load_tokens(
+        source, tokenizer, "evaluation", limits, spelling=AS_FLAGS, reporter=reporter
+    )
+    return tokens, geometry.vocab
 
 
 def _look_at_inputs(

@@ -59,7 +59,7 @@ def add_products(
         ValueError: a tensor has the wrong shape, dtype or device.
     """
     columns = x.shape[1]
-    check_tensor("sums", sums, (columns, columns), torch.float32)
+    _check_matrix("sums", sums, columns)
     check_tensor("space", space, _find_packed_shape(columns), torch.int32)
     check_tensor("x", x, x.shape, torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32)
     x = x if x.stride(1) == 1 else x.contiguous()
@@ -88,9 +88,16 @@ def _find_packed_shape(columns: int) -> tuple[int]:
     return (-(-columns // _hessian.LANES) * _hessian.STRIDE,)
 
 
+def _check_matrix(name: str, matrix: Tensor, columns: int) -> None:
+    """Refuse what is no square float32 matrix whose rows lie one directly after another."""
+    check_tensor(name, matrix, (columns, columns), torch.float32)
+    if not matrix.is_contiguous():
+        raise ValueError(f"{name}: rows must be contiguous, one directly after another")
+
+
 def mirror(sums: Tensor) -> None:
     """Copy the numbers below the diagonal of ``sums`` [k, k] to above it."""
-    check_tensor("sums", sums, (len(sums), len(sums)), torch.float32)
+    _check_matrix("sums", sums, len(sums))
     blocks = -(-len(sums) // _hessian.SIDE)
     threads = torch.get_num_threads() if sums.numel() > compiled.MANY else 1
     place = len(sums), sums.data_ptr()
@@ -106,8 +113,8 @@ def order_both(matrix: Tensor, order: Tensor, found: Tensor) -> None:
         found: receives the numbers, float32 [k, k]; those above the diagonal are not written.
     """
     columns = len(order)
-    check_tensor("matrix", matrix, (columns, columns), torch.float32)
-    check_tensor("found", found, (columns, columns), torch.float32)
+    _check_matrix("matrix", matrix, columns)
+    _check_matrix("found", found, columns)
     check_tensor("order", order, (columns,), torch.int64)
     if int(order.min()) < 0 or int(order.max()) >= columns:
         raise ValueError(f"order: expected columns 0 to {columns - 1}")
@@ -152,7 +159,7 @@ def round_matrices(
     """
     batch, outs, ins = weights.shape
     scheme = grid.scheme
-    groups, grids = orders // scheme.width(ins), (batch, outs, scheme.groups(ins))
+    grids = batch, outs, scheme.groups(ins)
     far = upper.to(torch.bfloat16)
     inputs = [t.contiguous() for t in (weights, orders, far, upper, costs, grid.scales, grid.zeros)]
     for name, tensor, shape, dtype in zip(
@@ -168,6 +175,7 @@ def round_matrices(
     slices = -(-outs // _feedback.SLICE)
     q = torch.empty(batch, outs, ins, dtype=torch.uint8)
     loss = torch.empty(batch, slices, dtype=torch.float64)
+    groups = inputs[1] // scheme.width(ins)
     addresses = [t.data_ptr() for t in (*inputs, groups, q, loss)]
     if scheme.symmetric:
         addresses[6] = 0

@@ -39,15 +39,28 @@ def is_exact_in(weight: Weight, dtype: torch.dtype) -> bool:
 
 
 class NarrowLinear(nn.Linear):
-    """A linear module that multiplies in the dtype of its matrix, whatever dtype it is given."""
+    """A linear module that multiplies in the dtype of its matrix, whatever dtype it is given.
+
+    Attributes:
+        narrow: the matrix.
+    """
+
+    narrow: nn.Parameter
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The matrix in float32, for modules that multiply with it themselves (Mamba's ``dt``)."""
+        return self.narrow.float()
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the product, with the bias, in the dtype of ``x``."""
-        out = nn.functional.linear(x.to(self.weight.dtype), self.weight).to(x.dtype)
+        out = nn.functional.linear(x.to(self.narrow.dtype), self.narrow).to(x.dtype)
         return out if self.bias is None else out + self.bias
 
 
 def narrow_linear(module: nn.Linear, dtype: torch.dtype) -> None:
     """Let a linear module multiply in ``dtype``, in place."""
-    module.weight = nn.Parameter(module.weight.to(dtype), requires_grad=False)
+    narrow = nn.Parameter(module.weight.to(dtype), requires_grad=False)
+    del module.weight
     module.__class__ = NarrowLinear
+    module.register_parameter("narrow", narrow)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from moe2edge.calibration.sources import AS_FLAGS
 from moe2edge.calibration.tokens import encode_texts
 from moe2edge.errors import InputError
+from moe2edge.evaluation.output_quality import load_own_text
 from moe2edge.evaluation.profile.environment import describe_environment
 from moe2edge.evaluation.profile.interleave import Job, run_in_turns
 from moe2edge.evaluation.profile.metrics import Metric, collect_metrics, collect_phases
@@ -108,6 +109,8 @@ def profile_folders(
     for label, subject in zip(labels, subjects, strict=True):
         given, encoded[label] = _find_prompts(subject, prompts, text, settings, reporter)
         requests[label] = _make_request(subject, given, settings)
+        if quality is not None and subject.request["target"] is not None:
+            load_own_text(subject.folder, quality)  # a text that is wrong is refused now
     # First, because it loads from the disk what all others then find in the system's cache.
     explained = None
     if settings.explain:

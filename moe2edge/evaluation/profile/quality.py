@@ -47,7 +47,9 @@ def read_quality(folder: Path, target: str | None) -> dict[str, Any]:
         how = "--eval none, --verify quick"
         return {"reason": f"the export measured none ({how}); --quality TEXT measures it"}
     numbers = {name: found.get(name) for name in (*_NAMES, *_ERRORS)}
-    unknown = NO_ERRORS if numbers["perplexity_error"] is None else None
+    unknown = None
+    if numbers["perplexity_error"] is None:
+        unknown = ONE_SAMPLE if "perplexity_error" in found else NO_ERRORS
     about = {"kl_reason": None if numbers["kl"] is not None else NO_SOURCE_THEN}
     return _describe("report", text.get("text"), text.get("sha256"), numbers, unknown) | about
 
