@@ -95,7 +95,9 @@ def export(python: str, source: Path, targets: str, out: Path, limit: int) -> li
     """
     recipe = out.with_name("recipe.yaml")
     recipe.write_text(RECIPE)
-    command = [python, "-m", "moe2edge", "export", str(source), "-t", targets, "-r", str(recipe)]
+    # Not what lies in the current folder: the build of that interpreter.
+    command = [python, "-P", "-m", "moe2edge", "export", str(source), "-t", targets]
+    command += ["-r", str(recipe)]
     scope = find_scope(limit)
     options = [*TEXTS, "-o", str(out), "--max-memory", str(limit)]
     stages, code = run_in_stages([*scope, *command, *options])
