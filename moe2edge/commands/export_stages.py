@@ -336,7 +336,8 @@ def _list_output(
         # With the logits of the source, which they are compared with.
         evaluated = (each + 2 * _count_head(model)) * texts.evaluation * texts.figures
         products = each * COMPARED_TOKENS * 2 + evaluated
-    held = max(exact, estimate.memory if fits(estimate.memory, budget.limit) else 0)
+    # While a model is opened, its largest tensor is there once more, in float32.
+    held = max(exact, estimate.memory if fits(estimate.memory, budget.limit) else 0) + largest
     yield ExportStage(f"running {name}", held + beside, products, read=2 * estimate.disk)
 
 
