@@ -92,8 +92,7 @@ def profile_folders(
     settings, fixed = _check_settings(settings, prompts, fixed)
     if not folders:
         raise InputError("there is nothing to measure; name an output folder or a checkpoint")
-    subjects = [open_subject(folder) for folder in folders]
-    for subject in subjects:
+    for subject in (subjects := [open_subject(folder) for folder in folders]):
         subject.check_installed()
     contexts = [subject.context for subject in subjects if subject.context is not None]
     settings, shrunk = fit_context(settings, min(contexts, default=None), fixed)
@@ -128,7 +127,7 @@ def profile_folders(
             "workload": {**about["workload"], "prompts_sha256": _hash_prompts(requests[label])},
         }
         replies = [done.found[label] for done in rounds]
-        profiles.append(_make_profile(subject, replies, {**about, **beside}))
+        profiles.append(_make_profile(subject, replies, about | beside))
     return ProfileSet(tuple(labels), tuple(profiles), tuple(done.order for done in rounds))
 
 
