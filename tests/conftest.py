@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         rest = [item for item in items if item.get_closest_marker("rest")]
         config.hook.pytest_deselected(items=rest)
         items[:] = [item for item in items if not item.get_closest_marker("rest")]
+
+
+@pytest.fixture(autouse=True)
+def _free_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let at least a terabyte be free: what a test expects must not hang on this machine's disk.
+
+    Exports and plans of this process look at it; a test of a full disk sets its own.
+    """
+    usage = shutil.disk_usage
+
+    def report(path: Any) -> Any:
+        found = usage(path)
+        return found._replace(free=max(found.free, 10**12))
+
+    monkeypatch.setattr(shutil, "disk_usage", report)
 
 
 @pytest.fixture(scope="session")
