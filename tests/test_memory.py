@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import resource
 import shutil
@@ -218,9 +219,11 @@ def test_replaced_experts_save_memory_at_run_time(tiny: Make, tmp_path: Path, st
     saved = sizes[0] - sizes[1]
     assert saved > 70e6
     peaks = []
+    # oneDNN compiles code for each shape of a product, how much of it depends on the processor.
+    env = {**os.environ, "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1"}
     for folder in (model, out):
         command = [sys.executable, "-c", RUN, str(folder)]
-        ran = subprocess.run(command, capture_output=True, text=True)
+        ran = subprocess.run(command, capture_output=True, text=True, env=env)
         assert ran.returncode == 0, ran.stderr
         peaks.append(int(ran.stdout))
     assert peaks[0] - peaks[1] > 0.9 * saved
